@@ -1,0 +1,227 @@
+//! Constants of a graph: bytes in a mapped file, or a recipe that turns such bytes into what a pass wants.
+//!
+//! A pass that transposes, slices or converts a weight must not touch hundreds of megabytes: it records a
+//! [`Transform`], and the bytes are made once, when the package is written. Shape and dtype are always known at once.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::tensor::{DType, Tensor};
+
+/// A constant tensor, perhaps not computed yet. Cloning is cheap.
+#[derive(Clone)]
+pub struct Constant {
+    dtype: DType,
+    shape: Vec<usize>,
+    source: Source,
+    origin: Option<Arc<str>>,
+}
+
+/// Where a constant's bytes come from.
+#[derive(Clone)]
+pub enum Source {
+    /// Bytes at hand: mapped from a file, or small and owned.
+    Tensor(Tensor),
+    /// To be computed from other constants when somebody needs the bytes.
+    Derived(Arc<Derived>),
+    /// Left out of a stripped package; only dtype and shape are known.
+    Absent,
+}
+
+/// A deferred computation on constants.
+pub struct Derived {
+    pub transform: Transform,
+    pub inputs: Vec<Constant>,
+}
+
+/// The computations a pass may defer. Shapes below are of the single input unless said otherwise.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Transform {
+    /// `output[.., i_perm[k], ..] = input[.., i_k, ..]` as in ONNX `Transpose`.
+    Transpose(Vec<usize>),
+    /// The same bytes under the result's shape.
+    Reshape,
+    /// Element conversion to the result's dtype, rounding to nearest even.
+    Cast,
+    /// `input[.., start..end, ..]` on one axis.
+    Slice { axis: usize, start: usize, end: usize },
+    /// All inputs joined on one axis.
+    Concat { axis: usize },
+    /// Every element multiplied by a number in fp32, as when a scale is folded into a weight.
+    Scale(f64),
+    /// Every element plus a number in fp32.
+    Offset(f64),
+}
+
+/// Why a constant's bytes cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConstantError {
+    #[error("the weight {name:?} is not in this stripped package; bring it back with `lapidary refit`")]
+    Absent { name: String },
+}
+
+impl Constant {
+    pub fn tensor(tensor: Tensor) -> Self {
+        Constant {
+            dtype: tensor.dtype(),
+            shape: tensor.shape().to_vec(),
+            source: Source::Tensor(tensor),
+            origin: None,
+        }
+    }
+
+    /// A weight whose bytes are elsewhere.
+    pub fn absent(dtype: DType, shape: Vec<usize>) -> Self {
+        Constant {
+            dtype,
+            shape,
+            source: Source::Absent,
+            origin: None,
+        }
+    }
+
+    /// Remembers the name the tensor had in the export, which the manifest reports as its source name.
+    pub fn with_origin(mut self, name: &str) -> Self {
+        self.origin = Some(Arc::from(name));
+        self
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Bytes of the materialised tensor.
+    pub fn byte_len(&self) -> usize {
+        self.len() * self.dtype.size()
+    }
+
+    /// The initializer this constant was made from; of the first input where several were joined.
+    pub fn origin(&self) -> Option<&str> {
+        match (&self.origin, &self.source) {
+            (Some(name), _) => Some(name),
+            (None, Source::Derived(derived)) => derived.inputs.iter().find_map(|c| c.origin()),
+            _ => None,
+        }
+    }
+
+    fn derive(inputs: Vec<Constant>, transform: Transform, dtype: DType, shape: Vec<usize>) -> Self {
+        Constant {
+            dtype,
+            shape,
+            source: Source::Derived(Arc::new(Derived { transform, inputs })),
+            origin: None,
+        }
+    }
+
+    /// Axes permuted as in ONNX `Transpose`. Panics unless `perm` is a permutation of the axes.
+    pub fn transposed(&self, perm: &[usize]) -> Self {
+        assert_eq!(perm.len(), self.shape.len(), "permutation of another rank");
+        // A transpose of a transpose that restores the source is the source.
+        if let Source::Derived(derived) = &self.source
+            && let Transform::Transpose(first) = &derived.transform
+            && perm.iter().enumerate().all(|(i, p)| first[*p] == i)
+        {
+            return derived.inputs[0].clone();
+        }
+        let shape = perm.iter().map(|p| self.shape[*p]).collect();
+        Self::derive(
+            vec![self.clone()],
+            Transform::Transpose(perm.to_vec()),
+            self.dtype,
+            shape,
+        )
+    }
+
+    /// Another shape of the same volume. Panics if the volume differs.
+    pub fn reshaped(&self, shape: Vec<usize>) -> Self {
+        assert_eq!(shape.iter().product::<usize>(), self.len(), "reshape to another volume");
+        if shape == self.shape {
+            return self.clone();
+        }
+        Self::derive(vec![self.clone()], Transform::Reshape, self.dtype, shape)
+    }
+
+    pub fn cast(&self, dtype: DType) -> Self {
+        if dtype == self.dtype {
+            return self.clone();
+        }
+        Self::derive(vec![self.clone()], Transform::Cast, dtype, self.shape.clone())
+    }
+
+    /// Panics if the range lies outside the axis.
+    pub fn sliced(&self, axis: usize, start: usize, end: usize) -> Self {
+        assert!(start <= end && end <= self.shape[axis], "slice outside the axis");
+        let mut shape = self.shape.clone();
+        shape[axis] = end - start;
+        Self::derive(
+            vec![self.clone()],
+            Transform::Slice { axis, start, end },
+            self.dtype,
+            shape,
+        )
+    }
+
+    /// Panics on an empty list, or on parts whose dtype or other axes differ.
+    pub fn concat(parts: &[Constant], axis: usize) -> Self {
+        let mut shape = parts[0].shape.clone();
+        shape[axis] = parts.iter().map(|p| p.shape[axis]).sum();
+        for part in parts {
+            let same = (0..shape.len()).all(|i| i == axis || part.shape[i] == shape[i]);
+            assert!(same && part.dtype == parts[0].dtype, "concat of unlike constants");
+        }
+        Self::derive(parts.to_vec(), Transform::Concat { axis }, parts[0].dtype, shape)
+    }
+
+    pub fn scaled(&self, factor: f64) -> Self {
+        Self::derive(
+            vec![self.clone()],
+            Transform::Scale(factor),
+            self.dtype,
+            self.shape.clone(),
+        )
+    }
+
+    pub fn offset(&self, addend: f64) -> Self {
+        Self::derive(
+            vec![self.clone()],
+            Transform::Offset(addend),
+            self.dtype,
+            self.shape.clone(),
+        )
+    }
+
+    /// The tensor itself. Free for plain tensors; computes the recipe otherwise, holding one intermediate at a time.
+    pub fn materialize(&self) -> Result<Tensor, ConstantError> {
+        match &self.source {
+            Source::Tensor(tensor) => Ok(tensor.clone()),
+            Source::Absent => Err(ConstantError::Absent {
+                name: self.origin().unwrap_or("unnamed").to_string(),
+            }),
+            Source::Derived(derived) => super::transform::apply(derived, self.dtype, &self.shape),
+        }
+    }
+}
+
+impl From<Tensor> for Constant {
+    fn from(tensor: Tensor) -> Self {
+        Constant::tensor(tensor)
+    }
+}
+
+impl fmt::Debug for Constant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{:?}", self.dtype, self.shape)
+    }
+}
