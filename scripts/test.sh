@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs all of them: formatting, lints, unit and integration tests, real TensorRT
+# builds, canonical graphs in ONNX Runtime, `verify` against tract. About 20 minutes on two cores from nothing.
+# Usage: scripts/test.sh [cargo nextest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh build tensorrt onnx
+command -v cargo-nextest >/dev/null || cargo install --locked cargo-nextest
+
+cargo fmt --check
+cargo clippy --quiet --all-targets --features tract -- -D warnings
+cargo nextest run --features tract "$@"
