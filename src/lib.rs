@@ -8,6 +8,7 @@
 //! 4. [`backend`] builds TensorRT engines from a network, or executes it on the CPU.
 //! 5. [`package`] keeps graph, weights, engines and tokenizer on disk; [`decode`] generates from it.
 
+pub mod backend;
 pub mod dim;
 pub mod graph;
 pub mod network;

@@ -1,0 +1,3 @@
+//! What runs or compiles a [`Network`](crate::network::Network). Each back end is a room that looks into no other.
+
+pub mod tensorrt;

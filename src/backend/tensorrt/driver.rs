@@ -1,0 +1,140 @@
+//! The CUDA driver and its GPUs, asked directly: seven plain C functions of `libcuda.so.1`.
+//!
+//! `cudarc` would panic where there is no driver and wants a context to say anything; these questions need neither.
+
+use serde::Serialize;
+
+/// A working CUDA driver.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Driver {
+    /// The newest CUDA that the driver runs, such as `13.0`.
+    pub cuda_version: String,
+    /// The driver's own version, such as `580.159.04`, where the kernel module tells it.
+    pub driver_version: Option<String>,
+    /// At least one.
+    pub gpus: Vec<Gpu>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Gpu {
+    pub name: String,
+    /// Compute capability: `(9, 0)` is SM 9.0.
+    pub compute_capability: (u32, u32),
+    pub memory_bytes: u64,
+}
+
+/// Why no GPU can be used.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum DriverError {
+    #[error("there is no NVIDIA driver here (libcuda.so.1 is not found)")]
+    NoDriver,
+    #[error("the NVIDIA driver has no usable GPU (CUDA error {code} from {call})")]
+    Unusable { call: &'static str, code: i32 },
+    #[error("the NVIDIA driver reports no GPU")]
+    NoGpu,
+}
+
+/// Asks the driver. Loads it and, where there are GPUs, initialises CUDA: some 100 ms on such machines.
+pub(super) fn driver() -> Result<Driver, DriverError> {
+    imp::driver()
+}
+
+#[cfg(not(feature = "tensorrt-rtx"))]
+mod imp {
+    use super::*;
+
+    pub fn driver() -> Result<Driver, DriverError> {
+        Err(DriverError::NoDriver)
+    }
+}
+
+#[cfg(feature = "tensorrt-rtx")]
+mod imp {
+    use std::ffi::{CStr, c_char, c_int};
+
+    use super::*;
+
+    const COMPUTE_CAPABILITY_MAJOR: c_int = 75;
+    const COMPUTE_CAPABILITY_MINOR: c_int = 76;
+    const NO_DEVICE: c_int = 100;
+
+    type Get1<T> = unsafe extern "C" fn(*mut T) -> c_int;
+    type GetOf<T> = unsafe extern "C" fn(*mut T, c_int) -> c_int;
+
+    pub fn driver() -> Result<Driver, DriverError> {
+        let name = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
+        // SAFETY: the driver's own library; its constructors are what every CUDA program runs.
+        let library = unsafe { libloading::Library::new(name) }.map_err(|_| DriverError::NoDriver)?;
+        // SAFETY of all below: signatures as in cuda.h, stable since CUDA 4; every out-pointer is to a live local.
+        unsafe {
+            let init: libloading::Symbol<unsafe extern "C" fn(u32) -> c_int> = symbol(&library, b"cuInit\0")?;
+            check("cuInit", init(0))?;
+            let version: libloading::Symbol<Get1<c_int>> = symbol(&library, b"cuDriverGetVersion\0")?;
+            let count: libloading::Symbol<Get1<c_int>> = symbol(&library, b"cuDeviceGetCount\0")?;
+            let device: libloading::Symbol<GetOf<c_int>> = symbol(&library, b"cuDeviceGet\0")?;
+            let memory: libloading::Symbol<GetOf<usize>> = symbol(&library, b"cuDeviceTotalMem_v2\0")?;
+            let attribute: libloading::Symbol<unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int> =
+                symbol(&library, b"cuDeviceGetAttribute\0")?;
+            let device_name: libloading::Symbol<unsafe extern "C" fn(*mut c_char, c_int, c_int) -> c_int> =
+                symbol(&library, b"cuDeviceGetName\0")?;
+
+            let mut encoded = 0;
+            check("cuDriverGetVersion", version(&mut encoded))?;
+            let mut gpu_count = 0;
+            check("cuDeviceGetCount", count(&mut gpu_count))?;
+            let mut gpus = Vec::new();
+            for ordinal in 0..gpu_count {
+                let (mut handle, mut bytes, mut major, mut minor) = (0, 0usize, 0, 0);
+                let mut name = [0 as c_char; 256];
+                check("cuDeviceGet", device(&mut handle, ordinal))?;
+                check("cuDeviceTotalMem", memory(&mut bytes, handle))?;
+                check(
+                    "cuDeviceGetAttribute",
+                    attribute(&mut major, COMPUTE_CAPABILITY_MAJOR, handle),
+                )?;
+                check(
+                    "cuDeviceGetAttribute",
+                    attribute(&mut minor, COMPUTE_CAPABILITY_MINOR, handle),
+                )?;
+                // One byte short of the buffer, so that it always ends in a zero.
+                check("cuDeviceGetName", device_name(name.as_mut_ptr(), 255, handle))?;
+                gpus.push(Gpu {
+                    name: CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned(),
+                    compute_capability: (major.unsigned_abs(), minor.unsigned_abs()),
+                    memory_bytes: bytes as u64,
+                });
+            }
+            if gpus.is_empty() {
+                return Err(DriverError::NoGpu);
+            }
+            Ok(Driver {
+                cuda_version: format!("{}.{}", encoded / 1000, encoded % 1000 / 10),
+                driver_version: kernel_module_version(),
+                gpus,
+            })
+        }
+    }
+
+    unsafe fn symbol<'l, T>(
+        library: &'l libloading::Library,
+        name: &'static [u8],
+    ) -> Result<libloading::Symbol<'l, T>, DriverError> {
+        // A libcuda without these is a stub, as toolkits ship it for linking.
+        unsafe { library.get(name) }.map_err(|_| DriverError::NoDriver)
+    }
+
+    fn check(call: &'static str, code: c_int) -> Result<(), DriverError> {
+        match code {
+            0 => Ok(()),
+            NO_DEVICE => Err(DriverError::NoGpu),
+            code => Err(DriverError::Unusable { call, code }),
+        }
+    }
+
+    /// `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Tue …`: the first word that is a dotted number.
+    fn kernel_module_version() -> Option<String> {
+        let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
+        let dotted = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
+        text.split_whitespace().find(dotted).map(str::to_string)
+    }
+}

@@ -1,0 +1,77 @@
+//! Weights as inputs or constants, and the small tables of a lowering.
+
+use super::{Emitted, Emitter, Fault, data_type};
+use crate::network::{WeightId, WeightMode};
+use crate::tensor::{DType, Tensor};
+
+impl<'b> Emitter<'b, '_> {
+    /// The weight as the network input of its name, or as a constant, by its mode.
+    pub(super) fn weight(&mut self, layer: &str, id: WeightId) -> Emitted<'b> {
+        let network = self.network;
+        let weight = network
+            .weights
+            .get(id.0 as usize)
+            .ok_or_else(|| Fault::Malformed(format!("there is no weight {} among {}", id.0, network.weights.len())))?;
+        match weight.mode {
+            WeightMode::Bind => {
+                if let Some(handle) = self.bound.get(&id) {
+                    return Ok(*handle);
+                }
+                let dims: Vec<i64> = weight.constant.shape().iter().map(|d| *d as i64).collect();
+                let handle = self
+                    .definition
+                    .add_input(&weight.name, data_type(weight.constant.dtype())?, &dims)?;
+                self.bound.insert(id, handle);
+                Ok(handle)
+            }
+            WeightMode::Embed | WeightMode::Strip => {
+                let tensor = self.weights[id.0 as usize]
+                    .as_ref()
+                    .ok_or_else(|| Fault::Malformed("its weight has no bytes".to_string()))?;
+                let refittable = self.refits.mark || self.refits.identical;
+                let handle = self.constant(layer, tensor, refittable.then_some(&weight.name))?;
+                if self.refits.mark {
+                    self.definition.mark_weights_refittable(&weight.name)?;
+                }
+                Ok(handle)
+            }
+        }
+    }
+
+    /// A constant layer over the tensor's own bytes, which are not copied. `refit_name` makes it known to a refitter.
+    pub(super) fn constant(&mut self, layer: &str, tensor: &'b Tensor, refit_name: Option<&String>) -> Emitted<'b> {
+        if tensor.is_empty() {
+            return Err(Fault::Malformed(format!("{tensor:?} is an empty constant")));
+        }
+        let dims: Vec<i64> = tensor.shape().iter().map(|d| *d as i64).collect();
+        let (dtype, data) = (data_type(tensor.dtype())?, tensor.data());
+        let name = refit_name.map(String::as_str);
+        // Bytes of a mapped file may start anywhere; TensorRT reads elements, so those get an aligned copy.
+        let constant = if (data.as_ptr() as usize).is_multiple_of(tensor.dtype().size()) {
+            self.definition.add_constant(&dims, data, dtype, name)?
+        } else {
+            self.definition.add_constant_owned(&dims, data.to_vec(), dtype, name)?
+        };
+        self.named(constant, layer)
+    }
+
+    /// An unnamed constant for shape arithmetic.
+    pub(super) fn small_i64(&mut self, dims: &[i64], values: &[i64]) -> Emitted<'b> {
+        let tensor = Tensor::from_i64(dims.iter().map(|d| *d as usize).collect(), values);
+        self.small(&tensor)
+    }
+
+    /// One float in the given rank (all dims 1), for a layer that computes in `dtype`.
+    pub(super) fn small_float(&mut self, rank: usize, dtype: DType, value: f64) -> Emitted<'b> {
+        self.small(&Tensor::from_f64_as(dtype, vec![1; rank], &[value]))
+    }
+
+    /// An unnamed constant, copied.
+    pub(super) fn small(&mut self, tensor: &Tensor) -> Emitted<'b> {
+        let dims: Vec<i64> = tensor.shape().iter().map(|d| *d as i64).collect();
+        let constant =
+            self.definition
+                .add_small_constant_copied(&dims, tensor.data(), data_type(tensor.dtype())?, None)?;
+        Ok(constant.output(self.definition, 0)?)
+    }
+}

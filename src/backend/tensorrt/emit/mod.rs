@@ -1,0 +1,290 @@
+//! Writes a [`Network`] into TensorRT's network definition, layer by layer, and checks each as it goes.
+//!
+//! `layers` has one arm a layer kind, `shapes` the extents that hold `tokens`, `constants` weights and small tables. This
+//! file owns the order, the names, and the comparison of what TensorRT infers with what the network declares.
+
+mod constants;
+mod layers;
+mod shapes;
+
+use std::collections::HashMap;
+
+use trtx::DataType;
+use trtx::network::NetworkDefinition;
+
+use super::builder::Refits;
+use super::capture::Capture;
+use super::error::{Error, LayerContext};
+use super::library::Version;
+use crate::dim::Dim;
+use crate::network::{Layer, LayerKind, Network, Tensor, TensorId, Tokens, WeightId};
+use crate::tensor::{self, DType};
+
+pub(super) use shapes::at_tokens;
+
+/// Adds every input, layer and output of `network` to `definition`. `weights` holds the bytes of the weights that become
+/// constants; they and the network must outlive the build, because TensorRT keeps pointers to their bytes.
+pub(super) fn emit<'b>(
+    network: &'b Network,
+    definition: &mut NetworkDefinition<'b>,
+    weights: &'b [Option<tensor::Tensor>],
+    refits: Refits,
+    capture: &Capture,
+    version: Version,
+) -> Result<(), Error> {
+    let mut emitter = Emitter {
+        network,
+        definition,
+        weights,
+        refits,
+        handles: vec![None; network.tensors.len()],
+        bound: HashMap::new(),
+        tokens: None,
+    };
+    let faulty = |layer: LayerContext, fault: Fault| match fault {
+        Fault::TensorRt(error) => Error::Layer {
+            version,
+            layer: layer.into(),
+            message: capture.take_errors().unwrap_or_else(|| error.to_string()),
+        },
+        Fault::Malformed(reason) => Error::Malformed {
+            network: network.name.clone(),
+            layer: layer.name,
+            reason,
+        },
+    };
+    // Some calls of the binding report success while TensorRT only logs that it refused, so the log is asked each time.
+    let heard = |layer: &LayerContext| match capture.take_errors() {
+        Some(message) => Err(Error::Layer {
+            version,
+            layer: layer.clone().into(),
+            message,
+        }),
+        None => Ok(()),
+    };
+
+    for id in &network.inputs {
+        let context = io_context(network, "Input", *id);
+        emitter.input(*id).map_err(|fault| faulty(context.clone(), fault))?;
+        heard(&context)?;
+    }
+    for layer in &network.layers {
+        let context = || layer_context(network, layer);
+        let output = emitter.layer(layer).map_err(|fault| faulty(context(), fault))?;
+        let [id] = layer.outputs[..] else {
+            let reason = format!("it has {} outputs, every layer has one", layer.outputs.len());
+            return Err(faulty(context(), Fault::Malformed(reason)));
+        };
+        let declared = network.tensors.get(id.0 as usize).ok_or_else(|| {
+            let reason = format!("its output is tensor {} of {}", id.0, network.tensors.len());
+            faulty(context(), Fault::Malformed(reason))
+        })?;
+        let inferred = Inferred::of(emitter.definition, &output);
+        if let Some(message) = capture.take_errors() {
+            return Err(Error::Layer {
+                version,
+                layer: context().into(),
+                message,
+            });
+        }
+        if let Some(inferred) = inferred.filter(|inferred| !inferred.agrees_with(declared, &network.profile.tokens)) {
+            return Err(Error::Inference {
+                layer: context().into(),
+                tensor: declared.name.clone(),
+                inferred: inferred.to_string(),
+                declared: typed_shape(declared.dtype, &declared.shape),
+            });
+        }
+        emitter.handles[id.0 as usize] = Some(output);
+    }
+    for id in &network.outputs {
+        let context = io_context(network, "Output", *id);
+        let handle = emitter.handle(*id).map_err(|fault| faulty(context.clone(), fault))?;
+        emitter.definition.mark_output(&handle);
+        heard(&context)?;
+    }
+    Ok(())
+}
+
+/// What keeps a layer out of the definition.
+enum Fault {
+    TensorRt(trtx::Error),
+    Malformed(String),
+}
+
+impl From<trtx::Error> for Fault {
+    fn from(error: trtx::Error) -> Self {
+        Fault::TensorRt(error)
+    }
+}
+
+type Handle<'b> = trtx::Tensor<'b>;
+type Emitted<'b> = Result<Handle<'b>, Fault>;
+
+struct Emitter<'b, 'd> {
+    network: &'b Network,
+    definition: &'d mut NetworkDefinition<'b>,
+    weights: &'b [Option<tensor::Tensor>],
+    refits: Refits,
+    /// TensorRT's tensor for each of ours that is written already.
+    handles: Vec<Option<Handle<'b>>>,
+    /// The input of each bound weight, which several layers may name.
+    bound: HashMap<WeightId, Handle<'b>>,
+    /// The count of tokens as a shape tensor `[1]` i64, made when first needed.
+    tokens: Option<Handle<'b>>,
+}
+
+impl<'b> Emitter<'b, '_> {
+    fn input(&mut self, id: TensorId) -> Result<(), Fault> {
+        let tensor = self.declared(id)?;
+        let handle = self.definition.add_input(
+            &tensor.name,
+            data_type(tensor.dtype)?,
+            &shapes::runtime_dims(&tensor.shape),
+        )?;
+        for (axis, dim) in tensor.shape.iter().enumerate() {
+            if dim.as_const().is_none() {
+                // Equal names are equal extents: TensorRT may then fold what depends on them.
+                handle.set_dimension_name(self.definition, axis as i32, &dim.to_string())?;
+            }
+        }
+        self.handles[id.0 as usize] = Some(handle);
+        Ok(())
+    }
+
+    /// Adds the layer and gives its output, named as the network names it.
+    fn layer(&mut self, layer: &'b Layer) -> Emitted<'b> {
+        let output = layers::emit(self, layer)?;
+        // A bound weight is known by the weight's name, at load and in the manifest.
+        let is_input = output.is_network_input(self.definition);
+        if let (false, Some(id)) = (is_input, layer.outputs.first()) {
+            let name = &self.declared(*id)?.name;
+            output.set_name(self.definition, name)?;
+        }
+        Ok(output)
+    }
+
+    fn declared(&self, id: TensorId) -> Result<&'b Tensor, Fault> {
+        let network = self.network;
+        network
+            .tensors
+            .get(id.0 as usize)
+            .ok_or_else(|| Fault::Malformed(format!("there is no tensor {} among {}", id.0, network.tensors.len())))
+    }
+
+    fn handle(&self, id: TensorId) -> Emitted<'b> {
+        let tensor = self.declared(id)?;
+        self.handles[id.0 as usize].ok_or_else(|| {
+            Fault::Malformed(format!(
+                "the tensor {:?} is used before any layer gives it",
+                tensor.name
+            ))
+        })
+    }
+}
+
+/// What TensorRT says of a tensor.
+struct Inferred {
+    data_type: DataType,
+    /// -1 where it depends on the call.
+    dims: Vec<i64>,
+}
+
+impl Inferred {
+    /// `None` where the binding cannot tell (rank 8) or TensorRT failed, which its log then says.
+    fn of(definition: &NetworkDefinition<'_>, handle: &Handle<'_>) -> Option<Self> {
+        Some(Inferred {
+            data_type: handle.data_type(definition),
+            dims: handle.dimensions(definition).ok()?,
+        })
+    }
+
+    fn agrees_with(&self, declared: &Tensor, tokens: &Tokens) -> bool {
+        let same_dim = |(inferred, declared): (&i64, &Dim)| match (inferred, declared.as_const()) {
+            (inferred, Some(declared)) if *inferred == declared => true,
+            // TensorRT does not fold all that it could.
+            (-1, _) => matches!(tokens, Tokens::Dynamic { .. }),
+            _ => false,
+        };
+        data_type(declared.dtype).is_ok_and(|declared| declared == self.data_type)
+            && self.dims.len() == declared.shape.len()
+            && self.dims.iter().zip(&declared.shape).all(same_dim)
+    }
+}
+
+impl std::fmt::Display for Inferred {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}{:?}", self.data_type, self.dims)
+    }
+}
+
+fn data_type(dtype: DType) -> Result<DataType, Fault> {
+    Ok(match dtype {
+        DType::Bool => DataType::kBOOL,
+        DType::U8 => DataType::kUINT8,
+        DType::I8 => DataType::kINT8,
+        DType::I32 => DataType::kINT32,
+        DType::I64 => DataType::kINT64,
+        DType::F16 => DataType::kHALF,
+        DType::Bf16 => DataType::kBF16,
+        DType::F32 => DataType::kFLOAT,
+        DType::F64 => return Err(Fault::Malformed("TensorRT has no f64".to_string())),
+    })
+}
+
+fn layer_context(network: &Network, layer: &Layer) -> LayerContext {
+    let debug = format!("{:?}", layer.kind);
+    let kind = debug.split([' ', '(', '{']).next().unwrap_or_default();
+    let operation = match &layer.kind {
+        LayerKind::Elementwise(op) => format!("{kind} {op:?}"),
+        LayerKind::Unary(op) => format!("{kind} {op:?}"),
+        LayerKind::Activation(op) => format!("{kind} {op:?}"),
+        _ => kind.to_string(),
+    };
+    let mut inputs = described(network, &layer.inputs);
+    if let LayerKind::Weight(id) = &layer.kind
+        && let Some(weight) = network.weights.get(id.0 as usize)
+    {
+        inputs.push(format!("weight {:?}: {:?}", weight.name, weight.constant));
+    }
+    LayerContext {
+        name: layer.name.clone(),
+        kind: operation,
+        inputs,
+        outputs: described(network, &layer.outputs),
+    }
+}
+
+fn io_context(network: &Network, kind: &str, id: TensorId) -> LayerContext {
+    let name = network.tensors.get(id.0 as usize).map(|tensor| tensor.name.clone());
+    LayerContext {
+        name: name.unwrap_or_default(),
+        kind: kind.to_string(),
+        inputs: Vec::new(),
+        outputs: described(network, &[id]),
+    }
+}
+
+fn described(network: &Network, ids: &[TensorId]) -> Vec<String> {
+    ids.iter()
+        .map(|id| match network.tensors.get(id.0 as usize) {
+            Some(tensor) => format!("{}: {}", tensor.name, typed_shape(tensor.dtype, &tensor.shape)),
+            None => format!("tensor {}", id.0),
+        })
+        .collect()
+}
+
+/// `f16[1, tokens, 64]`.
+fn typed_shape(dtype: DType, shape: &[Dim]) -> String {
+    format!("{dtype}{shape:?}")
+}
+
+/// The layer that TensorRT's message names, described for the end of our own; empty if it names none.
+pub(super) fn hint(network: &Network, message: &str) -> String {
+    let named = network.layers.iter().filter(|layer| message.contains(&layer.name));
+    // Of `attn` and `attn/scale` the longer is meant.
+    match named.max_by_key(|layer| layer.name.len()) {
+        Some(layer) => format!("\nin layer {}", layer_context(network, layer)),
+        None => String::new(),
+    }
+}

@@ -1,0 +1,145 @@
+//! What can go wrong between a [`Network`](crate::network::Network) and a plan, and what to do about it.
+
+use std::path::PathBuf;
+
+use crate::graph::ConstantError;
+
+/// Errors of the TensorRT back end. Each message is complete: it names what is wrong and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The machine's set-up: no library, or none that fits.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
+
+    /// Refittable and stripped engines need a CUDA driver at build time.
+    #[error(
+        "{what} needs a CUDA driver and GPU at build time, and {reason}; build on a machine with an NVIDIA GPU, or take \
+         `--weights bind` (engines without weights that build anywhere) or `--weights embed` with `--refit none`"
+    )]
+    NeedsGpu { what: &'static str, reason: String },
+
+    /// A weight that must lie in the plan has no bytes.
+    #[error("the weight {weight:?} goes into the plan of {network:?}: {source}")]
+    Weight {
+        network: String,
+        weight: String,
+        source: ConstantError,
+    },
+
+    /// The layer list breaks a rule of its own or names a type that TensorRT has not. A bug of the lowering.
+    #[error("the network {network:?} is not well formed at layer {layer:?}: {reason}; please report this as a bug")]
+    Malformed {
+        network: String,
+        layer: String,
+        reason: String,
+    },
+
+    /// TensorRT did not take a layer.
+    #[error("TensorRT {version} refuses layer {layer}: {message}")]
+    Layer {
+        version: super::Version,
+        layer: Box<LayerContext>,
+        message: String,
+    },
+
+    /// TensorRT took the layer but gives its output another type or shape than the network says. A bug of the lowering.
+    #[error(
+        "TensorRT infers {inferred} for the tensor {tensor:?} of layer {layer}, the network says {declared}; please \
+         report this as a bug"
+    )]
+    Inference {
+        layer: Box<LayerContext>,
+        tensor: String,
+        inferred: String,
+        declared: String,
+    },
+
+    /// TensorRT failed while it optimised the whole network.
+    #[error("TensorRT {version} cannot build the network {network:?}: {message}{hint}")]
+    Build {
+        version: super::Version,
+        network: String,
+        /// TensorRT's own words, one line an error.
+        message: String,
+        /// The layer that the message names, if it names one; starts with a separator, or is empty.
+        hint: String,
+    },
+
+    /// The token counts do not make an optimization profile.
+    #[error(
+        "token counts {min}:{opt}:{max} do not make an optimization profile for {network:?}: give 1 <= min <= opt <= max"
+    )]
+    Profile {
+        network: String,
+        min: usize,
+        opt: usize,
+        max: usize,
+    },
+
+    /// The observer asked to stop.
+    #[error("the build of {network:?} was cancelled")]
+    Cancelled { network: String },
+
+    /// TensorRT's C++ objects could not be made at all.
+    #[error("TensorRT could not be started: {message}")]
+    Start { message: String },
+}
+
+/// Which library, and why it cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LibraryError {
+    #[error("this lapidary was compiled without TensorRT; build it with `cargo build --features tensorrt-rtx`")]
+    NotCompiled,
+
+    #[error(
+        "no TensorRT-RTX library found; install one with `pip install tensorrt-rtx-cu12-libs==1.6.1.120`, or give its \
+         path with --tensorrt-lib or TENSORRT_RTX_LIB (looked for {looked})"
+    )]
+    NotFound { looked: String },
+
+    #[error("the TensorRT library {path:?} given by {by} does not exist")]
+    Missing { path: PathBuf, by: super::Source },
+
+    #[error("{path:?} cannot be loaded as a library: {reason}")]
+    NotALibrary { path: PathBuf, reason: String },
+
+    #[error("{path:?} is a library, but not TensorRT-RTX: it does not export {symbol}")]
+    NotTensorRt { path: PathBuf, symbol: &'static str },
+
+    #[error(
+        "{path:?} is TensorRT {version}; this lapidary needs TensorRT-RTX 1.x from {min} on (install \
+         tensorrt-rtx-cu12-libs==1.6.1.120)"
+    )]
+    Version {
+        path: PathBuf,
+        version: super::Version,
+        min: super::Version,
+    },
+
+    #[error("a process can use one TensorRT library: {loaded:?} is loaded, {asked:?} was asked for")]
+    AnotherLoaded { loaded: PathBuf, asked: PathBuf },
+}
+
+/// A layer as error messages show it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerContext {
+    pub name: String,
+    /// `MatrixMultiply`, `Slice` …
+    pub kind: String,
+    /// `name: dtype[shape]` of every input and output.
+    pub inputs: Vec<String>,
+    pub outputs: Vec<String>,
+}
+
+impl std::fmt::Display for LayerContext {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{:?} ({}: {} -> {})",
+            self.name,
+            self.kind,
+            self.inputs.join(", "),
+            self.outputs.join(", ")
+        )
+    }
+}

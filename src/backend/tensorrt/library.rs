@@ -1,0 +1,292 @@
+//! Finding the TensorRT-RTX library and making sure of its version before anything else touches it.
+//!
+//! The binding calls a C++ interface by virtual-table offset: against a library older than its headers that is undefined
+//! behaviour (TensorRT-RTX 1.5: a segmentation fault). So the library is opened here first, asked for its version through
+//! a plain C function, and only then handed to the binding.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use super::error::LibraryError;
+
+/// A version as `getInferLibVersion` encodes it: `major * 10000 + minor * 100 + patch`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, serde::Serialize, serde::Deserialize)]
+pub struct Version {
+    pub major: u32,
+    pub minor: u32,
+    pub patch: u32,
+}
+
+impl Version {
+    /// The headers that this crate is compiled against. The API is append-only, so newer 1.x libraries work.
+    pub const MIN: Version = Version {
+        major: 1,
+        minor: 6,
+        patch: 0,
+    };
+
+    pub fn from_encoded(encoded: i32) -> Self {
+        let encoded = encoded.unsigned_abs();
+        Version {
+            major: encoded / 10_000,
+            minor: encoded / 100 % 100,
+            patch: encoded % 100,
+        }
+    }
+
+    /// Whether this crate may call a library of this version. Full TensorRT (10, 11 …) counts on in its own numbers.
+    pub fn is_supported(self) -> bool {
+        self >= Version::MIN && self.major == Version::MIN.major
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.patch)
+    }
+}
+
+/// How a library was found, in the order of the search.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Source {
+    /// `--tensorrt-lib`.
+    Flag,
+    /// `TENSORRT_RTX_LIB`.
+    Environment,
+    /// The Python package `tensorrt_rtx_libs`, which the `tensorrt-rtx-cu12-libs` and `-cu13-libs` wheels install.
+    PythonPackage,
+    /// The dynamic loader's search path.
+    Loader,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Source::Flag => "--tensorrt-lib",
+            Source::Environment => "TENSORRT_RTX_LIB",
+            Source::PythonPackage => "the Python package tensorrt_rtx_libs",
+            Source::Loader => "the loader's path",
+        })
+    }
+}
+
+/// A TensorRT-RTX library of a fitting version, loaded into this process for good.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Library {
+    path: PathBuf,
+    source: Source,
+    version: Version,
+}
+
+impl Library {
+    /// Finds, checks and loads the library: `explicit` (the flag `--tensorrt-lib`), then `TENSORRT_RTX_LIB`, then an
+    /// installed `tensorrt_rtx_libs` Python package, then the loader's path.
+    ///
+    /// A path given by flag or environment is used or refused, never passed over. A process loads one library: asking
+    /// for the same one again is free, asking for another is an error.
+    pub fn load(explicit: Option<&Path>) -> Result<Library, LibraryError> {
+        imp::load(explicit)
+    }
+
+    /// The file, or the bare name that the loader resolved.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+    pub fn source(&self) -> Source {
+        self.source
+    }
+    pub fn version(&self) -> Version {
+        self.version
+    }
+}
+
+/// The name that the wheels ship and that the loader is asked for.
+pub const LIBRARY_NAME: &str = if cfg!(windows) {
+    "tensorrt_rtx_1_6.dll"
+} else {
+    "libtensorrt_rtx.so.1"
+};
+
+#[cfg(not(feature = "tensorrt-rtx"))]
+mod imp {
+    use super::*;
+
+    pub fn load(_explicit: Option<&Path>) -> Result<Library, LibraryError> {
+        Err(LibraryError::NotCompiled)
+    }
+}
+
+#[cfg(feature = "tensorrt-rtx")]
+mod imp {
+    use std::process::{Command, Stdio};
+    use std::sync::Mutex;
+
+    use super::*;
+
+    static LOADED: Mutex<Option<Library>> = Mutex::new(None);
+
+    pub fn load(explicit: Option<&Path>) -> Result<Library, LibraryError> {
+        // A panic while loading leaves nothing half done: the slot is written last.
+        let mut loaded = LOADED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        // Once loaded, the search is not repeated: it may start a Python interpreter.
+        if explicit.is_none()
+            && let Some(library) = &*loaded
+        {
+            return Ok(library.clone());
+        }
+        let (path, source) = find(explicit)?;
+        if let Some(library) = &*loaded {
+            return if same_file(&library.path, &path) {
+                Ok(library.clone())
+            } else {
+                Err(LibraryError::AnotherLoaded {
+                    loaded: library.path.clone(),
+                    asked: path,
+                })
+            };
+        }
+        let (version, opened) = open(&path, source)?;
+        if !version.is_supported() {
+            return Err(LibraryError::Version {
+                path,
+                version,
+                min: Version::MIN,
+            });
+        }
+        trtx::dynamically_load_tensorrt(Some(&path)).map_err(|error| LibraryError::NotALibrary {
+            path: path.clone(),
+            reason: error.to_string(),
+        })?;
+        drop(opened); // the binding holds it now, so it was mapped once
+        let path = match source {
+            Source::Loader => mapped_path().unwrap_or(path),
+            _ => path,
+        };
+        let library = Library { path, source, version };
+        *loaded = Some(library.clone());
+        Ok(library)
+    }
+
+    fn find(explicit: Option<&Path>) -> Result<(PathBuf, Source), LibraryError> {
+        let given = explicit.map(|path| (path.to_path_buf(), Source::Flag)).or_else(|| {
+            // An empty variable is how shells switch one off.
+            let value = std::env::var_os("TENSORRT_RTX_LIB").filter(|value| !value.is_empty())?;
+            Some((PathBuf::from(value), Source::Environment))
+        });
+        if let Some((path, by)) = given {
+            return if path.is_dir() {
+                // A folder is what other tools call the SDK root; take the library in it.
+                let inside = [path.join(LIBRARY_NAME), path.join("lib").join(LIBRARY_NAME)];
+                let found = inside.into_iter().find(|p| p.is_file());
+                found.map(|p| (p, by)).ok_or(LibraryError::Missing { path, by })
+            } else if path.exists() {
+                Ok((path, by))
+            } else {
+                Err(LibraryError::Missing { path, by })
+            };
+        }
+        if let Some(path) = python_package() {
+            return Ok((path, Source::PythonPackage));
+        }
+        Ok((PathBuf::from(LIBRARY_NAME), Source::Loader))
+    }
+
+    /// The library inside the Python package: of the active virtual or conda environment, else of the `python3` on the
+    /// path, which is asked because only it knows where it keeps packages.
+    fn python_package() -> Option<PathBuf> {
+        let inside = |package: &Path| Some(package.join(LIBRARY_NAME)).filter(|library| library.is_file());
+        for variable in ["VIRTUAL_ENV", "CONDA_PREFIX"] {
+            let Some(root) = std::env::var_os(variable).filter(|root| !root.is_empty()) else {
+                continue;
+            };
+            let versions = std::fs::read_dir(Path::new(&root).join("lib")).into_iter().flatten();
+            let packages = versions
+                .flatten()
+                .map(|entry| entry.path().join("site-packages/tensorrt_rtx_libs"));
+            if let Some(library) = packages.into_iter().find_map(|package| inside(&package)) {
+                return Some(library);
+            }
+        }
+        // -I: neither the working directory nor the user's variables decide which package is found.
+        let script = "import importlib.util as u\ns = u.find_spec('tensorrt_rtx_libs')\n\
+                      print(*(s.submodule_search_locations if s else []), sep='\\n')";
+        let output = Command::new("python3")
+            .args(["-I", "-c", script])
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .output()
+            .ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        text.lines().find_map(|line| inside(Path::new(line)))
+    }
+
+    /// Maps the library and asks its version, without a call into its C++.
+    fn open(path: &Path, source: Source) -> Result<(Version, libloading::Library), LibraryError> {
+        // SAFETY: runs the library's constructors, which is what the user asks for by naming it.
+        let library = unsafe { libloading::Library::new(path) }.map_err(|error| match source {
+            Source::Loader => LibraryError::NotFound {
+                looked: format!("the Python package tensorrt_rtx_libs and {LIBRARY_NAME} on the loader's path"),
+            },
+            _ => LibraryError::NotALibrary {
+                path: path.to_path_buf(),
+                reason: reason_of(&error),
+            },
+        })?;
+        let not_tensorrt = |symbol| LibraryError::NotTensorRt {
+            path: path.to_path_buf(),
+            symbol,
+        };
+        // SAFETY: `extern "C" int32_t getInferLibVersion() noexcept` in every version of NvInferRuntimeBase.h.
+        let version = unsafe { library.get::<unsafe extern "C" fn() -> i32>(b"getInferLibVersion\0") }
+            .map(|version| Version::from_encoded(unsafe { version() }))
+            .map_err(|_| not_tensorrt("getInferLibVersion"))?;
+        // The dispatch and lean runtimes know their version too, but cannot build.
+        unsafe { library.get::<*const ()>(b"createInferBuilder_INTERNAL\0") }
+            .map_err(|_| not_tensorrt("createInferBuilder_INTERNAL"))?;
+        Ok((version, library))
+    }
+
+    /// The loader's own words without libloading's wrapping.
+    fn reason_of(error: &libloading::Error) -> String {
+        std::error::Error::source(error).map_or_else(|| error.to_string(), |source| source.to_string())
+    }
+
+    fn same_file(left: &Path, right: &Path) -> bool {
+        left == right || matches!((left.canonicalize(), right.canonicalize()), (Ok(l), Ok(r)) if l == r)
+    }
+
+    /// Where the loader found the library; known only from the process's own memory map.
+    fn mapped_path() -> Option<PathBuf> {
+        let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+        let path = maps
+            .lines()
+            .filter_map(|line| line.split_once('/'))
+            .map(|(_, path)| path)
+            .find(|path| {
+                path.rsplit('/')
+                    .next()
+                    .is_some_and(|name| name.starts_with("libtensorrt_rtx.so"))
+            })?;
+        Some(PathBuf::from(format!("/{path}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_read_like_the_packages() {
+        let version = Version::from_encoded(10601);
+        assert_eq!(version.to_string(), "1.6.1");
+        assert!(version.is_supported());
+        assert!(Version::from_encoded(10701).is_supported());
+        assert!(!Version::from_encoded(10500).is_supported(), "older than the headers");
+        assert!(!Version::from_encoded(110_400).is_supported(), "full TensorRT 11.4");
+        assert!(
+            !Version::from_encoded(20_000).is_supported(),
+            "an unknown major version"
+        );
+    }
+}

@@ -1,0 +1,128 @@
+//! TensorRT-RTX engines from a [`Network`].
+//!
+//! Owns everything that is particular to TensorRT: finding and checking its library, the order in which its objects die,
+//! shape tensors for symbolic extents, optimization profiles, refit marks, its error text. Nothing else in the crate
+//! knows of these. Takes a network that `lower` made; gives a [`Plan`]: the bytes of a serialized engine. No GPU and no
+//! driver are needed, except for weights that can be refitted. Loading plans and running them is not here yet.
+//!
+//! ```no_run
+//! use lapidary::backend::tensorrt::{self, BuildOptions, Library};
+//! # fn network() -> lapidary::network::Network { unimplemented!() }
+//! let library = Library::load(None)?;
+//! let plan = tensorrt::build(&library, &network(), &BuildOptions::default())?;
+//! std::fs::write("engine.plan", &plan)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # How a network becomes an engine
+//!
+//! - Inputs and outputs keep the network's names. A bound weight ([`WeightMode::Bind`]) becomes an input of the weight's
+//!   own name, whatever the tensor is called; its bytes are never read. A cache and its update are two names for one
+//!   address ([`Network::aliases`]).
+//! - Dims that hold the symbol `tokens` are -1, with one optimization profile from [`Tokens::Dynamic`].
+//! - Embedded weights lie in the plan; TensorRT reads them where they are mapped, and needs about twice their size beside
+//!   them while it builds.
+//! - After every layer TensorRT's inferred type and shape are compared with the network's, so a wrong lowering fails at
+//!   its own layer and by name.
+//!
+//! With the cargo feature `tensorrt-rtx` off, everything here still exists and says [`LibraryError::NotCompiled`].
+
+mod driver;
+mod error;
+mod library;
+mod observer;
+mod probe;
+
+#[cfg(feature = "tensorrt-rtx")]
+mod builder;
+#[cfg(feature = "tensorrt-rtx")]
+mod capture;
+#[cfg(feature = "tensorrt-rtx")]
+mod emit;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use driver::{Driver, DriverError, Gpu};
+pub use error::{Error, LayerContext, LibraryError};
+pub use library::{LIBRARY_NAME, Library, Source, Version};
+pub use observer::{BuildObserver, BuildProgress};
+pub use probe::{Ability, Report, probe};
+
+use crate::network::Network;
+#[cfg(doc)]
+use crate::network::{Tokens, WeightMode};
+
+/// Which weights of an engine can be replaced after it is built.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Refit {
+    /// None, or for stripped weights (which must be put back to run at all) the same as [`Refit::Identical`].
+    #[default]
+    None,
+    /// Every embedded and stripped weight, by any values.
+    General,
+    /// The same, but only by the values seen at build time: TensorRT may have optimised for them.
+    Identical,
+}
+
+/// How to build.
+#[derive(Clone, Default)]
+pub struct BuildOptions {
+    pub refit: Refit,
+    /// Hears of progress and may cancel.
+    pub observer: Option<Arc<dyn BuildObserver>>,
+}
+
+#[cfg(feature = "tensorrt-rtx")]
+type PlanMemory = trtx::host_memory::HostMemory<'static>;
+#[cfg(not(feature = "tensorrt-rtx"))]
+type PlanMemory = Vec<u8>;
+
+/// A serialized engine, in memory that TensorRT allocated: writing it to a file makes no second copy.
+pub struct Plan {
+    memory: PlanMemory,
+    elapsed: Duration,
+    warnings: Vec<String>,
+}
+
+impl Plan {
+    pub fn bytes(&self) -> &[u8] {
+        self.memory.as_ref()
+    }
+    /// Wall-clock time of the build.
+    pub fn elapsed(&self) -> Duration {
+        self.elapsed
+    }
+    /// What TensorRT warned of, in its own words.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+}
+
+impl AsRef<[u8]> for Plan {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes()
+    }
+}
+
+impl std::fmt::Debug for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Plan({} bytes in {:.2?})", self.bytes().len(), self.elapsed)
+    }
+}
+
+/// Builds the engine of a network. Blocks; takes from 20 ms for a few layers to tens of seconds.
+///
+/// Needs no GPU unless a weight is [`WeightMode::Strip`] or `options.refit` is set while a weight is embedded. Several
+/// threads may build at once.
+pub fn build(library: &Library, network: &Network, options: &BuildOptions) -> Result<Plan, Error> {
+    #[cfg(feature = "tensorrt-rtx")]
+    return builder::build(library, network, options);
+    #[cfg(not(feature = "tensorrt-rtx"))]
+    {
+        // A Library cannot exist without the feature: `load` is its only maker.
+        let _ = (library, network, options);
+        Err(LibraryError::NotCompiled.into())
+    }
+}
