@@ -12,4 +12,5 @@ pub mod backend;
 pub mod dim;
 pub mod graph;
 pub mod network;
+pub mod onnx;
 pub mod tensor;

@@ -1,0 +1,97 @@
+//! Why a file could not be read. Every variant is the input's fault; the file's name is in [`ReadError::path`].
+
+use std::path::PathBuf;
+
+use crate::graph::CycleError;
+use crate::tensor::SizeMismatch;
+
+/// Reading failed: which file, and what is wrong with it.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {kind}", .path.display())]
+pub struct ReadError {
+    pub path: PathBuf,
+    #[source]
+    pub kind: ReadErrorKind,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadErrorKind {
+    #[error("cannot be opened: {0}")]
+    Open(#[source] std::io::Error),
+    #[error("is a folder; give the .onnx file in it")]
+    Folder,
+    #[error("is empty")]
+    Empty,
+    #[error("is a Git LFS pointer and not the model itself; fetch it with `git lfs pull`")]
+    LfsPointer,
+    #[error("is not an ONNX model: {reason}")]
+    NotOnnx { reason: String },
+    #[error(
+        "is truncated: it has {found} bytes, and says of itself that it has at least {needed}; download or export it again"
+    )]
+    Truncated { needed: u64, found: u64 },
+    #[error("does not say which opset it uses (no opset_import for the domain \"\")")]
+    NoOpset,
+    #[error("uses opset {version}{place}; Lapidary reads {min} to {max}: export it again with another opset, 18 for example", min = super::OPSETS.start(), max = super::OPSETS.end())]
+    Opset { version: i64, place: String },
+    #[error(
+        "tensor {tensor:?} has the element type {dtype}, which Lapidary does not read (it reads float32, float16, bfloat16, float64, int64, int32, int8, uint8 and bool)"
+    )]
+    DType { tensor: String, dtype: String },
+    #[error("tensor {tensor:?}: {reason}")]
+    Tensor { tensor: String, reason: String },
+    #[error("tensor {tensor:?}: {source}")]
+    TensorSize {
+        tensor: String,
+        #[source]
+        source: SizeMismatch,
+    },
+    #[error("tensor {tensor:?} names external data {location:?}: {reason}")]
+    ExternalLocation {
+        tensor: String,
+        location: String,
+        reason: &'static str,
+    },
+    #[error("tensor {tensor:?} is in the external file {}, which cannot be opened: {source}; keep it beside the model", .file.display())]
+    ExternalOpen {
+        tensor: String,
+        file: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("tensor {tensor:?} needs bytes {start} to {end} of the external file {}, which has {found}", .file.display())]
+    ExternalShort {
+        tensor: String,
+        file: PathBuf,
+        start: u64,
+        end: u128,
+        found: u64,
+    },
+    #[error("input {name:?} {reason}")]
+    Input { name: String, reason: String },
+    #[error("the value {value:?} is defined twice, by {first} and by {second}")]
+    Duplicate {
+        value: String,
+        first: String,
+        second: String,
+    },
+    #[error("{reader} reads the value {value:?}, which nothing defines")]
+    Undefined { value: String, reader: String },
+    #[error("node {node:?} ({op}): {reason}")]
+    Node { node: String, op: String, reason: String },
+    #[error("the model's functions cannot be inlined: {reason}")]
+    Functions { reason: String },
+    #[error(transparent)]
+    Cycle(#[from] CycleError),
+}
+
+impl ReadErrorKind {
+    /// The same error with the file it was met in.
+    pub(super) fn at(self, path: &std::path::Path) -> ReadError {
+        ReadError {
+            path: path.to_path_buf(),
+            kind: self,
+        }
+    }
+}

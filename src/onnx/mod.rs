@@ -1,0 +1,24 @@
+//! ONNX files in and out.
+//!
+//! Owns the protobuf messages ([`proto`]), the encodings of tensors, external data, and what the opsets 14 to 24 and the
+//! contrib operators of ONNX Runtime call things. [`read`] maps a file and gives a [`Graph`](crate::graph::Graph): weights
+//! are slices of the mapped files, nodes are in their opset-24 form (`graph::op`), model-local functions are inlined,
+//! operators it does not know are kept as `Op::Unknown`. [`write()`] and [`write_with_data`] give opset 24 and IR 11 back.
+//! [`exporter`] says who made an export.
+//!
+//! Left to others: dtypes and shapes (`graph::infer`), the rules of a graph (`graph::verify`), patterns (`passes`).
+
+mod attributes;
+mod error;
+mod exporter;
+mod normalize;
+pub mod proto;
+mod read;
+mod tensor;
+
+pub use error::{ReadError, ReadErrorKind};
+pub use exporter::{Exporter, exporter};
+pub use read::read;
+
+/// The opsets [`read`] takes.
+pub const OPSETS: std::ops::RangeInclusive<i64> = 14..=24;

@@ -1,0 +1,570 @@
+//! One ONNX node of any opset from 14 to 24 becomes nodes of the graph, in their opset-24 form.
+//!
+//! Takes a node with its values looked up; gives nodes (or a constant) in the graph. What it does not know becomes
+//! [`Op::Unknown`], so that every obstacle of a model can be told at once: operators, and also known operators with an
+//! attribute that changes their meaning, as `Cast(to=string)`. Malformed nodes are errors. It does not check arity or
+//! dtypes; the verifier does.
+
+use super::attributes::{Attributes, Problem};
+use super::error::ReadErrorKind;
+use super::tensor::{Folder, code_name, dtype_of};
+use crate::graph::op::{Attention, Binary, GroupQueryAttention, Op, Reduction, ScatterMode, Unary};
+use crate::graph::{Graph, ValueId};
+use crate::tensor::{DType, Tensor};
+
+/// A node with its values looked up.
+pub(super) struct Site<'a> {
+    pub graph: &'a mut Graph,
+    pub folder: &'a Folder,
+    pub name: String,
+    pub domain: &'a str,
+    pub op_type: &'a str,
+    /// Of the node's domain, in the graph or function the node is in.
+    pub opset: i64,
+    pub inputs: Vec<Option<ValueId>>,
+    pub outputs: Vec<Option<ValueId>>,
+    pub attributes: Attributes,
+}
+
+/// What becomes of a node.
+enum Plan {
+    /// One operator with the node's inputs and outputs.
+    Op(Op),
+    /// The same, with a list that used to be an attribute as input 1.
+    WithList(Op, Vec<i64>),
+    /// The first operator with the node's inputs, the second on its result.
+    Pipe(Op, Op),
+    /// A chain over all inputs; divided by their number for `Mean`.
+    Chain(Binary, bool),
+    /// Input 0 unchanged.
+    Pass,
+    Constant(Tensor),
+    /// Not known; with what is not known about it in brackets.
+    Unknown(Option<String>),
+}
+
+enum Failure {
+    /// The node is malformed.
+    Problem(Problem),
+    /// A tensor in an attribute cannot be read.
+    Tensor(ReadErrorKind),
+}
+
+impl From<&str> for Failure {
+    fn from(problem: &str) -> Self {
+        Failure::Problem(problem.to_string())
+    }
+}
+
+impl From<Problem> for Failure {
+    fn from(problem: Problem) -> Self {
+        Failure::Problem(problem)
+    }
+}
+
+/// Adds the node to the graph.
+pub(super) fn add_node(mut site: Site) -> Result<(), ReadErrorKind> {
+    let plan = site.plan().map_err(|failure| match failure {
+        Failure::Problem(reason) => ReadErrorKind::Node {
+            node: site.name.clone(),
+            op: site.op_type.to_string(),
+            reason,
+        },
+        Failure::Tensor(error) => error,
+    })?;
+    let plan = match (plan, site.attributes.left_over()) {
+        (Plan::Unknown(detail), _) => Plan::Unknown(detail),
+        (_, Some(attribute)) => Plan::Unknown(Some(attribute)),
+        (plan, None) => plan,
+    };
+    site.carry_out(plan);
+    Ok(())
+}
+
+impl Site<'_> {
+    fn carry_out(&mut self, plan: Plan) {
+        let inputs = std::mem::take(&mut self.inputs);
+        let outputs = std::mem::take(&mut self.outputs);
+        match plan {
+            Plan::Op(op) => self.emit(op, inputs, outputs),
+            Plan::WithList(op, list) => {
+                let list = self.graph.add_i64(&format!("{}.axes", self.name), &list);
+                self.emit(op, vec![inputs.first().copied().flatten(), Some(list)], outputs);
+            }
+            Plan::Pipe(first, second) => {
+                let middle = Some(self.graph.add_value(&format!("{}.0", self.name)));
+                self.emit(first, inputs, vec![middle]);
+                self.emit(second, vec![middle], outputs);
+            }
+            Plan::Chain(op, mean) => {
+                let count = inputs.len();
+                let (mut sum, rest) = (inputs[0], &inputs[1..]);
+                for (i, input) in rest.iter().enumerate() {
+                    let last = i + 1 == rest.len() && !mean;
+                    let result = if last {
+                        outputs[0]
+                    } else {
+                        Some(self.graph.add_value(&format!("{}.{i}", self.name)))
+                    };
+                    self.emit(Op::Binary(op), vec![sum, *input], vec![result]);
+                    sum = result;
+                }
+                if mean {
+                    let count = Tensor::from_f32(vec![], &[count as f32]);
+                    let count = self.graph.add_constant(&format!("{}.count", self.name), count);
+                    let like = self.graph.add_value(&format!("{}.count.like", self.name));
+                    self.emit(Op::CastLike, vec![Some(count), sum], vec![Some(like)]);
+                    self.emit(Op::Binary(Binary::Div), vec![sum, Some(like)], outputs);
+                }
+            }
+            Plan::Pass => self.emit(Op::Identity, inputs[..1].to_vec(), outputs),
+            Plan::Constant(tensor) => {
+                if let Some(value) = outputs.first().copied().flatten() {
+                    self.graph.set_constant(value, tensor.into());
+                }
+            }
+            Plan::Unknown(detail) => {
+                let op_type = match detail {
+                    Some(detail) => format!("{}({detail})", self.op_type),
+                    None => self.op_type.to_string(),
+                };
+                let domain = self.domain.to_string();
+                self.emit(Op::Unknown { domain, op_type }, inputs, outputs);
+            }
+        }
+    }
+
+    fn emit(&mut self, op: Op, inputs: Vec<Option<ValueId>>, outputs: Vec<Option<ValueId>>) {
+        self.graph.add_node_with_outputs(&self.name, op, inputs, outputs);
+    }
+
+    fn plan(&self) -> Result<Plan, Failure> {
+        match self.domain {
+            "" => self.plan_onnx(),
+            "com.microsoft" => self.plan_microsoft(),
+            _ => Ok(Plan::Unknown(None)),
+        }
+    }
+
+    fn plan_onnx(&self) -> Result<Plan, Failure> {
+        if let Some(op) = unary(self.op_type) {
+            return Ok(Plan::Op(Op::Unary(op)));
+        }
+        if let Some(op) = binary(self.op_type) {
+            return Ok(Plan::Op(Op::Binary(op)));
+        }
+        let a = &self.attributes;
+        Ok(Plan::Op(match self.op_type {
+            "Mod" => return self.modulo(),
+            "Max" => return self.chain(Binary::Max, false),
+            "Min" => return self.chain(Binary::Min, false),
+            "Sum" => return self.chain(Binary::Add, false),
+            "Mean" => return self.chain(Binary::Add, true),
+            "ReduceMean" => return self.reduce(Reduction::Mean),
+            "ReduceSum" => return self.reduce(Reduction::Sum),
+            "ReduceMax" => return self.reduce(Reduction::Max),
+            "ReduceMin" => return self.reduce(Reduction::Min),
+            "ReduceProd" => return self.reduce(Reduction::Prod),
+            "ReduceSumSquare" => return self.reduce(Reduction::SumSquare),
+            "Constant" => return self.constant(),
+            "Dropout" => return self.dropout(),
+            "Gelu" => match a.string_or("approximate", "none")?.as_str() {
+                "none" => Op::Gelu { tanh: false },
+                "tanh" => Op::Gelu { tanh: true },
+                other => return Ok(Plan::Unknown(Some(format!("approximate={other}")))),
+            },
+            "Swish" => Op::Swish {
+                alpha: a.float_or("alpha", 1.0)?,
+            },
+            "Clip" => Op::Clip,
+            "Identity" => Op::Identity,
+            "Cast" => {
+                // They matter for float8 only.
+                a.ignore(&["saturate", "round_mode"]);
+                let code = a.int("to")?.ok_or("its attribute \"to\" is missing")?;
+                let code = i32::try_from(code).unwrap_or(-1);
+                match dtype_of(code) {
+                    Some(to) => Op::Cast { to },
+                    None => return Ok(Plan::Unknown(Some(format!("to={}", code_name(code))))),
+                }
+            }
+            "CastLike" => {
+                a.ignore(&["saturate", "round_mode"]);
+                Op::CastLike
+            }
+            "Where" => Op::Where,
+            "MatMul" => Op::MatMul,
+            "Gemm" => Op::Gemm {
+                alpha: a.float_or("alpha", 1.0)?,
+                beta: a.float_or("beta", 1.0)?,
+                trans_a: a.flag("transA", false)?,
+                trans_b: a.flag("transB", false)?,
+            },
+            "Softmax" => Op::Softmax {
+                axis: a.int_or("axis", -1)?,
+            },
+            "LogSoftmax" => Op::LogSoftmax {
+                axis: a.int_or("axis", -1)?,
+            },
+            "CumSum" => Op::CumSum {
+                exclusive: a.flag("exclusive", false)?,
+                reverse: a.flag("reverse", false)?,
+            },
+            "Shape" => Op::Shape {
+                start: a.int_or("start", 0)?,
+                end: a.int("end")?,
+            },
+            "Size" => Op::Size,
+            "Reshape" => Op::Reshape {
+                allowzero: a.flag("allowzero", false)?,
+            },
+            "Transpose" => Op::Transpose {
+                perm: self.permutation()?,
+            },
+            "Squeeze" => Op::Squeeze,
+            "Unsqueeze" => Op::Unsqueeze,
+            "Flatten" => Op::Flatten {
+                axis: a.int_or("axis", 1)?,
+            },
+            "Expand" => Op::Expand,
+            "Tile" => Op::Tile,
+            "Concat" => Op::Concat {
+                axis: a.int("axis")?.ok_or("its attribute \"axis\" is missing")?,
+            },
+            "Split" => {
+                if let Some(count) = a.count("num_outputs")?
+                    && count != self.outputs.len()
+                {
+                    let found = self.outputs.len();
+                    return Err(format!("num_outputs is {count}, but it has {found} outputs").into());
+                }
+                Op::Split {
+                    axis: a.int_or("axis", 0)?,
+                }
+            }
+            "Slice" => Op::Slice,
+            "Gather" => Op::Gather {
+                axis: a.int_or("axis", 0)?,
+            },
+            "GatherElements" => Op::GatherElements {
+                axis: a.int_or("axis", 0)?,
+            },
+            "GatherND" => Op::GatherNd {
+                batch_dims: a.count("batch_dims")?.unwrap_or(0),
+            },
+            "Range" => Op::Range,
+            "ConstantOfShape" => Op::ConstantOfShape {
+                value: match self.tensor("value")? {
+                    Some(value) if value.len() == 1 => value,
+                    Some(value) => return Err(format!("its value has {} elements, not one", value.len()).into()),
+                    None => Tensor::from_f32(vec![1], &[0.0]),
+                },
+            },
+            "Trilu" => Op::Trilu {
+                upper: a.flag("upper", true)?,
+            },
+            "ScatterND" => match self.scatter_mode()? {
+                Ok(mode) => Op::ScatterNd { mode },
+                Err(unknown) => return Ok(unknown),
+            },
+            "ScatterElements" => match self.scatter_mode()? {
+                Ok(mode) => Op::ScatterElements {
+                    axis: a.int_or("axis", 0)?,
+                    mode,
+                },
+                Err(unknown) => return Ok(unknown),
+            },
+            "TensorScatter" => Op::TensorScatter {
+                axis: a.int_or("axis", -2)?,
+                circular: match a.string_or("mode", "linear")?.as_str() {
+                    "linear" => false,
+                    "circular" => true,
+                    other => return Ok(Plan::Unknown(Some(format!("mode={other}")))),
+                },
+            },
+            "LayerNormalization" => {
+                a.ignore(&["stash_type"]);
+                Op::LayerNormalization {
+                    axis: a.int_or("axis", -1)?,
+                    epsilon: a.float_or("epsilon", 1e-5)?,
+                }
+            }
+            // The second is what ONNX Runtime's optimizer writes into the standard domain.
+            "RMSNormalization" | "SimplifiedLayerNormalization" => self.rms_normalization()?,
+            "RotaryEmbedding" => Op::RotaryEmbedding {
+                interleaved: a.flag("interleaved", false)?,
+                num_heads: a.count("num_heads")?,
+                rotary_dim: a.count("rotary_embedding_dim")?.unwrap_or(0),
+            },
+            "Attention" => return self.attention(),
+            _ => return Ok(Plan::Unknown(None)),
+        }))
+    }
+
+    /// <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>
+    fn plan_microsoft(&self) -> Result<Plan, Failure> {
+        let a = &self.attributes;
+        Ok(Plan::Op(match self.op_type {
+            "Gelu" => Op::Gelu { tanh: false },
+            "FastGelu" => return self.biased_gelu(true),
+            "BiasGelu" => return self.biased_gelu(false),
+            "QuickGelu" => Op::Swish {
+                alpha: a.float_or("alpha", 1.702)?,
+            },
+            "SimplifiedLayerNormalization" => self.rms_normalization()?,
+            "SkipSimplifiedLayerNormalization" => Op::SkipRmsNormalization {
+                epsilon: a.float_or("epsilon", 1e-12)?,
+            },
+            "SkipLayerNormalization" => Op::SkipLayerNormalization {
+                epsilon: a.float_or("epsilon", 1e-12)?,
+            },
+            "FusedMatMul" => {
+                self.expect_zero(&["transBatchA", "transBatchB"])?;
+                Op::FusedMatMul {
+                    alpha: a.float_or("alpha", 1.0)?,
+                    trans_a: a.flag("transA", false)?,
+                    trans_b: a.flag("transB", false)?,
+                }
+            }
+            "RotaryEmbedding" => {
+                self.expect_zero(&["is_packed_batching"])?;
+                if let Some(scale) = a.float("scale")?
+                    && scale != 1.0
+                {
+                    return Ok(Plan::Unknown(Some(format!("scale={scale}"))));
+                }
+                Op::ContribRotaryEmbedding {
+                    interleaved: a.flag("interleaved", false)?,
+                    num_heads: a.count("num_heads")?,
+                    rotary_dim: a.count("rotary_embedding_dim")?.unwrap_or(0),
+                }
+            }
+            "GroupQueryAttention" => return self.group_query_attention(),
+            _ => return Ok(Plan::Unknown(None)),
+        }))
+    }
+
+    fn tensor(&self, name: &str) -> Result<Option<Tensor>, Failure> {
+        let Some(proto) = self.attributes.tensor(name)? else {
+            return Ok(None);
+        };
+        let tensor = self.folder.tensor(proto, &self.name).map_err(Failure::Tensor)?;
+        Ok(Some(tensor))
+    }
+
+    fn modulo(&self) -> Result<Plan, Failure> {
+        if !self.attributes.flag("fmod", false)? {
+            return Ok(Plan::Op(Op::Binary(Binary::Mod)));
+        }
+        // fmod on integers takes the sign of the dividend; our `Mod` does so for floats alone.
+        let float = |v: &Option<ValueId>| v.and_then(|v| self.graph.value(v).dtype).is_some_and(DType::is_float);
+        Ok(if self.inputs.iter().any(float) {
+            Plan::Op(Op::Binary(Binary::Mod))
+        } else {
+            Plan::Unknown(Some("fmod=1".to_string()))
+        })
+    }
+
+    fn chain(&self, op: Binary, mean: bool) -> Result<Plan, Failure> {
+        match self.inputs.len() {
+            0 => Err("it has no inputs".into()),
+            1 => Ok(Plan::Pass),
+            _ if self.outputs.is_empty() => Err("it has no output".into()),
+            _ => Ok(Plan::Chain(op, mean)),
+        }
+    }
+
+    fn reduce(&self, reduction: Reduction) -> Result<Plan, Failure> {
+        let op = Op::Reduce {
+            reduction,
+            keepdims: self.attributes.flag("keepdims", true)?,
+            noop_with_empty_axes: self.attributes.flag("noop_with_empty_axes", false)?,
+        };
+        // An input since opset 18; of ReduceSum since 13.
+        if self.opset < 18 && reduction != Reduction::Sum {
+            if let Some(axes) = self.attributes.ints("axes")? {
+                return Ok(Plan::WithList(op, axes));
+            }
+        }
+        Ok(Plan::Op(op))
+    }
+
+    fn constant(&self) -> Result<Plan, Failure> {
+        let a = &self.attributes;
+        if let Some(tensor) = self.tensor("value")? {
+            return Ok(Plan::Constant(tensor));
+        }
+        if let Some(value) = a.float("value_float")? {
+            return Ok(Plan::Constant(Tensor::from_f32(vec![], &[value])));
+        }
+        if let Some(value) = a.int("value_int")? {
+            return Ok(Plan::Constant(Tensor::from_i64(vec![], &[value])));
+        }
+        if let Some(values) = a.floats("value_floats") {
+            return Ok(Plan::Constant(Tensor::from_f32(vec![values.len()], &values)));
+        }
+        if let Some(values) = a.ints("value_ints")? {
+            return Ok(Plan::Constant(Tensor::from_i64(vec![values.len()], &values)));
+        }
+        match a.left_over() {
+            Some(form) => Ok(Plan::Unknown(Some(form))),
+            None => Err("it has no value".into()),
+        }
+    }
+
+    fn dropout(&self) -> Result<Plan, Failure> {
+        self.attributes.ignore(&["seed"]);
+        let training = self.inputs.get(2).copied().flatten();
+        let inference = training.is_none_or(|v| {
+            let tensor = self.graph.constant(v).and_then(|c| c.materialize().ok());
+            tensor.and_then(|t| t.scalar()) == Some(0.0)
+        });
+        Ok(match (inference, self.inputs.is_empty()) {
+            (_, true) => return Err("it has no inputs".into()),
+            (true, _) => Plan::Pass,
+            (false, _) => Plan::Unknown(Some("training_mode".to_string())),
+        })
+    }
+
+    fn permutation(&self) -> Result<Option<Vec<usize>>, Failure> {
+        let Some(perm) = self.attributes.ints("perm")? else {
+            return Ok(None);
+        };
+        let mut seen = vec![false; perm.len()];
+        for axis in &perm {
+            match usize::try_from(*axis).ok().and_then(|i| seen.get_mut(i)) {
+                Some(seen) if !*seen => *seen = true,
+                _ => return Err(format!("perm {perm:?} is not a permutation").into()),
+            }
+        }
+        Ok(Some(perm.iter().map(|p| *p as usize).collect()))
+    }
+
+    fn scatter_mode(&self) -> Result<Result<ScatterMode, Plan>, Failure> {
+        Ok(Ok(match self.attributes.string_or("reduction", "none")?.as_str() {
+            "none" => ScatterMode::Replace,
+            "add" => ScatterMode::Add,
+            "mul" => ScatterMode::Mul,
+            "max" => ScatterMode::Max,
+            "min" => ScatterMode::Min,
+            other => return Ok(Err(Plan::Unknown(Some(format!("reduction={other}"))))),
+        }))
+    }
+
+    fn rms_normalization(&self) -> Result<Op, Failure> {
+        self.attributes.ignore(&["stash_type"]);
+        Ok(Op::RmsNormalization {
+            axis: self.attributes.int_or("axis", -1)?,
+            epsilon: self.attributes.float_or("epsilon", 1e-5)?,
+        })
+    }
+
+    fn biased_gelu(&self, tanh: bool) -> Result<Plan, Failure> {
+        Ok(match self.inputs.get(1).copied().flatten() {
+            Some(_) => Plan::Pipe(Op::Binary(Binary::Add), Op::Gelu { tanh }),
+            None => Plan::Op(Op::Gelu { tanh }),
+        })
+    }
+
+    /// Attributes that change the meaning unless 0 are left over, and so reported, unless they are 0.
+    fn expect_zero(&self, names: &[&str]) -> Result<(), Failure> {
+        for name in names {
+            if self.attributes.is_zero(name) {
+                self.attributes.ignore(&[name]);
+            }
+        }
+        Ok(())
+    }
+
+    fn attention(&self) -> Result<Plan, Failure> {
+        let a = &self.attributes;
+        // It says what output 3 holds.
+        if self.outputs.get(3).copied().flatten().is_none() {
+            a.ignore(&["qk_matmul_output_mode"]);
+        }
+        self.expect_zero(&["qk_matmul_output_mode"])?;
+        let softmax_precision = match a.int("softmax_precision")? {
+            None | Some(0) => None,
+            Some(code) => match i32::try_from(code).ok().and_then(dtype_of) {
+                Some(dtype) if dtype.is_float() => Some(dtype),
+                _ => return Err(format!("its softmax_precision is {code}, which is no float type").into()),
+            },
+        };
+        Ok(Plan::Op(Op::Attention(Attention {
+            is_causal: a.flag("is_causal", false)?,
+            scale: a.float("scale")?,
+            softcap: a.float_or("softcap", 0.0)?,
+            q_num_heads: a.count("q_num_heads")?,
+            kv_num_heads: a.count("kv_num_heads")?,
+            softmax_precision,
+        })))
+    }
+
+    fn group_query_attention(&self) -> Result<Plan, Failure> {
+        let a = &self.attributes;
+        // -1 and 0 both mean off for smooth_softmax; quantized caches and extra outputs are not known.
+        self.expect_zero(&["qk_output", "smooth_softmax", "kv_cache_bit_width"])?;
+        if a.is_int("smooth_softmax", -1) {
+            a.ignore(&["smooth_softmax"]);
+        }
+        for name in ["k_quant_type", "v_quant_type"] {
+            if a.is_string(name, "NONE") {
+                a.ignore(&[name]);
+            }
+        }
+        Ok(Plan::Op(Op::GroupQueryAttention(GroupQueryAttention {
+            num_heads: a.required_count("num_heads")?,
+            kv_num_heads: a.required_count("kv_num_heads")?,
+            // 0 is the default and means 1/√head_dim.
+            scale: a.float("scale")?.filter(|s| *s != 0.0),
+            softcap: a.float_or("softcap", 0.0)?,
+            local_window_size: a.int_or("local_window_size", -1)?,
+            do_rotary: a.flag("do_rotary", false)?,
+            rotary_interleaved: a.flag("rotary_interleaved", false)?,
+        })))
+    }
+}
+
+fn unary(op_type: &str) -> Option<Unary> {
+    Some(match op_type {
+        "Abs" => Unary::Abs,
+        "Ceil" => Unary::Ceil,
+        "Cos" => Unary::Cos,
+        "Erf" => Unary::Erf,
+        "Exp" => Unary::Exp,
+        "Floor" => Unary::Floor,
+        "IsNaN" => Unary::IsNan,
+        "Log" => Unary::Log,
+        "Neg" => Unary::Neg,
+        "Not" => Unary::Not,
+        "Reciprocal" => Unary::Reciprocal,
+        "Relu" => Unary::Relu,
+        "Round" => Unary::Round,
+        "Sigmoid" => Unary::Sigmoid,
+        "Sign" => Unary::Sign,
+        "Sin" => Unary::Sin,
+        "Softplus" => Unary::Softplus,
+        "Sqrt" => Unary::Sqrt,
+        "Tanh" => Unary::Tanh,
+        _ => return None,
+    })
+}
+
+fn binary(op_type: &str) -> Option<Binary> {
+    Some(match op_type {
+        "Add" => Binary::Add,
+        "Sub" => Binary::Sub,
+        "Mul" => Binary::Mul,
+        "Div" => Binary::Div,
+        "Pow" => Binary::Pow,
+        "And" => Binary::And,
+        "Or" => Binary::Or,
+        "Xor" => Binary::Xor,
+        "Equal" => Binary::Equal,
+        "Less" => Binary::Less,
+        "LessOrEqual" => Binary::LessOrEqual,
+        "Greater" => Binary::Greater,
+        "GreaterOrEqual" => Binary::GreaterOrEqual,
+        _ => return None,
+    })
+}

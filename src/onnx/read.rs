@@ -1,0 +1,566 @@
+//! From a file to a graph: opening and telling apart what is no ONNX model, definitions and uses of values, model-local
+//! functions. Single nodes are `normalize`'s, tensors are `tensor`'s.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use bytes::Bytes;
+use prost::Message;
+
+use super::OPSETS;
+use super::attributes::Attributes;
+use super::error::{ReadError, ReadErrorKind};
+use super::normalize::{self, Site};
+use super::proto::{
+    AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TypeProto, ValueInfoProto,
+};
+use super::tensor::{self, Folder};
+use crate::dim::Dim;
+use crate::graph::{Definition, Graph, Op, Producer, Shape, ValueId};
+use crate::tensor::DType;
+
+/// Functions may call functions; more levels than this can only be recursion.
+const MAX_CALL_DEPTH: usize = 64;
+/// Functions that call functions twice grow exponentially; no real model comes near this many nodes.
+const MAX_NODES: usize = 4_000_000;
+
+/// Reads a model. Weights stay in the mapped files, so this takes no memory for them.
+///
+/// The graph is sorted, its values have unique names, initializers that are inputs as well (IR version 3) are constants
+/// only. Only inputs and constants have types; run `graph::infer` for the rest.
+pub fn read(path: impl AsRef<Path>) -> Result<Graph, ReadError> {
+    let path = path.as_ref();
+    read_file(path).map_err(|kind| kind.at(path))
+}
+
+fn read_file(path: &Path) -> Result<Graph, ReadErrorKind> {
+    if path.is_dir() {
+        return Err(ReadErrorKind::Folder);
+    }
+    let bytes = tensor::map(path).map_err(ReadErrorKind::Open)?;
+    let model = decode(bytes)?;
+    let mut reader = Reader {
+        graph: Graph::default(),
+        folder: Folder::of(path),
+        functions: &functions(&model)?,
+        made: 0,
+    };
+    reader.model(&model)?;
+    Ok(reader.graph)
+}
+
+fn decode(bytes: Bytes) -> Result<ModelProto, ReadErrorKind> {
+    if bytes.is_empty() {
+        return Err(ReadErrorKind::Empty);
+    }
+    if bytes.starts_with(b"version https://git-lfs") {
+        return Err(ReadErrorKind::LfsPointer);
+    }
+    if let Some(needed) = promised_length(&bytes) {
+        return Err(ReadErrorKind::Truncated {
+            needed,
+            found: bytes.len() as u64,
+        });
+    }
+    let model = ModelProto::decode(bytes).map_err(|error| ReadErrorKind::NotOnnx {
+        reason: error.to_string(),
+    })?;
+    if model.graph.is_none() {
+        return Err(ReadErrorKind::NotOnnx {
+            reason: "it holds no graph".to_string(),
+        });
+    }
+    Ok(model)
+}
+
+/// If the top-level fields are those of a model and the last one reaches beyond the end: how many bytes there should be.
+/// Told apart from garbage because the cure is another one.
+fn promised_length(bytes: &[u8]) -> Option<u64> {
+    let mut rest = bytes;
+    let varint = |rest: &mut &[u8]| prost::encoding::decode_varint(rest).ok();
+    while !rest.is_empty() {
+        let at = (bytes.len() - rest.len()) as u64;
+        let Some(key) = varint(&mut rest) else {
+            // A cut within a key; without a valid field before it this is garbage.
+            return (at > 0).then_some(bytes.len() as u64 + 1);
+        };
+        match (key >> 3, key & 7) {
+            // ir_version comes first from every writer; a file that starts otherwise is judged by the decoder.
+            (1 | 5, 0) => {
+                varint(&mut rest)?;
+            }
+            (2 | 3 | 4 | 6 | 7 | 8 | 14 | 20 | 25 | 26, 2) => {
+                let length = varint(&mut rest)?;
+                if length > rest.len() as u64 {
+                    let start = (bytes.len() - rest.len()) as u64;
+                    // A graph that claims more than 2^40 bytes is garbage, not cut off.
+                    return (at > 0 && length < 1 << 40).then(|| start + length);
+                }
+                rest = &rest[length as usize..];
+            }
+            _ => return None,
+        }
+    }
+    None
+}
+
+/// Domain and version; `ai.onnx` is another name of the standard domain.
+fn domain_of(domain: Option<&str>) -> &str {
+    match domain {
+        None | Some("ai.onnx") => "",
+        Some(domain) => domain,
+    }
+}
+
+struct Opsets(HashMap<String, i64>);
+
+impl Opsets {
+    /// Checks the standard domain's version; `place` completes the message.
+    fn new(imports: &[OperatorSetIdProto], place: &str) -> Result<Self, ReadErrorKind> {
+        let version = |o: &OperatorSetIdProto| (domain_of(o.domain.as_deref()).to_string(), o.version.unwrap_or(0));
+        let map: HashMap<String, i64> = imports.iter().map(version).collect();
+        match map.get("") {
+            Some(version) if !OPSETS.contains(version) => Err(ReadErrorKind::Opset {
+                version: *version,
+                place: place.to_string(),
+            }),
+            _ => Ok(Opsets(map)),
+        }
+    }
+
+    fn of(&self, domain: &str) -> Option<i64> {
+        self.0.get(domain).copied()
+    }
+}
+
+/// Domain, name and overload.
+type FunctionKey<'m> = (&'m str, &'m str, &'m str);
+
+struct Function<'m> {
+    proto: &'m FunctionProto,
+    opsets: Opsets,
+}
+
+fn functions(model: &ModelProto) -> Result<HashMap<FunctionKey<'_>, Function<'_>>, ReadErrorKind> {
+    let mut functions = HashMap::new();
+    for proto in &model.functions {
+        let name = proto.name.as_deref().unwrap_or_default();
+        let key = (
+            domain_of(proto.domain.as_deref()),
+            name,
+            proto.overload.as_deref().unwrap_or_default(),
+        );
+        let opsets = Opsets::new(&proto.opset_import, &format!(" in its function {name:?}"))?;
+        if functions.insert(key, Function { proto, opsets }).is_some() {
+            return Err(ReadErrorKind::Functions {
+                reason: format!("{name:?} of the domain {:?} is defined twice", key.0),
+            });
+        }
+    }
+    Ok(functions)
+}
+
+/// Names that nodes can read, and what they stand for: `None` for an optional input of a function that was left out.
+#[derive(Default)]
+struct Scope<'m> {
+    values: HashMap<&'m str, Option<ValueId>>,
+    /// Who defined each name, for messages. Nodes are told by their number.
+    origin: HashMap<&'m str, Origin>,
+}
+
+impl<'m> Scope<'m> {
+    /// Notes who defines a name, which must have no definition yet. `nodes` are those of the scope.
+    fn claim(&mut self, name: &'m str, origin: Origin, nodes: &[NodeProto]) -> Result<(), ReadErrorKind> {
+        let describe = |origin: Origin| match origin {
+            Origin::Input => "an input".to_string(),
+            Origin::Initializer => "an initializer".to_string(),
+            Origin::Node(i) => format!("node {:?}", node_name(&nodes[i])),
+        };
+        match self.origin.insert(name, origin) {
+            None => Ok(()),
+            Some(first) => Err(ReadErrorKind::Duplicate {
+                value: name.to_string(),
+                first: describe(first),
+                second: describe(origin),
+            }),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Origin {
+    Input,
+    Initializer,
+    Node(usize),
+}
+
+/// What a list of nodes is read within.
+struct Frame<'f> {
+    opsets: &'f Opsets,
+    /// Prefix of values and nodes: empty in the graph, `caller/` in a function.
+    prefix: String,
+    /// The caller's attributes; `None` in the graph.
+    attributes: Option<HashMap<&'f str, AttributeProto>>,
+    depth: usize,
+}
+
+struct Reader<'m> {
+    graph: Graph,
+    folder: Folder,
+    functions: &'m HashMap<FunctionKey<'m>, Function<'m>>,
+    /// Nodes read so far, those of inlined functions included.
+    made: usize,
+}
+
+impl<'m> Reader<'m> {
+    fn model(&mut self, model: &'m ModelProto) -> Result<(), ReadErrorKind> {
+        let opsets = Opsets::new(&model.opset_import, "")?;
+        if opsets.of("").is_none() {
+            return Err(ReadErrorKind::NoOpset);
+        }
+        let graph = model.graph.as_ref().expect("decode checks this");
+        let mut imports: Vec<(String, i64)> = opsets.0.iter().map(|(d, v)| (d.clone(), *v)).collect();
+        imports.sort();
+        self.graph = Graph::new(graph.name.clone().unwrap_or_default());
+        self.graph.producer = Producer {
+            name: model.producer_name.clone().unwrap_or_default(),
+            version: model.producer_version.clone().unwrap_or_default(),
+            ir_version: model.ir_version.unwrap_or(0),
+            opsets: imports,
+        };
+
+        let mut scope = Scope::default();
+        self.initializers(graph, &mut scope)?;
+        self.inputs(graph, &mut scope)?;
+        let frame = Frame {
+            opsets: &opsets,
+            prefix: String::new(),
+            attributes: None,
+            depth: 0,
+        };
+        self.nodes(&graph.node, &mut scope, &HashMap::new(), &frame)?;
+        for output in &graph.output {
+            let name = output.name.as_deref().unwrap_or_default();
+            let value = scope.values.get(name).copied().flatten();
+            let value = value.ok_or_else(|| ReadErrorKind::Undefined {
+                value: name.to_string(),
+                reader: "the list of outputs".to_string(),
+            })?;
+            self.graph.outputs.push(value);
+        }
+        self.declared_types(graph, &scope);
+        self.drop_unread_outputs();
+        self.graph.sort()?;
+        Ok(())
+    }
+
+    fn initializers(&mut self, graph: &'m GraphProto, scope: &mut Scope<'m>) -> Result<(), ReadErrorKind> {
+        if !graph.sparse_initializer.is_empty() {
+            return Err(ReadErrorKind::Tensor {
+                tensor: "sparse_initializer".to_string(),
+                reason: "sparse tensors are not read; export the model with dense weights".to_string(),
+            });
+        }
+        for proto in &graph.initializer {
+            let name = proto.name.as_deref().unwrap_or_default();
+            let tensor = self.folder.tensor(proto, name)?;
+            let constant = crate::graph::Constant::tensor(tensor).with_origin(name);
+            let value = self.define(graph, scope, name, Origin::Initializer)?;
+            self.graph.set_constant(value, constant);
+        }
+        Ok(())
+    }
+
+    fn inputs(&mut self, graph: &'m GraphProto, scope: &mut Scope<'m>) -> Result<(), ReadErrorKind> {
+        for info in &graph.input {
+            let name = info.name.as_deref().unwrap_or_default();
+            if matches!(scope.origin.get(name), Some(Origin::Initializer)) {
+                continue;
+            }
+            let value = self.define(graph, scope, name, Origin::Input)?;
+            let (dtype, shape) = tensor_type(info, name)?;
+            let input = self.graph.value_mut(value);
+            (input.dtype, input.shape, input.definition) = (Some(dtype), shape, Definition::Input);
+            self.graph.inputs.push(value);
+        }
+        Ok(())
+    }
+
+    /// A new value of that name, which must have no definition yet.
+    fn define(
+        &mut self,
+        graph: &GraphProto,
+        scope: &mut Scope<'m>,
+        name: &'m str,
+        origin: Origin,
+    ) -> Result<ValueId, ReadErrorKind> {
+        scope.claim(name, origin, &graph.node)?;
+        let value = self.graph.add_value(name);
+        scope.values.insert(name, Some(value));
+        Ok(value)
+    }
+
+    /// Reads nodes in any order: first what they define, then what they read. `results` are values that names of this
+    /// scope must define, as the outputs of a function.
+    fn nodes(
+        &mut self,
+        nodes: &'m [NodeProto],
+        scope: &mut Scope<'m>,
+        results: &HashMap<&'m str, ValueId>,
+        frame: &Frame,
+    ) -> Result<(), ReadErrorKind> {
+        self.made += nodes.len();
+        if self.made > MAX_NODES {
+            return Err(ReadErrorKind::Functions {
+                reason: format!("they grow to more than {MAX_NODES} nodes"),
+            });
+        }
+        for (i, node) in nodes.iter().enumerate() {
+            for name in node.output.iter().filter(|n| !n.is_empty()) {
+                scope.claim(name, Origin::Node(i), nodes)?;
+                let value = match results.get(name.as_str()) {
+                    Some(value) => *value,
+                    None => self.graph.add_value(&format!("{}{name}", frame.prefix)),
+                };
+                scope.values.insert(name, Some(value));
+            }
+        }
+        for node in nodes {
+            self.node(node, scope, frame)?;
+        }
+        Ok(())
+    }
+
+    fn node(&mut self, node: &'m NodeProto, scope: &Scope<'m>, frame: &Frame) -> Result<(), ReadErrorKind> {
+        let name = format!("{}{}", frame.prefix, node_name(node));
+        let op_type = node.op_type.as_deref().unwrap_or_default();
+        let mut inputs = Vec::with_capacity(node.input.len());
+        for input in &node.input {
+            inputs.push(match (input.as_str(), scope.values.get(input.as_str())) {
+                ("", _) => None,
+                (_, Some(value)) => *value,
+                (_, None) => {
+                    return Err(ReadErrorKind::Undefined {
+                        value: input.clone(),
+                        reader: format!("node {name:?} ({op_type})"),
+                    });
+                }
+            });
+        }
+        let output = |n: &String| scope.values.get(n.as_str()).copied().flatten();
+        let mut outputs: Vec<Option<ValueId>> = node.output.iter().map(output).collect();
+        // What is left out at the end is as good as absent.
+        for list in [&mut inputs, &mut outputs] {
+            while list.last() == Some(&None) {
+                list.pop();
+            }
+        }
+        let attributes = resolve_references(&node.attribute, frame.attributes.as_ref());
+        let domain = domain_of(node.domain.as_deref());
+        let overload = node.overload.as_deref().unwrap_or_default();
+        if self.functions.contains_key(&(domain, op_type, overload)) {
+            return self.inline(
+                (domain, op_type, overload),
+                name,
+                inputs,
+                outputs,
+                attributes,
+                frame.depth,
+            );
+        }
+        let Some(opset) = frame.opsets.of(domain).or((domain != "").then_some(1)) else {
+            return Err(ReadErrorKind::NoOpset);
+        };
+        normalize::add_node(Site {
+            graph: &mut self.graph,
+            folder: &self.folder,
+            name,
+            domain,
+            op_type,
+            opset,
+            inputs,
+            outputs,
+            attributes: Attributes::new(attributes),
+        })
+    }
+
+    /// Puts the body of a function where it is called.
+    fn inline(
+        &mut self,
+        key: FunctionKey<'m>,
+        name: String,
+        inputs: Vec<Option<ValueId>>,
+        outputs: Vec<Option<ValueId>>,
+        attributes: Vec<AttributeProto>,
+        depth: usize,
+    ) -> Result<(), ReadErrorKind> {
+        let broken = |reason: String| ReadErrorKind::Functions {
+            reason: format!("{:?}, called by node {name:?}, {reason}", key.1),
+        };
+        if depth >= MAX_CALL_DEPTH {
+            return Err(broken("calls itself".to_string()));
+        }
+        let function = &self.functions[&key];
+        let proto = function.proto;
+        if inputs.len() > proto.input.len() || outputs.len() > proto.output.len() {
+            return Err(broken(format!(
+                "has {} inputs and {} outputs, and gets {} and {}",
+                proto.input.len(),
+                proto.output.len(),
+                inputs.len(),
+                outputs.len()
+            )));
+        }
+        let mut scope = Scope::default();
+        for (i, formal) in proto.input.iter().enumerate() {
+            if scope.origin.insert(formal, Origin::Input).is_some() {
+                return Err(broken(format!("has two inputs {formal:?}")));
+            }
+            scope.values.insert(formal, inputs.get(i).copied().flatten());
+        }
+        // An output that is an input, or is listed twice, cannot be given the caller's value; it is copied below.
+        let mut results: HashMap<&str, ValueId> = HashMap::new();
+        let mut copies = Vec::new();
+        for (formal, actual) in proto.output.iter().zip(&outputs) {
+            let Some(actual) = *actual else { continue };
+            if scope.origin.contains_key(formal.as_str()) || results.contains_key(formal.as_str()) {
+                copies.push((formal, actual));
+            } else {
+                results.insert(formal, actual);
+            }
+        }
+        let given: HashMap<&str, AttributeProto> = {
+            let named = |a: &'m AttributeProto| (a.name.as_deref().unwrap_or_default(), a.clone());
+            let mut given: HashMap<&str, AttributeProto> = proto.attribute_proto.iter().map(named).collect();
+            for attribute in attributes {
+                let wanted = attribute.name.as_deref().unwrap_or_default();
+                let known = |n: &&String| n.as_str() == wanted;
+                let formal = proto.attribute.iter().find(known).map(String::as_str);
+                let formal = formal.or_else(|| given.keys().find(|k| **k == wanted).copied());
+                // An attribute the function does not declare has no effect on its body.
+                if let Some(formal) = formal {
+                    given.insert(formal, attribute);
+                }
+            }
+            given
+        };
+        let frame = Frame {
+            opsets: &function.opsets,
+            prefix: format!("{name}/"),
+            attributes: Some(given),
+            depth: depth + 1,
+        };
+        self.nodes(&proto.node, &mut scope, &results, &frame)?;
+        for formal in results.keys() {
+            if !scope.values.contains_key(formal) {
+                return Err(broken(format!("does not define its output {formal:?}")));
+            }
+        }
+        for (formal, actual) in copies {
+            let source = scope.values.get(formal.as_str()).copied().flatten();
+            let source = source.ok_or_else(|| broken(format!("does not define its output {formal:?}")))?;
+            let copy = format!("{name}/{formal}");
+            self.graph
+                .add_node_with_outputs(&copy, Op::Identity, vec![Some(source)], vec![Some(actual)]);
+        }
+        Ok(())
+    }
+
+    /// The export's own word on the outputs of unknown operators, so that inference can go on behind them.
+    fn declared_types(&mut self, graph: &'m GraphProto, scope: &Scope<'m>) {
+        let unknown = |graph: &Graph, value: ValueId| {
+            let op = graph.def(value).map(|(_, node)| &node.op);
+            matches!(op, Some(Op::Unknown { .. }))
+        };
+        for info in graph.value_info.iter().chain(&graph.output) {
+            let name = info.name.as_deref().unwrap_or_default();
+            let Some(value) = scope.values.get(name).copied().flatten() else {
+                continue;
+            };
+            if unknown(&self.graph, value)
+                && let Ok((dtype, shape)) = tensor_type(info, name)
+            {
+                let value = self.graph.value_mut(value);
+                (value.dtype, value.shape) = (Some(dtype), shape);
+            }
+        }
+    }
+
+    /// Optional outputs nobody reads (the mask of a dropout, the mean of a normalization) are left out. The number of
+    /// outputs of `Split` has a meaning and stays.
+    fn drop_unread_outputs(&mut self) {
+        let mut read: std::collections::HashSet<ValueId> = self.graph.outputs.iter().copied().collect();
+        let nodes: Vec<_> = self.graph.node_ids().collect();
+        for id in &nodes {
+            read.extend(self.graph.node(*id).inputs.iter().flatten());
+        }
+        for id in nodes {
+            let node = self.graph.node_mut(id);
+            if node.outputs.len() < 2 || matches!(node.op, Op::Split { .. } | Op::Unknown { .. }) {
+                continue;
+            }
+            let mut dropped = Vec::new();
+            for output in &mut node.outputs[1..] {
+                if output.is_some_and(|v| !read.contains(&v)) {
+                    dropped.extend(output.take());
+                }
+            }
+            while node.outputs.last() == Some(&None) {
+                node.outputs.pop();
+            }
+            for value in dropped {
+                self.graph.value_mut(value).definition = Definition::Dead;
+            }
+        }
+    }
+}
+
+/// The node's name, or that of its first output.
+fn node_name(node: &NodeProto) -> &str {
+    match node.name.as_deref() {
+        Some(name) if !name.is_empty() => name,
+        _ => node.output.iter().find(|o| !o.is_empty()).map_or("", String::as_str),
+    }
+}
+
+/// Attributes of a node in a function's body, with the caller's values put in; one the caller leaves out is left out.
+fn resolve_references(
+    attributes: &[AttributeProto],
+    caller: Option<&HashMap<&str, AttributeProto>>,
+) -> Vec<AttributeProto> {
+    let resolve = |attribute: &AttributeProto| match attribute.ref_attr_name.as_deref() {
+        None | Some("") => Some(attribute.clone()),
+        Some(reference) => caller.and_then(|c| c.get(reference)).map(|value| AttributeProto {
+            name: attribute.name.clone(),
+            ref_attr_name: None,
+            ..value.clone()
+        }),
+    };
+    attributes.iter().filter_map(resolve).collect()
+}
+
+/// The declared type of a graph's input. A dim without a name gets one.
+fn tensor_type(info: &ValueInfoProto, name: &str) -> Result<(DType, Option<Shape>), ReadErrorKind> {
+    let wrong = |reason: &str| ReadErrorKind::Input {
+        name: name.to_string(),
+        reason: reason.to_string(),
+    };
+    let Some(TypeProto {
+        tensor_type: Some(tensor),
+    }) = &info.r#type
+    else {
+        return Err(wrong("is not declared as a tensor"));
+    };
+    let code = tensor.elem_type.unwrap_or(0);
+    let dtype = tensor::dtype_of(code).ok_or_else(|| ReadErrorKind::DType {
+        tensor: name.to_string(),
+        dtype: tensor::code_name(code),
+    })?;
+    let dim = |(i, dim): (usize, &super::proto::DimensionProto)| match (dim.dim_value, dim.dim_param.as_deref()) {
+        (Some(value), _) if value >= 0 => Dim::constant(value),
+        (None, Some(text)) if !text.trim().is_empty() => Dim::parse(text),
+        _ => Dim::named(format!("{name}.{i}")),
+    };
+    let shape = tensor.shape.as_ref();
+    Ok((dtype, shape.map(|s| s.dim.iter().enumerate().map(dim).collect())))
+}
