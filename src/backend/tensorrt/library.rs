@@ -136,22 +136,22 @@ mod imp {
             return Ok(library.clone());
         }
         let (path, source) = find(explicit)?;
-        if let Some(library) = &*loaded {
-            return if same_file(&library.path, &path) {
-                Ok(library.clone())
-            } else {
-                Err(LibraryError::AnotherLoaded {
-                    loaded: library.path.clone(),
-                    asked: path,
-                })
-            };
+        if let Some(library) = loaded.as_ref().filter(|library| same_file(&library.path, &path)) {
+            return Ok(library.clone());
         }
+        // What is wrong with the file itself is said first, even where another library is in use already.
         let (version, opened) = open(&path, source)?;
         if !version.is_supported() {
             return Err(LibraryError::Version {
                 path,
                 version,
                 min: Version::MIN,
+            });
+        }
+        if let Some(library) = &*loaded {
+            return Err(LibraryError::AnotherLoaded {
+                loaded: library.path.clone(),
+                asked: path,
             });
         }
         trtx::dynamically_load_tensorrt(Some(&path)).map_err(|error| LibraryError::NotALibrary {
