@@ -135,6 +135,29 @@ impl Maker {
         )
     }
 
+    /// True where a cache slot is not after the token: bool `[1, 1, tokens, capacity]`.
+    fn causal_mask(&mut self, positions: TensorId) -> TensorId {
+        let capacity = self.c.capacity;
+        let slots = Tensor::from_i32(vec![1, 1, 1, capacity], &(0..capacity as i32).collect::<Vec<_>>());
+        let slots = self.net.constant("slots", slots);
+        let column = LayerKind::Shuffle {
+            first: None,
+            reshape: Some(self.shape(&[1, 1, 0, 1])),
+            second: None,
+        };
+        let shape = self.shape(&[1, 1, 0, 1]);
+        let positions = self
+            .net
+            .layer("position_column", column, [positions], DType::I32, shape);
+        let shape = self.shape(&[1, 1, 0, capacity]);
+        let future = LayerKind::Elementwise(Elementwise::Greater);
+        let future = self
+            .net
+            .layer("future", future, [slots, positions], DType::Bool, shape.clone());
+        self.net
+            .layer("mask", LayerKind::Unary(UnaryOp::Not), [future], DType::Bool, shape)
+    }
+
     fn heads(&mut self, x: TensorId, name: String, count: usize) -> TensorId {
         let d = self.c.head_dim;
         let kind = LayerKind::Shuffle {
@@ -159,8 +182,7 @@ fn llama(c: Llama, tokens: Tokens, fold: bool) -> Network {
     let ids = m.net.input("input_ids", DType::I32, row.clone());
     let positions = m.net.input("position_ids", DType::I32, row);
     let at = m.net.input("write_indices", DType::I32, vec![Dim::from(1usize)]);
-    let mask_shape = m.shape(&[1, 1, 0, c.capacity]);
-    let mask = m.net.input("mask", DType::Bool, mask_shape);
+    let mask = m.causal_mask(positions);
     let table = [c.capacity, c.head_dim / 2];
     let cos = m.net.constant("cos", bytes_of(DType::F16, &table, |_| 1));
     let sin = m.net.constant("sin", bytes_of(DType::F16, &table, |_| 1));
