@@ -37,6 +37,7 @@
 //! fixed it.
 
 pub mod constant;
+pub mod eval;
 pub mod op;
 mod transform;
 

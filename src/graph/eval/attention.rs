@@ -1,0 +1,117 @@
+//! ONNX `Attention`, opset 23 and 24: <https://onnx.ai/onnx/operators/onnx__Attention.html>.
+
+use super::array::{Result, broadcast, broadcast_offsets};
+use super::error::{EvalError, invalid, shape_error};
+use super::heads::{Heads, attend};
+use crate::graph::op::Attention;
+use crate::tensor::{DType, Tensor};
+
+/// Outputs `[y, present_key, present_value, scores]`.
+///
+/// Query `i` stands at position `i + offset` among the keys, where the offset is the length of the past, or with
+/// `nonpad_kv_seqlen` that row's length less the number of queries, or 0.
+pub(super) fn attention(how: &Attention, input: impl Fn(usize) -> Option<Tensor>) -> Result<[Tensor; 4]> {
+    let needed = |i: usize| input(i).ok_or(EvalError::MissingInput { input: i });
+    let (q_in, k_in, v_in) = (needed(0)?, needed(1)?, needed(2)?);
+    let q = Heads::of(&q_in, how.q_num_heads)?;
+    let new_k = Heads::of(&k_in, how.kv_num_heads)?;
+    let new_v = Heads::of(&v_in, how.kv_num_heads)?;
+    let (past_length, k, v) = match (input(4), input(5)) {
+        (Some(past_k), Some(past_v)) => {
+            let (past_k, past_v) = (Heads::of(&past_k, None)?, Heads::of(&past_v, None)?);
+            (past_k.tokens, past_k.followed_by(&new_k)?, past_v.followed_by(&new_v)?)
+        }
+        (None, None) => (0, new_k, new_v),
+        _ => return Err(invalid("past_key and past_value must come together")),
+    };
+    let lengths = match input(6) {
+        Some(t) if t.len() == q.batch => Some(t.to_i64()),
+        Some(t) => return Err(shape_error(format!("nonpad_kv_seqlen of shape {:?}", t.shape()))),
+        None => None,
+    };
+    let mask = input(3)
+        .map(|mask| Mask::new(&mask, [q.batch, q.heads, q.tokens, k.tokens]))
+        .transpose()?;
+    let bias = |b: usize, h: usize, i: usize, j: usize| -> f64 {
+        let offset = match &lengths {
+            Some(lengths) => lengths[b] - q.tokens as i64,
+            None => past_length as i64,
+        };
+        let future = how.is_causal && j as i64 > i as i64 + offset;
+        let padding = lengths.as_ref().is_some_and(|l| j as i64 >= l[b]);
+        if future || padding {
+            f64::NEG_INFINITY
+        } else {
+            mask.as_ref().map_or(0.0, |m| m.bias(b, h, i, j))
+        }
+    };
+    let scale = how.scale.map_or(1.0 / (q.dim as f64).sqrt(), f64::from);
+    let (y, scores) = attend([&q, &k, &v], scale, f64::from(how.softcap), bias, None)?;
+    let dtype = q_in.dtype();
+    let y = if q_in.shape().len() == 3 {
+        y.tensor_3d(dtype)
+    } else {
+        y.tensor_4d(dtype)
+    };
+    Ok([
+        y,
+        k.tensor_4d(k_in.dtype()),
+        v.tensor_4d(v_in.dtype()),
+        scores.tensor_4d(dtype),
+    ])
+}
+
+/// A mask as numbers to add, broadcast to `[batch, heads, queries, keys]`. One shorter than the keys is extended with
+/// "masked out".
+struct Mask {
+    additive: Vec<f64>,
+    offsets: Vec<usize>,
+    /// The broadcast shape; its last axis may be shorter than the keys.
+    shape: [usize; 4],
+}
+
+impl Mask {
+    fn new(mask: &Tensor, [batch, heads, queries, keys]: [usize; 4]) -> Result<Mask> {
+        let own = mask.shape();
+        let width = *own.last().unwrap_or(&1);
+        let shape = [batch, heads, queries, width.min(keys)];
+        let fits = own.len() <= 4
+            && (1..=keys.max(1)).contains(&width)
+            && broadcast(&[own, &shape]).is_ok_and(|both| both == shape);
+        if !fits {
+            return Err(shape_error(format!(
+                "a mask of shape {own:?} for scores of shape {:?}",
+                [batch, heads, queries, keys]
+            )));
+        }
+        let additive = match mask.dtype() {
+            DType::Bool => {
+                let chosen = mask.to_i64();
+                chosen
+                    .iter()
+                    .map(|c| if *c != 0 { 0.0 } else { f64::NEG_INFINITY })
+                    .collect()
+            }
+            dtype if dtype.is_float() => mask.to_f64(),
+            dtype => {
+                return Err(EvalError::DType {
+                    what: "the mask",
+                    dtype,
+                });
+            }
+        };
+        Ok(Mask {
+            additive,
+            offsets: broadcast_offsets(own, &shape),
+            shape,
+        })
+    }
+
+    fn bias(&self, b: usize, h: usize, i: usize, j: usize) -> f64 {
+        let [_, heads, queries, width] = self.shape;
+        if j >= width {
+            return f64::NEG_INFINITY;
+        }
+        self.additive[self.offsets[((b * heads + h) * queries + i) * width + j]]
+    }
+}

@@ -1,0 +1,160 @@
+//! Values of a graph, computed on demand.
+
+use std::collections::{HashMap, HashSet};
+
+use super::{EvalError, error::EvalError as E, eval_node};
+use crate::graph::{Definition, Graph, NodeId, ValueId};
+use crate::tensor::Tensor;
+
+/// Computes values of a graph from bindings, each at most once.
+///
+/// Any value may be bound, not only graph inputs: a binding hides the value's definition, so a part of a graph can be
+/// run by itself. Only what a wanted value depends on is computed, so inputs it does not depend on may stay unbound.
+pub struct Evaluator<'g> {
+    graph: &'g Graph,
+    known: HashMap<ValueId, Tensor>,
+}
+
+impl<'g> Evaluator<'g> {
+    pub fn new(graph: &'g Graph, bindings: HashMap<ValueId, Tensor>) -> Self {
+        Evaluator { graph, known: bindings }
+    }
+
+    /// The tensor of one value.
+    pub fn value(&mut self, wanted: ValueId) -> Result<Tensor, EvalError> {
+        // Depth first without recursion: graphs are thousands of nodes deep.
+        let mut open = HashSet::new();
+        let mut stack = vec![wanted];
+        while let Some(&id) = stack.last() {
+            if self.known.contains_key(&id) {
+                stack.pop();
+                continue;
+            }
+            let value = self.graph.value(id);
+            let node = match &value.definition {
+                Definition::Constant(constant) => {
+                    let tensor = constant.materialize()?;
+                    self.known.insert(id, tensor);
+                    continue;
+                }
+                Definition::Node { node, .. } => *node,
+                Definition::Input => {
+                    return Err(E::Unbound {
+                        value: value.name.clone(),
+                    });
+                }
+                Definition::Dead => {
+                    return Err(E::Undefined {
+                        value: value.name.clone(),
+                    });
+                }
+            };
+            let inputs = self.graph.node(node).inputs.iter().flatten();
+            let missing: Vec<ValueId> = inputs.filter(|i| !self.known.contains_key(i)).copied().collect();
+            if missing.is_empty() {
+                self.run(node)?;
+                if !self.known.contains_key(&id) {
+                    return Err(E::Undefined {
+                        value: value.name.clone(),
+                    });
+                }
+            } else if open.insert(id) {
+                stack.extend(missing);
+            } else {
+                return Err(E::Cycle {
+                    value: value.name.clone(),
+                });
+            }
+        }
+        Ok(self.known[&wanted].clone())
+    }
+
+    /// The tensors of several values, in order.
+    pub fn values(&mut self, wanted: &[ValueId]) -> Result<Vec<Tensor>, EvalError> {
+        wanted.iter().map(|id| self.value(*id)).collect()
+    }
+
+    fn run(&mut self, id: NodeId) -> Result<(), EvalError> {
+        let node = self.graph.node(id);
+        let inputs: Vec<Option<Tensor>> = node.inputs.iter().map(|i| i.map(|i| self.known[&i].clone())).collect();
+        let results = eval_node(&node.op, &inputs, node.outputs.len()).map_err(|source| E::Node {
+            node: node.name.clone(),
+            op: super::op_label(&node.op),
+            inputs: describe(&inputs),
+            source: Box::new(source),
+        })?;
+        for (output, result) in node.outputs.iter().zip(results) {
+            if let (Some(output), Some(result)) = (output, result) {
+                // A bound output keeps its binding.
+                self.known.entry(*output).or_insert(result);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn describe(inputs: &[Option<Tensor>]) -> String {
+    let each: Vec<String> = inputs
+        .iter()
+        .map(|i| i.as_ref().map_or("-".to_string(), |t| format!("{t:?}")))
+        .collect();
+    each.join(", ")
+}
+
+/// What a value is computed from.
+#[derive(Clone, Debug, Default)]
+pub struct Support {
+    /// Graph inputs reached, in the graph's order.
+    pub inputs: Vec<ValueId>,
+    /// Values of the cut reached, in no particular order.
+    pub cut: Vec<ValueId>,
+    /// Nodes that must run.
+    pub nodes: usize,
+    /// Bytes of all constants read.
+    pub constant_bytes: usize,
+}
+
+/// Walks back from `value` to graph inputs, constants and the values in `cut`, behind which it does not look.
+pub fn support(graph: &Graph, value: ValueId, cut: &HashSet<ValueId>) -> Support {
+    let mut found = Support::default();
+    let (mut seen, mut nodes) = (HashSet::from([value]), HashSet::new());
+    let mut inputs = HashSet::new();
+    let mut stack = vec![value];
+    while let Some(id) = stack.pop() {
+        if cut.contains(&id) {
+            found.cut.push(id);
+            continue;
+        }
+        match &graph.value(id).definition {
+            Definition::Input => {
+                inputs.insert(id);
+            }
+            Definition::Constant(constant) => found.constant_bytes += constant.byte_len(),
+            Definition::Node { node, .. } => {
+                if nodes.insert(*node) {
+                    let inputs = graph.node(*node).inputs.iter().flatten();
+                    stack.extend(inputs.filter(|i| seen.insert(**i)));
+                }
+            }
+            Definition::Dead => {}
+        }
+    }
+    found.inputs = graph.inputs.iter().copied().filter(|i| inputs.contains(i)).collect();
+    found.nodes = nodes.len();
+    found
+}
+
+/// Whether `value` is, or is computed from, one of `targets`.
+pub fn depends_on(graph: &Graph, value: ValueId, targets: &HashSet<ValueId>) -> bool {
+    let mut seen = HashSet::from([value]);
+    let mut stack = vec![value];
+    while let Some(id) = stack.pop() {
+        if targets.contains(&id) {
+            return true;
+        }
+        if let Some((_, node)) = graph.def(id) {
+            stack.extend(node.inputs.iter().flatten().filter(|i| seen.insert(**i)));
+        }
+    }
+    false
+}

@@ -1,0 +1,157 @@
+//! Matrix products.
+
+use std::ops::{Add, Mul};
+
+use super::array::{Data, Result, broadcast, broadcast_offsets, floats, store, transpose, volume};
+use super::error::{invalid, shape_error};
+use crate::tensor::Tensor;
+
+/// NumPy's `matmul`: the last two axes are matrices, those before broadcast; a vector operand is a row on the left, a
+/// column on the right, and its axis is dropped from the result.
+pub(super) fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if a.dtype() != b.dtype() {
+        return Err(invalid(format!(
+            "operands of two dtypes, {} and {}",
+            a.dtype(),
+            b.dtype()
+        )));
+    }
+    let bad = || {
+        shape_error(format!(
+            "lhs of shape {:?} cannot be multiplied by rhs of shape {:?}",
+            a.shape(),
+            b.shape()
+        ))
+    };
+    let (mut left, mut right) = (a.shape().to_vec(), b.shape().to_vec());
+    let (row, column) = (left.len() == 1, right.len() == 1);
+    if row {
+        left.insert(0, 1);
+    }
+    if column {
+        right.push(1);
+    }
+    let ([left_batch @ .., m, k], [right_batch @ .., k2, n]) = (&left[..], &right[..]) else {
+        return Err(bad());
+    };
+    let (m, k, n) = (*m, *k, *n);
+    if k != *k2 {
+        return Err(bad());
+    }
+    let batch = broadcast(&[left_batch, right_batch]).map_err(|_| bad())?;
+    let mut shape = batch.clone();
+    shape.extend([m, n]);
+    let total = volume(&shape)?;
+    let left_at = broadcast_offsets(left_batch, &batch);
+    let right_at = broadcast_offsets(right_batch, &batch);
+    let plan = Plan {
+        pairs: left_at.iter().zip(&right_at).map(|(i, j)| (*i, *j)).collect(),
+        m,
+        k,
+        n,
+        total,
+    };
+    let data = match (Data::of(a), Data::of(b)) {
+        (Data::Float(x), Data::Float(y)) => Data::Float(plan.run(&x, &y, 0.0)),
+        (Data::Int(x), Data::Int(y)) => Data::Int(plan.run(&x, &y, 0)),
+        _ => unreachable!("one dtype"),
+    };
+    if column {
+        shape.pop();
+    }
+    if row {
+        shape.remove(batch.len());
+    }
+    Ok(store(a.dtype(), shape, data))
+}
+
+/// Which matrices to multiply: `[m, k]` by `[k, n]`, by matrix number on either side.
+struct Plan {
+    pairs: Vec<(usize, usize)>,
+    m: usize,
+    k: usize,
+    n: usize,
+    total: usize,
+}
+
+impl Plan {
+    /// Rows of `b` are the inner loop, so that both matrices are read in order.
+    fn run<T: Copy + Add<Output = T> + Mul<Output = T>>(&self, a: &[T], b: &[T], zero: T) -> Vec<T> {
+        let Plan { m, k, n, .. } = *self;
+        let mut out = vec![zero; self.total];
+        if n == 0 || k == 0 || m == 0 {
+            return out;
+        }
+        for (c, (i, j)) in out.chunks_exact_mut(m * n).zip(&self.pairs) {
+            let (a, b) = (&a[i * m * k..][..m * k], &b[j * k * n..][..k * n]);
+            for (c_row, a_row) in c.chunks_exact_mut(n).zip(a.chunks_exact(k)) {
+                for (x, b_row) in a_row.iter().zip(b.chunks_exact(n)) {
+                    for (c, y) in c_row.iter_mut().zip(b_row) {
+                        *c = *c + *x * *y;
+                    }
+                }
+            }
+        }
+        out
+    }
+}
+
+/// The last two axes exchanged.
+fn swap_last(x: &Tensor) -> Result<Tensor> {
+    let rank = x.shape().len();
+    if rank < 2 {
+        return Err(shape_error(format!(
+            "a tensor of shape {:?} is not a matrix",
+            x.shape()
+        )));
+    }
+    let mut perm: Vec<usize> = (0..rank).collect();
+    perm.swap(rank - 2, rank - 1);
+    Ok(transpose(x, &perm))
+}
+
+pub(super) struct Scaled {
+    pub alpha: f32,
+    pub beta: f32,
+    pub trans_a: bool,
+    pub trans_b: bool,
+}
+
+/// `alpha * a' * b' + beta * c`, the sum in one rounding.
+pub(super) fn gemm(how: &Scaled, a: &Tensor, b: &Tensor, c: Option<&Tensor>) -> Result<Tensor> {
+    let a = if how.trans_a { swap_last(a)? } else { a.clone() };
+    let b = if how.trans_b { swap_last(b)? } else { b.clone() };
+    let dtype = a.dtype();
+    if !dtype.is_float() {
+        let product = matmul(&a, &b)?;
+        if how.alpha != 1.0 || how.beta != 1.0 {
+            return Err(invalid("a scaled product of integers"));
+        }
+        return match c {
+            Some(c) => super::elementwise::binary(crate::graph::op::Binary::Add, &product, c),
+            None => Ok(product),
+        };
+    }
+    // Kept in f64 until the bias is in.
+    let (a, b) = (wide(&a), wide(&b));
+    let product = matmul(&a, &b)?;
+    let shape = product.shape().to_vec();
+    let mut values: Vec<f64> = product.to_f64().iter().map(|v| v * f64::from(how.alpha)).collect();
+    if let Some(c) = c {
+        if broadcast(&[c.shape(), &shape])? != shape {
+            return Err(shape_error(format!(
+                "c of shape {:?} does not broadcast to {shape:?}",
+                c.shape()
+            )));
+        }
+        let bias = c.to_f64();
+        for (value, at) in values.iter_mut().zip(broadcast_offsets(c.shape(), &shape)) {
+            *value += f64::from(how.beta) * bias[at];
+        }
+    }
+    Ok(floats(dtype, shape, &values))
+}
+
+pub(super) fn wide(x: &Tensor) -> Tensor {
+    super::elementwise::cast(x, crate::tensor::DType::F64)
+}

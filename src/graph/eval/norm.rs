@@ -1,0 +1,86 @@
+//! Normalizations, and the contrib operators that add a residual first.
+
+use super::array::{Result, axis, broadcast, broadcast_offsets, floats};
+use super::elementwise::binary;
+use super::error::shape_error;
+use crate::graph::op::Binary;
+use crate::tensor::{DType, Tensor};
+
+/// What a normalization divides by, and the rest it is given.
+pub(super) struct Norm<'a> {
+    pub axis: i64,
+    pub epsilon: f32,
+    /// Subtract the mean, as LayerNormalization does and RMSNormalization does not.
+    pub center: bool,
+    pub scale: &'a Tensor,
+    pub bias: Option<&'a Tensor>,
+}
+
+/// The normalized tensor, and per normalized vector the mean and the inverse standard deviation, in fp32.
+pub(super) fn normalize(x: &Tensor, how: &Norm) -> Result<[Tensor; 3]> {
+    let shape = x.shape();
+    let at = axis(how.axis, shape.len())?;
+    let length: usize = shape[at..].iter().product();
+    let mut values = x.to_f64();
+    let (mut means, mut inverses) = (Vec::new(), Vec::new());
+    if length > 0 {
+        for vector in values.chunks_exact_mut(length) {
+            let n = length as f64;
+            let mean = if how.center {
+                vector.iter().sum::<f64>() / n
+            } else {
+                0.0
+            };
+            let variance = vector.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
+            let inverse = 1.0 / (variance + f64::from(how.epsilon)).sqrt();
+            vector.iter_mut().for_each(|v| *v = (*v - mean) * inverse);
+            means.push(mean);
+            inverses.push(inverse);
+        }
+    }
+    scale_and_shift(&mut values, shape, how)?;
+    let mut reduced = shape.to_vec();
+    reduced[at..].fill(1);
+    let count: usize = reduced.iter().product();
+    means.resize(count, f64::NAN);
+    inverses.resize(count, f64::NAN);
+    Ok([
+        floats(x.dtype(), shape.to_vec(), &values),
+        floats(DType::F32, reduced.clone(), &means),
+        floats(DType::F32, reduced, &inverses),
+    ])
+}
+
+fn scale_and_shift(values: &mut [f64], shape: &[usize], how: &Norm) -> Result<()> {
+    let fits = |t: &Tensor| match broadcast(&[t.shape(), shape]) {
+        Ok(both) if both == shape => Ok((t.to_f64(), broadcast_offsets(t.shape(), shape))),
+        _ => Err(shape_error(format!(
+            "a scale or bias of shape {:?} for a tensor of shape {shape:?}",
+            t.shape()
+        ))),
+    };
+    let (scale, offsets) = fits(how.scale)?;
+    values.iter_mut().zip(offsets).for_each(|(v, o)| *v *= scale[o]);
+    if let Some(bias) = how.bias {
+        let (bias, offsets) = fits(bias)?;
+        values.iter_mut().zip(offsets).for_each(|(v, o)| *v += bias[o]);
+    }
+    Ok(())
+}
+
+/// The contrib Skip… operators: outputs `[normalized, mean, inverse, x + skip + bias]`.
+pub(super) fn skip(x: &Tensor, skip: &Tensor, bias: Option<&Tensor>, how: &Norm) -> Result<[Tensor; 4]> {
+    let mut sum = binary(Binary::Add, x, skip)?;
+    if sum.shape() != x.shape() {
+        return Err(shape_error(format!(
+            "a skip of shape {:?} for an input of shape {:?}",
+            skip.shape(),
+            x.shape()
+        )));
+    }
+    if let Some(bias) = bias {
+        sum = binary(Binary::Add, &sum, bias)?;
+    }
+    let [y, mean, inverse] = normalize(&sum, how)?;
+    Ok([y, mean, inverse, sum])
+}

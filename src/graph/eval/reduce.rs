@@ -1,0 +1,139 @@
+//! Reductions, softmax and running sums.
+
+use super::array::{Data, Result, around, axis, floats, store, strides, walk};
+use super::error::{EvalError, invalid, shape_error};
+use crate::graph::op::Reduction;
+use crate::tensor::Tensor;
+
+pub(super) fn softmax(x: &Tensor, at: i64, log: bool) -> Result<Tensor> {
+    if !x.dtype().is_float() {
+        return Err(EvalError::DType {
+            what: "x",
+            dtype: x.dtype(),
+        });
+    }
+    let (outer, length, inner) = around(x.shape(), axis(at, x.shape().len())?);
+    let mut values = x.to_f64();
+    for o in 0..outer {
+        for i in 0..inner {
+            let cell = |k: usize| (o * length + k) * inner + i;
+            let max = (0..length).fold(f64::NEG_INFINITY, |m, k| m.max(values[cell(k)]));
+            let sum: f64 = (0..length).map(|k| (values[cell(k)] - max).exp()).sum();
+            for k in 0..length {
+                let shifted = values[cell(k)] - max;
+                values[cell(k)] = if log { shifted - sum.ln() } else { shifted.exp() / sum };
+            }
+        }
+    }
+    Ok(floats(x.dtype(), x.shape().to_vec(), &values))
+}
+
+/// Sum, product, extreme or mean over `axes`. Over no elements: 0, 1, the worst value of the dtype, NaN.
+pub(super) fn reduce(
+    reduction: Reduction,
+    keepdims: bool,
+    noop_with_empty_axes: bool,
+    x: &Tensor,
+    axes: Option<&Tensor>,
+) -> Result<Tensor> {
+    let rank = x.shape().len();
+    let given = axes.map(|t| t.to_i64()).unwrap_or_default();
+    let mut reduced = vec![given.is_empty() && !noop_with_empty_axes; rank];
+    for a in &given {
+        reduced[axis(*a, rank)?] = true;
+    }
+    let own = strides(x.shape());
+    let pick = |want: bool| -> (Vec<usize>, Vec<isize>) {
+        (0..rank)
+            .filter(|k| reduced[*k] == want)
+            .map(|k| (x.shape()[k], own[k] as isize))
+            .unzip()
+    };
+    let ((kept, kept_steps), (gone, gone_steps)) = (pick(false), pick(true));
+    let within = walk(&gone, &gone_steps, 0);
+    let starts = walk(&kept, &kept_steps, 0);
+    let data = match Data::of(x) {
+        Data::Float(v) => Data::Float(
+            starts
+                .iter()
+                .map(|s| fold_floats(reduction, within.iter().map(|w| v[s + w])))
+                .collect(),
+        ),
+        Data::Int(v) => Data::Int(
+            starts
+                .iter()
+                .map(|s| fold_ints(reduction, within.iter().map(|w| v[s + w])))
+                .collect::<Option<Vec<_>>>()
+                .ok_or_else(|| invalid("the mean or extreme of no integers"))?,
+        ),
+    };
+    let shape = (0..rank)
+        .filter(|k| keepdims || !reduced[*k])
+        .map(|k| if reduced[k] { 1 } else { x.shape()[k] })
+        .collect();
+    Ok(store(x.dtype(), shape, data))
+}
+
+fn fold_floats(reduction: Reduction, values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = values.len() as f64;
+    let keep_nan = |pick: fn(f64, f64) -> f64| {
+        move |a: f64, b: f64| {
+            if a.is_nan() || b.is_nan() { f64::NAN } else { pick(a, b) }
+        }
+    };
+    match reduction {
+        Reduction::Mean => values.sum::<f64>() / count,
+        Reduction::Sum => values.sum(),
+        Reduction::SumSquare => values.map(|v| v * v).sum(),
+        Reduction::Prod => values.product(),
+        Reduction::Max => values.fold(f64::NEG_INFINITY, keep_nan(f64::max)),
+        Reduction::Min => values.fold(f64::INFINITY, keep_nan(f64::min)),
+    }
+}
+
+fn fold_ints(reduction: Reduction, values: impl ExactSizeIterator<Item = i64>) -> Option<i64> {
+    let count = values.len() as i64;
+    Some(match reduction {
+        Reduction::Mean => values.fold(0i64, i64::wrapping_add).checked_div(count)?,
+        Reduction::Sum => values.fold(0, i64::wrapping_add),
+        Reduction::SumSquare => values.fold(0, |s, v| s.wrapping_add(v.wrapping_mul(v))),
+        Reduction::Prod => values.fold(1, i64::wrapping_mul),
+        Reduction::Max => values.max()?,
+        Reduction::Min => values.min()?,
+    })
+}
+
+pub(super) fn cumsum(x: &Tensor, at: &Tensor, exclusive: bool, reverse: bool) -> Result<Tensor> {
+    let [at] = at.to_i64()[..] else {
+        return Err(shape_error(format!("an axis of shape {:?}, not a scalar", at.shape())));
+    };
+    let (outer, length, inner) = around(x.shape(), axis(at, x.shape().len())?);
+    let lines = (0..outer).flat_map(|o| (0..inner).map(move |i| (o * length) * inner + i));
+    let cells = |start: usize| (0..length).map(move |k| start + if reverse { length - 1 - k } else { k } * inner);
+    let data = match Data::of(x) {
+        Data::Float(mut v) => {
+            for start in lines {
+                let mut sum = 0.0;
+                for c in cells(start) {
+                    let element = v[c];
+                    v[c] = if exclusive { sum } else { sum + element };
+                    sum += element;
+                }
+            }
+            Data::Float(v)
+        }
+        Data::Int(mut v) => {
+            for start in lines {
+                let mut sum = 0i64;
+                for c in cells(start) {
+                    let element = v[c];
+                    let with = sum.wrapping_add(element);
+                    v[c] = if exclusive { sum } else { with };
+                    sum = with;
+                }
+            }
+            Data::Int(v)
+        }
+    };
+    Ok(store(x.dtype(), x.shape().to_vec(), data))
+}
