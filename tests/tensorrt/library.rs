@@ -89,3 +89,63 @@ fn the_report_agrees_with_itself() {
     let missing = tensorrt::probe(Some(Path::new("/nowhere/lib.so")));
     assert!(!missing.build.possible && missing.library_problem.unwrap().contains("/nowhere/lib.so"));
 }
+
+/// Not a test of its own: says on stdout how a fresh process finds the library. The tests below run it as a child.
+#[test]
+#[ignore = "run by the tests of the search, each in its own environment"]
+fn child_that_searches() {
+    match Library::load(None) {
+        Ok(library) => println!("\nfound by {}: {}", library.source(), library.path().display()),
+        Err(error) => println!("\nproblem: {error}"),
+    }
+}
+
+/// What a process with just these variables finds.
+fn search_with(variables: &[(&str, &Path)]) -> String {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "--ignored", "--nocapture", "library::child_that_searches"])
+        .env_clear()
+        .envs(variables.iter().copied())
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("found") || line.starts_with("problem"));
+    line.unwrap_or_else(|| panic!("{text}")).to_string()
+}
+
+#[test]
+fn the_search_takes_environment_then_package_then_loader() {
+    let library = library();
+    let venv = tempfile::tempdir().unwrap();
+    let package = venv.path().join("lib/python3.11/site-packages/tensorrt_rtx_libs");
+    std::fs::create_dir_all(&package).unwrap();
+    let packaged = package.join(tensorrt::LIBRARY_NAME);
+    std::os::unix::fs::symlink(library.path(), &packaged).unwrap();
+
+    let both = search_with(&[("TENSORRT_RTX_LIB", library.path()), ("VIRTUAL_ENV", venv.path())]);
+    assert_eq!(both, format!("found by TENSORRT_RTX_LIB: {}", library.path().display()));
+    let empty = search_with(&[("TENSORRT_RTX_LIB", Path::new("")), ("VIRTUAL_ENV", venv.path())]);
+    assert_eq!(
+        empty,
+        format!("found by the Python package tensorrt_rtx_libs: {}", packaged.display())
+    );
+    let wrong = search_with(&[
+        ("TENSORRT_RTX_LIB", Path::new("/nowhere")),
+        ("VIRTUAL_ENV", venv.path()),
+    ]);
+    assert!(
+        wrong.starts_with("problem") && wrong.contains("/nowhere"),
+        "never passed over: {wrong}"
+    );
+    let folder = library.path().parent().unwrap();
+    let loader = search_with(&[("LD_LIBRARY_PATH", folder)]);
+    assert!(loader.starts_with("found by the loader's path: /"), "{loader}");
+    let nothing = search_with(&[]);
+    // A machine may have the library installed system-wide.
+    assert!(
+        nothing.contains("pip install tensorrt-rtx-cu12-libs") || nothing.starts_with("found by the loader"),
+        "{nothing}"
+    );
+}

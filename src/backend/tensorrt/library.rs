@@ -175,6 +175,8 @@ mod imp {
             Some((PathBuf::from(value), Source::Environment))
         });
         if let Some((path, by)) = given {
+            // The loader searches its own path for a bare file name, and would pass over the file that was meant.
+            let path = std::path::absolute(&path).unwrap_or(path);
             return if path.is_dir() {
                 // A folder is what other tools call the SDK root; take the library in it.
                 let inside = [path.join(LIBRARY_NAME), path.join("lib").join(LIBRARY_NAME)];
@@ -208,11 +210,12 @@ mod imp {
                 return Some(library);
             }
         }
-        // -I: neither the working directory nor the user's variables decide which package is found.
-        let script = "import importlib.util as u\ns = u.find_spec('tensorrt_rtx_libs')\n\
+        // Without the empty entry, a folder of that name in the working directory is not taken for the package.
+        let script = "import sys\nsys.path = [p for p in sys.path if p]\nimport importlib.util as u\n\
+                      s = u.find_spec('tensorrt_rtx_libs')\n\
                       print(*(s.submodule_search_locations if s else []), sep='\\n')";
         let output = Command::new("python3")
-            .args(["-I", "-c", script])
+            .args(["-c", script])
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .output()

@@ -281,10 +281,43 @@ fn typed_shape(dtype: DType, shape: &[Dim]) -> String {
 
 /// The layer that TensorRT's message names, described for the end of our own; empty if it names none.
 pub(super) fn hint(network: &Network, message: &str) -> String {
-    let named = network.layers.iter().filter(|layer| message.contains(&layer.name));
+    let named = network.layers.iter().filter(|layer| names(message, &layer.name));
     // Of `attn` and `attn/scale` the longer is meant.
     match named.max_by_key(|layer| layer.name.len()) {
         Some(layer) => format!("\nin layer {}", layer_context(network, layer)),
         None => String::new(),
+    }
+}
+
+/// Whether the name stands in the text by itself, not as a part of a longer name or word.
+fn names(text: &str, name: &str) -> bool {
+    let in_name = |c: char| c.is_alphanumeric() || matches!(c, '_' | '.' | '/');
+    !name.is_empty()
+        && text.match_indices(name).any(|(at, _)| {
+            let before = text[..at].chars().next_back();
+            let mut after = text[at + name.len()..].chars();
+            // A full stop ends a sentence unless the name goes on behind it.
+            let goes_on = match after.next() {
+                Some('.') => after.next().is_some_and(in_name),
+                next => next.is_some_and(in_name),
+            };
+            !before.is_some_and(in_name) && !goes_on
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::names;
+
+    #[test]
+    fn a_layer_is_named_only_by_its_whole_name() {
+        assert!(names("Error (tail: out of bounds slice)", "tail"));
+        assert!(names(
+            "cannot compute node layers.0.q_proj. In validate",
+            "layers.0.q_proj"
+        ));
+        assert!(!names("layers.0.q_proj/scale: no", "layers.0.q_proj"));
+        assert!(!names("it is assumed", "sum"));
+        assert!(!names("anything", ""));
     }
 }
