@@ -57,7 +57,7 @@ pub(super) fn group_query_attention(
         let past = past.map(|p| Heads::of(&p, None)).transpose()?;
         let slots = past.as_ref().map_or(0, |p| p.tokens).max(total.max(0) as usize);
         let mut cache = Heads::zeros(batch, new.heads, slots, new.dim);
-        for b in 0..batch {
+        for (b, start) in starts.iter().enumerate() {
             for h in 0..new.heads {
                 if let Some(past) = &past {
                     for t in 0..past.tokens {
@@ -65,10 +65,10 @@ pub(super) fn group_query_attention(
                     }
                 }
                 for t in 0..tokens {
-                    if starts[b] + t >= slots {
-                        return Err(invalid(format!("slot {} of a cache with {slots}", starts[b] + t)));
+                    if start + t >= slots {
+                        return Err(invalid(format!("slot {} of a cache with {slots}", start + t)));
                     }
-                    cache.row_mut(b, h, starts[b] + t).copy_from_slice(new.row(b, h, t));
+                    cache.row_mut(b, h, start + t).copy_from_slice(new.row(b, h, t));
                 }
             }
         }

@@ -3,7 +3,7 @@
 use super::array::{Data, Result, around, axis, floats, store, strides, walk};
 use super::error::{EvalError, invalid, shape_error};
 use crate::graph::op::Reduction;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 pub(super) fn softmax(x: &Tensor, at: i64, log: bool) -> Result<Tensor> {
     if !x.dtype().is_float() {
@@ -62,9 +62,9 @@ pub(super) fn reduce(
         Data::Int(v) => Data::Int(
             starts
                 .iter()
-                .map(|s| fold_ints(reduction, within.iter().map(|w| v[s + w])))
+                .map(|s| fold_ints(reduction, x.dtype(), within.iter().map(|w| v[s + w])))
                 .collect::<Option<Vec<_>>>()
-                .ok_or_else(|| invalid("the mean or extreme of no integers"))?,
+                .ok_or_else(|| invalid("the mean of no integers"))?,
         ),
     };
     let shape = (0..rank)
@@ -91,15 +91,23 @@ fn fold_floats(reduction: Reduction, values: impl ExactSizeIterator<Item = f64>)
     }
 }
 
-fn fold_ints(reduction: Reduction, values: impl ExactSizeIterator<Item = i64>) -> Option<i64> {
+/// `None`: the mean of nothing.
+fn fold_ints(reduction: Reduction, dtype: DType, values: impl ExactSizeIterator<Item = i64>) -> Option<i64> {
     let count = values.len() as i64;
+    let (least, greatest) = match dtype {
+        DType::Bool => (0, 1),
+        DType::U8 => (0, 255),
+        DType::I8 => (i64::from(i8::MIN), i64::from(i8::MAX)),
+        DType::I32 => (i64::from(i32::MIN), i64::from(i32::MAX)),
+        _ => (i64::MIN, i64::MAX),
+    };
     Some(match reduction {
         Reduction::Mean => values.fold(0i64, i64::wrapping_add).checked_div(count)?,
         Reduction::Sum => values.fold(0, i64::wrapping_add),
         Reduction::SumSquare => values.fold(0, |s, v| s.wrapping_add(v.wrapping_mul(v))),
         Reduction::Prod => values.fold(1, i64::wrapping_mul),
-        Reduction::Max => values.max()?,
-        Reduction::Min => values.min()?,
+        Reduction::Max => values.max().unwrap_or(least),
+        Reduction::Min => values.min().unwrap_or(greatest),
     })
 }
 

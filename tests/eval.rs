@@ -1,0 +1,6 @@
+//! The evaluator against the ONNX project's node tests, and against ONNX Runtime on whole exports.
+
+#[path = "eval/exports.rs"]
+mod exports;
+#[path = "eval/node_tests.rs"]
+mod node_tests;
