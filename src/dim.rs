@@ -53,6 +53,7 @@ impl fmt::Debug for Sym {
 type Monomial = Vec<Sym>;
 
 /// An integer polynomial in normal form: no zero coefficients, so structural equality is equality of polynomials.
+/// Coefficients saturate: only a file made to do so has dims near 2^63, and it must not end the process.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Dim {
     terms: BTreeMap<Monomial, i64>,
@@ -100,6 +101,22 @@ impl Dim {
         self.terms.keys().flatten().cloned().collect()
     }
 
+    /// The least value the dim can have, if one is known. Symbols stand for sizes: `batch`, `tokens` and `capacity` are
+    /// at least 1, all others at least 0.
+    pub fn lower_bound(&self) -> Option<i64> {
+        let at_least_one = [Sym::batch(), Sym::tokens(), Sym::capacity()];
+        self.terms.iter().try_fold(0i64, |sum, (monomial, coefficient)| {
+            let constant = monomial.is_empty();
+            let least = i64::from(monomial.iter().all(|sym| at_least_one.contains(sym)));
+            (constant || *coefficient >= 0).then(|| sum.saturating_add(coefficient.saturating_mul(least)))
+        })
+    }
+
+    /// The greatest value the dim can have, if one is known.
+    pub fn upper_bound(&self) -> Option<i64> {
+        (&Dim::default() - self).lower_bound().map(i64::saturating_neg)
+    }
+
     fn add_term(&mut self, monomial: Monomial, coefficient: i64) {
         use std::collections::btree_map::Entry;
         match self.terms.entry(monomial) {
@@ -109,7 +126,7 @@ impl Dim {
                 }
             }
             Entry::Occupied(mut slot) => {
-                *slot.get_mut() += coefficient;
+                *slot.get_mut() = slot.get().saturating_add(coefficient);
                 if *slot.get() == 0 {
                     slot.remove();
                 }
@@ -128,7 +145,7 @@ impl Dim {
             let Some((monomial, coefficient)) = rest.terms.last_key_value() else {
                 return Some(quotient);
             };
-            if coefficient % lead_coefficient != 0 {
+            if coefficient.checked_rem(*lead_coefficient)? != 0 {
                 return None;
             }
             let mut factor = monomial.clone();
@@ -163,13 +180,11 @@ impl Dim {
         sum
     }
 
-    /// The number, given a number for every symbol; `None` if a symbol is missing.
+    /// The number, given a number for every symbol; `None` if a symbol is missing or the number has no room in an i64.
     pub fn eval(&self, values: &BTreeMap<Sym, i64>) -> Option<i64> {
         self.terms.iter().try_fold(0i64, |sum, (monomial, coefficient)| {
-            let product = monomial
-                .iter()
-                .try_fold(*coefficient, |p, sym| Some(p * values.get(sym)?))?;
-            Some(sum + product)
+            let factor = |p: i64, sym| p.checked_mul(*values.get(sym)?);
+            sum.checked_add(monomial.iter().try_fold(*coefficient, factor)?)
         })
     }
 
@@ -246,7 +261,7 @@ impl std::ops::Sub for &Dim {
     fn sub(self, other: &Dim) -> Dim {
         let mut difference = self.clone();
         for (monomial, coefficient) in &other.terms {
-            difference.add_term(monomial.clone(), -coefficient);
+            difference.add_term(monomial.clone(), coefficient.saturating_neg());
         }
         difference
     }
@@ -261,7 +276,7 @@ impl std::ops::Mul for &Dim {
                 let mut monomial = left.clone();
                 monomial.extend(right.iter().cloned());
                 monomial.sort();
-                product.add_term(monomial, a * b);
+                product.add_term(monomial, a.saturating_mul(*b));
             }
         }
         product
@@ -323,11 +338,17 @@ pub struct DimConflict {
 #[derive(Clone, Debug, Default)]
 pub struct Unifier {
     solved: BTreeMap<Sym, Dim>,
+    kept: BTreeSet<Sym>,
 }
 
 impl Unifier {
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Symbols that are solved for only when no other will do, such as those of graph inputs.
+    pub fn keep(&mut self, syms: impl IntoIterator<Item = Sym>) {
+        self.kept.extend(syms);
     }
 
     /// The dim with every solved symbol replaced.
@@ -340,8 +361,8 @@ impl Unifier {
         &self.solved
     }
 
-    /// Learns `left == right`. Solves for a symbol that stands alone in the equation, for preference one that is not
-    /// canonical (`batch`, `tokens`, `past`, `capacity`). An equation that no single symbol solves is a conflict.
+    /// Learns `left == right`. Solves for a symbol that stands alone in the equation, for preference one that is neither
+    /// canonical (`batch`, `tokens`, `past`, `capacity`) nor to be kept. An equation that no single symbol solves is a conflict.
     pub fn unify(&mut self, left: &Dim, right: &Dim) -> Result<(), DimConflict> {
         let (left, right) = (self.resolve(left), self.resolve(right));
         let difference = &left - &right;
@@ -356,18 +377,24 @@ impl Unifier {
         let alone = |sym: &Sym| {
             let coefficient = difference.terms.get(&vec![sym.clone()]).copied();
             let elsewhere = difference.terms.keys().any(|m| m.len() > 1 && m.contains(sym));
-            coefficient.filter(|c| c.abs() == 1 && !elsewhere)
+            coefficient.filter(|c| c.unsigned_abs() == 1 && !elsewhere)
         };
-        let (sym, coefficient) = difference
+        // coefficient * sym + rest == 0
+        let solve = |sym: &Sym, coefficient: i64| {
+            let mut rest = difference.clone();
+            rest.terms.remove(&vec![sym.clone()]);
+            &rest * &Dim::constant(coefficient.saturating_neg())
+        };
+        let negative = |dim: &Dim| dim.terms.values().any(|c| *c < 0);
+        // A sum reads better than a difference, and its bounds are known: total = past + tokens.
+        let rank = |sym: &Sym, dim: &Dim| (canonical.contains(sym), self.kept.contains(sym), negative(dim));
+        let (sym, solution) = difference
             .symbols()
             .into_iter()
-            .filter_map(|sym| alone(&sym).map(|c| (sym, c)))
-            .min_by_key(|(sym, _)| canonical.contains(sym))
+            .filter_map(|sym| alone(&sym).map(|c| (solve(&sym, c), sym)))
+            .map(|(dim, sym)| (sym, dim))
+            .min_by_key(|(sym, dim)| rank(sym, dim))
             .ok_or_else(conflict)?;
-        // coefficient * sym + rest == 0
-        let mut rest = difference.clone();
-        rest.terms.remove(&vec![sym.clone()]);
-        let solution = &rest * &Dim::constant(-coefficient);
         if solution.as_const().is_some_and(|value| value < 0) {
             return Err(conflict());
         }

@@ -38,12 +38,16 @@
 
 pub mod constant;
 pub mod eval;
+pub mod infer;
+mod names;
 pub mod op;
 mod transform;
 
 use std::collections::{HashMap, HashSet};
 
 pub use constant::{Constant, ConstantError, Source, Transform};
+pub use infer::{Contents, Facts, InferError, bind_input_dims, infer};
+pub use names::MICROSOFT;
 pub use op::Op;
 
 use crate::dim::Dim;

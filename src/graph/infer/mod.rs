@@ -1,0 +1,508 @@
+//! Types of every value of a graph: dtypes, shapes of symbolic dims, and what small integer tensors hold.
+//!
+//! Takes a graph whose inputs and constants have types; [`infer`] fills in the rest and gives [`Facts`]. Exporters compute
+//! shapes in the graph (`Shape` → `Gather` → `Concat` → `Reshape`), name one length many times and take equal lengths
+//! from different tensors. So elements of small tensors are followed as dims, and every equation an operator implies
+//! (two operands of a broadcast, the other axes of a `Concat`, the inner dims of a `MatMul`) goes to a [`Unifier`]. What
+//! is learned late may decide what was open before, so inference runs again until nothing new is learned.
+//!
+//! Dtypes are propagated, not checked: mixed operands are the verifier's to find. Values behind an unknown operator
+//! without declared types stay untyped.
+//!
+//! Rooms: `content` elements of small tensors, `elementwise`, `movement` (reshape, slice, gather …), `linear` (products,
+//! reductions, normalizations), `attention`.
+
+mod attention;
+mod content;
+mod elementwise;
+mod linear;
+mod movement;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+
+use super::op::Op;
+use super::{Definition, Graph, Node, NodeId, Shape, ValueId};
+use crate::dim::{Dim, DimConflict, Sym, Unifier};
+use crate::tensor::DType;
+
+/// Larger tensors are data, not shapes: their elements are not followed.
+const MAX_CONTENTS: usize = 128;
+/// Rounds until nothing new is learned; real exports need two.
+const MAX_ROUNDS: usize = 8;
+
+/// What a node's operand is, for messages.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Operand {
+    pub name: String,
+    pub dtype: DType,
+    pub shape: Shape,
+}
+
+impl fmt::Display for Operand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {}{:?}", self.name, self.dtype, self.shape)
+    }
+}
+
+/// A graph that cannot be typed. The names are those of the export's nodes and values.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InferError {
+    #[error("node {node:?} ({op}): {left} and {right} do not fit, because the {conflict}")]
+    Conflict {
+        node: String,
+        op: String,
+        left: Operand,
+        right: Operand,
+        conflict: DimConflict,
+    },
+    #[error("node {node:?} ({op}): {reason}")]
+    Node { node: String, op: String, reason: String },
+    #[error("input {input:?} has the shape {shape:?}; its dimension {axis} cannot be {wanted}")]
+    Bind {
+        input: String,
+        shape: Shape,
+        axis: usize,
+        wanted: Dim,
+    },
+}
+
+/// The elements of a small tensor, in row-major order; the tensor's shape and dtype are in the graph.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Contents {
+    /// False and true are 0 and 1. Of a float tensor the elements are known only if they are whole numbers.
+    pub elements: Vec<Dim>,
+    /// The tensor has rank 0.
+    pub scalar: bool,
+}
+
+impl Contents {
+    /// The elements, if all are numbers.
+    pub fn as_consts(&self) -> Option<Vec<i64>> {
+        self.elements.iter().map(Dim::as_const).collect()
+    }
+
+    /// The element of a tensor that has exactly one, whatever its rank.
+    pub fn single(&self) -> Option<&Dim> {
+        match self.elements.as_slice() {
+            [element] => Some(element),
+            _ => None,
+        }
+    }
+}
+
+/// What inference found beside the types, which are in the graph.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    contents: HashMap<ValueId, Contents>,
+    unifier: Unifier,
+}
+
+impl Facts {
+    /// The elements of a value, if it is small and every one of them is known as a dim.
+    pub fn contents(&self, value: ValueId) -> Option<&Contents> {
+        self.contents.get(&value)
+    }
+
+    /// A dim with every equation applied.
+    pub fn resolve(&self, dim: &Dim) -> Dim {
+        self.unifier.resolve(dim)
+    }
+
+    /// The equations learned, solved for single symbols.
+    pub fn solved(&self) -> &BTreeMap<Sym, Dim> {
+        self.unifier.solved()
+    }
+}
+
+/// Types every value. The graph must be sorted. Graph inputs are rewritten to the common names of their dims, too.
+pub fn infer(graph: &mut Graph) -> Result<Facts, InferError> {
+    let mut tables = Tables::new(graph);
+    let nodes: Vec<NodeId> = graph.node_ids().collect();
+    for _ in 0..MAX_ROUNDS {
+        let known = tables.unifier.solved().len();
+        for id in &nodes {
+            tables.node(graph, *id)?;
+        }
+        if tables.unifier.solved().len() == known {
+            break;
+        }
+    }
+    Ok(tables.into_facts(graph))
+}
+
+/// Gives dims of graph inputs their roles before inference: `(input, axis, dim)`, for example
+/// `(attention_mask, 1, past + tokens)`. Each declared symbol that a role solves is replaced in all inputs; a declared
+/// number stays, and a symbol of the role becomes that number.
+pub fn bind_input_dims(graph: &mut Graph, roles: &[(ValueId, usize, Dim)]) -> Result<(), InferError> {
+    // The export's own "past" need not be ours.
+    let canonical = [Sym::batch(), Sym::tokens(), Sym::past(), Sym::capacity()];
+    let set_aside: BTreeMap<Sym, Dim> = canonical
+        .iter()
+        .map(|s| (s.clone(), Dim::named(format!("export.{s}"))))
+        .collect();
+    let inputs = graph.inputs.clone();
+    let declared: HashMap<ValueId, Shape> = inputs
+        .iter()
+        .filter_map(|v| Some((*v, graph.shape(*v)?.iter().map(|d| d.substitute(&set_aside)).collect())))
+        .collect();
+    let mut unifier = Unifier::new();
+    unifier.keep(roles.iter().flat_map(|(_, _, dim)| dim.symbols()));
+    for (value, axis, wanted) in roles {
+        let refuse = || InferError::Bind {
+            input: graph.value(*value).name.clone(),
+            shape: graph.shape(*value).cloned().unwrap_or_default(),
+            axis: *axis,
+            wanted: wanted.clone(),
+        };
+        let dim = declared.get(value).and_then(|s| s.get(*axis)).ok_or_else(refuse)?;
+        unifier.unify(dim, wanted).map_err(|_| refuse())?;
+    }
+    for (value, shape) in declared {
+        graph.value_mut(value).shape = Some(shape.iter().map(|d| unifier.resolve(d)).collect());
+    }
+    Ok(())
+}
+
+/// Elements of a small tensor; `None` where one is not known.
+type Elements = Vec<Option<Dim>>;
+
+/// What is known of one value.
+#[derive(Clone, Debug)]
+struct Fact {
+    dtype: DType,
+    shape: Shape,
+    elements: Option<Elements>,
+}
+
+impl Fact {
+    fn new(dtype: DType, shape: Shape) -> Self {
+        Fact {
+            dtype,
+            shape,
+            elements: None,
+        }
+    }
+
+    fn with(mut self, elements: Option<Elements>) -> Self {
+        let worth = |e: &Elements| e.is_empty() || e.iter().any(Option::is_some);
+        self.elements = elements.filter(|e| e.len() <= MAX_CONTENTS && worth(e));
+        self
+    }
+
+    /// The elements if all are numbers, as of an `axes` input.
+    fn consts(&self) -> Option<Vec<i64>> {
+        let elements = self.elements.as_ref()?;
+        elements.iter().map(|e| e.as_ref()?.as_const()).collect()
+    }
+
+    /// The only element.
+    fn single(&self) -> Option<&Dim> {
+        match self.elements.as_deref() {
+            Some([Some(element)]) => Some(element),
+            _ => None,
+        }
+    }
+}
+
+struct Tables {
+    facts: Vec<Option<Fact>>,
+    unifier: Unifier,
+}
+
+impl Tables {
+    fn new(graph: &Graph) -> Self {
+        let mut unifier = Unifier::new();
+        let facts = graph.value_ids().map(|id| {
+            let value = graph.value(id);
+            match &value.definition {
+                Definition::Input => Some(Fact::new(value.dtype?, value.shape.clone()?)),
+                Definition::Constant(constant) => {
+                    let shape = constant.shape().iter().map(|d| Dim::from(*d)).collect();
+                    Some(Fact::new(constant.dtype(), shape).with(content::of_constant(constant)))
+                }
+                // Only an unknown operator's declared types are believed.
+                Definition::Node { node, .. } if matches!(graph.node(*node).op, Op::Unknown { .. }) => {
+                    Some(Fact::new(value.dtype?, value.shape.clone()?))
+                }
+                _ => None,
+            }
+        });
+        let facts = facts.collect();
+        let declared = |v: &ValueId| graph.shape(*v).into_iter().flatten().flat_map(Dim::symbols);
+        unifier.keep(graph.inputs.iter().flat_map(declared));
+        Tables { facts, unifier }
+    }
+
+    fn resolved(&self, id: ValueId) -> Option<Fact> {
+        let fact = self.facts[id.0 as usize].as_ref()?;
+        let elements = fact.elements.as_ref().map(|elements| {
+            let resolve = |e: &Option<Dim>| e.as_ref().map(|d| self.unifier.resolve(d));
+            elements.iter().map(resolve).collect()
+        });
+        Some(Fact {
+            dtype: fact.dtype,
+            shape: fact.shape.iter().map(|d| self.unifier.resolve(d)).collect(),
+            elements,
+        })
+    }
+
+    fn node(&mut self, graph: &Graph, id: NodeId) -> Result<(), InferError> {
+        let node = graph.node(id);
+        if matches!(node.op, Op::Unknown { .. }) {
+            return Ok(());
+        }
+        let mut inputs = Vec::with_capacity(node.inputs.len());
+        for input in &node.inputs {
+            inputs.push(match input {
+                None => None,
+                Some(value) => match self.resolved(*value) {
+                    Some(fact) => Some(fact),
+                    // Behind an unknown operator.
+                    None => return Ok(()),
+                },
+            });
+        }
+        let mut site = Site {
+            graph,
+            node,
+            inputs,
+            unifier: &mut self.unifier,
+        };
+        let outputs = site.rule()?;
+        for (value, fact) in node.outputs.iter().zip(outputs) {
+            if let Some(value) = value {
+                self.facts[value.0 as usize] = fact;
+            }
+        }
+        Ok(())
+    }
+
+    fn into_facts(self, graph: &mut Graph) -> Facts {
+        let mut contents = HashMap::new();
+        for id in graph.value_ids() {
+            let fact = self.resolved(id);
+            let value = graph.value_mut(id);
+            match (&value.definition, fact) {
+                (Definition::Constant(_) | Definition::Dead, _) => {}
+                (_, None) => (value.dtype, value.shape) = (value.dtype, None),
+                (_, Some(fact)) => (value.dtype, value.shape) = (Some(fact.dtype), Some(fact.shape)),
+            }
+        }
+        for (id, fact) in graph.value_ids().zip(&self.facts) {
+            let Some(Fact {
+                elements: Some(e),
+                shape,
+                ..
+            }) = fact
+            else {
+                continue;
+            };
+            let elements: Option<Vec<Dim>> = e.iter().map(|e| e.as_ref().map(|d| self.unifier.resolve(d))).collect();
+            if let Some(elements) = elements {
+                let scalar = shape.is_empty();
+                contents.insert(id, Contents { elements, scalar });
+            }
+        }
+        Facts {
+            contents,
+            unifier: self.unifier,
+        }
+    }
+}
+
+/// One node with what is known of its inputs.
+struct Site<'a> {
+    graph: &'a Graph,
+    node: &'a Node,
+    inputs: Vec<Option<Fact>>,
+    unifier: &'a mut Unifier,
+}
+
+/// Types of a node's outputs, in order; `None` for one that cannot be typed.
+type Outputs = Vec<Option<Fact>>;
+
+fn one(fact: Fact) -> Result<Outputs, InferError> {
+    Ok(vec![Some(fact)])
+}
+
+impl Site<'_> {
+    fn rule(&mut self) -> Result<Outputs, InferError> {
+        let node = self.node;
+        match &node.op {
+            Op::Unary(op) => self.unary(*op),
+            Op::Binary(op) => self.binary(*op),
+            Op::Cast { to } => self.cast(*to),
+            Op::CastLike => {
+                let to = self.input(1)?.dtype;
+                self.cast(to)
+            }
+            Op::Where => self.select(),
+            Op::Identity => one(self.input(0)?.clone()),
+            Op::Clip => self.clip(),
+            Op::Gelu { .. } | Op::Swish { .. } | Op::Trilu { .. } => self.like_input(0),
+            Op::Softmax { axis } | Op::LogSoftmax { axis } => {
+                self.axis_of(0, *axis)?;
+                self.like_input(0)
+            }
+            Op::MatMul => self.matmul(false, false),
+            Op::FusedMatMul { trans_a, trans_b, .. } => self.matmul(*trans_a, *trans_b),
+            Op::Gemm { trans_a, trans_b, .. } => self.gemm(*trans_a, *trans_b),
+            Op::Reduce {
+                reduction,
+                keepdims,
+                noop_with_empty_axes,
+            } => self.reduce(*reduction, *keepdims, *noop_with_empty_axes),
+            Op::CumSum { exclusive, reverse } => self.cumsum(*exclusive, *reverse),
+            Op::LayerNormalization { axis, .. } | Op::RmsNormalization { axis, .. } => self.normalization(*axis),
+            Op::SkipRmsNormalization { .. } | Op::SkipLayerNormalization { .. } => self.skip_normalization(),
+            Op::Shape { start, end } => self.shape(*start, *end),
+            Op::Size => self.size(),
+            Op::Reshape { allowzero } => self.reshape(*allowzero),
+            Op::Transpose { perm } => self.transpose(perm.as_deref()),
+            Op::Squeeze => self.squeeze(),
+            Op::Unsqueeze => self.unsqueeze(),
+            Op::Flatten { axis } => self.flatten(*axis),
+            Op::Expand => self.expand(),
+            Op::Tile => self.tile(),
+            Op::Concat { axis } => self.concat(*axis),
+            Op::Split { axis } => self.split(*axis),
+            Op::Slice => self.slice(),
+            Op::Gather { axis } => self.gather(*axis),
+            Op::GatherElements { axis } => self.gather_elements(*axis),
+            Op::GatherNd { batch_dims } => self.gather_nd(*batch_dims),
+            Op::Range => self.range(),
+            Op::ConstantOfShape { value } => self.constant_of_shape(value),
+            Op::ScatterNd { mode } => self.scatter_nd(*mode),
+            Op::ScatterElements { axis, mode } => self.scatter_elements(*axis, *mode),
+            Op::TensorScatter { axis, .. } => self.tensor_scatter(*axis),
+            Op::RotaryEmbedding { num_heads, .. } => self.rotary_embedding(*num_heads),
+            Op::ContribRotaryEmbedding { .. } => self.like_input(0),
+            Op::Attention(attention) => self.attention(attention),
+            Op::GroupQueryAttention(attention) => self.group_query_attention(attention),
+            Op::Unknown { .. } => Ok(Vec::new()),
+        }
+    }
+
+    fn error(&self, reason: impl Into<String>) -> InferError {
+        InferError::Node {
+            node: self.node.name.clone(),
+            op: self.node.op.name(),
+            reason: reason.into(),
+        }
+    }
+
+    /// A required input.
+    fn input(&self, i: usize) -> Result<&Fact, InferError> {
+        let found = self.inputs.get(i).and_then(Option::as_ref);
+        found.ok_or_else(|| self.error(format!("its input {i} is missing")))
+    }
+
+    fn optional(&self, i: usize) -> Option<&Fact> {
+        self.inputs.get(i).and_then(Option::as_ref)
+    }
+
+    fn operand(&self, i: usize) -> Operand {
+        let name = self.node.input(i).map(|v| self.graph.value(v).name.clone());
+        let fact = self.optional(i);
+        Operand {
+            name: name.unwrap_or_default(),
+            dtype: fact.map_or(DType::F32, |f| f.dtype),
+            shape: fact.map(|f| f.shape.clone()).unwrap_or_default(),
+        }
+    }
+
+    /// Learns that two dims are equal, because inputs `i` and `j` must fit.
+    fn unify(&mut self, left: &Dim, right: &Dim, i: usize, j: usize) -> Result<Dim, InferError> {
+        match self.unifier.unify(left, right) {
+            Ok(()) => Ok(self.unifier.resolve(left)),
+            Err(conflict) => Err(InferError::Conflict {
+                node: self.node.name.clone(),
+                op: self.node.op.name(),
+                left: self.operand(i),
+                right: self.operand(j),
+                conflict,
+            }),
+        }
+    }
+
+    /// Two dims of a broadcast: 1 gives way, anything else is equal.
+    fn broadcast_dim(&mut self, left: &Dim, right: &Dim, i: usize, j: usize) -> Result<Dim, InferError> {
+        match (left.is_one(), right.is_one()) {
+            _ if left == right => Ok(left.clone()),
+            (true, _) => Ok(right.clone()),
+            (_, true) => Ok(left.clone()),
+            _ => self.unify(left, right, i, j),
+        }
+    }
+
+    /// The shape that inputs `i` and `j` broadcast to; `left` and `right` are (parts of) their shapes.
+    fn broadcast(&mut self, left: &[Dim], right: &[Dim], i: usize, j: usize) -> Result<Shape, InferError> {
+        let rank = left.len().max(right.len());
+        let at = |shape: &[Dim], k: usize| (k + shape.len()).checked_sub(rank).map(|k| shape[k].clone());
+        (0..rank)
+            .map(|k| match (at(left, k), at(right, k)) {
+                (Some(a), Some(b)) => self.broadcast_dim(&a, &b, i, j),
+                (Some(dim), None) | (None, Some(dim)) => Ok(dim),
+                (None, None) => unreachable!("rank is the greater of the two"),
+            })
+            .collect()
+    }
+
+    /// An axis of input `i`, counted from the front.
+    fn axis_of(&self, i: usize, axis: i64) -> Result<usize, InferError> {
+        self.axis_in(axis, self.input(i)?.shape.len())
+    }
+
+    fn axis_in(&self, axis: i64, rank: usize) -> Result<usize, InferError> {
+        let from_front = if axis < 0 {
+            axis.saturating_add(rank as i64)
+        } else {
+            axis
+        };
+        let found = usize::try_from(from_front).ok().filter(|a| *a < rank);
+        found.ok_or_else(|| self.error(format!("axis {axis} is not within its rank {rank}")))
+    }
+
+    /// Distinct axes from a constant input.
+    fn axes_in(&self, axes: &[i64], rank: usize) -> Result<BTreeSet<usize>, InferError> {
+        let found: BTreeSet<usize> = axes.iter().map(|a| self.axis_in(*a, rank)).collect::<Result<_, _>>()?;
+        if found.len() != axes.len() {
+            return Err(self.error(format!("axes {axes:?} name one axis twice")));
+        }
+        Ok(found)
+    }
+
+    /// Numbers that must be known, as axes must.
+    fn required_consts(&self, i: usize, what: &str) -> Result<Vec<i64>, InferError> {
+        let found = self.input(i)?.consts();
+        found.ok_or_else(|| {
+            let name = self.operand(i).name;
+            self.error(format!("its {what}, {name:?}, are not constant"))
+        })
+    }
+
+    /// A dim that cannot be known, named after output `output` of the node.
+    fn fresh(&self, output: usize, axis: usize) -> Dim {
+        let value = self.node.output(output).or_else(|| self.node.output(0));
+        let name = value.map_or(self.node.name.as_str(), |v| self.graph.value(v).name.as_str());
+        Dim::named(format!("{name}.{axis}"))
+    }
+
+    fn require_rank(&self, i: usize, least: usize) -> Result<(), InferError> {
+        let operand = self.input(i)?;
+        if operand.shape.len() < least {
+            return Err(self.error(format!("{} needs {least} dimensions or more", self.operand(i))));
+        }
+        Ok(())
+    }
+
+    /// Output 0 has the type of an input.
+    fn like_input(&mut self, i: usize) -> Result<Outputs, InferError> {
+        let input = self.input(i)?;
+        one(Fact::new(input.dtype, input.shape.clone()))
+    }
+}
