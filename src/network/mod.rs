@@ -6,8 +6,9 @@
 //! every dim is a number, with a dynamic one the only symbol is `tokens`.
 //!
 //! Two back ends read this: `backend::tensorrt` builds engines, `backend::cpu` executes. Both match exhaustively on
-//! [`LayerKind`]. `verify` holds the rules of each layer and infers its outputs, `dump` the text form. `lower` makes
-//! networks; nothing here knows of graphs, except that a weight's bytes come from a graph [`Constant`].
+//! [`LayerKind`]. `infer` holds the rules of each layer, [`builder`] makes networks by them and [`verify()`] checks whole
+//! ones, `dump` has the text form (`Display`). `lower` makes the networks of models; nothing here knows of graphs, except
+//! that a weight's bytes come from a graph [`Constant`].
 //!
 //! # Interface of a lowered network
 //!
@@ -23,7 +24,19 @@
 //! | `logits` | f32 | `[batch, tokens, vocabulary]`, or `[batch, 1, vocabulary]` with [`Logits::Rows`] |
 //! | `updated_key_cache.i`, `updated_value_cache.i` | the cache dtype | as the cache, **in the same memory** as its input |
 
+pub mod builder;
+#[cfg(test)]
+mod builder_tests;
+mod dump;
+mod infer;
+mod prune;
+pub mod verify;
+
 use std::fmt;
+
+pub use builder::{BuildError, Builder, LayerError};
+pub use infer::Fault;
+pub use verify::{VerifyError, verify, verify_interface};
 
 use crate::dim::Dim;
 use crate::graph::Constant;
@@ -240,7 +253,8 @@ pub enum LayerKind {
         reshape: Option<Shape>,
         second: Option<Vec<usize>>,
     },
-    /// `start` and `stride` are numbers; `size` is the output's shape and may hold `tokens`.
+    /// `start` and `stride` are numbers; `size` is the output's shape and may hold `tokens`. A stride of 0 repeats the
+    /// element at `start`, which is how a dim of 1 is expanded.
     Slice {
         start: Vec<i64>,
         size: Shape,
@@ -249,7 +263,8 @@ pub enum LayerKind {
     Concatenation {
         axis: usize,
     },
-    /// Inputs data, indices (i32 or i64); the output is `data[..axis] + indices + data[axis+1..]`.
+    /// Inputs data, indices (i32 or i64); the output's shape is `data[..axis] + indices + data[axis+1..]`. An index out of
+    /// range gives zeros.
     Gather {
         axis: usize,
     },
@@ -276,9 +291,10 @@ pub enum LayerKind {
         interleaved: bool,
         rotary_dim: usize,
     },
-    /// `softmax(q kᵀ + mask) v`; inputs q `[batch, heads, tokens, d]`, k and v `[batch, kv_heads, slots, d]`, and a mask
-    /// (bool, true = attend, or float, added) broadcastable to `[batch, heads, tokens, slots]`. **Does not scale**: the
-    /// lowering scales q. heads is a multiple of kv_heads; query head h reads KV head `h / (heads / kv_heads)`.
+    /// `softmax(q kᵀ + mask) v`; inputs q `[batch, heads, tokens, d]`, k and v `[batch, kv_heads, slots, d]`, and an
+    /// optional mask `[batch or 1, heads or 1, tokens, slots]` (bool, true = attend, or the dtype of q, added; TensorRT
+    /// broadcasts it over batch and heads only). **Does not scale**: the lowering scales q. heads is a multiple of
+    /// kv_heads; query head h reads KV head `h / (heads / kv_heads)`.
     Attention,
     /// Inputs cache `[batch, heads, capacity, d]` (a network input), update `[batch, heads, tokens, d]`, write_indices
     /// `[batch]` i32. Writes in place; the output is a network output in the cache's memory.

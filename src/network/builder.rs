@@ -1,0 +1,339 @@
+//! Makes a [`Network`] layer by layer.
+//!
+//! Takes layers, gives tensors: dtype and shape of every output are inferred at once by the rules of `infer`, so a
+//! mistake is an error at its own layer. Names of tensors and layers are made unique here. `lower` is the main user;
+//! tests of the back ends build small networks by hand:
+//!
+//! ```
+//! use lapidary::network::{Activation, Builder, LayerKind, Profile, WeightMode};
+//! use lapidary::graph::Constant;
+//! use lapidary::tensor::DType;
+//!
+//! let mut b = Builder::new("mlp", Profile::decode(16));
+//! let x = b.input("x", DType::F16, &[1.into(), 64.into()])?;
+//! let w = b.weight("up.weight", Constant::absent(DType::F16, vec![128, 64]), WeightMode::Bind)?;
+//! let y = b.linear("up", x, w)?;
+//! let y = b.add("act", LayerKind::Activation(Activation::Relu), &[y])?;
+//! b.output("y", y)?;
+//! let network = b.finish()?;
+//! assert_eq!(network.tensor(y).shape, [1.into(), 128.into()]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+
+use crate::dim::Dim;
+use crate::graph::Constant;
+use crate::tensor::{self, DType};
+
+use super::infer::{Fault, infer};
+use super::verify::{VerifyError, verify};
+use super::{
+    Activation, Elementwise, Layer, LayerKind, MatrixOp, Network, Profile, Shape, Tensor, TensorId, UnaryOp, Weight,
+    WeightId, WeightMode,
+};
+
+/// A layer that means nothing in TensorRT: a mistake of whoever built the network, with all that is needed to find it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerError {
+    pub layer: String,
+    pub kind: &'static str,
+    pub inputs: Vec<Tensor>,
+    pub fault: Fault,
+}
+
+impl fmt::Display for LayerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "layer {:?} ({}): {}", self.layer, self.kind, self.fault)?;
+        for (i, input) in self.inputs.iter().enumerate() {
+            let Tensor { name, dtype, shape } = input;
+            write!(
+                f,
+                "{} {name:?} {dtype}{shape:?}",
+                if i == 0 { "; inputs:" } else { "," }
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for LayerError {}
+
+/// Why something could not be added.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum BuildError {
+    #[error(transparent)]
+    Layer(Box<LayerError>),
+    #[error("the name {0:?} of an input, output or weight is already taken")]
+    Name(String),
+    #[error("the input {name:?} would have rank {rank}; TensorRT has 8 axes at most")]
+    Rank { name: String, rank: usize },
+    #[error(
+        "{tensor:?} cannot become the output {output:?}: it is an input or a weight, or is an output already; put an empty Shuffle between"
+    )]
+    Output { output: String, tensor: String },
+}
+
+/// See the module's head.
+pub struct Builder {
+    network: Network,
+    names: HashMap<String, TensorId>,
+    layer_names: HashSet<String>,
+    /// Next number to try for a base name, so that unique names cost no search.
+    numbers: HashMap<String, usize>,
+    weights: HashMap<String, (WeightId, TensorId)>,
+    /// Inputs, outputs and weights: their names are given, not made.
+    fixed: HashSet<TensorId>,
+}
+
+impl Builder {
+    pub fn new(name: impl Into<String>, profile: Profile) -> Self {
+        Builder {
+            network: Network::new(name, profile),
+            names: HashMap::new(),
+            layer_names: HashSet::new(),
+            numbers: HashMap::new(),
+            weights: HashMap::new(),
+            fixed: HashSet::new(),
+        }
+    }
+
+    /// What has been added so far.
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+    pub fn dtype(&self, id: TensorId) -> DType {
+        self.network.tensor(id).dtype
+    }
+    pub fn shape(&self, id: TensorId) -> &Shape {
+        &self.network.tensor(id).shape
+    }
+    pub fn rank(&self, id: TensorId) -> usize {
+        self.shape(id).len()
+    }
+
+    fn unique(numbers: &mut HashMap<String, usize>, base: &str, taken: impl Fn(&str) -> bool) -> String {
+        if !taken(base) {
+            return base.to_string();
+        }
+        let next = numbers.entry(base.to_string()).or_insert(1);
+        loop {
+            let name = format!("{base}.{next}");
+            *next += 1;
+            if !taken(&name) {
+                return name;
+            }
+        }
+    }
+
+    fn push(&mut self, name: String, dtype: DType, shape: Shape) -> TensorId {
+        let id = TensorId(self.network.tensors.len() as u32);
+        self.names.insert(name.clone(), id);
+        self.network.tensors.push(Tensor { name, dtype, shape });
+        id
+    }
+
+    /// Frees `name` for an input, output or weight: a tensor that merely came by it gets another.
+    fn claim(&mut self, name: &str) -> Result<(), BuildError> {
+        let Some(holder) = self.names.get(name).copied() else {
+            return Ok(());
+        };
+        if self.fixed.contains(&holder) {
+            return Err(BuildError::Name(name.to_string()));
+        }
+        let other = Self::unique(&mut self.numbers, name, |n| self.names.contains_key(n));
+        self.names.remove(name);
+        self.names.insert(other.clone(), holder);
+        self.network.tensors[holder.0 as usize].name = other;
+        Ok(())
+    }
+
+    pub fn input(&mut self, name: &str, dtype: DType, shape: &[Dim]) -> Result<TensorId, BuildError> {
+        if shape.len() > super::infer::MAX_RANK {
+            let (name, rank) = (name.to_string(), shape.len());
+            return Err(BuildError::Rank { name, rank });
+        }
+        self.claim(name)?;
+        let id = self.push(name.to_string(), dtype, shape.to_vec());
+        self.fixed.insert(id);
+        self.network.inputs.push(id);
+        Ok(id)
+    }
+
+    /// Makes a tensor a network output and gives it that name.
+    pub fn output(&mut self, name: &str, id: TensorId) -> Result<(), BuildError> {
+        if self.fixed.contains(&id) {
+            return Err(BuildError::Output {
+                output: name.to_string(),
+                tensor: self.network.tensor(id).name.clone(),
+            });
+        }
+        self.claim(name)?;
+        let old = std::mem::replace(&mut self.network.tensors[id.0 as usize].name, name.to_string());
+        self.names.remove(&old);
+        self.names.insert(name.to_string(), id);
+        self.fixed.insert(id);
+        self.network.outputs.push(id);
+        Ok(())
+    }
+
+    /// The weight as a tensor. One layer a name: asking again gives the same tensor.
+    pub fn weight(&mut self, name: &str, constant: Constant, mode: WeightMode) -> Result<TensorId, BuildError> {
+        if let Some((_, tensor)) = self.weights.get(name) {
+            return Ok(*tensor);
+        }
+        self.claim(name)?;
+        let id = WeightId(self.network.weights.len() as u32);
+        self.network.weights.push(Weight {
+            name: name.to_string(),
+            constant,
+            mode,
+        });
+        let tensor = self.add(name, LayerKind::Weight(id), &[])?;
+        self.weights.insert(name.to_string(), (id, tensor));
+        self.fixed.insert(tensor);
+        Ok(tensor)
+    }
+
+    pub fn constant(&mut self, name: &str, tensor: tensor::Tensor) -> Result<TensorId, BuildError> {
+        self.add(name, LayerKind::Constant(tensor), &[])
+    }
+
+    /// One number in the given rank, every dim 1.
+    pub fn number(&mut self, name: &str, dtype: DType, rank: usize, value: f64) -> Result<TensorId, BuildError> {
+        let shape = vec![1; rank];
+        let tensor = match dtype {
+            DType::I32 => tensor::Tensor::from_i32(shape, &[value as i32]),
+            DType::I64 => tensor::Tensor::from_i64(shape, &[value as i64]),
+            DType::Bool => tensor::Tensor::from_bool(shape, &[value != 0.0]),
+            _ => tensor::Tensor::from_f64_as(dtype, shape, &[value]),
+        };
+        self.constant(name, tensor)
+    }
+
+    /// `start + step * i` for `length` numbers, i32 or f32.
+    pub fn fill(
+        &mut self,
+        name: &str,
+        dtype: DType,
+        length: Dim,
+        start: f64,
+        step: f64,
+    ) -> Result<TensorId, BuildError> {
+        self.add_typed(name, LayerKind::Fill { length, start, step }, &[], Some(dtype))
+    }
+
+    /// Adds a layer and gives its output; both get the layer's name, made unique.
+    pub fn add(&mut self, name: &str, kind: LayerKind, inputs: &[TensorId]) -> Result<TensorId, BuildError> {
+        self.add_typed(name, kind, inputs, None)
+    }
+
+    fn add_typed(
+        &mut self,
+        name: &str,
+        kind: LayerKind,
+        inputs: &[TensorId],
+        fill: Option<DType>,
+    ) -> Result<TensorId, BuildError> {
+        let tensors: Vec<&Tensor> = inputs.iter().map(|id| self.network.tensor(*id)).collect();
+        let (dtype, shape) = infer(&kind, &tensors, &self.network.weights, fill).map_err(|fault| {
+            BuildError::Layer(Box::new(LayerError {
+                layer: name.to_string(),
+                kind: kind.name(),
+                inputs: tensors.into_iter().cloned().collect(),
+                fault,
+            }))
+        })?;
+        let layer = Self::unique(&mut self.numbers, name, |n| self.layer_names.contains(n));
+        let tensor = Self::unique(&mut self.numbers, &layer, |n| self.names.contains_key(n));
+        let output = self.push(tensor, dtype, shape);
+        self.layer_names.insert(layer.clone());
+        self.network.layers.push(Layer {
+            name: layer,
+            kind,
+            inputs: inputs.to_vec(),
+            outputs: vec![output],
+        });
+        Ok(output)
+    }
+
+    // Frequent layers
+
+    pub fn elementwise(
+        &mut self,
+        name: &str,
+        op: Elementwise,
+        a: TensorId,
+        b: TensorId,
+    ) -> Result<TensorId, BuildError> {
+        self.add(name, LayerKind::Elementwise(op), &[a, b])
+    }
+
+    pub fn unary(&mut self, name: &str, op: UnaryOp, x: TensorId) -> Result<TensorId, BuildError> {
+        self.add(name, LayerKind::Unary(op), &[x])
+    }
+
+    pub fn activation(&mut self, name: &str, op: Activation, x: TensorId) -> Result<TensorId, BuildError> {
+        self.add(name, LayerKind::Activation(op), &[x])
+    }
+
+    /// `x` itself if it has that dtype already.
+    pub fn cast(&mut self, name: &str, to: DType, x: TensorId) -> Result<TensorId, BuildError> {
+        match self.dtype(x) == to {
+            true => Ok(x),
+            false => self.add(name, LayerKind::Cast { to }, &[x]),
+        }
+    }
+
+    pub fn reshape(&mut self, name: &str, x: TensorId, to: Shape) -> Result<TensorId, BuildError> {
+        let kind = LayerKind::Shuffle {
+            first: None,
+            reshape: Some(to),
+            second: None,
+        };
+        self.add(name, kind, &[x])
+    }
+
+    pub fn transpose(&mut self, name: &str, x: TensorId, order: &[usize]) -> Result<TensorId, BuildError> {
+        let kind = LayerKind::Shuffle {
+            first: Some(order.to_vec()),
+            reshape: None,
+            second: None,
+        };
+        self.add(name, kind, &[x])
+    }
+
+    /// `x` with leading dims of 1 up to `rank`; `x` itself if it has that rank or more.
+    pub fn raise(&mut self, name: &str, x: TensorId, rank: usize) -> Result<TensorId, BuildError> {
+        let shape = self.shape(x);
+        if shape.len() >= rank {
+            return Ok(x);
+        }
+        let mut to = vec![Dim::from(1usize); rank - shape.len()];
+        to.extend(shape.iter().cloned());
+        self.reshape(name, x, to)
+    }
+
+    /// `x [.., in] · w [out, in]ᵀ`, both of one rank.
+    pub fn linear(&mut self, name: &str, x: TensorId, w: TensorId) -> Result<TensorId, BuildError> {
+        let kind = LayerKind::MatrixMultiply {
+            op_a: MatrixOp::None,
+            op_b: MatrixOp::Transpose,
+        };
+        self.add(name, kind, &[x, w])
+    }
+
+    /// The finished network, verified by its layers' rules (not against the interface of a language model:
+    /// [`verify_interface`](super::verify_interface) does that).
+    pub fn finish(self) -> Result<Network, VerifyError> {
+        verify(&self.network)?;
+        Ok(self.network)
+    }
+
+    /// The network without layers and weights that no output depends on, verified.
+    pub fn finish_pruned(mut self) -> Result<Network, VerifyError> {
+        super::prune::prune(&mut self.network);
+        self.finish()
+    }
+}
