@@ -36,19 +36,25 @@
 //! `Transpose(perm = [1, 0])` by `MatMul`; a bias is an `Add` after it. `batch` is the constant 1 where the export
 //! fixed it.
 
+pub mod attributes;
 pub mod constant;
+pub mod dump;
 pub mod eval;
 pub mod infer;
 mod names;
 pub mod op;
 mod transform;
+pub mod verify;
 
 use std::collections::{HashMap, HashSet};
 
+pub use attributes::Attribute;
 pub use constant::{Constant, ConstantError, Source, Transform};
+pub use dump::dump;
 pub use infer::{Contents, Facts, InferError, bind_input_dims, infer};
 pub use names::MICROSOFT;
 pub use op::Op;
+pub use verify::{Obstacle, Obstacles, verify};
 
 use crate::dim::Dim;
 use crate::tensor::{DType, Tensor};

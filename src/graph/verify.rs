@@ -1,0 +1,413 @@
+//! The rules of a graph, checked all at once.
+//!
+//! Takes a graph after inference; gives every obstacle in it: values without a definition, nodes out of order, operators
+//! Lapidary does not know (each with the names of all its nodes), missing or surplus inputs, element types that an
+//! operator does not take or that differ where they must be equal. Shapes are inference's to check.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+
+use super::op::{Binary, Op, Unary};
+use super::{Definition, Graph, Node, ValueId};
+use crate::tensor::DType;
+
+/// Something that keeps a graph from being compiled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Obstacle {
+    /// An operator, or an attribute of one, that Lapidary does not know, with all nodes that have it.
+    UnknownOp { op: String, nodes: Vec<String> },
+    /// A node has too many or too few inputs or outputs.
+    Arity { node: String, op: String, reason: String },
+    /// An operand's element type is not among those the operator takes.
+    DType {
+        node: String,
+        op: String,
+        operand: String,
+        dtype: DType,
+        wanted: &'static str,
+    },
+    /// Two operands must have one element type.
+    MixedDTypes {
+        node: String,
+        op: String,
+        left: (String, DType),
+        right: (String, DType),
+    },
+    /// Inference could not type a value.
+    Untyped { value: String, node: String },
+    /// The graph's own bookkeeping is broken: a fault of the pass that left it so, not of the export.
+    Structure { reason: String },
+}
+
+/// Names in a message beyond which only their number is told.
+const MAX_NAMES: usize = 12;
+
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Obstacle::UnknownOp { op, nodes } => {
+                let names: Vec<String> = nodes.iter().take(MAX_NAMES).map(|n| format!("{n:?}")).collect();
+                let noun = if nodes.len() == 1 { "node" } else { "nodes" };
+                write!(f, "the operator {op} is not supported ({noun} {}", names.join(", "))?;
+                match nodes.len().checked_sub(MAX_NAMES) {
+                    Some(more) if more > 0 => write!(f, " and {more} more)"),
+                    _ => write!(f, ")"),
+                }
+            }
+            Obstacle::Arity { node, op, reason } => write!(f, "node {node:?} ({op}) {reason}"),
+            Obstacle::DType {
+                node,
+                op,
+                operand,
+                dtype,
+                wanted,
+            } => write!(f, "node {node:?} ({op}): {operand:?} is {dtype}, and must be {wanted}"),
+            Obstacle::MixedDTypes { node, op, left, right } => write!(
+                f,
+                "node {node:?} ({op}): {:?} is {} and {:?} is {}, and they must be of one type",
+                left.0, left.1, right.0, right.1
+            ),
+            Obstacle::Untyped { value, node } => {
+                write!(
+                    f,
+                    "the type of {value:?}, computed by node {node:?}, cannot be inferred"
+                )
+            }
+            Obstacle::Structure { reason } => write!(f, "broken graph: {reason}"),
+        }
+    }
+}
+
+/// All obstacles of a graph, one a line.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct Obstacles(pub Vec<Obstacle>);
+
+impl fmt::Display for Obstacles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, obstacle) in self.0.iter().enumerate() {
+            write!(f, "{}{obstacle}", if i > 0 { "\n" } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+/// Checks every rule. A graph that passes can be lowered or written as far as operators and element types go.
+pub fn verify(graph: &Graph) -> Result<(), Obstacles> {
+    let mut obstacles = Vec::new();
+    structure(graph, &mut obstacles);
+    let mut unknown: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for id in graph.node_ids() {
+        let node = graph.node(id);
+        if let Op::Unknown { .. } = node.op {
+            unknown.entry(node.op.name()).or_default().push(node.name.clone());
+        } else if arity(node, &mut obstacles) {
+            dtypes(graph, node, &mut obstacles);
+        }
+    }
+    // Behind an unknown operator nothing is typed, which is no obstacle of its own.
+    if unknown.is_empty() {
+        untyped(graph, &mut obstacles);
+    }
+    let unknown = unknown.into_iter().map(|(op, nodes)| Obstacle::UnknownOp { op, nodes });
+    obstacles.splice(0..0, unknown);
+    if obstacles.is_empty() {
+        Ok(())
+    } else {
+        Err(Obstacles(obstacles))
+    }
+}
+
+fn structure(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
+    let mut broken = |reason: String| obstacles.push(Obstacle::Structure { reason });
+    let mut names = HashSet::new();
+    let name = |v: ValueId| &graph.value(v).name;
+    for value in graph.value_ids() {
+        if !names.insert(name(value)) {
+            broken(format!("two values are named {:?}", name(value)));
+        }
+    }
+    let mut ready: HashSet<ValueId> = HashSet::new();
+    for input in &graph.inputs {
+        if !matches!(graph.value(*input).definition, Definition::Input) {
+            broken(format!("the input {:?} is defined by something else", name(*input)));
+        }
+        if !ready.insert(*input) {
+            broken(format!("the input {:?} is listed twice", name(*input)));
+        }
+    }
+    let available = |v: ValueId, ready: &HashSet<ValueId>| ready.contains(&v) || graph.constant(v).is_some();
+    for id in graph.node_ids() {
+        let node = graph.node(id);
+        for input in node.inputs.iter().flatten().filter(|v| !available(**v, &ready)) {
+            broken(format!(
+                "node {:?} reads {:?}, which is not defined before it",
+                node.name,
+                name(*input)
+            ));
+        }
+        for (i, output) in node.outputs.iter().enumerate() {
+            let Some(value) = *output else { continue };
+            let defined =
+                matches!(graph.value(value).definition, Definition::Node { node, output } if node == id && output == i);
+            if !defined || !ready.insert(value) {
+                broken(format!(
+                    "{:?} has another definition than node {:?}",
+                    name(value),
+                    node.name
+                ));
+            }
+        }
+    }
+    for output in graph.outputs.iter().filter(|v| !available(**v, &ready)) {
+        broken(format!("the output {:?} has no definition", name(*output)));
+    }
+}
+
+fn untyped(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
+    for id in graph.node_ids() {
+        let node = graph.node(id);
+        for output in node.outputs.iter().flatten() {
+            let value = graph.value(*output);
+            if value.dtype.is_none() || value.shape.is_none() {
+                obstacles.push(Obstacle::Untyped {
+                    value: value.name.clone(),
+                    node: node.name.clone(),
+                });
+            }
+        }
+    }
+}
+
+/// Element types an operand may have.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Any,
+    Float,
+    Number,
+    /// i32 or i64.
+    Index,
+    I32,
+    I64,
+    Bool,
+}
+
+impl Kind {
+    fn takes(self, dtype: DType) -> bool {
+        match self {
+            Kind::Any => true,
+            Kind::Float => dtype.is_float(),
+            Kind::Number => dtype != DType::Bool,
+            Kind::Index => matches!(dtype, DType::I32 | DType::I64),
+            Kind::I32 => dtype == DType::I32,
+            Kind::I64 => dtype == DType::I64,
+            Kind::Bool => dtype == DType::Bool,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Any => "anything",
+            Kind::Float => "a float type",
+            Kind::Number => "a number",
+            Kind::Index => "i32 or i64",
+            Kind::I32 => "i32",
+            Kind::I64 => "i64",
+            Kind::Bool => "bool",
+        }
+    }
+}
+
+/// One input: its types, and whether it must have the type of the first input marked so.
+type Slot = (Kind, bool);
+
+struct Signature {
+    slots: &'static [Slot],
+    /// The first so many inputs must be there.
+    required: usize,
+    /// The last slot may be repeated.
+    variadic: bool,
+    outputs: usize,
+}
+
+const T: bool = true;
+const U: bool = false;
+
+fn signature(op: &Op) -> Signature {
+    use Kind::{Any, Bool, Float, I32, I64, Index, Number};
+    let of = |slots: &'static [Slot], required: usize| Signature {
+        slots,
+        required,
+        variadic: false,
+        outputs: 1,
+    };
+    match op {
+        Op::Unary(op) => match op {
+            Unary::Not => of(&[(Bool, U)], 1),
+            Unary::Abs | Unary::Neg | Unary::Relu | Unary::Sign => of(&[(Number, U)], 1),
+            _ => of(&[(Float, U)], 1),
+        },
+        Op::Binary(op) => match op {
+            Binary::And | Binary::Or | Binary::Xor => of(&[(Bool, U), (Bool, U)], 2),
+            Binary::Equal => of(&[(Any, T), (Any, T)], 2),
+            Binary::Pow => of(&[(Number, U), (Number, U)], 2),
+            _ => of(&[(Number, T), (Number, T)], 2),
+        },
+        Op::Gelu { .. } | Op::Swish { .. } | Op::Softmax { .. } | Op::LogSoftmax { .. } => of(&[(Float, U)], 1),
+        Op::Clip => of(&[(Number, T), (Number, T), (Number, T)], 1),
+        Op::Identity | Op::Cast { .. } | Op::Transpose { .. } | Op::Flatten { .. } => of(&[(Any, U)], 1),
+        Op::Shape { .. } | Op::Size => of(&[(Any, U)], 1),
+        Op::CastLike => of(&[(Any, U), (Any, U)], 2),
+        Op::Where => of(&[(Bool, U), (Any, T), (Any, T)], 3),
+        Op::MatMul | Op::FusedMatMul { .. } => of(&[(Number, T), (Number, T)], 2),
+        Op::Gemm { .. } => of(&[(Number, T), (Number, T), (Number, T)], 2),
+        Op::Reduce { .. } => of(&[(Number, U), (I64, U)], 1),
+        Op::CumSum { .. } => of(&[(Number, U), (Index, U)], 2),
+        Op::Reshape { .. } | Op::Unsqueeze | Op::Expand | Op::Tile => of(&[(Any, U), (I64, U)], 2),
+        Op::Squeeze | Op::Trilu { .. } => of(&[(Any, U), (I64, U)], 1),
+        Op::Concat { .. } => Signature {
+            variadic: true,
+            ..of(&[(Any, T)], 1)
+        },
+        Op::Split { .. } => Signature {
+            outputs: usize::MAX,
+            ..of(&[(Any, U), (I64, U)], 1)
+        },
+        Op::Slice => of(&[(Any, U), (Index, T), (Index, T), (Index, T), (Index, T)], 3),
+        Op::Gather { .. } | Op::GatherElements { .. } => of(&[(Any, U), (Index, U)], 2),
+        Op::GatherNd { .. } => of(&[(Any, U), (I64, U)], 2),
+        Op::Range => of(&[(Number, T), (Number, T), (Number, T)], 3),
+        Op::ConstantOfShape { .. } => of(&[(I64, U)], 1),
+        Op::ScatterNd { .. } => of(&[(Any, T), (I64, U), (Any, T)], 3),
+        Op::ScatterElements { .. } => of(&[(Any, T), (Index, U), (Any, T)], 3),
+        Op::TensorScatter { .. } => of(&[(Any, T), (Any, T), (I64, U)], 2),
+        // ONNX Runtime's scale and bias may have another float type than x, which the statistics in fp32 allow.
+        Op::LayerNormalization { .. } => Signature {
+            outputs: 3,
+            ..of(&[(Float, U), (Float, U), (Float, U)], 2)
+        },
+        Op::RmsNormalization { .. } => Signature {
+            outputs: 2,
+            ..of(&[(Float, U), (Float, U)], 2)
+        },
+        Op::RotaryEmbedding { .. } => of(&[(Float, T), (Float, T), (Float, T), (I64, U)], 3),
+        Op::ContribRotaryEmbedding { .. } => of(&[(Float, T), (I64, U), (Float, T), (Float, T)], 4),
+        Op::Attention(_) => Signature {
+            outputs: 4,
+            ..of(
+                &[
+                    (Float, T),
+                    (Float, T),
+                    (Float, T),
+                    (Any, U),
+                    (Float, T),
+                    (Float, T),
+                    (I64, U),
+                ],
+                3,
+            )
+        },
+        Op::GroupQueryAttention(_) => Signature {
+            outputs: 3,
+            ..of(
+                &[
+                    (Float, T),
+                    (Float, T),
+                    (Float, T),
+                    (Float, T),
+                    (Float, T),
+                    (I32, U),
+                    (I32, U),
+                    (Float, T),
+                    (Float, T),
+                    (I64, U),
+                    (Float, T),
+                    (Float, T),
+                ],
+                1,
+            )
+        },
+        Op::SkipRmsNormalization { .. } => Signature {
+            outputs: 4,
+            ..of(&[(Float, T), (Float, T), (Float, T), (Float, T)], 3)
+        },
+        Op::SkipLayerNormalization { .. } => Signature {
+            outputs: 4,
+            ..of(&[(Float, T), (Float, T), (Float, T), (Float, T), (Float, T)], 3)
+        },
+        Op::Unknown { .. } => Signature {
+            variadic: true,
+            outputs: usize::MAX,
+            ..of(&[(Any, U)], 0)
+        },
+    }
+}
+
+/// Whether inputs and outputs are as many as the operator has.
+fn arity(node: &Node, obstacles: &mut Vec<Obstacle>) -> bool {
+    let signature = signature(&node.op);
+    let mut wrong = |reason: String| {
+        obstacles.push(Obstacle::Arity {
+            node: node.name.clone(),
+            op: node.op.name(),
+            reason,
+        });
+        false
+    };
+    // Lengths stand behind optional keys and caches.
+    let behind: &[usize] = match node.op {
+        Op::GroupQueryAttention(_) => &[5, 6],
+        _ => &[],
+    };
+    let mut required = (0..signature.required).chain(behind.iter().copied());
+    if let Some(missing) = required.find(|i| node.input(*i).is_none()) {
+        return wrong(format!("has no input {missing}, which it needs"));
+    }
+    if signature.variadic && node.inputs.iter().any(Option::is_none) {
+        return wrong("leaves out one of its inputs".to_string());
+    }
+    let (inputs, most) = (node.inputs.len(), signature.slots.len());
+    if inputs > most && !signature.variadic {
+        return wrong(format!("has {inputs} inputs, and takes {most} at most"));
+    }
+    let outputs = node.outputs.len();
+    if outputs > signature.outputs {
+        return wrong(format!(
+            "has {outputs} outputs, and gives {} at most",
+            signature.outputs
+        ));
+    }
+    true
+}
+
+fn dtypes(graph: &Graph, node: &Node, obstacles: &mut Vec<Obstacle>) {
+    let signature = signature(&node.op);
+    let mut model: Option<(String, DType)> = None;
+    for (i, input) in node.inputs.iter().enumerate() {
+        let Some(value) = input.map(|v| graph.value(v)) else {
+            continue;
+        };
+        let Some(dtype) = value.dtype else { continue };
+        let (kind, same) = signature.slots[i.min(signature.slots.len() - 1)];
+        if !kind.takes(dtype) {
+            obstacles.push(Obstacle::DType {
+                node: node.name.clone(),
+                op: node.op.name(),
+                operand: value.name.clone(),
+                dtype,
+                wanted: kind.name(),
+            });
+        } else if same {
+            match &model {
+                None => model = Some((value.name.clone(), dtype)),
+                Some(first) if first.1 != dtype => obstacles.push(Obstacle::MixedDTypes {
+                    node: node.name.clone(),
+                    op: node.op.name(),
+                    left: first.clone(),
+                    right: (value.name.clone(), dtype),
+                }),
+                Some(_) => {}
+            }
+        }
+    }
+}
