@@ -13,4 +13,5 @@ pub mod dim;
 pub mod graph;
 pub mod network;
 pub mod onnx;
+pub mod passes;
 pub mod tensor;
