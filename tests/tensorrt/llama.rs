@@ -318,7 +318,11 @@ fn llama_8b_builds_without_weights() {
         opt: 128,
         max: 512,
     };
-    for (tokens, fold) in [(Tokens::Static(1), true), (Tokens::Static(128), false), (dynamic, false)] {
+    for (tokens, fold) in [
+        (Tokens::Static(1), true),
+        (Tokens::Static(128), false),
+        (dynamic, false),
+    ] {
         let plan = build(&Net(llama(LARGE, tokens, fold))).unwrap();
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
         let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
