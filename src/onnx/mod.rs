@@ -15,10 +15,12 @@ mod normalize;
 pub mod proto;
 mod read;
 mod tensor;
+mod write;
 
 pub use error::{ReadError, ReadErrorKind};
 pub use exporter::{Exporter, exporter};
 pub use read::read;
+pub use write::{INLINE_LIMIT, Layout, Placement, WriteError, encode, write, write_with_data};
 
 /// The opsets [`read`] takes.
 pub const OPSETS: std::ops::RangeInclusive<i64> = 14..=24;

@@ -30,7 +30,9 @@ pub(super) struct Site<'a> {
 enum Plan {
     /// One operator with the node's inputs and outputs.
     Op(Op),
-    /// The same, with a list that used to be an attribute as input 1.
+    /// One operator with other inputs.
+    Rewired(Op, Vec<Option<ValueId>>),
+    /// One operator with the node's inputs and outputs, with a list that used to be an attribute as input 1.
     WithList(Op, Vec<i64>),
     /// The first operator with the node's inputs, the second on its result.
     Pipe(Op, Op),
@@ -87,6 +89,7 @@ impl Site<'_> {
         let outputs = std::mem::take(&mut self.outputs);
         match plan {
             Plan::Op(op) => self.emit(op, inputs, outputs),
+            Plan::Rewired(op, inputs) => self.emit(op, inputs, outputs),
             Plan::WithList(op, list) => {
                 let list = self.graph.add_i64(&format!("{}.axes", self.name), &list);
                 self.emit(op, vec![inputs.first().copied().flatten(), Some(list)], outputs);
@@ -340,6 +343,7 @@ impl Site<'_> {
                 }
             }
             "GroupQueryAttention" => return self.group_query_attention(),
+            "MultiHeadAttention" => return self.multi_head_attention(),
             _ => return Ok(Plan::Unknown(None)),
         }))
     }
@@ -522,6 +526,38 @@ impl Site<'_> {
             do_rotary: a.flag("do_rotary", false)?,
             rotary_interleaved: a.flag("rotary_interleaved", false)?,
         })))
+    }
+
+    /// Inputs: q, k, v, bias?, key_padding_mask?, attention_bias?, past_key?, past_value?, …, all of q, k, v
+    /// `[batch, tokens, heads*head_dim]`: ONNX's own attention with as many key heads as query heads.
+    fn multi_head_attention(&self) -> Result<Plan, Failure> {
+        let a = &self.attributes;
+        self.expect_zero(&["unidirectional"])?;
+        // What the padding mask writes, which must not be there.
+        a.ignore(&["mask_filter_value"]);
+        let heads = a.required_count("num_heads")?;
+        let input = |i: usize| self.inputs.get(i).copied().flatten();
+        for (i, name) in [(3, "bias"), (4, "key_padding_mask")] {
+            if input(i).is_some() {
+                return Ok(Plan::Unknown(Some(name.to_string())));
+            }
+        }
+        if input(1).is_none() || input(2).is_none() || self.inputs.len() > 8 {
+            return Ok(Plan::Unknown(Some(format!("{} inputs", self.inputs.len()))));
+        }
+        let attention = Op::Attention(Attention {
+            is_causal: false,
+            scale: a.float("scale")?.filter(|s| *s != 0.0),
+            softcap: 0.0,
+            q_num_heads: Some(heads),
+            kv_num_heads: Some(heads),
+            softmax_precision: None,
+        });
+        let mut inputs = vec![input(0), input(1), input(2), input(5), input(6), input(7)];
+        while inputs.last() == Some(&None) {
+            inputs.pop();
+        }
+        Ok(Plan::Rewired(attention, inputs))
     }
 }
 

@@ -1,0 +1,349 @@
+//! From a graph to a file: ONNX opset 24, IR version 11.
+//!
+//! Weights are written beside the model as external data, where the caller says ([`write()`], [`encode`]) or in one new
+//! file ([`write_with_data`]). Symbolic dims become `dim_param` text. Files are written under a temporary name and
+//! renamed when they are complete.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use prost::Message;
+
+use super::proto::{
+    AttributeProto, DimensionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto,
+    TensorProto, TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto, attribute_type,
+};
+use super::tensor::code_of;
+use crate::graph::op::{Binary, Op};
+use crate::graph::{Attribute, Constant, ConstantError, Definition, Graph, Node, ValueId};
+use crate::tensor::{DType, Tensor};
+
+/// What is written.
+pub const OPSET: i64 = 24;
+pub const IR_VERSION: i64 = 11;
+/// Constants of more bytes go to the data file in [`write_with_data`], and are what a [`Layout`] should place.
+pub const INLINE_LIMIT: usize = 1024;
+/// Start of each tensor in a data file, so that readers can use its elements where they lie.
+const ALIGNMENT: u64 = 64;
+/// Protobuf's own limit on a message.
+const MESSAGE_LIMIT: usize = i32::MAX as usize;
+
+/// Where the bytes of a constant lie: little-endian, row-major, as its dtype and shape say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// Relative to the model's folder, with `/` between its parts.
+    pub file: String,
+    pub offset: u64,
+    pub length: u64,
+}
+
+/// Constants whose bytes are elsewhere.
+pub type Layout = HashMap<ValueId, Placement>;
+
+/// Why a graph cannot be written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WriteError {
+    #[error("node {node:?}: the operator {op} cannot be written")]
+    UnknownOp { node: String, op: String },
+    #[error("{value:?}, an input or output of the graph, has no type; run inference first")]
+    Untyped { value: String },
+    #[error("the constant {name:?} has {expected} bytes, and its placement in {file:?} {found}")]
+    Placement {
+        name: String,
+        file: String,
+        expected: u64,
+        found: u64,
+    },
+    #[error(transparent)]
+    Constant(#[from] ConstantError),
+    #[error(
+        "the model takes {bytes} bytes, and a single ONNX file has room for 2 GiB; write its weights as external data"
+    )]
+    TooLarge { bytes: usize },
+    #[error("{} cannot be written: {source}", .path.display())]
+    Io {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Writes a model whose constants lie where `external` says; those it does not name are in the model file itself.
+pub fn write(graph: &Graph, path: impl AsRef<Path>, external: Option<&Layout>) -> Result<(), WriteError> {
+    let bytes = encode(graph, external)?;
+    write_atomically(path.as_ref(), |file| file.write_all(&bytes))
+}
+
+/// Writes `path` and, if there are constants larger than [`INLINE_LIMIT`], `path` + `.data` beside it.
+pub fn write_with_data(graph: &Graph, path: impl AsRef<Path>) -> Result<(), WriteError> {
+    let path = path.as_ref();
+    let mut data = path.as_os_str().to_os_string();
+    data.push(".data");
+    let data = PathBuf::from(data);
+    let name = data.file_name().unwrap_or_default().to_string_lossy().into_owned();
+
+    let mut layout = Layout::new();
+    let mut end = 0u64;
+    let large: Vec<(ValueId, &Constant)> = constants(graph)
+        .filter(|(_, constant)| constant.byte_len() > INLINE_LIMIT)
+        .collect();
+    for (value, constant) in &large {
+        let offset = end.next_multiple_of(ALIGNMENT);
+        let length = constant.byte_len() as u64;
+        end = offset + length;
+        let file = name.clone();
+        layout.insert(*value, Placement { file, offset, length });
+    }
+    let model = encode(graph, Some(&layout))?;
+    if !large.is_empty() {
+        // A weight may have to be computed, which can fail where nothing can be written through.
+        let mut failed = None;
+        write_atomically(&data, |file| {
+            let mut at = 0u64;
+            for (value, constant) in &large {
+                let tensor = match constant.materialize() {
+                    Ok(tensor) => tensor,
+                    Err(error) => {
+                        failed = Some(error);
+                        return Err(std::io::Error::other("a weight is absent"));
+                    }
+                };
+                let offset = layout[value].offset;
+                file.write_all(&[0; ALIGNMENT as usize][..(offset - at) as usize])?;
+                file.write_all(tensor.data())?;
+                at = offset + layout[value].length;
+            }
+            Ok(())
+        })
+        .map_err(|error| failed.take().map_or(error, WriteError::Constant))?;
+    }
+    write_atomically(path, |file| file.write_all(&model))
+}
+
+fn write_atomically(
+    path: &Path,
+    write: impl FnOnce(&mut BufWriter<File>) -> std::io::Result<()>,
+) -> Result<(), WriteError> {
+    let mut temporary = path.as_os_str().to_os_string();
+    temporary.push(format!(".{}.part", std::process::id()));
+    let temporary = PathBuf::from(temporary);
+    let result = (|| {
+        let mut file = BufWriter::new(File::create(&temporary)?);
+        write(&mut file)?;
+        file.flush()?;
+        std::fs::rename(&temporary, path)
+    })();
+    result.map_err(|source| {
+        // Half a file is worse than none; if it cannot be removed, the first error is still the one to tell.
+        let _ = std::fs::remove_file(&temporary);
+        WriteError::Io {
+            path: path.to_path_buf(),
+            source,
+        }
+    })
+}
+
+/// The constants that are read, in the order of the graph's values.
+fn constants(graph: &Graph) -> impl Iterator<Item = (ValueId, &Constant)> {
+    let mut read: HashSet<ValueId> = graph.outputs.iter().copied().collect();
+    for id in graph.node_ids() {
+        read.extend(graph.node(id).inputs.iter().flatten());
+    }
+    let ids = graph.value_ids().filter(move |v| read.contains(v));
+    ids.filter_map(|v| graph.constant(v).map(|c| (v, c)))
+}
+
+/// The bytes of a model file. Constants in `external` are referred to, all others are in it.
+pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, WriteError> {
+    let mut initializer = Vec::new();
+    for (value, constant) in constants(graph) {
+        let name = &graph.value(value).name;
+        let mut proto = match external.and_then(|e| e.get(&value)) {
+            Some(placement) => placed(constant, name, placement)?,
+            None => tensor(&constant.materialize()?),
+        };
+        proto.name = Some(name.clone());
+        initializer.push(proto);
+    }
+    let mut node = Vec::new();
+    let mut domains = BTreeSet::from([""]);
+    for id in graph.node_ids() {
+        let source = graph.node(id);
+        domains.insert(source.op.domain());
+        node.push(node_proto(graph, source)?);
+    }
+    let interface = |values: &[ValueId]| {
+        values
+            .iter()
+            .map(|v| value_info(graph, *v))
+            .collect::<Result<Vec<_>, _>>()
+    };
+    let outputs: HashSet<ValueId> = graph.outputs.iter().copied().collect();
+    let inner = graph.value_ids().filter(|v| {
+        let value = graph.value(*v);
+        let typed = value.dtype.is_some() && value.shape.is_some();
+        matches!(value.definition, Definition::Node { .. }) && typed && !outputs.contains(v)
+    });
+    let model = ModelProto {
+        ir_version: Some(IR_VERSION),
+        producer_name: Some("lapidary".to_string()),
+        producer_version: Some(env!("CARGO_PKG_VERSION").to_string()),
+        opset_import: domains
+            .iter()
+            .map(|domain| OperatorSetIdProto {
+                domain: Some((*domain).to_string()),
+                version: Some(if domain.is_empty() { OPSET } else { 1 }),
+            })
+            .collect(),
+        functions: Vec::new(),
+        graph: Some(GraphProto {
+            name: Some(if graph.name.is_empty() { "graph" } else { &graph.name }.to_string()),
+            node,
+            initializer,
+            input: interface(&graph.inputs)?,
+            output: interface(&graph.outputs)?,
+            value_info: inner.map(|v| value_info(graph, v)).collect::<Result<_, _>>()?,
+            sparse_initializer: Vec::new(),
+        }),
+    };
+    let bytes = model.encoded_len();
+    if bytes > MESSAGE_LIMIT {
+        return Err(WriteError::TooLarge { bytes });
+    }
+    Ok(model.encode_to_vec())
+}
+
+fn dims(shape: &[usize]) -> Vec<i64> {
+    shape.iter().map(|d| *d as i64).collect()
+}
+
+fn tensor(tensor: &Tensor) -> TensorProto {
+    TensorProto {
+        dims: dims(tensor.shape()),
+        data_type: Some(code_of(tensor.dtype())),
+        raw_data: Some(tensor.data().clone()),
+        ..TensorProto::default()
+    }
+}
+
+fn placed(constant: &Constant, name: &str, placement: &Placement) -> Result<TensorProto, WriteError> {
+    let expected = constant.byte_len() as u64;
+    if placement.length != expected {
+        return Err(WriteError::Placement {
+            name: name.to_string(),
+            file: placement.file.clone(),
+            expected,
+            found: placement.length,
+        });
+    }
+    let entry = |key: &str, value: String| StringStringEntryProto {
+        key: Some(key.to_string()),
+        value: Some(value),
+    };
+    Ok(TensorProto {
+        dims: dims(constant.shape()),
+        data_type: Some(code_of(constant.dtype())),
+        data_location: Some(1),
+        external_data: vec![
+            entry("location", placement.file.clone()),
+            entry("offset", placement.offset.to_string()),
+            entry("length", placement.length.to_string()),
+        ],
+        ..TensorProto::default()
+    })
+}
+
+fn value_info(graph: &Graph, id: ValueId) -> Result<ValueInfoProto, WriteError> {
+    let value = graph.value(id);
+    let (Some(dtype), Some(shape)) = (value.dtype, &value.shape) else {
+        return Err(WriteError::Untyped {
+            value: value.name.clone(),
+        });
+    };
+    let dim = shape.iter().map(|dim| match dim.as_const() {
+        Some(size) => DimensionProto {
+            dim_value: Some(size),
+            dim_param: None,
+        },
+        None => DimensionProto {
+            dim_value: None,
+            dim_param: Some(dim.to_string()),
+        },
+    });
+    Ok(ValueInfoProto {
+        name: Some(value.name.clone()),
+        r#type: Some(TypeProto {
+            tensor_type: Some(TensorTypeProto {
+                elem_type: Some(code_of(dtype)),
+                shape: Some(TensorShapeProto { dim: dim.collect() }),
+            }),
+        }),
+    })
+}
+
+fn node_proto(graph: &Graph, node: &Node) -> Result<NodeProto, WriteError> {
+    if let Op::Unknown { .. } = node.op {
+        return Err(WriteError::UnknownOp {
+            node: node.name.clone(),
+            op: node.op.name(),
+        });
+    }
+    let names = |values: &[Option<ValueId>]| {
+        let name = |v: &Option<ValueId>| v.map(|v| graph.value(v).name.clone()).unwrap_or_default();
+        values.iter().map(name).collect()
+    };
+    let mut attribute: Vec<AttributeProto> = node.op.attributes().into_iter().map(attribute_proto).collect();
+    // ONNX's Mod takes floats only with fmod.
+    let float = |v: ValueId| graph.value(v).dtype.is_some_and(DType::is_float);
+    if node.op == Op::Binary(Binary::Mod) && node.input(0).is_some_and(float) {
+        attribute.push(attribute_proto(("fmod", Attribute::Int(1))));
+    }
+    Ok(NodeProto {
+        input: names(&node.inputs),
+        output: names(&node.outputs),
+        name: Some(node.name.clone()),
+        op_type: Some(node.op.op_type().to_string()),
+        domain: Some(node.op.domain().to_string()).filter(|d| !d.is_empty()),
+        attribute,
+        overload: None,
+    })
+}
+
+fn attribute_proto((name, value): (&'static str, Attribute)) -> AttributeProto {
+    let mut proto = AttributeProto {
+        name: Some(name.to_string()),
+        ..AttributeProto::default()
+    };
+    let kind = match value {
+        Attribute::Int(value) => {
+            proto.i = Some(value);
+            attribute_type::INT
+        }
+        Attribute::DType(dtype) => {
+            proto.i = Some(i64::from(code_of(dtype)));
+            attribute_type::INT
+        }
+        Attribute::Float(value) => {
+            proto.f = Some(value);
+            attribute_type::FLOAT
+        }
+        Attribute::Ints(values) => {
+            proto.ints = values;
+            attribute_type::INTS
+        }
+        Attribute::Text(text) => {
+            proto.s = Some(Bytes::from_static(text.as_bytes()));
+            attribute_type::STRING
+        }
+        Attribute::Tensor(value) => {
+            proto.t = Some(tensor(&value));
+            attribute_type::TENSOR
+        }
+    };
+    proto.r#type = Some(kind);
+    proto
+}
