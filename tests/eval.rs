@@ -4,3 +4,5 @@
 mod exports;
 #[path = "eval/node_tests.rs"]
 mod node_tests;
+#[path = "support/replay.rs"]
+mod replay;

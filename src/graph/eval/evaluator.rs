@@ -79,7 +79,7 @@ impl<'g> Evaluator<'g> {
         let inputs: Vec<Option<Tensor>> = node.inputs.iter().map(|i| i.map(|i| self.known[&i].clone())).collect();
         let results = eval_node(&node.op, &inputs, node.outputs.len()).map_err(|source| E::Node {
             node: node.name.clone(),
-            op: super::op_label(&node.op),
+            op: node.op.name(),
             inputs: describe(&inputs),
             source: Box::new(source),
         })?;

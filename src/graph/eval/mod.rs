@@ -181,18 +181,5 @@ fn norm_of<'a>(axis: i64, epsilon: f32, center: bool, scale: &'a Tensor, bias: O
     }
 }
 
-/// The operator's name for messages, without its attributes.
-fn op_label(op: &Op) -> String {
-    match op {
-        Op::Unary(op) => format!("{op:?}"),
-        Op::Binary(op) => format!("{op:?}"),
-        op => {
-            let text = format!("{op:?}");
-            let end = text.find(|c: char| !c.is_alphanumeric()).unwrap_or(text.len());
-            text[..end].to_string()
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests;
