@@ -233,8 +233,7 @@ fn data_type(dtype: DType) -> Result<DataType, Fault> {
 }
 
 fn layer_context(network: &Network, layer: &Layer) -> LayerContext {
-    let debug = format!("{:?}", layer.kind);
-    let kind = debug.split([' ', '(', '{']).next().unwrap_or_default();
+    let kind = layer.kind.name();
     let operation = match &layer.kind {
         LayerKind::Elementwise(op) => format!("{kind} {op:?}"),
         LayerKind::Unary(op) => format!("{kind} {op:?}"),
