@@ -9,9 +9,13 @@
 //! 5. [`package`] keeps graph, weights, engines and tokenizer on disk; [`decode`] generates from it.
 
 pub mod backend;
+pub mod decode;
 pub mod dim;
 pub mod graph;
 pub mod network;
 pub mod onnx;
 pub mod passes;
+pub mod sample;
+pub mod spec;
 pub mod tensor;
+pub mod weights;

@@ -1,0 +1,351 @@
+//! `lapidary convert`: an export becomes a package.
+
+use std::collections::HashSet;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::progress::Progress;
+use super::{Failure, bytes, info, print, words};
+use crate::backend::tensorrt::{self, BuildOptions, BuildProgress, Library, Refit};
+use crate::decode::tokenizer::{self, Tokenizer};
+use crate::graph::Graph;
+use crate::network::{Logits, Profile, Tokens, WeightMode};
+use crate::package::manifest::{Engine, Pass, Source};
+use crate::package::{self, Facts, PackageError, Writer};
+use crate::spec::{Conversion, Precision, Prefill, Spec, Target};
+use crate::{lower, onnx, passes};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// The export
+    #[arg(value_name = "MODEL.onnx")]
+    model: PathBuf,
+    /// The package to make
+    #[arg(short, long, value_name = "PKG")]
+    output: PathBuf,
+    /// A conversion spec; flags override it
+    #[arg(long, value_name = "FILE.yaml")]
+    spec: Option<PathBuf>,
+    /// What to run on; every package runs on the CPU [default: cpu]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    target: Option<Vec<Target>>,
+    /// How weights enter engines [default: bind]
+    #[arg(long, value_parser = words::<WeightMode>(&["bind", "embed", "strip"]))]
+    weights: Option<WeightMode>,
+    /// Whether engines can take new weights later [default: none]
+    #[arg(long, value_parser = words::<Refit>(&["none", "general", "identical"]))]
+    refit: Option<Refit>,
+    /// Element type of weights and caches [default: the export's]
+    #[arg(long, value_enum)]
+    dtype: Option<Precision>,
+    /// Sizes the cache can have, in tokens [default: 256,1024,4096, as far as the model's context reaches]
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    capacity: Option<Vec<usize>>,
+    /// Chunks that engines take a prompt in, or a range min:opt:max [default: 128,512]
+    #[arg(long, value_name = "N,N")]
+    prefill: Option<Prefill>,
+    /// tokenizer.json, or a folder with it [default: beside the model, if there]
+    #[arg(long, value_name = "FILE_OR_DIR")]
+    tokenizer: Option<PathBuf>,
+    /// Write the canonical graph as ONNX too, with its weights in FILE.data
+    #[arg(long, value_name = "FILE")]
+    emit_onnx: Option<PathBuf>,
+    /// Replace an existing package
+    #[arg(long)]
+    force: bool,
+    /// The TensorRT-RTX library to build with
+    #[arg(long, value_name = "PATH")]
+    tensorrt_lib: Option<PathBuf>,
+    /// Print the manifest as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> Result<(), Failure> {
+    let start = Instant::now();
+    // What can fail without work fails first.
+    package::check_target(&args.output, args.force)?;
+    let conversion = conversion(&args)?;
+    let library = match conversion.targets.iter().find(|t| **t != Target::Cpu) {
+        Some(Target::Tensorrt) => {
+            return Err(
+                Failure::input("engines for full TensorRT cannot be built yet, only those for TensorRT-RTX")
+                    .help("use --target tensorrt-rtx"),
+            );
+        }
+        Some(_) => Some(Library::load(args.tensorrt_lib.as_deref())?),
+        None => None,
+    };
+    let progress = Progress::new();
+    progress.step("reading");
+    let tokenizer = find_tokenizer(&args.model, conversion.tokenizer.as_deref())?;
+    let graph = onnx::read(&args.model)?;
+    let source = source(&args.model, &graph)?;
+
+    progress.step("rewriting");
+    let options = passes::Options {
+        dtype: conversion.dtype.map(Precision::dtype),
+        max_positions: *conversion.capacities.last().expect("resolved to at least one"),
+    };
+    let canonical = passes::canonicalize(graph, &options).map_err(|e| Failure::pass(&args.model, e))?;
+    let capacities = capacities(&conversion, canonical.architecture.max_positions, trained_context(&args.model))?;
+    if let Some(path) = &args.emit_onnx {
+        emit(path, &canonical.graph)?;
+    }
+
+    let facts = Facts {
+        source,
+        architecture: canonical.architecture.clone(),
+        dtype: canonical.architecture.cache_dtype,
+        targets: conversion.targets.clone(),
+        weight_mode: conversion.weights,
+        refit: conversion.refit,
+        capacities: capacities.clone(),
+        prefill: conversion.prefill.clone(),
+        passes: canonical.report.iter().map(pass).collect(),
+    };
+    let mut writer = Writer::new(&args.output, args.force, &canonical.graph, facts, |done, total| {
+        progress.bytes("weights", done, total);
+    })?;
+    // From here on the weights are those of the package, mapped; the export is not needed any more.
+    drop(canonical);
+    match &tokenizer {
+        Some(tokenizer) => writer.tokenizer(tokenizer)?,
+        None => {
+            let folder = args.model.parent().unwrap_or(Path::new("."));
+            writer.eos_token_ids(tokenizer::eos_ids_of_configs(folder));
+        }
+    }
+    if let Some(library) = &library {
+        engines(&mut writer, library, &conversion, &capacities, &progress)?;
+    }
+    let manifest = writer.finish()?;
+    drop(progress);
+
+    if args.json {
+        return super::print_json(&manifest);
+    }
+    let mut text = info::tell(&manifest);
+    if tokenizer.is_none() {
+        text += "no tokenizer was found beside the model: the package takes token ids only (see --tokenizer)\n";
+    }
+    text += &format!("wrote {} in {:.1} s\n", args.output.display(), start.elapsed().as_secs_f64());
+    print(&text)
+}
+
+fn conversion(args: &Args) -> Result<Conversion, Failure> {
+    let flags = Spec {
+        description: None,
+        targets: args.target.clone(),
+        weights: args.weights,
+        refit: args.refit,
+        dtype: args.dtype,
+        capacity: args.capacity.clone(),
+        prefill: args.prefill.clone(),
+        tokenizer: args.tokenizer.clone(),
+    };
+    let file = match &args.spec {
+        Some(path) => Spec::read(path)?,
+        None => Spec::default(),
+    };
+    Ok(flags.or(file).resolve()?)
+}
+
+/// The tokenizer asked for, or the one beside the model.
+fn find_tokenizer(model: &Path, asked: Option<&Path>) -> Result<Option<Tokenizer>, Failure> {
+    if let Some(path) = asked {
+        return Ok(Some(Tokenizer::open(path)?));
+    }
+    let beside = model.with_file_name(tokenizer::FILES[0]);
+    match beside.is_file() {
+        true => Ok(Some(Tokenizer::open(&beside)?)),
+        false => Ok(None),
+    }
+}
+
+fn source(model: &Path, graph: &Graph) -> Result<Source, Failure> {
+    let io = |source| PackageError::Io {
+        path: model.to_path_buf(),
+        source,
+    };
+    let producer = &graph.producer;
+    Ok(Source {
+        file: model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        blake3: package::hash_file(model)?,
+        bytes: std::fs::metadata(model).map_err(io)?.len(),
+        exporter: onnx::exporter(graph).to_string(),
+        producer: format!("{} {}", producer.name, producer.version).trim().to_string(),
+        opsets: producer
+            .opsets
+            .iter()
+            .map(|(domain, version)| match domain.as_str() {
+                "" => ("ai.onnx".to_string(), *version),
+                _ => (domain.clone(), *version),
+            })
+            .collect(),
+    })
+}
+
+fn pass(report: &passes::PassReport) -> Pass {
+    Pass {
+        name: report.name.to_string(),
+        rewrites: report.rewrites,
+        nodes_before: report.nodes_before,
+        nodes_after: report.nodes_after,
+    }
+}
+
+/// The context the model was trained for, if a `config.json` beside the export says.
+fn trained_context(model: &Path) -> Option<usize> {
+    let text = std::fs::read_to_string(model.with_file_name("config.json")).ok()?;
+    let config: serde_json::Value = serde_json::from_str(&text).ok()?;
+    let context = ["max_position_embeddings", "n_positions"].iter().find_map(|key| config[key].as_u64())?;
+    usize::try_from(context).ok().filter(|n| *n > 0)
+}
+
+/// The capacities asked for, or the defaults cut to the model's context. `limit`: the graph has tables for so many
+/// positions and no more. `trained`: what the model was trained for, which one may exceed if one asks for it.
+fn capacities(conversion: &Conversion, limit: Option<usize>, trained: Option<usize>) -> Result<Vec<usize>, Failure> {
+    let mut capacities = conversion.capacities.clone();
+    let beyond = |limit: Option<usize>, capacity: usize| limit.is_some_and(|limit| capacity > limit);
+    if conversion.explicit_capacities {
+        return match capacities.iter().find(|c| beyond(limit, **c)) {
+            Some(too_large) => Err(Failure::input(format!(
+                "capacity {too_large} is larger than the {} positions that the export has tables for",
+                limit.unwrap_or_default()
+            ))
+            .help(format!("use a --capacity of at most {}", limit.unwrap_or_default()))),
+            None => Ok(capacities),
+        };
+    }
+    let context = limit.into_iter().chain(trained).min();
+    let all = capacities.len();
+    capacities.retain(|c| !beyond(context, *c));
+    if capacities.len() < all {
+        capacities.extend(context);
+    }
+    capacities.dedup();
+    Ok(capacities)
+}
+
+fn emit(path: &Path, graph: &Graph) -> Result<(), Failure> {
+    onnx::write_with_data(graph, path).map_err(|e| Failure::input(format!("{}: {e}", path.display())))
+}
+
+/// Builds an engine for decoding and for each prefill shape at every capacity.
+fn engines(
+    writer: &mut Writer,
+    library: &Library,
+    conversion: &Conversion,
+    capacities: &[usize],
+    progress: &Progress,
+) -> Result<(), Failure> {
+    let graph = writer.package().graph()?;
+    let profiles = profiles(conversion, capacities);
+    for (i, profile) in profiles.iter().enumerate() {
+        let label = format!("engine {}/{} {profile}", i + 1, profiles.len());
+        progress.step(label.as_str());
+        let options = lower::Options {
+            weight_mode: conversion.weights,
+            ..lower::Options::default()
+        };
+        let network = lower::lower(&graph, profile, &options).map_err(Failure::bug)?;
+        let bar = progress.handle();
+        let observer = move |p: BuildProgress<'_>| {
+            bar.fraction(&label, p.fraction);
+            ControlFlow::Continue(())
+        };
+        let options = BuildOptions {
+            refit: conversion.refit,
+            observer: Some(Arc::new(observer)),
+        };
+        let plan = tensorrt::build(library, &network, &options)?;
+        let taken: HashSet<String> = network.weights.iter().map(|w| w.name.clone()).collect();
+        let engine = Engine {
+            file: String::new(),
+            bytes: 0,
+            blake3: String::new(),
+            target: Target::TensorrtRtx,
+            profile: *profile,
+            weight_mode: conversion.weights,
+            refit: conversion.refit,
+            tensorrt_version: library.version().to_string(),
+            build_ms: plan.elapsed().as_millis() as u64,
+        };
+        writer.engine(engine, plan.bytes(), &taken)?;
+        progress.note(format!("{profile}: {} in {:.1} s", bytes(plan.bytes().len() as u64), plan.elapsed().as_secs_f64()));
+    }
+    Ok(())
+}
+
+/// Decode at every capacity; prefill wherever a chunk fits.
+fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Profile> {
+    let mut profiles = Vec::new();
+    for capacity in capacities {
+        profiles.push(Profile::decode(*capacity));
+        for tokens in conversion.prefill.tokens() {
+            let tokens = match tokens {
+                Tokens::Static(n) if n > *capacity || n == 1 => continue,
+                Tokens::Static(n) => Tokens::Static(n),
+                Tokens::Dynamic { min, .. } if min > *capacity => continue,
+                Tokens::Dynamic { min, opt, max } => Tokens::Dynamic {
+                    min,
+                    opt: opt.min(*capacity),
+                    max: max.min(*capacity),
+                },
+            };
+            profiles.push(Profile {
+                batch: 1,
+                tokens,
+                capacity: *capacity,
+                logits: Logits::Rows,
+            });
+        }
+    }
+    profiles
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn conversion(text: &str) -> Conversion {
+        Spec::parse(text).unwrap().resolve().unwrap()
+    }
+
+    #[test]
+    fn default_capacities_follow_the_context_and_asked_ones_are_held_to_it() {
+        let default = conversion("");
+        let cut = |limit, trained| capacities(&default, limit, trained).unwrap();
+        assert_eq!(cut(Some(4096), Some(8192)), [256, 1024, 4096]);
+        assert_eq!(cut(Some(4096), Some(2048)), [256, 1024, 2048]);
+        assert_eq!(cut(Some(1024), None), [256, 1024]);
+        assert_eq!(cut(Some(64), Some(2048)), [64]);
+        assert_eq!(cut(None, None), [256, 1024, 4096]);
+        let asked = conversion("capacity: [128, 64]");
+        assert_eq!(capacities(&asked, Some(128), Some(32)).unwrap(), [64, 128]);
+        let error = capacities(&asked, Some(100), None).unwrap_err();
+        assert_eq!(
+            error.message,
+            "capacity 128 is larger than the 100 positions that the export has tables for"
+        );
+    }
+
+    #[test]
+    fn an_engine_for_decoding_and_for_each_chunk_that_fits() {
+        let names = |text: &str| -> Vec<String> {
+            let c = conversion(text);
+            profiles(&c, &c.capacities).iter().map(Profile::to_string).collect()
+        };
+        assert_eq!(
+            names("{capacity: [256, 1024], prefill: [128, 512]}"),
+            ["b1-t1-c256", "b1-t128-c256", "b1-t1-c1024", "b1-t128-c1024", "b1-t512-c1024"]
+        );
+        assert_eq!(
+            names("{capacity: [256], prefill: {min: 1, opt: 128, max: 512}}"),
+            ["b1-t1-c256", "b1-t1_128_256-c256"]
+        );
+    }
+}

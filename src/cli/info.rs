@@ -1,0 +1,117 @@
+//! `lapidary info`: the manifest, told to a person.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use super::{Failure, bytes, print, print_json};
+use crate::package::{Manifest, Package};
+use crate::passes::Architecture;
+use crate::spec::Prefill;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A package
+    #[arg(value_name = "PKG")]
+    package: PathBuf,
+    /// Print the manifest as JSON
+    #[arg(long)]
+    json: bool,
+    /// Read every byte and compare with the hashes in the manifest
+    #[arg(long)]
+    check: bool,
+}
+
+pub fn run(args: Args) -> Result<(), Failure> {
+    let package = Package::open(&args.package)?;
+    if args.check {
+        package.check_hashes()?;
+    }
+    if args.json {
+        return print_json(&package.manifest);
+    }
+    let mut text = tell(&package.manifest);
+    if args.check {
+        text += "checked        every byte has the hash in the manifest\n";
+    }
+    print(&text)
+}
+
+/// `30 layers, 9 query heads over 3 KV heads of 64, hidden 576, vocabulary 49152`
+pub fn architecture(a: &Architecture) -> String {
+    let mut text = format!("{} layers, ", a.layers);
+    text += &match a.heads == a.kv_heads {
+        true => format!("{} heads of {}", a.heads, a.head_dim),
+        false => format!("{} query heads over {} KV heads of {}", a.heads, a.kv_heads, a.head_dim),
+    };
+    for (name, value) in [("hidden", a.hidden), ("vocabulary", a.vocabulary)] {
+        if let Some(value) = value {
+            text += &format!(", {name} {value}");
+        }
+    }
+    let windows: Vec<usize> = a.windows.iter().flatten().copied().collect();
+    if let Some(window) = windows.first() {
+        text += &format!(", sliding window {window} in {} of the layers", windows.len());
+    }
+    text
+}
+
+pub fn tell(m: &Manifest) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, text: String| {
+        let _ = writeln!(out, "{name:<14} {text}");
+    };
+    let list = |items: &[usize]| items.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    line("model", format!("{}, {}", m.source.file, m.source.exporter));
+    line("architecture", architecture(&m.architecture));
+    line("dtype", m.dtype.to_string());
+    let targets: Vec<String> = m.targets.iter().map(|t| t.to_string()).collect();
+    line("targets", targets.join(", "));
+    line("capacities", list(&m.capacities));
+    line(
+        "prefill",
+        match &m.prefill {
+            Prefill::Chunks(chunks) => format!("chunks of {}", list(chunks)),
+            Prefill::Range(r) => format!("{} to {} tokens, best at {}", r.min, r.max, r.opt),
+        },
+    );
+    let w = &m.weights;
+    let shared = w.tensors.iter().filter(|t| t.same_as.is_some()).count();
+    let shared = match shared {
+        0 => String::new(),
+        n => format!(", {n} of them stored with another"),
+    };
+    line("weights", format!("{} tensors, {}{shared}", w.tensors.len(), bytes(w.bytes)));
+    line("weight set", w.set_hash.clone());
+    match m.engines.len() {
+        0 => line("engines", "none: runs on the CPU".into()),
+        n => {
+            let total = m.engines.iter().map(|e| e.bytes).sum();
+            line("engines", format!("{n}, {}", bytes(total)));
+            for e in &m.engines {
+                line(
+                    "",
+                    format!(
+                        "{}  {}, {} weights, {} {}",
+                        e.profile,
+                        bytes(e.bytes),
+                        serde_json::json!(e.weight_mode).as_str().unwrap_or_default(),
+                        e.target,
+                        e.tensorrt_version
+                    ),
+                );
+            }
+        }
+    }
+    line(
+        "tokenizer",
+        match &m.tokenizer {
+            None => "none: prompts are token ids".into(),
+            Some(t) if t.chat_template => "yes, with a chat template".into(),
+            Some(_) => "yes, without a chat template".into(),
+        },
+    );
+    let ids: Vec<usize> = m.eos_token_ids.iter().map(|id| *id as usize).collect();
+    line("end tokens", if ids.is_empty() { "none".into() } else { list(&ids) });
+    line("made by", format!("lapidary {}, format {}", m.lapidary_version, m.format_version));
+    out
+}

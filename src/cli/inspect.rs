@@ -1,0 +1,219 @@
+//! `lapidary inspect`: what an export is, and what stands in the way of converting it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::table::Table;
+use super::{Failure, bytes, info, print, print_json};
+use crate::graph::{self, Definition, Graph, ValueId};
+use crate::network::{Profile, WeightMode};
+use crate::onnx::{self, Exporter};
+use crate::passes::{self, Recognition};
+use crate::spec::Precision;
+use crate::lower;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// The export
+    #[arg(value_name = "MODEL.onnx")]
+    model: PathBuf,
+    /// Print the whole graph instead: as exported, canonical, or as the network of one profile
+    #[arg(long, value_enum)]
+    dump: Option<Dump>,
+    /// Tokens of the network to dump
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "dump", value_parser = positive)]
+    tokens: usize,
+    /// Cache capacity of the network to dump
+    #[arg(long, value_name = "N", default_value_t = 256, requires = "dump", value_parser = positive)]
+    capacity: usize,
+    /// Element type of the canonical graph and the network to dump
+    #[arg(long, value_enum, requires = "dump")]
+    dtype: Option<Precision>,
+    #[arg(long, conflicts_with = "dump")]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Dump {
+    Graph,
+    Canonical,
+    Network,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err("it must be a number above 0".into()),
+    }
+}
+
+#[derive(Serialize)]
+struct Facts {
+    file: PathBuf,
+    exporter: Exporter,
+    producer: String,
+    ir_version: i64,
+    /// Domain and version.
+    opsets: Vec<(String, i64)>,
+    inputs: Vec<Tensor>,
+    outputs: Vec<Tensor>,
+    nodes: usize,
+    /// Bytes of all constants that something reads, each counted once.
+    weight_bytes: u64,
+    weight_bytes_by_dtype: BTreeMap<String, u64>,
+    #[serde(flatten)]
+    recognition: Recognition,
+    convertible: bool,
+}
+
+#[derive(Serialize)]
+struct Tensor {
+    name: String,
+    dtype: Option<String>,
+    shape: Option<Vec<String>>,
+}
+
+pub fn run(args: Args) -> Result<(), Failure> {
+    let mut graph = onnx::read(&args.model)?;
+    if let Some(dump) = args.dump {
+        return print(&dumped(graph, dump, &args)?);
+    }
+    // A cyclic graph has no order to tell anything in.
+    graph.sort().map_err(|e| {
+        Failure::input(format!("{}: {e}", args.model.display())).help("no exporter writes such a graph; export it again")
+    })?;
+    let recognition = passes::recognise(&graph);
+    let (weight_bytes, weight_bytes_by_dtype) = weights(&graph);
+    let tensors = |ids: &[ValueId]| ids.iter().map(|id| tensor(&graph, *id)).collect();
+    let facts = Facts {
+        exporter: onnx::exporter(&graph),
+        producer: format!("{} {}", graph.producer.name, graph.producer.version).trim().to_string(),
+        ir_version: graph.producer.ir_version,
+        opsets: graph.producer.opsets.clone(),
+        inputs: tensors(&graph.inputs),
+        outputs: tensors(&graph.outputs),
+        nodes: graph.node_ids().count(),
+        weight_bytes,
+        weight_bytes_by_dtype,
+        convertible: recognition.obstacles.is_empty(),
+        recognition,
+        file: args.model,
+    };
+    match args.json {
+        true => print_json(&facts),
+        false => print(&tell(&facts)),
+    }
+}
+
+fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
+    if dump == Dump::Graph {
+        return Ok(graph::dump::dump(&graph).to_string());
+    }
+    let options = passes::Options {
+        dtype: args.dtype.map(Precision::dtype),
+        max_positions: args.capacity,
+    };
+    let canonical = passes::canonicalize(graph, &options).map_err(|e| Failure::pass(&args.model, e))?;
+    if dump == Dump::Canonical {
+        return Ok(graph::dump::dump(&canonical.graph).to_string());
+    }
+    let options = lower::Options {
+        weight_mode: WeightMode::Bind,
+        ..lower::Options::default()
+    };
+    let profile = Profile::prefill(args.tokens, args.capacity);
+    let network = lower::lower(&canonical.graph, &profile, &options).map_err(Failure::bug)?;
+    Ok(network.to_string())
+}
+
+fn tensor(graph: &Graph, id: ValueId) -> Tensor {
+    let value = graph.value(id);
+    Tensor {
+        name: value.name.clone(),
+        dtype: value.dtype.map(|d| d.to_string()),
+        shape: value.shape.as_ref().map(|s| s.iter().map(|d| d.to_string()).collect()),
+    }
+}
+
+fn weights(graph: &Graph) -> (u64, BTreeMap<String, u64>) {
+    let mut by_dtype = BTreeMap::new();
+    let uses = graph.uses();
+    for id in graph.value_ids().filter(|id| uses.contains_key(id)) {
+        if let Definition::Constant(constant) = &graph.value(id).definition {
+            *by_dtype.entry(constant.dtype().to_string()).or_insert(0) += constant.byte_len() as u64;
+        }
+    }
+    (by_dtype.values().sum(), by_dtype)
+}
+
+fn tell(facts: &Facts) -> String {
+    let mut out = String::new();
+    let mut line = |name: &str, text: String| {
+        let _ = writeln!(out, "{name:<14} {text}");
+    };
+    let r = &facts.recognition;
+    line("model", facts.file.display().to_string());
+    let producer = match facts.producer.is_empty() {
+        true => String::new(),
+        false => format!(", by {}", facts.producer),
+    };
+    line("exporter", format!("{}{producer}", facts.exporter));
+    let opsets = facts.opsets.iter().map(|(domain, version)| match domain.as_str() {
+        "" => version.to_string(),
+        _ => format!("{domain} {version}"),
+    });
+    let opsets: Vec<String> = opsets.collect();
+    line("opset", format!("{} (IR {})", opsets.join(", "), facts.ir_version));
+    if let Some(a) = &r.architecture {
+        line("architecture", info::architecture(a));
+    }
+    let slots = r.capacity.map(|n| format!(", {n} slots")).unwrap_or_default();
+    line("cache", format!("{}{slots}", r.cache));
+    let dtypes: Vec<String> = facts.weight_bytes_by_dtype.iter().map(|(d, n)| format!("{} in {d}", bytes(*n))).collect();
+    line("weights", format!("{} ({})", bytes(facts.weight_bytes), dtypes.join(", ")));
+    let patterns: Vec<String> = r.patterns.iter().map(|(name, n)| format!("{n} {name}")).collect();
+    line("recognised", if patterns.is_empty() { "nothing".into() } else { patterns.join(", ") });
+
+    let mut table = Table::new(["input", "dtype", "shape", "role"]);
+    for input in &facts.inputs {
+        let role = r.inputs.iter().find(|i| i.name == input.name).map_or("", |i| i.role.as_str());
+        table.row(cells(input, role));
+    }
+    out += &format!("\n{}", table.render());
+    let mut table = Table::new(["output", "dtype", "shape", ""]);
+    for output in &facts.outputs {
+        table.row(cells(output, ""));
+    }
+    out += &format!("\n{}", table.render());
+
+    let mut operators: Vec<(&String, &usize)> = r.operators.iter().collect();
+    operators.sort_by_key(|(name, n)| (std::cmp::Reverse(**n), (*name).clone()));
+    let operators: Vec<String> = operators.iter().map(|(name, n)| format!("{name} {n}")).collect();
+    let _ = writeln!(out, "\n{} nodes: {}", facts.nodes, operators.join(", "));
+
+    for (op, nodes) in &r.unsupported {
+        let _ = writeln!(out, "unsupported {op}: {}", nodes.join(", "));
+    }
+    match r.obstacles.len() {
+        0 => out.push_str("\nThis model can be converted.\n"),
+        n => {
+            let _ = writeln!(out, "\nThis model cannot be converted, for {n} reason{}:", if n == 1 { "" } else { "s" });
+            for obstacle in &r.obstacles {
+                let _ = writeln!(out, "  {obstacle}");
+            }
+        }
+    }
+    out
+}
+
+fn cells(tensor: &Tensor, role: &str) -> [String; 4] {
+    [
+        tensor.name.clone(),
+        tensor.dtype.clone().unwrap_or_else(|| "?".into()),
+        tensor.shape.as_ref().map_or("?".into(), |s| format!("[{}]", s.join(", "))),
+        role.to_string(),
+    ]
+}

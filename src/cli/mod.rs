@@ -1,0 +1,131 @@
+//! The command line: one file a command, parsing and printing only.
+//!
+//! Exit status: 0 done; 2 wrong usage or unusable input, with one message on stderr that says what is wrong and what to
+//! do; 1 anything else. `--json` prints one document on stdout and nothing else there; progress and notes go to stderr,
+//! and only when it is a terminal.
+
+mod convert;
+mod doctor;
+mod failure;
+mod generate;
+mod info;
+mod inspect;
+mod progress;
+mod table;
+mod verify;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub use failure::Failure;
+
+/// Cuts ONNX language models into TensorRT engines, layer by layer, and runs them.
+#[derive(Parser)]
+#[command(name = "lapidary", version, propagate_version = true, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Says what an ONNX export is, and whether it can be converted
+    Inspect(inspect::Args),
+    /// Makes a package from an ONNX export
+    Convert(convert::Args),
+    /// Tells what is in a package
+    Info(info::Args),
+    /// Generates text from a package
+    Generate(generate::Args),
+    /// Compares a package with the export it was made from, run by another engine
+    Verify(verify::Args),
+    /// Says what can be built and run on this machine
+    Doctor(doctor::Args),
+}
+
+/// The whole program.
+pub fn main() -> ExitCode {
+    let started = std::time::Instant::now();
+    // clap exits by itself: with 0 after --help and --version, with 2 on wrong usage.
+    let cli = Cli::parse();
+    // An unfinished package is removed; Ctrl-C elsewhere just ends the program.
+    let handler = ctrlc::set_handler(|| {
+        crate::package::abandon();
+        std::process::exit(130);
+    });
+    debug_assert!(handler.is_ok(), "set once");
+    let result = match cli.command {
+        Command::Inspect(args) => inspect::run(args),
+        Command::Convert(args) => convert::run(args),
+        Command::Info(args) => info::run(args),
+        Command::Generate(args) => generate::run(args, started),
+        Command::Verify(args) => verify::run(args),
+        Command::Doctor(args) => doctor::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+/// Prints a document on stdout.
+fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    serde_json::to_writer_pretty(&mut stdout, value).map_err(std::io::Error::from)?;
+    writeln!(stdout)?;
+    stdout.flush()?;
+    Ok(())
+}
+
+/// Prints text on stdout.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()?;
+    Ok(())
+}
+
+/// A `value_parser` for a type that serde reads from one of these words.
+fn words<T>(words: &'static [&'static str]) -> impl clap::builder::TypedValueParser<Value = T>
+where
+    T: serde::de::DeserializeOwned + Clone + Send + Sync + 'static,
+{
+    use clap::builder::TypedValueParser;
+    clap::builder::PossibleValuesParser::new(words).map(|word| {
+        let value = serde_json::Value::String(word);
+        serde_json::from_value(value).expect("the words are the type's own")
+    })
+}
+
+/// `538.1 MB`: decimal units, as disks and file managers count.
+fn bytes(n: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 999.95 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{n} B"),
+        _ => format!("{value:.1} {}", UNITS[unit]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn flags_do_not_clash() {
+        super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_read_well() {
+        let read = [0, 999, 1000, 999_949, 999_950, 538_060_032, 4_100_000_000].map(super::bytes);
+        assert_eq!(read, ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "538.1 MB", "4.1 GB"]);
+    }
+}

@@ -1,0 +1,131 @@
+//! The executor as a [`Device`]: exact chunk lengths, programs compiled when first needed.
+//!
+//! Takes a package's graph, whose weights stay in their mapped file. A program is compiled for each (tokens, capacity)
+//! that comes up; programs share the weights and differ in little else, so decode programs are kept for good and prefill
+//! programs for the last few lengths.
+
+use super::session::{Chunk, Device, DeviceError};
+use crate::backend::cpu::{Bindings, Caches, Options, Program};
+use crate::graph::Graph;
+use crate::lower;
+use crate::network::Profile;
+
+/// Longer chunks save little and need more memory for activations.
+pub const LARGEST_CHUNK: usize = 512;
+
+/// Prefill programs kept. A long prompt needs two, for its full chunks and for the rest.
+const KEPT_PREFILLS: usize = 4;
+
+/// See the module's head.
+pub struct CpuDevice {
+    graph: Graph,
+    lowering: lower::Options,
+    compiling: Options,
+    vocabulary: usize,
+    /// The last used comes last.
+    programs: Vec<(Profile, Program)>,
+    caches: Option<Caches>,
+    capacity: usize,
+    last: Option<Profile>,
+}
+
+impl CpuDevice {
+    /// `graph` is canonical. `vocabulary` is the row length of its logits, `threads` defaults to one a core.
+    pub fn new(graph: Graph, vocabulary: usize, threads: Option<usize>) -> Self {
+        CpuDevice {
+            graph,
+            lowering: lower::Options::default(),
+            compiling: threads.map_or_else(Options::default, Options::with_threads),
+            vocabulary,
+            programs: Vec::new(),
+            caches: None,
+            capacity: 0,
+            last: None,
+        }
+    }
+
+    /// Puts the program for `profile` at the end of the list, compiled if it was not there.
+    fn prepare(&mut self, profile: Profile) -> Result<(), DeviceError> {
+        if let Some(at) = self.programs.iter().position(|(p, _)| *p == profile) {
+            let program = self.programs.remove(at);
+            self.programs.push(program);
+            return Ok(());
+        }
+        let is_prefill = |p: &Profile| p.tokens != Profile::decode(p.capacity).tokens;
+        if is_prefill(&profile) && self.programs.iter().filter(|(p, _)| is_prefill(p)).count() >= KEPT_PREFILLS {
+            let oldest = self.programs.iter().position(|(p, _)| is_prefill(p));
+            self.programs.remove(oldest.expect("there are several"));
+        }
+        let network = lower::lower(&self.graph, &profile, &self.lowering).map_err(failed)?;
+        if self.caches.is_none() {
+            self.caches = Some(Caches::new(&network).map_err(failed)?);
+        }
+        let program = Program::compile(&network, &self.compiling).map_err(failed)?;
+        self.programs.push((profile, program));
+        Ok(())
+    }
+}
+
+impl Device for CpuDevice {
+    fn name(&self) -> &str {
+        "cpu"
+    }
+
+    fn engine(&self) -> String {
+        let threads = self.compiling.pool.threads();
+        match &self.last {
+            Some(profile) => format!("cpu {profile}, {threads} threads"),
+            None => format!("cpu, {threads} threads"),
+        }
+    }
+
+    fn chunk(&self, waiting: usize, _position: usize, _capacity: usize) -> Chunk {
+        let tokens = waiting.min(LARGEST_CHUNK);
+        Chunk { tokens, rows: tokens }
+    }
+
+    fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError> {
+        match &mut self.caches {
+            Some(caches) => caches.grow(capacity, live),
+            // The first program brings caches of its capacity.
+            None => self.prepare(Profile::decode(capacity))?,
+        }
+        self.capacity = capacity;
+        Ok(())
+    }
+
+    fn forward(
+        &mut self,
+        chunk: Chunk,
+        tokens: &[u32],
+        position: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        let profile = Profile::prefill(chunk.rows, self.capacity);
+        self.prepare(profile)?;
+        self.last = Some(profile);
+        let int = |n: usize| i32::try_from(n).expect("positions fit 31 bits");
+        let ids: Vec<i32> = tokens.iter().map(|id| *id as i32).collect();
+        let positions: Vec<i32> = (position..position + tokens.len()).map(int).collect();
+        let (write, row) = ([int(position)], [int(tokens.len() - 1)]);
+        logits.resize(self.vocabulary, 0.0);
+        let mut bindings = Bindings::new();
+        bindings
+            .input("input_ids", &ids[..])
+            .input("position_ids", &positions[..])
+            .input("write_indices", &write[..])
+            .input("logit_rows", &row[..])
+            .output("logits", &mut logits[..])
+            .caches(self.caches.as_mut().expect("reserved before"));
+        let (_, program) = self.programs.last_mut().expect("just prepared");
+        program.run(&mut bindings).map_err(failed)
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> DeviceError {
+    DeviceError {
+        device: "cpu".into(),
+        message: error.to_string(),
+        help: None,
+    }
+}

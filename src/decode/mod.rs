@@ -1,0 +1,15 @@
+//! From a package to text: sessions over a growing cache, the generation loop, the tokenizer and the chat template.
+//!
+//! Takes a loaded [`crate::package::Package`] and prompts, gives tokens, log-probabilities and text. A [`Session`] keeps
+//! one sequence's cache in step with its tokens and knows nothing of hardware: it drives a [`Device`], which is the few
+//! operations that a machine must offer (`cpu` is one over the executor). [`generate()`] draws tokens with a
+//! [`crate::sample::Chain`] and reports them as they come. Options and printing belong to the command line.
+
+pub mod chat;
+mod generate;
+mod session;
+pub mod text;
+pub mod tokenizer;
+
+pub use generate::{FinishReason, GenerateError, Generation, Limits, Step, Timing, generate};
+pub use session::{Chunk, Device, DeviceError, Session, SessionError};

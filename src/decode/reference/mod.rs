@@ -1,0 +1,217 @@
+//! The original export, run by an engine that shares nothing with ours: the yardstick of `lapidary verify`.
+//!
+//! Takes the `.onnx` file a package was made from and whole sequences of tokens, gives the logits of every position. Each
+//! sequence is run at once from an empty cache, so that it checks our cache, our chunks and our masks too, and not only
+//! our arithmetic. Engines: `tract` (cargo feature of that name), and `eval`, the evaluator of `graph::eval`, which is
+//! slow and ours, but interprets the export as it is, without passes, lowering or executor. What the inputs of an export
+//! are for is told by `passes::roles`.
+
+mod eval;
+#[cfg(feature = "tract")]
+mod tract;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use crate::dim::Sym;
+use crate::graph::{self, Graph, ValueId};
+use crate::onnx;
+use crate::passes::roles::{self, Role, Roles};
+use crate::tensor::{DType, Tensor};
+
+/// Who runs the export.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineKind {
+    /// tract, by Sonos
+    Tract,
+    /// Lapidary's evaluator on the unchanged export; slow
+    Eval,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ReferenceError {
+    #[error("this lapidary was compiled without tract")]
+    NoTract,
+    #[error(transparent)]
+    Read(#[from] onnx::ReadError),
+    #[error("{}: {message}", path.display())]
+    Inputs { path: PathBuf, message: String },
+    #[error("{engine} cannot run {}: {message}", path.display())]
+    Engine {
+        engine: &'static str,
+        path: PathBuf,
+        message: String,
+    },
+    #[error("the sequence of {tokens} tokens does not fit the cache of the export, which has {capacity} slots")]
+    TooLong { tokens: usize, capacity: usize },
+}
+
+/// An engine with an export loaded.
+trait Engine {
+    /// Runs the export. `inputs` are in the order of the graph's inputs, by name; gives the output named `logits`.
+    fn run(&mut self, inputs: &[(String, Tensor)], logits: &str) -> Result<Tensor, String>;
+}
+
+/// See the module's head.
+pub struct Reference {
+    path: PathBuf,
+    kind: EngineKind,
+    graph: Graph,
+    roles: Roles,
+    logits: ValueId,
+    engine: Box<dyn Engine>,
+}
+
+impl Reference {
+    pub fn open(path: &Path, kind: EngineKind) -> Result<Self, ReferenceError> {
+        if kind == EngineKind::Tract && !cfg!(feature = "tract") {
+            return Err(ReferenceError::NoTract);
+        }
+        let mut graph = onnx::read(path)?;
+        let bad = |message: String| ReferenceError::Inputs {
+            path: path.to_path_buf(),
+            message,
+        };
+        graph::infer::infer(&mut graph).map_err(|e| bad(e.to_string()))?;
+        let roles = roles::assign(&mut graph).map_err(|e| bad(e.to_string()))?;
+        let named = graph.outputs.iter().find(|id| graph.value(**id).name == "logits");
+        let logits = *named.or(graph.outputs.first()).ok_or_else(|| bad("it has no outputs".into()))?;
+        let engine: Box<dyn Engine> = match kind {
+            EngineKind::Eval => Box::new(eval::Eval::new(graph.clone())),
+            #[cfg(feature = "tract")]
+            EngineKind::Tract => Box::new(tract::Tract::new(path).map_err(|message| ReferenceError::Engine {
+                engine: kind.name(),
+                path: path.to_path_buf(),
+                message,
+            })?),
+            #[cfg(not(feature = "tract"))]
+            EngineKind::Tract => unreachable!("refused above"),
+        };
+        Ok(Reference {
+            path: path.to_path_buf(),
+            kind,
+            graph,
+            roles,
+            logits,
+            engine,
+        })
+    }
+
+    /// Tokens that one run can take, where the export fixed it.
+    pub fn longest(&self) -> Option<usize> {
+        self.roles.capacity
+    }
+
+    /// Logits of every position, `[tokens][vocabulary]`.
+    pub fn logits(&mut self, tokens: &[u32]) -> Result<Vec<Vec<f32>>, ReferenceError> {
+        if let Some(capacity) = self.roles.capacity
+            && tokens.len() > capacity
+        {
+            return Err(ReferenceError::TooLong {
+                tokens: tokens.len(),
+                capacity,
+            });
+        }
+        if let Some(fixed) = self.roles.tokens
+            && fixed != tokens.len()
+        {
+            return Err(ReferenceError::Inputs {
+                path: self.path.clone(),
+                message: format!("the export takes exactly {fixed} tokens a call, which cannot run a whole sequence at once"),
+            });
+        }
+        let inputs = self.inputs(tokens)?;
+        let name = self.graph.value(self.logits).name.clone();
+        let engine = self.kind.name();
+        let failed = |path: &Path, message: String| ReferenceError::Engine {
+            engine,
+            path: path.to_path_buf(),
+            message,
+        };
+        let logits = self.engine.run(&inputs, &name).map_err(|m| failed(&self.path, m))?;
+        match logits.shape() {
+            [1, rows, vocabulary] if *rows == tokens.len() => {
+                Ok(logits.to_f32().chunks(*vocabulary).map(<[f32]>::to_vec).collect())
+            }
+            other => Err(failed(
+                &self.path,
+                format!("its output {name:?} is {other:?}, not [1, {}, vocabulary]", tokens.len()),
+            )),
+        }
+    }
+
+    fn inputs(&self, tokens: &[u32]) -> Result<Vec<(String, Tensor)>, ReferenceError> {
+        let n = tokens.len() as i64;
+        let capacity = self.roles.capacity.map_or(n, |c| c as i64);
+        let sizes = BTreeMap::from([
+            (Sym::batch(), 1),
+            (Sym::tokens(), n),
+            (Sym::past(), 0),
+            (Sym::capacity(), capacity),
+        ]);
+        let mut inputs = Vec::new();
+        for id in &self.graph.inputs {
+            let value = self.graph.value(*id);
+            let shape: Option<Vec<usize>> = value.shape.as_ref().and_then(|shape| {
+                let sizes = shape.iter().map(|dim| dim.eval(&sizes).and_then(|n| usize::try_from(n).ok()));
+                sizes.collect()
+            });
+            let role = self.roles.of.get(id).copied().unwrap_or(Role::Unread);
+            let (Some(shape), Some(dtype)) = (shape, value.dtype) else {
+                return Err(ReferenceError::Inputs {
+                    path: self.path.clone(),
+                    message: format!("the shape of the input {:?} cannot be told", value.name),
+                });
+            };
+            inputs.push((value.name.clone(), input(role, dtype, shape, tokens)));
+        }
+        Ok(inputs)
+    }
+}
+
+impl EngineKind {
+    pub fn name(self) -> &'static str {
+        match self {
+            EngineKind::Tract => "tract",
+            EngineKind::Eval => "eval",
+        }
+    }
+}
+
+/// An input for one sequence from an empty cache.
+fn input(role: Role, dtype: DType, shape: Vec<usize>, tokens: &[u32]) -> Tensor {
+    let n = tokens.len();
+    let columns = shape.last().copied().unwrap_or(1).max(1);
+    let rows = match shape[..] {
+        [.., rows, _] => rows.max(1),
+        _ => 1,
+    };
+    let (kept, masked) = match dtype.is_float() {
+        true => (0.0, f64::from(f32::MIN)),
+        false => (1.0, 0.0),
+    };
+    let masked = if dtype == DType::F16 { -65504.0 } else { masked };
+    let element = |i: usize| -> f64 {
+        let (row, column) = (i / columns % rows, i % columns);
+        match role {
+            Role::InputIds => f64::from(tokens[column]),
+            Role::PaddingMask => f64::from(u8::from(column < n)),
+            Role::FullMask if column <= row => kept,
+            Role::FullMask => masked,
+            Role::Positions => column as f64,
+            Role::TotalLength => n as f64,
+            Role::LastPosition => n as f64 - 1.0,
+            Role::PastLength | Role::Cache | Role::Unread => 0.0,
+        }
+    };
+    let volume = shape.iter().product();
+    let values: Vec<f64> = (0..volume).map(element).collect();
+    if dtype.is_float() {
+        return Tensor::from_f64_as(dtype, shape, &values);
+    }
+    let integers: Vec<i64> = values.iter().map(|v| *v as i64).collect();
+    let wide = Tensor::from_i64(shape, &integers);
+    let narrow = graph::Constant::tensor(wide).cast(dtype).materialize();
+    narrow.expect("a plain tensor casts to any dtype")
+}

@@ -1,0 +1,344 @@
+//! One sequence on one device: its tokens, its cache, and the capacity the cache has at the moment.
+//!
+//! The cache grows like a `Vec`: a session starts in the smallest of the package's capacities that holds what it is
+//! given and moves to the next when full. The cost of a step then follows the live length, not the largest capacity.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+/// One call of a lowered network.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Chunk {
+    /// Tokens taken from the front of what is to be fed.
+    pub tokens: usize,
+    /// Rows the network has: `tokens`, or more where only fixed lengths exist; the rest is padding.
+    pub rows: usize,
+}
+
+/// What a machine must offer to run one sequence. Capacities are slots of the cache, positions count from 0.
+///
+/// The device owns one cache at a time. It writes the keys and values of the token at position `p` to slot `p`, and a
+/// query at `p` sees slots `0..=p`: slots beyond may hold anything finite, so padding needs no cleaning up.
+pub trait Device {
+    /// For people: `cpu`, or a GPU's name.
+    fn name(&self) -> &str;
+
+    /// What ran last, for example the profile `b1-t1-c256`, or an engine's file.
+    fn engine(&self) -> String;
+
+    /// How the next call should be cut, with `waiting` (at least 1) tokens to feed at `position` into `capacity` slots.
+    /// `tokens <= waiting` and `position + rows <= capacity` must hold; the caller sees to it that there is room for one.
+    fn chunk(&self, waiting: usize, position: usize, capacity: usize) -> Chunk;
+
+    /// Moves to a cache of `capacity` slots, keeping the first `live` of the present one: allocate, copy, switch.
+    /// Also the first call, with `live` 0.
+    fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError>;
+
+    /// Runs one chunk: `tokens` at `position..`, padded to `chunk.rows`. Writes the logits of the last token,
+    /// `[vocabulary]`, to `logits`, replacing what was there.
+    fn forward(
+        &mut self,
+        chunk: Chunk,
+        tokens: &[u32],
+        position: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), DeviceError>;
+}
+
+/// A device failed; its own words, and whose fault it is.
+#[derive(Debug, thiserror::Error)]
+#[error("{device}: {message}")]
+pub struct DeviceError {
+    pub device: String,
+    pub message: String,
+    /// What to do about it, if anything.
+    pub help: Option<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error("the prompt is empty: there is nothing to predict from")]
+    Empty,
+    #[error("token id {id} at position {position} is outside the vocabulary of {vocabulary} (ids 0 to {})", vocabulary - 1)]
+    OutsideVocabulary {
+        id: u32,
+        position: usize,
+        vocabulary: usize,
+    },
+    #[error("{tokens} tokens do not fit the largest cache capacity of this package, {capacity}")]
+    Capacity { tokens: usize, capacity: usize },
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// See the module's head.
+pub struct Session {
+    device: Box<dyn Device>,
+    /// Ascending.
+    capacities: Vec<usize>,
+    vocabulary: usize,
+    capacity: usize,
+    tokens: Vec<u32>,
+    logits: Vec<f32>,
+    moves: usize,
+    moving: Duration,
+}
+
+impl Session {
+    /// `capacities` must not be empty; order and repetition do not matter. `vocabulary` is the row length of the logits.
+    pub fn new(device: Box<dyn Device>, capacities: &[usize], vocabulary: usize) -> Self {
+        let mut capacities = capacities.to_vec();
+        capacities.sort_unstable();
+        capacities.dedup();
+        assert!(!capacities.is_empty(), "a package has at least one capacity");
+        Session {
+            device,
+            capacities,
+            vocabulary,
+            capacity: 0,
+            tokens: Vec::new(),
+            logits: Vec::new(),
+            moves: 0,
+            moving: Duration::ZERO,
+        }
+    }
+
+    pub fn device(&self) -> &dyn Device {
+        &*self.device
+    }
+    /// Every token fed so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+    /// Logits after the last token fed, `[vocabulary]`; empty before the first.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+    /// Slots of the present cache; 0 before the first token.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+    pub fn largest_capacity(&self) -> usize {
+        *self.capacities.last().expect("checked in new")
+    }
+    /// Tokens that can still be fed.
+    pub fn room(&self) -> usize {
+        self.largest_capacity() - self.tokens.len()
+    }
+    /// How often the cache moved to a larger capacity, and how long that took.
+    pub fn moves(&self) -> (usize, Duration) {
+        (self.moves, self.moving)
+    }
+
+    /// Forgets all tokens; the cache stays allocated.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.logits.clear();
+    }
+
+    /// Feeds tokens and computes the logits after the last of them. On an error nothing was fed, unless the device
+    /// failed on a later chunk.
+    pub fn feed(&mut self, tokens: &[u32]) -> Result<&[f32], SessionError> {
+        self.check(tokens)?;
+        self.reserve(self.tokens.len() + tokens.len())?;
+        let mut rest = tokens;
+        while !rest.is_empty() {
+            let position = self.tokens.len();
+            let chunk = self.device.chunk(rest.len(), position, self.capacity);
+            debug_assert!(chunk.tokens >= 1 && chunk.tokens <= chunk.rows);
+            debug_assert!(position + chunk.rows <= self.capacity);
+            let (now, later) = rest.split_at(chunk.tokens);
+            self.device.forward(chunk, now, position, &mut self.logits)?;
+            self.tokens.extend_from_slice(now);
+            rest = later;
+        }
+        debug_assert_eq!(self.logits.len(), self.vocabulary);
+        Ok(&self.logits)
+    }
+
+    /// Whether these tokens could be fed now, without doing it.
+    pub fn check(&self, tokens: &[u32]) -> Result<(), SessionError> {
+        if tokens.is_empty() {
+            return Err(SessionError::Empty);
+        }
+        if let Some(at) = tokens.iter().position(|id| *id as usize >= self.vocabulary) {
+            return Err(SessionError::OutsideVocabulary {
+                id: tokens[at],
+                position: self.tokens.len() + at,
+                vocabulary: self.vocabulary,
+            });
+        }
+        let (total, capacity) = (self.tokens.len() + tokens.len(), self.largest_capacity());
+        if total > capacity {
+            return Err(SessionError::Capacity {
+                tokens: total,
+                capacity,
+            });
+        }
+        Ok(())
+    }
+
+    /// Makes room for `total` tokens in the smallest capacity that has it.
+    fn reserve(&mut self, total: usize) -> Result<(), SessionError> {
+        if total <= self.capacity {
+            return Ok(());
+        }
+        let fits = self.capacities.iter().copied().find(|c| *c >= total);
+        let capacity = fits.expect("checked before");
+        let start = Instant::now();
+        self.device.reserve(capacity, self.tokens.len())?;
+        if self.capacity > 0 {
+            self.moves += 1;
+            self.moving += start.elapsed();
+        }
+        self.capacity = capacity;
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session")
+            .field("device", &self.device.name())
+            .field("tokens", &self.tokens.len())
+            .field("capacity", &self.capacity)
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    use super::*;
+
+    const VOCABULARY: usize = 50;
+
+    /// A machine whose "model" mixes every live slot into its logits, so that one slot lost or misplaced shows.
+    struct Tape {
+        cache: Vec<u32>,
+        chunk: usize,
+        padded: bool,
+        log: Rc<RefCell<Vec<String>>>,
+    }
+
+    impl Device for Tape {
+        fn name(&self) -> &str {
+            "tape"
+        }
+        fn engine(&self) -> String {
+            format!("c{}", self.cache.len())
+        }
+        fn chunk(&self, waiting: usize, position: usize, capacity: usize) -> Chunk {
+            let tokens = waiting.min(self.chunk);
+            let rows = if self.padded { self.chunk } else { tokens };
+            Chunk {
+                tokens,
+                rows: rows.min(capacity - position),
+            }
+        }
+        fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError> {
+            self.log.borrow_mut().push(format!("reserve {capacity} keeping {live}"));
+            self.cache.truncate(live);
+            self.cache.resize(capacity, 777);
+            Ok(())
+        }
+        fn forward(
+            &mut self,
+            chunk: Chunk,
+            tokens: &[u32],
+            position: usize,
+            logits: &mut Vec<f32>,
+        ) -> Result<(), DeviceError> {
+            let padding = std::iter::repeat_n(&0, chunk.rows - tokens.len());
+            for (i, token) in tokens.iter().chain(padding).enumerate() {
+                self.cache[position + i] = *token;
+            }
+            let last = position + tokens.len();
+            let mix = self.cache[..last]
+                .iter()
+                .fold(17u32, |h, t| h.wrapping_mul(31).wrapping_add(*t + 1));
+            logits.clear();
+            logits.extend((0..VOCABULARY as u32).map(|i| (mix.wrapping_mul(i + 1) % 1009) as f32));
+            Ok(())
+        }
+    }
+
+    fn session(capacities: &[usize], chunk: usize, padded: bool) -> (Session, Rc<RefCell<Vec<String>>>) {
+        let log = Rc::new(RefCell::new(Vec::new()));
+        let device = Tape {
+            cache: Vec::new(),
+            chunk,
+            padded,
+            log: log.clone(),
+        };
+        (Session::new(Box::new(device), capacities, VOCABULARY), log)
+    }
+
+    fn greedy(session: &mut Session, prompt: &[u32], n: usize) -> Vec<u32> {
+        session.feed(prompt).unwrap();
+        let mut tokens = Vec::new();
+        for _ in 0..n {
+            let best = (0..VOCABULARY).max_by(|a, b| session.logits()[*a].total_cmp(&session.logits()[*b]));
+            tokens.push(best.unwrap() as u32);
+            session.feed(&tokens[tokens.len() - 1..]).unwrap();
+        }
+        tokens
+    }
+
+    #[test]
+    fn growing_and_cutting_change_nothing() {
+        let prompt: Vec<u32> = (0..11).map(|i| (i * 7) % 50).collect();
+        let expected = greedy(&mut session(&[64], 64, false).0, &prompt, 30);
+        for (capacities, chunk, padded) in [
+            (&[8, 16, 20, 64][..], 64, false),
+            (&[64], 1, false),
+            (&[12, 64], 3, false),
+            (&[12, 41], 5, true),
+            (&[41, 41, 16], 64, true),
+        ] {
+            let (mut session, _) = session(capacities, chunk, padded);
+            assert_eq!(
+                greedy(&mut session, &prompt, 30),
+                expected,
+                "{capacities:?} {chunk} {padded}"
+            );
+        }
+    }
+
+    #[test]
+    fn starts_in_the_smallest_that_fits_and_moves_when_full() {
+        let (mut session, log) = session(&[16, 4, 8], 64, false);
+        session.feed(&[1, 2, 3]).unwrap();
+        assert_eq!(session.capacity(), 4);
+        session.feed(&[1]).unwrap();
+        session.feed(&[1]).unwrap();
+        assert_eq!((session.capacity(), session.moves().0, session.room()), (8, 1, 11));
+        session.feed(&[0; 11]).unwrap();
+        assert_eq!(session.room(), 0);
+        let expected = ["reserve 4 keeping 0", "reserve 8 keeping 4", "reserve 16 keeping 5"];
+        assert_eq!(*log.borrow(), expected);
+    }
+
+    #[test]
+    fn what_cannot_be_fed_is_refused_before_anything_is() {
+        let (mut session, log) = session(&[4], 64, false);
+        let refused = |session: &mut Session, tokens: &[u32]| session.feed(tokens).unwrap_err().to_string();
+        assert_eq!(
+            refused(&mut session, &[]),
+            "the prompt is empty: there is nothing to predict from"
+        );
+        assert_eq!(
+            refused(&mut session, &[1, 50]),
+            "token id 50 at position 1 is outside the vocabulary of 50 (ids 0 to 49)"
+        );
+        assert_eq!(
+            refused(&mut session, &[1; 5]),
+            "5 tokens do not fit the largest cache capacity of this package, 4"
+        );
+        assert!(log.borrow().is_empty() && session.tokens().is_empty());
+        session.feed(&[1; 3]).unwrap();
+        assert!(refused(&mut session, &[1, 1]).starts_with("5 tokens"));
+    }
+}

@@ -1,0 +1,166 @@
+//! Tokens to text as they come: never half a character, never part of a stop string.
+//!
+//! [`Detokenizer`] turns token ids into pieces of valid UTF-8 and keeps back what may still change; [`StopMatcher`]
+//! watches those pieces for stop strings, which may straddle tokens. Both only ever append, so what they gave out can be
+//! printed at once.
+
+use super::tokenizer::{Tokenizer, TokenizerError};
+
+/// What a decoder writes where the bytes are no character, or not one yet.
+const REPLACEMENT: char = '\u{FFFD}';
+
+/// A character has at most four bytes, hence at most four byte tokens; an undecodable tail longer than this will stay so.
+const LONGEST_PENDING: usize = 8;
+
+/// Text of a growing list of tokens.
+///
+/// A token's text can depend on those before it (a leading space that only the first word loses, bytes of one character
+/// in several tokens), so each step decodes a short window twice, without and with the new token, and gives the
+/// difference.
+pub struct Detokenizer<'a> {
+    tokenizer: &'a Tokenizer,
+    window: Vec<u32>,
+    /// Tokens of the window whose text was given out.
+    settled: usize,
+    /// Decoded text of the settled part.
+    prefix: String,
+}
+
+impl<'a> Detokenizer<'a> {
+    pub fn new(tokenizer: &'a Tokenizer) -> Self {
+        Detokenizer {
+            tokenizer,
+            window: Vec::new(),
+            settled: 0,
+            prefix: String::new(),
+        }
+    }
+
+    /// The text that became certain with this token; often one word, empty inside a character.
+    pub fn push(&mut self, token: u32) -> Result<String, TokenizerError> {
+        self.window.push(token);
+        let text = self.tokenizer.decode(&self.window)?;
+        let pending = self.window.len() - self.settled;
+        if text.ends_with(REPLACEMENT) && pending < LONGEST_PENDING {
+            return Ok(String::new());
+        }
+        self.settle(&text)
+    }
+
+    /// The rest, with replacement characters for bytes that never became one.
+    pub fn finish(&mut self) -> Result<String, TokenizerError> {
+        if self.settled == self.window.len() {
+            return Ok(String::new());
+        }
+        let text = self.tokenizer.decode(&self.window)?;
+        self.settle(&text)
+    }
+
+    fn settle(&mut self, text: &str) -> Result<String, TokenizerError> {
+        // Decoders append; if one ever rewrites earlier text, what was printed stays and the rest follows it.
+        let piece = match text.strip_prefix(self.prefix.as_str()) {
+            Some(piece) => piece.to_string(),
+            None => text.chars().skip(self.prefix.chars().count()).collect(),
+        };
+        // Next time only the tokens since the last settling are context: a window of a few tokens, whatever the length.
+        self.window.drain(..self.settled);
+        self.prefix = self.tokenizer.decode(&self.window)?;
+        self.settled = self.window.len();
+        Ok(piece)
+    }
+}
+
+/// Finds the first of several stop strings in text that arrives in pieces.
+#[derive(Clone, Debug, Default)]
+pub struct StopMatcher {
+    stops: Vec<String>,
+    held: String,
+}
+
+/// What may be shown now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shown {
+    pub text: String,
+    /// A stop string was met: `text` ends right before it, and nothing may follow.
+    pub stopped: bool,
+}
+
+impl StopMatcher {
+    /// Empty stop strings are ignored.
+    pub fn new(stops: impl IntoIterator<Item = String>) -> Self {
+        StopMatcher {
+            stops: stops.into_iter().filter(|s| !s.is_empty()).collect(),
+            held: String::new(),
+        }
+    }
+
+    /// Adds a piece; keeps back the longest tail that could still become a stop string.
+    pub fn push(&mut self, piece: &str) -> Shown {
+        self.held.push_str(piece);
+        // Of several, the one that begins first wins: it is what a reader meets first.
+        if let Some(at) = self.stops.iter().filter_map(|s| self.held.find(s.as_str())).min() {
+            self.held.truncate(at);
+            return Shown {
+                text: std::mem::take(&mut self.held),
+                stopped: true,
+            };
+        }
+        let keep = self.stops.iter().map(|s| overlap(&self.held, s)).max().unwrap_or(0);
+        let rest = self.held.split_off(self.held.len() - keep);
+        Shown {
+            text: std::mem::replace(&mut self.held, rest),
+            stopped: false,
+        }
+    }
+
+    /// The tail kept back, once nothing can follow it.
+    pub fn finish(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+}
+
+/// Bytes of the longest proper prefix of `stop` that `text` ends with. Always on a character border of both.
+fn overlap(text: &str, stop: &str) -> usize {
+    let borders = stop.char_indices().map(|(i, _)| i).skip(1);
+    borders.filter(|i| text.ends_with(&stop[..*i])).max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(stops: &[&str], pieces: &[&str]) -> (String, bool) {
+        let mut matcher = StopMatcher::new(stops.iter().map(|s| s.to_string()));
+        let mut text = String::new();
+        for piece in pieces {
+            let step = matcher.push(piece);
+            text.push_str(&step.text);
+            if step.stopped {
+                return (text, true);
+            }
+        }
+        text.push_str(&matcher.finish());
+        (text, false)
+    }
+
+    #[test]
+    fn stop_strings_straddle_pieces() {
+        assert_eq!(shown(&["\nUser:"], &["hi", "\nUs", "er", ": x"]), ("hi".into(), true));
+        assert_eq!(shown(&["\nUser:"], &["hi\nUs", "age"]), ("hi\nUsage".into(), false));
+        assert_eq!(shown(&["aab"], &["a", "a", "a", "b", "c"]), ("a".into(), true));
+        assert_eq!(shown(&["end", "d"], &["the en", "d"]), ("the ".into(), true));
+        assert_eq!(shown(&["", "xyz"], &["abx", "y"]), ("abxy".into(), false));
+        assert_eq!(shown(&["éa"], &["caf", "é", "a"]), ("caf".into(), true));
+    }
+
+    #[test]
+    fn whatever_the_cuts_the_text_is_the_same() {
+        let text = "one STOone STSTOP two";
+        for a in 0..text.len() {
+            for b in a..text.len() {
+                let cut = [&text[..a], &text[a..b], &text[b..]];
+                assert_eq!(shown(&["STOP"], &cut), ("one STOone ST".into(), true), "{cut:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! `manifest.json`: everything about a package that can be known without running it.
+//!
+//! Plain data with serde on both sides. Field names are part of the package format: a change that older readers cannot
+//! bear raises [`FORMAT_VERSION`]. Unknown fields are let through, so newer minor additions do not lock out older readers.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use crate::backend::tensorrt::Refit;
+use crate::network::{Profile, WeightMode};
+use crate::passes::Architecture;
+use crate::spec::{Prefill, Target};
+use crate::tensor::DType;
+
+/// Raised when a package can no longer be read by the previous version of this code.
+pub const FORMAT_VERSION: u32 = 1;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`FORMAT_VERSION`] of the writer. Always the first thing read.
+    pub format_version: u32,
+    /// Version of Lapidary that wrote the package.
+    pub lapidary_version: String,
+    pub source: Source,
+    pub architecture: Architecture,
+    /// Element type of weights and caches.
+    pub dtype: DType,
+    pub targets: Vec<Target>,
+    pub weight_mode: WeightMode,
+    pub refit: Refit,
+    /// Slots a cache can have, ascending.
+    pub capacities: Vec<usize>,
+    pub prefill: Prefill,
+    pub graph: StoredFile,
+    pub weights: Weights,
+    /// Empty if the package only runs on the CPU.
+    pub engines: Vec<Engine>,
+    pub tokenizer: Option<Tokenizer>,
+    /// Tokens that end a text.
+    pub eos_token_ids: BTreeSet<u32>,
+    /// What each pass did, in order.
+    pub passes: Vec<Pass>,
+}
+
+/// The export a package was made from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Source {
+    /// File name, without its folder.
+    pub file: String,
+    /// BLAKE3 of that file. External data is not in it; every weight has its own hash.
+    pub blake3: String,
+    pub bytes: u64,
+    /// Which exporter wrote it, as far as the graph tells.
+    pub exporter: String,
+    pub producer: String,
+    /// Domain (`ai.onnx` for the default) and version.
+    pub opsets: Vec<(String, i64)>,
+}
+
+/// A file of the package, by its path inside it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StoredFile {
+    pub file: String,
+    pub bytes: u64,
+    pub blake3: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Weights {
+    pub file: String,
+    pub bytes: u64,
+    /// See [`crate::weights::set_hash`].
+    pub set_hash: String,
+    /// Every constant of the graph that is stored outside it, in the graph's order.
+    pub tensors: Vec<Weight>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Weight {
+    /// In the canonical graph and in every network lowered from it.
+    pub name: String,
+    /// In the export; `null` if it was computed.
+    pub source_name: Option<String>,
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+    pub blake3: String,
+    /// From the beginning of the weights file.
+    pub offset: u64,
+    pub bytes: u64,
+    /// The tensor that is stored in this place, if another one has the same bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub same_as: Option<String>,
+    /// Profiles of the engines that take it.
+    #[serde(default)]
+    pub engines: Vec<String>,
+}
+
+/// A TensorRT plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Engine {
+    pub file: String,
+    pub bytes: u64,
+    pub blake3: String,
+    pub target: Target,
+    pub profile: Profile,
+    pub weight_mode: WeightMode,
+    pub refit: Refit,
+    /// Version of the library that built it, for example `1.6.1.120`.
+    pub tensorrt_version: String,
+    pub build_ms: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tokenizer {
+    pub files: Vec<StoredFile>,
+    pub chat_template: bool,
+}
+
+/// One pass of the pipeline.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pass {
+    pub name: String,
+    pub rewrites: usize,
+    pub nodes_before: usize,
+    pub nodes_after: usize,
+}

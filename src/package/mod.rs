@@ -1,0 +1,184 @@
+//! What is on disk: a directory with everything needed to run a model, and to know what is inside before running it.
+//!
+//! ```text
+//! PKG/manifest.json         see `manifest`
+//! PKG/graph.onnx            the canonical graph; its weights are external data that points into the next file
+//! PKG/weights.safetensors   every weight once, aligned, readable by anything that reads safetensors
+//! PKG/engines/*.plan        TensorRT engines, one a profile
+//! PKG/tokenizer/            the model's own tokenizer files
+//! ```
+//!
+//! `write` makes a package in a temporary sibling that is renamed at the end, so a package is whole or not there.
+//! [`Package::open`] checks version and sizes, [`Package::check_hashes`] every byte; [`Package::graph`] maps the weights
+//! and gives the canonical graph. Any ONNX runtime can run `graph.onnx` as it lies there. Lowering, engines and sessions
+//! are other rooms'; so is what the weights mean (`weights`).
+
+mod error;
+pub mod manifest;
+mod staging;
+mod write;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+pub use error::PackageError;
+pub use manifest::Manifest;
+pub use staging::{abandon, check_target};
+pub use write::{Facts, Writer, is_weight};
+
+use crate::decode::tokenizer::Tokenizer;
+use crate::graph::Graph;
+use crate::onnx;
+
+pub const MANIFEST: &str = "manifest.json";
+pub const GRAPH: &str = "graph.onnx";
+pub const WEIGHTS: &str = "weights.safetensors";
+pub const ENGINES: &str = "engines";
+pub const TOKENIZER: &str = "tokenizer";
+
+pub(crate) fn manifest_path(folder: &Path) -> PathBuf {
+    folder.join(MANIFEST)
+}
+
+/// A package on disk whose manifest was read and whose files are there in the right sizes.
+#[derive(Clone, Debug)]
+pub struct Package {
+    pub folder: PathBuf,
+    pub manifest: Manifest,
+}
+
+impl Package {
+    pub fn open(folder: &Path) -> Result<Self, PackageError> {
+        let path = manifest_path(folder);
+        if !path.is_file() {
+            let path = folder.to_path_buf();
+            return Err(match fs::metadata(folder) {
+                Err(source) => PackageError::Io { path, source },
+                Ok(_) => PackageError::NotAPackage { path },
+            });
+        }
+        let text = fs::read_to_string(&path).map_err(PackageError::io(&path))?;
+        let damaged = |message: String| PackageError::Manifest {
+            path: path.clone(),
+            message,
+        };
+        // The version first and alone: a newer manifest may not have our shape at all.
+        let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+        let version = value["format_version"]
+            .as_u64()
+            .ok_or_else(|| damaged("it has no format_version".into()))?;
+        if version > u64::from(manifest::FORMAT_VERSION) {
+            return Err(PackageError::Newer {
+                path: folder.to_path_buf(),
+                found: version,
+            });
+        }
+        let manifest: Manifest = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
+        if manifest.capacities.is_empty() {
+            return Err(damaged("it lists no cache capacity".into()));
+        }
+        let package = Package {
+            folder: folder.to_path_buf(),
+            manifest,
+        };
+        for (file, bytes) in package.files() {
+            let path = package.path(file)?;
+            let found = fs::metadata(&path).map_err(|_| PackageError::Missing { path: path.clone() })?.len();
+            if found != bytes {
+                return Err(PackageError::Size {
+                    path,
+                    expected: bytes,
+                    found,
+                });
+            }
+        }
+        Ok(package)
+    }
+
+    /// Every file named in the manifest, with its size.
+    fn files(&self) -> impl Iterator<Item = (&str, u64)> {
+        let m = &self.manifest;
+        let tokenizer = m.tokenizer.iter().flat_map(|t| &t.files);
+        let engines = m.engines.iter().map(|e| (e.file.as_str(), e.bytes));
+        [
+            (m.graph.file.as_str(), m.graph.bytes),
+            (m.weights.file.as_str(), m.weights.bytes),
+        ]
+        .into_iter()
+        .chain(engines)
+        .chain(tokenizer.map(|f| (f.file.as_str(), f.bytes)))
+    }
+
+    /// The path of a file of the manifest, which must not lead out of the package.
+    fn path(&self, file: &str) -> Result<PathBuf, PackageError> {
+        let inside = Path::new(file)
+            .components()
+            .all(|c| matches!(c, std::path::Component::Normal(_)));
+        if !inside {
+            return Err(PackageError::Manifest {
+                path: manifest_path(&self.folder),
+                message: format!("the file {file:?} is outside the package"),
+            });
+        }
+        Ok(self.folder.join(file))
+    }
+
+    /// The canonical graph, its weights mapped from the package.
+    pub fn graph(&self) -> Result<Graph, onnx::ReadError> {
+        onnx::read(self.folder.join(&self.manifest.graph.file))
+    }
+
+    /// Row length of the logits.
+    pub fn vocabulary(&self) -> Result<usize, PackageError> {
+        self.manifest.architecture.vocabulary.ok_or_else(|| PackageError::Manifest {
+            path: manifest_path(&self.folder),
+            message: "it does not say how large the vocabulary is".into(),
+        })
+    }
+
+    pub fn tokenizer(&self) -> Result<Option<Tokenizer>, PackageError> {
+        match &self.manifest.tokenizer {
+            Some(_) => Ok(Some(Tokenizer::open(&self.folder.join(TOKENIZER))?)),
+            None => Ok(None),
+        }
+    }
+
+    /// Reads every byte and compares with the manifest's hashes.
+    pub fn check_hashes(&self) -> Result<(), PackageError> {
+        let m = &self.manifest;
+        let tokenizer = m.tokenizer.iter().flat_map(|t| &t.files);
+        let engines = m.engines.iter().map(|e| (e.file.as_str(), e.blake3.as_str()));
+        let files = [(m.graph.file.as_str(), m.graph.blake3.as_str())]
+            .into_iter()
+            .chain(engines)
+            .chain(tokenizer.map(|f| (f.file.as_str(), f.blake3.as_str())));
+        for (file, expected) in files {
+            let path = self.path(file)?;
+            let found = hash_file(&path)?;
+            if found != expected {
+                let what = "this file".to_string();
+                return Err(PackageError::Hash { path, what });
+            }
+        }
+        let path = self.path(&m.weights.file)?;
+        let file = fs::File::open(&path).map_err(PackageError::io(&path))?;
+        // SAFETY: packages are written once and renamed into place; nothing changes them while they are mapped.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(PackageError::io(&path))?;
+        for weight in &m.weights.tensors {
+            let end = weight.offset.checked_add(weight.bytes);
+            let bytes = end.and_then(|end| map.get(weight.offset as usize..end as usize));
+            if bytes.is_none_or(|bytes| blake3::hash(bytes).to_hex().as_str() != weight.blake3) {
+                let what = format!("the weight {:?}", weight.name);
+                return Err(PackageError::Hash { path, what });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// BLAKE3 of a file, in hexadecimal.
+pub fn hash_file(path: &Path) -> Result<String, PackageError> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_mmap(path).map_err(PackageError::io(path))?;
+    Ok(hasher.finalize().to_hex().to_string())
+}

@@ -1,0 +1,195 @@
+//! A folder that appears whole or not at all.
+//!
+//! Everything is written to a hidden sibling of the target, which is renamed at the end. Dropping a [`Staging`] without
+//! committing removes what was written, and so does [`abandon`], for a signal handler. A sibling that a killed process
+//! left behind is swept when the same target is written again.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use super::error::PackageError;
+use super::manifest_path;
+
+/// Folders being written by this process.
+static OPEN: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+pub struct Staging {
+    target: PathBuf,
+    folder: PathBuf,
+    committed: bool,
+}
+
+impl Staging {
+    /// Refuses an existing target unless `force` is given and it is a package or an empty folder.
+    pub fn new(target: &Path, force: bool) -> Result<Self, PackageError> {
+        check_target(target, force)?;
+        let name = target.file_name().ok_or_else(|| PackageError::NotReplaced {
+            path: target.to_path_buf(),
+        })?;
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        fs::create_dir_all(parent).map_err(PackageError::io(parent))?;
+        let prefix = format!(".{}.lapidary-", name.to_string_lossy());
+        sweep(parent, &prefix);
+        let folder = parent.join(format!("{prefix}{}", std::process::id()));
+        fs::create_dir(&folder).map_err(PackageError::io(&folder))?;
+        OPEN.lock().expect("no panic while held").push(folder.clone());
+        Ok(Staging {
+            target: target.to_path_buf(),
+            folder,
+            committed: false,
+        })
+    }
+
+    /// Where to write.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Puts the folder in the target's place. An existing target is swapped out in one step, then removed.
+    pub fn commit(mut self, force: bool) -> Result<(), PackageError> {
+        // Somebody may have made the target in the meantime.
+        check_target(&self.target, force)?;
+        if self.target.exists() {
+            exchange(&self.folder, &self.target)?;
+            // The new package is in place; the old one now has the temporary name, and goes when this is dropped.
+            return Ok(());
+        }
+        fs::rename(&self.folder, &self.target).map_err(PackageError::io(&self.target))?;
+        self.committed = true;
+        Ok(())
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        let mut open = OPEN.lock().expect("no panic while held");
+        open.retain(|path| *path != self.folder);
+        if !self.committed {
+            let _ = fs::remove_dir_all(&self.folder);
+        }
+    }
+}
+
+/// Removes every unfinished folder of this process. For a signal handler's thread, right before the process ends.
+pub fn abandon() {
+    let open = OPEN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    for folder in open.iter() {
+        // A second time for a file that was being created during the first.
+        if fs::remove_dir_all(folder).is_err() {
+            let _ = fs::remove_dir_all(folder);
+        }
+    }
+}
+
+/// Whether a package may be written there.
+pub fn check_target(target: &Path, force: bool) -> Result<(), PackageError> {
+    let path = target.to_path_buf();
+    // A dangling link counts as something that is there.
+    if fs::symlink_metadata(target).is_err() {
+        return Ok(());
+    }
+    if !force {
+        return Err(PackageError::Exists { path });
+    }
+    let empty = fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
+    if manifest_path(target).is_file() || empty {
+        return Ok(());
+    }
+    Err(PackageError::NotReplaced { path })
+}
+
+fn exchange(folder: &Path, target: &Path) -> Result<(), PackageError> {
+    let failed = PackageError::io(target);
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        match renameat_with(CWD, folder, CWD, target, RenameFlags::EXCHANGE) {
+            Ok(()) => return Ok(()),
+            // Not every file system can.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::OPNOTSUPP) => {}
+            Err(error) => return Err(failed(error.into())),
+        }
+    }
+    let mut aside = folder.as_os_str().to_owned();
+    aside.push(".old");
+    let aside = PathBuf::from(aside);
+    let result = fs::rename(target, &aside)
+        .and_then(|()| fs::rename(folder, target).inspect_err(|_| drop(fs::rename(&aside, target))))
+        .and_then(|()| fs::rename(&aside, folder));
+    result.map_err(failed)
+}
+
+/// Removes what processes that are gone left behind.
+fn sweep(parent: &Path, prefix: &str) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let Some(pid) = name.to_str().and_then(|n| n.strip_prefix(prefix)) else {
+            continue;
+        };
+        let gone = pid.parse::<u32>().is_ok_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+        if gone && Path::new("/proc/self").exists() {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<String> = fs::read_dir(folder)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    fn write(target: &Path, text: &str, force: bool) -> Result<(), PackageError> {
+        let staging = Staging::new(target, force)?;
+        fs::write(manifest_path(staging.folder()), text).unwrap();
+        staging.commit(force)
+    }
+
+    #[test]
+    fn appears_whole_or_not_at_all() {
+        let parent = tempfile::tempdir().unwrap();
+        let target = parent.path().join("pkg");
+        let staging = Staging::new(&target, false).unwrap();
+        fs::write(staging.folder().join("x"), "half").unwrap();
+        drop(staging);
+        assert!(names(parent.path()).is_empty());
+
+        write(&target, "one", false).unwrap();
+        assert!(matches!(write(&target, "two", false), Err(PackageError::Exists { .. })));
+        write(&target, "three", true).unwrap();
+        assert_eq!(fs::read_to_string(manifest_path(&target)).unwrap(), "three");
+        assert_eq!(names(parent.path()), ["pkg"]);
+    }
+
+    #[test]
+    fn force_spares_what_is_no_package() {
+        let parent = tempfile::tempdir().unwrap();
+        let target = parent.path().join("home");
+        fs::create_dir(&target).unwrap();
+        fs::write(target.join("thesis.txt"), "").unwrap();
+        assert!(matches!(write(&target, "x", true), Err(PackageError::NotReplaced { .. })));
+        assert!(target.join("thesis.txt").exists());
+    }
+
+    #[test]
+    fn leftovers_of_the_dead_are_swept() {
+        let parent = tempfile::tempdir().unwrap();
+        // No process has this id: it is above the kernel's largest.
+        let dead = parent.path().join(".pkg.lapidary-4194305");
+        fs::create_dir(&dead).unwrap();
+        write(&parent.path().join("pkg"), "x", false).unwrap();
+        assert_eq!(names(parent.path()), ["pkg"]);
+    }
+}

@@ -1,0 +1,329 @@
+//! Conversion specs: what `lapidary convert` makes of an export, as YAML or as flags.
+//!
+//! A [`Spec`] is a file of `specs/*.yaml`, every key optional; [`Spec::or`] lays one over another, so flags go over a file
+//! and a file over the defaults, and [`Spec::resolve`] gives the [`Conversion`] with nothing left open but what only the
+//! model can say (its dtype, its longest context). Unknown keys are refused: a misspelt one would silently do nothing.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::backend::tensorrt::Refit;
+use crate::network::{Tokens, WeightMode};
+use crate::tensor::DType;
+
+/// What a package is made to run on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Target {
+    /// Lapidary's own executor. Needs no engines; every package runs on it.
+    Cpu,
+    /// Engines for TensorRT-RTX.
+    TensorrtRtx,
+    /// Engines for full TensorRT.
+    Tensorrt,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Target::Cpu => "cpu",
+            Target::TensorrtRtx => "tensorrt-rtx",
+            Target::Tensorrt => "tensorrt",
+        })
+    }
+}
+
+/// Element type of weights and caches.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    Fp32,
+    Fp16,
+    Bf16,
+}
+
+impl Precision {
+    pub fn dtype(self) -> DType {
+        match self {
+            Precision::Fp32 => DType::F32,
+            Precision::Fp16 => DType::F16,
+            Precision::Bf16 => DType::Bf16,
+        }
+    }
+}
+
+/// How a prompt is cut for engines: fixed lengths, or one dynamic range.
+///
+/// In YAML and JSON a list of lengths, or a map of `min`, `opt` and `max`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(untagged)]
+pub enum Prefill {
+    /// Chunk lengths; the last chunk of a prompt is padded to the smallest that holds it.
+    Chunks(Vec<usize>),
+    Range(PrefillRange),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PrefillRange {
+    pub min: usize,
+    pub opt: usize,
+    pub max: usize,
+}
+
+impl Prefill {
+    /// The token counts of the networks, ascending.
+    pub fn tokens(&self) -> Vec<Tokens> {
+        match self {
+            Prefill::Chunks(chunks) => chunks.iter().map(|n| Tokens::Static(*n)).collect(),
+            Prefill::Range(PrefillRange { min, opt, max }) => vec![Tokens::Dynamic {
+                min: *min,
+                opt: *opt,
+                max: *max,
+            }],
+        }
+    }
+}
+
+// By hand and not as an untagged enum, whose only error is that nothing fits.
+impl<'de> Deserialize<'de> for Prefill {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Form;
+        impl<'de> serde::de::Visitor<'de> for Form {
+            type Value = Prefill;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list of chunk lengths, or min, opt and max")
+            }
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, seq: A) -> Result<Prefill, A::Error> {
+                Deserialize::deserialize(serde::de::value::SeqAccessDeserializer::new(seq)).map(Prefill::Chunks)
+            }
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Prefill, A::Error> {
+                Deserialize::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(Prefill::Range)
+            }
+        }
+        deserializer.deserialize_any(Form)
+    }
+}
+
+/// `128,512` or `1:128:512`.
+impl FromStr for Prefill {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |part: &str| -> Result<usize, String> {
+            let part = part.trim();
+            part.parse().map_err(|_| format!("{part:?} is not a number of tokens"))
+        };
+        if !text.contains(':') {
+            let chunks = text.split(',').map(number).collect::<Result<_, _>>()?;
+            return Ok(Prefill::Chunks(chunks));
+        }
+        match text.split(':').map(number).collect::<Result<Vec<_>, _>>()?[..] {
+            [min, opt, max] => Ok(Prefill::Range(PrefillRange { min, opt, max })),
+            _ => Err("a range is written min:opt:max".into()),
+        }
+    }
+}
+
+/// A file of `specs/`, or the flags of one run: whatever is `None` is left to the next layer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Spec {
+    /// For people; nothing reads it.
+    pub description: Option<String>,
+    pub targets: Option<Vec<Target>>,
+    pub weights: Option<WeightMode>,
+    pub refit: Option<Refit>,
+    pub dtype: Option<Precision>,
+    pub capacity: Option<Vec<usize>>,
+    pub prefill: Option<Prefill>,
+    /// A folder or a `tokenizer.json`; relative to the spec's own folder.
+    pub tokenizer: Option<PathBuf>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    #[error("{}: {source}", path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{}: {message}", path.display())]
+    Yaml { path: PathBuf, message: String },
+    #[error("{0}")]
+    Value(String),
+}
+
+/// Capacities made by default, as far as the model's context reaches.
+pub const DEFAULT_CAPACITIES: [usize; 3] = [256, 1024, 4096];
+/// Prefill chunks made by default.
+pub const DEFAULT_CHUNKS: [usize; 2] = [128, 512];
+
+impl Spec {
+    pub fn read(path: &Path) -> Result<Self, SpecError> {
+        let text = std::fs::read_to_string(path).map_err(|source| SpecError::Read {
+            path: path.to_path_buf(),
+            source,
+        })?;
+        let mut spec = Spec::parse(&text).map_err(|message| SpecError::Yaml {
+            path: path.to_path_buf(),
+            message,
+        })?;
+        if let (Some(tokenizer), Some(folder)) = (&mut spec.tokenizer, path.parent()) {
+            *tokenizer = folder.join(&*tokenizer);
+        }
+        Ok(spec)
+    }
+
+    /// From the text of a spec; an empty one says nothing.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let spec: Option<Spec> = yaml_serde::from_str(text).map_err(|e| e.to_string())?;
+        Ok(spec.unwrap_or_default())
+    }
+
+    /// This spec, with what it leaves open taken from `below`.
+    pub fn or(self, below: Spec) -> Spec {
+        Spec {
+            description: self.description.or(below.description),
+            targets: self.targets.or(below.targets),
+            weights: self.weights.or(below.weights),
+            refit: self.refit.or(below.refit),
+            dtype: self.dtype.or(below.dtype),
+            capacity: self.capacity.or(below.capacity),
+            prefill: self.prefill.or(below.prefill),
+            tokenizer: self.tokenizer.or(below.tokenizer),
+        }
+    }
+
+    /// Fills in the defaults and checks that what is asked for can be had.
+    pub fn resolve(self) -> Result<Conversion, SpecError> {
+        let bad = |message: String| Err(SpecError::Value(message));
+        let mut targets = self.targets.unwrap_or_else(|| vec![Target::Cpu]);
+        targets.sort_unstable();
+        targets.dedup();
+        if targets.is_empty() {
+            return bad("no target is given: use cpu, tensorrt-rtx or tensorrt".into());
+        }
+        let (weights, refit) = (self.weights.unwrap_or_default(), self.refit.unwrap_or_default());
+        if refit != Refit::None && weights == WeightMode::Bind {
+            return bad(
+                "bound weights are changed without a refit: use refit with embedded or stripped weights".into(),
+            );
+        }
+        let ascending = |mut list: Vec<usize>, what: &str| -> Result<Vec<usize>, SpecError> {
+            list.sort_unstable();
+            list.dedup();
+            if list.is_empty() || list[0] == 0 {
+                return Err(SpecError::Value(format!("{what} must be numbers above 0")));
+            }
+            Ok(list)
+        };
+        let explicit_capacities = self.capacity.is_some();
+        let capacities = ascending(
+            self.capacity.unwrap_or_else(|| DEFAULT_CAPACITIES.to_vec()),
+            "cache capacities",
+        )?;
+        let prefill = match self.prefill.unwrap_or(Prefill::Chunks(DEFAULT_CHUNKS.to_vec())) {
+            Prefill::Chunks(chunks) => Prefill::Chunks(ascending(chunks, "prefill chunks")?),
+            Prefill::Range(r) if r.min == 0 || r.min > r.opt || r.opt > r.max => {
+                return bad(format!(
+                    "prefill {}:{}:{} is not a range: 1 <= min <= opt <= max",
+                    r.min, r.opt, r.max
+                ));
+            }
+            range => range,
+        };
+        Ok(Conversion {
+            targets,
+            weights,
+            refit,
+            dtype: self.dtype,
+            capacities,
+            explicit_capacities,
+            prefill,
+            tokenizer: self.tokenizer,
+        })
+    }
+}
+
+/// What to make, decided.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Conversion {
+    /// Sorted, without repetition, not empty.
+    pub targets: Vec<Target>,
+    pub weights: WeightMode,
+    pub refit: Refit,
+    /// `None`: as the export has it.
+    pub dtype: Option<Precision>,
+    /// Ascending, not empty.
+    pub capacities: Vec<usize>,
+    /// The capacities were asked for, and not the defaults, which are cut to the model's context.
+    pub explicit_capacities: bool,
+    pub prefill: Prefill,
+    pub tokenizer: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_go_over_the_file_and_the_file_over_defaults() {
+        let file = Spec::parse("dtype: fp16\ncapacity: [1024, 256]\nprefill: {min: 1, opt: 128, max: 512}\n").unwrap();
+        let flags = Spec {
+            dtype: Some(Precision::Bf16),
+            ..Spec::default()
+        };
+        let conversion = flags.or(file).resolve().unwrap();
+        assert_eq!(conversion.dtype, Some(Precision::Bf16));
+        assert_eq!(conversion.capacities, [256, 1024]);
+        assert_eq!(conversion.targets, [Target::Cpu]);
+        assert_eq!(
+            conversion.prefill.tokens(),
+            [Tokens::Dynamic {
+                min: 1,
+                opt: 128,
+                max: 512
+            }]
+        );
+        assert_eq!(Spec::parse("").unwrap(), Spec::default());
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let error = Spec::parse("capacities: [256]\n").unwrap_err();
+        assert!(error.contains("unknown field `capacities`"), "{error}");
+        let error = Spec::parse("prefill: {min: 1, opt: 2, max: 3, mid: 2}").unwrap_err();
+        assert!(error.contains("unknown field `mid`"), "{error}");
+        let error = Spec::parse("prefill: much").unwrap_err();
+        assert!(
+            error.contains("a list of chunk lengths, or min, opt and max"),
+            "{error}"
+        );
+        let resolve = |text: &str| Spec::parse(text).unwrap().resolve().unwrap_err().to_string();
+        assert!(resolve("capacity: [0]").contains("above 0"));
+        assert!(resolve("prefill: {min: 4, opt: 2, max: 8}").contains("4:2:8"));
+        assert!(resolve("refit: general").contains("bound weights"));
+        assert!(resolve("targets: []").contains("no target"));
+    }
+
+    #[test]
+    fn prefill_flags() {
+        assert_eq!("128, 512".parse(), Ok(Prefill::Chunks(vec![128, 512])));
+        assert!("1:2".parse::<Prefill>().is_err());
+        assert!("many".parse::<Prefill>().unwrap_err().contains("\"many\""));
+    }
+
+    #[test]
+    fn the_specs_we_ship_are_sound() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("specs");
+        let mut count = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            Spec::read(&path).unwrap().resolve().unwrap();
+            count += 1;
+        }
+        assert!(count >= 3);
+    }
+}

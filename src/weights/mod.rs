@@ -1,0 +1,40 @@
+//! Weights on disk: the safetensors file of a package, written tensor by tensor, and the hashes that name its contents.
+//!
+//! Takes constants whose bytes may not exist yet (see [`crate::graph::Constant`]) and gives a file plus a [`Stored`]
+//! record for each: where it lies and its BLAKE3. At no time are more than a few tensors in memory. Which constants are
+//! weights, and what the manifest says of them, is `package`'s; refitting from other sources is to come here.
+
+mod safetensors;
+
+pub use safetensors::{Stored, WriteError, safetensors_dtype, write};
+
+use crate::tensor::DType;
+
+/// The hash of a whole set of weights: BLAKE3 over name, dtype, shape and hash of each, sorted by name. Two packages with
+/// the same set hash hold the same numbers under the same names, wherever in the file they lie.
+pub fn set_hash<'a>(weights: impl IntoIterator<Item = (&'a str, DType, &'a [usize], &'a str)>) -> String {
+    let mut lines: Vec<String> = weights
+        .into_iter()
+        .map(|(name, dtype, shape, hash)| format!("{name}\0{dtype}\0{shape:?}\0{hash}\n"))
+        .collect();
+    lines.sort_unstable();
+    let mut hasher = blake3::Hasher::new();
+    for line in lines {
+        hasher.update(line.as_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_set_hash_depends_on_contents_and_not_on_order() {
+        let a = ("a", DType::F16, &[2usize, 3][..], "00");
+        let b = ("b", DType::F16, &[6usize][..], "01");
+        assert_eq!(set_hash([a, b]), set_hash([b, a]));
+        assert_ne!(set_hash([a, b]), set_hash([a, ("b", DType::Bf16, &[6][..], "01")]));
+        assert_ne!(set_hash([a, b]), set_hash([a, ("b", DType::F16, &[3, 2][..], "01")]));
+    }
+}

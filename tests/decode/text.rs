@@ -1,0 +1,78 @@
+use std::path::{Path, PathBuf};
+
+use lapidary::decode::chat::{self, Message};
+use lapidary::decode::text::Detokenizer;
+use lapidary::decode::tokenizer::Tokenizer;
+
+fn smollm2() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/smollm2")
+}
+
+fn reference() -> serde_json::Value {
+    serde_json::from_str(&std::fs::read_to_string(smollm2().join("reference.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn the_chat_template_gives_the_reference_prompt() {
+    let tokenizer = Tokenizer::open(&smollm2()).unwrap();
+    let reference = reference();
+    let prompt = chat::render(&tokenizer, &[Message::user(reference["question"].as_str().unwrap())]).unwrap();
+    assert_eq!(prompt, reference["prompt_text"].as_str().unwrap());
+    let ids = tokenizer.encode(&prompt, false).unwrap();
+    assert_eq!(serde_json::json!(ids), reference["prompt"]);
+    assert_eq!(ids.len(), 37);
+}
+
+#[test]
+fn special_tokens_and_ends_are_the_models_own() {
+    let tokenizer = Tokenizer::open(&smollm2().join("tokenizer.json")).unwrap();
+    assert_eq!(tokenizer.eos_ids.iter().copied().collect::<Vec<_>>(), [2]);
+    assert_eq!(tokenizer.bos_token.as_deref(), Some("<|im_start|>"));
+    assert_eq!(tokenizer.vocabulary(), 49152);
+    assert_eq!(tokenizer.decode(&[504, 3575, 2]).unwrap(), "The capital");
+}
+
+#[test]
+fn streamed_text_is_the_whole_text_and_never_half_a_character() {
+    let tokenizer = Tokenizer::open(&smollm2()).unwrap();
+    let text = "Zażółć gęślą jaźń. 你好，世界! 👩‍👩‍👧 🦀🦀\n\n  fn main() {}\t\"é\" — done";
+    let ids = tokenizer.encode(text, false).unwrap();
+    let mut detokenizer = Detokenizer::new(&tokenizer);
+    let mut pieces = Vec::new();
+    for id in &ids {
+        pieces.push(detokenizer.push(*id).unwrap());
+    }
+    assert_eq!(detokenizer.finish().unwrap(), "");
+    assert!(pieces.iter().all(|p| !p.contains('\u{FFFD}')), "{pieces:?}");
+    assert!(
+        pieces.iter().any(|p| p.is_empty()),
+        "some character should take several tokens"
+    );
+    assert_eq!(pieces.concat(), text);
+    // Text comes at once and not only at the end.
+    assert!(pieces.iter().filter(|p| !p.is_empty()).count() > ids.len() / 3);
+}
+
+#[test]
+fn bytes_that_never_become_a_character_are_given_out_in_the_end() {
+    let tokenizer = Tokenizer::open(&smollm2()).unwrap();
+    let crab = tokenizer.encode("🦀", false).unwrap();
+    assert!(crab.len() > 1);
+    let mut detokenizer = Detokenizer::new(&tokenizer);
+    assert_eq!(detokenizer.push(crab[0]).unwrap(), "");
+    assert!(detokenizer.finish().unwrap().contains('\u{FFFD}'));
+
+    // A model that repeats half a character is not waited for without end.
+    let mut detokenizer = Detokenizer::new(&tokenizer);
+    let shown: String = (0..64).map(|_| detokenizer.push(crab[0]).unwrap()).collect();
+    assert!(shown.chars().count() > 32, "{shown:?}");
+}
+
+#[test]
+fn a_folder_without_a_tokenizer_and_a_broken_one_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let open = || Tokenizer::open(folder.path()).err().unwrap().to_string();
+    assert!(open().contains("tokenizer.json"), "{}", open());
+    std::fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
+    assert!(open().contains("not a tokenizer"), "{}", open());
+}
