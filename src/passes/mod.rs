@@ -1,31 +1,94 @@
-//! Rewrites of the graph, from what an exporter wrote to the canonical graph (see [`crate::graph`]).
+//! Rewrites of an export into the canonical graph (see [`graph`](crate::graph)'s head).
 //!
-//! One rewrite a file. Each is `run(&mut Graph, ..) -> Result<usize, PassError>`, gives the number of rewrites it made (0:
-//! the graph is as it was), leaves the graph sorted and without dead nodes, and can be run alone, in any order and again.
-//! A rewrite that is not sure leaves the graph as it is. Types: passes read dtypes and shapes that `graph::infer` left on
-//! values and keep those of values they keep; values they add may be untyped, so infer again after a pass.
+//! [`canonicalize`] runs a named list of passes and reports on each. The first passes tidy up (folding, fused norms and
+//! activations); the middle ones understand the model: which input is what ([`roles`]), which values depend on positions
+//! alone (`kinds`), what every attention reads and writes (`attention`). They recognise by structure only as far as they
+//! must and prove by execution (`trial`): a mask, a rotation, a cache update or a head repetition is what it computes,
+//! however an exporter spells it. The last passes write the result (`emit`), check it against the contract (`contract`)
+//! and bring weights into the layout and dtype that the lowering wants.
 //!
-//! | file | rewrite |
-//! |---|---|
-//! | `fold` | constants computed; weights moved by recipe; shape arithmetic by symbolic contents |
-//! | `cleanup` | operators that change nothing; equal nodes and equal constants merged |
-//! | `decompose` | contrib operators into plain ones |
-//! | `layer_norm`, `rms_norm` | normalizations from their parts |
-//! | `activation` | SiLU and GELU from their parts, proven by execution |
-//! | `linear` | every linear layer as `MatMul(x, Transpose(weight))` and `Add` |
-//! | `dtype` | another float type for the whole graph |
+//! A pass takes `&mut Graph` and gives its number of rewrites. Everything that keeps an export from being canonical is
+//! collected into one [`PassError::Obstacles`], which names layers and nodes.
 
 pub mod activation;
+mod architecture;
+mod attention;
+mod cache;
 pub mod cleanup;
+mod contract;
+mod emit;
+mod expand;
+mod kinds;
 pub mod layer_norm;
+mod layout;
+mod mask;
 mod pattern;
+mod positions;
+mod recognise;
 pub mod rms_norm;
+pub mod roles;
+mod roots;
+mod rope;
+mod select;
+mod shapes;
+mod solve;
+mod trace;
+mod trial;
+
+use std::time::Instant;
+
+use serde::Serialize;
+
+pub use architecture::{Architecture, Rotary};
+pub use attention::Obstacle;
+pub use contract::is_canonical;
+pub use recognise::{LayerReport, Recognition, recognise};
+pub use select::{NoHead, select_logits};
 
 use crate::graph::eval::EvalError;
-use crate::graph::infer::InferError;
-use crate::graph::{ConstantError, CycleError};
+use crate::graph::infer::{InferError, infer};
+use crate::graph::{ConstantError, CycleError, Graph};
+use crate::tensor::DType;
+use attention::Analysis;
+use roles::Roles;
 
-/// Why a pass gave up. The graph may be half rewritten and must not be used any more.
+/// What the caller wants of the canonical graph.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Rows of rotary tables: the largest capacity that will be asked for. Tables the export brings may be shorter.
+    pub max_positions: usize,
+    /// Element type of weights, activations and caches; `None` keeps the export's.
+    pub dtype: Option<DType>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            max_positions: 4096,
+            dtype: None,
+        }
+    }
+}
+
+/// The canonical graph, what is known of the model, and what the passes did.
+#[derive(Clone, Debug)]
+pub struct Canonical {
+    pub graph: Graph,
+    pub architecture: Architecture,
+    pub report: Vec<PassReport>,
+}
+
+/// One pass of one run.
+#[derive(Clone, Debug, Serialize)]
+pub struct PassReport {
+    pub name: &'static str,
+    pub rewrites: usize,
+    pub nodes_before: usize,
+    pub nodes_after: usize,
+    pub seconds: f64,
+}
+
+/// Why an export cannot become canonical. All but [`PassError::Broken`] are the export's doing.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PassError {
@@ -37,4 +100,150 @@ pub enum PassError {
     Constant(#[from] ConstantError),
     #[error("folding constants: {0}")]
     Eval(#[from] EvalError),
+    #[error(
+        "it is not clear what these inputs are for: {}; expected token ids, masks, positions, lengths and past keys \
+         and values", .names.join(", ")
+    )]
+    UnmatchedInputs { names: Vec<String> },
+    #[error(
+        "one input of token ids, [batch, tokens], is needed; found {}",
+        if .found.is_empty() { "none".to_string() } else { .found.join(", ") }
+    )]
+    TokenInput { found: Vec<String> },
+    #[error("the model takes no past keys and values; export it with its cache (optimum: text-generation-with-past)")]
+    NoCache,
+    #[error("the input {name:?} has the shape {found}, expected {expected}")]
+    InputRank {
+        name: String,
+        expected: &'static str,
+        found: String,
+    },
+    #[error("{}", list(.obstacles))]
+    Obstacles { obstacles: Vec<Obstacle> },
+    #[error("after the pass {pass:?} the graph is broken ({reason}); this is a bug in Lapidary")]
+    Broken { pass: &'static str, reason: String },
+}
+
+/// A few obstacles in full, the rest counted: thirty layers often share one.
+fn list(obstacles: &[Obstacle]) -> String {
+    const SHOWN: usize = 8;
+    let mut text = match obstacles.len() {
+        1 => "the model was not understood: ".to_string(),
+        n => format!("the model was not understood, for {n} reasons:\n  "),
+    };
+    let shown: Vec<String> = obstacles.iter().take(SHOWN).map(Obstacle::to_string).collect();
+    text += &shown.join("\n  ");
+    if obstacles.len() > SHOWN {
+        text += &format!("\n  and {} more", obstacles.len() - SHOWN);
+    }
+    text
+}
+
+/// An export as far as it was understood, before anything is written.
+pub(crate) struct Understood {
+    pub graph: Graph,
+    pub roles: Roles,
+    pub analysis: Analysis,
+}
+
+/// A simple pass: rewrites in place, gives the number of rewrites.
+type Pass = fn(&mut Graph) -> Result<usize, PassError>;
+
+/// Passes on the export's own dialect, in order.
+const TIDY: &[(&str, Pass)] = &[("dead", |graph| Ok(remove_dead(graph)))];
+
+/// Passes on the canonical graph, in order.
+const FINISH: &[(&str, Pass)] = &[("dead", |graph| Ok(remove_dead(graph)))];
+
+fn remove_dead(graph: &mut Graph) -> usize {
+    let before = graph.node_ids().count();
+    graph.remove_dead_nodes();
+    before - graph.node_ids().count()
+}
+
+/// Times a pass, sorts the graph behind it and reports.
+fn timed<T>(
+    graph: &mut Graph,
+    report: &mut Vec<PassReport>,
+    name: &'static str,
+    pass: impl FnOnce(&mut Graph) -> Result<(usize, T), PassError>,
+) -> Result<T, PassError> {
+    let start = Instant::now();
+    let nodes_before = graph.node_ids().count();
+    let (rewrites, result) = pass(graph)?;
+    graph.sort()?;
+    report.push(PassReport {
+        name,
+        rewrites,
+        nodes_before,
+        nodes_after: graph.node_ids().count(),
+        seconds: start.elapsed().as_secs_f64(),
+    });
+    Ok(result)
+}
+
+/// The first half of the pipeline: everything up to the analysis.
+pub(crate) fn understand(
+    mut graph: Graph,
+    options: &Options,
+    report: &mut Vec<PassReport>,
+) -> Result<Understood, PassError> {
+    graph.sort()?;
+    let roles = timed(&mut graph, report, "roles", |graph| Ok((0, roles::assign(graph)?)))?;
+    timed(&mut graph, report, "infer", |graph| Ok((0, infer(graph)?)))?;
+    for (name, pass) in TIDY {
+        timed(&mut graph, report, name, |graph| Ok((pass(graph)?, ())))?;
+    }
+    timed(&mut graph, report, "expand", |graph| Ok((expand::run(graph), ())))?;
+    timed(&mut graph, report, "infer", |graph| Ok((0, infer(graph)?)))?;
+    let analysis = timed(&mut graph, report, "attention", |graph| {
+        let analysis = attention::analyse(graph, &roles, options.max_positions);
+        Ok((analysis.layers.len(), analysis))
+    })?;
+    Ok(Understood { graph, roles, analysis })
+}
+
+/// Makes an export canonical.
+pub fn canonicalize(graph: Graph, options: &Options) -> Result<Canonical, PassError> {
+    let mut report = Vec::new();
+    let Understood {
+        mut graph,
+        roles,
+        analysis,
+    } = understand(graph, options, &mut report)?;
+    if !analysis.obstacles.is_empty() {
+        return Err(PassError::Obstacles {
+            obstacles: analysis.obstacles,
+        });
+    }
+    let refuse = |obstacles: Vec<Obstacle>| PassError::Obstacles { obstacles };
+    let face = timed(&mut graph, &mut report, "emit", |graph| {
+        let face = emit::run(graph, &roles, &analysis).map_err(refuse)?;
+        graph.remove_dead_nodes();
+        Ok((analysis.layers.len(), face))
+    })?;
+    timed(&mut graph, &mut report, "reshapes", |graph| {
+        let rewrites = shapes::settle(graph, face.input_ids);
+        graph.remove_dead_nodes();
+        Ok((rewrites, ()))
+    })?;
+    let limit = timed(&mut graph, &mut report, "positions", |graph| {
+        let found = positions::run(graph, &roles, &face, options.max_positions).map_err(refuse)?;
+        graph.remove_dead_nodes();
+        Ok(found)
+    })?;
+    for (name, pass) in FINISH {
+        timed(&mut graph, &mut report, name, |graph| Ok((pass(graph)?, ())))?;
+    }
+    timed(&mut graph, &mut report, "infer", |graph| Ok((0, infer(graph)?)))?;
+    let obstacles = contract::check(&graph);
+    if !obstacles.is_empty() {
+        return Err(refuse(obstacles));
+    }
+    let architecture = architecture::describe(&graph, &roles, &analysis, limit).ok_or(PassError::NoCache)?;
+    Ok(Canonical {
+        graph,
+        architecture,
+        report,
+    })
 }

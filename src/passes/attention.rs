@@ -1,0 +1,263 @@
+//! The whole attention of an export, understood: one [`Layer`] per root, with its projections, caches and window.
+//!
+//! Puts together what the rooms beside it find (`roots`, `trace`, `solve`, `cache`, `mask`) and gives an [`Analysis`],
+//! which `emit` turns into canonical operators and `recognise` reports. Nothing is rewritten here. What was not understood
+//! is a list of [`Obstacle`]s, so that a user learns of all of them at once.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use super::cache::{self, Cache, Operand};
+use super::mask::Masks;
+use super::roles::Roles;
+use super::roots::{self, Root};
+use super::solve::{Projection, RowOrder, Rows, Tables};
+use super::trace::Trace;
+use super::trial::Bench;
+use crate::graph::op::Op;
+use crate::graph::{Graph, ValueId};
+use crate::tensor::DType;
+
+/// One attention, in terms of the canonical graph.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    pub root: Root,
+    pub query: Projection,
+    pub key_cache: ValueId,
+    pub value_cache: ValueId,
+    /// Factor of the scores, all parts together.
+    pub scale: f32,
+    pub softcap: f32,
+    /// Positions a query looks back, itself included; `None` for all.
+    pub window: Option<usize>,
+}
+
+/// Something that keeps the graph from becoming canonical.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Obstacle {
+    /// Which attention, counted from 0 in order of execution.
+    pub layer: Option<usize>,
+    /// Node or value of the export.
+    pub at: String,
+    pub reason: String,
+}
+
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(layer) = self.layer {
+            write!(f, "layer {layer}: ")?;
+        }
+        write!(f, "{}: {}", self.at, self.reason)
+    }
+}
+
+/// What is known of an export's attention.
+#[derive(Debug, Default)]
+pub struct Analysis {
+    pub layers: Vec<Layer>,
+    pub caches: HashMap<ValueId, Cache>,
+    pub tables: Tables,
+    pub obstacles: Vec<Obstacle>,
+    /// Rows of the shortest table that is indexed by positions.
+    pub position_limit: Option<usize>,
+}
+
+/// Understands every attention of a sorted, inferred graph. Rotary tables get `max_positions` rows, fewer where the
+/// export's own tables are shorter.
+pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
+    let bench = Bench::new(graph, roles);
+    let trace = Trace::new(&bench);
+    let masks = Masks::default();
+    let position_limit = position_limit(&bench);
+    let mut analysis = Analysis {
+        position_limit,
+        ..Analysis::default()
+    };
+    analysis.tables.positions = position_limit
+        .map_or(max_positions, |limit| limit.min(max_positions))
+        .max(8);
+    let (found, unrecognised) = roots::find(&bench);
+    for softmax in unrecognised {
+        analysis.obstacles.push(Obstacle {
+            layer: None,
+            at: softmax.node,
+            reason: format!("this softmax is no attention that Lapidary knows: {}", softmax.reason),
+        });
+    }
+    for (index, root) in found.into_iter().enumerate() {
+        let at = root.name.clone();
+        let obstacle = |reason: String| Obstacle {
+            layer: Some(index),
+            at: at.clone(),
+            reason,
+        };
+        let window = masks.window(&bench, &root);
+        let operands = operands(&trace, &bench, &root, &mut analysis);
+        match (operands, window) {
+            (Ok((query, key_cache, value_cache, scale)), Ok(window)) => analysis.layers.push(Layer {
+                query,
+                key_cache,
+                value_cache,
+                scale: snapped(scale * root.scale as f32, &bench, &root),
+                softcap: root.softcap as f32,
+                window,
+                root,
+            }),
+            (operands, window) => {
+                analysis.obstacles.extend(operands.err().map(&obstacle));
+                analysis.obstacles.extend(window.err().map(&obstacle));
+            }
+        }
+    }
+    if analysis.obstacles.is_empty() {
+        unmatched(&bench, &mut analysis);
+    }
+    analysis
+}
+
+type Operands = (Projection, ValueId, ValueId, f32);
+
+fn operands(
+    trace: &Trace<'_, '_>,
+    bench: &Bench<'_>,
+    root: &Root,
+    analysis: &mut Analysis,
+) -> Result<Operands, String> {
+    let graph = bench.graph;
+    let name = |id: ValueId| graph.value(id).name.clone();
+    let shape = graph
+        .shape(root.query)
+        .ok_or_else(|| format!("the shape of {} is not known", name(root.query)))?;
+    let dim = shape
+        .last()
+        .and_then(|d| d.as_const())
+        .ok_or("the head_dim of its queries is not known")? as usize;
+    let trial = bench.trial(1, 0, 1);
+    let volume: usize = bench
+        .dims(&trial, root.query)
+        .map_err(|stuck| stuck.to_string())?
+        .iter()
+        .product();
+    let query_heads = volume / (trial.sizes.batch * trial.sizes.tokens * dim).max(1);
+
+    let mut operand = Operand {
+        value: root.key,
+        transposed: root.key_transposed,
+        query_heads,
+        grouped: root.grouped,
+        dim: Some(dim),
+        heads: None,
+    };
+    let (key_cache, key_factor) = cache::solve(trace, bench, &operand, &mut analysis.caches, &mut analysis.tables)?;
+    operand.heads = Some(analysis.caches[&key_cache].heads);
+    (operand.value, operand.transposed, operand.dim) = (root.value, false, None);
+    let (value_cache, value_factor) = cache::solve(trace, bench, &operand, &mut analysis.caches, &mut analysis.tables)?;
+    if key_cache == value_cache {
+        return Err(format!("keys and values come from one cache, {}", name(key_cache)));
+    }
+    if value_factor != 1.0 {
+        return Err(format!("its values are scaled by {value_factor}"));
+    }
+    let sources = trace.sources(root.query);
+    let mut sources = sources.iter();
+    let (Some(source), None) = (sources.next(), sources.next()) else {
+        return Err(format!(
+            "its queries {} are made of several projections",
+            name(root.query)
+        ));
+    };
+    let rows = Rows {
+        bench,
+        value: root.query,
+        order: RowOrder::Canonical,
+        source: *source,
+        heads: query_heads,
+        dim,
+    };
+    let query = rows
+        .solve(&mut analysis.tables)
+        .map_err(|reason| format!("its queries {}: {reason}", name(root.query)))?;
+    let scale = key_factor * query.scale;
+    let query = Projection { scale: 1.0, ..query };
+    Ok((query, key_cache, value_cache, scale))
+}
+
+/// The usual `1/sqrt(head_dim)` where the measured factor is that up to rounding of the export's own arithmetic.
+fn snapped(scale: f32, bench: &Bench<'_>, root: &Root) -> f32 {
+    let dim = bench
+        .graph
+        .shape(root.query)
+        .and_then(|s| s.last())
+        .and_then(|d| d.as_const());
+    let usual = dim.map_or(0.0, |d| 1.0 / (d as f32).sqrt());
+    let slack = match bench.graph.value(root.query).dtype {
+        Some(DType::F16 | DType::Bf16) => 4e-3,
+        _ => 1e-5,
+    };
+    if (scale - usual).abs() <= slack * usual {
+        usual
+    } else {
+        scale
+    }
+}
+
+/// Every cache must have been read, and every output but one must be a cache.
+fn unmatched(bench: &Bench<'_>, analysis: &mut Analysis) {
+    let graph = bench.graph;
+    let name = |id: ValueId| graph.value(id).name.clone();
+    let written: Vec<ValueId> = analysis.caches.values().map(|c| c.output).collect();
+    let lost: Vec<String> = bench
+        .roles
+        .caches
+        .iter()
+        .filter(|c| !analysis.caches.contains_key(*c))
+        .map(|c| name(*c))
+        .collect();
+    let others: Vec<ValueId> = graph.outputs.iter().copied().filter(|o| !written.contains(o)).collect();
+    if !lost.is_empty() {
+        analysis.obstacles.push(Obstacle {
+            layer: None,
+            at: lost.join(", "),
+            reason: "no attention reads these caches".into(),
+        });
+    }
+    if others.len() != 1 {
+        let found: Vec<String> = others.iter().map(|o| name(*o)).collect();
+        analysis.obstacles.push(Obstacle {
+            layer: None,
+            at: if found.is_empty() {
+                "outputs".into()
+            } else {
+                found.join(", ")
+            },
+            reason: format!(
+                "{} outputs are no caches, where one (the logits) was expected",
+                others.len()
+            ),
+        });
+    }
+}
+
+/// Tables in the export that are indexed by positions bound how far positions may go.
+fn position_limit(bench: &Bench<'_>) -> Option<usize> {
+    use super::kinds::Kind;
+    let graph = bench.graph;
+    let table = |id: Option<ValueId>| {
+        graph
+            .constant(id?)
+            .filter(|c| c.dtype().is_float())
+            .map(|c| c.shape().to_vec())
+    };
+    let positional = |id: Option<ValueId>| id.is_some_and(|v| bench.kind(v) == Kind::Positional);
+    let limit = |id| {
+        let node = graph.node(id);
+        let rows = match node.op {
+            Op::Gather { axis: 0 } if positional(node.input(1)) => table(node.input(0))?,
+            Op::RotaryEmbedding { .. } if positional(node.input(3)) => table(node.input(1))?,
+            Op::ContribRotaryEmbedding { .. } if positional(node.input(1)) => table(node.input(2))?,
+            _ => return None,
+        };
+        (rows.len() > 1).then(|| rows[0])
+    };
+    graph.node_ids().filter_map(limit).min()
+}

@@ -1,0 +1,333 @@
+//! Caches: which output is the update of which input, in which layout, and that reading and writing mean what the
+//! canonical graph means by them.
+//!
+//! Takes the key or value operand of an attention. Nothing here knows how a cache is written: concatenation, scatters,
+//! selects and operators with a past all have to give, when run, a cache whose live slots are the old ones followed by
+//! the new rows, and an operand that repeats its heads over the query heads.
+
+use std::collections::HashMap;
+
+use super::layout::{CacheLayout, TokenLayout};
+use super::solve::{Noise, Projection, RowOrder, Rows, Tables, noise, tolerance};
+use super::trace::Trace;
+use super::trial::{Bench, Trial, tensor_of};
+use crate::graph::ValueId;
+use crate::tensor::{DType, Tensor};
+
+/// A cache of the export, understood.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    pub input: ValueId,
+    pub output: ValueId,
+    pub layout: CacheLayout,
+    pub heads: usize,
+    pub dim: usize,
+    /// The rows written in each call.
+    pub rows: Projection,
+}
+
+/// A key or value operand of an attention.
+pub struct Operand {
+    pub value: ValueId,
+    /// `[.., head_dim, slots]`
+    pub transposed: bool,
+    pub query_heads: usize,
+    /// It may have as many heads as the cache has.
+    pub grouped: bool,
+    /// Known for keys.
+    pub dim: Option<usize>,
+    /// Known for values of flat caches: those of the keys.
+    pub heads: Option<usize>,
+}
+
+/// The cache behind an operand, and the factor by which the operand is scaled on the way from it.
+pub fn solve(
+    trace: &Trace<'_, '_>,
+    bench: &Bench<'_>,
+    operand: &Operand,
+    known: &mut HashMap<ValueId, Cache>,
+    tables: &mut Tables,
+) -> Result<(ValueId, f32), String> {
+    let name = |id: ValueId| bench.graph.value(id).name.clone();
+    let (caches, new) = trace.cache_and_new(operand.value);
+    let [input] = caches[..] else {
+        return Err(match caches.len() {
+            0 => format!(
+                "{} does not come from a cache; export the model with past keys and values",
+                name(operand.value)
+            ),
+            _ => format!(
+                "{} comes from several caches: {}",
+                name(operand.value),
+                names(bench, &caches)
+            ),
+        });
+    };
+    let [source] = new[..] else {
+        return Err(format!(
+            "{} is made of {} besides the cache {}, where one projection was expected",
+            name(operand.value),
+            if new.is_empty() {
+                "nothing".into()
+            } else {
+                names(bench, &new)
+            },
+            name(input)
+        ));
+    };
+    if !known.contains_key(&input) {
+        let cache = find(trace, bench, operand, input, source, tables)?;
+        known.insert(input, cache);
+    }
+    let cache = &known[&input];
+    let factor = read(bench, operand, cache, tables)?;
+    Ok((input, factor))
+}
+
+fn names(bench: &Bench<'_>, ids: &[ValueId]) -> String {
+    let names: Vec<&str> = ids.iter().map(|id| bench.graph.value(*id).name.as_str()).collect();
+    names.join(", ")
+}
+
+fn find(
+    trace: &Trace<'_, '_>,
+    bench: &Bench<'_>,
+    operand: &Operand,
+    input: ValueId,
+    source: ValueId,
+    tables: &mut Tables,
+) -> Result<Cache, String> {
+    let graph = bench.graph;
+    let name = &graph.value(input).name;
+    let output = graph.outputs.iter().copied().find(|o| {
+        let (caches, _) = trace.cache_and_new(*o);
+        caches == [input]
+    });
+    let output = output.ok_or_else(|| format!("no output is the update of the cache {name}"))?;
+    if trace.sources(output).len() != 2 {
+        return Err(format!(
+            "the output {} returns the cache {name} unchanged or mixed with other values",
+            graph.value(output).name
+        ));
+    }
+    let rows_value = trace.rows_before_cache(output, source).ok_or_else(|| {
+        format!(
+            "the output {} is not made of what the attention reads",
+            graph.value(output).name
+        )
+    })?;
+    let shape = graph.shape(rows_value).cloned().unwrap_or_default();
+    let order = TokenLayout::of(&shape, bench.roles).ok_or_else(|| {
+        format!(
+            "{} has the shape {shape:?}, in which no axis counts tokens",
+            graph.value(rows_value).name
+        )
+    })?;
+
+    let trial = proving_trial(bench, 2, 3);
+    let dims = bench.dims(&trial, input).map_err(|stuck| stuck.to_string())?;
+    let mut reasons = Vec::new();
+    for layout in CacheLayout::candidates(dims.len()) {
+        let Some((heads, _, dim)) = layout.split(&dims, operand.heads, operand.dim) else {
+            continue;
+        };
+        if operand.dim.is_some_and(|d| d != dim) {
+            continue;
+        }
+        let rows = Rows {
+            bench,
+            value: rows_value,
+            order: RowOrder::Tokens(order.clone()),
+            source,
+            heads,
+            dim,
+        };
+        let found = rows.solve(tables).and_then(|projection| {
+            let cache = Cache {
+                input,
+                output,
+                layout: *layout,
+                heads,
+                dim,
+                rows: projection,
+            };
+            write(bench, &cache, tables, &trial)?;
+            write(bench, &cache, tables, &proving_trial(bench, 0, 2))?;
+            Ok(cache)
+        });
+        match found {
+            Ok(cache) => return Ok(cache),
+            Err(reason) => reasons.push(reason),
+        }
+    }
+    let reason = reasons
+        .into_iter()
+        .next()
+        .unwrap_or_else(|| format!("its shape {dims:?} is none of a cache"));
+    Err(format!("the cache {name}: {reason}"))
+}
+
+/// Sizes that a small static cache can hold.
+fn proving_trial(bench: &Bench<'_>, past: usize, tokens: usize) -> std::rc::Rc<Trial> {
+    bench.trial(2, past, tokens)
+}
+
+/// What a cache and its source were fed with, and what the cache must then hold.
+struct Scene {
+    feeds: HashMap<ValueId, Tensor>,
+    /// `[batch, heads, slots, dim]` after the call.
+    expected: Vec<f32>,
+    slots: usize,
+}
+
+fn scene(bench: &Bench<'_>, cache: &Cache, tables: &Tables, trial: &Trial) -> Result<Scene, String> {
+    let text = |stuck: super::trial::Stuck| stuck.to_string();
+    let (batch, past, tokens) = (trial.sizes.batch, trial.sizes.past, trial.sizes.tokens);
+    let dims = bench.dims(trial, cache.input).map_err(text)?;
+    let (heads, before, dim) = cache
+        .layout
+        .split(&dims, Some(cache.heads), Some(cache.dim))
+        .ok_or("the shape of the cache changed")?;
+    let held = noise(batch * heads * before * dim, 11);
+    let mut stored = vec![0.0; held.len()];
+    for (i, place) in cache.layout.places(batch, heads, before, dim).into_iter().enumerate() {
+        stored[i] = held[place];
+    }
+    let dtype = bench.graph.value(cache.input).dtype.unwrap_or(DType::F32);
+    let rows = Rows {
+        bench,
+        value: cache.rows.source,
+        order: RowOrder::Canonical,
+        source: cache.rows.source,
+        heads,
+        dim,
+    };
+    let x = Noise::new(&rows, 23).map_err(text)?;
+    let feeds = HashMap::from([
+        (cache.input, tensor_of(dtype, dims, &stored)),
+        (
+            cache.rows.source,
+            rows.feed(trial, |b, t, c| x.at(b, t, c)).map_err(text)?,
+        ),
+    ]);
+    let new = cache.rows.rows(tables, trial, |b, t, c| x.at(b, t, c) as f32);
+    let slots = if bench.roles.growing { before + tokens } else { before };
+    let mut expected = vec![0.0; batch * heads * slots * dim];
+    for (group, rows) in expected.chunks_mut((slots * dim).max(1)).enumerate() {
+        for (i, cell) in rows.iter_mut().enumerate() {
+            let (s, d) = (i / dim, i % dim);
+            *cell = if (past..past + tokens).contains(&s) {
+                new[(group * tokens + s - past) * dim + d]
+            } else {
+                held[(group * before + s) * dim + d] as f32
+            };
+        }
+    }
+    Ok(Scene { feeds, expected, slots })
+}
+
+fn coarsest(bench: &Bench<'_>, ids: &[ValueId]) -> f32 {
+    let of = |id: &ValueId| tolerance(bench.graph.value(*id).dtype.unwrap_or(DType::F32));
+    ids.iter().map(of).fold(0.0, f32::max)
+}
+
+/// Proves that the output is the input with the new rows in the slots from `past` on.
+fn write(bench: &Bench<'_>, cache: &Cache, tables: &Tables, trial: &Trial) -> Result<(), String> {
+    let scene = scene(bench, cache, tables, trial)?;
+    let result = bench
+        .run(trial, &scene.feeds, &[cache.output])
+        .map_err(|stuck| stuck.to_string())?;
+    let values = result[0].to_f32();
+    let places = cache
+        .layout
+        .places(trial.sizes.batch, cache.heads, scene.slots, cache.dim);
+    let limit = 4.0 * coarsest(bench, &[cache.input, cache.rows.source]) * cache.rows.scale.abs().max(1.0);
+    let same = values.len() == places.len()
+        && places
+            .iter()
+            .zip(&values)
+            .all(|(place, v)| (scene.expected[*place] - v).abs() <= limit);
+    if same {
+        return Ok(());
+    }
+    Err(format!(
+        "with {} past and {} new tokens, the output {} is not the cache with the new rows after the past ones",
+        trial.sizes.past,
+        trial.sizes.tokens,
+        bench.graph.value(cache.output).name
+    ))
+}
+
+/// Proves that the operand is the written cache, its heads repeated over the query heads, and gives its scale.
+fn read(bench: &Bench<'_>, operand: &Operand, cache: &Cache, tables: &Tables) -> Result<f32, String> {
+    let name = &bench.graph.value(operand.value).name;
+    let trial = proving_trial(bench, 2, 3);
+    let scene = scene(bench, cache, tables, &trial)?;
+    let result = bench
+        .run(&trial, &scene.feeds, &[operand.value])
+        .map_err(|stuck| stuck.to_string())?;
+    let (tensor, batch, dim) = (&result[0], trial.sizes.batch, cache.dim);
+    let shape = tensor.shape();
+    let rank = shape.len();
+    let unlike = || {
+        format!(
+            "{name} has the shape {shape:?}, which is not that of a cache read by {} heads",
+            operand.query_heads
+        )
+    };
+    if rank < 3 {
+        return Err(unlike());
+    }
+    let (slots, width) = if operand.transposed {
+        (shape[rank - 1], shape[rank - 2])
+    } else {
+        (shape[rank - 2], shape[rank - 1])
+    };
+    let lead: usize = shape[..rank - 2].iter().product();
+    let heads = lead / batch.max(1);
+    let grouped = heads == cache.heads && (operand.grouped || rank > 4);
+    let live = trial.sizes.past + trial.sizes.tokens;
+    if width != dim || lead != heads * batch || (heads != operand.query_heads && !grouped) || heads % cache.heads != 0 {
+        return Err(unlike());
+    }
+    if slots < live || slots > scene.slots {
+        return Err(format!("{name} holds {slots} slots of a cache with {live} live ones"));
+    }
+    let repeat = heads / cache.heads;
+    let values = tensor.to_f32();
+    let mut pairs = Vec::with_capacity(values.len());
+    for (i, value) in values.iter().enumerate() {
+        let (row, inside) = (i / (slots * dim), i % (slots * dim));
+        let (s, d) = if operand.transposed {
+            (inside % slots, inside / slots)
+        } else {
+            (inside / dim, inside % dim)
+        };
+        let (b, h) = (row / heads, row % heads / repeat);
+        pairs.push((
+            scene.expected[((b * cache.heads + h) * scene.slots + s) * dim + d],
+            *value,
+        ));
+    }
+    let (largest, answer) =
+        pairs.iter().copied().fold(
+            (0.0f32, 0.0f32),
+            |best, pair| {
+                if pair.0.abs() > best.0.abs() { pair } else { best }
+            },
+        );
+    let mut factor = answer / largest;
+    let limit =
+        4.0 * coarsest(bench, &[cache.input, cache.rows.source, operand.value]) * factor.abs().max(f32::MIN_POSITIVE);
+    if !factor.is_finite() || !pairs.iter().all(|(e, v)| (e * factor - v).abs() <= limit) {
+        return Err(format!(
+            "{name} is not the cache {} with its heads repeated",
+            bench.graph.value(cache.input).name
+        ));
+    }
+    // Rounding in the export's own arithmetic must not leave a scale of 0.99999994.
+    if (factor - 1.0).abs() < 1e-3 {
+        factor = 1.0;
+    }
+    Ok(factor)
+}

@@ -1,0 +1,429 @@
+//! Writes what was understood as canonical operators, and gives the graph its canonical interface.
+//!
+//! Takes an [`Analysis`] without obstacles. Each attention becomes `TensorScatter` on two caches and `Attention`, behind
+//! the picks and rotations of its projections; masks are written once per window. The export's own masks, caches and
+//! positions are then read by nothing and fall away.
+
+use std::collections::{BTreeSet, HashMap};
+
+use super::attention::{Analysis, Layer, Obstacle};
+use super::layout::TokenLayout;
+use super::roles::Roles;
+use super::shapes::reshape_to;
+use super::solve::Projection;
+use crate::dim::{Dim, Sym};
+use crate::graph::op::{self, Binary, Op};
+use crate::graph::{Constant, Graph, Shape, ValueId};
+use crate::tensor::{DType, Tensor};
+
+/// The canonical inputs, as far as passes behind this one use them.
+#[derive(Clone, Copy, Debug)]
+pub struct Interface {
+    pub input_ids: ValueId,
+    pub position_ids: ValueId,
+    pub write_indices: ValueId,
+}
+
+struct Emitter<'g> {
+    graph: &'g mut Graph,
+    face: Interface,
+    batch: Dim,
+    tokens: Dim,
+    /// Masks by window.
+    masks: HashMap<Option<usize>, ValueId>,
+    /// `[capacity]`: the slot numbers, and `[batch, 1, tokens, 1]`: the positions.
+    counters: Option<(ValueId, ValueId)>,
+    /// Cosine and sine by table and dtype.
+    tables: HashMap<(usize, DType), (ValueId, ValueId)>,
+    /// New caches by the export's: input, and output once written.
+    caches: HashMap<ValueId, (ValueId, Option<ValueId>)>,
+}
+
+/// Rewrites the graph. Fails where rows or an output have a shape that no reshape can give.
+pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<Interface, Vec<Obstacle>> {
+    let logits = graph
+        .outputs
+        .iter()
+        .copied()
+        .find(|o| !analysis.caches.values().any(|c| c.output == *o))
+        .expect("the analysis found one output besides the caches");
+    // The canonical order: pairs as the attentions come.
+    let mut pairs: Vec<(ValueId, ValueId)> = Vec::new();
+    for layer in &analysis.layers {
+        if !pairs.contains(&(layer.key_cache, layer.value_cache)) {
+            pairs.push((layer.key_cache, layer.value_cache));
+        }
+    }
+    free_names(graph, pairs.len(), roles.input_ids, logits);
+
+    let dim = |fixed: Option<usize>, sym: Sym| fixed.map_or_else(|| Dim::sym(sym), Dim::from);
+    let (batch, tokens) = (dim(roles.batch, Sym::batch()), dim(roles.tokens, Sym::tokens()));
+    let old_inputs = std::mem::take(&mut graph.inputs);
+    let input_ids = token_input(graph, roles.input_ids, vec![batch.clone(), tokens.clone()]);
+    let position_ids = graph.add_input("position_ids", DType::I64, vec![batch.clone(), tokens.clone()]);
+    let write_indices = graph.add_input("write_indices", DType::I64, vec![batch.clone()]);
+    debug_assert!(old_inputs.contains(&roles.input_ids));
+    let mut caches = HashMap::new();
+    for (i, (key, value)) in pairs.iter().enumerate() {
+        for (old, name) in [(key, format!("key_cache.{i}")), (value, format!("value_cache.{i}"))] {
+            let cache = &analysis.caches[old];
+            let shape = vec![
+                batch.clone(),
+                Dim::from(cache.heads),
+                Dim::sym(Sym::capacity()),
+                Dim::from(cache.dim),
+            ];
+            let dtype = graph.value(*old).dtype.unwrap_or(DType::F32);
+            caches.insert(*old, (graph.add_input(&name, dtype, shape), None));
+        }
+    }
+    let mut emitter = Emitter {
+        graph,
+        face: Interface {
+            input_ids,
+            position_ids,
+            write_indices,
+        },
+        batch,
+        tokens,
+        masks: HashMap::new(),
+        counters: None,
+        tables: HashMap::new(),
+        caches,
+    };
+    let mut obstacles = Vec::new();
+    for (index, layer) in analysis.layers.iter().enumerate() {
+        if let Err(reason) = emitter.layer(index, layer, analysis) {
+            obstacles.push(Obstacle {
+                layer: Some(index),
+                at: layer.root.name.clone(),
+                reason,
+            });
+        }
+    }
+    if !obstacles.is_empty() {
+        return Err(obstacles);
+    }
+    let (face, caches) = (emitter.face, emitter.caches);
+    let mut outputs = vec![logits];
+    for (i, (key, value)) in pairs.iter().enumerate() {
+        for (old, name) in [
+            (key, format!("updated_key_cache.{i}")),
+            (value, format!("updated_value_cache.{i}")),
+        ] {
+            let (_, updated) = caches[old];
+            let updated = updated.expect("every cache in a layer was written");
+            graph.rename(updated, &name);
+            outputs.push(updated);
+        }
+    }
+    if graph.value(logits).name != "logits" {
+        graph.rename(logits, "logits");
+    }
+    graph.outputs = outputs;
+    Ok(face)
+}
+
+/// Moves values of the export that have canonical names out of the way.
+fn free_names(graph: &mut Graph, pairs: usize, input_ids: ValueId, logits: ValueId) {
+    let mut names: BTreeSet<String> = ["input_ids", "position_ids", "write_indices", "logits"]
+        .map(String::from)
+        .into();
+    for i in 0..pairs {
+        for kind in ["key", "value"] {
+            names.insert(format!("{kind}_cache.{i}"));
+            names.insert(format!("updated_{kind}_cache.{i}"));
+        }
+    }
+    for name in names {
+        let Some(id) = graph.find(&name) else { continue };
+        if (id == input_ids && name == "input_ids") || (id == logits && name == "logits") {
+            continue;
+        }
+        let free = graph.fresh_name(&format!("export.{name}"));
+        graph.rename(id, &free);
+    }
+}
+
+/// The token ids as i64, whatever the export takes.
+fn token_input(graph: &mut Graph, old: ValueId, shape: Shape) -> ValueId {
+    if graph.value(old).dtype == Some(DType::I64) {
+        if graph.value(old).name != "input_ids" {
+            graph.rename(old, "input_ids");
+        }
+        graph.inputs.push(old);
+        return old;
+    }
+    let dtype = graph.value(old).dtype.unwrap_or(DType::I32);
+    if graph.value(old).name == "input_ids" {
+        let free = graph.fresh_name("export.input_ids");
+        graph.rename(old, &free);
+    }
+    let new = graph.add_input("input_ids", DType::I64, shape);
+    let narrow = graph.add_node("input_ids.cast", Op::Cast { to: dtype }, &[new]);
+    let old_shape = graph.shape(old).cloned();
+    let value = graph.value_mut(narrow);
+    (value.dtype, value.shape) = (Some(dtype), old_shape);
+    graph.replace_uses(old, narrow);
+    new
+}
+
+impl Emitter<'_> {
+    fn typed(&mut self, name: &str, op: Op, inputs: &[ValueId], dtype: DType, shape: Shape) -> ValueId {
+        let id = self.graph.add_node(name, op, inputs);
+        let value = self.graph.value_mut(id);
+        (value.dtype, value.shape) = (Some(dtype), Some(shape));
+        id
+    }
+
+    fn cast(&mut self, x: ValueId, to: DType, name: &str) -> ValueId {
+        if self.graph.value(x).dtype == Some(to) {
+            return x;
+        }
+        let shape = self.graph.shape(x).cloned().unwrap_or_default();
+        self.typed(&format!("{name}.cast"), Op::Cast { to }, &[x], to, shape)
+    }
+
+    fn layer(&mut self, index: usize, layer: &Layer, analysis: &Analysis) -> Result<(), String> {
+        let name = format!("layers.{index}.attention");
+        let mut written = [None; 2];
+        for (slot, (old, part)) in [(layer.key_cache, "key"), (layer.value_cache, "value")]
+            .into_iter()
+            .enumerate()
+        {
+            written[slot] = Some(self.write(old, &format!("{name}.{part}"), analysis)?);
+        }
+        let [Some(key), Some(value)] = written else {
+            unreachable!()
+        };
+        let dtype = self.graph.value(key).dtype.unwrap_or(DType::F32);
+        let query = self.rows(&layer.query, &format!("{name}.query"), dtype, analysis)?;
+        let mask = self.mask(layer.window);
+        let half = matches!(dtype, DType::F16 | DType::Bf16);
+        let op = Op::Attention(op::Attention {
+            is_causal: false,
+            scale: Some(layer.scale),
+            softcap: layer.softcap,
+            q_num_heads: None,
+            kv_num_heads: None,
+            softmax_precision: half.then_some(DType::F32),
+        });
+        let width = analysis.caches[&layer.value_cache].dim;
+        let shape = vec![
+            self.batch.clone(),
+            Dim::from(layer.query.heads),
+            self.tokens.clone(),
+            Dim::from(width),
+        ];
+        let attended = self.typed(&name, op, &[query, key, value, mask], dtype, shape);
+        let old = layer.root.output;
+        let to = self.graph.value(old).clone();
+        let attended = self.cast(attended, to.dtype.unwrap_or(dtype), &name);
+        let target = to
+            .shape
+            .ok_or_else(|| format!("the shape of {} is not known", to.name))?;
+        let reshaped = reshape_to(
+            self.graph,
+            self.face.input_ids,
+            attended,
+            &target,
+            &format!("{name}.output"),
+        )
+        .ok_or_else(|| format!("no reshape gives {} its shape {target:?}", to.name))?;
+        self.graph.replace_uses(old, reshaped);
+        Ok(())
+    }
+
+    /// The cache with this call's rows in it.
+    fn write(&mut self, old: ValueId, name: &str, analysis: &Analysis) -> Result<ValueId, String> {
+        let (input, written) = self.caches[&old];
+        if let Some(written) = written {
+            return Ok(written);
+        }
+        let value = self.graph.value(input);
+        let (dtype, shape) = (
+            value.dtype.unwrap_or(DType::F32),
+            value.shape.clone().unwrap_or_default(),
+        );
+        let rows = self.rows(&analysis.caches[&old].rows, name, dtype, analysis)?;
+        let op = Op::TensorScatter {
+            axis: 2,
+            circular: false,
+        };
+        let inputs = [input, rows, self.face.write_indices];
+        let updated = self.typed(&format!("{name}.cache"), op, &inputs, dtype, shape);
+        self.caches.insert(old, (input, Some(updated)));
+        Ok(updated)
+    }
+
+    /// `[batch, heads, tokens, head_dim]`.
+    fn rows(&mut self, p: &Projection, name: &str, dtype: DType, analysis: &Analysis) -> Result<ValueId, String> {
+        let mut x = self.pick(p, name)?;
+        x = self.cast(x, dtype, name);
+        let shape = self.graph.shape(x).cloned().unwrap_or_default();
+        if p.scale != 1.0 {
+            let factor = Tensor::from_f64_as(dtype, vec![], &[f64::from(p.scale)]);
+            let factor = self.graph.add_constant(&format!("{name}.scale"), factor);
+            x = self.typed(
+                &format!("{name}.scaled"),
+                Op::Binary(Binary::Mul),
+                &[x, factor],
+                dtype,
+                shape.clone(),
+            );
+        }
+        let Some(rope) = p.rope else { return Ok(x) };
+        let (cos, sin) = self.table(rope.table, dtype, analysis);
+        let op = Op::RotaryEmbedding {
+            interleaved: rope.interleaved,
+            num_heads: None,
+            rotary_dim: if rope.rotary_dim == p.dim { 0 } else { rope.rotary_dim },
+        };
+        let inputs = [x, cos, sin, self.face.position_ids];
+        Ok(self.typed(&format!("{name}.rotary"), op, &inputs, dtype, shape))
+    }
+
+    /// The heads among the columns of a projection.
+    fn pick(&mut self, p: &Projection, name: &str) -> Result<ValueId, String> {
+        let source = self.graph.value(p.source).clone();
+        let (dtype, shape) = (
+            source.dtype.unwrap_or(DType::F32),
+            source.shape.clone().unwrap_or_default(),
+        );
+        let fixed = |d: &Dim| d.as_const().map(|n| n as usize);
+        let (batch, tokens) = (self.batch.clone(), self.tokens.clone());
+        let columns = p.pick.groups * p.pick.stride;
+        let whole = p.pick.groups == 1 && columns == p.heads * p.dim;
+        let layout = TokenLayout::find(&shape, fixed(&batch), fixed(&tokens));
+        let layout = layout.ok_or_else(|| format!("{} has the shape {shape:?}", source.name))?;
+        let heads: Shape = vec![batch.clone(), Dim::from(p.heads), tokens.clone(), Dim::from(p.dim)];
+        let rows: Shape = vec![batch.clone(), tokens.clone(), Dim::from(p.heads), Dim::from(p.dim)];
+        if whole && layout.is_canonical(shape.len()) && shape == heads {
+            return Ok(p.source);
+        }
+        let mut x = p.source;
+        if layout.is_canonical(shape.len()) {
+            let perm = Some(vec![0, 2, 1, 3]);
+            let to = [0, 2, 1, 3].map(|i: usize| shape[i].clone()).to_vec();
+            x = self.typed(&format!("{name}.tokens"), Op::Transpose { perm }, &[x], dtype, to);
+        } else if !layout.is_batch_first() && layout.token_axis() != 0 {
+            return Err(format!(
+                "{} has the shape {shape:?}, whose order of axes is not understood",
+                source.name
+            ));
+        }
+        let ids = self.face.input_ids;
+        let reshape = |graph: &mut Graph, x: ValueId, to: &[Dim], part: &str| {
+            reshape_to(graph, ids, x, to, &format!("{name}{part}"))
+                .ok_or_else(|| format!("no reshape gives {} the shape {to:?}", source.name))
+        };
+        if whole {
+            x = reshape(self.graph, x, &rows, ".heads")?;
+        } else {
+            let groups = vec![
+                batch.clone(),
+                tokens.clone(),
+                Dim::from(p.pick.groups),
+                Dim::from(p.pick.stride),
+            ];
+            x = reshape(self.graph, x, &groups, ".groups")?;
+            let run = p.pick.per_group * p.dim;
+            let mut ints = |value: usize| self.graph.add_i64(&format!("{name}.slice"), &[value as i64]);
+            let operands = [ints(p.pick.offset), ints(p.pick.offset + run), ints(3)];
+            let to = vec![batch.clone(), tokens.clone(), Dim::from(p.pick.groups), Dim::from(run)];
+            let inputs = [x, operands[0], operands[1], operands[2]];
+            x = self.typed(&format!("{name}.columns"), Op::Slice, &inputs, dtype, to);
+            x = reshape(self.graph, x, &rows, ".heads")?;
+        }
+        let perm = Some(vec![0, 2, 1, 3]);
+        Ok(self.typed(&format!("{name}.rows"), Op::Transpose { perm }, &[x], dtype, heads))
+    }
+
+    fn table(&mut self, index: usize, dtype: DType, analysis: &Analysis) -> (ValueId, ValueId) {
+        if let Some(known) = self.tables.get(&(index, dtype)) {
+            return *known;
+        }
+        let table = &analysis.tables.tables[index];
+        let mut constant = |part: &str, values: &[f32]| {
+            let tensor = Tensor::from_f32(vec![table.positions(), table.half], values);
+            let name = if index == 0 {
+                format!("rotary.{part}")
+            } else {
+                format!("rotary.{index}.{part}")
+            };
+            // In the model's own type: the operator takes one type for rows and tables.
+            let tensor = Constant::tensor(tensor)
+                .cast(dtype)
+                .materialize()
+                .expect("the table is at hand");
+            self.graph.add_constant(&name, tensor)
+        };
+        let pair = (constant("cos", &table.cos), constant("sin", &table.sin));
+        self.tables.insert((index, dtype), pair);
+        pair
+    }
+
+    /// `[batch, 1, tokens, capacity]`, true where a token attends to a slot.
+    fn mask(&mut self, window: Option<usize>) -> ValueId {
+        if let Some(mask) = self.masks.get(&window) {
+            return *mask;
+        }
+        let (slots, positions) = self.counters();
+        let capacity = Dim::sym(Sym::capacity());
+        let shape = vec![self.batch.clone(), Dim::from(1usize), self.tokens.clone(), capacity];
+        let mask = match window {
+            None => {
+                let op = Op::Binary(Binary::LessOrEqual);
+                self.typed("mask.causal", op, &[slots, positions], DType::Bool, shape)
+            }
+            Some(window) => {
+                let causal = self.mask(None);
+                let column = self.graph.shape(positions).cloned().unwrap_or_default();
+                let width = Tensor::from_i64(vec![], &[window as i64]);
+                let width = self.graph.add_constant(&format!("mask.window.{window}"), width);
+                let sub = Op::Binary(Binary::Sub);
+                let before = self.typed(
+                    &format!("mask.before.{window}"),
+                    sub,
+                    &[positions, width],
+                    DType::I64,
+                    column,
+                );
+                let op = Op::Binary(Binary::Greater);
+                let name = format!("mask.recent.{window}");
+                let recent = self.typed(&name, op, &[slots, before], DType::Bool, shape.clone());
+                let and = Op::Binary(Binary::And);
+                self.typed(
+                    &format!("mask.causal.{window}"),
+                    and,
+                    &[causal, recent],
+                    DType::Bool,
+                    shape,
+                )
+            }
+        };
+        self.masks.insert(window, mask);
+        mask
+    }
+
+    fn counters(&mut self) -> (ValueId, ValueId) {
+        if let Some(counters) = self.counters {
+            return counters;
+        }
+        let cache = self.graph.find("key_cache.0").expect("there is a cache");
+        let capacity = Dim::sym(Sym::capacity());
+        let op = Op::Shape { start: 2, end: Some(3) };
+        let size = self.typed("mask.capacity", op, &[cache], DType::I64, vec![Dim::from(1usize)]);
+        let axis = self.graph.add_i64("mask.axis", &[0]);
+        let size = self.typed("mask.size", Op::Squeeze, &[size, axis], DType::I64, vec![]);
+        let mut scalar = |name: &str, value: i64| self.graph.add_constant(name, Tensor::from_i64(vec![], &[value]));
+        let (zero, one) = (scalar("mask.zero", 0), scalar("mask.one", 1));
+        let slots = self.typed("mask.slots", Op::Range, &[zero, size, one], DType::I64, vec![capacity]);
+        let axes = self.graph.add_i64("mask.axes", &[1, 3]);
+        let unit = Dim::from(1usize);
+        let column = vec![self.batch.clone(), unit.clone(), self.tokens.clone(), unit];
+        let ids = self.face.position_ids;
+        let positions = self.typed("mask.positions", Op::Unsqueeze, &[ids, axes], DType::I64, column);
+        *self.counters.insert((slots, positions))
+    }
+}

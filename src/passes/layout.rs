@@ -1,0 +1,240 @@
+//! How tensors of rows are laid out: where batch, tokens, heads and head_dim lie among the axes.
+//!
+//! Canonical row order is `[batch, heads, tokens, head_dim]`. Exports arrive in others; the types here convert between
+//! flat element lists, and say which columns of a projection become which head.
+
+use super::roles::Roles;
+use crate::dim::{Dim, Sym};
+
+/// Where the tokens of a data value lie: any order of axes, with batch and tokens perhaps merged into one.
+#[derive(Clone, Debug)]
+pub struct TokenLayout {
+    batch: Option<usize>,
+    tokens: usize,
+    /// One axis counts `batch * tokens`.
+    merged: bool,
+}
+
+impl TokenLayout {
+    /// Finds the axes by their dims.
+    pub fn of(shape: &[Dim], roles: &Roles) -> Option<Self> {
+        Self::find(shape, roles.batch, roles.tokens)
+    }
+
+    /// [`TokenLayout::of`] for a batch and a token count that are fixed or symbolic.
+    pub fn find(shape: &[Dim], fixed_batch: Option<usize>, fixed_tokens: Option<usize>) -> Option<Self> {
+        let batch = fixed_batch.map_or_else(|| Dim::sym(Sym::batch()), Dim::from);
+        let tokens = fixed_tokens.map_or_else(|| Dim::sym(Sym::tokens()), Dim::from);
+        let both = &batch * &tokens;
+        if fixed_batch.is_none()
+            && let Some(axis) = shape.iter().position(|d| *d == both)
+        {
+            return Some(TokenLayout {
+                batch: None,
+                tokens: axis,
+                merged: true,
+            });
+        }
+        // With one token and one sequence per call several axes are 1; the batch is then the first of them.
+        let first = usize::from(tokens.is_one() && shape.len() > 2);
+        let axis = (first..shape.len()).find(|i| shape[*i] == tokens)?;
+        Some(TokenLayout {
+            batch: (0..shape.len()).find(|i| *i != axis && shape[*i] == batch),
+            tokens: axis,
+            merged: false,
+        })
+    }
+
+    /// Whether the axes are `[batch, tokens, ..]`.
+    pub fn is_batch_first(&self) -> bool {
+        self.batch == Some(0) && self.tokens == 1
+    }
+
+    /// Whether the axes are `[batch, heads, tokens, head_dim]`.
+    pub fn is_canonical(&self, rank: usize) -> bool {
+        rank == 4 && self.batch == Some(0) && self.tokens == 2
+    }
+
+    pub fn token_axis(&self) -> usize {
+        self.tokens
+    }
+
+    /// For each (sequence, token, column), in this order, the place of the element in a tensor of these dims.
+    pub fn places(&self, dims: &[usize], batch: usize, tokens: usize) -> Vec<usize> {
+        let mut strides = vec![1usize; dims.len()];
+        for i in (0..dims.len().saturating_sub(1)).rev() {
+            strides[i] = strides[i + 1] * dims[i + 1];
+        }
+        let rest: Vec<usize> = (0..dims.len())
+            .filter(|i| *i != self.tokens && Some(*i) != self.batch)
+            .collect();
+        let columns: usize = rest.iter().map(|i| dims[*i]).product();
+        let mut places = Vec::with_capacity(batch * tokens * columns);
+        for b in 0..batch {
+            for t in 0..tokens {
+                let row = if self.merged {
+                    (b * tokens + t) * strides[self.tokens]
+                } else {
+                    self.batch.map_or(0, |axis| b * strides[axis]) + t * strides[self.tokens]
+                };
+                for column in 0..columns {
+                    let mut left = column;
+                    let mut at = row;
+                    for axis in rest.iter().rev() {
+                        at += (left % dims[*axis]) * strides[*axis];
+                        left /= dims[*axis];
+                    }
+                    places.push(at);
+                }
+            }
+        }
+        places
+    }
+}
+
+/// The axes of a cache.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CacheLayout {
+    /// `[batch, kv_heads, slots, head_dim]`
+    HeadsFirst,
+    /// `[batch, slots, kv_heads, head_dim]`
+    SlotsFirst,
+    /// `[batch, slots, kv_heads * head_dim]`
+    Flat,
+}
+
+impl CacheLayout {
+    pub fn candidates(rank: usize) -> &'static [CacheLayout] {
+        match rank {
+            4 => &[CacheLayout::HeadsFirst, CacheLayout::SlotsFirst],
+            3 => &[CacheLayout::Flat],
+            _ => &[],
+        }
+    }
+
+    /// `(kv_heads, slots, head_dim)` of a cache of these dims; a flat one takes `heads` on trust.
+    pub fn split(self, dims: &[usize], heads: Option<usize>, dim: Option<usize>) -> Option<(usize, usize, usize)> {
+        match (self, dims) {
+            (CacheLayout::HeadsFirst, [_, h, s, d]) => Some((*h, *s, *d)),
+            (CacheLayout::SlotsFirst, [_, s, h, d]) => Some((*h, *s, *d)),
+            (CacheLayout::Flat, [_, s, width]) => {
+                let heads = heads.or_else(|| dim.filter(|d| *d > 0).map(|d| width / d))?;
+                (heads > 0 && width % heads == 0).then(|| (heads, *s, width / heads))
+            }
+            _ => None,
+        }
+    }
+
+    /// The place in a canonical `[batch, heads, slots, dim]` list of each element of this layout, in order.
+    pub fn places(self, batch: usize, heads: usize, slots: usize, dim: usize) -> Vec<usize> {
+        let mut places = Vec::with_capacity(batch * heads * slots * dim);
+        let at = |b: usize, h: usize, s: usize, d: usize| ((b * heads + h) * slots + s) * dim + d;
+        for b in 0..batch {
+            match self {
+                CacheLayout::HeadsFirst => places.extend((0..heads * slots * dim).map(|i| b * heads * slots * dim + i)),
+                CacheLayout::SlotsFirst | CacheLayout::Flat => {
+                    for s in 0..slots {
+                        for h in 0..heads {
+                            places.extend((0..dim).map(|d| at(b, h, s, d)));
+                        }
+                    }
+                }
+            }
+        }
+        places
+    }
+}
+
+/// Which columns of a projection are the heads: `groups` groups of `stride` columns, of each the `per_group * head_dim`
+/// columns from `offset` on. Separate projections have one group and offset 0; a projection of queries, keys and values
+/// together has one group and three offsets, or as many groups as heads when it is interleaved by head.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Pick {
+    pub offset: usize,
+    pub groups: usize,
+    pub per_group: usize,
+    pub stride: usize,
+}
+
+impl Pick {
+    /// From the column that each (head, element) was found to be, among `columns`.
+    pub fn from_columns(found: &[usize], heads: usize, dim: usize, columns: usize) -> Option<Pick> {
+        let start = |h: usize| found[h * dim];
+        let contiguous = |h: usize| (0..dim).all(|d| found[h * dim + d] == start(h) + d);
+        if heads == 0 || !(0..heads).all(contiguous) {
+            return None;
+        }
+        let per_group = 1 + (1..heads).take_while(|h| start(*h) == start(0) + h * dim).count();
+        let groups = heads / per_group;
+        if groups == 1 {
+            return (per_group == heads).then_some(Pick {
+                offset: start(0),
+                groups,
+                per_group,
+                stride: columns,
+            });
+        }
+        let stride = start(per_group).checked_sub(start(0))?;
+        let regular = (0..heads).all(|h| start(h) == start(0) + (h / per_group) * stride + (h % per_group) * dim);
+        let fits =
+            heads.is_multiple_of(per_group) && stride * groups == columns && start(0) + per_group * dim <= stride;
+        (regular && fits).then_some(Pick {
+            offset: start(0),
+            groups,
+            per_group,
+            stride,
+        })
+    }
+
+    /// The column of an element of a head.
+    pub fn column(&self, head: usize, element: usize, dim: usize) -> usize {
+        self.offset + (head / self.per_group) * self.stride + (head % self.per_group) * dim + element
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn columns(pick: Pick, heads: usize, dim: usize) -> Vec<usize> {
+        (0..heads * dim).map(|i| pick.column(i / dim, i % dim, dim)).collect()
+    }
+
+    #[test]
+    fn picks_of_packed_and_interleaved_projections_are_found_again() {
+        for pick in [
+            Pick {
+                offset: 0,
+                groups: 1,
+                per_group: 4,
+                stride: 32,
+            },
+            Pick {
+                offset: 40,
+                groups: 1,
+                per_group: 2,
+                stride: 64,
+            },
+            // GPT-NeoX: [heads, 3 * head_dim], the keys of each head second.
+            Pick {
+                offset: 8,
+                groups: 4,
+                per_group: 1,
+                stride: 24,
+            },
+            // Falcon: groups of two queries, one key, one value.
+            Pick {
+                offset: 0,
+                groups: 3,
+                per_group: 2,
+                stride: 32,
+            },
+        ] {
+            let heads = pick.groups * pick.per_group;
+            let found = Pick::from_columns(&columns(pick, heads, 8), heads, 8, pick.groups * pick.stride);
+            assert_eq!(found, Some(pick));
+        }
+        let shuffled: Vec<usize> = (0..16).map(|i| i ^ 1).collect();
+        assert_eq!(Pick::from_columns(&shuffled, 2, 8, 16), None);
+    }
+}

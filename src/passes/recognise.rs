@@ -1,0 +1,218 @@
+//! What `lapidary inspect` tells of an export: everything that could be understood, and everything that could not.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::attention::Obstacle;
+use super::layout::CacheLayout;
+use super::{Options, PassError, Understood};
+use crate::graph::Graph;
+use crate::graph::op::Op;
+
+/// The report.
+#[derive(Clone, Debug, Serialize)]
+pub struct Recognition {
+    /// `concat`, `scatter_nd`, `scatter_elements`, `tensor_scatter`, `group_query_attention`, `attention_past`, or
+    /// `none`; of the first cache.
+    pub cache: String,
+    /// Slots of a static cache, where the export fixed them.
+    pub capacity: Option<usize>,
+    /// Role of each input, in the export's order.
+    pub inputs: Vec<Input>,
+    pub layers: Vec<LayerReport>,
+    /// How often each operator occurs in the export.
+    pub operators: BTreeMap<String, usize>,
+    /// Fused operators and others that matter, found or recognised, by name.
+    pub patterns: BTreeMap<String, usize>,
+    /// Operators that Lapidary does not know, with the nodes.
+    pub unsupported: BTreeMap<String, Vec<String>>,
+    /// What keeps the export from being converted.
+    pub obstacles: Vec<Obstacle>,
+    /// `None` if there are obstacles.
+    pub architecture: Option<super::Architecture>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Input {
+    pub name: String,
+    pub role: String,
+}
+
+/// One attention.
+#[derive(Clone, Debug, Serialize)]
+pub struct LayerReport {
+    /// Node of the export.
+    pub node: String,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub scale: f32,
+    pub softcap: f32,
+    /// `None`: plain causal.
+    pub window: Option<usize>,
+    /// `half`, `interleaved` or `none`.
+    pub rotary: String,
+    pub rotary_dim: usize,
+    pub cache_layout: String,
+}
+
+/// Looks at an export as read, without changing it. Never fails: what went wrong is in the report.
+pub fn recognise(export: &Graph) -> Recognition {
+    let mut report = Recognition {
+        cache: cache_form(export).to_string(),
+        capacity: None,
+        inputs: Vec::new(),
+        layers: Vec::new(),
+        operators: super::contract::histogram(export),
+        patterns: BTreeMap::new(),
+        unsupported: BTreeMap::new(),
+        obstacles: Vec::new(),
+        architecture: None,
+    };
+    for id in export.node_ids() {
+        let node = export.node(id);
+        if matches!(node.op, Op::Unknown { .. }) {
+            report
+                .unsupported
+                .entry(node.op.name())
+                .or_default()
+                .push(node.name.clone());
+        }
+    }
+    let options = Options {
+        max_positions: 64,
+        ..Options::default()
+    };
+    match super::understand(export.clone(), &options, &mut Vec::new()) {
+        Ok(understood) => fill(&mut report, export, &understood),
+        Err(error) => report.obstacles = obstacles(error),
+    }
+    if report.obstacles.is_empty() {
+        match super::canonicalize(export.clone(), &options) {
+            Ok(canonical) => report.architecture = Some(canonical.architecture),
+            Err(error) => report.obstacles = obstacles(error),
+        }
+    }
+    report
+}
+
+fn obstacles(error: PassError) -> Vec<Obstacle> {
+    match error {
+        PassError::Obstacles { obstacles } => obstacles,
+        other => vec![Obstacle {
+            layer: None,
+            at: "model".into(),
+            reason: other.to_string(),
+        }],
+    }
+}
+
+fn fill(report: &mut Recognition, export: &Graph, understood: &Understood) {
+    let (roles, analysis) = (&understood.roles, &understood.analysis);
+    report.capacity = roles.capacity;
+    report.inputs = export
+        .inputs
+        .iter()
+        .map(|id| Input {
+            name: export.value(*id).name.clone(),
+            role: roles
+                .of
+                .get(id)
+                .map_or_else(|| "?".to_string(), |role| snake(&format!("{role:?}"))),
+        })
+        .collect();
+    report.obstacles = analysis.obstacles.clone();
+    for layer in &analysis.layers {
+        let key = &analysis.caches[&layer.key_cache];
+        report.layers.push(LayerReport {
+            node: layer.root.name.clone(),
+            heads: layer.query.heads,
+            kv_heads: key.heads,
+            head_dim: key.dim,
+            scale: layer.scale,
+            softcap: layer.softcap,
+            window: layer.window,
+            rotary: match layer.query.rope {
+                None => "none",
+                Some(rope) if rope.interleaved => "interleaved",
+                Some(_) => "half",
+            }
+            .to_string(),
+            rotary_dim: layer.query.rope.map_or(0, |rope| rope.rotary_dim),
+            cache_layout: match key.layout {
+                CacheLayout::HeadsFirst => "[batch, kv_heads, slots, head_dim]",
+                CacheLayout::SlotsFirst => "[batch, slots, kv_heads, head_dim]",
+                CacheLayout::Flat => "[batch, slots, kv_heads*head_dim]",
+            }
+            .to_string(),
+        });
+    }
+    let mut count = |name: &str, n: usize| {
+        if n > 0 {
+            *report.patterns.entry(name.to_string()).or_insert(0) += n;
+        }
+    };
+    count("attention", analysis.layers.len());
+    count(
+        "rotary_embedding",
+        analysis.layers.iter().filter(|l| l.query.rope.is_some()).count(),
+    );
+    count(
+        "sliding_window",
+        analysis.layers.iter().filter(|l| l.window.is_some()).count(),
+    );
+    for id in understood.graph.node_ids() {
+        match understood.graph.node(id).op {
+            Op::RmsNormalization { .. } => count("rms_norm", 1),
+            Op::LayerNormalization { .. } => count("layer_norm", 1),
+            Op::Swish { .. } => count("silu", 1),
+            Op::Gelu { .. } => count("gelu", 1),
+            _ => {}
+        }
+    }
+}
+
+fn snake(name: &str) -> String {
+    let mut out = String::new();
+    for c in name.chars() {
+        if c.is_uppercase() && !out.is_empty() {
+            out.push('_');
+        }
+        out.extend(c.to_lowercase());
+    }
+    out
+}
+
+/// How the export writes its cache, from the operators that touch float inputs of rank 3 and more.
+fn cache_form(graph: &Graph) -> &'static str {
+    let mut form = "none";
+    let uses = graph.uses();
+    let cache = |id: &&crate::graph::ValueId| {
+        let value = graph.value(**id);
+        value.dtype.is_some_and(|t| t.is_float()) && value.shape.as_ref().is_some_and(|s| s.len() > 2)
+    };
+    let mut stack: Vec<_> = graph.inputs.iter().filter(cache).copied().collect();
+    let mut seen: std::collections::HashSet<_> = stack.iter().copied().collect();
+    while let Some(value) = stack.pop() {
+        for (node, _) in uses.get(&value).into_iter().flatten() {
+            let node = graph.node(*node);
+            form = match node.op {
+                Op::Concat { .. } => "concat",
+                Op::ScatterNd { .. } => "scatter_nd",
+                Op::ScatterElements { .. } => "scatter_elements",
+                Op::TensorScatter { .. } => "tensor_scatter",
+                Op::GroupQueryAttention(_) => "group_query_attention",
+                Op::Attention(_) => "attention_past",
+                Op::Where | Op::Binary(_) => "select",
+                Op::Transpose { .. } | Op::Reshape { .. } | Op::Identity | Op::Cast { .. } => {
+                    stack.extend(node.output(0).filter(|v| seen.insert(*v)));
+                    continue;
+                }
+                _ => continue,
+            };
+            return form;
+        }
+    }
+    form
+}

@@ -1,0 +1,275 @@
+//! What each graph input is for, and the symbolic dims that follow from it.
+//!
+//! Takes an inferred export and gives every input a [`Role`]: by its name where the name is one that exporters use, by
+//! how it is used otherwise. Binds the dims of the inputs to `batch`, `tokens`, `past` and `capacity`, so that every
+//! later pass reads one name for one length. What an input is *claimed* to be here is proven later, when `solve` and
+//! `mask` execute the graph; this module only has to be right for models that a proof will accept.
+
+use std::collections::HashMap;
+
+use super::PassError;
+use crate::dim::{Dim, Sym};
+use crate::graph::infer::bind_input_dims;
+use crate::graph::op::Op;
+use crate::graph::{Graph, ValueId};
+use crate::tensor::DType;
+
+/// What a graph input carries, as a function of (batch, past, tokens).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// Token ids, `[batch, tokens]`.
+    InputIds,
+    /// 1 for every live position, `[batch, past + tokens]`; further columns, if any, are 0.
+    PaddingMask,
+    /// The whole causal mask made by the caller: `[.., tokens, slots]`, bool, integer or additive.
+    FullMask,
+    /// `past + t` for token `t`, along the last axis.
+    Positions,
+    /// `past` in every element.
+    PastLength,
+    /// `past + tokens` in every element.
+    TotalLength,
+    /// `past + tokens - 1` in every element.
+    LastPosition,
+    /// Keys or values of earlier calls.
+    Cache,
+    /// Read by nobody.
+    Unread,
+}
+
+impl Role {
+    /// Known from the counts of tokens alone, without any token id.
+    pub fn is_positional(self) -> bool {
+        !matches!(self, Role::InputIds | Role::Cache)
+    }
+}
+
+/// The roles of all inputs, and what the export fixed.
+#[derive(Clone, Debug)]
+pub struct Roles {
+    pub of: HashMap<ValueId, Role>,
+    pub input_ids: ValueId,
+    /// Cache inputs in the order of the export.
+    pub caches: Vec<ValueId>,
+    /// Caches grow by concatenation; otherwise they have a fixed number of slots.
+    pub growing: bool,
+    /// Set where the export fixed the batch size.
+    pub batch: Option<usize>,
+    /// Set where the export fixed the number of new tokens.
+    pub tokens: Option<usize>,
+    /// Slots of a static cache, where the export fixed them.
+    pub capacity: Option<usize>,
+}
+
+/// Assigns roles and rewrites the dims of all values in terms of `batch`, `tokens`, `past` and `capacity`.
+pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
+    let uses = graph.uses();
+    let mut of = HashMap::new();
+    let mut unmatched = Vec::new();
+    for id in graph.inputs.clone() {
+        let read = uses.contains_key(&id) || graph.outputs.contains(&id);
+        let role = if read {
+            role_by_name(graph, id).or_else(|| role_by_use(graph, id, &uses))
+        } else {
+            Some(Role::Unread)
+        };
+        match role {
+            Some(role) => {
+                of.insert(id, role);
+            }
+            None => unmatched.push(graph.value(id).name.clone()),
+        }
+    }
+    let with = |role: Role| -> Vec<ValueId> {
+        let inputs = graph.inputs.iter().copied();
+        inputs.filter(|id| of.get(id) == Some(&role)).collect()
+    };
+    let (ids, caches) = (with(Role::InputIds), with(Role::Cache));
+    if !unmatched.is_empty() {
+        return Err(PassError::UnmatchedInputs { names: unmatched });
+    }
+    let [input_ids] = ids[..] else {
+        return Err(PassError::TokenInput {
+            found: ids.iter().map(|id| graph.value(*id).name.clone()).collect(),
+        });
+    };
+    if caches.is_empty() {
+        return Err(PassError::NoCache);
+    }
+    let growing = caches.iter().any(|id| grows(graph, *id, &uses));
+
+    let constant = |dim: Option<&Dim>| dim.and_then(Dim::as_const).map(|n| n as usize);
+    let ids_shape = graph.shape(input_ids).cloned().unwrap_or_default();
+    if ids_shape.len() != 2 {
+        return Err(PassError::InputRank {
+            name: graph.value(input_ids).name.clone(),
+            expected: "[batch, tokens]",
+            found: format!("{ids_shape:?}"),
+        });
+    }
+    let batch_dim = named_or_constant(&ids_shape[0], Sym::batch());
+    let tokens_dim = named_or_constant(&ids_shape[1], Sym::tokens());
+    let total = &Dim::sym(Sym::past()) + &tokens_dim;
+    let mut bindings: Vec<(ValueId, usize, Dim)> = Vec::new();
+    // Lengths that the export fixed stay as they are.
+    let mut bind = |graph: &Graph, id: ValueId, axis: usize, to: &Dim| {
+        let dim = graph.shape(id).and_then(|s| s.get(axis));
+        if dim.is_some_and(|d| d.as_const().is_none()) {
+            bindings.push((id, axis, to.clone()));
+        }
+    };
+    bind(graph, input_ids, 0, &batch_dim);
+    bind(graph, input_ids, 1, &tokens_dim);
+    let mut capacity = None;
+    for id in &caches {
+        let shape = graph.shape(*id).cloned().unwrap_or_default();
+        if shape.len() < 3 || shape.len() > 4 {
+            return Err(PassError::InputRank {
+                name: graph.value(*id).name.clone(),
+                expected: "[batch, kv_heads, slots, head_dim] or [batch, slots, kv_heads*head_dim]",
+                found: format!("{shape:?}"),
+            });
+        }
+        bind(graph, *id, 0, &batch_dim);
+        match slot_axis(&shape) {
+            Some(axis) if growing => bind(graph, *id, axis, &Dim::sym(Sym::past())),
+            Some(axis) => bind(graph, *id, axis, &Dim::sym(Sym::capacity())),
+            None if growing => {
+                return Err(PassError::InputRank {
+                    name: graph.value(*id).name.clone(),
+                    expected: "a symbolic length, since the cache grows by concatenation",
+                    found: format!("{shape:?}"),
+                });
+            }
+            None => capacity = capacity.or(constant(shape.get(if shape.len() == 3 { 1 } else { 2 }))),
+        }
+    }
+    for (id, role) in graph
+        .inputs
+        .clone()
+        .into_iter()
+        .filter_map(|id| Some((id, *of.get(&id)?)))
+    {
+        let rank = graph.shape(id).map_or(0, Vec::len);
+        match role {
+            Role::Positions => {
+                if rank > 0 {
+                    bind(graph, id, rank - 1, &tokens_dim);
+                }
+                if rank > 1 {
+                    bind(graph, id, rank - 2, &batch_dim);
+                }
+            }
+            Role::PaddingMask | Role::FullMask => {
+                bind(graph, id, 0, &batch_dim);
+                if role == Role::FullMask && rank > 1 {
+                    bind(graph, id, rank - 2, &tokens_dim);
+                }
+                bind(graph, id, rank.saturating_sub(1), &total);
+            }
+            Role::PastLength | Role::TotalLength | Role::LastPosition if rank > 0 => bind(graph, id, 0, &batch_dim),
+            _ => {}
+        }
+    }
+    bind_input_dims(graph, &bindings)?;
+    Ok(Roles {
+        input_ids,
+        growing,
+        batch: constant(Some(&ids_shape[0])),
+        tokens: constant(Some(&ids_shape[1])),
+        capacity,
+        caches,
+        of,
+    })
+}
+
+fn named_or_constant(dim: &Dim, sym: Sym) -> Dim {
+    if dim.as_const().is_some() {
+        dim.clone()
+    } else {
+        Dim::sym(sym)
+    }
+}
+
+/// The axis of a cache that counts slots: the symbolic one that is not the batch.
+fn slot_axis(shape: &[Dim]) -> Option<usize> {
+    let order: &[usize] = if shape.len() == 3 { &[1] } else { &[2, 1] };
+    order.iter().copied().find(|axis| shape[*axis].as_const().is_none())
+}
+
+fn role_by_name(graph: &Graph, id: ValueId) -> Option<Role> {
+    let value = graph.value(id);
+    let name = value.name.to_lowercase();
+    let rank = value.shape.as_ref().map_or(0, Vec::len);
+    let has = |words: &[&str]| words.iter().any(|word| name.contains(word));
+    let float = value.dtype.is_some_and(DType::is_float);
+    if has(&["mask", "attention_bias"]) {
+        return Some(if rank > 2 { Role::FullMask } else { Role::PaddingMask });
+    }
+    if float {
+        return (rank >= 3 && !has(&["embeds"])).then_some(Role::Cache);
+    }
+    if has(&["position"]) {
+        Some(Role::Positions)
+    } else if has(&["seqlens_k"]) {
+        Some(Role::LastPosition)
+    } else if has(&[
+        "write_ind",
+        "cache_ind",
+        "start_pos",
+        "past_seq",
+        "past_len",
+        "cache_len",
+    ]) {
+        Some(Role::PastLength)
+    } else if has(&["seqlen", "total_seq", "total_len", "kv_len", "seq_len"]) {
+        Some(Role::TotalLength)
+    } else if rank == 2 && has(&["input_ids", "token", "ids"]) {
+        Some(Role::InputIds)
+    } else {
+        None
+    }
+}
+
+/// An integer matrix that indexes rows of a float constant is taken for the token ids.
+fn role_by_use(
+    graph: &Graph,
+    id: ValueId,
+    uses: &HashMap<ValueId, Vec<(crate::graph::NodeId, usize)>>,
+) -> Option<Role> {
+    let value = graph.value(id);
+    let integer = value.dtype.is_some_and(DType::is_int) && value.shape.as_ref().is_some_and(|s| s.len() == 2);
+    let embeds = uses.get(&id)?.iter().any(|(node, input)| {
+        let node = graph.node(*node);
+        let table = node.input(0).and_then(|v| graph.constant(v));
+        matches!(node.op, Op::Gather { axis: 0 }) && *input == 1 && table.is_some_and(|t| t.dtype().is_float())
+    });
+    (integer && embeds).then_some(Role::InputIds)
+}
+
+/// Whether the first operator that is not mere movement appends to the cache.
+fn grows(graph: &Graph, cache: ValueId, uses: &HashMap<ValueId, Vec<(crate::graph::NodeId, usize)>>) -> bool {
+    let mut stack = vec![cache];
+    let mut seen = std::collections::HashSet::new();
+    while let Some(value) = stack.pop() {
+        for (node, _) in uses.get(&value).into_iter().flatten() {
+            if !seen.insert(*node) {
+                continue;
+            }
+            let node = graph.node(*node);
+            match &node.op {
+                Op::Concat { .. } | Op::Attention(_) => return true,
+                Op::GroupQueryAttention(_) => {
+                    return graph
+                        .shape(cache)
+                        .is_none_or(|s| s.len() != 4 || s[2].as_const().is_none());
+                }
+                Op::Reshape { .. } | Op::Transpose { .. } | Op::Identity | Op::Cast { .. } | Op::Unsqueeze => {
+                    stack.extend(node.output(0));
+                }
+                _ => {}
+            }
+        }
+    }
+    false
+}

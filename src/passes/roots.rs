@@ -1,0 +1,298 @@
+//! Finds the attentions of an export: each `Softmax` over scores, and each `Attention` operator.
+//!
+//! Walks from the softmax back to the matrix product of queries and keys, through scales, soft caps, masks and casts in
+//! any order that has a meaning, and forward to the product with the values, through guards against rows of NaN. Gives a
+//! [`Root`] for each. What the operands are made of is left to `trace` and `solve`, what the masks say to `mask`.
+
+use std::collections::HashMap;
+
+use super::kinds::Kind;
+use super::trial::Bench;
+use crate::graph::op::{Binary, Op, Unary};
+use crate::graph::{Graph, Node, NodeId, ValueId};
+
+/// One attention of the export.
+#[derive(Clone, Debug)]
+pub struct Root {
+    /// The `Softmax` or `Attention` node.
+    pub node: NodeId,
+    pub name: String,
+    /// `[.., tokens, head_dim]`; the leading axes count batch and query heads.
+    pub query: ValueId,
+    /// `[.., slots, head_dim]`, or `[.., head_dim, slots]` when `key_transposed`.
+    pub key: ValueId,
+    pub key_transposed: bool,
+    /// `[.., slots, head_dim]`
+    pub value: ValueId,
+    /// `[.., tokens, slots]`: the scores, or a value of the same shape.
+    pub scores: Option<ValueId>,
+    pub mask: Vec<MaskTerm>,
+    /// Factor of the scores, apart from those in the operands.
+    pub scale: f64,
+    /// 0: none.
+    pub softcap: f64,
+    /// Key and value may have fewer heads than the query.
+    pub grouped: bool,
+    /// `[.., tokens, head_dim]`
+    pub output: ValueId,
+}
+
+/// How a positional value acts on the scores.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum MaskTerm {
+    /// Added.
+    Add(ValueId),
+    /// Scores stay where it is true.
+    Keep(ValueId),
+    /// Scores stay where it is false.
+    Drop(ValueId),
+}
+
+impl MaskTerm {
+    pub fn value(self) -> ValueId {
+        match self {
+            MaskTerm::Add(v) | MaskTerm::Keep(v) | MaskTerm::Drop(v) => v,
+        }
+    }
+}
+
+/// A softmax that is no attention this module knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unrecognised {
+    pub node: String,
+    pub reason: String,
+}
+
+/// All attentions in order of execution, and what could not be read as one.
+pub fn find(bench: &Bench<'_>) -> (Vec<Root>, Vec<Unrecognised>) {
+    let graph = bench.graph;
+    let uses = graph.uses();
+    let (mut roots, mut unrecognised) = (Vec::new(), Vec::new());
+    for id in graph.node_ids() {
+        let node = graph.node(id);
+        let found = match &node.op {
+            Op::Softmax { axis } => from_softmax(bench, &uses, id, node, *axis),
+            Op::Attention(_) => from_operator(graph, id, node),
+            _ => continue,
+        };
+        match found {
+            Ok(root) => roots.push(root),
+            Err(reason) => unrecognised.push(Unrecognised {
+                node: node.name.clone(),
+                reason,
+            }),
+        }
+    }
+    (roots, unrecognised)
+}
+
+/// `expand` has brought the operator to four dimensions, without past and without causality of its own.
+fn from_operator(graph: &Graph, id: NodeId, node: &Node) -> Result<Root, String> {
+    let Op::Attention(how) = &node.op else {
+        unreachable!("called on Attention nodes")
+    };
+    let input = |i: usize| node.input(i).ok_or_else(|| format!("its input {i} is missing"));
+    if how.is_causal || how.q_num_heads.is_some() || node.input(4).is_some() || node.input(6).is_some() {
+        return Err("it has inputs of unknown shape".into());
+    }
+    if (1..4).any(|i| node.output(i).is_some_and(|v| graph.outputs.contains(&v))) {
+        return Err("its scores are an output of the model".into());
+    }
+    let (query, key, value) = (input(0)?, input(1)?, input(2)?);
+    let dim = graph.shape(query).and_then(|s| s.last()).and_then(|d| d.as_const());
+    let scale = match (how.scale, dim) {
+        (Some(scale), _) => f64::from(scale),
+        (None, Some(dim)) => 1.0 / (dim as f64).sqrt(),
+        (None, None) => return Err("its head_dim is not known".into()),
+    };
+    let mask = node.input(3).map(|v| match graph.value(v).dtype {
+        Some(crate::tensor::DType::Bool) => MaskTerm::Keep(v),
+        _ => MaskTerm::Add(v),
+    });
+    Ok(Root {
+        node: id,
+        name: node.name.clone(),
+        query,
+        key,
+        key_transposed: false,
+        value,
+        scores: None,
+        mask: mask.into_iter().collect(),
+        scale,
+        softcap: f64::from(how.softcap),
+        grouped: true,
+        output: node.output(0).ok_or("its output is not used")?,
+    })
+}
+
+type Uses = HashMap<ValueId, Vec<(NodeId, usize)>>;
+
+fn from_softmax(bench: &Bench<'_>, uses: &Uses, id: NodeId, node: &Node, axis: i64) -> Result<Root, String> {
+    let graph = bench.graph;
+    let scores = node.input(0).ok_or("its input is missing")?;
+    let rank = graph.shape(scores).map_or(0, Vec::len) as i64;
+    if axis != -1 && axis != rank - 1 {
+        return Err("it is not over the last axis".into());
+    }
+    let chain = back_to_product(bench, scores)?;
+    let (output, value) = forward_to_product(graph, uses, node.output(0).ok_or("its output is not used")?)?;
+    Ok(Root {
+        node: id,
+        name: node.name.clone(),
+        query: chain.left,
+        key: chain.right,
+        key_transposed: true,
+        value,
+        scores: Some(scores),
+        mask: chain.mask,
+        scale: chain.scale,
+        softcap: chain.softcap,
+        grouped: false,
+        output,
+    })
+}
+
+struct Chain {
+    left: ValueId,
+    right: ValueId,
+    mask: Vec<MaskTerm>,
+    scale: f64,
+    softcap: f64,
+}
+
+fn back_to_product(bench: &Bench<'_>, scores: ValueId) -> Result<Chain, String> {
+    let graph = bench.graph;
+    let scalar = |id: ValueId| graph.constant(id).and_then(|c| c.materialize().ok()?.scalar());
+    let (mut mask, mut outer, mut inner, mut cap) = (Vec::new(), 1.0, 1.0, None);
+    let mut at = scores;
+    for _ in 0..64 {
+        let Some((_, node)) = graph.def(at) else {
+            return Err("its scores are an input of the model".into());
+        };
+        let data: Vec<usize> = (0..node.inputs.len())
+            .filter(|i| node.input(*i).is_some_and(|v| bench.kind(v) == Kind::Data))
+            .collect();
+        let other = |i: usize| node.input(1 - i).expect("a binary operator has two inputs");
+        match (&node.op, &data[..]) {
+            (Op::MatMul, [0, 1]) => {
+                let (scale, softcap) = match cap {
+                    // cap * tanh(inner * s) is the soft cap of s scaled by inner * cap.
+                    Some(cap) if outer == 1.0 => (inner * cap, cap),
+                    Some(_) => return Err("its scores are scaled after their soft cap".into()),
+                    None => (outer, 0.0),
+                };
+                return Ok(Chain {
+                    left: node.input(0).expect("data input"),
+                    right: node.input(1).expect("data input"),
+                    mask,
+                    scale,
+                    softcap,
+                });
+            }
+            (Op::Identity | Op::Cast { .. } | Op::CastLike, [0, ..]) => at = node.input(0).expect("data input"),
+            (Op::Reshape { .. } | Op::Squeeze | Op::Unsqueeze, [0]) if keeps_last_two(graph, node) => {
+                at = node.input(0).expect("data input");
+            }
+            (Op::Binary(Binary::Add), [i]) => {
+                mask.push(MaskTerm::Add(other(*i)));
+                at = node.input(*i).expect("data input");
+            }
+            (Op::Where, [i @ (1 | 2)]) => {
+                let rest = node.input(3 - i).expect("Where has three inputs");
+                let condition = node.input(0).expect("Where has three inputs");
+                if !scalar(rest).is_some_and(|v| v <= super::mask::MASKED) {
+                    return Err("a Where among its scores does not mask".into());
+                }
+                mask.push(if *i == 1 {
+                    MaskTerm::Keep(condition)
+                } else {
+                    MaskTerm::Drop(condition)
+                });
+                at = node.input(*i).expect("data input");
+            }
+            (Op::Binary(op @ (Binary::Mul | Binary::Div)), [i]) if *op == Binary::Mul || *i == 0 => {
+                let factor = scalar(other(*i)).ok_or("its scores are multiplied by a tensor")?;
+                let factor = if *op == Binary::Mul { factor } else { 1.0 / factor };
+                at = node.input(*i).expect("data input");
+                let is_tanh = graph
+                    .def(at)
+                    .is_some_and(|(_, n)| matches!(n.op, Op::Unary(Unary::Tanh)));
+                if cap.is_some() {
+                    inner *= factor;
+                } else if is_tanh {
+                    cap = Some(factor);
+                    at = graph
+                        .def(at)
+                        .and_then(|(_, n)| n.input(0))
+                        .ok_or("a Tanh without input")?;
+                } else {
+                    outer *= factor;
+                }
+            }
+            _ => {
+                return Err(format!(
+                    "its scores come from {:?} ({}), not from a product of queries and keys",
+                    op_name(&node.op),
+                    node.name
+                ));
+            }
+        }
+    }
+    Err("its scores come from too long a chain".into())
+}
+
+fn op_name(op: &Op) -> String {
+    let text = format!("{op:?}");
+    text[..text.find([' ', '{']).unwrap_or(text.len())].to_string()
+}
+
+fn keeps_last_two(graph: &Graph, node: &Node) -> bool {
+    let shape = |v: Option<ValueId>| v.and_then(|v| graph.shape(v));
+    match (shape(node.input(0)), shape(node.output(0))) {
+        (Some(a), Some(b)) if a.len() >= 2 && b.len() >= 2 => a[a.len() - 2..] == b[b.len() - 2..],
+        _ => false,
+    }
+}
+
+/// The product of the probabilities with the values, and the values.
+fn forward_to_product(graph: &Graph, uses: &Uses, probabilities: ValueId) -> Result<(ValueId, ValueId), String> {
+    let mut at = probabilities;
+    for _ in 0..16 {
+        let readers = uses.get(&at).map(Vec::as_slice).unwrap_or_default();
+        if graph.outputs.contains(&at) {
+            return Err("its probabilities are an output of the model".into());
+        }
+        let is_nan_guard = |(node, input): (NodeId, usize)| {
+            let node = graph.node(node);
+            matches!(node.op, Op::Where)
+                && input == 2
+                && node
+                    .input(0)
+                    .and_then(|c| graph.def(c))
+                    .is_some_and(|(_, n)| matches!(n.op, Op::Unary(Unary::IsNan)) && n.input(0) == Some(at))
+        };
+        let next = match readers {
+            [only] => *only,
+            [..] => match readers.iter().find(|r| is_nan_guard(**r)) {
+                Some(guard) if readers.len() == 2 => *guard,
+                _ => return Err("its probabilities are read by several nodes".into()),
+            },
+        };
+        let node = graph.node(next.0);
+        let output = node.output(0).ok_or("a node without output")?;
+        match (&node.op, next.1) {
+            (Op::MatMul, 0) => return Ok((output, node.input(1).ok_or("a MatMul without values")?)),
+            (Op::Identity | Op::Cast { .. } | Op::CastLike, 0) => at = output,
+            (Op::Where, 2) if is_nan_guard(next) => at = output,
+            (Op::Reshape { .. } | Op::Squeeze | Op::Unsqueeze, 0) if keeps_last_two(graph, node) => at = output,
+            _ => {
+                return Err(format!(
+                    "its probabilities go to {} ({}), not to a product with the values",
+                    op_name(&node.op),
+                    node.name
+                ));
+            }
+        }
+    }
+    Err("its probabilities go through too long a chain".into())
+}

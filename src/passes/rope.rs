@@ -1,0 +1,66 @@
+//! Rotary position embedding, recognised by what it does.
+//!
+//! Rotation is linear in the row: fed a row that is 1 in one element, it answers with that pair's cosine and sine. So the
+//! kind (rotate-half or interleaved), the rotated width and the table itself are read off an execution, whichever way
+//! the export spells the arithmetic. The table is then required to be a function of the position alone, which dynamic
+//! scalings are not. Gives [`Rope`] uses and the distinct [`Table`]s; leaves writing `RotaryEmbedding` to `emit`.
+
+/// Cosines and sines per position, `[positions, half]` each, in fp32.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Table {
+    pub half: usize,
+    pub cos: Vec<f32>,
+    pub sin: Vec<f32>,
+}
+
+impl Table {
+    pub fn positions(&self) -> usize {
+        self.cos.len() / self.half.max(1)
+    }
+
+    /// Whether the rows from `start` on are those of `other`, up to the rounding of their computation.
+    pub fn agrees(&self, start: usize, other: &Table, tolerance: f32) -> bool {
+        let near = |mine: &[f32], theirs: &[f32]| {
+            let at = start * self.half;
+            mine.get(at..at + theirs.len())
+                .is_some_and(|mine| mine.iter().zip(theirs).all(|(a, b)| (a - b).abs() <= tolerance))
+        };
+        self.half == other.half && near(&self.cos, &other.cos) && near(&self.sin, &other.sin)
+    }
+}
+
+/// How rows are rotated.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Rope {
+    /// Which of the model's tables.
+    pub table: usize,
+    /// Pairs are neighbours; otherwise element `i` pairs with `i + rotary_dim / 2`.
+    pub interleaved: bool,
+    /// Leading elements of a head that are rotated.
+    pub rotary_dim: usize,
+}
+
+impl Rope {
+    /// The elements of pair `i`.
+    pub fn pair(interleaved: bool, rotary_dim: usize, i: usize) -> (usize, usize) {
+        if interleaved {
+            (2 * i, 2 * i + 1)
+        } else {
+            (i, i + rotary_dim / 2)
+        }
+    }
+
+    /// Rotates one head's row in place, by the definition of ONNX `RotaryEmbedding`.
+    pub fn rotate(&self, row: &mut [f32], table: &Table, position: usize) {
+        for i in 0..self.rotary_dim / 2 {
+            let (a, b) = Rope::pair(self.interleaved, self.rotary_dim, i);
+            let (cos, sin) = (
+                table.cos[position * table.half + i],
+                table.sin[position * table.half + i],
+            );
+            let (x, y) = (row[a], row[b]);
+            row[a] = cos * x - sin * y;
+            row[b] = sin * x + cos * y;
+        }
+    }
+}

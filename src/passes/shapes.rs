@@ -1,0 +1,174 @@
+//! Reshapes whose target is written down instead of computed.
+//!
+//! Exporters compute the target of a reshape from the shapes of whatever tensor is at hand, caches included. Once dims
+//! are symbolic the target is known; here it becomes a constant with at most one -1, or, where two symbolic dims appear
+//! from nowhere (`[batch * tokens, n]` to `[batch, tokens, n]`), a computation on the shape of `input_ids`.
+
+use crate::dim::{Dim, Sym};
+use crate::graph::op::{Binary, Op};
+use crate::graph::{Graph, NodeId, ValueId};
+
+/// One entry of a reshape target.
+enum Entry {
+    Constant(i64),
+    Batch,
+    Tokens,
+    BatchTimesTokens,
+}
+
+/// The entries of the target, if ONNX `Reshape` (with `allowzero = 0`) and `input_ids` can express it.
+fn entries(from: &[Dim], to: &[Dim]) -> Option<Vec<Entry>> {
+    let (batch, tokens) = (Dim::sym(Sym::batch()), Dim::sym(Sym::tokens()));
+    let both = &batch * &tokens;
+    let mut entries = Vec::with_capacity(to.len());
+    let mut inferred = false;
+    // A dim that stands at the same place is copied with 0; the last of the others is inferred with -1.
+    let copied = |i: usize| from.get(i) == Some(&to[i]);
+    let solve_for = (0..to.len()).rev().find(|i| to[*i].as_const().is_none() && !copied(*i));
+    for (i, dim) in to.iter().enumerate() {
+        entries.push(if let Some(size) = dim.as_const() {
+            if size == 0 {
+                return None;
+            }
+            Entry::Constant(size)
+        } else if copied(i) {
+            Entry::Constant(0)
+        } else if Some(i) == solve_for && !inferred {
+            inferred = true;
+            Entry::Constant(-1)
+        } else if *dim == batch {
+            Entry::Batch
+        } else if *dim == tokens {
+            Entry::Tokens
+        } else if *dim == both {
+            Entry::BatchTimesTokens
+        } else {
+            return None;
+        });
+    }
+    Some(entries)
+}
+
+/// `x` under the shape `to`. `None` if the target cannot be expressed. The result has its type set.
+pub fn reshape_to(graph: &mut Graph, input_ids: ValueId, x: ValueId, to: &[Dim], name: &str) -> Option<ValueId> {
+    let from = graph.shape(x)?.clone();
+    if from == to {
+        return Some(x);
+    }
+    let target = target(graph, input_ids, &from, to, name)?;
+    let dtype = graph.value(x).dtype;
+    let output = graph.add_node(name, Op::Reshape { allowzero: false }, &[x, target]);
+    let value = graph.value_mut(output);
+    (value.dtype, value.shape) = (dtype, Some(to.to_vec()));
+    Some(output)
+}
+
+fn target(graph: &mut Graph, input_ids: ValueId, from: &[Dim], to: &[Dim], name: &str) -> Option<ValueId> {
+    let entries = entries(from, to)?;
+    let name = format!("{name}.shape");
+    let constant = |entry: &Entry| match entry {
+        Entry::Constant(size) => Some(*size),
+        _ => None,
+    };
+    if let Some(all) = entries.iter().map(constant).collect::<Option<Vec<i64>>>() {
+        return Some(graph.add_i64(&name, &all));
+    }
+    let mut parts = Vec::with_capacity(entries.len());
+    for entry in entries {
+        let mut dim = |axis: i64| {
+            let op = Op::Shape {
+                start: axis,
+                end: Some(axis + 1),
+            };
+            graph.add_node(&name, op, &[input_ids])
+        };
+        parts.push(match entry {
+            Entry::Batch => dim(0),
+            Entry::Tokens => dim(1),
+            Entry::BatchTimesTokens => {
+                let (batch, tokens) = (dim(0), dim(1));
+                graph.add_node(&name, Op::Binary(Binary::Mul), &[batch, tokens])
+            }
+            Entry::Constant(size) => graph.add_i64(&name, &[size]),
+        });
+    }
+    Some(graph.add_node(&name, Op::Concat { axis: 0 }, &parts))
+}
+
+/// Gives every reshape whose result has a known shape a constant target where one exists, and removes reshapes that do
+/// nothing. Gives the number of rewrites.
+pub fn settle(graph: &mut Graph, input_ids: ValueId) -> usize {
+    let ids: Vec<NodeId> = graph.node_ids().collect();
+    let mut rewrites = 0;
+    for id in ids {
+        let node = graph.node(id);
+        if !matches!(node.op, Op::Reshape { .. }) {
+            continue;
+        }
+        let (Some(x), Some(old), Some(output)) = (node.input(0), node.input(1), node.output(0)) else {
+            continue;
+        };
+        let (Some(from), Some(to)) = (graph.shape(x).cloned(), graph.shape(output).cloned()) else {
+            continue;
+        };
+        if from == to && !graph.outputs.contains(&output) {
+            graph.replace_uses(output, x);
+            rewrites += 1;
+            continue;
+        }
+        if graph.constant(old).is_some() && matches!(node.op, Op::Reshape { allowzero: false }) {
+            continue;
+        }
+        let name = graph.value(output).name.clone();
+        if let Some(target) = target(graph, input_ids, &from, &to, &name) {
+            let node = graph.node_mut(id);
+            node.op = Op::Reshape { allowzero: false };
+            node.inputs[1] = Some(target);
+            rewrites += 1;
+        }
+    }
+    rewrites
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::DType;
+
+    fn constant_target(from: &[&str], to: &[&str]) -> Option<Vec<i64>> {
+        let dims = |names: &[&str]| names.iter().map(|n| Dim::parse(n)).collect::<Vec<_>>();
+        let mut graph = Graph::new("g");
+        let ids = graph.add_input("ids", DType::I64, dims(&["batch", "tokens"]));
+        let x = graph.add_input("x", DType::F32, dims(from));
+        let y = reshape_to(&mut graph, ids, x, &dims(to), "y")?;
+        let target = graph.def(y)?.1.input(1)?;
+        Some(graph.constant(target)?.materialize().unwrap().to_i64())
+    }
+
+    #[test]
+    fn targets_are_constant_where_onnx_can_say_them() {
+        assert_eq!(
+            constant_target(&["batch", "tokens", "64"], &["batch", "tokens", "4", "16"]),
+            Some(vec![0, 0, 4, 16])
+        );
+        assert_eq!(
+            constant_target(&["batch", "tokens", "64"], &["batch*tokens", "64"]),
+            Some(vec![-1, 64])
+        );
+        assert_eq!(
+            constant_target(&["batch", "tokens", "64"], &["tokens", "64", "batch"]),
+            None
+        );
+    }
+
+    #[test]
+    fn two_dims_out_of_one_come_from_the_token_ids() {
+        let dims = |names: &[&str]| names.iter().map(|n| Dim::parse(n)).collect::<Vec<_>>();
+        let mut graph = Graph::new("g");
+        let ids = graph.add_input("ids", DType::I64, dims(&["batch", "tokens"]));
+        let x = graph.add_input("x", DType::F32, dims(&["batch*tokens", "64"]));
+        let y = reshape_to(&mut graph, ids, x, &dims(&["batch", "tokens", "64"]), "y").unwrap();
+        let target = graph.def(y).unwrap().1.input(1).unwrap();
+        assert!(matches!(graph.def(target).unwrap().1.op, Op::Concat { axis: 0 }));
+    }
+}

@@ -1,0 +1,410 @@
+//! What the rows of queries, keys and values are: which columns of a projection, scaled and rotated how.
+//!
+//! Takes a value of the export that `trace` found to be made of one projection, and finds the [`Projection`] that
+//! computes the same by feeding the projection with chosen numbers: ones give the scale, digits of the column number
+//! give the columns, unit rows give the rotary table. The result is then proven on random rows at other positions; what
+//! is not proven is an error that says so.
+
+use std::collections::HashMap;
+
+use super::layout::{Pick, TokenLayout};
+use super::rope::{Rope, Table};
+use super::trial::{Bench, Stuck, Trial, tensor_of};
+use crate::graph::ValueId;
+use crate::tensor::{DType, Tensor};
+
+/// Rows `[batch, heads, tokens, head_dim]` as `rotate(scale * pick(source))`.
+#[derive(Clone, Debug)]
+pub struct Projection {
+    pub source: ValueId,
+    pub heads: usize,
+    pub dim: usize,
+    pub pick: Pick,
+    pub scale: f32,
+    pub rope: Option<Rope>,
+}
+
+/// The distinct rotary tables found so far, and how long they have to be.
+#[derive(Debug, Default)]
+pub struct Tables {
+    pub tables: Vec<Table>,
+    pub positions: usize,
+}
+
+/// A value made of rows: where its elements belong in `[batch, heads, tokens, head_dim]`.
+#[derive(Clone, Debug)]
+pub enum RowOrder {
+    /// Already in that order, up to how leading axes are merged.
+    Canonical,
+    /// Some other order of axes.
+    Tokens(TokenLayout),
+}
+
+/// The rows to explain.
+pub struct Rows<'a, 'g> {
+    pub bench: &'a Bench<'g>,
+    pub value: ValueId,
+    pub order: RowOrder,
+    pub source: ValueId,
+    pub heads: usize,
+    pub dim: usize,
+}
+
+/// Fed numbers are small multiples of 1/64, so that they are exact in every float type.
+pub fn noise(count: usize, seed: u64) -> Vec<f64> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        ((state >> 32) % 129) as f64 / 64.0 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// Relative error that arithmetic in this type may leave behind.
+pub fn tolerance(dtype: DType) -> f32 {
+    match dtype {
+        DType::F16 => 6e-3,
+        DType::Bf16 => 5e-2,
+        _ => 2e-4,
+    }
+}
+
+impl Rows<'_, '_> {
+    fn dtype(&self) -> DType {
+        self.bench.graph.value(self.source).dtype.unwrap_or(DType::F32)
+    }
+
+    /// Rounding of the coarsest type on the way.
+    fn tolerance(&self) -> f32 {
+        let of = |id: ValueId| tolerance(self.bench.graph.value(id).dtype.unwrap_or(DType::F32));
+        of(self.source).max(of(self.value))
+    }
+
+    fn layout(&self) -> Result<TokenLayout, String> {
+        let graph = self.bench.graph;
+        let shape = graph.shape(self.source).cloned().unwrap_or_default();
+        TokenLayout::of(&shape, self.bench.roles).ok_or_else(|| {
+            let name = &graph.value(self.source).name;
+            format!("the projection {name} has the shape {shape:?}, in which no axis counts tokens")
+        })
+    }
+
+    /// The source tensor whose element (sequence, token, column) is `element(b, t, column)`.
+    pub fn feed(&self, trial: &Trial, element: impl Fn(usize, usize, usize) -> f64) -> Result<Tensor, Stuck> {
+        let dims = self.bench.dims(trial, self.source)?;
+        let layout = self.layout().map_err(|reason| Stuck {
+            at: self.bench.graph.value(self.source).name.clone(),
+            reason,
+        })?;
+        let (batch, tokens) = (trial.sizes.batch, trial.sizes.tokens);
+        let places = layout.places(&dims, batch, tokens);
+        let columns = places.len() / (batch * tokens).max(1);
+        let mut values = vec![0.0; dims.iter().product()];
+        for (i, place) in places.into_iter().enumerate() {
+            let (row, column) = (i / columns, i % columns);
+            values[place] = element(row / tokens, row % tokens, column);
+        }
+        Ok(tensor_of(self.dtype(), dims, &values))
+    }
+
+    /// The rows, `[batch, heads, tokens, head_dim]`, when the source is `x`.
+    pub fn run(&self, trial: &Trial, x: Tensor) -> Result<Vec<f32>, Stuck> {
+        let result = self
+            .bench
+            .run(trial, &HashMap::from([(self.source, x)]), &[self.value])?;
+        let (batch, tokens) = (trial.sizes.batch, trial.sizes.tokens);
+        let flat = result[0].to_f32();
+        let wrong = |reason: String| Stuck {
+            at: self.bench.graph.value(self.value).name.clone(),
+            reason,
+        };
+        if flat.len() != batch * tokens * self.heads * self.dim {
+            return Err(wrong(format!(
+                "has {:?} where {batch} x {} heads x {tokens} tokens x {} were expected",
+                result[0].shape(),
+                self.heads,
+                self.dim
+            )));
+        }
+        let layout = match &self.order {
+            RowOrder::Canonical => return Ok(flat),
+            RowOrder::Tokens(layout) => layout,
+        };
+        let mut rows = vec![0.0; flat.len()];
+        for (i, place) in layout.places(result[0].shape(), batch, tokens).into_iter().enumerate() {
+            let (d, h) = (i % self.dim, i / self.dim % self.heads);
+            let (t, b) = (
+                i / (self.dim * self.heads) % tokens,
+                i / (self.dim * self.heads * tokens),
+            );
+            rows[((b * self.heads + h) * tokens + t) * self.dim + d] = flat[place];
+        }
+        Ok(rows)
+    }
+
+    /// The columns of the source.
+    fn columns(&self) -> Result<usize, Stuck> {
+        let trial = self.bench.trial(1, 0, 1);
+        let volume: usize = self.bench.dims(&trial, self.source)?.iter().product();
+        Ok(volume / (trial.sizes.batch * trial.sizes.tokens).max(1))
+    }
+
+    /// Finds and proves the projection. New rotary tables go into `tables`; one that is there already is used again.
+    pub fn solve(&self, tables: &mut Tables) -> Result<Projection, String> {
+        let text = |stuck: Stuck| stuck.to_string();
+        let columns = self.columns().map_err(text)?;
+        let first = self.bench.trial(1, 0, 1);
+        let tokens = first.sizes.tokens;
+        let at_first = |rows: &[f32]| -> Vec<f32> {
+            (0..self.heads * self.dim)
+                .map(|i| rows[(i / self.dim) * tokens * self.dim + i % self.dim])
+                .collect()
+        };
+        let probe = |element: &dyn Fn(usize) -> f64| -> Result<Vec<f32>, String> {
+            let x = self.feed(&first, |_, _, c| element(c)).map_err(text)?;
+            Ok(at_first(&self.run(&first, x).map_err(text)?))
+        };
+        // At position 0 a rotation does nothing but perhaps scale.
+        let factors = probe(&|_| 1.0)?;
+        if factors.iter().any(|f| !f.is_finite() || *f == 0.0) {
+            return Err("its rows are not columns of the projection".into());
+        }
+        let base = if self.tolerance() > 1e-3 { 16usize } else { 256 };
+        let mut found = vec![0usize; factors.len()];
+        let mut unit = 1usize;
+        while unit < columns {
+            let digits = probe(&|c| ((c / unit) % base) as f64)?;
+            for (found, (digit, factor)) in found.iter_mut().zip(digits.iter().zip(&factors)) {
+                let digit = digit / factor;
+                if (digit - digit.round()).abs() > 0.2 || digit < -0.5 {
+                    return Err("its rows are not columns of the projection".into());
+                }
+                *found += unit * digit.round() as usize;
+            }
+            unit *= base;
+        }
+        let pick = Pick::from_columns(&found, self.heads, self.dim, columns)
+            .ok_or("its heads are not evenly spaced columns of the projection")?;
+
+        let mut projection = Projection {
+            source: self.source,
+            heads: self.heads,
+            dim: self.dim,
+            pick,
+            scale: factors[0],
+            rope: None,
+        };
+        if let Some((interleaved, rotary_dim)) = self.rotation(&projection, factors[0])? {
+            self.find_table(&mut projection, &factors, interleaved, rotary_dim, tables)?;
+        }
+        for (seed, (batch, past, count)) in [(2, 2, 3), (1, 0, 4), (2, 5, 1)].into_iter().enumerate() {
+            let trial = self.bench.trial(batch, past, count);
+            self.prove(&projection, tables, &trial, seed as u64 + 1)?;
+        }
+        Ok(projection)
+    }
+
+    /// `(interleaved, rotary_dim)` if the rows depend on the position.
+    fn rotation(&self, projection: &Projection, factor: f32) -> Result<Option<(bool, usize)>, String> {
+        let text = |stuck: Stuck| stuck.to_string();
+        let trial = self.bench.trial(1, 3, 1);
+        let tokens = trial.sizes.tokens;
+        let x = noise(self.columns().map_err(text)?, 7);
+        let rows = self
+            .run(&trial, self.feed(&trial, |_, _, c| x[c]).map_err(text)?)
+            .map_err(text)?;
+        let limit = self.tolerance() * factor.abs();
+        let still = (0..self.heads * self.dim).all(|i| {
+            let (h, d) = (i / self.dim, i % self.dim);
+            let expected = factor * x[projection.pick.column(h, d, self.dim)] as f32;
+            (rows[h * tokens * self.dim + d] - expected).abs() <= limit
+        });
+        if still {
+            return Ok(None);
+        }
+        let unit = |wanted: &dyn Fn(usize) -> bool| -> Result<Vec<f32>, String> {
+            let on: Vec<usize> = (0..self.dim)
+                .filter(|d| wanted(*d))
+                .map(|d| projection.pick.column(0, d, self.dim))
+                .collect();
+            let x = self
+                .feed(&trial, |_, t, c| f64::from(u8::from(t == 0 && on.contains(&c))))
+                .map_err(text)?;
+            Ok(self.run(&trial, x).map_err(text)?[..self.dim].to_vec())
+        };
+        let answer = unit(&|d| d == 0)?;
+        let partner = (1..self.dim).find(|d| answer[*d].abs() > limit);
+        match partner {
+            None => Err("it depends on the position, but is no rotation of the row's leading elements".into()),
+            Some(1) if self.dim > 2 => {
+                let answer = unit(&|d| d % 2 == 0)?;
+                let pairs = (0..self.dim / 2).take_while(|i| answer[2 * i + 1] != 0.0).count();
+                Ok(Some((true, 2 * pairs)))
+            }
+            Some(half) if 2 * half <= self.dim => Ok(Some((false, 2 * half))),
+            Some(_) => Err("it pairs elements as neither rotate-half nor interleaved rotary embedding does".into()),
+        }
+    }
+
+    fn find_table(
+        &self,
+        projection: &mut Projection,
+        factors: &[f32],
+        interleaved: bool,
+        rotary_dim: usize,
+        tables: &mut Tables,
+    ) -> Result<(), String> {
+        let half = rotary_dim / 2;
+        let read = |past: usize, count: usize| self.read_table(projection, interleaved, rotary_dim, past, count);
+        let scaled = |table: &Table, by: f32| Table {
+            half,
+            cos: table.cos.iter().map(|v| v / by).collect(),
+            sin: table.sin.iter().map(|v| v / by).collect(),
+        };
+        // Elements that are not rotated show the scale; else a table that is known already does.
+        let shown = (rotary_dim < self.dim).then(|| factors[rotary_dim]);
+        let near = read(1, 4)?;
+        let last = tables.positions.saturating_sub(2).max(1);
+        let far = read(last, 2)?;
+        let slack = 2.0 * self.tolerance();
+        for (index, table) in tables.tables.iter().enumerate() {
+            if table.half != half {
+                continue;
+            }
+            let by = shown.unwrap_or(factors[0] / table.cos[0]);
+            if table.agrees(1, &scaled(&near, by), slack) && table.agrees(last, &scaled(&far, by), slack) {
+                projection.scale = by;
+                projection.rope = Some(Rope {
+                    table: index,
+                    interleaved,
+                    rotary_dim,
+                });
+                return Ok(());
+            }
+        }
+        let by = shown.unwrap_or(1.0);
+        let columns = self.columns().map_err(|stuck| stuck.to_string())?;
+        let chunk = ((1 << 22) / columns.max(1)).clamp(1, tables.positions);
+        let mut table = Table {
+            half,
+            cos: Vec::new(),
+            sin: Vec::new(),
+        };
+        let mut start = 0;
+        while start < tables.positions {
+            let count = self.bench.roles.tokens.unwrap_or(chunk).min(tables.positions - start);
+            let part = scaled(&read(start, count)?, by);
+            table.cos.extend(part.cos);
+            table.sin.extend(part.sin);
+            start += count;
+        }
+        if !table.agrees(1, &scaled(&near, by), slack) || !table.agrees(last, &scaled(&far, by), slack) {
+            return Err(
+                "its rotary table depends on more than the position (dynamic or long-context scaling that \
+                        switches with the length); export with a fixed scaling"
+                    .into(),
+            );
+        }
+        projection.scale = by;
+        projection.rope = Some(Rope {
+            table: tables.tables.len(),
+            interleaved,
+            rotary_dim,
+        });
+        tables.tables.push(table);
+        Ok(())
+    }
+
+    /// Rows `past..past + count` of the table, times the scale of the rows.
+    fn read_table(
+        &self,
+        projection: &Projection,
+        interleaved: bool,
+        rotary_dim: usize,
+        past: usize,
+        count: usize,
+    ) -> Result<Table, String> {
+        let text = |stuck: Stuck| stuck.to_string();
+        let half = rotary_dim / 2;
+        let trial = self.bench.trial(1, past, count);
+        let tokens = trial.sizes.tokens;
+        let mut firsts = vec![false; self.columns().map_err(text)?];
+        for i in 0..half {
+            let (first, _) = Rope::pair(interleaved, rotary_dim, i);
+            firsts[projection.pick.column(0, first, self.dim)] = true;
+        }
+        let x = self
+            .feed(&trial, |_, _, c| f64::from(u8::from(firsts[c])))
+            .map_err(text)?;
+        let rows = self.run(&trial, x).map_err(text)?;
+        if count > 64 {
+            self.bench.forget(&trial);
+        }
+        let mut table = Table {
+            half,
+            cos: Vec::with_capacity(tokens * half),
+            sin: Vec::with_capacity(tokens * half),
+        };
+        for row in rows[..tokens * self.dim].chunks(self.dim) {
+            for i in 0..half {
+                let (a, b) = Rope::pair(interleaved, rotary_dim, i);
+                table.cos.push(row[a]);
+                table.sin.push(row[b]);
+            }
+        }
+        Ok(table)
+    }
+
+    fn prove(&self, projection: &Projection, tables: &Tables, trial: &Trial, seed: u64) -> Result<(), String> {
+        let text = |stuck: Stuck| stuck.to_string();
+        let x = Noise::new(self, seed).map_err(text)?;
+        let rows = self.run(trial, self.feed(trial, |b, t, c| x.at(b, t, c)).map_err(text)?);
+        let expected = projection.rows(tables, trial, |b, t, c| x.at(b, t, c) as f32);
+        let limit = self.tolerance() * projection.scale.abs().max(f32::MIN_POSITIVE) * 4.0;
+        let rows = rows.map_err(text)?;
+        let near = rows.iter().zip(&expected).all(|(a, b)| (a - b).abs() <= limit);
+        if near {
+            Ok(())
+        } else {
+            Err(format!("what it computes at {:?} was not understood", trial.sizes))
+        }
+    }
+}
+
+/// Random numbers by (sequence, token, column).
+pub struct Noise {
+    values: Vec<f64>,
+}
+
+impl Noise {
+    pub fn new(rows: &Rows<'_, '_>, seed: u64) -> Result<Self, Stuck> {
+        Ok(Noise {
+            values: noise(rows.columns()? + 977, seed),
+        })
+    }
+    pub fn at(&self, b: usize, t: usize, c: usize) -> f64 {
+        self.values[(c + 131 * t + 389 * b) % self.values.len()]
+    }
+}
+
+impl Projection {
+    /// The definition: rows `[batch, heads, tokens, head_dim]` of a source with these elements.
+    pub fn rows(&self, tables: &Tables, trial: &Trial, x: impl Fn(usize, usize, usize) -> f32) -> Vec<f32> {
+        let (batch, tokens) = (trial.sizes.batch, trial.sizes.tokens);
+        let mut rows = Vec::with_capacity(batch * self.heads * tokens * self.dim);
+        for b in 0..batch {
+            for h in 0..self.heads {
+                for t in 0..tokens {
+                    let start = rows.len();
+                    rows.extend((0..self.dim).map(|d| self.scale * x(b, t, self.pick.column(h, d, self.dim))));
+                    if let Some(rope) = &self.rope {
+                        rope.rotate(&mut rows[start..], &tables.tables[rope.table], trial.sizes.past + t);
+                    }
+                }
+            }
+        }
+        rows
+    }
+}
