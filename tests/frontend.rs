@@ -2,3 +2,5 @@
 
 #[path = "frontend/exports.rs"]
 mod exports;
+#[path = "frontend/node_tests.rs"]
+mod node_tests;

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
-use super::op::{Binary, Op, Unary};
+use super::op::{Binary, Op, Reduction, Unary};
 use super::{Definition, Graph, Node, ValueId};
 use crate::tensor::DType;
 
@@ -261,7 +261,10 @@ fn signature(op: &Op) -> Signature {
         Op::Where => of(&[(Bool, U), (Any, T), (Any, T)], 3),
         Op::MatMul | Op::FusedMatMul { .. } => of(&[(Number, T), (Number, T)], 2),
         Op::Gemm { .. } => of(&[(Number, T), (Number, T), (Number, T)], 2),
-        Op::Reduce { .. } => of(&[(Number, U), (I64, U)], 1),
+        Op::Reduce { reduction, .. } => match reduction {
+            Reduction::Max | Reduction::Min => of(&[(Any, U), (I64, U)], 1),
+            _ => of(&[(Number, U), (I64, U)], 1),
+        },
         Op::CumSum { .. } => of(&[(Number, U), (Index, U)], 2),
         Op::Reshape { .. } | Op::Unsqueeze | Op::Expand | Op::Tile => of(&[(Any, U), (I64, U)], 2),
         Op::Squeeze | Op::Trilu { .. } => of(&[(Any, U), (I64, U)], 1),

@@ -302,6 +302,13 @@ fn node_proto(graph: &Graph, node: &Node) -> Result<NodeProto, WriteError> {
     if node.op == Op::Binary(Binary::Mod) && node.input(0).is_some_and(float) {
         attribute.push(attribute_proto(("fmod", Attribute::Int(1))));
     }
+    // Since opset 18 the number of equal parts must be told.
+    if matches!(node.op, Op::Split { .. }) && node.input(1).is_none() {
+        attribute.push(attribute_proto((
+            "num_outputs",
+            Attribute::Int(node.outputs.len() as i64),
+        )));
+    }
     Ok(NodeProto {
         input: names(&node.inputs),
         output: names(&node.outputs),

@@ -430,11 +430,17 @@ impl Site<'_> {
     }
 
     /// Two dims of a broadcast: 1 gives way, anything else is equal.
+    ///
+    /// `tokens` against `past + tokens` is no equation, which would say that `past` is 0: an export that does this works
+    /// for one token or for no past, and the result is the greater of the two either way.
     fn broadcast_dim(&mut self, left: &Dim, right: &Dim, i: usize, j: usize) -> Result<Dim, InferError> {
-        match (left.is_one(), right.is_one()) {
-            _ if left == right => Ok(left.clone()),
-            (true, _) => Ok(right.clone()),
-            (_, true) => Ok(left.clone()),
+        let difference = left - right;
+        match (left.is_one(), right.is_one(), difference.as_const()) {
+            (_, _, Some(0)) => Ok(left.clone()),
+            (true, _, _) => Ok(right.clone()),
+            (_, true, _) => Ok(left.clone()),
+            (_, _, None) if difference.lower_bound().is_some_and(|low| low >= 0) => Ok(left.clone()),
+            (_, _, None) if difference.upper_bound().is_some_and(|high| high <= 0) => Ok(right.clone()),
             _ => self.unify(left, right, i, j),
         }
     }

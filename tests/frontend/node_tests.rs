@@ -1,0 +1,106 @@
+//! Inference and the writer on the ONNX project's node tests: every operator, in every form the specification shows.
+//!
+//! A case's inputs are put into its model as initializers. What inference says of types, and of the elements of small
+//! tensors, must be what the case's outputs are; and the node must survive being written and read again.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use lapidary::graph::{Graph, Op, dump, infer, verify};
+use lapidary::onnx;
+use lapidary::onnx::proto::{ModelProto, TensorProto};
+use prost::Message;
+
+/// The model with inputs and expected outputs (`expected.N`) as initializers.
+fn with_data(case: &Path) -> ModelProto {
+    let mut model = ModelProto::decode(fs::read(case.join("model.onnx")).unwrap().as_slice()).unwrap();
+    for opset in &mut model.opset_import {
+        // The cases carry the opset that introduced the operator; it means the same in the nearest one that is read.
+        opset.version = opset.version.map(|v| v.clamp(14, 24));
+    }
+    let graph = model.graph.as_mut().unwrap();
+    let tensor = |kind: &str, n: usize, name: String| {
+        let file = case.join(format!("test_data_set_0/{kind}_{n}.pb"));
+        let mut tensor = TensorProto::decode(fs::read(file).unwrap().as_slice()).unwrap();
+        tensor.name = Some(name);
+        tensor
+    };
+    for (n, input) in graph.input.iter().enumerate() {
+        graph.initializer.push(tensor("input", n, input.name.clone().unwrap()));
+    }
+    for n in 0..graph.output.len() {
+        graph.initializer.push(tensor("output", n, format!("expected.{n}")));
+    }
+    model
+}
+
+fn typed(file: &Path) -> Result<Graph, String> {
+    let mut graph = onnx::read(file).map_err(|e| e.to_string())?;
+    infer(&mut graph).map_err(|e| e.to_string())?;
+    verify(&graph).map_err(|e| e.to_string())?;
+    Ok(graph)
+}
+
+/// `Ok(false)`: an attribute that Lapidary does not take.
+fn check(case: &Path, scratch: &Path) -> Result<bool, String> {
+    let file = scratch.join("model.onnx");
+    fs::write(&file, with_data(case).encode_to_vec()).unwrap();
+    let mut graph = onnx::read(&file).map_err(|e| e.to_string())?;
+    if graph.node_ids().any(|n| matches!(graph.node(n).op, Op::Unknown { .. })) {
+        return Ok(false);
+    }
+    let facts = infer(&mut graph).map_err(|e| e.to_string())?;
+    verify(&graph).map_err(|e| e.to_string())?;
+    for (n, output) in graph.outputs.iter().enumerate() {
+        let expected = graph.find(&format!("expected.{n}")).unwrap();
+        let expected = graph.constant(expected).unwrap().materialize().unwrap();
+        let value = graph.value(*output);
+        if value.dtype != Some(expected.dtype()) {
+            return Err(format!("output {n} is {:?}, not {}", value.dtype, expected.dtype()));
+        }
+        let shape = value.shape.as_ref().ok_or(format!("output {n} has no shape"))?;
+        let sizes: Option<Vec<i64>> = shape.iter().map(|d| d.as_const()).collect();
+        let wanted: Vec<i64> = expected.shape().iter().map(|d| *d as i64).collect();
+        if sizes.as_ref() != Some(&wanted) {
+            return Err(format!("output {n} is {shape:?}, not {wanted:?}"));
+        }
+        if let Some(elements) = facts.contents(*output).and_then(|c| c.as_consts())
+            && elements.iter().map(|e| *e as f64).ne(expected.to_f64())
+        {
+            return Err(format!("output {n} holds {elements:?}, not {:?}", expected.to_f64()));
+        }
+    }
+    let copy = scratch.join("copy.onnx");
+    onnx::write(&graph, &copy, None).map_err(|e| e.to_string())?;
+    let lines = |graph: &Graph| dump(graph).to_string().lines().skip(1).collect::<Vec<_>>().join("\n");
+    let (before, after) = (lines(&graph), lines(&typed(&copy)?));
+    if before != after {
+        return Err(format!("written:\n{before}\nread:\n{after}"));
+    }
+    Ok(true)
+}
+
+#[test]
+fn every_operator_is_typed_and_written() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/onnx-node-tests");
+    let scratch = tempfile::tempdir().unwrap();
+    let mut cases: Vec<PathBuf> = fs::read_dir(root)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|p| p.is_dir())
+        .collect();
+    cases.sort();
+    let (mut passed, mut failed) = (0, Vec::new());
+    for case in &cases {
+        let name = case.file_name().unwrap().to_string_lossy().into_owned();
+        let scratch = scratch.path().join(&name);
+        fs::create_dir(&scratch).unwrap();
+        match check(case, &scratch) {
+            Ok(known) => passed += usize::from(known),
+            Err(error) => failed.push(format!("{name}: {error}")),
+        }
+    }
+    let (count, all) = (failed.len(), cases.len());
+    assert!(failed.is_empty(), "{count} of {all} failed:\n{}", failed.join("\n"));
+    assert!(passed >= 400, "only {passed} cases were run");
+}
