@@ -12,6 +12,7 @@ pub mod backend;
 pub mod decode;
 pub mod dim;
 pub mod graph;
+pub mod lower;
 pub mod network;
 pub mod onnx;
 pub mod passes;

@@ -85,6 +85,8 @@ pub struct Builder {
     weights: HashMap<String, (WeightId, TensorId)>,
     /// Inputs, outputs and weights: their names are given, not made.
     fixed: HashSet<TensorId>,
+    /// The layer that gives each tensor; none for inputs.
+    producers: Vec<Option<u32>>,
 }
 
 impl Builder {
@@ -96,6 +98,7 @@ impl Builder {
             numbers: HashMap::new(),
             weights: HashMap::new(),
             fixed: HashSet::new(),
+            producers: Vec::new(),
         }
     }
 
@@ -111,6 +114,11 @@ impl Builder {
     }
     pub fn rank(&self, id: TensorId) -> usize {
         self.shape(id).len()
+    }
+
+    /// The layer that computes a tensor; none for a network input.
+    pub fn producer(&self, id: TensorId) -> Option<&Layer> {
+        self.producers[id.0 as usize].map(|i| &self.network.layers[i as usize])
     }
 
     fn unique(numbers: &mut HashMap<String, usize>, base: &str, taken: impl Fn(&str) -> bool) -> String {
@@ -131,6 +139,7 @@ impl Builder {
         let id = TensorId(self.network.tensors.len() as u32);
         self.names.insert(name.clone(), id);
         self.network.tensors.push(Tensor { name, dtype, shape });
+        self.producers.push(None);
         id
     }
 
@@ -249,6 +258,7 @@ impl Builder {
         let tensor = Self::unique(&mut self.numbers, &layer, |n| self.names.contains_key(n));
         let output = self.push(tensor, dtype, shape);
         self.layer_names.insert(layer.clone());
+        self.producers[output.0 as usize] = Some(self.network.layers.len() as u32);
         self.network.layers.push(Layer {
             name: layer,
             kind,

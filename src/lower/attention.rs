@@ -1,0 +1,220 @@
+//! `Attention` and the cache it reads.
+//!
+//! TensorRT's layer does not scale, so the query is scaled before it. In decode the query heads of a KV group become
+//! query rows (measured: twice as fast over a long cache); the mask, which TensorRT does not broadcast over rows, is
+//! repeated for them once. Softcap and [`AttentionForm::Decomposed`] write the products and the softmax out.
+
+use super::AttentionForm;
+use super::context::{Lowered, Lowering};
+use super::error::Reason;
+use super::linear::volume;
+use crate::dim::Dim;
+use crate::graph::Node;
+use crate::graph::op::Attention;
+use crate::network::{Activation, Elementwise, LayerKind, MatrixOp, Shape, TensorId};
+use crate::tensor::{DType, Tensor};
+
+/// Added to a score that must not be attended to; finite, so that a row without any is not NaN.
+const MASKED: f64 = -1e30;
+
+impl Lowering<'_> {
+    pub(super) fn attention(&mut self, node: &Node, name: &str, attributes: &Attention) -> Lowered {
+        if attributes.is_causal {
+            return Reason::unsupported("is_causal: the canonical graph has its mask as an input");
+        }
+        for (i, what) in [(4, "past_key"), (5, "past_value"), (6, "nonpad_kv_seqlen")] {
+            if node.input(i).is_some() {
+                return Reason::unsupported(format!("{what}: the canonical graph keeps its cache by TensorScatter"));
+            }
+        }
+        let part = |part: &str| format!("{name}/{part}");
+        let q = self.data(node, 0)?;
+        let flat_heads = self.b.rank(q) == 3;
+        let [q, k, v] = if flat_heads {
+            let (heads, kv) = (attributes.q_num_heads, attributes.kv_num_heads);
+            let (k, v) = (self.data(node, 1)?, self.data(node, 2)?);
+            [
+                self.split_heads(&part("q"), q, heads)?,
+                self.split_heads(&part("k"), k, kv)?,
+                self.split_heads(&part("v"), v, kv)?,
+            ]
+        } else {
+            [q, self.data(node, 1)?, self.data(node, 2)?]
+        };
+        let mask = match node.input(3) {
+            Some(_) => Some(self.operand(node, 3, 4)?),
+            None => None,
+        };
+        for x in [q, k, v] {
+            if self.b.rank(x) != 4 {
+                return Reason::unsupported("query, key and value must have four axes, or three and their heads");
+            }
+        }
+        let head_dim = self.b.shape(q)[3].as_const().unwrap_or(1) as f32;
+        let scale = attributes.scale.unwrap_or(1.0 / head_dim.sqrt());
+        let q = self.scaled_query(&part("scaled"), q, scale)?;
+        let attended = if attributes.softcap != 0.0 || self.options.attention == AttentionForm::Decomposed {
+            self.decomposed(name, [q, k, v], mask, attributes.softcap)?
+        } else {
+            self.attention_layer(name, [q, k, v], mask)?
+        };
+        match flat_heads {
+            true => self.join_heads(&part("joined"), attended),
+            false => Ok(attended),
+        }
+    }
+
+    /// In the query's dtype where that holds the scale exactly, in fp32 otherwise: a rounded scale is a wrong temperature.
+    fn scaled_query(&mut self, name: &str, q: TensorId, scale: f32) -> Lowered {
+        let dtype = self.b.dtype(q);
+        if scale == 1.0 || dtype == DType::F32 || is_exact(dtype, scale) {
+            return self.scaled(name, q, scale);
+        }
+        let wide = self.b.cast(&format!("{name}/wide"), DType::F32, q)?;
+        let scaled = self.scaled(name, wide, scale)?;
+        Ok(self.b.cast(&format!("{name}/narrow"), dtype, scaled)?)
+    }
+
+    fn attention_layer(&mut self, name: &str, [q, k, v]: [TensorId; 3], mask: Option<TensorId>) -> Lowered {
+        let shape = self.b.shape(q).clone();
+        let groups = self.groups(&shape, k);
+        let fold = self.options.fold_groups && shape[2].is_one() && groups.is_some_and(|(_, group)| group > 1);
+        if !fold {
+            let mut inputs = vec![q, k, v];
+            if let Some(mask) = mask {
+                inputs.push(self.mask_of_tokens(name, mask, &shape[2])?);
+            }
+            return Ok(self.b.add(name, LayerKind::Attention, &inputs)?);
+        }
+        let (kv_heads, group) = groups.expect("folding needs groups");
+        let folded = vec![shape[0].clone(), kv_heads.into(), group.into(), shape[3].clone()];
+        let q = self.reshape(&format!("{name}/folded"), q, folded)?;
+        let mut inputs = vec![q, k, v];
+        if let Some(mask) = mask {
+            inputs.push(self.mask_of_rows(name, mask, kv_heads, group)?);
+        }
+        let attended = self.b.add(name, LayerKind::Attention, &inputs)?;
+        self.reshape(&format!("{name}/unfolded"), attended, shape)
+    }
+
+    /// KV heads, and query heads to each, if they are numbers that divide.
+    fn groups(&self, q: &Shape, k: TensorId) -> Option<(usize, usize)> {
+        let (heads, kv) = (q[1].as_const()?, self.b.shape(k)[1].as_const()?);
+        (kv > 0 && heads % kv == 0).then_some((kv as usize, (heads / kv) as usize))
+    }
+
+    /// A mask with one row for all tokens, repeated: TensorRT broadcasts over batch and heads only.
+    fn mask_of_tokens(&mut self, name: &str, mask: TensorId, tokens: &Dim) -> Lowered {
+        let mut to = self.b.shape(mask).clone();
+        if to[2] == *tokens || !to[2].is_one() {
+            return Ok(mask);
+        }
+        to[2].clone_from(tokens);
+        self.expanded(&format!("{name}/mask"), mask, &to)
+    }
+
+    /// The mask of one token for the `group` rows that its heads become. A mask by head follows its heads.
+    fn mask_of_rows(&mut self, name: &str, mask: TensorId, kv_heads: usize, group: usize) -> Lowered {
+        let shape = self.b.shape(mask).clone();
+        if !shape[1].is_one() {
+            let to = vec![shape[0].clone(), kv_heads.into(), group.into(), shape[3].clone()];
+            return self.reshape(&format!("{name}/mask"), mask, to);
+        }
+        if let Some(repeated) = self.repeated_masks.get(&(mask, group)) {
+            return Ok(*repeated);
+        }
+        // By an elementwise layer, which fuses with the comparison that made the mask.
+        let name = format!("{}/rows{group}", self.b.network().tensor(mask).name);
+        let (dtype, rows) = (self.b.dtype(mask), vec![1, 1, group, 1]);
+        let (op, neutral) = match dtype {
+            DType::Bool => (Elementwise::And, Tensor::from_bool(rows, &vec![true; group])),
+            _ => (Elementwise::Sum, Tensor::from_f64_as(dtype, rows, &vec![0.0; group])),
+        };
+        let neutral = self.b.constant(&format!("{name}/neutral"), neutral)?;
+        let repeated = self.b.elementwise(&name, op, mask, neutral)?;
+        self.repeated_masks.insert((mask, group), repeated);
+        Ok(repeated)
+    }
+
+    /// `softmax(cap(q kᵀ) + mask) v` in single layers, scores in fp32. The heads of a group are rows of one product with
+    /// their KV head: `[batch, kv_heads, group * tokens, d]`.
+    fn decomposed(&mut self, name: &str, [q, k, v]: [TensorId; 3], mask: Option<TensorId>, softcap: f32) -> Lowered {
+        let part = |part: &str| format!("{name}/{part}");
+        let shape = self.b.shape(q).clone();
+        let dtype = self.b.dtype(q);
+        let Some((kv_heads, group)) = self.groups(&shape, k) else {
+            return Reason::unsupported("the query heads are not a multiple of the KV heads");
+        };
+        let slots = self.b.shape(k)[2].clone();
+        let rows = volume(&[group.into(), shape[2].clone()]);
+        let folded: Shape = vec![shape[0].clone(), kv_heads.into(), rows.clone(), shape[3].clone()];
+        let q = self.reshape(&part("folded"), q, folded)?;
+        let product = |op_b| LayerKind::MatrixMultiply {
+            op_a: MatrixOp::None,
+            op_b,
+        };
+        let scores = self.b.add(&part("scores"), product(MatrixOp::Transpose), &[q, k])?;
+        let mut scores = self.b.cast(&part("scores/wide"), DType::F32, scores)?;
+        if softcap != 0.0 {
+            let inner = self.scaled(&part("uncapped"), scores, 1.0 / softcap)?;
+            let bent = self.b.activation(&part("bent"), Activation::Tanh, inner)?;
+            scores = self.scaled(&part("capped"), bent, softcap)?;
+        }
+        if let Some(mask) = mask {
+            let by_head = vec![shape[0].clone(), shape[1].clone(), shape[2].clone(), slots.clone()];
+            let unfolded = self.reshape(&part("by_head"), scores, by_head)?;
+            let masked = if self.b.dtype(mask) == DType::Bool {
+                let never = self.number(DType::F32, 4, MASKED)?;
+                self.b
+                    .add(&part("masked"), LayerKind::Select, &[mask, unfolded, never])?
+            } else {
+                let mask = self.b.cast(&part("mask"), DType::F32, mask)?;
+                self.b.elementwise(&part("masked"), Elementwise::Sum, unfolded, mask)?
+            };
+            let by_group = vec![shape[0].clone(), kv_heads.into(), rows, slots];
+            scores = self.reshape(&part("by_group"), masked, by_group)?;
+        }
+        let weights = self
+            .b
+            .add(&part("softmax"), LayerKind::Softmax { axis: 3 }, &[scores])?;
+        let weights = self.b.cast(&part("softmax/narrow"), dtype, weights)?;
+        let attended = self.b.add(name, product(MatrixOp::None), &[weights, v])?;
+        let mut to = shape;
+        to[3] = self.b.shape(v)[3].clone();
+        self.reshape(&part("unfolded"), attended, to)
+    }
+
+    /// `TensorScatter(cache, update, write_indices)` on the slots of a four-dimensional cache.
+    pub(super) fn cache_update(&mut self, node: &Node, name: &str, axis: i64, circular: bool) -> Lowered {
+        let cache = self.data(node, 0)?;
+        if circular || self.axis(axis, self.b.rank(cache))? != 2 || self.b.rank(cache) != 4 {
+            return Reason::unsupported("only a linear cache [batch, kv_heads, capacity, head_dim] can be updated");
+        }
+        let update = self.data(node, 1)?;
+        let indices = match node.input(2) {
+            Some(_) => self.data(node, 2)?,
+            None => {
+                let batch = self.profile.batch;
+                let zeros = Tensor::from_i32(vec![batch], &vec![0; batch]);
+                self.b.constant(&format!("{name}/start"), zeros)?
+            }
+        };
+        Ok(self.b.add(name, LayerKind::KvCacheUpdate, &[cache, update, indices])?)
+    }
+}
+
+fn is_exact(dtype: DType, value: f32) -> bool {
+    Tensor::from_f64_as(dtype, vec![], &[f64::from(value)]).to_f32() == [value]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_of_common_heads() {
+        for (head_dim, exact) in [(16.0f32, true), (64.0, true), (128.0, false), (32.0, false)] {
+            assert_eq!(is_exact(DType::F16, 1.0 / head_dim.sqrt()), exact, "{head_dim}");
+        }
+    }
+}

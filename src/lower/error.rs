@@ -1,0 +1,65 @@
+//! Why a graph cannot be lowered.
+
+use std::fmt::Write;
+
+use crate::graph::infer::InferError;
+use crate::graph::{ConstantError, CycleError};
+use crate::network::{BuildError, VerifyError};
+
+/// One node without a lowering.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Obstacle {
+    pub node: String,
+    pub op: String,
+    pub reason: String,
+}
+
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LowerError {
+    /// Every such node, in order of execution. Nodes that only depend on one of them are not listed.
+    #[error("{}", list(.0))]
+    Unsupported(Vec<Obstacle>),
+    #[error("the graph cannot be typed before it is lowered: {0}")]
+    Infer(#[from] InferError),
+    #[error(transparent)]
+    Cycle(#[from] CycleError),
+    #[error("input {name:?} cannot be lowered: {reason}")]
+    Input { name: String, reason: String },
+    #[error("output {name:?} cannot be lowered: {reason}")]
+    Output { name: String, reason: String },
+    /// The graph is not canonical, or (for rules of layers) the lowering has a mistake.
+    #[error("the lowered network breaks a rule: {0}")]
+    Network(#[from] VerifyError),
+}
+
+fn list(obstacles: &[Obstacle]) -> String {
+    let mut text = match obstacles.len() {
+        1 => "one node has no lowering to TensorRT layers:".to_string(),
+        n => format!("{n} nodes have no lowering to TensorRT layers:"),
+    };
+    for Obstacle { node, op, reason } in obstacles {
+        write!(text, "\n  {node:?} ({op}): {reason}").expect("writing to a string");
+    }
+    text
+}
+
+/// Why one node cannot be lowered.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Reason {
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error(transparent)]
+    Constant(#[from] ConstantError),
+    #[error("{0}")]
+    Unsupported(String),
+    /// A node before this one failed and is listed already.
+    #[error("depends on a node that has no lowering")]
+    Upstream,
+}
+
+impl Reason {
+    pub(super) fn unsupported<T>(text: impl Into<String>) -> Result<T, Reason> {
+        Err(Reason::Unsupported(text.into()))
+    }
+}

@@ -1,0 +1,34 @@
+//! `Gather`: rows of an embedding, or one element of an axis.
+
+use super::context::{Lowered, Lowering};
+use crate::graph::Node;
+use crate::network::LayerKind;
+use crate::tensor::{DType, Tensor};
+
+impl Lowering<'_> {
+    pub(super) fn gather(&mut self, node: &Node, name: &str, axis: i64) -> Lowered {
+        let data = self.data(node, 0)?;
+        let shape = self.b.shape(data).clone();
+        let axis = self.axis(axis, shape.len())?;
+        let indices = self.input_id(node, 1)?;
+        let constant = self
+            .graph
+            .constant(indices)
+            .filter(|c| c.byte_len() <= super::LITERAL_BYTES);
+        let indices = match (constant, shape[axis].as_const()) {
+            // TensorRT leaves negative indices undefined where the axis is dynamic; elsewhere they are made plain.
+            (Some(constant), Some(length)) => {
+                let tensor = constant.materialize()?;
+                let plain = |i: i64| (if i < 0 { i + length } else { i }) as i32;
+                let values: Vec<i32> = tensor.to_i64().into_iter().map(plain).collect();
+                let tensor = Tensor::from_i32(tensor.shape().to_vec(), &values);
+                self.b.constant(&format!("{name}/indices"), tensor)?
+            }
+            _ => {
+                let indices = self.value(indices)?;
+                self.b.cast(&format!("{name}/indices"), DType::I32, indices)?
+            }
+        };
+        Ok(self.b.add(name, LayerKind::Gather { axis }, &[data, indices])?)
+    }
+}

@@ -1,0 +1,150 @@
+//! The canonical graph to TensorRT layers, for one [`Profile`].
+//!
+//! Takes the canonical graph (head of [`graph`](crate::graph)), gives the [`Network`] whose interface is in the head of
+//! [`network`](crate::network). `batch` and `capacity` become numbers, `tokens` too in a static profile; in a dynamic one
+//! it stays as the only symbol. i64 becomes i32 throughout. Every choice that does not change what is computed is in
+//! [`Options`], so that a tuner can try them. What cannot be lowered is reported all at once, in [`LowerError`].
+//!
+//! One file a family: `linear`, `elementwise`, `normalization`, `attention` (and the cache), `rotary`, `movement`,
+//! `positions` (ranges, comparisons, masks), `gather`. Around them: `weights` says which constants are weights and what
+//! they are called, `demand` which values are needed as data at all, `rows` where the tokens without logits drop out,
+//! `context` holds what is lowered so far.
+//!
+//! # What is a weight
+//!
+//! A constant is a weight of the network if its bytes are elsewhere ([`Source::Absent`]), if it is larger than
+//! [`LITERAL_BYTES`], or if it is a float tensor of two elements or more that came from the export (it has an
+//! [`origin`](crate::graph::Constant::origin)): linear weights, embeddings, norm scales, biases, rotary tables. Everything
+//! else (an epsilon, a scale, index vectors) is a constant layer and part of the plan. The rule reads the graph alone,
+//! so all profiles of one graph have the same weights under the same names; [`weights`] lists them. One constant read in
+//! several places, as tied embedding and output weights are, is one weight.
+//!
+//! # A model made from its dimensions
+//!
+//! [`synthetic`] makes the canonical graph of a Llama of any size with weights absent, for build benchmarks:
+//! `cargo run --release --example llama_shape -- 8b` lowers it and builds its bound engine.
+
+mod attention;
+mod context;
+mod demand;
+mod elementwise;
+mod error;
+mod gather;
+mod linear;
+mod movement;
+mod normalization;
+mod positions;
+mod rotary;
+mod rows;
+pub mod synthetic;
+mod weights;
+
+pub use error::{LowerError, Obstacle};
+pub use weights::{LITERAL_BYTES, NamedWeight, weights};
+
+use crate::graph::Graph;
+#[cfg(doc)]
+use crate::graph::Source;
+use crate::graph::infer::{Facts, infer};
+use crate::network::{Network, Profile, WeightMode, verify_interface};
+use context::Lowering;
+
+/// The shape in which linear layers multiply. Their inputs are `[batch, tokens, in]`, their weights `[out, in]`, and
+/// TensorRT multiplies equal ranks only.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LinearForm {
+    /// The activation becomes `[batch * tokens, in]`: one matrix product whatever the batch, and the weight is read as it
+    /// is stored.
+    #[default]
+    FlattenActivation,
+    /// The weight becomes `[1, out, in]`.
+    RaiseWeight,
+}
+
+/// How attention is written.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AttentionForm {
+    /// One Attention layer. Attention with a softcap is decomposed all the same: the layer has none.
+    #[default]
+    Layer,
+    /// Matrix products and a softmax in fp32, the query heads of a group always folded into rows.
+    Decomposed,
+}
+
+/// Choices of a lowering. None changes what is computed, beyond rounding.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// How every weight enters an engine.
+    pub weight_mode: WeightMode,
+    /// With one token, the query heads of a KV group become query rows:
+    /// `[batch, heads, 1, d]` → `[batch, kv_heads, heads/kv_heads, d]`.
+    pub fold_groups: bool,
+    pub linear: LinearForm,
+    pub attention: AttentionForm,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            weight_mode: WeightMode::default(),
+            fold_groups: true,
+            linear: LinearForm::default(),
+            attention: AttentionForm::default(),
+        }
+    }
+}
+
+/// Lowers a canonical graph. The network passes [`verify`](crate::network::verify()) and [`verify_interface`].
+pub fn lower(canonical: &Graph, profile: &Profile, options: &Options) -> Result<Network, LowerError> {
+    let network = lower_graph(canonical, profile, options)?;
+    verify_interface(&network)?;
+    Ok(network)
+}
+
+/// Lowers any graph of operators that have a lowering: no cache or logits are asked for. For tests of single operators.
+pub fn lower_graph(graph: &Graph, profile: &Profile, options: &Options) -> Result<Network, LowerError> {
+    // The canonical graphs of our own passes come typed, and a session lowers one for every prompt length: inference runs
+    // only where a type is missing, or where shape arithmetic that it would follow is in the way.
+    if is_typed(graph) {
+        match lower_typed(graph, &Facts::default(), profile, options) {
+            Err(LowerError::Unsupported(_)) => {}
+            done => return done,
+        }
+    }
+    let mut graph = graph.clone();
+    graph.sort()?;
+    let facts = infer(&mut graph)?;
+    lower_typed(&graph, &facts, profile, options)
+}
+
+fn is_typed(graph: &Graph) -> bool {
+    let mut outputs = graph.node_ids().flat_map(|id| graph.node(id).outputs.iter().flatten());
+    outputs.all(|v| graph.value(*v).dtype.is_some() && graph.shape(*v).is_some())
+}
+
+fn lower_typed(graph: &Graph, facts: &Facts, profile: &Profile, options: &Options) -> Result<Network, LowerError> {
+    let demand = demand::demand(graph);
+    let table = weights::table(graph, &demand);
+    let rows = rows::row_wise(graph, &demand, profile);
+    let mut lowering = Lowering::new(graph, facts, *profile, options, &table, rows);
+    lowering.interface()?;
+    let mut obstacles = Vec::new();
+    for id in graph.node_ids().filter(|id| demand.nodes.contains(id)) {
+        let node = graph.node(id);
+        match lowering.node(id) {
+            Ok(()) | Err(error::Reason::Upstream) => {}
+            Err(reason) => obstacles.push(Obstacle {
+                node: lowering.base_name(node),
+                op: node.op.name(),
+                reason: reason.to_string(),
+            }),
+        }
+    }
+    if !obstacles.is_empty() {
+        return Err(LowerError::Unsupported(obstacles));
+    }
+    lowering.finish()
+}

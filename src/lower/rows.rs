@@ -1,0 +1,136 @@
+//! Where tokens without logits drop out.
+//!
+//! With [`Logits::Rows`] one token a row gets logits. Everything between the last operator that mixes tokens (the last
+//! attention) and the logits works on each token alone, so one token is gathered there and the rest computes on it: the
+//! output weight (a quarter of a small model) and the last layer's feed-forward run on one row instead of a whole
+//! prefill chunk. With one token to begin with the gather is only for the interface's sake, and sits at the output
+//! weight's activation.
+
+use std::collections::{HashMap, HashSet};
+
+use super::context::{Lowered, Lowering};
+use super::demand::{Demand, data_inputs, through_transpose};
+use super::error::Reason;
+use crate::dim::{Dim, Sym};
+use crate::graph::{Graph, Node, NodeId, Op, ValueId};
+use crate::network::{Elementwise, LayerKind, Logits, MatrixOp, Profile, TensorId, Tokens};
+use crate::tensor::DType;
+
+/// The input that chooses the tokens: i32 `[batch]`.
+pub(super) const LOGIT_ROWS: &str = "logit_rows";
+
+/// The graph's logits: the output of that name.
+pub(super) fn logits(graph: &Graph) -> Option<ValueId> {
+    let mut outputs = graph.outputs.iter().copied();
+    outputs.find(|v| graph.value(*v).name == "logits")
+}
+
+/// The nodes that compute on the chosen rows only. Empty unless the profile asks for rows.
+pub(super) fn row_wise(graph: &Graph, demand: &Demand, profile: &Profile) -> HashSet<NodeId> {
+    let mut rows = HashSet::new();
+    let Some(logits) = logits(graph).filter(|_| profile.logits == Logits::Rows) else {
+        return rows;
+    };
+    // Reads by nodes that are live, as data: shapes do not tie a value to all of its tokens.
+    let mut readers: HashMap<ValueId, Vec<NodeId>> = HashMap::new();
+    for id in graph.node_ids().filter(|id| demand.nodes.contains(id)) {
+        for value in data_inputs(graph, graph.node(id)) {
+            readers.entry(value).or_default().push(id);
+        }
+    }
+    let one_token = profile.tokens == Tokens::Static(1);
+    for id in graph.node_ids().rev().filter(|id| demand.nodes.contains(id)) {
+        let node = graph.node(id);
+        let [Some(output)] = node.outputs[..] else { continue };
+        let only_rows = match readers.get(&output) {
+            _ if output == logits => {
+                graph.outputs.iter().filter(|v| **v == logits).count() == 1 && !readers.contains_key(&output)
+            }
+            None => false,
+            Some(readers) => {
+                let inside = readers.iter().all(|r| rows.contains(r));
+                let before_product = one_token && readers.iter().any(|r| matches!(graph.node(*r).op, Op::MatMul));
+                inside && !before_product && !graph.outputs.contains(&output)
+            }
+        };
+        if only_rows && is_row_wise(graph, node) {
+            rows.insert(id);
+        }
+    }
+    rows
+}
+
+/// Whether row `[b, t, :]` of the output is computed from rows `[b, t, :]` of the inputs.
+fn is_row_wise(graph: &Graph, node: &Node) -> bool {
+    let last_axis = |axis: i64| axis == -1 || axis == 2;
+    let last_only = match &node.op {
+        Op::Unary(_) | Op::Binary(_) | Op::Gelu { .. } | Op::Swish { .. } => true,
+        Op::Identity | Op::Cast { .. } | Op::Where | Op::Clip => true,
+        Op::Softmax { axis } | Op::LogSoftmax { axis } => last_axis(*axis),
+        Op::LayerNormalization { axis, .. } | Op::RmsNormalization { axis, .. } => last_axis(*axis),
+        Op::MatMul => {
+            let weight = node.input(1).map(|v| through_transpose(graph, v).0);
+            let matrix = weight
+                .and_then(|v| graph.constant(v))
+                .is_some_and(|c| c.shape().len() == 2);
+            return matrix && node.input(0).is_some_and(|v| has_token_axis(graph, v));
+        }
+        _ => false,
+    };
+    let mut inputs = node.inputs.iter().flatten();
+    last_only && inputs.all(|v| has_token_axis(graph, *v) || is_constant_row(graph, *v))
+}
+
+/// `[batch, tokens, n]`.
+fn has_token_axis(graph: &Graph, value: ValueId) -> bool {
+    graph.constant(value).is_none()
+        && graph
+            .shape(value)
+            .is_some_and(|s| s.len() == 3 && s[1] == Dim::sym(Sym::tokens()))
+}
+
+fn is_constant_row(graph: &Graph, value: ValueId) -> bool {
+    let Some(constant) = graph.constant(value) else {
+        return false;
+    };
+    let leading = constant.shape().split_last().map_or(&[][..], |(_, leading)| leading);
+    constant.shape().len() <= 3 && leading.iter().all(|d| *d == 1)
+}
+
+impl Lowering<'_> {
+    /// The chosen row of each batch row: `[batch, tokens, n]` → `[batch, 1, n]`.
+    pub(super) fn chosen_rows(&mut self, x: TensorId) -> Lowered {
+        if let Some(chosen) = self.chosen.get(&x) {
+            return Ok(*chosen);
+        }
+        let Some(rows) = self.logit_rows else {
+            return Reason::unsupported("the profile has no input that chooses rows");
+        };
+        let name = format!("{}/chosen", self.b.network().tensor(x).name);
+        let batch = self.profile.batch;
+        let chosen = if batch == 1 {
+            self.b.add(&name, LayerKind::Gather { axis: 1 }, &[x, rows])?
+        } else {
+            // One product with a one-hot row for each batch row; Gather would take the same tokens of every row.
+            let one_hot = self.one_hot_rows(rows, self.b.dtype(x))?;
+            let kind = LayerKind::MatrixMultiply {
+                op_a: MatrixOp::None,
+                op_b: MatrixOp::None,
+            };
+            self.b.add(&name, kind, &[one_hot, x])?
+        };
+        self.chosen.insert(x, chosen);
+        Ok(chosen)
+    }
+
+    /// `[batch, 1, tokens]`, 1 at the chosen token and 0 elsewhere.
+    fn one_hot_rows(&mut self, rows: TensorId, dtype: DType) -> Lowered {
+        let (batch, tokens) = (Dim::from(self.profile.batch), self.tokens());
+        let one = || Dim::from(1usize);
+        let iota = self.b.fill("logit_rows/iota", DType::I32, tokens, 0.0, 1.0)?;
+        let iota = self.b.raise("logit_rows/iota_row", iota, 3)?;
+        let rows = self.b.reshape("logit_rows/column", rows, vec![batch, one(), one()])?;
+        let hit = self.b.elementwise("logit_rows/hit", Elementwise::Equal, iota, rows)?;
+        Ok(self.b.cast("logit_rows/one_hot", dtype, hit)?)
+    }
+}

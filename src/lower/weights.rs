@@ -1,0 +1,94 @@
+//! Which constants are weights, what they are called, and which are one and the same. The rule is in the room's head.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt::Write;
+
+use super::demand::{Demand, demand};
+use crate::graph::{Constant, Graph, Source, ValueId};
+use crate::tensor::DType;
+
+/// Constants up to this size may be part of a plan; larger ones are always weights.
+pub const LITERAL_BYTES: usize = 64 << 10;
+
+/// A weight of the graph, for the package's manifest.
+#[derive(Clone, Debug)]
+pub struct NamedWeight {
+    /// As in every network lowered from the graph: the initializer's name where there is one.
+    pub name: String,
+    pub constant: Constant,
+}
+
+/// Constant values of the graph that are weights, and the weights in order of first use.
+pub(super) struct Table {
+    pub by_value: HashMap<ValueId, usize>,
+    pub list: Vec<NamedWeight>,
+}
+
+/// Every weight that networks of this graph have, whatever the profile, in order of first use.
+pub fn weights(graph: &Graph) -> Vec<NamedWeight> {
+    table(graph, &demand(graph)).list
+}
+
+pub(super) fn table(graph: &Graph, demand: &Demand) -> Table {
+    let interface = graph.inputs.iter().chain(&graph.outputs);
+    let mut taken: HashSet<String> = interface.map(|v| graph.value(*v).name.clone()).collect();
+    taken.insert(super::rows::LOGIT_ROWS.to_string());
+    let mut known: HashMap<String, usize> = HashMap::new();
+    let mut by_value = HashMap::new();
+    let mut list: Vec<NamedWeight> = Vec::new();
+    for id in &demand.constants {
+        let Some(constant) = graph.constant(*id).filter(|c| is_weight(c)) else {
+            continue;
+        };
+        let index = *known.entry(identity(constant)).or_insert_with(|| {
+            let base = constant.origin().unwrap_or(&graph.value(*id).name);
+            let numbered = (1..).map(|n| format!("{base}.{n}"));
+            let mut candidates = std::iter::once(base.to_string()).chain(numbered);
+            let name = candidates
+                .find(|name| !taken.contains(name))
+                .expect("some number is free");
+            taken.insert(name.clone());
+            list.push(NamedWeight {
+                name,
+                // TensorRT's indices are i32.
+                constant: match constant.dtype() {
+                    DType::I64 => constant.cast(DType::I32),
+                    _ => constant.clone(),
+                },
+            });
+            list.len() - 1
+        });
+        by_value.insert(*id, index);
+    }
+    Table { by_value, list }
+}
+
+fn is_weight(constant: &Constant) -> bool {
+    matches!(constant.source(), Source::Absent)
+        || constant.byte_len() > LITERAL_BYTES
+        || constant.dtype().is_float() && constant.len() >= 2 && constant.origin().is_some()
+}
+
+/// Equal for constants that are the same bytes in the same shape by construction: a clone, or the same recipe over the
+/// same source. (Two initializers that happen to be equal are not compared.)
+fn identity(constant: &Constant) -> String {
+    let mut text = String::new();
+    describe(constant, &mut text);
+    text
+}
+
+fn describe(constant: &Constant, text: &mut String) {
+    write!(text, "{constant:?}").expect("writing to a string");
+    match constant.source() {
+        Source::Tensor(tensor) => write!(text, "@{:p}", tensor.data().as_ptr()),
+        Source::Absent => write!(text, "?{:?}", constant.origin()),
+        Source::Derived(derived) => {
+            write!(text, "{:?}(", derived.transform).expect("writing to a string");
+            for input in &derived.inputs {
+                describe(input, text);
+            }
+            write!(text, ")")
+        }
+    }
+    .expect("writing to a string");
+}

@@ -1,0 +1,9 @@
+//! The lowering: canonical graphs made by hand, lowered for every kind of profile, checked by the verifier, by snapshot
+//! and by execution against the graph's own meaning.
+
+#[path = "lower/interpret.rs"]
+mod interpret;
+#[path = "lower/models.rs"]
+mod models;
+#[path = "lower/semantics.rs"]
+mod semantics;

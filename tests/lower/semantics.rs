@@ -1,0 +1,150 @@
+//! The lowered network computes what the canonical graph means: every model, profile and choice.
+
+use std::collections::BTreeMap;
+
+use lapidary::graph::Graph;
+use lapidary::lower::{AttentionForm, LinearForm, Options, lower};
+use lapidary::network::{Logits, Network, Profile, Tokens, WeightMode};
+use lapidary::tensor::{DType, Tensor};
+
+use crate::interpret::interpret;
+use crate::models::{Call, call, decoder, decoders, difference, evaluate, gpt2};
+
+const CAPACITY: usize = 12;
+
+/// The call as the network takes it: i32, and the rows that get logits.
+fn network_inputs(call: &Call, network: &Network, rows: &[i32]) -> BTreeMap<String, Tensor> {
+    let narrow = |t: &Tensor| match t.dtype() {
+        DType::I64 => {
+            let values: Vec<i32> = t.to_i64().into_iter().map(|v| v as i32).collect();
+            Tensor::from_i32(t.shape().to_vec(), &values)
+        }
+        _ => t.clone(),
+    };
+    let mut inputs: BTreeMap<String, Tensor> = call.iter().map(|(n, t)| (n.clone(), narrow(t))).collect();
+    if network.find("logit_rows").is_some() {
+        inputs.insert("logit_rows".into(), Tensor::from_i32(vec![rows.len()], rows));
+    }
+    inputs
+}
+
+/// Row `rows[b]` of each batch row, as f32.
+fn picked(logits: &Tensor, rows: &[i32]) -> Tensor {
+    let [batch, tokens, vocabulary] = logits.shape()[..] else {
+        panic!("three axes")
+    };
+    let values = logits.to_f32();
+    let chosen = (0..batch).flat_map(|b| {
+        let at = (b * tokens + rows[b] as usize) * vocabulary;
+        values[at..at + vocabulary].to_vec()
+    });
+    Tensor::from_f32(vec![batch, 1, vocabulary], &chosen.collect::<Vec<_>>())
+}
+
+/// Rounding differs (the graph rounds once an operator, the network at other places), and halves round much.
+fn tolerance(graph: &Graph) -> f32 {
+    let cache = graph.find("key_cache.0").and_then(|v| graph.value(v).dtype);
+    match cache {
+        Some(DType::F16) => 3e-2,
+        Some(DType::Bf16) => 2e-1,
+        _ => 1e-5,
+    }
+}
+
+fn check(what: &str, graph: &Graph, profile: Profile, options: &Options, calls: &[(usize, usize)]) {
+    let network = lower(graph, &profile, options).unwrap_or_else(|e| panic!("{what} {profile}: {e}"));
+    for (seed, (past, tokens)) in calls.iter().enumerate() {
+        let call = call(graph, seed as u64 + 1, profile.batch, *past, *tokens, profile.capacity);
+        let rows: Vec<i32> = (0..profile.batch)
+            .map(|b| (tokens - 1).saturating_sub(b) as i32)
+            .collect();
+        let mut expected = evaluate(graph, &call);
+        let logits = expected.remove("logits").expect("logits");
+        let logits = match profile.logits {
+            Logits::All => logits,
+            Logits::Rows => picked(&logits, &rows),
+        };
+        expected.insert("logits".into(), logits);
+        let found = interpret(&network, &network_inputs(&call, &network, &rows));
+        assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+        for (name, expected) in &expected {
+            let scale = expected.to_f32().iter().fold(1f32, |m, v| m.max(v.abs()));
+            let worst = difference(&found[name], expected) / scale;
+            assert!(
+                worst <= tolerance(graph),
+                "{what} {profile} {options:?}: {name} differs by {worst} with {past} past and {tokens} tokens"
+            );
+        }
+    }
+}
+
+fn profiles(batch: usize) -> Vec<(Profile, Vec<(usize, usize)>)> {
+    let dynamic = Tokens::Dynamic { min: 1, opt: 4, max: 8 };
+    let mut profiles = Vec::new();
+    for logits in [Logits::Rows, Logits::All] {
+        let with = |tokens| Profile {
+            batch,
+            tokens,
+            capacity: CAPACITY,
+            logits,
+        };
+        profiles.push((with(Tokens::Static(1)), vec![(0, 1), (7, 1)]));
+        profiles.push((with(Tokens::Static(5)), vec![(0, 5), (4, 5)]));
+        profiles.push((with(dynamic), vec![(0, 8), (6, 1), (5, 3)]));
+    }
+    profiles
+}
+
+#[test]
+fn every_model_and_profile() {
+    for (name, config) in decoders() {
+        let graph = decoder(&config);
+        for (profile, calls) in profiles(1) {
+            check(name, &graph, profile, &Options::default(), &calls);
+        }
+    }
+    for (profile, calls) in profiles(1) {
+        check("gpt2", &gpt2(), profile, &Options::default(), &calls);
+    }
+}
+
+#[test]
+fn every_choice() {
+    for (name, config) in decoders()
+        .into_iter()
+        .filter(|(n, _)| ["grouped", "softcap", "half"].contains(n))
+    {
+        let graph = decoder(&config);
+        for fold_groups in [false, true] {
+            for linear in [LinearForm::FlattenActivation, LinearForm::RaiseWeight] {
+                for attention in [AttentionForm::Layer, AttentionForm::Decomposed] {
+                    let options = Options {
+                        fold_groups,
+                        linear,
+                        attention,
+                        weight_mode: WeightMode::Embed,
+                    };
+                    for (profile, calls) in profiles(1) {
+                        check(name, &graph, profile, &options, &calls);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn batches() {
+    for (name, config) in decoders()
+        .into_iter()
+        .filter(|(n, _)| ["grouped", "window"].contains(n))
+    {
+        let graph = decoder(&config);
+        for (profile, calls) in profiles(2) {
+            check(name, &graph, profile, &Options::default(), &calls);
+        }
+    }
+    for (profile, calls) in profiles(3) {
+        check("gpt2", &gpt2(), profile, &Options::default(), &calls);
+    }
+}
