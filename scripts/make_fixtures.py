@@ -18,15 +18,12 @@ lies there.
 
 import argparse
 import json
-import shutil
-import sys
-import tempfile
-import traceback
 import warnings
 from pathlib import Path
 
-from exportkit import exporters, families, reference
+from exportkit import exporters
 from exportkit.families import Shape
+from exportkit.making import export
 
 # ONNX Runtime's GroupQueryAttention wants a head_dim that is a multiple of 16. A window of 8 is shorter than the 11 tokens of the prompt, so a graph that ignores it gives other tokens.
 SHAPES = {
@@ -59,27 +56,6 @@ Versions: torch 2.15.0, transformers 4.57.6 (optimum and torch) and 5.23.0 (ORT-
 - `ort-genai-fp16` runs in ONNX Runtime's CPU provider only with its graph optimizations off.
 
 """
-
-
-def make(name, shape, exporter, target, failures):
-    folder = target / name
-    shutil.rmtree(folder, ignore_errors=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint, built = Path(scratch) / "checkpoint", Path(scratch) / name
-        model, seed = families.build(shape)
-        families.save(model, shape, checkpoint)
-        try:
-            form = exporters.EXPORTERS[exporter](model, checkpoint, built, shape)
-            facts = reference.record(built, exporter, form, model, shape, seed)
-        except Exception as error:  # noqa: BLE001 - an exporter that refuses a family is a finding, not the end
-            traceback.print_exc(limit=-3)
-            reason = str(error).strip().splitlines()[-1].replace(scratch, "SCRATCH")
-            failures[name] = f"{type(error).__name__}: {reason[:300]}"
-            print(f"{name}: FAILED {failures[name]}", file=sys.stderr)
-            return
-        shutil.copytree(built, folder)
-    size = sum(path.stat().st_size for path in folder.iterdir()) // 1024
-    print(f"{name}: {size} KiB, {facts['engine']}, torch difference {facts['torch_max_difference']}", file=sys.stderr)
 
 
 def write_table(target, failures):
@@ -115,7 +91,7 @@ def main():
         for exporter in exporters.EXPORTERS:
             name = f"{family}-{exporter}"
             if arguments.only in name and ONE_FAMILY.get(exporter, family) == family:
-                make(name, shape, exporter, arguments.target, failures)
+                export(name, shape, exporter, exporters.EXPORTERS[exporter], arguments.target, failures)
     write_table(arguments.target, failures)
 
 

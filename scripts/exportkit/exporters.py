@@ -183,12 +183,17 @@ def save_dynamo(program, folder, external=False):
 # --- exporters -----------------------------------------------------------------------------------------------
 
 
-def optimum(model, checkpoint, folder, shape, dtype="fp32"):
+def optimum(model, checkpoint, folder, shape, dtype="fp32", opset=None):
     from optimum.exporters.onnx import main_export
 
     scratch = folder.with_name(folder.name + ".optimum")
     main_export(
-        str(checkpoint), output=str(scratch), task="text-generation-with-past", do_validation=False, dtype=dtype
+        str(checkpoint),
+        output=str(scratch),
+        task="text-generation-with-past",
+        do_validation=False,
+        dtype=dtype,
+        opset=opset,
     )
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(scratch / "model.onnx", folder)
@@ -200,7 +205,7 @@ def optimum_fp16(model, checkpoint, folder, shape):
     return optimum(model, checkpoint, folder, shape, dtype="fp16")
 
 
-def dynamo(model, checkpoint, folder, shape, opset, dtype=torch.float32, batch=True, external=False):
+def dynamo(model, checkpoint, folder, shape, opset, dtype=torch.float32, batch=True, external=False, optimize=True):
     wrapped = FlatPast(copy.deepcopy(model).to(dtype)).eval()
     example = concat_example(shape, dtype, batch=2 if batch else 1)
     program = torch.onnx.export(
@@ -208,6 +213,7 @@ def dynamo(model, checkpoint, folder, shape, opset, dtype=torch.float32, batch=T
         example,
         dynamo=True,
         opset_version=opset,
+        optimize=optimize,
         verbose=False,
         input_names=["input_ids", "attention_mask", "position_ids", *past_names(shape.layers)],
         output_names=["logits", *present_names(shape.layers)],
@@ -311,11 +317,12 @@ def in_transformers_5(*command):
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
 
 
-def ort_genai(model, checkpoint, folder, shape, precision="fp32"):
+def ort_genai(model, checkpoint, folder, shape, precision="fp32", options=()):
     scratch = folder.with_name(folder.name + ".genai")
     in_transformers_5(
         *("-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(scratch), "-p", precision),
         *("-e", "cpu", "-c", str(scratch / "cache")),
+        *(["--extra_options", *options] if options else []),
     )
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("model.onnx", "model.onnx.data"):
@@ -328,28 +335,24 @@ def ort_genai_fp16(model, checkpoint, folder, shape):
     return ort_genai(model, checkpoint, folder, shape, precision="fp16")
 
 
-def mobius_static(model, checkpoint, folder, shape, dtype="f32"):
+def mobius(checkpoint, folder, *options):
     scratch = folder.with_name(folder.name + ".mobius")
-    in_transformers_5(
-        *("-m", "mobius", "build", "--config", str(checkpoint), "--static-cache", "--max-seq-len", str(CAPACITY)),
-        *("--dtype", dtype, str(scratch)),
-    )
+    in_transformers_5("-m", "mobius", "build", "--config", str(checkpoint), *options, str(scratch))
     folder.mkdir(parents=True, exist_ok=True)
     for path in scratch.glob("model.onnx*"):
         shutil.copy(path, folder)
     shutil.rmtree(scratch)
+
+
+def mobius_static(model, checkpoint, folder, shape, dtype="f32"):
+    mobius(checkpoint, folder, "--static-cache", "--max-seq-len", str(CAPACITY), "--dtype", dtype)
     pairs = [(f"{k}_cache.{i}", f"updated_{k}_cache.{i}") for i in range(shape.layers) for k in ("key", "value")]
     return CacheForm("tensor-scatter", pairs, capacity=CAPACITY)
 
 
 def mobius_concat(model, checkpoint, folder, shape):
     """The dynamic form: ONNX Attention with past_key and past_value."""
-    scratch = folder.with_name(folder.name + ".mobius")
-    in_transformers_5("-m", "mobius", "build", "--config", str(checkpoint), str(scratch))
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in scratch.glob("model.onnx*"):
-        shutil.copy(path, folder)
-    shutil.rmtree(scratch)
+    mobius(checkpoint, folder)
     return concat_form(shape.layers)
 
 

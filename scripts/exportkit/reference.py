@@ -58,9 +58,14 @@ def record(folder, exporter, form, model, shape, seed):
     path = folder / "model.onnx"
     file = onnx.load(path, load_external_data=False)
     elements = {value.name: value.type.tensor_type.elem_type for value in [*file.graph.input, *file.graph.output]}
-    half = elements[form.pairs[0][0]] == onnx.TensorProto.FLOAT16
+    stored = {
+        onnx.TensorProto.FLOAT: torch.float32,
+        onnx.TensorProto.FLOAT16: torch.float16,
+        onnx.TensorProto.BFLOAT16: torch.bfloat16,
+    }[elements[form.pairs[0][0]]]
+    half = stored != torch.float32
     # Weights as the file has them, arithmetic in fp32.
-    truth = copy.deepcopy(model).half().float() if half else model
+    truth = copy.deepcopy(model).to(stored).float() if half else model
     torch_tokens, torch_rows = greedy_with_torch(truth, prompt)
     try:
         try:
@@ -75,7 +80,7 @@ def record(folder, exporter, form, model, shape, seed):
     reference = {
         "family": shape.family,
         "exporter": exporter,
-        "dtype": "fp16" if half else "fp32",
+        "dtype": {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[stored],
         "engine": engine,
         **({"onnxruntime_refuses": failure} if failure else {}),
         "torch_max_difference": None if difference is None else round(difference, 7),

@@ -306,7 +306,7 @@ impl Emitter<'_> {
             let perm = Some(vec![0, 2, 1, 3]);
             let to = [0, 2, 1, 3].map(|i: usize| shape[i].clone()).to_vec();
             x = self.typed(&format!("{name}.tokens"), Op::Transpose { perm }, &[x], dtype, to);
-        } else if !layout.is_batch_first() && layout.token_axis() != 0 {
+        } else if !layout.is_batch_first() && layout.token_axis() > 1 {
             return Err(format!(
                 "{} has the shape {shape:?}, whose order of axes is not understood",
                 source.name

@@ -13,6 +13,8 @@ pub struct TokenLayout {
     tokens: usize,
     /// One axis counts `batch * tokens`.
     merged: bool,
+    /// The token axis counts this many columns of each token, too.
+    inner: usize,
 }
 
 impl TokenLayout {
@@ -26,33 +28,47 @@ impl TokenLayout {
         let batch = fixed_batch.map_or_else(|| Dim::sym(Sym::batch()), Dim::from);
         let tokens = fixed_tokens.map_or_else(|| Dim::sym(Sym::tokens()), Dim::from);
         let both = &batch * &tokens;
+        let times = |dim: &Dim, of: &Dim| {
+            let factor = dim.div_exact(of)?.as_const()?;
+            usize::try_from(factor).ok().filter(|n| *n > 0)
+        };
         if fixed_batch.is_none()
-            && let Some(axis) = shape.iter().position(|d| *d == both)
+            && let Some((axis, inner)) = shape.iter().enumerate().find_map(|(i, d)| Some((i, times(d, &both)?)))
         {
             return Some(TokenLayout {
                 batch: None,
                 tokens: axis,
                 merged: true,
+                inner,
             });
         }
         // With one token and one sequence per call several axes are 1; the batch is then the first of them.
         let first = usize::from(tokens.is_one() && shape.len() > 2);
-        let axis = (first..shape.len()).find(|i| shape[*i] == tokens)?;
+        let exact = (first..shape.len()).find(|i| shape[*i] == tokens).map(|axis| (axis, 1));
+        let (axis, inner) = exact.or_else(|| {
+            // `[batch, tokens * heads, head_dim]`, as when a norm per head runs on three axes.
+            let symbolic = fixed_tokens.is_none();
+            let found = shape.iter().enumerate().take(2);
+            found
+                .filter(|_| symbolic)
+                .find_map(|(i, d)| Some((i, times(d, &tokens)?)))
+        })?;
         Some(TokenLayout {
             batch: (0..shape.len()).find(|i| *i != axis && shape[*i] == batch),
             tokens: axis,
             merged: false,
+            inner,
         })
     }
 
     /// Whether the axes are `[batch, tokens, ..]`.
     pub fn is_batch_first(&self) -> bool {
-        self.batch == Some(0) && self.tokens == 1
+        self.batch == Some(0) && self.tokens == 1 && self.inner == 1
     }
 
     /// Whether the axes are `[batch, heads, tokens, head_dim]`.
     pub fn is_canonical(&self, rank: usize) -> bool {
-        rank == 4 && self.batch == Some(0) && self.tokens == 2
+        rank == 4 && self.batch == Some(0) && self.tokens == 2 && self.inner == 1
     }
 
     pub fn token_axis(&self) -> usize {
@@ -68,18 +84,20 @@ impl TokenLayout {
         let rest: Vec<usize> = (0..dims.len())
             .filter(|i| *i != self.tokens && Some(*i) != self.batch)
             .collect();
-        let columns: usize = rest.iter().map(|i| dims[*i]).product();
+        let outside: usize = rest.iter().map(|i| dims[*i]).product();
+        let columns = outside * self.inner;
         let mut places = Vec::with_capacity(batch * tokens * columns);
         for b in 0..batch {
             for t in 0..tokens {
+                let stride = strides[self.tokens];
                 let row = if self.merged {
-                    (b * tokens + t) * strides[self.tokens]
+                    (b * tokens + t) * self.inner * stride
                 } else {
-                    self.batch.map_or(0, |axis| b * strides[axis]) + t * strides[self.tokens]
+                    self.batch.map_or(0, |axis| b * strides[axis]) + t * self.inner * stride
                 };
                 for column in 0..columns {
-                    let mut left = column;
-                    let mut at = row;
+                    let mut left = column % outside;
+                    let mut at = row + column / outside * stride;
                     for axis in rest.iter().rev() {
                         at += (left % dims[*axis]) * strides[*axis];
                         left /= dims[*axis];

@@ -7,7 +7,26 @@
 //! however an exporter spells it. The last passes write the result (`emit`), check it against the contract (`contract`)
 //! and bring weights into the layout and dtype that the lowering wants.
 //!
-//! A pass takes `&mut Graph` and gives its number of rewrites. Everything that keeps an export from being canonical is
+//! Each plain rewrite is `run(&mut Graph, ..) -> Result<usize, PassError>`, gives the number of rewrites it made (0: the
+//! graph is as it was), leaves the graph sorted and without dead nodes, and can be run alone, in any order and again. A
+//! rewrite that is not sure leaves the graph as it is. Passes read dtypes and shapes that `graph::infer` left on values
+//! and keep those of values they keep; values they add may be untyped, so infer again after a pass.
+//!
+//! | file | rewrite |
+//! |---|---|
+//! | `fold` | constants computed; weights moved by recipe; shape arithmetic by symbolic contents |
+//! | `cleanup` | operators that change nothing; equal nodes and equal constants merged |
+//! | `decompose` | contrib operators into plain ones |
+//! | `layer_norm`, `rms_norm` | normalizations from their parts |
+//! | `activation` | SiLU and GELU from their parts, proven by execution |
+//! | `expand` | attention operators with caches, causality and packed operands into one plain form |
+//! | `emit` | what was understood of attention as canonical operators |
+//! | `shapes` | reshapes with constant targets |
+//! | `positions` | embeddings of positions by `position_ids` |
+//! | `linear` | every linear layer as `MatMul(x, Transpose(weight))` and `Add` |
+//! | `dtype` | another float type for the whole graph |
+//!
+//!  Everything that keeps an export from being canonical is
 //! collected into one [`PassError::Obstacles`], which names layers and nodes.
 
 pub mod activation;
@@ -150,16 +169,15 @@ pub(crate) struct Understood {
 type Pass = fn(&mut Graph) -> Result<usize, PassError>;
 
 /// Passes on the export's own dialect, in order.
-const TIDY: &[(&str, Pass)] = &[("dead", |graph| Ok(remove_dead(graph)))];
+const TIDY: &[(&str, Pass)] = &[
+    ("cleanup", cleanup::run),
+    ("layer_norm", layer_norm::run),
+    ("rms_norm", rms_norm::run),
+    ("activation", activation::run),
+];
 
 /// Passes on the canonical graph, in order.
-const FINISH: &[(&str, Pass)] = &[("dead", |graph| Ok(remove_dead(graph)))];
-
-fn remove_dead(graph: &mut Graph) -> usize {
-    let before = graph.node_ids().count();
-    graph.remove_dead_nodes();
-    before - graph.node_ids().count()
-}
+const FINISH: &[(&str, Pass)] = &[("cleanup", cleanup::run)];
 
 /// Times a pass, sorts the graph behind it and reports.
 fn timed<T>(

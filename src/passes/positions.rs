@@ -156,7 +156,14 @@ fn table(bench: &Bench<'_>, id: ValueId, max_positions: usize) -> Result<(Consta
     if !value.dtype.is_some_and(DType::is_float) {
         return Err("it is computed from positions in a way that was not understood".into());
     }
-    if let Some((_, node)) = graph.def(id)
+    let mut at = id;
+    while let Some((_, node)) = graph.def(at)
+        && let (Op::Cast { .. } | Op::Identity, Some(x)) = (&node.op, node.input(0))
+        && graph.value(x).dtype.is_some_and(DType::is_float)
+    {
+        at = x;
+    }
+    if let Some((_, node)) = graph.def(at)
         && let Op::Gather { axis: 0 } = node.op
         && let (Some(weight), Some(index)) = (node.input(0), node.input(1))
         && let Some(constant) = graph.constant(weight)

@@ -14,8 +14,7 @@ use crate::graph::{Graph, Node, NodeId, ValueId};
 /// One attention of the export.
 #[derive(Clone, Debug)]
 pub struct Root {
-    /// The `Softmax` or `Attention` node.
-    pub node: NodeId,
+    /// Of the `Softmax` or `Attention` node.
     pub name: String,
     /// `[.., tokens, head_dim]`; the leading axes count batch and query heads.
     pub query: ValueId,
@@ -71,8 +70,8 @@ pub fn find(bench: &Bench<'_>) -> (Vec<Root>, Vec<Unrecognised>) {
     for id in graph.node_ids() {
         let node = graph.node(id);
         let found = match &node.op {
-            Op::Softmax { axis } => from_softmax(bench, &uses, id, node, *axis),
-            Op::Attention(_) => from_operator(graph, id, node),
+            Op::Softmax { axis } => from_softmax(bench, &uses, node, *axis),
+            Op::Attention(_) => from_operator(graph, node),
             _ => continue,
         };
         match found {
@@ -87,7 +86,7 @@ pub fn find(bench: &Bench<'_>) -> (Vec<Root>, Vec<Unrecognised>) {
 }
 
 /// `expand` has brought the operator to four dimensions, without past and without causality of its own.
-fn from_operator(graph: &Graph, id: NodeId, node: &Node) -> Result<Root, String> {
+fn from_operator(graph: &Graph, node: &Node) -> Result<Root, String> {
     let Op::Attention(how) = &node.op else {
         unreachable!("called on Attention nodes")
     };
@@ -110,7 +109,6 @@ fn from_operator(graph: &Graph, id: NodeId, node: &Node) -> Result<Root, String>
         _ => MaskTerm::Add(v),
     });
     Ok(Root {
-        node: id,
         name: node.name.clone(),
         query,
         key,
@@ -127,7 +125,7 @@ fn from_operator(graph: &Graph, id: NodeId, node: &Node) -> Result<Root, String>
 
 type Uses = HashMap<ValueId, Vec<(NodeId, usize)>>;
 
-fn from_softmax(bench: &Bench<'_>, uses: &Uses, id: NodeId, node: &Node, axis: i64) -> Result<Root, String> {
+fn from_softmax(bench: &Bench<'_>, uses: &Uses, node: &Node, axis: i64) -> Result<Root, String> {
     let graph = bench.graph;
     let scores = node.input(0).ok_or("its input is missing")?;
     let rank = graph.shape(scores).map_or(0, Vec::len) as i64;
@@ -137,7 +135,6 @@ fn from_softmax(bench: &Bench<'_>, uses: &Uses, id: NodeId, node: &Node, axis: i
     let chain = back_to_product(bench, scores)?;
     let (output, value) = forward_to_product(graph, uses, node.output(0).ok_or("its output is not used")?)?;
     Ok(Root {
-        node: id,
         name: node.name.clone(),
         query: chain.left,
         key: chain.right,

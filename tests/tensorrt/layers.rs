@@ -186,6 +186,12 @@ fn every_kind_of_layer_builds_in_every_float_type() {
 }
 
 #[test]
+fn the_same_network_gives_the_same_plan() {
+    let plan = || build(&every_kind(DType::F16)).unwrap();
+    assert!(plan().bytes() == plan().bytes(), "packages are reproducible");
+}
+
+#[test]
 fn every_operation_builds_in_every_type_that_has_it() {
     let mut net = Net::fixed();
     for float in FLOATS {

@@ -83,6 +83,7 @@ fn the_report_agrees_with_itself() {
     assert_eq!(report.build_refittable.possible, report.driver.is_some());
     assert!(report.driver.is_some() || !report.run.possible, "{report:?}");
     let json = serde_json::to_value(&report).unwrap();
+    eprintln!("{json:#}"); // shown with --nocapture: what this machine is
     assert_eq!(json["build"]["possible"], true);
     assert_eq!(json["library"]["version"], library.version().to_string());
 

@@ -313,7 +313,16 @@ fn decode_prefill_and_dynamic_prefill_build() {
 #[test]
 #[ignore = "half a minute; run it to measure"]
 fn llama_8b_builds_without_weights() {
-    for (tokens, fold) in [(Tokens::Static(1), true), (Tokens::Static(128), false)] {
+    let dynamic = Tokens::Dynamic {
+        min: 1,
+        opt: 128,
+        max: 512,
+    };
+    for (tokens, fold) in [
+        (Tokens::Static(1), true),
+        (Tokens::Static(128), false),
+        (dynamic, false),
+    ] {
         let plan = build(&Net(llama(LARGE, tokens, fold))).unwrap();
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
         let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();

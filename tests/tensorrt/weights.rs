@@ -8,8 +8,6 @@ use lapidary::tensor::{DType, Tensor};
 
 use crate::net::{Net, build, bytes_of, dims, library};
 
-const SIZE: usize = 64 * 32 * 2;
-
 /// Bytes that repeat nowhere, so that finding them in a plan proves that the weight is there.
 fn noise(i: usize) -> u8 {
     let mixed = (i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
@@ -17,15 +15,20 @@ fn noise(i: usize) -> u8 {
     ((mixed >> 32) as u8) & if i % 2 == 1 { 0x3f } else { 0xff }
 }
 
+/// `x wᵀ` for a weight `[1, out, in]`.
 fn linear(constant: impl Into<Constant>, mode: WeightMode) -> Net {
+    let constant = constant.into();
+    let [_, out, depth] = *constant.shape() else {
+        unreachable!()
+    };
     let mut net = Net::fixed();
-    let x = net.input("x", DType::F16, dims([1, 4, 32]));
+    let x = net.input("x", DType::F16, dims([1, 4, depth as i64]));
     let w = net.weight("proj.weight", constant, mode);
     let kind = LayerKind::MatrixMultiply {
         op_a: MatrixOp::None,
         op_b: MatrixOp::Transpose,
     };
-    net.out("proj", kind, [x, w], DType::F16, dims([1, 4, 64]));
+    net.out("proj", kind, [x, w], DType::F16, dims([1, 4, out as i64]));
     net
 }
 
@@ -60,7 +63,7 @@ fn a_bound_weight_needs_no_bytes_and_an_embedded_one_does() {
 #[test]
 fn bytes_at_an_odd_address_embed() {
     let mut data = vec![0u8];
-    data.extend((0..SIZE).map(noise));
+    data.extend((0..64 * 32 * 2).map(noise));
     let weight = Tensor::new(DType::F16, vec![1, 64, 32], Bytes::from(data).slice(1..)).unwrap();
     let run = weight.data().slice(128..144);
     let plan = build(&linear(weight, WeightMode::Embed)).unwrap();
@@ -94,15 +97,22 @@ fn refittable_weights_build_with_a_driver_and_say_so_without() {
         (WeightMode::Embed, Refit::Identical),
         (WeightMode::Embed, Refit::General),
     ] {
-        let weight = bytes_of(DType::F16, &[1, 64, 32], noise);
-        let run = weight.data().slice(128..144);
+        // 4 MiB, far more than the kernels of one layer.
+        let weight = bytes_of(DType::F16, &[1, 2048, 1024], noise);
+        let size = weight.data().len();
         let options = BuildOptions {
             refit,
             ..Default::default()
         };
         let built = tensorrt::build(&library(), &linear(weight, mode).0, &options);
         if has_gpu {
-            assert_eq!(holds(built.unwrap().bytes(), &run), mode == WeightMode::Embed);
+            let plan = built.unwrap();
+            eprintln!("{mode:?} {refit:?}: {plan:?}");
+            assert_eq!(
+                plan.bytes().len() > size,
+                mode == WeightMode::Embed,
+                "{mode:?} {refit:?}: {plan:?}"
+            );
         } else {
             let error = built.unwrap_err();
             assert!(matches!(error, Error::NeedsGpu { .. }), "{error}");
