@@ -26,7 +26,7 @@
 //! | `linear` | every linear layer as `MatMul(x, Transpose(weight))` and `Add` |
 //! | `dtype` | another float type for the whole graph |
 //!
-//!  Everything that keeps an export from being canonical is
+//! Everything that keeps an export from being canonical is
 //! collected into one [`PassError::Obstacles`], which names layers and nodes.
 
 pub mod activation;
