@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use super::PassError;
-use super::pattern::{finish, ints, same_shape, scalar};
+use super::pattern::{finish, ints, node_of, same_shape, scalar};
 use crate::graph::constant::{Constant, Source};
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, Node, ValueId};
@@ -15,7 +15,7 @@ use crate::tensor::DType;
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let mut rewrites = 0;
     loop {
-        let round = merge_constants(graph) + remove_noops(graph) + merge_nodes(graph);
+        let round = merge_constants(graph) + remove_noops(graph) + merge_chains(graph) + merge_nodes(graph);
         finish(graph, round)?;
         if round == 0 {
             return Ok(rewrites);
@@ -33,11 +33,65 @@ pub(super) fn remove_noops(graph: &mut Graph) -> usize {
         if graph.outputs.contains(&output) {
             continue;
         }
-        if let Some(source) = unchanged(graph, node, output) {
+        if let Some(source) = unchanged(graph, node, output).or_else(|| undone(graph, output)) {
             keep_type(graph, output, source);
             graph.replace_uses(output, source);
             graph.remove_node(id);
             count += 1;
+        }
+    }
+    count
+}
+
+/// The value before a chain of reshapes that gives it back as it was.
+fn undone(graph: &Graph, output: ValueId) -> Option<ValueId> {
+    let mut at = output;
+    loop {
+        at = node_of(graph, at).filter(|n| is_reshape(&n.op))?.input(0)?;
+        if same_shape(graph, at, output) {
+            return Some(at);
+        }
+    }
+}
+
+/// Operators that keep the elements and their order.
+fn is_reshape(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Reshape { .. } | Op::Squeeze | Op::Unsqueeze | Op::Flatten { .. } | Op::Identity
+    )
+}
+
+/// A reshape of a reshape reads the first one's input, and two transposes become one.
+fn merge_chains(graph: &mut Graph) -> usize {
+    let mut count = 0;
+    for id in graph.node_ids().collect::<Vec<_>>() {
+        let node = graph.node(id);
+        let Some((x, inner)) = node.input(0).and_then(|x| Some((x, node_of(graph, x)?))) else {
+            continue;
+        };
+        let Some(source) = inner.input(0) else { continue };
+        match (&node.op, &inner.op) {
+            (Op::Reshape { allowzero }, op) if is_reshape(op) => {
+                // A 0 copies a dim of the operand, which another operand does not have.
+                let target = node.input(1).and_then(|t| ints(graph, t));
+                let absolute = target.is_some_and(|t| *allowzero || !t.contains(&0));
+                // It must not reach for what its own result is the undoing of; `undone` takes those.
+                if absolute && source != x {
+                    graph.node_mut(id).inputs[0] = Some(source);
+                    count += 1;
+                }
+            }
+            (Op::Transpose { perm: Some(outer) }, Op::Transpose { perm: Some(first) })
+                if outer.len() == first.len() =>
+            {
+                let perm = Some(outer.iter().map(|p| first[*p]).collect());
+                let node = graph.node_mut(id);
+                node.op = Op::Transpose { perm };
+                node.inputs[0] = Some(source);
+                count += 1;
+            }
+            _ => {}
         }
     }
     count

@@ -25,7 +25,7 @@ mod rotary;
 
 pub use error::EvalError;
 pub use evaluator::{Evaluator, Support, depends_on, support};
-pub use movement::slice_range;
+pub(crate) use movement::{reshape_target, slice_range};
 
 use crate::graph::op::Op;
 use crate::tensor::Tensor;

@@ -14,7 +14,7 @@ pub(super) fn shape_of(x: &Tensor, start: i64, end: Option<i64>) -> Tensor {
 }
 
 /// Target of `Reshape`: 0 copies a dim unless `allowzero`, one -1 takes what is left.
-pub(super) fn reshape_target(from: &[usize], target: &[i64], allowzero: bool) -> Result<Vec<usize>> {
+pub(crate) fn reshape_target(from: &[usize], target: &[i64], allowzero: bool) -> Result<Vec<usize>> {
     let bad = || shape_error(format!("a tensor of shape {from:?} cannot be reshaped to {target:?}"));
     let mut shape = Vec::with_capacity(target.len());
     let mut wild = None;
@@ -214,7 +214,7 @@ fn slice_axis(x: &Tensor, at: usize, start: usize, length: usize) -> Tensor {
 }
 
 /// First element, step and count that a `Slice` takes from an axis of `length`, ONNX's clamping applied.
-pub fn slice_range(length: usize, start: i64, end: i64, step: i64) -> Option<(usize, i64, usize)> {
+pub(crate) fn slice_range(length: usize, start: i64, end: i64, step: i64) -> Option<(usize, i64, usize)> {
     let length = length as i64;
     if step == 0 {
         return None;
