@@ -36,6 +36,7 @@ mod cache;
 pub mod cleanup;
 mod contract;
 pub mod decompose;
+pub mod dtype;
 mod emit;
 mod expand;
 pub mod fold;
@@ -142,6 +143,8 @@ pub enum PassError {
     },
     #[error("{}", list(.obstacles))]
     Obstacles { obstacles: Vec<Obstacle> },
+    #[error("{dtype} cannot hold these constants: {}; choose bf16 or fp32", .constants.join(", "))]
+    Range { dtype: DType, constants: Vec<String> },
     #[error("after the pass {pass:?} the graph is broken ({reason}); this is a bug in Lapidary")]
     Broken { pass: &'static str, reason: String },
 }

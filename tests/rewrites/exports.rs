@@ -5,9 +5,10 @@ use std::path::Path;
 
 use lapidary::graph::infer::infer;
 use lapidary::graph::{Graph, Op};
-use lapidary::passes::{PassError, activation, cleanup, decompose, fold, layer_norm, linear, rms_norm};
+use lapidary::passes::{PassError, activation, cleanup, decompose, dtype, fold, layer_norm, linear, rms_norm};
+use lapidary::tensor::DType;
 
-use super::replay::{exports, replay, unknown_op};
+use super::replay::{exports, replay, replay_within, unknown_op};
 
 type Pass = fn(&mut Graph) -> Result<usize, PassError>;
 
@@ -118,6 +119,43 @@ fn all_passes_together_keep_the_meaning() {
             let direct = weight.is_some_and(|w| w.shape().len() == 2) && node.op == Op::MatMul;
             if direct || matches!(node.op, Op::Gemm { .. } | Op::FusedMatMul { .. }) {
                 failed.push(format!("{}: {} reads its weight directly", name_of(&folder), node.name));
+            }
+        }
+    }
+    assert!(failed.is_empty(), "{} failed:\n{}", failed.len(), failed.join("\n"));
+}
+
+/// Rewritten exports in every other float type.
+#[test]
+fn other_dtypes_stay_close() {
+    let mut failed = Vec::new();
+    for folder in exports() {
+        let Some(mut graph) = load(&folder) else { continue };
+        for (_, pass) in PASSES {
+            infer(&mut graph).unwrap();
+            pass(&mut graph).unwrap();
+        }
+        infer(&mut graph).unwrap();
+        for (to, tolerance) in [(DType::F32, 3e-2), (DType::F16, 6e-2), (DType::Bf16, 0.5)] {
+            let mut graph = graph.clone();
+            dtype::run(&mut graph, to).unwrap();
+            let checked = infer(&mut graph).map_err(|e| e.to_string());
+            let checked = checked.and_then(|_| replay_within(&folder, &graph, Some(tolerance)));
+            if let Err(error) = checked {
+                failed.push(format!("{} in {to}: {error}", name_of(&folder)));
+            }
+            let other = |v| graph.value(v).dtype.is_some_and(|d| d.is_float() && d != to);
+            let left = graph
+                .node_ids()
+                .flat_map(|n| graph.node(n).outputs.clone())
+                .flatten()
+                .find(|v| other(*v));
+            if let Some(left) = left {
+                failed.push(format!(
+                    "{} in {to}: {} is not",
+                    name_of(&folder),
+                    graph.value(left).name
+                ));
             }
         }
     }
