@@ -1,0 +1,191 @@
+//! Memory: an aligned block, and the KV caches that a session owns.
+
+use std::alloc::Layout;
+use std::ptr::NonNull;
+
+use half::{bf16, f16};
+
+use super::error::CpuError;
+use crate::network::Network;
+use crate::tensor::{DType, Tensor};
+
+/// Bytes aligned for any vector load, zeroed. Pages that are never touched cost no memory.
+pub struct Aligned {
+    address: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: it owns its bytes like a `Vec<u8>`.
+unsafe impl Send for Aligned {}
+unsafe impl Sync for Aligned {}
+
+const ALIGNMENT: usize = 64;
+
+impl Aligned {
+    pub fn zeroed(bytes: usize) -> Aligned {
+        let layout = Self::layout(bytes);
+        // SAFETY: the layout's size is not 0.
+        let address = unsafe { std::alloc::alloc_zeroed(layout) };
+        let address = NonNull::new(address).unwrap_or_else(|| std::alloc::handle_alloc_error(layout));
+        Aligned { address, bytes }
+    }
+    fn layout(bytes: usize) -> Layout {
+        Layout::from_size_align(bytes.max(ALIGNMENT), ALIGNMENT).expect("a size that memory can have")
+    }
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+    pub(super) fn address(&self) -> *mut u8 {
+        self.address.as_ptr()
+    }
+    pub fn as_bytes(&self) -> &[u8] {
+        // SAFETY: allocated with at least `bytes` bytes, zeroed at first.
+        unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
+    }
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.address.as_ptr(), self.bytes) }
+    }
+}
+
+impl Drop for Aligned {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout.
+        unsafe { std::alloc::dealloc(self.address.as_ptr(), Self::layout(self.bytes)) }
+    }
+}
+
+/// One cache: `[batch, heads, capacity, head_dim]`, row-major, in the network's cache dtype.
+pub struct Cache {
+    name: String,
+    dtype: DType,
+    shape: [usize; 4],
+    memory: Aligned,
+}
+
+impl Cache {
+    /// The network input it is bound to, for example `key_cache.0`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+    /// `[batch, heads, capacity, head_dim]`
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+    /// The elements, little-endian.
+    pub fn bytes(&self) -> &[u8] {
+        self.memory.as_bytes()
+    }
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.memory.as_bytes_mut()
+    }
+    /// The elements as f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let bytes = self.bytes();
+        match self.dtype {
+            DType::F16 => bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            DType::Bf16 => bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+            _ => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        }
+    }
+    /// Replaces the contents by a tensor of the same dtype and shape.
+    pub fn set(&mut self, tensor: &Tensor) -> Result<(), CpuError> {
+        if tensor.dtype() != self.dtype || tensor.shape() != self.shape {
+            return Err(CpuError::Binding {
+                name: self.name.clone(),
+                reason: format!("holds {} {:?}, given {tensor:?}", self.dtype, self.shape),
+            });
+        }
+        self.bytes_mut().copy_from_slice(tensor.data());
+        Ok(())
+    }
+}
+
+/// Every KV cache of a model, owned by the session and bound to each run.
+///
+/// All programs compiled for one batch size and capacity share one `Caches`. When the capacity is used up, the session
+/// [grows](Caches::grow) it and runs programs compiled for the larger capacity.
+pub struct Caches {
+    pub(super) entries: Vec<Cache>,
+}
+
+impl Caches {
+    /// Zeroed caches for a network, in the order of its updates. The shapes must be static, `tokens` aside.
+    pub fn new(network: &Network) -> Result<Caches, CpuError> {
+        let entries = network.aliases().map(|(input, _)| {
+            let tensor = network.tensor(input);
+            let shape = tensor.shape.iter().map(|d| d.as_const().and_then(|v| usize::try_from(v).ok()));
+            let shape: Option<Vec<usize>> = shape.collect();
+            let Some(Ok(shape)) = shape.map(|s| <[usize; 4]>::try_from(s.as_slice())) else {
+                return Err(CpuError::Dynamic {
+                    tensor: tensor.name.clone(),
+                    shape: format!("{:?}", tensor.shape),
+                });
+            };
+            Ok(Cache::zeroed(tensor.name.clone(), tensor.dtype, shape))
+        });
+        Ok(Caches {
+            entries: entries.collect::<Result<_, _>>()?,
+        })
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Cache> {
+        self.entries.iter()
+    }
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Cache> {
+        self.entries.iter_mut()
+    }
+    /// The cache of that network input.
+    pub fn get_mut(&mut self, name: &str) -> Option<&mut Cache> {
+        self.entries.iter_mut().find(|c| c.name == name)
+    }
+    /// Slots of the first cache; 0 if the network has none.
+    pub fn capacity(&self) -> usize {
+        self.entries.first().map_or(0, |c| c.shape[2])
+    }
+    /// Bytes of all caches.
+    pub fn byte_len(&self) -> usize {
+        self.entries.iter().map(|c| c.memory.len()).sum()
+    }
+
+    /// More slots, keeping the first `live` slots of every cache; the others are zero. Caches are moved one at a time,
+    /// so at most one is held twice. `capacity` may also be smaller, if it still holds `live`.
+    pub fn grow(&mut self, capacity: usize, live: usize) {
+        for cache in &mut self.entries {
+            let [batch, heads, old, dim] = cache.shape;
+            let mut next = Cache::zeroed(std::mem::take(&mut cache.name), cache.dtype, [batch, heads, capacity, dim]);
+            let slot = dim * cache.dtype.size();
+            let kept = live.min(old).min(capacity) * slot;
+            let rows = next.bytes_mut().chunks_exact_mut((capacity * slot).max(1));
+            for (to, from) in rows.zip(cache.bytes().chunks_exact((old * slot).max(1))) {
+                to[..kept].copy_from_slice(&from[..kept]);
+            }
+            *cache = next;
+        }
+    }
+
+    /// Zeroes every cache, as for a new conversation.
+    pub fn clear(&mut self) {
+        for cache in &mut self.entries {
+            cache.bytes_mut().fill(0);
+        }
+    }
+}
+
+impl Cache {
+    fn zeroed(name: String, dtype: DType, shape: [usize; 4]) -> Cache {
+        let bytes = shape.iter().product::<usize>() * dtype.size();
+        Cache {
+            name,
+            dtype,
+            shape,
+            memory: Aligned::zeroed(bytes),
+        }
+    }
+}

@@ -1,0 +1,611 @@
+//! Row programs: which layers run together, and their translation.
+//!
+//! A group is grown backwards from the layer whose result is needed: a producer joins if it was not computed yet and
+//! iterates over the same rows. Results that others need as well are stored on the way. RMSNorm spelt out, SiLU times
+//! the up projection, a residual sum with the norm that follows, a mask made of comparisons: each becomes one step.
+
+use std::collections::{BTreeSet, HashMap};
+
+use super::super::error::CpuError;
+use super::super::kernels::rows::{CHUNK, Class, MAX_OPERANDS, Op, Operand, Place, Register, RowProgram};
+use super::super::program::Work;
+use super::super::view::View;
+use super::{Compiler, per_item};
+use crate::network::{LayerKind, TensorId, UnaryOp};
+
+/// Nanoseconds per element of a simple operation, of one with an exponential, and per operation of a row.
+const SIMPLE: f64 = 0.04;
+const HEAVY: f64 = 0.5;
+const PER_OP: f64 = 8.0;
+
+/// Layers in a group, so that operands and registers stay few.
+const MAX_LAYERS: usize = 16;
+
+impl Compiler<'_> {
+    /// Whether a layer's work waits until its output is needed.
+    pub(super) fn is_lazy(&self, index: usize) -> bool {
+        self.is_row_layer(index)
+            || matches!(
+                self.network.layers[index].kind,
+                LayerKind::Weight(_) | LayerKind::Constant(_) | LayerKind::Shuffle { .. } | LayerKind::Slice { .. }
+            )
+    }
+
+    /// Whether a layer can be part of a row program.
+    pub(super) fn is_row_layer(&self, index: usize) -> bool {
+        let layer = &self.network.layers[index];
+        let last = |axis: usize| axis + 1 == self.shapes[layer.inputs[0].0 as usize].len();
+        match &layer.kind {
+            LayerKind::Elementwise(_)
+            | LayerKind::Unary(_)
+            | LayerKind::Activation(_)
+            | LayerKind::Select
+            | LayerKind::Cast { .. }
+            | LayerKind::Fill { .. } => true,
+            LayerKind::Reduce { axes, keep_dims, .. } => axes.len() == 1 && *keep_dims && last(axes[0]),
+            LayerKind::Softmax { axis } => last(*axis),
+            LayerKind::Normalization { axes, .. } => axes.len() == 1 && last(axes[0]),
+            LayerKind::Weight(_)
+            | LayerKind::Constant(_)
+            | LayerKind::MatrixMultiply { .. }
+            | LayerKind::Shuffle { .. }
+            | LayerKind::Slice { .. }
+            | LayerKind::Concatenation { .. }
+            | LayerKind::Gather { .. }
+            | LayerKind::RotaryEmbedding { .. }
+            | LayerKind::Attention
+            | LayerKind::KvCacheUpdate => false,
+        }
+    }
+
+    fn needs_whole_row(kind: &LayerKind) -> bool {
+        matches!(
+            kind,
+            LayerKind::Reduce { .. } | LayerKind::Softmax { .. } | LayerKind::Normalization { .. }
+        )
+    }
+
+    /// The shape a row layer iterates over.
+    fn iterates(&self, index: usize) -> &[usize] {
+        let layer = &self.network.layers[index];
+        let id = match layer.kind {
+            LayerKind::Reduce { .. } => layer.inputs[0],
+            _ => layer.outputs[0],
+        };
+        &self.shapes[id.0 as usize]
+    }
+
+    /// Whether a layer of this iteration shape may join a group over `space`: the same rows, or one value for each.
+    fn joins(space: &[usize], shape: &[usize]) -> bool {
+        if shape == space {
+            return true;
+        }
+        match (space.split_last(), shape.split_last()) {
+            (Some((_, rows)), Some((last, own))) => *last == 1 && rows == own,
+            _ => false,
+        }
+    }
+
+    fn collect(&self, root: usize) -> BTreeSet<usize> {
+        let space = self.iterates(root).to_vec();
+        let mut group = BTreeSet::from([root]);
+        let mut frontier = vec![root];
+        while let Some(layer) = frontier.pop() {
+            for input in &self.network.layers[layer].inputs {
+                if self.views[input.0 as usize].is_some() || group.len() == MAX_LAYERS {
+                    continue;
+                }
+                if let Some(producer) = self.producer[input.0 as usize]
+                    && self.is_row_layer(producer)
+                    && Self::joins(&space, self.iterates(producer))
+                    && group.insert(producer)
+                {
+                    frontier.push(producer);
+                }
+            }
+        }
+        group
+    }
+
+    /// Emits a row layer together with those it can be fused with.
+    pub(super) fn emit_group(&mut self, root: usize) -> Result<(), CpuError> {
+        let network = self.network;
+        // A cast between floats changes nothing in memory: if its input is there, so is its output.
+        if let LayerKind::Cast { to } = &network.layers[root].kind {
+            let (input, output) = (network.layers[root].inputs[0], network.layers[root].outputs[0]);
+            let floats = to.is_float() && network.tensor(input).dtype.is_float();
+            if let (true, Some(view)) = (floats, &self.views[input.0 as usize]) {
+                let view = view.clone();
+                self.set(output, view);
+                return Ok(());
+            }
+        }
+        // Computing what the group reads may compute some of the group: grow it again until nothing is missing.
+        let group = loop {
+            let group = self.collect(root);
+            let missing = group
+                .iter()
+                .flat_map(|layer| &network.layers[*layer].inputs)
+                .find(|input| {
+                    let inside = self.producer[input.0 as usize].is_some_and(|p| group.contains(&p));
+                    !inside && self.views[input.0 as usize].is_none()
+                })
+                .copied();
+            match missing {
+                Some(input) => {
+                    self.demand(input)?;
+                }
+                None => break group,
+            }
+        };
+        if self.views[network.layers[root].outputs[0].0 as usize].is_some() {
+            return Ok(());
+        }
+        let space = self.iterates(root).to_vec();
+        let whole = group.iter().any(|layer| {
+            Self::needs_whole_row(&network.layers[*layer].kind) || self.iterates(*layer) != space.as_slice()
+        });
+        let mut builder = Builder::new(space, whole);
+        for index in &group {
+            let layer = &network.layers[*index];
+            let mut arguments = Vec::with_capacity(layer.inputs.len());
+            for input in &layer.inputs {
+                let register = match builder.registers.get(input) {
+                    Some(register) => *register,
+                    None => {
+                        let view = self.views[input.0 as usize].clone().expect("demanded above");
+                        let register = builder.read(&view, self.class(*input));
+                        builder.registers.insert(*input, register);
+                        register
+                    }
+                };
+                arguments.push(register);
+            }
+            let output = layer.outputs[0];
+            let needed = *index == root
+                || self.output_of.contains_key(&output)
+                || self.consumers[output.0 as usize].iter().any(|c| !group.contains(c));
+            let to = needed.then(|| self.allocate(output));
+            self.translate(&mut builder, *index, &arguments, to);
+        }
+        let name = network.layers[root].name.clone();
+        self.push_rows(builder, &name);
+        Ok(())
+    }
+
+    /// Adds one layer's operation to a row program; stores its result in `to` if that is given.
+    fn translate(&self, builder: &mut Builder, index: usize, arguments: &[Virtual], to: Option<View>) {
+        let network = self.network;
+        let layer = &network.layers[index];
+        let output = layer.outputs[0];
+        let dtype = network.tensor(output).dtype;
+        let class = self.class(output);
+        let scalar = match &layer.kind {
+            LayerKind::Reduce { .. } => true,
+            LayerKind::Softmax { .. } | LayerKind::Normalization { .. } | LayerKind::Fill { .. } => false,
+            _ => arguments.iter().all(|a| builder.is_scalar(*a)),
+        };
+        // Softmax and normalisation read whole rows; an argument that is one value per row (of length 1) is a row.
+        if let LayerKind::Cast { .. } = &layer.kind
+            && class == Class::Float
+            && self.class(layer.inputs[0]) == Class::Float
+        {
+            builder.registers.insert(output, arguments[0]);
+            if let Some(view) = &to {
+                builder.store(arguments[0], class, view);
+            }
+            return;
+        }
+        let result = builder.result(class, scalar, to.as_ref());
+        let op = match &layer.kind {
+            LayerKind::Elementwise(op) => Op::Binary {
+                op: *op,
+                class: self.class(layer.inputs[0]),
+                wrap: network.tensor(layer.inputs[0]).dtype,
+                a: NOWHERE,
+                b: NOWHERE,
+                to: NOWHERE,
+            },
+            LayerKind::Unary(op) => Op::Unary {
+                op: *op,
+                class: match op {
+                    UnaryOp::IsNan => Class::Float,
+                    _ => class,
+                },
+                wrap: dtype,
+                a: NOWHERE,
+                to: NOWHERE,
+            },
+            LayerKind::Activation(op) => Op::Activation {
+                op: *op,
+                a: NOWHERE,
+                to: NOWHERE,
+            },
+            LayerKind::Select => Op::Select {
+                class,
+                condition: NOWHERE,
+                a: NOWHERE,
+                b: NOWHERE,
+                to: NOWHERE,
+            },
+            LayerKind::Cast { to } => Op::Cast {
+                from: self.class(layer.inputs[0]),
+                a: NOWHERE,
+                class,
+                wrap: *to,
+                to: NOWHERE,
+            },
+            LayerKind::Reduce { op, .. } => Op::Reduce {
+                op: *op,
+                class,
+                wrap: dtype,
+                a: NOWHERE,
+                to: NOWHERE,
+            },
+            LayerKind::Softmax { .. } => Op::Softmax {
+                a: NOWHERE,
+                to: NOWHERE,
+            },
+            LayerKind::Normalization { epsilon, .. } => Op::Normalize {
+                epsilon: *epsilon,
+                a: NOWHERE,
+                scale: NOWHERE,
+                bias: NOWHERE,
+                to: NOWHERE,
+            },
+            LayerKind::Fill { start, step, .. } => Op::Iota {
+                class,
+                wrap: dtype,
+                start: *start,
+                step: *step,
+                to: NOWHERE,
+            },
+            other => unreachable!("{other:?} is no row layer"),
+        };
+        builder.ops.push((op, arguments.to_vec(), Some(result)));
+        builder.registers.insert(output, result);
+        builder.finish_result(result, class, to.as_ref());
+    }
+
+    /// A reduction, softmax or normalisation over other axes than the last: the same program over permuted views.
+    pub(super) fn across_axes(&mut self, index: usize) -> Result<(), CpuError> {
+        let network = self.network;
+        let layer = &network.layers[index];
+        let name = layer.name.clone();
+        let output = layer.outputs[0];
+        let axes = match &layer.kind {
+            LayerKind::Reduce { axes, .. } | LayerKind::Normalization { axes, .. } => axes.clone(),
+            LayerKind::Softmax { axis } => vec![*axis],
+            other => unreachable!("{other:?} has no axes"),
+        };
+        let views = layer.inputs.iter().map(|i| self.demand(*i)).collect::<Result<Vec<_>, _>>()?;
+        let rank = views[0].shape.len();
+        let kept: Vec<usize> = (0..rank).filter(|a| !axes.contains(a)).collect();
+        let perm: Vec<usize> = kept.iter().copied().chain((0..rank).filter(|a| axes.contains(a))).collect();
+        // Kept axes first, then all the others as one.
+        let mut joined = Vec::new();
+        for view in views {
+            let view = view.permuted(&perm);
+            let mut shape: Vec<usize> = view.shape[..kept.len()].to_vec();
+            shape.push(view.shape[kept.len()..].iter().product());
+            joined.push(match view.reshaped(&shape) {
+                Some(view) => view,
+                None => self.densify(&view, false, &name).reshaped(&shape).expect("dense"),
+            });
+        }
+        let space = joined[0].shape.clone();
+        let class = self.class(output);
+        let mut builder = Builder::new(space.clone(), true);
+        let arguments: Vec<Virtual> = joined.iter().map(|view| builder.read(view, class)).collect();
+        let target = if matches!(layer.kind, LayerKind::Reduce { .. }) {
+            let mut shape = space.clone();
+            *shape.last_mut().expect("at least one axis") = 1;
+            self.allocate(output).reshaped(&shape).expect("dense")
+        } else {
+            let storage = super::super::bindings::bound_dtype(network.tensor(output).dtype);
+            let target = self.arena(storage, space);
+            let permuted: Vec<usize> = perm.iter().map(|p| self.shapes[output.0 as usize][*p]).collect();
+            let view = target.reshaped(&permuted).expect("dense").permuted(&super::inverse(&perm));
+            self.set(output, view);
+            target
+        };
+        self.translate(&mut builder, index, &arguments, Some(target));
+        self.push_rows(builder, &name);
+        Ok(())
+    }
+
+    /// A step that copies `from` to `to`, of equal shapes, converting storage.
+    pub(super) fn copy(&mut self, from: &View, to: &View, layer: &str) {
+        let class = Class::of(from.storage);
+        let mut builder = Builder::new(to.shape.clone(), false);
+        let register = builder.read(from, class);
+        builder.store(register, class, to);
+        self.push_rows(builder, layer);
+    }
+
+    fn push_rows(&mut self, builder: Builder, layer: &str) {
+        let (reads, writes) = builder.buffers();
+        let (program, heavy) = builder.build();
+        let units = program.units();
+        if units == 0 || program.length == 0 {
+            return;
+        }
+        let ops = program.ops.len() as f64;
+        let elements = program.chunk.min(program.length) as f64;
+        let one = ops * (PER_OP + elements * SIMPLE) + heavy as f64 * elements * HEAVY;
+        let per_item = per_item(units, one);
+        self.push(
+            layer,
+            Work::Rows { program, per_item },
+            units.div_ceil(per_item),
+            one * units as f64,
+            reads,
+            writes,
+        );
+    }
+}
+
+/// A register before scratch is assigned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Virtual(usize);
+
+/// Stands in an operation until [`Builder::build`] knows its registers.
+const NOWHERE: Register = Register {
+    place: Place::Scratch(u16::MAX),
+    scalar: false,
+};
+
+/// A row program under construction.
+struct Builder {
+    space: Vec<usize>,
+    /// Whether some operation needs whole rows, or some register is one value per row.
+    whole: bool,
+    /// What an operand is, its strides for each axis of `space`, and whether the program writes it.
+    operands: Vec<(View, bool)>,
+    /// Where a register lives if not in scratch, and whether it is scalar.
+    virtuals: Vec<(Option<u16>, bool)>,
+    ops: Vec<(Op, Vec<Virtual>, Option<Virtual>)>,
+    registers: HashMap<TensorId, Virtual>,
+}
+
+impl Builder {
+    /// Axes of size 1 are dropped where rows may be rearranged, so that the last axis is one that matters.
+    fn new(space: Vec<usize>, whole: bool) -> Builder {
+        Builder {
+            space,
+            whole,
+            operands: Vec::new(),
+            virtuals: Vec::new(),
+            ops: Vec::new(),
+            registers: HashMap::new(),
+        }
+    }
+
+    /// The stride along the row: of the last axis that matters.
+    fn row_stride(&self, view: &View) -> isize {
+        let strides = self.strides(view);
+        match self.row_axis() {
+            Some(axis) => strides[axis],
+            None => 1,
+        }
+    }
+
+    fn row_axis(&self) -> Option<usize> {
+        if self.whole {
+            self.space.len().checked_sub(1)
+        } else {
+            (0..self.space.len()).rev().find(|axis| self.space[*axis] != 1)
+        }
+    }
+
+    /// Strides of a view broadcast to the space. An axis of size 1 at the end of a row counts as contiguous.
+    fn strides(&self, view: &View) -> Vec<isize> {
+        let mut strides = view.broadcast(&self.space).strides;
+        if let Some(axis) = self.row_axis()
+            && self.space[axis] == 1
+        {
+            strides[axis] = 1;
+        }
+        strides
+    }
+
+    fn operand(&mut self, view: &View, written: bool) -> u16 {
+        self.operands.push((view.clone(), written));
+        (self.operands.len() - 1) as u16
+    }
+
+    fn register(&mut self, operand: Option<u16>, scalar: bool) -> Virtual {
+        self.virtuals.push((operand, scalar));
+        Virtual(self.virtuals.len() - 1)
+    }
+
+    fn is_scalar(&self, register: Virtual) -> bool {
+        self.virtuals[register.0].1
+    }
+
+    /// A register holding what a view holds: its own memory if the kernel can read that as it is.
+    fn read(&mut self, view: &View, class: Class) -> Virtual {
+        let stride = self.row_stride(view);
+        let operand = self.operand(view, false);
+        let direct = view.storage == class.native() && (stride == 1 || stride == 0);
+        if direct {
+            return self.register(Some(operand), stride == 0);
+        }
+        let register = self.register(None, stride == 0);
+        let load = Op::Load {
+            operand,
+            class,
+            to: NOWHERE,
+        };
+        self.ops.push((load, Vec::new(), Some(register)));
+        register
+    }
+
+    fn writes_in_place(&self, view: &View, class: Class, scalar: bool) -> bool {
+        let stride = self.row_stride(view);
+        // One value per row goes where the operand has one value per row; a row of length 1 is both.
+        let length_one = self.row_axis().is_none_or(|axis| self.space[axis] == 1);
+        view.storage == class.native() && (stride == isize::from(!scalar) || (length_one && stride.abs() <= 1))
+    }
+
+    /// The register for a result, in its own memory if it is stored and the kernel can write that as it is.
+    fn result(&mut self, class: Class, scalar: bool, to: Option<&View>) -> Virtual {
+        match to {
+            Some(view) if self.writes_in_place(view, class, scalar) => {
+                let operand = self.operand(view, true);
+                self.register(Some(operand), scalar)
+            }
+            _ => self.register(None, scalar),
+        }
+    }
+
+    fn finish_result(&mut self, result: Virtual, class: Class, to: Option<&View>) {
+        if let (Some(view), None) = (to, self.virtuals[result.0].0) {
+            self.store(result, class, view);
+        }
+    }
+
+    fn store(&mut self, from: Virtual, class: Class, to: &View) {
+        let operand = self.operand(to, true);
+        let store = Op::Store {
+            from: NOWHERE,
+            class,
+            operand,
+        };
+        self.ops.push((store, vec![from], None));
+    }
+
+    fn buffers(&self) -> (Vec<super::BufferId>, Vec<super::BufferId>) {
+        let of = |written: bool| {
+            let buffers = self.operands.iter().filter(|o| o.1 == written).map(|o| o.0.buffer);
+            buffers.collect::<BTreeSet<_>>().into_iter().collect()
+        };
+        (of(false), of(true))
+    }
+
+    /// Axes merged, scratch assigned. Also the number of operations with an exponential or the like.
+    fn build(self) -> (RowProgram, usize) {
+        debug_assert!(self.operands.len() <= MAX_OPERANDS);
+        let strides: Vec<Vec<isize>> = self.operands.iter().map(|(view, _)| self.strides(view)).collect();
+        let row_axis = self.row_axis();
+        // Axes from the innermost: (size, stride of each operand).
+        let mut axes: Vec<(usize, Vec<isize>)> = Vec::new();
+        for axis in (0..self.space.len()).rev() {
+            let own: Vec<isize> = strides.iter().map(|s| s[axis]).collect();
+            let is_row = Some(axis) == row_axis;
+            if self.space[axis] == 1 && !is_row {
+                continue;
+            }
+            let may_merge = axes.len() > usize::from(self.whole);
+            if let Some((size, inner)) = axes.last_mut()
+                && may_merge
+                && inner.iter().zip(&own).all(|(i, o)| *o == *i * *size as isize)
+            {
+                *size *= self.space[axis];
+                continue;
+            }
+            axes.push((self.space[axis], own));
+        }
+        if axes.is_empty() {
+            axes.push((1, vec![1; strides.len()]));
+        }
+        let (length, row) = axes.remove(0);
+        axes.reverse();
+        let operands = self.operands.iter().enumerate().map(|(i, (view, _))| Operand {
+            buffer: view.buffer,
+            storage: view.storage,
+            offset: view.offset,
+            outer: axes.iter().map(|(_, strides)| strides[i]).collect(),
+            stride: row[i],
+        });
+        let operands = operands.collect();
+
+        // Scratch registers are reused after their last reader.
+        let mut last_use = vec![0; self.virtuals.len()];
+        for (at, (_, arguments, result)) in self.ops.iter().enumerate() {
+            for register in arguments.iter().chain(result) {
+                last_use[register.0] = at;
+            }
+        }
+        let mut places: Vec<Option<u16>> = vec![None; self.virtuals.len()];
+        let mut free: Vec<u16> = Vec::new();
+        let mut slots = 0u16;
+        let mut ops = Vec::with_capacity(self.ops.len());
+        let mut heavy = 0;
+        for (at, (op, arguments, result)) in self.ops.iter().enumerate() {
+            if let Some(result) = result
+                && self.virtuals[result.0].0.is_none()
+                && places[result.0].is_none()
+            {
+                places[result.0] = Some(free.pop().unwrap_or_else(|| {
+                    slots += 1;
+                    slots - 1
+                }));
+            }
+            let register = |v: &Virtual| {
+                let (operand, scalar) = self.virtuals[v.0];
+                let place = match (operand, places[v.0]) {
+                    (Some(operand), _) => Place::Operand(operand),
+                    (None, Some(slot)) => Place::Scratch(slot),
+                    (None, None) => unreachable!("a register read before it is written"),
+                };
+                Register { place, scalar }
+            };
+            let arguments_placed: Vec<Register> = arguments.iter().map(register).collect();
+            ops.push(placed(op, &arguments_placed, result.as_ref().map(register)));
+            heavy += usize::from(is_heavy(op));
+            let mut used: Vec<usize> = arguments.iter().chain(result).map(|v| v.0).collect();
+            used.sort_unstable();
+            used.dedup();
+            for v in used {
+                if last_use[v] == at
+                    && let Some(slot) = places[v]
+                {
+                    free.push(slot);
+                }
+            }
+        }
+        let program = RowProgram {
+            outer: axes.iter().map(|(size, _)| *size).collect(),
+            length,
+            chunk: if self.whole { length } else { length.min(CHUNK) },
+            operands,
+            ops,
+            slots: slots as usize,
+        };
+        (program, heavy)
+    }
+}
+
+fn is_heavy(op: &Op) -> bool {
+    match op {
+        Op::Unary { op, .. } => matches!(
+            op,
+            UnaryOp::Cos | UnaryOp::Sin | UnaryOp::Erf | UnaryOp::Exp | UnaryOp::Log
+        ),
+        Op::Activation { .. } | Op::Softmax { .. } => true,
+        Op::Binary { op, class, .. } => *op == crate::network::Elementwise::Pow && *class == Class::Float,
+        _ => false,
+    }
+}
+
+/// The operation with its registers.
+fn placed(op: &Op, args: &[Register], result: Option<Register>) -> Op {
+    let mut op = op.clone();
+    let out = result.unwrap_or(NOWHERE);
+    match &mut op {
+        Op::Load { to, .. } | Op::Iota { to, .. } => *to = out,
+        Op::Store { from, .. } => *from = args[0],
+        Op::Binary { a, b, to, .. } => (*a, *b, *to) = (args[0], args[1], out),
+        Op::Unary { a, to, .. }
+        | Op::Activation { a, to, .. }
+        | Op::Cast { a, to, .. }
+        | Op::Reduce { a, to, .. }
+        | Op::Softmax { a, to } => (*a, *to) = (args[0], out),
+        Op::Select {
+            condition, a, b, to, ..
+        } => (*condition, *a, *b, *to) = (args[0], args[1], args[2], out),
+        Op::Normalize { a, scale, bias, to, .. } => (*a, *scale, *bias, *to) = (args[0], args[1], args[2], out),
+    }
+    op
+}

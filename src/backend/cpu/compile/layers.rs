@@ -1,0 +1,437 @@
+//! Steps of the layers that are not elementwise, and the views of those that only rearrange.
+
+use super::super::error::CpuError;
+use super::super::kernels::attention;
+use super::super::kernels::gemv;
+use super::super::program::{AttentionStep, MatrixView, Work};
+use super::super::view::{View, dense_strides};
+use super::{Compiler, inverse, per_item};
+use crate::network::{LayerKind, MatrixOp, TensorId};
+use crate::tensor::DType;
+
+/// Nanoseconds per byte read from memory, per multiply-add of a GEMM, and per element moved, on one thread.
+const READ: f64 = 0.06;
+const MULTIPLY: f64 = 0.02;
+const MOVE: f64 = 0.3;
+
+impl Compiler<'_> {
+    /// Emits one layer now: its inputs are demanded, its output gets a view.
+    pub(super) fn emit(&mut self, index: usize) -> Result<(), CpuError> {
+        let network = self.network;
+        let layer = &network.layers[index];
+        let (name, output) = (layer.name.as_str(), layer.outputs[0]);
+        match &layer.kind {
+            LayerKind::Weight(id) => {
+                let tensor = network.weight(*id).constant.materialize()?;
+                let view = self.constant(tensor);
+                self.set(output, view);
+            }
+            LayerKind::Constant(tensor) => {
+                let view = self.constant(tensor.clone());
+                self.set(output, view);
+            }
+            LayerKind::MatrixMultiply { op_a, op_b } => {
+                let a = self.demand(layer.inputs[0])?;
+                let b = self.demand(layer.inputs[1])?;
+                self.matrix_multiply(name, a, *op_a, b, *op_b, output);
+            }
+            LayerKind::Shuffle { first, reshape, second } => {
+                let mut view = self.demand(layer.inputs[0])?;
+                if let Some(perm) = first {
+                    view = view.permuted(perm);
+                }
+                if reshape.is_some() {
+                    // The shape before the second transpose; the output's declared shape is after it.
+                    let after = self.shapes[output.0 as usize].clone();
+                    let target = match second {
+                        Some(perm) => inverse(perm).iter().map(|p| after[*p]).collect(),
+                        None => after,
+                    };
+                    view = match view.reshaped(&target) {
+                        Some(view) => view,
+                        None => {
+                            let dense = self.densify(&view, false, name);
+                            dense.reshaped(&target).expect("a dense view takes any shape")
+                        }
+                    };
+                }
+                if let Some(perm) = second {
+                    view = view.permuted(perm);
+                }
+                self.set(output, view);
+            }
+            LayerKind::Slice { start, stride, .. } => {
+                let view = self.demand(layer.inputs[0])?;
+                let size = self.shapes[output.0 as usize].clone();
+                self.set(output, view.sliced(start, &size, stride));
+            }
+            LayerKind::Concatenation { axis } => {
+                let parts = layer.inputs.iter().map(|i| self.demand(*i)).collect::<Result<Vec<_>, _>>()?;
+                let whole = self.allocate(output);
+                let (mut start, stride) = (vec![0; whole.shape.len()], vec![1; whole.shape.len()]);
+                for part in parts {
+                    let place = whole.sliced(&start, &part.shape, &stride);
+                    self.copy(&part, &place, name);
+                    start[*axis] += part.shape[*axis] as i64;
+                }
+            }
+            LayerKind::Gather { axis } => {
+                let data = self.demand(layer.inputs[0])?;
+                let indices = self.demand(layer.inputs[1])?;
+                let data = self.densify(&data, false, name);
+                let indices = self.densify(&indices, false, name);
+                let out = self.allocate(output);
+                let volume = |dims: &[usize]| dims.iter().product::<usize>();
+                let dims = [volume(&data.shape[..*axis]), data.shape[*axis], volume(&data.shape[axis + 1..])];
+                let total = dims[0] * indices.len();
+                let one = 20.0 + dims[2] as f64 * MOVE;
+                let per_item = per_item(total, one);
+                let (reads, writes) = (vec![data.buffer, indices.buffer], vec![out.buffer]);
+                let work = Work::Gather {
+                    data,
+                    dims,
+                    indices,
+                    out: out.buffer,
+                    per_item,
+                };
+                let items = if out.len() == 0 { 0 } else { total.div_ceil(per_item) };
+                self.push(name, work, items, one * total as f64, reads, writes);
+            }
+            LayerKind::RotaryEmbedding { interleaved, rotary_dim } => {
+                let x = self.demand(layer.inputs[0])?;
+                let x = self.contiguous_rows(x, true, name);
+                let tables = [self.demand(layer.inputs[1])?, self.demand(layer.inputs[2])?];
+                let [mut cos, mut sin] = tables.map(|t| self.densify(&t, false, name));
+                if cos.storage != sin.storage {
+                    cos = self.densify(&cos, true, name);
+                    sin = self.densify(&sin, true, name);
+                }
+                let positions = self.demand(layer.inputs[3])?;
+                let out = self.allocate_for_reader(output);
+                let total = x.shape[..3].iter().product::<usize>();
+                let one = 10.0 + x.shape[3] as f64 * MOVE;
+                let per_item = per_item(total, one);
+                let reads = vec![x.buffer, cos.buffer, sin.buffer, positions.buffer];
+                let writes = vec![out.buffer];
+                let work = Work::Rotate {
+                    x,
+                    cos,
+                    sin,
+                    positions,
+                    out,
+                    rotary_dim: *rotary_dim,
+                    interleaved: *interleaved,
+                    per_item,
+                };
+                self.push(name, work, total.div_ceil(per_item), one * total as f64, reads, writes);
+            }
+            LayerKind::Attention => self.attention(index)?,
+            LayerKind::KvCacheUpdate => self.cache_update(index)?,
+            LayerKind::Reduce { .. } | LayerKind::Softmax { .. } | LayerKind::Normalization { .. }
+                if !self.is_row_layer(index) =>
+            {
+                self.across_axes(index)?;
+            }
+            LayerKind::Elementwise(_)
+            | LayerKind::Unary(_)
+            | LayerKind::Activation(_)
+            | LayerKind::Reduce { .. }
+            | LayerKind::Softmax { .. }
+            | LayerKind::Select
+            | LayerKind::Cast { .. }
+            | LayerKind::Fill { .. }
+            | LayerKind::Normalization { .. } => self.emit_group(index)?,
+        }
+        Ok(())
+    }
+
+    pub(super) fn set(&mut self, id: TensorId, view: View) {
+        self.views[id.0 as usize] = Some(view);
+    }
+
+    /// A view whose last axis is contiguous, and f32 if `widen`.
+    fn contiguous_rows(&mut self, view: View, widen: bool, layer: &str) -> View {
+        let (dim, stride) = (view.shape.last(), view.strides.last());
+        let contiguous = dim.is_none_or(|d| *d <= 1) || stride == Some(&1);
+        if contiguous && !(widen && view.storage != DType::F32) {
+            return view;
+        }
+        self.densify(&view, widen, layer)
+    }
+
+    fn matrix_multiply(&mut self, name: &str, a: View, op_a: MatrixOp, b: View, op_b: MatrixOp, output: TensorId) {
+        let rank = a.shape.len();
+        let oriented = |view: View, op: MatrixOp| match op {
+            MatrixOp::None => view,
+            MatrixOp::Transpose => {
+                let mut perm: Vec<usize> = (0..rank).collect();
+                perm.swap(rank - 2, rank - 1);
+                view.permuted(&perm)
+            }
+        };
+        let (mut a, mut b) = (oriented(a, op_a), oriented(b, op_b));
+        let out = self.allocate(output);
+        let depth = a.shape[rank - 1];
+        let columns = b.shape[rank - 1];
+        // One right matrix for the whole batch, as a weight is: the batch's rows are rows of one left matrix.
+        let one_right = b.shape[..rank - 2].iter().all(|d| *d == 1);
+        if one_right {
+            let rows: usize = a.shape[..rank - 1].iter().product();
+            let few = rows <= gemv::MAX_ROWS;
+            let flat = match a.reshaped(&[rows, depth]) {
+                Some(flat) => flat,
+                None if few => self.densify(&a, true, name).reshaped(&[rows, depth]).expect("dense"),
+                None => self.densify(&a, false, name).reshaped(&[rows, depth]).expect("dense"),
+            };
+            a = flat;
+            b = b.reshaped(&[depth, columns]).unwrap_or_else(|| View {
+                shape: vec![depth, columns],
+                strides: b.strides[rank - 2..].to_vec(),
+                ..b.clone()
+            });
+        }
+        let split = a.shape.len() - 2;
+        let rows = a.shape[split];
+        let batch: Vec<usize> = if one_right { Vec::new() } else { out.shape[..split].to_vec() };
+        let count: usize = batch.iter().product();
+        if count * rows * columns == 0 {
+            return;
+        }
+        let streams = (depth <= 1 || b.strides[split] == 1) && b.strides[split + 1] >= 0;
+        if rows <= gemv::MAX_ROWS && streams {
+            let plain = a.storage == DType::F32 && (depth <= 1 || a.strides[split + 1] == 1) && a.strides[split] >= 0;
+            if !plain {
+                a = self.densify(&a, true, name);
+            }
+            let (left, right) = (matrix_view(&a, &batch), matrix_view(&b, &batch));
+            let bytes = depth * b.storage.size();
+            let per_item = (48 * 1024 / bytes.max(1)).max(4).next_multiple_of(4).min(columns);
+            let one = (bytes as f64 * READ).max((depth * rows) as f64 * MULTIPLY);
+            let (reads, writes) = (vec![a.buffer, b.buffer], vec![out.buffer]);
+            let work = Work::Gemv {
+                left,
+                right,
+                out: out.buffer,
+                rows,
+                columns,
+                depth,
+                per_item,
+            };
+            let items = count * columns.div_ceil(per_item);
+            self.push(name, work, items, one * (count * columns) as f64, reads, writes);
+            return;
+        }
+        // The left side is packed once for each of its own matrices; the batch may repeat them.
+        let known = self.packed.iter().find(|(view, _)| *view == a).map(|(_, packed)| *packed);
+        let own: usize = a.shape[..split].iter().product();
+        let packed = match known {
+            Some(packed) => packed,
+            None => {
+                let to = self.arena(DType::F32, vec![own, rows, depth]).buffer;
+                let tiles = rows.div_ceil(self.isa.tile_rows());
+                let work = Work::PackLeft {
+                    from: matrix_view(&a, &a.shape[..split]),
+                    to,
+                    rows,
+                    depth,
+                };
+                let time = (own * rows * depth) as f64 * MOVE;
+                self.push(name, work, own * tiles, time, vec![a.buffer], vec![to]);
+                self.packed.push((a.clone(), to));
+                to
+            }
+        };
+        let numbers = View {
+            offset: 0,
+            shape: a.shape[..split].to_vec(),
+            strides: dense_strides(&a.shape[..split]),
+            ..a.clone()
+        };
+        let left = offsets(&numbers, &batch).into_iter().map(|i| i as usize).collect();
+        let right = matrix_view(&b, &batch);
+        let panels = columns.div_ceil(self.isa.tile_columns());
+        let time = (count * rows * columns * depth) as f64 * MULTIPLY + (count * columns * depth) as f64 * MOVE;
+        let (reads, writes) = (vec![packed, b.buffer], vec![out.buffer]);
+        let work = Work::Gemm {
+            packed,
+            left,
+            right,
+            out: out.buffer,
+            rows,
+            columns,
+            depth,
+        };
+        self.push(name, work, count * panels, time, reads, writes);
+    }
+
+    fn attention(&mut self, index: usize) -> Result<(), CpuError> {
+        let network = self.network;
+        let layer = &network.layers[index];
+        let name = layer.name.as_str();
+        let views = layer.inputs[..3].iter().map(|i| self.demand(*i)).collect::<Result<Vec<_>, _>>()?;
+        let [q, k, v] = <[View; 3]>::try_from(views).expect("three");
+        let q = self.contiguous_rows(q, true, name);
+        let [mut k, mut v] = [k, v].map(|x| self.contiguous_rows(x, false, name));
+        if k.storage != v.storage {
+            k = self.densify(&k, true, name);
+            v = self.densify(&v, true, name);
+        }
+        // The kernels step through slots with unsigned strides.
+        if v.strides[2] < 0 {
+            v = self.arena_copy(&v, name);
+        }
+        let (batch, heads, tokens, dim) = (q.shape[0], q.shape[1], q.shape[2], q.shape[3]);
+        let (kv_heads, slots) = (k.shape[1], k.shape[2]);
+        let mask = match layer.inputs.get(3) {
+            None => None,
+            Some(id) => {
+                let mask = self.demand(*id)?;
+                let mask = match mask.storage {
+                    DType::Bool | DType::F32 => mask,
+                    _ => self.densify(&mask, true, name),
+                };
+                let live = self.scan(&mask, slots, name);
+                let full = [batch, heads, tokens];
+                let live = live.broadcast(&[&full[..], &[slots.div_ceil(attention::BLOCK)]].concat());
+                Some((mask.broadcast(&[&full[..], &[slots]].concat()), live))
+            }
+        };
+        let out = self.allocate_for_reader(layer.outputs[0]);
+        if out.len() == 0 {
+            return Ok(());
+        }
+        let rows = heads / kv_heads * tokens;
+        let mut reads = vec![q.buffer, k.buffer, v.buffer];
+        reads.extend(mask.iter().flat_map(|(mask, live)| [mask.buffer, live.buffer]));
+        let mut step = AttentionStep {
+            q,
+            k,
+            v,
+            mask,
+            out: out.clone(),
+            partial: None,
+        };
+        let time = (2 * batch * kv_heads * rows * slots * dim) as f64 * MULTIPLY * 2.0 + 500.0;
+        if rows <= attention::FEW {
+            let items = batch * kv_heads * attention::few_chunks(slots);
+            let partial = self.arena(DType::F32, vec![items, rows, 2 + dim]).buffer;
+            step.partial = Some(partial);
+            self.push(name, Work::Few(step.clone()), items, time, reads, vec![partial]);
+            let merged = (batch * heads * tokens * dim * attention::few_chunks(slots)) as f64 * MOVE;
+            self.push(name, Work::Merge(step), 1, merged, vec![partial], vec![out.buffer]);
+        } else {
+            let items = batch * kv_heads * attention::many_panels(self.isa, rows);
+            self.push(name, Work::Many(step), items, time, reads, vec![out.buffer]);
+        }
+        Ok(())
+    }
+
+    fn arena_copy(&mut self, view: &View, layer: &str) -> View {
+        let to = self.arena(view.storage, view.shape.clone());
+        self.copy(view, &to, layer);
+        to
+    }
+
+    /// The table of live blocks of a mask, `[mask's own dims, blocks]`.
+    fn scan(&mut self, mask: &View, slots: usize, name: &str) -> View {
+        let blocks = slots.div_ceil(attention::BLOCK);
+        let shape = vec![mask.shape[0], mask.shape[1], mask.shape[2], blocks];
+        let known = self.scanned.iter().find(|(view, n, _)| view == mask && *n == slots);
+        if let Some((_, _, live)) = known {
+            return View::dense(*live, DType::U8, shape);
+        }
+        let live = self.arena(DType::U8, shape);
+        let total = mask.shape[..3].iter().product::<usize>();
+        let one = slots as f64;
+        let per_item = per_item(total, one);
+        let work = Work::Scan {
+            mask: mask.clone(),
+            slots,
+            live: live.buffer,
+            per_item,
+        };
+        self.push(
+            name,
+            work,
+            total.div_ceil(per_item),
+            one * total as f64,
+            vec![mask.buffer],
+            vec![live.buffer],
+        );
+        self.scanned.push((mask.clone(), slots, live.buffer));
+        live
+    }
+
+    fn cache_update(&mut self, index: usize) -> Result<(), CpuError> {
+        let network = self.network;
+        let layer = &network.layers[index];
+        let name = layer.name.as_str();
+        // Layers that wait and read the cache as it was must run before it changes; none may read it so afterwards.
+        for reader in self.consumers[layer.inputs[0].0 as usize].clone() {
+            if reader < index {
+                let output = network.layers[reader].outputs[0];
+                let view = self.demand(output)?;
+                if view.buffer == self.demand(layer.inputs[0])?.buffer {
+                    let copy = self.arena_copy(&view, name);
+                    self.set(output, copy);
+                }
+            } else if reader > index {
+                return Err(CpuError::Layer {
+                    layer: network.layers[reader].name.clone(),
+                    kind: super::check::kind_name(&network.layers[reader].kind),
+                    reason: format!("reads the cache that {name:?} has updated in place; read the update's output"),
+                });
+            }
+        }
+        let cache = self.demand(layer.inputs[0])?;
+        let update = self.demand(layer.inputs[1])?;
+        let widen = update.storage != cache.storage;
+        let update = self.contiguous_rows(update, widen, name);
+        let indices = self.demand(layer.inputs[2])?;
+        let total = update.shape[..3].iter().product::<usize>();
+        let one = 10.0 + update.shape[3] as f64 * MOVE;
+        let per_item = per_item(total, one);
+        let reads = vec![update.buffer, indices.buffer];
+        let writes = vec![cache.buffer];
+        let work = Work::CacheUpdate {
+            cache: cache.clone(),
+            update,
+            indices,
+            per_item,
+        };
+        self.push(name, work, total.div_ceil(per_item), one * total as f64, reads, writes);
+        self.set(layer.outputs[0], cache);
+        Ok(())
+    }
+
+}
+
+/// The matrices of a view (its last two axes) for every index of a batch that broadcasts its leading axes.
+fn matrix_view(view: &View, batch: &[usize]) -> MatrixView {
+    let split = view.shape.len() - 2;
+    let leading = View {
+        shape: view.shape[..split].to_vec(),
+        strides: view.strides[..split].to_vec(),
+        ..view.clone()
+    };
+    MatrixView {
+        buffer: view.buffer,
+        storage: view.storage,
+        offsets: offsets(&leading, batch),
+        row_stride: view.strides[split],
+        column_stride: view.strides[split + 1],
+    }
+}
+
+/// The offset of every element of a view broadcast to `batch`, in row-major order.
+fn offsets(view: &View, batch: &[usize]) -> Vec<isize> {
+    let mut all = vec![view.offset];
+    for (axis, dim) in batch.iter().enumerate() {
+        let stride = if view.shape[axis] == 1 { 0 } else { view.strides[axis] };
+        all = all
+            .iter()
+            .flat_map(|base| (0..*dim as isize).map(move |i| base + i * stride))
+            .collect();
+    }
+    all
+}

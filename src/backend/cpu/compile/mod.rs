@@ -1,0 +1,402 @@
+//! From a static network to a [`Program`].
+//!
+//! Layers are visited in order. Transposes, slices, broadcasts and most reshapes become views of the buffers they read;
+//! elementwise layers, casts and reductions over the last axis wait until somebody needs their result and are then
+//! emitted together as one row program (`fuse`); everything else becomes steps at once. At the end steps are put into
+//! phases and activations into one arena (`plan`). `check` holds the rules that make the kernels' pointers safe.
+
+mod check;
+mod fuse;
+mod layers;
+mod plan;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::buffer::Aligned;
+use super::error::CpuError;
+use super::kernels::rows::Class;
+use super::pool::Pool;
+use super::program::{Buffer, Memory, Port, Program, Step, Work};
+use super::simd::Isa;
+use super::view::{BufferId, View};
+use crate::network::{Layer, LayerKind, Network, TensorId};
+use crate::tensor::{DType, Tensor};
+
+/// How to compile.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The threads to run on; programs of one session share a pool.
+    pub pool: Arc<Pool>,
+    pub isa: Isa,
+}
+
+impl Default for Options {
+    /// A thread for every core, and the best instruction set of this machine.
+    fn default() -> Self {
+        Options {
+            pool: Pool::global(),
+            isa: Isa::detect(),
+        }
+    }
+}
+
+impl Options {
+    /// The default on a pool of its own.
+    pub fn with_threads(threads: usize) -> Self {
+        Options {
+            pool: Arc::new(Pool::new(threads)),
+            isa: Isa::detect(),
+        }
+    }
+}
+
+impl Program {
+    /// Compiles a network of static shapes (see [`bind_tokens`](super::bind_tokens) for the others). Weights are not
+    /// copied; compiling takes a few milliseconds.
+    pub fn compile(network: &Network, options: &Options) -> Result<Program, CpuError> {
+        let mut compiler = Compiler::new(network, options.isa)?;
+        for i in 0..network.layers.len() {
+            if compiler.live[i] && !compiler.is_lazy(i) {
+                compiler.emit(i)?;
+            }
+        }
+        compiler.finish_outputs()?;
+        let Compiler {
+            steps,
+            mut buffers,
+            inputs,
+            outputs,
+            caches,
+            ..
+        } = compiler;
+        let plan = plan::plan(&steps, &mut buffers, options.pool.threads());
+        let scratch = steps.iter().map(|s| s.work.scratch_bytes(options.isa)).max().unwrap_or(0);
+        Ok(Program {
+            isa: options.isa,
+            pool: options.pool.clone(),
+            counters: plan.phases.iter().map(|_| Default::default()).collect(),
+            phases: plan.phases,
+            steps,
+            buffers,
+            inputs,
+            outputs,
+            caches,
+            arena: Aligned::zeroed(plan.arena_bytes),
+            scratch: (0..options.pool.threads()).map(|_| Aligned::zeroed(scratch)).collect(),
+        })
+    }
+}
+
+pub(super) struct Compiler<'n> {
+    network: &'n Network,
+    isa: Isa,
+    shapes: Vec<Vec<usize>>,
+    /// The layer that computes a tensor.
+    producer: Vec<Option<usize>>,
+    /// The live layers that read a tensor.
+    consumers: Vec<Vec<usize>>,
+    /// Whether a layer contributes to an output or a cache.
+    live: Vec<bool>,
+    /// Where a tensor is, once it is computed.
+    views: Vec<Option<View>>,
+    /// Place in [`Program::outputs`] of a tensor that is a network output.
+    output_of: HashMap<TensorId, usize>,
+    steps: Vec<Step>,
+    buffers: Vec<Buffer>,
+    inputs: Vec<Port>,
+    outputs: Vec<Port>,
+    caches: Vec<Port>,
+    /// Dense copies, packed left matrices and mask tables already made.
+    dense: Vec<(View, View)>,
+    packed: Vec<(View, BufferId)>,
+    scanned: Vec<(View, usize, BufferId)>,
+}
+
+impl<'n> Compiler<'n> {
+    fn new(network: &'n Network, isa: Isa) -> Result<Self, CpuError> {
+        let count = network.tensors.len();
+        let mut producer: Vec<Option<usize>> = vec![None; count];
+        let problem = |layer: &Layer, reason: String| CpuError::Layer {
+            layer: layer.name.clone(),
+            kind: check::kind_name(&layer.kind),
+            reason,
+        };
+        let mut shapes = Vec::with_capacity(count);
+        for tensor in &network.tensors {
+            let dims = tensor.shape.iter().map(|d| d.as_const());
+            let Some(dims) = dims.collect::<Option<Vec<i64>>>() else {
+                let dims: Vec<String> = tensor.shape.iter().map(|d| d.to_string()).collect();
+                return Err(CpuError::Dynamic {
+                    tensor: tensor.name.clone(),
+                    shape: format!("[{}]", dims.join(", ")),
+                });
+            };
+            let dims: Option<Vec<usize>> = dims.into_iter().map(|d| usize::try_from(d).ok()).collect();
+            let bytes = |dims: &[usize]| dims.iter().try_fold(8usize, |n, d| n.checked_mul((*d).max(1)));
+            match dims {
+                Some(dims) if bytes(&dims).is_some_and(|n| n < isize::MAX as usize) => shapes.push(dims),
+                _ => {
+                    return Err(CpuError::Binding {
+                        name: tensor.name.clone(),
+                        reason: format!("the shape {:?} cannot be", tensor.shape),
+                    });
+                }
+            }
+        }
+        let mut known = vec![false; count];
+        for input in &network.inputs {
+            known[input.0 as usize] = true;
+        }
+        for (i, layer) in network.layers.iter().enumerate() {
+            let mut types = Vec::with_capacity(layer.inputs.len());
+            for input in &layer.inputs {
+                let at = input.0 as usize;
+                if at >= count || !known[at] {
+                    return Err(problem(layer, "an input is not computed before it".to_string()));
+                }
+                types.push((network.tensors[at].dtype, shapes[at].clone()));
+            }
+            let outputs = check::outputs(network, layer, &types).map_err(|reason| problem(layer, reason))?;
+            for (id, (dtype, shape)) in layer.outputs.iter().zip(outputs) {
+                let at = id.0 as usize;
+                if at >= count || known[at] {
+                    return Err(problem(layer, "its output is no tensor of its own".to_string()));
+                }
+                let declared = &network.tensors[at];
+                if declared.dtype != dtype || shapes[at] != shape {
+                    let reason = format!("gives {dtype} {shape:?}, declared {} {:?}", declared.dtype, shapes[at]);
+                    return Err(problem(layer, reason));
+                }
+                known[at] = true;
+                producer[at] = Some(i);
+            }
+        }
+        if let Some(output) = network.outputs.iter().find(|o| !known[o.0 as usize]) {
+            return Err(CpuError::Binding {
+                name: network.tensor(*output).name.clone(),
+                reason: "no layer computes this output".to_string(),
+            });
+        }
+
+        let mut live = vec![false; network.layers.len()];
+        let mut wanted: Vec<TensorId> = network.outputs.clone();
+        for (i, layer) in network.layers.iter().enumerate() {
+            if matches!(layer.kind, LayerKind::KvCacheUpdate) {
+                live[i] = true;
+                wanted.extend(&layer.inputs);
+            }
+        }
+        while let Some(tensor) = wanted.pop() {
+            if let Some(i) = producer[tensor.0 as usize]
+                && (!live[i] || network.outputs.contains(&tensor))
+            {
+                live[i] = true;
+                wanted.extend(network.layers[i].inputs.iter().filter(|t| {
+                    producer[t.0 as usize].is_some_and(|p| !live[p])
+                }));
+            }
+        }
+        let mut consumers = vec![Vec::new(); count];
+        for (i, layer) in network.layers.iter().enumerate().filter(|(i, _)| live[*i]) {
+            for input in &layer.inputs {
+                if consumers[input.0 as usize].last() != Some(&i) {
+                    consumers[input.0 as usize].push(i);
+                }
+            }
+        }
+
+        let mut compiler = Compiler {
+            network,
+            isa,
+            shapes,
+            producer,
+            consumers,
+            live,
+            views: vec![None; count],
+            output_of: HashMap::new(),
+            steps: Vec::new(),
+            buffers: Vec::new(),
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            caches: Vec::new(),
+            dense: Vec::new(),
+            packed: Vec::new(),
+            scanned: Vec::new(),
+        };
+        compiler.declare_ports();
+        Ok(compiler)
+    }
+
+    fn port(&self, id: TensorId) -> Port {
+        let tensor = self.network.tensor(id);
+        Port {
+            name: tensor.name.clone(),
+            dtype: tensor.dtype,
+            shape: self.shapes[id.0 as usize].clone(),
+        }
+    }
+
+    fn declare_ports(&mut self) {
+        let aliases: Vec<(TensorId, TensorId)> = self.network.aliases().collect();
+        for (input, _) in &aliases {
+            if self.views[input.0 as usize].is_some() {
+                continue;
+            }
+            let port = self.port(*input);
+            let memory = Memory::Cache(self.caches.len());
+            self.views[input.0 as usize] = Some(self.new_buffer(memory, port.dtype, port.shape.clone()));
+            self.caches.push(port);
+        }
+        for input in &self.network.inputs {
+            if self.views[input.0 as usize].is_some() {
+                continue;
+            }
+            let port = self.port(*input);
+            let memory = Memory::Input(self.inputs.len());
+            let storage = super::bindings::bound_dtype(port.dtype);
+            self.views[input.0 as usize] = Some(self.new_buffer(memory, storage, port.shape.clone()));
+            self.inputs.push(port);
+        }
+        for output in &self.network.outputs {
+            if aliases.iter().any(|(_, updated)| updated == output) || self.output_of.contains_key(output) {
+                continue;
+            }
+            self.output_of.insert(*output, self.outputs.len());
+            let port = self.port(*output);
+            self.outputs.push(port);
+        }
+    }
+
+    // Buffers and views
+
+    fn new_buffer(&mut self, memory: Memory, storage: DType, shape: Vec<usize>) -> View {
+        let id = BufferId(self.buffers.len() as u32);
+        let view = View::dense(id, storage, shape);
+        self.buffers.push(Buffer {
+            memory,
+            bytes: view.len() * storage.size(),
+        });
+        view
+    }
+
+    fn arena(&mut self, storage: DType, shape: Vec<usize>) -> View {
+        self.new_buffer(Memory::Arena { offset: 0 }, storage, shape)
+    }
+
+    fn constant(&mut self, tensor: Tensor) -> View {
+        let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+        self.new_buffer(Memory::Tensor(tensor), dtype, shape)
+    }
+
+    /// Dense memory for a tensor about to be computed, which becomes its view: the caller's, if it is an output.
+    fn allocate(&mut self, id: TensorId) -> View {
+        let storage = super::bindings::bound_dtype(self.network.tensor(id).dtype);
+        let shape = self.shapes[id.0 as usize].clone();
+        let memory = match self.output_of.get(&id) {
+            Some(output) => Memory::Output(*output),
+            None => Memory::Arena { offset: 0 },
+        };
+        let view = self.new_buffer(memory, storage, shape);
+        self.views[id.0 as usize] = Some(view.clone());
+        view
+    }
+
+    /// As [`Compiler::allocate`], but laid out so that the transpose of the only reader gives a dense tensor.
+    fn allocate_for_reader(&mut self, id: TensorId) -> View {
+        let readers = &self.consumers[id.0 as usize];
+        if let ([reader], false) = (readers.as_slice(), self.output_of.contains_key(&id))
+            && let LayerKind::Shuffle { first: Some(perm), .. } = &self.network.layers[*reader].kind
+            // The last axis stays contiguous for the kernel.
+            && perm.last() == Some(&(perm.len() - 1))
+        {
+            let permuted: Vec<usize> = perm.iter().map(|p| self.shapes[id.0 as usize][*p]).collect();
+            let storage = super::bindings::bound_dtype(self.network.tensor(id).dtype);
+            let memory = self.arena(storage, permuted);
+            let view = memory.permuted(&inverse(perm));
+            self.views[id.0 as usize] = Some(view.clone());
+            return view;
+        }
+        self.allocate(id)
+    }
+
+    /// The view of a tensor, computed now if it was waiting.
+    fn demand(&mut self, id: TensorId) -> Result<View, CpuError> {
+        if let Some(view) = &self.views[id.0 as usize] {
+            return Ok(view.clone());
+        }
+        let layer = self.producer[id.0 as usize].expect("checked: every tensor read has a producer");
+        self.emit(layer)?;
+        Ok(self.views[id.0 as usize].clone().expect("emitting a layer sets its output"))
+    }
+
+    /// The elements of a view in row-major order, copied unless they are; floats become f32 if `widen`.
+    fn densify(&mut self, view: &View, widen: bool, layer: &str) -> View {
+        let storage = if widen { super::bindings::bound_dtype(view.storage) } else { view.storage };
+        if view.is_dense() && view.storage == storage {
+            return View {
+                strides: super::view::dense_strides(&view.shape),
+                ..view.clone()
+            };
+        }
+        let known = self.dense.iter().find(|(from, to)| from == view && to.storage == storage);
+        if let Some((_, to)) = known {
+            return to.clone();
+        }
+        let to = self.arena(storage, view.shape.clone());
+        self.copy(view, &to, layer);
+        self.dense.push((view.clone(), to.clone()));
+        to
+    }
+
+    fn push(&mut self, layer: &str, work: Work, items: usize, nanoseconds: f64, reads: Vec<BufferId>, writes: Vec<BufferId>) {
+        if items == 0 {
+            return;
+        }
+        self.steps.push(Step {
+            layer: layer.to_string(),
+            work,
+            items,
+            nanoseconds,
+            reads,
+            writes,
+        });
+    }
+
+    /// Computes network outputs that are still waiting, and copies those that are views of something else.
+    fn finish_outputs(&mut self) -> Result<(), CpuError> {
+        for id in self.network.outputs.clone() {
+            let view = self.demand(id)?;
+            let Some(output) = self.output_of.get(&id).copied() else {
+                continue;
+            };
+            let there = matches!(self.buffers[view.buffer.0 as usize].memory, Memory::Output(o) if o == output);
+            if there {
+                continue;
+            }
+            let port = self.outputs[output].clone();
+            let storage = super::bindings::bound_dtype(port.dtype);
+            let to = self.new_buffer(Memory::Output(output), storage, port.shape);
+            self.copy(&view, &to, &port.name);
+        }
+        Ok(())
+    }
+
+    fn class(&self, id: TensorId) -> Class {
+        Class::of(self.network.tensor(id).dtype)
+    }
+}
+
+fn inverse(perm: &[usize]) -> Vec<usize> {
+    let mut inverse = vec![0; perm.len()];
+    for (i, p) in perm.iter().enumerate() {
+        inverse[*p] = i;
+    }
+    inverse
+}
+
+/// Items of `unit` nanoseconds each, gathered so that taking one is worth it.
+fn per_item(total: usize, nanoseconds: f64) -> usize {
+    const WORTH: f64 = 4_000.0;
+    ((WORTH / nanoseconds.max(0.1)) as usize).clamp(1, total.max(1))
+}

@@ -1,0 +1,107 @@
+//! Which steps run side by side, and where activations lie in the arena.
+
+use std::collections::BTreeSet;
+
+use super::super::program::{Buffer, Memory, Phase, Step};
+
+/// A phase that takes less than this is left to one thread: a barrier and a cold cache cost as much.
+const WORTH_SHARING: f64 = 6_000.0;
+
+pub(super) struct Plan {
+    pub phases: Vec<Phase>,
+    pub arena_bytes: usize,
+}
+
+/// Steps in topological order become phases of independent steps; arena buffers get offsets.
+pub(super) fn plan(steps: &[Step], buffers: &mut [Buffer], threads: usize) -> Plan {
+    let phases = phases(steps, buffers, threads);
+    let arena_bytes = place(steps, buffers, &phases);
+    Plan { phases, arena_bytes }
+}
+
+fn phases(steps: &[Step], buffers: &[Buffer], threads: usize) -> Vec<Phase> {
+    // Each step as early as what it reads allows. A cache is also read by steps that must not see a later write.
+    let mut written = vec![None::<usize>; buffers.len()];
+    let mut read = vec![None::<usize>; buffers.len()];
+    let mut levels: Vec<Vec<usize>> = Vec::new();
+    for (i, step) in steps.iter().enumerate() {
+        let mut level = 0;
+        let mut after = |other: Option<usize>| level = level.max(other.map_or(0, |l| l + 1));
+        for buffer in &step.reads {
+            after(written[buffer.0 as usize]);
+        }
+        for buffer in &step.writes {
+            if let Memory::Cache(_) = buffers[buffer.0 as usize].memory {
+                after(written[buffer.0 as usize]);
+                after(read[buffer.0 as usize]);
+            }
+        }
+        for buffer in &step.reads {
+            let entry = &mut read[buffer.0 as usize];
+            *entry = (*entry).max(Some(level));
+        }
+        for buffer in &step.writes {
+            let entry = &mut written[buffer.0 as usize];
+            *entry = (*entry).max(Some(level));
+        }
+        if levels.len() <= level {
+            levels.resize(level + 1, Vec::new());
+        }
+        levels[level].push(i);
+    }
+    let mut phases: Vec<Phase> = Vec::new();
+    for level in levels {
+        let time: f64 = level.iter().map(|s| steps[*s].nanoseconds).sum();
+        let items: usize = level.iter().map(|s| steps[*s].items).sum();
+        let serial = threads == 1 || items == 1 || time < WORTH_SHARING;
+        match phases.last_mut() {
+            Some(last) if serial && last.serial => last.steps.extend(level),
+            _ => phases.push(Phase { steps: level, serial }),
+        }
+    }
+    phases
+}
+
+/// First fit by offset, longest-lived... in order of first write: simple, and within a few per cent of the peak for
+/// networks that are mostly a chain.
+fn place(steps: &[Step], buffers: &mut [Buffer], phases: &[Phase]) -> usize {
+    // Steps of a shared phase are alive together; those of a serial phase come one after the other.
+    let mut spans = vec![None::<(usize, usize)>; buffers.len()];
+    let mut time = 0;
+    for phase in phases {
+        for step in &phase.steps {
+            for buffer in steps[*step].reads.iter().chain(&steps[*step].writes) {
+                let span = spans[buffer.0 as usize].get_or_insert((time, time));
+                span.1 = time;
+            }
+            time += usize::from(phase.serial);
+        }
+        time += 1;
+    }
+    let mut order: Vec<usize> = (0..buffers.len())
+        .filter(|b| spans[*b].is_some() && matches!(buffers[*b].memory, Memory::Arena { .. }))
+        .collect();
+    order.sort_by_key(|b| (spans[*b], *b));
+    // (last use, offset, end) of the buffers alive.
+    let mut alive: BTreeSet<(usize, usize, usize)> = BTreeSet::new();
+    let mut total = 0;
+    for buffer in order {
+        let (first, last) = spans[buffer].expect("filtered");
+        alive.retain(|(until, _, _)| *until >= first);
+        let mut taken: Vec<(usize, usize)> = alive.iter().map(|(_, start, end)| (*start, *end)).collect();
+        taken.sort_unstable();
+        // A guard of one vector: kernels may load, never use, what lies just beyond a buffer.
+        let bytes = (buffers[buffer].bytes + 64).next_multiple_of(64);
+        let mut offset = 0;
+        for (start, end) in taken {
+            if start >= offset + bytes {
+                break;
+            }
+            offset = offset.max(end);
+        }
+        alive.insert((last, offset, offset + bytes));
+        total = total.max(offset + bytes);
+        buffers[buffer].memory = Memory::Arena { offset };
+    }
+    total
+}

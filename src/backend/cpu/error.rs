@@ -1,0 +1,54 @@
+use std::fmt;
+
+use crate::graph::ConstantError;
+
+/// Why a network cannot be compiled for the CPU or run.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CpuError {
+    /// The network breaks a rule of its level: a fault of whoever made it.
+    #[error("layer {layer:?} ({kind}): {reason}")]
+    Layer {
+        layer: String,
+        kind: &'static str,
+        reason: String,
+    },
+    /// A shape still holds a symbol. The executor runs static shapes; see [`bind_tokens`](super::bind_tokens).
+    #[error("tensor {tensor:?} has the dynamic shape {shape}: bind its tokens to a number first")]
+    Dynamic { tensor: String, shape: String },
+    #[error("{tokens} tokens are outside the profile's {min} to {max}")]
+    Tokens { tokens: usize, min: usize, max: usize },
+    #[error(transparent)]
+    Weight(#[from] ConstantError),
+    /// What the caller bound does not fit the network.
+    #[error("{name:?}: {reason}")]
+    Binding { name: String, reason: String },
+    /// An index computed from the caller's inputs lies outside what it indexes.
+    #[error("layer {layer:?}: {what} {index} is outside 0..{bound}")]
+    Index {
+        layer: String,
+        what: Indexed,
+        index: i64,
+        bound: usize,
+    },
+}
+
+/// What an index stood for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Indexed {
+    /// Of a gather: a token id, when the table is the embedding.
+    Index,
+    /// A position in the rotary tables.
+    Position,
+    /// The first slot of a cache write; the bound leaves room for all its tokens.
+    Slot,
+}
+
+impl fmt::Display for Indexed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Indexed::Index => "index",
+            Indexed::Position => "position",
+            Indexed::Slot => "cache slot",
+        })
+    }
+}

@@ -1,0 +1,257 @@
+//! Many rows times anything: packed panels and register tiles.
+//!
+//! The left matrix is packed once a step into tiles of `[depth, rows]`; the right one, of whatever storage and order,
+//! is converted and packed panel by panel (`2 * LANES` columns by at most [`DEPTH`]) into the first-level cache and
+//! meets every tile there. A panel is one item of work, so results do not depend on who computes it; each element sums
+//! over depth in order.
+
+use super::super::simd::{Bf16, Element, F16, F32, Isa, Kernel, Simd, TileArgs};
+use crate::tensor::DType;
+
+/// Longest piece of the sums packed at once: a panel of it fills two thirds of a 48 KiB first-level cache.
+pub const DEPTH: usize = 256;
+
+/// A matrix of strided elements. Strides are in elements.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix {
+    pub base: *const u8,
+    pub storage: DType,
+    pub row_stride: isize,
+    pub column_stride: isize,
+}
+
+/// Start and length of piece `i` when `total` is cut into the fewest nearly equal pieces of at most `most`.
+pub fn piece(total: usize, most: usize, i: usize) -> (usize, usize) {
+    let count = total.div_ceil(most).max(1);
+    let (base, longer) = (total / count, total % count);
+    (i * base + i.min(longer), base + usize::from(i < longer))
+}
+
+/// Packs tile number `tile` of the left matrix: `packed[first_row * depth ..]` becomes `[depth, tile's rows]`.
+pub struct PackLeft {
+    pub rows: usize,
+    pub depth: usize,
+    pub matrix: Matrix,
+    /// `rows * depth` elements for all tiles.
+    pub packed: *mut f32,
+    pub tile: usize,
+}
+
+impl PackLeft {
+    /// # Safety
+    /// The pointers are valid for the shapes given; nobody else touches this tile.
+    pub unsafe fn run(self, isa: Isa) {
+        unsafe { isa.run(self) }
+    }
+}
+
+impl Kernel for PackLeft {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (first, rows) = piece(self.rows, S::TILE_ROWS, self.tile);
+        let matrix = self.matrix;
+        unsafe {
+            let to = self.packed.add(first * self.depth);
+            let size = matrix.storage.size() as isize;
+            let from = matrix.base.wrapping_offset(first as isize * matrix.row_stride * size);
+            let mut p = 0;
+            if matrix.storage == DType::F32 && matrix.column_stride == 1 && rows <= S::LANES {
+                let from = from.cast::<f32>();
+                // A store writes a whole vector of a block's row; what it writes beyond the tile's rows, the next store
+                // overwrites. The last rows are left to the scalar loop, so that nothing lands beyond the tile.
+                let mut block = [0f32; 16 * 16];
+                while p + 2 * S::LANES <= self.depth {
+                    let block = block.as_mut_ptr();
+                    S::transpose(
+                        |i| {
+                            let row = i.min(rows - 1) as isize;
+                            S::load(from.wrapping_offset(row * matrix.row_stride).wrapping_add(p))
+                        },
+                        |j, v| S::store(block.add(j * S::LANES), v),
+                    );
+                    for j in 0..S::LANES {
+                        S::store(to.add((p + j) * rows), S::load(block.add(j * S::LANES)));
+                    }
+                    p += S::LANES;
+                }
+            }
+            while p < self.depth {
+                for i in 0..rows {
+                    let at = i as isize * matrix.row_stride + p as isize * matrix.column_stride;
+                    let x = match matrix.storage {
+                        DType::F32 => F32::get(from.wrapping_offset(at * 4), 0),
+                        DType::F16 => F16::get(from.wrapping_offset(at * 2), 0),
+                        DType::Bf16 => Bf16::get(from.wrapping_offset(at * 2), 0),
+                        other => unreachable!("a matrix of {other}"),
+                    };
+                    *to.add(p * rows + i) = x;
+                }
+                p += 1;
+            }
+        }
+    }
+}
+
+/// All tiles of the packed left matrix times one panel of the right one.
+pub struct Gemm {
+    pub rows: usize,
+    pub columns: usize,
+    pub depth: usize,
+    /// From [`PackLeft`].
+    pub left: *const f32,
+    /// `[depth, columns]`.
+    pub right: Matrix,
+    /// `[rows, columns]`, rows `out_stride` apart.
+    pub out: *mut f32,
+    pub out_stride: usize,
+    /// [`scratch_len`] elements.
+    pub scratch: *mut f32,
+    pub panel: usize,
+}
+
+/// Elements of scratch that a [`Gemm`] needs.
+pub fn scratch_len(isa: Isa) -> usize {
+    (DEPTH + isa.tile_rows()) * isa.tile_columns()
+}
+
+impl Gemm {
+    /// # Safety
+    /// The pointers are valid for the shapes given; nobody else writes this panel of `out`.
+    pub unsafe fn run(self, isa: Isa) {
+        unsafe { isa.run(self) }
+    }
+}
+
+impl Kernel for Gemm {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let width = 2 * S::LANES;
+        let first_column = self.panel * width;
+        let columns = width.min(self.columns - first_column);
+        let tiles = self.rows.div_ceil(S::TILE_ROWS);
+        let pieces = self.depth.div_ceil(DEPTH).max(1);
+        unsafe {
+            let edge = self.scratch.add(DEPTH * width);
+            for i in 0..pieces {
+                let (first, depth) = piece(self.depth, DEPTH, i);
+                pack_panel::<S>(self.right, first_column, columns, first, depth, self.scratch, width);
+                for tile in 0..tiles {
+                    let (row, rows) = piece(self.rows, S::TILE_ROWS, tile);
+                    let out = self.out.add(row * self.out_stride + first_column);
+                    let mut args = TileArgs {
+                        depth,
+                        a: self.left.add(row * self.depth + first * rows),
+                        a_stride: rows,
+                        b: self.scratch,
+                        b_stride: width,
+                        c: out,
+                        c_stride: self.out_stride,
+                        accumulate: i > 0,
+                    };
+                    if columns == width {
+                        S::tile(rows, args);
+                        continue;
+                    }
+                    // The last, narrower panel: through a full tile of scratch.
+                    (args.c, args.c_stride, args.accumulate) = (edge, width, false);
+                    S::tile(rows, args);
+                    for r in 0..rows {
+                        for c in 0..columns {
+                            let (to, x) = (out.add(r * self.out_stride + c), *edge.add(r * width + c));
+                            *to = if i > 0 { *to + x } else { x };
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `to[p, j] = matrix[first_row + p, first_column + j]` as f32 for `p < depth`; columns from `columns` to `width` are 0.
+///
+/// # Safety
+/// The matrix has those elements; `to` has `[depth, width]`.
+#[inline(always)]
+pub unsafe fn pack_panel<S: Simd>(
+    matrix: Matrix,
+    first_column: usize,
+    columns: usize,
+    first_row: usize,
+    depth: usize,
+    to: *mut f32,
+    width: usize,
+) {
+    unsafe {
+        match matrix.storage {
+            DType::F32 => pack::<S, F32>(matrix, first_column, columns, first_row, depth, to, width),
+            DType::F16 => pack::<S, F16>(matrix, first_column, columns, first_row, depth, to, width),
+            DType::Bf16 => pack::<S, Bf16>(matrix, first_column, columns, first_row, depth, to, width),
+            other => unreachable!("a matrix of {other}"),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn pack<S: Simd, E: Element>(
+    matrix: Matrix,
+    first_column: usize,
+    columns: usize,
+    first_row: usize,
+    depth: usize,
+    to: *mut f32,
+    width: usize,
+) {
+    unsafe {
+        let at = |row: usize, column: usize| {
+            let row = (first_row + row) as isize * matrix.row_stride;
+            let column = (first_column + column) as isize * matrix.column_stride;
+            matrix.base.wrapping_offset((row + column) * E::SIZE as isize)
+        };
+        let lanes = S::LANES;
+        if matrix.row_stride == 1 {
+            // A column is contiguous, as in `[out, in]` weights: square blocks are transposed in registers.
+            let mut column = 0;
+            while column < width {
+                let live = columns.saturating_sub(column).min(lanes);
+                let mut p = 0;
+                while live > 0 && p + lanes <= depth {
+                    S::transpose(
+                        |j| {
+                            if j < live {
+                                E::load::<S>(at(p, column + j), 0)
+                            } else {
+                                S::splat(0.0)
+                            }
+                        },
+                        |i, v| S::store(to.add((p + i) * width + column), v),
+                    );
+                    p += lanes;
+                }
+                for p in p..depth {
+                    for j in 0..lanes {
+                        let x = if j < live { E::get(at(p, column + j), 0) } else { 0.0 };
+                        *to.add(p * width + column + j) = x;
+                    }
+                }
+                column += lanes;
+            }
+            return;
+        }
+        for p in 0..depth {
+            let row = to.add(p * width);
+            let mut column = 0;
+            if matrix.column_stride == 1 {
+                let from = at(p, 0);
+                while column + lanes <= columns {
+                    S::store(row.add(column), E::load::<S>(from, column));
+                    column += lanes;
+                }
+            }
+            for column in column..width {
+                *row.add(column) = if column < columns { E::get(at(p, column), 0) } else { 0.0 };
+            }
+        }
+    }
+}

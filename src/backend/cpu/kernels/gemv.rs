@@ -1,0 +1,119 @@
+//! A few rows times `[out, in]` weights: dot products that stream the weights once.
+//!
+//! This is the whole cost of decode: every weight is read once a token, so what counts is that no byte is read twice
+//! and that the reads run ahead. Weights are converted to f32 in registers.
+
+use super::super::simd::{Bf16, Element, F16, F32, Isa, Kernel, Simd};
+use crate::tensor::DType;
+
+/// Most rows of x for which streaming the weights beats packing them.
+pub const MAX_ROWS: usize = 8;
+
+/// `y[i, j] = sum_p x[i, p] * w[j, p]` for the `j` in `columns`.
+#[derive(Clone)]
+pub struct Gemv {
+    pub rows: usize,
+    /// Length of the sums.
+    pub depth: usize,
+    /// `[rows, depth]`, rows `x_stride` elements apart.
+    pub x: *const f32,
+    pub x_stride: usize,
+    /// `[columns, depth]` of `storage`, rows `w_stride` elements apart, no alignment.
+    pub w: *const u8,
+    pub w_stride: usize,
+    pub storage: DType,
+    /// `[rows, columns]`, rows `y_stride` elements apart.
+    pub y: *mut f32,
+    pub y_stride: usize,
+    pub columns: std::ops::Range<usize>,
+}
+
+impl Gemv {
+    /// # Safety
+    /// The pointers are valid for the shapes given; nobody else writes these columns of y.
+    pub unsafe fn run(self, isa: Isa) {
+        unsafe { isa.run(self) }
+    }
+}
+
+impl Kernel for Gemv {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        unsafe {
+            match self.storage {
+                DType::F32 => self.columns::<S, F32>(),
+                DType::F16 => self.columns::<S, F16>(),
+                DType::Bf16 => self.columns::<S, Bf16>(),
+                other => unreachable!("{other} weights"),
+            }
+        }
+    }
+}
+
+impl Gemv {
+    #[inline(always)]
+    unsafe fn columns<S: Simd, E: Element>(&self) {
+        let mut column = self.columns.start;
+        unsafe {
+            while column + 4 <= self.columns.end {
+                self.rows_of::<S, E, 4>(column);
+                column += 4;
+            }
+            while column < self.columns.end {
+                self.rows_of::<S, E, 1>(column);
+                column += 1;
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn rows_of<S: Simd, E: Element, const C: usize>(&self, column: usize) {
+        let mut row = 0;
+        unsafe {
+            while row + 4 <= self.rows {
+                self.block::<S, E, C, 4>(row, column);
+                row += 4;
+            }
+            match self.rows - row {
+                0 => {}
+                1 => self.block::<S, E, C, 1>(row, column),
+                2 => self.block::<S, E, C, 2>(row, column),
+                _ => self.block::<S, E, C, 3>(row, column),
+            }
+        }
+    }
+
+    /// `C` columns by `R` rows of y.
+    #[inline(always)]
+    unsafe fn block<S: Simd, E: Element, const C: usize, const R: usize>(&self, row: usize, column: usize) {
+        unsafe {
+            let x: [*const f32; R] = std::array::from_fn(|r| self.x.add((row + r) * self.x_stride));
+            let w: [*const u8; C] = std::array::from_fn(|c| self.w.add((column + c) * self.w_stride * E::SIZE));
+            let ahead = 2 * C * self.w_stride * E::SIZE;
+            let mut acc = [[S::splat(0.0); R]; C];
+            let whole = self.depth / S::LANES * S::LANES;
+            let mut p = 0;
+            while p < whole {
+                let xs: [S::V; R] = std::array::from_fn(|r| S::load(x[r].add(p)));
+                for c in 0..C {
+                    S::prefetch(w[c].wrapping_add(p * E::SIZE + ahead));
+                    let weight = E::load::<S>(w[c], p);
+                    for r in 0..R {
+                        acc[c][r] = S::fma(weight, xs[r], acc[c][r]);
+                    }
+                }
+                p += S::LANES;
+            }
+            for c in 0..C {
+                for r in 0..R {
+                    let mut sum = S::sum(acc[c][r]);
+                    for p in whole..self.depth {
+                        sum = S::mul_add(E::get(w[c], p), *x[r].add(p), sum);
+                    }
+                    *self.y.add((row + r) * self.y_stride + column + c) = sum;
+                }
+            }
+        }
+    }
+}

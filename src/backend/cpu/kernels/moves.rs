@@ -1,0 +1,258 @@
+//! Layers that move data by index: gather, rotary embedding, cache update.
+//!
+//! Indices come from the caller at run time, so each is checked; an item with a bad one stops and reports it.
+
+use super::super::simd::{Bf16, Element, F16, F32, Isa, Kernel, Simd};
+use crate::tensor::DType;
+
+/// An index outside its axis: the index and the axis's length.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BadIndex {
+    pub index: i64,
+    pub bound: usize,
+}
+
+/// Element `i` of an integer tensor.
+///
+/// # Safety
+/// It exists.
+pub unsafe fn index_at(base: *const u8, storage: DType, i: isize) -> i64 {
+    unsafe {
+        match storage {
+            DType::I64 => base.cast::<i64>().wrapping_offset(i).read_unaligned(),
+            _ => i64::from(base.cast::<i32>().wrapping_offset(i).read_unaligned()),
+        }
+    }
+}
+
+/// `out[o, i, ..] = data[o, indices[i], ..]` for the pairs (o, i) numbered `o * count + i` in `items`.
+pub struct Gather {
+    /// `[outer, axis, inner]`, dense.
+    pub data: *const u8,
+    pub storage: DType,
+    pub axis: usize,
+    pub inner: usize,
+    /// `[count]`, dense.
+    pub indices: *const u8,
+    pub index_storage: DType,
+    pub count: usize,
+    /// `[outer, count, inner]`; floats as f32, everything else as in `data`.
+    pub out: *mut u8,
+    pub items: std::ops::Range<usize>,
+}
+
+impl Gather {
+    /// # Safety
+    /// The pointers are valid for the shapes given; nobody else writes these items of `out`.
+    pub unsafe fn run(self, isa: Isa) -> Result<(), BadIndex> {
+        unsafe { isa.run(self) }
+    }
+}
+
+impl Kernel for Gather {
+    type Output = Result<(), BadIndex>;
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> Result<(), BadIndex> {
+        let size = self.storage.size();
+        for item in self.items.clone() {
+            let (outer, i) = (item / self.count, item % self.count);
+            let index = unsafe { index_at(self.indices, self.index_storage, i as isize) };
+            if index < 0 || index >= self.axis as i64 {
+                return Err(BadIndex {
+                    index,
+                    bound: self.axis,
+                });
+            }
+            let from = self.data.wrapping_add((outer * self.axis + index as usize) * self.inner * size);
+            let to = self.out.wrapping_add(item * self.inner * if self.storage.is_float() { 4 } else { size });
+            unsafe {
+                match self.storage {
+                    DType::F16 => widen::<S, F16>(from, to, self.inner),
+                    DType::Bf16 => widen::<S, Bf16>(from, to, self.inner),
+                    _ => std::ptr::copy_nonoverlapping(from, to, self.inner * size),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `n` elements as f32.
+#[inline(always)]
+unsafe fn widen<S: Simd, E: Element>(from: *const u8, to: *mut u8, n: usize) {
+    let whole = n / S::LANES * S::LANES;
+    unsafe {
+        for i in (0..whole).step_by(S::LANES) {
+            F32::store::<S>(to, i, E::load::<S>(from, i));
+        }
+        for i in whole..n {
+            F32::set(to, i, E::get(from, i));
+        }
+    }
+}
+
+/// A four-dimensional operand `[batch, heads, tokens, dim]` whose last axis is contiguous.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    pub base: *mut u8,
+    pub storage: DType,
+    /// Of batch, heads and tokens, in elements.
+    pub strides: [isize; 3],
+}
+
+impl Heads {
+    /// The address of a row.
+    #[inline(always)]
+    pub fn row(&self, batch: usize, head: usize, token: usize) -> *mut u8 {
+        let [b, h, t] = self.strides;
+        let at = batch as isize * b + head as isize * h + token as isize * t;
+        self.base.wrapping_offset(at * self.storage.size() as isize)
+    }
+}
+
+/// Rotary embedding of the rows numbered `(batch * tokens + token) * heads + head` in `items`.
+pub struct Rotate {
+    pub x: Heads,
+    pub out: Heads,
+    pub heads: usize,
+    pub tokens: usize,
+    pub dim: usize,
+    pub rotary_dim: usize,
+    pub interleaved: bool,
+    /// `[max_position, rotary_dim / 2]` of `table_storage`, dense.
+    pub cos: *const u8,
+    pub sin: *const u8,
+    pub table_storage: DType,
+    pub max_position: usize,
+    /// `[batch, tokens]` with strides.
+    pub positions: *const u8,
+    pub position_storage: DType,
+    pub position_strides: [isize; 2],
+    pub items: std::ops::Range<usize>,
+}
+
+impl Rotate {
+    /// # Safety
+    /// The pointers are valid for the shapes given; `x` and `out` are f32; nobody else writes these rows of `out`.
+    pub unsafe fn run(self, isa: Isa) -> Result<(), BadIndex> {
+        unsafe { isa.run(self) }
+    }
+}
+
+impl Kernel for Rotate {
+    type Output = Result<(), BadIndex>;
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> Result<(), BadIndex> {
+        for item in self.items.clone() {
+            let (row, head) = (item / self.heads, item % self.heads);
+            let (batch, token) = (row / self.tokens, row % self.tokens);
+            let [b, t] = self.position_strides;
+            let at = batch as isize * b + token as isize * t;
+            let position = unsafe { index_at(self.positions, self.position_storage, at) };
+            if position < 0 || position >= self.max_position as i64 {
+                return Err(BadIndex {
+                    index: position,
+                    bound: self.max_position,
+                });
+            }
+            let x: *const f32 = self.x.row(batch, head, token).cast_const().cast();
+            let out: *mut f32 = self.out.row(batch, head, token).cast();
+            let table = position as usize * (self.rotary_dim / 2) * self.table_storage.size();
+            let (cos, sin) = (self.cos.wrapping_add(table), self.sin.wrapping_add(table));
+            unsafe {
+                match self.table_storage {
+                    DType::F16 => self.row::<F16>(x, out, cos, sin),
+                    DType::Bf16 => self.row::<Bf16>(x, out, cos, sin),
+                    _ => self.row::<F32>(x, out, cos, sin),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Rotate {
+    #[inline(always)]
+    unsafe fn row<E: Element>(&self, x: *const f32, out: *mut f32, cos: *const u8, sin: *const u8) {
+        let half = self.rotary_dim / 2;
+        let (step, partner) = if self.interleaved { (2, 1) } else { (1, half) };
+        unsafe {
+            for i in 0..half {
+                let (c, s) = (E::get(cos, i), E::get(sin, i));
+                let (a, b) = (*x.add(i * step), *x.add(i * step + partner));
+                *out.add(i * step) = a * c - b * s;
+                *out.add(i * step + partner) = a * s + b * c;
+            }
+            for i in self.rotary_dim..self.dim {
+                *out.add(i) = *x.add(i);
+            }
+        }
+    }
+}
+
+/// Writes `update[b, h, t]` into `cache[b, h, write_indices[b] + t]` for the rows numbered
+/// `(b * heads + h) * tokens + t` in `items`.
+pub struct CacheUpdate {
+    pub cache: Heads,
+    pub capacity: usize,
+    pub update: Heads,
+    pub heads: usize,
+    pub tokens: usize,
+    pub dim: usize,
+    pub indices: *const u8,
+    pub index_storage: DType,
+    pub index_stride: isize,
+    pub items: std::ops::Range<usize>,
+}
+
+impl CacheUpdate {
+    /// # Safety
+    /// The pointers are valid for the shapes given; nobody else writes these rows of the cache.
+    pub unsafe fn run(self, isa: Isa) -> Result<(), BadIndex> {
+        unsafe { isa.run(self) }
+    }
+}
+
+impl Kernel for CacheUpdate {
+    type Output = Result<(), BadIndex>;
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> Result<(), BadIndex> {
+        for item in self.items.clone() {
+            let (row, token) = (item / self.tokens, item % self.tokens);
+            let (batch, head) = (row / self.heads, row % self.heads);
+            let first = unsafe { index_at(self.indices, self.index_storage, batch as isize * self.index_stride) };
+            if first < 0 || first > self.capacity as i64 - self.tokens as i64 {
+                return Err(BadIndex {
+                    index: first,
+                    bound: (self.capacity + 1).saturating_sub(self.tokens),
+                });
+            }
+            let to = self.cache.row(batch, head, first as usize + token);
+            let from = self.update.row(batch, head, token).cast_const();
+            unsafe {
+                match (self.update.storage, self.cache.storage) {
+                    (a, b) if a == b => std::ptr::copy_nonoverlapping(from, to, self.dim * a.size()),
+                    (DType::F32, DType::F16) => convert::<S, F32, F16>(from, to, self.dim),
+                    (DType::F32, DType::Bf16) => convert::<S, F32, Bf16>(from, to, self.dim),
+                    (DType::F16, DType::F32) => convert::<S, F16, F32>(from, to, self.dim),
+                    (DType::Bf16, DType::F32) => convert::<S, Bf16, F32>(from, to, self.dim),
+                    (a, b) => unreachable!("{a} written into a cache of {b}"),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+#[inline(always)]
+unsafe fn convert<S: Simd, A: Element, B: Element>(from: *const u8, to: *mut u8, n: usize) {
+    let whole = n / S::LANES * S::LANES;
+    unsafe {
+        for i in (0..whole).step_by(S::LANES) {
+            B::store::<S>(to, i, A::load::<S>(from, i));
+        }
+        for i in whole..n {
+            B::set(to, i, A::get(from, i));
+        }
+    }
+}

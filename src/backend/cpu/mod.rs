@@ -1,0 +1,58 @@
+//! Runs a [`Network`](crate::network::Network) on the CPU.
+//!
+//! The embedded default on a machine without a GPU, and the oracle by which lowerings are tested. It takes a network of
+//! static shapes ([`bind_tokens`] makes one of a dynamic profile), gives each layer TensorRT's documented meaning, and
+//! leaves sampling, the session and the choice of shapes to `decode`.
+//!
+//! ```text
+//! let program = Program::compile(&network, &Options::default())?;      // a few ms; weights stay mapped
+//! let mut caches = Caches::new(&network)?;                             // owned by the session
+//! let mut logits = vec![0f32; vocabulary];
+//! program.run(
+//!     Bindings::new()
+//!         .input("input_ids", &ids[..])                                // i32, [batch, tokens]
+//!         .input("position_ids", &positions[..])
+//!         .input("write_indices", &[past][..])
+//!         .input("logit_rows", &[last][..])
+//!         .caches(&mut caches)                                         // updated in place
+//!         .output("logits", &mut logits[..]),
+//! )?;
+//! caches.grow(1024, live);                                             // then run a program for capacity 1024
+//! ```
+//!
+//! # Arithmetic
+//!
+//! Floats are f32 in memory and in every operation, whatever the network's dtype: a cast between float dtypes changes
+//! nothing. Weights are read in their own dtype (f16, bf16, f32) from where they lie, caches are kept in theirs; both
+//! are converted inside the kernels. NaN and infinities behave as in IEEE 754, with `Max` and `Min` propagating NaN.
+//! Integers wrap around; an integer division by 0 gives 0. A query that attends to nothing gives zeros (TensorRT does
+//! not say); slots masked out must hold finite values, as the canonical graph promises. Results do not depend on the
+//! number of threads; they differ by rounding between instruction sets.
+//!
+//! # Rooms
+//!
+//! `compile` turns layers into steps (views, fusion, phases, arena), `program` runs them, `kernels` are the inner
+//! loops, `simd` the three instruction sets they are compiled for, `pool` the threads, `buffer` memory and
+//! [`Caches`], `bindings` what a caller hands over, `oracle` whole tensors in and out for tests.
+
+mod bindings;
+mod buffer;
+mod compile;
+mod error;
+pub mod kernels;
+mod oracle;
+mod pool;
+mod program;
+pub mod simd;
+mod specialise;
+pub mod view;
+
+pub use bindings::{Bindings, Input, Output};
+pub use buffer::{Aligned, Cache, Caches};
+pub use compile::Options;
+pub use error::{CpuError, Indexed};
+pub use oracle::execute;
+pub use pool::{Pool, available_threads};
+pub use program::{Port, Profile, Program};
+pub use simd::Isa;
+pub use specialise::bind_tokens;
