@@ -127,7 +127,10 @@ impl<'a> Bindings<'a> {
             if entry.dtype() != port.dtype || entry.shape().as_slice() != port.shape {
                 let (dtype, shape) = (entry.dtype(), entry.shape());
                 let wanted = format!("{} {:?}", port.dtype, port.shape);
-                return Err(problem(port, format!("the program needs {wanted}, the cache is {dtype} {shape:?}")));
+                return Err(problem(
+                    port,
+                    format!("the program needs {wanted}, the cache is {dtype} {shape:?}"),
+                ));
             }
             addresses.push(entry.bytes_mut().as_mut_ptr());
         }
@@ -146,7 +149,10 @@ fn fits(port: &Port, dtype: DType, len: usize) -> Result<(), CpuError> {
         return Ok(());
     }
     let shape = &port.shape;
-    Err(problem(port, format!("needs {wanted} {shape:?}, bound to {len} elements of {dtype}")))
+    Err(problem(
+        port,
+        format!("needs {wanted} {shape:?}, bound to {len} elements of {dtype}"),
+    ))
 }
 
 fn problem(port: &Port, reason: String) -> CpuError {

@@ -89,8 +89,18 @@ impl Cache {
     pub fn to_f32(&self) -> Vec<f32> {
         let bytes = self.bytes();
         match self.dtype {
-            DType::F16 => bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-            DType::Bf16 => bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+            DType::F16 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| f16::from_le_bytes(*b).to_f32())
+                .collect(),
+            DType::Bf16 => bytes
+                .as_chunks()
+                .0
+                .iter()
+                .map(|b| bf16::from_le_bytes(*b).to_f32())
+                .collect(),
             _ => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
         }
     }
@@ -120,7 +130,10 @@ impl Caches {
     pub fn new(network: &Network) -> Result<Caches, CpuError> {
         let entries = network.aliases().map(|(input, _)| {
             let tensor = network.tensor(input);
-            let shape = tensor.shape.iter().map(|d| d.as_const().and_then(|v| usize::try_from(v).ok()));
+            let shape = tensor
+                .shape
+                .iter()
+                .map(|d| d.as_const().and_then(|v| usize::try_from(v).ok()));
             let shape: Option<Vec<usize>> = shape.collect();
             let Some(Ok(shape)) = shape.map(|s| <[usize; 4]>::try_from(s.as_slice())) else {
                 return Err(CpuError::Dynamic {
@@ -159,7 +172,11 @@ impl Caches {
     pub fn grow(&mut self, capacity: usize, live: usize) {
         for cache in &mut self.entries {
             let [batch, heads, old, dim] = cache.shape;
-            let mut next = Cache::zeroed(std::mem::take(&mut cache.name), cache.dtype, [batch, heads, capacity, dim]);
+            let mut next = Cache::zeroed(
+                std::mem::take(&mut cache.name),
+                cache.dtype,
+                [batch, heads, capacity, dim],
+            );
             let slot = dim * cache.dtype.size();
             let kept = live.min(old).min(capacity) * slot;
             let rows = next.bytes_mut().chunks_exact_mut((capacity * slot).max(1));

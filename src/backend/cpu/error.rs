@@ -1,11 +1,15 @@
 use std::fmt;
 
 use crate::graph::ConstantError;
+use crate::network::VerifyError;
 
 /// Why a network cannot be compiled for the CPU or run.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum CpuError {
     /// The network breaks a rule of its level: a fault of whoever made it.
+    #[error(transparent)]
+    Network(#[from] VerifyError),
+    /// The network keeps the rules, but asks for what the executor does not do.
     #[error("layer {layer:?} ({kind}): {reason}")]
     Layer {
         layer: String,

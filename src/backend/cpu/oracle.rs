@@ -26,7 +26,10 @@ pub fn execute(
     let values = ports_in
         .iter()
         .map(|port| {
-            let tensor = inputs.iter().find(|(name, _)| *name == port.name).map(|(_, tensor)| tensor);
+            let tensor = inputs
+                .iter()
+                .find(|(name, _)| *name == port.name)
+                .map(|(_, tensor)| tensor);
             let tensor = tensor.ok_or_else(|| problem(port, "not given".to_string()))?;
             if tensor.dtype() != port.dtype || tensor.shape() != port.shape {
                 let wanted = format!("needs {} {:?}, given {tensor:?}", port.dtype, port.shape);
@@ -52,12 +55,17 @@ pub fn execute(
         let tensor = network.tensor(*id);
         let value = match network.aliases().find(|(_, updated)| updated == id) {
             Some((cache, _)) => {
-                let cache = caches.get_mut(&network.tensor(cache).name).expect("made for this network");
+                let cache = caches
+                    .get_mut(&network.tensor(cache).name)
+                    .expect("made for this network");
                 let bytes = cache.bytes().to_vec();
                 Tensor::new(cache.dtype(), cache.shape().to_vec(), bytes.into()).expect("sized for its shape")
             }
             None => {
-                let at = ports_out.iter().position(|p| p.name == tensor.name).expect("a port for every output");
+                let at = ports_out
+                    .iter()
+                    .position(|p| p.name == tensor.name)
+                    .expect("a port for every output");
                 results[at].tensor(&ports_out[at])
             }
         };

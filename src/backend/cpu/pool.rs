@@ -76,7 +76,10 @@ impl Team<'_> {
         }
         let mut spins = 0;
         while barrier.generation.load(Ordering::Acquire) == generation {
-            assert!(!barrier.broken.load(Ordering::Relaxed), "another thread of the run panicked");
+            assert!(
+                !barrier.broken.load(Ordering::Relaxed),
+                "another thread of the run panicked"
+            );
             relax(&mut spins, SPINS);
         }
     }
@@ -178,8 +181,7 @@ fn work(shared: &Shared, thread: usize) {
     let mut seen = 0;
     loop {
         let mut spins = 0;
-        while shared.run.load(Ordering::Acquire) == seen && !shared.stop.load(Ordering::Acquire) && spins < IDLE_SPINS
-        {
+        while shared.run.load(Ordering::Acquire) == seen && !shared.stop.load(Ordering::Acquire) && spins < IDLE_SPINS {
             spins += 1;
             std::hint::spin_loop();
         }

@@ -20,7 +20,9 @@ use crate::tensor::{DType, Tensor};
 #[derive(Clone, Debug)]
 pub(super) enum Memory {
     /// In the program's arena. The offset, in bytes, is planned last.
-    Arena { offset: usize },
+    Arena {
+        offset: usize,
+    },
     /// A weight or constant, used where it lies.
     Tensor(Tensor),
     /// Network input, by its place in [`Program::inputs`].
@@ -282,7 +284,11 @@ impl Program {
 impl std::fmt::Debug for Program {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (steps, phases) = (self.steps.len(), self.phases.len());
-        write!(f, "Program({steps} steps in {phases} phases, {:?}, {:?})", self.isa, self.pool)
+        write!(
+            f,
+            "Program({steps} steps in {phases} phases, {:?}, {:?})",
+            self.isa, self.pool
+        )
     }
 }
 
@@ -620,4 +626,3 @@ impl Work {
         }
     }
 }
-

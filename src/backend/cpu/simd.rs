@@ -41,9 +41,7 @@ impl Isa {
             use std::arch::is_x86_feature_detected as has;
             let avx2 = has!("avx2") && has!("fma") && has!("f16c");
             match self {
-                Isa::Avx512 => {
-                    avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl")
-                }
+                Isa::Avx512 => avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl"),
                 Isa::Avx2 => avx2,
                 Isa::Portable => true,
             }
@@ -456,7 +454,10 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn store_f16(p: *mut u16, v: [f32; 4]) {
-        unsafe { p.cast::<[u16; 4]>().write_unaligned(v.map(|x| f16::from_f32(x).to_bits())) }
+        unsafe {
+            p.cast::<[u16; 4]>()
+                .write_unaligned(v.map(|x| f16::from_f32(x).to_bits()))
+        }
     }
     #[inline(always)]
     unsafe fn add(a: [f32; 4], b: [f32; 4]) -> [f32; 4] {

@@ -27,7 +27,10 @@ pub fn bind_tokens(network: &Network, tokens: usize) -> Result<Network, CpuError
     }
     for layer in &mut bound.layers {
         match &mut layer.kind {
-            LayerKind::Shuffle { reshape: Some(shape), .. } | LayerKind::Slice { size: shape, .. } => bind(shape),
+            LayerKind::Shuffle {
+                reshape: Some(shape), ..
+            }
+            | LayerKind::Slice { size: shape, .. } => bind(shape),
             LayerKind::Fill { length, .. } => *length = length.substitute(&values),
             _ => {}
         }

@@ -182,10 +182,11 @@ impl Compiler<'_> {
         let class = self.class(output);
         let scalar = match &layer.kind {
             LayerKind::Reduce { .. } => true,
-            LayerKind::Softmax { .. } | LayerKind::Normalization { .. } | LayerKind::Fill { .. } => false,
+            LayerKind::Fill { .. } => false,
+            // A row of one element next to longer ones is one value per row.
+            LayerKind::Softmax { .. } | LayerKind::Normalization { .. } => builder.is_scalar(arguments[0]),
             _ => arguments.iter().all(|a| builder.is_scalar(*a)),
         };
-        // Softmax and normalisation read whole rows; an argument that is one value per row (of length 1) is a row.
         if let LayerKind::Cast { .. } = &layer.kind
             && class == Class::Float
             && self.class(layer.inputs[0]) == Class::Float
@@ -278,10 +279,18 @@ impl Compiler<'_> {
             LayerKind::Softmax { axis } => vec![*axis],
             other => unreachable!("{other:?} has no axes"),
         };
-        let views = layer.inputs.iter().map(|i| self.demand(*i)).collect::<Result<Vec<_>, _>>()?;
+        let views = layer
+            .inputs
+            .iter()
+            .map(|i| self.demand(*i))
+            .collect::<Result<Vec<_>, _>>()?;
         let rank = views[0].shape.len();
         let kept: Vec<usize> = (0..rank).filter(|a| !axes.contains(a)).collect();
-        let perm: Vec<usize> = kept.iter().copied().chain((0..rank).filter(|a| axes.contains(a))).collect();
+        let perm: Vec<usize> = kept
+            .iter()
+            .copied()
+            .chain((0..rank).filter(|a| axes.contains(a)))
+            .collect();
         // Kept axes first, then all the others as one.
         let mut joined = Vec::new();
         for view in views {
@@ -305,7 +314,10 @@ impl Compiler<'_> {
             let storage = super::super::bindings::bound_dtype(network.tensor(output).dtype);
             let target = self.arena(storage, space);
             let permuted: Vec<usize> = perm.iter().map(|p| self.shapes[output.0 as usize][*p]).collect();
-            let view = target.reshaped(&permuted).expect("dense").permuted(&super::inverse(&perm));
+            let view = target
+                .reshaped(&permuted)
+                .expect("dense")
+                .permuted(&super::inverse(&perm));
             self.set(output, view);
             target
         };
@@ -427,11 +439,17 @@ impl Builder {
     fn read(&mut self, view: &View, class: Class) -> Virtual {
         let stride = self.row_stride(view);
         let operand = self.operand(view, false);
-        let direct = view.storage == class.native() && (stride == 1 || stride == 0);
+        // An element repeated along a whole row, as an expanding slice does, is a row to what reduces over it.
+        let repeated = match self.row_axis() {
+            Some(axis) => self.whole && stride == 0 && view.shape[axis] != 1,
+            None => false,
+        };
+        let scalar = stride == 0 && !repeated;
+        let direct = view.storage == class.native() && (stride == 1 || scalar);
         if direct {
-            return self.register(Some(operand), stride == 0);
+            return self.register(Some(operand), scalar);
         }
-        let register = self.register(None, stride == 0);
+        let register = self.register(None, scalar);
         let load = Op::Load {
             operand,
             class,

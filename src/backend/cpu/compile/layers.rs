@@ -66,7 +66,11 @@ impl Compiler<'_> {
                 self.set(output, view.sliced(start, &size, stride));
             }
             LayerKind::Concatenation { axis } => {
-                let parts = layer.inputs.iter().map(|i| self.demand(*i)).collect::<Result<Vec<_>, _>>()?;
+                let parts = layer
+                    .inputs
+                    .iter()
+                    .map(|i| self.demand(*i))
+                    .collect::<Result<Vec<_>, _>>()?;
                 let whole = self.allocate(output);
                 let (mut start, stride) = (vec![0; whole.shape.len()], vec![1; whole.shape.len()]);
                 for part in parts {
@@ -82,7 +86,11 @@ impl Compiler<'_> {
                 let indices = self.densify(&indices, false, name);
                 let out = self.allocate(output);
                 let volume = |dims: &[usize]| dims.iter().product::<usize>();
-                let dims = [volume(&data.shape[..*axis]), data.shape[*axis], volume(&data.shape[axis + 1..])];
+                let dims = [
+                    volume(&data.shape[..*axis]),
+                    data.shape[*axis],
+                    volume(&data.shape[axis + 1..]),
+                ];
                 let total = dims[0] * indices.len();
                 let one = 20.0 + dims[2] as f64 * MOVE;
                 let per_item = per_item(total, one);
@@ -97,7 +105,10 @@ impl Compiler<'_> {
                 let items = if out.len() == 0 { 0 } else { total.div_ceil(per_item) };
                 self.push(name, work, items, one * total as f64, reads, writes);
             }
-            LayerKind::RotaryEmbedding { interleaved, rotary_dim } => {
+            LayerKind::RotaryEmbedding {
+                interleaved,
+                rotary_dim,
+            } => {
                 let x = self.demand(layer.inputs[0])?;
                 let x = self.contiguous_rows(x, true, name);
                 let tables = [self.demand(layer.inputs[1])?, self.demand(layer.inputs[2])?];
@@ -192,7 +203,11 @@ impl Compiler<'_> {
         }
         let split = a.shape.len() - 2;
         let rows = a.shape[split];
-        let batch: Vec<usize> = if one_right { Vec::new() } else { out.shape[..split].to_vec() };
+        let batch: Vec<usize> = if one_right {
+            Vec::new()
+        } else {
+            out.shape[..split].to_vec()
+        };
         let count: usize = batch.iter().product();
         if count * rows * columns == 0 {
             return;
@@ -222,7 +237,11 @@ impl Compiler<'_> {
             return;
         }
         // The left side is packed once for each of its own matrices; the batch may repeat them.
-        let known = self.packed.iter().find(|(view, _)| *view == a).map(|(_, packed)| *packed);
+        let known = self
+            .packed
+            .iter()
+            .find(|(view, _)| *view == a)
+            .map(|(_, packed)| *packed);
         let own: usize = a.shape[..split].iter().product();
         let packed = match known {
             Some(packed) => packed,
@@ -268,7 +287,10 @@ impl Compiler<'_> {
         let network = self.network;
         let layer = &network.layers[index];
         let name = layer.name.as_str();
-        let views = layer.inputs[..3].iter().map(|i| self.demand(*i)).collect::<Result<Vec<_>, _>>()?;
+        let views = layer.inputs[..3]
+            .iter()
+            .map(|i| self.demand(*i))
+            .collect::<Result<Vec<_>, _>>()?;
         let [q, k, v] = <[View; 3]>::try_from(views).expect("three");
         let q = self.contiguous_rows(q, true, name);
         let [mut k, mut v] = [k, v].map(|x| self.contiguous_rows(x, false, name));
@@ -378,7 +400,7 @@ impl Compiler<'_> {
             } else if reader > index {
                 return Err(CpuError::Layer {
                     layer: network.layers[reader].name.clone(),
-                    kind: super::check::kind_name(&network.layers[reader].kind),
+                    kind: network.layers[reader].kind.name(),
                     reason: format!("reads the cache that {name:?} has updated in place; read the update's output"),
                 });
             }
@@ -403,7 +425,6 @@ impl Compiler<'_> {
         self.set(layer.outputs[0], cache);
         Ok(())
     }
-
 }
 
 /// The matrices of a view (its last two axes) for every index of a batch that broadcasts its leading axes.

@@ -3,9 +3,9 @@
 //! Layers are visited in order. Transposes, slices, broadcasts and most reshapes become views of the buffers they read;
 //! elementwise layers, casts and reductions over the last axis wait until somebody needs their result and are then
 //! emitted together as one row program (`fuse`); everything else becomes steps at once. At the end steps are put into
-//! phases and activations into one arena (`plan`). `check` holds the rules that make the kernels' pointers safe.
+//! phases and activations into one arena (`plan`). The kernels trust shapes with raw pointers, so every network is
+//! verified first, whoever made it.
 
-mod check;
 mod fuse;
 mod layers;
 mod plan;
@@ -20,7 +20,7 @@ use super::pool::Pool;
 use super::program::{Buffer, Memory, Port, Program, Step, Work};
 use super::simd::Isa;
 use super::view::{BufferId, View};
-use crate::network::{Layer, LayerKind, Network, TensorId};
+use crate::network::{LayerKind, Network, TensorId, verify};
 use crate::tensor::{DType, Tensor};
 
 /// How to compile.
@@ -71,7 +71,11 @@ impl Program {
             ..
         } = compiler;
         let plan = plan::plan(&steps, &mut buffers, options.pool.threads());
-        let scratch = steps.iter().map(|s| s.work.scratch_bytes(options.isa)).max().unwrap_or(0);
+        let scratch = steps
+            .iter()
+            .map(|s| s.work.scratch_bytes(options.isa))
+            .max()
+            .unwrap_or(0);
         Ok(Program {
             isa: options.isa,
             pool: options.pool.clone(),
@@ -115,68 +119,30 @@ pub(super) struct Compiler<'n> {
 
 impl<'n> Compiler<'n> {
     fn new(network: &'n Network, isa: Isa) -> Result<Self, CpuError> {
-        let count = network.tensors.len();
-        let mut producer: Vec<Option<usize>> = vec![None; count];
-        let problem = |layer: &Layer, reason: String| CpuError::Layer {
-            layer: layer.name.clone(),
-            kind: check::kind_name(&layer.kind),
-            reason,
-        };
-        let mut shapes = Vec::with_capacity(count);
+        let mut shapes = Vec::with_capacity(network.tensors.len());
         for tensor in &network.tensors {
-            let dims = tensor.shape.iter().map(|d| d.as_const());
-            let Some(dims) = dims.collect::<Option<Vec<i64>>>() else {
+            let Some(shape) = static_shape(tensor) else {
                 let dims: Vec<String> = tensor.shape.iter().map(|d| d.to_string()).collect();
                 return Err(CpuError::Dynamic {
                     tensor: tensor.name.clone(),
                     shape: format!("[{}]", dims.join(", ")),
                 });
             };
-            let dims: Option<Vec<usize>> = dims.into_iter().map(|d| usize::try_from(d).ok()).collect();
-            let bytes = |dims: &[usize]| dims.iter().try_fold(8usize, |n, d| n.checked_mul((*d).max(1)));
-            match dims {
-                Some(dims) if bytes(&dims).is_some_and(|n| n < isize::MAX as usize) => shapes.push(dims),
-                _ => {
-                    return Err(CpuError::Binding {
-                        name: tensor.name.clone(),
-                        reason: format!("the shape {:?} cannot be", tensor.shape),
-                    });
-                }
+            let bytes = shape.iter().try_fold(8usize, |n, d| n.checked_mul((*d).max(1)));
+            let fits = bytes.is_some_and(|n| n < isize::MAX as usize);
+            if !fits || tensor.dtype == DType::F64 {
+                return Err(CpuError::Binding {
+                    name: tensor.name.clone(),
+                    reason: format!("{} {shape:?} is more than the executor holds", tensor.dtype),
+                });
             }
+            shapes.push(shape);
         }
-        let mut known = vec![false; count];
-        for input in &network.inputs {
-            known[input.0 as usize] = true;
-        }
+        verify(network)?;
+        let count = network.tensors.len();
+        let mut producer: Vec<Option<usize>> = vec![None; count];
         for (i, layer) in network.layers.iter().enumerate() {
-            let mut types = Vec::with_capacity(layer.inputs.len());
-            for input in &layer.inputs {
-                let at = input.0 as usize;
-                if at >= count || !known[at] {
-                    return Err(problem(layer, "an input is not computed before it".to_string()));
-                }
-                types.push((network.tensors[at].dtype, shapes[at].clone()));
-            }
-            let outputs = check::outputs(network, layer, &types).map_err(|reason| problem(layer, reason))?;
-            for (id, (dtype, shape)) in layer.outputs.iter().zip(outputs) {
-                let at = id.0 as usize;
-                if at >= count || known[at] {
-                    return Err(problem(layer, "its output is no tensor of its own".to_string()));
-                }
-                let declared = &network.tensors[at];
-                if declared.dtype != dtype || shapes[at] != shape {
-                    let reason = format!("gives {dtype} {shape:?}, declared {} {:?}", declared.dtype, shapes[at]);
-                    return Err(problem(layer, reason));
-                }
-                known[at] = true;
-                producer[at] = Some(i);
-            }
-        }
-        if let Some(output) = network.outputs.iter().find(|o| !known[o.0 as usize]) {
-            return Err(CpuError::Binding {
-                name: network.tensor(*output).name.clone(),
-                reason: "no layer computes this output".to_string(),
-            });
+            producer[layer.outputs[0].0 as usize] = Some(i);
         }
 
         let mut live = vec![false; network.layers.len()];
@@ -192,9 +158,12 @@ impl<'n> Compiler<'n> {
                 && (!live[i] || network.outputs.contains(&tensor))
             {
                 live[i] = true;
-                wanted.extend(network.layers[i].inputs.iter().filter(|t| {
-                    producer[t.0 as usize].is_some_and(|p| !live[p])
-                }));
+                wanted.extend(
+                    network.layers[i]
+                        .inputs
+                        .iter()
+                        .filter(|t| producer[t.0 as usize].is_some_and(|p| !live[p])),
+                );
             }
         }
         let mut consumers = vec![Vec::new(); count];
@@ -327,19 +296,28 @@ impl<'n> Compiler<'n> {
         }
         let layer = self.producer[id.0 as usize].expect("checked: every tensor read has a producer");
         self.emit(layer)?;
-        Ok(self.views[id.0 as usize].clone().expect("emitting a layer sets its output"))
+        Ok(self.views[id.0 as usize]
+            .clone()
+            .expect("emitting a layer sets its output"))
     }
 
     /// The elements of a view in row-major order, copied unless they are; floats become f32 if `widen`.
     fn densify(&mut self, view: &View, widen: bool, layer: &str) -> View {
-        let storage = if widen { super::bindings::bound_dtype(view.storage) } else { view.storage };
+        let storage = if widen {
+            super::bindings::bound_dtype(view.storage)
+        } else {
+            view.storage
+        };
         if view.is_dense() && view.storage == storage {
             return View {
                 strides: super::view::dense_strides(&view.shape),
                 ..view.clone()
             };
         }
-        let known = self.dense.iter().find(|(from, to)| from == view && to.storage == storage);
+        let known = self
+            .dense
+            .iter()
+            .find(|(from, to)| from == view && to.storage == storage);
         if let Some((_, to)) = known {
             return to.clone();
         }
@@ -349,7 +327,15 @@ impl<'n> Compiler<'n> {
         to
     }
 
-    fn push(&mut self, layer: &str, work: Work, items: usize, nanoseconds: f64, reads: Vec<BufferId>, writes: Vec<BufferId>) {
+    fn push(
+        &mut self,
+        layer: &str,
+        work: Work,
+        items: usize,
+        nanoseconds: f64,
+        reads: Vec<BufferId>,
+        writes: Vec<BufferId>,
+    ) {
         if items == 0 {
             return;
         }
@@ -385,6 +371,11 @@ impl<'n> Compiler<'n> {
     fn class(&self, id: TensorId) -> Class {
         Class::of(self.network.tensor(id).dtype)
     }
+}
+
+fn static_shape(tensor: &crate::network::Tensor) -> Option<Vec<usize>> {
+    let dims = tensor.shape.iter().map(|d| usize::try_from(d.as_const()?).ok());
+    dims.collect()
 }
 
 fn inverse(perm: &[usize]) -> Vec<usize> {

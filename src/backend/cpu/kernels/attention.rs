@@ -268,7 +268,11 @@ impl Few {
                         for s in 0..count {
                             let bias = mask.bias(b, h, t, first + s);
                             // -∞ replaces the score, so that a key that is not a number stays masked.
-                            p[r][s] = if bias == f32::NEG_INFINITY { bias } else { p[r][s] + bias };
+                            p[r][s] = if bias == f32::NEG_INFINITY {
+                                bias
+                            } else {
+                                p[r][s] + bias
+                            };
                         }
                     }
                     let (old, sum) = (*out[r], *out[r].add(1));
@@ -281,7 +285,11 @@ impl Few {
                     for (i, x) in p[r].iter().enumerate() {
                         parts[i % 16] += x;
                     }
-                    scales[r] = if old == f32::NEG_INFINITY { 0.0 } else { math::exp::<S>(old - base) };
+                    scales[r] = if old == f32::NEG_INFINITY {
+                        0.0
+                    } else {
+                        math::exp::<S>(old - base)
+                    };
                     *out[r] = max;
                     *out[r].add(1) = sum * scales[r] + parts.iter().sum::<f32>();
                 }
@@ -354,7 +362,11 @@ impl Kernel for Merge {
                         continue;
                     }
                     // A chunk whose scores are not numbers never raised its maximum; its sum is not a number.
-                    let weight = if *part == f32::NEG_INFINITY { 1.0 } else { math::exp::<S>(*part - base) };
+                    let weight = if *part == f32::NEG_INFINITY {
+                        1.0
+                    } else {
+                        math::exp::<S>(*part - base)
+                    };
                     sum += *part.add(1) * weight;
                     for i in 0..a.dim {
                         *out.add(i) = S::mul_add(*part.add(2 + i), weight, *out.add(i));
@@ -472,7 +484,9 @@ impl Kernel for Many {
                     S::tile(m, args);
                     s += m;
                 }
-                if !seen.1 && let Some(mask) = &a.mask {
+                if !seen.1
+                    && let Some(mask) = &a.mask
+                {
                     for (j, state) in states[..rows].iter().enumerate() {
                         if *state == ALL {
                             continue;

@@ -250,7 +250,11 @@ unsafe fn pack<S: Simd, E: Element>(
                 }
             }
             for column in column..width {
-                *row.add(column) = if column < columns { E::get(at(p, column), 0) } else { 0.0 };
+                *row.add(column) = if column < columns {
+                    E::get(at(p, column), 0)
+                } else {
+                    0.0
+                };
             }
         }
     }

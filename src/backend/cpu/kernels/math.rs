@@ -78,7 +78,13 @@ pub fn erf<S: Simd>(x: f32) -> f32 {
     let r = f(r, t, -t);
     let large = (1.0 - exp::<S>(r)).copysign(x);
     let mut p = -5.967_617e-4f32;
-    for c in [4.991_194e-3, -2.676_813_5e-2, 1.128_199_26e-1, -3.761_253_6e-1, 1.283_791_66e-1] {
+    for c in [
+        4.991_194e-3,
+        -2.676_813_5e-2,
+        1.128_199_26e-1,
+        -3.761_253_6e-1,
+        1.283_791_66e-1,
+    ] {
         p = f(p, s, c);
     }
     let small = f(p, x, x);
@@ -176,9 +182,18 @@ mod tests {
 
     #[test]
     fn close_to_the_true_values_everywhere() {
-        let xs: Vec<f32> = (-20_000..=20_000).map(|i| i as f32 * 5e-4 * (1.0 + (i % 7) as f32)).collect();
+        let xs: Vec<f32> = (-20_000..=20_000)
+            .map(|i| i as f32 * 5e-4 * (1.0 + (i % 7) as f32))
+            .collect();
         for isa in Isa::available() {
-            for name in [Name::Exp, Name::Sigmoid, Name::Tanh, Name::Erf, Name::GeluErf, Name::GeluTanh] {
+            for name in [
+                Name::Exp,
+                Name::Sigmoid,
+                Name::Tanh,
+                Name::Erf,
+                Name::GeluErf,
+                Name::GeluTanh,
+            ] {
                 let got = unsafe { isa.run(Apply(&xs, name)) };
                 for (x, y) in xs.iter().zip(got) {
                     let want = reference(name, f64::from(*x));
@@ -203,7 +218,14 @@ mod tests {
         let xs = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 1e38, -1e38];
         for isa in Isa::available() {
             let run = |name| unsafe { isa.run(Apply(&xs, name)) };
-            for name in [Name::Exp, Name::Sigmoid, Name::Tanh, Name::Erf, Name::GeluErf, Name::GeluTanh] {
+            for name in [
+                Name::Exp,
+                Name::Sigmoid,
+                Name::Tanh,
+                Name::Erf,
+                Name::GeluErf,
+                Name::GeluTanh,
+            ] {
                 assert!(run(name)[0].is_nan(), "{isa:?} {name:?}");
             }
             assert_eq!(run(Name::Exp)[1..], [f32::INFINITY, 0.0, 1.0, 1.0, f32::INFINITY, 0.0]);

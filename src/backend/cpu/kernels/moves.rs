@@ -63,8 +63,12 @@ impl Kernel for Gather {
                     bound: self.axis,
                 });
             }
-            let from = self.data.wrapping_add((outer * self.axis + index as usize) * self.inner * size);
-            let to = self.out.wrapping_add(item * self.inner * if self.storage.is_float() { 4 } else { size });
+            let from = self
+                .data
+                .wrapping_add((outer * self.axis + index as usize) * self.inner * size);
+            let to = self
+                .out
+                .wrapping_add(item * self.inner * if self.storage.is_float() { 4 } else { size });
             unsafe {
                 match self.storage {
                     DType::F16 => widen::<S, F16>(from, to, self.inner),

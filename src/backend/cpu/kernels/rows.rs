@@ -71,20 +71,78 @@ pub struct Register {
 
 #[derive(Clone, Debug)]
 pub enum Op {
-    Load { operand: u16, class: Class, to: Register },
-    Store { from: Register, class: Class, operand: u16 },
+    Load {
+        operand: u16,
+        class: Class,
+        to: Register,
+    },
+    Store {
+        from: Register,
+        class: Class,
+        operand: u16,
+    },
     /// `wrap` is the dtype integers wrap around in.
-    Binary { op: Elementwise, class: Class, wrap: DType, a: Register, b: Register, to: Register },
-    Unary { op: UnaryOp, class: Class, wrap: DType, a: Register, to: Register },
-    Activation { op: Activation, a: Register, to: Register },
-    Select { class: Class, condition: Register, a: Register, b: Register, to: Register },
+    Binary {
+        op: Elementwise,
+        class: Class,
+        wrap: DType,
+        a: Register,
+        b: Register,
+        to: Register,
+    },
+    Unary {
+        op: UnaryOp,
+        class: Class,
+        wrap: DType,
+        a: Register,
+        to: Register,
+    },
+    Activation {
+        op: Activation,
+        a: Register,
+        to: Register,
+    },
+    Select {
+        class: Class,
+        condition: Register,
+        a: Register,
+        b: Register,
+        to: Register,
+    },
     /// Between classes, or between integer widths; float to float needs no operation.
-    Cast { from: Class, a: Register, class: Class, wrap: DType, to: Register },
-    Reduce { op: ReduceOp, class: Class, wrap: DType, a: Register, to: Register },
-    Softmax { a: Register, to: Register },
-    Normalize { epsilon: f32, a: Register, scale: Register, bias: Register, to: Register },
+    Cast {
+        from: Class,
+        a: Register,
+        class: Class,
+        wrap: DType,
+        to: Register,
+    },
+    Reduce {
+        op: ReduceOp,
+        class: Class,
+        wrap: DType,
+        a: Register,
+        to: Register,
+    },
+    Softmax {
+        a: Register,
+        to: Register,
+    },
+    Normalize {
+        epsilon: f32,
+        a: Register,
+        scale: Register,
+        bias: Register,
+        to: Register,
+    },
     /// `start + step * i`
-    Iota { class: Class, wrap: DType, start: f64, step: f64, to: Register },
+    Iota {
+        class: Class,
+        wrap: DType,
+        start: f64,
+        step: f64,
+        to: Register,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -202,7 +260,8 @@ unsafe fn zip<A: Copy, T>(n: usize, a: (*const A, bool), b: (*const A, bool), to
         match (a.1, b.1) {
             (false, false) => {
                 for i in 0..n {
-                    to.add(i).write_unaligned(f(a.0.add(i).read_unaligned(), b.0.add(i).read_unaligned()));
+                    to.add(i)
+                        .write_unaligned(f(a.0.add(i).read_unaligned(), b.0.add(i).read_unaligned()));
                 }
             }
             (false, true) => {
@@ -226,13 +285,7 @@ unsafe fn fold(n: usize, a: *const f32, start: f32, f: impl Fn(f32, f32) -> f32)
 
 /// [`fold`] of `g(a[i])`.
 #[inline(always)]
-unsafe fn fold_map(
-    n: usize,
-    a: *const f32,
-    start: f32,
-    f: impl Fn(f32, f32) -> f32,
-    g: impl Fn(f32) -> f32,
-) -> f32 {
+unsafe fn fold_map(n: usize, a: *const f32, start: f32, f: impl Fn(f32, f32) -> f32, g: impl Fn(f32) -> f32) -> f32 {
     const PARTS: usize = 32;
     let mut parts = [start; PARTS];
     let whole = n / PARTS;
@@ -299,7 +352,14 @@ impl Frame<'_> {
             match op {
                 Op::Load { operand, class, to } => self.load(*operand, *class, *to),
                 Op::Store { from, class, operand } => self.store(*from, *class, *operand),
-                Op::Binary { op, class, wrap, a, b, to } => match class {
+                Op::Binary {
+                    op,
+                    class,
+                    wrap,
+                    a,
+                    b,
+                    to,
+                } => match class {
                     Class::Float => self.binary_float(*op, *a, *b, *to),
                     Class::Int => self.binary_int(*op, *wrap, *a, *b, *to),
                     Class::Bool => self.binary_bool(*op, *a, *b, *to),
@@ -307,22 +367,48 @@ impl Frame<'_> {
                 Op::Unary { op, class, wrap, a, to } => match class {
                     Class::Float => self.unary_float::<S>(*op, *a, *to),
                     Class::Int => self.unary_int(*op, *wrap, *a, *to),
-                    Class::Bool => map(self.count(*to), self.at::<u8>(*a), self.at::<u8>(*to), |x| u8::from(x == 0)),
+                    Class::Bool => map(self.count(*to), self.at::<u8>(*a), self.at::<u8>(*to), |x| {
+                        u8::from(x == 0)
+                    }),
                 },
                 Op::Activation { op, a, to } => self.activation::<S>(*op, *a, *to),
-                Op::Select { class, condition, a, b, to } => match class {
+                Op::Select {
+                    class,
+                    condition,
+                    a,
+                    b,
+                    to,
+                } => match class {
                     Class::Float => self.select::<f32>(*condition, *a, *b, *to),
                     Class::Int => self.select::<i64>(*condition, *a, *b, *to),
                     Class::Bool => self.select::<u8>(*condition, *a, *b, *to),
                 },
-                Op::Cast { from, a, class, wrap, to } => self.cast(*from, *a, *class, *wrap, *to),
+                Op::Cast {
+                    from,
+                    a,
+                    class,
+                    wrap,
+                    to,
+                } => self.cast(*from, *a, *class, *wrap, *to),
                 Op::Reduce { op, class, wrap, a, to } => match class {
                     Class::Float => self.reduce_float(*op, *a, *to),
                     _ => self.reduce_int(*op, *wrap, *a, *to),
                 },
                 Op::Softmax { a, to } => self.softmax::<S>(*a, *to),
-                Op::Normalize { epsilon, a, scale, bias, to } => self.normalize(*epsilon, *a, *scale, *bias, *to),
-                Op::Iota { class, wrap, start, step, to } => match class {
+                Op::Normalize {
+                    epsilon,
+                    a,
+                    scale,
+                    bias,
+                    to,
+                } => self.normalize(*epsilon, *a, *scale, *bias, *to),
+                Op::Iota {
+                    class,
+                    wrap,
+                    start,
+                    step,
+                    to,
+                } => match class {
                     Class::Float => {
                         let to = self.at::<f32>(*to);
                         for i in 0..self.n {
@@ -384,7 +470,13 @@ impl Frame<'_> {
         macro_rules! scatter {
             ($register:ty, $stored:ty, $convert:expr) => {{
                 let (from, to) = (self.at::<$register>(from).cast_const(), to.cast::<$stored>());
-                let step = |i: usize| if stride == 1 { to.wrapping_add(i) } else { to.wrapping_offset(i as isize * stride) };
+                let step = |i: usize| {
+                    if stride == 1 {
+                        to.wrapping_add(i)
+                    } else {
+                        to.wrapping_offset(i as isize * stride)
+                    }
+                };
                 for i in 0..n {
                     unsafe { step(i).write_unaligned($convert(from.add(i).read_unaligned())) };
                 }
@@ -495,7 +587,12 @@ impl Frame<'_> {
                 UnaryOp::Not => unreachable!("not of a float"),
                 UnaryOp::Recip => map(n, a, y, |x: f32| 1.0 / x),
                 UnaryOp::Round => map(n, a, y, f32::round_ties_even),
-                UnaryOp::Sign => map(n, a, y, |x: f32| if x == 0.0 || x.is_nan() { x } else { 1f32.copysign(x) }),
+                UnaryOp::Sign => map(
+                    n,
+                    a,
+                    y,
+                    |x: f32| if x == 0.0 || x.is_nan() { x } else { 1f32.copysign(x) },
+                ),
                 UnaryOp::Sin => map(n, a, y, f32::sin),
                 UnaryOp::Sqrt => map(n, a, y, f32::sqrt),
             }
@@ -546,7 +643,11 @@ impl Frame<'_> {
                 return;
             }
             for i in 0..n {
-                let chosen = if *c.add(i * c_step) != 0 { a.add(i * a_step) } else { b.add(i * b_step) };
+                let chosen = if *c.add(i * c_step) != 0 {
+                    a.add(i * a_step)
+                } else {
+                    b.add(i * b_step)
+                };
                 y.add(i).write_unaligned(chosen.read_unaligned());
             }
         }
@@ -603,7 +704,7 @@ impl Frame<'_> {
 
     #[inline(always)]
     unsafe fn softmax<S: Simd>(&self, a: Register, to: Register) {
-        let (n, a, to) = (self.n, self.at::<f32>(a).cast_const(), self.at::<f32>(to));
+        let (n, a, to) = (self.count(to), self.at::<f32>(a).cast_const(), self.at::<f32>(to));
         unsafe {
             let max = fold(n, a, f32::NEG_INFINITY, maximum);
             map(n, a, to, |x| math::exp::<S>(x - max));
@@ -614,7 +715,7 @@ impl Frame<'_> {
 
     #[inline(always)]
     unsafe fn normalize(&self, epsilon: f32, a: Register, scale: Register, bias: Register, to: Register) {
-        let (n, x, y) = (self.n, self.at::<f32>(a).cast_const(), self.at::<f32>(to));
+        let (n, x, y) = (self.count(to), self.at::<f32>(a).cast_const(), self.at::<f32>(to));
         let (scale, bias) = (self.arg::<f32>(scale), self.arg::<f32>(bias));
         unsafe {
             let mean = fold(n, x, 0.0, |a, b| a + b) / n as f32;
@@ -647,7 +748,11 @@ fn quotient(a: i64, b: i64) -> i64 {
 #[inline(always)]
 fn floor_quotient(a: i64, b: i64) -> i64 {
     let q = quotient(a, b);
-    if b != 0 && a.wrapping_rem(b) != 0 && (a < 0) != (b < 0) { q - 1 } else { q }
+    if b != 0 && a.wrapping_rem(b) != 0 && (a < 0) != (b < 0) {
+        q - 1
+    } else {
+        q
+    }
 }
 
 #[inline(always)]

@@ -1,0 +1,16 @@
+//! The CPU executor against simple definitions, on every instruction set this machine has.
+
+#[path = "executor/attention.rs"]
+mod attention;
+#[path = "executor/caches.rs"]
+mod caches;
+#[path = "executor/fusion.rs"]
+mod fusion;
+#[path = "executor/layers.rs"]
+mod layers;
+#[path = "executor/matmul.rs"]
+mod matmul;
+#[path = "executor/reference.rs"]
+mod reference;
+#[path = "executor/support.rs"]
+mod support;

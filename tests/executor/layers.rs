@@ -1,0 +1,506 @@
+//! Every kind of layer alone, against its definition.
+
+use lapidary::backend::cpu::{CpuError, Program};
+use lapidary::dim::Dim;
+use lapidary::network::{Activation, Elementwise, LayerKind, ReduceOp, UnaryOp};
+use lapidary::tensor::{DType, Tensor};
+use proptest::prelude::*;
+
+use super::reference::{Value, evaluate};
+use super::support::{Random, assert_close, builder, dims, every_option, one_layer, run};
+
+const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
+
+/// How far a result rounded to a dtype may be from the true one.
+fn rounding(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => 1e-3,
+        DType::Bf16 => 8e-3,
+        _ => 1e-5,
+    }
+}
+
+fn check(kind: LayerKind, inputs: &[Tensor]) {
+    let values: Vec<Value> = inputs.iter().map(Value::from).collect();
+    let want = evaluate(&kind, &values);
+    let network = one_layer(kind.clone(), inputs);
+    for options in every_option() {
+        let got = run(&network, inputs, &options);
+        let what = format!("{kind:?} of {inputs:?}, {options:?}");
+        assert_eq!(
+            (got.dtype(), got.shape()),
+            (want.dtype, want.shape.as_slice()),
+            "{what}"
+        );
+        assert_close(&got, &want.data, 1.0, rounding(want.dtype), &what);
+    }
+}
+
+/// Pairs of shapes that broadcast in every way that strides can take.
+const PAIRS: [(&[usize], &[usize]); 10] = [
+    (&[1], &[1]),
+    (&[7], &[7]),
+    (&[5, 40], &[5, 40]),
+    (&[5, 40], &[1, 40]),
+    (&[5, 40], &[5, 1]),
+    (&[1, 40], &[5, 1]),
+    (&[2, 1, 3, 1], &[1, 4, 1, 9]),
+    (&[2, 4, 3, 9], &[1, 1, 1, 1]),
+    (&[1, 1, 1, 1], &[1, 1, 1, 1]),
+    (&[3, 1, 2500], &[3, 1, 2500]),
+];
+
+#[test]
+fn elementwise_on_floats() {
+    use Elementwise as E;
+    let mut random = Random::new(1);
+    for op in [
+        E::Sum,
+        E::Sub,
+        E::Prod,
+        E::Div,
+        E::Max,
+        E::Min,
+        E::FloorDiv,
+        E::Equal,
+        E::Greater,
+        E::Less,
+    ] {
+        for (a, b) in PAIRS {
+            for dtype in FLOATS {
+                let a = random.floats(dtype, a, 2.0);
+                // Not too near 0: a quotient there may be floored either way.
+                let b: Vec<f64> = random
+                    .floats(dtype, b, 2.0)
+                    .to_f64()
+                    .iter()
+                    .map(|x| x + 3.5 * x.signum())
+                    .collect();
+                let shape = PAIRS
+                    .iter()
+                    .find(|p| p.0 == a.shape() && p.1.iter().product::<usize>() == b.len());
+                let b = Tensor::from_f64_as(dtype, shape.unwrap().1.to_vec(), &b);
+                check(LayerKind::Elementwise(op), &[a, b]);
+            }
+        }
+    }
+    let base = Tensor::from_f32(vec![2, 3], &[0.5, 2.0, 3.0, 1.5, 9.0, 4.0]);
+    for exponent in [2.0, 3.0, 0.5, -1.0, 2.5] {
+        let exponent = Tensor::from_f32(vec![1, 1], &[exponent]);
+        check(LayerKind::Elementwise(E::Pow), &[base.clone(), exponent]);
+    }
+}
+
+#[test]
+fn elementwise_on_integers_and_bools() {
+    use Elementwise as E;
+    let mut random = Random::new(2);
+    for dtype in [DType::I32, DType::I64] {
+        for op in [
+            E::Sum,
+            E::Sub,
+            E::Prod,
+            E::Div,
+            E::Max,
+            E::Min,
+            E::FloorDiv,
+            E::Equal,
+            E::Greater,
+            E::Less,
+        ] {
+            for (a, b) in PAIRS {
+                check(
+                    LayerKind::Elementwise(op),
+                    &[random.any(dtype, a), random.any(dtype, b)],
+                );
+            }
+        }
+    }
+    for op in [E::And, E::Or, E::Xor] {
+        for (a, b) in PAIRS {
+            check(
+                LayerKind::Elementwise(op),
+                &[random.any(DType::Bool, a), random.any(DType::Bool, b)],
+            );
+        }
+    }
+    let wrapped = [
+        Tensor::from_i32(vec![2], &[i32::MAX, i32::MIN]),
+        Tensor::from_i32(vec![2], &[1, -1]),
+    ];
+    let network = one_layer(LayerKind::Elementwise(E::Sum), &wrapped);
+    for options in every_option() {
+        assert_eq!(
+            run(&network, &wrapped, &options).to_i64(),
+            [i64::from(i32::MIN), i64::from(i32::MAX)]
+        );
+    }
+}
+
+#[test]
+fn unary_and_activations() {
+    use UnaryOp as U;
+    let mut random = Random::new(3);
+    for shape in [&[1usize][..], &[3, 50], &[2, 1, 1100]] {
+        for dtype in FLOATS {
+            for op in [
+                U::Abs,
+                U::Ceil,
+                U::Cos,
+                U::Erf,
+                U::Exp,
+                U::Floor,
+                U::IsNan,
+                U::Neg,
+                U::Round,
+                U::Sign,
+                U::Sin,
+            ] {
+                check(LayerKind::Unary(op), &[random.floats(dtype, shape, 3.0)]);
+            }
+            let positive: Vec<f64> = random
+                .floats(dtype, shape, 3.0)
+                .to_f64()
+                .iter()
+                .map(|x| x.abs() + 0.5)
+                .collect();
+            let positive = Tensor::from_f64_as(dtype, shape.to_vec(), &positive);
+            for op in [U::Log, U::Recip, U::Sqrt] {
+                check(LayerKind::Unary(op), std::slice::from_ref(&positive));
+            }
+            for op in [
+                Activation::Relu,
+                Activation::Sigmoid,
+                Activation::Tanh,
+                Activation::GeluErf,
+                Activation::GeluTanh,
+                Activation::Softplus,
+            ] {
+                check(LayerKind::Activation(op), &[random.floats(dtype, shape, 6.0)]);
+            }
+        }
+        check(LayerKind::Unary(U::Not), &[random.any(DType::Bool, shape)]);
+        check(LayerKind::Unary(U::Sign), &[random.any(DType::I32, shape)]);
+    }
+    let halves = Tensor::from_f32(vec![6], &[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]);
+    check(LayerKind::Unary(U::Round), &[halves]);
+}
+
+#[test]
+fn not_a_number_and_infinities_pass_as_ieee_says() {
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    let a = Tensor::from_f32(vec![6], &[nan, 1.0, inf, -inf, inf, 0.0]);
+    let b = Tensor::from_f32(vec![6], &[1.0, nan, inf, inf, -inf, 0.0]);
+    let expect = |op: LayerKind, inputs: &[Tensor], want: &[f64]| {
+        let network = one_layer(op.clone(), inputs);
+        for options in every_option() {
+            let got = run(&network, inputs, &options).to_f64();
+            let same = got.iter().zip(want).all(|(g, w)| g == w || (g.is_nan() && w.is_nan()));
+            assert!(same, "{op:?}: {got:?}, not {want:?}");
+        }
+    };
+    let (n, i) = (f64::NAN, f64::INFINITY);
+    let pair = [a.clone(), b];
+    expect(LayerKind::Elementwise(Elementwise::Sum), &pair, &[n, n, i, n, n, 0.0]);
+    expect(
+        LayerKind::Elementwise(Elementwise::Prod),
+        &pair,
+        &[n, n, i, -i, -i, 0.0],
+    );
+    expect(LayerKind::Elementwise(Elementwise::Div), &pair, &[n, n, n, n, n, n]);
+    expect(LayerKind::Elementwise(Elementwise::Max), &pair, &[n, n, i, i, i, 0.0]);
+    expect(LayerKind::Elementwise(Elementwise::Min), &pair, &[n, n, i, -i, -i, 0.0]);
+    expect(
+        LayerKind::Elementwise(Elementwise::Equal),
+        &pair,
+        &[0.0, 0.0, 1.0, 0.0, 0.0, 1.0],
+    );
+    let one = [a];
+    expect(LayerKind::Unary(UnaryOp::IsNan), &one, &[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    expect(
+        LayerKind::Unary(UnaryOp::Exp),
+        &one,
+        &[n, std::f64::consts::E as f32 as f64, i, 0.0, i, 1.0][..]
+            .to_vec()
+            .iter()
+            .map(|x| f64::from(*x as f32))
+            .collect::<Vec<_>>(),
+    );
+    expect(LayerKind::Activation(Activation::Relu), &one, &[n, 1.0, i, 0.0, i, 0.0]);
+    let sum = LayerKind::Reduce {
+        op: ReduceOp::Max,
+        axes: vec![0],
+        keep_dims: true,
+    };
+    expect(sum, &one, &[n]);
+    // A NaN in one row of a product stays in that row.
+    let mut x = vec![1f32; 3 * 40];
+    x[45] = nan;
+    let x = Tensor::from_f32(vec![3, 40], &x);
+    let w = Tensor::from_f32(vec![40, 2], &[1.0; 80]);
+    let product = LayerKind::MatrixMultiply {
+        op_a: lapidary::network::MatrixOp::None,
+        op_b: lapidary::network::MatrixOp::None,
+    };
+    expect(product, &[x, w], &[40.0, 40.0, n, n, 40.0, 40.0]);
+}
+
+#[test]
+fn reductions_over_any_axes() {
+    let mut random = Random::new(4);
+    let shapes: [&[usize]; 4] = [&[9], &[3, 40], &[2, 5, 70], &[2, 3, 4, 5]];
+    for shape in shapes {
+        for mask in 1..1usize << shape.len() {
+            let axes: Vec<usize> = (0..shape.len()).filter(|a| mask >> a & 1 == 1).collect();
+            for op in [
+                ReduceOp::Sum,
+                ReduceOp::Avg,
+                ReduceOp::Prod,
+                ReduceOp::Max,
+                ReduceOp::Min,
+            ] {
+                for keep_dims in [true, false] {
+                    let kind = LayerKind::Reduce {
+                        op,
+                        axes: axes.clone(),
+                        keep_dims,
+                    };
+                    check(kind.clone(), &[random.floats(DType::F32, shape, 1.3)]);
+                    if op != ReduceOp::Avg && op != ReduceOp::Prod {
+                        check(kind, &[random.any(DType::I32, shape)]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn softmax_and_normalization_over_any_axes() {
+    let mut random = Random::new(5);
+    let shapes: [&[usize]; 4] = [&[33], &[3, 40], &[2, 5, 70], &[2, 3, 4, 5]];
+    for shape in shapes {
+        for axis in 0..shape.len() {
+            for dtype in FLOATS {
+                check(LayerKind::Softmax { axis }, &[random.floats(dtype, shape, 9.0)]);
+            }
+        }
+        for mask in 1..1usize << shape.len() {
+            let axes: Vec<usize> = (0..shape.len()).filter(|a| mask >> a & 1 == 1).collect();
+            let own: Vec<usize> = (0..shape.len())
+                .map(|a| if axes.contains(&a) { shape[a] } else { 1 })
+                .collect();
+            let kind = LayerKind::Normalization { axes, epsilon: 1e-3 };
+            for dtype in [DType::F32, DType::F16] {
+                let inputs = [
+                    random.floats(dtype, shape, 2.0),
+                    random.floats(dtype, &own, 1.0),
+                    random.floats(dtype, &own, 1.0),
+                ];
+                check(kind.clone(), &inputs);
+            }
+        }
+    }
+}
+
+#[test]
+fn shuffles_slices_and_concatenations() {
+    let mut random = Random::new(6);
+    for dtype in [DType::F32, DType::F16, DType::I32, DType::I64, DType::Bool] {
+        let x = random.any(dtype, &[2, 3, 4, 5]);
+        let reshape = |shape: &[usize]| Some(dims(shape));
+        for (first, reshape, second) in [
+            (None, None, None),
+            (Some(vec![0, 2, 1, 3]), None, None),
+            (Some(vec![3, 1, 2, 0]), reshape(&[5, 24]), None),
+            (None, reshape(&[6, 4, 5]), Some(vec![1, 0, 2])),
+            (Some(vec![0, 2, 1, 3]), reshape(&[2, 4, 15]), Some(vec![2, 1, 0])),
+            (Some(vec![1, 0, 2, 3]), reshape(&[3, 2, 20]), None),
+            (None, reshape(&[120]), None),
+            (None, reshape(&[1, 120, 1]), Some(vec![1, 2, 0])),
+        ] {
+            check(LayerKind::Shuffle { first, reshape, second }, std::slice::from_ref(&x));
+        }
+        for (start, size, stride) in [
+            ([0i64, 0, 0, 0], [2usize, 3, 4, 5], [1i64, 1, 1, 1]),
+            ([1, 0, 1, 2], [1, 3, 2, 2], [1, 1, 2, 1]),
+            ([1, 2, 3, 4], [2, 3, 2, 5], [-1, -1, -2, -1]),
+            ([0, 1, 0, 0], [2, 4, 1, 5], [1, 0, 1, 1]),
+        ] {
+            let (start, stride) = (start.to_vec(), stride.to_vec());
+            let size = dims(&size);
+            check(LayerKind::Slice { start, size, stride }, std::slice::from_ref(&x));
+        }
+        for axis in 0..3 {
+            let mut parts = Vec::new();
+            for n in [2, 1, 3] {
+                let mut shape = [2, 3, 4];
+                shape[axis] = n;
+                parts.push(random.any(dtype, &shape));
+            }
+            check(LayerKind::Concatenation { axis }, &parts);
+        }
+    }
+}
+
+#[test]
+fn gathers_along_any_axis() {
+    let mut random = Random::new(7);
+    for dtype in [DType::F32, DType::F16, DType::Bf16, DType::I32, DType::I64, DType::Bool] {
+        for index in [DType::I32, DType::I64] {
+            let data = random.any(dtype, &[4, 5, 37]);
+            for axis in 0..3 {
+                for shape in [&[1usize][..], &[3], &[2, 3]] {
+                    let last = data.shape()[axis] as i64 - 1;
+                    check(
+                        LayerKind::Gather { axis },
+                        &[data.clone(), random.ints(index, shape, 0, last)],
+                    );
+                }
+            }
+        }
+    }
+    // An index computed from inputs is checked when it is used.
+    let inputs = [random.any(DType::F32, &[4, 3]), Tensor::from_i32(vec![2], &[1, 4])];
+    let network = one_layer(LayerKind::Gather { axis: 0 }, &inputs);
+    for options in every_option() {
+        let named = [("x0", inputs[0].clone()), ("x1", inputs[1].clone())];
+        let error = lapidary::backend::cpu::execute(&network, &named, &options).unwrap_err();
+        assert_eq!(error.to_string(), "layer \"layer\": index 4 is outside 0..4");
+    }
+}
+
+#[test]
+fn selects_casts_and_fills() {
+    let mut random = Random::new(8);
+    for dtype in [DType::F32, DType::F16, DType::I32, DType::I64] {
+        for (a, b) in PAIRS {
+            let condition = random.any(DType::Bool, b);
+            check(
+                LayerKind::Select,
+                &[condition, random.any(dtype, a), random.any(dtype, b)],
+            );
+            let condition = random.any(DType::Bool, a);
+            check(
+                LayerKind::Select,
+                &[condition, random.any(dtype, b), random.any(dtype, a)],
+            );
+        }
+    }
+    let all = [DType::F32, DType::F16, DType::Bf16, DType::I32, DType::I64, DType::Bool];
+    for from in all {
+        for to in all {
+            check(LayerKind::Cast { to }, &[random.any(from, &[3, 41])]);
+        }
+    }
+    for (dtype, start, step) in [(DType::I32, 3.0, 2.0), (DType::F32, -1.0, 0.25)] {
+        let mut b = builder();
+        let fill = b.fill("fill", dtype, Dim::from(2100usize), start, step).unwrap();
+        b.output("y", fill).unwrap();
+        let network = b.finish().unwrap();
+        let want: Vec<f64> = (0..2100).map(|i| start + step * f64::from(i)).collect();
+        for options in every_option() {
+            let got = run(&network, &[], &options);
+            assert_eq!(got.dtype(), dtype);
+            assert_close(&got, &want, 1.0, 0.0, "fill");
+        }
+    }
+}
+
+#[test]
+fn rotary_embeddings() {
+    let mut random = Random::new(9);
+    for dtype in FLOATS {
+        for (dim, rotary_dim) in [(16, 16), (16, 8), (6, 2), (64, 64)] {
+            for interleaved in [false, true] {
+                let tables = [9, rotary_dim / 2];
+                let inputs = [
+                    random.floats(dtype, &[2, 3, 5, dim], 1.0),
+                    random.floats(dtype, &tables, 1.0),
+                    random.floats(dtype, &tables, 1.0),
+                    random.ints(DType::I32, &[2, 5], 0, 8),
+                ];
+                check(
+                    LayerKind::RotaryEmbedding {
+                        interleaved,
+                        rotary_dim,
+                    },
+                    &inputs,
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_dynamic_network_is_refused_with_what_to_do() {
+    let mut b = lapidary::network::Builder::new(
+        "dynamic",
+        lapidary::network::Profile {
+            tokens: lapidary::network::Tokens::Dynamic { min: 1, opt: 4, max: 8 },
+            ..lapidary::network::Profile::decode(16)
+        },
+    );
+    let x = b
+        .input("x0", DType::F32, &[Dim::parse("tokens"), Dim::from(3usize)])
+        .unwrap();
+    let y = b.unary("y", UnaryOp::Neg, x).unwrap();
+    b.output("y", y).unwrap();
+    let network = b.finish().unwrap();
+    let options = every_option().remove(0);
+    let error = Program::compile(&network, &options).unwrap_err();
+    assert!(matches!(error, CpuError::Dynamic { .. }), "{error}");
+    let bound = lapidary::backend::cpu::bind_tokens(&network, 2).unwrap();
+    let x = Tensor::from_f32(vec![2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    assert_eq!(
+        run(&bound, &[x], &options).to_f32(),
+        [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]
+    );
+    let error = lapidary::backend::cpu::bind_tokens(&network, 9).unwrap_err();
+    assert_eq!(error.to_string(), "9 tokens are outside the profile's 1 to 8");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(40) })]
+    /// A chain of views, and something that reads it.
+    #[test]
+    fn chains_of_views_read_the_right_elements(seed in any::<u64>()) {
+        let mut random = Random::new(seed);
+        let shape: Vec<usize> = (0..3).map(|_| 1 + random.below(6)).collect();
+        let input = random.floats(DType::F32, &shape, 1.0);
+        let mut b = builder();
+        let mut id = b.input("x0", DType::F32, &dims(&shape)).unwrap();
+        let mut value = Value::from(&input);
+        for step in 0..4 {
+            let rank = value.shape.len();
+            let kind = match random.below(4) {
+                0 => {
+                    let mut perm: Vec<usize> = (0..rank).collect();
+                    perm.rotate_left(random.below(rank));
+                    LayerKind::Shuffle { first: Some(perm), reshape: None, second: None }
+                }
+                1 => {
+                    let cut = random.below(rank + 1);
+                    let mut shape: Vec<usize> = value.shape[..cut].to_vec();
+                    shape.push(value.shape[cut..].iter().product());
+                    LayerKind::Shuffle { first: None, reshape: Some(dims(&shape)), second: None }
+                }
+                2 => {
+                    let start: Vec<i64> = value.shape.iter().map(|d| random.below(*d) as i64).collect();
+                    let size: Vec<usize> = value.shape.iter().zip(&start).map(|(d, s)| d - *s as usize).collect();
+                    LayerKind::Slice { start, size: dims(&size), stride: vec![1; rank] }
+                }
+                _ => LayerKind::Unary(UnaryOp::Neg),
+            };
+            value = evaluate(&kind, &[value]);
+            id = b.add(&format!("step{step}"), kind, &[id]).unwrap();
+        }
+        b.output("y", id).unwrap();
+        let network = b.finish().unwrap();
+        for options in every_option() {
+            let got = run(&network, std::slice::from_ref(&input), &options);
+            prop_assert_eq!(got.shape(), value.shape.as_slice());
+            assert_close(&got, &value.data, 1.0, 0.0, "views");
+        }
+    }
+}
