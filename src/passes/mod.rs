@@ -23,11 +23,12 @@
 //! | `emit` | what was understood of attention as canonical operators |
 //! | `shapes` | reshapes with constant targets |
 //! | `positions` | embeddings of positions by `position_ids` |
+//! | `tied` | a head that repeats the embedding's bytes reads the embedding |
 //! | `linear` | every linear layer as `MatMul(x, Transpose(weight))` and `Add` |
 //! | `dtype` | another float type for the whole graph |
 //!
-//! Everything that keeps an export from being canonical is
-//! collected into one [`PassError::Obstacles`], which names layers and nodes.
+//! Everything that keeps an export from being canonical is collected into one [`PassError::Obstacles`], which names
+//! layers and nodes.
 
 pub mod activation;
 mod architecture;
@@ -55,6 +56,7 @@ mod rope;
 mod select;
 mod shapes;
 mod solve;
+pub mod tied;
 mod trace;
 mod trial;
 
@@ -176,14 +178,21 @@ type Pass = fn(&mut Graph) -> Result<usize, PassError>;
 
 /// Passes on the export's own dialect, in order.
 const TIDY: &[(&str, Pass)] = &[
+    ("fold", fold::run),
     ("cleanup", cleanup::run),
+    ("decompose", decompose::run),
     ("layer_norm", layer_norm::run),
     ("rms_norm", rms_norm::run),
     ("activation", activation::run),
 ];
 
 /// Passes on the canonical graph, in order.
-const FINISH: &[(&str, Pass)] = &[("cleanup", cleanup::run)];
+const FINISH: &[(&str, Pass)] = &[
+    ("fold", fold::run),
+    ("tied", tied::run),
+    ("linear", linear::run),
+    ("cleanup", cleanup::run),
+];
 
 /// Times a pass, sorts the graph behind it and reports.
 fn timed<T>(
@@ -218,6 +227,7 @@ pub(crate) fn understand(
     for (name, pass) in TIDY {
         timed(&mut graph, report, name, |graph| Ok((pass(graph)?, ())))?;
     }
+    timed(&mut graph, report, "infer", |graph| Ok((0, infer(graph)?)))?;
     timed(&mut graph, report, "expand", |graph| Ok((expand::run(graph), ())))?;
     timed(&mut graph, report, "infer", |graph| Ok((0, infer(graph)?)))?;
     let analysis = timed(&mut graph, report, "attention", |graph| {
@@ -256,6 +266,7 @@ pub fn canonicalize(graph: Graph, options: &Options) -> Result<Canonical, PassEr
         graph.remove_dead_nodes();
         Ok(found)
     })?;
+    timed(&mut graph, &mut report, "infer", |graph| Ok((0, infer(graph)?)))?;
     for (name, pass) in FINISH {
         timed(&mut graph, &mut report, name, |graph| Ok((pass(graph)?, ())))?;
     }

@@ -39,8 +39,9 @@ pub struct Export {
 }
 
 impl Export {
+    /// On logits. ONNX Runtime computes much of an fp16 graph in fp32, the evaluator rounds after every operator.
     pub fn tolerance(&self) -> f64 {
-        if self.reference.dtype == "fp16" { 2e-2 } else { 1e-4 }
+        if self.reference.dtype == "fp16" { 3e-2 } else { 1e-4 }
     }
     pub fn read(&self) -> Graph {
         lapidary::onnx::read(&self.path).unwrap_or_else(|e| panic!("{}: {e}", self.name))
