@@ -9,12 +9,14 @@
 //! 5. [`package`] keeps graph, weights, engines and tokenizer on disk; [`decode`] generates from it.
 
 pub mod backend;
+pub mod cli;
 pub mod decode;
 pub mod dim;
 pub mod graph;
 pub mod lower;
 pub mod network;
 pub mod onnx;
+pub mod package;
 pub mod passes;
 pub mod sample;
 pub mod spec;

@@ -6,7 +6,9 @@
 //! [`crate::sample::Chain`] and reports them as they come. Options and printing belong to the command line.
 
 pub mod chat;
+pub mod cpu;
 mod generate;
+pub mod reference;
 mod session;
 pub mod text;
 pub mod tokenizer;
