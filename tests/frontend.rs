@@ -1,5 +1,11 @@
 //! The front end on whole files: reading, types, the verifier, dumps, writing, and what it says about files it refuses.
 
+#[path = "frontend/bad.rs"]
+mod bad;
+#[path = "frontend/damage.rs"]
+mod damage;
+#[path = "frontend/dumps.rs"]
+mod dumps;
 #[path = "frontend/exports.rs"]
 mod exports;
 #[path = "frontend/node_tests.rs"]

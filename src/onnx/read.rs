@@ -178,11 +178,12 @@ impl<'m> Scope<'m> {
         };
         match self.origin.insert(name, origin) {
             None => Ok(()),
-            Some(first) => Err(ReadErrorKind::Duplicate {
-                value: name.to_string(),
-                first: describe(first),
-                second: describe(origin),
-            }),
+            Some(first) => {
+                let (first, second) = (describe(first), describe(origin));
+                let second = if first == second { "another".to_string() } else { second };
+                let value = name.to_string();
+                Err(ReadErrorKind::Duplicate { value, first, second })
+            }
         }
     }
 }
@@ -294,6 +295,18 @@ impl<'m> Reader<'m> {
         name: &'m str,
         origin: Origin,
     ) -> Result<ValueId, ReadErrorKind> {
+        if name.is_empty() {
+            return Err(match origin {
+                Origin::Initializer => ReadErrorKind::Tensor {
+                    tensor: String::new(),
+                    reason: "an initializer has no name".to_string(),
+                },
+                _ => ReadErrorKind::Input {
+                    name: String::new(),
+                    reason: "has no name".to_string(),
+                },
+            });
+        }
         scope.claim(name, origin, &graph.node)?;
         let value = self.graph.add_value(name);
         scope.values.insert(name, Some(value));
@@ -347,7 +360,8 @@ impl<'m> Reader<'m> {
                 }
             });
         }
-        let output = |n: &String| scope.values.get(n.as_str()).copied().flatten();
+        let named = |n: &String| if n.is_empty() { None } else { scope.values.get(n.as_str()).copied() };
+        let output = |n: &String| named(n).flatten();
         let mut outputs: Vec<Option<ValueId>> = node.output.iter().map(output).collect();
         // What is left out at the end is as good as absent.
         for list in [&mut inputs, &mut outputs] {
