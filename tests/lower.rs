@@ -5,5 +5,11 @@
 mod interpret;
 #[path = "lower/models.rs"]
 mod models;
+#[path = "lower/refusals.rs"]
+mod refusals;
 #[path = "lower/semantics.rs"]
 mod semantics;
+#[path = "lower/snapshots.rs"]
+mod snapshots;
+#[path = "lower/weights.rs"]
+mod weights;

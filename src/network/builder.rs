@@ -10,13 +10,13 @@
 //! use lapidary::tensor::DType;
 //!
 //! let mut b = Builder::new("mlp", Profile::decode(16));
-//! let x = b.input("x", DType::F16, &[1.into(), 64.into()])?;
+//! let x = b.input("x", DType::F16, &[1usize.into(), 64usize.into()])?;
 //! let w = b.weight("up.weight", Constant::absent(DType::F16, vec![128, 64]), WeightMode::Bind)?;
 //! let y = b.linear("up", x, w)?;
 //! let y = b.add("act", LayerKind::Activation(Activation::Relu), &[y])?;
 //! b.output("y", y)?;
 //! let network = b.finish()?;
-//! assert_eq!(network.tensor(y).shape, [1.into(), 128.into()]);
+//! assert_eq!(network.tensor(y).shape, [1usize.into(), 128usize.into()]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 

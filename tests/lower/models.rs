@@ -34,6 +34,10 @@ impl Random {
     }
 }
 
+pub fn dims(sizes: &[usize]) -> Vec<Dim> {
+    sizes.iter().map(|n| Dim::from(*n)).collect()
+}
+
 /// The decoder's graph with random weights.
 pub fn decoder(config: &Decoder) -> Graph {
     let mut random = Random::new(7);
