@@ -31,6 +31,8 @@ pub(super) struct Lowering<'a> {
     /// Constants in the rank a reader wanted.
     raised: HashMap<(ValueId, usize), TensorId>,
     numbers: HashMap<(DType, usize, u64), TensorId>,
+    /// Activations as matrices.
+    pub flat: HashMap<TensorId, TensorId>,
     /// Masks repeated for folded query rows: by mask and number of rows.
     pub repeated_masks: HashMap<(TensorId, usize), TensorId>,
     symbols: BTreeMap<Sym, Dim>,
@@ -78,6 +80,7 @@ impl<'a> Lowering<'a> {
             values: HashMap::new(),
             raised: HashMap::new(),
             numbers: HashMap::new(),
+            flat: HashMap::new(),
             repeated_masks: HashMap::new(),
             symbols,
         }
@@ -348,7 +351,8 @@ impl<'a> Lowering<'a> {
         if let Some(tensor) = self.numbers.get(&key) {
             return Ok(*tensor);
         }
-        let tensor = self.b.number(&format!("const/{dtype}/{value}"), dtype, rank, value)?;
+        // The shortest decimal that reads back as the same f32.
+        let tensor = self.b.number(&format!("const/{dtype}/{}", value as f32), dtype, rank, value)?;
         self.numbers.insert(key, tensor);
         Ok(tensor)
     }

@@ -59,7 +59,16 @@ impl Lowering<'_> {
     fn flat_product(&mut self, name: &str, a: TensorId, (b, transposed): (TensorId, bool)) -> Lowered {
         let shape = self.b.shape(a).clone();
         let (last, leading) = shape.split_last().expect("rank above 2");
-        let flat = self.reshape(&format!("{name}/flat"), a, vec![volume(leading), last.clone()])?;
+        // q, k and v read one activation.
+        let flat = match self.flat.get(&a) {
+            Some(flat) => *flat,
+            None => {
+                let base = self.b.network().tensor(a).name.clone();
+                let flat = self.reshape(&format!("{base}/flat"), a, vec![volume(leading), last.clone()])?;
+                self.flat.insert(a, flat);
+                flat
+            }
+        };
         let kind = LayerKind::MatrixMultiply {
             op_a: MatrixOp::None,
             op_b: op_of(transposed),
