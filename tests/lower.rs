@@ -1,10 +1,14 @@
 //! The lowering: canonical graphs made by hand, lowered for every kind of profile, checked by the verifier, by snapshot
 //! and by execution against the graph's own meaning.
 
+#[path = "lower/fixtures.rs"]
+mod fixtures;
 #[path = "lower/interpret.rs"]
 mod interpret;
 #[path = "lower/models.rs"]
 mod models;
+#[path = "lower/operators.rs"]
+mod operators;
 #[path = "lower/refusals.rs"]
 mod refusals;
 #[path = "lower/semantics.rs"]

@@ -90,7 +90,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
         max_positions: *conversion.capacities.last().expect("resolved to at least one"),
     };
     let canonical = passes::canonicalize(graph, &options).map_err(|e| Failure::pass(&args.model, e))?;
-    let capacities = capacities(&conversion, canonical.architecture.max_positions, trained_context(&args.model))?;
+    let capacities = capacities(
+        &conversion,
+        canonical.architecture.max_positions,
+        trained_context(&args.model),
+    )?;
     if let Some(path) = &args.emit_onnx {
         emit(path, &canonical.graph)?;
     }
@@ -131,7 +135,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
     if tokenizer.is_none() {
         text += "no tokenizer was found beside the model: the package takes token ids only (see --tokenizer)\n";
     }
-    text += &format!("wrote {} in {:.1} s\n", args.output.display(), start.elapsed().as_secs_f64());
+    text += &format!(
+        "wrote {} in {:.1} s\n",
+        args.output.display(),
+        start.elapsed().as_secs_f64()
+    );
     print(&text)
 }
 
@@ -201,7 +209,9 @@ fn pass(report: &passes::PassReport) -> Pass {
 fn trained_context(model: &Path) -> Option<usize> {
     let text = std::fs::read_to_string(model.with_file_name("config.json")).ok()?;
     let config: serde_json::Value = serde_json::from_str(&text).ok()?;
-    let context = ["max_position_embeddings", "n_positions"].iter().find_map(|key| config[key].as_u64())?;
+    let context = ["max_position_embeddings", "n_positions"]
+        .iter()
+        .find_map(|key| config[key].as_u64())?;
     usize::try_from(context).ok().filter(|n| *n > 0)
 }
 
@@ -275,7 +285,11 @@ fn engines(
             build_ms: plan.elapsed().as_millis() as u64,
         };
         writer.engine(engine, plan.bytes(), &taken)?;
-        progress.note(format!("{profile}: {} in {:.1} s", bytes(plan.bytes().len() as u64), plan.elapsed().as_secs_f64()));
+        progress.note(format!(
+            "{profile}: {} in {:.1} s",
+            bytes(plan.bytes().len() as u64),
+            plan.elapsed().as_secs_f64()
+        ));
     }
     Ok(())
 }
@@ -341,7 +355,13 @@ mod tests {
         };
         assert_eq!(
             names("{capacity: [256, 1024], prefill: [128, 512]}"),
-            ["b1-t1-c256", "b1-t128-c256", "b1-t1-c1024", "b1-t128-c1024", "b1-t512-c1024"]
+            [
+                "b1-t1-c256",
+                "b1-t128-c256",
+                "b1-t1-c1024",
+                "b1-t128-c1024",
+                "b1-t512-c1024"
+            ]
         );
         assert_eq!(
             names("{capacity: [256], prefill: {min: 1, opt: 128, max: 512}}"),

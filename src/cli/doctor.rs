@@ -73,8 +73,21 @@ fn features() -> Vec<&'static str> {
             [$(($name, std::arch::is_x86_feature_detected!($name))),*]
         };
     }
-    let all = have!("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512bf16", "avx512fp16", "avx512vnni");
-    all.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect()
+    let all = have!(
+        "avx2",
+        "fma",
+        "f16c",
+        "avx512f",
+        "avx512bw",
+        "avx512vl",
+        "avx512bf16",
+        "avx512fp16",
+        "avx512vnni"
+    );
+    all.into_iter()
+        .filter(|(_, there)| *there)
+        .map(|(name, _)| name)
+        .collect()
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -85,7 +98,10 @@ fn features() -> Vec<&'static str> {
         };
     }
     let all = have!("neon", "fp16", "bf16", "dotprod", "i8mm");
-    all.into_iter().filter(|(_, there)| *there).map(|(name, _)| name).collect()
+    all.into_iter()
+        .filter(|(_, there)| *there)
+        .map(|(name, _)| name)
+        .collect()
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -100,7 +116,10 @@ fn tell(facts: &Facts) -> String {
     };
     let cpu = &facts.cpu;
     line("lapidary", facts.lapidary);
-    let memory = cpu.memory_bytes.map(|n| format!(", {} of memory", bytes(n))).unwrap_or_default();
+    let memory = cpu
+        .memory_bytes
+        .map(|n| format!(", {} of memory", bytes(n)))
+        .unwrap_or_default();
     line(
         "cpu",
         &format!(
@@ -120,20 +139,37 @@ fn tell(facts: &Facts) -> String {
     match (&t.library, &t.library_problem) {
         (Some(library), _) => line(
             "tensorrt-rtx",
-            &format!("{} at {} (by {})", library.version, library.path.display(), library.source),
+            &format!(
+                "{} at {} (by {})",
+                library.version,
+                library.path.display(),
+                library.source
+            ),
         ),
-        (None, problem) => line("tensorrt-rtx", &format!("none: {}", problem.as_deref().unwrap_or("not found"))),
+        (None, problem) => line(
+            "tensorrt-rtx",
+            &format!("none: {}", problem.as_deref().unwrap_or("not found")),
+        ),
     }
     match (&t.driver, &t.driver_problem) {
         (Some(driver), _) => {
             let version = driver.driver_version.as_deref().unwrap_or("of unknown version");
-            line("cuda driver", &format!("{version}, runs CUDA up to {}", driver.cuda_version));
+            line(
+                "cuda driver",
+                &format!("{version}, runs CUDA up to {}", driver.cuda_version),
+            );
             for gpu in &driver.gpus {
                 let (major, minor) = gpu.compute_capability;
-                line("gpu", &format!("{}, SM {major}.{minor}, {}", gpu.name, bytes(gpu.memory_bytes)));
+                line(
+                    "gpu",
+                    &format!("{}, SM {major}.{minor}, {}", gpu.name, bytes(gpu.memory_bytes)),
+                );
             }
         }
-        (None, problem) => line("cuda driver", &format!("none: {}", problem.as_deref().unwrap_or("not found"))),
+        (None, problem) => line(
+            "cuda driver",
+            &format!("none: {}", problem.as_deref().unwrap_or("not found")),
+        ),
     }
 
     out.push('\n');

@@ -62,7 +62,10 @@ impl Failure {
         let failure = Failure::input(format!("{}: {error}", path.display()));
         match error {
             PassError::Broken { .. } => Failure { status: 1, ..failure },
-            _ => failure.help(format!("`lapidary inspect {}` shows what was understood", path.display())),
+            _ => failure.help(format!(
+                "`lapidary inspect {}` shows what was understood",
+                path.display()
+            )),
         }
     }
 
@@ -128,7 +131,9 @@ impl From<TokenizerError> for Failure {
 impl From<ChatError> for Failure {
     fn from(error: ChatError) -> Self {
         let help = match &error {
-            ChatError::NoTemplate => Some("use --prompt, or convert with a --tokenizer folder that has a chat template"),
+            ChatError::NoTemplate => {
+                Some("use --prompt, or convert with a --tokenizer folder that has a chat template")
+            }
             _ => None,
         };
         Failure {
@@ -174,8 +179,9 @@ impl From<GenerateError> for Failure {
             GenerateError::Session(error) => error.into(),
             GenerateError::Tokenizer(error) => error.into(),
             GenerateError::Output(error) => error.into(),
-            GenerateError::Draw { .. } => Failure::other(&error)
-                .help("the model's numbers overflowed; convert it with --dtype fp32 or bf16, and try `lapidary verify`"),
+            GenerateError::Draw { .. } => Failure::other(&error).help(
+                "the model's numbers overflowed; convert it with --dtype fp32 or bf16, and try `lapidary verify`",
+            ),
         }
     }
 }

@@ -28,7 +28,13 @@ pub struct Args {
     #[arg(long, value_name = "TEXT", group = "prompts")]
     chat: Option<String>,
     /// Continue these token ids
-    #[arg(long, value_name = "IDS", group = "prompts", value_delimiter = ',', allow_hyphen_values = true)]
+    #[arg(
+        long,
+        value_name = "IDS",
+        group = "prompts",
+        value_delimiter = ',',
+        allow_hyphen_values = true
+    )]
     prompt_ids: Option<Vec<u32>>,
     /// Continue the text of a file (`-`: standard input)
     #[arg(long, value_name = "FILE", group = "prompts")]
@@ -143,8 +149,11 @@ pub fn open_cpu(package: &Package, threads: Option<usize>) -> Result<Session, Fa
 
 fn need<'a>(tokenizer: Option<&'a Tokenizer>, package: &Path, flag: &str) -> Result<&'a Tokenizer, Failure> {
     tokenizer.ok_or_else(|| {
-        Failure::input(format!("{}: {flag} needs a tokenizer, and the package has none", package.display()))
-            .help("convert again with --tokenizer FILE_OR_DIR, or give token ids with --prompt-ids")
+        Failure::input(format!(
+            "{}: {flag} needs a tokenizer, and the package has none",
+            package.display()
+        ))
+        .help("convert again with --tokenizer FILE_OR_DIR, or give token ids with --prompt-ids")
     })
 }
 
@@ -174,7 +183,9 @@ fn read_text(path: &Path) -> Result<String, Failure> {
     } else {
         std::fs::read_to_string(path)
     };
-    read.map_err(|e| Failure::input(format!("{}: {e}", path.display())).help("--prompt-file wants a text file in UTF-8"))
+    read.map_err(|e| {
+        Failure::input(format!("{}: {e}", path.display())).help("--prompt-file wants a text file in UTF-8")
+    })
 }
 
 fn settings(args: &Args, tokenizer: Option<&Tokenizer>) -> Settings {

@@ -80,7 +80,10 @@ pub fn tell(m: &Manifest) -> String {
         0 => String::new(),
         n => format!(", {n} of them stored with another"),
     };
-    line("weights", format!("{} tensors, {}{shared}", w.tensors.len(), bytes(w.bytes)));
+    line(
+        "weights",
+        format!("{} tensors, {}{shared}", w.tensors.len(), bytes(w.bytes)),
+    );
     line("weight set", w.set_hash.clone());
     match m.engines.len() {
         0 => line("engines", "none: runs on the CPU".into()),
@@ -112,6 +115,9 @@ pub fn tell(m: &Manifest) -> String {
     );
     let ids: Vec<usize> = m.eos_token_ids.iter().map(|id| *id as usize).collect();
     line("end tokens", if ids.is_empty() { "none".into() } else { list(&ids) });
-    line("made by", format!("lapidary {}, format {}", m.lapidary_version, m.format_version));
+    line(
+        "made by",
+        format!("lapidary {}, format {}", m.lapidary_version, m.format_version),
+    );
     out
 }

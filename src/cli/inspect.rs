@@ -9,11 +9,11 @@ use serde::Serialize;
 use super::table::Table;
 use super::{Failure, bytes, info, print, print_json};
 use crate::graph::{self, Definition, Graph, ValueId};
+use crate::lower;
 use crate::network::{Profile, WeightMode};
 use crate::onnx::{self, Exporter};
 use crate::passes::{self, Recognition};
 use crate::spec::Precision;
-use crate::lower;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -83,14 +83,17 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     // A cyclic graph has no order to tell anything in.
     graph.sort().map_err(|e| {
-        Failure::input(format!("{}: {e}", args.model.display())).help("no exporter writes such a graph; export it again")
+        Failure::input(format!("{}: {e}", args.model.display()))
+            .help("no exporter writes such a graph; export it again")
     })?;
     let recognition = passes::recognise(&graph);
     let (weight_bytes, weight_bytes_by_dtype) = weights(&graph);
     let tensors = |ids: &[ValueId]| ids.iter().map(|id| tensor(&graph, *id)).collect();
     let facts = Facts {
         exporter: onnx::exporter(&graph),
-        producer: format!("{} {}", graph.producer.name, graph.producer.version).trim().to_string(),
+        producer: format!("{} {}", graph.producer.name, graph.producer.version)
+            .trim()
+            .to_string(),
         ir_version: graph.producer.ir_version,
         opsets: graph.producer.opsets.clone(),
         inputs: tensors(&graph.inputs),
@@ -172,14 +175,32 @@ fn tell(facts: &Facts) -> String {
     }
     let slots = r.capacity.map(|n| format!(", {n} slots")).unwrap_or_default();
     line("cache", format!("{}{slots}", r.cache));
-    let dtypes: Vec<String> = facts.weight_bytes_by_dtype.iter().map(|(d, n)| format!("{} in {d}", bytes(*n))).collect();
-    line("weights", format!("{} ({})", bytes(facts.weight_bytes), dtypes.join(", ")));
+    let dtypes: Vec<String> = facts
+        .weight_bytes_by_dtype
+        .iter()
+        .map(|(d, n)| format!("{} in {d}", bytes(*n)))
+        .collect();
+    line(
+        "weights",
+        format!("{} ({})", bytes(facts.weight_bytes), dtypes.join(", ")),
+    );
     let patterns: Vec<String> = r.patterns.iter().map(|(name, n)| format!("{n} {name}")).collect();
-    line("recognised", if patterns.is_empty() { "nothing".into() } else { patterns.join(", ") });
+    line(
+        "recognised",
+        if patterns.is_empty() {
+            "nothing".into()
+        } else {
+            patterns.join(", ")
+        },
+    );
 
     let mut table = Table::new(["input", "dtype", "shape", "role"]);
     for input in &facts.inputs {
-        let role = r.inputs.iter().find(|i| i.name == input.name).map_or("", |i| i.role.as_str());
+        let role = r
+            .inputs
+            .iter()
+            .find(|i| i.name == input.name)
+            .map_or("", |i| i.role.as_str());
         table.row(cells(input, role));
     }
     out += &format!("\n{}", table.render());
@@ -200,7 +221,11 @@ fn tell(facts: &Facts) -> String {
     match r.obstacles.len() {
         0 => out.push_str("\nThis model can be converted.\n"),
         n => {
-            let _ = writeln!(out, "\nThis model cannot be converted, for {n} reason{}:", if n == 1 { "" } else { "s" });
+            let _ = writeln!(
+                out,
+                "\nThis model cannot be converted, for {n} reason{}:",
+                if n == 1 { "" } else { "s" }
+            );
             for obstacle in &r.obstacles {
                 let _ = writeln!(out, "  {obstacle}");
             }
@@ -213,7 +238,10 @@ fn cells(tensor: &Tensor, role: &str) -> [String; 4] {
     [
         tensor.name.clone(),
         tensor.dtype.clone().unwrap_or_else(|| "?".into()),
-        tensor.shape.as_ref().map_or("?".into(), |s| format!("[{}]", s.join(", "))),
+        tensor
+            .shape
+            .as_ref()
+            .map_or("?".into(), |s| format!("[{}]", s.join(", "))),
         role.to_string(),
     ]
 }

@@ -126,6 +126,9 @@ mod tests {
     #[test]
     fn sizes_read_well() {
         let read = [0, 999, 1000, 999_949, 999_950, 538_060_032, 4_100_000_000].map(super::bytes);
-        assert_eq!(read, ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "538.1 MB", "4.1 GB"]);
+        assert_eq!(
+            read,
+            ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "538.1 MB", "4.1 GB"]
+        );
     }
 }

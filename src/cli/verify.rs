@@ -93,10 +93,17 @@ pub fn run(args: Args) -> Result<(), Failure> {
     progress.step(format!("loading the export into {}", kind.name()));
     let mut reference = Reference::open(&args.against, kind)?;
     let mut session = open_cpu(&package, None)?;
-    let longest = [Some(session.largest_capacity()), reference.longest()].into_iter().flatten().min();
+    let longest = [Some(session.largest_capacity()), reference.longest()]
+        .into_iter()
+        .flatten()
+        .min();
     let new = usize::from(args.tokens);
     let prompts = match args.prompt_ids.is_empty() {
-        false => args.prompt_ids.into_iter().map(|ids| ("given".to_string(), ids.0)).collect(),
+        false => args
+            .prompt_ids
+            .into_iter()
+            .map(|ids| ("given".to_string(), ids.0))
+            .collect(),
         true => prompts(&package, longest.unwrap_or(usize::MAX).saturating_sub(new))?,
     };
     if prompts.is_empty() {
@@ -140,11 +147,17 @@ fn prompts(package: &Package, room: usize) -> Result<Vec<(String, Vec<u32>)>, Fa
     let vocabulary = package.vocabulary()? as u64;
     let spread = |n: u64| -> Vec<u32> {
         // A multiplicative walk visits the whole vocabulary without a pattern that the positions share.
-        (0..n).map(|i| ((i * i * 7919 + i * 104_729 + 3 * n) % vocabulary) as u32).collect()
+        (0..n)
+            .map(|i| ((i * i * 7919 + i * 104_729 + 3 * n) % vocabulary) as u32)
+            .collect()
     };
     let mut prompts = Vec::new();
     if let Some(tokenizer) = package.tokenizer()? {
-        for text in ["The capital of France is", "def fibonacci(n):\n    \"\"\"", "Zwölf Boxkämpfer jagen Viktor 12 × 34"] {
+        for text in [
+            "The capital of France is",
+            "def fibonacci(n):\n    \"\"\"",
+            "Zwölf Boxkämpfer jagen Viktor 12 × 34",
+        ] {
             let ids = tokenizer.encode(text, true)?;
             if ids.iter().all(|id| u64::from(*id) < vocabulary) {
                 prompts.push((format!("{text:?}"), ids));
@@ -188,7 +201,8 @@ fn compare(
         }
         // NaN must not pass, and max would drop it.
         let each = a.iter().zip(b).map(|(x, y)| f64::from((x - y).abs()));
-        each.map(|d| if d.is_nan() { f64::INFINITY } else { d }).fold(0.0, f64::max)
+        each.map(|d| if d.is_nan() { f64::INFINITY } else { d })
+            .fold(0.0, f64::max)
     };
     let max_difference = pairs().map(difference).fold(0.0, f64::max);
     let limit = tolerance * largest_logit.max(1.0);
@@ -197,7 +211,12 @@ fn compare(
         let row = &theirs[step];
         mine != right && f64::from(row[*right as usize] - row[*mine as usize]) > limit
     };
-    let wrong_tokens = tokens.iter().zip(&reference_tokens).enumerate().filter(|x| wrong(*x)).count();
+    let wrong_tokens = tokens
+        .iter()
+        .zip(&reference_tokens)
+        .enumerate()
+        .filter(|x| wrong(*x))
+        .count();
     Ok(Comparison {
         prompt: name.to_string(),
         prompt_tokens: prompt.len(),
@@ -221,7 +240,15 @@ fn largest(row: &[f32]) -> u32 {
 }
 
 fn tell(report: &Report) -> String {
-    let mut table = Table::new(["prompt", "tokens", "same", "largest logit", "difference", "relative", ""]);
+    let mut table = Table::new([
+        "prompt",
+        "tokens",
+        "same",
+        "largest logit",
+        "difference",
+        "relative",
+        "",
+    ]);
     for c in &report.prompts {
         let same = c.tokens.iter().zip(&c.reference_tokens).filter(|(a, b)| a == b).count();
         table.row([
@@ -242,7 +269,11 @@ fn tell(report: &Report) -> String {
         report.engine.name(),
         report.tolerance,
         table.render(),
-        if report.passed { "the package agrees with its export" } else { "the package differs from its export" }
+        if report.passed {
+            "the package agrees with its export"
+        } else {
+            "the package differs from its export"
+        }
     )
 }
 

@@ -352,7 +352,9 @@ impl<'a> Lowering<'a> {
             return Ok(*tensor);
         }
         // The shortest decimal that reads back as the same f32.
-        let tensor = self.b.number(&format!("const/{dtype}/{}", value as f32), dtype, rank, value)?;
+        let tensor = self
+            .b
+            .number(&format!("const/{dtype}/{}", value as f32), dtype, rank, value)?;
         self.numbers.insert(key, tensor);
         Ok(tensor)
     }

@@ -17,11 +17,7 @@ pub enum PackageError {
     #[error("{}: named in the manifest but missing from the package", path.display())]
     Missing { path: PathBuf },
     #[error("{}: has {found} bytes, the manifest says {expected}", path.display())]
-    Size {
-        path: PathBuf,
-        expected: u64,
-        found: u64,
-    },
+    Size { path: PathBuf, expected: u64, found: u64 },
     #[error("{}: the contents of {what} do not have the hash in the manifest", path.display())]
     Hash { path: PathBuf, what: String },
     #[error("{}: exists already", path.display())]
@@ -70,7 +66,9 @@ impl PackageError {
         }
         Some(match self {
             PackageError::NotAPackage { .. } => "make one with `lapidary convert MODEL.onnx -o PKG`".into(),
-            PackageError::Newer { .. } => "use the Lapidary that wrote it or a newer one, or convert the model again".into(),
+            PackageError::Newer { .. } => {
+                "use the Lapidary that wrote it or a newer one, or convert the model again".into()
+            }
             PackageError::Manifest { .. }
             | PackageError::Missing { .. }
             | PackageError::Size { .. }

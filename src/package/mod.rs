@@ -83,7 +83,9 @@ impl Package {
         };
         for (file, bytes) in package.files() {
             let path = package.path(file)?;
-            let found = fs::metadata(&path).map_err(|_| PackageError::Missing { path: path.clone() })?.len();
+            let found = fs::metadata(&path)
+                .map_err(|_| PackageError::Missing { path: path.clone() })?
+                .len();
             if found != bytes {
                 return Err(PackageError::Size {
                     path,
@@ -130,10 +132,13 @@ impl Package {
 
     /// Row length of the logits.
     pub fn vocabulary(&self) -> Result<usize, PackageError> {
-        self.manifest.architecture.vocabulary.ok_or_else(|| PackageError::Manifest {
-            path: manifest_path(&self.folder),
-            message: "it does not say how large the vocabulary is".into(),
-        })
+        self.manifest
+            .architecture
+            .vocabulary
+            .ok_or_else(|| PackageError::Manifest {
+                path: manifest_path(&self.folder),
+                message: "it does not say how large the vocabulary is".into(),
+            })
     }
 
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>, PackageError> {

@@ -131,7 +131,9 @@ fn sweep(parent: &Path, prefix: &str) {
         let Some(pid) = name.to_str().and_then(|n| n.strip_prefix(prefix)) else {
             continue;
         };
-        let gone = pid.parse::<u32>().is_ok_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+        let gone = pid
+            .parse::<u32>()
+            .is_ok_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
         if gone && Path::new("/proc/self").exists() {
             let _ = fs::remove_dir_all(entry.path());
         }
@@ -179,7 +181,10 @@ mod tests {
         let target = parent.path().join("home");
         fs::create_dir(&target).unwrap();
         fs::write(target.join("thesis.txt"), "").unwrap();
-        assert!(matches!(write(&target, "x", true), Err(PackageError::NotReplaced { .. })));
+        assert!(matches!(
+            write(&target, "x", true),
+            Err(PackageError::NotReplaced { .. })
+        ));
         assert!(target.join("thesis.txt").exists());
     }
 

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use super::manifest::{self, Engine, FORMAT_VERSION, Manifest, Pass, Source, StoredFile, Weight};
 use super::staging::Staging;
 use super::{ENGINES, GRAPH, MANIFEST, Package, PackageError, TOKENIZER, WEIGHTS, hash_file};
+use crate::backend::tensorrt::Refit;
 use crate::decode::tokenizer::Tokenizer;
 use crate::graph::{Constant, Graph};
-use crate::backend::tensorrt::Refit;
 use crate::network::WeightMode;
 use crate::passes::Architecture;
 use crate::spec::{Prefill, Target};
@@ -107,7 +107,10 @@ impl Writer {
             };
             let to = folder.join(name);
             fs::copy(from, &to).map_err(PackageError::io(&to))?;
-            files.push(stored(self.staging.folder(), &format!("{TOKENIZER}/{}", name.display()))?);
+            files.push(stored(
+                self.staging.folder(),
+                &format!("{TOKENIZER}/{}", name.display()),
+            )?);
         }
         self.manifest.tokenizer = Some(manifest::Tokenizer {
             files,
@@ -207,7 +210,9 @@ fn write_weights(
             engines: Vec::new(),
         });
     }
-    let set = entries.iter().map(|w| (w.name.as_str(), w.dtype, w.shape.as_slice(), w.blake3.as_str()));
+    let set = entries
+        .iter()
+        .map(|w| (w.name.as_str(), w.dtype, w.shape.as_slice(), w.blake3.as_str()));
     let weights = manifest::Weights {
         file: WEIGHTS.to_string(),
         bytes: fs::metadata(&path).map_err(PackageError::io(&path))?.len(),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use lapidary::backend::cpu::{self, bind_tokens, execute};
 use lapidary::graph::Graph;
 use lapidary::lower::{AttentionForm, LinearForm, Options, lower};
 use lapidary::network::{Logits, Network, Profile, Tokens, WeightMode};
@@ -65,15 +66,25 @@ fn check(what: &str, graph: &Graph, profile: Profile, options: &Options, calls: 
             Logits::Rows => picked(&logits, &rows),
         };
         expected.insert("logits".into(), logits);
-        let found = interpret(&network, &network_inputs(&call, &network, &rows));
-        assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
-        for (name, expected) in &expected {
-            let scale = expected.to_f32().iter().fold(1f32, |m, v| m.max(v.abs()));
-            let worst = difference(&found[name], expected) / scale;
-            assert!(
-                worst <= tolerance(graph),
-                "{what} {profile} {options:?}: {name} differs by {worst} with {past} past and {tokens} tokens"
-            );
+        let inputs = network_inputs(&call, &network, &rows);
+        let bound = bind_tokens(&network, *tokens).expect("tokens of the profile");
+        let list: Vec<(&str, Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t.clone())).collect();
+        let executed = execute(&bound, &list, &cpu::Options::default());
+        let executed = executed.unwrap_or_else(|e| panic!("{what} {profile}: {e}"));
+        // Both by the evaluator's semantics, layer by layer, and by the real back end.
+        for (by, found) in [
+            ("layers", interpret(&network, &inputs)),
+            ("cpu", executed.into_iter().collect()),
+        ] {
+            assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+            for (name, expected) in &expected {
+                let scale = expected.to_f32().iter().fold(1f32, |m, v| m.max(v.abs()));
+                let worst = difference(&found[name], expected) / scale;
+                assert!(
+                    worst <= tolerance(graph),
+                    "{what} {profile} {options:?}: {name} by {by} differs by {worst}, {past} past and {tokens} tokens"
+                );
+            }
         }
     }
 }

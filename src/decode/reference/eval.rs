@@ -19,12 +19,18 @@ impl Eval {
 
 impl Engine for Eval {
     fn run(&mut self, inputs: &[(String, Tensor)], logits: &str) -> Result<Tensor, String> {
-        let find = |name: &str| self.graph.find(name).ok_or_else(|| format!("there is no value {name:?}"));
+        let find = |name: &str| {
+            self.graph
+                .find(name)
+                .ok_or_else(|| format!("there is no value {name:?}"))
+        };
         let mut bindings = HashMap::new();
         for (name, tensor) in inputs {
             bindings.insert(find(name)?, tensor.clone());
         }
         let logits = find(logits)?;
-        Evaluator::new(&self.graph, bindings).value(logits).map_err(|e| e.to_string())
+        Evaluator::new(&self.graph, bindings)
+            .value(logits)
+            .map_err(|e| e.to_string())
     }
 }

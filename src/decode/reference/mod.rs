@@ -76,7 +76,9 @@ impl Reference {
         graph::infer::infer(&mut graph).map_err(|e| bad(e.to_string()))?;
         let roles = roles::assign(&mut graph).map_err(|e| bad(e.to_string()))?;
         let named = graph.outputs.iter().find(|id| graph.value(**id).name == "logits");
-        let logits = *named.or(graph.outputs.first()).ok_or_else(|| bad("it has no outputs".into()))?;
+        let logits = *named
+            .or(graph.outputs.first())
+            .ok_or_else(|| bad("it has no outputs".into()))?;
         let engine: Box<dyn Engine> = match kind {
             EngineKind::Eval => Box::new(eval::Eval::new(graph.clone())),
             #[cfg(feature = "tract")]
@@ -118,7 +120,9 @@ impl Reference {
         {
             return Err(ReferenceError::Inputs {
                 path: self.path.clone(),
-                message: format!("the export takes exactly {fixed} tokens a call, which cannot run a whole sequence at once"),
+                message: format!(
+                    "the export takes exactly {fixed} tokens a call, which cannot run a whole sequence at once"
+                ),
             });
         }
         let inputs = self.inputs(tokens)?;
@@ -136,7 +140,10 @@ impl Reference {
             }
             other => Err(failed(
                 &self.path,
-                format!("its output {name:?} is {other:?}, not [1, {}, vocabulary]", tokens.len()),
+                format!(
+                    "its output {name:?} is {other:?}, not [1, {}, vocabulary]",
+                    tokens.len()
+                ),
             )),
         }
     }
@@ -154,7 +161,9 @@ impl Reference {
         for id in &self.graph.inputs {
             let value = self.graph.value(*id);
             let shape: Option<Vec<usize>> = value.shape.as_ref().and_then(|shape| {
-                let sizes = shape.iter().map(|dim| dim.eval(&sizes).and_then(|n| usize::try_from(n).ok()));
+                let sizes = shape
+                    .iter()
+                    .map(|dim| dim.eval(&sizes).and_then(|n| usize::try_from(n).ok()));
                 sizes.collect()
             });
             let role = self.roles.of.get(id).copied().unwrap_or(Role::Unread);

@@ -59,7 +59,10 @@ impl Engine for Tract {
         let mut values: TVec<TValue> = tvec!();
         for outlet in plan.model().input_outlets().map_err(chain)? {
             let name = &plan.model().node(outlet.node).name;
-            let (_, tensor) = inputs.iter().find(|(n, _)| n == name).ok_or_else(|| format!("no input {name:?}"))?;
+            let (_, tensor) = inputs
+                .iter()
+                .find(|(n, _)| n == name)
+                .ok_or_else(|| format!("no input {name:?}"))?;
             values.push(theirs(tensor).map_err(chain)?.into());
         }
         let outputs = plan.run(values).map_err(chain)?;
