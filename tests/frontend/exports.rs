@@ -8,9 +8,12 @@ use lapidary::dim::Sym;
 use lapidary::graph::{Graph, dump, infer, verify};
 use lapidary::onnx::{self, Exporter};
 
-/// Name and model file of every export.
-pub fn exports() -> Vec<(String, PathBuf)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/exports");
+/// Name and model file of every export, or of those in the folder that `LAPIDARY_EXPORTS` names.
+fn exports() -> Vec<(String, PathBuf)> {
+    let folder = match std::env::var_os("LAPIDARY_EXPORTS") {
+        Some(folder) => PathBuf::from(folder),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/exports"),
+    };
     let mut found: Vec<(String, PathBuf)> = std::fs::read_dir(&folder)
         .unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
         .map(|entry| entry.unwrap().path())

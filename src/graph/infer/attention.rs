@@ -1,6 +1,7 @@
 //! Rotary embeddings and attention.
 
-use super::{Fact, InferError, Outputs, Site, one};
+use super::site::{Outputs, Site, one};
+use super::{Fact, InferError};
 use crate::dim::Dim;
 use crate::graph::op::{Attention, GroupQueryAttention};
 

@@ -1,7 +1,8 @@
 //! Operators that work element by element, with broadcasting.
 
 use super::content;
-use super::{Elements, Fact, InferError, Outputs, Site, one};
+use super::site::{Outputs, Site, one};
+use super::{Elements, Fact, InferError};
 use crate::dim::Dim;
 use crate::graph::op::{Binary, Unary};
 use crate::tensor::DType;

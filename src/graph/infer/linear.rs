@@ -1,7 +1,8 @@
 //! Products, reductions and normalizations.
 
 use super::content;
-use super::{Elements, Fact, InferError, Outputs, Site, one};
+use super::site::{Outputs, Site, one};
+use super::{Elements, Fact, InferError};
 use crate::dim::Dim;
 use crate::graph::op::{Binary, Reduction};
 use crate::tensor::DType;

@@ -1,26 +1,24 @@
-//! From a file to a graph: opening and telling apart what is no ONNX model, definitions and uses of values, model-local
-//! functions. Single nodes are `normalize`'s, tensors are `tensor`'s.
+//! From a file to a graph: definitions and uses of values, node by node. `decode` tells apart what is no ONNX model,
+//! `functions` puts the bodies of model-local functions where they are called; single nodes are `normalize`'s, tensors
+//! are `tensor`'s.
+
+mod decode;
+mod functions;
 
 use std::collections::HashMap;
 use std::path::Path;
 
-use bytes::Bytes;
-use prost::Message;
-
+use self::functions::{Function, FunctionKey, functions};
 use super::OPSETS;
 use super::attributes::Attributes;
 use super::error::{ReadError, ReadErrorKind};
 use super::normalize::{self, Site};
-use super::proto::{
-    AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TypeProto, ValueInfoProto,
-};
+use super::proto::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TypeProto, ValueInfoProto};
 use super::tensor::{self, Folder};
 use crate::dim::Dim;
 use crate::graph::{Definition, Graph, Op, Producer, Shape, ValueId};
 use crate::tensor::DType;
 
-/// Functions may call functions; more levels than this can only be recursion.
-const MAX_CALL_DEPTH: usize = 64;
 /// Functions that call functions twice grow exponentially; no real model comes near this many nodes.
 const MAX_NODES: usize = 4_000_000;
 
@@ -38,7 +36,7 @@ fn read_file(path: &Path) -> Result<Graph, ReadErrorKind> {
         return Err(ReadErrorKind::Folder);
     }
     let bytes = tensor::map(path).map_err(ReadErrorKind::Open)?;
-    let model = decode(bytes)?;
+    let model = decode::decode(bytes)?;
     let mut reader = Reader {
         graph: Graph::default(),
         folder: Folder::of(path),
@@ -47,61 +45,6 @@ fn read_file(path: &Path) -> Result<Graph, ReadErrorKind> {
     };
     reader.model(&model)?;
     Ok(reader.graph)
-}
-
-fn decode(bytes: Bytes) -> Result<ModelProto, ReadErrorKind> {
-    if bytes.is_empty() {
-        return Err(ReadErrorKind::Empty);
-    }
-    if bytes.starts_with(b"version https://git-lfs") {
-        return Err(ReadErrorKind::LfsPointer);
-    }
-    if let Some(needed) = promised_length(&bytes) {
-        return Err(ReadErrorKind::Truncated {
-            needed,
-            found: bytes.len() as u64,
-        });
-    }
-    let model = ModelProto::decode(bytes).map_err(|error| ReadErrorKind::NotOnnx {
-        reason: error.to_string(),
-    })?;
-    if model.graph.is_none() {
-        return Err(ReadErrorKind::NotOnnx {
-            reason: "it holds no graph".to_string(),
-        });
-    }
-    Ok(model)
-}
-
-/// If the top-level fields are those of a model and the last one reaches beyond the end: how many bytes there should be.
-/// Told apart from garbage because the cure is another one.
-fn promised_length(bytes: &[u8]) -> Option<u64> {
-    let mut rest = bytes;
-    let varint = |rest: &mut &[u8]| prost::encoding::decode_varint(rest).ok();
-    while !rest.is_empty() {
-        let at = (bytes.len() - rest.len()) as u64;
-        let Some(key) = varint(&mut rest) else {
-            // A cut within a key; without a valid field before it this is garbage.
-            return (at > 0).then_some(bytes.len() as u64 + 1);
-        };
-        match (key >> 3, key & 7) {
-            // ir_version comes first from every writer; a file that starts otherwise is judged by the decoder.
-            (1 | 5, 0) => {
-                varint(&mut rest)?;
-            }
-            (2 | 3 | 4 | 6 | 7 | 8 | 14 | 20 | 25 | 26, 2) => {
-                let length = varint(&mut rest)?;
-                if length > rest.len() as u64 {
-                    let start = (bytes.len() - rest.len()) as u64;
-                    // A graph that claims more than 2^40 bytes is garbage, not cut off.
-                    return (at > 0 && length < 1 << 40).then(|| start + length);
-                }
-                rest = &rest[length as usize..];
-            }
-            _ => return None,
-        }
-    }
-    None
 }
 
 /// Domain and version; `ai.onnx` is another name of the standard domain.
@@ -131,33 +74,6 @@ impl Opsets {
     fn of(&self, domain: &str) -> Option<i64> {
         self.0.get(domain).copied()
     }
-}
-
-/// Domain, name and overload.
-type FunctionKey<'m> = (&'m str, &'m str, &'m str);
-
-struct Function<'m> {
-    proto: &'m FunctionProto,
-    opsets: Opsets,
-}
-
-fn functions(model: &ModelProto) -> Result<HashMap<FunctionKey<'_>, Function<'_>>, ReadErrorKind> {
-    let mut functions = HashMap::new();
-    for proto in &model.functions {
-        let name = proto.name.as_deref().unwrap_or_default();
-        let key = (
-            domain_of(proto.domain.as_deref()),
-            name,
-            proto.overload.as_deref().unwrap_or_default(),
-        );
-        let opsets = Opsets::new(&proto.opset_import, &format!(" in its function {name:?}"))?;
-        if functions.insert(key, Function { proto, opsets }).is_some() {
-            return Err(ReadErrorKind::Functions {
-                reason: format!("{name:?} of the domain {:?} is defined twice", key.0),
-            });
-        }
-    }
-    Ok(functions)
 }
 
 /// Names that nodes can read, and what they stand for: `None` for an optional input of a function that was left out.
@@ -360,7 +276,13 @@ impl<'m> Reader<'m> {
                 }
             });
         }
-        let named = |n: &String| if n.is_empty() { None } else { scope.values.get(n.as_str()).copied() };
+        let named = |n: &String| {
+            if n.is_empty() {
+                None
+            } else {
+                scope.values.get(n.as_str()).copied()
+            }
+        };
         let output = |n: &String| named(n).flatten();
         let mut outputs: Vec<Option<ValueId>> = node.output.iter().map(output).collect();
         // What is left out at the end is as good as absent.
@@ -369,7 +291,7 @@ impl<'m> Reader<'m> {
                 list.pop();
             }
         }
-        let attributes = resolve_references(&node.attribute, frame.attributes.as_ref());
+        let attributes = functions::resolve_references(&node.attribute, frame.attributes.as_ref());
         let domain = domain_of(node.domain.as_deref());
         let overload = node.overload.as_deref().unwrap_or_default();
         if self.functions.contains_key(&(domain, op_type, overload)) {
@@ -396,88 +318,6 @@ impl<'m> Reader<'m> {
             outputs,
             attributes: Attributes::new(attributes),
         })
-    }
-
-    /// Puts the body of a function where it is called.
-    fn inline(
-        &mut self,
-        key: FunctionKey<'m>,
-        name: String,
-        inputs: Vec<Option<ValueId>>,
-        outputs: Vec<Option<ValueId>>,
-        attributes: Vec<AttributeProto>,
-        depth: usize,
-    ) -> Result<(), ReadErrorKind> {
-        let broken = |reason: String| ReadErrorKind::Functions {
-            reason: format!("{:?}, called by node {name:?}, {reason}", key.1),
-        };
-        if depth >= MAX_CALL_DEPTH {
-            return Err(broken("calls itself".to_string()));
-        }
-        let function = &self.functions[&key];
-        let proto = function.proto;
-        if inputs.len() > proto.input.len() || outputs.len() > proto.output.len() {
-            return Err(broken(format!(
-                "has {} inputs and {} outputs, and gets {} and {}",
-                proto.input.len(),
-                proto.output.len(),
-                inputs.len(),
-                outputs.len()
-            )));
-        }
-        let mut scope = Scope::default();
-        for (i, formal) in proto.input.iter().enumerate() {
-            if scope.origin.insert(formal, Origin::Input).is_some() {
-                return Err(broken(format!("has two inputs {formal:?}")));
-            }
-            scope.values.insert(formal, inputs.get(i).copied().flatten());
-        }
-        // An output that is an input, or is listed twice, cannot be given the caller's value; it is copied below.
-        let mut results: HashMap<&str, ValueId> = HashMap::new();
-        let mut copies = Vec::new();
-        for (formal, actual) in proto.output.iter().zip(&outputs) {
-            let Some(actual) = *actual else { continue };
-            if scope.origin.contains_key(formal.as_str()) || results.contains_key(formal.as_str()) {
-                copies.push((formal, actual));
-            } else {
-                results.insert(formal, actual);
-            }
-        }
-        let given: HashMap<&str, AttributeProto> = {
-            let named = |a: &'m AttributeProto| (a.name.as_deref().unwrap_or_default(), a.clone());
-            let mut given: HashMap<&str, AttributeProto> = proto.attribute_proto.iter().map(named).collect();
-            for attribute in attributes {
-                let wanted = attribute.name.as_deref().unwrap_or_default();
-                let known = |n: &&String| n.as_str() == wanted;
-                let formal = proto.attribute.iter().find(known).map(String::as_str);
-                let formal = formal.or_else(|| given.keys().find(|k| **k == wanted).copied());
-                // An attribute the function does not declare has no effect on its body.
-                if let Some(formal) = formal {
-                    given.insert(formal, attribute);
-                }
-            }
-            given
-        };
-        let frame = Frame {
-            opsets: &function.opsets,
-            prefix: format!("{name}/"),
-            attributes: Some(given),
-            depth: depth + 1,
-        };
-        self.nodes(&proto.node, &mut scope, &results, &frame)?;
-        for formal in results.keys() {
-            if !scope.values.contains_key(formal) {
-                return Err(broken(format!("does not define its output {formal:?}")));
-            }
-        }
-        for (formal, actual) in copies {
-            let source = scope.values.get(formal.as_str()).copied().flatten();
-            let source = source.ok_or_else(|| broken(format!("does not define its output {formal:?}")))?;
-            let copy = format!("{name}/{formal}");
-            self.graph
-                .add_node_with_outputs(&copy, Op::Identity, vec![Some(source)], vec![Some(actual)]);
-        }
-        Ok(())
     }
 
     /// The export's own word on the outputs of unknown operators, so that inference can go on behind them.
@@ -535,22 +375,6 @@ fn node_name(node: &NodeProto) -> &str {
         Some(name) if !name.is_empty() => name,
         _ => node.output.iter().find(|o| !o.is_empty()).map_or("", String::as_str),
     }
-}
-
-/// Attributes of a node in a function's body, with the caller's values put in; one the caller leaves out is left out.
-fn resolve_references(
-    attributes: &[AttributeProto],
-    caller: Option<&HashMap<&str, AttributeProto>>,
-) -> Vec<AttributeProto> {
-    let resolve = |attribute: &AttributeProto| match attribute.ref_attr_name.as_deref() {
-        None | Some("") => Some(attribute.clone()),
-        Some(reference) => caller.and_then(|c| c.get(reference)).map(|value| AttributeProto {
-            name: attribute.name.clone(),
-            ref_attr_name: None,
-            ..value.clone()
-        }),
-    };
-    attributes.iter().filter_map(resolve).collect()
 }
 
 /// The declared type of a graph's input. A dim without a name gets one.

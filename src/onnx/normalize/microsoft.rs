@@ -1,0 +1,114 @@
+//! The contrib operators of ONNX Runtime, domain `com.microsoft`:
+//! <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>. Those with an equal among ONNX's own
+//! operators become that.
+
+use super::{Failure, Plan, Site};
+use crate::graph::op::{Attention, Binary, GroupQueryAttention, Op};
+
+impl Site<'_> {
+    pub(super) fn plan_microsoft(&self) -> Result<Plan, Failure> {
+        let a = &self.attributes;
+        Ok(Plan::Op(match self.op_type {
+            "Gelu" => Op::Gelu { tanh: false },
+            "FastGelu" => return self.biased_gelu(true),
+            "BiasGelu" => return self.biased_gelu(false),
+            "QuickGelu" => Op::Swish {
+                alpha: a.float_or("alpha", 1.702)?,
+            },
+            "SimplifiedLayerNormalization" => self.rms_normalization()?,
+            "SkipSimplifiedLayerNormalization" => Op::SkipRmsNormalization {
+                epsilon: a.float_or("epsilon", 1e-12)?,
+            },
+            "SkipLayerNormalization" => Op::SkipLayerNormalization {
+                epsilon: a.float_or("epsilon", 1e-12)?,
+            },
+            "FusedMatMul" => {
+                self.expect_zero(&["transBatchA", "transBatchB"])?;
+                Op::FusedMatMul {
+                    alpha: a.float_or("alpha", 1.0)?,
+                    trans_a: a.flag("transA", false)?,
+                    trans_b: a.flag("transB", false)?,
+                }
+            }
+            "RotaryEmbedding" => {
+                self.expect_zero(&["is_packed_batching"])?;
+                if let Some(scale) = a.float("scale")?
+                    && scale != 1.0
+                {
+                    return Ok(Plan::Unknown(Some(format!("scale={scale}"))));
+                }
+                Op::ContribRotaryEmbedding {
+                    interleaved: a.flag("interleaved", false)?,
+                    num_heads: a.count("num_heads")?,
+                    rotary_dim: a.count("rotary_embedding_dim")?.unwrap_or(0),
+                }
+            }
+            "GroupQueryAttention" => return self.group_query_attention(),
+            "MultiHeadAttention" => return self.multi_head_attention(),
+            _ => return Ok(Plan::Unknown(None)),
+        }))
+    }
+
+    fn biased_gelu(&self, tanh: bool) -> Result<Plan, Failure> {
+        Ok(match self.inputs.get(1).copied().flatten() {
+            Some(_) => Plan::Pipe(Op::Binary(Binary::Add), Op::Gelu { tanh }),
+            None => Plan::Op(Op::Gelu { tanh }),
+        })
+    }
+
+    fn group_query_attention(&self) -> Result<Plan, Failure> {
+        let a = &self.attributes;
+        // -1 and 0 both mean off for smooth_softmax; quantized caches and extra outputs are not known.
+        self.expect_zero(&["qk_output", "smooth_softmax", "kv_cache_bit_width"])?;
+        if a.is_int("smooth_softmax", -1) {
+            a.ignore(&["smooth_softmax"]);
+        }
+        for name in ["k_quant_type", "v_quant_type"] {
+            if a.is_string(name, "NONE") {
+                a.ignore(&[name]);
+            }
+        }
+        Ok(Plan::Op(Op::GroupQueryAttention(GroupQueryAttention {
+            num_heads: a.required_count("num_heads")?,
+            kv_num_heads: a.required_count("kv_num_heads")?,
+            // 0 is the default and means 1/√head_dim.
+            scale: a.float("scale")?.filter(|s| *s != 0.0),
+            softcap: a.float_or("softcap", 0.0)?,
+            local_window_size: a.int_or("local_window_size", -1)?,
+            do_rotary: a.flag("do_rotary", false)?,
+            rotary_interleaved: a.flag("rotary_interleaved", false)?,
+        })))
+    }
+
+    /// Inputs: q, k, v, bias?, key_padding_mask?, attention_bias?, past_key?, past_value?, …, all of q, k, v
+    /// `[batch, tokens, heads*head_dim]`: ONNX's own attention with as many key heads as query heads.
+    fn multi_head_attention(&self) -> Result<Plan, Failure> {
+        let a = &self.attributes;
+        self.expect_zero(&["unidirectional"])?;
+        // What the padding mask writes, which must not be there.
+        a.ignore(&["mask_filter_value"]);
+        let heads = a.required_count("num_heads")?;
+        let input = |i: usize| self.inputs.get(i).copied().flatten();
+        for (i, name) in [(3, "bias"), (4, "key_padding_mask")] {
+            if input(i).is_some() {
+                return Ok(Plan::Unknown(Some(name.to_string())));
+            }
+        }
+        if input(1).is_none() || input(2).is_none() || self.inputs.len() > 8 {
+            return Ok(Plan::Unknown(Some(format!("{} inputs", self.inputs.len()))));
+        }
+        let attention = Op::Attention(Attention {
+            is_causal: false,
+            scale: a.float("scale")?.filter(|s| *s != 0.0),
+            softcap: 0.0,
+            q_num_heads: Some(heads),
+            kv_num_heads: Some(heads),
+            softmax_precision: None,
+        });
+        let mut inputs = vec![input(0), input(1), input(2), input(5), input(6), input(7)];
+        while inputs.last() == Some(&None) {
+            inputs.pop();
+        }
+        Ok(Plan::Rewired(attention, inputs))
+    }
+}
