@@ -51,7 +51,7 @@ SHAPES = {
     "mistral-w12": Shape("mistral", hidden=64, head_dim=16, vocabulary=99, window=12),
     "mistral-full": Shape("mistral", hidden=64, head_dim=32, heads=4, kv_heads=4, vocabulary=95, window=None),
     "gpt2-3": Shape("gpt2", hidden=96, layers=3, heads=6, intermediate=160, vocabulary=117),
-    "gpt2-erf": Shape("gpt2", hidden=128, layers=3, heads=4, intermediate=None, vocabulary=85, extra={"activation_function": "gelu"}),
+    "gpt2-erf": Shape("gpt2", hidden=64, layers=2, heads=4, intermediate=None, vocabulary=85, extra={"activation_function": "gelu"}),
     "gpt2-tanh": Shape("gpt2", hidden=64, layers=3, heads=2, vocabulary=75, extra={"activation_function": "gelu_pytorch_tanh"}),
 }  # fmt: skip
 

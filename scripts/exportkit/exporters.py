@@ -307,12 +307,12 @@ def torchscript_static_indexput(model, checkpoint, folder, shape):
     return torchscript_static(model, checkpoint, folder, shape, write=index_put_grid)
 
 
-def in_transformers_5(*command):
+def in_transformers_5(*command, folder=None):
     python = os.environ.get("EXPORTKIT_T5_PYTHON")
     if not python:
         raise RuntimeError("EXPORTKIT_T5_PYTHON is not set: name a Python that has transformers 5")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    done = subprocess.run([python, *command], capture_output=True, text=True, env=environment)
+    done = subprocess.run([python, *command], capture_output=True, text=True, env=environment, cwd=folder)
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
 
@@ -337,7 +337,11 @@ def ort_genai_fp16(model, checkpoint, folder, shape):
 
 def mobius(checkpoint, folder, *options):
     scratch = folder.with_name(folder.name + ".mobius")
-    in_transformers_5("-m", "mobius", "build", "--config", str(checkpoint), *options, str(scratch))
+    # The path given becomes the name of the graph, so it is a relative one.
+    in_transformers_5(
+        *("-m", "mobius", "build", "--config", checkpoint.name, *options, str(scratch.absolute())),
+        folder=checkpoint.parent,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for path in scratch.glob("model.onnx*"):
         shutil.copy(path, folder)
