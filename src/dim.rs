@@ -134,15 +134,22 @@ impl Dim {
         }
     }
 
+    /// The greatest term by degree, then by symbols: an order that multiplication keeps, as division needs.
+    fn leading(&self) -> Option<(&Monomial, &i64)> {
+        self.terms
+            .iter()
+            .max_by_key(|(monomial, _)| (monomial.len(), *monomial))
+    }
+
     /// The quotient if `divisor` divides the polynomial without a remainder, as when `Reshape` solves for its -1.
     /// Divisors of several terms are tried by repeated leading-term division, which is exact when a quotient exists.
     pub fn div_exact(&self, divisor: &Dim) -> Option<Dim> {
-        let (lead, lead_coefficient) = divisor.terms.last_key_value()?;
+        let (lead, lead_coefficient) = divisor.leading()?;
         let mut rest = self.clone();
         let mut quotient = Dim::default();
-        // Each step removes the leading term; the bound only guards against monomial orders that do not decrease.
+        // Each step removes the leading term; the bound only guards against polynomials that no shape has.
         for _ in 0..64 {
-            let Some((monomial, coefficient)) = rest.terms.last_key_value() else {
+            let Some((monomial, coefficient)) = rest.leading() else {
                 return Some(quotient);
             };
             if coefficient.checked_rem(*lead_coefficient)? != 0 {
@@ -197,8 +204,11 @@ impl Dim {
 
 fn parse_sum(text: &str) -> Option<Dim> {
     let mut sum = Dim::default();
-    let mut sign = 1;
-    let mut rest = text.trim();
+    let text = text.trim();
+    let (mut sign, mut rest) = match text.strip_prefix('-') {
+        Some(rest) => (-1, rest),
+        None => (1, text),
+    };
     if rest.is_empty() {
         return None;
     }
@@ -418,6 +428,7 @@ mod tests {
             "past_sequence_length + sequence_length"
         );
         assert_eq!(Dim::parse("2*s0 - 1").to_string(), "2*s0 - 1");
+        assert_eq!(Dim::parse("-s0 + 3").to_string(), "-s0 + 3");
         assert_eq!(Dim::parse("4").as_const(), Some(4));
         assert_eq!(Dim::parse("floor(s0/2)"), Dim::named("floor(s0/2)"));
     }
@@ -432,6 +443,9 @@ mod tests {
         );
         assert_eq!(volume.div_exact(&Dim::constant(5)), None);
         assert_eq!(volume.div_exact(&Dim::constant(0)), None);
+        // Whatever the order of the names: the leading term is chosen by degree.
+        let (more, z) = (&b + &Dim::constant(1), Dim::named("z"));
+        assert_eq!((&more * &z).div_exact(&more), Some(z));
         let sum = &Dim::named("past") + &t;
         assert_eq!((&sum * &b).div_exact(&sum), Some(b));
     }

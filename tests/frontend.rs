@@ -1,5 +1,7 @@
 //! The front end on whole files: reading, types, the verifier, dumps, writing, and what it says about files it refuses.
 
+#[path = "frontend/algebra.rs"]
+mod algebra;
 #[path = "frontend/bad.rs"]
 mod bad;
 #[path = "frontend/damage.rs"]

@@ -12,6 +12,7 @@ use bytes::Bytes;
 
 use super::error::ReadErrorKind;
 use super::proto::{TensorProto, data_type};
+use crate::graph::Constant;
 use crate::tensor::{DType, Tensor};
 
 /// Maps a whole file. Clones and slices of the bytes keep the map alive.
@@ -96,34 +97,44 @@ pub(super) fn code_name(code: i32) -> String {
 /// The folder of a model, and the external files in it mapped so far.
 pub(super) struct Folder {
     path: PathBuf,
+    /// External files may be missing.
+    stripped: bool,
     maps: RefCell<HashMap<String, (PathBuf, Bytes)>>,
 }
 
 impl Folder {
-    pub(super) fn of(model: &Path) -> Self {
+    pub(super) fn of(model: &Path, stripped: bool) -> Self {
         let parent = model.parent().filter(|p| !p.as_os_str().is_empty());
         Folder {
             path: parent.unwrap_or(Path::new(".")).to_path_buf(),
+            stripped,
             maps: RefCell::default(),
+        }
+    }
+
+    /// The constant a message describes: in a stripped model, absent where its file is.
+    pub(super) fn constant(&self, proto: &TensorProto, name: &str) -> Result<Constant, ReadErrorKind> {
+        match self.tensor(proto, name) {
+            Err(ReadErrorKind::ExternalOpen { source, .. })
+                if self.stripped && source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                let (dtype, shape) = described(proto, name)?;
+                let size = shape.iter().try_fold(dtype.size(), |n, d| n.checked_mul(*d));
+                match size {
+                    Some(_) => Ok(Constant::absent(dtype, shape)),
+                    None => Err(ReadErrorKind::Tensor {
+                        tensor: name.to_string(),
+                        reason: format!("{shape:?} is larger than any memory"),
+                    }),
+                }
+            }
+            tensor => tensor.map(Constant::tensor),
         }
     }
 
     /// The tensor a message describes. `name` is for error messages.
     pub(super) fn tensor(&self, proto: &TensorProto, name: &str) -> Result<Tensor, ReadErrorKind> {
-        let code = proto.data_type.unwrap_or(0);
-        let dtype = dtype_of(code).ok_or_else(|| ReadErrorKind::DType {
-            tensor: name.to_string(),
-            dtype: code_name(code),
-        })?;
-        let shape = proto
-            .dims
-            .iter()
-            .map(|d| usize::try_from(*d))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|_| ReadErrorKind::Tensor {
-                tensor: name.to_string(),
-                reason: format!("has the negative dimensions {:?}", proto.dims),
-            })?;
+        let (dtype, shape) = described(proto, name)?;
         let data = if proto.data_location == Some(1) {
             let size = shape.iter().try_fold(dtype.size(), |n, d| n.checked_mul(*d));
             self.external(proto, name, size.unwrap_or(usize::MAX))?
@@ -213,6 +224,24 @@ impl Folder {
         let bytes = map(&real).map_err(cannot_open)?;
         Ok((file, bytes))
     }
+}
+
+fn described(proto: &TensorProto, name: &str) -> Result<(DType, Vec<usize>), ReadErrorKind> {
+    let code = proto.data_type.unwrap_or(0);
+    let dtype = dtype_of(code).ok_or_else(|| ReadErrorKind::DType {
+        tensor: name.to_string(),
+        dtype: code_name(code),
+    })?;
+    let shape = proto
+        .dims
+        .iter()
+        .map(|d| usize::try_from(*d))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|_| ReadErrorKind::Tensor {
+            tensor: name.to_string(),
+            reason: format!("has the negative dimensions {:?}", proto.dims),
+        })?;
+    Ok((dtype, shape))
 }
 
 /// Bytes of a tensor in the typed fields. Small integers and 16-bit floats share `int32_data`, one element each.

@@ -133,3 +133,27 @@ fn writing_and_reading_again_gives_the_same_graph() {
         Ok(())
     });
 }
+
+#[test]
+fn a_model_without_its_weights_is_read_and_written_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.onnx");
+    let (_, source) = &exports()[0];
+    onnx::write_with_data(&typed(source).unwrap(), &path).unwrap();
+    let whole = body(&typed(&path).unwrap());
+    std::fs::remove_file(folder.path().join("model.onnx.data")).unwrap();
+
+    let error = onnx::read(&path).unwrap_err().to_string();
+    assert!(error.contains("model.onnx.data, which cannot be opened"), "{error}");
+    let mut stripped = onnx::read_stripped(&path).unwrap();
+    infer(&mut stripped).unwrap();
+    assert_eq!(body(&stripped), whole);
+    let absent = stripped
+        .value_ids()
+        .filter_map(|v| stripped.constant(v))
+        .find_map(|c| c.materialize().err())
+        .expect("some weight is absent");
+    assert!(absent.to_string().contains("lapidary refit"), "{absent}");
+    // Its bytes are elsewhere, so only a layout that places them lets it be written.
+    assert!(onnx::encode(&stripped, None).is_err());
+}

@@ -28,10 +28,17 @@ const MAX_NODES: usize = 4_000_000;
 /// only. Only inputs and constants have types; run `graph::infer` for the rest.
 pub fn read(path: impl AsRef<Path>) -> Result<Graph, ReadError> {
     let path = path.as_ref();
-    read_file(path).map_err(|kind| kind.at(path))
+    read_file(path, false).map_err(|kind| kind.at(path))
 }
 
-fn read_file(path: &Path) -> Result<Graph, ReadErrorKind> {
+/// Reads a model whose weights were left out, as in a stripped package: those whose external file is not there are
+/// constants of which only dtype and shape are known.
+pub fn read_stripped(path: impl AsRef<Path>) -> Result<Graph, ReadError> {
+    let path = path.as_ref();
+    read_file(path, true).map_err(|kind| kind.at(path))
+}
+
+fn read_file(path: &Path, stripped: bool) -> Result<Graph, ReadErrorKind> {
     if path.is_dir() {
         return Err(ReadErrorKind::Folder);
     }
@@ -39,7 +46,7 @@ fn read_file(path: &Path) -> Result<Graph, ReadErrorKind> {
     let model = decode::decode(bytes)?;
     let mut reader = Reader {
         graph: Graph::default(),
-        folder: Folder::of(path),
+        folder: Folder::of(path, stripped),
         functions: &functions(&model)?,
         made: 0,
     };
@@ -180,8 +187,7 @@ impl<'m> Reader<'m> {
         }
         for proto in &graph.initializer {
             let name = proto.name.as_deref().unwrap_or_default();
-            let tensor = self.folder.tensor(proto, name)?;
-            let constant = crate::graph::Constant::tensor(tensor).with_origin(name);
+            let constant = self.folder.constant(proto, name)?.with_origin(name);
             let value = self.define(graph, scope, name, Origin::Initializer)?;
             self.graph.set_constant(value, constant);
         }
