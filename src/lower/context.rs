@@ -506,7 +506,7 @@ impl<'a> Lowering<'a> {
             });
             named.map_err(|e| fail(e.to_string()))?;
         }
-        Ok(self.b.finish_pruned()?)
+        Ok(self.b.finish_pruned().map_err(Box::new)?)
     }
 
     fn output(&mut self, id: ValueId, logits: Option<ValueId>) -> Lowered {

@@ -21,7 +21,7 @@ pub enum LowerError {
     #[error("{}", list(.0))]
     Unsupported(Vec<Obstacle>),
     #[error("the graph cannot be typed before it is lowered: {0}")]
-    Infer(#[from] InferError),
+    Infer(#[from] Box<InferError>),
     #[error(transparent)]
     Cycle(#[from] CycleError),
     #[error("input {name:?} cannot be lowered: {reason}")]
@@ -30,7 +30,7 @@ pub enum LowerError {
     Output { name: String, reason: String },
     /// The graph is not canonical, or (for rules of layers) the lowering has a mistake.
     #[error("the lowered network breaks a rule: {0}")]
-    Network(#[from] VerifyError),
+    Network(#[from] Box<VerifyError>),
 }
 
 fn list(obstacles: &[Obstacle]) -> String {

@@ -382,7 +382,7 @@ fn rotary(rotary_dim: usize, inputs: &[&Tensor]) -> Result<Typed, Fault> {
         &positions.shape[1],
     )?;
     let head_dim = x.shape[3].as_const();
-    if rotary_dim == 0 || rotary_dim % 2 != 0 || head_dim.is_none_or(|d| rotary_dim as i64 > d) {
+    if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) || head_dim.is_none_or(|d| rotary_dim as i64 > d) {
         return Err(Fault::Parameter(format!(
             "rotary_dim {rotary_dim} must be even, above 0 and within the head's {}",
             x.shape[3]
