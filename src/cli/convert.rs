@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::progress::Progress;
-use super::{Failure, bytes, info, print, words};
+use super::{Failure, bytes, info, inspect, print, words};
 use crate::backend::tensorrt::{self, BuildOptions, BuildProgress, Library, Refit};
 use crate::decode::tokenizer::{self, Tokenizer};
 use crate::graph::Graph;
@@ -85,6 +85,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let source = source(&args.model, &graph)?;
 
     progress.step("rewriting");
+    check(&args.model, &graph)?;
     let options = passes::Options {
         dtype: conversion.dtype.map(Precision::dtype),
         max_positions: *conversion.capacities.last().expect("resolved to at least one"),
@@ -159,6 +160,21 @@ fn conversion(args: &Args) -> Result<Conversion, Failure> {
         None => Spec::default(),
     };
     Ok(flags.or(file).resolve()?)
+}
+
+/// Refuses what no pass should have to look at.
+fn check(model: &Path, graph: &Graph) -> Result<(), Failure> {
+    let message = match &inspect::faults(graph)[..] {
+        [] => return Ok(()),
+        [one] => format!("{}: {one}", model.display()),
+        several => format!(
+            "{}: the model cannot be converted, for {} reasons:\n  {}",
+            model.display(),
+            several.len(),
+            several.join("\n  ")
+        ),
+    };
+    Err(Failure::input(message).help(format!("`lapidary inspect {}` shows the whole model", model.display())))
 }
 
 /// The tokenizer asked for, or the one beside the model.

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::table::Table;
 use super::{Failure, bytes, info, print, print_json};
+use crate::graph::verify::{Obstacle, Obstacles};
 use crate::graph::{self, Definition, Graph, ValueId};
 use crate::lower;
 use crate::network::{Profile, WeightMode};
@@ -66,6 +67,8 @@ struct Facts {
     weight_bytes_by_dtype: BTreeMap<String, u64>,
     #[serde(flatten)]
     recognition: Recognition,
+    /// Operators and operands that are wrong in themselves, whatever the model means.
+    faults: Vec<String>,
     convertible: bool,
 }
 
@@ -88,7 +91,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
     })?;
     let recognition = passes::recognise(&graph);
     let (weight_bytes, weight_bytes_by_dtype) = weights(&graph);
-    let tensors = |ids: &[ValueId]| ids.iter().map(|id| tensor(&graph, *id)).collect();
+    // Exporters need not say what the outputs are.
+    let mut typed = graph.clone();
+    let _ = graph::infer::infer(&mut typed);
+    let tensors = |ids: &[ValueId]| ids.iter().map(|id| tensor(&typed, *id)).collect();
+    let faults = faults(&graph);
     let facts = Facts {
         exporter: onnx::exporter(&graph),
         producer: format!("{} {}", graph.producer.name, graph.producer.version)
@@ -101,7 +108,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         nodes: graph.node_ids().count(),
         weight_bytes,
         weight_bytes_by_dtype,
-        convertible: recognition.obstacles.is_empty(),
+        convertible: recognition.obstacles.is_empty() && faults.is_empty(),
+        faults,
         recognition,
         file: args.model,
     };
@@ -109,6 +117,20 @@ pub fn run(args: Args) -> Result<(), Failure> {
         true => print_json(&facts),
         false => print(&tell(&facts)),
     }
+}
+
+/// Operators that do not exist and operands of wrong number or type, all at once. Whatever keeps the graph from being
+/// typed is the passes' to tell.
+pub fn faults(graph: &Graph) -> Vec<String> {
+    let mut typed = graph.clone();
+    if typed.sort().is_err() || graph::infer::infer(&mut typed).is_err() {
+        return Vec::new();
+    }
+    let Err(Obstacles(obstacles)) = graph::verify::verify(&typed) else {
+        return Vec::new();
+    };
+    let counts = |o: &&Obstacle| !matches!(o, Obstacle::Untyped { .. } | Obstacle::Structure { .. });
+    obstacles.iter().filter(counts).map(Obstacle::to_string).collect()
 }
 
 fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
@@ -215,10 +237,13 @@ fn tell(facts: &Facts) -> String {
     let operators: Vec<String> = operators.iter().map(|(name, n)| format!("{name} {n}")).collect();
     let _ = writeln!(out, "\n{} nodes: {}", facts.nodes, operators.join(", "));
 
-    for (op, nodes) in &r.unsupported {
-        let _ = writeln!(out, "unsupported {op}: {}", nodes.join(", "));
-    }
-    match r.obstacles.len() {
+    let obstacles: Vec<String> = facts
+        .faults
+        .iter()
+        .cloned()
+        .chain(r.obstacles.iter().map(|o| o.to_string()))
+        .collect();
+    match obstacles.len() {
         0 => out.push_str("\nThis model can be converted.\n"),
         n => {
             let _ = writeln!(
@@ -226,7 +251,7 @@ fn tell(facts: &Facts) -> String {
                 "\nThis model cannot be converted, for {n} reason{}:",
                 if n == 1 { "" } else { "s" }
             );
-            for obstacle in &r.obstacles {
+            for obstacle in &obstacles {
                 let _ = writeln!(out, "  {obstacle}");
             }
         }

@@ -40,7 +40,7 @@ impl Tract {
             let fact = InferenceFact::dt_shape(dtype(tensor.dtype()), tensor.shape());
             model.set_input_fact(i, fact)?;
         }
-        model.set_output_names([logits])?;
+        model.select_outputs_by_name([logits])?;
         let plan = model.into_optimized()?.into_runnable()?;
         self.plan = Some((shapes, plan.clone()));
         Ok(plan)

@@ -1,0 +1,10 @@
+//! The real binary, end to end: exports in, tokens out, and what it says when the input is no good.
+
+#[path = "cli/bad_input.rs"]
+mod bad_input;
+#[path = "cli/commands.rs"]
+mod commands;
+#[path = "cli/exports.rs"]
+mod exports;
+#[path = "cli/support.rs"]
+mod support;

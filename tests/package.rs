@@ -1,0 +1,213 @@
+//! The package on disk: what is written can be read back, by us and by anything that reads safetensors.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use lapidary::backend::tensorrt::Refit;
+use lapidary::graph::Graph;
+use lapidary::network::{Profile, WeightMode};
+use lapidary::package::manifest::{Engine, Source};
+use lapidary::package::{Facts, Manifest, Package, PackageError, Writer};
+use lapidary::spec::{Prefill, Target};
+use lapidary::tensor::DType;
+use lapidary::{lower, onnx, passes};
+
+fn canonical(export: &str) -> passes::Canonical {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures/exports")
+        .join(export)
+        .join("model.onnx");
+    let options = passes::Options {
+        max_positions: 64,
+        ..passes::Options::default()
+    };
+    passes::canonicalize(onnx::read(model).unwrap(), &options).unwrap()
+}
+
+fn facts(canonical: &passes::Canonical) -> Facts {
+    Facts {
+        source: Source {
+            file: "model.onnx".into(),
+            blake3: "0".repeat(64),
+            bytes: 1,
+            exporter: "test".into(),
+            producer: "test".into(),
+            opsets: vec![("ai.onnx".into(), 18)],
+        },
+        architecture: canonical.architecture.clone(),
+        dtype: DType::F32,
+        targets: vec![Target::Cpu],
+        weight_mode: WeightMode::Bind,
+        refit: Refit::None,
+        capacities: vec![16, 64],
+        prefill: Prefill::Chunks(vec![8]),
+        passes: Vec::new(),
+    }
+}
+
+fn write(target: &Path, force: bool, canonical: &passes::Canonical) -> Result<Manifest, PackageError> {
+    Writer::new(target, force, &canonical.graph, facts(canonical), |_, _| {})?.finish()
+}
+
+/// Every weight of the graph by name, as f32.
+fn weights(graph: &Graph) -> BTreeMap<String, Vec<f32>> {
+    let list = lower::weights(graph).into_iter();
+    list.map(|w| (w.name, w.constant.materialize().unwrap().to_f32()))
+        .collect()
+}
+
+#[test]
+fn what_was_written_is_read_back_without_a_copy() {
+    for export in [
+        "llama-optimum",
+        "gpt2-optimum",
+        "qwen2-dynamo-opset23",
+        "llama-ort-genai-fp16",
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let pkg = folder.path().join("pkg");
+        let canonical = canonical(export);
+        let manifest = write(&pkg, false, &canonical).unwrap();
+        let package = Package::open(&pkg).unwrap();
+        assert_eq!(package.manifest, manifest);
+        package.check_hashes().unwrap();
+        let graph = package.graph().unwrap();
+
+        // The manifest, the network and the graph call the weights the same and mean the same bytes.
+        let network = lower::lower(&graph, &Profile::decode(16), &lower::Options::default()).unwrap();
+        let file = std::fs::read(pkg.join("weights.safetensors")).unwrap();
+        assert!(!network.weights.is_empty());
+        for weight in &network.weights {
+            let entry = manifest.weights.tensors.iter().find(|t| t.name == weight.name);
+            let entry = entry.unwrap_or_else(|| panic!("{export}: {} is not in the manifest", weight.name));
+            let tensor = weight.constant.materialize().unwrap();
+            assert_eq!(
+                (entry.dtype, &entry.shape[..]),
+                (tensor.dtype(), tensor.shape()),
+                "{}",
+                weight.name
+            );
+            let start = entry.offset as usize;
+            assert_eq!(
+                &file[start..start + entry.bytes as usize],
+                &tensor.data()[..],
+                "{}",
+                weight.name
+            );
+        }
+        // And the values are those of before.
+        let after: Vec<Vec<f32>> = weights(&graph).into_values().collect();
+        for (name, values) in weights(&canonical.graph) {
+            assert!(after.contains(&values), "{export}: the values of {name} are gone");
+        }
+    }
+}
+
+#[test]
+fn equal_tensors_are_stored_once_and_the_file_is_aligned() {
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = folder.path().join("pkg");
+    let mut canonical = canonical("llama-optimum");
+    let names = |m: &Manifest| -> Vec<String> { m.weights.tensors.iter().map(|t| t.name.clone()).collect() };
+    let names = names(&write(&folder.path().join("first"), false, &canonical).unwrap());
+    // The second norm scale becomes the first by another road: equal bytes, which nothing but their hash tells.
+    let scales: Vec<&String> = names.iter().filter(|n| n.ends_with(".scale")).collect();
+    let id = |name: &str| canonical.graph.find(name).unwrap();
+    let (one, two) = (id(scales[0]), id(scales[1]));
+    let copy = canonical.graph.constant(one).unwrap().scaled(1.0);
+    canonical.graph.set_constant(two, copy);
+    let manifest = write(&pkg, false, &canonical).unwrap();
+    let tensors = &manifest.weights.tensors;
+    let shared: Vec<_> = tensors.iter().filter(|t| t.same_as.is_some()).collect();
+    assert!(!shared.is_empty(), "{tensors:#?}");
+    for weight in shared {
+        let first = tensors
+            .iter()
+            .find(|t| Some(&t.name) == weight.same_as.as_ref())
+            .unwrap();
+        assert_eq!((first.offset, &first.blake3), (weight.offset, &weight.blake3));
+        assert_eq!(first.same_as, None);
+    }
+    let stored: u64 = tensors.iter().filter(|t| t.same_as.is_none()).map(|t| t.bytes).sum();
+    let first = tensors.iter().map(|t| t.offset).min().unwrap();
+    assert_eq!(first % 4096, 0);
+    assert_eq!(manifest.weights.bytes, first + stored);
+    for weight in tensors {
+        let alignment = if weight.bytes % 64 == 0 {
+            64
+        } else {
+            weight.dtype.size() as u64
+        };
+        assert_eq!(weight.offset % alignment, 0, "{}", weight.name);
+    }
+}
+
+#[test]
+fn the_set_hash_names_the_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let canonical = canonical("llama-optimum");
+    let one = write(&folder.path().join("one"), false, &canonical).unwrap();
+    let two = write(&folder.path().join("two"), false, &canonical).unwrap();
+    assert_eq!(one.weights, two.weights);
+    assert_eq!(one.graph, two.graph, "packages are reproducible");
+    let mut other = canonical;
+    let scale = other.graph.find(&one.weights.tensors.last().unwrap().name).unwrap();
+    let scaled = other.graph.constant(scale).unwrap().scaled(1.5);
+    other.graph.set_constant(scale, scaled);
+    let three = write(&folder.path().join("three"), false, &other).unwrap();
+    assert_ne!(one.weights.set_hash, three.weights.set_hash);
+}
+
+#[test]
+fn engines_are_listed_with_the_weights_they_take() {
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = folder.path().join("pkg");
+    let canonical = canonical("llama-optimum");
+    let mut writer = Writer::new(&pkg, false, &canonical.graph, facts(&canonical), |_, _| {}).unwrap();
+    let graph = writer.package().graph().unwrap();
+    let profile = Profile::decode(16);
+    let network = lower::lower(&graph, &profile, &lower::Options::default()).unwrap();
+    let taken = network.weights.iter().map(|w| w.name.clone()).collect();
+    let engine = Engine {
+        file: String::new(),
+        bytes: 0,
+        blake3: String::new(),
+        target: Target::TensorrtRtx,
+        profile,
+        weight_mode: WeightMode::Bind,
+        refit: Refit::None,
+        tensorrt_version: "1.6.1".into(),
+        build_ms: 1,
+    };
+    writer.engine(engine, b"not really a plan", &taken).unwrap();
+    let manifest = writer.finish().unwrap();
+    assert_eq!(manifest.engines[0].file, "engines/b1-t1-c16-tensorrt-rtx.plan");
+    assert_eq!(
+        std::fs::read(pkg.join(&manifest.engines[0].file)).unwrap(),
+        b"not really a plan"
+    );
+    let listed = manifest
+        .weights
+        .tensors
+        .iter()
+        .filter(|t| t.engines == ["b1-t1-c16"])
+        .count();
+    assert_eq!(listed, taken.len());
+    Package::open(&pkg).unwrap().check_hashes().unwrap();
+}
+
+#[test]
+fn dropping_a_writer_leaves_the_old_package_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = folder.path().join("pkg");
+    let canonical = canonical("llama-optimum");
+    write(&pkg, false, &canonical).unwrap();
+    let before = std::fs::read(pkg.join("manifest.json")).unwrap();
+    drop(Writer::new(&pkg, true, &canonical.graph, facts(&canonical), |_, _| {}).unwrap());
+    assert_eq!(std::fs::read(pkg.join("manifest.json")).unwrap(), before);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    assert!(matches!(
+        write(&pkg, false, &canonical),
+        Err(PackageError::Exists { .. })
+    ));
+}
