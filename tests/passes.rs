@@ -4,3 +4,9 @@
 mod canonical;
 #[path = "passes/decoder.rs"]
 mod decoder;
+#[path = "passes/onnx.rs"]
+mod onnx;
+#[path = "passes/refusals.rs"]
+mod refusals;
+#[path = "passes/reports.rs"]
+mod reports;

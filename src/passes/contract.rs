@@ -74,11 +74,22 @@ pub fn is_canonical(op: &Op) -> bool {
     }
 }
 
+/// Operators that Lapidary does not know at all, each with its nodes.
+pub fn unknown(graph: &Graph) -> Vec<Obstacle> {
+    let mut obstacles = Vec::new();
+    refused(graph, |op| matches!(op, Op::Unknown { .. }), &mut obstacles);
+    obstacles
+}
+
 fn operators(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
+    refused(graph, |op| !is_canonical(op), obstacles);
+}
+
+fn refused(graph: &Graph, refuse: impl Fn(&Op) -> bool, obstacles: &mut Vec<Obstacle>) {
     let mut others: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for id in graph.node_ids() {
         let node = graph.node(id);
-        if !is_canonical(&node.op) {
+        if refuse(&node.op) {
             others.entry(node.op.name()).or_default().push(&node.name);
         }
     }
@@ -88,7 +99,7 @@ fn operators(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
         if more > 0 {
             at += &format!(" and {more} more");
         }
-        obstacles.push(obstacle(&at, format!("the operator {op} is not supported here")));
+        obstacles.push(obstacle(&at, format!("the operator {op} is not supported")));
     }
 }
 

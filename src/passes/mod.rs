@@ -53,13 +53,13 @@ pub mod rms_norm;
 pub mod roles;
 mod roots;
 mod rope;
-mod select;
 mod shapes;
 mod solve;
 pub mod tied;
 mod trace;
 mod trial;
 
+use std::collections::HashSet;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -68,11 +68,11 @@ pub use architecture::{Architecture, Rotary};
 pub use attention::Obstacle;
 pub use contract::is_canonical;
 pub use recognise::{LayerReport, Recognition, recognise};
-pub use select::{NoHead, select_logits};
 
 use crate::graph::eval::EvalError;
 use crate::graph::infer::{InferError, infer};
-use crate::graph::{ConstantError, CycleError, Graph};
+use crate::graph::verify::{Obstacles, verify};
+use crate::graph::{ConstantError, CycleError, Graph, NodeId};
 use crate::tensor::DType;
 use attention::Analysis;
 use roles::Roles;
@@ -125,6 +125,8 @@ pub enum PassError {
     Constant(#[from] ConstantError),
     #[error("folding constants: {0}")]
     Eval(#[from] EvalError),
+    #[error(transparent)]
+    Invalid(#[from] Obstacles),
     #[error(
         "it is not clear what these inputs are for: {}; expected token ids, masks, positions, lengths and past keys \
          and values", .names.join(", ")
@@ -194,6 +196,23 @@ const FINISH: &[(&str, Pass)] = &[
     ("cleanup", cleanup::run),
 ];
 
+/// ONNX Runtime refuses graphs in which two nodes share a name.
+fn unique_names(graph: &mut Graph) {
+    let ids: Vec<NodeId> = graph.node_ids().collect();
+    let mut taken: HashSet<String> = HashSet::with_capacity(ids.len());
+    for id in ids {
+        let base = graph.node(id).name.clone();
+        let mut name = base.clone();
+        for n in 1.. {
+            if taken.insert(name.clone()) {
+                break;
+            }
+            name = format!("{base}.{n}");
+        }
+        graph.node_mut(id).name = name;
+    }
+}
+
 /// Times a pass, sorts the graph behind it and reports.
 fn timed<T>(
     graph: &mut Graph,
@@ -222,8 +241,14 @@ pub(crate) fn understand(
     report: &mut Vec<PassReport>,
 ) -> Result<Understood, PassError> {
     graph.sort()?;
+    graph.remove_dead_nodes();
+    let obstacles = contract::unknown(&graph);
+    if !obstacles.is_empty() {
+        return Err(PassError::Obstacles { obstacles });
+    }
     let roles = timed(&mut graph, report, "roles", |graph| Ok((0, roles::assign(graph)?)))?;
     timed(&mut graph, report, "infer", |graph| Ok((0, infer(graph)?)))?;
+    verify(&graph)?;
     for (name, pass) in TIDY {
         timed(&mut graph, report, name, |graph| Ok((pass(graph)?, ())))?;
     }
@@ -262,7 +287,8 @@ pub fn canonicalize(graph: Graph, options: &Options) -> Result<Canonical, PassEr
         Ok((rewrites, ()))
     })?;
     let limit = timed(&mut graph, &mut report, "positions", |graph| {
-        let found = positions::run(graph, &roles, &face, options.max_positions).map_err(refuse)?;
+        let rows = analysis.position_limit.unwrap_or(usize::MAX).min(options.max_positions);
+        let found = positions::run(graph, &roles, &face, rows).map_err(refuse)?;
         graph.remove_dead_nodes();
         Ok(found)
     })?;
@@ -271,10 +297,21 @@ pub fn canonicalize(graph: Graph, options: &Options) -> Result<Canonical, PassEr
         timed(&mut graph, &mut report, name, |graph| Ok((pass(graph)?, ())))?;
     }
     timed(&mut graph, &mut report, "infer", |graph| Ok((0, infer(graph)?)))?;
+    if let Some(dtype) = options.dtype {
+        timed(&mut graph, &mut report, "dtype", |graph| {
+            Ok((dtype::run(graph, dtype)?, ()))
+        })?;
+        timed(&mut graph, &mut report, "infer", |graph| Ok((0, infer(graph)?)))?;
+    }
     let obstacles = contract::check(&graph);
     if !obstacles.is_empty() {
         return Err(refuse(obstacles));
     }
+    unique_names(&mut graph);
+    verify(&graph).map_err(|broken| PassError::Broken {
+        pass: "canonicalize",
+        reason: broken.to_string(),
+    })?;
     let architecture = architecture::describe(&graph, &roles, &analysis, limit).ok_or(PassError::NoCache)?;
     Ok(Canonical {
         graph,

@@ -194,6 +194,21 @@ fn back_to_product(bench: &Bench<'_>, scores: ValueId) -> Result<Chain, String> 
                 mask.push(MaskTerm::Add(other(*i)));
                 at = node.input(*i).expect("data input");
             }
+            // A mask made of token ids: taken for one, so that `mask` can say what is wrong with it.
+            (Op::Binary(Binary::Add), [0, 1]) => {
+                let i = usize::from(!leads_to_product(graph, node.input(0)));
+                mask.push(MaskTerm::Add(other(i)));
+                at = node.input(i).expect("data input");
+            }
+            (Op::Where, [0, i @ (1 | 2)]) => {
+                let condition = node.input(0).expect("Where has three inputs");
+                mask.push(if *i == 1 {
+                    MaskTerm::Keep(condition)
+                } else {
+                    MaskTerm::Drop(condition)
+                });
+                at = node.input(*i).expect("data input");
+            }
             (Op::Where, [i @ (1 | 2)]) => {
                 let rest = node.input(3 - i).expect("Where has three inputs");
                 let condition = node.input(0).expect("Where has three inputs");
@@ -236,6 +251,23 @@ fn back_to_product(bench: &Bench<'_>, scores: ValueId) -> Result<Chain, String> 
         }
     }
     Err("its scores come from too long a chain".into())
+}
+
+/// Whether a value is a product of two computed tensors, but for scales and casts.
+fn leads_to_product(graph: &Graph, mut id: Option<ValueId>) -> bool {
+    for _ in 0..8 {
+        let Some((_, node)) = id.and_then(|id| graph.def(id)) else {
+            return false;
+        };
+        id = match node.op {
+            Op::MatMul => return node.input(1).is_some_and(|v| graph.constant(v).is_none()),
+            Op::Binary(Binary::Mul | Binary::Div) | Op::Cast { .. } | Op::Reshape { .. } | Op::Unary(Unary::Tanh) => {
+                node.input(0)
+            }
+            _ => return false,
+        };
+    }
+    false
 }
 
 fn op_name(op: &Op) -> String {

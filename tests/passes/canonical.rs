@@ -41,7 +41,11 @@ pub struct Export {
 impl Export {
     /// On logits. ONNX Runtime computes much of an fp16 graph in fp32, the evaluator rounds after every operator.
     pub fn tolerance(&self) -> f64 {
-        if self.reference.dtype == "fp16" { 3e-2 } else { 1e-4 }
+        match self.reference.dtype.as_str() {
+            "fp16" => 3e-2,
+            "bf16" => 2.5e-1,
+            _ => 1e-4,
+        }
     }
     pub fn read(&self) -> Graph {
         lapidary::onnx::read(&self.path).unwrap_or_else(|e| panic!("{}: {e}", self.name))
@@ -129,7 +133,7 @@ fn decode(export: &Export, graph: &Graph, batch: usize, capacity: usize, chunks:
                     "batch {batch}, chunks {chunks:?}: logits of step {step} differ by {worst:e}"
                 ));
             }
-            if argmax(row) != *token && export.reference.dtype != "fp16" {
+            if argmax(row) != *token && export.reference.dtype == "fp32" {
                 return Err(format!(
                     "batch {batch}, chunks {chunks:?}: token {step} is {}",
                     argmax(row)
@@ -171,7 +175,12 @@ fn architectures_are_read_off_the_graph() {
             ),
             ("hidden", found.hidden == Some(model.hidden)),
             ("vocabulary", found.vocabulary == Some(model.vocabulary)),
-            ("windows", found.windows == vec![export.window(); model.layers]),
+            // Some models slide in a part of their layers only.
+            (
+                "windows",
+                found.windows.iter().all(|w| w.is_none() || *w == export.window()),
+            ),
+            ("windows", found.windows.contains(&export.window())),
             ("tied", found.tied_embeddings == Some(model.tied) || !model.tied),
             ("positions", found.max_positions == Some(64)),
             ("rotary", found.rotary.is_some() == (export.reference.family != "gpt2")),

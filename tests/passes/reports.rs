@@ -1,0 +1,92 @@
+//! Text dumps of canonical graphs, what `inspect` is told, and other element types.
+
+use lapidary::graph::dump::dump;
+use lapidary::passes::{Options, canonicalize, recognise};
+use lapidary::tensor::DType;
+
+use crate::canonical::{canonical, exports, for_each};
+use crate::decoder::{Decoder, distance};
+
+#[test]
+fn canonical_dumps() {
+    for name in ["qwen3-optimum", "mistral-dynamo-static"] {
+        let export = exports()
+            .into_iter()
+            .find(|e| e.name == name)
+            .expect("the fixture is there");
+        let graph = canonical(&export).unwrap().graph;
+        insta::assert_snapshot!(name, dump(&graph).to_string());
+    }
+}
+
+#[test]
+fn inspection_understands_every_export() {
+    for_each(|export| {
+        let report = recognise(&export.read());
+        let expected = match export.reference.exporter.as_str() {
+            "ort-genai" if export.reference.dtype == "fp32" => &["group_query_attention"][..],
+            "mobius" => &["attention_past"],
+            "mobius-static" => &["tensor_scatter"],
+            "torchscript-static" => &["scatter_elements", "scatter_nd"],
+            name if name.contains("static") => &["scatter_nd", "scatter_elements"],
+            _ => &["concat"],
+        };
+        if !report.obstacles.is_empty() || report.architecture.is_none() {
+            return Err(format!("{:?}", report.obstacles));
+        }
+        if report.layers.len() != export.reference.model.layers {
+            return Err(format!("{} layers", report.layers.len()));
+        }
+        if !expected.contains(&report.cache.as_str()) {
+            return Err(format!("its cache is {}, expected {expected:?}", report.cache));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn other_element_types_compute_nearly_the_same() {
+    for name in ["llama-optimum", "gpt2-dynamo-opset18", "qwen3-mobius-static"] {
+        let export = exports()
+            .into_iter()
+            .find(|e| e.name == name)
+            .expect("the fixture is there");
+        for (dtype, tolerance) in [(DType::F16, 3e-2), (DType::Bf16, 2.5e-1)] {
+            let options = Options {
+                max_positions: 64,
+                dtype: Some(dtype),
+            };
+            let graph = canonicalize(export.read(), &options)
+                .unwrap_or_else(|e| panic!("{name}: {e}"))
+                .graph;
+            for id in &graph.inputs[3..] {
+                assert_eq!(graph.value(*id).dtype, Some(dtype));
+            }
+            let logits = Decoder::new(&graph, 1, 16).step(&[export.reference.prompt.clone()]);
+            let worst = distance(&logits[0], &export.reference.prefill_last_logits);
+            assert!(worst <= tolerance, "{name} as {dtype}: {worst:e}");
+        }
+    }
+}
+
+/// `LAPIDARY_MODEL=/path/model.onnx cargo test --release --test passes -- --ignored --nocapture a_large_model`
+#[test]
+#[ignore = "measures a model given in LAPIDARY_MODEL"]
+fn a_large_model() {
+    let path = std::env::var_os("LAPIDARY_MODEL").expect("LAPIDARY_MODEL names a model");
+    let graph = lapidary::onnx::read(path).unwrap();
+    let start = std::time::Instant::now();
+    let canonical = canonicalize(graph, &Options::default()).unwrap_or_else(|e| panic!("{e}"));
+    println!(
+        "{:.3} s in all\n{:#?}",
+        start.elapsed().as_secs_f64(),
+        canonical.architecture
+    );
+    for pass in &canonical.report {
+        let (before, after) = (pass.nodes_before, pass.nodes_after);
+        println!(
+            "{:>12} {:>5} rewrites {before:>5} -> {after:>5} nodes {:.3} s",
+            pass.name, pass.rewrites, pass.seconds
+        );
+    }
+}
