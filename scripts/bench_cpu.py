@@ -7,7 +7,7 @@ Greedy tokens of every system are compared first: a faster wrong answer is not a
 
     scripts/bench_cpu.py --threads 2 --rounds 3 -o benches/results/cpu-smollm2.json
 
-Needs the release binary (`cargo build --release --features tract --example tract_baseline`), the built weights
+Needs the release binaries (`cargo build --release --features tract --bins --examples`), the built weights
 (scripts/smollm2_weights.py) and, in the Python that runs it, onnxruntime and numpy. Exit status 1 when systems disagree.
 """
 
@@ -47,26 +47,7 @@ def run(command):
 WAIT = "import resource,subprocess,sys;c=subprocess.run(sys.argv[1:]).returncode;print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,file=sys.stderr);sys.exit(c)"
 
 
-def lapidary(package, threads):
-    def measure(ids):
-        result = run(
-            [ROOT / "target/release/lapidary", "generate", package, "--prompt-ids", ",".join(map(str, ids)),
-             "--max-new-tokens", DECODED, "--ignore-eos", "--temperature", "0", "--device", "cpu",
-             "--threads", threads, "--json"]
-        )  # fmt: skip
-        timing = result["timing"]
-        return {
-            "tokens": result["tokens"],
-            "prefill_ms": timing["ttft_ms"],
-            "decode_ms": timing["tpot_ms"],
-            "load_ms": timing["load_ms"],
-            "peak_rss_mb": result["peak_rss_mb"],
-        }
-
-    return measure
-
-
-def other(command):
+def measured_by(command):
     def measure(ids):
         return run([*command, "--prompt-ids", ",".join(map(str, ids)), "--max-new-tokens", DECODED])
 
@@ -91,25 +72,27 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--binaries", type=Path, default=ROOT / "target/release")
     parser.add_argument("--skip", action="append", default=[], help="leave a system out, for example tract")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
 
     model = ROOT / "fixtures/smollm2/model.onnx"
+    binaries = options.binaries / "examples"
     with tempfile.TemporaryDirectory() as folder:
         packages = {}
         for dtype in ("fp16", "fp32"):
             packages[dtype] = Path(folder) / dtype
             subprocess.run(
-                [ROOT / "target/release/lapidary", "convert", model, "-o", packages[dtype], "--dtype", dtype,
+                [options.binaries / "lapidary", "convert", model, "-o", packages[dtype], "--dtype", dtype,
                  "--target", "cpu", "--capacity", "256,1024"],
                 check=True,
             )  # fmt: skip
         systems = {
-            "lapidary f16": lapidary(packages["fp16"], options.threads),
-            "lapidary f32": lapidary(packages["fp32"], options.threads),
-            "onnxruntime f32": other([sys.executable, ROOT / "scripts/bench_ort.py", model, "--threads", options.threads]),
-            "tract f32": other([ROOT / "target/release/examples/tract_baseline", model, "--threads", options.threads]),
+            "lapidary f16": measured_by([binaries / "bench_session", packages["fp16"], "--threads", options.threads]),
+            "lapidary f32": measured_by([binaries / "bench_session", packages["fp32"], "--threads", options.threads]),
+            "onnxruntime f32": measured_by([sys.executable, ROOT / "scripts/bench_ort.py", model, "--threads", options.threads]),
+            "tract f32": measured_by([binaries / "tract_baseline", model, "--threads", options.threads]),
         }
         systems = {name: measure for name, measure in systems.items() if not any(s in name for s in options.skip)}
         samples = []

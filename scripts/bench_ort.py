@@ -1,16 +1,14 @@
 #!/usr/bin/env python3
-"""How fast ONNX Runtime is on the fp32 optimum export of SmolLM2: prefill of 37 and 512 tokens, and decode.
+"""One measurement of an optimum export in ONNX Runtime on the CPU, for scripts/bench_cpu.py, after a warm-up.
 
-    python scripts/bench_ort.py /work/models/smollm2 --threads 2 [--repeat 5] [--decode 24]
+    python scripts/bench_ort.py fixtures/smollm2/model.onnx --prompt-ids 1,2,3 --max-new-tokens 48 --threads 2
 
-Prints one JSON document: medians and minima in milliseconds, peak resident memory in bytes, versions. Prefill is
-one run over the whole prompt with an empty cache; decode is the mean of N single-token runs after the 37 tokens,
-the caches carried over without copies (IO binding). Needs onnxruntime 1.31.1 and numpy.
+Prints one JSON line. Prefill is one run over the whole prompt with an empty cache; decode is the mean of the
+single-token runs after it, the caches carried over without copies (IO binding). Needs onnxruntime and numpy.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -22,12 +20,12 @@ import onnxruntime
 class Decoder:
     """The export with its growing caches bound from output to input."""
 
-    def __init__(self, folder, threads):
+    def __init__(self, model, threads):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-        config = json.loads((folder / "config.json").read_text())
+        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        config = json.loads((model.parent / "config.json").read_text())
         head_dim = config["hidden_size"] // config["num_attention_heads"]
         self.past = [value.name for value in self.session.get_inputs() if value.name.startswith("past_key_values")]
         self.outputs = [value.name for value in self.session.get_outputs()]
@@ -58,50 +56,28 @@ class Decoder:
         return elapsed, results["logits"].numpy()[0, -1]
 
 
-def summary(values):
-    return {"median_ms": round(statistics.median(values), 3), "min_ms": round(min(values), 3), "runs": len(values)}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--prompt-ids", required=True, help="comma-separated")
+    parser.add_argument("--max-new-tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--decode", type=int, default=24, help="single-token runs a repeat; default %(default)s")
     arguments = parser.parse_args()
-    reference = json.loads((arguments.folder / "reference.json").read_text())
+    prompt = [int(token) for token in arguments.prompt_ids.split(",")]
     start = time.perf_counter()
-    decoder = Decoder(arguments.folder, arguments.threads)
+    decoder = Decoder(arguments.model, arguments.threads)
     load = (time.perf_counter() - start) * 1e3
-    prompt = reference["prompt"]
-    long_prompt = (prompt * 14)[:512]
-    decoder.run(prompt)
-    prefills, long_prefills, decodes = [], [], []
-    for _ in range(arguments.repeat):
-        decoder.reset()
-        elapsed, logits = decoder.run(prompt)
-        prefills.append(elapsed)
-        assert int(logits.argmax()) == reference["greedy_tokens"][0], "wrong logits: not the model of reference.json"
-        total = 0.0
-        for _ in range(arguments.decode):
-            elapsed, logits = decoder.run([int(logits.argmax())])
-            total += elapsed
-        decodes.append(total / arguments.decode)
-        decoder.reset()
-        long_prefills.append(decoder.run(long_prompt)[0])
-    report = {
-        "engine": "onnxruntime",
-        "version": onnxruntime.__version__,
-        "model": str(arguments.folder),
-        "dtype": "fp32",
-        "threads": arguments.threads,
-        "load_ms": round(load, 1),
-        f"prefill_{len(prompt)}": summary(prefills),
-        "prefill_512": summary(long_prefills),
-        "decode": summary(decodes) | {"tokens_a_run": arguments.decode},
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    print(json.dumps(report))
+    _, logits = decoder.run(prompt)
+    decoder.run([int(logits.argmax())])
+    decoder.reset()
+    prefill, logits = decoder.run(prompt)
+    tokens, steps = [int(logits.argmax())], []
+    while len(tokens) < arguments.max_new_tokens:
+        elapsed, logits = decoder.run([tokens[-1]])
+        steps.append(elapsed)
+        tokens.append(int(logits.argmax()))
+    report = {"tokens": tokens, "load_ms": load, "prefill_ms": prefill, "decode_ms": statistics.mean(steps)}
+    print(json.dumps(report | {"version": onnxruntime.__version__}))
 
 
 if __name__ == "__main__":
