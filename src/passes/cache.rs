@@ -6,6 +6,7 @@
 //! the new rows, and an operand that repeats its heads over the query heads.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use super::layout::{CacheLayout, TokenLayout};
 use super::solve::{Noise, Projection, RowOrder, Rows, Tables, noise, tolerance};
@@ -75,11 +76,10 @@ pub fn solve(
             name(input)
         ));
     };
-    if !known.contains_key(&input) {
-        let cache = find(trace, bench, operand, input, source, tables)?;
-        known.insert(input, cache);
-    }
-    let cache = &known[&input];
+    let cache = match known.entry(input) {
+        Entry::Occupied(entry) => entry.into_mut(),
+        Entry::Vacant(entry) => entry.insert(find(trace, bench, operand, input, source, tables)?),
+    };
     let factor = read(bench, operand, cache, tables)?;
     Ok((input, factor))
 }
@@ -287,7 +287,11 @@ fn read(bench: &Bench<'_>, operand: &Operand, cache: &Cache, tables: &Tables) ->
     let heads = lead / batch.max(1);
     let grouped = heads == cache.heads && (operand.grouped || rank > 4);
     let live = trial.sizes.past + trial.sizes.tokens;
-    if width != dim || lead != heads * batch || (heads != operand.query_heads && !grouped) || heads % cache.heads != 0 {
+    if width != dim
+        || lead != heads * batch
+        || (heads != operand.query_heads && !grouped)
+        || !heads.is_multiple_of(cache.heads)
+    {
         return Err(unlike());
     }
     if slots < live || slots > scene.slots {

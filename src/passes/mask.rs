@@ -29,8 +29,11 @@ struct Allowed {
 /// Recognises masks, each distinct one once.
 #[derive(Default)]
 pub struct Masks {
-    known: RefCell<HashMap<Vec<MaskTerm>, Result<Option<usize>, String>>>,
+    known: RefCell<HashMap<Vec<MaskTerm>, Found>>,
 }
+
+/// The window of a mask, or what is wrong with it.
+type Found = Result<Option<usize>, String>;
 
 impl Masks {
     /// The window of a root's mask: `None` is plain causal. An error says what is wrong with it.

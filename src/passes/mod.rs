@@ -119,8 +119,9 @@ pub struct PassReport {
 pub enum PassError {
     #[error(transparent)]
     Cycle(#[from] CycleError),
+    // Boxed: it holds whole operands, and every pass returns this type.
     #[error(transparent)]
-    Infer(#[from] InferError),
+    Infer(Box<InferError>),
     #[error(transparent)]
     Constant(#[from] ConstantError),
     #[error("folding constants: {0}")]
@@ -151,6 +152,12 @@ pub enum PassError {
     Range { dtype: DType, constants: Vec<String> },
     #[error("after the pass {pass:?} the graph is broken ({reason}); this is a bug in Lapidary")]
     Broken { pass: &'static str, reason: String },
+}
+
+impl From<InferError> for PassError {
+    fn from(error: InferError) -> Self {
+        PassError::Infer(Box::new(error))
+    }
 }
 
 /// A few obstacles in full, the rest counted: thirty layers often share one.

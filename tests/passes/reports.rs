@@ -62,7 +62,7 @@ fn other_element_types_compute_nearly_the_same() {
             for id in &graph.inputs[3..] {
                 assert_eq!(graph.value(*id).dtype, Some(dtype));
             }
-            let logits = Decoder::new(&graph, 1, 16).step(&[export.reference.prompt.clone()]);
+            let logits = Decoder::new(&graph, 1, 16).step(std::slice::from_ref(&export.reference.prompt));
             let worst = distance(&logits[0], &export.reference.prefill_last_logits);
             assert!(worst <= tolerance, "{name} as {dtype}: {worst:e}");
         }
