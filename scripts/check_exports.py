@@ -3,8 +3,9 @@
 
     python scripts/check_exports.py target/release/lapidary fixtures/exports [/work/heldout ...]
 
-Greedy tokens must be those of the reference, and the eight log-probabilities of every step within 1e-3 of it (2e-2
-where the export is fp16 or bf16, against the same weights in fp32 arithmetic). Prints a line an export and a summary;
+Greedy tokens must be those of the reference, and the eight log-probabilities of every step within 1e-3 of it. Exports
+in fp16 are compared with the same weights in fp32 arithmetic, to 2e-2; those in bf16, whose caches keep three bits
+less, to 1e-1. Prints a line an export and a summary;
 `--json FILE` writes the findings. Exit status 1 if any differs. Needs only Python.
 """
 
@@ -17,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 CAPACITY, PREFILL, LOGPROBS = 32, 16, 8
+TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 
 
 def log_softmax(row):
@@ -40,8 +42,9 @@ def reference_of(folder):
             reference = json.loads(path.read_text())
             prefix = "torch_" if "torch_step_logits" in reference else ""
             rows = [reference[prefix + "prefill_last_logits"], *reference.get(prefix + "step_logits", [])]
-            half = reference.get("dtype", "fp32") != "fp32" or "fp16" in folder.name
-            return reference["prompt"], reference["greedy_tokens"], rows, 2e-2 if half else 1e-3
+            # The samples under shared/ share one reference, which cannot tell the dtype.
+            dtype = reference.get("dtype", "fp16" if "fp16" in folder.name else "fp32")
+            return reference["prompt"], reference["greedy_tokens"], rows, TOLERANCES[dtype]
     raise RuntimeError("no reference.json")
 
 
