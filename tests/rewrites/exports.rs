@@ -8,7 +8,7 @@ use lapidary::graph::{Graph, Op};
 use lapidary::passes::{PassError, activation, cleanup, decompose, dtype, fold, layer_norm, linear, rms_norm};
 use lapidary::tensor::DType;
 
-use super::replay::{exports, replay, replay_within, unknown_op};
+use super::replay::{exports, layers, replay, replay_within, unknown_op};
 
 type Pass = fn(&mut Graph) -> Result<usize, PassError>;
 
@@ -82,12 +82,13 @@ fn norms_and_activations_are_recognised() {
         let count = |op: &str| counts.get(op).copied().unwrap_or(0);
         let name = name_of(&folder);
         println!("{name}: {before} nodes, now {}", graph.node_ids().count());
-        // Two layers of two norms and a last one; Qwen3 has two more for queries and keys.
+        // Two norms a layer and a last one; Qwen3 has two more for queries and keys.
+        let layers = layers(&folder);
         let norms = count("RMSNormalization") + count("LayerNormalization");
-        let wanted = if name.starts_with("qwen3") { 9 } else { 5 };
+        let wanted = if name.starts_with("qwen3") { 4 } else { 2 } * layers + 1;
         let activations = count("Swish") + count("Gelu");
         let left = ["Erf", "Sigmoid", "Tanh", "ReduceMean"].map(count);
-        if norms != wanted || activations != 2 || left != [0; 4] {
+        if norms != wanted || activations != layers || left != [0; 4] {
             failed.push(format!(
                 "{name}: {norms} norms, {activations} activations, left over {left:?}"
             ));
