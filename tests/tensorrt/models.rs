@@ -1,0 +1,165 @@
+//! Whole decoders through the real lowering: every relative of Llama that it knows, and the largest shape.
+
+use lapidary::backend::tensorrt::{self, BuildOptions, Plan};
+use lapidary::graph::Graph;
+use lapidary::lower::synthetic::Decoder;
+use lapidary::lower::{AttentionForm, LinearForm, Options, lower};
+use lapidary::network::{Logits, Profile, Tokens, WeightMode};
+use lapidary::tensor::DType;
+
+use crate::net::{bytes_of, library};
+
+pub const DYNAMIC: Tokens = Tokens::Dynamic {
+    min: 1,
+    opt: 8,
+    max: 16,
+};
+
+/// Decode, a prefill chunk, a dynamic prefill, and all logits.
+pub fn profiles(capacity: usize) -> [Profile; 4] {
+    let dynamic = Profile {
+        tokens: DYNAMIC,
+        ..Profile::decode(capacity)
+    };
+    let all = Profile {
+        logits: Logits::All,
+        ..dynamic
+    };
+    [Profile::decode(capacity), Profile::prefill(8, capacity), dynamic, all]
+}
+
+/// Lowers and builds, or says for which profile it failed and why.
+pub fn try_build(graph: &Graph, profile: &Profile, options: &Options) -> Result<Plan, String> {
+    let what = || format!("{profile} {:?}", options.weight_mode);
+    let network = lower(graph, profile, options).map_err(|error| format!("{}: {error}", what()))?;
+    tensorrt::build(&library(), &network, &BuildOptions::default()).map_err(|error| format!("{}: {error}", what()))
+}
+
+fn builds(name: &str, graph: &Graph, options: &Options) {
+    let failed: Vec<String> = profiles(32)
+        .iter()
+        .filter_map(|profile| try_build(graph, profile, options).err())
+        .collect();
+    assert!(failed.is_empty(), "{name}:\n{}", failed.join("\n"));
+}
+
+/// A model's graph with small finite weights.
+fn filled(decoder: &Decoder) -> Graph {
+    decoder.graph_with(|_, dtype, shape| bytes_of(dtype, &shape, |i| (i % 41) as u8).into())
+}
+
+fn tiny(dtype: DType) -> Decoder {
+    Decoder {
+        dtype,
+        ..Decoder::tiny()
+    }
+}
+
+#[test]
+fn relatives_build_with_bound_weights() {
+    let f16 = || tiny(DType::F16);
+    let relatives = [
+        ("llama", f16()),
+        ("all heads", Decoder { kv_heads: 4, ..f16() }),
+        ("tied", Decoder { tied: true, ..f16() }),
+        (
+            "qwen2",
+            Decoder {
+                qkv_bias: true,
+                ..f16()
+            },
+        ),
+        ("qwen3", Decoder { qk_norm: true, ..f16() }),
+        (
+            "mistral",
+            Decoder {
+                window: Some(4),
+                ..f16()
+            },
+        ),
+        ("softcap", Decoder { softcap: 30.0, ..f16() }),
+    ];
+    for (name, decoder) in relatives {
+        builds(name, &decoder.graph(), &Options::default());
+    }
+}
+
+#[test]
+fn every_float_type_builds_bound_and_embedded() {
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        for weight_mode in [WeightMode::Bind, WeightMode::Embed] {
+            let options = Options {
+                weight_mode,
+                ..Options::default()
+            };
+            builds(dtype.name(), &filled(&tiny(dtype)), &options);
+        }
+    }
+}
+
+#[test]
+fn every_choice_of_the_lowering_builds() {
+    let graph = tiny(DType::F16).graph();
+    for linear in [LinearForm::FlattenActivation, LinearForm::RaiseWeight] {
+        for attention in [AttentionForm::Layer, AttentionForm::Decomposed] {
+            for fold_groups in [true, false] {
+                let options = Options {
+                    fold_groups,
+                    linear,
+                    attention,
+                    ..Options::default()
+                };
+                builds(&format!("{options:?}"), &graph, &options);
+            }
+        }
+    }
+}
+
+#[test]
+fn head_sizes_and_groups_of_real_models_build() {
+    for (heads, kv_heads, head_dim) in [
+        (9, 3, 64),
+        (6, 2, 32),
+        (14, 2, 64),
+        (32, 4, 64),
+        (8, 8, 128),
+        (3, 1, 16),
+    ] {
+        let decoder = Decoder {
+            layers: 3,
+            heads,
+            kv_heads,
+            head_dim,
+            hidden: 96,
+            vocabulary: 331,
+            ..tiny(DType::F16)
+        };
+        builds(
+            &format!("{heads}/{kv_heads} heads of {head_dim}"),
+            &decoder.graph(),
+            &Options::default(),
+        );
+    }
+}
+
+/// `cargo nextest run --run-ignored only -E 'test(llama_8b)' --no-capture`: time and peak memory of the large shape.
+#[test]
+#[ignore = "half a minute; run it to measure"]
+fn llama_8b_builds_without_weights() {
+    let graph = Decoder::llama_8b().graph();
+    let dynamic = Tokens::Dynamic {
+        min: 1,
+        opt: 128,
+        max: 512,
+    };
+    for tokens in [Tokens::Static(1), Tokens::Static(128), dynamic] {
+        let profile = Profile {
+            tokens,
+            ..Profile::decode(1024)
+        };
+        let plan = try_build(&graph, &profile, &Options::default()).unwrap();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+        eprintln!("{profile}: {plan:?}, {peak}");
+    }
+}
