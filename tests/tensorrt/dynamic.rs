@@ -158,3 +158,33 @@ fn a_length_that_no_input_has_is_named() {
         "{error}"
     );
 }
+
+#[test]
+fn layers_share_a_dynamic_mask() {
+    // In fp16, where TensorRT-RTX 1.6.1 fails unless every layer has a mask of its own.
+    let mut net = Net::new(DYNAMIC);
+    let mask = net.input("mask", DType::Bool, shape(["1", "1", "tokens", "32"]));
+    let mut x = net.input("x", DType::F16, shape(["1", "4", "tokens", "16"]));
+    let at = net.input("write_indices", DType::I32, dims([1]));
+    for i in 0..2 {
+        let cache = net.input(&format!("cache.{i}"), DType::F16, dims([1, 2, 32, 16]));
+        let update = net.input(&format!("update.{i}"), DType::F16, shape(["1", "2", "tokens", "16"]));
+        let update = net.out(
+            &format!("updated.{i}"),
+            LayerKind::KvCacheUpdate,
+            [cache, update, at],
+            DType::F16,
+            dims([1, 2, 32, 16]),
+        );
+        let inputs = [x, update, update, mask];
+        x = net.layer(
+            &format!("attention.{i}"),
+            LayerKind::Attention,
+            inputs,
+            DType::F16,
+            shape(["1", "4", "tokens", "16"]),
+        );
+    }
+    net.0.outputs.push(x);
+    build(&net).unwrap();
+}

@@ -263,6 +263,10 @@ impl<'b> Emitter<'b, '_> {
                 return Err(Fault::Malformed(reason));
             }
         };
+        let mask = match mask {
+            Some(mask) => Some(self.mask_of_its_own(layer, mask)?),
+            None => None,
+        };
         let mut added = self.definition.add_attention_v2(
             &query,
             &key,
@@ -277,6 +281,25 @@ impl<'b> Emitter<'b, '_> {
         added.set_decomposable(self.definition, true)?;
         added.set_name(self.definition, &layer.name)?;
         Ok(added.output(self.definition, 0)?)
+    }
+}
+
+impl<'b> Emitter<'b, '_> {
+    /// TensorRT-RTX 1.6.1 cannot build fp16 attention layers that share one bool mask whose token dim is dynamic ("Graph
+    /// contains more than one op named mask.1_iota"). `mask and true`, once a layer, is not folded away and costs nothing;
+    /// an identity, a cast or the same comparison made again are folded and do not help.
+    fn mask_of_its_own(&mut self, layer: &Layer, mask: Handle<'b>) -> Emitted<'b> {
+        let declared = self.declared(layer.inputs[3])?;
+        let dynamic = declared.shape.iter().any(|dim| dim.as_const().is_none());
+        if declared.dtype != DType::Bool || !dynamic {
+            return Ok(mask);
+        }
+        let attend = Tensor::from_bool(vec![1; declared.shape.len()], &[true]);
+        let attend = self.small(&attend)?;
+        let own = self
+            .definition
+            .add_elementwise(&mask, &attend, ElementWiseOperation::kAND)?;
+        self.named(own, &format!("{}/mask", layer.name))
     }
 }
 
