@@ -11,6 +11,8 @@ mod exports;
 mod layers;
 #[path = "tensorrt/library.rs"]
 mod library;
+#[path = "tensorrt/llama.rs"]
+mod llama;
 #[path = "tensorrt/models.rs"]
 mod models;
 #[path = "tensorrt/net.rs"]

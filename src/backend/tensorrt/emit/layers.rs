@@ -285,9 +285,9 @@ impl<'b> Emitter<'b, '_> {
 }
 
 impl<'b> Emitter<'b, '_> {
-    /// TensorRT-RTX 1.6.1 cannot build fp16 attention layers that share one bool mask whose token dim is dynamic ("Graph
-    /// contains more than one op named mask.1_iota"). `mask and true`, once a layer, is not folded away and costs nothing;
-    /// an identity, a cast or the same comparison made again are folded and do not help.
+    /// TensorRT-RTX 1.6.1 cannot build fp16 attention layers that share one bool mask whose token dim is dynamic
+    /// ("Graph contains more than one op named mask.1_iota"). `mask and true`, once a layer, is not folded away and
+    /// costs nothing; an identity, a cast or the same comparison made again are folded and do not help.
     fn mask_of_its_own(&mut self, layer: &Layer, mask: Handle<'b>) -> Emitted<'b> {
         let declared = self.declared(layer.inputs[3])?;
         let dynamic = declared.shape.iter().any(|dim| dim.as_const().is_none());
