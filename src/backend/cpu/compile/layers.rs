@@ -336,7 +336,9 @@ impl Compiler<'_> {
         let time = (2 * batch * kv_heads * rows * slots * dim) as f64 * MULTIPLY * 2.0 + 500.0;
         if rows <= attention::FEW {
             let items = batch * kv_heads * attention::few_chunks(slots);
-            let partial = self.arena(DType::F32, vec![items, rows, 2 + dim]).buffer;
+            let partial = self
+                .arena(DType::F32, vec![items, attention::few_rows(rows), 2 + dim])
+                .buffer;
             step.partial = Some(partial);
             self.push(name, Work::Few(step.clone()), items, time, reads, vec![partial]);
             let merged = (batch * heads * tokens * dim * attention::few_chunks(slots)) as f64 * MOVE;

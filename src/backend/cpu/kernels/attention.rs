@@ -164,8 +164,13 @@ pub struct Few {
     pub attention: Attention,
     /// `(batch * kv_heads + kv_head) * chunks + chunk`
     pub item: usize,
-    /// Of each item: `[group_rows, 2 + dim]`: the maximum, the sum of exponentials, the weighted values.
+    /// Of each item: `[few_rows, 2 + dim]`: the maximum, the sum of exponentials, the weighted values.
     pub partial: *mut f32,
+}
+
+/// Rows of a partial result of [`Few`]: those it computes, some perhaps twice.
+pub fn few_rows(group_rows: usize) -> usize {
+    if group_rows <= 4 { group_rows } else { FEW }
 }
 
 /// Items of [`Few`] for each batch row and KV head.
@@ -200,14 +205,12 @@ impl Few {
     #[inline(always)]
     unsafe fn rows<S: Simd, E: Element>(self) {
         unsafe {
+            // Few numbers of rows, so that the code stays small: what is in between computes some rows twice.
             match self.attention.group_rows() {
                 1 => self.chunk::<S, E, 1>(),
                 2 => self.chunk::<S, E, 2>(),
                 3 => self.chunk::<S, E, 3>(),
                 4 => self.chunk::<S, E, 4>(),
-                5 => self.chunk::<S, E, 5>(),
-                6 => self.chunk::<S, E, 6>(),
-                7 => self.chunk::<S, E, 7>(),
                 _ => self.chunk::<S, E, 8>(),
             }
         }
@@ -219,7 +222,9 @@ impl Few {
         let chunks = few_chunks(a.slots);
         let (pair, chunk) = (self.item / chunks, self.item % chunks);
         let (b, g) = (pair / a.kv_heads, pair % a.kv_heads);
-        let places: [(usize, usize); R] = std::array::from_fn(|r| a.place(g, r));
+        // With fewer rows than R, the last one stands in for those that are missing.
+        let rows = a.group_rows();
+        let places: [(usize, usize); R] = std::array::from_fn(|r| a.place(g, r.min(rows - 1)));
         let q: [*const f32; R] = std::array::from_fn(|r| a.q.row(b, places[r].0, places[r].1).cast_const().cast());
         let whole = a.dim / S::LANES * S::LANES;
         unsafe {
@@ -348,7 +353,11 @@ impl Kernel for Merge {
             let (b, g) = (pair / a.kv_heads, pair % a.kv_heads);
             let (h, t) = a.place(g, r);
             let out: *mut f32 = a.out.row(b, h, t).cast();
-            let part = |chunk: usize| self.partial.wrapping_add(((pair * chunks + chunk) * rows + r) * width);
+            let stored = few_rows(rows);
+            let part = |chunk: usize| {
+                self.partial
+                    .wrapping_add(((pair * chunks + chunk) * stored + r) * width)
+            };
             unsafe {
                 let max = (0..chunks).fold(f32::NEG_INFINITY, |m, c| if *part(c) > m { *part(c) } else { m });
                 let base = if max == f32::NEG_INFINITY { 0.0 } else { max };

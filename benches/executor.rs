@@ -1,0 +1,197 @@
+//! The CPU executor's kernels and whole models.
+//!
+//! `cargo bench --no-default-features --bench executor [-- FILTER]`. Rates are bytes of weights or caches read (decode)
+//! or floating-point operations (prefill, shown as items). `LAPIDARY_CPU_ISA=avx2|portable` measures the other paths.
+
+use divan::Bencher;
+use divan::counter::{BytesCount, ItemsCount};
+use lapidary::backend::cpu::{Bindings, Caches, Options, Program};
+use lapidary::dim::Dim;
+use lapidary::graph::Constant;
+use lapidary::lower::synthetic::Decoder;
+use lapidary::lower::{self, lower};
+use lapidary::network::{Builder, LayerKind, Network, Profile, WeightMode};
+use lapidary::tensor::{DType, Tensor};
+
+fn main() {
+    divan::main();
+}
+
+fn random(dtype: DType, shape: &[usize]) -> Tensor {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let values: Vec<f64> = (0..shape.iter().product::<usize>())
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            ((state >> 40) as f64 / (1u64 << 24) as f64 - 0.5) * 0.1
+        })
+        .collect();
+    Tensor::from_f64_as(dtype, shape.to_vec(), &values)
+}
+
+fn dims(shape: &[usize]) -> Vec<Dim> {
+    shape.iter().map(|d| Dim::from(*d)).collect()
+}
+
+/// `copies` linear layers with weights of their own on one input, so that weights come from memory and not from a cache.
+fn linears(dtype: DType, rows: usize, depth: usize, columns: usize, copies: usize) -> Network {
+    let mut b = Builder::new("linear", Profile::prefill(rows, 4096));
+    let x = b.input("x", dtype, &dims(&[rows, depth])).unwrap();
+    let weight = random(dtype, &[columns, depth]);
+    for i in 0..copies {
+        let own = Tensor::new(dtype, weight.shape().to_vec(), weight.data().to_vec().into()).unwrap();
+        let w = b
+            .weight(&format!("w{i}"), Constant::tensor(own), WeightMode::Bind)
+            .unwrap();
+        let y = b.linear("y", x, w).unwrap();
+        b.output(&format!("y{i}"), y).unwrap();
+    }
+    b.finish().unwrap()
+}
+
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
+
+/// One row times 64 MB of weights of 576 × 1536.
+#[divan::bench(args = DTYPES)]
+fn gemv(bencher: Bencher, dtype: DType) {
+    let bytes = 576 * 1536 * dtype.size();
+    let copies = (64 << 20) / bytes;
+    let network = linears(dtype, 1, 576, 1536, copies);
+    run(bencher.counter(BytesCount::new(bytes * copies)), &network, 0);
+}
+
+/// Rows that share one reading of the weights.
+#[divan::bench(args = [2, 4, 8, 16])]
+fn few_rows(bencher: Bencher, rows: usize) {
+    let bytes = 576 * 1536 * 2;
+    let copies = (64 << 20) / bytes;
+    let network = linears(DType::F16, rows, 576, 1536, copies);
+    run(bencher.counter(BytesCount::new(bytes * copies)), &network, 0);
+}
+
+/// `[rows, 576] · [576, 1536]`, items are floating-point operations.
+#[divan::bench(args = [37, 128, 512])]
+fn gemm(bencher: Bencher, rows: usize) {
+    let network = linears(DType::F16, rows, 576, 1536, 4);
+    run(bencher.counter(ItemsCount::new(2 * rows * 576 * 1536 * 4)), &network, 0);
+}
+
+/// One token over `live` slots of a cache of 4096, nine heads over three; bytes of the live cache.
+#[divan::bench(args = [64, 512, 4096])]
+fn attention_decode(bencher: Bencher, live: usize) {
+    let network = attention(1, 4096);
+    run(
+        bencher.counter(BytesCount::new(2 * 3 * live * 64 * 2)),
+        &network,
+        live - 1,
+    );
+}
+
+/// A whole prompt at once; items are the operations of the causal half.
+#[divan::bench(args = [128, 512])]
+fn attention_prefill(bencher: Bencher, tokens: usize) {
+    let network = attention(tokens, tokens);
+    run(
+        bencher.counter(ItemsCount::new(2 * 9 * tokens * tokens * 64)),
+        &network,
+        0,
+    );
+}
+
+fn attention(tokens: usize, capacity: usize) -> Network {
+    let mut b = Builder::new("attention", Profile::prefill(tokens, capacity));
+    let dtype = DType::F16;
+    let q = b.input("q", dtype, &dims(&[1, 9, tokens, 64])).unwrap();
+    let new = b.input("new", dtype, &dims(&[1, 3, tokens, 64])).unwrap();
+    let at = b.input("write_indices", DType::I32, &dims(&[1])).unwrap();
+    let mask = b.input("mask", DType::Bool, &dims(&[1, 1, tokens, capacity])).unwrap();
+    let mut updated = Vec::new();
+    for name in ["key_cache.0", "value_cache.0"] {
+        let cache = b.input(name, dtype, &dims(&[1, 3, capacity, 64])).unwrap();
+        updated.push(b.add("update", LayerKind::KvCacheUpdate, &[cache, new, at]).unwrap());
+    }
+    let y = b
+        .add("attention", LayerKind::Attention, &[q, updated[0], updated[1], mask])
+        .unwrap();
+    b.output("y", y).unwrap();
+    b.output("keys", updated[0]).unwrap();
+    b.output("values", updated[1]).unwrap();
+    b.finish().unwrap()
+}
+
+fn smollm2(dtype: DType) -> (Decoder, lapidary::graph::Graph, usize) {
+    let config = Decoder {
+        dtype,
+        ..Decoder::smollm2_135m()
+    };
+    let mut bytes = 0;
+    let graph = config.graph_with(|_, dtype, shape| {
+        let weight = random(dtype, &shape);
+        bytes += weight.data().len();
+        Constant::tensor(weight)
+    });
+    (config, graph, bytes)
+}
+
+/// One token of SmolLM2-135M's shape after 37 others; bytes of weights.
+#[divan::bench(args = [DType::F16, DType::F32], sample_count = 30)]
+fn decode(bencher: Bencher, dtype: DType) {
+    let (_, graph, bytes) = smollm2(dtype);
+    let network = lower(&graph, &Profile::decode(256), &lower::Options::default()).unwrap();
+    run(bencher.counter(BytesCount::new(bytes)), &network, 37);
+}
+
+/// A prompt of SmolLM2-135M's shape in fp16; items are tokens.
+#[divan::bench(args = [37, 512], sample_count = 10)]
+fn prefill(bencher: Bencher, tokens: usize) {
+    let (_, graph, _) = smollm2(DType::F16);
+    let network = lower(&graph, &Profile::prefill(tokens, 1024), &lower::Options::default()).unwrap();
+    run(bencher.counter(ItemsCount::new(tokens)), &network, 0);
+}
+
+/// From a lowered network to a program.
+#[divan::bench(args = [1, 37], sample_count = 20)]
+fn compile(bencher: Bencher, tokens: usize) {
+    let (_, graph, _) = smollm2(DType::F16);
+    let network = lower(&graph, &Profile::prefill(tokens, 256), &lower::Options::default()).unwrap();
+    let options = Options::default();
+    bencher.bench_local(|| Program::compile(&network, &options).unwrap());
+}
+
+/// Binds every input of a network by what it is called and runs it, `past` tokens in.
+fn run(bencher: Bencher<'_, '_>, network: &Network, past: usize) {
+    let mut program = Program::compile(network, &Options::default()).unwrap();
+    let mut caches = Caches::new(network).unwrap();
+    let tokens = match network.profile.tokens {
+        lapidary::network::Tokens::Static(n) => n,
+        lapidary::network::Tokens::Dynamic { .. } => unreachable!("static profiles above"),
+    };
+    let len = |shape: &[usize]| shape.iter().product::<usize>();
+    let inputs = program.inputs().to_vec();
+    let floats: Vec<Vec<f32>> = inputs.iter().map(|p| vec![0.01; len(&p.shape)]).collect();
+    let ints: Vec<Vec<i32>> = inputs
+        .iter()
+        .map(|p| match p.name.as_str() {
+            "position_ids" => (past as i32..(past + tokens) as i32).collect(),
+            "write_indices" => vec![past as i32],
+            "logit_rows" => vec![tokens as i32 - 1],
+            _ => vec![7; len(&p.shape)],
+        })
+        .collect();
+    let slots = caches.capacity().max(1);
+    let mask: Vec<bool> = (0..tokens * slots).map(|i| i % slots <= past + i / slots).collect();
+    let outputs = program.outputs().to_vec();
+    let mut memory: Vec<Vec<f32>> = outputs.iter().map(|p| vec![0.0; len(&p.shape)]).collect();
+    let mut bindings = Bindings::new();
+    for (i, port) in inputs.iter().enumerate() {
+        match port.dtype {
+            DType::Bool => bindings.input(&port.name, &mask[..]),
+            DType::I32 => bindings.input(&port.name, &ints[i][..]),
+            _ => bindings.input(&port.name, &floats[i][..]),
+        };
+    }
+    for (port, memory) in outputs.iter().zip(&mut memory) {
+        bindings.output(&port.name, &mut memory[..]);
+    }
+    bindings.caches(&mut caches);
+    bencher.bench_local(|| program.run(&mut bindings).unwrap());
+}

@@ -1,0 +1,178 @@
+//! The ONNX project's node tests, lowered and executed: what the executor makes of each operator that has a lowering.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use lapidary::backend::cpu::{Options, execute};
+use lapidary::graph::{Constant, Graph};
+use lapidary::lower::{self, lower_graph};
+use lapidary::network::Profile;
+use lapidary::onnx::proto::{GraphProto, ModelProto, OperatorSetIdProto, TensorProto};
+use lapidary::tensor::{DType, Tensor};
+use prost::Message;
+
+/// The `N`-th tensors of a case, decoded by the product's own reader.
+fn tensors(case: &Path, kind: &str, scratch: &Path) -> Vec<Tensor> {
+    let files = (0..).map(|n| case.join(format!("test_data_set_0/{kind}_{n}.pb")));
+    let initializer: Vec<TensorProto> = files
+        .take_while(|file| file.exists())
+        .enumerate()
+        .map(|(n, file)| {
+            let mut tensor = TensorProto::decode(fs::read(file).unwrap().as_slice()).unwrap();
+            tensor.name = Some(format!("t{n}"));
+            tensor
+        })
+        .collect();
+    let count = initializer.len();
+    let model = ModelProto {
+        ir_version: Some(10),
+        graph: Some(GraphProto {
+            initializer,
+            ..Default::default()
+        }),
+        opset_import: vec![OperatorSetIdProto {
+            domain: None,
+            version: Some(24),
+        }],
+        ..Default::default()
+    };
+    let file = scratch.join(format!("{kind}.onnx"));
+    fs::write(&file, model.encode_to_vec()).unwrap();
+    let graph = lapidary::onnx::read(&file).unwrap();
+    let tensor = |n: usize| graph.constant(graph.find(&format!("t{n}")).unwrap()).unwrap().clone();
+    (0..count).map(|n| tensor(n).materialize().unwrap()).collect()
+}
+
+/// The lowering computes integers in i32.
+fn narrow(tensor: &Tensor) -> Tensor {
+    match tensor.dtype() {
+        DType::I64 => {
+            let values: Vec<i32> = tensor.to_i64().into_iter().map(|v| v as i32).collect();
+            Tensor::from_i32(tensor.shape().to_vec(), &values)
+        }
+        _ => tensor.clone(),
+    }
+}
+
+/// Why a case was not compared, or what differs.
+enum Outcome {
+    Passed,
+    /// The reader or the lowering refuses it, as they refuse what no decoder export holds.
+    NotLowered(String),
+    Wrong(String),
+}
+
+fn run(case: &Path, scratch: &Path, options: &Options) -> Outcome {
+    let mut model = ModelProto::decode(fs::read(case.join("model.onnx")).unwrap().as_slice()).unwrap();
+    for opset in &mut model.opset_import {
+        opset.version = opset.version.map(|v| v.clamp(14, 24));
+    }
+    let file = scratch.join("model.onnx");
+    fs::write(&file, model.encode_to_vec()).unwrap();
+    let graph = match lapidary::onnx::read(&file) {
+        Ok(graph) => graph,
+        Err(error) => return Outcome::NotLowered(error.to_string()),
+    };
+    let inputs = tensors(case, "input", scratch);
+    let wanted = tensors(case, "output", scratch);
+    // Shapes, axes and the like must be constants for a lowering. First all inputs are left as they are, then those of
+    // integers after the first are made constants, then everything after the first.
+    let ways: [fn(usize, &Tensor) -> bool; 3] = [|_, _| false, |i, t| i > 0 && t.dtype() == DType::I64, |i, _| i > 0];
+    let mut refusal = String::new();
+    for fixed in ways {
+        let mut graph: Graph = graph.clone();
+        let mut given = Vec::new();
+        for (i, (id, tensor)) in graph.inputs.clone().into_iter().zip(&inputs).enumerate() {
+            if fixed(i, tensor) {
+                graph.set_constant(id, Constant::tensor(tensor.clone()));
+                graph.inputs.retain(|other| *other != id);
+            } else {
+                given.push((graph.value(id).name.clone(), narrow(tensor)));
+            }
+        }
+        let network = match lower_graph(&graph, &Profile::prefill(1, 4096), &lower::Options::default()) {
+            Ok(network) => network,
+            Err(error) => {
+                refusal = error.to_string();
+                continue;
+            }
+        };
+        let given: Vec<(&str, Tensor)> = given
+            .iter()
+            .filter(|(name, _)| network.find(name).is_some())
+            .map(|(name, tensor)| (name.as_str(), tensor.clone()))
+            .collect();
+        let outputs = match execute(&network, &given, options) {
+            Ok(outputs) => outputs.into_iter().collect::<BTreeMap<_, _>>(),
+            Err(error) => return Outcome::Wrong(error.to_string()),
+        };
+        for (id, wanted) in graph.outputs.iter().zip(&wanted) {
+            let Some(got) = outputs.get(&graph.value(*id).name) else {
+                return Outcome::NotLowered("an output has another name".to_string());
+            };
+            if let Err(difference) = compare(got, &narrow(wanted)) {
+                return Outcome::Wrong(difference);
+            }
+        }
+        return Outcome::Passed;
+    }
+    Outcome::NotLowered(refusal)
+}
+
+fn compare(got: &Tensor, wanted: &Tensor) -> Result<(), String> {
+    if (got.dtype(), got.shape()) != (wanted.dtype(), wanted.shape()) {
+        return Err(format!("{got:?} instead of {wanted:?}"));
+    }
+    // The vectors of half floats were rounded after every step, the executor rounds at the end.
+    let tolerance = match wanted.dtype() {
+        DType::F16 => 5e-3,
+        DType::Bf16 => 4e-2,
+        DType::F32 => 2e-5,
+        _ => 0.0,
+    };
+    for (i, (g, w)) in got.to_f64().into_iter().zip(wanted.to_f64()).enumerate() {
+        let equal = g == w || (g.is_nan() && w.is_nan()) || (g - w).abs() <= tolerance * (1.0 + w.abs());
+        if !equal {
+            return Err(format!("element {i} of {wanted:?} is {g} instead of {w}"));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn node_tests_give_the_recorded_outputs() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/onnx-node-tests");
+    let scratch = tempfile::tempdir().unwrap();
+    let mut cases: Vec<PathBuf> = fs::read_dir(root)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|p| p.is_dir())
+        .collect();
+    cases.sort();
+    let options = Options::with_threads(1);
+    let (mut passed, mut left, mut wrong) = (0, Vec::new(), Vec::new());
+    for case in &cases {
+        let name = case.file_name().unwrap().to_string_lossy().into_owned();
+        let scratch = scratch.path().join(&name);
+        fs::create_dir(&scratch).unwrap();
+        match run(case, &scratch, &options) {
+            Outcome::Passed => passed += 1,
+            Outcome::NotLowered(why) => left.push(format!("{name}: {why}")),
+            Outcome::Wrong(why) => wrong.push(format!("{name}: {why}")),
+        }
+    }
+    println!("{passed} passed; not lowered:\n{}", left.join("\n"));
+    let count = wrong.len();
+    assert!(
+        wrong.is_empty(),
+        "{count} of {} differ:\n{}",
+        cases.len(),
+        wrong.join("\n")
+    );
+    // An operator that stops being lowered must not go unnoticed.
+    assert!(passed >= LOWERED, "only {passed} cases were run");
+}
+
+/// Cases that the lowering takes today.
+const LOWERED: usize = 1;
