@@ -216,6 +216,11 @@ impl Builder {
             DType::I32 => tensor::Tensor::from_i32(shape, &[value as i32]),
             DType::I64 => tensor::Tensor::from_i64(shape, &[value as i64]),
             DType::Bool => tensor::Tensor::from_bool(shape, &[value != 0.0]),
+            // No layer computes in these: the rule of the layer that reads the number will say so.
+            DType::I8 | DType::U8 => {
+                let byte = bytes::Bytes::from(vec![value as i64 as u8]);
+                tensor::Tensor::new(dtype, shape, byte).expect("one element of one byte")
+            }
             _ => tensor::Tensor::from_f64_as(dtype, shape, &[value]),
         };
         self.constant(name, tensor)
