@@ -65,10 +65,8 @@ fn skip_norm(graph: &mut Graph, id: NodeId, op: Op, weights: &[usize], bias: usi
         }
         None => add(graph, x, skip, sum),
     }
-    for value in [sum] {
-        let (dtype, shape) = (graph.value(x).dtype, graph.shape(x).cloned());
-        (graph.value_mut(value).dtype, graph.value_mut(value).shape) = (dtype, shape);
-    }
+    let (dtype, shape) = (graph.value(x).dtype, graph.shape(x).cloned());
+    (graph.value_mut(sum).dtype, graph.value_mut(sum).shape) = (dtype, shape);
     let inputs = std::iter::once(Some(sum)).chain(weights.iter().map(|i| node.input(*i)));
     let inputs = inputs.collect();
     graph.remove_node(id);

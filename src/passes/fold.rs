@@ -81,10 +81,10 @@ fn is_weight_read(graph: &Graph, uses: &HashMap<ValueId, Vec<(NodeId, usize)>>, 
 /// The outputs of a node of constants, if they are worth keeping.
 fn fold(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Option<Vec<Option<Constant>>> {
     let present = || inputs.iter().flatten();
-    if present().any(|c| c.byte_len() > SMALL) {
-        if let Some(results) = deferred(graph, node, inputs) {
-            return Some(results.into_iter().map(Some).collect());
-        }
+    if present().any(|c| c.byte_len() > SMALL)
+        && let Some(results) = deferred(graph, node, inputs)
+    {
+        return Some(results.into_iter().map(Some).collect());
     }
     // Shapes are known without a look at the bytes.
     if matches!(node.op, Op::Shape { .. } | Op::Size) {
@@ -167,7 +167,7 @@ fn deferred(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Option<V
         Op::Cast { to } if to.is_float() && x.dtype().is_float() => x.cast(*to),
         Op::Reshape { .. } | Op::Squeeze | Op::Unsqueeze | Op::Flatten { .. } => {
             let hollow = Hollow(x);
-            x.reshaped(hollow.reshaped(node, |i| list(i))?)
+            x.reshaped(hollow.reshaped(node, list)?)
         }
         Op::Slice => {
             let (starts, ends) = (list(1)?, list(2)?);

@@ -47,12 +47,16 @@ impl View {
         self.shape.iter().product()
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Whether the elements lie in row-major order without gaps.
     pub fn is_dense(&self) -> bool {
         let mut expected = 1;
         for (dim, stride) in self.shape.iter().zip(&self.strides).rev() {
             if *dim != 1 && *stride != expected {
-                return self.len() == 0;
+                return self.is_empty();
             }
             expected *= *dim as isize;
         }
@@ -73,7 +77,7 @@ impl View {
         if shape.iter().product::<usize>() != self.len() {
             return None;
         }
-        if self.len() == 0 || self.is_dense() {
+        if self.is_empty() || self.is_dense() {
             return Some(View {
                 shape: shape.to_vec(),
                 strides: dense_strides(shape),

@@ -343,10 +343,11 @@ impl Site<'_> {
             noop_with_empty_axes: self.attributes.flag("noop_with_empty_axes", false)?,
         };
         // An input since opset 18; of ReduceSum since 13.
-        if self.opset < 18 && reduction != Reduction::Sum {
-            if let Some(axes) = self.attributes.ints("axes")? {
-                return Ok(Plan::WithList(op, axes));
-            }
+        if self.opset < 18
+            && reduction != Reduction::Sum
+            && let Some(axes) = self.attributes.ints("axes")?
+        {
+            return Ok(Plan::WithList(op, axes));
         }
         Ok(Plan::Op(op))
     }

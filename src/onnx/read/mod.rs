@@ -310,7 +310,7 @@ impl<'m> Reader<'m> {
                 frame.depth,
             );
         }
-        let Some(opset) = frame.opsets.of(domain).or((domain != "").then_some(1)) else {
+        let Some(opset) = frame.opsets.of(domain).or((!domain.is_empty()).then_some(1)) else {
             return Err(ReadErrorKind::NoOpset);
         };
         normalize::add_node(Site {
