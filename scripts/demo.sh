@@ -12,6 +12,6 @@ cargo build --release --quiet
 lapidary=target/release/lapidary
 package=.models/smollm2
 [ -f "$package/manifest.json" ] ||
-  $lapidary convert fixtures/smollm2/model.onnx -o "$package" --spec specs/smollm2.yaml
+  $lapidary convert fixtures/smollm2/model.onnx -o "$package" --spec specs/smollm2-tensorrt.yaml
 $lapidary info "$package"
 $lapidary generate "$package" --chat "${1:-What is the capital of France?}" --device cpu --temperature 0
