@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Parser;
-use lapidary::decode::{CpuDevice, Session};
+use lapidary::decode::Session;
+use lapidary::decode::cpu::CpuDevice;
 use lapidary::package::Package;
 
 #[derive(Parser)]

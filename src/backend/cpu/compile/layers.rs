@@ -102,7 +102,7 @@ impl Compiler<'_> {
                     out: out.buffer,
                     per_item,
                 };
-                let items = if out.len() == 0 { 0 } else { total.div_ceil(per_item) };
+                let items = if out.is_empty() { 0 } else { total.div_ceil(per_item) };
                 self.push(name, work, items, one * total as f64, reads, writes);
             }
             LayerKind::RotaryEmbedding {
@@ -319,7 +319,7 @@ impl Compiler<'_> {
             }
         };
         let out = self.allocate_for_reader(layer.outputs[0]);
-        if out.len() == 0 {
+        if out.is_empty() {
             return Ok(());
         }
         let rows = heads / kv_heads * tokens;
