@@ -29,7 +29,7 @@ DECODED = 48
 
 def prompt(length):
     """The reference prompt, repeated to the length asked for: real text ids, the same for every system."""
-    ids = json.loads((ROOT / "fixtures/smollm2/reference.json").read_text())["prompt_ids"]
+    ids = json.loads((ROOT / "fixtures/smollm2/reference.json").read_text())["prompt"]
     return (ids * (length // len(ids) + 1))[:length]
 
 
