@@ -2,6 +2,8 @@
 
 #[path = "eval/exports.rs"]
 mod exports;
+#[path = "support/node_case.rs"]
+mod node_case;
 #[path = "eval/node_tests.rs"]
 mod node_tests;
 #[path = "support/replay.rs"]
