@@ -30,6 +30,14 @@ debian() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 }
 
+has_libclang() {
+  local pattern
+  for pattern in /usr/lib/llvm-*/lib/libclang{.so*,-[0-9]*.so*} /usr/lib/*/libclang{.so*,-[0-9]*.so*}; do
+    [ ! -e "$pattern" ] || return 0
+  done
+  return 1
+}
+
 venv() {
   if [ ! -x .venv/bin/pip ]; then
     rm -rf .venv
@@ -70,7 +78,8 @@ for need in "$@"; do
     build)
       command -v python3 >/dev/null || debian python3
       command -v cc >/dev/null && command -v c++ >/dev/null || debian build-essential
-      ls /usr/lib/llvm-*/lib/libclang*.so* /usr/lib/*/libclang*.so* >/dev/null 2>&1 || debian libclang-14-dev
+      # Debian's libclang1 alone (libclang-14.so.1) is enough; libclang-cpp.so is another library.
+      has_libclang || debian libclang-14-dev
       # rustup asks for no password and lives in the home folder; a system package would be too old.
       command -v cargo >/dev/null || export PATH="$HOME/.cargo/bin:$PATH"
       command -v cargo >/dev/null || fail "no Rust toolchain: install one from https://rustup.rs, then run this again"
