@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""SmolLM2-135M on the CPU: Lapidary (f16 and f32 weights) and ONNX Runtime, side by side in one run.
+"""SmolLM2-135M on the CPU: Lapidary (f16 and f32 weights), ONNX Runtime and tract, side by side in one run.
 
 Each system runs in a process of its own, all with the same number of threads, in rounds (A B C A B C ...) so that a
 slow minute of the machine falls on everybody; the table gives the median of the rounds and the ratio to ONNX Runtime.
@@ -7,7 +7,7 @@ Greedy tokens of every system are compared first: a faster wrong answer is not a
 
     scripts/bench_cpu.py --threads 2 --rounds 3 -o benches/results/cpu-smollm2.json
 
-Needs the release binaries (`cargo build --release --bins --examples`), the built weights
+Needs the release binaries (`cargo build --release --features tract --bins --examples`), the built weights
 (scripts/smollm2_weights.py) and, in the Python that runs it, onnxruntime and numpy. Exit status 1 when systems disagree.
 """
 
@@ -73,7 +73,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--binaries", type=Path, default=ROOT / "target/release")
-    parser.add_argument("--skip", action="append", default=[], help="leave a system out, for example f32")
+    parser.add_argument("--skip", action="append", default=[], help="leave a system out, for example tract")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
 
@@ -92,6 +92,7 @@ def main():
             "lapidary f16": measured_by([binaries / "bench_session", packages["fp16"], "--threads", options.threads]),
             "lapidary f32": measured_by([binaries / "bench_session", packages["fp32"], "--threads", options.threads]),
             "onnxruntime f32": measured_by([sys.executable, ROOT / "scripts/bench_ort.py", model, "--threads", options.threads]),
+            "tract f32": measured_by([binaries / "tract_baseline", model, "--threads", options.threads]),
         }
         systems = {name: measure for name, measure in systems.items() if not any(s in name for s in options.skip)}
         samples = []

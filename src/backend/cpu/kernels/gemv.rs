@@ -9,6 +9,11 @@ use crate::tensor::DType;
 /// Most rows of x for which streaming the weights beats packing them.
 pub const MAX_ROWS: usize = 8;
 
+/// How far ahead of a row's reads its cache lines are asked for. Weight rows lie one after another, so this reaches the
+/// next rows. Of 2, 4, 8, 9 and 16 KiB the best on a Xeon (Emerald Rapids): f32 decode of SmolLM2
+/// 20.0 ms against 22 at two whole blocks, f16 the same.
+const PREFETCH_BYTES: usize = 8192;
+
 /// `y[i, j] = sum_p x[i, p] * w[j, p]` for the `j` in `columns`.
 #[derive(Clone)]
 pub struct Gemv {
@@ -90,14 +95,13 @@ impl Gemv {
         unsafe {
             let x: [*const f32; R] = std::array::from_fn(|r| self.x.add((row + r) * self.x_stride));
             let w: [*const u8; C] = std::array::from_fn(|c| self.w.add((column + c) * self.w_stride * E::SIZE));
-            let ahead = 2 * C * self.w_stride * E::SIZE;
             let mut acc = [[S::splat(0.0); R]; C];
             let whole = self.depth / S::LANES * S::LANES;
             let mut p = 0;
             while p < whole {
                 let xs: [S::V; R] = std::array::from_fn(|r| S::load(x[r].add(p)));
                 for c in 0..C {
-                    S::prefetch(w[c].wrapping_add(p * E::SIZE + ahead));
+                    S::prefetch(w[c].wrapping_add(p * E::SIZE + PREFETCH_BYTES));
                     let weight = E::load::<S>(w[c], p);
                     for r in 0..R {
                         acc[c][r] = S::fma(weight, xs[r], acc[c][r]);
