@@ -12,6 +12,7 @@ use super::layout::{CacheLayout, TokenLayout};
 use super::solve::{Noise, Projection, RowOrder, Rows, Tables, noise, tolerance};
 use super::trace::Trace;
 use super::trial::{Bench, Trial, tensor_of};
+use super::twins::fingerprint;
 use crate::graph::ValueId;
 use crate::tensor::{DType, Tensor};
 
@@ -80,7 +81,19 @@ pub fn solve(
         Entry::Occupied(entry) => entry.into_mut(),
         Entry::Vacant(entry) => entry.insert(find(trace, bench, operand, input, source, tables)?),
     };
-    let factor = read(bench, operand, cache, tables)?;
+    let context = format!(
+        "read {} {} {} {:?} {} {}",
+        operand.transposed, operand.query_heads, operand.grouped, cache.layout, cache.heads, cache.dim
+    );
+    let print = fingerprint(bench, operand.value, &[input, source], &context);
+    let factor = match tables.proven.reads.get(&print) {
+        Some(factor) => *factor,
+        None => {
+            let factor = read(bench, operand, cache, tables)?;
+            tables.proven.reads.insert(print, factor);
+            factor
+        }
+    };
     Ok((input, factor))
 }
 
@@ -151,8 +164,13 @@ fn find(
                 dim,
                 rows: projection,
             };
-            write(bench, &cache, tables, &trial)?;
-            write(bench, &cache, tables, &proving_trial(bench, 0, 2))?;
+            let context = format!("cache {layout:?} {heads} {dim}");
+            let print = fingerprint(bench, output, &[input, source], &context);
+            if !tables.proven.writes.contains(&print) {
+                write(bench, &cache, tables, &trial)?;
+                write(bench, &cache, tables, &proving_trial(bench, 0, 2))?;
+                tables.proven.writes.insert(print);
+            }
             Ok(cache)
         });
         match found {

@@ -58,6 +58,7 @@ mod solve;
 pub mod tied;
 mod trace;
 mod trial;
+mod twins;
 
 use std::collections::HashSet;
 use std::time::Instant;

@@ -96,6 +96,13 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
     if caches.is_empty() {
         return Err(PassError::NoCache);
     }
+    if let Some(name) = oversized(graph) {
+        return Err(PassError::InputRank {
+            found: format!("{:?}", graph.shape(name).cloned().unwrap_or_default()),
+            name: graph.value(name).name.clone(),
+            expected: "dims from 1 to the size of a real model's",
+        });
+    }
     let growing = caches.iter().any(|id| grows(graph, *id, &uses));
 
     let constant = |dim: Option<&Dim>| dim.and_then(Dim::as_const).map(|n| n as usize);
@@ -180,6 +187,16 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
         capacity,
         caches,
         of,
+    })
+}
+
+/// An input whose fixed dims are 0 where something must be, or larger than memory: shapes come from untrusted files.
+fn oversized(graph: &Graph) -> Option<ValueId> {
+    const LARGEST: i64 = 1 << 31;
+    graph.inputs.iter().copied().find(|id| {
+        let mut fixed = graph.shape(*id).into_iter().flatten().filter_map(Dim::as_const);
+        let volume = fixed.try_fold(1i64, |volume, dim| volume.checked_mul(dim));
+        !volume.is_some_and(|volume| (1..=LARGEST).contains(&volume))
     })
 }
 

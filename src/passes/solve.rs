@@ -5,11 +5,12 @@
 //! give the columns, unit rows give the rotary table. The result is then proven on random rows at other positions; what
 //! is not proven is an error that says so.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::layout::{Pick, TokenLayout};
 use super::rope::{Rope, Table};
 use super::trial::{Bench, Stuck, Trial, tensor_of};
+use super::twins::{Fingerprint, fingerprint};
 use crate::graph::ValueId;
 use crate::tensor::{DType, Tensor};
 
@@ -29,6 +30,17 @@ pub struct Projection {
 pub struct Tables {
     pub tables: Vec<Table>,
     pub positions: usize,
+    /// What was found for computations, for those of later layers that are the same.
+    pub proven: Proven,
+}
+
+/// Results by fingerprint.
+#[derive(Debug, Default)]
+pub struct Proven {
+    projections: HashMap<Fingerprint, Projection>,
+    pub writes: HashSet<Fingerprint>,
+    /// The factor of an operand.
+    pub reads: HashMap<Fingerprint, f32>,
 }
 
 /// A value made of rows: where its elements belong in `[batch, heads, tokens, head_dim]`.
@@ -153,7 +165,24 @@ impl Rows<'_, '_> {
 
     /// Finds and proves the projection. New rotary tables go into `tables`; one that is there already is used again.
     pub fn solve(&self, tables: &mut Tables) -> Result<Projection, String> {
+        let context = format!("rows {} {} {:?}", self.heads, self.dim, self.order);
+        let print = fingerprint(self.bench, self.value, &[self.source], &context);
+        if let Some(known) = tables.proven.projections.get(&print) {
+            return Ok(Projection {
+                source: self.source,
+                ..known.clone()
+            });
+        }
+        let found = self.execute(tables)?;
+        tables.proven.projections.insert(print, found.clone());
+        Ok(found)
+    }
+
+    fn execute(&self, tables: &mut Tables) -> Result<Projection, String> {
         let text = |stuck: Stuck| stuck.to_string();
+        if self.heads == 0 || self.dim == 0 {
+            return Err("it has no heads, or heads of no elements".into());
+        }
         let columns = self.columns().map_err(text)?;
         let first = self.bench.trial(1, 0, 1);
         let tokens = first.sizes.tokens;
@@ -241,6 +270,9 @@ impl Rows<'_, '_> {
             Some(1) if self.dim > 2 => {
                 let answer = unit(&|d| d % 2 == 0)?;
                 let pairs = (0..self.dim / 2).take_while(|i| answer[2 * i + 1] != 0.0).count();
+                if pairs == 0 {
+                    return Err("it pairs neighbours, but is no rotation".into());
+                }
                 Ok(Some((true, 2 * pairs)))
             }
             Some(half) if 2 * half <= self.dim => Ok(Some((false, 2 * half))),

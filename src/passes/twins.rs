@@ -1,0 +1,51 @@
+//! Layers are copies of one another: what was proven of one layer holds for the next if that is the same computation.
+//!
+//! A [`fingerprint`] covers everything that a value computed from given leaves depends on: operators with their attributes,
+//! the dtypes and shapes of the leaves, and which constants and positional values are read. Equal fingerprints mean equal
+//! computations, so `solve` and `cache` execute one layer and recognise the others; with a static cache of thousands of
+//! slots and dozens of layers that is the difference between milliseconds and minutes.
+
+use std::collections::HashMap;
+
+use super::kinds::Kind;
+use super::trial::Bench;
+use crate::graph::ValueId;
+
+pub type Fingerprint = blake3::Hash;
+
+/// The computation of `value` from `leaves`, told apart further by `context`.
+pub fn fingerprint(bench: &Bench<'_>, value: ValueId, leaves: &[ValueId], context: &str) -> Fingerprint {
+    let mut memo = HashMap::new();
+    let value = walk(bench, value, leaves, &mut memo);
+    blake3::Hasher::new()
+        .update(value.as_bytes())
+        .update(context.as_bytes())
+        .finalize()
+}
+
+fn walk(bench: &Bench<'_>, id: ValueId, leaves: &[ValueId], memo: &mut HashMap<ValueId, Fingerprint>) -> Fingerprint {
+    if let Some(known) = memo.get(&id) {
+        return *known;
+    }
+    let graph = bench.graph;
+    let value = graph.value(id);
+    let mut hasher = blake3::Hasher::new();
+    if let Some(leaf) = leaves.iter().position(|l| *l == id) {
+        hasher.update(format!("leaf {leaf} {:?} {:?}", value.dtype, value.shape).as_bytes());
+    } else if let (Kind::Data, Some((node, output))) = (bench.kind(id), graph.producer_of(id)) {
+        let node = graph.node(node);
+        hasher.update(format!("node {output} {:?}", node.op).as_bytes());
+        for input in &node.inputs {
+            match input {
+                Some(input) => hasher.update(walk(bench, *input, leaves, memo).as_bytes()),
+                None => hasher.update(b"none"),
+            };
+        }
+    } else {
+        // Constants and positional values are the same only if they are one value; `cleanup` has merged equal ones.
+        hasher.update(format!("value {id:?}").as_bytes());
+    }
+    let found = hasher.finalize();
+    memo.insert(id, found);
+    found
+}
