@@ -10,6 +10,8 @@ mod fusion;
 mod layers;
 #[path = "executor/matmul.rs"]
 mod matmul;
+#[path = "executor/movement.rs"]
+mod movement;
 #[path = "support/node_case.rs"]
 mod node_case;
 #[path = "executor/node_tests.rs"]

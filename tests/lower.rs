@@ -1,12 +1,16 @@
 //! The lowering: canonical graphs made by hand, lowered for every kind of profile, checked by the verifier, by snapshot
 //! and by execution against the graph's own meaning.
 
+#[path = "lower/case.rs"]
+mod case;
 #[path = "lower/fixtures.rs"]
 mod fixtures;
 #[path = "lower/interpret.rs"]
 mod interpret;
 #[path = "lower/models.rs"]
 mod models;
+#[path = "lower/movement.rs"]
+mod movement;
 #[path = "lower/operators.rs"]
 mod operators;
 #[path = "lower/refusals.rs"]

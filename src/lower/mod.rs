@@ -6,9 +6,10 @@
 //! [`Options`], so that a tuner can try them. What cannot be lowered is reported all at once, in [`LowerError`].
 //!
 //! One file a family: `linear`, `elementwise`, `normalization`, `attention` (and the cache), `rotary`, `movement`,
-//! `positions` (ranges, comparisons, masks), `gather`. Around them: `weights` says which constants are weights and what
-//! they are called, `demand` which values are needed as data at all, `rows` where the tokens without logits drop out,
-//! `context` holds what is lowered so far.
+//! `positions` (ranges, comparisons, masks), `gather`; `dispatch` knows whose operator is whose. Around them: `weights`
+//! says which constants are weights and what they are called, `demand` which values are needed as data at all, `rows`
+//! where the tokens without logits drop out. `context` holds what is lowered so far, `values` turns the graph's values
+//! into tensors, `shuffles` joins reshapes and transposes.
 //!
 //! # What is a weight
 //!
@@ -27,6 +28,7 @@
 mod attention;
 mod context;
 mod demand;
+mod dispatch;
 mod elementwise;
 mod error;
 mod gather;
@@ -36,7 +38,9 @@ mod normalization;
 mod positions;
 mod rotary;
 mod rows;
+mod shuffles;
 pub mod synthetic;
+mod values;
 mod weights;
 
 pub use error::{LowerError, Obstacle};

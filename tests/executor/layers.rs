@@ -1,13 +1,12 @@
-//! Every kind of layer alone, against its definition.
+//! Layers that compute, each alone, against its definition.
 
 use lapidary::backend::cpu::{CpuError, Program};
 use lapidary::dim::Dim;
 use lapidary::network::{Activation, Elementwise, LayerKind, ReduceOp, UnaryOp};
 use lapidary::tensor::{DType, Tensor};
-use proptest::prelude::*;
 
 use super::reference::{Value, evaluate};
-use super::support::{Random, assert_close, builder, dims, every_option, one_layer, run};
+use super::support::{Random, assert_close, every_option, one_layer, run};
 
 const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
@@ -20,7 +19,13 @@ fn rounding(dtype: DType) -> f64 {
     }
 }
 
-fn check(kind: LayerKind, inputs: &[Tensor]) {
+fn map(x: &Tensor, f: impl Fn(f64) -> f64) -> Tensor {
+    let values: Vec<f64> = x.to_f64().into_iter().map(f).collect();
+    Tensor::from_f64_as(x.dtype(), x.shape().to_vec(), &values)
+}
+
+/// One layer on every instruction set, with the dtype and shape that its definition gives.
+pub fn check(kind: LayerKind, inputs: &[Tensor]) {
     let values: Vec<Value> = inputs.iter().map(Value::from).collect();
     let want = evaluate(&kind, &values);
     let network = one_layer(kind.clone(), inputs);
@@ -36,8 +41,22 @@ fn check(kind: LayerKind, inputs: &[Tensor]) {
     }
 }
 
+/// What floats and integers alike have.
+const ARITHMETIC: [Elementwise; 10] = [
+    Elementwise::Sum,
+    Elementwise::Sub,
+    Elementwise::Prod,
+    Elementwise::Div,
+    Elementwise::Max,
+    Elementwise::Min,
+    Elementwise::FloorDiv,
+    Elementwise::Equal,
+    Elementwise::Greater,
+    Elementwise::Less,
+];
+
 /// Pairs of shapes that broadcast in every way that strides can take.
-const PAIRS: [(&[usize], &[usize]); 10] = [
+pub const PAIRS: [(&[usize], &[usize]); 10] = [
     (&[1], &[1]),
     (&[7], &[7]),
     (&[5, 40], &[5, 40]),
@@ -54,32 +73,12 @@ const PAIRS: [(&[usize], &[usize]); 10] = [
 fn elementwise_on_floats() {
     use Elementwise as E;
     let mut random = Random::new(1);
-    for op in [
-        E::Sum,
-        E::Sub,
-        E::Prod,
-        E::Div,
-        E::Max,
-        E::Min,
-        E::FloorDiv,
-        E::Equal,
-        E::Greater,
-        E::Less,
-    ] {
+    for op in ARITHMETIC {
         for (a, b) in PAIRS {
             for dtype in FLOATS {
                 let a = random.floats(dtype, a, 2.0);
                 // Not too near 0: a quotient there may be floored either way.
-                let b: Vec<f64> = random
-                    .floats(dtype, b, 2.0)
-                    .to_f64()
-                    .iter()
-                    .map(|x| x + 3.5 * x.signum())
-                    .collect();
-                let shape = PAIRS
-                    .iter()
-                    .find(|p| p.0 == a.shape() && p.1.iter().product::<usize>() == b.len());
-                let b = Tensor::from_f64_as(dtype, shape.unwrap().1.to_vec(), &b);
+                let b = map(&random.floats(dtype, b, 2.0), |x| x + 3.5 * x.signum());
                 check(LayerKind::Elementwise(op), &[a, b]);
             }
         }
@@ -96,18 +95,7 @@ fn elementwise_on_integers_and_bools() {
     use Elementwise as E;
     let mut random = Random::new(2);
     for dtype in [DType::I32, DType::I64] {
-        for op in [
-            E::Sum,
-            E::Sub,
-            E::Prod,
-            E::Div,
-            E::Max,
-            E::Min,
-            E::FloorDiv,
-            E::Equal,
-            E::Greater,
-            E::Less,
-        ] {
+        for op in ARITHMETIC {
             for (a, b) in PAIRS {
                 check(
                     LayerKind::Elementwise(op),
@@ -158,13 +146,7 @@ fn unary_and_activations() {
             ] {
                 check(LayerKind::Unary(op), &[random.floats(dtype, shape, 3.0)]);
             }
-            let positive: Vec<f64> = random
-                .floats(dtype, shape, 3.0)
-                .to_f64()
-                .iter()
-                .map(|x| x.abs() + 0.5)
-                .collect();
-            let positive = Tensor::from_f64_as(dtype, shape.to_vec(), &positive);
+            let positive = map(&random.floats(dtype, shape, 3.0), |x| x.abs() + 0.5);
             for op in [U::Log, U::Recip, U::Sqrt] {
                 check(LayerKind::Unary(op), std::slice::from_ref(&positive));
             }
@@ -304,110 +286,6 @@ fn softmax_and_normalization_over_any_axes() {
 }
 
 #[test]
-fn shuffles_slices_and_concatenations() {
-    let mut random = Random::new(6);
-    for dtype in [DType::F32, DType::F16, DType::I32, DType::I64, DType::Bool] {
-        let x = random.any(dtype, &[2, 3, 4, 5]);
-        let reshape = |shape: &[usize]| Some(dims(shape));
-        for (first, reshape, second) in [
-            (None, None, None),
-            (Some(vec![0, 2, 1, 3]), None, None),
-            (Some(vec![3, 1, 2, 0]), reshape(&[5, 24]), None),
-            (None, reshape(&[6, 4, 5]), Some(vec![1, 0, 2])),
-            (Some(vec![0, 2, 1, 3]), reshape(&[2, 4, 15]), Some(vec![2, 1, 0])),
-            (Some(vec![1, 0, 2, 3]), reshape(&[3, 2, 20]), None),
-            (None, reshape(&[120]), None),
-            (None, reshape(&[1, 120, 1]), Some(vec![1, 2, 0])),
-        ] {
-            check(LayerKind::Shuffle { first, reshape, second }, std::slice::from_ref(&x));
-        }
-        for (start, size, stride) in [
-            ([0i64, 0, 0, 0], [2usize, 3, 4, 5], [1i64, 1, 1, 1]),
-            ([1, 0, 1, 2], [1, 3, 2, 2], [1, 1, 2, 1]),
-            ([1, 2, 3, 4], [2, 3, 2, 5], [-1, -1, -2, -1]),
-            ([0, 1, 0, 0], [2, 4, 1, 5], [1, 0, 1, 1]),
-        ] {
-            let (start, stride) = (start.to_vec(), stride.to_vec());
-            let size = dims(&size);
-            check(LayerKind::Slice { start, size, stride }, std::slice::from_ref(&x));
-        }
-        for axis in 0..3 {
-            let mut parts = Vec::new();
-            for n in [2, 1, 3] {
-                let mut shape = [2, 3, 4];
-                shape[axis] = n;
-                parts.push(random.any(dtype, &shape));
-            }
-            check(LayerKind::Concatenation { axis }, &parts);
-        }
-    }
-}
-
-#[test]
-fn gathers_along_any_axis() {
-    let mut random = Random::new(7);
-    for dtype in [DType::F32, DType::F16, DType::Bf16, DType::I32, DType::I64, DType::Bool] {
-        for index in [DType::I32, DType::I64] {
-            let data = random.any(dtype, &[4, 5, 37]);
-            for axis in 0..3 {
-                for shape in [&[1usize][..], &[3], &[2, 3]] {
-                    let last = data.shape()[axis] as i64 - 1;
-                    check(
-                        LayerKind::Gather { axis },
-                        &[data.clone(), random.ints(index, shape, 0, last)],
-                    );
-                }
-            }
-        }
-    }
-    // An index computed from inputs is checked when it is used.
-    let inputs = [random.any(DType::F32, &[4, 3]), Tensor::from_i32(vec![2], &[1, 4])];
-    let network = one_layer(LayerKind::Gather { axis: 0 }, &inputs);
-    for options in every_option() {
-        let named = [("x0", inputs[0].clone()), ("x1", inputs[1].clone())];
-        let error = lapidary::backend::cpu::execute(&network, &named, &options).unwrap_err();
-        assert_eq!(error.to_string(), "layer \"layer\": index 4 is outside 0..4");
-    }
-}
-
-#[test]
-fn selects_casts_and_fills() {
-    let mut random = Random::new(8);
-    for dtype in [DType::F32, DType::F16, DType::I32, DType::I64] {
-        for (a, b) in PAIRS {
-            let condition = random.any(DType::Bool, b);
-            check(
-                LayerKind::Select,
-                &[condition, random.any(dtype, a), random.any(dtype, b)],
-            );
-            let condition = random.any(DType::Bool, a);
-            check(
-                LayerKind::Select,
-                &[condition, random.any(dtype, b), random.any(dtype, a)],
-            );
-        }
-    }
-    let all = [DType::F32, DType::F16, DType::Bf16, DType::I32, DType::I64, DType::Bool];
-    for from in all {
-        for to in all {
-            check(LayerKind::Cast { to }, &[random.any(from, &[3, 41])]);
-        }
-    }
-    for (dtype, start, step) in [(DType::I32, 3.0, 2.0), (DType::F32, -1.0, 0.25)] {
-        let mut b = builder();
-        let fill = b.fill("fill", dtype, Dim::from(2100usize), start, step).unwrap();
-        b.output("y", fill).unwrap();
-        let network = b.finish().unwrap();
-        let want: Vec<f64> = (0..2100).map(|i| start + step * f64::from(i)).collect();
-        for options in every_option() {
-            let got = run(&network, &[], &options);
-            assert_eq!(got.dtype(), dtype);
-            assert_close(&got, &want, 1.0, 0.0, "fill");
-        }
-    }
-}
-
-#[test]
 fn rotary_embeddings() {
     let mut random = Random::new(9);
     for dtype in FLOATS {
@@ -458,49 +336,4 @@ fn a_dynamic_network_is_refused_with_what_to_do() {
     );
     let error = lapidary::backend::cpu::bind_tokens(&network, 9).unwrap_err();
     assert_eq!(error.to_string(), "9 tokens are outside the profile's 1 to 8");
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(40) })]
-    /// A chain of views, and something that reads it.
-    #[test]
-    fn chains_of_views_read_the_right_elements(seed in any::<u64>()) {
-        let mut random = Random::new(seed);
-        let shape: Vec<usize> = (0..3).map(|_| 1 + random.below(6)).collect();
-        let input = random.floats(DType::F32, &shape, 1.0);
-        let mut b = builder();
-        let mut id = b.input("x0", DType::F32, &dims(&shape)).unwrap();
-        let mut value = Value::from(&input);
-        for step in 0..4 {
-            let rank = value.shape.len();
-            let kind = match random.below(4) {
-                0 => {
-                    let mut perm: Vec<usize> = (0..rank).collect();
-                    perm.rotate_left(random.below(rank));
-                    LayerKind::Shuffle { first: Some(perm), reshape: None, second: None }
-                }
-                1 => {
-                    let cut = random.below(rank + 1);
-                    let mut shape: Vec<usize> = value.shape[..cut].to_vec();
-                    shape.push(value.shape[cut..].iter().product());
-                    LayerKind::Shuffle { first: None, reshape: Some(dims(&shape)), second: None }
-                }
-                2 => {
-                    let start: Vec<i64> = value.shape.iter().map(|d| random.below(*d) as i64).collect();
-                    let size: Vec<usize> = value.shape.iter().zip(&start).map(|(d, s)| d - *s as usize).collect();
-                    LayerKind::Slice { start, size: dims(&size), stride: vec![1; rank] }
-                }
-                _ => LayerKind::Unary(UnaryOp::Neg),
-            };
-            value = evaluate(&kind, &[value]);
-            id = b.add(&format!("step{step}"), kind, &[id]).unwrap();
-        }
-        b.output("y", id).unwrap();
-        let network = b.finish().unwrap();
-        for options in every_option() {
-            let got = run(&network, std::slice::from_ref(&input), &options);
-            prop_assert_eq!(got.shape(), value.shape.as_slice());
-            assert_close(&got, &value.data, 1.0, 0.0, "views");
-        }
-    }
 }

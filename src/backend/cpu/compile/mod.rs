@@ -9,6 +9,7 @@
 mod fuse;
 mod layers;
 mod plan;
+mod rows;
 
 use std::collections::HashMap;
 use std::sync::Arc;

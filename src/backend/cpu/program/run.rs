@@ -1,308 +1,34 @@
-//! A compiled network: phases of steps, and the run over them.
+//! One run: every thread walks the phases, takes items and hands each to its kernel.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
+use std::sync::atomic::Ordering;
 
-use super::bindings::Bindings;
-use super::buffer::Aligned;
-use super::error::{CpuError, Indexed};
-use super::kernels::attention::{self, Attention, Few, Many, Mask, Merge, Scan};
-use super::kernels::gemm::{self, Gemm, Matrix, PackLeft};
-use super::kernels::gemv::Gemv;
-use super::kernels::moves::{BadIndex, CacheUpdate, Gather, Heads, Rotate};
-use super::kernels::rows::RowProgram;
-use super::pool::{Pool, Team};
-use super::simd::Isa;
-use super::view::{BufferId, View};
-use crate::tensor::{DType, Tensor};
-
-/// Where a buffer's memory is.
-#[derive(Clone, Debug)]
-pub(super) enum Memory {
-    /// In the program's arena. The offset, in bytes, is planned last.
-    Arena {
-        offset: usize,
-    },
-    /// A weight or constant, used where it lies.
-    Tensor(Tensor),
-    /// Network input, by its place in [`Program::inputs`].
-    Input(usize),
-    Output(usize),
-    /// By its place in [`Program::caches`].
-    Cache(usize),
-}
-
-#[derive(Clone, Debug)]
-pub(super) struct Buffer {
-    pub memory: Memory,
-    pub bytes: usize,
-}
-
-/// Two-dimensional strides over a batch of matrices.
-#[derive(Clone, Debug)]
-pub(super) struct MatrixView {
-    pub buffer: BufferId,
-    pub storage: DType,
-    /// Of each matrix of the batch, in elements.
-    pub offsets: Vec<isize>,
-    pub row_stride: isize,
-    pub column_stride: isize,
-}
-
-#[derive(Clone, Debug)]
-pub(super) struct AttentionStep {
-    pub q: View,
-    pub k: View,
-    pub v: View,
-    /// The mask broadcast to `[batch, heads, tokens, slots]`, and the table of its live blocks broadcast to
-    /// `[batch, heads, tokens, blocks]`.
-    pub mask: Option<(View, View)>,
-    pub out: View,
-    pub partial: Option<BufferId>,
-}
-
-/// What a step does; see the kernels.
-#[derive(Clone, Debug)]
-pub(super) enum Work {
-    Rows {
-        program: RowProgram,
-        per_item: usize,
-    },
-    PackLeft {
-        from: MatrixView,
-        to: BufferId,
-        rows: usize,
-        depth: usize,
-    },
-    Gemm {
-        packed: BufferId,
-        /// For each matrix of the batch, which packed one is its left side.
-        left: Vec<usize>,
-        right: MatrixView,
-        out: BufferId,
-        rows: usize,
-        columns: usize,
-        depth: usize,
-    },
-    Gemv {
-        left: MatrixView,
-        right: MatrixView,
-        out: BufferId,
-        rows: usize,
-        columns: usize,
-        depth: usize,
-        per_item: usize,
-    },
-    Gather {
-        data: View,
-        /// Dense dims `[outer, axis, inner]` of the data.
-        dims: [usize; 3],
-        indices: View,
-        out: BufferId,
-        per_item: usize,
-    },
-    Rotate {
-        x: View,
-        cos: View,
-        sin: View,
-        positions: View,
-        out: View,
-        rotary_dim: usize,
-        interleaved: bool,
-        per_item: usize,
-    },
-    CacheUpdate {
-        cache: View,
-        update: View,
-        indices: View,
-        per_item: usize,
-    },
-    Scan {
-        /// Rank 4, with its own dims.
-        mask: View,
-        slots: usize,
-        live: BufferId,
-        per_item: usize,
-    },
-    Few(AttentionStep),
-    Merge(AttentionStep),
-    Many(AttentionStep),
-}
-
-#[derive(Clone, Debug)]
-pub(super) struct Step {
-    /// Name of the layer whose output it computes.
-    pub layer: String,
-    pub work: Work,
-    /// Pieces that threads may take.
-    pub items: usize,
-    /// Estimate of one thread's time.
-    pub nanoseconds: f64,
-    pub reads: Vec<BufferId>,
-    pub writes: Vec<BufferId>,
-}
-
-/// Steps between two barriers.
-#[derive(Clone, Debug)]
-pub(super) struct Phase {
-    pub steps: Vec<usize>,
-    /// Too little work to share: the first thread does all of it, in order. Otherwise steps are independent.
-    pub serial: bool,
-}
-
-/// A tensor of the program's interface.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Port {
-    pub name: String,
-    /// As in the network. Float inputs and outputs that are not caches are bound as f32 whatever is said here.
-    pub dtype: DType,
-    pub shape: Vec<usize>,
-}
-
-/// What a run took, by layer kind or by layer.
-#[derive(Clone, Debug, Default)]
-pub struct Profile {
-    /// Layer name, kind of step, nanoseconds on the first thread.
-    pub steps: Vec<(String, &'static str, u64)>,
-}
-
-/// A network compiled for one static shape. Holds its weights where they lie (mapped files stay mapped) and an arena
-/// for activations; a run allocates nothing.
-pub struct Program {
-    pub(super) isa: Isa,
-    pub(super) pool: Arc<Pool>,
-    pub(super) steps: Vec<Step>,
-    pub(super) phases: Vec<Phase>,
-    pub(super) buffers: Vec<Buffer>,
-    pub(super) inputs: Vec<Port>,
-    pub(super) outputs: Vec<Port>,
-    pub(super) caches: Vec<Port>,
-    pub(super) arena: Aligned,
-    pub(super) scratch: Vec<Aligned>,
-    pub(super) counters: Vec<AtomicUsize>,
-}
+use super::super::error::{CpuError, Indexed};
+use super::super::kernels::attention::{Attention, Few, Many, Mask, Merge, Scan};
+use super::super::kernels::gemm::{Gemm, Matrix, PackLeft};
+use super::super::kernels::gemv::Gemv;
+use super::super::kernels::moves::{BadIndex, CacheUpdate, Gather, Heads, Rotate};
+use super::super::pool::Team;
+use super::super::view::{BufferId, View};
+use super::Program;
+use super::steps::{AttentionStep, MatrixView, Step, Work};
 
 // SAFETY: a program owns its arena and scratch; the addresses it uses during a run are those of its own memory and of
 // what the bindings borrow.
-struct Addresses(Vec<*mut u8>);
+pub(super) struct Addresses(pub(super) Vec<*mut u8>);
 unsafe impl Sync for Addresses {}
 
-impl Program {
-    /// Inputs to bind, caches left out, in the network's order.
-    pub fn inputs(&self) -> &[Port] {
-        &self.inputs
-    }
-    /// Outputs to bind, caches left out, in the network's order.
-    pub fn outputs(&self) -> &[Port] {
-        &self.outputs
-    }
-    /// The cache inputs, in the order of their updates in the network: what [`Caches`](super::Caches) must hold.
-    pub fn caches(&self) -> &[Port] {
-        &self.caches
-    }
-    /// Bytes of activations and scratch that the program holds.
-    pub fn arena_bytes(&self) -> usize {
-        self.arena.len() + self.scratch.iter().map(Aligned::len).sum::<usize>()
-    }
-    pub fn isa(&self) -> Isa {
-        self.isa
-    }
-    pub fn threads(&self) -> usize {
-        self.pool.threads()
-    }
-
-    /// Runs the network once. Caches are updated in place; outputs are written to the memory bound.
-    ///
-    /// Fails before doing anything if a binding is missing or of the wrong type or size. An index outside its axis
-    /// (a token id outside the vocabulary, a position outside the rotary tables, a write beyond the capacity) is
-    /// reported after the run; the outputs are then meaningless and the caches may hold the tokens' entries.
-    pub fn run(&mut self, bindings: &mut Bindings<'_>) -> Result<(), CpuError> {
-        let addresses = self.addresses(bindings)?;
-        for counter in &mut self.counters {
-            *counter.get_mut() = 0;
-        }
-        let failure = Mutex::new(None);
-        let run = Run {
-            program: self,
-            addresses: &addresses,
-            scratch: self.scratch.iter().map(Aligned::address).collect(),
-            failure: &failure,
-        };
-        self.pool.run(|team| run.thread(team));
-        match failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
-            None => Ok(()),
-            Some(error) => Err(error),
-        }
-    }
-
-    /// Runs the network once on the calling thread's team and measures each step on the first thread.
-    pub fn profile(&mut self, bindings: &mut Bindings<'_>) -> Result<Profile, CpuError> {
-        let order: Vec<usize> = self.phases.iter().flat_map(|p| p.steps.iter().copied()).collect();
-        let phases = std::mem::take(&mut self.phases);
-        let mut profile = Profile::default();
-        let result = order.into_iter().try_for_each(|step| {
-            let serial = phases.iter().any(|p| p.serial && p.steps.contains(&step));
-            self.phases = vec![Phase {
-                steps: vec![step],
-                serial,
-            }];
-            let start = std::time::Instant::now();
-            let result = self.run(bindings);
-            let time = start.elapsed().as_nanos() as u64;
-            let step = &self.steps[step];
-            profile.steps.push((step.layer.clone(), step.work.name(), time));
-            result
-        });
-        self.phases = phases;
-        result.map(|()| profile)
-    }
-
-    fn addresses(&self, bindings: &mut Bindings<'_>) -> Result<Addresses, CpuError> {
-        let inputs = self
-            .inputs
-            .iter()
-            .map(|port| bindings.input_address(port))
-            .collect::<Result<Vec<_>, _>>()?;
-        let outputs = self
-            .outputs
-            .iter()
-            .map(|port| bindings.output_address(port))
-            .collect::<Result<Vec<_>, _>>()?;
-        let caches = bindings.cache_addresses(&self.caches)?;
-        let arena = self.arena.address();
-        let addresses = self.buffers.iter().map(|buffer| match &buffer.memory {
-            Memory::Arena { offset } => arena.wrapping_add(*offset),
-            Memory::Tensor(tensor) => tensor.data().as_ptr().cast_mut(),
-            Memory::Input(i) => inputs[*i],
-            Memory::Output(i) => outputs[*i],
-            Memory::Cache(i) => caches[*i],
-        });
-        Ok(Addresses(addresses.collect()))
-    }
-}
-
-impl std::fmt::Debug for Program {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (steps, phases) = (self.steps.len(), self.phases.len());
-        write!(
-            f,
-            "Program({steps} steps in {phases} phases, {:?}, {:?})",
-            self.isa, self.pool
-        )
-    }
-}
-
-struct Run<'a> {
-    program: &'a Program,
-    addresses: &'a Addresses,
-    scratch: Vec<*mut u8>,
-    failure: &'a Mutex<Option<CpuError>>,
+pub(super) struct Run<'a> {
+    pub(super) program: &'a Program,
+    pub(super) addresses: &'a Addresses,
+    pub(super) scratch: Vec<*mut u8>,
+    pub(super) failure: &'a Mutex<Option<CpuError>>,
 }
 // SAFETY: each thread uses its own scratch, and phases give items to one thread each.
 unsafe impl Sync for Run<'_> {}
 
 impl Run<'_> {
-    fn thread(&self, team: Team<'_>) {
+    pub(super) fn thread(&self, team: Team<'_>) {
         let program = self.program;
         let alone = team.threads() == 1;
         for (i, phase) in program.phases.iter().enumerate() {
@@ -596,33 +322,5 @@ impl Run<'_> {
             index: bad.index,
             bound: bad.bound,
         });
-    }
-}
-
-impl Work {
-    fn name(&self) -> &'static str {
-        match self {
-            Work::Rows { .. } => "rows",
-            Work::PackLeft { .. } => "pack",
-            Work::Gemm { .. } => "gemm",
-            Work::Gemv { .. } => "gemv",
-            Work::Gather { .. } => "gather",
-            Work::Rotate { .. } => "rotary",
-            Work::CacheUpdate { .. } => "cache update",
-            Work::Scan { .. } => "mask scan",
-            Work::Few(_) => "attention (few rows)",
-            Work::Merge(_) => "attention merge",
-            Work::Many(_) => "attention",
-        }
-    }
-
-    /// Bytes of scratch that each thread needs.
-    pub(super) fn scratch_bytes(&self, isa: Isa) -> usize {
-        match self {
-            Work::Rows { program, .. } => program.scratch_bytes(),
-            Work::Gemm { .. } => gemm::scratch_len(isa) * 4,
-            Work::Many(step) => attention::many_scratch(isa, step.q.shape[3]) * 4,
-            _ => 0,
-        }
     }
 }

@@ -1,0 +1,211 @@
+//! Attention of many query rows, as in prefill: scores and outputs are tiles of a matrix product.
+
+use super::super::gemm::{Matrix, pack_panel};
+use super::super::math;
+use super::{ALL, Attention, BLOCK, NONE};
+use crate::backend::cpu::simd::{Isa, Kernel, Simd, TileArgs};
+use crate::tensor::DType;
+
+/// One panel of query rows (as many as a GEMM tile has columns) of one KV head, all slots.
+pub struct Many {
+    pub attention: Attention,
+    /// `(batch * kv_heads + kv_head) * panels + panel`
+    pub item: usize,
+    /// [`many_scratch`] elements.
+    pub scratch: *mut f32,
+}
+
+/// Items of [`Many`] for each batch row and KV head.
+pub fn many_panels(isa: Isa, group_rows: usize) -> usize {
+    group_rows.div_ceil(isa.tile_columns())
+}
+
+/// Elements of scratch that [`Many`] needs.
+pub fn many_scratch(isa: Isa, dim: usize) -> usize {
+    let width = isa.tile_columns();
+    // Queries and outputs `[dim, width]`, keys `[dim, BLOCK]`, values `[BLOCK, dim]`, scores `[BLOCK, width]`.
+    2 * dim * width + 2 * dim * BLOCK + BLOCK * width
+}
+
+/// The widest tile of any instruction set.
+const WIDEST: usize = 32;
+
+impl Many {
+    /// # Safety
+    /// The pointers are valid for the shapes given; nobody else writes these rows of the output.
+    pub unsafe fn run(self, isa: Isa) {
+        unsafe { isa.run(self) }
+    }
+}
+
+impl Kernel for Many {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let a = &self.attention;
+        let width = 2 * S::LANES;
+        let panels = a.group_rows().div_ceil(width);
+        let (pair, panel) = (self.item / panels, self.item % panels);
+        let (b, g) = (pair / a.kv_heads, pair % a.kv_heads);
+        let first_row = panel * width;
+        let rows = width.min(a.group_rows() - first_row);
+        unsafe {
+            let queries = self.scratch;
+            let outputs = queries.add(a.dim * width);
+            let keys = outputs.add(a.dim * width);
+            let values = keys.add(a.dim * BLOCK);
+            let scores = values.add(BLOCK * a.dim);
+            for j in 0..width {
+                if j >= rows {
+                    for i in 0..a.dim {
+                        *queries.add(i * width + j) = 0.0;
+                    }
+                    continue;
+                }
+                let (h, t) = a.place(g, first_row + j);
+                let q: *const f32 = a.q.row(b, h, t).cast_const().cast();
+                for i in 0..a.dim {
+                    *queries.add(i * width + j) = *q.add(i);
+                }
+            }
+            for i in 0..a.dim * width {
+                *outputs.add(i) = 0.0;
+            }
+            let mut max = [f32::NEG_INFINITY; WIDEST];
+            let mut sum = [0f32; WIDEST];
+            for block in 0..a.blocks() {
+                let mut states = [NONE; WIDEST];
+                let mut seen = (false, true);
+                for (j, state) in states[..rows].iter_mut().enumerate() {
+                    let (h, t) = a.place(g, first_row + j);
+                    *state = a.mask.as_ref().map_or(ALL, |mask| mask.state(b, h, t, block));
+                    seen = (seen.0 || *state != NONE, seen.1 && *state == ALL);
+                }
+                if !seen.0 {
+                    continue;
+                }
+                let first = block * BLOCK;
+                let count = BLOCK.min(a.slots - first);
+                let matrix = Matrix {
+                    base: a.k.row(b, g, first),
+                    storage: a.k.storage,
+                    row_stride: 1,
+                    column_stride: a.k.strides[2],
+                };
+                pack_panel::<S>(matrix, 0, count, 0, a.dim, keys, BLOCK);
+                let mut s = 0;
+                while s < count {
+                    let m = S::TILE_ROWS.min(count - s).min(8);
+                    let args = TileArgs {
+                        depth: a.dim,
+                        a: keys.add(s),
+                        a_stride: BLOCK,
+                        b: queries,
+                        b_stride: width,
+                        c: scores.add(s * width),
+                        c_stride: width,
+                        accumulate: false,
+                    };
+                    S::tile(m, args);
+                    s += m;
+                }
+                if !seen.1
+                    && let Some(mask) = &a.mask
+                {
+                    for (j, state) in states[..rows].iter().enumerate() {
+                        if *state == ALL {
+                            continue;
+                        }
+                        let (h, t) = a.place(g, first_row + j);
+                        for s in 0..count {
+                            let bias = mask.bias(b, h, t, first + s);
+                            let score = scores.add(s * width + j);
+                            *score = if bias == f32::NEG_INFINITY { bias } else { *score + bias };
+                        }
+                    }
+                }
+                softmax_block::<S>(scores, count, &mut max, &mut sum, outputs, a.dim);
+                let (values, stride) = if a.v.storage == DType::F32 {
+                    (a.v.row(b, g, first).cast_const().cast::<f32>(), a.v.strides[2] as usize)
+                } else {
+                    let matrix = Matrix {
+                        base: a.v.row(b, g, first),
+                        storage: a.v.storage,
+                        row_stride: a.v.strides[2],
+                        column_stride: 1,
+                    };
+                    pack_panel::<S>(matrix, 0, a.dim, 0, count, values, a.dim);
+                    (values.cast_const(), a.dim)
+                };
+                let mut i = 0;
+                while i < a.dim {
+                    let m = S::TILE_ROWS.min(a.dim - i).min(8);
+                    let args = TileArgs {
+                        depth: count,
+                        a: values.add(i),
+                        a_stride: stride,
+                        b: scores,
+                        b_stride: width,
+                        c: outputs.add(i * width),
+                        c_stride: width,
+                        accumulate: true,
+                    };
+                    S::tile(m, args);
+                    i += m;
+                }
+            }
+            for j in 0..rows {
+                let (h, t) = a.place(g, first_row + j);
+                let out: *mut f32 = a.out.row(b, h, t).cast();
+                let scale = if sum[j] == 0.0 { 0.0 } else { 1.0 / sum[j] };
+                for i in 0..a.dim {
+                    *out.add(i) = *outputs.add(i * width + j) * scale;
+                }
+            }
+        }
+    }
+}
+
+/// Scores `[count, width]` become exponentials; the running maximum, sum and outputs are brought to the new base.
+#[inline(always)]
+unsafe fn softmax_block<S: Simd>(
+    scores: *mut f32,
+    count: usize,
+    max: &mut [f32; WIDEST],
+    sum: &mut [f32; WIDEST],
+    outputs: *mut f32,
+    dim: usize,
+) {
+    let width = 2 * S::LANES;
+    unsafe {
+        let mut new = *max;
+        for s in 0..count {
+            for (j, new) in new[..width].iter_mut().enumerate() {
+                let x = *scores.add(s * width + j);
+                *new = if x > *new { x } else { *new };
+            }
+        }
+        let mut scale = [0f32; WIDEST];
+        let mut base = [0f32; WIDEST];
+        for j in 0..width {
+            base[j] = if new[j] == f32::NEG_INFINITY { 0.0 } else { new[j] };
+            scale[j] = math::exp::<S>(max[j] - base[j]);
+            sum[j] *= scale[j];
+        }
+        for s in 0..count {
+            for j in 0..width {
+                let score = scores.add(s * width + j);
+                *score = math::exp::<S>(*score - base[j]);
+                sum[j] += *score;
+            }
+        }
+        if new != *max {
+            for i in 0..dim {
+                for (j, scale) in scale[..width].iter().enumerate() {
+                    *outputs.add(i * width + j) *= scale;
+                }
+            }
+        }
+        *max = new;
+    }
+}

@@ -1,0 +1,63 @@
+//! Attention over the live slots: online softmax by blocks of slots, in fp32.
+//!
+//! What is attended to is decided by the mask's content alone. [`Scan`] looks at each mask once a run and says of every
+//! block of [`BLOCK`] slots whether a query attends to none, some or all of it; blocks attended to by no query of an
+//! item are never touched, so cost follows the live length and not the capacity. A query that attends to nothing gives
+//! zeros. Values in slots that are masked out must be finite; keys may be anything.
+//!
+//! Query heads that share a KV head are taken together. [`Few`] is for few query rows (decode): items are chunks of
+//! slots, merged by [`Merge`]. [`Many`] takes as many query rows as a GEMM tile has columns and computes scores and
+//! outputs transposed, so that the softmax runs across lanes.
+
+mod few;
+mod many;
+mod mask;
+
+pub use few::{FEW, Few, Merge, few_chunks, few_rows};
+pub use many::{Many, many_panels, many_scratch};
+pub use mask::{Mask, Scan};
+
+use super::moves::Heads;
+
+/// Slots that are judged and computed together.
+pub const BLOCK: usize = 32;
+
+// What a query attends to in a block.
+const NONE: u8 = 0;
+const SOME: u8 = 1;
+const ALL: u8 = 2;
+
+/// The operands of one attention layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Attention {
+    /// `[batch, heads, tokens, dim]`, f32.
+    pub q: Heads,
+    /// `[batch, kv_heads, slots, dim]`.
+    pub k: Heads,
+    pub v: Heads,
+    pub mask: Option<Mask>,
+    /// As q.
+    pub out: Heads,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub tokens: usize,
+    pub slots: usize,
+    pub dim: usize,
+}
+
+impl Attention {
+    /// Query rows that share a KV head.
+    #[inline(always)]
+    pub fn group_rows(&self) -> usize {
+        self.heads / self.kv_heads * self.tokens
+    }
+    /// Head and token of query row `r` of KV head `g`.
+    #[inline(always)]
+    fn place(&self, g: usize, r: usize) -> (usize, usize) {
+        (g * (self.heads / self.kv_heads) + r / self.tokens, r % self.tokens)
+    }
+    #[inline(always)]
+    fn blocks(&self) -> usize {
+        self.slots.div_ceil(BLOCK)
+    }
+}

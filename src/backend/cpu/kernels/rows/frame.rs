@@ -1,0 +1,117 @@
+//! One chunk of one row: where its registers are, and which loop each operation is.
+
+use super::integers::wrapped;
+use super::loops::map;
+use super::{Class, MAX_OPERANDS, Op, Place, Register, RowProgram};
+use crate::backend::cpu::simd::Simd;
+
+/// A chunk of a row at work.
+pub(super) struct Frame<'a> {
+    pub(super) program: &'a RowProgram,
+    pub(super) rows: &'a [*mut u8; MAX_OPERANDS],
+    pub(super) scratch: *mut u8,
+    pub(super) slot_bytes: usize,
+    pub(super) first: usize,
+    pub(super) n: usize,
+}
+
+impl Frame<'_> {
+    #[inline(always)]
+    pub(super) fn at<T>(&self, register: Register) -> *mut T {
+        match register.place {
+            Place::Scratch(slot) => self.scratch.wrapping_add(slot as usize * self.slot_bytes).cast(),
+            Place::Operand(operand) => self.rows[operand as usize].cast(),
+        }
+    }
+    /// Elements that an operation with this result computes.
+    #[inline(always)]
+    pub(super) fn count(&self, to: Register) -> usize {
+        if to.scalar { 1 } else { self.n }
+    }
+    #[inline(always)]
+    pub(super) fn arg<T>(&self, register: Register) -> (*const T, bool) {
+        (self.at::<T>(register).cast_const(), register.scalar)
+    }
+
+    #[inline(always)]
+    pub(super) unsafe fn step<S: Simd>(&self, op: &Op) {
+        unsafe {
+            match op {
+                Op::Load { operand, class, to } => self.load(*operand, *class, *to),
+                Op::Store { from, class, operand } => self.store(*from, *class, *operand),
+                Op::Binary {
+                    op,
+                    class,
+                    wrap,
+                    a,
+                    b,
+                    to,
+                } => match class {
+                    Class::Float => self.binary_float(*op, *a, *b, *to),
+                    Class::Int => self.binary_int(*op, *wrap, *a, *b, *to),
+                    Class::Bool => self.binary_bool(*op, *a, *b, *to),
+                },
+                Op::Unary { op, class, wrap, a, to } => match class {
+                    Class::Float => self.unary_float::<S>(*op, *a, *to),
+                    Class::Int => self.unary_int(*op, *wrap, *a, *to),
+                    Class::Bool => map(self.count(*to), self.at::<u8>(*a), self.at::<u8>(*to), |x| {
+                        u8::from(x == 0)
+                    }),
+                },
+                Op::Activation { op, a, to } => self.activation::<S>(*op, *a, *to),
+                Op::Select {
+                    class,
+                    condition,
+                    a,
+                    b,
+                    to,
+                } => match class {
+                    Class::Float => self.select::<f32>(*condition, *a, *b, *to),
+                    Class::Int => self.select::<i64>(*condition, *a, *b, *to),
+                    Class::Bool => self.select::<u8>(*condition, *a, *b, *to),
+                },
+                Op::Cast {
+                    from,
+                    a,
+                    class,
+                    wrap,
+                    to,
+                } => self.cast(*from, *a, *class, *wrap, *to),
+                Op::Reduce { op, class, wrap, a, to } => match class {
+                    Class::Float => self.reduce_float(*op, *a, *to),
+                    _ => self.reduce_int(*op, *wrap, *a, *to),
+                },
+                Op::Softmax { a, to } => self.softmax::<S>(*a, *to),
+                Op::Normalize {
+                    epsilon,
+                    a,
+                    scale,
+                    bias,
+                    to,
+                } => self.normalize(*epsilon, *a, *scale, *bias, *to),
+                Op::Iota {
+                    class,
+                    wrap,
+                    start,
+                    step,
+                    to,
+                } => match class {
+                    Class::Float => {
+                        let to = self.at::<f32>(*to);
+                        for i in 0..self.n {
+                            let value = start + step * (self.first + i) as f64;
+                            to.add(i).write_unaligned(value as f32);
+                        }
+                    }
+                    _ => {
+                        let to = self.at::<i64>(*to);
+                        for i in 0..self.n {
+                            let value = start + step * (self.first + i) as f64;
+                            to.add(i).write_unaligned(wrapped(value as i64, *wrap));
+                        }
+                    }
+                },
+            }
+        }
+    }
+}

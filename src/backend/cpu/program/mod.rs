@@ -1,0 +1,155 @@
+//! A compiled network: what it must be given, and the run over it. [`steps`] is the program as data, [`run`] what each
+//! thread does with it.
+
+mod run;
+mod steps;
+
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex};
+
+use run::{Addresses, Run};
+pub(super) use steps::{AttentionStep, Buffer, MatrixView, Memory, Phase, Step, Work};
+
+use super::bindings::Bindings;
+use super::buffer::Aligned;
+use super::error::CpuError;
+use super::pool::Pool;
+use super::simd::Isa;
+use crate::tensor::DType;
+
+/// A tensor of the program's interface.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Port {
+    pub name: String,
+    /// As in the network. Float inputs and outputs that are not caches are bound as f32 whatever is said here.
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+}
+
+/// What a run took, by layer kind or by layer.
+#[derive(Clone, Debug, Default)]
+pub struct Profile {
+    /// Layer name, kind of step, nanoseconds on the first thread.
+    pub steps: Vec<(String, &'static str, u64)>,
+}
+
+/// A network compiled for one static shape. Holds its weights where they lie (mapped files stay mapped) and an arena
+/// for activations; a run allocates nothing.
+pub struct Program {
+    pub(super) isa: Isa,
+    pub(super) pool: Arc<Pool>,
+    pub(super) steps: Vec<Step>,
+    pub(super) phases: Vec<Phase>,
+    pub(super) buffers: Vec<Buffer>,
+    pub(super) inputs: Vec<Port>,
+    pub(super) outputs: Vec<Port>,
+    pub(super) caches: Vec<Port>,
+    pub(super) arena: Aligned,
+    pub(super) scratch: Vec<Aligned>,
+    pub(super) counters: Vec<AtomicUsize>,
+}
+
+impl Program {
+    /// Inputs to bind, caches left out, in the network's order.
+    pub fn inputs(&self) -> &[Port] {
+        &self.inputs
+    }
+    /// Outputs to bind, caches left out, in the network's order.
+    pub fn outputs(&self) -> &[Port] {
+        &self.outputs
+    }
+    /// The cache inputs, in the order of their updates in the network: what [`Caches`](super::Caches) must hold.
+    pub fn caches(&self) -> &[Port] {
+        &self.caches
+    }
+    /// Bytes of activations and scratch that the program holds.
+    pub fn arena_bytes(&self) -> usize {
+        self.arena.len() + self.scratch.iter().map(Aligned::len).sum::<usize>()
+    }
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Runs the network once. Caches are updated in place; outputs are written to the memory bound.
+    ///
+    /// Fails before doing anything if a binding is missing or of the wrong type or size. An index outside its axis
+    /// (a token id outside the vocabulary, a position outside the rotary tables, a write beyond the capacity) is
+    /// reported after the run; the outputs are then meaningless and the caches may hold the tokens' entries.
+    pub fn run(&mut self, bindings: &mut Bindings<'_>) -> Result<(), CpuError> {
+        let addresses = self.addresses(bindings)?;
+        for counter in &mut self.counters {
+            *counter.get_mut() = 0;
+        }
+        let failure = Mutex::new(None);
+        let run = Run {
+            program: self,
+            addresses: &addresses,
+            scratch: self.scratch.iter().map(Aligned::address).collect(),
+            failure: &failure,
+        };
+        self.pool.run(|team| run.thread(team));
+        match failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
+            None => Ok(()),
+            Some(error) => Err(error),
+        }
+    }
+
+    /// Runs the network once on the calling thread's team and measures each step on the first thread.
+    pub fn profile(&mut self, bindings: &mut Bindings<'_>) -> Result<Profile, CpuError> {
+        let order: Vec<usize> = self.phases.iter().flat_map(|p| p.steps.iter().copied()).collect();
+        let phases = std::mem::take(&mut self.phases);
+        let mut profile = Profile::default();
+        let result = order.into_iter().try_for_each(|step| {
+            let serial = phases.iter().any(|p| p.serial && p.steps.contains(&step));
+            self.phases = vec![Phase {
+                steps: vec![step],
+                serial,
+            }];
+            let start = std::time::Instant::now();
+            let result = self.run(bindings);
+            let time = start.elapsed().as_nanos() as u64;
+            let step = &self.steps[step];
+            profile.steps.push((step.layer.clone(), step.work.name(), time));
+            result
+        });
+        self.phases = phases;
+        result.map(|()| profile)
+    }
+
+    fn addresses(&self, bindings: &mut Bindings<'_>) -> Result<Addresses, CpuError> {
+        let inputs = self
+            .inputs
+            .iter()
+            .map(|port| bindings.input_address(port))
+            .collect::<Result<Vec<_>, _>>()?;
+        let outputs = self
+            .outputs
+            .iter()
+            .map(|port| bindings.output_address(port))
+            .collect::<Result<Vec<_>, _>>()?;
+        let caches = bindings.cache_addresses(&self.caches)?;
+        let arena = self.arena.address();
+        let addresses = self.buffers.iter().map(|buffer| match &buffer.memory {
+            Memory::Arena { offset } => arena.wrapping_add(*offset),
+            Memory::Tensor(tensor) => tensor.data().as_ptr().cast_mut(),
+            Memory::Input(i) => inputs[*i],
+            Memory::Output(i) => outputs[*i],
+            Memory::Cache(i) => caches[*i],
+        });
+        Ok(Addresses(addresses.collect()))
+    }
+}
+
+impl std::fmt::Debug for Program {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (steps, phases) = (self.steps.len(), self.phases.len());
+        write!(
+            f,
+            "Program({steps} steps in {phases} phases, {:?}, {:?})",
+            self.isa, self.pool
+        )
+    }
+}

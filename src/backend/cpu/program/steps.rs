@@ -1,0 +1,169 @@
+//! A program as data: its buffers, and the steps over them in phases.
+
+use super::super::kernels::rows::RowProgram;
+use super::super::kernels::{attention, gemm};
+use super::super::simd::Isa;
+use super::super::view::{BufferId, View};
+use crate::tensor::{DType, Tensor};
+
+/// Where a buffer's memory is.
+#[derive(Clone, Debug)]
+pub enum Memory {
+    /// In the program's arena. The offset, in bytes, is planned last.
+    Arena {
+        offset: usize,
+    },
+    /// A weight or constant, used where it lies.
+    Tensor(Tensor),
+    /// Network input, by its place in [`Program::inputs`].
+    Input(usize),
+    Output(usize),
+    /// By its place in [`Program::caches`].
+    Cache(usize),
+}
+
+#[derive(Clone, Debug)]
+pub struct Buffer {
+    pub memory: Memory,
+    pub bytes: usize,
+}
+
+/// Two-dimensional strides over a batch of matrices.
+#[derive(Clone, Debug)]
+pub struct MatrixView {
+    pub buffer: BufferId,
+    pub storage: DType,
+    /// Of each matrix of the batch, in elements.
+    pub offsets: Vec<isize>,
+    pub row_stride: isize,
+    pub column_stride: isize,
+}
+
+#[derive(Clone, Debug)]
+pub struct AttentionStep {
+    pub q: View,
+    pub k: View,
+    pub v: View,
+    /// The mask broadcast to `[batch, heads, tokens, slots]`, and the table of its live blocks broadcast to
+    /// `[batch, heads, tokens, blocks]`.
+    pub mask: Option<(View, View)>,
+    pub out: View,
+    pub partial: Option<BufferId>,
+}
+
+/// What a step does; see the kernels.
+#[derive(Clone, Debug)]
+pub enum Work {
+    Rows {
+        program: RowProgram,
+        per_item: usize,
+    },
+    PackLeft {
+        from: MatrixView,
+        to: BufferId,
+        rows: usize,
+        depth: usize,
+    },
+    Gemm {
+        packed: BufferId,
+        /// For each matrix of the batch, which packed one is its left side.
+        left: Vec<usize>,
+        right: MatrixView,
+        out: BufferId,
+        rows: usize,
+        columns: usize,
+        depth: usize,
+    },
+    Gemv {
+        left: MatrixView,
+        right: MatrixView,
+        out: BufferId,
+        rows: usize,
+        columns: usize,
+        depth: usize,
+        per_item: usize,
+    },
+    Gather {
+        data: View,
+        /// Dense dims `[outer, axis, inner]` of the data.
+        dims: [usize; 3],
+        indices: View,
+        out: BufferId,
+        per_item: usize,
+    },
+    Rotate {
+        x: View,
+        cos: View,
+        sin: View,
+        positions: View,
+        out: View,
+        rotary_dim: usize,
+        interleaved: bool,
+        per_item: usize,
+    },
+    CacheUpdate {
+        cache: View,
+        update: View,
+        indices: View,
+        per_item: usize,
+    },
+    Scan {
+        /// Rank 4, with its own dims.
+        mask: View,
+        slots: usize,
+        live: BufferId,
+        per_item: usize,
+    },
+    Few(AttentionStep),
+    Merge(AttentionStep),
+    Many(AttentionStep),
+}
+
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// Name of the layer whose output it computes.
+    pub layer: String,
+    pub work: Work,
+    /// Pieces that threads may take.
+    pub items: usize,
+    /// Estimate of one thread's time.
+    pub nanoseconds: f64,
+    pub reads: Vec<BufferId>,
+    pub writes: Vec<BufferId>,
+}
+
+/// Steps between two barriers.
+#[derive(Clone, Debug)]
+pub struct Phase {
+    pub steps: Vec<usize>,
+    /// Too little work to share: the first thread does all of it, in order. Otherwise steps are independent.
+    pub serial: bool,
+}
+
+impl Work {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Work::Rows { .. } => "rows",
+            Work::PackLeft { .. } => "pack",
+            Work::Gemm { .. } => "gemm",
+            Work::Gemv { .. } => "gemv",
+            Work::Gather { .. } => "gather",
+            Work::Rotate { .. } => "rotary",
+            Work::CacheUpdate { .. } => "cache update",
+            Work::Scan { .. } => "mask scan",
+            Work::Few(_) => "attention (few rows)",
+            Work::Merge(_) => "attention merge",
+            Work::Many(_) => "attention",
+        }
+    }
+
+    /// Bytes of scratch that each thread needs.
+    pub fn scratch_bytes(&self, isa: Isa) -> usize {
+        match self {
+            Work::Rows { program, .. } => program.scratch_bytes(),
+            Work::Gemm { .. } => gemm::scratch_len(isa) * 4,
+            Work::Many(step) => attention::many_scratch(isa, step.q.shape[3]) * 4,
+            _ => 0,
+        }
+    }
+}

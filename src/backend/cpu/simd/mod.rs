@@ -1,0 +1,158 @@
+//! Vectors of f32 for three instruction sets, and the choice among them at run time.
+//!
+//! A kernel is written once, generic over [`Simd`], as a [`Kernel`]; [`Isa::run`] calls it compiled for AVX-512, for
+//! AVX2 + FMA + F16C, or for the compile target's baseline. Everything a kernel calls must be `#[inline(always)]`, or it
+//! is compiled for the baseline and called out of line: correct, but slow.
+
+mod element;
+mod portable;
+mod tile;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use element::{Bf16, Element, F16, F32};
+pub use portable::Portable;
+pub use tile::TileArgs;
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Avx2, Avx512};
+
+/// The instruction set a program runs on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum Isa {
+    /// AVX-512 F, BW, DQ and VL, with FMA and F16C.
+    Avx512,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// What the compile target guarantees.
+    Portable,
+}
+
+impl Isa {
+    /// The best this machine has. `LAPIDARY_CPU_ISA=avx512|avx2|portable` asks for less.
+    pub fn detect() -> Isa {
+        let best = Isa::available()[0];
+        let asked = match std::env::var("LAPIDARY_CPU_ISA").as_deref() {
+            Ok("avx2") => Isa::Avx2,
+            Ok("portable") => Isa::Portable,
+            _ => best,
+        };
+        if asked.is_available() { asked } else { best }
+    }
+
+    /// Every instruction set this machine can run, best first.
+    pub fn available() -> Vec<Isa> {
+        let all = [Isa::Avx512, Isa::Avx2, Isa::Portable];
+        all.into_iter().filter(|isa| isa.is_available()).collect()
+    }
+
+    pub fn is_available(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            let avx2 = has!("avx2") && has!("fma") && has!("f16c");
+            match self {
+                Isa::Avx512 => avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl"),
+                Isa::Avx2 => avx2,
+                Isa::Portable => true,
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            self == Isa::Portable
+        }
+    }
+
+    /// Vector lanes.
+    pub fn lanes(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::LANES,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::LANES,
+            _ => Portable::LANES,
+        }
+    }
+
+    /// Most rows of a GEMM tile.
+    pub fn tile_rows(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::TILE_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::TILE_ROWS,
+            _ => Portable::TILE_ROWS,
+        }
+    }
+
+    /// Columns of a GEMM tile: two vectors.
+    pub fn tile_columns(self) -> usize {
+        2 * self.lanes()
+    }
+
+    /// Runs `kernel` compiled for this instruction set.
+    ///
+    /// # Safety
+    /// The kernel's own contract; and `self` must be available, which [`Isa::detect`] and [`Isa::available`] ensure.
+    #[inline]
+    pub unsafe fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+            unsafe fn avx512<K: Kernel>(kernel: K) -> K::Output {
+                unsafe { kernel.run::<Avx512>() }
+            }
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn avx2<K: Kernel>(kernel: K) -> K::Output {
+                unsafe { kernel.run::<Avx2>() }
+            }
+            match self {
+                Isa::Avx512 => return unsafe { avx512(kernel) },
+                Isa::Avx2 => return unsafe { avx2(kernel) },
+                Isa::Portable => {}
+            }
+        }
+        unsafe { kernel.run::<Portable>() }
+    }
+}
+
+/// A function generic over the instruction set. Implementations mark `run` `#[inline(always)]`.
+pub trait Kernel {
+    type Output;
+    /// # Safety
+    /// Whatever pointers the kernel holds must be valid, and the instruction set of `S` available.
+    unsafe fn run<S: Simd>(self) -> Self::Output;
+}
+
+/// A vector of `LANES` f32 and the operations the kernels need.
+///
+/// # Safety of the methods
+/// Pointers need not be aligned but must be valid for the lanes touched; the instruction set must be available.
+#[allow(clippy::missing_safety_doc)]
+pub trait Simd: Copy + Send + Sync + 'static {
+    type V: Copy;
+    const LANES: usize;
+    /// Rows of the largest GEMM tile whose `2 * TILE_ROWS` accumulators stay in registers.
+    const TILE_ROWS: usize;
+
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load(p: *const f32) -> Self::V;
+    unsafe fn load_f16(p: *const u16) -> Self::V;
+    unsafe fn load_bf16(p: *const u16) -> Self::V;
+    unsafe fn store(p: *mut f32, v: Self::V);
+    /// Rounds to nearest even.
+    unsafe fn store_f16(p: *mut u16, v: Self::V);
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, fused where the hardware does.
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// Asks for the cache line at `p`, which need not be mapped.
+    fn prefetch(p: *const u8);
+    /// Sum of the lanes.
+    unsafe fn sum(v: Self::V) -> f32;
+    /// `a * b + c` of scalars, in the form that vectorises.
+    fn mul_add(a: f32, b: f32, c: f32) -> f32;
+    /// A square block of `LANES` rows transposed in registers; `load(row)` gives a row.
+    unsafe fn transpose(load: impl Fn(usize) -> Self::V, store: impl FnMut(usize, Self::V));
+    /// A GEMM tile out of line: `c[i][j] (+)= sum_p a[p*a_stride + i] * b[p*2*LANES + j]` for `i < rows`, `j < 2*LANES`.
+    unsafe fn tile(rows: usize, args: TileArgs);
+}

@@ -1,0 +1,123 @@
+//! What several rules ask of a layer's inputs, each with its own fault.
+
+use super::{Fault, Typed};
+use crate::dim::Dim;
+use crate::network::{Shape, Tensor};
+use crate::tensor::DType;
+
+pub(super) fn same(x: &Tensor) -> Typed {
+    (x.dtype, x.shape.clone())
+}
+
+pub(super) fn is_number(dtype: DType) -> bool {
+    dtype.is_float() || is_index(dtype)
+}
+
+pub(super) fn is_index(dtype: DType) -> bool {
+    matches!(dtype, DType::I32 | DType::I64)
+}
+
+pub(super) fn arity(inputs: &[&Tensor], allowed: &[usize], expected: &'static str) -> Result<(), Fault> {
+    let found = inputs.len();
+    match allowed.contains(&found) {
+        true => Ok(()),
+        false => Err(Fault::Arity { expected, found }),
+    }
+}
+
+pub(super) fn check_dtype(
+    input: usize,
+    found: DType,
+    ok: impl Fn(DType) -> bool,
+    wanted: &'static str,
+) -> Result<(), Fault> {
+    match ok(found) && found != DType::F64 {
+        true => Ok(()),
+        false => Err(Fault::DType { input, found, wanted }),
+    }
+}
+
+pub(super) fn check_rank(inputs: &[&Tensor], input: usize, rank: usize, wanted: &'static str) -> Result<(), Fault> {
+    let found = inputs[input].shape.len();
+    match found == rank {
+        true => Ok(()),
+        false => Err(Fault::Rank { input, found, wanted }),
+    }
+}
+
+pub(super) fn check_extent(what: impl FnOnce() -> String, wanted: &Dim, found: &Dim) -> Result<(), Fault> {
+    match wanted == found {
+        true => Ok(()),
+        false => Err(Fault::Extent {
+            what: what(),
+            wanted: wanted.clone(),
+            found: found.clone(),
+        }),
+    }
+}
+
+pub(super) fn check_axes(axes: &[usize], rank: usize) -> Result<(), Fault> {
+    if axes.is_empty() {
+        return Err(Fault::Parameter("no axis is given".to_string()));
+    }
+    match axes.iter().find(|a| **a >= rank) {
+        None => Ok(()),
+        Some(axis) => Err(Fault::Axis { axis: *axis, rank }),
+    }
+}
+
+pub(super) fn equal_ranks(inputs: &[&Tensor], left: usize, right: usize) -> Result<(), Fault> {
+    match inputs[left].shape.len() == inputs[right].shape.len() {
+        true => Ok(()),
+        false => Err(Fault::UnlikeRanks { left, right }),
+    }
+}
+
+/// Equal dtypes and ranks.
+pub(super) fn like(inputs: &[&Tensor], left: usize, right: usize) -> Result<(), Fault> {
+    if inputs[left].dtype != inputs[right].dtype {
+        return Err(Fault::UnlikeDTypes { left, right });
+    }
+    equal_ranks(inputs, left, right)
+}
+
+pub(super) fn broadcast(inputs: &[&Tensor], left: usize, right: usize) -> Result<Shape, Fault> {
+    broadcast_shapes(&inputs[left].shape, &inputs[right].shape)
+}
+
+pub(super) fn broadcast_shapes(left: &[Dim], right: &[Dim]) -> Result<Shape, Fault> {
+    let pairs = left.iter().zip(right).enumerate();
+    let dims = pairs.map(|(axis, (l, r))| match (l, r) {
+        (l, r) if l == r || r.is_one() => Ok(l.clone()),
+        (l, r) if l.is_one() => Ok(r.clone()),
+        (l, r) => Err(Fault::Broadcast {
+            axis,
+            left: l.clone(),
+            right: r.clone(),
+        }),
+    });
+    dims.collect()
+}
+
+pub(super) fn permuted(shape: &[Dim], order: &[usize]) -> Result<Shape, Fault> {
+    let rank = shape.len();
+    let mut seen = vec![false; rank];
+    let mut valid = order.len() == rank;
+    for axis in order {
+        valid &= *axis < rank && !std::mem::replace(&mut seen[*axis], true);
+    }
+    match valid {
+        true => Ok(order.iter().map(|a| shape[*a].clone()).collect()),
+        false => Err(Fault::Permutation {
+            order: order.to_vec(),
+            rank,
+        }),
+    }
+}
+
+/// Number of elements.
+pub(crate) fn volume(shape: &[Dim]) -> Dim {
+    let numbers: i64 = shape.iter().filter_map(Dim::as_const).product();
+    let symbols = shape.iter().filter(|d| d.as_const().is_none());
+    symbols.fold(Dim::constant(numbers), |product, dim| &product * dim)
+}

@@ -1,0 +1,244 @@
+//! The rules of each layer: which inputs it takes, and the dtype and shape of what it gives.
+//!
+//! One place for what TensorRT documents (`NvInfer.h` of TensorRT-RTX 1.6 and the operator pages): equal ranks, only
+//! dims of size 1 broadcast, no implicit conversion. `builder` asks for every layer it adds, `verify` again for a whole
+//! network, so that neither back end meets a layer that means nothing. Where the documentation leaves a dtype open
+//! (booleans in comparisons, integers in unary layers) the rule here is the narrow one; lowering works around it.
+
+mod checks;
+mod compute;
+mod transformer;
+
+use super::{LayerKind, ReduceOp, Shape, Tensor, Weight};
+use crate::dim::Dim;
+use crate::tensor::DType;
+pub(crate) use checks::volume;
+use checks::{
+    arity, broadcast, broadcast_shapes, check_axes, check_dtype, check_extent, equal_ranks, is_index, is_number, like,
+    permuted, same,
+};
+use compute::{elementwise, matrix_multiply, slice, unary};
+use transformer::{attention, kv_cache_update, normalization, rotary};
+
+/// TensorRT has at most eight dims.
+pub const MAX_RANK: usize = 8;
+
+/// What is wrong with one layer. [`LayerError`](super::LayerError) adds the layer and its inputs.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Fault {
+    #[error("takes {expected} inputs, not {found}")]
+    Arity { expected: &'static str, found: usize },
+    #[error("input {input} is {found}, but must be {wanted}")]
+    DType {
+        input: usize,
+        found: DType,
+        wanted: &'static str,
+    },
+    #[error("inputs {left} and {right} differ in dtype; TensorRT converts nothing by itself, so one needs a Cast")]
+    UnlikeDTypes { left: usize, right: usize },
+    #[error("inputs {left} and {right} differ in rank; the smaller needs a Shuffle that adds leading 1s")]
+    UnlikeRanks { left: usize, right: usize },
+    #[error("input {input} has rank {found}, but must have {wanted}")]
+    Rank {
+        input: usize,
+        found: usize,
+        wanted: &'static str,
+    },
+    #[error("dims {left} and {right} of axis {axis} do not broadcast: only a 1 does")]
+    Broadcast { axis: usize, left: Dim, right: Dim },
+    #[error("the inner dims {left} and {right} of the product differ")]
+    Contraction { left: Dim, right: Dim },
+    #[error("{what} must be {wanted}, not {found}")]
+    Extent { what: String, wanted: Dim, found: Dim },
+    #[error("axis {axis} does not exist in rank {rank}")]
+    Axis { axis: usize, rank: usize },
+    #[error("{order:?} is not a permutation of {rank} axes")]
+    Permutation { order: Vec<usize>, rank: usize },
+    #[error("the volume of {from:?} is not that of {to:?}")]
+    Volume { from: Shape, to: Shape },
+    #[error("the slice of axis {axis} from {start} with stride {stride} to {size} elements leaves its {dim}")]
+    Slice {
+        axis: usize,
+        start: i64,
+        stride: i64,
+        size: Dim,
+        dim: Dim,
+    },
+    #[error("the result would have {0} axes; TensorRT has 8 at most")]
+    TooManyAxes(usize),
+    #[error("{0}")]
+    Parameter(String),
+}
+
+/// Dtype and shape of one output.
+pub type Typed = (DType, Shape);
+
+impl LayerKind {
+    /// The layer's name in TensorRT's terms, as errors and dumps say it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            LayerKind::Weight(_) => "Weight",
+            LayerKind::Constant(_) => "Constant",
+            LayerKind::MatrixMultiply { .. } => "MatrixMultiply",
+            LayerKind::Elementwise(_) => "Elementwise",
+            LayerKind::Unary(_) => "Unary",
+            LayerKind::Activation(_) => "Activation",
+            LayerKind::Reduce { .. } => "Reduce",
+            LayerKind::Softmax { .. } => "Softmax",
+            LayerKind::Shuffle { .. } => "Shuffle",
+            LayerKind::Slice { .. } => "Slice",
+            LayerKind::Concatenation { .. } => "Concatenation",
+            LayerKind::Gather { .. } => "Gather",
+            LayerKind::Select => "Select",
+            LayerKind::Cast { .. } => "Cast",
+            LayerKind::Fill { .. } => "Fill",
+            LayerKind::Normalization { .. } => "Normalization",
+            LayerKind::RotaryEmbedding { .. } => "RotaryEmbedding",
+            LayerKind::Attention => "Attention",
+            LayerKind::KvCacheUpdate => "KvCacheUpdate",
+        }
+    }
+}
+
+/// The only output of a layer over these inputs. `fill` is the dtype wanted of a [`LayerKind::Fill`], which has no input
+/// to take it from.
+pub(super) fn infer(
+    kind: &LayerKind,
+    inputs: &[&Tensor],
+    weights: &[Weight],
+    fill: Option<DType>,
+) -> Result<Typed, Fault> {
+    let typed = match kind {
+        LayerKind::Weight(id) => {
+            arity(inputs, &[0], "no")?;
+            let weight = weights
+                .get(id.0 as usize)
+                .ok_or_else(|| Fault::Parameter(format!("there is no weight number {}", id.0)))?;
+            check_dtype(0, weight.constant.dtype(), |d| d != DType::F64, "of at most 32 bits")?;
+            let shape = weight.constant.shape().iter().map(|d| Dim::from(*d)).collect();
+            (weight.constant.dtype(), shape)
+        }
+        LayerKind::Constant(tensor) => {
+            arity(inputs, &[0], "no")?;
+            if tensor.is_empty() {
+                return Err(Fault::Parameter(format!("the constant {tensor:?} is empty")));
+            }
+            let shape = tensor.shape().iter().map(|d| Dim::from(*d)).collect();
+            (tensor.dtype(), shape)
+        }
+        LayerKind::MatrixMultiply { op_a, op_b } => matrix_multiply(*op_a, *op_b, inputs)?,
+        LayerKind::Elementwise(op) => elementwise(*op, inputs)?,
+        LayerKind::Unary(op) => unary(*op, inputs)?,
+        LayerKind::Activation(_) => {
+            arity(inputs, &[1], "1")?;
+            check_dtype(0, inputs[0].dtype, DType::is_float, "a float")?;
+            same(inputs[0])
+        }
+        LayerKind::Reduce { op, axes, keep_dims } => {
+            arity(inputs, &[1], "1")?;
+            let x = inputs[0];
+            match op {
+                ReduceOp::Avg => check_dtype(0, x.dtype, DType::is_float, "a float")?,
+                _ => check_dtype(0, x.dtype, is_number, "a float, i32 or i64")?,
+            }
+            check_axes(axes, x.shape.len())?;
+            let dims = x.shape.iter().enumerate();
+            let shape = dims.filter_map(|(i, dim)| match (axes.contains(&i), keep_dims) {
+                (false, _) => Some(dim.clone()),
+                (true, true) => Some(Dim::from(1usize)),
+                (true, false) => None,
+            });
+            (x.dtype, shape.collect())
+        }
+        LayerKind::Softmax { axis } => {
+            arity(inputs, &[1], "1")?;
+            check_dtype(0, inputs[0].dtype, DType::is_float, "a float")?;
+            check_axes(&[*axis], inputs[0].shape.len())?;
+            same(inputs[0])
+        }
+        LayerKind::Shuffle { first, reshape, second } => {
+            arity(inputs, &[1], "1")?;
+            let mut shape = inputs[0].shape.clone();
+            if let Some(order) = first {
+                shape = permuted(&shape, order)?;
+            }
+            if let Some(to) = reshape {
+                if volume(&shape) != volume(to) {
+                    return Err(Fault::Volume {
+                        from: shape,
+                        to: to.clone(),
+                    });
+                }
+                shape.clone_from(to);
+            }
+            if let Some(order) = second {
+                shape = permuted(&shape, order)?;
+            }
+            (inputs[0].dtype, shape)
+        }
+        LayerKind::Slice { start, size, stride } => slice(start, size, stride, inputs)?,
+        LayerKind::Concatenation { axis } => {
+            let Some(head) = inputs.first() else {
+                return Err(Fault::Arity {
+                    expected: "1 or more",
+                    found: 0,
+                });
+            };
+            check_axes(&[*axis], head.shape.len())?;
+            let mut shape = head.shape.clone();
+            for (i, part) in inputs.iter().enumerate().skip(1) {
+                like(inputs, 0, i)?;
+                for (a, dim) in part.shape.iter().enumerate() {
+                    if a == *axis {
+                        shape[a] = &shape[a] + dim;
+                    } else {
+                        check_extent(|| format!("axis {a} of input {i}"), &shape[a], dim)?;
+                    }
+                }
+            }
+            (head.dtype, shape)
+        }
+        LayerKind::Gather { axis } => {
+            arity(inputs, &[2], "2")?;
+            let (data, indices) = (inputs[0], inputs[1]);
+            check_dtype(1, indices.dtype, is_index, "i32 or i64")?;
+            check_axes(&[*axis], data.shape.len())?;
+            let (before, after) = (&data.shape[..*axis], &data.shape[*axis + 1..]);
+            (data.dtype, [before, &indices.shape, after].concat())
+        }
+        LayerKind::Select => {
+            arity(inputs, &[3], "3")?;
+            check_dtype(0, inputs[0].dtype, |d| d == DType::Bool, "bool")?;
+            check_dtype(1, inputs[1].dtype, is_number, "a float, i32 or i64")?;
+            like(inputs, 1, 2)?;
+            let chosen = broadcast(inputs, 1, 2)?;
+            equal_ranks(inputs, 0, 1)?;
+            let shape = broadcast_shapes(&inputs[0].shape, &chosen)?;
+            (inputs[1].dtype, shape)
+        }
+        LayerKind::Cast { to } => {
+            arity(inputs, &[1], "1")?;
+            check_dtype(0, inputs[0].dtype, |d| d != DType::F64, "of at most 32 bits")?;
+            if *to == DType::F64 {
+                return Err(Fault::Parameter("TensorRT has no f64".to_string()));
+            }
+            (*to, inputs[0].shape.clone())
+        }
+        LayerKind::Fill { length, .. } => {
+            arity(inputs, &[0], "no")?;
+            let dtype = fill.ok_or_else(|| Fault::Parameter("a Fill needs the dtype of its output".to_string()))?;
+            if !matches!(dtype, DType::I32 | DType::F32) {
+                return Err(Fault::Parameter(format!("a Fill gives i32 or f32, not {dtype}")));
+            }
+            (dtype, vec![length.clone()])
+        }
+        LayerKind::Normalization { axes, .. } => normalization(axes, inputs)?,
+        LayerKind::RotaryEmbedding { rotary_dim, .. } => rotary(*rotary_dim, inputs)?,
+        LayerKind::Attention => attention(inputs)?,
+        LayerKind::KvCacheUpdate => kv_cache_update(inputs)?,
+    };
+    if typed.1.len() > MAX_RANK {
+        return Err(Fault::TooManyAxes(typed.1.len()));
+    }
+    Ok(typed)
+}
