@@ -6,5 +6,7 @@ mod bad_input;
 mod commands;
 #[path = "cli/exports.rs"]
 mod exports;
+#[path = "cli/sampling.rs"]
+mod sampling;
 #[path = "cli/support.rs"]
 mod support;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::sampler::SamplerArgs;
 use super::{Failure, print_json};
 use crate::decode::chat::{self, Message};
 use crate::decode::cpu::CpuDevice;
@@ -60,19 +61,14 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
 
-    /// 0 is greedy [default: of generation_config.json, else 0.8]
-    #[arg(long, value_name = "T", allow_hyphen_values = true)]
-    temperature: Option<f32>,
-    /// The same seed, settings and package give the same tokens [default: another one each time]
-    #[arg(long, value_name = "N")]
-    seed: Option<u64>,
-
     /// Report the N most probable tokens of each step (with --json)
     #[arg(long, value_name = "N", requires = "json")]
     logprobs: Option<usize>,
     /// Print one JSON document at the end instead of text
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    sampler: SamplerArgs,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -81,9 +77,6 @@ enum Device {
     Cpu,
     Cuda,
 }
-
-/// Temperature where neither the command line nor the model says anything.
-const DEFAULT_TEMPERATURE: f32 = 0.8;
 
 pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     if args.device == Device::Cuda {
@@ -98,7 +91,9 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     if !args.stop.is_empty() {
         need(tokenizer.as_ref(), &args.package, "--stop")?;
     }
-    let settings = settings(&args, tokenizer.as_ref());
+    let settings = args
+        .sampler
+        .settings(&args.package, tokenizer.as_ref(), package.vocabulary()?)?;
     let mut chain = Chain::new(&settings)?;
     let limits = Limits {
         max_new_tokens: args.max_new_tokens,
@@ -186,20 +181,6 @@ fn read_text(path: &Path) -> Result<String, Failure> {
     read.map_err(|e| {
         Failure::input(format!("{}: {e}", path.display())).help("--prompt-file wants a text file in UTF-8")
     })
-}
-
-fn settings(args: &Args, tokenizer: Option<&Tokenizer>) -> Settings {
-    let model = tokenizer.and_then(Tokenizer::default_temperature);
-    Settings {
-        temperature: args.temperature.or(model).unwrap_or(DEFAULT_TEMPERATURE),
-        seed: args.seed.unwrap_or_else(fresh_seed),
-    }
-}
-
-/// Different in every run. Small enough to be exact in a JSON reader that knows only doubles.
-fn fresh_seed() -> u64 {
-    use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one(std::process::id()) >> 11
 }
 
 #[derive(Serialize)]

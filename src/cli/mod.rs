@@ -11,6 +11,8 @@ mod generate;
 mod info;
 mod inspect;
 mod progress;
+mod sample;
+mod sampler;
 mod table;
 mod verify;
 
@@ -39,6 +41,8 @@ enum Command {
     Info(info::Args),
     /// Generates text from a package
     Generate(generate::Args),
+    /// Tries a sampler chain on one distribution
+    Sample(sample::Args),
     /// Compares a package with the export it was made from, run by another engine
     Verify(verify::Args),
     /// Says what can be built and run on this machine
@@ -61,6 +65,7 @@ pub fn main() -> ExitCode {
         Command::Convert(args) => convert::run(args),
         Command::Info(args) => info::run(args),
         Command::Generate(args) => generate::run(args, started),
+        Command::Sample(args) => sample::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Doctor(args) => doctor::run(args),
     };

@@ -7,7 +7,7 @@ use super::session::{Session, SessionError};
 use super::text::{Detokenizer, StopMatcher};
 use super::tokenizer::{Tokenizer, TokenizerError};
 use crate::sample::logprobs::Logprobs;
-use crate::sample::{Chain, NothingToDraw};
+use crate::sample::{BadLogits, Chain};
 
 /// When to end, besides a full cache.
 #[derive(Clone, Debug, Default)]
@@ -86,8 +86,13 @@ pub enum GenerateError {
     Session(#[from] SessionError),
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    #[error("after {tokens} tokens: {source}")]
-    Draw { tokens: usize, source: NothingToDraw },
+    /// `step` counts generated tokens from 1, `position` all tokens from 0.
+    #[error("step {step}, the token at position {position}: {source}")]
+    Draw {
+        step: usize,
+        position: usize,
+        source: BadLogits,
+    },
     #[error("the output was closed: {0}")]
     Output(#[from] std::io::Error),
 }
@@ -127,7 +132,8 @@ pub fn generate(
         let token = chain
             .sample(session.logits(), session.tokens())
             .map_err(|source| GenerateError::Draw {
-                tokens: session.tokens().len(),
+                step: out.tokens.len() + 1,
+                position: session.tokens().len(),
                 source,
             })?;
         if out.tokens.is_empty() {

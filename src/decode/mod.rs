@@ -8,6 +8,7 @@
 pub mod chat;
 pub mod cpu;
 mod generate;
+mod pieces;
 pub mod reference;
 mod session;
 pub mod text;

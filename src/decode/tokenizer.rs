@@ -6,8 +6,12 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use serde_json::Value;
+
+use super::pieces;
+use crate::sample::Breakers;
 
 /// Files that a tokenizer folder may hold, in the order the package lists them. The first is required.
 pub const FILES: [&str; 7] = [
@@ -37,6 +41,7 @@ pub enum TokenizerError {
 /// See the module's head.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    pieces: OnceLock<Vec<Vec<u8>>>,
     /// The files it was read from, all of them of [`FILES`].
     pub files: Vec<PathBuf>,
     pub bos_token: Option<String>,
@@ -110,6 +115,7 @@ impl Tokenizer {
         };
         Ok(Tokenizer {
             inner,
+            pieces: OnceLock::new(),
             files,
             bos_token,
             eos_token,
@@ -134,12 +140,33 @@ impl Tokenizer {
         text.map_err(|e| TokenizerError::Decode(e.to_string()))
     }
 
-    /// The temperature that the model's `generation_config.json` asks for; 0 where it says not to sample.
-    pub fn default_temperature(&self) -> Option<f32> {
-        if self.generation["do_sample"] == Value::Bool(false) {
-            return Some(0.0);
+    /// The bytes of every token by id, read out of the vocabulary once.
+    pub fn pieces(&self) -> &[Vec<u8>] {
+        self.pieces.get_or_init(|| pieces::pieces(&self.inner))
+    }
+
+    /// Sequence breakers for DRY, from strings, over the whole vocabulary; and those strings that no token contains or
+    /// begins, or that are empty, so that they could never break anything.
+    pub fn breakers<S: AsRef<str>>(&self, strings: &[S]) -> Result<(Breakers, Vec<String>), TokenizerError> {
+        let mut breakers = Breakers::default();
+        let mut without_tokens = Vec::new();
+        for string in strings.iter().map(AsRef::as_ref) {
+            if breakers.add_string(string, self.pieces(), |tail| self.encode_bytes(tail))? == 0 {
+                without_tokens.push(string.to_string());
+            }
         }
-        self.generation["temperature"].as_f64().map(|t| t as f32)
+        Ok((breakers, without_tokens))
+    }
+
+    /// Tokens of the end of a text, which may begin inside a character: such bytes get the tokens of single bytes.
+    fn encode_bytes(&self, bytes: &[u8]) -> Result<Vec<u32>, TokenizerError> {
+        let is_inside = |b: &u8| b & 0xC0 == 0x80;
+        let inside = bytes.iter().take_while(|b| is_inside(b)).count();
+        let (lone, text) = bytes.split_at(inside);
+        let single = |b: &u8| self.pieces().iter().position(|piece| piece == std::slice::from_ref(b));
+        let mut ids: Vec<u32> = lone.iter().filter_map(single).map(|id| id as u32).collect();
+        ids.extend(self.encode(&String::from_utf8_lossy(text), false)?);
+        Ok(ids)
     }
 
     /// Ids are below this, if the vocabulary has no gaps at its end.

@@ -3,12 +3,38 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::Candidate;
+use super::Candidates;
+use super::softmax::{Weighed, weigh};
 
+/// See the module's head.
 pub enum Draw {
     Greedy,
     /// ChaCha8 is specified bit for bit, so a seed means the same on every machine and in every version.
     Seeded(Box<ChaCha8Rng>),
+}
+
+/// A token drawn.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Drawn {
+    pub id: u32,
+    /// Its share among the candidates that were left.
+    pub probability: f64,
+}
+
+/// Independent random numbers of one seed: the draw's own.
+pub const DRAW_STREAM: u64 = 0;
+/// Those of XTC.
+pub const XTC_STREAM: u64 = 1;
+
+pub fn rng(seed: u64, stream: u64) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(stream);
+    rng
+}
+
+/// In [0, 1), from 53 random bits: every double on an even grid.
+pub fn uniform(rng: &mut ChaCha8Rng) -> f64 {
+    (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
 impl Draw {
@@ -16,32 +42,34 @@ impl Draw {
         Draw::Greedy
     }
     pub fn seeded(seed: u64) -> Self {
-        Draw::Seeded(Box::new(ChaCha8Rng::seed_from_u64(seed)))
+        Draw::Seeded(Box::new(rng(seed, DRAW_STREAM)))
     }
 
-    /// The id drawn. Of equal logits, greedy takes the one that comes first. `candidates` is not empty.
-    pub fn pick(&mut self, candidates: &[Candidate]) -> u32 {
-        let mut best = candidates[0];
-        for candidate in &candidates[1..] {
-            if candidate.logit > best.logit {
-                best = *candidate;
-            }
-        }
+    /// The token drawn. Of equal logits, greedy takes the lowest id. `weights` is working space.
+    pub fn pick(&mut self, candidates: &Candidates, weights: &mut Vec<f32>) -> Drawn {
         let Draw::Seeded(rng) = self else {
-            return best.id;
+            return Drawn {
+                id: candidates.best().id,
+                probability: 1.0,
+            };
         };
-        let weight = |c: &Candidate| f64::from(c.logit - best.logit).exp();
-        let total: f64 = candidates.iter().map(weight).sum();
-        // 53 random bits: every double in [0, 1) on an even grid.
-        let uniform = (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        let mut left = uniform * total;
-        for candidate in candidates {
-            left -= weight(candidate);
-            if left < 0.0 {
-                return candidate.id;
+        let Weighed { total, .. } = weigh(candidates.logits(), candidates.max(), weights);
+        let mut left = uniform(rng) * total;
+        let mut at = None;
+        for (i, weight) in weights.iter().enumerate() {
+            // A weight of zero cannot be drawn, whatever rounding does.
+            if *weight > 0.0 {
+                at = Some(i);
+                left -= f64::from(*weight);
+                if left < 0.0 {
+                    break;
+                }
             }
         }
-        // Rounding can leave a sliver above zero.
-        best.id
+        let at = at.expect("the largest logit weighs 1");
+        Drawn {
+            id: candidates.get(at).id,
+            probability: f64::from(weights[at]) / total,
+        }
     }
 }

@@ -1,148 +1,167 @@
 //! From a row of logits to the next token: a chain of samplers, one a file, and a draw at its end.
 //!
-//! Takes the model's logits and the tokens so far, gives a token id. Each [`Sampler`] rewrites the candidate list
-//! (changes logits, drops candidates) and knows nothing of the others; [`Chain::new`] is the one place that decides on
-//! their order. `logprobs` reports the model's own distribution, before any sampler. Text, stop conditions and the
-//! generation loop belong to `decode`.
+//! Takes the model's logits and the tokens so far, gives a token id. Each [`Sampler`] rewrites the list of
+//! [`Candidates`] (changes logits, drops candidates) and knows nothing of the others. [`Settings`] say what is on and in
+//! which order; [`Chain::new`] builds it. What a sampler means is what it means in llama.cpp, whose order is the default:
+//! logit bias, penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC, temperature, mirostat, draw. `logprobs`
+//! reports the model's own distribution, before any sampler. Text, stop conditions and the generation loop belong to
+//! `decode`.
 
+mod bias;
+mod breakers;
+mod candidates;
 mod draw;
+mod dry;
 pub mod logprobs;
+mod min_p;
+mod mirostat;
+mod penalties;
+mod settings;
+mod softmax;
+mod tally;
 mod temperature;
+mod top_k;
+mod top_n_sigma;
+mod top_p;
+mod typical;
+mod xtc;
 
-pub use draw::Draw;
-pub use temperature::Temperature;
+pub use breakers::Breakers;
+pub use candidates::{Candidate, Candidates};
+pub use draw::{Draw, Drawn};
+pub use dry::{Dry, DrySettings};
+pub use settings::{MirostatSettings, Settings, SettingsError, Stage};
 
-/// A token that may still be drawn, with its present logit (natural-log scale, not normalised).
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Candidate {
-    pub id: u32,
-    pub logit: f32,
-}
+/// Strings at which DRY stops matching unless one says otherwise.
+pub const DEFAULT_BREAKERS: [&str; 4] = ["\n", ":", "\"", "*"];
+
+/// Sums of probabilities are compared with a limit that may be one of them: what differs by less is equal.
+const ROUNDING: f64 = 1e-6;
 
 /// One stage of the chain.
 pub trait Sampler: Send {
-    /// Rewrites the candidates, which come in the order of their ids or sorted by an earlier stage, and are never empty.
-    /// At least one must be left. `history` is the prompt and every token generated so far.
-    fn apply(&mut self, candidates: &mut Vec<Candidate>, history: &[u32]);
+    /// Rewrites the candidates; at least one is left. `history` is the prompt and every token generated so far.
+    fn apply(&mut self, candidates: &mut Candidates, history: &[u32]);
+
+    /// Told what share of the candidates the token had that was drawn.
+    fn drawn(&mut self, _probability: f64) {}
+
+    /// Forgets what it learned from draws.
+    fn reset(&mut self) {}
 }
 
-/// What the command line and `generation_config.json` can say about sampling.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Settings {
-    /// Logits are divided by it. 0 is greedy.
-    pub temperature: f32,
-    pub seed: u64,
+/// Logits that nothing can be drawn from.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+pub enum BadLogits {
+    #[error("the logit of token {id} is {value}")]
+    NotFinite { id: u32, value: f32 },
+    #[error("no token has a probability above zero")]
+    Nothing,
 }
-
-impl Settings {
-    pub fn greedy() -> Self {
-        Settings {
-            temperature: 0.0,
-            seed: 0,
-        }
-    }
-}
-
-/// Settings that make no sense.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum SettingsError {
-    #[error("temperature {0} is not a number of 0 or more")]
-    Temperature(f32),
-}
-
-/// The model gave no finite logit to draw from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("every logit is NaN or infinite")]
-pub struct NothingToDraw;
 
 /// Samplers in order, then a draw. The same settings and logits give the same tokens on every machine.
 pub struct Chain {
     stages: Vec<Box<dyn Sampler>>,
     draw: Draw,
-    candidates: Vec<Candidate>,
+    candidates: Candidates,
+    weights: Vec<f32>,
 }
 
 impl Chain {
     pub fn new(settings: &Settings) -> Result<Self, SettingsError> {
-        let t = settings.temperature;
-        if !(t.is_finite() && t >= 0.0) {
-            return Err(SettingsError::Temperature(t));
-        }
+        settings.check()?;
         let mut stages: Vec<Box<dyn Sampler>> = Vec::new();
-        let draw = if t == 0.0 {
-            Draw::greedy()
-        } else {
-            stages.push(Box::new(Temperature::new(t)));
-            Draw::seeded(settings.seed)
-        };
+        if !settings.logit_bias.is_empty() {
+            stages.push(Box::new(bias::LogitBias::new(&settings.logit_bias)));
+        }
+        let on = settings.order.iter().filter(|stage| settings.has(**stage));
+        stages.extend(on.map(|stage| sampler(*stage, settings)));
+        if let Some(m) = &settings.mirostat {
+            stages.push(Box::new(mirostat::Mirostat::new(m.tau, m.eta)));
+        }
         Ok(Chain {
             stages,
-            draw,
-            candidates: Vec::new(),
+            draw: match settings.is_greedy() {
+                true => Draw::greedy(),
+                false => Draw::seeded(settings.seed),
+            },
+            candidates: Candidates::default(),
+            weights: Vec::new(),
         })
     }
 
-    /// The next token, from `logits` `[vocabulary]` and the tokens so far.
-    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, NothingToDraw> {
-        self.candidates.clear();
-        let finite = logits.iter().enumerate().filter(|(_, logit)| logit.is_finite());
-        self.candidates.extend(finite.map(|(id, logit)| Candidate {
-            id: id as u32,
-            logit: *logit,
-        }));
-        if self.candidates.is_empty() {
-            return Err(NothingToDraw);
+    /// The next token, from `logits` `[vocabulary]` and the tokens so far, prompt included.
+    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, BadLogits> {
+        self.apply(logits, history)?;
+        let drawn = self.draw.pick(&self.candidates, &mut self.weights);
+        for stage in &mut self.stages {
+            stage.drawn(drawn.probability);
         }
+        Ok(drawn.id)
+    }
+
+    /// What the draw would choose from: the probability of every token, `[vocabulary]`, 0 for those dropped. Greedy gives
+    /// the most probable one everything.
+    pub fn probabilities(&mut self, logits: &[f32], history: &[u32]) -> Result<Vec<f64>, BadLogits> {
+        self.apply(logits, history)?;
+        let mut probabilities = vec![0.0; logits.len()];
+        if let Draw::Greedy = self.draw {
+            probabilities[self.candidates.best().id as usize] = 1.0;
+            return Ok(probabilities);
+        }
+        let max = self.candidates.max();
+        let weight = |c: &Candidate| f64::from(c.logit - max).exp();
+        let total: f64 = self.candidates.iter().map(|c| weight(&c)).sum();
+        for candidate in self.candidates.iter() {
+            probabilities[candidate.id as usize] = weight(&candidate) / total;
+        }
+        Ok(probabilities)
+    }
+
+    /// Forgets what stages learned from draws, as before the first token. Random numbers go on.
+    pub fn reset(&mut self) {
+        for stage in &mut self.stages {
+            stage.reset();
+        }
+    }
+
+    fn apply(&mut self, logits: &[f32], history: &[u32]) -> Result<(), BadLogits> {
+        self.candidates.fill(logits)?;
         for stage in &mut self.stages {
             stage.apply(&mut self.candidates, history);
         }
-        Ok(self.draw.pick(&self.candidates))
+        Ok(())
     }
+}
+
+fn sampler(stage: Stage, s: &Settings) -> Box<dyn Sampler> {
+    match stage {
+        Stage::Penalties => Box::new(penalties::Penalties::new(
+            s.repetition_penalty,
+            s.frequency_penalty,
+            s.presence_penalty,
+            s.penalty_last_n,
+        )),
+        Stage::Dry => Box::new(Dry::new(s.dry.clone())),
+        Stage::TopNSigma => Box::new(top_n_sigma::TopNSigma::new(s.top_n_sigma)),
+        Stage::TopK => Box::new(top_k::TopK::new(s.top_k)),
+        Stage::Typical => Box::new(typical::Typical::new(s.typical_p)),
+        Stage::TopP => Box::new(top_p::TopP::new(s.top_p)),
+        Stage::MinP => Box::new(min_p::MinP::new(s.min_p)),
+        Stage::Xtc => Box::new(xtc::Xtc::new(
+            s.xtc_probability,
+            s.xtc_threshold,
+            draw::rng(s.seed, draw::XTC_STREAM),
+        )),
+        Stage::Temperature => Box::new(temperature::Temperature::new(s.temperature)),
+    }
+}
+
+/// The last `last_n` tokens, or all.
+fn window(history: &[u32], last_n: Option<usize>) -> &[u32] {
+    let n = last_n.unwrap_or(history.len()).min(history.len());
+    &history[history.len() - n..]
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn draws(settings: Settings, logits: &[f32], n: usize) -> Vec<u32> {
-        let mut chain = Chain::new(&settings).unwrap();
-        (0..n).map(|_| chain.sample(logits, &[]).unwrap()).collect()
-    }
-
-    #[test]
-    fn greedy_takes_the_first_of_the_largest_and_passes_over_nan() {
-        let mut chain = Chain::new(&Settings::greedy()).unwrap();
-        assert_eq!(chain.sample(&[0.5, f32::NAN, 2.0, 2.0], &[]), Ok(2));
-        assert_eq!(chain.sample(&[f32::NAN, f32::NEG_INFINITY], &[]), Err(NothingToDraw));
-    }
-
-    #[test]
-    fn frequencies_follow_the_tempered_softmax() {
-        // At temperature 2, logits 0 and 2 ln 3 are as 1 to 3.
-        let settings = Settings {
-            temperature: 2.0,
-            seed: 7,
-        };
-        let tokens = draws(settings, &[0.0, 2.0 * 3f32.ln()], 20_000);
-        let ones = tokens.iter().filter(|t| **t == 1).count() as f64 / 20_000.0;
-        assert!((ones - 0.75).abs() < 0.01, "{ones}");
-    }
-
-    #[test]
-    fn a_seed_decides_everything() {
-        let logits: Vec<f32> = (0..100).map(|i| (i as f32 * 0.37).sin()).collect();
-        let with = |seed| {
-            let settings = Settings { temperature: 0.8, seed };
-            draws(settings, &logits, 50)
-        };
-        assert_eq!(with(1), with(1));
-        assert_ne!(with(1), with(2));
-    }
-
-    #[test]
-    fn nonsense_is_refused() {
-        for temperature in [-1.0, f32::NAN, f32::INFINITY] {
-            assert!(Chain::new(&Settings { temperature, seed: 0 }).is_err());
-        }
-    }
-}
+mod tests;

@@ -1,6 +1,6 @@
 //! Temperature: every logit divided by one number. Above 1 the distribution is flatter, below 1 sharper.
 
-use super::{Candidate, Sampler};
+use super::{Candidates, Sampler};
 
 pub struct Temperature(f32);
 
@@ -12,9 +12,7 @@ impl Temperature {
 }
 
 impl Sampler for Temperature {
-    fn apply(&mut self, candidates: &mut Vec<Candidate>, _history: &[u32]) {
-        for candidate in candidates {
-            candidate.logit /= self.0;
-        }
+    fn apply(&mut self, candidates: &mut Candidates, _history: &[u32]) {
+        candidates.map(|logit| logit / self.0);
     }
 }

@@ -16,7 +16,9 @@ fn help_lists_the_commands_that_exist() {
         .collect();
     assert_eq!(
         commands,
-        ["inspect", "convert", "info", "generate", "verify", "doctor", "help"]
+        [
+            "inspect", "convert", "info", "generate", "sample", "verify", "doctor", "help"
+        ]
     );
 }
 

@@ -106,7 +106,11 @@ fn generation_is_reproducible_on_any_number_of_threads() {
     let tokens = |threads: usize, seed: u64| {
         let (device, vocabulary) = device("qwen3-optimum", 64, threads);
         let mut session = Session::new(Box::new(device), &[16, 64], vocabulary);
-        let mut chain = Chain::new(&Settings { temperature: 1.0, seed }).unwrap();
+        let mut chain = Chain::new(&Settings {
+            seed,
+            ..Settings::neutral()
+        })
+        .unwrap();
         let limits = Limits {
             max_new_tokens: 30,
             ..Limits::default()

@@ -76,3 +76,37 @@ fn a_folder_without_a_tokenizer_and_a_broken_one_are_named() {
     std::fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
     assert!(open().contains("not a tokenizer"), "{}", open());
 }
+
+#[test]
+fn pieces_are_the_bytes_of_the_tokens() {
+    let tokenizer = Tokenizer::open(&smollm2()).unwrap();
+    let pieces = tokenizer.pieces();
+    assert_eq!(pieces.len(), 49152);
+    for text in ["Zażółć 🦀 你好\n\t\"x\": *y*", "<|im_start|>user\nhi"] {
+        let ids = tokenizer.encode(text, false).unwrap();
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| pieces[*id as usize].clone()).collect();
+        assert_eq!(String::from_utf8(bytes).unwrap(), text);
+    }
+}
+
+#[test]
+fn breakers_are_found_however_the_text_is_cut() {
+    let tokenizer = Tokenizer::open(&smollm2()).unwrap();
+    let (breakers, without) = tokenizer.breakers(&["\nUser:", "🦀", "", "\n"]).unwrap();
+    assert_eq!(without, [""]);
+    let after = |text: &str| {
+        let ids = tokenizer.encode(text, false).unwrap();
+        (breakers.free_suffix(&ids), ids.len())
+    };
+    // What follows a breaker is free, whichever tokens the breaker is made of.
+    for before in ["hello", "hello.", "hello \n\n", "x"] {
+        let (free, _) = after(&format!("{before}\nUser: yes"));
+        assert_eq!(free, tokenizer.encode(" yes", false).unwrap().len(), "{before:?}");
+        let (free, _) = after(&format!("{before}🦀 yes"));
+        assert_eq!(free, tokenizer.encode(" yes", false).unwrap().len(), "{before:?}");
+    }
+    let (free, all) = after("User likes crabs");
+    assert_eq!(free, all);
+    let newline = tokenizer.encode("\n", false).unwrap()[0];
+    assert!(breakers.is_single(newline));
+}

@@ -1,0 +1,405 @@
+//! The tokens that may still be drawn, with their present logits: what every sampler rewrites.
+//!
+//! Logits and ids lie in vectors of their own, so that passes over a whole vocabulary are passes over plain `f32`s; ids
+//! are not even written down until the first token is dropped. Every logit is finite, and the list is never empty.
+
+use super::BadLogits;
+use super::tally::Tally;
+
+/// A token that may still be drawn, with its present logit (natural-log scale, not normalised).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    pub id: u32,
+    pub logit: f32,
+}
+
+/// Logits looked at together; a power of two that suits every vector width.
+const BLOCK: usize = 16;
+
+/// See the module's head.
+#[derive(Debug, Default)]
+pub struct Candidates {
+    logits: Vec<f32>,
+    /// Ids of `logits`; empty while the whole vocabulary is there, in the order of its ids.
+    ids: Vec<u32>,
+    vocabulary: usize,
+    /// Of [`Candidates::top`]; kept for its memory.
+    keys: Vec<Key>,
+}
+
+impl Candidates {
+    /// Takes a new row of logits, `[vocabulary]`. Negative infinity is a probability of zero: such a token is no
+    /// candidate. NaN and positive infinity are refused.
+    pub fn fill(&mut self, logits: &[f32]) -> Result<(), BadLogits> {
+        self.ids.clear();
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+        self.vocabulary = logits.len();
+        let mut finite = true;
+        for block in logits.chunks(BLOCK) {
+            // No early exit inside a block, which would keep it from being one vector operation.
+            finite &= block.iter().fold(true, |all, l| all & (l.abs() < f32::INFINITY));
+        }
+        if finite && !logits.is_empty() {
+            return Ok(());
+        }
+        if let Some(id) = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY) {
+            let value = logits[id];
+            return Err(BadLogits::NotFinite { id: id as u32, value });
+        }
+        if logits.iter().all(|l| *l == f32::NEG_INFINITY) {
+            return Err(BadLogits::Nothing);
+        }
+        self.retain(|c| c.logit != f32::NEG_INFINITY);
+        Ok(())
+    }
+
+    /// Tokens left; at least 1.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.logits.len()
+    }
+    /// Length of the row of logits this began with.
+    pub fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+    pub fn get(&self, index: usize) -> Candidate {
+        Candidate {
+            id: self.id(index),
+            logit: self.logits[index],
+        }
+    }
+    pub fn iter(&self) -> impl Iterator<Item = Candidate> + '_ {
+        (0..self.len()).map(|i| self.get(i))
+    }
+
+    fn is_whole(&self) -> bool {
+        self.ids.is_empty()
+    }
+    fn id(&self, index: usize) -> u32 {
+        match self.is_whole() {
+            true => index as u32,
+            false => self.ids[index],
+        }
+    }
+
+    /// The largest logit.
+    pub fn max(&self) -> f32 {
+        let mut lanes = [f32::MIN; BLOCK];
+        let mut blocks = self.logits.chunks_exact(BLOCK);
+        for block in &mut blocks {
+            for i in 0..BLOCK {
+                lanes[i] = if block[i] > lanes[i] { block[i] } else { lanes[i] };
+            }
+        }
+        let rest = blocks.remainder().iter();
+        lanes.iter().chain(rest).copied().fold(f32::MIN, f32::max)
+    }
+
+    /// The most probable candidate; of equals the lowest id.
+    pub fn best(&self) -> Candidate {
+        let max = self.max();
+        let best = self.iter().filter(|c| c.logit == max).min_by_key(|c| c.id);
+        best.expect("never empty, and the maximum is one of them")
+    }
+
+    /// Rewrites every logit. What is no longer finite becomes the nearest finite number.
+    pub fn map(&mut self, f: impl Fn(f32) -> f32) {
+        for logit in &mut self.logits {
+            *logit = finite(f(*logit));
+        }
+    }
+
+    /// Rewrites the logits of tokens that are in the tally; `f` takes id, tallied value and logit. What is no longer
+    /// finite becomes the nearest finite number. Costs a look at each tallied token while no candidate was dropped.
+    pub fn rewrite(&mut self, tally: &Tally, mut f: impl FnMut(u32, u32, f32) -> f32) {
+        if self.is_whole() {
+            for (id, value) in tally.iter() {
+                if let Some(logit) = self.logits.get_mut(id as usize) {
+                    *logit = finite(f(id, value, *logit));
+                }
+            }
+            return;
+        }
+        for (id, logit) in self.ids.iter().zip(&mut self.logits) {
+            if let Some(value) = tally.get(*id) {
+                *logit = finite(f(*id, value, *logit));
+            }
+        }
+    }
+
+    /// Adds to the logits of some tokens, each named once, sorted by id. What is no longer finite becomes the nearest finite
+    /// number.
+    pub fn add(&mut self, amounts: impl Iterator<Item = (u32, f32)>) {
+        if self.is_whole() {
+            for (id, amount) in amounts {
+                if let Some(logit) = self.logits.get_mut(id as usize) {
+                    *logit = finite(*logit + amount);
+                }
+            }
+            return;
+        }
+        let amounts: Vec<(u32, f32)> = amounts.collect();
+        for (id, logit) in self.ids.iter().zip(&mut self.logits) {
+            if let Ok(at) = amounts.binary_search_by_key(id, |(id, _)| *id) {
+                *logit = finite(*logit + amounts[at].1);
+            }
+        }
+    }
+
+    /// Keeps what `keep` says; if that is nothing, the most probable candidate stays.
+    pub fn retain(&mut self, keep: impl Fn(Candidate) -> bool) {
+        self.retain_indexed(|_, candidate| keep(candidate));
+    }
+
+    /// As [`Candidates::retain`], with the index that a candidate has now.
+    pub fn retain_indexed(&mut self, keep: impl Fn(usize, Candidate) -> bool) {
+        // Found now, because the list is overwritten from its beginning; wanted only if nothing else is kept.
+        let mut kept = 0;
+        let mut ids = std::mem::take(&mut self.ids);
+        let whole = ids.is_empty();
+        let first = (0..self.len()).find(|i| {
+            let id = if whole { *i as u32 } else { ids[*i] };
+            keep(
+                *i,
+                Candidate {
+                    id,
+                    logit: self.logits[*i],
+                },
+            )
+        });
+        let Some(first) = first else {
+            self.ids = ids;
+            let best = self.best();
+            return self.keep_only(best);
+        };
+        if whole {
+            ids.reserve(self.len());
+        }
+        for i in first..self.len() {
+            let id = if whole { i as u32 } else { ids[i] };
+            let logit = self.logits[i];
+            if keep(i, Candidate { id, logit }) {
+                self.logits[kept] = logit;
+                if whole {
+                    ids.push(id);
+                } else {
+                    ids[kept] = id;
+                }
+                kept += 1;
+            }
+        }
+        self.logits.truncate(kept);
+        ids.truncate(kept);
+        self.ids = ids;
+    }
+
+    /// Keeps logits of at least `floor`, or the most probable candidate if there is none.
+    pub fn keep_from(&mut self, floor: f32) {
+        if !self.is_whole() {
+            return self.retain(|c| c.logit >= floor);
+        }
+        let mut kept = 0;
+        for start in (0..self.len()).step_by(BLOCK) {
+            let end = (start + BLOCK).min(self.len());
+            let any = self.logits[start..end].iter().fold(false, |any, l| any | (*l >= floor));
+            if !any {
+                continue;
+            }
+            for i in start..end {
+                let logit = self.logits[i];
+                if logit >= floor {
+                    self.logits[kept] = logit;
+                    self.ids.push(i as u32);
+                    kept += 1;
+                }
+            }
+        }
+        if kept == 0 {
+            let best = self.best();
+            return self.keep_only(best);
+        }
+        self.logits.truncate(kept);
+    }
+
+    fn keep_only(&mut self, candidate: Candidate) {
+        self.logits.clear();
+        self.logits.push(candidate.logit);
+        self.ids.clear();
+        self.ids.push(candidate.id);
+    }
+
+    /// The `k` most probable candidates, falling; of equals the lower id first. All of them if there are fewer.
+    pub fn top(&mut self, k: usize) -> impl ExactSizeIterator<Item = Candidate> + '_ {
+        self.collect_top(k);
+        self.keys.iter().map(|key| key.candidate())
+    }
+
+    /// Keeps the first `n` (at least 1) of the candidates that [`Candidates::top`] gave last, in that order. Nothing may
+    /// have been changed in between.
+    pub fn keep_top(&mut self, n: usize) {
+        debug_assert!(n >= 1);
+        self.keys.truncate(n.max(1));
+        self.logits.clear();
+        self.ids.clear();
+        self.logits.extend(self.keys.iter().map(|key| key.candidate().logit));
+        self.ids.extend(self.keys.iter().map(|key| key.candidate().id));
+    }
+
+    fn collect_top(&mut self, k: usize) {
+        let k = k.clamp(1, self.len());
+        // Room to collect in before the best k are chosen again: that choice is then paid for by what was collected.
+        let room = (4 * k).max(1024);
+        let mut keys = std::mem::take(&mut self.keys);
+        keys.clear();
+        let mut floor = Key(0);
+        let mut floor_logit = f32::MIN;
+        for (b, block) in self.logits.chunks(BLOCK).enumerate() {
+            let any = block.iter().fold(false, |any, l| any | (*l >= floor_logit));
+            if !any {
+                continue;
+            }
+            for (i, logit) in block.iter().enumerate() {
+                let key = Key::new(self.id(b * BLOCK + i), *logit);
+                if key > floor {
+                    keys.push(key);
+                }
+            }
+            if keys.len() >= room {
+                keys.select_nth_unstable_by(k - 1, |a, b| b.cmp(a));
+                keys.truncate(k);
+                floor = keys[k - 1];
+                floor_logit = floor.candidate().logit;
+            }
+        }
+        if k < keys.len() {
+            keys.select_nth_unstable_by(k - 1, |a, b| b.cmp(a));
+            keys.truncate(k);
+        }
+        keys.sort_unstable_by(|a, b| b.cmp(a));
+        self.keys = keys;
+    }
+}
+
+fn finite(logit: f32) -> f32 {
+    logit.clamp(f32::MIN, f32::MAX)
+}
+
+/// A candidate as one integer that sorts by logit, and of equal logits puts the lower id higher.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key(u64);
+
+impl Key {
+    fn new(id: u32, logit: f32) -> Self {
+        // Adding zero makes −0 a 0: equal logits must have equal bits. Then the usual order-preserving map of a float's
+        // bits: flip all of a negative number's, and the sign of the others.
+        let bits = (logit + 0.0).to_bits();
+        let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+        Key(u64::from(ordered) << 32 | u64::from(!id))
+    }
+
+    fn candidate(self) -> Candidate {
+        let ordered = (self.0 >> 32) as u32;
+        let bits = if ordered >> 31 == 1 {
+            ordered & !(1 << 31)
+        } else {
+            !ordered
+        };
+        Candidate {
+            id: !(self.0 as u32),
+            logit: f32::from_bits(bits),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filled(logits: &[f32]) -> Candidates {
+        let mut candidates = Candidates::default();
+        candidates.fill(logits).unwrap();
+        candidates
+    }
+
+    fn ids(candidates: &Candidates) -> Vec<u32> {
+        candidates.iter().map(|c| c.id).collect()
+    }
+
+    fn waves(n: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919 % 1013) as f32 - 500.0) * 0.01).collect()
+    }
+
+    #[test]
+    fn top_is_what_sorting_gives() {
+        for n in [1, 2, 15, 16, 17, 1000, 5000] {
+            for (name, logits) in [
+                ("waves", waves(n)),
+                ("rising", (0..n).map(|i| i as f32 - 3.0).collect()),
+                ("falling", (0..n).map(|i| -(i as f32)).collect()),
+                ("equal", vec![0.5; n]),
+            ] {
+                let mut sorted: Vec<u32> = (0..n as u32).collect();
+                sorted.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+                for k in [1, 3, 40, n] {
+                    let mut candidates = filled(&logits);
+                    let top: Vec<u32> = candidates.top(k).map(|c| c.id).collect();
+                    assert_eq!(top, sorted[..k.min(n)], "{name} {n} {k}");
+                    candidates.keep_top(2);
+                    assert_eq!(ids(&candidates), sorted[..2.min(k).min(n)]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn keys_hold_the_candidate() {
+        for logit in [0.0, -0.0, 1.5, -1.5, f32::MIN, f32::MAX, 1e-40, -1e-40] {
+            for id in [0, 1, u32::MAX] {
+                assert_eq!(Key::new(id, logit).candidate(), Candidate { id, logit });
+            }
+        }
+        assert_eq!(Key::new(3, 0.0), Key::new(3, -0.0));
+    }
+
+    #[test]
+    fn filters_keep_at_least_the_best() {
+        let logits = waves(100);
+        for first in [false, true] {
+            let mut candidates = filled(&logits);
+            if first {
+                candidates.retain(|c| c.id % 2 == 0);
+            }
+            let best = candidates.best();
+            let mut other = filled(&logits);
+            candidates.keep_from(1e9);
+            assert_eq!(candidates.iter().collect::<Vec<_>>(), [best]);
+            other.retain(|_| false);
+            assert_eq!(other.len(), 1);
+        }
+        let mut candidates = filled(&logits);
+        candidates.keep_from(0.0);
+        let expected: Vec<u32> = (0..100).filter(|i| logits[*i as usize] >= 0.0).collect();
+        assert_eq!(ids(&candidates), expected);
+        candidates.retain(|c| c.id < 50);
+        assert!(candidates.iter().all(|c| c.id < 50 && c.logit == logits[c.id as usize]));
+    }
+
+    #[test]
+    fn what_is_no_number_is_refused_and_minus_infinity_is_no_candidate() {
+        let mut candidates = Candidates::default();
+        let nan = candidates.fill(&[0.0, f32::NAN]).unwrap_err();
+        assert_eq!(nan.to_string(), "the logit of token 1 is NaN");
+        let infinite = candidates.fill(&[0.0, f32::NEG_INFINITY, f32::INFINITY]).unwrap_err();
+        assert_eq!(infinite.to_string(), "the logit of token 2 is inf");
+        for nothing in [&[][..], &[f32::NEG_INFINITY; 20]] {
+            assert_eq!(candidates.fill(nothing), Err(BadLogits::Nothing));
+        }
+        candidates.fill(&[1.0, f32::NEG_INFINITY, 3.0]).unwrap();
+        assert_eq!(ids(&candidates), [0, 2]);
+        assert_eq!(candidates.vocabulary(), 3);
+    }
+}

@@ -1,0 +1,155 @@
+//! DRY, "don't repeat yourself" (p-e-w, text-generation-webui PR 5677), with the semantics of llama.cpp.
+//!
+//! Wherever the last `n` tokens occurred before, the token that followed them then would now continue the repetition: its
+//! logit loses `multiplier * base^(n - allowed_length)`, from `n = allowed_length` on, for the longest such `n`. Matches
+//! do not reach back over a sequence breaker ([`Breakers`]). The lengths come from the Z-algorithm over the reversed
+//! window (D. Gusfield, *Algorithms on Strings, Trees and Sequences*, 1.3), whose time is linear whatever repeats.
+
+use std::sync::Arc;
+
+use super::breakers::Breakers;
+use super::tally::Tally;
+use super::{Candidates, Sampler, window};
+
+/// What DRY can be told.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DrySettings {
+    /// 0 is off; 0.8 is the usual advice.
+    pub multiplier: f32,
+    /// Below 1 is off.
+    pub base: f32,
+    /// Repetitions shorter than this cost nothing.
+    pub allowed_length: usize,
+    /// Tokens looked back at; `None`: all. 0 is off.
+    pub penalty_last_n: Option<usize>,
+    pub breakers: Arc<Breakers>,
+}
+
+impl Default for DrySettings {
+    /// Off. Breakers depend on the tokenizer: see [`super::DEFAULT_BREAKERS`].
+    fn default() -> Self {
+        DrySettings {
+            multiplier: 0.0,
+            base: 1.75,
+            allowed_length: 2,
+            penalty_last_n: None,
+            breakers: Arc::default(),
+        }
+    }
+}
+
+impl DrySettings {
+    pub fn is_on(&self) -> bool {
+        self.multiplier != 0.0 && self.base >= 1.0 && self.penalty_last_n != Some(0)
+    }
+
+    /// The largest exponent whose power is finite; `None` where no power of the base can grow too large.
+    fn largest_exponent(&self) -> Option<u32> {
+        /// ln of the largest f32, as llama.cpp writes it.
+        const LN_MAX: f32 = 88.722_84;
+        (self.base > 1.000_001).then(|| (LN_MAX / self.base.ln()) as u32)
+    }
+
+    /// What a repetition costs that is `excess` tokens longer than the allowed length.
+    fn penalty(&self, excess: u32) -> f32 {
+        // A base so large that not even its first power is finite is not clamped, as in llama.cpp.
+        let exponent = match self.largest_exponent() {
+            Some(largest) if largest > 0 => excess.min(largest),
+            _ => excess,
+        };
+        self.multiplier * self.base.powf(exponent as f32)
+    }
+}
+
+/// See the module's head.
+pub struct Dry {
+    settings: DrySettings,
+    /// Penalties of the shortest repetitions, by excess: a power costs more than all the rest of a token's treatment.
+    penalties: Vec<f32>,
+    matches: Vec<u32>,
+    /// The longest repetition that each token would continue.
+    longest: Tally,
+}
+
+impl Dry {
+    pub fn new(settings: DrySettings) -> Self {
+        Dry {
+            penalties: (0..256).map(|excess| settings.penalty(excess)).collect(),
+            settings,
+            matches: Vec::new(),
+            longest: Tally::default(),
+        }
+    }
+
+    /// Fills `self.longest` for tokens below `vocabulary`.
+    fn measure(&mut self, history: &[u32], vocabulary: usize) {
+        self.longest.clear(vocabulary);
+        let settings = &self.settings;
+        let window = window(history, settings.penalty_last_n);
+        if window.len() <= settings.allowed_length {
+            return;
+        }
+        let limit = settings.breakers.free_suffix(window);
+        if limit < settings.allowed_length {
+            return;
+        }
+        suffix_matches(window, limit, &mut self.matches);
+        // The match that ends `k` tokens before the end was followed by the token after it.
+        let followers = window.iter().rev();
+        for (length, follower) in self.matches[1..].iter().zip(followers) {
+            if *length as usize >= settings.allowed_length {
+                self.longest.raise(*follower, *length);
+            }
+        }
+    }
+}
+
+impl Sampler for Dry {
+    fn apply(&mut self, candidates: &mut Candidates, history: &[u32]) {
+        if !self.settings.is_on() {
+            return;
+        }
+        self.measure(history, candidates.vocabulary());
+        let settings = &self.settings;
+        let allowed = settings.allowed_length as u32;
+        candidates.rewrite(&self.longest, |id, length, logit| {
+            if settings.breakers.is_single(id) {
+                return logit;
+            }
+            let excess = length - allowed;
+            let known = self.penalties.get(excess as usize).copied();
+            logit - known.unwrap_or_else(|| settings.penalty(excess))
+        });
+    }
+}
+
+/// `matches[k]`: how many of the last tokens, `limit` at most, also stand before the last `k`: the Z-function of the
+/// reversed window. `matches[0]` means nothing.
+fn suffix_matches(window: &[u32], limit: usize, matches: &mut Vec<u32>) {
+    let n = window.len();
+    matches.clear();
+    matches.resize(n, 0);
+    // Of the matches seen, the one that reaches furthest back: it began `start` before the end and is known up to `end`.
+    let (mut start, mut end) = (0, 0);
+    for k in 1..n {
+        let mut length = match k < end {
+            true => (matches[k - start] as usize).min(end - k),
+            false => 0,
+        };
+        // Only what lies beyond `end` is compared, and every agreement moves `end`: linear in all.
+        if k + length >= end {
+            let most = limit.min(n - k);
+            while length < most && window[n - 1 - length] == window[n - 1 - k - length] {
+                length += 1;
+            }
+            if k + length > end {
+                (start, end) = (k, k + length);
+            }
+        }
+        matches[k] = length as u32;
+    }
+}
+
+#[cfg(test)]
+#[path = "dry_tests.rs"]
+mod tests;

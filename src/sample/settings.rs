@@ -1,0 +1,406 @@
+//! What can be said about sampling: by the command line, by a model's `generation_config.json`, or by a caller.
+
+use serde_json::Value;
+
+use super::dry::DrySettings;
+
+/// A sampler whose place in the chain can be chosen. Logit bias always comes first, mirostat and the draw last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Repetition, frequency and presence.
+    Penalties,
+    Dry,
+    TopNSigma,
+    TopK,
+    Typical,
+    TopP,
+    MinP,
+    Xtc,
+    Temperature,
+}
+
+impl Stage {
+    /// The documented order, which is llama.cpp's.
+    pub const ORDER: [Stage; 9] = [
+        Stage::Penalties,
+        Stage::Dry,
+        Stage::TopNSigma,
+        Stage::TopK,
+        Stage::Typical,
+        Stage::TopP,
+        Stage::MinP,
+        Stage::Xtc,
+        Stage::Temperature,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Stage::Penalties => "penalties",
+            Stage::Dry => "dry",
+            Stage::TopNSigma => "top-n-sigma",
+            Stage::TopK => "top-k",
+            Stage::Typical => "typical",
+            Stage::TopP => "top-p",
+            Stage::MinP => "min-p",
+            Stage::Xtc => "xtc",
+            Stage::Temperature => "temperature",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Stage> {
+        Stage::ORDER.into_iter().find(|stage| stage.name() == name)
+    }
+
+    /// Whether it drops candidates by their probability, which mirostat does instead.
+    fn truncates(self) -> bool {
+        !matches!(self, Stage::Penalties | Stage::Dry | Stage::Temperature)
+    }
+}
+
+/// Mirostat 2.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MirostatSettings {
+    /// Surprise aimed at, in bits.
+    pub tau: f32,
+    /// Learning rate.
+    pub eta: f32,
+}
+
+impl Default for MirostatSettings {
+    fn default() -> Self {
+        MirostatSettings { tau: 5.0, eta: 0.1 }
+    }
+}
+
+/// See the module's head. Numbers mean what they mean in llama.cpp.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// Samplers in order; those left out are off.
+    pub order: Vec<Stage>,
+    /// Added to the logits of these tokens; minus infinity bans one.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// 1 is off.
+    pub repetition_penalty: f32,
+    /// 0 is off.
+    pub frequency_penalty: f32,
+    /// 0 is off.
+    pub presence_penalty: f32,
+    /// Tokens that the three penalties look back at; `None`: all.
+    pub penalty_last_n: Option<usize>,
+    pub dry: DrySettings,
+    /// 0 is off.
+    pub top_n_sigma: f32,
+    /// 0 is off.
+    pub top_k: usize,
+    /// 1 is off.
+    pub typical_p: f32,
+    /// 1 is off.
+    pub top_p: f32,
+    /// 0 is off.
+    pub min_p: f32,
+    /// 0 is off.
+    pub xtc_probability: f32,
+    /// Above 0.5 is off.
+    pub xtc_threshold: f32,
+    /// Logits are divided by it. 0 is greedy.
+    pub temperature: f32,
+    /// Replaces the truncating samplers.
+    pub mirostat: Option<MirostatSettings>,
+    pub seed: u64,
+}
+
+/// Below this a temperature counts as 0: logits divided by it could leave the range of f32.
+const COLDEST: f32 = 1e-6;
+
+impl Default for Settings {
+    /// What is usual where neither a model nor a person says anything: top-k 40, top-p 0.95, min-p 0.05, temperature 0.8.
+    fn default() -> Self {
+        Settings {
+            top_k: 40,
+            top_p: 0.95,
+            min_p: 0.05,
+            temperature: 0.8,
+            ..Settings::neutral()
+        }
+    }
+}
+
+impl Settings {
+    /// Everything off: draws from the model's own distribution.
+    pub fn neutral() -> Self {
+        Settings {
+            order: Stage::ORDER.to_vec(),
+            logit_bias: Vec::new(),
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            penalty_last_n: Some(64),
+            dry: DrySettings::default(),
+            top_n_sigma: 0.0,
+            top_k: 0,
+            typical_p: 1.0,
+            top_p: 1.0,
+            min_p: 0.0,
+            xtc_probability: 0.0,
+            xtc_threshold: 0.1,
+            temperature: 1.0,
+            mirostat: None,
+            seed: 0,
+        }
+    }
+
+    /// The most probable token, always.
+    pub fn greedy() -> Self {
+        Settings {
+            temperature: 0.0,
+            ..Settings::neutral()
+        }
+    }
+
+    pub fn is_greedy(&self) -> bool {
+        self.temperature < COLDEST
+    }
+
+    /// Takes what a model's `generation_config.json` asks for. What it does not say, or is null there, stays as it is;
+    /// `do_sample: false` is greedy. An error names the field.
+    pub fn take_generation_config(&mut self, config: &Value) -> Result<(), SettingsError> {
+        let mut read = self.clone();
+        for (name, place) in [
+            ("temperature", &mut read.temperature),
+            ("top_p", &mut read.top_p),
+            ("min_p", &mut read.min_p),
+            ("typical_p", &mut read.typical_p),
+            ("repetition_penalty", &mut read.repetition_penalty),
+        ] {
+            if let Some(number) = field(config, name, "a number", Value::as_f64)? {
+                *place = number as f32;
+            }
+        }
+        if let Some(k) = field(config, "top_k", "a whole number of 0 or more", Value::as_u64)? {
+            read.top_k = usize::try_from(k).unwrap_or(usize::MAX);
+        }
+        if field(config, "do_sample", "true or false", Value::as_bool)? == Some(false) {
+            read.temperature = 0.0;
+        }
+        read.check()?;
+        *self = read;
+        Ok(())
+    }
+
+    /// Refuses what makes no sense, naming the parameter.
+    pub fn check(&self) -> Result<(), SettingsError> {
+        let check = |parameter: &'static str, value: f32, good: bool, wanted: &'static str| match good {
+            true => Ok(()),
+            false => Err(SettingsError {
+                parameter,
+                value: value.to_string(),
+                wanted,
+            }),
+        };
+        let not_negative =
+            |name, value: f32| check(name, value, value >= 0.0 && value.is_finite(), "a number of 0 or more");
+        let above_zero = |name, value: f32| check(name, value, value > 0.0 && value.is_finite(), "a number above 0");
+        let share = |name, value: f32| check(name, value, (0.0..=1.0).contains(&value), "a number from 0 to 1");
+        above_zero("repetition_penalty", self.repetition_penalty)?;
+        not_negative("frequency_penalty", self.frequency_penalty)?;
+        not_negative("presence_penalty", self.presence_penalty)?;
+        not_negative("dry_multiplier", self.dry.multiplier)?;
+        not_negative("dry_base", self.dry.base)?;
+        not_negative("top_n_sigma", self.top_n_sigma)?;
+        share("typical_p", self.typical_p)?;
+        share("top_p", self.top_p)?;
+        share("min_p", self.min_p)?;
+        share("xtc_probability", self.xtc_probability)?;
+        share("xtc_threshold", self.xtc_threshold)?;
+        not_negative("temperature", self.temperature)?;
+        if let Some(mirostat) = &self.mirostat {
+            above_zero("mirostat_tau", mirostat.tau)?;
+            above_zero("mirostat_eta", mirostat.eta)?;
+        }
+        for (_, bias) in &self.logit_bias {
+            let good = bias.is_finite() || *bias == f32::NEG_INFINITY;
+            check("logit_bias", *bias, good, "a number, or -inf to ban the token")?;
+        }
+        let twice = (1..self.order.len()).find(|i| self.order[..*i].contains(&self.order[*i]));
+        match twice {
+            None => Ok(()),
+            Some(i) => Err(SettingsError {
+                parameter: "samplers",
+                value: format!("{}, named twice,", self.order[i].name()),
+                wanted: "a list of samplers, each once at most",
+            }),
+        }
+    }
+
+    /// Whether a sampler is in the chain.
+    pub(super) fn has(&self, stage: Stage) -> bool {
+        if self.mirostat.is_some() && stage.truncates() {
+            return false;
+        }
+        match stage {
+            Stage::Penalties => {
+                let on = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0);
+                on && self.penalty_last_n != Some(0)
+            }
+            Stage::Dry => self.dry.is_on(),
+            Stage::TopNSigma => self.top_n_sigma > 0.0,
+            Stage::TopK => self.top_k > 0,
+            Stage::Typical => self.typical_p < 1.0,
+            Stage::TopP => self.top_p < 1.0,
+            Stage::MinP => self.min_p > 0.0,
+            Stage::Xtc => self.xtc_probability > 0.0 && self.xtc_threshold <= 0.5,
+            Stage::Temperature => !self.is_greedy() && self.temperature != 1.0,
+        }
+    }
+}
+
+/// Settings that make no sense.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("--{}: {value} is not {wanted}", self.flag())]
+pub struct SettingsError {
+    /// As in `generation_config.json`, for example `top_p`.
+    pub parameter: &'static str,
+    pub value: String,
+    pub wanted: &'static str,
+}
+
+impl SettingsError {
+    /// The parameter's flag, without dashes before it.
+    pub fn flag(&self) -> String {
+        self.parameter.replace('_', "-")
+    }
+}
+
+/// A field of a JSON object, unless it is null or missing.
+fn field<T>(
+    object: &Value,
+    parameter: &'static str,
+    wanted: &'static str,
+    read: impl Fn(&Value) -> Option<T>,
+) -> Result<Option<T>, SettingsError> {
+    match &object[parameter] {
+        Value::Null => Ok(None),
+        value => match read(value) {
+            Some(read) => Ok(Some(read)),
+            None => Err(SettingsError {
+                parameter,
+                value: value.to_string(),
+                wanted,
+            }),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn every_parameter_is_checked_and_named() {
+        type Change = fn(&mut Settings, f32);
+        let parameters: [(&str, &[f32], Change); 14] = [
+            ("repetition-penalty", &[0.0, -1.0], |s, v| s.repetition_penalty = v),
+            ("frequency-penalty", &[-0.5], |s, v| s.frequency_penalty = v),
+            ("presence-penalty", &[-0.5], |s, v| s.presence_penalty = v),
+            ("dry-multiplier", &[-0.8], |s, v| s.dry.multiplier = v),
+            ("dry-base", &[-1.0], |s, v| s.dry.base = v),
+            ("top-n-sigma", &[-1.0], |s, v| s.top_n_sigma = v),
+            ("typical-p", &[-0.1, 1.1], |s, v| s.typical_p = v),
+            ("top-p", &[-0.1, 1.1], |s, v| s.top_p = v),
+            ("min-p", &[-0.1, 1.1], |s, v| s.min_p = v),
+            ("xtc-probability", &[-0.1, 1.1], |s, v| s.xtc_probability = v),
+            ("xtc-threshold", &[-0.1, 1.1], |s, v| s.xtc_threshold = v),
+            ("temperature", &[-1.0], |s, v| s.temperature = v),
+            ("mirostat-tau", &[0.0, -1.0], |s, v| {
+                s.mirostat = Some(MirostatSettings { tau: v, eta: 0.1 })
+            }),
+            ("mirostat-eta", &[0.0, -1.0], |s, v| {
+                s.mirostat = Some(MirostatSettings { tau: 5.0, eta: v })
+            }),
+        ];
+        for (flag, bad, change) in parameters {
+            for value in bad.iter().chain(&[f32::NAN, f32::INFINITY]) {
+                let mut settings = Settings::default();
+                change(&mut settings, *value);
+                let error = settings.check().unwrap_err().to_string();
+                assert!(
+                    error.starts_with(&format!("--{flag}: {value} is not a number")),
+                    "{error}"
+                );
+            }
+        }
+        let biased = |bias| Settings {
+            logit_bias: vec![(0, bias)],
+            ..Settings::default()
+        };
+        assert!(
+            biased(f32::NAN)
+                .check()
+                .unwrap_err()
+                .to_string()
+                .starts_with("--logit-bias")
+        );
+        assert_eq!(biased(f32::NEG_INFINITY).check(), Ok(()));
+        let twice = Settings {
+            order: vec![Stage::TopK, Stage::Dry, Stage::TopK],
+            ..Settings::default()
+        };
+        let error = twice.check().unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "--samplers: top-k, named twice, is not a list of samplers, each once at most"
+        );
+    }
+
+    #[test]
+    fn a_models_wishes_override_the_usual_and_are_checked() {
+        let mut settings = Settings::default();
+        let config = json!({"temperature": 0.6, "top_k": 20, "top_p": 0.9, "typical_p": null, "eos_token_id": [1, 2],
+            "repetition_penalty": 1.1, "do_sample": true});
+        settings.take_generation_config(&config).unwrap();
+        let expected = Settings {
+            temperature: 0.6,
+            top_k: 20,
+            top_p: 0.9,
+            repetition_penalty: 1.1,
+            ..Settings::default()
+        };
+        assert_eq!(settings, expected);
+        settings.take_generation_config(&json!({"do_sample": false})).unwrap();
+        assert!(settings.is_greedy());
+        settings.take_generation_config(&Value::Null).unwrap();
+        for (config, message) in [
+            (json!({"top_p": 2}), "top_p 2 a number from 0 to 1"),
+            (json!({"top_k": -1}), "top_k -1 a whole number of 0 or more"),
+            (json!({"temperature": "hot"}), "temperature \"hot\" a number"),
+        ] {
+            let before = settings.clone();
+            let e = settings.take_generation_config(&config).unwrap_err();
+            assert_eq!(format!("{} {} {}", e.parameter, e.value, e.wanted), message);
+            assert_eq!(settings, before);
+        }
+    }
+
+    #[test]
+    fn every_stage_has_a_name_and_mirostat_replaces_those_that_truncate() {
+        for stage in Stage::ORDER {
+            assert_eq!(Stage::from_name(stage.name()), Some(stage));
+        }
+        let mut settings = Settings::default();
+        let on = |settings: &Settings| {
+            Stage::ORDER
+                .into_iter()
+                .filter(|s| settings.has(*s))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            on(&settings),
+            [Stage::TopK, Stage::TopP, Stage::MinP, Stage::Temperature]
+        );
+        settings.mirostat = Some(MirostatSettings::default());
+        assert_eq!(on(&settings), [Stage::Temperature]);
+        assert_eq!(on(&Settings::neutral()), []);
+    }
+}

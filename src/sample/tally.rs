@@ -1,0 +1,76 @@
+//! A number for some of the tokens: a table over ids, and the list of those that have one.
+//!
+//! Clearing costs what was written, not the size of the table, and a look-up is one load. Ids beyond the vocabulary are
+//! let drop: no logit could ever be theirs.
+
+/// See the module's head.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// By id; `u32::MAX` where there is none.
+    values: Vec<u32>,
+    tallied: Vec<u32>,
+}
+
+const NONE: u32 = u32::MAX;
+
+impl Tally {
+    /// Forgets everything; ids below `vocabulary` can be tallied from now on.
+    pub fn clear(&mut self, vocabulary: usize) {
+        for id in self.tallied.drain(..) {
+            self.values[id as usize] = NONE;
+        }
+        self.values.resize(vocabulary, NONE);
+    }
+
+    pub fn get(&self, id: u32) -> Option<u32> {
+        self.values.get(id as usize).copied().filter(|v| *v != NONE)
+    }
+
+    /// One more of this token.
+    pub fn count(&mut self, id: u32) {
+        self.update(id, |value| value.map_or(1, |n| n + 1));
+    }
+
+    /// The larger of `value` and what the token had.
+    pub fn raise(&mut self, id: u32, value: u32) {
+        self.update(id, |old| old.map_or(value, |old| old.max(value)));
+    }
+
+    fn update(&mut self, id: u32, f: impl FnOnce(Option<u32>) -> u32) {
+        let Some(slot) = self.values.get_mut(id as usize) else {
+            return;
+        };
+        if *slot == NONE {
+            self.tallied.push(id);
+            *slot = f(None);
+        } else {
+            *slot = f(Some(*slot));
+        }
+    }
+
+    /// Ids and their values, in the order they came in first.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.tallied.iter().map(|id| (*id, self.values[*id as usize]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_raises_and_forgets() {
+        let mut tally = Tally::default();
+        tally.clear(10);
+        for id in [3, 9, 3, 10, u32::MAX] {
+            tally.count(id);
+        }
+        tally.raise(9, 7);
+        tally.raise(9, 2);
+        tally.raise(0, 0);
+        assert_eq!(tally.iter().collect::<Vec<_>>(), [(3, 2), (9, 7), (0, 0)]);
+        assert_eq!((tally.get(0), tally.get(1), tally.get(10)), (Some(0), None, None));
+        tally.clear(4);
+        assert_eq!((tally.iter().count(), tally.get(3)), (0, None));
+    }
+}
