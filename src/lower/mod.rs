@@ -17,8 +17,9 @@
 //! [`LITERAL_BYTES`], or if it is a float tensor of two elements or more that came from the export (it has an
 //! [`origin`](crate::graph::Constant::origin)): linear weights, embeddings, norm scales, biases, rotary tables. Everything
 //! else (an epsilon, a scale, index vectors) is a constant layer and part of the plan. The rule reads the graph alone,
-//! so all profiles of one graph have the same weights under the same names; [`weights`] lists them. One constant read in
-//! several places, as tied embedding and output weights are, is one weight.
+//! so all profiles of one graph have the same weights under the same names; [`weights`] lists them, and [`stored_weights`]
+//! those of the graph once it was written to a package and read back. One constant read in several places, as tied
+//! embedding and output weights are, is one weight.
 //!
 //! # A model made from its dimensions
 //!
@@ -44,7 +45,7 @@ mod values;
 mod weights;
 
 pub use error::{LowerError, Obstacle};
-pub use weights::{LITERAL_BYTES, NamedWeight, weights};
+pub use weights::{LITERAL_BYTES, NamedWeight, stored_weights, weights};
 
 use crate::graph::Graph;
 #[cfg(doc)]

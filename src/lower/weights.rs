@@ -18,6 +18,26 @@ pub struct NamedWeight {
     pub constant: Constant,
 }
 
+/// The weights of networks that are lowered from a file of this graph, in order of first use: what such a file keeps
+/// outside the graph. Every constant of a file is an initializer, so each has its own name here and its own dtype; what
+/// is no weight is single numbers, and index vectors that runtimes want to see in place to infer shapes.
+pub fn stored_weights(graph: &Graph) -> Vec<(ValueId, NamedWeight)> {
+    let mut seen = HashSet::new();
+    let read = graph
+        .node_ids()
+        .flat_map(|node| graph.node(node).inputs.iter().flatten());
+    let constants = read.filter_map(|id| graph.constant(*id).map(|constant| (*id, constant)));
+    let weights = constants.filter(|(id, constant)| is_weight(constant, true) && seen.insert(*id));
+    let named = weights.map(|(id, constant)| {
+        let weight = NamedWeight {
+            name: graph.value(id).name.clone(),
+            constant: constant.clone(),
+        };
+        (id, weight)
+    });
+    named.collect()
+}
+
 /// Constant values of the graph that are weights, and the weights in order of first use.
 pub(super) struct Table {
     pub by_value: HashMap<ValueId, usize>,
@@ -37,7 +57,7 @@ pub(super) fn table(graph: &Graph, demand: &Demand) -> Table {
     let mut by_value = HashMap::new();
     let mut list: Vec<NamedWeight> = Vec::new();
     for id in &demand.constants {
-        let Some(constant) = graph.constant(*id).filter(|c| is_weight(c)) else {
+        let Some(constant) = graph.constant(*id).filter(|c| is_weight(c, c.origin().is_some())) else {
             continue;
         };
         let index = *known.entry(identity(constant)).or_insert_with(|| {
@@ -63,10 +83,11 @@ pub(super) fn table(graph: &Graph, demand: &Demand) -> Table {
     Table { by_value, list }
 }
 
-fn is_weight(constant: &Constant) -> bool {
+/// The rule of the room's head. `initializer`: whether the constant came, or will come, from a file by its name.
+fn is_weight(constant: &Constant, initializer: bool) -> bool {
     matches!(constant.source(), Source::Absent)
         || constant.byte_len() > LITERAL_BYTES
-        || constant.dtype().is_float() && constant.len() >= 2 && constant.origin().is_some()
+        || constant.dtype().is_float() && constant.len() >= 2 && initializer
 }
 
 /// Equal for constants that are the same bytes in the same shape by construction: a clone, or the same recipe over the

@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 pub use error::PackageError;
 pub use manifest::Manifest;
 pub use staging::{abandon, check_target};
-pub use write::{Facts, Writer, is_weight};
+pub use write::{Facts, Writer};
 
 use crate::decode::tokenizer::Tokenizer;
 use crate::graph::Graph;

@@ -10,7 +10,7 @@ use super::staging::Staging;
 use super::{ENGINES, GRAPH, MANIFEST, Package, PackageError, TOKENIZER, WEIGHTS, hash_file};
 use crate::backend::tensorrt::Refit;
 use crate::decode::tokenizer::Tokenizer;
-use crate::graph::{Constant, Graph};
+use crate::graph::{Constant, Graph, ValueId};
 use crate::network::WeightMode;
 use crate::passes::Architecture;
 use crate::spec::{Prefill, Target};
@@ -36,13 +36,6 @@ pub struct Writer {
     staging: Staging,
     force: bool,
     manifest: Manifest,
-}
-
-/// Constants that are stored outside the graph: those that the lowering makes weights when it reads the package back,
-/// where every constant has its own name as its origin. What is left are single numbers, and index vectors that runtimes
-/// want to see in place to infer shapes.
-pub fn is_weight(constant: &Constant) -> bool {
-    constant.dtype().is_float() && constant.len() >= 2 || constant.byte_len() > lower::LITERAL_BYTES
 }
 
 impl Writer {
@@ -169,20 +162,10 @@ fn write_weights(
     graph: &Graph,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<(manifest::Weights, onnx::Layout), PackageError> {
-    let mut seen = HashSet::new();
-    let mut ids = Vec::new();
-    let mut tensors = Vec::new();
-    for node in graph.node_ids() {
-        for id in graph.node(node).inputs.iter().flatten() {
-            if let Some(constant) = graph.constant(*id)
-                && is_weight(constant)
-                && seen.insert(*id)
-            {
-                ids.push(*id);
-                tensors.push((graph.value(*id).name.clone(), constant.clone()));
-            }
-        }
-    }
+    let (ids, tensors): (Vec<ValueId>, Vec<(String, Constant)>) = lower::stored_weights(graph)
+        .into_iter()
+        .map(|(id, weight)| (id, (weight.name, weight.constant)))
+        .unzip();
     let total: u64 = tensors.iter().map(|(_, c)| c.byte_len() as u64).sum();
     let metadata = BTreeMap::from([("format".to_string(), "lapidary".to_string())]);
     let path = folder.join(WEIGHTS);
