@@ -2,7 +2,8 @@
 //!
 //! Everything is written to a hidden sibling of the target, which is renamed at the end. Dropping a [`Staging`] without
 //! committing removes what was written, and so does [`abandon`], for a signal handler. A sibling that a killed process
-//! left behind is swept when the same target is written again.
+//! left behind is swept when the same target is written again. Before the rename everything is synced to the disk: a
+//! package that is there after a power failure is whole, too.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,10 +28,7 @@ impl Staging {
         let name = target.file_name().ok_or_else(|| PackageError::NotReplaced {
             path: target.to_path_buf(),
         })?;
-        let parent = match target.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
+        let parent = parent(target);
         fs::create_dir_all(parent).map_err(PackageError::io(parent))?;
         let prefix = format!(".{}.lapidary-", name.to_string_lossy());
         sweep(parent, &prefix);
@@ -53,14 +51,15 @@ impl Staging {
     pub fn commit(mut self, force: bool) -> Result<(), PackageError> {
         // Somebody may have made the target in the meantime.
         check_target(&self.target, force)?;
+        sync(&self.folder)?;
         if self.target.exists() {
             exchange(&self.folder, &self.target)?;
             // The new package is in place; the old one now has the temporary name, and goes when this is dropped.
-            return Ok(());
+        } else {
+            fs::rename(&self.folder, &self.target).map_err(PackageError::io(&self.target))?;
+            self.committed = true;
         }
-        fs::rename(&self.folder, &self.target).map_err(PackageError::io(&self.target))?;
-        self.committed = true;
-        Ok(())
+        sync_entries(parent(&self.target))
     }
 }
 
@@ -100,6 +99,42 @@ pub fn check_target(target: &Path, force: bool) -> Result<(), PackageError> {
         return Ok(());
     }
     Err(PackageError::NotReplaced { path })
+}
+
+/// The folder that holds the target.
+fn parent(target: &Path) -> &Path {
+    match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Waits until a folder's files and entries are on the disk. Without this a rename may reach the disk before the bytes
+/// it publishes. The price is to write out now what would have stayed in the page cache for a while: 0.14 s for 270 MB
+/// on a virtual disk that caches, where it was measured; on a plain disk, as long as the disk takes for the weights.
+fn sync(folder: &Path) -> Result<(), PackageError> {
+    for entry in fs::read_dir(folder).map_err(PackageError::io(folder))? {
+        let path = entry.map_err(PackageError::io(folder))?.path();
+        if path.is_dir() {
+            sync(&path)?;
+        } else {
+            let synced = fs::File::open(&path).and_then(|file| file.sync_all());
+            synced.map_err(PackageError::io(&path))?;
+        }
+    }
+    sync_entries(folder)
+}
+
+/// Syncs the names in a folder, not what they name. Elsewhere than on Unix a folder cannot be opened as a file.
+fn sync_entries(folder: &Path) -> Result<(), PackageError> {
+    if !cfg!(unix) {
+        return Ok(());
+    }
+    match fs::File::open(folder).and_then(|folder| folder.sync_all()) {
+        // Some network file systems do not sync folders, and say so.
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => Ok(()),
+        result => result.map_err(PackageError::io(folder)),
+    }
 }
 
 fn exchange(folder: &Path, target: &Path) -> Result<(), PackageError> {
