@@ -4,6 +4,9 @@
 mod bad_input;
 #[path = "cli/commands.rs"]
 mod commands;
+#[cfg(feature = "tensorrt-rtx")]
+#[path = "cli/engines.rs"]
+mod engines;
 #[path = "cli/exports.rs"]
 mod exports;
 #[path = "cli/sampling.rs"]

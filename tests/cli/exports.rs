@@ -14,18 +14,23 @@ fn logprobs(logits: &Value) -> Vec<f64> {
     logits.iter().map(|l| l - log_sum).collect()
 }
 
-/// The largest difference of the log-probabilities reported, or what is wrong.
+/// Converts the export in `folder` and compares.
 fn check(folder: &Path, flags: &[&str], tolerance: f64) -> Result<f64, String> {
-    let reference: Value =
-        serde_json::from_str(&std::fs::read_to_string(folder.join("reference.json")).unwrap()).unwrap();
     let scratch = tempfile::tempdir().unwrap();
     let pkg = package(scratch.path(), &folder.join("model.onnx"), flags);
+    compare(&pkg, folder, tolerance)
+}
+
+/// The largest difference of the log-probabilities reported, or what is wrong.
+fn compare(pkg: &Path, folder: &Path, tolerance: f64) -> Result<f64, String> {
+    let reference: Value =
+        serde_json::from_str(&std::fs::read_to_string(folder.join("reference.json")).unwrap()).unwrap();
     let greedy = &reference["greedy_tokens"];
     let n = greedy.as_array().unwrap().len().to_string();
     let prompt = ids(&reference["prompt"]);
     let run = lapidary([
         "generate",
-        text(&pkg),
+        text(pkg),
         "--prompt-ids",
         &prompt,
         "--temperature",
@@ -117,7 +122,32 @@ fn a_small_first_capacity_moves_up_and_changes_nothing() {
 }
 
 #[test]
-fn other_dtypes_stay_close() {
-    check(&fixture("exports/llama-optimum"), &["--dtype", "fp16"], 2e-2).unwrap();
-    check(&fixture("exports/qwen3-optimum-fp16"), &["--dtype", "fp32"], 2e-2).unwrap();
+fn another_dtype_is_what_the_package_holds_and_stays_close() {
+    for (export, asked, dtype) in [
+        ("llama-optimum", "fp16", "f16"),
+        ("qwen3-optimum-fp16", "fp32", "f32"),
+        ("gpt2-optimum", "fp32", "f32"),
+    ] {
+        let folder = fixture("exports").join(export);
+        let scratch = tempfile::tempdir().unwrap();
+        let pkg = package(scratch.path(), &folder.join("model.onnx"), &["--dtype", asked]);
+        // The package is what it says: in its manifest, its weights and the caches of its graph.
+        let info = lapidary(["info", text(&pkg), "--json"]).ok().json();
+        assert_eq!(info["dtype"], dtype, "{export}");
+        let tensors = info["weights"]["tensors"].as_array().unwrap();
+        let floats = ["f16", "bf16", "f32"];
+        let mut stored = tensors
+            .iter()
+            .filter(|t| floats.contains(&t["dtype"].as_str().unwrap()));
+        assert!(stored.clone().count() > 10, "{export}: {tensors:#?}");
+        assert!(stored.all(|t| t["dtype"] == dtype), "{export}: {tensors:#?}");
+        let graph = lapidary::onnx::read(pkg.join("graph.onnx")).unwrap();
+        let caches = graph.inputs.iter().map(|id| graph.value(*id));
+        let caches: Vec<_> = caches.filter(|v| v.name.contains("_cache.")).collect();
+        assert_eq!(caches.len(), 4, "{export}");
+        for cache in caches {
+            assert_eq!(cache.dtype.unwrap().to_string(), dtype, "{export}: {}", cache.name);
+        }
+        compare(&pkg, &folder, 2e-2).unwrap();
+    }
 }
