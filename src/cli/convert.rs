@@ -11,6 +11,7 @@ use super::{Failure, bytes, info, inspect, print, words};
 use crate::backend::tensorrt::{self, BuildOptions, BuildProgress, Library, Refit};
 use crate::decode::tokenizer::{self, Tokenizer};
 use crate::graph::Graph;
+use crate::graph::infer::infer;
 use crate::network::{Logits, Profile, Tokens, WeightMode};
 use crate::package::manifest::{Engine, Pass, Source};
 use crate::package::{self, Facts, PackageError, Writer};
@@ -95,7 +96,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         &conversion,
         canonical.architecture.max_positions,
         trained_context(&args.model),
-    )?;
+    )
+    .map_err(|failure| failure.at(&args.model))?;
     if let Some(path) = &args.emit_onnx {
         emit(path, &canonical.graph)?;
     }
@@ -124,7 +126,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         }
     }
     if let Some(library) = &library {
-        engines(&mut writer, library, &conversion, &capacities, &progress)?;
+        engines(&mut writer, library, &args.model, &conversion, &capacities, &progress)?;
     }
     let manifest = writer.finish()?;
     drop(progress);
@@ -164,17 +166,23 @@ fn conversion(args: &Args) -> Result<Conversion, Failure> {
 
 /// Refuses what no pass should have to look at.
 fn check(model: &Path, graph: &Graph) -> Result<(), Failure> {
-    let message = match &inspect::faults(graph)[..] {
+    let mut typed = graph.clone();
+    // What keeps the graph from being sorted or typed is the passes' to tell.
+    if typed.sort().is_err() || infer(&mut typed).is_err() {
+        return Ok(());
+    }
+    let message = match &inspect::faults(&typed)[..] {
         [] => return Ok(()),
-        [one] => format!("{}: {one}", model.display()),
+        [one] => one.clone(),
         several => format!(
-            "{}: the model cannot be converted, for {} reasons:\n  {}",
-            model.display(),
+            "the model cannot be converted, for {} reasons:\n  {}",
             several.len(),
             several.join("\n  ")
         ),
     };
-    Err(Failure::input(message).help(format!("`lapidary inspect {}` shows the whole model", model.display())))
+    Err(Failure::input(message)
+        .at(model)
+        .help(format!("`lapidary inspect {}` shows the whole model", model.display())))
 }
 
 /// The tokenizer asked for, or the one beside the model.
@@ -257,13 +265,14 @@ fn capacities(conversion: &Conversion, limit: Option<usize>, trained: Option<usi
 }
 
 fn emit(path: &Path, graph: &Graph) -> Result<(), Failure> {
-    onnx::write_with_data(graph, path).map_err(|e| Failure::input(format!("{}: {e}", path.display())))
+    onnx::write_with_data(graph, path).map_err(|e| Failure::input(e).at(path))
 }
 
-/// Builds an engine for decoding and for each prefill shape at every capacity.
+/// Builds an engine for decoding and for each prefill shape at every capacity. `model`: whose engines they are, for errors.
 fn engines(
     writer: &mut Writer,
     library: &Library,
+    model: &Path,
     conversion: &Conversion,
     capacities: &[usize],
     progress: &Progress,
@@ -277,7 +286,7 @@ fn engines(
             weight_mode: conversion.weights,
             ..lower::Options::default()
         };
-        let network = lower::lower(&graph, profile, &options).map_err(Failure::bug)?;
+        let network = lower::lower(&graph, profile, &options).map_err(|e| Failure::bug(e).at(model))?;
         let bar = progress.handle();
         let observer = move |p: BuildProgress<'_>| {
             bar.fraction(&label, p.fraction);
@@ -287,7 +296,7 @@ fn engines(
             refit: conversion.refit,
             observer: Some(Arc::new(observer)),
         };
-        let plan = tensorrt::build(library, &network, &options)?;
+        let plan = tensorrt::build(library, &network, &options).map_err(|e| Failure::from(e).at(model))?;
         let taken: HashSet<String> = network.weights.iter().map(|w| w.name.clone()).collect();
         let engine = Engine {
             file: String::new(),

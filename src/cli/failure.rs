@@ -48,6 +48,14 @@ impl Failure {
         self
     }
 
+    /// The same of the file at `path`, for errors that do not know it.
+    pub fn at(self, path: &Path) -> Self {
+        Failure {
+            message: format!("{}: {}", path.display(), self.message),
+            ..self
+        }
+    }
+
     /// For errors whose message has the form `what is wrong; what to do`.
     fn with_remedy(message: impl fmt::Display) -> Self {
         let message = message.to_string();
@@ -59,7 +67,7 @@ impl Failure {
 
     /// The export at `path` cannot be made canonical.
     pub fn pass(path: &Path, error: PassError) -> Self {
-        let failure = Failure::input(format!("{}: {error}", path.display()));
+        let failure = Failure::input(&error).at(path);
         match error {
             PassError::Broken { .. } => Failure { status: 1, ..failure },
             _ => failure.help(format!(

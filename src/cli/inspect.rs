@@ -86,16 +86,17 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     // A cyclic graph has no order to tell anything in.
     graph.sort().map_err(|e| {
-        Failure::input(format!("{}: {e}", args.model.display()))
+        Failure::input(e)
+            .at(&args.model)
             .help("no exporter writes such a graph; export it again")
     })?;
     let recognition = passes::recognise(&graph);
     let (weight_bytes, weight_bytes_by_dtype) = weights(&graph);
     // Exporters need not say what the outputs are.
     let mut typed = graph.clone();
-    let _ = graph::infer::infer(&mut typed);
+    let inferred = graph::infer::infer(&mut typed).is_ok();
     let tensors = |ids: &[ValueId]| ids.iter().map(|id| tensor(&typed, *id)).collect();
-    let faults = faults(&graph);
+    let faults = if inferred { faults(&typed) } else { Vec::new() };
     let facts = Facts {
         exporter: onnx::exporter(&graph),
         producer: format!("{} {}", graph.producer.name, graph.producer.version)
@@ -119,14 +120,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
 }
 
-/// Operators that do not exist and operands of wrong number or type, all at once. Whatever keeps the graph from being
-/// typed is the passes' to tell.
-pub fn faults(graph: &Graph) -> Vec<String> {
-    let mut typed = graph.clone();
-    if typed.sort().is_err() || graph::infer::infer(&mut typed).is_err() {
-        return Vec::new();
-    }
-    let Err(Obstacles(obstacles)) = graph::verify::verify(&typed) else {
+/// Operators that do not exist and operands of wrong number or type, all at once, of a graph that inference has typed.
+/// Whatever keeps it from being typed is the passes' to tell.
+pub fn faults(typed: &Graph) -> Vec<String> {
+    let Err(Obstacles(obstacles)) = graph::verify::verify(typed) else {
         return Vec::new();
     };
     let counts = |o: &&Obstacle| !matches!(o, Obstacle::Untyped { .. } | Obstacle::Structure { .. });
@@ -150,7 +147,7 @@ fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
         ..lower::Options::default()
     };
     let profile = Profile::prefill(args.tokens, args.capacity);
-    let network = lower::lower(&canonical.graph, &profile, &options).map_err(Failure::bug)?;
+    let network = lower::lower(&canonical.graph, &profile, &options).map_err(|e| Failure::bug(e).at(&args.model))?;
     Ok(network.to_string())
 }
 

@@ -43,8 +43,12 @@ pub enum ReferenceError {
         path: PathBuf,
         message: String,
     },
-    #[error("the sequence of {tokens} tokens does not fit the cache of the export, which has {capacity} slots")]
-    TooLong { tokens: usize, capacity: usize },
+    #[error("{}: the sequence of {tokens} tokens does not fit the cache of the export, which has {capacity} slots", path.display())]
+    TooLong {
+        path: PathBuf,
+        tokens: usize,
+        capacity: usize,
+    },
 }
 
 /// An engine with an export loaded.
@@ -111,6 +115,7 @@ impl Reference {
             && tokens.len() > capacity
         {
             return Err(ReferenceError::TooLong {
+                path: self.path.clone(),
                 tokens: tokens.len(),
                 capacity,
             });
