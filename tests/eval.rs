@@ -4,6 +4,8 @@
 mod exports;
 #[path = "support/node_case.rs"]
 mod node_case;
+#[path = "support/node_tensors.rs"]
+mod node_tensors;
 #[path = "eval/node_tests.rs"]
 mod node_tests;
 #[path = "support/replay.rs"]

@@ -14,6 +14,8 @@ mod matmul;
 mod movement;
 #[path = "support/node_case.rs"]
 mod node_case;
+#[path = "support/node_tensors.rs"]
+mod node_tensors;
 #[path = "executor/node_tests.rs"]
 mod node_tests;
 #[path = "executor/reference.rs"]

@@ -10,5 +10,7 @@ mod damage;
 mod dumps;
 #[path = "frontend/exports.rs"]
 mod exports;
+#[path = "support/node_case.rs"]
+mod node_case;
 #[path = "frontend/node_tests.rs"]
 mod node_tests;

@@ -4,20 +4,18 @@
 //! tensors, must be what the case's outputs are; and the node must survive being written and read again.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use lapidary::graph::{Graph, Op, dump, infer, verify};
 use lapidary::onnx;
 use lapidary::onnx::proto::{ModelProto, TensorProto};
 use prost::Message;
 
+use crate::node_case::{each_case, model};
+
 /// The model with inputs and expected outputs (`expected.N`) as initializers.
 fn with_data(case: &Path) -> ModelProto {
-    let mut model = ModelProto::decode(fs::read(case.join("model.onnx")).unwrap().as_slice()).unwrap();
-    for opset in &mut model.opset_import {
-        // The cases carry the opset that introduced the operator; it means the same in the nearest one that is read.
-        opset.version = opset.version.map(|v| v.clamp(14, 24));
-    }
+    let mut model = model(case);
     let graph = model.graph.as_mut().unwrap();
     let tensor = |kind: &str, n: usize, name: String| {
         let file = case.join(format!("test_data_set_0/{kind}_{n}.pb"));
@@ -82,25 +80,12 @@ fn check(case: &Path, scratch: &Path) -> Result<bool, String> {
 
 #[test]
 fn every_operator_is_typed_and_written() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/onnx-node-tests");
-    let scratch = tempfile::tempdir().unwrap();
-    let mut cases: Vec<PathBuf> = fs::read_dir(root)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|p| p.is_dir())
-        .collect();
-    cases.sort();
     let (mut passed, mut failed) = (0, Vec::new());
-    for case in &cases {
-        let name = case.file_name().unwrap().to_string_lossy().into_owned();
-        let scratch = scratch.path().join(&name);
-        fs::create_dir(&scratch).unwrap();
-        match check(case, &scratch) {
-            Ok(known) => passed += usize::from(known),
-            Err(error) => failed.push(format!("{name}: {error}")),
-        }
-    }
-    let (count, all) = (failed.len(), cases.len());
+    let all = each_case(|name, case, scratch| match check(case, scratch) {
+        Ok(known) => passed += usize::from(known),
+        Err(error) => failed.push(format!("{name}: {error}")),
+    });
+    let count = failed.len();
     assert!(failed.is_empty(), "{count} of {all} failed:\n{}", failed.join("\n"));
     assert!(passed >= 400, "only {passed} cases were run");
 }

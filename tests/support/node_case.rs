@@ -1,40 +1,37 @@
-//! Reads the tensors of ONNX's node tests, for every test binary that runs them.
+//! The cases of ONNX's node tests (fixtures/onnx-node-tests): a one-node model each, with inputs and outputs.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use lapidary::onnx::proto::{GraphProto, ModelProto, OperatorSetIdProto, TensorProto};
-use lapidary::tensor::Tensor;
+use lapidary::onnx::proto::ModelProto;
 use prost::Message;
 
-/// The `N`-th tensors of a case, decoded by the product's own reader.
-pub fn tensors(case: &Path, kind: &str, scratch: &Path) -> Vec<Tensor> {
-    let files = (0..).map(|n| case.join(format!("test_data_set_0/{kind}_{n}.pb")));
-    let initializer: Vec<TensorProto> = files
-        .take_while(|file| file.exists())
-        .enumerate()
-        .map(|(n, file)| {
-            let mut tensor = TensorProto::decode(fs::read(file).unwrap().as_slice()).unwrap();
-            tensor.name = Some(format!("t{n}"));
-            tensor
-        })
+/// Calls `check` with the name of each case, its folder, and an empty folder to write in: what was read stays mapped, and
+/// a mapped file must not be written again. Gives the number of cases.
+pub fn each_case(mut check: impl FnMut(String, &Path, &Path)) -> usize {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/onnx-node-tests");
+    let mut cases: Vec<PathBuf> = fs::read_dir(root)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|p| p.is_dir())
         .collect();
-    let count = initializer.len();
-    let model = ModelProto {
-        ir_version: Some(10),
-        graph: Some(GraphProto {
-            initializer,
-            ..Default::default()
-        }),
-        opset_import: vec![OperatorSetIdProto {
-            domain: None,
-            version: Some(24),
-        }],
-        ..Default::default()
-    };
-    let file = scratch.join(format!("{kind}.onnx"));
-    fs::write(&file, model.encode_to_vec()).unwrap();
-    let graph = lapidary::onnx::read(&file).unwrap();
-    let tensor = |n: usize| graph.constant(graph.find(&format!("t{n}")).unwrap()).unwrap().clone();
-    (0..count).map(|n| tensor(n).materialize().unwrap()).collect()
+    cases.sort();
+    let scratch = tempfile::tempdir().unwrap();
+    for case in &cases {
+        let name = case.file_name().unwrap().to_string_lossy().into_owned();
+        let scratch = scratch.path().join(&name);
+        fs::create_dir(&scratch).unwrap();
+        check(name, case, &scratch);
+    }
+    cases.len()
+}
+
+/// A case's model. It carries the opset that introduced its operator, which means the same in the nearest one that is
+/// read.
+pub fn model(case: &Path) -> ModelProto {
+    let mut model = ModelProto::decode(fs::read(case.join("model.onnx")).unwrap().as_slice()).unwrap();
+    for opset in &mut model.opset_import {
+        opset.version = opset.version.map(|v| v.clamp(14, 24));
+    }
+    model
 }

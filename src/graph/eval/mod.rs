@@ -142,15 +142,8 @@ pub fn eval_node(op: &Op, inputs: &[Option<Tensor>], outputs: usize) -> Result<V
             interleaved,
             num_heads,
             rotary_dim,
-        } => {
-            let how = rotary::Rotary {
-                interleaved: *interleaved,
-                num_heads: *num_heads,
-                rotary_dim: *rotary_dim,
-            };
-            rotary::rotary_embedding(&how, need(0)?, need(1)?, need(2)?, maybe(3))?
         }
-        Op::ContribRotaryEmbedding {
+        | Op::ContribRotaryEmbedding {
             interleaved,
             num_heads,
             rotary_dim,
@@ -160,7 +153,11 @@ pub fn eval_node(op: &Op, inputs: &[Option<Tensor>], outputs: usize) -> Result<V
                 num_heads: *num_heads,
                 rotary_dim: *rotary_dim,
             };
-            rotary::contrib_rotary_embedding(&how, need(0)?, need(1)?, need(2)?, need(3)?)?
+            // The same operator twice, with the inputs in another order and other shapes of tables.
+            match op {
+                Op::RotaryEmbedding { .. } => rotary::rotary_embedding(&how, need(0)?, need(1)?, need(2)?, maybe(3))?,
+                _ => rotary::contrib_rotary_embedding(&how, need(0)?, need(1)?, need(2)?, need(3)?)?,
+            }
         }
         Op::Attention(how) => return Ok(attention::attention(how, |i| maybe(i).cloned())?.map(Some).into()),
         Op::GroupQueryAttention(how) => {

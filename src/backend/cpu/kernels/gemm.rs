@@ -37,14 +37,6 @@ pub struct PackLeft {
     pub tile: usize,
 }
 
-impl PackLeft {
-    /// # Safety
-    /// The pointers are valid for the shapes given; nobody else touches this tile.
-    pub unsafe fn run(self, isa: Isa) {
-        unsafe { isa.run(self) }
-    }
-}
-
 impl Kernel for PackLeft {
     type Output = ();
     #[inline(always)]
@@ -113,14 +105,6 @@ pub struct Gemm {
 /// Elements of scratch that a [`Gemm`] needs.
 pub fn scratch_len(isa: Isa) -> usize {
     (DEPTH + isa.tile_rows()) * isa.tile_columns()
-}
-
-impl Gemm {
-    /// # Safety
-    /// The pointers are valid for the shapes given; nobody else writes this panel of `out`.
-    pub unsafe fn run(self, isa: Isa) {
-        unsafe { isa.run(self) }
-    }
 }
 
 impl Kernel for Gemm {

@@ -3,7 +3,7 @@
 //! This is the whole cost of decode: every weight is read once a token, so what counts is that no byte is read twice
 //! and that the reads run ahead. Weights are converted to f32 in registers.
 
-use super::super::simd::{Bf16, Element, F16, F32, Isa, Kernel, Simd};
+use super::super::simd::{Bf16, Element, F16, F32, Kernel, Simd};
 use crate::tensor::DType;
 
 /// Most rows of x for which streaming the weights beats packing them.
@@ -31,14 +31,6 @@ pub struct Gemv {
     pub y: *mut f32,
     pub y_stride: usize,
     pub columns: std::ops::Range<usize>,
-}
-
-impl Gemv {
-    /// # Safety
-    /// The pointers are valid for the shapes given; nobody else writes these columns of y.
-    pub unsafe fn run(self, isa: Isa) {
-        unsafe { isa.run(self) }
-    }
 }
 
 impl Kernel for Gemv {

@@ -2,7 +2,7 @@
 //!
 //! Indices come from the caller at run time, so each is checked; an item with a bad one stops and reports it.
 
-use super::super::simd::{Bf16, Element, F16, F32, Isa, Kernel, Simd};
+use super::super::simd::{Bf16, Element, F16, F32, Kernel, Simd};
 use crate::tensor::DType;
 
 /// An index outside its axis: the index and the axis's length.
@@ -39,14 +39,6 @@ pub struct Gather {
     /// `[outer, count, inner]`; floats as f32, everything else as in `data`.
     pub out: *mut u8,
     pub items: std::ops::Range<usize>,
-}
-
-impl Gather {
-    /// # Safety
-    /// The pointers are valid for the shapes given; nobody else writes these items of `out`.
-    pub unsafe fn run(self, isa: Isa) -> Result<(), BadIndex> {
-        unsafe { isa.run(self) }
-    }
 }
 
 impl Kernel for Gather {
@@ -135,14 +127,6 @@ pub struct Rotate {
     pub items: std::ops::Range<usize>,
 }
 
-impl Rotate {
-    /// # Safety
-    /// The pointers are valid for the shapes given; `x` and `out` are f32; nobody else writes these rows of `out`.
-    pub unsafe fn run(self, isa: Isa) -> Result<(), BadIndex> {
-        unsafe { isa.run(self) }
-    }
-}
-
 impl Kernel for Rotate {
     type Output = Result<(), BadIndex>;
     #[inline(always)]
@@ -207,14 +191,6 @@ pub struct CacheUpdate {
     pub index_storage: DType,
     pub index_stride: isize,
     pub items: std::ops::Range<usize>,
-}
-
-impl CacheUpdate {
-    /// # Safety
-    /// The pointers are valid for the shapes given; nobody else writes these rows of the cache.
-    pub unsafe fn run(self, isa: Isa) -> Result<(), BadIndex> {
-        unsafe { isa.run(self) }
-    }
 }
 
 impl Kernel for CacheUpdate {

@@ -133,7 +133,7 @@ impl Run<'_> {
                         packed: self.base(*to).cast::<f32>().add(batch * rows * depth),
                         tile,
                     };
-                    pack.run(isa);
+                    isa.run(pack);
                     Ok(())
                 }
                 Work::Gemm {
@@ -158,7 +158,7 @@ impl Run<'_> {
                         scratch: scratch.cast(),
                         panel,
                     };
-                    gemm.run(isa);
+                    isa.run(gemm);
                     Ok(())
                 }
                 Work::Gemv {
@@ -185,7 +185,7 @@ impl Run<'_> {
                         y_stride: *columns,
                         columns: piece * per_item..((piece + 1) * per_item).min(*columns),
                     };
-                    gemv.run(isa);
+                    isa.run(gemv);
                     Ok(())
                 }
                 Work::Gather {
@@ -206,7 +206,7 @@ impl Run<'_> {
                         out: self.base(*out),
                         items: range(*per_item, dims[0] * indices.len()),
                     };
-                    gather.run(isa).map_err(|bad| (Indexed::Index, bad))
+                    isa.run(gather).map_err(|bad| (Indexed::Index, bad))
                 }
                 Work::Rotate {
                     x,
@@ -235,7 +235,7 @@ impl Run<'_> {
                         position_strides: [positions.strides[0], positions.strides[1]],
                         items: range(*per_item, x.shape[0] * x.shape[1] * x.shape[2]),
                     };
-                    rotate.run(isa).map_err(|bad| (Indexed::Position, bad))
+                    isa.run(rotate).map_err(|bad| (Indexed::Position, bad))
                 }
                 Work::CacheUpdate {
                     cache,
@@ -255,7 +255,7 @@ impl Run<'_> {
                         index_stride: indices.strides[0],
                         items: range(*per_item, update.shape[0] * update.shape[1] * update.shape[2]),
                     };
-                    write.run(isa).map_err(|bad| (Indexed::Slot, bad))
+                    isa.run(write).map_err(|bad| (Indexed::Slot, bad))
                 }
                 Work::Scan {
                     mask,
@@ -273,7 +273,7 @@ impl Run<'_> {
                         live: self.base(*live),
                         items: range(*per_item, dims[0] * dims[1] * dims[2]),
                     };
-                    scan.run(isa);
+                    isa.run(scan);
                     Ok(())
                 }
                 Work::Few(step) => {
@@ -283,7 +283,7 @@ impl Run<'_> {
                         item,
                         partial: self.base(partial).cast(),
                     };
-                    few.run(isa);
+                    isa.run(few);
                     Ok(())
                 }
                 Work::Merge(step) => {
@@ -295,7 +295,7 @@ impl Run<'_> {
                         partial: self.base(partial).cast_const().cast(),
                         items: range(total, total),
                     };
-                    merge.run(isa);
+                    isa.run(merge);
                     Ok(())
                 }
                 Work::Many(step) => {
@@ -304,7 +304,7 @@ impl Run<'_> {
                         item,
                         scratch: scratch.cast(),
                     };
-                    many.run(isa);
+                    isa.run(many);
                     Ok(())
                 }
             }

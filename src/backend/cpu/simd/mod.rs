@@ -119,7 +119,8 @@ impl Isa {
 pub trait Kernel {
     type Output;
     /// # Safety
-    /// Whatever pointers the kernel holds must be valid, and the instruction set of `S` available.
+    /// Whatever pointers the kernel holds must be valid for the shapes it gives, nobody else may touch what its item
+    /// writes, and the instruction set of `S` must be available.
     unsafe fn run<S: Simd>(self) -> Self::Output;
 }
 

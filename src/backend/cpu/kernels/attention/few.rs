@@ -2,7 +2,7 @@
 
 use super::super::math;
 use super::{ALL, Attention, BLOCK, NONE};
-use crate::backend::cpu::simd::{Bf16, Element, F16, F32, Isa, Kernel, Simd};
+use crate::backend::cpu::simd::{Bf16, Element, F16, F32, Kernel, Simd};
 use crate::tensor::DType;
 
 /// Blocks in one item of [`Few`].
@@ -28,14 +28,6 @@ pub fn few_rows(group_rows: usize) -> usize {
 /// Items of [`Few`] for each batch row and KV head.
 pub fn few_chunks(slots: usize) -> usize {
     slots.div_ceil(BLOCK * CHUNK_BLOCKS).max(1)
-}
-
-impl Few {
-    /// # Safety
-    /// The pointers are valid for the shapes given; nobody else touches this item's partial result.
-    pub unsafe fn run(self, isa: Isa) {
-        unsafe { isa.run(self) }
-    }
 }
 
 impl Kernel for Few {
@@ -184,14 +176,6 @@ pub struct Merge {
     pub attention: Attention,
     pub partial: *const f32,
     pub items: std::ops::Range<usize>,
-}
-
-impl Merge {
-    /// # Safety
-    /// The pointers are valid for the shapes given; nobody else writes these rows of the output.
-    pub unsafe fn run(self, isa: Isa) {
-        unsafe { isa.run(self) }
-    }
 }
 
 impl Kernel for Merge {

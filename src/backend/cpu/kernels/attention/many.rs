@@ -30,14 +30,6 @@ pub fn many_scratch(isa: Isa, dim: usize) -> usize {
 /// The widest tile of any instruction set.
 const WIDEST: usize = 32;
 
-impl Many {
-    /// # Safety
-    /// The pointers are valid for the shapes given; nobody else writes these rows of the output.
-    pub unsafe fn run(self, isa: Isa) {
-        unsafe { isa.run(self) }
-    }
-}
-
 impl Kernel for Many {
     type Output = ();
     #[inline(always)]
@@ -93,22 +85,17 @@ impl Kernel for Many {
                     column_stride: a.k.strides[2],
                 };
                 pack_panel::<S>(matrix, 0, count, 0, a.dim, keys, BLOCK);
-                let mut s = 0;
-                while s < count {
-                    let m = S::TILE_ROWS.min(count - s).min(8);
-                    let args = TileArgs {
-                        depth: a.dim,
-                        a: keys.add(s),
-                        a_stride: BLOCK,
-                        b: queries,
-                        b_stride: width,
-                        c: scores.add(s * width),
-                        c_stride: width,
-                        accumulate: false,
-                    };
-                    S::tile(m, args);
-                    s += m;
-                }
+                let product = TileArgs {
+                    depth: a.dim,
+                    a: keys,
+                    a_stride: BLOCK,
+                    b: queries,
+                    b_stride: width,
+                    c: scores,
+                    c_stride: width,
+                    accumulate: false,
+                };
+                tiles::<S>(count, product);
                 if !seen.1
                     && let Some(mask) = &a.mask
                 {
@@ -137,22 +124,17 @@ impl Kernel for Many {
                     pack_panel::<S>(matrix, 0, a.dim, 0, count, values, a.dim);
                     (values.cast_const(), a.dim)
                 };
-                let mut i = 0;
-                while i < a.dim {
-                    let m = S::TILE_ROWS.min(a.dim - i).min(8);
-                    let args = TileArgs {
-                        depth: count,
-                        a: values.add(i),
-                        a_stride: stride,
-                        b: scores,
-                        b_stride: width,
-                        c: outputs.add(i * width),
-                        c_stride: width,
-                        accumulate: true,
-                    };
-                    S::tile(m, args);
-                    i += m;
-                }
+                let product = TileArgs {
+                    depth: count,
+                    a: values,
+                    a_stride: stride,
+                    b: scores,
+                    b_stride: width,
+                    c: outputs,
+                    c_stride: width,
+                    accumulate: true,
+                };
+                tiles::<S>(a.dim, product);
             }
             for j in 0..rows {
                 let (h, t) = a.place(g, first_row + j);
@@ -163,6 +145,24 @@ impl Kernel for Many {
                 }
             }
         }
+    }
+}
+
+/// A product of `rows` rows, tile by tile. `BLOCK` and most head sizes are multiples of 8, which leaves no thin tile.
+#[inline(always)]
+unsafe fn tiles<S: Simd>(rows: usize, product: TileArgs) {
+    let mut first = 0;
+    while first < rows {
+        let most = S::TILE_ROWS.min(rows - first).min(8);
+        let args = unsafe {
+            TileArgs {
+                a: product.a.add(first),
+                c: product.c.add(first * product.c_stride),
+                ..product
+            }
+        };
+        unsafe { S::tile(most, args) };
+        first += most;
     }
 }
 

@@ -1,7 +1,7 @@
 //! The mask as attention reads it, and the scan that says which blocks of slots are attended to at all.
 
 use super::{ALL, BLOCK, NONE, SOME};
-use crate::backend::cpu::simd::{Isa, Kernel, Simd};
+use crate::backend::cpu::simd::{Kernel, Simd};
 use crate::tensor::DType;
 
 /// A mask `[batch, heads, tokens, slots]`, broadcast where a stride is 0.
@@ -50,14 +50,6 @@ pub struct Scan {
     /// `[dims[0], dims[1], dims[2], blocks]`, dense.
     pub live: *mut u8,
     pub items: std::ops::Range<usize>,
-}
-
-impl Scan {
-    /// # Safety
-    /// The pointers are valid for the shapes given; nobody else writes these rows.
-    pub unsafe fn run(self, isa: Isa) {
-        unsafe { isa.run(self) }
-    }
 }
 
 impl Kernel for Scan {
