@@ -2,6 +2,8 @@
 
 #[path = "cli/bad_input.rs"]
 mod bad_input;
+#[path = "cli/chat.rs"]
+mod chat;
 #[path = "cli/commands.rs"]
 mod commands;
 #[cfg(feature = "tensorrt-rtx")]

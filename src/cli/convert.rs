@@ -138,6 +138,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
     if tokenizer.is_none() {
         text += "no tokenizer was found beside the model: the package takes token ids only (see --tokenizer)\n";
     }
+    let ids = tokenizer.as_ref().map_or(0, Tokenizer::vocabulary);
+    if let Some(known) = manifest.architecture.vocabulary.filter(|known| ids > *known) {
+        text += &format!("the tokenizer has {ids} tokens and the model knows {known}: is it this model's?\n");
+    }
     text += &format!(
         "wrote {} in {:.1} s\n",
         args.output.display(),

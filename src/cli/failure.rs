@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use crate::backend::tensorrt;
 use crate::decode::chat::ChatError;
+use crate::decode::conversation::ConversationError;
 use crate::decode::tokenizer::TokenizerError;
 use crate::decode::{DeviceError, GenerateError, SessionError};
 use crate::package::PackageError;
@@ -142,11 +143,26 @@ impl From<ChatError> for Failure {
             ChatError::NoTemplate => {
                 Some("use --prompt, or convert with a --tokenizer folder that has a chat template")
             }
-            _ => None,
+            ChatError::Refused(_) => Some("say it in another form; many models take no system message"),
+            ChatError::Template(_) => {
+                Some("correct the template in the package's tokenizer files, or use --prompt, which needs none")
+            }
         };
         Failure {
             help: help.map(str::to_string),
             ..Failure::input(error)
+        }
+    }
+}
+
+impl From<ConversationError> for Failure {
+    fn from(error: ConversationError) -> Self {
+        match error {
+            ConversationError::Chat(error) => error.into(),
+            ConversationError::Tokenizer(error) => error.into(),
+            error @ ConversationError::TooLong { .. } => {
+                Failure::input(error).help("say less at once, or convert the model again with a larger --capacity")
+            }
         }
     }
 }

@@ -2,19 +2,19 @@
 
 use std::collections::BTreeSet;
 use std::io::{IsTerminal, Read, Write};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use serde::Serialize;
-
+use super::events::{self, Document, Event, Summary};
 use super::sampler::SamplerArgs;
 use super::{Failure, print_json};
 use crate::decode::chat::{self, Message};
 use crate::decode::cpu::CpuDevice;
 use crate::decode::tokenizer::Tokenizer;
-use crate::decode::{self, Generation, Limits, Session};
+use crate::decode::{self, Limits, Session};
 use crate::package::Package;
-use crate::sample::{Chain, Settings};
+use crate::sample::Chain;
 
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("prompts").required(true).multiple(false))]
@@ -61,12 +61,15 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
 
-    /// Report the N most probable tokens of each step (with --json)
-    #[arg(long, value_name = "N", requires = "json")]
+    /// Report the N most probable tokens of each step (with --json or --json-lines)
+    #[arg(long, value_name = "N", requires = "machine")]
     logprobs: Option<usize>,
     /// Print one JSON document at the end instead of text
-    #[arg(long)]
+    #[arg(long, group = "machine")]
     json: bool,
+    /// Print a JSON object a line, for the prompt, each token as it comes, and the end
+    #[arg(long, group = "machine")]
+    json_lines: bool,
     #[command(flatten)]
     sampler: SamplerArgs,
 }
@@ -87,7 +90,7 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     }
     let package = Package::open(&args.package)?;
     let tokenizer = package.tokenizer()?;
-    let prompt = prompt_ids(&args, tokenizer.as_ref())?;
+    let prompt = prompt_ids(&args, tokenizer.as_ref(), package.vocabulary()?)?;
     if !args.stop.is_empty() {
         need(tokenizer.as_ref(), &args.package, "--stop")?;
     }
@@ -102,7 +105,7 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
             false => package.manifest.eos_token_ids.clone(),
         },
         stop: args.stop.clone(),
-        logprobs: args.json.then(|| args.logprobs.unwrap_or(0)),
+        logprobs: (args.json || args.json_lines).then(|| args.logprobs.unwrap_or(0)),
     };
 
     let mut session = open_cpu(&package, args.threads.map(usize::from))?;
@@ -110,26 +113,48 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     let load = started.elapsed();
 
     let mut stdout = std::io::stdout().lock();
-    let stream = !args.json;
-    let generation = decode::generate(&mut session, tokenizer.as_ref(), &prompt, &mut chain, &limits, |text| {
-        if stream {
-            stdout.write_all(text.as_bytes())?;
-            stdout.flush()?;
-        }
-        Ok(())
-    })?;
+    if args.json_lines {
+        let (prompt_ids, seed) = (&prompt[..], settings.seed);
+        Event::Prompt { prompt_ids, seed }.write(&mut stdout)?;
+    }
+    let generation = decode::stream(
+        &mut session,
+        tokenizer.as_ref(),
+        &prompt,
+        &mut chain,
+        &limits,
+        |piece| {
+            if args.json_lines {
+                Event::from(piece).write(&mut stdout)?;
+            } else if !args.json {
+                stdout.write_all(piece.text.as_bytes())?;
+                stdout.flush()?;
+            }
+            Ok(ControlFlow::Continue(()))
+        },
+    )?;
+    let summary = Summary::new(&generation, &session, settings.seed, Some(load));
+    let tokens = &generation.tokens[..];
+    if args.json_lines {
+        return Ok(Event::Done { tokens, summary }.write(&mut stdout)?);
+    }
     if args.json {
         drop(stdout);
-        return print_json(&document(&prompt, &generation, &session, &settings, load));
+        return print_json(&Document {
+            prompt_ids: &prompt,
+            tokens,
+            steps: &generation.steps,
+            summary,
+        });
     }
     if tokenizer.is_none() {
-        let ids: Vec<String> = generation.tokens.iter().map(u32::to_string).collect();
+        let ids: Vec<String> = tokens.iter().map(u32::to_string).collect();
         stdout.write_all(ids.join(",").as_bytes())?;
     }
     writeln!(stdout)?;
     stdout.flush()?;
     if std::io::stderr().is_terminal() {
-        eprintln!("{}", summary(&prompt, &generation));
+        eprintln!("{}", events::told(prompt.len(), &generation));
     }
     Ok(())
 }
@@ -142,7 +167,7 @@ pub fn open_cpu(package: &Package, threads: Option<usize>) -> Result<Session, Fa
     Ok(Session::new(Box::new(device), &package.manifest.capacities, vocabulary))
 }
 
-fn need<'a>(tokenizer: Option<&'a Tokenizer>, package: &Path, flag: &str) -> Result<&'a Tokenizer, Failure> {
+pub fn need<'a>(tokenizer: Option<&'a Tokenizer>, package: &Path, flag: &str) -> Result<&'a Tokenizer, Failure> {
     tokenizer.ok_or_else(|| {
         Failure::input(format!(
             "{}: {flag} needs a tokenizer, and the package has none",
@@ -152,7 +177,7 @@ fn need<'a>(tokenizer: Option<&'a Tokenizer>, package: &Path, flag: &str) -> Res
     })
 }
 
-fn prompt_ids(args: &Args, tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, Failure> {
+fn prompt_ids(args: &Args, tokenizer: Option<&Tokenizer>, vocabulary: usize) -> Result<Vec<u32>, Failure> {
     if let Some(ids) = &args.prompt_ids {
         return Ok(ids.clone());
     }
@@ -161,105 +186,45 @@ fn prompt_ids(args: &Args, tokenizer: Option<&Tokenizer>) -> Result<Vec<u32>, Fa
         let system = args.system.as_ref().map(Message::system);
         let messages: Vec<Message> = system.into_iter().chain([Message::user(text)]).collect();
         let text = chat::render(tokenizer, &messages)?;
-        return Ok(tokenizer.encode(&text, false)?);
+        return fitting(tokenizer.encode(&text, false)?, vocabulary, &args.package);
     }
     let (text, flag) = match (&args.prompt, &args.prompt_file) {
         (Some(text), _) => (text.clone(), "--prompt"),
         (None, Some(path)) => (read_text(path)?, "--prompt-file"),
         (None, None) => unreachable!("clap asks for one of the group"),
     };
-    Ok(need(tokenizer, &args.package, flag)?.encode(&text, true)?)
+    let tokenizer = need(tokenizer, &args.package, flag)?;
+    fitting(tokenizer.encode(&text, true)?, vocabulary, &args.package)
 }
 
-fn read_text(path: &Path) -> Result<String, Failure> {
-    let read = if path == Path::new("-") {
-        let mut text = String::new();
-        std::io::stdin().read_to_string(&mut text).map(|_| text)
-    } else {
-        std::fs::read_to_string(path)
-    };
-    read.map_err(|e| {
-        Failure::input(format!("{}: {e}", path.display())).help("--prompt-file wants a text file in UTF-8")
-    })
-}
-
-#[derive(Serialize)]
-struct Document<'a> {
-    prompt_ids: &'a [u32],
-    tokens: &'a [u32],
-    text: &'a str,
-    finish_reason: &'static str,
-    steps: Vec<StepDocument<'a>>,
-    device: &'a str,
-    engine: String,
-    seed: u64,
-    timing: TimingDocument,
-}
-
-#[derive(Serialize)]
-struct StepDocument<'a> {
-    token: u32,
-    logprob: f64,
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    top_logprobs: &'a [(u32, f64)],
-}
-
-/// Milliseconds. `ttft_ms` counts from the first prompt token fed, `tpot_ms` is the mean of all tokens but the first.
-#[derive(Serialize)]
-struct TimingDocument {
-    load_ms: f64,
-    ttft_ms: f64,
-    tpot_ms: f64,
-    tokens_per_s: f64,
-}
-
-fn document<'a>(
-    prompt: &'a [u32],
-    generation: &'a Generation,
-    session: &'a Session,
-    settings: &Settings,
-    load: Duration,
-) -> Document<'a> {
-    let ms = |d: Duration| (d.as_secs_f64() * 1e6).round() / 1e3;
-    let tpot = generation.timing.tpot();
-    Document {
-        prompt_ids: prompt,
-        tokens: &generation.tokens,
-        text: &generation.text,
-        finish_reason: generation.finish_reason.name(),
-        steps: generation
-            .steps
-            .iter()
-            .map(|s| StepDocument {
-                token: s.token,
-                logprob: s.logprob,
-                top_logprobs: &s.top_logprobs,
-            })
-            .collect(),
-        device: session.device().name(),
-        engine: session.device().engine(),
-        seed: settings.seed,
-        timing: TimingDocument {
-            load_ms: ms(load),
-            ttft_ms: ms(generation.timing.ttft),
-            tpot_ms: tpot.map(ms).unwrap_or(0.0),
-            tokens_per_s: tpot.map_or(0.0, |t| (1e3 / t.as_secs_f64()).round() / 1e3),
-        },
+/// The ids, if the model knows all of them: a tokenizer of another model is best noticed here.
+pub fn fitting(ids: Vec<u32>, vocabulary: usize, package: &Path) -> Result<Vec<u32>, Failure> {
+    match ids.iter().find(|id| **id as usize >= vocabulary) {
+        None => Ok(ids),
+        Some(id) => Err(Failure::input(format!(
+            "{}: the tokenizer gives the token {id} for this text, and the model knows {vocabulary}: they do not belong \
+             together",
+            package.display()
+        ))
+        .help("convert again with the --tokenizer of this model")),
     }
 }
 
-fn summary(prompt: &[u32], generation: &Generation) -> String {
-    let t = &generation.timing;
-    let rate = t.tpot().map(|tpot| {
-        let seconds = tpot.as_secs_f64();
-        format!(", {:.1} ms a token ({:.1} a second)", seconds * 1e3, 1.0 / seconds)
-    });
-    format!(
-        "{} prompt tokens, first token after {:.0} ms; {} tokens{}; finished by {}",
-        prompt.len(),
-        t.ttft.as_secs_f64() * 1e3,
-        generation.tokens.len(),
-        rate.unwrap_or_default(),
-        generation.finish_reason.name()
-    )
+fn read_text(path: &Path) -> Result<String, Failure> {
+    let is_stdin = path == Path::new("-");
+    let read = match is_stdin {
+        true => {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text).map(|_| text)
+        }
+        false => std::fs::read_to_string(path),
+    };
+    read.map_err(|e| {
+        let name = if is_stdin {
+            "standard input".into()
+        } else {
+            path.display().to_string()
+        };
+        Failure::input(format!("{name}: {e}")).help("--prompt-file wants text in UTF-8")
+    })
 }

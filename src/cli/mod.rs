@@ -4,12 +4,15 @@
 //! do; 1 anything else. `--json` prints one document on stdout and nothing else there; progress and notes go to stderr,
 //! and only when it is a terminal.
 
+mod chat;
 mod convert;
 mod doctor;
+mod events;
 mod failure;
 mod generate;
 mod info;
 mod inspect;
+mod interrupt;
 mod progress;
 mod sample;
 mod sampler;
@@ -41,6 +44,8 @@ enum Command {
     Info(info::Args),
     /// Generates text from a package
     Generate(generate::Args),
+    /// Talks with a model, turn by turn
+    Chat(chat::Args),
     /// Tries a sampler chain on one distribution
     Sample(sample::Args),
     /// Compares a package with the export it was made from, run by another engine
@@ -54,17 +59,13 @@ pub fn main() -> ExitCode {
     let started = std::time::Instant::now();
     // clap exits by itself: with 0 after --help and --version, with 2 on wrong usage.
     let cli = Cli::parse();
-    // An unfinished package is removed; Ctrl-C elsewhere just ends the program.
-    let handler = ctrlc::set_handler(|| {
-        crate::package::abandon();
-        std::process::exit(130);
-    });
-    debug_assert!(handler.is_ok(), "set once");
+    interrupt::install();
     let result = match cli.command {
         Command::Inspect(args) => inspect::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Info(args) => info::run(args),
         Command::Generate(args) => generate::run(args, started),
+        Command::Chat(args) => chat::run(args),
         Command::Sample(args) => sample::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Doctor(args) => doctor::run(args),

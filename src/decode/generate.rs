@@ -1,10 +1,12 @@
 //! The generation loop: prefill, then one token after another until something ends it.
 
 use std::collections::BTreeSet;
+use std::io;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use super::session::{Session, SessionError};
-use super::text::{Detokenizer, StopMatcher};
+use super::text::{Detokenizer, Shown, StopMatcher};
 use super::tokenizer::{Tokenizer, TokenizerError};
 use crate::sample::logprobs::Logprobs;
 use crate::sample::{BadLogits, Chain};
@@ -29,6 +31,8 @@ pub enum FinishReason {
     Length,
     /// The largest cache is full.
     Capacity,
+    /// Whoever took the pieces wanted no more.
+    Interrupted,
 }
 
 impl FinishReason {
@@ -37,6 +41,7 @@ impl FinishReason {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",
             FinishReason::Capacity => "capacity",
+            FinishReason::Interrupted => "interrupted",
         }
     }
 }
@@ -58,6 +63,8 @@ pub struct Timing {
     pub decode: Duration,
     /// Tokens drawn after the first.
     pub decoded: usize,
+    /// Within these, spent in the sampler chain.
+    pub sampling: Duration,
 }
 
 impl Timing {
@@ -70,6 +77,8 @@ impl Timing {
 /// What a run gave.
 #[derive(Clone, Debug)]
 pub struct Generation {
+    /// Prompt tokens whose cache the session had already.
+    pub reused: usize,
     /// Generated tokens, the end token included.
     pub tokens: Vec<u32>,
     /// Their text without special tokens, up to a stop string. Empty without a tokenizer.
@@ -94,48 +103,65 @@ pub enum GenerateError {
         source: BadLogits,
     },
     #[error("the output was closed: {0}")]
-    Output(#[from] std::io::Error),
+    Output(#[from] io::Error),
 }
 
-/// Feeds the prompt and draws tokens until an end token, a stop string, the limit or a full cache. `on_text` gets text
-/// as it becomes certain, never empty; an error from it ends the run.
+/// What is reported as it comes: a token, and the text that became certain with it.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// `None` for text that was held back and became certain only at the end.
+    pub token: Option<u32>,
+    /// If log-probabilities were asked for.
+    pub step: Option<&'a Step>,
+    /// Often one word; empty inside a character, inside what may be a stop string, and without a tokenizer.
+    pub text: &'a str,
+}
+
+/// As [`stream`], for those who only want text: `on_text` gets it as it becomes certain, never empty.
 pub fn generate(
     session: &mut Session,
     tokenizer: Option<&Tokenizer>,
     prompt: &[u32],
     chain: &mut Chain,
     limits: &Limits,
-    mut on_text: impl FnMut(&str) -> std::io::Result<()>,
+    mut on_text: impl FnMut(&str) -> io::Result<()>,
 ) -> Result<Generation, GenerateError> {
-    let mut detokenizer = tokenizer.map(Detokenizer::new);
-    let mut stops = StopMatcher::new(limits.stop.iter().cloned());
+    stream(session, tokenizer, prompt, chain, limits, |piece| {
+        if !piece.text.is_empty() {
+            on_text(piece.text)?;
+        }
+        Ok(ControlFlow::Continue(()))
+    })
+}
+
+/// Makes the prompt the session's whole sequence, as [`Session::resume`] does, and draws tokens until an end token, a
+/// stop string, the limit, a full cache, or a `Break` from `on_piece`. An error from `on_piece` ends the run.
+pub fn stream(
+    session: &mut Session,
+    tokenizer: Option<&Tokenizer>,
+    prompt: &[u32],
+    chain: &mut Chain,
+    limits: &Limits,
+    mut on_piece: impl FnMut(Piece<'_>) -> io::Result<ControlFlow<()>>,
+) -> Result<Generation, GenerateError> {
+    let mut text = tokenizer.map(|tokenizer| Text {
+        detokenizer: Detokenizer::new(tokenizer),
+        stops: StopMatcher::new(limits.stop.iter().cloned()),
+    });
     let mut out = Generation {
+        reused: 0,
         tokens: Vec::new(),
         text: String::new(),
         finish_reason: FinishReason::Length,
         steps: Vec::new(),
         timing: Timing::default(),
     };
-    let mut show = |out: &mut Generation, text: &str| -> std::io::Result<()> {
-        if text.is_empty() {
-            return Ok(());
-        }
-        out.text.push_str(text);
-        on_text(text)
-    };
-
     let start = Instant::now();
-    session.feed(prompt)?;
+    out.reused = session.resume(prompt)?;
     let mut first = start;
     let mut stopped_by_string = false;
     while out.tokens.len() < limits.max_new_tokens {
-        let token = chain
-            .sample(session.logits(), session.tokens())
-            .map_err(|source| GenerateError::Draw {
-                step: out.tokens.len() + 1,
-                position: session.tokens().len(),
-                source,
-            })?;
+        let token = draw(session, chain, &mut out)?;
         if out.tokens.is_empty() {
             first = Instant::now();
             out.timing.ttft = first - start;
@@ -153,17 +179,25 @@ pub fn generate(
             });
         }
 
-        if limits.eos_ids.contains(&token) {
+        let ended = limits.eos_ids.contains(&token);
+        let shown = match &mut text {
+            Some(text) if !ended => text.push(token)?,
+            _ => Shown::default(),
+        };
+        out.text.push_str(&shown.text);
+        let flow = on_piece(Piece {
+            token: Some(token),
+            step: out.steps.last(),
+            text: &shown.text,
+        })?;
+        stopped_by_string = shown.stopped;
+        if ended || shown.stopped {
             out.finish_reason = FinishReason::Stop;
             break;
         }
-        if let Some(detokenizer) = &mut detokenizer {
-            let shown = stops.push(&detokenizer.push(token)?);
-            show(&mut out, &shown.text)?;
-            if shown.stopped {
-                (out.finish_reason, stopped_by_string) = (FinishReason::Stop, true);
-                break;
-            }
+        if flow.is_break() {
+            out.finish_reason = FinishReason::Interrupted;
+            break;
         }
         if out.tokens.len() == limits.max_new_tokens {
             break;
@@ -174,17 +208,53 @@ pub fn generate(
         }
         session.feed(&[token])?;
     }
-    if let Some(detokenizer) = &mut detokenizer
+    if let Some(text) = &mut text
         && !stopped_by_string
     {
-        // The last bytes may complete a stop string too.
-        let shown = stops.push(&detokenizer.finish()?);
-        show(&mut out, &shown.text)?;
+        let shown = text.finish()?;
         if shown.stopped {
             out.finish_reason = FinishReason::Stop;
-        } else {
-            show(&mut out, &stops.finish())?;
+        }
+        if !shown.text.is_empty() {
+            out.text.push_str(&shown.text);
+            let _ = on_piece(Piece {
+                token: None,
+                step: None,
+                text: &shown.text,
+            })?;
         }
     }
     Ok(out)
+}
+
+fn draw(session: &Session, chain: &mut Chain, out: &mut Generation) -> Result<u32, GenerateError> {
+    let start = Instant::now();
+    let token = chain.sample(session.logits(), session.tokens());
+    out.timing.sampling += start.elapsed();
+    token.map_err(|source| GenerateError::Draw {
+        step: out.tokens.len() + 1,
+        position: session.tokens().len(),
+        source,
+    })
+}
+
+/// Tokens to what may be shown.
+struct Text<'a> {
+    detokenizer: Detokenizer<'a>,
+    stops: StopMatcher,
+}
+
+impl Text<'_> {
+    fn push(&mut self, token: u32) -> Result<Shown, TokenizerError> {
+        Ok(self.stops.push(&self.detokenizer.push(token)?))
+    }
+
+    /// Everything held back. The last bytes may complete a stop string too.
+    fn finish(&mut self) -> Result<Shown, TokenizerError> {
+        let mut shown = self.stops.push(&self.detokenizer.finish()?);
+        if !shown.stopped {
+            shown.text.push_str(&self.stops.finish());
+        }
+        Ok(shown)
+    }
 }

@@ -6,6 +6,7 @@
 //! [`crate::sample::Chain`] and reports them as they come. Options and printing belong to the command line.
 
 pub mod chat;
+pub mod conversation;
 pub mod cpu;
 mod generate;
 mod pieces;
@@ -14,5 +15,5 @@ mod session;
 pub mod text;
 pub mod tokenizer;
 
-pub use generate::{FinishReason, GenerateError, Generation, Limits, Step, Timing, generate};
+pub use generate::{FinishReason, GenerateError, Generation, Limits, Piece, Step, Timing, generate, stream};
 pub use session::{Chunk, Device, DeviceError, Session, SessionError};

@@ -148,7 +148,10 @@ impl Session {
             debug_assert!(chunk.tokens >= 1 && chunk.tokens <= chunk.rows);
             debug_assert!(position + chunk.rows <= self.capacity);
             let (now, later) = rest.split_at(chunk.tokens);
-            self.device.forward(chunk, now, position, &mut self.logits)?;
+            if let Err(error) = self.device.forward(chunk, now, position, &mut self.logits) {
+                self.logits.clear();
+                return Err(error.into());
+            }
             self.tokens.extend_from_slice(now);
             rest = later;
         }
@@ -156,19 +159,41 @@ impl Session {
         Ok(&self.logits)
     }
 
+    /// Makes `tokens` the whole sequence and computes the logits after the last of them. The cache of the longest prefix
+    /// that they share with what was fed before is kept; gives its length. On an error nothing changed, unless the device
+    /// failed.
+    pub fn resume(&mut self, tokens: &[u32]) -> Result<usize, SessionError> {
+        self.check_at(0, tokens)?;
+        let pairs = self.tokens.iter().zip(tokens);
+        let shared = pairs.take_while(|(old, new)| old == new).count();
+        if shared == tokens.len() && shared == self.tokens.len() && !self.logits.is_empty() {
+            return Ok(shared);
+        }
+        // Logits are known after the last token only, so at least one is fed. What the cache holds beyond is never seen.
+        let kept = shared.min(tokens.len() - 1);
+        self.tokens.truncate(kept);
+        self.logits.clear();
+        self.feed(&tokens[kept..])?;
+        Ok(kept)
+    }
+
     /// Whether these tokens could be fed now, without doing it.
     pub fn check(&self, tokens: &[u32]) -> Result<(), SessionError> {
+        self.check_at(self.tokens.len(), tokens)
+    }
+
+    fn check_at(&self, first: usize, tokens: &[u32]) -> Result<(), SessionError> {
         if tokens.is_empty() {
             return Err(SessionError::Empty);
         }
         if let Some(at) = tokens.iter().position(|id| *id as usize >= self.vocabulary) {
             return Err(SessionError::OutsideVocabulary {
                 id: tokens[at],
-                position: self.tokens.len() + at,
+                position: first + at,
                 vocabulary: self.vocabulary,
             });
         }
-        let (total, capacity) = (self.tokens.len() + tokens.len(), self.largest_capacity());
+        let (total, capacity) = (first + tokens.len(), self.largest_capacity());
         if total > capacity {
             return Err(SessionError::Capacity {
                 tokens: total,
@@ -319,6 +344,37 @@ mod tests {
         assert_eq!(session.room(), 0);
         let expected = ["reserve 4 keeping 0", "reserve 8 keeping 4", "reserve 16 keeping 5"];
         assert_eq!(*log.borrow(), expected);
+    }
+
+    #[test]
+    fn the_longest_common_prefix_is_kept() {
+        let (mut session, log) = session(&[8, 16], 64, true);
+        let fresh = |tokens: &[u32]| self::session(&[16], 64, false).0.feed(tokens).unwrap().to_vec();
+        assert_eq!(session.resume(&[1, 2, 3, 4]).unwrap(), 0);
+        assert_eq!(session.logits(), fresh(&[1, 2, 3, 4]));
+        for (tokens, kept) in [
+            // Longer, by a branch in the middle, the same again, a prefix of it, another beginning.
+            (&[1, 2, 3, 4, 5, 6][..], 4),
+            (&[1, 2, 9, 4, 5], 2),
+            (&[1, 2, 9, 4, 5], 5),
+            (&[1, 2, 9], 2),
+            (&[7], 0),
+            (&[7, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 1),
+            (&[7, 1, 2], 2),
+        ] {
+            assert_eq!(session.resume(tokens).unwrap(), kept, "{tokens:?}");
+            assert_eq!(
+                (session.tokens(), session.logits()),
+                (tokens, &fresh(tokens)[..]),
+                "{tokens:?}"
+            );
+        }
+        assert_eq!(*log.borrow(), ["reserve 8 keeping 0", "reserve 16 keeping 1"]);
+        // What cannot be fed changes nothing.
+        assert!(session.resume(&[]).is_err() && session.resume(&[50]).is_err() && session.resume(&[1; 17]).is_err());
+        assert_eq!(session.tokens(), [7, 1, 2]);
+        session.feed(&[3]).unwrap();
+        assert_eq!(session.logits(), fresh(&[7, 1, 2, 3]));
     }
 
     #[test]

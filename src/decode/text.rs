@@ -78,7 +78,7 @@ pub struct StopMatcher {
 }
 
 /// What may be shown now.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shown {
     pub text: String,
     /// A stop string was met: `text` ends right before it, and nothing may follow.

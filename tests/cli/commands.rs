@@ -17,7 +17,7 @@ fn help_lists_the_commands_that_exist() {
     assert_eq!(
         commands,
         [
-            "inspect", "convert", "info", "generate", "sample", "verify", "doctor", "help"
+            "inspect", "convert", "info", "generate", "chat", "sample", "verify", "doctor", "help"
         ]
     );
 }

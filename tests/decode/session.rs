@@ -123,3 +123,22 @@ fn generation_is_reproducible_on_any_number_of_threads() {
     assert_eq!(tokens(1, 5), tokens(2, 5));
     assert_ne!(tokens(2, 5), tokens(2, 6));
 }
+
+#[test]
+fn a_common_prefix_is_kept_and_changes_nothing() {
+    // Mistral's window of 8 must still see what lies before the branch; the last prompt moves to the larger cache.
+    for export in ["llama-optimum", "mistral-optimum", "gpt2-optimum"] {
+        let mut kept = session(export, &[32, 64]);
+        let (mut first, mut second) = (prompt(24), prompt(40));
+        first[20] = 90;
+        second.truncate(12);
+        second.extend(prompt(30));
+        for (tokens, reused) in [(prompt(24), 0), (first, 20), (prompt(18), 17), (second, 12)] {
+            assert_eq!(kept.resume(&tokens).unwrap(), reused, "{export}");
+            let mut fresh = session(export, &[64]);
+            fresh.feed(&tokens).unwrap();
+            assert_close(kept.logits(), fresh.logits(), export);
+        }
+        assert_eq!(kept.moves().0, 1);
+    }
+}

@@ -1,0 +1,167 @@
+//! What a generation looks like to a script: one JSON document at its end, or a JSON line for each event as it comes.
+//!
+//! Events: `prompt` (once, before anything is computed), `token` (each, with the text that became certain with it), `text`
+//! (what was held back until the end, if anything), `done` (once; what the document has, without steps).
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::decode::{Generation, Piece, Session, Step};
+
+/// Milliseconds. `ttft_ms` counts from the first prompt token fed, `tpot_ms` is the mean of all tokens but the first,
+/// `sampling_ms` the mean a token of what the sampler chain took of it.
+#[derive(Serialize)]
+struct Timing {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    load_ms: Option<f64>,
+    ttft_ms: f64,
+    tpot_ms: f64,
+    tokens_per_s: f64,
+    sampling_ms: f64,
+}
+
+impl Timing {
+    fn new(generation: &Generation, load: Option<Duration>) -> Self {
+        let ms = |d: Duration| (d.as_secs_f64() * 1e6).round() / 1e3;
+        let tpot = generation.timing.tpot();
+        let draws = generation.tokens.len().max(1) as u32;
+        Timing {
+            load_ms: load.map(ms),
+            ttft_ms: ms(generation.timing.ttft),
+            tpot_ms: tpot.map(ms).unwrap_or(0.0),
+            tokens_per_s: tpot.map_or(0.0, |t| (1e3 / t.as_secs_f64()).round() / 1e3),
+            sampling_ms: ms(generation.timing.sampling / draws),
+        }
+    }
+}
+
+/// What is known at the end.
+#[derive(Serialize)]
+pub struct Summary<'a> {
+    text: &'a str,
+    finish_reason: &'static str,
+    /// Prompt tokens whose cache was there already.
+    cached_tokens: usize,
+    device: &'a str,
+    engine: String,
+    seed: u64,
+    timing: Timing,
+}
+
+impl<'a> Summary<'a> {
+    pub fn new(generation: &'a Generation, session: &'a Session, seed: u64, load: Option<Duration>) -> Self {
+        Summary {
+            text: &generation.text,
+            finish_reason: generation.finish_reason.name(),
+            cached_tokens: generation.reused,
+            device: session.device().name(),
+            engine: session.device().engine(),
+            seed,
+            timing: Timing::new(generation, load),
+        }
+    }
+}
+
+/// `generate --json`.
+#[derive(Serialize)]
+pub struct Document<'a> {
+    pub prompt_ids: &'a [u32],
+    pub tokens: &'a [u32],
+    #[serde(serialize_with = "steps")]
+    pub steps: &'a [Step],
+    #[serde(flatten)]
+    pub summary: Summary<'a>,
+}
+
+#[derive(Serialize)]
+struct StepDocument<'a> {
+    token: u32,
+    logprob: f64,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    top_logprobs: &'a [(u32, f64)],
+}
+
+impl<'a> From<&'a Step> for StepDocument<'a> {
+    fn from(step: &'a Step) -> Self {
+        StepDocument {
+            token: step.token,
+            logprob: step.logprob,
+            top_logprobs: &step.top_logprobs,
+        }
+    }
+}
+
+fn steps<S: serde::Serializer>(steps: &&[Step], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(steps.iter().map(StepDocument::from))
+}
+
+/// A line of `--json-lines`.
+#[derive(Serialize)]
+#[serde(tag = "event", rename_all = "lowercase")]
+pub enum Event<'a> {
+    Prompt {
+        prompt_ids: &'a [u32],
+        seed: u64,
+    },
+    Token {
+        token: u32,
+        text: &'a str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        logprob: Option<f64>,
+        #[serde(skip_serializing_if = "<[_]>::is_empty")]
+        top_logprobs: &'a [(u32, f64)],
+    },
+    Text {
+        text: &'a str,
+    },
+    Done {
+        tokens: &'a [u32],
+        #[serde(flatten)]
+        summary: Summary<'a>,
+    },
+}
+
+impl<'a> From<Piece<'a>> for Event<'a> {
+    fn from(piece: Piece<'a>) -> Self {
+        match piece.token {
+            None => Event::Text { text: piece.text },
+            Some(token) => Event::Token {
+                token,
+                text: piece.text,
+                logprob: piece.step.map(|s| s.logprob),
+                top_logprobs: piece.step.map_or(&[], |s| &s.top_logprobs),
+            },
+        }
+    }
+}
+
+impl Event<'_> {
+    /// Writes it as one line, at once.
+    pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        serde_json::to_writer(&mut *out, self)?;
+        writeln!(out)?;
+        out.flush()
+    }
+}
+
+/// For a person, after the text.
+pub fn told(prompt: usize, generation: &Generation) -> String {
+    let t = &generation.timing;
+    let rate = t.tpot().map(|tpot| {
+        let seconds = tpot.as_secs_f64();
+        format!(", {:.1} ms a token ({:.1} a second)", seconds * 1e3, 1.0 / seconds)
+    });
+    let cached = match generation.reused {
+        0 => String::new(),
+        n => format!(" ({n} of them cached)"),
+    };
+    format!(
+        "{prompt} prompt tokens{cached}, first token after {:.0} ms; {} tokens{}; finished by {}",
+        t.ttft.as_secs_f64() * 1e3,
+        generation.tokens.len(),
+        rate.unwrap_or_default(),
+        generation.finish_reason.name()
+    )
+}

@@ -1,0 +1,110 @@
+//! A conversation of several turns, as the prompt of its next one.
+//!
+//! Keeps the messages; the model's own chat template makes the prompt of them anew each time. A template repeats the
+//! earlier turns as they were, so a [`super::Session`] that is given the new prompt finds most of it in its cache. When
+//! the conversation outgrows the cache its oldest exchanges are left out, the system message never.
+
+use super::chat::{self, ChatError, Message};
+use super::tokenizer::{Tokenizer, TokenizerError};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConversationError {
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error("this message makes a prompt of {tokens} tokens, and the largest cache of this package has {capacity}")]
+    TooLong { tokens: usize, capacity: usize },
+}
+
+/// See the module's head.
+#[derive(Clone, Debug, Default)]
+pub struct Conversation {
+    system: Option<Message>,
+    /// User and assistant by turns; the last is the user's while an answer is due.
+    turns: Vec<Message>,
+    /// Turns at the beginning that did not fit any more.
+    left_out: usize,
+}
+
+/// A prompt for the next answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prompt {
+    pub ids: Vec<u32>,
+    /// Exchanges left out, in all.
+    pub left_out: usize,
+}
+
+impl Conversation {
+    pub fn new(system: Option<&str>) -> Self {
+        Conversation {
+            system: system.map(Message::system),
+            ..Conversation::default()
+        }
+    }
+
+    /// Every message, those left out of the prompt included.
+    pub fn messages(&self) -> impl Iterator<Item = &Message> {
+        self.system.iter().chain(&self.turns)
+    }
+
+    /// Adds what the user says and gives the prompt that asks for an answer: at most `capacity - room` tokens, if leaving
+    /// out old turns can bring that about, and less than `capacity` always. On an error the message is not added.
+    pub fn ask(
+        &mut self,
+        tokenizer: &Tokenizer,
+        text: &str,
+        capacity: usize,
+        room: usize,
+    ) -> Result<Prompt, ConversationError> {
+        self.turns.push(Message::user(text));
+        let prompt = self.prompt(tokenizer, capacity, room);
+        if prompt.is_err() {
+            self.turns.pop();
+        }
+        prompt
+    }
+
+    fn prompt(&mut self, tokenizer: &Tokenizer, capacity: usize, room: usize) -> Result<Prompt, ConversationError> {
+        let mut left_out = self.left_out;
+        loop {
+            let messages: Vec<Message> = self.system.iter().chain(&self.turns[left_out..]).cloned().collect();
+            let ids = tokenizer.encode(&chat::render(tokenizer, &messages)?, false)?;
+            let last = left_out + 1 >= self.turns.len();
+            if ids.len() + room <= capacity || last && ids.len() < capacity {
+                self.left_out = left_out;
+                return Ok(Prompt {
+                    ids,
+                    left_out: left_out / 2,
+                });
+            }
+            if last {
+                let tokens = ids.len();
+                return Err(ConversationError::TooLong { tokens, capacity });
+            }
+            left_out += 2;
+        }
+    }
+
+    /// Adds the model's answer, whole or as far as it came.
+    pub fn answer(&mut self, text: &str) {
+        debug_assert_eq!(self.turns.len() % 2, 1, "after a question");
+        self.turns.push(Message::assistant(text));
+    }
+
+    /// Takes back the last exchange, or the question that has no answer yet, and gives what the user said.
+    pub fn take_back(&mut self) -> Option<String> {
+        if self.turns.len().is_multiple_of(2) {
+            self.turns.pop();
+        }
+        let question = self.turns.pop()?;
+        self.left_out = self.left_out.min(self.turns.len());
+        Some(question.content)
+    }
+
+    /// Forgets everything but the system message.
+    pub fn clear(&mut self) {
+        self.turns.clear();
+        self.left_out = 0;
+    }
+}
