@@ -1,6 +1,7 @@
 //! Attention of few query rows, as in decode: chunks of slots by themselves, then joined.
 
 use super::super::math;
+use super::super::moves::Heads;
 use super::{ALL, Attention, BLOCK, NONE};
 use crate::backend::cpu::simd::{Bf16, Element, F16, F32, Kernel, Simd};
 use crate::tensor::DType;
@@ -20,7 +21,8 @@ pub struct Few {
     pub partial: *mut f32,
 }
 
-/// Rows of a partial result of [`Few`]: those it computes, some perhaps twice.
+/// Rows of a partial result of [`Few`]: those it computes, some perhaps twice. There are few such numbers, so that the
+/// code stays small.
 pub fn few_rows(group_rows: usize) -> usize {
     if group_rows <= 4 { group_rows } else { FEW }
 }
@@ -34,55 +36,28 @@ impl Kernel for Few {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        unsafe {
-            match self.attention.k.storage {
-                DType::F32 => self.rows::<S, F32>(),
-                DType::F16 => self.rows::<S, F16>(),
-                DType::Bf16 => self.rows::<S, Bf16>(),
-                other => unreachable!("a cache of {other}"),
-            }
-        }
-    }
-}
-
-impl Few {
-    #[inline(always)]
-    unsafe fn rows<S: Simd, E: Element>(self) {
-        unsafe {
-            // Few numbers of rows, so that the code stays small: what is in between computes some rows twice.
-            match self.attention.group_rows() {
-                1 => self.chunk::<S, E, 1>(),
-                2 => self.chunk::<S, E, 2>(),
-                3 => self.chunk::<S, E, 3>(),
-                4 => self.chunk::<S, E, 4>(),
-                _ => self.chunk::<S, E, 8>(),
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn chunk<S: Simd, E: Element, const R: usize>(self) {
         let a = &self.attention;
         let chunks = few_chunks(a.slots);
         let (pair, chunk) = (self.item / chunks, self.item % chunks);
         let (b, g) = (pair / a.kv_heads, pair % a.kv_heads);
-        // With fewer rows than R, the last one stands in for those that are missing.
-        let rows = a.group_rows();
-        let places: [(usize, usize); R] = std::array::from_fn(|r| a.place(g, r.min(rows - 1)));
-        let q: [*const f32; R] = std::array::from_fn(|r| a.q.row(b, places[r].0, places[r].1).cast_const().cast());
-        let whole = a.dim / S::LANES * S::LANES;
+        let rows = few_rows(a.group_rows());
+        // Of rows that are computed and not there, the last one's.
+        let places: [(usize, usize); FEW] = std::array::from_fn(|r| a.place(g, r.min(a.group_rows() - 1)));
+        let q: [*const f32; FEW] = places.map(|(h, t)| a.q.row(b, h, t).cast_const().cast());
+        let width = 2 + a.dim;
+        let partial = self.partial.wrapping_add(self.item * rows * width);
+        let out: [*mut f32; FEW] = std::array::from_fn(|r| partial.wrapping_add(r.min(rows - 1) * width));
+        let mut p = [[0f32; BLOCK]; FEW];
+        let mut scales = [0f32; FEW];
         unsafe {
-            let out: [*mut f32; R] = std::array::from_fn(|r| self.partial.add((self.item * R + r) * (2 + a.dim)));
-            for row in out {
-                *row = f32::NEG_INFINITY;
-                for i in 0..=a.dim {
-                    *row.add(1 + i) = 0.0;
-                }
+            partial.write_bytes(0, rows * width);
+            for row in &out[..rows] {
+                **row = f32::NEG_INFINITY;
             }
             let last = ((chunk + 1) * CHUNK_BLOCKS).min(a.blocks());
             for block in chunk * CHUNK_BLOCKS..last {
-                let states: [u8; R] = std::array::from_fn(|r| match &a.mask {
-                    Some(mask) => mask.state(b, places[r].0, places[r].1, block),
+                let states = places.map(|(h, t)| match &a.mask {
+                    Some(mask) => mask.state(b, h, t, block),
                     None => ALL,
                 });
                 if states.iter().all(|s| *s == NONE) {
@@ -90,81 +65,186 @@ impl Few {
                 }
                 let first = block * BLOCK;
                 let count = BLOCK.min(a.slots - first);
-                let mut p = [[f32::NEG_INFINITY; BLOCK]; R];
-                for s in 0..count {
-                    let k = a.k.row(b, g, first + s).cast_const();
-                    let mut acc = [S::splat(0.0); R];
-                    for i in (0..whole).step_by(S::LANES) {
-                        let key = E::load::<S>(k, i);
-                        for r in 0..R {
-                            acc[r] = S::fma(key, S::load(q[r].add(i)), acc[r]);
-                        }
-                    }
-                    for r in 0..R {
-                        let mut sum = S::sum(acc[r]);
-                        for i in whole..a.dim {
-                            sum = S::mul_add(E::get(k, i), *q[r].add(i), sum);
-                        }
-                        p[r][s] = sum;
-                    }
-                }
-                let mut scales = [1f32; R];
-                for r in 0..R {
-                    let (h, t) = places[r];
+                let stream = |heads: &Heads| Stream {
+                    base: heads.row(b, g, first),
+                    stride: heads.strides[2],
+                    count,
+                    dim: a.dim,
+                };
+                let (keys, values) = (stream(&a.k), stream(&a.v));
+                pass::<S, _>(Scores { q: &q, keys, p: &mut p }, a.k.storage, rows);
+                for r in 0..rows {
+                    let p = &mut p[r];
+                    p[count..].fill(f32::NEG_INFINITY);
                     if let Some(mask) = &a.mask
                         && states[r] != ALL
                     {
+                        let (h, t) = places[r];
                         for s in 0..count {
                             let bias = mask.bias(b, h, t, first + s);
                             // -∞ replaces the score, so that a key that is not a number stays masked.
-                            p[r][s] = if bias == f32::NEG_INFINITY {
-                                bias
-                            } else {
-                                p[r][s] + bias
-                            };
+                            p[s] = if bias == f32::NEG_INFINITY { bias } else { p[s] + bias };
                         }
                     }
-                    let (old, sum) = (*out[r], *out[r].add(1));
-                    let max = p[r].iter().fold(old, |m, x| if *x > m { *x } else { m });
-                    let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
-                    for x in &mut p[r] {
-                        *x = math::exp::<S>(*x - base);
-                    }
-                    let mut parts = [0f32; 16];
-                    for (i, x) in p[r].iter().enumerate() {
-                        parts[i % 16] += x;
-                    }
-                    scales[r] = if old == f32::NEG_INFINITY {
-                        0.0
-                    } else {
-                        math::exp::<S>(old - base)
-                    };
-                    *out[r] = max;
-                    *out[r].add(1) = sum * scales[r] + parts.iter().sum::<f32>();
+                    scales[r] = exponentials::<S>(p, out[r]);
                 }
-                let v = a.v.row(b, g, first).cast_const();
-                let step = a.v.strides[2] as usize * E::SIZE;
+                let outputs = Outputs {
+                    p: &p,
+                    scales: &scales,
+                    values,
+                    out: &out,
+                };
+                pass::<S, _>(outputs, a.v.storage, rows);
+            }
+        }
+    }
+}
+
+/// Scores become exponentials; the row's running maximum and sum (`out[0]`, `out[1]`) are brought to the new base. Gives
+/// the factor that does so for what was summed before.
+#[inline(always)]
+unsafe fn exponentials<S: Simd>(p: &mut [f32; BLOCK], out: *mut f32) -> f32 {
+    let (old, sum) = unsafe { (*out, *out.add(1)) };
+    let max = p.iter().fold(old, |m, x| if *x > m { *x } else { m });
+    let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
+    for x in p.iter_mut() {
+        *x = math::exp::<S>(*x - base);
+    }
+    let mut parts = [0f32; 16];
+    for (i, x) in p.iter().enumerate() {
+        parts[i % 16] += x;
+    }
+    let scale = if old == f32::NEG_INFINITY {
+        0.0
+    } else {
+        math::exp::<S>(old - base)
+    };
+    unsafe {
+        *out = max;
+        *out.add(1) = sum * scale + parts.iter().sum::<f32>();
+    }
+    scale
+}
+
+/// Keys or values of a block.
+#[derive(Clone, Copy)]
+struct Stream {
+    base: *const u8,
+    /// From slot to slot, in elements.
+    stride: isize,
+    count: usize,
+    dim: usize,
+}
+
+impl Stream {
+    #[inline(always)]
+    fn slot<E: Element>(&self, slot: usize) -> *const u8 {
+        self.base
+            .wrapping_offset(slot as isize * self.stride * E::SIZE as isize)
+    }
+}
+
+/// A walk over keys or values with a number of rows known at compile time, so that the rows' sums live in registers.
+/// Only this much is compiled for every dtype and number of rows.
+trait Pass {
+    unsafe fn run<S: Simd, E: Element, const R: usize>(self);
+}
+
+#[inline(always)]
+unsafe fn pass<S: Simd, P: Pass>(pass: P, storage: DType, rows: usize) {
+    unsafe {
+        match storage {
+            DType::F32 => pass_of::<S, F32, P>(pass, rows),
+            DType::F16 => pass_of::<S, F16, P>(pass, rows),
+            DType::Bf16 => pass_of::<S, Bf16, P>(pass, rows),
+            other => unreachable!("a cache of {other}"),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn pass_of<S: Simd, E: Element, P: Pass>(pass: P, rows: usize) {
+    unsafe {
+        match rows {
+            1 => pass.run::<S, E, 1>(),
+            2 => pass.run::<S, E, 2>(),
+            3 => pass.run::<S, E, 3>(),
+            4 => pass.run::<S, E, 4>(),
+            _ => pass.run::<S, E, FEW>(),
+        }
+    }
+}
+
+/// `p[r][s] = q[r] · keys[s]`
+struct Scores<'a> {
+    q: &'a [*const f32; FEW],
+    keys: Stream,
+    p: &'a mut [[f32; BLOCK]; FEW],
+}
+
+impl Pass for Scores<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, E: Element, const R: usize>(self) {
+        let q: [*const f32; R] = std::array::from_fn(|r| self.q[r]);
+        let dim = self.keys.dim;
+        let whole = dim / S::LANES * S::LANES;
+        for s in 0..self.keys.count {
+            let k = self.keys.slot::<E>(s);
+            unsafe {
+                let mut acc = [S::splat(0.0); R];
                 for i in (0..whole).step_by(S::LANES) {
-                    let mut acc: [S::V; R] =
-                        std::array::from_fn(|r| S::mul(S::load(out[r].add(2 + i)), S::splat(scales[r])));
-                    for s in 0..count {
-                        let value = E::load::<S>(v.wrapping_add(s * step), i);
-                        for r in 0..R {
-                            acc[r] = S::fma(S::splat(p[r][s]), value, acc[r]);
-                        }
-                    }
+                    let key = E::load::<S>(k, i);
                     for r in 0..R {
-                        S::store(out[r].add(2 + i), acc[r]);
+                        acc[r] = S::fma(key, S::load(q[r].add(i)), acc[r]);
                     }
                 }
-                for i in whole..a.dim {
-                    for r in 0..R {
-                        let mut acc = *out[r].add(2 + i) * scales[r];
-                        for s in 0..count {
-                            acc = S::mul_add(p[r][s], E::get(v.wrapping_add(s * step), i), acc);
-                        }
-                        *out[r].add(2 + i) = acc;
+                for r in 0..R {
+                    let mut sum = S::sum(acc[r]);
+                    for i in whole..dim {
+                        sum = S::mul_add(E::get(k, i), *q[r].add(i), sum);
                     }
+                    self.p[r][s] = sum;
+                }
+            }
+        }
+    }
+}
+
+/// `out[r][2..] = out[r][2..] * scales[r] + sum over s of p[r][s] * values[s]`
+struct Outputs<'a> {
+    p: &'a [[f32; BLOCK]; FEW],
+    scales: &'a [f32; FEW],
+    values: Stream,
+    out: &'a [*mut f32; FEW],
+}
+
+impl Pass for Outputs<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, E: Element, const R: usize>(self) {
+        let out: [*mut f32; R] = std::array::from_fn(|r| self.out[r].wrapping_add(2));
+        let Stream { count, dim, .. } = self.values;
+        let whole = dim / S::LANES * S::LANES;
+        unsafe {
+            for i in (0..whole).step_by(S::LANES) {
+                let mut acc: [S::V; R] =
+                    std::array::from_fn(|r| S::mul(S::load(out[r].add(i)), S::splat(self.scales[r])));
+                for s in 0..count {
+                    let value = E::load::<S>(self.values.slot::<E>(s), i);
+                    for r in 0..R {
+                        acc[r] = S::fma(S::splat(self.p[r][s]), value, acc[r]);
+                    }
+                }
+                for r in 0..R {
+                    S::store(out[r].add(i), acc[r]);
+                }
+            }
+            for i in whole..dim {
+                for r in 0..R {
+                    let mut acc = *out[r].add(i) * self.scales[r];
+                    for s in 0..count {
+                        acc = S::mul_add(self.p[r][s], E::get(self.values.slot::<E>(s), i), acc);
+                    }
+                    *out[r].add(i) = acc;
                 }
             }
         }
