@@ -35,7 +35,7 @@ impl Frame<'_> {
         }
     }
 
-    #[inline(always)]
+    #[inline(never)]
     pub(super) unsafe fn binary_int(&self, op: Elementwise, wrap: DType, a: Register, b: Register, to: Register) {
         let (n, a, b) = (self.count(to), self.arg::<i64>(a), self.arg::<i64>(b));
         let (y, t) = (self.at::<i64>(to), self.at::<u8>(to));
@@ -58,7 +58,7 @@ impl Frame<'_> {
         }
     }
 
-    #[inline(always)]
+    #[inline(never)]
     pub(super) unsafe fn binary_bool(&self, op: Elementwise, a: Register, b: Register, to: Register) {
         let (n, a, b, to) = (self.count(to), self.arg::<u8>(a), self.arg::<u8>(b), self.at::<u8>(to));
         unsafe {
@@ -101,7 +101,7 @@ impl Frame<'_> {
         }
     }
 
-    #[inline(always)]
+    #[inline(never)]
     pub(super) unsafe fn unary_int(&self, op: UnaryOp, wrap: DType, a: Register, to: Register) {
         let (n, a, to) = (self.count(to), self.at::<i64>(a).cast_const(), self.at::<i64>(to));
         unsafe {

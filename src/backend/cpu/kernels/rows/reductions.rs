@@ -26,7 +26,7 @@ impl Frame<'_> {
         unsafe { self.at::<f32>(to).write_unaligned(value) }
     }
 
-    #[inline(always)]
+    #[inline(never)]
     pub(super) unsafe fn reduce_int(&self, op: ReduceOp, wrap: DType, a: Register, to: Register) {
         let n = if a.scalar { 1 } else { self.n };
         let values = (0..n).map(|i| unsafe { self.at::<i64>(a).add(i).read_unaligned() });
