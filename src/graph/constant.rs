@@ -51,6 +51,8 @@ pub enum Transform {
     Scale(f64),
     /// Every element plus a number in fp32.
     Offset(f64),
+    /// Of three matrices `w` `[out, in]`, `b` `[out, rank]`, `a` `[rank, in]`: `w + scale * b a`, in fp32.
+    PlusProduct { scale: f64 },
 }
 
 /// Why a constant's bytes cannot be had.
@@ -200,6 +202,20 @@ impl Constant {
             self.dtype,
             self.shape.clone(),
         )
+    }
+
+    /// `self + scale * b a` in fp32, for `[out, in]`, `[out, rank]` and `[rank, in]`. Panics on other shapes.
+    pub fn plus_product(&self, b: &Constant, a: &Constant, scale: f64) -> Self {
+        let [out, width] = self.shape[..] else {
+            panic!("not a matrix: {:?}", self.shape);
+        };
+        let rank = a.shape[0];
+        assert!(
+            b.shape == [out, rank] && a.shape == [rank, width],
+            "a product of another shape"
+        );
+        let inputs = vec![self.clone(), b.clone(), a.clone()];
+        Self::derive(inputs, Transform::PlusProduct { scale }, DType::F32, self.shape.clone())
     }
 
     /// The tensor itself. Free for plain tensors; computes the recipe otherwise, holding one intermediate at a time.

@@ -17,6 +17,7 @@ pub(super) fn apply(derived: &Derived, dtype: DType, shape: &[usize]) -> Result<
         Transform::Concat { axis } => Bytes::from(concat(&derived.inputs, *axis)?),
         Transform::Scale(factor) => arithmetic(&input(0)?, |v| v * *factor as f32),
         Transform::Offset(addend) => arithmetic(&input(0)?, |v| v + *addend as f32),
+        Transform::PlusProduct { scale } => plus_product(&input(0)?, &input(1)?, &input(2)?, *scale),
     };
     Ok(Tensor::new(dtype, shape.to_vec(), bytes).expect("a transform keeps its promised size"))
 }
@@ -26,6 +27,22 @@ fn arithmetic(input: &Tensor, f: impl Fn(f32) -> f32) -> Bytes {
     Tensor::from_f64_as(input.dtype(), input.shape().to_vec(), &values)
         .data()
         .clone()
+}
+
+/// `w + scale * b a`, row by row, so that the rows of `a`, which are few, stay in the cache.
+fn plus_product(w: &Tensor, b: &Tensor, a: &Tensor, scale: f64) -> Bytes {
+    let width = w.shape()[1];
+    let (mut sum, b, a) = (w.to_f32(), b.to_f32(), a.to_f32());
+    let rank = a.len() / width.max(1);
+    for (row, factors) in sum.chunks_mut(width.max(1)).zip(b.chunks(rank.max(1))) {
+        for (factor, a) in factors.iter().zip(a.chunks(width.max(1))) {
+            let factor = factor * scale as f32;
+            for (sum, a) in row.iter_mut().zip(a) {
+                *sum += factor * a;
+            }
+        }
+    }
+    Tensor::from_f32(w.shape().to_vec(), &sum).data().clone()
 }
 
 /// Element conversion, chunk by chunk for the float pairs that weights use; anything else goes through f64.

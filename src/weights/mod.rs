@@ -1,10 +1,19 @@
-//! Weights on disk: the safetensors file of a package, written tensor by tensor, and the hashes that name its contents.
+//! Weights: on disk, by name, and from elsewhere.
 //!
-//! Takes constants whose bytes may not exist yet (see [`crate::graph::Constant`]) and gives a file plus a [`Stored`]
-//! record for each: where it lies and its BLAKE3. At no time are more than a few tensors in memory. Which constants are
-//! weights, and what the manifest says of them, is `package`'s; refitting from other sources is to come here.
+//! Takes constants whose bytes may not exist yet (see [`crate::graph::Constant`]) and gives a safetensors file plus a
+//! [`Stored`] record for each: where it lies and its BLAKE3. At no time are more than a few tensors in memory. For weights
+//! that come later, a [`recipe::Recipe`] tells how each is made of an export's initializers, and [`modules`] what each is
+//! in the model, whatever it is called; [`matching`] finds all of them in a [`source::Source`], [`lora`] changes them on the
+//! way, [`checks`] refuses numbers no model can use. What the manifest says of weights is `package`'s.
 
+pub mod checkpoint;
+pub mod checks;
+pub mod lora;
+pub mod matching;
+pub mod modules;
+pub mod recipe;
 mod safetensors;
+pub mod source;
 
 pub use safetensors::{Stored, WriteError, safetensors_dtype, write};
 

@@ -1,0 +1,237 @@
+//! What checkpoints call the modules of [`super::modules`]: Hugging Face's Llama-like models and GPT-2, TensorRT-LLM.
+//!
+//! A [`Convention`] is a table from modules to tensors. Tensors may hold several modules (`c_attn`, `qkv`), and GPT-2's
+//! `Conv1D` keeps its matrices `[in, out]`. Names and layouts were read off the models' own `state_dict`s and, for
+//! TensorRT-LLM, its documentation of the checkpoint format
+//! (<https://nvidia.github.io/TensorRT-LLM/legacy/architecture/checkpoint.html>).
+
+use std::collections::HashMap;
+
+use crate::graph::Constant;
+
+/// A way of naming.
+#[derive(Debug)]
+pub struct Convention {
+    /// For people.
+    pub name: &'static str,
+    entries: &'static [Entry],
+    /// What saving a part of a model may leave out in front of every name.
+    prefix: &'static str,
+}
+
+/// Modules and the tensor that holds them, `N` being the layer.
+#[derive(Debug)]
+struct Entry {
+    /// Joined on their rows.
+    modules: &'static [&'static str],
+    tensor: &'static str,
+    /// Matrices are `[in, out]`.
+    turned: bool,
+}
+
+const fn one(module: &'static [&'static str; 1], tensor: &'static str) -> Entry {
+    Entry {
+        modules: module,
+        tensor,
+        turned: false,
+    }
+}
+
+const fn turned(modules: &'static [&'static str], tensor: &'static str) -> Entry {
+    Entry {
+        modules,
+        tensor,
+        turned: true,
+    }
+}
+
+const QKV: &[&str] = &["layers.N.attention.query", "layers.N.attention.key", "layers.N.attention.value"];
+
+/// Llama, Qwen, Mistral and those built like them; Phi-3's fused matrices too.
+pub const LLAMA: Convention = Convention {
+    name: "Hugging Face, Llama-like",
+    prefix: "model.",
+    entries: &[
+        one(&["embedding"], "model.embed_tokens"),
+        one(&["norm"], "model.norm"),
+        one(&["head"], "lm_head"),
+        one(&["layers.N.attention_norm"], "model.layers.N.input_layernorm"),
+        one(&["layers.N.attention.query"], "model.layers.N.self_attn.q_proj"),
+        one(&["layers.N.attention.key"], "model.layers.N.self_attn.k_proj"),
+        one(&["layers.N.attention.value"], "model.layers.N.self_attn.v_proj"),
+        Entry {
+            modules: QKV,
+            tensor: "model.layers.N.self_attn.qkv_proj",
+            turned: false,
+        },
+        one(&["layers.N.attention.query_norm"], "model.layers.N.self_attn.q_norm"),
+        one(&["layers.N.attention.key_norm"], "model.layers.N.self_attn.k_norm"),
+        one(&["layers.N.attention.output"], "model.layers.N.self_attn.o_proj"),
+        one(&["layers.N.feed_forward_norm"], "model.layers.N.post_attention_layernorm"),
+        one(&["layers.N.feed_forward.gate"], "model.layers.N.mlp.gate_proj"),
+        one(&["layers.N.feed_forward.up"], "model.layers.N.mlp.up_proj"),
+        Entry {
+            modules: &["layers.N.feed_forward.gate", "layers.N.feed_forward.up"],
+            tensor: "model.layers.N.mlp.gate_up_proj",
+            turned: false,
+        },
+        one(&["layers.N.feed_forward.down"], "model.layers.N.mlp.down_proj"),
+    ],
+};
+
+pub const GPT2: Convention = Convention {
+    name: "Hugging Face, GPT-2",
+    prefix: "transformer.",
+    entries: &[
+        one(&["embedding"], "transformer.wte"),
+        one(&["positions"], "transformer.wpe"),
+        one(&["norm"], "transformer.ln_f"),
+        one(&["head"], "lm_head"),
+        one(&["layers.N.attention_norm"], "transformer.h.N.ln_1"),
+        turned(QKV, "transformer.h.N.attn.c_attn"),
+        turned(&["layers.N.attention.output"], "transformer.h.N.attn.c_proj"),
+        one(&["layers.N.feed_forward_norm"], "transformer.h.N.ln_2"),
+        turned(&["layers.N.feed_forward.up"], "transformer.h.N.mlp.c_fc"),
+        turned(&["layers.N.feed_forward.down"], "transformer.h.N.mlp.c_proj"),
+    ],
+};
+
+/// One rank of a checkpoint for TensorRT-LLM, not quantized.
+pub const TENSORRT_LLM: Convention = Convention {
+    name: "TensorRT-LLM",
+    prefix: "transformer.",
+    entries: &[
+        one(&["embedding"], "transformer.vocab_embedding"),
+        one(&["positions"], "transformer.position_embedding"),
+        one(&["norm"], "transformer.ln_f"),
+        one(&["head"], "lm_head"),
+        one(&["layers.N.attention_norm"], "transformer.layers.N.input_layernorm"),
+        Entry {
+            modules: QKV,
+            tensor: "transformer.layers.N.attention.qkv",
+            turned: false,
+        },
+        one(&["layers.N.attention.query_norm"], "transformer.layers.N.attention.q_layernorm"),
+        one(&["layers.N.attention.key_norm"], "transformer.layers.N.attention.k_layernorm"),
+        one(&["layers.N.attention.output"], "transformer.layers.N.attention.dense"),
+        one(&["layers.N.feed_forward_norm"], "transformer.layers.N.post_layernorm"),
+        // With a gate, `fc` is what the activation is applied to, and `gate` what that is multiplied by.
+        one(&["layers.N.feed_forward.gate"], "transformer.layers.N.mlp.fc"),
+        one(&["layers.N.feed_forward.up"], "transformer.layers.N.mlp.gate"),
+        one(&["layers.N.feed_forward.down"], "transformer.layers.N.mlp.proj"),
+    ],
+};
+
+/// Names of a TensorRT-LLM checkpoint whose feed-forward blocks have no gate.
+const TENSORRT_LLM_PLAIN_UP: Entry = one(&["layers.N.feed_forward.up"], "transformer.layers.N.mlp.fc");
+
+pub const CONVENTIONS: [&Convention; 3] = [&LLAMA, &GPT2, &TENSORRT_LLM];
+
+/// A tensor of a checkpoint that holds a module, perhaps with others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Names it may have, the likeliest first.
+    pub names: Vec<String>,
+    /// The modules it holds, joined on their rows; the one asked for among them.
+    pub modules: Vec<String>,
+    /// `[in, out]`.
+    pub turned: bool,
+}
+
+impl Convention {
+    /// Where a module such as `layers.3.attention.query.weight` may be. `has_gate`: the model has gated feed-forwards.
+    pub fn places(&self, module: &str, has_gate: bool) -> Vec<Place> {
+        let Some((path, what)) = module.rsplit_once('.') else {
+            return Vec::new();
+        };
+        let (layer, path) = match path.strip_prefix("layers.").and_then(|rest| rest.split_once('.')) {
+            Some((layer, rest)) => (layer, format!("layers.N.{rest}")),
+            None => ("", path.to_string()),
+        };
+        let plain_up = (self.name == TENSORRT_LLM.name && !has_gate).then_some(&TENSORRT_LLM_PLAIN_UP);
+        let entries = plain_up.into_iter().chain(self.entries);
+        let holding = entries.filter(|entry| entry.modules.contains(&path.as_str()));
+        let full = |pattern: &str| format!("{}.{what}", pattern.replace('N', layer));
+        holding
+            .map(|entry| {
+                let name = full(entry.tensor);
+                let short = name.strip_prefix(self.prefix).map(str::to_string);
+                Place {
+                    names: std::iter::once(name.clone()).chain(short).collect(),
+                    modules: entry.modules.iter().map(|m| full(m)).collect(),
+                    turned: entry.turned && what == "weight",
+                }
+            })
+            .collect()
+    }
+
+    /// The module among tensors of a checkpoint, in our orientation: `tensor` finds one by name, `rows` tells the rows of
+    /// modules that share a tensor. Gives the tensor's name too.
+    pub fn find(
+        &self,
+        module: &str,
+        has_gate: bool,
+        tensor: impl Fn(&str) -> Option<Constant>,
+        rows: &HashMap<String, usize>,
+    ) -> Option<(String, Constant)> {
+        self.places(module, has_gate).into_iter().find_map(|place| {
+            let (name, found) = place.names.into_iter().find_map(|name| Some((name.clone(), tensor(&name)?)))?;
+            let whole = match place.turned && found.shape().len() == 2 {
+                true => found.transposed(&[1, 0]),
+                false => found,
+            };
+            if let [_] = place.modules[..] {
+                return Some((name, whole));
+            }
+            let sizes: Vec<usize> = place.modules.iter().map(|m| rows.get(m).copied()).collect::<Option<_>>()?;
+            let at = place.modules.iter().position(|m| m == module).expect("places hold the module");
+            let start: usize = sizes[..at].iter().sum();
+            let end = start + sizes[at];
+            // A tensor of other rows is not cut: the caller sees its shape and says what is wrong.
+            let fits = whole.shape().first() == Some(&sizes.iter().sum::<usize>());
+            Some((name, if fits { whole.sliced(0, start, end) } else { whole }))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Tensor;
+
+    fn matrix(shape: [usize; 2]) -> Constant {
+        let values: Vec<f32> = (0..shape[0] * shape[1]).map(|i| i as f32).collect();
+        Constant::tensor(Tensor::from_f32(shape.to_vec(), &values))
+    }
+
+    #[test]
+    fn names_in_each_convention() {
+        let first = |c: &Convention, module: &str, gate| c.places(module, gate)[0].names.clone();
+        let query = "layers.12.attention.query.weight";
+        assert_eq!(
+            first(&LLAMA, query, true),
+            ["model.layers.12.self_attn.q_proj.weight", "layers.12.self_attn.q_proj.weight"]
+        );
+        assert_eq!(first(&GPT2, query, false)[1], "h.12.attn.c_attn.weight");
+        assert_eq!(first(&LLAMA, "head.weight", true), ["lm_head.weight"]);
+        let up = "layers.0.feed_forward.up.weight";
+        assert_eq!(first(&TENSORRT_LLM, up, true)[0], "transformer.layers.0.mlp.gate.weight");
+        assert_eq!(first(&TENSORRT_LLM, up, false)[0], "transformer.layers.0.mlp.fc.weight");
+        assert!(LLAMA.places("positions.weight", true).is_empty());
+        assert!(!GPT2.places("layers.0.attention.query.bias", false)[0].turned);
+    }
+
+    #[test]
+    fn a_part_of_a_turned_matrix() {
+        // Two inputs; query 2, key 1 and value 1 outputs.
+        let fused = matrix([2, 4]);
+        let names = ["query", "key", "value"].map(|m| format!("layers.0.attention.{m}.weight"));
+        let rows: HashMap<String, usize> = names.iter().cloned().zip([2, 1, 1]).collect();
+        let tensor = |name: &str| (name == "h.0.attn.c_attn.weight").then(|| fused.clone());
+        let (name, key) = GPT2.find(&names[1], false, tensor, &rows).unwrap();
+        assert_eq!(name, "h.0.attn.c_attn.weight");
+        assert_eq!(key.shape(), [1, 2]);
+        assert_eq!(key.materialize().unwrap().to_f32(), [2.0, 6.0]);
+        assert!(LLAMA.find(&names[1], false, tensor, &rows).is_none());
+    }
+}

@@ -1,0 +1,262 @@
+//! Which tensors of a [`Source`] make which weights of a package: every one is found, with the right shape and numbers
+//! that can be converted, or the one message says what all the obstacles are.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+
+use super::lora::Adapter;
+use super::recipe::{Leaf, Recipe};
+use super::source::Source;
+use crate::graph::Constant;
+use crate::tensor::DType;
+
+/// A weight of a package, as far as it matters here.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted<'a> {
+    pub name: &'a str,
+    pub dtype: DType,
+    pub shape: &'a [usize],
+    /// Over initializers of the export.
+    pub recipe: Option<&'a Recipe>,
+    /// Over modules.
+    pub modules: Option<&'a Recipe>,
+}
+
+/// How a weight was found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum How {
+    /// By what it is in the model.
+    Module,
+    /// By the name it had in the export.
+    Name,
+}
+
+/// A weight made of tensors of the source.
+#[derive(Clone, Debug)]
+pub struct Matched {
+    pub constant: Constant,
+    /// Names in the source.
+    pub from: Vec<String>,
+    pub how: How,
+}
+
+/// A tensor that is there and does not fit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Misfit {
+    pub weight: String,
+    pub tensor: String,
+    pub why: String,
+}
+
+/// Everything that keeps a source from being the weights of a package.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Mismatch {
+    pub source: String,
+    /// Weights, with what the source would call them.
+    pub missing: Vec<(String, Option<String>)>,
+    pub misfits: Vec<Misfit>,
+    /// Tensors of the source that no weight is made of.
+    pub extra: Vec<String>,
+    /// Changes of an adapter that no weight takes.
+    pub unused_changes: Vec<String>,
+    /// What else is known.
+    pub note: Option<String>,
+}
+
+impl std::error::Error for Mismatch {}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: not the weights of this package", self.source)?;
+        if let Some(note) = &self.note {
+            write!(f, " ({note})")?;
+        }
+        for (name, expected) in &self.missing {
+            match expected {
+                Some(expected) => write!(f, "\n  missing: {expected} (for {name})")?,
+                None => write!(f, "\n  missing: {name}")?,
+            }
+        }
+        for misfit in &self.misfits {
+            write!(f, "\n  does not fit: {} for {}: {}", misfit.tensor, misfit.weight, misfit.why)?;
+        }
+        for name in &self.extra {
+            write!(f, "\n  not used: {name}")?;
+        }
+        for name in &self.unused_changes {
+            write!(f, "\n  the adapter changes {name}, which is no module of this model")?;
+        }
+        Ok(())
+    }
+}
+
+/// Finds every weight. `extra_allowed`: tensors that nobody needs are no obstacle.
+pub fn matched(
+    wanted: &[Wanted<'_>],
+    source: &Source,
+    adapter: Option<&Adapter>,
+    extra_allowed: bool,
+) -> Result<Vec<Matched>, Box<Mismatch>> {
+    let leaves = wanted.iter().filter_map(|w| w.modules).flat_map(Recipe::leaves);
+    let rows: HashMap<String, usize> = leaves
+        .filter_map(|leaf| Some((leaf.name.to_string(), *leaf.shape.first()?)))
+        .collect();
+    let mut matcher = Matcher {
+        source,
+        adapter,
+        rows,
+        used: BTreeSet::new(),
+        used_modules: BTreeSet::new(),
+        changed: BTreeSet::new(),
+    };
+    let mut mismatch = Mismatch {
+        source: source.path.display().to_string(),
+        note: source.trouble().map(str::to_string),
+        ..Mismatch::default()
+    };
+    let mut found = Vec::with_capacity(wanted.len());
+    for weight in wanted {
+        match matcher.find(weight) {
+            Ok(matched) => found.push(matched),
+            Err(misfits) if misfits.is_empty() => {
+                let leaf = weight.modules.and_then(|m| m.leaves().first().map(|l| l.name.to_string()));
+                let gated = matcher.rows.contains_key("layers.0.feed_forward.gate.weight");
+                let expected = leaf.and_then(|module| source.expected_name(&module, gated));
+                mismatch.missing.push((weight.name.to_string(), expected));
+            }
+            Err(misfits) => mismatch.misfits.extend(misfits),
+        }
+    }
+    if !extra_allowed {
+        mismatch.extra = matcher.extra();
+    }
+    mismatch.unused_changes = matcher.unused_changes();
+    let fits = mismatch.missing.is_empty()
+        && mismatch.misfits.is_empty()
+        && mismatch.extra.is_empty()
+        && mismatch.unused_changes.is_empty();
+    if fits { Ok(found) } else { Err(Box::new(mismatch)) }
+}
+
+struct Matcher<'a> {
+    source: &'a Source,
+    adapter: Option<&'a Adapter>,
+    rows: HashMap<String, usize>,
+    used: BTreeSet<String>,
+    used_modules: BTreeSet<String>,
+    changed: BTreeSet<String>,
+}
+
+impl Matcher<'_> {
+    /// The weight, or what does not fit; nothing if there is nothing.
+    fn find(&mut self, weight: &Wanted<'_>) -> Result<Matched, Vec<Misfit>> {
+        let mut misfits = Vec::new();
+        // What a tensor does in a model is surer than what it is called: two exporters can give one name to a matrix and
+        // to its transpose.
+        for (how, recipe) in [(How::Module, weight.modules), (How::Name, weight.recipe)] {
+            let Some(recipe) = recipe else { continue };
+            let mut from = Vec::new();
+            let mut wrong = Vec::new();
+            let mut lookup = |leaf: Leaf<'_>| {
+                let (name, constant) = self.lookup(how, leaf)?;
+                if let Some(why) = misfit(leaf, &constant) {
+                    wrong.push(Misfit {
+                        weight: weight.name.to_string(),
+                        tensor: name,
+                        why,
+                    });
+                    return None;
+                }
+                from.push(name);
+                Some(constant)
+            };
+            if let Some(constant) = recipe.apply(&mut lookup) {
+                debug_assert_eq!(constant.shape(), weight.shape, "{}", weight.name);
+                self.used.extend(from.iter().cloned());
+                return Ok(Matched {
+                    constant: constant.cast(weight.dtype),
+                    from,
+                    how,
+                });
+            }
+            if misfits.is_empty() {
+                misfits = wrong;
+            }
+        }
+        Err(misfits)
+    }
+
+    fn lookup(&mut self, how: How, leaf: Leaf<'_>) -> Option<(String, Constant)> {
+        if how == How::Name {
+            // An adapter speaks of modules, and would be lost.
+            let constant = self.source.tensors.get(leaf.name).filter(|_| self.adapter.is_none())?;
+            return Some((leaf.name.to_string(), constant.clone()));
+        }
+        let found = self.source.module(leaf.name, &self.rows);
+        // A head that is not there is the embedding: that is how tied models are saved.
+        let (name, constant) = match (found, leaf.name) {
+            (None, "head.weight") => self.source.module("embedding.weight", &self.rows)?,
+            (found, _) => found?,
+        };
+        self.used_modules.insert(leaf.name.to_string());
+        let change = self.adapter.and_then(|a| a.change(leaf.name, &self.rows));
+        match change {
+            Some((target, change)) if constant.shape() == change.shape() => {
+                self.changed.insert(target);
+                Some((name, change.merged(&constant)))
+            }
+            // A change of another shape stays unused, which is an obstacle of its own.
+            _ => Some((name, constant)),
+        }
+    }
+
+    fn extra(&self) -> Vec<String> {
+        if self.source.is_graph() {
+            let modules = self.source.modules();
+            let unused = modules.filter(|(name, _)| !self.used_modules.contains(*name));
+            return self.without_tied_head(unused.map(|(name, c)| (name.to_string(), c)));
+        }
+        if self.source.trouble().is_some() {
+            return Vec::new();
+        }
+        let unused = self.source.tensors.iter().filter(|(name, c)| {
+            // Buffers that checkpoints carry and no model needs: rotary frequencies, causal masks, position numbers.
+            let buffer = ["rotary_emb.inv_freq", ".attn.masked_bias", ".position_ids"];
+            let is_buffer = !c.dtype().is_float()
+                || buffer.iter().any(|suffix| name.ends_with(suffix))
+                || (name.ends_with(".attn.bias") && c.shape().len() == 4);
+            !is_buffer && !self.used.contains(*name)
+        });
+        self.without_tied_head(unused.map(|(name, c)| (name.clone(), c)))
+    }
+
+    /// A head of its own may stand beside a tied embedding if it holds the same numbers.
+    fn without_tied_head<'c>(&self, unused: impl Iterator<Item = (String, &'c Constant)>) -> Vec<String> {
+        let embedding = self.source.module("embedding.weight", &self.rows).map(|(_, c)| c);
+        let same = |head: &Constant| {
+            let (a, b) = (head.materialize().ok()?, embedding.as_ref()?.materialize().ok()?);
+            Some(a.shape() == b.shape() && a.dtype() == b.dtype() && a.data() == b.data())
+        };
+        unused
+            .filter(|(name, c)| !(name.starts_with("lm_head") || name == "head.weight") || same(c) != Some(true))
+            .map(|(name, _)| name)
+            .collect()
+    }
+
+    fn unused_changes(&self) -> Vec<String> {
+        let targets = self.adapter.map(Adapter::targets).unwrap_or_default();
+        targets.into_iter().filter(|t| !self.changed.contains(t)).collect()
+    }
+}
+
+/// Why a tensor cannot be the leaf of a recipe.
+fn misfit(leaf: Leaf<'_>, constant: &Constant) -> Option<String> {
+    let shape = constant.shape();
+    if shape != leaf.shape {
+        let turned = shape.iter().rev().eq(leaf.shape) && shape.len() == 2;
+        let hint = if turned { ", the transpose of it" } else { "" };
+        return Some(format!("its shape is {shape:?}{hint}, wanted is {:?}", leaf.shape));
+    }
+    let float = (leaf.dtype.is_float(), constant.dtype().is_float());
+    (float.0 != float.1).then(|| format!("its numbers are {}, wanted are {}", constant.dtype(), leaf.dtype))
+}

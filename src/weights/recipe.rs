@@ -1,0 +1,202 @@
+//! How a weight is made from named tensors: the part of a [`Constant`]'s derivation that outlives the export.
+//!
+//! Exporters transpose, fuse and rename. A [`Recipe`] is what is left of that when the bytes are gone: a small tree over
+//! named tensors, kept in the manifest, from which the same weight is made again of other numbers. The names at its leaves
+//! are whatever its keeper says: initializers of the export, or modules of the model (see [`super::modules`]).
+
+use serde::{Deserialize, Serialize};
+
+use crate::graph::constant::{Source, Transform};
+use crate::graph::Constant;
+use crate::tensor::DType;
+
+/// A tensor computed from named ones. Shapes are those of results.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recipe {
+    Tensor { name: String, dtype: DType, shape: Vec<usize> },
+    /// Axes permuted as in ONNX `Transpose`.
+    Transpose { perm: Vec<usize>, of: Box<Recipe> },
+    Reshape { shape: Vec<usize>, of: Box<Recipe> },
+    /// Rounded to nearest even.
+    Cast { dtype: DType, of: Box<Recipe> },
+    Slice { axis: usize, start: usize, end: usize, of: Box<Recipe> },
+    Concat { axis: usize, of: Vec<Recipe> },
+    Scale { factor: f64, of: Box<Recipe> },
+    Offset { addend: f64, of: Box<Recipe> },
+}
+
+/// A named tensor a recipe needs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Leaf<'a> {
+    pub name: &'a str,
+    pub dtype: DType,
+    pub shape: &'a [usize],
+}
+
+impl Recipe {
+    /// The recipe behind a constant, over the names its sources had in the export; `None` if any of them has no name,
+    /// which means that a pass computed it.
+    pub fn of(constant: &Constant) -> Option<Recipe> {
+        let derived = match constant.source() {
+            Source::Derived(derived) => derived,
+            Source::Tensor(_) | Source::Absent => {
+                return Some(Recipe::Tensor {
+                    name: constant.origin()?.to_string(),
+                    dtype: constant.dtype(),
+                    shape: constant.shape().to_vec(),
+                });
+            }
+        };
+        let input = || Recipe::of(&derived.inputs[0]).map(Box::new);
+        Some(match &derived.transform {
+            Transform::Transpose(perm) => Recipe::Transpose {
+                perm: perm.clone(),
+                of: input()?,
+            },
+            Transform::Reshape => Recipe::Reshape {
+                shape: constant.shape().to_vec(),
+                of: input()?,
+            },
+            Transform::Cast => Recipe::Cast {
+                dtype: constant.dtype(),
+                of: input()?,
+            },
+            Transform::Slice { axis, start, end } => Recipe::Slice {
+                axis: *axis,
+                start: *start,
+                end: *end,
+                of: input()?,
+            },
+            Transform::Concat { axis } => Recipe::Concat {
+                axis: *axis,
+                of: derived.inputs.iter().map(Recipe::of).collect::<Option<_>>()?,
+            },
+            Transform::Scale(factor) => Recipe::Scale {
+                factor: *factor,
+                of: input()?,
+            },
+            Transform::Offset(addend) => Recipe::Offset {
+                addend: *addend,
+                of: input()?,
+            },
+            // Adapters are merged on the way into a package; no pass makes such a constant.
+            Transform::PlusProduct { .. } => return None,
+        })
+    }
+
+    /// The named tensors it reads, in order.
+    pub fn leaves(&self) -> Vec<Leaf<'_>> {
+        let mut leaves = Vec::new();
+        self.visit(&mut leaves);
+        leaves
+    }
+
+    fn visit<'a>(&'a self, leaves: &mut Vec<Leaf<'a>>) {
+        match self {
+            Recipe::Tensor { name, dtype, shape } => leaves.push(Leaf {
+                name,
+                dtype: *dtype,
+                shape,
+            }),
+            Recipe::Concat { of, .. } => of.iter().for_each(|part| part.visit(leaves)),
+            Recipe::Transpose { of, .. }
+            | Recipe::Reshape { of, .. }
+            | Recipe::Cast { of, .. }
+            | Recipe::Slice { of, .. }
+            | Recipe::Scale { of, .. }
+            | Recipe::Offset { of, .. } => of.visit(leaves),
+        }
+    }
+
+    /// The weight made of other tensors: `tensor` gives the one for a leaf, whose shape must be the leaf's; its dtype may
+    /// differ, so what comes out has the dtype of the last cast, or that of the tensors. `None` if `tensor` had none.
+    pub fn apply(&self, tensor: &mut dyn FnMut(Leaf<'_>) -> Option<Constant>) -> Option<Constant> {
+        Some(match self {
+            Recipe::Tensor { name, dtype, shape } => {
+                let constant = tensor(Leaf {
+                    name,
+                    dtype: *dtype,
+                    shape,
+                })?;
+                debug_assert_eq!(constant.shape(), shape, "{name}");
+                constant
+            }
+            Recipe::Transpose { perm, of } => of.apply(tensor)?.transposed(perm),
+            Recipe::Reshape { shape, of } => of.apply(tensor)?.reshaped(shape.clone()),
+            Recipe::Cast { dtype, of } => of.apply(tensor)?.cast(*dtype),
+            Recipe::Slice { axis, start, end, of } => of.apply(tensor)?.sliced(*axis, *start, *end),
+            Recipe::Concat { axis, of } => {
+                let parts = of.iter().map(|part| part.apply(tensor)).collect::<Option<Vec<_>>>()?;
+                Constant::concat(&parts, *axis)
+            }
+            Recipe::Scale { factor, of } => of.apply(tensor)?.scaled(*factor),
+            Recipe::Offset { addend, of } => of.apply(tensor)?.offset(*addend),
+        })
+    }
+
+    /// Whether the result's axes are those of the tensor read, in another order.
+    pub fn is_transposed(&self) -> bool {
+        match self {
+            Recipe::Tensor { .. } | Recipe::Concat { .. } => false,
+            Recipe::Transpose { perm, of } => perm.windows(2).any(|pair| pair[0] > pair[1]) != of.is_transposed(),
+            Recipe::Reshape { of, .. }
+            | Recipe::Cast { of, .. }
+            | Recipe::Slice { of, .. }
+            | Recipe::Scale { of, .. }
+            | Recipe::Offset { of, .. } => of.is_transposed(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Tensor;
+
+    fn iota(shape: Vec<usize>, first: f32) -> Constant {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| first + i as f32).collect();
+        Constant::tensor(Tensor::from_f32(shape, &values))
+    }
+
+    /// Every transform, once.
+    fn everything(a: &Constant, b: &Constant) -> Constant {
+        let joined = Constant::concat(&[a.transposed(&[1, 0]), b.clone()], 0);
+        joined.sliced(0, 1, 4).scaled(2.0).offset(1.0).cast(DType::F16).reshaped(vec![6])
+    }
+
+    #[test]
+    fn a_recipe_makes_the_same_weight_of_other_numbers() {
+        let named = |first| (iota(vec![2, 3], first).with_origin("a"), iota(vec![1, 2], -first).with_origin("b"));
+        let (a, b) = named(1.0);
+        let recipe = Recipe::of(&everything(&a, &b)).unwrap();
+        let text = serde_json::to_string(&recipe).unwrap();
+        assert_eq!(serde_json::from_str::<Recipe>(&text).unwrap(), recipe);
+        let leaves: Vec<_> = recipe.leaves().iter().map(|l| (l.name, l.shape)).collect();
+        assert_eq!(leaves, [("a", &[2, 3][..]), ("b", &[1, 2])]);
+
+        let (a, b) = named(10.0);
+        let made = recipe.apply(&mut |leaf| Some(if leaf.name == "a" { a.clone() } else { b.clone() }));
+        let (made, expected) = (made.unwrap().materialize(), everything(&a, &b).materialize());
+        assert_eq!(made.unwrap().data(), expected.unwrap().data());
+        assert!(recipe.apply(&mut |leaf| (leaf.name == "a").then(|| a.clone())).is_none());
+    }
+
+    #[test]
+    fn what_a_pass_computed_has_no_recipe() {
+        assert_eq!(Recipe::of(&iota(vec![2], 0.0)), None);
+        let parts = [iota(vec![2], 0.0).with_origin("a"), iota(vec![2], 0.0)];
+        assert_eq!(Recipe::of(&Constant::concat(&parts, 0)), None);
+    }
+
+    #[test]
+    fn two_turns_are_none() {
+        let once = Recipe::of(&iota(vec![2, 3], 0.0).with_origin("a").transposed(&[1, 0])).unwrap();
+        assert!(once.is_transposed());
+        let twice = Recipe::Transpose {
+            perm: vec![1, 0],
+            of: Box::new(once),
+        };
+        assert!(!twice.is_transposed());
+    }
+}

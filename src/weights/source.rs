@@ -1,0 +1,362 @@
+//! Where new weights come from: an ONNX export, a safetensors file, a folder of Hugging Face's or TensorRT-LLM's, a package.
+//!
+//! A [`Source`] gives tensors by name and, where it can, by module (see [`super::modules`]). All bytes stay in mapped files.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
+
+use super::checkpoint::{CONVENTIONS, Convention};
+use super::modules::modules;
+use super::recipe::Recipe;
+use crate::graph::{Constant, Graph};
+use crate::tensor::{DType, Tensor};
+use crate::{onnx, passes};
+
+/// Names of Hugging Face's shards.
+const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
+
+/// Opened weights.
+pub struct Source {
+    pub path: PathBuf,
+    /// For people: `an ONNX export`, `Hugging Face, Llama-like`.
+    pub kind: String,
+    /// By the names in the source.
+    pub tensors: BTreeMap<String, Constant>,
+    names: Names,
+}
+
+/// How modules are found.
+enum Names {
+    /// By what the tensors are called.
+    Checkpoint(&'static Convention),
+    /// By what they do in a graph: the constants themselves, `[out, in]`.
+    Graph(HashMap<String, Constant>),
+    /// Not at all, and why, if there is more to say.
+    None(Option<String>),
+}
+
+/// A source that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{}: {message}", path.display())]
+    Invalid { path: PathBuf, message: String },
+    #[error(transparent)]
+    Onnx(#[from] onnx::ReadError),
+}
+
+impl SourceError {
+    fn io(path: &Path) -> impl FnOnce(std::io::Error) -> SourceError {
+        move |source| SourceError::Io {
+            path: path.to_path_buf(),
+            source,
+        }
+    }
+
+    pub(super) fn invalid(path: &Path, message: impl Into<String>) -> SourceError {
+        SourceError::Invalid {
+            path: path.to_path_buf(),
+            message: message.into(),
+        }
+    }
+}
+
+impl Source {
+    /// Opens a file or folder; its contents decide what it is. `positions` bounds tables of an ONNX export, as when it is
+    /// converted.
+    pub fn open(path: &Path, positions: usize) -> Result<Source, SourceError> {
+        let metadata = fs::metadata(path).map_err(SourceError::io(path))?;
+        if metadata.is_dir() {
+            return Source::folder(path, positions);
+        }
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("onnx") => Source::export(path, positions),
+            Some("safetensors") => Ok(Source::checkpoint(path, safetensors(path)?)),
+            Some("json") if path.to_string_lossy().ends_with(".safetensors.index.json") => {
+                Ok(Source::checkpoint(path, sharded(path)?))
+            }
+            Some("bin" | "pt" | "pth" | "ckpt") => Err(SourceError::invalid(
+                path,
+                "is a PyTorch pickle, which can run code when it is read; save the model as safetensors and give that",
+            )),
+            _ => Err(SourceError::invalid(
+                path,
+                "is neither .onnx nor .safetensors; give one of these, or a folder that holds one",
+            )),
+        }
+    }
+
+    fn folder(path: &Path, positions: usize) -> Result<Source, SourceError> {
+        let index = path.join(INDEX);
+        if index.is_file() {
+            return Ok(Source::checkpoint(path, sharded(&index)?));
+        }
+        let single = path.join(SINGLE);
+        if single.is_file() {
+            return Ok(Source::checkpoint(path, safetensors(&single)?));
+        }
+        let mut of = HashMap::<&str, Vec<PathBuf>>::new();
+        for entry in fs::read_dir(path).map_err(SourceError::io(path))? {
+            let file = entry.map_err(SourceError::io(path))?.path();
+            for extension in ["safetensors", "onnx"] {
+                if file.extension().is_some_and(|e| e == extension) {
+                    of.entry(extension).or_default().push(file.clone());
+                }
+            }
+        }
+        let mut several = |extension: &str| of.remove(extension).unwrap_or_default();
+        match (&several("safetensors")[..], &several("onnx")[..]) {
+            ([one], _) => Ok(Source::checkpoint(path, safetensors(one)?)),
+            ([], [one]) => Source::export(one, positions),
+            ([], []) => Err(SourceError::invalid(
+                path,
+                "holds no .safetensors and no .onnx; give the file, or a folder with one",
+            )),
+            (shards, models) => {
+                let files: Vec<String> = shards.iter().chain(models).map(|f| f.display().to_string()).collect();
+                Err(SourceError::invalid(
+                    path,
+                    format!("holds several files and no {INDEX}: {}; give the one that is meant", files.join(", ")),
+                ))
+            }
+        }
+    }
+
+    fn checkpoint(path: &Path, tensors: BTreeMap<String, Constant>) -> Source {
+        // The convention that knows most of the names.
+        let module_paths = ["embedding", "norm", "layers.0.attention.query", "layers.0.feed_forward.up"];
+        let knows = |c: &Convention| {
+            let found = module_paths.iter().filter(|module| {
+                let places = c.places(&format!("{module}.weight"), true);
+                places.iter().flat_map(|p| &p.names).any(|name| tensors.contains_key(name))
+            });
+            found.count()
+        };
+        let best = CONVENTIONS.into_iter().max_by_key(|c| knows(c)).filter(|c| knows(c) > 0);
+        Source {
+            path: path.to_path_buf(),
+            kind: best.map_or("a checkpoint of unknown names", |c| c.name).to_string(),
+            tensors,
+            names: best.map_or(Names::None(None), Names::Checkpoint),
+        }
+    }
+
+    fn export(path: &Path, positions: usize) -> Result<Source, SourceError> {
+        let graph = onnx::read(path)?;
+        let mut tensors = BTreeMap::new();
+        for id in graph.value_ids() {
+            if let Some(constant) = graph.constant(id)
+                && let Some(name) = constant.origin()
+            {
+                tensors.insert(name.to_string(), constant.clone());
+            }
+        }
+        let options = passes::Options {
+            dtype: None,
+            max_positions: positions,
+        };
+        // An export that cannot be converted still has names.
+        let names = match passes::canonicalize(graph, &options) {
+            Ok(canonical) => Names::Graph(constants_of_modules(&canonical.graph)),
+            Err(error) => Names::None(Some(format!("its structure was not understood: {error}"))),
+        };
+        Ok(Source {
+            path: path.to_path_buf(),
+            kind: "an ONNX export".to_string(),
+            tensors,
+            names,
+        })
+    }
+
+    /// The weights of a canonical graph, those of a package for example.
+    pub fn canonical(path: &Path, graph: &Graph) -> Source {
+        let constants = graph.value_ids().filter_map(|id| Some((id, graph.constant(id)?)));
+        Source {
+            path: path.to_path_buf(),
+            kind: "a package".to_string(),
+            tensors: constants.map(|(id, c)| (graph.value(id).name.clone(), c.clone())).collect(),
+            names: Names::Graph(constants_of_modules(graph)),
+        }
+    }
+
+    /// A module's tensor, in our orientation, and what it is called in the source. `rows` tells the rows of all modules of
+    /// the model.
+    pub fn module(&self, module: &str, rows: &HashMap<String, usize>) -> Option<(String, Constant)> {
+        match &self.names {
+            Names::Graph(modules) => {
+                let constant = modules.get(module)?;
+                Some((constant.origin().unwrap_or(module).to_string(), constant.clone()))
+            }
+            Names::Checkpoint(convention) => {
+                let has_gate = rows.contains_key("layers.0.feed_forward.gate.weight");
+                convention.find(module, has_gate, |name| self.tensors.get(name).cloned(), rows)
+            }
+            Names::None(_) => None,
+        }
+    }
+
+    /// Every module of a graph.
+    pub fn modules(&self) -> impl Iterator<Item = (&str, &Constant)> {
+        let modules = match &self.names {
+            Names::Graph(modules) => Some(modules),
+            _ => None,
+        };
+        modules.into_iter().flatten().map(|(name, constant)| (name.as_str(), constant))
+    }
+
+    /// Whether its tensors are told apart by what they do in a graph, which no name can get wrong.
+    pub fn is_graph(&self) -> bool {
+        matches!(self.names, Names::Graph(_))
+    }
+
+    /// What a module would be called in this source, for messages.
+    pub fn expected_name(&self, module: &str, has_gate: bool) -> Option<String> {
+        match &self.names {
+            Names::Checkpoint(convention) => convention.places(module, has_gate).first()?.names.first().cloned(),
+            _ => None,
+        }
+    }
+
+    /// Why modules could not be found, if there is something to say.
+    pub fn trouble(&self) -> Option<&str> {
+        match &self.names {
+            Names::None(why) => why.as_deref(),
+            _ => None,
+        }
+    }
+}
+
+/// The tensors of modules in a graph; a concatenation is cut into its parts.
+fn constants_of_modules(graph: &Graph) -> HashMap<String, Constant> {
+    let mut found = HashMap::new();
+    for (value, recipe) in modules(graph) {
+        let constant = graph.constant(value).expect("only constants have modules");
+        match recipe {
+            Recipe::Tensor { name, .. } => {
+                found.insert(name, constant.clone());
+            }
+            Recipe::Concat { axis, of } => {
+                let mut start = 0;
+                for part in of {
+                    if let Recipe::Tensor { name, shape, .. } = part {
+                        let end = start + shape[axis];
+                        found.insert(name, constant.sliced(axis, start, end));
+                        start = end;
+                    }
+                }
+            }
+            // Factors that passes put into a weight cannot be taken out again without rounding.
+            _ => {}
+        }
+    }
+    found
+}
+
+/// The tensors of one file, mapped. Header, offsets and lengths are checked before any byte is used.
+pub(super) fn safetensors(path: &Path) -> Result<BTreeMap<String, Constant>, SourceError> {
+    let invalid = |message: String| SourceError::invalid(path, message);
+    let file = fs::File::open(path).map_err(SourceError::io(path))?;
+    if file.metadata().map_err(SourceError::io(path))?.len() < 8 {
+        return Err(invalid("is not a safetensors file: it has fewer than 8 bytes".into()));
+    }
+    // SAFETY: as for every model file: numbers that are checked where they are used; only another process that writes to
+    // the file meanwhile could change them.
+    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(SourceError::io(path))?;
+    let bytes = Bytes::from_owner(map);
+    let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"));
+    let header = usize::try_from(length).ok().and_then(|n| bytes.get(8..n.checked_add(8)?));
+    if let Some(header) = header {
+        let names = names_of(header).map_err(|e| invalid(format!("its header is not valid: {e}")))?;
+        let mut seen = HashSet::new();
+        if let Some(twice) = names.iter().find(|name| !seen.insert(name.as_str())) {
+            return Err(invalid(format!("has two tensors called {twice:?}")));
+        }
+    }
+    let parsed = safetensors::SafeTensors::deserialize(&bytes)
+        .map_err(|e| invalid(format!("is not a valid safetensors file, or is truncated: {e}")))?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in parsed.iter() {
+        // Kinds of numbers no model weight of ours has are left out, and so missed by name if they are needed.
+        let Some(dtype) = dtype_of(view.dtype()) else {
+            continue;
+        };
+        let data = match view.data() {
+            [] => Bytes::new(),
+            data => bytes.slice_ref(data),
+        };
+        let tensor = Tensor::new(dtype, view.shape().to_vec(), data).map_err(|e| invalid(format!("{name:?}: {e}")))?;
+        tensors.insert(name.to_string(), Constant::tensor(tensor).with_origin(name));
+    }
+    Ok(tensors)
+}
+
+fn dtype_of(dtype: safetensors::Dtype) -> Option<DType> {
+    use safetensors::Dtype;
+    Some(match dtype {
+        Dtype::BOOL => DType::Bool,
+        Dtype::U8 => DType::U8,
+        Dtype::I8 => DType::I8,
+        Dtype::I32 => DType::I32,
+        Dtype::I64 => DType::I64,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::Bf16,
+        Dtype::F32 => DType::F32,
+        Dtype::F64 => DType::F64,
+        _ => return None,
+    })
+}
+
+/// The keys of a JSON object, repeated ones too, which maps lose.
+fn names_of(header: &[u8]) -> Result<Vec<String>, serde_json::Error> {
+    struct Names;
+    impl<'de> Visitor<'de> for Names {
+        type Value = Vec<String>;
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("an object of tensors")
+        }
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut names = Vec::new();
+            while let Some((name, IgnoredAny)) = map.next_entry()? {
+                names.push(name);
+            }
+            Ok(names)
+        }
+    }
+    serde_json::Deserializer::from_slice(header).deserialize_map(Names)
+}
+
+/// The tensors of all shards that an index names.
+fn sharded(index: &Path) -> Result<BTreeMap<String, Constant>, SourceError> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let invalid = |message: String| SourceError::invalid(index, message);
+    let text = fs::read_to_string(index).map_err(SourceError::io(index))?;
+    let parsed: Index = serde_json::from_str(&text).map_err(|e| invalid(format!("is not a valid index: {e}")))?;
+    let folder = index.parent().unwrap_or(Path::new("."));
+    let mut shards: HashMap<&str, BTreeMap<String, Constant>> = HashMap::new();
+    let mut tensors = BTreeMap::new();
+    for (name, shard) in &parsed.weight_map {
+        let path = Path::new(shard);
+        let inside = path.components().all(|c| matches!(c, std::path::Component::Normal(_)));
+        if !inside {
+            return Err(invalid(format!("puts {name:?} into {shard:?}, outside its folder; that is refused")));
+        }
+        if !shards.contains_key(shard.as_str()) {
+            shards.insert(shard, safetensors(&folder.join(path))?);
+        }
+        let found = shards[shard.as_str()].get(name).cloned();
+        tensors.insert(
+            name.clone(),
+            found.ok_or_else(|| invalid(format!("puts {name:?} into {shard:?}, which does not hold it")))?,
+        );
+    }
+    Ok(tensors)
+}
