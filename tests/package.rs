@@ -75,11 +75,14 @@ fn what_was_written_is_read_back_without_a_copy() {
 
         // The manifest, the network and the graph call the weights the same and mean the same bytes.
         let network = lower::lower(&graph, &Profile::decode(16), &lower::Options::default()).unwrap();
-        let file = std::fs::read(pkg.join("weights.safetensors")).unwrap();
         assert!(!network.weights.is_empty());
         for weight in &network.weights {
-            let entry = manifest.weights.tensors.iter().find(|t| t.name == weight.name);
-            let entry = entry.unwrap_or_else(|| panic!("{export}: {} is not in the manifest", weight.name));
+            // Tables that passes computed lie in a file of their own.
+            let files = std::iter::once(&manifest.weights).chain(&manifest.constants);
+            let mut entries = files.flat_map(|w| w.tensors.iter().map(move |t| (&w.file, t)));
+            let entry = entries.find(|(_, t)| t.name == weight.name);
+            let (file, entry) = entry.unwrap_or_else(|| panic!("{export}: {} is not in the manifest", weight.name));
+            let file = std::fs::read(pkg.join(file)).unwrap();
             let tensor = weight.constant.materialize().unwrap();
             assert_eq!(
                 (entry.dtype, &entry.shape[..]),
@@ -186,10 +189,9 @@ fn engines_are_listed_with_the_weights_they_take() {
         std::fs::read(pkg.join(&manifest.engines[0].file)).unwrap(),
         b"not really a plan"
     );
-    let listed = manifest
-        .weights
-        .tensors
-        .iter()
+    let stored = manifest.weights.tensors.iter();
+    let listed = stored
+        .chain(manifest.constants.iter().flat_map(|c| &c.tensors))
         .filter(|t| t.engines == ["b1-t1-c16"])
         .count();
     assert_eq!(listed, taken.len());

@@ -273,7 +273,7 @@ fn emit(path: &Path, graph: &Graph) -> Result<(), Failure> {
 }
 
 /// Builds an engine for decoding and for each prefill shape at every capacity. `model`: whose engines they are, for errors.
-fn engines(
+pub(super) fn engines(
     writer: &mut Writer,
     library: &Library,
     model: &Path,

@@ -114,13 +114,26 @@ impl From<onnx::ReadError> for Failure {
 
 impl From<PackageError> for Failure {
     fn from(error: PackageError) -> Self {
-        let help = error.help();
-        Failure {
-            help,
-            ..match &error {
-                PackageError::Weights(weights::WriteError::Constant { .. }) => Failure::with_remedy(&error),
-                _ => Failure::input(&error),
+        use weights::WriteError;
+        let failure = match &error {
+            PackageError::Weights(WriteError::Constant { .. }) | PackageError::Read(_) => Failure::with_remedy(&error),
+            PackageError::Weights(WriteError::Numbers { .. }) => {
+                Failure::input(&error).help("take them anyway with --allow-nonfinite or --allow-overflow")
             }
+            _ => Failure::input(&error),
+        };
+        Failure {
+            help: error.help().or(failure.help),
+            ..failure
+        }
+    }
+}
+
+impl From<weights::source::SourceError> for Failure {
+    fn from(error: weights::source::SourceError) -> Self {
+        match error {
+            weights::source::SourceError::Onnx(error) => error.into(),
+            other => Failure::with_remedy(other),
         }
     }
 }

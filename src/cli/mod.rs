@@ -14,10 +14,13 @@ mod info;
 mod inspect;
 mod interrupt;
 mod progress;
+mod refit;
 mod sample;
 mod sampler;
+mod strip;
 mod table;
 mod verify;
+mod weights;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -50,6 +53,12 @@ enum Command {
     Sample(sample::Args),
     /// Compares a package with the export it was made from, run by another engine
     Verify(verify::Args),
+    /// Puts other weights into a package
+    Refit(refit::Args),
+    /// Lists the weights of a package, checks whether others fit, writes them as a checkpoint
+    Weights(weights::Args),
+    /// Makes a copy of a package without its weights
+    Strip(strip::Args),
     /// Says what can be built and run on this machine
     Doctor(doctor::Args),
 }
@@ -68,6 +77,9 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args),
         Command::Sample(args) => sample::run(args),
         Command::Verify(args) => verify::run(args),
+        Command::Refit(args) => refit::run(args),
+        Command::Weights(args) => weights::run(args),
+        Command::Strip(args) => strip::run(args),
         Command::Doctor(args) => doctor::run(args),
     };
     match result {

@@ -26,6 +26,10 @@ pub enum PackageError {
     NotReplaced { path: PathBuf },
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
+    #[error("{}: a stripped package: its weights were left out", path.display())]
+    Stripped { path: PathBuf },
+    #[error(transparent)]
+    Read(#[from] onnx::ReadError),
     #[error(transparent)]
     Weights(weights::WriteError),
     #[error("{}: {source}", path.display())]
@@ -74,6 +78,12 @@ impl PackageError {
             | PackageError::Size { .. }
             | PackageError::Hash { .. } => {
                 "the package is damaged or was changed by hand; convert the model again".into()
+            }
+            PackageError::Stripped { path } => {
+                format!(
+                    "bring them back with `lapidary refit {} --from FILE_OR_DIR`",
+                    path.display()
+                )
             }
             PackageError::Exists { .. } => "choose another name, or replace it with --force".into(),
             PackageError::NotReplaced { .. } => "choose another name, or remove it yourself".into(),

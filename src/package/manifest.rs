@@ -12,6 +12,7 @@ use crate::network::{Profile, WeightMode};
 use crate::passes::Architecture;
 use crate::spec::{Prefill, Target};
 use crate::tensor::DType;
+use crate::weights::recipe::Recipe;
 
 /// Raised when a package can no longer be read by the previous version of this code.
 pub const FORMAT_VERSION: u32 = 1;
@@ -33,7 +34,12 @@ pub struct Manifest {
     pub capacities: Vec<usize>,
     pub prefill: Prefill,
     pub graph: StoredFile,
+    /// BLAKE3 of the canonical graph's text, which has every operator, name and shape and no weight: packages with the
+    /// same hash can take each other's weights.
+    pub architecture_hash: String,
     pub weights: Weights,
+    /// Tables that a pass computed, such as rotary angles. They belong to the architecture, and stay when weights go.
+    pub constants: Option<Weights>,
     /// Empty if the package only runs on the CPU.
     pub engines: Vec<Engine>,
     pub tokenizer: Option<Tokenizer>,
@@ -70,18 +76,41 @@ pub struct StoredFile {
 pub struct Weights {
     pub file: String,
     pub bytes: u64,
-    /// See [`crate::weights::set_hash`].
+    /// See [`crate::weights::set_hash`]. In a stripped package, of the weights it had.
     pub set_hash: String,
-    /// Every constant of the graph that is stored outside it, in the graph's order.
+    /// The file is not there: a stripped package.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stripped: bool,
+    /// Where the numbers came from, if not from the export.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refit: Option<RefitRecord>,
+    /// Every constant of the graph that is stored in this file, in the graph's order.
     pub tensors: Vec<Weight>,
+}
+
+/// What a package was refitted with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RefitRecord {
+    /// File or folder, without what leads to it.
+    pub source: String,
+    /// For people: `Hugging Face, Llama-like`.
+    pub kind: String,
+    /// The adapter's folder.
+    pub lora: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Weight {
     /// In the canonical graph and in every network lowered from it.
     pub name: String,
-    /// In the export; `null` if it was computed.
+    /// In the export, or in what the package was refitted with; `null` if it was computed.
     pub source_name: Option<String>,
+    /// Made of initializers of the export in this way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<Recipe>,
+    /// Made of modules of the model in this way (see [`crate::weights::modules`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modules: Option<Recipe>,
     pub dtype: DType,
     pub shape: Vec<usize>,
     pub blake3: String,
@@ -124,4 +153,11 @@ pub struct Pass {
     pub rewrites: usize,
     pub nodes_before: usize,
     pub nodes_after: usize,
+}
+
+impl Weight {
+    /// What [`crate::weights::set_hash`] takes of it.
+    pub fn line(&self) -> (&str, DType, &[usize], &str) {
+        (&self.name, self.dtype, &self.shape, &self.blake3)
+    }
 }

@@ -3,19 +3,22 @@
 //! ```text
 //! PKG/manifest.json         see `manifest`
 //! PKG/graph.onnx            the canonical graph; its weights are external data that points into the next file
-//! PKG/weights.safetensors   every weight once, aligned, readable by anything that reads safetensors
+//! PKG/weights.safetensors   every weight once, aligned, readable by anything that reads safetensors; absent if stripped
+//! PKG/constants.safetensors tables that passes computed, rotary angles for example; absent if there are none
 //! PKG/engines/*.plan        TensorRT engines, one a profile
 //! PKG/tokenizer/            the model's own tokenizer files
 //! ```
 //!
 //! `write` makes a package in a temporary sibling that is renamed at the end, so a package is whole or not there.
 //! [`Package::open`] checks version and sizes, [`Package::check_hashes`] every byte; [`Package::graph`] maps the weights
-//! and gives the canonical graph. Any ONNX runtime can run `graph.onnx` as it lies there. Lowering, engines and sessions
+//! and gives the canonical graph. [`refit()`] puts other weights into a package, [`strip`] takes them out. Any ONNX runtime can run `graph.onnx` as it lies there. Lowering, engines and sessions
 //! are other rooms'; so is what the weights mean (`weights`).
 
 mod error;
 pub mod manifest;
+mod refit;
 mod staging;
+mod strip;
 mod write;
 
 use std::fs;
@@ -23,16 +26,19 @@ use std::path::{Path, PathBuf};
 
 pub use error::PackageError;
 pub use manifest::Manifest;
+pub use refit::{Refit, RefitError, identical, refit, wanted};
 pub use staging::{abandon, check_target};
+pub use strip::strip;
 pub use write::{Facts, Writer};
 
 use crate::decode::tokenizer::Tokenizer;
-use crate::graph::Graph;
+use crate::graph::{Graph, infer};
 use crate::onnx;
 
 pub const MANIFEST: &str = "manifest.json";
 pub const GRAPH: &str = "graph.onnx";
 pub const WEIGHTS: &str = "weights.safetensors";
+pub const CONSTANTS: &str = "constants.safetensors";
 pub const ENGINES: &str = "engines";
 pub const TOKENIZER: &str = "tokenizer";
 
@@ -102,17 +108,21 @@ impl Package {
         let m = &self.manifest;
         let tokenizer = m.tokenizer.iter().flat_map(|t| &t.files);
         let engines = m.engines.iter().map(|e| (e.file.as_str(), e.bytes));
-        [
-            (m.graph.file.as_str(), m.graph.bytes),
-            (m.weights.file.as_str(), m.weights.bytes),
-        ]
-        .into_iter()
-        .chain(engines)
-        .chain(tokenizer.map(|f| (f.file.as_str(), f.bytes)))
+        let weights = self.stored_weights().map(|w| (w.file.as_str(), w.bytes));
+        std::iter::once((m.graph.file.as_str(), m.graph.bytes))
+            .chain(weights)
+            .chain(engines)
+            .chain(tokenizer.map(|f| (f.file.as_str(), f.bytes)))
+    }
+
+    /// Weights and constants whose files are there.
+    fn stored_weights(&self) -> impl Iterator<Item = &manifest::Weights> {
+        let m = &self.manifest;
+        std::iter::once(&m.weights).chain(&m.constants).filter(|w| !w.stripped)
     }
 
     /// The path of a file of the manifest, which must not lead out of the package.
-    fn path(&self, file: &str) -> Result<PathBuf, PackageError> {
+    pub(crate) fn path(&self, file: &str) -> Result<PathBuf, PackageError> {
         let inside = Path::new(file)
             .components()
             .all(|c| matches!(c, std::path::Component::Normal(_)));
@@ -125,9 +135,33 @@ impl Package {
         Ok(self.folder.join(file))
     }
 
-    /// The canonical graph, its weights mapped from the package.
-    pub fn graph(&self) -> Result<Graph, onnx::ReadError> {
-        onnx::read(self.folder.join(&self.manifest.graph.file))
+    /// The canonical graph, its weights mapped from the package. A stripped package has none that could run.
+    pub fn graph(&self) -> Result<Graph, PackageError> {
+        self.check_present()?;
+        Ok(onnx::read(self.path(&self.manifest.graph.file)?)?)
+    }
+
+    /// Refuses a stripped package.
+    pub fn check_present(&self) -> Result<(), PackageError> {
+        match self.manifest.weights.stripped {
+            true => Err(PackageError::Stripped {
+                path: self.folder.clone(),
+            }),
+            false => Ok(()),
+        }
+    }
+
+    /// The canonical graph with all types; in a stripped package without the weights.
+    pub fn architecture(&self) -> Result<Graph, PackageError> {
+        let path = self.path(&self.manifest.graph.file)?;
+        let mut graph = onnx::read_stripped(&path)?;
+        match infer(&mut graph) {
+            Ok(_) => Ok(graph),
+            Err(error) => Err(PackageError::Manifest {
+                path,
+                message: error.to_string(),
+            }),
+        }
     }
 
     /// Row length of the logits.
@@ -165,16 +199,18 @@ impl Package {
                 return Err(PackageError::Hash { path, what });
             }
         }
-        let path = self.path(&m.weights.file)?;
-        let file = fs::File::open(&path).map_err(PackageError::io(&path))?;
-        // SAFETY: packages are written once and renamed into place; nothing changes them while they are mapped.
-        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(PackageError::io(&path))?;
-        for weight in &m.weights.tensors {
-            let end = weight.offset.checked_add(weight.bytes);
-            let bytes = end.and_then(|end| map.get(weight.offset as usize..end as usize));
-            if bytes.is_none_or(|bytes| blake3::hash(bytes).to_hex().as_str() != weight.blake3) {
-                let what = format!("the weight {:?}", weight.name);
-                return Err(PackageError::Hash { path, what });
+        for weights in self.stored_weights() {
+            let path = self.path(&weights.file)?;
+            let file = fs::File::open(&path).map_err(PackageError::io(&path))?;
+            // SAFETY: packages are written once and renamed into place; nothing changes them while they are mapped.
+            let map = unsafe { memmap2::Mmap::map(&file) }.map_err(PackageError::io(&path))?;
+            for weight in &weights.tensors {
+                let end = weight.offset.checked_add(weight.bytes);
+                let bytes = end.and_then(|end| map.get(weight.offset as usize..end as usize));
+                if bytes.is_none_or(|bytes| blake3::hash(bytes).to_hex().as_str() != weight.blake3) {
+                    let what = format!("the weight {:?}", weight.name);
+                    return Err(PackageError::Hash { path, what });
+                }
             }
         }
         Ok(())

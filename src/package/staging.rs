@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use super::error::PackageError;
-use super::manifest_path;
+use super::{Manifest, Package, manifest_path};
 
 /// Folders being written by this process.
 static OPEN: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
@@ -61,6 +61,23 @@ impl Staging {
         }
         sync_entries(parent(&self.target))
     }
+}
+
+/// Puts the engines and tokenizer files that `manifest` names into the staged package: as links where the file system
+/// has them, since packages are never changed in place.
+pub fn carry_over(from: &Package, to: &Staging, manifest: &Manifest) -> Result<(), PackageError> {
+    let engines = manifest.engines.iter().map(|engine| &engine.file);
+    let tokenizer = manifest.tokenizer.iter().flat_map(|t| t.files.iter().map(|f| &f.file));
+    for file in engines.chain(tokenizer) {
+        let (source, target) = (from.path(file)?, to.folder().join(file));
+        if let Some(folder) = target.parent() {
+            fs::create_dir_all(folder).map_err(PackageError::io(folder))?;
+        }
+        if fs::hard_link(&source, &target).is_err() {
+            fs::copy(&source, &target).map_err(PackageError::io(&target))?;
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Staging {

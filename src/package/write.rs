@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 
 use super::manifest::{self, Engine, FORMAT_VERSION, Manifest, Pass, Source, StoredFile, Weight};
 use super::staging::Staging;
-use super::{ENGINES, GRAPH, MANIFEST, Package, PackageError, TOKENIZER, WEIGHTS, hash_file};
+use super::{CONSTANTS, ENGINES, GRAPH, MANIFEST, Package, PackageError, TOKENIZER, WEIGHTS, hash_file};
 use crate::backend::tensorrt::Refit;
 use crate::decode::tokenizer::Tokenizer;
-use crate::graph::{Constant, Graph, ValueId};
+use crate::graph::{Constant, Graph, ValueId, dump};
 use crate::network::WeightMode;
 use crate::passes::Architecture;
 use crate::spec::{Prefill, Target};
 use crate::tensor::DType;
+use crate::weights::recipe::Recipe;
 use crate::{lower, onnx, weights};
 
 /// What the manifest says besides the files.
@@ -48,12 +49,13 @@ impl Writer {
         progress: impl FnMut(u64, u64),
     ) -> Result<Self, PackageError> {
         let staging = Staging::new(target, force)?;
-        let (weights, layout) = write_weights(staging.folder(), graph, progress)?;
-        let path = staging.folder().join(GRAPH);
-        onnx::write(graph, &path, Some(&layout)).map_err(|source| PackageError::Graph {
-            path: path.clone(),
-            source,
-        })?;
+        let modules = weights::modules::modules(graph);
+        let describe = |id: ValueId, constant: &Constant| Provenance {
+            source_name: constant.origin().map(str::to_string),
+            recipe: Recipe::of(constant),
+            modules: modules.get(&id).cloned(),
+        };
+        let stored_graph = write_graph(&staging, graph, describe, &mut |_, _, _| Ok(()), progress)?;
         let manifest = Manifest {
             format_version: FORMAT_VERSION,
             lapidary_version: env!("CARGO_PKG_VERSION").to_string(),
@@ -65,8 +67,10 @@ impl Writer {
             refit: facts.refit,
             capacities: facts.capacities,
             prefill: facts.prefill,
-            graph: stored(staging.folder(), GRAPH)?,
-            weights,
+            graph: stored_graph.graph,
+            architecture_hash: blake3::hash(dump(graph).to_string().as_bytes()).to_hex().to_string(),
+            weights: stored_graph.weights,
+            constants: stored_graph.constants,
             engines: Vec::new(),
             tokenizer: None,
             eos_token_ids: BTreeSet::new(),
@@ -77,6 +81,15 @@ impl Writer {
             force,
             manifest,
         })
+    }
+
+    /// Goes on with a package that is staged but for the manifest.
+    pub(super) fn resume(staging: Staging, force: bool, manifest: Manifest) -> Self {
+        Writer {
+            staging,
+            force,
+            manifest,
+        }
     }
 
     /// The package so far, for example to lower its graph with the weights mapped from where they will stay.
@@ -128,7 +141,8 @@ impl Writer {
         fs::write(&path, plan).map_err(PackageError::io(&path))?;
         engine.bytes = plan.len() as u64;
         engine.blake3 = blake3::hash(plan).to_hex().to_string();
-        for weight in &mut self.manifest.weights.tensors {
+        let constants = self.manifest.constants.iter_mut().flat_map(|c| &mut c.tensors);
+        for weight in self.manifest.weights.tensors.iter_mut().chain(constants) {
             if weights.contains(&weight.name) && !weight.engines.contains(&label) {
                 weight.engines.push(label.clone());
             }
@@ -148,7 +162,7 @@ impl Writer {
     }
 }
 
-fn stored(folder: &Path, file: &str) -> Result<StoredFile, PackageError> {
+pub(super) fn stored(folder: &Path, file: &str) -> Result<StoredFile, PackageError> {
     let path = folder.join(file);
     Ok(StoredFile {
         file: file.to_string(),
@@ -157,35 +171,102 @@ fn stored(folder: &Path, file: &str) -> Result<StoredFile, PackageError> {
     })
 }
 
+/// Where a weight comes from.
+pub(super) struct Provenance {
+    pub source_name: Option<String>,
+    /// `None`: a pass computed it, so it is no weight of the model.
+    pub recipe: Option<Recipe>,
+    pub modules: Option<Recipe>,
+}
+
+/// The files of a graph and what is in them.
+pub(super) struct StoredGraph {
+    pub graph: StoredFile,
+    pub weights: manifest::Weights,
+    pub constants: Option<manifest::Weights>,
+}
+
+/// Writes the weights of a graph, the tables that passes computed, and the graph that points to both. `inspect` sees every
+/// weight before it is written.
+pub(super) fn write_graph(
+    staging: &Staging,
+    graph: &Graph,
+    describe: impl Fn(ValueId, &Constant) -> Provenance,
+    inspect: weights::Inspect<'_>,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<StoredGraph, PackageError> {
+    let all: Vec<Entry> = lower::stored_weights(graph)
+        .into_iter()
+        .map(|(id, weight)| Entry {
+            id,
+            provenance: describe(id, &weight.constant),
+            name: weight.name,
+            constant: weight.constant,
+        })
+        .collect();
+    let (of_model, computed): (Vec<Entry>, Vec<Entry>) = all.into_iter().partition(|e| e.provenance.recipe.is_some());
+    let mut layout = onnx::Layout::new();
+    let constants = match computed.is_empty() {
+        true => None,
+        false => Some(write_weights(
+            staging.folder(),
+            CONSTANTS,
+            computed,
+            &mut layout,
+            &mut |_, _, _| Ok(()),
+            |_, _| {},
+        )?),
+    };
+    let weights = write_weights(staging.folder(), WEIGHTS, of_model, &mut layout, inspect, &mut progress)?;
+    let path = staging.folder().join(GRAPH);
+    onnx::write(graph, &path, Some(&layout)).map_err(|source| PackageError::Graph {
+        path: path.clone(),
+        source,
+    })?;
+    Ok(StoredGraph {
+        graph: stored(staging.folder(), GRAPH)?,
+        weights,
+        constants,
+    })
+}
+
+struct Entry {
+    id: ValueId,
+    name: String,
+    constant: Constant,
+    provenance: Provenance,
+}
+
 fn write_weights(
     folder: &Path,
-    graph: &Graph,
+    file: &str,
+    entries: Vec<Entry>,
+    layout: &mut onnx::Layout,
+    inspect: weights::Inspect<'_>,
     mut progress: impl FnMut(u64, u64),
-) -> Result<(manifest::Weights, onnx::Layout), PackageError> {
-    let (ids, tensors): (Vec<ValueId>, Vec<(String, Constant)>) = lower::stored_weights(graph)
-        .into_iter()
-        .map(|(id, weight)| (id, (weight.name, weight.constant)))
-        .unzip();
+) -> Result<manifest::Weights, PackageError> {
+    let tensors: Vec<(String, Constant)> = entries.iter().map(|e| (e.name.clone(), e.constant.clone())).collect();
     let total: u64 = tensors.iter().map(|(_, c)| c.byte_len() as u64).sum();
     let metadata = BTreeMap::from([("format".to_string(), "lapidary".to_string())]);
-    let path = folder.join(WEIGHTS);
-    let stored = weights::write(&path, &tensors, &metadata, |done| progress(done, total))?;
-    let mut layout = onnx::Layout::new();
-    let mut entries = Vec::with_capacity(tensors.len());
-    for (((name, constant), id), at) in tensors.into_iter().zip(ids).zip(stored) {
+    let path = folder.join(file);
+    let stored = weights::write(&path, &tensors, &metadata, inspect, |done| progress(done, total))?;
+    let mut weights = Vec::with_capacity(entries.len());
+    for (entry, at) in entries.into_iter().zip(stored) {
         layout.insert(
-            id,
+            entry.id,
             onnx::Placement {
-                file: WEIGHTS.to_string(),
+                file: file.to_string(),
                 offset: at.offset,
                 length: at.bytes,
             },
         );
-        entries.push(Weight {
-            source_name: constant.origin().map(str::to_string),
-            name,
-            dtype: constant.dtype(),
-            shape: constant.shape().to_vec(),
+        weights.push(Weight {
+            name: entry.name,
+            source_name: entry.provenance.source_name,
+            recipe: entry.provenance.recipe,
+            modules: entry.provenance.modules,
+            dtype: entry.constant.dtype(),
+            shape: entry.constant.shape().to_vec(),
             blake3: at.blake3,
             offset: at.offset,
             bytes: at.bytes,
@@ -193,14 +274,12 @@ fn write_weights(
             engines: Vec::new(),
         });
     }
-    let set = entries
-        .iter()
-        .map(|w| (w.name.as_str(), w.dtype, w.shape.as_slice(), w.blake3.as_str()));
-    let weights = manifest::Weights {
-        file: WEIGHTS.to_string(),
+    Ok(manifest::Weights {
+        file: file.to_string(),
         bytes: fs::metadata(&path).map_err(PackageError::io(&path))?.len(),
-        set_hash: weights::set_hash(set),
-        tensors: entries,
-    };
-    Ok((weights, layout))
+        set_hash: weights::set_hash(weights.iter().map(Weight::line)),
+        stripped: false,
+        refit: None,
+        tensors: weights,
+    })
 }

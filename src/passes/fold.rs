@@ -81,7 +81,7 @@ fn is_weight_read(graph: &Graph, uses: &HashMap<ValueId, Vec<(NodeId, usize)>>, 
 /// The outputs of a node of constants, if they are worth keeping.
 fn fold(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Option<Vec<Option<Constant>>> {
     let present = || inputs.iter().flatten();
-    if present().any(|c| c.byte_len() > SMALL)
+    if present().any(is_weight)
         && let Some(results) = deferred(graph, node, inputs)
     {
         return Some(results.into_iter().map(Some).collect());
@@ -103,6 +103,11 @@ fn fold(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Option<Vec<O
     // What cannot be computed is the verifier's or the user's to see, as it stands.
     let results = eval_node(&node.op, &tensors, node.outputs.len()).ok()?;
     Some(results.into_iter().map(|t| t.map(Constant::from)).collect())
+}
+
+/// Large, or a parameter of the model: its recipe must survive for weights that come later.
+fn is_weight(constant: &Constant) -> bool {
+    constant.byte_len() > SMALL || constant.dtype().is_float() && constant.len() >= 2 && constant.origin().is_some()
 }
 
 fn shape_result(op: &Op, of: &Constant) -> Option<Constant> {

@@ -45,7 +45,11 @@ const fn turned(modules: &'static [&'static str], tensor: &'static str) -> Entry
     }
 }
 
-const QKV: &[&str] = &["layers.N.attention.query", "layers.N.attention.key", "layers.N.attention.value"];
+const QKV: &[&str] = &[
+    "layers.N.attention.query",
+    "layers.N.attention.key",
+    "layers.N.attention.value",
+];
 
 /// Llama, Qwen, Mistral and those built like them; Phi-3's fused matrices too.
 pub const LLAMA: Convention = Convention {
@@ -67,7 +71,10 @@ pub const LLAMA: Convention = Convention {
         one(&["layers.N.attention.query_norm"], "model.layers.N.self_attn.q_norm"),
         one(&["layers.N.attention.key_norm"], "model.layers.N.self_attn.k_norm"),
         one(&["layers.N.attention.output"], "model.layers.N.self_attn.o_proj"),
-        one(&["layers.N.feed_forward_norm"], "model.layers.N.post_attention_layernorm"),
+        one(
+            &["layers.N.feed_forward_norm"],
+            "model.layers.N.post_attention_layernorm",
+        ),
         one(&["layers.N.feed_forward.gate"], "model.layers.N.mlp.gate_proj"),
         one(&["layers.N.feed_forward.up"], "model.layers.N.mlp.up_proj"),
         Entry {
@@ -111,8 +118,14 @@ pub const TENSORRT_LLM: Convention = Convention {
             tensor: "transformer.layers.N.attention.qkv",
             turned: false,
         },
-        one(&["layers.N.attention.query_norm"], "transformer.layers.N.attention.q_layernorm"),
-        one(&["layers.N.attention.key_norm"], "transformer.layers.N.attention.k_layernorm"),
+        one(
+            &["layers.N.attention.query_norm"],
+            "transformer.layers.N.attention.q_layernorm",
+        ),
+        one(
+            &["layers.N.attention.key_norm"],
+            "transformer.layers.N.attention.k_layernorm",
+        ),
         one(&["layers.N.attention.output"], "transformer.layers.N.attention.dense"),
         one(&["layers.N.feed_forward_norm"], "transformer.layers.N.post_layernorm"),
         // With a gate, `fc` is what the activation is applied to, and `gate` what that is multiplied by.
@@ -175,7 +188,10 @@ impl Convention {
         rows: &HashMap<String, usize>,
     ) -> Option<(String, Constant)> {
         self.places(module, has_gate).into_iter().find_map(|place| {
-            let (name, found) = place.names.into_iter().find_map(|name| Some((name.clone(), tensor(&name)?)))?;
+            let (name, found) = place
+                .names
+                .into_iter()
+                .find_map(|name| Some((name.clone(), tensor(&name)?)))?;
             let whole = match place.turned && found.shape().len() == 2 {
                 true => found.transposed(&[1, 0]),
                 false => found,
@@ -183,8 +199,16 @@ impl Convention {
             if let [_] = place.modules[..] {
                 return Some((name, whole));
             }
-            let sizes: Vec<usize> = place.modules.iter().map(|m| rows.get(m).copied()).collect::<Option<_>>()?;
-            let at = place.modules.iter().position(|m| m == module).expect("places hold the module");
+            let sizes: Vec<usize> = place
+                .modules
+                .iter()
+                .map(|m| rows.get(m).copied())
+                .collect::<Option<_>>()?;
+            let at = place
+                .modules
+                .iter()
+                .position(|m| m == module)
+                .expect("places hold the module");
             let start: usize = sizes[..at].iter().sum();
             let end = start + sizes[at];
             // A tensor of other rows is not cut: the caller sees its shape and says what is wrong.
@@ -210,12 +234,18 @@ mod tests {
         let query = "layers.12.attention.query.weight";
         assert_eq!(
             first(&LLAMA, query, true),
-            ["model.layers.12.self_attn.q_proj.weight", "layers.12.self_attn.q_proj.weight"]
+            [
+                "model.layers.12.self_attn.q_proj.weight",
+                "layers.12.self_attn.q_proj.weight"
+            ]
         );
         assert_eq!(first(&GPT2, query, false)[1], "h.12.attn.c_attn.weight");
         assert_eq!(first(&LLAMA, "head.weight", true), ["lm_head.weight"]);
         let up = "layers.0.feed_forward.up.weight";
-        assert_eq!(first(&TENSORRT_LLM, up, true)[0], "transformer.layers.0.mlp.gate.weight");
+        assert_eq!(
+            first(&TENSORRT_LLM, up, true)[0],
+            "transformer.layers.0.mlp.gate.weight"
+        );
         assert_eq!(first(&TENSORRT_LLM, up, false)[0], "transformer.layers.0.mlp.fc.weight");
         assert!(LLAMA.places("positions.weight", true).is_empty());
         assert!(!GPT2.places("layers.0.attention.query.bias", false)[0].turned);

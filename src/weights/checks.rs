@@ -1,8 +1,8 @@
 //! What must be true of a weight's numbers before they go into a package: no NaN, no infinity, nothing that overflowed
 //! when it was converted.
 
-use crate::graph::{Constant, ConstantError};
 use crate::graph::constant::Source;
+use crate::graph::{Constant, ConstantError};
 use crate::tensor::{DType, Tensor};
 
 /// What the user said is all right.
@@ -62,7 +62,10 @@ pub fn check(constant: &Constant, tensor: &Tensor, allowed: Allowed) -> Result<O
         if nonfinite(&source) > 0 {
             return Ok((!allowed.nonfinite).then_some(BadNumbers::NonFinite { count, len }));
         }
-        largest = source.to_f32().into_iter().fold(largest, |m, v| m.max(f64::from(v.abs())));
+        largest = source
+            .to_f32()
+            .into_iter()
+            .fold(largest, |m, v| m.max(f64::from(v.abs())));
     }
     let dtype = tensor.dtype();
     Ok((!allowed.overflow).then_some(BadNumbers::Overflow {

@@ -65,11 +65,14 @@ impl Adapter {
         let config: Config =
             serde_json::from_str(&text).map_err(|e| invalid(format!("is not a valid PEFT configuration: {e}")))?;
         if let Some(kind) = config.peft_type.as_deref().filter(|kind| *kind != "LORA") {
-            return Err(invalid(format!("is an adapter of type {kind}; only LORA can be merged")));
+            return Err(invalid(format!(
+                "is an adapter of type {kind}; only LORA can be merged"
+            )));
         }
         if config.use_dora {
             return Err(invalid(
-                "is a DoRA adapter, which also rescales the weights; merge it with PEFT's merge_and_unload first".into(),
+                "is a DoRA adapter, which also rescales the weights; merge it with PEFT's merge_and_unload first"
+                    .into(),
             ));
         }
         if config.r == 0 {
@@ -135,12 +138,20 @@ impl Adapter {
             if let [_] = place.modules[..] {
                 return Some((layer, change));
             }
-            let sizes: Vec<usize> = place.modules.iter().map(|m| rows.get(m).copied()).collect::<Option<_>>()?;
+            let sizes: Vec<usize> = place
+                .modules
+                .iter()
+                .map(|m| rows.get(m).copied())
+                .collect::<Option<_>>()?;
             let at = place.modules.iter().position(|m| m == module)?;
             let start: usize = sizes[..at].iter().sum();
             let end = start + sizes[at];
             let whole = change.b.shape()[0] == sizes.iter().sum::<usize>();
-            let b = if whole { change.b.sliced(0, start, end) } else { change.b };
+            let b = if whole {
+                change.b.sliced(0, start, end)
+            } else {
+                change.b
+            };
             Some((layer, Change { b, ..change }))
         })
     }
@@ -150,10 +161,17 @@ impl Config {
     /// Rank and alpha of a layer: those of the first pattern that its name ends in, or the adapter's own.
     fn of(&self, layer: &str) -> (usize, f64) {
         let ends = |pattern: &str| {
-            let pattern = pattern.trim_start_matches('^').trim_end_matches('$').replace("\\.", ".");
+            let pattern = pattern
+                .trim_start_matches('^')
+                .trim_end_matches('$')
+                .replace("\\.", ".");
             layer == pattern || layer.ends_with(&format!(".{pattern}"))
         };
-        let rank = self.rank_pattern.iter().find(|(p, _)| ends(p)).map_or(self.r, |(_, r)| *r);
+        let rank = self
+            .rank_pattern
+            .iter()
+            .find(|(p, _)| ends(p))
+            .map_or(self.r, |(_, r)| *r);
         let alpha = self.alpha_pattern.iter().find(|(p, _)| ends(p));
         (rank, alpha.map_or(self.lora_alpha, |(_, a)| *a))
     }

@@ -78,7 +78,11 @@ impl fmt::Display for Mismatch {
             }
         }
         for misfit in &self.misfits {
-            write!(f, "\n  does not fit: {} for {}: {}", misfit.tensor, misfit.weight, misfit.why)?;
+            write!(
+                f,
+                "\n  does not fit: {} for {}: {}",
+                misfit.tensor, misfit.weight, misfit.why
+            )?;
         }
         for name in &self.extra {
             write!(f, "\n  not used: {name}")?;
@@ -119,7 +123,9 @@ pub fn matched(
         match matcher.find(weight) {
             Ok(matched) => found.push(matched),
             Err(misfits) if misfits.is_empty() => {
-                let leaf = weight.modules.and_then(|m| m.leaves().first().map(|l| l.name.to_string()));
+                let leaf = weight
+                    .modules
+                    .and_then(|m| m.leaves().first().map(|l| l.name.to_string()));
                 let gated = matcher.rows.contains_key("layers.0.feed_forward.gate.weight");
                 let expected = leaf.and_then(|module| source.expected_name(&module, gated));
                 mismatch.missing.push((weight.name.to_string(), expected));

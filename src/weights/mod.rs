@@ -8,6 +8,7 @@
 
 pub mod checkpoint;
 pub mod checks;
+pub mod export;
 pub mod lora;
 pub mod matching;
 pub mod modules;
@@ -15,7 +16,7 @@ pub mod recipe;
 mod safetensors;
 pub mod source;
 
-pub use safetensors::{Stored, WriteError, safetensors_dtype, write};
+pub use safetensors::{Inspect, Stored, WriteError, safetensors_dtype, write};
 
 use crate::tensor::DType;
 

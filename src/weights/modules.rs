@@ -21,7 +21,8 @@ use crate::dim::Dim;
 use crate::graph::op::{Binary, Op, Unary};
 use crate::graph::{Graph, NodeId, ValueId};
 
-/// Weights of a canonical graph as recipes over modules, by the value that holds them.
+/// Weights of a canonical graph as recipes over modules, by the value that holds them. The graph must have been typed
+/// (`graph::infer`): which columns of a fused matrix are meant is told by shapes.
 pub fn modules(graph: &Graph) -> HashMap<ValueId, Recipe> {
     let mut reader = Reader {
         graph,
@@ -29,7 +30,9 @@ pub fn modules(graph: &Graph) -> HashMap<ValueId, Recipe> {
         found: HashMap::new(),
     };
     reader.embeddings();
-    let attentions = graph.node_ids().filter(|id| matches!(graph.node(*id).op, Op::Attention(_)));
+    let attentions = graph
+        .node_ids()
+        .filter(|id| matches!(graph.node(*id).op, Op::Attention(_)));
     for (layer, attention) in attentions.enumerate() {
         // What is not there is not named; the rest of the layer may still be.
         let _ = reader.inputs_of_attention(layer, attention);
@@ -65,7 +68,9 @@ impl Reader<'_> {
             let (Op::Gather { .. }, Some(table), Some(rows)) = (&node.op, node.input(0), node.input(1)) else {
                 continue;
             };
-            let matrix = graph.constant(table).is_some_and(|c| c.shape().len() == 2 && c.dtype().is_float());
+            let matrix = graph
+                .constant(table)
+                .is_some_and(|c| c.shape().len() == 2 && c.dtype().is_float());
             match graph.value(self.plain(rows)).name.as_str() {
                 "input_ids" if matrix => self.name(table, "embedding.weight"),
                 "position_ids" if matrix => self.name(table, "positions.weight"),
@@ -76,7 +81,11 @@ impl Reader<'_> {
 
     fn inputs_of_attention(&mut self, layer: usize, attention: NodeId) -> Option<()> {
         let node = self.graph.node(attention);
-        let operands = [("query", node.input(0)?), ("key", node.input(1)?), ("value", node.input(2)?)];
+        let operands = [
+            ("query", node.input(0)?),
+            ("key", node.input(1)?),
+            ("value", node.input(2)?),
+        ];
         let mut linears = Vec::new();
         for (name, operand) in operands {
             linears.push((name, self.linear_before(operand)?));
@@ -143,13 +152,21 @@ impl Reader<'_> {
                 self.name_norm("norm", norm);
                 return Some(());
             }
-            at = node.inputs.iter().flatten().copied().find(|v| self.graph.constant(*v).is_none())?;
+            at = node
+                .inputs
+                .iter()
+                .flatten()
+                .copied()
+                .find(|v| self.graph.constant(*v).is_none())?;
         }
     }
 
     /// Query, key and value of one matrix, in the order of their columns, which must be all there are.
     fn fused(&mut self, prefix: &str, linears: &[(&str, Linear)]) {
-        let mut parts: Vec<_> = linears.iter().filter_map(|(name, l)| Some((l.columns?, *name))).collect();
+        let mut parts: Vec<_> = linears
+            .iter()
+            .filter_map(|(name, l)| Some((l.columns?, *name)))
+            .collect();
         parts.sort_unstable();
         let mut end = 0;
         for ((from, to), _) in &parts {
@@ -195,11 +212,27 @@ impl Reader<'_> {
 
     fn name_norm(&mut self, module: &str, norm: NodeId) {
         let node = self.graph.node(norm);
-        for (input, what) in [(1, "weight"), (2, "bias")] {
-            if let Some(value) = node.input(input) {
+        let weight = node.input(1).filter(|v| self.is_named(*v));
+        // In half precision some exporters scale after rounding, so the norm itself scales by ones.
+        let weight = weight.or_else(|| self.scale_after(node.output(0)?));
+        for (value, what) in [(weight, "weight"), (node.input(2), "bias")] {
+            if let Some(value) = value {
                 self.name(value, &format!("{module}.{what}"));
             }
         }
+    }
+
+    /// The vector that a norm's result is multiplied by.
+    fn scale_after(&self, normed: ValueId) -> Option<ValueId> {
+        let product = self.only(normed, |op| matches!(op, Op::Binary(Binary::Mul)))?;
+        let node = self.graph.node(product);
+        let vector = |v: &ValueId| self.graph.constant(*v).is_some_and(|c| c.shape().len() == 1);
+        node.inputs.iter().flatten().copied().find(vector)
+    }
+
+    /// A constant that comes from the export.
+    fn is_named(&self, value: ValueId) -> bool {
+        self.graph.constant(value).is_some_and(|c| Recipe::of(c).is_some())
     }
 
     /// Names a weight, unless it has a name: a tied head stays the embedding. Factors and addends that passes put into
@@ -258,6 +291,7 @@ impl Reader<'_> {
         match node.op {
             // The rows whose logits are wanted may be picked behind the norm.
             Op::Gather { .. } => self.norm_before(node.input(0)?),
+            Op::Binary(Binary::Mul) => self.norm_before(self.scaled(id)?),
             _ => is_norm(&node.op).then_some(id),
         }
     }
@@ -266,8 +300,13 @@ impl Reader<'_> {
     fn linear_before(&self, operand: ValueId) -> Option<Linear> {
         let (mut at, mut columns, mut norm) = (operand, None, None);
         loop {
-            let (id, node) = self.graph.def(at)?;
+            let (id, output) = self.graph.producer_of(at)?;
+            let node = self.graph.node(id);
             match &node.op {
+                Op::Split { .. } if columns.is_none() => {
+                    columns = Some(self.part(id, output)?);
+                    at = node.input(0)?;
+                }
                 Op::Transpose { .. }
                 | Op::Reshape { .. }
                 | Op::Cast { .. }
@@ -286,21 +325,45 @@ impl Reader<'_> {
                 Op::Binary(Binary::Mul) => at = self.scaled(id)?,
                 Op::Binary(Binary::Add) | Op::MatMul => {
                     let (linear, _) = self.linear_at(self.product_of(at)?)?;
-                    return Some(Linear { columns, norm, ..linear });
+                    return Some(Linear {
+                        columns,
+                        norm,
+                        ..linear
+                    });
                 }
                 _ => return None,
             }
         }
     }
 
-    /// The operand of a product with one number.
+    /// The operand of a product with a constant number or vector.
     fn scaled(&self, node: NodeId) -> Option<ValueId> {
         let node = self.graph.node(node);
-        let is_number = |v: ValueId| self.graph.constant(v).is_some_and(|c| c.len() == 1);
+        let scale = |v: ValueId| {
+            self.graph
+                .constant(v)
+                .is_some_and(|c| c.shape().len() <= 1 || c.len() == 1)
+        };
         match (node.input(0)?, node.input(1)?) {
-            (x, number) | (number, x) if is_number(number) && !is_number(x) => Some(x),
+            (x, factor) | (factor, x) if scale(factor) && self.graph.constant(x).is_none() => Some(x),
             _ => None,
         }
+    }
+
+    /// Columns of a matrix product that an output of a split takes.
+    fn part(&self, split: NodeId, output: usize) -> Option<(usize, usize)> {
+        let node = self.graph.node(split);
+        let width = |i: usize| {
+            self.graph
+                .shape(node.output(i)?)?
+                .last()?
+                .as_const()
+                .map(|w| w as usize)
+        };
+        let rank = self.graph.shape(node.input(0)?)?.len() as i64;
+        let last = matches!(node.op, Op::Split { axis } if axis == -1 || axis == rank - 1);
+        let start = (0..output).map(width).sum::<Option<usize>>()?;
+        last.then_some((start, start + width(output)?))
     }
 
     /// Columns of a matrix product that a slice takes: one slice of the last axis, all columns in one group.
@@ -349,7 +412,7 @@ impl Reader<'_> {
         // A bias may come behind the unflattening of the result.
         let mut at = end;
         while bias.is_none() {
-            let [(user, input)] = self.uses.get(&at).map(Vec::as_slice)? else {
+            let Some([(user, input)]) = self.uses.get(&at).map(Vec::as_slice) else {
                 break;
             };
             let user = self.graph.node(*user);

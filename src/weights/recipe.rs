@@ -6,24 +6,51 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::graph::constant::{Source, Transform};
 use crate::graph::Constant;
+use crate::graph::constant::{Source, Transform};
 use crate::tensor::DType;
 
 /// A tensor computed from named ones. Shapes are those of results.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Recipe {
-    Tensor { name: String, dtype: DType, shape: Vec<usize> },
+    Tensor {
+        name: String,
+        dtype: DType,
+        shape: Vec<usize>,
+    },
     /// Axes permuted as in ONNX `Transpose`.
-    Transpose { perm: Vec<usize>, of: Box<Recipe> },
-    Reshape { shape: Vec<usize>, of: Box<Recipe> },
+    Transpose {
+        perm: Vec<usize>,
+        of: Box<Recipe>,
+    },
+    Reshape {
+        shape: Vec<usize>,
+        of: Box<Recipe>,
+    },
     /// Rounded to nearest even.
-    Cast { dtype: DType, of: Box<Recipe> },
-    Slice { axis: usize, start: usize, end: usize, of: Box<Recipe> },
-    Concat { axis: usize, of: Vec<Recipe> },
-    Scale { factor: f64, of: Box<Recipe> },
-    Offset { addend: f64, of: Box<Recipe> },
+    Cast {
+        dtype: DType,
+        of: Box<Recipe>,
+    },
+    Slice {
+        axis: usize,
+        start: usize,
+        end: usize,
+        of: Box<Recipe>,
+    },
+    Concat {
+        axis: usize,
+        of: Vec<Recipe>,
+    },
+    Scale {
+        factor: f64,
+        of: Box<Recipe>,
+    },
+    Offset {
+        addend: f64,
+        of: Box<Recipe>,
+    },
 }
 
 /// A named tensor a recipe needs.
@@ -162,12 +189,22 @@ mod tests {
     /// Every transform, once.
     fn everything(a: &Constant, b: &Constant) -> Constant {
         let joined = Constant::concat(&[a.transposed(&[1, 0]), b.clone()], 0);
-        joined.sliced(0, 1, 4).scaled(2.0).offset(1.0).cast(DType::F16).reshaped(vec![6])
+        joined
+            .sliced(0, 1, 4)
+            .scaled(2.0)
+            .offset(1.0)
+            .cast(DType::F16)
+            .reshaped(vec![6])
     }
 
     #[test]
     fn a_recipe_makes_the_same_weight_of_other_numbers() {
-        let named = |first| (iota(vec![2, 3], first).with_origin("a"), iota(vec![1, 2], -first).with_origin("b"));
+        let named = |first| {
+            (
+                iota(vec![2, 3], first).with_origin("a"),
+                iota(vec![1, 2], -first).with_origin("b"),
+            )
+        };
         let (a, b) = named(1.0);
         let recipe = Recipe::of(&everything(&a, &b)).unwrap();
         let text = serde_json::to_string(&recipe).unwrap();
@@ -179,7 +216,11 @@ mod tests {
         let made = recipe.apply(&mut |leaf| Some(if leaf.name == "a" { a.clone() } else { b.clone() }));
         let (made, expected) = (made.unwrap().materialize(), everything(&a, &b).materialize());
         assert_eq!(made.unwrap().data(), expected.unwrap().data());
-        assert!(recipe.apply(&mut |leaf| (leaf.name == "a").then(|| a.clone())).is_none());
+        assert!(
+            recipe
+                .apply(&mut |leaf| (leaf.name == "a").then(|| a.clone()))
+                .is_none()
+        );
     }
 
     #[test]

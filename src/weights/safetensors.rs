@@ -17,8 +17,9 @@ use std::sync::mpsc;
 
 use bytes::Bytes;
 
+use super::checks::BadNumbers;
 use crate::graph::{Constant, ConstantError};
-use crate::tensor::DType;
+use crate::tensor::{DType, Tensor};
 
 /// Tensor data begins at a multiple of this.
 const PAGE: usize = 4096;
@@ -35,12 +36,18 @@ pub struct Stored {
     pub same_as: Option<String>,
 }
 
+/// Looks at a weight that was computed, before it is written: its name, how it was computed, the tensor. An error ends the
+/// writing.
+pub type Inspect<'a> = &'a mut (dyn FnMut(&str, &Constant, &Tensor) -> Result<(), WriteError> + Send);
+
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
     #[error("the weight {name:?} cannot be computed: {source}")]
     Constant { name: String, source: ConstantError },
+    #[error("the weight {name:?}: {source}")]
+    Numbers { name: String, source: BadNumbers },
 }
 
 /// The format's name of a dtype.
@@ -65,7 +72,7 @@ struct Ready {
     hash: blake3::Hash,
 }
 
-/// Writes `tensors` (unique names) to a new file at `path`. `progress` is told
+/// Writes `tensors` (unique names) to a new file at `path`. `inspect` sees each before it is written, `progress` is told
 /// the bytes done so far. Gives one record a tensor, in the order given.
 ///
 /// Tensors are computed and hashed on a second thread, one ahead of the one being written.
@@ -73,6 +80,7 @@ pub fn write(
     path: &Path,
     tensors: &[(String, Constant)],
     metadata: &BTreeMap<String, String>,
+    inspect: Inspect<'_>,
     mut progress: impl FnMut(u64),
 ) -> Result<Vec<Stored>, WriteError> {
     let failed = |source| WriteError::Io {
@@ -104,17 +112,18 @@ pub fn write(
         scope.spawn(move || {
             for index in order.iter().copied() {
                 let (name, constant) = &tensors[index];
-                let ready = match constant.materialize() {
-                    Ok(tensor) => Ok(Ready {
+                let computed = constant.materialize().map_err(|source| WriteError::Constant {
+                    name: name.clone(),
+                    source,
+                });
+                let ready = computed.and_then(|tensor| {
+                    inspect(name, constant, &tensor)?;
+                    Ok(Ready {
                         index,
                         hash: blake3::hash(tensor.data()),
                         data: tensor.data().clone(),
-                    }),
-                    Err(source) => Err(WriteError::Constant {
-                        name: name.clone(),
-                        source,
-                    }),
-                };
+                    })
+                });
                 let last = ready.is_err();
                 // The writer hangs up when it fails; there is nobody left to tell.
                 if sender.send(ready).is_err() || last {
@@ -182,7 +191,6 @@ fn header(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::Tensor;
 
     fn constant(shape: Vec<usize>, first: f32) -> Constant {
         let n: usize = shape.iter().product();
@@ -202,7 +210,10 @@ mod tests {
             ("half".to_string(), constant(vec![16], 2.0).cast(DType::F16)),
         ];
         let mut last = 0;
-        let stored = write(&path, &tensors, &BTreeMap::new(), |done| last = done).unwrap();
+        let stored = write(&path, &tensors, &BTreeMap::new(), &mut |_, _, _| Ok(()), |done| {
+            last = done
+        })
+        .unwrap();
         assert_eq!(last, 12 + 4096 + 64 + 4096 + 32);
         let file = std::fs::read(&path).unwrap();
         for ((name, constant), at) in tensors.iter().zip(&stored) {
@@ -239,7 +250,14 @@ mod tests {
     fn an_absent_weight_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let tensors = vec![("lm_head".to_string(), Constant::absent(DType::F16, vec![2]))];
-        let error = write(&folder.path().join("w"), &tensors, &BTreeMap::new(), |_| {}).unwrap_err();
+        let error = write(
+            &folder.path().join("w"),
+            &tensors,
+            &BTreeMap::new(),
+            &mut |_, _, _| Ok(()),
+            |_| {},
+        )
+        .unwrap_err();
         assert!(error.to_string().contains("lm_head"), "{error}");
     }
 }

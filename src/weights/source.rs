@@ -122,7 +122,10 @@ impl Source {
                 let files: Vec<String> = shards.iter().chain(models).map(|f| f.display().to_string()).collect();
                 Err(SourceError::invalid(
                     path,
-                    format!("holds several files and no {INDEX}: {}; give the one that is meant", files.join(", ")),
+                    format!(
+                        "holds several files and no {INDEX}: {}; give the one that is meant",
+                        files.join(", ")
+                    ),
                 ))
             }
         }
@@ -130,15 +133,26 @@ impl Source {
 
     fn checkpoint(path: &Path, tensors: BTreeMap<String, Constant>) -> Source {
         // The convention that knows most of the names.
-        let module_paths = ["embedding", "norm", "layers.0.attention.query", "layers.0.feed_forward.up"];
+        let module_paths = [
+            "embedding",
+            "norm",
+            "layers.0.attention.query",
+            "layers.0.feed_forward.up",
+        ];
         let knows = |c: &Convention| {
             let found = module_paths.iter().filter(|module| {
                 let places = c.places(&format!("{module}.weight"), true);
-                places.iter().flat_map(|p| &p.names).any(|name| tensors.contains_key(name))
+                places
+                    .iter()
+                    .flat_map(|p| &p.names)
+                    .any(|name| tensors.contains_key(name))
             });
             found.count()
         };
-        let best = CONVENTIONS.into_iter().max_by_key(|c| knows(c)).filter(|c| knows(c) > 0);
+        let best = CONVENTIONS
+            .into_iter()
+            .max_by_key(|c| knows(c))
+            .filter(|c| knows(c) > 0);
         Source {
             path: path.to_path_buf(),
             kind: best.map_or("a checkpoint of unknown names", |c| c.name).to_string(),
@@ -174,13 +188,15 @@ impl Source {
         })
     }
 
-    /// The weights of a canonical graph, those of a package for example.
+    /// The weights of a typed canonical graph, those of a package for example.
     pub fn canonical(path: &Path, graph: &Graph) -> Source {
         let constants = graph.value_ids().filter_map(|id| Some((id, graph.constant(id)?)));
         Source {
             path: path.to_path_buf(),
             kind: "a package".to_string(),
-            tensors: constants.map(|(id, c)| (graph.value(id).name.clone(), c.clone())).collect(),
+            tensors: constants
+                .map(|(id, c)| (graph.value(id).name.clone(), c.clone()))
+                .collect(),
             names: Names::Graph(constants_of_modules(graph)),
         }
     }
@@ -207,7 +223,10 @@ impl Source {
             Names::Graph(modules) => Some(modules),
             _ => None,
         };
-        modules.into_iter().flatten().map(|(name, constant)| (name.as_str(), constant))
+        modules
+            .into_iter()
+            .flatten()
+            .map(|(name, constant)| (name.as_str(), constant))
     }
 
     /// Whether its tensors are told apart by what they do in a graph, which no name can get wrong.
@@ -233,7 +252,7 @@ impl Source {
 }
 
 /// The tensors of modules in a graph; a concatenation is cut into its parts.
-fn constants_of_modules(graph: &Graph) -> HashMap<String, Constant> {
+pub(super) fn constants_of_modules(graph: &Graph) -> HashMap<String, Constant> {
     let mut found = HashMap::new();
     for (value, recipe) in modules(graph) {
         let constant = graph.constant(value).expect("only constants have modules");
@@ -270,7 +289,9 @@ pub(super) fn safetensors(path: &Path) -> Result<BTreeMap<String, Constant>, Sou
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(SourceError::io(path))?;
     let bytes = Bytes::from_owner(map);
     let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"));
-    let header = usize::try_from(length).ok().and_then(|n| bytes.get(8..n.checked_add(8)?));
+    let header = usize::try_from(length)
+        .ok()
+        .and_then(|n| bytes.get(8..n.checked_add(8)?));
     if let Some(header) = header {
         let names = names_of(header).map_err(|e| invalid(format!("its header is not valid: {e}")))?;
         let mut seen = HashSet::new();
@@ -347,7 +368,9 @@ fn sharded(index: &Path) -> Result<BTreeMap<String, Constant>, SourceError> {
         let path = Path::new(shard);
         let inside = path.components().all(|c| matches!(c, std::path::Component::Normal(_)));
         if !inside {
-            return Err(invalid(format!("puts {name:?} into {shard:?}, outside its folder; that is refused")));
+            return Err(invalid(format!(
+                "puts {name:?} into {shard:?}, outside its folder; that is refused"
+            )));
         }
         if !shards.contains_key(shard.as_str()) {
             shards.insert(shard, safetensors(&folder.join(path))?);

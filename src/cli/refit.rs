@@ -1,0 +1,156 @@
+//! `lapidary refit`: other weights into a package.
+
+use std::path::{Path, PathBuf};
+
+use super::progress::Progress;
+use super::{Failure, bytes, convert, print, print_json, words};
+use crate::backend::tensorrt::Library;
+use crate::network::WeightMode;
+use crate::package::{self, MANIFEST, Manifest, Package, RefitError};
+use crate::spec::{Conversion, Target};
+use crate::weights::checks::Allowed;
+use crate::weights::lora::Adapter;
+use crate::weights::source::Source;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// The package
+    #[arg(value_name = "PKG")]
+    package: PathBuf,
+    /// Where the weights are: an ONNX export, a safetensors file, a Hugging Face folder, another package
+    #[arg(long, value_name = "FILE_OR_DIR")]
+    from: PathBuf,
+    /// A LoRA adapter to merge into them (a folder as PEFT saves it)
+    #[arg(long, value_name = "DIR")]
+    lora: Option<PathBuf>,
+    /// Any weights of the architecture, or only those the package had [default: what it was converted for, else general]
+    #[arg(long, value_parser = words::<Mode>(&["general", "identical"]))]
+    mode: Option<Mode>,
+    /// Take weights that hold NaN or infinity
+    #[arg(long)]
+    allow_nonfinite: bool,
+    /// Let numbers too large for the package's dtype become infinite
+    #[arg(long)]
+    allow_overflow: bool,
+    /// Put up with tensors that the package has no use for
+    #[arg(long)]
+    ignore_extra: bool,
+    /// The TensorRT-RTX library, where engines hold weights and must be built again
+    #[arg(long, value_name = "PATH")]
+    tensorrt_lib: Option<PathBuf>,
+    /// Print the new manifest as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Mode {
+    General,
+    Identical,
+}
+
+pub fn run(args: Args) -> Result<(), Failure> {
+    let package = Package::open(&args.package)?;
+    let manifest = &package.manifest;
+    let rebuild = manifest.weight_mode == WeightMode::Embed && manifest.targets.iter().any(|t| *t != Target::Cpu);
+    let library = match rebuild {
+        true => Some(Library::load(args.tensorrt_lib.as_deref())?),
+        false => None,
+    };
+    let progress = Progress::new();
+    progress.step("reading");
+    let source = open(&args.from, manifest)?;
+    let adapter = args.lora.as_deref().map(Adapter::open).transpose()?;
+    let name = args
+        .lora
+        .as_deref()
+        .and_then(Path::file_name)
+        .unwrap_or_default()
+        .to_string_lossy();
+    let identical = match args.mode {
+        Some(mode) => mode == Mode::Identical,
+        None => manifest.refit == crate::backend::tensorrt::Refit::Identical,
+    };
+    let options = package::Refit {
+        source: &source,
+        adapter: adapter.as_ref().map(|adapter| (&*name, adapter)),
+        identical,
+        allowed: Allowed {
+            nonfinite: args.allow_nonfinite,
+            overflow: args.allow_overflow,
+        },
+        extra_allowed: args.ignore_extra,
+    };
+    let mut writer = package::refit(&package, &options, |done, total| progress.bytes("weights", done, total))?;
+    if let Some(library) = &library {
+        let conversion = Conversion {
+            targets: manifest.targets.clone(),
+            weights: manifest.weight_mode,
+            refit: manifest.refit,
+            dtype: None,
+            capacities: manifest.capacities.clone(),
+            explicit_capacities: true,
+            prefill: manifest.prefill.clone(),
+            tokenizer: None,
+        };
+        convert::engines(
+            &mut writer,
+            library,
+            &args.package,
+            &conversion,
+            &manifest.capacities,
+            &progress,
+        )?;
+    }
+    let new = writer.finish()?;
+    drop(progress);
+    if args.json {
+        return print_json(&new);
+    }
+    let same = match new.weights.set_hash == manifest.weights.set_hash {
+        true => "the weight set it had",
+        false => "another weight set than it had",
+    };
+    print(&format!(
+        "{}: {} weights, {}, from {} ({}): {same}, {}\n",
+        args.package.display(),
+        new.weights.tensors.len(),
+        bytes(new.weights.bytes),
+        args.from.display(),
+        source.kind,
+        new.weights.set_hash
+    ))
+}
+
+/// Opens what weights come from. A folder with a manifest is a package.
+pub fn open(path: &Path, manifest: &Manifest) -> Result<Source, Failure> {
+    if path.join(MANIFEST).is_file() {
+        let package = Package::open(path)?;
+        package.check_present()?;
+        return Ok(Source::canonical(path, &package.architecture()?));
+    }
+    // Tables of positions are cut to what the package was converted for.
+    let positions = manifest.architecture.max_positions;
+    let positions = positions.or(manifest.capacities.last().copied()).unwrap_or(1);
+    Ok(Source::open(path, positions)?)
+}
+
+impl From<RefitError> for Failure {
+    fn from(error: RefitError) -> Self {
+        match error {
+            RefitError::Package(error) => error.into(),
+            RefitError::Mismatch(mismatch) => {
+                let only_extra = mismatch.missing.is_empty() && mismatch.misfits.is_empty();
+                let help = match only_extra && mismatch.unused_changes.is_empty() {
+                    true => "if these belong to something else, such as a vision tower, use --ignore-extra",
+                    false => "give the weights of the same architecture; `lapidary weights PKG` lists what is needed",
+                };
+                Failure::input(mismatch).help(help)
+            }
+            RefitError::NotIdentical { .. } => {
+                Failure::input(error).help("use --mode general if other weights are what you want")
+            }
+        }
+    }
+}

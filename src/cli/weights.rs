@@ -1,0 +1,171 @@
+//! `lapidary weights`: every weight of a package, and whether others would fit.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use super::table::Table;
+use super::{Failure, bytes, print, print_json, refit};
+use crate::package::manifest::{Manifest, Weight};
+use crate::package::{self, Package, RefitError};
+use crate::weights::checkpoint::CONVENTIONS;
+use crate::weights::export;
+use crate::weights::lora::Adapter;
+use crate::weights::matching::matched;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// The package
+    #[arg(value_name = "PKG")]
+    package: PathBuf,
+    /// Whether these are weights for it, and the same: an ONNX export, safetensors, a Hugging Face folder, a package
+    #[arg(long, value_name = "FILE_OR_DIR")]
+    check: Option<PathBuf>,
+    /// Check with a LoRA adapter merged
+    #[arg(long, value_name = "DIR", requires = "check")]
+    lora: Option<PathBuf>,
+    /// Put up with tensors that the package has no use for
+    #[arg(long, requires = "check")]
+    ignore_extra: bool,
+    /// Write the weights as a checkpoint: safetensors, for TensorRT-LLM with its config.json
+    #[arg(long, value_name = "DIR", conflicts_with = "check")]
+    export: Option<PathBuf>,
+    /// What the checkpoint calls its tensors
+    #[arg(long, value_name = "FORMAT", requires = "export", default_value = "hugging-face",
+          value_parser = ["hugging-face", "gpt2", "tensorrt-llm"])]
+    format: String,
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> Result<(), Failure> {
+    let package = Package::open(&args.package)?;
+    if let Some(from) = &args.check {
+        return check(&args, &package, from);
+    }
+    if let Some(folder) = &args.export {
+        return write_checkpoint(&args, &package, folder);
+    }
+    let manifest = &package.manifest;
+    if args.json {
+        let weights: Vec<_> = manifest.weights.tensors.iter().map(|w| document(w, manifest)).collect();
+        return print_json(&json!({
+            "architecture_hash": manifest.architecture_hash,
+            "set_hash": manifest.weights.set_hash,
+            "stripped": manifest.weights.stripped,
+            "refit": manifest.weights.refit,
+            "weights": weights,
+        }));
+    }
+    let mut table = Table::new(["name", "module", "in the source", "dtype", "shape", "hash", "bytes", ""]);
+    for w in &manifest.weights.tensors {
+        let turned = w.recipe.as_ref().is_some_and(|r| r.is_transposed());
+        let source = w.source_name.clone().unwrap_or_default();
+        table.row([
+            w.name.clone(),
+            modules(w).join(" + "),
+            if turned {
+                format!("{source} (transposed)")
+            } else {
+                source
+            },
+            w.dtype.to_string(),
+            format!("{:?}", w.shape),
+            w.blake3[..12].to_string(),
+            w.bytes.to_string(),
+            if manifest.weights.stripped {
+                "missing"
+            } else {
+                "present"
+            }
+            .to_string(),
+        ]);
+    }
+    let mut text = table.render();
+    text += &format!(
+        "{} weights, {}; weight set {}\n",
+        manifest.weights.tensors.len(),
+        bytes(manifest.weights.bytes),
+        manifest.weights.set_hash
+    );
+    if let Some(record) = &manifest.weights.refit {
+        let lora = record
+            .lora
+            .as_ref()
+            .map(|l| format!(" with the adapter {l}"))
+            .unwrap_or_default();
+        text += &format!("refitted from {} ({}){lora}\n", record.source, record.kind);
+    }
+    print(&text)
+}
+
+fn modules(weight: &Weight) -> Vec<String> {
+    let leaves = weight.modules.iter().flat_map(|m| m.leaves());
+    leaves.map(|leaf| leaf.name.to_string()).collect()
+}
+
+fn document(weight: &Weight, manifest: &Manifest) -> serde_json::Value {
+    json!({
+        "name": weight.name,
+        "source_name": weight.source_name,
+        "modules": modules(weight),
+        "dtype": weight.dtype,
+        "shape": weight.shape,
+        "transposed": weight.recipe.as_ref().is_some_and(|r| r.is_transposed()),
+        "blake3": weight.blake3,
+        "bytes": weight.bytes,
+        "file": manifest.weights.file,
+        "offset": weight.offset,
+        "same_as": weight.same_as,
+        "present": !manifest.weights.stripped,
+        "engines": weight.engines,
+    })
+}
+
+/// Exit status 0: they fit, and whether they are the same is told.
+fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
+    let source = refit::open(from, &package.manifest)?;
+    let adapter = args.lora.as_deref().map(Adapter::open).transpose()?;
+    let weights = &package.manifest.weights;
+    let found = matched(&package::wanted(weights), &source, adapter.as_ref(), args.ignore_extra)
+        .map_err(RefitError::Mismatch)?;
+    let different = package::identical(weights, &found)?;
+    if args.json {
+        let from: Vec<_> = weights
+            .tensors
+            .iter()
+            .zip(&found)
+            .map(|(w, m)| json!({"name": w.name, "from": m.from}))
+            .collect();
+        return print_json(&json!({
+            "kind": source.kind, "fits": true, "identical": different.is_empty(), "different": different, "weights": from,
+        }));
+    }
+    let of = weights.tensors.len();
+    print(&match different.len() {
+        0 => format!(
+            "{} ({}): all {of} weights are there, and are those of the package\n",
+            from.display(),
+            source.kind
+        ),
+        n => format!(
+            "{} ({}): all {of} weights are there and fit; {n} hold other numbers than the package's, {} for example\n",
+            from.display(),
+            source.kind,
+            different[0]
+        ),
+    })
+}
+
+fn write_checkpoint(args: &Args, package: &Package, folder: &Path) -> Result<(), Failure> {
+    let [llama, gpt2, tensorrt_llm] = CONVENTIONS;
+    let convention = match args.format.as_str() {
+        "tensorrt-llm" => tensorrt_llm,
+        "gpt2" => gpt2,
+        _ => llama,
+    };
+    package.check_present()?;
+    let graph = package.architecture()?;
+    let written = export::export(&graph, &package.manifest.architecture, convention, folder).map_err(Failure::input)?;
+    print(&format!("wrote {} tensors to {}\n", written, folder.display()))
+}

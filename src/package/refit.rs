@@ -1,0 +1,165 @@
+//! Other weights into a package: all of them are found first, then a new package is written beside the old one and put in
+//! its place in one step. Killed at any moment, the old package or the new one is there.
+
+use std::collections::HashMap;
+
+use super::manifest::{RefitRecord, Weight, Weights};
+use super::staging::{Staging, carry_over};
+use super::write::{Provenance, write_graph};
+use super::{Package, PackageError, Writer};
+use crate::graph::{Constant, ValueId};
+use crate::network::WeightMode;
+use crate::weights::checks::{self, Allowed};
+use crate::weights::lora::Adapter;
+use crate::weights::matching::{Matched, Mismatch, Wanted, matched};
+use crate::weights::source::Source;
+use crate::weights::{WriteError, set_hash};
+
+/// What to put in, and what to put up with.
+pub struct Refit<'a> {
+    pub source: &'a Source,
+    /// With the name of its folder.
+    pub adapter: Option<(&'a str, &'a Adapter)>,
+    /// Refuse a weight set that is not the one the package had.
+    pub identical: bool,
+    pub allowed: Allowed,
+    /// Tensors of the source that no weight is made of are no obstacle.
+    pub extra_allowed: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RefitError {
+    #[error(transparent)]
+    Package(#[from] PackageError),
+    #[error("{0}")]
+    Mismatch(#[from] Box<Mismatch>),
+    /// Of an identical refit.
+    #[error(
+        "{source_path}: another weight set than this package had: {} of {of} weights differ, the first is {:?}", different.len(), different[0]
+    )]
+    NotIdentical {
+        source_path: String,
+        different: Vec<String>,
+        of: usize,
+    },
+}
+
+/// The weights of the manifest, for matching.
+pub fn wanted(weights: &Weights) -> Vec<Wanted<'_>> {
+    let tensors = weights.tensors.iter();
+    tensors
+        .map(|w| Wanted {
+            name: &w.name,
+            dtype: w.dtype,
+            shape: &w.shape,
+            recipe: w.recipe.as_ref(),
+            modules: w.modules.as_ref(),
+        })
+        .collect()
+}
+
+/// Names of the weights whose bytes would not be those the package had.
+pub fn identical(weights: &Weights, matched: &[Matched]) -> Result<Vec<String>, PackageError> {
+    let mut different = Vec::new();
+    for (weight, matched) in weights.tensors.iter().zip(matched) {
+        let tensor = matched.constant.materialize().map_err(|source| {
+            let name = weight.name.clone();
+            PackageError::Weights(WriteError::Constant { name, source })
+        })?;
+        if blake3::hash(tensor.data()).to_hex().as_str() != weight.blake3 {
+            different.push(weight.name.clone());
+        }
+    }
+    Ok(different)
+}
+
+/// Finds, checks and writes the new weights, and carries everything else over. The writer's package has the engines that
+/// hold no weights; those that do are gone, and to be built again before it is finished.
+pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64)) -> Result<Writer, RefitError> {
+    let manifest = &package.manifest;
+    let adapter = refit.adapter.map(|(_, adapter)| adapter);
+    let found = matched(&wanted(&manifest.weights), refit.source, adapter, refit.extra_allowed)?;
+    if refit.identical {
+        let different = identical(&manifest.weights, &found)?;
+        if !different.is_empty() {
+            return Err(RefitError::NotIdentical {
+                source_path: refit.source.path.display().to_string(),
+                different,
+                of: manifest.weights.tensors.len(),
+            });
+        }
+    }
+    let mut graph = package.architecture()?;
+    let by_name: HashMap<&str, (&Weight, &Matched)> = manifest
+        .weights
+        .tensors
+        .iter()
+        .zip(&found)
+        .map(|(weight, matched)| (weight.name.as_str(), (weight, matched)))
+        .collect();
+    let ids: Vec<ValueId> = graph.value_ids().collect();
+    for id in &ids {
+        if let Some((_, matched)) = by_name.get(graph.value(*id).name.as_str()) {
+            graph.set_constant(*id, matched.constant.clone());
+        }
+    }
+
+    let staging = Staging::new(&package.folder, true).map_err(RefitError::Package)?;
+    let names: HashMap<ValueId, String> = ids.into_iter().map(|id| (id, graph.value(id).name.clone())).collect();
+    let describe = |id: ValueId, _: &Constant| match by_name.get(names[&id].as_str()) {
+        Some((weight, matched)) => Provenance {
+            source_name: Some(matched.from.join(" + ")),
+            recipe: weight.recipe.clone(),
+            modules: weight.modules.clone(),
+        },
+        None => Provenance {
+            source_name: None,
+            recipe: None,
+            modules: None,
+        },
+    };
+    let allowed = refit.allowed;
+    let mut inspect = |name: &str, constant: &Constant, tensor: &crate::tensor::Tensor| {
+        let name = name.to_string();
+        match checks::check(constant, tensor, allowed) {
+            Ok(None) => Ok(()),
+            Ok(Some(source)) => Err(WriteError::Numbers { name, source }),
+            Err(source) => Err(WriteError::Constant { name, source }),
+        }
+    };
+    let stored = write_graph(&staging, &graph, describe, &mut inspect, progress)?;
+    let mut new = manifest.clone();
+    new.graph = stored.graph;
+    new.constants = stored.constants;
+    // Which engines take a weight does not change.
+    let engines: HashMap<&str, &Vec<String>> = manifest
+        .weights
+        .tensors
+        .iter()
+        .map(|w| (w.name.as_str(), &w.engines))
+        .collect();
+    new.weights = stored.weights;
+    for weight in &mut new.weights.tensors {
+        if let Some(engines) = engines.get(weight.name.as_str()) {
+            weight.engines = (*engines).clone();
+        }
+    }
+    debug_assert_eq!(
+        new.weights.set_hash,
+        set_hash(new.weights.tensors.iter().map(Weight::line))
+    );
+    let file_name = |path: &std::path::Path| {
+        path.file_name()
+            .unwrap_or(path.as_os_str())
+            .to_string_lossy()
+            .into_owned()
+    };
+    new.weights.refit = Some(RefitRecord {
+        source: file_name(&refit.source.path),
+        kind: refit.source.kind.clone(),
+        lora: refit.adapter.map(|(name, _)| name.to_string()),
+    });
+    new.engines.retain(|engine| engine.weight_mode != WeightMode::Embed);
+    carry_over(package, &staging, &new)?;
+    Ok(Writer::resume(staging, true, new))
+}

@@ -1,0 +1,12 @@
+//! Weights by what they are, from anywhere, into packages: the library, and the program's `weights`, `strip` and `refit`.
+
+#[path = "weights/bad.rs"]
+mod bad;
+#[path = "weights/lora.rs"]
+mod lora;
+#[path = "weights/modules.rs"]
+mod modules;
+#[path = "weights/refit.rs"]
+mod refit;
+#[path = "cli/support.rs"]
+mod support;

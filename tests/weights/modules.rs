@@ -1,0 +1,145 @@
+//! Modules read off canonical graphs: every exporter's weights are the same once one knows what they are.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use lapidary::lower::stored_weights;
+use lapidary::weights::modules::modules;
+use lapidary::weights::recipe::Recipe;
+use lapidary::weights::source::Source;
+use lapidary::{onnx, passes};
+
+use crate::support::fixture;
+
+fn canonical(model: &Path) -> passes::Canonical {
+    let options = passes::Options {
+        max_positions: 64,
+        ..passes::Options::default()
+    };
+    passes::canonicalize(onnx::read(model).unwrap(), &options).unwrap()
+}
+
+fn exports() -> Vec<(String, std::path::PathBuf)> {
+    let mut all: Vec<_> = std::fs::read_dir(fixture("exports"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|folder| folder.join("model.onnx").is_file())
+        .map(|folder| {
+            (
+                folder.file_name().unwrap().to_str().unwrap().to_string(),
+                folder.join("model.onnx"),
+            )
+        })
+        .collect();
+    all.sort();
+    assert!(all.len() > 40, "{}", all.len());
+    all
+}
+
+/// Every module of an export, as numbers.
+fn numbers(model: &Path) -> BTreeMap<String, Vec<f32>> {
+    let source = Source::canonical(model, &canonical(model).graph);
+    let modules = source.modules();
+    modules
+        .map(|(name, c)| (name.to_string(), c.materialize().unwrap().to_f32()))
+        .collect()
+}
+
+#[test]
+fn every_weight_of_every_export_is_some_module() {
+    for (name, model) in exports() {
+        let canonical = canonical(&model);
+        let modules = modules(&canonical.graph);
+        for (id, weight) in stored_weights(&canonical.graph) {
+            match Recipe::of(&weight.constant) {
+                Some(_) => assert!(modules.contains_key(&id), "{name}: {} is unknown", weight.name),
+                None => assert!(!modules.contains_key(&id), "{name}: {} was computed", weight.name),
+            }
+        }
+    }
+}
+
+#[test]
+fn exporters_of_one_model_agree_on_every_module() {
+    let mut families: BTreeMap<String, (String, BTreeMap<String, Vec<f32>>)> = BTreeMap::new();
+    let mut compared = 0;
+    for (name, model) in exports() {
+        let family = name.split('-').next().unwrap().to_string();
+        let found = numbers(&model);
+        // The first of a family is fp32, from torch, and names its initializers after the modules.
+        let (first, expected) = families.entry(family).or_insert_with(|| (name.clone(), found.clone()));
+        let tolerance = if name.contains("16") && !name.contains("opset") || name.ends_with("fp16") {
+            1e-3
+        } else {
+            0.0
+        };
+        for (module, expected) in expected.iter() {
+            let Some(found) = found.get(module) else {
+                // An export may hold the head apart from the embedding it is tied to, or the other way round.
+                assert_eq!(module, "head.weight", "{name} has no {module}, which {first} has");
+                continue;
+            };
+            assert_eq!(found.len(), expected.len(), "{name} {module}");
+            let difference = found
+                .iter()
+                .zip(expected)
+                .map(|(a, b)| (a - b).abs())
+                .fold(0.0, f32::max);
+            assert!(
+                difference <= tolerance,
+                "{name}: {module} differs from {first}'s by {difference}"
+            );
+            compared += 1;
+        }
+    }
+    assert!(compared > 500, "{compared}");
+}
+
+#[test]
+fn modules_are_what_their_names_in_torch_say() {
+    // dynamo keeps the parameters' own names, which are those of Hugging Face's checkpoints.
+    for export in [
+        "llama-dynamo-opset18",
+        "qwen2-dynamo-opset23",
+        "qwen3-dynamo-opset18",
+        "gpt2-dynamo-opset18",
+    ] {
+        let model = fixture("exports").join(export).join("model.onnx");
+        let canonical = canonical(&model);
+        let source = Source::canonical(&model, &canonical.graph);
+        let graph = onnx::read(&model).unwrap();
+        let parameters: BTreeMap<String, _> = graph
+            .value_ids()
+            .filter_map(|id| {
+                let constant = graph.constant(id)?;
+                // The wrapper that was exported calls the model `m`.
+                let name = constant.origin()?.trim_start_matches("m.");
+                Some((name.to_string(), constant.clone()))
+            })
+            .collect();
+        let modules: BTreeMap<&str, _> = source.modules().collect();
+        let rows = modules
+            .iter()
+            .map(|(name, c)| (name.to_string(), c.shape()[0]))
+            .collect();
+        let convention = match export.starts_with("gpt2") {
+            true => &lapidary::weights::checkpoint::GPT2,
+            false => &lapidary::weights::checkpoint::LLAMA,
+        };
+        let mut named = 0;
+        for (module, constant) in &modules {
+            let gated = modules.contains_key("layers.0.feed_forward.gate.weight");
+            let Some((name, found)) = convention.find(module, gated, |n| parameters.get(n).cloned(), &rows) else {
+                continue;
+            };
+            // Where dynamo folded the transpose into the parameter it is turned; numbers still tell.
+            let (a, b) = (found.materialize().unwrap(), constant.materialize().unwrap());
+            if a.shape() == b.shape() {
+                assert_eq!(a.to_f32(), b.to_f32(), "{export}: {module} is not {name}");
+                named += 1;
+            }
+        }
+        // dynamo folds the transposes into most matrices and calls them val_84; norms and the embedding keep their names.
+        assert!(named >= 6, "{export}: only {named} of {} have names", modules.len());
+    }
+}
