@@ -119,7 +119,7 @@ impl Reader<'_> {
         // The residual addition, then the norm before the feed-forward block.
         let residual = self.only(end, |op| matches!(op, Op::Binary(Binary::Add)))?;
         let stream = self.graph.node(residual).output(0)?;
-        let norm = self.only(stream, |op| is_norm(op))?;
+        let norm = self.only(stream, is_norm)?;
         self.name_norm(&format!("{prefix}.feed_forward_norm"), norm);
         let normed = self.graph.node(norm).output(0)?;
         let mut down = None;
