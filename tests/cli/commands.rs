@@ -17,7 +17,8 @@ fn help_lists_the_commands_that_exist() {
     assert_eq!(
         commands,
         [
-            "inspect", "convert", "info", "generate", "chat", "sample", "verify", "doctor", "help"
+            "inspect", "convert", "info", "generate", "chat", "sample", "verify", "refit", "weights", "strip",
+            "doctor", "help"
         ]
     );
 }
@@ -74,7 +75,15 @@ fn a_package_tells_what_it_is() {
     let folder = tempfile::tempdir().unwrap();
     let model = fixture("exports/llama-optimum/model.onnx");
     let pkg = package(folder.path(), &model, &["--capacity", "32,16", "--prefill", "8"]);
-    assert_eq!(names(&pkg), ["graph.onnx", "manifest.json", "weights.safetensors"]);
+    assert_eq!(
+        names(&pkg),
+        [
+            "constants.safetensors",
+            "graph.onnx",
+            "manifest.json",
+            "weights.safetensors"
+        ]
+    );
     let info = lapidary(["info", text(&pkg), "--json", "--check"]).ok().json();
     assert_eq!(info["format_version"], 1);
     assert_eq!(info["source"]["file"], "model.onnx");
