@@ -49,3 +49,24 @@ fn convert_builds_the_engines_that_info_names() {
     let told = lapidary(["info", text(&pkg)]).ok().stdout;
     assert!(labels.iter().all(|label| told.contains(label)), "{told}");
 }
+
+/// Plans with the weights inside cannot survive other weights: they go with `strip` and are built again by `refit`.
+#[test]
+fn embedded_engines_are_built_again_with_the_weights() {
+    let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+    let library = text(library.path());
+    let folder = tempfile::tempdir().unwrap();
+    let model = fixture("exports/llama-optimum/model.onnx");
+    let flags = "--target cpu,tensorrt-rtx --weights embed --capacity 16 --prefill 8 --tensorrt-lib";
+    let flags: Vec<&str> = flags.split(' ').chain([library]).collect();
+    let pkg = package(folder.path(), &model, &flags);
+    let built = names(&pkg.join("engines"));
+    assert_eq!(built.len(), 2);
+    let bare = folder.path().join("bare");
+    let told = lapidary(["strip", text(&pkg), "-o", text(&bare)]).ok().stdout;
+    assert!(told.contains("2 engines that hold weights were left out"), "{told}");
+    assert!(!bare.join("engines").exists());
+    lapidary(["refit", text(&bare), "--from", text(&model), "--tensorrt-lib", library]).ok();
+    assert_eq!(names(&bare.join("engines")), built);
+    lapidary(["info", text(&bare), "--check"]).ok();
+}

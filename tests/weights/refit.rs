@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::support::{fixture, ids, lapidary, names, package, text};
+use crate::support::{command, fixture, ids, lapidary, names, package, text};
 
 pub fn export(name: &str) -> PathBuf {
     fixture("exports").join(name).join("model.onnx")
@@ -200,4 +200,38 @@ fn half_precision_packages_take_fp32_weights_and_the_other_way_round() {
     lapidary(["refit", text(&full), "--from", text(&half)]).ok();
     // Rounded once: refitting the halves from it changes nothing.
     lapidary(["refit", text(&half), "--from", text(&full), "--mode", "identical"]).ok();
+}
+
+#[test]
+fn killed_at_any_moment_the_package_is_the_old_one_or_the_new_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = package(folder.path(), &export("llama-optimum"), &["--capacity", "32"]);
+    let checkpoint = folder.path().join("hf");
+    lapidary(["weights", text(&pkg), "--export", text(&checkpoint)]).ok();
+    let file = checkpoint.join("model.safetensors");
+    let old = set_hash(&pkg);
+    change(&file, "model.norm.weight", |v| v + 1.0);
+    let other = folder.path().join("other");
+    lapidary(["strip", text(&pkg), "-o", text(&other)]).ok();
+    lapidary(["refit", text(&other), "--from", text(&file)]).ok();
+    let new = set_hash(&other);
+    let mut killed = 0;
+    for wait in 0..16 {
+        let mut child = command()
+            .args(["refit", text(&pkg), "--from", text(&file)])
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(wait * 8));
+        killed += usize::from(child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        lapidary(["info", text(&pkg), "--check"]).ok();
+        assert!([&old, &new].contains(&&set_hash(&pkg)));
+    }
+    assert!(killed > 0, "every refit was over before it could be killed");
+    // What the killed ones left is swept by the next.
+    lapidary(["refit", text(&pkg), "--from", text(&file)]).ok();
+    assert_eq!(set_hash(&pkg), new);
+    assert_eq!(names(folder.path()), ["hf", "other", "pkg"]);
 }
