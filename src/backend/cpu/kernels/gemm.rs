@@ -120,7 +120,14 @@ impl Kernel for Gemm {
             let edge = self.scratch.add(DEPTH * width);
             for i in 0..pieces {
                 let (first, depth) = piece(self.depth, DEPTH, i);
-                pack_panel::<S>(self.right, first_column, columns, first, depth, self.scratch, width);
+                let panel = Panel {
+                    matrix: self.right,
+                    first_column,
+                    columns,
+                    first_row: first,
+                    depth,
+                };
+                panel.pack::<S>(self.scratch, width);
                 for tile in 0..tiles {
                     let (row, rows) = piece(self.rows, S::TILE_ROWS, tile);
                     let out = self.out.add(row * self.out_stride + first_column);
@@ -153,44 +160,55 @@ impl Kernel for Gemm {
     }
 }
 
-/// `to[p, j] = matrix[first_row + p, first_column + j]` as f32 for `p < depth`; columns from `columns` to `width` are 0.
-///
-/// # Safety
-/// The matrix has those elements; `to` has `[depth, width]`.
-#[inline(always)]
-pub unsafe fn pack_panel<S: Simd>(
-    matrix: Matrix,
-    first_column: usize,
-    columns: usize,
-    first_row: usize,
-    depth: usize,
-    to: *mut f32,
-    width: usize,
-) {
-    unsafe {
-        match matrix.storage {
-            DType::F32 => pack::<S, F32>(matrix, first_column, columns, first_row, depth, to, width),
-            DType::F16 => pack::<S, F16>(matrix, first_column, columns, first_row, depth, to, width),
-            DType::Bf16 => pack::<S, Bf16>(matrix, first_column, columns, first_row, depth, to, width),
-            other => unreachable!("a matrix of {other}"),
+/// A part of a matrix: `depth` rows from `first_row` on, `columns` columns from `first_column` on.
+#[derive(Clone, Copy)]
+pub struct Panel {
+    pub matrix: Matrix,
+    pub first_column: usize,
+    pub columns: usize,
+    pub first_row: usize,
+    pub depth: usize,
+}
+
+impl Panel {
+    /// All of a matrix of `depth` rows.
+    #[inline(always)]
+    pub fn whole(matrix: Matrix, depth: usize, columns: usize) -> Self {
+        Panel {
+            matrix,
+            first_column: 0,
+            columns,
+            first_row: 0,
+            depth,
+        }
+    }
+
+    /// `to[p, j]` is element `[p, j]` of the panel as f32, for `p < depth`; columns from `columns` to `width` are 0.
+    ///
+    /// # Safety
+    /// The matrix has those elements; `to` has `[depth, width]`.
+    #[inline(always)]
+    pub unsafe fn pack<S: Simd>(self, to: *mut f32, width: usize) {
+        unsafe {
+            match self.matrix.storage {
+                DType::F32 => pack::<S, F32>(self, to, width),
+                DType::F16 => pack::<S, F16>(self, to, width),
+                DType::Bf16 => pack::<S, Bf16>(self, to, width),
+                other => unreachable!("a matrix of {other}"),
+            }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn pack<S: Simd, E: Element>(
-    matrix: Matrix,
-    first_column: usize,
-    columns: usize,
-    first_row: usize,
-    depth: usize,
-    to: *mut f32,
-    width: usize,
-) {
+unsafe fn pack<S: Simd, E: Element>(panel: Panel, to: *mut f32, width: usize) {
+    let Panel {
+        matrix, columns, depth, ..
+    } = panel;
     unsafe {
         let at = |row: usize, column: usize| {
-            let row = (first_row + row) as isize * matrix.row_stride;
-            let column = (first_column + column) as isize * matrix.column_stride;
+            let row = (panel.first_row + row) as isize * matrix.row_stride;
+            let column = (panel.first_column + column) as isize * matrix.column_stride;
             matrix.base.wrapping_offset((row + column) * E::SIZE as isize)
         };
         let lanes = S::LANES;

@@ -132,6 +132,14 @@ mod tests {
         }
     }
     use fn_name::Name;
+    const ALL: [Name; 6] = [
+        Name::Exp,
+        Name::Sigmoid,
+        Name::Tanh,
+        Name::Erf,
+        Name::GeluErf,
+        Name::GeluTanh,
+    ];
 
     impl Kernel for Apply<'_> {
         type Output = Vec<f32>;
@@ -186,14 +194,7 @@ mod tests {
             .map(|i| i as f32 * 5e-4 * (1.0 + (i % 7) as f32))
             .collect();
         for isa in Isa::available() {
-            for name in [
-                Name::Exp,
-                Name::Sigmoid,
-                Name::Tanh,
-                Name::Erf,
-                Name::GeluErf,
-                Name::GeluTanh,
-            ] {
+            for name in ALL {
                 let got = unsafe { isa.run(Apply(&xs, name)) };
                 for (x, y) in xs.iter().zip(got) {
                     let want = reference(name, f64::from(*x));
@@ -218,14 +219,7 @@ mod tests {
         let xs = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 1e38, -1e38];
         for isa in Isa::available() {
             let run = |name| unsafe { isa.run(Apply(&xs, name)) };
-            for name in [
-                Name::Exp,
-                Name::Sigmoid,
-                Name::Tanh,
-                Name::Erf,
-                Name::GeluErf,
-                Name::GeluTanh,
-            ] {
+            for name in ALL {
                 assert!(run(name)[0].is_nan(), "{isa:?} {name:?}");
             }
             assert_eq!(run(Name::Exp)[1..], [f32::INFINITY, 0.0, 1.0, 1.0, f32::INFINITY, 0.0]);

@@ -1,6 +1,6 @@
 //! Attention of many query rows, as in prefill: scores and outputs are tiles of a matrix product.
 
-use super::super::gemm::{Matrix, pack_panel};
+use super::super::gemm::{Matrix, Panel};
 use super::super::math;
 use super::{ALL, Attention, BLOCK, NONE};
 use crate::backend::cpu::simd::{Isa, Kernel, Simd, TileArgs};
@@ -84,7 +84,7 @@ impl Kernel for Many {
                     row_stride: 1,
                     column_stride: a.k.strides[2],
                 };
-                pack_panel::<S>(matrix, 0, count, 0, a.dim, keys, BLOCK);
+                Panel::whole(matrix, a.dim, count).pack::<S>(keys, BLOCK);
                 let product = TileArgs {
                     depth: a.dim,
                     a: keys,
@@ -121,7 +121,7 @@ impl Kernel for Many {
                         row_stride: a.v.strides[2],
                         column_stride: 1,
                     };
-                    pack_panel::<S>(matrix, 0, a.dim, 0, count, values, a.dim);
+                    Panel::whole(matrix, count, a.dim).pack::<S>(values, a.dim);
                     (values.cast_const(), a.dim)
                 };
                 let product = TileArgs {
