@@ -53,6 +53,9 @@ pub struct Args {
     /// Write the canonical graph as ONNX too, with its weights in FILE.data
     #[arg(long, value_name = "FILE")]
     emit_onnx: Option<PathBuf>,
+    /// Convert an export whose external data is not there: the package is a stripped one, for `lapidary refit` to fill
+    #[arg(long, conflicts_with = "emit_onnx")]
+    without_weights: bool,
     /// Replace an existing package
     #[arg(long)]
     force: bool,
@@ -82,7 +85,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let progress = Progress::new();
     progress.step("reading");
     let tokenizer = find_tokenizer(&args.model, conversion.tokenizer.as_deref())?;
-    let graph = onnx::read(&args.model)?;
+    let graph = match args.without_weights {
+        true => onnx::read_stripped(&args.model)?,
+        false => onnx::read(&args.model)?,
+    };
     let source = source(&args.model, &graph)?;
 
     progress.step("rewriting");
@@ -281,7 +287,12 @@ pub(super) fn engines(
     capacities: &[usize],
     progress: &Progress,
 ) -> Result<(), Failure> {
-    let graph = writer.package().graph()?;
+    let package = writer.package();
+    let graph = match package.manifest.weights.stripped && conversion.weights == WeightMode::Bind {
+        // Bound weights come at load; only their shapes matter here.
+        true => package.architecture()?,
+        false => package.graph()?,
+    };
     let profiles = profiles(conversion, capacities);
     for (i, profile) in profiles.iter().enumerate() {
         let label = format!("engine {}/{} {profile}", i + 1, profiles.len());

@@ -110,6 +110,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     let same = match new.weights.set_hash == manifest.weights.set_hash {
         true => "the weight set it had",
+        false if manifest.weights.set_hash.is_empty() => "its first weight set",
         false => "another weight set than it had",
     };
     print(&format!(
@@ -148,7 +149,7 @@ impl From<RefitError> for Failure {
                 };
                 Failure::input(mismatch).help(help)
             }
-            RefitError::NotIdentical { .. } => {
+            RefitError::NotIdentical { .. } | RefitError::NeverHad { .. } => {
                 Failure::input(error).help("use --mode general if other weights are what you want")
             }
         }

@@ -71,7 +71,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             },
             w.dtype.to_string(),
             format!("{:?}", w.shape),
-            w.blake3[..12].to_string(),
+            w.blake3.get(..12).unwrap_or_default().to_string(),
             w.bytes.to_string(),
             if manifest.weights.stripped {
                 "missing"

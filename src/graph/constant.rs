@@ -109,6 +109,15 @@ impl Constant {
         self.len() * self.dtype.size()
     }
 
+    /// Whether the bytes can be had: nothing it is made of was left out.
+    pub fn is_present(&self) -> bool {
+        match &self.source {
+            Source::Tensor(_) => true,
+            Source::Absent => false,
+            Source::Derived(derived) => derived.inputs.iter().all(Constant::is_present),
+        }
+    }
+
     /// The initializer this constant was made from; of the first input where several were joined.
     pub fn origin(&self) -> Option<&str> {
         match (&self.origin, &self.source) {

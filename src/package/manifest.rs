@@ -76,7 +76,8 @@ pub struct StoredFile {
 pub struct Weights {
     pub file: String,
     pub bytes: u64,
-    /// See [`crate::weights::set_hash`]. In a stripped package, of the weights it had.
+    /// See [`crate::weights::set_hash`]. In a stripped package, of the weights it had; empty if it
+    /// never had any.
     pub set_hash: String,
     /// The file is not there: a stripped package.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

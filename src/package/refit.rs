@@ -33,6 +33,8 @@ pub enum RefitError {
     Package(#[from] PackageError),
     #[error("{0}")]
     Mismatch(#[from] Box<Mismatch>),
+    #[error("{path}: made without weights, so none can be identical to those it had")]
+    NeverHad { path: String },
     /// Of an identical refit.
     #[error(
         "{source_path}: another weight set than this package had: {} of {of} weights differ, the first is {:?}", different.len(), different[0]
@@ -79,6 +81,11 @@ pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64
     let manifest = &package.manifest;
     let adapter = refit.adapter.map(|(_, adapter)| adapter);
     let found = matched(&wanted(&manifest.weights), refit.source, adapter, refit.extra_allowed)?;
+    if refit.identical && manifest.weights.set_hash.is_empty() {
+        return Err(RefitError::NeverHad {
+            path: package.folder.display().to_string(),
+        });
+    }
     if refit.identical {
         let different = identical(&manifest.weights, &found)?;
         if !different.is_empty() {

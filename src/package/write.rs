@@ -249,7 +249,12 @@ fn write_weights(
     let total: u64 = tensors.iter().map(|(_, c)| c.byte_len() as u64).sum();
     let metadata = BTreeMap::from([("format".to_string(), "lapidary".to_string())]);
     let path = folder.join(file);
-    let stored = weights::write(&path, &tensors, &metadata, inspect, |done| progress(done, total))?;
+    // A model whose weights were left out gives a stripped package, for a refit to fill.
+    let stripped = tensors.iter().any(|(_, constant)| !constant.is_present());
+    let stored = match stripped {
+        true => weights::place(&tensors),
+        false => weights::write(&path, &tensors, &metadata, inspect, |done| progress(done, total))?,
+    };
     let mut weights = Vec::with_capacity(entries.len());
     for (entry, at) in entries.into_iter().zip(stored) {
         layout.insert(
@@ -274,11 +279,18 @@ fn write_weights(
             engines: Vec::new(),
         });
     }
+    let (bytes, set_hash) = match stripped {
+        true => (total, String::new()),
+        false => (
+            fs::metadata(&path).map_err(PackageError::io(&path))?.len(),
+            weights::set_hash(weights.iter().map(Weight::line)),
+        ),
+    };
     Ok(manifest::Weights {
         file: file.to_string(),
-        bytes: fs::metadata(&path).map_err(PackageError::io(&path))?.len(),
-        set_hash: weights::set_hash(weights.iter().map(Weight::line)),
-        stripped: false,
+        bytes,
+        set_hash,
+        stripped,
         refit: None,
         tensors: weights,
     })

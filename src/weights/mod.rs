@@ -16,7 +16,7 @@ pub mod recipe;
 mod safetensors;
 pub mod source;
 
-pub use safetensors::{Inspect, Stored, WriteError, safetensors_dtype, write};
+pub use safetensors::{Inspect, Stored, WriteError, place, safetensors_dtype, write};
 
 use crate::tensor::DType;
 

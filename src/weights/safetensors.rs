@@ -65,6 +65,22 @@ pub fn safetensors_dtype(dtype: DType) -> &'static str {
     }
 }
 
+/// Places for tensors that are not there yet, in the order given: what a graph that points to them needs. They have no hash.
+pub fn place(tensors: &[(String, Constant)]) -> Vec<Stored> {
+    let mut end = PAGE as u64;
+    let mut next = |constant: &Constant| {
+        let (offset, bytes) = (end, constant.byte_len() as u64);
+        end += bytes;
+        Stored {
+            offset,
+            bytes,
+            blake3: String::new(),
+            same_as: None,
+        }
+    };
+    tensors.iter().map(|(_, constant)| next(constant)).collect()
+}
+
 /// One tensor on its way to the file.
 struct Ready {
     index: usize,

@@ -235,3 +235,49 @@ fn killed_at_any_moment_the_package_is_the_old_one_or_the_new_one() {
     assert_eq!(set_hash(&pkg), new);
     assert_eq!(names(folder.path()), ["hf", "other", "pkg"]);
 }
+
+/// TensorRT-LLM's weightless engine: built from an export without weights, filled later by name.
+#[test]
+fn built_with_the_weights_absent() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["llama-optimum", "qwen3-dynamo-opset23", "gpt2-dynamo-opset18"] {
+        let (whole, bare) = (
+            folder.path().join(format!("{name}-whole")),
+            folder.path().join(format!("{name}-bare")),
+        );
+        lapidary(["convert", text(&export(name)), "-o", text(&whole), "--capacity", "32"]).ok();
+        // The export with its weights in a file of their own, and then without it.
+        let model = folder.path().join(format!("{name}.onnx"));
+        let mut graph = ::lapidary::onnx::read(export(name)).unwrap();
+        ::lapidary::graph::infer(&mut graph).unwrap();
+        ::lapidary::onnx::write_with_data(&graph, &model).unwrap();
+        std::fs::remove_file(folder.path().join(format!("{name}.onnx.data"))).unwrap();
+
+        let convert = ["convert", text(&model), "-o", text(&bare), "--capacity", "32"];
+        let (message, _) = lapidary(convert).refused();
+        assert!(message.contains("cannot be opened"), "{message}");
+        lapidary(convert.into_iter().chain(["--without-weights"])).ok();
+        let (message, _) = lapidary(["generate", text(&bare), "--prompt-ids", "1"]).refused();
+        assert!(message.contains("stripped package"), "{message}");
+        let checkpoint = folder.path().join(format!("{name}-hf"));
+        let format = if name.starts_with("gpt2") {
+            "gpt2"
+        } else {
+            "hugging-face"
+        };
+        lapidary([
+            "weights",
+            text(&whole),
+            "--export",
+            text(&checkpoint),
+            "--format",
+            format,
+        ])
+        .ok();
+        let refit = ["refit", text(&bare), "--from", text(&checkpoint)];
+        let (message, _) = lapidary(refit.into_iter().chain(["--mode", "identical"])).refused();
+        assert!(message.contains("made without weights"), "{message}");
+        lapidary(refit).ok();
+        assert_eq!(tokens(&bare, name), tokens(&whole, name), "{name}");
+    }
+}
