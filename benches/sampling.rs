@@ -67,7 +67,8 @@ impl History {
     fn tokens(self, n: usize, vocabulary: usize) -> Vec<u32> {
         let mut random = Random(7);
         let token = |i: usize| match self {
-            History::Text => ((vocabulary as f64).powf(random.uniform()) as usize).min(vocabulary - 1),
+            // The first few are breakers.
+            History::Text => (10.0 + (vocabulary as f64 - 10.0).powf(random.uniform())) as usize,
             History::One => 5,
             History::Two => 5 + i % 2,
             History::Hundred => 100 + i % 100 * 13,

@@ -5,6 +5,7 @@
 
 use super::BadLogits;
 use super::tally::Tally;
+use super::vectors::{BLOCK, all_finite, block_with, compress_from, max, vectors};
 
 /// A token that may still be drawn, with its present logit (natural-log scale, not normalised).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -12,9 +13,6 @@ pub struct Candidate {
     pub id: u32,
     pub logit: f32,
 }
-
-/// Logits looked at together; a power of two that suits every vector width.
-const BLOCK: usize = 16;
 
 /// See the module's head.
 #[derive(Debug, Default)]
@@ -35,12 +33,7 @@ impl Candidates {
         self.logits.clear();
         self.logits.extend_from_slice(logits);
         self.vocabulary = logits.len();
-        let mut finite = true;
-        for block in logits.chunks(BLOCK) {
-            // No early exit inside a block, which would keep it from being one vector operation.
-            finite &= block.iter().fold(true, |all, l| all & (l.abs() < f32::INFINITY));
-        }
-        if finite && !logits.is_empty() {
+        if vectors(|| all_finite(logits)) && !logits.is_empty() {
             return Ok(());
         }
         if let Some(id) = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY) {
@@ -88,22 +81,27 @@ impl Candidates {
 
     /// The largest logit.
     pub fn max(&self) -> f32 {
-        let mut lanes = [f32::MIN; BLOCK];
-        let mut blocks = self.logits.chunks_exact(BLOCK);
-        for block in &mut blocks {
-            for i in 0..BLOCK {
-                lanes[i] = if block[i] > lanes[i] { block[i] } else { lanes[i] };
-            }
-        }
-        let rest = blocks.remainder().iter();
-        lanes.iter().chain(rest).copied().fold(f32::MIN, f32::max)
+        vectors(|| max(&self.logits))
     }
 
     /// The most probable candidate; of equals the lowest id.
     pub fn best(&self) -> Candidate {
         let max = self.max();
-        let best = self.iter().filter(|c| c.logit == max).min_by_key(|c| c.id);
-        best.expect("never empty, and the maximum is one of them")
+        let mut best: Option<u32> = None;
+        let mut from = 0;
+        while let Some(block) = vectors(|| block_with(&self.logits, from, max)) {
+            let ids = self.block(block).filter(|c| c.logit == max).map(|c| c.id);
+            best = ids.chain(best).min();
+            from = block + 1;
+        }
+        let id = best.expect("never empty, and the maximum is one of them");
+        Candidate { id, logit: max }
+    }
+
+    /// The candidates of a block.
+    fn block(&self, block: usize) -> impl Iterator<Item = Candidate> + '_ {
+        let start = block * BLOCK;
+        (start..(start + BLOCK).min(self.len())).map(|i| self.get(i))
     }
 
     /// Rewrites every logit. What is no longer finite becomes the nearest finite number.
@@ -202,27 +200,11 @@ impl Candidates {
         if !self.is_whole() {
             return self.retain(|c| c.logit >= floor);
         }
-        let mut kept = 0;
-        for start in (0..self.len()).step_by(BLOCK) {
-            let end = (start + BLOCK).min(self.len());
-            let any = self.logits[start..end].iter().fold(false, |any, l| any | (*l >= floor));
-            if !any {
-                continue;
-            }
-            for i in start..end {
-                let logit = self.logits[i];
-                if logit >= floor {
-                    self.logits[kept] = logit;
-                    self.ids.push(i as u32);
-                    kept += 1;
-                }
-            }
-        }
-        if kept == 0 {
+        if vectors(|| block_with(&self.logits, 0, floor)).is_none() {
             let best = self.best();
             return self.keep_only(best);
         }
-        self.logits.truncate(kept);
+        vectors(|| compress_from(&mut self.logits, &mut self.ids, floor));
     }
 
     fn keep_only(&mut self, candidate: Candidate) {
@@ -257,17 +239,11 @@ impl Candidates {
         keys.clear();
         let mut floor = Key(0);
         let mut floor_logit = f32::MIN;
-        for (b, block) in self.logits.chunks(BLOCK).enumerate() {
-            let any = block.iter().fold(false, |any, l| any | (*l >= floor_logit));
-            if !any {
-                continue;
-            }
-            for (i, logit) in block.iter().enumerate() {
-                let key = Key::new(self.id(b * BLOCK + i), *logit);
-                if key > floor {
-                    keys.push(key);
-                }
-            }
+        let mut from = 0;
+        while let Some(block) = vectors(|| block_with(&self.logits, from, floor_logit)) {
+            from = block + 1;
+            let found = self.block(block).filter(|c| c.logit >= floor_logit);
+            keys.extend(found.map(|c| Key::new(c.id, c.logit)).filter(|key| *key > floor));
             if keys.len() >= room {
                 keys.select_nth_unstable_by(k - 1, |a, b| b.cmp(a));
                 keys.truncate(k);

@@ -131,17 +131,22 @@ fn suffix_matches(window: &[u32], limit: usize, matches: &mut Vec<u32>) {
     matches.resize(n, 0);
     // Of the matches seen, the one that reaches furthest back: it began `start` before the end and is known up to `end`.
     let (mut start, mut end) = (0, 0);
+    let newest = window[n - 1];
     for k in 1..n {
+        // By far the most common case, and the only one in ordinary text that is worth being quick about.
+        if k >= end && window[n - 1 - k] != newest {
+            continue;
+        }
+        let most = limit.min(n - k);
         let mut length = match k < end {
             true => (matches[k - start] as usize).min(end - k),
             false => 0,
         };
         // Only what lies beyond `end` is compared, and every agreement moves `end`: linear in all.
-        if k + length >= end {
-            let most = limit.min(n - k);
-            while length < most && window[n - 1 - length] == window[n - 1 - k - length] {
-                length += 1;
-            }
+        if k + length >= end && length < most {
+            let (new, old) = (&window[..n - length], &window[..n - k - length]);
+            let pairs = new.iter().rev().zip(old.iter().rev()).take(most - length);
+            length += pairs.take_while(|(new, old)| new == old).count();
             if k + length > end {
                 (start, end) = (k, k + length);
             }

@@ -24,6 +24,7 @@ mod top_k;
 mod top_n_sigma;
 mod top_p;
 mod typical;
+mod vectors;
 mod xtc;
 
 pub use breakers::Breakers;
@@ -74,8 +75,9 @@ impl Chain {
         if !settings.logit_bias.is_empty() {
             stages.push(Box::new(bias::LogitBias::new(&settings.logit_bias)));
         }
-        let on = settings.order.iter().filter(|stage| settings.has(**stage));
-        stages.extend(on.map(|stage| sampler(*stage, settings)));
+        let on: Vec<Stage> = settings.order.iter().copied().filter(|s| settings.has(*s)).collect();
+        let next = on.iter().copied().skip(1).map(Some).chain([None]);
+        stages.extend(on.iter().zip(next).map(|(stage, next)| sampler(*stage, next, settings)));
         if let Some(m) = &settings.mirostat {
             stages.push(Box::new(mirostat::Mirostat::new(m.tau, m.eta)));
         }
@@ -134,7 +136,8 @@ impl Chain {
     }
 }
 
-fn sampler(stage: Stage, s: &Settings) -> Box<dyn Sampler> {
+/// A stage of the chain; `next` comes right after it.
+fn sampler(stage: Stage, next: Option<Stage>, s: &Settings) -> Box<dyn Sampler> {
     match stage {
         Stage::Penalties => Box::new(penalties::Penalties::new(
             s.repetition_penalty,
@@ -143,7 +146,10 @@ fn sampler(stage: Stage, s: &Settings) -> Box<dyn Sampler> {
             s.penalty_last_n,
         )),
         Stage::Dry => Box::new(Dry::new(s.dry.clone())),
-        Stage::TopNSigma => Box::new(top_n_sigma::TopNSigma::new(s.top_n_sigma)),
+        Stage::TopNSigma => {
+            let at_most = (next == Some(Stage::TopK)).then_some(s.top_k);
+            Box::new(top_n_sigma::TopNSigma::new(s.top_n_sigma, at_most))
+        }
         Stage::TopK => Box::new(top_k::TopK::new(s.top_k)),
         Stage::Typical => Box::new(typical::Typical::new(s.typical_p)),
         Stage::TopP => Box::new(top_p::TopP::new(s.top_p)),

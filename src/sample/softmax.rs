@@ -4,6 +4,8 @@
 //! different tokens. This one is made of additions and multiplications only, whose results IEEE 754 fixes, and the
 //! compiler can turn a loop of it into vector operations.
 
+use super::vectors::{BLOCK, vectors};
+
 /// Probabilities up to a common factor.
 #[derive(Clone, Copy, Debug)]
 pub struct Weighed {
@@ -15,20 +17,33 @@ pub struct Weighed {
 
 /// Writes `exp(logit − max)` of each logit to `weights`. `max` is the largest of the logits, which are finite.
 pub fn weigh(logits: &[f32], max: f32, weights: &mut Vec<f32>) -> Weighed {
-    weights.clear();
-    weights.extend(logits.iter().map(|logit| exp(logit - max)));
-    let mut lanes = [0.0f64; 8];
-    let mut blocks = weights.chunks_exact(8);
-    for block in &mut blocks {
-        for i in 0..8 {
-            lanes[i] += f64::from(block[i]);
-        }
-    }
-    let rest: f64 = blocks.remainder().iter().map(|w| f64::from(*w)).sum();
+    weights.resize(logits.len(), 0.0);
     Weighed {
         max,
-        total: lanes.iter().sum::<f64>() + rest,
+        total: vectors(|| exponentials(logits, max, weights)),
     }
+}
+
+/// The weights, and their sum.
+#[inline(always)]
+fn exponentials(logits: &[f32], max: f32, weights: &mut [f32]) -> f64 {
+    let mut lanes = [0.0f64; BLOCK];
+    let whole = logits.len() / BLOCK * BLOCK;
+    let (logits, last_logits) = logits.split_at(whole);
+    let (weights, last_weights) = weights.split_at_mut(whole);
+    for (logits, weights) in logits.chunks_exact(BLOCK).zip(weights.chunks_exact_mut(BLOCK)) {
+        for i in 0..BLOCK {
+            weights[i] = exp(logits[i] - max);
+        }
+        for i in 0..BLOCK {
+            lanes[i] += f64::from(weights[i]);
+        }
+    }
+    for i in 0..last_logits.len() {
+        last_weights[i] = exp(last_logits[i] - max);
+        lanes[i] += f64::from(last_weights[i]);
+    }
+    lanes.iter().sum()
 }
 
 /// `e^x` for `x <= 0`, within two units in the last place; 0 below −87, where f32 runs out of normal numbers.

@@ -28,23 +28,27 @@ impl Tally {
 
     /// One more of this token.
     pub fn count(&mut self, id: u32) {
-        self.update(id, |value| value.map_or(1, |n| n + 1));
-    }
-
-    /// The larger of `value` and what the token had.
-    pub fn raise(&mut self, id: u32, value: u32) {
-        self.update(id, |old| old.map_or(value, |old| old.max(value)));
-    }
-
-    fn update(&mut self, id: u32, f: impl FnOnce(Option<u32>) -> u32) {
         let Some(slot) = self.values.get_mut(id as usize) else {
             return;
         };
         if *slot == NONE {
             self.tallied.push(id);
-            *slot = f(None);
-        } else {
-            *slot = f(Some(*slot));
+            *slot = 0;
+        }
+        *slot += 1;
+    }
+
+    /// The larger of `value` and what the token had.
+    pub fn raise(&mut self, id: u32, value: u32) {
+        let Some(slot) = self.values.get_mut(id as usize) else {
+            return;
+        };
+        if *slot == NONE {
+            self.tallied.push(id);
+            *slot = value;
+        } else if *slot < value {
+            // Written only if it changes: in a history of one token each write would wait for the one before.
+            *slot = value;
         }
     }
 

@@ -105,6 +105,21 @@ fn top_n_sigma() {
     assert_after(with(0.0), &[], &FOUR, &FOUR);
     assert_after(with(3.0), &[], &FOUR, &FOUR);
     assert_after(with(1.0), &[], &[1.0], &[1.0]);
+    // With a top-k behind it, whichever is stricter decides.
+    let both = |top_n_sigma, top_k| Settings {
+        top_k,
+        ..with(top_n_sigma)
+    };
+    assert_after(both(1.0, 3), &[], &FOUR, &[0.0, 0.0, 0.428571, 0.571429]);
+    assert_after(both(1.0, 1), &[], &FOUR, &[0.0, 0.0, 0.0, 1.0]);
+    assert_after(both(3.0, 3), &[], &FOUR, &[0.0, 0.222222, 0.333333, 0.444444]);
+    assert_after(both(1.0, 9), &[], &FOUR, &[0.0, 0.0, 0.428571, 0.571429]);
+    // Penalties beyond what has a square in f32 stretch the deviation, and drop nobody else.
+    let mut chain = Chain::new(&with(1.0)).unwrap();
+    let mut logits = vec![1.0; 200];
+    logits[3..40].fill(-2e38);
+    let left = chain.probabilities(&logits, &[]).unwrap();
+    assert!(left.iter().filter(|p| **p > 0.0).count() >= 163);
 }
 
 #[test]

@@ -3,45 +3,39 @@
 //! Mean and deviation are those of the logits as they come, before any temperature, so the set kept does not depend on
 //! it.
 
+use super::vectors::{Spread, spread, vectors};
 use super::{Candidates, Sampler};
 
-pub struct TopNSigma(f32);
+pub struct TopNSigma {
+    n: f32,
+    at_most: Option<usize>,
+}
 
 impl TopNSigma {
-    /// `n` above 0.
-    pub fn new(n: f32) -> Self {
-        TopNSigma(n)
+    /// `n` above 0. `at_most`: keeps no more than this many, which a top-k right behind would do. Both keep the largest
+    /// logits, so doing it at once changes nothing, and saves a list of what only one of them drops.
+    pub fn new(n: f32, at_most: Option<usize>) -> Self {
+        TopNSigma { n, at_most }
     }
 }
 
 impl Sampler for TopNSigma {
     fn apply(&mut self, candidates: &mut Candidates, _history: &[u32]) {
-        if candidates.len() > 1 {
-            let max = candidates.max();
-            candidates.keep_from(max - self.0 * deviation(candidates.logits(), max));
+        let Spread { min, max, variance } = vectors(|| spread(candidates.logits()));
+        // A penalty can be so large that its square is no f32: then everything is near.
+        let deviation = if variance.is_finite() {
+            variance.max(0.0).sqrt() as f32
+        } else {
+            f32::INFINITY
+        };
+        let floor = max - self.n * deviation;
+        match self.at_most {
+            Some(k) if k < candidates.len() => {
+                let kept = candidates.top(k).filter(|c| c.logit >= floor).count();
+                candidates.keep_top(kept.max(1));
+            }
+            _ if floor > min => candidates.keep_from(floor),
+            _ => {}
         }
     }
-}
-
-/// The standard deviation. Sums run over distances from `around`, so that squares do not cancel.
-fn deviation(logits: &[f32], around: f32) -> f32 {
-    const LANES: usize = 8;
-    let (mut sums, mut squares) = ([0.0f64; LANES], [0.0f64; LANES]);
-    let mut blocks = logits.chunks_exact(LANES);
-    for block in &mut blocks {
-        for i in 0..LANES {
-            let d = f64::from(block[i] - around);
-            sums[i] += d;
-            squares[i] += d * d;
-        }
-    }
-    for logit in blocks.remainder() {
-        let d = f64::from(logit - around);
-        sums[0] += d;
-        squares[0] += d * d;
-    }
-    let n = logits.len() as f64;
-    let mean = sums.iter().sum::<f64>() / n;
-    let variance = squares.iter().sum::<f64>() / n - mean * mean;
-    variance.max(0.0).sqrt() as f32
 }

@@ -7,10 +7,13 @@ use super::{Candidates, ROUNDING, Sampler};
 pub struct Typical {
     p: f32,
     weights: Vec<f32>,
-    /// How far from typical, and the index.
-    order: Vec<(f32, u32)>,
+    /// How far from typical, and the index, as one integer that sorts by them.
+    order: Vec<u64>,
     kept: Vec<bool>,
 }
+
+/// Candidates sorted at first.
+const FIRST: usize = 256;
 
 impl Typical {
     /// `p` from 0 up to, but not 1, which is off.
@@ -41,21 +44,31 @@ impl Sampler for Typical {
             })
             .sum();
         self.order.clear();
-        let far = |l: &f32| (surprise(*l) - entropy).abs() as f32;
-        self.order
-            .extend(candidates.logits().iter().enumerate().map(|(i, l)| (far(l), i as u32)));
-        self.order
-            .sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        // The bits of floats of 0 or more sort as they do.
+        let far = |l: &f32| ((surprise(*l) - entropy).abs() as f32).to_bits();
+        let key = |(i, l)| u64::from(far(l)) << 32 | i as u64;
+        self.order.extend(candidates.logits().iter().enumerate().map(key));
 
         self.kept.clear();
         self.kept.resize(candidates.len(), false);
-        let mut sum = 0.0;
-        for (_, i) in &self.order {
-            self.kept[*i as usize] = true;
-            sum += f64::from(self.weights[*i as usize]) / total;
-            if sum > f64::from(self.p) + ROUNDING {
-                break;
+        let (mut sum, mut sorted, mut next) = (0.0, 0, FIRST);
+        // Sorted as far as it turns out to be needed.
+        'enough: while sorted < self.order.len() {
+            let rest = &mut self.order[sorted..];
+            let now = next.min(rest.len());
+            if now < rest.len() {
+                rest.select_nth_unstable(now);
             }
+            rest[..now].sort_unstable();
+            for key in &rest[..now] {
+                let i = *key as u32 as usize;
+                self.kept[i] = true;
+                sum += f64::from(self.weights[i]) / total;
+                if sum > f64::from(self.p) + ROUNDING {
+                    break 'enough;
+                }
+            }
+            (sorted, next) = (sorted + now, next * 8);
         }
         candidates.retain_indexed(|i, _| self.kept[i]);
     }

@@ -5,6 +5,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::draw::uniform;
 use super::softmax::weigh;
+use super::vectors::{BLOCK, block_with, vectors};
 use super::{Candidates, Sampler};
 
 pub struct Xtc {
@@ -34,13 +35,17 @@ impl Sampler for Xtc {
         let weighed = weigh(candidates.logits(), candidates.max(), &mut self.weights);
         let reached = (f64::from(self.threshold) * weighed.total) as f32;
         // The least probable that reaches the threshold; of equals the last, as if sorted with lower ids first.
-        let mut choices = 0;
-        let mut least = 0;
-        for (i, w) in self.weights.iter().enumerate() {
-            if *w >= reached {
-                let id = candidates.get(i).id;
-                let now = self.weights[least];
-                if choices == 0 || *w < now || *w == now && id > candidates.get(least).id {
+        let (mut choices, mut least, mut from) = (0, 0, 0);
+        while let Some(block) = vectors(|| block_with(&self.weights, from, reached)) {
+            from = block + 1;
+            let start = block * BLOCK;
+            for i in start..(start + BLOCK).min(self.weights.len()) {
+                let (w, now) = (self.weights[i], self.weights[least]);
+                if w < reached {
+                    continue;
+                }
+                let is_later = || candidates.get(i).id > candidates.get(least).id;
+                if choices == 0 || w < now || w == now && is_later() {
                     least = i;
                 }
                 choices += 1;
