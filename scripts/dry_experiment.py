@@ -3,21 +3,23 @@
 without it, measured and drawn.
 
     scripts/dry_experiment.py --package .models/smollm2-cpu              # generates, measures, writes everything
+    scripts/dry_experiment.py --package .models/smollm2-cpu --cost       # only times, into the results that are there
     scripts/dry_experiment.py --from benches/results/dry-smollm2.json    # table and plot again, from old results
 
 Each text is TOKENS long: the model's end tokens are banned (`--logit-bias ID=-inf`), because a small model that may stop
 hides its repetitions behind an early end. Measured on the generated tokens alone:
 
-- distinct-n: different n-grams over all n-grams. 1 is no repetition at all; ordinary English prose of this length has a
-  distinct-3 of about 0.95 and more.
+- distinct-n: different n-grams over all n-grams. 1 is no repetition at all; ordinary prose of this length is near it.
 - longest repeated span: the longest sequence of tokens that stands in the text twice (the two may overlap).
-- sampling: mean time of the sampler chain for one token, beside the whole time for one token.
+- cost: mean time of the sampler chain for one token, and of a whole token, in one text a setting. Take it on a machine
+  that does nothing else (`--cost` does this part alone).
 
 Writes the results (JSON), the plot (SVG), and the table between the markers of docs/sampling.md. Needs the release binary
 (`cargo build --release --bins`) and a package of SmolLM2; nothing but Python's standard library.
 """
 
 import argparse
+import concurrent.futures
 import json
 import platform
 import statistics
@@ -26,8 +28,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENS = 400
-SEEDS = [1, 2, 3]
+TOKENS = 256
+SEEDS = [1, 2]
 # The chat template's end and the end of a document.
 BANNED = [0, 2]
 PROMPTS = {
@@ -36,7 +38,6 @@ PROMPTS = {
     "list": "Here is a list of things to do on a rainy day:\n1.",
     "code": 'def parse_config(path):\n    """Reads a configuration file."""\n',
     "dialogue": "Anna: Did you hear the news?\nBen: No, what happened?\nAnna:",
-    "science": "Photosynthesis is the process by which plants",
 }
 DRY = ["--dry-multiplier", "0.8"]
 PENALTY = ["--repetition-penalty", "1.1"]
@@ -76,9 +77,10 @@ def longest_repeat(tokens):
     return low
 
 
-def generate(args, prompt, flags, seed):
+def generate(args, prompt, flags, seed, threads=None):
     command = [args.lapidary, "generate", args.package, "--prompt", prompt, "--json", "--seed", seed]
     command += ["--max-new-tokens", args.tokens, "--ignore-eos", "--device", "cpu"]
+    command += ["--threads", threads] if threads else []
     command += [part for token in BANNED for part in ("--logit-bias", f"{token}=-inf")]
     done = subprocess.run([str(c) for c in command + flags], capture_output=True, text=True)
     if done.returncode != 0:
@@ -86,23 +88,22 @@ def generate(args, prompt, flags, seed):
     return json.loads(done.stdout)
 
 
+def one(args, setting, flags, name, seed):
+    """One text, on one thread: the tokens do not depend on their number."""
+    result = generate(args, PROMPTS[name], flags, seed, threads=1)
+    tokens = result["tokens"]
+    run = {"setting": setting, "prompt": name, "seed": seed, "tokens": len(tokens)}
+    run |= {f"distinct_{n}": round(distinct(tokens, n), 4) for n in (1, 2, 3, 4)}
+    run |= {"longest_repeat": longest_repeat(tokens), "text": result["text"]}
+    print(f"{setting}, {name}, seed {seed}: distinct-3 {run['distinct_3']}, longest repeat {run['longest_repeat']}",
+          file=sys.stderr)
+    return run
+
+
 def measure(args):
-    runs = []
-    total = sum(len(seeds) for _, _, seeds in SETTINGS) * len(PROMPTS)
-    for setting, flags, seeds in SETTINGS:
-        for name, prompt in PROMPTS.items():
-            for seed in seeds:
-                result = generate(args, prompt, flags, seed)
-                tokens = result["tokens"]
-                run = {"setting": setting, "prompt": name, "seed": seed, "tokens": len(tokens)}
-                run |= {f"distinct_{n}": round(distinct(tokens, n), 4) for n in (1, 2, 3, 4)}
-                run["longest_repeat"] = longest_repeat(tokens)
-                run["sampling_us"] = round(result["timing"]["sampling_ms"] * 1e3, 1)
-                run["token_ms"] = result["timing"]["tpot_ms"]
-                run["text"] = result["text"]
-                runs.append(run)
-                print(f"{len(runs)}/{total} {setting}, {name}, seed {seed}: distinct-3 {run['distinct_3']}, "
-                      f"longest repeat {run['longest_repeat']}", file=sys.stderr)
+    tasks = [(setting, flags, name, seed) for setting, flags, seeds in SETTINGS for name in PROMPTS for seed in seeds]
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        runs = list(pool.map(lambda task: one(args, *task), tasks))
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
@@ -114,7 +115,17 @@ def measure(args):
         "prompts": PROMPTS,
         "settings": {name: flags for name, flags, _ in SETTINGS},
         "runs": runs,
+        "cost": cost(args),
     }
+
+
+def cost(args):
+    """Microseconds of sampling and milliseconds in all for a token, by setting."""
+    out = {}
+    for setting, flags, seeds in SETTINGS:
+        timing = generate(args, PROMPTS["story"], flags, seeds[0])["timing"]
+        out[setting] = {"sampling_us": round(timing["sampling_ms"] * 1e3, 1), "token_ms": round(timing["tpot_ms"], 2)}
+    return out
 
 
 def of(results, setting, field):
@@ -124,15 +135,15 @@ def of(results, setting, field):
 def table(results):
     lines = [
         "| setting | texts | distinct-1 | distinct-2 | distinct-3 | distinct-4 | longest repeated span, median (worst) "
-        "| sampling a token |",
-        "|---|---|---|---|---|---|---|---|",
+        "| sampling, a token | all, a token |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for setting in results["settings"]:
         spans = of(results, setting, "longest_repeat")
         means = " | ".join(f"{statistics.mean(of(results, setting, f'distinct_{n}')):.3f}" for n in (1, 2, 3, 4))
         lines.append(
             f"| {setting} | {len(spans)} | {means} | {statistics.median(spans):.0f} ({max(spans)}) tokens "
-            f"| {statistics.median(of(results, setting, 'sampling_us')):.0f} µs |"
+            f"| {results['cost'][setting]['sampling_us']:.0f} µs | {results['cost'][setting]['token_ms']:.1f} ms |"
         )
     return "\n".join(lines) + "\n"
 
@@ -147,7 +158,7 @@ def plot(results):
         ("distinct-3 (higher is better)", "distinct_3", lambda v: v, [0, 0.25, 0.5, 0.75, 1]),
         # A square root leaves room for the small values without hiding the large ones.
         ("longest repeated span, tokens (lower is better)", "longest_repeat",
-         lambda v: (v / results["tokens"]) ** 0.5, [0, 10, 50, 100, 200, 400]),
+         lambda v: (v / results["tokens"]) ** 0.5, [0, 10, 50, 100, 200]),
     ]
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height}" font-family="sans-serif" '
@@ -179,7 +190,7 @@ def plot(results):
             x = x0 + width * scale(statistics.median(values))
             out.append(f'<line x1="{x:.1f}" y1="{y - 12}" x2="{x:.1f}" y2="{y + 12}" stroke="{colour}" '
                        f'stroke-width="3"/>')
-    out.append(f'<text x="{left}" y="{height - 8}" fill="#666">a dot a text, a bar at the median; six prompts, three '
+    out.append(f'<text x="{left}" y="{height - 8}" fill="#666">a dot a text, a bar at the median; five prompts, two '
                f"seeds (greedy: one text a prompt)</text>")
     return "\n".join([*out, "</svg>", ""])
 
@@ -195,7 +206,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path)
     parser.add_argument("--from", dest="old", type=Path, help="results of an earlier run")
+    parser.add_argument("--cost", action="store_true", help="measure only times, and put them into the results")
     parser.add_argument("--lapidary", type=Path, default=ROOT / "target/release/lapidary")
+    parser.add_argument("--jobs", type=int, default=2, help="texts generated at the same time")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benches/results/dry-smollm2.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/dry-smollm2.svg")
@@ -206,7 +219,7 @@ def main():
     if args.old:
         results = json.loads(args.old.read_text())
     else:
-        results = measure(args)
+        results = json.loads(args.output.read_text()) | {"cost": cost(args)} if args.cost else measure(args)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     args.plot.write_text(plot(results))
