@@ -40,6 +40,9 @@ struct Arguments {
     /// Weights are raised to three axes, instead of activations flattened to two.
     #[arg(long)]
     raise_weights: bool,
+    /// One product for q, k and v, and for gate and up.
+    #[arg(long)]
+    fuse: bool,
     /// Attention from single layers.
     #[arg(long)]
     decomposed: bool,
@@ -75,6 +78,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
             true => LinearForm::RaiseWeight,
             false => LinearForm::FlattenActivation,
         },
+        fuse_linear: arguments.fuse,
         attention: match arguments.decomposed {
             true => AttentionForm::Decomposed,
             false => AttentionForm::Layer,

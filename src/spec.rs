@@ -11,6 +11,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::tensorrt::Refit;
+use crate::lower;
 use crate::network::{Tokens, WeightMode};
 use crate::tensor::DType;
 
@@ -143,6 +144,8 @@ pub struct Spec {
     pub prefill: Option<Prefill>,
     /// A folder or a `tokenizer.json`; relative to the spec's own folder.
     pub tokenizer: Option<PathBuf>,
+    /// How engines are lowered, as `convert --tune` found it best; `weight_mode` in it is not looked at.
+    pub lowering: Option<lower::Options>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -193,6 +196,7 @@ impl Spec {
             capacity: self.capacity.or(below.capacity),
             prefill: self.prefill.or(below.prefill),
             tokenizer: self.tokenizer.or(below.tokenizer),
+            lowering: self.lowering.or(below.lowering),
         }
     }
 
@@ -243,6 +247,10 @@ impl Spec {
             explicit_capacities,
             prefill,
             tokenizer: self.tokenizer,
+            lowering: lower::Options {
+                weight_mode: weights,
+                ..self.lowering.unwrap_or_else(lower::Options::for_engines)
+            },
         })
     }
 }
@@ -262,6 +270,8 @@ pub struct Conversion {
     pub explicit_capacities: bool,
     pub prefill: Prefill,
     pub tokenizer: Option<PathBuf>,
+    /// Of engines, `weight_mode` included.
+    pub lowering: lower::Options,
 }
 
 #[cfg(test)]

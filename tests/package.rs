@@ -179,6 +179,7 @@ fn engines_are_listed_with_the_weights_they_take() {
         profile,
         weight_mode: WeightMode::Bind,
         refit: Refit::None,
+        lowering: lapidary::lower::Options::default(),
         tensorrt_version: "1.6.1".into(),
         build_ms: 1,
     };

@@ -11,8 +11,9 @@ use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
 use super::Failure;
+use super::device::{self, Device, Wish};
 use super::events::{self, Event, Summary};
-use super::generate::{fitting, need, open_cpu};
+use super::generate::{fitting, need};
 use super::interrupt::Listener;
 use super::sampler::SamplerArgs;
 use crate::decode::chat::ChatError;
@@ -39,6 +40,12 @@ pub struct Args {
     /// Threads of the CPU executor [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    device: Device,
+    /// The TensorRT-RTX library to run engines with
+    #[arg(long, value_name = "PATH")]
+    tensorrt_lib: Option<PathBuf>,
     /// Where lines typed are kept [default: lapidary/history in $XDG_STATE_HOME or ~/.local/state]
     #[arg(long, value_name = "FILE")]
     history_file: Option<PathBuf>,
@@ -84,7 +91,16 @@ pub fn run(args: Args) -> Result<(), Failure> {
             logprobs: None,
         },
         conversation: Conversation::new(args.system.as_deref()),
-        session: open_cpu(&package, args.threads.map(usize::from))?,
+        session: device::open(
+            &package,
+            Wish {
+                device: args.device,
+                threads: args.threads.map(usize::from),
+                tensorrt_lib: args.tensorrt_lib.as_deref(),
+                prompt: 1,
+                total: args.max_new_tokens,
+            },
+        )?,
         left_out: 0,
         seed: settings.seed,
         args: &args,

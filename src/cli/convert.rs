@@ -166,6 +166,7 @@ fn conversion(args: &Args) -> Result<Conversion, Failure> {
         capacity: args.capacity.clone(),
         prefill: args.prefill.clone(),
         tokenizer: args.tokenizer.clone(),
+        lowering: None,
     };
     let file = match &args.spec {
         Some(path) => Spec::read(path)?,
@@ -297,11 +298,7 @@ pub(super) fn engines(
     for (i, profile) in profiles.iter().enumerate() {
         let label = format!("engine {}/{} {profile}", i + 1, profiles.len());
         progress.step(label.as_str());
-        let options = lower::Options {
-            weight_mode: conversion.weights,
-            ..lower::Options::default()
-        };
-        let network = lower::lower(&graph, profile, &options).map_err(|e| Failure::bug(e).at(model))?;
+        let network = lower::lower(&graph, profile, &conversion.lowering).map_err(|e| Failure::bug(e).at(model))?;
         let bar = progress.handle();
         let observer = move |p: BuildProgress<'_>| {
             bar.fraction(&label, p.fraction);
@@ -312,7 +309,12 @@ pub(super) fn engines(
             observer: Some(Arc::new(observer)),
         };
         let plan = tensorrt::build(library, &network, &options).map_err(|e| Failure::from(e).at(model))?;
-        let taken: HashSet<String> = network.weights.iter().map(|w| w.name.clone()).collect();
+        let taken: HashSet<String> = network
+            .weights
+            .iter()
+            .flat_map(|w| lower::parts(&w.name))
+            .map(str::to_string)
+            .collect();
         let engine = Engine {
             file: String::new(),
             bytes: 0,
@@ -321,6 +323,7 @@ pub(super) fn engines(
             profile: *profile,
             weight_mode: conversion.weights,
             refit: conversion.refit,
+            lowering: conversion.lowering.clone(),
             tensorrt_version: library.version().to_string(),
             build_ms: plan.elapsed().as_millis() as u64,
         };

@@ -58,7 +58,7 @@ impl Failure {
     }
 
     /// For errors whose message has the form `what is wrong; what to do`.
-    fn with_remedy(message: impl fmt::Display) -> Self {
+    pub fn with_remedy(message: impl fmt::Display) -> Self {
         let message = message.to_string();
         match message.rsplit_once("; ") {
             Some((what, remedy)) => Failure::input(what).help(remedy),

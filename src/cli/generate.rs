@@ -6,13 +6,13 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use super::device::{self, Device, Wish};
 use super::events::{self, Document, Event, Summary};
 use super::sampler::SamplerArgs;
 use super::{Failure, print_json};
 use crate::decode::chat::{self, Message};
-use crate::decode::cpu::CpuDevice;
 use crate::decode::tokenizer::Tokenizer;
-use crate::decode::{self, Limits, Session};
+use crate::decode::{self, Limits};
 use crate::package::Package;
 use crate::sample::Chain;
 
@@ -54,12 +54,15 @@ pub struct Args {
     #[arg(long)]
     ignore_eos: bool,
 
-    /// Where to run; auto: the CPU
+    /// Where to run
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     device: Device,
     /// Threads of the CPU executor [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
+    /// The TensorRT-RTX library to run engines with
+    #[arg(long, value_name = "PATH")]
+    tensorrt_lib: Option<PathBuf>,
 
     /// Report the N most probable tokens of each step (with --json or --json-lines)
     #[arg(long, value_name = "N", requires = "machine")]
@@ -74,20 +77,7 @@ pub struct Args {
     sampler: SamplerArgs,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Device {
-    Auto,
-    Cpu,
-    Cuda,
-}
-
 pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
-    if args.device == Device::Cuda {
-        return Err(
-            Failure::input("this version of Lapidary builds TensorRT engines but does not run them yet")
-                .help("use --device cpu"),
-        );
-    }
     let package = Package::open(&args.package)?;
     let tokenizer = package.tokenizer()?;
     let prompt = prompt_ids(&args, tokenizer.as_ref(), package.vocabulary()?)?;
@@ -108,7 +98,16 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
         logprobs: (args.json || args.json_lines).then(|| args.logprobs.unwrap_or(0)),
     };
 
-    let mut session = open_cpu(&package, args.threads.map(usize::from))?;
+    let mut session = device::open(
+        &package,
+        Wish {
+            device: args.device,
+            threads: args.threads.map(usize::from),
+            tensorrt_lib: args.tensorrt_lib.as_deref(),
+            prompt: prompt.len(),
+            total: prompt.len().saturating_add(args.max_new_tokens),
+        },
+    )?;
     session.check(&prompt)?;
     let load = started.elapsed();
 
@@ -157,14 +156,6 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
         eprintln!("{}", events::told(prompt.len(), &generation));
     }
     Ok(())
-}
-
-/// A session on the CPU for a package.
-pub fn open_cpu(package: &Package, threads: Option<usize>) -> Result<Session, Failure> {
-    let graph = package.graph()?;
-    let vocabulary = package.vocabulary()?;
-    let device = CpuDevice::new(graph, vocabulary, threads);
-    Ok(Session::new(Box::new(device), &package.manifest.capacities, vocabulary))
 }
 
 pub fn need<'a>(tokenizer: Option<&'a Tokenizer>, package: &Path, flag: &str) -> Result<&'a Tokenizer, Failure> {

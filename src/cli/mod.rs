@@ -6,6 +6,7 @@
 
 mod chat;
 mod convert;
+mod device;
 mod doctor;
 mod events;
 mod failure;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::generate::open_cpu;
+use super::device::open_cpu;
 use super::progress::Progress;
 use super::table::Table;
 use super::{Failure, print, print_json};

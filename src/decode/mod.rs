@@ -2,12 +2,14 @@
 //!
 //! Takes a loaded [`crate::package::Package`] and prompts, gives tokens, log-probabilities and text. A [`Session`] keeps
 //! one sequence's cache in step with its tokens and knows nothing of hardware: it drives a [`Device`], which is the few
-//! operations that a machine must offer (`cpu` is one over the executor). [`generate()`] draws tokens with a
+//! operations that a machine must offer (`cpu` is one over the executor, `cuda` one over TensorRT engines). [`generate()`] draws tokens with a
 //! [`crate::sample::Chain`] and reports them as they come. Options and printing belong to the command line.
 
 pub mod chat;
 pub mod conversation;
 pub mod cpu;
+#[cfg(feature = "tensorrt-rtx")]
+pub mod cuda;
 mod generate;
 mod pieces;
 pub mod reference;

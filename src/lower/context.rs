@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::Options;
 use super::error::{LowerError, Reason};
+use super::fuse::Fusions;
 use super::rows::{LOGIT_ROWS, logits};
 use super::weights::Table;
 use crate::dim::{Dim, Sym};
 use crate::graph::infer::Facts;
-use crate::graph::{Graph, Node, NodeId, ValueId};
+use crate::graph::{Constant, Graph, Node, NodeId, ValueId};
 use crate::network::{BuildError, Builder, LayerKind, Logits, Network, Profile, TensorId, Tokens};
 use crate::tensor::DType;
 
@@ -23,6 +24,7 @@ pub(super) struct Lowering<'a> {
     pub table: &'a Table,
     /// Nodes that compute on chosen rows only.
     pub rows: HashSet<NodeId>,
+    pub fusions: Fusions,
     /// Whether the node being lowered is one of them.
     pub in_rows: bool,
     pub logit_rows: Option<TensorId>,
@@ -58,6 +60,7 @@ impl<'a> Lowering<'a> {
         options: &'a Options,
         table: &'a Table,
         rows: HashSet<NodeId>,
+        fusions: Fusions,
     ) -> Self {
         let mut symbols = BTreeMap::from([
             (Sym::batch(), Dim::from(profile.batch)),
@@ -74,6 +77,7 @@ impl<'a> Lowering<'a> {
             b: Builder::new(graph.name.clone(), profile),
             table,
             rows,
+            fusions,
             in_rows: false,
             logit_rows: None,
             chosen: HashMap::new(),
@@ -115,6 +119,16 @@ impl<'a> Lowering<'a> {
         let tensor = added.map_err(|e| input_error(&value.name, &e.to_string()))?;
         self.values.insert(id, tensor);
         Ok(())
+    }
+
+    pub fn is_known(&self, value: ValueId) -> bool {
+        self.values.contains_key(&value)
+    }
+
+    /// Name and bytes of a constant that is a weight.
+    pub fn weight_of(&self, value: ValueId) -> (String, Constant) {
+        let weight = &self.table.list[self.table.by_value[&value]];
+        (weight.name.clone(), weight.constant.clone())
     }
 
     pub fn define(&mut self, value: ValueId, tensor: TensorId) {

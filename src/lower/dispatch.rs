@@ -13,6 +13,9 @@ impl Lowering<'_> {
         if let Op::Split { axis } = node.op {
             return self.split(node, &name, axis);
         }
+        if self.fused(id)? {
+            return Ok(());
+        }
         let tensor = self.first_output(node, &name)?;
         if node.outputs.iter().skip(1).any(Option::is_some) && !matches!(node.op, Op::TensorScatter { .. }) {
             return Reason::unsupported("it has more than one output in use");

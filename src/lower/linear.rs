@@ -9,7 +9,8 @@ use super::demand::through_transpose;
 use super::error::Reason;
 use crate::dim::Dim;
 use crate::graph::Node;
-use crate::network::{Elementwise, LayerKind, MatrixOp, Shape, TensorId};
+use crate::network::{Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId};
+use crate::tensor::DType;
 
 fn op_of(transposed: bool) -> MatrixOp {
     match transposed {
@@ -43,7 +44,7 @@ impl Lowering<'_> {
         if rank_a == 1 || rank_b == 1 {
             return self.vector_product(name, [a, b]);
         }
-        if rank_b == 2 && rank_a > 2 && !a.1 && self.options.linear == LinearForm::FlattenActivation {
+        if rank_b == 2 && rank_a > 2 && !a.1 && self.options.linear != LinearForm::RaiseWeight {
             return self.flat_product(name, a.0, b);
         }
         let rank = rank_a.max(rank_b);
@@ -58,25 +59,59 @@ impl Lowering<'_> {
     /// `[.., m, k] · [k, n]` as one product of matrices.
     fn flat_product(&mut self, name: &str, a: TensorId, (b, transposed): (TensorId, bool)) -> Lowered {
         let shape = self.b.shape(a).clone();
-        let (last, leading) = shape.split_last().expect("rank above 2");
-        // q, k and v read one activation.
-        let flat = match self.flat.get(&a) {
-            Some(flat) => *flat,
-            None => {
-                let base = self.b.network().tensor(a).name.clone();
-                let flat = self.reshape(&format!("{base}/flat"), a, vec![volume(leading), last.clone()])?;
-                self.flat.insert(a, flat);
-                flat
-            }
-        };
+        let leading = &shape[..shape.len() - 1];
+        let flat = self.flattened(a)?;
+        let product = self.matrix_product(name, flat, b, transposed)?;
+        let mut to: Shape = leading.to_vec();
+        to.push(self.b.shape(product)[1].clone());
+        self.reshape(&format!("{name}/unflat"), product, to)
+    }
+
+    /// `[m, k] · [k, n]`, or `[m, k] · [n, k]ᵀ` if `transposed`.
+    pub(super) fn matrix_product(&mut self, name: &str, a: TensorId, b: TensorId, transposed: bool) -> Lowered {
+        let is_weight = self
+            .b
+            .producer(b)
+            .is_some_and(|layer| matches!(layer.kind, LayerKind::Weight(_)));
+        if transposed && is_weight && self.b.shape(a)[0].is_one() && self.options.linear == LinearForm::ReduceRow {
+            return self.reduced_product(name, a, b);
+        }
         let kind = LayerKind::MatrixMultiply {
             op_a: MatrixOp::None,
             op_b: op_of(transposed),
         };
-        let product = self.b.add(name, kind, &[flat, b])?;
-        let mut to: Shape = leading.to_vec();
-        to.push(self.b.shape(product)[1].clone());
-        self.reshape(&format!("{name}/unflat"), product, to)
+        Ok(self.b.add(name, kind, &[a, b])?)
+    }
+
+    /// `[1, k] · [n, k]ᵀ` as sums over products, in fp32 whatever the dtype: TensorRT makes one kernel of the four layers.
+    fn reduced_product(&mut self, name: &str, a: TensorId, b: TensorId) -> Lowered {
+        let part = |part: &str| format!("{name}/{part}");
+        let dtype = self.b.dtype(a);
+        let row = self.b.cast(&part("row"), DType::F32, a)?;
+        let weight = self.b.cast(&part("weight"), DType::F32, b)?;
+        let terms = self.b.elementwise(&part("terms"), Elementwise::Prod, weight, row)?;
+        let sum = LayerKind::Reduce {
+            op: ReduceOp::Sum,
+            axes: vec![1],
+            keep_dims: true,
+        };
+        let sums = self.b.add(&part("sums"), sum, &[terms])?;
+        let sums = self.b.cast(&part("narrow"), dtype, sums)?;
+        let to = vec![one(), self.b.shape(b)[0].clone()];
+        self.reshape(name, sums, to)
+    }
+
+    /// `[.., m, k]` as `[.. * m, k]`; made once for all that read it, as q, k and v do.
+    pub(super) fn flattened(&mut self, a: TensorId) -> Lowered {
+        if let Some(flat) = self.flat.get(&a) {
+            return Ok(*flat);
+        }
+        let shape = self.b.shape(a).clone();
+        let (last, leading) = shape.split_last().expect("rank above 2");
+        let base = self.b.network().tensor(a).name.clone();
+        let flat = self.reshape(&format!("{base}/flat"), a, vec![volume(leading), last.clone()])?;
+        self.flat.insert(a, flat);
+        Ok(flat)
     }
 
     fn vector_product(&mut self, name: &str, [a, b]: [(TensorId, bool); 2]) -> Lowered {

@@ -6,10 +6,10 @@
 //! [`Options`], so that a tuner can try them. What cannot be lowered is reported all at once, in [`LowerError`].
 //!
 //! One file a family: `linear`, `elementwise`, `normalization`, `attention` (and the cache), `rotary`, `movement`,
-//! `positions` (ranges, comparisons, masks), `gather`; `dispatch` knows whose operator is whose. Around them: `weights`
-//! says which constants are weights and what they are called, `demand` which values are needed as data at all, `rows`
-//! where the tokens without logits drop out. `context` holds what is lowered so far, `values` turns the graph's values
-//! into tensors, `shuffles` joins reshapes and transposes.
+//! `positions` (ranges, comparisons, masks), `gather`, `fuse` (products of one activation); `dispatch` knows whose
+//! operator is whose. Around them: `weights` says which constants are weights and what they are called, `demand` which
+//! values are needed as data at all, `rows` where the tokens without logits drop out. `context` holds what is lowered so
+//! far, `values` turns the graph's values into tensors, `shuffles` joins reshapes and transposes.
 //!
 //! # What is a weight
 //!
@@ -32,6 +32,7 @@ mod demand;
 mod dispatch;
 mod elementwise;
 mod error;
+mod fuse;
 mod gather;
 mod linear;
 mod movement;
@@ -45,6 +46,7 @@ mod values;
 mod weights;
 
 pub use error::{LowerError, Obstacle};
+pub use fuse::parts;
 pub use weights::{LITERAL_BYTES, NamedWeight, stored_weights, weights};
 
 use crate::graph::Graph;
@@ -65,6 +67,9 @@ pub enum LinearForm {
     FlattenActivation,
     /// The weight becomes `[1, out, in]`.
     RaiseWeight,
+    /// As [`LinearForm::FlattenActivation`], but a single row is multiplied with every row of the weight and summed, in
+    /// fp32: TensorRT's fused reduction reads weights faster than its matrix product of one row does.
+    ReduceRow,
 }
 
 /// How attention is written.
@@ -88,6 +93,8 @@ pub struct Options {
     /// `[batch, heads, 1, d]` → `[batch, kv_heads, heads/kv_heads, d]`.
     pub fold_groups: bool,
     pub linear: LinearForm,
+    /// Linear layers that read the same activation become one product (see [`parts`] for what its weight is).
+    pub fuse_linear: bool,
     pub attention: AttentionForm,
 }
 
@@ -97,7 +104,19 @@ impl Default for Options {
             weight_mode: WeightMode::default(),
             fold_groups: true,
             linear: LinearForm::default(),
+            fuse_linear: false,
             attention: AttentionForm::default(),
+        }
+    }
+}
+
+impl Options {
+    /// Good choices for TensorRT engines where nothing was tuned: docs/tensorrt-notes.md has the figures.
+    pub fn for_engines() -> Self {
+        Options {
+            fuse_linear: true,
+            linear: LinearForm::ReduceRow,
+            ..Options::default()
         }
     }
 }
@@ -134,7 +153,11 @@ fn lower_typed(graph: &Graph, facts: &Facts, profile: &Profile, options: &Option
     let demand = demand::demand(graph);
     let table = weights::table(graph, &demand);
     let rows = rows::row_wise(graph, &demand, profile);
-    let mut lowering = Lowering::new(graph, facts, *profile, options, &table, rows);
+    let fusions = match options.fuse_linear && options.linear != LinearForm::RaiseWeight {
+        true => fuse::Fusions::find(graph, &demand, &table, |node| rows.contains(&node)),
+        false => fuse::Fusions::default(),
+    };
+    let mut lowering = Lowering::new(graph, facts, *profile, options, &table, rows, fusions);
     lowering.interface()?;
     let mut obstacles = Vec::new();
     for id in graph.node_ids().filter(|id| demand.nodes.contains(id)) {

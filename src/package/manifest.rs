@@ -136,6 +136,9 @@ pub struct Engine {
     pub profile: Profile,
     pub weight_mode: WeightMode,
     pub refit: Refit,
+    /// The choices of its lowering, which say what its weights are.
+    #[serde(default)]
+    pub lowering: crate::lower::Options,
     /// Version of the library that built it, for example `1.6.1.120`.
     pub tensorrt_version: String,
     pub build_ms: u64,

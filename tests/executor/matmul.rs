@@ -7,7 +7,7 @@ use lapidary::tensor::{DType, Tensor};
 use proptest::prelude::*;
 
 use super::reference::{Value, evaluate};
-use super::support::{Random, assert_close, builder, dims, every_option, one_layer, run};
+use super::support::{Random, assert_close, builder, dims, every_option, one_layer, run, tolerance};
 
 /// The same tensor with its bytes at an odd address, as in a mapped file.
 fn misaligned(tensor: &Tensor) -> Tensor {
@@ -34,10 +34,10 @@ fn check(x: &Tensor, w: &Tensor, op_a: MatrixOp, op_b: MatrixOp) {
     for options in every_option() {
         let got = run(&network, std::slice::from_ref(x), &options);
         let what = format!("{x:?} {op_a:?} by {w:?} {op_b:?}, {options:?}");
-        assert_close(&got, &want.data, 1.0, 1e-6 * depth.sqrt(), &what);
+        assert_close(&got, &want.data, 1.0, tolerance(1e-6 * depth.sqrt(), x.dtype()), &what);
         by_threads.push(got.data().to_vec());
     }
-    for pair in by_threads.chunks(2) {
+    for pair in by_threads.chunks_exact(2) {
         assert!(pair[0] == pair[1], "{x:?} by {w:?}: the result depends on the threads");
     }
 }

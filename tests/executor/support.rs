@@ -57,8 +57,27 @@ pub fn dims(shape: &[usize]) -> Vec<Dim> {
     shape.iter().map(|d| Dim::from(*d)).collect()
 }
 
+/// Whether cases run as TensorRT engines on the GPU instead (`LAPIDARY_TEST_BACKEND=tensorrt`): one suite, two back ends.
+/// Cases that ask the executor for what only it has, such as a compiled program, still run on the CPU.
+pub fn on_tensorrt() -> bool {
+    std::env::var_os("LAPIDARY_TEST_BACKEND").is_some_and(|name| name == "tensorrt")
+}
+
+/// How far a result may be off: as far as the executor may, or on TensorRT by the rounding of `dtype`, which the executor
+/// leaves out where it can.
+pub fn tolerance(executor: f64, dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 if on_tensorrt() => 1e-3,
+        DType::Bf16 if on_tensorrt() => 8e-3,
+        _ => executor,
+    }
+}
+
 /// Every instruction set, alone and with three threads. Pools are shared: tests run side by side.
 pub fn every_option() -> Vec<Options> {
+    if on_tensorrt() {
+        return vec![Options::default()];
+    }
     static POOLS: OnceLock<[Arc<Pool>; 2]> = OnceLock::new();
     let pools = POOLS.get_or_init(|| [1, 3].map(|n| Arc::new(Pool::new(n))));
     let isas = Isa::available();
@@ -92,6 +111,9 @@ pub fn builder() -> Builder {
 pub fn run(network: &Network, inputs: &[Tensor], options: &Options) -> Tensor {
     let names: Vec<String> = (0..inputs.len()).map(|i| format!("x{i}")).collect();
     let named: Vec<(&str, Tensor)> = names.iter().map(String::as_str).zip(inputs.iter().cloned()).collect();
+    if on_tensorrt() {
+        return tensorrt::run(network, &named);
+    }
     let mut outputs = execute(network, &named, options).unwrap_or_else(|e| panic!("{e}"));
     outputs.remove(0).1
 }
@@ -107,5 +129,39 @@ pub fn assert_close(got: &Tensor, want: &[f64], scale: f64, tolerance: f64, what
             "{what}: element {i} of {:?} is {g}, not {w}",
             got.shape()
         );
+    }
+}
+
+#[cfg(feature = "tensorrt-rtx")]
+mod tensorrt {
+    use std::rc::Rc;
+
+    use lapidary::backend::tensorrt::run::{Runtime, execute};
+    use lapidary::backend::tensorrt::{BuildOptions, Library};
+
+    use super::{Network, Tensor};
+
+    thread_local! {
+        static RUNTIME: Rc<Runtime> = Runtime::new(&library()).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    fn library() -> Library {
+        Library::load(None).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    pub fn run(network: &Network, inputs: &[(&str, Tensor)]) -> Tensor {
+        RUNTIME.with(|runtime| {
+            let outputs = execute(&library(), runtime, network, inputs, &BuildOptions::default());
+            outputs.unwrap_or_else(|e| panic!("{e}")).remove(0).1
+        })
+    }
+}
+
+#[cfg(not(feature = "tensorrt-rtx"))]
+mod tensorrt {
+    use super::{Network, Tensor};
+
+    pub fn run(_: &Network, _: &[(&str, Tensor)]) -> Tensor {
+        panic!("compiled without the feature tensorrt-rtx")
     }
 }

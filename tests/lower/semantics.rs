@@ -127,11 +127,18 @@ fn every_choice() {
     {
         let graph = decoder(&config);
         for fold_groups in [false, true] {
-            for linear in [LinearForm::FlattenActivation, LinearForm::RaiseWeight] {
+            for (linear, fuse_linear) in [
+                (LinearForm::FlattenActivation, false),
+                (LinearForm::FlattenActivation, true),
+                (LinearForm::RaiseWeight, false),
+                (LinearForm::ReduceRow, false),
+                (LinearForm::ReduceRow, true),
+            ] {
                 for attention in [AttentionForm::Layer, AttentionForm::Decomposed] {
                     let options = Options {
                         fold_groups,
                         linear,
+                        fuse_linear,
                         attention,
                         weight_mode: WeightMode::Embed,
                     };

@@ -53,6 +53,8 @@ pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions
         let added = config.add_optimization_profile(&mut profile);
         added.map_err(|e| fail(own_words(e)))?;
     }
+    // On by default, and with it fp32 products are only as good as fp16's.
+    config.clear_flag(BuilderFlag::kTF32);
     for flag in refits.flags() {
         config.set_flag(*flag);
     }

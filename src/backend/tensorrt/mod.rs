@@ -3,7 +3,7 @@
 //! Owns everything that is particular to TensorRT: finding and checking its library, the order in which its objects die,
 //! shape tensors for symbolic extents, optimization profiles, refit marks, its error text. Nothing else in the crate
 //! knows of these. Takes a network that `lower` made; gives a [`Plan`]: the bytes of a serialized engine. No GPU and no
-//! driver are needed, except for weights that can be refitted. Loading plans and running them is not here yet.
+//! driver are needed, except for weights that can be refitted. `run` loads plans and runs them.
 //!
 //! ```no_run
 //! use lapidary::backend::tensorrt::{self, BuildOptions, Library};
@@ -39,6 +39,8 @@ mod builder;
 mod capture;
 #[cfg(feature = "tensorrt-rtx")]
 mod emit;
+#[cfg(feature = "tensorrt-rtx")]
+pub mod run;
 
 use std::sync::Arc;
 use std::time::Duration;

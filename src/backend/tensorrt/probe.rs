@@ -98,7 +98,7 @@ pub fn probe(explicit: Option<&Path>) -> Report {
 }
 
 /// GPUs on TensorRT-RTX's list (the `ComputeCapability` enum of its headers), and what was measured of the others.
-fn runs_on(version: Version, (major, minor): (u32, u32)) -> Ability {
+pub(super) fn runs_on(version: Version, (major, minor): (u32, u32)) -> Ability {
     const LISTED: [(u32, u32); 6] = [(7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1)];
     if LISTED.contains(&(major, minor)) {
         return Ability::yes();

@@ -1,0 +1,215 @@
+"""A model of real size: made, exported, converted, compared with transformers, timed beside it in the same run."""
+
+import gc
+import json
+import resource
+import shutil
+import time
+
+import numpy as np
+
+import make_model
+from common import BIN, WORK, lab, lapidary, note, run
+
+POSITIONS = {"1b": 4096, "8b": 131072, "tiny": 4096}
+CAPACITIES = {"1b": "256,1024,4096", "8b": "256,1024,4096,131072", "tiny": "256,1024,4096"}
+PROMPTS = [1, 17, 128, 129, 700]
+GREEDY = 24
+LIVE = 300
+
+
+def stage(size, results):
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start = time.time()
+    model = make_model.hugging_face(size, POSITIONS[size], torch.float16, device)
+    folder = WORK / size
+    make_model.export(model, folder, POSITIONS[size])
+    results["make_and_export_s"] = time.time() - start
+    weights = sum(p.numel() * 2 for n, p in model.named_parameters() if "embed" not in n)
+    results["weights_read_per_token_gb"] = weights / 1e9
+    package = WORK / f"{size}-bind"
+    results.attempt("convert", convert, folder, package, CAPACITIES[size], [])
+    results.attempt("bench", lab, "bench", package, "--live", LIVE, "--prefill", "128,512")
+    results.attempt("parity_fp16", parity, model, package, size)
+    results.attempt("hugging_face", hugging_face, model)
+    for name, flags in (("decode", []), ("prefill_512", ["--prefill", 512])):
+        results.attempt(f"profile_{name}", profile, package, flags)
+    if size != "8b":
+        package32 = WORK / f"{size}-fp32"
+        results.attempt("convert_fp32", convert, folder, package32, CAPACITIES[size], ["--dtype", "fp32"])
+        results.attempt("parity_fp32", parity, model.float(), package32, size)
+        shutil.rmtree(package32, ignore_errors=True)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        for mode, refit in (("embed", "none"), ("strip", "identical"), ("strip", "general")):
+            other = WORK / f"{size}-{mode}"
+            flags = ["--weights", mode, "--refit", refit, "--prefill", "128"]
+            results.attempt(f"convert_{mode}_{refit}", convert, folder, other, "1024", flags)
+            results.attempt(f"bench_{mode}_{refit}", lab, "bench", other, "--live", LIVE)
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def convert(folder, package, capacities, flags):
+    start = time.time()
+    lapidary("convert", folder / "model.onnx", "-o", package, "--force", "--target", "tensorrt-rtx", "--capacity",
+             capacities, *flags)
+    manifest = json.loads((package / "manifest.json").read_text())
+    engines = [{"profile": e["file"].split("/")[-1], "mb": e["bytes"] / 1e6, "build_s": e["build_ms"] / 1e3}
+               for e in manifest["engines"]]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return {"seconds": time.time() - start, "engines": engines, "largest_child_rss_mb": peak}
+
+
+def parity(model, package, size):
+    """Logits of prompts and of tokens forced after them, and greedy tokens, against one pass of transformers."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    vocabulary = model.config.vocab_size
+    generator = np.random.default_rng(7)
+    draw = lambda n: generator.integers(3, vocabulary, n).tolist()
+    cases = [{"prompt": draw(n), "forced": draw(8)} for n in PROMPTS]
+    # Through two moves of the cache: 256, 1024, 4096.
+    cases.append({"prompt": draw(129), "forced": draw(940)})
+    cases += [{"prompt": case["prompt"], "forced": [], "greedy": GREEDY} for case in cases[:len(PROMPTS)]]
+    listed, rows = WORK / "cases.json", WORK / "logits.f32"
+    listed.write_text(json.dumps(cases))
+    told = lab("logits", package, "--cases", listed, "--output", rows)["cases"]
+    ours = np.fromfile(rows, np.float32).reshape(-1, vocabulary)
+    at, out, ok = 0, [], True
+    limit = 0.03 if model.dtype == torch.float16 else 2e-3
+    with torch.no_grad():
+        for case, facts in zip(cases, told):
+            count = 1 + len(case["forced"])
+            mine = ours[at:at + count]
+            at += count
+            entry = {"prompt": len(case["prompt"]), "forced": len(case["forced"]), "chunks": facts["chunks"],
+                     "moves": facts["moves"], "capacity": facts["capacity"]}
+            if case.get("greedy"):
+                ids = torch.tensor([case["prompt"]], device=model.device)
+                theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=GREEDY,
+                                        min_new_tokens=GREEDY, do_sample=False, pad_token_id=0)
+                theirs = theirs[0, len(case["prompt"]):].tolist()
+                same = next((i for i, (a, b) in enumerate(zip(facts["best"], theirs)) if a != b), GREEDY)
+                entry |= {"greedy": GREEDY, "equal_up_to": same}
+            else:
+                ids = torch.tensor([case["prompt"] + case["forced"]], device=model.device)
+                hidden = model.model(ids).last_hidden_state[0, len(case["prompt"]) - 1:]
+                reference = model.lm_head(hidden).float().cpu().numpy()
+                error = np.linalg.norm(mine - reference, axis=1) / np.linalg.norm(reference, axis=1)
+                margin = np.sort(reference, axis=1)[:, -2:]
+                clear = (margin[:, 1] - margin[:, 0]) > 0.05
+                agree = mine.argmax(1) == reference.argmax(1)
+                fine = bool(error.max() < limit and agree[clear].all() and np.isfinite(mine).all())
+                ok &= fine
+                entry |= {"ok": fine, "worst_relative_error": float(error.max()), "mean_relative_error":
+                          float(error.mean()), "same_best": f"{int(agree.sum())} of {count}",
+                          "differing_though_clear": int((~agree & clear).sum())}
+            out.append(entry)
+    rows.unlink()
+    return {"ok": ok, "limit": limit, "cases": out}
+
+
+def hugging_face(model):
+    """Tokens a second of transformers on the same GPU: eager, and static cache with torch.compile."""
+    import torch
+
+    ids = torch.randint(3, 32000, (1, LIVE - 10), device=model.device)
+    mask = torch.ones_like(ids)
+
+    def timed(n, **options):
+        torch.cuda.synchronize()
+        start = time.time()
+        model.generate(ids, attention_mask=mask, min_new_tokens=n, max_new_tokens=n, do_sample=False, pad_token_id=0,
+                       **options)
+        torch.cuda.synchronize()
+        return time.time() - start
+
+    def per_token(few, many, **options):
+        short = min(timed(few, **options) for _ in range(2))
+        long = min(timed(many, **options) for _ in range(2))
+        return (long - short) / (many - few) * 1e3
+
+    out = {}
+    with torch.no_grad():
+        timed(4)
+        out["eager_dynamic_ms"] = per_token(4, 24)
+        for n in (128, 512):
+            prompt = torch.randint(3, 32000, (1, n), device=model.device)
+            for _ in range(2):
+                model(prompt, logits_to_keep=1)
+            torch.cuda.synchronize()
+            start = time.time()
+            for _ in range(5):
+                model(prompt, logits_to_keep=1)
+            torch.cuda.synchronize()
+            out[f"eager_prefill_{n}_ms"] = (time.time() - start) / 5 * 1e3
+        start = time.time()
+        timed(8, cache_implementation="static")
+        timed(68, cache_implementation="static")
+        out["static_compile_warm_s"] = time.time() - start
+        note("transformers compiled")
+        # The cache's length, and with it the graph, follows prompt and new tokens: 68 in both.
+        short = min(timed(68, cache_implementation="static") for _ in range(2))
+        timed(8, cache_implementation="static")
+        few = min(timed(8, cache_implementation="static") for _ in range(2))
+        out["static_compile_generate_ms"] = (short - few) / 60 * 1e3
+        out |= bare_step(model)
+    return out
+
+
+def bare_step(model):
+    """One compiled decode step with CUDA graphs and nothing around it: the best that torch.compile gives."""
+    import torch
+    from transformers import StaticCache
+
+    try:
+        cache = StaticCache(config=model.config, max_cache_len=1024)
+        ids = torch.randint(3, 32000, (1, LIVE), device=model.device)
+        model(ids, past_key_values=cache, cache_position=torch.arange(LIVE, device=model.device))
+        step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+        token = ids[:, -1:].clone()
+        position = torch.tensor([LIVE], device=model.device)
+        call = lambda: step(token, past_key_values=cache, cache_position=position, position_ids=position[None],
+                            logits_to_keep=1)
+        for _ in range(8):
+            call()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(50):
+            call()
+        end.record()
+        end.synchronize()
+        return {"bare_compiled_step_ms": begin.elapsed_time(end) / 50, "bare_cache": 1024}
+    except Exception as error:  # noqa: BLE001 - a figure to compare with, not a test
+        return {"bare_compiled_step_error": f"{type(error).__name__}: {error}"[:600]}
+
+
+def profile(package, flags):
+    """Layer times by family."""
+    out = lab("profile", package, "--live", LIVE, *flags)
+    families = {}
+    for name, ms in out["layers"]:
+        families[family(name)] = families.get(family(name), 0) + ms
+    return {"engine": out["engine"], "total_ms": out["total_ms"], "families": families,
+            "top": out["layers"][:40], "information": (out["information"] or "")[:20000]}
+
+
+def family(name):
+    low = name.lower()
+    if any(word in low for word in ("attention", "mha", "softmax", "self_attn/", "kv")):
+        return "attention"
+    if any(word in low for word in ("proj", "gemm", "matmul", "lm_head", "gemv")):
+        return "matrix products"
+    return "rest"
+
+
+if __name__ == "__main__":
+    import sys
+
+    from common import Results
+
+    stage(sys.argv[1], Results(f"gpu-{sys.argv[1]}.json"))

@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""The stages of run.sh. Each writes $OUT/gpu-STAGE.json as it goes."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import models
+import suite
+import tiny
+from common import BIN, Results, WORK, machine, note, run
+
+STAGES = {
+    "tiny": lambda results: results.attempt("tiny", tiny.main, ("llama", "gpt2", "mistral", "qwen2", "qwen3")),
+    "quick": lambda results: results.attempt("tiny", tiny.main, ("llama",), only_first=1),
+    "suite": lambda results: results.attempt("suite", suite.main),
+    "forms": lambda results: results.attempt("forms", lambda: run(BIN / "gpu_lab", "forms", timeout=400).splitlines()),
+    "1b": lambda results: models.stage("1b", results),
+    "8b": lambda results: models.stage("8b", results),
+}
+
+
+def main():
+    stages = sys.argv[1:] or ["tiny", "suite", "forms", "1b", "8b"]
+    WORK.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("LAPIDARY_CACHE", str(WORK / "cache"))
+    for stage in stages:
+        start = time.time()
+        results = Results(Path(os.environ.get("OUT", ".")) / f"gpu-{stage}.json")
+        results["machine"] = machine()
+        STAGES[stage](results)
+        results["seconds"] = time.time() - start
+        note(stage, f"done in {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""Every small export of fixtures/exports on the GPU, with weights bound, embedded and stripped.
+
+Greedy tokens must be those of the recorded reference, log-probabilities near those of Lapidary's CPU executor; the cache
+moves twice on the way. Capacities and chunks are tiny so that padding, moves and chunk after chunk all happen.
+"""
+
+import argparse
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+from common import ROOT, WORK, lapidary, note
+
+MODES = {
+    "bind": ["--weights", "bind"],
+    "embed": ["--weights", "embed"],
+    "strip-identical": ["--weights", "strip", "--refit", "identical"],
+    "strip-general": ["--weights", "strip", "--refit", "general"],
+    "embed-general": ["--weights", "embed", "--refit", "general"],
+    "bind-dynamic": ["--weights", "bind", "--prefill", "1:4:8"],
+    "bind-fp16": ["--weights", "bind", "--dtype", "fp16"],
+}
+
+
+def generate(package, prompt, n, device):
+    ids = ",".join(map(str, prompt))
+    out = lapidary("generate", package, "--prompt-ids", ids, "--temperature", 0, "--max-new-tokens", n, "--ignore-eos",
+                   "--json", "--logprobs", 8, "--device", device)
+    return json.loads(out)
+
+
+def check(name, mode):
+    folder = ROOT / "fixtures" / "exports" / name
+    reference = json.loads((folder / "reference.json").read_text())
+    package = WORK / "tiny" / f"{name}-{mode}"
+    flags = ["--capacity", "12,16,24", "--prefill", "4,8", *MODES[mode], "--target", "tensorrt-rtx"]
+    if mode == "bind-dynamic":
+        flags[flags.index("4,8") - 1:flags.index("4,8") + 1] = []
+    lapidary("convert", folder / "model.onnx", "-o", package, "--force", *flags)
+    prompt, n = reference["prompt"], len(reference["greedy_tokens"])
+    gpu, cpu = (generate(package, prompt, n, device) for device in ("cuda", "cpu"))
+    worst = 0.0
+    for ours, theirs in zip(gpu["steps"], cpu["steps"]):
+        theirs = dict(map(tuple, theirs["top_logprobs"]))
+        worst = max([worst] + [abs(p - theirs[t]) for t, p in ours["top_logprobs"] if t in theirs])
+    half = "fp16" in name or "fp16" in mode
+    right = gpu["tokens"] == (cpu["tokens"] if half else reference["greedy_tokens"]) and worst < (0.05 if half else 2e-3)
+    shutil.rmtree(package)
+    return {"ok": right, "worst_logprob": worst, "engine": gpu["engine"], "load_ms": gpu["timing"]["load_ms"],
+            **({} if right else {"tokens": gpu["tokens"], "expected": reference["greedy_tokens"]})}
+
+
+def main(families=("llama",), modes=tuple(MODES), only_first=0):
+    exports = sorted(path.parent.name for path in (ROOT / "fixtures" / "exports").glob("*/model.onnx"))
+    exports = [name for name in exports if name.split("-")[0] in families]
+    jobs = []
+    for mode in modes:
+        names = exports if mode == "bind" else [n for n in exports if n.endswith(("optimum", "dynamo-static"))]
+        jobs += [(name, mode) for name in (names[:only_first] if only_first else names)]
+    results = {}
+
+    def one(job):
+        try:
+            return job, check(*job)
+        except Exception as error:  # noqa: BLE001 - each case is a result of its own
+            return job, {"ok": False, "error": str(error)[-1200:]}
+
+    with ThreadPoolExecutor(6) as pool:
+        for (name, mode), result in pool.map(one, jobs):
+            results[f"{name} {mode}"] = result
+            if not result["ok"]:
+                note("FAILED", name, mode, json.dumps(result)[:900])
+    good = sum(result["ok"] for result in results.values())
+    note(f"{good} of {len(results)} small exports are right on the GPU")
+    return {"ok": good == len(results), "right": good, "of": len(results), "cases": results}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--families", default="llama,gpt2,mistral,qwen2,qwen3")
+    arguments = parser.parse_args()
+    raise SystemExit(0 if main(tuple(arguments.families.split(",")))["ok"] else 1)

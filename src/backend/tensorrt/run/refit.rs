@@ -1,0 +1,82 @@
+//! Weights into an engine that was built without them.
+//!
+//! Takes a freshly deserialised engine and the network it was built from. Every weight that TensorRT asks for must be
+//! there: an engine that lacks one would compute with zeros.
+
+use std::rc::Rc;
+
+use super::{RunError, Runtime};
+use crate::network::{LayerKind, Network};
+use crate::tensor::{DType, Tensor};
+
+/// More names than any network has.
+const ALL: i32 = 1 << 16;
+
+pub(super) fn refit(
+    runtime: &Rc<Runtime>,
+    engine: &mut trtx::CudaEngine<'static>,
+    network: &Network,
+    name: &str,
+) -> Result<(), RunError> {
+    let failed = |error: trtx::Error| runtime.load_error(name, &error);
+    let mut refitter = trtx::Refitter::new(engine, &runtime._logger).map_err(failed)?;
+    let mut held: Vec<Tensor> = Vec::new();
+    let mut missing = Vec::new();
+    for wanted in refitter.all_weights(ALL).map_err(failed)? {
+        let Some(found) = bytes(network, &wanted) else {
+            missing.push(wanted);
+            continue;
+        };
+        let Ok(tensor) = found else {
+            missing.push(wanted);
+            continue;
+        };
+        let weights = trtx::trtx_sys::nvinfer1::Weights {
+            type_: data_type(tensor.dtype()).into(),
+            values: tensor.data().as_ptr().cast(),
+            count: tensor.len() as i64,
+        };
+        let host = trtx::TensorLocation::kHOST.into();
+        // SAFETY: the bytes are held until the refit below is done, and are of that type and count.
+        unsafe { refitter.set_named_weights_with_location(&wanted, weights, host) }.map_err(failed)?;
+        held.push(tensor);
+    }
+    if missing.is_empty() {
+        // What has no name of ours but is stripped all the same.
+        missing = refitter.missing_weights(ALL).map_err(failed)?;
+        let by_layer = refitter.missing(ALL).map_err(failed)?;
+        missing.extend(by_layer.into_iter().map(|(layer, _)| layer));
+    }
+    if !missing.is_empty() {
+        let engine = name.to_string();
+        return Err(RunError::Weights { engine, names: missing });
+    }
+    refitter.refit_cuda_engine().map_err(failed)
+}
+
+/// What TensorRT puts behind a layer's name to name a constant that has no name of its own.
+const UNNAMED: &str = " CONSTANT";
+
+/// The bytes of a weight, or of a constant layer: an engine whose weights are all refittable asks for every constant.
+fn bytes(network: &Network, name: &str) -> Option<Result<Tensor, crate::graph::ConstantError>> {
+    if let Some(weight) = network.weights.iter().find(|weight| weight.name == name) {
+        return Some(weight.constant.materialize());
+    }
+    network.layers.iter().find_map(|layer| match &layer.kind {
+        LayerKind::Constant(tensor) if name.strip_suffix(UNNAMED) == Some(&layer.name) => Some(Ok(tensor.clone())),
+        _ => None,
+    })
+}
+
+fn data_type(dtype: DType) -> trtx::DataType {
+    match dtype {
+        DType::Bool => trtx::DataType::kBOOL,
+        DType::U8 => trtx::DataType::kUINT8,
+        DType::I8 => trtx::DataType::kINT8,
+        DType::I32 => trtx::DataType::kINT32,
+        DType::I64 => trtx::DataType::kINT64,
+        DType::F16 => trtx::DataType::kHALF,
+        DType::Bf16 => trtx::DataType::kBF16,
+        DType::F32 | DType::F64 => trtx::DataType::kFLOAT,
+    }
+}

@@ -1,0 +1,116 @@
+//! Where a package runs: the choice of `--device`, and the session it opens.
+
+use std::path::Path;
+
+use super::Failure;
+use crate::decode::Session;
+use crate::decode::cpu::CpuDevice;
+use crate::package::Package;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Device {
+    /// The GPU if there is one and the package has engines for it, else the CPU
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// What a session is opened for.
+#[derive(Clone, Copy, Debug)]
+pub struct Wish<'a> {
+    pub device: Device,
+    /// Of the CPU executor; one a core by default.
+    pub threads: Option<usize>,
+    /// `--tensorrt-lib`.
+    pub tensorrt_lib: Option<&'a Path>,
+    /// Tokens of the prompt, and of the whole text at most: engines for these are loaded ahead.
+    pub prompt: usize,
+    pub total: usize,
+}
+
+/// A session on the device asked for.
+pub fn open(package: &Package, wish: Wish<'_>) -> Result<Session, Failure> {
+    match wish.device {
+        Device::Cpu => open_cpu(package, wish.threads),
+        Device::Cuda => open_cuda(package, wish).map_err(Failure::from),
+        Device::Auto if package.manifest.engines.is_empty() => open_cpu(package, wish.threads),
+        Device::Auto => match open_cuda(package, wish) {
+            Ok(session) => Ok(session),
+            Err(refusal) if refusal.is_absence() => open_cpu(package, wish.threads),
+            Err(refusal) => Err(refusal.into()),
+        },
+    }
+}
+
+/// A session on the CPU for a package.
+pub fn open_cpu(package: &Package, threads: Option<usize>) -> Result<Session, Failure> {
+    let graph = package.graph()?;
+    let vocabulary = package.vocabulary()?;
+    let device = CpuDevice::new(graph, vocabulary, threads);
+    Ok(Session::new(Box::new(device), &package.manifest.capacities, vocabulary))
+}
+
+#[cfg(feature = "tensorrt-rtx")]
+use cuda::open_cuda;
+
+#[cfg(feature = "tensorrt-rtx")]
+mod cuda {
+    use super::*;
+    use crate::backend::tensorrt::Library;
+    use crate::backend::tensorrt::run::RunError;
+    use crate::decode::DeviceError;
+    use crate::decode::cuda::{CudaDevice, OpenError, kernels_folder};
+
+    pub enum Refusal {
+        Open(OpenError),
+        Device(DeviceError),
+    }
+
+    impl Refusal {
+        pub fn is_absence(&self) -> bool {
+            matches!(self, Refusal::Open(error) if error.is_absence())
+        }
+    }
+
+    impl From<Refusal> for Failure {
+        fn from(refusal: Refusal) -> Self {
+            match refusal {
+                Refusal::Open(OpenError::Graph(error)) => error.into(),
+                Refusal::Open(OpenError::Package(error)) => error.into(),
+                Refusal::Open(error) => Failure::with_remedy(error),
+                Refusal::Device(error) => error.into(),
+            }
+        }
+    }
+
+    pub fn open_cuda(package: &Package, wish: Wish<'_>) -> Result<Session, Refusal> {
+        let library = Library::load(wish.tensorrt_lib).map_err(|e| Refusal::Open(RunError::from(e).into()))?;
+        let device = CudaDevice::open(package, &library, kernels_folder(package));
+        let mut device = device.map_err(Refusal::Open)?;
+        device.prepare(wish.prompt, wish.total).map_err(Refusal::Device)?;
+        let vocabulary = package.vocabulary().map_err(|e| Refusal::Open(e.into()))?;
+        Ok(Session::new(Box::new(device), &package.manifest.capacities, vocabulary))
+    }
+}
+
+#[cfg(not(feature = "tensorrt-rtx"))]
+struct Refusal;
+
+#[cfg(not(feature = "tensorrt-rtx"))]
+impl Refusal {
+    fn is_absence(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(not(feature = "tensorrt-rtx"))]
+impl From<Refusal> for Failure {
+    fn from(_: Refusal) -> Self {
+        Failure::from(crate::backend::tensorrt::LibraryError::NotCompiled)
+    }
+}
+
+#[cfg(not(feature = "tensorrt-rtx"))]
+fn open_cuda(_: &Package, _: Wish<'_>) -> Result<Session, Refusal> {
+    Err(Refusal)
+}

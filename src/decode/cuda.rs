@@ -1,0 +1,597 @@
+//! TensorRT engines as a [`Device`]: fixed chunk lengths, one engine for each (tokens, capacity) of the package.
+//!
+//! Takes a package with engines and a TensorRT library. Weights that are bound lie in device memory once, shared by all
+//! engines; so do the working memory, of which only the running engine makes use, and the small inputs. The cache moves to
+//! a larger capacity by one copy on the device. Logits come back through pinned memory. Engines are loaded when first
+//! needed, or ahead by [`CudaDevice::prepare`].
+
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use super::session::{Chunk, Device, DeviceError};
+use crate::backend::tensorrt::Library;
+use crate::backend::tensorrt::run::{Buffer, Engine, Event, LoadOptions, Pinned, Port, RunError, Runtime, Stream};
+use crate::graph::Graph;
+use crate::lower;
+use crate::network::{Network, Profile, Tokens, WeightMode};
+use crate::package::manifest;
+use crate::package::{ENGINES, Package};
+use crate::spec::Target;
+
+mod cache;
+mod control;
+mod weights;
+
+use cache::Cache;
+use control::Control;
+use weights::Weights;
+
+/// What TensorRT asks of addresses, and what makes copies fast.
+const ALIGNMENT: usize = 256;
+
+fn aligned(bytes: usize) -> usize {
+    bytes.next_multiple_of(ALIGNMENT)
+}
+
+/// One engine of the package, loaded or not.
+struct Slot {
+    profile: Profile,
+    facts: manifest::Engine,
+    loaded: Option<Loaded>,
+}
+
+struct Loaded {
+    engine: Engine,
+    /// Address of the cache it is bound to; 0 for none.
+    cache: u64,
+    /// Tokens that a dynamic engine is set to.
+    tokens: usize,
+}
+
+/// Where the time went, for `doctor` and benchmarks.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// Engines: reading, deserialising, refitting, compiling.
+    pub engines: Duration,
+    /// Weights to the device.
+    pub weights: Duration,
+    /// Calls of `forward`.
+    pub calls: usize,
+    /// In `forward` but not waiting for the GPU.
+    pub host: Duration,
+}
+
+/// Device memory by what it is for, in bytes.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct MemoryUse {
+    pub weights: u64,
+    pub cache: u64,
+    pub scratch: u64,
+    /// Taken from the GPU in all since the session was opened, CUDA's and TensorRT's own included.
+    pub total: u64,
+}
+
+/// See the module's head. Fields die in the order of their declaration: engines before what they are bound to.
+pub struct CudaDevice {
+    slots: Vec<Slot>,
+    graph: Graph,
+    folder: PathBuf,
+    kernels: Option<PathBuf>,
+    weights: Option<Weights>,
+    cache: Option<Cache>,
+    scratch: Option<Buffer>,
+    control: Control,
+    logits: Buffer,
+    pinned_logits: Pinned,
+    stream: Stream,
+    runtime: Rc<Runtime>,
+    capacities: Vec<usize>,
+    vocabulary: usize,
+    capacity: usize,
+    last: Option<Profile>,
+    times: Times,
+    free_at_start: u64,
+}
+
+impl CudaDevice {
+    /// `kernels`: where what TensorRT compiles is kept.
+    pub fn open(package: &Package, library: &Library, kernels: Option<PathBuf>) -> Result<Self, OpenError> {
+        let engines = package
+            .manifest
+            .engines
+            .iter()
+            .filter(|e| e.target == Target::TensorrtRtx);
+        let slots: Vec<Slot> = engines
+            .map(|facts| Slot {
+                profile: facts.profile,
+                facts: facts.clone(),
+                loaded: None,
+            })
+            .collect();
+        if slots.is_empty() {
+            return Err(OpenError::NoEngines {
+                package: package.folder.clone(),
+            });
+        }
+        let runtime = Runtime::new(library)?;
+        let graph = package.graph()?;
+        let vocabulary = package.vocabulary()?;
+        let cuda = runtime.cuda();
+        let (free_at_start, _) = cuda.memory()?;
+        let rows = slots.iter().map(|slot| largest(slot.profile.tokens)).max().unwrap_or(1);
+        Ok(CudaDevice {
+            graph,
+            folder: package.folder.clone(),
+            kernels,
+            weights: None,
+            cache: None,
+            scratch: None,
+            control: Control::new(cuda, rows)?,
+            logits: Buffer::new(cuda, vocabulary * size_of::<f32>(), "one row of logits")?,
+            pinned_logits: Pinned::new(cuda, vocabulary * size_of::<f32>())?,
+            stream: Stream::new(cuda)?,
+            capacities: package.manifest.capacities.clone(),
+            vocabulary,
+            capacity: 0,
+            last: None,
+            times: Times::default(),
+            free_at_start,
+            slots,
+            runtime,
+        })
+    }
+
+    /// Loads what a prompt of `prompt` tokens and a text of `total` in all will need, so that nothing stalls later.
+    pub fn prepare(&mut self, prompt: usize, total: usize) -> Result<(), DeviceError> {
+        let fits = |n: usize| move |c: &&usize| **c >= n;
+        let largest = *self.capacities.last().expect("a package has one");
+        let first = self
+            .capacities
+            .iter()
+            .find(fits(prompt.max(1)))
+            .copied()
+            .unwrap_or(largest);
+        let last = self.capacities.iter().find(fits(total)).copied().unwrap_or(largest);
+        let mut position = 0;
+        while position < prompt.min(first) {
+            let chunk = self.chunk(prompt - position, position, first);
+            self.ready(chunk.rows, first)?;
+            position += chunk.tokens;
+        }
+        let later: Vec<usize> = self
+            .capacities
+            .iter()
+            .copied()
+            .filter(|c| (first..=last).contains(c))
+            .collect();
+        for capacity in later {
+            self.ready(1, capacity)?;
+        }
+        Ok(())
+    }
+
+    pub fn times(&self) -> Times {
+        self.times
+    }
+
+    pub fn memory(&self) -> MemoryUse {
+        let bytes = |buffer: Option<usize>| buffer.unwrap_or(0) as u64;
+        let free = self.runtime.cuda().memory().map_or(0, |(free, _)| free);
+        MemoryUse {
+            weights: bytes(self.weights.as_ref().map(Weights::bytes)),
+            cache: bytes(self.cache.as_ref().map(Cache::bytes)),
+            scratch: bytes(self.scratch.as_ref().map(Buffer::bytes)),
+            total: self.free_at_start.saturating_sub(free),
+        }
+    }
+
+    /// GPU time of the engine that ran last, run `times` more with the same inputs and nothing in between: its mean.
+    pub fn time_again(&mut self, times: usize) -> Result<Duration, DeviceError> {
+        let profile = self.last.expect("something ran before");
+        let at = self
+            .slots
+            .iter()
+            .position(|slot| slot.profile == profile)
+            .expect("it ran");
+        let engine = &mut self.slots[at].loaded.as_mut().expect("it ran").engine;
+        let mut run = || -> Result<Duration, RunError> {
+            let (start, end) = (Event::new(self.runtime.cuda())?, Event::new(self.runtime.cuda())?);
+            for _ in 0..3 {
+                engine.enqueue(&self.stream)?;
+            }
+            start.record(&self.stream)?;
+            for _ in 0..times {
+                engine.enqueue(&self.stream)?;
+            }
+            end.record(&self.stream)?;
+            end.wait()?;
+            Ok(end.since(&start)? / times as u32)
+        };
+        run().map_err(|error| device_error(self.runtime.gpu(), error))
+    }
+
+    fn failed(&self, error: RunError) -> DeviceError {
+        device_error(self.runtime.gpu(), error)
+    }
+
+    /// The slot that runs `rows` rows at `capacity`.
+    fn slot(&self, rows: usize, capacity: usize) -> Option<usize> {
+        let matches = |slot: &&Slot| slot.profile.capacity == capacity && covers(slot.profile.tokens, rows);
+        let exact = |slot: &&Slot| matches(slot) && matches!(slot.profile.tokens, Tokens::Static(_));
+        // An engine for just this many is faster than one for any.
+        let found = self
+            .slots
+            .iter()
+            .find(exact)
+            .or_else(|| self.slots.iter().find(matches))?;
+        self.slots.iter().position(|slot| slot.profile == found.profile)
+    }
+
+    /// Loads the engine for `rows` rows at `capacity` if it is not, and gives its slot.
+    fn ready(&mut self, rows: usize, capacity: usize) -> Result<usize, DeviceError> {
+        let at = self.slot(rows, capacity).ok_or_else(|| DeviceError {
+            device: self.runtime.gpu().to_string(),
+            message: format!("the package has no engine for {rows} tokens at capacity {capacity}"),
+            help: Some("convert the model again".to_string()),
+        })?;
+        if self.slots[at].loaded.is_none() {
+            let start = Instant::now();
+            let loaded = self.load(at)?;
+            self.slots[at].loaded = Some(loaded);
+            self.times.engines += start.elapsed();
+        }
+        Ok(at)
+    }
+
+    fn load(&mut self, at: usize) -> Result<Loaded, DeviceError> {
+        let slot = &self.slots[at];
+        let path = self.folder.join(&slot.facts.file);
+        let options = lower::Options {
+            weight_mode: slot.facts.weight_mode,
+            ..slot.facts.lowering.clone()
+        };
+        let network = lower::lower(&self.graph, &slot.profile, &options).map_err(|error| DeviceError {
+            device: self.runtime.gpu().to_string(),
+            message: error.to_string(),
+            help: None,
+        })?;
+        if slot.facts.weight_mode == WeightMode::Bind && self.weights.is_none() {
+            let start = Instant::now();
+            let weights = Weights::upload(self.runtime.cuda(), &self.stream, &network);
+            self.weights = Some(weights.map_err(|e| self.failed(e))?);
+            self.times.weights += start.elapsed();
+        }
+        let file = std::fs::File::open(&path).map_err(|source| RunError::Read {
+            path: path.clone(),
+            source,
+        });
+        let file = file.map_err(|e| self.failed(e))?;
+        // SAFETY: packages are written once and renamed into place; nothing changes them while they are mapped.
+        let plan = unsafe { memmap2::Mmap::map(&file) }.map_err(|source| {
+            self.failed(RunError::Read {
+                path: path.clone(),
+                source,
+            })
+        })?;
+        let options = LoadOptions {
+            graphs: matches!(slot.profile.tokens, Tokens::Static(_)),
+            kernels: self.kernels.as_deref(),
+        };
+        let mut engine =
+            Engine::load(&self.runtime, &path, &plan, &network, options).map_err(|error| self.failed(error))?;
+        let tokens = match slot.profile.tokens {
+            Tokens::Static(n) => n,
+            Tokens::Dynamic { max, .. } => {
+                // The most that it will ever ask for.
+                engine.set_tokens(max).map_err(|error| self.failed(error))?;
+                max
+            }
+        };
+        let bound = self.bind(&mut engine, &network);
+        bound.map_err(|error| self.failed(error))?;
+        self.share_scratch(&mut engine).map_err(|error| self.failed(error))?;
+        Ok(Loaded {
+            engine,
+            cache: 0,
+            tokens,
+        })
+    }
+
+    /// Everything but the cache.
+    fn bind(&self, engine: &mut Engine, network: &Network) -> Result<(), RunError> {
+        let caches: Vec<&str> = network
+            .aliases()
+            .flat_map(|(from, to)| [from, to])
+            .map(|id| network.tensor(id).name.as_str())
+            .collect();
+        for port in engine.ports().to_vec() {
+            let weight = || self.weights.as_ref().and_then(|weights| weights.address(&port.name));
+            let address = match port.name.as_str() {
+                name if caches.contains(&name) => continue,
+                "logits" if port.bytes(1) == self.logits.bytes() => self.logits.address(),
+                name => match self.control.address(name).or_else(weight) {
+                    Some(address) => address,
+                    None => return Err(unknown(engine, &port)),
+                },
+            };
+            // SAFETY: these buffers live as long as the device, which drops engines first; sizes are checked above, by
+            // the network's own shapes for weights, and by the largest profile for the small inputs.
+            unsafe { engine.bind(&port.name, address)? };
+        }
+        Ok(())
+    }
+
+    /// Gives the engine the common working memory, first made larger for all if need be.
+    fn share_scratch(&mut self, engine: &mut Engine) -> Result<(), RunError> {
+        let have = self.scratch.as_ref().map_or(0, Buffer::bytes);
+        if self.scratch.is_none() || engine.scratch_bytes() > have {
+            let buffer = Buffer::new(
+                self.runtime.cuda(),
+                engine.scratch_bytes(),
+                "the engines' working memory",
+            )?;
+            for loaded in self.slots.iter_mut().filter_map(|slot| slot.loaded.as_mut()) {
+                // SAFETY: kept in self below; engines run one at a time.
+                unsafe { loaded.engine.set_scratch(&buffer) };
+            }
+            self.scratch = Some(buffer);
+        }
+        // SAFETY: as above.
+        unsafe { engine.set_scratch(self.scratch.as_ref().expect("just made")) };
+        Ok(())
+    }
+
+    fn run(&mut self, at: usize, rows: usize) -> Result<(), RunError> {
+        let cache = self.cache.as_ref().expect("reserved before");
+        let loaded = self.slots[at].loaded.as_mut().expect("made ready before");
+        if loaded.cache != cache.address() {
+            for (name, address) in cache.ports() {
+                // SAFETY: the cache is replaced in `reserve` alone, after all work is done, and is then bound anew here.
+                unsafe { loaded.engine.bind(name, address)? };
+            }
+            loaded.cache = cache.address();
+        }
+        if loaded.tokens != rows {
+            loaded.engine.set_tokens(rows)?;
+            loaded.tokens = rows;
+        }
+        self.control.upload(&self.stream)?;
+        loaded.engine.enqueue(&self.stream)?;
+        self.stream.download(
+            &self.logits,
+            &mut self.pinned_logits,
+            self.vocabulary * size_of::<f32>(),
+        )
+    }
+}
+
+impl Device for CudaDevice {
+    fn name(&self) -> &str {
+        self.runtime.gpu()
+    }
+
+    fn engine(&self) -> String {
+        match &self.last {
+            Some(profile) => format!("tensorrt-rtx {} {profile}", self.runtime.version()),
+            None => format!("tensorrt-rtx {}", self.runtime.version()),
+        }
+    }
+
+    fn chunk(&self, waiting: usize, position: usize, capacity: usize) -> Chunk {
+        let here = self.slots.iter().filter(|slot| slot.profile.capacity == capacity);
+        choose(here.map(|slot| slot.profile.tokens), waiting, capacity - position)
+    }
+
+    fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError> {
+        let at = self.ready(1, capacity)?;
+        let engine = &self.slots[at].loaded.as_ref().expect("made ready").engine;
+        let moved = match &self.cache {
+            None => Cache::new(self.runtime.cuda(), &self.stream, engine, capacity),
+            Some(cache) => cache.grown(self.runtime.cuda(), &self.stream, capacity, live),
+        };
+        let moved = moved.and_then(|cache| {
+            self.stream.wait()?;
+            Ok(cache)
+        });
+        let cache = moved.map_err(|error| match error {
+            RunError::Memory { needed, free, .. } => {
+                let of_one = needed / capacity as u64;
+                let fits = |c: &&usize| (**c as u64) * of_one <= free && **c < capacity;
+                self.failed(RunError::Memory {
+                    what: format!("a cache of {capacity} tokens"),
+                    needed,
+                    free,
+                    fits: self.capacities.iter().rev().find(fits).copied(),
+                })
+            }
+            other => self.failed(other),
+        })?;
+        self.cache = Some(cache);
+        self.capacity = capacity;
+        Ok(())
+    }
+
+    fn forward(
+        &mut self,
+        chunk: Chunk,
+        tokens: &[u32],
+        position: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        let start = Instant::now();
+        let at = self.ready(chunk.rows, self.capacity)?;
+        self.control.write(tokens, position, chunk.rows);
+        self.last = Some(self.slots[at].profile);
+        self.run(at, chunk.rows).map_err(|error| self.failed(error))?;
+        let queued = start.elapsed();
+        self.stream.wait().map_err(|error| self.failed(error))?;
+        let done = Instant::now();
+        logits.clear();
+        logits.extend_from_slice(self.pinned_logits.slice::<f32>(0, self.vocabulary));
+        self.times.calls += 1;
+        self.times.host += queued + done.elapsed();
+        Ok(())
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        // What was compiled while running is kept for the next process too.
+        for loaded in self.slots.iter_mut().filter_map(|slot| slot.loaded.as_mut()) {
+            loaded.engine.keep_kernels();
+        }
+    }
+}
+
+/// Cuts off the next chunk: with `waiting` tokens and `room` slots, among engines for these token counts. The largest
+/// that is filled, or else the smallest that holds all, padded; near the end of the cache whatever fits it.
+fn choose(engines: impl Iterator<Item = Tokens>, waiting: usize, room: usize) -> Chunk {
+    let exact = |n: usize| Chunk { tokens: n, rows: n };
+    let mut fitting: Vec<usize> = Vec::new();
+    for tokens in engines {
+        match tokens {
+            Tokens::Static(n) if n <= room => fitting.push(n),
+            Tokens::Static(_) => {}
+            Tokens::Dynamic { min, max, .. } if min <= room => {
+                let rows = waiting.min(max).min(room);
+                if rows >= min && waiting > 1 {
+                    return exact(rows);
+                }
+                fitting.push(min);
+            }
+            Tokens::Dynamic { .. } => {}
+        }
+    }
+    fitting.sort_unstable();
+    let filled = fitting.iter().rev().find(|n| **n <= waiting).copied();
+    let padded = fitting.iter().find(|n| **n >= waiting).copied();
+    match (filled, padded) {
+        (_, Some(rows)) => Chunk { tokens: waiting, rows },
+        (Some(rows), None) => exact(rows),
+        (None, None) => exact(1),
+    }
+}
+
+fn covers(tokens: Tokens, rows: usize) -> bool {
+    match tokens {
+        Tokens::Static(n) => n == rows,
+        Tokens::Dynamic { min, max, .. } => (min..=max).contains(&rows),
+    }
+}
+
+fn largest(tokens: Tokens) -> usize {
+    match tokens {
+        Tokens::Static(n) => n,
+        Tokens::Dynamic { max, .. } => max,
+    }
+}
+
+fn unknown(engine: &Engine, port: &Port) -> RunError {
+    RunError::Mismatch {
+        engine: engine.name().to_string(),
+        reason: format!(
+            "nothing is known of its {:?}, {} {:?}",
+            port.name, port.dtype, port.shape
+        ),
+    }
+}
+
+/// The message's last clause says what to do.
+fn device_error(gpu: &str, error: RunError) -> DeviceError {
+    let text = error.to_string();
+    let (message, help) = match text.rsplit_once("; ") {
+        Some((what, remedy)) => (what.to_string(), Some(remedy.to_string())),
+        None => (text, None),
+    };
+    DeviceError {
+        device: gpu.to_string(),
+        message,
+        help,
+    }
+}
+
+/// Why a package cannot run on the GPU here.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error(
+        "{} has no TensorRT-RTX engines; convert the model with --target tensorrt-rtx, or run it with --device cpu",
+        package.display()
+    )]
+    NoEngines { package: PathBuf },
+    #[error(transparent)]
+    Run(#[from] RunError),
+    #[error(transparent)]
+    Graph(#[from] crate::onnx::ReadError),
+    #[error(transparent)]
+    Package(#[from] crate::package::PackageError),
+}
+
+impl OpenError {
+    /// Whether this machine or package simply has no GPU to run on, which `--device auto` passes over.
+    pub fn is_absence(&self) -> bool {
+        matches!(
+            self,
+            OpenError::NoEngines { .. }
+                | OpenError::Run(RunError::Driver(_) | RunError::Gpu { .. } | RunError::Library(_))
+        )
+    }
+}
+
+/// Where compiled kernels are kept: `LAPIDARY_CACHE`, else the package's own folder where it can be written, else the
+/// user's cache folder.
+pub fn kernels_folder(package: &Package) -> Option<PathBuf> {
+    if let Some(folder) = std::env::var_os("LAPIDARY_CACHE") {
+        return (!folder.is_empty()).then(|| PathBuf::from(folder).join("kernels"));
+    }
+    let inside = package.folder.join(ENGINES).join("kernels");
+    if std::fs::create_dir_all(&inside).is_ok() {
+        return Some(inside);
+    }
+    let home = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
+    Some(home?.join("lapidary").join("kernels"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOME: [Tokens; 3] = [Tokens::Static(1), Tokens::Static(128), Tokens::Static(512)];
+
+    fn cuts(engines: &[Tokens], mut waiting: usize, capacity: usize) -> Vec<(usize, usize)> {
+        let (mut position, mut cuts) = (0, Vec::new());
+        while waiting > 0 {
+            let chunk = choose(engines.iter().copied(), waiting, capacity - position);
+            assert!(chunk.tokens <= chunk.rows && chunk.rows <= capacity - position);
+            cuts.push((chunk.tokens, chunk.rows));
+            position += chunk.tokens;
+            waiting -= chunk.tokens;
+        }
+        cuts
+    }
+
+    #[test]
+    fn prompts_are_cut_into_full_chunks_and_a_padded_one() {
+        assert_eq!(cuts(&SOME, 1, 1024), [(1, 1)]);
+        assert_eq!(cuts(&SOME, 17, 1024), [(17, 128)]);
+        assert_eq!(cuts(&SOME, 128, 1024), [(128, 128)]);
+        assert_eq!(cuts(&SOME, 129, 1024), [(129, 512)]);
+        assert_eq!(cuts(&SOME, 700, 1024), [(512, 512), (188, 512)]);
+        assert_eq!(cuts(&SOME, 700, 1000), [(512, 512), (128, 128), (60, 128)]);
+        // At the end of the cache padding has no room.
+        assert_eq!(cuts(&SOME, 130, 130), [(128, 128), (1, 1), (1, 1)]);
+        assert_eq!(cuts(&SOME[..1], 3, 8), [(1, 1); 3]);
+    }
+
+    #[test]
+    fn a_dynamic_engine_takes_prompts_as_they_are() {
+        let any = Tokens::Dynamic {
+            min: 1,
+            opt: 128,
+            max: 512,
+        };
+        assert_eq!(cuts(&[Tokens::Static(1), any], 700, 1024), [(512, 512), (188, 188)]);
+        assert_eq!(cuts(&[Tokens::Static(1), any], 1, 1024), [(1, 1)]);
+    }
+}

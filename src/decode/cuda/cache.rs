@@ -1,0 +1,132 @@
+//! The KV cache in device memory: every layer's keys and values in one allocation.
+
+use std::rc::Rc;
+
+use super::aligned;
+use crate::backend::tensorrt::run::{Buffer, Cuda, Engine, RunError, Stream};
+
+/// One cache tensor `[batch, kv_heads, capacity, head_dim]`.
+#[derive(Clone, Debug, PartialEq)]
+struct Layer {
+    input: String,
+    output: String,
+    /// `batch * kv_heads`.
+    rows: usize,
+    /// Bytes of one slot of one row: a head of a token.
+    slot_bytes: usize,
+}
+
+impl Layer {
+    fn bytes(&self, capacity: usize) -> usize {
+        self.rows * capacity * self.slot_bytes
+    }
+}
+
+pub(super) struct Cache {
+    layers: Vec<Layer>,
+    buffer: Buffer,
+    capacity: usize,
+}
+
+impl Cache {
+    /// Zeros, for the caches that this engine has.
+    pub fn new(cuda: &Rc<Cuda>, stream: &Stream, engine: &Engine, capacity: usize) -> Result<Self, RunError> {
+        let inputs = engine.ports().iter().filter(|p| p.is_input);
+        let layers: Vec<Layer> = inputs
+            .filter_map(|port| {
+                let output = format!("updated_{}", port.name);
+                let [batch, heads, slots, width] = port.shape[..] else {
+                    return None;
+                };
+                (engine.port(&output).is_some() && slots == capacity as i64).then(|| Layer {
+                    input: port.name.clone(),
+                    output,
+                    rows: (batch * heads) as usize,
+                    slot_bytes: width as usize * port.dtype.size(),
+                })
+            })
+            .collect();
+        Cache::allocated(cuda, stream, layers, capacity)
+    }
+
+    fn allocated(cuda: &Rc<Cuda>, stream: &Stream, layers: Vec<Layer>, capacity: usize) -> Result<Self, RunError> {
+        let bytes = layers.iter().map(|layer| aligned(layer.bytes(capacity))).sum();
+        let buffer = Buffer::new(cuda, bytes, "the cache")?;
+        // Slots beyond the live ones are masked, but what is masked must be finite.
+        buffer.clear(stream)?;
+        Ok(Cache {
+            layers,
+            buffer,
+            capacity,
+        })
+    }
+
+    /// A cache of another capacity with the first `live` slots of this one. Queued: wait before this one is dropped.
+    pub fn grown(&self, cuda: &Rc<Cuda>, stream: &Stream, capacity: usize, live: usize) -> Result<Self, RunError> {
+        let live = live.min(capacity);
+        let grown = Cache::allocated(cuda, stream, self.layers.clone(), capacity)?;
+        for (first, count) in self.runs(capacity) {
+            let layer = &self.layers[first];
+            let from = self.buffer.address() + self.offset(first) as u64;
+            let to = grown.buffer.address() + grown.offset(first) as u64;
+            let pitch = |capacity: usize| capacity * layer.slot_bytes;
+            stream.copy_rows(
+                (from, pitch(self.capacity)),
+                (to, pitch(capacity)),
+                live * layer.slot_bytes,
+                layer.rows * count,
+            )?;
+        }
+        Ok(grown)
+    }
+
+    /// Layers that one copy moves, as (first, count): of equal shape and without gaps in either capacity. Mostly all.
+    fn runs(&self, capacity: usize) -> Vec<(usize, usize)> {
+        let gapless = |layer: &Layer| {
+            [self.capacity, capacity]
+                .iter()
+                .all(|c| aligned(layer.bytes(*c)) == layer.bytes(*c))
+        };
+        let mut runs: Vec<(usize, usize)> = Vec::new();
+        for (i, layer) in self.layers.iter().enumerate() {
+            match runs.last_mut() {
+                Some((first, count)) => {
+                    let before = &self.layers[*first];
+                    let alike = (before.rows, before.slot_bytes) == (layer.rows, layer.slot_bytes);
+                    if alike && gapless(layer) {
+                        *count += 1;
+                    } else {
+                        runs.push((i, 1));
+                    }
+                }
+                None => runs.push((i, 1)),
+            }
+        }
+        runs
+    }
+
+    fn offset(&self, layer: usize) -> usize {
+        self.layers[..layer]
+            .iter()
+            .map(|l| aligned(l.bytes(self.capacity)))
+            .sum()
+    }
+
+    /// Changes when the cache moves.
+    pub fn address(&self) -> u64 {
+        self.buffer.address()
+    }
+    pub fn bytes(&self) -> usize {
+        self.buffer.bytes()
+    }
+
+    /// Every input and output of an engine that is a cache, with its address; an update is where its input is.
+    pub fn ports(&self) -> impl Iterator<Item = (&str, u64)> {
+        let mut address = self.buffer.address();
+        self.layers.iter().flat_map(move |layer| {
+            let here = address;
+            address += aligned(layer.bytes(self.capacity)) as u64;
+            [(layer.input.as_str(), here), (layer.output.as_str(), here)]
+        })
+    }
+}

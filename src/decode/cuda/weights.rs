@@ -1,0 +1,112 @@
+//! Bound weights: one copy on the device for all engines of a package.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use super::aligned;
+use crate::backend::tensorrt::run::{Buffer, Cuda, Pinned, RunError, Stream};
+use crate::graph::{Source, Transform};
+use crate::lower;
+use crate::network::{Network, WeightMode};
+
+/// Bytes that are on their way at once.
+const STAGE: usize = 64 << 20;
+
+pub(super) struct Weights {
+    offsets: HashMap<String, usize>,
+    buffer: Buffer,
+}
+
+impl Weights {
+    /// Every bound weight of the network, and the parts of those that are fused. Refuses if one has no bytes.
+    pub fn upload(cuda: &Rc<Cuda>, stream: &Stream, network: &Network) -> Result<Self, RunError> {
+        let bound: Vec<_> = network.weights.iter().filter(|w| w.mode == WeightMode::Bind).collect();
+        let mut offsets = HashMap::new();
+        let mut end = 0;
+        for weight in &bound {
+            offsets.insert(weight.name.clone(), end);
+            end += aligned(weight.constant.byte_len());
+        }
+        let buffer = Buffer::new(cuda, end, "the model's weights")?;
+        let mut stage = Stage::new(cuda)?;
+        let mut missing = Vec::new();
+        for weight in &bound {
+            let mut at = offsets[&weight.name];
+            // Rows of a fused weight lie one after the other, as the parts do: no need to join them here first.
+            let parts = match weight.constant.source() {
+                Source::Derived(derived) if matches!(derived.transform, Transform::Concat { axis: 0 }) => {
+                    &derived.inputs
+                }
+                _ => std::slice::from_ref(&weight.constant),
+            };
+            let names: Vec<&str> = lower::parts(&weight.name).collect();
+            for (i, part) in parts.iter().enumerate() {
+                if names.len() == parts.len() && at.is_multiple_of(aligned(1)) {
+                    offsets.insert(names[i].to_string(), at);
+                }
+                match part.materialize() {
+                    Ok(tensor) => stage.copy(stream, tensor.data(), &buffer, at)?,
+                    Err(_) => missing.push(weight.name.clone()),
+                }
+                at += part.byte_len();
+            }
+        }
+        stream.wait()?;
+        match missing.is_empty() {
+            true => Ok(Weights { offsets, buffer }),
+            false => Err(RunError::Weights {
+                engine: network.profile.to_string(),
+                names: missing,
+            }),
+        }
+    }
+
+    pub fn address(&self, name: &str) -> Option<u64> {
+        Some(self.buffer.address() + *self.offsets.get(name)? as u64)
+    }
+    pub fn bytes(&self) -> usize {
+        self.buffer.bytes()
+    }
+}
+
+/// Two pieces of pinned memory in turns: one is filled from the file while the other is on its way.
+struct Stage {
+    pieces: [Pinned; 2],
+    now: usize,
+}
+
+impl Stage {
+    fn new(cuda: &Rc<Cuda>) -> Result<Self, RunError> {
+        Ok(Stage {
+            pieces: [Pinned::new(cuda, STAGE)?, Pinned::new(cuda, STAGE)?],
+            now: 0,
+        })
+    }
+
+    fn copy(&mut self, stream: &Stream, bytes: &[u8], to: &Buffer, at: usize) -> Result<(), RunError> {
+        for (i, piece) in bytes.chunks(STAGE).enumerate() {
+            let host = self.pieces[self.now].slice_mut::<u8>(0, piece.len());
+            fill(host, piece);
+            // The other piece's copy is over before it is written again; this one goes on while that is filled.
+            stream.wait()?;
+            stream.upload_at(host, to, at + i * STAGE)?;
+            self.now ^= 1;
+        }
+        Ok(())
+    }
+}
+
+/// A copy by several threads: one alone reads a mapped file at a fraction of the bus.
+fn fill(to: &mut [u8], from: &[u8]) {
+    const SHARE: usize = 4 << 20;
+    if to.len() <= SHARE {
+        return to.copy_from_slice(from);
+    }
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(8);
+    let share = to.len().div_ceil(threads);
+    std::thread::scope(|scope| {
+        for (to, from) in to.chunks_mut(share).zip(from.chunks(share)) {
+            scope.spawn(|| to.copy_from_slice(from));
+        }
+    });
+}

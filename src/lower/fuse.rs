@@ -1,0 +1,138 @@
+//! Linear layers that read the same activation, as one product: q, k and v; gate and up.
+//!
+//! One product of many rows of weights uses the memory better than several of few, and there are fewer kernels. The
+//! weights stand one below the other in a weight of their own, named by its parts: `q_proj.weight+k_proj.weight`. Whoever
+//! binds it can put the parts next to each other instead of copying ([`parts`]).
+
+use std::collections::HashMap;
+
+use super::context::{Lowered, Lowering};
+use super::demand::{Demand, through_transpose};
+use super::weights::Table;
+use crate::dim::Dim;
+use crate::graph::{Constant, Graph, NodeId, Op, ValueId};
+use crate::network::{LayerKind, Shape};
+
+const SEPARATOR: char = '+';
+
+/// The weights that a weight of a network is made of, one below the other; itself if it is not fused.
+pub fn parts(name: &str) -> impl Iterator<Item = &str> {
+    name.split(SEPARATOR)
+}
+
+/// A linear layer: `output = x · weightᵀ`.
+#[derive(Clone, Copy, Debug)]
+struct Member {
+    node: NodeId,
+    output: ValueId,
+    weight: ValueId,
+}
+
+/// Products of one activation.
+#[derive(Clone, Debug)]
+struct Group {
+    x: ValueId,
+    members: Vec<Member>,
+}
+
+/// Which nodes are lowered together.
+#[derive(Default)]
+pub(super) struct Fusions {
+    groups: Vec<Group>,
+    by_node: HashMap<NodeId, usize>,
+}
+
+impl Fusions {
+    /// `rows` tells the nodes that compute on chosen rows only, which cannot be joined with others.
+    pub fn find(graph: &Graph, demand: &Demand, table: &Table, rows: impl Fn(NodeId) -> bool) -> Self {
+        let mut by_input: HashMap<(ValueId, bool), usize> = HashMap::new();
+        let mut groups: Vec<Group> = Vec::new();
+        for node in graph.node_ids().filter(|id| demand.nodes.contains(id)) {
+            let Some((x, member)) = member(graph, table, node) else {
+                continue;
+            };
+            let at = *by_input.entry((x, rows(node))).or_insert_with(|| {
+                groups.push(Group { x, members: Vec::new() });
+                groups.len() - 1
+            });
+            let group = &mut groups[at].members;
+            let width = |m: &Member| graph.constant(m.weight).map(|c| (c.dtype(), c.shape()[1]));
+            if group.first().is_none_or(|first| width(first) == width(&member)) {
+                group.push(member);
+            }
+        }
+        groups.retain(|group| group.members.len() > 1);
+        let mut by_node = HashMap::new();
+        for (i, group) in groups.iter().enumerate() {
+            by_node.extend(group.members.iter().map(|m| (m.node, i)));
+        }
+        Fusions { groups, by_node }
+    }
+}
+
+fn member(graph: &Graph, table: &Table, id: NodeId) -> Option<(ValueId, Member)> {
+    let node = graph.node(id);
+    let (Op::MatMul, Some(x), [Some(output)]) = (&node.op, node.input(0), &node.outputs[..]) else {
+        return None;
+    };
+    let (weight, transposed) = through_transpose(graph, node.input(1)?);
+    let constant = graph.constant(weight)?;
+    let fits = transposed && constant.shape().len() == 2 && table.by_value.contains_key(&weight);
+    let plain = graph.constant(x).is_none() && !through_transpose(graph, x).1;
+    let deep = graph.shape(*output).is_some_and(|shape| shape.len() > 2);
+    let output = *output;
+    (fits && plain && deep).then_some((
+        x,
+        Member {
+            node: id,
+            output,
+            weight,
+        },
+    ))
+}
+
+impl Lowering<'_> {
+    /// Lowers the whole group of a node, if it has one; true if the node's output is known then.
+    pub(super) fn fused(&mut self, id: NodeId) -> Lowered<bool> {
+        let Some(at) = self.fusions.by_node.get(&id) else {
+            return Ok(false);
+        };
+        let Group { x, members } = self.fusions.groups[*at].clone();
+        if self.is_known(members[0].output) {
+            return Ok(true);
+        }
+        let weights: Vec<(String, Constant)> = members.iter().map(|m| self.weight_of(m.weight)).collect();
+        let name = weights
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .collect::<Vec<_>>()
+            .join(&SEPARATOR.to_string());
+        let constants: Vec<Constant> = weights.into_iter().map(|(_, constant)| constant).collect();
+        let widths: Vec<usize> = constants.iter().map(|c| c.shape()[0]).collect();
+        let weight = self
+            .b
+            .weight(&name, Constant::concat(&constants, 0), self.options.weight_mode)?;
+        let x = self.value(x)?;
+        let shape = self.b.shape(x).clone();
+        let flat = self.flattened(x)?;
+        let base = self.base_name(self.graph.node(members[0].node));
+        let product = self.matrix_product(&format!("{base}/fused"), flat, weight, true)?;
+        let rows = self.b.shape(product)[0].clone();
+        let mut start = 0;
+        for (member, width) in members.iter().zip(widths) {
+            let name = self.base_name(self.graph.node(member.node));
+            let part = LayerKind::Slice {
+                start: vec![0, start],
+                size: vec![rows.clone(), Dim::from(width)],
+                stride: vec![1, 1],
+            };
+            let part = self.b.add(&format!("{name}/part"), part, &[product])?;
+            let mut to: Shape = shape[..shape.len() - 1].to_vec();
+            to.push(width.into());
+            let output = self.reshape(&format!("{name}/unflat"), part, to)?;
+            self.define(member.output, output);
+            start += width as i64;
+        }
+        Ok(true)
+    }
+}
