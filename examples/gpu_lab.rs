@@ -61,6 +61,11 @@ enum Command {
         #[arg(long)]
         prefill: Option<usize>,
     },
+    /// Lowerings of a Llama of made-up weights: decode at several capacities, prefill of 512.
+    Sweep {
+        #[arg(long)]
+        large: bool,
+    },
     Forms {
         /// Only forms whose name holds this.
         #[arg(long, default_value = "")]
@@ -79,6 +84,7 @@ fn main() -> ExitCode {
         Command::Logits { package, cases, output } => logits(&package, &cases, &output).map(|v| println!("{v:#}")),
         Command::Profile { package, live, prefill } => profile(&package, live, prefill).map(|v| println!("{v:#}")),
         Command::Forms { only } => forms(&only),
+        Command::Sweep { large } => sweep(large),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -368,19 +374,19 @@ impl Bound {
         for port in ports {
             if let Some(cache) = aliases.get(&port.name) {
                 // SAFETY: the cache's own memory, held by this struct.
-                unsafe { engine.bind(&port.name, buffers[cache].address())? };
+                unsafe { engine.bind([(port.name.as_str(), buffers[cache].address())])? };
                 continue;
             }
             let buffer = Buffer::new(cuda, port.bytes(1), &port.name)?;
             let values = filling(port.dtype, buffer.bytes() / port.dtype.size());
             buffer.write(0, &values)?;
             // SAFETY: of the port's size, held by this struct.
-            unsafe { engine.bind(&port.name, buffer.address())? };
+            unsafe { engine.bind([(port.name.as_str(), buffer.address())])? };
             buffers.insert(port.name.clone(), buffer);
         }
         let scratch = Buffer::new(cuda, engine.scratch_bytes(), "working memory")?;
         // SAFETY: held by this struct.
-        unsafe { engine.set_scratch(&scratch) };
+        unsafe { engine.set_scratch(&scratch)? };
         Ok(Bound {
             buffers,
             _scratch: scratch,
@@ -575,6 +581,112 @@ fn forms(only: &str) -> Outcome<()> {
     Ok(())
 }
 
+/// Two threads compile while one measures.
+fn sweep(large: bool) -> Outcome<()> {
+    use lapidary::lower::synthetic::Decoder;
+    use lapidary::lower::{AttentionForm as A, LinearForm as L};
+    let library = Library::load(None)?;
+    let mut decoder = if large {
+        Decoder::llama_8b()
+    } else {
+        Decoder::llama_1b()
+    };
+    decoder.positions = 8192;
+    let hidden = decoder.hidden;
+    let options = |linear, reduce_depth, attention| Options {
+        linear,
+        reduce_depth,
+        fuse_linear: true,
+        attention,
+        ..Options::default()
+    };
+    let mut cases = Vec::new();
+    for (label, linear, depth) in [
+        ("matmul", L::FlattenActivation, None),
+        ("reduce", L::ReduceRow, None),
+        ("reduce narrow", L::ReduceRow, Some(hidden)),
+    ] {
+        for capacity in [512, 1024, 4096] {
+            for attention in [A::Layer, A::Decomposed, A::Split(8), A::Split(16), A::Split(32)] {
+                if label != "reduce narrow" && (attention != A::Layer || capacity != 1024) {
+                    continue;
+                }
+                cases.push((
+                    format!("{label}, {attention:?}"),
+                    Profile::decode(capacity),
+                    options(linear, depth, attention),
+                ));
+            }
+        }
+    }
+    for (attention, fuse) in [(A::Layer, true), (A::Layer, false), (A::Decomposed, true)] {
+        let mut options = options(L::ReduceRow, None, attention);
+        options.fuse_linear = fuse;
+        cases.push((
+            format!("prefill fused {fuse}, {attention:?}"),
+            Profile::prefill(512, 1024),
+            options,
+        ));
+    }
+    let cases = Mutex::new(cases.into_iter());
+    let gpu = Mutex::new(());
+    let results = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                loop {
+                    let Some((label, profile, options)) = cases.lock().expect("no panic").next() else {
+                        return;
+                    };
+                    let run = || -> Outcome<f64> {
+                        let network = lower(&decoder.graph(), &profile, &options)?;
+                        let plan = tensorrt::build(&library, &network, &BuildOptions::default())?;
+                        measure(&library, &network, plan.bytes(), &gpu, 20)
+                    };
+                    let told = match run() {
+                        Ok(seconds) => format!("{profile} {label}: {:.3} ms", seconds * 1e3),
+                        Err(error) => format!("{profile} {label}: {error}"),
+                    };
+                    eprintln!("{told}");
+                    results.lock().expect("no panic").push(told);
+                }
+            });
+        }
+    });
+    let mut results = results.into_inner().expect("no panic");
+    results.sort();
+    println!("{}", results.join("\n"));
+    Ok(())
+}
+
+/// Seconds a run takes on the GPU, weights and activations made up.
+fn measure(library: &Library, network: &Network, plan: &[u8], gpu: &Mutex<()>, times: u32) -> Outcome<f64> {
+    let runtime = Runtime::new(library)?;
+    let loading = LoadOptions {
+        graphs: true,
+        kernels: None,
+    };
+    let mut engine = Engine::load(&runtime, Path::new("made up"), plan, network, loading)?;
+    let _alone = gpu.lock().expect("no panic");
+    let mut bound = Bound::new(&runtime, &mut engine, network)?;
+    bound.write_i32(&mut engine, "position_ids", 300)?;
+    let stream = Stream::new(runtime.cuda())?;
+    for _ in 0..5 {
+        engine.enqueue(&stream)?;
+    }
+    stream.wait()?;
+    let (start, end) = (Event::new(runtime.cuda())?, Event::new(runtime.cuda())?);
+    start.record(&stream)?;
+    for _ in 0..times {
+        engine.enqueue(&stream)?;
+    }
+    end.record(&stream)?;
+    end.wait()?;
+    let seconds = end.since(&start)?.as_secs_f64() / f64::from(times);
+    drop(engine);
+    Ok(seconds)
+}
+
 fn measure_chain(
     library: &Library,
     form: Form,
@@ -586,28 +698,7 @@ fn measure_chain(
         let pairs = if size[0] > 2048 { 3 } else { 8 };
         let (network, bytes) = chain(form, dtype, size, pairs)?;
         let plan = tensorrt::build(library, &network, &BuildOptions::default())?;
-        let runtime = Runtime::new(library)?;
-        let loading = LoadOptions {
-            graphs: true,
-            kernels: None,
-        };
-        let mut engine = Engine::load(&runtime, Path::new("chain"), plan.bytes(), &network, loading)?;
-        let _bound = Bound::new(&runtime, &mut engine, &network)?;
-        let stream = Stream::new(runtime.cuda())?;
-        let _alone = gpu.lock().expect("no panic");
-        for _ in 0..5 {
-            engine.enqueue(&stream)?;
-        }
-        stream.wait()?;
-        let (start, end) = (Event::new(runtime.cuda())?, Event::new(runtime.cuda())?);
-        let times = 30;
-        start.record(&stream)?;
-        for _ in 0..times {
-            engine.enqueue(&stream)?;
-        }
-        end.record(&stream)?;
-        end.wait()?;
-        let seconds = end.since(&start)?.as_secs_f64() / f64::from(times);
+        let seconds = measure(library, &network, plan.bytes(), gpu, 30)?;
         Ok((seconds * 1e6 / (2 * pairs) as f64, bytes / seconds / 1e12))
     };
     run().map_err(|error| error.to_string())

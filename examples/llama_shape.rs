@@ -79,6 +79,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
             false => LinearForm::FlattenActivation,
         },
         fuse_linear: arguments.fuse,
+        reduce_depth: None,
         attention: match arguments.decomposed {
             true => AttentionForm::Decomposed,
             false => AttentionForm::Layer,

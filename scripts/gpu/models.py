@@ -31,11 +31,13 @@ def stage(size, results):
     results["weights_read_per_token_gb"] = weights / 1e9
     package = WORK / f"{size}-bind"
     results.attempt("convert", convert, folder, package, CAPACITIES[size], [])
-    results.attempt("bench", lab, "bench", package, "--live", LIVE, "--prefill", "128,512")
+    told = results.attempt("bench", lab, "bench", package, "--live", LIVE, "--prefill", "128,512")
+    note({key: told.get(key) for key in ("decode", "prefill", "memory", "all_engines", "load_s")})
     results.attempt("parity_fp16", parity, model, package, size)
-    results.attempt("hugging_face", hugging_face, model)
+    note(results.attempt("hugging_face", hugging_face, model))
     for name, flags in (("decode", []), ("prefill_512", ["--prefill", 512])):
         results.attempt(f"profile_{name}", profile, package, flags)
+    results.attempt("variants", variants, folder, size)
     if size != "8b":
         package32 = WORK / f"{size}-fp32"
         results.attempt("convert_fp32", convert, folder, package32, CAPACITIES[size], ["--dtype", "fp32"])
@@ -61,6 +63,36 @@ def convert(folder, package, capacities, flags):
                for e in manifest["engines"]]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     return {"seconds": time.time() - start, "engines": engines, "largest_child_rss_mb": peak}
+
+
+VARIANTS = {
+    "plain": {"linear": "flatten_activation", "fuse_linear": False},
+    "fused": {"linear": "flatten_activation", "fuse_linear": True},
+    "reduced": {"linear": "reduce_row", "fuse_linear": False},
+    "fused, reduced": {"linear": "reduce_row", "fuse_linear": True},
+    "fused, reduced, attention decomposed": {"linear": "reduce_row", "fuse_linear": True, "attention": "decomposed"},
+    "fused, reduced, heads not folded": {"linear": "reduce_row", "fuse_linear": True, "fold_groups": False},
+}
+
+
+def variants(folder, size):
+    """Decode and one prefill chunk with other choices of the lowering."""
+    out = {}
+    for name, choices in VARIANTS.items():
+        if size == "8b" and name in ("plain", "reduced", "fused, reduced, heads not folded"):
+            continue
+        spec, package = WORK / "variant.yaml", WORK / f"{size}-variant"
+        spec.write_text(json.dumps({"lowering": choices}))
+        try:
+            convert(folder, package, "1024", ["--spec", spec, "--prefill", "512"])
+            told = lab("bench", package, "--live", LIVE, "--prefill", "512", "--tokens", 8)
+            out[name] = {"decode_gpu_ms": told["decode"]["gpu_ms"],
+                         "prefill_512_gpu_ms": told["prefill"][0]["last_chunk_gpu_ms"]}
+        except Exception as error:  # noqa: BLE001
+            out[name] = {"error": str(error)[-600:]}
+        note(name, out[name])
+        shutil.rmtree(package, ignore_errors=True)
+    return out
 
 
 def parity(model, package, size):

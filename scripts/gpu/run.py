@@ -16,6 +16,9 @@ STAGES = {
     "quick": lambda results: results.attempt("tiny", tiny.main, ("llama",), only_first=1),
     "suite": lambda results: results.attempt("suite", suite.main),
     "forms": lambda results: results.attempt("forms", lambda: run(BIN / "gpu_lab", "forms", timeout=400).splitlines()),
+    "sweep-1b": lambda results: results.attempt("sweep", lambda: run(BIN / "gpu_lab", "sweep", timeout=300).splitlines()),
+    "sweep-8b": lambda results: results.attempt(
+        "sweep", lambda: run(BIN / "gpu_lab", "sweep", "--large", timeout=400).splitlines()),
     "1b": lambda results: models.stage("1b", results),
     "8b": lambda results: models.stage("8b", results),
 }

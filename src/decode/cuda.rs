@@ -317,7 +317,7 @@ impl CudaDevice {
             };
             // SAFETY: these buffers live as long as the device, which drops engines first; sizes are checked above, by
             // the network's own shapes for weights, and by the largest profile for the small inputs.
-            unsafe { engine.bind(&port.name, address)? };
+            unsafe { engine.bind([(port.name.as_str(), address)])? };
         }
         Ok(())
     }
@@ -333,23 +333,20 @@ impl CudaDevice {
             )?;
             for loaded in self.slots.iter_mut().filter_map(|slot| slot.loaded.as_mut()) {
                 // SAFETY: kept in self below; engines run one at a time.
-                unsafe { loaded.engine.set_scratch(&buffer) };
+                unsafe { loaded.engine.set_scratch(&buffer)? };
             }
             self.scratch = Some(buffer);
         }
         // SAFETY: as above.
-        unsafe { engine.set_scratch(self.scratch.as_ref().expect("just made")) };
-        Ok(())
+        unsafe { engine.set_scratch(self.scratch.as_ref().expect("just made")) }
     }
 
     fn run(&mut self, at: usize, rows: usize) -> Result<(), RunError> {
         let cache = self.cache.as_ref().expect("reserved before");
         let loaded = self.slots[at].loaded.as_mut().expect("made ready before");
         if loaded.cache != cache.address() {
-            for (name, address) in cache.ports() {
-                // SAFETY: the cache is replaced in `reserve` alone, after all work is done, and is then bound anew here.
-                unsafe { loaded.engine.bind(name, address)? };
-            }
+            // SAFETY: the cache is replaced in `reserve` alone, after all work is done, and is then bound anew here.
+            unsafe { loaded.engine.bind(cache.ports())? };
             loaded.cache = cache.address();
         }
         if loaded.tokens != rows {

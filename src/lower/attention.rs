@@ -15,7 +15,7 @@ use crate::network::{Activation, Elementwise, LayerKind, MatrixOp, Shape, Tensor
 use crate::tensor::{DType, Tensor};
 
 /// Added to a score that must not be attended to; finite, so that a row without any is not NaN.
-const MASKED: f64 = -1e30;
+pub(super) const MASKED: f64 = -1e30;
 
 impl Lowering<'_> {
     pub(super) fn attention(&mut self, node: &Node, name: &str, attributes: &Attention) -> Lowered {
@@ -53,7 +53,15 @@ impl Lowering<'_> {
         let head_dim = self.b.shape(q)[3].as_const().unwrap_or(1) as f32;
         let scale = attributes.scale.unwrap_or(1.0 / head_dim.sqrt());
         let q = self.scaled_query(&part("scaled"), q, scale)?;
-        let attended = if attributes.softcap != 0.0 || self.options.attention == AttentionForm::Decomposed {
+        let split = match self.options.attention {
+            AttentionForm::Split(parts) if attributes.softcap == 0.0 => {
+                self.split_attention(name, [q, k, v], mask, parts)?
+            }
+            _ => None,
+        };
+        let attended = if let Some(attended) = split {
+            attended
+        } else if attributes.softcap != 0.0 || self.options.attention == AttentionForm::Decomposed {
             self.decomposed(name, [q, k, v], mask, attributes.softcap)?
         } else {
             self.attention_layer(name, [q, k, v], mask)?
@@ -98,7 +106,7 @@ impl Lowering<'_> {
     }
 
     /// KV heads, and query heads to each, if they are numbers that divide.
-    fn groups(&self, q: &Shape, k: TensorId) -> Option<(usize, usize)> {
+    pub(super) fn groups(&self, q: &Shape, k: TensorId) -> Option<(usize, usize)> {
         let (heads, kv) = (q[1].as_const()?, self.b.shape(k)[1].as_const()?);
         (kv > 0 && heads % kv == 0).then_some((kv as usize, (heads / kv) as usize))
     }

@@ -73,7 +73,9 @@ impl Lowering<'_> {
             .b
             .producer(b)
             .is_some_and(|layer| matches!(layer.kind, LayerKind::Weight(_)));
-        if transposed && is_weight && self.b.shape(a)[0].is_one() && self.options.linear == LinearForm::ReduceRow {
+        let depth = self.b.shape(a)[1].as_const().unwrap_or(i64::MAX) as usize;
+        let fits = transposed && is_weight && self.options.reduce_depth.is_none_or(|limit| depth <= limit);
+        if fits && self.b.shape(a)[0].is_one() && self.options.linear == LinearForm::ReduceRow {
             return self.reduced_product(name, a, b);
         }
         let kind = LayerKind::MatrixMultiply {

@@ -41,6 +41,7 @@ mod positions;
 mod rotary;
 mod rows;
 mod shuffles;
+mod split;
 pub mod synthetic;
 mod values;
 mod weights;
@@ -81,6 +82,8 @@ pub enum AttentionForm {
     Layer,
     /// Matrix products and a softmax in fp32, the query heads of a group always folded into rows.
     Decomposed,
+    /// With one token: the same, over so many parts of the cache side by side. Otherwise [`AttentionForm::Layer`].
+    Split(usize),
 }
 
 /// Choices of a lowering. None changes what is computed, beyond rounding.
@@ -93,6 +96,9 @@ pub struct Options {
     /// `[batch, heads, 1, d]` → `[batch, kv_heads, heads/kv_heads, d]`.
     pub fold_groups: bool,
     pub linear: LinearForm,
+    /// [`LinearForm::ReduceRow`] only for weights of at most so many columns: what comes before a product is computed
+    /// again for each of its rows, which costs more the wider it is.
+    pub reduce_depth: Option<usize>,
     /// Linear layers that read the same activation become one product (see [`parts`] for what its weight is).
     pub fuse_linear: bool,
     pub attention: AttentionForm,
@@ -104,6 +110,7 @@ impl Default for Options {
             weight_mode: WeightMode::default(),
             fold_groups: true,
             linear: LinearForm::default(),
+            reduce_depth: None,
             fuse_linear: false,
             attention: AttentionForm::default(),
         }

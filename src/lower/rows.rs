@@ -8,6 +8,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::LinearForm;
 use super::context::{Lowered, Lowering};
 use super::demand::{Demand, data_inputs, through_transpose};
 use super::error::Reason;
@@ -106,6 +107,10 @@ impl Lowering<'_> {
         let Some(rows) = self.logit_rows else {
             return Reason::unsupported("the profile has no input that chooses rows");
         };
+        // Of one token there is no choice, and a gather would be done again for every row of a reduced product.
+        if self.profile.tokens == Tokens::Static(1) && self.options.linear == LinearForm::ReduceRow {
+            return Ok(x);
+        }
         let name = format!("{}/chosen", self.b.network().tensor(x).name);
         let batch = self.profile.batch;
         let chosen = if batch == 1 {

@@ -134,11 +134,12 @@ fn every_choice() {
                 (LinearForm::ReduceRow, false),
                 (LinearForm::ReduceRow, true),
             ] {
-                for attention in [AttentionForm::Layer, AttentionForm::Decomposed] {
+                for attention in [AttentionForm::Layer, AttentionForm::Decomposed, AttentionForm::Split(4)] {
                     let options = Options {
                         fold_groups,
                         linear,
                         fuse_linear,
+                        reduce_depth: None,
                         attention,
                         weight_mode: WeightMode::Embed,
                     };

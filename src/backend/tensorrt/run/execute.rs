@@ -66,12 +66,12 @@ pub fn execute(
             buffer.write(0, &vec![0xff; buffer.bytes()])?;
         }
         // SAFETY: of the port's size, and held until the run is over.
-        unsafe { engine.bind(&port.name, buffer.address())? };
+        unsafe { engine.bind([(port.name.as_str(), buffer.address())])? };
         memory.insert(port.name.clone(), buffer);
     }
     let scratch = Buffer::new(cuda, engine.scratch_bytes(), "working memory")?;
     // SAFETY: held until the run is over.
-    unsafe { engine.set_scratch(&scratch) };
+    unsafe { engine.set_scratch(&scratch)? };
     engine.enqueue(&stream)?;
     stream.wait()?;
     let mut outputs = Vec::new();

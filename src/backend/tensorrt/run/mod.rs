@@ -18,6 +18,7 @@ mod kernels;
 mod refit;
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -192,13 +193,19 @@ impl Port {
 /// so that engines that never run at once can share it.
 pub struct Engine {
     context: trtx::ExecutionContext<'static>,
-    _config: Rc<trtx::RuntimeConfig<'static>>,
+    config: Rc<trtx::RuntimeConfig<'static>>,
     inner: trtx::CudaEngine<'static>,
     kernels: Option<kernels::Kernels>,
     runtime: Rc<Runtime>,
     name: String,
     ports: Vec<Port>,
     scratch_bytes: usize,
+    /// What the context was told, to tell a new one.
+    bound: HashMap<String, u64>,
+    scratch: Option<(u64, usize)>,
+    tokens: Option<usize>,
+    /// Whether anything ran: the addresses are in a captured graph then, and stay there.
+    ran: bool,
 }
 
 impl Engine {
@@ -259,13 +266,17 @@ impl Engine {
         };
         let mut engine = Engine {
             context,
-            _config: config,
+            config,
             inner,
             kernels: kept,
             runtime: runtime.clone(),
             name,
             ports,
             scratch_bytes,
+            bound: HashMap::new(),
+            scratch: None,
+            tokens: None,
+            ran: false,
         };
         engine.keep_kernels();
         Ok(engine)
@@ -310,23 +321,39 @@ impl Engine {
             set.map_err(|error| self.runtime.load_error(&self.name, &error))?;
         }
         self.scratch_bytes = self.context.update_device_memory_size_for_shapes();
+        self.tokens = Some(tokens);
         Ok(())
     }
 
-    /// # Safety
-    /// The buffer must live until the last run ended, and must not be used by another run at the same time.
-    pub unsafe fn set_scratch(&mut self, scratch: &Buffer) {
-        let address = scratch.address() as *mut std::ffi::c_void;
-        // SAFETY: the caller's promise.
-        unsafe { self.context.set_device_memory_v2(address, scratch.bytes() as i64) };
+    /// A new context, told all that the old one was. A captured CUDA graph holds addresses; giving its context others and
+    /// running it crashed in TensorRT-RTX 1.6.1.
+    fn renew(&mut self) -> Result<(), RunError> {
+        let failed = |error: trtx::Error| self.runtime.load_error(&self.name, &error);
+        self.context = self
+            .inner
+            .create_execution_context_with_config(self.config.clone())
+            .map_err(failed)?;
+        self.ran = false;
+        if let Some(tokens) = self.tokens {
+            self.set_tokens(tokens)?;
+        } else {
+            self.context.update_device_memory_size_for_shapes();
+        }
+        for (name, address) in self.bound.clone() {
+            self.tell(&name, address)?;
+        }
+        if let Some((address, bytes)) = self.scratch {
+            // SAFETY: by the promise of whoever set it.
+            unsafe {
+                self.context
+                    .set_device_memory_v2(address as *mut std::ffi::c_void, bytes as i64)
+            };
+        }
+        Ok(())
     }
 
-    /// Binds an input or output to device memory.
-    ///
-    /// # Safety
-    /// The memory must hold the tensor (see [`Port::bytes`]) and live until the last run ended.
-    pub unsafe fn bind(&mut self, name: &str, address: u64) -> Result<(), RunError> {
-        // SAFETY: the caller's promise.
+    fn tell(&mut self, name: &str, address: u64) -> Result<(), RunError> {
+        // SAFETY: the promise of `bind`.
         let bound = unsafe { self.context.set_tensor_address(name, address as *mut std::ffi::c_void) };
         bound.map_err(|error| RunError::Mismatch {
             engine: self.name.clone(),
@@ -334,8 +361,42 @@ impl Engine {
         })
     }
 
+    /// # Safety
+    /// The buffer must live until the last run ended, and must not be used by another run at the same time.
+    pub unsafe fn set_scratch(&mut self, scratch: &Buffer) -> Result<(), RunError> {
+        self.scratch = Some((scratch.address(), scratch.bytes()));
+        if self.ran {
+            return self.renew();
+        }
+        let address = scratch.address() as *mut std::ffi::c_void;
+        // SAFETY: the caller's promise.
+        unsafe { self.context.set_device_memory_v2(address, scratch.bytes() as i64) };
+        Ok(())
+    }
+
+    /// Binds inputs and outputs to device memory.
+    ///
+    /// # Safety
+    /// The memory must hold the tensors (see [`Port::bytes`]) and live until the last run ended.
+    pub unsafe fn bind<'n>(&mut self, ports: impl IntoIterator<Item = (&'n str, u64)>) -> Result<(), RunError> {
+        let mut changed = Vec::new();
+        for (name, address) in ports {
+            if self.bound.insert(name.to_string(), address) != Some(address) {
+                changed.push((name, address));
+            }
+        }
+        if self.ran && !changed.is_empty() {
+            return self.renew();
+        }
+        for (name, address) in changed {
+            self.tell(name, address)?;
+        }
+        Ok(())
+    }
+
     /// Queues one run.
     pub fn enqueue(&mut self, stream: &Stream) -> Result<(), RunError> {
+        self.ran = true;
         // SAFETY: the stream lives; addresses are live by the promise of `bind`.
         let queued = unsafe { self.context.enqueue_v3(stream.raw()) };
         queued.map_err(|error| RunError::Execute {
