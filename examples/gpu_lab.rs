@@ -364,6 +364,7 @@ struct Bound {
 impl Bound {
     fn new(runtime: &std::rc::Rc<Runtime>, engine: &mut Engine, network: &Network) -> Outcome<Self> {
         let cuda = runtime.cuda();
+        let stream = Stream::new(cuda)?;
         let mut buffers: BTreeMap<String, Buffer> = BTreeMap::new();
         let aliases: BTreeMap<String, String> = network
             .aliases()
@@ -378,8 +379,7 @@ impl Bound {
                 continue;
             }
             let buffer = Buffer::new(cuda, port.bytes(1), &port.name)?;
-            let values = filling(port.dtype, buffer.bytes() / port.dtype.size());
-            buffer.write(0, &values)?;
+            fill(&stream, &buffer, port.dtype)?;
             // SAFETY: of the port's size, held by this struct.
             unsafe { engine.bind([(port.name.as_str(), buffer.address())])? };
             buffers.insert(port.name.clone(), buffer);
@@ -401,13 +401,15 @@ impl Bound {
     }
 }
 
-/// Random numbers about 0.03 in size, so that long chains neither vanish nor overflow; zeros for integers.
-fn filling(dtype: DType, n: usize) -> Vec<u8> {
+/// Random numbers about 0.03 in size, so that long chains neither vanish nor overflow, again and again; zeros for integers.
+fn fill(stream: &Stream, buffer: &Buffer, dtype: DType) -> Outcome<()> {
+    const BLOCK: usize = 128 << 10;
     if !dtype.is_float() {
-        return vec![0; n * dtype.size()];
+        buffer.clear(stream)?;
+        return Ok(stream.wait()?);
     }
     let mut state = 0x9e37_79b9_u32;
-    let block: Vec<f64> = (0..n.min(1 << 16))
+    let values: Vec<f64> = (0..BLOCK.min(buffer.bytes()) / dtype.size())
         .map(|_| {
             state ^= state << 13;
             state ^= state >> 17;
@@ -415,13 +417,21 @@ fn filling(dtype: DType, n: usize) -> Vec<u8> {
             (f64::from(state) / f64::from(u32::MAX) - 0.5) * 0.06
         })
         .collect();
-    let one = lapidary::tensor::Tensor::from_f64_as(dtype, vec![block.len()], &block);
-    let mut bytes = Vec::with_capacity(n * dtype.size());
-    while bytes.len() < n * dtype.size() {
-        let rest = n * dtype.size() - bytes.len();
-        bytes.extend_from_slice(&one.data()[..rest.min(one.data().len())]);
+    let block = lapidary::tensor::Tensor::from_f64_as(dtype, vec![values.len()], &values);
+    buffer.write(0, block.data())?;
+    // Twice as much with every copy on the device.
+    let mut done = block.data().len();
+    while done < buffer.bytes() {
+        let now = done.min(buffer.bytes() - done);
+        let (from, to) = (buffer.address(), buffer.address() + done as u64);
+        let rows = now / BLOCK;
+        stream.copy_rows((from, BLOCK), (to, BLOCK), BLOCK, rows)?;
+        let rest = now % BLOCK;
+        let behind = (rows * BLOCK) as u64;
+        stream.copy_rows((from + behind, BLOCK), (to + behind, BLOCK), rest, 1)?;
+        done += now;
     }
-    bytes
+    Ok(stream.wait()?)
 }
 
 /// How one row is multiplied by a weight `[n, k]`.
@@ -601,32 +611,31 @@ fn sweep(large: bool) -> Outcome<()> {
         ..Options::default()
     };
     let mut cases = Vec::new();
-    for (label, linear, depth) in [
-        ("matmul", L::FlattenActivation, None),
-        ("reduce", L::ReduceRow, None),
-        ("reduce narrow", L::ReduceRow, Some(hidden)),
+    // Of the large model's decode engines only a few: each takes 16 GB while it is measured.
+    let capacities: &[usize] = if large { &[1024] } else { &[512, 1024, 4096] };
+    for (label, linear, depth, attention) in [
+        ("matmul", L::FlattenActivation, None, A::Layer),
+        ("matmul", L::FlattenActivation, None, A::ByCapacity),
+        ("reduce", L::ReduceRow, None, A::Layer),
+        ("reduce", L::ReduceRow, None, A::ByCapacity),
+        ("reduce", L::ReduceRow, None, A::Split(8)),
+        ("reduce narrow", L::ReduceRow, Some(hidden), A::ByCapacity),
     ] {
-        for capacity in [512, 1024, 4096] {
-            for attention in [A::Layer, A::Decomposed, A::Split(8), A::Split(16), A::Split(32)] {
-                if label != "reduce narrow" && (attention != A::Layer || capacity != 1024) {
-                    continue;
-                }
-                cases.push((
-                    format!("{label}, {attention:?}"),
-                    Profile::decode(capacity),
-                    options(linear, depth, attention),
-                ));
-            }
+        for capacity in capacities {
+            let label = format!("{label}, {attention:?}");
+            cases.push((label, Profile::decode(*capacity), options(linear, depth, attention)));
         }
     }
-    for (attention, fuse) in [(A::Layer, true), (A::Layer, false), (A::Decomposed, true)] {
-        let mut options = options(L::ReduceRow, None, attention);
+    for fuse in [true, false] {
+        let mut options = options(L::ReduceRow, None, A::ByCapacity);
         options.fuse_linear = fuse;
-        cases.push((
-            format!("prefill fused {fuse}, {attention:?}"),
-            Profile::prefill(512, 1024),
-            options,
-        ));
+        for tokens in [128, 512] {
+            cases.push((
+                format!("prefill fused {fuse}"),
+                Profile::prefill(tokens, 1024),
+                options.clone(),
+            ));
+        }
     }
     let cases = Mutex::new(cases.into_iter());
     let gpu = Mutex::new(());

@@ -21,6 +21,8 @@ STAGES = {
         "sweep", lambda: run(BIN / "gpu_lab", "sweep", "--large", timeout=400).splitlines()),
     "1b": lambda results: models.stage("1b", results),
     "8b": lambda results: models.stage("8b", results),
+    "1b-brief": lambda results: models.stage("1b", results, compare=False),
+    "1b-thorough": lambda results: models.stage("1b", results, thorough=True),
 }
 
 

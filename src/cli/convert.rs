@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::progress::Progress;
@@ -295,13 +295,16 @@ pub(super) fn engines(
         false => package.graph()?,
     };
     let profiles = profiles(conversion, capacities);
-    for (i, profile) in profiles.iter().enumerate() {
-        let label = format!("engine {}/{} {profile}", i + 1, profiles.len());
-        progress.step(label.as_str());
-        let network = lower::lower(&graph, profile, &conversion.lowering).map_err(|e| Failure::bug(e).at(model))?;
-        let bar = progress.handle();
+    let fractions = Arc::new(Mutex::new(vec![0f32; profiles.len()]));
+    let build = |i: usize| -> Result<(tensorrt::Plan, HashSet<String>), Failure> {
+        let network =
+            lower::lower(&graph, &profiles[i], &conversion.lowering).map_err(|e| Failure::bug(e).at(model))?;
+        let (bar, fractions) = (progress.handle(), fractions.clone());
         let observer = move |p: BuildProgress<'_>| {
-            bar.fraction(&label, p.fraction);
+            let mut fractions = fractions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            fractions[i] = p.fraction;
+            let label = format!("{} engines", fractions.len());
+            bar.fraction(&label, fractions.iter().sum::<f32>() / fractions.len() as f32);
             ControlFlow::Continue(())
         };
         let options = BuildOptions {
@@ -309,32 +312,52 @@ pub(super) fn engines(
             observer: Some(Arc::new(observer)),
         };
         let plan = tensorrt::build(library, &network, &options).map_err(|e| Failure::from(e).at(model))?;
-        let taken: HashSet<String> = network
-            .weights
-            .iter()
-            .flat_map(|w| lower::parts(&w.name))
-            .map(str::to_string)
-            .collect();
-        let engine = Engine {
-            file: String::new(),
-            bytes: 0,
-            blake3: String::new(),
-            target: Target::TensorrtRtx,
-            profile: *profile,
-            weight_mode: conversion.weights,
-            refit: conversion.refit,
-            lowering: conversion.lowering.clone(),
-            tensorrt_version: library.version().to_string(),
-            build_ms: plan.elapsed().as_millis() as u64,
-        };
-        writer.engine(engine, plan.bytes(), &taken)?;
-        progress.note(format!(
-            "{profile}: {} in {:.1} s",
-            bytes(plan.bytes().len() as u64),
-            plan.elapsed().as_secs_f64()
-        ));
+        let taken = network.weights.iter().flat_map(|w| lower::parts(&w.name));
+        Ok((plan, taken.map(str::to_string).collect()))
+    };
+    progress.step("engines");
+    let indices: Vec<usize> = (0..profiles.len()).collect();
+    for batch in indices.chunks(builders(conversion.weights)) {
+        let built: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = batch.iter().map(|i| scope.spawn(|| build(*i))).collect();
+            let joined = threads.into_iter().map(|thread| thread.join());
+            joined
+                .map(|done| done.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .collect()
+        });
+        for (i, built) in batch.iter().zip(built) {
+            let (plan, taken) = built?;
+            let profile = profiles[*i];
+            let engine = Engine {
+                file: String::new(),
+                bytes: 0,
+                blake3: String::new(),
+                target: Target::TensorrtRtx,
+                profile,
+                weight_mode: conversion.weights,
+                refit: conversion.refit,
+                lowering: conversion.lowering.clone(),
+                tensorrt_version: library.version().to_string(),
+                build_ms: plan.elapsed().as_millis() as u64,
+            };
+            writer.engine(engine, plan.bytes(), &taken)?;
+            progress.note(format!(
+                "{profile}: {} in {:.1} s",
+                bytes(plan.bytes().len() as u64),
+                plan.elapsed().as_secs_f64()
+            ));
+        }
     }
     Ok(())
+}
+
+/// Engines built at once. A build keeps one core busy, and with embedded weights twice their size of memory.
+fn builders(weights: WeightMode) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    match weights {
+        WeightMode::Bind => (cores / 2).clamp(1, 6),
+        WeightMode::Embed | WeightMode::Strip => 1,
+    }
 }
 
 /// Decode at every capacity; prefill wherever a chunk fits.

@@ -84,6 +84,9 @@ pub enum AttentionForm {
     Decomposed,
     /// With one token: the same, over so many parts of the cache side by side. Otherwise [`AttentionForm::Layer`].
     Split(usize),
+    /// What measured best: with one token [`AttentionForm::Decomposed`] up to 1024 slots and sixteen parts beyond, with
+    /// several one Attention layer.
+    ByCapacity,
 }
 
 /// Choices of a lowering. None changes what is computed, beyond rounding.
@@ -123,6 +126,7 @@ impl Options {
         Options {
             fuse_linear: true,
             linear: LinearForm::ReduceRow,
+            attention: AttentionForm::ByCapacity,
             ..Options::default()
         }
     }

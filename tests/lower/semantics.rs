@@ -134,7 +134,12 @@ fn every_choice() {
                 (LinearForm::ReduceRow, false),
                 (LinearForm::ReduceRow, true),
             ] {
-                for attention in [AttentionForm::Layer, AttentionForm::Decomposed, AttentionForm::Split(4)] {
+                for attention in [
+                    AttentionForm::Layer,
+                    AttentionForm::Decomposed,
+                    AttentionForm::Split(4),
+                    AttentionForm::ByCapacity,
+                ] {
                     let options = Options {
                         fold_groups,
                         linear,

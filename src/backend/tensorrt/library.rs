@@ -154,6 +154,7 @@ mod imp {
                 asked: path,
             });
         }
+        full_precision();
         trtx::dynamically_load_tensorrt(Some(&path)).map_err(|error| LibraryError::NotALibrary {
             path: path.clone(),
             reason: error.to_string(),
@@ -166,6 +167,16 @@ mod imp {
         let library = Library { path, source, version };
         *loaded = Some(library.clone());
         Ok(library)
+    }
+
+    /// fp32 products shall be fp32. TensorRT-RTX 1.6.1 uses TF32 (errors of 1e-3) whatever the builder's flag says; this
+    /// variable of CUDA's libraries is what it obeys. Whoever sets it keeps their choice.
+    fn full_precision() {
+        const TF32: &str = "NVIDIA_TF32_OVERRIDE";
+        if std::env::var_os(TF32).is_none() {
+            // SAFETY: once in a process, before the library that reads it is loaded; Rust's own readers take a lock.
+            unsafe { std::env::set_var(TF32, "0") };
+        }
     }
 
     fn find(explicit: Option<&Path>) -> Result<(PathBuf, Source), LibraryError> {
