@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::progress::Progress;
 use super::{Failure, bytes, convert, print, print_json, words};
+use crate::lower;
 use crate::backend::tensorrt::Library;
 use crate::network::WeightMode;
 use crate::package::{self, MANIFEST, Manifest, Package, RefitError};
@@ -93,6 +94,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
             explicit_capacities: true,
             prefill: manifest.prefill.clone(),
             tokenizer: None,
+            lowering: match manifest.engines.first() {
+                Some(engine) => engine.lowering.clone(),
+                None => lower::Options::for_engines(),
+            },
         };
         convert::engines(
             &mut writer,
