@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use super::progress::Progress;
 use super::{Failure, bytes, convert, print, print_json, words};
-use crate::lower;
 use crate::backend::tensorrt::Library;
+use crate::lower;
 use crate::network::WeightMode;
 use crate::package::{self, MANIFEST, Manifest, Package, RefitError};
 use crate::spec::{Conversion, Target};
