@@ -91,7 +91,7 @@ struct Ready {
 /// Writes `tensors` (unique names) to a new file at `path`. `inspect` sees each before it is written, `progress` is told
 /// the bytes done so far. Gives one record a tensor, in the order given.
 ///
-/// Tensors are computed and hashed on a second thread, one ahead of the one being written.
+/// Tensors are computed and hashed on a second thread, at most two ahead of the one being written.
 pub fn write(
     path: &Path,
     tensors: &[(String, Constant)],
@@ -122,8 +122,8 @@ pub fn write(
     let mut end = data_start;
     let mut done = 0;
     std::thread::scope(|scope| {
-        // A rendezvous: the next tensor is computed while one is written, and waits.
-        let (sender, receiver) = mpsc::sync_channel::<Result<Ready, WriteError>>(0);
+        // One tensor waits while the next is computed and another is written.
+        let (sender, receiver) = mpsc::sync_channel::<Result<Ready, WriteError>>(1);
         let order = &order;
         scope.spawn(move || {
             for index in order.iter().copied() {
