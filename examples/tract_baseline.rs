@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::internal::tract_ndarray as ndarray;
+use tract_onnx::tract_hir::infer::Factoid;
+use tract_onnx::tract_hir::internal::DimLike;
 
 #[derive(Parser)]
 struct Args {

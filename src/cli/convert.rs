@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::progress::Progress;
 use super::{Failure, bytes, info, inspect, print, words};
@@ -14,7 +14,7 @@ use crate::graph::Graph;
 use crate::graph::infer::infer;
 use crate::network::{Logits, Profile, Tokens, WeightMode};
 use crate::package::manifest::{Engine, Pass, Source};
-use crate::package::{self, Facts, PackageError, Writer};
+use crate::package::{self, Facts, PackageError, PlanCache, Writer};
 use crate::spec::{Conversion, Precision, Prefill, Spec, Target};
 use crate::{lower, onnx, passes};
 
@@ -62,6 +62,9 @@ pub struct Args {
     /// The TensorRT-RTX library to build with
     #[arg(long, value_name = "PATH")]
     tensorrt_lib: Option<PathBuf>,
+    /// Keep plans here, and take from here those that were built before
+    #[arg(long, value_name = "DIR")]
+    engine_cache: Option<PathBuf>,
     /// Print the manifest as JSON
     #[arg(long)]
     json: bool,
@@ -132,7 +135,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
         }
     }
     if let Some(library) = &library {
-        engines(&mut writer, library, &args.model, &conversion, &capacities, &progress)?;
+        let builder = Builder {
+            library,
+            model: &args.model,
+            cache: args.engine_cache.as_deref().map(PlanCache::new),
+        };
+        engines(&mut writer, &builder, &conversion, &capacities, &progress)?;
     }
     let manifest = writer.finish()?;
     drop(progress);
@@ -279,11 +287,24 @@ fn emit(path: &Path, graph: &Graph) -> Result<(), Failure> {
     onnx::write_with_data(graph, path).map_err(|e| Failure::input(e).at(path))
 }
 
-/// Builds an engine for decoding and for each prefill shape at every capacity. `model`: whose engines they are, for errors.
+/// What builds engines.
+pub(super) struct Builder<'a> {
+    pub library: &'a Library,
+    /// Whose engines they are, for errors.
+    pub model: &'a Path,
+    pub cache: Option<PlanCache>,
+}
+
+/// A plan that was built now, or kept from before.
+enum Built {
+    New(tensorrt::Plan),
+    Kept(Vec<u8>),
+}
+
+/// Builds an engine for decoding and for each prefill shape at every capacity.
 pub(super) fn engines(
     writer: &mut Writer,
-    library: &Library,
-    model: &Path,
+    builder: &Builder<'_>,
     conversion: &Conversion,
     capacities: &[usize],
     progress: &Progress,
@@ -296,9 +317,23 @@ pub(super) fn engines(
     };
     let profiles = profiles(conversion, capacities);
     let fractions = Arc::new(Mutex::new(vec![0f32; profiles.len()]));
-    let build = |i: usize| -> Result<(tensorrt::Plan, HashSet<String>), Failure> {
+    let Builder { library, model, cache } = builder;
+    let manifest = &package.manifest;
+    let constants = manifest.constants.as_ref().map_or("", |c| c.set_hash.as_str());
+    let weights = format!("{} {constants}", manifest.weights.set_hash);
+    let build = |i: usize| -> Result<(Built, HashSet<String>), Failure> {
         let network =
             lower::lower(&graph, &profiles[i], &conversion.lowering).map_err(|e| Failure::bug(e).at(model))?;
+        let taken = network.weights.iter().flat_map(|w| lower::parts(&w.name));
+        let taken = taken.map(str::to_string).collect();
+        let key = cache
+            .as_ref()
+            .map(|_| PlanCache::key(&network, conversion.refit, library.version(), &weights));
+        if let (Some(cache), Some(key)) = (cache, &key)
+            && let Some(plan) = cache.get(key)
+        {
+            return Ok((Built::Kept(plan), taken));
+        }
         let (bar, fractions) = (progress.handle(), fractions.clone());
         let observer = move |p: BuildProgress<'_>| {
             let mut fractions = fractions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -312,8 +347,13 @@ pub(super) fn engines(
             observer: Some(Arc::new(observer)),
         };
         let plan = tensorrt::build(library, &network, &options).map_err(|e| Failure::from(e).at(model))?;
-        let taken = network.weights.iter().flat_map(|w| lower::parts(&w.name));
-        Ok((plan, taken.map(str::to_string).collect()))
+        if let (Some(cache), Some(key)) = (cache, &key) {
+            // What cannot be kept is built again next time.
+            if let Err(error) = cache.put(key, plan.bytes()) {
+                progress.note(format!("{}: the plan was not kept: {error}", profiles[i]));
+            }
+        }
+        Ok((Built::New(plan), taken))
     };
     progress.step("engines");
     let indices: Vec<usize> = (0..profiles.len()).collect();
@@ -326,8 +366,12 @@ pub(super) fn engines(
                 .collect()
         });
         for (i, built) in batch.iter().zip(built) {
-            let (plan, taken) = built?;
+            let (built, taken) = built?;
             let profile = profiles[*i];
+            let (plan, elapsed) = match &built {
+                Built::New(plan) => (plan.bytes(), plan.elapsed()),
+                Built::Kept(plan) => (&plan[..], Duration::ZERO),
+            };
             let engine = Engine {
                 file: String::new(),
                 bytes: 0,
@@ -338,14 +382,14 @@ pub(super) fn engines(
                 refit: conversion.refit,
                 lowering: conversion.lowering.clone(),
                 tensorrt_version: library.version().to_string(),
-                build_ms: plan.elapsed().as_millis() as u64,
+                build_ms: elapsed.as_millis() as u64,
             };
-            writer.engine(engine, plan.bytes(), &taken)?;
-            progress.note(format!(
-                "{profile}: {} in {:.1} s",
-                bytes(plan.bytes().len() as u64),
-                plan.elapsed().as_secs_f64()
-            ));
+            writer.engine(engine, plan, &taken)?;
+            let how = match &built {
+                Built::New(_) => format!("in {:.1} s", elapsed.as_secs_f64()),
+                Built::Kept(_) => "kept from before".to_string(),
+            };
+            progress.note(format!("{profile}: {} {how}", bytes(plan.len() as u64)));
         }
     }
     Ok(())

@@ -7,7 +7,7 @@ use super::{Failure, bytes, convert, print, print_json, words};
 use crate::backend::tensorrt::Library;
 use crate::lower;
 use crate::network::WeightMode;
-use crate::package::{self, MANIFEST, Manifest, Package, RefitError};
+use crate::package::{self, MANIFEST, Manifest, Package, PlanCache, RefitError};
 use crate::spec::{Conversion, Target};
 use crate::weights::checks::Allowed;
 use crate::weights::lora::Adapter;
@@ -39,6 +39,9 @@ pub struct Args {
     /// The TensorRT-RTX library, where engines hold weights and must be built again
     #[arg(long, value_name = "PATH")]
     tensorrt_lib: Option<PathBuf>,
+    /// Keep plans here, and take from here those that were built before
+    #[arg(long, value_name = "DIR")]
+    engine_cache: Option<PathBuf>,
     /// Print the new manifest as JSON
     #[arg(long)]
     json: bool,
@@ -99,14 +102,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
                 None => lower::Options::for_engines(),
             },
         };
-        convert::engines(
-            &mut writer,
+        let builder = convert::Builder {
             library,
-            &args.package,
-            &conversion,
-            &manifest.capacities,
-            &progress,
-        )?;
+            model: &args.package,
+            cache: args.engine_cache.as_deref().map(PlanCache::new),
+        };
+        convert::engines(&mut writer, &builder, &conversion, &manifest.capacities, &progress)?;
     }
     let new = writer.finish()?;
     drop(progress);

@@ -141,6 +141,7 @@ pub struct Engine {
     pub lowering: crate::lower::Options,
     /// Version of the library that built it, for example `1.6.1.120`.
     pub tensorrt_version: String,
+    /// Wall-clock time; 0 for a plan that an engine cache had.
     pub build_ms: u64,
 }
 

@@ -16,6 +16,7 @@
 
 mod error;
 pub mod manifest;
+mod plans;
 mod refit;
 mod staging;
 mod strip;
@@ -26,6 +27,7 @@ use std::path::{Path, PathBuf};
 
 pub use error::PackageError;
 pub use manifest::Manifest;
+pub use plans::PlanCache;
 pub use refit::{Refit, RefitError, identical, refit, wanted};
 pub use staging::{abandon, check_target};
 pub use strip::strip;

@@ -70,3 +70,63 @@ fn embedded_engines_are_built_again_with_the_weights() {
     assert_eq!(names(&bare.join("engines")), built);
     lapidary(["info", text(&bare), "--check"]).ok();
 }
+
+/// A plan is found again for the same network, and an embedded one for the same weights only.
+#[test]
+fn an_engine_cache_knows_what_a_plan_depends_on() {
+    let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+    let folder = tempfile::tempdir().unwrap();
+    let cache = folder.path().join("plans");
+    let convert = |name: &str, weights: &str, to: &str| {
+        let pkg = folder.path().join(to);
+        let model = fixture("exports").join(name).join("model.onnx");
+        let flags = [
+            "--target",
+            "cpu,tensorrt-rtx",
+            "--capacity",
+            "16",
+            "--prefill",
+            "16",
+            "--weights",
+            weights,
+        ];
+        let run = lapidary(
+            [
+                "convert",
+                text(&model),
+                "-o",
+                text(&pkg),
+                "--json",
+                "--tensorrt-lib",
+                text(library.path()),
+            ]
+            .into_iter()
+            .chain(flags)
+            .chain(["--engine-cache", text(&cache)]),
+        );
+        let engines = run.ok().json()["engines"].clone();
+        let engines = engines.as_array().unwrap().iter();
+        let built: Vec<bool> = engines.clone().map(|e| e["build_ms"] != 0).collect();
+        (built, engines.map(|e| e["blake3"].clone()).collect::<Vec<_>>())
+    };
+    let (built, plans) = convert("llama-optimum", "bind", "a");
+    assert_eq!(built, [true, true]);
+    assert_eq!(convert("llama-optimum", "bind", "b"), (vec![false, false], plans));
+    assert_eq!(convert("llama-optimum", "embed", "c").0, [true, true]);
+    assert_eq!(convert("llama-optimum", "embed", "d").0, [false, false]);
+    assert_eq!(names(&cache).len(), 4);
+
+    // Other numbers: the embedded plans are built anew, and those of the old numbers are still there.
+    let checkpoint = folder.path().join("hf");
+    lapidary(["weights", text(&folder.path().join("d")), "--export", text(&checkpoint)]).ok();
+    let file = checkpoint.join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let last = bytes.len() - 2;
+    bytes[last] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let pkg = folder.path().join("d");
+    let library = text(library.path());
+    let flags = ["--tensorrt-lib", library, "--engine-cache", text(&cache)];
+    lapidary(["refit", text(&pkg), "--from", text(&file)].into_iter().chain(flags)).ok();
+    assert_eq!(names(&cache).len(), 6);
+}

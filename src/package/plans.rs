@@ -1,0 +1,133 @@
+//! Plans kept from earlier conversions: an engine that is the same in all that TensorRT sees is not built twice.
+//!
+//! The key is a hash over the network (every layer, shape, name and small constant), how its weights enter, the refit
+//! mode and the library's version. Where the plan depends on the weights' values, because it holds them or may be refitted
+//! with nothing else, their hash is part of the key too: so an identical refit never meets a plan made for other weights,
+//! and a general or bound one is found again for every fine-tune.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use crate::backend::tensorrt::{Refit, Version};
+use crate::network::{LayerKind, Network, WeightMode};
+
+/// A folder of plans.
+#[derive(Clone, Debug)]
+pub struct PlanCache {
+    folder: PathBuf,
+}
+
+impl PlanCache {
+    pub fn new(folder: &Path) -> Self {
+        PlanCache {
+            folder: folder.to_path_buf(),
+        }
+    }
+
+    /// `weights`: a hash of all weights and tables of the package.
+    pub fn key(network: &Network, refit: Refit, version: Version, weights: &str) -> String {
+        let mut hasher = blake3::Hasher::new();
+        let mut part = |bytes: &[u8]| {
+            hasher.update(&(bytes.len() as u64).to_le_bytes());
+            hasher.update(bytes);
+        };
+        part(network.to_string().as_bytes());
+        // The text leaves long constants out.
+        for layer in &network.layers {
+            if let LayerKind::Constant(tensor) = &layer.kind {
+                part(tensor.data());
+            }
+        }
+        part(format!("{refit:?} {version}").as_bytes());
+        let holds = |mode: WeightMode| match mode {
+            WeightMode::Bind => false,
+            WeightMode::Embed => true,
+            // Stripped engines that are not told otherwise take back only the values they were built with.
+            WeightMode::Strip => refit != Refit::General,
+        };
+        if network.weights.iter().any(|w| holds(w.mode)) {
+            part(weights.as_bytes());
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
+    fn path(&self, key: &str) -> PathBuf {
+        self.folder.join(format!("{key}.plan"))
+    }
+
+    /// A plan that was kept, whole: a damaged one is as none.
+    pub fn get(&self, key: &str) -> Option<Vec<u8>> {
+        let bytes = fs::read(self.path(key)).ok()?;
+        let (hash, plan) = bytes.split_at_checked(blake3::OUT_LEN)?;
+        (blake3::hash(plan).as_bytes() == hash).then(|| plan.to_vec())
+    }
+
+    /// Keeps a plan. Others may write the same one meanwhile: each writes a file of its own and renames it.
+    pub fn put(&self, key: &str, plan: &[u8]) -> io::Result<()> {
+        fs::create_dir_all(&self.folder)?;
+        let temporary = self.folder.join(format!(".{key}.{}", std::process::id()));
+        let written = fs::File::create(&temporary).and_then(|mut file| {
+            file.write_all(blake3::hash(plan).as_bytes())?;
+            file.write_all(plan)
+        });
+        written
+            .and_then(|()| fs::rename(&temporary, self.path(key)))
+            .inspect_err(|_| drop(fs::remove_file(&temporary)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lower::synthetic::Decoder;
+    use crate::lower::{Options, lower};
+    use crate::network::Profile;
+
+    fn network(mode: WeightMode, capacity: usize) -> Network {
+        let options = Options {
+            weight_mode: mode,
+            ..Options::default()
+        };
+        lower(&Decoder::tiny().graph(), &Profile::decode(capacity), &options).unwrap()
+    }
+
+    #[test]
+    fn the_key_has_the_weights_only_where_they_matter() {
+        let [version, later] = [(1, 6, 1), (1, 7, 0)].map(|(major, minor, patch)| Version { major, minor, patch });
+        let key = |mode, refit, weights| PlanCache::key(&network(mode, 16), refit, version, weights);
+        for (mode, refit, depends) in [
+            (WeightMode::Bind, Refit::None, false),
+            (WeightMode::Bind, Refit::Identical, false),
+            (WeightMode::Embed, Refit::None, true),
+            (WeightMode::Embed, Refit::General, true),
+            (WeightMode::Strip, Refit::General, false),
+            (WeightMode::Strip, Refit::Identical, true),
+            (WeightMode::Strip, Refit::None, true),
+        ] {
+            let same = key(mode, refit, "one") == key(mode, refit, "two");
+            assert_eq!(same, !depends, "{mode:?} {refit:?}");
+        }
+        let all = [Refit::None, Refit::General, Refit::Identical].map(|refit| key(WeightMode::Strip, refit, "one"));
+        assert!(all[0] != all[1] && all[1] != all[2] && all[0] != all[2]);
+        let other = PlanCache::key(&network(WeightMode::Bind, 32), Refit::None, version, "one");
+        assert_ne!(other, key(WeightMode::Bind, Refit::None, "one"));
+        let newer = PlanCache::key(&network(WeightMode::Bind, 16), Refit::None, later, "one");
+        assert_ne!(newer, key(WeightMode::Bind, Refit::None, "one"));
+    }
+
+    #[test]
+    fn a_damaged_plan_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = PlanCache::new(&folder.path().join("plans"));
+        assert_eq!(cache.get("k"), None);
+        cache.put("k", b"a plan").unwrap();
+        assert_eq!(cache.get("k").unwrap(), b"a plan");
+        let path = folder.path().join("plans/k.plan");
+        let mut bytes = fs::read(&path).unwrap();
+        bytes.pop();
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(cache.get("k"), None);
+        assert_eq!(fs::read_dir(folder.path().join("plans")).unwrap().count(), 1);
+    }
+}
