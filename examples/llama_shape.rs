@@ -34,6 +34,9 @@ struct Arguments {
     tokens: usize,
     #[arg(long, default_value_t = 1024)]
     capacity: usize,
+    /// One product a linear layer and one attention layer each, instead of what packages get.
+    #[arg(long)]
+    plain: bool,
     /// Each KV group's query heads stay heads.
     #[arg(long)]
     no_fold: bool,
@@ -71,19 +74,22 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
         Model::Smollm2 => Decoder::smollm2_135m(),
         Model::Tiny => Decoder::tiny(),
     };
+    let packaged = Options::for_engines();
     let options = Options {
         weight_mode: WeightMode::Bind,
         fold_groups: !arguments.no_fold,
-        linear: match arguments.raise_weights {
-            true => LinearForm::RaiseWeight,
-            false => LinearForm::FlattenActivation,
+        linear: match (arguments.raise_weights, arguments.plain) {
+            (true, _) => LinearForm::RaiseWeight,
+            (false, true) => LinearForm::FlattenActivation,
+            (false, false) => packaged.linear,
         },
-        fuse_linear: arguments.fuse,
-        reduce_depth: None,
-        attention: match arguments.decomposed {
-            true => AttentionForm::Decomposed,
-            false => AttentionForm::Layer,
+        fuse_linear: arguments.fuse || !arguments.plain,
+        attention: match (arguments.decomposed, arguments.plain) {
+            (true, _) => AttentionForm::Decomposed,
+            (false, true) => AttentionForm::Layer,
+            (false, false) => packaged.attention,
         },
+        ..packaged
     };
     let profile = Profile::prefill(arguments.tokens, arguments.capacity);
     let graph = config.graph();
