@@ -1,7 +1,7 @@
 //! One measurement of an optimum export in tract on the CPU, for `scripts/bench_cpu.py`, after a warm-up.
 //!
 //! `tract_baseline MODEL.onnx --prompt-ids 1,2,3 --max-new-tokens 48 --threads 2` prints one JSON line. Needs the cargo
-//! feature `tract`. The export's dims stay symbolic, so one optimised plan serves prefill and decode.
+//! feature `tract`. Lengths stay symbolic, so one optimised plan serves prefill and decode.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -68,17 +68,27 @@ fn main() -> TractResult<()> {
         tract_onnx::tract_core::tract_linalg::multithread::Executor::multithread(args.threads),
     );
     let start = Instant::now();
-    let model = tract_onnx::onnx().model_for_path(&args.model)?;
+    let mut model = tract_onnx::onnx().model_for_path(&args.model)?;
     let outlets = model.input_outlets()?.to_vec();
     let names: Vec<String> = outlets.iter().map(|o| model.node(o.node).name.clone()).collect();
+    // One row: with a symbolic batch tract refuses the flattening of the mask, "a shape with square of symbols".
+    let (tokens, past) = (model.symbols.sym("T"), model.symbols.sym("P"));
     let mut empty = Vec::new();
-    for (outlet, name) in outlets.iter().zip(&names) {
-        if name.starts_with("past_key_values") {
-            let shape = model.outlet_fact(*outlet)?.shape.concretize();
-            let dim = |i: usize| shape.as_ref().and_then(|s| s[i].to_usize().ok());
-            let (heads, head_dim) = (dim(1).unwrap_or(3), dim(3).unwrap_or(64));
-            empty.push(Tensor::zero::<f32>(&[1, heads, 0, head_dim])?.into_tvalue());
-        }
+    for (i, (outlet, name)) in outlets.iter().zip(&names).enumerate() {
+        let long = i64::datum_type();
+        let fact = match name.as_str() {
+            "attention_mask" => InferenceFact::dt_shape(long, tvec![1.to_dim(), tokens.to_dim() + past.to_dim()]),
+            "input_ids" | "position_ids" => InferenceFact::dt_shape(long, tvec![1.to_dim(), tokens.to_dim()]),
+            _ => {
+                let shape = model.outlet_fact(*outlet)?.shape.concretize();
+                let dim = |i: usize| shape.as_ref().and_then(|s| s[i].to_usize().ok());
+                let (heads, head_dim) = (dim(1).unwrap_or(3), dim(3).unwrap_or(64));
+                empty.push(Tensor::zero::<f32>(&[1, heads, 0, head_dim])?.into_tvalue());
+                let shape = tvec![1.to_dim(), heads.to_dim(), past.to_dim(), head_dim.to_dim()];
+                InferenceFact::dt_shape(f32::datum_type(), shape)
+            }
+        };
+        model.set_input_fact(i, fact)?;
     }
     let plan = model.into_optimized()?.into_runnable()?;
     let load = start.elapsed();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::session::{Chunk, Device, DeviceError};
 use crate::backend::tensorrt::Library;
-use crate::backend::tensorrt::run::{Buffer, Engine, Event, LoadOptions, Pinned, Port, RunError, Runtime, Stream};
+use crate::backend::tensorrt::run::{Buffer, Engine, Event, LoadOptions, Pinned, RunError, Runtime, Stream};
 use crate::graph::Graph;
 use crate::lower;
 use crate::network::{Network, Profile, Tokens, WeightMode};
@@ -20,11 +20,16 @@ use crate::package::{ENGINES, Package};
 use crate::spec::Target;
 
 mod cache;
+mod chunks;
 mod control;
+mod error;
 mod weights;
 
 use cache::Cache;
+use chunks::{choose, covers, largest};
 use control::Control;
+pub use error::OpenError;
+use error::{device_error, unknown};
 use weights::Weights;
 
 /// What TensorRT asks of addresses, and what makes copies fast.
@@ -441,100 +446,6 @@ impl Drop for CudaDevice {
     }
 }
 
-/// Cuts off the next chunk: with `waiting` tokens and `room` slots, among engines for these token counts. The largest
-/// that is filled, or else the smallest that holds all, padded; near the end of the cache whatever fits it.
-fn choose(engines: impl Iterator<Item = Tokens>, waiting: usize, room: usize) -> Chunk {
-    let exact = |n: usize| Chunk { tokens: n, rows: n };
-    let mut fitting: Vec<usize> = Vec::new();
-    for tokens in engines {
-        match tokens {
-            Tokens::Static(n) if n <= room => fitting.push(n),
-            Tokens::Static(_) => {}
-            Tokens::Dynamic { min, max, .. } if min <= room => {
-                let rows = waiting.min(max).min(room);
-                if rows >= min && waiting > 1 {
-                    return exact(rows);
-                }
-                fitting.push(min);
-            }
-            Tokens::Dynamic { .. } => {}
-        }
-    }
-    fitting.sort_unstable();
-    let filled = fitting.iter().rev().find(|n| **n <= waiting).copied();
-    let padded = fitting.iter().find(|n| **n >= waiting).copied();
-    match (filled, padded) {
-        (_, Some(rows)) => Chunk { tokens: waiting, rows },
-        (Some(rows), None) => exact(rows),
-        (None, None) => exact(1),
-    }
-}
-
-fn covers(tokens: Tokens, rows: usize) -> bool {
-    match tokens {
-        Tokens::Static(n) => n == rows,
-        Tokens::Dynamic { min, max, .. } => (min..=max).contains(&rows),
-    }
-}
-
-fn largest(tokens: Tokens) -> usize {
-    match tokens {
-        Tokens::Static(n) => n,
-        Tokens::Dynamic { max, .. } => max,
-    }
-}
-
-fn unknown(engine: &Engine, port: &Port) -> RunError {
-    RunError::Mismatch {
-        engine: engine.name().to_string(),
-        reason: format!(
-            "nothing is known of its {:?}, {} {:?}",
-            port.name, port.dtype, port.shape
-        ),
-    }
-}
-
-/// The message's last clause says what to do.
-fn device_error(gpu: &str, error: RunError) -> DeviceError {
-    let text = error.to_string();
-    let (message, help) = match text.rsplit_once("; ") {
-        Some((what, remedy)) => (what.to_string(), Some(remedy.to_string())),
-        None => (text, None),
-    };
-    DeviceError {
-        device: gpu.to_string(),
-        message,
-        help,
-    }
-}
-
-/// Why a package cannot run on the GPU here.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    #[error(
-        "{} has no TensorRT-RTX engines; convert the model with --target tensorrt-rtx, or run it with --device cpu",
-        package.display()
-    )]
-    NoEngines { package: PathBuf },
-    #[error(transparent)]
-    Run(#[from] RunError),
-    #[error(transparent)]
-    Graph(#[from] crate::onnx::ReadError),
-    #[error(transparent)]
-    Package(#[from] crate::package::PackageError),
-}
-
-impl OpenError {
-    /// Whether this machine or package simply has no GPU to run on, which `--device auto` passes over.
-    pub fn is_absence(&self) -> bool {
-        matches!(
-            self,
-            OpenError::NoEngines { .. }
-                | OpenError::Run(RunError::Driver(_) | RunError::Gpu { .. } | RunError::Library(_))
-        )
-    }
-}
-
 /// Where compiled kernels are kept: `LAPIDARY_CACHE`, else the package's own folder where it can be written, else the
 /// user's cache folder.
 pub fn kernels_folder(package: &Package) -> Option<PathBuf> {
@@ -548,47 +459,4 @@ pub fn kernels_folder(package: &Package) -> Option<PathBuf> {
     let home = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
     Some(home?.join("lapidary").join("kernels"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SOME: [Tokens; 3] = [Tokens::Static(1), Tokens::Static(128), Tokens::Static(512)];
-
-    fn cuts(engines: &[Tokens], mut waiting: usize, capacity: usize) -> Vec<(usize, usize)> {
-        let (mut position, mut cuts) = (0, Vec::new());
-        while waiting > 0 {
-            let chunk = choose(engines.iter().copied(), waiting, capacity - position);
-            assert!(chunk.tokens <= chunk.rows && chunk.rows <= capacity - position);
-            cuts.push((chunk.tokens, chunk.rows));
-            position += chunk.tokens;
-            waiting -= chunk.tokens;
-        }
-        cuts
-    }
-
-    #[test]
-    fn prompts_are_cut_into_full_chunks_and_a_padded_one() {
-        assert_eq!(cuts(&SOME, 1, 1024), [(1, 1)]);
-        assert_eq!(cuts(&SOME, 17, 1024), [(17, 128)]);
-        assert_eq!(cuts(&SOME, 128, 1024), [(128, 128)]);
-        assert_eq!(cuts(&SOME, 129, 1024), [(129, 512)]);
-        assert_eq!(cuts(&SOME, 700, 1024), [(512, 512), (188, 512)]);
-        assert_eq!(cuts(&SOME, 700, 1000), [(512, 512), (128, 128), (60, 128)]);
-        // At the end of the cache padding has no room.
-        assert_eq!(cuts(&SOME, 130, 130), [(128, 128), (1, 1), (1, 1)]);
-        assert_eq!(cuts(&SOME[..1], 3, 8), [(1, 1); 3]);
-    }
-
-    #[test]
-    fn a_dynamic_engine_takes_prompts_as_they_are() {
-        let any = Tokens::Dynamic {
-            min: 1,
-            opt: 128,
-            max: 512,
-        };
-        assert_eq!(cuts(&[Tokens::Static(1), any], 700, 1024), [(512, 512), (188, 188)]);
-        assert_eq!(cuts(&[Tokens::Static(1), any], 1, 1024), [(1, 1)]);
-    }
 }
