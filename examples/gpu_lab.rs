@@ -17,7 +17,7 @@ use std::time::Instant;
 use clap::{Parser, Subcommand};
 use lapidary::backend::tensorrt::run::{Buffer, Engine, Event, LoadOptions, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
-use lapidary::decode::cuda::{CudaDevice, kernels_folder};
+use lapidary::decode::cuda::{CudaDevice, CudaOptions};
 use lapidary::decode::{Chunk, Device};
 use lapidary::graph::Constant;
 use lapidary::lower::{Options, lower};
@@ -97,7 +97,7 @@ fn main() -> ExitCode {
 
 fn open(package: &Path) -> Outcome<(Package, CudaDevice)> {
     let package = Package::open(package)?;
-    let device = CudaDevice::open(&package, &Library::load(None)?, kernels_folder(&package))?;
+    let device = CudaDevice::open(&package, &Library::load(None)?, CudaOptions::of(&package))?;
     Ok((package, device))
 }
 
@@ -386,7 +386,7 @@ impl Bound {
         }
         let scratch = Buffer::new(cuda, engine.scratch_bytes(), "working memory")?;
         // SAFETY: held by this struct.
-        unsafe { engine.set_scratch(&scratch)? };
+        unsafe { engine.set_scratch(&scratch) };
         Ok(Bound {
             buffers,
             _scratch: scratch,

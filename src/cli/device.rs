@@ -59,7 +59,7 @@ mod cuda {
     use crate::backend::tensorrt::Library;
     use crate::backend::tensorrt::run::RunError;
     use crate::decode::DeviceError;
-    use crate::decode::cuda::{CudaDevice, OpenError, kernels_folder};
+    use crate::decode::cuda::{CudaDevice, CudaOptions, OpenError};
 
     pub enum Refusal {
         Open(OpenError),
@@ -85,7 +85,7 @@ mod cuda {
 
     pub fn open_cuda(package: &Package, wish: Wish<'_>) -> Result<Session, Refusal> {
         let library = Library::load(wish.tensorrt_lib).map_err(|e| Refusal::Open(RunError::from(e).into()))?;
-        let device = CudaDevice::open(package, &library, kernels_folder(package));
+        let device = CudaDevice::open(package, &library, CudaOptions::of(package));
         let mut device = device.map_err(Refusal::Open)?;
         device.prepare(wish.prompt, wish.total).map_err(Refusal::Device)?;
         let vocabulary = package.vocabulary().map_err(|e| Refusal::Open(e.into()))?;

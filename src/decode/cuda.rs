@@ -2,8 +2,8 @@
 //!
 //! Takes a package with engines and a TensorRT library. Weights that are bound lie in device memory once, shared by all
 //! engines; so do the working memory, of which only the running engine makes use, and the small inputs. The cache moves to
-//! a larger capacity by one copy on the device. Logits come back through pinned memory. Engines are loaded when first
-//! needed, or ahead by [`CudaDevice::prepare`].
+//! a larger capacity by one copy on the device. Logits come back through pinned memory; where only the best token is wanted
+//! it is found on the device. Engines are loaded when first needed, or ahead by [`CudaDevice::prepare`].
 
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::session::{Chunk, Device, DeviceError};
 use crate::backend::tensorrt::Library;
-use crate::backend::tensorrt::run::{Buffer, Engine, Event, LoadOptions, Pinned, RunError, Runtime, Stream};
+use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Event, LoadOptions, Pinned, RunError, Runtime, Stream};
 use crate::graph::Graph;
 use crate::lower;
 use crate::network::{Network, Profile, Tokens, WeightMode};
@@ -77,18 +77,38 @@ pub struct MemoryUse {
     pub total: u64,
 }
 
+/// How a package runs on the GPU.
+#[derive(Clone, Debug)]
+pub struct CudaOptions {
+    /// Where what TensorRT compiles at first load is kept; see [`kernels_folder`].
+    pub kernels: Option<PathBuf>,
+    /// Launch engines of static shapes as CUDA graphs. Off only to measure what that is worth.
+    pub graphs: bool,
+}
+
+impl CudaOptions {
+    /// What users get.
+    pub fn of(package: &Package) -> Self {
+        CudaOptions {
+            kernels: kernels_folder(package),
+            graphs: true,
+        }
+    }
+}
+
 /// See the module's head. Fields die in the order of their declaration: engines before what they are bound to.
 pub struct CudaDevice {
     slots: Vec<Slot>,
     graph: Graph,
     folder: PathBuf,
-    kernels: Option<PathBuf>,
+    options: CudaOptions,
     weights: Option<Weights>,
     cache: Option<Cache>,
     scratch: Option<Buffer>,
     control: Control,
     logits: Buffer,
     pinned_logits: Pinned,
+    argmax: Argmax,
     stream: Stream,
     runtime: Rc<Runtime>,
     capacities: Vec<usize>,
@@ -100,8 +120,7 @@ pub struct CudaDevice {
 }
 
 impl CudaDevice {
-    /// `kernels`: where what TensorRT compiles is kept.
-    pub fn open(package: &Package, library: &Library, kernels: Option<PathBuf>) -> Result<Self, OpenError> {
+    pub fn open(package: &Package, library: &Library, options: CudaOptions) -> Result<Self, OpenError> {
         let engines = package
             .manifest
             .engines
@@ -125,17 +144,19 @@ impl CudaDevice {
         let cuda = runtime.cuda();
         let (free_at_start, _) = cuda.memory()?;
         let rows = slots.iter().map(|slot| largest(slot.profile.tokens)).max().unwrap_or(1);
+        let stream = Stream::new(cuda)?;
         Ok(CudaDevice {
             graph,
             folder: package.folder.clone(),
-            kernels,
+            options,
             weights: None,
             cache: None,
             scratch: None,
             control: Control::new(cuda, rows)?,
             logits: Buffer::new(cuda, vocabulary * size_of::<f32>(), "one row of logits")?,
             pinned_logits: Pinned::new(cuda, vocabulary * size_of::<f32>())?,
-            stream: Stream::new(cuda)?,
+            argmax: Argmax::new(cuda, &stream)?,
+            stream,
             capacities: package.manifest.capacities.clone(),
             vocabulary,
             capacity: 0,
@@ -280,8 +301,8 @@ impl CudaDevice {
             })
         })?;
         let options = LoadOptions {
-            graphs: matches!(slot.profile.tokens, Tokens::Static(_)),
-            kernels: self.kernels.as_deref(),
+            graphs: self.options.graphs && matches!(slot.profile.tokens, Tokens::Static(_)),
+            kernels: self.options.kernels.as_deref(),
         };
         let mut engine =
             Engine::load(&self.runtime, &path, &plan, &network, options).map_err(|error| self.failed(error))?;
@@ -338,12 +359,13 @@ impl CudaDevice {
             )?;
             for loaded in self.slots.iter_mut().filter_map(|slot| slot.loaded.as_mut()) {
                 // SAFETY: kept in self below; engines run one at a time.
-                unsafe { loaded.engine.set_scratch(&buffer)? };
+                unsafe { loaded.engine.set_scratch(&buffer) };
             }
             self.scratch = Some(buffer);
         }
         // SAFETY: as above.
-        unsafe { engine.set_scratch(self.scratch.as_ref().expect("just made")) }
+        unsafe { engine.set_scratch(self.scratch.as_ref().expect("just made")) };
+        Ok(())
     }
 
     fn run(&mut self, at: usize, rows: usize) -> Result<(), RunError> {
@@ -359,12 +381,37 @@ impl CudaDevice {
             loaded.tokens = rows;
         }
         self.control.upload(&self.stream)?;
-        loaded.engine.enqueue(&self.stream)?;
-        self.stream.download(
-            &self.logits,
-            &mut self.pinned_logits,
-            self.vocabulary * size_of::<f32>(),
-        )
+        loaded.engine.enqueue(&self.stream)
+    }
+
+    /// Queues a chunk: its inputs and its engine.
+    fn start(&mut self, chunk: Chunk, tokens: &[u32], position: usize) -> Result<(), DeviceError> {
+        let at = self.ready(chunk.rows, self.capacity)?;
+        self.control.write(tokens, position, chunk.rows);
+        self.last = Some(self.slots[at].profile);
+        self.run(at, chunk.rows).map_err(|error| self.failed(error))
+    }
+
+    /// Waits for what is queued; `start` is when the call began.
+    fn wait(&mut self, start: Instant) -> Result<(), DeviceError> {
+        let queued = start.elapsed();
+        self.stream.wait().map_err(|error| self.failed(error))?;
+        self.times.calls += 1;
+        self.times.host += queued;
+        Ok(())
+    }
+
+    fn download(&mut self) -> Result<(), DeviceError> {
+        let bytes = self.vocabulary * size_of::<f32>();
+        let queued = self.stream.download(&self.logits, &mut self.pinned_logits, bytes);
+        queued.map_err(|error| self.failed(error))
+    }
+
+    fn downloaded(&mut self, logits: &mut Vec<f32>) {
+        let start = Instant::now();
+        logits.clear();
+        logits.extend_from_slice(self.pinned_logits.slice::<f32>(0, self.vocabulary));
+        self.times.host += start.elapsed();
     }
 }
 
@@ -422,18 +469,33 @@ impl Device for CudaDevice {
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
         let start = Instant::now();
-        let at = self.ready(chunk.rows, self.capacity)?;
-        self.control.write(tokens, position, chunk.rows);
-        self.last = Some(self.slots[at].profile);
-        self.run(at, chunk.rows).map_err(|error| self.failed(error))?;
-        let queued = start.elapsed();
-        self.stream.wait().map_err(|error| self.failed(error))?;
-        let done = Instant::now();
-        logits.clear();
-        logits.extend_from_slice(self.pinned_logits.slice::<f32>(0, self.vocabulary));
-        self.times.calls += 1;
-        self.times.host += queued + done.elapsed();
+        self.start(chunk, tokens, position)?;
+        self.download()?;
+        self.wait(start)?;
+        self.downloaded(logits);
         Ok(())
+    }
+
+    fn forward_best(
+        &mut self,
+        chunk: Chunk,
+        tokens: &[u32],
+        position: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<Option<u32>, DeviceError> {
+        let start = Instant::now();
+        self.start(chunk, tokens, position)?;
+        let queued = self.argmax.enqueue(&self.stream, &self.logits, self.vocabulary);
+        queued.map_err(|error| self.failed(error))?;
+        self.wait(start)?;
+        logits.clear();
+        let best = self.argmax.result();
+        if best.is_none() {
+            self.download()?;
+            self.stream.wait().map_err(|error| self.failed(error))?;
+            self.downloaded(logits);
+        }
+        Ok(best)
     }
 }
 

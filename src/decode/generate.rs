@@ -160,8 +160,13 @@ pub fn stream(
     out.reused = session.resume(prompt)?;
     let mut first = start;
     let mut stopped_by_string = false;
+    let on_device = chain.is_argmax() && limits.logprobs.is_none();
+    let mut drawn = None;
     while out.tokens.len() < limits.max_new_tokens {
-        let token = draw(session, chain, &mut out)?;
+        let token = match drawn {
+            Some(token) => token,
+            None => draw(session, chain, &mut out)?,
+        };
         if out.tokens.is_empty() {
             first = Instant::now();
             out.timing.ttft = first - start;
@@ -206,7 +211,11 @@ pub fn stream(
             out.finish_reason = FinishReason::Capacity;
             break;
         }
-        session.feed(&[token])?;
+        if on_device {
+            drawn = session.feed_best(&[token])?;
+        } else {
+            session.feed(&[token])?;
+        }
     }
     if let Some(text) = &mut text
         && !stopped_by_string

@@ -18,4 +18,4 @@ pub mod text;
 pub mod tokenizer;
 
 pub use generate::{FinishReason, GenerateError, Generation, Limits, Piece, Step, Timing, generate, stream};
-pub use session::{Chunk, Device, DeviceError, Session, SessionError};
+pub use session::{Chunk, Device, DeviceError, Session, SessionError, best};

@@ -43,6 +43,34 @@ pub trait Device {
         position: usize,
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError>;
+
+    /// As [`Device::forward`], for callers who only want the id of the largest logit, the lowest of equals. A device that
+    /// finds it where the logits are leaves `logits` empty. `None` is no answer: a logit is NaN or infinite, or all are
+    /// minus infinity; `logits` then has them all.
+    fn forward_best(
+        &mut self,
+        chunk: Chunk,
+        tokens: &[u32],
+        position: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<Option<u32>, DeviceError> {
+        self.forward(chunk, tokens, position, logits)?;
+        Ok(best(logits))
+    }
+}
+
+/// The id of the largest logit, the lowest of equals; `None` as [`Device::forward_best`] has it.
+pub fn best(logits: &[f32]) -> Option<u32> {
+    let mut found: Option<usize> = None;
+    for (id, logit) in logits.iter().enumerate() {
+        if logit.is_nan() || *logit == f32::INFINITY {
+            return None;
+        }
+        if *logit > found.map_or(f32::NEG_INFINITY, |best| logits[best]) {
+            found = Some(id);
+        }
+    }
+    found.map(|id| id as u32)
 }
 
 /// A device failed; its own words, and whose fault it is.
@@ -110,7 +138,8 @@ impl Session {
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
-    /// Logits after the last token fed, `[vocabulary]`; empty before the first.
+    /// Logits after the last token fed, `[vocabulary]`; empty before the first, and where [`Session::feed_best`] did not
+    /// need them.
     pub fn logits(&self) -> &[f32] {
         &self.logits
     }
@@ -139,24 +168,40 @@ impl Session {
     /// Feeds tokens and computes the logits after the last of them. On an error nothing was fed, unless the device
     /// failed on a later chunk.
     pub fn feed(&mut self, tokens: &[u32]) -> Result<&[f32], SessionError> {
+        self.advance(tokens, false)?;
+        debug_assert_eq!(self.logits.len(), self.vocabulary);
+        Ok(&self.logits)
+    }
+
+    /// As [`Session::feed`], for a greedy choice: the id of the largest logit, the lowest of equals. The logits may stay
+    /// where they are. `None` if there is no such id; [`Session::logits`] then has the reason.
+    pub fn feed_best(&mut self, tokens: &[u32]) -> Result<Option<u32>, SessionError> {
+        self.advance(tokens, true)
+    }
+
+    fn advance(&mut self, tokens: &[u32], only_best: bool) -> Result<Option<u32>, SessionError> {
         self.check(tokens)?;
         self.reserve(self.tokens.len() + tokens.len())?;
         let mut rest = tokens;
+        let mut best = None;
         while !rest.is_empty() {
             let position = self.tokens.len();
             let chunk = self.device.chunk(rest.len(), position, self.capacity);
             debug_assert!(chunk.tokens >= 1 && chunk.tokens <= chunk.rows);
             debug_assert!(position + chunk.rows <= self.capacity);
             let (now, later) = rest.split_at(chunk.tokens);
-            if let Err(error) = self.device.forward(chunk, now, position, &mut self.logits) {
-                self.logits.clear();
-                return Err(error.into());
-            }
+            let done = match only_best {
+                true => self.device.forward_best(chunk, now, position, &mut self.logits),
+                false => self
+                    .device
+                    .forward(chunk, now, position, &mut self.logits)
+                    .map(|()| None),
+            };
+            best = done.inspect_err(|_| self.logits.clear())?;
             self.tokens.extend_from_slice(now);
             rest = later;
         }
-        debug_assert_eq!(self.logits.len(), self.vocabulary);
-        Ok(&self.logits)
+        Ok(best)
     }
 
     /// Makes `tokens` the whole sequence and computes the logits after the last of them. The cache of the longest prefix
@@ -396,5 +441,33 @@ mod tests {
         assert!(log.borrow().is_empty() && session.tokens().is_empty());
         session.feed(&[1; 3]).unwrap();
         assert!(refused(&mut session, &[1, 1]).starts_with("5 tokens"));
+    }
+
+    #[test]
+    fn the_best_token_is_that_of_the_logits() {
+        let (mut by_logits, _) = session(&[8, 16], 3, true);
+        let (mut by_device, _) = session(&[8, 16], 3, true);
+        let expected = greedy(&mut by_logits, &[5, 1, 4, 1], 10);
+        let mut tokens = vec![by_device.feed_best(&[5, 1, 4, 1]).unwrap().unwrap()];
+        while tokens.len() < 10 {
+            let last = tokens[tokens.len() - 1];
+            tokens.push(by_device.feed_best(&[last]).unwrap().unwrap());
+        }
+        assert_eq!(tokens, expected);
+    }
+
+    #[test]
+    fn there_is_no_best_among_what_is_not_finite() {
+        assert_eq!(best(&[1.0, 3.0, 3.0, 2.0]), Some(1));
+        assert_eq!(best(&[f32::NEG_INFINITY, -5.0]), Some(1));
+        assert_eq!(best(&[-0.0, 0.0]), Some(0));
+        for none in [
+            &[][..],
+            &[f32::NEG_INFINITY; 2],
+            &[1.0, f32::NAN],
+            &[f32::INFINITY, 1.0],
+        ] {
+            assert_eq!(best(none), None, "{none:?}");
+        }
     }
 }

@@ -11,8 +11,9 @@
 //!
 //! `write` makes a package in a temporary sibling that is renamed at the end, so a package is whole or not there.
 //! [`Package::open`] checks version and sizes, [`Package::check_hashes`] every byte; [`Package::graph`] maps the weights
-//! and gives the canonical graph. [`refit()`] puts other weights into a package, [`strip`] takes them out. Any ONNX runtime can run `graph.onnx` as it lies there. Lowering, engines and sessions
-//! are other rooms'; so is what the weights mean (`weights`).
+//! and gives the canonical graph. [`refit()`] puts other weights into a package, [`strip`] takes them out. Any ONNX runtime
+//! can run `graph.onnx` as it lies there. Lowering, engines and sessions are other rooms'; so is what the weights mean
+//! (`weights`).
 
 mod error;
 pub mod manifest;

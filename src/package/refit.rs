@@ -105,15 +105,14 @@ pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64
         .map(|(weight, matched)| (weight.name.as_str(), (weight, matched)))
         .collect();
     let ids: Vec<ValueId> = graph.value_ids().collect();
-    for id in &ids {
-        if let Some((_, matched)) = by_name.get(graph.value(*id).name.as_str()) {
-            graph.set_constant(*id, matched.constant.clone());
+    for id in ids {
+        if let Some((_, matched)) = by_name.get(graph.value(id).name.as_str()) {
+            graph.set_constant(id, matched.constant.clone());
         }
     }
 
     let staging = Staging::new(&package.folder, true).map_err(RefitError::Package)?;
-    let names: HashMap<ValueId, String> = ids.into_iter().map(|id| (id, graph.value(id).name.clone())).collect();
-    let describe = |id: ValueId, _: &Constant| match by_name.get(names[&id].as_str()) {
+    let describe = |id: ValueId, _: &Constant| match by_name.get(graph.value(id).name.as_str()) {
         Some((weight, matched)) => Provenance {
             source_name: Some(matched.from.join(" + ")),
             recipe: weight.recipe.clone(),
@@ -138,15 +137,17 @@ pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64
     let mut new = manifest.clone();
     new.graph = stored.graph;
     new.constants = stored.constants;
-    // Which engines take a weight does not change.
-    let engines: HashMap<&str, &Vec<String>> = manifest
-        .weights
-        .tensors
-        .iter()
+    new.weights = stored.weights;
+    // Which engines take a weight or a table does not change.
+    let files = std::iter::once(&manifest.weights).chain(&manifest.constants);
+    let engines: HashMap<&str, &Vec<String>> = files
+        .flat_map(|w| &w.tensors)
         .map(|w| (w.name.as_str(), &w.engines))
         .collect();
-    new.weights = stored.weights;
-    for weight in &mut new.weights.tensors {
+    for weight in std::iter::once(&mut new.weights)
+        .chain(&mut new.constants)
+        .flat_map(|w| &mut w.tensors)
+    {
         if let Some(engines) = engines.get(weight.name.as_str()) {
             weight.engines = (*engines).clone();
         }

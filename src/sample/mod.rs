@@ -66,6 +66,7 @@ pub struct Chain {
     draw: Draw,
     candidates: Candidates,
     weights: Vec<f32>,
+    is_argmax: bool,
 }
 
 impl Chain {
@@ -81,7 +82,14 @@ impl Chain {
         if let Some(m) = &settings.mirostat {
             stages.push(Box::new(mirostat::Mirostat::new(m.tau, m.eta)));
         }
+        // These keep the most probable token where it is.
+        let harmless = [Stage::TopNSigma, Stage::TopK, Stage::TopP, Stage::MinP];
+        let is_argmax = settings.is_greedy()
+            && settings.logit_bias.is_empty()
+            && settings.mirostat.is_none()
+            && on.iter().all(|stage| harmless.contains(stage));
         Ok(Chain {
+            is_argmax,
             stages,
             draw: match settings.is_greedy() {
                 true => Draw::greedy(),
@@ -90,6 +98,12 @@ impl Chain {
             candidates: Candidates::default(),
             weights: Vec::new(),
         })
+    }
+
+    /// Whether the next token is always the one of the largest logit, the lowest of equals, whatever came before: then a
+    /// device can find it.
+    pub fn is_argmax(&self) -> bool {
+        self.is_argmax
     }
 
     /// The next token, from `logits` `[vocabulary]` and the tokens so far, prompt included.

@@ -371,3 +371,65 @@ fn a_seed_decides_everything() {
     let plain = draws(Settings { seed: 42, ..neutral() }, &logits, 8);
     assert_eq!(plain, [67, 94, 43, 62, 28, 16, 31, 81]);
 }
+
+#[test]
+fn a_chain_knows_when_it_is_only_an_argmax() {
+    let greedy = || Settings {
+        temperature: 0.0,
+        ..neutral()
+    };
+    let truncating = Settings {
+        top_k: 40,
+        top_p: 0.9,
+        min_p: 0.05,
+        top_n_sigma: 1.0,
+        ..greedy()
+    };
+    let mut dry = greedy();
+    dry.dry.multiplier = 0.8;
+    let mut biased = greedy();
+    biased.logit_bias.push((3, 1.0));
+    let cases = [
+        (greedy(), true),
+        (truncating, true),
+        (neutral(), false),
+        (dry, false),
+        (biased, false),
+        (
+            Settings {
+                repetition_penalty: 1.1,
+                ..greedy()
+            },
+            false,
+        ),
+        (
+            Settings {
+                typical_p: 0.5,
+                ..greedy()
+            },
+            false,
+        ),
+        (
+            Settings {
+                xtc_probability: 0.5,
+                xtc_threshold: 0.1,
+                ..greedy()
+            },
+            false,
+        ),
+    ];
+    let mut state = 1u32;
+    for (settings, expected) in cases {
+        let mut chain = Chain::new(&settings).unwrap();
+        assert_eq!(chain.is_argmax(), expected, "{settings:?}");
+        // Then it is what a device finds, ties included.
+        for _ in 0..if expected { 50 } else { 0 } {
+            let mut bits = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                state >> 29
+            };
+            let logits: Vec<f32> = (0..60).map(|_| bits() as f32 - 3.0).collect();
+            assert_eq!(chain.sample(&logits, &[1, 2]).ok(), crate::decode::best(&logits));
+        }
+    }
+}

@@ -138,6 +138,11 @@ pub const TENSORRT_LLM: Convention = Convention {
 /// Names of a TensorRT-LLM checkpoint whose feed-forward blocks have no gate.
 const TENSORRT_LLM_PLAIN_UP: Entry = one(&["layers.N.feed_forward.up"], "transformer.layers.N.mlp.fc");
 
+/// Whether a model of these modules, by name, has gated feed-forwards.
+pub fn has_gate<T>(modules: &HashMap<String, T>) -> bool {
+    modules.contains_key("layers.0.feed_forward.gate.weight")
+}
+
 pub const CONVENTIONS: [&Convention; 3] = [&LLAMA, &GPT2, &TENSORRT_LLM];
 
 /// A tensor of a checkpoint that holds a module, perhaps with others.
@@ -190,30 +195,35 @@ impl Convention {
         self.places(module, has_gate).into_iter().find_map(|place| {
             let (name, found) = place
                 .names
-                .into_iter()
-                .find_map(|name| Some((name.clone(), tensor(&name)?)))?;
+                .iter()
+                .find_map(|name| Some((name.clone(), tensor(name)?)))?;
             let whole = match place.turned && found.shape().len() == 2 {
                 true => found.transposed(&[1, 0]),
                 false => found,
             };
-            if let [_] = place.modules[..] {
-                return Some((name, whole));
-            }
-            let sizes: Vec<usize> = place
-                .modules
-                .iter()
-                .map(|m| rows.get(m).copied())
-                .collect::<Option<_>>()?;
-            let at = place
-                .modules
-                .iter()
-                .position(|m| m == module)
-                .expect("places hold the module");
-            let start: usize = sizes[..at].iter().sum();
-            let end = start + sizes[at];
-            // A tensor of other rows is not cut: the caller sees its shape and says what is wrong.
-            let fits = whole.shape().first() == Some(&sizes.iter().sum::<usize>());
-            Some((name, if fits { whole.sliced(0, start, end) } else { whole }))
+            Some((name, place.part(module, whole, rows)?))
+        })
+    }
+}
+
+impl Place {
+    /// The rows of a module in the matrix or vector of all modules here, `[rows, ..]`; `rows` tells how many each has. What
+    /// has other rows in all is not cut: the caller sees its shape and says what is wrong.
+    pub fn part(&self, module: &str, whole: Constant, rows: &HashMap<String, usize>) -> Option<Constant> {
+        if let [_] = self.modules[..] {
+            return Some(whole);
+        }
+        let sizes: Vec<usize> = self
+            .modules
+            .iter()
+            .map(|m| rows.get(m).copied())
+            .collect::<Option<_>>()?;
+        let at = self.modules.iter().position(|m| m == module)?;
+        let start: usize = sizes[..at].iter().sum();
+        let fits = whole.shape().first() == Some(&sizes.iter().sum::<usize>());
+        Some(match fits {
+            true => whole.sliced(0, start, start + sizes[at]),
+            false => whole,
         })
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::checkpoint::{Convention, TENSORRT_LLM};
+use super::checkpoint::{Convention, TENSORRT_LLM, has_gate};
 use super::source::constants_of_modules;
 use super::{WriteError, write};
 use crate::graph::{Constant, Graph, Op};
@@ -43,7 +43,7 @@ pub fn export(
         path: folder.to_path_buf(),
         source,
     })?;
-    let of_tensorrt_llm = std::ptr::eq(convention, &TENSORRT_LLM) || convention.name == TENSORRT_LLM.name;
+    let of_tensorrt_llm = convention.name == TENSORRT_LLM.name;
     let file = if of_tensorrt_llm {
         "rank0.safetensors"
     } else {
@@ -65,11 +65,10 @@ fn tensors(
     modules: &HashMap<String, Constant>,
     convention: &'static Convention,
 ) -> Result<Vec<(String, Constant)>, ExportError> {
-    let has_gate = modules.contains_key("layers.0.feed_forward.gate.weight");
     let mut tensors = BTreeMap::new();
     let mut unnamed = Vec::new();
     for module in modules.keys() {
-        let places = convention.places(module, has_gate);
+        let places = convention.places(module, has_gate(modules));
         // A fused tensor only where all its parts are there and no tensor of its own is known.
         let place = places
             .iter()

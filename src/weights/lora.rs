@@ -11,7 +11,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::checkpoint::CONVENTIONS;
+use super::checkpoint::{CONVENTIONS, has_gate};
 use super::source::{SourceError, safetensors};
 use crate::graph::Constant;
 
@@ -127,31 +127,14 @@ impl Adapter {
     /// The change of a module such as `layers.0.attention.query.weight`, if there is one, with the layer's name.
     /// Modules that share a layer get their rows of it; `rows` tells how many each has.
     pub fn change(&self, module: &str, rows: &HashMap<String, usize>) -> Option<(String, Change)> {
-        let gated = rows.contains_key("layers.0.feed_forward.gate.weight");
-        let places = CONVENTIONS.iter().flat_map(|c| c.places(module, gated));
+        let places = CONVENTIONS.iter().flat_map(|c| c.places(module, has_gate(rows)));
         places.into_iter().find_map(|place| {
             let layer = place.names.iter().find_map(|name| {
                 let layer = name.strip_suffix(".weight")?;
                 self.changes.contains_key(layer).then(|| layer.to_string())
             })?;
             let change = self.changes[&layer].clone();
-            if let [_] = place.modules[..] {
-                return Some((layer, change));
-            }
-            let sizes: Vec<usize> = place
-                .modules
-                .iter()
-                .map(|m| rows.get(m).copied())
-                .collect::<Option<_>>()?;
-            let at = place.modules.iter().position(|m| m == module)?;
-            let start: usize = sizes[..at].iter().sum();
-            let end = start + sizes[at];
-            let whole = change.b.shape()[0] == sizes.iter().sum::<usize>();
-            let b = if whole {
-                change.b.sliced(0, start, end)
-            } else {
-                change.b
-            };
+            let b = place.part(module, change.b, rows)?;
             Some((layer, Change { b, ..change }))
         })
     }

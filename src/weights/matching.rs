@@ -4,6 +4,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 
+use super::checkpoint::has_gate;
 use super::lora::Adapter;
 use super::recipe::{Leaf, Recipe};
 use super::source::Source;
@@ -126,7 +127,7 @@ pub fn matched(
                 let leaf = weight
                     .modules
                     .and_then(|m| m.leaves().first().map(|l| l.name.to_string()));
-                let gated = matcher.rows.contains_key("layers.0.feed_forward.gate.weight");
+                let gated = has_gate(&matcher.rows);
                 let expected = leaf.and_then(|module| source.expected_name(&module, gated));
                 mismatch.missing.push((weight.name.to_string(), expected));
             }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 
-use super::checkpoint::{CONVENTIONS, Convention};
+use super::checkpoint::{CONVENTIONS, Convention, has_gate};
 use super::modules::modules;
 use super::recipe::Recipe;
 use crate::graph::{Constant, Graph};
@@ -210,8 +210,7 @@ impl Source {
                 Some((constant.origin().unwrap_or(module).to_string(), constant.clone()))
             }
             Names::Checkpoint(convention) => {
-                let has_gate = rows.contains_key("layers.0.feed_forward.gate.weight");
-                convention.find(module, has_gate, |name| self.tensors.get(name).cloned(), rows)
+                convention.find(module, has_gate(rows), |name| self.tensors.get(name).cloned(), rows)
             }
             Names::None(_) => None,
         }

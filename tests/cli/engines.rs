@@ -48,6 +48,13 @@ fn convert_builds_the_engines_that_info_names() {
     assert!(taken > 10, "{tensors:#?}");
     let told = lapidary(["info", text(&pkg)]).ok().stdout;
     assert!(labels.iter().all(|label| told.contains(label)), "{told}");
+
+    // Other weights change nothing of that, for tables neither.
+    let model = fixture("exports/llama-optimum/model.onnx");
+    lapidary(["refit", text(&pkg), "--from", text(&model)]).ok();
+    let after = lapidary(["info", text(&pkg), "--json", "--check"]).ok().json();
+    assert_eq!(after["engines"], info["engines"]);
+    assert_eq!(after["constants"], info["constants"]);
 }
 
 /// Plans with the weights inside cannot survive other weights: they go with `strip` and are built again by `refit`.

@@ -186,6 +186,9 @@ impl Stream {
     pub(super) fn raw(&self) -> *mut c_void {
         self.raw.cast()
     }
+    pub(super) fn handle(&self) -> sys::CUstream {
+        self.raw
+    }
 
     /// Waits until everything queued is done.
     pub fn wait(&self) -> Result<(), RunError> {
@@ -299,7 +302,8 @@ impl Drop for Event {
     }
 }
 
-fn failed(call: &'static str) -> impl Fn(DriverError) -> RunError {
+/// The driver's error of a call.
+pub(super) fn failed(call: &'static str) -> impl Fn(DriverError) -> RunError {
     move |error| {
         let words = |found: Result<&std::ffi::CStr, DriverError>| {
             found.map_or_else(|_| "unknown".to_string(), |text| text.to_string_lossy().into_owned())

@@ -71,7 +71,7 @@ pub fn execute(
     }
     let scratch = Buffer::new(cuda, engine.scratch_bytes(), "working memory")?;
     // SAFETY: held until the run is over.
-    unsafe { engine.set_scratch(&scratch)? };
+    unsafe { engine.set_scratch(&scratch) };
     engine.enqueue(&stream)?;
     stream.wait()?;
     let mut outputs = Vec::new();

@@ -11,9 +11,11 @@
 //! the CUDA context. An [`Engine`] holds the runtime, a runtime the CUDA context, and fields are declared in that order;
 //! so whatever is dropped half way gives its memory back.
 
+mod argmax;
 pub mod cuda;
 mod error;
 mod execute;
+mod graph;
 mod kernels;
 mod refit;
 
@@ -23,8 +25,9 @@ use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use trtx::{CudaGraphStrategy, DynamicShapesKernelSpecializationStrategy, ExecutionContextAllocationStrategy};
+use trtx::{DynamicShapesKernelSpecializationStrategy, ExecutionContextAllocationStrategy};
 
+pub use argmax::Argmax;
 pub use cuda::{Buffer, Cuda, Event, Pinned, Stream};
 pub use error::RunError;
 pub use execute::execute;
@@ -34,6 +37,7 @@ use super::library::{Library, Version};
 use super::probe;
 use crate::network::{Network, WeightMode};
 use crate::tensor::DType;
+use graph::Graph;
 
 /// TensorRT's runtime on the first GPU.
 pub struct Runtime {
@@ -165,7 +169,7 @@ impl Runtime {
 /// How an engine is made ready.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions<'a> {
-    /// Capture the whole network as one CUDA graph. Worth it where shapes and addresses stay.
+    /// Launch the network as one CUDA graph from its second run on. Worth it where shapes and addresses stay.
     pub graphs: bool,
     /// Where compiled kernels are kept; `None` keeps none.
     pub kernels: Option<&'a Path>,
@@ -193,19 +197,27 @@ impl Port {
 /// so that engines that never run at once can share it.
 pub struct Engine {
     context: trtx::ExecutionContext<'static>,
-    config: Rc<trtx::RuntimeConfig<'static>>,
     inner: trtx::CudaEngine<'static>,
     kernels: Option<kernels::Kernels>,
     runtime: Rc<Runtime>,
     name: String,
     ports: Vec<Port>,
     scratch_bytes: usize,
-    /// What the context was told, to tell a new one.
+    /// The addresses that the context was told.
     bound: HashMap<String, u64>,
-    scratch: Option<(u64, usize)>,
-    tokens: Option<usize>,
-    /// Whether anything ran: the addresses are in a captured graph then, and stay there.
-    ran: bool,
+    launch: Launch,
+}
+
+/// How the next run is queued.
+enum Launch {
+    /// Kernel by kernel, always.
+    Kernels,
+    /// Kernel by kernel this once, since TensorRT prepares things in its first run that must not be captured.
+    First,
+    /// Captured, then launched.
+    Capture,
+    /// Launched again.
+    Again(Graph),
 }
 
 impl Engine {
@@ -241,11 +253,6 @@ impl Engine {
         let mut config = inner.create_runtime_config().map_err(failed)?;
         config.set_execution_context_allocation_strategy(ExecutionContextAllocationStrategy::kUSER_MANAGED);
         config.set_dynamic_shapes_kernel_specialization_strategy(DynamicShapesKernelSpecializationStrategy::kEAGER);
-        if options.graphs {
-            config
-                .set_cuda_graph_strategy(CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE)
-                .map_err(failed)?;
-        }
         let mut kept = None;
         if let Some(folder) = options.kernels {
             let cache = Arc::new(config.create_runtime_cache().map_err(failed)?);
@@ -253,9 +260,9 @@ impl Engine {
             config.set_runtime_cache(cache).map_err(failed)?;
             kept = Some(kernels);
         }
-        let config = Rc::new(config);
+        // The context keeps its configuration alive.
         let mut context = inner
-            .create_execution_context_with_config(config.clone())
+            .create_execution_context_with_config(Rc::new(config))
             .map_err(failed)?;
         let ports = ports(&inner).map_err(failed)?;
         let is_static = ports.iter().all(|port| port.shape.iter().all(|d| *d >= 0));
@@ -266,7 +273,6 @@ impl Engine {
         };
         let mut engine = Engine {
             context,
-            config,
             inner,
             kernels: kept,
             runtime: runtime.clone(),
@@ -274,9 +280,7 @@ impl Engine {
             ports,
             scratch_bytes,
             bound: HashMap::new(),
-            scratch: None,
-            tokens: None,
-            ran: false,
+            launch: if options.graphs { Launch::First } else { Launch::Kernels },
         };
         engine.keep_kernels();
         Ok(engine)
@@ -320,36 +324,16 @@ impl Engine {
             let set = self.context.set_input_shape(&port.name, &dims);
             set.map_err(|error| self.runtime.load_error(&self.name, &error))?;
         }
+        self.recapture();
         self.scratch_bytes = self.context.update_device_memory_size_for_shapes();
-        self.tokens = Some(tokens);
         Ok(())
     }
 
-    /// A new context, told all that the old one was. A captured CUDA graph holds addresses; giving its context others and
-    /// running it crashed in TensorRT-RTX 1.6.1.
-    fn renew(&mut self) -> Result<(), RunError> {
-        let failed = |error: trtx::Error| self.runtime.load_error(&self.name, &error);
-        self.context = self
-            .inner
-            .create_execution_context_with_config(self.config.clone())
-            .map_err(failed)?;
-        self.ran = false;
-        if let Some(tokens) = self.tokens {
-            self.set_tokens(tokens)?;
-        } else {
-            self.context.update_device_memory_size_for_shapes();
+    /// What is bound changed: a captured graph holds what was before.
+    fn recapture(&mut self) {
+        if let Launch::Again(_) = self.launch {
+            self.launch = Launch::Capture;
         }
-        for (name, address) in self.bound.clone() {
-            self.tell(&name, address)?;
-        }
-        if let Some((address, bytes)) = self.scratch {
-            // SAFETY: by the promise of whoever set it.
-            unsafe {
-                self.context
-                    .set_device_memory_v2(address as *mut std::ffi::c_void, bytes as i64)
-            };
-        }
-        Ok(())
     }
 
     fn tell(&mut self, name: &str, address: u64) -> Result<(), RunError> {
@@ -363,15 +347,11 @@ impl Engine {
 
     /// # Safety
     /// The buffer must live until the last run ended, and must not be used by another run at the same time.
-    pub unsafe fn set_scratch(&mut self, scratch: &Buffer) -> Result<(), RunError> {
-        self.scratch = Some((scratch.address(), scratch.bytes()));
-        if self.ran {
-            return self.renew();
-        }
+    pub unsafe fn set_scratch(&mut self, scratch: &Buffer) {
+        self.recapture();
         let address = scratch.address() as *mut std::ffi::c_void;
         // SAFETY: the caller's promise.
         unsafe { self.context.set_device_memory_v2(address, scratch.bytes() as i64) };
-        Ok(())
     }
 
     /// Binds inputs and outputs to device memory.
@@ -379,24 +359,48 @@ impl Engine {
     /// # Safety
     /// The memory must hold the tensors (see [`Port::bytes`]) and live until the last run ended.
     pub unsafe fn bind<'n>(&mut self, ports: impl IntoIterator<Item = (&'n str, u64)>) -> Result<(), RunError> {
-        let mut changed = Vec::new();
         for (name, address) in ports {
             if self.bound.insert(name.to_string(), address) != Some(address) {
-                changed.push((name, address));
+                self.recapture();
+                self.tell(name, address)?;
             }
-        }
-        if self.ran && !changed.is_empty() {
-            return self.renew();
-        }
-        for (name, address) in changed {
-            self.tell(name, address)?;
         }
         Ok(())
     }
 
     /// Queues one run.
     pub fn enqueue(&mut self, stream: &Stream) -> Result<(), RunError> {
-        self.ran = true;
+        match &self.launch {
+            Launch::Again(graph) => return graph.launch(stream),
+            Launch::Kernels => return self.enqueue_kernels(stream),
+            Launch::First => {
+                self.launch = Launch::Capture;
+                return self.enqueue_kernels(stream);
+            }
+            Launch::Capture => {}
+        }
+        let cuda = self.runtime.cuda.clone();
+        match Graph::capture(&cuda, stream, || self.enqueue_kernels(stream)) {
+            Ok(graph) => {
+                graph.launch(stream)?;
+                self.launch = Launch::Again(graph);
+                Ok(())
+            }
+            // TensorRT may have layers that cannot be captured: slower, but no error.
+            Err(_) => {
+                self.runtime.capture.take_errors();
+                self.launch = Launch::Kernels;
+                self.enqueue_kernels(stream)
+            }
+        }
+    }
+
+    /// Whether runs are launched as one CUDA graph by now.
+    pub fn is_captured(&self) -> bool {
+        matches!(self.launch, Launch::Again(_))
+    }
+
+    fn enqueue_kernels(&mut self, stream: &Stream) -> Result<(), RunError> {
         // SAFETY: the stream lives; addresses are live by the promise of `bind`.
         let queued = unsafe { self.context.enqueue_v3(stream.raw()) };
         queued.map_err(|error| RunError::Execute {

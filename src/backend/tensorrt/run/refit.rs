@@ -23,11 +23,7 @@ pub(super) fn refit(
     let mut held: Vec<Tensor> = Vec::new();
     let mut missing = Vec::new();
     for wanted in refitter.all_weights(ALL).map_err(failed)? {
-        let Some(found) = bytes(network, &wanted) else {
-            missing.push(wanted);
-            continue;
-        };
-        let Ok(tensor) = found else {
+        let Some(tensor) = bytes(network, &wanted) else {
             missing.push(wanted);
             continue;
         };
@@ -57,13 +53,14 @@ pub(super) fn refit(
 /// What TensorRT puts behind a layer's name to name a constant that has no name of its own.
 const UNNAMED: &str = " CONSTANT";
 
-/// The bytes of a weight, or of a constant layer: an engine whose weights are all refittable asks for every constant.
-fn bytes(network: &Network, name: &str) -> Option<Result<Tensor, crate::graph::ConstantError>> {
+/// The bytes of a weight, if they are there, or of a constant layer: an engine whose weights are all refittable asks for
+/// every constant.
+fn bytes(network: &Network, name: &str) -> Option<Tensor> {
     if let Some(weight) = network.weights.iter().find(|weight| weight.name == name) {
-        return Some(weight.constant.materialize());
+        return weight.constant.materialize().ok();
     }
     network.layers.iter().find_map(|layer| match &layer.kind {
-        LayerKind::Constant(tensor) if name.strip_suffix(UNNAMED) == Some(&layer.name) => Some(Ok(tensor.clone())),
+        LayerKind::Constant(tensor) if name.strip_suffix(UNNAMED) == Some(&layer.name) => Some(tensor.clone()),
         _ => None,
     })
 }
