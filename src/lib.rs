@@ -6,6 +6,7 @@
 //! 2. [`passes`] rewrite it into the canonical graph: static KV cache, fused normalization, rotary embedding, attention.
 //! 3. [`lower`] turns the canonical graph into a [`network::Network`]: TensorRT layers as plain data, for one profile.
 //! 4. [`backend`] builds TensorRT engines from a network, or executes it on the CPU.
+//!    `tune` times lowerings on the GPU at hand.
 //! 5. [`package`] keeps graph, weights, engines and tokenizer on disk; [`decode`] generates from it.
 
 pub mod backend;
@@ -21,4 +22,5 @@ pub mod passes;
 pub mod sample;
 pub mod spec;
 pub mod tensor;
+pub mod tune;
 pub mod weights;

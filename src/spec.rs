@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::tensorrt::Refit;
 use crate::lower;
-use crate::network::{Tokens, WeightMode};
+use crate::network::{Profile, Tokens, WeightMode};
 use crate::tensor::DType;
 
 /// What a package is made to run on.
@@ -144,8 +144,19 @@ pub struct Spec {
     pub prefill: Option<Prefill>,
     /// A folder or a `tokenizer.json`; relative to the spec's own folder.
     pub tokenizer: Option<PathBuf>,
-    /// How engines are lowered, as `convert --tune` found it best; `weight_mode` in it is not looked at.
+    /// How engines are lowered; `weight_mode` in it is not looked at.
     pub lowering: Option<lower::Options>,
+    /// The same for single profiles, as `convert --tune` found it best.
+    pub tuned: Option<Vec<Tuned>>,
+}
+
+/// The lowering of one profile's engine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tuned {
+    /// As engines are called, for example `b1-t1-c1024`.
+    pub profile: String,
+    pub lowering: lower::Options,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -185,6 +196,15 @@ impl Spec {
         Ok(spec.unwrap_or_default())
     }
 
+    /// As YAML, without what is left open.
+    pub fn to_yaml(&self) -> String {
+        let mut value = yaml_serde::to_value(self).expect("plain data serialises");
+        if let yaml_serde::Value::Mapping(map) = &mut value {
+            map.retain(|_, value| !value.is_null());
+        }
+        yaml_serde::to_string(&value).expect("plain data serialises")
+    }
+
     /// This spec, with what it leaves open taken from `below`.
     pub fn or(self, below: Spec) -> Spec {
         Spec {
@@ -197,6 +217,7 @@ impl Spec {
             prefill: self.prefill.or(below.prefill),
             tokenizer: self.tokenizer.or(below.tokenizer),
             lowering: self.lowering.or(below.lowering),
+            tuned: self.tuned.or(below.tuned),
         }
     }
 
@@ -251,6 +272,7 @@ impl Spec {
                 weight_mode: weights,
                 ..self.lowering.unwrap_or_else(lower::Options::for_engines)
             },
+            tuned: self.tuned.unwrap_or_default(),
         })
     }
 }
@@ -272,6 +294,20 @@ pub struct Conversion {
     pub tokenizer: Option<PathBuf>,
     /// Of engines, `weight_mode` included.
     pub lowering: lower::Options,
+    /// Of single profiles' engines.
+    pub tuned: Vec<Tuned>,
+}
+
+impl Conversion {
+    /// How the engine of a profile is lowered.
+    pub fn lowering_of(&self, profile: &Profile) -> lower::Options {
+        let name = profile.to_string();
+        let tuned = self.tuned.iter().find(|tuned| tuned.profile == name);
+        lower::Options {
+            weight_mode: self.weights,
+            ..tuned.map_or(&self.lowering, |tuned| &tuned.lowering).clone()
+        }
+    }
 }
 
 #[cfg(test)]
@@ -316,6 +352,37 @@ mod tests {
         assert!(resolve("prefill: {min: 4, opt: 2, max: 8}").contains("4:2:8"));
         assert!(resolve("refit: general").contains("bound weights"));
         assert!(resolve("targets: []").contains("no target"));
+    }
+
+    #[test]
+    fn a_tuned_spec_goes_to_yaml_and_back() {
+        let fast = lower::Options {
+            attention: lower::AttentionForm::Split(8),
+            linear: lower::LinearForm::ReduceRow,
+            reduce_depth: Some(2048),
+            ..lower::Options::for_engines()
+        };
+        let spec = Spec {
+            capacity: Some(vec![256, 1024]),
+            prefill: Some(Prefill::Chunks(vec![128])),
+            weights: Some(WeightMode::Embed),
+            tuned: Some(vec![Tuned {
+                profile: "b1-t1-c1024".into(),
+                lowering: fast.clone(),
+            }]),
+            ..Spec::default()
+        };
+        let text = spec.to_yaml();
+        assert!(!text.contains("null"), "{text}");
+        assert_eq!(Spec::parse(&text).unwrap(), spec, "{text}");
+        let conversion = spec.resolve().unwrap();
+        let embedded = |options: lower::Options| lower::Options {
+            weight_mode: WeightMode::Embed,
+            ..options
+        };
+        assert_eq!(conversion.lowering_of(&Profile::decode(1024)), embedded(fast));
+        let rest = embedded(lower::Options::for_engines());
+        assert_eq!(conversion.lowering_of(&Profile::decode(256)), rest);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::progress::Progress;
-use super::{Failure, bytes, info, inspect, print, words};
+use super::{Failure, bytes, info, inspect, print, tune, words};
 use crate::backend::tensorrt::{self, BuildOptions, BuildProgress, Library, Refit};
 use crate::decode::tokenizer::{self, Tokenizer};
 use crate::graph::Graph;
@@ -62,6 +62,12 @@ pub struct Args {
     /// The TensorRT-RTX library to build with
     #[arg(long, value_name = "PATH")]
     tensorrt_lib: Option<PathBuf>,
+    /// Time the ways to lower each engine on the GPU of this machine and take the fastest
+    #[arg(long)]
+    tune: bool,
+    /// Write what was done as a spec, choices of --tune included
+    #[arg(long, value_name = "FILE.yaml")]
+    save_spec: Option<PathBuf>,
     /// Keep plans here, and take from here those that were built before
     #[arg(long, value_name = "DIR")]
     engine_cache: Option<PathBuf>,
@@ -74,7 +80,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let start = Instant::now();
     // What can fail without work fails first.
     package::check_target(&args.output, args.force)?;
-    let conversion = conversion(&args)?;
+    let mut conversion = conversion(&args)?;
     let library = match conversion.targets.iter().find(|t| **t != Target::Cpu) {
         Some(Target::Tensorrt) => {
             return Err(
@@ -85,6 +91,14 @@ pub fn run(args: Args) -> Result<(), Failure> {
         Some(_) => Some(Library::load(args.tensorrt_lib.as_deref())?),
         None => None,
     };
+    match &library {
+        Some(library) if args.tune => tune::check(library)?,
+        None if args.tune => {
+            return Err(Failure::input("--tune chooses between engines, and none are asked for")
+                .help("use it with --target tensorrt-rtx"));
+        }
+        _ => {}
+    }
     let progress = Progress::new();
     progress.step("reading");
     let tokenizer = find_tokenizer(&args.model, conversion.tokenizer.as_deref())?;
@@ -135,6 +149,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
         }
     }
     if let Some(library) = &library {
+        if args.tune {
+            tune::tune(&mut writer, library, &mut conversion, &capacities, &progress)?;
+        }
         let builder = Builder {
             library,
             model: &args.model,
@@ -144,6 +161,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     let manifest = writer.finish()?;
     drop(progress);
+    if let Some(path) = &args.save_spec {
+        save_spec(path, &conversion, &capacities)?;
+    }
 
     if args.json {
         return super::print_json(&manifest);
@@ -164,6 +184,23 @@ pub fn run(args: Args) -> Result<(), Failure> {
     print(&text)
 }
 
+/// The conversion as a spec that makes it again, with or without a GPU.
+fn save_spec(path: &Path, conversion: &Conversion, capacities: &[usize]) -> Result<(), Failure> {
+    let spec = Spec {
+        description: None,
+        targets: Some(conversion.targets.clone()),
+        weights: Some(conversion.weights),
+        refit: Some(conversion.refit),
+        dtype: conversion.dtype,
+        capacity: Some(capacities.to_vec()),
+        prefill: Some(conversion.prefill.clone()),
+        tokenizer: None,
+        lowering: Some(conversion.lowering.clone()),
+        tuned: Some(conversion.tuned.clone()).filter(|tuned| !tuned.is_empty()),
+    };
+    std::fs::write(path, spec.to_yaml()).map_err(|error| Failure::input(error).at(path))
+}
+
 fn conversion(args: &Args) -> Result<Conversion, Failure> {
     let flags = Spec {
         description: None,
@@ -175,6 +212,7 @@ fn conversion(args: &Args) -> Result<Conversion, Failure> {
         prefill: args.prefill.clone(),
         tokenizer: args.tokenizer.clone(),
         lowering: None,
+        tuned: None,
     };
     let file = match &args.spec {
         Some(path) => Spec::read(path)?,
@@ -322,8 +360,8 @@ pub(super) fn engines(
     let constants = manifest.constants.as_ref().map_or("", |c| c.set_hash.as_str());
     let weights = format!("{} {constants}", manifest.weights.set_hash);
     let build = |i: usize| -> Result<(Built, HashSet<String>), Failure> {
-        let network =
-            lower::lower(&graph, &profiles[i], &conversion.lowering).map_err(|e| Failure::bug(e).at(model))?;
+        let network = lower::lower(&graph, &profiles[i], &conversion.lowering_of(&profiles[i]))
+            .map_err(|e| Failure::bug(e).at(model))?;
         let taken = network.weights.iter().flat_map(|w| lower::parts(&w.name));
         let taken = taken.map(str::to_string).collect();
         let key = cache
@@ -357,7 +395,12 @@ pub(super) fn engines(
     };
     progress.step("engines");
     let indices: Vec<usize> = (0..profiles.len()).collect();
-    for batch in indices.chunks(builders(conversion.weights)) {
+    let at_once = match conversion.weights {
+        WeightMode::Bind => builders(),
+        // With embedded weights a build takes twice their size of memory.
+        WeightMode::Embed | WeightMode::Strip => 1,
+    };
+    for batch in indices.chunks(at_once) {
         let built: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> = batch.iter().map(|i| scope.spawn(|| build(*i))).collect();
             let joined = threads.into_iter().map(|thread| thread.join());
@@ -380,7 +423,7 @@ pub(super) fn engines(
                 profile,
                 weight_mode: conversion.weights,
                 refit: conversion.refit,
-                lowering: conversion.lowering.clone(),
+                lowering: conversion.lowering_of(&profile),
                 tensorrt_version: library.version().to_string(),
                 build_ms: elapsed.as_millis() as u64,
             };
@@ -395,17 +438,14 @@ pub(super) fn engines(
     Ok(())
 }
 
-/// Engines built at once. A build keeps one core busy, and with embedded weights twice their size of memory.
-fn builders(weights: WeightMode) -> usize {
+/// Engines without weights of their own that are built at once: a build keeps one core busy, and loading one another.
+pub(super) fn builders() -> usize {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    match weights {
-        WeightMode::Bind => (cores / 2).clamp(1, 6),
-        WeightMode::Embed | WeightMode::Strip => 1,
-    }
+    (cores / 2).clamp(1, 6)
 }
 
 /// Decode at every capacity; prefill wherever a chunk fits.
-fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Profile> {
+pub(super) fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Profile> {
     let mut profiles = Vec::new();
     for capacity in capacities {
         profiles.push(Profile::decode(*capacity));

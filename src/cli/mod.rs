@@ -20,6 +20,7 @@ mod sample;
 mod sampler;
 mod strip;
 mod table;
+mod tune;
 mod verify;
 mod weights;
 

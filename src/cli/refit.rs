@@ -8,7 +8,7 @@ use crate::backend::tensorrt::Library;
 use crate::lower;
 use crate::network::WeightMode;
 use crate::package::{self, MANIFEST, Manifest, Package, PlanCache, RefitError};
-use crate::spec::{Conversion, Target};
+use crate::spec::{Conversion, Target, Tuned};
 use crate::weights::checks::Allowed;
 use crate::weights::lora::Adapter;
 use crate::weights::source::Source;
@@ -97,10 +97,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
             explicit_capacities: true,
             prefill: manifest.prefill.clone(),
             tokenizer: None,
-            lowering: match manifest.engines.first() {
-                Some(engine) => engine.lowering.clone(),
-                None => lower::Options::for_engines(),
-            },
+            lowering: lower::Options::for_engines(),
+            tuned: manifest
+                .engines
+                .iter()
+                .map(|engine| Tuned {
+                    profile: engine.profile.to_string(),
+                    lowering: engine.lowering.clone(),
+                })
+                .collect(),
         };
         let builder = convert::Builder {
             library,

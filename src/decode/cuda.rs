@@ -5,6 +5,7 @@
 //! a larger capacity by one copy on the device. Logits come back through pinned memory; where only the best token is wanted
 //! it is found on the device. Engines are loaded when first needed, or ahead by [`CudaDevice::prepare`].
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -273,18 +274,11 @@ impl CudaDevice {
     fn load(&mut self, at: usize) -> Result<Loaded, DeviceError> {
         let slot = &self.slots[at];
         let path = self.folder.join(&slot.facts.file);
-        let options = lower::Options {
-            weight_mode: slot.facts.weight_mode,
-            ..slot.facts.lowering.clone()
-        };
-        let network = lower::lower(&self.graph, &slot.profile, &options).map_err(|error| DeviceError {
-            device: self.runtime.gpu().to_string(),
-            message: error.to_string(),
-            help: None,
-        })?;
+        let network = self.lowered(slot)?;
         if slot.facts.weight_mode == WeightMode::Bind && self.weights.is_none() {
             let start = Instant::now();
-            let weights = Weights::upload(self.runtime.cuda(), &self.stream, &network);
+            let networks = self.networks_by_lowering()?;
+            let weights = Weights::upload(self.runtime.cuda(), &self.stream, &networks);
             self.weights = Some(weights.map_err(|e| self.failed(e))?);
             self.times.weights += start.elapsed();
         }
@@ -322,6 +316,32 @@ impl CudaDevice {
             cache: 0,
             tokens,
         })
+    }
+
+    /// The network that the slot's engine was built from.
+    fn lowered(&self, slot: &Slot) -> Result<Network, DeviceError> {
+        let options = lower::Options {
+            weight_mode: slot.facts.weight_mode,
+            ..slot.facts.lowering.clone()
+        };
+        lower::lower(&self.graph, &slot.profile, &options).map_err(|error| DeviceError {
+            device: self.runtime.gpu().to_string(),
+            message: error.to_string(),
+            help: None,
+        })
+    }
+
+    /// A network of each lowering that engines have: together they name every weight as any engine does.
+    fn networks_by_lowering(&self) -> Result<Vec<Network>, DeviceError> {
+        let mut seen = HashSet::new();
+        let bound = self
+            .slots
+            .iter()
+            .filter(|slot| slot.facts.weight_mode == WeightMode::Bind);
+        bound
+            .filter(|slot| seen.insert(&slot.facts.lowering))
+            .map(|slot| self.lowered(slot))
+            .collect()
     }
 
     /// Everything but the cache.

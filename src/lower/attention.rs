@@ -15,9 +15,9 @@ use crate::network::{Activation, Elementwise, LayerKind, MatrixOp, Shape, Tensor
 use crate::tensor::{DType, Tensor};
 
 /// Up to so many slots one piece a KV head reads the cache as fast as several.
-const SHORT: usize = 1024;
+pub(super) const SHORT: usize = 1024;
 /// Pieces for longer caches.
-const PARTS: usize = 16;
+pub(super) const PARTS: usize = 16;
 
 /// Added to a score that must not be attended to; finite, so that a row without any is not NaN.
 pub(super) const MASKED: f64 = -1e30;
@@ -58,13 +58,7 @@ impl Lowering<'_> {
         let head_dim = self.b.shape(q)[3].as_const().unwrap_or(1) as f32;
         let scale = attributes.scale.unwrap_or(1.0 / head_dim.sqrt());
         let q = self.scaled_query(&part("scaled"), q, scale)?;
-        let one_token = self.b.shape(q)[2].is_one();
-        let form = match self.options.attention {
-            AttentionForm::ByCapacity if !one_token => AttentionForm::Layer,
-            AttentionForm::ByCapacity if self.profile.capacity <= SHORT => AttentionForm::Decomposed,
-            AttentionForm::ByCapacity => AttentionForm::Split(PARTS),
-            form => form,
-        };
+        let form = self.options.attention.at(&self.profile);
         let split = match form {
             AttentionForm::Split(parts) if attributes.softcap == 0.0 => {
                 self.split_attention(name, [q, k, v], mask, parts)?

@@ -27,6 +27,7 @@
 //! `cargo run --release --example llama_shape -- 8b` lowers it and builds its bound engine (target: under 30 s).
 
 mod attention;
+pub mod candidates;
 mod context;
 mod demand;
 mod dispatch;
@@ -54,7 +55,8 @@ use crate::graph::Graph;
 #[cfg(doc)]
 use crate::graph::Source;
 use crate::graph::infer::{Facts, infer};
-use crate::network::{Network, Profile, WeightMode, verify_interface};
+use crate::network::{Network, Profile, Tokens, WeightMode, verify_interface};
+use attention::{PARTS, SHORT};
 use context::Lowering;
 
 /// The shape in which linear layers multiply. Their inputs are `[batch, tokens, in]`, their weights `[out, in]`, and
@@ -87,6 +89,18 @@ pub enum AttentionForm {
     /// What measured best: with one token [`AttentionForm::Decomposed`] up to 1024 slots and sixteen parts beyond, with
     /// several one Attention layer.
     ByCapacity,
+}
+
+impl AttentionForm {
+    /// What [`AttentionForm::ByCapacity`] is for a profile; others are what they are.
+    pub fn at(self, profile: &Profile) -> AttentionForm {
+        match self {
+            AttentionForm::ByCapacity if profile.tokens != Tokens::Static(1) => AttentionForm::Layer,
+            AttentionForm::ByCapacity if profile.capacity <= SHORT => AttentionForm::Decomposed,
+            AttentionForm::ByCapacity => AttentionForm::Split(PARTS),
+            form => form,
+        }
+    }
 }
 
 /// Choices of a lowering. None changes what is computed, beyond rounding.

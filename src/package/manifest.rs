@@ -12,6 +12,7 @@ use crate::network::{Profile, WeightMode};
 use crate::passes::Architecture;
 use crate::spec::{Prefill, Target};
 use crate::tensor::DType;
+use crate::tune::Tuning;
 use crate::weights::recipe::Recipe;
 
 /// Raised when a package can no longer be read by the previous version of this code.
@@ -42,6 +43,9 @@ pub struct Manifest {
     pub constants: Option<Weights>,
     /// Empty if the package only runs on the CPU.
     pub engines: Vec<Engine>,
+    /// What `convert --tune` measured to choose the engines' lowerings.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<Tuning>,
     pub tokenizer: Option<Tokenizer>,
     /// Tokens that end a text.
     pub eos_token_ids: BTreeSet<u32>,

@@ -72,6 +72,7 @@ impl Writer {
             weights: stored_graph.weights,
             constants: stored_graph.constants,
             engines: Vec::new(),
+            tuning: None,
             tokenizer: None,
             eos_token_ids: BTreeSet::new(),
             passes: facts.passes,
@@ -129,6 +130,11 @@ impl Writer {
     /// Tokens that end a text, where there is no tokenizer that says so.
     pub fn eos_token_ids(&mut self, ids: BTreeSet<u32>) {
         self.manifest.eos_token_ids = ids;
+    }
+
+    /// What the choices of the engines' lowerings rest on.
+    pub fn tuning(&mut self, tuning: crate::tune::Tuning) {
+        self.manifest.tuning = Some(tuning);
     }
 
     /// Adds a plan. `engine.file`, `bytes` and `blake3` are filled in here; `weights` are the names it takes.

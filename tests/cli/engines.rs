@@ -137,3 +137,64 @@ fn an_engine_cache_knows_what_a_plan_depends_on() {
     lapidary(["refit", text(&pkg), "--from", text(&file)].into_iter().chain(flags)).ok();
     assert_eq!(names(&cache).len(), 6);
 }
+
+/// A spec that says how single engines are lowered, as `--tune` leaves it, is what builds them, and comes out again.
+#[test]
+fn lowerings_of_a_spec_are_those_of_the_engines() {
+    let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+    let folder = tempfile::tempdir().unwrap();
+    let spec = folder.path().join("tuned.yaml");
+    let tuned = r#"{"targets": ["tensorrt-rtx"], "capacity": [16, 32], "prefill": [24], "tuned": [
+        {"profile": "b1-t1-c32", "lowering": {"fuse_linear": false, "fold_groups": false, "attention": "decomposed"}}]}"#;
+    std::fs::write(&spec, tuned).unwrap();
+    let saved = folder.path().join("saved.yaml");
+    let flags = [
+        "--spec",
+        text(&spec),
+        "--save-spec",
+        text(&saved),
+        "--tensorrt-lib",
+        text(library.path()),
+    ];
+    let pkg = package(folder.path(), &fixture("exports/llama-optimum/model.onnx"), &flags);
+    let lowerings = |pkg| -> Vec<(Value, Value)> {
+        let info = lapidary(["info", text(pkg), "--json"]).ok().json();
+        let engines = info["engines"].as_array().unwrap().iter();
+        engines.map(|e| (e["file"].clone(), e["lowering"].clone())).collect()
+    };
+    let made = lowerings(&pkg);
+    let forms: Vec<&Value> = made.iter().map(|(_, lowering)| &lowering["attention"]).collect();
+    assert_eq!(forms, ["by_capacity", "decomposed", "by_capacity"]);
+    assert_eq!(made[1].1["fuse_linear"], false);
+
+    let again = tempfile::tempdir().unwrap();
+    let flags = ["--spec", text(&saved), "--tensorrt-lib", text(library.path())];
+    let pkg = package(again.path(), &fixture("exports/llama-optimum/model.onnx"), &flags);
+    assert_eq!(lowerings(&pkg), made);
+}
+
+/// Where there is no GPU, `--tune` says so before it reads anything, and leaves nothing.
+#[test]
+fn tuning_needs_a_gpu() {
+    let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = folder.path().join("pkg");
+    let model = fixture("exports/llama-optimum/model.onnx");
+    let convert = |flags: &[&str]| {
+        let mut all = vec!["convert", text(&model), "-o", text(&pkg), "--tune"];
+        all.extend(flags);
+        lapidary(all)
+    };
+    let (told, help) = convert(&[]).refused();
+    assert!(
+        told.contains("none are asked for") && help.contains("--target tensorrt-rtx"),
+        "{told} {help}"
+    );
+    if lapidary::backend::tensorrt::probe(Some(library.path())).run.possible {
+        return;
+    }
+    let (told, help) = convert(&["--target", "tensorrt-rtx", "--tensorrt-lib", text(library.path())]).refused();
+    assert!(told.contains("--tune measures on the GPU of this machine"), "{told}");
+    assert!(help.contains("--save-spec"), "{help}");
+    assert!(!pkg.exists());
+}

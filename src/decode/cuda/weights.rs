@@ -7,7 +7,7 @@ use super::aligned;
 use crate::backend::tensorrt::run::{Buffer, Cuda, Pinned, RunError, Stream};
 use crate::graph::{Source, Transform};
 use crate::lower;
-use crate::network::{Network, WeightMode};
+use crate::network::{Network, Weight, WeightMode};
 
 /// Bytes that are on their way at once.
 const STAGE: usize = 64 << 20;
@@ -18,14 +18,28 @@ pub(super) struct Weights {
 }
 
 impl Weights {
-    /// Every bound weight of the network, and the parts of those that are fused. Refuses if one has no bytes.
-    pub fn upload(cuda: &Rc<Cuda>, stream: &Stream, network: &Network) -> Result<Self, RunError> {
-        let bound: Vec<_> = network.weights.iter().filter(|w| w.mode == WeightMode::Bind).collect();
+    /// Every bound weight of the networks, once: those that fuse several first, so that a network that reads the parts by
+    /// themselves finds them there. Refuses if one has no bytes.
+    pub fn upload(cuda: &Rc<Cuda>, stream: &Stream, networks: &[Network]) -> Result<Self, RunError> {
+        let mut all: Vec<&Weight> = networks
+            .iter()
+            .flat_map(|network| &network.weights)
+            .filter(|weight| weight.mode == WeightMode::Bind)
+            .collect();
+        all.sort_by_key(|weight| std::cmp::Reverse(lower::parts(&weight.name).count()));
         let mut offsets = HashMap::new();
         let mut end = 0;
-        for weight in &bound {
+        let mut bound = Vec::new();
+        for weight in all {
+            if offsets.contains_key(&weight.name) {
+                continue;
+            }
+            for (part, at) in parts_of(weight, end) {
+                offsets.insert(part, at);
+            }
             offsets.insert(weight.name.clone(), end);
             end += aligned(weight.constant.byte_len());
+            bound.push(weight);
         }
         let buffer = Buffer::new(cuda, end, "the model's weights")?;
         let mut stage = Stage::new(cuda)?;
@@ -39,11 +53,7 @@ impl Weights {
                 }
                 _ => std::slice::from_ref(&weight.constant),
             };
-            let names: Vec<&str> = lower::parts(&weight.name).collect();
-            for (i, part) in parts.iter().enumerate() {
-                if names.len() == parts.len() && at.is_multiple_of(aligned(1)) {
-                    offsets.insert(names[i].to_string(), at);
-                }
+            for part in parts {
                 match part.materialize() {
                     Ok(tensor) => stage.copy(stream, tensor.data(), &buffer, at)?,
                     Err(_) => missing.push(weight.name.clone()),
@@ -55,7 +65,7 @@ impl Weights {
         match missing.is_empty() {
             true => Ok(Weights { offsets, buffer }),
             false => Err(RunError::Weights {
-                engine: network.profile.to_string(),
+                engine: networks.first().map(|n| n.profile.to_string()).unwrap_or_default(),
                 names: missing,
             }),
         }
@@ -67,6 +77,27 @@ impl Weights {
     pub fn bytes(&self) -> usize {
         self.buffer.bytes()
     }
+}
+
+/// The parts of a fused weight that lies at `start`, with their own offsets: rows of one come after rows of the other, so
+/// each can be bound by itself where that keeps TensorRT's alignment.
+fn parts_of(weight: &Weight, start: usize) -> Vec<(String, usize)> {
+    let Source::Derived(derived) = weight.constant.source() else {
+        return Vec::new();
+    };
+    let names: Vec<&str> = lower::parts(&weight.name).collect();
+    if !matches!(derived.transform, Transform::Concat { axis: 0 }) || names.len() != derived.inputs.len() {
+        return Vec::new();
+    }
+    let mut at = start;
+    let mut parts = Vec::new();
+    for (name, part) in names.into_iter().zip(&derived.inputs) {
+        if at.is_multiple_of(aligned(1)) {
+            parts.push((name.to_string(), at));
+        }
+        at += part.byte_len();
+    }
+    parts
 }
 
 /// Two pieces of pinned memory in turns: one is filled from the file while the other is on its way.

@@ -18,6 +18,7 @@ mod execute;
 mod graph;
 mod kernels;
 mod refit;
+pub mod trial;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -205,6 +206,8 @@ pub struct Engine {
     scratch_bytes: usize,
     /// The addresses that the context was told.
     bound: HashMap<String, u64>,
+    /// What dims that depend on the call are set to.
+    tokens: usize,
     launch: Launch,
 }
 
@@ -280,6 +283,7 @@ impl Engine {
             ports,
             scratch_bytes,
             bound: HashMap::new(),
+            tokens: 1,
             launch: if options.graphs { Launch::First } else { Launch::Kernels },
         };
         engine.keep_kernels();
@@ -295,6 +299,10 @@ impl Engine {
     }
     pub fn port(&self, name: &str) -> Option<&Port> {
         self.ports.iter().find(|port| port.name == name)
+    }
+    /// Tokens that a dynamic engine is set to; 1 for a static one.
+    pub fn tokens(&self) -> usize {
+        self.tokens
     }
     /// Working memory that a run needs, for the shapes set.
     pub fn scratch_bytes(&self) -> usize {
@@ -324,6 +332,7 @@ impl Engine {
             let set = self.context.set_input_shape(&port.name, &dims);
             set.map_err(|error| self.runtime.load_error(&self.name, &error))?;
         }
+        self.tokens = tokens;
         self.recapture();
         self.scratch_bytes = self.context.update_device_memory_size_for_shapes();
         Ok(())

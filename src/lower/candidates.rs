@@ -1,0 +1,166 @@
+//! What a tuner can choose between: for each profile a few questions, each with the options that answer it otherwise.
+//!
+//! Only what was seen to matter on some GPU is asked (docs/gpu.md has the figures), since every answer costs a build and a
+//! load. The questions are independent enough to be answered one after the other.
+
+use super::{AttentionForm, LinearForm, Options};
+use crate::graph::Graph;
+use crate::graph::op::Op;
+use crate::lower::demand::through_transpose;
+use crate::network::{Profile, Tokens};
+
+/// A choice and its alternatives to what is chosen already.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// `attention`, `products`, `fusion`.
+    pub about: &'static str,
+    /// What each alternative changes, in a few words, and the options with it changed.
+    pub alternatives: Vec<(String, Options)>,
+}
+
+/// The questions for a profile, in the order in which they should be answered.
+pub const QUESTIONS: [&str; 3] = ["products", "attention", "fusion"];
+
+/// A question of [`QUESTIONS`] for a profile of this graph, with `now` as what is chosen so far. Alternatives equal to
+/// `now` in effect are left out.
+pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Options) -> Question {
+    let one_token = profile.tokens == Tokens::Static(1);
+    let with = |change: &dyn Fn(&mut Options)| {
+        let mut options = now.clone();
+        change(&mut options);
+        options
+    };
+    let mut alternatives: Vec<(String, Options)> = Vec::new();
+    match about {
+        "products" if one_token => {
+            alternatives.push((
+                "matrix products".into(),
+                with(&|o| o.linear = LinearForm::FlattenActivation),
+            ));
+            let reduced = |depth: Option<usize>| with(&|o| (o.linear, o.reduce_depth) = (LinearForm::ReduceRow, depth));
+            alternatives.push(("reductions".into(), reduced(None)));
+            // Where only the narrow ones are reduced: one step below the widest.
+            let mut depths = depths(graph);
+            depths.pop();
+            if let Some(depth) = depths.pop() {
+                alternatives.push((format!("reductions to depth {depth}"), reduced(Some(depth))));
+            }
+        }
+        "attention" if one_token => {
+            let form = |form| with(&|o| o.attention = form);
+            alternatives.push((
+                "attention layer, folded".into(),
+                with(&|o| {
+                    (o.attention, o.fold_groups) = (AttentionForm::Layer, true);
+                }),
+            ));
+            alternatives.push((
+                "attention layer, heads as they are".into(),
+                with(&|o| {
+                    (o.attention, o.fold_groups) = (AttentionForm::Layer, false);
+                }),
+            ));
+            alternatives.push(("single layers".into(), form(AttentionForm::Decomposed)));
+            for parts in [4, 8, 16, 32, 64] {
+                if profile.capacity.is_multiple_of(parts) && profile.capacity / parts >= 64 {
+                    alternatives.push((format!("{parts} parts"), form(AttentionForm::Split(parts))));
+                }
+            }
+        }
+        "attention" => {
+            alternatives.push(("attention layer".into(), with(&|o| o.attention = AttentionForm::Layer)));
+            alternatives.push((
+                "single layers".into(),
+                with(&|o| o.attention = AttentionForm::Decomposed),
+            ));
+        }
+        "fusion" => {
+            alternatives.push((
+                "products of one activation as one".into(),
+                with(&|o| o.fuse_linear = true),
+            ));
+            alternatives.push(("each product alone".into(), with(&|o| o.fuse_linear = false)));
+        }
+        _ => {}
+    }
+    let same = effective(now, profile);
+    alternatives.retain(|(_, options)| effective(options, profile) != same);
+    Question { about, alternatives }
+}
+
+/// The options with everything resolved that depends on the profile, so that equal lowerings are equal.
+fn effective(options: &Options, profile: &Profile) -> Options {
+    let mut options = options.clone();
+    options.attention = options.attention.at(profile);
+    if options.attention != AttentionForm::Layer {
+        options.fold_groups = true;
+    }
+    if options.linear != LinearForm::ReduceRow {
+        options.reduce_depth = None;
+    }
+    options
+}
+
+/// Widths of what linear layers multiply, ascending.
+fn depths(graph: &Graph) -> Vec<usize> {
+    let mut depths: Vec<usize> = graph
+        .node_ids()
+        .map(|id| graph.node(id))
+        .filter(|node| node.op == Op::MatMul)
+        .filter_map(|node| {
+            let (weight, transposed) = through_transpose(graph, node.input(1)?);
+            let shape = graph.constant(weight)?.shape().to_vec();
+            match (transposed, &shape[..]) {
+                (true, [_, k]) => Some(*k),
+                _ => None,
+            }
+        })
+        .collect();
+    depths.sort_unstable();
+    depths.dedup();
+    depths
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lower::synthetic::Decoder;
+
+    #[test]
+    fn questions_differ_from_what_is_chosen_and_from_each_other() {
+        let graph = Decoder::llama_1b().graph();
+        let base = Options::for_engines();
+        for profile in [Profile::decode(256), Profile::decode(4096), Profile::prefill(128, 1024)] {
+            for about in QUESTIONS {
+                let asked = question(about, &graph, &profile, &base);
+                let mut seen = vec![effective(&base, &profile)];
+                for (what, options) in &asked.alternatives {
+                    let effective = effective(options, &profile);
+                    assert!(!seen.contains(&effective), "{profile}: {what} again");
+                    seen.push(effective);
+                }
+            }
+        }
+        let names = |about, profile: Profile| -> Vec<String> {
+            let asked = question(about, &graph, &profile, &base).alternatives;
+            asked.into_iter().map(|(what, _)| what).collect()
+        };
+        assert_eq!(
+            names("products", Profile::decode(1024)),
+            ["matrix products", "reductions to depth 2048"]
+        );
+        // 64 parts of 16 slots are nothing; at 1024 slots single layers are what ByCapacity means.
+        assert_eq!(
+            names("attention", Profile::decode(1024)),
+            [
+                "attention layer, folded",
+                "attention layer, heads as they are",
+                "4 parts",
+                "8 parts",
+                "16 parts"
+            ]
+        );
+        assert_eq!(names("products", Profile::prefill(128, 1024)), [""; 0]);
+        assert_eq!(names("attention", Profile::prefill(128, 1024)), ["single layers"]);
+    }
+}

@@ -1,0 +1,210 @@
+//! Every alternative built, loaded and timed.
+//!
+//! Takes a canonical graph and profiles, asks the questions of [`lower::candidates`] one after the other, builds every
+//! alternative and runs it with made-up numbers; gives the winner of each profile with everything that was tried. Weights
+//! are taken as bound while measuring, whatever the package does with them: then a build needs no bytes of them, and what
+//! is measured is the kernels. Nothing here decides what a package is; `cli::convert` and specs do.
+
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::{Attempt, ProfileTuning, Tuning};
+use crate::backend::tensorrt::run::{Engine, LoadOptions, RunError, Runtime, Stream, trial};
+use crate::backend::tensorrt::{self, BuildOptions, Library};
+use crate::graph::Graph;
+use crate::lower::candidates::{QUESTIONS, question};
+use crate::lower::{self, LowerError, Options};
+use crate::network::{Profile, Tokens, WeightMode};
+
+/// Alternatives have to be better by this much to be chosen: below it is noise.
+const WORTH: f64 = 0.005;
+/// Runs of which a time is the mean.
+const RUNS: u32 = 30;
+
+#[derive(Debug, thiserror::Error)]
+pub enum TuneError {
+    #[error(transparent)]
+    Gpu(#[from] RunError),
+    #[error(transparent)]
+    Lower(#[from] LowerError),
+    /// Not even what packages get without tuning could be built and run.
+    #[error("{profile}: {message}")]
+    Nothing { profile: String, message: String },
+}
+
+/// Tunes every profile, several builds at a time, one measurement at a time. `told` hears of every attempt.
+pub fn tune(
+    library: &Library,
+    graph: &Graph,
+    profiles: &[Profile],
+    base: &Options,
+    threads: usize,
+    told: impl Fn(&Profile, &Attempt) + Sync,
+) -> Result<Tuning, TuneError> {
+    // Also refuses a machine without a GPU before anything is built.
+    let runtime = Runtime::new(library)?;
+    let driver = runtime.cuda().facts().driver_version.clone();
+    let (gpu, version) = (runtime.gpu().to_string(), runtime.version().to_string());
+    let bench = Bench {
+        library,
+        graph,
+        gpu: Mutex::new(()),
+    };
+    let mut tuned = Vec::new();
+    for profile in profiles {
+        tuned.push(of_profile(&bench, profile, base, threads, &told)?);
+    }
+    Ok(Tuning {
+        gpu,
+        driver,
+        tensorrt: version,
+        profiles: tuned,
+    })
+}
+
+fn of_profile(
+    bench: &Bench<'_>,
+    profile: &Profile,
+    base: &Options,
+    threads: usize,
+    told: &(impl Fn(&Profile, &Attempt) + Sync),
+) -> Result<ProfileTuning, TuneError> {
+    let mut tried = Vec::new();
+    let mut now = Options {
+        weight_mode: WeightMode::Bind,
+        ..base.clone()
+    };
+    let first = bench.attempt(profile, "as it is", "as it is", &now);
+    told(profile, &first);
+    let Some(untuned_ms) = first.ms else {
+        return Err(TuneError::Nothing {
+            profile: profile.to_string(),
+            message: first.error.unwrap_or_default(),
+        });
+    };
+    let mut best = untuned_ms;
+    tried.push(first);
+    for about in QUESTIONS {
+        let alternatives = question(about, bench.graph, profile, &now).alternatives;
+        let attempts: Vec<Attempt> = in_parallel(threads, &alternatives, |(what, options)| {
+            let attempt = bench.attempt(profile, about, what, options);
+            told(profile, &attempt);
+            attempt
+        });
+        for ((_, options), attempt) in alternatives.iter().zip(&attempts) {
+            if let Some(ms) = attempt.ms
+                && ms < best * (1.0 - WORTH)
+            {
+                (best, now) = (ms, options.clone());
+            }
+        }
+        tried.extend(attempts);
+    }
+    now.weight_mode = base.weight_mode;
+    Ok(ProfileTuning {
+        profile: profile.to_string(),
+        lowering: now,
+        ms: best,
+        untuned_ms,
+        tried,
+    })
+}
+
+struct Bench<'a> {
+    library: &'a Library,
+    graph: &'a Graph,
+    /// Held by whoever measures: its memory and its time are the GPU's.
+    gpu: Mutex<()>,
+}
+
+impl Bench<'_> {
+    fn attempt(&self, profile: &Profile, about: &str, what: &str, options: &Options) -> Attempt {
+        let mut attempt = Attempt {
+            about: about.to_string(),
+            what: what.to_string(),
+            ms: None,
+            build_s: None,
+            scratch_bytes: None,
+            error: None,
+        };
+        if let Err(error) = self.measure(profile, options, &mut attempt) {
+            attempt.error = Some(error.to_string());
+        }
+        attempt
+    }
+
+    fn measure(
+        &self,
+        profile: &Profile,
+        options: &Options,
+        attempt: &mut Attempt,
+    ) -> Result<(), Box<dyn std::error::Error>> {
+        let network = lower::lower(self.graph, profile, options)?;
+        let plan = tensorrt::build(self.library, &network, &BuildOptions::default())?;
+        attempt.build_s = Some(plan.elapsed().as_secs_f64());
+        // TensorRT's objects stay in the thread that made them.
+        let runtime = Runtime::new(self.library)?;
+        let loading = LoadOptions {
+            graphs: true,
+            kernels: None,
+        };
+        let mut engine = Engine::load(&runtime, Path::new("(in memory)"), plan.bytes(), &network, loading)?;
+        if let Tokens::Dynamic { opt, .. } = profile.tokens {
+            engine.set_tokens(opt)?;
+        }
+        attempt.scratch_bytes = Some(engine.scratch_bytes() as u64);
+        let stream = Stream::new(runtime.cuda())?;
+        let _alone = self.gpu.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let made_up = trial::MadeUp::bind(&runtime, &mut engine, &network)?;
+        // As if the cache were full: what is masked is read all the same.
+        made_up.set("position_ids", profile.capacity as i32 - 1)?;
+        let took = trial::time(&runtime, &mut engine, &stream, RUNS)?;
+        attempt.ms = Some(took.as_secs_f64() * 1e3);
+        // The engine's memory goes back before the next one measures.
+        drop(engine);
+        drop(made_up);
+        Ok(())
+    }
+}
+
+/// The function on every item, on several threads, results in order.
+fn in_parallel<T: Sync, R: Send>(threads: usize, items: &[T], function: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let done: Vec<Mutex<Option<R>>> = items.iter().map(|_| Mutex::new(None)).collect();
+    std::thread::scope(|scope| {
+        for _ in 0..threads.clamp(1, items.len().max(1)) {
+            scope.spawn(|| {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(item) = items.get(i) else { return };
+                    *done[i].lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(function(item));
+                }
+            });
+        }
+    });
+    done.into_iter()
+        .map(|slot| {
+            slot.into_inner()
+                .unwrap_or_else(|poisoned| poisoned.into_inner())
+                .expect("every item was taken")
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_item_once_and_in_order() {
+        for threads in [1, 3, 16] {
+            let items: Vec<usize> = (0..50).collect();
+            assert_eq!(
+                in_parallel(threads, &items, |i| i * i),
+                items.iter().map(|i| i * i).collect::<Vec<_>>()
+            );
+        }
+        assert_eq!(in_parallel(4, &[] as &[usize], |i| *i), [] as [usize; 0]);
+    }
+}

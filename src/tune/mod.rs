@@ -1,0 +1,55 @@
+//! Which lowering is fastest on a GPU: what was tried, and what won.
+//!
+//! [`measure`] tries; the types here are what it gives, what a package's manifest keeps and what a spec takes from it. Good
+//! choices where nothing was measured are [`Options::for_engines`].
+
+#[cfg(feature = "tensorrt-rtx")]
+pub mod measure;
+
+use serde::{Deserialize, Serialize};
+
+use crate::lower::Options;
+use crate::spec::Tuned;
+
+/// What was measured, and on what.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Tuning {
+    pub gpu: String,
+    pub driver: Option<String>,
+    pub tensorrt: String,
+    pub profiles: Vec<ProfileTuning>,
+}
+
+/// One profile's winner and everything tried on the way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProfileTuning {
+    pub profile: String,
+    pub lowering: Options,
+    /// GPU time of one run.
+    pub ms: f64,
+    /// Of what would have been taken without tuning.
+    pub untuned_ms: f64,
+    pub tried: Vec<Attempt>,
+}
+
+/// One build that was timed, or why it was not.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Attempt {
+    pub about: String,
+    pub what: String,
+    pub ms: Option<f64>,
+    pub build_s: Option<f64>,
+    pub scratch_bytes: Option<u64>,
+    pub error: Option<String>,
+}
+
+impl Tuning {
+    /// As a spec keeps it.
+    pub fn tuned(&self) -> Vec<Tuned> {
+        let of = |t: &ProfileTuning| Tuned {
+            profile: t.profile.clone(),
+            lowering: t.lowering.clone(),
+        };
+        self.profiles.iter().map(of).collect()
+    }
+}
