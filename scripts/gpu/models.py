@@ -9,12 +9,11 @@ import time
 import numpy as np
 
 import make_model
+import parity
 from common import BIN, WORK, lab, lapidary, note, run
 
 POSITIONS = {"1b": 4096, "8b": 131072, "tiny": 4096}
-CAPACITIES = {"1b": "256,1024,4096", "8b": "1024,4096,131072", "tiny": "256,1024,4096"}
-PROMPTS = [1, 17, 128, 129, 700]
-GREEDY = 24
+CAPACITIES = {"1b": "256,1024,4096", "8b": "256,1024,4096,131072", "tiny": "256,1024,4096"}
 LIVE = 300
 
 
@@ -34,9 +33,9 @@ def stage(size, results, compare=True, thorough=False):
     results.attempt("convert", convert, folder, package, CAPACITIES[size], [])
     told = results.attempt("bench", lab, "bench", package, "--live", LIVE, "--prefill", "128,512")
     note({key: told.get(key) for key in ("decode", "prefill", "memory", "all_engines", "load_s")})
-    told = results.attempt("parity_fp16", parity, model, package, size)
-    note(told.get("ok"), [(c.get("prompt"), c.get("worst_relative_error"), c.get("same_best"), c.get("equal_up_to"),
-                           c.get("moves")) for c in told.get("cases", [])])
+    vocabulary = model.config.vocab_size
+    told = results.attempt("parity_fp16", parity.run, model, package, vocabulary)
+    note({key: told.get(key) for key in ("ok", "error")}, told.get("cases"), told.get("batch"))
     if compare:
         note(results.attempt("hugging_face", hugging_face, model))
     for name, flags in (("decode", []), ("prefill_512", ["--prefill", 512])) if thorough or size == "8b" else ():
@@ -46,7 +45,7 @@ def stage(size, results, compare=True, thorough=False):
     if thorough and size != "8b":
         package32 = WORK / f"{size}-fp32"
         results.attempt("convert_fp32", convert, folder, package32, CAPACITIES[size], ["--dtype", "fp32"])
-        results.attempt("parity_fp32", parity, model.float(), package32, size)
+        results.attempt("parity_fp32", parity.run, model.float(), package32, vocabulary)
         shutil.rmtree(package32, ignore_errors=True)
         del model
         gc.collect()
@@ -100,55 +99,19 @@ def variants(folder, size):
     return out
 
 
-def parity(model, package, size):
-    """Logits of prompts and of tokens forced after them, and greedy tokens, against one pass of transformers."""
-    import torch
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    vocabulary = model.config.vocab_size
-    generator = np.random.default_rng(7)
-    draw = lambda n: generator.integers(3, vocabulary, n).tolist()
-    cases = [{"prompt": draw(n), "forced": draw(8)} for n in PROMPTS]
-    # Through two moves of the cache: 256, 1024, 4096.
-    if size != "8b":
-        cases.append({"prompt": draw(129), "forced": draw(940)})
-    cases += [{"prompt": case["prompt"], "forced": [], "greedy": GREEDY} for case in cases[:len(PROMPTS)]]
-    listed, rows = WORK / "cases.json", WORK / "logits.f32"
-    listed.write_text(json.dumps(cases))
-    told = lab("logits", package, "--cases", listed, "--output", rows)["cases"]
-    ours = np.fromfile(rows, np.float32).reshape(-1, vocabulary)
-    at, out, ok = 0, [], True
-    limit = 0.03 if model.dtype == torch.float16 else 2e-3
-    with torch.no_grad():
-        for case, facts in zip(cases, told):
-            count = 1 + len(case["forced"])
-            mine = ours[at:at + count]
-            at += count
-            entry = {"prompt": len(case["prompt"]), "forced": len(case["forced"]), "chunks": facts["chunks"],
-                     "moves": facts["moves"], "capacity": facts["capacity"]}
-            if case.get("greedy"):
-                ids = torch.tensor([case["prompt"]], device=model.device)
-                theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=GREEDY,
-                                        min_new_tokens=GREEDY, do_sample=False, pad_token_id=0)
-                theirs = theirs[0, len(case["prompt"]):].tolist()
-                same = next((i for i, (a, b) in enumerate(zip(facts["best"], theirs)) if a != b), GREEDY)
-                entry |= {"greedy": GREEDY, "equal_up_to": same}
-            else:
-                ids = torch.tensor([case["prompt"] + case["forced"]], device=model.device)
-                hidden = model.model(ids).last_hidden_state[0, len(case["prompt"]) - 1:]
-                reference = model.lm_head(hidden).float().cpu().numpy()
-                error = np.linalg.norm(mine - reference, axis=1) / np.linalg.norm(reference, axis=1)
-                margin = np.sort(reference, axis=1)[:, -2:]
-                clear = (margin[:, 1] - margin[:, 0]) > 0.05
-                agree = mine.argmax(1) == reference.argmax(1)
-                fine = bool(error.max() < limit and agree[clear].all() and np.isfinite(mine).all())
-                ok &= fine
-                entry |= {"ok": fine, "worst_relative_error": float(error.max()), "mean_relative_error":
-                          float(error.mean()), "same_best": f"{int(agree.sum())} of {count}",
-                          "differing_though_clear": int((~agree & clear).sum())}
-            out.append(entry)
-    rows.unlink()
-    return {"ok": ok, "limit": limit, "cases": out}
+def tune(size, results, capacities="1024,4096", prefill="512"):
+    """`convert --tune` on the export that a stage left, then the tuned package beside the untuned one."""
+    folder, package = WORK / size, WORK / f"{size}-tuned"
+    spec = WORK / "tuned.yaml"
+    results.attempt("convert", convert, folder, package, capacities,
+                    ["--prefill", prefill, "--tune", "--save-spec", spec])
+    results["spec"] = spec.read_text()
+    results["tuning"] = json.loads((package / "manifest.json").read_text())["tuning"]
+    for profile in results.values["tuning"]["profiles"]:
+        note(profile["profile"], f"{profile['untuned_ms']:.3f} -> {profile['ms']:.3f} ms")
+        for attempt in profile["tried"]:
+            note("   ", attempt["about"], attempt["what"], attempt["ms"], (attempt["error"] or "")[:200])
+    results.attempt("bench", lab, "bench", package, "--live", LIVE, "--prefill", prefill)
 
 
 def hugging_face(model):

@@ -22,6 +22,7 @@ STAGES = {
     "1b": lambda results: models.stage("1b", results),
     "8b": lambda results: models.stage("8b", results),
     "1b-brief": lambda results: models.stage("1b", results, compare=False),
+    "tune-1b": lambda results: models.tune("1b", results),
     "1b-thorough": lambda results: models.stage("1b", results, thorough=True),
 }
 

@@ -1,0 +1,115 @@
+//! Measurements on a GPU: what `scripts/gpu/` runs on the borrowed machine.
+//!
+//! ```text
+//! gpu_lab bench PKG --live 300 --prefill 128,512       # decode and prefill of a package, as JSON
+//! gpu_lab logits PKG --cases cases.json --output F     # logits of given token sequences, to compare with another engine
+//! gpu_lab batch PKG --cases cases.json --output F      # the same of several sequences in one batch
+//! gpu_lab profile PKG --live 300 [--prefill 512]       # time of each of TensorRT's layers
+//! gpu_lab forms                                        # ways to write a matrix product of one row
+//! ```
+
+mod batch;
+mod drive;
+mod forms;
+mod layers;
+mod sweep;
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Bench {
+        package: PathBuf,
+        #[arg(long, default_value_t = 300)]
+        live: usize,
+        #[arg(long, value_delimiter = ',')]
+        prefill: Vec<usize>,
+        #[arg(long, default_value_t = 64)]
+        tokens: usize,
+    },
+    Logits {
+        package: PathBuf,
+        /// `[{"prompt": [ids], "forced": [ids]}]`
+        #[arg(long)]
+        cases: PathBuf,
+        /// f32 rows: after the prompt, then after each forced token; all cases in order.
+        #[arg(long)]
+        output: PathBuf,
+    },
+    /// As `logits`, several sequences side by side: engines of that batch are built here from the package's graph.
+    Batch {
+        package: PathBuf,
+        /// `[{"prompt": [ids], "forced": [ids]}]`, as many as a batch has, prompts of any length, `forced` of equal.
+        #[arg(long)]
+        cases: PathBuf,
+        /// f32 rows: for every step the rows of all sequences.
+        #[arg(long)]
+        output: PathBuf,
+        #[arg(long, default_value_t = 1024)]
+        capacity: usize,
+        #[arg(long, default_value_t = 128)]
+        chunk: usize,
+    },
+    Profile {
+        package: PathBuf,
+        #[arg(long, default_value_t = 300)]
+        live: usize,
+        #[arg(long)]
+        prefill: Option<usize>,
+    },
+    /// Lowerings of a Llama of made-up weights: decode at several capacities, prefill of 512.
+    Sweep {
+        #[arg(long)]
+        large: bool,
+    },
+    Forms {
+        /// Only forms whose name holds this.
+        #[arg(long, default_value = "")]
+        only: String,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().command {
+        Command::Bench {
+            package,
+            live,
+            prefill,
+            tokens,
+        } => drive::bench(&package, live, &prefill, tokens).map(|v| println!("{v:#}")),
+        Command::Logits { package, cases, output } => {
+            drive::logits(&package, &cases, &output).map(|v| println!("{v:#}"))
+        }
+        Command::Batch {
+            package,
+            cases,
+            output,
+            capacity,
+            chunk,
+        } => batch::logits(&package, &cases, &output, capacity, chunk).map(|v| println!("{v:#}")),
+        Command::Profile { package, live, prefill } => {
+            layers::profile(&package, live, prefill).map(|v| println!("{v:#}"))
+        }
+        Command::Forms { only } => forms::forms(&only),
+        Command::Sweep { large } => sweep::sweep(large),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Lowerings of whole models with made-up weights.
+
+use std::path::Path;
+use std::sync::Mutex;
+
+use lapidary::backend::tensorrt::run::trial::{self, MadeUp};
+use lapidary::backend::tensorrt::run::{Engine, LoadOptions, Runtime, Stream};
+use lapidary::backend::tensorrt::{self, BuildOptions, Library};
+use lapidary::lower::{Options, lower};
+use lapidary::network::{Network, Profile};
+
+use crate::Outcome;
+
+/// Two threads compile while one measures.
+pub fn sweep(large: bool) -> Outcome<()> {
+    use lapidary::lower::synthetic::Decoder;
+    use lapidary::lower::{AttentionForm as A, LinearForm as L};
+    let library = Library::load(None)?;
+    let mut decoder = if large {
+        Decoder::llama_8b()
+    } else {
+        Decoder::llama_1b()
+    };
+    decoder.positions = 8192;
+    let hidden = decoder.hidden;
+    let options = |linear, reduce_depth, attention| Options {
+        linear,
+        reduce_depth,
+        fuse_linear: true,
+        attention,
+        ..Options::default()
+    };
+    let mut cases = Vec::new();
+    // Of the large model's decode engines only a few: each takes 16 GB while it is measured.
+    let capacities: &[usize] = if large { &[1024] } else { &[512, 1024, 4096] };
+    for (label, linear, depth, attention) in [
+        ("matmul", L::FlattenActivation, None, A::Layer),
+        ("matmul", L::FlattenActivation, None, A::ByCapacity),
+        ("reduce", L::ReduceRow, None, A::Layer),
+        ("reduce", L::ReduceRow, None, A::ByCapacity),
+        ("reduce", L::ReduceRow, None, A::Split(8)),
+        ("reduce narrow", L::ReduceRow, Some(hidden), A::ByCapacity),
+    ] {
+        for capacity in capacities {
+            let label = format!("{label}, {attention:?}");
+            cases.push((label, Profile::decode(*capacity), options(linear, depth, attention)));
+        }
+    }
+    for fuse in [true, false] {
+        let mut options = options(L::ReduceRow, None, A::ByCapacity);
+        options.fuse_linear = fuse;
+        for tokens in [128, 512] {
+            cases.push((
+                format!("prefill fused {fuse}"),
+                Profile::prefill(tokens, 1024),
+                options.clone(),
+            ));
+        }
+    }
+    let cases = Mutex::new(cases.into_iter());
+    let gpu = Mutex::new(());
+    let results = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                loop {
+                    let Some((label, profile, options)) = cases.lock().expect("no panic").next() else {
+                        return;
+                    };
+                    let run = || -> Outcome<f64> {
+                        let network = lower(&decoder.graph(), &profile, &options)?;
+                        let plan = tensorrt::build(&library, &network, &BuildOptions::default())?;
+                        measure(&library, &network, plan.bytes(), &gpu, 20)
+                    };
+                    let told = match run() {
+                        Ok(seconds) => format!("{profile} {label}: {:.3} ms", seconds * 1e3),
+                        Err(error) => format!("{profile} {label}: {error}"),
+                    };
+                    eprintln!("{told}");
+                    results.lock().expect("no panic").push(told);
+                }
+            });
+        }
+    });
+    let mut results = results.into_inner().expect("no panic");
+    results.sort();
+    println!("{}", results.join("\n"));
+    Ok(())
+}
+
+/// Seconds a run takes on the GPU, weights and activations made up.
+pub fn measure(library: &Library, network: &Network, plan: &[u8], gpu: &Mutex<()>, times: u32) -> Outcome<f64> {
+    let runtime = Runtime::new(library)?;
+    let loading = LoadOptions {
+        graphs: true,
+        kernels: None,
+    };
+    let mut engine = Engine::load(&runtime, Path::new("made up"), plan, network, loading)?;
+    let _alone = gpu.lock().expect("no panic");
+    let bound = MadeUp::bind(&runtime, &mut engine, network)?;
+    bound.set("position_ids", 300)?;
+    let took = trial::time(&runtime, &mut engine, &Stream::new(runtime.cuda())?, times)?;
+    // The engine's memory goes back before the next one measures.
+    drop(engine);
+    Ok(took.as_secs_f64())
+}
