@@ -142,6 +142,9 @@ pub struct Spec {
     pub dtype: Option<Precision>,
     pub capacity: Option<Vec<usize>>,
     pub prefill: Option<Prefill>,
+    /// One engine a capacity, with an optimization profile for decoding and one for the prefill range. Slower than engines of
+    /// fixed shapes, and smaller where weights are embedded.
+    pub one_engine: Option<bool>,
     /// A folder or a `tokenizer.json`; relative to the spec's own folder.
     pub tokenizer: Option<PathBuf>,
     /// How engines are lowered; `weight_mode` in it is not looked at.
@@ -215,6 +218,7 @@ impl Spec {
             dtype: self.dtype.or(below.dtype),
             capacity: self.capacity.or(below.capacity),
             prefill: self.prefill.or(below.prefill),
+            one_engine: self.one_engine.or(below.one_engine),
             tokenizer: self.tokenizer.or(below.tokenizer),
             lowering: self.lowering.or(below.lowering),
             tuned: self.tuned.or(below.tuned),
@@ -259,7 +263,19 @@ impl Spec {
             }
             range => range,
         };
+        let one_engine = self.one_engine.unwrap_or(false);
+        if one_engine && !matches!(prefill, Prefill::Range(_)) {
+            return bad("one engine for decode and prefill needs a prefill range, such as 1:128:512".into());
+        }
+        if one_engine && (refit != Refit::None || weights == WeightMode::Strip) {
+            return bad(
+                "engines that can be refitted have one optimization profile: one engine for decode and prefill needs \
+                 embedded or bound weights and no refit"
+                    .into(),
+            );
+        }
         Ok(Conversion {
+            one_engine,
             targets,
             weights,
             refit,
@@ -291,6 +307,8 @@ pub struct Conversion {
     /// The capacities were asked for, and not the defaults, which are cut to the model's context.
     pub explicit_capacities: bool,
     pub prefill: Prefill,
+    /// Decode and prefill of a capacity in one engine.
+    pub one_engine: bool,
     pub tokenizer: Option<PathBuf>,
     /// Of engines, `weight_mode` included.
     pub lowering: lower::Options,
@@ -352,6 +370,8 @@ mod tests {
         assert!(resolve("prefill: {min: 4, opt: 2, max: 8}").contains("4:2:8"));
         assert!(resolve("refit: general").contains("bound weights"));
         assert!(resolve("targets: []").contains("no target"));
+        assert!(resolve("one_engine: true").contains("needs a prefill range"));
+        assert!(resolve("{one_engine: true, prefill: {min: 1, opt: 2, max: 4}, weights: strip}").contains("no refit"));
     }
 
     #[test]

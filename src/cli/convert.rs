@@ -47,6 +47,9 @@ pub struct Args {
     /// Chunks that engines take a prompt in, or a range min:opt:max [default: 128,512]
     #[arg(long, value_name = "N,N")]
     prefill: Option<Prefill>,
+    /// Decode and prefill of a capacity in one engine with two optimization profiles; needs a range as --prefill
+    #[arg(long)]
+    one_engine: bool,
     /// tokenizer.json, or a folder with it [default: beside the model, if there]
     #[arg(long, value_name = "FILE_OR_DIR")]
     tokenizer: Option<PathBuf>,
@@ -194,6 +197,7 @@ fn save_spec(path: &Path, conversion: &Conversion, capacities: &[usize]) -> Resu
         dtype: conversion.dtype,
         capacity: Some(capacities.to_vec()),
         prefill: Some(conversion.prefill.clone()),
+        one_engine: conversion.one_engine.then_some(true),
         tokenizer: None,
         lowering: Some(conversion.lowering.clone()),
         tuned: Some(conversion.tuned.clone()).filter(|tuned| !tuned.is_empty()),
@@ -210,6 +214,7 @@ fn conversion(args: &Args) -> Result<Conversion, Failure> {
         dtype: args.dtype,
         capacity: args.capacity.clone(),
         prefill: args.prefill.clone(),
+        one_engine: args.one_engine.then_some(true),
         tokenizer: args.tokenizer.clone(),
         lowering: None,
         tuned: None,
@@ -364,9 +369,14 @@ pub(super) fn engines(
             .map_err(|e| Failure::bug(e).at(model))?;
         let taken = network.weights.iter().flat_map(|w| lower::parts(&w.name));
         let taken = taken.map(str::to_string).collect();
+        let mut options = BuildOptions {
+            refit: conversion.refit,
+            decode_profile: conversion.one_engine,
+            observer: None,
+        };
         let key = cache
             .as_ref()
-            .map(|_| PlanCache::key(&network, conversion.refit, library.version(), &weights));
+            .map(|_| PlanCache::key(&network, &options, library.version(), &weights));
         if let (Some(cache), Some(key)) = (cache, &key)
             && let Some(plan) = cache.get(key)
         {
@@ -380,10 +390,7 @@ pub(super) fn engines(
             bar.fraction(&label, fractions.iter().sum::<f32>() / fractions.len() as f32);
             ControlFlow::Continue(())
         };
-        let options = BuildOptions {
-            refit: conversion.refit,
-            observer: Some(Arc::new(observer)),
-        };
+        options.observer = Some(Arc::new(observer));
         let plan = tensorrt::build(library, &network, &options).map_err(|e| Failure::from(e).at(model))?;
         if let (Some(cache), Some(key)) = (cache, &key) {
             // What cannot be kept is built again next time.
@@ -415,19 +422,23 @@ pub(super) fn engines(
                 Built::New(plan) => (plan.bytes(), plan.elapsed()),
                 Built::Kept(plan) => (&plan[..], Duration::ZERO),
             };
-            let engine = Engine {
-                file: String::new(),
-                bytes: 0,
-                blake3: String::new(),
-                target: Target::TensorrtRtx,
-                profile,
-                weight_mode: conversion.weights,
-                refit: conversion.refit,
-                lowering: conversion.lowering_of(&profile),
-                tensorrt_version: library.version().to_string(),
-                build_ms: elapsed.as_millis() as u64,
-            };
-            writer.engine(engine, plan, &taken)?;
+            for (i, serves) in served_by(&profile, conversion.one_engine).into_iter().enumerate() {
+                let engine = Engine {
+                    file: String::new(),
+                    bytes: 0,
+                    blake3: String::new(),
+                    target: Target::TensorrtRtx,
+                    profile: serves,
+                    built_as: (serves != profile).then_some(profile),
+                    optimization_profile: i,
+                    weight_mode: conversion.weights,
+                    refit: conversion.refit,
+                    lowering: conversion.lowering_of(&profile),
+                    tensorrt_version: library.version().to_string(),
+                    build_ms: elapsed.as_millis() as u64,
+                };
+                writer.engine(engine, plan, &taken)?;
+            }
             let how = match &built {
                 Built::New(_) => format!("in {:.1} s", elapsed.as_secs_f64()),
                 Built::Kept(_) => "kept from before".to_string(),
@@ -444,11 +455,13 @@ pub(super) fn builders() -> usize {
     (cores / 2).clamp(1, 6)
 }
 
-/// Decode at every capacity; prefill wherever a chunk fits.
+/// What is built: decode at every capacity, prefill wherever a chunk fits; or one engine a capacity.
 pub(super) fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Profile> {
     let mut profiles = Vec::new();
     for capacity in capacities {
-        profiles.push(Profile::decode(*capacity));
+        if !conversion.one_engine {
+            profiles.push(Profile::decode(*capacity));
+        }
         for tokens in conversion.prefill.tokens() {
             let tokens = match tokens {
                 Tokens::Static(n) if n > *capacity || n == 1 => continue,
@@ -469,6 +482,14 @@ pub(super) fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Pro
         }
     }
     profiles
+}
+
+/// The profiles that an engine runs, in the order of its optimization profiles.
+fn served_by(built: &Profile, one_engine: bool) -> Vec<Profile> {
+    match one_engine {
+        true => vec![Profile::decode(built.capacity), *built],
+        false => vec![*built],
+    }
 }
 
 #[cfg(test)]
@@ -516,6 +537,10 @@ mod tests {
         assert_eq!(
             names("{capacity: [256], prefill: {min: 1, opt: 128, max: 512}}"),
             ["b1-t1-c256", "b1-t1_128_256-c256"]
+        );
+        assert_eq!(
+            names("{capacity: [256], prefill: {min: 1, opt: 128, max: 512}, one_engine: true}"),
+            ["b1-t1_128_256-c256"]
         );
     }
 }

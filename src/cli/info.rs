@@ -1,5 +1,6 @@
 //! `lapidary info`: the manifest, told to a person.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 
@@ -88,7 +89,8 @@ pub fn tell(m: &Manifest) -> String {
     match m.engines.len() {
         0 => line("engines", "none: runs on the CPU".into()),
         n => {
-            let total = m.engines.iter().map(|e| e.bytes).sum();
+            let files: BTreeMap<&str, u64> = m.engines.iter().map(|e| (e.file.as_str(), e.bytes)).collect();
+            let total = files.values().sum();
             line("engines", format!("{n}, {}", bytes(total)));
             for e in &m.engines {
                 line(

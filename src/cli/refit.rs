@@ -96,6 +96,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             capacities: manifest.capacities.clone(),
             explicit_capacities: true,
             prefill: manifest.prefill.clone(),
+            one_engine: manifest.engines.iter().any(|engine| engine.built_as.is_some()),
             tokenizer: None,
             lowering: lower::Options::for_engines(),
             tuned: manifest

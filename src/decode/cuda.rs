@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::session::{Chunk, Device, DeviceError};
 use crate::backend::tensorrt::Library;
-use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Event, LoadOptions, Pinned, RunError, Runtime, Stream};
+use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Event, Pinned, RunError, Runtime, Stream, Unpacked};
 use crate::graph::Graph;
 use crate::lower;
 use crate::network::{Network, Profile, Tokens, WeightMode};
@@ -273,7 +273,6 @@ impl CudaDevice {
 
     fn load(&mut self, at: usize) -> Result<Loaded, DeviceError> {
         let slot = &self.slots[at];
-        let path = self.folder.join(&slot.facts.file);
         let network = self.lowered(slot)?;
         if slot.facts.weight_mode == WeightMode::Bind && self.weights.is_none() {
             let start = Instant::now();
@@ -282,32 +281,15 @@ impl CudaDevice {
             self.weights = Some(weights.map_err(|e| self.failed(e))?);
             self.times.weights += start.elapsed();
         }
-        let file = std::fs::File::open(&path).map_err(|source| RunError::Read {
-            path: path.clone(),
-            source,
-        });
-        let file = file.map_err(|e| self.failed(e))?;
-        // SAFETY: packages are written once and renamed into place; nothing changes them while they are mapped.
-        let plan = unsafe { memmap2::Mmap::map(&file) }.map_err(|source| {
-            self.failed(RunError::Read {
-                path: path.clone(),
-                source,
-            })
-        })?;
-        let options = LoadOptions {
-            graphs: self.options.graphs && matches!(slot.profile.tokens, Tokens::Static(_)),
-            kernels: self.options.kernels.as_deref(),
-        };
+        let plan = self.unpacked(slot, &network).map_err(|error| self.failed(error))?;
+        let graphs = self.options.graphs && matches!(slot.profile.tokens, Tokens::Static(_));
         let mut engine =
-            Engine::load(&self.runtime, &path, &plan, &network, options).map_err(|error| self.failed(error))?;
-        let tokens = match slot.profile.tokens {
-            Tokens::Static(n) => n,
-            Tokens::Dynamic { max, .. } => {
-                // The most that it will ever ask for.
-                engine.set_tokens(max).map_err(|error| self.failed(error))?;
-                max
-            }
-        };
+            Engine::of(&plan, slot.facts.optimization_profile, graphs).map_err(|error| self.failed(error))?;
+        // A dynamic engine's working memory is for the most that it will ever be asked for.
+        let tokens = largest(slot.profile.tokens);
+        if matches!(slot.facts.lowered_for().tokens, Tokens::Dynamic { .. }) {
+            engine.set_tokens(tokens).map_err(|error| self.failed(error))?;
+        }
         let bound = self.bind(&mut engine, &network);
         bound.map_err(|error| self.failed(error))?;
         self.share_scratch(&mut engine).map_err(|error| self.failed(error))?;
@@ -318,13 +300,31 @@ impl CudaDevice {
         })
     }
 
+    /// The slot's plan, from the file or from another slot that runs another profile of it.
+    fn unpacked(&self, slot: &Slot, network: &Network) -> Result<Rc<Unpacked>, RunError> {
+        let same_file = self.slots.iter().filter(|other| other.facts.file == slot.facts.file);
+        if let Some(loaded) = same_file.filter_map(|other| other.loaded.as_ref()).next() {
+            return Ok(loaded.engine.plan().clone());
+        }
+        let path = self.folder.join(&slot.facts.file);
+        let unreadable = |source| RunError::Read {
+            path: path.clone(),
+            source,
+        };
+        let file = std::fs::File::open(&path).map_err(unreadable)?;
+        // SAFETY: packages are written once and renamed into place; nothing changes them while they are mapped.
+        let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(unreadable)?;
+        let plan = Unpacked::new(&self.runtime, &path, &bytes, network, self.options.kernels.as_deref())?;
+        Ok(Rc::new(plan))
+    }
+
     /// The network that the slot's engine was built from.
     fn lowered(&self, slot: &Slot) -> Result<Network, DeviceError> {
         let options = lower::Options {
             weight_mode: slot.facts.weight_mode,
             ..slot.facts.lowering.clone()
         };
-        lower::lower(&self.graph, &slot.profile, &options).map_err(|error| DeviceError {
+        lower::lower(&self.graph, slot.facts.lowered_for(), &options).map_err(|error| DeviceError {
             device: self.runtime.gpu().to_string(),
             message: error.to_string(),
             help: None,

@@ -137,7 +137,14 @@ pub struct Engine {
     pub bytes: u64,
     pub blake3: String,
     pub target: Target,
+    /// What it runs.
     pub profile: Profile,
+    /// What it was lowered for, if it runs other profiles as well; those have entries of their own with the same file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub built_as: Option<Profile>,
+    /// Which of the plan's optimization profiles this is.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub optimization_profile: usize,
     pub weight_mode: WeightMode,
     pub refit: Refit,
     /// The choices of its lowering, which say what its weights are.
@@ -147,6 +154,17 @@ pub struct Engine {
     pub tensorrt_version: String,
     /// Wall-clock time; 0 for a plan that an engine cache had.
     pub build_ms: u64,
+}
+
+fn is_first(profile: &usize) -> bool {
+    *profile == 0
+}
+
+impl Engine {
+    /// The profile that its network is lowered for.
+    pub fn lowered_for(&self) -> &Profile {
+        self.built_as.as_ref().unwrap_or(&self.profile)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

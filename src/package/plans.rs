@@ -9,7 +9,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use crate::backend::tensorrt::{Refit, Version};
+use crate::backend::tensorrt::{BuildOptions, Refit, Version};
 use crate::network::{LayerKind, Network, WeightMode};
 
 /// A folder of plans.
@@ -26,7 +26,7 @@ impl PlanCache {
     }
 
     /// `weights`: a hash of all weights and tables of the package.
-    pub fn key(network: &Network, refit: Refit, version: Version, weights: &str) -> String {
+    pub fn key(network: &Network, options: &BuildOptions, version: Version, weights: &str) -> String {
         let mut hasher = blake3::Hasher::new();
         let mut part = |bytes: &[u8]| {
             hasher.update(&(bytes.len() as u64).to_le_bytes());
@@ -39,7 +39,11 @@ impl PlanCache {
                 part(tensor.data());
             }
         }
+        let refit = options.refit;
         part(format!("{refit:?} {version}").as_bytes());
+        if options.decode_profile {
+            part(b"a profile for decoding too");
+        }
         let holds = |mode: WeightMode| match mode {
             WeightMode::Bind => false,
             WeightMode::Embed => true,
@@ -95,7 +99,11 @@ mod tests {
     #[test]
     fn the_key_has_the_weights_only_where_they_matter() {
         let [version, later] = [(1, 6, 1), (1, 7, 0)].map(|(major, minor, patch)| Version { major, minor, patch });
-        let key = |mode, refit, weights| PlanCache::key(&network(mode, 16), refit, version, weights);
+        let options = |refit| BuildOptions {
+            refit,
+            ..BuildOptions::default()
+        };
+        let key = |mode, refit, weights| PlanCache::key(&network(mode, 16), &options(refit), version, weights);
         for (mode, refit, depends) in [
             (WeightMode::Bind, Refit::None, false),
             (WeightMode::Bind, Refit::Identical, false),
@@ -110,9 +118,9 @@ mod tests {
         }
         let all = [Refit::None, Refit::General, Refit::Identical].map(|refit| key(WeightMode::Strip, refit, "one"));
         assert!(all[0] != all[1] && all[1] != all[2] && all[0] != all[2]);
-        let other = PlanCache::key(&network(WeightMode::Bind, 32), Refit::None, version, "one");
+        let other = PlanCache::key(&network(WeightMode::Bind, 32), &options(Refit::None), version, "one");
         assert_ne!(other, key(WeightMode::Bind, Refit::None, "one"));
-        let newer = PlanCache::key(&network(WeightMode::Bind, 16), Refit::None, later, "one");
+        let newer = PlanCache::key(&network(WeightMode::Bind, 16), &options(Refit::None), later, "one");
         assert_ne!(newer, key(WeightMode::Bind, Refit::None, "one"));
     }
 

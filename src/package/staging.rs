@@ -5,6 +5,7 @@
 //! left behind is swept when the same target is written again. Before the rename everything is synced to the disk: a
 //! package that is there after a power failure is whole, too.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -66,9 +67,10 @@ impl Staging {
 /// Puts the engines and tokenizer files that `manifest` names into the staged package: as links where the file system
 /// has them, since packages are never changed in place.
 pub fn carry_over(from: &Package, to: &Staging, manifest: &Manifest) -> Result<(), PackageError> {
-    let engines = manifest.engines.iter().map(|engine| &engine.file);
+    // Several engines may be profiles of one file.
+    let engines: BTreeSet<&String> = manifest.engines.iter().map(|engine| &engine.file).collect();
     let tokenizer = manifest.tokenizer.iter().flat_map(|t| t.files.iter().map(|f| &f.file));
-    for file in engines.chain(tokenizer) {
+    for file in engines.into_iter().chain(tokenizer) {
         let (source, target) = (from.path(file)?, to.folder().join(file));
         if let Some(folder) = target.parent() {
             fs::create_dir_all(folder).map_err(PackageError::io(folder))?;

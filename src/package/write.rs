@@ -137,12 +137,13 @@ impl Writer {
         self.manifest.tuning = Some(tuning);
     }
 
-    /// Adds a plan. `engine.file`, `bytes` and `blake3` are filled in here; `weights` are the names it takes.
+    /// Adds a plan, or another profile of the same. `engine.file`, `bytes` and `blake3` are filled in here; `weights` are
+    /// the names it takes.
     pub fn engine(&mut self, mut engine: Engine, plan: &[u8], weights: &HashSet<String>) -> Result<(), PackageError> {
         let folder = self.staging.folder().join(ENGINES);
         fs::create_dir_all(&folder).map_err(PackageError::io(&folder))?;
         let label = engine.profile.to_string();
-        engine.file = format!("{ENGINES}/{label}-{}.plan", engine.target);
+        engine.file = format!("{ENGINES}/{}-{}.plan", engine.lowered_for(), engine.target);
         let path: PathBuf = self.staging.folder().join(&engine.file);
         fs::write(&path, plan).map_err(PackageError::io(&path))?;
         engine.bytes = plan.len() as u64;

@@ -198,3 +198,53 @@ fn tuning_needs_a_gpu() {
     assert!(help.contains("--save-spec"), "{help}");
     assert!(!pkg.exists());
 }
+
+/// With two optimization profiles one plan decodes and prefills; the manifest has an entry for each, refit keeps the file.
+#[test]
+fn one_engine_for_decode_and_prefill() {
+    let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+    let folder = tempfile::tempdir().unwrap();
+    let model = fixture("exports/llama-optimum/model.onnx");
+    let flags = [
+        "--target",
+        "tensorrt-rtx",
+        "--capacity",
+        "16,32",
+        "--prefill",
+        "1:8:24",
+        "--one-engine",
+    ];
+    let library = ["--tensorrt-lib", text(library.path())];
+    let pkg = package(folder.path(), &model, &[&flags[..], &library[..]].concat());
+    let told = || {
+        let info = lapidary(["info", text(&pkg), "--json", "--check"]).ok().json();
+        let engines = info["engines"].as_array().unwrap().clone();
+        let profiles: Vec<Value> = engines.iter().map(|e| e["optimization_profile"].clone()).collect();
+        let files: Vec<Value> = engines.iter().map(|e| e["file"].clone()).collect();
+        (profiles, files)
+    };
+    let (profiles, files) = told();
+    assert_eq!(profiles, [Value::Null, 1.into(), Value::Null, 1.into()]);
+    let expected = ["b1-t1_8_16-c16", "b1-t1_8_16-c16", "b1-t1_8_24-c32", "b1-t1_8_24-c32"];
+    assert_eq!(
+        files,
+        expected.map(|file| Value::from(format!("engines/{file}-tensorrt-rtx.plan")))
+    );
+    assert_eq!(names(&pkg.join("engines")).len(), 2);
+    lapidary(["refit", text(&pkg), "--from", text(&model)]).ok();
+    assert_eq!(told(), (profiles, files));
+
+    let refused = |flags: &[&str]| {
+        let other = folder.path().join("other");
+        let all = [
+            &["convert", text(&model), "-o", text(&other), "--target", "tensorrt-rtx"],
+            &library[..],
+            flags,
+        ]
+        .concat();
+        lapidary(all).refused().0
+    };
+    assert!(refused(&["--one-engine", "--prefill", "8"]).contains("needs a prefill range"));
+    let strip = ["--one-engine", "--prefill", "1:8:24", "--weights", "strip"];
+    assert!(refused(&strip).contains("have one optimization profile"));
+}

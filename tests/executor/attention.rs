@@ -5,7 +5,7 @@ use lapidary::tensor::{DType, Tensor};
 use proptest::prelude::*;
 
 use super::reference::{Value, evaluate};
-use super::support::{Random, assert_close, every_option, one_layer, run};
+use super::support::{Random, assert_close, every_option, on_tensorrt, one_layer, run};
 
 fn check(inputs: &[Tensor]) {
     let values: Vec<Value> = inputs.iter().map(Value::from).collect();
@@ -103,7 +103,9 @@ fn what_is_masked_out_is_not_read_into_the_result() {
         let (slots, live) = (300, 40);
         let q = random.floats(DType::F32, &[1, 2, tokens, 16], 1.0);
         let mask = causal(tokens, slots, live - tokens, slots);
-        let (mut k, mut v) = (vec![f32::NAN; slots * 16], vec![1e30f32; slots * 16]);
+        // TensorRT adds the mask to the scores, so what it hides must be finite: caches are cleared for that.
+        let hidden = if on_tensorrt() { [1e4, 1e4] } else { [f32::NAN, 1e30] };
+        let (mut k, mut v) = (vec![hidden[0]; slots * 16], vec![hidden[1]; slots * 16]);
         let (kl, vl) = (
             random.floats(DType::F32, &[live * 16], 1.0).to_f32(),
             random.floats(DType::F32, &[live * 16], 1.0).to_f32(),

@@ -48,10 +48,11 @@ pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions
     };
     let own_words = |error: trtx::Error| capture.take_errors().unwrap_or_else(|| error.to_string());
 
-    if let Some(profile) = profile(network, &mut builder).map_err(|e| fail(own_words(e)))? {
-        let mut profile = profile;
-        let added = config.add_optimization_profile(&mut profile);
-        added.map_err(|e| fail(own_words(e)))?;
+    for range in ranges(network, options) {
+        if let Some(mut profile) = profile(network, range, &mut builder).map_err(|e| fail(own_words(e)))? {
+            let added = config.add_optimization_profile(&mut profile);
+            added.map_err(|e| fail(own_words(e)))?;
+        }
     }
     // On by default, and with it fp32 products are only as good as fp16's.
     config.clear_flag(BuilderFlag::kTF32);
@@ -110,14 +111,21 @@ fn weight_bytes(network: &Network) -> Result<Vec<Option<Tensor>>, Error> {
     Ok(bytes)
 }
 
-/// One profile over every input that has a symbolic dim; none for a static network.
+/// Token counts (min, opt, max) of each optimization profile.
+fn ranges(network: &Network, options: &BuildOptions) -> Vec<[usize; 3]> {
+    match network.profile.tokens {
+        Tokens::Static(_) => Vec::new(),
+        Tokens::Dynamic { min, opt, max } if options.decode_profile => vec![[1; 3], [min, opt, max]],
+        Tokens::Dynamic { min, opt, max } => vec![[min, opt, max]],
+    }
+}
+
+/// A profile over every input that has a symbolic dim; `None` if there is no such input.
 fn profile<'b>(
     network: &Network,
+    [min, opt, max]: [usize; 3],
     builder: &mut trtx::Builder<'b>,
 ) -> Result<Option<trtx::optimization_profile::OptimizationProfile<'b>>, trtx::Error> {
-    let Tokens::Dynamic { min, opt, max } = network.profile.tokens else {
-        return Ok(None);
-    };
     let mut inputs = network.inputs.iter().map(|id| network.tensor(*id));
     let dynamic: Vec<_> = inputs
         .by_ref()

@@ -19,7 +19,8 @@
 //! - Inputs and outputs keep the network's names. A bound weight ([`WeightMode::Bind`]) becomes an input of the weight's
 //!   own name, whatever the tensor is called; its bytes are never read. A cache and its update are two names for one
 //!   address ([`Network::aliases`]).
-//! - Dims that hold the symbol `tokens` are -1, with one optimization profile from [`Tokens::Dynamic`].
+//! - Dims that hold the symbol `tokens` are -1, with one optimization profile from [`Tokens::Dynamic`], or two
+//!   ([`BuildOptions::decode_profile`]).
 //! - Embedded weights lie in the plan; TensorRT reads them where they are mapped, and needs about twice their size beside
 //!   them while it builds.
 //! - After every layer TensorRT's inferred type and shape are compared with the network's, so a wrong lowering fails at
@@ -72,6 +73,9 @@ pub enum Refit {
 #[derive(Clone, Default)]
 pub struct BuildOptions {
     pub refit: Refit,
+    /// A dynamic network gets a first optimization profile of one token beside its range, so that one engine decodes and
+    /// prefills. Not for refittable engines, which TensorRT-RTX wants with one profile.
+    pub decode_profile: bool,
     /// Hears of progress and may cancel.
     pub observer: Option<Arc<dyn BuildObserver>>,
 }

@@ -1,0 +1,231 @@
+//! A plan with a context: bound, launched, timed.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::rc::Rc;
+
+use super::graph::Graph;
+use super::{Buffer, LoadOptions, Port, RunError, Runtime, Stream, Unpacked};
+use crate::network::Network;
+
+/// A plan that is ready to run, with a context of its own. Its working memory is the caller's ([`Engine::scratch_bytes`]),
+/// so that engines that never run at once can share it.
+pub struct Engine {
+    context: trtx::ExecutionContext<'static>,
+    plan: Rc<Unpacked>,
+    scratch_bytes: usize,
+    /// The addresses that the context was told.
+    bound: HashMap<String, u64>,
+    /// What dims that depend on the call are set to.
+    tokens: usize,
+    launch: Launch,
+}
+
+/// How the next run is queued.
+enum Launch {
+    /// Kernel by kernel, always.
+    Kernels,
+    /// Kernel by kernel this once, since TensorRT prepares things in its first run that must not be captured.
+    First,
+    /// Captured, then launched.
+    Capture,
+    /// Launched again.
+    Again(Graph),
+}
+
+impl Engine {
+    /// Unpacks a plan and makes a context for its first optimization profile.
+    pub fn load(
+        runtime: &Rc<Runtime>,
+        path: &Path,
+        plan: &[u8],
+        network: &Network,
+        options: LoadOptions<'_>,
+    ) -> Result<Self, RunError> {
+        let plan = Rc::new(Unpacked::new(runtime, path, plan, network, options.kernels)?);
+        Engine::of(&plan, 0, options.graphs)
+    }
+
+    /// A context for one optimization profile of a plan (0 where there is one, or none). `graphs`: see [`LoadOptions`].
+    pub fn of(plan: &Rc<Unpacked>, profile: usize, graphs: bool) -> Result<Self, RunError> {
+        let failed = |error: trtx::Error| plan.runtime.load_error(&plan.name, &error);
+        let created = plan
+            .inner
+            .borrow_mut()
+            .create_execution_context_with_config(plan.config.clone());
+        let mut context = created.map_err(failed)?;
+        if profile > 0 {
+            let stream = Stream::new(&plan.runtime.cuda)?;
+            // SAFETY: the stream lives, and is waited for.
+            let set = unsafe { context.set_optimization_profile_async(profile as i32, stream.raw()) };
+            stream.wait()?;
+            if !set {
+                return Err(RunError::Mismatch {
+                    engine: plan.name.clone(),
+                    reason: format!("it has no optimization profile {profile}"),
+                });
+            }
+        }
+        let is_static = plan.ports.iter().all(|port| port.shape.iter().all(|d| *d >= 0));
+        let scratch_bytes = match is_static {
+            true => context.update_device_memory_size_for_shapes(),
+            false => 0,
+        };
+        plan.keep_kernels();
+        Ok(Engine {
+            context,
+            plan: plan.clone(),
+            scratch_bytes,
+            bound: HashMap::new(),
+            tokens: 1,
+            launch: if graphs { Launch::First } else { Launch::Kernels },
+        })
+    }
+
+    /// What other contexts of the same plan can be made from.
+    pub fn plan(&self) -> &Rc<Unpacked> {
+        &self.plan
+    }
+    /// The profile it was built for.
+    pub fn name(&self) -> &str {
+        &self.plan.name
+    }
+    pub fn ports(&self) -> &[Port] {
+        &self.plan.ports
+    }
+    pub fn port(&self, name: &str) -> Option<&Port> {
+        self.plan.ports.iter().find(|port| port.name == name)
+    }
+    /// Tokens that a dynamic engine is set to; 1 for a static one.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+    /// Working memory that a run needs, for the shapes set.
+    pub fn scratch_bytes(&self) -> usize {
+        self.scratch_bytes
+    }
+
+    /// See [`Unpacked::keep_kernels`].
+    pub fn keep_kernels(&self) {
+        self.plan.keep_kernels();
+    }
+
+    /// Sets every dim that depends on the call to `tokens`, and learns the working memory that takes.
+    pub fn set_tokens(&mut self, tokens: usize) -> Result<(), RunError> {
+        for port in self
+            .plan
+            .ports
+            .iter()
+            .filter(|p| p.is_input && p.shape.iter().any(|d| *d < 0))
+        {
+            let dims: Vec<i64> = port
+                .shape
+                .iter()
+                .map(|d| if *d < 0 { tokens as i64 } else { *d })
+                .collect();
+            let dims = trtx::trtx_sys::Dims64::from_slice(&dims);
+            let set = self.context.set_input_shape(&port.name, &dims);
+            set.map_err(|error| self.plan.runtime.load_error(&self.plan.name, &error))?;
+        }
+        self.tokens = tokens;
+        self.recapture();
+        self.scratch_bytes = self.context.update_device_memory_size_for_shapes();
+        Ok(())
+    }
+
+    /// What is bound changed: a captured graph holds what was before.
+    fn recapture(&mut self) {
+        if let Launch::Again(_) = self.launch {
+            self.launch = Launch::Capture;
+        }
+    }
+
+    fn tell(&mut self, name: &str, address: u64) -> Result<(), RunError> {
+        // SAFETY: the promise of `bind`.
+        let bound = unsafe { self.context.set_tensor_address(name, address as *mut std::ffi::c_void) };
+        bound.map_err(|error| RunError::Mismatch {
+            engine: self.plan.name.clone(),
+            reason: format!("{name}: {}", self.plan.runtime.own_words(&error)),
+        })
+    }
+
+    /// # Safety
+    /// The buffer must live until the last run ended, and must not be used by another run at the same time.
+    pub unsafe fn set_scratch(&mut self, scratch: &Buffer) {
+        self.recapture();
+        let address = scratch.address() as *mut std::ffi::c_void;
+        // SAFETY: the caller's promise.
+        unsafe { self.context.set_device_memory_v2(address, scratch.bytes() as i64) };
+    }
+
+    /// Binds inputs and outputs to device memory.
+    ///
+    /// # Safety
+    /// The memory must hold the tensors (see [`Port::bytes`]) and live until the last run ended.
+    pub unsafe fn bind<'n>(&mut self, ports: impl IntoIterator<Item = (&'n str, u64)>) -> Result<(), RunError> {
+        for (name, address) in ports {
+            if self.bound.insert(name.to_string(), address) != Some(address) {
+                self.recapture();
+                self.tell(name, address)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Queues one run.
+    pub fn enqueue(&mut self, stream: &Stream) -> Result<(), RunError> {
+        match &self.launch {
+            Launch::Again(graph) => return graph.launch(stream),
+            Launch::Kernels => return self.enqueue_kernels(stream),
+            Launch::First => {
+                self.launch = Launch::Capture;
+                return self.enqueue_kernels(stream);
+            }
+            Launch::Capture => {}
+        }
+        let cuda = self.plan.runtime.cuda.clone();
+        match Graph::capture(&cuda, stream, || self.enqueue_kernels(stream)) {
+            Ok(graph) => {
+                graph.launch(stream)?;
+                self.launch = Launch::Again(graph);
+                Ok(())
+            }
+            // TensorRT may have layers that cannot be captured: slower, but no error.
+            Err(_) => {
+                self.plan.runtime.capture.take_errors();
+                self.launch = Launch::Kernels;
+                self.enqueue_kernels(stream)
+            }
+        }
+    }
+
+    /// Whether runs are launched as one CUDA graph by now.
+    pub fn is_captured(&self) -> bool {
+        matches!(self.launch, Launch::Again(_))
+    }
+
+    fn enqueue_kernels(&mut self, stream: &Stream) -> Result<(), RunError> {
+        // SAFETY: the stream lives; addresses are live by the promise of `bind`.
+        let queued = unsafe { self.context.enqueue_v3(stream.raw()) };
+        queued.map_err(|error| RunError::Execute {
+            engine: self.plan.name.clone(),
+            message: self.plan.runtime.own_words(&error),
+        })
+    }
+
+    /// Reports the time of each of TensorRT's layers after every run. CUDA graphs must be off; once for an engine.
+    pub fn profile(&mut self, report: Box<dyn trtx::interfaces::ReportLayerTime>) -> Result<(), RunError> {
+        let set = self.context.set_profiler(report);
+        set.map_err(|error| self.plan.runtime.load_error(&self.plan.name, &error))
+    }
+
+    /// TensorRT's own description of its layers, as JSON.
+    pub fn inspect(&self) -> Result<String, RunError> {
+        let read = || -> Result<String, trtx::Error> {
+            let inner = self.plan.inner.borrow();
+            let inspector = inner.create_engine_inspector()?;
+            inspector.engine_information(trtx::LayerInformationFormat::kJSON)
+        };
+        read().map_err(|error| self.plan.runtime.load_error(&self.plan.name, &error))
+    }
+}

@@ -1,0 +1,114 @@
+//! A plan in memory: deserialised, refitted where its weights were stripped, with the kernels kept from before.
+
+use std::cell::RefCell;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use trtx::{DynamicShapesKernelSpecializationStrategy, ExecutionContextAllocationStrategy};
+
+use super::kernels::Kernels;
+use super::{Port, RunError, Runtime, refit};
+use crate::network::{Network, WeightMode};
+use crate::tensor::DType;
+
+/// What contexts of one plan share. They hold it: TensorRT wants contexts to die before their engine.
+pub struct Unpacked {
+    pub(super) config: Rc<trtx::RuntimeConfig<'static>>,
+    pub(super) inner: RefCell<trtx::CudaEngine<'static>>,
+    kernels: RefCell<Option<Kernels>>,
+    pub(super) runtime: Rc<Runtime>,
+    /// The profile it was built for.
+    pub(super) name: String,
+    pub(super) ports: Vec<Port>,
+}
+
+impl Unpacked {
+    /// `network` is the one that the plan was built from: the source of stripped weights. `path` is for messages, `kernels`
+    /// where compiled kernels are kept.
+    pub fn new(
+        runtime: &Rc<Runtime>,
+        path: &Path,
+        plan: &[u8],
+        network: &Network,
+        kernels: Option<&Path>,
+    ) -> Result<Self, RunError> {
+        let name = network.profile.to_string();
+        let unusable = |reason: String| RunError::Plan {
+            path: path.to_path_buf(),
+            reason,
+        };
+        runtime.capture.take_errors();
+        runtime.check(plan, false).map_err(unusable)?;
+        let deserialized = runtime.inner.borrow_mut().deserialize_cuda_engine(plan);
+        let mut inner = deserialized.map_err(|error| {
+            let words = runtime.own_words(&error);
+            unusable(match runtime.check(plan, true) {
+                Ok(()) => words,
+                Err(reason) => format!("{reason} ({words})"),
+            })
+        })?;
+        let failed = |error: trtx::Error| runtime.load_error(&name, &error);
+        if network.weights.iter().any(|w| w.mode == WeightMode::Strip) {
+            refit::refit(runtime, &mut inner, network, &name)?;
+        }
+        let mut config = inner.create_runtime_config().map_err(failed)?;
+        config.set_execution_context_allocation_strategy(ExecutionContextAllocationStrategy::kUSER_MANAGED);
+        config.set_dynamic_shapes_kernel_specialization_strategy(DynamicShapesKernelSpecializationStrategy::kEAGER);
+        let mut kept = None;
+        if let Some(folder) = kernels {
+            let cache = Arc::new(config.create_runtime_cache().map_err(failed)?);
+            kept = Some(Kernels::open(folder, plan, runtime, cache.clone()));
+            config.set_runtime_cache(cache).map_err(failed)?;
+        }
+        let ports = ports(&inner).map_err(failed)?;
+        Ok(Unpacked {
+            inner: RefCell::new(inner),
+            config: Rc::new(config),
+            kernels: RefCell::new(kept),
+            runtime: runtime.clone(),
+            name,
+            ports,
+        })
+    }
+
+    /// Writes what TensorRT compiled since the last call, if anything, for the next process.
+    pub fn keep_kernels(&self) {
+        if let Some(kernels) = &mut *self.kernels.borrow_mut() {
+            kernels.keep();
+        }
+    }
+}
+
+fn ports(engine: &trtx::CudaEngine<'_>) -> Result<Vec<Port>, trtx::Error> {
+    let mut ports = Vec::new();
+    for i in 0..engine.nb_io_tensors()? {
+        let name = engine.io_tensor_name(i)?;
+        ports.push(Port {
+            dtype: dtype(engine.tensor_data_type(&name)?)?,
+            shape: engine.tensor_shape(&name)?,
+            is_input: matches!(engine.tensor_io_mode(&name)?, trtx::TensorIOMode::kINPUT),
+            name,
+        });
+    }
+    Ok(ports)
+}
+
+fn dtype(data_type: trtx::DataType) -> Result<DType, trtx::Error> {
+    use trtx::DataType as T;
+    Ok(match data_type {
+        T::kBOOL => DType::Bool,
+        T::kUINT8 => DType::U8,
+        T::kINT8 => DType::I8,
+        T::kINT32 => DType::I32,
+        T::kINT64 => DType::I64,
+        T::kHALF => DType::F16,
+        T::kBF16 => DType::Bf16,
+        T::kFLOAT => DType::F32,
+        other => {
+            return Err(trtx::Error::InvalidArgument(format!(
+                "an input or output of type {other:?}"
+            )));
+        }
+    })
+}
