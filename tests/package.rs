@@ -177,6 +177,8 @@ fn engines_are_listed_with_the_weights_they_take() {
         blake3: String::new(),
         target: Target::TensorrtRtx,
         profile,
+        built_as: None,
+        optimization_profile: 0,
         weight_mode: WeightMode::Bind,
         refit: Refit::None,
         lowering: lapidary::lower::Options::default(),
