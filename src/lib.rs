@@ -8,8 +8,10 @@
 //! 4. [`backend`] builds TensorRT engines from a network, or executes it on the CPU.
 //!    `tune` times lowerings on the GPU at hand.
 //! 5. [`package`] keeps graph, weights, engines and tokenizer on disk; [`decode`] generates from it.
+//! 6. [`bench`] measures that.
 
 pub mod backend;
+pub mod bench;
 pub mod cli;
 pub mod decode;
 pub mod dim;
