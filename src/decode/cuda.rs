@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use super::instruments::Instruments;
 use super::session::{Chunk, Device, DeviceError};
 use crate::backend::tensorrt::Library;
 use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Event, Pinned, RunError, Runtime, Stream, Unpacked};
@@ -24,6 +25,7 @@ mod cache;
 mod chunks;
 mod control;
 mod error;
+mod facts;
 mod weights;
 
 use cache::Cache;
@@ -516,6 +518,10 @@ impl Device for CudaDevice {
             self.downloaded(logits);
         }
         Ok(best)
+    }
+
+    fn instruments(&mut self) -> Option<&mut dyn Instruments> {
+        Some(self)
     }
 }
 

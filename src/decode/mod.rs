@@ -11,6 +11,7 @@ pub mod cpu;
 #[cfg(feature = "tensorrt-rtx")]
 pub mod cuda;
 mod generate;
+pub mod instruments;
 mod pieces;
 pub mod reference;
 mod session;
@@ -18,4 +19,5 @@ pub mod text;
 pub mod tokenizer;
 
 pub use generate::{FinishReason, GenerateError, Generation, Limits, Piece, Step, Timing, generate, stream};
+pub use instruments::Instruments;
 pub use session::{Chunk, Device, DeviceError, Session, SessionError, best};

@@ -6,6 +6,8 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use super::instruments::Instruments;
+
 /// One call of a lowered network.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Chunk {
@@ -56,6 +58,11 @@ pub trait Device {
     ) -> Result<Option<u32>, DeviceError> {
         self.forward(chunk, tokens, position, logits)?;
         Ok(best(logits))
+    }
+
+    /// What it can tell benchmarks of itself.
+    fn instruments(&mut self) -> Option<&mut dyn Instruments> {
+        None
     }
 }
 
@@ -134,6 +141,10 @@ impl Session {
     pub fn device(&self) -> &dyn Device {
         &*self.device
     }
+    /// See [`Device::instruments`].
+    pub fn instruments(&mut self) -> Option<&mut dyn Instruments> {
+        self.device.instruments()
+    }
     /// Every token fed so far.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
@@ -163,6 +174,13 @@ impl Session {
     pub fn clear(&mut self) {
         self.tokens.clear();
         self.logits.clear();
+    }
+
+    /// Forgets all tokens and the cache with them: the next ones start in the smallest capacity that fits, as in a new
+    /// session, while everything loaded stays loaded.
+    pub fn restart(&mut self) {
+        self.clear();
+        self.capacity = 0;
     }
 
     /// Feeds tokens and computes the logits after the last of them. On an error nothing was fed, unless the device
@@ -389,6 +407,18 @@ mod tests {
         assert_eq!(session.room(), 0);
         let expected = ["reserve 4 keeping 0", "reserve 8 keeping 4", "reserve 16 keeping 5"];
         assert_eq!(*log.borrow(), expected);
+    }
+
+    #[test]
+    fn a_restart_goes_back_to_the_smallest_that_fits() {
+        let (mut session, log) = session(&[4, 16], 64, false);
+        session.feed(&[1; 9]).unwrap();
+        session.restart();
+        assert_eq!((session.capacity(), session.tokens().len()), (0, 0));
+        let again = session.feed(&[5, 6]).unwrap().to_vec();
+        assert_eq!(again, self::session(&[64], 64, false).0.feed(&[5, 6]).unwrap());
+        assert_eq!((session.capacity(), session.moves().0), (4, 0));
+        assert_eq!(*log.borrow(), ["reserve 16 keeping 0", "reserve 4 keeping 0"]);
     }
 
     #[test]

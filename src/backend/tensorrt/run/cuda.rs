@@ -220,6 +220,14 @@ impl Stream {
             .map_err(failed("cuMemcpyDtoHAsync"))
     }
 
+    /// Queues a copy of `bytes` from the front of `from` to the front of `to`, on the device.
+    pub fn copy(&self, from: &Buffer, to: &Buffer, bytes: usize) -> Result<(), RunError> {
+        assert!(bytes <= from.bytes && bytes <= to.bytes);
+        // SAFETY: both are large enough; the caller waits before either goes.
+        unsafe { result::memcpy_dtod_async(to.address, from.address, bytes, self.raw) }
+            .map_err(failed("cuMemcpyDtoDAsync"))
+    }
+
     /// Queues one copy of `rows` rows of `width` bytes between device memories with different distances between rows.
     pub fn copy_rows(
         &self,

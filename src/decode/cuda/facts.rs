@@ -1,0 +1,138 @@
+//! What a CUDA device tells benchmarks: facts, memory, device clocks, time by layer.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::{CudaDevice, MemoryUse};
+use crate::backend::tensorrt::run::layer_times::ReportLayerTime;
+use crate::backend::tensorrt::run::{Buffer, Engine, Event, LoadOptions, RunError};
+use crate::decode::instruments::{DeviceFacts, DeviceMemory, Instruments};
+use crate::decode::session::DeviceError;
+use crate::lower;
+use crate::network::Tokens;
+
+/// Sizes of the copy, the first that fits: far beyond any cache.
+const COPIES: [usize; 3] = [2 << 30, 512 << 20, 64 << 20];
+/// Copies timed; the fastest counts, as in STREAM.
+const COPY_RUNS: usize = 10;
+
+impl Instruments for CudaDevice {
+    fn facts(&self) -> DeviceFacts {
+        DeviceFacts {
+            driver: self.runtime.cuda().facts().clone(),
+            tensorrt: self.runtime.version().to_string(),
+        }
+    }
+
+    fn memory(&self) -> DeviceMemory {
+        let MemoryUse {
+            weights,
+            cache,
+            scratch,
+            total,
+        } = CudaDevice::memory(self);
+        DeviceMemory {
+            weights,
+            cache,
+            scratch,
+            total,
+        }
+    }
+
+    fn step_time(&mut self, times: usize) -> Result<Duration, DeviceError> {
+        self.time_again(times)
+    }
+
+    fn copy_bandwidth(&mut self) -> Result<f64, DeviceError> {
+        self.copies().map_err(|error| self.failed(error))
+    }
+
+    fn layer_times(&mut self, runs: usize) -> Result<Vec<(String, f64)>, DeviceError> {
+        self.layers(runs).map_err(|error| self.failed(error))
+    }
+}
+
+impl CudaDevice {
+    fn copies(&self) -> Result<f64, RunError> {
+        let cuda = self.runtime.cuda();
+        let pair = |bytes| -> Result<_, RunError> {
+            Ok((
+                Buffer::new(cuda, bytes, "a copy's source")?,
+                Buffer::new(cuda, bytes, "a copy's target")?,
+            ))
+        };
+        let fitting = COPIES.iter().find_map(|bytes| Some((*bytes, pair(*bytes).ok()?)));
+        let (bytes, (from, to)) = match fitting {
+            Some(found) => found,
+            None => (COPIES[2], pair(COPIES[2])?),
+        };
+        from.clear(&self.stream)?;
+        let mut fastest = Duration::MAX;
+        for _ in 0..COPY_RUNS {
+            let (start, end) = (Event::new(cuda)?, Event::new(cuda)?);
+            start.record(&self.stream)?;
+            self.stream.copy(&from, &to, bytes)?;
+            end.record(&self.stream)?;
+            end.wait()?;
+            fastest = fastest.min(end.since(&start)?);
+        }
+        Ok(2.0 * bytes as f64 / fastest.as_secs_f64())
+    }
+
+    /// The last call again, in an engine of its own: layers of a captured graph cannot be told apart.
+    fn layers(&mut self, runs: usize) -> Result<Vec<(String, f64)>, RunError> {
+        let profile = self.last.expect("something ran before");
+        let slot = self.slots.iter().find(|slot| slot.profile == profile).expect("it ran");
+        let tokens = slot.loaded.as_ref().expect("it ran").tokens;
+        let options = lower::Options {
+            weight_mode: slot.facts.weight_mode,
+            ..slot.facts.lowering.clone()
+        };
+        let network = lower::lower(&self.graph, &slot.profile, &options).expect("it was lowered when it was loaded");
+        let path = self.folder.join(&slot.facts.file);
+        let plan = std::fs::read(&path).map_err(|source| RunError::Read {
+            path: path.clone(),
+            source,
+        })?;
+        let loading = LoadOptions {
+            graphs: false,
+            kernels: None,
+        };
+        let mut engine = Engine::load(&self.runtime, &path, &plan, &network, loading)?;
+        if matches!(profile.tokens, Tokens::Dynamic { .. }) {
+            engine.set_tokens(tokens)?;
+        }
+        let layers = Arc::new(Mutex::new(Vec::new()));
+        engine.profile(Box::new(Layers(layers.clone())))?;
+        self.bind(&mut engine, &network)?;
+        let cache = self.cache.as_ref().expect("something ran before");
+        // SAFETY: the cache lives as long as self, and this engine ends with this function.
+        unsafe { engine.bind(cache.ports())? };
+        self.share_scratch(&mut engine)?;
+        // The small inputs are still on the device as the last call left them.
+        for _ in 0..3 {
+            engine.enqueue(&self.stream)?;
+            self.stream.wait()?;
+        }
+        layers.lock().expect("no reporter panics").clear();
+        for _ in 0..runs {
+            engine.enqueue(&self.stream)?;
+            self.stream.wait()?;
+        }
+        let layers = layers.lock().expect("no reporter panics");
+        Ok(layers.iter().map(|(name, ms)| (name.clone(), ms / runs as f64)).collect())
+    }
+}
+
+/// Sums times by name, in the order in which names first come.
+struct Layers(Arc<Mutex<Vec<(String, f64)>>>);
+
+impl ReportLayerTime for Layers {
+    fn report_layer_time(&self, name: &str, ms: f32) {
+        let mut layers = self.0.lock().expect("no reporter panics");
+        match layers.iter_mut().find(|(known, _)| known == name) {
+            Some((_, sum)) => *sum += f64::from(ms),
+            None => layers.push((name.to_string(), f64::from(ms))),
+        }
+    }
+}
