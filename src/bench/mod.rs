@@ -5,8 +5,14 @@
 //! takes such files back and refuses those that do not hold together. What the numbers mean is in `docs/benchmarks.md`;
 //! what is made of them is `report`'s.
 
+pub mod csv;
+pub mod layers;
+pub mod machine;
+pub mod measure;
+pub mod model;
 pub mod result;
 pub mod summary;
+pub mod workload;
 
 pub use result::Document;
 pub use summary::Summary;

@@ -11,7 +11,7 @@ use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
 use super::Failure;
-use super::device::{self, Device, Wish};
+use super::device::{self, Device, Unusual, Wish};
 use super::events::{self, Event, Summary};
 use super::generate::{fitting, need};
 use super::interrupt::Listener;
@@ -99,6 +99,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
                 tensorrt_lib: args.tensorrt_lib.as_deref(),
                 prompt: 1,
                 total: args.max_new_tokens,
+                unusual: Unusual::default(),
             },
         )?,
         left_out: 0,

@@ -26,6 +26,17 @@ pub struct Wish<'a> {
     /// Tokens of the prompt, and of the whole text at most: engines for these are loaded ahead.
     pub prompt: usize,
     pub total: usize,
+    /// What only measurements ask for.
+    pub unusual: Unusual<'a>,
+}
+
+/// Ways to run that no user wants, but that show what the usual ones are worth.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Unusual<'a> {
+    /// Kernels compiled at first load are looked for, and kept, in this folder alone.
+    pub kernels: Option<&'a Path>,
+    /// Launch engines layer by layer.
+    pub no_graphs: bool,
 }
 
 /// A session on the device asked for.
@@ -85,7 +96,12 @@ mod cuda {
 
     pub fn open_cuda(package: &Package, wish: Wish<'_>) -> Result<Session, Refusal> {
         let library = Library::load(wish.tensorrt_lib).map_err(|e| Refusal::Open(RunError::from(e).into()))?;
-        let device = CudaDevice::open(package, &library, CudaOptions::of(package));
+        let mut options = CudaOptions::of(package);
+        options.graphs &= !wish.unusual.no_graphs;
+        if let Some(kernels) = wish.unusual.kernels {
+            options.kernels = Some(kernels.to_path_buf());
+        }
+        let device = CudaDevice::open(package, &library, options);
         let mut device = device.map_err(Refusal::Open)?;
         device.prepare(wish.prompt, wish.total).map_err(Refusal::Device)?;
         let vocabulary = package.vocabulary().map_err(|e| Refusal::Open(e.into()))?;

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::{Failure, bytes, print, print_json};
 use crate::backend::tensorrt::{self, probe};
+use crate::bench::machine;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -51,17 +52,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
 }
 
 fn cpu() -> Cpu {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let field = |text: &str, name: &str| -> Option<String> {
-        let line = text.lines().find(|l| l.starts_with(name))?;
-        Some(line.split_once(':')?.1.trim().to_string())
-    };
-    let memory = field(&read("/proc/meminfo"), "MemTotal");
     Cpu {
-        model: field(&read("/proc/cpuinfo"), "model name"),
+        model: machine::cpu_model(),
         architecture: std::env::consts::ARCH,
-        threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
-        memory_bytes: memory.and_then(|text| Some(text.split(' ').next()?.parse::<u64>().ok()? * 1024)),
+        threads: machine::cores(),
+        memory_bytes: machine::memory_bytes(),
         features: features(),
     }
 }

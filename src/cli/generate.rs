@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::device::{self, Device, Wish};
+use super::device::{self, Device, Unusual, Wish};
 use super::events::{self, Document, Event, Summary};
 use super::sampler::SamplerArgs;
 use super::{Failure, print_json};
@@ -106,6 +106,7 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
             tensorrt_lib: args.tensorrt_lib.as_deref(),
             prompt: prompt.len(),
             total: prompt.len().saturating_add(args.max_new_tokens),
+            unusual: Unusual::default(),
         },
     )?;
     session.check(&prompt)?;

@@ -4,6 +4,7 @@
 //! do; 1 anything else. `--json` prints one document on stdout and nothing else there; progress and notes go to stderr,
 //! and only when it is a terminal.
 
+mod bench;
 mod chat;
 mod convert;
 mod device;
@@ -61,6 +62,8 @@ enum Command {
     Weights(weights::Args),
     /// Makes a copy of a package without its weights
     Strip(strip::Args),
+    /// Measures a package: prefill, decode, end to end, what it answers
+    Bench(bench::Args),
     /// Says what can be built and run on this machine
     Doctor(doctor::Args),
 }
@@ -82,6 +85,7 @@ pub fn main() -> ExitCode {
         Command::Refit(args) => refit::run(args),
         Command::Weights(args) => weights::run(args),
         Command::Strip(args) => strip::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Doctor(args) => doctor::run(args),
     };
     match result {

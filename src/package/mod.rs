@@ -118,6 +118,11 @@ impl Package {
             .chain(tokenizer.map(|f| (f.file.as_str(), f.bytes)))
     }
 
+    /// Bytes of all files named in the manifest. What was kept beside them later, compiled kernels for example, is not in it.
+    pub fn bytes(&self) -> u64 {
+        self.files().map(|(_, bytes)| bytes).sum()
+    }
+
     /// Weights and constants whose files are there.
     fn stored_weights(&self) -> impl Iterator<Item = &manifest::Weights> {
         let m = &self.manifest;

@@ -61,7 +61,7 @@ pub fn export(
 }
 
 /// The tensors of the convention, each made of its modules.
-fn tensors(
+pub(super) fn tensors(
     modules: &HashMap<String, Constant>,
     convention: &'static Convention,
 ) -> Result<Vec<(String, Constant)>, ExportError> {

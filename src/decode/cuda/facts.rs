@@ -120,7 +120,10 @@ impl CudaDevice {
             self.stream.wait()?;
         }
         let layers = layers.lock().expect("no reporter panics");
-        Ok(layers.iter().map(|(name, ms)| (name.clone(), ms / runs as f64)).collect())
+        Ok(layers
+            .iter()
+            .map(|(name, ms)| (name.clone(), ms / runs as f64))
+            .collect())
     }
 }
 

@@ -1,0 +1,557 @@
+//! `lapidary bench`: measures a package and writes what it found as one document.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde_json::{Map, Value, json};
+
+use super::device::{self, Device, Unusual, Wish};
+use super::progress::Progress;
+use super::sampler::SamplerArgs;
+use super::table::Table;
+use super::{Failure, bytes, print, print_json};
+use crate::bench::measure::{self, MeasureError, Plan};
+use crate::bench::result::{DeviceMemory, Document, Load, Machine, Memory, Peak, SCHEMA, System};
+use crate::bench::workload::{Workload, WorkloadError};
+use crate::bench::{csv, machine, model, result};
+use crate::decode::Session;
+use crate::package::Package;
+use crate::sample::Settings;
+use crate::spec::Prefill;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A package
+    #[arg(value_name = "PKG")]
+    package: PathBuf,
+    /// Prompt lengths to measure
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    prefill: Vec<usize>,
+    /// Live lengths to decode behind
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    decode: Vec<usize>,
+    /// Whole texts: tokens of the prompt and tokens to generate (repeatable)
+    #[arg(long, value_name = "PROMPT:NEW", value_parser = pair)]
+    end_to_end: Vec<(usize, usize)>,
+    /// Runs of each before samples are taken
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    warmup: usize,
+    /// Samples of each prompt length
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = at_least_one)]
+    repetitions: usize,
+    /// Samples of each live length, at least
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one)]
+    decode_samples: usize,
+    /// Runs of each whole text
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
+    runs: usize,
+    /// Greedy tokens of each prompt to record, with logits, for comparisons; 0: none
+    #[arg(long, value_name = "N", default_value_t = 24)]
+    outputs: usize,
+    /// Prompts to feed, `{"seed": S, "prompts": [[ids], …]}` [default: made of --seed]
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    /// Time by layer too, on a GPU
+    #[arg(long)]
+    profile: bool,
+    /// Time loading with no kernels kept from before too, on a GPU
+    #[arg(long)]
+    first_load: bool,
+
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    device: Device,
+    /// Threads of the CPU executor [default: one a core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// The TensorRT-RTX library to run engines with
+    #[arg(long, value_name = "PATH")]
+    tensorrt_lib: Option<PathBuf>,
+    /// Launch engines without CUDA graphs, to see what those are worth
+    #[arg(long)]
+    no_cuda_graphs: bool,
+
+    /// What tables call this run [default: after the variant]
+    #[arg(long, value_name = "TEXT")]
+    label: Option<String>,
+    /// What tables call the model [default: the package's folder]
+    #[arg(long, value_name = "TEXT")]
+    model_name: Option<String>,
+    /// Something to remember about this run; a dot nests, as in ablation.group=shapes (repeatable)
+    #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
+    setting: Vec<(String, Value)>,
+    /// Peak of the device in TFLOP/s that mfu is a share of [default: what is stated for known GPUs]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    peak_tflops: Option<f64>,
+
+    /// Write the document to a file
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Write the summaries as a table
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// Print the document instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    sampler: SamplerArgs,
+}
+
+fn pair(text: &str) -> Result<(usize, usize), String> {
+    let wanted = || format!("{text:?} is not PROMPT:NEW, two numbers of tokens such as 128:512");
+    let (prompt, new) = text.split_once(':').ok_or_else(wanted)?;
+    Ok((
+        prompt.parse().map_err(|_| wanted())?,
+        new.parse().map_err(|_| wanted())?,
+    ))
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    let n = text.parse().ok().filter(|n| *n >= 1);
+    n.ok_or_else(|| format!("{text:?} is not a number of 1 or more"))
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    let n: Option<f64> = text.parse().ok().filter(|n: &f64| n.is_finite() && *n > 0.0);
+    n.ok_or_else(|| format!("{text:?} is not a number above 0"))
+}
+
+fn setting(text: &str) -> Result<(String, Value), String> {
+    match text.split_once('=') {
+        Some((key, value)) if key.split('.').all(|part| !part.is_empty()) => {
+            let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_string()));
+            Ok((key.to_string(), value))
+        }
+        _ => Err(format!("{text:?} is not KEY=VALUE, such as ablation.group=shapes")),
+    }
+}
+
+pub fn run(args: Args) -> Result<(), Failure> {
+    let date = chrono::Local::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, false);
+    let package = Package::open(&args.package)?;
+    let settings = sampler(&args, &package)?;
+    let workload = workload(&args, &package)?;
+    let largest = *package.manifest.capacities.last().expect("a package has one");
+    let plan = plan(&args, largest);
+    plan.check(&workload, largest)?;
+    for file in args.output.iter().chain(&args.csv) {
+        writable(file)?;
+    }
+
+    let progress = Progress::new();
+    progress.step("loading");
+    let (mut session, load) = open(&args, &plan, &workload)?;
+    let on_gpu = session.instruments().is_some();
+    let told = progress.handle();
+    let mut measured = measure::measure(&mut session, &plan, &workload, &settings, |what, share| {
+        told.fraction(what, share);
+    })?;
+    // What comes now takes memory of its own.
+    let peak_host_bytes = machine::peak_host_bytes();
+    progress.step("copy bandwidth");
+    let threads = args.threads.map_or_else(machine::cores, usize::from);
+    let (machine, memory, versions) = surroundings(&mut session, &args, &package, threads)?;
+    drop(session);
+    progress.step("hash of the weights");
+    let model = model::model(&package, &model_name(&args))?;
+    measured.relate(&model, machine.copy_bandwidth_bytes_per_s, machine.peak_flops.as_ref());
+    drop(progress);
+
+    let document = Document {
+        schema: SCHEMA.to_string(),
+        system: system(&args, &package, &settings, on_gpu, threads),
+        date,
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+        commit: machine::commit(),
+        error: None,
+        machine,
+        versions,
+        model,
+        workload: result::Workload {
+            batch: 1,
+            seed: workload.seed,
+            prompts: measured.prompts,
+        },
+        prefill: measured.prefill,
+        decode: measured.decode,
+        end_to_end: measured.end_to_end,
+        load: Some(load),
+        build: model::build(&package),
+        sizes: Some(model::sizes(&package)),
+        memory: Some(Memory {
+            peak_host_bytes,
+            device: memory,
+        }),
+        outputs: measured.outputs,
+        profile: (!measured.profile.is_empty()).then(|| measured.profile.into_iter().collect()),
+    };
+    let cannot = |path: &Path, error: std::io::Error| Failure::other(format!("{}: {error}", path.display()));
+    if let Some(path) = &args.output {
+        let text = serde_json::to_string_pretty(&document).expect("plain data") + "\n";
+        std::fs::write(path, text).map_err(|e| cannot(path, e))?;
+    }
+    if let Some(path) = &args.csv {
+        csv::write(path, &document).map_err(|e| cannot(path, e))?;
+    }
+    match args.json {
+        true => print_json(&document),
+        false => print(&told_to_a_person(&document)),
+    }
+}
+
+/// Refuses, before minutes of measuring, a file that could not be written after them.
+fn writable(path: &Path) -> Result<(), Failure> {
+    let refuse = |why: &str| Err(Failure::input(format!("{}: {why}", path.display())));
+    match path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        Some(folder) if !folder.is_dir() => refuse("there is no such folder to write to"),
+        _ if path.is_dir() => refuse("is a folder, and a file is to be written"),
+        _ => Ok(()),
+    }
+}
+
+fn plan(args: &Args, capacity: usize) -> Plan {
+    let nothing = args.prefill.is_empty() && args.decode.is_empty() && args.end_to_end.is_empty();
+    let fitting = |lengths: &[usize]| lengths.iter().copied().filter(|n| *n < capacity).collect();
+    Plan {
+        prefill: match nothing {
+            true => fitting(&[37, 128, 512]),
+            false => args.prefill.clone(),
+        },
+        decode: match nothing {
+            true => fitting(&[64, 300, 1024]),
+            false => args.decode.clone(),
+        },
+        end_to_end: args.end_to_end.clone(),
+        warmup: args.warmup,
+        repetitions: args.repetitions,
+        decode_samples: args.decode_samples,
+        runs: args.runs,
+        outputs: args.outputs,
+        profile: args.profile,
+    }
+}
+
+fn workload(args: &Args, package: &Package) -> Result<Workload, Failure> {
+    let vocabulary = package.vocabulary()?;
+    let largest = *package.manifest.capacities.last().expect("a package has one");
+    Ok(match &args.prompts {
+        Some(path) => Workload::read(path, vocabulary)?,
+        None => Workload::of_seed(args.sampler.seed.unwrap_or(0), vocabulary, largest, args.outputs),
+    })
+}
+
+/// Greedy unless flags say otherwise; the model's own `generation_config.json` has no say in what is measured.
+fn sampler(args: &Args, package: &Package) -> Result<Settings, Failure> {
+    let mut settings = Settings {
+        temperature: 0.0,
+        ..Settings::neutral()
+    };
+    args.sampler.apply(&mut settings)?;
+    if settings.dry.is_on() {
+        settings.dry.breakers = Arc::new(args.sampler.breakers(package.tokenizer()?.as_ref())?);
+    }
+    if args.sampler.seed.is_none() {
+        settings.seed = 0;
+    }
+    Ok(settings)
+}
+
+/// A session with everything loaded that the plan needs, and how long that took. With `--first-load` it is opened twice
+/// over the same folder for kernels, which is empty at first.
+fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Session, Load), Failure> {
+    let (prompt, total) = plan.extent(workload);
+    let timed = |kernels: Option<&Path>| -> Result<(Session, f64), Failure> {
+        let start = Instant::now();
+        let package = Package::open(&args.package)?;
+        let session = device::open(
+            &package,
+            Wish {
+                device: args.device,
+                threads: args.threads.map(usize::from),
+                tensorrt_lib: args.tensorrt_lib.as_deref(),
+                prompt,
+                total,
+                unusual: Unusual {
+                    kernels,
+                    no_graphs: args.no_cuda_graphs,
+                },
+            },
+        )?;
+        Ok((session, start.elapsed().as_secs_f64() * 1e3))
+    };
+    if !args.first_load {
+        let (session, load_ms) = timed(None)?;
+        let first_load_ms = None;
+        return Ok((session, Load { load_ms, first_load_ms }));
+    }
+    let folder = tempfile::tempdir()?;
+    let (mut session, first) = timed(Some(folder.path()))?;
+    // The CPU keeps nothing: its loads are all alike.
+    let first_load_ms = session.instruments().is_some().then_some(first);
+    drop(session);
+    let (session, load_ms) = timed(Some(folder.path()))?;
+    Ok((session, Load { load_ms, first_load_ms }))
+}
+
+type Versions = std::collections::BTreeMap<String, Option<String>>;
+
+/// Machine, device memory and versions, the bandwidth measured where the weights lie.
+fn surroundings(
+    session: &mut Session,
+    args: &Args,
+    package: &Package,
+    threads: usize,
+) -> Result<(Machine, Option<DeviceMemory>, Versions), Failure> {
+    let lapidary = Some(env!("CARGO_PKG_VERSION").to_string());
+    let mut versions = Versions::from([("lapidary".to_string(), lapidary)]);
+    let mut memory = None;
+    let mut machine = match session.instruments() {
+        None => Machine {
+            copy_bandwidth_bytes_per_s: Some(machine::copy_bandwidth(threads)),
+            ..machine::machine(None)
+        },
+        Some(device) => {
+            let (facts, used) = (device.facts(), device.memory());
+            versions.insert("tensorrt".to_string(), Some(facts.tensorrt.clone()));
+            versions.insert("cuda".to_string(), Some(facts.driver.cuda_version.clone()));
+            memory = Some(DeviceMemory {
+                weights: Some(used.weights),
+                cache: Some(used.cache),
+                scratch: Some(used.scratch),
+                total: used.total,
+            });
+            Machine {
+                copy_bandwidth_bytes_per_s: Some(device.copy_bandwidth()?),
+                ..machine::machine(Some(&facts))
+            }
+        }
+    };
+    let dtype = model::dtype(package.manifest.dtype);
+    let stated = machine
+        .gpu
+        .as_ref()
+        .and_then(|gpu| machine::stated_peak(&gpu.name, dtype));
+    let asked = args.peak_tflops.map(|n| Peak {
+        flops: n * 1e12,
+        source: "stated: --peak-tflops".to_string(),
+    });
+    machine.peak_flops = asked.or(stated);
+    Ok((machine, memory, versions))
+}
+
+fn model_name(args: &Args) -> String {
+    let folder = args.package.canonicalize().unwrap_or_else(|_| args.package.clone());
+    let folder = folder.file_name().map(|name| name.to_string_lossy().into_owned());
+    args.model_name
+        .clone()
+        .or(folder)
+        .unwrap_or_else(|| "model".to_string())
+}
+
+fn system(args: &Args, package: &Package, sampler: &Settings, on_gpu: bool, threads: usize) -> System {
+    let manifest = &package.manifest;
+    let mode = json!(manifest.weight_mode);
+    let mut settings = Map::new();
+    let mut set = |key: &str, value: Value| settings.insert(key.to_string(), value);
+    set("device", json!(if on_gpu { "cuda" } else { "cpu" }));
+    set("weights", mode.clone());
+    set("capacities", json!(manifest.capacities));
+    let cache = if manifest.capacities.len() > 1 {
+        "growing"
+    } else {
+        "one capacity"
+    };
+    set("cache", json!(cache));
+    match &manifest.prefill {
+        Prefill::Chunks(chunks) => {
+            set("shapes", json!("static"));
+            set("prefill_chunks", json!(chunks));
+        }
+        range => {
+            set("shapes", json!("dynamic"));
+            set("prefill_range", json!(range));
+        }
+    }
+    match on_gpu {
+        true => set("cuda_graphs", json!(!args.no_cuda_graphs)),
+        false => set("threads", json!(threads)),
+    };
+    set("sampler", told_sampler(sampler));
+    for (key, value) in &args.setting {
+        nest(&mut settings, key, value.clone());
+    }
+    let variant = match on_gpu {
+        true => format!("{}, {cache} cache", mode.as_str().unwrap_or_default()),
+        false => "cpu".to_string(),
+    };
+    System {
+        name: "lapidary".to_string(),
+        label: args.label.clone().unwrap_or_else(|| format!("lapidary ({variant})")),
+        variant,
+        settings,
+    }
+}
+
+/// `greedy`, or every setting of what is on.
+fn told_sampler(s: &Settings) -> Value {
+    let mut told = Map::new();
+    if s.temperature > 0.0 {
+        told.extend([
+            ("temperature".to_string(), json!(s.temperature)),
+            ("top_k".to_string(), json!(s.top_k)),
+            ("top_p".to_string(), json!(s.top_p)),
+            ("min_p".to_string(), json!(s.min_p)),
+            ("seed".to_string(), json!(s.seed)),
+        ]);
+    }
+    if s.dry.is_on() {
+        told.extend([
+            ("dry_multiplier".to_string(), json!(s.dry.multiplier)),
+            ("dry_base".to_string(), json!(s.dry.base)),
+            ("dry_allowed_length".to_string(), json!(s.dry.allowed_length)),
+        ]);
+    }
+    for (name, value, off) in [
+        ("repetition_penalty", s.repetition_penalty, 1.0),
+        ("frequency_penalty", s.frequency_penalty, 0.0),
+        ("presence_penalty", s.presence_penalty, 0.0),
+    ] {
+        if value != off {
+            told.insert(name.to_string(), json!(value));
+        }
+    }
+    match told.is_empty() {
+        true => json!("greedy"),
+        false => Value::Object(told),
+    }
+}
+
+/// `a.b` becomes `{"a": {"b": value}}`.
+fn nest(map: &mut Map<String, Value>, key: &str, value: Value) {
+    match key.split_once('.') {
+        None => {
+            map.insert(key.to_string(), value);
+        }
+        Some((first, rest)) => {
+            let inner = map.entry(first).or_insert_with(|| Value::Object(Map::new()));
+            if !inner.is_object() {
+                *inner = Value::Object(Map::new());
+            }
+            nest(inner.as_object_mut().expect("made one above"), rest, value);
+        }
+    }
+}
+
+fn told_to_a_person(d: &Document) -> String {
+    let mut out = String::new();
+    let gpu = d.machine.gpu.as_ref().map(|gpu| gpu.name.clone());
+    let on = gpu.unwrap_or_else(|| d.machine.cpu.clone());
+    let _ = writeln!(out, "{} {} on {on}: {}\n", d.model.name, d.model.dtype, d.system.label);
+    let mut table = Table::new(["", "median ms", "p90", "p99", "tokens/s", "of peak", ""]);
+    let ms = |n: f64| format!("{n:.3}");
+    let share = |n: Option<f64>| n.map_or(String::new(), |n| format!("{:.1} %", n * 100.0));
+    let stable = |stable: bool| if stable { "" } else { "unstable" }.to_string();
+    for p in &d.prefill {
+        let [median, p90, p99] = [p.ms.median, p.ms.p90, p.ms.p99].map(ms);
+        let rate = format!("{:.1}", p.prefill_tokens_per_s);
+        table.row([
+            format!("prefill {}", p.tokens),
+            median,
+            p90,
+            p99,
+            rate,
+            share(p.mfu),
+            stable(p.stable),
+        ]);
+    }
+    for p in &d.decode {
+        let [median, p90, p99] = [p.ms.median, p.ms.p90, p.ms.p99].map(ms);
+        let rate = format!("{:.1}", p.output_tokens_per_s);
+        table.row([
+            format!("decode behind {}", p.live),
+            median,
+            p90,
+            p99,
+            rate,
+            share(p.mbu),
+            stable(p.stable),
+        ]);
+    }
+    for e in &d.end_to_end {
+        let name = format!("{} + {}", e.prompt, e.new_tokens);
+        for (what, summary) in [
+            ("first token", &e.ttft_ms),
+            ("a token", &e.tpot_ms),
+            ("all", &e.latency_ms),
+        ] {
+            let [median, p90, p99] = [summary.median, summary.p90, summary.p99].map(ms);
+            let all = what == "all";
+            let rate = if all {
+                format!("{:.1}", e.output_tokens_per_s)
+            } else {
+                String::new()
+            };
+            let note = if all { stable(e.stable) } else { String::new() };
+            table.row([format!("{name}, {what}"), median, p90, p99, rate, String::new(), note]);
+        }
+    }
+    out += &table.render();
+    let mut notes = vec![];
+    if let Some(load) = &d.load {
+        let first = load
+            .first_load_ms
+            .map(|ms| format!(" ({:.1} s the first time)", ms / 1e3));
+        notes.push(format!(
+            "loaded in {:.1} s{}",
+            load.load_ms / 1e3,
+            first.unwrap_or_default()
+        ));
+    }
+    if let Some(memory) = &d.memory {
+        let device = memory.device.map(|m| format!("{} of device memory", bytes(m.total)));
+        let host = memory
+            .peak_host_bytes
+            .map(|n| format!("at most {} of the host's", bytes(n)));
+        notes.extend(device.into_iter().chain(host));
+    }
+    if let Some(bandwidth) = d.machine.copy_bandwidth_bytes_per_s {
+        notes.push(format!("copies at {}/s", bytes(bandwidth as u64)));
+    }
+    let _ = writeln!(out, "\n{}", notes.join("; "));
+    for (name, times) in d.profile.iter().flatten() {
+        let groups: Vec<String> = times.groups.iter().map(|(g, ms)| format!("{g} {ms:.3} ms")).collect();
+        let _ = writeln!(out, "layers of {name}: {}", groups.join(", "));
+    }
+    out
+}
+
+impl From<WorkloadError> for Failure {
+    fn from(error: WorkloadError) -> Self {
+        let failure = Failure::input(&error);
+        match error {
+            WorkloadError::TooShort { .. } => {
+                failure.help("give a --prompts file with a longer prompt, or ask for less")
+            }
+            _ => failure.help("--prompts wants {\"seed\": S, \"prompts\": [[ids], …]}"),
+        }
+    }
+}
+
+impl From<MeasureError> for Failure {
+    fn from(error: MeasureError) -> Self {
+        let failure = Failure::input(&error);
+        match error {
+            MeasureError::Capacity { .. } => {
+                failure.help("ask for less, or convert the model again with a larger --capacity")
+            }
+            MeasureError::Nothing { .. } => failure.help("lengths begin at 1"),
+            MeasureError::Workload(error) => error.into(),
+            MeasureError::Generate(error) => error.into(),
+            MeasureError::Session(error) => error.into(),
+            MeasureError::Device(error) => error.into(),
+            MeasureError::Settings(error) => error.into(),
+        }
+    }
+}
