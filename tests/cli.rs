@@ -11,6 +11,9 @@ mod commands;
 mod engines;
 #[path = "cli/exports.rs"]
 mod exports;
+#[cfg(feature = "tensorrt-rtx")]
+#[path = "cli/interrupt.rs"]
+mod interrupt;
 #[path = "cli/sampling.rs"]
 mod sampling;
 #[path = "cli/support.rs"]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use super::interrupt::Listener;
 use super::progress::Progress;
 use super::{Failure, bytes, info, inspect, print, tune, words};
 use crate::backend::tensorrt::{self, BuildOptions, BuildProgress, Library, Refit};
@@ -364,6 +365,8 @@ pub(super) fn engines(
     let manifest = &package.manifest;
     let constants = manifest.constants.as_ref().map_or("", |c| c.set_hash.as_str());
     let weights = format!("{} {constants}", manifest.weights.set_hash);
+    // Ctrl-C stops the builds, and with them the conversion.
+    let listener = Arc::new(Listener::new());
     let build = |i: usize| -> Result<(Built, HashSet<String>), Failure> {
         let network = lower::lower(&graph, &profiles[i], &conversion.lowering_of(&profiles[i]))
             .map_err(|e| Failure::bug(e).at(model))?;
@@ -382,8 +385,12 @@ pub(super) fn engines(
         {
             return Ok((Built::Kept(plan), taken));
         }
-        let (bar, fractions) = (progress.handle(), fractions.clone());
+        let (bar, fractions, listener) = (progress.handle(), fractions.clone(), listener.clone());
         let observer = move |p: BuildProgress<'_>| {
+            if listener.interrupted() {
+                bar.message("stopping; Ctrl-C once more ends at once");
+                return ControlFlow::Break(());
+            }
             let mut fractions = fractions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             fractions[i] = p.fraction;
             let label = format!("{} engines", fractions.len());
@@ -391,7 +398,10 @@ pub(super) fn engines(
             ControlFlow::Continue(())
         };
         options.observer = Some(Arc::new(observer));
-        let plan = tensorrt::build(library, &network, &options).map_err(|e| Failure::from(e).at(model))?;
+        let plan = tensorrt::build(library, &network, &options).map_err(|e| match e {
+            tensorrt::Error::Cancelled { .. } => Failure::interrupted(),
+            e => Failure::from(e).at(model),
+        })?;
         if let (Some(cache), Some(key)) = (cache, &key) {
             // What cannot be kept is built again next time.
             if let Err(error) = cache.put(key, plan.bytes()) {
@@ -408,6 +418,9 @@ pub(super) fn engines(
         WeightMode::Embed | WeightMode::Strip => 1,
     };
     for batch in indices.chunks(at_once) {
+        if listener.interrupted() {
+            return Err(Failure::interrupted());
+        }
         let built: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> = batch.iter().map(|i| scope.spawn(|| build(*i))).collect();
             let joined = threads.into_iter().map(|thread| thread.join());
@@ -446,7 +459,10 @@ pub(super) fn engines(
             progress.note(format!("{profile}: {} {how}", bytes(plan.len() as u64)));
         }
     }
-    Ok(())
+    match listener.interrupted() {
+        true => Err(Failure::interrupted()),
+        false => Ok(()),
+    }
 }
 
 /// Engines without weights of their own that are built at once: a build keeps one core busy, and loading one another.

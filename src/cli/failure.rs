@@ -8,6 +8,7 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
+use super::interrupt;
 use crate::backend::tensorrt;
 use crate::decode::chat::ChatError;
 use crate::decode::conversation::ConversationError;
@@ -78,6 +79,14 @@ impl Failure {
         }
     }
 
+    /// The user stopped it, and nothing is left of what was begun.
+    pub fn interrupted() -> Self {
+        Failure {
+            status: interrupt::STATUS,
+            ..Failure::input(interrupt::NOTHING_LEFT)
+        }
+    }
+
     /// Something that no input should be able to cause.
     pub fn bug(error: impl fmt::Display) -> Self {
         Failure::other(error).help("this is a bug in Lapidary; please report it with the export")
@@ -87,7 +96,13 @@ impl Failure {
     pub fn report(&self) -> ExitCode {
         if !self.message.is_empty() {
             let mut stderr = io::stderr().lock();
-            let _ = writeln!(stderr, "error: {}", self.message);
+            // To do what one was told is no error.
+            let kind = if self.status == interrupt::STATUS {
+                ""
+            } else {
+                "error: "
+            };
+            let _ = writeln!(stderr, "{kind}{}", self.message);
             if let Some(help) = &self.help {
                 let _ = writeln!(stderr, "help: {help}");
             }

@@ -1,6 +1,17 @@
 //! Ctrl-C: ends the program, except while somebody listens for it.
+//!
+//! A command that can stop in an orderly way listens and ends with [`Failure::interrupted`](super::Failure); whatever it
+//! was writing is dropped, and so removed. Everywhere else, and at the second Ctrl-C, the program ends here and now; an
+//! unfinished package is removed all the same. The exit status is 130 in either case, as shells have it.
 
+use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
+
+/// `128 + SIGINT`.
+pub const STATUS: u8 = 130;
+
+/// What there is to say if a package was being made.
+pub const NOTHING_LEFT: &str = "interrupted: the unfinished package is removed";
 
 static LISTENING: AtomicBool = AtomicBool::new(false);
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -11,12 +22,26 @@ pub fn install() {
         if LISTENING.load(Ordering::SeqCst) && !INTERRUPTED.swap(true, Ordering::SeqCst) {
             return;
         }
-        // An unfinished package is removed; what else is going on just ends. Also at the second Ctrl-C, if whoever
-        // listens is too busy to hear the first.
-        crate::package::abandon();
-        std::process::exit(130);
+        // Also at the second Ctrl-C, if whoever listens is too busy to hear the first.
+        if crate::package::abandon() {
+            // A bar may stand on the line.
+            let line = if std::io::stderr().is_terminal() { "\n" } else { "" };
+            let _ = writeln!(std::io::stderr(), "{line}{NOTHING_LEFT}");
+        }
+        end();
     });
     debug_assert!(handler.is_ok(), "set once");
+}
+
+/// Without the destructors of C++ libraries, which may be at work in other threads.
+fn end() -> ! {
+    #[cfg(unix)]
+    // SAFETY: ends the process; nothing runs after it.
+    unsafe {
+        libc::_exit(i32::from(STATUS))
+    }
+    #[cfg(not(unix))]
+    std::process::exit(i32::from(STATUS))
 }
 
 /// While this lives, Ctrl-C is only noted.

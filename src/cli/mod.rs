@@ -1,7 +1,7 @@
 //! The command line: one file a command, parsing and printing only.
 //!
 //! Exit status: 0 done; 2 wrong usage or unusable input, with one message on stderr that says what is wrong and what to
-//! do; 1 anything else. `--json` prints one document on stdout and nothing else there; progress and notes go to stderr,
+//! do; 130 stopped by Ctrl-C; 1 anything else. `--json` prints one document on stdout and nothing else there; progress and notes go to stderr,
 //! and only when it is a terminal.
 
 mod bench;

@@ -52,6 +52,11 @@ impl Progress {
 pub struct Handle(ProgressBar);
 
 impl Handle {
+    /// Says something else about the work.
+    pub fn message(&self, message: &'static str) {
+        self.0.set_message(message);
+    }
+
     /// Work of which a share is done, 0 to 1.
     pub fn fraction(&self, message: &str, fraction: f32) {
         if self.0.length() != Some(1000) || self.0.message() != message {

@@ -9,6 +9,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use super::staging::{sweep, temporary_name};
 use crate::backend::tensorrt::{BuildOptions, Refit, Version};
 use crate::network::{LayerKind, Network, WeightMode};
 
@@ -70,7 +71,9 @@ impl PlanCache {
     /// Keeps a plan. Others may write the same one meanwhile: each writes a file of its own and renames it.
     pub fn put(&self, key: &str, plan: &[u8]) -> io::Result<()> {
         fs::create_dir_all(&self.folder)?;
-        let temporary = self.folder.join(format!(".{key}.{}", std::process::id()));
+        let temporary = temporary_name(key);
+        sweep(&self.folder, &temporary);
+        let temporary = self.folder.join(temporary);
         let written = fs::File::create(&temporary).and_then(|mut file| {
             file.write_all(blake3::hash(plan).as_bytes())?;
             file.write_all(plan)
@@ -136,6 +139,9 @@ mod tests {
         bytes.pop();
         fs::write(&path, &bytes).unwrap();
         assert_eq!(cache.get("k"), None);
+        // What a killed process left half written goes when the same plan is kept: no process has this id.
+        fs::write(folder.path().join("plans/.k.lapidary-4194305"), "half").unwrap();
+        cache.put("k", b"a plan").unwrap();
         assert_eq!(fs::read_dir(folder.path().join("plans")).unwrap().count(), 1);
     }
 }

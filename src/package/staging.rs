@@ -31,9 +31,9 @@ impl Staging {
         })?;
         let parent = parent(target);
         fs::create_dir_all(parent).map_err(PackageError::io(parent))?;
-        let prefix = format!(".{}.lapidary-", name.to_string_lossy());
-        sweep(parent, &prefix);
-        let folder = parent.join(format!("{prefix}{}", std::process::id()));
+        let name = temporary_name(&name.to_string_lossy());
+        sweep(parent, &name);
+        let folder = parent.join(name);
         fs::create_dir(&folder).map_err(PackageError::io(&folder))?;
         OPEN.lock().expect("no panic while held").push(folder.clone());
         Ok(Staging {
@@ -53,13 +53,17 @@ impl Staging {
         // Somebody may have made the target in the meantime.
         check_target(&self.target, force)?;
         sync(&self.folder)?;
+        // While this is held nothing is abandoned: what gets the target's name is whole.
+        let mut open = OPEN.lock().expect("no panic while held");
         if self.target.exists() {
             exchange(&self.folder, &self.target)?;
             // The new package is in place; the old one now has the temporary name, and goes when this is dropped.
         } else {
             fs::rename(&self.folder, &self.target).map_err(PackageError::io(&self.target))?;
             self.committed = true;
+            open.retain(|path| *path != self.folder);
         }
+        drop(open);
         sync_entries(parent(&self.target))
     }
 }
@@ -92,8 +96,9 @@ impl Drop for Staging {
     }
 }
 
-/// Removes every unfinished folder of this process. For a signal handler's thread, right before the process ends.
-pub fn abandon() {
+/// Removes every unfinished folder of this process; tells whether there was one. For a signal handler's thread, right
+/// before the process ends: from here on every other thread that begins, finishes or drops a [`Staging`] waits for that end.
+pub fn abandon() -> bool {
     let open = OPEN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     for folder in open.iter() {
         // A second time for a file that was being created during the first.
@@ -101,6 +106,9 @@ pub fn abandon() {
             let _ = fs::remove_dir_all(folder);
         }
     }
+    let some = !open.is_empty();
+    std::mem::forget(open);
+    some
 }
 
 /// Whether a package may be written there.
@@ -177,8 +185,14 @@ fn exchange(folder: &Path, target: &Path) -> Result<(), PackageError> {
     result.map_err(failed)
 }
 
-/// Removes what processes that are gone left behind.
-fn sweep(parent: &Path, prefix: &str) {
+/// A hidden name for what will be called `name`, of this process alone.
+pub(super) fn temporary_name(name: &str) -> String {
+    format!(".{name}.lapidary-{}", std::process::id())
+}
+
+/// Removes what processes that are gone left behind under such a `temporary` name.
+pub(super) fn sweep(parent: &Path, temporary: &str) {
+    let prefix = temporary.trim_end_matches(|c: char| c.is_ascii_digit());
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name();
@@ -189,7 +203,11 @@ fn sweep(parent: &Path, prefix: &str) {
             .parse::<u32>()
             .is_ok_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
         if gone && Path::new("/proc/self").exists() {
-            let _ = fs::remove_dir_all(entry.path());
+            let path = entry.path();
+            let _ = match path.is_dir() {
+                true => fs::remove_dir_all(path),
+                false => fs::remove_file(path),
+            };
         }
     }
 }

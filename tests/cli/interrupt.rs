@@ -1,0 +1,106 @@
+//! Ctrl-C while engines are built: TensorRT cancels, nothing is left, and what was there before stays.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use lapidary::backend::tensorrt::Library;
+
+use crate::support::{Run, command, fixture, lapidary, names, package, text};
+
+/// A run of the program that is to be interrupted once its first engine has been built.
+struct Building(Child);
+
+impl Building {
+    fn start(folder: &Path, args: &[&str]) -> Self {
+        let mut command = command();
+        command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program starts");
+        let engines = folder.join(format!(".pkg.lapidary-{}/engines", child.id()));
+        let begun = Instant::now();
+        while !engines.read_dir().is_ok_and(|mut plans| plans.next().is_some()) {
+            assert!(
+                child.try_wait().unwrap().is_none(),
+                "it ended before it was interrupted"
+            );
+            assert!(begun.elapsed() < Duration::from_secs(120), "no engine was built");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Building(child)
+    }
+
+    fn interrupt(&self) {
+        let sent = Command::new("kill").args(["-INT", &self.0.id().to_string()]).status();
+        assert!(sent.unwrap().success());
+    }
+
+    /// How it ended, and how long that took.
+    fn end(mut self) -> (Run, Duration) {
+        let waited = Instant::now();
+        while self.0.try_wait().unwrap().is_none() {
+            if waited.elapsed() > Duration::from_secs(60) {
+                self.0.kill().unwrap();
+                panic!("it did not end");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let took = waited.elapsed();
+        (Run::of(self.0.wait_with_output().unwrap()), took)
+    }
+}
+
+/// Some 130 engines of about a second each.
+#[test]
+fn ctrl_c_stops_builds_and_leaves_nothing() {
+    let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = folder.path().join("pkg");
+    let model = fixture("smollm2/model.onnx");
+    let capacities: Vec<String> = (1..=64).map(|n| (n * 128).to_string()).collect();
+    let capacities = capacities.join(",");
+    let mut args = vec!["convert", text(&model), "-o", text(&pkg), "--without-weights", "--json"];
+    args.extend([
+        "--target",
+        "cpu,tensorrt-rtx",
+        "--prefill",
+        "128",
+        "--capacity",
+        &capacities,
+    ]);
+    args.extend(["--tensorrt-lib", text(library.path())]);
+    for times in [1, 2] {
+        let building = Building::start(folder.path(), &args);
+        for _ in 0..times {
+            building.interrupt();
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let (run, took) = building.end();
+        assert_eq!(run.status, 130, "{}", run.stderr);
+        assert_eq!(run.stderr, "interrupted: the unfinished package is removed\n");
+        assert_eq!(run.stdout, "");
+        assert!(took < Duration::from_secs(10), "{took:?} after signal {times}");
+        assert!(names(folder.path()).is_empty(), "{:?}", names(folder.path()));
+    }
+}
+
+#[test]
+fn ctrl_c_while_a_refit_builds_keeps_the_old_package() {
+    let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+    let folder = tempfile::tempdir().unwrap();
+    let model = fixture("exports/llama-optimum/model.onnx");
+    let capacities: Vec<String> = (1..=32).map(|n| (n * 4).to_string()).collect();
+    let capacities = capacities.join(",");
+    let mut flags = vec!["--target", "cpu,tensorrt-rtx", "--weights", "embed", "--prefill", "1"];
+    flags.extend(["--capacity", &capacities, "--tensorrt-lib", text(library.path())]);
+    let pkg = package(folder.path(), &model, &flags);
+    let before = std::fs::read(pkg.join("manifest.json")).unwrap();
+    let mut args = vec!["refit", text(&pkg), "--from", text(&model)];
+    args.extend(["--tensorrt-lib", text(library.path())]);
+    let building = Building::start(folder.path(), &args);
+    building.interrupt();
+    let (run, _) = building.end();
+    assert_eq!((run.status, run.stdout.as_str()), (130, ""), "{}", run.stderr);
+    assert_eq!(names(folder.path()), ["pkg"]);
+    assert_eq!(std::fs::read(pkg.join("manifest.json")).unwrap(), before);
+    lapidary(["info", text(&pkg), "--check"]).ok();
+}
