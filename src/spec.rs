@@ -11,6 +11,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::tensorrt::Refit;
+use crate::backend::tensorrt::flavour::{self, Flavour};
 use crate::lower;
 use crate::network::{Profile, Tokens, WeightMode};
 use crate::tensor::DType;
@@ -25,6 +26,25 @@ pub enum Target {
     TensorrtRtx,
     /// Engines for full TensorRT.
     Tensorrt,
+}
+
+impl Target {
+    /// The TensorRT whose engines this is for.
+    pub fn flavour(self) -> Option<&'static Flavour> {
+        match self {
+            Target::Cpu => None,
+            Target::TensorrtRtx => Some(&flavour::RTX),
+            Target::Tensorrt => Some(&flavour::ENTERPRISE),
+        }
+    }
+
+    /// Whose engines this binary is compiled to build and run.
+    pub const fn compiled() -> Self {
+        match flavour::FLAVOUR.kind {
+            flavour::Kind::Rtx => Target::TensorrtRtx,
+            flavour::Kind::Enterprise => Target::Tensorrt,
+        }
+    }
 }
 
 impl fmt::Display for Target {

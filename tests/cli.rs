@@ -6,12 +6,12 @@ mod bad_input;
 mod chat;
 #[path = "cli/commands.rs"]
 mod commands;
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(all(feature = "engines", not(feature = "tensorrt")))]
 #[path = "cli/engines.rs"]
 mod engines;
 #[path = "cli/exports.rs"]
 mod exports;
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(all(feature = "engines", not(feature = "tensorrt")))]
 #[path = "cli/interrupt.rs"]
 mod interrupt;
 #[path = "cli/sampling.rs"]

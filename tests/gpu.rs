@@ -1,6 +1,6 @@
 //! What only a GPU can show. Ignored elsewhere: `scripts/gpu/run.sh suite` runs them with `--ignored` where there is one.
 //! The layers' own meaning on TensorRT is tested by the binary `executor`, whose cases run there too.
-#![cfg(feature = "tensorrt-rtx")]
+#![cfg(feature = "engines")]
 
 use std::path::Path;
 use std::rc::Rc;

@@ -1,23 +1,36 @@
-//! Real TensorRT-RTX builds, with no GPU and no driver. They need the library: `source scripts/setup.sh tensorrt`.
-#![cfg(feature = "tensorrt-rtx")]
+//! Real TensorRT-RTX builds, with no GPU and no driver. They need the library: `source scripts/setup.sh tensorrt`. Compiled
+//! for full TensorRT only what needs no library is run: nothing of it can be built without a GPU.
+#![cfg(feature = "engines")]
 
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/cancel.rs"]
 mod cancel;
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/dynamic.rs"]
 mod dynamic;
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/exports.rs"]
 mod exports;
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/layers.rs"]
 mod layers;
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/library.rs"]
 mod library;
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/llama.rs"]
 mod llama;
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/models.rs"]
 mod models;
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/net.rs"]
 mod net;
+#[path = "tensorrt/no_library.rs"]
+mod no_library;
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/refusals.rs"]
 mod refusals;
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/weights.rs"]
 mod weights;

@@ -43,7 +43,7 @@ pub struct Args {
     /// Where to run
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     device: Device,
-    /// The TensorRT-RTX library to run engines with
+    /// The TensorRT library to run engines with
     #[arg(long, value_name = "PATH")]
     tensorrt_lib: Option<PathBuf>,
     /// Where lines typed are kept [default: lapidary/history in $XDG_STATE_HOME or ~/.local/state]

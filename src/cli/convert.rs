@@ -63,7 +63,7 @@ pub struct Args {
     /// Replace an existing package
     #[arg(long)]
     force: bool,
-    /// The TensorRT-RTX library to build with
+    /// The TensorRT library to build with
     #[arg(long, value_name = "PATH")]
     tensorrt_lib: Option<PathBuf>,
     /// Time the ways to lower each engine on the GPU of this machine and take the fastest
@@ -85,16 +85,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     // What can fail without work fails first.
     package::check_target(&args.output, args.force)?;
     let mut conversion = conversion(&args)?;
-    let library = match conversion.targets.iter().find(|t| **t != Target::Cpu) {
-        Some(Target::Tensorrt) => {
-            return Err(
-                Failure::input("engines for full TensorRT cannot be built yet, only those for TensorRT-RTX")
-                    .help("use --target tensorrt-rtx"),
-            );
-        }
-        Some(_) => Some(Library::load(args.tensorrt_lib.as_deref())?),
-        None => None,
-    };
+    let library = library(&conversion.targets, args.tensorrt_lib.as_deref())?;
     match &library {
         Some(library) if args.tune => tune::check(library)?,
         None if args.tune => {
@@ -204,6 +195,18 @@ fn save_spec(path: &Path, conversion: &Conversion, capacities: &[usize]) -> Resu
         tuned: Some(conversion.tuned.clone()).filter(|tuned| !tuned.is_empty()),
     };
     std::fs::write(path, spec.to_yaml()).map_err(|error| Failure::input(error).at(path))
+}
+
+/// The library that builds the engines of these targets, if any asks for engines.
+pub(super) fn library(targets: &[Target], explicit: Option<&Path>) -> Result<Option<Library>, Failure> {
+    let mut flavours = targets.iter().filter_map(|target| target.flavour()).peekable();
+    if flavours.peek().is_none() {
+        return Ok(None);
+    }
+    for flavour in flavours {
+        flavour.check()?;
+    }
+    Ok(Some(Library::load(explicit)?))
 }
 
 fn conversion(args: &Args) -> Result<Conversion, Failure> {
@@ -379,7 +382,7 @@ pub(super) fn engines(
         };
         let key = cache
             .as_ref()
-            .map(|_| PlanCache::key(&network, &options, library.version(), &weights));
+            .map(|_| PlanCache::key(&network, &options, &library.fits(), &weights));
         if let (Some(cache), Some(key)) = (cache, &key)
             && let Some(plan) = cache.get(key)
         {
@@ -440,7 +443,7 @@ pub(super) fn engines(
                     file: String::new(),
                     bytes: 0,
                     blake3: String::new(),
-                    target: Target::TensorrtRtx,
+                    target: Target::compiled(),
                     profile: serves,
                     built_as: (serves != profile).then_some(profile),
                     optimization_profile: i,

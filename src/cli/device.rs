@@ -17,6 +17,7 @@ pub enum Device {
 
 /// What a session is opened for.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "engines"), expect(dead_code, reason = "the CPU needs less to know"))]
 pub struct Wish<'a> {
     pub device: Device,
     /// Of the CPU executor; one a core by default.
@@ -61,10 +62,10 @@ pub fn open_cpu(package: &Package, threads: Option<usize>) -> Result<Session, Fa
     Ok(Session::new(Box::new(device), &package.manifest.capacities, vocabulary))
 }
 
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 use cuda::open_cuda;
 
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 mod cuda {
     use super::*;
     use crate::backend::tensorrt::Library;
@@ -109,24 +110,24 @@ mod cuda {
     }
 }
 
-#[cfg(not(feature = "tensorrt-rtx"))]
+#[cfg(not(feature = "engines"))]
 struct Refusal;
 
-#[cfg(not(feature = "tensorrt-rtx"))]
+#[cfg(not(feature = "engines"))]
 impl Refusal {
     fn is_absence(&self) -> bool {
         true
     }
 }
 
-#[cfg(not(feature = "tensorrt-rtx"))]
+#[cfg(not(feature = "engines"))]
 impl From<Refusal> for Failure {
     fn from(_: Refusal) -> Self {
         Failure::from(crate::backend::tensorrt::LibraryError::NotCompiled)
     }
 }
 
-#[cfg(not(feature = "tensorrt-rtx"))]
+#[cfg(not(feature = "engines"))]
 fn open_cuda(_: &Package, _: Wish<'_>) -> Result<Session, Refusal> {
     Err(Refusal)
 }

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::{Failure, bytes, print, print_json};
-use crate::backend::tensorrt::{self, probe};
+use crate::backend::tensorrt::{self, FLAVOUR, probe};
 use crate::bench::machine;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// The TensorRT-RTX library to look at
+    /// The TensorRT library to look at
     #[arg(long, value_name = "PATH")]
     tensorrt_lib: Option<PathBuf>,
     #[arg(long)]
@@ -133,7 +133,7 @@ fn tell(facts: &Facts) -> String {
     let t = &facts.tensorrt;
     match (&t.library, &t.library_problem) {
         (Some(library), _) => line(
-            "tensorrt-rtx",
+            FLAVOUR.feature,
             &format!(
                 "{} at {} (by {})",
                 library.version,
@@ -142,7 +142,7 @@ fn tell(facts: &Facts) -> String {
             ),
         ),
         (None, problem) => line(
-            "tensorrt-rtx",
+            FLAVOUR.feature,
             &format!("none: {}", problem.as_deref().unwrap_or("not found")),
         ),
     }
@@ -175,8 +175,9 @@ fn tell(facts: &Facts) -> String {
     };
     ability("convert, and generate on the CPU", true, None);
     let one = |a: &tensorrt::Ability| (a.possible, a.note.clone());
+    let build = format!("build {} engines", FLAVOUR.product);
     for (what, (possible, note)) in [
-        ("build TensorRT-RTX engines", one(&t.build)),
+        (&*build, one(&t.build)),
         ("build engines whose weights can be refitted", one(&t.build_refittable)),
         ("load engines on the GPU", one(&t.run)),
     ] {

@@ -60,7 +60,7 @@ pub struct Args {
     /// Threads of the CPU executor [default: one a core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
-    /// The TensorRT-RTX library to run engines with
+    /// The TensorRT library to run engines with
     #[arg(long, value_name = "PATH")]
     tensorrt_lib: Option<PathBuf>,
 

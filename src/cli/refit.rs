@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 
 use super::progress::Progress;
 use super::{Failure, bytes, convert, print, print_json, words};
-use crate::backend::tensorrt::Library;
 use crate::lower;
 use crate::network::WeightMode;
 use crate::package::{self, MANIFEST, Manifest, Package, PlanCache, RefitError};
-use crate::spec::{Conversion, Target, Tuned};
+use crate::spec::{Conversion, Tuned};
 use crate::weights::checks::Allowed;
 use crate::weights::lora::Adapter;
 use crate::weights::source::Source;
@@ -36,7 +35,7 @@ pub struct Args {
     /// Put up with tensors that the package has no use for
     #[arg(long)]
     ignore_extra: bool,
-    /// The TensorRT-RTX library, where engines hold weights and must be built again
+    /// The TensorRT library, where engines hold weights and must be built again
     #[arg(long, value_name = "PATH")]
     tensorrt_lib: Option<PathBuf>,
     /// Keep plans here, and take from here those that were built before
@@ -57,10 +56,9 @@ enum Mode {
 pub fn run(args: Args) -> Result<(), Failure> {
     let package = Package::open(&args.package)?;
     let manifest = &package.manifest;
-    let rebuild = manifest.weight_mode == WeightMode::Embed && manifest.targets.iter().any(|t| *t != Target::Cpu);
-    let library = match rebuild {
-        true => Some(Library::load(args.tensorrt_lib.as_deref())?),
-        false => None,
+    let library = match manifest.weight_mode {
+        WeightMode::Embed => convert::library(&manifest.targets, args.tensorrt_lib.as_deref())?,
+        WeightMode::Bind | WeightMode::Strip => None,
     };
     let progress = Progress::new();
     progress.step("reading");

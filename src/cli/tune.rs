@@ -1,13 +1,13 @@
 //! `convert --tune`: the lowering of every engine chosen by what was measured on the GPU of this machine.
 
+use super::Failure;
 use super::progress::Progress;
-use super::{Failure, convert};
 use crate::backend::tensorrt::Library;
 use crate::package::Writer;
 use crate::spec::Conversion;
 
 /// Refuses a machine that cannot measure, before any work is done.
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 pub(super) fn check(library: &Library) -> Result<(), Failure> {
     match crate::backend::tensorrt::run::Runtime::new(library) {
         Ok(_) => Ok(()),
@@ -15,17 +15,18 @@ pub(super) fn check(library: &Library) -> Result<(), Failure> {
     }
 }
 
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 fn refusal(error: &str) -> Failure {
     // What these errors advise is for running, not for tuning.
     let what = error.rsplit_once("; ").map_or(error, |(what, _)| what);
     Failure::input(format!("--tune measures on the GPU of this machine: {what}")).help(
-        "leave --tune out for the choices that were best elsewhere, or take them from a machine with such a GPU:          `convert --tune --save-spec FILE` there, `convert --spec FILE` here",
+        "leave --tune out for the choices that were best elsewhere, or take them from a machine with such a GPU: \
+         `convert --tune --save-spec FILE` there, `convert --spec FILE` here",
     )
 }
 
 /// Measures, and puts the winners into the conversion and the figures into the package.
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 pub(super) fn tune(
     writer: &mut Writer,
     library: &Library,
@@ -33,6 +34,7 @@ pub(super) fn tune(
     capacities: &[usize],
     progress: &Progress,
 ) -> Result<(), Failure> {
+    use super::convert;
     use crate::tune::measure::{TuneError, tune};
 
     let graph = writer.package().architecture()?;
@@ -69,12 +71,12 @@ pub(super) fn tune(
     Ok(())
 }
 
-#[cfg(not(feature = "tensorrt-rtx"))]
+#[cfg(not(feature = "engines"))]
 pub(super) fn check(_: &Library) -> Result<(), Failure> {
     Err(crate::backend::tensorrt::LibraryError::NotCompiled.into())
 }
 
-#[cfg(not(feature = "tensorrt-rtx"))]
+#[cfg(not(feature = "engines"))]
 pub(super) fn tune(_: &mut Writer, _: &Library, _: &mut Conversion, _: &[usize], _: &Progress) -> Result<(), Failure> {
     Err(crate::backend::tensorrt::LibraryError::NotCompiled.into())
 }

@@ -128,7 +128,7 @@ impl CudaDevice {
             .manifest
             .engines
             .iter()
-            .filter(|e| e.target == Target::TensorrtRtx);
+            .filter(|e| e.target == Target::compiled());
         let slots: Vec<Slot> = engines
             .map(|facts| Slot {
                 profile: facts.profile,
@@ -444,8 +444,8 @@ impl Device for CudaDevice {
 
     fn engine(&self) -> String {
         match &self.last {
-            Some(profile) => format!("tensorrt-rtx {} {profile}", self.runtime.version()),
-            None => format!("tensorrt-rtx {}", self.runtime.version()),
+            Some(profile) => format!("{} {} {profile}", Target::compiled(), self.runtime.version()),
+            None => format!("{} {}", Target::compiled(), self.runtime.version()),
         }
     }
 

@@ -8,7 +8,7 @@
 pub mod chat;
 pub mod conversation;
 pub mod cpu;
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 pub mod cuda;
 mod generate;
 pub mod instruments;

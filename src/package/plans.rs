@@ -1,7 +1,7 @@
 //! Plans kept from earlier conversions: an engine that is the same in all that TensorRT sees is not built twice.
 //!
 //! The key is a hash over the network (every layer, shape, name and small constant), how its weights enter, the refit
-//! mode and the library's version. Where the plan depends on the weights' values, because it holds them or may be refitted
+//! mode and the library's version, with full TensorRT the GPU too. Where the plan depends on the weights' values, because it holds them or may be refitted
 //! with nothing else, their hash is part of the key too: so an identical refit never meets a plan made for other weights,
 //! and a general or bound one is found again for every fine-tune.
 
@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use super::staging::{sweep, temporary_name};
-use crate::backend::tensorrt::{BuildOptions, Refit, Version};
+use crate::backend::tensorrt::{BuildOptions, Refit};
 use crate::network::{LayerKind, Network, WeightMode};
 
 /// A folder of plans.
@@ -26,8 +26,9 @@ impl PlanCache {
         }
     }
 
-    /// `weights`: a hash of all weights and tables of the package.
-    pub fn key(network: &Network, options: &BuildOptions, version: Version, weights: &str) -> String {
+    /// `fits`: what the plan would fit, as [`Library::fits`](crate::backend::tensorrt::Library::fits) says. `weights`: a hash
+    /// of all weights and tables of the package.
+    pub fn key(network: &Network, options: &BuildOptions, fits: &str, weights: &str) -> String {
         let mut hasher = blake3::Hasher::new();
         let mut part = |bytes: &[u8]| {
             hasher.update(&(bytes.len() as u64).to_le_bytes());
@@ -41,7 +42,7 @@ impl PlanCache {
             }
         }
         let refit = options.refit;
-        part(format!("{refit:?} {version}").as_bytes());
+        part(format!("{refit:?} {fits}").as_bytes());
         if options.decode_profile {
             part(b"a profile for decoding too");
         }
@@ -101,7 +102,7 @@ mod tests {
 
     #[test]
     fn the_key_has_the_weights_only_where_they_matter() {
-        let [version, later] = [(1, 6, 1), (1, 7, 0)].map(|(major, minor, patch)| Version { major, minor, patch });
+        let [version, later] = ["TensorRT-RTX 1.6.1", "TensorRT-RTX 1.7.0"];
         let options = |refit| BuildOptions {
             refit,
             ..BuildOptions::default()

@@ -3,7 +3,7 @@
 //! [`measure`] tries; the types here are what it gives, what a package's manifest keeps and what a spec takes from it. Good
 //! choices where nothing was measured are [`Options::for_engines`].
 
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 pub mod measure;
 
 use serde::{Deserialize, Serialize};

@@ -338,21 +338,26 @@ fn a_full_disk_is_said_so_and_leaves_nothing_behind() {
 fn no_tensorrt_library_is_told_before_any_work() {
     let folder = tempfile::tempdir().unwrap();
     let model = fixture("exports/llama-optimum/model.onnx");
-    let missing = folder.path().join("libtensorrt_rtx.so");
+    let missing = folder.path().join("libtensorrt.so");
+    let target = if cfg!(feature = "tensorrt") {
+        "tensorrt"
+    } else {
+        "tensorrt-rtx"
+    };
     let (message, help) = lapidary([
         "convert",
         text(&model),
         "-o",
         text(&folder.path().join("pkg")),
         "--target",
-        "tensorrt-rtx",
+        target,
         "--tensorrt-lib",
         text(&missing),
     ])
     .refused();
-    if cfg!(feature = "tensorrt-rtx") {
+    if cfg!(feature = "engines") {
         assert!(
-            message.contains("libtensorrt_rtx.so") && message.contains("--tensorrt-lib"),
+            message.contains("libtensorrt.so") && message.contains("--tensorrt-lib"),
             "{message}"
         );
     } else {
@@ -376,7 +381,19 @@ fn wrong_usage_names_the_flag() {
     assert!(convert(&["--prefill", "4:2:8"]).0.contains("4:2:8"));
     assert!(convert(&["--dtype", "fp8"]).0.contains("--dtype"));
     assert!(convert(&["--weights", "glue"]).0.contains("--weights"));
-    assert!(convert(&["--target", "tensorrt"]).1.contains("tensorrt-rtx"));
+    // A binary is for one TensorRT, and says how to get the other.
+    let other = if cfg!(feature = "tensorrt") {
+        "tensorrt-rtx"
+    } else {
+        "tensorrt"
+    };
+    let (message, help) = convert(&["--target", other]);
+    if cfg!(feature = "engines") {
+        assert!(
+            message.contains("was compiled for") && help.contains("cargo build"),
+            "{message}: {help}"
+        );
+    }
     assert!(convert(&["--refit", "general"]).0.contains("bound weights"));
     assert!(convert(&["--tokenizer", "/no/such"]).0.contains("/no/such"));
 

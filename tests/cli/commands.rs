@@ -334,5 +334,5 @@ fn doctor_tells_the_machine() {
     assert!(told.contains("convert, and generate on the CPU"), "{told}");
     let facts = lapidary(["doctor", "--json"]).ok().json();
     assert!(facts["cpu"]["threads"].as_u64().unwrap() >= 1);
-    assert_eq!(facts["tensorrt"]["compiled"], cfg!(feature = "tensorrt-rtx"));
+    assert_eq!(facts["tensorrt"]["compiled"], cfg!(feature = "engines"));
 }

@@ -132,7 +132,7 @@ pub fn assert_close(got: &Tensor, want: &[f64], scale: f64, tolerance: f64, what
     }
 }
 
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 mod tensorrt {
     use std::rc::Rc;
 
@@ -157,7 +157,7 @@ mod tensorrt {
     }
 }
 
-#[cfg(not(feature = "tensorrt-rtx"))]
+#[cfg(not(feature = "engines"))]
 mod tensorrt {
     use super::{Network, Tensor};
 

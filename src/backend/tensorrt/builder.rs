@@ -7,6 +7,7 @@ use trtx::{BuilderFlag, OptProfileSelector};
 use super::capture::Capture;
 use super::emit;
 use super::error::Error;
+use super::flavour::FLAVOUR;
 use super::observer::Monitor;
 use super::{BuildOptions, Library, Plan, Refit, driver};
 use crate::network::{LayerKind, Network, Tokens, WeightMode};
@@ -16,7 +17,8 @@ pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions
     let started = Instant::now();
     check_profile(network)?;
     let refits = Refits::of(network, options.refit);
-    if let Some(what) = refits.needs_gpu() {
+    let of_any = (!FLAVOUR.builds_without_gpu).then_some("an engine of full TensorRT");
+    if let Some(what) = refits.needs_gpu().or(of_any) {
         driver::driver().map_err(|error| Error::NeedsGpu {
             what,
             reason: error.to_string(),

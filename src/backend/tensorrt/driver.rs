@@ -39,7 +39,7 @@ pub(super) fn driver() -> Result<Driver, DriverError> {
     imp::driver()
 }
 
-#[cfg(not(feature = "tensorrt-rtx"))]
+#[cfg(not(feature = "engines"))]
 mod imp {
     use super::*;
 
@@ -48,7 +48,7 @@ mod imp {
     }
 }
 
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 mod imp {
     use std::ffi::{CStr, c_char, c_int};
 

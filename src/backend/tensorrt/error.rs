@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::flavour::{FLAVOUR, Flavour};
 use crate::graph::ConstantError;
 
 /// Errors of the TensorRT back end. Each message is complete: it names what is wrong and what to do.
@@ -11,10 +12,10 @@ pub enum Error {
     #[error(transparent)]
     Library(#[from] LibraryError),
 
-    /// Refittable and stripped engines need a CUDA driver at build time.
+    /// Refittable and stripped engines need a CUDA driver at build time, and all those of full TensorRT.
     #[error(
-        "{what} needs a CUDA driver and GPU at build time, and {reason}; build on a machine with an NVIDIA GPU, or take \
-         `--weights bind` (engines without weights that build anywhere) or `--weights embed` with `--refit none`"
+        "{what} needs a CUDA driver and GPU at build time, and {reason}; build on a machine with an NVIDIA GPU, or {}",
+        FLAVOUR.without_gpu
     )]
     NeedsGpu { what: &'static str, reason: String },
 
@@ -91,30 +92,47 @@ pub enum LibraryError {
     #[error("this lapidary was compiled without TensorRT; build it with `cargo build --features tensorrt-rtx`")]
     NotCompiled,
 
+    /// Engines of the other TensorRT were asked for.
     #[error(
-        "no TensorRT-RTX library found; install one with `pip install tensorrt-rtx-cu12-libs==1.6.1.120`, or give its \
-         path with --tensorrt-lib or TENSORRT_RTX_LIB (looked for {looked})"
+        "this lapidary was compiled for {}, not for {}; take `--target {}`, or build another with `cargo build \
+         --no-default-features --features {}`", FLAVOUR.product, asked.product, FLAVOUR.feature, asked.feature
     )]
-    NotFound { looked: String },
+    OtherFlavour { asked: &'static Flavour },
+
+    #[error(
+        "no {} library found; install {}, or give its path with --tensorrt-lib or {} (looked for the Python package {} and \
+         for {} on the loader's path)",
+        FLAVOUR.product,
+        FLAVOUR.install,
+        FLAVOUR.variable,
+        FLAVOUR.python_package,
+        FLAVOUR.libraries.join(", ")
+    )]
+    NotFound,
 
     #[error("the TensorRT library {path:?} given by {by} does not exist")]
     Missing { path: PathBuf, by: super::Source },
 
+    #[error(
+        "the folder {path:?} given by {by} holds no {}, and neither does a folder lib in it; give the library itself",
+        FLAVOUR.libraries.join(" or ")
+    )]
+    NotInFolder { path: PathBuf, by: super::Source },
+
     #[error("{path:?} cannot be loaded as a library: {reason}")]
     NotALibrary { path: PathBuf, reason: String },
 
-    #[error("{path:?} is a library, but not TensorRT-RTX: it does not export {symbol}")]
+    #[error("{path:?} is a library, but not {}: it does not export {symbol}", FLAVOUR.product)]
     NotTensorRt { path: PathBuf, symbol: &'static str },
 
     #[error(
-        "{path:?} is TensorRT {version}; this lapidary needs TensorRT-RTX 1.x from {min} on (install \
-         tensorrt-rtx-cu12-libs==1.6.1.120)"
+        "{path:?} is TensorRT {version}, and this lapidary needs {} {}.x from {} on; install {}",
+        FLAVOUR.product,
+        FLAVOUR.headers.major,
+        FLAVOUR.headers,
+        FLAVOUR.install
     )]
-    Version {
-        path: PathBuf,
-        version: super::Version,
-        min: super::Version,
-    },
+    Version { path: PathBuf, version: super::Version },
 
     #[error("a process can use one TensorRT library: {loaded:?} is loaded, {asked:?} was asked for")]
     AnotherLoaded { loaded: PathBuf, asked: PathBuf },

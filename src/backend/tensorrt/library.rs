@@ -1,4 +1,4 @@
-//! Finding the TensorRT-RTX library and making sure of its version before anything else touches it.
+//! Finding the TensorRT library and making sure of its version before anything else touches it.
 //!
 //! The binding calls a C++ interface by virtual-table offset: against a library older than its headers that is undefined
 //! behaviour (TensorRT-RTX 1.5: a segmentation fault). So the library is opened here first, asked for its version through
@@ -7,7 +7,9 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use super::driver;
 use super::error::LibraryError;
+use super::flavour::{FLAVOUR, Flavour};
 
 /// A version as `getInferLibVersion` encodes it: `major * 10000 + minor * 100 + patch`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, serde::Serialize, serde::Deserialize)]
@@ -18,13 +20,6 @@ pub struct Version {
 }
 
 impl Version {
-    /// The headers that this crate is compiled against. The API is append-only, so newer 1.x libraries work.
-    pub const MIN: Version = Version {
-        major: 1,
-        minor: 6,
-        patch: 0,
-    };
-
     pub fn from_encoded(encoded: i32) -> Self {
         let encoded = encoded.unsigned_abs();
         Version {
@@ -34,9 +29,10 @@ impl Version {
         }
     }
 
-    /// Whether this crate may call a library of this version. Full TensorRT (10, 11 …) counts on in its own numbers.
-    pub fn is_supported(self) -> bool {
-        self >= Version::MIN && self.major == Version::MIN.major
+    /// Whether the binding may call a library of this version. RTX (1.x) and full TensorRT (10, 11 …) count on in numbers
+    /// of their own, so neither is taken for the other.
+    pub fn is_supported_by(self, flavour: &Flavour) -> bool {
+        self >= flavour.headers && self.major == flavour.headers.major
     }
 }
 
@@ -52,9 +48,10 @@ impl fmt::Display for Version {
 pub enum Source {
     /// `--tensorrt-lib`.
     Flag,
-    /// `TENSORRT_RTX_LIB`.
+    /// `TENSORRT_RTX_LIB`, or `TENSORRT_LIB` for full TensorRT.
     Environment,
-    /// The Python package `tensorrt_rtx_libs`, which the `tensorrt-rtx-cu12-libs` and `-cu13-libs` wheels install.
+    /// The Python package `tensorrt_rtx_libs`, which the `tensorrt-rtx-cu12-libs` and `-cu13-libs` wheels install, or
+    /// `tensorrt_libs`.
     PythonPackage,
     /// The dynamic loader's search path.
     Loader,
@@ -64,14 +61,14 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Source::Flag => "--tensorrt-lib",
-            Source::Environment => "TENSORRT_RTX_LIB",
-            Source::PythonPackage => "the Python package tensorrt_rtx_libs",
+            Source::Environment => FLAVOUR.variable,
+            Source::PythonPackage => return write!(f, "the Python package {}", FLAVOUR.python_package),
             Source::Loader => "the loader's path",
         })
     }
 }
 
-/// A TensorRT-RTX library of a fitting version, loaded into this process for good.
+/// A TensorRT library of a fitting version, loaded into this process for good.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Library {
     path: PathBuf,
@@ -80,8 +77,8 @@ pub struct Library {
 }
 
 impl Library {
-    /// Finds, checks and loads the library: `explicit` (the flag `--tensorrt-lib`), then `TENSORRT_RTX_LIB`, then an
-    /// installed `tensorrt_rtx_libs` Python package, then the loader's path.
+    /// Finds, checks and loads the library: `explicit` (the flag `--tensorrt-lib`), then the environment variable, then an
+    /// installed Python package, then the loader's path; names are those of [`FLAVOUR`].
     ///
     /// A path given by flag or environment is used or refused, never passed over. A process loads one library: asking
     /// for the same one again is free, asking for another is an error.
@@ -99,16 +96,23 @@ impl Library {
     pub fn version(&self) -> Version {
         self.version
     }
+
+    /// What a plan built here fits, in words, for telling kept plans apart: this version, and with full TensorRT this
+    /// machine's GPU.
+    pub fn fits(&self) -> String {
+        let version = format!("{} {}", FLAVOUR.product, self.version);
+        match driver::driver() {
+            Ok(facts) if !FLAVOUR.builds_without_gpu => {
+                let gpu = &facts.gpus[0];
+                let (major, minor) = gpu.compute_capability;
+                format!("{version} on {}, SM {major}.{minor}", gpu.name)
+            }
+            _ => version,
+        }
+    }
 }
 
-/// The name that the wheels ship and that the loader is asked for.
-pub const LIBRARY_NAME: &str = if cfg!(windows) {
-    "tensorrt_rtx_1_6.dll"
-} else {
-    "libtensorrt_rtx.so.1"
-};
-
-#[cfg(not(feature = "tensorrt-rtx"))]
+#[cfg(not(feature = "engines"))]
 mod imp {
     use super::*;
 
@@ -117,7 +121,7 @@ mod imp {
     }
 }
 
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 mod imp {
     use std::process::{Command, Stdio};
     use std::sync::Mutex;
@@ -140,13 +144,9 @@ mod imp {
             return Ok(library.clone());
         }
         // What is wrong with the file itself is said first, even where another library is in use already.
-        let (version, opened) = open(&path, source)?;
-        if !version.is_supported() {
-            return Err(LibraryError::Version {
-                path,
-                version,
-                min: Version::MIN,
-            });
+        let (version, opened) = open(&path)?;
+        if !version.is_supported_by(&FLAVOUR) {
+            return Err(LibraryError::Version { path, version });
         }
         if let Some(library) = &*loaded {
             return Err(LibraryError::AnotherLoaded {
@@ -182,7 +182,7 @@ mod imp {
     fn find(explicit: Option<&Path>) -> Result<(PathBuf, Source), LibraryError> {
         let given = explicit.map(|path| (path.to_path_buf(), Source::Flag)).or_else(|| {
             // An empty variable is how shells switch one off.
-            let value = std::env::var_os("TENSORRT_RTX_LIB").filter(|value| !value.is_empty())?;
+            let value = std::env::var_os(FLAVOUR.variable).filter(|value| !value.is_empty())?;
             Some((PathBuf::from(value), Source::Environment))
         });
         if let Some((path, by)) = given {
@@ -190,9 +190,8 @@ mod imp {
             let path = std::path::absolute(&path).unwrap_or(path);
             return if path.is_dir() {
                 // A folder is what other tools call the SDK root; take the library in it.
-                let inside = [path.join(LIBRARY_NAME), path.join("lib").join(LIBRARY_NAME)];
-                let found = inside.into_iter().find(|p| p.is_file());
-                found.map(|p| (p, by)).ok_or(LibraryError::Missing { path, by })
+                let found = library_in(&path).or_else(|| library_in(&path.join("lib")));
+                found.map(|p| (p, by)).ok_or(LibraryError::NotInFolder { path, by })
             } else if path.exists() {
                 Ok((path, by))
             } else {
@@ -202,13 +201,24 @@ mod imp {
         if let Some(path) = python_package() {
             return Ok((path, Source::PythonPackage));
         }
-        Ok((PathBuf::from(LIBRARY_NAME), Source::Loader))
+        // The loader's path is the loader's own to search.
+        let known = |name: &&&str| mapped(Path::new(name)).is_ok();
+        let name = FLAVOUR.libraries.iter().find(known).ok_or(LibraryError::NotFound)?;
+        Ok((PathBuf::from(name), Source::Loader))
     }
 
-    /// The library inside the Python package: of the active virtual or conda environment, else of the `python3` on the
+    /// The library in a folder.
+    fn library_in(folder: &Path) -> Option<PathBuf> {
+        FLAVOUR
+            .libraries
+            .iter()
+            .map(|name| folder.join(name))
+            .find(|path| path.is_file())
+    }
+
+    /// The library inside its Python package: of the active virtual or conda environment, else of the `python3` on the
     /// path, which is asked because only it knows where it keeps packages.
     fn python_package() -> Option<PathBuf> {
-        let inside = |package: &Path| Some(package.join(LIBRARY_NAME)).filter(|library| library.is_file());
         for variable in ["VIRTUAL_ENV", "CONDA_PREFIX"] {
             let Some(root) = std::env::var_os(variable).filter(|root| !root.is_empty()) else {
                 continue;
@@ -216,36 +226,30 @@ mod imp {
             let versions = std::fs::read_dir(Path::new(&root).join("lib")).into_iter().flatten();
             let packages = versions
                 .flatten()
-                .map(|entry| entry.path().join("site-packages/tensorrt_rtx_libs"));
-            if let Some(library) = packages.into_iter().find_map(|package| inside(&package)) {
+                .map(|entry| entry.path().join("site-packages").join(FLAVOUR.python_package));
+            if let Some(library) = packages.into_iter().find_map(|package| library_in(&package)) {
                 return Some(library);
             }
         }
         // Without the empty entry, a folder of that name in the working directory is not taken for the package.
         let script = "import sys\nsys.path = [p for p in sys.path if p]\nimport importlib.util as u\n\
-                      s = u.find_spec('tensorrt_rtx_libs')\n\
+                      s = u.find_spec(sys.argv[1])\n\
                       print(*(s.submodule_search_locations if s else []), sep='\\n')";
         let output = Command::new("python3")
-            .args(["-c", script])
+            .args(["-c", script, FLAVOUR.python_package])
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .output()
             .ok()?;
         let text = String::from_utf8(output.stdout).ok()?;
-        text.lines().find_map(|line| inside(Path::new(line)))
+        text.lines().find_map(|line| library_in(Path::new(line)))
     }
 
     /// Maps the library and asks its version, without a call into its C++.
-    fn open(path: &Path, source: Source) -> Result<(Version, libloading::Library), LibraryError> {
-        // SAFETY: runs the library's constructors, which is what the user asks for by naming it.
-        let library = unsafe { libloading::Library::new(path) }.map_err(|error| match source {
-            Source::Loader => LibraryError::NotFound {
-                looked: format!("the Python package tensorrt_rtx_libs and {LIBRARY_NAME} on the loader's path"),
-            },
-            _ => LibraryError::NotALibrary {
-                path: path.to_path_buf(),
-                reason: reason_of(&error),
-            },
+    fn open(path: &Path) -> Result<(Version, libloading::Library), LibraryError> {
+        let library = mapped(path).map_err(|error| LibraryError::NotALibrary {
+            path: path.to_path_buf(),
+            reason: reason_of(&error),
         })?;
         let not_tensorrt = |symbol| LibraryError::NotTensorRt {
             path: path.to_path_buf(),
@@ -259,6 +263,11 @@ mod imp {
         unsafe { library.get::<*const ()>(b"createInferBuilder_INTERNAL\0") }
             .map_err(|_| not_tensorrt("createInferBuilder_INTERNAL"))?;
         Ok((version, library))
+    }
+
+    fn mapped(path: &Path) -> Result<libloading::Library, libloading::Error> {
+        // SAFETY: runs the library's constructors, which is what the user asks for by naming it.
+        unsafe { libloading::Library::new(path) }
     }
 
     /// The loader's own words without libloading's wrapping.
@@ -278,9 +287,8 @@ mod imp {
             .filter_map(|line| line.split_once('/'))
             .map(|(_, path)| path)
             .find(|path| {
-                path.rsplit('/')
-                    .next()
-                    .is_some_and(|name| name.starts_with("libtensorrt_rtx.so"))
+                let file = path.rsplit('/').next().unwrap_or_default();
+                FLAVOUR.libraries.iter().any(|name| file.starts_with(name))
             })?;
         Some(PathBuf::from(format!("/{path}")))
     }
@@ -292,15 +300,7 @@ mod tests {
 
     #[test]
     fn versions_read_like_the_packages() {
-        let version = Version::from_encoded(10601);
-        assert_eq!(version.to_string(), "1.6.1");
-        assert!(version.is_supported());
-        assert!(Version::from_encoded(10701).is_supported());
-        assert!(!Version::from_encoded(10500).is_supported(), "older than the headers");
-        assert!(!Version::from_encoded(110_400).is_supported(), "full TensorRT 11.4");
-        assert!(
-            !Version::from_encoded(20_000).is_supported(),
-            "an unknown major version"
-        );
+        assert_eq!(Version::from_encoded(10601).to_string(), "1.6.1");
+        assert_eq!(Version::from_encoded(110_400).to_string(), "11.4.0");
     }
 }

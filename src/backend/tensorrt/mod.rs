@@ -1,9 +1,10 @@
-//! TensorRT-RTX engines from a [`Network`].
+//! TensorRT engines from a [`Network`].
 //!
 //! Owns everything that is particular to TensorRT: finding and checking its library, the order in which its objects die,
 //! shape tensors for symbolic extents, optimization profiles, refit marks, its error text. Nothing else in the crate
-//! knows of these. Takes a network that `lower` made; gives a [`Plan`]: the bytes of a serialized engine. No GPU and no
-//! driver are needed, except for weights that can be refitted. `run` loads plans and runs them.
+//! knows of these. Takes a network that `lower` made; gives a [`Plan`]: the bytes of a serialized engine. With TensorRT-RTX
+//! no GPU and no driver are needed, except for weights that can be refitted. `run` loads plans and runs them. A binary is
+//! for TensorRT-RTX or for full TensorRT; `flavour` has all in which they differ.
 //!
 //! ```no_run
 //! use lapidary::backend::tensorrt::{self, BuildOptions, Library};
@@ -26,21 +27,22 @@
 //! - After every layer TensorRT's inferred type and shape are compared with the network's, so a wrong lowering fails at
 //!   its own layer and by name.
 //!
-//! With the cargo feature `tensorrt-rtx` off, everything here still exists and says [`LibraryError::NotCompiled`].
+//! With the cargo features `tensorrt-rtx` and `tensorrt` off, everything here still exists and says [`LibraryError::NotCompiled`].
 
 mod driver;
 mod error;
+pub mod flavour;
 mod library;
 mod observer;
 mod probe;
 
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 mod builder;
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 mod capture;
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 mod emit;
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 pub mod run;
 
 use std::sync::Arc;
@@ -48,7 +50,8 @@ use std::time::Duration;
 
 pub use driver::{Driver, DriverError, Gpu};
 pub use error::{Error, LayerContext, LibraryError};
-pub use library::{LIBRARY_NAME, Library, Source, Version};
+pub use flavour::{FLAVOUR, Flavour};
+pub use library::{Library, Source, Version};
 pub use observer::{BuildObserver, BuildProgress};
 pub use probe::{Ability, Report, probe};
 
@@ -80,9 +83,9 @@ pub struct BuildOptions {
     pub observer: Option<Arc<dyn BuildObserver>>,
 }
 
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 type PlanMemory = trtx::host_memory::HostMemory<'static>;
-#[cfg(not(feature = "tensorrt-rtx"))]
+#[cfg(not(feature = "engines"))]
 type PlanMemory = Vec<u8>;
 
 /// A serialized engine, in memory that TensorRT allocated: writing it to a file makes no second copy.
@@ -120,12 +123,12 @@ impl std::fmt::Debug for Plan {
 
 /// Builds the engine of a network. Blocks; takes from 20 ms for a few layers to tens of seconds.
 ///
-/// Needs no GPU unless a weight is [`WeightMode::Strip`] or `options.refit` is set while a weight is embedded. Several
-/// threads may build at once.
+/// With TensorRT-RTX needs no GPU unless a weight is [`WeightMode::Strip`] or `options.refit` is set while a weight is
+/// embedded. Several threads may build at once.
 pub fn build(library: &Library, network: &Network, options: &BuildOptions) -> Result<Plan, Error> {
-    #[cfg(feature = "tensorrt-rtx")]
+    #[cfg(feature = "engines")]
     return builder::build(library, network, options);
-    #[cfg(not(feature = "tensorrt-rtx"))]
+    #[cfg(not(feature = "engines"))]
     {
         // A Library cannot exist without the feature: `load` is its only maker.
         let _ = (library, network, options);

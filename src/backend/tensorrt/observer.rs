@@ -23,10 +23,10 @@ impl<F: Fn(BuildProgress<'_>) -> ControlFlow<()> + Send + Sync> BuildObserver fo
     }
 }
 
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 pub(super) use adapter::Monitor;
 
-#[cfg(feature = "tensorrt-rtx")]
+#[cfg(feature = "engines")]
 mod adapter {
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::{Arc, Mutex};

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::driver::{self, Driver};
+use super::flavour::{FLAVOUR, Flavour};
 use super::library::{Library, Source, Version};
 
 /// The facts, and what follows from them. Serialises to the object that `doctor --json` prints.
@@ -12,6 +13,8 @@ use super::library::{Library, Source, Version};
 pub struct Report {
     /// Whether this binary has the TensorRT back end at all.
     pub compiled: bool,
+    /// Which TensorRT it is for: `TensorRT-RTX` or `TensorRT`.
+    pub product: &'static str,
     pub library: Option<LibraryFacts>,
     /// Why there is no library to use, with what to do.
     pub library_problem: Option<String>,
@@ -65,9 +68,10 @@ pub fn probe(explicit: Option<&Path>) -> Report {
     let driver = driver::driver();
     let problem_of = |error: &dyn std::fmt::Display| error.to_string();
 
-    let build = match &library {
-        Ok(_) => Ability::yes(),
-        Err(error) => Ability::no(error.to_string()),
+    let build = match (&library, &driver) {
+        (Err(error), _) => Ability::no(error.to_string()),
+        (Ok(_), Err(error)) if !FLAVOUR.builds_without_gpu => Ability::no(error.to_string()),
+        (Ok(_), _) => Ability::yes(),
     };
     let build_refittable = match (&library, &driver) {
         (Err(error), _) => Ability::no(error.to_string()),
@@ -82,7 +86,8 @@ pub fn probe(explicit: Option<&Path>) -> Report {
         (Ok(library), Ok(driver)) => runs_on(library.version(), driver.gpus[0].compute_capability),
     };
     Report {
-        compiled: cfg!(feature = "tensorrt-rtx"),
+        compiled: cfg!(feature = "engines"),
+        product: FLAVOUR.product,
         library_problem: library.as_ref().err().map(|e| problem_of(e)),
         library: library.ok().map(|library| LibraryFacts {
             path: library.path().to_path_buf(),
@@ -97,13 +102,27 @@ pub fn probe(explicit: Option<&Path>) -> Report {
     }
 }
 
-/// GPUs on TensorRT-RTX's list (the `ComputeCapability` enum of its headers), and what was measured of the others.
-pub(super) fn runs_on(version: Version, (major, minor): (u32, u32)) -> Ability {
-    const LISTED: [(u32, u32); 6] = [(7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1)];
-    if LISTED.contains(&(major, minor)) {
+/// Whether a library of this version runs on a GPU of this compute capability.
+pub(super) fn runs_on(version: Version, compute_capability: (u32, u32)) -> Ability {
+    runs_on_with(&FLAVOUR, version, compute_capability)
+}
+
+/// By the list in the library's headers, if they have one, and by what was measured of other GPUs.
+fn runs_on_with(flavour: &Flavour, version: Version, compute_capability: (u32, u32)) -> Ability {
+    let ((major, minor), product) = (compute_capability, flavour.product);
+    if compute_capability < flavour.oldest_gpu {
+        let (oldest, minor_of_oldest) = flavour.oldest_gpu;
+        return Ability::no(format!(
+            "SM {major}.{minor} is older than SM {oldest}.{minor_of_oldest}, the oldest that {product} supports"
+        ));
+    }
+    let Some(listed) = flavour.listed_gpus else {
+        return Ability::yes();
+    };
+    if listed.contains(&compute_capability) {
         return Ability::yes();
     }
-    let gpu = format!("SM {major}.{minor} is not on TensorRT-RTX's list");
+    let gpu = format!("SM {major}.{minor} is not on {product}'s list");
     // Measured on an H200: 1.4 to 1.6 run, 1.7 refuses to deserialise.
     match (major, version.minor) {
         (9, ..=6) => Ability::yes_but(format!("{gpu}, but version {version} runs on Hopper")),
@@ -117,13 +136,28 @@ pub(super) fn runs_on(version: Version, (major, minor): (u32, u32)) -> Ability {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::tensorrt::flavour::{ENTERPRISE, RTX};
 
     #[test]
-    fn hopper_runs_up_to_1_6() {
-        let v = Version::from_encoded;
-        assert!(runs_on(v(10601), (8, 9)).possible);
-        assert!(runs_on(v(10601), (9, 0)).note.is_some_and(|n| n.contains("Hopper")));
-        assert!(!runs_on(v(10701), (9, 0)).possible);
-        assert!(!runs_on(v(10601), (6, 1)).possible);
+    fn gpus_on_the_list_and_off_it() {
+        let on = |encoded, gpu| runs_on_with(&RTX, Version::from_encoded(encoded), gpu);
+        assert_eq!(on(10601, (8, 9)), Ability::yes());
+        assert!(on(10601, (9, 0)).note.is_some_and(|n| n.contains("Hopper")));
+        let refused = on(10701, (9, 0));
+        assert!(!refused.possible);
+        assert!(
+            refused
+                .note
+                .is_some_and(|n| n.contains("tensorrt-rtx-cu12-libs==1.6.1.120"))
+        );
+        // Unknown, and older than the oldest.
+        assert_eq!(on(10601, (10, 0)), Ability::no("SM 10.0 is not on TensorRT-RTX's list"));
+        assert_eq!(
+            on(10601, (6, 1)),
+            Ability::no("SM 6.1 is older than SM 7.5, the oldest that TensorRT-RTX supports")
+        );
+        let full = |gpu| runs_on_with(&ENTERPRISE, Version::from_encoded(110_400), gpu);
+        assert_eq!(full((9, 0)), Ability::yes());
+        assert!(!full((7, 0)).possible);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::backend::tensorrt::FLAVOUR;
 use crate::backend::tensorrt::run::{Engine, Port, RunError};
 use crate::decode::DeviceError;
 
@@ -34,8 +35,10 @@ pub(super) fn device_error(gpu: &str, error: RunError) -> DeviceError {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error(
-        "{} has no TensorRT-RTX engines; convert the model with --target tensorrt-rtx, or run it with --device cpu",
-        package.display()
+        "{} has no {} engines; convert the model with --target {}, or run it with --device cpu",
+        package.display(),
+        FLAVOUR.product,
+        FLAVOUR.feature
     )]
     NoEngines { package: PathBuf },
     #[error(transparent)]

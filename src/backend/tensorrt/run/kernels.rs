@@ -4,20 +4,20 @@
 //! not take is ignored and replaced. Nothing here can fail a load: without the file it only takes longer.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use super::Runtime;
+use crate::backend::tensorrt::flavour::KernelStore;
 
 pub(super) struct Kernels {
     file: PathBuf,
-    cache: Arc<trtx::RuntimeCache>,
+    store: KernelStore,
     /// Hash of what the file holds.
     kept: Option<blake3::Hash>,
 }
 
 impl Kernels {
     /// Gives TensorRT what was kept for this plan, if anything.
-    pub fn open(folder: &Path, plan: &[u8], runtime: &Runtime, cache: Arc<trtx::RuntimeCache>) -> Self {
+    pub fn open(folder: &Path, plan: &[u8], runtime: &Runtime, store: KernelStore) -> Self {
         let facts = runtime.cuda().facts();
         let mut key = blake3::Hasher::new();
         key.update(plan);
@@ -28,22 +28,27 @@ impl Kernels {
         let file = folder.join(format!("{}.kernels", &key.finalize().to_hex()[..32]));
         let mut kept = None;
         if let Ok(bytes) = std::fs::read(&file) {
-            match cache.deserialize(&bytes) {
-                Ok(()) => kept = Some(blake3::hash(&bytes)),
-                Err(_) => drop(runtime.capture.take_errors()),
+            match store.fill(&bytes) {
+                true => kept = Some(blake3::hash(&bytes)),
+                false => drop(runtime.capture.take_errors()),
             }
         }
-        Kernels { file, cache, kept }
+        Kernels { file, store, kept }
+    }
+
+    pub fn store(&self) -> &KernelStore {
+        &self.store
     }
 
     /// Writes the file if there is anything new.
     pub fn keep(&mut self) {
-        let Ok(memory) = self.cache.serialize() else { return };
-        let hash = blake3::hash(&memory);
-        if memory.is_empty() || self.kept == Some(hash) {
+        let Some(memory) = self.store.bytes() else { return };
+        let bytes = memory.as_ref();
+        let hash = blake3::hash(bytes);
+        if bytes.is_empty() || self.kept == Some(hash) {
             return;
         }
-        if write(&self.file, &memory).is_ok() {
+        if write(&self.file, bytes).is_ok() {
             self.kept = Some(hash);
         }
     }

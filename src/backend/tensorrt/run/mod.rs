@@ -34,6 +34,7 @@ pub use execute::execute;
 pub use unpacked::Unpacked;
 
 use super::capture::Capture;
+use super::flavour;
 use super::library::{Library, Version};
 use super::probe;
 use crate::tensor::DType;
@@ -113,55 +114,9 @@ impl Runtime {
         }
     }
 
-    /// TensorRT's verdict on a plan's header. It calls every plan invalid on GPUs that are not on its list, though some
-    /// run there (`probe::runs_on`), so that alone is no reason before the plan was tried.
+    /// TensorRT's verdict on a plan's header, where it has one; `tried`: deserialising it has failed.
     fn check(&self, plan: &[u8], tried: bool) -> Result<(), String> {
-        use trtx::EngineInvalidityDiagnostics as Why;
-        let runtime = self.inner.borrow();
-        let (validity, why) = runtime.engine_validity(plan).map_err(|e| e.to_string())?;
-        let valid = !matches!(validity, trtx::EngineValidity::kINVALID);
-        if valid || !tried && why == Why::UNSUPPORTED_CC {
-            return Ok(());
-        }
-        let facts = self.cuda.facts();
-        let gpu = &facts.gpus[0];
-        let (major, minor) = gpu.compute_capability;
-        let reasons = [
-            (
-                Why::VERSION_MISMATCH,
-                format!("another version than {} built it", self.version),
-            ),
-            (
-                Why::UNSUPPORTED_CC,
-                format!("it is not for {}, SM {major}.{minor}", gpu.name),
-            ),
-            (
-                Why::OLD_CUDA_DRIVER,
-                format!(
-                    "the driver, of CUDA {}, is older than the builder's",
-                    facts.cuda_version
-                ),
-            ),
-            (
-                Why::OLD_CUDA_RUNTIME,
-                "its CUDA is newer than this library's".to_string(),
-            ),
-            (
-                Why::INSUFFICIENT_GPU_MEMORY,
-                "its weights do not fit the GPU's memory".to_string(),
-            ),
-            (Why::MALFORMED_ENGINE, "the file is damaged".to_string()),
-            (Why::CUDA_ERROR, "the CUDA installation is broken".to_string()),
-        ];
-        let found: Vec<String> = reasons
-            .into_iter()
-            .filter(|(flag, _)| why.contains(*flag))
-            .map(|(_, text)| text)
-            .collect();
-        match found.is_empty() {
-            true => Err("TensorRT calls it invalid".to_string()),
-            false => Err(found.join(", and ")),
-        }
+        flavour::judge(&self.inner.borrow(), plan, tried, self.version, self.cuda.facts())
     }
 }
 

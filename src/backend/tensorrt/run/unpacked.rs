@@ -3,10 +3,10 @@
 use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::Arc;
 
-use trtx::{DynamicShapesKernelSpecializationStrategy, ExecutionContextAllocationStrategy};
+use trtx::ExecutionContextAllocationStrategy;
 
+use super::super::flavour::{self, KernelStore};
 use super::kernels::Kernels;
 use super::{Port, RunError, Runtime, refit};
 use crate::network::{Network, WeightMode};
@@ -54,12 +54,14 @@ impl Unpacked {
         }
         let mut config = inner.create_runtime_config().map_err(failed)?;
         config.set_execution_context_allocation_strategy(ExecutionContextAllocationStrategy::kUSER_MANAGED);
-        config.set_dynamic_shapes_kernel_specialization_strategy(DynamicShapesKernelSpecializationStrategy::kEAGER);
+        flavour::configure(&mut config);
         let mut kept = None;
-        if let Some(folder) = kernels {
-            let cache = Arc::new(config.create_runtime_cache().map_err(failed)?);
-            kept = Some(Kernels::open(folder, plan, runtime, cache.clone()));
-            config.set_runtime_cache(cache).map_err(failed)?;
+        if let Some(folder) = kernels
+            && let Some(store) = KernelStore::new(&config).map_err(failed)?
+        {
+            let kernels = Kernels::open(folder, plan, runtime, store);
+            kernels.store().give_to(&mut config).map_err(failed)?;
+            kept = Some(kernels);
         }
         let ports = ports(&inner).map_err(failed)?;
         Ok(Unpacked {

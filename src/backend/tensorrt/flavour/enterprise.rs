@@ -1,0 +1,38 @@
+//! Full TensorRT in place of what only TensorRT-RTX has: plans hold compiled kernels, and there is nothing to configure.
+
+use crate::backend::tensorrt::driver::Driver;
+use crate::backend::tensorrt::library::Version;
+
+/// No verdict before the plan is deserialised; what is wrong with it TensorRT logs then.
+pub(in super::super) fn judge(
+    _runtime: &trtx::Runtime<'_>,
+    _plan: &[u8],
+    _tried: bool,
+    _version: Version,
+    _facts: &Driver,
+) -> Result<(), String> {
+    Ok(())
+}
+
+pub(in super::super) fn configure(_config: &mut trtx::RuntimeConfig<'_>) {}
+
+/// Never made: nothing is compiled at load.
+pub(in super::super) enum KernelStore {}
+
+impl KernelStore {
+    pub fn new(_config: &trtx::RuntimeConfig<'_>) -> Result<Option<Self>, trtx::Error> {
+        Ok(None)
+    }
+
+    pub fn fill(&self, _bytes: &[u8]) -> bool {
+        match *self {}
+    }
+
+    pub fn give_to(&self, _config: &mut trtx::RuntimeConfig<'_>) -> Result<(), trtx::Error> {
+        match *self {}
+    }
+
+    pub fn bytes(&self) -> Option<Vec<u8>> {
+        match *self {}
+    }
+}

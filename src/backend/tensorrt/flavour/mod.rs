@@ -1,0 +1,164 @@
+//! TensorRT-RTX or full ("enterprise") TensorRT: all in which the two differ.
+//!
+//! They share an API and nearly all of its meaning, but the binding is compiled against one set of headers, so a binary is
+//! for one of them: the cargo feature `tensorrt-rtx` makes it RTX, `tensorrt` full TensorRT, and where both are on (cargo
+//! adds features up) `tensorrt` wins. Everything else in the crate asks [`FLAVOUR`] or calls the functions here.
+//!
+//! | | TensorRT-RTX | full TensorRT |
+//! |---|---|---|
+//! | library | `libtensorrt_rtx.so.1`, headers 1.6 | `libnvinfer.so.11`, headers 11.4 |
+//! | builds without a GPU | yes, unless weights are stripped or refittable | never: it times kernels |
+//! | a plan runs on | every GPU of the library's list | the kind of GPU that it was built on |
+//! | kernels compiled at first load | yes, kept in a runtime cache | no, they are in the plan |
+//! | says what is wrong with a plan's header | `getEngineValidity` | no; deserialising says it |
+//!
+//! The two are alike in what one might not expect: networks are strongly typed without a flag, TF32 is a builder flag that
+//! is on, refit and strip flags have the same names, and Lapidary captures CUDA graphs itself. What of full TensorRT was
+//! never run is told in `docs/tensorrt-notes.md`.
+
+use super::error::LibraryError;
+use super::library::Version;
+
+#[cfg(feature = "tensorrt")]
+mod enterprise;
+#[cfg(all(feature = "engines", not(feature = "tensorrt")))]
+mod rtx;
+
+#[cfg(feature = "tensorrt")]
+pub(super) use enterprise::{KernelStore, configure, judge};
+#[cfg(all(feature = "engines", not(feature = "tensorrt")))]
+pub(super) use rtx::{KernelStore, configure, judge};
+
+/// Which TensorRT.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    Rtx,
+    Enterprise,
+}
+
+/// What is to be known of a TensorRT before its library is loaded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Flavour {
+    pub kind: Kind,
+    /// Its name, for people.
+    pub product: &'static str,
+    /// The cargo feature, which is what `--target` calls its engines too.
+    pub feature: &'static str,
+    /// Names of the library's file, the likeliest first: what packages ship, and what the loader is asked for.
+    pub libraries: &'static [&'static str],
+    /// The environment variable that gives the library's path.
+    pub variable: &'static str,
+    /// The Python package that holds the library.
+    pub python_package: &'static str,
+    /// How to get one, for messages.
+    pub install: &'static str,
+    /// The headers this is compiled against. The API is append-only, so newer libraries of the same major version work.
+    pub headers: Version,
+    pub builds_without_gpu: bool,
+    /// What to do where engines cannot be built for want of a GPU.
+    pub without_gpu: &'static str,
+    /// Compute capabilities that the headers list; `None`: they list none, and everything from the oldest on will do.
+    pub listed_gpus: Option<&'static [(u32, u32)]>,
+    /// The oldest GPUs that it runs on.
+    pub oldest_gpu: (u32, u32),
+}
+
+pub const RTX: Flavour = Flavour {
+    kind: Kind::Rtx,
+    product: "TensorRT-RTX",
+    feature: "tensorrt-rtx",
+    libraries: if cfg!(windows) {
+        &["tensorrt_rtx_1_6.dll"]
+    } else {
+        &["libtensorrt_rtx.so.1"]
+    },
+    variable: "TENSORRT_RTX_LIB",
+    python_package: "tensorrt_rtx_libs",
+    install: "`pip install tensorrt-rtx-cu12-libs==1.6.1.120`",
+    headers: Version {
+        major: 1,
+        minor: 6,
+        patch: 0,
+    },
+    builds_without_gpu: true,
+    without_gpu: "take `--weights bind` (engines without weights that build anywhere) or `--weights embed` with \
+                  `--refit none`",
+    // The `ComputeCapability` enum of its headers.
+    listed_gpus: Some(&[(7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1)]),
+    oldest_gpu: (7, 5),
+};
+
+pub const ENTERPRISE: Flavour = Flavour {
+    kind: Kind::Enterprise,
+    product: "TensorRT",
+    feature: "tensorrt",
+    libraries: if cfg!(windows) {
+        &["nvinfer_11.dll", "nvinfer.dll"]
+    } else {
+        &["libnvinfer.so.11", "libnvinfer.so"]
+    },
+    variable: "TENSORRT_LIB",
+    python_package: "tensorrt_libs",
+    install: "TensorRT 11.4 from https://developer.nvidia.com/tensorrt",
+    headers: Version {
+        major: 11,
+        minor: 4,
+        patch: 0,
+    },
+    builds_without_gpu: false,
+    without_gpu: "take `--target tensorrt-rtx` with a lapidary compiled for it, which builds anywhere",
+    listed_gpus: None,
+    // NVIDIA's support matrix: from Turing on.
+    oldest_gpu: (7, 5),
+};
+
+impl Flavour {
+    /// Refuses the one that this binary is not for.
+    pub fn check(&'static self) -> Result<(), LibraryError> {
+        if cfg!(not(feature = "engines")) {
+            return Err(LibraryError::NotCompiled);
+        }
+        match self.kind == FLAVOUR.kind {
+            true => Ok(()),
+            false => Err(LibraryError::OtherFlavour { asked: self }),
+        }
+    }
+}
+
+/// The one that this binary is compiled for; without either feature, the one that it would be by default.
+pub const FLAVOUR: Flavour = if cfg!(feature = "tensorrt") { ENTERPRISE } else { RTX };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_takes_its_own_library_and_never_the_others() {
+        let supported = |flavour: Flavour, encoded| Version::from_encoded(encoded).is_supported_by(&flavour);
+        for (encoded, rtx, enterprise) in [
+            (10601, true, false),
+            (10701, true, false),
+            (10500, false, false), // older than the headers
+            (20_000, false, false),
+            (100_300, false, false), // TensorRT 10.3
+            (110_200, false, false), // older than the headers
+            (110_400, false, true),
+            (110_501, false, true),
+            (120_000, false, false),
+        ] {
+            let version = Version::from_encoded(encoded);
+            assert_eq!(supported(RTX, encoded), rtx, "{version}");
+            assert_eq!(supported(ENTERPRISE, encoded), enterprise, "{version}");
+        }
+    }
+
+    #[test]
+    fn the_features_decide() {
+        let compiled = if cfg!(feature = "tensorrt") {
+            Kind::Enterprise
+        } else {
+            Kind::Rtx
+        };
+        assert_eq!(FLAVOUR.kind, compiled);
+    }
+}

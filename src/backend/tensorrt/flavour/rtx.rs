@@ -1,0 +1,137 @@
+//! What only TensorRT-RTX has.
+
+use std::sync::Arc;
+
+use trtx::EngineInvalidityDiagnostics as Why;
+
+use crate::backend::tensorrt::driver::Driver;
+use crate::backend::tensorrt::library::Version;
+
+/// TensorRT's verdict on a plan's header. It calls every plan invalid on GPUs that are not on its list, though some run
+/// there (`probe::runs_on`), so that alone is no reason before the plan was `tried`.
+pub(in super::super) fn judge(
+    runtime: &trtx::Runtime<'_>,
+    plan: &[u8],
+    tried: bool,
+    version: Version,
+    facts: &Driver,
+) -> Result<(), String> {
+    let (validity, why) = runtime.engine_validity(plan).map_err(|e| e.to_string())?;
+    let valid = !matches!(validity, trtx::EngineValidity::kINVALID);
+    if valid || !tried && why == Why::UNSUPPORTED_CC {
+        return Ok(());
+    }
+    Err(reason(why, version, facts))
+}
+
+/// In words.
+fn reason(why: Why, version: Version, facts: &Driver) -> String {
+    let gpu = &facts.gpus[0];
+    let (major, minor) = gpu.compute_capability;
+    let reasons = [
+        (
+            Why::VERSION_MISMATCH,
+            format!("another version than {version} built it"),
+        ),
+        (
+            Why::UNSUPPORTED_CC,
+            format!("it is not for {}, SM {major}.{minor}", gpu.name),
+        ),
+        (
+            Why::OLD_CUDA_DRIVER,
+            format!(
+                "the driver, of CUDA {}, is older than the builder's",
+                facts.cuda_version
+            ),
+        ),
+        (
+            Why::OLD_CUDA_RUNTIME,
+            "its CUDA is newer than this library's".to_string(),
+        ),
+        (
+            Why::INSUFFICIENT_GPU_MEMORY,
+            "its weights do not fit the GPU's memory".to_string(),
+        ),
+        (Why::MALFORMED_ENGINE, "the file is damaged".to_string()),
+        (Why::CUDA_ERROR, "the CUDA installation is broken".to_string()),
+    ];
+    let found: Vec<String> = reasons
+        .into_iter()
+        .filter(|(flag, _)| why.contains(*flag))
+        .map(|(_, text)| text)
+        .collect();
+    match found.is_empty() {
+        true => "TensorRT calls it invalid".to_string(),
+        false => found.join(", and "),
+    }
+}
+
+/// What every context wants besides its memory.
+pub(in super::super) fn configure(config: &mut trtx::RuntimeConfig<'_>) {
+    use trtx::DynamicShapesKernelSpecializationStrategy::kEAGER;
+    config.set_dynamic_shapes_kernel_specialization_strategy(kEAGER);
+}
+
+/// What TensorRT compiled when it loaded plans.
+pub(in super::super) struct KernelStore(Arc<trtx::RuntimeCache>);
+
+impl KernelStore {
+    /// An empty one. `None`: this TensorRT compiles nothing.
+    pub fn new(config: &trtx::RuntimeConfig<'_>) -> Result<Option<Self>, trtx::Error> {
+        Ok(Some(KernelStore(Arc::new(config.create_runtime_cache()?))))
+    }
+
+    /// Takes what [`KernelStore::bytes`] gave before; whether TensorRT likes it.
+    pub fn fill(&self, bytes: &[u8]) -> bool {
+        self.0.deserialize(bytes).is_ok()
+    }
+
+    /// Contexts of this configuration take kernels from here, and add theirs.
+    pub fn give_to(&self, config: &mut trtx::RuntimeConfig<'_>) -> Result<(), trtx::Error> {
+        config.set_runtime_cache(self.0.clone())
+    }
+
+    pub fn bytes(&self) -> Option<impl AsRef<[u8]> + '_> {
+        self.0.serialize().ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::tensorrt::driver::Gpu;
+
+    #[test]
+    fn every_reason_is_told_in_words() {
+        let version = Version::from_encoded(10601);
+        let facts = Driver {
+            cuda_version: "12.4".into(),
+            driver_version: Some("550.54".into()),
+            gpus: vec![Gpu {
+                name: "NVIDIA L4".into(),
+                compute_capability: (8, 9),
+                memory_bytes: 1 << 34,
+            }],
+        };
+        for (why, words) in [
+            (Why::VERSION_MISMATCH, "another version than 1.6.1 built it"),
+            (Why::UNSUPPORTED_CC, "it is not for NVIDIA L4, SM 8.9"),
+            (
+                Why::OLD_CUDA_DRIVER,
+                "the driver, of CUDA 12.4, is older than the builder's",
+            ),
+            (Why::OLD_CUDA_RUNTIME, "its CUDA is newer than this library's"),
+            (Why::INSUFFICIENT_GPU_MEMORY, "its weights do not fit the GPU's memory"),
+            (Why::MALFORMED_ENGINE, "the file is damaged"),
+            (Why::CUDA_ERROR, "the CUDA installation is broken"),
+            (Why::empty(), "TensorRT calls it invalid"),
+        ] {
+            assert_eq!(reason(why, version, &facts), words);
+        }
+        let both = reason(Why::VERSION_MISMATCH | Why::UNSUPPORTED_CC, version, &facts);
+        assert_eq!(
+            both,
+            "another version than 1.6.1 built it, and it is not for NVIDIA L4, SM 8.9"
+        );
+    }
+}
