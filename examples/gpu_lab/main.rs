@@ -8,6 +8,7 @@
 //! gpu_lab forms                                        # ways to write a matrix product of one row
 //! ```
 
+mod accuracy;
 mod batch;
 mod drive;
 mod forms;
@@ -74,6 +75,19 @@ enum Command {
         #[arg(long)]
         large: bool,
     },
+    /// Single choices of the lowering on a few layers of a model of real dims, decode and prefill.
+    Choices {
+        #[arg(long)]
+        large: bool,
+        /// Layers of the model.
+        #[arg(long, default_value_t = 8)]
+        layers: usize,
+        /// Only choices whose name holds this.
+        #[arg(long, default_value = "")]
+        only: String,
+    },
+    /// How far single fp16 layers are from the truth, in several forms.
+    Accuracy,
     Forms {
         /// Only forms whose name holds this.
         #[arg(long, default_value = "")]
@@ -103,6 +117,8 @@ fn main() -> ExitCode {
             layers::profile(&package, live, prefill).map(|v| println!("{v:#}"))
         }
         Command::Forms { only } => forms::forms(&only),
+        Command::Choices { large, layers, only } => sweep::choices(large, layers, &only),
+        Command::Accuracy => accuracy::accuracy(),
         Command::Sweep { large } => sweep::sweep(large),
     };
     match done {

@@ -88,6 +88,110 @@ pub fn sweep(large: bool) -> Outcome<()> {
     Ok(())
 }
 
+type Change<'a> = (&'a str, &'a dyn Fn(&mut Options));
+
+/// One choice at a time against what packages get.
+pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
+    use lapidary::lower::synthetic::Decoder;
+    use lapidary::lower::{AttentionForm as A, LinearForm as L};
+    let library = Library::load(None)?;
+    let mut decoder = if large {
+        Decoder::llama_8b()
+    } else {
+        Decoder::llama_1b()
+    };
+    decoder.positions = 8192;
+    decoder.layers = layers;
+    let hidden = decoder.hidden;
+    let with = |change: &dyn Fn(&mut Options)| {
+        let mut options = Options::for_engines();
+        change(&mut options);
+        options
+    };
+    let mut cases: Vec<(String, Profile, Options)> = Vec::new();
+    for capacity in [256, 1024, 4096] {
+        let attentions = [
+            ("layer", A::Layer),
+            ("decomposed", A::Decomposed),
+            ("reduced scores", A::ReducedScores),
+            ("4 parts", A::Split(4)),
+            ("8 parts", A::Split(8)),
+            ("16 parts", A::Split(16)),
+            ("32 parts", A::Split(32)),
+        ];
+        for (name, form) in attentions {
+            let options = with(&|o| o.attention = form);
+            cases.push((format!("attention {name}"), Profile::decode(capacity), options));
+        }
+    }
+    let decode: [Change<'_>; 6] = [
+        ("packages", &|_| {}),
+        ("settled beyond hidden", &|o| o.settle_depth = Some(hidden)),
+        ("settled always", &|o| o.settle_depth = Some(0)),
+        ("reduced to hidden", &|o| o.reduce_depth = Some(hidden)),
+        ("no pairs", &|o| o.fuse_pairs = false),
+        ("no pairs, settled beyond hidden", &|o| {
+            (o.fuse_pairs, o.settle_depth) = (false, Some(hidden));
+        }),
+    ];
+    for (name, change) in decode {
+        cases.push((format!("decode {name}"), Profile::decode(1024), with(change)));
+    }
+    let prefill: [Change<'_>; 8] = [
+        ("packages", &|_| {}),
+        ("folded", &|o| o.fold_prefill = true),
+        ("folded, no pairs", &|o| (o.fold_prefill, o.fuse_pairs) = (true, false)),
+        ("folded, nothing fused", &|o| {
+            (o.fold_prefill, o.fuse_linear) = (true, false)
+        }),
+        ("wide sums", &|o| o.wide_sums = true),
+        ("folded, wide sums", &|o| (o.fold_prefill, o.wide_sums) = (true, true)),
+        ("folded, wide sums, no pairs", &|o| {
+            (o.fold_prefill, o.wide_sums, o.fuse_pairs) = (true, true, false);
+        }),
+        ("raised, nothing fused", &|o| {
+            (o.linear, o.fuse_linear, o.fold_prefill) = (L::RaiseWeight, false, true);
+        }),
+    ];
+    for (name, change) in prefill {
+        for tokens in [128, 512] {
+            cases.push((format!("prefill {name}"), Profile::prefill(tokens, 1024), with(change)));
+        }
+    }
+    cases.retain(|(name, ..)| name.contains(only));
+    let cases = Mutex::new(cases.into_iter());
+    let gpu = Mutex::new(());
+    let results = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..10 {
+            scope.spawn(|| {
+                loop {
+                    let Some((label, profile, options)) = cases.lock().expect("no panic").next() else {
+                        return;
+                    };
+                    let run = || -> Outcome<(f64, f64)> {
+                        let network = lower(&decoder.graph(), &profile, &options)?;
+                        let plan = tensorrt::build(&library, &network, &BuildOptions::default())?;
+                        let built = plan.elapsed().as_secs_f64();
+                        Ok((measure(&library, &network, plan.bytes(), &gpu, 30)?, built))
+                    };
+                    let told = match run() {
+                        Ok((seconds, built)) => {
+                            format!("{label:<40} {profile}: {:.4} ms (built in {built:.1} s)", seconds * 1e3)
+                        }
+                        Err(error) => format!("{label:<40} {profile}: {error}"),
+                    };
+                    results.lock().expect("no panic").push(told);
+                }
+            });
+        }
+    });
+    let mut results = results.into_inner().expect("no panic");
+    results.sort();
+    println!("{}", results.join("\n"));
+    Ok(())
+}
+
 /// Seconds a run takes on the GPU, weights and activations made up.
 pub fn measure(library: &Library, network: &Network, plan: &[u8], gpu: &Mutex<()>, times: u32) -> Outcome<f64> {
     let runtime = Runtime::new(library)?;

@@ -63,6 +63,9 @@ impl Lowering<'_> {
             AttentionForm::Split(parts) if attributes.softcap == 0.0 => {
                 self.split_attention(name, [q, k, v], mask, parts)?
             }
+            AttentionForm::ReducedScores if attributes.softcap == 0.0 => {
+                self.reduced_attention(name, [q, k, v], mask)?
+            }
             _ => None,
         };
         let attended = if let Some(attended) = split {
@@ -92,7 +95,12 @@ impl Lowering<'_> {
     fn attention_layer(&mut self, name: &str, [q, k, v]: [TensorId; 3], mask: Option<TensorId>) -> Lowered {
         let shape = self.b.shape(q).clone();
         let groups = self.groups(&shape, k);
-        let fold = self.options.fold_groups && shape[2].is_one() && groups.is_some_and(|(_, group)| group > 1);
+        let one_token = shape[2].is_one();
+        let wanted = match one_token {
+            true => self.options.fold_groups,
+            false => self.options.fold_prefill && shape[2].as_const().is_some(),
+        };
+        let fold = wanted && groups.is_some_and(|(_, group)| group > 1);
         if !fold {
             let mut inputs = vec![q, k, v];
             if let Some(mask) = mask {
@@ -101,14 +109,44 @@ impl Lowering<'_> {
             return Ok(self.b.add(name, LayerKind::Attention, &inputs)?);
         }
         let (kv_heads, group) = groups.expect("folding needs groups");
-        let folded = vec![shape[0].clone(), kv_heads.into(), group.into(), shape[3].clone()];
+        let rows = volume(&[group.into(), shape[2].clone()]);
+        let folded = vec![shape[0].clone(), kv_heads.into(), rows.clone(), shape[3].clone()];
         let q = self.reshape(&format!("{name}/folded"), q, folded)?;
         let mut inputs = vec![q, k, v];
         if let Some(mask) = mask {
-            inputs.push(self.mask_of_rows(name, mask, kv_heads, group)?);
+            inputs.push(match one_token {
+                true => self.mask_of_rows(name, mask, kv_heads, group)?,
+                false => self.mask_of_groups(name, mask, &shape[2], [kv_heads, group], rows)?,
+            });
         }
         let attended = self.b.add(name, LayerKind::Attention, &inputs)?;
         self.reshape(&format!("{name}/unfolded"), attended, shape)
+    }
+
+    /// The mask of several tokens for the rows that they become with the heads of a group: once for each head.
+    fn mask_of_groups(
+        &mut self,
+        name: &str,
+        mask: TensorId,
+        tokens: &Dim,
+        [kv_heads, group]: [usize; 2],
+        rows: Dim,
+    ) -> Lowered {
+        let mask = self.mask_of_tokens(name, mask, tokens)?;
+        let shape = self.b.shape(mask).clone();
+        if !shape[1].is_one() {
+            let to = vec![shape[0].clone(), kv_heads.into(), rows, shape[3].clone()];
+            return self.reshape(&format!("{name}/mask"), mask, to);
+        }
+        if let Some(repeated) = self.repeated_masks.get(&(mask, group)) {
+            return Ok(*repeated);
+        }
+        let name = format!("{}/groups{group}", self.b.network().tensor(mask).name);
+        let repeated = self
+            .b
+            .add(&name, LayerKind::Concatenation { axis: 2 }, &vec![mask; group])?;
+        self.repeated_masks.insert((mask, group), repeated);
+        Ok(repeated)
     }
 
     /// KV heads, and query heads to each, if they are numbers that divide.

@@ -43,8 +43,9 @@ pub(super) struct Fusions {
 }
 
 impl Fusions {
-    /// `rows` tells the nodes that compute on chosen rows only, which cannot be joined with others.
-    pub fn find(graph: &Graph, demand: &Demand, table: &Table, rows: impl Fn(NodeId) -> bool) -> Self {
+    /// `pairs`: groups of two as well. `rows` tells the nodes that compute on chosen rows only, which cannot be joined with
+    /// others.
+    pub fn find(graph: &Graph, demand: &Demand, table: &Table, pairs: bool, rows: impl Fn(NodeId) -> bool) -> Self {
         let mut by_input: HashMap<(ValueId, bool), usize> = HashMap::new();
         let mut groups: Vec<Group> = Vec::new();
         for node in graph.node_ids().filter(|id| demand.nodes.contains(id)) {
@@ -61,7 +62,7 @@ impl Fusions {
                 group.push(member);
             }
         }
-        groups.retain(|group| group.members.len() > 1);
+        groups.retain(|group| group.members.len() > if pairs { 1 } else { 2 });
         let mut by_node = HashMap::new();
         for (i, group) in groups.iter().enumerate() {
             by_node.extend(group.members.iter().map(|m| (m.node, i)));

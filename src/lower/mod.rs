@@ -39,6 +39,7 @@ mod linear;
 mod movement;
 mod normalization;
 mod positions;
+mod reduced;
 mod rotary;
 mod rows;
 mod shuffles;
@@ -86,6 +87,9 @@ pub enum AttentionForm {
     Decomposed,
     /// With one token: the same, over so many parts of the cache side by side. Otherwise [`AttentionForm::Layer`].
     Split(usize),
+    /// With one token: scores as sums over products of query and keys, the rest as [`AttentionForm::Decomposed`]. Otherwise
+    /// [`AttentionForm::Layer`].
+    ReducedScores,
     /// What measured best: with one token [`AttentionForm::Decomposed`] up to 1024 slots and sixteen parts beyond, with
     /// several one Attention layer.
     ByCapacity,
@@ -116,8 +120,20 @@ pub struct Options {
     /// [`LinearForm::ReduceRow`] only for weights of at most so many columns: what comes before a product is computed
     /// again for each of its rows, which costs more the wider it is.
     pub reduce_depth: Option<usize>,
+    /// What a product that is reduced reads is computed once and stored if it has more columns than this, instead of again
+    /// for each row of the weight.
+    pub settle_depth: Option<usize>,
     /// Linear layers that read the same activation become one product (see [`parts`] for what its weight is).
     pub fuse_linear: bool,
+    /// Also where they are two, as gate and up are. Apart, the second can take the activation and the product with the first
+    /// along.
+    pub fuse_pairs: bool,
+    /// With several tokens, fp16 products are summed in fp32: operands are widened before the product and the result
+    /// narrowed, which TensorRT makes one kernel of.
+    pub wide_sums: bool,
+    /// As `fold_groups`, with several tokens: `[batch, heads, tokens, d]` → `[batch, kv_heads, heads/kv_heads * tokens, d]`.
+    /// TensorRT's attention kernel repeats keys and values for every query head otherwise.
+    pub fold_prefill: bool,
     pub attention: AttentionForm,
 }
 
@@ -128,7 +144,11 @@ impl Default for Options {
             fold_groups: true,
             linear: LinearForm::default(),
             reduce_depth: None,
+            settle_depth: None,
             fuse_linear: false,
+            fuse_pairs: true,
+            wide_sums: false,
+            fold_prefill: false,
             attention: AttentionForm::default(),
         }
     }
@@ -179,7 +199,7 @@ fn lower_typed(graph: &Graph, facts: &Facts, profile: &Profile, options: &Option
     let table = weights::table(graph, &demand);
     let rows = rows::row_wise(graph, &demand, profile);
     let fusions = match options.fuse_linear && options.linear != LinearForm::RaiseWeight {
-        true => fuse::Fusions::find(graph, &demand, &table, |node| rows.contains(&node)),
+        true => fuse::Fusions::find(graph, &demand, &table, options.fuse_pairs, |node| rows.contains(&node)),
         false => fuse::Fusions::default(),
     };
     let mut lowering = Lowering::new(graph, facts, *profile, options, &table, rows, fusions);

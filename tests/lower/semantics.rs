@@ -138,18 +138,31 @@ fn every_choice() {
                     AttentionForm::Layer,
                     AttentionForm::Decomposed,
                     AttentionForm::Split(4),
+                    AttentionForm::ReducedScores,
                     AttentionForm::ByCapacity,
                 ] {
                     let options = Options {
                         fold_groups,
                         linear,
                         fuse_linear,
-                        reduce_depth: None,
                         attention,
                         weight_mode: WeightMode::Embed,
+                        ..Options::default()
+                    };
+                    // The choices that matter less, all one way and all the other.
+                    let others = Options {
+                        reduce_depth: Some(16),
+                        settle_depth: Some(0),
+                        fuse_pairs: false,
+                        wide_sums: true,
+                        fold_prefill: true,
+                        ..options.clone()
                     };
                     for (profile, calls) in profiles(1) {
                         check(name, &graph, profile, &options, &calls);
+                        if fold_groups {
+                            check(name, &graph, profile, &others, &calls);
+                        }
                     }
                 }
             }
