@@ -114,10 +114,8 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
             ("layer", A::Layer),
             ("decomposed", A::Decomposed),
             ("reduced scores", A::ReducedScores),
-            ("4 parts", A::Split(4)),
             ("8 parts", A::Split(8)),
             ("16 parts", A::Split(16)),
-            ("32 parts", A::Split(32)),
         ];
         for (name, form) in attentions {
             let options = with(&|o| o.attention = form);
@@ -126,32 +124,27 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
     }
     let decode: [Change<'_>; 6] = [
         ("packages", &|_| {}),
-        ("settled beyond hidden", &|o| o.settle_depth = Some(hidden)),
-        ("settled always", &|o| o.settle_depth = Some(0)),
-        ("reduced to hidden", &|o| o.reduce_depth = Some(hidden)),
-        ("no pairs", &|o| o.fuse_pairs = false),
-        ("no pairs, settled beyond hidden", &|o| {
-            (o.fuse_pairs, o.settle_depth) = (false, Some(hidden));
+        ("pairs", &|o| o.fuse_pairs = true),
+        ("reduced at any depth", &|o| o.reduce_depth = None),
+        ("reduced at any depth, pairs", &|o| {
+            (o.reduce_depth, o.fuse_pairs) = (None, true)
         }),
+        ("reduced to hidden", &|o| o.reduce_depth = Some(hidden)),
+        ("matrix products", &|o| o.linear = L::FlattenActivation),
     ];
     for (name, change) in decode {
         cases.push((format!("decode {name}"), Profile::decode(1024), with(change)));
     }
-    let prefill: [Change<'_>; 8] = [
+    let prefill: [Change<'_>; 7] = [
         ("packages", &|_| {}),
+        ("pairs", &|o| o.fuse_pairs = true),
+        ("nothing fused", &|o| o.fuse_linear = false),
+        ("flattened", &|o| o.prefill_linear = Some(L::FlattenActivation)),
+        ("flattened, pairs", &|o| {
+            (o.prefill_linear, o.fuse_pairs) = (Some(L::FlattenActivation), true);
+        }),
         ("folded", &|o| o.fold_prefill = true),
-        ("folded, no pairs", &|o| (o.fold_prefill, o.fuse_pairs) = (true, false)),
-        ("folded, nothing fused", &|o| {
-            (o.fold_prefill, o.fuse_linear) = (true, false)
-        }),
-        ("wide sums", &|o| o.wide_sums = true),
-        ("folded, wide sums", &|o| (o.fold_prefill, o.wide_sums) = (true, true)),
-        ("folded, wide sums, no pairs", &|o| {
-            (o.fold_prefill, o.wide_sums, o.fuse_pairs) = (true, true, false);
-        }),
-        ("raised, nothing fused", &|o| {
-            (o.linear, o.fuse_linear, o.fold_prefill) = (L::RaiseWeight, false, true);
-        }),
+        ("single layers", &|o| o.attention = A::Decomposed),
     ];
     for (name, change) in prefill {
         for tokens in [128, 512] {

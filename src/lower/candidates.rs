@@ -46,6 +46,11 @@ pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Opt
                 alternatives.push((format!("reductions to depth {depth}"), reduced(Some(depth))));
             }
         }
+        "products" => {
+            let form = |form| with(&|o| o.prefill_linear = Some(form));
+            alternatives.push(("activations flattened".into(), form(LinearForm::FlattenActivation)));
+            alternatives.push(("weights raised".into(), form(LinearForm::RaiseWeight)));
+        }
         "attention" if one_token => {
             let form = |form| with(&|o| o.attention = form);
             alternatives.push((
@@ -61,6 +66,7 @@ pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Opt
                 }),
             ));
             alternatives.push(("single layers".into(), form(AttentionForm::Decomposed)));
+            alternatives.push(("scores as reductions".into(), form(AttentionForm::ReducedScores)));
             for parts in [4, 8, 16, 32, 64] {
                 if profile.capacity.is_multiple_of(parts) && profile.capacity / parts >= 64 {
                     alternatives.push((format!("{parts} parts"), form(AttentionForm::Split(parts))));
@@ -68,36 +74,47 @@ pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Opt
             }
         }
         "attention" => {
-            alternatives.push(("attention layer".into(), with(&|o| o.attention = AttentionForm::Layer)));
+            let layer = |fold| with(&|o| (o.attention, o.fold_prefill) = (AttentionForm::Layer, fold));
+            alternatives.push(("attention layer".into(), layer(false)));
+            alternatives.push(("attention layer, folded".into(), layer(true)));
             alternatives.push((
                 "single layers".into(),
                 with(&|o| o.attention = AttentionForm::Decomposed),
             ));
         }
         "fusion" => {
-            alternatives.push((
-                "products of one activation as one".into(),
-                with(&|o| o.fuse_linear = true),
-            ));
-            alternatives.push(("each product alone".into(), with(&|o| o.fuse_linear = false)));
+            let fused = |all, pairs| with(&|o| (o.fuse_linear, o.fuse_pairs) = (all, pairs));
+            alternatives.push(("products of one activation as one".into(), fused(true, true)));
+            alternatives.push(("q, k and v as one, gate and up apart".into(), fused(true, false)));
+            alternatives.push(("each product alone".into(), fused(false, false)));
         }
         _ => {}
     }
-    let same = effective(now, profile);
-    alternatives.retain(|(_, options)| effective(options, profile) != same);
+    let same = effective(graph, now, profile);
+    alternatives.retain(|(_, options)| effective(graph, options, profile) != same);
     Question { about, alternatives }
 }
 
 /// The options with everything resolved that depends on the profile, so that equal lowerings are equal.
-fn effective(options: &Options, profile: &Profile) -> Options {
+fn effective(graph: &Graph, options: &Options, profile: &Profile) -> Options {
     let mut options = options.clone();
     options.attention = options.attention.at(profile);
-    if options.attention != AttentionForm::Layer {
-        options.fold_groups = true;
+    if profile.tokens == Tokens::Static(1) {
+        (options.prefill_linear, options.fold_prefill, options.wide_sums) = (None, false, false);
+    } else {
+        options.prefill_linear.get_or_insert(options.linear);
+        // Logits of one row are products of one row, whatever the chunk.
+        (options.fold_groups, options.settle_depth) = (true, None);
     }
-    if options.linear != LinearForm::ReduceRow {
+    if options.attention != AttentionForm::Layer {
+        (options.fold_groups, options.fold_prefill) = (true, false);
+    }
+    let widest = depths(graph).pop().unwrap_or(0);
+    let all = options.reduce_depth.is_none_or(|depth| depth >= widest);
+    if options.linear != LinearForm::ReduceRow || all {
         options.reduce_depth = None;
     }
+    options.fuse_pairs &= options.fuse_linear;
     options
 }
 
@@ -133,9 +150,9 @@ mod tests {
         for profile in [Profile::decode(256), Profile::decode(4096), Profile::prefill(128, 1024)] {
             for about in QUESTIONS {
                 let asked = question(about, &graph, &profile, &base);
-                let mut seen = vec![effective(&base, &profile)];
+                let mut seen = vec![effective(&graph, &base, &profile)];
                 for (what, options) in &asked.alternatives {
-                    let effective = effective(options, &profile);
+                    let effective = effective(&graph, options, &profile);
                     assert!(!seen.contains(&effective), "{profile}: {what} again");
                     seen.push(effective);
                 }
@@ -155,12 +172,21 @@ mod tests {
             [
                 "attention layer, folded",
                 "attention layer, heads as they are",
+                "scores as reductions",
                 "4 parts",
                 "8 parts",
                 "16 parts"
             ]
         );
-        assert_eq!(names("products", Profile::prefill(128, 1024)), [""; 0]);
-        assert_eq!(names("attention", Profile::prefill(128, 1024)), ["single layers"]);
+        let prefill = Profile::prefill(128, 1024);
+        assert_eq!(names("products", prefill), ["activations flattened"]);
+        assert_eq!(
+            names("attention", prefill),
+            ["attention layer, folded", "single layers"]
+        );
+        assert_eq!(
+            names("fusion", prefill),
+            ["products of one activation as one", "each product alone"]
+        );
     }
 }

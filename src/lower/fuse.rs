@@ -6,12 +6,14 @@
 
 use std::collections::HashMap;
 
+use super::LinearForm;
 use super::context::{Lowered, Lowering};
 use super::demand::{Demand, through_transpose};
+use super::linear::volume;
 use super::weights::Table;
 use crate::dim::Dim;
 use crate::graph::{Constant, Graph, NodeId, Op, ValueId};
-use crate::network::{LayerKind, Shape};
+use crate::network::{LayerKind, MatrixOp, Shape};
 
 const SEPARATOR: char = '+';
 
@@ -115,22 +117,41 @@ impl Lowering<'_> {
             .weight(&name, Constant::concat(&constants, 0), self.options.weight_mode)?;
         let x = self.value(x)?;
         let shape = self.b.shape(x).clone();
-        let flat = self.flattened(x)?;
+        let leading = shape[..shape.len() - 1].to_vec();
         let base = self.base_name(self.graph.node(members[0].node));
-        let product = self.matrix_product(&format!("{base}/fused"), flat, weight, true)?;
-        let rows = self.b.shape(product)[0].clone();
+        let name = format!("{base}/fused");
+        let product = match self.options.form(&volume(&leading)) {
+            LinearForm::RaiseWeight => {
+                let raised = self.raise(weight, shape.len())?;
+                let kind = LayerKind::MatrixMultiply {
+                    op_a: MatrixOp::None,
+                    op_b: MatrixOp::Transpose,
+                };
+                self.b.add(&name, kind, &[x, raised])?
+            }
+            _ => {
+                let flat = self.flattened(x)?;
+                self.matrix_product(&name, flat, weight, true)?
+            }
+        };
+        let rows = self.b.shape(product).clone();
+        let (rows, axes) = (rows[..rows.len() - 1].to_vec(), rows.len());
         let mut start = 0;
         for (member, width) in members.iter().zip(widths) {
             let name = self.base_name(self.graph.node(member.node));
+            let with = |rest: Vec<i64>, last: i64| -> Vec<i64> { rest.into_iter().chain([last]).collect() };
             let part = LayerKind::Slice {
-                start: vec![0, start],
-                size: vec![rows.clone(), Dim::from(width)],
-                stride: vec![1, 1],
+                start: with(vec![0; axes - 1], start),
+                size: rows.iter().cloned().chain([Dim::from(width)]).collect(),
+                stride: vec![1; axes],
             };
             let part = self.b.add(&format!("{name}/part"), part, &[product])?;
-            let mut to: Shape = shape[..shape.len() - 1].to_vec();
+            let mut to: Shape = leading.clone();
             to.push(width.into());
-            let output = self.reshape(&format!("{name}/unflat"), part, to)?;
+            let output = match self.b.shape(part) == &to {
+                true => part,
+                false => self.reshape(&format!("{name}/unflat"), part, to)?,
+            };
             self.define(member.output, output);
             start += width as i64;
         }

@@ -44,8 +44,12 @@ impl Lowering<'_> {
         if rank_a == 1 || rank_b == 1 {
             return self.vector_product(name, [a, b]);
         }
-        if rank_b == 2 && rank_a > 2 && !a.1 && self.options.linear != LinearForm::RaiseWeight {
-            return self.flat_product(name, a.0, b);
+        if rank_b == 2 && rank_a > 2 && !a.1 {
+            let shape = self.b.shape(a.0);
+            let rows = volume(&shape[..shape.len() - 1]);
+            if self.options.form(&rows) != LinearForm::RaiseWeight {
+                return self.flat_product(name, a.0, b);
+            }
         }
         let rank = rank_a.max(rank_b);
         let (left, right) = (self.raise(a.0, rank)?, self.raise(b.0, rank)?);

@@ -131,6 +131,7 @@ fn every_choice() {
                 (LinearForm::FlattenActivation, false),
                 (LinearForm::FlattenActivation, true),
                 (LinearForm::RaiseWeight, false),
+                (LinearForm::RaiseWeight, true),
                 (LinearForm::ReduceRow, false),
                 (LinearForm::ReduceRow, true),
             ] {
@@ -156,6 +157,7 @@ fn every_choice() {
                         fuse_pairs: false,
                         wide_sums: true,
                         fold_prefill: true,
+                        prefill_linear: Some(LinearForm::RaiseWeight),
                         ..options.clone()
                     };
                     for (profile, calls) in profiles(1) {

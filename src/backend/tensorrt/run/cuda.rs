@@ -104,7 +104,9 @@ impl Buffer {
             return Ok(());
         }
         // SAFETY: within the allocation.
-        unsafe { result::memcpy_htod_sync(self.address + at as u64, bytes) }.map_err(failed("cuMemcpyHtoD"))
+        unsafe { result::memcpy_htod_sync(self.address + at as u64, bytes) }.map_err(failed("cuMemcpyHtoD"))?;
+        // From pageable memory that call ends when the bytes are staged, and our streams do not wait for the default one.
+        result::ctx::synchronize().map_err(failed("cuCtxSynchronize"))
     }
 
     /// Copies to ordinary memory and waits.
