@@ -10,6 +10,7 @@ use lapidary::package::manifest::{Engine, Source};
 use lapidary::package::{Facts, Manifest, Package, PackageError, Writer};
 use lapidary::spec::{Prefill, Target};
 use lapidary::tensor::DType;
+use lapidary::weights::checks::Allowed;
 use lapidary::{lower, onnx, passes};
 
 fn canonical(export: &str) -> passes::Canonical {
@@ -46,7 +47,15 @@ fn facts(canonical: &passes::Canonical) -> Facts {
 }
 
 fn write(target: &Path, force: bool, canonical: &passes::Canonical) -> Result<Manifest, PackageError> {
-    Writer::new(target, force, &canonical.graph, facts(canonical), |_, _| {})?.finish()
+    Writer::new(
+        target,
+        force,
+        &canonical.graph,
+        facts(canonical),
+        Allowed::default(),
+        |_, _| {},
+    )?
+    .finish()
 }
 
 /// Every weight of the graph by name, as f32.
@@ -166,7 +175,15 @@ fn engines_are_listed_with_the_weights_they_take() {
     let folder = tempfile::tempdir().unwrap();
     let pkg = folder.path().join("pkg");
     let canonical = canonical("llama-optimum");
-    let mut writer = Writer::new(&pkg, false, &canonical.graph, facts(&canonical), |_, _| {}).unwrap();
+    let mut writer = Writer::new(
+        &pkg,
+        false,
+        &canonical.graph,
+        facts(&canonical),
+        Allowed::default(),
+        |_, _| {},
+    )
+    .unwrap();
     let graph = writer.package().graph().unwrap();
     let profile = Profile::decode(16);
     let network = lower::lower(&graph, &profile, &lower::Options::default()).unwrap();
@@ -208,7 +225,17 @@ fn dropping_a_writer_leaves_the_old_package_alone() {
     let canonical = canonical("llama-optimum");
     write(&pkg, false, &canonical).unwrap();
     let before = std::fs::read(pkg.join("manifest.json")).unwrap();
-    drop(Writer::new(&pkg, true, &canonical.graph, facts(&canonical), |_, _| {}).unwrap());
+    drop(
+        Writer::new(
+            &pkg,
+            true,
+            &canonical.graph,
+            facts(&canonical),
+            Allowed::default(),
+            |_, _| {},
+        )
+        .unwrap(),
+    );
     assert_eq!(std::fs::read(pkg.join("manifest.json")).unwrap(), before);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     assert!(matches!(

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::interrupt::Listener;
+use super::numbers::Numbers;
 use super::progress::Progress;
 use super::{Failure, bytes, info, inspect, print, tune, words};
 use crate::backend::tensorrt::{self, BuildOptions, BuildProgress, Library, Refit};
@@ -17,6 +18,7 @@ use crate::network::{Logits, Profile, Tokens, WeightMode};
 use crate::package::manifest::{Engine, Pass, Source};
 use crate::package::{self, Facts, PackageError, PlanCache, Writer};
 use crate::spec::{Conversion, Precision, Prefill, Spec, Target};
+use crate::weights::WriteError;
 use crate::{lower, onnx, passes};
 
 #[derive(clap::Args)]
@@ -60,6 +62,8 @@ pub struct Args {
     /// Convert an export whose external data is not there: the package is a stripped one, for `lapidary refit` to fill
     #[arg(long, conflicts_with = "emit_onnx")]
     without_weights: bool,
+    #[command(flatten)]
+    numbers: Numbers,
     /// Replace an existing package
     #[arg(long)]
     force: bool,
@@ -108,6 +112,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let options = passes::Options {
         dtype: conversion.dtype.map(Precision::dtype),
         max_positions: *conversion.capacities.last().expect("resolved to at least one"),
+        allow_overflow: args.numbers.allowed().overflow,
     };
     let canonical = passes::canonicalize(graph, &options).map_err(|e| Failure::pass(&args.model, e))?;
     let capacities = capacities(
@@ -131,8 +136,20 @@ pub fn run(args: Args) -> Result<(), Failure> {
         prefill: conversion.prefill.clone(),
         passes: canonical.report.iter().map(pass).collect(),
     };
-    let mut writer = Writer::new(&args.output, args.force, &canonical.graph, facts, |done, total| {
-        progress.bytes("weights", done, total);
+    let allowed = args.numbers.allowed();
+    let written = Writer::new(
+        &args.output,
+        args.force,
+        &canonical.graph,
+        facts,
+        allowed,
+        |done, total| {
+            progress.bytes("weights", done, total);
+        },
+    );
+    let mut writer = written.map_err(|error| match error {
+        PackageError::Weights(WriteError::Numbers { .. }) => Failure::from(error).at(&args.model),
+        error => error.into(),
     })?;
     // From here on the weights are those of the package, mapped; the export is not needed any more.
     drop(canonical);

@@ -72,6 +72,7 @@ impl Failure {
         let failure = Failure::input(&error).at(path);
         match error {
             PassError::Broken { .. } => Failure { status: 1, ..failure },
+            PassError::Range { .. } => Failure::with_remedy(error).at(path),
             _ => failure.help(format!(
                 "`lapidary inspect {}` shows what was understood",
                 path.display()

@@ -137,6 +137,7 @@ fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
     let options = passes::Options {
         dtype: args.dtype.map(Precision::dtype),
         max_positions: args.capacity,
+        allow_overflow: false,
     };
     let canonical = passes::canonicalize(graph, &options).map_err(|e| Failure::pass(&args.model, e))?;
     if dump == Dump::Canonical {

@@ -15,6 +15,7 @@ mod generate;
 mod info;
 mod inspect;
 mod interrupt;
+mod numbers;
 mod progress;
 mod refit;
 mod sample;

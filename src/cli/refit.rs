@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use super::numbers::Numbers;
 use super::progress::Progress;
 use super::{Failure, bytes, convert, print, print_json, words};
 use crate::lower;
 use crate::network::WeightMode;
 use crate::package::{self, MANIFEST, Manifest, Package, PlanCache, RefitError};
 use crate::spec::{Conversion, Tuned};
-use crate::weights::checks::Allowed;
 use crate::weights::lora::Adapter;
 use crate::weights::source::Source;
 
@@ -26,12 +26,8 @@ pub struct Args {
     /// Any weights of the architecture, or only those the package had [default: what it was converted for, else general]
     #[arg(long, value_parser = words::<Mode>(&["general", "identical"]))]
     mode: Option<Mode>,
-    /// Take weights that hold NaN or infinity
-    #[arg(long)]
-    allow_nonfinite: bool,
-    /// Let numbers too large for the package's dtype become infinite
-    #[arg(long)]
-    allow_overflow: bool,
+    #[command(flatten)]
+    numbers: Numbers,
     /// Put up with tensors that the package has no use for
     #[arg(long)]
     ignore_extra: bool,
@@ -78,10 +74,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         source: &source,
         adapter: adapter.as_ref().map(|adapter| (&*name, adapter)),
         identical,
-        allowed: Allowed {
-            nonfinite: args.allow_nonfinite,
-            overflow: args.allow_overflow,
-        },
+        allowed: args.numbers.allowed(),
         extra_allowed: args.ignore_extra,
     };
     let mut writer = package::refit(&package, &options, |done, total| progress.bytes("weights", done, total))?;

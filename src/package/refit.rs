@@ -124,16 +124,13 @@ pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64
             modules: None,
         },
     };
-    let allowed = refit.allowed;
-    let mut inspect = |name: &str, constant: &Constant, tensor: &crate::tensor::Tensor| {
-        let name = name.to_string();
-        match checks::check(constant, tensor, allowed) {
-            Ok(None) => Ok(()),
-            Ok(Some(source)) => Err(WriteError::Numbers { name, source }),
-            Err(source) => Err(WriteError::Constant { name, source }),
-        }
-    };
-    let stored = write_graph(&staging, &graph, describe, &mut inspect, progress)?;
+    let stored = write_graph(
+        &staging,
+        &graph,
+        describe,
+        &mut checks::inspector(refit.allowed),
+        progress,
+    )?;
     let mut new = manifest.clone();
     new.graph = stored.graph;
     new.constants = stored.constants;

@@ -15,6 +15,7 @@ use crate::network::WeightMode;
 use crate::passes::Architecture;
 use crate::spec::{Prefill, Target};
 use crate::tensor::DType;
+use crate::weights::checks::{self, Allowed};
 use crate::weights::recipe::Recipe;
 use crate::{lower, onnx, weights};
 
@@ -40,12 +41,14 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Writes weights and graph. `progress` is told the bytes of weights done so far and in all.
+    /// Writes weights and graph; numbers that no model can use are refused unless `allowed`. `progress` is told the bytes of
+    /// weights done so far and in all.
     pub fn new(
         target: &Path,
         force: bool,
         graph: &Graph,
         facts: Facts,
+        allowed: Allowed,
         progress: impl FnMut(u64, u64),
     ) -> Result<Self, PackageError> {
         let staging = Staging::new(target, force)?;
@@ -55,7 +58,7 @@ impl Writer {
             recipe: Recipe::of(constant),
             modules: modules.get(&id).cloned(),
         };
-        let stored_graph = write_graph(&staging, graph, describe, &mut |_, _, _| Ok(()), progress)?;
+        let stored_graph = write_graph(&staging, graph, describe, &mut checks::inspector(allowed), progress)?;
         let manifest = Manifest {
             format_version: FORMAT_VERSION,
             lapidary_version: env!("CARGO_PKG_VERSION").to_string(),

@@ -18,16 +18,17 @@ const F16_OVERFLOW: f64 = 65520.0;
 /// The largest number that rounds to zero in fp16: half its smallest subnormal.
 const F16_UNDERFLOW: f64 = 1.0 / 33_554_432.0;
 
-/// Converts every float value to `to`; the number of constants, inputs and operators changed. Panics unless `to` is F32,
+/// Converts every float value to `to`; the number of constants, inputs and operators changed. Tensors with numbers too large
+/// are an error unless `allow_overflow`; single numbers always are, since a formula hangs on them. Panics unless `to` is F32,
 /// F16 or Bf16.
-pub fn run(graph: &mut Graph, to: DType) -> Result<usize, PassError> {
+pub fn run(graph: &mut Graph, to: DType, allow_overflow: bool) -> Result<usize, PassError> {
     assert!(
         matches!(to, DType::F32 | DType::F16 | DType::Bf16),
         "{to} is no type for a model"
     );
     let wrong = |dtype: Option<DType>| dtype.is_some_and(|d| d.is_float() && d != to);
     let mut changes = 0;
-    let mut unfit = Vec::new();
+    let mut unfit: Vec<String> = Vec::new();
     for id in graph.value_ids() {
         let value = graph.value(id);
         if !wrong(value.dtype) {
@@ -38,7 +39,14 @@ pub fn run(graph: &mut Graph, to: DType) -> Result<usize, PassError> {
                 let constant = constant.clone();
                 match converted(&constant, to)? {
                     Some(cast) => graph.set_constant(id, cast),
-                    None => unfit.push(described(graph, id, &constant)),
+                    None if allow_overflow && constant.len() > 1 => graph.set_constant(id, constant.cast(to)),
+                    None => {
+                        // A weight and its transpose are one to whoever reads this.
+                        let what = described(graph, id, &constant);
+                        if !unfit.contains(&what) {
+                            unfit.push(what);
+                        }
+                    }
                 }
                 changes += 1;
             }
@@ -72,12 +80,19 @@ pub fn run(graph: &mut Graph, to: DType) -> Result<usize, PassError> {
     Ok(changes)
 }
 
+/// By its name in the export, and with the number that is too large.
 fn described(graph: &Graph, id: ValueId, constant: &Constant) -> String {
-    let name = &graph.value(id).name;
-    match constant.materialize().ok().and_then(|t| t.scalar()) {
-        Some(number) => format!("{name:?} ({number:e})"),
-        None => format!("{name:?} {:?}", constant.shape()),
+    let mut source = constant;
+    while let Source::Derived(derived) = source.source()
+        && let [one] = &derived.inputs[..]
+    {
+        source = one;
     }
+    let name = source.origin().unwrap_or(&graph.value(id).name);
+    let numbers = constant.materialize().map(|t| t.to_f64()).unwrap_or_default();
+    let finite = numbers.iter().copied().filter(|v| v.is_finite());
+    let largest = finite.fold(0f64, |most, v| if v.abs() > most.abs() { v } else { most });
+    format!("{name:?} ({largest:e})")
 }
 
 /// `None`: it holds a finite number that `to` cannot.

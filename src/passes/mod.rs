@@ -85,6 +85,8 @@ pub struct Options {
     pub max_positions: usize,
     /// Element type of weights, activations and caches; `None` keeps the export's.
     pub dtype: Option<DType>,
+    /// Weights too large for `dtype` become infinite instead of being refused.
+    pub allow_overflow: bool,
 }
 
 impl Default for Options {
@@ -92,6 +94,7 @@ impl Default for Options {
         Options {
             max_positions: 4096,
             dtype: None,
+            allow_overflow: false,
         }
     }
 }
@@ -149,7 +152,10 @@ pub enum PassError {
     },
     #[error("{}", list(.obstacles))]
     Obstacles { obstacles: Vec<Obstacle> },
-    #[error("{dtype} cannot hold these constants: {}; choose bf16 or fp32", .constants.join(", "))]
+    #[error(
+        "{dtype} cannot hold these constants: {}; choose bf16 or fp32, or --allow-overflow to make weights infinite",
+        .constants.join(", ")
+    )]
     Range { dtype: DType, constants: Vec<String> },
     #[error("after the pass {pass:?} the graph is broken ({reason}); this is a bug in Lapidary")]
     Broken { pass: &'static str, reason: String },
@@ -307,7 +313,7 @@ pub fn canonicalize(graph: Graph, options: &Options) -> Result<Canonical, PassEr
     timed(&mut graph, &mut report, "infer", |graph| Ok((0, infer(graph)?)))?;
     if let Some(dtype) = options.dtype {
         timed(&mut graph, &mut report, "dtype", |graph| {
-            Ok((dtype::run(graph, dtype)?, ()))
+            Ok((dtype::run(graph, dtype, options.allow_overflow)?, ()))
         })?;
         timed(&mut graph, &mut report, "infer", |graph| Ok((0, infer(graph)?)))?;
     }

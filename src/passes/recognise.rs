@@ -82,6 +82,7 @@ pub fn recognise(export: &Graph) -> Recognition {
     }
     let options = Options {
         max_positions: 64,
+        allow_overflow: false,
         ..Options::default()
     };
     match super::understand(export.clone(), &options, &mut Vec::new()) {

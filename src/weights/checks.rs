@@ -1,6 +1,7 @@
 //! What must be true of a weight's numbers before they go into a package: no NaN, no infinity, nothing that overflowed
 //! when it was converted.
 
+use super::WriteError;
 use crate::graph::constant::Source;
 use crate::graph::{Constant, ConstantError};
 use crate::tensor::{DType, Tensor};
@@ -14,18 +15,30 @@ pub struct Allowed {
     pub overflow: bool,
 }
 
-/// Numbers that a model cannot use.
+/// Numbers that a model cannot use. `tensor`: where in the source they are, if that has a name.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum BadNumbers {
-    #[error("{count} of its {len} numbers are NaN or infinite in the source")]
-    NonFinite { count: usize, len: usize },
-    #[error("{count} of its {len} numbers are too large for {dtype}: the largest is {largest:e}")]
+    #[error("{count} of its {len} numbers are NaN or infinite in the source{}", within(tensor))]
+    NonFinite {
+        count: usize,
+        len: usize,
+        tensor: Option<String>,
+    },
+    #[error(
+        "{count} of its {len} numbers are too large for {dtype}: the largest is {largest:e}{}",
+        within(tensor)
+    )]
     Overflow {
         count: usize,
         len: usize,
         dtype: DType,
         largest: f64,
+        tensor: Option<String>,
     },
+}
+
+fn within(tensor: &Option<String>) -> String {
+    tensor.as_ref().map_or(String::new(), |name| format!(", in {name:?}"))
 }
 
 /// Elements that are NaN or infinite.
@@ -61,27 +74,46 @@ pub fn check(constant: &Constant, tensor: &Tensor, allowed: Allowed) -> Result<O
     if count == 0 {
         return Ok(None);
     }
-    let len = tensor.len();
+    let (len, dtype) = (tensor.len(), tensor.dtype());
     let mut sources = Vec::new();
     leaves(constant, &mut sources);
-    let mut largest = 0f64;
-    for source in sources {
-        let source = source.materialize()?;
-        if nonfinite(&source) > 0 {
-            return Ok((!allowed.nonfinite).then_some(BadNumbers::NonFinite { count, len }));
+    let (mut came_so, mut largest, mut holder) = (0, 0f64, None);
+    for leaf in sources {
+        let source = leaf.materialize()?;
+        let name = || leaf.origin().map(str::to_string);
+        let bad = nonfinite(&source);
+        if bad > 0 && !allowed.nonfinite {
+            let (count, len, tensor) = (bad, source.len(), name());
+            return Ok(Some(BadNumbers::NonFinite { count, len, tensor }));
         }
-        largest = source
-            .to_f32()
-            .into_iter()
-            .fold(largest, |m, v| m.max(f64::from(v.abs())));
+        came_so += bad;
+        let finite = source.to_f64().into_iter().filter(|v| v.is_finite());
+        let most = finite.fold(0f64, |most, v| most.max(v.abs()));
+        if most > largest {
+            (largest, holder) = (most, name());
+        }
     }
-    let dtype = tensor.dtype();
-    Ok((!allowed.overflow).then_some(BadNumbers::Overflow {
+    // What the source had was allowed; the rest came of converting.
+    let count = count.saturating_sub(came_so);
+    Ok((count > 0 && !allowed.overflow).then_some(BadNumbers::Overflow {
         count,
         len,
         dtype,
         largest,
+        tensor: holder,
     }))
+}
+
+/// For [`write`](super::write): refuses weights that do not pass [`check`].
+pub fn inspector(allowed: Allowed) -> impl FnMut(&str, &Constant, &Tensor) -> Result<(), WriteError> + Send {
+    move |name, constant, tensor| {
+        let name = name.to_string();
+        match check(constant, tensor, allowed) {
+            Ok(None) => Ok(()),
+            Ok(Some(source)) => Err(WriteError::Numbers { name, source }),
+            Err(source) => Err(WriteError::Constant { name, source }),
+        }
+    }
 }
 
 fn leaves<'a>(constant: &'a Constant, into: &mut Vec<&'a Constant>) {
@@ -114,5 +146,25 @@ mod tests {
         // The largest finite number of each is none of them.
         let largest = Tensor::from_f64_as(DType::F16, vec![2], &[65504.0, -65504.0]);
         assert_eq!(nonfinite(&largest), 0);
+    }
+
+    #[test]
+    fn what_the_source_had_is_told_from_what_converting_made() {
+        let values = [1.0, f64::NAN, 1e6, -7e4];
+        let source = Constant::tensor(Tensor::from_f64_as(DType::F32, vec![4], &values)).with_origin("w");
+        let half = source.transposed(&[0]).cast(DType::F16);
+        let made = half.materialize().unwrap();
+        let found = |nonfinite, overflow| check(&half, &made, Allowed { nonfinite, overflow }).unwrap();
+        let message = found(false, false).unwrap().to_string();
+        assert_eq!(
+            message,
+            "1 of its 4 numbers are NaN or infinite in the source, in \"w\""
+        );
+        assert_eq!(found(false, true).unwrap().to_string(), message);
+        assert_eq!(
+            found(true, false).unwrap().to_string(),
+            "2 of its 4 numbers are too large for f16: the largest is 1e6, in \"w\""
+        );
+        assert_eq!(found(true, true), None);
     }
 }

@@ -174,6 +174,7 @@ impl Source {
         let options = passes::Options {
             dtype: None,
             max_positions: positions,
+            allow_overflow: false,
         };
         // An export that cannot be converted still has names.
         let names = match passes::canonicalize(graph, &options) {

@@ -55,6 +55,7 @@ fn other_element_types_compute_nearly_the_same() {
             let options = Options {
                 max_positions: 64,
                 dtype: Some(dtype),
+                allow_overflow: false,
             };
             let graph = canonicalize(export.read(), &options)
                 .unwrap_or_else(|e| panic!("{name}: {e}"))

@@ -139,7 +139,7 @@ fn other_dtypes_stay_close() {
         infer(&mut graph).unwrap();
         for (to, tolerance) in [(DType::F32, 3e-2), (DType::F16, 6e-2), (DType::Bf16, 0.5)] {
             let mut graph = graph.clone();
-            dtype::run(&mut graph, to).unwrap();
+            dtype::run(&mut graph, to, false).unwrap();
             let checked = infer(&mut graph).map_err(|e| e.to_string());
             let checked = checked.and_then(|_| replay_within(&folder, &graph, Some(tolerance)));
             if let Err(error) = checked {

@@ -340,7 +340,7 @@ fn half_with(constant: Tensor) -> (Graph, Result<usize, PassError>) {
     let c = s.graph.add_constant("the.constant", constant);
     let end = s.add(x, c);
     let mut graph = s.finish(&[end]);
-    let result = dtype::run(&mut graph, DType::F16);
+    let result = dtype::run(&mut graph, DType::F16, false);
     (graph, result)
 }
 
@@ -378,7 +378,7 @@ fn bf16_takes_every_fp32_number() {
     let back = s.cast(wide, DType::F32);
     let end = s.add(back, large);
     let mut graph = s.finish(&[end]);
-    dtype::run(&mut graph, DType::Bf16).unwrap();
+    dtype::run(&mut graph, DType::Bf16, false).unwrap();
     // The casts between float types went away with the types.
     assert_eq!(graph.node_ids().count(), 1);
     assert_eq!(graph.value(graph.outputs[0]).dtype, Some(DType::Bf16));

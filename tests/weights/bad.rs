@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use lapidary::onnx::proto::ModelProto;
+use prost::Message;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
@@ -152,6 +154,117 @@ fn numbers_no_model_can_use() {
     assert!(message.contains("too large for f16: the largest is 1e5"), "{message}");
     half.refused(&full.file, &["--allow-nonfinite"]);
     lapidary(["refit", text(&half.pkg), "--from", text(&full.file), "--allow-overflow"]).ok();
+}
+
+/// An export whose largest weight has other numbers, and that weight's name.
+fn poisoned(to: &Path, numbers: [f32; 2]) -> String {
+    let mut model = ModelProto::decode(std::fs::read(export("llama-optimum")).unwrap().as_slice()).unwrap();
+    let graph = model.graph.as_mut().unwrap();
+    let weights = graph.initializer.iter_mut().filter(|t| t.dims.len() == 2);
+    let weight = weights
+        .max_by_key(|t| t.raw_data.as_ref().map_or(0, |d| d.len()))
+        .unwrap();
+    let mut bytes = weight.raw_data.take().expect("weights lie in the file").to_vec();
+    for (i, number) in numbers.into_iter().enumerate() {
+        bytes[i * 4000..][..4].copy_from_slice(&number.to_le_bytes());
+    }
+    weight.raw_data = Some(bytes.into());
+    let name = weight.name.clone().unwrap();
+    std::fs::write(to, model.encode_to_vec()).unwrap();
+    name
+}
+
+#[test]
+fn numbers_no_model_can_use_do_not_get_into_a_package() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, pkg) = (folder.path().join("model.onnx"), folder.path().join("pkg"));
+    let convert = |flags: &[&str]| {
+        let mut args = vec!["convert", text(&model), "-o", text(&pkg), "--capacity", "16"];
+        args.extend(flags);
+        lapidary(args)
+    };
+    for (numbers, flags, said, remedy) in [
+        ([f32::NAN, f32::NEG_INFINITY], &[][..], "2 of its", "--allow-nonfinite"),
+        (
+            [f32::NAN, f32::INFINITY],
+            &["--dtype", "fp16"],
+            "NaN or infinite in the source",
+            "--allow-nonfinite",
+        ),
+        (
+            [f32::NAN, 1e6],
+            &["--dtype", "fp16", "--allow-nonfinite"],
+            "(1e6)",
+            "--allow-overflow",
+        ),
+        (
+            [f32::NAN, 1e6],
+            &["--dtype", "fp16", "--allow-overflow"],
+            "1 of its",
+            "--allow-nonfinite",
+        ),
+        (
+            [1e6, -7e4],
+            &["--dtype", "fp16"],
+            "f16 cannot hold these constants",
+            "--allow-overflow",
+        ),
+    ] {
+        let name = poisoned(&model, numbers);
+        let (message, help) = convert(flags).refused();
+        for part in [said, name.as_str(), "model.onnx"] {
+            assert!(message.contains(part), "{part}: {message}");
+        }
+        assert!(help.contains(remedy), "{help}");
+        assert_eq!(names(folder.path()), ["model.onnx"], "nothing is left behind");
+        let dtype = flags.iter().copied().filter(|f| !f.starts_with("--allow"));
+        let once: Vec<&str> = dtype.chain(["--allow-nonfinite", "--allow-overflow"]).collect();
+        convert(&once).ok();
+        std::fs::remove_dir_all(&pkg).unwrap();
+    }
+    // bfloat16 has room for it.
+    poisoned(&model, [1e6, -7e4]);
+    convert(&["--dtype", "bf16"]).ok();
+}
+
+#[test]
+fn a_bfloat16_checkpoint_that_fp16_has_no_room_for() {
+    let half = bench(&["--dtype", "fp16"]);
+    let bytes = std::fs::read(&half.file).unwrap();
+    let parsed = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let name = "model.layers.1.mlp.down_proj.weight";
+    let converted: Vec<(String, Vec<usize>, Vec<u8>)> = parsed
+        .iter()
+        .map(|(tensor, view)| {
+            let values = view
+                .data()
+                .as_chunks::<2>()
+                .0
+                .iter()
+                .map(|b| half::f16::from_le_bytes(*b).to_f32());
+            let mut values: Vec<f32> = values.collect();
+            if tensor == name {
+                values[7] = -3e38;
+            }
+            let bytes = values
+                .iter()
+                .flat_map(|v| half::bf16::from_f32(*v).to_le_bytes())
+                .collect();
+            (tensor.to_string(), view.shape().to_vec(), bytes)
+        })
+        .collect();
+    let views = converted
+        .iter()
+        .map(|(name, shape, data)| (name.clone(), TensorView::new(Dtype::BF16, shape.clone(), data).unwrap()));
+    let path = half.folder.path().join("bf16.safetensors");
+    std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+    let (message, help) = half.refused(&path, &[]);
+    assert!(message.contains("layers.1.mlp.down_proj"), "{message}");
+    assert!(
+        message.contains("1 of its") && message.contains("too large for f16"),
+        "{message}"
+    );
+    assert!(help.contains("--allow-overflow"), "{help}");
 }
 
 #[test]
