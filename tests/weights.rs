@@ -6,6 +6,8 @@ mod bad;
 mod lora;
 #[path = "weights/modules.rs"]
 mod modules;
+#[path = "weights/read_only.rs"]
+mod read_only;
 #[path = "weights/refit.rs"]
 mod refit;
 #[path = "cli/support.rs"]

@@ -46,20 +46,24 @@ impl PackageError {
         }
     }
 
-    /// The disk was full (or a quota or limit reached).
-    pub fn is_full(&self) -> bool {
-        let source = match self {
+    /// What the system said, if it was the system.
+    fn kind(&self) -> Option<io::ErrorKind> {
+        match self {
             PackageError::Io { source, .. }
             | PackageError::Weights(weights::WriteError::Io { source, .. })
             | PackageError::Graph {
                 source: onnx::WriteError::Io { source, .. },
                 ..
-            } => source,
-            _ => return false,
-        };
+            } => Some(source.kind()),
+            _ => None,
+        }
+    }
+
+    /// The disk was full (or a quota or limit reached).
+    pub fn is_full(&self) -> bool {
         matches!(
-            source.kind(),
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+            self.kind(),
+            Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
         )
     }
 
@@ -67,6 +71,13 @@ impl PackageError {
     pub fn help(&self) -> Option<String> {
         if self.is_full() {
             return Some("free some space, or write the package to another disk; nothing was left behind".into());
+        }
+        if self.kind() == Some(io::ErrorKind::ReadOnlyFilesystem) {
+            return Some(
+                "nothing was changed; write to another place, for instance a copy that `lapidary strip PKG -o COPY` makes \
+                 for a refit"
+                    .into(),
+            );
         }
         Some(match self {
             PackageError::NotAPackage { .. } => "make one with `lapidary convert MODEL.onnx -o PKG`".into(),

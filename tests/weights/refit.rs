@@ -11,7 +11,7 @@ pub fn export(name: &str) -> PathBuf {
 }
 
 /// Greedy tokens after the reference's prompt.
-fn tokens(pkg: &Path, name: &str) -> Value {
+pub fn tokens(pkg: &Path, name: &str) -> Value {
     let reference: Value =
         serde_json::from_str(&std::fs::read_to_string(export(name).with_file_name("reference.json")).unwrap()).unwrap();
     let prompt = ids(&reference["prompt"]);
