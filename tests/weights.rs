@@ -2,6 +2,8 @@
 
 #[path = "weights/bad.rs"]
 mod bad;
+#[path = "weights/contents.rs"]
+mod contents;
 #[path = "weights/lora.rs"]
 mod lora;
 #[path = "weights/modules.rs"]

@@ -145,9 +145,14 @@ impl From<RefitError> for Failure {
         match error {
             RefitError::Package(error) => error.into(),
             RefitError::Mismatch(mismatch) => {
+                let nameless = mismatch.missing.iter().any(|(_, expected)| expected.is_none());
                 let only_extra = mismatch.missing.is_empty() && mismatch.misfits.is_empty();
                 let help = match only_extra && mismatch.unused_changes.is_empty() {
                     true => "if these belong to something else, such as a vision tower, use --ignore-extra",
+                    false if nameless => {
+                        "some weights are known by no name; refit once from the checkpoint that the package was made from, and \
+                         their numbers tell what they are called there"
+                    }
                     false => "give the weights of the same architecture; `lapidary weights PKG` lists what is needed",
                 };
                 Failure::input(mismatch).help(help)

@@ -12,6 +12,7 @@ use crate::weights::checkpoint::CONVENTIONS;
 use crate::weights::export;
 use crate::weights::lora::Adapter;
 use crate::weights::matching::matched;
+use crate::weights::recipe::Recipe;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -63,7 +64,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         let source = w.source_name.clone().unwrap_or_default();
         table.row([
             w.name.clone(),
-            modules(w).join(" + "),
+            called(w),
             if turned {
                 format!("{source} (transposed)")
             } else {
@@ -100,8 +101,19 @@ pub fn run(args: Args) -> Result<(), Failure> {
 }
 
 fn modules(weight: &Weight) -> Vec<String> {
-    let leaves = weight.modules.iter().flat_map(|m| m.leaves());
-    leaves.map(|leaf| leaf.name.to_string()).collect()
+    weight.modules.as_ref().map(names).unwrap_or_default()
+}
+
+fn names(recipe: &Recipe) -> Vec<String> {
+    recipe.leaves().iter().map(|leaf| leaf.name.to_string()).collect()
+}
+
+/// Its modules, or the name that its numbers told.
+fn called(weight: &Weight) -> String {
+    match (&weight.modules, &weight.learned) {
+        (None, Some(learned)) => format!("({})", names(learned).join(" + ")),
+        (modules, _) => modules.as_ref().map(names).unwrap_or_default().join(" + "),
+    }
 }
 
 fn document(weight: &Weight, manifest: &Manifest) -> serde_json::Value {
@@ -109,6 +121,7 @@ fn document(weight: &Weight, manifest: &Manifest) -> serde_json::Value {
         "name": weight.name,
         "source_name": weight.source_name,
         "modules": modules(weight),
+        "learned": weight.learned.as_ref().map(names),
         "dtype": weight.dtype,
         "shape": weight.shape,
         "transposed": weight.recipe.as_ref().is_some_and(|r| r.is_transposed()),

@@ -116,6 +116,10 @@ pub struct Weight {
     /// Made of modules of the model in this way (see [`crate::weights::modules`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<Recipe>,
+    /// Made of tensors of a checkpoint in this way: one that held the same numbers told what such checkpoints call them.
+    /// Kept where modules do not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learned: Option<Recipe>,
     pub dtype: DType,
     pub shape: Vec<usize>,
     pub blake3: String,

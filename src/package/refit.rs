@@ -56,6 +56,8 @@ pub fn wanted(weights: &Weights) -> Vec<Wanted<'_>> {
             shape: &w.shape,
             recipe: w.recipe.as_ref(),
             modules: w.modules.as_ref(),
+            learned: w.learned.as_ref(),
+            blake3: &w.blake3,
         })
         .collect()
 }
@@ -117,11 +119,13 @@ pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64
             source_name: Some(matched.from.join(" + ")),
             recipe: weight.recipe.clone(),
             modules: weight.modules.clone(),
+            learned: matched.learned.clone().or_else(|| weight.learned.clone()),
         },
         None => Provenance {
             source_name: None,
             recipe: None,
             modules: None,
+            learned: None,
         },
     };
     let stored = write_graph(

@@ -57,6 +57,7 @@ impl Writer {
             source_name: constant.origin().map(str::to_string),
             recipe: Recipe::of(constant),
             modules: modules.get(&id).cloned(),
+            learned: None,
         };
         let stored_graph = write_graph(&staging, graph, describe, &mut checks::inspector(allowed), progress)?;
         let manifest = Manifest {
@@ -187,6 +188,7 @@ pub(super) struct Provenance {
     /// `None`: a pass computed it, so it is no weight of the model.
     pub recipe: Option<Recipe>,
     pub modules: Option<Recipe>,
+    pub learned: Option<Recipe>,
 }
 
 /// The files of a graph and what is in them.
@@ -280,6 +282,7 @@ fn write_weights(
             source_name: entry.provenance.source_name,
             recipe: entry.provenance.recipe,
             modules: entry.provenance.modules,
+            learned: entry.provenance.learned,
             dtype: entry.constant.dtype(),
             shape: entry.constant.shape().to_vec(),
             blake3: at.blake3,

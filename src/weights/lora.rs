@@ -138,6 +138,13 @@ impl Adapter {
             Some((layer, Change { b, ..change }))
         })
     }
+
+    /// The change of a checkpoint's tensor, if there is one, with the layer's name.
+    pub fn change_of(&self, tensor: &str) -> Option<(String, Change)> {
+        let layer = tensor.strip_suffix(".weight")?;
+        let (layer, change) = self.changes.get_key_value(layer)?;
+        Some((layer.clone(), change.clone()))
+    }
 }
 
 impl Config {

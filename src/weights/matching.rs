@@ -5,7 +5,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 
 use super::checkpoint::has_gate;
-use super::lora::Adapter;
+use super::contents::Contents;
+use super::lora::{Adapter, Change};
 use super::recipe::{Leaf, Recipe};
 use super::source::Source;
 use crate::graph::Constant;
@@ -21,6 +22,10 @@ pub struct Wanted<'a> {
     pub recipe: Option<&'a Recipe>,
     /// Over modules.
     pub modules: Option<&'a Recipe>,
+    /// Over the names of a checkpoint that held the same numbers once.
+    pub learned: Option<&'a Recipe>,
+    /// Of the bytes it had, in hexadecimal; empty if it never had any.
+    pub blake3: &'a str,
 }
 
 /// How a weight was found.
@@ -28,8 +33,12 @@ pub struct Wanted<'a> {
 pub enum How {
     /// By what it is in the model.
     Module,
+    /// By the name that was learned from an earlier checkpoint's numbers.
+    Learned,
     /// By the name it had in the export.
     Name,
+    /// By its numbers: those the package had.
+    Contents,
 }
 
 /// A weight made of tensors of the source.
@@ -39,6 +48,8 @@ pub struct Matched {
     /// Names in the source.
     pub from: Vec<String>,
     pub how: How,
+    /// What its numbers told of the names of such checkpoints.
+    pub learned: Option<Recipe>,
 }
 
 /// A tensor that is there and does not fit.
@@ -111,6 +122,7 @@ pub fn matched(
         adapter,
         rows,
         used: BTreeSet::new(),
+        by_contents: BTreeSet::new(),
         used_modules: BTreeSet::new(),
         changed: BTreeSet::new(),
     };
@@ -119,9 +131,16 @@ pub fn matched(
         note: source.trouble().map(str::to_string),
         ..Mismatch::default()
     };
+    let known: Vec<Result<Matched, Vec<Misfit>>> = wanted.iter().map(|weight| matcher.find(weight)).collect();
+    // What is known otherwise is no candidate for what is known by its numbers alone.
+    let mut contents = Contents::new(&source.tensors);
     let mut found = Vec::with_capacity(wanted.len());
-    for weight in wanted {
-        match matcher.find(weight) {
+    for (weight, known) in wanted.iter().zip(known) {
+        let known = match known {
+            Err(misfits) if misfits.is_empty() => matcher.find_by_contents(weight, &mut contents),
+            known => known,
+        };
+        match known {
             Ok(matched) => found.push(matched),
             Err(misfits) if misfits.is_empty() => {
                 let leaf = weight
@@ -150,6 +169,7 @@ struct Matcher<'a> {
     adapter: Option<&'a Adapter>,
     rows: HashMap<String, usize>,
     used: BTreeSet<String>,
+    by_contents: BTreeSet<String>,
     used_modules: BTreeSet<String>,
     changed: BTreeSet<String>,
 }
@@ -160,7 +180,12 @@ impl Matcher<'_> {
         let mut misfits = Vec::new();
         // What a tensor does in a model is surer than what it is called: two exporters can give one name to a matrix and
         // to its transpose.
-        for (how, recipe) in [(How::Module, weight.modules), (How::Name, weight.recipe)] {
+        let ways = [
+            (How::Module, weight.modules),
+            (How::Learned, weight.learned),
+            (How::Name, weight.recipe),
+        ];
+        for (how, recipe) in ways {
             let Some(recipe) = recipe else { continue };
             let mut from = Vec::new();
             let mut wrong = Vec::new();
@@ -184,6 +209,7 @@ impl Matcher<'_> {
                     constant: constant.cast(weight.dtype),
                     from,
                     how,
+                    learned: None,
                 });
             }
             if misfits.is_empty() {
@@ -193,11 +219,48 @@ impl Matcher<'_> {
         Err(misfits)
     }
 
+    /// The weight of the tensor that holds its numbers, if there is one and no more.
+    fn find_by_contents(&mut self, weight: &Wanted<'_>, contents: &mut Contents<'_>) -> Result<Matched, Vec<Misfit>> {
+        // What ought to be there by its name is missing, even if the same numbers are there under another.
+        if weight.blake3.is_empty() || weight.modules.is_some() && self.source.knows_modules() {
+            return Err(Vec::new());
+        }
+        let mut held = contents.holding(weight.dtype, weight.shape, weight.blake3);
+        held.retain(|held| !self.used.contains(&held.name) || self.by_contents.contains(&held.name));
+        let [held] = &held[..] else {
+            let names: Vec<&str> = held.iter().map(|held| held.name.as_str()).collect();
+            // Two tensors of the same numbers will not stay the same in a fine-tune: nothing is guessed.
+            let ambiguous = (!names.is_empty()).then(|| Misfit {
+                weight: weight.name.to_string(),
+                tensor: names.join(", "),
+                why: "all of them hold its numbers, so it cannot be told which of them it is".to_string(),
+            });
+            return Err(ambiguous.into_iter().collect());
+        };
+        let recipe = contents.recipe(held);
+        let constant = recipe.apply(&mut |leaf| Some(self.lookup(How::Contents, leaf)?.1));
+        let constant = constant.expect("it was read when it was hashed");
+        self.used.insert(held.name.clone());
+        self.by_contents.insert(held.name.clone());
+        Ok(Matched {
+            constant: constant.cast(weight.dtype),
+            from: vec![held.name.clone()],
+            how: How::Contents,
+            // Names in a graph are its own; those of a checkpoint are those of the next.
+            learned: (!self.source.is_graph()).then_some(recipe),
+        })
+    }
+
     fn lookup(&mut self, how: How, leaf: Leaf<'_>) -> Option<(String, Constant)> {
         if how == How::Name {
             // An adapter speaks of modules, and would be lost.
             let constant = self.source.tensors.get(leaf.name).filter(|_| self.adapter.is_none())?;
             return Some((leaf.name.to_string(), constant.clone()));
+        }
+        if how == How::Learned || how == How::Contents {
+            let constant = self.source.tensors.get(leaf.name)?;
+            let change = self.adapter.and_then(|a| a.change_of(leaf.name));
+            return Some((leaf.name.to_string(), self.changed(constant, change)));
         }
         let found = self.source.module(leaf.name, &self.rows);
         // A head that is not there is the embedding: that is how tied models are saved.
@@ -207,13 +270,17 @@ impl Matcher<'_> {
         };
         self.used_modules.insert(leaf.name.to_string());
         let change = self.adapter.and_then(|a| a.change(leaf.name, &self.rows));
+        Some((name, self.changed(&constant, change)))
+    }
+
+    /// With an adapter's change, given with its layer. One of another shape stays unused, which is an obstacle of its own.
+    fn changed(&mut self, constant: &Constant, change: Option<(String, Change)>) -> Constant {
         match change {
             Some((target, change)) if constant.shape() == change.shape() => {
                 self.changed.insert(target);
-                Some((name, change.merged(&constant)))
+                change.merged(constant)
             }
-            // A change of another shape stays unused, which is an obstacle of its own.
-            _ => Some((name, constant)),
+            _ => constant.clone(),
         }
     }
 

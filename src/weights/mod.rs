@@ -3,11 +3,12 @@
 //! Takes constants whose bytes may not exist yet (see [`crate::graph::Constant`]) and gives a safetensors file plus a
 //! [`Stored`] record for each: where it lies and its BLAKE3. At no time are more than a few tensors in memory. For weights
 //! that come later, a [`recipe::Recipe`] tells how each is made of an export's initializers, and [`modules`] what each is
-//! in the model, whatever it is called; [`matching`] finds all of them in a [`source::Source`], [`lora`] changes them on the
+//! in the model, whatever it is called, and [`contents`] finds what neither knows; [`matching`] finds all of them in a [`source::Source`], [`lora`] changes them on the
 //! way, [`checks`] refuses numbers no model can use, [`fingerprint`] is one hash over all. What the manifest says of weights is `package`'s.
 
 pub mod checkpoint;
 pub mod checks;
+pub mod contents;
 pub mod export;
 pub mod fingerprint;
 pub mod lora;

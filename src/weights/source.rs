@@ -234,6 +234,11 @@ impl Source {
         matches!(self.names, Names::Graph(_))
     }
 
+    /// Whether what a tensor is in the model can be told: by a graph, or by names that are known.
+    pub fn knows_modules(&self) -> bool {
+        !matches!(self.names, Names::None(_))
+    }
+
     /// What a module would be called in this source, for messages.
     pub fn expected_name(&self, module: &str, has_gate: bool) -> Option<String> {
         match &self.names {

@@ -1,0 +1,145 @@
+//! Tensors by what they hold.
+//!
+//! A weight that has no name of use, because its exporter lost it and the graph does not show what it is, can still be known
+//! by its numbers: a checkpoint that the package was made from has the same somewhere, perhaps transposed, perhaps in
+//! another dtype. Found once, the name serves for every later checkpoint of the same kind.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::recipe::Recipe;
+use crate::graph::Constant;
+use crate::tensor::DType;
+
+/// Hashes of a source's tensors, made as they are asked for: only tensors of the shape wanted are read.
+pub struct Contents<'a> {
+    tensors: &'a BTreeMap<String, Constant>,
+    /// By dtype and shape: hash to what holds it.
+    hashed: HashMap<(DType, Vec<usize>), HashMap<String, Vec<Held>>>,
+}
+
+/// A tensor of the source that holds what was looked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    pub name: String,
+    /// It is a matrix, and holds it transposed.
+    pub turned: bool,
+}
+
+impl<'a> Contents<'a> {
+    pub fn new(tensors: &'a BTreeMap<String, Constant>) -> Self {
+        Contents {
+            tensors,
+            hashed: HashMap::new(),
+        }
+    }
+
+    /// The tensors whose bytes in this dtype and shape have the BLAKE3, in hexadecimal.
+    pub fn holding(&mut self, dtype: DType, shape: &[usize], blake3: &str) -> Vec<Held> {
+        let tensors = self.tensors;
+        let hashed = self
+            .hashed
+            .entry((dtype, shape.to_vec()))
+            .or_insert_with(|| hashes(tensors, dtype, shape));
+        hashed.get(blake3).cloned().unwrap_or_default()
+    }
+
+    /// How the weight is made of it.
+    pub fn recipe(&self, held: &Held) -> Recipe {
+        let constant = &self.tensors[&held.name];
+        let tensor = Recipe::Tensor {
+            name: held.name.clone(),
+            dtype: constant.dtype(),
+            shape: constant.shape().to_vec(),
+        };
+        match held.turned {
+            true => Recipe::Transpose {
+                perm: vec![1, 0],
+                of: Box::new(tensor),
+            },
+            false => tensor,
+        }
+    }
+}
+
+fn hashes(tensors: &BTreeMap<String, Constant>, dtype: DType, shape: &[usize]) -> HashMap<String, Vec<Held>> {
+    let mut found: HashMap<String, Vec<Held>> = HashMap::new();
+    for (name, constant) in tensors.iter().filter(|(_, c)| c.dtype().is_float() == dtype.is_float()) {
+        let turnable = constant.shape().len() == 2;
+        for turned in [false, true] {
+            let candidate = match turned {
+                false => constant.clone(),
+                true if turnable => constant.transposed(&[1, 0]),
+                true => continue,
+            };
+            if candidate.shape() != shape {
+                continue;
+            }
+            // What cannot be read is not found, and so reported as missing.
+            let Ok(tensor) = candidate.cast(dtype).materialize() else {
+                continue;
+            };
+            let holders = found
+                .entry(blake3::hash(tensor.data()).to_hex().to_string())
+                .or_default();
+            // A symmetric matrix is its own transpose.
+            if holders.last().is_none_or(|held| held.name != *name) {
+                holders.push(Held {
+                    name: name.clone(),
+                    turned,
+                });
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Tensor;
+
+    fn matrix(rows: usize, columns: usize, first: f32) -> Constant {
+        let values: Vec<f32> = (0..rows * columns).map(|i| first + i as f32).collect();
+        Constant::tensor(Tensor::from_f32(vec![rows, columns], &values))
+    }
+
+    #[test]
+    fn turned_rounded_and_twice() {
+        let tensors = BTreeMap::from([
+            ("a".to_string(), matrix(2, 3, 1.0)),
+            ("b".to_string(), matrix(2, 3, 9.0)),
+            ("c".to_string(), matrix(3, 3, 0.0)),
+            ("d".to_string(), matrix(2, 3, 9.0)),
+            (
+                "e".to_string(),
+                Constant::tensor(Tensor::from_f32(vec![2, 2], &[1.0, 2.0, 2.0, 1.0])),
+            ),
+        ]);
+        let mut contents = Contents::new(&tensors);
+        let mut names = |wanted: Constant| -> Vec<(String, bool)> {
+            let tensor = wanted.materialize().unwrap();
+            let hash = blake3::hash(tensor.data()).to_hex().to_string();
+            let held = contents.holding(tensor.dtype(), tensor.shape(), &hash);
+            held.into_iter().map(|h| (h.name, h.turned)).collect()
+        };
+        let found = |name: &str, turned| (name.to_string(), turned);
+        assert_eq!(names(tensors["a"].clone()), [found("a", false)]);
+        assert_eq!(names(tensors["a"].transposed(&[1, 0])), [found("a", true)]);
+        assert_eq!(
+            names(tensors["a"].transposed(&[1, 0]).cast(DType::F16)),
+            [found("a", true)]
+        );
+        assert_eq!(names(tensors["c"].transposed(&[1, 0])), [found("c", true)]);
+        assert_eq!(names(tensors["e"].clone()), [found("e", false)]);
+        assert_eq!(names(tensors["b"].clone()), [found("b", false), found("d", false)]);
+        assert_eq!(names(matrix(2, 3, 2.0)), []);
+
+        let recipe = contents.recipe(&Held {
+            name: "a".to_string(),
+            turned: true,
+        });
+        let made = recipe.apply(&mut |leaf| tensors.get(leaf.name).cloned()).unwrap();
+        assert_eq!(made.shape(), [3, 2]);
+        assert!(recipe.is_transposed());
+    }
+}
