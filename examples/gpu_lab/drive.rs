@@ -18,7 +18,7 @@ pub fn open(package: &Path) -> Outcome<(Package, CudaDevice)> {
 }
 
 /// Drives a device as a session does, but lets us look at it in between.
-struct Driver {
+pub struct Driver {
     device: CudaDevice,
     capacities: Vec<usize>,
     capacity: usize,
@@ -28,7 +28,7 @@ struct Driver {
 }
 
 impl Driver {
-    fn new(package: &Package, device: CudaDevice) -> Self {
+    pub fn new(package: &Package, device: CudaDevice) -> Self {
         Driver {
             device,
             capacities: package.manifest.capacities.clone(),
@@ -37,6 +37,19 @@ impl Driver {
             moves: 0,
             logits: Vec::new(),
         }
+    }
+
+    /// A new sequence starts in the smallest capacity again.
+    pub fn begin(&mut self) {
+        (self.capacity, self.position, self.moves) = (0, 0, 0);
+    }
+
+    pub fn device(&mut self) -> &mut CudaDevice {
+        &mut self.device
+    }
+
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
     }
 
     /// Room for `more` tokens.
@@ -67,7 +80,7 @@ impl Driver {
         best.ok_or_else(|| "logits are not finite".into())
     }
 
-    fn feed(&mut self, mut tokens: &[u32]) -> Outcome<Vec<Chunk>> {
+    pub fn feed(&mut self, mut tokens: &[u32]) -> Outcome<Vec<Chunk>> {
         self.reserve(tokens.len())?;
         let mut chunks = Vec::new();
         while !tokens.is_empty() {
@@ -87,7 +100,7 @@ impl Driver {
 }
 
 /// Token ids that repeat nowhere soon.
-fn ids(n: usize, vocabulary: usize) -> Vec<u32> {
+pub fn ids(n: usize, vocabulary: usize) -> Vec<u32> {
     (0..n)
         .map(|i| ((i * 7919 + 13) % (vocabulary - 3) + 3) as u32)
         .collect()
@@ -204,10 +217,7 @@ pub fn logits(path: &Path, cases: &Path, output: &Path) -> Outcome<Value> {
     let mut driver = Driver::new(&package, device);
     let mut told = Vec::new();
     for case in cases {
-        // A new sequence starts in the smallest capacity again.
-        driver.capacity = 0;
-        driver.position = 0;
-        driver.moves = 0;
+        driver.begin();
         let mut write = |driver: &Driver| file.write_all(bytemuck::cast_slice(&driver.logits));
         let chunks = driver.feed(&case.prompt)?;
         write(&driver)?;

@@ -5,6 +5,7 @@
 //! gpu_lab logits PKG --cases cases.json --output F     # logits of given token sequences, to compare with another engine
 //! gpu_lab batch PKG --cases cases.json --output F      # the same of several sequences in one batch
 //! gpu_lab profile PKG --live 300 [--prefill 512]       # time of each of TensorRT's layers
+//! gpu_lab swap PKG --weights OTHER_PKG                 # other weights under loaded engines, and back
 //! gpu_lab forms                                        # ways to write a matrix product of one row
 //! ```
 
@@ -13,6 +14,7 @@ mod batch;
 mod drive;
 mod forms;
 mod layers;
+mod swap;
 mod sweep;
 
 use std::error::Error;
@@ -70,6 +72,14 @@ enum Command {
         #[arg(long)]
         prefill: Option<usize>,
     },
+    /// Runs with the weights of another package and with its own again, and compares with fresh sessions.
+    Swap {
+        package: PathBuf,
+        #[arg(long)]
+        weights: PathBuf,
+        #[arg(long, default_value_t = 5)]
+        times: usize,
+    },
     /// Lowerings of a Llama of made-up weights: decode at several capacities, prefill of 512.
     Sweep {
         #[arg(long)]
@@ -116,6 +126,11 @@ fn main() -> ExitCode {
         Command::Profile { package, live, prefill } => {
             layers::profile(&package, live, prefill).map(|v| println!("{v:#}"))
         }
+        Command::Swap {
+            package,
+            weights,
+            times,
+        } => swap::swap(&package, &weights, times).map(|v| println!("{v:#}")),
         Command::Forms { only } => forms::forms(&only),
         Command::Choices { large, layers, only } => sweep::choices(large, layers, &only),
         Command::Accuracy => accuracy::accuracy(),

@@ -29,7 +29,7 @@ SIZES = {
 EPSILON = 1e-5
 
 
-def hugging_face(size, positions, dtype, device):
+def hugging_face(size, positions, dtype, device, seed=1):
     """The model with weights that keep activations near unit size, so that logits differ clearly."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,7 +46,7 @@ def hugging_face(size, positions, dtype, device):
     with torch.device(device):
         model = LlamaForCausalLM(config).eval()
     torch.set_default_dtype(before)
-    generator = torch.Generator(device=device).manual_seed(1)
+    generator = torch.Generator(device=device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -192,10 +192,12 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--positions", type=int, default=4096)
     parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16")
+    parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
-    export(hugging_face(arguments.size, arguments.positions, dtype, device), arguments.folder, arguments.positions)
+    model = hugging_face(arguments.size, arguments.positions, dtype, device, arguments.seed)
+    export(model, arguments.folder, arguments.positions)
 
 
 if __name__ == "__main__":

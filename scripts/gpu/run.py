@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import models
+import refit
 import suite
 import tiny
 from common import BIN, Results, WORK, machine, note, run
@@ -23,6 +24,9 @@ STAGES = {
     "8b": lambda results: models.stage("8b", results),
     "1b-brief": lambda results: models.stage("1b", results, compare=False),
     "tune-1b": lambda results: models.tune("1b", results),
+    "refit-1b": lambda results: refit.stage("1b", results),
+    # The same with bound weights alone: no engines that are built on the GPU.
+    "refit-1b-bind": lambda results: refit.stage("1b", results, modes=("bind",)),
     "1b-thorough": lambda results: models.stage("1b", results, thorough=True),
 }
 

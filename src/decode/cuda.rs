@@ -26,6 +26,7 @@ mod chunks;
 mod control;
 mod error;
 mod facts;
+mod swap;
 mod weights;
 
 use cache::Cache;
@@ -33,6 +34,8 @@ use chunks::{choose, covers, largest};
 use control::Control;
 pub use error::OpenError;
 use error::{device_error, unknown};
+use swap::Identity;
+pub use swap::{SwapError, Swapped};
 use weights::Weights;
 
 /// What TensorRT asks of addresses, and what makes copies fast.
@@ -103,6 +106,8 @@ impl CudaOptions {
 pub struct CudaDevice {
     slots: Vec<Slot>,
     graph: Graph,
+    /// Whose weights these are.
+    identity: Identity,
     folder: PathBuf,
     options: CudaOptions,
     weights: Option<Weights>,
@@ -150,6 +155,7 @@ impl CudaDevice {
         let stream = Stream::new(cuda)?;
         Ok(CudaDevice {
             graph,
+            identity: Identity::of(&package.manifest),
             folder: package.folder.clone(),
             options,
             weights: None,
@@ -284,15 +290,21 @@ impl CudaDevice {
             self.times.weights += start.elapsed();
         }
         let plan = self.unpacked(slot, &network).map_err(|error| self.failed(error))?;
+        self.context(at, &plan, &network)
+    }
+
+    /// A context of the slot's plan, bound to everything but the cache.
+    fn context(&mut self, at: usize, plan: &Rc<Unpacked>, network: &Network) -> Result<Loaded, DeviceError> {
+        let slot = &self.slots[at];
         let graphs = self.options.graphs && matches!(slot.profile.tokens, Tokens::Static(_));
         let mut engine =
-            Engine::of(&plan, slot.facts.optimization_profile, graphs).map_err(|error| self.failed(error))?;
+            Engine::of(plan, slot.facts.optimization_profile, graphs).map_err(|error| self.failed(error))?;
         // A dynamic engine's working memory is for the most that it will ever be asked for.
         let tokens = largest(slot.profile.tokens);
         if matches!(slot.facts.lowered_for().tokens, Tokens::Dynamic { .. }) {
             engine.set_tokens(tokens).map_err(|error| self.failed(error))?;
         }
-        let bound = self.bind(&mut engine, &network);
+        let bound = self.bind(&mut engine, network);
         bound.map_err(|error| self.failed(error))?;
         self.share_scratch(&mut engine).map_err(|error| self.failed(error))?;
         Ok(Loaded {

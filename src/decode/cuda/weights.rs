@@ -1,6 +1,6 @@
 //! Bound weights: one copy on the device for all engines of a package.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use super::aligned;
@@ -21,16 +21,9 @@ impl Weights {
     /// Every bound weight of the networks, once: those that fuse several first, so that a network that reads the parts by
     /// themselves finds them there. Refuses if one has no bytes.
     pub fn upload(cuda: &Rc<Cuda>, stream: &Stream, networks: &[Network]) -> Result<Self, RunError> {
-        let mut all: Vec<&Weight> = networks
-            .iter()
-            .flat_map(|network| &network.weights)
-            .filter(|weight| weight.mode == WeightMode::Bind)
-            .collect();
-        all.sort_by_key(|weight| std::cmp::Reverse(lower::parts(&weight.name).count()));
         let mut offsets = HashMap::new();
         let mut end = 0;
-        let mut bound = Vec::new();
-        for weight in all {
+        for weight in in_order(networks) {
             if offsets.contains_key(&weight.name) {
                 continue;
             }
@@ -39,13 +32,32 @@ impl Weights {
             }
             offsets.insert(weight.name.clone(), end);
             end += aligned(weight.constant.byte_len());
-            bound.push(weight);
         }
-        let buffer = Buffer::new(cuda, end, "the model's weights")?;
+        let weights = Weights {
+            offsets,
+            buffer: Buffer::new(cuda, end, "the model's weights")?,
+        };
+        weights.fill(cuda, stream, networks)?;
+        Ok(weights)
+    }
+
+    /// Writes the weights of networks that differ in nothing else from those that these places were made for.
+    pub fn fill(&self, cuda: &Rc<Cuda>, stream: &Stream, networks: &[Network]) -> Result<(), RunError> {
         let mut stage = Stage::new(cuda)?;
         let mut missing = Vec::new();
-        for weight in &bound {
-            let mut at = offsets[&weight.name];
+        let mut written = HashSet::new();
+        for weight in in_order(networks) {
+            let Some(mut at) = self.offsets.get(&weight.name).copied() else {
+                return Err(RunError::Mismatch {
+                    engine: networks[0].profile.to_string(),
+                    reason: format!("no place was made for the weight {:?}", weight.name),
+                });
+            };
+            // Else a part of what was written as a whole, or the same weight in another network.
+            if !written.insert(at) {
+                continue;
+            }
+            written.extend(parts_of(weight, at).into_iter().map(|(_, at)| at));
             // Rows of a fused weight lie one after the other, as the parts do: no need to join them here first.
             let parts = match weight.constant.source() {
                 Source::Derived(derived) if matches!(derived.transform, Transform::Concat { axis: 0 }) => {
@@ -55,7 +67,7 @@ impl Weights {
             };
             for part in parts {
                 match part.materialize() {
-                    Ok(tensor) => stage.copy(stream, tensor.data(), &buffer, at)?,
+                    Ok(tensor) => stage.copy(stream, tensor.data(), &self.buffer, at)?,
                     Err(_) => missing.push(weight.name.clone()),
                 }
                 at += part.byte_len();
@@ -63,7 +75,7 @@ impl Weights {
         }
         stream.wait()?;
         match missing.is_empty() {
-            true => Ok(Weights { offsets, buffer }),
+            true => Ok(()),
             false => Err(RunError::Weights {
                 engine: networks.first().map(|n| n.profile.to_string()).unwrap_or_default(),
                 names: missing,
@@ -77,6 +89,17 @@ impl Weights {
     pub fn bytes(&self) -> usize {
         self.buffer.bytes()
     }
+}
+
+/// Bound weights, those that fuse most first.
+fn in_order(networks: &[Network]) -> Vec<&Weight> {
+    let mut all: Vec<&Weight> = networks
+        .iter()
+        .flat_map(|network| &network.weights)
+        .filter(|weight| weight.mode == WeightMode::Bind)
+        .collect();
+    all.sort_by_key(|weight| std::cmp::Reverse(lower::parts(&weight.name).count()));
+    all
 }
 
 /// The parts of a fused weight that lies at `start`, with their own offsets: rows of one come after rows of the other, so

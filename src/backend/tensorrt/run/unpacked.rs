@@ -74,6 +74,13 @@ impl Unpacked {
         })
     }
 
+    /// Other weights into a plan whose weights were stripped; `network` has them. Nothing may be running, and contexts are to
+    /// be made anew. After an error the plan is of no use.
+    pub fn refit(&self, network: &Network) -> Result<(), RunError> {
+        self.runtime.capture.take_errors();
+        refit::refit(&self.runtime, &mut self.inner.borrow_mut(), network, &self.name)
+    }
+
     /// Writes what TensorRT compiled since the last call, if anything, for the next process.
     pub fn keep_kernels(&self) {
         if let Some(kernels) = &mut *self.kernels.borrow_mut() {

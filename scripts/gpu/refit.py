@@ -1,0 +1,93 @@
+"""Two weight sets and one set of engines: how long it takes to go from one to the other, on disk and on the GPU.
+
+Packages of one model are made for the first set: with bound weights, and stripped for a general and for an identical refit.
+`lapidary strip` and `lapidary refit` make the same package with the second set, without building an engine. Then sessions swap
+between the two while their engines stay loaded (`gpu_lab swap`), which also checks that the logits are those of a fresh session.
+"""
+
+import json
+import shutil
+import time
+
+import make_model
+from common import WORK, lab, lapidary, note, run
+from models import POSITIONS, convert
+
+FLAGS = {
+    "bind": ["--weights", "bind"],
+    "general": ["--weights", "strip", "--refit", "general"],
+    "identical": ["--weights", "strip", "--refit", "identical"],
+}
+CAPACITY, CHUNK = "1024", "128"
+
+
+def stage(size, results, modes=("bind", "general", "identical")):
+    folders = results.attempt("make_and_export", two_sets, size)
+    if "error" in folders:
+        return
+    first, second = (WORK / f"{size}-set{i}" for i in (1, 2))
+    for mode in modes:
+        results.attempt(mode, of_mode, mode, size, first, second)
+        shutil.rmtree(WORK / f"{size}-refit-{mode}-1", ignore_errors=True)
+        shutil.rmtree(WORK / f"{size}-refit-{mode}-2", ignore_errors=True)
+
+
+def two_sets(size):
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start, out = time.time(), {}
+    for seed in (1, 2):
+        model = make_model.hugging_face(size, POSITIONS[size], torch.float16, device, seed=seed)
+        make_model.export(model, WORK / f"{size}-set{seed}", POSITIONS[size])
+        out["gb"] = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+        del model
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return out | {"seconds": time.time() - start}
+
+
+def timed(*arguments):
+    start = time.time()
+    lapidary(*arguments)
+    return time.time() - start
+
+
+def generate(package):
+    """What a person waits for: the command, of it loading, and the first token."""
+    start = time.time()
+    told = json.loads(lapidary("generate", package, "--prompt-ids", "5,6,7,8", "--max-new-tokens", 4, "--temperature", 0,
+                               "--ignore-eos", "--device", "cuda", "--json"))
+    return {"seconds": time.time() - start, "tokens": told["tokens"]} | {
+        key: told["timing"][key] for key in ("load_ms", "ttft_ms")}
+
+
+def of_mode(mode, size, first, second):
+    one, two = (WORK / f"{size}-refit-{mode}-{i}" for i in (1, 2))
+    out = {"convert": convert(first, one, CAPACITY, [*FLAGS[mode], "--prefill", CHUNK])}
+    # The first load compiles kernels; what is kept then serves both packages, since their plans are the same.
+    out["generate_first_load"], out["generate"] = generate(one), generate(one)
+    out["strip_s"] = timed("strip", one, "-o", two, "--force")
+    stripped = run("du", "-sb", two).split()[0]
+    out["stripped_bytes"] = int(stripped)
+    if mode == "identical":
+        return out | other_weights_are_refused(one, two, first, second)
+    out["refit_s"] = timed("refit", two, "--from", second / "model.onnx")
+    out["generate_second_set"] = generate(two)
+    out["refit_then_generate_s"] = out["refit_s"] + out["generate_second_set"]["seconds"]
+    out["sets_differ"] = out["generate"]["tokens"] != out["generate_second_set"]["tokens"]
+    out["swap"] = lab("swap", one, "--weights", two, "--times", 5)
+    summary = {way: [round(s["seconds"], 3) for s in out["swap"][way]] for way in ("there", "back")}
+    note(mode, "ok" if out["swap"]["ok"] else "WRONG", "equal" if out["swap"]["equal"] else "not to the last bit", summary)
+    return out
+
+
+def other_weights_are_refused(one, two, first, second):
+    """An identical refit takes its own weights back, and no others: neither on disk nor in a session."""
+    refused = lapidary("refit", two, "--from", second / "model.onnx", "--mode", "identical", check=False)
+    out = {"other_set_refused": refused.returncode == 2, "message": refused.stderr.strip()[-400:]}
+    out["refit_s"] = timed("refit", two, "--from", first / "model.onnx", "--mode", "identical")
+    out["generate_again"] = generate(two)
+    # Its own weights once more, under loaded engines.
+    out["swap"] = lab("swap", one, "--weights", two, "--times", 3)
+    return out

@@ -1,0 +1,221 @@
+//! Other weights under engines that stay: what a server does between two fine-tunes.
+//!
+//! Bound weights are bytes at addresses that every engine knows, so they are written over and no engine notices. Stripped
+//! engines are refitted where they are. Engines that hold their weights cannot change; they are refused, as is whatever
+//! would make an engine compute something else than the other package says.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::{CudaDevice, DeviceError};
+use crate::backend::tensorrt::Refit;
+use crate::backend::tensorrt::run::RunError;
+use crate::network::{Profile, WeightMode};
+use crate::package::manifest::{Engine, Manifest};
+use crate::package::{Package, PackageError};
+
+/// What the device's weights are, from the manifest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    architecture: String,
+    weights: String,
+}
+
+impl Identity {
+    pub fn of(manifest: &Manifest) -> Self {
+        Identity {
+            architecture: manifest.architecture_hash.clone(),
+            weights: manifest.weights.set_hash.clone(),
+        }
+    }
+}
+
+/// What was done, and how long it took.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct Swapped {
+    /// Bytes of bound weights that went to the device.
+    pub bytes: u64,
+    #[serde(serialize_with = "seconds")]
+    pub bound: Duration,
+    /// Plans that TensorRT refitted.
+    pub refitted: usize,
+    #[serde(serialize_with = "seconds")]
+    pub refit: Duration,
+    /// New contexts for refitted plans.
+    #[serde(serialize_with = "seconds")]
+    pub contexts: Duration,
+}
+
+fn seconds<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(time.as_secs_f64())
+}
+
+/// Why the weights on the device stay what they are.
+#[derive(Debug, thiserror::Error)]
+pub enum SwapError {
+    #[error("{}: another architecture than that of the engines in use; open it as a package of its own", package.display())]
+    Architecture { package: PathBuf },
+    #[error(
+        "{}: the engine {profile} holds its weights, so they cannot be changed; convert with --weights bind, or strip \
+         and --refit general", package.display()
+    )]
+    Embedded { package: PathBuf, profile: Profile },
+    #[error(
+        "{}: the engine {profile} can be refitted with the weights it was built with and no others; convert with --weights \
+         bind, or --refit general", package.display()
+    )]
+    Identical { package: PathBuf, profile: Profile },
+    #[error(transparent)]
+    Package(#[from] PackageError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// Whether engines that run with `ours` can run with `theirs`.
+fn check<'e>(
+    ours: &Identity,
+    theirs: &Identity,
+    engines: impl IntoIterator<Item = &'e Engine>,
+    package: &Path,
+) -> Result<(), SwapError> {
+    let package = package.to_path_buf();
+    if ours.architecture != theirs.architecture {
+        return Err(SwapError::Architecture { package });
+    }
+    if ours.weights == theirs.weights {
+        return Ok(());
+    }
+    for engine in engines {
+        let profile = engine.profile;
+        match (engine.weight_mode, engine.refit) {
+            (WeightMode::Bind, _) | (WeightMode::Strip, Refit::General) => {}
+            (WeightMode::Strip, Refit::None | Refit::Identical) => {
+                return Err(SwapError::Identical { package, profile });
+            }
+            (WeightMode::Embed, _) => return Err(SwapError::Embedded { package, profile }),
+        }
+    }
+    Ok(())
+}
+
+impl CudaDevice {
+    /// Runs with the weights of another package of the same architecture from now on; this one's engines stay, loaded or
+    /// not. What the cache holds was computed with the old weights: begin anew. If the GPU fails half way, everything is
+    /// unloaded, and loaded again with the old weights when it is needed next.
+    pub fn swap(&mut self, package: &Package) -> Result<Swapped, SwapError> {
+        let theirs = Identity::of(&package.manifest);
+        let engines = self.slots.iter().map(|slot| &slot.facts);
+        check(&self.identity, &theirs, engines, &package.folder)?;
+        let graph = package.graph()?;
+        let ours = std::mem::replace(&mut self.graph, graph);
+        match self.replace_weights() {
+            Ok(done) => {
+                self.identity = theirs;
+                Ok(done)
+            }
+            Err(error) => {
+                self.graph = ours;
+                for slot in &mut self.slots {
+                    slot.loaded = None;
+                }
+                self.weights = None;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// The weights of `self.graph` wherever those of another are.
+    fn replace_weights(&mut self) -> Result<Swapped, DeviceError> {
+        let mut done = Swapped::default();
+        // Nothing may be under way that reads them.
+        self.stream.wait().map_err(|error| self.failed(error))?;
+        if let Some(weights) = &self.weights {
+            let start = Instant::now();
+            let networks = self.networks_by_lowering()?;
+            let filled = weights.fill(self.runtime.cuda(), &self.stream, &networks);
+            filled.map_err(|error| self.failed(error))?;
+            done.bytes = weights.bytes() as u64;
+            done.bound = start.elapsed();
+        }
+        let mut refitted = HashSet::new();
+        for at in 0..self.slots.len() {
+            let slot = &self.slots[at];
+            let Some(loaded) = &slot.loaded else { continue };
+            if slot.facts.weight_mode == WeightMode::Bind {
+                continue;
+            }
+            let (plan, network) = (loaded.engine.plan().clone(), self.lowered(slot)?);
+            let start = Instant::now();
+            if refitted.insert(slot.facts.file.clone()) {
+                let result: Result<(), RunError> = plan.refit(&network);
+                result.map_err(|error| self.failed(error))?;
+            }
+            done.refit += start.elapsed();
+            // A captured graph, or the context itself, may hold on to where the old weights were.
+            let start = Instant::now();
+            let loaded = self.context(at, &plan, &network)?;
+            self.slots[at].loaded = Some(loaded);
+            done.contexts += start.elapsed();
+        }
+        done.refitted = refitted.len();
+        Ok(done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::Target;
+
+    fn engine(weight_mode: WeightMode, refit: Refit) -> Engine {
+        Engine {
+            file: String::new(),
+            bytes: 0,
+            blake3: String::new(),
+            target: Target::compiled(),
+            profile: Profile::decode(16),
+            built_as: None,
+            optimization_profile: 0,
+            weight_mode,
+            refit,
+            lowering: crate::lower::Options::default(),
+            tensorrt_version: String::new(),
+            build_ms: 0,
+        }
+    }
+
+    fn identity(architecture: &str, weights: &str) -> Identity {
+        Identity {
+            architecture: architecture.to_string(),
+            weights: weights.to_string(),
+        }
+    }
+
+    #[test]
+    fn only_engines_that_can_take_other_weights_get_them() {
+        let of = |theirs: &Identity, mode, refit| {
+            let engines = [engine(WeightMode::Bind, Refit::None), engine(mode, refit)];
+            check(&identity("a", "1"), theirs, &engines, Path::new("other"))
+        };
+        let (same, tune, other) = (identity("a", "1"), identity("a", "2"), identity("b", "2"));
+        use WeightMode::{Bind, Embed, Strip};
+        for (mode, refit) in [(Bind, Refit::None), (Bind, Refit::Identical), (Strip, Refit::General)] {
+            assert!(of(&tune, mode, refit).is_ok(), "{mode:?} {refit:?}");
+            assert!(matches!(of(&other, mode, refit), Err(SwapError::Architecture { .. })));
+        }
+        for (mode, refit) in [
+            (Strip, Refit::None),
+            (Strip, Refit::Identical),
+            (Embed, Refit::None),
+            (Embed, Refit::General),
+        ] {
+            assert!(of(&same, mode, refit).is_ok(), "the same weights fit everything");
+            let error = of(&tune, mode, refit).unwrap_err();
+            let message = error.to_string();
+            assert!(message.starts_with("other: the engine b1-t1-c16"), "{message}");
+            assert!(message.contains("; convert with --weights bind"), "{message}");
+            assert_eq!(matches!(error, SwapError::Identical { .. }), mode == Strip);
+        }
+    }
+}
