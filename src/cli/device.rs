@@ -33,6 +33,7 @@ pub struct Wish<'a> {
 
 /// Ways to run that no user wants, but that show what the usual ones are worth.
 #[derive(Clone, Copy, Debug, Default)]
+#[cfg_attr(not(feature = "engines"), expect(dead_code, reason = "the CPU needs less to know"))]
 pub struct Unusual<'a> {
     /// Kernels compiled at first load are looked for, and kept, in this folder alone.
     pub kernels: Option<&'a Path>,

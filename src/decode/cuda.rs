@@ -390,7 +390,17 @@ impl CudaDevice {
                 self.runtime.cuda(),
                 engine.scratch_bytes(),
                 "the engines' working memory",
-            )?;
+            );
+            let buffer = buffer.map_err(|error| match error {
+                // Engines that are loaded have theirs.
+                RunError::Memory { what, needed, free, .. } => RunError::Memory {
+                    what,
+                    needed,
+                    free,
+                    fits: self.loaded_capacity(),
+                },
+                other => other,
+            })?;
             for loaded in self.slots.iter_mut().filter_map(|slot| slot.loaded.as_mut()) {
                 // SAFETY: kept in self below; engines run one at a time.
                 unsafe { loaded.engine.set_scratch(&buffer) };
@@ -400,6 +410,13 @@ impl CudaDevice {
         // SAFETY: as above.
         unsafe { engine.set_scratch(self.scratch.as_ref().expect("just made")) };
         Ok(())
+    }
+
+    /// The largest capacity that can be decoded at already.
+    fn loaded_capacity(&self) -> Option<usize> {
+        let ready = self.slots.iter().filter(|slot| slot.loaded.is_some());
+        let decode = ready.filter(|slot| covers(slot.profile.tokens, 1));
+        decode.map(|slot| slot.profile.capacity).max()
     }
 
     fn run(&mut self, at: usize, rows: usize) -> Result<(), RunError> {
@@ -478,16 +495,12 @@ impl Device for CudaDevice {
             Ok(cache)
         });
         let cache = moved.map_err(|error| match error {
-            RunError::Memory { needed, free, .. } => {
-                let of_one = needed / capacity as u64;
-                let fits = |c: &&usize| (**c as u64) * of_one <= free && **c < capacity;
-                self.failed(RunError::Memory {
-                    what: format!("a cache of {capacity} tokens"),
-                    needed,
-                    free,
-                    fits: self.capacities.iter().rev().find(fits).copied(),
-                })
-            }
+            RunError::Memory { needed, free, .. } => self.failed(RunError::Memory {
+                what: format!("a cache of {capacity} tokens"),
+                needed,
+                free,
+                fits: cache::fitting(&self.capacities, capacity, needed, free),
+            }),
             other => self.failed(other),
         })?;
         self.cache = Some(cache);

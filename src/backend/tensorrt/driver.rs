@@ -15,6 +15,14 @@ pub struct Driver {
     pub gpus: Vec<Gpu>,
 }
 
+impl Driver {
+    /// Whether it runs programs made for this major version of CUDA.
+    pub fn runs_cuda(&self, major: u32) -> bool {
+        let newest = self.cuda_version.split('.').next().and_then(|n| n.parse::<u32>().ok());
+        newest.is_none_or(|newest| newest >= major)
+    }
+}
+
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Gpu {
     pub name: String,
@@ -51,6 +59,7 @@ mod imp {
 #[cfg(feature = "engines")]
 mod imp {
     use std::ffi::{CStr, c_char, c_int};
+    use std::path::Path;
 
     use super::*;
 
@@ -62,9 +71,13 @@ mod imp {
     type GetOf<T> = unsafe extern "C" fn(*mut T, c_int) -> c_int;
 
     pub fn driver() -> Result<Driver, DriverError> {
-        let name = if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" };
+        of(Path::new(if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" }))
+    }
+
+    /// The driver whose library this is.
+    fn of(library: &Path) -> Result<Driver, DriverError> {
         // SAFETY: the driver's own library; its constructors are what every CUDA program runs.
-        let library = unsafe { libloading::Library::new(name) }.map_err(|_| DriverError::NoDriver)?;
+        let library = unsafe { libloading::Library::new(library) }.map_err(|_| DriverError::NoDriver)?;
         // SAFETY of all below: signatures as in cuda.h, stable since CUDA 4; every out-pointer is to a live local.
         unsafe {
             let init: libloading::Symbol<unsafe extern "C" fn(u32) -> c_int> = symbol(&library, b"cuInit\0")?;
@@ -136,5 +149,64 @@ mod imp {
         let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
         let dotted = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
         text.split_whitespace().find(dotted).map(str::to_string)
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use std::path::PathBuf;
+        use std::process::Command;
+
+        use super::*;
+
+        /// A library with the driver's functions, which answer what the test wants.
+        fn impostor(folder: &Path, init: i32, gpus: i32) -> PathBuf {
+            let (path, source) = (folder.join("libcuda.so"), folder.join("impostor.c"));
+            let text = format!(
+                "int cuInit(unsigned f) {{ return {init}; }}
+                 int cuDriverGetVersion(int* v) {{ *v = 11040; return 0; }}
+                 int cuDeviceGetCount(int* n) {{ *n = {gpus}; return 0; }}
+                 int cuDeviceGet(int* d, int i) {{ *d = i; return 0; }}
+                 int cuDeviceTotalMem_v2(unsigned long* b, int d) {{ *b = 1ul << 34; return 0; }}
+                 int cuDeviceGetAttribute(int* v, int a, int d) {{ *v = a == 75 ? 8 : 9; return 0; }}
+                 int cuDeviceGetName(char* s, int n, int d) {{ *s++ = 'L'; *s++ = '4'; *s = 0; return 0; }}"
+            );
+            std::fs::write(&source, text).unwrap();
+            let mut compiler = Command::new("cc");
+            compiler.args(["-shared", "-fPIC", "-o"]).args([&path, &source]);
+            assert!(compiler.status().expect("rustc links with it too").success());
+            path
+        }
+
+        #[test]
+        fn what_a_driver_can_answer() {
+            let folder = tempfile::tempdir().unwrap();
+            let asked = |init, gpus| of(&impostor(folder.path(), init, gpus));
+            let found = asked(0, 2).unwrap();
+            assert_eq!((found.cuda_version.as_str(), found.gpus.len()), ("11.4", 2));
+            assert_eq!(
+                found.gpus[1],
+                Gpu {
+                    name: "L4".into(),
+                    compute_capability: (8, 9),
+                    memory_bytes: 1 << 34
+                }
+            );
+        }
+
+        #[test]
+        fn no_driver_no_gpu_and_a_driver_that_fails() {
+            let folder = tempfile::tempdir().unwrap();
+            assert_eq!(of(&folder.path().join("libcuda.so.1")), Err(DriverError::NoDriver));
+            let other = tempfile::tempdir().unwrap();
+            assert_eq!(of(&impostor(other.path(), 0, 0)), Err(DriverError::NoGpu));
+            // CUDA_ERROR_NO_DEVICE, and an error of the driver's own.
+            let other = tempfile::tempdir().unwrap();
+            assert_eq!(of(&impostor(other.path(), 100, 1)), Err(DriverError::NoGpu));
+            let other = tempfile::tempdir().unwrap();
+            let error = of(&impostor(other.path(), 803, 1)).unwrap_err();
+            let (call, code) = ("cuInit", 803);
+            assert_eq!(error, DriverError::Unusable { call, code });
+            assert!(error.to_string().contains("CUDA error 803 from cuInit"), "{error}");
+        }
     }
 }

@@ -8,6 +8,9 @@ use super::driver::{self, Driver};
 use super::flavour::{FLAVOUR, Flavour};
 use super::library::{Library, Source, Version};
 
+/// The CUDA that both TensorRTs are made for, or a later one.
+pub(super) const OLDEST_CUDA: u32 = 12;
+
 /// The facts, and what follows from them. Serialises to the object that `doctor --json` prints.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Report {
@@ -83,6 +86,10 @@ pub fn probe(explicit: Option<&Path>) -> Report {
     let run = match (&library, &driver) {
         (Err(error), _) => Ability::no(error.to_string()),
         (Ok(_), Err(error)) => Ability::no(format!("{error}; the CPU executor runs every package")),
+        (Ok(_), Ok(driver)) if !driver.runs_cuda(OLDEST_CUDA) => Ability::no(format!(
+            "the NVIDIA driver runs CUDA up to {}, {} needs {OLDEST_CUDA}.0 at least; update the driver",
+            driver.cuda_version, FLAVOUR.product
+        )),
         (Ok(library), Ok(driver)) => runs_on(library.version(), driver.gpus[0].compute_capability),
     };
     Report {

@@ -5,6 +5,14 @@ use std::rc::Rc;
 use super::aligned;
 use crate::backend::tensorrt::run::{Buffer, Cuda, Engine, RunError, Stream};
 
+/// The largest of the capacities below `wanted` whose cache has room: `needed` bytes are what `wanted` takes, and a cache
+/// takes as many for each slot.
+pub(super) fn fitting(capacities: &[usize], wanted: usize, needed: u64, free: u64) -> Option<usize> {
+    let room = |capacity: usize| u128::from(needed) * capacity as u128 <= u128::from(free) * wanted as u128;
+    let smaller = capacities.iter().copied().filter(|capacity| *capacity < wanted);
+    smaller.filter(|capacity| room(*capacity)).max()
+}
+
 /// One cache tensor `[batch, kv_heads, capacity, head_dim]`.
 #[derive(Clone, Debug, PartialEq)]
 struct Layer {
@@ -128,5 +136,25 @@ impl Cache {
             address += aligned(layer.bytes(self.capacity)) as u64;
             [(layer.input.as_str(), here), (layer.output.as_str(), here)]
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_capacity_that_has_room() {
+        let capacities = [256, 1024, 4096, 131_072];
+        let of_slot = 131_072; // 8 B Llama dims, fp16
+        let fits = |wanted: usize, free: u64| fitting(&capacities, wanted, wanted as u64 * of_slot, free);
+        assert_eq!(fits(131_072, 900_000_000), Some(4096));
+        assert_eq!(fits(131_072, 4096 * of_slot), Some(4096), "to the last byte");
+        assert_eq!(fits(131_072, 4096 * of_slot - 1), Some(1024));
+        assert_eq!(fits(131_072, 1_000_000), None);
+        assert_eq!(fits(1024, u64::MAX), Some(256), "what did not fit is not advised");
+        assert_eq!(fits(256, u64::MAX), None);
+        // A cache of odd sizes, smaller than a byte a slot.
+        assert_eq!(fitting(&[3, 5, 7], 7, 6, 4), Some(3));
     }
 }

@@ -16,7 +16,9 @@ pub(in super::super) fn judge(
     version: Version,
     facts: &Driver,
 ) -> Result<(), String> {
-    let (validity, why) = runtime.engine_validity(plan).map_err(|e| e.to_string())?;
+    let verdict = runtime.engine_validity(plan);
+    // The binding refuses what is shorter than a header.
+    let (validity, why) = verdict.map_err(|e| format!("the file is damaged: {e}"))?;
     let valid = !matches!(validity, trtx::EngineValidity::kINVALID);
     if valid || !tried && why == Why::UNSUPPORTED_CC {
         return Ok(());
@@ -99,12 +101,12 @@ impl KernelStore {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::tensorrt::Library;
+    use crate::backend::tensorrt::capture::Capture;
     use crate::backend::tensorrt::driver::Gpu;
 
-    #[test]
-    fn every_reason_is_told_in_words() {
-        let version = Version::from_encoded(10601);
-        let facts = Driver {
+    fn facts() -> Driver {
+        Driver {
             cuda_version: "12.4".into(),
             driver_version: Some("550.54".into()),
             gpus: vec![Gpu {
@@ -112,7 +114,12 @@ mod tests {
                 compute_capability: (8, 9),
                 memory_bytes: 1 << 34,
             }],
-        };
+        }
+    }
+
+    #[test]
+    fn every_reason_is_told_in_words() {
+        let (version, facts) = (Version::from_encoded(10601), facts());
         for (why, words) in [
             (Why::VERSION_MISMATCH, "another version than 1.6.1 built it"),
             (Why::UNSUPPORTED_CC, "it is not for NVIDIA L4, SM 8.9"),
@@ -133,5 +140,17 @@ mod tests {
             both,
             "another version than 1.6.1 built it, and it is not for NVIDIA L4, SM 8.9"
         );
+    }
+
+    /// TensorRT tells a plan by its header before it asks for a GPU, so this much can be seen without one.
+    #[test]
+    fn a_damaged_plan_is_called_so() {
+        Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+        let logger = trtx::Logger::new(Capture::default()).unwrap();
+        let runtime = trtx::Runtime::new(&logger).unwrap();
+        let version = Version::from_encoded(10601);
+        let judged = |plan: &[u8]| judge(&runtime, plan, false, version, &facts()).unwrap_err();
+        assert_eq!(judged(&[7; 4096]), "the file is damaged");
+        assert!(judged(b"ptrt").starts_with("the file is damaged: "));
     }
 }

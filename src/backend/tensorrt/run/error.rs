@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use super::super::driver::DriverError;
 use super::super::error::LibraryError;
+use super::super::flavour::FLAVOUR;
+use super::super::probe::OLDEST_CUDA;
 
 /// Errors of loading and running engines. The part after the last `; ` of a message says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -15,13 +17,15 @@ pub enum RunError {
     Driver(#[from] DriverError),
 
     #[error(
-        "the NVIDIA driver {driver} runs CUDA up to {cuda}, TensorRT-RTX needs 12.0 at least; update the driver, or run \
-         on the CPU with `--device cpu`"
+        "the NVIDIA driver {driver} runs CUDA up to {cuda}, {} needs {}.0 at least; update the driver, or run on the CPU \
+         with `--device cpu`",
+        FLAVOUR.product,
+        OLDEST_CUDA
     )]
     DriverTooOld { driver: String, cuda: String },
 
     /// TensorRT does not run on this kind of GPU.
-    #[error("TensorRT-RTX {version} does not run on {gpu}: {reason}; run on the CPU with `--device cpu`")]
+    #[error("{} {version} does not run on {gpu}: {reason}; run on the CPU with `--device cpu`", FLAVOUR.product)]
     Gpu {
         version: super::super::Version,
         gpu: String,
@@ -29,7 +33,7 @@ pub enum RunError {
     },
 
     #[error(
-        "{what} needs {} of GPU memory and {} are free; {}",
+        "{what}: {} of GPU memory are needed and {} are free; {}",
         gigabytes(*needed),
         gigabytes(*free),
         fitting(*fits)
@@ -111,7 +115,19 @@ mod tests {
         };
         assert_eq!(
             error.to_string(),
-            "a cache of 131072 tokens needs 17.2 GB of GPU memory and 900.0 MB are free; a cache of 4096 tokens would fit"
+            "a cache of 131072 tokens: 17.2 GB of GPU memory are needed and 900.0 MB are free; a cache of 4096 tokens \
+             would fit"
+        );
+        let error = RunError::Memory {
+            what: "the model's weights".into(),
+            needed: 16_060_000_000,
+            free: 8_500_000_000,
+            fits: None,
+        };
+        assert_eq!(
+            error.to_string(),
+            "the model's weights: 16.1 GB of GPU memory are needed and 8.5 GB are free; free memory on the GPU, or run on \
+             the CPU with `--device cpu`"
         );
     }
 
@@ -122,5 +138,16 @@ mod tests {
         let text = RunError::Weights { engine, names }.to_string();
         assert!(text.contains("lacks 5 of its weights (w0, w1, w2 …)"), "{text}");
         assert!(text.contains("lapidary refit"), "{text}");
+    }
+
+    #[test]
+    fn a_plan_of_no_use_is_named_with_what_to_do() {
+        let path = PathBuf::from("pkg/engines/b1-t1-c256-tensorrt-rtx.plan");
+        let reason = "another version than 1.6.1 built it".to_string();
+        assert_eq!(
+            RunError::Plan { path, reason }.to_string(),
+            "the engine pkg/engines/b1-t1-c256-tensorrt-rtx.plan cannot be loaded: another version than 1.6.1 built it; \
+             convert the model again with this version"
+        );
     }
 }

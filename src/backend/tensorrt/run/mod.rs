@@ -34,6 +34,7 @@ pub use execute::execute;
 pub use unpacked::Unpacked;
 
 use super::capture::Capture;
+use super::driver::Driver;
 use super::flavour;
 use super::library::{Library, Version};
 use super::probe;
@@ -53,25 +54,8 @@ impl Runtime {
     /// Refuses machines on which TensorRT would fail later and less clearly.
     pub fn new(library: &Library) -> Result<Rc<Self>, RunError> {
         let cuda = Cuda::open()?;
-        let (driver, version) = (cuda.facts(), library.version());
-        let major = driver
-            .cuda_version
-            .split('.')
-            .next()
-            .and_then(|n| n.parse::<u32>().ok());
-        if major.is_some_and(|major| major < 12) {
-            return Err(RunError::DriverTooOld {
-                driver: driver.driver_version.clone().unwrap_or_else(|| "here".into()),
-                cuda: driver.cuda_version.clone(),
-            });
-        }
-        let gpu = &driver.gpus[0];
-        let ability = probe::runs_on(version, gpu.compute_capability);
-        if !ability.possible {
-            let reason = ability.note.unwrap_or_default();
-            let gpu = gpu.name.clone();
-            return Err(RunError::Gpu { version, gpu, reason });
-        }
+        let version = library.version();
+        check(cuda.facts(), version)?;
         let capture = Capture::default();
         let start = |message: trtx::Error| RunError::Load {
             engine: "TensorRT itself".into(),
@@ -120,6 +104,24 @@ impl Runtime {
     }
 }
 
+/// Refuses a driver that is too old, and a GPU that the library does not run on.
+fn check(driver: &Driver, version: Version) -> Result<(), RunError> {
+    if !driver.runs_cuda(probe::OLDEST_CUDA) {
+        return Err(RunError::DriverTooOld {
+            driver: driver.driver_version.clone().unwrap_or_else(|| "here".into()),
+            cuda: driver.cuda_version.clone(),
+        });
+    }
+    let gpu = &driver.gpus[0];
+    let ability = probe::runs_on(version, gpu.compute_capability);
+    if !ability.possible {
+        let reason = ability.note.unwrap_or_default();
+        let gpu = gpu.name.clone();
+        return Err(RunError::Gpu { version, gpu, reason });
+    }
+    Ok(())
+}
+
 /// How an engine is made ready.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions<'a> {
@@ -150,4 +152,48 @@ impl Port {
 /// What a profiler implements: see [`Engine::profile`].
 pub mod layer_times {
     pub use trtx::interfaces::ReportLayerTime;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::tensorrt::{FLAVOUR, Gpu};
+
+    fn driver(cuda: &str, name: &str, compute_capability: (u32, u32)) -> Driver {
+        Driver {
+            cuda_version: cuda.into(),
+            driver_version: Some("470.82.01".into()),
+            gpus: vec![Gpu {
+                name: name.into(),
+                compute_capability,
+                memory_bytes: 1 << 34,
+            }],
+        }
+    }
+
+    #[test]
+    fn machines_that_cannot_run_engines() {
+        let version = FLAVOUR.headers;
+        let fine = driver("12.4", "NVIDIA L4", (8, 9));
+        assert!(check(&fine, version).is_ok());
+        let error = check(&driver("11.4", "NVIDIA L4", (8, 9)), version).unwrap_err();
+        assert!(matches!(error, RunError::DriverTooOld { .. }));
+        let text = error.to_string();
+        for part in [
+            "470.82.01",
+            "CUDA up to 11.4",
+            "12.0 at least; update the driver",
+            FLAVOUR.product,
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        // Both are named: the GPU and the library.
+        let error = check(&driver("12.4", "Tesla P40", (6, 1)), version).unwrap_err();
+        assert!(matches!(error, RunError::Gpu { .. }));
+        let text = error.to_string();
+        let library = format!("{} {version} does not run on Tesla P40", FLAVOUR.product);
+        for part in [library.as_str(), "SM 6.1", "; run on the CPU with `--device cpu`"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
 }
