@@ -14,3 +14,6 @@ mod read_only;
 mod refit;
 #[path = "cli/support.rs"]
 mod support;
+#[cfg(all(feature = "engines", not(feature = "tensorrt")))]
+#[path = "weights/workflows.rs"]
+mod workflows;

@@ -142,7 +142,7 @@ fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
     let weights = &package.manifest.weights;
     let found = matched(&package::wanted(weights), &source, adapter.as_ref(), args.ignore_extra)
         .map_err(RefitError::Mismatch)?;
-    let different = package::identical(weights, &found)?;
+    let different = package::different(weights, &found)?;
     if args.json {
         let from: Vec<_> = weights
             .tensors
@@ -151,7 +151,9 @@ fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
             .map(|(w, m)| json!({"name": w.name, "from": m.from}))
             .collect();
         return print_json(&json!({
-            "kind": source.kind, "fits": true, "identical": different.is_empty(), "different": different, "weights": from,
+            "kind": source.kind, "fits": true, "identical": different.is_empty(), "weights": from,
+            "different": different.iter().map(|d| &d.name).collect::<Vec<_>>(),
+            "transposed": different.iter().filter(|d| d.turned).map(|d| &d.name).collect::<Vec<_>>(),
         }));
     }
     let of = weights.tensors.len();
@@ -162,10 +164,11 @@ fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
             source.kind
         ),
         n => format!(
-            "{} ({}): all {of} weights are there and fit; {n} hold other numbers than the package's, {} for example\n",
+            "{} ({}): all {of} weights are there and fit; {n} hold other numbers than the package's, {} for example{}\n",
             from.display(),
             source.kind,
-            different[0]
+            different[0].name,
+            package::turned(&different)
         ),
     })
 }

@@ -29,7 +29,7 @@ use std::path::{Path, PathBuf};
 pub use error::PackageError;
 pub use manifest::Manifest;
 pub use plans::PlanCache;
-pub use refit::{Refit, RefitError, identical, refit, wanted};
+pub use refit::{Different, Refit, RefitError, different, refit, turned, wanted};
 pub use staging::{abandon, check_target};
 pub use strip::strip;
 pub use write::{Facts, Writer};

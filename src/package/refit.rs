@@ -37,11 +37,12 @@ pub enum RefitError {
     NeverHad { path: String },
     /// Of an identical refit.
     #[error(
-        "{source_path}: another weight set than this package had: {} of {of} weights differ, the first is {:?}", different.len(), different[0]
+        "{source_path}: another weight set than this package had: {} of {of} weights differ, the first is {:?}{}",
+        different.len(), different[0].name, turned(different)
     )]
     NotIdentical {
         source_path: String,
-        different: Vec<String>,
+        different: Vec<Different>,
         of: usize,
     },
 }
@@ -62,19 +63,49 @@ pub fn wanted(weights: &Weights) -> Vec<Wanted<'_>> {
         .collect()
 }
 
-/// Names of the weights whose bytes would not be those the package had.
-pub fn identical(weights: &Weights, matched: &[Matched]) -> Result<Vec<String>, PackageError> {
+/// A weight whose bytes would not be those the package had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Different {
+    pub name: String,
+    /// Its transpose has them: the source is transposed once too often, or once too rarely.
+    pub turned: bool,
+}
+
+/// The weights that would not be what the package had.
+pub fn different(weights: &Weights, matched: &[Matched]) -> Result<Vec<Different>, PackageError> {
     let mut different = Vec::new();
     for (weight, matched) in weights.tensors.iter().zip(matched) {
-        let tensor = matched.constant.materialize().map_err(|source| {
-            let name = weight.name.clone();
-            PackageError::Weights(WriteError::Constant { name, source })
-        })?;
-        if blake3::hash(tensor.data()).to_hex().as_str() != weight.blake3 {
-            different.push(weight.name.clone());
+        let hash = |constant: &Constant| -> Result<String, PackageError> {
+            let tensor = constant.materialize().map_err(|source| {
+                let name = weight.name.clone();
+                PackageError::Weights(WriteError::Constant { name, source })
+            })?;
+            Ok(blake3::hash(tensor.data()).to_hex().to_string())
+        };
+        if hash(&matched.constant)? == weight.blake3 {
+            continue;
         }
+        // Shapes tell the others.
+        let square = matches!(weight.shape[..], [rows, columns] if rows == columns);
+        different.push(Different {
+            name: weight.name.clone(),
+            turned: square && hash(&matched.constant.transposed(&[1, 0]))? == weight.blake3,
+        });
     }
     Ok(different)
+}
+
+/// What to say of weights that are only turned; nothing if none is.
+pub fn turned(different: &[Different]) -> String {
+    let turned: Vec<&str> = different.iter().filter(|d| d.turned).map(|d| d.name.as_str()).collect();
+    match turned[..] {
+        [] => String::new(),
+        [one] => format!("; {one:?} is the transpose of what the package had"),
+        [first, ..] => format!(
+            "; {} are transposes of what the package had, {first:?} for example",
+            turned.len()
+        ),
+    }
 }
 
 /// Finds, checks and writes the new weights, and carries everything else over. The writer's package has the engines that
@@ -89,7 +120,7 @@ pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64
         });
     }
     if refit.identical {
-        let different = identical(&manifest.weights, &found)?;
+        let different = different(&manifest.weights, &found)?;
         if !different.is_empty() {
             return Err(RefitError::NotIdentical {
                 source_path: refit.source.path.display().to_string(),

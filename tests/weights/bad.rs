@@ -361,3 +361,45 @@ fn a_tied_head_that_is_not_the_embedding() {
         }
     }
 }
+
+/// Shapes cannot tell a square matrix from its transpose; the hashes of the weights that the package had can.
+#[test]
+fn transposed_twice() {
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = package(folder.path(), &export("gpt2-optimum"), &["--capacity", "32"]);
+    let (hash, checkpoint) = (set_hash(&pkg), folder.path().join("hf"));
+    lapidary(["weights", text(&pkg), "--export", text(&checkpoint), "--format", "gpt2"]).ok();
+    let bytes = std::fs::read(checkpoint.join("model.safetensors")).unwrap();
+    let parsed = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let name = "transformer.h.0.attn.c_proj.weight";
+    let matrix = parsed.tensor(name).unwrap();
+    let [n, columns] = matrix.shape()[..] else {
+        panic!("a matrix")
+    };
+    assert_eq!(n, columns);
+    let numbers = matrix.data().as_chunks::<4>().0;
+    let turned: Vec<u8> = (0..n * n).flat_map(|i| numbers[i % n * n + i / n]).collect();
+    let all = parsed.iter().map(|(other, view)| {
+        let data = if other == name { &turned } else { view.data() };
+        (
+            other,
+            TensorView::new(view.dtype(), view.shape().to_vec(), data).unwrap(),
+        )
+    });
+    let file = folder.path().join("turned.safetensors");
+    std::fs::write(&file, safetensors::serialize(all, None).unwrap()).unwrap();
+
+    let checked = lapidary(["weights", text(&pkg), "--check", text(&file), "--json"])
+        .ok()
+        .json();
+    assert_eq!(checked["different"].as_array().unwrap().len(), 1);
+    assert_eq!(checked["transposed"], checked["different"]);
+    let told = lapidary(["weights", text(&pkg), "--check", text(&file)]).ok().stdout;
+    assert!(told.contains("is the transpose of what the package had"), "{told}");
+    let (message, _) = lapidary(["refit", text(&pkg), "--from", text(&file), "--mode", "identical"]).refused();
+    assert!(
+        message.contains("is the transpose of what the package had"),
+        "{message}"
+    );
+    assert_eq!(set_hash(&pkg), hash);
+}
