@@ -6,7 +6,7 @@
 //! it is found on the device. Engines are loaded when first needed, or ahead by [`CudaDevice::prepare`].
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -566,10 +566,18 @@ pub fn kernels_folder(package: &Package) -> Option<PathBuf> {
         return (!folder.is_empty()).then(|| PathBuf::from(folder).join("kernels"));
     }
     let inside = package.folder.join(ENGINES).join("kernels");
-    if std::fs::create_dir_all(&inside).is_ok() {
+    if std::fs::create_dir_all(&inside).is_ok() && can_write(&inside) {
         return Some(inside);
     }
     let home = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
     Some(home?.join("lapidary").join("kernels"))
+}
+
+/// On a read-only disk a folder may be there from before.
+fn can_write(folder: &Path) -> bool {
+    #[cfg(unix)]
+    return rustix::fs::access(folder, rustix::fs::Access::WRITE_OK).is_ok();
+    #[cfg(not(unix))]
+    return std::fs::metadata(folder).is_ok_and(|facts| !facts.permissions().readonly());
 }
