@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What strip and refit cost for SmolLM2: bytes left, seconds beside `cp` of the same bytes, peak memory.
+"""What strip and refit cost for SmolLM2: bytes left, seconds beside `cp` of the same bytes, peak memory; with a LoRA adapter too.
 
     scripts/bench_refit.py [--binary target/release/lapidary] [--rounds 5] [-o benches/results/refit-smollm2.json]
 
@@ -9,9 +9,11 @@ turns. Peak memory is anonymous pages only (RssAnon), sampled: mapped files are 
 """
 
 import argparse
+import array
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -44,6 +46,33 @@ def size(folder):
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
+def adapter(folder, rank=16):
+    """A PEFT adapter of every attention and feed-forward layer, small numbers."""
+    config = json.loads((ROOT / "fixtures/smollm2/config.json").read_text())
+    hidden, wide = config["hidden_size"], config["intermediate_size"]
+    head = hidden // config["num_attention_heads"]
+    keys = head * config["num_key_value_heads"]
+    sizes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+             "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden),
+             "mlp.down_proj": (hidden, wide)}
+    header, data = {}, bytearray()
+    generator = random.Random(0)
+    for layer in range(config["num_hidden_layers"]):
+        for module, (out, width) in sizes.items():
+            for half, shape in (("lora_A", (rank, width)), ("lora_B", (out, rank))):
+                numbers = array.array("f", (generator.uniform(-0.01, 0.01) for _ in range(shape[0] * shape[1])))
+                start = len(data)
+                data += numbers.tobytes()
+                name = f"base_model.model.model.layers.{layer}.{module}.{half}.weight"
+                header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, len(data)]}
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    facts = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": sorted({m.split(".")[1] for m in sizes})}
+    (folder / "adapter_config.json").write_text(json.dumps(facts))
+    return folder
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/lapidary")
@@ -61,6 +90,7 @@ def main():
         run(options.binary, "strip", whole, "-o", bare)
         left = size(bare) / size(whole)
         source = checkpoint / "model.safetensors"
+        lora = adapter(folder / "adapter")
         samples = []
         for _ in range(options.rounds):
             copy = folder / "copy"
@@ -70,7 +100,11 @@ def main():
             shutil.copytree(bare, target)
             refitted, anonymous = run(options.binary, "refit", target, "--from", source)
             shutil.rmtree(target)
-            samples.append({"cp_s": copied, "refit_s": refitted, "refit_anonymous_mb": anonymous})
+            shutil.copytree(bare, target)
+            merged, of_merge = run(options.binary, "refit", target, "--from", source, "--lora", lora)
+            shutil.rmtree(target)
+            samples.append({"cp_s": copied, "refit_s": refitted, "refit_anonymous_mb": anonymous, "lora_s": merged,
+                            "lora_anonymous_mb": of_merge})
     median = lambda key: statistics.median(s[key] for s in samples)
     row = {
         "stripped_share_of_bytes": left,
@@ -78,6 +112,8 @@ def main():
         "refit_s": median("refit_s"),
         "refit_share_of_cp_speed": median("cp_s") / median("refit_s"),
         "refit_anonymous_mb": max(s["refit_anonymous_mb"] for s in samples),
+        "lora_s": median("lora_s"),
+        "lora_anonymous_mb": max(s["lora_anonymous_mb"] for s in samples),
     }
     for key, value in row.items():
         print(f"{key:28}{value:10.4f}")

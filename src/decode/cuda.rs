@@ -33,7 +33,7 @@ use cache::Cache;
 use chunks::{choose, covers, largest};
 use control::Control;
 pub use error::OpenError;
-use error::{device_error, unknown};
+use error::{device_error, unknown, with_versions};
 use swap::Identity;
 pub use swap::{SwapError, Swapped};
 use weights::Weights;
@@ -328,8 +328,9 @@ impl CudaDevice {
         let file = std::fs::File::open(&path).map_err(unreadable)?;
         // SAFETY: packages are written once and renamed into place; nothing changes them while they are mapped.
         let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(unreadable)?;
-        let plan = Unpacked::new(&self.runtime, &path, &bytes, network, self.options.kernels.as_deref())?;
-        Ok(Rc::new(plan))
+        let plan = Unpacked::new(&self.runtime, &path, &bytes, network, self.options.kernels.as_deref());
+        let (built_by, here) = (&slot.facts.tensorrt_version, self.runtime.version().to_string());
+        plan.map(Rc::new).map_err(|error| with_versions(error, built_by, &here))
     }
 
     /// The network that the slot's engine was built from.

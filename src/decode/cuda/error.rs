@@ -17,6 +17,17 @@ pub(super) fn unknown(engine: &Engine, port: &Port) -> RunError {
     }
 }
 
+/// A plan that TensorRT does not take, with the versions if they tell why.
+pub(super) fn with_versions(error: RunError, built_by: &str, here: &str) -> RunError {
+    match error {
+        RunError::Plan { path, reason } if built_by != here => RunError::Plan {
+            path,
+            reason: format!("{reason}; version {built_by} built it, this is {here}"),
+        },
+        other => other,
+    }
+}
+
 /// The message's last clause says what to do.
 pub(super) fn device_error(gpu: &str, error: RunError) -> DeviceError {
     let text = error.to_string();
@@ -57,5 +68,29 @@ impl OpenError {
             OpenError::NoEngines { .. }
                 | OpenError::Run(RunError::Driver(_) | RunError::Gpu { .. } | RunError::Library(_))
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_of_another_version_names_both() {
+        let plan = || RunError::Plan {
+            path: PathBuf::from("p.plan"),
+            reason: "TensorRT calls it invalid".into(),
+        };
+        let error = device_error("L4", with_versions(plan(), "1.6.1", "1.7.0"));
+        assert_eq!(
+            error.message,
+            "the engine p.plan cannot be loaded: TensorRT calls it invalid; version 1.6.1 built it, this is 1.7.0"
+        );
+        assert_eq!(error.help.as_deref(), Some("convert the model again with this version"));
+        let same = device_error("L4", with_versions(plan(), "1.6.1", "1.6.1"));
+        assert_eq!(
+            same.message,
+            "the engine p.plan cannot be loaded: TensorRT calls it invalid"
+        );
     }
 }
