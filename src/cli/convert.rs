@@ -1,25 +1,22 @@
 //! `lapidary convert`: an export becomes a package.
 
-use std::collections::HashSet;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::interrupt::Listener;
+use super::engines::{self, Builder};
 use super::numbers::Numbers;
 use super::progress::Progress;
-use super::{Failure, bytes, info, inspect, print, tune, words};
-use crate::backend::tensorrt::{self, BuildOptions, BuildProgress, Library, Refit};
+use super::{Failure, info, inspect, print, tune, words};
+use crate::backend::tensorrt::Refit;
 use crate::decode::tokenizer::{self, Tokenizer};
 use crate::graph::Graph;
 use crate::graph::infer::infer;
-use crate::network::{Logits, Profile, Tokens, WeightMode};
-use crate::package::manifest::{Engine, Pass, Source};
+use crate::network::WeightMode;
+use crate::package::manifest::{Pass, Source};
 use crate::package::{self, Facts, PackageError, PlanCache, Writer};
 use crate::spec::{Conversion, Precision, Prefill, Spec, Target};
 use crate::weights::WriteError;
-use crate::{lower, onnx, passes};
+use crate::{onnx, passes};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -89,7 +86,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     // What can fail without work fails first.
     package::check_target(&args.output, args.force)?;
     let mut conversion = conversion(&args)?;
-    let library = library(&conversion.targets, args.tensorrt_lib.as_deref())?;
+    let library = engines::library(&conversion.targets, args.tensorrt_lib.as_deref())?;
     match &library {
         Some(library) if args.tune => tune::check(library)?,
         None if args.tune => {
@@ -169,7 +166,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             model: &args.model,
             cache: args.engine_cache.as_deref().map(PlanCache::new),
         };
-        engines(&mut writer, &builder, &conversion, &capacities, &progress)?;
+        engines::build(&mut writer, &builder, &conversion, &capacities, &progress)?;
     }
     let manifest = writer.finish()?;
     drop(progress);
@@ -212,18 +209,6 @@ fn save_spec(path: &Path, conversion: &Conversion, capacities: &[usize]) -> Resu
         tuned: Some(conversion.tuned.clone()).filter(|tuned| !tuned.is_empty()),
     };
     std::fs::write(path, spec.to_yaml()).map_err(|error| Failure::input(error).at(path))
-}
-
-/// The library that builds the engines of these targets, if any asks for engines.
-pub(super) fn library(targets: &[Target], explicit: Option<&Path>) -> Result<Option<Library>, Failure> {
-    let mut flavours = targets.iter().filter_map(|target| target.flavour()).peekable();
-    if flavours.peek().is_none() {
-        return Ok(None);
-    }
-    for flavour in flavours {
-        flavour.check()?;
-    }
-    Ok(Some(Library::load(explicit)?))
 }
 
 fn conversion(args: &Args) -> Result<Conversion, Failure> {
@@ -351,183 +336,6 @@ fn emit(path: &Path, graph: &Graph) -> Result<(), Failure> {
     onnx::write_with_data(graph, path).map_err(|e| Failure::input(e).at(path))
 }
 
-/// What builds engines.
-pub(super) struct Builder<'a> {
-    pub library: &'a Library,
-    /// Whose engines they are, for errors.
-    pub model: &'a Path,
-    pub cache: Option<PlanCache>,
-}
-
-/// A plan that was built now, or kept from before.
-enum Built {
-    New(tensorrt::Plan),
-    Kept(Vec<u8>),
-}
-
-/// Builds an engine for decoding and for each prefill shape at every capacity.
-pub(super) fn engines(
-    writer: &mut Writer,
-    builder: &Builder<'_>,
-    conversion: &Conversion,
-    capacities: &[usize],
-    progress: &Progress,
-) -> Result<(), Failure> {
-    let package = writer.package();
-    let graph = match package.manifest.weights.stripped && conversion.weights == WeightMode::Bind {
-        // Bound weights come at load; only their shapes matter here.
-        true => package.architecture()?,
-        false => package.graph()?,
-    };
-    let profiles = profiles(conversion, capacities);
-    let fractions = Arc::new(Mutex::new(vec![0f32; profiles.len()]));
-    let Builder { library, model, cache } = builder;
-    let manifest = &package.manifest;
-    let constants = manifest.constants.as_ref().map_or("", |c| c.set_hash.as_str());
-    let weights = format!("{} {constants}", manifest.weights.set_hash);
-    // Ctrl-C stops the builds, and with them the conversion.
-    let listener = Arc::new(Listener::new());
-    let build = |i: usize| -> Result<(Built, HashSet<String>), Failure> {
-        let network = lower::lower(&graph, &profiles[i], &conversion.lowering_of(&profiles[i]))
-            .map_err(|e| Failure::bug(e).at(model))?;
-        let taken = network.weights.iter().flat_map(|w| lower::parts(&w.name));
-        let taken = taken.map(str::to_string).collect();
-        let mut options = BuildOptions {
-            refit: conversion.refit,
-            decode_profile: conversion.one_engine,
-            observer: None,
-        };
-        let key = cache
-            .as_ref()
-            .map(|_| PlanCache::key(&network, &options, &library.fits(), &weights));
-        if let (Some(cache), Some(key)) = (cache, &key)
-            && let Some(plan) = cache.get(key)
-        {
-            return Ok((Built::Kept(plan), taken));
-        }
-        let (bar, fractions, listener) = (progress.handle(), fractions.clone(), listener.clone());
-        let observer = move |p: BuildProgress<'_>| {
-            if listener.interrupted() {
-                bar.message("stopping; Ctrl-C once more ends at once");
-                return ControlFlow::Break(());
-            }
-            let mut fractions = fractions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            fractions[i] = p.fraction;
-            let label = format!("{} engines", fractions.len());
-            bar.fraction(&label, fractions.iter().sum::<f32>() / fractions.len() as f32);
-            ControlFlow::Continue(())
-        };
-        options.observer = Some(Arc::new(observer));
-        let plan = tensorrt::build(library, &network, &options).map_err(|e| match e {
-            tensorrt::Error::Cancelled { .. } => Failure::interrupted(),
-            e => Failure::from(e).at(model),
-        })?;
-        if let (Some(cache), Some(key)) = (cache, &key) {
-            // What cannot be kept is built again next time.
-            if let Err(error) = cache.put(key, plan.bytes()) {
-                progress.note(format!("{}: the plan was not kept: {error}", profiles[i]));
-            }
-        }
-        Ok((Built::New(plan), taken))
-    };
-    progress.step("engines");
-    let indices: Vec<usize> = (0..profiles.len()).collect();
-    let at_once = match conversion.weights {
-        WeightMode::Bind => builders(),
-        // With embedded weights a build takes twice their size of memory.
-        WeightMode::Embed | WeightMode::Strip => 1,
-    };
-    for batch in indices.chunks(at_once) {
-        if listener.interrupted() {
-            return Err(Failure::interrupted());
-        }
-        let built: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = batch.iter().map(|i| scope.spawn(|| build(*i))).collect();
-            let joined = threads.into_iter().map(|thread| thread.join());
-            joined
-                .map(|done| done.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-                .collect()
-        });
-        for (i, built) in batch.iter().zip(built) {
-            let (built, taken) = built?;
-            let profile = profiles[*i];
-            let (plan, elapsed) = match &built {
-                Built::New(plan) => (plan.bytes(), plan.elapsed()),
-                Built::Kept(plan) => (&plan[..], Duration::ZERO),
-            };
-            for (i, serves) in served_by(&profile, conversion.one_engine).into_iter().enumerate() {
-                let engine = Engine {
-                    file: String::new(),
-                    bytes: 0,
-                    blake3: String::new(),
-                    target: Target::compiled(),
-                    profile: serves,
-                    built_as: (serves != profile).then_some(profile),
-                    optimization_profile: i,
-                    weight_mode: conversion.weights,
-                    refit: conversion.refit,
-                    lowering: conversion.lowering_of(&profile),
-                    tensorrt_version: library.version().to_string(),
-                    build_ms: elapsed.as_millis() as u64,
-                };
-                writer.engine(engine, plan, &taken)?;
-            }
-            let how = match &built {
-                Built::New(_) => format!("in {:.1} s", elapsed.as_secs_f64()),
-                Built::Kept(_) => "kept from before".to_string(),
-            };
-            progress.note(format!("{profile}: {} {how}", bytes(plan.len() as u64)));
-        }
-    }
-    match listener.interrupted() {
-        true => Err(Failure::interrupted()),
-        false => Ok(()),
-    }
-}
-
-/// Engines without weights of their own that are built at once: a build keeps one core busy, and loading one another.
-pub(super) fn builders() -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    (cores / 2).clamp(1, 6)
-}
-
-/// What is built: decode at every capacity, prefill wherever a chunk fits; or one engine a capacity.
-pub(super) fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Profile> {
-    let mut profiles = Vec::new();
-    for capacity in capacities {
-        if !conversion.one_engine {
-            profiles.push(Profile::decode(*capacity));
-        }
-        for tokens in conversion.prefill.tokens() {
-            let tokens = match tokens {
-                Tokens::Static(n) if n > *capacity || n == 1 => continue,
-                Tokens::Static(n) => Tokens::Static(n),
-                Tokens::Dynamic { min, .. } if min > *capacity => continue,
-                Tokens::Dynamic { min, opt, max } => Tokens::Dynamic {
-                    min,
-                    opt: opt.min(*capacity),
-                    max: max.min(*capacity),
-                },
-            };
-            profiles.push(Profile {
-                batch: 1,
-                tokens,
-                capacity: *capacity,
-                logits: Logits::Rows,
-            });
-        }
-    }
-    profiles
-}
-
-/// The profiles that an engine runs, in the order of its optimization profiles.
-fn served_by(built: &Profile, one_engine: bool) -> Vec<Profile> {
-    match one_engine {
-        true => vec![Profile::decode(built.capacity), *built],
-        false => vec![*built],
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -551,32 +359,6 @@ mod tests {
         assert_eq!(
             error.message,
             "capacity 128 is larger than the 100 positions that the export has tables for"
-        );
-    }
-
-    #[test]
-    fn an_engine_for_decoding_and_for_each_chunk_that_fits() {
-        let names = |text: &str| -> Vec<String> {
-            let c = conversion(text);
-            profiles(&c, &c.capacities).iter().map(Profile::to_string).collect()
-        };
-        assert_eq!(
-            names("{capacity: [256, 1024], prefill: [128, 512]}"),
-            [
-                "b1-t1-c256",
-                "b1-t128-c256",
-                "b1-t1-c1024",
-                "b1-t128-c1024",
-                "b1-t512-c1024"
-            ]
-        );
-        assert_eq!(
-            names("{capacity: [256], prefill: {min: 1, opt: 128, max: 512}}"),
-            ["b1-t1-c256", "b1-t1_128_256-c256"]
-        );
-        assert_eq!(
-            names("{capacity: [256], prefill: {min: 1, opt: 128, max: 512}, one_engine: true}"),
-            ["b1-t1_128_256-c256"]
         );
     }
 }

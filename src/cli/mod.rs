@@ -9,6 +9,7 @@ mod chat;
 mod convert;
 mod device;
 mod doctor;
+mod engines;
 mod events;
 mod failure;
 mod generate;

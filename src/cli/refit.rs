@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::numbers::Numbers;
 use super::progress::Progress;
-use super::{Failure, bytes, convert, print, print_json, words};
+use super::{Failure, bytes, engines, print, print_json, words};
 use crate::lower;
 use crate::network::WeightMode;
 use crate::package::{self, MANIFEST, Manifest, Package, PlanCache, RefitError};
@@ -53,7 +53,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let package = Package::open(&args.package)?;
     let manifest = &package.manifest;
     let library = match manifest.weight_mode {
-        WeightMode::Embed => convert::library(&manifest.targets, args.tensorrt_lib.as_deref())?,
+        WeightMode::Embed => engines::library(&manifest.targets, args.tensorrt_lib.as_deref())?,
         WeightMode::Bind | WeightMode::Strip => None,
     };
     let progress = Progress::new();
@@ -99,12 +99,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
                 })
                 .collect(),
         };
-        let builder = convert::Builder {
+        let builder = engines::Builder {
             library,
             model: &args.package,
             cache: args.engine_cache.as_deref().map(PlanCache::new),
         };
-        convert::engines(&mut writer, &builder, &conversion, &manifest.capacities, &progress)?;
+        engines::build(&mut writer, &builder, &conversion, &manifest.capacities, &progress)?;
     }
     let new = writer.finish()?;
     drop(progress);

@@ -34,11 +34,11 @@ pub(super) fn tune(
     capacities: &[usize],
     progress: &Progress,
 ) -> Result<(), Failure> {
-    use super::convert;
+    use super::engines;
     use crate::tune::measure::{TuneError, tune};
 
     let graph = writer.package().architecture()?;
-    let profiles = convert::profiles(conversion, capacities);
+    let profiles = engines::profiles(conversion, capacities);
     progress.step("tuning");
     // Attempts are few enough to be told one by one, and long enough for somebody to wonder.
     let told = |profile: &crate::network::Profile, attempt: &crate::tune::Attempt| {
@@ -53,7 +53,7 @@ pub(super) fn tune(
         &graph,
         &profiles,
         &conversion.lowering,
-        convert::builders(),
+        engines::builders(),
         told,
     );
     let tuning = tuning.map_err(|error| match error {
