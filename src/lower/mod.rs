@@ -123,9 +123,11 @@ pub struct Options {
     pub prefill_linear: Option<LinearForm>,
     /// [`LinearForm::ReduceRow`] only for weights of at most so many columns: what comes before a product is computed
     /// again for each of its rows, which costs more the wider it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub reduce_depth: Option<usize>,
     /// What a product that is reduced reads is computed once and stored if it has more columns than this, instead of again
     /// for each row of the weight.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub settle_depth: Option<usize>,
     /// Linear layers that read the same activation become one product (see [`parts`] for what its weight is).
     pub fuse_linear: bool,
