@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use super::aligned;
 use crate::backend::tensorrt::run::{Buffer, Cuda, Pinned, RunError, Stream};
-use crate::graph::{Source, Transform};
+use crate::graph::{Constant, Source, Transform};
 use crate::lower;
 use crate::network::{Network, Weight, WeightMode};
 
@@ -13,14 +13,71 @@ use crate::network::{Network, Weight, WeightMode};
 const STAGE: usize = 64 << 20;
 
 pub(super) struct Weights {
-    offsets: HashMap<String, usize>,
+    places: Places,
     buffer: Buffer,
 }
 
 impl Weights {
-    /// Every bound weight of the networks, once: those that fuse several first, so that a network that reads the parts by
-    /// themselves finds them there. Refuses if one has no bytes.
+    /// Every bound weight of the networks, once. Refuses if one has no bytes.
     pub fn upload(cuda: &Rc<Cuda>, stream: &Stream, networks: &[Network]) -> Result<Self, RunError> {
+        let places = Places::of(networks);
+        let buffer = Buffer::new(cuda, places.bytes, "the model's weights")?;
+        let weights = Weights { places, buffer };
+        weights.fill(cuda, stream, networks)?;
+        Ok(weights)
+    }
+
+    /// Writes the weights of networks that differ in nothing else from those that these places were made for.
+    pub fn fill(&self, cuda: &Rc<Cuda>, stream: &Stream, networks: &[Network]) -> Result<(), RunError> {
+        let engine = || networks.first().map(|n| n.profile.to_string()).unwrap_or_default();
+        let pieces = self.places.pieces(networks).map_err(|weight| RunError::Mismatch {
+            engine: engine(),
+            reason: format!("no place was made for the weight {weight:?}"),
+        })?;
+        let mut stage = Stage::new(cuda)?;
+        let mut missing = Vec::new();
+        for piece in pieces {
+            match piece.constant.materialize() {
+                Ok(tensor) => stage.copy(stream, tensor.data(), &self.buffer, piece.at)?,
+                Err(_) => missing.push(piece.weight.to_string()),
+            }
+        }
+        stream.wait()?;
+        missing.dedup();
+        match missing.is_empty() {
+            true => Ok(()),
+            false => Err(RunError::Weights {
+                engine: engine(),
+                names: missing,
+            }),
+        }
+    }
+
+    pub fn address(&self, name: &str) -> Option<u64> {
+        Some(self.buffer.address() + *self.places.offsets.get(name)? as u64)
+    }
+    pub fn bytes(&self) -> usize {
+        self.buffer.bytes()
+    }
+}
+
+/// Where each bound weight lies. Those that fuse several come first, so that a network that reads the parts by themselves
+/// finds them there.
+#[derive(Debug, PartialEq)]
+struct Places {
+    offsets: HashMap<String, usize>,
+    bytes: usize,
+}
+
+/// A part of a weight on its way to its place.
+struct Piece<'n> {
+    at: usize,
+    constant: &'n Constant,
+    weight: &'n str,
+}
+
+impl Places {
+    fn of(networks: &[Network]) -> Self {
         let mut offsets = HashMap::new();
         let mut end = 0;
         for weight in in_order(networks) {
@@ -33,26 +90,15 @@ impl Weights {
             offsets.insert(weight.name.clone(), end);
             end += aligned(weight.constant.byte_len());
         }
-        let weights = Weights {
-            offsets,
-            buffer: Buffer::new(cuda, end, "the model's weights")?,
-        };
-        weights.fill(cuda, stream, networks)?;
-        Ok(weights)
+        Places { offsets, bytes: end }
     }
 
-    /// Writes the weights of networks that differ in nothing else from those that these places were made for.
-    pub fn fill(&self, cuda: &Rc<Cuda>, stream: &Stream, networks: &[Network]) -> Result<(), RunError> {
-        let mut stage = Stage::new(cuda)?;
-        let mut missing = Vec::new();
+    /// What is to be written where; the name of a weight that has no place is an error.
+    fn pieces<'n>(&self, networks: &'n [Network]) -> Result<Vec<Piece<'n>>, &'n str> {
+        let mut pieces = Vec::new();
         let mut written = HashSet::new();
         for weight in in_order(networks) {
-            let Some(mut at) = self.offsets.get(&weight.name).copied() else {
-                return Err(RunError::Mismatch {
-                    engine: networks[0].profile.to_string(),
-                    reason: format!("no place was made for the weight {:?}", weight.name),
-                });
-            };
+            let mut at = *self.offsets.get(&weight.name).ok_or(weight.name.as_str())?;
             // Else a part of what was written as a whole, or the same weight in another network.
             if !written.insert(at) {
                 continue;
@@ -65,29 +111,13 @@ impl Weights {
                 }
                 _ => std::slice::from_ref(&weight.constant),
             };
-            for part in parts {
-                match part.materialize() {
-                    Ok(tensor) => stage.copy(stream, tensor.data(), &self.buffer, at)?,
-                    Err(_) => missing.push(weight.name.clone()),
-                }
-                at += part.byte_len();
+            for constant in parts {
+                let weight = weight.name.as_str();
+                pieces.push(Piece { at, constant, weight });
+                at += constant.byte_len();
             }
         }
-        stream.wait()?;
-        match missing.is_empty() {
-            true => Ok(()),
-            false => Err(RunError::Weights {
-                engine: networks.first().map(|n| n.profile.to_string()).unwrap_or_default(),
-                names: missing,
-            }),
-        }
-    }
-
-    pub fn address(&self, name: &str) -> Option<u64> {
-        Some(self.buffer.address() + *self.offsets.get(name)? as u64)
-    }
-    pub fn bytes(&self) -> usize {
-        self.buffer.bytes()
+        Ok(pieces)
     }
 }
 
@@ -163,4 +193,80 @@ fn fill(to: &mut [u8], from: &[u8]) {
             scope.spawn(|| to.copy_from_slice(from));
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lower::synthetic::Decoder;
+    use crate::lower::{Options, lower};
+    use crate::network::Profile;
+    use crate::tensor::Tensor;
+
+    /// A small model of these numbers, lowered with its products fused and one by one.
+    fn networks(seed: usize) -> Vec<Network> {
+        let mut count = seed;
+        let decoder = Decoder {
+            qkv_bias: true,
+            ..Decoder::tiny()
+        };
+        let graph = decoder.graph_with(|_, dtype, shape| {
+            let numbers = (0..shape.iter().product()).map(|i: usize| ((i * 31 + count * 17) % 101) as f64);
+            let numbers: Vec<f64> = numbers.collect();
+            count += 1;
+            Constant::tensor(Tensor::from_f64_as(dtype, shape, &numbers))
+        });
+        let of = |fuse_linear| {
+            let options = Options {
+                weight_mode: WeightMode::Bind,
+                fuse_linear,
+                ..Options::default()
+            };
+            lower(&graph, &Profile::decode(16), &options).unwrap()
+        };
+        vec![of(false), of(true)]
+    }
+
+    fn written(places: &Places, networks: &[Network]) -> Vec<u8> {
+        let mut memory = vec![0xff; places.bytes];
+        for piece in places.pieces(networks).unwrap() {
+            let tensor = piece.constant.materialize().unwrap();
+            memory[piece.at..piece.at + tensor.data().len()].copy_from_slice(tensor.data());
+        }
+        memory
+    }
+
+    /// Every weight of every network lies where it is bound, however it is lowered; other numbers go to the same places.
+    #[test]
+    fn every_weight_is_where_it_is_bound() {
+        let (first, second) = (networks(1), networks(2));
+        let places = Places::of(&first);
+        assert_eq!(Places::of(&second), places);
+        for networks in [&first, &second] {
+            let memory = written(&places, networks);
+            let all = networks.iter().flat_map(|n| &n.weights);
+            for weight in all.filter(|w| w.mode == WeightMode::Bind) {
+                let at = places.offsets[&weight.name];
+                assert!(at.is_multiple_of(aligned(1)), "{}", weight.name);
+                let tensor = weight.constant.materialize().unwrap();
+                assert!(memory[at..].starts_with(tensor.data()), "{}", weight.name);
+            }
+        }
+        assert_ne!(written(&places, &first), written(&places, &second));
+        let fused = first[1].weights.iter().filter(|w| w.name.contains('+')).count();
+        assert!(fused > 0, "the second lowering fuses");
+        // Parts are not stored beside the whole.
+        let bytes =
+            |network: &Network| -> usize { network.weights.iter().map(|w| aligned(w.constant.byte_len())).sum() };
+        assert!(places.bytes < bytes(&first[0]) + bytes(&first[1]));
+    }
+
+    #[test]
+    fn a_weight_without_a_place_is_named() {
+        let networks = networks(1);
+        let mut places = Places::of(&networks);
+        let name = networks[0].weights[0].name.clone();
+        places.offsets.remove(&name);
+        assert_eq!(places.pieces(&networks).err(), Some(name.as_str()));
+    }
 }
