@@ -7,9 +7,9 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use super::result::{Decode, EndToEnd, LogitRow, Model, Outputs, Peak, Prefill, PromptHash, Run};
+use super::result::{Decode, EndToEnd, LayerTimes, LogitRow, Model, Outputs, Peak, Prefill, Run};
 use super::summary::{Summary, stable};
-use super::workload::{Workload, WorkloadError, prompt_hash};
+use super::workload::{Workload, WorkloadError};
 use super::{layers, model};
 use crate::decode::{self, DeviceError, GenerateError, Limits, Session, SessionError};
 use crate::sample::{Chain, Settings, SettingsError};
@@ -53,8 +53,7 @@ pub struct Measured {
     pub decode: Vec<Decode>,
     pub end_to_end: Vec<EndToEnd>,
     pub outputs: Option<Outputs>,
-    pub profile: Vec<(String, super::result::LayerTimes)>,
-    pub prompts: Vec<PromptHash>,
+    pub profile: Vec<(String, LayerTimes)>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -106,9 +105,8 @@ impl Plan {
         if self.outputs == 0 {
             return Ok(());
         }
-        let forced = |i: usize| workload.forced.as_ref().map_or(0, |forced| forced[i].len());
         for (i, prompt) in workload.prompts.iter().enumerate() {
-            let needed = prompt.len() + (self.outputs - 1).max(forced(i));
+            let needed = prompt.len() + (self.outputs - 1);
             if needed > capacity {
                 let what = format!("the output of prompt {i}, {} tokens,", prompt.len());
                 return Err(MeasureError::Capacity { what, needed, capacity });
@@ -155,17 +153,14 @@ pub fn measure(
         on_part(&what, done as f32 / plan.parts() as f32);
         done += 1;
     };
-    let mut used = Vec::new();
     if plan.outputs > 0 {
         part("outputs".to_string());
         out.outputs = Some(bench.outputs(workload, plan.outputs)?);
-        used.extend(workload.prompts.iter().map(|p| prompt_hash(p)));
     }
     for n in &plan.prefill {
         part(format!("prefill of {n} tokens"));
         let prompt = workload.prompt(*n)?;
-        out.prefill.push(bench.prefill(&prompt, plan)?);
-        used.push(prompt_hash(&prompt));
+        out.prefill.push(bench.prefill(prompt, plan)?);
         if plan.profile
             && let Some(times) = bench.profile(*n)?
         {
@@ -175,8 +170,7 @@ pub fn measure(
     for (i, n) in plan.decode.iter().enumerate() {
         part(format!("decode behind {n} tokens"));
         let prompt = workload.prompt(*n)?;
-        out.decode.push(bench.decode(&prompt, plan)?);
-        used.push(prompt_hash(&prompt));
+        out.decode.push(bench.decode(prompt, plan)?);
         if plan.profile
             && let Some(times) = bench.profile(bench.session.tokens().len())?
         {
@@ -192,12 +186,8 @@ pub fn measure(
     for (n, new) in &plan.end_to_end {
         part(format!("{n} prompt tokens, {new} new ones"));
         let prompt = workload.prompt(*n)?;
-        out.end_to_end.push(bench.end_to_end(&prompt, *new, plan)?);
-        used.push(prompt_hash(&prompt));
+        out.end_to_end.push(bench.end_to_end(prompt, *new, plan)?);
     }
-    used.sort_by(|a, b| (a.tokens, &a.sha256).cmp(&(b.tokens, &b.sha256)));
-    used.dedup();
-    out.prompts = used;
     Ok(out)
 }
 
@@ -349,7 +339,7 @@ impl Bench<'_> {
             self.session.restart();
             let forced = workload.forced.as_ref().map_or(&[][..], |forced| &forced[i]);
             outputs.logits.push(logit_row(i, 0, self.session.feed(prompt)?));
-            for (step, token) in forced.iter().enumerate() {
+            for (step, token) in forced.iter().take(new - 1).enumerate() {
                 outputs
                     .logits
                     .push(logit_row(i, step + 1, self.session.feed(&[*token])?));
@@ -359,7 +349,7 @@ impl Bench<'_> {
     }
 
     /// Time by layer of what ran last.
-    fn profile(&mut self, live: usize) -> Result<Option<super::result::LayerTimes>, MeasureError> {
+    fn profile(&mut self, live: usize) -> Result<Option<LayerTimes>, MeasureError> {
         match self.session.instruments() {
             Some(device) => Ok(Some(layers::grouped(live, device.layer_times(PROFILE_RUNS)?))),
             None => Ok(None),

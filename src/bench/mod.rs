@@ -5,6 +5,8 @@
 //! takes such files back and refuses those that do not hold together. What the numbers mean is in `docs/benchmarks.md`;
 //! what is made of them is `report`'s.
 
+mod check;
+pub mod compare;
 pub mod csv;
 pub mod layers;
 pub mod machine;
@@ -14,5 +16,6 @@ pub mod result;
 pub mod summary;
 pub mod workload;
 
+pub use check::{ResultError, parse, read};
 pub use result::Document;
 pub use summary::Summary;

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::compare::Comparison;
 use super::summary::Summary;
 
 /// What `schema` says.
@@ -120,7 +121,7 @@ pub struct Model {
 pub struct Workload {
     pub batch: usize,
     pub seed: u64,
-    /// Every prompt that was fed.
+    /// The prompt that speed was measured with, then those that outputs were recorded of.
     pub prompts: Vec<PromptHash>,
 }
 
@@ -245,9 +246,9 @@ pub struct Outputs {
     /// For each prompt.
     pub greedy_tokens: Vec<Vec<u32>>,
     pub logits: Vec<LogitRow>,
-    /// A comparison that the writer made; readers make their own.
+    /// A comparison that the writer made; readers who have the reference make their own.
     #[serde(default)]
-    pub reference: Option<Value>,
+    pub reference: Option<Comparison>,
 }
 
 /// Raw logits after prompt `prompt` and `step` tokens more.

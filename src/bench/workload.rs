@@ -9,18 +9,20 @@ use super::result::PromptHash;
 
 /// Lengths of the prompts whose outputs are recorded, if no file says otherwise.
 const LENGTHS: [usize; 3] = [1, 17, 128];
+/// Length of the timed prompt, if no file says otherwise; more where more is asked for.
+const TIMED: usize = 8192;
 
-/// Prompts of a benchmark. Prefill, decode and end-to-end runs take the front of [`Workload::longest`], outputs are of all.
+/// Prompts of a benchmark.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Workload {
     pub seed: u64,
+    /// Prefill, decode and end-to-end runs take the front of it.
+    pub timed: Vec<u32>,
+    /// Outputs are recorded of these.
     pub prompts: Vec<Vec<u32>>,
     /// For each prompt, tokens to feed after it while logits are recorded: a reference's, so that all systems see the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forced: Option<Vec<Vec<u32>>>,
-    /// Made here and so as long as need be.
-    #[serde(skip)]
-    made_for: Option<usize>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -29,23 +31,24 @@ pub enum WorkloadError {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{}: {message}", path.display())]
     Invalid { path: PathBuf, message: String },
-    #[error("the longest prompt has {has} tokens, and {wanted} are asked for")]
+    #[error("the timed prompt has {has} tokens, and {wanted} are asked for")]
     TooShort { has: usize, wanted: usize },
 }
 
 impl Workload {
-    /// Prompts of a seed: [`ids`] of it, cut to a few lengths that leave `room` of `capacity`.
-    pub fn of_seed(seed: u64, vocabulary: usize, capacity: usize, room: usize) -> Self {
+    /// Prompts of a seed, [`ids`] of it: `longest` tokens at least to be timed, and a few lengths that leave `room` of
+    /// `capacity` for outputs.
+    pub fn of_seed(seed: u64, vocabulary: usize, longest: usize, capacity: usize, room: usize) -> Self {
         let fitting = LENGTHS.into_iter().filter(|n| n + room <= capacity);
         Workload {
             seed,
+            timed: ids(seed, vocabulary, longest.max(TIMED)),
             prompts: fitting.map(|n| ids(seed, vocabulary, n)).collect(),
             forced: None,
-            made_for: Some(vocabulary),
         }
     }
 
-    /// `{"seed": s, "prompts": [[ids], …], "forced": [[ids], …]}`, as `scripts/baselines/` writes it.
+    /// `{"seed": s, "timed": [ids], "prompts": [[ids], …], "forced": [[ids], …]}`, as `scripts/baselines/` writes it.
     pub fn read(path: &Path, vocabulary: usize) -> Result<Self, WorkloadError> {
         let invalid = |message: String| WorkloadError::Invalid {
             path: path.to_path_buf(),
@@ -58,14 +61,15 @@ impl Workload {
         let mut json = serde_json::Deserializer::from_str(&text);
         let workload: Workload =
             serde_path_to_error::deserialize(&mut json).map_err(|e| invalid(format!("{}: {}", e.path(), e.inner())))?;
-        if workload.prompts.is_empty() || workload.prompts.iter().any(Vec::is_empty) {
-            return Err(invalid("needs at least one prompt, and no empty one".into()));
+        if workload.prompts.iter().chain([&workload.timed]).any(Vec::is_empty) {
+            return Err(invalid("holds a prompt without tokens".into()));
         }
         let forced = workload.forced.as_ref();
         if forced.is_some_and(|forced| forced.len() != workload.prompts.len()) {
             return Err(invalid("has not as many `forced` as `prompts`".into()));
         }
         let all = workload.prompts.iter().chain(forced.into_iter().flatten()).flatten();
+        let all = all.chain(&workload.timed);
         if let Some(id) = all.copied().find(|id| *id as usize >= vocabulary) {
             return Err(invalid(format!(
                 "holds the token {id}, and the model knows {vocabulary}"
@@ -74,19 +78,18 @@ impl Workload {
         Ok(workload)
     }
 
-    /// The first `n` ids of the longest prompt.
-    pub fn prompt(&self, n: usize) -> Result<Vec<u32>, WorkloadError> {
-        if let Some(vocabulary) = self.made_for {
-            return Ok(ids(self.seed, vocabulary, n));
-        }
-        let longest = self.prompts.iter().max_by_key(|p| p.len()).expect("checked in read");
-        match longest.get(..n) {
-            Some(ids) => Ok(ids.to_vec()),
-            None => Err(WorkloadError::TooShort {
-                has: longest.len(),
-                wanted: n,
-            }),
-        }
+    /// The first `n` ids of the timed prompt.
+    pub fn prompt(&self, n: usize) -> Result<&[u32], WorkloadError> {
+        self.timed.get(..n).ok_or(WorkloadError::TooShort {
+            has: self.timed.len(),
+            wanted: n,
+        })
+    }
+
+    /// What a result says of the prompts.
+    pub fn hashes(&self) -> Vec<PromptHash> {
+        let all = std::iter::once(&self.timed).chain(&self.prompts);
+        all.map(|ids| prompt_hash(ids)).collect()
     }
 }
 

@@ -12,10 +12,11 @@ use super::progress::Progress;
 use super::sampler::SamplerArgs;
 use super::table::Table;
 use super::{Failure, bytes, print, print_json};
+use crate::bench::compare::compare;
 use crate::bench::measure::{self, MeasureError, Plan};
 use crate::bench::result::{DeviceMemory, Document, Load, Machine, Memory, Peak, SCHEMA, System};
 use crate::bench::workload::{Workload, WorkloadError};
-use crate::bench::{csv, machine, model, result};
+use crate::bench::{self, csv, machine, model, result};
 use crate::decode::Session;
 use crate::package::Package;
 use crate::sample::Settings;
@@ -30,7 +31,7 @@ pub struct Args {
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
     prefill: Vec<usize>,
     /// Live lengths to decode behind
-    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    #[arg(long, visible_alias = "live", value_name = "N,N", value_delimiter = ',')]
     decode: Vec<usize>,
     /// Whole texts: tokens of the prompt and tokens to generate (repeatable)
     #[arg(long, value_name = "PROMPT:NEW", value_parser = pair)]
@@ -48,11 +49,14 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
     runs: usize,
     /// Greedy tokens of each prompt to record, with logits, for comparisons; 0: none
-    #[arg(long, value_name = "N", default_value_t = 24)]
+    #[arg(long, value_name = "N", default_value_t = 32)]
     outputs: usize,
-    /// Prompts to feed, `{"seed": S, "prompts": [[ids], …]}` [default: made of --seed]
+    /// Prompts to feed, `{"seed": S, "timed": [ids], "prompts": [[ids], …]}` [default: made of --seed]
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
+    /// A result whose outputs are right, to compare these with
+    #[arg(long, value_name = "FILE")]
+    reference: Option<PathBuf>,
     /// Time by layer too, on a GPU
     #[arg(long)]
     profile: bool,
@@ -82,9 +86,20 @@ pub struct Args {
     /// Something to remember about this run; a dot nests, as in ablation.group=shapes (repeatable)
     #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
     setting: Vec<(String, Value)>,
-    /// Peak of the device in TFLOP/s that mfu is a share of [default: what is stated for known GPUs]
+    /// Copy bandwidth that mbu is a share of, in bytes a second [default: measured]
     #[arg(long, value_name = "N", value_parser = positive)]
-    peak_tflops: Option<f64>,
+    copy_bandwidth: Option<f64>,
+    /// Peak that mfu is a share of, in operations a second [default: what is stated for known GPUs]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    peak_flops: Option<f64>,
+    /// Where that peak is from, `stated: …` or `measured: …`
+    #[arg(
+        long,
+        value_name = "TEXT",
+        requires = "peak_flops",
+        default_value = "stated: --peak-flops"
+    )]
+    peak_flops_source: String,
 
     /// Write the document to a file
     #[arg(short, long, value_name = "FILE")]
@@ -135,6 +150,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let workload = workload(&args, &package)?;
     let largest = *package.manifest.capacities.last().expect("a package has one");
     let plan = plan(&args, largest);
+    let reference = args
+        .reference
+        .as_deref()
+        .map(|path| reference(path, &workload))
+        .transpose()?;
     plan.check(&workload, largest)?;
     for file in args.output.iter().chain(&args.csv) {
         writable(file)?;
@@ -159,7 +179,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     measured.relate(&model, machine.copy_bandwidth_bytes_per_s, machine.peak_flops.as_ref());
     drop(progress);
 
-    let document = Document {
+    let mut document = Document {
         schema: SCHEMA.to_string(),
         system: system(&args, &package, &settings, on_gpu, threads),
         date,
@@ -172,7 +192,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         workload: result::Workload {
             batch: 1,
             seed: workload.seed,
-            prompts: measured.prompts,
+            prompts: workload.hashes(),
         },
         prefill: measured.prefill,
         decode: measured.decode,
@@ -187,6 +207,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
         outputs: measured.outputs,
         profile: (!measured.profile.is_empty()).then(|| measured.profile.into_iter().collect()),
     };
+    if let (Some(reference), Some(_)) = (&reference, &document.outputs) {
+        let found = compare(&document, reference).map_err(|error| Failure::input(error).help(OTHER_PROMPTS))?;
+        document.outputs.as_mut().expect("there are outputs").reference = Some(found);
+    }
     let cannot = |path: &Path, error: std::io::Error| Failure::other(format!("{}: {error}", path.display()));
     if let Some(path) = &args.output {
         let text = serde_json::to_string_pretty(&document).expect("plain data") + "\n";
@@ -238,8 +262,37 @@ fn workload(args: &Args, package: &Package) -> Result<Workload, Failure> {
     let largest = *package.manifest.capacities.last().expect("a package has one");
     Ok(match &args.prompts {
         Some(path) => Workload::read(path, vocabulary)?,
-        None => Workload::of_seed(args.sampler.seed.unwrap_or(0), vocabulary, largest, args.outputs),
+        None => {
+            let lengths = args.prefill.iter().chain(&args.decode).copied();
+            let longest = lengths
+                .chain(args.end_to_end.iter().map(|(n, _)| *n))
+                .max()
+                .unwrap_or(0);
+            // A length that no cache holds is refused later, and better.
+            let longest = longest.min(largest);
+            Workload::of_seed(
+                args.sampler.seed.unwrap_or(0),
+                vocabulary,
+                longest,
+                largest,
+                args.outputs,
+            )
+        }
     })
+}
+
+const OTHER_PROMPTS: &str = "give both runs the same --prompts file";
+
+/// The document to compare outputs with, refused now rather than after measuring.
+fn reference(path: &Path, workload: &Workload) -> Result<Document, Failure> {
+    let document = bench::read(path)?;
+    match &document.outputs {
+        Some(outputs) if outputs.prompts == workload.prompts => Ok(document),
+        Some(_) => Err(Failure::input("the outputs in it are of other prompts")
+            .at(path)
+            .help(OTHER_PROMPTS)),
+        None => Err(Failure::input("it has no outputs to compare with").at(path)),
+    }
 }
 
 /// Greedy unless flags say otherwise; the model's own `generation_config.json` has no say in what is measured.
@@ -309,7 +362,7 @@ fn surroundings(
     let mut memory = None;
     let mut machine = match session.instruments() {
         None => Machine {
-            copy_bandwidth_bytes_per_s: Some(machine::copy_bandwidth(threads)),
+            copy_bandwidth_bytes_per_s: args.copy_bandwidth.or_else(|| Some(machine::copy_bandwidth(threads))),
             ..machine::machine(None)
         },
         Some(device) => {
@@ -323,7 +376,10 @@ fn surroundings(
                 total: used.total,
             });
             Machine {
-                copy_bandwidth_bytes_per_s: Some(device.copy_bandwidth()?),
+                copy_bandwidth_bytes_per_s: match args.copy_bandwidth {
+                    Some(given) => Some(given),
+                    None => Some(device.copy_bandwidth()?),
+                },
                 ..machine::machine(Some(&facts))
             }
         }
@@ -333,9 +389,9 @@ fn surroundings(
         .gpu
         .as_ref()
         .and_then(|gpu| machine::stated_peak(&gpu.name, dtype));
-    let asked = args.peak_tflops.map(|n| Peak {
-        flops: n * 1e12,
-        source: "stated: --peak-tflops".to_string(),
+    let asked = args.peak_flops.map(|flops| Peak {
+        flops,
+        source: args.peak_flops_source.clone(),
     });
     machine.peak_flops = asked.or(stated);
     Ok((machine, memory, versions))
@@ -520,6 +576,14 @@ fn told_to_a_person(d: &Document) -> String {
         notes.push(format!("copies at {}/s", bytes(bandwidth as u64)));
     }
     let _ = writeln!(out, "\n{}", notes.join("; "));
+    if let Some(found) = d.outputs.as_ref().and_then(|o| o.reference.as_ref()) {
+        let verdict = if found.equal { "equal to" } else { "NOT EQUAL to" };
+        let _ = writeln!(
+            out,
+            "outputs {verdict} {}: worst relative logit error {:.2e} (limit {:.0e}), same best token in {} of {} rows",
+            found.system, found.worst_relative_logit_error, found.limit, found.same_best, found.rows
+        );
+    }
     for (name, times) in d.profile.iter().flatten() {
         let groups: Vec<String> = times.groups.iter().map(|(g, ms)| format!("{g} {ms:.3} ms")).collect();
         let _ = writeln!(out, "layers of {name}: {}", groups.join(", "));
@@ -531,10 +595,23 @@ impl From<WorkloadError> for Failure {
     fn from(error: WorkloadError) -> Self {
         let failure = Failure::input(&error);
         match error {
-            WorkloadError::TooShort { .. } => {
-                failure.help("give a --prompts file with a longer prompt, or ask for less")
+            WorkloadError::TooShort { .. } => failure.help("give a --prompts file with a longer one, or ask for less"),
+            _ => failure.help("--prompts wants {\"seed\": S, \"timed\": [ids], \"prompts\": [[ids], …]}"),
+        }
+    }
+}
+
+impl From<bench::ResultError> for Failure {
+    fn from(error: bench::ResultError) -> Self {
+        use bench::ResultError;
+        let failure = Failure::input(&error);
+        match error {
+            ResultError::Io { .. } | ResultError::Json { .. } => failure,
+            ResultError::NoSchema { .. } => failure.help("give files that `lapidary bench` or scripts/baselines wrote"),
+            ResultError::Schema { .. } => failure.help("use the version of Lapidary that knows it, or measure again"),
+            ResultError::Field { .. } | ResultError::Edited { .. } => {
+                failure.help("measure again; docs/benchmarks.md tells every field and how it follows from samples")
             }
-            _ => failure.help("--prompts wants {\"seed\": S, \"prompts\": [[ids], …]}"),
         }
     }
 }

@@ -1,0 +1,147 @@
+//! Whether a system answers as the reference does, which comes before any comparison of speed.
+//!
+//! The reference is transformers in fp32. Logits are compared where both had the same context: after each prompt, and after
+//! each token of the reference's own greedy continuation. `scripts/baselines/outputs.py` computes the same.
+
+use std::collections::HashMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::result::{Document, LogitRow, Outputs};
+
+/// A difference of two logits is within the error if it is below this many root mean squares of the error of one.
+const CLEAR: f64 = 4.0;
+
+/// How far a system's outputs are from the reference's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Comparison {
+    /// The reference.
+    pub system: String,
+    /// Of a row: the norm of the difference over the norm of the reference, both over the ids that the reference ranks
+    /// highest and the system lists too.
+    pub worst_relative_logit_error: f64,
+    pub mean_relative_logit_error: f64,
+    /// Of one logit.
+    pub rms_logit_error: f64,
+    /// Up to which `worst_relative_logit_error` counts as equal: 1e-3 in fp32, 0.03 in fp16, 0.2 in bf16.
+    pub limit: f64,
+    /// Compared.
+    pub rows: usize,
+    /// Rows whose best token is the reference's.
+    pub same_best: usize,
+    /// Rows whose best token is another, while the reference's margin is below the error.
+    pub differing_within_error: usize,
+    pub differing_though_clear: usize,
+    /// For each prompt, greedy tokens before the first difference.
+    pub greedy_equal_up_to: Vec<usize>,
+    pub first_difference: Vec<Option<Difference>>,
+    /// Within the limit, and different tokens only where the reference itself was undecided.
+    pub equal: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Difference {
+    pub step: usize,
+    /// The reference's, if its logits there are known.
+    pub margin: Option<f64>,
+    pub within_error: bool,
+}
+
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CompareError {
+    #[error("{0} recorded no outputs")]
+    NoOutputs(String),
+    #[error("the reference was made with other prompts")]
+    Prompts,
+    #[error("no row of logits is in both the result and the reference")]
+    NoRows,
+}
+
+/// Relative error of the logits that still counts as equal.
+pub fn limit(dtype: &str) -> f64 {
+    match dtype {
+        "fp32" => 1e-3,
+        "bf16" => 0.2,
+        _ => 0.03,
+    }
+}
+
+/// Compares the outputs of one result with those of the reference.
+pub fn compare(result: &Document, reference: &Document) -> Result<Comparison, CompareError> {
+    let outputs = |d: &Document| -> Result<Outputs, CompareError> {
+        let name = || d.system.label.clone();
+        d.outputs.clone().ok_or_else(|| CompareError::NoOutputs(name()))
+    };
+    let (mine, theirs) = (outputs(result)?, outputs(reference)?);
+    if mine.prompts != theirs.prompts {
+        return Err(CompareError::Prompts);
+    }
+    let known: HashMap<(usize, usize), &LogitRow> = theirs.logits.iter().map(|r| ((r.prompt, r.step), r)).collect();
+    let margin = |row: &LogitRow| match (row.margin, &row.top[..]) {
+        (Some(margin), _) => margin,
+        (None, [first, second, ..]) => first.1 - second.1,
+        (None, _) => f64::INFINITY,
+    };
+    let (mut errors, mut squares, mut count) = (Vec::new(), 0.0, 0usize);
+    let mut differing = Vec::new();
+    for row in &mine.logits {
+        let Some(expected) = known.get(&(row.prompt, row.step)) else {
+            continue;
+        };
+        let ours: HashMap<u32, f64> = row.top.iter().copied().collect();
+        let shared: Vec<(f64, f64)> = expected
+            .top
+            .iter()
+            .filter_map(|(id, e)| Some((*ours.get(id)?, *e)))
+            .collect();
+        if shared.len() < expected.top.len() / 4 || shared.is_empty() {
+            // Hardly one likely token in common: there is no smaller number to give.
+            errors.push(1.0);
+            continue;
+        }
+        let difference: f64 = shared.iter().map(|(a, b)| (a - b) * (a - b)).sum();
+        let norm: f64 = shared.iter().map(|(_, b)| b * b).sum();
+        errors.push((difference / norm).sqrt());
+        squares += difference;
+        count += shared.len();
+        if row.top[0].0 != expected.top[0].0 {
+            differing.push(margin(expected));
+        }
+    }
+    if errors.is_empty() {
+        return Err(CompareError::NoRows);
+    }
+    let noise = (squares / count.max(1) as f64).sqrt();
+    let (mut equal_up_to, mut differences) = (Vec::new(), Vec::new());
+    for (i, (a, b)) in mine.greedy_tokens.iter().zip(&theirs.greedy_tokens).enumerate() {
+        let n = a.len().min(b.len());
+        let same = a.iter().zip(b).take_while(|(a, b)| a == b).count();
+        equal_up_to.push(same);
+        differences.push((same < n).then(|| {
+            let margin = known.get(&(i, same)).map(|row| margin(row));
+            Difference {
+                step: same,
+                margin,
+                within_error: margin.is_some_and(|margin| margin < CLEAR * noise),
+            }
+        }));
+    }
+    let limit = limit(&result.model.dtype);
+    let clear = differing.iter().filter(|margin| **margin >= CLEAR * noise).count();
+    let worst = errors.iter().copied().fold(0.0, f64::max);
+    let tokens_agree = differences.iter().flatten().all(|d| d.within_error);
+    Ok(Comparison {
+        system: reference.system.label.clone(),
+        worst_relative_logit_error: worst,
+        mean_relative_logit_error: errors.iter().sum::<f64>() / errors.len() as f64,
+        rms_logit_error: noise,
+        limit,
+        rows: errors.len(),
+        same_best: errors.len() - differing.len(),
+        differing_within_error: differing.len() - clear,
+        differing_though_clear: clear,
+        greedy_equal_up_to: equal_up_to,
+        first_difference: differences,
+        equal: worst <= limit && clear == 0 && tokens_agree,
+    })
+}
