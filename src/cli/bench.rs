@@ -87,10 +87,10 @@ pub struct Args {
     #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
     setting: Vec<(String, Value)>,
     /// Copy bandwidth that mbu is a share of, in bytes a second [default: measured]
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
     copy_bandwidth: Option<f64>,
     /// Peak that mfu is a share of, in operations a second [default: what is stated for known GPUs]
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
     peak_flops: Option<f64>,
     /// Where that peak is from, `stated: …` or `measured: …`
     #[arg(

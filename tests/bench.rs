@@ -1,0 +1,9 @@
+//! Measuring and reporting: the real program on a tiny package, and what it says of results that do not hold together.
+
+#[path = "bench/measured.rs"]
+mod measured;
+#[path = "bench/refusals.rs"]
+mod refusals;
+#[allow(dead_code, reason = "shared with tests/cli.rs, which uses the rest")]
+#[path = "cli/support.rs"]
+mod support;
