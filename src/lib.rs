@@ -8,7 +8,7 @@
 //! 4. [`backend`] builds TensorRT engines from a network, or executes it on the CPU.
 //!    `tune` times lowerings on the GPU at hand.
 //! 5. [`package`] keeps graph, weights, engines and tokenizer on disk; [`decode`] generates from it.
-//! 6. [`bench`] measures that.
+//! 6. [`bench`] measures that, and [`report`] makes tables, plots and text of what was measured.
 
 pub mod backend;
 pub mod bench;
@@ -21,6 +21,7 @@ pub mod network;
 pub mod onnx;
 pub mod package;
 pub mod passes;
+pub mod report;
 pub mod sample;
 pub mod spec;
 pub mod tensor;

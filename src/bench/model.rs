@@ -81,6 +81,13 @@ pub fn prefill_flop(model: &Model, tokens: usize) -> Option<f64> {
     Some(linear + head + attention)
 }
 
+/// The same for one token with `live` tokens in the cache, itself among them.
+pub fn decode_flop(model: &Model, live: usize) -> Option<f64> {
+    let linear = 2.0 * model.matrix_parameters? as f64;
+    let head = 2.0 * (model.hidden * model.vocabulary) as f64;
+    Some(linear + head + 4.0 * (model.layers * model.heads * model.head_dim * live) as f64)
+}
+
 /// Bytes that one token reads with `live` tokens in the cache.
 pub fn decode_bytes(model: &Model, live: usize) -> f64 {
     model.weight_bytes_per_token as f64 + model.kv_bytes_per_token_slot as f64 * live as f64

@@ -32,6 +32,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::report::markdown::bytes;
 pub use failure::Failure;
 
 /// Cuts ONNX language models into TensorRT engines, layer by layer, and runs them.
@@ -123,21 +124,6 @@ where
         let value = serde_json::Value::String(word);
         serde_json::from_value(value).expect("the words are the type's own")
     })
-}
-
-/// `538.1 MB`: decimal units, as disks and file managers count.
-fn bytes(n: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
-    let mut value = n as f64;
-    let mut unit = 0;
-    while value >= 999.95 && unit + 1 < UNITS.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    match unit {
-        0 => format!("{n} B"),
-        _ => format!("{value:.1} {}", UNITS[unit]),
-    }
 }
 
 #[cfg(test)]

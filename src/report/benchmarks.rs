@@ -1,0 +1,384 @@
+//! The tables of a group: what systems answered, then how fast they were, side by side.
+
+use super::input::{Group, ResultFile};
+use super::markdown::{MISSING, bytes, cite, ms, or_missing, percent, rate, table, times};
+use crate::bench::compare::{CompareError, Comparison, compare};
+use crate::bench::result::{Decode, Document, EndToEnd, Prefill};
+
+/// Whether a system answers as the reference does.
+#[derive(Clone, Debug)]
+pub enum Verdict {
+    /// Computed here, of both files.
+    Compared(Comparison),
+    /// By whoever wrote the result; the reference is not among the files.
+    Told(Comparison),
+    None(&'static str),
+}
+
+impl Verdict {
+    pub fn of(result: &ResultFile, group: &Group) -> Verdict {
+        let told = result.of.outputs.as_ref().and_then(|o| o.reference.clone());
+        let Some(reference) = &group.reference else {
+            return told.map_or(Verdict::None("no reference"), Verdict::Told);
+        };
+        match compare(&result.of, &reference.of) {
+            Ok(found) => Verdict::Compared(found),
+            Err(CompareError::NoOutputs(_)) => Verdict::None("not recorded"),
+            Err(CompareError::Prompts) => Verdict::None("other prompts"),
+            Err(CompareError::NoRows) => Verdict::None("no logits in common"),
+        }
+    }
+
+    pub fn comparison(&self) -> Option<&Comparison> {
+        match self {
+            Verdict::Compared(found) | Verdict::Told(found) => Some(found),
+            Verdict::None(_) => None,
+        }
+    }
+
+    /// For the first column of tables.
+    pub fn word(&self) -> String {
+        match self {
+            Verdict::Compared(found) | Verdict::Told(found) if !found.equal => "**not equal**".to_string(),
+            Verdict::Compared(_) => "equal".to_string(),
+            Verdict::Told(_) => "equal (as told)".to_string(),
+            Verdict::None(why) => why.to_string(),
+        }
+    }
+}
+
+fn unstable(stable: bool) -> String {
+    if stable { "" } else { "unstable" }.to_string()
+}
+
+/// How many times as long as ours it takes.
+fn ratio(value: f64, ours: Option<f64>, is_ours: bool) -> String {
+    match ours {
+        _ if is_ours => "1".to_string(),
+        Some(ours) if ours > 0.0 => times(value / ours),
+        _ => MISSING.to_string(),
+    }
+}
+
+/// Every system once: what it is, and what it answered.
+pub fn outputs(group: &Group) -> String {
+    let rows = group.results.iter().chain(&group.ablations).map(|r| {
+        let verdict = Verdict::of(r, group);
+        let told = |of: fn(&Comparison) -> String| or_missing(verdict.comparison().map(of));
+        vec![
+            verdict.word(),
+            r.of.system.label.clone(),
+            told(|c| format!("{:.1e}", c.worst_relative_logit_error)),
+            told(|c| format!("{:.0e}", c.limit)),
+            told(|c| format!("{} of {}", c.same_best, c.rows)),
+            told(|c| c.differing_though_clear.to_string()),
+            told(|c| {
+                let steps: Vec<String> = c.greedy_equal_up_to.iter().map(usize::to_string).collect();
+                steps.join(", ")
+            }),
+            cite(r.source),
+        ]
+    });
+    let header = [
+        "outputs",
+        "system",
+        "worst relative logit error",
+        "limit",
+        "same best token",
+        "differing though clear",
+        "greedy tokens equal up to",
+        "",
+    ];
+    table(&header, &rows.collect::<Vec<_>>())
+}
+
+/// All values that a list of results has for something, ascending.
+fn values<T: Ord>(results: &[ResultFile], of: impl Fn(&Document) -> Vec<T>) -> Vec<T> {
+    let mut all: Vec<T> = results.iter().flat_map(|r| of(&r.of)).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+pub fn live_lengths(results: &[ResultFile]) -> Vec<usize> {
+    values(results, |d| d.decode.iter().map(|p| p.live).collect())
+}
+
+pub fn prompt_lengths(results: &[ResultFile]) -> Vec<usize> {
+    values(results, |d| d.prefill.iter().map(|p| p.tokens).collect())
+}
+
+pub fn texts(results: &[ResultFile]) -> Vec<(usize, usize)> {
+    values(results, |d| {
+        d.end_to_end.iter().map(|e| (e.prompt, e.new_tokens)).collect()
+    })
+}
+
+pub fn decode_at(d: &Document, live: usize) -> Option<&Decode> {
+    d.decode.iter().find(|p| p.live == live)
+}
+
+pub fn prefill_of(d: &Document, tokens: usize) -> Option<&Prefill> {
+    d.prefill.iter().find(|p| p.tokens == tokens)
+}
+
+pub fn text_of(d: &Document, (prompt, new): (usize, usize)) -> Option<&EndToEnd> {
+    d.end_to_end.iter().find(|e| (e.prompt, e.new_tokens) == (prompt, new))
+}
+
+/// Each live length, each system.
+pub fn decode(group: &Group) -> String {
+    let mut rows = Vec::new();
+    for live in live_lengths(&group.results) {
+        let ours = group.ours().and_then(|r| decode_at(&r.of, live)).map(|d| d.ms.median);
+        for r in &group.results {
+            let Some(d) = decode_at(&r.of, live) else { continue };
+            rows.push(vec![
+                Verdict::of(r, group).word(),
+                live.to_string(),
+                r.of.system.label.clone(),
+                ms(d.ms.median),
+                ms(d.ms.p90),
+                ms(d.ms.p99),
+                or_missing(d.gpu_ms.map(ms)),
+                rate(d.output_tokens_per_s),
+                ratio(d.ms.median, ours, is_ours(group, r)),
+                or_missing(d.mbu.map(percent)),
+                or_missing(d.capacity.map(|c| c.to_string())),
+                unstable(d.stable) + &cite(r.source),
+            ]);
+        }
+    }
+    let header = [
+        "outputs",
+        "live",
+        "system",
+        "ms a token",
+        "p90",
+        "p99",
+        "GPU alone",
+        "tokens/s",
+        "to Lapidary",
+        "MBU",
+        "cache slots",
+        "",
+    ];
+    table(&header, &rows)
+}
+
+fn is_ours(group: &Group, r: &ResultFile) -> bool {
+    group.ours().is_some_and(|ours| ours.source == r.source)
+}
+
+/// Each prompt length, each system.
+pub fn prefill(group: &Group) -> String {
+    let mut rows = Vec::new();
+    for tokens in prompt_lengths(&group.results) {
+        let ours = group
+            .ours()
+            .and_then(|r| prefill_of(&r.of, tokens))
+            .map(|p| p.ms.median);
+        for r in &group.results {
+            let Some(p) = prefill_of(&r.of, tokens) else { continue };
+            rows.push(vec![
+                Verdict::of(r, group).word(),
+                tokens.to_string(),
+                r.of.system.label.clone(),
+                ms(p.ms.median),
+                ms(p.ms.p90),
+                ms(p.ms.p99),
+                rate(p.prefill_tokens_per_s),
+                ratio(p.ms.median, ours, is_ours(group, r)),
+                or_missing(p.mfu.map(percent)),
+                unstable(p.stable) + &cite(r.source),
+            ]);
+        }
+    }
+    let header = [
+        "outputs",
+        "prompt",
+        "system",
+        "ms to the first token",
+        "p90",
+        "p99",
+        "tokens/s",
+        "to Lapidary",
+        "MFU",
+        "",
+    ];
+    table(&header, &rows)
+}
+
+/// Each text, each system.
+pub fn end_to_end(group: &Group) -> String {
+    let mut rows = Vec::new();
+    for text in texts(&group.results) {
+        let ours = group
+            .ours()
+            .and_then(|r| text_of(&r.of, text))
+            .map(|e| e.latency_ms.median);
+        for r in &group.results {
+            let Some(e) = text_of(&r.of, text) else { continue };
+            rows.push(vec![
+                Verdict::of(r, group).word(),
+                format!("{} + {}", e.prompt, e.new_tokens),
+                r.of.system.label.clone(),
+                ms(e.ttft_ms.median),
+                ms(e.tpot_ms.median),
+                ms(e.itl_ms.median),
+                ms(e.latency_ms.median),
+                rate(e.output_tokens_per_s),
+                ratio(e.latency_ms.median, ours, is_ours(group, r)),
+                unstable(e.stable) + &cite(r.source),
+            ]);
+        }
+    }
+    let header = [
+        "outputs",
+        "prompt + new",
+        "system",
+        "TTFT ms",
+        "TPOT ms",
+        "ITL ms",
+        "latency ms",
+        "tokens/s",
+        "to Lapidary",
+        "",
+    ];
+    table(&header, &rows)
+}
+
+/// Loading and memory of each system.
+pub fn footprint(group: &Group) -> String {
+    let rows = group.results.iter().map(|r| {
+        let d = &r.of;
+        let load = d.load.as_ref();
+        let memory = d.memory.as_ref();
+        let device = memory.and_then(|m| m.device);
+        vec![
+            d.system.label.clone(),
+            or_missing(load.map(|l| ms(l.load_ms))),
+            or_missing(load.and_then(|l| l.first_load_ms).map(ms)),
+            or_missing(memory.and_then(|m| m.peak_host_bytes).map(bytes)),
+            or_missing(device.map(|m| bytes(m.total))),
+            or_missing(device.and_then(|m| m.weights).map(bytes)),
+            or_missing(device.and_then(|m| m.cache).map(bytes)),
+            cite(r.source),
+        ]
+    });
+    let header = [
+        "system",
+        "load ms",
+        "first load ms",
+        "peak host memory",
+        "device memory",
+        "of it weights",
+        "of it cache",
+        "",
+    ];
+    table(&header, &rows.collect::<Vec<_>>())
+}
+
+/// What ran where, once a result.
+pub fn machines(group: &Group) -> String {
+    let all = group.reference.iter().chain(&group.results).chain(&group.ablations);
+    let rows = all.map(|r| {
+        let d = &r.of;
+        let versions: Vec<String> = d
+            .versions
+            .iter()
+            .filter_map(|(name, version)| Some(format!("{name} {}", version.as_ref()?)))
+            .collect();
+        let driver = d.machine.gpu.as_ref().and_then(|gpu| gpu.driver.clone());
+        vec![
+            d.system.label.clone(),
+            d.date.split('T').next().unwrap_or(&d.date).to_string(),
+            d.commit.chars().take(12).collect::<String>() + if d.commit.ends_with("+changes") { "+" } else { "" },
+            or_missing(driver),
+            or_missing(
+                d.machine
+                    .copy_bandwidth_bytes_per_s
+                    .map(|b| format!("{}/s", bytes(b as u64))),
+            ),
+            or_missing(
+                d.machine
+                    .peak_flops
+                    .as_ref()
+                    .map(|p| format!("{:.1} TFLOP/s ({})", p.flops / 1e12, p.source)),
+            ),
+            versions.join(", "),
+            cite(r.source),
+        ]
+    });
+    let header = [
+        "run",
+        "date",
+        "commit",
+        "driver",
+        "copy bandwidth",
+        "peak",
+        "versions",
+        "",
+    ];
+    table(&header, &rows.collect::<Vec<_>>())
+}
+
+/// A sentence for each thing that another system does too: ours beside theirs.
+pub fn headlines(group: &Group) -> (Vec<String>, Vec<String>) {
+    let (mut faster, mut slower) = (Vec::new(), Vec::new());
+    let Some(ours) = group.ours() else {
+        return (faster, slower);
+    };
+    let others = || group.results.iter().filter(|r| r.source != ours.source);
+    let mut say = |what: String, mine: f64, r: &ResultFile, theirs: f64| {
+        let unequal = Verdict::of(r, group).comparison().is_some_and(|c| !c.equal);
+        let doubt = if unequal { ", whose outputs are not equal" } else { "" };
+        let cites = format!("{}{}", cite(ours.source), cite(r.source));
+        let (mine_told, theirs_told) = (ms(mine), ms(theirs));
+        let label = &r.of.system.label;
+        if theirs >= mine {
+            let by = times(theirs / mine);
+            faster.push(format!(
+                "{what}: {mine_told} ms, {by} as fast as {label} ({theirs_told} ms{doubt}){cites}"
+            ));
+        } else {
+            let by = times(mine / theirs);
+            slower.push(format!(
+                "{what}: {mine_told} ms, {by} the time of {label} ({theirs_told} ms{doubt}){cites}"
+            ));
+        }
+    };
+    for mine in &ours.of.decode {
+        for r in others() {
+            if let Some(theirs) = decode_at(&r.of, mine.live) {
+                say(
+                    format!("a token behind {} live ones", mine.live),
+                    mine.ms.median,
+                    r,
+                    theirs.ms.median,
+                );
+            }
+        }
+    }
+    for mine in &ours.of.prefill {
+        for r in others() {
+            if let Some(theirs) = prefill_of(&r.of, mine.tokens) {
+                say(
+                    format!("the first token of a prompt of {}", mine.tokens),
+                    mine.ms.median,
+                    r,
+                    theirs.ms.median,
+                );
+            }
+        }
+    }
+    for mine in &ours.of.end_to_end {
+        for r in others() {
+            if let Some(theirs) = text_of(&r.of, (mine.prompt, mine.new_tokens)) {
+                let what = format!("{} tokens behind a prompt of {}", mine.new_tokens, mine.prompt);
+                say(what, mine.latency_ms.median, r, theirs.latency_ms.median);
+            }
+        }
+    }
+    (faster, slower)
+}

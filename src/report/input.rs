@@ -1,0 +1,282 @@
+//! What a report is made of: results, sorted into groups that may stand in one table, conversions, and files of other forms.
+//!
+//! A group is one model in one dtype on one machine. Within it everything must be of the same weights and the same prompts,
+//! and labels must tell results apart; otherwise nothing is reported at all.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::conversion::{self, Conversion};
+use crate::bench::{self, Document, ResultError};
+use crate::package::Package;
+use crate::report::conversion::{ConversionError, folder_name};
+
+/// A file, by the number that the report cites it with.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SourceId(pub usize);
+
+#[derive(Clone, Debug)]
+pub struct SourceFile {
+    pub path: PathBuf,
+    /// First digits of BLAKE3 of its bytes.
+    pub hash: String,
+    /// For people: what it is.
+    pub what: String,
+}
+
+#[derive(Clone, Debug)]
+pub struct Sourced<T> {
+    pub source: SourceId,
+    pub of: T,
+}
+
+pub type ResultFile = Sourced<Document>;
+
+/// Results of one model in one dtype on one machine.
+#[derive(Clone, Debug)]
+pub struct Group {
+    pub model: String,
+    pub dtype: String,
+    /// GPU, or CPU for what ran there.
+    pub device: String,
+    pub on_gpu: bool,
+    /// In one table, Lapidary first, then by label.
+    pub results: Vec<ResultFile>,
+    /// Runs of ablations.
+    pub ablations: Vec<ResultFile>,
+    /// Systems that could not run.
+    pub failed: Vec<ResultFile>,
+    pub reference: Option<ResultFile>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Input {
+    pub sources: Vec<SourceFile>,
+    pub groups: Vec<Group>,
+    pub conversions: Vec<Sourced<Conversion>>,
+    /// JSON of other forms, which other pages use.
+    pub others: Vec<SourceId>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum InputError {
+    #[error(transparent)]
+    Result(#[from] ResultError),
+    #[error(transparent)]
+    Conversion(#[from] ConversionError),
+    #[error("{}: {message}", path.display())]
+    File { path: PathBuf, message: String },
+    /// Figures that must not stand side by side.
+    #[error(
+        "{} and {} are both of {model} in {dtype}, but not of the same {what}: they cannot be compared",
+        first.display(), second.display()
+    )]
+    Different {
+        first: PathBuf,
+        second: PathBuf,
+        model: String,
+        dtype: String,
+        what: &'static str,
+    },
+    #[error("{} and {} are both called {label:?} in one table", first.display(), second.display())]
+    SameLabel {
+        first: PathBuf,
+        second: PathBuf,
+        label: String,
+    },
+}
+
+impl Input {
+    /// Reads everything. `packages` are folders, or files that keep a conversion.
+    pub fn read(results: &[PathBuf], packages: &[PathBuf]) -> Result<Input, InputError> {
+        let mut input = Input::default();
+        let mut documents = Vec::new();
+        for path in results {
+            let bytes = std::fs::read(path).map_err(|e| file_error(path, e))?;
+            let text = String::from_utf8(bytes).map_err(|_| file_error(path, "is not text"))?;
+            match bench::parse(path, &text) {
+                Ok(document) => {
+                    let what = format!(
+                        "{}, {} {}",
+                        document.system.label, document.model.name, document.model.dtype
+                    );
+                    let source = input.source(path, text.as_bytes(), what);
+                    documents.push(Sourced { source, of: document });
+                }
+                Err(ResultError::NoSchema { .. }) => {
+                    let what = "not in the bench schema; no figure is taken from it".to_string();
+                    let source = input.source(path, text.as_bytes(), what);
+                    input.others.push(source);
+                }
+                Err(ResultError::Schema { found, .. }) if found == conversion::SCHEMA => {
+                    input.conversion(path, &text)?;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        for path in packages {
+            if path.is_dir() {
+                let package = Package::open(path).map_err(ConversionError::from)?;
+                let found = conversion::conversion(&package, &folder_name(path))?;
+                let manifest = path.join(crate::package::MANIFEST);
+                let bytes = std::fs::read(&manifest).map_err(|e| file_error(&manifest, e))?;
+                let what = format!(
+                    "the package {}, whose networks were lowered again to be counted",
+                    found.name
+                );
+                let source = input.source(&manifest, &bytes, what);
+                input.conversions.push(Sourced { source, of: found });
+            } else {
+                let text = std::fs::read_to_string(path).map_err(|e| file_error(path, e))?;
+                input.conversion(path, &text)?;
+            }
+        }
+        input.group(documents)?;
+        Ok(input)
+    }
+
+    fn source(&mut self, path: &Path, bytes: &[u8], what: String) -> SourceId {
+        self.sources.push(SourceFile {
+            path: path.to_path_buf(),
+            hash: blake3::hash(bytes).to_hex()[..12].to_string(),
+            what,
+        });
+        SourceId(self.sources.len() - 1)
+    }
+
+    fn conversion(&mut self, path: &Path, text: &str) -> Result<(), InputError> {
+        let value: Value = serde_json::from_str(text).map_err(|e| file_error(path, e))?;
+        if value["schema"] != conversion::SCHEMA {
+            let wanted = "is neither a package nor a conversion that `lapidary info --conversion` wrote";
+            return Err(file_error(path, wanted));
+        }
+        let found: Conversion = serde_path_to_error::deserialize(&value)
+            .map_err(|e| file_error(path, format!("{}: {}", e.path(), e.inner())))?;
+        let source = self.source(
+            path,
+            text.as_bytes(),
+            format!("what the conversion did to {}", found.name),
+        );
+        self.conversions.push(Sourced { source, of: found });
+        Ok(())
+    }
+
+    pub fn path(&self, source: SourceId) -> &Path {
+        &self.sources[source.0].path
+    }
+
+    fn group(&mut self, documents: Vec<ResultFile>) -> Result<(), InputError> {
+        let (references, measured): (Vec<_>, Vec<_>) = documents.into_iter().partition(|r| is_reference(&r.of));
+        let mut groups: BTreeMap<(String, String, String), Group> = BTreeMap::new();
+        for result in measured {
+            let d = &result.of;
+            let gpu = d.machine.gpu.as_ref().map(|gpu| gpu.name.clone()).filter(|_| on_gpu(d));
+            let device = gpu.clone().unwrap_or_else(|| d.machine.cpu.clone());
+            let key = (d.model.name.clone(), d.model.dtype.clone(), device.clone());
+            let group = groups.entry(key).or_insert_with(|| Group {
+                model: d.model.name.clone(),
+                dtype: d.model.dtype.clone(),
+                device,
+                on_gpu: gpu.is_some(),
+                results: Vec::new(),
+                ablations: Vec::new(),
+                failed: Vec::new(),
+                reference: None,
+            });
+            let list = match (&d.error, d.system.settings.get("ablation")) {
+                (Some(_), _) => &mut group.failed,
+                (None, Some(_)) => &mut group.ablations,
+                (None, None) => &mut group.results,
+            };
+            list.push(result);
+        }
+        let mut groups: Vec<Group> = groups.into_values().collect();
+        for group in &mut groups {
+            let of_model = references.iter().filter(|r| r.of.model.name == group.model);
+            group.reference = of_model.max_by_key(|r| &r.of.date).cloned();
+            let order = |r: &ResultFile| (r.of.system.name != "lapidary", r.of.system.label.clone());
+            group.results.sort_by_key(order);
+            group.ablations.sort_by_key(order);
+            group.failed.sort_by_key(order);
+            self.check(group)?;
+        }
+        self.groups = groups;
+        Ok(())
+    }
+
+    /// That everything in the group may be compared.
+    fn check(&self, group: &Group) -> Result<(), InputError> {
+        let all: Vec<&ResultFile> = group.all().collect();
+        let Some(first) = all.first() else {
+            return Ok(());
+        };
+        let path = |r: &ResultFile| self.path(r.source).to_path_buf();
+        for other in &all {
+            let (a, b) = (&first.of, &other.of);
+            let what = if a.model.weights_hash != b.model.weights_hash {
+                "weights"
+            } else if a.workload.prompts != b.workload.prompts {
+                "prompts"
+            } else if a.workload.batch != b.workload.batch {
+                "batch size"
+            } else {
+                continue;
+            };
+            return Err(InputError::Different {
+                first: path(first),
+                second: path(other),
+                model: group.model.clone(),
+                dtype: group.dtype.clone(),
+                what,
+            });
+        }
+        let mut labels: BTreeMap<&str, &ResultFile> = BTreeMap::new();
+        for result in group.results.iter().chain(&group.ablations) {
+            if let Some(before) = labels.insert(&result.of.system.label, result) {
+                return Err(InputError::SameLabel {
+                    first: path(before),
+                    second: path(result),
+                    label: result.of.system.label.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Group {
+    /// What is of the group's weights and prompts.
+    fn all(&self) -> impl Iterator<Item = &ResultFile> {
+        let measured = self.results.iter().chain(&self.ablations);
+        measured.chain(&self.reference)
+    }
+
+    /// `llama-1b in fp16 on NVIDIA H200`
+    pub fn title(&self) -> String {
+        format!("{} in {} on {}", self.model, self.dtype, self.device)
+    }
+
+    /// What others are compared with.
+    pub fn ours(&self) -> Option<&ResultFile> {
+        self.results.iter().find(|r| r.of.system.name == "lapidary")
+    }
+}
+
+/// transformers in fp32, run for its outputs alone.
+fn is_reference(d: &Document) -> bool {
+    d.system.name == "transformers" && d.system.variant.starts_with("fp32 reference")
+}
+
+/// A machine with a GPU may have run something on its CPU.
+fn on_gpu(d: &Document) -> bool {
+    d.system.settings.get("device").and_then(Value::as_str) != Some("cpu")
+}
+
+fn file_error(path: &Path, message: impl ToString) -> InputError {
+    InputError::File {
+        path: path.to_path_buf(),
+        message: message.to_string(),
+    }
+}

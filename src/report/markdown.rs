@@ -1,0 +1,122 @@
+//! Tables, numbers and citations, as Markdown.
+
+use std::fmt::Write;
+
+use super::input::SourceId;
+
+/// A footnote to a source file.
+pub fn cite(source: SourceId) -> String {
+    format!("[^{}]", source.0 + 1)
+}
+
+/// Footnotes to several, each once.
+pub fn cite_all(sources: impl IntoIterator<Item = SourceId>) -> String {
+    let mut sources: Vec<SourceId> = sources.into_iter().collect();
+    sources.sort_unstable();
+    sources.dedup();
+    sources.into_iter().map(cite).collect()
+}
+
+/// A table; empty text without rows. Columns of numbers are set to the right.
+pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let escaped = |cell: &str| cell.replace('|', "\\|");
+    let line = |cells: &[String]| {
+        format!(
+            "| {} |\n",
+            cells.iter().map(|c| escaped(c)).collect::<Vec<_>>().join(" | ")
+        )
+    };
+    let numeric = |column: usize| {
+        let mut filled = rows
+            .iter()
+            .map(|row| row[column].as_str())
+            .filter(|c| !c.is_empty() && *c != MISSING);
+        filled.clone().next().is_some() && filled.all(|cell| cell.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    let header: Vec<String> = header.iter().map(|h| h.to_string()).collect();
+    let mut out = line(&header);
+    let rules: Vec<&str> = (0..header.len())
+        .map(|c| if numeric(c) { "---:" } else { "---" })
+        .collect();
+    let _ = writeln!(out, "|{}|", rules.join("|"));
+    for row in rows {
+        debug_assert_eq!(row.len(), header.len());
+        out += &line(row);
+    }
+    out
+}
+
+/// In place of a figure that no file has.
+pub const MISSING: &str = "—";
+
+/// Milliseconds, with as many decimals as tell something.
+pub fn ms(value: f64) -> String {
+    match value.abs() {
+        v if v >= 1000.0 => format!("{value:.0}"),
+        v if v >= 100.0 => format!("{value:.1}"),
+        v if v >= 10.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+pub fn rate(value: f64) -> String {
+    match value.abs() {
+        v if v >= 1000.0 => format!("{value:.0}"),
+        _ => format!("{value:.1}"),
+    }
+}
+
+pub fn percent(share: f64) -> String {
+    format!("{:.1} %", share * 100.0)
+}
+
+pub fn times(ratio: f64) -> String {
+    format!("{ratio:.2} ×")
+}
+
+/// An option's text, or the sign for nothing.
+pub fn or_missing(text: Option<String>) -> String {
+    text.unwrap_or_else(|| MISSING.to_string())
+}
+
+/// `538.1 MB`: decimal units, as disks and file managers count.
+pub fn bytes(n: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 999.95 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{n} B"),
+        _ => format!("{value:.1} {}", UNITS[unit]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_line_up_and_escape() {
+        let rows = [vec!["a|b".to_string(), "1.5".into()], vec!["c".into(), MISSING.into()]];
+        assert_eq!(
+            table(&["x", "ms"], &rows),
+            "| x | ms |\n|---|---:|\n| a\\|b | 1.5 |\n| c | — |\n"
+        );
+        assert_eq!(table(&["x"], &[]), "");
+    }
+
+    #[test]
+    fn numbers_keep_what_tells_something() {
+        assert_eq!(
+            [0.1234, 12.345, 123.45, 12345.6].map(ms),
+            ["0.123", "12.35", "123.5", "12346"]
+        );
+        assert_eq!(cite_all([SourceId(2), SourceId(0), SourceId(2)]), "[^1][^3]");
+    }
+}

@@ -1,0 +1,154 @@
+//! What a full report would have and these files do not: named, never filled in.
+
+use super::ablations::ablations;
+use super::benchmarks::{decode_at, live_lengths, prefill_of, prompt_lengths, text_of, texts};
+use super::input::{Group, Input};
+use super::markdown::cite;
+
+/// Switches that are to be tried, by the names of their ablations: what each is, and other names of it.
+const SWITCHES: [(&str, &[&str]); 7] = [
+    ("static against dynamic shapes", &["shapes"]),
+    ("bind, embed and strip", &["weights"]),
+    ("a growing cache against one large capacity", &["cache"]),
+    (
+        "folded query groups against plain attention",
+        &["attention", "fold_groups", "groups"],
+    ),
+    ("CUDA graphs", &["cuda_graphs", "graphs"]),
+    ("prefill chunk size", &["chunks", "prefill_chunks", "chunk"]),
+    ("DRY", &["dry", "sampler"]),
+];
+
+/// Whole things that are missing.
+pub fn missing(input: &Input) -> Vec<String> {
+    let mut out = Vec::new();
+    if input.groups.is_empty() {
+        out.push("no result in the bench schema was given: there are no benchmark tables".to_string());
+    }
+    if input.conversions.is_empty() {
+        out.push("no package was given (`--package`): what the conversion did to a model is not shown".to_string());
+    }
+    for group in &input.groups {
+        let title = group.title();
+        of_group(group, &mut |what| out.push(format!("{title}: {what}")));
+    }
+    let gpu: Vec<&Group> = input.groups.iter().filter(|g| g.on_gpu).collect();
+    if gpu.is_empty() {
+        out.push("no result of a GPU was given".to_string());
+    }
+    let tried: Vec<String> = input
+        .groups
+        .iter()
+        .flat_map(|g| ablations(g).into_iter().map(|a| a.name))
+        .collect();
+    for (what, names) in SWITCHES {
+        if !tried.iter().any(|t| names.contains(&t.as_str())) {
+            out.push(format!("the ablation of {what} was not run"));
+        }
+    }
+    out
+}
+
+fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
+    if group.ours().is_none() {
+        say("no result of Lapidary, so nothing to compare others with".to_string());
+    }
+    if group.reference.is_none() {
+        say("no fp32 reference of transformers among the files, so outputs are compared with none here".to_string());
+    }
+    let systems: &[&str] = match group.on_gpu {
+        true => &["transformers", "tensorrt-onnx-parser"],
+        false => &["transformers", "onnxruntime", "tract"],
+    };
+    for system in systems {
+        let there = |r: &super::input::ResultFile| r.of.system.name == *system;
+        if !group.results.iter().any(there) && !group.failed.iter().any(there) {
+            say(format!("no result of {system}"));
+        }
+    }
+    for r in &group.failed {
+        let why = r.of.error.as_deref().unwrap_or_default();
+        say(format!("{} did not run: {why}{}", r.of.system.label, cite(r.source)));
+    }
+    let lengths = (
+        live_lengths(&group.results),
+        prompt_lengths(&group.results),
+        texts(&group.results),
+    );
+    for r in &group.results {
+        let (d, label) = (&r.of, &r.of.system.label);
+        let mut gaps = Vec::new();
+        let live = lengths.0.iter().filter(|n| decode_at(d, **n).is_none());
+        gaps.extend(live.map(|n| format!("decode behind {n} tokens")));
+        let prompts = lengths.1.iter().filter(|n| prefill_of(d, **n).is_none());
+        gaps.extend(prompts.map(|n| format!("a prefill of {n} tokens")));
+        let whole = lengths.2.iter().filter(|text| text_of(d, **text).is_none());
+        gaps.extend(whole.map(|(n, new)| format!("{n} + {new} tokens end to end")));
+        if d.machine.copy_bandwidth_bytes_per_s.is_none() {
+            gaps.push("copy bandwidth, and so MBU".to_string());
+        }
+        if group.on_gpu && d.memory.as_ref().is_none_or(|m| m.device.is_none()) {
+            gaps.push("device memory".to_string());
+        }
+        if !gaps.is_empty() {
+            say(format!("{label} lacks {}{}", gaps.join(", "), cite(r.source)));
+        }
+    }
+    if let Some(ours) = group.ours() {
+        let d = &ours.of;
+        let mut gaps = Vec::new();
+        if d.machine.peak_flops.is_none() {
+            gaps.push("a peak of arithmetic, and so MFU and the roof of the roofline");
+        }
+        if group.on_gpu && d.profile.is_none() {
+            gaps.push("time by layer (`lapidary bench --profile`)");
+        }
+        if group.on_gpu && d.load.as_ref().is_none_or(|l| l.first_load_ms.is_none()) {
+            gaps.push("the time of a first load (`lapidary bench --first-load`)");
+        }
+        if !gaps.is_empty() {
+            say(format!(
+                "{} lacks {}{}",
+                d.system.label,
+                gaps.join("; "),
+                cite(ours.source)
+            ));
+        }
+    }
+}
+
+/// Measurements that did not hold still.
+pub fn unstable(input: &Input) -> Vec<String> {
+    let mut out = Vec::new();
+    for group in &input.groups {
+        for r in group.results.iter().chain(&group.ablations) {
+            let d = &r.of;
+            let prefill = d
+                .prefill
+                .iter()
+                .filter(|p| !p.stable)
+                .map(|p| format!("prefill of {}", p.tokens));
+            let decode = d
+                .decode
+                .iter()
+                .filter(|p| !p.stable)
+                .map(|p| format!("decode behind {}", p.live));
+            let whole = d
+                .end_to_end
+                .iter()
+                .filter(|e| !e.stable)
+                .map(|e| format!("{} + {}", e.prompt, e.new_tokens));
+            let all: Vec<String> = prefill.chain(decode).chain(whole).collect();
+            if !all.is_empty() {
+                let label = &d.system.label;
+                out.push(format!(
+                    "{}, {label}: {}{}",
+                    group.title(),
+                    all.join(", "),
+                    cite(r.source)
+                ));
+            }
+        }
+    }
+    out
+}

@@ -1,0 +1,16 @@
+//! Results become a report: tables, plots and prose, every figure with the file it came from.
+//!
+//! Takes result files, packages and the kept facts of conversions ([`Input`]); gives Markdown and [`plots::Figure`]s.
+//! `benchmarks`, `ablations` and `steps` are the tables, `missing` what no file has, `text` the prose around them, which
+//! holds opinions and no figures. What results mean and whether they hold together is `bench`'s; writing files is the
+//! command line's.
+
+mod ablations;
+mod benchmarks;
+pub mod conversion;
+mod input;
+pub mod markdown;
+mod missing;
+pub mod plots;
+
+pub use input::{Group, Input, InputError, SourceFile, SourceId};

@@ -1,0 +1,129 @@
+//! Numbers to places, and the places worth a mark.
+
+/// A range of numbers over a range of pixels.
+#[derive(Clone, Copy, Debug)]
+pub struct Scale {
+    pub min: f64,
+    pub max: f64,
+    /// Where `min` and `max` are.
+    pub from: f64,
+    pub to: f64,
+    pub log: bool,
+}
+
+impl Scale {
+    pub fn linear(min: f64, max: f64, from: f64, to: f64) -> Self {
+        Scale {
+            min,
+            max: if max > min { max } else { min + 1.0 },
+            from,
+            to,
+            log: false,
+        }
+    }
+
+    /// Both numbers above 0.
+    pub fn log(min: f64, max: f64, from: f64, to: f64) -> Self {
+        Scale {
+            min,
+            max: if max > min { max } else { min * 2.0 },
+            from,
+            to,
+            log: true,
+        }
+    }
+
+    pub fn at(&self, value: f64) -> f64 {
+        let share = match self.log {
+            true => (value / self.min).ln() / (self.max / self.min).ln(),
+            false => (value - self.min) / (self.max - self.min),
+        };
+        self.from + (self.to - self.from) * share
+    }
+
+    /// Round numbers within the range: some `wanted` of them, or with a logarithm 1, 2 and 5 of each decade (1 alone over
+    /// many).
+    pub fn ticks(&self, wanted: usize) -> Vec<f64> {
+        if self.log {
+            let decades = (self.max / self.min).log10();
+            let steps: &[f64] = if decades > 3.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
+            let first = self.min.log10().floor() as i32;
+            let last = self.max.log10().ceil() as i32;
+            let all = (first..=last).flat_map(|e| steps.iter().map(move |s| s * 10f64.powi(e)));
+            return all
+                .filter(|t| *t >= self.min * 0.999 && *t <= self.max * 1.001)
+                .collect();
+        }
+        let rough = (self.max - self.min) / wanted.max(1) as f64;
+        let unit = 10f64.powf(rough.log10().floor());
+        let step = [1.0, 2.0, 2.5, 5.0, 10.0]
+            .into_iter()
+            .map(|s| s * unit)
+            .find(|s| *s >= rough);
+        let step = step.unwrap_or(10.0 * unit);
+        let first = (self.min / step).ceil() as i64;
+        let last = (self.max / step * 1.000_001).floor() as i64;
+        (first..=last).map(|i| i as f64 * step).collect()
+    }
+}
+
+/// As few digits as a mark needs.
+pub fn mark(value: f64) -> String {
+    let text = match value.abs() {
+        v if v == 0.0 => return "0".to_string(),
+        v if v >= 10_000.0 => return format!("{}k", mark(value / 1000.0)),
+        v if v >= 10.0 => format!("{value:.1}"),
+        v if v >= 1.0 => format!("{value:.2}"),
+        v if v >= 0.01 => format!("{value:.3}"),
+        _ => return format!("{value:.0e}"),
+    };
+    let text = text.trim_end_matches('0');
+    text.trim_end_matches('.').to_string()
+}
+
+/// Places for labels that want to be at `wanted`, moved apart to `gap`, none beyond `last`; the order is kept.
+pub fn spread(wanted: &[f64], gap: f64, last: f64) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..wanted.len()).collect();
+    order.sort_by(|a, b| wanted[*a].total_cmp(&wanted[*b]));
+    let mut places = wanted.to_vec();
+    let mut floor = f64::NEG_INFINITY;
+    for i in &order {
+        places[*i] = wanted[*i].max(floor);
+        floor = places[*i] + gap;
+    }
+    let mut ceiling = last;
+    for i in order.iter().rev() {
+        places[*i] = places[*i].min(ceiling);
+        ceiling = places[*i] - gap;
+    }
+    places
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_round() {
+        assert_eq!(Scale::linear(0.0, 9.3, 0.0, 1.0).ticks(5), [0.0, 2.0, 4.0, 6.0, 8.0]);
+        assert_eq!(Scale::log(0.9, 12.0, 0.0, 1.0).ticks(5), [1.0, 2.0, 5.0, 10.0]);
+        assert_eq!(Scale::log(1.0, 1e5, 0.0, 1.0).ticks(5).len(), 6);
+        assert_eq!(
+            [0.0, 0.25, 1.5, 100.0, 20_000.0].map(mark),
+            ["0", "0.25", "1.5", "100", "20k"]
+        );
+    }
+
+    #[test]
+    fn places_follow_numbers() {
+        let scale = Scale::log(1.0, 100.0, 200.0, 0.0);
+        assert_eq!([1.0, 10.0, 100.0].map(|v| scale.at(v).round()), [200.0, 100.0, 0.0]);
+        assert_eq!(Scale::linear(2.0, 4.0, 0.0, 10.0).at(3.0), 5.0);
+    }
+
+    #[test]
+    fn labels_do_not_overlap() {
+        let places = spread(&[10.0, 12.0, 50.0, 99.0, 98.0], 15.0, 100.0);
+        assert_eq!(places, [10.0, 25.0, 50.0, 100.0, 85.0]);
+    }
+}

@@ -1,0 +1,89 @@
+//! Where a step's time goes: one bar a profile, cut into groups of layers.
+
+use plotters::style::RGBColor;
+
+use super::canvas::{HEAD, Side, sheet, width_of};
+use super::{FAINT_INK, Figure, INK, MUTED, OTHERS, OURS, slug};
+use crate::bench::layers::{ATTENTION, PRODUCTS, REST};
+use crate::report::input::Group;
+use crate::report::markdown::ms;
+
+const WIDTH: u32 = 960;
+const BAR: f64 = 44.0;
+const ROW: f64 = 84.0;
+const GROUPS: [(&str, RGBColor); 3] = [(PRODUCTS, OURS), (ATTENTION, OTHERS[3]), (REST, MUTED)];
+
+pub fn figure(group: &Group) -> Option<Figure> {
+    let r = group
+        .results
+        .iter()
+        .find(|r| r.of.profile.as_ref().is_some_and(|p| !p.is_empty()))?;
+    let profiles = r.of.profile.as_ref()?;
+    let longest = profiles.values().map(|p| p.total_ms).fold(0.0, f64::max);
+    let height = HEAD + 34.0 + profiles.len() as f64 * ROW;
+    let subtitle = format!(
+        "{}, {}; ms of layers timed one by one, without CUDA graphs",
+        r.of.system.label,
+        group.title()
+    );
+    let svg = sheet(WIDTH, height.ceil() as u32, "Time by layer", &subtitle, |canvas| {
+        let (left, right) = (28.0, canvas.width - 110.0);
+        let mut x = left;
+        for (name, colour) in GROUPS {
+            canvas.bar((x, HEAD), (x + 14.0, HEAD + 14.0), colour);
+            canvas.write((x + 21.0, HEAD + 7.0), name, 12.5, INK, Side::Start, false);
+            x += width_of(name, 12.5) + 58.0;
+        }
+        let mut y = HEAD + 34.0;
+        for (name, profile) in profiles {
+            let title = format!("{name}, {} tokens live", profile.live);
+            canvas.write((left, y + 9.0), &title, 13.0, INK, Side::Start, true);
+            let top = y + 22.0;
+            let mut from = left;
+            for (name, colour) in GROUPS {
+                let time = profile.groups.get(name).copied().unwrap_or(0.0);
+                let to = from + (right - left) * time / longest;
+                canvas.bar((from, top), (to, top + BAR), colour);
+                let share = format!("{:.0} %", 100.0 * time / profile.total_ms);
+                let told = format!("{}  {share}", ms(time));
+                let ink = if colour == OURS { plotters::style::WHITE } else { INK };
+                if width_of(&told, 12.5) < to - from {
+                    canvas.write(
+                        ((from + to) / 2.0, top + BAR / 2.0),
+                        &told,
+                        12.5,
+                        ink,
+                        Side::Middle,
+                        false,
+                    );
+                } else if width_of(&share, 11.0) < to - from {
+                    canvas.write(
+                        ((from + to) / 2.0, top + BAR / 2.0),
+                        &share,
+                        11.0,
+                        ink,
+                        Side::Middle,
+                        false,
+                    );
+                }
+                from = to;
+            }
+            let total = format!("{} ms", ms(profile.total_ms));
+            canvas.write(
+                (from + 8.0, top + BAR / 2.0),
+                &total,
+                12.5,
+                FAINT_INK,
+                Side::Start,
+                false,
+            );
+            y += ROW;
+        }
+    });
+    Some(Figure {
+        name: format!("{}-layers", slug(group)),
+        caption: format!("Time by group of layers, {}", group.title()),
+        svg,
+        sources: vec![r.source],
+    })
+}

@@ -1,0 +1,102 @@
+//! Memory: on a GPU what was taken from it, by what it is for where that is known; on a CPU the peak of the process.
+
+use plotters::style::RGBColor;
+
+use super::canvas::{HEAD, Side, sheet, width_of};
+use super::{FAINT_INK, Figure, INK, MUTED, OTHERS, OURS, slug};
+use crate::bench::result::Document;
+use crate::report::input::Group;
+use crate::report::markdown::bytes;
+
+const WIDTH: u32 = 960;
+const BAR: f64 = 28.0;
+const GAP: f64 = 10.0;
+const PARTS: [(&str, RGBColor); 4] = [
+    ("weights", OURS),
+    ("cache", OTHERS[3]),
+    ("working memory", OTHERS[1]),
+    ("everything else", MUTED),
+];
+
+/// Bytes of each part; the last is all where nothing is told apart.
+fn parts(d: &Document, on_gpu: bool) -> Option<[u64; 4]> {
+    let memory = d.memory.as_ref()?;
+    if !on_gpu {
+        return Some([0, 0, 0, memory.peak_host_bytes?]);
+    }
+    let device = memory.device?;
+    let known = [device.weights, device.cache, device.scratch].map(|n| n.unwrap_or(0));
+    let rest = device.total.saturating_sub(known.iter().sum());
+    Some([known[0], known[1], known[2], rest])
+}
+
+pub fn figure(group: &Group) -> Option<Figure> {
+    let bars = group
+        .results
+        .iter()
+        .filter_map(|r| Some((r, parts(&r.of, group.on_gpu)?)));
+    let bars: Vec<_> = bars.collect();
+    let most = bars
+        .iter()
+        .map(|(_, parts)| parts.iter().sum::<u64>())
+        .max()
+        .filter(|n| *n > 0)? as f64;
+    let legend = if group.on_gpu { 34.0 } else { 4.0 };
+    let height = HEAD + legend + bars.len() as f64 * (BAR + GAP) + 18.0;
+    let labels = bars
+        .iter()
+        .map(|(r, _)| width_of(&r.of.system.label, 12.5))
+        .fold(80.0, f64::max)
+        .min(330.0);
+    let what = match group.on_gpu {
+        true => "device memory taken, less is better",
+        false => "peak resident memory of the process, mapped files included, less is better",
+    };
+    let svg = sheet(
+        WIDTH,
+        height.ceil() as u32,
+        "Memory",
+        &format!("{}; {what}", group.title()),
+        |canvas| {
+            let (left, right) = (40.0 + labels, canvas.width - 110.0);
+            if group.on_gpu {
+                let mut x = 28.0;
+                for (name, colour) in PARTS {
+                    canvas.bar((x, HEAD), (x + 14.0, HEAD + 14.0), colour);
+                    canvas.write((x + 21.0, HEAD + 7.0), name, 12.5, INK, Side::Start, false);
+                    x += width_of(name, 12.5) + 54.0;
+                }
+            }
+            let mut y = HEAD + legend;
+            for (r, parts) in &bars {
+                let ours = r.of.system.name == "lapidary";
+                canvas.write(
+                    (left - 10.0, y + BAR / 2.0),
+                    &r.of.system.label,
+                    12.5,
+                    INK,
+                    Side::End,
+                    ours,
+                );
+                let mut from = left;
+                for (part, (_, colour)) in parts.iter().zip(PARTS) {
+                    let to = from + (right - left) * *part as f64 / most;
+                    let colour = if !group.on_gpu && ours { OURS } else { colour };
+                    if *part > 0 {
+                        canvas.bar((from, y), (to, y + BAR), colour);
+                    }
+                    from = to;
+                }
+                let total = bytes(parts.iter().sum());
+                canvas.write((from + 8.0, y + BAR / 2.0), &total, 12.5, FAINT_INK, Side::Start, ours);
+                y += BAR + GAP;
+            }
+        },
+    );
+    Some(Figure {
+        name: format!("{}-memory", slug(group)),
+        caption: format!("Memory, {}", group.title()),
+        svg,
+        sources: bars.iter().map(|(r, _)| r.source).collect(),
+    })
+}

@@ -1,0 +1,188 @@
+//! Work against the two walls: arithmetic a byte, and what is reached of bandwidth and peak. (Williams, Waterman and
+//! Patterson, "Roofline: An Insightful Visual Performance Model for Multicore Architectures", 2009.)
+//!
+//! Floating-point operations and bytes are those that the model needs, so a system that does more than needed shows as
+//! slower, not as more efficient.
+
+use super::axes::{Scale, mark};
+use super::canvas::{HEAD, Side, sheet, width_of};
+use super::{AXIS, FAINT_INK, Figure, GRID, INK, coloured, slug};
+use crate::bench::model::{decode_bytes, decode_flop, prefill_flop};
+use crate::bench::result::Document;
+use crate::report::input::Group;
+
+const SIZE: (u32, u32) = (960, 560);
+
+struct Point {
+    /// FLOP a byte.
+    intensity: f64,
+    /// FLOP a second.
+    reached: f64,
+    what: String,
+    is_prefill: bool,
+}
+
+fn points(d: &Document) -> Vec<Point> {
+    let decode = d.decode.iter().filter_map(|m| {
+        let (flop, bytes) = (decode_flop(&d.model, m.live)?, decode_bytes(&d.model, m.live));
+        Some(Point {
+            intensity: flop / bytes,
+            reached: flop / (m.ms.median / 1e3),
+            what: format!("decode {}", m.live),
+            is_prefill: false,
+        })
+    });
+    let prefill = d.prefill.iter().filter_map(|m| {
+        // Weights are read once for all tokens; keys and values are written, and read again.
+        let (flop, bytes) = (prefill_flop(&d.model, m.tokens)?, decode_bytes(&d.model, m.tokens));
+        Some(Point {
+            intensity: flop / bytes,
+            reached: flop / (m.ms.median / 1e3),
+            what: format!("prefill {}", m.tokens),
+            is_prefill: true,
+        })
+    });
+    decode.chain(prefill).collect()
+}
+
+pub fn figure(group: &Group) -> Option<Figure> {
+    let ours = group.ours()?;
+    let bandwidth = ours.of.machine.copy_bandwidth_bytes_per_s?;
+    let peak = ours.of.machine.peak_flops.as_ref();
+    let results: Vec<_> = coloured(group)
+        .into_iter()
+        .map(|(r, colour)| (r, colour, points(&r.of)))
+        .filter(|(.., points)| !points.is_empty())
+        .collect();
+    let all = || results.iter().flat_map(|(.., points)| points);
+    let least = all().map(|p| p.intensity).fold(f64::INFINITY, f64::min);
+    let most = all().map(|p| p.intensity).fold(0.0, f64::max);
+    if !least.is_finite() {
+        return None;
+    }
+    let ridge = peak.map(|peak| peak.flops / bandwidth);
+    let (x_min, x_max) = (least / 2.0, (most * 2.5).max(ridge.unwrap_or(0.0) * 2.5));
+    let roof = |intensity: f64| peak.map_or(f64::INFINITY, |p| p.flops).min(bandwidth * intensity);
+    let lowest = all().map(|p| p.reached).fold(f64::INFINITY, f64::min).min(roof(x_min));
+    let highest = all().map(|p| p.reached).fold(0.0, f64::max).max(roof(x_max));
+    let unit = if highest > 2e12 {
+        (1e12, "TFLOP/s")
+    } else {
+        (1e9, "GFLOP/s")
+    };
+    let labels = results
+        .iter()
+        .map(|(r, ..)| width_of(&r.of.system.label, 12.5))
+        .fold(110.0, f64::max)
+        .min(300.0);
+    let subtitle = format!(
+        "{}; {} reached against FLOP a byte, both logarithmic",
+        group.title(),
+        unit.1
+    );
+    let svg = sheet(SIZE.0, SIZE.1, "Roofline", &subtitle, |canvas| {
+        let (left, right) = (74.0, canvas.width - labels - 64.0);
+        let (top, bottom) = (HEAD + 8.0, canvas.height - 62.0);
+        let x = Scale::log(x_min, x_max, left, right);
+        let y = Scale::log(lowest / unit.0 / 1.6, highest / unit.0 * 1.6, bottom, top);
+        let height = |flops: f64| y.at(flops / unit.0);
+        for tick in y.ticks(6) {
+            canvas.line(&[(left, y.at(tick)), (right, y.at(tick))], GRID, 1);
+            canvas.write(
+                (left - 10.0, y.at(tick)),
+                &mark(tick),
+                12.0,
+                FAINT_INK,
+                Side::End,
+                false,
+            );
+        }
+        for tick in x.ticks(6) {
+            canvas.line(&[(x.at(tick), bottom), (x.at(tick), bottom + 5.0)], AXIS, 1);
+            canvas.write(
+                (x.at(tick), bottom + 18.0),
+                &mark(tick),
+                12.0,
+                FAINT_INK,
+                Side::Middle,
+                false,
+            );
+        }
+        canvas.line(&[(left, bottom), (right, bottom)], AXIS, 1);
+        let below = "floating-point operations a byte that must be read";
+        canvas.write(
+            ((left + right) / 2.0, bottom + 42.0),
+            below,
+            12.5,
+            INK,
+            Side::Middle,
+            false,
+        );
+
+        let corner = ridge.filter(|r| *r < x_max).unwrap_or(x_max);
+        let slope = [(x.at(x_min), height(roof(x_min))), (x.at(corner), height(roof(corner)))];
+        canvas.line(&slope, INK, 2);
+        let told = format!("measured copy bandwidth, {} GB/s", mark((bandwidth / 1e9).round()));
+        canvas.write(
+            (slope[0].0 + 16.0, slope[0].1 - 34.0),
+            &told,
+            12.0,
+            INK,
+            Side::Start,
+            false,
+        );
+        if let Some(peak) = peak {
+            canvas.line(&[slope[1], (right, height(peak.flops))], INK, 2);
+            let told = format!("peak, {} {}", mark((peak.flops / unit.0 * 10.0).round() / 10.0), unit.1);
+            canvas.write((right, height(peak.flops) - 13.0), &told, 12.0, INK, Side::End, false);
+        }
+        for (r, colour, points) in results.iter().rev() {
+            let is_ours = r.source == ours.source;
+            for p in points {
+                let at = (x.at(p.intensity), height(p.reached));
+                match p.is_prefill {
+                    true => canvas.square(at, 5.0, *colour),
+                    false => canvas.dot(at, 6, *colour),
+                }
+                // Of points close together the first is labelled.
+                let crowded = points.iter().take_while(|q| q.what != p.what).any(|q| {
+                    let far = (x.at(q.intensity) - at.0).abs() > 60.0 || (height(q.reached) - at.1).abs() > 14.0;
+                    !far
+                });
+                if is_ours && !crowded {
+                    canvas.write((at.0 + 13.0, at.1 + 12.0), &p.what, 12.0, *colour, Side::Start, true);
+                }
+            }
+        }
+        for (i, (r, colour, _)) in results.iter().enumerate() {
+            let at = (right + 26.0, top + 14.0 + 22.0 * i as f64);
+            canvas.dot(at, 5, *colour);
+            canvas.write(
+                (at.0 + 12.0, at.1),
+                &r.of.system.label,
+                12.5,
+                *colour,
+                Side::Start,
+                i == 0,
+            );
+        }
+        let shapes = top + 14.0 + 22.0 * (results.len() as f64 + 0.6);
+        canvas.dot((right + 26.0, shapes), 5, AXIS);
+        canvas.write((right + 38.0, shapes), "decode", 12.0, FAINT_INK, Side::Start, false);
+        canvas.square((right + 26.0, shapes + 20.0), 4.0, AXIS);
+        canvas.write(
+            (right + 38.0, shapes + 20.0),
+            "prefill",
+            12.0,
+            FAINT_INK,
+            Side::Start,
+            false,
+        );
+    });
+    Some(Figure {
+        name: format!("{}-roofline", slug(group)),
+        caption: format!("Roofline, {}", group.title()),
+        svg,
+        sources: results.iter().map(|(r, ..)| r.source).collect(),
+    })
+}
