@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::{Failure, bytes, print, print_json};
 use crate::package::{Manifest, Package};
-use crate::passes::Architecture;
+use crate::report::conversion;
 use crate::spec::Prefill;
 
 #[derive(clap::Args)]
@@ -20,6 +20,9 @@ pub struct Args {
     /// Read every byte and compare with the hashes in the manifest
     #[arg(long)]
     check: bool,
+    /// Print what the conversion did, as `lapidary report --package` takes it where the package is not
+    #[arg(long, conflicts_with = "json")]
+    conversion: bool,
 }
 
 pub fn run(args: Args) -> Result<(), Failure> {
@@ -30,30 +33,17 @@ pub fn run(args: Args) -> Result<(), Failure> {
     if args.json {
         return print_json(&package.manifest);
     }
+    if args.conversion {
+        return print_json(&conversion::conversion(
+            &package,
+            &conversion::folder_name(&args.package),
+        )?);
+    }
     let mut text = tell(&package.manifest);
     if args.check {
         text += "checked        every byte has the hash in the manifest\n";
     }
     print(&text)
-}
-
-/// `30 layers, 9 query heads over 3 KV heads of 64, hidden 576, vocabulary 49152`
-pub fn architecture(a: &Architecture) -> String {
-    let mut text = format!("{} layers, ", a.layers);
-    text += &match a.heads == a.kv_heads {
-        true => format!("{} heads of {}", a.heads, a.head_dim),
-        false => format!("{} query heads over {} KV heads of {}", a.heads, a.kv_heads, a.head_dim),
-    };
-    for (name, value) in [("hidden", a.hidden), ("vocabulary", a.vocabulary)] {
-        if let Some(value) = value {
-            text += &format!(", {name} {value}");
-        }
-    }
-    let windows: Vec<usize> = a.windows.iter().flatten().copied().collect();
-    if let Some(window) = windows.first() {
-        text += &format!(", sliding window {window} in {} of the layers", windows.len());
-    }
-    text
 }
 
 pub fn tell(m: &Manifest) -> String {
@@ -63,7 +53,7 @@ pub fn tell(m: &Manifest) -> String {
     };
     let list = |items: &[usize]| items.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
     line("model", format!("{}, {}", m.source.file, m.source.exporter));
-    line("architecture", architecture(&m.architecture));
+    line("architecture", m.architecture.to_string());
     line("dtype", m.dtype.to_string());
     let targets: Vec<String> = m.targets.iter().map(|t| t.to_string()).collect();
     line("targets", targets.join(", "));

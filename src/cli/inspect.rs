@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::table::Table;
-use super::{Failure, bytes, info, print, print_json};
+use super::{Failure, bytes, print, print_json};
 use crate::graph::verify::{Obstacle, Obstacles};
 use crate::graph::{self, Definition, Graph, ValueId};
 use crate::lower;
@@ -191,7 +191,7 @@ fn tell(facts: &Facts) -> String {
     let opsets: Vec<String> = opsets.collect();
     line("opset", format!("{} (IR {})", opsets.join(", "), facts.ir_version));
     if let Some(a) = &r.architecture {
-        line("architecture", info::architecture(a));
+        line("architecture", a.to_string());
     }
     let slots = r.capacity.map(|n| format!(", {n} slots")).unwrap_or_default();
     line("cache", format!("{}{slots}", r.cache));

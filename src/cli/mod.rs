@@ -19,6 +19,7 @@ mod interrupt;
 mod numbers;
 mod progress;
 mod refit;
+mod report;
 mod sample;
 mod sampler;
 mod strip;
@@ -67,6 +68,8 @@ enum Command {
     Strip(strip::Args),
     /// Measures a package: prefill, decode, end to end, what it answers
     Bench(bench::Args),
+    /// Makes tables, plots and text of results
+    Report(report::Args),
     /// Says what can be built and run on this machine
     Doctor(doctor::Args),
 }
@@ -89,6 +92,7 @@ pub fn main() -> ExitCode {
         Command::Weights(args) => weights::run(args),
         Command::Strip(args) => strip::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Report(args) => report::run(args),
         Command::Doctor(args) => doctor::run(args),
     };
     match result {

@@ -1,5 +1,7 @@
 //! Facts about the model, read off the canonical graph and its analysis; they go into the package's manifest.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use super::attention::Analysis;
@@ -43,6 +45,31 @@ pub struct Architecture {
     pub tied_embeddings: Option<bool>,
     /// Of the caches.
     pub cache_dtype: DType,
+}
+
+/// `30 layers, 9 query heads over 3 KV heads of 64, hidden 576, vocabulary 49152`
+impl fmt::Display for Architecture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} layers, ", self.layers)?;
+        match self.heads == self.kv_heads {
+            true => write!(f, "{} heads of {}", self.heads, self.head_dim)?,
+            false => write!(
+                f,
+                "{} query heads over {} KV heads of {}",
+                self.heads, self.kv_heads, self.head_dim
+            )?,
+        }
+        for (name, value) in [("hidden", self.hidden), ("vocabulary", self.vocabulary)] {
+            if let Some(value) = value {
+                write!(f, ", {name} {value}")?;
+            }
+        }
+        let windows: Vec<usize> = self.windows.iter().flatten().copied().collect();
+        if let Some(window) = windows.first() {
+            write!(f, ", sliding window {window} in {} of the layers", windows.len())?;
+        }
+        Ok(())
+    }
 }
 
 /// Rotary position embedding of the first rotated layer.

@@ -1,8 +1,8 @@
 //! Results become a report: tables, plots and prose, every figure with the file it came from.
 //!
 //! Takes result files, packages and the kept facts of conversions ([`Input`]); gives Markdown and [`plots::Figure`]s.
-//! `benchmarks`, `ablations` and `steps` are the tables, `missing` what no file has, `text` the prose around them, which
-//! holds opinions and no figures. What results mean and whether they hold together is `bench`'s; writing files is the
+//! `benchmarks`, `ablations` and `steps` are the tables, `missing` what no file has, `write` puts them into
+//! `text/report.md`, whose prose holds opinions and no figures. What results mean and whether they hold together is `bench`'s; writing files is the
 //! command line's.
 
 mod ablations;
@@ -12,5 +12,8 @@ mod input;
 pub mod markdown;
 mod missing;
 pub mod plots;
+mod steps;
+mod write;
 
 pub use input::{Group, Input, InputError, SourceFile, SourceId};
+pub use write::{Report, report};

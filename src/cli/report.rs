@@ -1,0 +1,95 @@
+//! `lapidary report`: result files in, REPORT.md and its plots out.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::{Failure, print};
+use crate::report::conversion::ConversionError;
+use crate::report::plots::PlotError;
+use crate::report::{self, Input, InputError};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Files that `lapidary bench` and scripts/baselines wrote; JSON of other forms is listed and left alone
+    #[arg(value_name = "RESULT", required_unless_present = "package")]
+    results: Vec<PathBuf>,
+    /// Show what the conversion did to a package, or to one whose facts `lapidary info --conversion` kept (repeatable)
+    #[arg(long, value_name = "PKG_OR_FILE")]
+    package: Vec<PathBuf>,
+    /// The report; plots are written beside it
+    #[arg(short, long, value_name = "REPORT.md")]
+    output: PathBuf,
+    /// Folder of the plots [default: docs/plots beside the report]
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
+}
+
+pub fn run(args: Args) -> Result<(), Failure> {
+    let home = args.output.parent().unwrap_or(Path::new(""));
+    if !home.as_os_str().is_empty() && !home.is_dir() {
+        let message = format!("{}: there is no such folder to write to", home.display());
+        return Err(Failure::input(message));
+    }
+    let input = Input::read(&args.results, &args.package)?;
+    let folder = args.plots.clone().unwrap_or_else(|| home.join("docs/plots"));
+    let report = report::report(&input, &link(&folder, home));
+    let cannot = |path: &Path, error: std::io::Error| Failure::other(format!("{}: {error}", path.display()));
+    if !report.figures.is_empty() {
+        fs::create_dir_all(&folder).map_err(|e| cannot(&folder, e))?;
+    }
+    for figure in &report.figures {
+        let png = figure.png()?;
+        for (ending, bytes) in [("svg", figure.svg.as_bytes()), ("png", &png)] {
+            let path = folder.join(format!("{}.{ending}", figure.name));
+            fs::write(&path, bytes).map_err(|e| cannot(&path, e))?;
+        }
+    }
+    fs::write(&args.output, &report.markdown).map_err(|e| cannot(&args.output, e))?;
+    let mut told = format!(
+        "wrote {} and {} plots in two forms\n",
+        args.output.display(),
+        report.figures.len()
+    );
+    if !report.missing.is_empty() {
+        told += &format!("{} things are missing; the report names them\n", report.missing.len());
+    }
+    print(&told)
+}
+
+/// The plots' folder as a report in `home` refers to it: relative where it lies below, else as it was given.
+fn link(folder: &Path, home: &Path) -> String {
+    let below = folder.strip_prefix(home).unwrap_or(folder);
+    below.to_string_lossy().replace('\\', "/")
+}
+
+impl From<PlotError> for Failure {
+    fn from(error: PlotError) -> Self {
+        Failure::bug(error)
+    }
+}
+
+impl From<ConversionError> for Failure {
+    fn from(error: ConversionError) -> Self {
+        match error {
+            ConversionError::Package(error) => error.into(),
+            ConversionError::Lower(error) => Failure::bug(error),
+        }
+    }
+}
+
+impl From<InputError> for Failure {
+    fn from(error: InputError) -> Self {
+        let failure = Failure::input(&error);
+        match error {
+            InputError::Result(error) => error.into(),
+            InputError::Conversion(error) => error.into(),
+            InputError::File { .. } => failure,
+            InputError::Different { .. } => {
+                failure.help("report them apart, give them different --model-name, or measure again with the same")
+            }
+            InputError::SameLabel { .. } => {
+                failure.help("measure again with another --label, or leave one of them out")
+            }
+        }
+    }
+}

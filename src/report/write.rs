@@ -1,0 +1,233 @@
+//! The report as Markdown: the prose of `text/report.md` around the tables.
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
+use minijinja::{Environment, Value, context};
+use serde::Serialize;
+
+use super::ablations::{Ablation, ablations};
+use super::benchmarks::{self, Verdict};
+use super::input::{Group, Input};
+use super::markdown::{cite, cite_all};
+use super::plots::{Figure, figures};
+use super::{missing, steps};
+
+/// A figure, and where the report will find its files.
+#[derive(Serialize)]
+struct Shown {
+    caption: String,
+    svg: String,
+    png: String,
+    cites: String,
+}
+
+#[derive(Serialize)]
+struct ShownGroup {
+    title: String,
+    machines: String,
+    outputs: String,
+    decode: String,
+    prefill: String,
+    end_to_end: String,
+    footprint: String,
+    figures: Vec<Shown>,
+}
+
+#[derive(Serialize)]
+struct ShownAblation {
+    name: String,
+    title: String,
+    table: String,
+}
+
+/// What was made of the input.
+pub struct Report {
+    pub markdown: String,
+    pub figures: Vec<Figure>,
+    /// What is missing, as the report says it.
+    pub missing: Vec<String>,
+}
+
+/// Writes the report. `plots` is the folder of the plots as the report is to refer to it.
+pub fn report(input: &Input, plots: &str) -> Report {
+    let mut drawn = Vec::new();
+    let mut groups = Vec::new();
+    for group in &input.groups {
+        let figures = figures(group);
+        groups.push(shown(group, &figures, plots));
+        drawn.extend(figures);
+    }
+    let all: Vec<(&Group, Ablation<'_>)> = input
+        .groups
+        .iter()
+        .flat_map(|group| ablations(group).into_iter().map(move |a| (group, a)))
+        .collect();
+    let tables = |names: &[&str]| -> String {
+        let wanted = all.iter().filter(|(_, a)| names.contains(&a.name.as_str()));
+        let tables: Vec<String> = wanted
+            .map(|(group, a)| format!("{}:\n\n{}", group.title(), a.table(group)))
+            .collect();
+        match tables.is_empty() {
+            true => "No run here has this switch in another position.\n".to_string(),
+            false => tables.join("\n"),
+        }
+    };
+    let shown_ablations: Vec<ShownAblation> = all
+        .iter()
+        .map(|(group, a)| ShownAblation {
+            name: a.name.clone(),
+            title: group.title(),
+            table: a.table(group),
+        })
+        .collect();
+    let (mut headlines, mut slower) = (Vec::new(), Vec::new());
+    for group in &input.groups {
+        let (faster, behind) = benchmarks::headlines(group);
+        headlines.extend(faster.into_iter().map(|line| format!("{}: {line}", group.title())));
+        slower.extend(behind.into_iter().map(|line| format!("{}: {line}", group.title())));
+    }
+    let missing = missing::missing(input);
+    let footnotes: Vec<String> = input
+        .sources
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| !input.others.iter().any(|o| o.0 == *i))
+        .map(|(i, s)| format!("[^{}]: `{}` ({}): {}", i + 1, s.path.display(), s.hash, s.what))
+        .collect();
+    let others: Vec<String> = input
+        .others
+        .iter()
+        .map(|id| {
+            format!(
+                "`{}` ({})",
+                input.sources[id.0].path.display(),
+                input.sources[id.0].hash
+            )
+        })
+        .collect();
+    let mut environment = Environment::new();
+    environment.set_syntax(
+        SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .expect("usual marks"),
+    );
+    let template = include_str!("text/report.md");
+    environment.add_template("report", template).expect("a fixed template");
+    let rendered = environment.get_template("report").and_then(|t| {
+        t.render(context! {
+            headlines,
+            slower,
+            groups => Value::from(Serde(&groups)),
+            conversions => input.conversions.iter().map(steps::section).collect::<Vec<_>>(),
+            shapes_table => steps::shapes(&input.conversions),
+            weights_table => steps::weights(&input.conversions),
+            ablation_shapes => tables(&["shapes"]),
+            ablation_cache => tables(&["cache"]),
+            ablation_weights => tables(&["weights"]),
+            ablations => Value::from(Serde(&shown_ablations)),
+            verdicts => verdicts(input),
+            unstable => missing::unstable(input),
+            missing => &missing,
+            footnotes,
+            others,
+        })
+    });
+    Report {
+        markdown: tidy(&rendered.expect("a fixed template")),
+        figures: drawn,
+        missing,
+    }
+}
+
+fn shown(group: &Group, figures: &[Figure], plots: &str) -> ShownGroup {
+    let file = |f: &Figure, ending: &str| match plots.is_empty() {
+        true => format!("{}.{ending}", f.name),
+        false => format!("{plots}/{}.{ending}", f.name),
+    };
+    ShownGroup {
+        title: group.title(),
+        machines: benchmarks::machines(group),
+        outputs: benchmarks::outputs(group),
+        decode: benchmarks::decode(group),
+        prefill: benchmarks::prefill(group),
+        end_to_end: benchmarks::end_to_end(group),
+        footprint: benchmarks::footprint(group),
+        figures: figures
+            .iter()
+            .map(|f| Shown {
+                caption: f.caption.clone(),
+                svg: file(f, "svg"),
+                png: file(f, "png"),
+                cites: cite_all(f.sources.iter().copied()),
+            })
+            .collect(),
+    }
+}
+
+/// A line for each system that was compared.
+fn verdicts(input: &Input) -> Vec<String> {
+    let mut lines = Vec::new();
+    for group in &input.groups {
+        for r in &group.results {
+            let Some(found) = Verdict::of(r, group).comparison().cloned() else {
+                continue;
+            };
+            let verdict = if found.equal {
+                "answers as"
+            } else {
+                "does **not** answer as"
+            };
+            let with = group
+                .reference
+                .as_ref()
+                .map(|reference| cite(reference.source))
+                .unwrap_or_default();
+            lines.push(format!(
+                "{}: {} {verdict} {} within the limit of its dtype; root mean square error of a logit {:.2e}, {} rows \
+                 compared, best token another in {} of them where the reference was undecided and in {} where it was not\
+                 {}{with}",
+                group.title(),
+                r.of.system.label,
+                found.system,
+                found.rms_logit_error,
+                found.rows,
+                found.differing_within_error,
+                found.differing_though_clear,
+                cite(r.source),
+            ));
+        }
+    }
+    lines
+}
+
+/// One empty line where templates leave several.
+fn tidy(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut empty = 0;
+    for line in text.lines() {
+        empty = if line.trim().is_empty() { empty + 1 } else { 0 };
+        if empty < 2 {
+            out += line.trim_end();
+            out.push('\n');
+        }
+    }
+    out.truncate(out.trim_end().len());
+    out.push('\n');
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    /// Figures come from files: the prose has none.
+    #[test]
+    fn the_prose_has_no_figures() {
+        let text = include_str!("text/report.md");
+        let numbers: Vec<&str> = text
+            .split(|c: char| !c.is_alphanumeric())
+            .filter(|word| word.starts_with(|c: char| c.is_ascii_digit()))
+            .collect();
+        assert_eq!(numbers, [""; 0]);
+    }
+}
