@@ -158,7 +158,7 @@ pub fn decode(group: &Group) -> String {
         "p99",
         "GPU alone",
         "tokens/s",
-        "to Lapidary",
+        "time to Lapidary's",
         "MBU",
         "cache slots",
         "",
@@ -202,7 +202,7 @@ pub fn prefill(group: &Group) -> String {
         "p90",
         "p99",
         "tokens/s",
-        "to Lapidary",
+        "time to Lapidary's",
         "MFU",
         "",
     ];
@@ -242,7 +242,7 @@ pub fn end_to_end(group: &Group) -> String {
         "ITL ms",
         "latency ms",
         "tokens/s",
-        "to Lapidary",
+        "time to Lapidary's",
         "",
     ];
     table(&header, &rows)
@@ -300,12 +300,10 @@ pub fn machines(group: &Group) -> String {
                     .copy_bandwidth_bytes_per_s
                     .map(|b| format!("{}/s", bytes(b as u64))),
             ),
-            or_missing(
-                d.machine
-                    .peak_flops
-                    .as_ref()
-                    .map(|p| format!("{:.1} TFLOP/s ({})", p.flops / 1e12, p.source)),
-            ),
+            or_missing(d.machine.peak_flops.as_ref().map(|p| {
+                let how = p.source.split(':').next().unwrap_or_default();
+                format!("{:.1} TFLOP/s, {how}", p.flops / 1e12)
+            })),
             versions.join(", "),
             cite(r.source),
         ]
@@ -320,65 +318,73 @@ pub fn machines(group: &Group) -> String {
         "versions",
         "",
     ];
-    table(&header, &rows.collect::<Vec<_>>())
+    let mut out = table(&header, &rows.collect::<Vec<_>>());
+    let measured = group.results.iter().chain(&group.ablations);
+    let mut peaks: Vec<&str> = measured
+        .filter_map(|r| Some(r.of.machine.peak_flops.as_ref()?.source.as_str()))
+        .collect();
+    peaks.sort_unstable();
+    peaks.dedup();
+    if !peaks.is_empty() {
+        out += &format!("\nThe peak is {}.\n", peaks.join("; "));
+    }
+    out
 }
 
-/// A sentence for each thing that another system does too: ours beside theirs.
+/// What ours is to others: a line for each thing that another system was measured at too, and the lines of those where
+/// ours is slower.
 pub fn headlines(group: &Group) -> (Vec<String>, Vec<String>) {
-    let (mut faster, mut slower) = (Vec::new(), Vec::new());
+    let (mut all, mut slower) = (Vec::new(), Vec::new());
     let Some(ours) = group.ours() else {
-        return (faster, slower);
+        return (all, slower);
     };
-    let others = || group.results.iter().filter(|r| r.source != ours.source);
-    let mut say = |what: String, mine: f64, r: &ResultFile, theirs: f64| {
-        let unequal = Verdict::of(r, group).comparison().is_some_and(|c| !c.equal);
-        let doubt = if unequal { ", whose outputs are not equal" } else { "" };
-        let cites = format!("{}{}", cite(ours.source), cite(r.source));
-        let (mine_told, theirs_told) = (ms(mine), ms(theirs));
-        let label = &r.of.system.label;
-        if theirs >= mine {
-            let by = times(theirs / mine);
-            faster.push(format!(
-                "{what}: {mine_told} ms, {by} as fast as {label} ({theirs_told} ms{doubt}){cites}"
-            ));
-        } else {
-            let by = times(mine / theirs);
-            slower.push(format!(
-                "{what}: {mine_told} ms, {by} the time of {label} ({theirs_told} ms{doubt}){cites}"
-            ));
+    let mut say = |what: String, mine: f64, of: &dyn Fn(&Document) -> Option<f64>| {
+        let others = group.results.iter().filter(|r| r.of.system.name != "lapidary");
+        let (mut told, mut behind) = (Vec::new(), Vec::new());
+        for r in others {
+            let Some(theirs) = of(&r.of) else { continue };
+            let unequal = Verdict::of(r, group).comparison().is_some_and(|c| !c.equal);
+            let doubt = if unequal { ", whose outputs are not equal" } else { "" };
+            let (label, cited) = (&r.of.system.label, cite(r.source));
+            if theirs >= mine {
+                told.push(format!(
+                    "{} as fast as {label} ({} ms{doubt}){cited}",
+                    times(theirs / mine),
+                    ms(theirs)
+                ));
+            } else {
+                behind.push(format!(
+                    "{} the time of {label} ({} ms{doubt}){cited}",
+                    times(mine / theirs),
+                    ms(theirs)
+                ));
+            }
+        }
+        let head = format!("{what}: {} ms{}", ms(mine), cite(ours.source));
+        if !behind.is_empty() {
+            slower.push(format!("{head}, {}", behind.join(", ")));
+        }
+        told.extend(behind);
+        if !told.is_empty() {
+            all.push(format!("{head}, {}", told.join(", ")));
         }
     };
     for mine in &ours.of.decode {
-        for r in others() {
-            if let Some(theirs) = decode_at(&r.of, mine.live) {
-                say(
-                    format!("a token behind {} live ones", mine.live),
-                    mine.ms.median,
-                    r,
-                    theirs.ms.median,
-                );
-            }
-        }
+        let what = format!("a token behind {} live ones", mine.live);
+        say(what, mine.ms.median, &|d| decode_at(d, mine.live).map(|d| d.ms.median));
     }
     for mine in &ours.of.prefill {
-        for r in others() {
-            if let Some(theirs) = prefill_of(&r.of, mine.tokens) {
-                say(
-                    format!("the first token of a prompt of {}", mine.tokens),
-                    mine.ms.median,
-                    r,
-                    theirs.ms.median,
-                );
-            }
-        }
+        let what = format!("the first token of a prompt of {}", mine.tokens);
+        say(what, mine.ms.median, &|d| {
+            prefill_of(d, mine.tokens).map(|p| p.ms.median)
+        });
     }
     for mine in &ours.of.end_to_end {
-        for r in others() {
-            if let Some(theirs) = text_of(&r.of, (mine.prompt, mine.new_tokens)) {
-                let what = format!("{} tokens behind a prompt of {}", mine.new_tokens, mine.prompt);
-                say(what, mine.latency_ms.median, r, theirs.latency_ms.median);
-            }
-        }
+        let text = (mine.prompt, mine.new_tokens);
+        let what = format!("{} tokens behind a prompt of {}", text.1, text.0);
+        say(what, mine.latency_ms.median, &|d| {
+            text_of(d, text).map(|e| e.latency_ms.median)
+        });
     }
-    (faster, slower)
+    (all, slower)
 }

@@ -75,7 +75,10 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
         prompt_lengths(&group.results),
         texts(&group.results),
     );
-    for r in &group.results {
+    let ours = group.ours().map(|r| r.source);
+    // Other runs of Lapidary show one thing, and need not show all.
+    let whole = |r: &&super::input::ResultFile| r.of.system.name != "lapidary" || Some(r.source) == ours;
+    for r in group.results.iter().filter(whole) {
         let (d, label) = (&r.of, &r.of.system.label);
         let mut gaps = Vec::new();
         let live = lengths.0.iter().filter(|n| decode_at(d, **n).is_none());

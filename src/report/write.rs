@@ -40,6 +40,13 @@ struct ShownAblation {
     table: String,
 }
 
+/// Lines of one group.
+#[derive(Serialize)]
+struct Lines {
+    title: String,
+    lines: Vec<String>,
+}
+
 /// What was made of the input.
 pub struct Report {
     pub markdown: String,
@@ -82,9 +89,13 @@ pub fn report(input: &Input, plots: &str) -> Report {
         .collect();
     let (mut headlines, mut slower) = (Vec::new(), Vec::new());
     for group in &input.groups {
-        let (faster, behind) = benchmarks::headlines(group);
-        headlines.extend(faster.into_iter().map(|line| format!("{}: {line}", group.title())));
-        slower.extend(behind.into_iter().map(|line| format!("{}: {line}", group.title())));
+        let (all, behind) = benchmarks::headlines(group);
+        for (list, lines) in [(&mut headlines, all), (&mut slower, behind)] {
+            if !lines.is_empty() {
+                let title = group.title();
+                list.push(Lines { title, lines });
+            }
+        }
     }
     let missing = missing::missing(input);
     let footnotes: Vec<String> = input
@@ -117,8 +128,8 @@ pub fn report(input: &Input, plots: &str) -> Report {
     environment.add_template("report", template).expect("a fixed template");
     let rendered = environment.get_template("report").and_then(|t| {
         t.render(context! {
-            headlines,
-            slower,
+            headlines => Value::from(Serde(&headlines)),
+            slower => Value::from(Serde(&slower)),
             groups => Value::from(Serde(&groups)),
             conversions => input.conversions.iter().map(steps::section).collect::<Vec<_>>(),
             shapes_table => steps::shapes(&input.conversions),
@@ -185,16 +196,15 @@ fn verdicts(input: &Input) -> Vec<String> {
                 .map(|reference| cite(reference.source))
                 .unwrap_or_default();
             lines.push(format!(
-                "{}: {} {verdict} {} within the limit of its dtype; root mean square error of a logit {:.2e}, {} rows \
-                 compared, best token another in {} of them where the reference was undecided and in {} where it was not\
-                 {}{with}",
+                "{}: {} {verdict} {} within the limit of its dtype. Of {} rows of logits {} have another best token where \
+                 the reference was undecided, {} where it was not; one logit is off by {:.1e} (root mean square).{}{with}",
                 group.title(),
                 r.of.system.label,
                 found.system,
-                found.rms_logit_error,
                 found.rows,
                 found.differing_within_error,
                 found.differing_though_clear,
+                found.rms_logit_error,
                 cite(r.source),
             ));
         }
@@ -202,11 +212,14 @@ fn verdicts(input: &Input) -> Vec<String> {
     lines
 }
 
-/// One empty line where templates leave several.
+/// One empty line where the template leaves several, and one before headings and images where it leaves none.
 fn tidy(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
-    let mut empty = 0;
+    let mut empty = 1;
     for line in text.lines() {
+        if empty == 0 && (line.starts_with('#') || line.starts_with("![")) {
+            out.push('\n');
+        }
         empty = if line.trim().is_empty() { empty + 1 } else { 0 };
         if empty < 2 {
             out += line.trim_end();

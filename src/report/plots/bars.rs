@@ -1,7 +1,7 @@
 //! Tokens a second: a bar a system, the longest first, for each live length and each text.
 
 use super::canvas::{HEAD, Side, sheet, width_of};
-use super::{FAINT_INK, Figure, INK, MUTED, OURS, slug};
+use super::{FAINT_INK, Figure, INK, MUTED, OURS, OURS_TOO, is_ours, slug};
 use crate::bench::result::Document;
 use crate::report::benchmarks::{Verdict, decode_at, live_lengths, text_of, texts};
 use crate::report::input::{Group, ResultFile, SourceId};
@@ -56,17 +56,18 @@ pub fn figure(group: &Group) -> Option<Figure> {
             canvas.write((28.0, y + 16.0), &panel.what, 13.5, INK, Side::Start, true);
             y += PANEL_HEAD;
             for (r, value) in &panel.bars {
-                let ours = r.of.system.name == "lapidary";
+                let ours = is_ours(group, r);
+                let colour = match (ours, r.of.system.name.as_str()) {
+                    (true, _) => OURS,
+                    (false, "lapidary") => OURS_TOO,
+                    _ => MUTED,
+                };
                 let middle = y + BAR / 2.0;
                 let end = left + (right - left) * value / most;
                 let wrong = Verdict::of(r, group).comparison().is_some_and(|c| !c.equal);
                 let label = &r.of.system.label;
                 canvas.write((left - 10.0, middle), label, 12.5, INK, Side::End, ours);
-                canvas.bar(
-                    (left, y),
-                    (end.max(left + 1.0), y + BAR),
-                    if ours { OURS } else { MUTED },
-                );
+                canvas.bar((left, y), (end.max(left + 1.0), y + BAR), colour);
                 let note = if wrong { " (outputs not equal)" } else { "" };
                 let text = format!("{}{note}", rate(*value));
                 // Inside the bar where the sheet ends.

@@ -71,21 +71,6 @@ impl Canvas<'_> {
         self.root.draw(&path).expect("text takes everything");
     }
 
-    pub fn dashes(&self, from: (f64, f64), to: (f64, f64), ink: RGBColor) {
-        let length = (to.0 - from.0).hypot(to.1 - from.1);
-        let on = |way: f64| {
-            (
-                from.0 + (to.0 - from.0) * way / length,
-                from.1 + (to.1 - from.1) * way / length,
-            )
-        };
-        let mut way = 0.0;
-        while way < length {
-            self.line(&[on(way), on((way + 6.0).min(length))], ink, 1);
-            way += 11.0;
-        }
-    }
-
     /// Opposite corners.
     pub fn bar(&self, from: (f64, f64), to: (f64, f64), ink: RGBColor) {
         let bar = Rectangle::new([place(from), place(to)], ink.filled());

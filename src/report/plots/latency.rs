@@ -2,7 +2,7 @@
 
 use super::axes::{Scale, mark, spread};
 use super::canvas::{HEAD, Side, sheet, width_of};
-use super::{AXIS, FAINT_INK, Figure, GRID, INK, coloured, slug};
+use super::{AXIS, FAINT_INK, Figure, GRID, INK, coloured, is_ours, slug};
 use crate::report::input::Group;
 use crate::report::markdown::ms;
 
@@ -90,7 +90,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
                 .iter()
                 .map(|d| (x.at(d.live as f64), y.at(d.ms.median)))
                 .collect();
-            let ours = r.of.system.name == "lapidary";
+            let ours = is_ours(group, r);
             canvas.line(&path, *colour, if ours { 3 } else { 2 });
             for d in &decode {
                 let at = x.at(d.live as f64);
@@ -101,7 +101,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
             if (label - height).abs() > 3.0 || from < right - 20.0 {
                 canvas.line(&[(from + 8.0, height), (right + 8.0, *label)], GRID, 1);
             }
-            let text = format!("{}  {}", r.of.system.label, ms(value));
+            let text = format!("{}: {}", r.of.system.label, ms(value));
             canvas.write((right + 12.0, *label), &text, 12.5, *colour, Side::Start, ours);
         }
     });

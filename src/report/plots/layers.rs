@@ -45,7 +45,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
                 let to = from + (right - left) * time / longest;
                 canvas.bar((from, top), (to, top + BAR), colour);
                 let share = format!("{:.0} %", 100.0 * time / profile.total_ms);
-                let told = format!("{}  {share}", ms(time));
+                let told = format!("{} ms, {share}", ms(time));
                 let ink = if colour == OURS { plotters::style::WHITE } else { INK };
                 if width_of(&told, 12.5) < to - from {
                     canvas.write(

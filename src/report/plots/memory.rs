@@ -3,7 +3,7 @@
 use plotters::style::RGBColor;
 
 use super::canvas::{HEAD, Side, sheet, width_of};
-use super::{FAINT_INK, Figure, INK, MUTED, OTHERS, OURS, slug};
+use super::{FAINT_INK, Figure, INK, MUTED, OTHERS, OURS, is_ours, slug};
 use crate::bench::result::Document;
 use crate::report::input::Group;
 use crate::report::markdown::bytes;
@@ -15,7 +15,7 @@ const PARTS: [(&str, RGBColor); 4] = [
     ("weights", OURS),
     ("cache", OTHERS[3]),
     ("working memory", OTHERS[1]),
-    ("everything else", MUTED),
+    ("everything else, or not told apart", MUTED),
 ];
 
 /// Bytes of each part; the last is all where nothing is told apart.
@@ -69,7 +69,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
             }
             let mut y = HEAD + legend;
             for (r, parts) in &bars {
-                let ours = r.of.system.name == "lapidary";
+                let ours = is_ours(group, r);
                 canvas.write(
                     (left - 10.0, y + BAR / 2.0),
                     &r.of.system.label,

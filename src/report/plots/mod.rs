@@ -96,16 +96,21 @@ const INK: RGBColor = RGBColor(34, 34, 34);
 const FAINT_INK: RGBColor = RGBColor(105, 105, 105);
 const GRID: RGBColor = RGBColor(228, 228, 228);
 const AXIS: RGBColor = RGBColor(150, 150, 150);
+/// Other runs of Lapidary, where colours are not told by system.
+const OURS_TOO: RGBColor = RGBColor(120, 178, 214);
 const MUTED: RGBColor = RGBColor(176, 186, 196);
+
+/// The run of Lapidary that others are compared with.
+fn is_ours(group: &Group, r: &ResultFile) -> bool {
+    group.ours().is_some_and(|ours| ours.source == r.source)
+}
 
 /// Results with their colours: ours always in ours.
 fn coloured(group: &Group) -> Vec<(&ResultFile, RGBColor)> {
-    let ours = group.ours().map(|r| r.source);
     let mut others = OTHERS.iter().cycle();
-    let colour = |r: &ResultFile| match Some(r.source) == ours {
+    let mut colour = |r: &ResultFile| match is_ours(group, r) {
         true => OURS,
         false => *others.next().expect("a cycle has no end"),
     };
-    let mut colour = colour;
     group.results.iter().map(|r| (r, colour(r))).collect()
 }

@@ -18,7 +18,7 @@ struct Point {
     intensity: f64,
     /// FLOP a second.
     reached: f64,
-    what: String,
+    tokens: usize,
     is_prefill: bool,
 }
 
@@ -28,7 +28,7 @@ fn points(d: &Document) -> Vec<Point> {
         Some(Point {
             intensity: flop / bytes,
             reached: flop / (m.ms.median / 1e3),
-            what: format!("decode {}", m.live),
+            tokens: m.live,
             is_prefill: false,
         })
     });
@@ -38,11 +38,49 @@ fn points(d: &Document) -> Vec<Point> {
         Some(Point {
             intensity: flop / bytes,
             reached: flop / (m.ms.median / 1e3),
-            what: format!("prefill {}", m.tokens),
+            tokens: m.tokens,
             is_prefill: true,
         })
     });
     decode.chain(prefill).collect()
+}
+
+/// Points of a kind that lie close together, labelled as one.
+struct Label {
+    at: (f64, f64),
+    is_prefill: bool,
+    first: usize,
+    last: usize,
+}
+
+fn labels_of(points: &[Point], place: impl Fn(&Point) -> (f64, f64)) -> Vec<((f64, f64), String)> {
+    let mut labels: Vec<Label> = Vec::new();
+    for p in points {
+        let at = place(p);
+        let near = |l: &&mut Label| l.is_prefill == p.is_prefill && (l.at.0 - at.0).abs() < 100.0;
+        match labels.iter_mut().find(near) {
+            // Above the highest of them.
+            Some(label) => {
+                label.at.1 = label.at.1.min(at.1);
+                label.first = label.first.min(p.tokens);
+                label.last = label.last.max(p.tokens);
+            }
+            None => labels.push(Label {
+                at,
+                is_prefill: p.is_prefill,
+                first: p.tokens,
+                last: p.tokens,
+            }),
+        }
+    }
+    let text = |l: &Label| {
+        let what = if l.is_prefill { "prefill" } else { "decode" };
+        match l.first == l.last {
+            true => format!("{what} {}", l.first),
+            false => format!("{what} {} to {}", l.first, l.last),
+        }
+    };
+    labels.iter().map(|l| (l.at, text(l))).collect()
 }
 
 pub fn figure(group: &Group) -> Option<Figure> {
@@ -123,14 +161,9 @@ pub fn figure(group: &Group) -> Option<Figure> {
         let slope = [(x.at(x_min), height(roof(x_min))), (x.at(corner), height(roof(corner)))];
         canvas.line(&slope, INK, 2);
         let told = format!("measured copy bandwidth, {} GB/s", mark((bandwidth / 1e9).round()));
-        canvas.write(
-            (slope[0].0 + 16.0, slope[0].1 - 34.0),
-            &told,
-            12.0,
-            INK,
-            Side::Start,
-            false,
-        );
+        let middle = ((slope[0].0 + slope[1].0) / 2.0, (slope[0].1 + slope[1].1) / 2.0);
+        let below = (middle.0 + 14.0, middle.1 + 14.0);
+        canvas.write(below, &told, 12.0, INK, Side::Start, false);
         if let Some(peak) = peak {
             canvas.line(&[slope[1], (right, height(peak.flops))], INK, 2);
             let told = format!("peak, {} {}", mark((peak.flops / unit.0 * 10.0).round() / 10.0), unit.1);
@@ -144,13 +177,10 @@ pub fn figure(group: &Group) -> Option<Figure> {
                     true => canvas.square(at, 5.0, *colour),
                     false => canvas.dot(at, 6, *colour),
                 }
-                // Of points close together the first is labelled.
-                let crowded = points.iter().take_while(|q| q.what != p.what).any(|q| {
-                    let far = (x.at(q.intensity) - at.0).abs() > 60.0 || (height(q.reached) - at.1).abs() > 14.0;
-                    !far
-                });
-                if is_ours && !crowded {
-                    canvas.write((at.0 + 13.0, at.1 + 12.0), &p.what, 12.0, *colour, Side::Start, true);
+            }
+            if is_ours {
+                for (at, text) in labels_of(points, |p| (x.at(p.intensity), height(p.reached))) {
+                    canvas.write((at.0, at.1 - 17.0), &text, 12.0, *colour, Side::Middle, true);
                 }
             }
         }
