@@ -4,6 +4,8 @@
 mod measured;
 #[path = "bench/refusals.rs"]
 mod refusals;
+#[path = "bench/report.rs"]
+mod report;
 #[allow(dead_code, reason = "shared with tests/cli.rs, which uses the rest")]
 #[path = "cli/support.rs"]
 mod support;

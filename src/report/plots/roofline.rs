@@ -53,15 +53,17 @@ struct Label {
     last: usize,
 }
 
-fn labels_of(points: &[Point], place: impl Fn(&Point) -> (f64, f64)) -> Vec<((f64, f64), String)> {
+fn labels_of(points: &[Point], place: impl Fn(&Point) -> (f64, f64)) -> Vec<Label> {
     let mut labels: Vec<Label> = Vec::new();
     for p in points {
         let at = place(p);
         let near = |l: &&mut Label| l.is_prefill == p.is_prefill && (l.at.0 - at.0).abs() < 100.0;
         match labels.iter_mut().find(near) {
-            // Above the highest of them.
             Some(label) => {
-                label.at.1 = label.at.1.min(at.1);
+                // Beside the rightmost.
+                if at.0 > label.at.0 {
+                    label.at = at;
+                }
                 label.first = label.first.min(p.tokens);
                 label.last = label.last.max(p.tokens);
             }
@@ -73,14 +75,17 @@ fn labels_of(points: &[Point], place: impl Fn(&Point) -> (f64, f64)) -> Vec<((f6
             }),
         }
     }
-    let text = |l: &Label| {
-        let what = if l.is_prefill { "prefill" } else { "decode" };
-        match l.first == l.last {
-            true => format!("{what} {}", l.first),
-            false => format!("{what} {} to {}", l.first, l.last),
+    labels
+}
+
+impl Label {
+    fn text(&self) -> String {
+        let what = if self.is_prefill { "prefill" } else { "decode" };
+        match self.first == self.last {
+            true => format!("{what} {}", self.first),
+            false => format!("{what} {} to {}", self.first, self.last),
         }
-    };
-    labels.iter().map(|l| (l.at, text(l))).collect()
+    }
 }
 
 pub fn figure(group: &Group) -> Option<Figure> {
@@ -162,8 +167,9 @@ pub fn figure(group: &Group) -> Option<Figure> {
         canvas.line(&slope, INK, 2);
         let told = format!("measured copy bandwidth, {} GB/s", mark((bandwidth / 1e9).round()));
         let middle = ((slope[0].0 + slope[1].0) / 2.0, (slope[0].1 + slope[1].1) / 2.0);
-        let below = (middle.0 + 14.0, middle.1 + 14.0);
-        canvas.write(below, &told, 12.0, INK, Side::Start, false);
+        // Nothing is above the roof.
+        let above = (middle.0 - 14.0, middle.1 - 14.0);
+        canvas.write(above, &told, 12.0, INK, Side::End, false);
         if let Some(peak) = peak {
             canvas.line(&[slope[1], (right, height(peak.flops))], INK, 2);
             let told = format!("peak, {} {}", mark((peak.flops / unit.0 * 10.0).round() / 10.0), unit.1);
@@ -179,8 +185,12 @@ pub fn figure(group: &Group) -> Option<Figure> {
                 }
             }
             if is_ours {
-                for (at, text) in labels_of(points, |p| (x.at(p.intensity), height(p.reached))) {
-                    canvas.write((at.0, at.1 - 17.0), &text, 12.0, *colour, Side::Middle, true);
+                for label in labels_of(points, |p| (x.at(p.intensity), height(p.reached))) {
+                    let (at, text) = (label.at, label.text());
+                    match label.is_prefill {
+                        true => canvas.write((at.0, at.1 - 17.0), &text, 12.0, *colour, Side::Middle, true),
+                        false => canvas.write((at.0 + 13.0, at.1), &text, 12.0, *colour, Side::Start, true),
+                    }
                 }
             }
         }

@@ -1,0 +1,355 @@
+//! `lapidary report` of committed results: what it says, that every figure leads to a file, and what it refuses.
+//!
+//! `results/` is made by `make_results.py`: made-up times in the bench schema. `results/conversion.json` is what
+//! `lapidary info --conversion` said of the Llama fixture.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::measured::{llama, quick};
+use crate::support::{Run, command, lapidary, text};
+
+fn results() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bench/results")
+}
+
+/// All result files, without the conversion.
+fn names() -> Vec<String> {
+    let entries = std::fs::read_dir(results())
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = entries.filter(|n| n != "conversion.json").collect();
+    names.sort();
+    names
+}
+
+struct Reported {
+    folder: tempfile::TempDir,
+    run: Run,
+}
+
+impl Reported {
+    /// Runs in the folder of results, so that files are named as they are.
+    fn of(files: &[String], flags: &[&str]) -> Reported {
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("REPORT.md");
+        let mut command = command();
+        command
+            .current_dir(results())
+            .arg("report")
+            .args(files)
+            .args(flags)
+            .arg("-o")
+            .arg(&output);
+        let run = Run::of(command.output().unwrap());
+        Reported { folder, run }
+    }
+
+    fn markdown(self) -> String {
+        let text = std::fs::read_to_string(self.folder.path().join("REPORT.md"));
+        self.run.ok();
+        text.unwrap()
+    }
+}
+
+/// A copy of a result with something changed, in a folder of its own.
+fn changed(name: &str, change: impl FnOnce(&mut Value)) -> (tempfile::TempDir, String) {
+    let text_of = std::fs::read_to_string(results().join(name)).unwrap();
+    let mut value: Value = serde_json::from_str(&text_of).unwrap();
+    change(&mut value);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(format!("changed-{name}"));
+    std::fs::write(&path, value.to_string()).unwrap();
+    let path = text(&path).to_string();
+    (folder, path)
+}
+
+#[test]
+fn the_whole_report() {
+    let markdown = Reported::of(&names(), &["--package", "conversion.json"]).markdown();
+    insta::with_settings!({ snapshot_path => "snapshots", prepend_module_to_snapshot => false, omit_expression => true }, {
+        insta::assert_snapshot!("report", markdown);
+    });
+}
+
+/// Tables end in a footnote, but for those of a conversion, whose introduction has it; every footnote is a file.
+#[test]
+fn every_figure_leads_to_a_file() {
+    let markdown = Reported::of(&names(), &["--package", "conversion.json"]).markdown();
+    let (body, sources) = markdown.split_once("## Sources").unwrap();
+    let (_, sources) = sources.split_once("\n[^").unwrap();
+    let mut defined = BTreeSet::new();
+    for line in format!("[^{sources}").lines().filter(|l| l.starts_with("[^")) {
+        let (mark, rest) = line.split_once(": `").unwrap();
+        let file = rest.split('`').next().unwrap();
+        assert!(results().join(file).is_file(), "{file}");
+        defined.insert(mark.to_string());
+    }
+    assert_eq!(defined.len(), names().len() + 1);
+    let (mut introduced, mut rows) = (String::new(), 0);
+    let lines: Vec<&str> = body.lines().collect();
+    for (i, line) in lines.iter().enumerate() {
+        if !line.starts_with('|') {
+            if !line.is_empty() {
+                introduced = line.to_string();
+            }
+            continue;
+        }
+        let is_head = lines[i..].iter().take(2).any(|l| l.starts_with("|--"));
+        if !is_head {
+            rows += 1;
+            assert!(line.contains("[^") || introduced.contains("[^"), "{line}");
+        }
+    }
+    assert!(rows > 60, "{rows}");
+    for mark in body
+        .split("[^")
+        .skip(1)
+        .map(|rest| format!("[^{}]", rest.split(']').next().unwrap()))
+    {
+        assert!(defined.contains(&mark), "{mark} is nowhere explained");
+    }
+    // Sentences with figures have a mark too.
+    for line in body.lines().filter(|l| l.starts_with("- ") && l.contains(" ms")) {
+        assert!(line.contains("[^"), "{line}");
+    }
+}
+
+/// Numbers of the tables are those of the files, computed here once more.
+#[test]
+fn figures_are_those_of_the_files() {
+    let markdown = Reported::of(&names(), &[]).markdown();
+    for name in ["lapidary", "eager", "compiled"] {
+        let value: Value =
+            serde_json::from_str(&std::fs::read_to_string(results().join(format!("{name}.json"))).unwrap()).unwrap();
+        let label = value["system"]["label"].as_str().unwrap();
+        for decode in value["decode"].as_array().unwrap() {
+            let mut samples: Vec<f64> = decode["samples_ms"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|s| s.as_f64().unwrap())
+                .collect();
+            samples.sort_by(f64::total_cmp);
+            // Sixteen samples: the median is between the eighth and the ninth.
+            let median = (samples[7] + samples[8]) / 2.0;
+            let told = if median >= 10.0 {
+                format!("{median:.2}")
+            } else {
+                format!("{median:.3}")
+            };
+            let start = format!("| equal | {} | {label} | {told} |", decode["live"]);
+            assert!(markdown.contains(&start), "{start}");
+        }
+    }
+    // Ours is slower in one thing, and the report says so itself.
+    let behind = markdown.split("### Where it falls short").nth(1).unwrap();
+    let behind = behind.split("\n## ").next().unwrap();
+    assert!(behind.contains("the first token of a prompt of 512"), "{behind}");
+    assert!(behind.contains("the time of transformers static + compile"), "{behind}");
+    assert!(!behind.contains("live ones"), "{behind}");
+}
+
+#[test]
+fn plots_come_in_two_forms() {
+    let reported = Reported::of(&names(), &[]);
+    let plots = reported.folder.path().join("docs/plots");
+    let name = |kind: &str| format!("llama-1b-fp16-nvidia-h200-{kind}");
+    for kind in ["latency", "throughput", "roofline", "layers", "memory"] {
+        let svg = std::fs::read_to_string(plots.join(name(kind) + ".svg")).unwrap();
+        assert!(svg.starts_with("<svg") && svg.contains("lapidary"), "{kind}");
+        let png = std::fs::read(plots.join(name(kind) + ".png")).unwrap();
+        assert_eq!(&png[..8], b"\x89PNG\r\n\x1a\n", "{kind}");
+        let side = |at: usize| u32::from_be_bytes(png[at..at + 4].try_into().unwrap());
+        assert_eq!(side(16), 2 * 960, "{kind}: two pixels a unit");
+        assert!(side(20) > 400 && png.len() > 10_000, "{kind}");
+    }
+    let markdown = reported.markdown();
+    assert!(markdown.contains("](docs/plots/llama-1b-fp16-nvidia-h200-latency.svg)"));
+
+    let elsewhere = tempfile::tempdir().unwrap();
+    let there = elsewhere.path().join("p");
+    let markdown = Reported::of(&names(), &["--plots", text(&there)]).markdown();
+    assert!(there.join(name("memory") + ".png").is_file());
+    assert!(markdown.contains(&format!("]({}/llama", text(&there))));
+}
+
+/// What is not there is named, and nothing stands in its place.
+#[test]
+fn what_is_missing_is_named() {
+    let only = ["lapidary.json".to_string()];
+    let markdown = Reported::of(&only, &[]).markdown();
+    let missing = markdown.split("## Missing").nth(1).unwrap();
+    let missing = missing.split("\n## ").next().unwrap();
+    for part in [
+        "no package was given",
+        "no fp32 reference",
+        "no result of transformers",
+        "no result of tensorrt-onnx-parser",
+        "the ablation of DRY was not run",
+        "the ablation of CUDA graphs was not run",
+        "bind, embed and strip",
+    ] {
+        assert!(missing.contains(part), "{part}: {missing}");
+    }
+    assert!(markdown.contains("| no reference | 300 | lapidary |"));
+    assert!(markdown.contains("No package was given, so the steps cannot be shown for a model."));
+    assert!(!markdown.contains("### In short"), "there is nothing to compare with");
+
+    let whole = Reported::of(&names(), &["--package", "conversion.json"]).markdown();
+    let missing = whole.split("## Missing").nth(1).unwrap();
+    assert!(missing.contains("TensorRT ONNX parser did not run: the parser has no importer for Attention"));
+    assert!(missing.contains("transformers static cache lacks decode behind 64 tokens"));
+    assert!(whole.contains("transformers static cache: prefill of 512, decode behind 300, decode behind 4080"));
+
+    // Less measured, fewer plots, and it says why.
+    let (_folder, bare) = changed("lapidary.json", |v| {
+        for key in ["profile", "end_to_end", "decode"] {
+            v[key] = json!([]);
+        }
+        v["profile"] = Value::Null;
+        v["prefill"] = json!([]);
+        v["machine"]["peak_flops"] = Value::Null;
+    });
+    let reported = Reported::of(&[bare], &[]);
+    let drawn = std::fs::read_dir(reported.folder.path().join("docs/plots"))
+        .unwrap()
+        .count();
+    assert_eq!(drawn, 2, "memory alone");
+    let markdown = reported.markdown();
+    assert!(markdown.contains("lapidary lacks a peak of arithmetic"), "{markdown}");
+    assert!(markdown.contains("time by layer (`lapidary bench --profile`)"));
+}
+
+#[test]
+fn other_json_is_listed_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let other = folder.path().join("h200-old.json");
+    std::fs::write(&other, json!({"decode": {"wall_ms": 1.24}}).to_string()).unwrap();
+    let markdown = Reported::of(&["lapidary.json".into(), text(&other).into()], &[]).markdown();
+    let list = markdown.split("not in the bench schema").nth(1).unwrap();
+    assert!(list.contains("h200-old.json"));
+    assert!(!markdown.contains("[^2]"), "no figure is cited from it");
+}
+
+#[test]
+fn what_must_not_stand_side_by_side_is_refused() {
+    let refused = |name: &str, change: &dyn Fn(&mut Value)| {
+        let (_folder, path) = changed(name, |v| change(v));
+        Reported::of(&["lapidary.json".into(), path], &[]).run.refused()
+    };
+    let (message, help) = refused("eager.json", &|v| v["model"]["weights_hash"] = json!("cd"));
+    assert!(
+        message.contains("lapidary.json") && message.contains("changed-eager.json"),
+        "{message}"
+    );
+    assert!(
+        message.contains("llama-1b in fp16, but not of the same weights"),
+        "{message}"
+    );
+    assert!(help.contains("--model-name"), "{help}");
+    let prompts = |v: &mut Value| v["workload"]["prompts"][1]["sha256"] = json!("00");
+    assert!(refused("eager.json", &prompts).0.contains("not of the same prompts"));
+    assert!(
+        refused("reference.json", &prompts)
+            .0
+            .contains("not of the same prompts")
+    );
+    assert!(
+        refused("embedded.json", &prompts).0.contains("not of the same prompts"),
+        "ablations too"
+    );
+    let (message, help) = refused("eager.json", &|v| v["system"]["label"] = json!("lapidary"));
+    assert!(
+        message.contains("both called \"lapidary\"") && help.contains("--label"),
+        "{message}"
+    );
+
+    // Another dtype, model or machine is another table.
+    let apart = |change: &dyn Fn(&mut Value)| {
+        let (_folder, path) = changed("eager.json", |v| change(v));
+        Reported::of(&["lapidary.json".into(), path], &[]).markdown()
+    };
+    let markdown = apart(&|v| v["model"]["dtype"] = json!("bf16"));
+    assert!(markdown.contains("llama-1b in bf16 on NVIDIA H200: decode") && !markdown.contains("### In short"));
+    let markdown = apart(&|v| v["machine"]["gpu"]["name"] = json!("NVIDIA H100"));
+    assert!(markdown.contains("llama-1b in fp16 on NVIDIA H100: decode"));
+}
+
+#[test]
+fn files_that_do_not_hold_together_are_refused() {
+    let refused = |change: &dyn Fn(&mut Value)| {
+        let (_folder, path) = changed("lapidary.json", |v| change(v));
+        let reported = Reported::of(&[path], &[]);
+        assert!(!reported.folder.path().join("REPORT.md").exists(), "nothing is written");
+        reported.run.refused().0
+    };
+    let message = refused(&|v| v["decode"][1]["ms"]["median"] = json!(0.9));
+    assert!(
+        message.contains("changed-lapidary.json: decode[1].ms.median is 0.9, and its samples give 1.25"),
+        "{message}"
+    );
+    assert!(refused(&|v| v["schema"] = json!("lapidary-bench/9")).contains("the schema is \"lapidary-bench/9\""));
+    let message = refused(&|v| {
+        v["model"].as_object_mut().unwrap().remove("layers");
+    });
+    assert!(message.contains("model: missing field `layers`"), "{message}");
+    let broken = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(broken.path(), "{").unwrap();
+    assert!(
+        Reported::of(&[text(broken.path()).into()], &[])
+            .run
+            .refused()
+            .0
+            .contains("is not JSON")
+    );
+    assert!(
+        Reported::of(&["nothing.json".into()], &[])
+            .run
+            .refused()
+            .0
+            .contains("nothing.json")
+    );
+    let message = Reported::of(&["lapidary.json".into()], &["--package", "eager.json"])
+        .run
+        .refused()
+        .0;
+    assert!(message.contains("neither a package nor a conversion"), "{message}");
+    assert_eq!(lapidary(["report", "-o", "x.md"]).status, 2);
+}
+
+/// A real run, and a real package, from end to end.
+#[test]
+fn a_real_result_becomes_a_report() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("run.json");
+    let run = quick(llama(), &["--prefill", "5", "--decode", "4", "--model-name", "tiny"]);
+    std::fs::write(&file, run.to_string()).unwrap();
+    let report = folder.path().join("R.md");
+    let args = ["report", text(&file), "--package", text(llama()), "-o", text(&report)];
+    let said = lapidary(args).ok().stdout;
+    assert!(said.contains("things are missing"), "{said}");
+    let markdown = std::fs::read_to_string(report).unwrap();
+    assert!(
+        markdown.contains("| rms_norm | finds RMSNorm in its parts | 5 |"),
+        "{markdown}"
+    );
+    assert!(markdown.contains("| KvCacheUpdate | 4 |"), "{markdown}");
+    assert!(markdown.contains("tiny in fp32 on "), "{markdown}");
+    // Kept facts of the package say the same.
+    let kept = folder.path().join("kept.json");
+    std::fs::write(&kept, lapidary(["info", text(llama()), "--conversion"]).ok().stdout).unwrap();
+    let again = folder.path().join("S.md");
+    lapidary(["report", "--package", text(&kept), "-o", text(&again)]).ok();
+    let tables = |markdown: &str| {
+        let part = markdown.split("The passes that changed it").nth(1).unwrap();
+        part.split("\n## ")
+            .next()
+            .unwrap()
+            .replace("[^2]", "")
+            .replace("[^1]", "")
+    };
+    assert_eq!(tables(&std::fs::read_to_string(again).unwrap()), tables(&markdown));
+}
