@@ -196,7 +196,7 @@ pub struct Run {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Load {
     /// From nothing to a session that takes tokens, with whatever caches the system keeps on disk.
-    pub load_ms: f64,
+    pub load_ms: Option<f64>,
     /// The same without these caches.
     pub first_load_ms: Option<f64>,
 }

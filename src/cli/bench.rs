@@ -336,8 +336,11 @@ fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Session, Load)
     };
     if !args.first_load {
         let (session, load_ms) = timed(None)?;
-        let first_load_ms = None;
-        return Ok((session, Load { load_ms, first_load_ms }));
+        let load = Load {
+            load_ms: Some(load_ms),
+            first_load_ms: None,
+        };
+        return Ok((session, load));
     }
     let folder = tempfile::tempdir()?;
     let (mut session, first) = timed(Some(folder.path()))?;
@@ -345,7 +348,11 @@ fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Session, Load)
     let first_load_ms = session.instruments().is_some().then_some(first);
     drop(session);
     let (session, load_ms) = timed(Some(folder.path()))?;
-    Ok((session, Load { load_ms, first_load_ms }))
+    let load = Load {
+        load_ms: Some(load_ms),
+        first_load_ms,
+    };
+    Ok((session, load))
 }
 
 type Versions = std::collections::BTreeMap<String, Option<String>>;
@@ -555,15 +562,11 @@ fn told_to_a_person(d: &Document) -> String {
     }
     out += &table.render();
     let mut notes = vec![];
-    if let Some(load) = &d.load {
+    if let Some((load, load_ms)) = d.load.as_ref().and_then(|load| Some((load, load.load_ms?))) {
         let first = load
             .first_load_ms
             .map(|ms| format!(" ({:.1} s the first time)", ms / 1e3));
-        notes.push(format!(
-            "loaded in {:.1} s{}",
-            load.load_ms / 1e3,
-            first.unwrap_or_default()
-        ));
+        notes.push(format!("loaded in {:.1} s{}", load_ms / 1e3, first.unwrap_or_default()));
     }
     if let Some(memory) = &d.memory {
         let device = memory.device.map(|m| format!("{} of device memory", bytes(m.total)));

@@ -1,7 +1,7 @@
 //! The tables of a group: what systems answered, then how fast they were, side by side.
 
 use super::input::{Group, ResultFile};
-use super::markdown::{MISSING, bytes, cite, ms, or_missing, percent, rate, table, times};
+use super::markdown::{MISSING, bytes, cite, ms, or_missing, percent, rate, table, times, tiny};
 use crate::bench::compare::{CompareError, Comparison, compare};
 use crate::bench::result::{Decode, Document, EndToEnd, Prefill};
 
@@ -68,8 +68,8 @@ pub fn outputs(group: &Group) -> String {
         vec![
             verdict.word(),
             r.of.system.label.clone(),
-            told(|c| format!("{:.1e}", c.worst_relative_logit_error)),
-            told(|c| format!("{:.0e}", c.limit)),
+            told(|c| tiny(c.worst_relative_logit_error)),
+            told(|c| c.limit.to_string()),
             told(|c| format!("{} of {}", c.same_best, c.rows)),
             told(|c| c.differing_though_clear.to_string()),
             told(|c| {
@@ -257,7 +257,7 @@ pub fn footprint(group: &Group) -> String {
         let device = memory.and_then(|m| m.device);
         vec![
             d.system.label.clone(),
-            or_missing(load.map(|l| ms(l.load_ms))),
+            or_missing(load.and_then(|l| l.load_ms).map(ms)),
             or_missing(load.and_then(|l| l.first_load_ms).map(ms)),
             or_missing(memory.and_then(|m| m.peak_host_bytes).map(bytes)),
             or_missing(device.map(|m| bytes(m.total))),

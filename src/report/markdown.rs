@@ -69,6 +69,14 @@ pub fn rate(value: f64) -> String {
     }
 }
 
+/// An error, by its first digits.
+pub fn tiny(value: f64) -> String {
+    match value {
+        0.0 => "0".to_string(),
+        _ => format!("{value:.1e}"),
+    }
+}
+
 pub fn percent(share: f64) -> String {
     format!("{:.1} %", share * 100.0)
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::ablations::{Ablation, ablations};
 use super::benchmarks::{self, Verdict};
 use super::input::{Group, Input};
-use super::markdown::{cite, cite_all};
+use super::markdown::{cite, cite_all, tiny};
 use super::plots::{Figure, figures};
 use super::{missing, steps};
 
@@ -197,14 +197,14 @@ fn verdicts(input: &Input) -> Vec<String> {
                 .unwrap_or_default();
             lines.push(format!(
                 "{}: {} {verdict} {} within the limit of its dtype. Of {} rows of logits {} have another best token where \
-                 the reference was undecided, {} where it was not; one logit is off by {:.1e} (root mean square).{}{with}",
+                 the reference was undecided, {} where it was not; one logit is off by {} (root mean square).{}{with}",
                 group.title(),
                 r.of.system.label,
                 found.system,
                 found.rows,
                 found.differing_within_error,
                 found.differing_though_clear,
-                found.rms_logit_error,
+                tiny(found.rms_logit_error),
                 cite(r.source),
             ));
         }

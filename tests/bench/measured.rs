@@ -138,7 +138,7 @@ fn everything_asked_for_is_measured_and_holds_together() {
         let peak = memory.peak_host_bytes.unwrap();
         assert!((2 << 20..512 << 20).contains(&peak), "{peak}");
     }
-    assert!(d.load.as_ref().unwrap().load_ms > 0.0 && d.build.is_none());
+    assert!(d.load.as_ref().unwrap().load_ms.unwrap() > 0.0 && d.build.is_none());
     let sizes = d.sizes.as_ref().unwrap();
     assert!(sizes.package_bytes.unwrap() > sizes.weights_bytes.unwrap() && sizes.plans_bytes == Some(0));
 
@@ -288,6 +288,46 @@ fn outputs_are_compared_with_a_reference() {
     assert!(help.contains("--prompts"), "{help}");
     args[3] = text(&path("nothing.json")).into();
     assert!(lapidary(&args).refused().0.contains("nothing.json"));
+}
+
+/// docs/benchmarks.md has a word on every field that is written.
+#[test]
+fn every_field_is_documented() {
+    fn keys(value: &Value, into: &mut BTreeMap<String, ()>) {
+        match value {
+            Value::Object(map) => {
+                for (key, inner) in map {
+                    into.insert(key.clone(), ());
+                    // These hold free names.
+                    if key != "settings" && key != "versions" {
+                        keys(inner, into);
+                    }
+                }
+            }
+            Value::Array(items) => items.iter().for_each(|item| keys(item, into)),
+            _ => {}
+        }
+    }
+    let flags = [
+        "--prefill",
+        "5",
+        "--decode",
+        "4",
+        "--end-to-end",
+        "3:5",
+        "--peak-flops",
+        "1e9",
+    ];
+    let mut found = BTreeMap::new();
+    keys(&quick(llama(), &flags), &mut found);
+    let docs = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/benchmarks.md")).unwrap();
+    let documented = |key: &str| {
+        let ends = ["`", "[]`", "."];
+        let any = |before: &str| ends.iter().any(|end| docs.contains(&format!("{before}{key}{end}")));
+        any("`") || any(".")
+    };
+    let missing: Vec<&String> = found.keys().filter(|key| !documented(key)).collect();
+    assert!(found.len() > 70 && missing.is_empty(), "{missing:?}");
 }
 
 #[test]

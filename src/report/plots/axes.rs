@@ -70,7 +70,7 @@ impl Scale {
 /// As few digits as a mark needs.
 pub fn mark(value: f64) -> String {
     let text = match value.abs() {
-        v if v == 0.0 => return "0".to_string(),
+        0.0 => return "0".to_string(),
         v if v >= 10_000.0 => return format!("{}k", mark(value / 1000.0)),
         v if v >= 10.0 => format!("{value:.1}"),
         v if v >= 1.0 => format!("{value:.2}"),
