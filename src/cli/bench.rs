@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::{Map, Value, json};
+use tempfile::TempDir;
 
 use super::device::{self, Device, Unusual, Wish};
 use super::progress::Progress;
@@ -162,7 +163,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
 
     let progress = Progress::new();
     progress.step("loading");
-    let (mut session, load) = open(&args, &plan, &workload)?;
+    let (kernels, mut session, load) = open(&args, &plan, &workload)?;
     let on_gpu = session.instruments().is_some();
     let told = progress.handle();
     let mut measured = measure::measure(&mut session, &plan, &workload, &settings, |what, share| {
@@ -174,6 +175,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let threads = args.threads.map_or_else(machine::cores, usize::from);
     let (machine, memory, versions) = surroundings(&mut session, &args, &package, threads)?;
     drop(session);
+    // The session wrote to it until now.
+    drop(kernels);
     progress.step("hash of the weights");
     let model = model::model(&package, &model_name(&args))?;
     measured.relate(&model, machine.copy_bandwidth_bytes_per_s, machine.peak_flops.as_ref());
@@ -312,8 +315,8 @@ fn sampler(args: &Args, package: &Package) -> Result<Settings, Failure> {
 }
 
 /// A session with everything loaded that the plan needs, and how long that took. With `--first-load` it is opened twice
-/// over the same folder for kernels, which is empty at first.
-fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Session, Load), Failure> {
+/// over the same folder for kernels, which is empty at first and must outlive the session.
+fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Option<TempDir>, Session, Load), Failure> {
     let (prompt, total) = plan.extent(workload);
     let timed = |kernels: Option<&Path>| -> Result<(Session, f64), Failure> {
         let start = Instant::now();
@@ -340,7 +343,7 @@ fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Session, Load)
             load_ms: Some(load_ms),
             first_load_ms: None,
         };
-        return Ok((session, load));
+        return Ok((None, session, load));
     }
     let folder = tempfile::tempdir()?;
     let (mut session, first) = timed(Some(folder.path()))?;
@@ -352,7 +355,7 @@ fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Session, Load)
         load_ms: Some(load_ms),
         first_load_ms,
     };
-    Ok((session, load))
+    Ok((Some(folder), session, load))
 }
 
 type Versions = std::collections::BTreeMap<String, Option<String>>;

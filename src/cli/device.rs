@@ -33,7 +33,10 @@ pub struct Wish<'a> {
 
 /// Ways to run that no user wants, but that show what the usual ones are worth.
 #[derive(Clone, Copy, Debug, Default)]
-#[cfg_attr(not(feature = "engines"), expect(dead_code, reason = "the CPU needs less to know"))]
+#[cfg_attr(
+    not(feature = "engines"),
+    allow(dead_code, reason = "only engines can run in other ways")
+)]
 pub struct Unusual<'a> {
     /// Kernels compiled at first load are looked for, and kept, in this folder alone.
     pub kernels: Option<&'a Path>,

@@ -6,6 +6,8 @@
 //! the fp16 one. A head with the very numbers of the embedding is left out: tied. Then BLAKE3 over the lines
 //! `name \t dtype \t dims joined by commas \t hex(BLAKE3 of the little-endian bytes) \n`, sorted by name.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use half::{bf16, f16};
 
 use super::checkpoint::{GPT2, LLAMA};
@@ -22,7 +24,10 @@ pub enum FingerprintError {
     Tensor { name: String, message: String },
 }
 
-/// The hash, in hexadecimal, of the weights of a typed canonical graph. Reads every byte of them, one tensor at a time.
+/// Each holds a tensor at a time, in fp32 where it is not in half precision already.
+const MOST_THREADS: usize = 16;
+
+/// The hash, in hexadecimal, of the weights of a typed canonical graph. Reads every byte of them, a tensor a thread.
 pub fn fingerprint(graph: &Graph) -> Result<String, FingerprintError> {
     let modules = constants_of_modules(graph);
     let tensors = match export::tensors(&modules, &LLAMA) {
@@ -34,16 +39,25 @@ pub fn fingerprint(graph: &Graph) -> Result<String, FingerprintError> {
 
 /// The same of tensors under their checkpoint names.
 fn of(tensors: Vec<(String, Constant)>) -> Result<String, FingerprintError> {
+    let next = AtomicUsize::new(0);
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let work = || {
+        let mut lines = Vec::new();
+        while let Some((name, constant)) = tensors.get(next.fetch_add(1, Ordering::Relaxed)) {
+            lines.push((name.clone(), line(name, constant)?));
+        }
+        Ok(lines)
+    };
+    let parts: Vec<Result<Vec<(String, String)>, FingerprintError>> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads.min(MOST_THREADS)).map(|_| scope.spawn(work)).collect();
+        workers
+            .into_iter()
+            .map(|w| w.join().expect("hashing does not panic"))
+            .collect()
+    });
     let mut lines = Vec::new();
-    for (name, constant) in tensors {
-        let failed = |message: String| FingerprintError::Tensor {
-            name: name.clone(),
-            message,
-        };
-        let tensor = constant.materialize().map_err(|e| failed(e.to_string()))?;
-        let (dtype, hash) = narrowed(&tensor).map_err(failed)?;
-        let dims: Vec<String> = tensor.shape().iter().map(usize::to_string).collect();
-        lines.push((name, format!("{dtype}\t{}\t{}", dims.join(","), hash.to_hex())));
+    for part in parts {
+        lines.extend(part?);
     }
     lines.sort();
     let embedding = lines.iter().find(|(name, _)| name == "model.embed_tokens.weight");
@@ -54,6 +68,18 @@ fn of(tensors: Vec<(String, Constant)>) -> Result<String, FingerprintError> {
         hasher.update(format!("{name}\t{line}\n").as_bytes());
     }
     Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// All of a line but the name.
+fn line(name: &str, constant: &Constant) -> Result<String, FingerprintError> {
+    let failed = |message: String| FingerprintError::Tensor {
+        name: name.to_string(),
+        message,
+    };
+    let tensor = constant.materialize().map_err(|e| failed(e.to_string()))?;
+    let (dtype, hash) = narrowed(&tensor).map_err(failed)?;
+    let dims: Vec<String> = tensor.shape().iter().map(usize::to_string).collect();
+    Ok(format!("{dtype}\t{}\t{}", dims.join(","), hash.to_hex()))
 }
 
 /// The smallest dtype that holds all numbers, and the hash of the bytes in it.

@@ -353,3 +353,36 @@ fn a_real_result_becomes_a_report() {
     };
     assert_eq!(tables(&std::fs::read_to_string(again).unwrap()), tables(&markdown));
 }
+
+/// Engines of a real conversion, where there is a TensorRT to build them; no GPU is needed.
+#[cfg(feature = "tensorrt-rtx")]
+#[test]
+fn engines_are_told_with_their_layers() {
+    use crate::support::{fixture, package};
+    use lapidary::backend::tensorrt::Library;
+    let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+    let folder = tempfile::tempdir().unwrap();
+    let flags = "--target cpu,tensorrt-rtx --capacity 16,32 --prefill 8 --tensorrt-lib";
+    let flags: Vec<&str> = flags.split(' ').chain([text(library.path())]).collect();
+    let package = package(folder.path(), &fixture("exports/llama-optimum/model.onnx"), &flags);
+    let report = folder.path().join("R.md");
+    lapidary(["report", "--package", text(&package), "-o", text(&report)]).ok();
+    let markdown = std::fs::read_to_string(report).unwrap();
+    // Profiles with the same layers share a column.
+    assert!(
+        markdown.contains("| layer | b1-t1-c16, b1-t1-c32 | b1-t8-c16, b1-t8-c32 |"),
+        "{markdown}"
+    );
+    for profile in ["b1-t1-c16", "b1-t8-c32"] {
+        assert!(
+            markdown.contains(&format!("| {profile} | bind | none | ")),
+            "{markdown}"
+        );
+    }
+    assert!(markdown.contains("| chunks of 8 | 16, 32 | 4 |"), "{markdown}");
+    // The same package measured: build times and plan sizes are in the result.
+    let run = quick(&package, &["--prefill", "3", "--outputs", "0"]);
+    let built = run["build"]["engines"].as_array().unwrap();
+    let bytes: u64 = built.iter().map(|e| e["bytes"].as_u64().unwrap()).sum();
+    assert_eq!((built.len(), run["sizes"]["plans_bytes"].as_u64().unwrap()), (4, bytes));
+}
