@@ -1,27 +1,27 @@
 //! `lapidary bench`: measures a package and writes what it found as one document.
 
-use std::fmt::Write;
+mod system;
+mod told;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use super::device::{self, Device, Unusual, Wish};
 use super::progress::Progress;
 use super::sampler::SamplerArgs;
-use super::table::Table;
-use super::{Failure, bytes, print, print_json};
+use super::{Failure, print, print_json};
 use crate::bench::compare::compare;
 use crate::bench::measure::{self, MeasureError, Plan};
-use crate::bench::result::{DeviceMemory, Document, Load, Machine, Memory, Peak, SCHEMA, System};
+use crate::bench::result::{DeviceMemory, Document, Load, Machine, Memory, Peak, SCHEMA};
 use crate::bench::workload::{Workload, WorkloadError};
 use crate::bench::{self, csv, machine, model, result};
 use crate::decode::Session;
 use crate::package::Package;
 use crate::sample::Settings;
-use crate::spec::Prefill;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -178,13 +178,14 @@ pub fn run(args: Args) -> Result<(), Failure> {
     // The session wrote to it until now.
     drop(kernels);
     progress.step("hash of the weights");
-    let model = model::model(&package, &model_name(&args))?;
+    let name = args.model_name.clone().unwrap_or_else(|| package.name());
+    let model = model::model(&package, &name)?;
     measured.relate(&model, machine.copy_bandwidth_bytes_per_s, machine.peak_flops.as_ref());
     drop(progress);
 
     let mut document = Document {
         schema: SCHEMA.to_string(),
-        system: system(&args, &package, &settings, on_gpu, threads),
+        system: system::system(&args, &package, &settings, on_gpu, threads),
         date,
         command: std::env::args().collect::<Vec<_>>().join(" "),
         commit: machine::commit(),
@@ -224,7 +225,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     match args.json {
         true => print_json(&document),
-        false => print(&told_to_a_person(&document)),
+        false => print(&told::told_to_a_person(&document)),
     }
 }
 
@@ -405,196 +406,6 @@ fn surroundings(
     });
     machine.peak_flops = asked.or(stated);
     Ok((machine, memory, versions))
-}
-
-fn model_name(args: &Args) -> String {
-    let folder = args.package.canonicalize().unwrap_or_else(|_| args.package.clone());
-    let folder = folder.file_name().map(|name| name.to_string_lossy().into_owned());
-    args.model_name
-        .clone()
-        .or(folder)
-        .unwrap_or_else(|| "model".to_string())
-}
-
-fn system(args: &Args, package: &Package, sampler: &Settings, on_gpu: bool, threads: usize) -> System {
-    let manifest = &package.manifest;
-    let mode = json!(manifest.weight_mode);
-    let mut settings = Map::new();
-    let mut set = |key: &str, value: Value| settings.insert(key.to_string(), value);
-    set("device", json!(if on_gpu { "cuda" } else { "cpu" }));
-    set("weights", mode.clone());
-    set("capacities", json!(manifest.capacities));
-    let cache = if manifest.capacities.len() > 1 {
-        "growing"
-    } else {
-        "one capacity"
-    };
-    set("cache", json!(cache));
-    match &manifest.prefill {
-        Prefill::Chunks(chunks) => {
-            set("shapes", json!("static"));
-            set("prefill_chunks", json!(chunks));
-        }
-        range => {
-            set("shapes", json!("dynamic"));
-            set("prefill_range", json!(range));
-        }
-    }
-    match on_gpu {
-        true => set("cuda_graphs", json!(!args.no_cuda_graphs)),
-        false => set("threads", json!(threads)),
-    };
-    set("sampler", told_sampler(sampler));
-    for (key, value) in &args.setting {
-        nest(&mut settings, key, value.clone());
-    }
-    let variant = match on_gpu {
-        true => format!("{}, {cache} cache", mode.as_str().unwrap_or_default()),
-        false => "cpu".to_string(),
-    };
-    System {
-        name: "lapidary".to_string(),
-        label: args.label.clone().unwrap_or_else(|| format!("lapidary ({variant})")),
-        variant,
-        settings,
-    }
-}
-
-/// `greedy`, or every setting of what is on.
-fn told_sampler(s: &Settings) -> Value {
-    let mut told = Map::new();
-    if s.temperature > 0.0 {
-        told.extend([
-            ("temperature".to_string(), json!(s.temperature)),
-            ("top_k".to_string(), json!(s.top_k)),
-            ("top_p".to_string(), json!(s.top_p)),
-            ("min_p".to_string(), json!(s.min_p)),
-            ("seed".to_string(), json!(s.seed)),
-        ]);
-    }
-    if s.dry.is_on() {
-        told.extend([
-            ("dry_multiplier".to_string(), json!(s.dry.multiplier)),
-            ("dry_base".to_string(), json!(s.dry.base)),
-            ("dry_allowed_length".to_string(), json!(s.dry.allowed_length)),
-        ]);
-    }
-    for (name, value, off) in [
-        ("repetition_penalty", s.repetition_penalty, 1.0),
-        ("frequency_penalty", s.frequency_penalty, 0.0),
-        ("presence_penalty", s.presence_penalty, 0.0),
-    ] {
-        if value != off {
-            told.insert(name.to_string(), json!(value));
-        }
-    }
-    match told.is_empty() {
-        true => json!("greedy"),
-        false => Value::Object(told),
-    }
-}
-
-/// `a.b` becomes `{"a": {"b": value}}`.
-fn nest(map: &mut Map<String, Value>, key: &str, value: Value) {
-    match key.split_once('.') {
-        None => {
-            map.insert(key.to_string(), value);
-        }
-        Some((first, rest)) => {
-            let inner = map.entry(first).or_insert_with(|| Value::Object(Map::new()));
-            if !inner.is_object() {
-                *inner = Value::Object(Map::new());
-            }
-            nest(inner.as_object_mut().expect("made one above"), rest, value);
-        }
-    }
-}
-
-fn told_to_a_person(d: &Document) -> String {
-    let mut out = String::new();
-    let gpu = d.machine.gpu.as_ref().map(|gpu| gpu.name.clone());
-    let on = gpu.unwrap_or_else(|| d.machine.cpu.clone());
-    let _ = writeln!(out, "{} {} on {on}: {}\n", d.model.name, d.model.dtype, d.system.label);
-    let mut table = Table::new(["", "median ms", "p90", "p99", "tokens/s", "of peak", ""]);
-    let ms = |n: f64| format!("{n:.3}");
-    let share = |n: Option<f64>| n.map_or(String::new(), |n| format!("{:.1} %", n * 100.0));
-    let stable = |stable: bool| if stable { "" } else { "unstable" }.to_string();
-    for p in &d.prefill {
-        let [median, p90, p99] = [p.ms.median, p.ms.p90, p.ms.p99].map(ms);
-        let rate = format!("{:.1}", p.prefill_tokens_per_s);
-        table.row([
-            format!("prefill {}", p.tokens),
-            median,
-            p90,
-            p99,
-            rate,
-            share(p.mfu),
-            stable(p.stable),
-        ]);
-    }
-    for p in &d.decode {
-        let [median, p90, p99] = [p.ms.median, p.ms.p90, p.ms.p99].map(ms);
-        let rate = format!("{:.1}", p.output_tokens_per_s);
-        table.row([
-            format!("decode behind {}", p.live),
-            median,
-            p90,
-            p99,
-            rate,
-            share(p.mbu),
-            stable(p.stable),
-        ]);
-    }
-    for e in &d.end_to_end {
-        let name = format!("{} + {}", e.prompt, e.new_tokens);
-        for (what, summary) in [
-            ("first token", &e.ttft_ms),
-            ("a token", &e.tpot_ms),
-            ("all", &e.latency_ms),
-        ] {
-            let [median, p90, p99] = [summary.median, summary.p90, summary.p99].map(ms);
-            let all = what == "all";
-            let rate = if all {
-                format!("{:.1}", e.output_tokens_per_s)
-            } else {
-                String::new()
-            };
-            let note = if all { stable(e.stable) } else { String::new() };
-            table.row([format!("{name}, {what}"), median, p90, p99, rate, String::new(), note]);
-        }
-    }
-    out += &table.render();
-    let mut notes = vec![];
-    if let Some((load, load_ms)) = d.load.as_ref().and_then(|load| Some((load, load.load_ms?))) {
-        let first = load
-            .first_load_ms
-            .map(|ms| format!(" ({:.1} s the first time)", ms / 1e3));
-        notes.push(format!("loaded in {:.1} s{}", load_ms / 1e3, first.unwrap_or_default()));
-    }
-    if let Some(memory) = &d.memory {
-        let device = memory.device.map(|m| format!("{} of device memory", bytes(m.total)));
-        let host = memory
-            .peak_host_bytes
-            .map(|n| format!("at most {} of the host's", bytes(n)));
-        notes.extend(device.into_iter().chain(host));
-    }
-    if let Some(bandwidth) = d.machine.copy_bandwidth_bytes_per_s {
-        notes.push(format!("copies at {}/s", bytes(bandwidth as u64)));
-    }
-    let _ = writeln!(out, "\n{}", notes.join("; "));
-    if let Some(found) = d.outputs.as_ref().and_then(|o| o.reference.as_ref()) {
-        let verdict = if found.equal { "equal to" } else { "NOT EQUAL to" };
-        let _ = writeln!(
-            out,
-            "outputs {verdict} {}: worst relative logit error {:.2e} (limit {:.0e}), same best token in {} of {} rows",
-            found.system, found.worst_relative_logit_error, found.limit, found.same_best, found.rows
-        );
-    }
-    for (name, times) in d.profile.iter().flatten() {
-        let groups: Vec<String> = times.groups.iter().map(|(g, ms)| format!("{g} {ms:.3} ms")).collect();
-        let _ = writeln!(out, "layers of {name}: {}", groups.join(", "));
-    }
-    out
 }
 
 impl From<WorkloadError> for Failure {

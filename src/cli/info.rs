@@ -34,10 +34,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         return print_json(&package.manifest);
     }
     if args.conversion {
-        return print_json(&conversion::conversion(
-            &package,
-            &conversion::folder_name(&args.package),
-        )?);
+        return print_json(&conversion::conversion(&package)?);
     }
     let mut text = tell(&package.manifest);
     if args.check {

@@ -118,6 +118,13 @@ impl Package {
             .chain(tokenizer.map(|f| (f.file.as_str(), f.bytes)))
     }
 
+    /// What its folder is called.
+    pub fn name(&self) -> String {
+        let folder = self.folder.canonicalize().unwrap_or_else(|_| self.folder.clone());
+        let name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
+        name.unwrap_or_else(|| "package".to_string())
+    }
+
     /// Bytes of all files named in the manifest. What was kept beside them later, compiled kernels for example, is not in it.
     pub fn bytes(&self) -> u64 {
         self.files().map(|(_, bytes)| bytes).sum()

@@ -1,7 +1,6 @@
 //! What the conversion did to one model, as data: from a package, or from a file that keeps it where the package is not.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +19,7 @@ pub const SCHEMA: &str = "lapidary-conversion/1";
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Conversion {
     pub schema: String,
-    /// The package's folder, or what it was called in benchmarks.
+    /// The package's folder.
     pub name: String,
     pub lapidary: String,
     pub source: Source,
@@ -84,7 +83,7 @@ pub enum ConversionError {
 }
 
 /// The facts of a package, its networks lowered again to be counted. Needs no weights.
-pub fn conversion(package: &Package, name: &str) -> Result<Conversion, ConversionError> {
+pub fn conversion(package: &Package) -> Result<Conversion, ConversionError> {
     let manifest = &package.manifest;
     let graph = package.architecture()?;
     let mut profiles = Vec::new();
@@ -121,7 +120,7 @@ pub fn conversion(package: &Package, name: &str) -> Result<Conversion, Conversio
     let counted = |of: &dyn Fn(&crate::package::manifest::Weight) -> bool| weights.iter().filter(|w| of(w)).count();
     Ok(Conversion {
         schema: SCHEMA.to_string(),
-        name: name.to_string(),
+        name: package.name(),
         lapidary: manifest.lapidary_version.clone(),
         source: manifest.source.clone(),
         architecture: manifest.architecture.clone(),
@@ -160,11 +159,4 @@ fn lowered(
         weights: network.weights.len(),
         engine: None,
     })
-}
-
-/// What a folder is called, for tables.
-pub fn folder_name(path: &Path) -> String {
-    let folder = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
-    let name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
-    name.unwrap_or_else(|| "model".to_string())
 }

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::conversion::{self, Conversion};
 use crate::bench::{self, Document, ResultError};
 use crate::package::Package;
-use crate::report::conversion::{ConversionError, folder_name};
+use crate::report::conversion::ConversionError;
 
 /// A file, by the number that the report cites it with.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -119,7 +119,7 @@ impl Input {
         for path in packages {
             if path.is_dir() {
                 let package = Package::open(path).map_err(ConversionError::from)?;
-                let found = conversion::conversion(&package, &folder_name(path))?;
+                let found = conversion::conversion(&package)?;
                 let manifest = path.join(crate::package::MANIFEST);
                 let bytes = std::fs::read(&manifest).map_err(|e| file_error(&manifest, e))?;
                 let what = format!(

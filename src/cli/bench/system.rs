@@ -1,0 +1,104 @@
+//! What a run says of itself: which system it is, and everything that was chosen.
+
+use serde_json::{Map, Value, json};
+
+use super::Args;
+use crate::bench::result::System;
+use crate::package::Package;
+use crate::sample::Settings;
+use crate::spec::Prefill;
+
+/// Settings come from the package, the flags and `--setting`, the last of which may overrule.
+pub fn system(args: &Args, package: &Package, sampler: &Settings, on_gpu: bool, threads: usize) -> System {
+    let manifest = &package.manifest;
+    let mode = json!(manifest.weight_mode);
+    let mut settings = Map::new();
+    let mut set = |key: &str, value: Value| settings.insert(key.to_string(), value);
+    set("device", json!(if on_gpu { "cuda" } else { "cpu" }));
+    set("weights", mode.clone());
+    set("capacities", json!(manifest.capacities));
+    let cache = if manifest.capacities.len() > 1 {
+        "growing"
+    } else {
+        "one capacity"
+    };
+    set("cache", json!(cache));
+    match &manifest.prefill {
+        Prefill::Chunks(chunks) => {
+            set("shapes", json!("static"));
+            set("prefill_chunks", json!(chunks));
+        }
+        range => {
+            set("shapes", json!("dynamic"));
+            set("prefill_range", json!(range));
+        }
+    }
+    match on_gpu {
+        true => set("cuda_graphs", json!(!args.no_cuda_graphs)),
+        false => set("threads", json!(threads)),
+    };
+    set("sampler", told_sampler(sampler));
+    for (key, value) in &args.setting {
+        nest(&mut settings, key, value.clone());
+    }
+    let variant = match on_gpu {
+        true => format!("{}, {cache} cache", mode.as_str().unwrap_or_default()),
+        false => "cpu".to_string(),
+    };
+    System {
+        name: "lapidary".to_string(),
+        label: args.label.clone().unwrap_or_else(|| format!("lapidary ({variant})")),
+        variant,
+        settings,
+    }
+}
+
+/// `greedy`, or every setting of what is on.
+fn told_sampler(s: &Settings) -> Value {
+    let mut told = Map::new();
+    if s.temperature > 0.0 {
+        told.extend([
+            ("temperature".to_string(), json!(s.temperature)),
+            ("top_k".to_string(), json!(s.top_k)),
+            ("top_p".to_string(), json!(s.top_p)),
+            ("min_p".to_string(), json!(s.min_p)),
+            ("seed".to_string(), json!(s.seed)),
+        ]);
+    }
+    if s.dry.is_on() {
+        told.extend([
+            ("dry_multiplier".to_string(), json!(s.dry.multiplier)),
+            ("dry_base".to_string(), json!(s.dry.base)),
+            ("dry_allowed_length".to_string(), json!(s.dry.allowed_length)),
+        ]);
+    }
+    for (name, value, off) in [
+        ("repetition_penalty", s.repetition_penalty, 1.0),
+        ("frequency_penalty", s.frequency_penalty, 0.0),
+        ("presence_penalty", s.presence_penalty, 0.0),
+    ] {
+        if value != off {
+            told.insert(name.to_string(), json!(value));
+        }
+    }
+    match told.is_empty() {
+        true => json!("greedy"),
+        false => Value::Object(told),
+    }
+}
+
+/// `a.b` becomes `{"a": {"b": value}}`.
+fn nest(map: &mut Map<String, Value>, key: &str, value: Value) {
+    match key.split_once('.') {
+        None => {
+            map.insert(key.to_string(), value);
+        }
+        Some((first, rest)) => {
+            let inner = map.entry(first).or_insert_with(|| Value::Object(Map::new()));
+            if !inner.is_object() {
+                *inner = Value::Object(Map::new());
+            }
+            nest(inner.as_object_mut().expect("made one above"), rest, value);
+        }
+    }
+}
