@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value};
 
 use super::benchmarks::{Verdict, decode_at, prefill_of, text_of};
-use super::input::{Group, ResultFile};
+use super::input::{Group, ResultFile, SourceId};
 use super::markdown::{cite, ms, table, times};
+use crate::bench::Document;
 
-/// What one switch does: a baseline, and runs with the switch in other positions.
+/// What one switch does: a baseline, and runs with the switch in other positions. Runs that are like another baseline are
+/// another ablation of the same name.
 #[derive(Clone, Debug)]
 pub struct Ablation<'a> {
     /// What the switch is called.
@@ -25,9 +27,43 @@ const FOLLOWS: [(&str, &str); 3] = [
     ("prefill_range", "shapes"),
 ];
 
+type Found<'a> = BTreeMap<(String, SourceId), Ablation<'a>>;
+
+/// Where the two have something in common.
+fn add<'a>(found: &mut Found<'a>, name: &str, baseline: &'a ResultFile, position: String, run: &'a ResultFile) {
+    if common(&baseline.of, &run.of).is_empty() {
+        return;
+    }
+    let entry = found.entry((name.to_string(), baseline.source));
+    let ablation = entry.or_insert_with(|| Ablation {
+        name: name.to_string(),
+        baseline,
+        runs: Vec::new(),
+    });
+    ablation.runs.push((position, run));
+}
+
+/// What both measured: in words, milliseconds of the one and of the other.
+fn common(a: &Document, b: &Document) -> Vec<(String, f64, f64)> {
+    let decode = b.decode.iter().filter_map(|d| {
+        let usual = decode_at(a, d.live)?;
+        Some((format!("a token behind {}", d.live), usual.ms.median, d.ms.median))
+    });
+    let prefill = b.prefill.iter().filter_map(|p| {
+        let usual = prefill_of(a, p.tokens)?;
+        Some((format!("prefill of {}", p.tokens), usual.ms.median, p.ms.median))
+    });
+    let whole = b.end_to_end.iter().filter_map(|e| {
+        let usual = text_of(a, (e.prompt, e.new_tokens))?;
+        let what = format!("{} + {}, all of it", e.prompt, e.new_tokens);
+        Some((what, usual.latency_ms.median, e.latency_ms.median))
+    });
+    decode.chain(prefill).chain(whole).collect()
+}
+
 /// All ablations of a group, by name.
 pub fn ablations(group: &Group) -> Vec<Ablation<'_>> {
-    let mut found: BTreeMap<String, Ablation<'_>> = BTreeMap::new();
+    let mut found = Found::new();
     let ours: Vec<&ResultFile> = group
         .results
         .iter()
@@ -37,42 +73,20 @@ pub fn ablations(group: &Group) -> Vec<Ablation<'_>> {
         let tag = &run.of.system.settings["ablation"];
         let text = |key: &str| tag.get(key).map(plain);
         let (name, position) = (text("group").unwrap_or_default(), text("switch").unwrap_or_default());
-        // The untagged run that is most like it.
-        let same_system = |r: &&&ResultFile| r.of.system.name == run.of.system.name;
-        let near = |r: &&&ResultFile| differing(&r.of.system.settings, &run.of.system.settings).len();
-        let Some(baseline) = group
-            .results
-            .iter()
-            .collect::<Vec<_>>()
-            .iter()
-            .filter(same_system)
-            .min_by_key(near)
-            .copied()
-        else {
-            continue;
-        };
-        let entry = found.entry(name.clone()).or_insert_with(|| Ablation {
-            name,
-            baseline,
-            runs: Vec::new(),
-        });
-        entry.runs.push((position, run));
+        // The untagged runs that are most like it; several where each differs in one thing.
+        let like = group.results.iter().filter(|r| r.of.system.name == run.of.system.name);
+        let near = |r: &ResultFile| differing(&r.of.system.settings, &run.of.system.settings).len();
+        let nearest = like.clone().map(near).min();
+        for baseline in like.filter(|r| Some(near(r)) == nearest) {
+            add(&mut found, &name, baseline, position.clone(), run);
+        }
     }
     if let Some((first, others)) = ours.split_first() {
         for other in others {
             if let [key] = &differing(&first.of.system.settings, &other.of.system.settings)[..] {
-                let entry = found.entry(key.clone()).or_insert_with(|| Ablation {
-                    name: key.clone(),
-                    baseline: first,
-                    runs: Vec::new(),
-                });
-                let position = other
-                    .of
-                    .system
-                    .settings
-                    .get(key)
-                    .map_or_else(|| "unset".to_string(), plain);
-                entry.runs.push((position, other));
+                let position = other.of.system.settings.get(key);
+                let position = position.map_or_else(|| "unset".to_string(), plain);
+                add(&mut found, key, first, position, other);
             }
         }
     }
@@ -100,57 +114,39 @@ fn differing(a: &Map<String, Value>, b: &Map<String, Value>) -> Vec<String> {
 }
 
 impl Ablation<'_> {
-    /// Where the switch is in the baseline.
-    fn usual(&self) -> String {
-        let settings = &self.baseline.of.system.settings;
-        settings.get(&self.name).map_or_else(|| "usual".to_string(), plain)
+    /// `cuda_graphs, against Lapidary (true)`
+    pub fn title(&self) -> String {
+        let baseline = &self.baseline.of.system;
+        let usual = baseline.settings.get(&self.name);
+        let usual = usual.map(|value| format!(" ({})", plain(value))).unwrap_or_default();
+        format!("{}, against {}{usual}", self.name, baseline.label)
     }
 
     /// Everything that the baseline and a run both measured.
     pub fn table(&self, group: &Group) -> String {
         let mut rows = Vec::new();
         for (position, run) in &self.runs {
-            let mut row = |what: String, usual: f64, other: f64| {
+            for (what, usual, switched) in common(&self.baseline.of, &run.of) {
                 rows.push(vec![
                     Verdict::of(run, group).word(),
                     what,
                     position.clone(),
                     ms(usual),
-                    ms(other),
-                    times(other / usual),
+                    ms(switched),
+                    times(switched / usual),
                     format!("{}{}", cite(self.baseline.source), cite(run.source)),
                 ]);
-            };
-            let base = &self.baseline.of;
-            for d in &run.of.decode {
-                if let Some(usual) = decode_at(base, d.live) {
-                    row(format!("a token behind {}", d.live), usual.ms.median, d.ms.median);
-                }
-            }
-            for p in &run.of.prefill {
-                if let Some(usual) = prefill_of(base, p.tokens) {
-                    row(format!("prefill of {}", p.tokens), usual.ms.median, p.ms.median);
-                }
-            }
-            for e in &run.of.end_to_end {
-                if let Some(usual) = text_of(base, (e.prompt, e.new_tokens)) {
-                    let what = format!("{} + {}, all of it", e.prompt, e.new_tokens);
-                    row(what, usual.latency_ms.median, e.latency_ms.median);
-                }
             }
         }
-        let usual = format!("{} (ms)", self.usual());
-        table(
-            &[
-                "outputs",
-                "what",
-                "switch",
-                &usual,
-                "switched (ms)",
-                "switched / usual",
-                "",
-            ],
-            &rows,
-        )
+        let header = [
+            "outputs",
+            "what",
+            "switch",
+            "usual ms",
+            "switched ms",
+            "switched / usual",
+            "",
+        ];
+        table(&header, &rows)
     }
 }

@@ -72,7 +72,7 @@ pub fn report(input: &Input, plots: &str) -> Report {
     let tables = |names: &[&str]| -> String {
         let wanted = all.iter().filter(|(_, a)| names.contains(&a.name.as_str()));
         let tables: Vec<String> = wanted
-            .map(|(group, a)| format!("{}:\n\n{}", group.title(), a.table(group)))
+            .map(|(group, a)| format!("{}: {}.\n\n{}", group.title(), a.title(), a.table(group)))
             .collect();
         match tables.is_empty() {
             true => "No run here has this switch in another position.\n".to_string(),
@@ -82,7 +82,7 @@ pub fn report(input: &Input, plots: &str) -> Report {
     let shown_ablations: Vec<ShownAblation> = all
         .iter()
         .map(|(group, a)| ShownAblation {
-            name: a.name.clone(),
+            name: a.title(),
             title: group.title(),
             table: a.table(group),
         })
