@@ -26,6 +26,8 @@ SIZES = {
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                  intermediate_size=96, vocab_size=300, rope_theta=10000.0),
 }
+# Largest position of each: that of the model it has the dims of, but for `tiny`.
+POSITIONS = {"1b": 4096, "8b": 131072, "tiny": 4096}
 EPSILON = 1e-5
 
 

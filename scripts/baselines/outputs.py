@@ -1,0 +1,137 @@
+"""Prompts that every system gets, what it answered, and how far that is from the reference.
+
+A workload file holds the ids that speed is measured with, prompts for comparing outputs and, once the fp32 reference has
+run, the tokens it chose after each: `{"seed", "timed": [id], "prompts": [[id]], "forced": [[id]]}`. Each system writes its own
+greedy tokens and the logits along the reference's tokens, where every system has the same context; both are compared
+before anybody looks at a time.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from pathlib import Path
+
+from schema import Unusable
+
+GREEDY = 32
+TOP = 32
+# Relative error of the logits (see `compare`) up to which outputs count as equal.
+LIMITS = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.2}
+# A difference of two logits is within the error if it is below this many root mean square errors of one.
+CLEAR = 4.0
+
+
+def made_workload(lengths, timed, vocabulary, seed, low=3):
+    """Random ids, for models with random weights."""
+    import numpy as np
+
+    draw = np.random.default_rng(seed)
+    ids = lambda n: draw.integers(low, vocabulary, n).tolist()
+    return {"seed": seed, "timed": ids(timed), "prompts": [ids(n) for n in lengths]}
+
+
+def text_workload(lengths, timed, ids):
+    """Real text, repeated to the length asked for."""
+    repeated = lambda n: (ids * (n // len(ids) + 1))[:n]
+    return {"seed": 0, "timed": repeated(timed), "prompts": [repeated(n) for n in lengths]}
+
+
+def read_workload(path):
+    path = Path(path)
+    if not path.is_file():
+        raise Unusable(f"{path}: no such file; scripts/baselines/workload.py makes one")
+    workload = json.loads(path.read_text())
+    if not workload.get("prompts") or not all(workload["prompts"]) or not workload.get("timed"):
+        raise Unusable(f"{path}: has no prompts, or an empty one")
+    return workload
+
+
+def timed(workload, n):
+    """The first `n` ids of the prompt that speed is measured with."""
+    if len(workload["timed"]) < n:
+        raise Unusable(f"the workload's timed prompt has {len(workload['timed'])} tokens and {n} are asked for")
+    return workload["timed"][:n]
+
+
+def identities(workload):
+    """What a result file says of the prompts."""
+    return [identity(ids) for ids in (workload["timed"], *workload["prompts"])]
+
+
+def identity(ids):
+    """A prompt in a result file: its length and the SHA-256 of its ids as little-endian 32-bit numbers."""
+    return {"tokens": len(ids), "sha256": hashlib.sha256(struct.pack(f"<{len(ids)}I", *ids)).hexdigest()}
+
+
+def row(prompt, step, logits):
+    """A row of logits (a numpy vector) as a result file keeps it."""
+    import numpy as np
+
+    logits = np.asarray(logits, np.float32)
+    if not np.isfinite(logits).all():
+        raise ValueError(f"logits of prompt {prompt}, step {step} are not all finite")
+    best = np.argpartition(-logits, TOP)[:TOP] if len(logits) > TOP else np.arange(len(logits))
+    best = best[np.argsort(-logits[best], kind="stable")]
+    top = [[int(i), round(float(logits[i]), 5)] for i in best]
+    norm = float(np.linalg.norm(logits.astype(np.float64)))
+    return {"prompt": prompt, "step": step, "top": top, "norm": round(norm, 5), "margin": round(top[0][1] - top[1][1], 5)}
+
+
+def compare(outputs, dtype, reference):
+    """What `outputs.reference` says: errors of the logits over the ids that the reference ranks highest, greedy tokens.
+
+    The error of a row is the norm of the difference over the norm of the reference, both over the shared top ids.
+    """
+    if outputs["prompts"] != reference["outputs"]["prompts"]:
+        raise Unusable("the reference was made with other prompts")
+    theirs = {(r["prompt"], r["step"]): r for r in reference["outputs"]["logits"]}
+    errors, squares, count, differing = [], 0.0, 0, []
+    for mine in outputs["logits"]:
+        other = theirs.get((mine["prompt"], mine["step"]))
+        if other is None:
+            continue
+        ours, expected = dict(map(tuple, mine["top"])), dict(map(tuple, other["top"]))
+        shared = [i for i in expected if i in ours]
+        if len(shared) < len(expected) // 4:
+            errors.append(1.0)
+            continue
+        difference = math.fsum((ours[i] - expected[i]) ** 2 for i in shared)
+        errors.append(math.sqrt(difference / math.fsum(expected[i] ** 2 for i in shared)))
+        squares, count = squares + difference, count + len(shared)
+        if mine["top"][0][0] != other["top"][0][0]:
+            differing.append(other["margin"])
+    if not errors:
+        raise Unusable("no row of logits is in both the result and the reference")
+    noise = math.sqrt(squares / max(1, count))
+    equal, differences = [], []
+    for i, (mine, other) in enumerate(zip(outputs["greedy_tokens"], reference["outputs"]["greedy_tokens"])):
+        n = min(len(mine), len(other))
+        same = next((k for k in range(n) if mine[k] != other[k]), n)
+        equal.append(same)
+        margin = theirs[i, same]["margin"] if same < n and (i, same) in theirs else None
+        differences.append(None if same == n else {
+            "step": same, "margin": margin, "within_error": margin is not None and margin < CLEAR * noise,
+        })  # fmt: skip
+    limit, clear = LIMITS[dtype], sum(margin >= CLEAR * noise for margin in differing)
+    return {
+        "system": "transformers fp32",
+        "worst_relative_logit_error": max(errors),
+        "mean_relative_logit_error": math.fsum(errors) / len(errors),
+        "rms_logit_error": noise,
+        "limit": limit,
+        "rows": len(errors),
+        "same_best": len(errors) - len(differing),
+        "differing_within_error": len(differing) - clear,
+        "differing_though_clear": clear,
+        "greedy_equal_up_to": equal,
+        "first_difference": differences,
+        "equal": max(errors) <= limit and clear == 0 and all(d is None or d["within_error"] for d in differences),
+    }  # fmt: skip
+
+
+def told(found):
+    """One line for a person."""
+    verdict = "equal within the limit" if found["equal"] else "NOT EQUAL"
+    return (f"{verdict}: worst logit error {found['worst_relative_logit_error']:.2g} (limit {found['limit']:g}), same best "
+            f"token in {found['same_best']} of {found['rows']} rows, greedy equal up to {found['greedy_equal_up_to']}")  # fmt: skip
