@@ -47,7 +47,7 @@ def load(source, dtype, device, attention):
 
 def facts(model, source, name, dtype, expected_hash):
     """The schema's `model`, and a refusal if the weights are not those that were promised."""
-    found = weights_hash.of_torch(model) if source.startswith("made:") else weights_hash.of_file(source)
+    found = weights_hash.of_torch(model) if source.startswith("made:") else weights_hash.of_file(source)["hash"]
     if expected_hash and found != expected_hash:
         raise Unusable(f"the weights of {name} hash to {found}, not {expected_hash}: not the model it is compared with")
     tied = model.lm_head.weight is model.model.embed_tokens.weight

@@ -374,7 +374,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=VARIANTS)
     parser.add_argument("--model", required=True, help="a Hugging Face folder, or made:SIZE")
-    parser.add_argument("--name", help="of the model in the result; default: told by --model")
+    parser.add_argument("--model-name", help="in the result; default: told by --model")
     parser.add_argument("--workload", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--reference", type=Path, help="the reference's result; without it outputs are not compared")
@@ -414,11 +414,11 @@ def run(given):
         # Made in the dtype that is compared, widened after: the same numbers.
         model, name, _ = hugging_face.load(given.model, given.dtype, device, attention)
         model.float()
-        facts = hugging_face.facts(model, given.model, given.name or name, "fp32", given.weights_hash)
+        facts = hugging_face.facts(model, given.model, given.model_name or name, "fp32", given.weights_hash)
         write_reference(model, facts, given, workload, device)
         return 0
     model, name, load_ms = hugging_face.load(given.model, given.dtype, device, attention)
-    facts = hugging_face.facts(model, given.model, given.name or name, given.dtype, given.weights_hash)
+    facts = hugging_face.facts(model, given.model, given.model_name or name, given.dtype, given.weights_hash)
     mode = MODES[given.mode](model, device, given.capacity)
     settings = {"attention": attention, "cache": "static" if isinstance(mode, Static) else "dynamic",
                 "cuda_graphs": device == "cuda" and mode.compiled, "torch_compile": mode.compiled,

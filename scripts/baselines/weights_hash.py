@@ -6,7 +6,7 @@ exactly, so an fp16 checkpoint that somebody stored as fp32 hashes the same. The
 `name TAB dtype TAB dims TAB hex(BLAKE3 of the little-endian bytes)` in order of name. A head that shares its numbers with
 the embedding is left out. `lapidary bench` computes the same from a package.
 
-    weights_hash.py MODEL.onnx|HUGGING_FACE_FOLDER      prints it
+    weights_hash.py MODEL.onnx|HUGGING_FACE_FOLDER      prints it, with the number of parameters, as JSON
 """
 
 import json
@@ -54,16 +54,30 @@ def line_of(name, dtype, shape, data):
 
 def weights_hash(tensors):
     """`tensors`: pairs of checkpoint name and numpy array, one at a time in memory."""
-    return joined(line_of(name, dtype, data.shape, data) for name, (dtype, data) in
-                  ((name, narrowed(values)) for name, values in tensors))  # fmt: skip
+    return joined(lines_of(tensors))
 
 
-def joined(lines):
+def lines_of(tensors):
+    """A line for each, by name, a tied head left out."""
+    return without_tied(line_of(name, dtype, data.shape, data) for name, (dtype, data) in
+                        ((name, narrowed(values)) for name, values in tensors))  # fmt: skip
+
+
+def without_tied(lines):
     lines = dict(lines)
     if lines.get("lm_head.weight") == lines.get("model.embed_tokens.weight"):
         lines.pop("lm_head.weight", None)
-    text = "".join(name + lines[name] for name in sorted(lines))
-    return digest(text.encode()).hexdigest()
+    return lines
+
+
+def joined(lines):
+    return digest("".join(name + lines[name] for name in sorted(lines)).encode()).hexdigest()
+
+
+def elements(lines):
+    """Numbers in all tensors, from the dims in their lines."""
+    dims = (line.split("\t")[2] for line in lines.values())
+    return sum(int(np.prod([int(n) for n in text.split(",") if n])) for text in dims)
 
 
 def of_torch(model):
@@ -76,7 +90,7 @@ def of_torch(model):
             host = values.cpu().contiguous()
             yield line_of(name, dtype, host.shape, host.view(torch.int16 if dtype != "f32" else torch.int32).numpy())
 
-    return joined(lines())
+    return joined(without_tied(lines()))
 
 
 def narrowed_torch(values, torch):
@@ -93,28 +107,29 @@ def narrowed_torch(values, torch):
 
 
 def of_file(path):
-    """Of an export or a Hugging Face folder, in a process of its own: hashing is not to count as the memory of a system."""
+    """`{"hash", "parameters", "tied"}` of an export or a Hugging Face folder, found in a process of its own: hashing is
+    not to count as the memory of a system."""
     done = subprocess.run([sys.executable, __file__, str(path)], capture_output=True, text=True)
     if done.returncode != 0:
         raise Unusable(done.stderr.strip().removeprefix("error: ")[-600:] or f"hashing {path} failed")
-    return done.stdout.strip()
+    return json.loads(done.stdout)
 
 
 def of_onnx(path):
-    """Of an export that keeps module paths: as names of weights, or as names of the nodes that multiply by them."""
+    """Lines of an export that keeps module paths: as names of weights, or as names of the nodes that multiply by them."""
     import onnx
     from onnx import numpy_helper
 
     model = onnx.load(path, load_external_data=False)
-    return weights_hash(named_weights(model, path.parent, numpy_helper))
+    return lines_of(named_weights(model, path.parent, numpy_helper))
 
 
 def of_hugging_face(folder):
-    """Of the safetensors files of a folder."""
+    """Lines of the safetensors files of a folder."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise Unusable(f"{folder}: has no safetensors file")
-    return weights_hash(tensor for file in files for tensor in safetensors(file))
+    return lines_of(tensor for file in files for tensor in safetensors(file))
 
 
 def safetensors(path):
@@ -172,7 +187,9 @@ def onnx_copy(initializer):
 def main():
     try:
         path = Path(sys.argv[1])
-        print(of_hugging_face(path) if path.is_dir() else of_onnx(path))
+        lines = of_hugging_face(path) if path.is_dir() else of_onnx(path)
+        tied = "lm_head.weight" not in lines
+        print(json.dumps({"hash": joined(lines), "parameters": elements(lines), "tied": tied}))
         return 0
     except (Unusable, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

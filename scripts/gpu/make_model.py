@@ -2,8 +2,9 @@
 """A Llama of real size with random weights: a Hugging Face model on the GPU and its ONNX export, side by side.
 
 The export is written directly, in the form of onnxruntime-genai's builder (GroupQueryAttention, weights as external data)
-but with the checkpoint's own `[out, in]` weights behind a Transpose: torch.onnx would take minutes and several copies of
-16 GB for the same graph. `scripts/gpu/parity.py` compares it with transformers, so a wrong export cannot pass.
+or with ONNX's own operators alone (export_forms.py), but with the checkpoint's own `[out, in]` weights behind a Transpose:
+torch.onnx would take minutes and several copies of 16 GB for the same graph. `scripts/gpu/parity.py` and the outputs in
+every benchmark compare it with transformers, so a wrong export cannot pass.
 
     python3 make_model.py 1b FOLDER          # 1.1 B parameters, fp16: about 2.2 GB
     python3 make_model.py 8b FOLDER
@@ -17,6 +18,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from export_forms import EPSILON, FORMS
+
 SIZES = {
     # TinyLlama-1.1B, Llama-3-8B; `tiny` is for trying the scripts without a GPU.
     "1b": dict(hidden_size=2048, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4, head_dim=64,
@@ -28,7 +31,6 @@ SIZES = {
 }
 # Largest position of each: that of the model it has the dims of, but for `tiny`.
 POSITIONS = {"1b": 4096, "8b": 131072, "tiny": 4096}
-EPSILON = 1e-5
 
 
 def hugging_face(size, positions, dtype, device, seed=1):
@@ -65,6 +67,8 @@ def hugging_face(size, positions, dtype, device, seed=1):
 class Export:
     """Collects nodes and initializers; tensors go to one data file as they come."""
 
+    FLOAT, INT32, BOOL = TensorProto.FLOAT, TensorProto.INT32, TensorProto.BOOL
+
     def __init__(self, folder, element):
         self.folder, self.element = folder, element
         self.nodes, self.initializers, self.position = [], [], 0
@@ -99,28 +103,14 @@ class Export:
         return self.node("MatMul", [x, turned], [name + "/out"])
 
 
-def export(model, folder, positions):
+def export(model, folder, positions, form="genai"):
     config = model.config
     half = str(model.dtype) == "torch.float16"
     element = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    kv_heads, head_dim = config.num_key_value_heads, config.head_dim
     out = Export(folder, element)
-    out.small("one", np.array(1, np.int64))
-    out.small("ones", np.array([1], np.int64))
     mask = "attention_mask"
-    out.node("ReduceSum", [mask, "ones"], ["lengths"], keepdims=0)
-    out.node("Sub", ["lengths", "ones"], ["last"])
-    out.node("Cast", ["last"], ["seqlens_k"], to=TensorProto.INT32)
-    out.node("Shape", [mask], ["mask_shape"])
-    out.node("Gather", ["mask_shape", "one"], ["total"], axis=0)
-    out.node("Cast", ["total"], ["total_length"], to=TensorProto.INT32)
-
-    theta = theta_of(config)
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angles = np.outer(np.arange(positions, dtype=np.float64), frequencies)
-    kind = np.float16 if half else np.float32
-    for name, table in (("cos_cache", np.cos(angles)), ("sin_cache", np.sin(angles))):
-        out.weight(name, table.astype(kind))
+    form = FORMS[form](out, config, theta_of(config), positions, np.float16 if half else np.float32)
 
     embedding = out.weight("model.embed_tokens.weight", model.model.embed_tokens.weight)
     x = out.node("Gather", [embedding, "input_ids"], ["embedded"], axis=0)
@@ -129,19 +119,14 @@ def export(model, folder, positions):
         p = f"model.layers.{i}."
 
         def norm(name, x, module):
-            scale = out.weight(p + name + ".weight", module.weight)
-            return out.node("SimplifiedLayerNormalization", [x, scale], [p + name], axis=-1, epsilon=EPSILON,
-                            stash_type=1)
+            return form.norm(p + name, x, out.weight(p + name + ".weight", module.weight))
 
         attention, mlp = layer.self_attn, layer.mlp
         h = norm("input_layernorm", x, layer.input_layernorm)
         q, k, v = (out.linear(p + f"self_attn.{n}_proj", h, getattr(attention, n + "_proj").weight) for n in "qkv")
         ins = [f"past_key_values.{i}.{part}" for part in ("key", "value")]
         outs = [f"present.{i}.{part}" for part in ("key", "value")]
-        a = out.node("GroupQueryAttention", [q, k, v, *ins, "seqlens_k", "total_length", "cos_cache", "sin_cache"],
-                     [p + "attention", *outs], domain="com.microsoft", num_heads=heads, kv_num_heads=kv_heads,
-                     do_rotary=1, rotary_interleaved=0, local_window_size=-1, softcap=0.0,
-                     scale=float(head_dim) ** -0.5)
+        a = form.attention(p + "attention", q, k, v, ins, outs)
         o = out.linear(p + "self_attn.o_proj", a, attention.o_proj.weight)
         x = out.node("Add", [x, o], [p + "attended"])
         h = norm("post_attention_layernorm", x, layer.post_attention_layernorm)
@@ -155,7 +140,7 @@ def export(model, folder, positions):
         past += [(name, [0, kv_heads, "past_sequence_length", head_dim]) for name in ins]
         present += [(name, [0, kv_heads, "total_sequence_length", head_dim]) for name in outs]
     scale = out.weight("model.norm.weight", model.model.norm.weight)
-    x = out.node("SimplifiedLayerNormalization", [x, scale], ["normed"], axis=-1, epsilon=EPSILON, stash_type=1)
+    x = form.norm("normed", x, scale)
     logits = out.linear("lm_head", x, model.lm_head.weight)
     out.nodes[-1].output[0] = "logits"
     del logits
@@ -165,12 +150,14 @@ def export(model, folder, positions):
         batch = lambda shape: ["batch_size" if d == 0 else d for d in shape]
         return [helper.make_tensor_value_info(name, element, batch(shape)) for name, shape in items]
 
-    inputs = values([("input_ids", [0, "sequence_length"]), (mask, [0, "total_sequence_length"])], TensorProto.INT64)
+    ids = ["input_ids", *(["position_ids"] if form.position_ids else [])]
+    inputs = [(name, [0, "sequence_length"]) for name in ids] + [(mask, [0, "total_sequence_length"])]
+    inputs = values(inputs, TensorProto.INT64)
     graph = helper.make_graph(
         out.nodes, "llama", inputs + values(past, element),
         values([("logits", [0, "sequence_length", config.vocab_size])], element) + values(present, element),
         initializer=out.initializers)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    opsets = [helper.make_opsetid(domain, version) for domain, version in form.opsets.items()]
     made = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="lapidary-make-model")
     onnx.save(made, folder / "model.onnx")
     facts = facts_of(config) | {"max_position_embeddings": positions}
@@ -192,14 +179,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--positions", type=int, default=4096)
+    parser.add_argument("--positions", type=int, help="default: those of the model it has the dims of")
     parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--form", choices=FORMS, default="genai", help="of norms and attention")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
-    model = hugging_face(arguments.size, arguments.positions, dtype, device, arguments.seed)
-    export(model, arguments.folder, arguments.positions)
+    positions = arguments.positions or POSITIONS[arguments.size]
+    model = hugging_face(arguments.size, positions, dtype, device, arguments.seed)
+    export(model, arguments.folder, positions, arguments.form)
 
 
 if __name__ == "__main__":

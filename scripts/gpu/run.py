@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import bench
 import models
 import refit
 import suite
@@ -29,6 +30,7 @@ STAGES = {
     # The same with bound weights alone: no engines that are built on the GPU.
     "refit-1b-bind": lambda results: refit.stage("1b", results, modes=("bind",)),
     "1b-thorough": lambda results: models.stage("1b", results, thorough=True),
+    **bench.STAGES,
 }
 
 

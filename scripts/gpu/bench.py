@@ -1,0 +1,307 @@
+"""The benchmark on a GPU: every system over one model, each in a process of its own, one result file a system.
+
+A stage makes (or finds) the model, its workload and the fp32 reference, converts with `lapidary convert`, runs `lapidary
+bench` and every baseline. A job whose file is there is not run again, so a stage that was cut off goes on where it was; jobs
+are not begun after the stage's time is up. After each job all files go into one archive under $OUT.
+"""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import make_model
+from common import BIN, ROOT, WORK, lapidary, note
+
+BASELINES = ROOT / "scripts" / "baselines"
+# Decode runs are of 16 tokens: from 4080 they fill a cache of 4096.
+CASES = ["--prefill", "128,512", "--live", "300,4080", "--end-to-end", "128:512"]
+CAPACITIES = [256, 1024, 4096]
+MODES = ["eager", "eager-flash", "static", "static-compile", "frozen"]
+SECONDS = float(os.environ.get("BENCH_SECONDS", "520"))
+TARGET = os.environ.get("BENCH_TARGET", "tensorrt-rtx")
+DEVICE = "cpu" if TARGET == "cpu" else "cuda"
+
+
+class Stage:
+    """The jobs of one model: where their files are, what is done, how much time is left."""
+
+    def __init__(self, model, results):
+        self.model, self.results = model, results
+        self.start, self.lock = time.time(), threading.Lock()
+        self.folder = WORK / "bench" / model
+        self.files = self.folder / "results"
+        self.files.mkdir(parents=True, exist_ok=True)
+        self.workload, self.reference = self.folder / "workload.json", self.files / f"{model}-reference.json"
+
+    def left(self):
+        return SECONDS - (time.time() - self.start)
+
+    def job(self, name, function, file=None):
+        """Runs `function` unless `file` is there; keeps why it failed. Gives whether its result is there."""
+        if file and finished(file):
+            return True
+        if self.left() < 15:
+            note(f"{name}: left for another run, the stage's time is up")
+            self.results[name] = {"skipped": "time"}
+            return False
+        note(name, "…")
+        start, entry = time.time(), {}
+        try:
+            entry = function() or {}
+        except Exception as error:  # noqa: BLE001 - one failure must not end a run on a borrowed machine
+            entry = {"error": f"{type(error).__name__}: {error}"[:3000]}
+            note(name, "FAILED:", entry["error"])
+        entry["seconds"] = round(time.time() - start, 1)
+        note(f"{name} took {entry['seconds']} s, {self.left():.0f} s left")
+        with self.lock:  # packages are made by several threads
+            self.results[name] = entry
+            self.pack()
+        return "error" not in entry
+
+    def process(self, command):
+        """A job's process, what it says passed on."""
+        command = list(map(str, command))
+        done = subprocess.run(command, stdout=sys.stderr, timeout=max(15, self.left()))
+        if done.returncode != 0:
+            names = [Path(part).name for part in command[:3]]
+            raise RuntimeError(f"{' '.join(names)} … ended with {done.returncode}")
+
+    def pack(self):
+        out = Path(os.environ.get("OUT", ".")) / f"bench-{self.model}.tar.gz"
+        with tarfile.open(out, "w:gz") as archive:
+            for file in sorted(self.files.glob("*.json")):
+                archive.add(file, file.name)
+
+    def baseline(self, script, *arguments):
+        self.process([sys.executable, BASELINES / script, *arguments])
+
+    # -- what every system is given
+
+    def prepare(self, source):
+        """Workload and reference; the hash all weights must have."""
+        if source.startswith("made:"):
+            vocabulary = make_model.SIZES[source.removeprefix("made:")]["vocab_size"]
+            arguments = ["--vocabulary", vocabulary]
+        else:
+            arguments = ["--ids-from", ROOT / "fixtures/smollm2/reference.json"]
+        if not self.workload.exists():
+            self.baseline("workload.py", self.workload, *arguments)
+        if not self.job("reference", lambda: self.transformers("reference", source, self.reference), self.reference):
+            raise RuntimeError("without a reference nothing can be compared")
+
+    def transformers(self, mode, source, file, *more):
+        reference = [] if mode == "reference" else ["--reference", self.reference, "--weights-hash", self.hash()]
+        self.baseline("transformers_baseline.py", mode, "--model", source, "--model-name", self.model, "--workload", self.workload,
+                      "-o", file, "--dtype", "fp16", *([] if mode == "reference" else CASES), *reference, *more)  # fmt: skip
+
+    def hash(self):
+        return json.loads(self.reference.read_text())["model"]["weights_hash"]
+
+    def all_transformers(self, source):
+        for mode in MODES:
+            file = self.files / f"{self.model}-transformers-{mode}.json"
+            self.job(f"transformers {mode}", functools.partial(self.transformers, mode, source, file), file)
+
+    # -- ours
+
+    def convert(self, export, package, capacities, *flags):
+        """A package; engines that another package of this stage has are taken from its cache."""
+        if (package / "manifest.json").exists():
+            return {"already": True}
+        lapidary("convert", export, "-o", package, "--force", "--target", TARGET, "--engine-cache", self.folder / "plans",
+                 "--capacity", ",".join(map(str, capacities)), *flags, timeout=max(15, self.left()))  # fmt: skip
+        engines = json.loads((package / "manifest.json").read_text())["engines"]
+        return {"engines": len(engines), "longest_build_s": max((e["build_ms"] for e in engines), default=0) / 1e3,
+                "plans_mb": sum(e["bytes"] for e in engines) / 1e6}  # fmt: skip
+
+    def bench(self, package, file, label, *flags, cases=CASES, settings=()):
+        settings = [part for key, value in settings for part in ("--setting", f"{key}={value}")]
+        self.process([BIN / "lapidary", "bench", package, "-o", file, "--device", DEVICE, "--prompts", self.workload,
+                      "--model-name", self.model, "--label", label, *cases, *settings, *flags])  # fmt: skip
+        self.baseline("compare.py", self.reference, file)
+
+
+def finished(file):
+    """Not one that broke off: a document is written anew after each measurement, and outputs are compared before times."""
+    if not file.exists():
+        return False
+    values = json.loads(file.read_text())
+    complete = values.get("end_to_end") and values.get("prefill") and values.get("decode")
+    return bool("error" in values or complete or values["system"]["variant"] == "fp32 reference")
+
+
+def made(size, results):
+    """One of make_model's sizes: the main comparison."""
+    stage = Stage(f"llama-{size}", results)
+    export = stage.folder / "export" / "model.onnx"
+    make = [sys.executable, Path(make_model.__file__), size, export.parent]
+    if not export.exists():
+        stage.job("make and export", lambda: stage.process(make))
+    stage.prepare(f"made:{size}")
+    ours(stage, export)
+    stage.all_transformers(f"made:{size}")
+    onnx_parser(stage, size)
+    return stage
+
+
+def ours(stage, export, *flags):
+    package = stage.folder / "package"
+    if stage.job("convert", lambda: stage.convert(export, package, CAPACITIES, *flags)):
+        file = stage.files / f"{stage.model}-lapidary.json"
+        stage.job("lapidary", lambda: stage.bench(package, file, "Lapidary"), file)
+    return package
+
+
+def onnx_parser(stage, size):
+    """TensorRT's own parser, on the export ours came from and on one of plain operators."""
+    binary = BIN / "onnx_parser_baseline"
+    if not binary.exists():
+        note("onnx_parser_baseline is not among the binaries")
+        return
+    plain = stage.folder / "export-plain" / "model.onnx"
+    make = [sys.executable, Path(make_model.__file__), size, plain.parent, "--form", "plain"]
+    if not plain.exists():
+        stage.job("make and export, plain operators", lambda: stage.process(make))
+    for name, export in (("genai", stage.folder / "export" / "model.onnx"), ("plain", plain)):
+        parser(stage, binary, name, export)
+
+
+def parser(stage, binary, name, export):
+    file = stage.files / f"{stage.model}-onnx-parser-{name}.json"
+
+    def measure():
+        stage.process([binary, export, "-o", file, "--prompts", stage.workload, "--model-name", stage.model, "--export", name,
+                       *CASES])  # fmt: skip
+        if "error" not in json.loads(file.read_text()):
+            stage.baseline("compare.py", stage.reference, file)
+
+    stage.job(f"onnx parser, {name} export", measure, file)
+
+
+def smollm2(results):
+    """Real weights, rebuilt on this machine from the GGUF that was carried (scripts/gpu/pack_smollm2.sh)."""
+    stage = Stage("smollm2", results)
+    fixture = ROOT / "fixtures" / "smollm2"
+    gguf = os.environ.get("SMOLLM2_GGUF", "/tmp/smollm2/model.gguf")
+    weights = [sys.executable, ROOT / "scripts/smollm2_weights.py", "--source", gguf]
+    if not stage.job("weights", lambda: stage.process(weights)):
+        return stage
+    export, package, checkpoint = fixture / "model.onnx", stage.folder / "package", stage.folder / "smollm2"
+    if not stage.job("convert", lambda: stage.convert(export, package, CAPACITIES, "--dtype", "fp16")):
+        return stage
+    if not (checkpoint / "config.json").exists():
+        # The same numbers as a Hugging Face folder; `weights_hash` of what transformers loads proves it.
+        lapidary("weights", package, "--export", checkpoint)
+        shutil.copy(fixture / "config.json", checkpoint)
+    stage.prepare(str(checkpoint))
+    file = stage.files / "smollm2-lapidary.json"
+    stage.job("lapidary", lambda: stage.bench(package, file, "Lapidary"), file)
+    stage.all_transformers(str(checkpoint))
+    binary = BIN / "onnx_parser_baseline"
+    if binary.exists():
+        parser(stage, binary, "optimum-fp32", export)
+    return stage
+
+
+# -- one switch at a time
+
+# Where nothing else is said: one capacity, one chunk, so that a variant is two engines.
+SMALL = ["--prefill", "512"]
+SMALL_CASES = ["--prefill", "512", "--live", "300", "--end-to-end", "128:128"]
+ENGINES = {"linear": "reduce_row", "fuse_linear": True, "attention": "by_capacity"}
+
+
+class Variant:
+    """A package and how it is benched, and which switch it stands for."""
+
+    def __init__(self, group, switch, convert=(), capacities=(1024,), lowering=None, bench=(), cases=None, package=None):
+        self.group, self.switch, self.capacities = group, switch, list(capacities)
+        self.convert, self.lowering, self.bench = list(convert) or SMALL, lowering, list(bench)
+        self.cases = cases or SMALL_CASES
+        # Variants of one name share the package.
+        self.package = package or self.name()
+
+    def name(self):
+        return "-".join(f"{self.group} {self.switch}".replace(",", "").replace("=", " ").split())
+
+
+LONG = ["--prefill", "512", "--live", "300,4080", "--end-to-end", "128:128"]
+CHUNKS = ["--prefill", "512,960", "--live", "300", "--end-to-end", "128:128"]
+PROMPTS = ["--prefill", "128,512", "--live", "300", "--end-to-end", "128:128"]
+DRY = ["--dry-multiplier", "0.8"]
+VARIANTS = [
+    Variant("reference", "what packages get", package="base"),
+    Variant("CUDA graphs", "off", package="base", bench=["--no-cuda-graphs"]),
+    Variant("DRY", "on", package="base", bench=DRY),
+    Variant("cache", "grows: 256, 1024, 4096", capacities=(256, 1024, 4096), cases=LONG),
+    Variant("cache", "one capacity: 4096", capacities=(4096,), cases=LONG),
+    Variant("attention", "one layer, groups folded", lowering=ENGINES | {"attention": "layer", "fold_groups": True}),
+    Variant("attention", "one layer, heads as they are", lowering=ENGINES | {"attention": "layer", "fold_groups": False}),
+    Variant("products", "not fused", lowering=ENGINES | {"fuse_linear": False}),
+    Variant("products", "matrix product for one row", lowering=ENGINES | {"linear": "flatten_activation"}),
+    Variant("shapes", "static chunks 128, 512", convert=["--prefill", "128,512"], cases=PROMPTS),
+    Variant("shapes", "dynamic tokens 1:128:512", convert=["--prefill", "1:128:512"], cases=PROMPTS),
+    Variant("chunk", "128", convert=["--prefill", "128"], cases=CHUNKS),
+    Variant("chunk", "512", package="base", cases=CHUNKS),
+    Variant("chunk", "1024", convert=["--prefill", "1024"], cases=CHUNKS),
+    Variant("weights", "embed", convert=["--weights", "embed", *SMALL]),
+    Variant("weights", "strip, identical refit", convert=["--weights", "strip", "--refit", "identical", *SMALL]),
+    Variant("weights", "strip, general refit", convert=["--weights", "strip", "--refit", "general", *SMALL]),
+]
+
+
+def ablations(size, results):
+    """Packages are made side by side before anything is timed, then benched one after the other."""
+    stage = Stage(f"llama-{size}", results)
+    export = stage.folder / "export" / "model.onnx"
+    make = [sys.executable, Path(make_model.__file__), size, export.parent]
+    if not export.exists():
+        stage.job("make and export", lambda: stage.process(make))
+    stage.prepare(f"made:{size}")
+    files = {v: stage.files / f"{stage.model}-ablation-{v.name().replace(':', '').lower()}.json" for v in VARIANTS}
+    wanted = {v.package: v for v in VARIANTS if not finished(files[v])}
+
+    def convert(variant):
+        spec = stage.folder / f"{variant.package.replace(':', '')}.yaml"
+        spec.write_text(json.dumps({"lowering": variant.lowering} if variant.lowering else {}))
+        return stage.convert(export, package_of(stage, variant), variant.capacities, "--spec", spec, *variant.convert)
+
+    # The base first: the others take from the plan cache what they have in common with it. Refits need a GPU to build.
+    with ThreadPoolExecutor(1 if TARGET == "cpu" else 4) as pool:
+        jobs = {v: pool.submit(stage.job, f"convert {name}", functools.partial(convert, v)) for name, v in wanted.items()}
+    for variant in VARIANTS:
+        maker = wanted.get(variant.package)
+        if maker is None or not jobs[maker].result():
+            continue
+        settings = [("ablation.group", variant.group), ("ablation.switch", variant.switch)]
+        bench = functools.partial(stage.bench, package_of(stage, variant), files[variant],
+                                  f"{variant.group}: {variant.switch}", *variant.bench, cases=variant.cases,
+                                  settings=settings)  # fmt: skip
+        stage.job(f"{variant.group}: {variant.switch}", bench, files[variant])
+    for variant in wanted.values():
+        if all(finished(files[v]) for v in VARIANTS if v.package == variant.package):
+            shutil.rmtree(package_of(stage, variant), ignore_errors=True)
+    return stage
+
+
+def package_of(stage, variant):
+    return stage.folder / "variants" / variant.package.replace(":", "")
+
+
+STAGES = {
+    "bench-1b": lambda results: made("1b", results),
+    "bench-8b": lambda results: made("8b", results),
+    "bench-smollm2": smollm2,
+    "ablations-1b": lambda results: ablations("1b", results),
+    # For trying the scripts without a GPU: BENCH_TARGET=cpu.
+    "bench-tiny": lambda results: made("tiny", results),
+    "ablations-tiny": lambda results: ablations("tiny", results),
+}
