@@ -3,8 +3,9 @@
 
     onnxruntime_baseline.py MODEL.onnx --workload WORKLOAD.json -o RESULT.json --threads 2
 
-Caches are bound from output to input without copies (IO binding). One process, one result file (schema.py). Exit status 2:
-the export or the workload is unusable.
+Caches are bound from output to input without copies (IO binding). One process, one result file (schema.py). With
+--as-reference its tokens go into the workload for the systems after it, where transformers is not installed. Exit
+status 2: the export or the workload is unusable.
 """
 
 import argparse
@@ -92,6 +93,7 @@ class Decoder:
 
 
 def outputs_of(decoder, workload, reference):
+    """Greedy tokens, and logits along the reference's tokens or else its own."""
     prompts, greedy, rows = workload["prompts"], [], []
     for i, ids in enumerate(prompts):
         greedy.append(decoder.timed(ids, outputs.GREEDY)[2])
@@ -105,14 +107,6 @@ def outputs_of(decoder, workload, reference):
         found["reference"] = outputs.compare(found, decoder.dtype, json.loads(reference.read_text()))
         schema.note("outputs", outputs.told(found["reference"]))
     return found
-
-
-def pairs(text):
-    return [tuple(int(n) for n in part.split(":")) for part in text.split(",") if part]
-
-
-def numbers(text):
-    return [int(part) for part in text.split(",") if part]
 
 
 def run(given):
@@ -133,7 +127,10 @@ def run(given):
                              outputs.identities(workload), workload["seed"], {"threads": given.threads})  # fmt: skip
     result.values["load"]["load_ms"] = load_ms
     decoder.timed(outputs.timed(workload, 16), 8)
-    result["outputs"] = outputs_of(decoder, workload, given.reference)
+    if given.outputs:
+        result["outputs"] = outputs_of(decoder, workload, given.reference)
+    if given.as_reference:
+        schema.write(given.workload, workload | {"forced": result.values["outputs"]["greedy_tokens"]})
     for tokens in given.prefill:
         ids = outputs.timed(workload, tokens)
         result.prefill(tokens, [decoder.timed(ids, 1)[0] for _ in range(given.prefill_samples + 1)][1:])
@@ -156,12 +153,14 @@ def arguments():
     parser.add_argument("--workload", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--reference", type=Path, help="the fp32 reference's result; without it outputs are not compared")
+    parser.add_argument("--as-reference", action="store_true", help="write the tokens it chose into the workload")
     parser.add_argument("--weights-hash", help="refuse other weights")
+    parser.add_argument("--outputs", type=int, default=1, choices=[0, 1], help="0: times only")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--label", help="in tables")
-    parser.add_argument("--prefill", type=numbers, default=[128, 512], metavar="N,N")
-    parser.add_argument("--live", type=numbers, default=[300], metavar="N,N")
-    parser.add_argument("--end-to-end", type=pairs, default=[(128, 128)], metavar="PROMPT:NEW,…")
+    parser.add_argument("--prefill", type=schema.numbers, default=[128, 512], metavar="N,N")
+    parser.add_argument("--live", type=schema.numbers, default=[300], metavar="N,N")
+    parser.add_argument("--end-to-end", type=schema.pairs, default=[(128, 128)], metavar="PROMPT:NEW,…")
     parser.add_argument("--runs", type=int, default=4, help="end to end")
     parser.add_argument("--prefill-samples", type=int, default=8)
     parser.add_argument("--decode-samples", type=int, default=64)

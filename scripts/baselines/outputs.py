@@ -115,7 +115,7 @@ def compare(outputs, dtype, reference):
         })  # fmt: skip
     limit, clear = LIMITS[dtype], sum(margin >= CLEAR * noise for margin in differing)
     return {
-        "system": "transformers fp32",
+        "system": f"{reference['system']['name']} {reference['model']['dtype']}",
         "worst_relative_logit_error": max(errors),
         "mean_relative_logit_error": math.fsum(errors) / len(errors),
         "rms_logit_error": noise,

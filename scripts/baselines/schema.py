@@ -268,6 +268,40 @@ def check(values):
     return problems
 
 
+def merged(documents):
+    """One document of several rounds of a system: all samples in the order of the rounds, the outputs of the first."""
+    whole = json.loads(json.dumps(documents[0]))
+    peak = (whole["machine"].get("peak_flops") or {}).get("flops")
+    for section, key in (("prefill", "tokens"), ("decode", "live")):
+        for entry in whole[section]:
+            same = [e for d in documents for e in d[section] if e[key] == entry[key]]
+            samples = [sample for e in same for sample in e["samples_ms"]]
+            before, ms = entry["ms"]["median"], summary(samples)
+            entry |= {"samples_ms": samples, "ms": ms, "stable": stable(samples)}
+            # Rates follow from the median alone.
+            for rate in ("prefill_tokens_per_s", "output_tokens_per_s", "mbu", "mfu"):
+                if entry.get(rate) is not None and (rate != "mfu" or peak):
+                    entry[rate] *= before / ms["median"]
+    for entry in whole["end_to_end"]:
+        case = entry["prompt"], entry["new_tokens"]
+        same = [e for d in documents for e in d["end_to_end"] if (e["prompt"], e["new_tokens"]) == case]
+        entry["runs"] = [run for e in same for run in e["runs"]]
+        entry |= of_runs(entry["runs"])
+    whole["memory"]["peak_host_bytes"] = max(d["memory"]["peak_host_bytes"] for d in documents)
+    whole["system"]["settings"]["rounds"] = len(documents)
+    return whole
+
+
+def pairs(text):
+    """`128:512,…` of a command line."""
+    return [tuple(int(n) for n in part.split(":")) for part in text.split(",") if part]
+
+
+def numbers(text):
+    """`128,512` of a command line."""
+    return [int(part) for part in text.split(",") if part]
+
+
 def note(*words):
     print(f"[{time.strftime('%H:%M:%S')}]", *words, file=sys.stderr, flush=True)
 

@@ -323,7 +323,8 @@ def measure(mode, result, arguments, workload):
         mode.torch.cuda.empty_cache()
         mode.torch.cuda.reset_peak_memory_stats()
     warm(mode, result, workload, 1)
-    result["outputs"] = outputs_of(mode, workload, workload.get("forced"), arguments.dtype, arguments.reference)
+    if arguments.outputs:
+        result["outputs"] = outputs_of(mode, workload, workload.get("forced"), arguments.dtype, arguments.reference)
     for tokens, what, case in sizes:
         warm(mode, result, workload, tokens)
         if what == "decode":
@@ -362,14 +363,6 @@ def warm(mode, result, workload, tokens):
         note("compiled for", mode.capacity, "slots in", seconds[str(mode.capacity)], "s")
 
 
-def pairs(text):
-    return [tuple(int(n) for n in part.split(":")) for part in text.split(",") if part]
-
-
-def numbers(text):
-    return [int(part) for part in text.split(",") if part]
-
-
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=VARIANTS)
@@ -379,14 +372,15 @@ def arguments():
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--reference", type=Path, help="the reference's result; without it outputs are not compared")
     parser.add_argument("--weights-hash", help="refuse other weights")
+    parser.add_argument("--outputs", type=int, default=1, choices=[0, 1], help="0: times only")
     parser.add_argument("--device", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp16")
     parser.add_argument("--threads", type=int, help="of the CPU; default: all cores")
     parser.add_argument("--label", help="in tables")
-    parser.add_argument("--capacity", type=numbers, default=[256, 1024, 4096], help="of static caches")
-    parser.add_argument("--prefill", type=numbers, default=[128, 512], metavar="N,N")
-    parser.add_argument("--live", type=numbers, default=[300, 4080], metavar="N,N", help="tokens in the cache before a decode run of 16")
-    parser.add_argument("--end-to-end", type=pairs, default=[(128, 512)], metavar="PROMPT:NEW,…")
+    parser.add_argument("--capacity", type=schema.numbers, default=[256, 1024, 4096], help="of static caches")
+    parser.add_argument("--prefill", type=schema.numbers, default=[128, 512], metavar="N,N")
+    parser.add_argument("--live", type=schema.numbers, default=[300, 4080], metavar="N,N", help="tokens in the cache before a decode run of 16")
+    parser.add_argument("--end-to-end", type=schema.pairs, default=[(128, 512)], metavar="PROMPT:NEW,…")
     parser.add_argument("--runs", type=int, default=4, help="end to end")
     parser.add_argument("--prefill-samples", type=int, default=12)
     parser.add_argument("--decode-samples", type=int, default=64)
