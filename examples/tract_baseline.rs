@@ -1,10 +1,13 @@
-//! One measurement of an optimum export in tract on the CPU, for `scripts/bench_cpu.py`, after a warm-up.
+//! An optimum export in tract on the CPU, one step at a time, for `scripts/baselines/tract_baseline.py`.
 //!
-//! `tract_baseline MODEL.onnx --prompt-ids 1,2,3 --max-new-tokens 48 --threads 2` prints one JSON line. Needs the cargo
-//! feature `tract`. Lengths stay symbolic, so one optimised plan serves prefill and decode.
+//! `tract_baseline MODEL.onnx --threads 2` first prints `{"version", "load_ms"}`. Then each line of standard input is a
+//! question, `{"reset": true}` or `{"feed": [ids], "row": bool}`, and is answered by a line: nothing but `{}`, or
+//! `{"ms", "token"}` with the time to the next token and its id, and with `row` the logits it was chosen from. Needs the
+//! cargo feature `tract`. Lengths stay symbolic, so one optimised plan serves prefill and decode.
 
+use std::io::{BufRead, Write};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Parser;
 use tract_onnx::prelude::*;
@@ -12,15 +15,22 @@ use tract_onnx::tract_core::internal::tract_ndarray as ndarray;
 use tract_onnx::tract_hir::infer::Factoid;
 use tract_onnx::tract_hir::internal::DimLike;
 
+/// As in Cargo.toml.
+const TRACT_VERSION: &str = "0.23.9";
+
 #[derive(Parser)]
 struct Args {
     model: PathBuf,
-    #[arg(long, value_delimiter = ',')]
-    prompt_ids: Vec<i64>,
-    #[arg(long)]
-    max_new_tokens: usize,
     #[arg(long, default_value_t = 1)]
     threads: usize,
+}
+
+#[derive(serde::Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+struct Question {
+    reset: bool,
+    feed: Vec<i64>,
+    row: bool,
 }
 
 struct Decoder {
@@ -31,7 +41,8 @@ struct Decoder {
 }
 
 impl Decoder {
-    fn run(&mut self, ids: &[i64]) -> TractResult<i64> {
+    /// The logits after the last of `ids`: `[1, tokens, vocabulary]`, whose last row counts.
+    fn run(&mut self, ids: &[i64]) -> TractResult<TValue> {
         let total = self.length + ids.len();
         let mut caches = std::mem::take(&mut self.caches).into_iter();
         let mut inputs: TVec<TValue> = tvec!();
@@ -55,11 +66,15 @@ impl Decoder {
         // Outputs follow the inputs: present.0.key, present.0.value, present.1.key …
         self.caches = outputs.into_iter().collect();
         self.length = total;
-        let view = logits.to_plain_array_view::<f32>()?;
-        let last = view.index_axis(ndarray::Axis(1), ids.len() - 1);
-        let best = last.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-        Ok(best.map_or(0, |(id, _)| id as i64))
+        Ok(logits)
     }
+}
+
+/// The last row of logits.
+fn last_row(logits: &TValue) -> TractResult<ndarray::ArrayView1<'_, f32>> {
+    let view = logits.to_plain_array_view::<f32>()?.into_dimensionality::<ndarray::Ix3>()?;
+    let last = view.len_of(ndarray::Axis(1)) - 1;
+    Ok(view.index_axis_move(ndarray::Axis(0), 0).index_axis_move(ndarray::Axis(0), last))
 }
 
 fn main() -> TractResult<()> {
@@ -91,27 +106,39 @@ fn main() -> TractResult<()> {
         model.set_input_fact(i, fact)?;
     }
     let plan = model.into_optimized()?.into_runnable()?;
-    let load = start.elapsed();
     let mut decoder = Decoder {
         plan,
         names,
         caches: empty.clone(),
         length: 0,
     };
-    let first = decoder.run(&args.prompt_ids)?;
-    decoder.run(&[first])?;
-    (decoder.caches, decoder.length) = (empty, 0);
-
-    let start = Instant::now();
-    let mut tokens = vec![decoder.run(&args.prompt_ids)?];
-    let prefill = start.elapsed();
-    let start = Instant::now();
-    while tokens.len() < args.max_new_tokens {
-        tokens.push(decoder.run(&[tokens[tokens.len() - 1]])?);
+    let mut out = std::io::stdout().lock();
+    let load_ms = start.elapsed().as_secs_f64() * 1e3;
+    let mut say = |answer: serde_json::Value| -> std::io::Result<()> {
+        writeln!(out, "{answer}")?;
+        out.flush()
+    };
+    say(serde_json::json!({"version": TRACT_VERSION, "load_ms": load_ms}))?;
+    for line in std::io::stdin().lock().lines() {
+        let question: Question = serde_json::from_str(&line?)?;
+        if question.reset {
+            (decoder.caches, decoder.length) = (empty.clone(), 0);
+        }
+        if question.feed.is_empty() {
+            say(serde_json::json!({}))?;
+            continue;
+        }
+        let start = Instant::now();
+        let logits = decoder.run(&question.feed)?;
+        let row = last_row(&logits)?;
+        let best = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+        let token = best.map_or(0, |(id, _)| id);
+        let ms = start.elapsed().as_secs_f64() * 1e3;
+        let mut answer = serde_json::json!({"ms": ms, "token": token});
+        if question.row {
+            answer["row"] = row.iter().copied().collect::<Vec<f32>>().into();
+        }
+        say(answer)?;
     }
-    let decode = start.elapsed() / (args.max_new_tokens as u32 - 1).max(1);
-    let ms = |d: Duration| d.as_secs_f64() * 1e3;
-    let (load, prefill, decode) = (ms(load), ms(prefill), ms(decode));
-    println!("{{\"tokens\": {tokens:?}, \"load_ms\": {load}, \"prefill_ms\": {prefill}, \"decode_ms\": {decode}}}");
     Ok(())
 }

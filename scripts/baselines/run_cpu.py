@@ -98,7 +98,7 @@ class Run:
                  "onnxruntime": baseline(sys.executable, "onnxruntime_baseline.py", self.model)}  # fmt: skip
         tract = given.binaries / "examples" / "tract_baseline"
         if tract.exists():
-            found["tract"] = baseline(sys.executable, "tract_baseline.py", tract, self.model)
+            found["tract"] = baseline(sys.executable, "tract_baseline.py", self.model, "--binary", tract)
         else:
             note(f"tract is left out: {tract} is not built")
         if given.torch_python:
