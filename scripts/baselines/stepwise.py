@@ -1,7 +1,8 @@
-"""What baselines that run an ONNX export step by step on the CPU have in common: flags, samples, outputs, the file.
+"""What baselines that run an ONNX export step by step have in common: flags, samples, outputs, the file.
 
-A decoder gives `dtype`, `reset()`, `feed(ids)` (the row of logits after the last) and `step(ids)` (milliseconds to the next
-token's id on the host, and the id).
+A decoder gives `dtype`, `reset()`, `feed(ids)` (the row of logits after the last), `step(ids)` (milliseconds to the next
+token's id on the host, and the id), `peak_bytes()` of the host, and may give `load_ms` and `facts()`, sections of the file
+that only it knows.
 """
 
 import argparse
@@ -51,7 +52,15 @@ def outputs_of(decoder, workload, reference):
     return found
 
 
-def measure(given, open_decoder, name, variant, version_facts):
+class Refused(Exception):
+    """The system does not take this export; its words are a result."""
+
+
+def cpu(threads):
+    return schema.host() | {"copy_bandwidth_bytes_per_s": schema.cpu_copy_bandwidth(threads), "peak_flops": None}
+
+
+def measure(given, open_decoder, name, variant, version_facts, machine=cpu, settings=None):
     """The whole of a baseline. `open_decoder(model, threads)` is timed as the load."""
     workload = outputs.read_workload(given.workload)
     config = json.loads((given.model.parent / "config.json").read_text())
@@ -59,15 +68,19 @@ def measure(given, open_decoder, name, variant, version_facts):
     if given.weights_hash and known["hash"] != given.weights_hash:
         raise Unusable(f"{given.model}: its weights hash to {known['hash']}, not {given.weights_hash}")
     start = time.perf_counter()
-    decoder = open_decoder(given.model, given.threads)
+    try:
+        decoder = open_decoder(given.model, given.threads)
+    except Refused as refused:
+        schema.failed(given.output, name, variant, given.label or variant, str(refused), settings)
+        return 0
     # One that runs in a process of its own has timed itself.
     load_ms = getattr(decoder, "load_ms", (time.perf_counter() - start) * 1e3)
     model = schema.Model(given.model_name or given.model.parent.name, config, known["parameters"], known["tied"],
                          decoder.dtype, known["hash"])  # fmt: skip
-    machine = schema.host() | {"copy_bandwidth_bytes_per_s": schema.cpu_copy_bandwidth(given.threads), "peak_flops": None}
     label = given.label or f"{variant} {decoder.dtype}"
-    result = schema.Document(given.output, name, variant, label, model, machine, version_facts, outputs.identities(workload),
-                             workload["seed"], {"threads": given.threads})  # fmt: skip
+    settings = settings or {"threads": given.threads}
+    result = schema.Document(given.output, name, variant, label, model, machine(given.threads), version_facts,
+                             outputs.identities(workload), workload["seed"], settings)  # fmt: skip
     result.values["load"]["load_ms"] = load_ms
     timed(decoder, outputs.timed(workload, min(16, len(workload["timed"]))), 8)
     if given.outputs:
@@ -85,6 +98,8 @@ def measure(given, open_decoder, name, variant, version_facts):
     for prompt, new in given.end_to_end:
         ids = outputs.timed(workload, prompt)
         result.end_to_end(prompt, new, [timed(decoder, ids, new)[:2] for _ in range(given.runs)])
+    for section, facts in (decoder.facts() if hasattr(decoder, "facts") else {}).items():
+        result.values[section] |= facts
     result.values["memory"]["peak_host_bytes"] = decoder.peak_bytes()
     result.write()
     return 0
