@@ -37,10 +37,11 @@ class Run:
         self.model = given.model / "model.onnx"
         self.name = given.model.name
         self.lapidary = given.binaries / "lapidary"
-        for file, how in ((self.model, "name a folder with --model"),
-                          (self.model.with_name("model.onnx.data"), "run scripts/smollm2_weights.py"),
-                          (self.lapidary, "build it, or name its folder with --binaries")):  # fmt: skip
-            if not file.exists() and not (file.suffix == ".data" and self.model.stat().st_size > 20 << 20):
+        wanted = {self.model: "name a folder with --model", self.lapidary: "build it, or name its folder with --binaries"}
+        if (given.model / "weights.json").exists():
+            wanted[given.model / "model.onnx.data"] = "run scripts/smollm2_weights.py"
+        for file, how in wanted.items():
+            if not file.exists():
                 raise Unusable(f"{file}: no such file; {how}")
         self.workload = scratch / "workload.json"
         ids = json.loads((given.model / "reference.json").read_text())["prompt"]

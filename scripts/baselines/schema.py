@@ -119,7 +119,7 @@ class Document:
         self.values = {
             "schema": SCHEMA,
             "system": {"name": name, "variant": variant, "label": label, "settings": settings},
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "date": now(),
             "command": command_line(),
             "commit": commit(),
             "machine": machine,
@@ -213,12 +213,33 @@ def write(path, values):
     partial.replace(path)
 
 
-def failed(path, name, variant, label, words, settings=None):
-    """The file of a system that could not run: its own words, no measurement."""
+def failed(path, name, variant, label, words, settings=None, like=None, dtype=None):
+    """The file of a system that could not run: its own words, no measurement. Machine, model and workload are those of the
+    file `like`, usually the reference's, if there is one."""
     note(label, "did not run:", words)
-    system = {"name": name, "variant": variant, "label": label, "settings": settings or {}}
-    write(path, {"schema": SCHEMA, "system": system, "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                 "command": command_line(), "commit": commit(), "error": words})  # fmt: skip
+    other = json.loads(Path(like).read_text()) if like else {}
+    values = {
+        "schema": SCHEMA,
+        "system": {"name": name, "variant": variant, "label": label, "settings": settings or {}},
+        "date": now(),
+        "command": command_line(),
+        "commit": commit(),
+        "error": words,
+        **{section: other[section] for section in ("machine", "versions", "model", "workload") if section in other},
+        "prefill": [], "decode": [], "end_to_end": [],
+        "memory": {"peak_host_bytes": peak_host_bytes(), "device": None},
+        "outputs": None,
+    }  # fmt: skip
+    if dtype and "model" in values:
+        # Sizes in the reference's file are those of fp32.
+        model, factor = dict(values["model"]), DTYPE_BYTES[values["model"]["dtype"]] / DTYPE_BYTES[dtype]
+        model |= {key: int(model[key] / factor) for key in ("weight_bytes_per_token", "kv_bytes_per_token_slot")}
+        values["model"] = model | {"dtype": dtype}
+    write(path, values)
+
+
+def now():
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def check(values):

@@ -53,17 +53,33 @@ def outputs_of(decoder, workload, reference):
 
 
 class Refused(Exception):
-    """The system does not take this export; its words are a result."""
+    """The system does not take this export; its words are a result. `dtype`: what it would have run in, if known."""
+
+    def __init__(self, words, dtype=None):
+        super().__init__(words)
+        self.dtype = dtype
 
 
 def cpu(threads):
     return schema.host() | {"copy_bandwidth_bytes_per_s": schema.cpu_copy_bandwidth(threads), "peak_flops": None}
 
 
+def config_of(folder):
+    """The sizes of a model as its Hugging Face config names them; this repository's small fixtures have them elsewhere."""
+    if (folder / "config.json").is_file():
+        return json.loads((folder / "config.json").read_text())
+    if not (folder / "reference.json").is_file():
+        raise Unusable(f"{folder}: no config.json beside the export")
+    names = {"num_hidden_layers": "layers", "hidden_size": "hidden", "num_attention_heads": "heads",
+             "num_key_value_heads": "kv_heads", "head_dim": "head_dim", "vocab_size": "vocabulary"}  # fmt: skip
+    sizes = json.loads((folder / "reference.json").read_text())["model"]
+    return {name: sizes[ours] for name, ours in names.items()}
+
+
 def measure(given, open_decoder, name, variant, version_facts, machine=cpu, settings=None):
     """The whole of a baseline. `open_decoder(model, threads)` is timed as the load."""
     workload = outputs.read_workload(given.workload)
-    config = json.loads((given.model.parent / "config.json").read_text())
+    config = config_of(given.model.parent)
     known = weights_hash.of_file(given.model)
     if given.weights_hash and known["hash"] != given.weights_hash:
         raise Unusable(f"{given.model}: its weights hash to {known['hash']}, not {given.weights_hash}")
@@ -71,7 +87,7 @@ def measure(given, open_decoder, name, variant, version_facts, machine=cpu, sett
     try:
         decoder = open_decoder(given.model, given.threads)
     except Refused as refused:
-        schema.failed(given.output, name, variant, given.label or variant, str(refused), settings)
+        schema.failed(given.output, name, variant, given.label or variant, str(refused), settings, given.reference, refused.dtype)
         return 0
     # One that runs in a process of its own has timed itself.
     load_ms = getattr(decoder, "load_ms", (time.perf_counter() - start) * 1e3)

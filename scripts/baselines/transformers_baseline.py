@@ -395,7 +395,8 @@ def run(given):
     variant = VARIANTS[given.mode]
     label = given.label or f"transformers {variant}"
     if given.mode == "eager-flash" and importlib.util.find_spec("flash_attn") is None:
-        schema.failed(given.output, "transformers", variant, label, "the package flash_attn is not installed here")
+        schema.failed(given.output, "transformers", variant, label, "the package flash_attn is not installed here",
+                      like=given.reference, dtype=given.dtype)  # fmt: skip
         return 0
     import torch
 

@@ -162,28 +162,25 @@ def ours(stage, export, *flags):
 
 def onnx_parser(stage, size):
     """TensorRT's own parser, on the export ours came from and on one of plain operators."""
-    binary = BIN / "onnx_parser_baseline"
-    if not binary.exists():
-        note("onnx_parser_baseline is not among the binaries")
-        return
     plain = stage.folder / "export-plain" / "model.onnx"
     make = [sys.executable, Path(make_model.__file__), size, plain.parent, "--form", "plain"]
-    if not plain.exists():
+    if TARGET != "cpu" and not plain.exists():
         stage.job("make and export, plain operators", lambda: stage.process(make))
-    for name, export in (("genai", stage.folder / "export" / "model.onnx"), ("plain", plain)):
-        parser(stage, binary, name, export)
+    parser(stage, "genai", stage.folder / "export" / "model.onnx")
+    parser(stage, "plain", plain)
+    parser(stage, "plain", plain, "--specialization", "none")
 
 
-def parser(stage, binary, name, export):
-    file = stage.files / f"{stage.model}-onnx-parser-{name}.json"
+def parser(stage, name, export, *flags):
+    file = stage.files / f"{stage.model}-onnx-parser-{'-'.join([name, *flags[1:]])}.json"
 
     def measure():
-        stage.process([binary, export, "-o", file, "--prompts", stage.workload, "--model-name", stage.model, "--export", name,
-                       *CASES])  # fmt: skip
-        if "error" not in json.loads(file.read_text()):
-            stage.baseline("compare.py", stage.reference, file)
+        if TARGET == "cpu":
+            raise RuntimeError("needs a GPU")
+        stage.baseline("tensorrt_onnx_baseline.py", export, "--workload", stage.workload, "-o", file, "--model-name", stage.model,
+                       "--export", name, "--reference", stage.reference, "--weights-hash", stage.hash(), *CASES, *flags)  # fmt: skip
 
-    stage.job(f"onnx parser, {name} export", measure, file)
+    stage.job(f"onnx parser, {name} {' '.join(flags)}", measure, file)
 
 
 def smollm2(results):
@@ -205,9 +202,7 @@ def smollm2(results):
     file = stage.files / "smollm2-lapidary.json"
     stage.job("lapidary", lambda: stage.bench(package, file, "Lapidary"), file)
     stage.all_transformers(str(checkpoint))
-    binary = BIN / "onnx_parser_baseline"
-    if binary.exists():
-        parser(stage, binary, "optimum-fp32", export)
+    parser(stage, "optimum-fp32", export)
     return stage
 
 
