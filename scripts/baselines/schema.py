@@ -129,7 +129,7 @@ class Document:
             "prefill": [],
             "decode": [],
             "end_to_end": [],
-            "load": {"load_ms": None, "first_load_ms": None},
+            "load": None,
             "build": {"engines": []},
             "sizes": {"package_bytes": None, "plans_bytes": None, "weights_bytes": None},
             "memory": {"peak_host_bytes": peak_host_bytes(), "device": None},
@@ -163,6 +163,10 @@ class Document:
             latency = round(first + math.fsum(gaps), 4)
             listed.append({"ttft_ms": first, "latency_ms": latency, "tokens": len(gaps) + 1, "itl_samples_ms": gaps})
         self.add("end_to_end", {"prompt": prompt, "new_tokens": new_tokens, "runs": listed, **of_runs(listed)})
+
+    def loaded(self, load_ms):
+        """From nothing to a model that takes tokens; nothing is written where that cannot be told."""
+        self["load"] = None if load_ms is None else {"load_ms": load_ms, "first_load_ms": None}
 
     def add(self, section, entry):
         self.values[section].append(entry)
@@ -215,9 +219,11 @@ def write(path, values):
 
 def failed(path, name, variant, label, words, settings=None, like=None, dtype=None):
     """The file of a system that could not run: its own words, no measurement. Machine, model and workload are those of the
-    file `like`, usually the reference's, if there is one."""
+    file `like`, the reference's."""
     note(label, "did not run:", words)
-    other = json.loads(Path(like).read_text()) if like else {}
+    if not like:
+        raise Unusable(f"{label} did not run: {words}; without --reference there is no file to say so in")
+    other = json.loads(Path(like).read_text())
     values = {
         "schema": SCHEMA,
         "system": {"name": name, "variant": variant, "label": label, "settings": settings or {}},
@@ -225,12 +231,12 @@ def failed(path, name, variant, label, words, settings=None, like=None, dtype=No
         "command": command_line(),
         "commit": commit(),
         "error": words,
-        **{section: other[section] for section in ("machine", "versions", "model", "workload") if section in other},
+        **{section: other[section] for section in ("machine", "versions", "model", "workload")},
         "prefill": [], "decode": [], "end_to_end": [],
         "memory": {"peak_host_bytes": peak_host_bytes(), "device": None},
         "outputs": None,
     }  # fmt: skip
-    if dtype and "model" in values:
+    if dtype:
         # Sizes in the reference's file are those of fp32.
         model, factor = dict(values["model"]), DTYPE_BYTES[values["model"]["dtype"]] / DTYPE_BYTES[dtype]
         model |= {key: int(model[key] / factor) for key in ("weight_bytes_per_token", "kv_bytes_per_token_slot")}
@@ -337,10 +343,10 @@ def commit():
     if packed.exists():
         return packed.read_text().strip()
     if not shutil.which("git"):
-        return None
+        return "unknown"
     git = lambda *words: subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
     head = git("rev-parse", "HEAD")
-    return head + (" +changes" if git("status", "--porcelain") else "") if head else None
+    return head + (" +changes" if git("status", "--porcelain") else "") if head else "unknown"
 
 
 def peak_host_bytes():

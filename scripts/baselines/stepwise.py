@@ -97,7 +97,7 @@ def measure(given, open_decoder, name, variant, version_facts, machine=cpu, sett
     settings = settings or {"threads": given.threads}
     result = schema.Document(given.output, name, variant, label, model, machine(given.threads), version_facts,
                              outputs.identities(workload), workload["seed"], settings)  # fmt: skip
-    result.values["load"]["load_ms"] = load_ms
+    result.loaded(load_ms)
     timed(decoder, outputs.timed(workload, min(16, len(workload["timed"]))), 8)
     if given.outputs:
         result["outputs"] = outputs_of(decoder, workload, given.reference)

@@ -419,7 +419,7 @@ def run(given):
                 "cuda_graphs": device == "cuda" and mode.compiled, "torch_compile": mode.compiled,
                 "threads": given.threads if device == "cpu" else None}  # fmt: skip
     result = document(given, facts, workload, given.dtype, device, settings)
-    result.values["load"]["load_ms"] = load_ms
+    result.loaded(load_ms)
     try:
         with torch.no_grad():
             measure(mode, result, given, workload)
