@@ -8,6 +8,7 @@ are not begun after the stage's time is up. After each job all files go into one
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -208,14 +209,17 @@ def smollm2(results):
 
 # -- one switch at a time
 
-# Where nothing else is said: one capacity, one chunk, so that a variant is two engines.
-SMALL = ["--prefill", "512"]
-SMALL_CASES = ["--prefill", "512", "--live", "300", "--end-to-end", "128:128"]
+# Where nothing else is said: one capacity, so that a variant is three engines, of which most are in the plan cache.
+SMALL = ["--prefill", "128,512"]
+SMALL_CASES = ["--prefill", "128,512,960", "--live", "300", "--end-to-end", "128:512"]
+# What packages get, in a spec's words.
 ENGINES = {"linear": "reduce_row", "fuse_linear": True, "attention": "by_capacity"}
+LAYER = ENGINES | {"attention": "layer"}
 
 
 class Variant:
-    """A package and how it is benched, and which switch it stands for."""
+    """A package and how it is benched, and which switch it has in another position. `lapidary report` compares it with
+    the run without a switch that is most like it; it knows the groups by these names."""
 
     def __init__(self, group, switch, convert=(), capacities=(1024,), lowering=None, bench=(), cases=None, package=None):
         self.group, self.switch, self.capacities = group, switch, list(capacities)
@@ -225,31 +229,33 @@ class Variant:
         self.package = package or self.name()
 
     def name(self):
-        return "-".join(f"{self.group} {self.switch}".replace(",", "").replace("=", " ").split())
+        return "-".join(re.findall(r"[a-z0-9]+", f"{self.group or ''} {self.switch}".lower()))
+
+    def label(self):
+        return f"{self.group}: {self.switch}" if self.group else f"Lapidary, {self.switch}"
+
+    def settings(self):
+        return [("ablation.group", self.group), ("ablation.switch", self.switch)] if self.group else []
 
 
-LONG = ["--prefill", "512", "--live", "300,4080", "--end-to-end", "128:128"]
-CHUNKS = ["--prefill", "512,960", "--live", "300", "--end-to-end", "128:128"]
-PROMPTS = ["--prefill", "128,512", "--live", "300", "--end-to-end", "128:128"]
-DRY = ["--dry-multiplier", "0.8"]
 VARIANTS = [
-    Variant("reference", "what packages get", package="base"),
-    Variant("CUDA graphs", "off", package="base", bench=["--no-cuda-graphs"]),
-    Variant("DRY", "on", package="base", bench=DRY),
-    Variant("cache", "grows: 256, 1024, 4096", capacities=(256, 1024, 4096), cases=LONG),
-    Variant("cache", "one capacity: 4096", capacities=(4096,), cases=LONG),
-    Variant("attention", "one layer, groups folded", lowering=ENGINES | {"attention": "layer", "fold_groups": True}),
-    Variant("attention", "one layer, heads as they are", lowering=ENGINES | {"attention": "layer", "fold_groups": False}),
-    Variant("products", "not fused", lowering=ENGINES | {"fuse_linear": False}),
+    Variant(None, "capacity 1024", package="base"),
+    Variant("cuda_graphs", "off", package="base", bench=["--no-cuda-graphs"]),
+    Variant("dry", "on", package="base", bench=["--dry-multiplier", "0.8"]),
+    Variant("attention", "one layer, query groups folded", lowering=LAYER | {"fold_groups": True}),
+    Variant("attention", "one layer, heads as they are", lowering=LAYER | {"fold_groups": False}),
+    Variant("products", "one for each weight", lowering=ENGINES | {"fuse_linear": False}),
     Variant("products", "matrix product for one row", lowering=ENGINES | {"linear": "flatten_activation"}),
-    Variant("shapes", "static chunks 128, 512", convert=["--prefill", "128,512"], cases=PROMPTS),
-    Variant("shapes", "dynamic tokens 1:128:512", convert=["--prefill", "1:128:512"], cases=PROMPTS),
-    Variant("chunk", "128", convert=["--prefill", "128"], cases=CHUNKS),
-    Variant("chunk", "512", package="base", cases=CHUNKS),
-    Variant("chunk", "1024", convert=["--prefill", "1024"], cases=CHUNKS),
+    Variant("shapes", "dynamic, 1 to 512 tokens", convert=["--prefill", "1:128:512"]),
+    Variant("chunk", "128", convert=["--prefill", "128"]),
+    Variant("chunk", "512", convert=["--prefill", "512"]),
+    Variant("chunk", "1024", convert=["--prefill", "1024"]),
     Variant("weights", "embed", convert=["--weights", "embed", *SMALL]),
     Variant("weights", "strip, identical refit", convert=["--weights", "strip", "--refit", "identical", *SMALL]),
     Variant("weights", "strip, general refit", convert=["--weights", "strip", "--refit", "general", *SMALL]),
+    # Has something in common with both runs without a switch: the main one, whose cache grows, and the one above.
+    Variant("cache", "one capacity, 4096", capacities=(4096,),
+            cases=["--prefill", "128,512,960", "--live", "300,4080", "--end-to-end", "128:512"]),
 ]
 
 
@@ -261,26 +267,26 @@ def ablations(size, results):
     if not export.exists():
         stage.job("make and export", lambda: stage.process(make))
     stage.prepare(f"made:{size}")
-    files = {v: stage.files / f"{stage.model}-ablation-{v.name().replace(':', '').lower()}.json" for v in VARIANTS}
+    files = {v: stage.files / f"{stage.model}-{'ablation' if v.group else 'lapidary'}-{v.name()}.json" for v in VARIANTS}
     wanted = {v.package: v for v in VARIANTS if not finished(files[v])}
 
     def convert(variant):
-        spec = stage.folder / f"{variant.package.replace(':', '')}.yaml"
+        spec = stage.folder / f"{variant.package}.yaml"
         spec.write_text(json.dumps({"lowering": variant.lowering} if variant.lowering else {}))
         return stage.convert(export, package_of(stage, variant), variant.capacities, "--spec", spec, *variant.convert)
 
-    # The base first: the others take from the plan cache what they have in common with it. Refits need a GPU to build.
+    made_of = lambda v: stage.job(f"convert {v.package}", functools.partial(convert, v))
+    # The base first: the others take from the plan cache what they have in common with it.
+    there = {name: made_of(v) for name, v in wanted.items() if name == "base"}
+    others = {name: v for name, v in wanted.items() if name not in there}
     with ThreadPoolExecutor(1 if TARGET == "cpu" else 4) as pool:
-        jobs = {v: pool.submit(stage.job, f"convert {name}", functools.partial(convert, v)) for name, v in wanted.items()}
+        there |= dict(zip(others, pool.map(made_of, others.values())))
     for variant in VARIANTS:
-        maker = wanted.get(variant.package)
-        if maker is None or not jobs[maker].result():
+        if not there.get(variant.package):
             continue
-        settings = [("ablation.group", variant.group), ("ablation.switch", variant.switch)]
-        bench = functools.partial(stage.bench, package_of(stage, variant), files[variant],
-                                  f"{variant.group}: {variant.switch}", *variant.bench, cases=variant.cases,
-                                  settings=settings)  # fmt: skip
-        stage.job(f"{variant.group}: {variant.switch}", bench, files[variant])
+        bench = functools.partial(stage.bench, package_of(stage, variant), files[variant], variant.label(), *variant.bench,
+                                  cases=variant.cases, settings=variant.settings())  # fmt: skip
+        stage.job(variant.label(), bench, files[variant])
     for variant in wanted.values():
         if all(finished(files[v]) for v in VARIANTS if v.package == variant.package):
             shutil.rmtree(package_of(stage, variant), ignore_errors=True)
@@ -288,7 +294,7 @@ def ablations(size, results):
 
 
 def package_of(stage, variant):
-    return stage.folder / "variants" / variant.package.replace(":", "")
+    return stage.folder / "variants" / variant.package
 
 
 STAGES = {
