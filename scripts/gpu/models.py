@@ -1,4 +1,4 @@
-"""A model of real size: made, exported, converted, compared with transformers, timed beside it in the same run."""
+"""A model of real size: made, exported, converted, compared with transformers, timed. Other systems: bench.py."""
 
 import gc
 import json
@@ -6,26 +6,23 @@ import resource
 import shutil
 import time
 
-import numpy as np
-
 import make_model
 import parity
-from common import BIN, WORK, lab, lapidary, note, run
+from common import WORK, lab, lapidary, note
 
-POSITIONS = {"1b": 4096, "8b": 131072, "tiny": 4096}
 CAPACITIES = {"1b": "256,1024,4096", "8b": "256,1024,4096,131072", "tiny": "256,1024,4096"}
 LIVE = 300
 
 
-def stage(size, results, compare=True, thorough=False):
-    """`compare`: time transformers too; `thorough`: other lowerings, weight modes and fp32 as well."""
+def stage(size, results, thorough=False):
+    """`thorough`: other lowerings, weight modes and fp32 as well."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.time()
-    model = make_model.hugging_face(size, POSITIONS[size], torch.float16, device)
+    model = make_model.hugging_face(size, make_model.POSITIONS[size], torch.float16, device)
     folder = WORK / size
-    make_model.export(model, folder, POSITIONS[size])
+    make_model.export(model, folder, make_model.POSITIONS[size])
     results["make_and_export_s"] = time.time() - start
     weights = sum(p.numel() * 2 for n, p in model.named_parameters() if "embed" not in n)
     results["weights_read_per_token_gb"] = weights / 1e9
@@ -36,8 +33,6 @@ def stage(size, results, compare=True, thorough=False):
     vocabulary = model.config.vocab_size
     told = results.attempt("parity_fp16", parity.run, model, package, vocabulary)
     note({key: told.get(key) for key in ("ok", "error")}, told.get("cases"), told.get("batch"))
-    if compare:
-        note(results.attempt("hugging_face", hugging_face, model))
     for name, flags in (("decode", []), ("prefill_512", ["--prefill", 512])) if thorough or size == "8b" else ():
         results.attempt(f"profile_{name}", profile, package, flags)
     if thorough:
@@ -112,81 +107,6 @@ def tune(size, results, capacities="1024,4096", prefill="512"):
         for attempt in profile["tried"]:
             note("   ", attempt["about"], attempt["what"], attempt["ms"], (attempt["error"] or "")[:200])
     results.attempt("bench", lab, "bench", package, "--live", LIVE, "--prefill", prefill)
-
-
-def hugging_face(model):
-    """Tokens a second of transformers on the same GPU: eager, and static cache with torch.compile."""
-    import torch
-
-    ids = torch.randint(3, 32000, (1, LIVE - 10), device=model.device)
-    mask = torch.ones_like(ids)
-
-    def timed(n, **options):
-        torch.cuda.synchronize()
-        start = time.time()
-        model.generate(ids, attention_mask=mask, min_new_tokens=n, max_new_tokens=n, do_sample=False, pad_token_id=0,
-                       **options)
-        torch.cuda.synchronize()
-        return time.time() - start
-
-    def per_token(few, many, **options):
-        short = min(timed(few, **options) for _ in range(2))
-        long = min(timed(many, **options) for _ in range(2))
-        return (long - short) / (many - few) * 1e3
-
-    out = {}
-    with torch.no_grad():
-        timed(4)
-        out["eager_dynamic_ms"] = per_token(4, 24)
-        for n in (128, 512):
-            prompt = torch.randint(3, 32000, (1, n), device=model.device)
-            for _ in range(2):
-                model(prompt, logits_to_keep=1)
-            torch.cuda.synchronize()
-            start = time.time()
-            for _ in range(5):
-                model(prompt, logits_to_keep=1)
-            torch.cuda.synchronize()
-            out[f"eager_prefill_{n}_ms"] = (time.time() - start) / 5 * 1e3
-        start = time.time()
-        timed(8, cache_implementation="static")
-        timed(68, cache_implementation="static")
-        out["static_compile_warm_s"] = time.time() - start
-        note("transformers compiled")
-        # The cache's length, and with it the graph, follows prompt and new tokens: 68 in both.
-        short = min(timed(68, cache_implementation="static") for _ in range(2))
-        timed(8, cache_implementation="static")
-        few = min(timed(8, cache_implementation="static") for _ in range(2))
-        out["static_compile_generate_ms"] = (short - few) / 60 * 1e3
-        out |= bare_step(model)
-    return out
-
-
-def bare_step(model):
-    """One compiled decode step with CUDA graphs and nothing around it: the best that torch.compile gives."""
-    import torch
-    from transformers import StaticCache
-
-    try:
-        cache = StaticCache(config=model.config, max_cache_len=1024)
-        ids = torch.randint(3, 32000, (1, LIVE), device=model.device)
-        model(ids, past_key_values=cache, cache_position=torch.arange(LIVE, device=model.device))
-        step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-        token = ids[:, -1:].clone()
-        position = torch.tensor([LIVE], device=model.device)
-        call = lambda: step(token, past_key_values=cache, cache_position=position, position_ids=position[None],
-                            logits_to_keep=1)
-        for _ in range(8):
-            call()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(50):
-            call()
-        end.record()
-        end.synchronize()
-        return {"bare_compiled_step_ms": begin.elapsed_time(end) / 50, "bare_cache": 1024}
-    except Exception as error:  # noqa: BLE001 - a figure to compare with, not a test
-        return {"bare_compiled_step_error": f"{type(error).__name__}: {error}"[:600]}
 
 
 def profile(package, flags):

@@ -23,7 +23,6 @@ STAGES = {
         "sweep", lambda: run(BIN / "gpu_lab", "sweep", "--large", timeout=400).splitlines()),
     "1b": lambda results: models.stage("1b", results),
     "8b": lambda results: models.stage("8b", results),
-    "1b-brief": lambda results: models.stage("1b", results, compare=False),
     "tune-1b": lambda results: models.tune("1b", results),
     "refit-1b": lambda results: refit.stage("1b", results),
     "refit-tiny": lambda results: refit.stage("tiny", results),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a bare host: no network, no Rust. Wants .gpu/ (scripts/gpu/pack.sh and TensorRT's pack),
 # and a Python with torch, transformers and onnx. Results go to $OUT as JSON.
-#   scripts/gpu/run.sh STAGE…      stages: tiny suite forms 1b 8b (all of them by default)
+#   scripts/gpu/run.sh STAGE…      stages: tiny suite forms 1b 8b (all of them by default), bench-1b bench-8b bench-smollm2 ablations-1b
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OUT=${OUT:-$PWD/benches/results} LAPIDARY_BIN=${LAPIDARY_BIN:-/tmp/lapidary-gpu}
