@@ -22,9 +22,7 @@ def fill(path, reference):
         return None
     if problems := schema.check(values):
         raise schema.Unusable(f"{path}: " + "; ".join(problems[:5]))
-    mine, theirs = values["model"]["weights_hash"], reference["model"]["weights_hash"]
-    if mine != theirs:
-        raise schema.Unusable(f"{path}: its weights ({mine[:12]}…) are not the reference's ({theirs[:12]}…)")
+    reference = outputs.reference_of(reference, values["model"]["weights_hash"])
     found = outputs.compare(values["outputs"], values["model"]["dtype"], reference)
     values["outputs"]["reference"] = found
     schema.write(path, values)
@@ -38,8 +36,7 @@ def main():
     parser.add_argument("results", type=Path, nargs="+")
     arguments = parser.parse_args()
     try:
-        reference = json.loads(arguments.reference.read_text())
-        return int(not all([fill(path, reference) is not False for path in arguments.results]))
+        return int(not all([fill(path, arguments.reference) is not False for path in arguments.results]))
     except (schema.Unusable, OSError, json.JSONDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -84,6 +84,8 @@ def machine(device, dtype, threads):
     else:
         found["copy_bandwidth_bytes_per_s"] = schema.cpu_copy_bandwidth(threads)
     found["peak_flops"] = matmul_peak(device, dtype)
+    if device == "cuda":
+        torch.cuda.empty_cache()
     return found
 
 
@@ -92,9 +94,7 @@ def gpu_copy_bandwidth():
     source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").fill_(1)
     target = torch.empty_like(source)
     best = min(events_ms(lambda: target.copy_(source)) for _ in range(10))
-    del source, target
-    torch.cuda.empty_cache()
-    return 2 * (1 << 31) / (best / 1e3)
+    return 2 * source.nbytes / (best / 1e3)
 
 
 def matmul_peak(device, dtype):

@@ -78,6 +78,15 @@ def row(prompt, step, logits):
     return {"prompt": prompt, "step": step, "top": top, "norm": round(norm, 5), "margin": round(top[0][1] - top[1][1], 5)}
 
 
+def reference_of(path, weights_hash):
+    """The reference's document, if it is of the same numbers."""
+    reference = json.loads(Path(path).read_text())
+    theirs = reference["model"]["weights_hash"]
+    if theirs != weights_hash:
+        raise Unusable(f"{path}: its weights ({theirs[:12]}…) are not those that were run ({weights_hash[:12]}…)")
+    return reference
+
+
 def compare(outputs, dtype, reference):
     """What `outputs.reference` says: errors of the logits over the ids that the reference ranks highest, greedy tokens.
 

@@ -111,7 +111,7 @@ class Run:
             note("transformers is left out: no --torch-python")
         return {name: measure for name, measure in found.items() if not any(skip in name for skip in given.skip)}
 
-    def make_reference(self, systems):
+    def make_reference(self):
         if self.given.torch_python:
             self.process(self.given.torch_python, HERE / "transformers_baseline.py", "reference", "--model",
                          self.checkpoint(), "--model-name", self.name, "--device", "cpu", "--dtype", "fp32", "--workload",
@@ -121,11 +121,10 @@ class Run:
             self.process(sys.executable, HERE / "onnxruntime_baseline.py", self.model, "--workload", self.workload, "-o",
                          self.reference, "--as-reference", "--prefill", "", "--live", "", "--end-to-end", "", "--threads",
                          self.given.threads, "--model-name", self.name, "--label", "ONNX Runtime as reference")  # fmt: skip
-        return json.loads(self.reference.read_text())
 
     def all(self):
         systems = self.systems()
-        reference = self.make_reference(systems)
+        self.make_reference()
         rounds = {name: [] for name in systems}
         for i in range(self.given.rounds):
             for name, measure in systems.items():
@@ -135,7 +134,7 @@ class Run:
                 rounds[name].append(json.loads(file.read_text()))
                 if i == 0 and "error" not in rounds[name][0]:
                     # A wrong answer is told before hours are spent on how fast it is.
-                    fill(file, reference)
+                    fill(file, self.reference)
                     rounds[name][0] = json.loads(file.read_text())
         equal = True
         for name, documents in rounds.items():

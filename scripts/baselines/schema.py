@@ -110,10 +110,12 @@ class Model:
 
 
 class Document:
-    """A result file that is written anew after every measurement, so that a run that is cut off leaves what it had."""
+    """A result file. Until it is whole it is `NAME.partial.json`, written anew after every measurement, so that a run that
+    is cut off leaves what it had and nobody takes it for the whole."""
 
     def __init__(self, path, name, variant, label, model, machine, versions, prompts, seed, settings):
-        self.path, self.model, self.bandwidth = path, model, machine["copy_bandwidth_bytes_per_s"]
+        self.path, self.partial = Path(path), Path(path).with_suffix(".partial.json")
+        self.model, self.bandwidth = model, machine["copy_bandwidth_bytes_per_s"]
         peak = machine.get("peak_flops")
         self.peak = peak["flops"] if peak else None
         self.values = {
@@ -179,7 +181,11 @@ class Document:
 
     def write(self):
         self.values["memory"]["peak_host_bytes"] = max(peak_host_bytes(), self.values["memory"]["peak_host_bytes"])
-        write(self.path, self.values)
+        write(self.partial, self.values)
+
+    def finish(self):
+        self.write()
+        self.partial.replace(self.path)
 
 
 def of_runs(runs):

@@ -47,7 +47,7 @@ def outputs_of(decoder, workload, reference):
             rows.append(outputs.row(i, step, row.astype(np.float32)))
     found = {"prompts": prompts, "greedy_tokens": greedy, "logits": rows, "reference": None}
     if reference:
-        found["reference"] = outputs.compare(found, decoder.dtype, json.loads(reference.read_text()))
+        found["reference"] = outputs.compare(found, decoder.dtype, reference)
         schema.note("outputs", outputs.told(found["reference"]))
     return found
 
@@ -83,6 +83,7 @@ def measure(given, open_decoder, name, variant, version_facts, machine=cpu, sett
     known = weights_hash.of_file(given.model)
     if given.weights_hash and known["hash"] != given.weights_hash:
         raise Unusable(f"{given.model}: its weights hash to {known['hash']}, not {given.weights_hash}")
+    reference = outputs.reference_of(given.reference, known["hash"]) if given.reference else None
     start = time.perf_counter()
     try:
         decoder = open_decoder(given.model, given.threads)
@@ -100,7 +101,7 @@ def measure(given, open_decoder, name, variant, version_facts, machine=cpu, sett
     result.loaded(load_ms)
     timed(decoder, outputs.timed(workload, min(16, len(workload["timed"]))), 8)
     if given.outputs:
-        result["outputs"] = outputs_of(decoder, workload, given.reference)
+        result["outputs"] = outputs_of(decoder, workload, reference)
     if given.as_reference:
         schema.write(given.workload, workload | {"forced": result.values["outputs"]["greedy_tokens"]})
     for tokens in given.prefill:
@@ -117,7 +118,7 @@ def measure(given, open_decoder, name, variant, version_facts, machine=cpu, sett
     for section, facts in (decoder.facts() if hasattr(decoder, "facts") else {}).items():
         result.values[section] |= facts
     result.values["memory"]["peak_host_bytes"] = decoder.peak_bytes()
-    result.write()
+    result.finish()
     return 0
 
 

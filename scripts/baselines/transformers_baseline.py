@@ -19,7 +19,6 @@ input is unusable; a mode that cannot run here writes a file that says so and ex
 
 import argparse
 import importlib.util
-import json
 import sys
 import time
 from pathlib import Path
@@ -78,6 +77,8 @@ class Eager:
 
         self.torch, self.model, self.device, self.capacities = torch, model, device, capacities
         self.cache, self.capacity = None, None
+        # Of the steps since the cache was emptied, by events of the GPU; `generate` has no place for them.
+        self.device_ms = []
 
     def tensor(self, ids):
         return self.torch.tensor([ids], device=self.device)
@@ -124,9 +125,6 @@ class Eager:
         out = self.generate(ids, len(forced), logits_processor=[Forced(forced, len(ids))], output_logits=True,
                             return_dict_in_generate=True)  # fmt: skip
         return [row[0].float().cpu().numpy() for row in out.logits]
-
-    def gpu_ms(self):
-        return None
 
     def synchronize(self):
         if self.device == "cuda":
@@ -241,10 +239,6 @@ class Frozen(Static):
             rows.append(self.step(token, len(ids) + i)[0].cpu().numpy())
         return rows
 
-    def gpu_ms(self):
-        times = self.device_ms
-        return sum(times) / len(times) if times else None
-
 
 MODES = {"eager": Eager, "eager-flash": Eager, "static": Static, "static-compile": StaticCompile, "frozen": Frozen}
 
@@ -288,23 +282,24 @@ def write_reference(model, model_facts, arguments, workload, device):
             rows += [outputs.row(i, step, row) for step, row in enumerate(found)]
             note("reference", f"{len(ids)} tokens")
     result["outputs"] = {"prompts": workload["prompts"], "greedy_tokens": greedy, "logits": rows, "reference": None}
+    result.finish()
     schema.write(arguments.workload, workload | {"forced": greedy})
     return result
 
 
-def outputs_of(mode, workload, forced, dtype, reference_path):
+def outputs_of(mode, workload, forced, dtype, reference):
     greedy = [mode.greedy(ids, outputs.GREEDY) for ids in workload["prompts"]]
     rows = []
     for i, (ids, tokens) in enumerate(zip(workload["prompts"], forced or [[t[0]] for t in greedy])):
         rows += [outputs.row(i, step, row) for step, row in enumerate(mode.logits(ids, tokens))]
     found = {"prompts": workload["prompts"], "greedy_tokens": greedy, "logits": rows, "reference": None}
-    if reference_path:
-        found["reference"] = outputs.compare(found, dtype, json.loads(reference_path.read_text()))
+    if reference:
+        found["reference"] = outputs.compare(found, dtype, reference)
         note("outputs", outputs.told(found["reference"]))
     return found
 
 
-def measure(mode, result, arguments, workload):
+def measure(mode, result, arguments, workload, reference):
     """Outputs first, then times, from the smallest cache to the largest: a compiled mode compiles once for each."""
     sizes = []
     for live in arguments.live:
@@ -324,14 +319,15 @@ def measure(mode, result, arguments, workload):
         mode.torch.cuda.reset_peak_memory_stats()
     warm(mode, result, workload, 1)
     if arguments.outputs:
-        result["outputs"] = outputs_of(mode, workload, workload.get("forced"), arguments.dtype, arguments.reference)
+        result["outputs"] = outputs_of(mode, workload, workload.get("forced"), arguments.dtype, reference)
     for tokens, what, case in sizes:
         warm(mode, result, workload, tokens)
         if what == "decode":
-            ids, samples = outputs.timed(workload, case), []
+            ids, samples, on_gpu = outputs.timed(workload, case), [], []
             for _ in range(max(1, arguments.decode_samples // RUN)):
                 samples += mode.timed(ids, RUN + 1)[1]
-            result.decode(case, mode.capacity, samples, mode.gpu_ms())
+                on_gpu += mode.device_ms
+            result.decode(case, mode.capacity, samples, sum(on_gpu) / len(on_gpu) if on_gpu else None)
         elif what == "end_to_end":
             prompt, new = case
             ids = outputs.timed(workload, prompt)
@@ -414,6 +410,7 @@ def run(given):
         return 0
     model, name, load_ms = hugging_face.load(given.model, given.dtype, device, attention)
     facts = hugging_face.facts(model, given.model, given.model_name or name, given.dtype, given.weights_hash)
+    compared = outputs.reference_of(given.reference, facts.weights_hash) if given.reference else None
     mode = MODES[given.mode](model, device, given.capacity)
     settings = {"attention": attention, "cache": "static" if isinstance(mode, Static) else "dynamic",
                 "cuda_graphs": device == "cuda" and mode.compiled, "torch_compile": mode.compiled,
@@ -422,17 +419,18 @@ def run(given):
     result.loaded(load_ms)
     try:
         with torch.no_grad():
-            measure(mode, result, given, workload)
+            measure(mode, result, given, workload, compared)
     except Unusable:
         raise
     except Exception as error:  # noqa: BLE001 - what cannot run is a result, and the words are in it
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
         note(label, "broke off:", result.values["error"])
+        result.finish()
         return 0
     if device == "cuda":
         longest = max([*(n + RUN for n in given.live), *(p + n for p, n in given.end_to_end)], default=0)
         result.values["memory"]["device"] = hugging_face.device_memory(model, mode.cache_bytes(longest))
-    result.write()
+    result.finish()
     return 0
 
 

@@ -2,7 +2,8 @@
 
 A stage makes (or finds) the model, its workload and the fp32 reference, converts with `lapidary convert`, runs `lapidary
 bench` and every baseline. A job whose file is there is not run again, so a stage that was cut off goes on where it was; jobs
-are not begun after the stage's time is up. After each job all files go into one archive under $OUT.
+are not begun after the time of a call is up, BENCH_SECONDS for all its stages. After each job all files go into one archive
+under $OUT, unfinished ones (`*.partial.json`) too.
 """
 
 import functools
@@ -26,7 +27,7 @@ BASELINES = ROOT / "scripts" / "baselines"
 CASES = ["--prefill", "128,512", "--live", "300,4080", "--end-to-end", "128:512"]
 CAPACITIES = [256, 1024, 4096]
 MODES = ["eager", "eager-flash", "static", "static-compile", "frozen"]
-SECONDS = float(os.environ.get("BENCH_SECONDS", "520"))
+START, SECONDS = time.time(), float(os.environ.get("BENCH_SECONDS", "520"))
 TARGET = os.environ.get("BENCH_TARGET", "tensorrt-rtx")
 DEVICE = "cpu" if TARGET == "cpu" else "cuda"
 
@@ -36,21 +37,21 @@ class Stage:
 
     def __init__(self, model, results):
         self.model, self.results = model, results
-        self.start, self.lock = time.time(), threading.Lock()
+        self.lock = threading.Lock()
         self.folder = WORK / "bench" / model
         self.files = self.folder / "results"
         self.files.mkdir(parents=True, exist_ok=True)
         self.workload, self.reference = self.folder / "workload.json", self.files / f"{model}-reference.json"
 
     def left(self):
-        return SECONDS - (time.time() - self.start)
+        return SECONDS - (time.time() - START)
 
     def job(self, name, function, file=None):
         """Runs `function` unless `file` is there; keeps why it failed. Gives whether its result is there."""
-        if file and finished(file):
+        if file and file.exists():
             return True
         if self.left() < 15:
-            note(f"{name}: left for another run, the stage's time is up")
+            note(f"{name}: left for another call, the time of this one is up")
             self.results[name] = {"skipped": "time"}
             return False
         note(name, "…")
@@ -128,15 +129,6 @@ class Stage:
         self.process([BIN / "lapidary", "bench", package, "-o", file, "--device", DEVICE, "--prompts", self.workload,
                       "--model-name", self.model, "--label", label, *cases, *settings, *flags])  # fmt: skip
         self.baseline("compare.py", self.reference, file)
-
-
-def finished(file):
-    """Not one that broke off: a document is written anew after each measurement, and outputs are compared before times."""
-    if not file.exists():
-        return False
-    values = json.loads(file.read_text())
-    complete = values.get("end_to_end") and values.get("prefill") and values.get("decode")
-    return bool("error" in values or complete or values["system"]["variant"] == "fp32 reference")
 
 
 def made(size, results):
@@ -265,7 +257,7 @@ def ablations(size, results):
         stage.job("make and export", lambda: stage.process(make))
     stage.prepare(f"made:{size}")
     files = {v: stage.files / f"{stage.model}-{'ablation' if v.group else 'lapidary'}-{v.name()}.json" for v in VARIANTS}
-    wanted = {v.package: v for v in VARIANTS if not finished(files[v])}
+    wanted = {v.package: v for v in VARIANTS if not files[v].exists()}
 
     def convert(variant):
         spec, usual = stage.folder / f"{variant.package}.yaml", stage.folder / "lowering.json"
@@ -294,7 +286,7 @@ def ablations(size, results):
                                   cases=variant.cases, settings=variant.settings())  # fmt: skip
         stage.job(variant.label(), bench, files[variant])
     for variant in wanted.values():
-        if all(finished(files[v]) for v in VARIANTS if v.package == variant.package):
+        if all(files[v].exists() for v in VARIANTS if v.package == variant.package):
             shutil.rmtree(package_of(stage, variant), ignore_errors=True)
     return stage
 
