@@ -33,6 +33,8 @@ PARSER_LIBRARY = "libtensorrt_onnxparser_rtx.so.1"
 def tensorrt():
     """The bindings, which do not find their libraries by themselves when these are not installed as a package."""
     path = os.environ.get("TENSORRT_RTX_LIB")
+    # fp32 is fp32 here too: TensorRT-RTX heeds this and not its builder's flag.
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     if not path:
         raise Unusable("TENSORRT_RTX_LIB is not set: it names libtensorrt_rtx.so.1")
     for library in (Path(path), Path(path).with_name(PARSER_LIBRARY)):
@@ -255,7 +257,7 @@ def measured(given):
     longest = max([*given.prefill, *given.live, *(a for a, _ in given.end_to_end), *prompts])
     slots = max([*ends, *prompts, longest]) + 1
     settings = {"export": given.export or given.model.parent.name, "cache": "grows by one slot a token, two sets of buffers",
-                "specialization": given.specialization, "cuda_graphs": False, "weights": "embedded"}  # fmt: skip
+                "specialization": given.specialization, "cuda_graphs": False, "weights": "embedded", "tf32": False}  # fmt: skip
     versions = {"tensorrt": trt.__version__, "torch": torch.__version__, "cuda": torch.version.cuda,
                 "python": platform.python_version()}  # fmt: skip
     variant = f"{settings['export']} export, {given.specialization} specialization"

@@ -258,10 +258,11 @@ def reference(model, ids, n, device):
     return tokens, rows
 
 
-def document(arguments, model_facts, workload, dtype, device, settings):
+def document(arguments, model_facts, workload, device, settings):
     import hugging_face
 
-    machine = hugging_face.machine(device, dtype, arguments.threads)
+    # The reference tells of the machine in the dtype that is compared: what it measured serves systems without torch.
+    machine = hugging_face.machine(device, arguments.dtype, arguments.threads)
     variant = VARIANTS[arguments.mode]
     label = arguments.label or f"transformers {variant}"
     return schema.Document(arguments.output, "transformers", variant, label, model_facts, machine, hugging_face.versions(),
@@ -273,7 +274,7 @@ def write_reference(model, model_facts, arguments, workload, device):
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    result = document(arguments, model_facts, workload, "fp32", device, {"attention": "sdpa", "tf32": False})
+    result = document(arguments, model_facts, workload, device, {"attention": "sdpa", "tf32": False})
     greedy, rows = [], []
     with torch.no_grad():
         for i, ids in enumerate(workload["prompts"]):
@@ -415,7 +416,7 @@ def run(given):
     settings = {"attention": attention, "cache": "static" if isinstance(mode, Static) else "dynamic",
                 "cuda_graphs": device == "cuda" and mode.compiled, "torch_compile": mode.compiled,
                 "threads": given.threads if device == "cpu" else None}  # fmt: skip
-    result = document(given, facts, workload, given.dtype, device, settings)
+    result = document(given, facts, workload, device, settings)
     result.loaded(load_ms)
     try:
         with torch.no_grad():
