@@ -72,9 +72,13 @@ impl Decoder {
 
 /// The last row of logits.
 fn last_row(logits: &TValue) -> TractResult<ndarray::ArrayView1<'_, f32>> {
-    let view = logits.to_plain_array_view::<f32>()?.into_dimensionality::<ndarray::Ix3>()?;
+    let view = logits
+        .to_plain_array_view::<f32>()?
+        .into_dimensionality::<ndarray::Ix3>()?;
     let last = view.len_of(ndarray::Axis(1)) - 1;
-    Ok(view.index_axis_move(ndarray::Axis(0), 0).index_axis_move(ndarray::Axis(0), last))
+    Ok(view
+        .index_axis_move(ndarray::Axis(0), 0)
+        .index_axis_move(ndarray::Axis(0), last))
 }
 
 fn main() -> TractResult<()> {
