@@ -8,6 +8,8 @@ export OUT=${OUT:-$PWD/benches/results} LAPIDARY_BIN=${LAPIDARY_BIN:-/tmp/lapida
 mkdir -p "$OUT" "$LAPIDARY_BIN"
 (xz -dc .gpu/binaries.tar.xz | tar -x -C "$LAPIDARY_BIN") &
 . .gpu/unpack.sh
+# What the benchmark's baselines need: pack_python.sh, pack_smollm2.sh.
+for more in .gpu/python/unpack.sh .gpu/smollm2-b/unpack.sh; do [ ! -e "$more" ] || . "$more"; done
 wait
 "$LAPIDARY_BIN/lapidary" doctor
 exec python3 scripts/gpu/run.py "$@"
