@@ -10,6 +10,7 @@ mod latency;
 mod layers;
 mod memory;
 mod roofline;
+mod switches;
 
 use plotters::style::RGBColor;
 
@@ -68,6 +69,7 @@ pub fn figures(group: &Group) -> Vec<Figure> {
         roofline::figure(group),
         layers::figure(group),
         memory::figure(group),
+        switches::figure(group),
     ];
     drawn.into_iter().flatten().collect()
 }

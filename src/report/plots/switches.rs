@@ -1,0 +1,106 @@
+//! Ablations: what each switch does to decode and to prefill, as a share of the usual time.
+
+use super::canvas::{HEAD, Side, sheet, width_of};
+use super::{AXIS, FAINT_INK, Figure, INK, OTHERS, OURS, slug};
+use crate::report::ablations::{Ablation, ablations};
+use crate::report::benchmarks::{decode_at, prefill_of};
+use crate::report::input::{Group, ResultFile, SourceId};
+
+const WIDTH: u32 = 960;
+const BAR: f64 = 22.0;
+const GAP: f64 = 8.0;
+const PANEL_HEAD: f64 = 38.0;
+
+/// One switch in one position: what it is called, the share, what it was measured at.
+struct Bar {
+    name: String,
+    share: f64,
+    at: String,
+}
+
+pub fn figure(group: &Group) -> Option<Figure> {
+    let all = ablations(group);
+    let runs = || {
+        all.iter()
+            .flat_map(|a| a.runs.iter().map(move |(position, run)| (a, position, run)))
+    };
+    let bars = |of: &dyn Fn(&Ablation<'_>, &ResultFile) -> Option<(f64, String)>| -> Vec<Bar> {
+        let bar = |(a, position, run): (&Ablation<'_>, &String, &&ResultFile)| {
+            let (share, at) = of(a, run)?;
+            let name = format!("{}: {position}", a.name);
+            Some(Bar { name, share, at })
+        };
+        let mut bars: Vec<Bar> = runs().filter_map(bar).collect();
+        bars.sort_by(|a, b| b.share.total_cmp(&a.share));
+        bars
+    };
+    let decode = bars(&|a, run| {
+        run.of.decode.iter().find_map(|d| {
+            let usual = decode_at(&a.baseline.of, d.live)?;
+            Some((d.ms.median / usual.ms.median, format!("behind {} tokens", d.live)))
+        })
+    });
+    let prefill = bars(&|a, run| {
+        run.of.prefill.iter().rev().find_map(|p| {
+            let usual = prefill_of(&a.baseline.of, p.tokens)?;
+            Some((p.ms.median / usual.ms.median, format!("{} tokens", p.tokens)))
+        })
+    });
+    let panels: Vec<(&str, Vec<Bar>)> = [("decode", decode), ("prefill", prefill)]
+        .into_iter()
+        .filter(|(_, bars)| !bars.is_empty())
+        .collect();
+    let shown = || panels.iter().flat_map(|(_, bars)| bars);
+    let most = shown().map(|b| b.share).fold(1.0, f64::max);
+    let rows = shown().count();
+    if rows == 0 {
+        return None;
+    }
+    let height = HEAD + panels.len() as f64 * (PANEL_HEAD + 14.0) + rows as f64 * (BAR + GAP) + 10.0;
+    let labels = shown()
+        .map(|b| width_of(&b.name, 12.5))
+        .fold(120.0, f64::max)
+        .min(360.0);
+    let subtitle = format!(
+        "{}; time with a switch in another position, usual time = 1",
+        group.title()
+    );
+    let svg = sheet(
+        WIDTH,
+        height.ceil() as u32,
+        "One switch at a time",
+        &subtitle,
+        |canvas| {
+            let (left, right) = (40.0 + labels, canvas.width - 190.0);
+            let at = |share: f64| left + (right - left) * share / most;
+            let mut y = HEAD;
+            for (what, bars) in &panels {
+                canvas.write((28.0, y + 16.0), what, 13.5, INK, Side::Start, true);
+                y += PANEL_HEAD;
+                let top = y;
+                for bar in bars {
+                    let middle = y + BAR / 2.0;
+                    canvas.write((left - 10.0, middle), &bar.name, 12.5, INK, Side::End, false);
+                    // Longer than usual speaks for the usual position.
+                    let colour = if bar.share >= 1.0 { OURS } else { OTHERS[3] };
+                    canvas.bar((left, y), (at(bar.share), y + BAR), colour);
+                    let told = format!("{:.2}, {}", bar.share, bar.at);
+                    let end = at(bar.share).max(at(1.0));
+                    canvas.write((end + 8.0, middle), &told, 12.0, FAINT_INK, Side::Start, false);
+                    y += BAR + GAP;
+                }
+                canvas.line(&[(at(1.0), top - 6.0), (at(1.0), y - GAP + 6.0)], AXIS, 2);
+                y += 14.0;
+            }
+        },
+    );
+    let mut sources: Vec<SourceId> = runs().flat_map(|(a, _, run)| [a.baseline.source, run.source]).collect();
+    sources.sort_unstable();
+    sources.dedup();
+    Some(Figure {
+        name: format!("{}-ablations", slug(group)),
+        caption: format!("One switch at a time, {}", group.title()),
+        svg,
+        sources,
+    })
+}
