@@ -11,7 +11,8 @@ import time
 
 import make_model
 from common import WORK, lab, lapidary, note, run
-from models import POSITIONS, convert
+from make_model import POSITIONS
+from models import convert
 
 FLAGS = {
     "bind": ["--weights", "bind"],
