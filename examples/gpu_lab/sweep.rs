@@ -143,7 +143,7 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
         ("flattened, pairs", &|o| {
             (o.prefill_linear, o.fuse_pairs) = (Some(L::FlattenActivation), true);
         }),
-        ("folded", &|o| o.fold_prefill = true),
+        ("folded", &|o| o.fold_prefill = Some(0)),
         ("single layers", &|o| o.attention = A::Decomposed),
     ];
     for (name, change) in prefill {

@@ -98,7 +98,13 @@ impl Lowering<'_> {
         let one_token = shape[2].is_one();
         let wanted = match one_token {
             true => self.options.fold_groups,
-            false => self.options.fold_prefill && shape[2].as_const().is_some(),
+            false => {
+                let long = self
+                    .options
+                    .fold_prefill
+                    .is_some_and(|from| self.profile.capacity >= from);
+                long && shape[2].as_const().is_some()
+            }
         };
         let fold = wanted && groups.is_some_and(|(_, group)| group > 1);
         if !fold {

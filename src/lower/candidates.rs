@@ -74,7 +74,8 @@ pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Opt
             }
         }
         "attention" => {
-            let layer = |fold| with(&|o| (o.attention, o.fold_prefill) = (AttentionForm::Layer, fold));
+            let layer =
+                |fold: bool| with(&|o| (o.attention, o.fold_prefill) = (AttentionForm::Layer, fold.then_some(0)));
             alternatives.push(("attention layer".into(), layer(false)));
             alternatives.push(("attention layer, folded".into(), layer(true)));
             alternatives.push((
@@ -100,14 +101,16 @@ fn effective(graph: &Graph, options: &Options, profile: &Profile) -> Options {
     let mut options = options.clone();
     options.attention = options.attention.at(profile);
     if profile.tokens == Tokens::Static(1) {
-        (options.prefill_linear, options.fold_prefill, options.wide_sums) = (None, false, false);
+        (options.prefill_linear, options.fold_prefill, options.wide_sums) = (None, None, false);
     } else {
         options.prefill_linear.get_or_insert(options.linear);
+        let folds = options.fold_prefill.is_some_and(|from| profile.capacity >= from);
+        options.fold_prefill = folds.then_some(0);
         // Logits of one row are products of one row, whatever the chunk.
         (options.fold_groups, options.settle_depth) = (true, None);
     }
     if options.attention != AttentionForm::Layer {
-        (options.fold_groups, options.fold_prefill) = (true, false);
+        (options.fold_groups, options.fold_prefill) = (true, None);
     }
     let widest = depths(graph).pop().unwrap_or(0);
     let all = options.reduce_depth.is_none_or(|depth| depth >= widest);
@@ -166,13 +169,13 @@ mod tests {
             names("products", Profile::decode(1024)),
             ["matrix products", "reductions to depth 2048"]
         );
-        // 64 parts of 16 slots are nothing; at 1024 slots single layers are what ByCapacity means.
+        // 64 parts of 16 slots are nothing; at 1024 slots reduced scores are what ByCapacity means.
         assert_eq!(
             names("attention", Profile::decode(1024)),
             [
                 "attention layer, folded",
                 "attention layer, heads as they are",
-                "scores as reductions",
+                "single layers",
                 "4 parts",
                 "8 parts",
                 "16 parts"

@@ -91,7 +91,7 @@ pub enum AttentionForm {
     /// With one token: scores as sums over products of query and keys, the rest as [`AttentionForm::Decomposed`]. Otherwise
     /// [`AttentionForm::Layer`].
     ReducedScores,
-    /// What measured best: with one token [`AttentionForm::Decomposed`] up to 1024 slots and sixteen parts beyond, with
+    /// What measured best: with one token [`AttentionForm::ReducedScores`] up to 1024 slots and sixteen parts beyond, with
     /// several one Attention layer.
     ByCapacity,
 }
@@ -101,7 +101,7 @@ impl AttentionForm {
     pub fn at(self, profile: &Profile) -> AttentionForm {
         match self {
             AttentionForm::ByCapacity if profile.tokens != Tokens::Static(1) => AttentionForm::Layer,
-            AttentionForm::ByCapacity if profile.capacity <= SHORT => AttentionForm::Decomposed,
+            AttentionForm::ByCapacity if profile.capacity <= SHORT => AttentionForm::ReducedScores,
             AttentionForm::ByCapacity => AttentionForm::Split(PARTS),
             form => form,
         }
@@ -137,9 +137,11 @@ pub struct Options {
     /// With several tokens, fp16 products are summed in fp32: operands are widened before the product and the result
     /// narrowed, which TensorRT makes one kernel of.
     pub wide_sums: bool,
-    /// As `fold_groups`, with several tokens: `[batch, heads, tokens, d]` → `[batch, kv_heads, heads/kv_heads * tokens, d]`.
-    /// TensorRT's attention kernel repeats keys and values for every query head otherwise.
-    pub fold_prefill: bool,
+    /// As `fold_groups`, with several tokens and at this capacity or beyond:
+    /// `[batch, heads, tokens, d]` → `[batch, kv_heads, heads/kv_heads * tokens, d]`. TensorRT's attention kernel repeats
+    /// keys and values for every query head otherwise, which is a little faster and takes `4 * heads * d` bytes a slot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fold_prefill: Option<usize>,
     pub attention: AttentionForm,
 }
 
@@ -155,7 +157,7 @@ impl Default for Options {
             fuse_linear: false,
             fuse_pairs: true,
             wide_sums: false,
-            fold_prefill: false,
+            fold_prefill: None,
             attention: AttentionForm::default(),
         }
     }
@@ -164,6 +166,9 @@ impl Default for Options {
 /// Rows deeper than this are read faster as matrix products: 14336 columns at 2.95 TB/s against 2.15 reduced, 5632 at 1.9
 /// against 2.8 (docs/gpu.md).
 const WIDEST_REDUCED: usize = 8192;
+
+/// From this many slots on, keys and values repeated for each query head would take more than a few hundred megabytes.
+const LONG: usize = 32768;
 
 impl Options {
     /// How products of so many rows are written.
@@ -183,6 +188,7 @@ impl Options {
             fuse_linear: true,
             fuse_pairs: false,
             attention: AttentionForm::ByCapacity,
+            fold_prefill: Some(LONG),
             ..Options::default()
         }
     }

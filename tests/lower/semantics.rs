@@ -156,13 +156,13 @@ fn every_choice() {
                         settle_depth: Some(0),
                         fuse_pairs: false,
                         wide_sums: true,
-                        fold_prefill: true,
+                        fold_prefill: Some(0),
                         prefill_linear: Some(LinearForm::RaiseWeight),
                         ..options.clone()
                     };
                     for (profile, calls) in profiles(1) {
                         check(name, &graph, profile, &options, &calls);
-                        if fold_groups {
+                        if fold_groups && attention == AttentionForm::Layer {
                             check(name, &graph, profile, &others, &calls);
                         }
                     }
