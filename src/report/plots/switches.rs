@@ -18,13 +18,16 @@ struct Bar {
     at: String,
 }
 
+/// The share of a run, and at what, if its baseline has the same measurement.
+type Measure = dyn Fn(&Ablation<'_>, &ResultFile) -> Option<(f64, String)>;
+
 pub fn figure(group: &Group) -> Option<Figure> {
     let all = ablations(group);
     let runs = || {
         all.iter()
             .flat_map(|a| a.runs.iter().map(move |(position, run)| (a, position, run)))
     };
-    let bars = |of: &dyn Fn(&Ablation<'_>, &ResultFile) -> Option<(f64, String)>| -> Vec<Bar> {
+    let bars = |of: &Measure| -> Vec<Bar> {
         let bar = |(a, position, run): (&Ablation<'_>, &String, &&ResultFile)| {
             let (share, at) = of(a, run)?;
             let name = format!("{}: {position}", a.name);
