@@ -10,10 +10,11 @@ command -v cargo-nextest >/dev/null || cargo install --locked cargo-nextest
 
 cargo fmt --check
 cargo clippy --quiet --all-targets --features tract -- -D warnings
-cargo clippy --quiet --no-default-features -- -D warnings
+cargo clippy --quiet --no-default-features --features tract -- -D warnings
 cargo nextest run --features tract "$@"
-# Full TensorRT from its headers: it compiles, and refuses what is not its library. 45 s; only the binding is built anew.
-full=(--no-default-features --features tensorrt)
+# Full TensorRT from its headers: it compiles, and refuses what is not its library. About a minute: with tract, so that only
+# the binding is built anew.
+full=(--no-default-features --features tensorrt,tract)
 cargo clippy --quiet "${full[@]}" --all-targets -- -D warnings
 cargo nextest run "${full[@]}" --test tensorrt
 
