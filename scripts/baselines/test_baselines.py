@@ -207,6 +207,33 @@ class Comparing(unittest.TestCase):
         self.assertTrue(found["equal"], found)
         self.assertEqual((found["differing_within_error"], found["differing_though_clear"]), (1, 0))
 
+    def test_a_row_may_be_as_undecided_as_it_is_noisy(self):
+        draw = np.random.default_rng(9)
+        rows = self.rows.copy()
+        first, second = np.argsort(-rows[2])[:2]
+        rows[2, second] = rows[2, first] - 0.1
+        reference = dict(self.reference, outputs=self.of(rows, self.outputs["greedy_tokens"]))
+        ours = rows + draw.normal(size=rows.shape) * np.array([[0.001], [0.001], [0.08]])
+        ours[2, [first, second]] = rows[2, [second, first]]
+        greedy = [[*self.outputs["greedy_tokens"][0][:2], int(second)]]
+        found = outputs.compare(self.of(ours, greedy), "fp16", reference)
+        self.assertTrue(found["equal"], found)
+        # The same error everywhere else, and this row as sure as the others: then the token is wrong.
+        ours[2] = rows[2]
+        ours[2, [first, second]] = rows[2, [second, first]]
+        found = outputs.compare(self.of(ours, greedy), "fp16", reference)
+        self.assertEqual((found["differing_though_clear"], found["equal"]), (1, False))
+
+    def test_one_logit_far_off_does_not_excuse_itself(self):
+        rows = self.rows.copy()
+        first, second = np.argsort(-rows[1])[:2]
+        rows[1, second] = rows[1, first] - 0.3
+        reference = dict(self.reference, outputs=self.of(rows, self.outputs["greedy_tokens"]))
+        ours = rows.copy()
+        ours[1, second] += 0.6
+        found = outputs.compare(self.of(ours, self.outputs["greedy_tokens"]), "bf16", reference)
+        self.assertEqual((found["differing_though_clear"], found["equal"]), (1, False))
+
     def test_other_prompts_are_refused(self):
         with self.assertRaises(schema.Unusable):
             outputs.compare(self.outputs | {"prompts": [[1, 3]]}, "fp16", self.reference)

@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::result::{Document, LogitRow, Outputs};
 
-/// A difference of two logits is within the error if it is below this many root mean squares of the error of one.
+/// A difference of two logits is within the error if it is below this many root mean squares of the error of one: of all
+/// rows, or of its own where that is larger, since errors grow with the context. The two logits in question have no say in
+/// their row's, so one that is far off among good ones does not excuse itself.
 const CLEAR: f64 = 4.0;
 
 /// How far a system's outputs are from the reference's.
@@ -83,51 +85,62 @@ pub fn compare(result: &Document, reference: &Document) -> Result<Comparison, Co
         (None, _) => f64::INFINITY,
     };
     let (mut errors, mut squares, mut count) = (Vec::new(), 0.0, 0usize);
+    // Root mean square of the error in each row.
+    let mut rows: HashMap<(usize, usize), f64> = HashMap::new();
     let mut differing = Vec::new();
     for row in &mine.logits {
         let Some(expected) = known.get(&(row.prompt, row.step)) else {
             continue;
         };
         let ours: HashMap<u32, f64> = row.top.iter().copied().collect();
-        let shared: Vec<(f64, f64)> = expected
+        let shared: Vec<(u32, f64, f64)> = expected
             .top
             .iter()
-            .filter_map(|(id, e)| Some((*ours.get(id)?, *e)))
+            .filter_map(|(id, e)| Some((*id, *ours.get(id)?, *e)))
             .collect();
         if shared.len() < expected.top.len() / 4 || shared.is_empty() {
             // Hardly one likely token in common: there is no smaller number to give.
             errors.push(1.0);
             continue;
         }
-        let difference: f64 = shared.iter().map(|(a, b)| (a - b) * (a - b)).sum();
-        let norm: f64 = shared.iter().map(|(_, b)| b * b).sum();
+        let difference: f64 = shared.iter().map(|(_, a, b)| (a - b) * (a - b)).sum();
+        let norm: f64 = shared.iter().map(|(_, _, b)| b * b).sum();
         errors.push((difference / norm).sqrt());
         squares += difference;
         count += shared.len();
-        if row.top[0].0 != expected.top[0].0 {
-            differing.push(margin(expected));
+        let (first, other) = (row.top[0].0, expected.top[0].0);
+        let others = shared.iter().filter(|(id, ..)| *id != first && *id != other);
+        let squares_of: Vec<f64> = others.map(|(_, a, b)| (a - b) * (a - b)).collect();
+        let own = squares_of.iter().sum::<f64>() / squares_of.len().max(1) as f64;
+        rows.insert((row.prompt, row.step), own.sqrt());
+        if first != other {
+            differing.push(*expected);
         }
     }
     if errors.is_empty() {
         return Err(CompareError::NoRows);
     }
     let noise = (squares / count.max(1) as f64).sqrt();
+    let within = |row: &LogitRow| {
+        let own = rows.get(&(row.prompt, row.step)).copied().unwrap_or(0.0);
+        margin(row) < CLEAR * noise.max(own)
+    };
     let (mut equal_up_to, mut differences) = (Vec::new(), Vec::new());
     for (i, (a, b)) in mine.greedy_tokens.iter().zip(&theirs.greedy_tokens).enumerate() {
         let n = a.len().min(b.len());
         let same = a.iter().zip(b).take_while(|(a, b)| a == b).count();
         equal_up_to.push(same);
         differences.push((same < n).then(|| {
-            let margin = known.get(&(i, same)).map(|row| margin(row));
+            let row = known.get(&(i, same)).copied();
             Difference {
                 step: same,
-                margin,
-                within_error: margin.is_some_and(|margin| margin < CLEAR * noise),
+                margin: row.map(margin),
+                within_error: row.is_some_and(within),
             }
         }));
     }
     let limit = limit(&result.model.dtype);
-    let clear = differing.iter().filter(|margin| **margin >= CLEAR * noise).count();
+    let clear = differing.iter().filter(|row| !within(row)).count();
     let worst = errors.iter().copied().fold(0.0, f64::max);
     let tokens_agree = differences.iter().flatten().all(|d| d.within_error);
     Ok(Comparison {
