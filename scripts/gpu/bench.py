@@ -28,6 +28,9 @@ CASES = ["--prefill", "128,512", "--live", "300,4080", "--end-to-end", "128:512"
 CAPACITIES = [256, 1024, 4096]
 # What matters most comes first, in case the time is up.
 MODES = ["static-compile", "frozen", "eager", "eager-flash", "static"]
+# In the brief run a compiled mode is compiled for one cache only, and whole texts are generated twice.
+BRIEF_CASES = {"eager": ["--prefill", "128,512", "--live", "300,4080", "--end-to-end", "128:512", "--runs", "1"],
+               "compiled": ["--prefill", "128,512", "--live", "300", "--end-to-end", "128:512", "--runs", "2"]}
 START, SECONDS = time.time(), float(os.environ.get("BENCH_SECONDS", "520"))
 TARGET = os.environ.get("BENCH_TARGET", "tensorrt-rtx")
 DEVICE = "cpu" if TARGET == "cpu" else "cuda"
@@ -100,18 +103,21 @@ class Stage:
         if not self.job("reference", lambda: self.transformers("reference", source, self.reference), self.reference):
             raise RuntimeError("without a reference nothing can be compared")
 
-    def transformers(self, mode, source, file, *more):
+    def transformers(self, mode, source, file, *more, cases=CASES):
         reference = [] if mode == "reference" else ["--reference", self.reference, "--weights-hash", self.hash()]
         self.baseline("transformers_baseline.py", mode, "--model", source, "--model-name", self.model, "--workload", self.workload,
-                      "-o", file, "--dtype", "fp16", *([] if mode == "reference" else CASES), *reference, *more)  # fmt: skip
+                      "-o", file, "--dtype", "fp16", *([] if mode == "reference" else cases), *reference, *more)  # fmt: skip
 
     def hash(self):
         return json.loads(self.reference.read_text())["model"]["weights_hash"]
 
     def all_transformers(self, source):
         for mode in MODES:
-            file = self.files / f"{self.model}-transformers-{mode}.json"
-            self.job(f"transformers {mode}", functools.partial(self.transformers, mode, source, file), file)
+            self.one_transformers(source, mode, CASES)
+
+    def one_transformers(self, source, mode, cases):
+        file = self.files / f"{self.model}-transformers-{mode}.json"
+        self.job(f"{self.model} transformers {mode}", functools.partial(self.transformers, mode, source, file, cases=cases), file)
 
     # -- ours
 
@@ -167,7 +173,10 @@ def export_of(stage, size, *flags):
 
 def lapidary_of(stage, package):
     file = stage.files / f"{stage.model}-lapidary.json"
-    stage.job("lapidary", lambda: stage.bench(package, file, "Lapidary"), file)
+    # Kept in the archive: what the report tells of the conversion, where the package stays here.
+    told = stage.files / f"{stage.model}-conversion.json"
+    stage.job(f"{stage.model} conversion", lambda: told.write_text(lapidary("info", package, "--conversion")) and None, told)
+    stage.job(f"{stage.model} lapidary", lambda: stage.bench(package, file, "Lapidary", "--profile", "--first-load"), file)
 
 
 def onnx_parser(stage, size):
@@ -193,6 +202,15 @@ def parser(stage, name, export, *flags):
 
 def smollm2(results):
     """Real weights, rebuilt on this machine from the GGUF that was carried (scripts/gpu/pack_smollm2.sh)."""
+    stage = smollm2_prepared(results)
+    lapidary_of(stage, stage.folder / "package")
+    stage.all_transformers(str(stage.folder / "smollm2"))
+    parser(stage, "optimum-fp32", ROOT / "fixtures" / "smollm2" / "model.onnx")
+    return stage
+
+
+def smollm2_prepared(results):
+    """Its weights, package, checkpoint and reference."""
     stage = Stage("smollm2", results)
     fixture = ROOT / "fixtures" / "smollm2"
     gguf = os.environ.get("SMOLLM2_GGUF", "/tmp/smollm2/model.gguf")
@@ -207,9 +225,6 @@ def smollm2(results):
         lapidary("weights", package, "--export", checkpoint)
         shutil.copy(fixture / "config.json", checkpoint)
     stage.prepare(str(checkpoint))
-    lapidary_of(stage, package)
-    stage.all_transformers(str(checkpoint))
-    parser(stage, "optimum-fp32", export)
     return stage
 
 
@@ -262,13 +277,13 @@ VARIANTS = [
 ]
 
 
-def ablations(size, results):
+def ablations(size, results, variants=VARIANTS):
     """Packages are made side by side before anything is timed, then benched one after the other."""
     stage = Stage(f"llama-{size}", results)
     export = export_of(stage, size)
     stage.prepare(f"made:{size}")
-    files = {v: stage.files / f"{stage.model}-{'ablation' if v.group else 'lapidary'}-{v.name()}.json" for v in VARIANTS}
-    wanted = {v.package: v for v in VARIANTS if not files[v].exists()}
+    files = {v: stage.files / f"{stage.model}-{'ablation' if v.group else 'lapidary'}-{v.name()}.json" for v in variants}
+    wanted = {v.package: v for v in variants if not files[v].exists()}
 
     def convert(variant):
         spec, usual = stage.folder / f"{variant.package}.yaml", stage.folder / "lowering.json"
@@ -290,14 +305,14 @@ def ablations(size, results):
     others = {name: v for name, v in wanted.items() if name not in there}
     with ThreadPoolExecutor(1 if TARGET == "cpu" else 4) as pool:
         there |= dict(zip(others, pool.map(made_of, others.values())))
-    for variant in VARIANTS:
+    for variant in variants:
         if not there.get(variant.package):
             continue
         bench = functools.partial(stage.bench, package_of(stage, variant), files[variant], variant.label(), *variant.bench,
                                   cases=variant.cases, settings=variant.settings())  # fmt: skip
         stage.job(variant.label(), bench, files[variant])
     for variant in wanted.values():
-        if all(files[v].exists() for v in VARIANTS if v.package == variant.package):
+        if all(files[v].exists() for v in variants if v.package == variant.package):
             shutil.rmtree(package_of(stage, variant), ignore_errors=True)
     return stage
 
@@ -306,7 +321,65 @@ def package_of(stage, variant):
     return stage.folder / "variants" / variant.package
 
 
+# -- one call of ten minutes
+
+BRIEF_VARIANTS = ["capacity 1024", "off", "on", "one layer, query groups folded", "matrix product for one row",
+                  "dynamic, 1 to 512 tokens", "one capacity, 4096"]
+
+
+def prepare(results):
+    """What needs torch alone, so that it can run while the rest is still on its way here: exports and references."""
+    stages = {size: Stage(f"llama-{size}", results) for size in ("1b", "8b")}
+    for size, stage in stages.items():
+        export_of(stage, size)
+    # One after the other: they measure the GPU's bandwidth and peak too.
+    for size, stage in stages.items():
+        stage.prepare(f"made:{size}")
+
+
+def packages(results):
+    """What needs no timing: every package of the brief run, side by side."""
+    def of_made(size):
+        stage = Stage(f"llama-{size}", results)
+        stage.job(f"convert {size}", lambda: stage.convert(export_of(stage, size), stage.folder / "package", CAPACITIES))
+
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(of_made, size) for size in ("1b", "8b")] + [pool.submit(smollm2_prepared, results)]
+    for job in jobs:
+        job.result()
+
+
+def brief(results):
+    """The comparisons that matter most, of three models, in one call; `prepare` and `packages` came before."""
+    stages = {size: Stage(f"llama-{size}", results) for size in ("1b", "8b")}
+    transformers = lambda size, mode: stages[size].one_transformers(
+        f"made:{size}", mode, BRIEF_CASES["eager" if mode == "eager" else "compiled"])
+    small = Stage("smollm2", results)
+    checkpoint = str(small.folder / "smollm2")
+    steps = [
+        *(functools.partial(lapidary_of, stage, stage.folder / "package") for stage in stages.values()),
+        lambda: transformers("8b", "static-compile"),
+        lambda: transformers("1b", "static-compile"),
+        lambda: transformers("8b", "frozen"),
+        lambda: lapidary_of(small, small.folder / "package"),
+        lambda: transformers("1b", "eager"),
+        lambda: transformers("8b", "eager"),
+        lambda: ablations("1b", results, [v for v in VARIANTS if v.switch in BRIEF_VARIANTS]),
+        lambda: small.one_transformers(checkpoint, "eager", BRIEF_CASES["eager"]),
+        lambda: small.one_transformers(checkpoint, "static-compile", BRIEF_CASES["compiled"]),
+        lambda: transformers("1b", "frozen"),
+    ]
+    for step in steps:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - what depends on something that failed must not end the rest
+            note("FAILED:", f"{type(error).__name__}: {error}")
+
+
 STAGES = {
+    "prepare": prepare,
+    "packages": packages,
+    "brief": brief,
     "bench-1b": lambda results: made("1b", results),
     "bench-8b": lambda results: made("8b", results),
     "bench-smollm2": smollm2,

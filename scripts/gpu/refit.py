@@ -11,7 +11,6 @@ import time
 
 import make_model
 from common import WORK, lab, lapidary, note, run
-from make_model import POSITIONS
 from models import convert
 
 FLAGS = {
@@ -39,8 +38,8 @@ def two_sets(size):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start, out = time.time(), {}
     for seed in (1, 2):
-        model = make_model.hugging_face(size, POSITIONS[size], torch.float16, device, seed=seed)
-        make_model.export(model, WORK / f"{size}-set{seed}", POSITIONS[size])
+        model = make_model.hugging_face(size, make_model.POSITIONS[size], torch.float16, device, seed=seed)
+        make_model.export(model, WORK / f"{size}-set{seed}", make_model.POSITIONS[size])
         out["gb"] = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
         del model
         if device == "cuda":

@@ -8,7 +8,7 @@ import time
 
 from common import BIN, ROOT
 
-ENVIRONMENT = {"LAPIDARY_TEST_BACKEND": "tensorrt", "RUST_BACKTRACE": "0", "PROPTEST_CASES": "12",
+ENVIRONMENT = {"LAPIDARY_TEST_BACKEND": "tensorrt", "RUST_BACKTRACE": "0", "PROPTEST_CASES": os.environ.get("PROPTEST_CASES", "12"),
                "PROPTEST_MAX_SHRINK_ITERS": "4"}
 
 
