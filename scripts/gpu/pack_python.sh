@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Packs what the baselines need and a GPU host's Python lacks: blake3, gguf, TensorRT-RTX's Python bindings and its own ONNX
 # parser (8 MB together). Usage: scripts/gpu/pack_python.sh [OUT]     default: .gpu/python
-# On the host, after TensorRT was unpacked: . .gpu/python/unpack.sh (sets PYTHONPATH, puts the parser beside TENSORRT_RTX_LIB).
+# pack.sh takes them along, host.sh puts them in place.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:-.gpu/python}
@@ -11,12 +11,4 @@ python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -
   --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d "$out" \
   blake3==1.0.11 gguf==0.19.0 tensorrt-rtx-cu12-bindings==1.6.1.120
 xz -T1 -6 -c "$(dirname "$TENSORRT_RTX_LIB")/libtensorrt_onnxparser_rtx.so.1" > "$out/libtensorrt_onnxparser_rtx.so.1.xz"
-cat > "$out/unpack.sh" <<'S'
-# Source this on the GPU host, with TENSORRT_RTX_LIB set.
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-xz -dc "$here/libtensorrt_onnxparser_rtx.so.1.xz" > "$(dirname "$TENSORRT_RTX_LIB")/libtensorrt_onnxparser_rtx.so.1"
-# cp312-none wheels fit any Python 3.12.
-python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/lapidary-site "$here"/*.whl
-export PYTHONPATH=/tmp/lapidary-site${PYTHONPATH:+:$PYTHONPATH}
-S
 ls -l "$out"

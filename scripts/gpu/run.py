@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The stages of run.sh. Each writes $OUT/gpu-STAGE.json as it goes."""
+"""The stages of host.sh. Each writes $OUT/gpu-STAGE.json as it goes."""
 
 import os
 import sys
