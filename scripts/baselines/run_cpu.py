@@ -51,7 +51,9 @@ class Run:
         given.output.mkdir(parents=True, exist_ok=True)
 
     def process(self, *command):
-        done = subprocess.run(list(map(str, command)), stdout=sys.stderr)
+        # The binaries may lie outside of the checkout that they are of.
+        environment = {"LAPIDARY_COMMIT": schema.commit()} | os.environ
+        done = subprocess.run(list(map(str, command)), stdout=sys.stderr, env=environment)
         if done.returncode != 0:
             raise Unusable(f"{' '.join(Path(str(part)).name for part in command[:3])} … ended with {done.returncode}")
 
@@ -122,6 +124,16 @@ class Run:
                          self.reference, "--as-reference", "--prefill", "", "--live", "", "--end-to-end", "", "--threads",
                          self.given.threads, "--model-name", self.name, "--label", "ONNX Runtime as reference")  # fmt: skip
 
+    @staticmethod
+    def one_bandwidth(documents):
+        """Shares of one bandwidth: the best that any process saw of the machine, whose neighbours come and go."""
+        best = max(document["machine"]["copy_bandwidth_bytes_per_s"] for document in documents)
+        for document in documents:
+            before = document["machine"]["copy_bandwidth_bytes_per_s"]
+            document["machine"]["copy_bandwidth_bytes_per_s"] = best
+            for entry in document["decode"]:
+                entry["mbu"] = entry["mbu"] and entry["mbu"] * before / best
+
     def all(self):
         systems = self.systems()
         self.make_reference()
@@ -137,6 +149,7 @@ class Run:
                     fill(file, self.reference)
                     rounds[name][0] = json.loads(file.read_text())
         equal = True
+        self.one_bandwidth([d for documents in rounds.values() for d in documents if "error" not in d])
         for name, documents in rounds.items():
             broken = next((d for d in documents if "error" in d), None)
             document = broken or schema.merged(documents)
