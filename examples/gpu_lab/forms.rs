@@ -8,7 +8,7 @@ use lapidary::network::{Builder, Elementwise, LayerKind, MatrixOp, Network, Prof
 use lapidary::tensor::DType;
 
 use crate::Outcome;
-use crate::sweep::measure;
+use crate::sweep::{each, measure};
 
 /// How one row is multiplied by a weight `[n, k]`.
 #[derive(Clone, Copy, Debug)]
@@ -139,31 +139,13 @@ pub fn forms(only: &str) -> Outcome<()> {
         cases.push((label, [k, n, m], Form::Flat, DType::Bf16));
     }
     cases.retain(|(label, _, form, dtype)| format!("{label} {form:?} {dtype}").contains(only));
-    let cases = Mutex::new(cases.into_iter());
-    // Loading is compiling, which several threads can do; only one measures at a time.
     let gpu = Mutex::new(());
-    let results = Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        for _ in 0..8 {
-            scope.spawn(|| {
-                loop {
-                    let Some((label, [k, n, m], form, dtype)) = cases.lock().expect("no panic").next() else {
-                        return;
-                    };
-                    let measured = measure_chain(&library, form, dtype, [k, n, m], &gpu);
-                    let told = match measured {
-                        Ok((us, rate)) => format!("{label:<22} {form:?} {dtype}: {us:.1} us a product, {rate:.2} TB/s"),
-                        Err(error) => format!("{label:<22} {form:?} {dtype}: {error}"),
-                    };
-                    eprintln!("{told}");
-                    results.lock().expect("no panic").push(told);
-                }
-            });
+    each(8, cases, |(label, [k, n, m], form, dtype)| {
+        match measure_chain(&library, form, dtype, [k, n, m], &gpu) {
+            Ok((us, rate)) => format!("{label:<22} {form:?} {dtype}: {us:.1} us a product, {rate:.2} TB/s"),
+            Err(error) => format!("{label:<22} {form:?} {dtype}: {error}"),
         }
     });
-    let mut results = results.into_inner().expect("no panic");
-    results.sort();
-    println!("{}", results.join("\n"));
     Ok(())
 }
 

@@ -57,35 +57,36 @@ pub fn sweep(large: bool) -> Outcome<()> {
             ));
         }
     }
-    let cases = Mutex::new(cases.into_iter());
     let gpu = Mutex::new(());
-    let results = Mutex::new(Vec::new());
+    each(8, cases, |(label, profile, options)| {
+        let run = || -> Outcome<f64> {
+            let network = lower(&decoder.graph(), &profile, &options)?;
+            let plan = tensorrt::build(&library, &network, &BuildOptions::default())?;
+            measure(&library, &network, plan.bytes(), &gpu, 20)
+        };
+        match run() {
+            Ok(seconds) => format!("{profile} {label}: {:.3} ms", seconds * 1e3),
+            Err(error) => format!("{profile} {label}: {error}"),
+        }
+    });
+    Ok(())
+}
+
+/// Tells of each case, several at a time, and prints it as it comes: a run that is cut off leaves what it had. Building and
+/// loading are the processor's work, so only one at a time should measure.
+pub fn each<T: Send>(threads: usize, cases: Vec<T>, tell: impl Fn(T) -> String + Sync) {
+    let cases = Mutex::new(cases.into_iter());
     std::thread::scope(|scope| {
-        for _ in 0..8 {
+        for _ in 0..threads {
             scope.spawn(|| {
                 loop {
-                    let Some((label, profile, options)) = cases.lock().expect("no panic").next() else {
-                        return;
-                    };
-                    let run = || -> Outcome<f64> {
-                        let network = lower(&decoder.graph(), &profile, &options)?;
-                        let plan = tensorrt::build(&library, &network, &BuildOptions::default())?;
-                        measure(&library, &network, plan.bytes(), &gpu, 20)
-                    };
-                    let told = match run() {
-                        Ok(seconds) => format!("{profile} {label}: {:.3} ms", seconds * 1e3),
-                        Err(error) => format!("{profile} {label}: {error}"),
-                    };
-                    eprintln!("{told}");
-                    results.lock().expect("no panic").push(told);
+                    let next = cases.lock().expect("no panic").next();
+                    let Some(case) = next else { return };
+                    println!("{}", tell(case));
                 }
             });
         }
     });
-    let mut results = results.into_inner().expect("no panic");
-    results.sort();
-    println!("{}", results.join("\n"));
-    Ok(())
 }
 
 type Change<'a> = (&'a str, &'a dyn Fn(&mut Options));
@@ -152,36 +153,19 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
         }
     }
     cases.retain(|(name, ..)| name.contains(only));
-    let cases = Mutex::new(cases.into_iter());
     let gpu = Mutex::new(());
-    let results = Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        for _ in 0..10 {
-            scope.spawn(|| {
-                loop {
-                    let Some((label, profile, options)) = cases.lock().expect("no panic").next() else {
-                        return;
-                    };
-                    let run = || -> Outcome<(f64, f64)> {
-                        let network = lower(&decoder.graph(), &profile, &options)?;
-                        let plan = tensorrt::build(&library, &network, &BuildOptions::default())?;
-                        let built = plan.elapsed().as_secs_f64();
-                        Ok((measure(&library, &network, plan.bytes(), &gpu, 30)?, built))
-                    };
-                    let told = match run() {
-                        Ok((seconds, built)) => {
-                            format!("{label:<40} {profile}: {:.4} ms (built in {built:.1} s)", seconds * 1e3)
-                        }
-                        Err(error) => format!("{label:<40} {profile}: {error}"),
-                    };
-                    results.lock().expect("no panic").push(told);
-                }
-            });
+    each(10, cases, |(label, profile, options)| {
+        let run = || -> Outcome<(f64, f64)> {
+            let network = lower(&decoder.graph(), &profile, &options)?;
+            let plan = tensorrt::build(&library, &network, &BuildOptions::default())?;
+            let built = plan.elapsed().as_secs_f64();
+            Ok((measure(&library, &network, plan.bytes(), &gpu, 30)?, built))
+        };
+        match run() {
+            Ok((seconds, built)) => format!("{label:<40} {profile}: {:.4} ms (built in {built:.1} s)", seconds * 1e3),
+            Err(error) => format!("{label:<40} {profile}: {error}"),
         }
     });
-    let mut results = results.into_inner().expect("no panic");
-    results.sort();
-    println!("{}", results.join("\n"));
     Ok(())
 }
 
