@@ -24,8 +24,8 @@ case ${1:-} in
     OUT=$kept BENCH_SECONDS=600 setsid nohup python3 scripts/gpu/run.py prepare > "$kept/prepare.log" 2>&1 < /dev/null &
     ;;
   setup)
-    cat "$kept"/gguf.[123] > $SMOLLM2_GGUF
-    cat "$kept"/tensorrt.[03] | xz -dc > $TENSORRT_RTX_LIB.part && mv $TENSORRT_RTX_LIB.part $TENSORRT_RTX_LIB &
+    cat "$kept"/gguf.[124] > $SMOLLM2_GGUF
+    cat "$kept"/tensorrt.[04] | xz -dc > $TENSORRT_RTX_LIB.part && mv $TENSORRT_RTX_LIB.part $TENSORRT_RTX_LIB &
     xz -dc "$kept/binaries.tar.xz" | tar -x -C "$LAPIDARY_BIN" &
     wheels
     xz -dc "$kept/python/libtensorrt_onnxparser_rtx.so.1.xz" > /tmp/tensorrt/libtensorrt_onnxparser_rtx.so.1
