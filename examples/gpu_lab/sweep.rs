@@ -6,22 +6,29 @@ use std::sync::Mutex;
 use lapidary::backend::tensorrt::run::trial::{self, MadeUp};
 use lapidary::backend::tensorrt::run::{Engine, LoadOptions, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
+use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{Options, lower};
 use lapidary::network::{Network, Profile};
 
 use crate::Outcome;
 
-/// Two threads compile while one measures.
+/// The dims that are measured, with room for every capacity that is.
+fn llama(large: bool) -> Decoder {
+    let dims = match large {
+        true => Decoder::llama_8b(),
+        false => Decoder::llama_1b(),
+    };
+    Decoder {
+        positions: 8192,
+        ..dims
+    }
+}
+
+/// Threads compile while one measures.
 pub fn sweep(large: bool) -> Outcome<()> {
-    use lapidary::lower::synthetic::Decoder;
     use lapidary::lower::{AttentionForm as A, LinearForm as L};
     let library = Library::load(None)?;
-    let mut decoder = if large {
-        Decoder::llama_8b()
-    } else {
-        Decoder::llama_1b()
-    };
-    decoder.positions = 8192;
+    let decoder = llama(large);
     let hidden = decoder.hidden;
     let options = |linear, reduce_depth, attention| Options {
         linear,
@@ -93,15 +100,9 @@ type Change<'a> = (&'a str, &'a dyn Fn(&mut Options));
 
 /// One choice at a time against what packages get.
 pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
-    use lapidary::lower::synthetic::Decoder;
     use lapidary::lower::{AttentionForm as A, LinearForm as L};
     let library = Library::load(None)?;
-    let mut decoder = if large {
-        Decoder::llama_8b()
-    } else {
-        Decoder::llama_1b()
-    };
-    decoder.positions = 8192;
+    let mut decoder = llama(large);
     decoder.layers = layers;
     let hidden = decoder.hidden;
     let with = |change: &dyn Fn(&mut Options)| {

@@ -4,7 +4,8 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::{FAINT_INK, INK};
+use super::axes::{Scale, mark};
+use super::{FAINT_INK, GRID, INK};
 
 const FONT: &str = "DejaVu Sans, Verdana, sans-serif";
 
@@ -63,6 +64,15 @@ impl Canvas<'_> {
         let style = TextStyle::from(font).color(&ink).pos(Pos::new(side, VPos::Center));
         let text = Text::new(text.to_string(), place(at), style);
         self.root.draw(&text).expect("text takes everything");
+    }
+
+    /// Lines across at the marks of `y`, from `left` to `right`, with their numbers.
+    pub fn levels(&self, y: &Scale, left: f64, right: f64) {
+        for tick in y.ticks(6) {
+            let at = y.at(tick);
+            self.line(&[(left, at), (right, at)], GRID, 1);
+            self.write((left - 10.0, at), &mark(tick), 12.0, FAINT_INK, Side::End, false);
+        }
     }
 
     pub fn line(&self, points: &[(f64, f64)], ink: RGBColor, width: u32) {

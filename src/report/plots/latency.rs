@@ -1,6 +1,6 @@
 //! Time of a token against the live length: a line a system.
 
-use super::axes::{Scale, mark, spread};
+use super::axes::{Scale, spread};
 use super::canvas::{HEAD, Side, sheet, width_of};
 use super::{AXIS, FAINT_INK, Figure, GRID, INK, coloured, is_ours, slug};
 use crate::report::input::Group;
@@ -36,17 +36,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
             true => Scale::log(first as f64 * 0.5, first as f64 * 2.0, left, right),
             false => Scale::log(first as f64 * 0.85, last as f64 * 1.12, left, right),
         };
-        for tick in y.ticks(6) {
-            canvas.line(&[(left, y.at(tick)), (right, y.at(tick))], GRID, 1);
-            canvas.write(
-                (left - 10.0, y.at(tick)),
-                &mark(tick),
-                12.0,
-                FAINT_INK,
-                Side::End,
-                false,
-            );
-        }
+        canvas.levels(&y, left, right);
         canvas.line(&[(left, bottom), (right, bottom)], AXIS, 1);
         let mut lengths: Vec<usize> = points().map(|d| d.live).collect();
         lengths.sort_unstable();

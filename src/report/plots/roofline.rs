@@ -6,7 +6,7 @@
 
 use super::axes::{Scale, mark};
 use super::canvas::{HEAD, Side, sheet, width_of};
-use super::{AXIS, FAINT_INK, Figure, GRID, INK, coloured, slug};
+use super::{AXIS, FAINT_INK, Figure, INK, coloured, slug};
 use crate::bench::model::{decode_bytes, decode_flop, prefill_flop};
 use crate::bench::result::Document;
 use crate::report::input::Group;
@@ -129,17 +129,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         let x = Scale::log(x_min, x_max, left, right);
         let y = Scale::log(lowest / unit.0 / 1.6, highest / unit.0 * 1.6, bottom, top);
         let height = |flops: f64| y.at(flops / unit.0);
-        for tick in y.ticks(6) {
-            canvas.line(&[(left, y.at(tick)), (right, y.at(tick))], GRID, 1);
-            canvas.write(
-                (left - 10.0, y.at(tick)),
-                &mark(tick),
-                12.0,
-                FAINT_INK,
-                Side::End,
-                false,
-            );
-        }
+        canvas.levels(&y, left, right);
         for tick in x.ticks(6) {
             canvas.line(&[(x.at(tick), bottom), (x.at(tick), bottom + 5.0)], AXIS, 1);
             canvas.write(
