@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import make_model
-from common import BIN, ROOT, WORK, lapidary, note
+from common import BIN, PLANS, ROOT, WORK, export_of, lapidary, note
 
 BASELINES = ROOT / "scripts" / "baselines"
 # Decode runs are of 16 tokens: from 4080 they fill a cache of 4096.
@@ -98,7 +98,7 @@ class Stage:
             arguments = ["--vocabulary", vocabulary]
         else:
             arguments = ["--ids-from", ROOT / "fixtures/smollm2/reference.json"]
-        if not self.workload.exists():
+        if not self.workload.exists():  # also where results of an earlier machine were carried back
             self.baseline("workload.py", self.workload, *arguments)
         if not self.job("reference", lambda: self.transformers("reference", source, self.reference), self.reference):
             raise RuntimeError("without a reference nothing can be compared")
@@ -116,16 +116,17 @@ class Stage:
             self.one_transformers(source, mode, CASES)
 
     def one_transformers(self, source, mode, cases):
+        self.prepare(source)
         file = self.files / f"{self.model}-transformers-{mode}.json"
         self.job(f"{self.model} transformers {mode}", functools.partial(self.transformers, mode, source, file, cases=cases), file)
 
     # -- ours
 
     def convert(self, export, package, capacities, *flags):
-        """A package; engines that another package of this stage has are taken from its cache."""
+        """A package; engines that another package has are taken from its cache."""
         if (package / "manifest.json").exists():
             return {"already": True}
-        lapidary("convert", export, "-o", package, "--force", "--target", TARGET, "--engine-cache", self.folder / "plans",
+        lapidary("convert", export, "-o", package, "--force", "--target", TARGET, "--engine-cache", PLANS,
                  "--capacity", ",".join(map(str, capacities)), *flags, timeout=max(15, self.left()))  # fmt: skip
         engines = json.loads((package / "manifest.json").read_text())["engines"]
         return {"engines": len(engines), "longest_build_s": max((e["build_ms"] for e in engines), default=0) / 1e3,
@@ -149,8 +150,8 @@ def made(size, results):
     source, package = f"made:{size}", stage.folder / "package"
 
     def packaged():
-        return export_of(stage, size) and stage.job(
-            "convert", lambda: stage.convert(export_of(stage, size), package, CAPACITIES))
+        return exported(stage, size) and stage.job(
+            "convert", lambda: stage.convert(exported(stage, size), package, CAPACITIES))
 
     # Neither is timed, and one wants the GPU, the other the CPU.
     with ThreadPoolExecutor(2) as pool:
@@ -163,11 +164,11 @@ def made(size, results):
     return stage
 
 
-def export_of(stage, size, *flags):
-    """The export, made if it is not there."""
-    path = stage.folder / "-".join(["export", *flags[1:]]) / "model.onnx"
-    make = [sys.executable, Path(make_model.__file__), size, path.parent, *flags]
-    there = path.exists() or stage.job("-".join(["export", *flags[1:]]), lambda: stage.process(make))
+def exported(stage, size, form=""):
+    """The export, made if it is not there; None if that failed."""
+    path = export_of(size, form)
+    make = [sys.executable, Path(make_model.__file__), size, path.parent, *(["--form", form] if form else [])]
+    there = path.exists() or stage.job(f"export {size} {form}".strip(), lambda: stage.process(make))
     return path if there else None
 
 
@@ -181,9 +182,9 @@ def lapidary_of(stage, package):
 
 def onnx_parser(stage, size):
     """TensorRT's own parser, on the export ours came from and on one of plain operators."""
-    parser(stage, "genai", export_of(stage, size))
+    parser(stage, "genai", exported(stage, size))
     # It embeds weights: two copies of 16 GB in the host's memory while it builds would take the machine's time and room.
-    if TARGET != "cpu" and size != "8b" and (plain := export_of(stage, size, "--form", "plain")):
+    if TARGET != "cpu" and size != "8b" and (plain := exported(stage, size, "plain")):
         parser(stage, "plain", plain)
         parser(stage, "plain", plain, "--specialization", "none")
 
@@ -215,9 +216,9 @@ def smollm2_prepared(results):
     fixture = ROOT / "fixtures" / "smollm2"
     gguf = os.environ.get("SMOLLM2_GGUF", "/tmp/smollm2/model.gguf")
     weights = [sys.executable, ROOT / "scripts/smollm2_weights.py", "--source", gguf]
-    if not stage.job("weights", lambda: stage.process(weights)):
-        return stage
     export, package, checkpoint = fixture / "model.onnx", stage.folder / "package", stage.folder / "smollm2"
+    if not (package / "manifest.json").exists() and not stage.job("weights", lambda: stage.process(weights)):
+        return stage
     if not stage.job("convert", lambda: stage.convert(export, package, CAPACITIES, "--dtype", "fp16")):
         return stage
     if not (checkpoint / "config.json").exists():
@@ -278,15 +279,33 @@ VARIANTS = [
 
 
 def ablations(size, results, variants=VARIANTS):
-    """Packages are made side by side before anything is timed, then benched one after the other."""
+    """Packages are made before anything is timed, then benched one after the other."""
     stage = Stage(f"llama-{size}", results)
-    export = export_of(stage, size)
+    there = ablation_packages(stage, size, variants)
     stage.prepare(f"made:{size}")
-    files = {v: stage.files / f"{stage.model}-{'ablation' if v.group else 'lapidary'}-{v.name()}.json" for v in variants}
-    wanted = {v.package: v for v in variants if not files[v].exists()}
+    files = {v: result_of(stage, v) for v in variants}
+    for variant in variants:
+        if not there.get(variant.package):
+            continue
+        bench = functools.partial(stage.bench, package_of(stage, variant), files[variant], variant.label(), *variant.bench,
+                                  cases=variant.cases, settings=variant.settings())  # fmt: skip
+        stage.job(variant.label(), bench, files[variant])
+    for name in there:
+        if all(files[v].exists() for v in variants if v.package == name):
+            shutil.rmtree(stage.folder / "variants" / name, ignore_errors=True)
+    return stage
+
+
+def ablation_packages(stage, size, variants):
+    """Packages of those variants that have no result yet, side by side: name to whether it is there."""
+    wanted = {v.package: v for v in variants if not result_of(stage, v).exists()}
+    export = wanted and exported(stage, size)
+    if not export:
+        return {}
+    base = next(v for v in VARIANTS if v.package == "base")
 
     def convert(variant):
-        spec, usual = stage.folder / f"{variant.package}.yaml", stage.folder / "lowering.json"
+        spec = stage.folder / f"{variant.package}.yaml"
         # A lowering that is named replaces the usual one as a whole, so the change is laid over what the base got.
         changed = json.loads(usual.read_text()) | variant.lowering if variant.lowering and usual.exists() else None
         spec.write_text(json.dumps({"lowering": changed} if changed else {}))
@@ -297,24 +316,17 @@ def ablations(size, results, variants=VARIANTS):
             usual.write_text(json.dumps(next(e for e in engines if "-t1-" in e["file"])["lowering"]))
         return told
 
+    usual = stage.folder / "lowering.json"
     made_of = lambda v: stage.job(f"convert {v.package}", functools.partial(convert, v))
-    # The base first: the others take from the plan cache what they have in common with it.
-    there = {name: made_of(v) for name, v in wanted.items() if name == "base"}
-    if not there and not (stage.folder / "lowering.json").exists() and TARGET != "cpu":
-        raise RuntimeError("the base package is gone and with it what packages get: remove its results to make it anew")
+    # The base first: the others take from the plan cache what they have in common with it, and lowerings are told from its.
+    there = {"base": made_of(base)} if "base" in wanted or not usual.exists() else {}
     others = {name: v for name, v in wanted.items() if name not in there}
     with ThreadPoolExecutor(1 if TARGET == "cpu" else 4) as pool:
-        there |= dict(zip(others, pool.map(made_of, others.values())))
-    for variant in variants:
-        if not there.get(variant.package):
-            continue
-        bench = functools.partial(stage.bench, package_of(stage, variant), files[variant], variant.label(), *variant.bench,
-                                  cases=variant.cases, settings=variant.settings())  # fmt: skip
-        stage.job(variant.label(), bench, files[variant])
-    for variant in wanted.values():
-        if all(files[v].exists() for v in variants if v.package == variant.package):
-            shutil.rmtree(package_of(stage, variant), ignore_errors=True)
-    return stage
+        return there | dict(zip(others, pool.map(made_of, others.values())))
+
+
+def result_of(stage, variant):
+    return stage.files / f"{stage.model}-{'ablation' if variant.group else 'lapidary'}-{variant.name()}.json"
 
 
 def package_of(stage, variant):
@@ -331,42 +343,48 @@ def prepare(results):
     """What needs torch alone, so that it can run while the rest is still on its way here: exports and references."""
     stages = {size: Stage(f"llama-{size}", results) for size in ("1b", "8b")}
     for size, stage in stages.items():
-        export_of(stage, size)
+        exported(stage, size)
     # One after the other: they measure the GPU's bandwidth and peak too.
     for size, stage in stages.items():
         stage.prepare(f"made:{size}")
 
 
 def packages(results):
-    """What needs no timing: every package of the brief run, side by side."""
+    """What needs neither timing nor the GPU to itself: made models' packages that have no result yet, side by side."""
     def of_made(size):
         stage = Stage(f"llama-{size}", results)
-        stage.job(f"convert {size}", lambda: stage.convert(export_of(stage, size), stage.folder / "package", CAPACITIES))
+        if not (stage.files / f"{stage.model}-lapidary.json").exists() and (export := exported(stage, size)):
+            stage.job(f"convert {size}", lambda: stage.convert(export, stage.folder / "package", CAPACITIES))
+        if size == "1b":
+            ablation_packages(stage, size, VARIANTS)
 
-    with ThreadPoolExecutor(3) as pool:
-        jobs = [pool.submit(of_made, size) for size in ("1b", "8b")] + [pool.submit(smollm2_prepared, results)]
-    for job in jobs:
-        job.result()
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(of_made, size) for size in ("1b", "8b")]:
+            job.result()
 
 
 def brief(results):
-    """The comparisons that matter most, of three models, in one call; `prepare` and `packages` came before."""
+    """The comparisons, what matters most first, of three models, over several calls; `prepare` and `packages` came before."""
     stages = {size: Stage(f"llama-{size}", results) for size in ("1b", "8b")}
     transformers = lambda size, mode: stages[size].one_transformers(
         f"made:{size}", mode, BRIEF_CASES["eager" if mode == "eager" else "compiled"])
-    small = Stage("smollm2", results)
-    checkpoint = str(small.folder / "smollm2")
+    def small(*modes):
+        stage = smollm2_prepared(results)
+        lapidary_of(stage, stage.folder / "package")
+        for mode in modes:
+            stage.one_transformers(str(stage.folder / "smollm2"), mode, BRIEF_CASES["eager" if mode == "eager" else "compiled"])
+
+    some = lambda switches: ablations("1b", results, [v for v in VARIANTS if v.switch in switches])
     steps = [
         *(functools.partial(lapidary_of, stage, stage.folder / "package") for stage in stages.values()),
         lambda: transformers("8b", "static-compile"),
         lambda: transformers("1b", "static-compile"),
-        lambda: transformers("8b", "frozen"),
-        lambda: lapidary_of(small, small.folder / "package"),
         lambda: transformers("1b", "eager"),
+        lambda: small("static-compile", "eager"),
         lambda: transformers("8b", "eager"),
-        lambda: ablations("1b", results, [v for v in VARIANTS if v.switch in BRIEF_VARIANTS]),
-        lambda: small.one_transformers(checkpoint, "eager", BRIEF_CASES["eager"]),
-        lambda: small.one_transformers(checkpoint, "static-compile", BRIEF_CASES["compiled"]),
+        lambda: some(BRIEF_VARIANTS),
+        lambda: some([v.switch for v in VARIANTS]),
+        lambda: transformers("8b", "frozen"),
         lambda: transformers("1b", "frozen"),
     ]
     for step in steps:

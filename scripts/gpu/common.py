@@ -10,6 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIN = Path(os.environ.get("LAPIDARY_BIN", "/tmp/lapidary-gpu"))
 WORK = Path(os.environ.get("LAPIDARY_WORK", "/tmp/lapidary-work"))
+# One engine cache for every package: a plan is found by its network, so what was built elsewhere (prebuild.py) serves all stages.
+PLANS = WORK / "plans"
+
+
+def export_of(size, form=""):
+    """Where the export of a made model is; the stages share it."""
+    return WORK / "exports" / "-".join(filter(None, [size, form])) / "model.onnx"
 
 
 def run(*command, check=True, timeout=600):
@@ -59,8 +66,8 @@ class Results:
 
 
 def machine():
-    """GPU, driver, library and commit."""
-    facts = json.loads(lapidary("doctor", "--json"))
+    """GPU, driver, library and commit. What needs torch alone runs before the binaries are there."""
+    facts = json.loads(lapidary("doctor", "--json")) if (BIN / "lapidary").exists() else {"tensorrt": {"library": None}}
     smi = run("nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem", "--format=csv,noheader")
     commit = ROOT / ".gpu" / "commit"
     tensorrt = facts["tensorrt"]
@@ -68,6 +75,6 @@ def machine():
         "date": time.strftime("%Y-%m-%d"),
         "nvidia_smi": smi.strip(),
         "tensorrt": (tensorrt["library"] or {}).get("version"),
-        "doctor": {key: tensorrt[key] for key in ("build", "build_refittable", "run", "driver")},
+        "doctor": {key: tensorrt.get(key) for key in ("build", "build_refittable", "run", "driver")},
         "commit": commit.read_text().strip() if commit.exists() else None,
     }

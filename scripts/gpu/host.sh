@@ -30,9 +30,15 @@ case ${1:-} in
     wheels
     xz -dc "$kept/python/libtensorrt_onnxparser_rtx.so.1.xz" > /tmp/tensorrt/libtensorrt_onnxparser_rtx.so.1
     if [ -e "$kept/plans.tar.xz" ]; then
-      xz -dc "$kept/plans.tar.xz" | tar -x -C /tmp
-      for folder in /tmp/plans/*; do mkdir -p "$LAPIDARY_WORK/bench/$(basename "$folder")/plans" && cp "$folder"/* "$_"; done
+      mkdir -p "$LAPIDARY_WORK/plans"
+      xz -dc "$kept/plans.tar.xz" | tar -x -C "$LAPIDARY_WORK/plans"
     fi
+    # Results that an earlier machine left: their jobs are not done again.
+    for archive in "$kept"/results/bench-*.tar.gz; do
+      [ -e "$archive" ] || continue
+      folder=$LAPIDARY_WORK/bench/$(basename "${archive##*/bench-}" .tar.gz)/results
+      mkdir -p "$folder" && tar -xzf "$archive" -C "$folder"
+    done
     wait
     "$LAPIDARY_BIN/lapidary" doctor
     # Packages are made of the exports that `start` writes.

@@ -8,7 +8,7 @@ import time
 
 import make_model
 import parity
-from common import WORK, lab, lapidary, note
+from common import PLANS, WORK, export_of, lab, lapidary, note
 
 CAPACITIES = {"1b": "256,1024,4096", "8b": "256,1024,4096,131072", "tiny": "256,1024,4096"}
 LIVE = 300
@@ -21,8 +21,9 @@ def stage(size, results, thorough=False):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.time()
     model = make_model.hugging_face(size, make_model.POSITIONS[size], torch.float16, device)
-    folder = WORK / size
-    make_model.export(model, folder, make_model.POSITIONS[size])
+    folder = export_of(size).parent
+    if not export_of(size).exists():
+        make_model.export(model, folder, make_model.POSITIONS[size])
     results["make_and_export_s"] = time.time() - start
     weights = sum(p.numel() * 2 for n, p in model.named_parameters() if "embed" not in n)
     results["weights_read_per_token_gb"] = weights / 1e9
@@ -33,7 +34,7 @@ def stage(size, results, thorough=False):
     vocabulary = model.config.vocab_size
     told = results.attempt("parity_fp16", parity.run, model, package, vocabulary)
     note({key: told.get(key) for key in ("ok", "error")}, told.get("cases"), told.get("batch"))
-    for name, flags in (("decode", []), ("prefill_512", ["--prefill", 512])) if thorough or size == "8b" else ():
+    for name, flags in (("decode", []), ("prefill_512", ["--prefill", 512])) if thorough else ():
         results.attempt(f"profile_{name}", profile, package, flags)
     if thorough:
         results.attempt("variants", variants, folder, size)
@@ -55,8 +56,8 @@ def stage(size, results, thorough=False):
 
 def convert(folder, package, capacities, flags):
     start = time.time()
-    lapidary("convert", folder / "model.onnx", "-o", package, "--force", "--target", "tensorrt-rtx", "--capacity",
-             capacities, *flags)
+    lapidary("convert", folder / "model.onnx", "-o", package, "--force", "--target", "tensorrt-rtx", "--engine-cache", PLANS,
+             "--capacity", capacities, *flags)
     manifest = json.loads((package / "manifest.json").read_text())
     engines = [{"profile": e["file"].split("/")[-1], "mb": e["bytes"] / 1e6, "build_s": e["build_ms"] / 1e3}
                for e in manifest["engines"]]
@@ -96,7 +97,7 @@ def variants(folder, size):
 
 def tune(size, results, capacities="1024,4096", prefill="512"):
     """`convert --tune` on the export that a stage left, then the tuned package beside the untuned one."""
-    folder, package = WORK / size, WORK / f"{size}-tuned"
+    folder, package = export_of(size).parent, WORK / f"{size}-tuned"
     spec = WORK / "tuned.yaml"
     results.attempt("convert", convert, folder, package, capacities,
                     ["--prefill", prefill, "--tune", "--save-spec", spec])

@@ -10,7 +10,7 @@ import shutil
 import time
 
 import make_model
-from common import WORK, lab, lapidary, note, run
+from common import WORK, export_of, lab, lapidary, note, run
 from models import convert
 
 FLAGS = {
@@ -25,11 +25,16 @@ def stage(size, results, modes=("bind", "general", "identical")):
     folders = results.attempt("make_and_export", two_sets, size)
     if "error" in folders:
         return
-    first, second = (WORK / f"{size}-set{i}" for i in (1, 2))
+    first, second = sets(size)
     for mode in modes:
         results.attempt(mode, of_mode, mode, size, first, second)
         shutil.rmtree(WORK / f"{size}-refit-{mode}-1", ignore_errors=True)
         shutil.rmtree(WORK / f"{size}-refit-{mode}-2", ignore_errors=True)
+
+
+def sets(size):
+    """Where the exports are. The first is the one that other stages use."""
+    return export_of(size).parent, WORK / f"{size}-set2"
 
 
 def two_sets(size):
@@ -37,9 +42,11 @@ def two_sets(size):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start, out = time.time(), {}
-    for seed in (1, 2):
+    for seed, folder in enumerate(sets(size), 1):
+        if (folder / "model.onnx").exists():
+            continue
         model = make_model.hugging_face(size, make_model.POSITIONS[size], torch.float16, device, seed=seed)
-        make_model.export(model, WORK / f"{size}-set{seed}", make_model.POSITIONS[size])
+        make_model.export(model, folder, make_model.POSITIONS[size])
         out["gb"] = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
         del model
         if device == "cuda":

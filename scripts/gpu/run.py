@@ -26,8 +26,8 @@ STAGES = {
     "tune-1b": lambda results: models.tune("1b", results),
     "refit-1b": lambda results: refit.stage("1b", results),
     "refit-tiny": lambda results: refit.stage("tiny", results),
-    # The same with bound weights alone: no engines that are built on the GPU.
-    "refit-1b-bind": lambda results: refit.stage("1b", results, modes=("bind",)),
+    # The same without the package that takes back only its own weights.
+    "refit-1b-brief": lambda results: refit.stage("1b", results, modes=("bind", "general")),
     "1b-thorough": lambda results: models.stage("1b", results, thorough=True),
     **bench.STAGES,
 }

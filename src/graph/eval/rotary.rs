@@ -1,7 +1,8 @@
 //! Rotary position embedding: ONNX `RotaryEmbedding` and its contrib relative.
 
-use super::array::{Result, index};
+use super::array::Result;
 use super::error::shape_error;
+use super::gather::gather;
 use super::heads::Heads;
 use crate::tensor::Tensor;
 
@@ -15,15 +16,14 @@ pub(super) struct Tables {
 impl Tables {
     /// Rows of `[max_position, rotary_dim/2]` caches, `positions[b * tokens + t]` for each token.
     pub fn looked_up(cos: &Tensor, sin: &Tensor, positions: &[i64]) -> Result<Tables> {
-        let (&[rows, half], true) = (cos.shape(), cos.shape() == sin.shape()) else {
+        let (&[_, half], true) = (cos.shape(), cos.shape() == sin.shape()) else {
             return Err(bad_tables(cos, sin));
         };
-        let picks = positions.iter().map(|p| index(*p, rows)).collect::<Result<Vec<_>>>()?;
-        let (cos, sin) = (cos.to_f64(), sin.to_f64());
-        let rows = |table: &[f64]| picks.iter().flat_map(|p| table[p * half..][..half].to_vec()).collect();
+        // Gathered before they are widened: a table of 131072 positions is 64 MB in f64, for every node that looks into it.
+        let positions = Tensor::from_i64(vec![positions.len()], positions);
         Ok(Tables {
-            cos: rows(&cos),
-            sin: rows(&sin),
+            cos: gather(cos, &positions, 0)?.to_f64(),
+            sin: gather(sin, &positions, 0)?.to_f64(),
             half,
         })
     }
