@@ -4,11 +4,12 @@ import gc
 import json
 import resource
 import shutil
+import sys
 import time
 
 import make_model
 import parity
-from common import PLANS, WORK, export_of, lab, lapidary, note
+from common import PLANS, WORK, export_of, lab, lapidary, note, run
 
 CAPACITIES = {"1b": "256,1024,4096", "8b": "256,1024,4096,131072", "tiny": "256,1024,4096"}
 LIVE = 300
@@ -96,8 +97,10 @@ def variants(folder, size):
 
 
 def tune(size, results, capacities="1024,4096", prefill="512"):
-    """`convert --tune` on the export that a stage left, then the tuned package beside the untuned one."""
+    """`convert --tune`: what every profile's lowerings took, and the tuned package's times."""
     folder, package = export_of(size).parent, WORK / f"{size}-tuned"
+    if not export_of(size).exists():
+        run(sys.executable, make_model.__file__, size, folder)
     spec = WORK / "tuned.yaml"
     results.attempt("convert", convert, folder, package, capacities,
                     ["--prefill", prefill, "--tune", "--save-spec", spec])
@@ -130,8 +133,6 @@ def family(name):
 
 
 if __name__ == "__main__":
-    import sys
-
     from common import Results
 
     stage(sys.argv[1], Results(f"gpu-{sys.argv[1]}.json"))

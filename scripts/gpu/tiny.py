@@ -21,6 +21,7 @@ MODES = {
     "strip-general": ["--weights", "strip", "--refit", "general"],
     "embed-general": ["--weights", "embed", "--refit", "general"],
     "bind-dynamic": ["--weights", "bind", "--prefill", "1:4:8"],
+    "bind-one-engine": ["--weights", "bind", "--prefill", "1:4:8", "--one-engine"],
     "bind-fp16": ["--weights", "bind", "--dtype", "fp16"],
 }
 
@@ -36,9 +37,8 @@ def check(name, mode):
     folder = ROOT / "fixtures" / "exports" / name
     reference = json.loads((folder / "reference.json").read_text())
     package = WORK / "tiny" / f"{name}-{mode}"
-    flags = ["--capacity", "12,16,24", "--prefill", "4,8", *MODES[mode], "--target", "tensorrt-rtx"]
-    if mode == "bind-dynamic":
-        flags[flags.index("4,8") - 1:flags.index("4,8") + 1] = []
+    chunks = [] if "--prefill" in MODES[mode] else ["--prefill", "4,8"]
+    flags = ["--capacity", "12,16,24", *chunks, *MODES[mode], "--target", "tensorrt-rtx"]
     lapidary("convert", folder / "model.onnx", "-o", package, "--force", *flags)
     prompt, n = reference["prompt"], len(reference["greedy_tokens"])
     gpu, cpu = (generate(package, prompt, n, device) for device in ("cuda", "cpu"))
