@@ -5,6 +5,8 @@
 
 Writes the export that make_model.py writes, without its data, and converts it with `--without-weights` into an engine cache
 that `lapidary convert --engine-cache` on a GPU host finds again. Needs torch and transformers, but no memory for the model.
+With `--conversion FILE` instead of PLANS nothing is taken from a cache, and FILE tells what the conversion did and how long
+each engine took: what `lapidary report --package` reads.
 """
 
 import subprocess
@@ -44,6 +46,9 @@ def main():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     size, plans, *flags = sys.argv[1:]
+    told = None
+    if plans == "--conversion":
+        told, *flags = flags
     facts = dict(make_model.SIZES[size])
     theta = facts.pop("rope_theta")
     config = LlamaConfig(**facts, max_position_embeddings=make_model.POSITIONS[size], tie_word_embeddings=False,
@@ -58,9 +63,14 @@ def main():
         folder = Path(folder)
         make_model.export(model, folder, make_model.POSITIONS[size])
         (folder / "model.onnx.data").unlink()
-        command = [ROOT / "target/release/lapidary", "convert", folder / "model.onnx", "-o", folder / "package", "--without-weights",
-                   "--target", "tensorrt-rtx", "--engine-cache", plans, *flags]
-        raise SystemExit(subprocess.run(list(map(str, command))).returncode)
+        # The report calls a model what its package's folder is called.
+        lapidary, package = ROOT / "target/release/lapidary", folder / f"llama-{size}"
+        cache = [] if told else ["--engine-cache", plans]
+        subprocess.run([lapidary, "convert", folder / "model.onnx", "-o", package, "--without-weights", "--target", "tensorrt-rtx",
+                        *cache, *flags], check=True)  # fmt: skip
+        if told:
+            Path(told).write_text(subprocess.run([lapidary, "info", package, "--conversion"], check=True, stdout=subprocess.PIPE,
+                                                 text=True).stdout)  # fmt: skip
 
 
 if __name__ == "__main__":

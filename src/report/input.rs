@@ -194,8 +194,12 @@ impl Input {
         }
         let mut groups: Vec<Group> = groups.into_values().collect();
         for group in &mut groups {
-            let of_model = references.iter().filter(|r| r.of.model.name == group.model);
-            group.reference = of_model.max_by_key(|r| &r.of.date).cloned();
+            let of_model: Vec<_> = references.iter().filter(|r| r.of.model.name == group.model).collect();
+            let newest = |of: &[&ResultFile]| of.iter().max_by_key(|r| &r.of.date).map(|r| (*r).clone());
+            // A model measured on two machines can have a reference of each one's prompts. None that fits is refused below.
+            let fits = |r: &&&ResultFile| group.all().all(|measured| difference(&r.of, &measured.of).is_none());
+            let fitting: Vec<_> = of_model.iter().filter(fits).copied().collect();
+            group.reference = newest(&fitting).or_else(|| newest(&of_model));
             let order = |r: &ResultFile| (r.of.system.name != "lapidary", r.of.system.label.clone());
             group.results.sort_by_key(order);
             group.ablations.sort_by_key(order);
@@ -214,14 +218,7 @@ impl Input {
         };
         let path = |r: &ResultFile| self.path(r.source).to_path_buf();
         for other in &all {
-            let (a, b) = (&first.of, &other.of);
-            let what = if a.model.weights_hash != b.model.weights_hash {
-                "weights"
-            } else if a.workload.prompts != b.workload.prompts {
-                "prompts"
-            } else if a.workload.batch != b.workload.batch {
-                "batch size"
-            } else {
+            let Some(what) = difference(&first.of, &other.of) else {
                 continue;
             };
             return Err(InputError::Different {
@@ -261,6 +258,19 @@ impl Group {
     /// What others are compared with.
     pub fn ours(&self) -> Option<&ResultFile> {
         self.results.iter().find(|r| r.of.system.name == "lapidary")
+    }
+}
+
+/// What keeps the two from standing side by side.
+fn difference(a: &Document, b: &Document) -> Option<&'static str> {
+    if a.model.weights_hash != b.model.weights_hash {
+        Some("weights")
+    } else if a.workload.prompts != b.workload.prompts {
+        Some("prompts")
+    } else if a.workload.batch != b.workload.batch {
+        Some("batch size")
+    } else {
+        None
     }
 }
 
