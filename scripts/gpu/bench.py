@@ -46,6 +46,7 @@ class Stage:
         self.files = self.folder / "results"
         self.files.mkdir(parents=True, exist_ok=True)
         self.workload, self.reference = self.folder / "workload.json", self.files / f"{model}-reference.json"
+        self.package = self.folder / model  # reports call a conversion what its folder is called
 
     def left(self):
         return SECONDS - (time.time() - START)
@@ -100,6 +101,9 @@ class Stage:
             arguments = ["--ids-from", ROOT / "fixtures/smollm2/reference.json"]
         if not self.workload.exists():  # also where results of an earlier machine were carried back
             self.baseline("workload.py", self.workload, *arguments)
+            if self.reference.exists():
+                forced = json.loads(self.reference.read_text())["outputs"]["greedy_tokens"]
+                self.workload.write_text(json.dumps(json.loads(self.workload.read_text()) | {"forced": forced}))
         if not self.job("reference", lambda: self.transformers("reference", source, self.reference), self.reference):
             raise RuntimeError("without a reference nothing can be compared")
 
@@ -147,7 +151,7 @@ class Stage:
 def made(size, results):
     """One of make_model's sizes: the main comparison."""
     stage = Stage(f"llama-{size}", results)
-    source, package = f"made:{size}", stage.folder / "package"
+    source, package = f"made:{size}", stage.package
 
     def packaged():
         return exported(stage, size) and stage.job(
@@ -158,7 +162,7 @@ def made(size, results):
         reference, ours = pool.submit(stage.prepare, source), pool.submit(packaged)
     reference.result()
     if ours.result():
-        lapidary_of(stage, package)
+        lapidary_of(stage)
     stage.all_transformers(source)
     onnx_parser(stage, size)
     return stage
@@ -172,8 +176,8 @@ def exported(stage, size, form=""):
     return path if there else None
 
 
-def lapidary_of(stage, package):
-    file = stage.files / f"{stage.model}-lapidary.json"
+def lapidary_of(stage):
+    package, file = stage.package, stage.files / f"{stage.model}-lapidary.json"
     # Kept in the archive: what the report tells of the conversion, where the package stays here.
     told = stage.files / f"{stage.model}-conversion.json"
     stage.job(f"{stage.model} conversion", lambda: told.write_text(lapidary("info", package, "--conversion")) and None, told)
@@ -204,8 +208,8 @@ def parser(stage, name, export, *flags):
 def smollm2(results):
     """Real weights, rebuilt on this machine from the GGUF that was carried (scripts/gpu/pack.sh)."""
     stage = smollm2_prepared(results)
-    lapidary_of(stage, stage.folder / "package")
-    stage.all_transformers(str(stage.folder / "smollm2"))
+    lapidary_of(stage)
+    stage.all_transformers(str(stage.folder / "checkpoint"))
     parser(stage, "optimum-fp32", ROOT / "fixtures" / "smollm2" / "model.onnx")
     return stage
 
@@ -216,7 +220,7 @@ def smollm2_prepared(results):
     fixture = ROOT / "fixtures" / "smollm2"
     gguf = os.environ.get("SMOLLM2_GGUF", "/tmp/smollm2/model.gguf")
     weights = [sys.executable, ROOT / "scripts/smollm2_weights.py", "--source", gguf]
-    export, package, checkpoint = fixture / "model.onnx", stage.folder / "package", stage.folder / "smollm2"
+    export, package, checkpoint = fixture / "model.onnx", stage.package, stage.folder / "checkpoint"
     if not (package / "manifest.json").exists() and not stage.job("weights", lambda: stage.process(weights)):
         return stage
     if not stage.job("convert", lambda: stage.convert(export, package, CAPACITIES, "--dtype", "fp16")):
@@ -354,7 +358,7 @@ def packages(results):
     def of_made(size):
         stage = Stage(f"llama-{size}", results)
         if not (stage.files / f"{stage.model}-lapidary.json").exists() and (export := exported(stage, size)):
-            stage.job(f"convert {size}", lambda: stage.convert(export, stage.folder / "package", CAPACITIES))
+            stage.job(f"convert {size}", lambda: stage.convert(export, stage.package, CAPACITIES))
         if size == "1b":
             ablation_packages(stage, size, VARIANTS)
 
@@ -370,13 +374,13 @@ def brief(results):
         f"made:{size}", mode, BRIEF_CASES["eager" if mode == "eager" else "compiled"])
     def small(*modes):
         stage = smollm2_prepared(results)
-        lapidary_of(stage, stage.folder / "package")
+        lapidary_of(stage)
         for mode in modes:
-            stage.one_transformers(str(stage.folder / "smollm2"), mode, BRIEF_CASES["eager" if mode == "eager" else "compiled"])
+            stage.one_transformers(str(stage.folder / "checkpoint"), mode, BRIEF_CASES["eager" if mode == "eager" else "compiled"])
 
     some = lambda switches: ablations("1b", results, [v for v in VARIANTS if v.switch in switches])
     steps = [
-        *(functools.partial(lapidary_of, stage, stage.folder / "package") for stage in stages.values()),
+        *(functools.partial(lapidary_of, stage) for stage in stages.values()),
         lambda: transformers("8b", "static-compile"),
         lambda: transformers("1b", "static-compile"),
         lambda: transformers("1b", "eager"),

@@ -338,13 +338,16 @@ pub fn headlines(group: &Group) -> (Vec<String>, Vec<String>) {
     let Some(ours) = group.ours() else {
         return (all, slower);
     };
-    let mut say = |what: String, mine: f64, of: &dyn Fn(&Document) -> Option<f64>| {
+    let mut say = |what: String, mine: f64, of: &dyn Fn(&Document) -> Option<(f64, bool)>| {
         let others = group.results.iter().filter(|r| r.of.system.name != "lapidary");
         let (mut told, mut behind) = (Vec::new(), Vec::new());
         for r in others {
-            let Some(theirs) = of(&r.of) else { continue };
+            let Some((theirs, stable)) = of(&r.of) else { continue };
             let unequal = Verdict::of(r, group).comparison().is_some_and(|c| !c.equal);
-            let doubt = if unequal { ", whose outputs are not equal" } else { "" };
+            let mut doubt = String::from(if stable { "" } else { ", unstable" });
+            if unequal {
+                doubt += ", whose outputs are not equal";
+            }
             let (label, cited) = (&r.of.system.label, cite(r.source));
             if theirs >= mine {
                 told.push(format!(
@@ -371,19 +374,21 @@ pub fn headlines(group: &Group) -> (Vec<String>, Vec<String>) {
     };
     for mine in &ours.of.decode {
         let what = format!("a token behind {} live ones", mine.live);
-        say(what, mine.ms.median, &|d| decode_at(d, mine.live).map(|d| d.ms.median));
+        say(what, mine.ms.median, &|d| {
+            decode_at(d, mine.live).map(|d| (d.ms.median, d.stable))
+        });
     }
     for mine in &ours.of.prefill {
         let what = format!("the first token of a prompt of {}", mine.tokens);
         say(what, mine.ms.median, &|d| {
-            prefill_of(d, mine.tokens).map(|p| p.ms.median)
+            prefill_of(d, mine.tokens).map(|p| (p.ms.median, p.stable))
         });
     }
     for mine in &ours.of.end_to_end {
         let text = (mine.prompt, mine.new_tokens);
         let what = format!("{} tokens behind a prompt of {}", text.1, text.0);
         say(what, mine.latency_ms.median, &|d| {
-            text_of(d, text).map(|e| e.latency_ms.median)
+            text_of(d, text).map(|e| (e.latency_ms.median, e.stable))
         });
     }
     (all, slower)
