@@ -11,7 +11,8 @@ source scripts/setup.sh build tensorrt weights
 cargo build --release --quiet
 lapidary=target/release/lapidary
 package=.models/smollm2
-[ -f "$package/manifest.json" ] ||
-  $lapidary convert fixtures/smollm2/model.onnx -o "$package" --spec specs/smollm2-tensorrt.yaml
+# Made anew too if it is of a version whose packages this one does not read.
+$lapidary info "$package" > /dev/null 2>&1 ||
+  $lapidary convert fixtures/smollm2/model.onnx -o "$package" --force --spec specs/smollm2-tensorrt.yaml
 $lapidary info "$package"
 $lapidary generate "$package" --chat "${1:-What is the capital of France?}" --device cpu --temperature 0

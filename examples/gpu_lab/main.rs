@@ -4,7 +4,6 @@
 //! gpu_lab bench PKG --live 300 --prefill 128,512       # decode and prefill of a package, as JSON
 //! gpu_lab logits PKG --cases cases.json --output F     # logits of given token sequences, to compare with another engine
 //! gpu_lab batch PKG --cases cases.json --output F      # the same of several sequences in one batch
-//! gpu_lab profile PKG --live 300 [--prefill 512]       # time of each of TensorRT's layers
 //! gpu_lab swap PKG --weights OTHER_PKG                 # other weights under loaded engines, and back
 //! gpu_lab forms                                        # ways to write a matrix product of one row
 //! ```
@@ -13,7 +12,6 @@ mod accuracy;
 mod batch;
 mod drive;
 mod forms;
-mod layers;
 mod swap;
 mod sweep;
 
@@ -64,13 +62,6 @@ enum Command {
         capacity: usize,
         #[arg(long, default_value_t = 128)]
         chunk: usize,
-    },
-    Profile {
-        package: PathBuf,
-        #[arg(long, default_value_t = 300)]
-        live: usize,
-        #[arg(long)]
-        prefill: Option<usize>,
     },
     /// Runs with the weights of another package and with its own again, and compares with fresh sessions.
     Swap {
@@ -123,9 +114,6 @@ fn main() -> ExitCode {
             capacity,
             chunk,
         } => batch::logits(&package, &cases, &output, capacity, chunk).map(|v| println!("{v:#}")),
-        Command::Profile { package, live, prefill } => {
-            layers::profile(&package, live, prefill).map(|v| println!("{v:#}"))
-        }
         Command::Swap {
             package,
             weights,

@@ -35,8 +35,6 @@ def stage(size, results, thorough=False):
     vocabulary = model.config.vocab_size
     told = results.attempt("parity_fp16", parity.run, model, package, vocabulary)
     note({key: told.get(key) for key in ("ok", "error")}, told.get("cases"), told.get("batch"))
-    for name, flags in (("decode", []), ("prefill_512", ["--prefill", 512])) if thorough else ():
-        results.attempt(f"profile_{name}", profile, package, flags)
     if thorough:
         results.attempt("variants", variants, folder, size)
     if thorough and size != "8b":
@@ -111,25 +109,6 @@ def tune(size, results, capacities="1024,4096", prefill="512"):
         for attempt in profile["tried"]:
             note("   ", attempt["about"], attempt["what"], attempt["ms"], (attempt["error"] or "")[:200])
     results.attempt("bench", lab, "bench", package, "--live", LIVE, "--prefill", prefill)
-
-
-def profile(package, flags):
-    """Layer times by family."""
-    out = lab("profile", package, "--live", LIVE, *flags)
-    families = {}
-    for name, ms in out["layers"]:
-        families[family(name)] = families.get(family(name), 0) + ms
-    return {"engine": out["engine"], "total_ms": out["total_ms"], "families": families,
-            "layers": out["layers"], "information": (out["information"] or "")[:20000]}
-
-
-def family(name):
-    low = name.lower()
-    if any(word in low for word in ("attention", "mha", "softmax", "self_attn/", "kv")):
-        return "attention"
-    if any(word in low for word in ("proj", "gemm", "matmul", "lm_head", "gemv")):
-        return "matrix products"
-    return "rest"
 
 
 if __name__ == "__main__":

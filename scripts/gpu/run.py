@@ -24,7 +24,7 @@ STAGES = {
     "1b": lambda results: models.stage("1b", results),
     "8b": lambda results: models.stage("8b", results),
     "tune-1b": lambda results: models.tune("1b", results),
-    "tune-tiny": lambda results: models.tune("tiny", results),
+    "tune-tiny": lambda results: models.tune("tiny", results, capacities="64", prefill="16"),
     "refit-1b": lambda results: refit.stage("1b", results),
     "refit-tiny": lambda results: refit.stage("tiny", results),
     # The same without the package that takes back only its own weights.

@@ -10,7 +10,7 @@ use std::time::Instant;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::device::{self, Device, Unusual, Wish};
+use super::device::{self, Place, Unusual, Wish};
 use super::progress::Progress;
 use super::sampler::SamplerArgs;
 use super::{Failure, print, print_json};
@@ -65,15 +65,8 @@ pub struct Args {
     #[arg(long)]
     first_load: bool,
 
-    /// Where to run
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
-    device: Device,
-    /// Threads of the CPU executor [default: one a core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
-    /// The TensorRT-RTX library to run engines with
-    #[arg(long, value_name = "PATH")]
-    tensorrt_lib: Option<PathBuf>,
+    #[command(flatten)]
+    place: Place,
     /// Launch engines without CUDA graphs, to see what those are worth
     #[arg(long)]
     no_cuda_graphs: bool,
@@ -172,7 +165,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     // What comes now takes memory of its own.
     let peak_host_bytes = machine::peak_host_bytes();
     progress.step("copy bandwidth");
-    let threads = args.threads.map_or_else(machine::cores, usize::from);
+    let threads = args.place.threads().unwrap_or_else(machine::cores);
     let (machine, memory, versions) = surroundings(&mut session, &args, &package, threads)?;
     drop(session);
     // The session wrote to it until now.
@@ -325,9 +318,7 @@ fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Option<TempDir
         let session = device::open(
             &package,
             Wish {
-                device: args.device,
-                threads: args.threads.map(usize::from),
-                tensorrt_lib: args.tensorrt_lib.as_deref(),
+                place: &args.place,
                 prompt,
                 total,
                 unusual: Unusual {

@@ -11,7 +11,7 @@ use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
 use super::Failure;
-use super::device::{self, Device, Unusual, Wish};
+use super::device::{self, Place, Unusual, Wish};
 use super::events::{self, Event, Summary};
 use super::generate::{fitting, need};
 use super::interrupt::Listener;
@@ -37,15 +37,8 @@ pub struct Args {
     /// End an answer before this text (repeatable)
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
-    /// Threads of the CPU executor [default: one a core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
-    /// Where to run
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
-    device: Device,
-    /// The TensorRT library to run engines with
-    #[arg(long, value_name = "PATH")]
-    tensorrt_lib: Option<PathBuf>,
+    #[command(flatten)]
+    place: Place,
     /// Where lines typed are kept [default: lapidary/history in $XDG_STATE_HOME or ~/.local/state]
     #[arg(long, value_name = "FILE")]
     history_file: Option<PathBuf>,
@@ -94,9 +87,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         session: device::open(
             &package,
             Wish {
-                device: args.device,
-                threads: args.threads.map(usize::from),
-                tensorrt_lib: args.tensorrt_lib.as_deref(),
+                place: &args.place,
                 prompt: 1,
                 total: args.max_new_tokens,
                 unusual: Unusual::default(),

@@ -1,6 +1,6 @@
 //! Where a package runs: the choice of `--device`, and the session it opens.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Failure;
 use crate::decode::Session;
@@ -15,15 +15,31 @@ pub enum Device {
     Cuda,
 }
 
+/// The flags that say where a package runs.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Place {
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub device: Device,
+    /// Threads of the CPU executor [default: one a core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// The TensorRT library to run engines with
+    #[arg(long, value_name = "PATH")]
+    tensorrt_lib: Option<PathBuf>,
+}
+
+impl Place {
+    pub fn threads(&self) -> Option<usize> {
+        self.threads.map(usize::from)
+    }
+}
+
 /// What a session is opened for.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(feature = "engines"), expect(dead_code, reason = "the CPU needs less to know"))]
 pub struct Wish<'a> {
-    pub device: Device,
-    /// Of the CPU executor; one a core by default.
-    pub threads: Option<usize>,
-    /// `--tensorrt-lib`.
-    pub tensorrt_lib: Option<&'a Path>,
+    pub place: &'a Place,
     /// Tokens of the prompt, and of the whole text at most: engines for these are loaded ahead.
     pub prompt: usize,
     pub total: usize,
@@ -46,13 +62,13 @@ pub struct Unusual<'a> {
 
 /// A session on the device asked for.
 pub fn open(package: &Package, wish: Wish<'_>) -> Result<Session, Failure> {
-    match wish.device {
-        Device::Cpu => open_cpu(package, wish.threads),
+    match wish.place.device {
+        Device::Cpu => open_cpu(package, wish.place.threads()),
         Device::Cuda => open_cuda(package, wish).map_err(Failure::from),
-        Device::Auto if package.manifest.engines.is_empty() => open_cpu(package, wish.threads),
+        Device::Auto if package.manifest.engines.is_empty() => open_cpu(package, wish.place.threads()),
         Device::Auto => match open_cuda(package, wish) {
             Ok(session) => Ok(session),
-            Err(refusal) if refusal.is_absence() => open_cpu(package, wish.threads),
+            Err(refusal) if refusal.is_absence() => open_cpu(package, wish.place.threads()),
             Err(refusal) => Err(refusal.into()),
         },
     }
@@ -100,7 +116,8 @@ mod cuda {
     }
 
     pub fn open_cuda(package: &Package, wish: Wish<'_>) -> Result<Session, Refusal> {
-        let library = Library::load(wish.tensorrt_lib).map_err(|e| Refusal::Open(RunError::from(e).into()))?;
+        let library =
+            Library::load(wish.place.tensorrt_lib.as_deref()).map_err(|e| Refusal::Open(RunError::from(e).into()))?;
         let mut options = CudaOptions::of(package);
         options.graphs &= !wish.unusual.no_graphs;
         if let Some(kernels) = wish.unusual.kernels {

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::device::{self, Device, Unusual, Wish};
+use super::device::{self, Place, Unusual, Wish};
 use super::events::{self, Document, Event, Summary};
 use super::sampler::SamplerArgs;
 use super::{Failure, print_json};
@@ -54,15 +54,8 @@ pub struct Args {
     #[arg(long)]
     ignore_eos: bool,
 
-    /// Where to run
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
-    device: Device,
-    /// Threads of the CPU executor [default: one a core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
-    /// The TensorRT library to run engines with
-    #[arg(long, value_name = "PATH")]
-    tensorrt_lib: Option<PathBuf>,
+    #[command(flatten)]
+    place: Place,
 
     /// Report the N most probable tokens of each step (with --json or --json-lines)
     #[arg(long, value_name = "N", requires = "machine")]
@@ -101,9 +94,7 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     let mut session = device::open(
         &package,
         Wish {
-            device: args.device,
-            threads: args.threads.map(usize::from),
-            tensorrt_lib: args.tensorrt_lib.as_deref(),
+            place: &args.place,
             prompt: prompt.len(),
             total: prompt.len().saturating_add(args.max_new_tokens),
             unusual: Unusual::default(),

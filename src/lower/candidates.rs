@@ -101,13 +101,12 @@ fn effective(graph: &Graph, options: &Options, profile: &Profile) -> Options {
     let mut options = options.clone();
     options.attention = options.attention.at(profile);
     if profile.tokens == Tokens::Static(1) {
-        (options.prefill_linear, options.fold_prefill, options.wide_sums) = (None, None, false);
+        (options.prefill_linear, options.fold_prefill) = (None, None);
     } else {
         options.prefill_linear.get_or_insert(options.linear);
         let folds = options.fold_prefill.is_some_and(|from| profile.capacity >= from);
         options.fold_prefill = folds.then_some(0);
-        // Logits of one row are products of one row, whatever the chunk.
-        (options.fold_groups, options.settle_depth) = (true, None);
+        options.fold_groups = true;
     }
     if options.attention != AttentionForm::Layer {
         (options.fold_groups, options.fold_prefill) = (true, None);

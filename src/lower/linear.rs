@@ -86,39 +86,13 @@ impl Lowering<'_> {
             op_a: MatrixOp::None,
             op_b: op_of(transposed),
         };
-        let dtype = self.b.dtype(a);
-        if self.options.wide_sums && is_weight && dtype == DType::F16 && !self.b.shape(a)[0].is_one() {
-            let wide = self.b.cast(&format!("{name}/wide"), DType::F32, a)?;
-            let weight = self.b.cast(&format!("{name}/weight"), DType::F32, b)?;
-            let product = self.b.add(name, kind, &[wide, weight])?;
-            return Ok(self.b.cast(&format!("{name}/narrow"), dtype, product)?);
-        }
         Ok(self.b.add(name, kind, &[a, b])?)
-    }
-
-    /// A value that is computed once and stored. What is elementwise before a reduction is otherwise part of its kernel and
-    /// computed again for each row; a reduction is not, so this is the larger of a value and itself.
-    fn settled(&mut self, name: &str, a: TensorId) -> Lowered {
-        let twice = self
-            .b
-            .add(&format!("{name}/twice"), LayerKind::Concatenation { axis: 0 }, &[a, a])?;
-        let largest = LayerKind::Reduce {
-            op: ReduceOp::Max,
-            axes: vec![0],
-            keep_dims: true,
-        };
-        Ok(self.b.add(name, largest, &[twice])?)
     }
 
     /// `[1, k] · [n, k]ᵀ` as sums over products, in fp32 whatever the dtype: TensorRT makes one kernel of the four layers.
     fn reduced_product(&mut self, name: &str, a: TensorId, b: TensorId) -> Lowered {
         let part = |part: &str| format!("{name}/{part}");
         let dtype = self.b.dtype(a);
-        let depth = self.b.shape(a)[1].as_const().unwrap_or(0) as usize;
-        let a = match self.options.settle_depth {
-            Some(limit) if depth > limit => self.settled(&part("settled"), a)?,
-            _ => a,
-        };
         let row = self.b.cast(&part("row"), DType::F32, a)?;
         let weight = self.b.cast(&part("weight"), DType::F32, b)?;
         let terms = self.b.elementwise(&part("terms"), Elementwise::Prod, weight, row)?;

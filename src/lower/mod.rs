@@ -125,18 +125,11 @@ pub struct Options {
     /// again for each of its rows, which costs more the wider it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reduce_depth: Option<usize>,
-    /// What a product that is reduced reads is computed once and stored if it has more columns than this, instead of again
-    /// for each row of the weight.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub settle_depth: Option<usize>,
     /// Linear layers that read the same activation become one product (see [`parts`] for what its weight is).
     pub fuse_linear: bool,
     /// Also where they are two, as gate and up are. Apart, the second can take the activation and the product with the first
     /// along.
     pub fuse_pairs: bool,
-    /// With several tokens, fp16 products are summed in fp32: operands are widened before the product and the result
-    /// narrowed, which TensorRT makes one kernel of.
-    pub wide_sums: bool,
     /// As `fold_groups`, with several tokens and at this capacity or beyond:
     /// `[batch, heads, tokens, d]` → `[batch, kv_heads, heads/kv_heads * tokens, d]`. TensorRT's attention kernel repeats
     /// keys and values for every query head otherwise, which is a little faster and takes `4 * heads * d` bytes a slot.
@@ -153,10 +146,8 @@ impl Default for Options {
             linear: LinearForm::default(),
             prefill_linear: None,
             reduce_depth: None,
-            settle_depth: None,
             fuse_linear: false,
             fuse_pairs: true,
-            wide_sums: false,
             fold_prefill: None,
             attention: AttentionForm::default(),
         }

@@ -1,12 +1,12 @@
 //! Layers that compute, each alone, against its definition.
 
-use lapidary::backend::cpu::{CpuError, Program};
+use lapidary::backend::cpu::{CpuError, Options, Program};
 use lapidary::dim::Dim;
 use lapidary::network::{Activation, Elementwise, LayerKind, ReduceOp, UnaryOp};
 use lapidary::tensor::{DType, Tensor};
 
 use super::reference::{Value, evaluate};
-use super::support::{Random, assert_close, every_option, on_tensorrt, one_layer, run};
+use super::support::{Random, assert_close, every_option, on_tensorrt, one_layer, run, side_by_side};
 
 const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
@@ -27,21 +27,46 @@ fn map(x: &Tensor, f: impl Fn(f64) -> f64) -> Tensor {
     Tensor::from_f64_as(x.dtype(), x.shape().to_vec(), &values)
 }
 
-/// One layer on every instruction set, with the dtype and shape that its definition gives.
-pub fn check(kind: LayerKind, inputs: &[Tensor]) {
-    let values: Vec<Value> = inputs.iter().map(Value::from).collect();
-    let want = evaluate(&kind, &values);
-    let network = one_layer(kind.clone(), inputs);
-    for options in every_option() {
-        let got = run(&network, inputs, &options);
-        let what = format!("{kind:?} of {inputs:?}, {options:?}");
-        assert_eq!(
-            (got.dtype(), got.shape()),
-            (want.dtype, want.shape.as_slice()),
-            "{what}"
-        );
-        assert_close(&got, &want.data, 1.0, rounding(want.dtype), &what);
+/// Layers, each alone, that are checked against their definitions: dtype, shape and values.
+#[derive(Default)]
+pub struct Cases(Vec<(LayerKind, Vec<Tensor>)>);
+
+impl Cases {
+    pub fn add(&mut self, kind: LayerKind, inputs: &[Tensor]) {
+        self.0.push((kind, inputs.to_vec()));
     }
+
+    /// On the CPU a layer is a network, on every instruction set. On TensorRT a build takes most of a second, of one layer or
+    /// of many, so many stand side by side in one network; the CPU has that once as well.
+    pub fn check(self) {
+        if !on_tensorrt() {
+            for (kind, inputs) in &self.0 {
+                let network = one_layer(kind.clone(), inputs);
+                for options in every_option() {
+                    let got = run(&network, inputs, &options);
+                    compare(kind, inputs, &got, &options);
+                }
+            }
+        }
+        let options = every_option().remove(0);
+        for cases in self.0.chunks(24) {
+            for ((kind, inputs), got) in cases.iter().zip(side_by_side(cases, &options)) {
+                compare(kind, inputs, &got, &options);
+            }
+        }
+    }
+}
+
+fn compare(kind: &LayerKind, inputs: &[Tensor], got: &Tensor, options: &Options) {
+    let values: Vec<Value> = inputs.iter().map(Value::from).collect();
+    let want = evaluate(kind, &values);
+    let what = format!("{kind:?} of {inputs:?}, {options:?}");
+    assert_eq!(
+        (got.dtype(), got.shape()),
+        (want.dtype, want.shape.as_slice()),
+        "{what}"
+    );
+    assert_close(got, &want.data, 1.0, rounding(want.dtype), &what);
 }
 
 /// What floats and integers alike have.
@@ -74,6 +99,7 @@ pub const PAIRS: [(&[usize], &[usize]); 10] = [
 
 #[test]
 fn elementwise_on_floats() {
+    let mut cases = Cases::default();
     use Elementwise as E;
     let mut random = Random::new(1);
     for op in ARITHMETIC {
@@ -82,19 +108,21 @@ fn elementwise_on_floats() {
                 let a = random.floats(dtype, a, 2.0);
                 // Not too near 0: a quotient there may be floored either way.
                 let b = map(&random.floats(dtype, b, 2.0), |x| x + 3.5 * x.signum());
-                check(LayerKind::Elementwise(op), &[a, b]);
+                cases.add(LayerKind::Elementwise(op), &[a, b]);
             }
         }
     }
     let base = Tensor::from_f32(vec![2, 3], &[0.5, 2.0, 3.0, 1.5, 9.0, 4.0]);
     for exponent in [2.0, 3.0, 0.5, -1.0, 2.5] {
         let exponent = Tensor::from_f32(vec![1, 1], &[exponent]);
-        check(LayerKind::Elementwise(E::Pow), &[base.clone(), exponent]);
+        cases.add(LayerKind::Elementwise(E::Pow), &[base.clone(), exponent]);
     }
+    cases.check();
 }
 
 #[test]
 fn elementwise_on_integers_and_bools() {
+    let mut cases = Cases::default();
     use Elementwise as E;
     let mut random = Random::new(2);
     for dtype in [DType::I32, DType::I64] {
@@ -106,13 +134,13 @@ fn elementwise_on_integers_and_bools() {
                     E::Div | E::FloorDiv if on_tensorrt() => [random.ints(dtype, a, 0, 9), random.ints(dtype, b, 1, 9)],
                     _ => [random.any(dtype, a), random.any(dtype, b)],
                 };
-                check(LayerKind::Elementwise(op), &inputs);
+                cases.add(LayerKind::Elementwise(op), &inputs);
             }
         }
     }
     for op in [E::And, E::Or, E::Xor] {
         for (a, b) in PAIRS {
-            check(
+            cases.add(
                 LayerKind::Elementwise(op),
                 &[random.any(DType::Bool, a), random.any(DType::Bool, b)],
             );
@@ -129,10 +157,12 @@ fn elementwise_on_integers_and_bools() {
             [i64::from(i32::MIN), i64::from(i32::MAX)]
         );
     }
+    cases.check();
 }
 
 #[test]
 fn unary_and_activations() {
+    let mut cases = Cases::default();
     use UnaryOp as U;
     let mut random = Random::new(3);
     for shape in [&[1usize][..], &[3, 50], &[2, 1, 1100]] {
@@ -150,11 +180,11 @@ fn unary_and_activations() {
                 U::Sign,
                 U::Sin,
             ] {
-                check(LayerKind::Unary(op), &[random.floats(dtype, shape, 3.0)]);
+                cases.add(LayerKind::Unary(op), &[random.floats(dtype, shape, 3.0)]);
             }
             let positive = map(&random.floats(dtype, shape, 3.0), |x| x.abs() + 0.5);
             for op in [U::Log, U::Recip, U::Sqrt] {
-                check(LayerKind::Unary(op), std::slice::from_ref(&positive));
+                cases.add(LayerKind::Unary(op), std::slice::from_ref(&positive));
             }
             for op in [
                 Activation::Relu,
@@ -164,14 +194,15 @@ fn unary_and_activations() {
                 Activation::GeluTanh,
                 Activation::Softplus,
             ] {
-                check(LayerKind::Activation(op), &[random.floats(dtype, shape, 6.0)]);
+                cases.add(LayerKind::Activation(op), &[random.floats(dtype, shape, 6.0)]);
             }
         }
-        check(LayerKind::Unary(U::Not), &[random.any(DType::Bool, shape)]);
-        check(LayerKind::Unary(U::Sign), &[random.any(DType::I32, shape)]);
+        cases.add(LayerKind::Unary(U::Not), &[random.any(DType::Bool, shape)]);
+        cases.add(LayerKind::Unary(U::Sign), &[random.any(DType::I32, shape)]);
     }
     let halves = Tensor::from_f32(vec![6], &[-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]);
-    check(LayerKind::Unary(U::Round), &[halves]);
+    cases.add(LayerKind::Unary(U::Round), &[halves]);
+    cases.check();
 }
 
 #[test]
@@ -243,6 +274,7 @@ fn not_a_number_and_infinities_pass_as_ieee_says() {
 
 #[test]
 fn reductions_over_any_axes() {
+    let mut cases = Cases::default();
     let mut random = Random::new(4);
     let shapes: [&[usize]; 4] = [&[9], &[3, 40], &[2, 5, 70], &[2, 3, 4, 5]];
     for shape in shapes {
@@ -261,18 +293,20 @@ fn reductions_over_any_axes() {
                         axes: axes.clone(),
                         keep_dims,
                     };
-                    check(kind.clone(), &[random.floats(DType::F32, shape, 1.3)]);
+                    cases.add(kind.clone(), &[random.floats(DType::F32, shape, 1.3)]);
                     if op != ReduceOp::Avg && op != ReduceOp::Prod {
-                        check(kind, &[random.any(DType::I32, shape)]);
+                        cases.add(kind, &[random.any(DType::I32, shape)]);
                     }
                 }
             }
         }
     }
+    cases.check();
 }
 
 #[test]
 fn softmax_and_normalization_over_any_axes() {
+    let mut cases = Cases::default();
     let mut random = Random::new(5);
     let shapes: [&[usize]; 4] = [&[33], &[3, 40], &[2, 5, 70], &[2, 3, 4, 5]];
     for shape in shapes {
@@ -283,7 +317,7 @@ fn softmax_and_normalization_over_any_axes() {
             shape.len()
         } {
             for dtype in FLOATS {
-                check(LayerKind::Softmax { axis }, &[random.floats(dtype, shape, 9.0)]);
+                cases.add(LayerKind::Softmax { axis }, &[random.floats(dtype, shape, 9.0)]);
             }
         }
         for mask in 1..1usize << shape.len() {
@@ -298,14 +332,16 @@ fn softmax_and_normalization_over_any_axes() {
                     random.floats(dtype, &own, 1.0),
                     random.floats(dtype, &own, 1.0),
                 ];
-                check(kind.clone(), &inputs);
+                cases.add(kind.clone(), &inputs);
             }
         }
     }
+    cases.check();
 }
 
 #[test]
 fn rotary_embeddings() {
+    let mut cases = Cases::default();
     let mut random = Random::new(9);
     for dtype in FLOATS {
         for (dim, rotary_dim) in [(16, 16), (16, 8), (6, 2), (64, 64)] {
@@ -317,7 +353,7 @@ fn rotary_embeddings() {
                     random.floats(dtype, &tables, 1.0),
                     random.ints(DType::I32, &[2, 5], 0, 8),
                 ];
-                check(
+                cases.add(
                     LayerKind::RotaryEmbedding {
                         interleaved,
                         rotary_dim,
@@ -327,6 +363,7 @@ fn rotary_embeddings() {
             }
         }
     }
+    cases.check();
 }
 
 #[test]

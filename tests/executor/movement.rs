@@ -5,12 +5,13 @@ use lapidary::network::{LayerKind, UnaryOp};
 use lapidary::tensor::{DType, Tensor};
 use proptest::prelude::*;
 
-use super::layers::{PAIRS, check};
+use super::layers::{Cases, PAIRS};
 use super::reference::{Value, evaluate};
 use super::support::{Random, assert_close, builder, dims, every_option, one_layer, run};
 
 #[test]
 fn shuffles_slices_and_concatenations() {
+    let mut cases = Cases::default();
     let mut random = Random::new(6);
     for dtype in [DType::F32, DType::F16, DType::I32, DType::I64, DType::Bool] {
         let x = random.any(dtype, &[2, 3, 4, 5]);
@@ -25,7 +26,7 @@ fn shuffles_slices_and_concatenations() {
             (None, reshape(&[120]), None),
             (None, reshape(&[1, 120, 1]), Some(vec![1, 2, 0])),
         ] {
-            check(LayerKind::Shuffle { first, reshape, second }, std::slice::from_ref(&x));
+            cases.add(LayerKind::Shuffle { first, reshape, second }, std::slice::from_ref(&x));
         }
         for (start, size, stride) in [
             ([0i64, 0, 0, 0], [2usize, 3, 4, 5], [1i64, 1, 1, 1]),
@@ -35,7 +36,7 @@ fn shuffles_slices_and_concatenations() {
         ] {
             let (start, stride) = (start.to_vec(), stride.to_vec());
             let size = dims(&size);
-            check(LayerKind::Slice { start, size, stride }, std::slice::from_ref(&x));
+            cases.add(LayerKind::Slice { start, size, stride }, std::slice::from_ref(&x));
         }
         for axis in 0..3 {
             let mut parts = Vec::new();
@@ -44,13 +45,15 @@ fn shuffles_slices_and_concatenations() {
                 shape[axis] = n;
                 parts.push(random.any(dtype, &shape));
             }
-            check(LayerKind::Concatenation { axis }, &parts);
+            cases.add(LayerKind::Concatenation { axis }, &parts);
         }
     }
+    cases.check();
 }
 
 #[test]
 fn gathers_along_any_axis() {
+    let mut cases = Cases::default();
     let mut random = Random::new(7);
     for dtype in [DType::F32, DType::F16, DType::Bf16, DType::I32, DType::I64, DType::Bool] {
         for index in [DType::I32, DType::I64] {
@@ -58,7 +61,7 @@ fn gathers_along_any_axis() {
             for axis in 0..3 {
                 for shape in [&[1usize][..], &[3], &[2, 3]] {
                     let last = data.shape()[axis] as i64 - 1;
-                    check(
+                    cases.add(
                         LayerKind::Gather { axis },
                         &[data.clone(), random.ints(index, shape, 0, last)],
                     );
@@ -74,20 +77,22 @@ fn gathers_along_any_axis() {
         let error = lapidary::backend::cpu::execute(&network, &named, &options).unwrap_err();
         assert_eq!(error.to_string(), "layer \"layer\": index 4 is outside 0..4");
     }
+    cases.check();
 }
 
 #[test]
 fn selects_casts_and_fills() {
+    let mut cases = Cases::default();
     let mut random = Random::new(8);
     for dtype in [DType::F32, DType::F16, DType::I32, DType::I64] {
         for (a, b) in PAIRS {
             let condition = random.any(DType::Bool, b);
-            check(
+            cases.add(
                 LayerKind::Select,
                 &[condition, random.any(dtype, a), random.any(dtype, b)],
             );
             let condition = random.any(DType::Bool, a);
-            check(
+            cases.add(
                 LayerKind::Select,
                 &[condition, random.any(dtype, b), random.any(dtype, a)],
             );
@@ -96,7 +101,7 @@ fn selects_casts_and_fills() {
     let all = [DType::F32, DType::F16, DType::Bf16, DType::I32, DType::I64, DType::Bool];
     for from in all {
         for to in all {
-            check(LayerKind::Cast { to }, &[random.any(from, &[3, 41])]);
+            cases.add(LayerKind::Cast { to }, &[random.any(from, &[3, 41])]);
         }
     }
     for (dtype, start, step) in [(DType::I32, 3.0, 2.0), (DType::F32, -1.0, 0.25)] {
@@ -111,6 +116,7 @@ fn selects_casts_and_fills() {
             assert_close(&got, &want, 1.0, 0.0, "fill");
         }
     }
+    cases.check();
 }
 
 proptest! {

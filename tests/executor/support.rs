@@ -103,6 +103,27 @@ pub fn one_layer(kind: LayerKind, inputs: &[Tensor]) -> Network {
     b.finish().unwrap()
 }
 
+/// Layers that have nothing to do with each other in one network, run: the output of each.
+pub fn side_by_side(layers: &[(LayerKind, Vec<Tensor>)], options: &Options) -> Vec<Tensor> {
+    let mut b = builder();
+    let mut named = Vec::new();
+    for (i, (kind, inputs)) in layers.iter().enumerate() {
+        let mut ids = Vec::new();
+        for (j, tensor) in inputs.iter().enumerate() {
+            let name = format!("x{i}_{j}");
+            ids.push(b.input(&name, tensor.dtype(), &dims(tensor.shape())).unwrap());
+            named.push((name, tensor.clone()));
+        }
+        let y = b.add(&format!("layer{i}"), kind.clone(), &ids).unwrap();
+        b.output(&format!("y{i}"), y).unwrap();
+    }
+    let named: Vec<(&str, Tensor)> = named
+        .iter()
+        .map(|(name, tensor)| (name.as_str(), tensor.clone()))
+        .collect();
+    outputs(&b.finish().unwrap(), &named, options)
+}
+
 pub fn builder() -> Builder {
     Builder::new("test", Profile::prefill(1, 4096))
 }
@@ -111,11 +132,15 @@ pub fn builder() -> Builder {
 pub fn run(network: &Network, inputs: &[Tensor], options: &Options) -> Tensor {
     let names: Vec<String> = (0..inputs.len()).map(|i| format!("x{i}")).collect();
     let named: Vec<(&str, Tensor)> = names.iter().map(String::as_str).zip(inputs.iter().cloned()).collect();
+    outputs(network, &named, options).remove(0)
+}
+
+fn outputs(network: &Network, inputs: &[(&str, Tensor)], options: &Options) -> Vec<Tensor> {
     if on_tensorrt() {
-        return tensorrt::run(network, &named);
+        return tensorrt::run(network, inputs);
     }
-    let mut outputs = execute(network, &named, options).unwrap_or_else(|e| panic!("{e}"));
-    outputs.remove(0).1
+    let outputs = execute(network, inputs, options).unwrap_or_else(|e| panic!("{e}"));
+    outputs.into_iter().map(|(_, tensor)| tensor).collect()
 }
 
 /// Panics unless `got` is `want` to `tolerance`, relative to the larger of the value and `scale`.
@@ -149,10 +174,11 @@ mod tensorrt {
         Library::load(None).unwrap_or_else(|e| panic!("{e}"))
     }
 
-    pub fn run(network: &Network, inputs: &[(&str, Tensor)]) -> Tensor {
+    pub fn run(network: &Network, inputs: &[(&str, Tensor)]) -> Vec<Tensor> {
         RUNTIME.with(|runtime| {
             let outputs = execute(&library(), runtime, network, inputs, &BuildOptions::default());
-            outputs.unwrap_or_else(|e| panic!("{e}")).remove(0).1
+            let outputs = outputs.unwrap_or_else(|e| panic!("{e}"));
+            outputs.into_iter().map(|(_, tensor)| tensor).collect()
         })
     }
 }
@@ -161,7 +187,7 @@ mod tensorrt {
 mod tensorrt {
     use super::{Network, Tensor};
 
-    pub fn run(_: &Network, _: &[(&str, Tensor)]) -> Tensor {
+    pub fn run(_: &Network, _: &[(&str, Tensor)]) -> Vec<Tensor> {
         panic!("compiled without the feature tensorrt-rtx")
     }
 }

@@ -153,9 +153,7 @@ fn every_choice() {
                     // The choices that matter less, all one way and all the other.
                     let others = Options {
                         reduce_depth: Some(16),
-                        settle_depth: Some(0),
                         fuse_pairs: false,
-                        wide_sums: true,
                         fold_prefill: Some(0),
                         prefill_linear: Some(LinearForm::RaiseWeight),
                         ..options.clone()

@@ -174,6 +174,8 @@ fn architectures_are_read_off_the_graph() {
                 found.head_dim == model.head_dim && found.value_dim == model.head_dim,
             ),
             ("hidden", found.hidden == Some(model.hidden)),
+            // As fixtures/exports/README.md says of all of them.
+            ("intermediate", found.intermediate == Some(48)),
             ("vocabulary", found.vocabulary == Some(model.vocabulary)),
             // Some models slide in a part of their layers only.
             (
