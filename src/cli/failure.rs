@@ -95,15 +95,12 @@ impl Failure {
 
     /// Prints to stderr. A reader of our output that went away is no error worth a message.
     pub fn report(&self) -> ExitCode {
-        if !self.message.is_empty() {
-            let mut stderr = io::stderr().lock();
+        if self.status == interrupt::STATUS {
             // To do what one was told is no error.
-            let kind = if self.status == interrupt::STATUS {
-                ""
-            } else {
-                "error: "
-            };
-            let _ = writeln!(stderr, "{kind}{}", self.message);
+            interrupt::say("");
+        } else if !self.message.is_empty() {
+            let mut stderr = io::stderr().lock();
+            let _ = writeln!(stderr, "error: {}", self.message);
             if let Some(help) = &self.help {
                 let _ = writeln!(stderr, "help: {help}");
             }

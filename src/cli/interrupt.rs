@@ -5,6 +5,7 @@
 //! unfinished package is removed all the same. The exit status is 130 in either case, as shells have it.
 
 use std::io::{IsTerminal, Write};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// `128 + SIGINT`.
@@ -15,6 +16,8 @@ pub const NOTHING_LEFT: &str = "interrupted: the unfinished package is removed";
 
 static LISTENING: AtomicBool = AtomicBool::new(false);
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// Whether [`NOTHING_LEFT`] was said. Two threads may want to: of the one that stops in order, and of the second Ctrl-C.
+static SAID: Mutex<bool> = Mutex::new(false);
 
 /// Installs the handler; once, by `main`.
 pub fn install() {
@@ -25,12 +28,19 @@ pub fn install() {
         // Also at the second Ctrl-C, if whoever listens is too busy to hear the first.
         if crate::package::abandon() {
             // A bar may stand on the line.
-            let line = if std::io::stderr().is_terminal() { "\n" } else { "" };
-            let _ = writeln!(std::io::stderr(), "{line}{NOTHING_LEFT}");
+            say(if std::io::stderr().is_terminal() { "\n" } else { "" });
         }
         end();
     });
     debug_assert!(handler.is_ok(), "set once");
+}
+
+/// Says once that nothing is left. A line that is begun is ended before the process is.
+pub fn say(before: &str) {
+    let mut said = SAID.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if !std::mem::replace(&mut *said, true) {
+        let _ = writeln!(std::io::stderr(), "{before}{NOTHING_LEFT}");
+    }
 }
 
 /// Without the destructors of C++ libraries, which may be at work in other threads.

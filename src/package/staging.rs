@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::error::PackageError;
 use super::{Manifest, Package, manifest_path};
@@ -16,9 +17,14 @@ use super::{Manifest, Package, manifest_path};
 /// Folders being written by this process.
 static OPEN: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
+/// Whether one was removed unfinished.
+static REMOVED: AtomicBool = AtomicBool::new(false);
+
 pub struct Staging {
     target: PathBuf,
     folder: PathBuf,
+    /// The target is the new package; what has the temporary name is the old one.
+    replaced: bool,
     committed: bool,
 }
 
@@ -39,6 +45,7 @@ impl Staging {
         Ok(Staging {
             target: target.to_path_buf(),
             folder,
+            replaced: false,
             committed: false,
         })
     }
@@ -57,6 +64,7 @@ impl Staging {
         let mut open = OPEN.lock().expect("no panic while held");
         if self.target.exists() {
             exchange(&self.folder, &self.target)?;
+            self.replaced = true;
             // The new package is in place; the old one now has the temporary name, and goes when this is dropped.
         } else {
             fs::rename(&self.folder, &self.target).map_err(PackageError::io(&self.target))?;
@@ -91,12 +99,13 @@ impl Drop for Staging {
         let mut open = OPEN.lock().expect("no panic while held");
         open.retain(|path| *path != self.folder);
         if !self.committed {
+            REMOVED.fetch_or(!self.replaced, Ordering::SeqCst);
             let _ = fs::remove_dir_all(&self.folder);
         }
     }
 }
 
-/// Removes every unfinished folder of this process; tells whether there was one. For a signal handler's thread, right
+/// Removes every unfinished folder of this process; tells whether there was one, removed now or before. For a signal handler's thread, right
 /// before the process ends: from here on every other thread that begins, finishes or drops a [`Staging`] waits for that end.
 pub fn abandon() -> bool {
     let open = OPEN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -106,7 +115,7 @@ pub fn abandon() -> bool {
             let _ = fs::remove_dir_all(folder);
         }
     }
-    let some = !open.is_empty();
+    let some = !open.is_empty() || REMOVED.load(Ordering::SeqCst);
     std::mem::forget(open);
     some
 }
