@@ -116,6 +116,9 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
             ("layer", A::Layer),
             ("decomposed", A::Decomposed),
             ("reduced scores", A::ReducedScores),
+            ("reduced", A::Reduced(1)),
+            ("reduced, 8 parts", A::Reduced(8)),
+            ("reduced, 32 parts", A::Reduced(32)),
             ("8 parts", A::Split(8)),
             ("16 parts", A::Split(16)),
         ];

@@ -64,7 +64,10 @@ impl Lowering<'_> {
                 self.split_attention(name, [q, k, v], mask, parts)?
             }
             AttentionForm::ReducedScores if attributes.softcap == 0.0 => {
-                self.reduced_attention(name, [q, k, v], mask)?
+                self.reduced_attention(name, [q, k, v], mask, None)?
+            }
+            AttentionForm::Reduced(parts) if attributes.softcap == 0.0 => {
+                self.reduced_attention(name, [q, k, v], mask, Some(parts))?
             }
             _ => None,
         };

@@ -140,6 +140,7 @@ fn every_choice() {
                     AttentionForm::Decomposed,
                     AttentionForm::Split(4),
                     AttentionForm::ReducedScores,
+                    AttentionForm::Reduced(3),
                     AttentionForm::ByCapacity,
                 ] {
                     let options = Options {
