@@ -372,7 +372,12 @@ def brief(results):
     stages = {size: Stage(f"llama-{size}", results) for size in ("1b", "8b")}
     transformers = lambda size, mode: stages[size].one_transformers(
         f"made:{size}", mode, BRIEF_CASES["eager" if mode == "eager" else "compiled"])
+
     def small(*modes):
+        stage = Stage("smollm2", results)
+        wanted = ["lapidary", *(f"transformers-{mode}" for mode in modes)]
+        if all((stage.files / f"smollm2-{name}.json").exists() for name in wanted):
+            return
         stage = smollm2_prepared(results)
         lapidary_of(stage)
         for mode in modes:
@@ -388,6 +393,7 @@ def brief(results):
         lambda: transformers("8b", "eager"),
         lambda: some(BRIEF_VARIANTS),
         lambda: some([v.switch for v in VARIANTS]),
+        lambda: onnx_parser(stages["1b"], "1b"),
         lambda: transformers("8b", "frozen"),
         lambda: transformers("1b", "frozen"),
     ]
