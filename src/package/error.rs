@@ -84,10 +84,10 @@ impl PackageError {
             PackageError::Newer { .. } => {
                 "use the Lapidary that wrote it or a newer one, or convert the model again".into()
             }
-            PackageError::Manifest { .. }
-            | PackageError::Missing { .. }
-            | PackageError::Size { .. }
-            | PackageError::Hash { .. } => {
+            PackageError::Manifest { .. } => {
+                "the package is of another version, damaged or changed by hand; convert the model again".into()
+            }
+            PackageError::Missing { .. } | PackageError::Size { .. } | PackageError::Hash { .. } => {
                 "the package is damaged or was changed by hand; convert the model again".into()
             }
             PackageError::Stripped { path } => {
