@@ -23,8 +23,6 @@ static REMOVED: AtomicBool = AtomicBool::new(false);
 pub struct Staging {
     target: PathBuf,
     folder: PathBuf,
-    /// The target is the new package; what has the temporary name is the old one.
-    replaced: bool,
     committed: bool,
 }
 
@@ -45,7 +43,6 @@ impl Staging {
         Ok(Staging {
             target: target.to_path_buf(),
             folder,
-            replaced: false,
             committed: false,
         })
     }
@@ -62,17 +59,20 @@ impl Staging {
         sync(&self.folder)?;
         // While this is held nothing is abandoned: what gets the target's name is whole.
         let mut open = OPEN.lock().expect("no panic while held");
-        if self.target.exists() {
+        let replaces = self.target.exists();
+        if replaces {
             exchange(&self.folder, &self.target)?;
-            self.replaced = true;
-            // The new package is in place; the old one now has the temporary name, and goes when this is dropped.
         } else {
             fs::rename(&self.folder, &self.target).map_err(PackageError::io(&self.target))?;
-            self.committed = true;
-            open.retain(|path| *path != self.folder);
         }
-        drop(open);
-        sync_entries(parent(&self.target))
+        self.committed = true;
+        open.retain(|path| *path != self.folder);
+        let synced = sync_entries(parent(&self.target));
+        if replaces {
+            // The old package, which has the temporary name now.
+            let _ = fs::remove_dir_all(&self.folder);
+        }
+        synced
     }
 }
 
@@ -99,14 +99,15 @@ impl Drop for Staging {
         let mut open = OPEN.lock().expect("no panic while held");
         open.retain(|path| *path != self.folder);
         if !self.committed {
-            REMOVED.fetch_or(!self.replaced, Ordering::SeqCst);
+            REMOVED.store(true, Ordering::SeqCst);
             let _ = fs::remove_dir_all(&self.folder);
         }
     }
 }
 
-/// Removes every unfinished folder of this process; tells whether there was one, removed now or before. For a signal handler's thread, right
-/// before the process ends: from here on every other thread that begins, finishes or drops a [`Staging`] waits for that end.
+/// Removes every unfinished folder of this process; tells whether there was one, removed now or before. For a signal
+/// handler's thread, right before the process ends: from here on every other thread that begins, finishes or drops a
+/// [`Staging`] waits for that end.
 pub fn abandon() -> bool {
     let open = OPEN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     for folder in open.iter() {
