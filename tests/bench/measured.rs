@@ -149,10 +149,11 @@ fn everything_asked_for_is_measured_and_holds_together() {
         (decode["measurement"].as_str(), decode["tokens"].as_str()),
         ("decode", "40")
     );
-    // serde_json reads a number to its last digit but one.
-    let same = |column: &str, value: f64| (decode[column].parse::<f64>().unwrap() / value - 1.0).abs() < 1e-12;
-    assert!(same("median", d.decode[1].ms.median));
-    assert!(same("share_of_peak", d.decode[1].mbu.unwrap()));
+    assert_eq!(decode["median"].parse::<f64>().unwrap(), d.decode[1].ms.median);
+    assert_eq!(
+        decode["share_of_peak"].parse::<f64>().unwrap(),
+        d.decode[1].mbu.unwrap()
+    );
     assert_eq!(
         (rows[7]["measurement"].as_str(), rows[7]["new_tokens"].as_str()),
         ("latency", "30")
