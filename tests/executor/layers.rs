@@ -1,6 +1,6 @@
 //! Layers that compute, each alone, against its definition.
 
-use lapidary::backend::cpu::{CpuError, Options, Program};
+use lapidary::backend::cpu::{CpuError, Program};
 use lapidary::dim::Dim;
 use lapidary::network::{Activation, Elementwise, LayerKind, ReduceOp, UnaryOp};
 use lapidary::tensor::{DType, Tensor};
@@ -41,32 +41,36 @@ impl Cases {
     pub fn check(self) {
         if !on_tensorrt() {
             for (kind, inputs) in &self.0 {
+                let want = meant(kind, inputs);
                 let network = one_layer(kind.clone(), inputs);
                 for options in every_option() {
                     let got = run(&network, inputs, &options);
-                    compare(kind, inputs, &got, &options);
+                    compare(&got, &want, &format!("{kind:?} of {inputs:?}, {options:?}"));
                 }
             }
         }
         let options = every_option().remove(0);
         for cases in self.0.chunks(24) {
             for ((kind, inputs), got) in cases.iter().zip(side_by_side(cases, &options)) {
-                compare(kind, inputs, &got, &options);
+                let what = format!("{kind:?} of {inputs:?}, beside others");
+                compare(&got, &meant(kind, inputs), &what);
             }
         }
     }
 }
 
-fn compare(kind: &LayerKind, inputs: &[Tensor], got: &Tensor, options: &Options) {
+fn meant(kind: &LayerKind, inputs: &[Tensor]) -> Value {
     let values: Vec<Value> = inputs.iter().map(Value::from).collect();
-    let want = evaluate(kind, &values);
-    let what = format!("{kind:?} of {inputs:?}, {options:?}");
+    evaluate(kind, &values)
+}
+
+fn compare(got: &Tensor, want: &Value, what: &str) {
     assert_eq!(
         (got.dtype(), got.shape()),
         (want.dtype, want.shape.as_slice()),
         "{what}"
     );
-    assert_close(got, &want.data, 1.0, rounding(want.dtype), &what);
+    assert_close(got, &want.data, 1.0, rounding(want.dtype), what);
 }
 
 /// What floats and integers alike have.
@@ -99,8 +103,8 @@ pub const PAIRS: [(&[usize], &[usize]); 10] = [
 
 #[test]
 fn elementwise_on_floats() {
-    let mut cases = Cases::default();
     use Elementwise as E;
+    let mut cases = Cases::default();
     let mut random = Random::new(1);
     for op in ARITHMETIC {
         for (a, b) in PAIRS {
@@ -122,8 +126,8 @@ fn elementwise_on_floats() {
 
 #[test]
 fn elementwise_on_integers_and_bools() {
-    let mut cases = Cases::default();
     use Elementwise as E;
+    let mut cases = Cases::default();
     let mut random = Random::new(2);
     for dtype in [DType::I32, DType::I64] {
         for op in ARITHMETIC {
@@ -162,8 +166,8 @@ fn elementwise_on_integers_and_bools() {
 
 #[test]
 fn unary_and_activations() {
-    let mut cases = Cases::default();
     use UnaryOp as U;
+    let mut cases = Cases::default();
     let mut random = Random::new(3);
     for shape in [&[1usize][..], &[3, 50], &[2, 1, 1100]] {
         for dtype in FLOATS {
