@@ -291,12 +291,12 @@ def ablations(size, results, variants=VARIANTS):
     for variant in variants:
         if not there.get(variant.package):
             continue
-        bench = functools.partial(stage.bench, package_of(stage, variant), files[variant], variant.label(), *variant.bench,
+        bench = functools.partial(stage.bench, package_of(stage, variant.package), files[variant], variant.label(), *variant.bench,
                                   cases=variant.cases, settings=variant.settings())  # fmt: skip
         stage.job(variant.label(), bench, files[variant])
     for name in there:
         if all(files[v].exists() for v in variants if v.package == name):
-            shutil.rmtree(stage.folder / "variants" / name, ignore_errors=True)
+            shutil.rmtree(package_of(stage, name), ignore_errors=True)
     return stage
 
 
@@ -313,7 +313,7 @@ def ablation_packages(stage, size, variants):
         # A lowering that is named replaces the usual one as a whole, so the change is laid over what the base got.
         changed = json.loads(usual.read_text()) | variant.lowering if variant.lowering and usual.exists() else None
         spec.write_text(json.dumps({"lowering": changed} if changed else {}))
-        package = package_of(stage, variant)
+        package = package_of(stage, variant.package)
         told = stage.convert(export, package, variant.capacities, "--spec", spec, *variant.convert)
         engines = json.loads((package / "manifest.json").read_text())["engines"]
         if variant.package == "base" and engines:
@@ -333,8 +333,8 @@ def result_of(stage, variant):
     return stage.files / f"{stage.model}-{'ablation' if variant.group else 'lapidary'}-{variant.name()}.json"
 
 
-def package_of(stage, variant):
-    return stage.folder / "variants" / variant.package
+def package_of(stage, name):
+    return stage.folder / "variants" / name
 
 
 # -- one call of ten minutes
@@ -370,8 +370,8 @@ def packages(results):
 def brief(results):
     """The comparisons, what matters most first, of three models, over several calls; `prepare` and `packages` came before."""
     stages = {size: Stage(f"llama-{size}", results) for size in ("1b", "8b")}
-    transformers = lambda size, mode: stages[size].one_transformers(
-        f"made:{size}", mode, BRIEF_CASES["eager" if mode == "eager" else "compiled"])
+    cases_of = lambda mode: BRIEF_CASES["eager" if mode == "eager" else "compiled"]
+    transformers = lambda size, mode: stages[size].one_transformers(f"made:{size}", mode, cases_of(mode))
 
     def small(*modes):
         stage = Stage("smollm2", results)
@@ -381,9 +381,8 @@ def brief(results):
         stage = smollm2_prepared(results)
         lapidary_of(stage)
         for mode in modes:
-            stage.one_transformers(str(stage.folder / "checkpoint"), mode, BRIEF_CASES["eager" if mode == "eager" else "compiled"])
+            stage.one_transformers(str(stage.folder / "checkpoint"), mode, cases_of(mode))
 
-    some = lambda switches: ablations("1b", results, [v for v in VARIANTS if v.switch in switches])
     steps = [
         *(functools.partial(lapidary_of, stage) for stage in stages.values()),
         lambda: transformers("8b", "static-compile"),
@@ -391,8 +390,8 @@ def brief(results):
         lambda: transformers("1b", "eager"),
         lambda: small("static-compile", "eager"),
         lambda: transformers("8b", "eager"),
-        lambda: some(BRIEF_VARIANTS),
-        lambda: some([v.switch for v in VARIANTS]),
+        lambda: ablations("1b", results, [v for v in VARIANTS if v.switch in BRIEF_VARIANTS]),
+        lambda: ablations("1b", results),
         lambda: onnx_parser(stages["1b"], "1b"),
         lambda: transformers("8b", "frozen"),
         lambda: transformers("1b", "frozen"),

@@ -173,11 +173,9 @@ fn intermediate(graph: &Graph, hidden: Option<usize>, heads: usize, vocabulary: 
         .filter(|(_, out)| *out == hidden)
         .map(|(width, _)| width)
         .collect();
-    let other = |w: &usize| *w != heads && Some(*w) != vocabulary;
-    // Keys and values can be as wide as the residual stream, so what reads it comes last.
-    let mut others = down.iter().copied().filter(other);
-    let narrow = others.clone().find(|w| *w != hidden);
-    narrow.or_else(|| others.next()).or(down.first().copied())
+    let others = down.iter().copied().filter(|w| *w != heads && Some(*w) != vocabulary);
+    // The first, but keys and values can be as wide as the residual stream, so what reads that comes last.
+    others.min_by_key(|w| *w == hidden).or(down.first().copied())
 }
 
 fn norm(graph: &Graph) -> Option<String> {

@@ -194,12 +194,11 @@ impl Input {
         }
         let mut groups: Vec<Group> = groups.into_values().collect();
         for group in &mut groups {
-            let of_model: Vec<_> = references.iter().filter(|r| r.of.model.name == group.model).collect();
-            let newest = |of: &[&ResultFile]| of.iter().max_by_key(|r| &r.of.date).map(|r| (*r).clone());
-            // A model measured on two machines can have a reference of each one's prompts. None that fits is refused below.
-            let fits = |r: &&&ResultFile| group.all().all(|measured| difference(&r.of, &measured.of).is_none());
-            let fitting: Vec<_> = of_model.iter().filter(fits).copied().collect();
-            group.reference = newest(&fitting).or_else(|| newest(&of_model));
+            let of_model = references.iter().filter(|r| r.of.model.name == group.model);
+            // A model measured on two machines can have a reference of each one's prompts. One that does not fit is refused
+            // below.
+            let fits = |r: &ResultFile| group.all().all(|measured| difference(&r.of, &measured.of).is_none());
+            group.reference = of_model.max_by_key(|r| (fits(r), &r.of.date)).cloned();
             let order = |r: &ResultFile| (r.of.system.name != "lapidary", r.of.system.label.clone());
             group.results.sort_by_key(order);
             group.ablations.sort_by_key(order);

@@ -152,7 +152,7 @@ impl CudaDevice {
     }
 
     /// The largest capacity that can be decoded at already.
-    pub(super) fn loaded_capacity(&self) -> Option<usize> {
+    fn loaded_capacity(&self) -> Option<usize> {
         let ready = self.slots.iter().filter(|slot| slot.loaded.is_some());
         let decode = ready.filter(|slot| covers(slot.profile.tokens, 1));
         decode.map(|slot| slot.profile.capacity).max()
