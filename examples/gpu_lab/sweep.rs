@@ -19,7 +19,7 @@ fn llama(large: bool) -> Decoder {
         false => Decoder::llama_1b(),
     };
     Decoder {
-        positions: 8192,
+        positions: 65536,
         ..dims
     }
 }
@@ -156,6 +156,9 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
             cases.push((format!("prefill {name}"), Profile::prefill(tokens, 1024), with(change)));
         }
     }
+    // Where groups are folded in packages.
+    let long = Profile::prefill(512, 65536);
+    cases.push(("attention of a long prefill".into(), long, with(&|_| {})));
     cases.retain(|(name, ..)| name.contains(only));
     let gpu = Mutex::new(());
     each(10, cases, |(label, profile, options)| {

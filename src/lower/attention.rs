@@ -19,6 +19,11 @@ pub(super) const SHORT: usize = 1024;
 /// Pieces for longer caches.
 pub(super) const PARTS: usize = 16;
 
+/// Query rows of one Attention layer at most, where the heads of a group are folded into the rows of several tokens. Its mask
+/// takes 4 bytes a row and slot (2048 rows over 131072 slots were 1.07 GB of scratch), and 8 KV heads of 1024 rows are work
+/// for as many processors as there are.
+const FOLDED_ROWS: usize = 1024;
+
 /// Added to a score that must not be attended to; finite, so that a row without any is not NaN.
 pub(super) const MASKED: f64 = -1e30;
 
@@ -118,18 +123,46 @@ impl Lowering<'_> {
             return Ok(self.b.add(name, LayerKind::Attention, &inputs)?);
         }
         let (kv_heads, group) = groups.expect("folding needs groups");
-        let rows = volume(&[group.into(), shape[2].clone()]);
-        let folded = vec![shape[0].clone(), kv_heads.into(), rows.clone(), shape[3].clone()];
-        let q = self.reshape(&format!("{name}/folded"), q, folded)?;
-        let mut inputs = vec![q, k, v];
-        if let Some(mask) = mask {
-            inputs.push(match one_token {
-                true => self.mask_of_rows(name, mask, kv_heads, group)?,
-                false => self.mask_of_groups(name, mask, &shape[2], [kv_heads, group], rows)?,
-            });
+        let by_head = mask.is_some_and(|mask| !self.b.shape(mask)[1].is_one());
+        let pieces = match shape[2].as_const() {
+            Some(tokens) if !by_head => pieces(group, tokens as usize),
+            _ => 1,
+        };
+        let (kv, one) = (Dim::from(kv_heads), group / pieces);
+        let mut rows_of = shape.clone();
+        (rows_of[1], rows_of[2]) = (kv.clone(), volume(&[one.into(), shape[2].clone()]));
+        let rows = rows_of[2].clone();
+        let mask = match mask {
+            Some(mask) if one_token => Some(self.mask_of_rows(name, mask, kv_heads, one)?),
+            Some(mask) => Some(self.mask_of_groups(name, mask, &shape[2], [kv_heads, one], rows)?),
+            None => None,
+        };
+        let inputs = |q| -> Vec<TensorId> { [q, k, v].into_iter().chain(mask).collect() };
+        if pieces == 1 {
+            let q = self.reshape(&format!("{name}/folded"), q, rows_of)?;
+            let attended = self.b.add(name, LayerKind::Attention, &inputs(q))?;
+            return self.reshape(&format!("{name}/unfolded"), attended, shape);
         }
-        let attended = self.b.add(name, LayerKind::Attention, &inputs)?;
-        self.reshape(&format!("{name}/unfolded"), attended, shape)
+        let of_groups = |heads: usize| {
+            vec![
+                shape[0].clone(),
+                kv.clone(),
+                heads.into(),
+                shape[2].clone(),
+                shape[3].clone(),
+            ]
+        };
+        let q = self.reshape(&format!("{name}/groups"), q, of_groups(group))?;
+        let mut attended = Vec::new();
+        for i in 0..pieces {
+            let part = |part: &str| format!("{name}/{part}.{i}");
+            let q = self.slice_axis(&part("group"), q, 2, (i * one) as i64, one.into())?;
+            let q = self.reshape(&part("folded"), q, rows_of.clone())?;
+            let piece = self.b.add(&part("attended"), LayerKind::Attention, &inputs(q))?;
+            attended.push(self.reshape(&part("unfolded"), piece, of_groups(one))?);
+        }
+        let attended = self.b.add(name, LayerKind::Concatenation { axis: 2 }, &attended)?;
+        self.reshape(&format!("{name}/joined_groups"), attended, shape)
     }
 
     /// The mask of several tokens for the rows that they become with the heads of a group: once for each head.
@@ -264,6 +297,12 @@ impl Lowering<'_> {
     }
 }
 
+/// Into how many layers the heads of a group are dealt, so that none has more than [`FOLDED_ROWS`] rows if that can be.
+fn pieces(group: usize, tokens: usize) -> usize {
+    let fits = |pieces: &usize| group.is_multiple_of(*pieces) && group / pieces * tokens <= FOLDED_ROWS;
+    (1..=group).find(fits).unwrap_or(group)
+}
+
 fn is_exact(dtype: DType, value: f32) -> bool {
     Tensor::from_f64_as(dtype, vec![], &[f64::from(value)]).to_f32() == [value]
 }
@@ -271,6 +310,21 @@ fn is_exact(dtype: DType, value: f32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn groups_are_dealt_to_layers_of_at_most_so_many_rows() {
+        for (group, tokens, expected) in [
+            (4, 1, 1),
+            (4, 128, 1),
+            (4, 512, 2),
+            (8, 512, 4),
+            (7, 512, 7),
+            (6, 341, 2),
+            (4, 4096, 4),
+        ] {
+            assert_eq!(pieces(group, tokens), expected, "{group} heads, {tokens} tokens");
+        }
+    }
 
     #[test]
     fn scales_of_common_heads() {

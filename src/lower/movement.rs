@@ -183,7 +183,7 @@ impl Lowering<'_> {
     }
 
     /// `size` elements of one axis.
-    fn slice_axis(&mut self, name: &str, x: TensorId, axis: usize, from: i64, length: Dim) -> Lowered {
+    pub(super) fn slice_axis(&mut self, name: &str, x: TensorId, axis: usize, from: i64, length: Dim) -> Lowered {
         let mut size = self.b.shape(x).clone();
         if size[axis] == length && from == 0 {
             return Ok(x);

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use lapidary::backend::cpu::{self, bind_tokens, execute};
 use lapidary::graph::Graph;
+use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{AttentionForm, LinearForm, Options, lower};
-use lapidary::network::{Logits, Network, Profile, Tokens, WeightMode};
+use lapidary::network::{LayerKind, Logits, Network, Profile, Tokens, WeightMode};
 use lapidary::tensor::{DType, Tensor};
 
 use crate::interpret::interpret;
@@ -169,6 +170,28 @@ fn every_choice() {
             }
         }
     }
+}
+
+/// More rows than one Attention layer gets: the heads of a group are dealt to two.
+#[test]
+fn folded_groups_of_many_rows() {
+    let options = Options {
+        fold_prefill: Some(0),
+        ..Options::default()
+    };
+    let config = Decoder {
+        positions: 80,
+        window: Some(40),
+        heads: 16,
+        kv_heads: 1,
+        ..Decoder::tiny()
+    };
+    let graph = decoder(&config);
+    let profile = Profile::prefill(70, 80);
+    let layers = lower(&graph, &profile, &options).expect("a decoder").layers;
+    let attentions = layers.iter().filter(|layer| matches!(layer.kind, LayerKind::Attention));
+    assert_eq!(attentions.count(), 2 * config.layers, "two for each of the model's");
+    check("many rows", &graph, profile, &options, &[(10, 70)]);
 }
 
 #[test]
