@@ -403,10 +403,18 @@ def brief(results):
             note("FAILED:", f"{type(error).__name__}: {error}")
 
 
+def parsers(size, results):
+    """TensorRT's own parser alone."""
+    stage = Stage(f"llama-{size}", results)
+    stage.prepare(f"made:{size}")
+    onnx_parser(stage, size)
+
+
 STAGES = {
     "prepare": prepare,
     "packages": packages,
     "brief": brief,
+    "parser-1b": lambda results: parsers("1b", results),
     "bench-1b": lambda results: made("1b", results),
     "bench-8b": lambda results: made("8b", results),
     "bench-smollm2": smollm2,
