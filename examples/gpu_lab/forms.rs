@@ -8,7 +8,7 @@ use lapidary::network::{Builder, Elementwise, LayerKind, MatrixOp, Network, Prof
 use lapidary::tensor::DType;
 
 use crate::Outcome;
-use crate::sweep::{each, measure};
+use crate::choices::{each, measure};
 
 /// How one row is multiplied by a weight `[n, k]`.
 #[derive(Clone, Copy, Debug)]

@@ -6,14 +6,15 @@
 //! gpu_lab batch PKG --cases cases.json --output F      # the same of several sequences in one batch
 //! gpu_lab swap PKG --weights OTHER_PKG                 # other weights under loaded engines, and back
 //! gpu_lab forms                                        # ways to write a matrix product of one row
+//! gpu_lab choices --large --layers 4                   # one choice of the lowering at a time, on a few layers
 //! ```
 
 mod accuracy;
 mod batch;
+mod choices;
 mod drive;
 mod forms;
 mod swap;
-mod sweep;
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -71,11 +72,6 @@ enum Command {
         #[arg(long, default_value_t = 5)]
         times: usize,
     },
-    /// Lowerings of a Llama of made-up weights: decode at several capacities, prefill of 512.
-    Sweep {
-        #[arg(long)]
-        large: bool,
-    },
     /// Single choices of the lowering on a few layers of a model of real dims, decode and prefill.
     Choices {
         #[arg(long)]
@@ -120,9 +116,8 @@ fn main() -> ExitCode {
             times,
         } => swap::swap(&package, &weights, times).map(|v| println!("{v:#}")),
         Command::Forms { only } => forms::forms(&only),
-        Command::Choices { large, layers, only } => sweep::choices(large, layers, &only),
+        Command::Choices { large, layers, only } => choices::choices(large, layers, &only),
         Command::Accuracy => accuracy::accuracy(),
-        Command::Sweep { large } => sweep::sweep(large),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

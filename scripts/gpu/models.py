@@ -108,7 +108,8 @@ def tune(size, results, capacities="1024,4096", prefill="512"):
         note(profile["profile"], f"{profile['untuned_ms']:.3f} -> {profile['ms']:.3f} ms")
         for attempt in profile["tried"]:
             note("   ", attempt["about"], attempt["what"], attempt["ms"], (attempt["error"] or "")[:200])
-    results.attempt("bench", lab, "bench", package, "--live", LIVE, "--prefill", prefill)
+    live = min(LIVE, int(capacities.split(",")[-1]) // 4)
+    results.attempt("bench", lab, "bench", package, "--live", live, "--tokens", 16, "--prefill", prefill)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ STAGES = {
     "quick": lambda results: results.attempt("tiny", tiny.main, ("llama",), only_first=1),
     "suite": lambda results: results.attempt("suite", suite.main),
     "forms": lambda results: results.attempt("forms", lambda: run(BIN / "gpu_lab", "forms", timeout=400).splitlines()),
-    "sweep-1b": lambda results: results.attempt("sweep", lambda: run(BIN / "gpu_lab", "sweep", timeout=300).splitlines()),
-    "sweep-8b": lambda results: results.attempt(
-        "sweep", lambda: run(BIN / "gpu_lab", "sweep", "--large", timeout=400).splitlines()),
+    "choices-1b": lambda results: choices(results, "--layers", "6"),
+    "choices-8b": lambda results: choices(results, "--large", "--layers", "4"),
     "1b": lambda results: models.stage("1b", results),
     "8b": lambda results: models.stage("8b", results),
     "tune-1b": lambda results: models.tune("1b", results),
@@ -32,6 +31,12 @@ STAGES = {
     "1b-thorough": lambda results: models.stage("1b", results, thorough=True),
     **bench.STAGES,
 }
+
+
+def choices(results, *arguments):
+    """What single choices of the lowering take; CHOICES names those that are asked for, by a part of their names."""
+    told = lambda: run(BIN / "gpu_lab", "choices", *arguments, "--only", os.environ.get("CHOICES", ""), timeout=400).splitlines()
+    results.attempt("choices", told)
 
 
 def main():

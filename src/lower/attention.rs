@@ -69,10 +69,7 @@ impl Lowering<'_> {
                 self.split_attention(name, [q, k, v], mask, parts)?
             }
             AttentionForm::ReducedScores if attributes.softcap == 0.0 => {
-                self.reduced_attention(name, [q, k, v], mask, None)?
-            }
-            AttentionForm::Reduced(parts) if attributes.softcap == 0.0 => {
-                self.reduced_attention(name, [q, k, v], mask, Some(parts))?
+                self.reduced_attention(name, [q, k, v], mask)?
             }
             _ => None,
         };

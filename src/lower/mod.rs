@@ -91,9 +91,6 @@ pub enum AttentionForm {
     /// With one token: scores as sums over products of query and keys, the rest as [`AttentionForm::Decomposed`]. Otherwise
     /// [`AttentionForm::Layer`].
     ReducedScores,
-    /// With one token: the attended values as such sums too, over so many parts of the cache side by side, which are summed
-    /// afterwards. Otherwise [`AttentionForm::Layer`].
-    Reduced(usize),
     /// What measured best: with one token [`AttentionForm::ReducedScores`] up to 1024 slots and sixteen parts beyond, with
     /// several one Attention layer.
     ByCapacity,

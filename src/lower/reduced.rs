@@ -1,7 +1,8 @@
-//! Attention of one token whose scores, and perhaps attended values, are reductions.
+//! Attention of one token whose scores are reductions.
 //!
-//! As a matrix product TensorRT turns the keys over before it multiplies, which is a copy of the cache in every layer, and
-//! copies the values too. As `sum(q * k)` over the head dim, and `sum(p * v)` over the slots, they are read as they lie.
+//! As a matrix product TensorRT turns the keys over before it multiplies, which is a copy of the cache in every layer; as
+//! `sum(q * k)` over the head dim they are read as they lie. The same with the values, `sum(p * v)` over the slots, was slower
+//! than the product and its copy at every capacity (docs/gpu.md).
 
 use super::attention::MASKED;
 use super::context::{Lowered, Lowering};
@@ -9,14 +10,12 @@ use crate::network::{Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId
 use crate::tensor::DType;
 
 impl Lowering<'_> {
-    /// The layers, or `None` where this form does not fit: several tokens or sequences, a mask by head. `parts`: values are
-    /// reductions over so many parts of the cache, and not a matrix product.
+    /// The layers, or `None` where this form does not fit: several tokens or sequences, a mask by head.
     pub(super) fn reduced_attention(
         &mut self,
         name: &str,
         [q, k, v]: [TensorId; 3],
         mask: Option<TensorId>,
-        parts: Option<usize>,
     ) -> Lowered<Option<TensorId>> {
         let shape = self.b.shape(q).clone();
         let Some((kv_heads, group)) = self.groups(&shape, k) else {
@@ -55,54 +54,15 @@ impl Lowering<'_> {
         let weights = self
             .b
             .add(&part("softmax"), LayerKind::Softmax { axis: 2 }, &[scores])?;
-        let attended = if let (Some(parts), Some(slots)) = (parts, slots.as_const()) {
-            // As many as divide.
-            let parts = (1..=parts)
-                .rev()
-                .find(|p| (slots as usize).is_multiple_of(*p))
-                .unwrap_or(1);
-            self.reduced_values(name, weights, v, [kv_heads, group, parts, slots as usize / parts])?
-        } else {
-            let weights = self.b.cast(&part("softmax/narrow"), dtype, weights)?;
-            let values = self.reshape(&part("values"), v, vec![kv_heads.into(), slots, dv.clone()])?;
-            let product = LayerKind::MatrixMultiply {
-                op_a: MatrixOp::None,
-                op_b: MatrixOp::None,
-            };
-            self.b.add(&part("attended"), product, &[weights, values])?
+        let weights = self.b.cast(&part("softmax/narrow"), dtype, weights)?;
+        let values = self.reshape(&part("values"), v, vec![kv_heads.into(), slots, dv.clone()])?;
+        let product = LayerKind::MatrixMultiply {
+            op_a: MatrixOp::None,
+            op_b: MatrixOp::None,
         };
+        let attended = self.b.add(&part("attended"), product, &[weights, values])?;
         let mut to = shape;
         to[3] = dv;
         self.reshape(name, attended, to).map(Some)
-    }
-
-    /// `weights`, `[kv_heads, group, slots]` in fp32, times the values and summed in fp32: `[kv_heads, group, dv]`.
-    fn reduced_values(
-        &mut self,
-        name: &str,
-        weights: TensorId,
-        v: TensorId,
-        [kv_heads, group, parts, slots]: [usize; 4],
-    ) -> Lowered {
-        let part = |part: &str| format!("{name}/{part}");
-        let (dtype, dv) = (self.b.dtype(v), self.b.shape(v)[3].clone());
-        let of_parts = |heads: usize, width| -> Shape {
-            let dims = [kv_heads, heads, parts, slots].map(crate::dim::Dim::from);
-            dims.into_iter().chain([width]).collect()
-        };
-        let weights = self.reshape(&part("weights/parts"), weights, of_parts(group, 1usize.into()))?;
-        let values = self.reshape(&part("values/parts"), v, of_parts(1, dv))?;
-        let values = self.b.cast(&part("values/wide"), DType::F32, values)?;
-        let terms = self
-            .b
-            .elementwise(&part("values/terms"), Elementwise::Prod, values, weights)?;
-        let sum = |axis| LayerKind::Reduce {
-            op: ReduceOp::Sum,
-            axes: vec![axis],
-            keep_dims: false,
-        };
-        let mut attended = self.b.add(&part("attended"), sum(3), &[terms])?;
-        attended = self.b.add(&part("joined_parts"), sum(2), &[attended])?;
-        Ok(self.b.cast(&part("narrow"), dtype, attended)?)
     }
 }

@@ -141,7 +141,6 @@ fn every_choice() {
                     AttentionForm::Decomposed,
                     AttentionForm::Split(4),
                     AttentionForm::ReducedScores,
-                    AttentionForm::Reduced(3),
                     AttentionForm::ByCapacity,
                 ] {
                     let options = Options {

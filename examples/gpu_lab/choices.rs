@@ -1,4 +1,4 @@
-//! Lowerings of whole models with made-up weights.
+//! Single choices of the lowering on layers of real dims with made-up weights.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -22,61 +22,6 @@ fn llama(large: bool) -> Decoder {
         positions: 65536,
         ..dims
     }
-}
-
-/// Threads compile while one measures.
-pub fn sweep(large: bool) -> Outcome<()> {
-    use lapidary::lower::{AttentionForm as A, LinearForm as L};
-    let library = Library::load(None)?;
-    let decoder = llama(large);
-    let hidden = decoder.hidden;
-    let options = |linear, reduce_depth, attention| Options {
-        linear,
-        reduce_depth,
-        fuse_linear: true,
-        attention,
-        ..Options::default()
-    };
-    let mut cases = Vec::new();
-    // Of the large model's decode engines only a few: each takes 16 GB while it is measured.
-    let capacities: &[usize] = if large { &[1024] } else { &[512, 1024, 4096] };
-    for (label, linear, depth, attention) in [
-        ("matmul", L::FlattenActivation, None, A::Layer),
-        ("matmul", L::FlattenActivation, None, A::ByCapacity),
-        ("reduce", L::ReduceRow, None, A::Layer),
-        ("reduce", L::ReduceRow, None, A::ByCapacity),
-        ("reduce", L::ReduceRow, None, A::Split(8)),
-        ("reduce narrow", L::ReduceRow, Some(hidden), A::ByCapacity),
-    ] {
-        for capacity in capacities {
-            let label = format!("{label}, {attention:?}");
-            cases.push((label, Profile::decode(*capacity), options(linear, depth, attention)));
-        }
-    }
-    for fuse in [true, false] {
-        let mut options = options(L::ReduceRow, None, A::ByCapacity);
-        options.fuse_linear = fuse;
-        for tokens in [128, 512] {
-            cases.push((
-                format!("prefill fused {fuse}"),
-                Profile::prefill(tokens, 1024),
-                options.clone(),
-            ));
-        }
-    }
-    let gpu = Mutex::new(());
-    each(8, cases, |(label, profile, options)| {
-        let run = || -> Outcome<f64> {
-            let network = lower(&decoder.graph(), &profile, &options)?;
-            let plan = tensorrt::build(&library, &network, &BuildOptions::default())?;
-            measure(&library, &network, plan.bytes(), &gpu, 20)
-        };
-        match run() {
-            Ok(seconds) => format!("{profile} {label}: {:.3} ms", seconds * 1e3),
-            Err(error) => format!("{profile} {label}: {error}"),
-        }
-    });
-    Ok(())
 }
 
 /// Tells of each case, several at a time, and prints it as it comes: a run that is cut off leaves what it had. Building and
@@ -116,9 +61,6 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
             ("layer", A::Layer),
             ("decomposed", A::Decomposed),
             ("reduced scores", A::ReducedScores),
-            ("reduced", A::Reduced(1)),
-            ("reduced, 8 parts", A::Reduced(8)),
-            ("reduced, 32 parts", A::Reduced(32)),
             ("8 parts", A::Split(8)),
             ("16 parts", A::Split(16)),
         ];
