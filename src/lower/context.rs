@@ -33,6 +33,8 @@ pub(super) struct Lowering<'a> {
     /// Constants in the rank a reader wanted.
     pub raised: HashMap<(ValueId, usize), TensorId>,
     pub numbers: HashMap<(DType, usize, u64), TensorId>,
+    /// Ones that TensorRT cannot fold.
+    pub ones: HashMap<DType, TensorId>,
     /// Activations as matrices.
     pub flat: HashMap<TensorId, TensorId>,
     /// Masks repeated for folded query rows: by mask and number of rows.
@@ -84,6 +86,7 @@ impl<'a> Lowering<'a> {
             values: HashMap::new(),
             raised: HashMap::new(),
             numbers: HashMap::new(),
+            ones: HashMap::new(),
             flat: HashMap::new(),
             repeated_masks: HashMap::new(),
             symbols,
