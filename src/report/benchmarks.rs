@@ -93,22 +93,22 @@ pub fn outputs(group: &Group) -> String {
 }
 
 /// All values that a list of results has for something, ascending.
-fn values<T: Ord>(results: &[ResultFile], of: impl Fn(&Document) -> Vec<T>) -> Vec<T> {
-    let mut all: Vec<T> = results.iter().flat_map(|r| of(&r.of)).collect();
+fn values<'a, T: Ord>(results: impl IntoIterator<Item = &'a ResultFile>, of: impl Fn(&Document) -> Vec<T>) -> Vec<T> {
+    let mut all: Vec<T> = results.into_iter().flat_map(|r| of(&r.of)).collect();
     all.sort_unstable();
     all.dedup();
     all
 }
 
-pub fn live_lengths(results: &[ResultFile]) -> Vec<usize> {
+pub fn live_lengths<'a>(results: impl IntoIterator<Item = &'a ResultFile>) -> Vec<usize> {
     values(results, |d| d.decode.iter().map(|p| p.live).collect())
 }
 
-pub fn prompt_lengths(results: &[ResultFile]) -> Vec<usize> {
+pub fn prompt_lengths<'a>(results: impl IntoIterator<Item = &'a ResultFile>) -> Vec<usize> {
     values(results, |d| d.prefill.iter().map(|p| p.tokens).collect())
 }
 
-pub fn texts(results: &[ResultFile]) -> Vec<(usize, usize)> {
+pub fn texts<'a>(results: impl IntoIterator<Item = &'a ResultFile>) -> Vec<(usize, usize)> {
     values(results, |d| {
         d.end_to_end.iter().map(|e| (e.prompt, e.new_tokens)).collect()
     })

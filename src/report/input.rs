@@ -192,7 +192,7 @@ impl Input {
             };
             list.push(result);
         }
-        let mut groups: Vec<Group> = groups.into_values().collect();
+        let mut groups = with_failures_at_home(groups.into_values().collect());
         for group in &mut groups {
             let of_model = references.iter().filter(|r| r.of.model.name == group.model);
             // A model measured on two machines can have a reference of each one's prompts. One that does not fit is refused
@@ -240,6 +240,20 @@ impl Input {
         }
         Ok(())
     }
+}
+
+/// A system that could not run has no dtype of its own: it is told of where the model was measured.
+fn with_failures_at_home(groups: Vec<Group>) -> Vec<Group> {
+    let measured = |group: &Group| !group.results.is_empty() || !group.ablations.is_empty();
+    let (mut homes, strays): (Vec<_>, Vec<_>) = groups.into_iter().partition(measured);
+    for stray in strays {
+        let same = |home: &&mut Group| home.model == stray.model && home.device == stray.device;
+        match homes.iter_mut().find(same) {
+            Some(home) => home.failed.extend(stray.failed),
+            None => homes.push(stray),
+        }
+    }
+    homes
 }
 
 impl Group {

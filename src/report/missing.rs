@@ -70,15 +70,12 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
         let why = r.of.error.as_deref().unwrap_or_default();
         say(format!("{} did not run: {why}{}", r.of.system.label, cite(r.source)));
     }
-    let lengths = (
-        live_lengths(&group.results),
-        prompt_lengths(&group.results),
-        texts(&group.results),
-    );
     let ours = group.ours().map(|r| r.source);
-    // Other runs of Lapidary show one thing, and need not show all.
-    let whole = |r: &&super::input::ResultFile| r.of.system.name != "lapidary" || Some(r.source) == ours;
-    for r in group.results.iter().filter(whole) {
+    // Other runs of Lapidary show one thing: they need not show all, and what else they show is asked of nobody.
+    let is_whole = |r: &&super::input::ResultFile| r.of.system.name != "lapidary" || Some(r.source) == ours;
+    let whole = || group.results.iter().filter(is_whole);
+    let lengths = (live_lengths(whole()), prompt_lengths(whole()), texts(whole()));
+    for r in whole() {
         let (d, label) = (&r.of, &r.of.system.label);
         let mut gaps = Vec::new();
         let live = lengths.0.iter().filter(|n| decode_at(d, **n).is_none());

@@ -244,6 +244,28 @@ fn what_is_missing_is_named() {
     assert!(missing.contains("transformers static cache lacks decode behind 64 tokens"));
     assert!(whole.contains("transformers static cache: prefill of 512, decode behind 300, decode behind 4080"));
 
+    // What could not run has no dtype of its own, so it stands where the model was measured.
+    let (_folder, other_dtype) = changed("parser.json", |v| v["model"]["dtype"] = json!("fp32"));
+    let mut files: Vec<String> = names().into_iter().filter(|n| n != "parser.json").collect();
+    files.push(other_dtype);
+    let whole = Reported::of(&files, &[]).markdown();
+    assert!(
+        whole.contains("in fp16 on NVIDIA H200: TensorRT ONNX parser did not run"),
+        "{whole}"
+    );
+    assert!(!whole.contains("in fp32 on"), "no group of failures alone");
+
+    // What another run of ours measured is asked of nobody.
+    let (_folder, another) = changed("one-capacity.json", |v| {
+        v["system"]["settings"].as_object_mut().unwrap().remove("ablation");
+        (v["decode"][0]["live"], v["decode"][0]["mbu"]) = (json!(4000), Value::Null);
+    });
+    let mut files: Vec<String> = names().into_iter().filter(|n| n != "one-capacity.json").collect();
+    files.push(another);
+    let whole = Reported::of(&files, &[]).markdown();
+    assert!(whole.contains("| equal | 4000 | one capacity"), "{whole}");
+    assert!(!whole.contains("decode behind 4000"), "{whole}");
+
     // Less measured, fewer plots, and it says why.
     let (_folder, bare) = changed("lapidary.json", |v| {
         for key in ["profile", "end_to_end", "decode"] {
