@@ -186,23 +186,26 @@ def lapidary_of(stage):
 
 def onnx_parser(stage, size):
     """TensorRT's own parser, on the export ours came from and on one of plain operators."""
-    parser(stage, "genai", exported(stage, size))
+    genai, plain = (functools.partial(exported, stage, size, form) for form in ("", "plain"))
+    parser(stage, "genai", genai)
     # It embeds weights: two copies of 16 GB in the host's memory while it builds would take the machine's time and room.
-    if TARGET != "cpu" and size != "8b" and (plain := exported(stage, size, "plain")):
+    if TARGET != "cpu" and size != "8b":
         parser(stage, "plain", plain)
         parser(stage, "plain", plain, "--specialization", "none")
 
 
 def parser(stage, name, export, *flags):
+    """`export` makes it, if nothing was measured yet."""
     file = stage.files / f"{stage.model}-onnx-parser-{'-'.join([name, *flags[1:]])}.json"
 
-    def measure():
+    def measure(path):
         if TARGET == "cpu":
             raise RuntimeError("needs a GPU")
-        stage.baseline("tensorrt_onnx_baseline.py", export, "--workload", stage.workload, "-o", file, "--model-name", stage.model,
+        stage.baseline("tensorrt_onnx_baseline.py", path, "--workload", stage.workload, "-o", file, "--model-name", stage.model,
                        "--export", name, "--reference", stage.reference, "--weights-hash", stage.hash(), *CASES, *flags)  # fmt: skip
 
-    stage.job(f"onnx parser, {name} {' '.join(flags)}", measure, file)
+    if not file.exists() and (path := export()):
+        stage.job(f"onnx parser, {name} {' '.join(flags)}", functools.partial(measure, path), file)
 
 
 def smollm2(results):
@@ -210,7 +213,7 @@ def smollm2(results):
     stage = smollm2_prepared(results)
     lapidary_of(stage)
     stage.all_transformers(str(stage.folder / "checkpoint"))
-    parser(stage, "optimum-fp32", ROOT / "fixtures" / "smollm2" / "model.onnx")
+    parser(stage, "optimum-fp32", lambda: ROOT / "fixtures" / "smollm2" / "model.onnx")
     return stage
 
 

@@ -24,6 +24,8 @@ MODES = {
     "bind-dynamic": ["--weights", "bind", "--prefill", "1:4:8"],
     "bind-one-engine": ["--weights", "bind", "--prefill", "1:4:8", "--one-engine"],
     "bind-fp16": ["--weights", "bind", "--dtype", "fp16"],
+    "embed-fp16": ["--weights", "embed", "--dtype", "fp16"],
+    "strip-general-fp16": ["--weights", "strip", "--refit", "general", "--dtype", "fp16"],
 }
 
 

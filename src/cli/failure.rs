@@ -80,11 +80,11 @@ impl Failure {
         }
     }
 
-    /// The user stopped it, and nothing is left of what was begun.
+    /// The user stopped it, and nothing is left of what was begun; [`interrupt::say`] has the words.
     pub fn interrupted() -> Self {
         Failure {
             status: interrupt::STATUS,
-            ..Failure::input(interrupt::NOTHING_LEFT)
+            ..Failure::input("")
         }
     }
 

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub const STATUS: u8 = 130;
 
 /// What there is to say if a package was being made.
-pub const NOTHING_LEFT: &str = "interrupted: the unfinished package is removed";
+const NOTHING_LEFT: &str = "interrupted: the unfinished package is removed";
 
 static LISTENING: AtomicBool = AtomicBool::new(false);
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
