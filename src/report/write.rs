@@ -10,7 +10,7 @@ use super::benchmarks::{self, Verdict};
 use super::input::{Group, Input};
 use super::markdown::{cite, cite_all, tiny};
 use super::plots::{Figure, figures};
-use super::{missing, steps};
+use super::{headlines, missing, steps};
 
 /// A figure, and where the report will find its files.
 #[derive(Serialize)]
@@ -36,6 +36,13 @@ struct ShownGroup {
 #[derive(Serialize)]
 struct ShownAblation {
     name: String,
+    title: String,
+    table: String,
+}
+
+/// The first table of one group.
+#[derive(Serialize)]
+struct Headline {
     title: String,
     table: String,
 }
@@ -89,12 +96,16 @@ pub fn report(input: &Input, plots: &str) -> Report {
         .collect();
     let (mut headlines, mut slower) = (Vec::new(), Vec::new());
     for group in &input.groups {
-        let (all, behind) = benchmarks::headlines(group);
-        for (list, lines) in [(&mut headlines, all), (&mut slower, behind)] {
-            if !lines.is_empty() {
-                let title = group.title();
-                list.push(Lines { title, lines });
-            }
+        let title = group.title();
+        let (table, lines) = (headlines::headlines(group), headlines::slower(group));
+        if !table.is_empty() {
+            headlines.push(Headline {
+                title: title.clone(),
+                table,
+            });
+        }
+        if !lines.is_empty() {
+            slower.push(Lines { title, lines });
         }
     }
     let missing = missing::missing(input);

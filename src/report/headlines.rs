@@ -1,0 +1,129 @@
+//! What a reader wants first: ours beside each other system, and where ours is slower.
+
+use super::benchmarks::{Verdict, decode_at, prefill_of, text_of};
+use super::input::{Group, ResultFile};
+use super::markdown::{cite, ms, or_missing, table, times};
+use crate::bench::result::Document;
+
+/// One thing that is measured of a system.
+#[derive(Clone, Copy)]
+enum Measure {
+    /// Live tokens.
+    Token(usize),
+    /// Tokens of the prompt.
+    Prompt(usize),
+    /// Tokens of the prompt, and new ones.
+    Text(usize, usize),
+}
+
+impl Measure {
+    /// All of a system.
+    fn all(of: &Document) -> Vec<Measure> {
+        let tokens = of.decode.iter().map(|d| Measure::Token(d.live));
+        let prompts = of.prefill.iter().map(|p| Measure::Prompt(p.tokens));
+        let texts = of.end_to_end.iter().map(|e| Measure::Text(e.prompt, e.new_tokens));
+        tokens.chain(prompts).chain(texts).collect()
+    }
+
+    fn what(self) -> String {
+        match self {
+            Measure::Token(live) => format!("a token behind {live} live ones"),
+            Measure::Prompt(tokens) => format!("the first token of a prompt of {tokens}"),
+            Measure::Text(prompt, new) => format!("{new} tokens behind a prompt of {prompt}"),
+        }
+    }
+
+    /// Milliseconds, and whether they held still.
+    fn of(self, d: &Document) -> Option<(f64, bool)> {
+        match self {
+            Measure::Token(live) => decode_at(d, live).map(|d| (d.ms.median, d.stable)),
+            Measure::Prompt(tokens) => prefill_of(d, tokens).map(|p| (p.ms.median, p.stable)),
+            Measure::Text(prompt, new) => text_of(d, (prompt, new)).map(|e| (e.latency_ms.median, e.stable)),
+        }
+    }
+
+    /// The same, with the times of `base` that they are.
+    fn beside(self, d: &Document, base: &Document) -> Option<(f64, bool, f64)> {
+        let (mine, _) = self.of(base)?;
+        let (took, stable) = self.of(d)?;
+        Some((took, stable, took / mine))
+    }
+}
+
+/// The group's other systems, and whether their answers are the reference's as far as is known.
+fn others(group: &Group) -> impl Iterator<Item = (&ResultFile, bool)> {
+    let others = group.results.iter().filter(|r| r.of.system.name != "lapidary");
+    others.map(|r| {
+        let unequal = Verdict::of(r, group).comparison().is_some_and(|c| !c.equal);
+        (r, !unequal)
+    })
+}
+
+/// A column for each thing measured, a row for each system: milliseconds, and how many times ours they are. Nothing without
+/// another system.
+pub fn headlines(group: &Group) -> String {
+    let Some(ours) = group.ours() else {
+        return String::new();
+    };
+    let measures = Measure::all(&ours.of);
+    let row = |label: String, r: &ResultFile, cell: &dyn Fn(f64, &str, f64) -> String| -> Vec<String> {
+        let cells = measures.iter().map(|m| {
+            let (took, stable, factor) = m.beside(&r.of, &ours.of)?;
+            Some(cell(took, if stable { "" } else { ", unstable" }, factor))
+        });
+        let cells = cells.map(or_missing);
+        std::iter::once(label).chain(cells).chain([cite(r.source)]).collect()
+    };
+    let mut rows = vec![row(format!("**{}**", ours.of.system.label), ours, &|took, doubt, _| {
+        format!("{}{doubt}", ms(took))
+    })];
+    rows.extend(others(group).map(|(r, equal)| {
+        let label = r.of.system.label.clone() + if equal { "" } else { " (outputs are not equal)" };
+        row(label, r, &|took, doubt, factor| {
+            format!("{} ({}{doubt})", ms(took), times(factor))
+        })
+    }));
+    if rows.len() == 1 {
+        return String::new();
+    }
+    let what: Vec<String> = measures.iter().map(|m| m.what()).collect();
+    let header = std::iter::once("ms (times Lapidary's)")
+        .chain(what.iter().map(String::as_str))
+        .chain([""]);
+    table(&header.collect::<Vec<_>>(), &rows)
+}
+
+/// What others did in less time, a line for each.
+pub fn slower(group: &Group) -> Vec<String> {
+    let Some(ours) = group.ours() else {
+        return Vec::new();
+    };
+    let mut lines = Vec::new();
+    for m in Measure::all(&ours.of) {
+        let behind: Vec<String> = others(group)
+            .filter_map(|(r, equal)| {
+                let (took, stable, factor) = m.beside(&r.of, &ours.of).filter(|(.., factor)| *factor < 1.0)?;
+                let mut doubt = String::from(if stable { "" } else { ", unstable" });
+                if !equal {
+                    doubt += ", whose outputs are not equal";
+                }
+                let (label, factor) = (&r.of.system.label, times(1.0 / factor));
+                Some(format!(
+                    "{factor} the time of {label} ({} ms{doubt}){}",
+                    ms(took),
+                    cite(r.source)
+                ))
+            })
+            .collect();
+        if let (Some((mine, _)), false) = (m.of(&ours.of), behind.is_empty()) {
+            lines.push(format!(
+                "{}: {} ms{}, {}",
+                m.what(),
+                ms(mine),
+                cite(ours.source),
+                behind.join(", ")
+            ));
+        }
+    }
+    lines
+}
