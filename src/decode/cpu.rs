@@ -4,7 +4,7 @@
 //! that comes up; programs share the weights and differ in little else, so decode programs are kept for good and prefill
 //! programs for the last few lengths.
 
-use super::session::{Chunk, Device, DeviceError};
+use super::device::{Chunk, Device, DeviceError};
 use crate::backend::cpu::{Bindings, Caches, Options, Program};
 use crate::graph::Graph;
 use crate::lower;

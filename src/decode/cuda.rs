@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use super::device::{Chunk, Device, DeviceError};
 use super::instruments::Instruments;
-use super::session::{Chunk, Device, DeviceError};
 use crate::backend::tensorrt::Library;
 use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Event, Pinned, RunError, Runtime, Stream};
 use crate::graph::Graph;

@@ -6,89 +6,8 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use super::device::{Device, DeviceError};
 use super::instruments::Instruments;
-
-/// One call of a lowered network.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Chunk {
-    /// Tokens taken from the front of what is to be fed.
-    pub tokens: usize,
-    /// Rows the network has: `tokens`, or more where only fixed lengths exist; the rest is padding.
-    pub rows: usize,
-}
-
-/// What a machine must offer to run one sequence. Capacities are slots of the cache, positions count from 0.
-///
-/// The device owns one cache at a time. It writes the keys and values of the token at position `p` to slot `p`, and a
-/// query at `p` sees slots `0..=p`: slots beyond may hold anything finite, so padding needs no cleaning up.
-pub trait Device {
-    /// For people: `cpu`, or a GPU's name.
-    fn name(&self) -> &str;
-
-    /// What ran last, for example the profile `b1-t1-c256`, or an engine's file.
-    fn engine(&self) -> String;
-
-    /// How the next call should be cut, with `waiting` (at least 1) tokens to feed at `position` into `capacity` slots.
-    /// `tokens <= waiting` and `position + rows <= capacity` must hold; the caller sees to it that there is room for one.
-    fn chunk(&self, waiting: usize, position: usize, capacity: usize) -> Chunk;
-
-    /// Moves to a cache of `capacity` slots, keeping the first `live` of the present one: allocate, copy, switch.
-    /// Also the first call, with `live` 0.
-    fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError>;
-
-    /// Runs one chunk: `tokens` at `position..`, padded to `chunk.rows`. Writes the logits of the last token,
-    /// `[vocabulary]`, to `logits`, replacing what was there.
-    fn forward(
-        &mut self,
-        chunk: Chunk,
-        tokens: &[u32],
-        position: usize,
-        logits: &mut Vec<f32>,
-    ) -> Result<(), DeviceError>;
-
-    /// As [`Device::forward`], for callers who only want the id of the largest logit, the lowest of equals. A device that
-    /// finds it where the logits are leaves `logits` empty. `None` is no answer: a logit is NaN or infinite, or all are
-    /// minus infinity; `logits` then has them all.
-    fn forward_best(
-        &mut self,
-        chunk: Chunk,
-        tokens: &[u32],
-        position: usize,
-        logits: &mut Vec<f32>,
-    ) -> Result<Option<u32>, DeviceError> {
-        self.forward(chunk, tokens, position, logits)?;
-        Ok(best(logits))
-    }
-
-    /// What it can tell benchmarks of itself.
-    fn instruments(&mut self) -> Option<&mut dyn Instruments> {
-        None
-    }
-}
-
-/// The id of the largest logit, the lowest of equals; `None` as [`Device::forward_best`] has it.
-pub fn best(logits: &[f32]) -> Option<u32> {
-    let mut found: Option<usize> = None;
-    for (id, logit) in logits.iter().enumerate() {
-        if logit.is_nan() || *logit == f32::INFINITY {
-            return None;
-        }
-        if *logit > found.map_or(f32::NEG_INFINITY, |best| logits[best]) {
-            found = Some(id);
-        }
-    }
-    found.map(|id| id as u32)
-}
-
-/// A device failed; its own words, and whose fault it is.
-#[derive(Debug, thiserror::Error)]
-#[error("{device}: {message}")]
-pub struct DeviceError {
-    pub device: String,
-    pub message: String,
-    /// What to do about it, if anything.
-    pub help: Option<String>,
-}
 
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
@@ -300,6 +219,7 @@ mod tests {
     use std::rc::Rc;
 
     use super::*;
+    use crate::decode::Chunk;
 
     const VOCABULARY: usize = 50;
 
@@ -484,20 +404,5 @@ mod tests {
             tokens.push(by_device.feed_best(&[last]).unwrap().unwrap());
         }
         assert_eq!(tokens, expected);
-    }
-
-    #[test]
-    fn there_is_no_best_among_what_is_not_finite() {
-        assert_eq!(best(&[1.0, 3.0, 3.0, 2.0]), Some(1));
-        assert_eq!(best(&[f32::NEG_INFINITY, -5.0]), Some(1));
-        assert_eq!(best(&[-0.0, 0.0]), Some(0));
-        for none in [
-            &[][..],
-            &[f32::NEG_INFINITY; 2],
-            &[1.0, f32::NAN],
-            &[f32::INFINITY, 1.0],
-        ] {
-            assert_eq!(best(none), None, "{none:?}");
-        }
     }
 }

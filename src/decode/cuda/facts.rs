@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::{CudaDevice, MemoryUse};
 use crate::backend::tensorrt::run::layer_times::ReportLayerTime;
 use crate::backend::tensorrt::run::{Buffer, Engine, Event, LoadOptions, RunError};
+use crate::decode::device::DeviceError;
 use crate::decode::instruments::{DeviceFacts, DeviceMemory, Instruments};
-use crate::decode::session::DeviceError;
 use crate::lower;
 use crate::network::Tokens;
 
