@@ -70,7 +70,7 @@ impl Driver {
     }
 
     /// One greedy step: the token fed, the best one given.
-    fn step(&mut self, token: u32) -> Outcome<u32> {
+    pub fn step(&mut self, token: u32) -> Outcome<u32> {
         self.reserve(1)?;
         let chunk = self.device.chunk(1, self.position, self.capacity);
         let best = self

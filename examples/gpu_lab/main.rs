@@ -5,6 +5,7 @@
 //! gpu_lab logits PKG --cases cases.json --output F     # logits of given token sequences, to compare with another engine
 //! gpu_lab batch PKG --cases cases.json --output F      # the same of several sequences in one batch
 //! gpu_lab swap PKG --weights OTHER_PKG                 # other weights under loaded engines, and back
+//! gpu_lab moves PKG                                    # a token after a move of the cache, and where it started
 //! gpu_lab forms                                        # ways to write a matrix product of one row
 //! gpu_lab choices --large --layers 4                   # one choice of the lowering at a time, on a few layers
 //! ```
@@ -14,6 +15,7 @@ mod batch;
 mod choices;
 mod drive;
 mod forms;
+mod moves;
 mod swap;
 
 use std::error::Error;
@@ -72,6 +74,11 @@ enum Command {
         #[arg(long, default_value_t = 5)]
         times: usize,
     },
+    Moves {
+        package: PathBuf,
+        #[arg(long, default_value_t = 64)]
+        steps: usize,
+    },
     /// Single choices of the lowering on a few layers of a model of real dims, decode and prefill.
     Choices {
         #[arg(long)]
@@ -115,6 +122,7 @@ fn main() -> ExitCode {
             weights,
             times,
         } => swap::swap(&package, &weights, times).map(|v| println!("{v:#}")),
+        Command::Moves { package, steps } => moves::moves(&package, steps).map(|v| println!("{v:#}")),
         Command::Forms { only } => forms::forms(&only),
         Command::Choices { large, layers, only } => choices::choices(large, layers, &only),
         Command::Accuracy => accuracy::accuracy(),

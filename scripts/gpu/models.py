@@ -32,6 +32,7 @@ def stage(size, results, thorough=False):
     results.attempt("convert", convert, folder, package, CAPACITIES[size], [])
     told = results.attempt("bench", lab, "bench", package, "--live", LIVE, "--prefill", "128,512")
     note({key: told.get(key) for key in ("decode", "prefill", "memory", "all_engines", "load_s")})
+    results.attempt("moves", lab, "moves", package)
     vocabulary = model.config.vocab_size
     told = results.attempt("parity_fp16", parity.run, model, package, vocabulary)
     note({key: told.get(key) for key in ("ok", "error")}, told.get("cases"), told.get("batch"))
