@@ -116,10 +116,13 @@ fn differing(a: &Map<String, Value>, b: &Map<String, Value>) -> Vec<String> {
 impl Ablation<'_> {
     /// `cuda_graphs, against Lapidary (true)`
     pub fn title(&self) -> String {
-        let baseline = &self.baseline.of.system;
-        let usual = baseline.settings.get(&self.name);
-        let usual = usual.map(|value| format!(" ({})", plain(value))).unwrap_or_default();
-        format!("{}, against {}{usual}", self.name, baseline.label)
+        let usual = self.usual().map(|usual| format!(" ({usual})")).unwrap_or_default();
+        format!("{}, against {}{usual}", self.name, self.baseline.of.system.label)
+    }
+
+    /// The switch's position in the baseline, where its settings have it.
+    pub fn usual(&self) -> Option<String> {
+        self.baseline.of.system.settings.get(&self.name).map(plain)
     }
 
     /// Everything that the baseline and a run both measured.

@@ -1,7 +1,7 @@
 //! Ablations: what each switch does to decode and to prefill, as a share of the usual time.
 
 use super::canvas::{HEAD, Side, sheet, width_of};
-use super::{AXIS, FAINT_INK, Figure, INK, OTHERS, OURS, slug};
+use super::{AXIS, FAINT_INK, Figure, INK, MUTED, OTHERS, OURS, slug};
 use crate::report::ablations::{Ablation, ablations};
 use crate::report::benchmarks::{decode_at, prefill_of};
 use crate::report::input::{Group, ResultFile, SourceId};
@@ -30,7 +30,11 @@ pub fn figure(group: &Group) -> Option<Figure> {
     let bars = |of: &Measure| -> Vec<Bar> {
         let bar = |(a, position, run): (&Ablation<'_>, &String, &&ResultFile)| {
             let (share, at) = of(a, run)?;
-            let name = format!("{}: {position}", a.name);
+            let mut name = format!("{}: {position}", a.name);
+            // A switch with two usual positions says which it is compared with.
+            if let (true, Some(usual)) = (all.iter().filter(|b| b.name == a.name).count() > 1, a.usual()) {
+                name += &format!(", against {usual}");
+            }
             Some(Bar { name, share, at })
         };
         let mut bars: Vec<Bar> = runs().filter_map(bar).collect();
@@ -84,8 +88,12 @@ pub fn figure(group: &Group) -> Option<Figure> {
                 for bar in bars {
                     let middle = y + BAR / 2.0;
                     canvas.write((left - 10.0, middle), &bar.name, 12.5, INK, Side::End, false);
-                    // Longer than usual speaks for the usual position.
-                    let colour = if bar.share >= 1.0 { OURS } else { OTHERS[3] };
+                    // Longer than usual speaks for the usual position, and a hundredth for neither.
+                    let colour = match bar.share {
+                        share if (share - 1.0).abs() < 0.01 => MUTED,
+                        share if share > 1.0 => OURS,
+                        _ => OTHERS[3],
+                    };
                     canvas.bar((left, y), (at(bar.share), y + BAR), colour);
                     let told = format!("{:.2}, {}", bar.share, bar.at);
                     let end = at(bar.share).max(at(1.0));
