@@ -50,39 +50,49 @@ impl Measure {
     }
 }
 
-/// The group's other systems, and whether their answers are the reference's as far as is known.
-fn others(group: &Group) -> impl Iterator<Item = (&ResultFile, bool)> {
-    let others = group.results.iter().filter(|r| r.of.system.name != "lapidary");
-    others.map(|r| {
-        let unequal = Verdict::of(r, group).comparison().is_some_and(|c| !c.equal);
-        (r, !unequal)
-    })
+/// The group's other systems.
+fn others(group: &Group) -> impl Iterator<Item = &ResultFile> {
+    group.results.iter().filter(|r| r.of.system.name != "lapidary")
 }
 
-/// A column for each thing measured, a row for each system: milliseconds, and how many times ours they are. Nothing without
-/// another system.
+/// What there is against comparing a system's times: its answers are not the reference's, or nobody knows.
+fn objection(r: &ResultFile, group: &Group) -> Option<String> {
+    let verdict = Verdict::of(r, group);
+    match verdict.comparison() {
+        Some(found) if found.equal => None,
+        _ => Some(verdict.word()),
+    }
+}
+
+/// A column for each thing measured, a row for each system: milliseconds, and how many times ours they are where both answer
+/// as the reference does. Nothing without another system.
 pub fn headlines(group: &Group) -> String {
     let Some(ours) = group.ours() else {
         return String::new();
     };
     let measures = Measure::all(&ours.of);
-    let row = |label: String, r: &ResultFile, cell: &dyn Fn(f64, &str, f64) -> String| -> Vec<String> {
+    let row = |r: &ResultFile| -> Vec<String> {
+        let (is_ours, against) = (r.source == ours.source, objection(r, group));
+        let comparable = !is_ours && against.is_none() && objection(ours, group).is_none();
+        let label = match is_ours {
+            true => format!("**{}**", r.of.system.label),
+            false => r.of.system.label.clone(),
+        };
+        let label = label + &against.map_or(String::new(), |word| format!(" (outputs: {word})"));
         let cells = measures.iter().map(|m| {
             let (took, stable, factor) = m.beside(&r.of, &ours.of)?;
-            Some(cell(took, if stable { "" } else { ", unstable" }, factor))
+            let mut notes = Vec::new();
+            notes.extend(comparable.then(|| times(factor)));
+            notes.extend((!stable).then(|| "unstable".to_string()));
+            Some(match notes.is_empty() {
+                true => ms(took),
+                false => format!("{} ({})", ms(took), notes.join(", ")),
+            })
         });
         let cells = cells.map(or_missing);
         std::iter::once(label).chain(cells).chain([cite(r.source)]).collect()
     };
-    let mut rows = vec![row(format!("**{}**", ours.of.system.label), ours, &|took, doubt, _| {
-        format!("{}{doubt}", ms(took))
-    })];
-    rows.extend(others(group).map(|(r, equal)| {
-        let label = r.of.system.label.clone() + if equal { "" } else { " (outputs are not equal)" };
-        row(label, r, &|took, doubt, factor| {
-            format!("{} ({}{doubt})", ms(took), times(factor))
-        })
-    }));
+    let rows: Vec<Vec<String>> = std::iter::once(ours).chain(others(group)).map(row).collect();
     if rows.len() == 1 {
         return String::new();
     }
@@ -101,11 +111,11 @@ pub fn slower(group: &Group) -> Vec<String> {
     let mut lines = Vec::new();
     for m in Measure::all(&ours.of) {
         let behind: Vec<String> = others(group)
-            .filter_map(|(r, equal)| {
+            .filter_map(|r| {
                 let (took, stable, factor) = m.beside(&r.of, &ours.of).filter(|(.., factor)| *factor < 1.0)?;
                 let mut doubt = String::from(if stable { "" } else { ", unstable" });
-                if !equal {
-                    doubt += ", whose outputs are not equal";
+                if let Some(word) = objection(r, group) {
+                    doubt += &format!(", outputs: {word}");
                 }
                 let (label, factor) = (&r.of.system.label, times(1.0 / factor));
                 Some(format!(

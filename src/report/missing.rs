@@ -19,6 +19,15 @@ const SWITCHES: [(&str, &[&str]); 7] = [
     ("DRY", &["dry", "sampler"]),
 ];
 
+/// The ways to run transformers on a GPU, as `scripts/baselines/transformers_baseline.py` calls them.
+const TRANSFORMERS: [&str; 5] = [
+    "eager, SDPA",
+    "eager, FlashAttention 2",
+    "static cache",
+    "static cache, torch.compile",
+    "bare compiled step, CUDA graphs",
+];
+
 /// Whole things that are missing.
 pub fn missing(input: &Input) -> Vec<String> {
     let mut out = Vec::new();
@@ -64,6 +73,13 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
         let there = |r: &super::input::ResultFile| r.of.system.name == *system;
         if !group.results.iter().any(there) && !group.failed.iter().any(there) {
             say(format!("no result of {system}"));
+        }
+    }
+    if group.on_gpu && group.results.iter().any(|r| r.of.system.name == "transformers") {
+        for variant in TRANSFORMERS {
+            if !group.results.iter().any(|r| r.of.system.variant == variant) {
+                say(format!("no result of transformers, {variant}"));
+            }
         }
     }
     for r in &group.failed {

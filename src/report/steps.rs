@@ -57,12 +57,17 @@ pub fn section(conversion: &Sourced<Conversion>) -> String {
         .iter()
         .map(|(domain, version)| format!("{domain} {version}"))
         .collect();
+    // Exporters that the passes do not know by their habits still sign what they write.
+    let writer = match c.source.exporter.as_str() {
+        "unknown" if !c.source.producer.trim().is_empty() => c.source.producer.trim(),
+        exporter => exporter,
+    };
     let mut out = format!(
         "### {} ({})\n\nFrom `{}`, written by {} (opsets {}): {}.{cited}\n\n",
         c.name,
         c.dtype,
         c.source.file,
-        c.source.exporter,
+        writer,
         opsets.join(", "),
         c.architecture,
     );
