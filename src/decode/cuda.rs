@@ -344,6 +344,11 @@ impl Device for CudaDevice {
 
     fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError> {
         let at = self.ready(1, capacity)?;
+        if live == 0 && self.cache.is_some() {
+            // Nothing to keep: two caches at once could be more than there is room for.
+            self.stream.wait().map_err(|error| self.failed(error))?;
+            (self.cache, self.capacity) = (None, 0);
+        }
         let engine = &self.slots[at].loaded.as_ref().expect("made ready").engine;
         let moved = match &self.cache {
             None => Cache::new(self.runtime.cuda(), &self.stream, engine, capacity),

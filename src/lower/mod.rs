@@ -170,7 +170,7 @@ impl Options {
         }
     }
 
-    /// Good choices for TensorRT engines where nothing was tuned: docs/tensorrt-notes.md has the figures.
+    /// Good choices for TensorRT engines where nothing was tuned: docs/gpu.md has the figures.
     pub fn for_engines() -> Self {
         Options {
             linear: LinearForm::ReduceRow,

@@ -154,7 +154,7 @@ pub struct Engine {
     /// The choices of its lowering, which say what its weights are.
     #[serde(default)]
     pub lowering: crate::lower::Options,
-    /// Version of the library that built it, for example `1.6.1.120`.
+    /// Version of the library that built it, for example `1.6.1`.
     pub tensorrt_version: String,
     /// Wall-clock time; 0 for a plan that an engine cache had.
     pub build_ms: u64,
@@ -168,6 +168,12 @@ impl Engine {
     /// The profile that its network is lowered for.
     pub fn lowered_for(&self) -> &Profile {
         self.built_as.as_ref().unwrap_or(&self.profile)
+    }
+
+    /// Whether it was stripped for an identical refit: TensorRT planned it with the numbers it had, and takes others at load
+    /// without a word.
+    pub fn takes_only_its_own_weights(&self) -> bool {
+        self.weight_mode == WeightMode::Strip && self.refit != Refit::General
     }
 }
 

@@ -78,6 +78,61 @@ fn embedded_engines_are_built_again_with_the_weights() {
     lapidary(["info", text(&bare), "--check"]).ok();
 }
 
+/// Engines stripped for an identical refit, the default of `strip`, take other numbers at load without a word: `refit` must not
+/// let it come to that. Such engines cannot be built without a driver, so a package of bound ones is made to say that it
+/// has them.
+#[test]
+fn engines_stripped_for_an_identical_refit_get_no_other_weights() {
+    let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = folder.path().join("pkg");
+    let model = fixture("exports/llama-optimum/model.onnx");
+    lapidary([
+        "convert",
+        text(&model),
+        "-o",
+        text(&pkg),
+        "--target",
+        "cpu,tensorrt-rtx",
+        "--capacity",
+        "16",
+        "--prefill",
+        "16",
+        "--tensorrt-lib",
+        text(library.path()),
+    ])
+    .ok();
+    let path = pkg.join("manifest.json");
+    let mut manifest: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    manifest["weight_mode"] = "strip".into();
+    for engine in manifest["engines"].as_array_mut().unwrap() {
+        engine["weight_mode"] = "strip".into();
+        assert_eq!(engine["refit"], "none");
+    }
+    std::fs::write(&path, manifest.to_string()).unwrap();
+
+    // The same numbers rounded to halves.
+    let other = fixture("exports/llama-optimum-fp16/model.onnx");
+    let others = |flags: &[&str]| {
+        let run = lapidary(["refit", text(&pkg), "--from", text(&other)].iter().chain(flags));
+        assert_eq!(run.status, 2, "{}", run.stderr);
+        run.stderr
+    };
+    let refused = others(&[]);
+    assert!(
+        refused.contains("another weight set than this package had"),
+        "{refused}"
+    );
+    let refused = others(&["--mode", "general"]);
+    assert!(
+        refused.contains("take back only the weights that they were built with"),
+        "{refused}"
+    );
+    assert!(refused.contains("--refit general"), "{refused}");
+    // Its own are welcome.
+    lapidary(["refit", text(&pkg), "--from", text(&model)]).ok();
+}
+
 /// A plan is found again for the same network, and an embedded one for the same weights only.
 #[test]
 fn an_engine_cache_knows_what_a_plan_depends_on() {

@@ -61,12 +61,16 @@ pub enum OpenError {
 }
 
 impl OpenError {
-    /// Whether this machine or package simply has no GPU to run on, which `--device auto` passes over.
+    /// Whether this machine or package simply has no GPU or library to run on, which `--device auto` passes over. A library
+    /// that is there and cannot be used is refused: whoever named it wants to know.
     pub fn is_absence(&self) -> bool {
+        use crate::backend::tensorrt::LibraryError::{NotCompiled, NotFound};
         matches!(
             self,
             OpenError::NoEngines { .. }
-                | OpenError::Run(RunError::Driver(_) | RunError::Gpu { .. } | RunError::Library(_))
+                | OpenError::Run(
+                    RunError::Driver(_) | RunError::Gpu { .. } | RunError::Library(NotFound | NotCompiled)
+                )
         )
     }
 }

@@ -84,7 +84,8 @@ impl CudaDevice {
         })
     }
 
-    /// A network of each lowering that engines have: together they name every weight as any engine does.
+    /// A network of each lowering that engines have, for one token and for several, where other products can be fused:
+    /// together they name every weight as any engine does.
     pub(super) fn networks_by_lowering(&self) -> Result<Vec<Network>, DeviceError> {
         let mut seen = HashSet::new();
         let bound = self
@@ -92,7 +93,12 @@ impl CudaDevice {
             .iter()
             .filter(|slot| slot.facts.weight_mode == WeightMode::Bind);
         bound
-            .filter(|slot| seen.insert(&slot.facts.lowering))
+            .filter(|slot| {
+                seen.insert((
+                    &slot.facts.lowering,
+                    slot.facts.lowered_for().tokens == Tokens::Static(1),
+                ))
+            })
             .map(|slot| self.lowered(slot))
             .collect()
     }

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{CudaDevice, DeviceError};
-use crate::backend::tensorrt::Refit;
 use crate::backend::tensorrt::run::RunError;
 use crate::network::{Profile, WeightMode};
 use crate::package::manifest::{Engine, Manifest};
@@ -88,12 +87,11 @@ fn check<'e>(
     }
     for engine in engines {
         let profile = engine.profile;
-        match (engine.weight_mode, engine.refit) {
-            (WeightMode::Bind, _) | (WeightMode::Strip, Refit::General) => {}
-            (WeightMode::Strip, Refit::None | Refit::Identical) => {
-                return Err(SwapError::Identical { package, profile });
-            }
-            (WeightMode::Embed, _) => return Err(SwapError::Embedded { package, profile }),
+        if engine.takes_only_its_own_weights() {
+            return Err(SwapError::Identical { package, profile });
+        }
+        if engine.weight_mode == WeightMode::Embed {
+            return Err(SwapError::Embedded { package, profile });
         }
     }
     Ok(())
@@ -166,6 +164,7 @@ impl CudaDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::tensorrt::Refit;
     use crate::spec::Target;
 
     fn engine(weight_mode: WeightMode, refit: Refit) -> Engine {

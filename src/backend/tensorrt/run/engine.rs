@@ -164,9 +164,10 @@ impl Engine {
     /// The memory must hold the tensors (see [`Port::bytes`]) and live until the last run ended.
     pub unsafe fn bind<'n>(&mut self, ports: impl IntoIterator<Item = (&'n str, u64)>) -> Result<(), RunError> {
         for (name, address) in ports {
-            if self.bound.insert(name.to_string(), address) != Some(address) {
+            if self.bound.get(name) != Some(&address) {
                 self.recapture();
                 self.tell(name, address)?;
+                self.bound.insert(name.to_string(), address);
             }
         }
         Ok(())
