@@ -1,7 +1,7 @@
 """Tests that run on the GPU: the CPU executor's own cases on TensorRT (the test binary `executor` with
 LAPIDARY_TEST_BACKEND=tensorrt: one suite, two back ends), and those that only a GPU can show (the binary `gpu`).
 
-Each of the executor's tests has a process of its own: within one process TensorRT builds one engine at a time.
+Each of the executor's tests has a process of its own: within one process TensorRT loads one engine at a time.
 """
 
 import os

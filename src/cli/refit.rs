@@ -7,7 +7,6 @@ use super::progress::Progress;
 use super::{Failure, bytes, engines, print, print_json, words};
 use crate::lower;
 use crate::network::WeightMode;
-use crate::package::manifest::Engine;
 use crate::package::{self, MANIFEST, Manifest, Package, PlanCache, RefitError};
 use crate::spec::{Conversion, Tuned};
 use crate::weights::lora::Adapter;
@@ -50,9 +49,6 @@ enum Mode {
     Identical,
 }
 
-const CONVERT_FOR_GENERAL: &str =
-    "convert again with `--weights strip --refit general` for engines that take other weights";
-
 pub fn run(args: Args) -> Result<(), Failure> {
     let package = Package::open(&args.package)?;
     let manifest = &package.manifest;
@@ -70,23 +66,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
         .and_then(Path::file_name)
         .unwrap_or_default()
         .to_string_lossy();
-    // An engine stripped for an identical refit takes any weights at load and computes with them what it was not planned for.
-    let bound_to_their_own = manifest.engines.iter().any(Engine::takes_only_its_own_weights);
-    let identical = match args.mode {
-        Some(Mode::General) if bound_to_their_own => {
-            return Err(Failure::input(format!(
-                "{}: its engines were stripped for an identical refit and take back only the weights that they were built with",
-                args.package.display()
-            ))
-            .help(CONVERT_FOR_GENERAL));
-        }
-        Some(mode) => mode == Mode::Identical,
-        None => bound_to_their_own || manifest.refit == crate::backend::tensorrt::Refit::Identical,
-    };
     let options = package::Refit {
         source: &source,
         adapter: adapter.as_ref().map(|adapter| (&*name, adapter)),
-        identical,
+        identical: args.mode.map(|mode| mode == Mode::Identical),
         allowed: args.numbers.allowed(),
         extra_allowed: args.ignore_extra,
     };
@@ -170,6 +153,8 @@ impl From<RefitError> for Failure {
                 };
                 Failure::input(mismatch).help(help)
             }
+            RefitError::OnlyItsOwn { .. } => Failure::input(error)
+                .help("convert again with `--weights strip --refit general` for engines that take other weights"),
             RefitError::NotIdentical { .. } | RefitError::NeverHad { .. } => {
                 Failure::input(error).help("use --mode general if other weights are what you want")
             }

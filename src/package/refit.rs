@@ -3,10 +3,11 @@
 
 use std::collections::HashMap;
 
-use super::manifest::{RefitRecord, Weight, Weights};
+use super::manifest::{Engine, RefitRecord, Weight, Weights};
 use super::staging::{Staging, carry_over};
 use super::write::{Provenance, write_graph};
 use super::{Package, PackageError, Writer};
+use crate::backend::tensorrt;
 use crate::graph::{Constant, ValueId};
 use crate::network::WeightMode;
 use crate::weights::checks::{self, Allowed};
@@ -20,8 +21,8 @@ pub struct Refit<'a> {
     pub source: &'a Source,
     /// With the name of its folder.
     pub adapter: Option<(&'a str, &'a Adapter)>,
-    /// Refuse a weight set that is not the one the package had.
-    pub identical: bool,
+    /// Refuse a weight set that is not the one the package had. `None`: as the package was converted for.
+    pub identical: Option<bool>,
     pub allowed: Allowed,
     /// Tensors of the source that no weight is made of are no obstacle.
     pub extra_allowed: bool,
@@ -35,6 +36,11 @@ pub enum RefitError {
     Mismatch(#[from] Box<Mismatch>),
     #[error("{path}: made without weights, so none can be identical to those it had")]
     NeverHad { path: String },
+    /// Other weights were asked for. Such an engine takes any numbers at load and computes with them what it was not planned for.
+    #[error(
+        "{path}: its engines were stripped for an identical refit and take back only the weights that they were built with"
+    )]
+    OnlyItsOwn { path: String },
     /// Of an identical refit.
     #[error(
         "{source_path}: another weight set than this package had: {} of {of} weights differ, the first is {:?}{}",
@@ -112,14 +118,23 @@ pub fn turned(different: &[Different]) -> String {
 /// hold no weights; those that do are gone, and to be built again before it is finished.
 pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64)) -> Result<Writer, RefitError> {
     let manifest = &package.manifest;
+    let only_its_own = manifest.engines.iter().any(Engine::takes_only_its_own_weights);
+    if only_its_own && refit.identical == Some(false) {
+        return Err(RefitError::OnlyItsOwn {
+            path: package.folder.display().to_string(),
+        });
+    }
+    let identical = refit
+        .identical
+        .unwrap_or(only_its_own || manifest.refit == tensorrt::Refit::Identical);
     let adapter = refit.adapter.map(|(_, adapter)| adapter);
     let found = matched(&wanted(&manifest.weights), refit.source, adapter, refit.extra_allowed)?;
-    if refit.identical && manifest.weights.set_hash.is_empty() {
+    if identical && manifest.weights.set_hash.is_empty() {
         return Err(RefitError::NeverHad {
             path: package.folder.display().to_string(),
         });
     }
-    if refit.identical {
+    if identical {
         let different = different(&manifest.weights, &found)?;
         if !different.is_empty() {
             return Err(RefitError::NotIdentical {
