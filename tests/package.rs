@@ -199,6 +199,7 @@ fn engines_are_listed_with_the_weights_they_take() {
         weight_mode: WeightMode::Bind,
         refit: Refit::None,
         lowering: lapidary::lower::Options::default(),
+        built_with: None,
         tensorrt_version: "1.6.1".into(),
         build_ms: 1,
     };

@@ -68,7 +68,12 @@ pub fn open(package: &Package, wish: Wish<'_>) -> Result<Session, Failure> {
         Device::Auto if package.manifest.engines.is_empty() => open_cpu(package, wish.place.threads()),
         Device::Auto => match open_cuda(package, wish) {
             Ok(session) => Ok(session),
-            Err(refusal) if refusal.is_absence() => open_cpu(package, wish.place.threads()),
+            Err(refusal) if refusal.is_absence() => {
+                if let Some(why) = refusal.surprise() {
+                    eprintln!("note: running on the CPU: {why}");
+                }
+                open_cpu(package, wish.place.threads())
+            }
             Err(refusal) => Err(refusal.into()),
         },
     }
@@ -102,6 +107,14 @@ mod cuda {
         pub fn is_absence(&self) -> bool {
             matches!(self, Refusal::Open(error) if error.is_absence())
         }
+
+        /// Why the GPU that is here is not used. A machine that has none is no surprise.
+        pub fn surprise(&self) -> Option<String> {
+            match self {
+                Refusal::Open(error @ OpenError::Run(RunError::Gpu { .. })) => Some(error.to_string()),
+                _ => None,
+            }
+        }
     }
 
     impl From<Refusal> for Failure {
@@ -109,7 +122,10 @@ mod cuda {
             match refusal {
                 Refusal::Open(OpenError::Graph(error)) => error.into(),
                 Refusal::Open(OpenError::Package(error)) => error.into(),
-                Refusal::Open(error) => Failure::with_remedy(error),
+                Refusal::Open(error) => Failure {
+                    help: error.help(),
+                    ..Failure::input(error)
+                },
                 Refusal::Device(error) => error.into(),
             }
         }
@@ -138,6 +154,10 @@ struct Refusal;
 impl Refusal {
     fn is_absence(&self) -> bool {
         true
+    }
+
+    fn surprise(&self) -> Option<String> {
+        None
     }
 }
 

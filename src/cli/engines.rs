@@ -11,10 +11,11 @@ use super::interrupt::Listener;
 use super::progress::Progress;
 use super::{Failure, bytes};
 use crate::backend::tensorrt::{self, BuildOptions, BuildProgress, Library};
+use crate::graph::Graph;
 use crate::lower;
 use crate::network::{Logits, Profile, Tokens, WeightMode};
 use crate::package::manifest::Engine;
-use crate::package::{PlanCache, Writer};
+use crate::package::{Package, PackageError, PlanCache, Writer};
 use crate::spec::{Conversion, Target};
 
 /// The library that builds the engines of these targets, if any asks for engines.
@@ -52,17 +53,14 @@ pub(super) fn build(
     progress: &Progress,
 ) -> Result<(), Failure> {
     let package = writer.package();
-    let graph = match package.manifest.weights.stripped && conversion.weights == WeightMode::Bind {
-        // Bound weights come at load; only their shapes matter here.
-        true => package.architecture()?,
-        false => package.graph()?,
-    };
+    let graph = graph(&package, conversion)?;
     let profiles = profiles(conversion, capacities);
     let fractions = Arc::new(Mutex::new(vec![0f32; profiles.len()]));
     let Builder { library, model, cache } = builder;
     let manifest = &package.manifest;
     let constants = manifest.constants.as_ref().map_or("", |c| c.set_hash.as_str());
-    let weights = format!("{} {constants}", manifest.weights.set_hash);
+    let set_hash = manifest.weights.set_hash.clone();
+    let weights = format!("{set_hash} {constants}");
     // Ctrl-C stops the builds, and with them the conversion.
     let listener = Arc::new(Listener::new());
     let one = |i: usize| -> Result<(Built, HashSet<String>), Failure> {
@@ -72,7 +70,7 @@ pub(super) fn build(
         let taken = taken.map(str::to_string).collect();
         let mut options = BuildOptions {
             refit: conversion.refit,
-            decode_profile: conversion.one_engine,
+            decode_profile: served_by(&profiles[i], conversion.one_engine).len() > 1,
             observer: None,
         };
         let key = cache
@@ -110,12 +108,7 @@ pub(super) fn build(
     };
     progress.step("engines");
     let indices: Vec<usize> = (0..profiles.len()).collect();
-    let at_once = match conversion.weights {
-        WeightMode::Bind => builders(),
-        // With embedded weights a build takes twice their size of memory.
-        WeightMode::Embed | WeightMode::Strip => 1,
-    };
-    for batch in indices.chunks(at_once) {
+    for batch in indices.chunks(at_once(conversion.weights)) {
         if listener.interrupted() {
             return Err(Failure::interrupted());
         }
@@ -134,7 +127,7 @@ pub(super) fn build(
                 Built::Kept(plan) => (&plan[..], Duration::ZERO),
             };
             for (i, serves) in served_by(&profile, conversion.one_engine).into_iter().enumerate() {
-                let engine = Engine {
+                let mut engine = Engine {
                     file: String::new(),
                     bytes: 0,
                     blake3: String::new(),
@@ -145,9 +138,11 @@ pub(super) fn build(
                     weight_mode: conversion.weights,
                     refit: conversion.refit,
                     lowering: conversion.lowering_of(&profile),
+                    built_with: None,
                     tensorrt_version: library.version().to_string(),
                     build_ms: elapsed.as_millis() as u64,
                 };
+                engine.built_with = engine.takes_only_its_own_weights().then(|| set_hash.clone());
                 writer.engine(engine, plan, &taken)?;
             }
             let how = match &built {
@@ -163,17 +158,33 @@ pub(super) fn build(
     }
 }
 
-/// Engines without weights of their own that are built at once: a build keeps one core busy, and loading one another.
-pub(super) fn builders() -> usize {
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    (cores / 2).clamp(1, 6)
+/// What engines are lowered from, without the weights' bytes where they come at load and only their shapes matter.
+pub(super) fn graph(package: &Package, conversion: &Conversion) -> Result<Graph, PackageError> {
+    match package.manifest.weights.stripped && conversion.weights == WeightMode::Bind {
+        true => package.architecture(),
+        false => package.graph(),
+    }
 }
 
-/// What is built: decode at every capacity, prefill wherever a chunk fits; or one engine a capacity.
+/// Engines that are built at once: a build keeps one core busy, and loading one another.
+pub(super) fn at_once(weights: WeightMode) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    match weights {
+        WeightMode::Bind => (cores / 2).clamp(1, 6),
+        // With embedded weights a build takes twice their size of memory.
+        WeightMode::Embed | WeightMode::Strip => 1,
+    }
+}
+
+/// What is built: decode at every capacity, prefill wherever a chunk fits; or one engine for both where a chunk fits.
 pub(super) fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Profile> {
     let mut profiles = Vec::new();
     for capacity in capacities {
-        if !conversion.one_engine {
+        let fits = |tokens: &Tokens| match *tokens {
+            Tokens::Static(n) => n <= *capacity,
+            Tokens::Dynamic { min, .. } => min <= *capacity,
+        };
+        if !(conversion.one_engine && conversion.prefill.tokens().iter().any(fits)) {
             profiles.push(Profile::decode(*capacity));
         }
         for tokens in conversion.prefill.tokens() {
@@ -200,9 +211,9 @@ pub(super) fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Pro
 
 /// The profiles that an engine runs, in the order of its optimization profiles.
 fn served_by(built: &Profile, one_engine: bool) -> Vec<Profile> {
-    match one_engine {
-        true => vec![Profile::decode(built.capacity), *built],
-        false => vec![*built],
+    match built.tokens {
+        Tokens::Dynamic { .. } if one_engine => vec![Profile::decode(built.capacity), *built],
+        _ => vec![*built],
     }
 }
 
@@ -238,6 +249,11 @@ mod tests {
         assert_eq!(
             names("{capacity: [256], prefill: {min: 1, opt: 128, max: 512}, one_engine: true}"),
             ["b1-t1_128_256-c256"]
+        );
+        // Where no chunk fits there is still something to decode with.
+        assert_eq!(
+            names("{capacity: [16, 32], prefill: {min: 24, opt: 24, max: 24}, one_engine: true}"),
+            ["b1-t1-c16", "b1-t24_24_24-c32"]
         );
     }
 }

@@ -238,20 +238,24 @@ impl From<GenerateError> for Failure {
 
 impl From<tensorrt::LibraryError> for Failure {
     fn from(error: tensorrt::LibraryError) -> Self {
-        Failure::with_remedy(error)
+        Failure {
+            help: error.help(),
+            ..Failure::input(error)
+        }
     }
 }
 
 impl From<tensorrt::Error> for Failure {
     fn from(error: tensorrt::Error) -> Self {
         use tensorrt::Error;
-        match error {
-            Error::Library(error) => error.into(),
-            Error::NeedsGpu { .. } | Error::Weight { .. } | Error::Profile { .. } => Failure::with_remedy(error),
-            other => Failure {
-                status: 1,
-                ..Failure::with_remedy(other)
-            },
+        let status = match error {
+            Error::Library(_) | Error::NeedsGpu { .. } | Error::Weight { .. } | Error::Profile { .. } => 2,
+            _ => 1,
+        };
+        Failure {
+            status,
+            help: error.help(),
+            ..Failure::input(error)
         }
     }
 }

@@ -11,15 +11,14 @@ use crate::spec::Conversion;
 pub(super) fn check(library: &Library) -> Result<(), Failure> {
     match crate::backend::tensorrt::run::Runtime::new(library) {
         Ok(_) => Ok(()),
-        Err(error) => Err(refusal(&error.to_string())),
+        Err(error) => Err(refusal(&error)),
     }
 }
 
 #[cfg(feature = "engines")]
-fn refusal(error: &str) -> Failure {
+fn refusal(error: &crate::backend::tensorrt::run::RunError) -> Failure {
     // What these errors advise is for running, not for tuning.
-    let what = error.rsplit_once("; ").map_or(error, |(what, _)| what);
-    Failure::input(format!("--tune measures on the GPU of this machine: {what}")).help(
+    Failure::input(format!("--tune measures on the GPU of this machine: {error}")).help(
         "leave --tune out for the choices that were best elsewhere, or take them from a machine with such a GPU: \
          `convert --tune --save-spec FILE` there, `convert --spec FILE` here",
     )
@@ -37,7 +36,7 @@ pub(super) fn tune(
     use super::engines;
     use crate::tune::measure::{TuneError, tune};
 
-    let graph = writer.package().architecture()?;
+    let graph = engines::graph(&writer.package(), conversion)?;
     let profiles = engines::profiles(conversion, capacities);
     progress.step("tuning");
     // Attempts are few enough to be told one by one, and long enough for somebody to wonder.
@@ -52,12 +51,12 @@ pub(super) fn tune(
         library,
         &graph,
         &profiles,
-        &conversion.lowering,
-        engines::builders(),
+        (&conversion.lowering, conversion.refit),
+        engines::at_once(conversion.weights),
         told,
     );
     let tuning = tuning.map_err(|error| match error {
-        TuneError::Gpu(error) => refusal(&error.to_string()),
+        TuneError::Gpu(error) => refusal(&error),
         other => Failure::input(other),
     })?;
     for profile in &tuning.profiles {

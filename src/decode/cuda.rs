@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use super::device::{Chunk, Device, DeviceError};
 use super::instruments::Instruments;
 use crate::backend::tensorrt::Library;
-use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Event, Pinned, RunError, Runtime, Stream};
+use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Pinned, RunError, Runtime, Stream, trial};
 use crate::graph::Graph;
 use crate::network::{Profile, Tokens};
 use crate::package::manifest;
-use crate::package::{ENGINES, Package};
+use crate::package::{ENGINES, KERNELS, Package};
 use crate::spec::Target;
 
 mod cache;
@@ -25,6 +25,7 @@ mod control;
 mod error;
 mod facts;
 mod load;
+mod scratch;
 mod swap;
 mod weights;
 
@@ -145,6 +146,15 @@ impl CudaDevice {
                 package: package.folder.clone(),
             });
         }
+        if let Some(slot) = slots
+            .iter()
+            .find(|s| !s.facts.takes(&package.manifest.weights.set_hash))
+        {
+            return Err(OpenError::OtherWeights {
+                package: package.folder.clone(),
+                profile: slot.profile,
+            });
+        }
         let runtime = Runtime::new(library)?;
         let graph = package.graph()?;
         let vocabulary = package.vocabulary()?;
@@ -220,29 +230,23 @@ impl CudaDevice {
         }
     }
 
+    /// The slot of what ran last. There is none at first, and after its engine was unloaded.
+    fn last_slot(&self) -> Result<usize, DeviceError> {
+        let ran = |slot: &Slot| slot.loaded.is_some() && Some(slot.profile) == self.last;
+        let found = self.slots.iter().position(ran);
+        found.ok_or_else(|| DeviceError {
+            device: self.runtime.gpu().to_string(),
+            message: "no engine is loaded that has run".to_string(),
+            help: Some("feed a token first".to_string()),
+        })
+    }
+
     /// GPU time of the engine that ran last, run `times` more with the same inputs and nothing in between: its mean.
     pub fn time_again(&mut self, times: usize) -> Result<Duration, DeviceError> {
-        let profile = self.last.expect("something ran before");
-        let at = self
-            .slots
-            .iter()
-            .position(|slot| slot.profile == profile)
-            .expect("it ran");
-        let engine = &mut self.slots[at].loaded.as_mut().expect("it ran").engine;
-        let mut run = || -> Result<Duration, RunError> {
-            let (start, end) = (Event::new(self.runtime.cuda())?, Event::new(self.runtime.cuda())?);
-            for _ in 0..3 {
-                engine.enqueue(&self.stream)?;
-            }
-            start.record(&self.stream)?;
-            for _ in 0..times {
-                engine.enqueue(&self.stream)?;
-            }
-            end.record(&self.stream)?;
-            end.wait()?;
-            Ok(end.since(&start)? / times as u32)
-        };
-        run().map_err(|error| device_error(self.runtime.gpu(), error))
+        let at = self.last_slot()?;
+        let engine = &mut self.slots[at].loaded.as_mut().expect("found loaded").engine;
+        let timed = trial::time(&self.runtime, engine, &self.stream, times as u32);
+        timed.map_err(|error| device_error(self.runtime.gpu(), error))
     }
 
     fn failed(&self, error: RunError) -> DeviceError {
@@ -279,16 +283,20 @@ impl CudaDevice {
     }
 
     fn run(&mut self, at: usize, rows: usize) -> Result<(), RunError> {
+        let loaded = self.slots[at].loaded.as_mut().expect("made ready before");
+        if loaded.tokens != rows {
+            loaded.engine.set_tokens(rows)?;
+            loaded.tokens = rows;
+            // Provided for the most tokens; fewer could still be computed in a way that wants more.
+            let bytes = loaded.engine.scratch_bytes();
+            self.provide_scratch(bytes)?;
+        }
         let cache = self.cache.as_ref().expect("reserved before");
         let loaded = self.slots[at].loaded.as_mut().expect("made ready before");
         if loaded.cache != cache.address() {
             // SAFETY: the cache is replaced in `reserve` alone, after all work is done, and is then bound anew here.
             unsafe { loaded.engine.bind(cache.ports())? };
             loaded.cache = cache.address();
-        }
-        if loaded.tokens != rows {
-            loaded.engine.set_tokens(rows)?;
-            loaded.tokens = rows;
         }
         self.control.upload(&self.stream)?;
         loaded.engine.enqueue(&self.stream)
@@ -300,6 +308,15 @@ impl CudaDevice {
         self.control.write(tokens, position, chunk.rows);
         self.last = Some(self.slots[at].profile);
         self.run(at, chunk.rows).map_err(|error| self.failed(error))
+    }
+
+    /// What was queued before an error still reads the inputs, which the next call writes.
+    fn settled<T>(&self, result: Result<T, DeviceError>) -> Result<T, DeviceError> {
+        if result.is_err() {
+            // The first error is the one to tell.
+            let _ = self.stream.wait();
+        }
+        result
     }
 
     /// Waits for what is queued; `start` is when the call began.
@@ -343,6 +360,7 @@ impl Device for CudaDevice {
     }
 
     fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError> {
+        let known = self.slot(1, capacity).is_some_and(|at| self.slots[at].loaded.is_some());
         let at = self.ready(1, capacity)?;
         if live == 0 && self.cache.is_some() {
             // Nothing to keep: two caches at once could be more than there is room for.
@@ -358,18 +376,30 @@ impl Device for CudaDevice {
             self.stream.wait()?;
             Ok(cache)
         });
-        let cache = moved.map_err(|error| match error {
-            RunError::Memory { needed, free, .. } => self.failed(RunError::Memory {
+        let error = match moved {
+            Ok(cache) => {
+                self.cache = Some(cache);
+                self.capacity = capacity;
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        if !known {
+            // No use without its cache.
+            self.slots[at].loaded = None;
+            self.trim_scratch().map_err(|error| self.failed(error))?;
+        }
+        Err(self.failed(match error {
+            RunError::Memory { needed, free, .. } => RunError::Memory {
                 what: format!("a cache of {capacity} tokens"),
                 needed,
                 free,
-                fits: cache::fitting(&self.capacities, capacity, needed, free),
-            }),
-            other => self.failed(other),
-        })?;
-        self.cache = Some(cache);
-        self.capacity = capacity;
-        Ok(())
+                // The one that is held fits by itself.
+                fits: cache::fitting(&self.capacities, capacity, needed, free)
+                    .max(self.cache.as_ref().map(|_| self.capacity)),
+            },
+            other => other,
+        }))
     }
 
     fn forward(
@@ -380,8 +410,8 @@ impl Device for CudaDevice {
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
         let start = Instant::now();
-        self.start(chunk, tokens, position)?;
-        self.download()?;
+        let queued = self.start(chunk, tokens, position).and_then(|()| self.download());
+        self.settled(queued)?;
         self.wait(start)?;
         self.downloaded(logits);
         Ok(())
@@ -395,9 +425,11 @@ impl Device for CudaDevice {
         logits: &mut Vec<f32>,
     ) -> Result<Option<u32>, DeviceError> {
         let start = Instant::now();
-        self.start(chunk, tokens, position)?;
-        let queued = self.argmax.enqueue(&self.stream, &self.logits, self.vocabulary);
-        queued.map_err(|error| self.failed(error))?;
+        let queued = self.start(chunk, tokens, position).and_then(|()| {
+            let queued = self.argmax.enqueue(&self.stream, &self.logits, self.vocabulary);
+            queued.map_err(|error| self.failed(error))
+        });
+        self.settled(queued)?;
         self.wait(start)?;
         logits.clear();
         let best = self.argmax.result();
@@ -427,15 +459,17 @@ impl Drop for CudaDevice {
 /// user's cache folder.
 pub fn kernels_folder(package: &Package) -> Option<PathBuf> {
     if let Some(folder) = std::env::var_os("LAPIDARY_CACHE") {
-        return (!folder.is_empty()).then(|| PathBuf::from(folder).join("kernels"));
+        return (!folder.is_empty()).then(|| PathBuf::from(folder).join(KERNELS));
     }
-    let inside = package.folder.join(ENGINES).join("kernels");
-    if std::fs::create_dir_all(&inside).is_ok() && can_write(&inside) {
+    let engines = package.folder.join(ENGINES);
+    let inside = engines.join(KERNELS);
+    // It is made when there is something to keep.
+    if can_write(if inside.is_dir() { &inside } else { &engines }) {
         return Some(inside);
     }
     let home = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
-    Some(home?.join("lapidary").join("kernels"))
+    Some(home?.join("lapidary").join(KERNELS))
 }
 
 /// On a read-only disk a folder may be there from before.

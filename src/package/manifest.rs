@@ -154,6 +154,10 @@ pub struct Engine {
     /// The choices of its lowering, which say what its weights are.
     #[serde(default)]
     pub lowering: crate::lower::Options,
+    /// The weight set that TensorRT planned it with, where it must get the same one at load
+    /// ([`Engine::takes_only_its_own_weights`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub built_with: Option<String>,
     /// Version of the library that built it, for example `1.6.1`.
     pub tensorrt_version: String,
     /// Wall-clock time; 0 for a plan that an engine cache had.
@@ -174,6 +178,11 @@ impl Engine {
     /// without a word.
     pub fn takes_only_its_own_weights(&self) -> bool {
         self.weight_mode == WeightMode::Strip && self.refit != Refit::General
+    }
+
+    /// Whether it may run with this weight set. Packages of before do not tell what theirs was.
+    pub fn takes(&self, set_hash: &str) -> bool {
+        !self.takes_only_its_own_weights() || self.built_with.as_deref().is_none_or(|own| own == set_hash)
     }
 }
 

@@ -43,6 +43,8 @@ pub const GRAPH: &str = "graph.onnx";
 pub const WEIGHTS: &str = "weights.safetensors";
 pub const CONSTANTS: &str = "constants.safetensors";
 pub const ENGINES: &str = "engines";
+/// In [`ENGINES`]: what TensorRT compiled when it loaded them, kept for the next process. No part of the package proper.
+pub const KERNELS: &str = "kernels";
 pub const TOKENIZER: &str = "tokenizer";
 
 pub(crate) fn manifest_path(folder: &Path) -> PathBuf {

@@ -1,7 +1,7 @@
 //! Plans kept from earlier conversions: an engine that is the same in all that TensorRT sees is not built twice.
 //!
 //! The key is a hash over the network (every layer, shape, name and small constant), how its weights enter, the refit
-//! mode and the library's version, with full TensorRT the GPU too. Where the plan depends on the weights' values, because it holds them or may be refitted
+//! mode, the code that makes a plan of it and the library's version, with full TensorRT the GPU too. Where the plan depends on the weights' values, because it holds them or may be refitted
 //! with nothing else, their hash is part of the key too: so an identical refit never meets a plan made for other weights,
 //! and a general or bound one is found again for every fine-tune.
 
@@ -10,7 +10,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use super::staging::{sweep, temporary_name};
-use crate::backend::tensorrt::{BuildOptions, Refit};
+use crate::backend::tensorrt::{BuildOptions, EMITTER, Refit};
 use crate::network::{LayerKind, Network, WeightMode};
 
 /// A folder of plans.
@@ -34,6 +34,7 @@ impl PlanCache {
             hasher.update(&(bytes.len() as u64).to_le_bytes());
             hasher.update(bytes);
         };
+        part(EMITTER.as_bytes());
         part(network.to_string().as_bytes());
         // The text leaves long constants out.
         for layer in &network.layers {

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use super::manifest::{Engine, RefitRecord, Weight, Weights};
-use super::staging::{Staging, carry_over};
+use super::staging::{Staging, carry_kernels, carry_over};
 use super::write::{Provenance, write_graph};
 use super::{Package, PackageError, Writer};
 use crate::backend::tensorrt;
@@ -216,5 +216,6 @@ pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64
     });
     new.engines.retain(|engine| engine.weight_mode != WeightMode::Embed);
     carry_over(package, &staging, &new)?;
+    carry_kernels(package, &staging);
     Ok(Writer::resume(staging, true, new))
 }

@@ -12,7 +12,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::error::PackageError;
-use super::{Manifest, Package, manifest_path};
+use super::{ENGINES, KERNELS, Manifest, Package, manifest_path};
 
 /// Folders being written by this process.
 static OPEN: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
@@ -92,6 +92,23 @@ pub fn carry_over(from: &Package, to: &Staging, manifest: &Manifest) -> Result<(
         }
     }
     Ok(())
+}
+
+/// The kernels that were kept for a package's engines too: they are found by the plan's bytes, which may be the same. Without
+/// them the next load only takes longer.
+pub fn carry_kernels(from: &Package, to: &Staging) {
+    let kept = Path::new(ENGINES).join(KERNELS);
+    let (from, to) = (from.folder.join(&kept), to.folder().join(&kept));
+    let Ok(entries) = fs::read_dir(from) else { return };
+    if fs::create_dir_all(&to).is_err() {
+        return;
+    }
+    for entry in entries.flatten() {
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        if fs::hard_link(&source, &target).is_err() {
+            let _ = fs::copy(&source, &target);
+        }
+    }
 }
 
 impl Drop for Staging {

@@ -2,8 +2,8 @@
 //!
 //! Takes a canonical graph and profiles, asks the questions of [`lower::candidates`] one after the other, builds every
 //! alternative and runs it with made-up numbers; gives the winner of each profile with everything that was tried. Weights
-//! are taken as bound while measuring, whatever the package does with them: then a build needs no bytes of them, and what
-//! is measured is the kernels. Nothing here decides what a package is; `cli::convert` and specs do.
+//! are carried as the package will carry them: TensorRT plans other kernels around constants than around inputs. Nothing
+//! here decides what a package is; `cli::convert` and specs do.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{Attempt, ProfileTuning, Tuning};
 use crate::backend::tensorrt::run::{Engine, LoadOptions, RunError, Runtime, Stream, trial};
-use crate::backend::tensorrt::{self, BuildOptions, Library};
+use crate::backend::tensorrt::{self, BuildOptions, Library, Refit};
 use crate::graph::Graph;
 use crate::lower::candidates::{QUESTIONS, question};
 use crate::lower::{self, LowerError, Options};
-use crate::network::{Profile, Tokens, WeightMode};
+use crate::network::{Profile, Tokens};
 
 /// Alternatives have to be better by this much to be chosen: below it is noise.
 const WORTH: f64 = 0.005;
@@ -33,12 +33,13 @@ pub enum TuneError {
     Nothing { profile: String, message: String },
 }
 
-/// Tunes every profile, several builds at a time, one measurement at a time. `told` hears of every attempt.
+/// Tunes every profile, several builds at a time, one measurement at a time. `graph` has the weights' bytes unless `base`
+/// binds them; `refit` is what engines are built for. `told` hears of every attempt.
 pub fn tune(
     library: &Library,
     graph: &Graph,
     profiles: &[Profile],
-    base: &Options,
+    (base, refit): (&Options, Refit),
     threads: usize,
     told: impl Fn(&Profile, &Attempt) + Sync,
 ) -> Result<Tuning, TuneError> {
@@ -49,6 +50,7 @@ pub fn tune(
     let bench = Bench {
         library,
         graph,
+        refit,
         gpu: Mutex::new(()),
     };
     let mut tuned = Vec::new();
@@ -71,10 +73,7 @@ fn of_profile(
     told: &(impl Fn(&Profile, &Attempt) + Sync),
 ) -> Result<ProfileTuning, TuneError> {
     let mut tried = Vec::new();
-    let mut now = Options {
-        weight_mode: WeightMode::Bind,
-        ..base.clone()
-    };
+    let mut now = base.clone();
     let first = bench.attempt(profile, "as it is", "as it is", &now);
     told(profile, &first);
     let Some(untuned_ms) = first.ms else {
@@ -101,7 +100,6 @@ fn of_profile(
         }
         tried.extend(attempts);
     }
-    now.weight_mode = base.weight_mode;
     Ok(ProfileTuning {
         profile: profile.to_string(),
         lowering: now,
@@ -114,6 +112,7 @@ fn of_profile(
 struct Bench<'a> {
     library: &'a Library,
     graph: &'a Graph,
+    refit: Refit,
     /// Held by whoever measures: its memory and its time are the GPU's.
     gpu: Mutex<()>,
 }
@@ -141,7 +140,11 @@ impl Bench<'_> {
         attempt: &mut Attempt,
     ) -> Result<(), Box<dyn std::error::Error>> {
         let network = lower::lower(self.graph, profile, options)?;
-        let plan = tensorrt::build(self.library, &network, &BuildOptions::default())?;
+        let options = BuildOptions {
+            refit: self.refit,
+            ..BuildOptions::default()
+        };
+        let plan = tensorrt::build(self.library, &network, &options)?;
         attempt.build_s = Some(plan.elapsed().as_secs_f64());
         // TensorRT's objects stay in the thread that made them.
         let runtime = Runtime::new(self.library)?;

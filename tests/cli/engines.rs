@@ -49,9 +49,13 @@ fn convert_builds_the_engines_that_info_names() {
     let told = lapidary(["info", text(&pkg)]).ok().stdout;
     assert!(labels.iter().all(|label| told.contains(label)), "{told}");
 
-    // Other weights change nothing of that, for tables neither.
+    // Other weights change nothing of that, for tables neither. What was compiled for these plans stays with them.
     let model = fixture("exports/llama-optimum/model.onnx");
+    let kernels = pkg.join("engines/kernels");
+    std::fs::create_dir(&kernels).unwrap();
+    std::fs::write(kernels.join("a.kernels"), "compiled").unwrap();
     lapidary(["refit", text(&pkg), "--from", text(&model)]).ok();
+    assert_eq!(std::fs::read_to_string(kernels.join("a.kernels")).unwrap(), "compiled");
     let after = lapidary(["info", text(&pkg), "--json", "--check"]).ok().json();
     assert_eq!(after["engines"], info["engines"]);
     assert_eq!(after["constants"], info["constants"]);

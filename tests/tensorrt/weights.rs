@@ -57,7 +57,7 @@ fn a_bound_weight_needs_no_bytes_and_an_embedded_one_does() {
         matches!(&error, Error::Weight { weight, .. } if weight == "proj.weight"),
         "{error}"
     );
-    assert!(error.to_string().contains("lapidary refit"), "{error}");
+    assert!(error.help().unwrap().contains("`lapidary refit`"), "{error}");
 }
 
 #[test]
@@ -116,7 +116,7 @@ fn refittable_weights_build_with_a_driver_and_say_so_without() {
         } else {
             let error = built.unwrap_err();
             assert!(matches!(error, Error::NeedsGpu { .. }), "{error}");
-            assert!(error.to_string().contains("--weights bind"), "{error}");
+            assert!(error.help().unwrap().contains("--weights bind"), "{error}");
         }
     }
     // Bound weights can be exchanged at any time, so a wish to refit asks nothing of TensorRT.

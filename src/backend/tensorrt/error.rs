@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::flavour::{FLAVOUR, Flavour};
 use crate::graph::ConstantError;
 
-/// Errors of the TensorRT back end. Each message is complete: it names what is wrong and what to do.
+/// Errors of the TensorRT back end. [`Error::help`] says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The machine's set-up: no library, or none that fits.
@@ -13,14 +13,11 @@ pub enum Error {
     Library(#[from] LibraryError),
 
     /// Refittable and stripped engines need a CUDA driver at build time, and all those of full TensorRT.
-    #[error(
-        "{what} needs a CUDA driver and GPU at build time, and {reason}; build on a machine with an NVIDIA GPU, or {}",
-        FLAVOUR.without_gpu
-    )]
+    #[error("{what} needs a CUDA driver and GPU at build time, and {reason}")]
     NeedsGpu { what: &'static str, reason: String },
 
     /// A weight that must lie in the plan has no bytes.
-    #[error("the weight {weight:?} goes into the plan of {network:?}: {source}")]
+    #[error("the weight {weight:?} goes into the plan of {network:?}, and the package was stripped of it")]
     Weight {
         network: String,
         weight: String,
@@ -28,7 +25,7 @@ pub enum Error {
     },
 
     /// The layer list breaks a rule of its own or names a type that TensorRT has not. A bug of the lowering.
-    #[error("the network {network:?} is not well formed at layer {layer:?}: {reason}; please report this as a bug")]
+    #[error("the network {network:?} is not well formed at layer {layer:?}: {reason}")]
     Malformed {
         network: String,
         layer: String,
@@ -44,10 +41,7 @@ pub enum Error {
     },
 
     /// TensorRT took the layer but gives its output another type or shape than the network says. A bug of the lowering.
-    #[error(
-        "TensorRT infers {inferred} for the tensor {tensor:?} of layer {layer}, the network says {declared}; please \
-         report this as a bug"
-    )]
+    #[error("TensorRT infers {inferred} for the tensor {tensor:?} of layer {layer}, the network says {declared}")]
     Inference {
         layer: Box<LayerContext>,
         tensor: String,
@@ -67,9 +61,7 @@ pub enum Error {
     },
 
     /// The token counts do not make an optimization profile.
-    #[error(
-        "token counts {min}:{opt}:{max} do not make an optimization profile for {network:?}: give 1 <= min <= opt <= max"
-    )]
+    #[error("token counts {min}:{opt}:{max} do not make an optimization profile for {network:?}")]
     Profile {
         network: String,
         min: usize,
@@ -86,25 +78,36 @@ pub enum Error {
     Start { message: String },
 }
 
-/// Which library, and why it cannot be used.
+/// What to do about bugs of our own.
+const REPORT: &str = "this is a bug in Lapidary; please report it with the export";
+
+impl Error {
+    /// What to do about it.
+    pub fn help(&self) -> Option<String> {
+        Some(match self {
+            Error::Library(error) => return error.help(),
+            Error::NeedsGpu { .. } => format!("build on a machine with an NVIDIA GPU, or {}", FLAVOUR.without_gpu),
+            Error::Weight { .. } => "bring the weights back with `lapidary refit`".to_string(),
+            Error::Malformed { .. } | Error::Inference { .. } => REPORT.to_string(),
+            Error::Profile { .. } => "give 1 <= min <= opt <= max".to_string(),
+            Error::Layer { .. } | Error::Build { .. } | Error::Cancelled { .. } | Error::Start { .. } => return None,
+        })
+    }
+}
+
+/// Which library, and why it cannot be used. [`LibraryError::help`] says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LibraryError {
-    #[error("this lapidary was compiled without TensorRT; build it with `cargo build --features tensorrt-rtx`")]
+    #[error("this lapidary was compiled without TensorRT")]
     NotCompiled,
 
     /// Engines of the other TensorRT were asked for.
-    #[error(
-        "this lapidary was compiled for {}, not for {}; take `--target {}`, or build another with `cargo build \
-         --no-default-features --features {}`", FLAVOUR.product, asked.product, FLAVOUR.feature, asked.feature
-    )]
+    #[error("this lapidary was compiled for {}, not for {}", FLAVOUR.product, asked.product)]
     OtherFlavour { asked: &'static Flavour },
 
     #[error(
-        "no {} library found; install {}, or give its path with --tensorrt-lib or {} (looked for the Python package {} and \
-         for {} on the loader's path)",
+        "no {} library found (looked for the Python package {} and for {} on the loader's path)",
         FLAVOUR.product,
-        FLAVOUR.install,
-        FLAVOUR.variable,
         FLAVOUR.python_package,
         FLAVOUR.libraries.join(", ")
     )]
@@ -114,7 +117,7 @@ pub enum LibraryError {
     Missing { path: PathBuf, by: super::Source },
 
     #[error(
-        "the folder {path:?} given by {by} holds no {}, and neither does a folder lib in it; give the library itself",
+        "the folder {path:?} given by {by} holds no {}, and neither does a folder lib in it",
         FLAVOUR.libraries.join(" or ")
     )]
     NotInFolder { path: PathBuf, by: super::Source },
@@ -126,16 +129,44 @@ pub enum LibraryError {
     NotTensorRt { path: PathBuf, symbol: &'static str },
 
     #[error(
-        "{path:?} is TensorRT {version}, and this lapidary needs {} {}.x from {} on; install {}",
+        "{path:?} is TensorRT {version}, and this lapidary needs {} {}.x from {} on",
         FLAVOUR.product,
         FLAVOUR.headers.major,
-        FLAVOUR.headers,
-        FLAVOUR.install
+        FLAVOUR.headers
     )]
     Version { path: PathBuf, version: super::Version },
 
     #[error("a process can use one TensorRT library: {loaded:?} is loaded, {asked:?} was asked for")]
     AnotherLoaded { loaded: PathBuf, asked: PathBuf },
+}
+
+impl LibraryError {
+    /// What to do about it.
+    pub fn help(&self) -> Option<String> {
+        let install = || format!("install {}", FLAVOUR.install);
+        let by_path = || format!("with --tensorrt-lib or {}", FLAVOUR.variable);
+        let library = FLAVOUR.libraries[0];
+        Some(match self {
+            LibraryError::NotCompiled => "build it with `cargo build --features tensorrt-rtx`".to_string(),
+            LibraryError::OtherFlavour { asked } => format!(
+                "take `--target {}`, or build another with `cargo build --no-default-features --features {}`",
+                FLAVOUR.feature, asked.feature
+            ),
+            LibraryError::NotFound => format!("{}, or give its path {}", install(), by_path()),
+            LibraryError::Missing { .. } => {
+                format!(
+                    "give the path of {library} {}, or nothing to have it looked for",
+                    by_path()
+                )
+            }
+            LibraryError::NotInFolder { .. } => "give the library itself".to_string(),
+            LibraryError::NotALibrary { .. } | LibraryError::NotTensorRt { .. } => {
+                format!("give the path of {library} {}, or {}", by_path(), install())
+            }
+            LibraryError::Version { .. } => install(),
+            LibraryError::AnotherLoaded { .. } => "use the other in a process of its own".to_string(),
+        })
+    }
 }
 
 /// A layer as error messages show it.

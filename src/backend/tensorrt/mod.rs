@@ -59,6 +59,9 @@ use crate::network::Network;
 #[cfg(doc)]
 use crate::network::{Tokens, WeightMode};
 
+/// Digest of the sources that turn a network into a plan (`build.rs`): for caches of plans.
+pub const EMITTER: &str = env!("LAPIDARY_EMITTER");
+
 /// Which weights of an engine can be replaced after it is built.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::driver::{self, Driver};
+use super::error::LibraryError;
 use super::flavour::{FLAVOUR, Flavour};
 use super::library::{Library, Source, Version};
 
@@ -69,22 +70,25 @@ impl Ability {
 pub fn probe(explicit: Option<&Path>) -> Report {
     let library = Library::load(explicit);
     let driver = driver::driver();
-    let problem_of = |error: &dyn std::fmt::Display| error.to_string();
+    let with_help = |error: &LibraryError| match error.help() {
+        Some(help) => format!("{error}; {help}"),
+        None => error.to_string(),
+    };
 
     let build = match (&library, &driver) {
-        (Err(error), _) => Ability::no(error.to_string()),
+        (Err(error), _) => Ability::no(with_help(error)),
         (Ok(_), Err(error)) if !FLAVOUR.builds_without_gpu => Ability::no(error.to_string()),
         (Ok(_), _) => Ability::yes(),
     };
     let build_refittable = match (&library, &driver) {
-        (Err(error), _) => Ability::no(error.to_string()),
+        (Err(error), _) => Ability::no(with_help(error)),
         (Ok(_), Err(error)) => Ability::no(format!(
             "{error}; bound weights (`--weights bind`) need none and can be exchanged as well"
         )),
         (Ok(_), Ok(_)) => Ability::yes(),
     };
     let run = match (&library, &driver) {
-        (Err(error), _) => Ability::no(error.to_string()),
+        (Err(error), _) => Ability::no(with_help(error)),
         (Ok(_), Err(error)) => Ability::no(format!("{error}; the CPU executor runs every package")),
         (Ok(_), Ok(driver)) if !driver.runs_cuda(OLDEST_CUDA) => Ability::no(format!(
             "the NVIDIA driver runs CUDA up to {}, {} needs {OLDEST_CUDA}.0 at least; update the driver",
@@ -95,13 +99,13 @@ pub fn probe(explicit: Option<&Path>) -> Report {
     Report {
         compiled: cfg!(feature = "engines"),
         product: FLAVOUR.product,
-        library_problem: library.as_ref().err().map(|e| problem_of(e)),
+        library_problem: library.as_ref().err().map(with_help),
         library: library.ok().map(|library| LibraryFacts {
             path: library.path().to_path_buf(),
             version: library.version().to_string(),
             source: library.source(),
         }),
-        driver_problem: driver.as_ref().err().map(|e| problem_of(e)),
+        driver_problem: driver.as_ref().err().map(ToString::to_string),
         driver: driver.ok(),
         build,
         build_refittable,

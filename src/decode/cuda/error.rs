@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 
 use crate::backend::tensorrt::FLAVOUR;
-use crate::backend::tensorrt::run::{Engine, Port, RunError};
+use crate::backend::tensorrt::run::{Objection, Port, RunError};
 use crate::decode::DeviceError;
+use crate::network::Profile;
 
 /// An engine's input or output that no session has anything for.
-pub(super) fn unknown(engine: &Engine, port: &Port) -> RunError {
+pub(super) fn unknown(engine: &str, port: &Port) -> RunError {
     RunError::Mismatch {
-        engine: engine.name().to_string(),
+        engine: engine.to_string(),
         reason: format!(
             "nothing is known of its {:?}, {} {:?}",
             port.name, port.dtype, port.shape
@@ -20,38 +21,34 @@ pub(super) fn unknown(engine: &Engine, port: &Port) -> RunError {
 /// A plan that TensorRT does not take, with the versions if they tell why.
 pub(super) fn with_versions(error: RunError, built_by: &str, here: &str) -> RunError {
     match error {
-        RunError::Plan { path, reason } if built_by != here => RunError::Plan {
+        RunError::Plan { path, objection } if built_by != here => RunError::Plan {
             path,
-            reason: format!("{reason}; version {built_by} built it, this is {here}"),
+            objection: Objection {
+                reason: format!("{objection}; version {built_by} built it, this is {here}"),
+                ..objection
+            },
         },
         other => other,
     }
 }
 
-/// The message's last clause says what to do.
 pub(super) fn device_error(gpu: &str, error: RunError) -> DeviceError {
-    let text = error.to_string();
-    let (message, help) = match text.rsplit_once("; ") {
-        Some((what, remedy)) => (what.to_string(), Some(remedy.to_string())),
-        None => (text, None),
-    };
     DeviceError {
         device: gpu.to_string(),
-        message,
-        help,
+        help: error.help(),
+        message: error.to_string(),
     }
 }
 
 /// Why a package cannot run on the GPU here.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    #[error(
-        "{} has no {} engines; convert the model with --target {}, or run it with --device cpu",
-        package.display(),
-        FLAVOUR.product,
-        FLAVOUR.feature
-    )]
+    #[error("{} has no {} engines", package.display(), FLAVOUR.product)]
     NoEngines { package: PathBuf },
+    /// TensorRT takes other numbers without a word, and computes with them what the plan was not made for.
+    #[error("{}: the engine {profile} was stripped for an identical refit, and the package has another weight set than it was \
+             built with", package.display())]
+    OtherWeights { package: PathBuf, profile: Profile },
     #[error(transparent)]
     Run(#[from] RunError),
     #[error(transparent)]
@@ -61,6 +58,23 @@ pub enum OpenError {
 }
 
 impl OpenError {
+    /// What to do about it.
+    pub fn help(&self) -> Option<String> {
+        match self {
+            OpenError::NoEngines { .. } => Some(format!(
+                "convert the model with --target {}, or run it with --device cpu",
+                FLAVOUR.feature
+            )),
+            OpenError::OtherWeights { .. } => Some(
+                "bring back the weights that the package had, with `lapidary refit`, or convert again with `--refit general`"
+                    .to_string(),
+            ),
+            OpenError::Run(error) => error.help(),
+            OpenError::Package(error) => error.help(),
+            OpenError::Graph(_) => None,
+        }
+    }
+
     /// Whether this machine or package simply has no GPU or library to run on, which `--device auto` passes over. A library
     /// that is there and cannot be used is refused: whoever named it wants to know.
     pub fn is_absence(&self) -> bool {
@@ -78,12 +92,16 @@ impl OpenError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::tensorrt::run::ObjectionKind;
 
     #[test]
     fn a_plan_of_another_version_names_both() {
         let plan = || RunError::Plan {
             path: PathBuf::from("p.plan"),
-            reason: "TensorRT calls it invalid".into(),
+            objection: Objection {
+                kind: ObjectionKind::Plan,
+                reason: "TensorRT calls it invalid".into(),
+            },
         };
         let error = device_error("L4", with_versions(plan(), "1.6.1", "1.7.0"));
         assert_eq!(

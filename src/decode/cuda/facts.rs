@@ -48,7 +48,8 @@ impl Instruments for CudaDevice {
     }
 
     fn layer_times(&mut self, runs: usize) -> Result<Vec<(String, f64)>, DeviceError> {
-        self.layers(runs).map_err(|error| self.failed(error))
+        let at = self.last_slot()?;
+        self.layers(at, runs).map_err(|error| self.failed(error))
     }
 }
 
@@ -80,9 +81,9 @@ impl CudaDevice {
     }
 
     /// The last call again, in an engine of its own: layers of a captured graph cannot be told apart.
-    fn layers(&mut self, runs: usize) -> Result<Vec<(String, f64)>, RunError> {
-        let profile = self.last.expect("something ran before");
-        let slot = self.slots.iter().find(|slot| slot.profile == profile).expect("it ran");
+    fn layers(&mut self, at: usize, runs: usize) -> Result<Vec<(String, f64)>, RunError> {
+        let slot = &self.slots[at];
+        let profile = slot.profile;
         let tokens = slot.loaded.as_ref().expect("it ran").tokens;
         let options = lower::Options {
             weight_mode: slot.facts.weight_mode,

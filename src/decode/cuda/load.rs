@@ -1,17 +1,16 @@
 //! Engines made ready: the plan from its file, a context, everything bound but the cache.
 //!
-//! Takes a slot of the device; gives what runs it. Weights go to the device with the first engine that wants them; working
-//! memory is one buffer for all, as large as the largest engine asks for.
+//! Takes a slot of the device; gives what runs it. Weights go to the device with the first engine that wants them.
 
 use std::collections::HashSet;
 use std::rc::Rc;
 use std::time::Instant;
 
-use super::chunks::{covers, largest};
+use super::chunks::largest;
 use super::error::{unknown, with_versions};
 use super::weights::Weights;
 use super::{CudaDevice, Loaded, Slot};
-use crate::backend::tensorrt::run::{Buffer, Engine, RunError, Unpacked};
+use crate::backend::tensorrt::run::{Engine, Port, RunError, Unpacked};
 use crate::decode::DeviceError;
 use crate::lower;
 use crate::network::{Network, Tokens, WeightMode};
@@ -103,8 +102,10 @@ impl CudaDevice {
             .collect()
     }
 
-    /// Everything but the cache.
+    /// Everything but the cache. Refuses an engine whose inputs and outputs are not the network's: addresses carry no
+    /// sizes, and TensorRT would read on past a weight's end.
     pub(super) fn bind(&self, engine: &mut Engine, network: &Network) -> Result<(), RunError> {
+        check_ports(engine.name(), engine.ports(), network)?;
         let caches: Vec<&str> = network
             .aliases()
             .flat_map(|(from, to)| [from, to])
@@ -117,50 +118,124 @@ impl CudaDevice {
                 "logits" if port.bytes(1) == self.logits.bytes() => self.logits.address(),
                 name => match self.control.address(name).or_else(weight) {
                     Some(address) => address,
-                    None => return Err(unknown(engine, &port)),
+                    None => return Err(unknown(engine.name(), &port)),
                 },
             };
-            // SAFETY: these buffers live as long as the device, which drops engines first; sizes are checked above, by
-            // the network's own shapes for weights, and by the largest profile for the small inputs.
+            // SAFETY: these buffers live as long as the device, which drops engines first. They are as large as the
+            // network's own tensors, which the ports were compared with: weights each by its constant, the small inputs
+            // for the largest profile.
             unsafe { engine.bind([(port.name.as_str(), address)])? };
         }
         Ok(())
     }
+}
 
-    /// Gives the engine the common working memory, first made larger for all if need be.
-    pub(super) fn share_scratch(&mut self, engine: &mut Engine) -> Result<(), RunError> {
-        let have = self.scratch.as_ref().map_or(0, Buffer::bytes);
-        if self.scratch.is_none() || engine.scratch_bytes() > have {
-            let buffer = Buffer::new(
-                self.runtime.cuda(),
-                engine.scratch_bytes(),
-                "the engines' working memory",
-            );
-            let buffer = buffer.map_err(|error| match error {
-                // Engines that are loaded have theirs.
-                RunError::Memory { what, needed, free, .. } => RunError::Memory {
-                    what,
-                    needed,
-                    free,
-                    fits: self.loaded_capacity(),
-                },
-                other => other,
-            })?;
-            for loaded in self.slots.iter_mut().filter_map(|slot| slot.loaded.as_mut()) {
-                // SAFETY: kept in self below; engines run one at a time.
-                unsafe { loaded.engine.set_scratch(&buffer) };
-            }
-            self.scratch = Some(buffer);
+/// Whether every input and output has the dtype and shape that it has in the network, and none is missing that the session
+/// reads.
+fn check_ports(engine: &str, ports: &[Port], network: &Network) -> Result<(), RunError> {
+    let mismatch = |reason: String| RunError::Mismatch {
+        engine: engine.to_string(),
+        reason,
+    };
+    let declared = || {
+        network
+            .inputs
+            .iter()
+            .chain(&network.outputs)
+            .map(|id| network.tensor(*id))
+    };
+    for port in ports {
+        let tensor = declared().find(|tensor| tensor.name == port.name);
+        let tensor = tensor.ok_or_else(|| unknown(engine, port))?;
+        let shape: Vec<i64> = tensor.shape.iter().map(|dim| dim.as_const().unwrap_or(-1)).collect();
+        if (tensor.dtype, &shape) != (port.dtype, &port.shape) {
+            return Err(mismatch(format!(
+                "its {:?} is {} {:?}, the package's network has {} {shape:?}",
+                port.name, port.dtype, port.shape, tensor.dtype
+            )));
         }
-        // SAFETY: as above.
-        unsafe { engine.set_scratch(self.scratch.as_ref().expect("just made")) };
-        Ok(())
+    }
+    let outputs = network.outputs.iter().map(|id| network.tensor(*id));
+    let missing = outputs
+        .map(|t| &t.name)
+        .find(|name| !ports.iter().any(|port| port.name == **name));
+    match missing {
+        Some(name) => Err(mismatch(format!("it has no output {name:?}"))),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lower::Options;
+    use crate::lower::synthetic::Decoder;
+    use crate::network::Profile;
+    use crate::tensor::DType;
+
+    /// A small network and the ports of its engine, as TensorRT would name them.
+    fn engine() -> (Network, Vec<Port>) {
+        let options = Options {
+            weight_mode: WeightMode::Bind,
+            ..Options::default()
+        };
+        let graph = Decoder::tiny().graph();
+        let tokens = Tokens::Dynamic { min: 1, opt: 4, max: 8 };
+        let profile = Profile {
+            tokens,
+            ..Profile::decode(16)
+        };
+        let network = lower::lower(&graph, &profile, &options).unwrap();
+        let sides = [(&network.inputs, true), (&network.outputs, false)];
+        let ports = sides.into_iter().flat_map(|(ids, is_input)| {
+            let network = &network;
+            ids.iter().map(move |id| {
+                let tensor = network.tensor(*id);
+                Port {
+                    name: tensor.name.clone(),
+                    dtype: tensor.dtype,
+                    shape: tensor.shape.iter().map(|d| d.as_const().unwrap_or(-1)).collect(),
+                    is_input,
+                }
+            })
+        });
+        let ports = ports.collect();
+        (network, ports)
     }
 
-    /// The largest capacity that can be decoded at already.
-    fn loaded_capacity(&self) -> Option<usize> {
-        let ready = self.slots.iter().filter(|slot| slot.loaded.is_some());
-        let decode = ready.filter(|slot| covers(slot.profile.tokens, 1));
-        decode.map(|slot| slot.profile.capacity).max()
+    #[test]
+    fn engines_of_other_shapes_and_types_are_refused() {
+        let (network, ports) = engine();
+        assert!(check_ports("e", &ports, &network).is_ok());
+        assert!(ports.iter().any(|port| port.shape.contains(&-1)), "tokens are free");
+        for at in 0..ports.len() {
+            let mut other = ports.clone();
+            let last = other[at].shape.last_mut().unwrap();
+            *last = if *last == -1 { 8 } else { *last + 1 };
+            let error = check_ports("e", &other, &network).unwrap_err();
+            let message = error.to_string();
+            assert!(matches!(error, RunError::Mismatch { .. }), "{message}");
+            assert!(message.contains(&ports[at].name), "{message}");
+            let mut other = ports.clone();
+            other[at].dtype = match other[at].dtype {
+                DType::F16 => DType::Bf16,
+                _ => DType::F16,
+            };
+            assert!(check_ports("e", &other, &network).is_err(), "{}", ports[at].name);
+            let mut other = ports.clone();
+            other[at].name.push('?');
+            assert!(check_ports("e", &other, &network).is_err(), "{}", ports[at].name);
+        }
+    }
+
+    #[test]
+    fn an_output_that_is_missing_is_named() {
+        let (network, mut ports) = engine();
+        ports.retain(|port| port.name != "logits");
+        let message = check_ports("b1-t1-c16", &ports, &network).unwrap_err().to_string();
+        assert_eq!(
+            message,
+            "the engine b1-t1-c16 and the package disagree: it has no output \"logits\""
+        );
     }
 }

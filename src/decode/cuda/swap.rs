@@ -114,9 +114,7 @@ impl CudaDevice {
             }
             Err(error) => {
                 self.graph = ours;
-                for slot in &mut self.slots {
-                    slot.loaded = None;
-                }
+                self.unload();
                 self.weights = None;
                 Err(error.into())
             }
@@ -179,6 +177,7 @@ mod tests {
             weight_mode,
             refit,
             lowering: crate::lower::Options::default(),
+            built_with: None,
             tensorrt_version: String::new(),
             build_ms: 0,
         }
@@ -189,6 +188,21 @@ mod tests {
             architecture: architecture.to_string(),
             weights: weights.to_string(),
         }
+    }
+
+    /// What loading asks of an engine of the package's own.
+    #[test]
+    fn engines_that_take_only_their_own_weights_know_which() {
+        let built_with = |own: Option<&str>, refit| Engine {
+            built_with: own.map(str::to_string),
+            ..engine(WeightMode::Strip, refit)
+        };
+        assert!(built_with(Some("1"), Refit::Identical).takes("1"));
+        assert!(!built_with(Some("1"), Refit::Identical).takes("2"));
+        assert!(!built_with(Some("1"), Refit::None).takes("2"));
+        assert!(built_with(Some("1"), Refit::General).takes("2"));
+        // A package of before.
+        assert!(built_with(None, Refit::Identical).takes("2"));
     }
 
     #[test]

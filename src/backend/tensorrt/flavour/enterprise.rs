@@ -2,6 +2,7 @@
 
 use crate::backend::tensorrt::driver::Driver;
 use crate::backend::tensorrt::library::Version;
+use crate::backend::tensorrt::run::Objection;
 
 /// No verdict before the plan is deserialised; what is wrong with it TensorRT logs then.
 pub(in super::super) fn judge(
@@ -10,7 +11,7 @@ pub(in super::super) fn judge(
     _tried: bool,
     _version: Version,
     _facts: &Driver,
-) -> Result<(), String> {
+) -> Result<(), Objection> {
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use trtx::EngineInvalidityDiagnostics as Why;
 
 use crate::backend::tensorrt::driver::Driver;
 use crate::backend::tensorrt::library::Version;
+use crate::backend::tensorrt::run::{Objection, ObjectionKind};
 
 /// TensorRT's verdict on a plan's header. It calls every plan invalid on GPUs that are not on its list, though some run
 /// there (`probe::runs_on`), so that alone is no reason before the plan was `tried`.
@@ -15,15 +16,34 @@ pub(in super::super) fn judge(
     tried: bool,
     version: Version,
     facts: &Driver,
-) -> Result<(), String> {
+) -> Result<(), Objection> {
     let verdict = runtime.engine_validity(plan);
     // The binding refuses what is shorter than a header.
-    let (validity, why) = verdict.map_err(|e| format!("the file is damaged: {e}"))?;
+    let (validity, why) = verdict.map_err(|e| Objection {
+        kind: ObjectionKind::Plan,
+        reason: format!("the file is damaged: {e}"),
+    })?;
     let valid = !matches!(validity, trtx::EngineValidity::kINVALID);
     if valid || !tried && why == Why::UNSUPPORTED_CC {
         return Ok(());
     }
-    Err(reason(why, version, facts))
+    Err(Objection {
+        kind: kind(why),
+        reason: reason(why, version, facts),
+    })
+}
+
+/// What must change first: another plan helps against nothing that the machine lacks.
+fn kind(why: Why) -> ObjectionKind {
+    let faults = [
+        (Why::CUDA_ERROR, ObjectionKind::Cuda),
+        (Why::MALFORMED_ENGINE, ObjectionKind::Plan),
+        (Why::VERSION_MISMATCH, ObjectionKind::Plan),
+        (Why::OLD_CUDA_DRIVER, ObjectionKind::Driver),
+        (Why::INSUFFICIENT_GPU_MEMORY, ObjectionKind::Memory),
+    ];
+    let first = faults.into_iter().find(|(flag, _)| why.contains(*flag));
+    first.map_or(ObjectionKind::Plan, |(_, kind)| kind)
 }
 
 /// In words.
@@ -120,20 +140,26 @@ mod tests {
     #[test]
     fn every_reason_is_told_in_words() {
         let (version, facts) = (Version::from_encoded(10601), facts());
-        for (why, words) in [
-            (Why::VERSION_MISMATCH, "another version than 1.6.1 built it"),
-            (Why::UNSUPPORTED_CC, "it is not for NVIDIA L4, SM 8.9"),
+        use ObjectionKind::{Cuda, Driver, Memory, Plan};
+        for (why, of, words) in [
+            (Why::VERSION_MISMATCH, Plan, "another version than 1.6.1 built it"),
+            (Why::UNSUPPORTED_CC, Plan, "it is not for NVIDIA L4, SM 8.9"),
             (
                 Why::OLD_CUDA_DRIVER,
+                Driver,
                 "the driver, of CUDA 12.4, is older than the builder's",
             ),
-            (Why::OLD_CUDA_RUNTIME, "its CUDA is newer than this library's"),
-            (Why::INSUFFICIENT_GPU_MEMORY, "its weights do not fit the GPU's memory"),
-            (Why::MALFORMED_ENGINE, "the file is damaged"),
-            (Why::CUDA_ERROR, "the CUDA installation is broken"),
-            (Why::empty(), "TensorRT calls it invalid"),
+            (Why::OLD_CUDA_RUNTIME, Plan, "its CUDA is newer than this library's"),
+            (
+                Why::INSUFFICIENT_GPU_MEMORY,
+                Memory,
+                "its weights do not fit the GPU's memory",
+            ),
+            (Why::MALFORMED_ENGINE, Plan, "the file is damaged"),
+            (Why::CUDA_ERROR, Cuda, "the CUDA installation is broken"),
+            (Why::empty(), Plan, "TensorRT calls it invalid"),
         ] {
-            assert_eq!(reason(why, version, &facts), words);
+            assert_eq!((kind(why), reason(why, version, &facts).as_str()), (of, words));
         }
         let both = reason(Why::VERSION_MISMATCH | Why::UNSUPPORTED_CC, version, &facts);
         assert_eq!(
@@ -150,7 +176,9 @@ mod tests {
         let runtime = trtx::Runtime::new(&logger).unwrap();
         let version = Version::from_encoded(10601);
         let judged = |plan: &[u8]| judge(&runtime, plan, false, version, &facts()).unwrap_err();
-        assert_eq!(judged(&[7; 4096]), "the file is damaged");
-        assert!(judged(b"ptrt").starts_with("the file is damaged: "));
+        assert_eq!(judged(&[7; 4096]).reason, "the file is damaged");
+        let short = judged(b"ptrt");
+        assert!(short.reason.starts_with("the file is damaged: "));
+        assert_eq!(short.kind, ObjectionKind::Plan);
     }
 }

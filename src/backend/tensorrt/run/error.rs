@@ -7,25 +7,20 @@ use super::super::error::LibraryError;
 use super::super::flavour::FLAVOUR;
 use super::super::probe::OLDEST_CUDA;
 
-/// Errors of loading and running engines. The part after the last `; ` of a message says what to do.
+/// Errors of loading and running engines. [`RunError::help`] says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     #[error(transparent)]
     Library(#[from] LibraryError),
 
-    #[error("{0}; run on the CPU with `--device cpu`")]
+    #[error(transparent)]
     Driver(#[from] DriverError),
 
-    #[error(
-        "the NVIDIA driver {driver} runs CUDA up to {cuda}, {} needs {}.0 at least; update the driver, or run on the CPU \
-         with `--device cpu`",
-        FLAVOUR.product,
-        OLDEST_CUDA
-    )]
+    #[error("the NVIDIA driver {driver} runs CUDA up to {cuda}, {} needs {}.0 at least", FLAVOUR.product, OLDEST_CUDA)]
     DriverTooOld { driver: String, cuda: String },
 
     /// TensorRT does not run on this kind of GPU.
-    #[error("{} {version} does not run on {gpu}: {reason}; run on the CPU with `--device cpu`", FLAVOUR.product)]
+    #[error("{} {version} does not run on {gpu}: {reason}", FLAVOUR.product)]
     Gpu {
         version: super::super::Version,
         gpu: String,
@@ -33,10 +28,7 @@ pub enum RunError {
     },
 
     #[error(
-        "{what}: {} of GPU memory are needed and {} are free; {}",
-        gigabytes(*needed),
-        gigabytes(*free),
-        fitting(*fits)
+        "{what}: {} of GPU memory are needed and {} are free", gigabytes(*needed), gigabytes(*free)
     )]
     Memory {
         what: String,
@@ -46,9 +38,9 @@ pub enum RunError {
         fits: Option<usize>,
     },
 
-    /// The plan itself is of no use here.
-    #[error("the engine {} cannot be loaded: {reason}; convert the model again with this version", path.display())]
-    Plan { path: PathBuf, reason: String },
+    /// The plan is not for this machine, or not a plan.
+    #[error("the engine {} cannot be loaded: {objection}", path.display())]
+    Plan { path: PathBuf, objection: Objection },
 
     #[error("the engine {} cannot be read: {source}", path.display())]
     Read { path: PathBuf, source: std::io::Error },
@@ -58,15 +50,11 @@ pub enum RunError {
     Load { engine: String, message: String, free: u64 },
 
     /// A stripped engine without all of its weights would compute with zeros.
-    #[error(
-        "the engine {engine} lacks {} of its weights ({}); give the package its weights with `lapidary refit`",
-        names.len(),
-        several(names)
-    )]
+    #[error("the engine {engine} lacks {} of its weights ({})", names.len(), several(names))]
     Weights { engine: String, names: Vec<String> },
 
     /// Engine and network disagree: the package was changed by hand, or a bug.
-    #[error("the engine {engine} and the package disagree: {reason}; convert the model again")]
+    #[error("the engine {engine} and the package disagree: {reason}")]
     Mismatch { engine: String, reason: String },
 
     #[error("the engine {engine} failed while running: {message}")]
@@ -80,17 +68,67 @@ pub enum RunError {
     },
 }
 
+/// What TensorRT has against a plan: its own reasons, and whose fault they are together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Objection {
+    pub kind: ObjectionKind,
+    /// In words, every reason.
+    pub reason: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ObjectionKind {
+    /// Of another version or GPU, or damaged: another plan is wanted.
+    Plan,
+    /// The driver is older than the plan's builder.
+    Driver,
+    /// The GPU's memory is less than the plan's weights.
+    Memory,
+    /// CUDA itself fails.
+    Cuda,
+}
+
+impl std::fmt::Display for Objection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.reason)
+    }
+}
+
+const ON_THE_CPU: &str = "run on the CPU with `--device cpu`";
+
+impl RunError {
+    /// What to do about it.
+    pub fn help(&self) -> Option<String> {
+        let or_on_the_cpu = |what: &str| format!("{what}, or {ON_THE_CPU}");
+        Some(match self {
+            RunError::Library(error) => return error.help(),
+            RunError::Driver(_) | RunError::Gpu { .. } => ON_THE_CPU.to_string(),
+            RunError::DriverTooOld { .. } => or_on_the_cpu("update the driver"),
+            RunError::Memory { fits: Some(fits), .. } => format!("a cache of {fits} tokens would fit"),
+            RunError::Memory { fits: None, .. } => or_on_the_cpu("free memory on the GPU"),
+            RunError::Plan { objection, .. } => match objection.kind {
+                ObjectionKind::Plan => "convert the model again with this version".to_string(),
+                ObjectionKind::Driver => or_on_the_cpu("update the driver"),
+                ObjectionKind::Memory => or_on_the_cpu("free memory on the GPU"),
+                ObjectionKind::Cuda => or_on_the_cpu("see whether `nvidia-smi` and `lapidary doctor` find the GPU"),
+            },
+            RunError::Read { .. } => "copy the package anew, or convert the model again".to_string(),
+            RunError::Load { message, .. } if message.to_lowercase().replace(' ', "").contains("outofmemory") => {
+                or_on_the_cpu("free memory on the GPU")
+            }
+            RunError::Load { .. } => or_on_the_cpu("convert the model again with this version"),
+            RunError::Weights { .. } => "give the package its weights with `lapidary refit`".to_string(),
+            RunError::Mismatch { .. } => "convert the model again".to_string(),
+            RunError::Execute { .. } => format!("{ON_THE_CPU}, and please report this with the model's export"),
+            RunError::Cuda { .. } => or_on_the_cpu("see whether `nvidia-smi` and `lapidary doctor` find the GPU"),
+        })
+    }
+}
+
 fn gigabytes(bytes: u64) -> String {
     match bytes {
         1_000_000_000.. => format!("{:.1} GB", bytes as f64 / 1e9),
         _ => format!("{:.1} MB", bytes as f64 / 1e6),
-    }
-}
-
-fn fitting(capacity: Option<usize>) -> String {
-    match capacity {
-        Some(capacity) => format!("a cache of {capacity} tokens would fit"),
-        None => "free memory on the GPU, or run on the CPU with `--device cpu`".to_string(),
     }
 }
 
@@ -115,9 +153,9 @@ mod tests {
         };
         assert_eq!(
             error.to_string(),
-            "a cache of 131072 tokens: 17.2 GB of GPU memory are needed and 900.0 MB are free; a cache of 4096 tokens \
-             would fit"
+            "a cache of 131072 tokens: 17.2 GB of GPU memory are needed and 900.0 MB are free"
         );
+        assert_eq!(error.help().unwrap(), "a cache of 4096 tokens would fit");
         let error = RunError::Memory {
             what: "the model's weights".into(),
             needed: 16_060_000_000,
@@ -126,8 +164,11 @@ mod tests {
         };
         assert_eq!(
             error.to_string(),
-            "the model's weights: 16.1 GB of GPU memory are needed and 8.5 GB are free; free memory on the GPU, or run on \
-             the CPU with `--device cpu`"
+            "the model's weights: 16.1 GB of GPU memory are needed and 8.5 GB are free"
+        );
+        assert_eq!(
+            error.help().unwrap(),
+            "free memory on the GPU, or run on the CPU with `--device cpu`"
         );
     }
 
@@ -135,19 +176,49 @@ mod tests {
     fn missing_weights_are_named() {
         let names: Vec<String> = (0..5).map(|i| format!("w{i}")).collect();
         let engine = "b1-t1-c256".to_string();
-        let text = RunError::Weights { engine, names }.to_string();
+        let error = RunError::Weights { engine, names };
+        let text = error.to_string();
         assert!(text.contains("lacks 5 of its weights (w0, w1, w2 …)"), "{text}");
-        assert!(text.contains("lapidary refit"), "{text}");
+        assert!(error.help().unwrap().contains("lapidary refit"), "{error:?}");
     }
 
     #[test]
     fn a_plan_of_no_use_is_named_with_what_to_do() {
-        let path = PathBuf::from("pkg/engines/b1-t1-c256-tensorrt-rtx.plan");
-        let reason = "another version than 1.6.1 built it".to_string();
+        let plan = |kind| RunError::Plan {
+            path: PathBuf::from("pkg/engines/b1-t1-c256-tensorrt-rtx.plan"),
+            objection: Objection {
+                kind,
+                reason: "another version than 1.6.1 built it".to_string(),
+            },
+        };
         assert_eq!(
-            RunError::Plan { path, reason }.to_string(),
-            "the engine pkg/engines/b1-t1-c256-tensorrt-rtx.plan cannot be loaded: another version than 1.6.1 built it; \
-             convert the model again with this version"
+            plan(ObjectionKind::Plan).to_string(),
+            "the engine pkg/engines/b1-t1-c256-tensorrt-rtx.plan cannot be loaded: another version than 1.6.1 built it"
         );
+        for (kind, help) in [
+            (ObjectionKind::Plan, "convert the model again with this version"),
+            (
+                ObjectionKind::Driver,
+                "update the driver, or run on the CPU with `--device cpu`",
+            ),
+            (
+                ObjectionKind::Memory,
+                "free memory on the GPU, or run on the CPU with `--device cpu`",
+            ),
+        ] {
+            assert_eq!(plan(kind).help().unwrap(), help);
+        }
+    }
+
+    #[test]
+    fn memory_that_tensorrt_lacked_is_no_fault_of_the_plan() {
+        let load = |message: &str| RunError::Load {
+            engine: "b1-t1-c256".into(),
+            message: message.into(),
+            free: 1 << 20,
+        };
+        let help = load("Error Code 2: OutOfMemory (Requested size was 536870912 bytes.)").help();
+        assert!(help.unwrap().starts_with("free memory"));
+        assert!(load("Error Code 1: Myelin").help().unwrap().starts_with("convert"));
     }
 }

@@ -17,6 +17,16 @@ pub(super) struct Graph {
     _cuda: Rc<Cuda>,
 }
 
+/// What was captured, from which executable graphs are made: they are copies of it.
+struct Template(sys::CUgraph);
+
+impl Drop for Template {
+    fn drop(&mut self) {
+        // SAFETY: made by a capture that ended, and nobody else's.
+        let _ = unsafe { result::graph::destroy(self.0) };
+    }
+}
+
 impl Graph {
     /// Captures what `queue` puts into the stream, without running it.
     pub fn capture(
@@ -29,13 +39,11 @@ impl Graph {
         unsafe { result::stream::begin_capture(stream.handle(), mode) }.map_err(failed("cuStreamBeginCapture"))?;
         let queued = queue();
         // SAFETY: begun above. Also after an error: a stream left capturing is of no use to anyone.
-        let graph = unsafe { result::stream::end_capture(stream.handle()) };
+        let captured = unsafe { result::stream::end_capture(stream.handle()) }.map(Template);
         queued?;
-        let graph = graph.map_err(failed("cuStreamEndCapture"))?;
+        let template = captured.map_err(failed("cuStreamEndCapture"))?;
         // SAFETY: just captured.
-        let exec = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) };
-        // SAFETY: the executable graph is a copy.
-        let _ = unsafe { result::graph::destroy(graph) };
+        let exec = unsafe { result::graph::instantiate(template.0, sys::CUgraphInstantiate_flags(0)) };
         Ok(Graph {
             exec: exec.map_err(failed("cuGraphInstantiate"))?,
             _cuda: cuda.clone(),

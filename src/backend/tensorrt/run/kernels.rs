@@ -4,6 +4,7 @@
 //! not take is ignored and replaced. Nothing here can fail a load: without the file it only takes longer.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::Runtime;
 use crate::backend::tensorrt::flavour::KernelStore;
@@ -54,11 +55,53 @@ impl Kernels {
     }
 }
 
+/// What a draft's name ends with.
+const DRAFT: &str = "part";
+/// No draft takes so long to write: its process is gone.
+const FORSAKEN: Duration = Duration::from_secs(3600);
+
 /// Whole or not at all: two processes may write the same file.
 fn write(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let folder = file.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder)?;
-    let draft = file.with_extension(format!("{}.part", std::process::id()));
-    std::fs::write(&draft, bytes)?;
-    std::fs::rename(&draft, file)
+    sweep(folder);
+    let draft = file.with_extension(format!("{}.{DRAFT}", std::process::id()));
+    let written = std::fs::write(&draft, bytes).and_then(|()| std::fs::rename(&draft, file));
+    written.inspect_err(|_| drop(std::fs::remove_file(&draft)))
+}
+
+/// Removes drafts that nobody will finish.
+fn sweep(folder: &Path) {
+    let Ok(entries) = std::fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let changed = entry.metadata().and_then(|facts| facts.modified());
+        let age = changed.ok().and_then(|changed| changed.elapsed().ok());
+        if entry.path().extension().is_some_and(|e| e == DRAFT) && age.is_some_and(|age| age > FORSAKEN) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_appear_whole_and_forsaken_drafts_go() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join("kernels").join(name);
+        write(&path("a.kernels"), b"one").unwrap();
+        for (name, age) in [("b.1.part", FORSAKEN * 2), ("c.2.part", Duration::ZERO)] {
+            std::fs::write(path(name), "half").unwrap();
+            let file = std::fs::File::options().write(true).open(path(name)).unwrap();
+            file.set_modified(std::time::SystemTime::now() - age).unwrap();
+        }
+        write(&path("a.kernels"), b"two").unwrap();
+        assert_eq!(std::fs::read(path("a.kernels")).unwrap(), b"two");
+        assert!(!path("b.1.part").exists() && path("c.2.part").exists());
+        // A folder of the file's name: nothing is left beside it.
+        std::fs::create_dir_all(path("d.kernels/e")).unwrap();
+        write(&path("d.kernels"), b"three").unwrap_err();
+        assert_eq!(std::fs::read_dir(folder.path().join("kernels")).unwrap().count(), 3);
+    }
 }

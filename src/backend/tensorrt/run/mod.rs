@@ -29,7 +29,7 @@ use std::rc::Rc;
 pub use argmax::Argmax;
 pub use cuda::{Buffer, Cuda, Event, Pinned, Stream};
 pub use engine::Engine;
-pub use error::RunError;
+pub use error::{Objection, ObjectionKind, RunError};
 pub use execute::execute;
 pub use unpacked::Unpacked;
 
@@ -99,7 +99,7 @@ impl Runtime {
     }
 
     /// TensorRT's verdict on a plan's header, where it has one; `tried`: deserialising it has failed.
-    fn check(&self, plan: &[u8], tried: bool) -> Result<(), String> {
+    fn check(&self, plan: &[u8], tried: bool) -> Result<(), Objection> {
         flavour::judge(&self.inner.borrow(), plan, tried, self.version, self.cuda.facts())
     }
 }
@@ -179,21 +179,18 @@ mod tests {
         let error = check(&driver("11.4", "NVIDIA L4", (8, 9)), version).unwrap_err();
         assert!(matches!(error, RunError::DriverTooOld { .. }));
         let text = error.to_string();
-        for part in [
-            "470.82.01",
-            "CUDA up to 11.4",
-            "12.0 at least; update the driver",
-            FLAVOUR.product,
-        ] {
+        for part in ["470.82.01", "CUDA up to 11.4", "12.0 at least", FLAVOUR.product] {
             assert!(text.contains(part), "{part}: {text}");
         }
+        assert!(error.help().unwrap().starts_with("update the driver"));
         // Both are named: the GPU and the library.
         let error = check(&driver("12.4", "Tesla P40", (6, 1)), version).unwrap_err();
         assert!(matches!(error, RunError::Gpu { .. }));
         let text = error.to_string();
         let library = format!("{} {version} does not run on Tesla P40", FLAVOUR.product);
-        for part in [library.as_str(), "SM 6.1", "; run on the CPU with `--device cpu`"] {
+        for part in [library.as_str(), "SM 6.1"] {
             assert!(text.contains(part), "{part}: {text}");
         }
+        assert_eq!(error.help().unwrap(), "run on the CPU with `--device cpu`");
     }
 }

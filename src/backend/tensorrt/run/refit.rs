@@ -27,8 +27,14 @@ pub(super) fn refit(
             missing.push(wanted);
             continue;
         };
+        let Some(data_type) = data_type(tensor.dtype()) else {
+            return Err(RunError::Mismatch {
+                engine: name.to_string(),
+                reason: format!("its weight {wanted:?} is {} in the network", tensor.dtype()),
+            });
+        };
         let weights = trtx::trtx_sys::nvinfer1::Weights {
-            type_: data_type(tensor.dtype()).into(),
+            type_: data_type.into(),
             values: tensor.data().as_ptr().cast(),
             count: tensor.len() as i64,
         };
@@ -65,8 +71,9 @@ fn bytes(network: &Network, name: &str) -> Option<Tensor> {
     })
 }
 
-fn data_type(dtype: DType) -> trtx::DataType {
-    match dtype {
+/// `None`: TensorRT has no such numbers.
+fn data_type(dtype: DType) -> Option<trtx::DataType> {
+    Some(match dtype {
         DType::Bool => trtx::DataType::kBOOL,
         DType::U8 => trtx::DataType::kUINT8,
         DType::I8 => trtx::DataType::kINT8,
@@ -74,6 +81,7 @@ fn data_type(dtype: DType) -> trtx::DataType {
         DType::I64 => trtx::DataType::kINT64,
         DType::F16 => trtx::DataType::kHALF,
         DType::Bf16 => trtx::DataType::kBF16,
-        DType::F32 | DType::F64 => trtx::DataType::kFLOAT,
-    }
+        DType::F32 => trtx::DataType::kFLOAT,
+        DType::F64 => return None,
+    })
 }

@@ -8,7 +8,7 @@ use trtx::ExecutionContextAllocationStrategy;
 
 use super::super::flavour::{self, KernelStore};
 use super::kernels::Kernels;
-use super::{Port, RunError, Runtime, refit};
+use super::{Objection, ObjectionKind, Port, RunError, Runtime, refit};
 use crate::network::{Network, WeightMode};
 use crate::tensor::DType;
 
@@ -34,18 +34,40 @@ impl Unpacked {
         kernels: Option<&Path>,
     ) -> Result<Self, RunError> {
         let name = network.profile.to_string();
-        let unusable = |reason: String| RunError::Plan {
-            path: path.to_path_buf(),
-            reason,
+        // What the engine holds itself comes on top of what is bound.
+        let own = network.weights.iter().filter(|w| w.mode != WeightMode::Bind);
+        let needed: u64 = own.map(|w| w.constant.byte_len() as u64).sum();
+        let (free, _) = runtime.cuda.memory()?;
+        let too_large = || RunError::Memory {
+            what: format!("the engine {} with its weights", path.display()),
+            needed,
+            free,
+            fits: None,
+        };
+        let unusable = |objection: Objection| match objection.kind {
+            ObjectionKind::Memory if needed > 0 => too_large(),
+            _ => RunError::Plan {
+                path: path.to_path_buf(),
+                objection,
+            },
         };
         runtime.capture.take_errors();
         runtime.check(plan, false).map_err(unusable)?;
+        if needed > free {
+            return Err(too_large());
+        }
         let deserialized = runtime.inner.borrow_mut().deserialize_cuda_engine(plan);
         let mut inner = deserialized.map_err(|error| {
             let words = runtime.own_words(&error);
             unusable(match runtime.check(plan, true) {
-                Ok(()) => words,
-                Err(reason) => format!("{reason} ({words})"),
+                Ok(()) => Objection {
+                    kind: ObjectionKind::Plan,
+                    reason: words,
+                },
+                Err(known) => Objection {
+                    reason: format!("{known} ({words})"),
+                    ..known
+                },
             })
         })?;
         let failed = |error: trtx::Error| runtime.load_error(&name, &error);
@@ -55,14 +77,13 @@ impl Unpacked {
         let mut config = inner.create_runtime_config().map_err(failed)?;
         config.set_execution_context_allocation_strategy(ExecutionContextAllocationStrategy::kUSER_MANAGED);
         flavour::configure(&mut config);
-        let mut kept = None;
-        if let Some(folder) = kernels
-            && let Some(store) = KernelStore::new(&config).map_err(failed)?
-        {
+        // Without a store loading takes longer, and that is all.
+        let store = kernels.and_then(|folder| Some((folder, KernelStore::new(&config).ok().flatten()?)));
+        let kept = store.and_then(|(folder, store)| {
             let kernels = Kernels::open(folder, plan, runtime, store);
-            kernels.store().give_to(&mut config).map_err(failed)?;
-            kept = Some(kernels);
-        }
+            kernels.store().give_to(&mut config).is_ok().then_some(kernels)
+        });
+        runtime.capture.take_errors();
         let ports = ports(&inner).map_err(failed)?;
         Ok(Unpacked {
             inner: RefCell::new(inner),

@@ -1,0 +1,82 @@
+//! Working memory: one buffer for all engines, of which only the running one makes use, as large as the largest asks for.
+
+use super::CudaDevice;
+use super::chunks::covers;
+use crate::backend::tensorrt::run::{Buffer, Engine, RunError};
+
+impl CudaDevice {
+    /// Gives the engine the common working memory, first made larger for all if need be.
+    pub(super) fn share_scratch(&mut self, engine: &mut Engine) -> Result<(), RunError> {
+        self.provide_scratch(engine.scratch_bytes())?;
+        // SAFETY: kept in self until engines are told of another; engines run one at a time.
+        unsafe { engine.set_scratch(self.scratch.as_ref().expect("just provided")) };
+        Ok(())
+    }
+
+    /// At least so many bytes for every engine that is loaded. After an error they have what they had.
+    pub(super) fn provide_scratch(&mut self, bytes: usize) -> Result<(), RunError> {
+        let had = self.scratch.as_ref().map(Buffer::bytes);
+        if had.is_some_and(|had| had >= bytes) {
+            return Ok(());
+        }
+        // The smaller one goes first: both at once could be more than there is room for.
+        self.stream.wait()?;
+        self.scratch = None;
+        self.allocate_scratch(bytes).map_err(|error| {
+            let fits = self.loaded_capacity();
+            if had.is_some_and(|had| self.allocate_scratch(had).is_err()) {
+                // Somebody else took what was free for a moment. Without working memory nothing can run.
+                self.unload();
+            }
+            match error {
+                RunError::Memory { what, needed, free, .. } => RunError::Memory {
+                    what,
+                    needed,
+                    free,
+                    fits,
+                },
+                other => other,
+            }
+        })
+    }
+
+    /// Gives back what no loaded engine needs any more.
+    pub(super) fn trim_scratch(&mut self) -> Result<(), RunError> {
+        let loaded = self.slots.iter().filter_map(|slot| slot.loaded.as_ref());
+        let needed = loaded.map(|loaded| loaded.engine.scratch_bytes()).max();
+        if self.scratch.as_ref().map(Buffer::bytes) <= needed {
+            return Ok(());
+        }
+        self.stream.wait()?;
+        self.scratch = None;
+        match needed {
+            Some(bytes) => self.allocate_scratch(bytes),
+            None => Ok(()),
+        }
+    }
+
+    fn allocate_scratch(&mut self, bytes: usize) -> Result<(), RunError> {
+        let buffer = Buffer::new(self.runtime.cuda(), bytes, "the engines' working memory")?;
+        for loaded in self.slots.iter_mut().filter_map(|slot| slot.loaded.as_mut()) {
+            // SAFETY: as in `share_scratch`.
+            unsafe { loaded.engine.set_scratch(&buffer) };
+        }
+        self.scratch = Some(buffer);
+        Ok(())
+    }
+
+    /// Engines are loaded again when they are needed next.
+    pub(super) fn unload(&mut self) {
+        for slot in &mut self.slots {
+            slot.loaded = None;
+        }
+        self.last = None;
+    }
+
+    /// The largest capacity that can be decoded at already.
+    fn loaded_capacity(&self) -> Option<usize> {
+        let ready = self.slots.iter().filter(|slot| slot.loaded.is_some());
+        let decode = ready.filter(|slot| covers(slot.profile.tokens, 1));
+        decode.map(|slot| slot.profile.capacity).max()
+    }
+}
