@@ -126,10 +126,18 @@ def events_ms(call):
     return begin.elapsed_time(end)
 
 
-def device_memory(model, cache_bytes):
-    """Bytes of the GPU at their peak: weights, cache, what torch held beside them, and all that is not free."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+def used_bytes():
+    """Of the GPU, by whomever."""
     free, total = torch.cuda.mem_get_info()
-    outside = total - free - torch.cuda.memory_reserved()  # the context, libraries, CUDA graphs
+    return total - free
+
+
+def device_memory(model, cache_bytes, context):
+    """Bytes of the GPU at their peak: weights, cache, `context` (in use before the model was there), what was held beside
+    them, and all that was in use."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    # The context, libraries, CUDA graphs: what torch does not count.
+    outside = used_bytes() - torch.cuda.memory_reserved()
     peak = torch.cuda.max_memory_reserved() + max(0, outside)
-    return {"weights": weights, "cache": cache_bytes, "scratch": max(0, peak - weights - cache_bytes), "total": peak}
+    scratch = max(0, peak - weights - cache_bytes - context)
+    return {"weights": weights, "cache": cache_bytes, "scratch": scratch, "context": context, "total": peak}

@@ -73,9 +73,6 @@ class Decoder:
         token = int(self.feed(ids).argmax())
         return (time.perf_counter() - start) * 1e3, token
 
-    def peak_bytes(self):
-        return schema.peak_host_bytes()
-
 
 def main():
     given = stepwise.parser(__doc__).parse_args()

@@ -113,7 +113,9 @@ class Document:
     """A result file. Until it is whole it is `NAME.partial.json`, written anew after every measurement, so that a run that
     is cut off leaves what it had and nobody takes it for the whole."""
 
-    def __init__(self, path, name, variant, label, model, machine, versions, prompts, seed, settings):
+    def __init__(self, path, name, variant, label, model, machine, versions, prompts, seed, settings, process="self"):
+        """`process`: the one that runs the system, by its number under /proc."""
+        self.process = process
         self.path, self.partial = Path(path), Path(path).with_suffix(".partial.json")
         self.model, self.bandwidth = model, machine["copy_bandwidth_bytes_per_s"]
         peak = machine.get("peak_flops")
@@ -134,9 +136,10 @@ class Document:
             "load": None,
             "build": {"engines": []},
             "sizes": {"package_bytes": None, "plans_bytes": None, "weights_bytes": None},
-            "memory": {"peak_host_bytes": peak_host_bytes(), "device": None},
+            "memory": {"peak_host_bytes": None, "peak_anonymous_host_bytes": None, "device": None},
             "outputs": None,
         }
+        self.note_memory()
 
     def prefill(self, tokens, samples):
         samples = rounded(samples)
@@ -179,8 +182,15 @@ class Document:
         self.values[section] = value
         self.write()
 
+    def note_memory(self):
+        memory = self.values["memory"]
+        memory["peak_host_bytes"] = peak_host_bytes(self.process)
+        # The system keeps no peak of it.
+        samples = memory["peak_anonymous_host_bytes"], host_bytes("RssAnon", self.process)
+        memory["peak_anonymous_host_bytes"] = max((n for n in samples if n is not None), default=None)
+
     def write(self):
-        self.values["memory"]["peak_host_bytes"] = max(peak_host_bytes(), self.values["memory"]["peak_host_bytes"])
+        self.note_memory()
         write(self.partial, self.values)
 
     def finish(self):
@@ -320,7 +330,9 @@ def merged(documents):
         same = [e for d in documents for e in d["end_to_end"] if (e["prompt"], e["new_tokens"]) == case]
         entry["runs"] = [run for e in same for run in e["runs"]]
         entry |= of_runs(entry["runs"])
-    whole["memory"]["peak_host_bytes"] = max(d["memory"]["peak_host_bytes"] for d in documents)
+    for key in ("peak_host_bytes", "peak_anonymous_host_bytes"):
+        known = (d["memory"].get(key) for d in documents)
+        whole["memory"][key] = max((n for n in known if n is not None), default=None)
     whole["system"]["settings"]["rounds"] = len(documents)
     return whole
 
@@ -355,8 +367,16 @@ def commit():
     return head + (" +changes" if git("status", "--porcelain") else "") if head else "unknown"
 
 
-def peak_host_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_host_bytes(process="self"):
+    """Largest resident set so far, mapped files included."""
+    return host_bytes("VmHWM", process) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def host_bytes(what, process="self"):
+    """A line of a process's status; None where the system has none."""
+    status = Path(f"/proc/{process}/status")
+    found = re.search(rf"^{what}:\s*(\d+) kB", status.read_text(), re.M) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def host():

@@ -1,8 +1,8 @@
 """What baselines that run an ONNX export step by step have in common: flags, samples, outputs, the file.
 
 A decoder gives `dtype`, `reset()`, `feed(ids)` (the row of logits after the last), `step(ids)` (milliseconds to the next
-token's id on the host, and the id), `peak_bytes()` of the host, and may give `load_ms` and `facts()`, sections of the file
-that only it knows.
+token's id on the host, and the id), and may give `load_ms`, `process` (where it runs, if not here) and `facts()`, sections of
+the file that only it knows.
 """
 
 import argparse
@@ -97,7 +97,8 @@ def measure(given, open_decoder, name, variant, version_facts, machine=cpu, sett
     label = given.label or f"{variant} {decoder.dtype}"
     settings = settings or {"threads": given.threads}
     result = schema.Document(given.output, name, variant, label, model, machine(given.threads), version_facts,
-                             outputs.identities(workload), workload["seed"], settings)  # fmt: skip
+                             outputs.identities(workload), workload["seed"], settings,
+                             getattr(decoder, "process", "self"))  # fmt: skip
     result.loaded(load_ms)
     timed(decoder, outputs.timed(workload, min(16, len(workload["timed"]))), 8)
     if given.outputs:
@@ -109,15 +110,17 @@ def measure(given, open_decoder, name, variant, version_facts, machine=cpu, sett
         result.prefill(tokens, [timed(decoder, ids, 1)[0] for _ in range(given.prefill_samples + 1)][1:])
     for live in given.live:
         ids, samples = outputs.timed(workload, live), []
+        # What a process pays once for each length is not what a step takes.
+        timed(decoder, ids, RUN + 1)
         for _ in range(max(1, given.decode_samples // RUN)):
             samples += timed(decoder, ids, RUN + 1)[1]
         result.decode(live, None, samples)
     for prompt, new in given.end_to_end:
         ids = outputs.timed(workload, prompt)
+        timed(decoder, ids, new)
         result.end_to_end(prompt, new, [timed(decoder, ids, new)[:2] for _ in range(given.runs)])
     for section, facts in (decoder.facts() if hasattr(decoder, "facts") else {}).items():
         result.values[section] |= facts
-    result.values["memory"]["peak_host_bytes"] = decoder.peak_bytes()
     result.finish()
     return 0
 

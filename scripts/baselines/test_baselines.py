@@ -113,6 +113,35 @@ class Documents(unittest.TestCase):
         self.assertEqual(self.workload["forced"], document["outputs"]["greedy_tokens"])
         self.assertEqual(document["workload"]["prompts"][0]["tokens"], 40)
 
+    def test_memory_is_told(self):
+        memory = self.document["memory"]
+        self.assertLess(memory["peak_anonymous_host_bytes"], memory["peak_host_bytes"])
+        self.assertGreater(memory["peak_anonymous_host_bytes"], 1 << 20)
+
+    def test_what_is_paid_once_for_each_length_is_in_no_sample(self):
+        class Once(onnxruntime_baseline.Decoder):
+            seen = set()
+
+            def step(self, ids):
+                length = self.length + len(ids)
+                ms, token = super().step(ids)
+                ms += 0 if length in self.seen else 1e6
+                self.seen.add(length)
+                return ms, token
+
+        with tempfile.TemporaryDirectory() as folder:
+            workload, result = Path(folder) / "workload.json", Path(folder) / "result.json"
+            workload.write_text(json.dumps(outputs.made_workload([1], 40, 97, 7)))
+            cases = ["--outputs", "0", "--prefill", "9", "--live", "20", "--end-to-end", "8:30"]
+            given = [FIXTURE, "--workload", workload, "-o", result, *cases]
+            given = stepwise.parser("").parse_args(list(map(str, given)))
+            stepwise.measure(given, Once, "onnxruntime", "once", {})
+            measured = json.loads(result.read_text())
+        self.assertEqual(schema.check(measured), [])
+        self.assertLess(measured["prefill"][0]["ms"]["max"], 1e6)
+        self.assertLess(measured["decode"][0]["ms"]["max"], 1e6)
+        self.assertLess(measured["end_to_end"][0]["latency_ms"]["max"], 1e6)
+
     def test_its_tokens_are_those_recorded_with_the_fixture(self):
         recorded = json.loads(FIXTURE.with_name("reference.json").read_text())
         decoder = onnxruntime_baseline.Decoder(FIXTURE, 1)
@@ -147,10 +176,12 @@ class Documents(unittest.TestCase):
     def test_rounds_are_merged_into_a_document_that_follows_from_its_samples(self):
         other = copy.deepcopy(self.document)
         other["decode"][0]["samples_ms"] = [2 * sample for sample in other["decode"][0]["samples_ms"]]
+        other["memory"]["peak_anonymous_host_bytes"] = 1 << 50
         merged = schema.merged([self.document, other])
         self.assertEqual(schema.check(merged), [])
         self.assertEqual(merged["decode"][0]["ms"]["count"], 64)
         self.assertEqual(len(merged["end_to_end"][0]["runs"]), 8)
+        self.assertEqual(merged["memory"]["peak_anonymous_host_bytes"], 1 << 50)
 
     def test_other_weights_and_missing_files_are_refused(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -24,6 +24,7 @@ class Decoder:
     def __init__(self, binary, model, threads):
         command = [binary, model, "--threads", str(threads)]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = self.child.pid
         told = self.answer()
         self.version, self.load_ms = told["version"], told["load_ms"]
 
@@ -47,11 +48,6 @@ class Decoder:
     def step(self, ids):
         told = self.ask(feed=ids, row=False)
         return told["ms"], told["token"]
-
-    def peak_bytes(self):
-        """Of the child: the kernel's own high-water mark."""
-        status = Path(f"/proc/{self.child.pid}/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def main():

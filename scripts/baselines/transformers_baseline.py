@@ -19,6 +19,7 @@ input is unusable; a mode that cannot run here writes a file that says so and ex
 
 import argparse
 import importlib.util
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -329,7 +330,7 @@ def measure(mode, result, arguments, workload, reference):
             for _ in range(max(1, arguments.decode_samples // RUN)):
                 samples += mode.timed(ids, RUN + 1)[1]
                 on_gpu += mode.device_ms
-            result.decode(case, mode.capacity, samples, sum(on_gpu) / len(on_gpu) if on_gpu else None)
+            result.decode(case, mode.capacity, samples, statistics.median(on_gpu) if on_gpu else None)
         elif what == "end_to_end":
             prompt, new = case
             ids = outputs.timed(workload, prompt)
@@ -413,6 +414,7 @@ def run(given):
         facts = hugging_face.facts(model, given.model, given.model_name or name, "fp32", given.weights_hash)
         write_reference(model, facts, given, workload, device)
         return 0
+    context = hugging_face.used_bytes() if device == "cuda" else None
     model, name, load_ms = hugging_face.load(given.model, given.dtype, device, attention)
     facts = hugging_face.facts(model, given.model, given.model_name or name, given.dtype, given.weights_hash)
     compared = outputs.reference_of(given.reference, facts.weights_hash) if given.reference else None
@@ -428,13 +430,15 @@ def run(given):
     except Unusable:
         raise
     except Exception as error:  # noqa: BLE001 - what cannot run is a result, and the words are in it
+        # Half a system is none: what was measured before stays in the log.
+        result.values |= {"prefill": [], "decode": [], "end_to_end": [], "outputs": None}
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
         note(label, "broke off:", result.values["error"])
         result.finish()
         return 0
     if device == "cuda":
         longest = max([*(n + RUN for n in given.live), *(p + n for p, n in given.end_to_end)], default=0)
-        result.values["memory"]["device"] = hugging_face.device_memory(model, mode.cache_bytes(longest))
+        result.values["memory"]["device"] = hugging_face.device_memory(model, mode.cache_bytes(longest), context)
     result.finish()
     return 0
 

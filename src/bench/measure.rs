@@ -7,10 +7,10 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use super::result::{Decode, EndToEnd, LayerTimes, LogitRow, Model, Outputs, Peak, Prefill, Run};
+use super::result::{Decode, DeviceMemory, EndToEnd, LayerTimes, LogitRow, Memory, Model, Outputs, Peak, Prefill, Run};
 use super::summary::{Summary, stable};
 use super::workload::{Workload, WorkloadError};
-use super::{layers, model};
+use super::{layers, machine, model};
 use crate::decode::{self, DeviceError, GenerateError, Limits, Session, SessionError};
 use crate::sample::{Chain, Settings, SettingsError};
 
@@ -53,6 +53,8 @@ pub struct Measured {
     pub decode: Vec<Decode>,
     pub end_to_end: Vec<EndToEnd>,
     pub outputs: Option<Outputs>,
+    /// Of everything above; engines that are loaded to time layers are not in it.
+    pub memory: Memory,
     pub profile: Vec<(String, LayerTimes)>,
 }
 
@@ -132,8 +134,8 @@ impl Plan {
 
     /// Parts that progress is told in.
     fn parts(&self) -> usize {
-        let outputs = usize::from(self.outputs > 0);
-        (self.prefill.len() + self.decode.len() + self.end_to_end.len() + outputs).max(1)
+        let others = usize::from(self.outputs > 0) + usize::from(self.profile);
+        (self.prefill.len() + self.decode.len() + self.end_to_end.len() + others).max(1)
     }
 }
 
@@ -148,6 +150,7 @@ pub fn measure(
     plan.check(workload, session.largest_capacity())?;
     let mut out = Measured::default();
     let mut bench = Bench { session, settings };
+    bench.note_memory(&mut out.memory);
     let mut done = 0;
     let mut part = |what: String| {
         on_part(&what, done as f32 / plan.parts() as f32);
@@ -156,37 +159,26 @@ pub fn measure(
     if plan.outputs > 0 {
         part("outputs".to_string());
         out.outputs = Some(bench.outputs(workload, plan.outputs)?);
+        bench.note_memory(&mut out.memory);
     }
     for n in &plan.prefill {
         part(format!("prefill of {n} tokens"));
-        let prompt = workload.prompt(*n)?;
-        out.prefill.push(bench.prefill(prompt, plan)?);
-        if plan.profile
-            && let Some(times) = bench.profile(*n)?
-        {
-            out.profile.push((format!("prefill {n}"), times));
-        }
+        out.prefill.push(bench.prefill(workload.prompt(*n)?, plan)?);
+        bench.note_memory(&mut out.memory);
     }
-    for (i, n) in plan.decode.iter().enumerate() {
+    for n in &plan.decode {
         part(format!("decode behind {n} tokens"));
-        let prompt = workload.prompt(*n)?;
-        out.decode.push(bench.decode(prompt, plan)?);
-        if plan.profile
-            && let Some(times) = bench.profile(bench.session.tokens().len())?
-        {
-            // The first is the one that reports draw.
-            let name = if i == 0 {
-                "decode".to_string()
-            } else {
-                format!("decode {n}")
-            };
-            out.profile.push((name, times));
-        }
+        out.decode.push(bench.decode(workload.prompt(*n)?, plan)?);
+        bench.note_memory(&mut out.memory);
     }
     for (n, new) in &plan.end_to_end {
         part(format!("{n} prompt tokens, {new} new ones"));
-        let prompt = workload.prompt(*n)?;
-        out.end_to_end.push(bench.end_to_end(prompt, *new, plan)?);
+        out.end_to_end.push(bench.end_to_end(workload.prompt(*n)?, *new, plan)?);
+        bench.note_memory(&mut out.memory);
+    }
+    if plan.profile {
+        part("layers".to_string());
+        out.profile = bench.profiles(plan, workload)?;
     }
     Ok(out)
 }
@@ -273,7 +265,7 @@ impl Bench<'_> {
     fn decode(&mut self, prompt: &[u32], plan: &Plan) -> Result<Decode, MeasureError> {
         self.session.restart();
         // Of the tokens drawn the first comes from the prompt, and the last is not fed.
-        let steps = DECODE_RUN.min(self.session.largest_capacity() - prompt.len());
+        let steps = self.steps(prompt);
         let mut samples_ms = Vec::new();
         let mut runs = 0;
         while samples_ms.len() < plan.decode_samples.max(1) {
@@ -348,12 +340,50 @@ impl Bench<'_> {
         Ok(outputs)
     }
 
-    /// Time by layer of what ran last.
-    fn profile(&mut self, live: usize) -> Result<Option<LayerTimes>, MeasureError> {
-        match self.session.instruments() {
-            Some(device) => Ok(Some(layers::grouped(live, device.layer_times(PROFILE_RUNS)?))),
-            None => Ok(None),
+    /// Tokens of a decode run behind a prompt: as many as fit.
+    fn steps(&self, prompt: &[u32]) -> usize {
+        DECODE_RUN.min(self.session.largest_capacity() - prompt.len())
+    }
+
+    /// Time by layer of the last call of each prefill and of each decode run.
+    fn profiles(&mut self, plan: &Plan, workload: &Workload) -> Result<Vec<(String, LayerTimes)>, MeasureError> {
+        let mut found = Vec::new();
+        if self.session.instruments().is_none() {
+            return Ok(found);
         }
+        let prefills = plan.prefill.iter().map(|n| (format!("prefill {n}"), *n, false));
+        let decodes = plan.decode.iter().enumerate().map(|(i, n)| match i {
+            // The one that reports draw.
+            0 => ("decode".to_string(), *n, true),
+            _ => (format!("decode {n}"), *n, true),
+        });
+        for (name, n, decode) in prefills.chain(decodes) {
+            let prompt = workload.prompt(n)?;
+            self.session.restart();
+            let more = if decode { self.steps(prompt) } else { 0 };
+            self.run(prompt, more + 1, self.settings)?;
+            let live = self.session.tokens().len();
+            let device = self.session.instruments().expect("asked above");
+            found.push((name, layers::grouped(live, device.layer_times(PROFILE_RUNS)?)));
+        }
+        Ok(found)
+    }
+
+    /// Keeps the most that the process and the device have used.
+    fn note_memory(&mut self, memory: &mut Memory) {
+        memory.peak_host_bytes = machine::peak_host_bytes();
+        memory.peak_anonymous_host_bytes = memory.peak_anonymous_host_bytes.max(machine::anonymous_host_bytes());
+        // The device keeps its own.
+        memory.device = self.session.instruments().map(|device| {
+            let used = device.memory();
+            DeviceMemory {
+                weights: Some(used.weights),
+                cache: Some(used.cache),
+                scratch: Some(used.scratch),
+                context: Some(used.context),
+                total: used.total,
+            }
+        });
     }
 }
 

@@ -114,7 +114,8 @@ pub fn build(package: &Package) -> Option<Build> {
         .map(|e| BuiltEngine {
             profile: e.profile.to_string(),
             bytes: e.bytes,
-            build_ms: e.build_ms as f64,
+            // None was built in less than a millisecond.
+            build_ms: (e.build_ms > 0).then_some(e.build_ms as f64),
         })
         .collect();
     (!engines.is_empty()).then_some(Build { engines })

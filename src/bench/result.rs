@@ -199,6 +199,9 @@ pub struct Load {
     pub load_ms: Option<f64>,
     /// The same without these caches.
     pub first_load_ms: Option<f64>,
+    /// Whether `load_ms` found all kernels that it needed compiled before; none where a system keeps no kernels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernels_kept: Option<bool>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -210,7 +213,9 @@ pub struct Build {
 pub struct BuiltEngine {
     pub profile: String,
     pub bytes: u64,
-    pub build_ms: f64,
+    /// None where the plan came from a cache.
+    #[serde(default)]
+    pub build_ms: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -220,14 +225,17 @@ pub struct Sizes {
     pub weights_bytes: Option<u64>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Memory {
     /// Peak resident set of the process, mapped files included.
     pub peak_host_bytes: Option<u64>,
+    /// The most that was no file's, of samples after loading and after each part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_anonymous_host_bytes: Option<u64>,
     pub device: Option<DeviceMemory>,
 }
 
-/// Bytes of device memory by what they are for. `total` counts all that was taken from the GPU.
+/// Bytes of device memory by what they are for, each at its peak.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceMemory {
     #[serde(default)]
@@ -236,6 +244,10 @@ pub struct DeviceMemory {
     pub cache: Option<u64>,
     #[serde(default)]
     pub scratch: Option<u64>,
+    /// In use before the model was loaded: the CUDA context, and what other processes held.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context: Option<u64>,
+    /// Everything in use, `context` included where it is told.
     pub total: u64,
 }
 

@@ -3,6 +3,8 @@
 mod system;
 mod told;
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,10 +18,11 @@ use super::sampler::SamplerArgs;
 use super::{Failure, print, print_json};
 use crate::bench::compare::compare;
 use crate::bench::measure::{self, MeasureError, Plan};
-use crate::bench::result::{DeviceMemory, Document, Load, Machine, Memory, Peak, SCHEMA};
+use crate::bench::result::{Document, Load, Machine, Peak, SCHEMA};
 use crate::bench::workload::{Workload, WorkloadError};
 use crate::bench::{self, csv, machine, model, result};
 use crate::decode::Session;
+use crate::decode::cuda::kernels_folder;
 use crate::package::Package;
 use crate::sample::Settings;
 
@@ -162,11 +165,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let mut measured = measure::measure(&mut session, &plan, &workload, &settings, |what, share| {
         told.fraction(what, share);
     })?;
-    // What comes now takes memory of its own.
-    let peak_host_bytes = machine::peak_host_bytes();
     progress.step("copy bandwidth");
     let threads = args.place.threads().unwrap_or_else(machine::cores);
-    let (machine, memory, versions) = surroundings(&mut session, &args, &package, threads)?;
+    let (machine, versions) = surroundings(&mut session, &args, &package, threads)?;
     drop(session);
     // The session wrote to it until now.
     drop(kernels);
@@ -197,10 +198,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         load: Some(load),
         build: model::build(&package),
         sizes: Some(model::sizes(&package)),
-        memory: Some(Memory {
-            peak_host_bytes,
-            device: memory,
-        }),
+        memory: Some(measured.memory),
         outputs: measured.outputs,
         profile: (!measured.profile.is_empty()).then(|| measured.profile.into_iter().collect()),
     };
@@ -330,53 +328,65 @@ fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Option<TempDir
         Ok((session, start.elapsed().as_secs_f64() * 1e3))
     };
     if !args.first_load {
-        let (session, load_ms) = timed(None)?;
+        let before = kept_kernels(&Package::open(&args.package)?);
+        let (mut session, load_ms) = timed(None)?;
+        let after = kept_kernels(&Package::open(&args.package)?);
+        let on_gpu = session.instruments().is_some();
         let load = Load {
             load_ms: Some(load_ms),
             first_load_ms: None,
+            kernels_kept: on_gpu.then_some(!before.is_empty() && before == after),
         };
         return Ok((None, session, load));
     }
     let folder = tempfile::tempdir()?;
     let (mut session, first) = timed(Some(folder.path()))?;
     // The CPU keeps nothing: its loads are all alike.
-    let first_load_ms = session.instruments().is_some().then_some(first);
+    let on_gpu = session.instruments().is_some();
     drop(session);
     let (session, load_ms) = timed(Some(folder.path()))?;
     let load = Load {
         load_ms: Some(load_ms),
-        first_load_ms,
+        first_load_ms: on_gpu.then_some(first),
+        kernels_kept: on_gpu.then_some(true),
     };
     Ok((Some(folder), session, load))
 }
 
+/// Files of kernels that a session of the package finds: a load that compiles adds some.
+fn kept_kernels(package: &Package) -> BTreeSet<OsString> {
+    let folder = match package.manifest.engines.is_empty() {
+        true => None,
+        false => kernels_folder(package),
+    };
+    let files = folder.and_then(|folder| std::fs::read_dir(folder).ok());
+    files
+        .into_iter()
+        .flatten()
+        .filter_map(|file| Some(file.ok()?.file_name()))
+        .collect()
+}
+
 type Versions = std::collections::BTreeMap<String, Option<String>>;
 
-/// Machine, device memory and versions, the bandwidth measured where the weights lie.
+/// Machine and versions, the bandwidth measured where the weights lie.
 fn surroundings(
     session: &mut Session,
     args: &Args,
     package: &Package,
     threads: usize,
-) -> Result<(Machine, Option<DeviceMemory>, Versions), Failure> {
+) -> Result<(Machine, Versions), Failure> {
     let lapidary = Some(env!("CARGO_PKG_VERSION").to_string());
     let mut versions = Versions::from([("lapidary".to_string(), lapidary)]);
-    let mut memory = None;
     let mut machine = match session.instruments() {
         None => Machine {
             copy_bandwidth_bytes_per_s: args.copy_bandwidth.or_else(|| Some(machine::copy_bandwidth(threads))),
             ..machine::machine(None)
         },
         Some(device) => {
-            let (facts, used) = (device.facts(), device.memory());
+            let facts = device.facts();
             versions.insert("tensorrt".to_string(), Some(facts.tensorrt.clone()));
             versions.insert("cuda".to_string(), Some(facts.driver.cuda_version.clone()));
-            memory = Some(DeviceMemory {
-                weights: Some(used.weights),
-                cache: Some(used.cache),
-                scratch: Some(used.scratch),
-                total: used.total,
-            });
             Machine {
                 copy_bandwidth_bytes_per_s: match args.copy_bandwidth {
                     Some(given) => Some(given),
@@ -396,7 +406,7 @@ fn surroundings(
         source: args.peak_flops_source.clone(),
     });
     machine.peak_flops = asked.or(stated);
-    Ok((machine, memory, versions))
+    Ok((machine, versions))
 }
 
 impl From<WorkloadError> for Failure {

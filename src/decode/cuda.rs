@@ -73,13 +73,16 @@ pub struct Times {
     pub host: Duration,
 }
 
-/// Device memory by what it is for, in bytes.
+/// Device memory by what it is for, in bytes: the most there was so far.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct MemoryUse {
     pub weights: u64,
+    /// Both caches of a move.
     pub cache: u64,
     pub scratch: u64,
-    /// Taken from the GPU in all since the session was opened, CUDA's and TensorRT's own included.
+    /// In use before the session took any: the CUDA context, and whatever others hold.
+    pub context: u64,
+    /// Taken from the GPU since then, what TensorRT takes for itself included.
     pub total: u64,
 }
 
@@ -124,7 +127,10 @@ pub struct CudaDevice {
     capacity: usize,
     last: Option<Profile>,
     times: Times,
-    free_at_start: u64,
+    /// Of the GPU, free and all, when only the context was there.
+    at_start: (u64, u64),
+    /// Bytes of the cache, of both while it moved.
+    most_cache: usize,
 }
 
 impl CudaDevice {
@@ -159,7 +165,7 @@ impl CudaDevice {
         let graph = package.graph()?;
         let vocabulary = package.vocabulary()?;
         let cuda = runtime.cuda();
-        let (free_at_start, _) = cuda.memory()?;
+        let at_start = cuda.memory()?;
         let rows = slots.iter().map(|slot| largest(slot.profile.tokens)).max().unwrap_or(1);
         let stream = Stream::new(cuda)?;
         Ok(CudaDevice {
@@ -180,7 +186,8 @@ impl CudaDevice {
             capacity: 0,
             last: None,
             times: Times::default(),
-            free_at_start,
+            at_start,
+            most_cache: 0,
             slots,
             runtime,
         })
@@ -221,12 +228,17 @@ impl CudaDevice {
 
     pub fn memory(&self) -> MemoryUse {
         let bytes = |buffer: Option<usize>| buffer.unwrap_or(0) as u64;
-        let free = self.runtime.cuda().memory().map_or(0, |(free, _)| free);
+        let cuda = self.runtime.cuda();
+        let (free_at_start, all) = self.at_start;
+        let free = cuda.memory().map_or(free_at_start, |(free, _)| free);
+        // What is no buffer is TensorRT's, which gives nothing back while engines are loaded.
+        let (now, most) = cuda.buffers();
         MemoryUse {
             weights: bytes(self.weights.as_ref().map(Weights::bytes)),
-            cache: bytes(self.cache.as_ref().map(Cache::bytes)),
+            cache: self.most_cache as u64,
             scratch: bytes(self.scratch.as_ref().map(Buffer::bytes)),
-            total: self.free_at_start.saturating_sub(free),
+            context: all - free_at_start,
+            total: free_at_start.saturating_sub(free) + (most - now),
         }
     }
 
@@ -378,6 +390,8 @@ impl Device for CudaDevice {
         });
         let error = match moved {
             Ok(cache) => {
+                let left = self.cache.as_ref().map_or(0, Cache::bytes);
+                self.most_cache = self.most_cache.max(left + cache.bytes());
                 self.cache = Some(cache);
                 self.capacity = capacity;
                 return Ok(());

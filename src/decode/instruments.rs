@@ -9,6 +9,7 @@ use crate::backend::tensorrt::Driver;
 pub trait Instruments {
     fn facts(&self) -> DeviceFacts;
 
+    /// The most that was in use at once since the device was opened. What the other instruments take counts from then on.
     fn memory(&self) -> DeviceMemory;
 
     /// By the device's own clock: the last call run `times` more, with the same inputs and nothing in between; its mean.
@@ -31,11 +32,15 @@ pub struct DeviceFacts {
     pub tensorrt: String,
 }
 
-/// Bytes of device memory by what they are for; `total` is all that was taken since the device was opened.
+/// Bytes of device memory by what they are for.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DeviceMemory {
     pub weights: u64,
+    /// Two while it moves to another capacity.
     pub cache: u64,
     pub scratch: u64,
+    /// In use when the device was opened: the driver's and CUDA's own, and what other processes hold.
+    pub context: u64,
+    /// Everything in use: these, and what TensorRT takes for itself.
     pub total: u64,
 }

@@ -1,6 +1,6 @@
 //! One switch at a time: runs that say so, and runs of Lapidary whose settings differ in one key.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
 
@@ -21,7 +21,8 @@ pub struct Ablation<'a> {
 }
 
 /// Settings that only repeat what another one says: the first follows from the second.
-const FOLLOWS: [(&str, &str); 3] = [
+const FOLLOWS: [(&str, &str); 4] = [
+    ("refit", "weights"),
     ("capacities", "cache"),
     ("prefill_chunks", "shapes"),
     ("prefill_range", "shapes"),
@@ -84,7 +85,7 @@ pub fn ablations(group: &Group) -> Vec<Ablation<'_>> {
     if let Some((first, others)) = ours.split_first() {
         for other in others {
             if let [key] = &differing(&first.of.system.settings, &other.of.system.settings)[..] {
-                let position = other.of.system.settings.get(key);
+                let position = choices(&other.of.system.settings).get(key).copied();
                 let position = position.map_or_else(|| "unset".to_string(), plain);
                 add(&mut found, key, first, position, other);
             }
@@ -98,19 +99,48 @@ fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_string)
 }
 
-/// Keys with different values, without those that follow from another that is among them, and without the tag itself.
+/// Keys with different values, without those that follow from another that is among them, and without the tag itself. Of
+/// the lowering each choice counts, where both tell of it: files of before do not.
 fn differing(a: &Map<String, Value>, b: &Map<String, Value>) -> Vec<String> {
-    let mut keys: Vec<&String> = a.keys().chain(b.keys()).collect();
-    keys.sort();
-    keys.dedup();
-    let keys = keys.into_iter().filter(|k| *k != "ablation" && a.get(*k) != b.get(*k));
-    let keys: Vec<String> = keys.cloned().collect();
+    let (a, b) = (choices(a), choices(b));
+    let lowered = |side: &BTreeMap<String, &Value>| side.keys().any(|key| is_lowering(key));
+    let told = lowered(&a) && lowered(&b);
+    let keys: BTreeSet<&String> = a
+        .keys()
+        .chain(b.keys())
+        .filter(|key| told || !is_lowering(key))
+        .collect();
+    let keys: Vec<&String> = keys.into_iter().filter(|k| a.get(*k) != b.get(*k)).collect();
     let follows = |key: &String| {
         FOLLOWS
             .iter()
             .any(|(what, of)| key == what && keys.iter().any(|k| k == of))
     };
-    keys.iter().filter(|k| !follows(k)).cloned().collect()
+    keys.iter().filter(|k| !follows(k)).map(|k| k.to_string()).collect()
+}
+
+fn is_lowering(key: &str) -> bool {
+    key.starts_with("lowering.")
+}
+
+/// Settings by name, without the tag; those of the lowering one by one, as `lowering.attention`.
+fn choices(settings: &Map<String, Value>) -> BTreeMap<String, &Value> {
+    let of = |(key, value)| -> Vec<(String, &Value)> {
+        let key: &String = key;
+        let value: &Value = value;
+        match value.as_object() {
+            Some(lowering) if key == "lowering" => lowering
+                .iter()
+                .map(|(choice, value)| (format!("{key}.{choice}"), value))
+                .collect(),
+            _ => vec![(key.clone(), value)],
+        }
+    };
+    settings
+        .iter()
+        .filter(|(key, _)| *key != "ablation")
+        .flat_map(of)
+        .collect()
 }
 
 impl Ablation<'_> {
@@ -122,7 +152,10 @@ impl Ablation<'_> {
 
     /// The switch's position in the baseline, where its settings have it.
     pub fn usual(&self) -> Option<String> {
-        self.baseline.of.system.settings.get(&self.name).map(plain)
+        choices(&self.baseline.of.system.settings)
+            .get(&self.name)
+            .copied()
+            .map(plain)
     }
 
     /// Everything that the baseline and a run both measured.
@@ -151,5 +184,26 @@ impl Ablation<'_> {
             "",
         ];
         table(&header, &rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn choices_of_the_lowering_count_one_by_one_where_both_tell() {
+        let of = |value: Value| value.as_object().unwrap().clone();
+        let usual = of(json!({"weights": "bind", "lowering": {"attention": "by_capacity", "fold_groups": true}}));
+        let layer = of(json!({"weights": "bind", "lowering": {"attention": "layer", "fold_groups": true}}));
+        let before = of(json!({"weights": "bind"}));
+        assert_eq!(differing(&usual, &layer), ["lowering.attention"]);
+        assert!(differing(&usual, &before).is_empty() && differing(&before, &layer).is_empty());
+        let stripped = of(json!({"weights": "strip", "refit": "general"}));
+        assert_eq!(differing(&before, &stripped), ["weights"]);
+        let identical = of(json!({"weights": "strip", "refit": "identical"}));
+        assert_eq!(differing(&identical, &stripped), ["refit"]);
     }
 }

@@ -3,8 +3,10 @@
 use serde_json::{Map, Value, json};
 
 use super::Args;
+use crate::backend::tensorrt::Refit;
 use crate::bench::result::System;
 use crate::package::Package;
+use crate::package::manifest::Engine;
 use crate::sample::Settings;
 use crate::spec::Prefill;
 
@@ -34,9 +36,17 @@ pub fn system(args: &Args, package: &Package, sampler: &Settings, on_gpu: bool, 
         }
     }
     match on_gpu {
-        true => set("cuda_graphs", json!(!args.no_cuda_graphs)),
-        false => set("threads", json!(threads)),
-    };
+        true => {
+            set("cuda_graphs", json!(!args.no_cuda_graphs));
+            set("lowering", lowering(&manifest.engines));
+            if manifest.refit != Refit::None {
+                set("refit", json!(manifest.refit));
+            }
+        }
+        false => {
+            set("threads", json!(threads));
+        }
+    }
     set("sampler", told_sampler(sampler));
     for (key, value) in &args.setting {
         nest(&mut settings, key, value.clone());
@@ -50,6 +60,20 @@ pub fn system(args: &Args, package: &Package, sampler: &Settings, on_gpu: bool, 
         label: args.label.clone().unwrap_or_else(|| format!("lapidary ({variant})")),
         variant,
         settings,
+    }
+}
+
+/// What engines were lowered with, as a spec writes it; by profile where a tuner chose for each. Weights are a setting of
+/// their own.
+fn lowering(engines: &[Engine]) -> Value {
+    let told = |engine: &Engine| {
+        let mut told = json!(engine.lowering);
+        told.as_object_mut().expect("a struct").remove("weight_mode");
+        told
+    };
+    match engines {
+        [first, others @ ..] if others.iter().all(|other| told(other) == told(first)) => told(first),
+        _ => engines.iter().map(|e| (e.profile.to_string(), told(e))).collect(),
     }
 }
 
@@ -100,5 +124,52 @@ fn nest(map: &mut Map<String, Value>, key: &str, value: Value) {
             }
             nest(inner.as_object_mut().expect("made one above"), rest, value);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lower::{AttentionForm, Options};
+    use crate::network::{Profile, WeightMode};
+    use crate::spec::Target;
+
+    fn engine(capacity: usize, lowering: Options) -> Engine {
+        Engine {
+            file: String::new(),
+            bytes: 0,
+            blake3: String::new(),
+            target: Target::compiled(),
+            profile: Profile::decode(capacity),
+            built_as: None,
+            optimization_profile: 0,
+            weight_mode: WeightMode::Bind,
+            refit: Refit::None,
+            lowering,
+            tensorrt_version: String::new(),
+            build_ms: 0,
+        }
+    }
+
+    #[test]
+    fn the_lowering_is_told_once_or_by_profile() {
+        let usual = Options::for_engines();
+        let layer = Options {
+            attention: AttentionForm::Layer,
+            ..usual.clone()
+        };
+        let embedded = Options {
+            weight_mode: WeightMode::Embed,
+            ..usual.clone()
+        };
+        let alike = lowering(&[engine(16, usual.clone()), engine(32, embedded)]);
+        assert_eq!(alike["attention"], json!("by_capacity"));
+        assert_eq!(alike["linear"], json!("reduce_row"));
+        assert_eq!(alike.get("weight_mode"), None);
+        let tuned = lowering(&[engine(16, usual), engine(32, layer)]);
+        assert_eq!(
+            (&tuned["b1-t1-c16"]["attention"], &tuned["b1-t1-c32"]["attention"]),
+            (&json!("by_capacity"), &json!("layer"))
+        );
     }
 }

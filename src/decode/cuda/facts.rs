@@ -29,13 +29,15 @@ impl Instruments for CudaDevice {
             weights,
             cache,
             scratch,
+            context,
             total,
         } = CudaDevice::memory(self);
         DeviceMemory {
             weights,
             cache,
             scratch,
-            total,
+            context,
+            total: context + total,
         }
     }
 

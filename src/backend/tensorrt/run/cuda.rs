@@ -3,6 +3,7 @@
 //! Only what a session needs. Everything is of the first GPU and of one thread: TensorRT's engines cannot be sent to
 //! another.
 
+use std::cell::Cell;
 use std::ffi::c_void;
 use std::rc::Rc;
 use std::time::Duration;
@@ -17,6 +18,8 @@ use super::RunError;
 pub struct Cuda {
     device: sys::CUdevice,
     facts: Driver,
+    /// Bytes of all [`Buffer`]s, now and at most.
+    buffers: Cell<(u64, u64)>,
 }
 
 impl Cuda {
@@ -31,7 +34,8 @@ impl Cuda {
         let device = result::device::get(0).map_err(failed("cuDeviceGet"))?;
         // SAFETY: a device of this driver; released in drop.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        let cuda = Cuda { device, facts };
+        let buffers = Cell::default();
+        let cuda = Cuda { device, facts, buffers };
         // SAFETY: just retained.
         unsafe { result::ctx::set_current(context) }.map_err(failed("cuCtxSetCurrent"))?;
         Ok(Rc::new(cuda))
@@ -46,6 +50,23 @@ impl Cuda {
         let (free, total) = result::mem_get_info().map_err(failed("cuMemGetInfo"))?;
         Ok((free as u64, total as u64))
     }
+
+    /// Bytes that buffers hold, and the most that they held at once: caches and working memory are two for the time of a
+    /// move, which nobody sees who asks for the free memory before or after.
+    pub fn buffers(&self) -> (u64, u64) {
+        self.buffers.get()
+    }
+
+    fn take(&self, bytes: usize) {
+        let (now, most) = self.buffers.get();
+        let now = now + bytes as u64;
+        self.buffers.set((now, most.max(now)));
+    }
+
+    fn give_back(&self, bytes: usize) {
+        let (now, most) = self.buffers.get();
+        self.buffers.set((now - bytes as u64, most));
+    }
 }
 
 impl Drop for Cuda {
@@ -59,7 +80,7 @@ impl Drop for Cuda {
 pub struct Buffer {
     address: sys::CUdeviceptr,
     bytes: usize,
-    _cuda: Rc<Cuda>,
+    cuda: Rc<Cuda>,
 }
 
 impl Buffer {
@@ -78,10 +99,11 @@ impl Buffer {
                 failed("cuMemAlloc")(error)
             }
         })?;
+        cuda.take(bytes);
         Ok(Buffer {
             address,
             bytes,
-            _cuda: cuda.clone(),
+            cuda: cuda.clone(),
         })
     }
 
@@ -124,6 +146,7 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         // SAFETY: allocated in new. The call waits for work that uses the memory.
         let _ = unsafe { result::free_sync(self.address) };
+        self.cuda.give_back(self.bytes);
     }
 }
 
