@@ -146,6 +146,7 @@ mod tests {
             weight_mode: WeightMode::Bind,
             refit: Refit::None,
             lowering,
+            built_with: None,
             tensorrt_version: String::new(),
             build_ms: 0,
         }
