@@ -2,7 +2,7 @@
 //!
 //! Takes a slot of the device; gives what runs it. Weights go to the device with the first engine that wants them.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -14,6 +14,7 @@ use crate::backend::tensorrt::run::{Engine, Port, RunError, Unpacked};
 use crate::decode::DeviceError;
 use crate::lower;
 use crate::network::{Network, Tokens, WeightMode};
+use crate::tensor::DType;
 
 impl CudaDevice {
     pub(super) fn load(&mut self, at: usize) -> Result<Loaded, DeviceError> {
@@ -137,21 +138,13 @@ fn check_ports(engine: &str, ports: &[Port], network: &Network) -> Result<(), Ru
         engine: engine.to_string(),
         reason,
     };
-    let declared = || {
-        network
-            .inputs
-            .iter()
-            .chain(&network.outputs)
-            .map(|id| network.tensor(*id))
-    };
+    let declared = declared(network);
     for port in ports {
-        let tensor = declared().find(|tensor| tensor.name == port.name);
-        let tensor = tensor.ok_or_else(|| unknown(engine, port))?;
-        let shape: Vec<i64> = tensor.shape.iter().map(|dim| dim.as_const().unwrap_or(-1)).collect();
-        if (tensor.dtype, &shape) != (port.dtype, &port.shape) {
+        let (dtype, shape) = declared.get(port.name.as_str()).ok_or_else(|| unknown(engine, port))?;
+        if (*dtype, shape) != (port.dtype, &port.shape) {
             return Err(mismatch(format!(
-                "its {:?} is {} {:?}, the package's network has {} {shape:?}",
-                port.name, port.dtype, port.shape, tensor.dtype
+                "its {:?} is {} {:?}, the package's network has {dtype} {shape:?}",
+                port.name, port.dtype, port.shape
             )));
         }
     }
@@ -165,13 +158,27 @@ fn check_ports(engine: &str, ports: &[Port], network: &Network) -> Result<(), Ru
     }
 }
 
+/// What an engine of the network has for ports: its inputs and outputs, and every bound weight under the weight's own name.
+fn declared(network: &Network) -> HashMap<&str, (DType, Vec<i64>)> {
+    let tensors = network.inputs.iter().chain(&network.outputs).map(|id| {
+        let tensor = network.tensor(*id);
+        let shape = tensor.shape.iter().map(|dim| dim.as_const().unwrap_or(-1));
+        (tensor.name.as_str(), (tensor.dtype, shape.collect()))
+    });
+    let bound = network.weights.iter().filter(|w| w.mode == WeightMode::Bind);
+    let weights = bound.map(|weight| {
+        let shape = weight.constant.shape().iter().map(|d| *d as i64);
+        (weight.name.as_str(), (weight.constant.dtype(), shape.collect()))
+    });
+    tensors.chain(weights).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::lower::Options;
     use crate::lower::synthetic::Decoder;
     use crate::network::Profile;
-    use crate::tensor::DType;
 
     /// A small network and the ports of its engine, as TensorRT would name them.
     fn engine() -> (Network, Vec<Port>) {
@@ -199,7 +206,14 @@ mod tests {
                 }
             })
         });
-        let ports = ports.collect();
+        // `emit` makes an input of every bound weight.
+        let weights = network.weights.iter().map(|weight| Port {
+            name: weight.name.clone(),
+            dtype: weight.constant.dtype(),
+            shape: weight.constant.shape().iter().map(|d| *d as i64).collect(),
+            is_input: true,
+        });
+        let ports = ports.chain(weights).collect();
         (network, ports)
     }
 
@@ -208,6 +222,10 @@ mod tests {
         let (network, ports) = engine();
         assert!(check_ports("e", &ports, &network).is_ok());
         assert!(ports.iter().any(|port| port.shape.contains(&-1)), "tokens are free");
+        assert!(
+            ports.iter().any(|port| port.name.contains("q_proj.weight")),
+            "{ports:?}"
+        );
         for at in 0..ports.len() {
             let mut other = ports.clone();
             let last = other[at].shape.last_mut().unwrap();
