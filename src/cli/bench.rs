@@ -434,7 +434,13 @@ impl From<bench::ResultError> for Failure {
             ResultError::Io { .. } | ResultError::Json { .. } => failure,
             ResultError::NoSchema { .. } => failure.help("give files that `lapidary bench` or scripts/baselines wrote"),
             ResultError::Schema { .. } => failure.help("use the version of Lapidary that knows it, or measure again"),
-            ResultError::Field { .. } | ResultError::Edited { .. } => {
+            ResultError::MeasuredBesideError { .. } => {
+                failure.help("take the `error` out if it did run, or measure again")
+            }
+            ResultError::Field { .. }
+            | ResultError::Edited { .. }
+            | ResultError::DeviceTime { .. }
+            | ResultError::LayerGroup { .. } => {
                 failure.help("measure again; docs/benchmarks.md tells every field and how it follows from samples")
             }
         }
