@@ -268,8 +268,9 @@ def check(values):
     """Problems of a document: missing fields, summaries that do not follow from their samples."""
     if values.get("schema") != SCHEMA:
         return [f"schema is {values.get('schema')!r}, expected {SCHEMA!r}"]
-    if "error" in values:
-        return []
+    if values.get("error") is not None:
+        measured = ("prefill", "decode", "end_to_end", "outputs", "profile")
+        return [f"{field} is there beside an error" for field in measured if values.get(field)]
     wanted = ("system", "date", "machine", "versions", "model", "workload", "prefill", "decode", "end_to_end", "memory",
               "outputs")  # fmt: skip
     problems = [f"{field} is missing" for field in wanted if field not in values]
@@ -298,6 +299,10 @@ def check(values):
         follows(f"{where}.output_tokens_per_s", entry["output_tokens_per_s"], 1e3 / median)
         follows(f"{where}.mbu", entry["mbu"], read / (median / 1e3) / bandwidth if bandwidth else None)
         follows(f"{where}.stable", entry["stable"], stable(entry["samples_ms"]))
+        gpu_ms = entry.get("gpu_ms")
+        # Timed beside the samples, not with them: it may differ as stable ones may.
+        if gpu_ms is not None and not 0 < gpu_ms <= (1 + STABLE_WITHIN) * median:
+            problems.append(f"{where}.gpu_ms is {gpu_ms}, but tokens took {median}")
     for i, entry in enumerate(values["end_to_end"]):
         for j, run in enumerate(entry["runs"]):
             if len(run["itl_samples_ms"]) != run["tokens"] - 1:
@@ -308,6 +313,18 @@ def check(values):
                     follows(f"end_to_end[{i}].{key}.{name}", entry[key].get(name), number)
             else:
                 follows(f"end_to_end[{i}].{key}", entry[key], value)
+    for i, row in enumerate((values["outputs"] or {}).get("logits", [])):
+        where, logits = f"outputs.logits[{i}]", [logit for _, logit in row["top"]]
+        if logits != sorted(logits, reverse=True):
+            problems.append(f"{where}.top does not fall")
+        if len(logits) > 1 and row.get("margin") is not None:
+            expected, largest = logits[0] - logits[1], max(map(abs, logits[:2]))
+            if not abs(row["margin"] - expected) <= 1e-6 * largest:
+                problems.append(f"{where}.margin is {row['margin']}, but its logits give {expected}")
+    for name, times in (values.get("profile") or {}).items():
+        total = math.fsum(ms for _, ms in times["layers"])
+        follows(f"profile.{name}.total_ms", times["total_ms"], total)
+        follows(f"profile.{name}.groups", math.fsum(times["groups"].values()), total)
     return problems
 
 

@@ -170,8 +170,40 @@ class Documents(unittest.TestCase):
         def version(d):
             d["schema"] = "lapidary-bench/2"
 
-        for edit in (sample, median, rate, verdict, gap, field, version):
+        def margin(d):
+            d["outputs"]["logits"][1]["margin"] += 0.01
+
+        def order(d):
+            top = d["outputs"]["logits"][0]["top"]
+            top[3], top[2] = top[2], top[3]
+
+        def device(d):
+            d["decode"][0]["gpu_ms"] = 1.2 * d["decode"][0]["ms"]["median"]
+
+        def no_time(d):
+            d["decode"][0]["gpu_ms"] = 0
+
+        def layers(d):
+            d["profile"] = {"decode": {"live": 5, "total_ms": 3.0, "groups": {"rest": 3.0}, "layers": [["a", 1.0], ["b", 1.5]]}}
+
+        def groups(d):
+            d["profile"] = {"decode": {"live": 5, "total_ms": 2.5, "groups": {"rest": 2.0}, "layers": [["a", 1.0], ["b", 1.5]]}}
+
+        def error(d):
+            d["error"] = "out of memory"
+
+        for edit in (sample, median, rate, verdict, gap, field, version, margin, order, device, no_time, layers, groups, error):
             self.assertNotEqual(self.edited(edit), [], edit.__name__)
+
+    def test_what_holds_together_is_taken(self):
+        def told(d):
+            d["decode"][0]["gpu_ms"] = 0.9 * d["decode"][0]["ms"]["median"]
+            d["profile"] = {"decode": {"live": 5, "total_ms": 2.5, "groups": {"rest": 2.5}, "layers": [["a", 1.0], ["b", 1.5]]}}
+
+        def failed(d):
+            d |= {"error": "out of memory", "prefill": [], "decode": [], "end_to_end": [], "outputs": None}
+
+        self.assertEqual((self.edited(told), self.edited(failed)), ([], []))
 
     def test_rounds_are_merged_into_a_document_that_follows_from_its_samples(self):
         other = copy.deepcopy(self.document)

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::layers::GROUPS;
 use super::model;
-use super::result::{Decode, Document, EndToEnd, Prefill, SCHEMA};
-use super::summary::{Summary, stable};
+use super::result::{Decode, Document, EndToEnd, LayerTimes, LogitRow, Prefill, SCHEMA};
+use super::summary::{STABLE_WITHIN, Summary, stable};
 
 /// How far a number may be from what its samples give, relative to it: what text and another order of additions lose.
 const TOLERANCE: f64 = 1e-6;
@@ -41,6 +42,28 @@ pub enum ResultError {
         field: String,
         found: String,
         expected: String,
+    },
+    #[error(
+        "{}: {field} is there beside `error`: a system that could not run has measured nothing",
+        path.display()
+    )]
+    MeasuredBesideError { path: PathBuf, field: &'static str },
+    #[error(
+        "{}: {field} is {found} ms of the GPU, and tokens took {wall} ms of wall-clock time: {why}",
+        path.display()
+    )]
+    DeviceTime {
+        path: PathBuf,
+        field: String,
+        found: f64,
+        wall: f64,
+        why: &'static str,
+    },
+    #[error("{}: {field}: {group:?} is no group of layers; those are {}", path.display(), GROUPS.join(", "))]
+    LayerGroup {
+        path: PathBuf,
+        field: String,
+        group: String,
     },
 }
 
@@ -113,12 +136,50 @@ impl Checker<'_> {
         }
         self.outputs()?;
         for (name, times) in d.profile.iter().flatten() {
-            let layers: f64 = times.layers.iter().map(|(_, ms)| ms).sum();
-            let groups: f64 = times.groups.values().sum();
-            self.number(&format!("profile.{name}.total_ms"), times.total_ms, layers)?;
-            self.number(&format!("profile.{name}.groups"), groups, layers)?;
+            self.profile(&format!("profile.{name}"), times)?;
         }
-        Ok(())
+        self.error()
+    }
+
+    fn error(&self) -> Checked {
+        let d = self.document;
+        let measured = [
+            ("prefill", !d.prefill.is_empty()),
+            ("decode", !d.decode.is_empty()),
+            ("end_to_end", !d.end_to_end.is_empty()),
+            ("outputs", d.outputs.is_some()),
+            ("profile", d.profile.is_some()),
+        ];
+        match measured.into_iter().find(|(_, there)| d.error.is_some() && *there) {
+            Some((field, _)) => Err(ResultError::MeasuredBesideError {
+                path: self.path.to_path_buf(),
+                field,
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Which layer is of which group was another question for files of before; that groups are all of the layers was not.
+    fn profile(&self, at: &str, times: &LayerTimes) -> Checked {
+        if let Some((layer, _)) = times.layers.iter().find(|(_, ms)| !ms.is_finite() || *ms < 0.0) {
+            return Err(self.field(format!("{at}.layers"), format!("{layer} took a time that is none")));
+        }
+        let layers: f64 = times.layers.iter().map(|(_, ms)| ms).sum();
+        self.number(&format!("{at}.total_ms"), times.total_ms, layers)?;
+        for (group, ms) in &times.groups {
+            let at = format!("{at}.groups");
+            if !GROUPS.contains(&group.as_str()) {
+                return Err(ResultError::LayerGroup {
+                    path: self.path.to_path_buf(),
+                    field: at,
+                    group: group.clone(),
+                });
+            }
+            if !ms.is_finite() || *ms < 0.0 {
+                return Err(self.field(at, format!("{group} took a time that is none")));
+            }
+        }
+        self.number(&format!("{at}.groups"), times.groups.values().sum(), layers)
     }
 
     fn prefill(&self, at: &str, p: &Prefill) -> Checked {
@@ -149,7 +210,25 @@ impl Checker<'_> {
             let bytes = model::decode_bytes(&self.document.model, d.live * self.batch());
             self.number(&at, mbu, bytes / seconds / bandwidth)?;
         }
+        self.device_time(at, d)?;
         self.stable(at, d.stable, &d.samples_ms)
+    }
+
+    /// A step on the GPU is part of what a token took. It is timed after the samples, so the two may differ as stable samples
+    /// may.
+    fn device_time(&self, at: &str, d: &Decode) -> Checked {
+        let why = match d.gpu_ms {
+            Some(ms) if !ms.is_finite() || ms <= 0.0 => "a step takes some time",
+            Some(ms) if ms > d.ms.median * STABLE_WITHIN => "a part of it cannot take longer",
+            _ => return Ok(()),
+        };
+        Err(ResultError::DeviceTime {
+            path: self.path.to_path_buf(),
+            field: format!("{at}.gpu_ms"),
+            found: d.gpu_ms.unwrap_or_default(),
+            wall: d.ms.median,
+            why,
+        })
     }
 
     fn end_to_end(&self, at: &str, e: &EndToEnd) -> Checked {
@@ -200,7 +279,26 @@ impl Checker<'_> {
             let message = "belongs to no prompt, or is empty";
             return Err(self.field(format!("outputs.logits[{i}]"), message));
         }
+        for (i, row) in outputs.logits.iter().enumerate() {
+            self.logits(&format!("outputs.logits[{i}]"), row)?;
+        }
         Ok(())
+    }
+
+    fn logits(&self, at: &str, row: &LogitRow) -> Checked {
+        if let Some(i) = row.top.windows(2).position(|pair| pair[0].1 < pair[1].1) {
+            let message = format!("rises from {} to {}", row.top[i].1, row.top[i + 1].1);
+            return Err(self.field(format!("{at}.top"), message));
+        }
+        let (Some(margin), [first, second, ..]) = (row.margin, &row.top[..]) else {
+            return Ok(());
+        };
+        let expected = first.1 - second.1;
+        // A small difference of large numbers has lost digits to both.
+        if (margin - expected).abs() <= TOLERANCE * first.1.abs().max(second.1.abs()) {
+            return Ok(());
+        }
+        self.number(&format!("{at}.margin"), margin, expected)
     }
 
     fn summary(&self, at: &str, found: &Summary, samples: &[f64]) -> Checked {

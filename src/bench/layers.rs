@@ -11,6 +11,7 @@ use super::result::LayerTimes;
 pub const ATTENTION: &str = "attention";
 pub const PRODUCTS: &str = "matrix products";
 pub const REST: &str = "rest";
+pub const GROUPS: [&str; 3] = [ATTENTION, PRODUCTS, REST];
 
 /// Sums of milliseconds by group, of layers in the order in which they run.
 pub fn grouped(live: usize, layers: Vec<(String, f64)>) -> LayerTimes {

@@ -22,7 +22,6 @@ use crate::bench::result::{Document, Load, Machine, Peak, SCHEMA};
 use crate::bench::workload::{Workload, WorkloadError};
 use crate::bench::{self, csv, machine, model, result};
 use crate::decode::Session;
-use crate::decode::cuda::kernels_folder;
 use crate::package::Package;
 use crate::sample::Settings;
 
@@ -355,16 +354,24 @@ fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Option<TempDir
 
 /// Files of kernels that a session of the package finds: a load that compiles adds some.
 fn kept_kernels(package: &Package) -> BTreeSet<OsString> {
-    let folder = match package.manifest.engines.is_empty() {
-        true => None,
-        false => kernels_folder(package),
-    };
-    let files = folder.and_then(|folder| std::fs::read_dir(folder).ok());
+    let files = kernels_folder(package).and_then(|folder| std::fs::read_dir(folder).ok());
     files
         .into_iter()
         .flatten()
         .filter_map(|file| Some(file.ok()?.file_name()))
         .collect()
+}
+
+#[cfg(feature = "engines")]
+fn kernels_folder(package: &Package) -> Option<PathBuf> {
+    // Without engines nothing is compiled, and no folder is to be made.
+    let engines = !package.manifest.engines.is_empty();
+    engines.then(|| crate::decode::cuda::kernels_folder(package)).flatten()
+}
+
+#[cfg(not(feature = "engines"))]
+fn kernels_folder(_: &Package) -> Option<PathBuf> {
+    None
 }
 
 type Versions = std::collections::BTreeMap<String, Option<String>>;
@@ -427,7 +434,13 @@ impl From<bench::ResultError> for Failure {
             ResultError::Io { .. } | ResultError::Json { .. } => failure,
             ResultError::NoSchema { .. } => failure.help("give files that `lapidary bench` or scripts/baselines wrote"),
             ResultError::Schema { .. } => failure.help("use the version of Lapidary that knows it, or measure again"),
-            ResultError::Field { .. } | ResultError::Edited { .. } => {
+            ResultError::MeasuredBesideError { .. } => {
+                failure.help("take the `error` out if it did run, or measure again")
+            }
+            ResultError::Field { .. }
+            | ResultError::Edited { .. }
+            | ResultError::DeviceTime { .. }
+            | ResultError::LayerGroup { .. } => {
                 failure.help("measure again; docs/benchmarks.md tells every field and how it follows from samples")
             }
         }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
 
-use super::benchmarks::{Verdict, decode_at, prefill_of, text_of};
+use super::benchmarks::{Verdict, decode_at, prefill_of, text_of, unstable};
 use super::input::{Group, ResultFile, SourceId};
 use super::markdown::{cite, ms, table, times};
 use crate::bench::Document;
@@ -44,20 +44,42 @@ fn add<'a>(found: &mut Found<'a>, name: &str, baseline: &'a ResultFile, position
     ablation.runs.push((position, run));
 }
 
-/// What both measured: in words, milliseconds of the one and of the other.
-fn common(a: &Document, b: &Document) -> Vec<(String, f64, f64)> {
+/// Something that two runs measured.
+struct Shared {
+    what: String,
+    usual_ms: f64,
+    switched_ms: f64,
+    /// Both of them.
+    stable: bool,
+}
+
+fn common(a: &Document, b: &Document) -> Vec<Shared> {
     let decode = b.decode.iter().filter_map(|d| {
         let usual = decode_at(a, d.live)?;
-        Some((format!("a token behind {}", d.live), usual.ms.median, d.ms.median))
+        Some(Shared {
+            what: format!("a token behind {}", d.live),
+            usual_ms: usual.ms.median,
+            switched_ms: d.ms.median,
+            stable: usual.stable && d.stable,
+        })
     });
     let prefill = b.prefill.iter().filter_map(|p| {
         let usual = prefill_of(a, p.tokens)?;
-        Some((format!("prefill of {}", p.tokens), usual.ms.median, p.ms.median))
+        Some(Shared {
+            what: format!("prefill of {}", p.tokens),
+            usual_ms: usual.ms.median,
+            switched_ms: p.ms.median,
+            stable: usual.stable && p.stable,
+        })
     });
     let whole = b.end_to_end.iter().filter_map(|e| {
         let usual = text_of(a, (e.prompt, e.new_tokens))?;
-        let what = format!("{} + {}, all of it", e.prompt, e.new_tokens);
-        Some((what, usual.latency_ms.median, e.latency_ms.median))
+        Some(Shared {
+            what: format!("{} + {}, all of it", e.prompt, e.new_tokens),
+            usual_ms: usual.latency_ms.median,
+            switched_ms: e.latency_ms.median,
+            stable: usual.stable && e.stable,
+        })
     });
     decode.chain(prefill).chain(whole).collect()
 }
@@ -162,15 +184,15 @@ impl Ablation<'_> {
     pub fn table(&self, group: &Group) -> String {
         let mut rows = Vec::new();
         for (position, run) in &self.runs {
-            for (what, usual, switched) in common(&self.baseline.of, &run.of) {
+            for shared in common(&self.baseline.of, &run.of) {
                 rows.push(vec![
                     Verdict::of(run, group).word(),
-                    what,
+                    shared.what,
                     position.clone(),
-                    ms(usual),
-                    ms(switched),
-                    times(switched / usual),
-                    format!("{}{}", cite(self.baseline.source), cite(run.source)),
+                    ms(shared.usual_ms),
+                    ms(shared.switched_ms),
+                    times(shared.switched_ms / shared.usual_ms),
+                    unstable(shared.stable) + &cite(self.baseline.source) + &cite(run.source),
                 ]);
             }
         }

@@ -1,7 +1,8 @@
 //! The tables of a group: what systems answered, then how fast they were, side by side.
 
 use super::input::{Group, ResultFile};
-use super::markdown::{MISSING, bytes, cite, ms, or_missing, percent, rate, table, times, tiny};
+use super::markdown::{MISSING, bytes, cite, flops, ms, or_missing, percent, rate, table, times, tiny};
+use super::walls::Walls;
 use crate::bench::compare::{CompareError, Comparison, compare};
 use crate::bench::result::{Decode, Document, EndToEnd, Prefill};
 
@@ -36,18 +37,19 @@ impl Verdict {
         }
     }
 
-    /// For the first column of tables.
+    /// For the first column of tables: the verdict, and over how many rows of logits.
     pub fn word(&self) -> String {
-        match self {
-            Verdict::Compared(found) | Verdict::Told(found) if !found.equal => "**not equal**".to_string(),
-            Verdict::Compared(_) => "equal".to_string(),
-            Verdict::Told(_) => "equal (as told)".to_string(),
-            Verdict::None(why) => why.to_string(),
-        }
+        let (found, told) = match self {
+            Verdict::Compared(found) => (found, ""),
+            Verdict::Told(found) => (found, ", as told"),
+            Verdict::None(why) => return why.to_string(),
+        };
+        let word = if found.equal { "equal" } else { "**not equal**" };
+        format!("{word} ({} rows{told})", found.rows)
     }
 }
 
-fn unstable(stable: bool) -> String {
+pub fn unstable(stable: bool) -> String {
     if stable { "" } else { "unstable" }.to_string()
 }
 
@@ -128,6 +130,7 @@ pub fn text_of(d: &Document, (prompt, new): (usize, usize)) -> Option<&EndToEnd>
 
 /// Each live length, each system.
 pub fn decode(group: &Group) -> String {
+    let walls = Walls::of(group);
     let mut rows = Vec::new();
     for live in live_lengths(&group.results) {
         let ours = group.ours().and_then(|r| decode_at(&r.of, live)).map(|d| d.ms.median);
@@ -143,7 +146,7 @@ pub fn decode(group: &Group) -> String {
                 or_missing(d.gpu_ms.map(ms)),
                 rate(d.output_tokens_per_s),
                 ratio(d.ms.median, ours, is_ours(group, r)),
-                or_missing(d.mbu.map(percent)),
+                or_missing(walls.mbu(&r.of, d).map(percent)),
                 or_missing(d.capacity.map(|c| c.to_string())),
                 unstable(d.stable) + &cite(r.source),
             ]);
@@ -163,7 +166,16 @@ pub fn decode(group: &Group) -> String {
         "cache slots",
         "",
     ];
-    table(&header, &rows)
+    let shares = rows.iter().any(|row| row[9] != MISSING);
+    with_note(table(&header, &rows), shares, &walls.told_bandwidth())
+}
+
+/// A sentence below a table that has shares to speak of.
+fn with_note(table: String, shares: bool, note: &str) -> String {
+    match shares {
+        true => format!("{table}\n{note}\n"),
+        false => table,
+    }
 }
 
 fn is_ours(group: &Group, r: &ResultFile) -> bool {
@@ -172,6 +184,7 @@ fn is_ours(group: &Group, r: &ResultFile) -> bool {
 
 /// Each prompt length, each system.
 pub fn prefill(group: &Group) -> String {
+    let walls = Walls::of(group);
     let mut rows = Vec::new();
     for tokens in prompt_lengths(&group.results) {
         let ours = group
@@ -189,7 +202,7 @@ pub fn prefill(group: &Group) -> String {
                 ms(p.ms.p99),
                 rate(p.prefill_tokens_per_s),
                 ratio(p.ms.median, ours, is_ours(group, r)),
-                or_missing(p.mfu.map(percent)),
+                or_missing(walls.mfu(&r.of, p).map(percent)),
                 unstable(p.stable) + &cite(r.source),
             ]);
         }
@@ -206,7 +219,8 @@ pub fn prefill(group: &Group) -> String {
         "MFU",
         "",
     ];
-    table(&header, &rows)
+    let shares = rows.iter().any(|row| row[8] != MISSING);
+    with_note(table(&header, &rows), shares, &walls.told_peak())
 }
 
 /// Each text, each system.
@@ -248,37 +262,6 @@ pub fn end_to_end(group: &Group) -> String {
     table(&header, &rows)
 }
 
-/// Loading and memory of each system.
-pub fn footprint(group: &Group) -> String {
-    let rows = group.results.iter().map(|r| {
-        let d = &r.of;
-        let load = d.load.as_ref();
-        let memory = d.memory.as_ref();
-        let device = memory.and_then(|m| m.device);
-        vec![
-            d.system.label.clone(),
-            or_missing(load.and_then(|l| l.load_ms).map(ms)),
-            or_missing(load.and_then(|l| l.first_load_ms).map(ms)),
-            or_missing(memory.and_then(|m| m.peak_host_bytes).map(bytes)),
-            or_missing(device.map(|m| bytes(m.total))),
-            or_missing(device.and_then(|m| m.weights).map(bytes)),
-            or_missing(device.and_then(|m| m.cache).map(bytes)),
-            cite(r.source),
-        ]
-    });
-    let header = [
-        "system",
-        "load ms",
-        "first load ms",
-        "peak host memory",
-        "device memory",
-        "of it weights",
-        "of it cache",
-        "",
-    ];
-    table(&header, &rows.collect::<Vec<_>>())
-}
-
 /// What ran where, once a result.
 pub fn machines(group: &Group) -> String {
     let all = group.reference.iter().chain(&group.results).chain(&group.ablations);
@@ -302,7 +285,7 @@ pub fn machines(group: &Group) -> String {
             ),
             or_missing(d.machine.peak_flops.as_ref().map(|p| {
                 let how = p.source.split(':').next().unwrap_or_default();
-                format!("{:.1} TFLOP/s, {how}", p.flops / 1e12)
+                format!("{}, {how}", flops(p.flops))
             })),
             versions.join(", "),
             cite(r.source),

@@ -85,6 +85,14 @@ pub fn times(ratio: f64) -> String {
     format!("{ratio:.2} ×")
 }
 
+/// `735.8 TFLOP/s`
+pub fn flops(n: f64) -> String {
+    match n >= 1e12 {
+        true => format!("{:.1} TFLOP/s", n / 1e12),
+        false => format!("{:.1} GFLOP/s", n / 1e9),
+    }
+}
+
 /// An option's text, or the sign for nothing.
 pub fn or_missing(text: Option<String>) -> String {
     text.unwrap_or_else(|| MISSING.to_string())
@@ -125,6 +133,7 @@ mod tests {
             [0.1234, 12.345, 123.45, 12345.6].map(ms),
             ["0.123", "12.35", "123.5", "12346"]
         );
+        assert_eq!([735.8e12, 187.25e9].map(flops), ["735.8 TFLOP/s", "187.2 GFLOP/s"]);
         assert_eq!(cite_all([SourceId(2), SourceId(0), SourceId(2)]), "[^1][^3]");
     }
 }

@@ -8,12 +8,14 @@
 mod ablations;
 mod benchmarks;
 pub mod conversion;
+mod footprint;
 mod headlines;
 mod input;
 pub mod markdown;
 mod missing;
 pub mod plots;
 mod steps;
+mod walls;
 mod write;
 
 pub use input::{Group, Input, InputError, SourceFile, SourceId};

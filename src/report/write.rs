@@ -10,7 +10,7 @@ use super::benchmarks::{self, Verdict};
 use super::input::{Group, Input};
 use super::markdown::{cite, cite_all, tiny};
 use super::plots::{Figure, figures};
-use super::{headlines, missing, steps};
+use super::{footprint, headlines, missing, steps};
 
 /// A figure, and where the report will find its files.
 #[derive(Serialize)]
@@ -29,7 +29,8 @@ struct ShownGroup {
     decode: String,
     prefill: String,
     end_to_end: String,
-    footprint: String,
+    loading: String,
+    memory: String,
     figures: Vec<Shown>,
 }
 
@@ -76,8 +77,8 @@ pub fn report(input: &Input, plots: &str) -> Report {
         .iter()
         .flat_map(|group| ablations(group).into_iter().map(move |a| (group, a)))
         .collect();
-    let tables = |names: &[&str]| -> String {
-        let wanted = all.iter().filter(|(_, a)| names.contains(&a.name.as_str()));
+    let tables = |name: &str| -> String {
+        let wanted = all.iter().filter(|(_, a)| a.name == name);
         let tables: Vec<String> = wanted
             .map(|(group, a)| format!("{}: {}.\n\n{}", group.title(), a.title(), a.table(group)))
             .collect();
@@ -86,8 +87,10 @@ pub fn report(input: &Input, plots: &str) -> Report {
             false => tables.join("\n"),
         }
     };
+    let elsewhere = |a: &Ablation<'_>| ["shapes", "cache", "weights"].contains(&a.name.as_str());
     let shown_ablations: Vec<ShownAblation> = all
         .iter()
+        .filter(|(_, a)| !elsewhere(a))
         .map(|(group, a)| ShownAblation {
             name: a.title(),
             title: group.title(),
@@ -145,9 +148,10 @@ pub fn report(input: &Input, plots: &str) -> Report {
             conversions => input.conversions.iter().map(steps::section).collect::<Vec<_>>(),
             shapes_table => steps::shapes(&input.conversions),
             weights_table => steps::weights(&input.conversions),
-            ablation_shapes => tables(&["shapes"]),
-            ablation_cache => tables(&["cache"]),
-            ablation_weights => tables(&["weights"]),
+            ablation_shapes => tables("shapes"),
+            ablation_cache => tables("cache"),
+            ablation_weights => tables("weights"),
+            ablations_elsewhere => all.iter().any(|(_, a)| elsewhere(a)),
             ablations => Value::from(Serde(&shown_ablations)),
             verdicts => verdicts(input),
             unstable => missing::unstable(input),
@@ -175,7 +179,8 @@ fn shown(group: &Group, figures: &[Figure], plots: &str) -> ShownGroup {
         decode: benchmarks::decode(group),
         prefill: benchmarks::prefill(group),
         end_to_end: benchmarks::end_to_end(group),
-        footprint: benchmarks::footprint(group),
+        loading: footprint::loading(group),
+        memory: footprint::memory(group),
         figures: figures
             .iter()
             .map(|f| Shown {

@@ -98,7 +98,8 @@ def outputs(error):
     rows = []
     for step in range(4):
         top = [[40 + i, round((10 - i * 0.5) * (1 + (error if i % 2 else -error)), 5)] for i in range(8)]
-        rows.append({"prompt": 0, "step": step, "top": top, "norm": 30.0, "margin": 0.5})
+        top.sort(key=lambda pair: -pair[1])
+        rows.append({"prompt": 0, "step": step, "top": top, "norm": 30.0, "margin": round(top[0][1] - top[1][1], 5)})
     return {"prompts": [[5] * 17], "greedy_tokens": [[40] * 4], "logits": rows, "reference": None}
 
 
@@ -106,8 +107,12 @@ def profile(live, attention, products, rest):
     return {
         "live": live, "total_ms": attention + products + rest,
         "groups": {"attention": attention, "matrix products": products, "rest": rest},
-        "layers": [["_gemm_mha_v2", attention], ["__myl_MulSum", products], ["__myl_MulMean", rest]],
+        "layers": [["__myl_MulMean_myl0_0", rest], ["__myl_MulSum_myl0_1", products], ["_gemm_mha_v2_myl0_2", attention]],
     }  # fmt: skip
+
+
+def engine(profile, build_ms):
+    return {"profile": profile, "bytes": 8000000, "build_ms": build_ms}
 
 
 def document(folder, file, system, variant, label, error=0.004, drift=0.0, settings=None, **parts):
@@ -115,17 +120,19 @@ def document(folder, file, system, variant, label, error=0.004, drift=0.0, setti
         "schema": "lapidary-bench/1",
         "system": {"name": system, "variant": variant, "label": label, "settings": settings or {}},
         "date": "2026-11-24T14:00:00+00:00", "command": f"measure {file}", "commit": "0123456789abcdef0123",
-        "machine": MACHINE, "versions": {system: "1.0", "cuda": "13.0"},
+        "machine": MACHINE | parts.get("machine", {}), "versions": {system: "1.0", "cuda": "13.0"},
         "model": MODEL | {"dtype": parts.get("dtype", "fp16")},
         "workload": {"batch": 1, "seed": 0, "prompts": PROMPTS},
         "prefill": [prefill(n, t, drift) for n, t in parts.get("prefill", {}).items()],
         "decode": [decode(n, t, c, drift, system == "lapidary") for n, (t, c) in parts.get("decode", {}).items()],
         "end_to_end": [end_to_end(16, 6, ttft, t) for ttft, t in parts.get("texts", [])],
-        "load": {"load_ms": 900.0, "first_load_ms": parts.get("first_load")},
+        "load": {"load_ms": 900.0, "first_load_ms": parts.get("first_load")} | parts.get("load", {}),
         "memory": {"peak_host_bytes": 3 << 30, "device": parts.get("memory", {"total": 3 << 30})},
         "outputs": outputs(error),
     }  # fmt: skip
-    for key in ("profile", "error_text"):
+    if "error_text" in parts:
+        del written["load"], written["outputs"]
+    for key in ("profile", "build", "sizes", "error_text"):
         if key in parts:
             written["error" if key == "error_text" else key] = parts[key]
     (folder / f"{file}.json").write_text(json.dumps(written, indent=1) + "\n")
@@ -141,14 +148,18 @@ def main():
     write("lapidary", "lapidary", "bind, growing cache", "lapidary", settings=usual, first_load=4200.0,
           decode={64: (1.18, 256), 300: (1.24, 1024), 4080: (1.62, 4096)}, prefill={128: 1.92, 512: 5.3},
           texts=[(1.95, 1.3)],
-          memory={"weights": 2200000000, "cache": 92274688, "scratch": 30000000, "total": 2380000000},
+          memory={"weights": 2200000000, "cache": 92274688, "scratch": 30000000, "context": 500000000, "total": 2880000000},
+          build={"engines": [engine("b1-t1-c256", 4400.0), engine("b1-t128-c256", 2600.0)]},
+          sizes={"package_bytes": 2216000000, "plans_bytes": 16000000, "weights_bytes": 2200000000},
           profile={"decode": profile(316, 0.41, 0.95, 0.12), "prefill 512": profile(512, 0.4, 2.04, 0.6)})  # fmt: skip
     write("no-graphs", "lapidary", "bind, growing cache", "lapidary without CUDA graphs",
-          settings=usual | {"cuda_graphs": False}, decode={300: (1.71, 1024)}, prefill={512: 5.5})  # fmt: skip
+          settings=usual | {"cuda_graphs": False}, decode={300: (1.71, 1024)}, prefill={512: 5.5},
+          load={"load_ms": 4100.0, "kernels_kept": False}, sizes={"package_bytes": None, "plans_bytes": 16000000, "weights_bytes": None},
+          build={"engines": [engine("b1-t1-c256", None), engine("b1-t128-c256", None)]})  # fmt: skip
     write("one-capacity", "lapidary", "bind", "one capacity", decode={300: (1.62, 4096), 4080: (1.62, 4096)},
           settings=usual | {"cache": "one capacity", "capacities": [4096],
                             "ablation": {"group": "cache", "switch": "4096 slots"}})  # fmt: skip
-    write("embedded", "lapidary", "embed", "embedded", decode={300: (1.23, 1024)},
+    write("embedded", "lapidary", "embed", "embedded", drift=0.2, decode={300: (1.23, 1024)},
           settings=usual | {"weights": "embed", "ablation": {"group": "weights", "switch": "embed"}})  # fmt: skip
     write("eager", "transformers", "eager, SDPA", "transformers eager", error=0.006, prefill={128: 11.9, 512: 12.4},
           decode={64: (11.3, None), 300: (11.2, None), 4080: (11.9, None)}, texts=[(12.4, 11.6)])  # fmt: skip
@@ -157,7 +168,8 @@ def main():
           texts=[(6.2, 3.3)])  # fmt: skip
     write("static", "transformers", "static cache", "transformers static cache", error=0.3, drift=0.4,
           prefill={512: 13.4}, decode={300: (12.8, 4096), 4080: (13.0, 4096)})  # fmt: skip
-    write("reference", "transformers", "fp32 reference", "transformers fp32", error=0.0, dtype="fp32")
+    write("reference", "transformers", "fp32 reference", "transformers fp32", error=0.0, dtype="fp32",
+          machine={"copy_bandwidth_bytes_per_s": 4.0e12, "peak_flops": {"flops": 700e12, "source": "measured: of fp16, for a test"}})  # fmt: skip
     write("parser", "tensorrt-onnx-parser", "engine", "TensorRT ONNX parser",
           error_text="the parser has no importer for Attention")  # fmt: skip
 

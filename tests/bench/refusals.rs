@@ -251,6 +251,93 @@ fn runs_and_outputs_must_fit_together() {
     assert!(with("/outputs/logits/0/prompt", json!(99)).contains("outputs.logits[0]"));
 }
 
+/// What no samples tell, but the rest of the file does.
+#[test]
+fn what_follows_from_other_fields_must_follow() {
+    let mut value = measured();
+    value["decode"][0]["gpu_ms"] = json!(value["decode"][0]["ms"]["median"].as_f64().unwrap() * 0.98);
+    // Of a file of before, where scores were products: groups are what they were, as long as they are all of the layers.
+    value["profile"] = json!({"decode": {
+        "live": 5,
+        "total_ms": 2.0,
+        "groups": {"attention": 0.25, "matrix products": 1.25, "rest": 0.5},
+        "layers": [["_gemm_mha_v2", 0.25], ["__myl_MulSum", 1.25], ["__myl_MulMean", 0.5]],
+    }});
+    parse(&value).unwrap();
+    let with = |pointer: &str, change: &dyn Fn(f64) -> f64| {
+        let mut edited = value.clone();
+        let place = edited.pointer_mut(pointer).unwrap();
+        *place = json!(change(place.as_f64().unwrap()));
+        parse(&edited).unwrap_err()
+    };
+    let edited = |pointer: &str, change: &dyn Fn(f64) -> f64, field: &str| {
+        let error = with(pointer, change);
+        assert!(
+            matches!(&error, ResultError::Edited { field: named, .. } if named == field),
+            "{error}"
+        );
+    };
+    edited("/outputs/logits/1/margin", &|m| m + 0.01, "outputs.logits[1].margin");
+    edited(
+        "/outputs/logits/0/top/0/1",
+        &|logit| logit + 0.5,
+        "outputs.logits[0].margin",
+    );
+    edited("/profile/decode/total_ms", &|ms| ms * 0.9, "profile.decode.total_ms");
+    edited("/profile/decode/layers/1/1", &|ms| ms * 0.9, "profile.decode.total_ms");
+    edited("/profile/decode/groups/rest", &|ms| ms * 0.9, "profile.decode.groups");
+    let message = with("/outputs/logits/0/top/4/1", &|logit| logit + 100.0).to_string();
+    assert!(message.contains("outputs.logits[0].top: rises from"), "{message}");
+    let message = with("/profile/decode/layers/0/1", &|_| -1.0).to_string();
+    assert!(message.contains("_gemm_mha_v2 took a time that is none"), "{message}");
+
+    for (change, why) in [
+        (1.2, "a part of it cannot take longer"),
+        (0.0, "a step takes some time"),
+        (-1.0, "a step takes some time"),
+    ] {
+        let error = with("/decode/0/gpu_ms", &|ms| ms * change);
+        assert!(matches!(error, ResultError::DeviceTime { .. }), "{error}");
+        let message = error.to_string();
+        assert!(
+            message.contains("decode[0].gpu_ms is") && message.ends_with(why),
+            "{message}"
+        );
+    }
+    let mut renamed = value.clone();
+    let groups = renamed
+        .pointer_mut("/profile/decode/groups")
+        .unwrap()
+        .as_object_mut()
+        .unwrap();
+    let rest = groups.remove("rest").unwrap();
+    groups.insert("other".to_string(), rest);
+    let error = parse(&renamed).unwrap_err();
+    assert!(
+        matches!(&error, ResultError::LayerGroup { group, .. } if group == "other"),
+        "{error}"
+    );
+}
+
+#[test]
+fn an_error_stands_beside_no_measurement() {
+    let whole = measured();
+    for kept in ["prefill", "decode", "end_to_end", "outputs"] {
+        let mut value = whole.clone();
+        for key in ["prefill", "decode", "end_to_end", "outputs"] {
+            if key != kept {
+                value.as_object_mut().unwrap().remove(key);
+            }
+        }
+        value["error"] = json!("out of memory");
+        let error = parse(&value).unwrap_err();
+        assert!(
+            matches!(&error, ResultError::MeasuredBesideError { field, .. } if *field == kept),
+            "{error}"
+        );
+    }
+}
+
 /// A system that could not run has a word for it and no measurements.
 #[test]
 fn a_system_that_could_not_run_is_read() {

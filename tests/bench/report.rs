@@ -140,16 +140,136 @@ fn figures_are_those_of_the_files() {
             } else {
                 format!("{median:.3}")
             };
-            let start = format!("| equal | {} | {label} | {told} |", decode["live"]);
+            let start = format!("| equal (4 rows) | {} | {label} | {told} |", decode["live"]);
             assert!(markdown.contains(&start), "{start}");
         }
     }
+    let loading = |label: &str| {
+        let start = format!("| {label} | ");
+        let tables = markdown.split(": loading and memory").nth(1).unwrap();
+        tables
+            .lines()
+            .find_map(|l| l.strip_prefix(&start)?.rsplit_once(" | "))
+            .unwrap()
+            .0
+            .to_string()
+    };
+    assert_eq!(loading("lapidary"), "4200 | 900.0 | 2 | 16.0 MB | 7.0");
+    assert_eq!(
+        loading("lapidary without CUDA graphs"),
+        "4100 | — | 2 | 16.0 MB | from the cache"
+    );
+    assert_eq!(loading("transformers eager"), "900.0 | — | — | — | —");
     // Ours is slower in one thing, and the report says so itself.
     let behind = markdown.split("### Where it falls short").nth(1).unwrap();
     let behind = behind.split("\n## ").next().unwrap();
     assert!(behind.contains("the first token of a prompt of 512"), "{behind}");
     assert!(behind.contains("the time of transformers static + compile"), "{behind}");
     assert!(!behind.contains("live ones"), "{behind}");
+}
+
+/// Shares are of the reference's bandwidth and peak for every system, and of each file's own where there is no reference.
+#[test]
+fn shares_are_of_one_bandwidth_and_one_peak() {
+    let value = |name: &str| -> Value {
+        serde_json::from_str(&std::fs::read_to_string(results().join(format!("{name}.json"))).unwrap()).unwrap()
+    };
+    let reference = &value("reference")["machine"];
+    let [bandwidth, peak] = [
+        &reference["copy_bandwidth_bytes_per_s"],
+        &reference["peak_flops"]["flops"],
+    ]
+    .map(|n| n.as_f64().unwrap());
+    let machine = &value("lapidary")["machine"];
+    let [own_bandwidth, own_peak] =
+        [&machine["copy_bandwidth_bytes_per_s"], &machine["peak_flops"]["flops"]].map(|n| n.as_f64().unwrap());
+    assert!(bandwidth != own_bandwidth && peak != own_peak);
+    let with = Reported::of(&names(), &[]).markdown();
+    let alone: Vec<String> = names().into_iter().filter(|n| n != "reference.json").collect();
+    let alone = Reported::of(&alone, &[]).markdown();
+    let told = |markdown: &str, label: &str, at: usize, what: &str| {
+        let section = markdown.split(&format!("H200: {what}\n")).nth(1).unwrap();
+        let cell = format!("| {at} | {label} |");
+        section.lines().find(|l| l.contains(&cell)).unwrap().to_string()
+    };
+    for name in ["lapidary", "eager"] {
+        let value = value(name);
+        let label = value["system"]["label"].as_str().unwrap();
+        let mbu = value["decode"][1]["mbu"].as_f64().unwrap() * 100.0;
+        let mfu = value["prefill"][1]["mfu"].as_f64().unwrap() * 100.0;
+        for (markdown, of_bandwidth, of_peak) in [(&with, bandwidth, peak), (&alone, own_bandwidth, own_peak)] {
+            let (mbu, mfu) = (mbu * own_bandwidth / of_bandwidth, mfu * own_peak / of_peak);
+            let row = told(markdown, label, 300, "decode");
+            assert!(row.contains(&format!("| {mbu:.1} % |")), "{mbu}: {row}");
+            let row = told(markdown, label, 512, "prefill");
+            assert!(row.contains(&format!("| {mfu:.1} % |")), "{mfu}: {row}");
+        }
+    }
+    assert!(
+        with.contains("MBU is of 4.0 TB/s for every system: the copy bandwidth that the reference's run measured.[^")
+    );
+    assert!(with.contains("MFU is of 700.0 TFLOP/s for every system"));
+    assert!(alone.contains("MBU is of the copy bandwidth that each run measured itself."));
+
+    // On a CPU a reference may have had busier neighbours, and its product is no peak.
+    let on_cpu = |name: &str| changed(name, |v| v["system"]["settings"]["device"] = json!("cpu"));
+    let ((_one, ours), (_two, reference)) = (on_cpu("lapidary.json"), on_cpu("reference.json"));
+    let markdown = Reported::of(&[ours, reference], &[]).markdown();
+    assert!(
+        markdown
+            .contains("MBU is of 4.2 TB/s for every system: the highest copy bandwidth that a run here measured.[^1]"),
+        "{markdown}"
+    );
+    assert!(markdown.contains("MFU is of the peak that each run has itself."));
+}
+
+/// Files of before had another rule for groups: what is drawn follows from layers.
+#[test]
+fn layers_are_grouped_by_one_rule() {
+    let (_folder, before) = changed("lapidary.json", |v| {
+        let groups = v["profile"]["decode"]["groups"].as_object_mut().unwrap();
+        let attention = groups.remove("attention").unwrap().as_f64().unwrap();
+        groups["rest"] = json!(groups["rest"].as_f64().unwrap() + attention);
+    });
+    let drawn = |file: String| {
+        let reported = Reported::of(&[file], &[]);
+        let name = "docs/plots/llama-1b-fp16-nvidia-h200-layers.svg";
+        std::fs::read_to_string(reported.folder.path().join(name)).unwrap()
+    };
+    let now = drawn("lapidary.json".into());
+    assert!(now.contains("0.410 ms, 28 %"), "{now}");
+    assert_eq!(drawn(before), now);
+}
+
+#[test]
+fn what_did_not_hold_still_is_marked_in_plots() {
+    let reported = Reported::of(&names(), &[]);
+    let svg = |kind: &str| {
+        let name = format!("docs/plots/llama-1b-fp16-nvidia-h200-{kind}.svg");
+        std::fs::read_to_string(reported.folder.path().join(name)).unwrap()
+    };
+    for kind in ["throughput", "ablations"] {
+        assert!(svg(kind).contains(", unstable"), "{kind}");
+    }
+    for kind in ["latency", "roofline"] {
+        assert!(svg(kind).contains("unstable"), "{kind}");
+    }
+    // A system that was measured at one length is named there, and not where it never was.
+    let latency = svg("latency");
+    let place = |label: &str| -> f64 {
+        let before = latency.split(&format!("\n{label}: ")).next().unwrap();
+        let tag = before.rsplit("<text ").next().unwrap();
+        tag.split("x=\"")
+            .nth(1)
+            .unwrap()
+            .split('"')
+            .next()
+            .unwrap()
+            .parse()
+            .unwrap()
+    };
+    assert!(place("lapidary without CUDA graphs") < place("lapidary") - 100.0);
+    assert_eq!(place("transformers eager"), place("lapidary"));
 }
 
 #[test]
@@ -197,18 +317,26 @@ fn an_ablation_finds_its_baseline() {
     let markdown = Reported::of(&files, &[]).markdown();
     let titles: Vec<&str> = markdown
         .lines()
-        .filter(|l| l.starts_with("### ") && l.contains(", against "))
+        .filter(|l| !l.starts_with('|') && l.contains(", against "))
         .collect();
     let device = "llama-1b in fp16 on NVIDIA H200";
-    // The second untagged run differs from the first in its cache alone, so it is one too.
+    // The second untagged run differs from the first in its cache alone, so it is one too. What has a section of its own
+    // stands there, and nowhere again.
     assert_eq!(
         titles,
         [
-            format!("### cache, against lapidary (growing): {device}"),
-            format!("### cache, against lapidary, 1024 slots (one capacity): {device}"),
+            format!("{device}: cache, against lapidary (growing)."),
+            format!("{device}: cache, against lapidary, 1024 slots (one capacity)."),
             format!("### chunk, against lapidary, 1024 slots: {device}"),
         ]
     );
+    assert!(markdown.contains("[static cache](#static-cache)"));
+    // Its times drift.
+    let row = |part: &str| markdown.lines().find(|l| l.contains(part)).unwrap();
+    let drifting = row("a token behind 300 | 128 |");
+    assert!(drifting.contains("| unstable[^"), "{drifting}");
+    let steady = row("| 4096 slots |");
+    assert!(steady.contains("| [^"), "{steady}");
     let missing = markdown.split("## Missing").nth(1).unwrap();
     assert!(
         !missing.contains("prefill chunk size") && !missing.contains("a growing cache"),
@@ -263,7 +391,7 @@ fn what_is_missing_is_named() {
     let mut files: Vec<String> = names().into_iter().filter(|n| n != "one-capacity.json").collect();
     files.push(another);
     let whole = Reported::of(&files, &[]).markdown();
-    assert!(whole.contains("| equal | 4000 | one capacity"), "{whole}");
+    assert!(whole.contains("| equal (4 rows) | 4000 | one capacity"), "{whole}");
     assert!(!whole.contains("decode behind 4000"), "{whole}");
 
     // Less measured, fewer plots, and it says why.

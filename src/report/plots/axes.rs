@@ -99,6 +99,35 @@ pub fn spread(wanted: &[f64], gap: f64, last: f64) -> Vec<f64> {
     places
 }
 
+/// A place near `wanted` for a label from `left` to `right` and `reach` up and down that no path crosses and no label in
+/// `taken` is at, between `first` and `last`; `wanted` if there is none.
+pub fn clear(
+    wanted: f64,
+    reach: f64,
+    (left, right): (f64, f64),
+    (first, last): (f64, f64),
+    paths: &[Vec<(f64, f64)>],
+    taken: &[f64],
+) -> f64 {
+    let crossed = |place: f64| {
+        let crosses = |pair: &[(f64, f64)]| {
+            let [(x1, y1), (x2, y2)] = [pair[0], pair[1]];
+            let (from, to) = (x1.max(left), x2.min(right));
+            let at = |x: f64| y1 + (y2 - y1) * (x - x1) / (x2 - x1).max(1.0);
+            let (a, b) = (at(from), at(to));
+            from < to && a.min(b) < place + reach && a.max(b) > place - reach
+        };
+        paths.iter().any(|path| path.windows(2).any(crosses))
+    };
+    let free = |place: &f64| {
+        let near = |other: &f64| (other - place).abs() < 2.0 * reach;
+        (first..=last).contains(place) && !taken.iter().any(near) && !crossed(*place)
+    };
+    let steps = (0..60).map(|i| f64::from(i) * 3.0);
+    let places = steps.flat_map(|step| [wanted - step, wanted + step]);
+    places.into_iter().find(free).unwrap_or(wanted)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,6 +148,21 @@ mod tests {
         let scale = Scale::log(1.0, 100.0, 200.0, 0.0);
         assert_eq!([1.0, 10.0, 100.0].map(|v| scale.at(v).round()), [200.0, 100.0, 0.0]);
         assert_eq!(Scale::linear(2.0, 4.0, 0.0, 10.0).at(3.0), 5.0);
+    }
+
+    #[test]
+    fn a_label_gives_way_to_lines_and_labels() {
+        let rising = vec![(0.0, 100.0), (400.0, 80.0)];
+        let place = |wanted: f64, paths: &[Vec<(f64, f64)>], taken: &[f64]| {
+            clear(wanted, 9.0, (20.0, 200.0), (0.0, 120.0), paths, taken)
+        };
+        assert_eq!(place(50.0, std::slice::from_ref(&rising), &[]), 50.0);
+        // The line passes between 99 and 90: the nearest way out is down.
+        assert_eq!(place(100.0, std::slice::from_ref(&rising), &[]), 109.0);
+        // Down is taken, and up it is clear from 81 on.
+        assert_eq!(place(100.0, &[rising], &[115.0]), 79.0);
+        // Beside the label a line may pass.
+        assert_eq!(place(100.0, &[vec![(210.0, 100.0), (400.0, 100.0)]], &[]), 100.0);
     }
 
     #[test]

@@ -16,12 +16,16 @@ const PANELS: usize = 4;
 
 struct Panel<'a> {
     what: String,
-    bars: Vec<(&'a ResultFile, f64)>,
+    /// Tokens a second, and whether they held still.
+    bars: Vec<(&'a ResultFile, f64, bool)>,
 }
 
 pub fn figure(group: &Group) -> Option<Figure> {
-    let panel = |what: String, of: &dyn Fn(&Document) -> Option<f64>| {
-        let bars = group.results.iter().filter_map(|r| Some((r, of(&r.of)?)));
+    let panel = |what: String, of: &dyn Fn(&Document) -> Option<(f64, bool)>| {
+        let bars = group.results.iter().filter_map(|r| {
+            let (rate, stable) = of(&r.of)?;
+            Some((r, rate, stable))
+        });
         let mut bars: Vec<_> = bars.collect();
         bars.sort_by(|a, b| b.1.total_cmp(&a.1));
         Panel { what, bars }
@@ -29,11 +33,15 @@ pub fn figure(group: &Group) -> Option<Figure> {
     let mut panels = Vec::new();
     for text in texts(&group.results) {
         let what = format!("{} + {} tokens, end to end", text.0, text.1);
-        panels.push(panel(what, &|d| text_of(d, text).map(|e| e.output_tokens_per_s)));
+        panels.push(panel(what, &|d| {
+            text_of(d, text).map(|e| (e.output_tokens_per_s, e.stable))
+        }));
     }
     for live in live_lengths(&group.results) {
         let what = format!("decode behind {live} tokens");
-        panels.push(panel(what, &|d| decode_at(d, live).map(|d| d.output_tokens_per_s)));
+        panels.push(panel(what, &|d| {
+            decode_at(d, live).map(|d| (d.output_tokens_per_s, d.stable))
+        }));
     }
     panels.truncate(PANELS);
     if panels.is_empty() {
@@ -49,13 +57,13 @@ pub fn figure(group: &Group) -> Option<Figure> {
         .min(330.0);
     let subtitle = format!("{}; output tokens a second, more is better", group.title());
     let svg = sheet(WIDTH, height.ceil() as u32, "Throughput", &subtitle, |canvas| {
-        let (left, right) = (40.0 + labels, canvas.width - 96.0);
+        let (left, right) = (40.0 + labels, canvas.width - 140.0);
         let mut y = HEAD;
         for panel in &panels {
             let most = panel.bars.first().map_or(1.0, |b| b.1);
             canvas.write((28.0, y + 16.0), &panel.what, 13.5, INK, Side::Start, true);
             y += PANEL_HEAD;
-            for (r, value) in &panel.bars {
+            for (r, value, stable) in &panel.bars {
                 let ours = is_ours(group, r);
                 let colour = match (ours, r.of.system.name.as_str()) {
                     (true, _) => OURS,
@@ -68,8 +76,9 @@ pub fn figure(group: &Group) -> Option<Figure> {
                 let label = &r.of.system.label;
                 canvas.write((left - 10.0, middle), label, 12.5, INK, Side::End, ours);
                 canvas.bar((left, y), (end.max(left + 1.0), y + BAR), colour);
-                let note = if wrong { " (outputs not equal)" } else { "" };
-                let text = format!("{}{note}", rate(*value));
+                let mut text = rate(*value);
+                text += if *stable { "" } else { ", unstable" };
+                text += if wrong { " (outputs not equal)" } else { "" };
                 // Inside the bar where the sheet ends.
                 match width_of(&text, 12.5) + end + 10.0 < canvas.width - 8.0 {
                     true => canvas.write((end + 8.0, middle), &text, 12.5, FAINT_INK, Side::Start, ours),
@@ -82,7 +91,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
     });
     let mut sources: Vec<SourceId> = panels
         .iter()
-        .flat_map(|p| p.bars.iter().map(|(r, _)| r.source))
+        .flat_map(|p| p.bars.iter().map(|(r, ..)| r.source))
         .collect();
     sources.sort_unstable();
     sources.dedup();

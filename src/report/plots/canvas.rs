@@ -96,6 +96,40 @@ impl Canvas<'_> {
             .expect("text takes everything");
     }
 
+    /// A dot that says that what it stands for did not hold still.
+    pub fn ring(&self, at: (f64, f64), size: i32, ink: RGBColor) {
+        self.dot(at, size, ink);
+        self.root
+            .draw(&Circle::new(place(at), size - 2, WHITE.filled()))
+            .expect("text takes everything");
+    }
+
+    /// The same of a square.
+    pub fn frame(&self, at: (f64, f64), size: f64, ink: RGBColor) {
+        self.square(at, size, ink);
+        self.bar(
+            (at.0 - size + 2.0, at.1 - size + 2.0),
+            (at.0 + size - 2.0, at.1 + size - 2.0),
+            WHITE,
+        );
+    }
+
+    /// Text that lines pass behind.
+    pub fn label(&self, at: (f64, f64), text: &str, size: f64, ink: RGBColor, side: Side, bold: bool) {
+        let width = width_of(text, size);
+        let left = match side {
+            Side::Start => at.0,
+            Side::Middle => at.0 - width / 2.0,
+            Side::End => at.0 - width,
+        };
+        self.bar(
+            (left - 2.0, at.1 - size * 0.6),
+            (left + width + 2.0, at.1 + size * 0.6),
+            WHITE,
+        );
+        self.write(at, text, size, ink, side, bold);
+    }
+
     pub fn square(&self, (x, y): (f64, f64), size: f64, ink: RGBColor) {
         self.bar(
             (x - size - 2.0, y - size - 2.0),

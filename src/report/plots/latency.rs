@@ -1,9 +1,10 @@
 //! Time of a token against the live length: a line a system.
 
-use super::axes::{Scale, spread};
+use super::axes::{Scale, clear, spread};
 use super::canvas::{HEAD, Side, sheet, width_of};
 use super::{AXIS, FAINT_INK, Figure, GRID, INK, coloured, is_ours, slug};
-use crate::report::input::Group;
+use crate::bench::result::Decode;
+use crate::report::input::{Group, ResultFile};
 use crate::report::markdown::ms;
 
 const SIZE: (u32, u32) = (960, 540);
@@ -19,10 +20,15 @@ pub fn figure(group: &Group) -> Option<Figure> {
     let note = if log { ", logarithmic" } else { "" };
     let labels = lines
         .iter()
+        .filter(|(r, _)| r.of.decode.iter().any(|d| d.live == last))
         .map(|(r, _)| width_of(&r.of.system.label, 12.5))
         .fold(120.0, f64::max);
+    let rings = match points().all(|d| d.stable) {
+        true => "",
+        false => ", hollow where unstable",
+    };
     let subtitle = format!(
-        "{}; median ms a token{note}, bars to the 90th percentile",
+        "{}; median ms a token{note}, bars to the 90th percentile{rings}",
         group.title()
     );
     let svg = sheet(SIZE.0, SIZE.1, "Time of a token by live length", &subtitle, |canvas| {
@@ -66,33 +72,57 @@ pub fn figure(group: &Group) -> Option<Figure> {
             Side::Middle,
             false,
         );
-        let end = |r: &crate::report::input::ResultFile| {
+        let end = |r: &ResultFile| {
             let last = r.of.decode.iter().max_by_key(|d| d.live).expect("filtered");
             (x.at(last.live as f64), y.at(last.ms.median), last.ms.median)
         };
-        let wanted: Vec<f64> = lines.iter().map(|(r, _)| end(r).1).collect();
-        let places = spread(&wanted, 18.0, bottom - 4.0);
-        // Ours comes first in the list, and is drawn last, above the others.
-        for ((r, colour), label) in lines.iter().zip(&places).rev() {
-            let mut decode: Vec<_> = r.of.decode.iter().collect();
+        let sorted = |r: &ResultFile| {
+            let mut decode = r.of.decode.clone();
             decode.sort_by_key(|d| d.live);
-            let path: Vec<(f64, f64)> = decode
-                .iter()
-                .map(|d| (x.at(d.live as f64), y.at(d.ms.median)))
-                .collect();
-            let ours = is_ours(group, r);
+            decode
+        };
+        let path_of = |r: &ResultFile| -> Vec<(f64, f64)> {
+            let place = |d: &Decode| (x.at(d.live as f64), y.at(d.ms.median));
+            sorted(r).iter().map(place).collect()
+        };
+        // Ours comes first in the list, and is drawn last, above the others.
+        for (r, colour) in lines.iter().rev() {
+            let (ours, path) = (is_ours(group, r), path_of(r));
             canvas.line(&path, *colour, if ours { 3 } else { 2 });
-            for d in &decode {
-                let at = x.at(d.live as f64);
-                canvas.line(&[(at, y.at(d.ms.median)), (at, y.at(d.ms.p90))], *colour, 1);
-                canvas.dot((at, y.at(d.ms.median)), if ours { 5 } else { 4 }, *colour);
+            for (d, at) in sorted(r).iter().zip(path) {
+                canvas.line(&[at, (at.0, y.at(d.ms.p90))], *colour, 1);
+                let size = if ours { 5 } else { 4 };
+                match d.stable {
+                    true => canvas.dot(at, size, *colour),
+                    false => canvas.ring(at, size, *colour),
+                }
             }
-            let (from, height, value) = end(r);
-            if (label - height).abs() > 3.0 || from < right - 20.0 {
-                canvas.line(&[(from + 8.0, height), (right + 8.0, *label)], GRID, 1);
+        }
+        // A system's name is beside its last point: outside where that is the last of all, else within, where no line is.
+        let name = |r: &ResultFile| format!("{}: {}", r.of.system.label, ms(end(r).2));
+        let pointed = |at: (f64, f64), to: (f64, f64)| {
+            if (at.1 - to.1).abs() > 3.0 {
+                canvas.line(&[(at.0 + 8.0, at.1), (to.0 - 4.0, to.1)], GRID, 1);
             }
-            let text = format!("{}: {}", r.of.system.label, ms(value));
-            canvas.write((right + 12.0, *label), &text, 12.5, *colour, Side::Start, ours);
+        };
+        let at_edge = |r: &ResultFile| end(r).0 >= x.at(last as f64);
+        let (outside, mut within): (Vec<_>, Vec<_>) = lines.iter().copied().partition(|(r, _)| at_edge(r));
+        within.sort_by(|(a, _), (b, _)| end(a).1.total_cmp(&end(b).1));
+        let wanted: Vec<f64> = outside.iter().map(|(r, _)| end(r).1).collect();
+        for ((r, colour), place) in outside.iter().zip(spread(&wanted, 18.0, bottom - 4.0)) {
+            let to = (right + 12.0, place);
+            pointed((end(r).0, end(r).1), to);
+            canvas.write(to, &name(r), 12.5, *colour, Side::Start, is_ours(group, r));
+        }
+        let paths: Vec<Vec<(f64, f64)>> = lines.iter().map(|(r, _)| path_of(r)).collect();
+        let mut taken = Vec::new();
+        for (r, colour) in within {
+            let (at, height, _) = end(r);
+            let span = (at + 16.0, at + 16.0 + width_of(&name(r), 12.5));
+            let place = clear(height, 9.0, span, (top, bottom - 10.0), &paths, &taken);
+            taken.push(place);
+            pointed((at, height), (span.0, place));
+            canvas.write((span.0, place), &name(r), 12.5, colour, Side::Start, is_ours(group, r));
         }
     });
     Some(Figure {

@@ -4,7 +4,7 @@ use plotters::style::RGBColor;
 
 use super::canvas::{HEAD, Side, sheet, width_of};
 use super::{FAINT_INK, Figure, INK, MUTED, OTHERS, OURS, slug};
-use crate::bench::layers::{ATTENTION, PRODUCTS, REST};
+use crate::bench::layers::{ATTENTION, PRODUCTS, REST, grouped};
 use crate::report::input::Group;
 use crate::report::markdown::ms;
 
@@ -38,10 +38,12 @@ pub fn figure(group: &Group) -> Option<Figure> {
         for (name, profile) in profiles {
             let title = format!("{name}, {} tokens live", profile.live);
             canvas.write((left, y + 9.0), &title, 13.0, INK, Side::Start, true);
+            // Counted anew, by one rule for files of any time.
+            let groups = grouped(profile.live, profile.layers.clone()).groups;
             let top = y + 22.0;
             let mut from = left;
             for (name, colour) in GROUPS {
-                let time = profile.groups.get(name).copied().unwrap_or(0.0);
+                let time = groups.get(name).copied().unwrap_or(0.0);
                 let to = from + (right - left) * time / longest;
                 canvas.bar((from, top), (to, top + BAR), colour);
                 let share = format!("{:.0} %", 100.0 * time / profile.total_ms);

@@ -11,23 +11,25 @@ use crate::report::markdown::bytes;
 const WIDTH: u32 = 960;
 const BAR: f64 = 28.0;
 const GAP: f64 = 10.0;
-const PARTS: [(&str, RGBColor); 4] = [
+const PARTS: [(&str, RGBColor); 5] = [
     ("weights", OURS),
     ("cache", OTHERS[3]),
     ("working memory", OTHERS[1]),
+    ("context of CUDA", OTHERS[4]),
     ("everything else, or not told apart", MUTED),
 ];
 
 /// Bytes of each part; the last is all where nothing is told apart.
-fn parts(d: &Document, on_gpu: bool) -> Option<[u64; 4]> {
+fn parts(d: &Document, on_gpu: bool) -> Option<[u64; 5]> {
     let memory = d.memory.as_ref()?;
     if !on_gpu {
-        return Some([0, 0, 0, memory.peak_host_bytes?]);
+        return Some([0, 0, 0, 0, memory.peak_host_bytes?]);
     }
     let device = memory.device?;
-    let known = [device.weights, device.cache, device.scratch].map(|n| n.unwrap_or(0));
-    let rest = device.total.saturating_sub(known.iter().sum());
-    Some([known[0], known[1], known[2], rest])
+    let known = [device.weights, device.cache, device.scratch, device.context];
+    let [weights, cache, scratch, context] = known.map(|n| n.unwrap_or(0));
+    let rest = device.total.saturating_sub(weights + cache + scratch + context);
+    Some([weights, cache, scratch, context, rest])
 }
 
 pub fn figure(group: &Group) -> Option<Figure> {
@@ -49,7 +51,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         .fold(80.0, f64::max)
         .min(330.0);
     let what = match group.on_gpu {
-        true => "device memory taken, less is better",
+        true => "device memory at its peak, less is better",
         false => "peak resident memory of the process, mapped files included, less is better",
     };
     let svg = sheet(
@@ -61,10 +63,11 @@ pub fn figure(group: &Group) -> Option<Figure> {
             let (left, right) = (40.0 + labels, canvas.width - 110.0);
             if group.on_gpu {
                 let mut x = 28.0;
-                for (name, colour) in PARTS {
+                let shown = |i: &usize| bars.iter().any(|(_, parts)| parts[*i] > 0);
+                for (name, colour) in (0..PARTS.len()).filter(shown).map(|i| PARTS[i]) {
                     canvas.bar((x, HEAD), (x + 14.0, HEAD + 14.0), colour);
                     canvas.write((x + 21.0, HEAD + 7.0), name, 12.5, INK, Side::Start, false);
-                    x += width_of(name, 12.5) + 54.0;
+                    x += width_of(name, 12.5) + 42.0;
                 }
             }
             let mut y = HEAD + legend;

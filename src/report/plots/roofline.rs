@@ -10,6 +10,7 @@ use super::{AXIS, FAINT_INK, Figure, INK, coloured, slug};
 use crate::bench::model::{decode_bytes, decode_flop, prefill_flop};
 use crate::bench::result::Document;
 use crate::report::input::Group;
+use crate::report::walls::Walls;
 
 const SIZE: (u32, u32) = (960, 560);
 
@@ -20,6 +21,7 @@ struct Point {
     reached: f64,
     tokens: usize,
     is_prefill: bool,
+    stable: bool,
 }
 
 fn points(d: &Document) -> Vec<Point> {
@@ -30,6 +32,7 @@ fn points(d: &Document) -> Vec<Point> {
             reached: flop / (m.ms.median / 1e3),
             tokens: m.live,
             is_prefill: false,
+            stable: m.stable,
         })
     });
     let prefill = d.prefill.iter().filter_map(|m| {
@@ -40,6 +43,7 @@ fn points(d: &Document) -> Vec<Point> {
             reached: flop / (m.ms.median / 1e3),
             tokens: m.tokens,
             is_prefill: true,
+            stable: m.stable,
         })
     });
     decode.chain(prefill).collect()
@@ -90,8 +94,8 @@ impl Label {
 
 pub fn figure(group: &Group) -> Option<Figure> {
     let ours = group.ours()?;
-    let bandwidth = ours.of.machine.copy_bandwidth_bytes_per_s?;
-    let peak = ours.of.machine.peak_flops.as_ref();
+    let walls = Walls::of(group);
+    let (bandwidth, peak) = (walls.bandwidth(&ours.of)?, walls.peak(&ours.of));
     let results: Vec<_> = coloured(group)
         .into_iter()
         .map(|(r, colour)| (r, colour, points(&r.of)))
@@ -103,9 +107,9 @@ pub fn figure(group: &Group) -> Option<Figure> {
     if !least.is_finite() {
         return None;
     }
-    let ridge = peak.map(|peak| peak.flops / bandwidth);
+    let ridge = peak.map(|peak| peak / bandwidth);
     let (x_min, x_max) = (least / 2.0, (most * 2.5).max(ridge.unwrap_or(0.0) * 2.5));
-    let roof = |intensity: f64| peak.map_or(f64::INFINITY, |p| p.flops).min(bandwidth * intensity);
+    let roof = |intensity: f64| peak.unwrap_or(f64::INFINITY).min(bandwidth * intensity);
     let lowest = all().map(|p| p.reached).fold(f64::INFINITY, f64::min).min(roof(x_min));
     let highest = all().map(|p| p.reached).fold(0.0, f64::max).max(roof(x_max));
     let unit = if highest > 2e12 {
@@ -156,22 +160,28 @@ pub fn figure(group: &Group) -> Option<Figure> {
         let slope = [(x.at(x_min), height(roof(x_min))), (x.at(corner), height(roof(corner)))];
         canvas.line(&slope, INK, 2);
         let told = format!("measured copy bandwidth, {} GB/s", mark((bandwidth / 1e9).round()));
-        let middle = ((slope[0].0 + slope[1].0) / 2.0, (slope[0].1 + slope[1].1) / 2.0);
-        // Nothing is above the roof.
-        let above = (middle.0 - 14.0, middle.1 - 14.0);
-        canvas.write(above, &told, 12.0, INK, Side::End, false);
+        // Above the roof, where nothing is, as far up as the text needs to the left.
+        let share = (width_of(&told, 12.0) + 22.0) / (slope[1].0 - slope[0].0).max(1.0);
+        let along = |from: f64, to: f64| from + (to - from) * share.clamp(0.5, 1.0);
+        let above = (
+            along(slope[0].0, slope[1].0) - 14.0,
+            along(slope[0].1, slope[1].1) - 14.0,
+        );
+        canvas.label(above, &told, 12.0, INK, Side::End, false);
         if let Some(peak) = peak {
-            canvas.line(&[slope[1], (right, height(peak.flops))], INK, 2);
-            let told = format!("peak, {} {}", mark((peak.flops / unit.0 * 10.0).round() / 10.0), unit.1);
-            canvas.write((right, height(peak.flops) - 13.0), &told, 12.0, INK, Side::End, false);
+            canvas.line(&[slope[1], (right, height(peak))], INK, 2);
+            let told = format!("peak, {} {}", mark((peak / unit.0 * 10.0).round() / 10.0), unit.1);
+            canvas.label((right, height(peak) - 13.0), &told, 12.0, INK, Side::End, false);
         }
         for (r, colour, points) in results.iter().rev() {
             let is_ours = r.source == ours.source;
             for p in points {
                 let at = (x.at(p.intensity), height(p.reached));
-                match p.is_prefill {
-                    true => canvas.square(at, 5.0, *colour),
-                    false => canvas.dot(at, 6, *colour),
+                match (p.is_prefill, p.stable) {
+                    (true, true) => canvas.square(at, 5.0, *colour),
+                    (true, false) => canvas.frame(at, 5.0, *colour),
+                    (false, true) => canvas.dot(at, 6, *colour),
+                    (false, false) => canvas.ring(at, 6, *colour),
                 }
             }
             if is_ours {
@@ -208,6 +218,11 @@ pub fn figure(group: &Group) -> Option<Figure> {
             Side::Start,
             false,
         );
+        if all().any(|p| !p.stable) {
+            canvas.ring((right + 26.0, shapes + 40.0), 5, AXIS);
+            let told = "unstable: did not hold still";
+            canvas.write((right + 38.0, shapes + 40.0), told, 12.0, FAINT_INK, Side::Start, false);
+        }
     });
     Some(Figure {
         name: format!("{}-roofline", slug(group)),

@@ -16,10 +16,11 @@ struct Bar {
     name: String,
     share: f64,
     at: String,
+    stable: bool,
 }
 
-/// The share of a run, and at what, if its baseline has the same measurement.
-type Measure = dyn Fn(&Ablation<'_>, &ResultFile) -> Option<(f64, String)>;
+/// The share of a run, at what, and whether both held still, if its baseline has the same measurement.
+type Measure = dyn Fn(&Ablation<'_>, &ResultFile) -> Option<(f64, String, bool)>;
 
 pub fn figure(group: &Group) -> Option<Figure> {
     let all = ablations(group);
@@ -29,13 +30,18 @@ pub fn figure(group: &Group) -> Option<Figure> {
     };
     let bars = |of: &Measure| -> Vec<Bar> {
         let bar = |(a, position, run): (&Ablation<'_>, &String, &&ResultFile)| {
-            let (share, at) = of(a, run)?;
+            let (share, at, stable) = of(a, run)?;
             let mut name = format!("{}: {position}", a.name);
             // A switch with two usual positions says which it is compared with.
             if let (true, Some(usual)) = (all.iter().filter(|b| b.name == a.name).count() > 1, a.usual()) {
                 name += &format!(", against {usual}");
             }
-            Some(Bar { name, share, at })
+            Some(Bar {
+                name,
+                share,
+                at,
+                stable,
+            })
         };
         let mut bars: Vec<Bar> = runs().filter_map(bar).collect();
         bars.sort_by(|a, b| b.share.total_cmp(&a.share));
@@ -44,13 +50,15 @@ pub fn figure(group: &Group) -> Option<Figure> {
     let decode = bars(&|a, run| {
         run.of.decode.iter().find_map(|d| {
             let usual = decode_at(&a.baseline.of, d.live)?;
-            Some((d.ms.median / usual.ms.median, format!("behind {} tokens", d.live)))
+            let at = format!("behind {} tokens", d.live);
+            Some((d.ms.median / usual.ms.median, at, d.stable && usual.stable))
         })
     });
     let prefill = bars(&|a, run| {
         run.of.prefill.iter().rev().find_map(|p| {
             let usual = prefill_of(&a.baseline.of, p.tokens)?;
-            Some((p.ms.median / usual.ms.median, format!("{} tokens", p.tokens)))
+            let at = format!("{} tokens", p.tokens);
+            Some((p.ms.median / usual.ms.median, at, p.stable && usual.stable))
         })
     });
     let panels: Vec<(&str, Vec<Bar>)> = [("decode", decode), ("prefill", prefill)]
@@ -60,6 +68,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
     let shown = || panels.iter().flat_map(|(_, bars)| bars);
     let most = shown().map(|b| b.share).fold(1.0, f64::max);
     let rows = shown().count();
+    let steady = shown().all(|b| b.stable);
     if rows == 0 {
         return None;
     }
@@ -78,7 +87,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         "One switch at a time",
         &subtitle,
         |canvas| {
-            let (left, right) = (40.0 + labels, canvas.width - 190.0);
+            let (left, right) = (40.0 + labels, canvas.width - if steady { 190.0 } else { 240.0 });
             let at = |share: f64| left + (right - left) * share / most;
             let mut y = HEAD;
             for (what, bars) in &panels {
@@ -95,7 +104,8 @@ pub fn figure(group: &Group) -> Option<Figure> {
                         _ => OTHERS[3],
                     };
                     canvas.bar((left, y), (at(bar.share), y + BAR), colour);
-                    let told = format!("{:.2}, {}", bar.share, bar.at);
+                    let doubt = if bar.stable { "" } else { ", unstable" };
+                    let told = format!("{:.2}, {}{doubt}", bar.share, bar.at);
                     let end = at(bar.share).max(at(1.0));
                     canvas.write((end + 8.0, middle), &told, 12.0, FAINT_INK, Side::Start, false);
                     y += BAR + GAP;
