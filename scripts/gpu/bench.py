@@ -386,8 +386,13 @@ def brief(results):
         for mode in modes:
             stage.one_transformers(str(stage.folder / "checkpoint"), mode, cases_of(mode))
 
+    def ours(size):
+        # Also where the reference is of an earlier machine: the workload is made of it.
+        stages[size].prepare(f"made:{size}")
+        lapidary_of(stages[size])
+
     steps = [
-        *(functools.partial(lapidary_of, stage) for stage in stages.values()),
+        *(functools.partial(ours, size) for size in stages),
         lambda: transformers("8b", "static-compile"),
         lambda: transformers("1b", "static-compile"),
         lambda: transformers("8b", "frozen"),
