@@ -123,8 +123,10 @@ class Decoder:
     """Two contexts of one engine, two sets of caches."""
 
     def __init__(self, trt, path, longest_prompt, slots, specialization):
+        import hugging_face
         import torch
 
+        self.used_bytes = hugging_face.used_bytes
         self.torch, self.built = torch, Built(trt, path, longest_prompt, slots)
         built = self.built
         if not built.grows or "cache_position" in built.shapes:
@@ -164,11 +166,6 @@ class Decoder:
         torch.cuda.synchronize()
         self.load_ms = (time.perf_counter() - start) * 1e3
         self.reset()
-
-    def used_bytes(self):
-        """Of the GPU, by whomever."""
-        free, total = self.torch.cuda.mem_get_info()
-        return total - free
 
     def integer(self, name, trt):
         kind = self.engine.get_tensor_dtype(name)

@@ -327,9 +327,10 @@ fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Option<TempDir
         Ok((session, start.elapsed().as_secs_f64() * 1e3))
     };
     if !args.first_load {
-        let before = kept_kernels(&Package::open(&args.package)?);
+        let kernels = kernels_folder(&Package::open(&args.package)?);
+        let before = files(kernels.as_deref());
         let (mut session, load_ms) = timed(None)?;
-        let after = kept_kernels(&Package::open(&args.package)?);
+        let after = files(kernels.as_deref());
         let on_gpu = session.instruments().is_some();
         let load = Load {
             load_ms: Some(load_ms),
@@ -352,9 +353,9 @@ fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Option<TempDir
     Ok((Some(folder), session, load))
 }
 
-/// Files of kernels that a session of the package finds: a load that compiles adds some.
-fn kept_kernels(package: &Package) -> BTreeSet<OsString> {
-    let files = kernels_folder(package).and_then(|folder| std::fs::read_dir(folder).ok());
+/// Names in the folder for kernels: a load that compiles adds some.
+fn files(folder: Option<&Path>) -> BTreeSet<OsString> {
+    let files = folder.and_then(|folder| std::fs::read_dir(folder).ok());
     files
         .into_iter()
         .flatten()
@@ -363,11 +364,7 @@ fn kept_kernels(package: &Package) -> BTreeSet<OsString> {
 }
 
 #[cfg(feature = "engines")]
-fn kernels_folder(package: &Package) -> Option<PathBuf> {
-    // Without engines nothing is compiled, and no folder is to be made.
-    let engines = !package.manifest.engines.is_empty();
-    engines.then(|| crate::decode::cuda::kernels_folder(package)).flatten()
-}
+use crate::decode::cuda::kernels_folder;
 
 #[cfg(not(feature = "engines"))]
 fn kernels_folder(_: &Package) -> Option<PathBuf> {

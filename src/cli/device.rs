@@ -122,10 +122,7 @@ mod cuda {
             match refusal {
                 Refusal::Open(OpenError::Graph(error)) => error.into(),
                 Refusal::Open(OpenError::Package(error)) => error.into(),
-                Refusal::Open(error) => Failure {
-                    help: error.help(),
-                    ..Failure::input(error)
-                },
+                Refusal::Open(error) => Failure::helped(&error, error.help()),
                 Refusal::Device(error) => error.into(),
             }
         }

@@ -180,13 +180,7 @@ pub(super) fn at_once(weights: WeightMode) -> usize {
 pub(super) fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Profile> {
     let mut profiles = Vec::new();
     for capacity in capacities {
-        let fits = |tokens: &Tokens| match *tokens {
-            Tokens::Static(n) => n <= *capacity,
-            Tokens::Dynamic { min, .. } => min <= *capacity,
-        };
-        if !(conversion.one_engine && conversion.prefill.tokens().iter().any(fits)) {
-            profiles.push(Profile::decode(*capacity));
-        }
+        let mut chunks = Vec::new();
         for tokens in conversion.prefill.tokens() {
             let tokens = match tokens {
                 Tokens::Static(n) if n > *capacity || n == 1 => continue,
@@ -198,13 +192,17 @@ pub(super) fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Pro
                     max: max.min(*capacity),
                 },
             };
-            profiles.push(Profile {
+            chunks.push(Profile {
                 batch: 1,
                 tokens,
                 capacity: *capacity,
                 logits: Logits::Rows,
             });
         }
+        if !conversion.one_engine || chunks.is_empty() {
+            profiles.push(Profile::decode(*capacity));
+        }
+        profiles.extend(chunks);
     }
     profiles
 }

@@ -50,6 +50,14 @@ impl Failure {
         self
     }
 
+    /// For errors that know themselves what to do, or that nothing can be done.
+    pub fn helped(message: impl fmt::Display, help: Option<String>) -> Self {
+        Failure {
+            help,
+            ..Failure::input(message)
+        }
+    }
+
     /// The same of the file at `path`, for errors that do not know it.
     pub fn at(self, path: &Path) -> Self {
         Failure {
@@ -238,10 +246,7 @@ impl From<GenerateError> for Failure {
 
 impl From<tensorrt::LibraryError> for Failure {
     fn from(error: tensorrt::LibraryError) -> Self {
-        Failure {
-            help: error.help(),
-            ..Failure::input(error)
-        }
+        Failure::helped(&error, error.help())
     }
 }
 
@@ -254,8 +259,7 @@ impl From<tensorrt::Error> for Failure {
         };
         Failure {
             status,
-            help: error.help(),
-            ..Failure::input(error)
+            ..Failure::helped(&error, error.help())
         }
     }
 }

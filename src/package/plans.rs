@@ -1,9 +1,10 @@
 //! Plans kept from earlier conversions: an engine that is the same in all that TensorRT sees is not built twice.
 //!
 //! The key is a hash over the network (every layer, shape, name and small constant), how its weights enter, the refit
-//! mode, the code that makes a plan of it and the library's version, with full TensorRT the GPU too. Where the plan depends on the weights' values, because it holds them or may be refitted
-//! with nothing else, their hash is part of the key too: so an identical refit never meets a plan made for other weights,
-//! and a general or bound one is found again for every fine-tune.
+//! mode, the code that makes a plan of it and the library's version, with full TensorRT the GPU too. Where the plan depends
+//! on the weights' values, because it holds them or may be refitted with nothing else, their hash is part of the key too:
+//! so an identical refit never meets a plan made for other weights, and a general or bound one is found again for every
+//! fine-tune.
 
 use std::fs;
 use std::io::{self, Write};

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -87,11 +88,14 @@ pub fn carry_over(from: &Package, to: &Staging, manifest: &Manifest) -> Result<(
         if let Some(folder) = target.parent() {
             fs::create_dir_all(folder).map_err(PackageError::io(folder))?;
         }
-        if fs::hard_link(&source, &target).is_err() {
-            fs::copy(&source, &target).map_err(PackageError::io(&target))?;
-        }
+        link(&source, &target).map_err(PackageError::io(&target))?;
     }
     Ok(())
+}
+
+/// A link, where the file system has them.
+fn link(source: &Path, target: &Path) -> io::Result<()> {
+    fs::hard_link(source, target).or_else(|_| fs::copy(source, target).map(|_| ()))
 }
 
 /// The kernels that were kept for a package's engines too: they are found by the plan's bytes, which may be the same. Without
@@ -104,10 +108,7 @@ pub fn carry_kernels(from: &Package, to: &Staging) {
         return;
     }
     for entry in entries.flatten() {
-        let (source, target) = (entry.path(), to.join(entry.file_name()));
-        if fs::hard_link(&source, &target).is_err() {
-            let _ = fs::copy(&source, &target);
-        }
+        let _ = link(&entry.path(), &to.join(entry.file_name()));
     }
 }
 

@@ -40,7 +40,7 @@ impl CudaDevice {
         })
     }
 
-    /// Gives back what no loaded engine needs any more.
+    /// Gives back what no loaded engine needs any more. After an error nothing is loaded.
     pub(super) fn trim_scratch(&mut self) -> Result<(), RunError> {
         let loaded = self.slots.iter().filter_map(|slot| slot.loaded.as_ref());
         let needed = loaded.map(|loaded| loaded.engine.scratch_bytes()).max();
@@ -50,7 +50,8 @@ impl CudaDevice {
         self.stream.wait()?;
         self.scratch = None;
         match needed {
-            Some(bytes) => self.allocate_scratch(bytes),
+            // As above: engines must not be left with memory that is gone.
+            Some(bytes) => self.allocate_scratch(bytes).inspect_err(|_| self.unload()),
             None => Ok(()),
         }
     }
