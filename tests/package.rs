@@ -6,8 +6,8 @@ use std::path::Path;
 use lapidary::backend::tensorrt::Refit;
 use lapidary::graph::Graph;
 use lapidary::network::{Profile, WeightMode};
-use lapidary::package::manifest::{Engine, Source};
-use lapidary::package::{Facts, Manifest, Package, PackageError, Writer};
+use lapidary::package::manifest::{EngineEntry, ExportFile};
+use lapidary::package::{Manifest, ManifestHeader, Package, PackageError, Writer};
 use lapidary::spec::{Prefill, Target};
 use lapidary::tensor::DType;
 use lapidary::weights::checks::Allowed;
@@ -25,9 +25,9 @@ fn canonical(export: &str) -> passes::Canonical {
     passes::canonicalize(onnx::read(model).unwrap(), &options).unwrap()
 }
 
-fn facts(canonical: &passes::Canonical) -> Facts {
-    Facts {
-        source: Source {
+fn facts(canonical: &passes::Canonical) -> ManifestHeader {
+    ManifestHeader {
+        source: ExportFile {
             file: "model.onnx".into(),
             blake3: "0".repeat(64),
             bytes: 1,
@@ -188,7 +188,7 @@ fn engines_are_listed_with_the_weights_they_take() {
     let profile = Profile::decode(16);
     let network = lower::lower(&graph, &profile, &lower::Options::default()).unwrap();
     let taken = network.weights.iter().map(|w| w.name.clone()).collect();
-    let engine = Engine {
+    let engine = EngineEntry {
         file: String::new(),
         bytes: 0,
         blake3: String::new(),

@@ -1,7 +1,7 @@
 //! What was measured, from a package: sizes of the model, bytes that a token reads, floating-point operations of a prompt.
 
 use super::result::{Build, BuiltEngine, Model, Sizes};
-use crate::package::manifest::Weight;
+use crate::package::manifest::WeightEntry;
 use crate::package::{Package, PackageError};
 use crate::tensor::DType;
 use crate::weights::fingerprint::{FingerprintError, fingerprint};
@@ -11,16 +11,16 @@ pub fn model(package: &Package, name: &str) -> Result<Model, PackageError> {
     let manifest = &package.manifest;
     let a = &manifest.architecture;
     let weights = &manifest.weights.tensors;
-    let elements = |w: &Weight| w.shape.iter().product::<usize>() as u64;
+    let elements = |w: &WeightEntry| w.shape.iter().product::<usize>() as u64;
     // One copy of what is stored once.
     let distinct = || weights.iter().filter(|w| w.same_as.is_none());
     let has_head = weights.iter().any(|w| is(w, "head.weight"));
     // One row of a table is read for a token; of the embedding all rows where the head multiplies it.
-    let table = |w: &Weight| is(w, "positions.weight") || has_head && is(w, "embedding.weight");
+    let table = |w: &WeightEntry| is(w, "positions.weight") || has_head && is(w, "embedding.weight");
     let read = weights.iter().filter(|w| w.same_as.is_none() || is(w, "head.weight"));
-    let row = |w: &Weight| w.bytes / w.shape.first().copied().unwrap_or(1).max(1) as u64;
+    let row = |w: &WeightEntry| w.bytes / w.shape.first().copied().unwrap_or(1).max(1) as u64;
     let matrices = weights.iter().filter(|w| w.shape.len() == 2 && w.modules.is_some());
-    let in_layers = |w: &&Weight| modules(w).all(|module| module.starts_with("layers."));
+    let in_layers = |w: &&WeightEntry| modules(w).all(|module| module.starts_with("layers."));
     Ok(Model {
         name: name.to_string(),
         dtype: dtype(manifest.dtype).to_string(),
@@ -38,12 +38,12 @@ pub fn model(package: &Package, name: &str) -> Result<Model, PackageError> {
     })
 }
 
-fn modules(weight: &Weight) -> impl Iterator<Item = &str> {
+fn modules(weight: &WeightEntry) -> impl Iterator<Item = &str> {
     let leaves = weight.modules.iter().flat_map(|recipe| recipe.leaves());
     leaves.map(|leaf| leaf.name)
 }
 
-fn is(weight: &Weight, module: &str) -> bool {
+fn is(weight: &WeightEntry, module: &str) -> bool {
     modules(weight).any(|name| name == module)
 }
 
@@ -60,7 +60,7 @@ pub fn dtype(dtype: DType) -> &'static str {
 /// The fingerprint, or where some weight has no name in a checkpoint a hash that only packages share, marked as such.
 fn weights_hash(package: &Package) -> Result<String, PackageError> {
     let manifest = &package.manifest;
-    let unnamed = |w: &Weight| w.shape.len() == 2 && w.dtype.is_float() && w.modules.is_none();
+    let unnamed = |w: &WeightEntry| w.shape.len() == 2 && w.dtype.is_float() && w.modules.is_none();
     if !manifest.weights.tensors.iter().any(unnamed) {
         match fingerprint(&package.architecture()?) {
             Ok(hash) => return Ok(hash),

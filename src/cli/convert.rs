@@ -12,8 +12,8 @@ use crate::decode::tokenizer::{self, Tokenizer};
 use crate::graph::Graph;
 use crate::graph::infer::infer;
 use crate::network::WeightMode;
-use crate::package::manifest::{Pass, Source};
-use crate::package::{self, Facts, PackageError, PlanCache, Writer};
+use crate::package::manifest::{ExportFile, PassRecord};
+use crate::package::{self, ManifestHeader, PackageError, PlanCache, Writer};
 use crate::spec::{Conversion, Precision, Prefill, Spec, Target};
 use crate::weights::WriteError;
 use crate::{onnx, passes};
@@ -122,7 +122,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         emit(path, &canonical.graph)?;
     }
 
-    let facts = Facts {
+    let facts = ManifestHeader {
         source,
         architecture: canonical.architecture.clone(),
         dtype: canonical.architecture.cache_dtype,
@@ -265,13 +265,13 @@ fn find_tokenizer(model: &Path, asked: Option<&Path>) -> Result<Option<Tokenizer
     }
 }
 
-fn source(model: &Path, graph: &Graph) -> Result<Source, Failure> {
+fn source(model: &Path, graph: &Graph) -> Result<ExportFile, Failure> {
     let io = |source| PackageError::Io {
         path: model.to_path_buf(),
         source,
     };
     let producer = &graph.producer;
-    Ok(Source {
+    Ok(ExportFile {
         file: model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         blake3: package::hash_file(model)?,
         bytes: std::fs::metadata(model).map_err(io)?.len(),
@@ -288,8 +288,8 @@ fn source(model: &Path, graph: &Graph) -> Result<Source, Failure> {
     })
 }
 
-fn pass(report: &passes::PassReport) -> Pass {
-    Pass {
+fn pass(report: &passes::PassReport) -> PassRecord {
+    PassRecord {
         name: report.name.to_string(),
         rewrites: report.rewrites,
         nodes_before: report.nodes_before,

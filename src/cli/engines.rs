@@ -14,7 +14,7 @@ use crate::backend::tensorrt::{self, BuildOptions, BuildProgress, Library};
 use crate::graph::Graph;
 use crate::lower;
 use crate::network::{Logits, Profile, Tokens, WeightMode};
-use crate::package::manifest::Engine;
+use crate::package::manifest::EngineEntry;
 use crate::package::{Package, PackageError, PlanCache, Writer};
 use crate::spec::{Conversion, Target};
 
@@ -127,7 +127,7 @@ pub(super) fn build(
                 Built::Kept(plan) => (&plan[..], Duration::ZERO),
             };
             for (i, serves) in served_by(&profile, conversion.one_engine).into_iter().enumerate() {
-                let mut engine = Engine {
+                let mut engine = EngineEntry {
                     file: String::new(),
                     bytes: 0,
                     blake3: String::new(),

@@ -26,7 +26,7 @@ pub fn install() {
             return;
         }
         // Also at the second Ctrl-C, if whoever listens is too busy to hear the first.
-        if crate::package::abandon() {
+        if crate::package::remove_unfinished() {
             // A bar may stand on the line.
             say(if std::io::stderr().is_terminal() { "\n" } else { "" });
         }

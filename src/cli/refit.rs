@@ -10,7 +10,7 @@ use crate::network::WeightMode;
 use crate::package::{self, MANIFEST, Manifest, Package, PlanCache, RefitError};
 use crate::spec::{Conversion, Tuned};
 use crate::weights::lora::Adapter;
-use crate::weights::source::Source;
+use crate::weights::source::WeightSource;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -66,7 +66,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         .and_then(Path::file_name)
         .unwrap_or_default()
         .to_string_lossy();
-    let options = package::Refit {
+    let options = package::RefitRequest {
         source: &source,
         adapter: adapter.as_ref().map(|adapter| (&*name, adapter)),
         identical: args.mode.map(|mode| mode == Mode::Identical),
@@ -124,16 +124,16 @@ pub fn run(args: Args) -> Result<(), Failure> {
 }
 
 /// Opens what weights come from. A folder with a manifest is a package.
-pub fn open(path: &Path, manifest: &Manifest) -> Result<Source, Failure> {
+pub fn open(path: &Path, manifest: &Manifest) -> Result<WeightSource, Failure> {
     if path.join(MANIFEST).is_file() {
         let package = Package::open(path)?;
         package.check_present()?;
-        return Ok(Source::canonical(path, &package.architecture()?));
+        return Ok(WeightSource::canonical(path, &package.architecture()?));
     }
     // Tables of positions are cut to what the package was converted for.
     let positions = manifest.architecture.max_positions;
     let positions = positions.or(manifest.capacities.last().copied()).unwrap_or(1);
-    Ok(Source::open(path, positions)?)
+    Ok(WeightSource::open(path, positions)?)
 }
 
 impl From<RefitError> for Failure {

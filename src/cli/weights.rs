@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::table::Table;
 use super::{Failure, bytes, print, print_json, refit};
-use crate::package::manifest::{Manifest, Weight};
+use crate::package::manifest::{Manifest, WeightEntry};
 use crate::package::{self, Package, RefitError};
 use crate::weights::checkpoint::CONVENTIONS;
 use crate::weights::export;
@@ -100,7 +100,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     print(&text)
 }
 
-fn modules(weight: &Weight) -> Vec<String> {
+fn modules(weight: &WeightEntry) -> Vec<String> {
     weight.modules.as_ref().map(names).unwrap_or_default()
 }
 
@@ -109,14 +109,14 @@ fn names(recipe: &Recipe) -> Vec<String> {
 }
 
 /// Its modules, or the name that its numbers told.
-fn called(weight: &Weight) -> String {
+fn called(weight: &WeightEntry) -> String {
     match (&weight.modules, &weight.learned) {
         (None, Some(learned)) => format!("({})", names(learned).join(" + ")),
         (modules, _) => modules.as_ref().map(names).unwrap_or_default().join(" + "),
     }
 }
 
-fn document(weight: &Weight, manifest: &Manifest) -> serde_json::Value {
+fn document(weight: &WeightEntry, manifest: &Manifest) -> serde_json::Value {
     json!({
         "name": weight.name,
         "source_name": weight.source_name,
@@ -140,9 +140,14 @@ fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
     let source = refit::open(from, &package.manifest)?;
     let adapter = args.lora.as_deref().map(Adapter::open).transpose()?;
     let weights = &package.manifest.weights;
-    let found = matched(&package::wanted(weights), &source, adapter.as_ref(), args.ignore_extra)
-        .map_err(RefitError::Mismatch)?;
-    let different = package::different(weights, &found)?;
+    let found = matched(
+        &package::required_weights(weights),
+        &source,
+        adapter.as_ref(),
+        args.ignore_extra,
+    )
+    .map_err(RefitError::Mismatch)?;
+    let different = package::differing_weights(weights, &found)?;
     if args.json {
         let from: Vec<_> = weights
             .tensors
@@ -153,7 +158,7 @@ fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
         return print_json(&json!({
             "kind": source.kind, "fits": true, "identical": different.is_empty(), "weights": from,
             "different": different.iter().map(|d| &d.name).collect::<Vec<_>>(),
-            "transposed": different.iter().filter(|d| d.turned).map(|d| &d.name).collect::<Vec<_>>(),
+            "transposed": different.iter().filter(|d| d.transposed).map(|d| &d.name).collect::<Vec<_>>(),
         }));
     }
     let of = weights.tensors.len();
@@ -168,7 +173,7 @@ fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
             from.display(),
             source.kind,
             different[0].name,
-            package::turned(&different)
+            package::transposed_note(&different)
         ),
     })
 }

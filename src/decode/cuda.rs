@@ -48,7 +48,7 @@ fn aligned(bytes: usize) -> usize {
 /// One engine of the package, loaded or not.
 struct Slot {
     profile: Profile,
-    facts: manifest::Engine,
+    facts: manifest::EngineEntry,
     loaded: Option<Loaded>,
 }
 

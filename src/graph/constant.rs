@@ -13,13 +13,13 @@ use crate::tensor::{DType, Tensor};
 pub struct Constant {
     dtype: DType,
     shape: Vec<usize>,
-    source: Source,
+    source: ConstantSource,
     origin: Option<Arc<str>>,
 }
 
 /// Where a constant's bytes come from.
 #[derive(Clone)]
-pub enum Source {
+pub enum ConstantSource {
     /// Bytes at hand: mapped from a file, or small and owned.
     Tensor(Tensor),
     /// To be computed from other constants when somebody needs the bytes.
@@ -67,7 +67,7 @@ impl Constant {
         Constant {
             dtype: tensor.dtype(),
             shape: tensor.shape().to_vec(),
-            source: Source::Tensor(tensor),
+            source: ConstantSource::Tensor(tensor),
             origin: None,
         }
     }
@@ -77,7 +77,7 @@ impl Constant {
         Constant {
             dtype,
             shape,
-            source: Source::Absent,
+            source: ConstantSource::Absent,
             origin: None,
         }
     }
@@ -94,7 +94,7 @@ impl Constant {
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
-    pub fn source(&self) -> &Source {
+    pub fn source(&self) -> &ConstantSource {
         &self.source
     }
     /// Number of elements.
@@ -112,9 +112,9 @@ impl Constant {
     /// Whether the bytes can be had: nothing it is made of was left out.
     pub fn is_present(&self) -> bool {
         match &self.source {
-            Source::Tensor(_) => true,
-            Source::Absent => false,
-            Source::Derived(derived) => derived.inputs.iter().all(Constant::is_present),
+            ConstantSource::Tensor(_) => true,
+            ConstantSource::Absent => false,
+            ConstantSource::Derived(derived) => derived.inputs.iter().all(Constant::is_present),
         }
     }
 
@@ -122,7 +122,7 @@ impl Constant {
     pub fn origin(&self) -> Option<&str> {
         match (&self.origin, &self.source) {
             (Some(name), _) => Some(name),
-            (None, Source::Derived(derived)) => derived.inputs.iter().find_map(|c| c.origin()),
+            (None, ConstantSource::Derived(derived)) => derived.inputs.iter().find_map(|c| c.origin()),
             _ => None,
         }
     }
@@ -131,7 +131,7 @@ impl Constant {
         Constant {
             dtype,
             shape,
-            source: Source::Derived(Arc::new(Derived { transform, inputs })),
+            source: ConstantSource::Derived(Arc::new(Derived { transform, inputs })),
             origin: None,
         }
     }
@@ -140,7 +140,7 @@ impl Constant {
     pub fn transposed(&self, perm: &[usize]) -> Self {
         assert_eq!(perm.len(), self.shape.len(), "permutation of another rank");
         // A transpose of a transpose that restores the source is the source.
-        if let Source::Derived(derived) = &self.source
+        if let ConstantSource::Derived(derived) = &self.source
             && let Transform::Transpose(first) = &derived.transform
             && perm.iter().enumerate().all(|(i, p)| first[*p] == i)
         {
@@ -230,11 +230,11 @@ impl Constant {
     /// The tensor itself. Free for plain tensors; computes the recipe otherwise, holding one intermediate at a time.
     pub fn materialize(&self) -> Result<Tensor, ConstantError> {
         match &self.source {
-            Source::Tensor(tensor) => Ok(tensor.clone()),
-            Source::Absent => Err(ConstantError::Absent {
+            ConstantSource::Tensor(tensor) => Ok(tensor.clone()),
+            ConstantSource::Absent => Err(ConstantError::Absent {
                 name: self.origin().unwrap_or("unnamed").to_string(),
             }),
-            Source::Derived(derived) => super::transform::apply(derived, self.dtype, &self.shape),
+            ConstantSource::Derived(derived) => super::transform::apply(derived, self.dtype, &self.shape),
         }
     }
 }

@@ -49,7 +49,7 @@ pub mod verify;
 use std::collections::{HashMap, HashSet};
 
 pub use attributes::Attribute;
-pub use constant::{Constant, ConstantError, Source, Transform};
+pub use constant::{Constant, ConstantError, ConstantSource, Transform};
 pub use dump::dump;
 pub use infer::{Contents, Facts, InferError, bind_input_dims, infer};
 pub use names::MICROSOFT;

@@ -13,7 +13,7 @@
 //!
 //! # What is a weight
 //!
-//! A constant is a weight of the network if its bytes are elsewhere ([`Source::Absent`]), if it is larger than
+//! A constant is a weight of the network if its bytes are elsewhere ([`ConstantSource::Absent`]), if it is larger than
 //! [`LITERAL_BYTES`], or if it is a float tensor of two elements or more that came from the export (it has an
 //! [`origin`](crate::graph::Constant::origin)): linear weights, embeddings, norm scales, biases, rotary tables. Everything
 //! else (an epsilon, a scale, index vectors) is a constant layer and part of the plan. The rule reads the graph alone,
@@ -53,9 +53,9 @@ pub use fuse::parts;
 pub use weights::{LITERAL_BYTES, NamedWeight, stored_weights, weights};
 
 use crate::dim::Dim;
-use crate::graph::Graph;
 #[cfg(doc)]
-use crate::graph::Source;
+use crate::graph::ConstantSource;
+use crate::graph::Graph;
 use crate::graph::infer::{Facts, infer};
 use crate::network::{Network, Profile, Tokens, WeightMode, verify_interface};
 use attention::{PARTS, SHORT};

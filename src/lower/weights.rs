@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 
 use super::demand::{Demand, demand};
-use crate::graph::{Constant, Graph, Source, ValueId};
+use crate::graph::{Constant, ConstantSource, Graph, ValueId};
 use crate::tensor::DType;
 
 /// Constants up to this size may be part of a plan; larger ones are always weights.
@@ -85,7 +85,7 @@ pub(super) fn table(graph: &Graph, demand: &Demand) -> Table {
 
 /// The rule of the room's head. `initializer`: whether the constant came, or will come, from a file by its name.
 fn is_weight(constant: &Constant, initializer: bool) -> bool {
-    matches!(constant.source(), Source::Absent)
+    matches!(constant.source(), ConstantSource::Absent)
         || constant.byte_len() > LITERAL_BYTES
         || constant.dtype().is_float() && constant.len() >= 2 && initializer
 }
@@ -101,9 +101,9 @@ fn identity(constant: &Constant) -> String {
 fn describe(constant: &Constant, text: &mut String) {
     write!(text, "{constant:?}").expect("writing to a string");
     match constant.source() {
-        Source::Tensor(tensor) => write!(text, "@{:p}", tensor.data().as_ptr()),
-        Source::Absent => write!(text, "?{:?}", constant.origin()),
-        Source::Derived(derived) => {
+        ConstantSource::Tensor(tensor) => write!(text, "@{:p}", tensor.data().as_ptr()),
+        ConstantSource::Absent => write!(text, "?{:?}", constant.origin()),
+        ConstantSource::Derived(derived) => {
             write!(text, "{:?}(", derived.transform).expect("writing to a string");
             for input in &derived.inputs {
                 describe(input, text);

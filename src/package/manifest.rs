@@ -24,7 +24,7 @@ pub struct Manifest {
     pub format_version: u32,
     /// Version of Lapidary that wrote the package.
     pub lapidary_version: String,
-    pub source: Source,
+    pub source: ExportFile,
     pub architecture: Architecture,
     /// Element type of weights and caches.
     pub dtype: DType,
@@ -38,24 +38,24 @@ pub struct Manifest {
     /// BLAKE3 of the canonical graph's text, which has every operator, name and shape and no weight: packages with the
     /// same hash can take each other's weights.
     pub architecture_hash: String,
-    pub weights: Weights,
+    pub weights: WeightFile,
     /// Tables that a pass computed, such as rotary angles. They belong to the architecture, and stay when weights go.
-    pub constants: Option<Weights>,
+    pub constants: Option<WeightFile>,
     /// Empty if the package only runs on the CPU.
-    pub engines: Vec<Engine>,
+    pub engines: Vec<EngineEntry>,
     /// What `convert --tune` measured to choose the engines' lowerings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuning: Option<Tuning>,
-    pub tokenizer: Option<Tokenizer>,
+    pub tokenizer: Option<TokenizerFiles>,
     /// Tokens that end a text.
     pub eos_token_ids: BTreeSet<u32>,
     /// What each pass did, in order.
-    pub passes: Vec<Pass>,
+    pub passes: Vec<PassRecord>,
 }
 
 /// The export a package was made from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Source {
+pub struct ExportFile {
     /// File name, without its folder.
     pub file: String,
     /// BLAKE3 of that file. External data is not in it; every weight has its own hash.
@@ -77,7 +77,7 @@ pub struct StoredFile {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Weights {
+pub struct WeightFile {
     pub file: String,
     pub bytes: u64,
     /// See [`crate::weights::set_hash`]. In a stripped package, of the weights it had; empty if it
@@ -90,7 +90,7 @@ pub struct Weights {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refit: Option<RefitRecord>,
     /// Every constant of the graph that is stored in this file, in the graph's order.
-    pub tensors: Vec<Weight>,
+    pub tensors: Vec<WeightEntry>,
 }
 
 /// What a package was refitted with.
@@ -105,7 +105,7 @@ pub struct RefitRecord {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Weight {
+pub struct WeightEntry {
     /// In the canonical graph and in every network lowered from it.
     pub name: String,
     /// In the export, or in what the package was refitted with; `null` if it was computed.
@@ -136,7 +136,7 @@ pub struct Weight {
 
 /// A TensorRT plan.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Engine {
+pub struct EngineEntry {
     pub file: String,
     pub bytes: u64,
     pub blake3: String,
@@ -155,7 +155,7 @@ pub struct Engine {
     #[serde(default)]
     pub lowering: crate::lower::Options,
     /// The weight set that TensorRT planned it with, where it must get the same one at load
-    /// ([`Engine::takes_only_its_own_weights`]).
+    /// ([`EngineEntry::takes_only_its_own_weights`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub built_with: Option<String>,
     /// Version of the library that built it, for example `1.6.1`.
@@ -168,7 +168,7 @@ fn is_first(profile: &usize) -> bool {
     *profile == 0
 }
 
-impl Engine {
+impl EngineEntry {
     /// The profile that its network is lowered for.
     pub fn lowered_for(&self) -> &Profile {
         self.built_as.as_ref().unwrap_or(&self.profile)
@@ -187,21 +187,21 @@ impl Engine {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Tokenizer {
+pub struct TokenizerFiles {
     pub files: Vec<StoredFile>,
     pub chat_template: bool,
 }
 
 /// One pass of the pipeline.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Pass {
+pub struct PassRecord {
     pub name: String,
     pub rewrites: usize,
     pub nodes_before: usize,
     pub nodes_after: usize,
 }
 
-impl Weight {
+impl WeightEntry {
     /// What [`crate::weights::set_hash`] takes of it.
     pub fn line(&self) -> (&str, DType, &[usize], &str) {
         (&self.name, self.dtype, &self.shape, &self.blake3)

@@ -29,10 +29,12 @@ use std::path::{Path, PathBuf};
 pub use error::PackageError;
 pub use manifest::Manifest;
 pub use plans::PlanCache;
-pub use refit::{Different, Refit, RefitError, different, refit, turned, wanted};
-pub use staging::{abandon, check_target};
+pub use refit::{
+    DifferingWeight, RefitError, RefitRequest, differing_weights, refit, required_weights, transposed_note,
+};
+pub use staging::{check_target, remove_unfinished};
 pub use strip::strip;
-pub use write::{Facts, Writer};
+pub use write::{ManifestHeader, Writer};
 
 use crate::decode::tokenizer::Tokenizer;
 use crate::graph::{Graph, infer};
@@ -133,7 +135,7 @@ impl Package {
     }
 
     /// Weights and constants whose files are there.
-    fn stored_weights(&self) -> impl Iterator<Item = &manifest::Weights> {
+    fn stored_weights(&self) -> impl Iterator<Item = &manifest::WeightFile> {
         let m = &self.manifest;
         std::iter::once(&m.weights).chain(&m.constants).filter(|w| !w.stripped)
     }

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use super::manifest::{Engine, RefitRecord, Weight, Weights};
+use super::manifest::{EngineEntry, RefitRecord, WeightEntry, WeightFile};
 use super::staging::{Staging, carry_kernels, carry_over};
 use super::write::{Provenance, write_graph};
 use super::{Package, PackageError, Writer};
@@ -12,13 +12,13 @@ use crate::graph::{Constant, ValueId};
 use crate::network::WeightMode;
 use crate::weights::checks::{self, Allowed};
 use crate::weights::lora::Adapter;
-use crate::weights::matching::{Matched, Mismatch, Wanted, matched};
-use crate::weights::source::Source;
+use crate::weights::matching::{Matched, Mismatch, RequiredWeight, matched};
+use crate::weights::source::WeightSource;
 use crate::weights::{WriteError, set_hash};
 
 /// What to put in, and what to put up with.
-pub struct Refit<'a> {
-    pub source: &'a Source,
+pub struct RefitRequest<'a> {
+    pub source: &'a WeightSource,
     /// With the name of its folder.
     pub adapter: Option<(&'a str, &'a Adapter)>,
     /// Refuse a weight set that is not the one the package had. `None`: as the package was converted for.
@@ -44,20 +44,20 @@ pub enum RefitError {
     /// Of an identical refit.
     #[error(
         "{source_path}: another weight set than this package had: {} of {of} weights differ, the first is {:?}{}",
-        different.len(), different[0].name, turned(different)
+        different.len(), different[0].name, transposed_note(different)
     )]
     NotIdentical {
         source_path: String,
-        different: Vec<Different>,
+        different: Vec<DifferingWeight>,
         of: usize,
     },
 }
 
 /// The weights of the manifest, for matching.
-pub fn wanted(weights: &Weights) -> Vec<Wanted<'_>> {
+pub fn required_weights(weights: &WeightFile) -> Vec<RequiredWeight<'_>> {
     let tensors = weights.tensors.iter();
     tensors
-        .map(|w| Wanted {
+        .map(|w| RequiredWeight {
             name: &w.name,
             dtype: w.dtype,
             shape: &w.shape,
@@ -71,14 +71,14 @@ pub fn wanted(weights: &Weights) -> Vec<Wanted<'_>> {
 
 /// A weight whose bytes would not be those the package had.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Different {
+pub struct DifferingWeight {
     pub name: String,
     /// Its transpose has them: the source is transposed once too often, or once too rarely.
-    pub turned: bool,
+    pub transposed: bool,
 }
 
 /// The weights that would not be what the package had.
-pub fn different(weights: &Weights, matched: &[Matched]) -> Result<Vec<Different>, PackageError> {
+pub fn differing_weights(weights: &WeightFile, matched: &[Matched]) -> Result<Vec<DifferingWeight>, PackageError> {
     let mut different = Vec::new();
     for (weight, matched) in weights.tensors.iter().zip(matched) {
         let hash = |constant: &Constant| -> Result<String, PackageError> {
@@ -93,32 +93,40 @@ pub fn different(weights: &Weights, matched: &[Matched]) -> Result<Vec<Different
         }
         // Shapes tell the others.
         let square = matches!(weight.shape[..], [rows, columns] if rows == columns);
-        different.push(Different {
+        different.push(DifferingWeight {
             name: weight.name.clone(),
-            turned: square && hash(&matched.constant.transposed(&[1, 0]))? == weight.blake3,
+            transposed: square && hash(&matched.constant.transposed(&[1, 0]))? == weight.blake3,
         });
     }
     Ok(different)
 }
 
-/// What to say of weights that are only turned; nothing if none is.
-pub fn turned(different: &[Different]) -> String {
-    let turned: Vec<&str> = different.iter().filter(|d| d.turned).map(|d| d.name.as_str()).collect();
-    match turned[..] {
+/// What to say of weights that are only transposed; nothing if none is.
+pub fn transposed_note(different: &[DifferingWeight]) -> String {
+    let transposed: Vec<&str> = different
+        .iter()
+        .filter(|d| d.transposed)
+        .map(|d| d.name.as_str())
+        .collect();
+    match transposed[..] {
         [] => String::new(),
         [one] => format!("; {one:?} is the transpose of what the package had"),
         [first, ..] => format!(
             "; {} are transposes of what the package had, {first:?} for example",
-            turned.len()
+            transposed.len()
         ),
     }
 }
 
 /// Finds, checks and writes the new weights, and carries everything else over. The writer's package has the engines that
 /// hold no weights; those that do are gone, and to be built again before it is finished.
-pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64)) -> Result<Writer, RefitError> {
+pub fn refit(
+    package: &Package,
+    refit: &RefitRequest<'_>,
+    progress: impl FnMut(u64, u64),
+) -> Result<Writer, RefitError> {
     let manifest = &package.manifest;
-    let only_its_own = manifest.engines.iter().any(Engine::takes_only_its_own_weights);
+    let only_its_own = manifest.engines.iter().any(EngineEntry::takes_only_its_own_weights);
     if only_its_own && refit.identical == Some(false) {
         return Err(RefitError::OnlyItsOwn {
             path: package.folder.display().to_string(),
@@ -128,14 +136,19 @@ pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64
         .identical
         .unwrap_or(only_its_own || manifest.refit == tensorrt::Refit::Identical);
     let adapter = refit.adapter.map(|(_, adapter)| adapter);
-    let found = matched(&wanted(&manifest.weights), refit.source, adapter, refit.extra_allowed)?;
+    let found = matched(
+        &required_weights(&manifest.weights),
+        refit.source,
+        adapter,
+        refit.extra_allowed,
+    )?;
     if identical && manifest.weights.set_hash.is_empty() {
         return Err(RefitError::NeverHad {
             path: package.folder.display().to_string(),
         });
     }
     if identical {
-        let different = different(&manifest.weights, &found)?;
+        let different = differing_weights(&manifest.weights, &found)?;
         if !different.is_empty() {
             return Err(RefitError::NotIdentical {
                 source_path: refit.source.path.display().to_string(),
@@ -145,7 +158,7 @@ pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64
         }
     }
     let mut graph = package.architecture()?;
-    let by_name: HashMap<&str, (&Weight, &Matched)> = manifest
+    let by_name: HashMap<&str, (&WeightEntry, &Matched)> = manifest
         .weights
         .tensors
         .iter()
@@ -201,7 +214,7 @@ pub fn refit(package: &Package, refit: &Refit<'_>, progress: impl FnMut(u64, u64
     }
     debug_assert_eq!(
         new.weights.set_hash,
-        set_hash(new.weights.tensors.iter().map(Weight::line))
+        set_hash(new.weights.tensors.iter().map(WeightEntry::line))
     );
     let file_name = |path: &std::path::Path| {
         path.file_name()

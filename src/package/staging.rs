@@ -1,7 +1,7 @@
 //! A folder that appears whole or not at all.
 //!
 //! Everything is written to a hidden sibling of the target, which is renamed at the end. Dropping a [`Staging`] without
-//! committing removes what was written, and so does [`abandon`], for a signal handler. A sibling that a killed process
+//! committing removes what was written, and so does [`remove_unfinished`], for a signal handler. A sibling that a killed process
 //! left behind is swept when the same target is written again. Before the rename everything is synced to the disk: a
 //! package that is there after a power failure is whole, too.
 
@@ -58,7 +58,7 @@ impl Staging {
         // Somebody may have made the target in the meantime.
         check_target(&self.target, force)?;
         sync(&self.folder)?;
-        // While this is held nothing is abandoned: what gets the target's name is whole.
+        // While this is held nothing is removed: what gets the target's name is whole.
         let mut open = OPEN.lock().expect("no panic while held");
         let replaces = self.target.exists();
         if replaces {
@@ -126,7 +126,7 @@ impl Drop for Staging {
 /// Removes every unfinished folder of this process; tells whether there was one, removed now or before. For a signal
 /// handler's thread, right before the process ends: from here on every other thread that begins, finishes or drops a
 /// [`Staging`] waits for that end.
-pub fn abandon() -> bool {
+pub fn remove_unfinished() -> bool {
     let open = OPEN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     for folder in open.iter() {
         // A second time for a file that was being created during the first.

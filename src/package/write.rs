@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::manifest::{self, Engine, FORMAT_VERSION, Manifest, Pass, Source, StoredFile, Weight};
+use super::manifest::{self, EngineEntry, ExportFile, FORMAT_VERSION, Manifest, PassRecord, StoredFile, WeightEntry};
 use super::staging::Staging;
 use super::{CONSTANTS, ENGINES, GRAPH, MANIFEST, Package, PackageError, TOKENIZER, WEIGHTS, hash_file};
 use crate::backend::tensorrt::Refit;
@@ -21,8 +21,8 @@ use crate::{lower, onnx, weights};
 
 /// What the manifest says besides the files.
 #[derive(Clone, Debug)]
-pub struct Facts {
-    pub source: Source,
+pub struct ManifestHeader {
+    pub source: ExportFile,
     pub architecture: Architecture,
     pub dtype: DType,
     pub targets: Vec<Target>,
@@ -30,7 +30,7 @@ pub struct Facts {
     pub refit: Refit,
     pub capacities: Vec<usize>,
     pub prefill: Prefill,
-    pub passes: Vec<Pass>,
+    pub passes: Vec<PassRecord>,
 }
 
 /// A package being written. Dropping it leaves nothing behind.
@@ -47,7 +47,7 @@ impl Writer {
         target: &Path,
         force: bool,
         graph: &Graph,
-        facts: Facts,
+        header: ManifestHeader,
         allowed: Allowed,
         progress: impl FnMut(u64, u64),
     ) -> Result<Self, PackageError> {
@@ -63,14 +63,14 @@ impl Writer {
         let manifest = Manifest {
             format_version: FORMAT_VERSION,
             lapidary_version: env!("CARGO_PKG_VERSION").to_string(),
-            source: facts.source,
-            architecture: facts.architecture,
-            dtype: facts.dtype,
-            targets: facts.targets,
-            weight_mode: facts.weight_mode,
-            refit: facts.refit,
-            capacities: facts.capacities,
-            prefill: facts.prefill,
+            source: header.source,
+            architecture: header.architecture,
+            dtype: header.dtype,
+            targets: header.targets,
+            weight_mode: header.weight_mode,
+            refit: header.refit,
+            capacities: header.capacities,
+            prefill: header.prefill,
             graph: stored_graph.graph,
             architecture_hash: blake3::hash(dump(graph).to_string().as_bytes()).to_hex().to_string(),
             weights: stored_graph.weights,
@@ -79,7 +79,7 @@ impl Writer {
             tuning: None,
             tokenizer: None,
             eos_token_ids: BTreeSet::new(),
-            passes: facts.passes,
+            passes: header.passes,
         };
         Ok(Writer {
             staging,
@@ -123,7 +123,7 @@ impl Writer {
                 &format!("{TOKENIZER}/{}", name.display()),
             )?);
         }
-        self.manifest.tokenizer = Some(manifest::Tokenizer {
+        self.manifest.tokenizer = Some(manifest::TokenizerFiles {
             files,
             chat_template: tokenizer.chat_template.is_some(),
         });
@@ -143,7 +143,12 @@ impl Writer {
 
     /// Adds a plan, or another profile of the same. `engine.file`, `bytes` and `blake3` are filled in here; `weights` are
     /// the names it takes.
-    pub fn engine(&mut self, mut engine: Engine, plan: &[u8], weights: &HashSet<String>) -> Result<(), PackageError> {
+    pub fn engine(
+        &mut self,
+        mut engine: EngineEntry,
+        plan: &[u8],
+        weights: &HashSet<String>,
+    ) -> Result<(), PackageError> {
         let folder = self.staging.folder().join(ENGINES);
         fs::create_dir_all(&folder).map_err(PackageError::io(&folder))?;
         let label = engine.profile.to_string();
@@ -194,8 +199,8 @@ pub(super) struct Provenance {
 /// The files of a graph and what is in them.
 pub(super) struct StoredGraph {
     pub graph: StoredFile,
-    pub weights: manifest::Weights,
-    pub constants: Option<manifest::Weights>,
+    pub weights: manifest::WeightFile,
+    pub constants: Option<manifest::WeightFile>,
 }
 
 /// Writes the weights of a graph, the tables that passes computed, and the graph that points to both. `inspect` sees every
@@ -256,7 +261,7 @@ fn write_weights(
     layout: &mut onnx::Layout,
     inspect: weights::Inspect<'_>,
     mut progress: impl FnMut(u64, u64),
-) -> Result<manifest::Weights, PackageError> {
+) -> Result<manifest::WeightFile, PackageError> {
     let tensors: Vec<(String, Constant)> = entries.iter().map(|e| (e.name.clone(), e.constant.clone())).collect();
     let total: u64 = tensors.iter().map(|(_, c)| c.byte_len() as u64).sum();
     let metadata = BTreeMap::from([("format".to_string(), "lapidary".to_string())]);
@@ -264,7 +269,7 @@ fn write_weights(
     // A model whose weights were left out gives a stripped package, for a refit to fill.
     let stripped = tensors.iter().any(|(_, constant)| !constant.is_present());
     let stored = match stripped {
-        true => weights::place(&tensors),
+        true => weights::placements(&tensors),
         false => weights::write(&path, &tensors, &metadata, inspect, |done| progress(done, total))?,
     };
     let mut weights = Vec::with_capacity(entries.len());
@@ -277,7 +282,7 @@ fn write_weights(
                 length: at.bytes,
             },
         );
-        weights.push(Weight {
+        weights.push(WeightEntry {
             name: entry.name,
             source_name: entry.provenance.source_name,
             recipe: entry.provenance.recipe,
@@ -296,10 +301,10 @@ fn write_weights(
         true => (total, String::new()),
         false => (
             fs::metadata(&path).map_err(PackageError::io(&path))?.len(),
-            weights::set_hash(weights.iter().map(Weight::line)),
+            weights::set_hash(weights.iter().map(WeightEntry::line)),
         ),
     };
-    Ok(manifest::Weights {
+    Ok(manifest::WeightFile {
         file: file.to_string(),
         bytes,
         set_hash,

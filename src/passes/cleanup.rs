@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use super::PassError;
 use super::pattern::{finish, ints, node_of, same_shape, scalar};
-use crate::graph::constant::{Constant, Source};
+use crate::graph::constant::{Constant, ConstantSource};
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, Node, ValueId};
 use crate::tensor::DType;
@@ -278,7 +278,7 @@ fn fingerprint(constant: &Constant) -> u64 {
     const RUNS: usize = 16;
     let mut hasher = DefaultHasher::new();
     match constant.source() {
-        Source::Tensor(tensor) => {
+        ConstantSource::Tensor(tensor) => {
             let data = tensor.data();
             for i in 0..RUNS {
                 let start = data.len().saturating_sub(RUN) / RUNS * i;
@@ -286,11 +286,11 @@ fn fingerprint(constant: &Constant) -> u64 {
             }
             data[data.len().saturating_sub(RUN)..].hash(&mut hasher);
         }
-        Source::Derived(derived) => {
+        ConstantSource::Derived(derived) => {
             format!("{:?}", derived.transform).hash(&mut hasher);
             derived.inputs.iter().for_each(|c| fingerprint(c).hash(&mut hasher));
         }
-        Source::Absent => constant.origin().hash(&mut hasher),
+        ConstantSource::Absent => constant.origin().hash(&mut hasher),
     }
     hasher.finish()
 }
@@ -300,15 +300,15 @@ fn is_same(a: &Constant, b: &Constant) -> bool {
         return false;
     }
     match (a.source(), b.source()) {
-        (Source::Tensor(a), Source::Tensor(b)) => {
+        (ConstantSource::Tensor(a), ConstantSource::Tensor(b)) => {
             std::ptr::eq(a.data().as_ptr(), b.data().as_ptr()) || a.data() == b.data()
         }
-        (Source::Derived(a), Source::Derived(b)) => {
+        (ConstantSource::Derived(a), ConstantSource::Derived(b)) => {
             a.transform == b.transform
                 && a.inputs.len() == b.inputs.len()
                 && a.inputs.iter().zip(&b.inputs).all(|(a, b)| is_same(a, b))
         }
-        (Source::Absent, Source::Absent) => a.origin().is_some() && a.origin() == b.origin(),
+        (ConstantSource::Absent, ConstantSource::Absent) => a.origin().is_some() && a.origin() == b.origin(),
         _ => false,
     }
 }

@@ -7,7 +7,7 @@
 
 use super::pattern::finish;
 use super::{PassError, cleanup};
-use crate::graph::constant::{Constant, Source, Transform};
+use crate::graph::constant::{Constant, ConstantSource, Transform};
 use crate::graph::op::Op;
 use crate::graph::{ConstantError, Definition, Graph, ValueId};
 use crate::tensor::{DType, Tensor};
@@ -83,7 +83,7 @@ pub fn run(graph: &mut Graph, to: DType, allow_overflow: bool) -> Result<usize, 
 /// By its name in the export, and with the number that is too large.
 fn described(graph: &Graph, id: ValueId, constant: &Constant) -> String {
     let mut source = constant;
-    while let Source::Derived(derived) = source.source()
+    while let ConstantSource::Derived(derived) = source.source()
         && let [one] = &derived.inputs[..]
     {
         source = one;
@@ -149,9 +149,9 @@ fn fill(constant: &Constant, shape: &[usize]) -> Constant {
 /// not there, in a stripped package, counts as fitting.
 fn largest(constant: &Constant) -> f64 {
     match constant.source() {
-        Source::Tensor(tensor) => largest_element(tensor),
-        Source::Absent => 0.0,
-        Source::Derived(derived) => {
+        ConstantSource::Tensor(tensor) => largest_element(tensor),
+        ConstantSource::Absent => 0.0,
+        ConstantSource::Derived(derived) => {
             let inputs = derived.inputs.iter().map(largest).fold(0.0, f64::max);
             match derived.transform {
                 Transform::Scale(factor) => inputs * factor.abs(),

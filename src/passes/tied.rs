@@ -5,7 +5,7 @@
 //! are left alone.
 
 use super::PassError;
-use crate::graph::constant::{Constant, Source};
+use crate::graph::constant::{Constant, ConstantSource};
 use crate::graph::op::Op;
 use crate::graph::{Graph, ValueId};
 use crate::tensor::Tensor;
@@ -58,7 +58,9 @@ pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
 fn plain(graph: &Graph, id: ValueId) -> Option<Tensor> {
     let constant: &Constant = graph.constant(id)?;
     match constant.source() {
-        Source::Tensor(tensor) if tensor.shape().len() == 2 && tensor.dtype().is_float() => Some(tensor.clone()),
+        ConstantSource::Tensor(tensor) if tensor.shape().len() == 2 && tensor.dtype().is_float() => {
+            Some(tensor.clone())
+        }
         _ => None,
     }
 }

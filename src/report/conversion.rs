@@ -8,7 +8,7 @@ use crate::backend::tensorrt::Refit;
 use crate::bench::model::dtype;
 use crate::lower::{self, LowerError};
 use crate::network::{Profile, WeightMode};
-use crate::package::manifest::{Pass, Source};
+use crate::package::manifest::{ExportFile, PassRecord};
 use crate::package::{Package, PackageError};
 use crate::passes::Architecture;
 use crate::spec::Prefill;
@@ -22,14 +22,14 @@ pub struct Conversion {
     /// The package's folder.
     pub name: String,
     pub lapidary: String,
-    pub source: Source,
+    pub source: ExportFile,
     pub architecture: Architecture,
     pub dtype: String,
     pub capacities: Vec<usize>,
     pub prefill: Prefill,
     pub weight_mode: WeightMode,
     /// In order.
-    pub passes: Vec<Pass>,
+    pub passes: Vec<PassRecord>,
     pub weights: WeightFacts,
     /// One for each engine; without engines, for decode and for a first prefill as the CPU runs them.
     pub profiles: Vec<LoweredProfile>,
@@ -117,7 +117,8 @@ pub fn conversion(package: &Package) -> Result<Conversion, ConversionError> {
         }
     }
     let weights = &manifest.weights.tensors;
-    let counted = |of: &dyn Fn(&crate::package::manifest::Weight) -> bool| weights.iter().filter(|w| of(w)).count();
+    let counted =
+        |of: &dyn Fn(&crate::package::manifest::WeightEntry) -> bool| weights.iter().filter(|w| of(w)).count();
     Ok(Conversion {
         schema: SCHEMA.to_string(),
         name: package.name(),

@@ -26,22 +26,22 @@ struct Entry {
     modules: &'static [&'static str],
     tensor: &'static str,
     /// Matrices are `[in, out]`.
-    turned: bool,
+    transposed: bool,
 }
 
 const fn one(module: &'static [&'static str; 1], tensor: &'static str) -> Entry {
     Entry {
         modules: module,
         tensor,
-        turned: false,
+        transposed: false,
     }
 }
 
-const fn turned(modules: &'static [&'static str], tensor: &'static str) -> Entry {
+const fn transposed(modules: &'static [&'static str], tensor: &'static str) -> Entry {
     Entry {
         modules,
         tensor,
-        turned: true,
+        transposed: true,
     }
 }
 
@@ -66,7 +66,7 @@ pub const LLAMA: Convention = Convention {
         Entry {
             modules: QKV,
             tensor: "model.layers.N.self_attn.qkv_proj",
-            turned: false,
+            transposed: false,
         },
         one(&["layers.N.attention.query_norm"], "model.layers.N.self_attn.q_norm"),
         one(&["layers.N.attention.key_norm"], "model.layers.N.self_attn.k_norm"),
@@ -80,7 +80,7 @@ pub const LLAMA: Convention = Convention {
         Entry {
             modules: &["layers.N.feed_forward.gate", "layers.N.feed_forward.up"],
             tensor: "model.layers.N.mlp.gate_up_proj",
-            turned: false,
+            transposed: false,
         },
         one(&["layers.N.feed_forward.down"], "model.layers.N.mlp.down_proj"),
     ],
@@ -95,11 +95,11 @@ pub const GPT2: Convention = Convention {
         one(&["norm"], "transformer.ln_f"),
         one(&["head"], "lm_head"),
         one(&["layers.N.attention_norm"], "transformer.h.N.ln_1"),
-        turned(QKV, "transformer.h.N.attn.c_attn"),
-        turned(&["layers.N.attention.output"], "transformer.h.N.attn.c_proj"),
+        transposed(QKV, "transformer.h.N.attn.c_attn"),
+        transposed(&["layers.N.attention.output"], "transformer.h.N.attn.c_proj"),
         one(&["layers.N.feed_forward_norm"], "transformer.h.N.ln_2"),
-        turned(&["layers.N.feed_forward.up"], "transformer.h.N.mlp.c_fc"),
-        turned(&["layers.N.feed_forward.down"], "transformer.h.N.mlp.c_proj"),
+        transposed(&["layers.N.feed_forward.up"], "transformer.h.N.mlp.c_fc"),
+        transposed(&["layers.N.feed_forward.down"], "transformer.h.N.mlp.c_proj"),
     ],
 };
 
@@ -116,7 +116,7 @@ pub const TENSORRT_LLM: Convention = Convention {
         Entry {
             modules: QKV,
             tensor: "transformer.layers.N.attention.qkv",
-            turned: false,
+            transposed: false,
         },
         one(
             &["layers.N.attention.query_norm"],
@@ -153,7 +153,7 @@ pub struct Place {
     /// The modules it holds, joined on their rows; the one asked for among them.
     pub modules: Vec<String>,
     /// `[in, out]`.
-    pub turned: bool,
+    pub transposed: bool,
 }
 
 impl Convention {
@@ -177,7 +177,7 @@ impl Convention {
                 Place {
                     names: std::iter::once(name.clone()).chain(short).collect(),
                     modules: entry.modules.iter().map(|m| full(m)).collect(),
-                    turned: entry.turned && what == "weight",
+                    transposed: entry.transposed && what == "weight",
                 }
             })
             .collect()
@@ -197,7 +197,7 @@ impl Convention {
                 .names
                 .iter()
                 .find_map(|name| Some((name.clone(), tensor(name)?)))?;
-            let whole = match place.turned && found.shape().len() == 2 {
+            let whole = match place.transposed && found.shape().len() == 2 {
                 true => found.transposed(&[1, 0]),
                 false => found,
             };
@@ -258,7 +258,7 @@ mod tests {
         );
         assert_eq!(first(&TENSORRT_LLM, up, false)[0], "transformer.layers.0.mlp.fc.weight");
         assert!(LLAMA.places("positions.weight", true).is_empty());
-        assert!(!GPT2.places("layers.0.attention.query.bias", false)[0].turned);
+        assert!(!GPT2.places("layers.0.attention.query.bias", false)[0].transposed);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! when it was converted.
 
 use super::WriteError;
-use crate::graph::constant::Source;
+use crate::graph::constant::ConstantSource;
 use crate::graph::{Constant, ConstantError};
 use crate::tensor::{DType, Tensor};
 
@@ -118,8 +118,8 @@ pub fn inspector(allowed: Allowed) -> impl FnMut(&str, &Constant, &Tensor) -> Re
 
 fn leaves<'a>(constant: &'a Constant, into: &mut Vec<&'a Constant>) {
     match constant.source() {
-        Source::Derived(derived) => derived.inputs.iter().for_each(|input| leaves(input, into)),
-        Source::Tensor(_) | Source::Absent => into.push(constant),
+        ConstantSource::Derived(derived) => derived.inputs.iter().for_each(|input| leaves(input, into)),
+        ConstantSource::Tensor(_) | ConstantSource::Absent => into.push(constant),
     }
 }
 

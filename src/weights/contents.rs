@@ -14,15 +14,15 @@ use crate::tensor::DType;
 pub struct Contents<'a> {
     tensors: &'a BTreeMap<String, Constant>,
     /// By dtype and shape: hash to what holds it.
-    hashed: HashMap<(DType, Vec<usize>), HashMap<String, Vec<Held>>>,
+    hashed: HashMap<(DType, Vec<usize>), HashMap<String, Vec<Holder>>>,
 }
 
 /// A tensor of the source that holds what was looked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Held {
+pub struct Holder {
     pub name: String,
     /// It is a matrix, and holds it transposed.
-    pub turned: bool,
+    pub transposed: bool,
 }
 
 impl<'a> Contents<'a> {
@@ -34,7 +34,7 @@ impl<'a> Contents<'a> {
     }
 
     /// The tensors whose bytes in this dtype and shape have the BLAKE3, in hexadecimal.
-    pub fn holding(&mut self, dtype: DType, shape: &[usize], blake3: &str) -> Vec<Held> {
+    pub fn holding(&mut self, dtype: DType, shape: &[usize], blake3: &str) -> Vec<Holder> {
         let tensors = self.tensors;
         let hashed = self
             .hashed
@@ -44,14 +44,14 @@ impl<'a> Contents<'a> {
     }
 
     /// How the weight is made of it.
-    pub fn recipe(&self, held: &Held) -> Recipe {
+    pub fn recipe(&self, held: &Holder) -> Recipe {
         let constant = &self.tensors[&held.name];
         let tensor = Recipe::Tensor {
             name: held.name.clone(),
             dtype: constant.dtype(),
             shape: constant.shape().to_vec(),
         };
-        match held.turned {
+        match held.transposed {
             true => Recipe::Transpose {
                 perm: vec![1, 0],
                 of: Box::new(tensor),
@@ -61,14 +61,14 @@ impl<'a> Contents<'a> {
     }
 }
 
-fn hashes(tensors: &BTreeMap<String, Constant>, dtype: DType, shape: &[usize]) -> HashMap<String, Vec<Held>> {
-    let mut found: HashMap<String, Vec<Held>> = HashMap::new();
+fn hashes(tensors: &BTreeMap<String, Constant>, dtype: DType, shape: &[usize]) -> HashMap<String, Vec<Holder>> {
+    let mut found: HashMap<String, Vec<Holder>> = HashMap::new();
     for (name, constant) in tensors.iter().filter(|(_, c)| c.dtype().is_float() == dtype.is_float()) {
-        let turnable = constant.shape().len() == 2;
-        for turned in [false, true] {
-            let candidate = match turned {
+        let is_matrix = constant.shape().len() == 2;
+        for transposed in [false, true] {
+            let candidate = match transposed {
                 false => constant.clone(),
-                true if turnable => constant.transposed(&[1, 0]),
+                true if is_matrix => constant.transposed(&[1, 0]),
                 true => continue,
             };
             if candidate.shape() != shape {
@@ -83,9 +83,9 @@ fn hashes(tensors: &BTreeMap<String, Constant>, dtype: DType, shape: &[usize]) -
                 .or_default();
             // A symmetric matrix is its own transpose.
             if holders.last().is_none_or(|held| held.name != *name) {
-                holders.push(Held {
+                holders.push(Holder {
                     name: name.clone(),
-                    turned,
+                    transposed,
                 });
             }
         }
@@ -120,9 +120,9 @@ mod tests {
             let tensor = wanted.materialize().unwrap();
             let hash = blake3::hash(tensor.data()).to_hex().to_string();
             let held = contents.holding(tensor.dtype(), tensor.shape(), &hash);
-            held.into_iter().map(|h| (h.name, h.turned)).collect()
+            held.into_iter().map(|h| (h.name, h.transposed)).collect()
         };
-        let found = |name: &str, turned| (name.to_string(), turned);
+        let found = |name: &str, transposed| (name.to_string(), transposed);
         assert_eq!(names(tensors["a"].clone()), [found("a", false)]);
         assert_eq!(names(tensors["a"].transposed(&[1, 0])), [found("a", true)]);
         assert_eq!(
@@ -134,9 +134,9 @@ mod tests {
         assert_eq!(names(tensors["b"].clone()), [found("b", false), found("d", false)]);
         assert_eq!(names(matrix(2, 3, 2.0)), []);
 
-        let recipe = contents.recipe(&Held {
+        let recipe = contents.recipe(&Holder {
             name: "a".to_string(),
-            turned: true,
+            transposed: true,
         });
         let made = recipe.apply(&mut |leaf| tensors.get(leaf.name).cloned()).unwrap();
         assert_eq!(made.shape(), [3, 2]);

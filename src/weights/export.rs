@@ -82,10 +82,10 @@ pub(super) fn tensors(
             [one] => one.clone(),
             several => Constant::concat(several, 0),
         };
-        let turned = place.turned && whole.shape().len() == 2;
+        let transposed = place.transposed && whole.shape().len() == 2;
         tensors.insert(
             place.names[0].clone(),
-            if turned { whole.transposed(&[1, 0]) } else { whole },
+            if transposed { whole.transposed(&[1, 0]) } else { whole },
         );
     }
     unnamed.sort();

@@ -1,4 +1,4 @@
-//! Which tensors of a [`Source`] make which weights of a package: every one is found, with the right shape and numbers
+//! Which tensors of a [`WeightSource`] make which weights of a package: every one is found, with the right shape and numbers
 //! that can be converted, or the one message says what all the obstacles are.
 
 use std::collections::{BTreeSet, HashMap};
@@ -8,13 +8,13 @@ use super::checkpoint::has_gate;
 use super::contents::Contents;
 use super::lora::{Adapter, Change};
 use super::recipe::{Leaf, Recipe};
-use super::source::Source;
+use super::source::WeightSource;
 use crate::graph::Constant;
 use crate::tensor::DType;
 
 /// A weight of a package, as far as it matters here.
 #[derive(Clone, Copy, Debug)]
-pub struct Wanted<'a> {
+pub struct RequiredWeight<'a> {
     pub name: &'a str,
     pub dtype: DType,
     pub shape: &'a [usize],
@@ -30,7 +30,7 @@ pub struct Wanted<'a> {
 
 /// How a weight was found.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum How {
+pub enum FoundBy {
     /// By what it is in the model.
     Module,
     /// By the name that was learned from an earlier checkpoint's numbers.
@@ -47,7 +47,7 @@ pub struct Matched {
     pub constant: Constant,
     /// Names in the source.
     pub from: Vec<String>,
-    pub how: How,
+    pub found_by: FoundBy,
     /// What its numbers told of the names of such checkpoints.
     pub learned: Option<Recipe>,
 }
@@ -108,12 +108,12 @@ impl fmt::Display for Mismatch {
 
 /// Finds every weight. `extra_allowed`: tensors that nobody needs are no obstacle.
 pub fn matched(
-    wanted: &[Wanted<'_>],
-    source: &Source,
+    required: &[RequiredWeight<'_>],
+    source: &WeightSource,
     adapter: Option<&Adapter>,
     extra_allowed: bool,
 ) -> Result<Vec<Matched>, Box<Mismatch>> {
-    let leaves = wanted.iter().filter_map(|w| w.modules).flat_map(Recipe::leaves);
+    let leaves = required.iter().filter_map(|w| w.modules).flat_map(Recipe::leaves);
     let rows: HashMap<String, usize> = leaves
         .filter_map(|leaf| Some((leaf.name.to_string(), *leaf.shape.first()?)))
         .collect();
@@ -131,11 +131,11 @@ pub fn matched(
         note: source.trouble().map(str::to_string),
         ..Mismatch::default()
     };
-    let known: Vec<Result<Matched, Vec<Misfit>>> = wanted.iter().map(|weight| matcher.find(weight)).collect();
+    let known: Vec<Result<Matched, Vec<Misfit>>> = required.iter().map(|weight| matcher.find(weight)).collect();
     // What is known otherwise is no candidate for what is known by its numbers alone.
     let mut contents = Contents::new(&source.tensors);
-    let mut found = Vec::with_capacity(wanted.len());
-    for (weight, known) in wanted.iter().zip(known) {
+    let mut found = Vec::with_capacity(required.len());
+    for (weight, known) in required.iter().zip(known) {
         let known = match known {
             Err(misfits) if misfits.is_empty() => matcher.find_by_contents(weight, &mut contents),
             known => known,
@@ -165,7 +165,7 @@ pub fn matched(
 }
 
 struct Matcher<'a> {
-    source: &'a Source,
+    source: &'a WeightSource,
     adapter: Option<&'a Adapter>,
     rows: HashMap<String, usize>,
     used: BTreeSet<String>,
@@ -176,21 +176,21 @@ struct Matcher<'a> {
 
 impl Matcher<'_> {
     /// The weight, or what does not fit; nothing if there is nothing.
-    fn find(&mut self, weight: &Wanted<'_>) -> Result<Matched, Vec<Misfit>> {
+    fn find(&mut self, weight: &RequiredWeight<'_>) -> Result<Matched, Vec<Misfit>> {
         let mut misfits = Vec::new();
         // What a tensor does in a model is surer than what it is called: two exporters can give one name to a matrix and
         // to its transpose.
         let ways = [
-            (How::Module, weight.modules),
-            (How::Learned, weight.learned),
-            (How::Name, weight.recipe),
+            (FoundBy::Module, weight.modules),
+            (FoundBy::Learned, weight.learned),
+            (FoundBy::Name, weight.recipe),
         ];
-        for (how, recipe) in ways {
+        for (found_by, recipe) in ways {
             let Some(recipe) = recipe else { continue };
             let mut from = Vec::new();
             let mut wrong = Vec::new();
             let mut lookup = |leaf: Leaf<'_>| {
-                let (name, constant) = self.lookup(how, leaf)?;
+                let (name, constant) = self.lookup(found_by, leaf)?;
                 if let Some(why) = misfit(leaf, &constant) {
                     wrong.push(Misfit {
                         weight: weight.name.to_string(),
@@ -208,7 +208,7 @@ impl Matcher<'_> {
                 return Ok(Matched {
                     constant: constant.cast(weight.dtype),
                     from,
-                    how,
+                    found_by,
                     learned: None,
                 });
             }
@@ -220,7 +220,11 @@ impl Matcher<'_> {
     }
 
     /// The weight of the tensor that holds its numbers, if there is one and no more.
-    fn find_by_contents(&mut self, weight: &Wanted<'_>, contents: &mut Contents<'_>) -> Result<Matched, Vec<Misfit>> {
+    fn find_by_contents(
+        &mut self,
+        weight: &RequiredWeight<'_>,
+        contents: &mut Contents<'_>,
+    ) -> Result<Matched, Vec<Misfit>> {
         // What ought to be there by its name is missing, even if the same numbers are there under another.
         if weight.blake3.is_empty() || weight.modules.is_some() && self.source.knows_modules() {
             return Err(Vec::new());
@@ -238,26 +242,26 @@ impl Matcher<'_> {
             return Err(ambiguous.into_iter().collect());
         };
         let recipe = contents.recipe(held);
-        let constant = recipe.apply(&mut |leaf| Some(self.lookup(How::Contents, leaf)?.1));
+        let constant = recipe.apply(&mut |leaf| Some(self.lookup(FoundBy::Contents, leaf)?.1));
         let constant = constant.expect("it was read when it was hashed");
         self.used.insert(held.name.clone());
         self.by_contents.insert(held.name.clone());
         Ok(Matched {
             constant: constant.cast(weight.dtype),
             from: vec![held.name.clone()],
-            how: How::Contents,
+            found_by: FoundBy::Contents,
             // Names in a graph are its own; those of a checkpoint are those of the next.
             learned: (!self.source.is_graph()).then_some(recipe),
         })
     }
 
-    fn lookup(&mut self, how: How, leaf: Leaf<'_>) -> Option<(String, Constant)> {
-        if how == How::Name {
+    fn lookup(&mut self, found_by: FoundBy, leaf: Leaf<'_>) -> Option<(String, Constant)> {
+        if found_by == FoundBy::Name {
             // An adapter speaks of modules, and would be lost.
             let constant = self.source.tensors.get(leaf.name).filter(|_| self.adapter.is_none())?;
             return Some((leaf.name.to_string(), constant.clone()));
         }
-        if how == How::Learned || how == How::Contents {
+        if found_by == FoundBy::Learned || found_by == FoundBy::Contents {
             let constant = self.source.tensors.get(leaf.name)?;
             let change = self.adapter.and_then(|a| a.change_of(leaf.name));
             return Some((leaf.name.to_string(), self.changed(constant, change)));
@@ -327,10 +331,10 @@ impl Matcher<'_> {
 fn misfit(leaf: Leaf<'_>, constant: &Constant) -> Option<String> {
     let shape = constant.shape();
     if shape != leaf.shape {
-        let turned = shape.iter().rev().eq(leaf.shape) && shape.len() == 2;
-        let hint = if turned { ", the transpose of it" } else { "" };
-        return Some(format!("its shape is {shape:?}{hint}, wanted is {:?}", leaf.shape));
+        let transposed = shape.iter().rev().eq(leaf.shape) && shape.len() == 2;
+        let hint = if transposed { ", the transpose of it" } else { "" };
+        return Some(format!("its shape is {shape:?}{hint}, it must be {:?}", leaf.shape));
     }
     let float = (leaf.dtype.is_float(), constant.dtype().is_float());
-    (float.0 != float.1).then(|| format!("its numbers are {}, wanted are {}", constant.dtype(), leaf.dtype))
+    (float.0 != float.1).then(|| format!("its numbers are {}, and must be {}", constant.dtype(), leaf.dtype))
 }

@@ -1,9 +1,9 @@
 //! Weights: on disk, by name, and from elsewhere.
 //!
 //! Takes constants whose bytes may not exist yet (see [`crate::graph::Constant`]) and gives a safetensors file plus a
-//! [`Stored`] record for each: where it lies and its BLAKE3. At no time are more than a few tensors in memory. For weights
+//! [`StoredTensor`] record for each: where it lies and its BLAKE3. At no time are more than a few tensors in memory. For weights
 //! that come later, a [`recipe::Recipe`] tells how each is made of an export's initializers, and [`modules`] what each is
-//! in the model, whatever it is called, and [`contents`] finds what neither knows; [`matching`] finds all of them in a [`source::Source`], [`lora`] changes them on the
+//! in the model, whatever it is called, and [`contents`] finds what neither knows; [`matching`] finds all of them in a [`source::WeightSource`], [`lora`] changes them on the
 //! way, [`checks`] refuses numbers no model can use, [`fingerprint`] is one hash over all. What the manifest says of weights is `package`'s.
 
 pub mod checkpoint;
@@ -18,7 +18,7 @@ pub mod recipe;
 mod safetensors;
 pub mod source;
 
-pub use safetensors::{Inspect, Stored, WriteError, place, safetensors_dtype, write};
+pub use safetensors::{Inspect, StoredTensor, WriteError, placements, safetensors_dtype, write};
 
 use crate::tensor::DType;
 

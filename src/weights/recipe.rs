@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::graph::Constant;
-use crate::graph::constant::{Source, Transform};
+use crate::graph::constant::{ConstantSource, Transform};
 use crate::tensor::DType;
 
 /// A tensor computed from named ones. Shapes are those of results.
@@ -66,8 +66,8 @@ impl Recipe {
     /// which means that a pass computed it.
     pub fn of(constant: &Constant) -> Option<Recipe> {
         let derived = match constant.source() {
-            Source::Derived(derived) => derived,
-            Source::Tensor(_) | Source::Absent => {
+            ConstantSource::Derived(derived) => derived,
+            ConstantSource::Tensor(_) | ConstantSource::Absent => {
                 return Some(Recipe::Tensor {
                     name: constant.origin()?.to_string(),
                     dtype: constant.dtype(),

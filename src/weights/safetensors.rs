@@ -26,7 +26,7 @@ const PAGE: usize = 4096;
 
 /// Where a tensor lies in the file and what it holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stored {
+pub struct StoredTensor {
     /// From the beginning of the file, header included: what ONNX external data and a map of the file need.
     pub offset: u64,
     pub bytes: u64,
@@ -66,12 +66,12 @@ pub fn safetensors_dtype(dtype: DType) -> &'static str {
 }
 
 /// Places for tensors that are not there yet, in the order given: what a graph that points to them needs. They have no hash.
-pub fn place(tensors: &[(String, Constant)]) -> Vec<Stored> {
+pub fn placements(tensors: &[(String, Constant)]) -> Vec<StoredTensor> {
     let mut end = PAGE as u64;
     let mut next = |constant: &Constant| {
         let (offset, bytes) = (end, constant.byte_len() as u64);
         end += bytes;
-        Stored {
+        StoredTensor {
             offset,
             bytes,
             blake3: String::new(),
@@ -98,7 +98,7 @@ pub fn write(
     metadata: &BTreeMap<String, String>,
     inspect: Inspect<'_>,
     mut progress: impl FnMut(u64),
-) -> Result<Vec<Stored>, WriteError> {
+) -> Result<Vec<StoredTensor>, WriteError> {
     let failed = |source| WriteError::Io {
         path: path.to_path_buf(),
         source,
@@ -116,7 +116,7 @@ pub fn write(
     let mut file = BufWriter::new(file);
     file.seek(SeekFrom::Start(data_start)).map_err(failed)?;
 
-    let mut stored: Vec<Option<Stored>> = vec![None; tensors.len()];
+    let mut stored: Vec<Option<StoredTensor>> = vec![None; tensors.len()];
     let mut seen: HashMap<(blake3::Hash, usize), usize> = HashMap::new();
     let mut written: Vec<(usize, u64, u64)> = Vec::new();
     let mut end = data_start;
@@ -160,7 +160,7 @@ pub fn write(
                     end - bytes
                 }
             };
-            stored[index] = Some(Stored {
+            stored[index] = Some(StoredTensor {
                 offset,
                 bytes,
                 blake3: hash.to_hex().to_string(),

@@ -1,6 +1,6 @@
 //! Where new weights come from: an ONNX export, a safetensors file, a folder of Hugging Face's or TensorRT-LLM's, a package.
 //!
-//! A [`Source`] gives tensors by name and, where it can, by module (see [`super::modules`]). All bytes stay in mapped files.
+//! A [`WeightSource`] gives tensors by name and, where it can, by module (see [`super::modules`]). All bytes stay in mapped files.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
@@ -21,7 +21,7 @@ const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
 
 /// Opened weights.
-pub struct Source {
+pub struct WeightSource {
     pub path: PathBuf,
     /// For people: `an ONNX export`, `Hugging Face, Llama-like`.
     pub kind: String,
@@ -67,19 +67,19 @@ impl SourceError {
     }
 }
 
-impl Source {
+impl WeightSource {
     /// Opens a file or folder; its contents decide what it is. `positions` bounds tables of an ONNX export, as when it is
     /// converted.
-    pub fn open(path: &Path, positions: usize) -> Result<Source, SourceError> {
+    pub fn open(path: &Path, positions: usize) -> Result<WeightSource, SourceError> {
         let metadata = fs::metadata(path).map_err(SourceError::io(path))?;
         if metadata.is_dir() {
-            return Source::folder(path, positions);
+            return WeightSource::folder(path, positions);
         }
         match path.extension().and_then(|e| e.to_str()) {
-            Some("onnx") => Source::export(path, positions),
-            Some("safetensors") => Ok(Source::checkpoint(path, safetensors(path)?)),
+            Some("onnx") => WeightSource::export(path, positions),
+            Some("safetensors") => Ok(WeightSource::checkpoint(path, safetensors(path)?)),
             Some("json") if path.to_string_lossy().ends_with(".safetensors.index.json") => {
-                Ok(Source::checkpoint(path, sharded(path)?))
+                Ok(WeightSource::checkpoint(path, sharded(path)?))
             }
             Some("bin" | "pt" | "pth" | "ckpt") => Err(SourceError::invalid(
                 path,
@@ -92,14 +92,14 @@ impl Source {
         }
     }
 
-    fn folder(path: &Path, positions: usize) -> Result<Source, SourceError> {
+    fn folder(path: &Path, positions: usize) -> Result<WeightSource, SourceError> {
         let index = path.join(INDEX);
         if index.is_file() {
-            return Ok(Source::checkpoint(path, sharded(&index)?));
+            return Ok(WeightSource::checkpoint(path, sharded(&index)?));
         }
         let single = path.join(SINGLE);
         if single.is_file() {
-            return Ok(Source::checkpoint(path, safetensors(&single)?));
+            return Ok(WeightSource::checkpoint(path, safetensors(&single)?));
         }
         let mut of = HashMap::<&str, Vec<PathBuf>>::new();
         for entry in fs::read_dir(path).map_err(SourceError::io(path))? {
@@ -112,8 +112,8 @@ impl Source {
         }
         let mut several = |extension: &str| of.remove(extension).unwrap_or_default();
         match (&several("safetensors")[..], &several("onnx")[..]) {
-            ([one], _) => Ok(Source::checkpoint(path, safetensors(one)?)),
-            ([], [one]) => Source::export(one, positions),
+            ([one], _) => Ok(WeightSource::checkpoint(path, safetensors(one)?)),
+            ([], [one]) => WeightSource::export(one, positions),
             ([], []) => Err(SourceError::invalid(
                 path,
                 "holds no .safetensors and no .onnx; give the file, or a folder with one",
@@ -131,7 +131,7 @@ impl Source {
         }
     }
 
-    fn checkpoint(path: &Path, tensors: BTreeMap<String, Constant>) -> Source {
+    fn checkpoint(path: &Path, tensors: BTreeMap<String, Constant>) -> WeightSource {
         // The convention that knows most of the names.
         let module_paths = [
             "embedding",
@@ -153,7 +153,7 @@ impl Source {
             .into_iter()
             .max_by_key(|c| knows(c))
             .filter(|c| knows(c) > 0);
-        Source {
+        WeightSource {
             path: path.to_path_buf(),
             kind: best.map_or("a checkpoint of unknown names", |c| c.name).to_string(),
             tensors,
@@ -161,7 +161,7 @@ impl Source {
         }
     }
 
-    fn export(path: &Path, positions: usize) -> Result<Source, SourceError> {
+    fn export(path: &Path, positions: usize) -> Result<WeightSource, SourceError> {
         let graph = onnx::read(path)?;
         let mut tensors = BTreeMap::new();
         for id in graph.value_ids() {
@@ -181,7 +181,7 @@ impl Source {
             Ok(canonical) => Names::Graph(constants_of_modules(&canonical.graph)),
             Err(error) => Names::None(Some(format!("its structure was not understood: {error}"))),
         };
-        Ok(Source {
+        Ok(WeightSource {
             path: path.to_path_buf(),
             kind: "an ONNX export".to_string(),
             tensors,
@@ -190,9 +190,9 @@ impl Source {
     }
 
     /// The weights of a typed canonical graph, those of a package for example.
-    pub fn canonical(path: &Path, graph: &Graph) -> Source {
+    pub fn canonical(path: &Path, graph: &Graph) -> WeightSource {
         let constants = graph.value_ids().filter_map(|id| Some((id, graph.constant(id)?)));
-        Source {
+        WeightSource {
             path: path.to_path_buf(),
             kind: "a package".to_string(),
             tensors: constants

@@ -1,7 +1,7 @@
 //! Folding, idle operators, linear layers, dtypes.
 
 use lapidary::graph::op::{Binary, Unary};
-use lapidary::graph::{Graph, Op, Source, ValueId};
+use lapidary::graph::{ConstantSource, Graph, Op, ValueId};
 use lapidary::passes::{PassError, cleanup, decompose, dtype, fold, linear};
 use lapidary::tensor::{DType, Tensor};
 use proptest::prelude::*;
@@ -137,7 +137,7 @@ fn weights_are_moved_by_recipe() {
     assert_eq!(rewritten.node_ids().count(), 1);
     let product = rewritten.node(rewritten.node_ids().next().unwrap());
     let constant = rewritten.constant(product.input(1).unwrap()).unwrap();
-    assert!(matches!(constant.source(), Source::Derived(_)));
+    assert!(matches!(constant.source(), ConstantSource::Derived(_)));
     assert_eq!(constant.shape(), [300, 100]);
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use lapidary::package::Package;
-use lapidary::weights::source::Source;
+use lapidary::weights::source::WeightSource;
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::refit::{export, set_hash};
@@ -41,7 +41,7 @@ fn number(half: &str, i: usize) -> f32 {
 
 fn module(pkg: &Path, name: &str) -> (Vec<usize>, Vec<f32>) {
     let graph = Package::open(pkg).unwrap().architecture().unwrap();
-    let source = Source::canonical(pkg, &graph);
+    let source = WeightSource::canonical(pkg, &graph);
     let (_, constant) = source.modules().find(|(n, _)| *n == name).unwrap();
     let tensor = constant.materialize().unwrap();
     (tensor.shape().to_vec(), tensor.to_f32())

@@ -6,7 +6,7 @@ use std::path::Path;
 use lapidary::lower::stored_weights;
 use lapidary::weights::modules::modules;
 use lapidary::weights::recipe::Recipe;
-use lapidary::weights::source::Source;
+use lapidary::weights::source::WeightSource;
 use lapidary::{onnx, passes};
 
 use crate::support::fixture;
@@ -38,7 +38,7 @@ fn exports() -> Vec<(String, std::path::PathBuf)> {
 
 /// Every module of an export, as numbers.
 fn numbers(model: &Path) -> BTreeMap<String, Vec<f32>> {
-    let source = Source::canonical(model, &canonical(model).graph);
+    let source = WeightSource::canonical(model, &canonical(model).graph);
     let modules = source.modules();
     modules
         .map(|(name, c)| (name.to_string(), c.materialize().unwrap().to_f32()))
@@ -106,7 +106,7 @@ fn modules_are_what_their_names_in_torch_say() {
     ] {
         let model = fixture("exports").join(export).join("model.onnx");
         let canonical = canonical(&model);
-        let source = Source::canonical(&model, &canonical.graph);
+        let source = WeightSource::canonical(&model, &canonical.graph);
         let graph = onnx::read(&model).unwrap();
         let parameters: BTreeMap<String, _> = graph
             .value_ids()

@@ -6,7 +6,7 @@ use super::Args;
 use crate::backend::tensorrt::Refit;
 use crate::bench::result::System;
 use crate::package::Package;
-use crate::package::manifest::Engine;
+use crate::package::manifest::EngineEntry;
 use crate::sample::Settings;
 use crate::spec::Prefill;
 
@@ -65,8 +65,8 @@ pub fn system(args: &Args, package: &Package, sampler: &Settings, on_gpu: bool, 
 
 /// What engines were lowered with, as a spec writes it; by profile where a tuner chose for each. Weights are a setting of
 /// their own.
-fn lowering(engines: &[Engine]) -> Value {
-    let told = |engine: &Engine| {
+fn lowering(engines: &[EngineEntry]) -> Value {
+    let told = |engine: &EngineEntry| {
         let mut told = json!(engine.lowering);
         told.as_object_mut().expect("a struct").remove("weight_mode");
         told
@@ -134,8 +134,8 @@ mod tests {
     use crate::network::{Profile, WeightMode};
     use crate::spec::Target;
 
-    fn engine(capacity: usize, lowering: Options) -> Engine {
-        Engine {
+    fn engine(capacity: usize, lowering: Options) -> EngineEntry {
+        EngineEntry {
             file: String::new(),
             bytes: 0,
             blake3: String::new(),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::{CudaDevice, DeviceError};
 use crate::backend::tensorrt::run::RunError;
 use crate::network::{Profile, WeightMode};
-use crate::package::manifest::{Engine, Manifest};
+use crate::package::manifest::{EngineEntry, Manifest};
 use crate::package::{Package, PackageError};
 
 /// What the device's weights are, from the manifest.
@@ -75,7 +75,7 @@ pub enum SwapError {
 fn check<'e>(
     ours: &Identity,
     theirs: &Identity,
-    engines: impl IntoIterator<Item = &'e Engine>,
+    engines: impl IntoIterator<Item = &'e EngineEntry>,
     package: &Path,
 ) -> Result<(), SwapError> {
     let package = package.to_path_buf();
@@ -165,8 +165,8 @@ mod tests {
     use crate::backend::tensorrt::Refit;
     use crate::spec::Target;
 
-    fn engine(weight_mode: WeightMode, refit: Refit) -> Engine {
-        Engine {
+    fn engine(weight_mode: WeightMode, refit: Refit) -> EngineEntry {
+        EngineEntry {
             file: String::new(),
             bytes: 0,
             blake3: String::new(),
@@ -193,7 +193,7 @@ mod tests {
     /// What loading asks of an engine of the package's own.
     #[test]
     fn engines_that_take_only_their_own_weights_know_which() {
-        let built_with = |own: Option<&str>, refit| Engine {
+        let built_with = |own: Option<&str>, refit| EngineEntry {
             built_with: own.map(str::to_string),
             ..engine(WeightMode::Strip, refit)
         };

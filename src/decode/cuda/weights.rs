@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use super::aligned;
 use crate::backend::tensorrt::run::{Buffer, Cuda, Pinned, RunError, Stream};
-use crate::graph::{Constant, Source, Transform};
+use crate::graph::{Constant, ConstantSource, Transform};
 use crate::lower;
 use crate::network::{Network, Weight, WeightMode};
 
@@ -106,7 +106,7 @@ impl Places {
             written.extend(parts_of(weight, at).into_iter().map(|(_, at)| at));
             // Rows of a fused weight lie one after the other, as the parts do: no need to join them here first.
             let parts = match weight.constant.source() {
-                Source::Derived(derived) if matches!(derived.transform, Transform::Concat { axis: 0 }) => {
+                ConstantSource::Derived(derived) if matches!(derived.transform, Transform::Concat { axis: 0 }) => {
                     &derived.inputs
                 }
                 _ => std::slice::from_ref(&weight.constant),
@@ -135,7 +135,7 @@ fn in_order(networks: &[Network]) -> Vec<&Weight> {
 /// The parts of a fused weight that lies at `start`, with their own offsets: rows of one come after rows of the other, so
 /// each can be bound by itself where that keeps TensorRT's alignment.
 fn parts_of(weight: &Weight, start: usize) -> Vec<(String, usize)> {
-    let Source::Derived(derived) = weight.constant.source() else {
+    let ConstantSource::Derived(derived) = weight.constant.source() else {
         return Vec::new();
     };
     let names: Vec<&str> = lower::parts(&weight.name).collect();

@@ -3,7 +3,7 @@
 use super::Elements;
 use super::MAX_CONTENTS;
 use crate::dim::Dim;
-use crate::graph::constant::{Constant, Source};
+use crate::graph::constant::{Constant, ConstantSource};
 use crate::graph::op::{Binary, Unary};
 use crate::tensor::DType;
 
@@ -15,7 +15,7 @@ pub(super) fn of_constant(constant: &Constant) -> Option<Elements> {
     if constant.len() > MAX_CONTENTS || constant.is_empty() && constant.shape().len() > 1 {
         return None;
     }
-    if matches!(constant.source(), Source::Absent) {
+    if matches!(constant.source(), ConstantSource::Absent) {
         return None;
     }
     let tensor = constant.materialize().ok()?;
