@@ -10,7 +10,7 @@ use lapidary::dim::Dim;
 use lapidary::graph::Constant;
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{self, lower};
-use lapidary::network::{Builder, LayerKind, Network, Profile, WeightMode};
+use lapidary::network::{NetworkBuilder, LayerKind, Network, Profile, WeightMode};
 use lapidary::tensor::{DType, Tensor};
 
 fn main() {
@@ -34,7 +34,7 @@ fn dims(shape: &[usize]) -> Vec<Dim> {
 
 /// `copies` linear layers with weights of their own on one input, so that weights come from memory and not from a cache.
 fn linears(dtype: DType, rows: usize, depth: usize, columns: usize, copies: usize) -> Network {
-    let mut b = Builder::new("linear", Profile::prefill(rows, 4096));
+    let mut b = NetworkBuilder::new("linear", Profile::prefill(rows, 4096));
     let x = b.input("x", dtype, &dims(&[rows, depth])).unwrap();
     let weight = random(dtype, &[columns, depth]);
     for i in 0..copies {
@@ -98,7 +98,7 @@ fn attention_prefill(bencher: Bencher, tokens: usize) {
 }
 
 fn attention(tokens: usize, capacity: usize) -> Network {
-    let mut b = Builder::new("attention", Profile::prefill(tokens, capacity));
+    let mut b = NetworkBuilder::new("attention", Profile::prefill(tokens, capacity));
     let dtype = DType::F16;
     let q = b.input("q", dtype, &dims(&[1, 9, tokens, 64])).unwrap();
     let new = b.input("new", dtype, &dims(&[1, 3, tokens, 64])).unwrap();

@@ -187,7 +187,7 @@ impl Dim {
         sum
     }
 
-    /// The number, given a number for every symbol; `None` if a symbol is missing or the number has no room in an i64.
+    /// The number, given a number for every symbol; `None` if a symbol is missing or the number does not fit an i64.
     pub fn eval(&self, values: &BTreeMap<Sym, i64>) -> Option<i64> {
         self.terms.iter().try_fold(0i64, |sum, (monomial, coefficient)| {
             let factor = |p: i64, sym| p.checked_mul(*values.get(sym)?);

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use lapidary::backend::tensorrt::run::{Argmax, Buffer, Engine, LoadOptions, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::decode::best;
-use lapidary::network::{Builder, Elementwise, Profile};
+use lapidary::network::{NetworkBuilder, Elementwise, Profile};
 use lapidary::tensor::DType;
 
 fn library() -> Library {
@@ -78,7 +78,7 @@ fn the_best_token_on_the_device_is_that_of_the_host() {
 #[ignore = "needs a GPU"]
 fn a_captured_engine_reads_new_inputs_and_follows_its_buffers() {
     let runtime = runtime();
-    let mut b = Builder::new("squares", Profile::decode(16));
+    let mut b = NetworkBuilder::new("squares", Profile::decode(16));
     let x = b.input("x", DType::F32, &[1usize.into(), 64usize.into()]).unwrap();
     let y = b.elementwise("square", Elementwise::Prod, x, x).unwrap();
     b.output("y", y).unwrap();

@@ -3,7 +3,7 @@
 use lapidary::backend::cpu::{self, execute as execute_on_cpu};
 use lapidary::backend::tensorrt::run::{Runtime, execute};
 use lapidary::backend::tensorrt::{BuildOptions, Library};
-use lapidary::network::{Builder, Elementwise, LayerKind, MatrixOp, Network, Profile, TensorId};
+use lapidary::network::{NetworkBuilder, Elementwise, LayerKind, MatrixOp, Network, Profile, TensorId};
 use lapidary::tensor::{DType, Tensor};
 
 use crate::Outcome;
@@ -33,14 +33,14 @@ fn dims(shape: &[usize]) -> Vec<lapidary::dim::Dim> {
     shape.iter().map(|d| (*d).into()).collect()
 }
 
-fn input(b: &mut Builder, name: &str, tensor: &Tensor) -> Outcome<TensorId> {
+fn input(b: &mut NetworkBuilder, name: &str, tensor: &Tensor) -> Outcome<TensorId> {
     Ok(b.input(name, tensor.dtype(), &dims(tensor.shape()))?)
 }
 
 fn products(rows: usize, depth: usize, wide: bool) -> Outcome<Case> {
     let x = random(1, &[rows, depth], 1.0);
     let w = random(2, &[512, depth], (depth as f64).powf(-0.5));
-    let mut b = Builder::new("product", Profile::decode(16));
+    let mut b = NetworkBuilder::new("product", Profile::decode(16));
     let mut ids = [input(&mut b, "x", &x)?, input(&mut b, "w", &w)?];
     if wide {
         ids = [b.cast("x32", DType::F32, ids[0])?, b.cast("w32", DType::F32, ids[1])?];
@@ -73,7 +73,7 @@ fn attention(tokens: usize, slots: usize, folded: bool) -> Outcome<Case> {
         .map(|i| i % slots <= slots - tokens + i / slots)
         .collect();
     let mask = Tensor::from_bool(vec![1, 1, tokens, slots], &sees);
-    let mut b = Builder::new("attention", Profile::decode(16));
+    let mut b = NetworkBuilder::new("attention", Profile::decode(16));
     let (mut qi, ki, vi) = (
         input(&mut b, "q", &q)?,
         input(&mut b, "k", &k)?,
@@ -100,7 +100,7 @@ fn attention(tokens: usize, slots: usize, folded: bool) -> Outcome<Case> {
 
 fn gated() -> Outcome<Case> {
     let (g, u) = (random(6, &[128, 4096], 1.0), random(7, &[128, 4096], 1.0));
-    let mut b = Builder::new("gated", Profile::decode(16));
+    let mut b = NetworkBuilder::new("gated", Profile::decode(16));
     let (gi, ui) = (input(&mut b, "g", &g)?, input(&mut b, "u", &u)?);
     let s = b.activation("s", lapidary::network::Activation::Sigmoid, gi)?;
     let y = b.elementwise("gs", Elementwise::Prod, gi, s)?;

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::graph::Constant;
-use lapidary::network::{Builder, Elementwise, LayerKind, MatrixOp, Network, Profile, ReduceOp, TensorId, WeightMode};
+use lapidary::network::{NetworkBuilder, Elementwise, LayerKind, MatrixOp, Network, Profile, ReduceOp, TensorId, WeightMode};
 use lapidary::tensor::DType;
 
 use crate::Outcome;
@@ -30,7 +30,7 @@ enum Form {
 }
 
 /// One product; the result is `[1, n]`.
-fn product(b: &mut Builder, name: &str, form: Form, x: TensorId, w: TensorId, [n, k]: [i64; 2]) -> Outcome<TensorId> {
+fn product(b: &mut NetworkBuilder, name: &str, form: Form, x: TensorId, w: TensorId, [n, k]: [i64; 2]) -> Outcome<TensorId> {
     let part = |part: &str| format!("{name}/{part}");
     let dims = |d: &[i64]| d.iter().map(|d| (*d as usize).into()).collect::<Vec<_>>();
     let mm = |op_a, op_b| LayerKind::MatrixMultiply { op_a, op_b };
@@ -88,7 +88,7 @@ fn product(b: &mut Builder, name: &str, form: Form, x: TensorId, w: TensorId, [n
 
 /// Products `[k -> n]` and `[m -> k]` by turns, `m <= n` taken from the front of the wider result.
 fn chain(form: Form, dtype: DType, [k, n, m]: [i64; 3], pairs: usize) -> Outcome<(Network, f64)> {
-    let mut b = Builder::new("chain", Profile::decode(16));
+    let mut b = NetworkBuilder::new("chain", Profile::decode(16));
     let dims = |d: &[i64]| d.iter().map(|d| (*d as usize).into()).collect::<Vec<_>>();
     let mut x = b.input("x", dtype, &dims(&[1, k]))?;
     let mut bytes = 0.0;

@@ -5,7 +5,7 @@
 //! single assignment form: each value has one definition, no node comes before what it reads once
 //! [`Graph::sort`] has run. Nodes hold an [`Op`], normalised to opset 24.
 //!
-//! The front end (`onnx`) makes graphs, `passes` rewrite them, `lower` reads the canonical one. Inside this room:
+//! The front end (`onnx`) makes graphs, `passes` rewrite them, `lower` reads the canonical one. Its modules:
 //! `op` the operators, `constant` and `transform` tensors with deferred work, `infer` dtypes and shapes,
 //! `eval` operator semantics on concrete tensors, `verify` the rules, `dump` the text form.
 //!
@@ -25,7 +25,7 @@
 //! | `logits` | float | `[batch, tokens, vocabulary]` |
 //! | `updated_key_cache.i`, `updated_value_cache.i` | as the cache | as the cache |
 //!
-//! Slot `s` of a row holds the token at position `s`; a query at position `p` attends to slots `0..=p`, or to the last
+//! Slot `s` of a sequence holds the token at position `s`; a query at position `p` attends to slots `0..=p`, or to the last
 //! `window` of them. Its mask is computed in the graph from `position_ids` and nothing else, once per distinct window:
 //! a bool `[batch, 1, tokens, capacity]` made of `Range`, comparisons and `And`, true where attended to. Slots beyond
 //! `p` may hold anything finite.
@@ -51,7 +51,7 @@ use std::collections::{HashMap, HashSet};
 pub use attributes::Attribute;
 pub use constant::{Constant, ConstantError, ConstantSource, Transform};
 pub use dump::dump;
-pub use infer::{Contents, Facts, InferError, bind_input_dims, infer};
+pub use infer::{Contents, InferenceFacts, InferError, bind_input_dims, infer};
 pub use names::MICROSOFT;
 pub use op::Op;
 pub use verify::{Obstacle, Obstacles, verify};

@@ -36,11 +36,11 @@ pub enum Obstacle {
     },
     /// Inference could not type a value.
     Untyped { value: String, node: String },
-    /// The graph's own bookkeeping is broken: a fault of the pass that left it so, not of the export.
+    /// The graph's own bookkeeping is broken: a bug of the pass that left it so, not an error of the export.
     Structure { reason: String },
 }
 
-/// Names in a message beyond which only their number is told.
+/// A message names at most this many nodes and counts the rest.
 const MAX_NAMES: usize = 12;
 
 impl fmt::Display for Obstacle {
@@ -181,7 +181,7 @@ fn untyped(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
 
 /// Element types an operand may have.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum ElementTypes {
     Any,
     Float,
     Number,
@@ -192,34 +192,34 @@ enum Kind {
     Bool,
 }
 
-impl Kind {
+impl ElementTypes {
     fn takes(self, dtype: DType) -> bool {
         match self {
-            Kind::Any => true,
-            Kind::Float => dtype.is_float(),
-            Kind::Number => dtype != DType::Bool,
-            Kind::Index => matches!(dtype, DType::I32 | DType::I64),
-            Kind::I32 => dtype == DType::I32,
-            Kind::I64 => dtype == DType::I64,
-            Kind::Bool => dtype == DType::Bool,
+            ElementTypes::Any => true,
+            ElementTypes::Float => dtype.is_float(),
+            ElementTypes::Number => dtype != DType::Bool,
+            ElementTypes::Index => matches!(dtype, DType::I32 | DType::I64),
+            ElementTypes::I32 => dtype == DType::I32,
+            ElementTypes::I64 => dtype == DType::I64,
+            ElementTypes::Bool => dtype == DType::Bool,
         }
     }
 
     fn name(self) -> &'static str {
         match self {
-            Kind::Any => "anything",
-            Kind::Float => "a float type",
-            Kind::Number => "a number",
-            Kind::Index => "i32 or i64",
-            Kind::I32 => "i32",
-            Kind::I64 => "i64",
-            Kind::Bool => "bool",
+            ElementTypes::Any => "anything",
+            ElementTypes::Float => "a float type",
+            ElementTypes::Number => "a number",
+            ElementTypes::Index => "i32 or i64",
+            ElementTypes::I32 => "i32",
+            ElementTypes::I64 => "i64",
+            ElementTypes::Bool => "bool",
         }
     }
 }
 
 /// One input: its types, and whether it must have the type of the first input marked so.
-type Slot = (Kind, bool);
+type Slot = (ElementTypes, bool);
 
 struct Signature {
     slots: &'static [Slot],
@@ -234,7 +234,7 @@ const T: bool = true;
 const U: bool = false;
 
 fn signature(op: &Op) -> Signature {
-    use Kind::{Any, Bool, Float, I32, I64, Index, Number};
+    use ElementTypes::{Any, Bool, Float, I32, I64, Index, Number};
     let of = |slots: &'static [Slot], required: usize| Signature {
         slots,
         required,

@@ -8,19 +8,19 @@ use super::fuse::Fusions;
 use super::rows::{LOGIT_ROWS, logits};
 use super::weights::Table;
 use crate::dim::{Dim, Sym};
-use crate::graph::infer::Facts;
+use crate::graph::infer::InferenceFacts;
 use crate::graph::{Constant, Graph, Node, NodeId, ValueId};
-use crate::network::{BuildError, Builder, LayerKind, Logits, Network, Profile, TensorId, Tokens};
+use crate::network::{BuildError, NetworkBuilder, LayerKind, Logits, Network, Profile, TensorId, Tokens};
 use crate::tensor::DType;
 
 pub(super) type Lowered<T = TensorId> = Result<T, Reason>;
 
 pub(super) struct Lowering<'a> {
     pub graph: &'a Graph,
-    pub facts: &'a Facts,
+    pub facts: &'a InferenceFacts,
     pub profile: Profile,
     pub options: &'a Options,
-    pub b: Builder,
+    pub b: NetworkBuilder,
     pub table: &'a Table,
     /// Nodes that compute on chosen rows only.
     pub rows: HashSet<NodeId>,
@@ -57,7 +57,7 @@ pub(super) fn one() -> Dim {
 impl<'a> Lowering<'a> {
     pub fn new(
         graph: &'a Graph,
-        facts: &'a Facts,
+        facts: &'a InferenceFacts,
         profile: Profile,
         options: &'a Options,
         table: &'a Table,
@@ -76,7 +76,7 @@ impl<'a> Lowering<'a> {
             facts,
             profile,
             options,
-            b: Builder::new(graph.name.clone(), profile),
+            b: NetworkBuilder::new(graph.name.clone(), profile),
             table,
             rows,
             fusions,

@@ -56,7 +56,7 @@ use crate::dim::Dim;
 #[cfg(doc)]
 use crate::graph::ConstantSource;
 use crate::graph::Graph;
-use crate::graph::infer::{Facts, infer};
+use crate::graph::infer::{InferenceFacts, infer};
 use crate::network::{Network, Profile, Tokens, WeightMode, verify_interface};
 use attention::{PARTS, SHORT};
 use context::Lowering;
@@ -197,7 +197,7 @@ pub fn lower_graph(graph: &Graph, profile: &Profile, options: &Options) -> Resul
     // The canonical graphs of our own passes come typed, and a session lowers one for every prompt length: inference runs
     // only where a type is missing, or where shape arithmetic that it would follow is in the way.
     if is_typed(graph) {
-        match lower_typed(graph, &Facts::default(), profile, options) {
+        match lower_typed(graph, &InferenceFacts::default(), profile, options) {
             Err(LowerError::Unsupported(_)) => {}
             done => return done,
         }
@@ -213,7 +213,7 @@ fn is_typed(graph: &Graph) -> bool {
     outputs.all(|v| graph.value(*v).dtype.is_some() && graph.shape(*v).is_some())
 }
 
-fn lower_typed(graph: &Graph, facts: &Facts, profile: &Profile, options: &Options) -> Result<Network, LowerError> {
+fn lower_typed(graph: &Graph, facts: &InferenceFacts, profile: &Profile, options: &Options) -> Result<Network, LowerError> {
     let demand = demand::demand(graph);
     let table = weights::table(graph, &demand);
     let rows = rows::row_wise(graph, &demand, profile);

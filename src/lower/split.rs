@@ -38,7 +38,7 @@ impl Lowering<'_> {
         };
         let part = |part: &str| format!("{name}/{part}");
         let (rows, dtype) = (batch * kv_heads, self.b.dtype(q));
-        let width = |x: TensorId, b: &crate::network::Builder| b.shape(x)[3].clone();
+        let width = |x: TensorId, b: &crate::network::NetworkBuilder| b.shape(x)[3].clone();
         let (d, dv) = (width(q, &self.b), width(v, &self.b));
         let dims = |a: usize, b: usize, c: usize, d: Dim| -> Shape { vec![a.into(), b.into(), c.into(), d] };
         let product = |op_b| LayerKind::MatrixMultiply {

@@ -5,11 +5,11 @@
 //! tests of the back ends build small networks by hand:
 //!
 //! ```
-//! use lapidary::network::{Activation, Builder, LayerKind, Profile, WeightMode};
+//! use lapidary::network::{Activation, NetworkBuilder, LayerKind, Profile, WeightMode};
 //! use lapidary::graph::Constant;
 //! use lapidary::tensor::DType;
 //!
-//! let mut b = Builder::new("mlp", Profile::decode(16));
+//! let mut b = NetworkBuilder::new("mlp", Profile::decode(16));
 //! let x = b.input("x", DType::F16, &[1usize.into(), 64usize.into()])?;
 //! let w = b.weight("up.weight", Constant::absent(DType::F16, vec![128, 64]), WeightMode::Bind)?;
 //! let y = b.linear("up", x, w)?;
@@ -34,7 +34,7 @@ use super::{
     WeightId, WeightMode,
 };
 
-/// A layer that means nothing in TensorRT: a mistake of whoever built the network, with all that is needed to find it.
+/// A layer that means nothing in TensorRT: a bug of the code that built the network, with all that is needed to find it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerError {
     pub layer: String,
@@ -76,7 +76,7 @@ pub enum BuildError {
 }
 
 /// See the module's head.
-pub struct Builder {
+pub struct NetworkBuilder {
     network: Network,
     names: HashMap<String, TensorId>,
     layer_names: HashSet<String>,
@@ -89,9 +89,9 @@ pub struct Builder {
     producers: Vec<Option<u32>>,
 }
 
-impl Builder {
+impl NetworkBuilder {
     pub fn new(name: impl Into<String>, profile: Profile) -> Self {
-        Builder {
+        NetworkBuilder {
             network: Network::new(name, profile),
             names: HashMap::new(),
             layer_names: HashSet::new(),

@@ -9,8 +9,8 @@ fn dims(text: &str) -> Shape {
     text.split_whitespace().map(Dim::parse).collect()
 }
 
-fn decode() -> Builder {
-    Builder::new("test", Profile::decode(8))
+fn decode() -> NetworkBuilder {
+    NetworkBuilder::new("test", Profile::decode(8))
 }
 
 fn fault(result: Result<TensorId, BuildError>) -> Fault {
@@ -22,7 +22,7 @@ fn fault(result: Result<TensorId, BuildError>) -> Fault {
 
 #[test]
 fn layers_infer_their_outputs() {
-    let mut b = Builder::new(
+    let mut b = NetworkBuilder::new(
         "test",
         Profile {
             tokens: Tokens::Dynamic { min: 1, opt: 4, max: 8 },
@@ -75,7 +75,7 @@ fn mistakes_name_the_layer_its_inputs_and_the_rule() {
         "layer \"sum\" (Elementwise): dims 3 and 4 of axis 1 do not broadcast: only a 1 does; \
          inputs: \"x\" f16[2, 3], \"y\" f16[2, 4]"
     );
-    let sum = |b: &mut Builder, left, right| fault(b.elementwise("sum", Elementwise::Sum, left, right));
+    let sum = |b: &mut NetworkBuilder, left, right| fault(b.elementwise("sum", Elementwise::Sum, left, right));
     assert_eq!(sum(&mut b, x, wide), Fault::UnlikeDTypes { left: 0, right: 1 });
     assert_eq!(sum(&mut b, x, row), Fault::UnlikeRanks { left: 0, right: 1 });
     assert!(matches!(fault(b.linear("mm", x, y)), Fault::Contraction { .. }));

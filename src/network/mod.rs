@@ -10,13 +10,16 @@
 //! ones, `dump` has the text form (`Display`). `lower` makes the networks of models; nothing here knows of graphs, except
 //! that a weight's bytes come from a graph [`Constant`].
 //!
+//! A *sequence* is one entry of the batch. A *row* is a vector along the last axis: of an activation
+//! `[batch, tokens, n]` the values of one token, of a weight `[out, in]` those of one output.
+//!
 //! # Interface of a lowered network
 //!
 //! | inputs | dtype | shape |
 //! |---|---|---|
 //! | `input_ids`, `position_ids` | i32 | `[batch, tokens]` |
 //! | `write_indices` | i32 | `[batch]` |
-//! | `logit_rows` (only with [`Logits::Rows`]) | i32 | `[batch]`: which token of each row gets logits |
+//! | `logit_rows` (only with [`Logits::Rows`]) | i32 | `[batch]`: which row (token) of each sequence gets logits |
 //! | `key_cache.i`, `value_cache.i` | the cache dtype | `[batch, kv_heads, capacity, head_dim]` |
 //!
 //! | outputs | dtype | shape |
@@ -34,7 +37,7 @@ pub mod verify;
 
 use std::fmt;
 
-pub use builder::{BuildError, Builder, LayerError};
+pub use builder::{BuildError, NetworkBuilder, LayerError};
 pub use infer::Fault;
 pub use verify::{VerifyError, verify, verify_interface};
 
@@ -109,7 +112,7 @@ pub enum Tokens {
 pub enum Logits {
     /// Every token, as the export computes them.
     All,
-    /// One token a row, chosen by the input `logit_rows`: a prefill chunk needs only its last.
+    /// One row (token) of each sequence, chosen by the input `logit_rows`: a prefill chunk needs only its last.
     #[default]
     Rows,
 }
@@ -263,8 +266,9 @@ pub enum LayerKind {
     Concatenation {
         axis: usize,
     },
-    /// Inputs data, indices (i32 or i64); the output's shape is `data[..axis] + indices + data[axis+1..]`. An index out of
-    /// range gives zeros.
+    /// Inputs data, indices (i32 or i64); the output's shape is `data[..axis] + indices + data[axis+1..]`. Every index
+    /// lies in `0..data[axis]`: another one is an error of the caller. The CPU executor refuses it and names it;
+    /// TensorRT does not check and promises nothing about the result, so sessions check token ids before they run.
     Gather {
         axis: usize,
     },

@@ -1,5 +1,5 @@
-//! The rules of a whole [`Network`], for whoever receives one: `builder` when it finishes, `package` when it reads one,
-//! the back ends before they trust it.
+//! The rules of a whole [`Network`]. `builder` checks them when it finishes, `package` when it reads a network, the back
+//! ends before they trust one.
 //!
 //! [`verify`] holds for any network, [`verify_interface`] for one that a decoder session can run.
 
@@ -12,7 +12,7 @@ use super::builder::LayerError;
 use super::infer::infer;
 use super::{LayerKind, Logits, Network, Tensor, TensorId, Tokens};
 
-/// The first broken rule of a network. Whoever made the network is at fault.
+/// The first broken rule of a network: a bug of the code that made the network.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum VerifyError {
     #[error(transparent)]
@@ -55,7 +55,7 @@ pub enum VerifyError {
         cache: String,
         output: String,
     },
-    #[error("the profile asks for {min} to {max} tokens (opt {opt}) over {capacity} slots and {batch} rows")]
+    #[error("the profile asks for {min} to {max} tokens (opt {opt}) over {capacity} slots and {batch} sequences")]
     Profile {
         min: usize,
         opt: usize,

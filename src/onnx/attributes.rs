@@ -1,7 +1,7 @@
 //! Attributes of one node, read by name with their defaults.
 //!
-//! Keeps book of what was asked for: an attribute nobody asked for may change what the operator means, and the reader
-//! then must not pretend to know the operator.
+//! Remembers which attributes were read: one that was not may change what the operator means, and the reader then must
+//! not pretend to know the operator.
 
 use std::cell::Cell;
 
@@ -34,7 +34,7 @@ impl Attributes {
         }
     }
 
-    /// Whether an integer attribute is there with this value; does not count as asking for it.
+    /// Whether an integer attribute is there with this value; does not count as reading it.
     pub(super) fn is_int(&self, name: &str, value: i64) -> bool {
         let attribute = self.list.iter().find(|(a, _)| a.name.as_deref() == Some(name));
         attribute.is_some_and(|(a, _)| {
@@ -52,7 +52,7 @@ impl Attributes {
         attribute.is_some_and(|(a, _)| a.s.as_deref() == Some(value.as_bytes()))
     }
 
-    /// The first attribute nobody asked for, as `name` or `name=value`.
+    /// The first attribute that was not read, as `name` or `name=value`.
     pub(super) fn left_over(&self) -> Option<String> {
         let (attribute, _) = self.list.iter().find(|(_, used)| !used.get())?;
         let name = attribute.name.as_deref().unwrap_or("unnamed");
@@ -126,7 +126,7 @@ impl Attributes {
         Ok(found.unwrap_or_else(|| default.to_string()))
     }
 
-    /// Empty lists are not told apart from lists of another kind.
+    /// An empty list of another element type counts as an empty list of integers.
     pub(super) fn ints(&self, name: &str) -> Result<Option<Vec<i64>>, Problem> {
         self.typed(
             name,

@@ -1,4 +1,4 @@
-//! Who made an export, told from the producer's name and from the structure.
+//! Which exporter made a file, decided by the producer's name and by the structure.
 
 use std::fmt;
 

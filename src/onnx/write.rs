@@ -61,7 +61,7 @@ pub enum WriteError {
     #[error(transparent)]
     Constant(#[from] ConstantError),
     #[error(
-        "the model takes {bytes} bytes, and a single ONNX file has room for 2 GiB; write its weights as external data"
+        "the model takes {bytes} bytes, and a single ONNX file holds at most 2 GiB; write its weights as external data"
     )]
     TooLarge { bytes: usize },
     #[error("{} cannot be written: {source}", .path.display())]
@@ -302,7 +302,7 @@ fn node_proto(graph: &Graph, node: &Node) -> Result<NodeProto, WriteError> {
     if node.op == Op::Binary(Binary::Mod) && node.input(0).is_some_and(float) {
         attribute.push(attribute_proto(("fmod", Attribute::Int(1))));
     }
-    // Since opset 18 the number of equal parts must be told.
+    // Since opset 18 a split into equal parts needs their number.
     if matches!(node.op, Op::Split { .. }) && node.input(1).is_none() {
         attribute.push(attribute_proto((
             "num_outputs",

@@ -14,7 +14,7 @@ use super::{PassError, cleanup};
 use crate::dim::Dim;
 use crate::graph::constant::Constant;
 use crate::graph::eval::{eval_node, slice_range};
-use crate::graph::infer::{Facts, infer};
+use crate::graph::infer::{InferenceFacts, infer};
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Definition, Graph, Node, NodeId, ValueId};
 use crate::tensor::{DType, Tensor};
@@ -295,7 +295,7 @@ impl Hollow<'_> {
 }
 
 /// Integer values that inference knows to be numbers become constants.
-fn fold_contents(graph: &mut Graph, facts: &Facts) -> usize {
+fn fold_contents(graph: &mut Graph, facts: &InferenceFacts) -> usize {
     let mut count = 0;
     for id in graph.value_ids() {
         let value = graph.value(id);
@@ -325,7 +325,7 @@ fn fold_contents(graph: &mut Graph, facts: &Facts) -> usize {
 }
 
 /// Reshapes to computed targets that one constant target expresses for all sizes.
-fn settle_reshapes(graph: &mut Graph, facts: &Facts) -> usize {
+fn settle_reshapes(graph: &mut Graph, facts: &InferenceFacts) -> usize {
     let mut count = 0;
     for id in graph.node_ids().collect::<Vec<_>>() {
         let node = graph.node(id);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lapidary::backend::cpu::{Bindings, Caches, CpuError, Options, Pool, Program};
-use lapidary::network::{Builder, LayerKind, Network, Profile};
+use lapidary::network::{NetworkBuilder, LayerKind, Network, Profile};
 use lapidary::tensor::DType;
 
 use super::reference::{Value, evaluate};
@@ -11,7 +11,7 @@ use super::support::{Random, dims, every_option};
 
 /// Attention over a cache that this call's keys and values (both `x1`) are written into; `x0` are the queries.
 fn network(tokens: usize, capacity: usize, dtype: DType) -> Network {
-    let mut b = Builder::new("cache", Profile::prefill(tokens, capacity));
+    let mut b = NetworkBuilder::new("cache", Profile::prefill(tokens, capacity));
     let q = b.input("x0", dtype, &dims(&[1, 4, tokens, 16])).unwrap();
     let new = b.input("x1", dtype, &dims(&[1, 2, tokens, 16])).unwrap();
     let at = b.input("write_indices", DType::I32, &dims(&[1])).unwrap();
@@ -176,11 +176,11 @@ fn what_does_not_fit_is_refused_before_the_run() {
 #[test]
 fn the_old_cache_may_be_read_before_its_update_and_not_after() {
     let build = |late: bool| {
-        let mut b = Builder::new("old", Profile::decode(4));
+        let mut b = NetworkBuilder::new("old", Profile::decode(4));
         let cache = b.input("key_cache.0", DType::F32, &dims(&[1, 1, 4, 2])).unwrap();
         let new = b.input("x1", DType::F32, &dims(&[1, 1, 1, 2])).unwrap();
         let at = b.input("write_indices", DType::I32, &dims(&[1])).unwrap();
-        let view = |b: &mut Builder| b.transpose("turned", cache, &[0, 1, 3, 2]).unwrap();
+        let view = |b: &mut NetworkBuilder| b.transpose("turned", cache, &[0, 1, 3, 2]).unwrap();
         let turned = if late { None } else { Some(view(&mut b)) };
         let updated = b.add("update", LayerKind::KvCacheUpdate, &[cache, new, at]).unwrap();
         let turned = turned.unwrap_or_else(|| view(&mut b));

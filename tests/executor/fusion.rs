@@ -3,7 +3,7 @@
 use lapidary::backend::cpu::execute;
 use lapidary::graph::Constant;
 use lapidary::network::{
-    Activation, Builder, Elementwise, LayerKind, Network, ReduceOp, TensorId, UnaryOp, WeightMode,
+    Activation, NetworkBuilder, Elementwise, LayerKind, Network, ReduceOp, TensorId, UnaryOp, WeightMode,
 };
 use lapidary::tensor::{DType, Tensor};
 use proptest::prelude::*;
@@ -63,7 +63,7 @@ fn check(network: &Network, inputs: &[(&str, Tensor)], tolerance: f64) {
     }
 }
 
-fn rms_norm(b: &mut Builder, x: TensorId, scale: TensorId) -> TensorId {
+fn rms_norm(b: &mut NetworkBuilder, x: TensorId, scale: TensorId) -> TensorId {
     let rank = b.rank(x);
     let wide = b.cast("wide", DType::F32, x).unwrap();
     let square = b.elementwise("square", Elementwise::Prod, wide, wide).unwrap();
@@ -91,7 +91,7 @@ fn a_decoder_mlp() {
             let input = b.input("x", dtype, &dims(&[1, tokens, 48])).unwrap();
             let mut x = input;
             for i in 0..2 {
-                let mut weight = |b: &mut Builder, name: &str, shape: &[usize]| {
+                let mut weight = |b: &mut NetworkBuilder, name: &str, shape: &[usize]| {
                     let tensor = random.floats(dtype, shape, 0.3);
                     let id = b
                         .weight(&format!("{name}{i}"), Constant::tensor(tensor), WeightMode::Embed)

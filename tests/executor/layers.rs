@@ -372,7 +372,7 @@ fn rotary_embeddings() {
 
 #[test]
 fn a_dynamic_network_is_refused_with_what_to_do() {
-    let mut b = lapidary::network::Builder::new(
+    let mut b = lapidary::network::NetworkBuilder::new(
         "dynamic",
         lapidary::network::Profile {
             tokens: lapidary::network::Tokens::Dynamic { min: 1, opt: 4, max: 8 },

@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use lapidary::backend::cpu::{Isa, Options, Pool, execute};
 use lapidary::dim::Dim;
-use lapidary::network::{Builder, LayerKind, Network, Profile, TensorId};
+use lapidary::network::{NetworkBuilder, LayerKind, Network, Profile, TensorId};
 use lapidary::tensor::{DType, Tensor};
 
 /// A small generator, so that a failing case can be named by its seed.
@@ -124,8 +124,8 @@ pub fn side_by_side(layers: &[(LayerKind, Vec<Tensor>)], options: &Options) -> V
     outputs(&b.finish().unwrap(), &named, options)
 }
 
-pub fn builder() -> Builder {
-    Builder::new("test", Profile::prefill(1, 4096))
+pub fn builder() -> NetworkBuilder {
+    NetworkBuilder::new("test", Profile::prefill(1, 4096))
 }
 
 /// Runs a network with inputs `x0`, `x1` .. and gives its first output.

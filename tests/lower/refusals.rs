@@ -82,7 +82,7 @@ fn profiles_that_cannot_be() {
         ..Profile::decode(16)
     });
     assert!(
-        error.contains("0 rows") || error.contains("at least 1") || error.contains("empty"),
+        error.contains("0 sequences") || error.contains("at least 1") || error.contains("empty"),
         "{error}"
     );
 }

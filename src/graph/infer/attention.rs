@@ -1,11 +1,11 @@
 //! Rotary embeddings and attention.
 
-use super::site::{Outputs, Site, one};
+use super::node::{Outputs, NodeInference, one};
 use super::{Fact, InferError};
 use crate::dim::Dim;
 use crate::graph::op::{Attention, GroupQueryAttention};
 
-impl Site<'_> {
+impl NodeInference<'_> {
     /// x is `[batch, heads, tokens, head_dim]` or `[batch, tokens, heads*head_dim]`.
     pub(super) fn rotary_embedding(&mut self, num_heads: Option<usize>) -> Result<Outputs, InferError> {
         let x = self.input(0)?.clone();

@@ -1,20 +1,20 @@
 //! Operators that work element by element, with broadcasting.
 
-use super::content;
-use super::site::{Outputs, Site, one};
+use super::elements;
+use super::node::{Outputs, NodeInference, one};
 use super::{Elements, Fact, InferError};
 use crate::dim::Dim;
 use crate::graph::op::{Binary, Unary};
 use crate::tensor::DType;
 
-impl Site<'_> {
+impl NodeInference<'_> {
     pub(super) fn unary(&mut self, op: Unary) -> Result<Outputs, InferError> {
         let x = self.input(0)?;
         let dtype = match op {
             Unary::IsNan | Unary::Not => DType::Bool,
             _ => x.dtype,
         };
-        let of = |e: &Option<Dim>| content::unary(op, e.as_ref()?, x.dtype);
+        let of = |e: &Option<Dim>| elements::unary(op, e.as_ref()?, x.dtype);
         let elements = x.elements.as_ref().map(|e| e.iter().map(of).collect());
         one(Fact::new(dtype, x.shape.clone()).with(elements))
     }
@@ -26,7 +26,7 @@ impl Site<'_> {
         let elements = || -> Option<Elements> {
             let (left, right) = (spread(&a, &shape)?, spread(&b, &shape)?);
             let pairs = left.iter().zip(&right);
-            let of = |(x, y): (&Option<Dim>, &Option<Dim>)| content::binary(op, x.as_ref()?, y.as_ref()?, a.dtype);
+            let of = |(x, y): (&Option<Dim>, &Option<Dim>)| elements::binary(op, x.as_ref()?, y.as_ref()?, a.dtype);
             Some(pairs.map(of).collect())
         };
         let elements = elements();
@@ -35,7 +35,7 @@ impl Site<'_> {
 
     pub(super) fn cast(&mut self, to: DType) -> Result<Outputs, InferError> {
         let x = self.input(0)?;
-        let of = |e: &Option<Dim>| content::cast(e.as_ref()?, to);
+        let of = |e: &Option<Dim>| elements::cast(e.as_ref()?, to);
         let elements = x.elements.as_ref().map(|e| e.iter().map(of).collect());
         one(Fact::new(to, x.shape.clone()).with(elements))
     }
@@ -47,7 +47,7 @@ impl Site<'_> {
         let shape = self.broadcast(&condition.shape, &shape, 0, 1)?;
         let elements = || -> Option<Elements> {
             // Either branch may be unknown where the other is taken.
-            let unknown = |fact: &Fact| spread(fact, &shape).or_else(|| Some(vec![None; content::volume(&shape)?]));
+            let unknown = |fact: &Fact| spread(fact, &shape).or_else(|| Some(vec![None; elements::volume(&shape)?]));
             let (c, y, n) = (unknown(&condition)?, unknown(&yes)?, unknown(&no)?);
             let pick = |i: usize| match c[i].as_ref().and_then(Dim::as_const) {
                 Some(0) => n[i].clone(),
@@ -67,7 +67,7 @@ impl Site<'_> {
             None => elements,
             Some(_) => {
                 let bound = self.optional(i)?.single()?;
-                let of = |e: &Option<Dim>| content::binary(op, e.as_ref()?, bound, x.dtype);
+                let of = |e: &Option<Dim>| elements::binary(op, e.as_ref()?, bound, x.dtype);
                 elements.map(|e| e.iter().map(of).collect())
             }
         };
@@ -79,5 +79,5 @@ impl Site<'_> {
 /// The elements of a fact as they broadcast to a shape.
 pub(super) fn spread(fact: &Fact, shape: &[Dim]) -> Option<Elements> {
     let elements = fact.elements.as_ref()?;
-    Some(content::pick(elements, content::broadcast_indices(&fact.shape, shape)?))
+    Some(elements::pick(elements, elements::broadcast_indices(&fact.shape, shape)?))
 }

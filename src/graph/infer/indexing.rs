@@ -1,12 +1,12 @@
 //! Operators that read or write where an index says.
 
-use super::content;
-use super::site::{Outputs, Site, one};
+use super::elements;
+use super::node::{Outputs, NodeInference, one};
 use super::{Elements, Fact, InferError};
 use crate::dim::Dim;
 use crate::graph::op::ScatterMode;
 
-impl Site<'_> {
+impl NodeInference<'_> {
     pub(super) fn gather(&mut self, axis: i64) -> Result<Outputs, InferError> {
         let (x, index) = (self.input(0)?, self.input(1)?);
         let axis = self.axis_of(0, axis)?;
@@ -15,14 +15,14 @@ impl Site<'_> {
         shape.extend(x.shape[axis + 1..].iter().cloned());
         let elements = || -> Option<Elements> {
             let e = x.elements.as_ref().filter(|_| axis == 0)?;
-            let inner = content::volume(&x.shape[1..])?;
+            let inner = elements::volume(&x.shape[1..])?;
             let rows = x.shape[0].as_const()?;
             let mut out = Elements::new();
             for i in index.elements.as_ref()? {
                 let i = i.as_ref().and_then(Dim::as_const);
                 let row = i.and_then(|i| usize::try_from(if i < 0 { i.saturating_add(rows) } else { i }).ok());
                 match row.and_then(|row| row.checked_mul(inner)) {
-                    Some(first) => out.extend(content::pick(e, first..first.saturating_add(inner))),
+                    Some(first) => out.extend(elements::pick(e, first..first.saturating_add(inner))),
                     None => out.extend(std::iter::repeat_n(None, inner)),
                 }
             }

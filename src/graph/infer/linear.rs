@@ -1,13 +1,13 @@
 //! Products, reductions and normalizations.
 
-use super::content;
-use super::site::{Outputs, Site, one};
+use super::elements;
+use super::node::{Outputs, NodeInference, one};
 use super::{Elements, Fact, InferError};
 use crate::dim::Dim;
 use crate::graph::op::{Binary, Reduction};
 use crate::tensor::DType;
 
-impl Site<'_> {
+impl NodeInference<'_> {
     pub(super) fn matmul(&mut self, trans_a: bool, trans_b: bool) -> Result<Outputs, InferError> {
         self.require_rank(0, 1)?;
         self.require_rank(1, 1)?;
@@ -126,7 +126,7 @@ fn total(reduction: Reduction, x: &Fact) -> Option<Elements> {
     let elements: Vec<&Dim> = x.elements.as_ref()?.iter().map(Option::as_ref).collect::<Option<_>>()?;
     let fold = |op: Binary, first: Dim, rest: &[&Dim]| {
         rest.iter()
-            .try_fold(first, |sum, e| content::binary(op, &sum, e, x.dtype))
+            .try_fold(first, |sum, e| elements::binary(op, &sum, e, x.dtype))
     };
     let result = match reduction {
         Reduction::Sum => fold(Binary::Add, Dim::default(), &elements)?,

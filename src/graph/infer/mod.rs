@@ -1,6 +1,6 @@
 //! Types of every value of a graph: dtypes, shapes of symbolic dims, and what small integer tensors hold.
 //!
-//! Takes a graph whose inputs and constants have types; [`infer`] fills in the rest and gives [`Facts`]. Exporters compute
+//! Takes a graph whose inputs and constants have types; [`infer`] fills in the rest and gives [`InferenceFacts`]. Exporters compute
 //! shapes in the graph (`Shape` → `Gather` → `Concat` → `Reshape`), name one length many times and take equal lengths
 //! from different tensors. So elements of small tensors are followed as dims, and every equation an operator implies
 //! (two operands of a broadcast, the other axes of a `Concat`, the inner dims of a `MatMul`) goes to a [`Unifier`]. What
@@ -9,24 +9,24 @@
 //! Dtypes are propagated, not checked: mixed operands are the verifier's to find. Values behind an unknown operator
 //! without declared types stay untyped.
 //!
-//! Rooms: `site` one node and which rule it takes, `content` elements of small tensors; rules in `elementwise`,
-//! `movement` (reshape, concat, slice …), `indexing` (gather, scatter), `linear` (products, reductions, normalizations),
-//! `attention`.
+//! Modules: `node` holds one node and which rule it takes, `elements` the arithmetic on elements of small tensors; the
+//! rules are in `elementwise`, `movement` (reshape, concat, slice …), `indexing` (gather, scatter), `linear` (products,
+//! reductions, normalizations) and `attention`.
 
 mod attention;
-mod content;
+mod elements;
 mod elementwise;
 mod indexing;
 mod linear;
 mod movement;
-mod site;
+mod node;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
-use self::site::Site;
+use self::node::NodeInference;
 use super::op::Op;
 use super::{Definition, Graph, NodeId, Shape, ValueId};
 use crate::dim::{Dim, DimConflict, Sym, Unifier};
@@ -100,12 +100,12 @@ impl Contents {
 
 /// What inference found beside the types, which are in the graph.
 #[derive(Clone, Debug, Default)]
-pub struct Facts {
+pub struct InferenceFacts {
     contents: HashMap<ValueId, Contents>,
     unifier: Unifier,
 }
 
-impl Facts {
+impl InferenceFacts {
     /// The elements of a value, if it is small and every one of them is known as a dim.
     pub fn contents(&self, value: ValueId) -> Option<&Contents> {
         self.contents.get(&value)
@@ -123,7 +123,7 @@ impl Facts {
 }
 
 /// Types every value. The graph must be sorted. Graph inputs are rewritten to the common names of their dims, too.
-pub fn infer(graph: &mut Graph) -> Result<Facts, InferError> {
+pub fn infer(graph: &mut Graph) -> Result<InferenceFacts, InferError> {
     let mut tables = Tables::new(graph);
     let nodes: Vec<NodeId> = graph.node_ids().collect();
     for _ in 0..MAX_ROUNDS {
@@ -226,7 +226,7 @@ impl Tables {
                 Definition::Input => Some(Fact::new(value.dtype?, value.shape.clone()?)),
                 Definition::Constant(constant) => {
                     let shape = constant.shape().iter().map(|d| Dim::from(*d)).collect();
-                    Some(Fact::new(constant.dtype(), shape).with(content::of_constant(constant)))
+                    Some(Fact::new(constant.dtype(), shape).with(elements::of_constant(constant)))
                 }
                 // Only an unknown operator's declared types are believed.
                 Definition::Node { node, .. } if matches!(graph.node(*node).op, Op::Unknown { .. }) => {
@@ -270,13 +270,13 @@ impl Tables {
                 },
             });
         }
-        let mut site = Site {
+        let mut node_inference = NodeInference {
             graph,
             node,
             inputs,
             unifier: &mut self.unifier,
         };
-        let outputs = site.rule()?;
+        let outputs = node_inference.rule()?;
         for (value, fact) in node.outputs.iter().zip(outputs) {
             if let Some(value) = value {
                 self.facts[value.0 as usize] = fact;
@@ -285,7 +285,7 @@ impl Tables {
         Ok(())
     }
 
-    fn into_facts(self, graph: &mut Graph) -> Facts {
+    fn into_facts(self, graph: &mut Graph) -> InferenceFacts {
         let mut contents = HashMap::new();
         for id in graph.value_ids() {
             let fact = self.resolved(id);
@@ -311,7 +311,7 @@ impl Tables {
                 contents.insert(id, Contents { elements, scalar });
             }
         }
-        Facts {
+        InferenceFacts {
             contents,
             unifier: self.unifier,
         }

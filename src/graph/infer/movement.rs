@@ -1,8 +1,8 @@
 //! Operators that move elements: shapes of tensors, and the little tensors that shapes are made of.
 
-use super::content;
+use super::elements;
 use super::elementwise::spread;
-use super::site::{Outputs, Site, one};
+use super::node::{Outputs, NodeInference, one};
 use super::{Elements, Fact, InferError, MAX_CONTENTS};
 use crate::dim::Dim;
 use crate::graph::Shape;
@@ -11,7 +11,7 @@ use crate::tensor::{DType, Tensor};
 /// Ends of a slice from here on mean "to the end": no axis is that long.
 const FAR: i64 = i32::MAX as i64;
 
-impl Site<'_> {
+impl NodeInference<'_> {
     pub(super) fn shape(&mut self, start: i64, end: Option<i64>) -> Result<Outputs, InferError> {
         let x = self.input(0)?;
         let rank = x.shape.len() as i64;
@@ -189,9 +189,9 @@ impl Site<'_> {
                 None => self.fresh(0, i),
             })
             .collect();
-        let elements = match (&x.elements, content::volume(&shape)) {
+        let elements = match (&x.elements, elements::volume(&shape)) {
             (Some(e), Some(volume)) if x.shape.len() == 1 && !e.is_empty() => {
-                Some(content::pick(e, (0..volume).map(|i| i % e.len())))
+                Some(elements::pick(e, (0..volume).map(|i| i % e.len())))
             }
             _ => None,
         };
@@ -216,7 +216,7 @@ impl Site<'_> {
                 shape[axis] = &shape[axis] + &part.shape[axis];
             }
             // Along axis 0 the elements of the parts simply follow one another.
-            elements = match (elements, content::volume(&part.shape)) {
+            elements = match (elements, elements::volume(&part.shape)) {
                 (Some(mut all), Some(volume)) if axis == 0 && all.len() + volume <= MAX_CONTENTS => {
                     all.extend(part.elements.unwrap_or_else(|| vec![None; volume]));
                     Some(all)
@@ -254,7 +254,7 @@ impl Site<'_> {
             shape[axis] = size;
             let elements = match (&x.elements, start, length) {
                 (Some(e), Some(start), Some(length)) if x.shape.len() == 1 && length <= MAX_CONTENTS => {
-                    Some(content::pick(e, start..start.saturating_add(length)))
+                    Some(elements::pick(e, start..start.saturating_add(length)))
                 }
                 _ => None,
             };
@@ -317,7 +317,7 @@ impl Site<'_> {
                 first.clamp(0, size)
             };
             let at = |i: i64| usize::try_from(first + i * steps[0]).unwrap_or(usize::MAX);
-            Some(content::pick(e, (0..length).map(at)))
+            Some(elements::pick(e, (0..length).map(at)))
         };
         let elements = if axes.is_empty() {
             x.elements.clone()
@@ -358,8 +358,8 @@ impl Site<'_> {
         let target = self.target(0)?;
         let dim = |(i, d): (usize, Option<Dim>)| d.unwrap_or_else(|| self.fresh(0, i));
         let shape: Shape = target.into_iter().enumerate().map(dim).collect();
-        let element = content::of_constant(&value.clone().into()).and_then(|e| e.into_iter().next());
-        let elements = content::volume(&shape).zip(element).map(|(n, e)| vec![e; n]);
+        let element = elements::of_constant(&value.clone().into()).and_then(|e| e.into_iter().next());
+        let elements = elements::volume(&shape).zip(element).map(|(n, e)| vec![e; n]);
         one(Fact::new(value.dtype(), shape).with(elements))
     }
 }

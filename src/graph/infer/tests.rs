@@ -221,7 +221,7 @@ fn values_behind_an_unknown_operator_stay_untyped_and_only_it_is_reported() {
 }
 
 #[test]
-fn all_obstacles_are_told_at_once() {
+fn all_obstacles_are_reported_at_once() {
     let mut graph = Graph::new("g");
     let a = graph.add_input("a", DType::F32, dims("n"));
     let b = graph.add_input("b", DType::F16, dims("n"));

@@ -2,13 +2,13 @@
 //! <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>. Those with an equal among ONNX's own
 //! operators become that.
 
-use super::{Failure, Plan, Site};
+use super::{Failure, Replacement, SourceNode};
 use crate::graph::op::{Attention, Binary, GroupQueryAttention, Op};
 
-impl Site<'_> {
-    pub(super) fn plan_microsoft(&self) -> Result<Plan, Failure> {
+impl SourceNode<'_> {
+    pub(super) fn plan_microsoft(&self) -> Result<Replacement, Failure> {
         let a = &self.attributes;
-        Ok(Plan::Op(match self.op_type {
+        Ok(Replacement::Op(match self.op_type {
             "Gelu" => Op::Gelu { tanh: false },
             "FastGelu" => return self.biased_gelu(true),
             "BiasGelu" => return self.biased_gelu(false),
@@ -35,7 +35,7 @@ impl Site<'_> {
                 if let Some(scale) = a.float("scale")?
                     && scale != 1.0
                 {
-                    return Ok(Plan::Unknown(Some(format!("scale={scale}"))));
+                    return Ok(Replacement::Unknown(Some(format!("scale={scale}"))));
                 }
                 Op::ContribRotaryEmbedding {
                     interleaved: a.flag("interleaved", false)?,
@@ -45,18 +45,18 @@ impl Site<'_> {
             }
             "GroupQueryAttention" => return self.group_query_attention(),
             "MultiHeadAttention" => return self.multi_head_attention(),
-            _ => return Ok(Plan::Unknown(None)),
+            _ => return Ok(Replacement::Unknown(None)),
         }))
     }
 
-    fn biased_gelu(&self, tanh: bool) -> Result<Plan, Failure> {
+    fn biased_gelu(&self, tanh: bool) -> Result<Replacement, Failure> {
         Ok(match self.inputs.get(1).copied().flatten() {
-            Some(_) => Plan::Pipe(Op::Binary(Binary::Add), Op::Gelu { tanh }),
-            None => Plan::Op(Op::Gelu { tanh }),
+            Some(_) => Replacement::Pipe(Op::Binary(Binary::Add), Op::Gelu { tanh }),
+            None => Replacement::Op(Op::Gelu { tanh }),
         })
     }
 
-    fn group_query_attention(&self) -> Result<Plan, Failure> {
+    fn group_query_attention(&self) -> Result<Replacement, Failure> {
         let a = &self.attributes;
         // -1 and 0 both mean off for smooth_softmax; quantized caches and extra outputs are not known.
         self.expect_zero(&["qk_output", "smooth_softmax", "kv_cache_bit_width"])?;
@@ -68,7 +68,7 @@ impl Site<'_> {
                 a.ignore(&[name]);
             }
         }
-        Ok(Plan::Op(Op::GroupQueryAttention(GroupQueryAttention {
+        Ok(Replacement::Op(Op::GroupQueryAttention(GroupQueryAttention {
             num_heads: a.required_count("num_heads")?,
             kv_num_heads: a.required_count("kv_num_heads")?,
             // 0 is the default and means 1/√head_dim.
@@ -82,7 +82,7 @@ impl Site<'_> {
 
     /// Inputs: q, k, v, bias?, key_padding_mask?, attention_bias?, past_key?, past_value?, …, all of q, k, v
     /// `[batch, tokens, heads*head_dim]`: ONNX's own attention with as many key heads as query heads.
-    fn multi_head_attention(&self) -> Result<Plan, Failure> {
+    fn multi_head_attention(&self) -> Result<Replacement, Failure> {
         let a = &self.attributes;
         self.expect_zero(&["unidirectional"])?;
         // What the padding mask writes, which must not be there.
@@ -91,11 +91,11 @@ impl Site<'_> {
         let input = |i: usize| self.inputs.get(i).copied().flatten();
         for (i, name) in [(3, "bias"), (4, "key_padding_mask")] {
             if input(i).is_some() {
-                return Ok(Plan::Unknown(Some(name.to_string())));
+                return Ok(Replacement::Unknown(Some(name.to_string())));
             }
         }
         if input(1).is_none() || input(2).is_none() || self.inputs.len() > 8 {
-            return Ok(Plan::Unknown(Some(format!("{} inputs", self.inputs.len()))));
+            return Ok(Replacement::Unknown(Some(format!("{} inputs", self.inputs.len()))));
         }
         let attention = Op::Attention(Attention {
             is_causal: false,
@@ -109,6 +109,6 @@ impl Site<'_> {
         while inputs.last() == Some(&None) {
             inputs.pop();
         }
-        Ok(Plan::Rewired(attention, inputs))
+        Ok(Replacement::Rewired(attention, inputs))
     }
 }

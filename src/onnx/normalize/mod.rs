@@ -1,7 +1,7 @@
 //! One ONNX node of any opset from 14 to 24 becomes nodes of the graph, in their opset-24 form.
 //!
 //! Takes a node with its values looked up; gives nodes (or a constant) in the graph. What it does not know becomes
-//! [`Op::Unknown`], so that every obstacle of a model can be told at once: operators, and also known operators with an
+//! [`Op::Unknown`], so that every obstacle of a model is reported at once: operators, and also known operators with an
 //! attribute that changes their meaning, as `Cast(to=string)`. Malformed nodes are errors. It does not check arity or
 //! dtypes; the verifier does.
 
@@ -16,7 +16,7 @@ use crate::graph::{Graph, ValueId};
 use crate::tensor::Tensor;
 
 /// A node with its values looked up.
-pub(super) struct Site<'a> {
+pub(super) struct SourceNode<'a> {
     pub graph: &'a mut Graph,
     pub folder: &'a Folder,
     pub name: String,
@@ -30,7 +30,7 @@ pub(super) struct Site<'a> {
 }
 
 /// What becomes of a node.
-enum Plan {
+enum Replacement {
     /// One operator with the node's inputs and outputs.
     Op(Op),
     /// One operator with other inputs.
@@ -68,41 +68,41 @@ impl From<Problem> for Failure {
 }
 
 /// Adds the node to the graph.
-pub(super) fn add_node(mut site: Site) -> Result<(), ReadErrorKind> {
-    let plan = site.plan().map_err(|failure| match failure {
+pub(super) fn add_node(mut source: SourceNode) -> Result<(), ReadErrorKind> {
+    let plan = source.plan().map_err(|failure| match failure {
         Failure::Problem(reason) => ReadErrorKind::Node {
-            node: site.name.clone(),
-            op: site.op_type.to_string(),
+            node: source.name.clone(),
+            op: source.op_type.to_string(),
             reason,
         },
         Failure::Tensor(error) => error,
     })?;
-    let plan = match (plan, site.attributes.left_over()) {
-        (Plan::Unknown(detail), _) => Plan::Unknown(detail),
-        (_, Some(attribute)) => Plan::Unknown(Some(attribute)),
+    let plan = match (plan, source.attributes.left_over()) {
+        (Replacement::Unknown(detail), _) => Replacement::Unknown(detail),
+        (_, Some(attribute)) => Replacement::Unknown(Some(attribute)),
         (plan, None) => plan,
     };
-    site.carry_out(plan);
+    source.carry_out(plan);
     Ok(())
 }
 
-impl Site<'_> {
-    fn carry_out(&mut self, plan: Plan) {
+impl SourceNode<'_> {
+    fn carry_out(&mut self, plan: Replacement) {
         let inputs = std::mem::take(&mut self.inputs);
         let outputs = std::mem::take(&mut self.outputs);
         match plan {
-            Plan::Op(op) => self.emit(op, inputs, outputs),
-            Plan::Rewired(op, inputs) => self.emit(op, inputs, outputs),
-            Plan::WithList(op, list) => {
+            Replacement::Op(op) => self.emit(op, inputs, outputs),
+            Replacement::Rewired(op, inputs) => self.emit(op, inputs, outputs),
+            Replacement::WithList(op, list) => {
                 let list = self.graph.add_i64(&format!("{}.axes", self.name), &list);
                 self.emit(op, vec![inputs.first().copied().flatten(), Some(list)], outputs);
             }
-            Plan::Pipe(first, second) => {
+            Replacement::Pipe(first, second) => {
                 let middle = Some(self.graph.add_value(&format!("{}.0", self.name)));
                 self.emit(first, inputs, vec![middle]);
                 self.emit(second, vec![middle], outputs);
             }
-            Plan::Chain(op, mean) => {
+            Replacement::Chain(op, mean) => {
                 let count = inputs.len();
                 let (mut sum, rest) = (inputs[0], &inputs[1..]);
                 for (i, input) in rest.iter().enumerate() {
@@ -123,13 +123,13 @@ impl Site<'_> {
                     self.emit(Op::Binary(Binary::Div), vec![sum, Some(like)], outputs);
                 }
             }
-            Plan::Pass => self.emit(Op::Identity, inputs[..1].to_vec(), outputs),
-            Plan::Constant(tensor) => {
+            Replacement::Pass => self.emit(Op::Identity, inputs[..1].to_vec(), outputs),
+            Replacement::Constant(tensor) => {
                 if let Some(value) = outputs.first().copied().flatten() {
                     self.graph.set_constant(value, tensor.into());
                 }
             }
-            Plan::Unknown(detail) => {
+            Replacement::Unknown(detail) => {
                 let op_type = match detail {
                     Some(detail) => format!("{}({detail})", self.op_type),
                     None => self.op_type.to_string(),
@@ -144,11 +144,11 @@ impl Site<'_> {
         self.graph.add_node_with_outputs(&self.name, op, inputs, outputs);
     }
 
-    fn plan(&self) -> Result<Plan, Failure> {
+    fn plan(&self) -> Result<Replacement, Failure> {
         match self.domain {
             "" => self.plan_onnx(),
             "com.microsoft" => self.plan_microsoft(),
-            _ => Ok(Plan::Unknown(None)),
+            _ => Ok(Replacement::Unknown(None)),
         }
     }
 }

@@ -1,21 +1,21 @@
 //! ONNX's own operators: what each node of opset 14 to 24 is in opset 24.
 
-use super::{Failure, Plan, Site};
+use super::{Failure, Replacement, SourceNode};
 use crate::graph::ValueId;
 use crate::graph::op::{Attention, Binary, Op, Reduction, ScatterMode, Unary};
 use crate::onnx::tensor::{code_name, dtype_of};
 use crate::tensor::{DType, Tensor};
 
-impl Site<'_> {
-    pub(super) fn plan_onnx(&self) -> Result<Plan, Failure> {
+impl SourceNode<'_> {
+    pub(super) fn plan_onnx(&self) -> Result<Replacement, Failure> {
         if let Some(op) = unary(self.op_type) {
-            return Ok(Plan::Op(Op::Unary(op)));
+            return Ok(Replacement::Op(Op::Unary(op)));
         }
         if let Some(op) = binary(self.op_type) {
-            return Ok(Plan::Op(Op::Binary(op)));
+            return Ok(Replacement::Op(Op::Binary(op)));
         }
         let a = &self.attributes;
-        Ok(Plan::Op(match self.op_type {
+        Ok(Replacement::Op(match self.op_type {
             "Mod" => return self.modulo(),
             "Max" => return self.chain(Binary::Max, false),
             "Min" => return self.chain(Binary::Min, false),
@@ -32,7 +32,7 @@ impl Site<'_> {
             "Gelu" => match a.string_or("approximate", "none")?.as_str() {
                 "none" => Op::Gelu { tanh: false },
                 "tanh" => Op::Gelu { tanh: true },
-                other => return Ok(Plan::Unknown(Some(format!("approximate={other}")))),
+                other => return Ok(Replacement::Unknown(Some(format!("approximate={other}")))),
             },
             "Swish" => Op::Swish {
                 alpha: a.float_or("alpha", 1.0)?,
@@ -46,7 +46,7 @@ impl Site<'_> {
                 let code = i32::try_from(code).unwrap_or(-1);
                 match dtype_of(code) {
                     Some(to) => Op::Cast { to },
-                    None => return Ok(Plan::Unknown(Some(format!("to={}", code_name(code))))),
+                    None => return Ok(Replacement::Unknown(Some(format!("to={}", code_name(code))))),
                 }
             }
             "CastLike" => {
@@ -140,7 +140,7 @@ impl Site<'_> {
                 circular: match a.string_or("mode", "linear")?.as_str() {
                     "linear" => false,
                     "circular" => true,
-                    other => return Ok(Plan::Unknown(Some(format!("mode={other}")))),
+                    other => return Ok(Replacement::Unknown(Some(format!("mode={other}")))),
                 },
             },
             "LayerNormalization" => {
@@ -158,7 +158,7 @@ impl Site<'_> {
                 rotary_dim: a.count("rotary_embedding_dim")?.unwrap_or(0),
             },
             "Attention" => return self.attention(),
-            _ => return Ok(Plan::Unknown(None)),
+            _ => return Ok(Replacement::Unknown(None)),
         }))
     }
 
@@ -170,29 +170,29 @@ impl Site<'_> {
         Ok(Some(tensor))
     }
 
-    fn modulo(&self) -> Result<Plan, Failure> {
+    fn modulo(&self) -> Result<Replacement, Failure> {
         if !self.attributes.flag("fmod", false)? {
-            return Ok(Plan::Op(Op::Binary(Binary::Mod)));
+            return Ok(Replacement::Op(Op::Binary(Binary::Mod)));
         }
         // fmod on integers takes the sign of the dividend; our `Mod` does so for floats alone.
         let float = |v: &Option<ValueId>| v.and_then(|v| self.graph.value(v).dtype).is_some_and(DType::is_float);
         Ok(if self.inputs.iter().any(float) {
-            Plan::Op(Op::Binary(Binary::Mod))
+            Replacement::Op(Op::Binary(Binary::Mod))
         } else {
-            Plan::Unknown(Some("fmod=1".to_string()))
+            Replacement::Unknown(Some("fmod=1".to_string()))
         })
     }
 
-    fn chain(&self, op: Binary, mean: bool) -> Result<Plan, Failure> {
+    fn chain(&self, op: Binary, mean: bool) -> Result<Replacement, Failure> {
         match self.inputs.len() {
             0 => Err("it has no inputs".into()),
-            1 => Ok(Plan::Pass),
+            1 => Ok(Replacement::Pass),
             _ if self.outputs.is_empty() => Err("it has no output".into()),
-            _ => Ok(Plan::Chain(op, mean)),
+            _ => Ok(Replacement::Chain(op, mean)),
         }
     }
 
-    fn reduce(&self, reduction: Reduction) -> Result<Plan, Failure> {
+    fn reduce(&self, reduction: Reduction) -> Result<Replacement, Failure> {
         let op = Op::Reduce {
             reduction,
             keepdims: self.attributes.flag("keepdims", true)?,
@@ -203,35 +203,35 @@ impl Site<'_> {
             && reduction != Reduction::Sum
             && let Some(axes) = self.attributes.ints("axes")?
         {
-            return Ok(Plan::WithList(op, axes));
+            return Ok(Replacement::WithList(op, axes));
         }
-        Ok(Plan::Op(op))
+        Ok(Replacement::Op(op))
     }
 
-    fn constant(&self) -> Result<Plan, Failure> {
+    fn constant(&self) -> Result<Replacement, Failure> {
         let a = &self.attributes;
         if let Some(tensor) = self.tensor("value")? {
-            return Ok(Plan::Constant(tensor));
+            return Ok(Replacement::Constant(tensor));
         }
         if let Some(value) = a.float("value_float")? {
-            return Ok(Plan::Constant(Tensor::from_f32(vec![], &[value])));
+            return Ok(Replacement::Constant(Tensor::from_f32(vec![], &[value])));
         }
         if let Some(value) = a.int("value_int")? {
-            return Ok(Plan::Constant(Tensor::from_i64(vec![], &[value])));
+            return Ok(Replacement::Constant(Tensor::from_i64(vec![], &[value])));
         }
         if let Some(values) = a.floats("value_floats") {
-            return Ok(Plan::Constant(Tensor::from_f32(vec![values.len()], &values)));
+            return Ok(Replacement::Constant(Tensor::from_f32(vec![values.len()], &values)));
         }
         if let Some(values) = a.ints("value_ints")? {
-            return Ok(Plan::Constant(Tensor::from_i64(vec![values.len()], &values)));
+            return Ok(Replacement::Constant(Tensor::from_i64(vec![values.len()], &values)));
         }
         match a.left_over() {
-            Some(form) => Ok(Plan::Unknown(Some(form))),
+            Some(form) => Ok(Replacement::Unknown(Some(form))),
             None => Err("it has no value".into()),
         }
     }
 
-    fn dropout(&self) -> Result<Plan, Failure> {
+    fn dropout(&self) -> Result<Replacement, Failure> {
         self.attributes.ignore(&["seed"]);
         let training = self.inputs.get(2).copied().flatten();
         let inference = training.is_none_or(|v| {
@@ -240,8 +240,8 @@ impl Site<'_> {
         });
         Ok(match (inference, self.inputs.is_empty()) {
             (_, true) => return Err("it has no inputs".into()),
-            (true, _) => Plan::Pass,
-            (false, _) => Plan::Unknown(Some("training_mode".to_string())),
+            (true, _) => Replacement::Pass,
+            (false, _) => Replacement::Unknown(Some("training_mode".to_string())),
         })
     }
 
@@ -259,14 +259,14 @@ impl Site<'_> {
         Ok(Some(perm.iter().map(|p| *p as usize).collect()))
     }
 
-    fn scatter_mode(&self) -> Result<Result<ScatterMode, Plan>, Failure> {
+    fn scatter_mode(&self) -> Result<Result<ScatterMode, Replacement>, Failure> {
         Ok(Ok(match self.attributes.string_or("reduction", "none")?.as_str() {
             "none" => ScatterMode::Replace,
             "add" => ScatterMode::Add,
             "mul" => ScatterMode::Mul,
             "max" => ScatterMode::Max,
             "min" => ScatterMode::Min,
-            other => return Ok(Err(Plan::Unknown(Some(format!("reduction={other}"))))),
+            other => return Ok(Err(Replacement::Unknown(Some(format!("reduction={other}"))))),
         }))
     }
 
@@ -288,7 +288,7 @@ impl Site<'_> {
         Ok(())
     }
 
-    fn attention(&self) -> Result<Plan, Failure> {
+    fn attention(&self) -> Result<Replacement, Failure> {
         let a = &self.attributes;
         // It says what output 3 holds.
         if self.outputs.get(3).copied().flatten().is_none() {
@@ -302,7 +302,7 @@ impl Site<'_> {
                 _ => return Err(format!("its softmax_precision is {code}, which is no float type").into()),
             },
         };
-        Ok(Plan::Op(Op::Attention(Attention {
+        Ok(Replacement::Op(Op::Attention(Attention {
             is_causal: a.flag("is_causal", false)?,
             scale: a.float("scale")?,
             softcap: a.float_or("softcap", 0.0)?,

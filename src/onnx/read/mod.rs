@@ -12,7 +12,7 @@ use self::functions::{Function, FunctionKey, functions};
 use super::OPSETS;
 use super::attributes::Attributes;
 use super::error::{ReadError, ReadErrorKind};
-use super::normalize::{self, Site};
+use super::normalize::{self, SourceNode};
 use super::proto::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TypeProto, ValueInfoProto};
 use super::tensor::{self, Folder};
 use crate::dim::Dim;
@@ -87,7 +87,7 @@ impl Opsets {
 #[derive(Default)]
 struct Scope<'m> {
     values: HashMap<&'m str, Option<ValueId>>,
-    /// Who defined each name, for messages. Nodes are told by their number.
+    /// What defined each name, for messages: a node by its number.
     origin: HashMap<&'m str, Origin>,
 }
 
@@ -313,7 +313,7 @@ impl<'m> Reader<'m> {
         let Some(opset) = frame.opsets.of(domain).or((!domain.is_empty()).then_some(1)) else {
             return Err(ReadErrorKind::NoOpset);
         };
-        normalize::add_node(Site {
+        normalize::add_node(SourceNode {
             graph: &mut self.graph,
             folder: &self.folder,
             name,
@@ -346,7 +346,7 @@ impl<'m> Reader<'m> {
         }
     }
 
-    /// Optional outputs nobody reads (the mask of a dropout, the mean of a normalization) are left out. The number of
+    /// Optional outputs that nothing reads (the mask of a dropout, the mean of a normalization) are left out. The number of
     /// outputs of `Split` has a meaning and stays.
     fn drop_unread_outputs(&mut self) {
         let mut read: std::collections::HashSet<ValueId> = self.graph.outputs.iter().copied().collect();

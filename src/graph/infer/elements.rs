@@ -167,7 +167,7 @@ pub(super) fn cast(x: &Dim, to: DType) -> Option<Dim> {
     let within = |low: i64, high: i64| x.as_const().filter(|v| (low..=high).contains(v)).map(Dim::constant);
     match to {
         DType::I64 | DType::F64 | DType::F32 => Some(x.clone()),
-        // A length that has no room in an i32 has none in memory either.
+        // A length that does not fit an i32 does not fit into memory either.
         DType::I32 => match x.as_const() {
             Some(_) => within(i64::from(i32::MIN), i64::from(i32::MAX)),
             None => Some(x.clone()),

@@ -9,7 +9,7 @@ use crate::graph::{Graph, Node, Shape};
 use crate::tensor::DType;
 
 /// One node with what is known of its inputs.
-pub(super) struct Site<'a> {
+pub(super) struct NodeInference<'a> {
     pub(super) graph: &'a Graph,
     pub(super) node: &'a Node,
     pub(super) inputs: Vec<Option<Fact>>,
@@ -23,7 +23,7 @@ pub(super) fn one(fact: Fact) -> Result<Outputs, InferError> {
     Ok(vec![Some(fact)])
 }
 
-impl Site<'_> {
+impl NodeInference<'_> {
     pub(super) fn rule(&mut self) -> Result<Outputs, InferError> {
         let node = self.node;
         match &node.op {
