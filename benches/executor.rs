@@ -10,7 +10,7 @@ use lapidary::dim::Dim;
 use lapidary::graph::Constant;
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{self, lower};
-use lapidary::network::{NetworkBuilder, LayerKind, Network, Profile, WeightMode};
+use lapidary::network::{LayerKind, Network, NetworkBuilder, Profile, WeightMode};
 use lapidary::tensor::{DType, Tensor};
 
 fn main() {

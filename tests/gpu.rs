@@ -8,7 +8,7 @@ use std::rc::Rc;
 use lapidary::backend::tensorrt::run::{Argmax, Buffer, Engine, LoadOptions, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::decode::best;
-use lapidary::network::{NetworkBuilder, Elementwise, Profile};
+use lapidary::network::{Elementwise, NetworkBuilder, Profile};
 use lapidary::tensor::DType;
 
 fn library() -> Library {

@@ -3,7 +3,7 @@
 use lapidary::backend::cpu::{self, execute as execute_on_cpu};
 use lapidary::backend::tensorrt::run::{Runtime, execute};
 use lapidary::backend::tensorrt::{BuildOptions, Library};
-use lapidary::network::{NetworkBuilder, Elementwise, LayerKind, MatrixOp, Network, Profile, TensorId};
+use lapidary::network::{Elementwise, LayerKind, MatrixOp, Network, NetworkBuilder, Profile, TensorId};
 use lapidary::tensor::{DType, Tensor};
 
 use crate::Outcome;

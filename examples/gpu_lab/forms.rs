@@ -4,7 +4,9 @@ use std::sync::Mutex;
 
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::graph::Constant;
-use lapidary::network::{NetworkBuilder, Elementwise, LayerKind, MatrixOp, Network, Profile, ReduceOp, TensorId, WeightMode};
+use lapidary::network::{
+    Elementwise, LayerKind, MatrixOp, Network, NetworkBuilder, Profile, ReduceOp, TensorId, WeightMode,
+};
 use lapidary::tensor::DType;
 
 use crate::Outcome;
@@ -30,7 +32,14 @@ enum Form {
 }
 
 /// One product; the result is `[1, n]`.
-fn product(b: &mut NetworkBuilder, name: &str, form: Form, x: TensorId, w: TensorId, [n, k]: [i64; 2]) -> Outcome<TensorId> {
+fn product(
+    b: &mut NetworkBuilder,
+    name: &str,
+    form: Form,
+    x: TensorId,
+    w: TensorId,
+    [n, k]: [i64; 2],
+) -> Outcome<TensorId> {
     let part = |part: &str| format!("{name}/{part}");
     let dims = |d: &[i64]| d.iter().map(|d| (*d as usize).into()).collect::<Vec<_>>();
     let mm = |op_a, op_b| LayerKind::MatrixMultiply { op_a, op_b };

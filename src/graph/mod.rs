@@ -51,7 +51,7 @@ use std::collections::{HashMap, HashSet};
 pub use attributes::Attribute;
 pub use constant::{Constant, ConstantError, ConstantSource, Transform};
 pub use dump::dump;
-pub use infer::{Contents, InferenceFacts, InferError, bind_input_dims, infer};
+pub use infer::{Contents, InferError, InferenceFacts, bind_input_dims, infer};
 pub use names::MICROSOFT;
 pub use op::Op;
 pub use verify::{Obstacle, Obstacles, verify};

@@ -10,7 +10,7 @@ use super::weights::Table;
 use crate::dim::{Dim, Sym};
 use crate::graph::infer::InferenceFacts;
 use crate::graph::{Constant, Graph, Node, NodeId, ValueId};
-use crate::network::{BuildError, NetworkBuilder, LayerKind, Logits, Network, Profile, TensorId, Tokens};
+use crate::network::{BuildError, LayerKind, Logits, Network, NetworkBuilder, Profile, TensorId, Tokens};
 use crate::tensor::DType;
 
 pub(super) type Lowered<T = TensorId> = Result<T, Reason>;

@@ -213,7 +213,12 @@ fn is_typed(graph: &Graph) -> bool {
     outputs.all(|v| graph.value(*v).dtype.is_some() && graph.shape(*v).is_some())
 }
 
-fn lower_typed(graph: &Graph, facts: &InferenceFacts, profile: &Profile, options: &Options) -> Result<Network, LowerError> {
+fn lower_typed(
+    graph: &Graph,
+    facts: &InferenceFacts,
+    profile: &Profile,
+    options: &Options,
+) -> Result<Network, LowerError> {
     let demand = demand::demand(graph);
     let table = weights::table(graph, &demand);
     let rows = rows::row_wise(graph, &demand, profile);

@@ -37,7 +37,7 @@ pub mod verify;
 
 use std::fmt;
 
-pub use builder::{BuildError, NetworkBuilder, LayerError};
+pub use builder::{BuildError, LayerError, NetworkBuilder};
 pub use infer::Fault;
 pub use verify::{VerifyError, verify, verify_interface};
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lapidary::backend::cpu::{Bindings, Caches, CpuError, Options, Pool, Program};
-use lapidary::network::{NetworkBuilder, LayerKind, Network, Profile};
+use lapidary::network::{LayerKind, Network, NetworkBuilder, Profile};
 use lapidary::tensor::DType;
 
 use super::reference::{Value, evaluate};

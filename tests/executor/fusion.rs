@@ -3,7 +3,7 @@
 use lapidary::backend::cpu::execute;
 use lapidary::graph::Constant;
 use lapidary::network::{
-    Activation, NetworkBuilder, Elementwise, LayerKind, Network, ReduceOp, TensorId, UnaryOp, WeightMode,
+    Activation, Elementwise, LayerKind, Network, NetworkBuilder, ReduceOp, TensorId, UnaryOp, WeightMode,
 };
 use lapidary::tensor::{DType, Tensor};
 use proptest::prelude::*;

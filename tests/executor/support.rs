@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use lapidary::backend::cpu::{Isa, Options, Pool, execute};
 use lapidary::dim::Dim;
-use lapidary::network::{NetworkBuilder, LayerKind, Network, Profile, TensorId};
+use lapidary::network::{LayerKind, Network, NetworkBuilder, Profile, TensorId};
 use lapidary::tensor::{DType, Tensor};
 
 /// A small generator, so that a failing case can be named by its seed.

@@ -1,6 +1,6 @@
 //! Rotary embeddings and attention.
 
-use super::node::{Outputs, NodeInference, one};
+use super::node::{NodeInference, Outputs, one};
 use super::{Fact, InferError};
 use crate::dim::Dim;
 use crate::graph::op::{Attention, GroupQueryAttention};

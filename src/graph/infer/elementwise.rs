@@ -1,7 +1,7 @@
 //! Operators that work element by element, with broadcasting.
 
 use super::elements;
-use super::node::{Outputs, NodeInference, one};
+use super::node::{NodeInference, Outputs, one};
 use super::{Elements, Fact, InferError};
 use crate::dim::Dim;
 use crate::graph::op::{Binary, Unary};
@@ -79,5 +79,8 @@ impl NodeInference<'_> {
 /// The elements of a fact as they broadcast to a shape.
 pub(super) fn spread(fact: &Fact, shape: &[Dim]) -> Option<Elements> {
     let elements = fact.elements.as_ref()?;
-    Some(elements::pick(elements, elements::broadcast_indices(&fact.shape, shape)?))
+    Some(elements::pick(
+        elements,
+        elements::broadcast_indices(&fact.shape, shape)?,
+    ))
 }

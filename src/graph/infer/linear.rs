@@ -1,7 +1,7 @@
 //! Products, reductions and normalizations.
 
 use super::elements;
-use super::node::{Outputs, NodeInference, one};
+use super::node::{NodeInference, Outputs, one};
 use super::{Elements, Fact, InferError};
 use crate::dim::Dim;
 use crate::graph::op::{Binary, Reduction};

@@ -2,7 +2,7 @@
 
 use super::elements;
 use super::elementwise::spread;
-use super::node::{Outputs, NodeInference, one};
+use super::node::{NodeInference, Outputs, one};
 use super::{Elements, Fact, InferError, MAX_CONTENTS};
 use crate::dim::Dim;
 use crate::graph::Shape;
