@@ -18,9 +18,9 @@ fn canonical(export: &str) -> passes::Canonical {
         .join("fixtures/exports")
         .join(export)
         .join("model.onnx");
-    let options = passes::Options {
+    let options = passes::CanonicalizeOptions {
         max_positions: 64,
-        ..passes::Options::default()
+        ..passes::CanonicalizeOptions::default()
     };
     passes::canonicalize(onnx::read(model).unwrap(), &options).unwrap()
 }

@@ -106,7 +106,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
 
     progress.step("rewriting");
     check(&args.model, &graph)?;
-    let options = passes::Options {
+    let options = passes::CanonicalizeOptions {
         dtype: conversion.dtype.map(Precision::dtype),
         max_positions: *conversion.capacities.last().expect("resolved to at least one"),
         allow_overflow: args.numbers.allowed().overflow,

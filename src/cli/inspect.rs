@@ -134,7 +134,7 @@ fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
     if dump == Dump::Graph {
         return Ok(graph::dump::dump(&graph).to_string());
     }
-    let options = passes::Options {
+    let options = passes::CanonicalizeOptions {
         dtype: args.dtype.map(Precision::dtype),
         max_positions: args.capacity,
         allow_overflow: false,

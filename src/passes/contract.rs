@@ -9,7 +9,7 @@ use crate::tensor::DType;
 
 /// Everything that keeps the graph from being canonical; empty if it is.
 pub fn check(graph: &Graph) -> Vec<Obstacle> {
-    let mut obstacles = super::positions::leftovers(graph);
+    let mut obstacles = super::positions::stale_inputs(graph);
     interface(graph, &mut obstacles);
     operators(graph, &mut obstacles);
     obstacles

@@ -6,11 +6,11 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::attention::{Analysis, Layer, Obstacle};
-use super::layout::TokenLayout;
+use super::attention::layout::TokenLayout;
+use super::attention::projection::Projection;
+use super::attention::{Analysis, AttentionLayer, Obstacle};
+use super::reshapes::reshape_to;
 use super::roles::Roles;
-use super::shapes::reshape_to;
-use super::solve::Projection;
 use crate::dim::{Dim, Sym};
 use crate::graph::op::{self, Binary, Op};
 use crate::graph::{Constant, Graph, Shape, ValueId};
@@ -18,7 +18,7 @@ use crate::tensor::{DType, Tensor};
 
 /// The canonical inputs, as far as passes behind this one use them.
 #[derive(Clone, Copy, Debug)]
-pub struct Interface {
+pub struct CanonicalInputs {
     pub input_ids: ValueId,
     pub position_ids: ValueId,
     pub write_indices: ValueId,
@@ -26,7 +26,7 @@ pub struct Interface {
 
 struct Emitter<'g> {
     graph: &'g mut Graph,
-    face: Interface,
+    interface: CanonicalInputs,
     batch: Dim,
     tokens: Dim,
     /// Masks by window.
@@ -40,7 +40,7 @@ struct Emitter<'g> {
 }
 
 /// Rewrites the graph. Fails where rows or an output have a shape that no reshape can give.
-pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<Interface, Vec<Obstacle>> {
+pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<CanonicalInputs, Vec<Obstacle>> {
     let logits = graph
         .outputs
         .iter()
@@ -79,7 +79,7 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<Inte
     }
     let mut emitter = Emitter {
         graph,
-        face: Interface {
+        interface: CanonicalInputs {
             input_ids,
             position_ids,
             write_indices,
@@ -96,7 +96,7 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<Inte
         if let Err(reason) = emitter.layer(index, layer, analysis) {
             obstacles.push(Obstacle {
                 layer: Some(index),
-                at: layer.root.name.clone(),
+                at: layer.found.name.clone(),
                 reason,
             });
         }
@@ -104,7 +104,7 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<Inte
     if !obstacles.is_empty() {
         return Err(obstacles);
     }
-    let (face, caches) = (emitter.face, emitter.caches);
+    let (interface, caches) = (emitter.interface, emitter.caches);
     let mut outputs = vec![logits];
     for (i, (key, value)) in pairs.iter().enumerate() {
         for (old, name) in [
@@ -121,7 +121,7 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<Inte
         graph.rename(logits, "logits");
     }
     graph.outputs = outputs;
-    Ok(face)
+    Ok(interface)
 }
 
 /// Moves values of the export that have canonical names out of the way.
@@ -184,7 +184,7 @@ impl Emitter<'_> {
         self.typed(&format!("{name}.cast"), Op::Cast { to }, &[x], to, shape)
     }
 
-    fn layer(&mut self, index: usize, layer: &Layer, analysis: &Analysis) -> Result<(), String> {
+    fn layer(&mut self, index: usize, layer: &AttentionLayer, analysis: &Analysis) -> Result<(), String> {
         let name = format!("layers.{index}.attention");
         let mut written = [None; 2];
         for (slot, (old, part)) in [(layer.key_cache, "key"), (layer.value_cache, "value")]
@@ -216,7 +216,7 @@ impl Emitter<'_> {
             Dim::from(width),
         ];
         let attended = self.typed(&name, op, &[query, key, value, mask], dtype, shape);
-        let old = layer.root.output;
+        let old = layer.found.output;
         let to = self.graph.value(old).clone();
         let attended = self.cast(attended, to.dtype.unwrap_or(dtype), &name);
         let target = to
@@ -224,7 +224,7 @@ impl Emitter<'_> {
             .ok_or_else(|| format!("the shape of {} is not known", to.name))?;
         let reshaped = reshape_to(
             self.graph,
-            self.face.input_ids,
+            self.interface.input_ids,
             attended,
             &target,
             &format!("{name}.output"),
@@ -250,7 +250,7 @@ impl Emitter<'_> {
             axis: 2,
             circular: false,
         };
-        let inputs = [input, rows, self.face.write_indices];
+        let inputs = [input, rows, self.interface.write_indices];
         let updated = self.typed(&format!("{name}.cache"), op, &inputs, dtype, shape);
         self.caches.insert(old, (input, Some(updated)));
         Ok(updated)
@@ -279,7 +279,7 @@ impl Emitter<'_> {
             num_heads: None,
             rotary_dim: if rope.rotary_dim == p.dim { 0 } else { rope.rotary_dim },
         };
-        let inputs = [x, cos, sin, self.face.position_ids];
+        let inputs = [x, cos, sin, self.interface.position_ids];
         Ok(self.typed(&format!("{name}.rotary"), op, &inputs, dtype, shape))
     }
 
@@ -312,7 +312,7 @@ impl Emitter<'_> {
                 source.name
             ));
         }
-        let ids = self.face.input_ids;
+        let ids = self.interface.input_ids;
         let reshape = |graph: &mut Graph, x: ValueId, to: &[Dim], part: &str| {
             reshape_to(graph, ids, x, to, &format!("{name}{part}"))
                 .ok_or_else(|| format!("no reshape gives {} the shape {to:?}", source.name))
@@ -422,7 +422,7 @@ impl Emitter<'_> {
         let axes = self.graph.add_i64("mask.axes", &[1, 3]);
         let unit = Dim::from(1usize);
         let column = vec![self.batch.clone(), unit.clone(), self.tokens.clone(), unit];
-        let ids = self.face.position_ids;
+        let ids = self.interface.position_ids;
         let positions = self.typed("mask.positions", Op::Unsqueeze, &[ids, axes], DType::I64, column);
         *self.counters.insert((slots, positions))
     }

@@ -58,18 +58,18 @@ impl Weights {
         let weight = if is_out_in && factor == 1.0 {
             value
         } else {
-            let turned = if is_out_in {
+            let transposed = if is_out_in {
                 constant
             } else {
                 constant.transposed(&[1, 0])
             };
-            let turned = if factor == 1.0 {
-                turned
+            let transposed = if factor == 1.0 {
+                transposed
             } else {
-                turned.scaled(f64::from(factor))
+                transposed.scaled(f64::from(factor))
             };
             let suffix = if is_out_in { "scaled" } else { "transposed" };
-            graph.add_constant(&format!("{name}.{suffix}"), turned)
+            graph.add_constant(&format!("{name}.{suffix}"), transposed)
         };
         let made = transpose(graph, &format!("{name}.read"), weight);
         self.made.insert(key, made);
@@ -98,8 +98,8 @@ fn matmul(graph: &mut Graph, weights: &mut Weights, id: NodeId) -> Option<()> {
     if !is_matrix(graph, weight) || graph.constant(x).is_some() {
         return None;
     }
-    let turned = weights.transposed(graph, weight, false, 1.0);
-    redefine(graph, id, Op::MatMul, vec![Some(x), Some(turned)]);
+    let transposed = weights.transposed(graph, weight, false, 1.0);
+    redefine(graph, id, Op::MatMul, vec![Some(x), Some(transposed)]);
     Some(())
 }
 

@@ -1,31 +1,30 @@
 //! Rewrites of an export into the canonical graph (see [`graph`](crate::graph)'s head).
 //!
-//! [`canonicalize`] runs a named list of passes and reports on each. The first passes tidy up (folding, fused norms and
-//! activations); the middle ones understand the model: which input is what ([`roles`]), which values depend on positions
-//! alone (`kinds`), what every attention reads and writes (`attention`). They recognise by structure only as far as they
-//! must and prove by execution (`trial`): a mask, a rotation, a cache update or a head repetition is what it computes,
-//! however an exporter spells it. The last passes write the result (`emit`), check it against the contract (`contract`)
-//! and bring weights into the layout and dtype that the lowering wants.
+//! [`canonicalize`] runs a named list of passes ([`PASSES`]) and reports on each. The first passes tidy up (folding, fused
+//! norms and activations); the middle ones recognise the model: which input is what (`roles`), which values depend on
+//! positions alone (`dependence`), what every attention reads and writes ([`attention`]). They match by structure only as
+//! far as they must and prove by execution (`partial_eval`): a mask, a rotation, a cache update or a head repetition is
+//! what it computes, however an exporter spells it. The last passes write the result (`emit`), check it against the
+//! contract (`contract`) and bring weights into the layout and dtype that the lowering takes.
 //!
 //! Each plain rewrite is `run(&mut Graph, ..) -> Result<usize, PassError>`, gives the number of rewrites it made (0: the
 //! graph is as it was), leaves the graph sorted and without dead nodes, and can be run alone, in any order and again. A
 //! rewrite that is not sure leaves the graph as it is. Passes read dtypes and shapes that `graph::infer` left on values
 //! and keep those of values they keep; values they add may be untyped, so infer again after a pass.
 //!
-//! | file | rewrite |
+//! | module | rewrite |
 //! |---|---|
-//! | `fold` | constants computed; weights moved by recipe; shape arithmetic by symbolic contents |
-//! | `cleanup` | operators that change nothing; equal nodes and equal constants merged |
-//! | `decompose` | contrib operators into plain ones |
-//! | `layer_norm`, `rms_norm` | normalizations from their parts |
-//! | `activation` | SiLU and GELU from their parts, proven by execution |
-//! | `expand` | attention operators with caches, causality and packed operands into one plain form |
-//! | `emit` | what was understood of attention as canonical operators |
-//! | `shapes` | reshapes with constant targets |
+//! | [`fold`] | constants computed; weights moved by recipe; shape arithmetic by symbolic contents |
+//! | [`cleanup`] | operators that change nothing; equal nodes and equal constants merged |
+//! | [`decompose`] | contrib operators and attention operators taken apart into plain ones |
+//! | [`layer_norm`], [`rms_norm`] | normalizations from their parts |
+//! | [`activation`] | SiLU and GELU from their parts, proven by execution |
+//! | `emit` | recognised attention as canonical operators |
+//! | `reshapes` | reshapes with constant targets |
 //! | `positions` | embeddings of positions by `position_ids` |
 //! | `tied` | a head that repeats the embedding's bytes reads the embedding |
-//! | `linear` | every linear layer as `MatMul(x, Transpose(weight))` and `Add` |
-//! | `dtype` | another float type for the whole graph |
+//! | [`linear`] | every linear layer as `MatMul(x, Transpose(weight))` and `Add` |
+//! | [`dtype`] | another float type for the whole graph |
 //!
 //! Everything that keeps an export from being canonical is collected into one [`PassError::Obstacles`], which names
 //! layers and nodes.
@@ -33,32 +32,24 @@
 pub mod activation;
 mod architecture;
 mod attention;
-mod cache;
 pub mod cleanup;
 mod contract;
 pub mod decompose;
+mod dependence;
 pub mod dtype;
 mod emit;
-mod expand;
 pub mod fold;
-mod kinds;
 pub mod layer_norm;
-mod layout;
 pub mod linear;
-mod mask;
+mod partial_eval;
 mod pattern;
 mod positions;
 mod recognise;
+mod reshapes;
 pub mod rms_norm;
-pub mod roles;
-mod roots;
-mod rope;
-mod shapes;
-mod solve;
-pub mod tied;
-mod trace;
-mod trial;
-mod twins;
+pub(crate) mod roles;
+mod table;
+mod tied;
 
 use std::collections::HashSet;
 use std::time::Instant;
@@ -69,6 +60,7 @@ pub use architecture::{Architecture, Rotary};
 pub use attention::Obstacle;
 pub use contract::is_canonical;
 pub use recognise::{LayerReport, Recognition, recognise};
+pub use table::{PASSES, PassInfo, info};
 
 use crate::graph::eval::EvalError;
 use crate::graph::infer::{InferError, infer};
@@ -78,9 +70,9 @@ use crate::tensor::DType;
 use attention::Analysis;
 use roles::Roles;
 
-/// What the caller wants of the canonical graph.
+/// How [`canonicalize`] makes the canonical graph.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct CanonicalizeOptions {
     /// Rows of rotary tables: the largest capacity that will be asked for. Tables the export brings may be shorter.
     pub max_positions: usize,
     /// Element type of weights, activations and caches; `None` keeps the export's.
@@ -89,9 +81,9 @@ pub struct Options {
     pub allow_overflow: bool,
 }
 
-impl Default for Options {
+impl Default for CanonicalizeOptions {
     fn default() -> Self {
-        Options {
+        CanonicalizeOptions {
             max_positions: 4096,
             dtype: None,
             allow_overflow: false,
@@ -99,21 +91,29 @@ impl Default for Options {
     }
 }
 
-/// The canonical graph, what is known of the model, and what the passes did.
+/// The canonical graph, the facts of the model, and what the passes did.
 #[derive(Clone, Debug)]
 pub struct Canonical {
+    /// Canonical and verified.
     pub graph: Graph,
+    /// Sizes of the model.
     pub architecture: Architecture,
+    /// One entry for each pass, in order; passes that run several times occur several times.
     pub report: Vec<PassReport>,
 }
 
 /// One pass of one run.
 #[derive(Clone, Debug, Serialize)]
 pub struct PassReport {
+    /// A name of [`PASSES`].
     pub name: &'static str,
+    /// Rewrites made.
     pub rewrites: usize,
+    /// Nodes of the graph before the pass.
     pub nodes_before: usize,
+    /// Nodes of the graph after the pass.
     pub nodes_after: usize,
+    /// Wall-clock time.
     pub seconds: f64,
 }
 
@@ -182,8 +182,8 @@ fn list(obstacles: &[Obstacle]) -> String {
     text
 }
 
-/// An export as far as it was understood, before anything is written.
-pub(crate) struct Understood {
+/// An export with its attention recognised, before anything is written.
+pub(crate) struct Analysed {
     pub graph: Graph,
     pub roles: Roles,
     pub analysis: Analysis,
@@ -193,21 +193,21 @@ pub(crate) struct Understood {
 type Pass = fn(&mut Graph) -> Result<usize, PassError>;
 
 /// Passes on the export's own dialect, in order.
-const TIDY: &[(&str, Pass)] = &[
-    ("fold", fold::run),
-    ("cleanup", cleanup::run),
-    ("decompose", decompose::run),
-    ("layer_norm", layer_norm::run),
-    ("rms_norm", rms_norm::run),
-    ("activation", activation::run),
+const TIDY: &[(&PassInfo, Pass)] = &[
+    (&table::FOLD, fold::run),
+    (&table::CLEANUP, cleanup::run),
+    (&table::DECOMPOSE_CONTRIB, decompose::contrib::run),
+    (&table::LAYER_NORM, layer_norm::run),
+    (&table::RMS_NORM, rms_norm::run),
+    (&table::ACTIVATION, activation::run),
 ];
 
 /// Passes on the canonical graph, in order.
-const FINISH: &[(&str, Pass)] = &[
-    ("fold", fold::run),
-    ("tied", tied::run),
-    ("linear", linear::run),
-    ("cleanup", cleanup::run),
+const FINISH: &[(&PassInfo, Pass)] = &[
+    (&table::FOLD, fold::run),
+    (&table::TIED, tied::run),
+    (&table::LINEAR, linear::run),
+    (&table::CLEANUP, cleanup::run),
 ];
 
 /// ONNX Runtime refuses graphs in which two nodes share a name.
@@ -231,7 +231,7 @@ fn unique_names(graph: &mut Graph) {
 fn timed<T>(
     graph: &mut Graph,
     report: &mut Vec<PassReport>,
-    name: &'static str,
+    info: &'static PassInfo,
     pass: impl FnOnce(&mut Graph) -> Result<(usize, T), PassError>,
 ) -> Result<T, PassError> {
     let start = Instant::now();
@@ -239,7 +239,7 @@ fn timed<T>(
     let (rewrites, result) = pass(graph)?;
     graph.sort()?;
     report.push(PassReport {
-        name,
+        name: info.name,
         rewrites,
         nodes_before,
         nodes_after: graph.node_ids().count(),
@@ -249,73 +249,77 @@ fn timed<T>(
 }
 
 /// The first half of the pipeline: everything up to the analysis.
-pub(crate) fn understand(
+pub(crate) fn analyse(
     mut graph: Graph,
-    options: &Options,
+    options: &CanonicalizeOptions,
     report: &mut Vec<PassReport>,
-) -> Result<Understood, PassError> {
+) -> Result<Analysed, PassError> {
     graph.sort()?;
     graph.remove_dead_nodes();
     let obstacles = contract::unknown(&graph);
     if !obstacles.is_empty() {
         return Err(PassError::Obstacles { obstacles });
     }
-    let roles = timed(&mut graph, report, "roles", |graph| Ok((0, roles::assign(graph)?)))?;
-    timed(&mut graph, report, "infer", |graph| Ok((0, infer(graph)?)))?;
+    let roles = timed(&mut graph, report, &table::ROLES, |graph| {
+        Ok((0, roles::assign(graph)?))
+    })?;
+    timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
     verify(&graph)?;
-    for (name, pass) in TIDY {
-        timed(&mut graph, report, name, |graph| Ok((pass(graph)?, ())))?;
+    for (info, pass) in TIDY {
+        timed(&mut graph, report, info, |graph| Ok((pass(graph)?, ())))?;
     }
-    timed(&mut graph, report, "infer", |graph| Ok((0, infer(graph)?)))?;
-    timed(&mut graph, report, "expand", |graph| Ok((expand::run(graph), ())))?;
-    timed(&mut graph, report, "infer", |graph| Ok((0, infer(graph)?)))?;
-    let analysis = timed(&mut graph, report, "attention", |graph| {
+    timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    timed(&mut graph, report, &table::DECOMPOSE_ATTENTION, |graph| {
+        Ok((decompose::attention::run(graph), ()))
+    })?;
+    timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    let analysis = timed(&mut graph, report, &table::ATTENTION, |graph| {
         let analysis = attention::analyse(graph, &roles, options.max_positions);
         Ok((analysis.layers.len(), analysis))
     })?;
-    Ok(Understood { graph, roles, analysis })
+    Ok(Analysed { graph, roles, analysis })
 }
 
 /// Makes an export canonical.
-pub fn canonicalize(graph: Graph, options: &Options) -> Result<Canonical, PassError> {
+pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canonical, PassError> {
     let mut report = Vec::new();
-    let Understood {
+    let Analysed {
         mut graph,
         roles,
         analysis,
-    } = understand(graph, options, &mut report)?;
+    } = analyse(graph, options, &mut report)?;
     if !analysis.obstacles.is_empty() {
         return Err(PassError::Obstacles {
             obstacles: analysis.obstacles,
         });
     }
     let refuse = |obstacles: Vec<Obstacle>| PassError::Obstacles { obstacles };
-    let face = timed(&mut graph, &mut report, "emit", |graph| {
-        let face = emit::run(graph, &roles, &analysis).map_err(refuse)?;
+    let interface = timed(&mut graph, &mut report, &table::EMIT, |graph| {
+        let interface = emit::run(graph, &roles, &analysis).map_err(refuse)?;
         graph.remove_dead_nodes();
-        Ok((analysis.layers.len(), face))
+        Ok((analysis.layers.len(), interface))
     })?;
-    timed(&mut graph, &mut report, "reshapes", |graph| {
-        let rewrites = shapes::settle(graph, face.input_ids);
+    timed(&mut graph, &mut report, &table::RESHAPES, |graph| {
+        let rewrites = reshapes::run(graph, interface.input_ids);
         graph.remove_dead_nodes();
         Ok((rewrites, ()))
     })?;
-    let limit = timed(&mut graph, &mut report, "positions", |graph| {
+    let limit = timed(&mut graph, &mut report, &table::POSITIONS, |graph| {
         let rows = analysis.position_limit.unwrap_or(usize::MAX).min(options.max_positions);
-        let found = positions::run(graph, &roles, &face, rows).map_err(refuse)?;
+        let found = positions::run(graph, &roles, &interface, rows).map_err(refuse)?;
         graph.remove_dead_nodes();
         Ok(found)
     })?;
-    timed(&mut graph, &mut report, "infer", |graph| Ok((0, infer(graph)?)))?;
-    for (name, pass) in FINISH {
-        timed(&mut graph, &mut report, name, |graph| Ok((pass(graph)?, ())))?;
+    timed(&mut graph, &mut report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    for (info, pass) in FINISH {
+        timed(&mut graph, &mut report, info, |graph| Ok((pass(graph)?, ())))?;
     }
-    timed(&mut graph, &mut report, "infer", |graph| Ok((0, infer(graph)?)))?;
+    timed(&mut graph, &mut report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
     if let Some(dtype) = options.dtype {
-        timed(&mut graph, &mut report, "dtype", |graph| {
+        timed(&mut graph, &mut report, &table::DTYPE, |graph| {
             Ok((dtype::run(graph, dtype, options.allow_overflow)?, ()))
         })?;
-        timed(&mut graph, &mut report, "infer", |graph| Ok((0, infer(graph)?)))?;
+        timed(&mut graph, &mut report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
     }
     let obstacles = contract::check(&graph);
     if !obstacles.is_empty() {

@@ -7,10 +7,10 @@
 use std::collections::{HashMap, HashSet};
 
 use super::attention::Obstacle;
-use super::emit::Interface;
-use super::kinds::Kind;
+use super::dependence::Dependence;
+use super::emit::CanonicalInputs;
+use super::partial_eval::{PartialEvaluator, Stuck};
 use super::roles::Roles;
-use super::trial::{Bench, Stuck};
 use crate::dim::Dim;
 use crate::graph::op::Op;
 use crate::graph::{Constant, Definition, Graph, ValueId};
@@ -27,22 +27,26 @@ struct Rows {
 pub fn run(
     graph: &mut Graph,
     roles: &Roles,
-    face: &Interface,
+    interface: &CanonicalInputs,
     max_positions: usize,
 ) -> Result<(usize, Option<usize>), Vec<Obstacle>> {
     let mut obstacles = Vec::new();
     let mut found = Vec::new();
     let mut bypass = Vec::new();
     {
-        let bench = Bench::new(graph, roles);
+        let evaluator = PartialEvaluator::new(graph, roles);
         let stale = stale(graph);
         let mut seen = HashSet::new();
         for id in graph.node_ids() {
             let node = graph.node(id);
-            let is_data = node.outputs.iter().flatten().any(|v| bench.kind(*v) == Kind::Data);
+            let is_data = node
+                .outputs
+                .iter()
+                .flatten()
+                .any(|v| evaluator.dependence(*v) == Dependence::Data);
             for (input, value) in node.inputs.iter().enumerate() {
                 let Some(value) = *value else { continue };
-                if !is_data || !stale.contains(&value) || bench.kind(value) != Kind::Positional {
+                if !is_data || !stale.contains(&value) || evaluator.dependence(value) != Dependence::Positional {
                     continue;
                 }
                 if matches!(node.op, Op::Expand) && input == 1 {
@@ -58,7 +62,7 @@ pub fn run(
                 if !seen.insert(value) {
                     continue;
                 }
-                match table(&bench, value, max_positions) {
+                match table(&evaluator, value, max_positions) {
                     Ok((table, name)) => found.push(Rows {
                         old: value,
                         table,
@@ -88,9 +92,9 @@ pub fn run(
         let rows = graph.add_node(
             &format!("{name}.rows"),
             Op::Gather { axis: 0 },
-            &[table, face.position_ids],
+            &[table, interface.position_ids],
         );
-        let mut shape = graph.shape(face.position_ids).cloned().unwrap_or_default();
+        let mut shape = graph.shape(interface.position_ids).cloned().unwrap_or_default();
         shape.push(width);
         let value = graph.value_mut(rows);
         (value.dtype, value.shape) = (Some(dtype), Some(shape.clone()));
@@ -125,7 +129,7 @@ fn stale(graph: &Graph) -> HashSet<ValueId> {
 }
 
 /// Live values that still depend on the export's own inputs, as obstacles.
-pub fn leftovers(graph: &Graph) -> Vec<Obstacle> {
+pub fn stale_inputs(graph: &Graph) -> Vec<Obstacle> {
     let inputs: HashSet<ValueId> = graph.inputs.iter().copied().collect();
     let mut readers: HashMap<ValueId, &str> = HashMap::new();
     for id in graph.node_ids() {
@@ -149,8 +153,8 @@ pub fn leftovers(graph: &Graph) -> Vec<Obstacle> {
 }
 
 /// The value as a table `[positions, width]`, and a name for it.
-fn table(bench: &Bench<'_>, id: ValueId, max_positions: usize) -> Result<(Constant, String), String> {
-    let graph = bench.graph;
+fn table(evaluator: &PartialEvaluator<'_>, id: ValueId, max_positions: usize) -> Result<(Constant, String), String> {
+    let graph = evaluator.graph;
     let value = graph.value(id);
     let text = |stuck: Stuck| format!("it could not be computed: {stuck}");
     if !value.dtype.is_some_and(DType::is_float) {
@@ -171,8 +175,8 @@ fn table(bench: &Bench<'_>, id: ValueId, max_positions: usize) -> Result<(Consta
     {
         let mut offset = None;
         for (batch, past, tokens) in [(1, 0, 4), (2, 3, 2)] {
-            let trial = bench.trial(batch, past, tokens);
-            let index = bench.eval(&trial, index).map_err(text)?.to_i64();
+            let trial = evaluator.trial(batch, past, tokens);
+            let index = evaluator.eval(&trial, index).map_err(text)?.to_i64();
             for (i, at) in index.iter().enumerate() {
                 let position = (trial.sizes.past + i % trial.sizes.tokens) as i64;
                 if *offset.get_or_insert(at - position) != at - position {
@@ -192,8 +196,8 @@ fn table(bench: &Bench<'_>, id: ValueId, max_positions: usize) -> Result<(Consta
         return Ok((table, format!("{}.positions", graph.value(weight).name)));
     }
     let rows = |past: usize, tokens: usize| -> Result<(Vec<f32>, usize), String> {
-        let trial = bench.trial(1, past, tokens);
-        let tensor = bench.eval(&trial, id).map_err(text)?;
+        let trial = evaluator.trial(1, past, tokens);
+        let tensor = evaluator.eval(&trial, id).map_err(text)?;
         let width = *tensor.shape().last().ok_or("it is a scalar")?;
         if tensor.len() != trial.sizes.tokens * width {
             return Err(format!("its shape {:?} is not one row for each token", tensor.shape()));
@@ -202,7 +206,11 @@ fn table(bench: &Bench<'_>, id: ValueId, max_positions: usize) -> Result<(Consta
     };
     let (mut all, mut start, mut width) = (Vec::new(), 0, 0);
     while start < max_positions {
-        let count = bench.roles.tokens.unwrap_or(max_positions).min(max_positions - start);
+        let count = evaluator
+            .roles
+            .tokens
+            .unwrap_or(max_positions)
+            .min(max_positions - start);
         let (part, columns) = rows(start, count)?;
         all.extend(part);
         (start, width) = (start + count, columns);

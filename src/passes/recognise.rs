@@ -1,12 +1,12 @@
-//! What `lapidary inspect` tells of an export: everything that could be understood, and everything that could not.
+//! What `lapidary inspect` tells of an export: everything that could be analysed, and everything that could not.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
 use super::attention::Obstacle;
-use super::layout::CacheLayout;
-use super::{Options, PassError, Understood};
+use super::attention::layout::CacheLayout;
+use super::{Analysed, CanonicalizeOptions, PassError};
 use crate::graph::Graph;
 use crate::graph::op::Op;
 
@@ -80,13 +80,13 @@ pub fn recognise(export: &Graph) -> Recognition {
                 .push(node.name.clone());
         }
     }
-    let options = Options {
+    let options = CanonicalizeOptions {
         max_positions: 64,
         allow_overflow: false,
-        ..Options::default()
+        ..CanonicalizeOptions::default()
     };
-    match super::understand(export.clone(), &options, &mut Vec::new()) {
-        Ok(understood) => fill(&mut report, export, &understood),
+    match super::analyse(export.clone(), &options, &mut Vec::new()) {
+        Ok(analysed) => fill(&mut report, export, &analysed),
         Err(error) => report.obstacles = obstacles(error),
     }
     if report.obstacles.is_empty() {
@@ -109,8 +109,8 @@ fn obstacles(error: PassError) -> Vec<Obstacle> {
     }
 }
 
-fn fill(report: &mut Recognition, export: &Graph, understood: &Understood) {
-    let (roles, analysis) = (&understood.roles, &understood.analysis);
+fn fill(report: &mut Recognition, export: &Graph, analysed: &Analysed) {
+    let (roles, analysis) = (&analysed.roles, &analysed.analysis);
     report.capacity = roles.capacity;
     report.inputs = export
         .inputs
@@ -127,7 +127,7 @@ fn fill(report: &mut Recognition, export: &Graph, understood: &Understood) {
     for layer in &analysis.layers {
         let key = &analysis.caches[&layer.key_cache];
         report.layers.push(LayerReport {
-            node: layer.root.name.clone(),
+            node: layer.found.name.clone(),
             heads: layer.query.heads,
             kv_heads: key.heads,
             head_dim: key.dim,
@@ -163,8 +163,8 @@ fn fill(report: &mut Recognition, export: &Graph, understood: &Understood) {
         "sliding_window",
         analysis.layers.iter().filter(|l| l.window.is_some()).count(),
     );
-    for id in understood.graph.node_ids() {
-        match understood.graph.node(id).op {
+    for id in analysed.graph.node_ids() {
+        match analysed.graph.node(id).op {
             Op::RmsNormalization { .. } => count("rms_norm", 1),
             Op::LayerNormalization { .. } => count("layer_norm", 1),
             Op::Swish { .. } => count("silu", 1),

@@ -1,8 +1,8 @@
 //! What each graph input is for, and the symbolic dims that follow from it.
 //!
-//! Takes an inferred export and gives every input a [`Role`]: by its name where the name is one that exporters use, by
+//! Takes an inferred export and gives every input a [`InputRole`]: by its name where the name is one that exporters use, by
 //! how it is used otherwise. Binds the dims of the inputs to `batch`, `tokens`, `past` and `capacity`, so that every
-//! later pass reads one name for one length. What an input is *claimed* to be here is proven later, when `solve` and
+//! later pass reads one name for one length. What an input is *claimed* to be here is proven later, when `projection` and
 //! `mask` execute the graph; this module only has to be right for models that a proof will accept.
 
 use std::collections::HashMap;
@@ -16,7 +16,7 @@ use crate::tensor::DType;
 
 /// What a graph input carries, as a function of (batch, past, tokens).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Role {
+pub enum InputRole {
     /// Token ids, `[batch, tokens]`.
     InputIds,
     /// 1 for every live position, `[batch, past + tokens]`; further columns, if any, are 0.
@@ -33,21 +33,21 @@ pub enum Role {
     LastPosition,
     /// Keys or values of earlier calls.
     Cache,
-    /// Read by nobody.
+    /// Read by nothing.
     Unread,
 }
 
-impl Role {
+impl InputRole {
     /// Known from the counts of tokens alone, without any token id.
     pub fn is_positional(self) -> bool {
-        !matches!(self, Role::InputIds | Role::Cache)
+        !matches!(self, InputRole::InputIds | InputRole::Cache)
     }
 }
 
 /// The roles of all inputs, and what the export fixed.
 #[derive(Clone, Debug)]
 pub struct Roles {
-    pub of: HashMap<ValueId, Role>,
+    pub of: HashMap<ValueId, InputRole>,
     pub input_ids: ValueId,
     /// Cache inputs in the order of the export.
     pub caches: Vec<ValueId>,
@@ -71,7 +71,7 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
         let role = if read {
             role_by_name(graph, id).or_else(|| role_by_use(graph, id, &uses))
         } else {
-            Some(Role::Unread)
+            Some(InputRole::Unread)
         };
         match role {
             Some(role) => {
@@ -80,11 +80,11 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
             None => unmatched.push(graph.value(id).name.clone()),
         }
     }
-    let with = |role: Role| -> Vec<ValueId> {
+    let with = |role: InputRole| -> Vec<ValueId> {
         let inputs = graph.inputs.iter().copied();
         inputs.filter(|id| of.get(id) == Some(&role)).collect()
     };
-    let (ids, caches) = (with(Role::InputIds), with(Role::Cache));
+    let (ids, caches) = (with(InputRole::InputIds), with(InputRole::Cache));
     if !unmatched.is_empty() {
         return Err(PassError::UnmatchedInputs { names: unmatched });
     }
@@ -159,7 +159,7 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
     {
         let rank = graph.shape(id).map_or(0, Vec::len);
         match role {
-            Role::Positions => {
+            InputRole::Positions => {
                 if rank > 0 {
                     bind(graph, id, rank - 1, &tokens_dim);
                 }
@@ -167,14 +167,16 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
                     bind(graph, id, rank - 2, &batch_dim);
                 }
             }
-            Role::PaddingMask | Role::FullMask => {
+            InputRole::PaddingMask | InputRole::FullMask => {
                 bind(graph, id, 0, &batch_dim);
-                if role == Role::FullMask && rank > 1 {
+                if role == InputRole::FullMask && rank > 1 {
                     bind(graph, id, rank - 2, &tokens_dim);
                 }
                 bind(graph, id, rank.saturating_sub(1), &total);
             }
-            Role::PastLength | Role::TotalLength | Role::LastPosition if rank > 0 => bind(graph, id, 0, &batch_dim),
+            InputRole::PastLength | InputRole::TotalLength | InputRole::LastPosition if rank > 0 => {
+                bind(graph, id, 0, &batch_dim)
+            }
             _ => {}
         }
     }
@@ -214,22 +216,26 @@ fn slot_axis(shape: &[Dim]) -> Option<usize> {
     order.iter().copied().find(|axis| shape[*axis].as_const().is_none())
 }
 
-fn role_by_name(graph: &Graph, id: ValueId) -> Option<Role> {
+fn role_by_name(graph: &Graph, id: ValueId) -> Option<InputRole> {
     let value = graph.value(id);
     let name = value.name.to_lowercase();
     let rank = value.shape.as_ref().map_or(0, Vec::len);
     let has = |words: &[&str]| words.iter().any(|word| name.contains(word));
     let float = value.dtype.is_some_and(DType::is_float);
     if has(&["mask", "attention_bias"]) {
-        return Some(if rank > 2 { Role::FullMask } else { Role::PaddingMask });
+        return Some(if rank > 2 {
+            InputRole::FullMask
+        } else {
+            InputRole::PaddingMask
+        });
     }
     if float {
-        return (rank >= 3 && !has(&["embeds"])).then_some(Role::Cache);
+        return (rank >= 3 && !has(&["embeds"])).then_some(InputRole::Cache);
     }
     if has(&["position"]) {
-        Some(Role::Positions)
+        Some(InputRole::Positions)
     } else if has(&["seqlens_k"]) {
-        Some(Role::LastPosition)
+        Some(InputRole::LastPosition)
     } else if has(&[
         "write_ind",
         "cache_ind",
@@ -238,11 +244,11 @@ fn role_by_name(graph: &Graph, id: ValueId) -> Option<Role> {
         "past_len",
         "cache_len",
     ]) {
-        Some(Role::PastLength)
+        Some(InputRole::PastLength)
     } else if has(&["seqlen", "total_seq", "total_len", "kv_len", "seq_len"]) {
-        Some(Role::TotalLength)
+        Some(InputRole::TotalLength)
     } else if rank == 2 && has(&["input_ids", "token", "ids"]) {
-        Some(Role::InputIds)
+        Some(InputRole::InputIds)
     } else {
         None
     }
@@ -253,7 +259,7 @@ fn role_by_use(
     graph: &Graph,
     id: ValueId,
     uses: &HashMap<ValueId, Vec<(crate::graph::NodeId, usize)>>,
-) -> Option<Role> {
+) -> Option<InputRole> {
     let value = graph.value(id);
     let integer = value.dtype.is_some_and(DType::is_int) && value.shape.as_ref().is_some_and(|s| s.len() == 2);
     let embeds = uses.get(&id)?.iter().any(|(node, input)| {
@@ -261,7 +267,7 @@ fn role_by_use(
         let table = node.input(0).and_then(|v| graph.constant(v));
         matches!(node.op, Op::Gather { axis: 0 }) && *input == 1 && table.is_some_and(|t| t.dtype().is_float())
     });
-    (integer && embeds).then_some(Role::InputIds)
+    (integer && embeds).then_some(InputRole::InputIds)
 }
 
 /// Whether the first operator that is not mere movement appends to the cache.

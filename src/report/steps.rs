@@ -5,47 +5,8 @@ use std::collections::BTreeMap;
 use super::conversion::{Conversion, LoweredProfile};
 use super::input::Sourced;
 use super::markdown::{MISSING, bytes, cite, or_missing, percent, table};
+use crate::passes;
 use crate::spec::Prefill;
-
-/// What a pass is for. Passes that are not listed are shown without a word.
-const PASSES: [(&str, &str); 18] = [
-    (
-        "roles",
-        "tells which input is what: ids, masks, positions, past keys and values",
-    ),
-    ("infer", "gives every value its dtype and its shape of symbolic dims"),
-    (
-        "fold",
-        "computes constants ahead, moves shape arithmetic out of the graph",
-    ),
-    ("cleanup", "drops operators that change nothing, merges equal ones"),
-    ("decompose", "takes contributed operators apart into plain ones"),
-    ("layer_norm", "finds LayerNorm in its parts"),
-    ("rms_norm", "finds RMSNorm in its parts"),
-    ("activation", "finds SiLU and GELU, proven by running them"),
-    (
-        "expand",
-        "brings attention operators of all exporters into one plain form",
-    ),
-    (
-        "attention",
-        "understands each attention: its mask, rotation, heads and cache, proven by running them",
-    ),
-    (
-        "emit",
-        "writes attention, rotary embedding and a static cache in place of what was understood",
-    ),
-    ("reshapes", "gives reshapes constant targets"),
-    ("positions", "looks embeddings of positions up by position"),
-    ("tied", "lets a head that repeats the embedding read the embedding"),
-    (
-        "linear",
-        "writes every linear layer as a product with a weight stored output by input",
-    ),
-    ("dtype", "changes the float type of the whole graph"),
-    ("twins", "joins the two halves of exports that hold prefill and decode"),
-    ("contract", "checks that the result is canonical"),
-];
 
 /// Everything about one conversion, as sections below a heading of its own.
 pub fn section(conversion: &Sourced<Conversion>) -> String {
@@ -87,10 +48,9 @@ fn passes(c: &Conversion, cited: &str) -> String {
         .filter(|p| p.rewrites > 0 || p.nodes_before != p.nodes_after);
     let rows: Vec<Vec<String>> = changed
         .map(|p| {
-            let known = PASSES.iter().find(|(name, _)| *name == p.name);
             vec![
                 p.name.clone(),
-                known.map_or_else(String::new, |(_, what)| what.to_string()),
+                passes::info(&p.name).map_or("", |info| info.description).to_string(),
                 p.rewrites.to_string(),
                 p.nodes_before.to_string(),
                 p.nodes_after.to_string(),

@@ -171,7 +171,7 @@ impl WeightSource {
                 tensors.insert(name.to_string(), constant.clone());
             }
         }
-        let options = passes::Options {
+        let options = passes::CanonicalizeOptions {
             dtype: None,
             max_positions: positions,
             allow_overflow: false,

@@ -10,9 +10,9 @@ fn device(export: &str, capacity: usize, threads: usize) -> (CpuDevice, usize) {
         .join("fixtures/exports")
         .join(export)
         .join("model.onnx");
-    let options = passes::Options {
+    let options = passes::CanonicalizeOptions {
         max_positions: capacity,
-        ..passes::Options::default()
+        ..passes::CanonicalizeOptions::default()
     };
     let canonical = passes::canonicalize(onnx::read(model).unwrap(), &options).unwrap();
     let vocabulary = canonical.architecture.vocabulary.unwrap();

@@ -132,9 +132,9 @@ fn argmax(values: &[f32]) -> i32 {
 fn check(folder: &Path) -> Result<(), String> {
     let text = fs::read_to_string(folder.join("reference.json")).map_err(|e| e.to_string())?;
     let reference: Reference = serde_json::from_str(&text).map_err(|e| e.to_string())?;
-    let options = passes::Options {
+    let options = passes::CanonicalizeOptions {
         max_positions: 64,
-        ..passes::Options::default()
+        ..passes::CanonicalizeOptions::default()
     };
     let graph = lapidary::onnx::read(folder.join("model.onnx")).map_err(|e| e.to_string())?;
     let graph = canonicalize(graph, &options).map_err(|e| e.to_string())?.graph;

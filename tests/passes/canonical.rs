@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lapidary::graph::Graph;
-use lapidary::passes::{Canonical, Options, canonicalize};
+use lapidary::passes::{Canonical, CanonicalizeOptions, canonicalize};
 
 use crate::decoder::{Decoder, argmax, distance};
 
@@ -106,9 +106,9 @@ pub fn for_each(check: impl Fn(&Export) -> Result<(), String>) {
 }
 
 pub fn canonical(export: &Export) -> Result<Canonical, String> {
-    let options = Options {
+    let options = CanonicalizeOptions {
         max_positions: 64,
-        ..Options::default()
+        ..CanonicalizeOptions::default()
     };
     canonicalize(export.read(), &options).map_err(|e| e.to_string())
 }

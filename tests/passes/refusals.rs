@@ -2,7 +2,7 @@
 
 use lapidary::graph::op::{Binary, Op, Reduction, Unary};
 use lapidary::graph::{Graph, NodeId, ValueId};
-use lapidary::passes::{Options, canonicalize};
+use lapidary::passes::{CanonicalizeOptions, canonicalize};
 use lapidary::tensor::{DType, Tensor};
 
 use crate::canonical::exports;
@@ -13,9 +13,9 @@ fn export(name: &str) -> Graph {
 }
 
 fn refusal(graph: Graph) -> String {
-    let options = Options {
+    let options = CanonicalizeOptions {
         max_positions: 64,
-        ..Options::default()
+        ..CanonicalizeOptions::default()
     };
     match canonicalize(graph, &options) {
         Ok(_) => panic!("it was accepted"),

@@ -1,7 +1,9 @@
-//! Text dumps of canonical graphs, what `inspect` is told, and other element types.
+//! Text dumps of canonical graphs, what `inspect` reports, and other element types.
 
 use lapidary::graph::dump::dump;
-use lapidary::passes::{Options, canonicalize, recognise};
+use std::collections::BTreeSet;
+
+use lapidary::passes::{CanonicalizeOptions, PASSES, canonicalize, recognise};
 use lapidary::tensor::DType;
 
 use crate::canonical::{canonical, exports, for_each};
@@ -19,8 +21,23 @@ fn canonical_dumps() {
     }
 }
 
+/// The table of passes, which reports take their descriptions from, has every pass that runs and no other.
 #[test]
-fn inspection_understands_every_export() {
+fn the_table_of_passes_is_what_runs() {
+    let export = exports().into_iter().find(|e| e.name == "llama-optimum");
+    let options = CanonicalizeOptions {
+        max_positions: 64,
+        dtype: Some(DType::F16),
+        allow_overflow: false,
+    };
+    let canonical = canonicalize(export.expect("the fixture is there").read(), &options).unwrap();
+    let ran: BTreeSet<&str> = canonical.report.iter().map(|pass| pass.name).collect();
+    let listed: BTreeSet<&str> = PASSES.iter().map(|info| info.name).collect();
+    assert_eq!(ran, listed);
+}
+
+#[test]
+fn inspection_recognises_every_export() {
     for_each(|export| {
         let report = recognise(&export.read());
         let expected = match export.reference.exporter.as_str() {
@@ -52,7 +69,7 @@ fn other_element_types_compute_nearly_the_same() {
             .find(|e| e.name == name)
             .expect("the fixture is there");
         for (dtype, tolerance) in [(DType::F16, 3e-2), (DType::Bf16, 2.5e-1)] {
-            let options = Options {
+            let options = CanonicalizeOptions {
                 max_positions: 64,
                 dtype: Some(dtype),
                 allow_overflow: false,
@@ -77,7 +94,7 @@ fn a_large_model() {
     let path = std::env::var_os("LAPIDARY_MODEL").expect("LAPIDARY_MODEL names a model");
     let graph = lapidary::onnx::read(path).unwrap();
     let start = std::time::Instant::now();
-    let canonical = canonicalize(graph, &Options::default()).unwrap_or_else(|e| panic!("{e}"));
+    let canonical = canonicalize(graph, &CanonicalizeOptions::default()).unwrap_or_else(|e| panic!("{e}"));
     println!(
         "{:.3} s in all\n{:#?}",
         start.elapsed().as_secs_f64(),

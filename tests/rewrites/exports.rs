@@ -15,7 +15,7 @@ type Pass = fn(&mut Graph) -> Result<usize, PassError>;
 const PASSES: [(&str, Pass); 7] = [
     ("cleanup", cleanup::run),
     ("fold", fold::run),
-    ("decompose", decompose::run),
+    ("decompose", decompose::contrib::run),
     ("layer_norm", layer_norm::run),
     ("rms_norm", rms_norm::run),
     ("activation", activation::run),

@@ -305,7 +305,7 @@ fn contrib_operators_come_apart() {
         };
         let scores = s.op(product, &[x, skip]);
         let ends: Vec<ValueId> = outputs.into_iter().flatten().chain([layer, scores]).collect();
-        let (rewritten, rewrites) = rewrite(&s.finish(&ends), decompose::run, 1e-5);
+        let (rewritten, rewrites) = rewrite(&s.finish(&ends), decompose::contrib::run, 1e-5);
         assert_eq!((rewrites, count(&rewritten, "RMSNormalization")), (3, 1));
         assert!(rewritten.node_ids().all(|id| rewritten.node(id).op.domain().is_empty()));
     }
@@ -328,7 +328,7 @@ fn contrib_rotary_reads_both_kinds_of_positions() {
             rotary_dim: 0,
         };
         let end = s.op(op, &[x, positions, tables[0], tables[1]]);
-        let (rewritten, rewrites) = rewrite(&s.finish(&[end]), decompose::run, 1e-6);
+        let (rewritten, rewrites) = rewrite(&s.finish(&[end]), decompose::contrib::run, 1e-6);
         assert_eq!((rewrites, count(&rewritten, "RotaryEmbedding")), (1, 1));
     }
 }

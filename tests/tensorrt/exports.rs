@@ -31,7 +31,7 @@ fn family_builds(family: &str) {
     for name in names {
         let model = folder.join(&name).join("model.onnx");
         let graph = onnx::read(&model).unwrap_or_else(|error| panic!("{error}"));
-        let options = passes::Options {
+        let options = passes::CanonicalizeOptions {
             max_positions: 64,
             ..Default::default()
         };

@@ -12,9 +12,9 @@ use lapidary::{onnx, passes};
 use crate::support::fixture;
 
 fn canonical(model: &Path) -> passes::Canonical {
-    let options = passes::Options {
+    let options = passes::CanonicalizeOptions {
         max_positions: 64,
-        ..passes::Options::default()
+        ..passes::CanonicalizeOptions::default()
     };
     passes::canonicalize(onnx::read(model).unwrap(), &options).unwrap()
 }

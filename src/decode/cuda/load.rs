@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::chunks::largest;
 use super::error::{unknown, with_versions};
 use super::weights::Weights;
-use super::{CudaDevice, Loaded, Slot};
+use super::{CudaDevice, EngineSlot, Loaded};
 use crate::backend::tensorrt::run::{Engine, Port, RunError, Unpacked};
 use crate::decode::DeviceError;
 use crate::lower;
@@ -20,7 +20,7 @@ impl CudaDevice {
     pub(super) fn load(&mut self, at: usize) -> Result<Loaded, DeviceError> {
         let slot = &self.slots[at];
         let network = self.lowered(slot)?;
-        if slot.facts.weight_mode == WeightMode::Bind && self.weights.is_none() {
+        if slot.entry.weight_mode == WeightMode::Bind && self.weights.is_none() {
             let start = Instant::now();
             let networks = self.networks_by_lowering()?;
             let weights = Weights::upload(self.runtime.cuda(), &self.stream, &networks);
@@ -36,10 +36,10 @@ impl CudaDevice {
         let slot = &self.slots[at];
         let graphs = self.options.graphs && matches!(slot.profile.tokens, Tokens::Static(_));
         let mut engine =
-            Engine::of(plan, slot.facts.optimization_profile, graphs).map_err(|error| self.failed(error))?;
+            Engine::of(plan, slot.entry.optimization_profile, graphs).map_err(|error| self.failed(error))?;
         // A dynamic engine's working memory is for the most that it will ever be asked for.
         let tokens = largest(slot.profile.tokens);
-        if matches!(slot.facts.lowered_for().tokens, Tokens::Dynamic { .. }) {
+        if matches!(slot.entry.lowered_for().tokens, Tokens::Dynamic { .. }) {
             engine.set_tokens(tokens).map_err(|error| self.failed(error))?;
         }
         let bound = self.bind(&mut engine, network);
@@ -53,12 +53,12 @@ impl CudaDevice {
     }
 
     /// The slot's plan, from the file or from another slot that runs another profile of it.
-    pub(super) fn unpacked(&self, slot: &Slot, network: &Network) -> Result<Rc<Unpacked>, RunError> {
-        let same_file = self.slots.iter().filter(|other| other.facts.file == slot.facts.file);
+    pub(super) fn unpacked(&self, slot: &EngineSlot, network: &Network) -> Result<Rc<Unpacked>, RunError> {
+        let same_file = self.slots.iter().filter(|other| other.entry.file == slot.entry.file);
         if let Some(loaded) = same_file.filter_map(|other| other.loaded.as_ref()).next() {
             return Ok(loaded.engine.plan().clone());
         }
-        let path = self.folder.join(&slot.facts.file);
+        let path = self.folder.join(&slot.entry.file);
         let unreadable = |source| RunError::Read {
             path: path.clone(),
             source,
@@ -67,17 +67,17 @@ impl CudaDevice {
         // SAFETY: packages are written once and renamed into place; nothing changes them while they are mapped.
         let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(unreadable)?;
         let plan = Unpacked::new(&self.runtime, &path, &bytes, network, self.options.kernels.as_deref());
-        let (built_by, here) = (&slot.facts.tensorrt_version, self.runtime.version().to_string());
+        let (built_by, here) = (&slot.entry.tensorrt_version, self.runtime.version().to_string());
         plan.map(Rc::new).map_err(|error| with_versions(error, built_by, &here))
     }
 
     /// The network that the slot's engine was built from.
-    pub(super) fn lowered(&self, slot: &Slot) -> Result<Network, DeviceError> {
+    pub(super) fn lowered(&self, slot: &EngineSlot) -> Result<Network, DeviceError> {
         let options = lower::Options {
-            weight_mode: slot.facts.weight_mode,
-            ..slot.facts.lowering.clone()
+            weight_mode: slot.entry.weight_mode,
+            ..slot.entry.lowering.clone()
         };
-        lower::lower(&self.graph, slot.facts.lowered_for(), &options).map_err(|error| DeviceError {
+        lower::lower(&self.graph, slot.entry.lowered_for(), &options).map_err(|error| DeviceError {
             device: self.runtime.gpu().to_string(),
             message: error.to_string(),
             help: None,
@@ -91,12 +91,12 @@ impl CudaDevice {
         let bound = self
             .slots
             .iter()
-            .filter(|slot| slot.facts.weight_mode == WeightMode::Bind);
+            .filter(|slot| slot.entry.weight_mode == WeightMode::Bind);
         bound
             .filter(|slot| {
                 seen.insert((
-                    &slot.facts.lowering,
-                    slot.facts.lowered_for().tokens == Tokens::Static(1),
+                    &slot.entry.lowering,
+                    slot.entry.lowered_for().tokens == Tokens::Static(1),
                 ))
             })
             .map(|slot| self.lowered(slot))
@@ -117,7 +117,7 @@ impl CudaDevice {
             let address = match port.name.as_str() {
                 name if caches.contains(&name) => continue,
                 "logits" if port.bytes(1) == self.logits.bytes() => self.logits.address(),
-                name => match self.control.address(name).or_else(weight) {
+                name => match self.inputs.address(name).or_else(weight) {
                     Some(address) => address,
                     None => return Err(unknown(engine.name(), &port)),
                 },

@@ -103,7 +103,7 @@ impl CudaDevice {
     /// unloaded, and loaded again with the old weights when it is needed next.
     pub fn swap(&mut self, package: &Package) -> Result<Swapped, SwapError> {
         let theirs = Identity::of(&package.manifest);
-        let engines = self.slots.iter().map(|slot| &slot.facts);
+        let engines = self.slots.iter().map(|slot| &slot.entry);
         check(&self.identity, &theirs, engines, &package.folder)?;
         let graph = package.graph()?;
         let ours = std::mem::replace(&mut self.graph, graph);
@@ -138,12 +138,12 @@ impl CudaDevice {
         for at in 0..self.slots.len() {
             let slot = &self.slots[at];
             let Some(loaded) = &slot.loaded else { continue };
-            if slot.facts.weight_mode == WeightMode::Bind {
+            if slot.entry.weight_mode == WeightMode::Bind {
                 continue;
             }
             let (plan, network) = (loaded.engine.plan().clone(), self.lowered(slot)?);
             let start = Instant::now();
-            if refitted.insert(slot.facts.file.clone()) {
+            if refitted.insert(slot.entry.file.clone()) {
                 let result: Result<(), RunError> = plan.refit(&network);
                 result.map_err(|error| self.failed(error))?;
             }

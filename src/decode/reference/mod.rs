@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use crate::dim::Sym;
 use crate::graph::{self, Graph, ValueId};
 use crate::onnx;
-use crate::passes::roles::{self, Role, Roles};
+use crate::passes::roles::{self, InputRole, Roles};
 use crate::tensor::{DType, Tensor};
 
 /// Who runs the export.
@@ -171,7 +171,7 @@ impl Reference {
                     .map(|dim| dim.eval(&sizes).and_then(|n| usize::try_from(n).ok()));
                 sizes.collect()
             });
-            let role = self.roles.of.get(id).copied().unwrap_or(Role::Unread);
+            let role = self.roles.of.get(id).copied().unwrap_or(InputRole::Unread);
             let (Some(shape), Some(dtype)) = (shape, value.dtype) else {
                 return Err(ReferenceError::Inputs {
                     path: self.path.clone(),
@@ -194,7 +194,7 @@ impl EngineKind {
 }
 
 /// An input for one sequence from an empty cache.
-fn input(role: Role, dtype: DType, shape: Vec<usize>, tokens: &[u32]) -> Tensor {
+fn input(role: InputRole, dtype: DType, shape: Vec<usize>, tokens: &[u32]) -> Tensor {
     let n = tokens.len();
     let columns = shape.last().copied().unwrap_or(1).max(1);
     let rows = match shape[..] {
@@ -209,14 +209,14 @@ fn input(role: Role, dtype: DType, shape: Vec<usize>, tokens: &[u32]) -> Tensor 
     let element = |i: usize| -> f64 {
         let (row, column) = (i / columns % rows, i % columns);
         match role {
-            Role::InputIds => f64::from(tokens[column]),
-            Role::PaddingMask => f64::from(u8::from(column < n)),
-            Role::FullMask if column <= row => kept,
-            Role::FullMask => masked,
-            Role::Positions => column as f64,
-            Role::TotalLength => n as f64,
-            Role::LastPosition => n as f64 - 1.0,
-            Role::PastLength | Role::Cache | Role::Unread => 0.0,
+            InputRole::InputIds => f64::from(tokens[column]),
+            InputRole::PaddingMask => f64::from(u8::from(column < n)),
+            InputRole::FullMask if column <= row => kept,
+            InputRole::FullMask => masked,
+            InputRole::Positions => column as f64,
+            InputRole::TotalLength => n as f64,
+            InputRole::LastPosition => n as f64 - 1.0,
+            InputRole::PastLength | InputRole::Cache | InputRole::Unread => 0.0,
         }
     };
     let volume = shape.iter().product();

@@ -1,15 +1,15 @@
 //! Execution of parts of an export at concrete sizes.
 //!
 //! A [`Trial`] fixes (batch, past, tokens) and computes values on demand: positional values from the definition of the
-//! inputs' [`Role`]s, data values from tensors that the caller feeds in place of projections and caches. All proofs of
+//! inputs' [`InputRole`]s, data values from tensors that the caller feeds in place of projections and caches. All proofs of
 //! the passes run through it. Operator semantics are `graph::eval`'s.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
-use super::kinds::Kind;
-use super::roles::{Role, Roles};
+use super::dependence::Dependence;
+use super::roles::{InputRole, Roles};
 use crate::dim::{Dim, Sym};
 use crate::graph::eval::eval_node;
 use crate::graph::op::Op;
@@ -17,10 +17,10 @@ use crate::graph::{Definition, Graph, Node, ValueId};
 use crate::tensor::{DType, Tensor};
 
 /// A graph with what is known of its inputs; the basis of trials.
-pub struct Bench<'g> {
+pub struct PartialEvaluator<'g> {
     pub graph: &'g Graph,
     pub roles: &'g Roles,
-    pub kinds: HashMap<ValueId, Kind>,
+    pub dependences: HashMap<ValueId, Dependence>,
     trials: RefCell<HashMap<Sizes, Rc<Trial>>>,
 }
 
@@ -51,18 +51,18 @@ pub struct Stuck {
 /// Slots beyond the live ones in trials of static caches whose capacity is symbolic.
 const SPARE_SLOTS: usize = 3;
 
-impl<'g> Bench<'g> {
+impl<'g> PartialEvaluator<'g> {
     pub fn new(graph: &'g Graph, roles: &'g Roles) -> Self {
-        Bench {
+        PartialEvaluator {
             graph,
             roles,
-            kinds: super::kinds::classify(graph, roles),
+            dependences: super::dependence::classify(graph, roles),
             trials: RefCell::default(),
         }
     }
 
-    pub fn kind(&self, id: ValueId) -> Kind {
-        self.kinds.get(&id).copied().unwrap_or(Kind::Data)
+    pub fn dependence(&self, id: ValueId) -> Dependence {
+        self.dependences.get(&id).copied().unwrap_or(Dependence::Data)
     }
 
     /// The trial at these sizes, as far as the export leaves them free: a fixed batch or token count wins.
@@ -159,7 +159,7 @@ impl<'g> Bench<'g> {
         if let Some(tensor) = local.get(&id) {
             return Ok(tensor.clone());
         }
-        if self.kind(id) != Kind::Data {
+        if self.dependence(id) != Dependence::Data {
             return self.eval(trial, id);
         }
         let Some((node, output)) = self.graph.producer_of(id) else {
@@ -200,17 +200,17 @@ impl<'g> Bench<'g> {
         let element = |i: usize| {
             let (row, column) = ((i / last) % trial.sizes.tokens.max(1), i % last);
             match self.roles.of.get(&id)? {
-                Role::Positions => Some(past + column as f64),
-                Role::PastLength => Some(past),
-                Role::TotalLength => Some(total),
-                Role::LastPosition => Some(total - 1.0),
-                Role::PaddingMask => Some(if (column as f64) < total { 1.0 } else { 0.0 }),
-                Role::FullMask => Some(if column as f64 <= past + row as f64 {
+                InputRole::Positions => Some(past + column as f64),
+                InputRole::PastLength => Some(past),
+                InputRole::TotalLength => Some(total),
+                InputRole::LastPosition => Some(total - 1.0),
+                InputRole::PaddingMask => Some(if (column as f64) < total { 1.0 } else { 0.0 }),
+                InputRole::FullMask => Some(if column as f64 <= past + row as f64 {
                     kept
                 } else {
                     masked
                 }),
-                Role::InputIds | Role::Cache | Role::Unread => None,
+                InputRole::InputIds | InputRole::Cache | InputRole::Unread => None,
             }
         };
         let values: Option<Vec<f64>> = (0..volume).map(element).collect();

@@ -8,21 +8,21 @@ use crate::backend::tensorrt::run::{Buffer, Cuda, Pinned, RunError, Stream};
 /// Inputs in the order in which they lie, the short ones first so that a decode step copies little.
 const NAMES: [&str; 4] = ["write_indices", "logit_rows", "input_ids", "position_ids"];
 
-pub(super) struct Control {
+pub(super) struct StepInputs {
     host: Pinned,
     device: Buffer,
     offsets: [usize; 4],
     used: usize,
 }
 
-impl Control {
+impl StepInputs {
     /// For calls of up to `rows` tokens.
     pub fn new(cuda: &Rc<Cuda>, rows: usize) -> Result<Self, RunError> {
         let one = aligned(size_of::<i32>());
         let row = aligned(rows * size_of::<i32>());
         let offsets = [0, one, 2 * one, 2 * one + row];
         let bytes = 2 * one + 2 * row;
-        Ok(Control {
+        Ok(StepInputs {
             host: Pinned::new(cuda, bytes)?,
             device: Buffer::new(cuda, bytes, "the inputs of a call")?,
             offsets,

@@ -4,10 +4,10 @@
 //! What needs a rank, a dtype or a width that is not known stays as it is. `GroupQueryAttention` is for the attention
 //! passes, which know what its cache is.
 
-use super::PassError;
-use super::pattern::{finish, rank, redefine};
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, NodeId, ValueId};
+use crate::passes::PassError;
+use crate::passes::pattern::{finish, rank, redefine};
 use crate::tensor::{DType, Tensor};
 
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {

@@ -3,36 +3,36 @@
 //! Between a projection and the attention that uses it lies only movement (reshapes, transposes, slices, head
 //! repetition), rotation and the cache: operators that are linear in the data and know nothing of its meaning. [`Trace`]
 //! walks back through them and stops at their *sources*: projections (or a norm or bias after one) and cache inputs.
-//! It does not say what the operators in between compute; `solve` finds that out by running them.
+//! It does not say what the operators in between compute; `projection` finds that out by running them.
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
 
-use super::kinds::Kind;
-use super::roles::Role;
-use super::trial::Bench;
 use crate::graph::op::{Binary, Op, Unary};
 use crate::graph::{Node, ValueId};
+use crate::passes::dependence::Dependence;
+use crate::passes::partial_eval::PartialEvaluator;
+use crate::passes::roles::InputRole;
 
 pub type Sources = Rc<BTreeSet<ValueId>>;
 
 /// Sources of values, remembered.
 pub struct Trace<'b, 'g> {
-    bench: &'b Bench<'g>,
+    evaluator: &'b PartialEvaluator<'g>,
     memo: RefCell<HashMap<ValueId, Sources>>,
 }
 
 impl<'b, 'g> Trace<'b, 'g> {
-    pub fn new(bench: &'b Bench<'g>) -> Self {
+    pub fn new(evaluator: &'b PartialEvaluator<'g>) -> Self {
         Trace {
-            bench,
+            evaluator,
             memo: RefCell::default(),
         }
     }
 
     pub fn is_cache(&self, id: ValueId) -> bool {
-        self.bench.roles.of.get(&id) == Some(&Role::Cache)
+        self.evaluator.roles.of.get(&id) == Some(&InputRole::Cache)
     }
 
     /// The data values that `id` is made of by movement and rotation alone.
@@ -41,7 +41,7 @@ impl<'b, 'g> Trace<'b, 'g> {
             return sources.clone();
         }
         let itself = || Rc::new(BTreeSet::from([id]));
-        let sources = match self.bench.graph.def(id) {
+        let sources = match self.evaluator.graph.def(id) {
             Some((_, node)) => self.through(node).unwrap_or_else(itself),
             None => itself(),
         };
@@ -63,7 +63,7 @@ impl<'b, 'g> Trace<'b, 'g> {
         if sources.len() == 1 {
             return Some(id);
         }
-        let (_, node) = self.bench.graph.def(id)?;
+        let (_, node) = self.evaluator.graph.def(id)?;
         self.data(node)
             .into_iter()
             .find_map(|v| self.rows_before_cache(v, source))
@@ -71,7 +71,9 @@ impl<'b, 'g> Trace<'b, 'g> {
 
     fn data(&self, node: &Node) -> Vec<ValueId> {
         let inputs = node.inputs.iter().flatten().copied();
-        inputs.filter(|v| self.bench.kind(*v) == Kind::Data).collect()
+        inputs
+            .filter(|v| self.evaluator.dependence(*v) == Dependence::Data)
+            .collect()
     }
 
     /// Sources behind a node, or `None` if it is where walking stops.
@@ -117,10 +119,14 @@ impl<'b, 'g> Trace<'b, 'g> {
     /// A scalar, or a value that varies with the position such as a cosine. A constant vector is a bias or a norm's
     /// weight, which belongs to the projection.
     fn is_factor(&self, id: ValueId) -> bool {
-        match self.bench.kind(id) {
-            Kind::Positional => true,
-            Kind::Constant => self.bench.graph.shape(id).is_some_and(|s| s.iter().all(|d| d.is_one())),
-            Kind::Data => false,
+        match self.evaluator.dependence(id) {
+            Dependence::Positional => true,
+            Dependence::Constant => self
+                .evaluator
+                .graph
+                .shape(id)
+                .is_some_and(|s| s.iter().all(|d| d.is_one())),
+            Dependence::Data => false,
         }
     }
 

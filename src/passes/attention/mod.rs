@@ -1,27 +1,48 @@
-//! The whole attention of an export, understood: one [`Layer`] per root, with its projections, caches and window.
+//! The attention of an export, recognised: one [`AttentionLayer`] for each, with its projections, caches and window.
 //!
-//! Puts together what the rooms beside it find (`roots`, `trace`, `solve`, `cache`, `mask`) and gives an [`Analysis`],
-//! which `emit` turns into canonical operators and `recognise` reports. Nothing is rewritten here. What was not understood
-//! is a list of [`Obstacle`]s, so that a user learns of all of them at once.
+//! | module | what it recognises |
+//! |---|---|
+//! | [`find`] | each attention: its operands, mask terms, scale and soft cap |
+//! | [`trace`] | the projections and caches that an operand is made of |
+//! | [`layout`] | where batch, tokens, heads and slots lie among the axes |
+//! | [`projection`] | which columns of a projection the rows are, scaled and rotated how |
+//! | [`rope`] | rotary tables |
+//! | [`cache`] | which output is the update of which input, and that it appends rows |
+//! | [`mask`] | causal, with or without a sliding window |
+//! | [`fingerprint`] | equal computations, so that one layer is executed and the others compared with it |
+//!
+//! [`analyse`] puts them together into an [`Analysis`], which `emit` turns into canonical operators and `recognise`
+//! reports. Nothing is rewritten here. Everything that was not recognised becomes an [`Obstacle`], so that a user sees all
+//! of them at once.
+
+pub(super) mod cache;
+mod find;
+mod fingerprint;
+pub(super) mod layout;
+mod mask;
+pub(super) mod projection;
+mod rope;
+mod trace;
 
 use std::collections::HashMap;
 use std::fmt;
 
-use super::cache::{self, Cache, Operand};
-use super::mask::Masks;
-use super::roles::Roles;
-use super::roots::{self, Root};
-use super::solve::{Projection, RowOrder, Rows, Tables};
-use super::trace::Trace;
-use super::trial::Bench;
 use crate::graph::op::Op;
 use crate::graph::{Graph, ValueId};
+use crate::passes::partial_eval::PartialEvaluator;
+use crate::passes::roles::Roles;
 use crate::tensor::DType;
+use cache::{ExportCache, Operand};
+use find::FoundAttention;
+use mask::Masks;
+use projection::{Projection, RowOrder, Rows, Tables};
+use trace::Trace;
 
 /// One attention, in terms of the canonical graph.
 #[derive(Clone, Debug)]
-pub struct Layer {
-    pub root: Root,
+pub struct AttentionLayer {
+    /// What `find` saw in the export.
+    pub found: FoundAttention,
     pub query: Projection,
     pub key_cache: ValueId,
     pub value_cache: ValueId,
@@ -54,21 +75,21 @@ impl fmt::Display for Obstacle {
 /// What is known of an export's attention.
 #[derive(Debug, Default)]
 pub struct Analysis {
-    pub layers: Vec<Layer>,
-    pub caches: HashMap<ValueId, Cache>,
+    pub layers: Vec<AttentionLayer>,
+    pub caches: HashMap<ValueId, ExportCache>,
     pub tables: Tables,
     pub obstacles: Vec<Obstacle>,
     /// Rows of the shortest table that is indexed by positions.
     pub position_limit: Option<usize>,
 }
 
-/// Understands every attention of a sorted, inferred graph. Rotary tables get `max_positions` rows, fewer where the
+/// Recognises every attention of a sorted, inferred graph. Rotary tables get `max_positions` rows, fewer where the
 /// export's own tables are shorter.
 pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
-    let bench = Bench::new(graph, roles);
-    let trace = Trace::new(&bench);
+    let evaluator = PartialEvaluator::new(graph, roles);
+    let trace = Trace::new(&evaluator);
     let masks = Masks::default();
-    let position_limit = position_limit(&bench);
+    let position_limit = position_limit(&evaluator);
     let mut analysis = Analysis {
         position_limit,
         ..Analysis::default()
@@ -76,7 +97,7 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
     analysis.tables.positions = position_limit
         .map_or(max_positions, |limit| limit.min(max_positions))
         .max(8);
-    let (found, unrecognised) = roots::find(&bench);
+    let (found, unrecognised) = find::find(&evaluator);
     for softmax in unrecognised {
         analysis.obstacles.push(Obstacle {
             layer: None,
@@ -84,24 +105,24 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
             reason: format!("this softmax is no attention that Lapidary knows: {}", softmax.reason),
         });
     }
-    for (index, root) in found.into_iter().enumerate() {
-        let at = root.name.clone();
+    for (index, attention) in found.into_iter().enumerate() {
+        let at = attention.name.clone();
         let obstacle = |reason: String| Obstacle {
             layer: Some(index),
             at: at.clone(),
             reason,
         };
-        let window = masks.window(&bench, &root);
-        let operands = operands(&trace, &bench, &root, &mut analysis);
+        let window = masks.window(&evaluator, &attention);
+        let operands = operands(&trace, &evaluator, &attention, &mut analysis);
         match (operands, window) {
-            (Ok((query, key_cache, value_cache, scale)), Ok(window)) => analysis.layers.push(Layer {
+            (Ok((query, key_cache, value_cache, scale)), Ok(window)) => analysis.layers.push(AttentionLayer {
                 query,
                 key_cache,
                 value_cache,
-                scale: snapped(scale * root.scale as f32, &bench, &root),
-                softcap: root.softcap as f32,
+                scale: snapped(scale * attention.scale as f32, &evaluator, &attention),
+                softcap: attention.softcap as f32,
                 window,
-                root,
+                found: attention,
             }),
             (operands, window) => {
                 analysis.obstacles.extend(operands.err().map(&obstacle));
@@ -110,7 +131,7 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
         }
     }
     if analysis.obstacles.is_empty() {
-        unmatched(&bench, &mut analysis);
+        unmatched(&evaluator, &mut analysis);
     }
     analysis
 }
@@ -119,56 +140,57 @@ type Operands = (Projection, ValueId, ValueId, f32);
 
 fn operands(
     trace: &Trace<'_, '_>,
-    bench: &Bench<'_>,
-    root: &Root,
+    evaluator: &PartialEvaluator<'_>,
+    attention: &FoundAttention,
     analysis: &mut Analysis,
 ) -> Result<Operands, String> {
-    let graph = bench.graph;
+    let graph = evaluator.graph;
     let name = |id: ValueId| graph.value(id).name.clone();
     let shape = graph
-        .shape(root.query)
-        .ok_or_else(|| format!("the shape of {} is not known", name(root.query)))?;
+        .shape(attention.query)
+        .ok_or_else(|| format!("the shape of {} is not known", name(attention.query)))?;
     let dim = shape
         .last()
         .and_then(|d| d.as_const())
         .ok_or("the head_dim of its queries is not known")? as usize;
-    let trial = bench.trial(1, 0, 1);
-    let volume: usize = bench
-        .dims(&trial, root.query)
+    let trial = evaluator.trial(1, 0, 1);
+    let volume: usize = evaluator
+        .dims(&trial, attention.query)
         .map_err(|stuck| stuck.to_string())?
         .iter()
         .product();
     let query_heads = volume / (trial.sizes.batch * trial.sizes.tokens * dim).max(1);
 
     let mut operand = Operand {
-        value: root.key,
-        transposed: root.key_transposed,
+        value: attention.key,
+        transposed: attention.key_transposed,
         query_heads,
-        grouped: root.grouped,
+        grouped: attention.grouped,
         dim: Some(dim),
         heads: None,
     };
-    let (key_cache, key_factor) = cache::solve(trace, bench, &operand, &mut analysis.caches, &mut analysis.tables)?;
+    let (key_cache, key_factor) = cache::solve(trace, evaluator, &operand, &mut analysis.caches, &mut analysis.tables)?;
     operand.heads = Some(analysis.caches[&key_cache].heads);
-    (operand.value, operand.transposed, operand.dim) = (root.value, false, None);
-    let (value_cache, value_factor) = cache::solve(trace, bench, &operand, &mut analysis.caches, &mut analysis.tables)?;
+    (operand.value, operand.transposed, operand.dim) = (attention.value, false, None);
+    let (value_cache, value_factor) =
+        cache::solve(trace, evaluator, &operand, &mut analysis.caches, &mut analysis.tables)?;
     if key_cache == value_cache {
         return Err(format!("keys and values come from one cache, {}", name(key_cache)));
     }
     if value_factor != 1.0 {
         return Err(format!("its values are scaled by {value_factor}"));
     }
-    let sources = trace.sources(root.query);
+    let sources = trace.sources(attention.query);
     let mut sources = sources.iter();
     let (Some(source), None) = (sources.next(), sources.next()) else {
         return Err(format!(
             "its queries {} are made of several projections",
-            name(root.query)
+            name(attention.query)
         ));
     };
     let rows = Rows {
-        bench,
-        value: root.query,
+        evaluator,
+        value: attention.query,
         order: RowOrder::Canonical,
         source: *source,
         heads: query_heads,
@@ -176,21 +198,21 @@ fn operands(
     };
     let query = rows
         .solve(&mut analysis.tables)
-        .map_err(|reason| format!("its queries {}: {reason}", name(root.query)))?;
+        .map_err(|reason| format!("its queries {}: {reason}", name(attention.query)))?;
     let scale = key_factor * query.scale;
     let query = Projection { scale: 1.0, ..query };
     Ok((query, key_cache, value_cache, scale))
 }
 
 /// The usual `1/sqrt(head_dim)` where the measured factor is that up to rounding of the export's own arithmetic.
-fn snapped(scale: f32, bench: &Bench<'_>, root: &Root) -> f32 {
-    let dim = bench
+fn snapped(scale: f32, evaluator: &PartialEvaluator<'_>, attention: &FoundAttention) -> f32 {
+    let dim = evaluator
         .graph
-        .shape(root.query)
+        .shape(attention.query)
         .and_then(|s| s.last())
         .and_then(|d| d.as_const());
     let usual = dim.map_or(0.0, |d| 1.0 / (d as f32).sqrt());
-    let slack = match bench.graph.value(root.query).dtype {
+    let slack = match evaluator.graph.value(attention.query).dtype {
         Some(DType::F16 | DType::Bf16) => 4e-3,
         _ => 1e-5,
     };
@@ -202,11 +224,11 @@ fn snapped(scale: f32, bench: &Bench<'_>, root: &Root) -> f32 {
 }
 
 /// Every cache must have been read, and every output but one must be a cache.
-fn unmatched(bench: &Bench<'_>, analysis: &mut Analysis) {
-    let graph = bench.graph;
+fn unmatched(evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
+    let graph = evaluator.graph;
     let name = |id: ValueId| graph.value(id).name.clone();
     let written: Vec<ValueId> = analysis.caches.values().map(|c| c.output).collect();
-    let lost: Vec<String> = bench
+    let lost: Vec<String> = evaluator
         .roles
         .caches
         .iter()
@@ -239,16 +261,16 @@ fn unmatched(bench: &Bench<'_>, analysis: &mut Analysis) {
 }
 
 /// Tables in the export that are indexed by positions bound how far positions may go.
-fn position_limit(bench: &Bench<'_>) -> Option<usize> {
-    use super::kinds::Kind;
-    let graph = bench.graph;
+fn position_limit(evaluator: &PartialEvaluator<'_>) -> Option<usize> {
+    use crate::passes::dependence::Dependence;
+    let graph = evaluator.graph;
     let table = |id: Option<ValueId>| {
         graph
             .constant(id?)
             .filter(|c| c.dtype().is_float())
             .map(|c| c.shape().to_vec())
     };
-    let positional = |id: Option<ValueId>| id.is_some_and(|v| bench.kind(v) == Kind::Positional);
+    let positional = |id: Option<ValueId>| id.is_some_and(|v| evaluator.dependence(v) == Dependence::Positional);
     let limit = |id| {
         let node = graph.node(id);
         let rows = match node.op {

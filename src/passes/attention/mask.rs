@@ -7,10 +7,10 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
-use super::kinds::Kind;
-use super::roots::{MaskTerm, Root};
-use super::trial::{Bench, Stuck, Trial};
+use super::find::{FoundAttention, MaskTerm};
 use crate::graph::ValueId;
+use crate::passes::dependence::Dependence;
+use crate::passes::partial_eval::{PartialEvaluator, Stuck, Trial};
 use crate::tensor::DType;
 
 /// An added value, or one put in place of a score, from which on nothing is left after the softmax. Sentinels seen:
@@ -36,39 +36,47 @@ pub struct Masks {
 type Found = Result<Option<usize>, String>;
 
 impl Masks {
-    /// The window of a root's mask: `None` is plain causal. An error says what is wrong with it.
-    pub fn window(&self, bench: &Bench<'_>, root: &Root) -> Result<Option<usize>, String> {
-        if let Some(known) = self.known.borrow().get(&root.mask) {
+    /// The window of a attention's mask: `None` is plain causal. An error says what is wrong with it.
+    pub fn window(
+        &self,
+        evaluator: &PartialEvaluator<'_>,
+        attention: &FoundAttention,
+    ) -> Result<Option<usize>, String> {
+        if let Some(known) = self.known.borrow().get(&attention.mask) {
             return known.clone();
         }
-        let found = window(bench, root);
-        self.known.borrow_mut().insert(root.mask.clone(), found.clone());
+        let found = window(evaluator, attention);
+        self.known.borrow_mut().insert(attention.mask.clone(), found.clone());
         found
     }
 }
 
-fn window(bench: &Bench<'_>, root: &Root) -> Result<Option<usize>, String> {
-    let name = |id: ValueId| bench.graph.value(id).name.clone();
-    if let Some(term) = root.mask.iter().find(|t| bench.kind(t.value()) == Kind::Data) {
+fn window(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention) -> Result<Option<usize>, String> {
+    let name = |id: ValueId| evaluator.graph.value(id).name.clone();
+    if let Some(term) = attention
+        .mask
+        .iter()
+        .find(|t| evaluator.dependence(t.value()) == Dependence::Data)
+    {
         return Err(format!(
             "the mask {} is not a function of positions",
             name(term.value())
         ));
     }
-    let tokens = bench.roles.tokens.unwrap_or(3);
-    let longest = longest_constant(bench, root) as usize + 2;
-    let past = match bench.roles.capacity {
+    let tokens = evaluator.roles.tokens.unwrap_or(3);
+    let longest = longest_constant(evaluator, attention) as usize + 2;
+    let past = match evaluator.roles.capacity {
         Some(capacity) => longest.min(capacity.saturating_sub(tokens)),
         None => longest,
     };
-    let mut far = bench.trial(1, past, tokens);
-    let mut seen = allowed(bench, root, &far);
+    let mut far = evaluator.trial(1, past, tokens);
+    let mut seen = allowed(evaluator, attention, &far);
     // Some exports can take a prompt or one token after it, but no second part of a prompt: their mask has no meaning
     // for several tokens after a past, and nothing is lost by giving it the causal one.
     let one_by_one = seen.is_err() && tokens > 1;
     if one_by_one {
-        far = bench.trial(1, past, 1);
-        seen = allowed(bench, root, &far);
+        far = evaluator.trial(1, past, 1);
+        seen = allowed(evaluator, attention, &far);
     }
     let seen = seen.map_err(|stuck| stuck.to_string())?;
     let last = far.sizes.past + far.sizes.tokens - 1;
@@ -79,16 +87,16 @@ fn window(bench: &Bench<'_>, root: &Root) -> Result<Option<usize>, String> {
         return Err("its mask hides every slot".into());
     }
     check(&seen, &far, window)?;
-    bench.forget(&far);
+    evaluator.forget(&far);
     let mut sizes = vec![(1, 0, 5), (2, 3, 1), (2, 2, 4), (1, 0, 1)];
     if let Some(window) = window {
         sizes.extend([(1, window - 1, 3), (1, 0, window.min(64) + 2)]);
     }
-    let fits = |past: usize, tokens: usize| bench.roles.capacity.is_none_or(|c| past + tokens <= c);
+    let fits = |past: usize, tokens: usize| evaluator.roles.capacity.is_none_or(|c| past + tokens <= c);
     for (batch, past, tokens) in sizes {
-        if fits(past, bench.roles.tokens.unwrap_or(tokens)) && (past == 0 || tokens == 1 || !one_by_one) {
-            let trial = bench.trial(batch, past, tokens);
-            let seen = allowed(bench, root, &trial).map_err(|stuck| stuck.to_string())?;
+        if fits(past, evaluator.roles.tokens.unwrap_or(tokens)) && (past == 0 || tokens == 1 || !one_by_one) {
+            let trial = evaluator.trial(batch, past, tokens);
+            let seen = allowed(evaluator, attention, &trial).map_err(|stuck| stuck.to_string())?;
             check(&seen, &trial, window)?;
         }
     }
@@ -117,20 +125,20 @@ fn check(seen: &Allowed, trial: &Trial, window: Option<usize>) -> Result<(), Str
     Ok(())
 }
 
-fn allowed(bench: &Bench<'_>, root: &Root, trial: &Trial) -> Result<Allowed, Stuck> {
+fn allowed(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention, trial: &Trial) -> Result<Allowed, Stuck> {
     let sizes = trial.sizes;
-    let slots = match root.scores {
-        Some(scores) => bench.dims(trial, scores)?.last().copied().unwrap_or(0),
+    let slots = match attention.scores {
+        Some(scores) => evaluator.dims(trial, scores)?.last().copied().unwrap_or(0),
         None => {
-            let dims = bench.dims(trial, root.key)?;
+            let dims = evaluator.dims(trial, attention.key)?;
             dims[dims.len().saturating_sub(2)]
         }
     };
     let mut bits = vec![true; sizes.batch * sizes.tokens * slots];
-    for term in &root.mask {
-        let tensor = bench.eval(trial, term.value())?;
+    for term in &attention.mask {
+        let tensor = evaluator.eval(trial, term.value())?;
         let stuck = |reason: String| Stuck {
-            at: bench.graph.value(term.value()).name.clone(),
+            at: evaluator.graph.value(term.value()).name.clone(),
             reason,
         };
         let shape = tensor.shape();
@@ -188,9 +196,9 @@ fn allowed(bench: &Bench<'_>, root: &Root, trial: &Trial) -> Result<Allowed, Stu
 }
 
 /// The largest integer in the arithmetic of the masks: no window can be longer.
-fn longest_constant(bench: &Bench<'_>, root: &Root) -> i64 {
-    let graph = bench.graph;
-    let mut stack: Vec<ValueId> = root.mask.iter().map(|t| t.value()).collect();
+fn longest_constant(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention) -> i64 {
+    let graph = evaluator.graph;
+    let mut stack: Vec<ValueId> = attention.mask.iter().map(|t| t.value()).collect();
     let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
     let mut longest = 8;
     while let Some(id) = stack.pop() {

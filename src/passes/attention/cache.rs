@@ -8,17 +8,17 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
+use super::fingerprint::fingerprint;
 use super::layout::{CacheLayout, TokenLayout};
-use super::solve::{Noise, Projection, RowOrder, Rows, Tables, noise, tolerance};
+use super::projection::{Noise, Projection, RowOrder, Rows, Tables, noise, tolerance};
 use super::trace::Trace;
-use super::trial::{Bench, Trial, tensor_of};
-use super::twins::fingerprint;
 use crate::graph::ValueId;
+use crate::passes::partial_eval::{PartialEvaluator, Trial, tensor_of};
 use crate::tensor::{DType, Tensor};
 
 /// A cache of the export, understood.
 #[derive(Clone, Debug)]
-pub struct Cache {
+pub struct ExportCache {
     pub input: ValueId,
     pub output: ValueId,
     pub layout: CacheLayout,
@@ -45,12 +45,12 @@ pub struct Operand {
 /// The cache behind an operand, and the factor by which the operand is scaled on the way from it.
 pub fn solve(
     trace: &Trace<'_, '_>,
-    bench: &Bench<'_>,
+    evaluator: &PartialEvaluator<'_>,
     operand: &Operand,
-    known: &mut HashMap<ValueId, Cache>,
+    known: &mut HashMap<ValueId, ExportCache>,
     tables: &mut Tables,
 ) -> Result<(ValueId, f32), String> {
-    let name = |id: ValueId| bench.graph.value(id).name.clone();
+    let name = |id: ValueId| evaluator.graph.value(id).name.clone();
     let (caches, new) = trace.cache_and_new(operand.value);
     let [input] = caches[..] else {
         return Err(match caches.len() {
@@ -61,7 +61,7 @@ pub fn solve(
             _ => format!(
                 "{} comes from several caches: {}",
                 name(operand.value),
-                names(bench, &caches)
+                names(evaluator, &caches)
             ),
         });
     };
@@ -72,24 +72,24 @@ pub fn solve(
             if new.is_empty() {
                 "nothing".into()
             } else {
-                names(bench, &new)
+                names(evaluator, &new)
             },
             name(input)
         ));
     };
     let cache = match known.entry(input) {
         Entry::Occupied(entry) => entry.into_mut(),
-        Entry::Vacant(entry) => entry.insert(find(trace, bench, operand, input, source, tables)?),
+        Entry::Vacant(entry) => entry.insert(find(trace, evaluator, operand, input, source, tables)?),
     };
     let context = format!(
         "read {} {} {} {:?} {} {}",
         operand.transposed, operand.query_heads, operand.grouped, cache.layout, cache.heads, cache.dim
     );
-    let print = fingerprint(bench, operand.value, &[input, source], &context);
+    let print = fingerprint(evaluator, operand.value, &[input, source], &context);
     let factor = match tables.proven.reads.get(&print) {
         Some(factor) => *factor,
         None => {
-            let factor = read(bench, operand, cache, tables)?;
+            let factor = read(evaluator, operand, cache, tables)?;
             tables.proven.reads.insert(print, factor);
             factor
         }
@@ -97,20 +97,20 @@ pub fn solve(
     Ok((input, factor))
 }
 
-fn names(bench: &Bench<'_>, ids: &[ValueId]) -> String {
-    let names: Vec<&str> = ids.iter().map(|id| bench.graph.value(*id).name.as_str()).collect();
+fn names(evaluator: &PartialEvaluator<'_>, ids: &[ValueId]) -> String {
+    let names: Vec<&str> = ids.iter().map(|id| evaluator.graph.value(*id).name.as_str()).collect();
     names.join(", ")
 }
 
 fn find(
     trace: &Trace<'_, '_>,
-    bench: &Bench<'_>,
+    evaluator: &PartialEvaluator<'_>,
     operand: &Operand,
     input: ValueId,
     source: ValueId,
     tables: &mut Tables,
-) -> Result<Cache, String> {
-    let graph = bench.graph;
+) -> Result<ExportCache, String> {
+    let graph = evaluator.graph;
     let name = &graph.value(input).name;
     let output = graph.outputs.iter().copied().find(|o| {
         let (caches, _) = trace.cache_and_new(*o);
@@ -130,15 +130,15 @@ fn find(
         )
     })?;
     let shape = graph.shape(rows_value).cloned().unwrap_or_default();
-    let order = TokenLayout::of(&shape, bench.roles).ok_or_else(|| {
+    let order = TokenLayout::of(&shape, evaluator.roles).ok_or_else(|| {
         format!(
             "{} has the shape {shape:?}, in which no axis counts tokens",
             graph.value(rows_value).name
         )
     })?;
 
-    let trial = proving_trial(bench, 2, 3);
-    let dims = bench.dims(&trial, input).map_err(|stuck| stuck.to_string())?;
+    let trial = proving_trial(evaluator, 2, 3);
+    let dims = evaluator.dims(&trial, input).map_err(|stuck| stuck.to_string())?;
     let mut reasons = Vec::new();
     for layout in CacheLayout::candidates(dims.len()) {
         let Some((heads, _, dim)) = layout.split(&dims, operand.heads, operand.dim) else {
@@ -148,7 +148,7 @@ fn find(
             continue;
         }
         let rows = Rows {
-            bench,
+            evaluator,
             value: rows_value,
             order: RowOrder::Tokens(order.clone()),
             source,
@@ -156,7 +156,7 @@ fn find(
             dim,
         };
         let found = rows.solve(tables).and_then(|projection| {
-            let cache = Cache {
+            let cache = ExportCache {
                 input,
                 output,
                 layout: *layout,
@@ -165,10 +165,10 @@ fn find(
                 rows: projection,
             };
             let context = format!("cache {layout:?} {heads} {dim}");
-            let print = fingerprint(bench, output, &[input, source], &context);
+            let print = fingerprint(evaluator, output, &[input, source], &context);
             if !tables.proven.writes.contains(&print) {
-                write(bench, &cache, tables, &trial)?;
-                write(bench, &cache, tables, &proving_trial(bench, 0, 2))?;
+                write(evaluator, &cache, tables, &trial)?;
+                write(evaluator, &cache, tables, &proving_trial(evaluator, 0, 2))?;
                 tables.proven.writes.insert(print);
             }
             Ok(cache)
@@ -186,8 +186,8 @@ fn find(
 }
 
 /// Sizes that a small static cache can hold.
-fn proving_trial(bench: &Bench<'_>, past: usize, tokens: usize) -> std::rc::Rc<Trial> {
-    bench.trial(2, past, tokens)
+fn proving_trial(evaluator: &PartialEvaluator<'_>, past: usize, tokens: usize) -> std::rc::Rc<Trial> {
+    evaluator.trial(2, past, tokens)
 }
 
 /// What a cache and its source were fed with, and what the cache must then hold.
@@ -198,10 +198,15 @@ struct Scene {
     slots: usize,
 }
 
-fn scene(bench: &Bench<'_>, cache: &Cache, tables: &Tables, trial: &Trial) -> Result<Scene, String> {
-    let text = |stuck: super::trial::Stuck| stuck.to_string();
+fn scene(
+    evaluator: &PartialEvaluator<'_>,
+    cache: &ExportCache,
+    tables: &Tables,
+    trial: &Trial,
+) -> Result<Scene, String> {
+    let text = |stuck: crate::passes::partial_eval::Stuck| stuck.to_string();
     let (batch, past, tokens) = (trial.sizes.batch, trial.sizes.past, trial.sizes.tokens);
-    let dims = bench.dims(trial, cache.input).map_err(text)?;
+    let dims = evaluator.dims(trial, cache.input).map_err(text)?;
     let (heads, before, dim) = cache
         .layout
         .split(&dims, Some(cache.heads), Some(cache.dim))
@@ -211,9 +216,9 @@ fn scene(bench: &Bench<'_>, cache: &Cache, tables: &Tables, trial: &Trial) -> Re
     for (i, place) in cache.layout.places(batch, heads, before, dim).into_iter().enumerate() {
         stored[i] = held[place];
     }
-    let dtype = bench.graph.value(cache.input).dtype.unwrap_or(DType::F32);
+    let dtype = evaluator.graph.value(cache.input).dtype.unwrap_or(DType::F32);
     let rows = Rows {
-        bench,
+        evaluator,
         value: cache.rows.source,
         order: RowOrder::Canonical,
         source: cache.rows.source,
@@ -229,7 +234,11 @@ fn scene(bench: &Bench<'_>, cache: &Cache, tables: &Tables, trial: &Trial) -> Re
         ),
     ]);
     let new = cache.rows.rows(tables, trial, |b, t, c| x.at(b, t, c) as f32);
-    let slots = if bench.roles.growing { before + tokens } else { before };
+    let slots = if evaluator.roles.growing {
+        before + tokens
+    } else {
+        before
+    };
     let mut expected = vec![0.0; batch * heads * slots * dim];
     for (group, rows) in expected.chunks_mut((slots * dim).max(1)).enumerate() {
         for (i, cell) in rows.iter_mut().enumerate() {
@@ -244,22 +253,22 @@ fn scene(bench: &Bench<'_>, cache: &Cache, tables: &Tables, trial: &Trial) -> Re
     Ok(Scene { feeds, expected, slots })
 }
 
-fn coarsest(bench: &Bench<'_>, ids: &[ValueId]) -> f32 {
-    let of = |id: &ValueId| tolerance(bench.graph.value(*id).dtype.unwrap_or(DType::F32));
+fn coarsest(evaluator: &PartialEvaluator<'_>, ids: &[ValueId]) -> f32 {
+    let of = |id: &ValueId| tolerance(evaluator.graph.value(*id).dtype.unwrap_or(DType::F32));
     ids.iter().map(of).fold(0.0, f32::max)
 }
 
 /// Proves that the output is the input with the new rows in the slots from `past` on.
-fn write(bench: &Bench<'_>, cache: &Cache, tables: &Tables, trial: &Trial) -> Result<(), String> {
-    let scene = scene(bench, cache, tables, trial)?;
-    let result = bench
+fn write(evaluator: &PartialEvaluator<'_>, cache: &ExportCache, tables: &Tables, trial: &Trial) -> Result<(), String> {
+    let scene = scene(evaluator, cache, tables, trial)?;
+    let result = evaluator
         .run(trial, &scene.feeds, &[cache.output])
         .map_err(|stuck| stuck.to_string())?;
     let values = result[0].to_f32();
     let places = cache
         .layout
         .places(trial.sizes.batch, cache.heads, scene.slots, cache.dim);
-    let limit = 4.0 * coarsest(bench, &[cache.input, cache.rows.source]) * cache.rows.scale.abs().max(1.0);
+    let limit = 4.0 * coarsest(evaluator, &[cache.input, cache.rows.source]) * cache.rows.scale.abs().max(1.0);
     let same = values.len() == places.len()
         && places
             .iter()
@@ -272,16 +281,21 @@ fn write(bench: &Bench<'_>, cache: &Cache, tables: &Tables, trial: &Trial) -> Re
         "with {} past and {} new tokens, the output {} is not the cache with the new rows after the past ones",
         trial.sizes.past,
         trial.sizes.tokens,
-        bench.graph.value(cache.output).name
+        evaluator.graph.value(cache.output).name
     ))
 }
 
 /// Proves that the operand is the written cache, its heads repeated over the query heads, and gives its scale.
-fn read(bench: &Bench<'_>, operand: &Operand, cache: &Cache, tables: &Tables) -> Result<f32, String> {
-    let name = &bench.graph.value(operand.value).name;
-    let trial = proving_trial(bench, 2, 3);
-    let scene = scene(bench, cache, tables, &trial)?;
-    let result = bench
+fn read(
+    evaluator: &PartialEvaluator<'_>,
+    operand: &Operand,
+    cache: &ExportCache,
+    tables: &Tables,
+) -> Result<f32, String> {
+    let name = &evaluator.graph.value(operand.value).name;
+    let trial = proving_trial(evaluator, 2, 3);
+    let scene = scene(evaluator, cache, tables, &trial)?;
+    let result = evaluator
         .run(&trial, &scene.feeds, &[operand.value])
         .map_err(|stuck| stuck.to_string())?;
     let (tensor, batch, dim) = (&result[0], trial.sizes.batch, cache.dim);
@@ -339,12 +353,13 @@ fn read(bench: &Bench<'_>, operand: &Operand, cache: &Cache, tables: &Tables) ->
             },
         );
     let mut factor = answer / largest;
-    let limit =
-        4.0 * coarsest(bench, &[cache.input, cache.rows.source, operand.value]) * factor.abs().max(f32::MIN_POSITIVE);
+    let limit = 4.0
+        * coarsest(evaluator, &[cache.input, cache.rows.source, operand.value])
+        * factor.abs().max(f32::MIN_POSITIVE);
     if !factor.is_finite() || !pairs.iter().all(|(e, v)| (e * factor - v).abs() <= limit) {
         return Err(format!(
             "{name} is not the cache {} with its heads repeated",
-            bench.graph.value(cache.input).name
+            evaluator.graph.value(cache.input).name
         ));
     }
     // Rounding in the export's own arithmetic must not leave a scale of 0.99999994.

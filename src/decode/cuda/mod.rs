@@ -9,31 +9,31 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use super::device::{Chunk, Device, DeviceError};
-use super::instruments::Instruments;
 use crate::backend::tensorrt::Library;
 use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Pinned, RunError, Runtime, Stream, trial};
+use crate::decode::device::{Chunk, Device, DeviceError};
+use crate::decode::instruments::Instruments;
 use crate::graph::Graph;
 use crate::network::{Profile, Tokens};
 use crate::package::manifest;
 use crate::package::{ENGINES, KERNELS, Package};
 use crate::spec::Target;
 
-mod cache;
 mod chunks;
-mod control;
 mod error;
-mod facts;
+mod instruments;
+mod kv_cache;
 mod load;
 mod scratch;
+mod step_inputs;
 mod swap;
 mod weights;
 
-use cache::Cache;
 use chunks::{choose, covers, largest};
-use control::Control;
 pub use error::OpenError;
 use error::device_error;
+use kv_cache::KvCache;
+use step_inputs::StepInputs;
 use swap::Identity;
 pub use swap::{SwapError, Swapped};
 use weights::Weights;
@@ -46,9 +46,10 @@ fn aligned(bytes: usize) -> usize {
 }
 
 /// One engine of the package, loaded or not.
-struct Slot {
+struct EngineSlot {
     profile: Profile,
-    facts: manifest::EngineEntry,
+    /// What the manifest says of it.
+    entry: manifest::EngineEntry,
     loaded: Option<Loaded>,
 }
 
@@ -107,16 +108,16 @@ impl CudaOptions {
 
 /// See the module's head. Fields die in the order of their declaration: engines before what they are bound to.
 pub struct CudaDevice {
-    slots: Vec<Slot>,
+    slots: Vec<EngineSlot>,
     graph: Graph,
     /// Whose weights these are.
     identity: Identity,
     folder: PathBuf,
     options: CudaOptions,
     weights: Option<Weights>,
-    cache: Option<Cache>,
+    cache: Option<KvCache>,
     scratch: Option<Buffer>,
-    control: Control,
+    inputs: StepInputs,
     logits: Buffer,
     pinned_logits: Pinned,
     argmax: Argmax,
@@ -140,10 +141,10 @@ impl CudaDevice {
             .engines
             .iter()
             .filter(|e| e.target == Target::compiled());
-        let slots: Vec<Slot> = engines
-            .map(|facts| Slot {
-                profile: facts.profile,
-                facts: facts.clone(),
+        let slots: Vec<EngineSlot> = engines
+            .map(|entry| EngineSlot {
+                profile: entry.profile,
+                entry: entry.clone(),
                 loaded: None,
             })
             .collect();
@@ -154,7 +155,7 @@ impl CudaDevice {
         }
         if let Some(slot) = slots
             .iter()
-            .find(|s| !s.facts.takes(&package.manifest.weights.set_hash))
+            .find(|s| !s.entry.takes(&package.manifest.weights.set_hash))
         {
             return Err(OpenError::OtherWeights {
                 package: package.folder.clone(),
@@ -176,7 +177,7 @@ impl CudaDevice {
             weights: None,
             cache: None,
             scratch: None,
-            control: Control::new(cuda, rows)?,
+            inputs: StepInputs::new(cuda, rows)?,
             logits: Buffer::new(cuda, vocabulary * size_of::<f32>(), "one row of logits")?,
             pinned_logits: Pinned::new(cuda, vocabulary * size_of::<f32>())?,
             argmax: Argmax::new(cuda, &stream)?,
@@ -244,7 +245,7 @@ impl CudaDevice {
 
     /// The slot of what ran last. There is none at first, and after its engine was unloaded.
     fn last_slot(&self) -> Result<usize, DeviceError> {
-        let ran = |slot: &Slot| slot.loaded.is_some() && Some(slot.profile) == self.last;
+        let ran = |slot: &EngineSlot| slot.loaded.is_some() && Some(slot.profile) == self.last;
         let found = self.slots.iter().position(ran);
         found.ok_or_else(|| DeviceError {
             device: self.runtime.gpu().to_string(),
@@ -267,8 +268,8 @@ impl CudaDevice {
 
     /// The slot that runs `rows` rows at `capacity`.
     fn slot(&self, rows: usize, capacity: usize) -> Option<usize> {
-        let matches = |slot: &&Slot| slot.profile.capacity == capacity && covers(slot.profile.tokens, rows);
-        let exact = |slot: &&Slot| matches(slot) && matches!(slot.profile.tokens, Tokens::Static(_));
+        let matches = |slot: &&EngineSlot| slot.profile.capacity == capacity && covers(slot.profile.tokens, rows);
+        let exact = |slot: &&EngineSlot| matches(slot) && matches!(slot.profile.tokens, Tokens::Static(_));
         // An engine for just this many is faster than one for any.
         let found = self
             .slots
@@ -310,14 +311,14 @@ impl CudaDevice {
             unsafe { loaded.engine.bind(cache.ports())? };
             loaded.cache = cache.address();
         }
-        self.control.upload(&self.stream)?;
+        self.inputs.upload(&self.stream)?;
         loaded.engine.enqueue(&self.stream)
     }
 
     /// Queues a chunk: its inputs and its engine.
     fn start(&mut self, chunk: Chunk, tokens: &[u32], position: usize) -> Result<(), DeviceError> {
         let at = self.ready(chunk.rows, self.capacity)?;
-        self.control.write(tokens, position, chunk.rows);
+        self.inputs.write(tokens, position, chunk.rows);
         self.last = Some(self.slots[at].profile);
         self.run(at, chunk.rows).map_err(|error| self.failed(error))
     }
@@ -381,7 +382,7 @@ impl Device for CudaDevice {
         }
         let engine = &self.slots[at].loaded.as_ref().expect("made ready").engine;
         let moved = match &self.cache {
-            None => Cache::new(self.runtime.cuda(), &self.stream, engine, capacity),
+            None => KvCache::new(self.runtime.cuda(), &self.stream, engine, capacity),
             Some(cache) => cache.grown(self.runtime.cuda(), &self.stream, capacity, live),
         };
         let moved = moved.and_then(|cache| {
@@ -390,7 +391,7 @@ impl Device for CudaDevice {
         });
         let error = match moved {
             Ok(cache) => {
-                let left = self.cache.as_ref().map_or(0, Cache::bytes);
+                let left = self.cache.as_ref().map_or(0, KvCache::bytes);
                 self.most_cache = self.most_cache.max(left + cache.bytes());
                 self.cache = Some(cache);
                 self.capacity = capacity;
@@ -409,7 +410,7 @@ impl Device for CudaDevice {
                 needed,
                 free,
                 // The one that is held fits by itself.
-                fits: cache::fitting(&self.capacities, capacity, needed, free)
+                fits: kv_cache::fitting(&self.capacities, capacity, needed, free)
                     .max(self.cache.as_ref().map(|_| self.capacity)),
             },
             other => other,

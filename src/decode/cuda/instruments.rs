@@ -88,11 +88,11 @@ impl CudaDevice {
         let profile = slot.profile;
         let tokens = slot.loaded.as_ref().expect("it ran").tokens;
         let options = lower::Options {
-            weight_mode: slot.facts.weight_mode,
-            ..slot.facts.lowering.clone()
+            weight_mode: slot.entry.weight_mode,
+            ..slot.entry.lowering.clone()
         };
         let network = lower::lower(&self.graph, &slot.profile, &options).expect("it was lowered when it was loaded");
-        let path = self.folder.join(&slot.facts.file);
+        let path = self.folder.join(&slot.entry.file);
         let plan = std::fs::read(&path).map_err(|source| RunError::Read {
             path: path.clone(),
             source,

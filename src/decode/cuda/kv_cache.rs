@@ -15,7 +15,7 @@ pub(super) fn fitting(capacities: &[usize], wanted: usize, needed: u64, free: u6
 
 /// One cache tensor `[batch, kv_heads, capacity, head_dim]`.
 #[derive(Clone, Debug, PartialEq)]
-struct Layer {
+struct CacheTensor {
     input: String,
     output: String,
     /// `batch * kv_heads`.
@@ -24,29 +24,29 @@ struct Layer {
     slot_bytes: usize,
 }
 
-impl Layer {
+impl CacheTensor {
     fn bytes(&self, capacity: usize) -> usize {
         self.rows * capacity * self.slot_bytes
     }
 }
 
-pub(super) struct Cache {
-    layers: Vec<Layer>,
+pub(super) struct KvCache {
+    layers: Vec<CacheTensor>,
     buffer: Buffer,
     capacity: usize,
 }
 
-impl Cache {
+impl KvCache {
     /// Zeros, for the caches that this engine has.
     pub fn new(cuda: &Rc<Cuda>, stream: &Stream, engine: &Engine, capacity: usize) -> Result<Self, RunError> {
         let inputs = engine.ports().iter().filter(|p| p.is_input);
-        let layers: Vec<Layer> = inputs
+        let layers: Vec<CacheTensor> = inputs
             .filter_map(|port| {
                 let output = format!("updated_{}", port.name);
                 let [batch, heads, slots, width] = port.shape[..] else {
                     return None;
                 };
-                (engine.port(&output).is_some() && slots == capacity as i64).then(|| Layer {
+                (engine.port(&output).is_some() && slots == capacity as i64).then(|| CacheTensor {
                     input: port.name.clone(),
                     output,
                     rows: (batch * heads) as usize,
@@ -54,15 +54,20 @@ impl Cache {
                 })
             })
             .collect();
-        Cache::allocated(cuda, stream, layers, capacity)
+        KvCache::allocated(cuda, stream, layers, capacity)
     }
 
-    fn allocated(cuda: &Rc<Cuda>, stream: &Stream, layers: Vec<Layer>, capacity: usize) -> Result<Self, RunError> {
+    fn allocated(
+        cuda: &Rc<Cuda>,
+        stream: &Stream,
+        layers: Vec<CacheTensor>,
+        capacity: usize,
+    ) -> Result<Self, RunError> {
         let bytes = layers.iter().map(|layer| aligned(layer.bytes(capacity))).sum();
         let buffer = Buffer::new(cuda, bytes, "the cache")?;
         // Slots beyond the live ones are masked, but what is masked must be finite.
         buffer.clear(stream)?;
-        Ok(Cache {
+        Ok(KvCache {
             layers,
             buffer,
             capacity,
@@ -72,7 +77,7 @@ impl Cache {
     /// A cache of another capacity with the first `live` slots of this one. Queued: wait before this one is dropped.
     pub fn grown(&self, cuda: &Rc<Cuda>, stream: &Stream, capacity: usize, live: usize) -> Result<Self, RunError> {
         let live = live.min(capacity);
-        let grown = Cache::allocated(cuda, stream, self.layers.clone(), capacity)?;
+        let grown = KvCache::allocated(cuda, stream, self.layers.clone(), capacity)?;
         for (first, count) in self.runs(capacity) {
             let layer = &self.layers[first];
             let from = self.buffer.address() + self.offset(first) as u64;
@@ -90,7 +95,7 @@ impl Cache {
 
     /// Layers that one copy moves, as (first, count): of equal shape and without gaps in either capacity. Mostly all.
     fn runs(&self, capacity: usize) -> Vec<(usize, usize)> {
-        let gapless = |layer: &Layer| {
+        let gapless = |layer: &CacheTensor| {
             [self.capacity, capacity]
                 .iter()
                 .all(|c| aligned(layer.bytes(*c)) == layer.bytes(*c))

@@ -97,7 +97,7 @@ fn target(graph: &mut Graph, input_ids: ValueId, from: &[Dim], to: &[Dim], name:
 
 /// Gives every reshape whose result has a known shape a constant target where one exists, and removes reshapes that do
 /// nothing. Gives the number of rewrites.
-pub fn settle(graph: &mut Graph, input_ids: ValueId) -> usize {
+pub fn run(graph: &mut Graph, input_ids: ValueId) -> usize {
     let ids: Vec<NodeId> = graph.node_ids().collect();
     let mut rewrites = 0;
     for id in ids {

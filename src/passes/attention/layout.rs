@@ -3,8 +3,8 @@
 //! Canonical row order is `[batch, heads, tokens, head_dim]`. Exports arrive in others; the types here convert between
 //! flat element lists, and say which columns of a projection become which head.
 
-use super::roles::Roles;
 use crate::dim::{Dim, Sym};
+use crate::passes::roles::Roles;
 
 /// Where the tokens of a data value lie: any order of axes, with batch and tokens perhaps merged into one.
 #[derive(Clone, Debug)]

@@ -2,7 +2,7 @@
 //!
 //! Everything an export computes from its masks, positions, lengths and shapes alone is *positional*: it can be executed
 //! for any (batch, past, tokens) without weights or tokens, which is how masks, rotary tables and index arithmetic are
-//! recognised. Taken: an inferred graph and its [`Roles`]. Given: a [`Kind`] for each value.
+//! recognised. Taken: an inferred graph and its [`Roles`]. Given: a [`Dependence`] for each value.
 
 use std::collections::HashMap;
 
@@ -10,8 +10,9 @@ use super::roles::Roles;
 use crate::graph::op::Op;
 use crate::graph::{Definition, Graph, ValueId};
 
+/// What a value depends on; the larger one wins where values meet.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub enum Kind {
+pub enum Dependence {
     /// Depends on nothing.
     Constant,
     /// Depends on batch size, past length, token count and capacity only.
@@ -20,15 +21,22 @@ pub enum Kind {
     Data,
 }
 
-/// The kind of every live value. The graph must be sorted.
-pub fn classify(graph: &Graph, roles: &Roles) -> HashMap<ValueId, Kind> {
-    let mut kinds = HashMap::new();
+/// The dependence of every live value. The graph must be sorted.
+pub fn classify(graph: &Graph, roles: &Roles) -> HashMap<ValueId, Dependence> {
+    let mut dependences = HashMap::new();
     for id in graph.value_ids() {
         match graph.value(id).definition {
-            Definition::Constant(_) => kinds.insert(id, Kind::Constant),
+            Definition::Constant(_) => dependences.insert(id, Dependence::Constant),
             Definition::Input => {
                 let positional = roles.of.get(&id).is_some_and(|role| role.is_positional());
-                kinds.insert(id, if positional { Kind::Positional } else { Kind::Data })
+                dependences.insert(
+                    id,
+                    if positional {
+                        Dependence::Positional
+                    } else {
+                        Dependence::Data
+                    },
+                )
             }
             _ => None,
         };
@@ -36,18 +44,18 @@ pub fn classify(graph: &Graph, roles: &Roles) -> HashMap<ValueId, Kind> {
     for id in graph.node_ids() {
         let node = graph.node(id);
         let inputs = node.inputs.iter().flatten();
-        let kind = match node.op {
+        let dependence = match node.op {
             // A shape is known from the dims, whatever the elements are.
-            Op::Shape { .. } | Op::Size => Kind::Positional,
-            Op::Unknown { .. } => Kind::Data,
+            Op::Shape { .. } | Op::Size => Dependence::Positional,
+            Op::Unknown { .. } => Dependence::Data,
             _ => inputs
-                .map(|v| kinds.get(v).copied().unwrap_or(Kind::Data))
+                .map(|v| dependences.get(v).copied().unwrap_or(Dependence::Data))
                 .max()
-                .unwrap_or(Kind::Constant),
+                .unwrap_or(Dependence::Constant),
         };
         for output in node.outputs.iter().flatten() {
-            kinds.insert(*output, kind);
+            dependences.insert(*output, dependence);
         }
     }
-    kinds
+    dependences
 }

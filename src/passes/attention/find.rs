@@ -2,18 +2,18 @@
 //!
 //! Walks from the softmax back to the matrix product of queries and keys, through scales, soft caps, masks and casts in
 //! any order that has a meaning, and forward to the product with the values, through guards against rows of NaN. Gives a
-//! [`Root`] for each. What the operands are made of is left to `trace` and `solve`, what the masks say to `mask`.
+//! [`FoundAttention`] for each. What the operands are made of is left to `trace` and `projection`, what the masks say to `mask`.
 
 use std::collections::HashMap;
 
-use super::kinds::Kind;
-use super::trial::Bench;
 use crate::graph::op::{Binary, Op, Unary};
 use crate::graph::{Graph, Node, NodeId, ValueId};
+use crate::passes::dependence::Dependence;
+use crate::passes::partial_eval::PartialEvaluator;
 
 /// One attention of the export.
 #[derive(Clone, Debug)]
-pub struct Root {
+pub struct FoundAttention {
     /// Of the `Softmax` or `Attention` node.
     pub name: String,
     /// `[.., tokens, head_dim]`; the leading axes count batch and query heads.
@@ -63,30 +63,30 @@ pub struct Unrecognised {
 }
 
 /// All attentions in order of execution, and what could not be read as one.
-pub fn find(bench: &Bench<'_>) -> (Vec<Root>, Vec<Unrecognised>) {
-    let graph = bench.graph;
+pub fn find(evaluator: &PartialEvaluator<'_>) -> (Vec<FoundAttention>, Vec<Unrecognised>) {
+    let graph = evaluator.graph;
     let uses = graph.uses();
-    let (mut roots, mut unrecognised) = (Vec::new(), Vec::new());
+    let (mut found, mut unrecognised) = (Vec::new(), Vec::new());
     for id in graph.node_ids() {
         let node = graph.node(id);
-        let found = match &node.op {
-            Op::Softmax { axis } => from_softmax(bench, &uses, node, *axis),
+        let result = match &node.op {
+            Op::Softmax { axis } => from_softmax(evaluator, &uses, node, *axis),
             Op::Attention(_) => from_operator(graph, node),
             _ => continue,
         };
-        match found {
-            Ok(root) => roots.push(root),
+        match result {
+            Ok(attention) => found.push(attention),
             Err(reason) => unrecognised.push(Unrecognised {
                 node: node.name.clone(),
                 reason,
             }),
         }
     }
-    (roots, unrecognised)
+    (found, unrecognised)
 }
 
-/// `expand` has brought the operator to four dimensions, without past and without causality of its own.
-fn from_operator(graph: &Graph, node: &Node) -> Result<Root, String> {
+/// `decompose::attention` has brought the operator to four dimensions, without past and without causality of its own.
+fn from_operator(graph: &Graph, node: &Node) -> Result<FoundAttention, String> {
     let Op::Attention(how) = &node.op else {
         unreachable!("called on Attention nodes")
     };
@@ -108,7 +108,7 @@ fn from_operator(graph: &Graph, node: &Node) -> Result<Root, String> {
         Some(crate::tensor::DType::Bool) => MaskTerm::Keep(v),
         _ => MaskTerm::Add(v),
     });
-    Ok(Root {
+    Ok(FoundAttention {
         name: node.name.clone(),
         query,
         key,
@@ -125,16 +125,21 @@ fn from_operator(graph: &Graph, node: &Node) -> Result<Root, String> {
 
 type Uses = HashMap<ValueId, Vec<(NodeId, usize)>>;
 
-fn from_softmax(bench: &Bench<'_>, uses: &Uses, node: &Node, axis: i64) -> Result<Root, String> {
-    let graph = bench.graph;
+fn from_softmax(
+    evaluator: &PartialEvaluator<'_>,
+    uses: &Uses,
+    node: &Node,
+    axis: i64,
+) -> Result<FoundAttention, String> {
+    let graph = evaluator.graph;
     let scores = node.input(0).ok_or("its input is missing")?;
     let rank = graph.shape(scores).map_or(0, Vec::len) as i64;
     if axis != -1 && axis != rank - 1 {
         return Err("it is not over the last axis".into());
     }
-    let chain = back_to_product(bench, scores)?;
+    let chain = back_to_product(evaluator, scores)?;
     let (output, value) = forward_to_product(graph, uses, node.output(0).ok_or("its output is not used")?)?;
-    Ok(Root {
+    Ok(FoundAttention {
         name: node.name.clone(),
         query: chain.left,
         key: chain.right,
@@ -157,8 +162,8 @@ struct Chain {
     softcap: f64,
 }
 
-fn back_to_product(bench: &Bench<'_>, scores: ValueId) -> Result<Chain, String> {
-    let graph = bench.graph;
+fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<Chain, String> {
+    let graph = evaluator.graph;
     let scalar = |id: ValueId| graph.constant(id).and_then(|c| c.materialize().ok()?.scalar());
     let (mut mask, mut outer, mut inner, mut cap) = (Vec::new(), 1.0, 1.0, None);
     let mut at = scores;
@@ -167,7 +172,10 @@ fn back_to_product(bench: &Bench<'_>, scores: ValueId) -> Result<Chain, String> 
             return Err("its scores are an input of the model".into());
         };
         let data: Vec<usize> = (0..node.inputs.len())
-            .filter(|i| node.input(*i).is_some_and(|v| bench.kind(v) == Kind::Data))
+            .filter(|i| {
+                node.input(*i)
+                    .is_some_and(|v| evaluator.dependence(v) == Dependence::Data)
+            })
             .collect();
         let other = |i: usize| node.input(1 - i).expect("a binary operator has two inputs");
         match (&node.op, &data[..]) {

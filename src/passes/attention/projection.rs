@@ -7,11 +7,11 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::fingerprint::{Fingerprint, fingerprint};
 use super::layout::{Pick, TokenLayout};
 use super::rope::{Rope, Table};
-use super::trial::{Bench, Stuck, Trial, tensor_of};
-use super::twins::{Fingerprint, fingerprint};
 use crate::graph::ValueId;
+use crate::passes::partial_eval::{PartialEvaluator, Stuck, Trial, tensor_of};
 use crate::tensor::{DType, Tensor};
 
 /// Rows `[batch, heads, tokens, head_dim]` as `rotate(scale * pick(source))`.
@@ -54,7 +54,7 @@ pub enum RowOrder {
 
 /// The rows to explain.
 pub struct Rows<'a, 'g> {
-    pub bench: &'a Bench<'g>,
+    pub evaluator: &'a PartialEvaluator<'g>,
     pub value: ValueId,
     pub order: RowOrder,
     pub source: ValueId,
@@ -85,19 +85,19 @@ pub fn tolerance(dtype: DType) -> f32 {
 
 impl Rows<'_, '_> {
     fn dtype(&self) -> DType {
-        self.bench.graph.value(self.source).dtype.unwrap_or(DType::F32)
+        self.evaluator.graph.value(self.source).dtype.unwrap_or(DType::F32)
     }
 
     /// Rounding of the coarsest type on the way.
     fn tolerance(&self) -> f32 {
-        let of = |id: ValueId| tolerance(self.bench.graph.value(id).dtype.unwrap_or(DType::F32));
+        let of = |id: ValueId| tolerance(self.evaluator.graph.value(id).dtype.unwrap_or(DType::F32));
         of(self.source).max(of(self.value))
     }
 
     fn layout(&self) -> Result<TokenLayout, String> {
-        let graph = self.bench.graph;
+        let graph = self.evaluator.graph;
         let shape = graph.shape(self.source).cloned().unwrap_or_default();
-        TokenLayout::of(&shape, self.bench.roles).ok_or_else(|| {
+        TokenLayout::of(&shape, self.evaluator.roles).ok_or_else(|| {
             let name = &graph.value(self.source).name;
             format!("the projection {name} has the shape {shape:?}, in which no axis counts tokens")
         })
@@ -105,9 +105,9 @@ impl Rows<'_, '_> {
 
     /// The source tensor whose element (sequence, token, column) is `element(b, t, column)`.
     pub fn feed(&self, trial: &Trial, element: impl Fn(usize, usize, usize) -> f64) -> Result<Tensor, Stuck> {
-        let dims = self.bench.dims(trial, self.source)?;
+        let dims = self.evaluator.dims(trial, self.source)?;
         let layout = self.layout().map_err(|reason| Stuck {
-            at: self.bench.graph.value(self.source).name.clone(),
+            at: self.evaluator.graph.value(self.source).name.clone(),
             reason,
         })?;
         let (batch, tokens) = (trial.sizes.batch, trial.sizes.tokens);
@@ -124,12 +124,12 @@ impl Rows<'_, '_> {
     /// The rows, `[batch, heads, tokens, head_dim]`, when the source is `x`.
     pub fn run(&self, trial: &Trial, x: Tensor) -> Result<Vec<f32>, Stuck> {
         let result = self
-            .bench
+            .evaluator
             .run(trial, &HashMap::from([(self.source, x)]), &[self.value])?;
         let (batch, tokens) = (trial.sizes.batch, trial.sizes.tokens);
         let flat = result[0].to_f32();
         let wrong = |reason: String| Stuck {
-            at: self.bench.graph.value(self.value).name.clone(),
+            at: self.evaluator.graph.value(self.value).name.clone(),
             reason,
         };
         if flat.len() != batch * tokens * self.heads * self.dim {
@@ -158,15 +158,15 @@ impl Rows<'_, '_> {
 
     /// The columns of the source.
     fn columns(&self) -> Result<usize, Stuck> {
-        let trial = self.bench.trial(1, 0, 1);
-        let volume: usize = self.bench.dims(&trial, self.source)?.iter().product();
+        let trial = self.evaluator.trial(1, 0, 1);
+        let volume: usize = self.evaluator.dims(&trial, self.source)?.iter().product();
         Ok(volume / (trial.sizes.batch * trial.sizes.tokens).max(1))
     }
 
     /// Finds and proves the projection. New rotary tables go into `tables`; one that is there already is used again.
     pub fn solve(&self, tables: &mut Tables) -> Result<Projection, String> {
         let context = format!("rows {} {} {:?}", self.heads, self.dim, self.order);
-        let print = fingerprint(self.bench, self.value, &[self.source], &context);
+        let print = fingerprint(self.evaluator, self.value, &[self.source], &context);
         if let Some(known) = tables.proven.projections.get(&print) {
             return Ok(Projection {
                 source: self.source,
@@ -184,7 +184,7 @@ impl Rows<'_, '_> {
             return Err("it has no heads, or heads of no elements".into());
         }
         let columns = self.columns().map_err(text)?;
-        let first = self.bench.trial(1, 0, 1);
+        let first = self.evaluator.trial(1, 0, 1);
         let tokens = first.sizes.tokens;
         let at_first = |rows: &[f32]| -> Vec<f32> {
             (0..self.heads * self.dim)
@@ -229,7 +229,7 @@ impl Rows<'_, '_> {
             self.find_table(&mut projection, &factors, interleaved, rotary_dim, tables)?;
         }
         for (seed, (batch, past, count)) in [(2, 2, 3), (1, 0, 4), (2, 5, 1)].into_iter().enumerate() {
-            let trial = self.bench.trial(batch, past, count);
+            let trial = self.evaluator.trial(batch, past, count);
             self.prove(&projection, tables, &trial, seed as u64 + 1)?;
         }
         Ok(projection)
@@ -238,7 +238,7 @@ impl Rows<'_, '_> {
     /// `(interleaved, rotary_dim)` if the rows depend on the position.
     fn rotation(&self, projection: &Projection, factor: f32) -> Result<Option<(bool, usize)>, String> {
         let text = |stuck: Stuck| stuck.to_string();
-        let trial = self.bench.trial(1, 3, 1);
+        let trial = self.evaluator.trial(1, 3, 1);
         let tokens = trial.sizes.tokens;
         let x = noise(self.columns().map_err(text)?, 7);
         let rows = self
@@ -326,7 +326,12 @@ impl Rows<'_, '_> {
         };
         let mut start = 0;
         while start < tables.positions {
-            let count = self.bench.roles.tokens.unwrap_or(chunk).min(tables.positions - start);
+            let count = self
+                .evaluator
+                .roles
+                .tokens
+                .unwrap_or(chunk)
+                .min(tables.positions - start);
             let part = scaled(&read(start, count)?, by);
             table.cos.extend(part.cos);
             table.sin.extend(part.sin);
@@ -360,7 +365,7 @@ impl Rows<'_, '_> {
     ) -> Result<Table, String> {
         let text = |stuck: Stuck| stuck.to_string();
         let half = rotary_dim / 2;
-        let trial = self.bench.trial(1, past, count);
+        let trial = self.evaluator.trial(1, past, count);
         let tokens = trial.sizes.tokens;
         let mut firsts = vec![false; self.columns().map_err(text)?];
         for i in 0..half {
@@ -372,7 +377,7 @@ impl Rows<'_, '_> {
             .map_err(text)?;
         let rows = self.run(&trial, x).map_err(text)?;
         if count > 64 {
-            self.bench.forget(&trial);
+            self.evaluator.forget(&trial);
         }
         let mut table = Table {
             half,
