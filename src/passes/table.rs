@@ -46,8 +46,8 @@ passes! {
     ACTIVATION = "activation": "finds SiLU and GELU, proven by running them";
     DECOMPOSE_ATTENTION = "decompose_attention" formerly "expand":
         "brings attention operators of all exporters into one plain form";
-    ATTENTION = "attention": "recognises each attention: its mask, rotation, heads and cache, proven by running them";
-    EMIT = "emit": "writes attention, rotary embedding and a static cache in place of what was recognised";
+    ATTENTION = "attention": "understands each attention: its mask, rotation, heads and cache, proven by running them";
+    EMIT = "emit": "writes attention, rotary embedding and a static cache in place of what was understood";
     RESHAPES = "reshapes": "gives reshapes constant targets";
     POSITIONS = "positions": "looks embeddings of positions up by position";
     TIED = "tied": "lets a head that repeats the embedding read the embedding";
