@@ -136,7 +136,7 @@ fn smollm2(dtype: DType) -> (Decoder, lapidary::graph::Graph, usize) {
 #[divan::bench(args = [DType::F16, DType::F32], sample_count = 30)]
 fn decode(bencher: Bencher, dtype: DType) {
     let (_, graph, bytes) = smollm2(dtype);
-    let network = lower(&graph, &Profile::decode(256), &lower::Options::default()).unwrap();
+    let network = lower(&graph, &Profile::decode(256), &lower::LowerOptions::default()).unwrap();
     run(bencher.counter(BytesCount::new(bytes)), &network, 37);
 }
 
@@ -144,7 +144,7 @@ fn decode(bencher: Bencher, dtype: DType) {
 #[divan::bench(args = [37, 512], sample_count = 10)]
 fn prefill(bencher: Bencher, tokens: usize) {
     let (_, graph, _) = smollm2(DType::F16);
-    let network = lower(&graph, &Profile::prefill(tokens, 1024), &lower::Options::default()).unwrap();
+    let network = lower(&graph, &Profile::prefill(tokens, 1024), &lower::LowerOptions::default()).unwrap();
     run(bencher.counter(ItemsCount::new(tokens)), &network, 0);
 }
 
@@ -152,7 +152,7 @@ fn prefill(bencher: Bencher, tokens: usize) {
 #[divan::bench(args = [1, 37], sample_count = 20)]
 fn compile(bencher: Bencher, tokens: usize) {
     let (_, graph, _) = smollm2(DType::F16);
-    let network = lower(&graph, &Profile::prefill(tokens, 256), &lower::Options::default()).unwrap();
+    let network = lower(&graph, &Profile::prefill(tokens, 256), &lower::LowerOptions::default()).unwrap();
     let options = Options::default();
     bencher.bench_local(|| Program::compile(&network, &options).unwrap());
 }

@@ -35,7 +35,12 @@ fn main() {
     });
     let capacity = (past + tokens).next_power_of_two().max(256);
     let start = Instant::now();
-    let network = lower(&graph, &Profile::prefill(tokens, capacity), &lower::Options::default()).expect("it lowers");
+    let network = lower(
+        &graph,
+        &Profile::prefill(tokens, capacity),
+        &lower::LowerOptions::default(),
+    )
+    .expect("it lowers");
     let lowered = start.elapsed();
     let start = Instant::now();
     let mut program = Program::compile(&network, &Options::with_threads(threads)).expect("it compiles");

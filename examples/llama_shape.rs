@@ -14,7 +14,7 @@ use std::time::Instant;
 use clap::{Parser, ValueEnum};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::lower::synthetic::Decoder;
-use lapidary::lower::{AttentionForm, LinearForm, Options, lower};
+use lapidary::lower::{AttentionForm, LinearForm, LowerOptions, lower};
 use lapidary::network::{Profile, WeightMode};
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -74,8 +74,8 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
         Model::Smollm2 => Decoder::smollm2_135m(),
         Model::Tiny => Decoder::tiny(),
     };
-    let packaged = Options::for_engines();
-    let options = Options {
+    let packaged = LowerOptions::for_engines();
+    let options = LowerOptions {
         weight_mode: WeightMode::Bind,
         fold_groups: !arguments.no_fold,
         linear: match (arguments.raise_weights, arguments.plain) {

@@ -1,29 +1,111 @@
-//! Lapidary cuts ONNX language models into TensorRT engines, layer by layer.
+//! Lapidary compiles ONNX exports of language models to TensorRT engines, layer by layer, and runs them.
 //!
-//! Data flows one way, and each level knows only those before it:
+//! An export becomes a package: the canonical graph, the weights, the engines and the tokenizer in one folder. A session of
+//! a package computes logits, on the CPU or on a GPU, and a sampler chain draws tokens from them:
+//!
+//! ```
+//! use std::path::Path;
+//!
+//! use lapidary::{Chain, ConvertOptions, Limits, Package, SamplerSettings, Session, SessionOptions, Spec, convert, generate};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let folder = std::env::temp_dir().join(format!("lapidary-quick-start-{}", std::process::id()));
+//! # let output = folder.as_path();
+//! # /*
+//! let output = Path::new("llama.lapidary");
+//! # */
+//! let export = Path::new("fixtures/exports/llama-optimum/model.onnx");
+//! convert(export, output, Spec::default().resolve()?, &ConvertOptions::default())?;
+//!
+//! let package = Package::open(output)?;
+//! let mut session = Session::open(&package, &SessionOptions::default())?;
+//! let mut chain = Chain::new(&SamplerSettings::greedy())?;
+//! let limits = Limits { max_new_tokens: 4, ..Limits::default() };
+//! let generation = generate(&mut session, None, &[1, 20, 5], &mut chain, &limits, |_text| Ok(()))?;
+//! assert_eq!(generation.tokens.len(), 4);
+//! # std::fs::remove_dir_all(output)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! With a tokenizer ([`Package::tokenizer`]) prompts are text, and so is what `generate` gives. `examples/convert.rs` and
+//! `examples/generate.rs` are these two halves as programs, the command line (`lapidary --help`) is the same with every
+//! option.
+//!
+//! # From an export to a token
+//!
+//! Data flows one way:
 //!
 //! 1. [`onnx`] reads an export into a [`graph::Graph`]: typed ONNX operators over symbolic dims.
 //! 2. [`passes`] rewrite it into the canonical graph: static KV cache, fused normalization, rotary embedding, attention.
 //! 3. [`lower`] turns the canonical graph into a [`network::Network`]: TensorRT layers as plain data, for one profile.
 //! 4. [`backend`] builds TensorRT engines from a network, or executes it on the CPU.
-//!    `tune` times lowerings on the GPU at hand.
 //! 5. [`package`] keeps graph, weights, engines and tokenizer on disk; [`decode`] generates from it.
-//! 6. [`bench`] measures that, and [`report`] makes tables, plots and text of what was measured.
+//! 6. `bench` measures that, and `report` makes tables, plots and text of the measurements.
+//!
+//! # Levels
+//!
+//! A module uses modules of lower levels and none of its own level or above. `tests/levels.rs` reads this table and checks
+//! the sources against it.
+//!
+//! | level | modules | what they own |
+//! |---|---|---|
+//! | 1 | `dim`, `help`, `units` | symbolic sizes; what errors advise; quantities for people |
+//! | 2 | `tensor` | element types, bytes with a shape |
+//! | 3 | `graph` | typed ONNX, inference, evaluation |
+//! | 4 | `onnx` | ONNX files |
+//! | 5 | `passes` | from an export's graph to the canonical one |
+//! | 6 | `network` | TensorRT layers as data |
+//! | 7 | `target` | what a conversion is for: target, precision, prefill, refit |
+//! | 8 | `lower` | from the canonical graph to a network |
+//! | 9 | `spec` | conversion specs |
+//! | 10 | `backend::cpu`, `backend::tensorrt` | executor, engines |
+//! | 11 | `weights` | weights on disk, by name, from checkpoints |
+//! | 12 | `sample` | from logits to a token |
+//! | 13 | `text` | tokenizer, chat template, text from tokens |
+//! | 14 | `tune` | which lowering is fastest on a GPU |
+//! | 15 | `package` | packages on disk |
+//! | 16 | `convert` | from an export to a package |
+//! | 17 | `decode` | sessions, generation, reference engines |
+//! | 18 | `bench` | measurements |
+//! | 19 | `report` | tables, plots and text of measurements |
+//! | 20 | `cli` | the command line |
+//!
+//! # Features
+//!
+//! - `tensorrt-rtx` (default) or `tensorrt`: build and run engines of TensorRT-RTX or of full TensorRT.
+//! - `tract`: run exports in tract, for `lapidary verify`.
+//! - `cli` (default): the command line, and with it `report`. Without these the library alone is compiled.
+//! - `report`: the modules `bench` and `report`.
 
 pub mod backend;
+#[cfg(feature = "report")]
 pub mod bench;
+#[cfg(feature = "cli")]
 pub mod cli;
+pub mod convert;
 pub mod decode;
 pub mod dim;
 pub mod graph;
+pub mod help;
 pub mod lower;
 pub mod network;
 pub mod onnx;
 pub mod package;
 pub mod passes;
+#[cfg(feature = "report")]
 pub mod report;
 pub mod sample;
 pub mod spec;
+pub mod target;
 pub mod tensor;
+pub mod text;
 pub mod tune;
+pub mod units;
 pub mod weights;
+
+pub use convert::{ConvertOptions, convert};
+pub use decode::{DeviceChoice, Limits, Session, SessionOptions, generate};
+pub use package::Package;
+pub use sample::{Chain, Settings as SamplerSettings};
+pub use spec::Spec;

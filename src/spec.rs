@@ -4,151 +4,14 @@
 //! and a file over the defaults, and [`Spec::resolve`] gives the [`Conversion`] with nothing left open but what only the
 //! model can say (its dtype, its longest context). Unknown keys are refused: a misspelt one would silently do nothing.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::tensorrt::Refit;
-use crate::backend::tensorrt::flavour::{self, Flavour};
-use crate::lower;
-use crate::network::{Profile, Tokens, WeightMode};
-use crate::tensor::DType;
-
-/// What a package is made to run on.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Target {
-    /// Lapidary's own executor. Needs no engines; every package runs on it.
-    Cpu,
-    /// Engines for TensorRT-RTX.
-    TensorrtRtx,
-    /// Engines for full TensorRT.
-    Tensorrt,
-}
-
-impl Target {
-    /// The TensorRT whose engines this is for.
-    pub fn flavour(self) -> Option<&'static Flavour> {
-        match self {
-            Target::Cpu => None,
-            Target::TensorrtRtx => Some(&flavour::RTX),
-            Target::Tensorrt => Some(&flavour::ENTERPRISE),
-        }
-    }
-
-    /// Whose engines this binary is compiled to build and run.
-    pub const fn compiled() -> Self {
-        match flavour::FLAVOUR.kind {
-            flavour::Kind::Rtx => Target::TensorrtRtx,
-            flavour::Kind::Enterprise => Target::Tensorrt,
-        }
-    }
-}
-
-impl fmt::Display for Target {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Target::Cpu => "cpu",
-            Target::TensorrtRtx => "tensorrt-rtx",
-            Target::Tensorrt => "tensorrt",
-        })
-    }
-}
-
-/// Element type of weights and caches.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    Fp32,
-    Fp16,
-    Bf16,
-}
-
-impl Precision {
-    pub fn dtype(self) -> DType {
-        match self {
-            Precision::Fp32 => DType::F32,
-            Precision::Fp16 => DType::F16,
-            Precision::Bf16 => DType::Bf16,
-        }
-    }
-}
-
-/// How a prompt is cut for engines: fixed lengths, or one dynamic range.
-///
-/// In YAML and JSON a list of lengths, or a map of `min`, `opt` and `max`.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
-#[serde(untagged)]
-pub enum Prefill {
-    /// Chunk lengths; the last chunk of a prompt is padded to the smallest that holds it.
-    Chunks(Vec<usize>),
-    Range(PrefillRange),
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PrefillRange {
-    pub min: usize,
-    pub opt: usize,
-    pub max: usize,
-}
-
-impl Prefill {
-    /// The token counts of the networks, ascending.
-    pub fn tokens(&self) -> Vec<Tokens> {
-        match self {
-            Prefill::Chunks(chunks) => chunks.iter().map(|n| Tokens::Static(*n)).collect(),
-            Prefill::Range(PrefillRange { min, opt, max }) => vec![Tokens::Dynamic {
-                min: *min,
-                opt: *opt,
-                max: *max,
-            }],
-        }
-    }
-}
-
-// By hand and not as an untagged enum, whose only error is that nothing fits.
-impl<'de> Deserialize<'de> for Prefill {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Form;
-        impl<'de> serde::de::Visitor<'de> for Form {
-            type Value = Prefill;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a list of chunk lengths, or min, opt and max")
-            }
-            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, seq: A) -> Result<Prefill, A::Error> {
-                Deserialize::deserialize(serde::de::value::SeqAccessDeserializer::new(seq)).map(Prefill::Chunks)
-            }
-            fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Prefill, A::Error> {
-                Deserialize::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(Prefill::Range)
-            }
-        }
-        deserializer.deserialize_any(Form)
-    }
-}
-
-/// `128,512` or `1:128:512`.
-impl FromStr for Prefill {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let number = |part: &str| -> Result<usize, String> {
-            let part = part.trim();
-            part.parse().map_err(|_| format!("{part:?} is not a number of tokens"))
-        };
-        if !text.contains(':') {
-            let chunks = text.split(',').map(number).collect::<Result<_, _>>()?;
-            return Ok(Prefill::Chunks(chunks));
-        }
-        match text.split(':').map(number).collect::<Result<Vec<_>, _>>()?[..] {
-            [min, opt, max] => Ok(Prefill::Range(PrefillRange { min, opt, max })),
-            _ => Err("a range is written min:opt:max".into()),
-        }
-    }
-}
+use crate::help::Help;
+use crate::lower::LowerOptions;
+use crate::network::{Profile, WeightMode};
+use crate::target::{Precision, Prefill, Refit, Target};
 
 /// A file of `specs/`, or the flags of one run: whatever is `None` is left to the next layer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -168,7 +31,7 @@ pub struct Spec {
     /// A folder or a `tokenizer.json`; relative to the spec's own folder.
     pub tokenizer: Option<PathBuf>,
     /// How engines are lowered; `weight_mode` in it is not looked at.
-    pub lowering: Option<lower::Options>,
+    pub lowering: Option<LowerOptions>,
     /// The same for single profiles, as `convert --tune` found it best.
     pub tuned: Option<Vec<Tuned>>,
 }
@@ -179,7 +42,7 @@ pub struct Spec {
 pub struct Tuned {
     /// As engines are called, for example `b1-t1-c1024`.
     pub profile: String,
-    pub lowering: lower::Options,
+    pub lowering: LowerOptions,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -191,6 +54,8 @@ pub enum SpecError {
     #[error("{0}")]
     Value(String),
 }
+
+impl Help for SpecError {}
 
 /// Capacities made by default, as far as the model's context reaches.
 pub const DEFAULT_CAPACITIES: [usize; 3] = [256, 1024, 4096];
@@ -304,9 +169,9 @@ impl Spec {
             explicit_capacities,
             prefill,
             tokenizer: self.tokenizer,
-            lowering: lower::Options {
+            lowering: LowerOptions {
                 weight_mode: weights,
-                ..self.lowering.unwrap_or_else(lower::Options::for_engines)
+                ..self.lowering.unwrap_or_else(LowerOptions::for_engines)
             },
             tuned: self.tuned.unwrap_or_default(),
         })
@@ -331,17 +196,17 @@ pub struct Conversion {
     pub one_engine: bool,
     pub tokenizer: Option<PathBuf>,
     /// Of engines, `weight_mode` included.
-    pub lowering: lower::Options,
+    pub lowering: LowerOptions,
     /// Of single profiles' engines.
     pub tuned: Vec<Tuned>,
 }
 
 impl Conversion {
     /// How the engine of a profile is lowered.
-    pub fn lowering_of(&self, profile: &Profile) -> lower::Options {
+    pub fn lowering_of(&self, profile: &Profile) -> LowerOptions {
         let name = profile.to_string();
         let tuned = self.tuned.iter().find(|tuned| tuned.profile == name);
-        lower::Options {
+        LowerOptions {
             weight_mode: self.weights,
             ..tuned.map_or(&self.lowering, |tuned| &tuned.lowering).clone()
         }
@@ -351,6 +216,8 @@ impl Conversion {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lower;
+    use crate::network::Tokens;
 
     #[test]
     fn flags_go_over_the_file_and_the_file_over_defaults() {
@@ -396,11 +263,11 @@ mod tests {
 
     #[test]
     fn a_tuned_spec_goes_to_yaml_and_back() {
-        let fast = lower::Options {
+        let fast = LowerOptions {
             attention: lower::AttentionForm::Split(8),
             linear: lower::LinearForm::ReduceRow,
             reduce_depth: Some(2048),
-            ..lower::Options::for_engines()
+            ..LowerOptions::for_engines()
         };
         let spec = Spec {
             capacity: Some(vec![256, 1024]),
@@ -416,12 +283,12 @@ mod tests {
         assert!(!text.contains("null"), "{text}");
         assert_eq!(Spec::parse(&text).unwrap(), spec, "{text}");
         let conversion = spec.resolve().unwrap();
-        let embedded = |options: lower::Options| lower::Options {
+        let embedded = |options: LowerOptions| LowerOptions {
             weight_mode: WeightMode::Embed,
             ..options
         };
         assert_eq!(conversion.lowering_of(&Profile::decode(1024)), embedded(fast));
-        let rest = embedded(lower::Options::for_engines());
+        let rest = embedded(LowerOptions::for_engines());
         assert_eq!(conversion.lowering_of(&Profile::decode(256)), rest);
     }
 

@@ -3,12 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use lapidary::backend::tensorrt::Refit;
 use lapidary::graph::Graph;
 use lapidary::network::{Profile, WeightMode};
 use lapidary::package::manifest::{EngineEntry, ExportFile};
 use lapidary::package::{Manifest, ManifestHeader, Package, PackageError, Writer};
-use lapidary::spec::{Prefill, Target};
+use lapidary::target::{Prefill, Refit, Target};
 use lapidary::tensor::DType;
 use lapidary::weights::checks::Allowed;
 use lapidary::{lower, onnx, passes};
@@ -83,7 +82,7 @@ fn what_was_written_is_read_back_without_a_copy() {
         let graph = package.graph().unwrap();
 
         // The manifest, the network and the graph call the weights the same and mean the same bytes.
-        let network = lower::lower(&graph, &Profile::decode(16), &lower::Options::default()).unwrap();
+        let network = lower::lower(&graph, &Profile::decode(16), &lower::LowerOptions::default()).unwrap();
         assert!(!network.weights.is_empty());
         for weight in &network.weights {
             // Tables that passes computed lie in a file of their own.
@@ -186,7 +185,7 @@ fn engines_are_listed_with_the_weights_they_take() {
     .unwrap();
     let graph = writer.package().graph().unwrap();
     let profile = Profile::decode(16);
-    let network = lower::lower(&graph, &profile, &lower::Options::default()).unwrap();
+    let network = lower::lower(&graph, &profile, &lower::LowerOptions::default()).unwrap();
     let taken = network.weights.iter().map(|w| w.name.clone()).collect();
     let engine = EngineEntry {
         file: String::new(),
@@ -198,7 +197,7 @@ fn engines_are_listed_with_the_weights_they_take() {
         optimization_profile: 0,
         weight_mode: WeightMode::Bind,
         refit: Refit::None,
-        lowering: lapidary::lower::Options::default(),
+        lowering: lapidary::lower::LowerOptions::default(),
         built_with: None,
         tensorrt_version: "1.6.1".into(),
         build_ms: 1,

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use lapidary::backend::tensorrt::run::{Buffer, Engine, LoadOptions, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::graph::Graph;
-use lapidary::lower::{Options, lower};
+use lapidary::lower::{LowerOptions, lower};
 use lapidary::network::{Logits, Profile, Tokens};
 use lapidary::package::Package;
 use serde_json::{Value, json};
@@ -41,7 +41,7 @@ impl Batch {
             capacity,
             logits: Logits::Rows,
         };
-        let network = lower(graph, &profile, &Options::for_engines())?;
+        let network = lower(graph, &profile, &LowerOptions::for_engines())?;
         let plan = tensorrt::build(library, &network, &BuildOptions::default())?;
         let loading = LoadOptions {
             graphs: true,

@@ -7,7 +7,7 @@ use lapidary::backend::tensorrt::run::trial::{self, MadeUp};
 use lapidary::backend::tensorrt::run::{Engine, LoadOptions, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::lower::synthetic::Decoder;
-use lapidary::lower::{Options, lower};
+use lapidary::lower::{LowerOptions, lower};
 use lapidary::network::{Network, Profile};
 
 use crate::Outcome;
@@ -41,7 +41,7 @@ pub fn each<T: Send>(threads: usize, cases: Vec<T>, tell: impl Fn(T) -> String +
     });
 }
 
-type Change<'a> = (&'a str, &'a dyn Fn(&mut Options));
+type Change<'a> = (&'a str, &'a dyn Fn(&mut LowerOptions));
 
 /// One choice at a time against what packages get.
 pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
@@ -50,12 +50,12 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
     let mut decoder = llama(large);
     decoder.layers = layers;
     let hidden = decoder.hidden;
-    let with = |change: &dyn Fn(&mut Options)| {
-        let mut options = Options::for_engines();
+    let with = |change: &dyn Fn(&mut LowerOptions)| {
+        let mut options = LowerOptions::for_engines();
         change(&mut options);
         options
     };
-    let mut cases: Vec<(String, Profile, Options)> = Vec::new();
+    let mut cases: Vec<(String, Profile, LowerOptions)> = Vec::new();
     for capacity in [256, 1024, 4096] {
         let attentions = [
             ("layer", A::Layer),

@@ -9,6 +9,7 @@ use super::layers::GROUPS;
 use super::model;
 use super::result::{Decode, Document, EndToEnd, LayerTimes, LogitRow, Prefill, SCHEMA};
 use super::summary::{STABLE_WITHIN, Summary, stable};
+use crate::help::Help;
 
 /// How far a number may be from what its samples give, relative to it: what text and another order of additions lose.
 const TOLERANCE: f64 = 1e-6;
@@ -65,6 +66,24 @@ pub enum ResultError {
         field: String,
         group: String,
     },
+}
+
+impl Help for ResultError {
+    fn help(&self) -> Option<String> {
+        let help = match self {
+            ResultError::Io { .. } | ResultError::Json { .. } => return None,
+            ResultError::NoSchema { .. } => "give files that `lapidary bench` or scripts/baselines wrote",
+            ResultError::Schema { .. } => "use the version of Lapidary that knows it, or measure again",
+            ResultError::MeasuredBesideError { .. } => "take the `error` out if it did run, or measure again",
+            ResultError::Field { .. }
+            | ResultError::Edited { .. }
+            | ResultError::DeviceTime { .. }
+            | ResultError::LayerGroup { .. } => {
+                "measure again; docs/benchmarks.md tells every field and how it follows from samples"
+            }
+        };
+        Some(help.to_string())
+    }
 }
 
 /// A result file, checked.

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use serde::{Deserialize, Serialize};
 
 use super::result::{Document, LogitRow, Outputs};
+use crate::help::Help;
 
 /// A difference of two logits is within the error if it is below this many root mean squares of the error of one: of all
 /// rows, or of its own where that is larger, since errors grow with the context. The two logits in question have no say in
@@ -57,6 +58,14 @@ pub enum CompareError {
     Prompts,
     #[error("no row of logits is in both the result and the reference")]
     NoRows,
+}
+
+/// What to do where outputs are of other prompts.
+pub const OTHER_PROMPTS: &str = "give both runs the same --prompts file";
+impl Help for CompareError {
+    fn help(&self) -> Option<String> {
+        Some(OTHER_PROMPTS.to_string())
+    }
 }
 
 /// Relative error of the logits that still counts as equal.

@@ -12,6 +12,7 @@ use super::summary::{Summary, stable};
 use super::workload::{Workload, WorkloadError};
 use super::{layers, machine, model};
 use crate::decode::{self, DeviceError, GenerateError, Limits, Session, SessionError};
+use crate::help::{Fault, Help};
 use crate::sample::{Chain, Settings, SettingsError};
 
 /// Tokens of one run of a decode measurement: the live length drifts by no more.
@@ -78,6 +79,33 @@ pub enum MeasureError {
     Device(#[from] DeviceError),
     #[error(transparent)]
     Settings(#[from] SettingsError),
+}
+
+impl Help for MeasureError {
+    fn fault(&self) -> Fault {
+        match self {
+            MeasureError::Capacity { .. } | MeasureError::Nothing { .. } => Fault::Input,
+            MeasureError::Workload(error) => error.fault(),
+            MeasureError::Generate(error) => error.fault(),
+            MeasureError::Session(error) => error.fault(),
+            MeasureError::Device(error) => error.fault(),
+            MeasureError::Settings(error) => error.fault(),
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        match self {
+            MeasureError::Capacity { .. } => {
+                Some("ask for less, or convert the model again with a larger --capacity".to_string())
+            }
+            MeasureError::Nothing { .. } => Some("lengths begin at 1".to_string()),
+            MeasureError::Workload(error) => error.help(),
+            MeasureError::Generate(error) => error.help(),
+            MeasureError::Session(error) => error.help(),
+            MeasureError::Device(error) => error.help(),
+            MeasureError::Settings(error) => error.help(),
+        }
+    }
 }
 
 impl Plan {

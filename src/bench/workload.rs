@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::result::PromptHash;
+use crate::help::Help;
 
 /// Lengths of the prompts whose outputs are recorded, if no file says otherwise.
 const LENGTHS: [usize; 3] = [1, 17, 128];
@@ -33,6 +34,18 @@ pub enum WorkloadError {
     Invalid { path: PathBuf, message: String },
     #[error("the timed prompt has {has} tokens, and {wanted} are asked for")]
     TooShort { has: usize, wanted: usize },
+}
+
+impl Help for WorkloadError {
+    fn help(&self) -> Option<String> {
+        let help = match self {
+            WorkloadError::TooShort { .. } => "give a --prompts file with a longer one, or ask for less",
+            WorkloadError::Io { .. } | WorkloadError::Invalid { .. } => {
+                "--prompts wants {\"seed\": S, \"timed\": [ids], \"prompts\": [[ids], …]}"
+            }
+        };
+        Some(help.to_string())
+    }
 }
 
 impl Workload {

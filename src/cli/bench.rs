@@ -1,7 +1,7 @@
 //! `lapidary bench`: measures a package and writes what it found as one document.
 
+mod summary;
 mod system;
-mod told;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -12,16 +12,16 @@ use std::time::Instant;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::device::{self, Place, Unusual, Wish};
+use super::device::Place;
 use super::progress::Progress;
 use super::sampler::SamplerArgs;
 use super::{Failure, print, print_json};
-use crate::bench::compare::compare;
-use crate::bench::measure::{self, MeasureError, Plan};
+use crate::bench::compare::{OTHER_PROMPTS, compare};
+use crate::bench::measure::{self, Plan};
 use crate::bench::result::{Document, Load, Machine, Peak, SCHEMA};
-use crate::bench::workload::{Workload, WorkloadError};
+use crate::bench::workload::Workload;
 use crate::bench::{self, csv, machine, model, result};
-use crate::decode::Session;
+use crate::decode::{Session, SessionOptions};
 use crate::package::Package;
 use crate::sample::Settings;
 
@@ -202,7 +202,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         profile: (!measured.profile.is_empty()).then(|| measured.profile.into_iter().collect()),
     };
     if let (Some(reference), Some(_)) = (&reference, &document.outputs) {
-        let found = compare(&document, reference).map_err(|error| Failure::input(error).help(OTHER_PROMPTS))?;
+        let found = compare(&document, reference)?;
         document.outputs.as_mut().expect("there are outputs").reference = Some(found);
     }
     let cannot = |path: &Path, error: std::io::Error| Failure::other(format!("{}: {error}", path.display()));
@@ -215,7 +215,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     match args.json {
         true => print_json(&document),
-        false => print(&told::told_to_a_person(&document)),
+        false => print(&summary::summary(&document)),
     }
 }
 
@@ -275,8 +275,6 @@ fn workload(args: &Args, package: &Package) -> Result<Workload, Failure> {
     })
 }
 
-const OTHER_PROMPTS: &str = "give both runs the same --prompts file";
-
 /// The document to compare outputs with, refused now rather than after measuring.
 fn reference(path: &Path, workload: &Workload) -> Result<Document, Failure> {
     let document = bench::read(path)?;
@@ -312,18 +310,12 @@ fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Option<TempDir
     let timed = |kernels: Option<&Path>| -> Result<(Session, f64), Failure> {
         let start = Instant::now();
         let package = Package::open(&args.package)?;
-        let session = device::open(
-            &package,
-            Wish {
-                place: &args.place,
-                prompt,
-                total,
-                unusual: Unusual {
-                    kernels,
-                    no_graphs: args.no_cuda_graphs,
-                },
-            },
-        )?;
+        let options = SessionOptions {
+            kernels,
+            no_graphs: args.no_cuda_graphs,
+            ..args.place.options(prompt, total)
+        };
+        let session = Session::open(&package, &options)?;
         Ok((session, start.elapsed().as_secs_f64() * 1e3))
     };
     if !args.first_load {
@@ -411,52 +403,4 @@ fn surroundings(
     });
     machine.peak_flops = asked.or(stated);
     Ok((machine, versions))
-}
-
-impl From<WorkloadError> for Failure {
-    fn from(error: WorkloadError) -> Self {
-        let failure = Failure::input(&error);
-        match error {
-            WorkloadError::TooShort { .. } => failure.help("give a --prompts file with a longer one, or ask for less"),
-            _ => failure.help("--prompts wants {\"seed\": S, \"timed\": [ids], \"prompts\": [[ids], …]}"),
-        }
-    }
-}
-
-impl From<bench::ResultError> for Failure {
-    fn from(error: bench::ResultError) -> Self {
-        use bench::ResultError;
-        let failure = Failure::input(&error);
-        match error {
-            ResultError::Io { .. } | ResultError::Json { .. } => failure,
-            ResultError::NoSchema { .. } => failure.help("give files that `lapidary bench` or scripts/baselines wrote"),
-            ResultError::Schema { .. } => failure.help("use the version of Lapidary that knows it, or measure again"),
-            ResultError::MeasuredBesideError { .. } => {
-                failure.help("take the `error` out if it did run, or measure again")
-            }
-            ResultError::Field { .. }
-            | ResultError::Edited { .. }
-            | ResultError::DeviceTime { .. }
-            | ResultError::LayerGroup { .. } => {
-                failure.help("measure again; docs/benchmarks.md tells every field and how it follows from samples")
-            }
-        }
-    }
-}
-
-impl From<MeasureError> for Failure {
-    fn from(error: MeasureError) -> Self {
-        let failure = Failure::input(&error);
-        match error {
-            MeasureError::Capacity { .. } => {
-                failure.help("ask for less, or convert the model again with a larger --capacity")
-            }
-            MeasureError::Nothing { .. } => failure.help("lengths begin at 1"),
-            MeasureError::Workload(error) => error.into(),
-            MeasureError::Generate(error) => error.into(),
-            MeasureError::Session(error) => error.into(),
-            MeasureError::Device(error) => error.into(),
-            MeasureError::Settings(error) => error.into(),
-        }
-    }
 }

@@ -11,17 +11,15 @@ use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
 use super::Failure;
-use super::device::{self, Place, Unusual, Wish};
+use super::device::Place;
 use super::events::{self, Event, Summary};
 use super::generate::{fitting, need};
 use super::interrupt::Listener;
 use super::sampler::SamplerArgs;
-use crate::decode::chat::ChatError;
-use crate::decode::conversation::Conversation;
-use crate::decode::tokenizer::Tokenizer;
 use crate::decode::{self, FinishReason, Limits, Session};
 use crate::package::Package;
 use crate::sample::Chain;
+use crate::text::{ChatError, Conversation, Tokenizer};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -84,15 +82,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             logprobs: None,
         },
         conversation: Conversation::new(args.system.as_deref()),
-        session: device::open(
-            &package,
-            Wish {
-                place: &args.place,
-                prompt: 1,
-                total: args.max_new_tokens,
-                unusual: Unusual::default(),
-            },
-        )?,
+        session: args.place.open(&package, 1, args.max_new_tokens)?,
         left_out: 0,
         seed: settings.seed,
         args: &args,
@@ -308,7 +298,7 @@ impl Talk<'_> {
         writeln!(stdout, "{}", if is_person { end } else { "" })?;
         stdout.flush()?;
         if self.args.stats {
-            eprintln!("{}", events::told(ids.len(), &generation));
+            eprintln!("{}", events::summary_line(ids.len(), &generation));
         }
         Ok(())
     }

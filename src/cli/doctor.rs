@@ -48,7 +48,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     if args.json {
         return print_json(&facts);
     }
-    print(&tell(&facts))
+    print(&summary(&facts))
 }
 
 fn cpu() -> Cpu {
@@ -104,7 +104,7 @@ fn features() -> Vec<&'static str> {
     Vec::new()
 }
 
-fn tell(facts: &Facts) -> String {
+fn summary(facts: &Facts) -> String {
     let mut out = String::new();
     let mut line = |name: &str, text: &str| {
         let _ = writeln!(out, "{name:<16} {text}");

@@ -146,8 +146,8 @@ impl Event<'_> {
     }
 }
 
-/// For a person, after the text.
-pub fn told(prompt: usize, generation: &Generation) -> String {
+/// One line for a person, after the text.
+pub fn summary_line(prompt: usize, generation: &Generation) -> String {
     let t = &generation.timing;
     let rate = t.tpot().map(|tpot| {
         let seconds = tpot.as_secs_f64();

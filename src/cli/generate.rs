@@ -6,15 +6,14 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::device::{self, Place, Unusual, Wish};
+use super::device::Place;
 use super::events::{self, Document, Event, Summary};
 use super::sampler::SamplerArgs;
 use super::{Failure, print_json};
-use crate::decode::chat::{self, Message};
-use crate::decode::tokenizer::Tokenizer;
 use crate::decode::{self, Limits};
 use crate::package::Package;
 use crate::sample::Chain;
+use crate::text::{Message, Tokenizer, chat};
 
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("prompts").required(true).multiple(false))]
@@ -91,15 +90,8 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
         logprobs: (args.json || args.json_lines).then(|| args.logprobs.unwrap_or(0)),
     };
 
-    let mut session = device::open(
-        &package,
-        Wish {
-            place: &args.place,
-            prompt: prompt.len(),
-            total: prompt.len().saturating_add(args.max_new_tokens),
-            unusual: Unusual::default(),
-        },
-    )?;
+    let total = prompt.len().saturating_add(args.max_new_tokens);
+    let mut session = args.place.open(&package, prompt.len(), total)?;
     session.check(&prompt)?;
     let load = started.elapsed();
 
@@ -145,7 +137,7 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     writeln!(stdout)?;
     stdout.flush()?;
     if std::io::stderr().is_terminal() {
-        eprintln!("{}", events::told(prompt.len(), &generation));
+        eprintln!("{}", events::summary_line(prompt.len(), &generation));
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::{Failure, bytes, print, print_json};
 use crate::package::{Manifest, Package};
 use crate::report::conversion;
-use crate::spec::Prefill;
+use crate::target::Prefill;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -36,14 +36,14 @@ pub fn run(args: Args) -> Result<(), Failure> {
     if args.conversion {
         return print_json(&conversion::conversion(&package)?);
     }
-    let mut text = tell(&package.manifest);
+    let mut text = summary(&package.manifest);
     if args.check {
         text += "checked        every byte has the hash in the manifest\n";
     }
     print(&text)
 }
 
-pub fn tell(m: &Manifest) -> String {
+pub fn summary(m: &Manifest) -> String {
     let mut out = String::new();
     let mut line = |name: &str, text: String| {
         let _ = writeln!(out, "{name:<14} {text}");

@@ -8,13 +8,13 @@ use serde::Serialize;
 
 use super::table::Table;
 use super::{Failure, bytes, print, print_json};
-use crate::graph::verify::{Obstacle, Obstacles};
+use crate::convert::{ConvertError, faults};
 use crate::graph::{self, Definition, Graph, ValueId};
 use crate::lower;
 use crate::network::{Profile, WeightMode};
 use crate::onnx::{self, Exporter};
 use crate::passes::{self, Recognition};
-use crate::spec::Precision;
+use crate::target::Precision;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -84,12 +84,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     if let Some(dump) = args.dump {
         return print(&dumped(graph, dump, &args)?);
     }
-    // A cyclic graph has no order to tell anything in.
-    graph.sort().map_err(|e| {
-        Failure::input(e)
-            .at(&args.model)
-            .help("no exporter writes such a graph; export it again")
-    })?;
+    // A cyclic graph has no order to show anything in.
+    graph.sort().map_err(|e| Failure::from(e).at(&args.model))?;
     let recognition = passes::recognise(&graph);
     let (weight_bytes, weight_bytes_by_dtype) = weights(&graph);
     // Exporters need not say what the outputs are.
@@ -116,18 +112,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     };
     match args.json {
         true => print_json(&facts),
-        false => print(&tell(&facts)),
+        false => print(&summary(&facts)),
     }
-}
-
-/// Operators that do not exist and operands of wrong number or type, all at once, of a graph that inference has typed.
-/// Whatever keeps it from being typed is the passes' to tell.
-pub fn faults(typed: &Graph) -> Vec<String> {
-    let Err(Obstacles(obstacles)) = graph::verify::verify(typed) else {
-        return Vec::new();
-    };
-    let counts = |o: &&Obstacle| !matches!(o, Obstacle::Untyped { .. } | Obstacle::Structure { .. });
-    obstacles.iter().filter(counts).map(Obstacle::to_string).collect()
 }
 
 fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
@@ -139,16 +125,19 @@ fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
         max_positions: args.capacity,
         allow_overflow: false,
     };
-    let canonical = passes::canonicalize(graph, &options).map_err(|e| Failure::pass(&args.model, e))?;
+    let canonical = passes::canonicalize(graph, &options).map_err(|e| ConvertError::Pass {
+        path: args.model.clone(),
+        source: e,
+    })?;
     if dump == Dump::Canonical {
         return Ok(graph::dump::dump(&canonical.graph).to_string());
     }
-    let options = lower::Options {
+    let options = lower::LowerOptions {
         weight_mode: WeightMode::Bind,
-        ..lower::Options::default()
+        ..lower::LowerOptions::default()
     };
     let profile = Profile::prefill(args.tokens, args.capacity);
-    let network = lower::lower(&canonical.graph, &profile, &options).map_err(|e| Failure::bug(e).at(&args.model))?;
+    let network = lower::lower(&canonical.graph, &profile, &options).map_err(|e| Failure::from(e).at(&args.model))?;
     Ok(network.to_string())
 }
 
@@ -172,7 +161,7 @@ fn weights(graph: &Graph) -> (u64, BTreeMap<String, u64>) {
     (by_dtype.values().sum(), by_dtype)
 }
 
-fn tell(facts: &Facts) -> String {
+fn summary(facts: &Facts) -> String {
     let mut out = String::new();
     let mut line = |name: &str, text: String| {
         let _ = writeln!(out, "{name:<14} {text}");

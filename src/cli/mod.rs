@@ -9,14 +9,12 @@ mod chat;
 mod convert;
 mod device;
 mod doctor;
-mod engines;
 mod events;
 mod failure;
 mod generate;
 mod info;
 mod inspect;
 mod interrupt;
-mod numbers;
 mod progress;
 mod refit;
 mod report;
@@ -24,7 +22,7 @@ mod sample;
 mod sampler;
 mod strip;
 mod table;
-mod tune;
+mod value_checks;
 mod verify;
 mod weights;
 
@@ -33,7 +31,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::report::markdown::bytes;
+use crate::units::bytes;
 pub use failure::Failure;
 
 /// Cuts ONNX language models into TensorRT engines, layer by layer, and runs them.
@@ -137,14 +135,5 @@ mod tests {
     #[test]
     fn flags_do_not_clash() {
         super::Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn sizes_read_well() {
-        let read = [0, 999, 1000, 999_949, 999_950, 538_060_032, 4_100_000_000].map(super::bytes);
-        assert_eq!(
-            read,
-            ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "538.1 MB", "4.1 GB"]
-        );
     }
 }

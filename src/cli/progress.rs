@@ -1,11 +1,16 @@
-//! Progress of long work, on stderr, and only when somebody is watching.
+//! Progress of long work, on stderr, and only where it is a terminal.
 
 use std::io::IsTerminal;
+use std::ops::Deref;
+use std::sync::Arc;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::interrupt::Listener;
+use crate::convert;
+
 /// A line that says what is being done. Vanishes when dropped.
-pub struct Progress(ProgressBar);
+pub struct Progress(Handle);
 
 impl Progress {
     pub fn new() -> Self {
@@ -14,9 +19,33 @@ impl Progress {
         } else {
             ProgressDrawTarget::hidden()
         };
-        Progress(ProgressBar::with_draw_target(None, target))
+        Progress(Handle(ProgressBar::with_draw_target(None, target)))
     }
 
+    pub fn handle(&self) -> Handle {
+        self.0.clone()
+    }
+}
+
+impl Deref for Progress {
+    type Target = Handle;
+
+    fn deref(&self) -> &Handle {
+        &self.0
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.0.0.finish_and_clear();
+    }
+}
+
+/// The same line for a closure that reports from another thread, without the right to end it.
+#[derive(Clone)]
+pub struct Handle(ProgressBar);
+
+impl Handle {
     /// Work of unknown length.
     pub fn step(&self, message: impl Into<String>) {
         let style = ProgressStyle::with_template("{spinner} {msg}").expect("a fixed template");
@@ -37,26 +66,6 @@ impl Progress {
         self.0.set_position(done);
     }
 
-    pub fn handle(&self) -> Handle {
-        Handle(self.0.clone())
-    }
-
-    /// A line that stays, printed above the bar; lost when nobody watches.
-    pub fn note(&self, line: impl AsRef<str>) {
-        self.0.println(line);
-    }
-}
-
-/// The same line for a closure that reports from another thread, without the right to end it.
-#[derive(Clone)]
-pub struct Handle(ProgressBar);
-
-impl Handle {
-    /// Says something else about the work.
-    pub fn message(&self, message: &'static str) {
-        self.0.set_message(message);
-    }
-
     /// Work of which a share is done, 0 to 1.
     pub fn fraction(&self, message: &str, fraction: f32) {
         if self.0.length() != Some(1000) || self.0.message() != message {
@@ -69,8 +78,33 @@ impl Handle {
     }
 }
 
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
+impl convert::Progress for Handle {
+    fn step(&self, what: &str) {
+        Handle::step(self, what);
+    }
+
+    fn bytes(&self, what: &'static str, done: u64, total: u64) {
+        Handle::bytes(self, what, done, total);
+    }
+
+    fn share(&self, what: &str, share: f32) {
+        Handle::fraction(self, what, share);
+    }
+
+    /// A line that stays, printed above the bar; lost where stderr is no terminal.
+    fn note(&self, line: &str) {
+        self.0.println(line);
+    }
+
+    /// The first Ctrl-C stops the builds, and with them the command.
+    fn stop_signal(&self) -> Arc<dyn Fn() -> bool + Send + Sync> {
+        let (listener, bar) = (Listener::new(), self.0.clone());
+        Arc::new(move || {
+            let stop = listener.interrupted();
+            if stop {
+                bar.set_message("stopping; Ctrl-C once more ends at once");
+            }
+            stop
+        })
     }
 }

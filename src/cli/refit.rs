@@ -1,13 +1,15 @@
 //! `lapidary refit`: other weights into a package.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use super::numbers::Numbers;
 use super::progress::Progress;
-use super::{Failure, bytes, engines, print, print_json, words};
+use super::value_checks::ValueChecks;
+use super::{Failure, bytes, print, print_json, words};
+use crate::convert::{EngineOptions, engines};
 use crate::lower;
 use crate::network::WeightMode;
-use crate::package::{self, MANIFEST, Manifest, Package, PlanCache, RefitError};
+use crate::package::{self, MANIFEST, Manifest, Package, PlanCache};
 use crate::spec::{Conversion, Tuned};
 use crate::weights::lora::Adapter;
 use crate::weights::source::WeightSource;
@@ -27,7 +29,7 @@ pub struct Args {
     #[arg(long, value_parser = words::<Mode>(&["general", "identical"]))]
     mode: Option<Mode>,
     #[command(flatten)]
-    numbers: Numbers,
+    value_checks: ValueChecks,
     /// Put up with tensors that the package has no use for
     #[arg(long)]
     ignore_extra: bool,
@@ -70,7 +72,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         source: &source,
         adapter: adapter.as_ref().map(|adapter| (&*name, adapter)),
         identical: args.mode.map(|mode| mode == Mode::Identical),
-        allowed: args.numbers.allowed(),
+        allowed: args.value_checks.allowed(),
         extra_allowed: args.ignore_extra,
     };
     let mut writer = package::refit(&package, &options, |done, total| progress.bytes("weights", done, total))?;
@@ -85,7 +87,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             prefill: manifest.prefill.clone(),
             one_engine: manifest.engines.iter().any(|engine| engine.built_as.is_some()),
             tokenizer: None,
-            lowering: lower::Options::for_engines(),
+            lowering: lower::LowerOptions::for_engines(),
             tuned: manifest
                 .engines
                 .iter()
@@ -95,12 +97,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
                 })
                 .collect(),
         };
-        let builder = engines::Builder {
-            library,
+        let options = EngineOptions {
             model: &args.package,
             cache: args.engine_cache.as_deref().map(PlanCache::new),
+            progress: Arc::new(progress.handle()),
         };
-        engines::build(&mut writer, &builder, &conversion, &manifest.capacities, &progress)?;
+        engines::build(&mut writer, library, &options, &conversion, &manifest.capacities)?;
     }
     let new = writer.finish()?;
     drop(progress);
@@ -134,30 +136,4 @@ pub fn open(path: &Path, manifest: &Manifest) -> Result<WeightSource, Failure> {
     let positions = manifest.architecture.max_positions;
     let positions = positions.or(manifest.capacities.last().copied()).unwrap_or(1);
     Ok(WeightSource::open(path, positions)?)
-}
-
-impl From<RefitError> for Failure {
-    fn from(error: RefitError) -> Self {
-        match error {
-            RefitError::Package(error) => error.into(),
-            RefitError::Mismatch(mismatch) => {
-                let nameless = mismatch.missing.iter().any(|(_, expected)| expected.is_none());
-                let only_extra = mismatch.missing.is_empty() && mismatch.misfits.is_empty();
-                let help = match only_extra && mismatch.unused_changes.is_empty() {
-                    true => "if these belong to something else, such as a vision tower, use --ignore-extra",
-                    false if nameless => {
-                        "some weights are known by no name; refit once from the checkpoint that the package was made from, and \
-                         their numbers tell what they are called there"
-                    }
-                    false => "give the weights of the same architecture; `lapidary weights PKG` lists what is needed",
-                };
-                Failure::input(mismatch).help(help)
-            }
-            RefitError::OnlyItsOwn { .. } => Failure::input(error)
-                .help("convert again with `--weights strip --refit general` for engines that take other weights"),
-            RefitError::NotIdentical { .. } | RefitError::NeverHad { .. } => {
-                Failure::input(error).help("use --mode general if other weights are what you want")
-            }
-        }
-    }
 }

@@ -4,9 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::{Failure, print};
-use crate::report::conversion::ConversionError;
-use crate::report::plots::PlotError;
-use crate::report::{self, Input, InputError};
+use crate::report::{self, Input};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -60,36 +58,4 @@ pub fn run(args: Args) -> Result<(), Failure> {
 fn link(folder: &Path, home: &Path) -> String {
     let below = folder.strip_prefix(home).unwrap_or(folder);
     below.to_string_lossy().replace('\\', "/")
-}
-
-impl From<PlotError> for Failure {
-    fn from(error: PlotError) -> Self {
-        Failure::bug(error)
-    }
-}
-
-impl From<ConversionError> for Failure {
-    fn from(error: ConversionError) -> Self {
-        match error {
-            ConversionError::Package(error) => error.into(),
-            ConversionError::Lower(error) => Failure::bug(error),
-        }
-    }
-}
-
-impl From<InputError> for Failure {
-    fn from(error: InputError) -> Self {
-        let failure = Failure::input(&error);
-        match error {
-            InputError::Result(error) => error.into(),
-            InputError::Conversion(error) => error.into(),
-            InputError::File { .. } => failure,
-            InputError::Different { .. } => {
-                failure.help("report them apart, give them different --model-name, or measure again with the same")
-            }
-            InputError::SameLabel { .. } => {
-                failure.help("measure again with another --label, or leave one of them out")
-            }
-        }
-    }
 }

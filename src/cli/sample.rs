@@ -8,8 +8,8 @@ use serde::Serialize;
 use super::sampler::SamplerArgs;
 use super::table::Table;
 use super::{Failure, print, print_json};
-use crate::decode::tokenizer::Tokenizer;
 use crate::sample::{Breakers, Chain, Settings};
+use crate::text::Tokenizer;
 
 /// Everything is off unless a flag asks for it, the temperature is 1 and the seed 0.
 #[derive(clap::Args)]

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::Failure;
-use crate::decode::tokenizer::{FILES, Tokenizer};
 use crate::sample::{Breakers, DEFAULT_BREAKERS, MirostatSettings, Settings, Stage};
+use crate::text::{FILES, Tokenizer};
 
 /// Overrides of [`Settings`]. Ranges are checked by [`Settings::check`], once everything is together.
 #[derive(clap::Args, Default)]

@@ -7,12 +7,11 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::device::open_cpu;
 use super::progress::Progress;
 use super::table::Table;
 use super::{Failure, print, print_json};
-use crate::decode::Session;
-use crate::decode::reference::{EngineKind, Reference, ReferenceError};
+use crate::decode::reference::{EngineKind, Reference};
+use crate::decode::{DeviceChoice, Session, SessionOptions};
 use crate::package::Package;
 use crate::tensor::DType;
 
@@ -92,7 +91,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let progress = Progress::new();
     progress.step(format!("loading the export into {}", kind.name()));
     let mut reference = Reference::open(&args.against, kind)?;
-    let mut session = open_cpu(&package, None)?;
+    let on_cpu = SessionOptions {
+        device: DeviceChoice::Cpu,
+        ..SessionOptions::default()
+    };
+    let mut session = Session::open(&package, &on_cpu)?;
     let longest = [Some(session.largest_capacity()), reference.longest()]
         .into_iter()
         .flatten()
@@ -126,7 +129,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     };
     match args.json {
         true => print_json(&report)?,
-        false => print(&tell(&report))?,
+        false => print(&summary(&report))?,
     }
     if report.passed {
         return Ok(());
@@ -239,7 +242,7 @@ fn largest(row: &[f32]) -> u32 {
     best as u32
 }
 
-fn tell(report: &Report) -> String {
+fn summary(report: &Report) -> String {
     let mut table = Table::new([
         "prompt",
         "tokens",
@@ -275,19 +278,4 @@ fn tell(report: &Report) -> String {
             "the package differs from its export"
         }
     )
-}
-
-impl From<ReferenceError> for Failure {
-    fn from(error: ReferenceError) -> Self {
-        match error {
-            ReferenceError::NoTract => Failure::input(error)
-                .help("compile with `cargo build --features tract`, or use --engine eval, which is slower"),
-            ReferenceError::Read(error) => error.into(),
-            ReferenceError::Engine { engine: "tract", .. } => {
-                Failure::input(error).help("use --engine eval, which is slower and runs every export that converts")
-            }
-            ReferenceError::TooLong { .. } => Failure::input(error).help("use fewer --tokens or shorter --prompt-ids"),
-            other => Failure::input(other),
-        }
-    }
 }

@@ -187,6 +187,6 @@ fn write_checkpoint(args: &Args, package: &Package, folder: &Path) -> Result<(),
     };
     package.check_present()?;
     let graph = package.architecture()?;
-    let written = export::export(&graph, &package.manifest.architecture, convention, folder).map_err(Failure::input)?;
+    let written = export::export(&graph, &package.manifest.architecture, convention, folder)?;
     print(&format!("wrote {} tensors to {}\n", written, folder.display()))
 }

@@ -19,7 +19,7 @@ const KEPT_PREFILLS: usize = 4;
 /// See the module's head.
 pub struct CpuDevice {
     graph: Graph,
-    lowering: lower::Options,
+    lowering: lower::LowerOptions,
     compiling: Options,
     vocabulary: usize,
     /// The last used comes last.
@@ -34,7 +34,7 @@ impl CpuDevice {
     pub fn new(graph: Graph, vocabulary: usize, threads: Option<usize>) -> Self {
         CpuDevice {
             graph,
-            lowering: lower::Options::default(),
+            lowering: lower::LowerOptions::default(),
             compiling: threads.map_or_else(Options::default, Options::with_threads),
             vocabulary,
             programs: Vec::new(),

@@ -1,6 +1,7 @@
 //! What a session asks of a machine.
 
 use super::instruments::Instruments;
+use crate::help::{Fault, Help};
 
 /// One call of a lowered network.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,6 +83,16 @@ pub struct DeviceError {
     pub message: String,
     /// What to do about it, if anything.
     pub help: Option<String>,
+}
+
+impl Help for DeviceError {
+    fn fault(&self) -> Fault {
+        Fault::Machine
+    }
+
+    fn help(&self) -> Option<String> {
+        self.help.clone()
+    }
 }
 
 #[cfg(test)]

@@ -6,10 +6,10 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use super::session::{Session, SessionError};
-use super::text::{Detokenizer, Shown, StopMatcher};
-use super::tokenizer::{Tokenizer, TokenizerError};
+use crate::help::{Fault, Help};
 use crate::sample::logprobs::Logprobs;
 use crate::sample::{BadLogits, Chain};
+use crate::text::{Detokenizer, Shown, StopMatcher, Tokenizer, TokenizerError};
 
 /// When to end, besides a full cache.
 #[derive(Clone, Debug, Default)]
@@ -102,8 +102,28 @@ pub enum GenerateError {
         position: usize,
         source: BadLogits,
     },
-    #[error("the output was closed: {0}")]
+    #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
+}
+
+impl Help for GenerateError {
+    fn fault(&self) -> Fault {
+        match self {
+            GenerateError::Session(error) => error.fault(),
+            GenerateError::Tokenizer(error) => error.fault(),
+            GenerateError::Draw { source, .. } => source.fault(),
+            GenerateError::Output(_) => Fault::Machine,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        match self {
+            GenerateError::Session(error) => error.help(),
+            GenerateError::Tokenizer(error) => error.help(),
+            GenerateError::Draw { source, .. } => source.help(),
+            GenerateError::Output(_) => None,
+        }
+    }
 }
 
 /// What is reported as it comes: a token, and the text that became certain with it.

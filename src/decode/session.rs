@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::device::{Device, DeviceError};
 use super::instruments::Instruments;
+use crate::help::{Fault, Help};
 
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
@@ -23,6 +24,25 @@ pub enum SessionError {
     Capacity { tokens: usize, capacity: usize },
     #[error(transparent)]
     Device(#[from] DeviceError),
+}
+
+impl Help for SessionError {
+    fn fault(&self) -> Fault {
+        match self {
+            SessionError::Device(error) => error.fault(),
+            _ => Fault::Input,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        let help = match self {
+            SessionError::Device(error) => return error.help(),
+            SessionError::Empty => "give at least one token",
+            SessionError::OutsideVocabulary { .. } => "check that the ids are of this model's tokenizer",
+            SessionError::Capacity { .. } => "shorten the prompt, or convert the model again with a larger --capacity",
+        };
+        Some(help.to_string())
+    }
 }
 
 /// See the module's head.

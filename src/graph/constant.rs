@@ -6,6 +6,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::help::Help;
 use crate::tensor::{DType, Tensor};
 
 /// A constant tensor, perhaps not computed yet. Cloning is cheap.
@@ -58,8 +59,16 @@ pub enum Transform {
 /// Why a constant's bytes cannot be had.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConstantError {
-    #[error("the weight {name:?} is not in this stripped package; bring it back with `lapidary refit`")]
+    #[error("the weight {name:?} is not in this stripped package")]
     Absent { name: String },
+}
+
+impl Help for ConstantError {
+    fn help(&self) -> Option<String> {
+        match self {
+            ConstantError::Absent { .. } => Some("bring it back with `lapidary refit`".to_string()),
+        }
+    }
 }
 
 impl Constant {

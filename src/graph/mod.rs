@@ -57,6 +57,7 @@ pub use op::Op;
 pub use verify::{Obstacle, Obstacles, verify};
 
 use crate::dim::Dim;
+use crate::help::Help;
 use crate::tensor::{DType, Tensor};
 
 /// A shape of symbolic dims.
@@ -140,6 +141,12 @@ pub struct Graph {
 #[error("the graph has a cycle through {}", .nodes.join(" -> "))]
 pub struct CycleError {
     pub nodes: Vec<String>,
+}
+
+impl Help for CycleError {
+    fn help(&self) -> Option<String> {
+        Some("no exporter writes such a graph; export it again".to_string())
+    }
 }
 
 impl Graph {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::Options;
+use super::LowerOptions;
 use super::error::{LowerError, Reason};
 use super::fuse::Fusions;
 use super::rows::{LOGIT_ROWS, logits};
@@ -19,7 +19,7 @@ pub(super) struct Lowering<'a> {
     pub graph: &'a Graph,
     pub facts: &'a InferenceFacts,
     pub profile: Profile,
-    pub options: &'a Options,
+    pub options: &'a LowerOptions,
     pub b: NetworkBuilder,
     pub table: &'a Table,
     /// Nodes that compute on chosen rows only.
@@ -59,7 +59,7 @@ impl<'a> Lowering<'a> {
         graph: &'a Graph,
         facts: &'a InferenceFacts,
         profile: Profile,
-        options: &'a Options,
+        options: &'a LowerOptions,
         table: &'a Table,
         rows: HashSet<NodeId>,
         fusions: Fusions,

@@ -54,7 +54,7 @@ pub(super) fn data_inputs(graph: &Graph, node: &Node) -> Vec<ValueId> {
 }
 
 /// The value under a `Transpose` that swaps the last two axes and nothing else, and whether there was one.
-pub(super) fn through_transpose(graph: &Graph, value: ValueId) -> (ValueId, bool) {
+pub(crate) fn through_transpose(graph: &Graph, value: ValueId) -> (ValueId, bool) {
     if let Some((_, node)) = graph.def(value)
         && let Op::Transpose { perm } = &node.op
         && let Some(source) = node.input(0)

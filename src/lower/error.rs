@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use crate::graph::infer::InferError;
 use crate::graph::{ConstantError, CycleError};
+use crate::help::{Fault, Help};
 use crate::network::{BuildError, VerifyError};
 
 /// One node without a lowering.
@@ -31,6 +32,13 @@ pub enum LowerError {
     /// The graph is not canonical, or (for rules of layers) the lowering has a mistake.
     #[error("the lowered network breaks a rule: {0}")]
     Network(#[from] Box<VerifyError>),
+}
+
+/// What the passes call canonical can be lowered: anything else is a bug of one or the other.
+impl Help for LowerError {
+    fn fault(&self) -> Fault {
+        Fault::Bug
+    }
 }
 
 fn list(obstacles: &[Obstacle]) -> String {

@@ -3,7 +3,7 @@
 //! Takes the canonical graph (head of [`graph`](crate::graph)), gives the [`Network`] whose interface is in the head of
 //! [`network`](crate::network). `batch` and `capacity` become numbers, `tokens` too in a static profile; in a dynamic one
 //! it stays as the only symbol. i64 becomes i32 throughout. Every choice that does not change what is computed is in
-//! [`Options`], so that a tuner can try them. What cannot be lowered is reported all at once, in [`LowerError`].
+//! [`LowerOptions`], so that a tuner can try them. What cannot be lowered is reported all at once, in [`LowerError`].
 //!
 //! One file a family: `linear`, `elementwise`, `normalization`, `attention` (and the cache), `rotary`, `movement`,
 //! `positions` (ranges, comparisons, masks), `gather`, `fuse` (products of one activation); `dispatch` knows whose
@@ -27,7 +27,6 @@
 //! `cargo run --release --example llama_shape -- 8b` lowers it and builds its bound engine (target: under 30 s).
 
 mod attention;
-pub mod candidates;
 mod context;
 mod demand;
 mod dispatch;
@@ -48,6 +47,7 @@ pub mod synthetic;
 mod values;
 mod weights;
 
+pub(crate) use demand::through_transpose;
 pub use error::{LowerError, Obstacle};
 pub use fuse::parts;
 pub use weights::{LITERAL_BYTES, NamedWeight, stored_weights, weights};
@@ -111,7 +111,7 @@ impl AttentionForm {
 /// Choices of a lowering. None changes what is computed, beyond rounding.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Options {
+pub struct LowerOptions {
     /// How every weight enters an engine.
     pub weight_mode: WeightMode,
     /// With one token, the query heads of a KV group become query rows:
@@ -138,9 +138,9 @@ pub struct Options {
     pub attention: AttentionForm,
 }
 
-impl Default for Options {
+impl Default for LowerOptions {
     fn default() -> Self {
-        Options {
+        LowerOptions {
             weight_mode: WeightMode::default(),
             fold_groups: true,
             linear: LinearForm::default(),
@@ -161,7 +161,7 @@ const WIDEST_REDUCED: usize = 8192;
 /// From this many slots on, keys and values repeated for each query head would take more than a few hundred megabytes.
 const LONG: usize = 32768;
 
-impl Options {
+impl LowerOptions {
     /// How products of so many rows are written.
     pub(crate) fn form(&self, rows: &Dim) -> LinearForm {
         match self.prefill_linear {
@@ -172,7 +172,7 @@ impl Options {
 
     /// Good choices for TensorRT engines where nothing was tuned: docs/gpu.md has the figures.
     pub fn for_engines() -> Self {
-        Options {
+        LowerOptions {
             linear: LinearForm::ReduceRow,
             prefill_linear: Some(LinearForm::RaiseWeight),
             reduce_depth: Some(WIDEST_REDUCED),
@@ -180,20 +180,20 @@ impl Options {
             fuse_pairs: false,
             attention: AttentionForm::ByCapacity,
             fold_prefill: Some(LONG),
-            ..Options::default()
+            ..LowerOptions::default()
         }
     }
 }
 
 /// Lowers a canonical graph. The network passes [`verify`](crate::network::verify()) and [`verify_interface`].
-pub fn lower(canonical: &Graph, profile: &Profile, options: &Options) -> Result<Network, LowerError> {
+pub fn lower(canonical: &Graph, profile: &Profile, options: &LowerOptions) -> Result<Network, LowerError> {
     let network = lower_graph(canonical, profile, options)?;
     verify_interface(&network).map_err(Box::new)?;
     Ok(network)
 }
 
 /// Lowers any graph of operators that have a lowering: no cache or logits are asked for. For tests of single operators.
-pub fn lower_graph(graph: &Graph, profile: &Profile, options: &Options) -> Result<Network, LowerError> {
+pub fn lower_graph(graph: &Graph, profile: &Profile, options: &LowerOptions) -> Result<Network, LowerError> {
     // The canonical graphs of our own passes come typed, and a session lowers one for every prompt length: inference runs
     // only where a type is missing, or where shape arithmetic that it would follow is in the way.
     if is_typed(graph) {
@@ -217,7 +217,7 @@ fn lower_typed(
     graph: &Graph,
     facts: &InferenceFacts,
     profile: &Profile,
-    options: &Options,
+    options: &LowerOptions,
 ) -> Result<Network, LowerError> {
     let demand = demand::demand(graph);
     let table = weights::table(graph, &demand);

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::graph::CycleError;
+use crate::help::Help;
 use crate::tensor::SizeMismatch;
 
 /// Reading failed: which file, and what is wrong with it.
@@ -19,26 +20,26 @@ pub struct ReadError {
 pub enum ReadErrorKind {
     #[error("cannot be opened: {0}")]
     Open(#[source] std::io::Error),
-    #[error("is a folder; give the .onnx file in it")]
+    #[error("is a folder")]
     Folder,
     #[error("is empty")]
     Empty,
-    #[error("is a Git LFS pointer and not the model itself; fetch it with `git lfs pull`")]
+    #[error("is a Git LFS pointer and not the model itself")]
     LfsPointer,
     #[error("is not an ONNX model: {reason}")]
     NotOnnx { reason: String },
-    #[error(
-        "is truncated: it has {found} bytes, and says of itself that it has at least {needed}; download or export it again"
-    )]
+    #[error("is truncated: it has {found} bytes, and says of itself that it has at least {needed}")]
     Truncated { needed: u64, found: u64 },
     #[error("does not say which opset it uses (no opset_import for the domain \"\")")]
     NoOpset,
-    #[error("uses opset {version}{place}; Lapidary reads {min} to {max}: export it again with another opset, 18 for example", min = super::OPSETS.start(), max = super::OPSETS.end())]
+    #[error("uses opset {version}{place}, and Lapidary reads {} to {}", super::OPSETS.start(), super::OPSETS.end())]
     Opset { version: i64, place: String },
     #[error(
         "tensor {tensor:?} has the element type {dtype}, which Lapidary does not read (it reads float32, float16, bfloat16, float64, int64, int32, int8, uint8 and bool)"
     )]
     DType { tensor: String, dtype: String },
+    #[error("has sparse tensors, which are not read")]
+    Sparse,
     #[error("tensor {tensor:?}: {reason}")]
     Tensor { tensor: String, reason: String },
     #[error("tensor {tensor:?}: {source}")]
@@ -52,8 +53,10 @@ pub enum ReadErrorKind {
         tensor: String,
         location: String,
         reason: &'static str,
+        /// What to do about it.
+        help: Option<&'static str>,
     },
-    #[error("tensor {tensor:?} is in the external file {}, which cannot be opened: {source}; keep it beside the model", .file.display())]
+    #[error("tensor {tensor:?} is in the external file {}, which cannot be opened: {source}", .file.display())]
     ExternalOpen {
         tensor: String,
         file: PathBuf,
@@ -93,5 +96,28 @@ impl ReadErrorKind {
             path: path.to_path_buf(),
             kind: self,
         }
+    }
+}
+
+impl Help for ReadError {
+    fn help(&self) -> Option<String> {
+        self.kind.help()
+    }
+}
+
+impl Help for ReadErrorKind {
+    fn help(&self) -> Option<String> {
+        let help = match self {
+            ReadErrorKind::Folder => "give the .onnx file in it",
+            ReadErrorKind::LfsPointer => "fetch it with `git lfs pull`",
+            ReadErrorKind::Truncated { .. } => "download or export it again",
+            ReadErrorKind::Opset { .. } => "export it again with another opset, 18 for example",
+            ReadErrorKind::Sparse => "export the model with dense weights",
+            ReadErrorKind::Cycle(error) => return error.help(),
+            ReadErrorKind::ExternalLocation { help, .. } => return help.map(str::to_string),
+            ReadErrorKind::ExternalOpen { .. } => "keep it beside the model",
+            _ => return None,
+        };
+        Some(help.to_string())
     }
 }

@@ -189,23 +189,25 @@ impl Folder {
     }
 
     fn open_checked(&self, location: &str, tensor: &str) -> Result<(PathBuf, Bytes), ReadErrorKind> {
-        let refuse = |reason| ReadErrorKind::ExternalLocation {
+        let refuse = |reason, help| ReadErrorKind::ExternalLocation {
             tensor: tensor.to_string(),
             location: location.to_string(),
             reason,
+            help,
         };
         let relative = Path::new(location);
         if location.is_empty() {
-            return Err(refuse("it names no file"));
+            return Err(refuse("it names no file", None));
         }
         if relative.is_absolute() || location.starts_with(['/', '\\']) {
             return Err(refuse(
-                "an absolute path is refused; it must be relative to the model's folder",
+                "an absolute path is refused",
+                Some("export the model again; the path must be relative to the model's folder"),
             ));
         }
         let inside = |c: Component| matches!(c, Component::Normal(_) | Component::CurDir);
         if !relative.components().all(inside) {
-            return Err(refuse("a path that leaves the model's folder is refused"));
+            return Err(refuse("a path that leaves the model's folder is refused", None));
         }
         let file = self.path.join(relative);
         let cannot_open = |source| ReadErrorKind::ExternalOpen {
@@ -218,7 +220,8 @@ impl Folder {
         let real = file.canonicalize().map_err(cannot_open)?;
         if !real.starts_with(&folder) {
             return Err(refuse(
-                "it is a symbolic link out of the model's folder, which is refused; put the file itself there",
+                "it is a symbolic link out of the model's folder, which is refused",
+                Some("put the file itself there"),
             ));
         }
         let bytes = map(&real).map_err(cannot_open)?;

@@ -19,6 +19,7 @@ use super::proto::{
 use super::tensor::code_of;
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Attribute, Constant, ConstantError, Definition, Graph, Node, ValueId};
+use crate::help::Help;
 use crate::tensor::{DType, Tensor};
 
 /// What is written.
@@ -49,7 +50,7 @@ pub type Layout = HashMap<ValueId, Placement>;
 pub enum WriteError {
     #[error("node {node:?}: the operator {op} cannot be written")]
     UnknownOp { node: String, op: String },
-    #[error("{value:?}, an input or output of the graph, has no type; run inference first")]
+    #[error("{value:?}, an input or output of the graph, has no type")]
     Untyped { value: String },
     #[error("the constant {name:?} has {expected} bytes, and its placement in {file:?} {found}")]
     Placement {
@@ -60,9 +61,7 @@ pub enum WriteError {
     },
     #[error(transparent)]
     Constant(#[from] ConstantError),
-    #[error(
-        "the model takes {bytes} bytes, and a single ONNX file holds at most 2 GiB; write its weights as external data"
-    )]
+    #[error("the model takes {bytes} bytes, and a single ONNX file holds at most 2 GiB")]
     TooLarge { bytes: usize },
     #[error("{} cannot be written: {source}", .path.display())]
     Io {
@@ -70,6 +69,17 @@ pub enum WriteError {
         #[source]
         source: std::io::Error,
     },
+}
+
+impl Help for WriteError {
+    fn help(&self) -> Option<String> {
+        match self {
+            WriteError::Untyped { .. } => Some("run inference first".to_string()),
+            WriteError::TooLarge { .. } => Some("write its weights as external data".to_string()),
+            WriteError::Constant(error) => error.help(),
+            _ => None,
+        }
+    }
 }
 
 /// Writes a model whose constants lie where `external` says; those it does not name are in the model file itself.

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::manifest::FORMAT_VERSION;
+use crate::help::Help;
 use crate::{onnx, weights};
 
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +36,7 @@ pub enum PackageError {
     #[error("{}: {source}", path.display())]
     Graph { path: PathBuf, source: onnx::WriteError },
     #[error(transparent)]
-    Tokenizer(#[from] crate::decode::tokenizer::TokenizerError),
+    Tokenizer(#[from] crate::text::TokenizerError),
 }
 
 impl PackageError {
@@ -66,9 +67,16 @@ impl PackageError {
             Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
         )
     }
+}
 
-    /// What to do about it.
-    pub fn help(&self) -> Option<String> {
+impl From<weights::WriteError> for PackageError {
+    fn from(error: weights::WriteError) -> Self {
+        PackageError::Weights(error)
+    }
+}
+
+impl Help for PackageError {
+    fn help(&self) -> Option<String> {
         if self.is_full() {
             return Some("free some space, or write the package to another disk; nothing was left behind".into());
         }
@@ -98,13 +106,11 @@ impl PackageError {
             }
             PackageError::Exists { .. } => "choose another name, or replace it with --force".into(),
             PackageError::NotReplaced { .. } => "choose another name, or remove it yourself".into(),
-            _ => return None,
+            PackageError::Read(error) => return error.help(),
+            PackageError::Weights(error) => return error.help(),
+            PackageError::Graph { source, .. } => return source.help(),
+            PackageError::Tokenizer(error) => return error.help(),
+            PackageError::Io { .. } => return None,
         })
-    }
-}
-
-impl From<weights::WriteError> for PackageError {
-    fn from(error: weights::WriteError) -> Self {
-        PackageError::Weights(error)
     }
 }

@@ -7,10 +7,9 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::tensorrt::Refit;
 use crate::network::{Profile, WeightMode};
 use crate::passes::Architecture;
-use crate::spec::{Prefill, Target};
+use crate::target::{Prefill, Refit, Target};
 use crate::tensor::DType;
 use crate::tune::Tuning;
 use crate::weights::recipe::Recipe;
@@ -153,7 +152,7 @@ pub struct EngineEntry {
     pub refit: Refit,
     /// The choices of its lowering, which say what its weights are.
     #[serde(default)]
-    pub lowering: crate::lower::Options,
+    pub lowering: crate::lower::LowerOptions,
     /// The weight set that TensorRT planned it with, where it must get the same one at load
     /// ([`EngineEntry::takes_only_its_own_weights`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -36,9 +36,9 @@ pub use staging::{check_target, remove_unfinished};
 pub use strip::strip;
 pub use write::{ManifestHeader, Writer};
 
-use crate::decode::tokenizer::Tokenizer;
 use crate::graph::{Graph, infer};
 use crate::onnx;
+use crate::text::Tokenizer;
 
 pub const MANIFEST: &str = "manifest.json";
 pub const GRAPH: &str = "graph.onnx";

@@ -11,8 +11,9 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use super::staging::{sweep, temporary_name};
-use crate::backend::tensorrt::{BuildOptions, EMITTER, Refit};
+use crate::backend::tensorrt::{BuildOptions, EMITTER};
 use crate::network::{LayerKind, Network, WeightMode};
+use crate::target::Refit;
 
 /// A folder of plans.
 #[derive(Clone, Debug)]
@@ -91,13 +92,13 @@ impl PlanCache {
 mod tests {
     use super::*;
     use crate::lower::synthetic::Decoder;
-    use crate::lower::{Options, lower};
+    use crate::lower::{LowerOptions, lower};
     use crate::network::Profile;
 
     fn network(mode: WeightMode, capacity: usize) -> Network {
-        let options = Options {
+        let options = LowerOptions {
             weight_mode: mode,
-            ..Options::default()
+            ..LowerOptions::default()
         };
         lower(&Decoder::tiny().graph(), &Profile::decode(capacity), &options).unwrap()
     }

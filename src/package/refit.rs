@@ -7,9 +7,10 @@ use super::manifest::{EngineEntry, RefitRecord, WeightEntry, WeightFile};
 use super::staging::{Staging, carry_kernels, carry_over};
 use super::write::{Provenance, write_graph};
 use super::{Package, PackageError, Writer};
-use crate::backend::tensorrt;
 use crate::graph::{Constant, ValueId};
+use crate::help::Help;
 use crate::network::WeightMode;
+use crate::target;
 use crate::weights::checks::{self, Allowed};
 use crate::weights::lora::Adapter;
 use crate::weights::matching::{Matched, Mismatch, RequiredWeight, matched};
@@ -51,6 +52,21 @@ pub enum RefitError {
         different: Vec<DifferingWeight>,
         of: usize,
     },
+}
+
+impl Help for RefitError {
+    fn help(&self) -> Option<String> {
+        match self {
+            RefitError::Package(error) => error.help(),
+            RefitError::Mismatch(mismatch) => mismatch.help(),
+            RefitError::OnlyItsOwn { .. } => Some(
+                "convert again with `--weights strip --refit general` for engines that take other weights".to_string(),
+            ),
+            RefitError::NotIdentical { .. } | RefitError::NeverHad { .. } => {
+                Some("use --mode general if other weights are what you want".to_string())
+            }
+        }
+    }
 }
 
 /// The weights of the manifest, for matching.
@@ -134,7 +150,7 @@ pub fn refit(
     }
     let identical = refit
         .identical
-        .unwrap_or(only_its_own || manifest.refit == tensorrt::Refit::Identical);
+        .unwrap_or(only_its_own || manifest.refit == target::Refit::Identical);
     let adapter = refit.adapter.map(|(_, adapter)| adapter);
     let found = matched(
         &required_weights(&manifest.weights),

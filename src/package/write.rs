@@ -8,13 +8,12 @@ use std::path::{Path, PathBuf};
 use super::manifest::{self, EngineEntry, ExportFile, FORMAT_VERSION, Manifest, PassRecord, StoredFile, WeightEntry};
 use super::staging::Staging;
 use super::{CONSTANTS, ENGINES, GRAPH, MANIFEST, Package, PackageError, TOKENIZER, WEIGHTS, hash_file};
-use crate::backend::tensorrt::Refit;
-use crate::decode::tokenizer::Tokenizer;
 use crate::graph::{Constant, Graph, ValueId, dump};
 use crate::network::WeightMode;
 use crate::passes::Architecture;
-use crate::spec::{Prefill, Target};
+use crate::target::{Prefill, Refit, Target};
 use crate::tensor::DType;
+use crate::text::{self, Tokenizer};
 use crate::weights::checks::{self, Allowed};
 use crate::weights::recipe::Recipe;
 use crate::{lower, onnx, weights};
@@ -113,7 +112,7 @@ impl Writer {
         for (i, from) in tokenizer.files.iter().enumerate() {
             // The first may have another name where it was given as a file; the folder follows the usual names.
             let name = match i {
-                0 => Path::new(crate::decode::tokenizer::FILES[0]),
+                0 => Path::new(text::FILES[0]),
                 _ => Path::new(from.file_name().expect("opened as a file")),
             };
             let to = folder.join(name);

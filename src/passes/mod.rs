@@ -66,6 +66,7 @@ use crate::graph::eval::EvalError;
 use crate::graph::infer::{InferError, infer};
 use crate::graph::verify::{Obstacles, verify};
 use crate::graph::{ConstantError, CycleError, Graph, NodeId};
+use crate::help::{Fault, Help, REPORT_BUG};
 use crate::tensor::DType;
 use attention::Analysis;
 use roles::Roles;
@@ -133,8 +134,8 @@ pub enum PassError {
     #[error(transparent)]
     Invalid(#[from] Obstacles),
     #[error(
-        "it is not clear what these inputs are for: {}; expected token ids, masks, positions, lengths and past keys \
-         and values", .names.join(", ")
+        "it is not clear what these inputs are for: {} (expected are token ids, masks, positions, lengths and past keys \
+         and values)", .names.join(", ")
     )]
     UnmatchedInputs { names: Vec<String> },
     #[error(
@@ -142,7 +143,7 @@ pub enum PassError {
         if .found.is_empty() { "none".to_string() } else { .found.join(", ") }
     )]
     TokenInput { found: Vec<String> },
-    #[error("the model takes no past keys and values; export it with its cache (optimum: text-generation-with-past)")]
+    #[error("the model takes no past keys and values")]
     NoCache,
     #[error("the input {name:?} has the shape {found}, expected {expected}")]
     InputRank {
@@ -152,13 +153,32 @@ pub enum PassError {
     },
     #[error("{}", list(.obstacles))]
     Obstacles { obstacles: Vec<Obstacle> },
-    #[error(
-        "{dtype} cannot hold these constants: {}; choose bf16 or fp32, or --allow-overflow to make weights infinite",
-        .constants.join(", ")
-    )]
+    #[error("{dtype} cannot hold these constants: {}", .constants.join(", "))]
     Range { dtype: DType, constants: Vec<String> },
-    #[error("after the pass {pass:?} the graph is broken ({reason}); this is a bug in Lapidary")]
+    #[error("after the pass {pass:?} the graph is broken: {reason}")]
     Broken { pass: &'static str, reason: String },
+}
+
+impl Help for PassError {
+    fn fault(&self) -> Fault {
+        match self {
+            PassError::Broken { .. } => Fault::Bug,
+            _ => Fault::Input,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        match self {
+            PassError::Cycle(error) => error.help(),
+            PassError::Constant(error) => error.help(),
+            PassError::NoCache => Some("export it with its cache (optimum: text-generation-with-past)".to_string()),
+            PassError::Range { .. } => {
+                Some("choose bf16 or fp32, or --allow-overflow to make weights infinite".to_string())
+            }
+            PassError::Broken { .. } => Some(REPORT_BUG.to_string()),
+            _ => None,
+        }
+    }
 }
 
 impl From<InferError> for PassError {

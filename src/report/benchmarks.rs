@@ -1,10 +1,11 @@
 //! The tables of a group: what systems answered, then how fast they were, side by side.
 
+use super::ceilings::Ceilings;
 use super::input::{Group, ResultFile};
-use super::markdown::{MISSING, bytes, cite, flops, ms, or_missing, percent, rate, table, times, tiny};
-use super::walls::Walls;
+use super::markdown::{MISSING, cite, flops, ms, or_missing, percent, rate, table, times, tiny};
 use crate::bench::compare::{CompareError, Comparison, compare};
 use crate::bench::result::{Decode, Document, EndToEnd, Prefill};
+use crate::units::bytes;
 
 /// Whether a system answers as the reference does.
 #[derive(Clone, Debug)]
@@ -130,7 +131,7 @@ pub fn text_of(d: &Document, (prompt, new): (usize, usize)) -> Option<&EndToEnd>
 
 /// Each live length, each system.
 pub fn decode(group: &Group) -> String {
-    let walls = Walls::of(group);
+    let ceilings = Ceilings::of(group);
     let mut rows = Vec::new();
     for live in live_lengths(&group.results) {
         let ours = group.ours().and_then(|r| decode_at(&r.of, live)).map(|d| d.ms.median);
@@ -146,7 +147,7 @@ pub fn decode(group: &Group) -> String {
                 or_missing(d.gpu_ms.map(ms)),
                 rate(d.output_tokens_per_s),
                 ratio(d.ms.median, ours, is_ours(group, r)),
-                or_missing(walls.mbu(&r.of, d).map(percent)),
+                or_missing(ceilings.mbu(&r.of, d).map(percent)),
                 or_missing(d.capacity.map(|c| c.to_string())),
                 unstable(d.stable) + &cite(r.source),
             ]);
@@ -167,7 +168,7 @@ pub fn decode(group: &Group) -> String {
         "",
     ];
     let shares = rows.iter().any(|row| row[9] != MISSING);
-    with_note(table(&header, &rows), shares, &walls.told_bandwidth())
+    with_note(table(&header, &rows), shares, &ceilings.bandwidth_note())
 }
 
 /// A sentence below a table that has shares to speak of.
@@ -184,7 +185,7 @@ fn is_ours(group: &Group, r: &ResultFile) -> bool {
 
 /// Each prompt length, each system.
 pub fn prefill(group: &Group) -> String {
-    let walls = Walls::of(group);
+    let ceilings = Ceilings::of(group);
     let mut rows = Vec::new();
     for tokens in prompt_lengths(&group.results) {
         let ours = group
@@ -202,7 +203,7 @@ pub fn prefill(group: &Group) -> String {
                 ms(p.ms.p99),
                 rate(p.prefill_tokens_per_s),
                 ratio(p.ms.median, ours, is_ours(group, r)),
-                or_missing(walls.mfu(&r.of, p).map(percent)),
+                or_missing(ceilings.mfu(&r.of, p).map(percent)),
                 unstable(p.stable) + &cite(r.source),
             ]);
         }
@@ -220,7 +221,7 @@ pub fn prefill(group: &Group) -> String {
         "",
     ];
     let shares = rows.iter().any(|row| row[8] != MISSING);
-    with_note(table(&header, &rows), shares, &walls.told_peak())
+    with_note(table(&header, &rows), shares, &ceilings.peak_note())
 }
 
 /// Each text, each system.

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::tensorrt::Refit;
 use crate::bench::model::dtype;
+use crate::help::{Fault, Help};
 use crate::lower::{self, LowerError};
 use crate::network::{Profile, WeightMode};
 use crate::package::manifest::{ExportFile, PassRecord};
 use crate::package::{Package, PackageError};
 use crate::passes::Architecture;
-use crate::spec::Prefill;
+use crate::target::{Prefill, Refit};
 
 /// What `schema` says.
 pub const SCHEMA: &str = "lapidary-conversion/1";
@@ -82,13 +82,29 @@ pub enum ConversionError {
     Lower(#[from] LowerError),
 }
 
+impl Help for ConversionError {
+    fn fault(&self) -> Fault {
+        match self {
+            ConversionError::Package(error) => error.fault(),
+            ConversionError::Lower(error) => error.fault(),
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        match self {
+            ConversionError::Package(error) => error.help(),
+            ConversionError::Lower(error) => error.help(),
+        }
+    }
+}
+
 /// The facts of a package, its networks lowered again to be counted. Needs no weights.
 pub fn conversion(package: &Package) -> Result<Conversion, ConversionError> {
     let manifest = &package.manifest;
     let graph = package.architecture()?;
     let mut profiles = Vec::new();
     for engine in &manifest.engines {
-        let options = lower::Options {
+        let options = lower::LowerOptions {
             weight_mode: engine.weight_mode,
             ..engine.lowering.clone()
         };
@@ -113,7 +129,7 @@ pub fn conversion(package: &Package) -> Result<Conversion, ConversionError> {
             Profile::decode(capacity),
             Profile::prefill(tokens.min(capacity), capacity),
         ] {
-            profiles.push(lowered(&graph, &profile, &lower::Options::default())?);
+            profiles.push(lowered(&graph, &profile, &lower::LowerOptions::default())?);
         }
     }
     let weights = &manifest.weights.tensors;
@@ -146,7 +162,7 @@ pub fn conversion(package: &Package) -> Result<Conversion, ConversionError> {
 fn lowered(
     graph: &crate::graph::Graph,
     profile: &Profile,
-    options: &lower::Options,
+    options: &lower::LowerOptions,
 ) -> Result<LoweredProfile, LowerError> {
     let network = lower::lower(graph, profile, options)?;
     let mut layers = BTreeMap::new();

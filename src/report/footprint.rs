@@ -1,8 +1,9 @@
 //! Tables of a group beside its times: loading and building, and memory.
 
 use super::input::{Group, ResultFile};
-use super::markdown::{bytes, cite, ms, or_missing, table};
+use super::markdown::{cite, ms, or_missing, table};
 use crate::bench::result::{Build, Document};
+use crate::units::bytes;
 
 /// From nothing to a session, and what engines are.
 pub fn loading(group: &Group) -> String {

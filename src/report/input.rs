@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::conversion::{self, Conversion};
 use crate::bench::{self, Document, ResultError};
+use crate::help::{Fault, Help};
 use crate::package::Package;
 use crate::report::conversion::ConversionError;
 
@@ -86,6 +87,28 @@ pub enum InputError {
         second: PathBuf,
         label: String,
     },
+}
+
+impl Help for InputError {
+    fn fault(&self) -> Fault {
+        match self {
+            InputError::Conversion(error) => error.fault(),
+            _ => Fault::Input,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        let help = match self {
+            InputError::Result(error) => return error.help(),
+            InputError::Conversion(error) => return error.help(),
+            InputError::File { .. } => return None,
+            InputError::Different { .. } => {
+                "report them apart, give them different --model-name, or measure again with the same"
+            }
+            InputError::SameLabel { .. } => "measure again with another --label, or leave one of them out",
+        };
+        Some(help.to_string())
+    }
 }
 
 impl Input {

@@ -2,9 +2,9 @@
 
 use super::ablations::ablations;
 use super::benchmarks::{decode_at, live_lengths, prefill_of, prompt_lengths, text_of, texts};
+use super::ceilings::Ceilings;
 use super::input::{Group, Input};
 use super::markdown::cite;
-use super::walls::Walls;
 
 /// Switches that are to be tried, by the names of their ablations: what each is, and other names of it.
 const SWITCHES: [(&str, &[&str]); 7] = [
@@ -91,7 +91,7 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
     // Other runs of Lapidary show one thing: they need not show all, and what else they show is asked of nobody.
     let is_whole = |r: &&super::input::ResultFile| r.of.system.name != "lapidary" || Some(r.source) == ours;
     let whole = || group.results.iter().filter(is_whole);
-    let walls = Walls::of(group);
+    let ceilings = Ceilings::of(group);
     let lengths = (live_lengths(whole()), prompt_lengths(whole()), texts(whole()));
     for r in whole() {
         let (d, label) = (&r.of, &r.of.system.label);
@@ -102,7 +102,7 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
         gaps.extend(prompts.map(|n| format!("a prefill of {n} tokens")));
         let whole = lengths.2.iter().filter(|text| text_of(d, **text).is_none());
         gaps.extend(whole.map(|(n, new)| format!("{n} + {new} tokens end to end")));
-        if walls.bandwidth(d).is_none() {
+        if ceilings.bandwidth(d).is_none() {
             gaps.push("copy bandwidth, and so MBU".to_string());
         }
         if group.on_gpu && d.memory.as_ref().is_none_or(|m| m.device.is_none()) {
@@ -115,7 +115,7 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
     if let Some(ours) = group.ours() {
         let d = &ours.of;
         let mut gaps = Vec::new();
-        if walls.peak(d).is_none() {
+        if ceilings.peak(d).is_none() {
             gaps.push("a peak of arithmetic, and so MFU and the roof of the roofline");
         }
         if group.on_gpu && d.profile.is_none() {

@@ -7,6 +7,7 @@
 
 mod ablations;
 mod benchmarks;
+mod ceilings;
 pub mod conversion;
 mod footprint;
 mod headlines;
@@ -15,7 +16,6 @@ pub mod markdown;
 mod missing;
 pub mod plots;
 mod steps;
-mod walls;
 mod write;
 
 pub use input::{Group, Input, InputError, SourceFile, SourceId};

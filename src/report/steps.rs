@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use super::conversion::{Conversion, LoweredProfile};
 use super::input::Sourced;
-use super::markdown::{MISSING, bytes, cite, or_missing, percent, table};
+use super::markdown::{MISSING, cite, or_missing, percent, table};
 use crate::passes;
-use crate::spec::Prefill;
+use crate::target::Prefill;
+use crate::units::bytes;
 
 /// Everything about one conversion, as sections below a heading of its own.
 pub fn section(conversion: &Sourced<Conversion>) -> String {

@@ -33,6 +33,8 @@ pub use draw::{Draw, Drawn};
 pub use dry::{Dry, DrySettings};
 pub use settings::{MirostatSettings, Settings, SettingsError, Stage};
 
+use crate::help::{Fault, Help};
+
 /// Strings at which DRY stops matching unless one says otherwise.
 pub const DEFAULT_BREAKERS: [&str; 4] = ["\n", ":", "\"", "*"];
 
@@ -58,6 +60,19 @@ pub enum BadLogits {
     NotFinite { id: u32, value: f32 },
     #[error("no token has a probability above zero")]
     Nothing,
+}
+
+impl Help for BadLogits {
+    fn fault(&self) -> Fault {
+        Fault::Machine
+    }
+
+    fn help(&self) -> Option<String> {
+        Some(
+            "the model's numbers overflowed; convert it with --dtype fp32 or bf16, and try `lapidary verify`"
+                .to_string(),
+        )
+    }
 }
 
 /// Samplers in order, then a draw. The same settings and logits give the same tokens on every machine.

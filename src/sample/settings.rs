@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::dry::DrySettings;
+use crate::help::Help;
 
 /// A sampler whose place in the chain can be chosen. Logit bias always comes first, mirostat and the draw last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -263,6 +264,8 @@ pub struct SettingsError {
     pub value: String,
     pub wanted: &'static str,
 }
+
+impl Help for SettingsError {}
 
 impl SettingsError {
     /// The parameter's flag, without dashes before it.

@@ -1,6 +1,6 @@
 //! Every alternative built, loaded and timed.
 //!
-//! Takes a canonical graph and profiles, asks the questions of [`lower::candidates`] one after the other, builds every
+//! Takes a canonical graph and profiles, asks the questions of [`super::questions`] one after the other, builds every
 //! alternative and runs it with made-up numbers; gives the winner of each profile with everything that was tried. Weights
 //! are carried as the package will carry them: TensorRT plans other kernels around constants than around inputs. Nothing
 //! here decides what a package is; `cli::convert` and specs do.
@@ -9,13 +9,15 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::questions::{QUESTIONS, question};
 use super::{Attempt, ProfileTuning, Tuning};
 use crate::backend::tensorrt::run::{Engine, LoadOptions, RunError, Runtime, Stream, trial};
-use crate::backend::tensorrt::{self, BuildOptions, Library, Refit};
+use crate::backend::tensorrt::{self, BuildOptions, Library};
 use crate::graph::Graph;
-use crate::lower::candidates::{QUESTIONS, question};
-use crate::lower::{self, LowerError, Options};
+use crate::help::Help;
+use crate::lower::{self, LowerError, LowerOptions};
 use crate::network::{Profile, Tokens};
+use crate::target::Refit;
 
 /// Alternatives have to be better by this much to be chosen: below it is noise.
 const WORTH: f64 = 0.005;
@@ -33,13 +35,23 @@ pub enum TuneError {
     Nothing { profile: String, message: String },
 }
 
+impl Help for TuneError {
+    fn help(&self) -> Option<String> {
+        match self {
+            TuneError::Gpu(error) => error.help(),
+            TuneError::Lower(error) => error.help(),
+            TuneError::Nothing { .. } => None,
+        }
+    }
+}
+
 /// Tunes every profile, several builds at a time, one measurement at a time. `graph` has the weights' bytes unless `base`
 /// binds them; `refit` is what engines are built for. `told` hears of every attempt.
 pub fn tune(
     library: &Library,
     graph: &Graph,
     profiles: &[Profile],
-    (base, refit): (&Options, Refit),
+    (base, refit): (&LowerOptions, Refit),
     threads: usize,
     told: impl Fn(&Profile, &Attempt) + Sync,
 ) -> Result<Tuning, TuneError> {
@@ -68,7 +80,7 @@ pub fn tune(
 fn of_profile(
     bench: &Bench<'_>,
     profile: &Profile,
-    base: &Options,
+    base: &LowerOptions,
     threads: usize,
     told: &(impl Fn(&Profile, &Attempt) + Sync),
 ) -> Result<ProfileTuning, TuneError> {
@@ -118,7 +130,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn attempt(&self, profile: &Profile, about: &str, what: &str, options: &Options) -> Attempt {
+    fn attempt(&self, profile: &Profile, about: &str, what: &str, options: &LowerOptions) -> Attempt {
         let mut attempt = Attempt {
             about: about.to_string(),
             what: what.to_string(),
@@ -136,7 +148,7 @@ impl Bench<'_> {
     fn measure(
         &self,
         profile: &Profile,
-        options: &Options,
+        options: &LowerOptions,
         attempt: &mut Attempt,
     ) -> Result<(), Box<dyn std::error::Error>> {
         let network = lower::lower(self.graph, profile, options)?;

@@ -1,14 +1,15 @@
 //! Which lowering is fastest on a GPU: what was tried, and what won.
 //!
 //! [`measure`] tries; the types here are what it gives, what a package's manifest keeps and what a spec takes from it. Good
-//! choices where nothing was measured are [`Options::for_engines`].
+//! choices where nothing was measured are [`LowerOptions::for_engines`].
 
 #[cfg(feature = "engines")]
 pub mod measure;
+pub mod questions;
 
 use serde::{Deserialize, Serialize};
 
-use crate::lower::Options;
+use crate::lower::LowerOptions;
 use crate::spec::Tuned;
 
 /// What was measured, and on what.
@@ -24,7 +25,7 @@ pub struct Tuning {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ProfileTuning {
     pub profile: String,
-    pub lowering: Options,
+    pub lowering: LowerOptions,
     /// GPU time of one run.
     pub ms: f64,
     /// Of what would have been taken without tuning.

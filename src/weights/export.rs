@@ -11,6 +11,7 @@ use super::checkpoint::{Convention, TENSORRT_LLM, has_gate};
 use super::source::constants_of_modules;
 use super::{WriteError, write};
 use crate::graph::{Constant, Graph, Op};
+use crate::help::Help;
 use crate::passes::Architecture;
 use crate::tensor::DType;
 
@@ -27,6 +28,15 @@ pub enum ExportError {
     },
     #[error("the modules of this model are not known, so they cannot be named")]
     NoModules,
+}
+
+impl Help for ExportError {
+    fn help(&self) -> Option<String> {
+        match self {
+            ExportError::Write(error) => error.help(),
+            _ => None,
+        }
+    }
 }
 
 /// Writes a checkpoint into `folder`, which is made if it is not there; files of the same names must not be. Gives the

@@ -14,6 +14,7 @@ use super::checkpoint::{GPT2, LLAMA};
 use super::export::{self, ExportError};
 use super::source::constants_of_modules;
 use crate::graph::{Constant, Graph};
+use crate::help::Help;
 use crate::tensor::{DType, Tensor};
 
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +23,15 @@ pub enum FingerprintError {
     Names(#[from] ExportError),
     #[error("{name:?}: {message}")]
     Tensor { name: String, message: String },
+}
+
+impl Help for FingerprintError {
+    fn help(&self) -> Option<String> {
+        match self {
+            FingerprintError::Names(error) => error.help(),
+            FingerprintError::Tensor { .. } => None,
+        }
+    }
 }
 
 /// Each holds a tensor at a time, in fp32 where it is not in half precision already.

@@ -65,15 +65,11 @@ impl Adapter {
         let config: Config =
             serde_json::from_str(&text).map_err(|e| invalid(format!("is not a valid PEFT configuration: {e}")))?;
         if let Some(kind) = config.peft_type.as_deref().filter(|kind| *kind != "LORA") {
-            return Err(invalid(format!(
-                "is an adapter of type {kind}; only LORA can be merged"
-            )));
+            return Err(invalid(format!("is an adapter of type {kind}")).with_help("only LORA can be merged"));
         }
         if config.use_dora {
-            return Err(invalid(
-                "is a DoRA adapter, which also rescales the weights; merge it with PEFT's merge_and_unload first"
-                    .into(),
-            ));
+            return Err(invalid("is a DoRA adapter, which also rescales the weights".into())
+                .with_help("merge it with PEFT's merge_and_unload first"));
         }
         if config.r == 0 {
             return Err(invalid("has rank 0".into()));
@@ -86,9 +82,8 @@ impl Adapter {
             let short = name.strip_prefix(PREFIX).unwrap_or(&name);
             let half = [".lora_A.", ".lora_B."].iter().position(|h| short.contains(h));
             let (Some(half), true) = (half, short.ends_with(".weight")) else {
-                return Err(invalid(format!(
-                    "{name:?} is not a matrix of a LoRA adapter; merge this adapter with PEFT's merge_and_unload first"
-                )));
+                return Err(invalid(format!("{name:?} is not a matrix of a LoRA adapter"))
+                    .with_help("merge this adapter with PEFT's merge_and_unload first"));
             };
             let layer = short.split(".lora_").next().expect("split gives one");
             halves.entry(layer.to_string()).or_default()[half] = Some(constant);

@@ -10,6 +10,7 @@ use super::lora::{Adapter, Change};
 use super::recipe::{Leaf, Recipe};
 use super::source::WeightSource;
 use crate::graph::Constant;
+use crate::help::Help;
 use crate::tensor::DType;
 
 /// A weight of a package, as far as it matters here.
@@ -103,6 +104,22 @@ impl fmt::Display for Mismatch {
             write!(f, "\n  the adapter changes {name}, which is no module of this model")?;
         }
         Ok(())
+    }
+}
+
+impl Help for Mismatch {
+    fn help(&self) -> Option<String> {
+        let nameless = self.missing.iter().any(|(_, expected)| expected.is_none());
+        let only_extra = self.missing.is_empty() && self.misfits.is_empty();
+        let help = match only_extra && self.unused_changes.is_empty() {
+            true => "if these belong to something else, such as a vision tower, use --ignore-extra",
+            false if nameless => {
+                "some weights are known by no name; refit once from the checkpoint that the package was made from, and \
+                 their numbers tell what they are called there"
+            }
+            false => "give the weights of the same architecture; `lapidary weights PKG` lists what is needed",
+        };
+        Some(help.to_string())
     }
 }
 

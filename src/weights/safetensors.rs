@@ -19,6 +19,7 @@ use bytes::Bytes;
 
 use super::checks::BadNumbers;
 use crate::graph::{Constant, ConstantError};
+use crate::help::Help;
 use crate::tensor::{DType, Tensor};
 
 /// Tensor data begins at a multiple of this.
@@ -48,6 +49,18 @@ pub enum WriteError {
     Constant { name: String, source: ConstantError },
     #[error("the weight {name:?}: {source}")]
     Numbers { name: String, source: BadNumbers },
+}
+
+impl Help for WriteError {
+    fn help(&self) -> Option<String> {
+        match self {
+            WriteError::Io { .. } => None,
+            WriteError::Constant { source, .. } => source.help(),
+            WriteError::Numbers { .. } => {
+                Some("take them anyway with --allow-nonfinite or --allow-overflow".to_string())
+            }
+        }
+    }
 }
 
 /// The format's name of a dtype.

@@ -13,6 +13,7 @@ use super::checkpoint::{CONVENTIONS, Convention, has_gate};
 use super::modules::modules;
 use super::recipe::Recipe;
 use crate::graph::{Constant, Graph};
+use crate::help::Help;
 use crate::tensor::{DType, Tensor};
 use crate::{onnx, passes};
 
@@ -46,7 +47,12 @@ pub enum SourceError {
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
     #[error("{}: {message}", path.display())]
-    Invalid { path: PathBuf, message: String },
+    Invalid {
+        path: PathBuf,
+        message: String,
+        /// What to do about it.
+        help: Option<String>,
+    },
     #[error(transparent)]
     Onnx(#[from] onnx::ReadError),
 }
@@ -63,6 +69,25 @@ impl SourceError {
         SourceError::Invalid {
             path: path.to_path_buf(),
             message: message.into(),
+            help: None,
+        }
+    }
+
+    /// What to do about an invalid source.
+    pub(super) fn with_help(mut self, advice: impl Into<String>) -> SourceError {
+        if let SourceError::Invalid { help, .. } = &mut self {
+            *help = Some(advice.into());
+        }
+        self
+    }
+}
+
+impl Help for SourceError {
+    fn help(&self) -> Option<String> {
+        match self {
+            SourceError::Io { .. } => None,
+            SourceError::Invalid { help, .. } => help.clone(),
+            SourceError::Onnx(error) => error.help(),
         }
     }
 }
@@ -83,12 +108,11 @@ impl WeightSource {
             }
             Some("bin" | "pt" | "pth" | "ckpt") => Err(SourceError::invalid(
                 path,
-                "is a PyTorch pickle, which can run code when it is read; save the model as safetensors and give that",
-            )),
-            _ => Err(SourceError::invalid(
-                path,
-                "is neither .onnx nor .safetensors; give one of these, or a folder that holds one",
-            )),
+                "is a PyTorch pickle, which can run code when it is read",
+            )
+            .with_help("save the model as safetensors and give that")),
+            _ => Err(SourceError::invalid(path, "is neither .onnx nor .safetensors")
+                .with_help("give one of these, or a folder that holds one")),
         }
     }
 
@@ -114,19 +138,15 @@ impl WeightSource {
         match (&several("safetensors")[..], &several("onnx")[..]) {
             ([one], _) => Ok(WeightSource::checkpoint(path, safetensors(one)?)),
             ([], [one]) => WeightSource::export(one, positions),
-            ([], []) => Err(SourceError::invalid(
-                path,
-                "holds no .safetensors and no .onnx; give the file, or a folder with one",
-            )),
+            ([], []) => Err(SourceError::invalid(path, "holds no .safetensors and no .onnx")
+                .with_help("give the file, or a folder with one")),
             (shards, models) => {
                 let files: Vec<String> = shards.iter().chain(models).map(|f| f.display().to_string()).collect();
                 Err(SourceError::invalid(
                     path,
-                    format!(
-                        "holds several files and no {INDEX}: {}; give the one that is meant",
-                        files.join(", ")
-                    ),
-                ))
+                    format!("holds several files and no {INDEX}: {}", files.join(", ")),
+                )
+                .with_help("give the one that is meant"))
             }
         }
     }
@@ -374,7 +394,7 @@ fn sharded(index: &Path) -> Result<BTreeMap<String, Constant>, SourceError> {
         let inside = path.components().all(|c| matches!(c, std::path::Component::Normal(_)));
         if !inside {
             return Err(invalid(format!(
-                "puts {name:?} into {shard:?}, outside its folder; that is refused"
+                "puts {name:?} into {shard:?}, outside its folder, which is refused"
             )));
         }
         if !shards.contains_key(shard.as_str()) {

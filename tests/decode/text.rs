@@ -1,8 +1,6 @@
 use std::path::{Path, PathBuf};
 
-use lapidary::decode::chat::{self, Message};
-use lapidary::decode::text::Detokenizer;
-use lapidary::decode::tokenizer::Tokenizer;
+use lapidary::text::{Detokenizer, Message, Tokenizer, chat};
 
 fn smollm2() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/smollm2")
@@ -80,7 +78,7 @@ fn a_folder_without_a_tokenizer_and_a_broken_one_are_named() {
 #[test]
 fn pieces_are_the_bytes_of_the_tokens() {
     let tokenizer = Tokenizer::open(&smollm2()).unwrap();
-    let pieces = tokenizer.pieces();
+    let pieces = tokenizer.token_bytes();
     assert_eq!(pieces.len(), 49152);
     for text in ["Zażółć 🦀 你好\n\t\"x\": *y*", "<|im_start|>user\nhi"] {
         let ids = tokenizer.encode(text, false).unwrap();

@@ -61,7 +61,7 @@ fn run(case: &Path, scratch: &Path, options: &Options) -> Outcome {
                 given.push((graph.value(id).name.clone(), narrow(tensor)));
             }
         }
-        let network = match lower_graph(&graph, &profile, &lower::Options::default()) {
+        let network = match lower_graph(&graph, &profile, &lower::LowerOptions::default()) {
             Ok(network) => network,
             Err(error) => {
                 refusal = error.to_string();

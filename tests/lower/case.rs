@@ -6,7 +6,7 @@ use lapidary::dim::Dim;
 use lapidary::graph::eval::Evaluator;
 use lapidary::graph::op::Op;
 use lapidary::graph::{Constant, Graph, ValueId};
-use lapidary::lower::{LinearForm, Options, lower_graph};
+use lapidary::lower::{LinearForm, LowerOptions, lower_graph};
 use lapidary::network::{Logits, Profile};
 use lapidary::tensor::{DType, Tensor};
 
@@ -90,9 +90,9 @@ impl Case {
             .map(|(id, t)| (graph.value(*id).name.clone(), narrow(t)))
             .collect();
         for linear in [LinearForm::FlattenActivation, LinearForm::RaiseWeight] {
-            let options = Options {
+            let options = LowerOptions {
                 linear,
-                ..Options::default()
+                ..LowerOptions::default()
             };
             let network = lower_graph(&graph, &profile, &options).unwrap_or_else(|e| panic!("{what}: {e}"));
             let found = interpret(&network, &inputs);

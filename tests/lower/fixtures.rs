@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use lapidary::backend::cpu::{self, Bindings, Caches, Program, bind_tokens};
 use lapidary::graph::Graph;
-use lapidary::lower::{AttentionForm, LinearForm, Options, lower};
+use lapidary::lower::{AttentionForm, LinearForm, LowerOptions, lower};
 use lapidary::network::{Logits, Profile, Tokens};
 use lapidary::passes::{self, canonicalize};
 
@@ -45,7 +45,7 @@ struct Plan {
     prefill: Tokens,
     decode: Tokens,
     logits: Logits,
-    options: Options,
+    options: LowerOptions,
 }
 
 fn plans(prompt: usize) -> Vec<Plan> {
@@ -60,25 +60,25 @@ fn plans(prompt: usize) -> Vec<Plan> {
             prefill: Tokens::Static(prompt),
             decode: Tokens::Static(1),
             logits: Logits::Rows,
-            options: Options::default(),
+            options: LowerOptions::default(),
         },
         Plan {
             what: "dynamic, all logits",
             prefill: dynamic,
             decode: dynamic,
             logits: Logits::All,
-            options: Options::default(),
+            options: LowerOptions::default(),
         },
         Plan {
             what: "static, rows, everything the other way",
             prefill: Tokens::Static(prompt),
             decode: Tokens::Static(1),
             logits: Logits::Rows,
-            options: Options {
+            options: LowerOptions {
                 fold_groups: false,
                 linear: LinearForm::RaiseWeight,
                 attention: AttentionForm::Decomposed,
-                ..Options::default()
+                ..LowerOptions::default()
             },
         },
     ]

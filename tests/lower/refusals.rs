@@ -3,7 +3,7 @@
 use lapidary::graph::Graph;
 use lapidary::graph::op::{Binary, Op, Unary};
 use lapidary::lower::synthetic::Decoder;
-use lapidary::lower::{LowerError, Options, lower, lower_graph};
+use lapidary::lower::{LowerError, LowerOptions, lower, lower_graph};
 use lapidary::network::{Logits, Profile, Tokens};
 use lapidary::tensor::{DType, Tensor};
 
@@ -40,7 +40,7 @@ fn every_obstacle_is_named() {
         (value.dtype, value.shape) = (Some(DType::F32), Some(shape.clone()));
     }
     graph.outputs = vec![a, b, c];
-    let error = lower_graph(&graph, &all(4), &Options::default()).unwrap_err();
+    let error = lower_graph(&graph, &all(4), &LowerOptions::default()).unwrap_err();
     let LowerError::Unsupported(obstacles) = &error else {
         panic!("{error}")
     };
@@ -58,7 +58,7 @@ fn layer_faults_name_node_and_shapes() {
     let b = graph.add_input("b", DType::F16, dims(&[2, 3]));
     let y = graph.add_node("mixed", Op::Binary(Binary::Add), &[a, b]);
     graph.outputs = vec![y];
-    let error = lower_graph(&graph, &all(4), &Options::default())
+    let error = lower_graph(&graph, &all(4), &LowerOptions::default())
         .unwrap_err()
         .to_string();
     for part in ["mixed", "f32[2, 3]", "f16[2, 3]", "Cast"] {
@@ -69,7 +69,11 @@ fn layer_faults_name_node_and_shapes() {
 #[test]
 fn profiles_that_cannot_be() {
     let graph = Decoder::tiny().graph();
-    let refused = |profile: Profile| lower(&graph, &profile, &Options::default()).unwrap_err().to_string();
+    let refused = |profile: Profile| {
+        lower(&graph, &profile, &LowerOptions::default())
+            .unwrap_err()
+            .to_string()
+    };
     let error = refused(Profile::prefill(17, 16));
     assert!(error.contains("17 tokens do not fit a cache of 16 slots"), "{error}");
     let error = refused(Profile {
@@ -93,8 +97,10 @@ fn graphs_that_are_not_canonical() {
     let x = graph.add_input("x", DType::F32, dims(&[2, 3]));
     let y = graph.add_node("y", Op::Unary(Unary::Exp), &[x]);
     graph.outputs = vec![y];
-    assert!(lower_graph(&graph, &all(4), &Options::default()).is_ok());
-    let error = lower(&graph, &all(4), &Options::default()).unwrap_err().to_string();
+    assert!(lower_graph(&graph, &all(4), &LowerOptions::default()).is_ok());
+    let error = lower(&graph, &all(4), &LowerOptions::default())
+        .unwrap_err()
+        .to_string();
     assert!(
         error.contains("input_ids") && error.contains("\"x\" f32[2, 3]"),
         "{error}"
@@ -109,14 +115,14 @@ fn a_fixed_batch_stays() {
         let shape = graph.value_mut(id).shape.as_mut().unwrap();
         shape[0] = dims(&[1])[0].clone();
     }
-    assert!(lower(&graph, &Profile::decode(16), &Options::default()).is_ok());
+    assert!(lower(&graph, &Profile::decode(16), &LowerOptions::default()).is_ok());
     let error = lower(
         &graph,
         &Profile {
             batch: 2,
             ..Profile::decode(16)
         },
-        &Options::default(),
+        &LowerOptions::default(),
     )
     .unwrap_err();
     assert!(error.to_string().contains("[2, 1]"), "{error}");

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use lapidary::backend::cpu::{self, bind_tokens, execute};
 use lapidary::graph::Graph;
 use lapidary::lower::synthetic::Decoder;
-use lapidary::lower::{AttentionForm, LinearForm, Options, lower};
+use lapidary::lower::{AttentionForm, LinearForm, LowerOptions, lower};
 use lapidary::network::{LayerKind, Logits, Network, Profile, Tokens, WeightMode};
 use lapidary::tensor::{DType, Tensor};
 
@@ -53,7 +53,7 @@ fn tolerance(graph: &Graph) -> f32 {
     }
 }
 
-fn check(what: &str, graph: &Graph, profile: Profile, options: &Options, calls: &[(usize, usize)]) {
+fn check(what: &str, graph: &Graph, profile: Profile, options: &LowerOptions, calls: &[(usize, usize)]) {
     let network = lower(graph, &profile, options).unwrap_or_else(|e| panic!("{what} {profile}: {e}"));
     for (seed, (past, tokens)) in calls.iter().enumerate() {
         let call = call(graph, seed as u64 + 1, profile.batch, *past, *tokens, profile.capacity);
@@ -112,11 +112,11 @@ fn every_model_and_profile() {
     for (name, config) in decoders() {
         let graph = decoder(&config);
         for (profile, calls) in profiles(1) {
-            check(name, &graph, profile, &Options::default(), &calls);
+            check(name, &graph, profile, &LowerOptions::default(), &calls);
         }
     }
     for (profile, calls) in profiles(1) {
-        check("gpt2", &gpt2(), profile, &Options::default(), &calls);
+        check("gpt2", &gpt2(), profile, &LowerOptions::default(), &calls);
     }
 }
 
@@ -143,16 +143,16 @@ fn every_choice() {
                     AttentionForm::ReducedScores,
                     AttentionForm::ByCapacity,
                 ] {
-                    let options = Options {
+                    let options = LowerOptions {
                         fold_groups,
                         linear,
                         fuse_linear,
                         attention,
                         weight_mode: WeightMode::Embed,
-                        ..Options::default()
+                        ..LowerOptions::default()
                     };
                     // The choices that matter less, all one way and all the other.
-                    let others = Options {
+                    let others = LowerOptions {
                         reduce_depth: Some(16),
                         fuse_pairs: false,
                         fold_prefill: Some(0),
@@ -174,9 +174,9 @@ fn every_choice() {
 /// More rows than one Attention layer gets: the heads of a group are dealt to two.
 #[test]
 fn folded_groups_of_many_rows() {
-    let options = Options {
+    let options = LowerOptions {
         fold_prefill: Some(0),
-        ..Options::default()
+        ..LowerOptions::default()
     };
     let config = Decoder {
         positions: 80,
@@ -201,10 +201,10 @@ fn batches() {
     {
         let graph = decoder(&config);
         for (profile, calls) in profiles(2) {
-            check(name, &graph, profile, &Options::default(), &calls);
+            check(name, &graph, profile, &LowerOptions::default(), &calls);
         }
     }
     for (profile, calls) in profiles(3) {
-        check("gpt2", &gpt2(), profile, &Options::default(), &calls);
+        check("gpt2", &gpt2(), profile, &LowerOptions::default(), &calls);
     }
 }

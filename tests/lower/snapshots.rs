@@ -2,7 +2,7 @@
 
 use lapidary::dim::{Dim, Sym};
 use lapidary::lower::synthetic::Decoder;
-use lapidary::lower::{AttentionForm, Options, lower};
+use lapidary::lower::{AttentionForm, LowerOptions, lower};
 use lapidary::network::{Logits, Profile, Tokens, WeightMode, verify, verify_interface};
 use lapidary::tensor::DType;
 
@@ -15,7 +15,7 @@ fn one_layer() -> Decoder {
     }
 }
 
-fn snapshot(name: &str, graph: &lapidary::graph::Graph, profile: Profile, options: &Options) {
+fn snapshot(name: &str, graph: &lapidary::graph::Graph, profile: Profile, options: &LowerOptions) {
     let network = lower(graph, &profile, options).unwrap();
     verify(&network).unwrap();
     verify_interface(&network).unwrap();
@@ -38,7 +38,7 @@ fn grouped_decode() {
         "grouped_decode",
         &one_layer().graph(),
         Profile::decode(16),
-        &Options::default(),
+        &LowerOptions::default(),
     );
 }
 
@@ -49,9 +49,9 @@ fn half_prefill() {
         tied: true,
         ..one_layer()
     };
-    let options = Options {
+    let options = LowerOptions {
         weight_mode: WeightMode::Embed,
-        ..Options::default()
+        ..LowerOptions::default()
     };
     snapshot("half_prefill", &config.graph(), Profile::prefill(4, 16), &options);
 }
@@ -68,7 +68,7 @@ fn windowed_qwen_dynamic() {
         "windowed_qwen_dynamic",
         &config.graph(),
         dynamic(Logits::All),
-        &Options::default(),
+        &LowerOptions::default(),
     );
 }
 
@@ -82,16 +82,16 @@ fn softcap_dynamic_rows() {
         "softcap_dynamic_rows",
         &config.graph(),
         dynamic(Logits::Rows),
-        &Options::default(),
+        &LowerOptions::default(),
     );
 }
 
 #[test]
 fn gpt2_prefill() {
-    let options = Options {
+    let options = LowerOptions {
         attention: AttentionForm::Decomposed,
         weight_mode: WeightMode::Strip,
-        ..Options::default()
+        ..LowerOptions::default()
     };
     snapshot("gpt2_prefill", &gpt2(), Profile::prefill(4, 16), &options);
 }
@@ -100,7 +100,7 @@ fn gpt2_prefill() {
 #[test]
 fn symbols() {
     let graph = Decoder::tiny().graph();
-    let network = lower(&graph, &Profile::prefill(4, 16), &Options::default()).unwrap();
+    let network = lower(&graph, &Profile::prefill(4, 16), &LowerOptions::default()).unwrap();
     assert!(
         network
             .tensors
@@ -108,7 +108,7 @@ fn symbols() {
             .flat_map(|t| &t.shape)
             .all(|d: &Dim| d.as_const().is_some())
     );
-    let network = lower(&graph, &dynamic(Logits::Rows), &Options::default()).unwrap();
+    let network = lower(&graph, &dynamic(Logits::Rows), &LowerOptions::default()).unwrap();
     let symbols: std::collections::BTreeSet<Sym> = network
         .tensors
         .iter()

@@ -3,7 +3,7 @@
 use lapidary::graph::op::Op;
 use lapidary::graph::{Constant, Graph};
 use lapidary::lower::synthetic::Decoder;
-use lapidary::lower::{Options, lower, lower_graph, weights};
+use lapidary::lower::{LowerOptions, lower, lower_graph, weights};
 use lapidary::network::{Logits, Profile, WeightMode};
 use lapidary::tensor::{DType, Tensor};
 
@@ -32,7 +32,7 @@ fn every_profile_has_the_weights_of_the_graph() {
                 logits,
                 ..Profile::prefill(tokens, 16)
             };
-            let mut found = names(&lower(&graph, &profile, &Options::default()).unwrap());
+            let mut found = names(&lower(&graph, &profile, &LowerOptions::default()).unwrap());
             found.sort();
             assert_eq!(found, expected);
         }
@@ -45,16 +45,16 @@ fn a_tied_embedding_is_one_weight() {
         tied: true,
         ..Decoder::tiny()
     };
-    let network = lower(&config.graph(), &Profile::decode(16), &Options::default()).unwrap();
+    let network = lower(&config.graph(), &Profile::decode(16), &LowerOptions::default()).unwrap();
     let vocabulary = |w: &&lapidary::network::Weight| w.constant.shape() == [config.vocabulary, config.hidden];
     assert_eq!(network.weights.iter().filter(vocabulary).count(), 1);
-    let untied = lower(&Decoder::tiny().graph(), &Profile::decode(16), &Options::default()).unwrap();
+    let untied = lower(&Decoder::tiny().graph(), &Profile::decode(16), &LowerOptions::default()).unwrap();
     assert_eq!(untied.weights.iter().filter(vocabulary).count(), 2);
 }
 
 #[test]
 fn names_are_those_of_the_export() {
-    let network = lower(&gpt2(), &Profile::decode(16), &Options::default()).unwrap();
+    let network = lower(&gpt2(), &Profile::decode(16), &LowerOptions::default()).unwrap();
     let names = names(&network);
     for name in [
         "wte",
@@ -91,9 +91,9 @@ fn parts_of_one_initializer_get_numbers() {
         logits: Logits::All,
         ..Profile::prefill(2, 16)
     };
-    let options = Options {
+    let options = LowerOptions {
         weight_mode: WeightMode::Strip,
-        ..Options::default()
+        ..LowerOptions::default()
     };
     let network = lower_graph(&graph, &profile, &options).unwrap();
     assert_eq!(names(&network), ["qkv", "qkv.1"]);
@@ -116,7 +116,7 @@ fn what_is_no_weight_and_what_cannot_keep_its_name() {
     let y = graph.add_node("scaled", Op::Binary(lapidary::graph::op::Binary::Mul), &[x, scale]);
     let y = graph.add_node("y", Op::Binary(lapidary::graph::op::Binary::Add), &[y, bias]);
     graph.outputs.push(y);
-    let network = lower_graph(&graph, &Profile::prefill(2, 16), &Options::default()).unwrap();
+    let network = lower_graph(&graph, &Profile::prefill(2, 16), &LowerOptions::default()).unwrap();
     assert_eq!(names(&network), ["logit_rows.1"]);
 }
 
@@ -132,7 +132,7 @@ fn integer_tables_become_32_bits() {
         logits: Logits::All,
         ..Profile::prefill(2, 16)
     };
-    let network = lower_graph(&graph, &profile, &Options::default()).unwrap();
+    let network = lower_graph(&graph, &profile, &LowerOptions::default()).unwrap();
     let weight = &network.weights[0];
     assert_eq!((weight.name.as_str(), weight.constant.dtype()), ("table", DType::I32));
     assert_eq!(weight.constant.materialize().unwrap().to_i64()[19_999], 19_999);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lapidary::lower::Options;
+use lapidary::lower::LowerOptions;
 use lapidary::network::WeightMode;
 use lapidary::{onnx, passes};
 
@@ -43,9 +43,9 @@ fn family_builds(family: &str) {
             }
         };
         for weight_mode in [WeightMode::Bind, WeightMode::Embed] {
-            let options = Options {
+            let options = LowerOptions {
                 weight_mode,
-                ..Options::default()
+                ..LowerOptions::default()
             };
             // Logits of every token are for `verify`, on the CPU; the models' tests build them.
             for profile in &profiles(32)[..3] {

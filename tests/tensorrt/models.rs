@@ -3,7 +3,7 @@
 use lapidary::backend::tensorrt::{self, BuildOptions, Plan};
 use lapidary::graph::Graph;
 use lapidary::lower::synthetic::Decoder;
-use lapidary::lower::{AttentionForm, LinearForm, Options, lower};
+use lapidary::lower::{AttentionForm, LinearForm, LowerOptions, lower};
 use lapidary::network::{Logits, Profile, Tokens, WeightMode};
 use lapidary::tensor::DType;
 
@@ -29,13 +29,13 @@ pub fn profiles(capacity: usize) -> [Profile; 4] {
 }
 
 /// Lowers and builds, or says for which profile it failed and why.
-pub fn try_build(graph: &Graph, profile: &Profile, options: &Options) -> Result<Plan, String> {
+pub fn try_build(graph: &Graph, profile: &Profile, options: &LowerOptions) -> Result<Plan, String> {
     let what = || format!("{profile} {:?}", options.weight_mode);
     let network = lower(graph, profile, options).map_err(|error| format!("{}: {error}", what()))?;
     tensorrt::build(&library(), &network, &BuildOptions::default()).map_err(|error| format!("{}: {error}", what()))
 }
 
-fn builds(name: &str, graph: &Graph, options: &Options) {
+fn builds(name: &str, graph: &Graph, options: &LowerOptions) {
     let failed: Vec<String> = profiles(32)
         .iter()
         .filter_map(|profile| try_build(graph, profile, options).err())
@@ -80,7 +80,7 @@ fn relatives_build_with_bound_weights() {
         ("softcap", Decoder { softcap: 30.0, ..f16() }),
     ];
     for (name, decoder) in relatives {
-        builds(name, &decoder.graph(), &Options::default());
+        builds(name, &decoder.graph(), &LowerOptions::default());
     }
 }
 
@@ -88,9 +88,9 @@ fn relatives_build_with_bound_weights() {
 fn every_float_type_builds_bound_and_embedded() {
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
         for weight_mode in [WeightMode::Bind, WeightMode::Embed] {
-            let options = Options {
+            let options = LowerOptions {
                 weight_mode,
-                ..Options::default()
+                ..LowerOptions::default()
             };
             builds(dtype.name(), &filled(&tiny(dtype)), &options);
         }
@@ -100,19 +100,19 @@ fn every_float_type_builds_bound_and_embedded() {
 #[test]
 fn every_choice_of_the_lowering_builds() {
     let graph = tiny(DType::F16).graph();
-    let with = |linear, attention, fold_groups| Options {
+    let with = |linear, attention, fold_groups| LowerOptions {
         fold_groups,
         linear,
         attention,
-        ..Options::default()
+        ..LowerOptions::default()
     };
     for options in [
-        Options::for_engines(),
+        LowerOptions::for_engines(),
         with(LinearForm::FlattenActivation, AttentionForm::Layer, true),
         with(LinearForm::RaiseWeight, AttentionForm::Layer, false),
         with(LinearForm::RaiseWeight, AttentionForm::Decomposed, false),
         with(LinearForm::ReduceRow, AttentionForm::Split(4), false),
-        Options {
+        LowerOptions {
             fold_prefill: Some(0),
             ..with(LinearForm::ReduceRow, AttentionForm::ReducedScores, true)
         },
@@ -142,9 +142,9 @@ fn embedded_halves_stay_halves() {
         .into()
     });
     for weight_mode in [WeightMode::Embed, WeightMode::Bind] {
-        let options = Options {
+        let options = LowerOptions {
             weight_mode,
-            ..Options::for_engines()
+            ..LowerOptions::for_engines()
         };
         let network = lower(&graph, &Profile::decode(32), &options).unwrap();
         let weights: usize = network.weights.iter().map(|weight| weight.constant.byte_len()).sum();
@@ -180,7 +180,7 @@ fn head_sizes_and_groups_of_real_models_build() {
         builds(
             &format!("{heads}/{kv_heads} heads of {head_dim}"),
             &decoder.graph(),
-            &Options::default(),
+            &LowerOptions::default(),
         );
     }
 }
@@ -200,7 +200,7 @@ fn llama_8b_builds_without_weights() {
             tokens,
             ..Profile::decode(1024)
         };
-        let plan = try_build(&graph, &profile, &Options::default()).unwrap();
+        let plan = try_build(&graph, &profile, &LowerOptions::default()).unwrap();
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
         let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
         eprintln!("{profile}: {plan:?}, {peak}");

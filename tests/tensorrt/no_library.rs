@@ -6,6 +6,7 @@ use std::process::Command;
 
 use lapidary::backend::tensorrt::flavour::{ENTERPRISE, RTX};
 use lapidary::backend::tensorrt::{FLAVOUR, Library, LibraryError, Source};
+use lapidary::help::Help;
 
 /// A shared object that says it is a TensorRT of this version, as `getInferLibVersion` encodes it, and does no more.
 fn impostor(folder: &Path, name: &str, version: i32, builder: bool) -> PathBuf {

@@ -1,9 +1,11 @@
 //! Weights bound, embedded and stripped.
 
 use bytes::Bytes;
-use lapidary::backend::tensorrt::{self, BuildOptions, Error, Refit};
+use lapidary::backend::tensorrt::{self, BuildOptions, Error};
 use lapidary::graph::Constant;
+use lapidary::help::Help;
 use lapidary::network::{LayerKind, MatrixOp, WeightMode};
+use lapidary::target::Refit;
 use lapidary::tensor::{DType, Tensor};
 
 use crate::net::{Net, build, bytes_of, dims, library};

@@ -9,8 +9,9 @@ use super::emit;
 use super::error::Error;
 use super::flavour::FLAVOUR;
 use super::observer::Monitor;
-use super::{BuildOptions, Library, Plan, Refit, driver};
+use super::{BuildOptions, Library, Plan, driver};
 use crate::network::{LayerKind, Network, Tokens, WeightMode};
+use crate::target::Refit;
 use crate::tensor::Tensor;
 
 pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions) -> Result<Plan, Error> {

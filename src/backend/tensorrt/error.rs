@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use super::flavour::{FLAVOUR, Flavour};
 use crate::graph::ConstantError;
+use crate::help::{Fault, Help, REPORT_BUG};
 
-/// Errors of the TensorRT back end. [`Error::help`] says what to do.
+/// Errors of the TensorRT back end. [`Help`] says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The machine's set-up: no library, or none that fits.
@@ -78,24 +79,28 @@ pub enum Error {
     Start { message: String },
 }
 
-/// What to do about bugs of our own.
-const REPORT: &str = "this is a bug in Lapidary; please report it with the export";
+impl Help for Error {
+    fn fault(&self) -> Fault {
+        match self {
+            Error::Library(_) | Error::NeedsGpu { .. } | Error::Weight { .. } | Error::Profile { .. } => Fault::Input,
+            Error::Malformed { .. } | Error::Inference { .. } => Fault::Bug,
+            Error::Layer { .. } | Error::Build { .. } | Error::Cancelled { .. } | Error::Start { .. } => Fault::Machine,
+        }
+    }
 
-impl Error {
-    /// What to do about it.
-    pub fn help(&self) -> Option<String> {
+    fn help(&self) -> Option<String> {
         Some(match self {
             Error::Library(error) => return error.help(),
             Error::NeedsGpu { .. } => format!("build on a machine with an NVIDIA GPU, or {}", FLAVOUR.without_gpu),
             Error::Weight { .. } => "bring the weights back with `lapidary refit`".to_string(),
-            Error::Malformed { .. } | Error::Inference { .. } => REPORT.to_string(),
+            Error::Malformed { .. } | Error::Inference { .. } => REPORT_BUG.to_string(),
             Error::Profile { .. } => "give 1 <= min <= opt <= max".to_string(),
             Error::Layer { .. } | Error::Build { .. } | Error::Cancelled { .. } | Error::Start { .. } => return None,
         })
     }
 }
 
-/// Which library, and why it cannot be used. [`LibraryError::help`] says what to do.
+/// Which library, and why it cannot be used. [`Help`] says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LibraryError {
     #[error("this lapidary was compiled without TensorRT")]
@@ -140,9 +145,8 @@ pub enum LibraryError {
     AnotherLoaded { loaded: PathBuf, asked: PathBuf },
 }
 
-impl LibraryError {
-    /// What to do about it.
-    pub fn help(&self) -> Option<String> {
+impl Help for LibraryError {
+    fn help(&self) -> Option<String> {
         let install = || format!("install {}", FLAVOUR.install);
         let by_path = || format!("with --tensorrt-lib or {}", FLAVOUR.variable);
         let library = FLAVOUR.libraries[0];

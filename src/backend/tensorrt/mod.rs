@@ -58,22 +58,10 @@ pub use probe::{Ability, Report, probe};
 use crate::network::Network;
 #[cfg(doc)]
 use crate::network::{Tokens, WeightMode};
+use crate::target::Refit;
 
 /// Digest of the sources that turn a network into a plan (`build.rs`): for caches of plans.
 pub const EMITTER: &str = env!("LAPIDARY_EMITTER");
-
-/// Which weights of an engine can be replaced after it is built.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Refit {
-    /// None, or for stripped weights (which must be put back to run at all) the same as [`Refit::Identical`].
-    #[default]
-    None,
-    /// Every embedded and stripped weight, by any values.
-    General,
-    /// The same, but only by the values seen at build time: TensorRT may have optimised for them.
-    Identical,
-}
 
 /// How to build.
 #[derive(Clone, Default)]

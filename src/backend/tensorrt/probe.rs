@@ -8,6 +8,7 @@ use super::driver::{self, Driver};
 use super::error::LibraryError;
 use super::flavour::{FLAVOUR, Flavour};
 use super::library::{Library, Source, Version};
+use crate::help::Help;
 
 /// The CUDA that both TensorRTs are made for, or a later one.
 pub(super) const OLDEST_CUDA: u32 = 12;

@@ -3,12 +3,11 @@
 use serde_json::{Map, Value, json};
 
 use super::Args;
-use crate::backend::tensorrt::Refit;
 use crate::bench::result::System;
 use crate::package::Package;
 use crate::package::manifest::EngineEntry;
 use crate::sample::Settings;
-use crate::spec::Prefill;
+use crate::target::{Prefill, Refit};
 
 /// Settings come from the package, the flags and `--setting`, the last of which may overrule.
 pub fn system(args: &Args, package: &Package, sampler: &Settings, on_gpu: bool, threads: usize) -> System {
@@ -130,16 +129,16 @@ fn nest(map: &mut Map<String, Value>, key: &str, value: Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lower::{AttentionForm, Options};
+    use crate::backend::tensorrt::FLAVOUR;
+    use crate::lower::{AttentionForm, LowerOptions};
     use crate::network::{Profile, WeightMode};
-    use crate::spec::Target;
 
-    fn engine(capacity: usize, lowering: Options) -> EngineEntry {
+    fn engine(capacity: usize, lowering: LowerOptions) -> EngineEntry {
         EngineEntry {
             file: String::new(),
             bytes: 0,
             blake3: String::new(),
-            target: Target::compiled(),
+            target: FLAVOUR.target,
             profile: Profile::decode(capacity),
             built_as: None,
             optimization_profile: 0,
@@ -154,12 +153,12 @@ mod tests {
 
     #[test]
     fn the_lowering_is_told_once_or_by_profile() {
-        let usual = Options::for_engines();
-        let layer = Options {
+        let usual = LowerOptions::for_engines();
+        let layer = LowerOptions {
             attention: AttentionForm::Layer,
             ..usual.clone()
         };
-        let embedded = Options {
+        let embedded = LowerOptions {
             weight_mode: WeightMode::Embed,
             ..usual.clone()
         };

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::backend::tensorrt::FLAVOUR;
 use crate::backend::tensorrt::run::{Objection, Port, RunError};
 use crate::decode::DeviceError;
+use crate::help::Help;
 use crate::network::Profile;
 
 /// An engine's input or output that no session has anything for.
@@ -57,9 +58,8 @@ pub enum OpenError {
     Package(#[from] crate::package::PackageError),
 }
 
-impl OpenError {
-    /// What to do about it.
-    pub fn help(&self) -> Option<String> {
+impl Help for OpenError {
+    fn help(&self) -> Option<String> {
         match self {
             OpenError::NoEngines { .. } => Some(format!(
                 "convert the model with --target {}, or run it with --device cpu",
@@ -71,10 +71,12 @@ impl OpenError {
             ),
             OpenError::Run(error) => error.help(),
             OpenError::Package(error) => error.help(),
-            OpenError::Graph(_) => None,
+            OpenError::Graph(error) => error.help(),
         }
     }
+}
 
+impl OpenError {
     /// Whether this machine or package simply has no GPU or library to run on, which `--device auto` passes over. A library
     /// that is there and cannot be used is refused: whoever named it wants to know.
     pub fn is_absence(&self) -> bool {

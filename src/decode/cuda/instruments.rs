@@ -87,7 +87,7 @@ impl CudaDevice {
         let slot = &self.slots[at];
         let profile = slot.profile;
         let tokens = slot.loaded.as_ref().expect("it ran").tokens;
-        let options = lower::Options {
+        let options = lower::LowerOptions {
             weight_mode: slot.entry.weight_mode,
             ..slot.entry.lowering.clone()
         };

@@ -73,7 +73,7 @@ impl CudaDevice {
 
     /// The network that the slot's engine was built from.
     pub(super) fn lowered(&self, slot: &EngineSlot) -> Result<Network, DeviceError> {
-        let options = lower::Options {
+        let options = lower::LowerOptions {
             weight_mode: slot.entry.weight_mode,
             ..slot.entry.lowering.clone()
         };
@@ -176,15 +176,15 @@ fn declared(network: &Network) -> HashMap<&str, (DType, Vec<i64>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lower::Options;
+    use crate::lower::LowerOptions;
     use crate::lower::synthetic::Decoder;
     use crate::network::Profile;
 
     /// A small network and the ports of its engine, as TensorRT would name them.
     fn engine() -> (Network, Vec<Port>) {
-        let options = Options {
+        let options = LowerOptions {
             weight_mode: WeightMode::Bind,
-            ..Options::default()
+            ..LowerOptions::default()
         };
         let graph = Decoder::tiny().graph();
         let tokens = Tokens::Dynamic { min: 1, opt: 4, max: 8 };

@@ -9,15 +9,14 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use crate::backend::tensorrt::Library;
 use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Pinned, RunError, Runtime, Stream, trial};
+use crate::backend::tensorrt::{FLAVOUR, Library};
 use crate::decode::device::{Chunk, Device, DeviceError};
 use crate::decode::instruments::Instruments;
 use crate::graph::Graph;
 use crate::network::{Profile, Tokens};
 use crate::package::manifest;
 use crate::package::{ENGINES, KERNELS, Package};
-use crate::spec::Target;
 
 mod chunks;
 mod error;
@@ -136,11 +135,7 @@ pub struct CudaDevice {
 
 impl CudaDevice {
     pub fn open(package: &Package, library: &Library, options: CudaOptions) -> Result<Self, OpenError> {
-        let engines = package
-            .manifest
-            .engines
-            .iter()
-            .filter(|e| e.target == Target::compiled());
+        let engines = package.manifest.engines.iter().filter(|e| e.target == FLAVOUR.target);
         let slots: Vec<EngineSlot> = engines
             .map(|entry| EngineSlot {
                 profile: entry.profile,
@@ -362,8 +357,8 @@ impl Device for CudaDevice {
 
     fn engine(&self) -> String {
         match &self.last {
-            Some(profile) => format!("{} {} {profile}", Target::compiled(), self.runtime.version()),
-            None => format!("{} {}", Target::compiled(), self.runtime.version()),
+            Some(profile) => format!("{} {} {profile}", FLAVOUR.target, self.runtime.version()),
+            None => format!("{} {}", FLAVOUR.target, self.runtime.version()),
         }
     }
 

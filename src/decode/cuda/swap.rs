@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::{CudaDevice, DeviceError};
 use crate::backend::tensorrt::run::RunError;
+use crate::help::{Fault, Help};
 use crate::network::{Profile, WeightMode};
 use crate::package::manifest::{EngineEntry, Manifest};
 use crate::package::{Package, PackageError};
@@ -53,22 +54,37 @@ fn seconds<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S::Ok
 /// Why the weights on the device stay what they are.
 #[derive(Debug, thiserror::Error)]
 pub enum SwapError {
-    #[error("{}: another architecture than that of the engines in use; open it as a package of its own", package.display())]
+    #[error("{}: another architecture than that of the engines in use", package.display())]
     Architecture { package: PathBuf },
-    #[error(
-        "{}: the engine {profile} holds its weights, so they cannot be changed; convert with --weights bind, or strip \
-         and --refit general", package.display()
-    )]
+    #[error("{}: the engine {profile} holds its weights, so they cannot be changed", package.display())]
     Embedded { package: PathBuf, profile: Profile },
     #[error(
-        "{}: the engine {profile} can be refitted with the weights it was built with and no others; convert with --weights \
-         bind, or --refit general", package.display()
+        "{}: the engine {profile} can be refitted with the weights it was built with and no others", package.display()
     )]
     Identical { package: PathBuf, profile: Profile },
     #[error(transparent)]
     Package(#[from] PackageError),
     #[error(transparent)]
     Device(#[from] DeviceError),
+}
+
+impl Help for SwapError {
+    fn fault(&self) -> Fault {
+        match self {
+            SwapError::Device(error) => error.fault(),
+            _ => Fault::Input,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        match self {
+            SwapError::Architecture { .. } => Some("open it as a package of its own".to_string()),
+            SwapError::Embedded { .. } => Some("convert with --weights bind, or strip and --refit general".to_string()),
+            SwapError::Identical { .. } => Some("convert with --weights bind, or --refit general".to_string()),
+            SwapError::Package(error) => error.help(),
+            SwapError::Device(error) => error.help(),
+        }
+    }
 }
 
 /// Whether engines that run with `ours` can run with `theirs`.
@@ -162,21 +178,21 @@ impl CudaDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::tensorrt::Refit;
-    use crate::spec::Target;
+    use crate::backend::tensorrt::FLAVOUR;
+    use crate::target::Refit;
 
     fn engine(weight_mode: WeightMode, refit: Refit) -> EngineEntry {
         EngineEntry {
             file: String::new(),
             bytes: 0,
             blake3: String::new(),
-            target: Target::compiled(),
+            target: FLAVOUR.target,
             profile: Profile::decode(16),
             built_as: None,
             optimization_profile: 0,
             weight_mode,
             refit,
-            lowering: crate::lower::Options::default(),
+            lowering: crate::lower::LowerOptions::default(),
             built_with: None,
             tensorrt_version: String::new(),
             build_ms: 0,

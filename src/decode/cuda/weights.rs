@@ -199,7 +199,7 @@ fn fill(to: &mut [u8], from: &[u8]) {
 mod tests {
     use super::*;
     use crate::lower::synthetic::Decoder;
-    use crate::lower::{Options, lower};
+    use crate::lower::{LowerOptions, lower};
     use crate::network::Profile;
     use crate::tensor::Tensor;
 
@@ -217,10 +217,10 @@ mod tests {
             Constant::tensor(Tensor::from_f64_as(dtype, shape, &numbers))
         });
         let of = |fuse_linear| {
-            let options = Options {
+            let options = LowerOptions {
                 weight_mode: WeightMode::Bind,
                 fuse_linear,
-                ..Options::default()
+                ..LowerOptions::default()
             };
             lower(&graph, &Profile::decode(16), &options).unwrap()
         };

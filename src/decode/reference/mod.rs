@@ -15,12 +15,14 @@ use std::path::{Path, PathBuf};
 
 use crate::dim::Sym;
 use crate::graph::{self, Graph, ValueId};
+use crate::help::Help;
 use crate::onnx;
 use crate::passes::roles::{self, InputRole, Roles};
 use crate::tensor::{DType, Tensor};
 
 /// Who runs the export.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, clap::ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum EngineKind {
     /// tract, by Sonos
@@ -49,6 +51,23 @@ pub enum ReferenceError {
         tokens: usize,
         capacity: usize,
     },
+}
+
+impl Help for ReferenceError {
+    fn help(&self) -> Option<String> {
+        let help = match self {
+            ReferenceError::NoTract => {
+                "compile with `cargo build --features tract`, or use --engine eval, which is slower"
+            }
+            ReferenceError::Read(error) => return error.help(),
+            ReferenceError::Engine { engine: "tract", .. } => {
+                "use --engine eval, which is slower and runs every export that converts"
+            }
+            ReferenceError::TooLong { .. } => "use fewer --tokens or shorter --prompt-ids",
+            ReferenceError::Inputs { .. } | ReferenceError::Engine { .. } => return None,
+        };
+        Some(help.to_string())
+    }
 }
 
 /// An engine with an export loaded.

@@ -180,10 +180,7 @@ impl<'m> Reader<'m> {
 
     fn initializers(&mut self, graph: &'m GraphProto, scope: &mut Scope<'m>) -> Result<(), ReadErrorKind> {
         if !graph.sparse_initializer.is_empty() {
-            return Err(ReadErrorKind::Tensor {
-                tensor: "sparse_initializer".to_string(),
-                reason: "sparse tensors are not read; export the model with dense weights".to_string(),
-            });
+            return Err(ReadErrorKind::Sparse);
         }
         for proto in &graph.initializer {
             let name = proto.name.as_deref().unwrap_or_default();

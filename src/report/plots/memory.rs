@@ -6,7 +6,7 @@ use super::canvas::{HEAD, Side, sheet, width_of};
 use super::{FAINT_INK, Figure, INK, MUTED, OTHERS, OURS, is_ours, slug};
 use crate::bench::result::Document;
 use crate::report::input::Group;
-use crate::report::markdown::bytes;
+use crate::units::bytes;
 
 const WIDTH: u32 = 960;
 const BAR: f64 = 28.0;

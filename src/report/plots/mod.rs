@@ -15,6 +15,7 @@ mod switches;
 use plotters::style::RGBColor;
 
 use super::input::{Group, ResultFile, SourceId};
+use crate::help::{Fault, Help};
 
 /// Two pixels a unit, for screens that have them.
 const PNG_SCALE: f32 = 2.0;
@@ -36,6 +37,12 @@ pub struct Figure {
 pub struct PlotError {
     pub name: String,
     pub message: String,
+}
+
+impl Help for PlotError {
+    fn fault(&self) -> Fault {
+        Fault::Bug
+    }
 }
 
 impl Figure {

@@ -1,4 +1,4 @@
-//! Work against the two walls: arithmetic a byte, and what is reached of bandwidth and peak. (Williams, Waterman and
+//! Work against the two ceilings: arithmetic a byte, and what is reached of bandwidth and peak. (Williams, Waterman and
 //! Patterson, "Roofline: An Insightful Visual Performance Model for Multicore Architectures", 2009.)
 //!
 //! Floating-point operations and bytes are those that the model needs, so a system that does more than needed shows as
@@ -9,8 +9,8 @@ use super::canvas::{HEAD, Side, sheet, width_of};
 use super::{AXIS, FAINT_INK, Figure, INK, coloured, slug};
 use crate::bench::model::{decode_bytes, decode_flop, prefill_flop};
 use crate::bench::result::Document;
+use crate::report::ceilings::Ceilings;
 use crate::report::input::Group;
-use crate::report::walls::Walls;
 
 const SIZE: (u32, u32) = (960, 560);
 
@@ -94,8 +94,8 @@ impl Label {
 
 pub fn figure(group: &Group) -> Option<Figure> {
     let ours = group.ours()?;
-    let walls = Walls::of(group);
-    let (bandwidth, peak) = (walls.bandwidth(&ours.of)?, walls.peak(&ours.of));
+    let ceilings = Ceilings::of(group);
+    let (bandwidth, peak) = (ceilings.bandwidth(&ours.of)?, ceilings.peak(&ours.of));
     let results: Vec<_> = coloured(group)
         .into_iter()
         .map(|(r, colour)| (r, colour, points(&r.of)))

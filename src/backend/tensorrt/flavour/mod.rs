@@ -18,6 +18,7 @@
 
 use super::error::LibraryError;
 use super::library::Version;
+use crate::target::Target;
 
 #[cfg(feature = "tensorrt")]
 mod enterprise;
@@ -29,17 +30,11 @@ pub(super) use enterprise::{KernelStore, configure, judge};
 #[cfg(all(feature = "engines", not(feature = "tensorrt")))]
 pub(super) use rtx::{KernelStore, configure, judge};
 
-/// Which TensorRT.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Kind {
-    Rtx,
-    Enterprise,
-}
-
 /// What is to be known of a TensorRT before its library is loaded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Flavour {
-    pub kind: Kind,
+    /// What its engines are called in specs and manifests.
+    pub target: Target,
     /// Its name, for people.
     pub product: &'static str,
     /// The cargo feature, which is what `--target` calls its engines too.
@@ -64,7 +59,7 @@ pub struct Flavour {
 }
 
 pub const RTX: Flavour = Flavour {
-    kind: Kind::Rtx,
+    target: Target::TensorrtRtx,
     product: "TensorRT-RTX",
     feature: "tensorrt-rtx",
     libraries: if cfg!(windows) {
@@ -89,7 +84,7 @@ pub const RTX: Flavour = Flavour {
 };
 
 pub const ENTERPRISE: Flavour = Flavour {
-    kind: Kind::Enterprise,
+    target: Target::Tensorrt,
     product: "TensorRT",
     feature: "tensorrt",
     libraries: if cfg!(windows) {
@@ -113,12 +108,21 @@ pub const ENTERPRISE: Flavour = Flavour {
 };
 
 impl Flavour {
+    /// The TensorRT whose engines a target means; `None` for the CPU, which needs none.
+    pub fn of(target: Target) -> Option<&'static Flavour> {
+        match target {
+            Target::Cpu => None,
+            Target::TensorrtRtx => Some(&RTX),
+            Target::Tensorrt => Some(&ENTERPRISE),
+        }
+    }
+
     /// Refuses the one that this binary is not for.
     pub fn check(&'static self) -> Result<(), LibraryError> {
         if cfg!(not(feature = "engines")) {
             return Err(LibraryError::NotCompiled);
         }
-        match self.kind == FLAVOUR.kind {
+        match self.target == FLAVOUR.target {
             true => Ok(()),
             false => Err(LibraryError::OtherFlavour { asked: self }),
         }
@@ -155,10 +159,10 @@ mod tests {
     #[test]
     fn the_features_decide() {
         let compiled = if cfg!(feature = "tensorrt") {
-            Kind::Enterprise
+            Target::Tensorrt
         } else {
-            Kind::Rtx
+            Target::TensorrtRtx
         };
-        assert_eq!(FLAVOUR.kind, compiled);
+        assert_eq!(FLAVOUR.target, compiled);
     }
 }

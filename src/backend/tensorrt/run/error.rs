@@ -6,8 +6,9 @@ use super::super::driver::DriverError;
 use super::super::error::LibraryError;
 use super::super::flavour::FLAVOUR;
 use super::super::probe::OLDEST_CUDA;
+use crate::help::Help;
 
-/// Errors of loading and running engines. [`RunError::help`] says what to do.
+/// Errors of loading and running engines. [`Help`] says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     #[error(transparent)]
@@ -96,9 +97,8 @@ impl std::fmt::Display for Objection {
 
 const ON_THE_CPU: &str = "run on the CPU with `--device cpu`";
 
-impl RunError {
-    /// What to do about it.
-    pub fn help(&self) -> Option<String> {
+impl Help for RunError {
+    fn help(&self) -> Option<String> {
         let or_on_the_cpu = |what: &str| format!("{what}, or {ON_THE_CPU}");
         Some(match self {
             RunError::Library(error) => return error.help(),

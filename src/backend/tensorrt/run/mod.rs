@@ -158,6 +158,7 @@ pub mod layer_times {
 mod tests {
     use super::*;
     use crate::backend::tensorrt::{FLAVOUR, Gpu};
+    use crate::help::Help;
 
     fn driver(cuda: &str, name: &str, compute_capability: (u32, u32)) -> Driver {
         Driver {

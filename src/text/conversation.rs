@@ -6,6 +6,7 @@
 
 use super::chat::{self, ChatError, Message};
 use super::tokenizer::{Tokenizer, TokenizerError};
+use crate::help::Help;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConversationError {
@@ -15,6 +16,18 @@ pub enum ConversationError {
     Tokenizer(#[from] TokenizerError),
     #[error("this message makes a prompt of {tokens} tokens, and the largest cache of this package has {capacity}")]
     TooLong { tokens: usize, capacity: usize },
+}
+
+impl Help for ConversationError {
+    fn help(&self) -> Option<String> {
+        match self {
+            ConversationError::Chat(error) => error.help(),
+            ConversationError::Tokenizer(error) => error.help(),
+            ConversationError::TooLong { .. } => {
+                Some("say less at once, or convert the model again with a larger --capacity".to_string())
+            }
+        }
+    }
 }
 
 /// See the module's head.

@@ -6,18 +6,19 @@
 //! torch, which systems here outran, is no peak.
 
 use super::input::{Group, ResultFile, SourceId};
-use super::markdown::{bytes, cite, flops};
+use super::markdown::{cite, flops};
 use crate::bench::model::{decode_bytes, prefill_flop};
 use crate::bench::result::{Decode, Document, Peak, Prefill};
+use crate::units::bytes;
 
-pub struct Walls<'a> {
+pub struct Ceilings<'a> {
     on_gpu: bool,
     /// For all, where there is one, and who measured it.
     bandwidth: Option<(f64, SourceId)>,
     peak: Option<(&'a Peak, SourceId)>,
 }
 
-impl<'a> Walls<'a> {
+impl<'a> Ceilings<'a> {
     pub fn of(group: &'a Group) -> Self {
         let bandwidth = |r: &ResultFile| Some((r.of.machine.copy_bandwidth_bytes_per_s?, r.source));
         let of_reference = group.reference.as_ref().and_then(bandwidth);
@@ -25,7 +26,7 @@ impl<'a> Walls<'a> {
         // The peak is another in another dtype, and a reference may have been made for several.
         let fits = |(peak, _): &(&Peak, SourceId)| group.on_gpu && peak.source.contains(&group.dtype);
         let peak = |r: &'a ResultFile| Some((r.of.machine.peak_flops.as_ref()?, r.source));
-        Walls {
+        Ceilings {
             on_gpu: group.on_gpu,
             bandwidth: match group.on_gpu {
                 true => of_reference,
@@ -57,7 +58,7 @@ impl<'a> Walls<'a> {
     }
 
     /// A sentence for below a table with MBU.
-    pub fn told_bandwidth(&self) -> String {
+    pub fn bandwidth_note(&self) -> String {
         let Some((n, source)) = self.bandwidth else {
             return "MBU is of the copy bandwidth that each run measured itself.".to_string();
         };
@@ -73,7 +74,7 @@ impl<'a> Walls<'a> {
     }
 
     /// A sentence for below a table with MFU.
-    pub fn told_peak(&self) -> String {
+    pub fn peak_note(&self) -> String {
         match self.peak {
             Some((peak, source)) => format!(
                 "MFU is of {} for every system, which the reference's run has as its peak ({}).{}",

@@ -3,10 +3,9 @@
 //! Only what was seen to matter on some GPU is asked (docs/gpu.md has the figures), since every answer costs a build and a
 //! load. The questions are independent enough to be answered one after the other.
 
-use super::{AttentionForm, LinearForm, Options};
 use crate::graph::Graph;
 use crate::graph::op::Op;
-use crate::lower::demand::through_transpose;
+use crate::lower::{AttentionForm, LinearForm, LowerOptions, through_transpose};
 use crate::network::{Profile, Tokens};
 
 /// A choice and its alternatives to what is chosen already.
@@ -15,7 +14,7 @@ pub struct Question {
     /// `attention`, `products`, `fusion`.
     pub about: &'static str,
     /// What each alternative changes, in a few words, and the options with it changed.
-    pub alternatives: Vec<(String, Options)>,
+    pub alternatives: Vec<(String, LowerOptions)>,
 }
 
 /// The questions for a profile, in the order in which they should be answered.
@@ -23,14 +22,14 @@ pub const QUESTIONS: [&str; 3] = ["products", "attention", "fusion"];
 
 /// A question of [`QUESTIONS`] for a profile of this graph, with `now` as what is chosen so far. Alternatives equal to
 /// `now` in effect are left out.
-pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Options) -> Question {
+pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &LowerOptions) -> Question {
     let one_token = profile.tokens == Tokens::Static(1);
-    let with = |change: &dyn Fn(&mut Options)| {
+    let with = |change: &dyn Fn(&mut LowerOptions)| {
         let mut options = now.clone();
         change(&mut options);
         options
     };
-    let mut alternatives: Vec<(String, Options)> = Vec::new();
+    let mut alternatives: Vec<(String, LowerOptions)> = Vec::new();
     match about {
         "products" if one_token => {
             alternatives.push((
@@ -97,7 +96,7 @@ pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Opt
 }
 
 /// The options with everything resolved that depends on the profile, so that equal lowerings are equal.
-fn effective(graph: &Graph, options: &Options, profile: &Profile) -> Options {
+fn effective(graph: &Graph, options: &LowerOptions, profile: &Profile) -> LowerOptions {
     let mut options = options.clone();
     options.attention = options.attention.at(profile);
     if profile.tokens == Tokens::Static(1) {
@@ -148,7 +147,7 @@ mod tests {
     #[test]
     fn questions_differ_from_what_is_chosen_and_from_each_other() {
         let graph = Decoder::llama_1b().graph();
-        let base = Options::for_engines();
+        let base = LowerOptions::for_engines();
         for profile in [Profile::decode(256), Profile::decode(4096), Profile::prefill(128, 1024)] {
             for about in QUESTIONS {
                 let asked = question(about, &graph, &profile, &base);

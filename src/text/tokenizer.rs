@@ -1,8 +1,8 @@
 //! The model's own tokenizer: `tokenizer.json` for the ids, and from the files beside it the special tokens, the chat
 //! template and which tokens end a text.
 //!
-//! Works on a folder as Hugging Face lays it out; only `tokenizer.json` must be there. Rendering of the chat template is
-//! `chat`'s; turning a stream of tokens into text is `text`'s.
+//! Works on a folder as Hugging Face lays it out; only `tokenizer.json` must be there. `chat` renders the chat template,
+//! `detokenizer` turns a stream of tokens into text.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,8 @@ use std::sync::OnceLock;
 
 use serde_json::Value;
 
-use super::pieces;
+use super::token_bytes::token_bytes;
+use crate::help::Help;
 use crate::sample::Breakers;
 
 /// Files that a tokenizer folder may hold, in the order the package lists them. The first is required.
@@ -38,10 +39,12 @@ pub enum TokenizerError {
     Decode(String),
 }
 
+impl Help for TokenizerError {}
+
 /// See the module's head.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    pieces: OnceLock<Vec<Vec<u8>>>,
+    token_bytes: OnceLock<Vec<Vec<u8>>>,
     /// The files it was read from, all of them of [`FILES`].
     pub files: Vec<PathBuf>,
     pub bos_token: Option<String>,
@@ -115,7 +118,7 @@ impl Tokenizer {
         };
         Ok(Tokenizer {
             inner,
-            pieces: OnceLock::new(),
+            token_bytes: OnceLock::new(),
             files,
             bos_token,
             eos_token,
@@ -141,8 +144,8 @@ impl Tokenizer {
     }
 
     /// The bytes of every token by id, read out of the vocabulary once.
-    pub fn pieces(&self) -> &[Vec<u8>] {
-        self.pieces.get_or_init(|| pieces::pieces(&self.inner))
+    pub fn token_bytes(&self) -> &[Vec<u8>] {
+        self.token_bytes.get_or_init(|| token_bytes(&self.inner))
     }
 
     /// Sequence breakers for DRY, from strings, over the whole vocabulary; and those strings that no token contains or
@@ -151,7 +154,7 @@ impl Tokenizer {
         let mut breakers = Breakers::default();
         let mut without_tokens = Vec::new();
         for string in strings.iter().map(AsRef::as_ref) {
-            if breakers.add_string(string, self.pieces(), |tail| self.encode_bytes(tail))? == 0 {
+            if breakers.add_string(string, self.token_bytes(), |tail| self.encode_bytes(tail))? == 0 {
                 without_tokens.push(string.to_string());
             }
         }
@@ -163,7 +166,11 @@ impl Tokenizer {
         let is_inside = |b: &u8| b & 0xC0 == 0x80;
         let inside = bytes.iter().take_while(|b| is_inside(b)).count();
         let (lone, text) = bytes.split_at(inside);
-        let single = |b: &u8| self.pieces().iter().position(|piece| piece == std::slice::from_ref(b));
+        let single = |b: &u8| {
+            self.token_bytes()
+                .iter()
+                .position(|bytes| bytes == std::slice::from_ref(b))
+        };
         let mut ids: Vec<u32> = lone.iter().filter_map(single).map(|id| id as u32).collect();
         ids.extend(self.encode(&String::from_utf8_lossy(text), false)?);
         Ok(ids)

@@ -6,7 +6,7 @@ use crate::bench::result::Document;
 use crate::cli::bytes;
 use crate::cli::table::Table;
 
-pub fn told_to_a_person(d: &Document) -> String {
+pub fn summary(d: &Document) -> String {
     let mut out = String::new();
     let gpu = d.machine.gpu.as_ref().map(|gpu| gpu.name.clone());
     let on = gpu.unwrap_or_else(|| d.machine.cpu.clone());

@@ -1,9 +1,9 @@
-//! Numbers that no model can use, and the flags to take them all the same.
+//! The flags that take weights with values that no model can use: NaN, infinity, overflow.
 
 use crate::weights::checks::Allowed;
 
 #[derive(clap::Args)]
-pub struct Numbers {
+pub struct ValueChecks {
     /// Take weights that hold NaN or infinity
     #[arg(long)]
     allow_nonfinite: bool,
@@ -12,7 +12,7 @@ pub struct Numbers {
     allow_overflow: bool,
 }
 
-impl Numbers {
+impl ValueChecks {
     pub fn allowed(&self) -> Allowed {
         Allowed {
             nonfinite: self.allow_nonfinite,

@@ -7,19 +7,19 @@
 use std::collections::HashMap;
 
 /// By id; empty where there is no token. Special tokens are their own text.
-pub fn pieces(tokenizer: &tokenizers::Tokenizer) -> Vec<Vec<u8>> {
+pub(super) fn token_bytes(tokenizer: &tokenizers::Tokenizer) -> Vec<Vec<u8>> {
     let vocabulary = tokenizer.get_vocab(true);
     let added = tokenizer.get_added_tokens_decoder();
     let spelling = Spelling::of(tokenizer);
     let len = vocabulary.values().max().map_or(0, |id| *id as usize + 1);
-    let mut pieces = vec![Vec::new(); len];
+    let mut all = vec![Vec::new(); len];
     for (token, id) in vocabulary {
-        pieces[id as usize] = match added.contains_key(&id) {
+        all[id as usize] = match added.contains_key(&id) {
             true => token.into_bytes(),
             false => spelling.bytes(&token),
         };
     }
-    pieces
+    all
 }
 
 /// How a vocabulary writes bytes.

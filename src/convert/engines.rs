@@ -1,5 +1,5 @@
-//! The engines of a package, for `convert` and `refit`: which there are, and building them side by side, with progress, a
-//! cache of plans, and an ear for Ctrl-C.
+//! The engines of a package, for a conversion and a refit: which there are, and building them side by side, with a cache of
+//! plans.
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
@@ -7,20 +7,20 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::interrupt::Listener;
-use super::progress::Progress;
-use super::{Failure, bytes};
-use crate::backend::tensorrt::{self, BuildOptions, BuildProgress, Library};
+use super::{ConvertError, Progress};
+use crate::backend::tensorrt::{self, BuildOptions, BuildProgress, FLAVOUR, Flavour, Library, LibraryError};
 use crate::graph::Graph;
 use crate::lower;
 use crate::network::{Logits, Profile, Tokens, WeightMode};
 use crate::package::manifest::EngineEntry;
 use crate::package::{Package, PackageError, PlanCache, Writer};
-use crate::spec::{Conversion, Target};
+use crate::spec::Conversion;
+use crate::target::Target;
+use crate::units::bytes;
 
 /// The library that builds the engines of these targets, if any asks for engines.
-pub(super) fn library(targets: &[Target], explicit: Option<&Path>) -> Result<Option<Library>, Failure> {
-    let mut flavours = targets.iter().filter_map(|target| target.flavour()).peekable();
+pub fn library(targets: &[Target], explicit: Option<&Path>) -> Result<Option<Library>, LibraryError> {
+    let mut flavours = targets.iter().filter_map(|target| Flavour::of(*target)).peekable();
     if flavours.peek().is_none() {
         return Ok(None);
     }
@@ -30,12 +30,13 @@ pub(super) fn library(targets: &[Target], explicit: Option<&Path>) -> Result<Opt
     Ok(Some(Library::load(explicit)?))
 }
 
-/// What builds engines.
-pub(super) struct Builder<'a> {
-    pub library: &'a Library,
+/// What builds engines, besides the library.
+pub struct EngineOptions<'a> {
     /// Whose engines they are, for errors.
     pub model: &'a Path,
+    /// Where plans are kept.
     pub cache: Option<PlanCache>,
+    pub progress: Arc<dyn Progress>,
 }
 
 /// A plan that was built now, or kept from before.
@@ -44,28 +45,31 @@ enum Built {
     Kept(Vec<u8>),
 }
 
-/// Builds an engine for decoding and for each prefill shape at every capacity.
-pub(super) fn build(
+/// Builds an engine for decoding and for each prefill shape at every capacity, and adds them to the package.
+pub fn build(
     writer: &mut Writer,
-    builder: &Builder<'_>,
+    library: &Library,
+    options: &EngineOptions<'_>,
     conversion: &Conversion,
     capacities: &[usize],
-    progress: &Progress,
-) -> Result<(), Failure> {
+) -> Result<(), ConvertError> {
     let package = writer.package();
     let graph = graph(&package, conversion)?;
     let profiles = profiles(conversion, capacities);
     let fractions = Arc::new(Mutex::new(vec![0f32; profiles.len()]));
-    let Builder { library, model, cache } = builder;
+    let EngineOptions { model, cache, progress } = options;
     let manifest = &package.manifest;
     let constants = manifest.constants.as_ref().map_or("", |c| c.set_hash.as_str());
     let set_hash = manifest.weights.set_hash.clone();
     let weights = format!("{set_hash} {constants}");
-    // Ctrl-C stops the builds, and with them the conversion.
-    let listener = Arc::new(Listener::new());
-    let one = |i: usize| -> Result<(Built, HashSet<String>), Failure> {
-        let network = lower::lower(&graph, &profiles[i], &conversion.lowering_of(&profiles[i]))
-            .map_err(|e| Failure::bug(e).at(model))?;
+    let stopped = progress.stop_signal();
+    let one = |i: usize| -> Result<(Built, HashSet<String>), ConvertError> {
+        let network = lower::lower(&graph, &profiles[i], &conversion.lowering_of(&profiles[i])).map_err(|source| {
+            ConvertError::Lower {
+                path: model.to_path_buf(),
+                source,
+            }
+        })?;
         let taken = network.weights.iter().flat_map(|w| lower::parts(&w.name));
         let taken = taken.map(str::to_string).collect();
         let mut options = BuildOptions {
@@ -81,27 +85,29 @@ pub(super) fn build(
         {
             return Ok((Built::Kept(plan), taken));
         }
-        let (bar, fractions, listener) = (progress.handle(), fractions.clone(), listener.clone());
+        let (heard, fractions, stopped) = (progress.clone(), fractions.clone(), stopped.clone());
         let observer = move |p: BuildProgress<'_>| {
-            if listener.interrupted() {
-                bar.message("stopping; Ctrl-C once more ends at once");
+            if stopped() {
                 return ControlFlow::Break(());
             }
             let mut fractions = fractions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             fractions[i] = p.fraction;
             let label = format!("{} engines", fractions.len());
-            bar.fraction(&label, fractions.iter().sum::<f32>() / fractions.len() as f32);
+            heard.share(&label, fractions.iter().sum::<f32>() / fractions.len() as f32);
             ControlFlow::Continue(())
         };
         options.observer = Some(Arc::new(observer));
         let plan = tensorrt::build(library, &network, &options).map_err(|e| match e {
-            tensorrt::Error::Cancelled { .. } => Failure::interrupted(),
-            e => Failure::from(e).at(model),
+            tensorrt::Error::Cancelled { .. } => ConvertError::Stopped,
+            source => ConvertError::Engine {
+                path: model.to_path_buf(),
+                source,
+            },
         })?;
         if let (Some(cache), Some(key)) = (cache, &key) {
             // What cannot be kept is built again next time.
             if let Err(error) = cache.put(key, plan.bytes()) {
-                progress.note(format!("{}: the plan was not kept: {error}", profiles[i]));
+                progress.note(&format!("{}: the plan was not kept: {error}", profiles[i]));
             }
         }
         Ok((Built::New(plan), taken))
@@ -109,8 +115,8 @@ pub(super) fn build(
     progress.step("engines");
     let indices: Vec<usize> = (0..profiles.len()).collect();
     for batch in indices.chunks(at_once(conversion.weights)) {
-        if listener.interrupted() {
-            return Err(Failure::interrupted());
+        if stopped() {
+            return Err(ConvertError::Stopped);
         }
         let built: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> = batch.iter().map(|i| scope.spawn(|| one(*i))).collect();
@@ -131,7 +137,7 @@ pub(super) fn build(
                     file: String::new(),
                     bytes: 0,
                     blake3: String::new(),
-                    target: Target::compiled(),
+                    target: FLAVOUR.target,
                     profile: serves,
                     built_as: (serves != profile).then_some(profile),
                     optimization_profile: i,
@@ -149,11 +155,11 @@ pub(super) fn build(
                 Built::New(_) => format!("in {:.1} s", elapsed.as_secs_f64()),
                 Built::Kept(_) => "kept from before".to_string(),
             };
-            progress.note(format!("{profile}: {} {how}", bytes(plan.len() as u64)));
+            progress.note(&format!("{profile}: {} {how}", bytes(plan.len() as u64)));
         }
     }
-    match listener.interrupted() {
-        true => Err(Failure::interrupted()),
+    match stopped() {
+        true => Err(ConvertError::Stopped),
         false => Ok(()),
     }
 }

@@ -10,6 +10,7 @@ use minijinja::{Environment, ErrorKind, Value};
 use serde::Serialize;
 
 use super::tokenizer::Tokenizer;
+use crate::help::Help;
 
 /// One turn of a conversation.
 #[derive(Clone, Debug)]
@@ -48,6 +49,19 @@ pub enum ChatError {
     Refused(String),
     #[error("the model's chat template does not render: {0}")]
     Template(String),
+}
+
+impl Help for ChatError {
+    fn help(&self) -> Option<String> {
+        let help = match self {
+            ChatError::NoTemplate => "use --prompt, or convert with a --tokenizer folder that has a chat template",
+            ChatError::Refused(_) => "say it in another form; many models take no system message",
+            ChatError::Template(_) => {
+                "correct the template in the package's tokenizer files, or use --prompt, which needs none"
+            }
+        };
+        Some(help.to_string())
+    }
 }
 
 /// The prompt for the model's next turn. Encode it without adding special tokens: the template wrote them.

@@ -1,0 +1,162 @@
+//! Why an export does not become a package.
+
+use std::path::PathBuf;
+
+#[cfg(feature = "engines")]
+use crate::backend::tensorrt::run::RunError;
+use crate::backend::tensorrt::{self, LibraryError};
+use crate::help::{Fault, Help};
+use crate::lower::LowerError;
+use crate::onnx;
+use crate::package::PackageError;
+use crate::passes::PassError;
+use crate::text::TokenizerError;
+#[cfg(feature = "engines")]
+use crate::tune::measure::TuneError;
+
+/// Why a conversion failed. `path` is the export.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConvertError {
+    /// The export cannot be read.
+    #[error(transparent)]
+    Read(#[from] onnx::ReadError),
+    /// The package cannot be written.
+    #[error(transparent)]
+    Package(#[from] PackageError),
+    /// The tokenizer's files cannot be used.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// There is no TensorRT library to build engines with.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
+    /// Operators that do not exist, or operands of wrong number or type.
+    #[error("{}: {}", path.display(), list(faults))]
+    Invalid {
+        /// The export.
+        path: PathBuf,
+        /// Every fault, with its node.
+        faults: Vec<String>,
+    },
+    /// The export cannot be made canonical.
+    #[error("{}: {source}", path.display())]
+    Pass {
+        /// The export.
+        path: PathBuf,
+        /// Why.
+        source: PassError,
+    },
+    /// Weights hold numbers that no model can use.
+    #[error("{}: {source}", path.display())]
+    Numbers {
+        /// The export.
+        path: PathBuf,
+        /// Which.
+        source: PackageError,
+    },
+    /// A cache was asked for that is larger than the export's tables of positions.
+    #[error("{}: capacity {capacity} is larger than the {limit} positions that the export has tables for", path.display())]
+    Capacity {
+        /// The export.
+        path: PathBuf,
+        /// What was asked for.
+        capacity: usize,
+        /// What there is.
+        limit: usize,
+    },
+    /// The canonical graph cannot be written as ONNX.
+    #[error("{}: {source}", path.display())]
+    Emit {
+        /// The file to write.
+        path: PathBuf,
+        /// Why.
+        source: onnx::WriteError,
+    },
+    /// A canonical graph that cannot be lowered: a bug.
+    #[error("{}: {source}", path.display())]
+    Lower {
+        /// The export.
+        path: PathBuf,
+        /// Why.
+        source: LowerError,
+    },
+    /// An engine cannot be built.
+    #[error("{}: {source}", path.display())]
+    Engine {
+        /// The export.
+        path: PathBuf,
+        /// Why.
+        source: tensorrt::Error,
+    },
+    /// Tuning was asked for without engines.
+    #[error("--tune chooses between engines, and none are asked for")]
+    NothingToTune,
+    /// There is no GPU to tune on.
+    #[cfg(feature = "engines")]
+    #[error("--tune measures on the GPU of this machine: {0}")]
+    TuneGpu(RunError),
+    /// Tuning failed.
+    #[cfg(feature = "engines")]
+    #[error(transparent)]
+    Tune(TuneError),
+    /// [`Progress::stop_signal`](super::Progress::stop_signal) asked to stop.
+    #[error("stopped; nothing was written")]
+    Stopped,
+}
+
+fn list(faults: &[String]) -> String {
+    match faults {
+        [one] => one.clone(),
+        several => format!(
+            "the model cannot be converted, for {} reasons:\n  {}",
+            several.len(),
+            several.join("\n  ")
+        ),
+    }
+}
+
+impl Help for ConvertError {
+    fn fault(&self) -> Fault {
+        match self {
+            ConvertError::Package(error) => error.fault(),
+            ConvertError::Pass { source, .. } => source.fault(),
+            ConvertError::Lower { source, .. } => source.fault(),
+            ConvertError::Engine { source, .. } => source.fault(),
+            #[cfg(feature = "engines")]
+            ConvertError::Tune(error) => error.fault(),
+            ConvertError::Stopped => Fault::Stopped,
+            _ => Fault::Input,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        match self {
+            ConvertError::Read(error) => error.help(),
+            ConvertError::Package(error) => error.help(),
+            ConvertError::Tokenizer(error) => error.help(),
+            ConvertError::Library(error) => error.help(),
+            ConvertError::Invalid { path, .. } => {
+                Some(format!("`lapidary inspect {}` shows the whole model", path.display()))
+            }
+            ConvertError::Pass { path, source } => source
+                .help()
+                .or_else(|| Some(format!("`lapidary inspect {}` shows what was understood", path.display()))),
+            ConvertError::Numbers { source, .. } => source.help(),
+            ConvertError::Capacity { limit, .. } => Some(format!("use a --capacity of at most {limit}")),
+            ConvertError::Emit { source, .. } => source.help(),
+            ConvertError::Lower { source, .. } => source.help(),
+            ConvertError::Engine { source, .. } => source.help(),
+            ConvertError::NothingToTune => Some("use it with --target tensorrt-rtx".to_string()),
+            // What the error itself advises is for running, not for tuning.
+            #[cfg(feature = "engines")]
+            ConvertError::TuneGpu(_) => Some(
+                "leave --tune out for the choices that were best elsewhere, or take them from a machine with such a GPU: \
+                 `convert --tune --save-spec FILE` there, `convert --spec FILE` here"
+                    .to_string(),
+            ),
+            #[cfg(feature = "engines")]
+            ConvertError::Tune(error) => error.help(),
+            ConvertError::Stopped => None,
+        }
+    }
+}

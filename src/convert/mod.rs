@@ -1,0 +1,348 @@
+//! From an export to a package: everything between, in order.
+//!
+//! [`convert()`] reads an export, makes it canonical, writes weights and graph, adds the tokenizer, builds the engines of the
+//! targets and puts the package in its place, whole or not at all. It takes a [`Conversion`] (a resolved
+//! [`Spec`](crate::spec::Spec)) and reports to a [`Progress`]. [`engines`] builds engines for a refit, too. Flags and
+//! printing belong to the command line.
+
+pub mod engines;
+mod error;
+#[cfg(feature = "engines")]
+mod tune;
+
+use std::path::Path;
+use std::sync::Arc;
+
+pub use engines::EngineOptions;
+pub use error::ConvertError;
+
+use crate::graph::verify::{Obstacle, Obstacles, verify};
+use crate::graph::{Graph, infer};
+use crate::onnx;
+use crate::package::manifest::{ExportFile, PassRecord};
+use crate::package::{self, Manifest, ManifestHeader, PackageError, PlanCache, Writer};
+use crate::passes;
+use crate::spec::Conversion;
+use crate::target::Precision;
+use crate::text::{self, Tokenizer};
+use crate::weights::WriteError;
+use crate::weights::checks::Allowed;
+
+/// Hears what a conversion does. Every method has a default that ignores it; `()` hears nothing.
+pub trait Progress: Send + Sync {
+    /// Work of unknown length began: `reading`, `rewriting`, `tuning`, `engines`.
+    fn step(&self, what: &str) {
+        let _ = what;
+    }
+
+    /// Of work that is counted in bytes.
+    fn bytes(&self, what: &'static str, done: u64, total: u64) {
+        let _ = (what, done, total);
+    }
+
+    /// Of work that is done by a share, 0 to 1.
+    fn share(&self, what: &str, share: f32) {
+        let _ = (what, share);
+    }
+
+    /// A line worth keeping.
+    fn note(&self, line: &str) {
+        let _ = line;
+    }
+
+    /// Called before engines are built. What it gives is asked, often and from several threads, whether to stop; it is dropped
+    /// when they are built.
+    fn stop_signal(&self) -> Arc<dyn Fn() -> bool + Send + Sync> {
+        Arc::new(|| false)
+    }
+}
+
+impl Progress for () {}
+
+/// How to convert, besides what the package is to be.
+#[derive(Clone)]
+pub struct ConvertOptions<'a> {
+    /// Replace an existing package.
+    pub force: bool,
+    /// Numbers that no model can use, to be taken all the same.
+    pub allowed: Allowed,
+    /// Convert an export whose external data is not there, to a stripped package.
+    pub without_weights: bool,
+    /// Write the canonical graph here too, as ONNX with its weights beside it.
+    pub emit_onnx: Option<&'a Path>,
+    /// The TensorRT library; looked for if not given.
+    pub tensorrt_lib: Option<&'a Path>,
+    /// Time the ways to lower each engine on the GPU of this machine and take the fastest.
+    pub tune: bool,
+    /// Keep plans here, and take from here those that were built before.
+    pub engine_cache: Option<&'a Path>,
+    /// Hears of everything.
+    pub progress: Arc<dyn Progress>,
+}
+
+impl Default for ConvertOptions<'_> {
+    fn default() -> Self {
+        ConvertOptions {
+            force: false,
+            allowed: Allowed::default(),
+            without_weights: false,
+            emit_onnx: None,
+            tensorrt_lib: None,
+            tune: false,
+            engine_cache: None,
+            progress: Arc::new(()),
+        }
+    }
+}
+
+/// What a conversion made.
+pub struct Converted {
+    /// Of the package.
+    pub manifest: Manifest,
+    /// As it was carried out, with the choices of tuning.
+    pub conversion: Conversion,
+    /// Tokens of the tokenizer; `None` if there is none, and the package takes token ids only.
+    pub tokenizer_ids: Option<usize>,
+}
+
+/// Makes the package `output` of the export `model`.
+pub fn convert(
+    model: &Path,
+    output: &Path,
+    mut conversion: Conversion,
+    options: &ConvertOptions<'_>,
+) -> Result<Converted, ConvertError> {
+    // What can fail without work fails first.
+    package::check_target(output, options.force)?;
+    let library = engines::library(&conversion.targets, options.tensorrt_lib)?;
+    if options.tune {
+        let library = library.as_ref().ok_or(ConvertError::NothingToTune)?;
+        #[cfg(feature = "engines")]
+        tune::check(library)?;
+        #[cfg(not(feature = "engines"))]
+        let _ = library;
+    }
+    let progress = &options.progress;
+    progress.step("reading");
+    let tokenizer = find_tokenizer(model, conversion.tokenizer.as_deref())?;
+    let graph = match options.without_weights {
+        true => onnx::read_stripped(model)?,
+        false => onnx::read(model)?,
+    };
+    let source = source(model, &graph)?;
+
+    progress.step("rewriting");
+    check(model, &graph)?;
+    let pass_options = passes::CanonicalizeOptions {
+        dtype: conversion.dtype.map(Precision::dtype),
+        max_positions: *conversion.capacities.last().expect("resolved to at least one"),
+        allow_overflow: options.allowed.overflow,
+    };
+    let canonical = passes::canonicalize(graph, &pass_options).map_err(|source| ConvertError::Pass {
+        path: model.to_path_buf(),
+        source,
+    })?;
+    let limit = canonical.architecture.max_positions;
+    let capacities = capacities(model, &conversion, limit, trained_context(model))?;
+    if let Some(path) = options.emit_onnx {
+        onnx::write_with_data(&canonical.graph, path).map_err(|source| ConvertError::Emit {
+            path: path.to_path_buf(),
+            source,
+        })?;
+    }
+
+    let header = ManifestHeader {
+        source,
+        architecture: canonical.architecture.clone(),
+        dtype: canonical.architecture.cache_dtype,
+        targets: conversion.targets.clone(),
+        weight_mode: conversion.weights,
+        refit: conversion.refit,
+        capacities: capacities.clone(),
+        prefill: conversion.prefill.clone(),
+        passes: canonical.report.iter().map(pass).collect(),
+    };
+    let written = Writer::new(
+        output,
+        options.force,
+        &canonical.graph,
+        header,
+        options.allowed,
+        |done, total| progress.bytes("weights", done, total),
+    );
+    let mut writer = written.map_err(|error| match error {
+        source @ PackageError::Weights(WriteError::Numbers { .. }) => ConvertError::Numbers {
+            path: model.to_path_buf(),
+            source,
+        },
+        error => error.into(),
+    })?;
+    // From here on the weights are those of the package, mapped; the export is not needed any more.
+    drop(canonical);
+    match &tokenizer {
+        Some(tokenizer) => writer.tokenizer(tokenizer)?,
+        None => {
+            let folder = model.parent().unwrap_or(Path::new("."));
+            writer.eos_token_ids(text::eos_ids_of_configs(folder));
+        }
+    }
+    if let Some(library) = &library {
+        #[cfg(feature = "engines")]
+        if options.tune {
+            tune::tune(&mut writer, library, &mut conversion, &capacities, &**progress)?;
+        }
+        let engines = EngineOptions {
+            model,
+            cache: options.engine_cache.map(PlanCache::new),
+            progress: progress.clone(),
+        };
+        engines::build(&mut writer, library, &engines, &conversion, &capacities)?;
+    }
+    let manifest = writer.finish()?;
+    // What was made, and not what was asked for.
+    conversion.capacities = capacities;
+    Ok(Converted {
+        manifest,
+        conversion,
+        tokenizer_ids: tokenizer.as_ref().map(Tokenizer::vocabulary),
+    })
+}
+
+/// Refuses what no pass should have to look at.
+fn check(model: &Path, graph: &Graph) -> Result<(), ConvertError> {
+    let mut typed = graph.clone();
+    // The passes report what keeps the graph from being sorted or typed.
+    if typed.sort().is_err() || infer(&mut typed).is_err() {
+        return Ok(());
+    }
+    let faults = faults(&typed);
+    match faults.is_empty() {
+        true => Ok(()),
+        false => Err(ConvertError::Invalid {
+            path: model.to_path_buf(),
+            faults,
+        }),
+    }
+}
+
+/// Operators that do not exist and operands of wrong number or type, all at once, of a graph that inference has typed. The
+/// passes report what keeps a graph from being typed.
+pub fn faults(typed: &Graph) -> Vec<String> {
+    let Err(Obstacles(obstacles)) = verify(typed) else {
+        return Vec::new();
+    };
+    let counts = |o: &&Obstacle| !matches!(o, Obstacle::Untyped { .. } | Obstacle::Structure { .. });
+    obstacles.iter().filter(counts).map(Obstacle::to_string).collect()
+}
+
+/// The tokenizer asked for, or the one beside the model.
+fn find_tokenizer(model: &Path, asked: Option<&Path>) -> Result<Option<Tokenizer>, ConvertError> {
+    if let Some(path) = asked {
+        return Ok(Some(Tokenizer::open(path)?));
+    }
+    let beside = model.with_file_name(text::FILES[0]);
+    match beside.is_file() {
+        true => Ok(Some(Tokenizer::open(&beside)?)),
+        false => Ok(None),
+    }
+}
+
+fn source(model: &Path, graph: &Graph) -> Result<ExportFile, PackageError> {
+    let io = |source| PackageError::Io {
+        path: model.to_path_buf(),
+        source,
+    };
+    let producer = &graph.producer;
+    Ok(ExportFile {
+        file: model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        blake3: package::hash_file(model)?,
+        bytes: std::fs::metadata(model).map_err(io)?.len(),
+        exporter: onnx::exporter(graph).to_string(),
+        producer: format!("{} {}", producer.name, producer.version).trim().to_string(),
+        opsets: producer
+            .opsets
+            .iter()
+            .map(|(domain, version)| match domain.as_str() {
+                "" => ("ai.onnx".to_string(), *version),
+                _ => (domain.clone(), *version),
+            })
+            .collect(),
+    })
+}
+
+fn pass(report: &passes::PassReport) -> PassRecord {
+    PassRecord {
+        name: report.name.to_string(),
+        rewrites: report.rewrites,
+        nodes_before: report.nodes_before,
+        nodes_after: report.nodes_after,
+    }
+}
+
+/// The context the model was trained for, if a `config.json` beside the export says.
+fn trained_context(model: &Path) -> Option<usize> {
+    let text = std::fs::read_to_string(model.with_file_name("config.json")).ok()?;
+    let config: serde_json::Value = serde_json::from_str(&text).ok()?;
+    let context = ["max_position_embeddings", "n_positions"]
+        .iter()
+        .find_map(|key| config[key].as_u64())?;
+    usize::try_from(context).ok().filter(|n| *n > 0)
+}
+
+/// The capacities asked for, or the defaults cut to the model's context. `limit`: the graph has tables for so many
+/// positions and no more. `trained`: what the model was trained for, which one may exceed if one asks for it.
+fn capacities(
+    model: &Path,
+    conversion: &Conversion,
+    limit: Option<usize>,
+    trained: Option<usize>,
+) -> Result<Vec<usize>, ConvertError> {
+    let mut capacities = conversion.capacities.clone();
+    let beyond = |limit: Option<usize>, capacity: usize| limit.is_some_and(|limit| capacity > limit);
+    if conversion.explicit_capacities {
+        return match capacities.iter().find(|c| beyond(limit, **c)) {
+            Some(too_large) => Err(ConvertError::Capacity {
+                path: model.to_path_buf(),
+                capacity: *too_large,
+                limit: limit.unwrap_or_default(),
+            }),
+            None => Ok(capacities),
+        };
+    }
+    let context = limit.into_iter().chain(trained).min();
+    let all = capacities.len();
+    capacities.retain(|c| !beyond(context, *c));
+    if capacities.len() < all {
+        capacities.extend(context);
+    }
+    capacities.dedup();
+    Ok(capacities)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::Spec;
+
+    fn conversion(text: &str) -> Conversion {
+        Spec::parse(text).unwrap().resolve().unwrap()
+    }
+
+    #[test]
+    fn default_capacities_follow_the_context_and_asked_ones_are_held_to_it() {
+        let (model, default) = (Path::new("m.onnx"), conversion(""));
+        let cut = |limit, trained| capacities(model, &default, limit, trained).unwrap();
+        assert_eq!(cut(Some(4096), Some(8192)), [256, 1024, 4096]);
+        assert_eq!(cut(Some(4096), Some(2048)), [256, 1024, 2048]);
+        assert_eq!(cut(Some(1024), None), [256, 1024]);
+        assert_eq!(cut(Some(64), Some(2048)), [64]);
+        assert_eq!(cut(None, None), [256, 1024, 4096]);
+        let asked = conversion("capacity: [128, 64]");
+        assert_eq!(capacities(model, &asked, Some(128), Some(32)).unwrap(), [64, 128]);
+        let error = capacities(model, &asked, Some(100), None).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "m.onnx: capacity 128 is larger than the 100 positions that the export has tables for"
+        );
+    }
+}

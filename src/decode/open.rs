@@ -1,0 +1,170 @@
+//! Which device runs a package: the GPU, the CPU, or the first of them that can.
+
+use std::path::Path;
+
+use super::cpu::CpuDevice;
+#[cfg(feature = "engines")]
+use super::cuda::{CudaDevice, CudaOptions, OpenError};
+use super::{DeviceError, Session};
+#[cfg(feature = "engines")]
+use crate::backend::tensorrt::Library;
+use crate::backend::tensorrt::LibraryError;
+#[cfg(feature = "engines")]
+use crate::backend::tensorrt::run::RunError;
+use crate::help::{Fault, Help};
+use crate::package::{Package, PackageError};
+
+/// Where a package runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+pub enum DeviceChoice {
+    /// The GPU if there is one and the package has engines for it, else the CPU
+    #[default]
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// How a session is opened.
+#[derive(Clone, Copy)]
+pub struct SessionOptions<'a> {
+    /// Where to run.
+    pub device: DeviceChoice,
+    /// Threads of the CPU executor; one a core if not given.
+    pub threads: Option<usize>,
+    /// The TensorRT library; looked for if not given.
+    pub tensorrt_lib: Option<&'a Path>,
+    /// Tokens of the prompt: engines for it are loaded ahead.
+    pub prompt: usize,
+    /// Tokens of the whole text at most: engines for it are loaded ahead.
+    pub total: usize,
+    /// Kernels compiled at first load are looked for, and kept, in this folder alone. For measurements.
+    pub kernels: Option<&'a Path>,
+    /// Launch engines layer by layer and not as CUDA graphs. For measurements.
+    pub no_graphs: bool,
+    /// Is given the reason where [`DeviceChoice::Auto`] passes over a GPU that is there.
+    pub note: &'a dyn Fn(&str),
+}
+
+impl Default for SessionOptions<'_> {
+    fn default() -> Self {
+        SessionOptions {
+            device: DeviceChoice::default(),
+            threads: None,
+            tensorrt_lib: None,
+            prompt: 1,
+            total: 1,
+            kernels: None,
+            no_graphs: false,
+            note: &|_| (),
+        }
+    }
+}
+
+/// Why no session could be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SessionOpenError {
+    /// The package is damaged, or was stripped of its weights.
+    #[error(transparent)]
+    Package(#[from] PackageError),
+    /// This Lapidary was compiled without TensorRT.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
+    /// The package does not run on the GPU here.
+    #[cfg(feature = "engines")]
+    #[error(transparent)]
+    Cuda(#[from] OpenError),
+    /// The device failed while it made itself ready.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+impl SessionOpenError {
+    /// Whether this machine or package simply has no GPU or library to run on.
+    fn is_absence(&self) -> bool {
+        match self {
+            SessionOpenError::Library(error) => matches!(error, LibraryError::NotCompiled),
+            #[cfg(feature = "engines")]
+            SessionOpenError::Cuda(error) => error.is_absence(),
+            _ => false,
+        }
+    }
+
+    /// Why the GPU that is here is not used. A machine that has none is no surprise.
+    fn surprise(&self) -> Option<String> {
+        match self {
+            #[cfg(feature = "engines")]
+            SessionOpenError::Cuda(error @ OpenError::Run(RunError::Gpu { .. })) => Some(error.to_string()),
+            _ => None,
+        }
+    }
+}
+
+impl Help for SessionOpenError {
+    fn fault(&self) -> Fault {
+        match self {
+            SessionOpenError::Package(error) => error.fault(),
+            SessionOpenError::Library(error) => error.fault(),
+            #[cfg(feature = "engines")]
+            SessionOpenError::Cuda(error) => error.fault(),
+            SessionOpenError::Device(error) => error.fault(),
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        match self {
+            SessionOpenError::Package(error) => error.help(),
+            SessionOpenError::Library(error) => error.help(),
+            #[cfg(feature = "engines")]
+            SessionOpenError::Cuda(error) => error.help(),
+            SessionOpenError::Device(error) => error.help(),
+        }
+    }
+}
+
+impl Session {
+    /// A session of a package on the device asked for.
+    pub fn open(package: &Package, options: &SessionOptions<'_>) -> Result<Session, SessionOpenError> {
+        match options.device {
+            DeviceChoice::Cpu => on_cpu(package, options.threads),
+            DeviceChoice::Cuda => on_gpu(package, options),
+            DeviceChoice::Auto if package.manifest.engines.is_empty() => on_cpu(package, options.threads),
+            DeviceChoice::Auto => match on_gpu(package, options) {
+                Err(refusal) if refusal.is_absence() => {
+                    if let Some(why) = refusal.surprise() {
+                        (options.note)(&why);
+                    }
+                    on_cpu(package, options.threads)
+                }
+                opened => opened,
+            },
+        }
+    }
+}
+
+fn on_cpu(package: &Package, threads: Option<usize>) -> Result<Session, SessionOpenError> {
+    let graph = package.graph()?;
+    let vocabulary = package.vocabulary()?;
+    let device = CpuDevice::new(graph, vocabulary, threads);
+    Ok(Session::new(Box::new(device), &package.manifest.capacities, vocabulary))
+}
+
+#[cfg(feature = "engines")]
+fn on_gpu(package: &Package, options: &SessionOptions<'_>) -> Result<Session, SessionOpenError> {
+    let library = Library::load(options.tensorrt_lib).map_err(|e| OpenError::Run(e.into()))?;
+    let mut cuda = CudaOptions::of(package);
+    cuda.graphs &= !options.no_graphs;
+    if let Some(kernels) = options.kernels {
+        cuda.kernels = Some(kernels.to_path_buf());
+    }
+    let mut device = CudaDevice::open(package, &library, cuda)?;
+    device.prepare(options.prompt, options.total)?;
+    let vocabulary = package.vocabulary()?;
+    Ok(Session::new(Box::new(device), &package.manifest.capacities, vocabulary))
+}
+
+#[cfg(not(feature = "engines"))]
+fn on_gpu(_: &Package, _: &SessionOptions<'_>) -> Result<Session, SessionOpenError> {
+    Err(LibraryError::NotCompiled.into())
+}
