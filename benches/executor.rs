@@ -5,7 +5,7 @@
 
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
-use lapidary::backend::cpu::{Bindings, Caches, Options, Program};
+use lapidary::backend::cpu::{Bindings, CompileOptions, KvCaches, Program};
 use lapidary::dim::Dim;
 use lapidary::graph::Constant;
 use lapidary::lower::synthetic::Decoder;
@@ -153,14 +153,14 @@ fn prefill(bencher: Bencher, tokens: usize) {
 fn compile(bencher: Bencher, tokens: usize) {
     let (_, graph, _) = smollm2(DType::F16);
     let network = lower(&graph, &Profile::prefill(tokens, 256), &lower::LowerOptions::default()).unwrap();
-    let options = Options::default();
+    let options = CompileOptions::default();
     bencher.bench_local(|| Program::compile(&network, &options).unwrap());
 }
 
 /// Binds every input of a network by what it is called and runs it, `past` tokens in.
 fn run(bencher: Bencher<'_, '_>, network: &Network, past: usize) {
-    let mut program = Program::compile(network, &Options::default()).unwrap();
-    let mut caches = Caches::new(network).unwrap();
+    let mut program = Program::compile(network, &CompileOptions::default()).unwrap();
+    let mut caches = KvCaches::new(network).unwrap();
     let tokens = match network.profile.tokens {
         lapidary::network::Tokens::Static(n) => n,
         lapidary::network::Tokens::Dynamic { .. } => unreachable!("static profiles above"),

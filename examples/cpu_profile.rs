@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use lapidary::backend::cpu::{Bindings, Caches, Options, Program, available_threads};
+use lapidary::backend::cpu::{Bindings, CompileOptions, KvCaches, Program, available_threads};
 use lapidary::graph::Constant;
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{self, lower};
@@ -43,14 +43,14 @@ fn main() {
     .expect("it lowers");
     let lowered = start.elapsed();
     let start = Instant::now();
-    let mut program = Program::compile(&network, &Options::with_threads(threads)).expect("it compiles");
+    let mut program = Program::compile(&network, &CompileOptions::with_threads(threads)).expect("it compiles");
     println!(
         "{program:?}: lowered in {lowered:.1?}, compiled in {:.1?}, arena {:.1} MB, weights {:.1} MB",
         start.elapsed(),
         program.arena_bytes() as f64 / 1e6,
         bytes as f64 / 1e6
     );
-    let mut caches = Caches::new(&network).expect("static");
+    let mut caches = KvCaches::new(&network).expect("static");
     let ids: Vec<i32> = (0..tokens as i32).map(|i| i * 37 % 49152).collect();
     let positions: Vec<i32> = (0..tokens as i32).map(|i| i + past as i32).collect();
     let (write, last) = ([past as i32], [tokens as i32 - 1]);

@@ -69,7 +69,7 @@ fn the_best_token_on_the_device_is_that_of_the_host() {
             let on_device = buffer(&runtime, &logits);
             argmax.enqueue(&stream, &on_device, n).unwrap();
             stream.wait().unwrap();
-            assert_eq!(argmax.result(), best(&logits), "{n} logits of kind {kind}");
+            assert_eq!(argmax.result().unwrap(), best(&logits), "{n} logits of kind {kind}");
         }
     }
 }

@@ -130,7 +130,7 @@ pub fn accuracy() -> Outcome<()> {
     }
     for case in cases {
         let given: Vec<(&str, Tensor)> = case.inputs.iter().map(|(n, t)| (*n, t.clone())).collect();
-        let truth = execute_on_cpu(&case.network, &given, &cpu::Options::default())?;
+        let truth = execute_on_cpu(&case.network, &given, &cpu::CompileOptions::default())?;
         match execute(&library, &runtime, &case.network, &given, &BuildOptions::default()) {
             Ok(found) => {
                 let (found, truth) = (found[0].1.to_f64(), truth[0].1.to_f64());

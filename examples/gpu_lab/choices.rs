@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Mutex;
 
-use lapidary::backend::tensorrt::run::trial::{self, MadeUp};
+use lapidary::backend::tensorrt::run::timing::SyntheticEngine;
 use lapidary::backend::tensorrt::run::{Engine, LoadOptions, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::lower::synthetic::Decoder;
@@ -118,18 +118,18 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
     Ok(())
 }
 
-/// Seconds a run takes on the GPU, weights and activations made up.
+/// Seconds that a run takes on the GPU, with synthetic weights and activations.
 pub fn measure(library: &Library, network: &Network, plan: &[u8], gpu: &Mutex<()>, times: u32) -> Outcome<f64> {
     let runtime = Runtime::new(library)?;
     let loading = LoadOptions {
         graphs: true,
         kernels: None,
     };
-    let mut engine = Engine::load(&runtime, Path::new("made up"), plan, network, loading)?;
+    let engine = Engine::load(&runtime, Path::new("synthetic"), plan, network, loading)?;
     let _alone = gpu.lock().expect("no panic");
-    let bound = MadeUp::bind(&runtime, &mut engine, network)?;
-    bound.set("position_ids", 300)?;
-    let took = trial::time(&runtime, &mut engine, &Stream::new(runtime.cuda())?, times)?;
+    let mut engine = SyntheticEngine::new(engine, network)?;
+    engine.set("position_ids", 300)?;
+    let took = engine.time(&Stream::new(runtime.cuda())?, times)?;
     // The engine's memory goes back before the next one measures.
     drop(engine);
     Ok(took.as_secs_f64())

@@ -22,7 +22,7 @@ pub struct Args {
 struct Facts {
     lapidary: &'static str,
     cpu: Cpu,
-    tensorrt: tensorrt::Report,
+    tensorrt: tensorrt::ProbeReport,
     /// `verify` can run exports in tract.
     tract: bool,
 }

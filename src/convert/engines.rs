@@ -98,7 +98,7 @@ pub fn build(
         };
         options.observer = Some(Arc::new(observer));
         let plan = tensorrt::build(library, &network, &options).map_err(|e| match e {
-            tensorrt::Error::Cancelled { .. } => ConvertError::Stopped,
+            tensorrt::EngineBuildError::Cancelled { .. } => ConvertError::Stopped,
             source => ConvertError::Engine {
                 path: model.to_path_buf(),
                 source,

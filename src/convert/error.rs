@@ -86,7 +86,7 @@ pub enum ConvertError {
         /// The export.
         path: PathBuf,
         /// Why.
-        source: tensorrt::Error,
+        source: tensorrt::EngineBuildError,
     },
     /// Tuning was asked for without engines.
     #[error("--tune chooses between engines, and none are asked for")]

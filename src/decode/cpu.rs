@@ -5,7 +5,7 @@
 //! programs for the last few lengths.
 
 use super::device::{Chunk, Device, DeviceError};
-use crate::backend::cpu::{Bindings, Caches, Options, Program};
+use crate::backend::cpu::{Bindings, CompileOptions, KvCaches, Program};
 use crate::graph::Graph;
 use crate::lower;
 use crate::network::Profile;
@@ -20,11 +20,11 @@ const KEPT_PREFILLS: usize = 4;
 pub struct CpuDevice {
     graph: Graph,
     lowering: lower::LowerOptions,
-    compiling: Options,
+    compiling: CompileOptions,
     vocabulary: usize,
     /// The last used comes last.
     programs: Vec<(Profile, Program)>,
-    caches: Option<Caches>,
+    caches: Option<KvCaches>,
     capacity: usize,
     last: Option<Profile>,
 }
@@ -35,7 +35,7 @@ impl CpuDevice {
         CpuDevice {
             graph,
             lowering: lower::LowerOptions::default(),
-            compiling: threads.map_or_else(Options::default, Options::with_threads),
+            compiling: threads.map_or_else(CompileOptions::default, CompileOptions::with_threads),
             vocabulary,
             programs: Vec::new(),
             caches: None,
@@ -58,7 +58,7 @@ impl CpuDevice {
         }
         let network = lower::lower(&self.graph, &profile, &self.lowering).map_err(failed)?;
         if self.caches.is_none() {
-            self.caches = Some(Caches::new(&network).map_err(failed)?);
+            self.caches = Some(KvCaches::new(&network).map_err(failed)?);
         }
         let program = Program::compile(&network, &self.compiling).map_err(failed)?;
         self.programs.push((profile, program));
@@ -72,7 +72,7 @@ impl Device for CpuDevice {
     }
 
     fn engine(&self) -> String {
-        let threads = self.compiling.pool.threads();
+        let threads = self.compiling.pool().threads();
         match &self.last {
             Some(profile) => format!("cpu {profile}, {threads} threads"),
             None => format!("cpu, {threads} threads"),

@@ -55,6 +55,8 @@ pub enum VerifyError {
         cache: String,
         output: String,
     },
+    #[error("layer {layer:?} writes the cache {cache:?} into itself: an update must be another tensor than its cache")]
+    SelfUpdate { layer: String, cache: String },
     #[error("the profile asks for {min} to {max} tokens (opt {opt}) over {capacity} slots and {batch} sequences")]
     Profile {
         min: usize,
@@ -189,7 +191,14 @@ fn verify_caches(network: &Network) -> Result<(), VerifyError> {
         if !matches!(layer.kind, LayerKind::KvCacheUpdate) {
             continue;
         }
-        let (cache, output) = (layer.inputs[0], layer.outputs[0]);
+        let (cache, update, output) = (layer.inputs[0], layer.inputs[1], layer.outputs[0]);
+        // Rows of the update are copied over rows of the cache; of one tensor they would overlap.
+        if update == cache {
+            return Err(VerifyError::SelfUpdate {
+                layer: layer.name.clone(),
+                cache: network.tensor(cache).name.clone(),
+            });
+        }
         let inside = network.inputs.contains(&cache) && network.outputs.contains(&output);
         if !inside || !seen.insert(cache) {
             return Err(VerifyError::Cache {

@@ -1,8 +1,6 @@
 //! Caches: written in place, read by attention, grown, refused when they do not fit.
 
-use std::sync::Arc;
-
-use lapidary::backend::cpu::{Bindings, Caches, CpuError, Options, Pool, Program};
+use lapidary::backend::cpu::{Bindings, CompileOptions, CpuError, KvCaches, Program};
 use lapidary::network::{LayerKind, Network, NetworkBuilder, Profile};
 use lapidary::tensor::DType;
 
@@ -39,7 +37,14 @@ fn causal(tokens: usize, capacity: usize, past: usize) -> Vec<bool> {
         .collect()
 }
 
-fn step(network: &Network, options: &Options, caches: &mut Caches, past: usize, q: &[f32], new: &[f32]) -> Vec<f32> {
+fn step(
+    network: &Network,
+    options: &CompileOptions,
+    caches: &mut KvCaches,
+    past: usize,
+    q: &[f32],
+    new: &[f32],
+) -> Vec<f32> {
     let mut program = Program::compile(network, options).unwrap();
     let tokens = q.len() / 64;
     let mut y = vec![0f32; q.len()];
@@ -70,10 +75,10 @@ fn prefill_grow_decode_equals_one_call() {
                 heads.flat_map(|h| h[first * 16..(first + n) * 16].to_vec()).collect()
             };
             let whole = network(24, 32, dtype);
-            let want = step(&whole, &options, &mut Caches::new(&whole).unwrap(), 0, &q, &new);
+            let want = step(&whole, &options, &mut KvCaches::new(&whole).unwrap(), 0, &q, &new);
 
             let small = network(20, 20, dtype);
-            let mut caches = Caches::new(&small).unwrap();
+            let mut caches = KvCaches::new(&small).unwrap();
             let mut got = vec![step(
                 &small,
                 &options,
@@ -111,7 +116,7 @@ fn prefill_grow_decode_equals_one_call() {
 fn updates_write_only_their_slots() {
     let options = every_option().remove(0);
     let net = network(3, 9, DType::F32);
-    let mut caches = Caches::new(&net).unwrap();
+    let mut caches = KvCaches::new(&net).unwrap();
     let mut random = Random::new(32);
     let old = random.floats(DType::F32, &[1, 2, 9, 16], 1.0);
     let new = random.floats(DType::F32, &[1, 2, 3, 16], 1.0);
@@ -128,14 +133,11 @@ fn updates_write_only_their_slots() {
 
 #[test]
 fn what_does_not_fit_is_refused_before_the_run() {
-    let options = Options {
-        pool: Arc::new(Pool::new(1)),
-        ..every_option().remove(0)
-    };
+    let options = CompileOptions::with_threads(1);
     let net = network(1, 8, DType::F32);
     let mut program = Program::compile(&net, &options).unwrap();
     let (q, new, mask) = ([0f32; 64], [0f32; 32], [true; 8]);
-    let run = |program: &mut Program, q: &[f32], at: i32, caches: Option<&mut Caches>| {
+    let run = |program: &mut Program, q: &[f32], at: i32, caches: Option<&mut KvCaches>| {
         let mut y = [0f32; 64];
         let at = [at];
         let mut bindings = Bindings::new();
@@ -146,7 +148,7 @@ fn what_does_not_fit_is_refused_before_the_run() {
         }
         program.run(&mut bindings).map_err(|e| e.to_string())
     };
-    let mut caches = Caches::new(&net).unwrap();
+    let mut caches = KvCaches::new(&net).unwrap();
     assert_eq!(run(&mut program, &q, 7, Some(&mut caches)), Ok(()));
     assert_eq!(
         run(&mut program, &q, 8, Some(&mut caches)),
@@ -191,7 +193,7 @@ fn the_old_cache_may_be_read_before_its_update_and_not_after() {
     };
     for options in every_option() {
         let net = build(false);
-        let mut caches = Caches::new(&net).unwrap();
+        let mut caches = KvCaches::new(&net).unwrap();
         let mut program = Program::compile(&net, &options).unwrap();
         let mut y = [9f32; 8];
         let mut bindings = Bindings::new();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use lapidary::backend::cpu::{CpuError, Options, execute};
+use lapidary::backend::cpu::{CompileOptions, CpuError, execute};
 use lapidary::graph::{Constant, Graph};
 use lapidary::lower::{self, lower_graph};
 use lapidary::network::{Logits, Profile};
@@ -33,7 +33,7 @@ enum Outcome {
     Wrong(String),
 }
 
-fn run(case: &Path, scratch: &Path, options: &Options) -> Outcome {
+fn run(case: &Path, scratch: &Path, options: &CompileOptions) -> Outcome {
     let file = scratch.join("model.onnx");
     fs::write(&file, model(case).encode_to_vec()).unwrap();
     let graph = match lapidary::onnx::read(&file) {
@@ -107,7 +107,7 @@ fn tolerance(dtype: DType) -> f64 {
 
 #[test]
 fn node_tests_give_the_recorded_outputs() {
-    let options = Options::with_threads(1);
+    let options = CompileOptions::with_threads(1);
     let (mut passed, mut left, mut wrong) = (0, Vec::new(), Vec::new());
     let all = each_case(|name, case, scratch| match run(case, scratch, &options) {
         Outcome::Passed => passed += 1,

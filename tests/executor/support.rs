@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use lapidary::backend::cpu::{Isa, Options, Pool, execute};
+use lapidary::backend::cpu::{CompileOptions, Isa, Pool, execute};
 use lapidary::dim::Dim;
 use lapidary::network::{LayerKind, Network, NetworkBuilder, Profile, TensorId};
 use lapidary::tensor::{DType, Tensor};
@@ -74,17 +74,17 @@ pub fn tolerance(executor: f64, dtype: DType) -> f64 {
 }
 
 /// Every instruction set, alone and with three threads. Pools are shared: tests run side by side.
-pub fn every_option() -> Vec<Options> {
+pub fn every_option() -> Vec<CompileOptions> {
     if on_tensorrt() {
-        return vec![Options::default()];
+        return vec![CompileOptions::default()];
     }
     static POOLS: OnceLock<[Arc<Pool>; 2]> = OnceLock::new();
     let pools = POOLS.get_or_init(|| [1, 3].map(|n| Arc::new(Pool::new(n))));
     let isas = Isa::available();
     let all = isas.into_iter().flat_map(|isa| {
-        pools.iter().map(move |pool| Options {
-            pool: pool.clone(),
-            isa,
+        pools.iter().map(move |pool| {
+            let options = CompileOptions::on(pool.clone()).with_isa(isa);
+            options.expect("it is among the available ones")
         })
     });
     all.collect()
@@ -104,7 +104,7 @@ pub fn one_layer(kind: LayerKind, inputs: &[Tensor]) -> Network {
 }
 
 /// Layers that have nothing to do with each other in one network, run: the output of each.
-pub fn side_by_side(layers: &[(LayerKind, Vec<Tensor>)], options: &Options) -> Vec<Tensor> {
+pub fn side_by_side(layers: &[(LayerKind, Vec<Tensor>)], options: &CompileOptions) -> Vec<Tensor> {
     let mut b = builder();
     let mut named = Vec::new();
     for (i, (kind, inputs)) in layers.iter().enumerate() {
@@ -129,13 +129,13 @@ pub fn builder() -> NetworkBuilder {
 }
 
 /// Runs a network with inputs `x0`, `x1` .. and gives its first output.
-pub fn run(network: &Network, inputs: &[Tensor], options: &Options) -> Tensor {
+pub fn run(network: &Network, inputs: &[Tensor], options: &CompileOptions) -> Tensor {
     let names: Vec<String> = (0..inputs.len()).map(|i| format!("x{i}")).collect();
     let named: Vec<(&str, Tensor)> = names.iter().map(String::as_str).zip(inputs.iter().cloned()).collect();
     outputs(network, &named, options).remove(0)
 }
 
-fn outputs(network: &Network, inputs: &[(&str, Tensor)], options: &Options) -> Vec<Tensor> {
+fn outputs(network: &Network, inputs: &[(&str, Tensor)], options: &CompileOptions) -> Vec<Tensor> {
     if on_tensorrt() {
         return tensorrt::run(network, inputs);
     }

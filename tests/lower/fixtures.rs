@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lapidary::backend::cpu::{self, Bindings, Caches, Program, bind_tokens};
+use lapidary::backend::cpu::{self, Bindings, KvCaches, Program, bind_tokens};
 use lapidary::graph::Graph;
 use lapidary::lower::{AttentionForm, LinearForm, LowerOptions, lower};
 use lapidary::network::{Logits, Profile, Tokens};
@@ -88,7 +88,7 @@ fn plans(prompt: usize) -> Vec<Plan> {
 fn step(
     graph: &Graph,
     plan: &Plan,
-    caches: &mut Option<Caches>,
+    caches: &mut Option<KvCaches>,
     past: usize,
     tokens: &[i32],
 ) -> Result<Vec<f32>, String> {
@@ -100,10 +100,10 @@ fn step(
     };
     let network = lower(graph, &profile, &plan.options).map_err(|e| e.to_string())?;
     let network = bind_tokens(&network, tokens.len()).map_err(|e| e.to_string())?;
-    let mut program = Program::compile(&network, &cpu::Options::default()).map_err(|e| e.to_string())?;
+    let mut program = Program::compile(&network, &cpu::CompileOptions::default()).map_err(|e| e.to_string())?;
     let caches = match caches {
         Some(caches) => caches,
-        None => caches.insert(Caches::new(&network).map_err(|e| e.to_string())?),
+        None => caches.insert(KvCaches::new(&network).map_err(|e| e.to_string())?),
     };
     let logits = network.tensor(network.find("logits").expect("logits"));
     let mut values = vec![0f32; logits.shape.iter().map(|d| d.as_const().unwrap() as usize).product()];

@@ -70,7 +70,7 @@ fn check(what: &str, graph: &Graph, profile: Profile, options: &LowerOptions, ca
         let inputs = network_inputs(&call, &network, &rows);
         let bound = bind_tokens(&network, *tokens).expect("tokens of the profile");
         let list: Vec<(&str, Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t.clone())).collect();
-        let executed = execute(&bound, &list, &cpu::Options::default());
+        let executed = execute(&bound, &list, &cpu::CompileOptions::default());
         let executed = executed.unwrap_or_else(|e| panic!("{what} {profile}: {e}"));
         // Both by the evaluator's semantics, layer by layer, and by the real back end.
         for (by, found) in [

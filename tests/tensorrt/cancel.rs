@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use lapidary::backend::tensorrt::{self, BuildOptions, BuildProgress, Error};
+use lapidary::backend::tensorrt::{self, BuildOptions, BuildProgress, EngineBuildError};
 use lapidary::network::{LayerKind, UnaryOp};
 use lapidary::tensor::DType;
 
@@ -67,7 +67,7 @@ fn an_observer_cancels() {
     };
     let error = tensorrt::build(&library(), &chain(4).0, &options).unwrap_err();
     assert!(
-        matches!(&error, Error::Cancelled { network } if network == "test"),
+        matches!(&error, EngineBuildError::Cancelled { network } if network == "test"),
         "{error}"
     );
     assert_eq!(calls.load(Ordering::SeqCst), 6, "the observer is not asked again");

@@ -1,6 +1,6 @@
 //! One dynamic dim: profiles, and the extents that need shape tensors.
 
-use lapidary::backend::tensorrt::Error;
+use lapidary::backend::tensorrt::EngineBuildError;
 use lapidary::network::{Elementwise, LayerKind, Tokens};
 use lapidary::tensor::DType;
 
@@ -137,7 +137,7 @@ fn a_profile_must_rise() {
     for (min, opt, max) in [(0, 1, 2), (4, 2, 8), (1, 9, 8)] {
         let net = Net::new(Tokens::Dynamic { min, opt, max });
         let error = build(&net).unwrap_err();
-        assert!(matches!(error, Error::Profile { .. }), "{error}");
+        assert!(matches!(error, EngineBuildError::Profile { .. }), "{error}");
         assert!(error.to_string().contains(&format!("{min}:{opt}:{max}")), "{error}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lapidary::backend::tensorrt::{self, FLAVOUR, Library, Source};
+use lapidary::backend::tensorrt::{self, FLAVOUR, Library, LibrarySource};
 
 use crate::net::library;
 use crate::no_library::search_with;
@@ -18,7 +18,7 @@ fn the_wheel_is_found_and_asked_for_its_version() {
 #[test]
 fn a_folder_means_the_library_in_it() {
     let library = library();
-    if library.source() != Source::Loader {
+    if library.source() != LibrarySource::Loader {
         assert_eq!(Library::load(library.path().parent()).unwrap(), library);
     }
 }

@@ -1,6 +1,6 @@
 //! Tiny networks by hand, and the one library that all tests share.
 
-use lapidary::backend::tensorrt::{self, BuildOptions, Error, Library, Plan};
+use lapidary::backend::tensorrt::{self, BuildOptions, EngineBuildError, Library, Plan};
 use lapidary::dim::Dim;
 use lapidary::graph::Constant;
 use lapidary::network::{
@@ -13,7 +13,7 @@ pub fn library() -> Library {
     Library::load(None).unwrap_or_else(|error| panic!("{error}\n(for these tests: source scripts/setup.sh tensorrt)"))
 }
 
-pub fn build(net: &Net) -> Result<Plan, Error> {
+pub fn build(net: &Net) -> Result<Plan, EngineBuildError> {
     tensorrt::build(&library(), &net.0, &BuildOptions::default())
 }
 

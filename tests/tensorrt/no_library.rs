@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use lapidary::backend::tensorrt::flavour::{ENTERPRISE, RTX};
-use lapidary::backend::tensorrt::{FLAVOUR, Library, LibraryError, Source};
+use lapidary::backend::tensorrt::{FLAVOUR, Library, LibraryError, LibrarySource};
 use lapidary::help::Help;
 
 /// A shared object that says it is a TensorRT of this version, as `getInferLibVersion` encodes it, and does no more.
@@ -35,7 +35,13 @@ fn encoded(major: u32, minor: u32) -> i32 {
 fn a_path_that_leads_nowhere() {
     let error = Library::load(Some(Path::new("/nowhere/libtensorrt.so"))).unwrap_err();
     assert!(
-        matches!(error, LibraryError::Missing { by: Source::Flag, .. }),
+        matches!(
+            error,
+            LibraryError::Missing {
+                by: LibrarySource::Flag,
+                ..
+            }
+        ),
         "{error:?}"
     );
     let message = error.to_string();

@@ -1,6 +1,6 @@
 //! Networks that cannot be: each is refused at its layer, by name, with shapes and with TensorRT's own words.
 
-use lapidary::backend::tensorrt::Error;
+use lapidary::backend::tensorrt::EngineBuildError;
 use lapidary::network::{Elementwise, LayerKind, MatrixOp, TensorId};
 use lapidary::tensor::{DType, Tensor};
 
@@ -8,7 +8,7 @@ use crate::net::{Net, build, dims};
 
 fn refused(net: &Net) -> String {
     match build(net) {
-        Err(error @ (Error::Layer { .. } | Error::Build { .. })) => error.to_string(),
+        Err(error @ (EngineBuildError::Layer { .. } | EngineBuildError::Build { .. })) => error.to_string(),
         other => panic!("{other:?}"),
     }
 }
@@ -159,7 +159,7 @@ fn a_wrong_declaration_is_found_at_its_layer() {
         let kind = LayerKind::Softmax { axis: 1 };
         net.out("softmax", kind, [x], dtype, shape);
         let error = build(&net).unwrap_err();
-        assert!(matches!(error, Error::Inference { .. }), "{error}");
+        assert!(matches!(error, EngineBuildError::Inference { .. }), "{error}");
         says(&error.to_string(), &["softmax.out", "kHALF[2, 4]", declared]);
     }
 }
@@ -168,7 +168,7 @@ fn a_wrong_declaration_is_found_at_its_layer() {
 fn what_the_list_itself_gets_wrong() {
     let malformed = |net: &Net, parts: &[&str]| {
         let error = build(net).unwrap_err();
-        assert!(matches!(error, Error::Malformed { .. }), "{error}");
+        assert!(matches!(error, EngineBuildError::Malformed { .. }), "{error}");
         says(&error.to_string(), parts);
     };
     let sum = LayerKind::Elementwise(Elementwise::Sum);

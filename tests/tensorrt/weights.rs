@@ -1,7 +1,7 @@
 //! Weights bound, embedded and stripped.
 
 use bytes::Bytes;
-use lapidary::backend::tensorrt::{self, BuildOptions, Error};
+use lapidary::backend::tensorrt::{self, BuildOptions, EngineBuildError};
 use lapidary::graph::Constant;
 use lapidary::help::Help;
 use lapidary::network::{LayerKind, MatrixOp, WeightMode};
@@ -56,7 +56,7 @@ fn a_bound_weight_needs_no_bytes_and_an_embedded_one_does() {
     build(&linear(absent(), WeightMode::Bind)).unwrap();
     let error = build(&linear(absent(), WeightMode::Embed)).unwrap_err();
     assert!(
-        matches!(&error, Error::Weight { weight, .. } if weight == "proj.weight"),
+        matches!(&error, EngineBuildError::Weight { weight, .. } if weight == "proj.weight"),
         "{error}"
     );
     assert!(error.help().unwrap().contains("`lapidary refit`"), "{error}");
@@ -117,7 +117,7 @@ fn refittable_weights_build_with_a_driver_and_say_so_without() {
             );
         } else {
             let error = built.unwrap_err();
-            assert!(matches!(error, Error::NeedsGpu { .. }), "{error}");
+            assert!(matches!(error, EngineBuildError::NeedsGpu { .. }), "{error}");
             assert!(error.help().unwrap().contains("--weights bind"), "{error}");
         }
     }

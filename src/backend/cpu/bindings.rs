@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use super::buffer::Caches;
 use super::error::CpuError;
+use super::kv_cache::KvCaches;
 use super::program::Port;
 use crate::tensor::DType;
 
@@ -67,7 +67,7 @@ from_slices!(F32 f32, I32 i32, I64 i64, I8 i8, U8 u8, Bool bool);
 pub struct Bindings<'a> {
     inputs: HashMap<&'a str, Input<'a>>,
     outputs: HashMap<&'a str, Output<'a>>,
-    caches: Option<&'a mut Caches>,
+    caches: Option<&'a mut KvCaches>,
 }
 
 impl<'a> Bindings<'a> {
@@ -85,7 +85,7 @@ impl<'a> Bindings<'a> {
         self
     }
     /// The caches, updated in place.
-    pub fn caches(&mut self, caches: &'a mut Caches) -> &mut Self {
+    pub fn caches(&mut self, caches: &'a mut KvCaches) -> &mut Self {
         self.caches = Some(caches);
         self
     }
@@ -115,7 +115,7 @@ impl<'a> Bindings<'a> {
         };
         let mut addresses = Vec::with_capacity(ports.len());
         for (i, port) in ports.iter().enumerate() {
-            // Caches made for the same model come in the same order.
+            // KvCaches made for the same model come in the same order.
             let at = match entries.get(i) {
                 Some(entry) if entry.name() == port.name => Some(i),
                 _ => entries.iter().position(|e| e.name() == port.name),

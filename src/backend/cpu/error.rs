@@ -1,5 +1,6 @@
 use std::fmt;
 
+use super::simd::Isa;
 use crate::graph::ConstantError;
 use crate::network::VerifyError;
 
@@ -21,6 +22,12 @@ pub enum CpuError {
     Dynamic { tensor: String, shape: String },
     #[error("{tokens} tokens are outside the profile's {min} to {max}")]
     Tokens { tokens: usize, min: usize, max: usize },
+    /// The network's activations would need more bytes than an address can number.
+    #[error("the activations of the network are larger than memory can be")]
+    TooLarge,
+    /// A program was asked for that this machine cannot run.
+    #[error("this machine does not have the instruction set {isa}; it has {}", available())]
+    Isa { isa: Isa },
     #[error(transparent)]
     Weight(#[from] ConstantError),
     /// What the caller bound does not fit the network.
@@ -34,6 +41,12 @@ pub enum CpuError {
         index: i64,
         bound: usize,
     },
+}
+
+/// The instruction sets of this machine, in words.
+fn available() -> String {
+    let names: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
+    names.join(", ")
 }
 
 /// What an index stood for.

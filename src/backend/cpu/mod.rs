@@ -5,8 +5,8 @@
 //! leaves sampling, the session and the choice of shapes to `decode`.
 //!
 //! ```text
-//! let program = Program::compile(&network, &Options::default())?;      // a few ms; weights stay mapped
-//! let mut caches = Caches::new(&network)?;                             // owned by the session
+//! let program = Program::compile(&network, &CompileOptions::default())?;      // a few ms; weights stay mapped
+//! let mut caches = KvCaches::new(&network)?;                             // owned by the session
 //! let mut logits = vec![0f32; vocabulary];
 //! program.run(
 //!     Bindings::new()
@@ -29,30 +29,32 @@
 //! not say); slots masked out must hold finite values, as the canonical graph promises. Results do not depend on the
 //! number of threads; they differ by rounding between instruction sets.
 //!
-//! # Rooms
+//! # Modules
 //!
-//! `compile` turns layers into steps (views, fusion, phases, arena), `program` runs them, `kernels` are the inner
-//! loops, `simd` the three instruction sets they are compiled for, `pool` the threads, `buffer` memory and
-//! [`Caches`], `bindings` what a caller hands over, `oracle` whole tensors in and out for tests.
+//! `compile` turns layers into steps (views, fusion, phases, arena), `program` runs them, `kernels` are the inner loops,
+//! `simd` the three instruction sets they are compiled for, `pool` the threads, `strided_view` and `aligned_bytes` memory
+//! as steps see it, `kv_cache` the [`KvCaches`] of a session, `bindings` what a caller hands over, `oracle` whole tensors
+//! in and out for tests.
 
+mod aligned_bytes;
+mod bind_tokens;
 mod bindings;
-mod buffer;
 mod compile;
 mod error;
-pub mod kernels;
+mod kernels;
+mod kv_cache;
 mod oracle;
 mod pool;
 mod program;
-pub mod simd;
-mod specialise;
-pub mod view;
+mod simd;
+mod strided_view;
 
+pub use bind_tokens::bind_tokens;
 pub use bindings::{Bindings, Input, Output};
-pub use buffer::{Aligned, Cache, Caches};
-pub use compile::Options;
+pub use compile::CompileOptions;
 pub use error::{CpuError, Indexed};
+pub use kv_cache::{KvCache, KvCaches};
 pub use oracle::execute;
 pub use pool::{Pool, available_threads};
-pub use program::{Port, Profile, Program};
+pub use program::{Port, Program, StepTimes};
 pub use simd::Isa;
-pub use specialise::bind_tokens;

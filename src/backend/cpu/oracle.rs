@@ -1,7 +1,7 @@
 use super::bindings::{Bindings, Input, Output};
-use super::buffer::Caches;
-use super::compile::Options;
+use super::compile::CompileOptions;
 use super::error::CpuError;
+use super::kv_cache::KvCaches;
 use super::program::{Port, Program};
 use crate::network::Network;
 use crate::tensor::{DType, Tensor};
@@ -13,10 +13,10 @@ use crate::tensor::{DType, Tensor};
 pub fn execute(
     network: &Network,
     inputs: &[(&str, Tensor)],
-    options: &Options,
+    options: &CompileOptions,
 ) -> Result<Vec<(String, Tensor)>, CpuError> {
     let mut program = Program::compile(network, options)?;
-    let mut caches = Caches::new(network)?;
+    let mut caches = KvCaches::new(network)?;
     for (name, tensor) in inputs {
         if let Some(cache) = caches.get_mut(name) {
             cache.set(tensor)?;

@@ -4,23 +4,24 @@ use std::time::Instant;
 
 use trtx::{BuilderFlag, OptProfileSelector};
 
-use super::capture::Capture;
+use super::cuda::driver;
 use super::emit;
-use super::error::Error;
+use super::error::EngineBuildError;
 use super::flavour::FLAVOUR;
+use super::log_capture::LogCapture;
 use super::observer::Monitor;
-use super::{BuildOptions, Library, Plan, driver};
+use super::{BuildOptions, Library, Plan};
 use crate::network::{LayerKind, Network, Tokens, WeightMode};
 use crate::target::Refit;
 use crate::tensor::Tensor;
 
-pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions) -> Result<Plan, Error> {
+pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions) -> Result<Plan, EngineBuildError> {
     let started = Instant::now();
     check_profile(network)?;
     let refits = Refits::of(network, options.refit);
     let of_any = (!FLAVOUR.builds_without_gpu).then_some("an engine of full TensorRT");
     if let Some(what) = refits.needs_gpu().or(of_any) {
-        driver::driver().map_err(|error| Error::NeedsGpu {
+        driver::driver().map_err(|error| EngineBuildError::NeedsGpu {
             what,
             reason: error.to_string(),
         })?;
@@ -29,8 +30,8 @@ pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions
 
     // Locals die in reverse order of declaration, and TensorRT demands just that: config and network before the builder,
     // the builder before its logger, and all of them before the weights, which they point to.
-    let capture = Capture::default();
-    let start = |message: trtx::Error| Error::Start {
+    let capture = LogCapture::default();
+    let start = |message: trtx::Error| EngineBuildError::Start {
         message: capture.take_errors().unwrap_or_else(|| message.to_string()),
     };
     let logger = trtx::Logger::new(capture.clone()).map_err(start)?;
@@ -43,7 +44,7 @@ pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions
 
     emit::emit(network, &mut definition, &weights, refits, &capture, library.version())?;
 
-    let fail = |message: String| Error::Build {
+    let fail = |message: String| EngineBuildError::Build {
         version: library.version(),
         network: network.name.clone(),
         hint: emit::hint(network, &message),
@@ -69,7 +70,7 @@ pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions
 
     let built = builder.build_serialized_network(&mut definition, &mut config);
     if monitor.is_some_and(|monitor| monitor.cancelled()) {
-        return Err(Error::Cancelled {
+        return Err(EngineBuildError::Cancelled {
             network: network.name.clone(),
         });
     }
@@ -81,20 +82,22 @@ pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions
     })
 }
 
-fn check_profile(network: &Network) -> Result<(), Error> {
+fn check_profile(network: &Network) -> Result<(), EngineBuildError> {
     match network.profile.tokens {
-        Tokens::Dynamic { min, opt, max } if !(1 <= min && min <= opt && opt <= max) => Err(Error::Profile {
-            network: network.name.clone(),
-            min,
-            opt,
-            max,
-        }),
+        Tokens::Dynamic { min, opt, max } if !(1 <= min && min <= opt && opt <= max) => {
+            Err(EngineBuildError::Profile {
+                network: network.name.clone(),
+                min,
+                opt,
+                max,
+            })
+        }
         _ => Ok(()),
     }
 }
 
 /// The bytes of every weight that becomes a constant, by weight id. Bound weights are not touched.
-fn weight_bytes(network: &Network) -> Result<Vec<Option<Tensor>>, Error> {
+fn weight_bytes(network: &Network) -> Result<Vec<Option<Tensor>>, EngineBuildError> {
     let mut bytes = vec![None; network.weights.len()];
     for layer in &network.layers {
         let LayerKind::Weight(id) = layer.kind else { continue };
@@ -105,11 +108,16 @@ fn weight_bytes(network: &Network) -> Result<Vec<Option<Tensor>>, Error> {
         if weight.mode == WeightMode::Bind || slot.is_some() {
             continue;
         }
-        *slot = Some(weight.constant.materialize().map_err(|source| Error::Weight {
-            network: network.name.clone(),
-            weight: weight.name.clone(),
-            source,
-        })?);
+        *slot = Some(
+            weight
+                .constant
+                .materialize()
+                .map_err(|source| EngineBuildError::Weight {
+                    network: network.name.clone(),
+                    weight: weight.name.clone(),
+                    source,
+                })?,
+        );
     }
     Ok(bytes)
 }

@@ -8,7 +8,7 @@ use crate::help::{Fault, Help, REPORT_BUG};
 
 /// Errors of the TensorRT back end. [`Help`] says what to do.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum EngineBuildError {
     /// The machine's set-up: no library, or none that fits.
     #[error(transparent)]
     Library(#[from] LibraryError),
@@ -79,23 +79,34 @@ pub enum Error {
     Start { message: String },
 }
 
-impl Help for Error {
+impl Help for EngineBuildError {
     fn fault(&self) -> Fault {
         match self {
-            Error::Library(_) | Error::NeedsGpu { .. } | Error::Weight { .. } | Error::Profile { .. } => Fault::Input,
-            Error::Malformed { .. } | Error::Inference { .. } => Fault::Bug,
-            Error::Layer { .. } | Error::Build { .. } | Error::Cancelled { .. } | Error::Start { .. } => Fault::Machine,
+            EngineBuildError::Library(_)
+            | EngineBuildError::NeedsGpu { .. }
+            | EngineBuildError::Weight { .. }
+            | EngineBuildError::Profile { .. } => Fault::Input,
+            EngineBuildError::Malformed { .. } | EngineBuildError::Inference { .. } => Fault::Bug,
+            EngineBuildError::Layer { .. }
+            | EngineBuildError::Build { .. }
+            | EngineBuildError::Cancelled { .. }
+            | EngineBuildError::Start { .. } => Fault::Machine,
         }
     }
 
     fn help(&self) -> Option<String> {
         Some(match self {
-            Error::Library(error) => return error.help(),
-            Error::NeedsGpu { .. } => format!("build on a machine with an NVIDIA GPU, or {}", FLAVOUR.without_gpu),
-            Error::Weight { .. } => "bring the weights back with `lapidary refit`".to_string(),
-            Error::Malformed { .. } | Error::Inference { .. } => REPORT_BUG.to_string(),
-            Error::Profile { .. } => "give 1 <= min <= opt <= max".to_string(),
-            Error::Layer { .. } | Error::Build { .. } | Error::Cancelled { .. } | Error::Start { .. } => return None,
+            EngineBuildError::Library(error) => return error.help(),
+            EngineBuildError::NeedsGpu { .. } => {
+                format!("build on a machine with an NVIDIA GPU, or {}", FLAVOUR.without_gpu)
+            }
+            EngineBuildError::Weight { .. } => "bring the weights back with `lapidary refit`".to_string(),
+            EngineBuildError::Malformed { .. } | EngineBuildError::Inference { .. } => REPORT_BUG.to_string(),
+            EngineBuildError::Profile { .. } => "give 1 <= min <= opt <= max".to_string(),
+            EngineBuildError::Layer { .. }
+            | EngineBuildError::Build { .. }
+            | EngineBuildError::Cancelled { .. }
+            | EngineBuildError::Start { .. } => return None,
         })
     }
 }
@@ -119,13 +130,13 @@ pub enum LibraryError {
     NotFound,
 
     #[error("the TensorRT library {path:?} given by {by} does not exist")]
-    Missing { path: PathBuf, by: super::Source },
+    Missing { path: PathBuf, by: super::LibrarySource },
 
     #[error(
         "the folder {path:?} given by {by} holds no {}, and neither does a folder lib in it",
         FLAVOUR.libraries.join(" or ")
     )]
-    NotInFolder { path: PathBuf, by: super::Source },
+    NotInFolder { path: PathBuf, by: super::LibrarySource },
 
     #[error("{path:?} cannot be loaded as a library: {reason}")]
     NotALibrary { path: PathBuf, reason: String },

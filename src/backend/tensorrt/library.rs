@@ -7,7 +7,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::driver;
+use super::cuda::driver;
 use super::error::LibraryError;
 use super::flavour::{FLAVOUR, Flavour};
 
@@ -45,7 +45,7 @@ impl fmt::Display for Version {
 /// How a library was found, in the order of the search.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Source {
+pub enum LibrarySource {
     /// `--tensorrt-lib`.
     Flag,
     /// `TENSORRT_RTX_LIB`, or `TENSORRT_LIB` for full TensorRT.
@@ -57,13 +57,13 @@ pub enum Source {
     Loader,
 }
 
-impl fmt::Display for Source {
+impl fmt::Display for LibrarySource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Source::Flag => "--tensorrt-lib",
-            Source::Environment => FLAVOUR.variable,
-            Source::PythonPackage => return write!(f, "the Python package {}", FLAVOUR.python_package),
-            Source::Loader => "the loader's path",
+            LibrarySource::Flag => "--tensorrt-lib",
+            LibrarySource::Environment => FLAVOUR.variable,
+            LibrarySource::PythonPackage => return write!(f, "the Python package {}", FLAVOUR.python_package),
+            LibrarySource::Loader => "the loader's path",
         })
     }
 }
@@ -72,7 +72,7 @@ impl fmt::Display for Source {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Library {
     path: PathBuf,
-    source: Source,
+    source: LibrarySource,
     version: Version,
 }
 
@@ -90,7 +90,7 @@ impl Library {
     pub fn path(&self) -> &Path {
         &self.path
     }
-    pub fn source(&self) -> Source {
+    pub fn source(&self) -> LibrarySource {
         self.source
     }
     pub fn version(&self) -> Version {
@@ -161,7 +161,7 @@ mod imp {
         })?;
         drop(opened); // the binding holds it now, so it was mapped once
         let path = match source {
-            Source::Loader => mapped_path().unwrap_or(path),
+            LibrarySource::Loader => mapped_path().unwrap_or(path),
             _ => path,
         };
         let library = Library { path, source, version };
@@ -179,12 +179,14 @@ mod imp {
         }
     }
 
-    fn find(explicit: Option<&Path>) -> Result<(PathBuf, Source), LibraryError> {
-        let given = explicit.map(|path| (path.to_path_buf(), Source::Flag)).or_else(|| {
-            // An empty variable is how shells switch one off.
-            let value = std::env::var_os(FLAVOUR.variable).filter(|value| !value.is_empty())?;
-            Some((PathBuf::from(value), Source::Environment))
-        });
+    fn find(explicit: Option<&Path>) -> Result<(PathBuf, LibrarySource), LibraryError> {
+        let given = explicit
+            .map(|path| (path.to_path_buf(), LibrarySource::Flag))
+            .or_else(|| {
+                // An empty variable is how shells switch one off.
+                let value = std::env::var_os(FLAVOUR.variable).filter(|value| !value.is_empty())?;
+                Some((PathBuf::from(value), LibrarySource::Environment))
+            });
         if let Some((path, by)) = given {
             // The loader searches its own path for a bare file name, and would pass over the file that was meant.
             let path = std::path::absolute(&path).unwrap_or(path);
@@ -199,12 +201,12 @@ mod imp {
             };
         }
         if let Some(path) = python_package() {
-            return Ok((path, Source::PythonPackage));
+            return Ok((path, LibrarySource::PythonPackage));
         }
         // The loader's path is the loader's own to search.
         let known = |name: &&&str| mapped(Path::new(name)).is_ok();
         let name = FLAVOUR.libraries.iter().find(known).ok_or(LibraryError::NotFound)?;
-        Ok((PathBuf::from(name), Source::Loader))
+        Ok((PathBuf::from(name), LibrarySource::Loader))
     }
 
     /// The library in a folder.
@@ -256,10 +258,12 @@ mod imp {
             symbol,
         };
         // SAFETY: `extern "C" int32_t getInferLibVersion() noexcept` in every version of NvInferRuntimeBase.h.
-        let version = unsafe { library.get::<unsafe extern "C" fn() -> i32>(b"getInferLibVersion\0") }
-            .map(|version| Version::from_encoded(unsafe { version() }))
-            .map_err(|_| not_tensorrt("getInferLibVersion"))?;
+        let version = unsafe { library.get::<unsafe extern "C" fn() -> i32>(b"getInferLibVersion\0") };
+        let version = version.map_err(|_| not_tensorrt("getInferLibVersion"))?;
+        // SAFETY: as above; it takes nothing and reads a constant.
+        let version = Version::from_encoded(unsafe { version() });
         // The dispatch and lean runtimes know their version too, but cannot build.
+        // SAFETY: only looked up, as an address that is not used.
         unsafe { library.get::<*const ()>(b"createInferBuilder_INTERNAL\0") }
             .map_err(|_| not_tensorrt("createInferBuilder_INTERNAL"))?;
         Ok((version, library))

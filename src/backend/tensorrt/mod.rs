@@ -29,7 +29,7 @@
 //!
 //! With the cargo features `tensorrt-rtx` and `tensorrt` off, everything here still exists and says [`LibraryError::NotCompiled`].
 
-mod driver;
+mod cuda;
 mod error;
 pub mod flavour;
 mod library;
@@ -39,21 +39,21 @@ mod probe;
 #[cfg(feature = "engines")]
 mod builder;
 #[cfg(feature = "engines")]
-mod capture;
-#[cfg(feature = "engines")]
 mod emit;
+#[cfg(feature = "engines")]
+mod log_capture;
 #[cfg(feature = "engines")]
 pub mod run;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use driver::{Driver, DriverError, Gpu};
-pub use error::{Error, LayerContext, LibraryError};
+pub use cuda::driver::{Driver, DriverError, Gpu};
+pub use error::{EngineBuildError, LayerContext, LibraryError};
 pub use flavour::{FLAVOUR, Flavour};
-pub use library::{Library, Source, Version};
+pub use library::{Library, LibrarySource, Version};
 pub use observer::{BuildObserver, BuildProgress};
-pub use probe::{Ability, Report, probe};
+pub use probe::{Ability, ProbeReport, probe};
 
 use crate::network::Network;
 #[cfg(doc)]
@@ -116,7 +116,7 @@ impl std::fmt::Debug for Plan {
 ///
 /// With TensorRT-RTX needs no GPU unless a weight is [`WeightMode::Strip`] or `options.refit` is set while a weight is
 /// embedded. Several threads may build at once.
-pub fn build(library: &Library, network: &Network, options: &BuildOptions) -> Result<Plan, Error> {
+pub fn build(library: &Library, network: &Network, options: &BuildOptions) -> Result<Plan, EngineBuildError> {
     #[cfg(feature = "engines")]
     return builder::build(library, network, options);
     #[cfg(not(feature = "engines"))]

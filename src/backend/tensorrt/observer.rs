@@ -13,7 +13,7 @@ pub struct BuildProgress<'a> {
 
 /// Hears of a build's progress on whatever thread TensorRT reports it, and may stop the build.
 pub trait BuildObserver: Send + Sync {
-    /// `Break` cancels: [`build`](super::build) then returns [`Error::Cancelled`](super::Error::Cancelled) soon after.
+    /// `Break` cancels: [`build`](super::build) then returns [`EngineBuildError::Cancelled`](super::EngineBuildError::Cancelled) soon after.
     fn progress(&self, progress: BuildProgress<'_>) -> ControlFlow<()>;
 }
 

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::driver::{self, Driver};
+use super::cuda::driver::{self, Driver};
 use super::error::LibraryError;
 use super::flavour::{FLAVOUR, Flavour};
-use super::library::{Library, Source, Version};
+use super::library::{Library, LibrarySource, Version};
 use crate::help::Help;
 
 /// The CUDA that both TensorRTs are made for, or a later one.
@@ -15,7 +15,7 @@ pub(super) const OLDEST_CUDA: u32 = 12;
 
 /// The facts, and what follows from them. Serialises to the object that `doctor --json` prints.
 #[derive(Clone, PartialEq, Debug, Serialize)]
-pub struct Report {
+pub struct ProbeReport {
     /// Whether this binary has the TensorRT back end at all.
     pub compiled: bool,
     /// Which TensorRT it is for: `TensorRT-RTX` or `TensorRT`.
@@ -36,7 +36,7 @@ pub struct Report {
 pub struct LibraryFacts {
     pub path: PathBuf,
     pub version: String,
-    pub source: Source,
+    pub source: LibrarySource,
 }
 
 /// Something that works here, or why not and what to do about it.
@@ -68,7 +68,7 @@ impl Ability {
 }
 
 /// Looks at the machine. `explicit` is `--tensorrt-lib`. Loads the library and the driver but starts neither.
-pub fn probe(explicit: Option<&Path>) -> Report {
+pub fn probe(explicit: Option<&Path>) -> ProbeReport {
     let library = Library::load(explicit);
     let driver = driver::driver();
     let with_help = |error: &LibraryError| match error.help() {
@@ -97,7 +97,7 @@ pub fn probe(explicit: Option<&Path>) -> Report {
         )),
         (Ok(library), Ok(driver)) => runs_on(library.version(), driver.gpus[0].compute_capability),
     };
-    Report {
+    ProbeReport {
         compiled: cfg!(feature = "engines"),
         product: FLAVOUR.product,
         library_problem: library.as_ref().err().map(with_help),

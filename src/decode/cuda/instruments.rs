@@ -109,7 +109,7 @@ impl CudaDevice {
         engine.profile(Box::new(Layers(layers.clone())))?;
         self.bind(&mut engine, &network)?;
         let cache = self.cache.as_ref().expect("something ran before");
-        // SAFETY: the cache lives as long as self, and this engine ends with this function.
+        // SAFETY: the cache holds every one of its ports and lives as long as self, and this engine ends with this function.
         unsafe { engine.bind(cache.ports())? };
         self.share_scratch(&mut engine)?;
         // The small inputs are still on the device as the last call left them.

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use super::aligned;
-use crate::backend::tensorrt::run::{Buffer, Cuda, Engine, RunError, Stream};
+use crate::backend::tensorrt::run::{Buffer, Cuda, Engine, Rows, RunError, Stream};
 
 /// The largest of the capacities below `wanted` whose cache has room: `needed` bytes are what `wanted` takes, and a cache
 /// takes as many for each slot.
@@ -74,23 +74,25 @@ impl KvCache {
         })
     }
 
-    /// A cache of another capacity with the first `live` slots of this one. Queued: wait before this one is dropped.
+    /// A cache of another capacity with the first `live` slots of this one. Queued.
     pub fn grown(&self, cuda: &Rc<Cuda>, stream: &Stream, capacity: usize, live: usize) -> Result<Self, RunError> {
         let live = live.min(capacity);
         let grown = KvCache::allocated(cuda, stream, self.layers.clone(), capacity)?;
         for (first, count) in self.runs(capacity) {
             let layer = &self.layers[first];
-            let from = self.buffer.address() + self.offset(first) as u64;
-            let to = grown.buffer.address() + grown.offset(first) as u64;
-            let pitch = |capacity: usize| capacity * layer.slot_bytes;
-            stream.copy_rows(
-                (from, pitch(self.capacity)),
-                (to, pitch(capacity)),
-                live * layer.slot_bytes,
-                layer.rows * count,
-            )?;
+            let (from, to) = (self.rows(first), grown.rows(first));
+            stream.copy_rows(from, to, live * layer.slot_bytes, layer.rows * count)?;
         }
         Ok(grown)
+    }
+
+    /// The rows of a layer and of those behind it.
+    fn rows(&self, layer: usize) -> Rows<'_> {
+        Rows {
+            buffer: &self.buffer,
+            at: self.offset(layer),
+            pitch: self.capacity * self.layers[layer].slot_bytes,
+        }
     }
 
     /// Layers that one copy moves, as (first, count): of equal shape and without gaps in either capacity. Mostly all.

@@ -10,7 +10,7 @@ use super::chunks::largest;
 use super::error::{unknown, with_versions};
 use super::weights::Weights;
 use super::{CudaDevice, EngineSlot, Loaded};
-use crate::backend::tensorrt::run::{Engine, Port, RunError, Unpacked};
+use crate::backend::tensorrt::run::{Engine, LoadedPlan, Port, RunError};
 use crate::decode::DeviceError;
 use crate::lower;
 use crate::network::{Network, Tokens, WeightMode};
@@ -32,7 +32,12 @@ impl CudaDevice {
     }
 
     /// A context of the slot's plan, bound to everything but the cache.
-    pub(super) fn context(&mut self, at: usize, plan: &Rc<Unpacked>, network: &Network) -> Result<Loaded, DeviceError> {
+    pub(super) fn context(
+        &mut self,
+        at: usize,
+        plan: &Rc<LoadedPlan>,
+        network: &Network,
+    ) -> Result<Loaded, DeviceError> {
         let slot = &self.slots[at];
         let graphs = self.options.graphs && matches!(slot.profile.tokens, Tokens::Static(_));
         let mut engine =
@@ -53,7 +58,7 @@ impl CudaDevice {
     }
 
     /// The slot's plan, from the file or from another slot that runs another profile of it.
-    pub(super) fn unpacked(&self, slot: &EngineSlot, network: &Network) -> Result<Rc<Unpacked>, RunError> {
+    pub(super) fn unpacked(&self, slot: &EngineSlot, network: &Network) -> Result<Rc<LoadedPlan>, RunError> {
         let same_file = self.slots.iter().filter(|other| other.entry.file == slot.entry.file);
         if let Some(loaded) = same_file.filter_map(|other| other.loaded.as_ref()).next() {
             return Ok(loaded.engine.plan().clone());
@@ -66,7 +71,7 @@ impl CudaDevice {
         let file = std::fs::File::open(&path).map_err(unreadable)?;
         // SAFETY: packages are written once and renamed into place; nothing changes them while they are mapped.
         let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(unreadable)?;
-        let plan = Unpacked::new(&self.runtime, &path, &bytes, network, self.options.kernels.as_deref());
+        let plan = LoadedPlan::new(&self.runtime, &path, &bytes, network, self.options.kernels.as_deref());
         let (built_by, here) = (&slot.entry.tensorrt_version, self.runtime.version().to_string());
         plan.map(Rc::new).map_err(|error| with_versions(error, built_by, &here))
     }

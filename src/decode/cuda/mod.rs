@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Pinned, RunError, Runtime, Stream, trial};
+use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Pinned, RunError, Runtime, Stream, timing};
 use crate::backend::tensorrt::{FLAVOUR, Library};
 use crate::decode::device::{Chunk, Device, DeviceError};
 use crate::decode::instruments::Instruments;
@@ -253,7 +253,7 @@ impl CudaDevice {
     pub fn time_again(&mut self, times: usize) -> Result<Duration, DeviceError> {
         let at = self.last_slot()?;
         let engine = &mut self.slots[at].loaded.as_mut().expect("found loaded").engine;
-        let timed = trial::time(&self.runtime, engine, &self.stream, times as u32);
+        let timed = timing::time(engine, &self.stream, times as u32);
         timed.map_err(|error| device_error(self.runtime.gpu(), error))
     }
 
@@ -302,7 +302,8 @@ impl CudaDevice {
         let cache = self.cache.as_ref().expect("reserved before");
         let loaded = self.slots[at].loaded.as_mut().expect("made ready before");
         if loaded.cache != cache.address() {
-            // SAFETY: the cache is replaced in `reserve` alone, after all work is done, and is then bound anew here.
+            // SAFETY: the cache holds every one of its ports, and updates lie where their inputs do. It is replaced in `reserve`
+            // alone, after all work is done, and the new one is bound here before the engine runs again.
             unsafe { loaded.engine.bind(cache.ports())? };
             loaded.cache = cache.address();
         }
@@ -313,7 +314,8 @@ impl CudaDevice {
     /// Queues a chunk: its inputs and its engine.
     fn start(&mut self, chunk: Chunk, tokens: &[u32], position: usize) -> Result<(), DeviceError> {
         let at = self.ready(chunk.rows, self.capacity)?;
-        self.inputs.write(tokens, position, chunk.rows);
+        let written = self.inputs.write(tokens, position, chunk.rows);
+        written.map_err(|error| self.failed(error))?;
         self.last = Some(self.slots[at].profile);
         self.run(at, chunk.rows).map_err(|error| self.failed(error))
     }
@@ -338,15 +340,17 @@ impl CudaDevice {
 
     fn download(&mut self) -> Result<(), DeviceError> {
         let bytes = self.vocabulary * size_of::<f32>();
-        let queued = self.stream.download(&self.logits, &mut self.pinned_logits, bytes);
+        let queued = self.stream.download(&self.logits, 0..bytes, &mut self.pinned_logits, 0);
         queued.map_err(|error| self.failed(error))
     }
 
-    fn downloaded(&mut self, logits: &mut Vec<f32>) {
+    fn downloaded(&mut self, logits: &mut Vec<f32>) -> Result<(), DeviceError> {
         let start = Instant::now();
         logits.clear();
-        logits.extend_from_slice(self.pinned_logits.slice::<f32>(0, self.vocabulary));
+        let row = self.pinned_logits.slice::<f32>(0, self.vocabulary);
+        logits.extend_from_slice(row.map_err(|error| self.failed(error))?);
         self.times.host += start.elapsed();
+        Ok(())
     }
 }
 
@@ -423,8 +427,7 @@ impl Device for CudaDevice {
         let queued = self.start(chunk, tokens, position).and_then(|()| self.download());
         self.settled(queued)?;
         self.wait(start)?;
-        self.downloaded(logits);
-        Ok(())
+        self.downloaded(logits)
     }
 
     fn forward_best(
@@ -442,11 +445,11 @@ impl Device for CudaDevice {
         self.settled(queued)?;
         self.wait(start)?;
         logits.clear();
-        let best = self.argmax.result();
+        let best = self.argmax.result().map_err(|error| self.failed(error))?;
         if best.is_none() {
             self.download()?;
             self.stream.wait().map_err(|error| self.failed(error))?;
-            self.downloaded(logits);
+            self.downloaded(logits)?;
         }
         Ok(best)
     }

@@ -8,7 +8,8 @@ impl CudaDevice {
     /// Gives the engine the common working memory, first made larger for all if need be.
     pub(super) fn share_scratch(&mut self, engine: &mut Engine) -> Result<(), RunError> {
         self.provide_scratch(engine.scratch_bytes())?;
-        // SAFETY: kept in self until engines are told of another; engines run one at a time.
+        // SAFETY: kept in self until every loaded engine is told of another or dropped (`allocate_scratch`, `unload`); the
+        // device runs one engine at a time.
         unsafe { engine.set_scratch(self.scratch.as_ref().expect("just provided")) };
         Ok(())
     }
@@ -59,7 +60,7 @@ impl CudaDevice {
     fn allocate_scratch(&mut self, bytes: usize) -> Result<(), RunError> {
         let buffer = Buffer::new(self.runtime.cuda(), bytes, "the engines' working memory")?;
         for loaded in self.slots.iter_mut().filter_map(|slot| slot.loaded.as_mut()) {
-            // SAFETY: as in `share_scratch`.
+            // SAFETY: as in `share_scratch`: it goes into `self.scratch` below.
             unsafe { loaded.engine.set_scratch(&buffer) };
         }
         self.scratch = Some(buffer);

@@ -35,24 +35,25 @@ impl StepInputs {
         Some(self.device.address() + self.offsets[at] as u64)
     }
 
-    /// The inputs for `tokens` at `position`, padded to `rows`. No copy may be under way.
-    pub fn write(&mut self, tokens: &[u32], position: usize, rows: usize) {
+    /// The inputs for `tokens` at `position`, padded to `rows`.
+    pub fn write(&mut self, tokens: &[u32], position: usize, rows: usize) -> Result<(), RunError> {
         let int = |n: usize| i32::try_from(n).expect("positions fit 31 bits");
         let [write, row, ids, positions] = self.offsets;
-        self.host.slice_mut::<i32>(write, 1)[0] = int(position);
-        self.host.slice_mut::<i32>(row, 1)[0] = int(tokens.len() - 1);
+        self.host.slice_mut::<i32>(write, 1)?[0] = int(position);
+        self.host.slice_mut::<i32>(row, 1)?[0] = int(tokens.len() - 1);
         let padded = tokens.iter().map(|id| *id as i32).chain(std::iter::repeat(0));
-        for (slot, id) in self.host.slice_mut::<i32>(ids, rows).iter_mut().zip(padded) {
+        for (slot, id) in self.host.slice_mut::<i32>(ids, rows)?.iter_mut().zip(padded) {
             *slot = id;
         }
-        for (i, slot) in self.host.slice_mut::<i32>(positions, rows).iter_mut().enumerate() {
+        for (i, slot) in self.host.slice_mut::<i32>(positions, rows)?.iter_mut().enumerate() {
             *slot = int(position + i);
         }
         self.used = positions + rows * size_of::<i32>();
+        Ok(())
     }
 
     /// Queues the copy.
     pub fn upload(&self, stream: &Stream) -> Result<(), RunError> {
-        stream.upload(&self.host, &self.device, self.used)
+        stream.upload(&self.host, 0..self.used, &self.device, 0)
     }
 }

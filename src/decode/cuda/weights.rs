@@ -169,11 +169,11 @@ impl Stage {
 
     fn copy(&mut self, stream: &Stream, bytes: &[u8], to: &Buffer, at: usize) -> Result<(), RunError> {
         for (i, piece) in bytes.chunks(STAGE).enumerate() {
-            let host = self.pieces[self.now].slice_mut::<u8>(0, piece.len());
-            fill(host, piece);
+            let host = &mut self.pieces[self.now];
+            fill(host.slice_mut::<u8>(0, piece.len())?, piece);
             // The other piece's copy is over before it is written again; this one goes on while that is filled.
             stream.wait()?;
-            stream.upload_at(host, to, at + i * STAGE)?;
+            stream.upload(host, 0..piece.len(), to, at + i * STAGE)?;
             self.now ^= 1;
         }
         Ok(())

@@ -4,7 +4,7 @@ use super::super::error::CpuError;
 use super::super::kernels::attention;
 use super::super::kernels::gemv;
 use super::super::program::{AttentionStep, MatrixView, Work};
-use super::super::view::{View, dense_strides};
+use super::super::strided_view::{View, dense_strides};
 use super::{Compiler, inverse, per_item};
 use crate::network::{LayerKind, MatrixOp, TensorId};
 use crate::tensor::DType;
@@ -23,6 +23,15 @@ impl Compiler<'_> {
         match &layer.kind {
             LayerKind::Weight(id) => {
                 let tensor = network.weight(*id).constant.materialize()?;
+                let declared = (network.tensor(output).dtype, &self.shapes[output.0 as usize][..]);
+                if (tensor.dtype(), tensor.shape()) != declared {
+                    // Every pointer into it is computed from what was declared.
+                    return Err(CpuError::Layer {
+                        layer: name.to_string(),
+                        kind: layer.kind.name(),
+                        reason: format!("its weight is {tensor:?}, declared {} {:?}", declared.0, declared.1),
+                    });
+                }
                 let view = self.constant(tensor);
                 self.set(output, view);
             }
@@ -334,18 +343,25 @@ impl Compiler<'_> {
             partial: None,
         };
         let time = (2 * batch * kv_heads * rows * slots * dim) as f64 * MULTIPLY * 2.0 + 500.0;
-        if rows <= attention::FEW {
-            let items = batch * kv_heads * attention::few_chunks(slots);
+        if rows <= attention::MAX_DECODE_ROWS {
+            let items = batch * kv_heads * attention::decode_chunks(slots);
             let partial = self
-                .arena(DType::F32, vec![items, attention::few_rows(rows), 2 + dim])
+                .arena(DType::F32, vec![items, attention::decode_rows(rows), 2 + dim])
                 .buffer;
             step.partial = Some(partial);
-            self.push(name, Work::Few(step.clone()), items, time, reads, vec![partial]);
-            let merged = (batch * heads * tokens * dim * attention::few_chunks(slots)) as f64 * MOVE;
-            self.push(name, Work::Merge(step), 1, merged, vec![partial], vec![out.buffer]);
+            self.push(name, Work::DecodeChunk(step.clone()), items, time, reads, vec![partial]);
+            let merged = (batch * heads * tokens * dim * attention::decode_chunks(slots)) as f64 * MOVE;
+            self.push(
+                name,
+                Work::MergeChunks(step),
+                1,
+                merged,
+                vec![partial],
+                vec![out.buffer],
+            );
         } else {
-            let items = batch * kv_heads * attention::many_panels(self.isa, rows);
-            self.push(name, Work::Many(step), items, time, reads, vec![out.buffer]);
+            let items = batch * kv_heads * attention::prefill_panels(self.isa, rows);
+            self.push(name, Work::PrefillPanel(step), items, time, reads, vec![out.buffer]);
         }
         Ok(())
     }
@@ -368,7 +384,7 @@ impl Compiler<'_> {
         let total = mask.shape[..3].iter().product::<usize>();
         let one = slots as f64;
         let per_item = per_item(total, one);
-        let work = Work::Scan {
+        let work = Work::MaskScan {
             mask: mask.clone(),
             slots,
             live: live.buffer,
@@ -386,6 +402,30 @@ impl Compiler<'_> {
         live
     }
 
+    /// Copies what so far is a view of the cache and is still to be read: it must be the cache as it was, and the update
+    /// writes over that. Also what this update writes: rows are copied into the cache as memory that does not overlap.
+    fn copy_views_of(&mut self, cache: TensorId, update: usize) {
+        let Some(buffer) = self.views[cache.0 as usize].as_ref().map(|view| view.buffer) else {
+            return;
+        };
+        for at in 0..self.views.len() {
+            let Some(view) = self.views[at].clone().filter(|view| view.buffer == buffer) else {
+                continue;
+            };
+            let id = TensorId(at as u32);
+            let waits = |reader: &usize| {
+                let output = self.network.layers[*reader].outputs[0];
+                *reader >= update || self.views[output.0 as usize].is_none()
+            };
+            // The cache itself is read by this update, which writes to it where it is, and by no later layer.
+            let read = id != cache && self.consumers[at].iter().any(waits);
+            if read || self.output_of.contains_key(&id) {
+                let copy = self.arena_copy(&view, &self.network.layers[update].name);
+                self.set(id, copy);
+            }
+        }
+    }
+
     fn cache_update(&mut self, index: usize) -> Result<(), CpuError> {
         let network = self.network;
         let layer = &network.layers[index];
@@ -393,12 +433,7 @@ impl Compiler<'_> {
         // Layers that wait and read the cache as it was must run before it changes; none may read it so afterwards.
         for reader in self.consumers[layer.inputs[0].0 as usize].clone() {
             if reader < index {
-                let output = network.layers[reader].outputs[0];
-                let view = self.demand(output)?;
-                if view.buffer == self.demand(layer.inputs[0])?.buffer {
-                    let copy = self.arena_copy(&view, name);
-                    self.set(output, copy);
-                }
+                self.demand(network.layers[reader].outputs[0])?;
             } else if reader > index {
                 return Err(CpuError::Layer {
                     layer: network.layers[reader].name.clone(),
@@ -408,6 +443,7 @@ impl Compiler<'_> {
             }
         }
         let cache = self.demand(layer.inputs[0])?;
+        self.copy_views_of(layer.inputs[0], index);
         let update = self.demand(layer.inputs[1])?;
         let widen = update.storage != cache.storage;
         let update = self.contiguous_rows(update, widen, name);

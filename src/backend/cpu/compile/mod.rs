@@ -2,60 +2,80 @@
 //!
 //! Layers are visited in order. Transposes, slices, broadcasts and most reshapes become views of the buffers they read;
 //! elementwise layers, casts and reductions over the last axis wait until somebody needs their result and are then
-//! emitted together as one row program (`fuse`); everything else becomes steps at once. At the end steps are put into
-//! phases and activations into one arena (`plan`). The kernels trust shapes with raw pointers, so every network is
+//! emitted together as one row program (`fusion`); everything else becomes steps at once. At the end steps are put into
+//! phases and activations into one arena (`schedule`). The kernels trust shapes with raw pointers, so every network is
 //! verified first, whoever made it.
 
-mod fuse;
+mod fusion;
 mod layers;
-mod plan;
-mod rows;
+mod row_builder;
+mod schedule;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::buffer::Aligned;
+use super::aligned_bytes::AlignedBytes;
 use super::error::CpuError;
 use super::kernels::rows::Class;
 use super::pool::Pool;
 use super::program::{Buffer, Memory, Port, Program, Step, Work};
 use super::simd::Isa;
-use super::view::{BufferId, View};
+use super::strided_view::{BufferId, View};
 use crate::network::{LayerKind, Network, TensorId, verify};
 use crate::tensor::{DType, Tensor};
 
-/// How to compile.
+/// What a program runs on: its threads and its instruction set. Only instruction sets that this machine has get in,
+/// so every program compiled with these options can run here.
 #[derive(Clone, Debug)]
-pub struct Options {
-    /// The threads to run on; programs of one session share a pool.
-    pub pool: Arc<Pool>,
-    pub isa: Isa,
+pub struct CompileOptions {
+    pool: Arc<Pool>,
+    isa: Isa,
 }
 
-impl Default for Options {
+impl Default for CompileOptions {
     /// A thread for every core, and the best instruction set of this machine.
     fn default() -> Self {
-        Options {
-            pool: Pool::global(),
-            isa: Isa::detect(),
-        }
+        CompileOptions::on(Pool::global())
     }
 }
 
-impl Options {
-    /// The default on a pool of its own.
-    pub fn with_threads(threads: usize) -> Self {
-        Options {
-            pool: Arc::new(Pool::new(threads)),
+impl CompileOptions {
+    /// The threads of this pool, and the best instruction set of this machine. Programs of one session share a pool.
+    pub fn on(pool: Arc<Pool>) -> Self {
+        CompileOptions {
+            pool,
             isa: Isa::detect(),
         }
+    }
+
+    /// `threads` threads of their own, the calling one included, and the best instruction set of this machine.
+    pub fn with_threads(threads: usize) -> Self {
+        CompileOptions::on(Arc::new(Pool::new(threads)))
+    }
+
+    /// The same with another instruction set; [`CpuError::Isa`] if this machine does not have it.
+    pub fn with_isa(self, isa: Isa) -> Result<Self, CpuError> {
+        match isa.is_available() {
+            true => Ok(CompileOptions { isa, ..self }),
+            false => Err(CpuError::Isa { isa }),
+        }
+    }
+
+    /// The threads.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// The instruction set.
+    pub fn isa(&self) -> Isa {
+        self.isa
     }
 }
 
 impl Program {
     /// Compiles a network of static shapes (see [`bind_tokens`](super::bind_tokens) for the others). Weights are not
     /// copied; compiling takes a few milliseconds.
-    pub fn compile(network: &Network, options: &Options) -> Result<Program, CpuError> {
+    pub fn compile(network: &Network, options: &CompileOptions) -> Result<Program, CpuError> {
         let mut compiler = Compiler::new(network, options.isa)?;
         for i in 0..network.layers.len() {
             if compiler.live[i] && !compiler.is_lazy(i) {
@@ -71,7 +91,8 @@ impl Program {
             caches,
             ..
         } = compiler;
-        let plan = plan::plan(&steps, &mut buffers, options.pool.threads());
+        let schedule = schedule::schedule(&steps, &mut buffers, options.pool.threads());
+        let schedule = schedule.ok_or(CpuError::TooLarge)?;
         let scratch = steps
             .iter()
             .map(|s| s.work.scratch_bytes(options.isa))
@@ -80,15 +101,17 @@ impl Program {
         Ok(Program {
             isa: options.isa,
             pool: options.pool.clone(),
-            counters: plan.phases.iter().map(|_| Default::default()).collect(),
-            phases: plan.phases,
+            pieces: schedule.phases.iter().map(|_| Default::default()).collect(),
+            phases: schedule.phases,
             steps,
             buffers,
             inputs,
             outputs,
             caches,
-            arena: Aligned::zeroed(plan.arena_bytes),
-            scratch: (0..options.pool.threads()).map(|_| Aligned::zeroed(scratch)).collect(),
+            arena: AlignedBytes::zeroed(schedule.arena_bytes),
+            scratch: (0..options.pool.threads())
+                .map(|_| AlignedBytes::zeroed(scratch))
+                .collect(),
         })
     }
 }
@@ -242,11 +265,10 @@ impl<'n> Compiler<'n> {
 
     fn new_buffer(&mut self, memory: Memory, storage: DType, shape: Vec<usize>) -> View {
         let id = BufferId(self.buffers.len() as u32);
+        // Kernels trust this number; what overflows is more than there is memory, and refused when the arena is planned.
+        let bytes = shape.iter().fold(storage.size(), |n, dim| n.saturating_mul(*dim));
         let view = View::dense(id, storage, shape);
-        self.buffers.push(Buffer {
-            memory,
-            bytes: view.len() * storage.size(),
-        });
+        self.buffers.push(Buffer { memory, bytes });
         view
     }
 
@@ -254,7 +276,17 @@ impl<'n> Compiler<'n> {
         self.new_buffer(Memory::Arena { offset: 0 }, storage, shape)
     }
 
+    /// A weight or constant, where it lies. Bools are 0 or 1 everywhere in a program, so that kernels may copy them to
+    /// the caller's `bool`s as they are; a file may say "true" by any other byte.
     fn constant(&mut self, tensor: Tensor) -> View {
+        let other = |byte: &u8| *byte > 1;
+        let tensor = match tensor.dtype() {
+            DType::Bool if tensor.data().iter().any(other) => {
+                let bytes: Vec<u8> = tensor.data().iter().map(|byte| u8::from(*byte != 0)).collect();
+                Tensor::new(DType::Bool, tensor.shape().to_vec(), bytes.into()).expect("as many bytes as before")
+            }
+            _ => tensor,
+        };
         let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
         self.new_buffer(Memory::Tensor(tensor), dtype, shape)
     }
@@ -311,7 +343,7 @@ impl<'n> Compiler<'n> {
         };
         if view.is_dense() && view.storage == storage {
             return View {
-                strides: super::view::dense_strides(&view.shape),
+                strides: super::strided_view::dense_strides(&view.shape),
                 ..view.clone()
             };
         }

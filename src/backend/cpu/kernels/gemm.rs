@@ -1,4 +1,4 @@
-//! Many rows times anything: packed panels and register tiles.
+//! PrefillPanel rows times anything: packed panels and register tiles.
 //!
 //! The left matrix is packed once a step into tiles of `[depth, rows]`; the right one, of whatever storage and order,
 //! is converted and packed panel by panel (`2 * LANES` columns by at most [`DEPTH`]) into the first-level cache and
@@ -43,6 +43,9 @@ impl Kernel for PackLeft {
     unsafe fn run<S: Simd>(self) {
         let (first, rows) = piece(self.rows, S::TILE_ROWS, self.tile);
         let matrix = self.matrix;
+        // SAFETY: the tile's rows `first..first + rows` are rows of the matrix, and `packed` has `rows * depth` elements
+        // for each tile. A vector store at row `p` of the tile writes at most `LANES` elements from `p * rows` on; it is
+        // made only while `p + 2 * LANES <= depth`, so it ends before `depth * rows`. Elements are read unaligned.
         unsafe {
             let to = self.packed.add(first * self.depth);
             let size = matrix.storage.size() as isize;
@@ -116,6 +119,10 @@ impl Kernel for Gemm {
         let columns = width.min(self.columns - first_column);
         let tiles = self.rows.div_ceil(S::TILE_ROWS);
         let pieces = self.depth.div_ceil(DEPTH).max(1);
+        // SAFETY: the panel's columns are columns of the right matrix and of `out`; pieces partition the depth and tiles
+        // the rows, so `left` is read inside the packed matrix. `scratch` holds a panel of at most `DEPTH` rows of `width`
+        // and, behind it, one tile. A full tile writes `rows` rows of `width` columns: to `out` only where the panel has
+        // so many, else to that edge, of which the panel's columns are copied. Panels are items: no other writes them.
         unsafe {
             let edge = self.scratch.add(DEPTH * width);
             for i in 0..pieces {
@@ -189,6 +196,7 @@ impl Panel {
     /// The matrix has those elements; `to` has `[depth, width]`.
     #[inline(always)]
     pub unsafe fn pack<S: Simd>(self, to: *mut f32, width: usize) {
+        // SAFETY: the storage is the matrix's own; the rest is this function's own contract.
         unsafe {
             match self.matrix.storage {
                 DType::F32 => pack::<S, F32>(self, to, width),
@@ -200,11 +208,16 @@ impl Panel {
     }
 }
 
+/// # Safety
+/// As [`Panel::pack`]; `E` is the matrix's storage.
 #[inline(always)]
 unsafe fn pack<S: Simd, E: Element>(panel: Panel, to: *mut f32, width: usize) {
     let Panel {
         matrix, columns, depth, ..
     } = panel;
+    // SAFETY: elements are read at `p < depth` and `column < columns` alone. In the first branch a vector covers `LANES`
+    // rows from `p` on, and `p + LANES <= depth`; a block stores `LANES` columns of each row of `to`, whose
+    // width is a multiple of that. In the second a vector covers `LANES` columns from `column` on, and `column + LANES <= columns`.
     unsafe {
         let at = |row: usize, column: usize| {
             let row = (panel.first_row + row) as isize * matrix.row_stride;
@@ -212,8 +225,9 @@ unsafe fn pack<S: Simd, E: Element>(panel: Panel, to: *mut f32, width: usize) {
             matrix.base.wrapping_offset((row + column) * E::SIZE as isize)
         };
         let lanes = S::LANES;
-        if matrix.row_stride == 1 {
-            // A column is contiguous, as in `[out, in]` weights: square blocks are transposed in registers.
+        if matrix.row_stride == 1 && width.is_multiple_of(lanes) {
+            // A column is contiguous, as in `[out, in]` weights: square blocks are transposed in registers. They store
+            // whole vectors, which a row of another width could not take.
             let mut column = 0;
             while column < width {
                 let live = columns.saturating_sub(column).min(lanes);

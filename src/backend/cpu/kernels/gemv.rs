@@ -20,7 +20,7 @@ pub struct Gemv {
     pub rows: usize,
     /// Length of the sums.
     pub depth: usize,
-    /// `[rows, depth]`, rows `x_stride` elements apart.
+    /// `[rows, depth]`, rows `x_stride` elements apart, no alignment: it may be a constant in a mapped file.
     pub x: *const f32,
     pub x_stride: usize,
     /// `[columns, depth]` of `storage`, rows `w_stride` elements apart, no alignment.
@@ -37,6 +37,7 @@ impl Kernel for Gemv {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        // SAFETY: the storage is that of `w`; the rest is this function's own contract.
         unsafe {
             match self.storage {
                 DType::F32 => self.columns::<S, F32>(),
@@ -49,9 +50,12 @@ impl Kernel for Gemv {
 }
 
 impl Gemv {
+    /// # Safety
+    /// As [`Kernel::run`]; `E` is the storage of `w`.
     #[inline(always)]
     unsafe fn columns<S: Simd, E: Element>(&self) {
         let mut column = self.columns.start;
+        // SAFETY: every block begins at or after `columns.start` and ends at or before `columns.end`.
         unsafe {
             while column + 4 <= self.columns.end {
                 self.rows_of::<S, E, 4>(column);
@@ -64,9 +68,12 @@ impl Gemv {
         }
     }
 
+    /// # Safety
+    /// As [`Gemv::columns`]; columns `column..column + C` are there.
     #[inline(always)]
     unsafe fn rows_of<S: Simd, E: Element, const C: usize>(&self, column: usize) {
         let mut row = 0;
+        // SAFETY: every block ends at or before the last row.
         unsafe {
             while row + 4 <= self.rows {
                 self.block::<S, E, C, 4>(row, column);
@@ -82,8 +89,14 @@ impl Gemv {
     }
 
     /// `C` columns by `R` rows of y.
+    ///
+    /// # Safety
+    /// As [`Gemv::rows_of`]; rows `row..row + R` are there.
     #[inline(always)]
     unsafe fn block<S: Simd, E: Element, const C: usize, const R: usize>(&self, row: usize, column: usize) {
+        // SAFETY: rows `row..row + R` and columns `column..column + C` are there, so each pointer of `x` and `w` has
+        // `depth` elements behind it, of which vectors end at `whole <= depth`. `y` is aligned (kernels/mod.rs) and no
+        // other item writes these columns.
         unsafe {
             let x: [*const f32; R] = std::array::from_fn(|r| self.x.add((row + r) * self.x_stride));
             let w: [*const u8; C] = std::array::from_fn(|c| self.w.add((column + c) * self.w_stride * E::SIZE));
@@ -105,7 +118,7 @@ impl Gemv {
                 for r in 0..R {
                     let mut sum = S::sum(acc[c][r]);
                     for p in whole..self.depth {
-                        sum = S::mul_add(E::get(w[c], p), *x[r].add(p), sum);
+                        sum = S::mul_add(E::get(w[c], p), x[r].add(p).read_unaligned(), sum);
                     }
                     *self.y.add((row + r) * self.y_stride + column + c) = sum;
                 }

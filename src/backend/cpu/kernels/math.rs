@@ -195,6 +195,7 @@ mod tests {
             .collect();
         for isa in Isa::available() {
             for name in ALL {
+                // SAFETY: the kernel has slices in place of pointers, and the instruction set is available.
                 let got = unsafe { isa.run(Apply(&xs, name)) };
                 for (x, y) in xs.iter().zip(got) {
                     let want = reference(name, f64::from(*x));
@@ -218,6 +219,7 @@ mod tests {
     fn special_values_are_ieee() {
         let xs = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 1e38, -1e38];
         for isa in Isa::available() {
+            // SAFETY: as above.
             let run = |name| unsafe { isa.run(Apply(&xs, name)) };
             for name in ALL {
                 assert!(run(name)[0].is_nan(), "{isa:?} {name:?}");

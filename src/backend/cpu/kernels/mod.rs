@@ -1,10 +1,25 @@
-//! The inner loops. Each takes raw pointers that the compiler (`super::compile`) has proven to lie inside their
-//! buffers, does its share of a step (an *item*), and neither allocates nor synchronises. They run through
-//! [`Isa::run`](super::simd::Isa::run), under the contract of [`Kernel`](super::simd::Kernel).
+//! The inner loops. Each takes raw pointers, does its share of a step (an *item*), and neither allocates nor
+//! synchronises. They run through [`Isa::run`](super::simd::Isa::run), under the contract of
+//! [`Kernel`](super::simd::Kernel).
+//!
+//! # Why their pointers are valid
+//!
+//! A kernel cannot check its pointers; it is made by `program::run` from a step that `compile` made, and relies on this:
+//!
+//! - Every view lies inside its buffer: `compile` verifies the network first, derives every view from the dense view of a
+//!   whole buffer by the rules of `strided_view`, and the shapes of a step's views agree with one another.
+//! - A buffer has the bytes that its view was made for: the arena and scratch are allocated for them, weights and
+//!   constants are tensors whose bytes match their shape, and what the caller binds is compared with the program's ports.
+//! - Items of one step write different elements; so do steps of one phase, which read no buffer that another of them
+//!   writes (`compile::schedule`). Phases are separated by a barrier.
+//! - Memory of weights, constants and the caller's inputs is only read. It carries **no alignment promise** (a mapped file
+//!   puts tensors anywhere), so it is read with unaligned loads. The arena, scratch and the caller's outputs are aligned
+//!   for their elements.
+//! - Indices computed by a run are checked where they are used ([`moves`]).
 
-pub mod attention;
-pub mod gemm;
-pub mod gemv;
-pub mod math;
-pub mod moves;
-pub mod rows;
+pub(super) mod attention;
+pub(super) mod gemm;
+pub(super) mod gemv;
+mod math;
+pub(super) mod moves;
+pub(super) mod rows;

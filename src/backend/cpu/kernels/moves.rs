@@ -17,6 +17,7 @@ pub struct BadIndex {
 /// # Safety
 /// It exists.
 pub unsafe fn index_at(base: *const u8, storage: DType, i: isize) -> i64 {
+    // SAFETY: this function's contract; no alignment is needed.
     unsafe {
         match storage {
             DType::I64 => base.cast::<i64>().wrapping_offset(i).read_unaligned(),
@@ -48,6 +49,7 @@ impl Kernel for Gather {
         let size = self.storage.size();
         for item in self.items.clone() {
             let (outer, i) = (item / self.count, item % self.count);
+            // SAFETY: `i < count`, the number of indices.
             let index = unsafe { index_at(self.indices, self.index_storage, i as isize) };
             if index < 0 || index >= self.axis as i64 {
                 return Err(BadIndex {
@@ -61,6 +63,8 @@ impl Kernel for Gather {
             let to = self
                 .out
                 .wrapping_add(item * self.inner * if self.storage.is_float() { 4 } else { size });
+            // SAFETY: `outer` and the checked `index` are inside the data's dims, `item` inside the output's; each has
+            // `inner` elements there. The output is another buffer than the data, and this item's alone.
             unsafe {
                 match self.storage {
                     DType::F16 => widen::<S, F16>(from, to, self.inner),
@@ -74,17 +78,13 @@ impl Kernel for Gather {
 }
 
 /// `n` elements as f32.
+///
+/// # Safety
+/// `from` has `n` elements stored as `E`, `to` has `n` f32; neither need be aligned. `S` is available.
 #[inline(always)]
 unsafe fn widen<S: Simd, E: Element>(from: *const u8, to: *mut u8, n: usize) {
-    let whole = n / S::LANES * S::LANES;
-    unsafe {
-        for i in (0..whole).step_by(S::LANES) {
-            F32::store::<S>(to, i, E::load::<S>(from, i));
-        }
-        for i in whole..n {
-            F32::set(to, i, E::get(from, i));
-        }
-    }
+    // SAFETY: this function's contract.
+    unsafe { convert::<S, E, F32>(from, to, n) }
 }
 
 /// A four-dimensional operand `[batch, heads, tokens, dim]` whose last axis is contiguous.
@@ -136,6 +136,7 @@ impl Kernel for Rotate {
             let (batch, token) = (row / self.tokens, row % self.tokens);
             let [b, t] = self.position_strides;
             let at = batch as isize * b + token as isize * t;
+            // SAFETY: `batch` and `token` are inside the positions' dims, which are x's first and third.
             let position = unsafe { index_at(self.positions, self.position_storage, at) };
             if position < 0 || position >= self.max_position as i64 {
                 return Err(BadIndex {
@@ -147,6 +148,8 @@ impl Kernel for Rotate {
             let out: *mut f32 = self.out.row(batch, head, token).cast();
             let table = position as usize * (self.rotary_dim / 2) * self.table_storage.size();
             let (cos, sin) = (self.cos.wrapping_add(table), self.sin.wrapping_add(table));
+            // SAFETY: the row's batch, head and token are inside x and `out`, which have `dim` elements there; the checked
+            // position is a row of both tables, which have `rotary_dim / 2` elements there.
             unsafe {
                 match self.table_storage {
                     DType::F16 => self.row::<F16>(x, out, cos, sin),
@@ -160,19 +163,26 @@ impl Kernel for Rotate {
 }
 
 impl Rotate {
+    /// # Safety
+    /// `x` and `out` have `dim` elements, `out` aligned and apart from x; `cos` and `sin` have `rotary_dim / 2` of `E`.
     #[inline(always)]
     unsafe fn row<E: Element>(&self, x: *const f32, out: *mut f32, cos: *const u8, sin: *const u8) {
         let half = self.rotary_dim / 2;
         let (step, partner) = if self.interleaved { (2, 1) } else { (1, half) };
+        // SAFETY: the largest index is `rotary_dim - 1`, or `dim - 1` in the second loop, and the verifier keeps
+        // `rotary_dim <= dim`. x is read unaligned: it may be a constant in a mapped file.
         unsafe {
             for i in 0..half {
                 let (c, s) = (E::get(cos, i), E::get(sin, i));
-                let (a, b) = (*x.add(i * step), *x.add(i * step + partner));
+                let (a, b) = (
+                    x.add(i * step).read_unaligned(),
+                    x.add(i * step + partner).read_unaligned(),
+                );
                 *out.add(i * step) = a * c - b * s;
                 *out.add(i * step + partner) = a * s + b * c;
             }
             for i in self.rotary_dim..self.dim {
-                *out.add(i) = *x.add(i);
+                *out.add(i) = x.add(i).read_unaligned();
             }
         }
     }
@@ -200,6 +210,7 @@ impl Kernel for CacheUpdate {
         for item in self.items.clone() {
             let (row, token) = (item / self.tokens, item % self.tokens);
             let (batch, head) = (row / self.heads, row % self.heads);
+            // SAFETY: there is an index for every row of the batch.
             let first = unsafe { index_at(self.indices, self.index_storage, batch as isize * self.index_stride) };
             if first < 0 || first > self.capacity as i64 - self.tokens as i64 {
                 return Err(BadIndex {
@@ -209,6 +220,9 @@ impl Kernel for CacheUpdate {
             }
             let to = self.cache.row(batch, head, first as usize + token);
             let from = self.update.row(batch, head, token).cast_const();
+            // SAFETY: `first + token < capacity` by the check above, so both rows are inside and have `dim` elements. The
+            // update is never in the cache's own buffer (`Compiler::cache_update`), and no other item writes this row: the
+            // verifier lets one layer update a cache.
             unsafe {
                 match (self.update.storage, self.cache.storage) {
                     (a, b) if a == b => std::ptr::copy_nonoverlapping(from, to, self.dim * a.size()),
@@ -224,9 +238,14 @@ impl Kernel for CacheUpdate {
     }
 }
 
+/// `n` elements of storage `A` as storage `B`.
+///
+/// # Safety
+/// `from` has `n` elements of `A`, `to` has `n` of `B`, apart from each other; neither need be aligned. `S` is available.
 #[inline(always)]
 unsafe fn convert<S: Simd, A: Element, B: Element>(from: *const u8, to: *mut u8, n: usize) {
     let whole = n / S::LANES * S::LANES;
+    // SAFETY: vectors end at `whole <= n`; the scalars are below `n`.
     unsafe {
         for i in (0..whole).step_by(S::LANES) {
             B::store::<S>(to, i, A::load::<S>(from, i));

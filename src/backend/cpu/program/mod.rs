@@ -4,16 +4,15 @@
 mod run;
 mod steps;
 
-use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
 
-use run::{Addresses, Run};
+use run::Run;
 pub(super) use steps::{AttentionStep, Buffer, MatrixView, Memory, Phase, Step, Work};
 
+use super::aligned_bytes::AlignedBytes;
 use super::bindings::Bindings;
-use super::buffer::Aligned;
 use super::error::CpuError;
-use super::pool::Pool;
+use super::pool::{Pieces, Pool};
 use super::simd::Isa;
 use crate::tensor::DType;
 
@@ -28,7 +27,7 @@ pub struct Port {
 
 /// What a run took, by layer kind or by layer.
 #[derive(Clone, Debug, Default)]
-pub struct Profile {
+pub struct StepTimes {
     /// Layer name, kind of step, nanoseconds on the first thread.
     pub steps: Vec<(String, &'static str, u64)>,
 }
@@ -44,9 +43,10 @@ pub struct Program {
     pub(super) inputs: Vec<Port>,
     pub(super) outputs: Vec<Port>,
     pub(super) caches: Vec<Port>,
-    pub(super) arena: Aligned,
-    pub(super) scratch: Vec<Aligned>,
-    pub(super) counters: Vec<AtomicUsize>,
+    pub(super) arena: AlignedBytes,
+    pub(super) scratch: Vec<AlignedBytes>,
+    /// Of each phase.
+    pub(super) pieces: Vec<Pieces>,
 }
 
 impl Program {
@@ -58,13 +58,13 @@ impl Program {
     pub fn outputs(&self) -> &[Port] {
         &self.outputs
     }
-    /// The cache inputs, in the order of their updates in the network: what [`Caches`](super::Caches) must hold.
+    /// The cache inputs, in the order of their updates in the network: what [`KvCaches`](super::KvCaches) must hold.
     pub fn caches(&self) -> &[Port] {
         &self.caches
     }
     /// Bytes of activations and scratch that the program holds.
     pub fn arena_bytes(&self) -> usize {
-        self.arena.len() + self.scratch.iter().map(Aligned::len).sum::<usize>()
+        self.arena.len() + self.scratch.iter().map(AlignedBytes::len).sum::<usize>()
     }
     pub fn isa(&self) -> Isa {
         self.isa
@@ -73,23 +73,20 @@ impl Program {
         self.pool.threads()
     }
 
-    /// Runs the network once. Caches are updated in place; outputs are written to the memory bound.
+    /// Runs the network once. KvCaches are updated in place; outputs are written to the memory bound.
     ///
     /// Fails before doing anything if a binding is missing or of the wrong type or size. An index outside its axis
     /// (a token id outside the vocabulary, a position outside the rotary tables, a write beyond the capacity) is
     /// reported after the run; the outputs are then meaningless and the caches may hold the tokens' entries.
     pub fn run(&mut self, bindings: &mut Bindings<'_>) -> Result<(), CpuError> {
         let addresses = self.addresses(bindings)?;
-        for counter in &mut self.counters {
-            *counter.get_mut() = 0;
-        }
+        self.pieces.iter_mut().for_each(Pieces::reset);
         let failure = Mutex::new(None);
-        let run = Run {
-            program: self,
-            addresses: &addresses,
-            scratch: self.scratch.iter().map(Aligned::address).collect(),
-            failure: &failure,
-        };
+        let scratch = self.scratch.iter().map(AlignedBytes::address).collect();
+        // SAFETY: the addresses are of this program's own arena and tensors, which nothing else uses while it is borrowed
+        // mutably, and of memory that `bindings` borrows until this function returns, with dtypes and sizes compared with
+        // the ports; outputs and caches are borrowed mutably and have one port each. There is scratch for every thread.
+        let run = unsafe { Run::new(self, addresses, scratch, &failure) };
         self.pool.run(|team| run.thread(team));
         match failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
             None => Ok(()),
@@ -97,11 +94,11 @@ impl Program {
         }
     }
 
-    /// Runs the network once on the calling thread's team and measures each step on the first thread.
-    pub fn profile(&mut self, bindings: &mut Bindings<'_>) -> Result<Profile, CpuError> {
+    /// Runs the network once, one step after the other, and measures each on the calling thread.
+    pub fn profile(&mut self, bindings: &mut Bindings<'_>) -> Result<StepTimes, CpuError> {
         let order: Vec<usize> = self.phases.iter().flat_map(|p| p.steps.iter().copied()).collect();
         let phases = std::mem::take(&mut self.phases);
-        let mut profile = Profile::default();
+        let mut profile = StepTimes::default();
         let result = order.into_iter().try_for_each(|step| {
             let serial = phases.iter().any(|p| p.serial && p.steps.contains(&step));
             self.phases = vec![Phase {
@@ -119,7 +116,7 @@ impl Program {
         result.map(|()| profile)
     }
 
-    fn addresses(&self, bindings: &mut Bindings<'_>) -> Result<Addresses, CpuError> {
+    fn addresses(&self, bindings: &mut Bindings<'_>) -> Result<Vec<*mut u8>, CpuError> {
         let inputs = self
             .inputs
             .iter()
@@ -139,7 +136,7 @@ impl Program {
             Memory::Output(i) => outputs[*i],
             Memory::Cache(i) => caches[*i],
         });
-        Ok(Addresses(addresses.collect()))
+        Ok(addresses.collect())
     }
 }
 

@@ -1,56 +1,74 @@
 //! One run: every thread walks the phases, takes items and hands each to its kernel.
 
 use std::sync::Mutex;
-use std::sync::atomic::Ordering;
 
 use super::super::error::{CpuError, Indexed};
-use super::super::kernels::attention::{Attention, Few, Many, Mask, Merge, Scan};
+use super::super::kernels::attention::{Attention, DecodeChunk, Mask, MaskScan, MergeChunks, PrefillPanel};
 use super::super::kernels::gemm::{Gemm, Matrix, PackLeft};
 use super::super::kernels::gemv::Gemv;
 use super::super::kernels::moves::{BadIndex, CacheUpdate, Gather, Heads, Rotate};
 use super::super::pool::Team;
-use super::super::view::{BufferId, View};
+use super::super::strided_view::{BufferId, View};
 use super::Program;
 use super::steps::{AttentionStep, MatrixView, Step, Work};
 
-// SAFETY: a program owns its arena and scratch; the addresses it uses during a run are those of its own memory and of
-// what the bindings borrow.
-pub(super) struct Addresses(pub(super) Vec<*mut u8>);
-unsafe impl Sync for Addresses {}
-
+/// A program at work on the memory of one call.
 pub(super) struct Run<'a> {
-    pub(super) program: &'a Program,
-    pub(super) addresses: &'a Addresses,
-    pub(super) scratch: Vec<*mut u8>,
-    pub(super) failure: &'a Mutex<Option<CpuError>>,
+    program: &'a Program,
+    /// Of each of the program's buffers.
+    addresses: Vec<*mut u8>,
+    /// Of each thread.
+    scratch: Vec<*mut u8>,
+    failure: &'a Mutex<Option<CpuError>>,
 }
-// SAFETY: each thread uses its own scratch, and phases give items to one thread each.
+// SAFETY: shared by the threads of a run. Each uses the scratch of its own number alone; items are taken by one thread
+// each, and those of one phase write different memory and read none that another writes (`compile::schedule`).
 unsafe impl Sync for Run<'_> {}
 
-impl Run<'_> {
+impl<'a> Run<'a> {
+    /// `failure` takes the first index found outside its axis.
+    ///
+    /// # Safety
+    /// For as long as the run lives: `addresses` holds, for each of the program's buffers, the address of so many bytes,
+    /// which nothing else uses (or writes, if the program only reads them), aligned for its elements if it writes them;
+    /// addresses of buffers that it writes are of different memory. `scratch` holds, for each thread of the pool, the
+    /// address of the scratch that the program's steps need, which nothing else uses.
+    pub(super) unsafe fn new(
+        program: &'a Program,
+        addresses: Vec<*mut u8>,
+        scratch: Vec<*mut u8>,
+        failure: &'a Mutex<Option<CpuError>>,
+    ) -> Self {
+        Run {
+            program,
+            addresses,
+            scratch,
+            failure,
+        }
+    }
+
+    /// One thread's share: every thread of the team calls this once.
     pub(super) fn thread(&self, team: Team<'_>) {
         let program = self.program;
         let alone = team.threads() == 1;
         for (i, phase) in program.phases.iter().enumerate() {
             if phase.serial || alone {
-                if team.thread == 0 {
+                if team.thread() == 0 {
                     for step in &phase.steps {
                         for item in 0..program.steps[*step].items {
-                            self.item(&program.steps[*step], item, team.thread);
+                            // SAFETY: an item of the step, and the first thread takes all of them.
+                            unsafe { self.item(&program.steps[*step], item, 0) };
                         }
                     }
                 }
             } else {
                 let total: usize = phase.steps.iter().map(|s| program.steps[*s].items).sum();
-                loop {
-                    let mut item = program.counters[i].fetch_add(1, Ordering::Relaxed);
-                    if item >= total {
-                        break;
-                    }
+                while let Some(mut item) = program.pieces[i].take(total) {
                     for step in &phase.steps {
                         let step = &program.steps[*step];
                         if item < step.items {
-                            self.item(step, item, team.thread);
+                            // SAFETY: an item of the step, which `Pieces` gave to this thread alone.
+                            unsafe { self.item(step, item, team.thread()) };
                             break;
                         }
                         item -= step.items;
@@ -62,7 +80,7 @@ impl Run<'_> {
     }
 
     fn base(&self, buffer: BufferId) -> *mut u8 {
-        self.addresses.0[buffer.0 as usize]
+        self.addresses[buffer.0 as usize]
     }
 
     /// The address of a view's first element.
@@ -111,16 +129,21 @@ impl Run<'_> {
         }
     }
 
-    fn item(&self, step: &Step, item: usize, thread: usize) {
+    /// Runs one item of a step of the phase at hand.
+    ///
+    /// # Safety
+    /// `item < step.items`, and no other thread runs it; `thread` is the calling thread's own number.
+    unsafe fn item(&self, step: &Step, item: usize, thread: usize) {
         let isa = self.program.isa;
         let scratch = self.scratch[thread];
         let range = |per_item: usize, total: usize| item * per_item..((item + 1) * per_item).min(total);
-        // SAFETY: the compiler checked shapes and made the views; phases keep writers and readers apart; the bindings
-        // were checked against the ports.
+        // SAFETY: the pointers are those of the step's views in buffers whose addresses `Run::new` vouches for, and the
+        // shapes are the views' own: `kernels` says why that is enough. `CompileOptions` lets available instruction sets in
+        // alone.
         let result = unsafe {
             match &step.work {
                 Work::Rows { program, per_item } => {
-                    program.run(isa, &self.addresses.0, scratch, range(*per_item, program.units()));
+                    program.run(isa, &self.addresses, scratch, range(*per_item, program.units()));
                     Ok(())
                 }
                 Work::PackLeft { from, to, rows, depth } => {
@@ -257,14 +280,14 @@ impl Run<'_> {
                     };
                     isa.run(write).map_err(|bad| (Indexed::Slot, bad))
                 }
-                Work::Scan {
+                Work::MaskScan {
                     mask,
                     slots,
                     live,
                     per_item,
                 } => {
                     let dims: [usize; 4] = std::array::from_fn(|i| mask.shape[i]);
-                    let scan = Scan {
+                    let scan = MaskScan {
                         base: self.at(mask),
                         storage: mask.storage,
                         dims,
@@ -276,9 +299,9 @@ impl Run<'_> {
                     isa.run(scan);
                     Ok(())
                 }
-                Work::Few(step) => {
+                Work::DecodeChunk(step) => {
                     let partial = step.partial.expect("planned with it");
-                    let few = Few {
+                    let few = DecodeChunk {
                         attention: self.attention(step),
                         item,
                         partial: self.base(partial).cast(),
@@ -286,11 +309,11 @@ impl Run<'_> {
                     isa.run(few);
                     Ok(())
                 }
-                Work::Merge(step) => {
+                Work::MergeChunks(step) => {
                     let attention = self.attention(step);
                     let partial = step.partial.expect("planned with it");
                     let total = step.k.shape[0] * attention.kv_heads * attention.group_rows();
-                    let merge = Merge {
+                    let merge = MergeChunks {
                         attention,
                         partial: self.base(partial).cast_const().cast(),
                         items: range(total, total),
@@ -298,8 +321,8 @@ impl Run<'_> {
                     isa.run(merge);
                     Ok(())
                 }
-                Work::Many(step) => {
-                    let many = Many {
+                Work::PrefillPanel(step) => {
+                    let many = PrefillPanel {
                         attention: self.attention(step),
                         item,
                         scratch: scratch.cast(),

@@ -3,7 +3,7 @@
 use super::super::kernels::rows::RowProgram;
 use super::super::kernels::{attention, gemm};
 use super::super::simd::Isa;
-use super::super::view::{BufferId, View};
+use super::super::strided_view::{BufferId, View};
 use crate::tensor::{DType, Tensor};
 
 /// Where a buffer's memory is.
@@ -107,16 +107,16 @@ pub enum Work {
         indices: View,
         per_item: usize,
     },
-    Scan {
+    MaskScan {
         /// Rank 4, with its own dims.
         mask: View,
         slots: usize,
         live: BufferId,
         per_item: usize,
     },
-    Few(AttentionStep),
-    Merge(AttentionStep),
-    Many(AttentionStep),
+    DecodeChunk(AttentionStep),
+    MergeChunks(AttentionStep),
+    PrefillPanel(AttentionStep),
 }
 
 #[derive(Clone, Debug)]
@@ -150,10 +150,10 @@ impl Work {
             Work::Gather { .. } => "gather",
             Work::Rotate { .. } => "rotary",
             Work::CacheUpdate { .. } => "cache update",
-            Work::Scan { .. } => "mask scan",
-            Work::Few(_) => "attention (few rows)",
-            Work::Merge(_) => "attention merge",
-            Work::Many(_) => "attention",
+            Work::MaskScan { .. } => "mask scan",
+            Work::DecodeChunk(_) => "attention (few rows)",
+            Work::MergeChunks(_) => "attention merge",
+            Work::PrefillPanel(_) => "attention",
         }
     }
 
@@ -162,7 +162,7 @@ impl Work {
         match self {
             Work::Rows { program, .. } => program.scratch_bytes(),
             Work::Gemm { .. } => gemm::scratch_len(isa) * 4,
-            Work::Many(step) => attention::many_scratch(isa, step.q.shape[3]) * 4,
+            Work::PrefillPanel(step) => attention::prefill_scratch(isa, step.q.shape[3]) * 4,
             _ => 0,
         }
     }

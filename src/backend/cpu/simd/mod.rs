@@ -10,6 +10,8 @@ mod tile;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use std::fmt;
+
 pub use element::{Bf16, Element, F16, F32};
 pub use portable::Portable;
 pub use tile::TileArgs;
@@ -92,26 +94,41 @@ impl Isa {
     /// Runs `kernel` compiled for this instruction set.
     ///
     /// # Safety
-    /// The kernel's own contract; and `self` must be available, which [`Isa::detect`] and [`Isa::available`] ensure.
+    /// The kernel's own contract; and `self` is available: [`Isa::is_available`], which `CompileOptions` asks.
     #[inline]
     pub unsafe fn run<K: Kernel>(self, kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]
         {
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
             unsafe fn avx512<K: Kernel>(kernel: K) -> K::Output {
+                // SAFETY: compiled for, and called only with, these features; else the contract of `Isa::run`.
                 unsafe { kernel.run::<Avx512>() }
             }
             #[target_feature(enable = "avx2,fma,f16c")]
             unsafe fn avx2<K: Kernel>(kernel: K) -> K::Output {
+                // SAFETY: as above.
                 unsafe { kernel.run::<Avx2>() }
             }
             match self {
+                // SAFETY: `self` is available by this function's contract, and has these features then (`is_available`).
                 Isa::Avx512 => return unsafe { avx512(kernel) },
+                // SAFETY: as above.
                 Isa::Avx2 => return unsafe { avx2(kernel) },
                 Isa::Portable => {}
             }
         }
+        // SAFETY: the compile target's own instructions; else this function's contract.
         unsafe { kernel.run::<Portable>() }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Isa::Avx512 => "AVX-512",
+            Isa::Avx2 => "AVX2",
+            Isa::Portable => "portable",
+        })
     }
 }
 
@@ -119,16 +136,16 @@ impl Isa {
 pub trait Kernel {
     type Output;
     /// # Safety
-    /// Whatever pointers the kernel holds must be valid for the shapes it gives, nobody else may touch what its item
-    /// writes, and the instruction set of `S` must be available.
+    /// The pointers that the kernel holds are valid for the shapes that it states, no other thread touches what its item
+    /// writes or writes what it reads, and the instruction set of `S` is available. `kernels` says how steps keep this.
     unsafe fn run<S: Simd>(self) -> Self::Output;
 }
 
 /// A vector of `LANES` f32 and the operations the kernels need.
 ///
-/// # Safety of the methods
-/// Pointers need not be aligned but must be valid for the lanes touched; the instruction set must be available.
-#[allow(clippy::missing_safety_doc)]
+/// Safety of all unsafe methods: the instruction set is available, and a pointer is valid for `LANES` elements (of `tile`:
+/// for what [`TileArgs`] states). No pointer need be aligned.
+#[allow(clippy::missing_safety_doc)] // one contract for all, above
 pub trait Simd: Copy + Send + Sync + 'static {
     type V: Copy;
     const LANES: usize;

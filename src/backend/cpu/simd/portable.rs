@@ -20,24 +20,29 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> [f32; 4] {
+        // SAFETY: `p` has four f32, read unaligned.
         unsafe { p.cast::<[f32; 4]>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> [f32; 4] {
+        // SAFETY: `p` has four elements, read unaligned.
         let bits = unsafe { p.cast::<[u16; 4]>().read_unaligned() };
         bits.map(|b| f16::from_bits(b).to_f32())
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> [f32; 4] {
+        // SAFETY: `p` has four elements, read unaligned.
         let bits = unsafe { p.cast::<[u16; 4]>().read_unaligned() };
         bits.map(|b| f32::from_bits(u32::from(b) << 16))
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: [f32; 4]) {
+        // SAFETY: `p` has four f32, written unaligned.
         unsafe { p.cast::<[f32; 4]>().write_unaligned(v) }
     }
     #[inline(always)]
     unsafe fn store_f16(p: *mut u16, v: [f32; 4]) {
+        // SAFETY: `p` has four elements, written unaligned.
         unsafe {
             p.cast::<[u16; 4]>()
                 .write_unaligned(v.map(|x| f16::from_f32(x).to_bits()))

@@ -21,8 +21,14 @@ pub struct TileArgs {
 }
 
 /// The tile for a number of rows known at compile time, so that the accumulators live in registers.
+///
+/// # Safety
+/// As [`Simd::tile`], for `M` rows.
 #[inline(always)]
 pub(super) unsafe fn tile_body<S: Simd, const M: usize>(t: TileArgs) {
+    // SAFETY: row `p < depth` of `a` has `M` elements and of `b` two vectors, row `i < M` of `c` two vectors. `a` is read
+    // unaligned: attention uses values where they lie, which may be a constant in a mapped file. The pointers that the last
+    // round steps to are not read, so they are made without a claim that they are inside.
     unsafe {
         let zero = S::splat(0.0);
         let mut acc = [[zero; 2]; M];
@@ -31,12 +37,12 @@ pub(super) unsafe fn tile_body<S: Simd, const M: usize>(t: TileArgs) {
             let b0 = S::load(b);
             let b1 = S::load(b.add(S::LANES));
             for (i, acc) in acc.iter_mut().enumerate() {
-                let x = S::splat(*a.add(i));
+                let x = S::splat(a.add(i).read_unaligned());
                 acc[0] = S::fma(x, b0, acc[0]);
                 acc[1] = S::fma(x, b1, acc[1]);
             }
-            a = a.add(t.a_stride);
-            b = b.add(t.b_stride);
+            a = a.wrapping_add(t.a_stride);
+            b = b.wrapping_add(t.b_stride);
         }
         for (i, acc) in acc.iter().enumerate() {
             let c = t.c.add(i * t.c_stride);
@@ -54,11 +60,17 @@ pub(super) unsafe fn tile_body<S: Simd, const M: usize>(t: TileArgs) {
 macro_rules! tile_by_rows {
     ($simd:ty, $rows:expr, $args:expr, $($feature:literal)?, [$($m:literal),*]) => {{
         $(#[target_feature(enable = $feature)])?
+        /// # Safety
+        /// As [`Simd::tile`], for `M` rows.
         unsafe fn tile<const M: usize>(args: TileArgs) {
+            // SAFETY: the same contract; the features are those of the instruction set.
             unsafe { tile_body::<$simd, M>(args) }
         }
         match $rows {
-            $($m => unsafe { tile::<$m>($args) },)*
+            $(
+                // SAFETY: the contract of `Simd::tile`, which this macro is the body of: the instruction set is available.
+                $m => unsafe { tile::<$m>($args) },
+            )*
             other => unreachable!("a tile of {other} rows"),
         }
     }};

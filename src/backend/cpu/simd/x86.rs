@@ -15,18 +15,22 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
+        // SAFETY: registers only, and AVX-512 is there by the trait's contract.
         unsafe { _mm512_set1_ps(x) }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> __m512 {
+        // SAFETY: `p` has a vector of f32 (unaligned load), and AVX-512 is there.
         unsafe { _mm512_loadu_ps(p) }
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> __m512 {
+        // SAFETY: `p` has a vector of halves (unaligned load), and AVX-512 is there.
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> __m512 {
+        // SAFETY: `p` has a vector of halves (unaligned load), and AVX-512 is there.
         unsafe {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
@@ -34,10 +38,12 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: __m512) {
+        // SAFETY: `p` has room for a vector of f32 (unaligned store), and AVX-512 is there.
         unsafe { _mm512_storeu_ps(p, v) }
     }
     #[inline(always)]
     unsafe fn store_f16(p: *mut u16, v: __m512) {
+        // SAFETY: `p` has room for a vector of halves (unaligned store), and AVX-512 is there.
         unsafe {
             let half = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v);
             _mm256_storeu_si256(p.cast(), half)
@@ -45,22 +51,27 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: registers only, and AVX-512 is there.
         unsafe { _mm512_add_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: registers only, and AVX-512 is there.
         unsafe { _mm512_mul_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: registers only, and AVX-512 is there.
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
     fn prefetch(p: *const u8) {
+        // SAFETY: a hint that SSE has, which x86-64 includes; an address that is not mapped does nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
     unsafe fn sum(v: __m512) -> f32 {
+        // SAFETY: registers only, and AVX-512 is there.
         unsafe { _mm512_reduce_add_ps(v) }
     }
     #[inline(always)]
@@ -69,6 +80,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn transpose(load: impl Fn(usize) -> __m512, mut store: impl FnMut(usize, __m512)) {
+        // SAFETY: registers only, and AVX-512 is there; memory is the closures' own matter.
         unsafe {
             let mut r = [_mm512_setzero_ps(); 16];
             for (i, r) in r.iter_mut().enumerate() {
@@ -123,18 +135,22 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {
+        // SAFETY: registers only, and AVX2 is there by the trait's contract.
         unsafe { _mm256_set1_ps(x) }
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> __m256 {
+        // SAFETY: `p` has a vector of f32 (unaligned load), and AVX2 is there.
         unsafe { _mm256_loadu_ps(p) }
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u16) -> __m256 {
+        // SAFETY: `p` has a vector of halves (unaligned load), and AVX2 is there.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> __m256 {
+        // SAFETY: `p` has a vector of halves (unaligned load), and AVX2 is there.
         unsafe {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
@@ -142,30 +158,37 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: __m256) {
+        // SAFETY: `p` has room for a vector of f32 (unaligned store), and AVX2 is there.
         unsafe { _mm256_storeu_ps(p, v) }
     }
     #[inline(always)]
     unsafe fn store_f16(p: *mut u16, v: __m256) {
+        // SAFETY: `p` has room for a vector of halves (unaligned store), and AVX2 is there.
         unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v)) }
     }
     #[inline(always)]
     unsafe fn add(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: registers only, and AVX2 is there.
         unsafe { _mm256_add_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: registers only, and AVX2 is there.
         unsafe { _mm256_mul_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: registers only, and AVX2 is there.
         unsafe { _mm256_fmadd_ps(a, b, c) }
     }
     #[inline(always)]
     fn prefetch(p: *const u8) {
+        // SAFETY: a hint that SSE has, which x86-64 includes; an address that is not mapped does nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
     #[inline(always)]
     unsafe fn sum(v: __m256) -> f32 {
+        // SAFETY: registers only, and AVX2 is there.
         unsafe {
             let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -178,6 +201,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn transpose(load: impl Fn(usize) -> __m256, mut store: impl FnMut(usize, __m256)) {
+        // SAFETY: registers only, and AVX2 is there; memory is the closures' own matter.
         unsafe {
             let mut r = [_mm256_setzero_ps(); 8];
             for (i, r) in r.iter_mut().enumerate() {

@@ -13,9 +13,9 @@ use trtx::DataType;
 use trtx::network::NetworkDefinition;
 
 use super::builder::Refits;
-use super::capture::Capture;
-use super::error::{Error, LayerContext};
+use super::error::{EngineBuildError, LayerContext};
 use super::library::Version;
+use super::log_capture::LogCapture;
 use crate::dim::Dim;
 use crate::network::{Layer, LayerKind, Network, Tensor, TensorId, Tokens, WeightId};
 use crate::tensor::{self, DType};
@@ -29,9 +29,9 @@ pub(super) fn emit<'b>(
     definition: &mut NetworkDefinition<'b>,
     weights: &'b [Option<tensor::Tensor>],
     refits: Refits,
-    capture: &Capture,
+    capture: &LogCapture,
     version: Version,
-) -> Result<(), Error> {
+) -> Result<(), EngineBuildError> {
     let mut emitter = Emitter {
         network,
         definition,
@@ -42,12 +42,12 @@ pub(super) fn emit<'b>(
         tokens: None,
     };
     let faulty = |layer: LayerContext, fault: Fault| match fault {
-        Fault::TensorRt(error) => Error::Layer {
+        Fault::TensorRt(error) => EngineBuildError::Layer {
             version,
             layer: layer.into(),
             message: capture.take_errors().unwrap_or_else(|| error.to_string()),
         },
-        Fault::Malformed(reason) => Error::Malformed {
+        Fault::Malformed(reason) => EngineBuildError::Malformed {
             network: network.name.clone(),
             layer: layer.name,
             reason,
@@ -55,7 +55,7 @@ pub(super) fn emit<'b>(
     };
     // Some calls of the binding report success while TensorRT only logs that it refused, so the log is asked each time.
     let heard = |layer: &LayerContext| match capture.take_errors() {
-        Some(message) => Err(Error::Layer {
+        Some(message) => Err(EngineBuildError::Layer {
             version,
             layer: layer.clone().into(),
             message,
@@ -81,14 +81,14 @@ pub(super) fn emit<'b>(
         })?;
         let inferred = Inferred::of(emitter.definition, &output);
         if let Some(message) = capture.take_errors() {
-            return Err(Error::Layer {
+            return Err(EngineBuildError::Layer {
                 version,
                 layer: context().into(),
                 message,
             });
         }
         if let Some(inferred) = inferred.filter(|inferred| !inferred.agrees_with(declared, &network.profile.tokens)) {
-            return Err(Error::Inference {
+            return Err(EngineBuildError::Inference {
                 layer: context().into(),
                 tensor: declared.name.clone(),
                 inferred: inferred.to_string(),

@@ -1,6 +1,6 @@
 //! Full TensorRT in place of what only TensorRT-RTX has: plans hold compiled kernels, and there is nothing to configure.
 
-use crate::backend::tensorrt::driver::Driver;
+use crate::backend::tensorrt::cuda::driver::Driver;
 use crate::backend::tensorrt::library::Version;
 use crate::backend::tensorrt::run::Objection;
 

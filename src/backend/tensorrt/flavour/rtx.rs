@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use trtx::EngineInvalidityDiagnostics as Why;
 
-use crate::backend::tensorrt::driver::Driver;
+use crate::backend::tensorrt::cuda::driver::Driver;
 use crate::backend::tensorrt::library::Version;
 use crate::backend::tensorrt::run::{Objection, ObjectionKind};
 
@@ -122,8 +122,8 @@ impl KernelStore {
 mod tests {
     use super::*;
     use crate::backend::tensorrt::Library;
-    use crate::backend::tensorrt::capture::Capture;
-    use crate::backend::tensorrt::driver::Gpu;
+    use crate::backend::tensorrt::cuda::driver::Gpu;
+    use crate::backend::tensorrt::log_capture::LogCapture;
 
     fn facts() -> Driver {
         Driver {
@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn a_damaged_plan_is_called_so() {
         Library::load(None).unwrap_or_else(|e| panic!("{e}"));
-        let logger = trtx::Logger::new(Capture::default()).unwrap();
+        let logger = trtx::Logger::new(LogCapture::default()).unwrap();
         let runtime = trtx::Runtime::new(&logger).unwrap();
         let version = Version::from_encoded(10601);
         let judged = |plan: &[u8]| judge(&runtime, plan, false, version, &facts()).unwrap_err();

@@ -4,16 +4,18 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::rc::Rc;
 
-use super::graph::Graph;
-use super::{Buffer, LoadOptions, Port, RunError, Runtime, Stream, Unpacked};
+use super::super::cuda::Graph;
+use super::{Buffer, LoadOptions, LoadedPlan, Port, RunError, Runtime, Stream};
 use crate::network::Network;
 
 /// A plan that is ready to run, with a context of its own. Its working memory is the caller's ([`Engine::scratch_bytes`]),
 /// so that engines that never run at once can share it.
 pub struct Engine {
     context: trtx::ExecutionContext<'static>,
-    plan: Rc<Unpacked>,
+    plan: Rc<LoadedPlan>,
     scratch_bytes: usize,
+    /// Bytes of the working memory that it was given.
+    scratch_given: usize,
     /// The addresses that the context was told.
     bound: HashMap<String, u64>,
     /// What dims that depend on the call are set to.
@@ -42,12 +44,12 @@ impl Engine {
         network: &Network,
         options: LoadOptions<'_>,
     ) -> Result<Self, RunError> {
-        let plan = Rc::new(Unpacked::new(runtime, path, plan, network, options.kernels)?);
+        let plan = Rc::new(LoadedPlan::new(runtime, path, plan, network, options.kernels)?);
         Engine::of(&plan, 0, options.graphs)
     }
 
     /// A context for one optimization profile of a plan (0 where there is one, or none). `graphs`: see [`LoadOptions`].
-    pub fn of(plan: &Rc<Unpacked>, profile: usize, graphs: bool) -> Result<Self, RunError> {
+    pub fn of(plan: &Rc<LoadedPlan>, profile: usize, graphs: bool) -> Result<Self, RunError> {
         let failed = |error: trtx::Error| plan.runtime.load_error(&plan.name, &error);
         let created = plan
             .inner
@@ -56,7 +58,7 @@ impl Engine {
         let mut context = created.map_err(failed)?;
         if profile > 0 {
             let stream = Stream::new(&plan.runtime.cuda)?;
-            // SAFETY: the stream lives, and is waited for.
+            // SAFETY: the stream is alive until it was waited for, two lines below.
             let set = unsafe { context.set_optimization_profile_async(profile as i32, stream.raw()) };
             stream.wait()?;
             if !set {
@@ -76,6 +78,7 @@ impl Engine {
             context,
             plan: plan.clone(),
             scratch_bytes,
+            scratch_given: 0,
             bound: HashMap::new(),
             tokens: 1,
             launch: if graphs { Launch::First } else { Launch::Kernels },
@@ -83,7 +86,7 @@ impl Engine {
     }
 
     /// What other contexts of the same plan can be made from.
-    pub fn plan(&self) -> &Rc<Unpacked> {
+    pub fn plan(&self) -> &Rc<LoadedPlan> {
         &self.plan
     }
     /// The profile it was built for.
@@ -105,7 +108,7 @@ impl Engine {
         self.scratch_bytes
     }
 
-    /// See [`Unpacked::keep_kernels`].
+    /// See [`LoadedPlan::keep_kernels`].
     pub fn keep_kernels(&self) {
         self.plan.keep_kernels();
     }
@@ -140,8 +143,10 @@ impl Engine {
         }
     }
 
-    fn tell(&mut self, name: &str, address: u64) -> Result<(), RunError> {
-        // SAFETY: the promise of `bind`.
+    /// # Safety
+    /// As [`Engine::bind`].
+    unsafe fn tell(&mut self, name: &str, address: u64) -> Result<(), RunError> {
+        // SAFETY: the caller's promise: TensorRT uses the address in later runs.
         let bound = unsafe { self.context.set_tensor_address(name, address as *mut std::ffi::c_void) };
         bound.map_err(|error| RunError::Mismatch {
             engine: self.plan.name.clone(),
@@ -149,32 +154,47 @@ impl Engine {
         })
     }
 
+    /// Gives it working memory: at least [`Engine::scratch_bytes`], or runs are refused.
+    ///
     /// # Safety
-    /// The buffer must live until the last run ended, and must not be used by another run at the same time.
+    /// The buffer must live until the last run has ended or others are given, and no other run may use it at the same time.
     pub unsafe fn set_scratch(&mut self, scratch: &Buffer) {
         self.recapture();
+        self.scratch_given = scratch.bytes();
         let address = scratch.address() as *mut std::ffi::c_void;
-        // SAFETY: the caller's promise.
+        // SAFETY: an allocation of so many bytes, which the caller promises to keep for this engine.
         unsafe { self.context.set_device_memory_v2(address, scratch.bytes() as i64) };
     }
 
     /// Binds inputs and outputs to device memory.
     ///
     /// # Safety
-    /// The memory must hold the tensors (see [`Port::bytes`]) and live until the last run ended.
+    /// Each address must be of device memory that holds the port's tensor ([`Port::bytes`] of every number of tokens that is
+    /// set from now on), and that lives until the last run has ended or the port is bound to another. Outputs must not
+    /// overlap other ports, except an updated cache, which lies where its input does.
     pub unsafe fn bind<'n>(&mut self, ports: impl IntoIterator<Item = (&'n str, u64)>) -> Result<(), RunError> {
         for (name, address) in ports {
             if self.bound.get(name) != Some(&address) {
                 self.recapture();
-                self.tell(name, address)?;
+                // SAFETY: this function's own contract.
+                unsafe { self.tell(name, address)? };
                 self.bound.insert(name.to_string(), address);
             }
         }
         Ok(())
     }
 
-    /// Queues one run.
+    /// Queues one run. Refused where a port is not bound or there is less working memory than it needs.
     pub fn enqueue(&mut self, stream: &Stream) -> Result<(), RunError> {
+        if self.scratch_bytes > self.scratch_given {
+            return Err(RunError::Execute {
+                engine: self.plan.name.clone(),
+                message: format!(
+                    "it needs {} bytes of working memory and was given {}",
+                    self.scratch_bytes, self.scratch_given
+                ),
+            });
+        }
         match &self.launch {
             Launch::Again(graph) => return graph.launch(stream),
             Launch::Kernels => return self.enqueue_kernels(stream),
@@ -206,7 +226,8 @@ impl Engine {
     }
 
     fn enqueue_kernels(&mut self, stream: &Stream) -> Result<(), RunError> {
-        // SAFETY: the stream lives; addresses are live by the promise of `bind`.
+        // SAFETY: the stream is borrowed, so alive; the addresses of ports and working memory are by the promises of `bind`
+        // and `set_scratch`, and TensorRT refuses ports without one.
         let queued = unsafe { self.context.enqueue_v3(stream.raw()) };
         queued.map_err(|error| RunError::Execute {
             engine: self.plan.name.clone(),
@@ -228,5 +249,12 @@ impl Engine {
             inspector.engine_information(trtx::LayerInformationFormat::kJSON)
         };
         read().map_err(|error| self.plan.runtime.load_error(&self.plan.name, &error))
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // A run that is queued uses the context. If waiting fails, nothing runs any more.
+        let _ = self.plan.runtime.cuda.synchronize();
     }
 }

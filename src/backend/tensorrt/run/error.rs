@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::super::driver::DriverError;
+use super::super::cuda::driver::DriverError;
 use super::super::error::LibraryError;
 use super::super::flavour::FLAVOUR;
 use super::super::probe::OLDEST_CUDA;

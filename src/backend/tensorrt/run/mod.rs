@@ -1,8 +1,10 @@
 //! Engines that run: plans from disk to results in device memory.
 //!
 //! Takes plans that `build` made; gives [`Engine`]s over a [`Runtime`], whose inputs and outputs are bound by device
-//! address. `cuda` holds the driver's objects, `graph` work that is launched as one piece, `refit` puts weights into engines that were built without, `kernels` keeps
-//! what TensorRT compiled when it first loaded a plan, `execute` runs one network once. Which engines there are and what
+//! address. The CUDA driver's objects are in `cuda`, beside
+//! this module. `loaded_plan` deserializes a plan, `engine` adds a context that runs, `refit` puts weights into plans that
+//! were built without, `kernel_cache` keeps what TensorRT compiled when it first loaded a plan, `execute` runs one network
+//! once, `timing` measures an engine, over synthetic inputs if it has no others. Which engines there are and what
 //! is fed to them is `decode`'s business.
 //!
 //! # Order of death
@@ -12,40 +14,38 @@
 //! so whatever is dropped half way gives its memory back.
 
 mod argmax;
-pub mod cuda;
 mod engine;
 mod error;
 mod execute;
-mod graph;
-mod kernels;
+mod kernel_cache;
+mod loaded_plan;
 mod refit;
-pub mod trial;
-mod unpacked;
+pub mod timing;
 
 use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 
+pub use super::cuda::{Buffer, Cuda, Event, Pinned, Rows, Stream};
 pub use argmax::Argmax;
-pub use cuda::{Buffer, Cuda, Event, Pinned, Stream};
 pub use engine::Engine;
 pub use error::{Objection, ObjectionKind, RunError};
 pub use execute::execute;
-pub use unpacked::Unpacked;
+pub use loaded_plan::LoadedPlan;
 
-use super::capture::Capture;
-use super::driver::Driver;
+use super::cuda::driver::Driver;
 use super::flavour;
 use super::library::{Library, Version};
+use super::log_capture::LogCapture;
 use super::probe;
 use crate::tensor::DType;
 
 /// TensorRT's runtime on the first GPU.
 pub struct Runtime {
     inner: RefCell<trtx::Runtime<'static>>,
-    // Behind the runtime, which points to it.
-    _logger: Box<trtx::Logger>,
-    capture: Capture,
+    /// Behind the runtime, which points to it.
+    logger: Rc<trtx::Logger>,
+    capture: LogCapture,
     cuda: Rc<Cuda>,
     version: Version,
 }
@@ -56,19 +56,20 @@ impl Runtime {
         let cuda = Cuda::open()?;
         let version = library.version();
         check(cuda.facts(), version)?;
-        let capture = Capture::default();
+        let capture = LogCapture::default();
         let start = |message: trtx::Error| RunError::Load {
             engine: "TensorRT itself".into(),
             message: capture.take_errors().unwrap_or_else(|| message.to_string()),
             free: cuda.memory().map_or(0, |(free, _)| free),
         };
-        let logger = Box::new(trtx::Logger::new(capture.clone()).map_err(start)?);
-        // SAFETY: the box outlives the runtime: it is the next field of the same struct, and its place does not move.
-        let forever: &'static trtx::Logger = unsafe { &*std::ptr::from_ref(&*logger) };
+        let logger = Rc::new(trtx::Logger::new(capture.clone()).map_err(start)?);
+        // SAFETY: it is only given to the runtime, which dies before it: fields are dropped in order, and the `Rc` in the next
+        // field keeps the logger where it is when the struct is moved.
+        let forever: &'static trtx::Logger = unsafe { &*Rc::as_ptr(&logger) };
         let inner = RefCell::new(trtx::Runtime::new(forever).map_err(start)?);
         Ok(Rc::new(Runtime {
             inner,
-            _logger: logger,
+            logger,
             capture,
             cuda,
             version,

@@ -19,8 +19,9 @@ pub(super) fn refit(
     name: &str,
 ) -> Result<(), RunError> {
     let failed = |error: trtx::Error| runtime.load_error(name, &error);
-    let mut refitter = trtx::Refitter::new(engine, &runtime._logger).map_err(failed)?;
+    // Declared before the refitter, which points to these bytes, so dropped after it.
     let mut held: Vec<Tensor> = Vec::new();
+    let mut refitter = trtx::Refitter::new(engine, &runtime.logger).map_err(failed)?;
     let mut missing = Vec::new();
     for wanted in refitter.all_weights(ALL).map_err(failed)? {
         let Some(tensor) = bytes(network, &wanted) else {
@@ -33,13 +34,15 @@ pub(super) fn refit(
                 reason: format!("its weight {wanted:?} is {} in the network", tensor.dtype()),
             });
         };
+        let tensor = aligned(tensor);
         let weights = trtx::trtx_sys::nvinfer1::Weights {
             type_: data_type.into(),
             values: tensor.data().as_ptr().cast(),
             count: tensor.len() as i64,
         };
         let host = trtx::TensorLocation::kHOST.into();
-        // SAFETY: the bytes are held until the refit below is done, and are of that type and count.
+        // SAFETY: the bytes are of that type and count and aligned for it; `held` keeps them where they are (clones and moves
+        // of a tensor share its bytes) until the refitter is gone.
         unsafe { refitter.set_named_weights_with_location(&wanted, weights, host) }.map_err(failed)?;
         held.push(tensor);
     }
@@ -54,6 +57,29 @@ pub(super) fn refit(
         return Err(RunError::Weights { engine, names: missing });
     }
     refitter.refit_cuda_engine().map_err(failed)
+}
+
+/// The tensor at an address that is a multiple of its element's size: TensorRT reads elements, and bytes of a mapped file
+/// may start anywhere.
+fn aligned(tensor: Tensor) -> Tensor {
+    let size = tensor.dtype().size();
+    if (tensor.data().as_ptr() as usize).is_multiple_of(size) {
+        return tensor;
+    }
+    /// Aligned for elements of up to eight bytes.
+    struct Words(Vec<u64>, usize);
+    impl AsRef<[u8]> for Words {
+        fn as_ref(&self) -> &[u8] {
+            &bytemuck::cast_slice(&self.0)[..self.1]
+        }
+    }
+    let mut words = Words(
+        vec![0; tensor.data().len().div_ceil(size_of::<u64>())],
+        tensor.data().len(),
+    );
+    bytemuck::cast_slice_mut(&mut words.0)[..words.1].copy_from_slice(tensor.data());
+    let copy = bytes::Bytes::from_owner(words);
+    Tensor::new(tensor.dtype(), tensor.shape().to_vec(), copy).expect("as many bytes as before")
 }
 
 /// What TensorRT puts behind a layer's name to name a constant that has no name of its own.

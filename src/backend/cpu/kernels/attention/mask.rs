@@ -11,23 +11,33 @@ pub struct Mask {
     /// Bool (true = attend) or f32 (added to the scores).
     pub storage: DType,
     pub strides: [isize; 4],
-    /// From [`Scan`]: `[batch, heads, tokens, blocks]`, broadcast likewise.
+    /// From [`MaskScan`]: `[batch, heads, tokens, blocks]`, broadcast likewise.
     pub live: *const u8,
     pub live_strides: [isize; 3],
 }
 
 impl Mask {
+    /// What query `t` of head `h` attends to in a block.
+    ///
+    /// # Safety
+    /// The indices are inside `[batch, heads, tokens, blocks]`, and [`MaskScan`] has filled the table.
     #[inline(always)]
-    pub(super) fn state(&self, b: usize, h: usize, t: usize, block: usize) -> u8 {
+    pub(super) unsafe fn state(&self, b: usize, h: usize, t: usize, block: usize) -> u8 {
         let [sb, sh, st] = self.live_strides;
         let at = b as isize * sb + h as isize * sh + t as isize * st + block as isize;
+        // SAFETY: an element of the table, by this function's contract; bytes have no alignment.
         unsafe { *self.live.wrapping_offset(at) }
     }
     /// What to add to the score: 0, the mask's value, or -∞ where a bool is false.
+    ///
+    /// # Safety
+    /// The indices are inside `[batch, heads, tokens, slots]`.
     #[inline(always)]
-    pub(super) fn bias(&self, b: usize, h: usize, t: usize, slot: usize) -> f32 {
+    pub(super) unsafe fn bias(&self, b: usize, h: usize, t: usize, slot: usize) -> f32 {
         let [sb, sh, st, ss] = self.strides;
         let at = b as isize * sb + h as isize * sh + t as isize * st + slot as isize * ss;
+        // SAFETY: an element of the mask, by this function's contract. Bools are read as bytes and floats unaligned: a mask
+        // may be a constant in a mapped file.
         unsafe {
             match self.storage {
                 DType::Bool if *self.base.wrapping_offset(at) != 0 => 0.0,
@@ -39,7 +49,7 @@ impl Mask {
 }
 
 /// Fills the table of [`Mask::live`] for the mask rows in `items`.
-pub struct Scan {
+pub struct MaskScan {
     pub base: *const u8,
     pub storage: DType,
     /// The mask's own dims and strides; the last axis is the slots (or 1).
@@ -52,7 +62,7 @@ pub struct Scan {
     pub items: std::ops::Range<usize>,
 }
 
-impl Kernel for Scan {
+impl Kernel for MaskScan {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
@@ -69,6 +79,8 @@ impl Kernel for Scan {
                 for slot in first..first + count {
                     let slot = if own == 1 { 0 } else { slot as isize };
                     let at = at + slot * self.strides[3];
+                    // SAFETY: `b`, `h`, `t` are inside the mask's own dims because `item` is, and `slot` is 0 or less than
+                    // `slots`, which the last dim then is. Unaligned, as in `Mask::bias`.
                     let (attends, plain) = unsafe {
                         if self.storage == DType::Bool {
                             let value = *self.base.wrapping_offset(at) != 0;
@@ -88,6 +100,7 @@ impl Kernel for Scan {
                 } else {
                     NONE
                 };
+                // SAFETY: the table has `blocks` bytes for each mask row; this row is this item's alone.
                 unsafe { *self.live.add(item * blocks + block) = state };
             }
         }

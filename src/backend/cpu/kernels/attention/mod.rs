@@ -1,21 +1,21 @@
 //! Attention over the live slots: online softmax by blocks of slots, in fp32.
 //!
-//! What is attended to is decided by the mask's content alone. [`Scan`] looks at each mask once a run and says of every
+//! What is attended to is decided by the mask's content alone. [`MaskScan`] looks at each mask once a run and says of every
 //! block of [`BLOCK`] slots whether a query attends to none, some or all of it; blocks attended to by no query of an
 //! item are never touched, so cost follows the live length and not the capacity. A query that attends to nothing gives
 //! zeros. Values in slots that are masked out must be finite; keys may be anything.
 //!
-//! Query heads that share a KV head are taken together. [`Few`] is for few query rows (decode): items are chunks of
-//! slots, merged by [`Merge`]. [`Many`] takes as many query rows as a GEMM tile has columns and computes scores and
+//! Query heads that share a KV head are taken together. [`DecodeChunk`] is for few query rows (decode): items are chunks of
+//! slots, merged by [`MergeChunks`]. [`PrefillPanel`] takes as many query rows as a GEMM tile has columns and computes scores and
 //! outputs transposed, so that the softmax runs across lanes.
 
-mod few;
-mod many;
+mod decode;
 mod mask;
+mod prefill;
 
-pub use few::{FEW, Few, Merge, few_chunks, few_rows};
-pub use many::{Many, many_panels, many_scratch};
-pub use mask::{Mask, Scan};
+pub use decode::{DecodeChunk, MAX_DECODE_ROWS, MergeChunks, decode_chunks, decode_rows};
+pub use mask::{Mask, MaskScan};
+pub use prefill::{PrefillPanel, prefill_panels, prefill_scratch};
 
 use super::moves::Heads;
 

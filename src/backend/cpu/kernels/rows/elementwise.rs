@@ -10,10 +10,13 @@ use crate::network::{Activation, Elementwise, UnaryOp};
 use crate::tensor::DType;
 
 impl Frame<'_> {
+    /// # Safety
+    /// See [`Frame`].
     #[inline(always)]
     pub(super) unsafe fn binary_float(&self, op: Elementwise, a: Register, b: Register, to: Register) {
         let (n, a, b) = (self.count(to), self.arg::<f32>(a), self.arg::<f32>(b));
         let (y, t) = (self.at::<f32>(to), self.at::<u8>(to));
+        // SAFETY: `to` has `n` elements, `a` and `b` as many or one; `b` is read where it has one.
         unsafe {
             match op {
                 Elementwise::Sum => zip(n, a, b, y, |a, b| a + b),
@@ -35,10 +38,13 @@ impl Frame<'_> {
         }
     }
 
+    /// # Safety
+    /// See [`Frame`].
     #[inline(never)]
     pub(super) unsafe fn binary_int(&self, op: Elementwise, wrap: DType, a: Register, b: Register, to: Register) {
         let (n, a, b) = (self.count(to), self.arg::<i64>(a), self.arg::<i64>(b));
         let (y, t) = (self.at::<i64>(to), self.at::<u8>(to));
+        // SAFETY: all registers have `n` elements, or are one value as their flag says.
         unsafe {
             match op {
                 Elementwise::Sum => zip(n, a, b, y, |a: i64, b| wrapped(a.wrapping_add(b), wrap)),
@@ -58,9 +64,12 @@ impl Frame<'_> {
         }
     }
 
+    /// # Safety
+    /// See [`Frame`].
     #[inline(never)]
     pub(super) unsafe fn binary_bool(&self, op: Elementwise, a: Register, b: Register, to: Register) {
         let (n, a, b, to) = (self.count(to), self.arg::<u8>(a), self.arg::<u8>(b), self.at::<u8>(to));
+        // SAFETY: all registers have `n` elements, or are one value as their flag says.
         unsafe {
             match op {
                 Elementwise::And => zip(n, a, b, to, |a, b| a & b),
@@ -72,9 +81,12 @@ impl Frame<'_> {
         }
     }
 
+    /// # Safety
+    /// See [`Frame`].
     #[inline(always)]
     pub(super) unsafe fn unary_float<S: Simd>(&self, op: UnaryOp, a: Register, to: Register) {
         let (n, a, y) = (self.count(to), self.at::<f32>(a).cast_const(), self.at::<f32>(to));
+        // SAFETY: both registers have `n` elements.
         unsafe {
             match op {
                 UnaryOp::Abs => map(n, a, y, f32::abs),
@@ -101,9 +113,12 @@ impl Frame<'_> {
         }
     }
 
+    /// # Safety
+    /// See [`Frame`].
     #[inline(never)]
     pub(super) unsafe fn unary_int(&self, op: UnaryOp, wrap: DType, a: Register, to: Register) {
         let (n, a, to) = (self.count(to), self.at::<i64>(a).cast_const(), self.at::<i64>(to));
+        // SAFETY: both registers have `n` elements.
         unsafe {
             match op {
                 UnaryOp::Abs => map(n, a, to, |x: i64| wrapped(x.wrapping_abs(), wrap)),
@@ -114,9 +129,12 @@ impl Frame<'_> {
         }
     }
 
+    /// # Safety
+    /// See [`Frame`].
     #[inline(always)]
     pub(super) unsafe fn activation<S: Simd>(&self, op: Activation, a: Register, to: Register) {
         let (n, a, y) = (self.count(to), self.at::<f32>(a).cast_const(), self.at::<f32>(to));
+        // SAFETY: both registers have `n` elements.
         unsafe {
             match op {
                 Activation::Relu => map(n, a, y, |x: f32| if x < 0.0 { 0.0 } else { x }),
@@ -129,12 +147,15 @@ impl Frame<'_> {
         }
     }
 
+    /// # Safety
+    /// See [`Frame`].
     #[inline(always)]
     pub(super) unsafe fn select<T: Copy>(&self, condition: Register, a: Register, b: Register, to: Register) {
         let (n, y) = (self.count(to), self.at::<T>(to));
         let (c, c_step) = (self.at::<u8>(condition), usize::from(!condition.scalar));
         let (a, a_step) = (self.at::<T>(a), usize::from(!a.scalar));
         let (b, b_step) = (self.at::<T>(b), usize::from(!b.scalar));
+        // SAFETY: `to` has `n` elements, the others as many or one, which a step of 0 repeats.
         unsafe {
             if c_step == 1 && a_step == 1 && b_step == 0 {
                 let b = b.read_unaligned();
@@ -155,9 +176,12 @@ impl Frame<'_> {
         }
     }
 
+    /// # Safety
+    /// See [`Frame`].
     #[inline(always)]
     pub(super) unsafe fn cast(&self, from: Class, a: Register, class: Class, wrap: DType, to: Register) {
         let n = self.count(to);
+        // SAFETY: both registers have `n` elements.
         unsafe {
             match (from, class) {
                 (Class::Float, Class::Float) => map(n, self.at::<f32>(a), self.at::<f32>(to), |x| x),

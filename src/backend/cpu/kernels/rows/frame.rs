@@ -9,6 +9,11 @@ use super::{Class, MAX_OPERANDS, Op, Place, Register, RowProgram};
 use crate::backend::cpu::simd::Simd;
 
 /// A chunk of a row at work.
+///
+/// Its methods are unsafe because a frame is only as good as its pointers: for all of them, `rows` holds the address of
+/// element `first` of the row for each operand, with `n` elements from there on by the operand's stride, and `scratch` has
+/// `slot_bytes` bytes for each register of the program, enough for `n` elements of any class. The registers given are the
+/// program's own, of the classes that the operation says.
 pub(super) struct Frame<'a> {
     pub(super) program: &'a RowProgram,
     pub(super) rows: &'a [*mut u8; MAX_OPERANDS],
@@ -36,8 +41,14 @@ impl Frame<'_> {
         (self.at::<T>(register).cast_const(), register.scalar)
     }
 
+    /// One operation over the chunk.
+    ///
+    /// # Safety
+    /// See [`Frame`]; `S` is available.
     #[inline(always)]
     pub(super) unsafe fn step<S: Simd>(&self, op: &Op) {
+        // SAFETY: every operation's registers and operands are those that the compiler gave it, of its classes; a register
+        // has `n` elements, or one if it is scalar, which `count` and `arg` respect. `Iota`'s result is never scalar.
         unsafe {
             match op {
                 Op::Load { operand, class, to } => self.load(*operand, *class, *to),

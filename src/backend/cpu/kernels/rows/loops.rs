@@ -1,17 +1,26 @@
 //! Loops over a row: element by element, and folds in a fixed order.
 //!
-//! Pointers need not be aligned; `n` elements of each are read or written. Everything is inlined into the kernel of each
-//! instruction set, which vectorises it.
+//! Pointers need not be aligned. Everything is inlined into the kernel of each instruction set, which vectorises it.
+//!
+//! Safety of all: each pointer has `n` elements, or one where it stands for one value. `a`, `b` and `to` may be the same
+//! register: element `i` is read before it is written.
 
 /// `to[i] = f(a[i])`
+///
+/// # Safety
+/// See the module's head.
 #[inline(always)]
 pub(super) unsafe fn map<A: Copy, T>(n: usize, a: *const A, to: *mut T, f: impl Fn(A) -> T) {
     for i in 0..n {
+        // SAFETY: `i < n`.
         unsafe { to.add(i).write_unaligned(f(a.add(i).read_unaligned())) }
     }
 }
 
 /// `to[i] = f(a[i], b[i])`, where either may be one value.
+///
+/// # Safety
+/// See the module's head.
 #[inline(always)]
 pub(super) unsafe fn zip<A: Copy, T>(
     n: usize,
@@ -20,6 +29,7 @@ pub(super) unsafe fn zip<A: Copy, T>(
     to: *mut T,
     f: impl Fn(A, A) -> T,
 ) {
+    // SAFETY: `i < n`; one value is read at its address alone.
     unsafe {
         match (a.1, b.1) {
             (false, false) => {
@@ -42,12 +52,19 @@ pub(super) unsafe fn zip<A: Copy, T>(
 }
 
 /// Folds a row with a fixed number of partial results, combined in a fixed order.
+///
+/// # Safety
+/// See the module's head.
 #[inline(always)]
 pub(super) unsafe fn fold(n: usize, a: *const f32, start: f32, f: impl Fn(f32, f32) -> f32) -> f32 {
+    // SAFETY: the same contract.
     unsafe { fold_map(n, a, start, f, |x| x) }
 }
 
 /// [`fold`] of `g(a[i])`.
+///
+/// # Safety
+/// See the module's head.
 #[inline(always)]
 pub(super) unsafe fn fold_map(
     n: usize,
@@ -56,15 +73,17 @@ pub(super) unsafe fn fold_map(
     f: impl Fn(f32, f32) -> f32,
     g: impl Fn(f32) -> f32,
 ) -> f32 {
-    pub(super) const PARTS: usize = 32;
+    const PARTS: usize = 32;
     let mut parts = [start; PARTS];
     let whole = n / PARTS;
     for i in 0..whole {
         for (j, part) in parts.iter_mut().enumerate() {
+            // SAFETY: `i * PARTS + j < whole * PARTS <= n`.
             *part = f(*part, g(unsafe { a.add(i * PARTS + j).read_unaligned() }));
         }
     }
     for (j, part) in parts.iter_mut().enumerate().take(n % PARTS) {
+        // SAFETY: `whole * PARTS + j < n`, since `j < n % PARTS`.
         *part = f(*part, g(unsafe { a.add(whole * PARTS + j).read_unaligned() }));
     }
     let mut width = PARTS;

@@ -6,6 +6,10 @@ use super::{Class, Register};
 use crate::tensor::DType;
 
 impl Frame<'_> {
+    /// The operand's elements into a register.
+    ///
+    /// # Safety
+    /// See [`Frame`].
     #[inline(always)]
     pub(super) unsafe fn load(&self, operand: u16, class: Class, to: Register) {
         let stride = self.program.operands[operand as usize].stride;
@@ -16,10 +20,13 @@ impl Frame<'_> {
             ($stored:ty, $register:ty, $convert:expr) => {{
                 let (from, to) = (from.cast::<$stored>(), self.at::<$register>(to));
                 if stride == 1 {
+                    // SAFETY: `n` elements of the operand and of the register.
                     unsafe { map(n, from, to, $convert) }
                 } else {
                     for i in 0..n {
+                        // SAFETY: `i < n`, as above.
                         let value = unsafe { from.wrapping_offset(i as isize * stride).read_unaligned() };
+                        // SAFETY: as above.
                         unsafe { to.add(i).write_unaligned($convert(value)) };
                     }
                 }
@@ -38,6 +45,10 @@ impl Frame<'_> {
         }
     }
 
+    /// A register's values into the operand's elements.
+    ///
+    /// # Safety
+    /// See [`Frame`].
     #[inline(always)]
     pub(super) unsafe fn store(&self, from: Register, class: Class, operand: u16) {
         let stride = self.program.operands[operand as usize].stride;
@@ -56,6 +67,7 @@ impl Frame<'_> {
                     }
                 };
                 for i in 0..n {
+                    // SAFETY: `i < n`: an element of the register and one of the operand.
                     unsafe { step(i).write_unaligned($convert(from.add(i).read_unaligned())) };
                 }
             }};
@@ -63,9 +75,11 @@ impl Frame<'_> {
         macro_rules! spread {
             ($register:ty, $stored:ty, $convert:expr) => {{
                 if from.scalar {
+                    // SAFETY: a scalar register has one element.
                     let value = $convert(unsafe { self.at::<$register>(from).read_unaligned() });
                     let to = to.cast::<$stored>();
                     for i in 0..n {
+                        // SAFETY: `i < n`: an element of the operand.
                         unsafe { to.wrapping_offset(i as isize * stride).write_unaligned(value) };
                     }
                 } else {

@@ -5,7 +5,7 @@
 //! classes: f32 for every float dtype, i64 for every integer dtype, u8 for bool. Results do not depend on how rows are
 //! shared among threads: sums have a fixed number of partial sums.
 //!
-//! This room owns the program as data and the walk over its rows; [`frame`] takes one chunk of a row through the
+//! This module owns the program as data and the walk over its rows; [`frame`] takes one chunk of a row through the
 //! operations, which are in [`memory`], [`elementwise`] and [`reductions`].
 
 mod elementwise;
@@ -18,7 +18,7 @@ mod reductions;
 use frame::Frame;
 
 use super::super::simd::{Isa, Kernel, Simd};
-use super::super::view::BufferId;
+use super::super::strided_view::BufferId;
 use crate::network::{Activation, Elementwise, ReduceOp, UnaryOp};
 use crate::tensor::DType;
 
@@ -186,9 +186,12 @@ impl RowProgram {
         (self.chunk.max(1) * SLOT).next_multiple_of(64)
     }
 
+    /// Runs the program over these units.
+    ///
     /// # Safety
-    /// `bases` holds the address of every operand's buffer, the operands lie inside, no other thread writes what is
-    /// read, and `scratch` has [`RowProgram::scratch_bytes`] bytes.
+    /// `bases` holds the address of every operand's buffer, the operands lie inside, no other thread reads what these units
+    /// write or writes what they read, `scratch` has [`RowProgram::scratch_bytes`] bytes of this thread's own, `units` are
+    /// below [`RowProgram::units`], and `isa` is available.
     pub unsafe fn run(&self, isa: Isa, bases: &[*mut u8], scratch: *mut u8, units: std::ops::Range<usize>) {
         let kernel = Run {
             program: self,
@@ -196,6 +199,7 @@ impl RowProgram {
             scratch,
             units,
         };
+        // SAFETY: this function's own contract, which is the kernel's.
         unsafe { isa.run(kernel) }
     }
 }
@@ -241,6 +245,8 @@ impl Kernel for Run<'_> {
                 n,
             };
             for op in &program.ops {
+                // SAFETY: `rows` are the addresses of elements `first..first + n` of this row of every operand, by the
+                // contract of `RowProgram::run`; `scratch` has `slots` registers of `chunk >= n` elements.
                 unsafe { frame.step::<S>(op) }
             }
         }

@@ -1,19 +1,32 @@
 //! Threads that run one closure together, with a barrier inside it.
 //!
 //! A decode step is some three hundred short phases. Handing each to a general task pool costs more than the phase, so
-//! the pool wakes its threads once for a whole [`Program::run`](super::Program::run) and the phases are separated by a
-//! spinning [`Team::barrier`]. Between runs the threads spin for a moment (the next token comes soon), then sleep.
-//! Dropping the pool ends its threads.
+//! the pool wakes its threads once for a whole run of a program and the phases are separated by a spinning
+//! [`Team::barrier`]. Between runs the threads spin for a moment (the next token comes soon), then sleep. Dropping the
+//! pool ends its threads.
+//!
+//! The protocol is checked under [loom](https://docs.rs/loom) by the crate in `tests/loom`, which includes this file: so it
+//! uses nothing of the crate, and atomics, locks and threads through [`sync`] alone.
+//!
+//! 1. *Start*: the caller writes `unfinished` and the job under the lock and moves `run`; a worker that sees `run` moved
+//!    takes the job under the same lock.
+//! 2. *Pieces*: threads take numbers from a [`Pieces`] until none is left. Which thread takes which decides nothing.
+//! 3. *Barrier*: what any thread wrote before it is visible to every thread after it.
+//! 4. *Completion*: each worker lowers `unfinished` when it is done with the job; the caller returns when it is 0, and
+//!    only then may the closure and what it borrows go.
+//! 5. *Panic*: a thread that panics breaks the barrier, so that nobody waits for it; the caller still waits for all and
+//!    then panics itself.
+
+mod sync;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
-use std::thread::JoinHandle;
+
+use sync::{Arc, AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Condvar, JoinHandle, Mutex, Ordering};
 
 /// Spins before a waiting thread gives up its core. About 20 µs.
-const SPINS: u32 = 1 << 9;
+const SPINS: u32 = if cfg!(loom) { 0 } else { 1 << 9 };
 /// Spins between runs before a worker sleeps. About 200 µs.
-const IDLE_SPINS: u32 = 1 << 12;
+const IDLE_SPINS: u32 = if cfg!(loom) { 1 } else { 1 << 12 };
 
 /// A team of threads, the calling thread included.
 pub struct Pool {
@@ -39,7 +52,8 @@ struct Shared {
 
 #[derive(Clone, Copy)]
 struct JobPointer(Job);
-// SAFETY: the closure is Sync, and `Pool::run` keeps it alive until every worker is done with it.
+// SAFETY: the closure is `Sync`, so another thread may call it through this pointer, and `Pool::run` keeps it alive until
+// every worker is done with it.
 unsafe impl Send for JobPointer {}
 
 struct Barrier {
@@ -53,11 +67,17 @@ struct Barrier {
 #[derive(Clone, Copy)]
 pub struct Team<'a> {
     shared: &'a Shared,
-    /// This thread's number, from 0 (the caller) to `threads() - 1`.
-    pub thread: usize,
+    /// Not to be set by whoever holds the team: its threads tell their scratch memory apart by it.
+    thread: usize,
 }
 
 impl Team<'_> {
+    /// This thread's number, from 0 (the caller) to `threads() - 1`; each thread of a run has its own.
+    pub fn thread(&self) -> usize {
+        self.thread
+    }
+
+    /// Threads of the run.
     pub fn threads(&self) -> usize {
         self.shared.threads as usize
     }
@@ -88,9 +108,9 @@ impl Team<'_> {
 fn relax(spins: &mut u32, limit: u32) {
     if *spins < limit {
         *spins += 1;
-        std::hint::spin_loop();
+        sync::spin_loop();
     } else {
-        std::thread::yield_now();
+        sync::yield_now();
     }
 }
 
@@ -114,10 +134,7 @@ impl Pool {
         let workers = (1..threads as usize)
             .map(|thread| {
                 let shared = shared.clone();
-                std::thread::Builder::new()
-                    .name(format!("lapidary-cpu-{thread}"))
-                    .spawn(move || work(&shared, thread))
-                    .expect("the system refuses another thread")
+                sync::spawn(format!("lapidary-cpu-{thread}"), move || work(&shared, thread))
             })
             .collect();
         Pool {
@@ -128,11 +145,13 @@ impl Pool {
     }
 
     /// The pool of the process, with a thread for each core it may use. Made when first asked for.
+    #[cfg(not(loom))]
     pub fn global() -> Arc<Pool> {
-        static GLOBAL: OnceLock<Arc<Pool>> = OnceLock::new();
+        static GLOBAL: std::sync::OnceLock<Arc<Pool>> = std::sync::OnceLock::new();
         GLOBAL.get_or_init(|| Arc::new(Pool::new(available_threads()))).clone()
     }
 
+    /// Threads, the caller's included.
     pub fn threads(&self) -> usize {
         self.shared.threads as usize
     }
@@ -146,7 +165,9 @@ impl Pool {
         barrier.broken.store(false, Ordering::Relaxed);
         if shared.threads > 1 {
             let borrowed: &(dyn Fn(Team<'_>) + Sync) = &job;
-            // SAFETY: only the lifetime is erased; below we wait for every worker before `job` goes out of scope.
+            // SAFETY: only the lifetime is erased. Workers use the pointer between the start of this run and their own step
+            // down in `unfinished`, which is awaited below on every path, a panic of the caller's share included, before
+            // `job` goes out of scope.
             let erased: Job = unsafe { std::mem::transmute::<&(dyn Fn(Team<'_>) + Sync), Job>(borrowed) };
             shared.unfinished.store(shared.threads - 1, Ordering::Relaxed);
             let mut slot = shared.job.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -172,6 +193,26 @@ impl Pool {
     }
 }
 
+/// The pieces of one phase of work, numbered from 0, each taken by one thread.
+#[derive(Default)]
+pub struct Pieces {
+    next: AtomicUsize,
+}
+
+impl Pieces {
+    /// The next piece that no thread has taken, of `total`.
+    pub fn take(&self, total: usize) -> Option<usize> {
+        // Relaxed: the number alone is shared. What pieces read and write is ordered by the start, barriers and end of a run.
+        let piece = self.next.fetch_add(1, Ordering::Relaxed);
+        (piece < total).then_some(piece)
+    }
+
+    /// All pieces are there again.
+    pub fn reset(&mut self) {
+        sync::set(&mut self.next, 0);
+    }
+}
+
 /// Cores this process may use; 1 where the system does not say.
 pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
@@ -183,7 +224,7 @@ fn work(shared: &Shared, thread: usize) {
         let mut spins = 0;
         while shared.run.load(Ordering::Acquire) == seen && !shared.stop.load(Ordering::Acquire) && spins < IDLE_SPINS {
             spins += 1;
-            std::hint::spin_loop();
+            sync::spin_loop();
         }
         let job = {
             let mut slot = shared.job.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -196,7 +237,7 @@ fn work(shared: &Shared, thread: usize) {
             seen = shared.run.load(Ordering::Acquire);
             slot.expect("a run has a job")
         };
-        // SAFETY: `Pool::run` keeps the closure alive until `unfinished` is 0.
+        // SAFETY: `Pool::run` keeps the closure alive until `unfinished` is 0, and this worker has not lowered it yet.
         let job = unsafe { &*job.0 };
         if catch_unwind(AssertUnwindSafe(|| job(Team { shared, thread }))).is_err() {
             shared.barrier.broken.store(true, Ordering::Relaxed);
@@ -225,10 +266,8 @@ impl std::fmt::Debug for Pool {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
-    use std::sync::atomic::AtomicUsize;
-
     use super::*;
 
     #[test]
@@ -248,12 +287,29 @@ mod tests {
     }
 
     #[test]
+    fn every_piece_is_taken_once_and_again_after_a_reset() {
+        let pool = Pool::new(3);
+        let mut pieces = Pieces::default();
+        for _ in 0..2 {
+            let taken: Vec<AtomicUsize> = (0..50).map(|_| AtomicUsize::new(0)).collect();
+            pool.run(|_| {
+                while let Some(piece) = pieces.take(taken.len()) {
+                    taken[piece].fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            assert!(taken.into_iter().all(|times| times.into_inner() == 1));
+            assert_eq!(pieces.take(50), None);
+            pieces.reset();
+        }
+    }
+
+    #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
         let pool = Pool::new(2);
         for guilty in 0..2 {
             let result = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(|team| {
-                    assert!(team.thread != guilty, "guilty");
+                    assert!(team.thread() != guilty, "guilty");
                     team.barrier();
                 });
             }));
@@ -261,7 +317,7 @@ mod tests {
         }
         let sum = AtomicUsize::new(0);
         pool.run(|team| {
-            sum.fetch_add(team.thread + 1, Ordering::Relaxed);
+            sum.fetch_add(team.thread() + 1, Ordering::Relaxed);
             team.barrier();
         });
         assert_eq!(sum.into_inner(), 3);

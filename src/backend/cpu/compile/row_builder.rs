@@ -3,21 +3,21 @@
 use std::collections::{BTreeSet, HashMap};
 
 use super::super::kernels::rows::{CHUNK, Class, MAX_OPERANDS, Op, Operand, Place, Register, RowProgram};
-use super::super::view::{BufferId, View};
+use super::super::strided_view::{BufferId, View};
 use crate::network::{Elementwise, TensorId, UnaryOp};
 
 /// A register before scratch is assigned.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Virtual(usize);
 
-/// Stands in an operation until [`Builder::build`] knows its registers.
+/// Stands in an operation until [`RowProgramBuilder::build`] knows its registers.
 pub(super) const NOWHERE: Register = Register {
     place: Place::Scratch(u16::MAX),
     scalar: false,
 };
 
 /// A row program under construction.
-pub(super) struct Builder {
+pub(super) struct RowProgramBuilder {
     space: Vec<usize>,
     /// Whether some operation needs whole rows, or some register is one value per row.
     whole: bool,
@@ -29,10 +29,10 @@ pub(super) struct Builder {
     pub(super) registers: HashMap<TensorId, Virtual>,
 }
 
-impl Builder {
+impl RowProgramBuilder {
     /// Axes of size 1 are dropped where rows may be rearranged, so that the last axis is one that matters.
-    pub(super) fn new(space: Vec<usize>, whole: bool) -> Builder {
-        Builder {
+    pub(super) fn new(space: Vec<usize>, whole: bool) -> RowProgramBuilder {
+        RowProgramBuilder {
             space,
             whole,
             operands: Vec::new(),

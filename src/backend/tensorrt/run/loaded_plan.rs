@@ -7,23 +7,23 @@ use std::rc::Rc;
 use trtx::ExecutionContextAllocationStrategy;
 
 use super::super::flavour::{self, KernelStore};
-use super::kernels::Kernels;
+use super::kernel_cache::KernelCache;
 use super::{Objection, ObjectionKind, Port, RunError, Runtime, refit};
 use crate::network::{Network, WeightMode};
 use crate::tensor::DType;
 
 /// What contexts of one plan share. They hold it: TensorRT wants contexts to die before their engine.
-pub struct Unpacked {
+pub struct LoadedPlan {
     pub(super) config: Rc<trtx::RuntimeConfig<'static>>,
     pub(super) inner: RefCell<trtx::CudaEngine<'static>>,
-    kernels: RefCell<Option<Kernels>>,
+    kernels: RefCell<Option<KernelCache>>,
     pub(super) runtime: Rc<Runtime>,
     /// The profile it was built for.
     pub(super) name: String,
     pub(super) ports: Vec<Port>,
 }
 
-impl Unpacked {
+impl LoadedPlan {
     /// `network` is the one that the plan was built from: the source of stripped weights. `path` is for messages, `kernels`
     /// where compiled kernels are kept.
     pub fn new(
@@ -80,12 +80,12 @@ impl Unpacked {
         // Without a store loading takes longer, and that is all.
         let store = kernels.and_then(|folder| Some((folder, KernelStore::new(&config).ok().flatten()?)));
         let kept = store.and_then(|(folder, store)| {
-            let kernels = Kernels::open(folder, plan, runtime, store);
+            let kernels = KernelCache::open(folder, plan, runtime, store);
             kernels.store().give_to(&mut config).is_ok().then_some(kernels)
         });
         runtime.capture.take_errors();
         let ports = ports(&inner).map_err(failed)?;
-        Ok(Unpacked {
+        Ok(LoadedPlan {
             inner: RefCell::new(inner),
             config: Rc::new(config),
             kernels: RefCell::new(kept),

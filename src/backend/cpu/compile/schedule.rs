@@ -7,16 +7,21 @@ use super::super::program::{Buffer, Memory, Phase, Step};
 /// A phase that takes less than this is left to one thread: a barrier and a cold cache cost as much.
 const WORTH_SHARING: f64 = 6_000.0;
 
-pub(super) struct Plan {
+pub(super) struct Schedule {
     pub phases: Vec<Phase>,
     pub arena_bytes: usize,
 }
 
-/// Steps in topological order become phases of independent steps; arena buffers get offsets.
-pub(super) fn plan(steps: &[Step], buffers: &mut [Buffer], threads: usize) -> Plan {
+/// Steps in topological order become phases of independent steps; arena buffers get offsets. `None` if the arena would be
+/// larger than memory can be.
+///
+/// Kernels rely on two things: steps of one shared phase write different elements (of one buffer only where several fill it,
+/// as a concatenation does) and read no buffer that another of them writes; and buffers whose uses overlap in time have no
+/// bytes of the arena in common.
+pub(super) fn schedule(steps: &[Step], buffers: &mut [Buffer], threads: usize) -> Option<Schedule> {
     let phases = phases(steps, buffers, threads);
-    let arena_bytes = place(steps, buffers, &phases);
-    Plan { phases, arena_bytes }
+    let arena_bytes = place(steps, buffers, &phases)?;
+    Some(Schedule { phases, arena_bytes })
 }
 
 fn phases(steps: &[Step], buffers: &[Buffer], threads: usize) -> Vec<Phase> {
@@ -64,7 +69,7 @@ fn phases(steps: &[Step], buffers: &[Buffer], threads: usize) -> Vec<Phase> {
 
 /// First fit by offset, longest-lived... in order of first write: simple, and within a few per cent of the peak for
 /// networks that are mostly a chain.
-fn place(steps: &[Step], buffers: &mut [Buffer], phases: &[Phase]) -> usize {
+fn place(steps: &[Step], buffers: &mut [Buffer], phases: &[Phase]) -> Option<usize> {
     // Steps of a shared phase are alive together; those of a serial phase come one after the other.
     let mut spans = vec![None::<(usize, usize)>; buffers.len()];
     let mut time = 0;
@@ -91,17 +96,19 @@ fn place(steps: &[Step], buffers: &mut [Buffer], phases: &[Phase]) -> usize {
         let mut taken: Vec<(usize, usize)> = alive.iter().map(|(_, start, end)| (*start, *end)).collect();
         taken.sort_unstable();
         // A guard of one vector: kernels may load, never use, what lies just beyond a buffer.
-        let bytes = (buffers[buffer].bytes + 64).next_multiple_of(64);
+        let bytes = buffers[buffer].bytes.checked_add(64)?.checked_next_multiple_of(64)?;
         let mut offset = 0;
         for (start, end) in taken {
-            if start >= offset + bytes {
+            if start >= bytes.checked_add(offset)? {
                 break;
             }
             offset = offset.max(end);
         }
-        alive.insert((last, offset, offset + bytes));
-        total = total.max(offset + bytes);
+        let end = bytes.checked_add(offset)?;
+        alive.insert((last, offset, end));
+        total = total.max(end);
         buffers[buffer].memory = Memory::Arena { offset };
     }
-    total
+    // What an allocation may have, with room for its alignment.
+    (total < isize::MAX as usize - 64).then_some(total)
 }

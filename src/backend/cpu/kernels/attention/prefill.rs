@@ -7,21 +7,21 @@ use crate::backend::cpu::simd::{Isa, Kernel, Simd, TileArgs};
 use crate::tensor::DType;
 
 /// One panel of query rows (as many as a GEMM tile has columns) of one KV head, all slots.
-pub struct Many {
+pub struct PrefillPanel {
     pub attention: Attention,
     /// `(batch * kv_heads + kv_head) * panels + panel`
     pub item: usize,
-    /// [`many_scratch`] elements.
+    /// [`prefill_scratch`] elements.
     pub scratch: *mut f32,
 }
 
-/// Items of [`Many`] for each batch row and KV head.
-pub fn many_panels(isa: Isa, group_rows: usize) -> usize {
+/// Items of [`PrefillPanel`] for each batch row and KV head.
+pub fn prefill_panels(isa: Isa, group_rows: usize) -> usize {
     group_rows.div_ceil(isa.tile_columns())
 }
 
-/// Elements of scratch that [`Many`] needs.
-pub fn many_scratch(isa: Isa, dim: usize) -> usize {
+/// Elements of scratch that [`PrefillPanel`] needs.
+pub fn prefill_scratch(isa: Isa, dim: usize) -> usize {
     let width = isa.tile_columns();
     // Queries and outputs `[dim, width]`, keys `[dim, BLOCK]`, values `[BLOCK, dim]`, scores `[BLOCK, width]`.
     2 * dim * width + 2 * dim * BLOCK + BLOCK * width
@@ -30,7 +30,7 @@ pub fn many_scratch(isa: Isa, dim: usize) -> usize {
 /// The widest tile of any instruction set.
 const WIDEST: usize = 32;
 
-impl Kernel for Many {
+impl Kernel for PrefillPanel {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
@@ -41,6 +41,10 @@ impl Kernel for Many {
         let (b, g) = (pair / a.kv_heads, pair % a.kv_heads);
         let first_row = panel * width;
         let rows = width.min(a.group_rows() - first_row);
+        // SAFETY: `scratch` has the five tables in this order (`prefill_scratch`), all written before they are read: queries
+        // and outputs at once, the others block by block. Query rows `first_row..first_row + rows` are rows of this KV head
+        // and of nobody else's panel; blocks end at `blocks()` and slots of a block at `a.slots`. q is read unaligned, and
+        // so is v where it is used in place (`tile_body`): both may be constants in a mapped file. `out` is aligned.
         unsafe {
             let queries = self.scratch;
             let outputs = queries.add(a.dim * width);
@@ -57,7 +61,7 @@ impl Kernel for Many {
                 let (h, t) = a.place(g, first_row + j);
                 let q: *const f32 = a.q.row(b, h, t).cast_const().cast();
                 for i in 0..a.dim {
-                    *queries.add(i * width + j) = *q.add(i);
+                    *queries.add(i * width + j) = q.add(i).read_unaligned();
                 }
             }
             for i in 0..a.dim * width {
@@ -149,11 +153,15 @@ impl Kernel for Many {
 }
 
 /// A product of `rows` rows, tile by tile. `BLOCK` and most head sizes are multiples of 8, which leaves no thin tile.
+///
+/// # Safety
+/// As [`Simd::tile`] for each tile; `a` has `rows` elements in each row and `c` has `rows` rows.
 #[inline(always)]
 unsafe fn tiles<S: Simd>(rows: usize, product: TileArgs) {
     let mut first = 0;
     while first < rows {
         let most = S::TILE_ROWS.min(rows - first).min(8);
+        // SAFETY: `first < rows`: still inside `a`'s first row and `c`'s rows.
         let args = unsafe {
             TileArgs {
                 a: product.a.add(first),
@@ -161,12 +169,17 @@ unsafe fn tiles<S: Simd>(rows: usize, product: TileArgs) {
                 ..product
             }
         };
+        // SAFETY: rows `first..first + most` of a product of `rows`; `most` is at most `TILE_ROWS`.
         unsafe { S::tile(most, args) };
         first += most;
     }
 }
 
-/// Scores `[count, width]` become exponentials; the running maximum, sum and outputs are brought to the new base.
+/// Scores `[count, width]` become exponentials; the running maximum, sum and outputs `[dim, width]` are brought to the new
+/// base.
+///
+/// # Safety
+/// Both tables have those elements, aligned; nothing else uses them meanwhile.
 #[inline(always)]
 unsafe fn softmax_block<S: Simd>(
     scores: *mut f32,
@@ -177,6 +190,7 @@ unsafe fn softmax_block<S: Simd>(
     dim: usize,
 ) {
     let width = 2 * S::LANES;
+    // SAFETY: `s < count`, `i < dim` and `j < width`: inside the tables.
     unsafe {
         let mut new = *max;
         for s in 0..count {

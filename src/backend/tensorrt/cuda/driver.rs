@@ -1,4 +1,4 @@
-//! The CUDA driver and its GPUs, asked directly: seven plain C functions of `libcuda.so.1`.
+//! Whether there is a CUDA driver, and which GPUs it has: seven plain C functions of `libcuda.so.1`.
 //!
 //! `cudarc` would panic where there is no driver and wants a context to say anything; these questions need neither.
 
@@ -43,7 +43,7 @@ pub enum DriverError {
 }
 
 /// Asks the driver. Loads it and, where there are GPUs, initialises CUDA: some 100 ms on such machines.
-pub(super) fn driver() -> Result<Driver, DriverError> {
+pub(in super::super) fn driver() -> Result<Driver, DriverError> {
     imp::driver()
 }
 
@@ -76,9 +76,11 @@ mod imp {
 
     /// The driver whose library this is.
     fn of(library: &Path) -> Result<Driver, DriverError> {
-        // SAFETY: the driver's own library; its constructors are what every CUDA program runs.
+        // SAFETY: the driver's own library, whose constructors every CUDA program runs.
         let library = unsafe { libloading::Library::new(library) }.map_err(|_| DriverError::NoDriver)?;
-        // SAFETY of all below: signatures as in cuda.h, stable since CUDA 4; every out-pointer is to a live local.
+        // SAFETY: the signatures are those of cuda.h, stable since CUDA 4, and the library outlives the symbols. Every
+        // out-pointer is to a local of the right type; the name's buffer is one byte longer than the driver is told and
+        // zeroed, so it ends in a zero.
         unsafe {
             let init: libloading::Symbol<unsafe extern "C" fn(u32) -> c_int> = symbol(&library, b"cuInit\0")?;
             check("cuInit", init(0))?;
@@ -109,7 +111,6 @@ mod imp {
                     "cuDeviceGetAttribute",
                     attribute(&mut minor, COMPUTE_CAPABILITY_MINOR, handle),
                 )?;
-                // One byte short of the buffer, so that it always ends in a zero.
                 check("cuDeviceGetName", device_name(name.as_mut_ptr(), 255, handle))?;
                 gpus.push(Gpu {
                     name: CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned(),
@@ -128,11 +129,14 @@ mod imp {
         }
     }
 
+    /// # Safety
+    /// `T` is the type of that function.
     unsafe fn symbol<'l, T>(
         library: &'l libloading::Library,
         name: &'static [u8],
     ) -> Result<libloading::Symbol<'l, T>, DriverError> {
         // A libcuda without these is a stub, as toolkits ship it for linking.
+        // SAFETY: this function's own contract.
         unsafe { library.get(name) }.map_err(|_| DriverError::NoDriver)
     }
 

@@ -12,9 +12,9 @@ struct Messages {
 
 /// A log handler whose clones share their messages.
 #[derive(Clone, Default)]
-pub(super) struct Capture(Arc<Mutex<Messages>>);
+pub(super) struct LogCapture(Arc<Mutex<Messages>>);
 
-impl LogHandler for Capture {
+impl LogHandler for LogCapture {
     fn log(&self, severity: Severity, message: &str) {
         let mut messages = self.lock();
         match severity {
@@ -25,7 +25,7 @@ impl LogHandler for Capture {
     }
 }
 
-impl Capture {
+impl LogCapture {
     fn lock(&self) -> std::sync::MutexGuard<'_, Messages> {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -61,7 +61,7 @@ mod tests {
 
     #[test]
     fn the_cause_is_kept_and_its_echoes_dropped() {
-        let capture = Capture::default();
+        let capture = LogCapture::default();
         let cause = "ITensor::getDimensions: volume mismatch";
         capture.log(
             Severity::Error,

@@ -1,72 +1,21 @@
-//! Memory: an aligned block, and the KV caches that a session owns.
-
-use std::alloc::Layout;
-use std::ptr::NonNull;
+//! The KV caches that a session owns: made for a network, bound to each run, grown when they are full.
 
 use half::{bf16, f16};
 
+use super::aligned_bytes::AlignedBytes;
 use super::error::CpuError;
 use crate::network::Network;
 use crate::tensor::{DType, Tensor};
 
-/// Bytes aligned for any vector load, zeroed. Pages that are never touched cost no memory.
-pub struct Aligned {
-    address: NonNull<u8>,
-    bytes: usize,
-}
-
-// SAFETY: it owns its bytes like a `Vec<u8>`.
-unsafe impl Send for Aligned {}
-unsafe impl Sync for Aligned {}
-
-const ALIGNMENT: usize = 64;
-
-impl Aligned {
-    pub fn zeroed(bytes: usize) -> Aligned {
-        let layout = Self::layout(bytes);
-        // SAFETY: the layout's size is not 0.
-        let address = unsafe { std::alloc::alloc_zeroed(layout) };
-        let address = NonNull::new(address).unwrap_or_else(|| std::alloc::handle_alloc_error(layout));
-        Aligned { address, bytes }
-    }
-    fn layout(bytes: usize) -> Layout {
-        Layout::from_size_align(bytes.max(ALIGNMENT), ALIGNMENT).expect("a size that memory can have")
-    }
-    pub fn len(&self) -> usize {
-        self.bytes
-    }
-    pub fn is_empty(&self) -> bool {
-        self.bytes == 0
-    }
-    pub(super) fn address(&self) -> *mut u8 {
-        self.address.as_ptr()
-    }
-    pub fn as_bytes(&self) -> &[u8] {
-        // SAFETY: allocated with at least `bytes` bytes, zeroed at first.
-        unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
-    }
-    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.address.as_ptr(), self.bytes) }
-    }
-}
-
-impl Drop for Aligned {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this layout.
-        unsafe { std::alloc::dealloc(self.address.as_ptr(), Self::layout(self.bytes)) }
-    }
-}
-
 /// One cache: `[batch, heads, capacity, head_dim]`, row-major, in the network's cache dtype.
-pub struct Cache {
+pub struct KvCache {
     name: String,
     dtype: DType,
     shape: [usize; 4],
-    memory: Aligned,
+    memory: AlignedBytes,
 }
 
-impl Cache {
+impl KvCache {
     /// The network input it is bound to, for example `key_cache.0`.
     pub fn name(&self) -> &str {
         &self.name
@@ -119,15 +68,15 @@ impl Cache {
 
 /// Every KV cache of a model, owned by the session and bound to each run.
 ///
-/// All programs compiled for one batch size and capacity share one `Caches`. When the capacity is used up, the session
-/// [grows](Caches::grow) it and runs programs compiled for the larger capacity.
-pub struct Caches {
-    pub(super) entries: Vec<Cache>,
+/// All programs compiled for one batch size and capacity share one `KvCaches`. When the capacity is used up, the session
+/// [grows](KvCaches::grow) it and runs programs compiled for the larger capacity.
+pub struct KvCaches {
+    pub(super) entries: Vec<KvCache>,
 }
 
-impl Caches {
+impl KvCaches {
     /// Zeroed caches for a network, in the order of its updates. The shapes must be static, `tokens` aside.
-    pub fn new(network: &Network) -> Result<Caches, CpuError> {
+    pub fn new(network: &Network) -> Result<KvCaches, CpuError> {
         let entries = network.aliases().map(|(input, _)| {
             let tensor = network.tensor(input);
             let shape = tensor
@@ -141,21 +90,21 @@ impl Caches {
                     shape: format!("{:?}", tensor.shape),
                 });
             };
-            Ok(Cache::zeroed(tensor.name.clone(), tensor.dtype, shape))
+            Ok(KvCache::zeroed(tensor.name.clone(), tensor.dtype, shape))
         });
-        Ok(Caches {
+        Ok(KvCaches {
             entries: entries.collect::<Result<_, _>>()?,
         })
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = &Cache> {
+    pub fn iter(&self) -> impl Iterator<Item = &KvCache> {
         self.entries.iter()
     }
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Cache> {
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut KvCache> {
         self.entries.iter_mut()
     }
     /// The cache of that network input.
-    pub fn get_mut(&mut self, name: &str) -> Option<&mut Cache> {
+    pub fn get_mut(&mut self, name: &str) -> Option<&mut KvCache> {
         self.entries.iter_mut().find(|c| c.name == name)
     }
     /// Slots of the first cache; 0 if the network has none.
@@ -167,12 +116,12 @@ impl Caches {
         self.entries.iter().map(|c| c.memory.len()).sum()
     }
 
-    /// More slots, keeping the first `live` slots of every cache; the others are zero. Caches are moved one at a time,
+    /// More slots, keeping the first `live` slots of every cache; the others are zero. KvCaches are moved one at a time,
     /// so at most one is held twice. `capacity` may also be smaller, if it still holds `live`.
     pub fn grow(&mut self, capacity: usize, live: usize) {
         for cache in &mut self.entries {
             let [batch, heads, old, dim] = cache.shape;
-            let mut next = Cache::zeroed(
+            let mut next = KvCache::zeroed(
                 std::mem::take(&mut cache.name),
                 cache.dtype,
                 [batch, heads, capacity, dim],
@@ -195,14 +144,14 @@ impl Caches {
     }
 }
 
-impl Cache {
-    fn zeroed(name: String, dtype: DType, shape: [usize; 4]) -> Cache {
+impl KvCache {
+    fn zeroed(name: String, dtype: DType, shape: [usize; 4]) -> KvCache {
         let bytes = shape.iter().product::<usize>() * dtype.size();
-        Cache {
+        KvCache {
             name,
             dtype,
             shape,
-            memory: Aligned::zeroed(bytes),
+            memory: AlignedBytes::zeroed(bytes),
         }
     }
 }

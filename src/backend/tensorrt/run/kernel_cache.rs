@@ -1,4 +1,4 @@
-//! Kernels that TensorRT compiled when it loaded a plan, kept for the next process.
+//! KernelCache that TensorRT compiled when it loaded a plan, kept for the next process.
 //!
 //! One file a plan, GPU, driver and library version; a file under another key is never looked at, one that TensorRT does
 //! not take is ignored and replaced. Nothing here can fail a load: without the file it only takes longer.
@@ -9,14 +9,14 @@ use std::time::Duration;
 use super::Runtime;
 use crate::backend::tensorrt::flavour::KernelStore;
 
-pub(super) struct Kernels {
+pub(super) struct KernelCache {
     file: PathBuf,
     store: KernelStore,
     /// Hash of what the file holds.
     kept: Option<blake3::Hash>,
 }
 
-impl Kernels {
+impl KernelCache {
     /// Gives TensorRT what was kept for this plan, if anything.
     pub fn open(folder: &Path, plan: &[u8], runtime: &Runtime, store: KernelStore) -> Self {
         let facts = runtime.cuda().facts();
@@ -34,7 +34,7 @@ impl Kernels {
                 false => drop(runtime.capture.take_errors()),
             }
         }
-        Kernels { file, store, kept }
+        KernelCache { file, store, kept }
     }
 
     pub fn store(&self) -> &KernelStore {

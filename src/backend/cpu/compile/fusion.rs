@@ -9,8 +9,8 @@ use std::collections::BTreeSet;
 use super::super::error::CpuError;
 use super::super::kernels::rows::{Class, Op};
 use super::super::program::Work;
-use super::super::view::View;
-use super::rows::{Builder, NOWHERE, Virtual};
+use super::super::strided_view::View;
+use super::row_builder::{NOWHERE, RowProgramBuilder, Virtual};
 use super::{Compiler, per_item};
 use crate::network::{LayerKind, UnaryOp};
 
@@ -146,7 +146,7 @@ impl Compiler<'_> {
         let whole = group.iter().any(|layer| {
             Self::needs_whole_row(&network.layers[*layer].kind) || self.iterates(*layer) != space.as_slice()
         });
-        let mut builder = Builder::new(space, whole);
+        let mut builder = RowProgramBuilder::new(space, whole);
         for index in &group {
             let layer = &network.layers[*index];
             let mut arguments = Vec::with_capacity(layer.inputs.len());
@@ -175,7 +175,7 @@ impl Compiler<'_> {
     }
 
     /// Adds one layer's operation to a row program; stores its result in `to` if that is given.
-    fn translate(&self, builder: &mut Builder, index: usize, arguments: &[Virtual], to: Option<View>) {
+    fn translate(&self, builder: &mut RowProgramBuilder, index: usize, arguments: &[Virtual], to: Option<View>) {
         let network = self.network;
         let layer = &network.layers[index];
         let output = layer.outputs[0];
@@ -305,7 +305,7 @@ impl Compiler<'_> {
         }
         let space = joined[0].shape.clone();
         let class = self.class(output);
-        let mut builder = Builder::new(space.clone(), true);
+        let mut builder = RowProgramBuilder::new(space.clone(), true);
         let arguments: Vec<Virtual> = joined.iter().map(|view| builder.read(view, class)).collect();
         let target = if matches!(layer.kind, LayerKind::Reduce { .. }) {
             let mut shape = space.clone();
@@ -330,13 +330,13 @@ impl Compiler<'_> {
     /// A step that copies `from` to `to`, of equal shapes, converting storage.
     pub(super) fn copy(&mut self, from: &View, to: &View, layer: &str) {
         let class = Class::of(from.storage);
-        let mut builder = Builder::new(to.shape.clone(), false);
+        let mut builder = RowProgramBuilder::new(to.shape.clone(), false);
         let register = builder.read(from, class);
         builder.store(register, class, to);
         self.push_rows(builder, layer);
     }
 
-    fn push_rows(&mut self, builder: Builder, layer: &str) {
+    fn push_rows(&mut self, builder: RowProgramBuilder, layer: &str) {
         let (reads, writes) = builder.buffers();
         let (program, heavy) = builder.build();
         let units = program.units();

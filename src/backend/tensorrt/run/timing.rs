@@ -1,50 +1,58 @@
-//! How long an engine takes, with made-up numbers in every input: for tuners and experiments, which have engines but no
+//! How long an engine takes, with synthetic numbers in every input: for tuners and experiments, which have engines but no
 //! session. Times of matrix products and attention do not depend on the numbers as long as they are finite.
 
 use std::collections::BTreeMap;
-use std::rc::Rc;
 use std::time::Duration;
 
-use super::{Buffer, Engine, Event, RunError, Runtime, Stream};
+use super::{Buffer, Engine, Event, Rows, RunError, Stream};
 use crate::network::Network;
 use crate::tensor::{DType, Tensor};
 
-/// Memory for every port of an engine, bound to it. Weights and caches hold numbers about 0.03 in size, so that long chains
+/// An engine with memory of its own for every port. Weights and caches hold numbers about 0.03 in size, so that long chains
 /// neither vanish nor overflow; integers are 0.
-pub struct MadeUp {
+pub struct SyntheticEngine {
+    /// Dropped before the memory that it is bound to, and never lent to be run by others.
+    engine: Engine,
     buffers: BTreeMap<String, Buffer>,
     scratch: Buffer,
 }
 
-impl MadeUp {
-    /// `network` is the one that the engine was built from, which knows whose memory an updated cache is in. The engine
-    /// must not run after this is dropped.
-    pub fn bind(runtime: &Rc<Runtime>, engine: &mut Engine, network: &Network) -> Result<Self, RunError> {
-        let cuda = runtime.cuda();
-        let stream = Stream::new(cuda)?;
+impl SyntheticEngine {
+    /// `network` is the one that the engine was built from, which knows whose memory an updated cache is in.
+    pub fn new(mut engine: Engine, network: &Network) -> Result<Self, RunError> {
+        let cuda = engine.plan().runtime.cuda().clone();
+        let stream = Stream::new(&cuda)?;
         let name = |id| network.tensor(id).name.clone();
         let caches: BTreeMap<String, String> = network.aliases().map(|(from, to)| (name(to), name(from))).collect();
         let mut buffers: BTreeMap<String, Buffer> = BTreeMap::new();
         let mut ports = engine.ports().to_vec();
         ports.sort_by_key(|port| !port.is_input);
         for port in ports {
-            let address = match caches.get(&port.name).and_then(|cache| buffers.get(cache)) {
+            let bytes = port.bytes(engine.tokens());
+            let cache = caches.get(&port.name).and_then(|cache| buffers.get(cache));
+            let address = match cache.filter(|cache| cache.bytes() >= bytes) {
                 Some(cache) => cache.address(),
                 None => {
-                    let buffer = Buffer::new(cuda, port.bytes(engine.tokens()), &port.name)?;
+                    let buffer = Buffer::new(&cuda, bytes, &port.name)?;
                     fill(&stream, &buffer, port.dtype)?;
                     let address = buffer.address();
                     buffers.insert(port.name.clone(), buffer);
                     address
                 }
             };
-            // SAFETY: of the port's size, and held by this struct, which outlives the engine's runs by contract.
+            // SAFETY: of the port's size for the tokens that are set, which stay: the engine ends up in the struct below,
+            // which keeps the memory until the engine is dropped and sets no others. If a later line fails, the engine is
+            // dropped without a run.
             unsafe { engine.bind([(port.name.as_str(), address)])? };
         }
-        let scratch = Buffer::new(cuda, engine.scratch_bytes(), "working memory")?;
-        // SAFETY: as above.
+        let scratch = Buffer::new(&cuda, engine.scratch_bytes(), "working memory")?;
+        // SAFETY: as above; nothing else is given this memory.
         unsafe { engine.set_scratch(&scratch) };
-        Ok(MadeUp { buffers, scratch })
+        Ok(SyntheticEngine {
+            engine,
+            buffers,
+            scratch,
+        })
     }
 
     /// Sets every element of an i32 input, for example all positions to the last live slot.
@@ -60,11 +68,17 @@ impl MadeUp {
         let ports: usize = self.buffers.values().map(Buffer::bytes).sum();
         (ports + self.scratch.bytes()) as u64
     }
+
+    /// GPU time of one run: see [`time`].
+    pub fn time(&mut self, stream: &Stream, runs: u32) -> Result<Duration, RunError> {
+        time(&mut self.engine, stream, runs)
+    }
 }
 
 /// GPU time of one run: the mean of `runs` in a row, after some to warm up.
-pub fn time(runtime: &Rc<Runtime>, engine: &mut Engine, stream: &Stream, runs: u32) -> Result<Duration, RunError> {
-    let (start, end) = (Event::new(runtime.cuda())?, Event::new(runtime.cuda())?);
+pub fn time(engine: &mut Engine, stream: &Stream, runs: u32) -> Result<Duration, RunError> {
+    let cuda = engine.plan().runtime.cuda().clone();
+    let (start, end) = (Event::new(&cuda)?, Event::new(&cuda)?);
     for _ in 0..4 {
         engine.enqueue(stream)?;
     }
@@ -98,11 +112,15 @@ fn fill(stream: &Stream, buffer: &Buffer, dtype: DType) -> Result<(), RunError> 
     let mut done = block.data().len();
     while done < buffer.bytes() {
         let now = done.min(buffer.bytes() - done);
-        let (from, to) = (buffer.address(), buffer.address() + done as u64);
         let rows = now / BLOCK;
-        stream.copy_rows((from, BLOCK), (to, BLOCK), BLOCK, rows)?;
-        let behind = (rows * BLOCK) as u64;
-        stream.copy_rows((from + behind, BLOCK), (to + behind, BLOCK), now % BLOCK, 1)?;
+        let at = |at: usize| Rows {
+            buffer,
+            at,
+            pitch: BLOCK,
+        };
+        stream.copy_rows(at(0), at(done), BLOCK, rows)?;
+        let behind = rows * BLOCK;
+        stream.copy_rows(at(behind), at(done + behind), now % BLOCK, 1)?;
         done += now;
     }
     stream.wait()

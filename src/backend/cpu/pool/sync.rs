@@ -1,0 +1,42 @@
+//! The atomics, locks and threads of the pool: the standard library's, or loom's under `--cfg loom`, which runs every
+//! order in which threads can see each other's writes.
+
+#[cfg(loom)]
+pub(super) use loom::{
+    hint::spin_loop,
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    },
+    thread::{JoinHandle, yield_now},
+};
+#[cfg(not(loom))]
+pub(super) use std::{
+    hint::spin_loop,
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    },
+    thread::{JoinHandle, yield_now},
+};
+
+/// A thread of this name. Panics where the system refuses another.
+pub(super) fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+    #[cfg(loom)]
+    use loom::thread::Builder;
+    #[cfg(not(loom))]
+    use std::thread::Builder;
+
+    let spawned = Builder::new().name(name).spawn(work);
+    spawned.expect("the system refuses another thread")
+}
+
+/// Sets what no other thread sees now.
+pub(super) fn set(atomic: &mut AtomicUsize, value: usize) {
+    #[cfg(loom)]
+    atomic.with_mut(|number| *number = value);
+    #[cfg(not(loom))]
+    {
+        *atomic.get_mut() = value;
+    }
+}
