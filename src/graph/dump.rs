@@ -19,8 +19,7 @@
 use std::collections::HashSet;
 use std::fmt::{self, Display, Write};
 
-use super::attributes::Attribute;
-use super::{Definition, Graph, Node, ValueId};
+use super::{Attribute, Definition, Graph, Node, ValueId};
 use crate::tensor::Tensor;
 
 /// Constants up to this many elements are shown with their values.

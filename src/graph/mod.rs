@@ -36,24 +36,20 @@
 //! `Transpose(perm = [1, 0])` by `MatMul`; a bias is an `Add` after it. `batch` is the constant 1 where the export
 //! fixed it.
 
-pub mod attributes;
 pub mod constant;
 pub mod dump;
 pub mod eval;
 pub mod infer;
-mod names;
 pub mod op;
 mod transform;
 pub mod verify;
 
 use std::collections::{HashMap, HashSet};
 
-pub use attributes::Attribute;
 pub use constant::{Constant, ConstantError, ConstantSource, Transform};
 pub use dump::dump;
 pub use infer::{Contents, InferError, InferenceFacts, bind_input_dims, infer};
-pub use names::MICROSOFT;
-pub use op::Op;
+pub use op::{Attribute, MICROSOFT, Op};
 pub use verify::{Obstacle, Obstacles, verify};
 
 use crate::dim::Dim;

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
-use super::op::{Binary, Op, Reduction, Unary};
+use super::op::Op;
 use super::{Definition, Graph, Node, ValueId};
 use crate::tensor::DType;
 
@@ -179,176 +179,9 @@ fn untyped(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
     }
 }
 
-/// Element types an operand may have.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum ElementTypes {
-    Any,
-    Float,
-    Number,
-    /// i32 or i64.
-    Index,
-    I32,
-    I64,
-    Bool,
-}
-
-impl ElementTypes {
-    fn takes(self, dtype: DType) -> bool {
-        match self {
-            ElementTypes::Any => true,
-            ElementTypes::Float => dtype.is_float(),
-            ElementTypes::Number => dtype != DType::Bool,
-            ElementTypes::Index => matches!(dtype, DType::I32 | DType::I64),
-            ElementTypes::I32 => dtype == DType::I32,
-            ElementTypes::I64 => dtype == DType::I64,
-            ElementTypes::Bool => dtype == DType::Bool,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            ElementTypes::Any => "anything",
-            ElementTypes::Float => "a float type",
-            ElementTypes::Number => "a number",
-            ElementTypes::Index => "i32 or i64",
-            ElementTypes::I32 => "i32",
-            ElementTypes::I64 => "i64",
-            ElementTypes::Bool => "bool",
-        }
-    }
-}
-
-/// One input: its types, and whether it must have the type of the first input marked so.
-type Slot = (ElementTypes, bool);
-
-struct Signature {
-    slots: &'static [Slot],
-    /// The first so many inputs must be there.
-    required: usize,
-    /// The last slot may be repeated.
-    variadic: bool,
-    outputs: usize,
-}
-
-const T: bool = true;
-const U: bool = false;
-
-fn signature(op: &Op) -> Signature {
-    use ElementTypes::{Any, Bool, Float, I32, I64, Index, Number};
-    let of = |slots: &'static [Slot], required: usize| Signature {
-        slots,
-        required,
-        variadic: false,
-        outputs: 1,
-    };
-    match op {
-        Op::Unary(op) => match op {
-            Unary::Not => of(&[(Bool, U)], 1),
-            Unary::Abs | Unary::Neg | Unary::Relu | Unary::Sign => of(&[(Number, U)], 1),
-            _ => of(&[(Float, U)], 1),
-        },
-        Op::Binary(op) => match op {
-            Binary::And | Binary::Or | Binary::Xor => of(&[(Bool, U), (Bool, U)], 2),
-            Binary::Equal => of(&[(Any, T), (Any, T)], 2),
-            Binary::Pow => of(&[(Number, U), (Number, U)], 2),
-            _ => of(&[(Number, T), (Number, T)], 2),
-        },
-        Op::Gelu { .. } | Op::Swish { .. } | Op::Softmax { .. } | Op::LogSoftmax { .. } => of(&[(Float, U)], 1),
-        Op::Clip => of(&[(Number, T), (Number, T), (Number, T)], 1),
-        Op::Identity | Op::Cast { .. } | Op::Transpose { .. } | Op::Flatten { .. } => of(&[(Any, U)], 1),
-        Op::Shape { .. } | Op::Size => of(&[(Any, U)], 1),
-        Op::CastLike => of(&[(Any, U), (Any, U)], 2),
-        Op::Where => of(&[(Bool, U), (Any, T), (Any, T)], 3),
-        Op::MatMul | Op::FusedMatMul { .. } => of(&[(Number, T), (Number, T)], 2),
-        Op::Gemm { .. } => of(&[(Number, T), (Number, T), (Number, T)], 2),
-        Op::Reduce { reduction, .. } => match reduction {
-            Reduction::Max | Reduction::Min => of(&[(Any, U), (I64, U)], 1),
-            _ => of(&[(Number, U), (I64, U)], 1),
-        },
-        Op::CumSum { .. } => of(&[(Number, U), (Index, U)], 2),
-        Op::Reshape { .. } | Op::Unsqueeze | Op::Expand | Op::Tile => of(&[(Any, U), (I64, U)], 2),
-        Op::Squeeze | Op::Trilu { .. } => of(&[(Any, U), (I64, U)], 1),
-        Op::Concat { .. } => Signature {
-            variadic: true,
-            ..of(&[(Any, T)], 1)
-        },
-        Op::Split { .. } => Signature {
-            outputs: usize::MAX,
-            ..of(&[(Any, U), (I64, U)], 1)
-        },
-        Op::Slice => of(&[(Any, U), (Index, T), (Index, T), (Index, T), (Index, T)], 3),
-        Op::Gather { .. } | Op::GatherElements { .. } => of(&[(Any, U), (Index, U)], 2),
-        Op::GatherNd { .. } => of(&[(Any, U), (I64, U)], 2),
-        Op::Range => of(&[(Number, T), (Number, T), (Number, T)], 3),
-        Op::ConstantOfShape { .. } => of(&[(I64, U)], 1),
-        Op::ScatterNd { .. } => of(&[(Any, T), (I64, U), (Any, T)], 3),
-        Op::ScatterElements { .. } => of(&[(Any, T), (Index, U), (Any, T)], 3),
-        Op::TensorScatter { .. } => of(&[(Any, T), (Any, T), (I64, U)], 2),
-        // ONNX Runtime's scale and bias may have another float type than x, which the statistics in fp32 allow.
-        Op::LayerNormalization { .. } => Signature {
-            outputs: 3,
-            ..of(&[(Float, U), (Float, U), (Float, U)], 2)
-        },
-        Op::RmsNormalization { .. } => Signature {
-            outputs: 2,
-            ..of(&[(Float, U), (Float, U)], 2)
-        },
-        Op::RotaryEmbedding { .. } => of(&[(Float, T), (Float, T), (Float, T), (I64, U)], 3),
-        Op::ContribRotaryEmbedding { .. } => of(&[(Float, T), (I64, U), (Float, T), (Float, T)], 4),
-        Op::Attention(_) => Signature {
-            outputs: 4,
-            ..of(
-                &[
-                    (Float, T),
-                    (Float, T),
-                    (Float, T),
-                    (Any, U),
-                    (Float, T),
-                    (Float, T),
-                    (I64, U),
-                ],
-                3,
-            )
-        },
-        Op::GroupQueryAttention(_) => Signature {
-            outputs: 3,
-            ..of(
-                &[
-                    (Float, T),
-                    (Float, T),
-                    (Float, T),
-                    (Float, T),
-                    (Float, T),
-                    (I32, U),
-                    (I32, U),
-                    (Float, T),
-                    (Float, T),
-                    (I64, U),
-                    (Float, T),
-                    (Float, T),
-                ],
-                1,
-            )
-        },
-        Op::SkipRmsNormalization { .. } => Signature {
-            outputs: 4,
-            ..of(&[(Float, T), (Float, T), (Float, T), (Float, T)], 3)
-        },
-        Op::SkipLayerNormalization { .. } => Signature {
-            outputs: 4,
-            ..of(&[(Float, T), (Float, T), (Float, T), (Float, T), (Float, T)], 3)
-        },
-        Op::Unknown { .. } => Signature {
-            variadic: true,
-            outputs: usize::MAX,
-            ..of(&[(Any, U)], 0)
-        },
-    }
-}
-
 /// Whether inputs and outputs are as many as the operator has.
 fn arity(node: &Node, obstacles: &mut Vec<Obstacle>) -> bool {
-    let signature = signature(&node.op);
+    let info = node.op.info();
     let mut wrong = |reason: String| {
         obstacles.push(Obstacle::Arity {
             node: node.name.clone(),
@@ -357,52 +190,46 @@ fn arity(node: &Node, obstacles: &mut Vec<Obstacle>) -> bool {
         });
         false
     };
-    // Lengths stand behind optional keys and caches.
-    let behind: &[usize] = match node.op {
-        Op::GroupQueryAttention(_) => &[5, 6],
-        _ => &[],
-    };
-    let mut required = (0..signature.required).chain(behind.iter().copied());
+    let mut required = (0..info.inputs.len()).filter(|i| !info.inputs[*i].optional);
     if let Some(missing) = required.find(|i| node.input(*i).is_none()) {
         return wrong(format!("has no input {missing}, which it needs"));
     }
-    if signature.variadic && node.inputs.iter().any(Option::is_none) {
+    if info.variadic && node.inputs.iter().any(Option::is_none) {
         return wrong("leaves out one of its inputs".to_string());
     }
-    let (inputs, most) = (node.inputs.len(), signature.slots.len());
-    if inputs > most && !signature.variadic {
+    let (inputs, most) = (node.inputs.len(), info.inputs.len());
+    if inputs > most && !info.variadic {
         return wrong(format!("has {inputs} inputs, and takes {most} at most"));
     }
     let outputs = node.outputs.len();
-    if outputs > signature.outputs {
-        return wrong(format!(
-            "has {outputs} outputs, and gives {} at most",
-            signature.outputs
-        ));
+    if outputs > info.outputs {
+        return wrong(format!("has {outputs} outputs, and gives {} at most", info.outputs));
     }
     true
 }
 
 fn dtypes(graph: &Graph, node: &Node, obstacles: &mut Vec<Obstacle>) {
-    let signature = signature(&node.op);
-    let mut model: Option<(String, DType)> = None;
+    let info = node.op.info();
+    let mut first: Option<(String, DType)> = None;
     for (i, input) in node.inputs.iter().enumerate() {
         let Some(value) = input.map(|v| graph.value(v)) else {
             continue;
         };
         let Some(dtype) = value.dtype else { continue };
-        let (kind, same) = signature.slots[i.min(signature.slots.len() - 1)];
-        if !kind.takes(dtype) {
+        let Some(allowed) = info.inputs.get(i).or(info.inputs.last()) else {
+            continue;
+        };
+        if !allowed.types.takes(dtype) {
             obstacles.push(Obstacle::DType {
                 node: node.name.clone(),
                 op: node.op.name(),
                 operand: value.name.clone(),
                 dtype,
-                wanted: kind.name(),
+                wanted: allowed.types.name(),
             });
-        } else if same {
-            match &model {
-                None => model = Some((value.name.clone(), dtype)),
+        } else if allowed.same {
+            match &first {
+                None => first = Some((value.name.clone(), dtype)),
                 Some(first) if first.1 != dtype => obstacles.push(Obstacle::MixedDTypes {
                     node: node.name.clone(),
                     op: node.op.name(),

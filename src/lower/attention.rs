@@ -6,11 +6,12 @@
 
 use super::AttentionForm;
 use super::context::{Lowered, Lowering};
+use super::dispatch::no_lowering;
 use super::error::Reason;
 use super::linear::volume;
 use crate::dim::Dim;
-use crate::graph::Node;
 use crate::graph::op::Attention;
+use crate::graph::{Node, Op};
 use crate::network::{Activation, Elementwise, LayerKind, MatrixOp, Shape, TensorId};
 use crate::tensor::{DType, Tensor};
 
@@ -28,6 +29,19 @@ const FOLDED_ROWS: usize = 1024;
 pub(super) const MASKED: f64 = -1e30;
 
 impl Lowering<'_> {
+    /// The operators of [`Family::Attention`](crate::graph::op::Family::Attention).
+    pub(super) fn attention_node(&mut self, node: &Node, name: &str) -> Lowered {
+        match &node.op {
+            Op::Attention(attributes) => self.attention(node, name, attributes),
+            Op::RotaryEmbedding {
+                interleaved,
+                num_heads,
+                rotary_dim,
+            } => self.rotary(node, name, *interleaved, *num_heads, *rotary_dim),
+            _ => no_lowering(node),
+        }
+    }
+
     pub(super) fn attention(&mut self, node: &Node, name: &str, attributes: &Attention) -> Lowered {
         if attributes.is_causal {
             return Reason::unsupported("is_causal: the canonical graph has its mask as an input");

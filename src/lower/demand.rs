@@ -36,20 +36,17 @@ pub(super) fn demand(graph: &Graph) -> Demand {
 pub(super) fn data_inputs(graph: &Graph, node: &Node) -> Vec<ValueId> {
     let at = |indices: &[usize]| -> Vec<ValueId> { indices.iter().filter_map(|i| node.input(*i)).collect() };
     match &node.op {
-        Op::Reshape { .. }
-        | Op::Expand
-        | Op::Slice
-        | Op::Squeeze
-        | Op::Unsqueeze
-        | Op::Tile
-        | Op::Split { .. }
-        | Op::Reduce { .. }
-        | Op::CastLike => at(&[0]),
         Op::Range => at(&[0]).into_iter().filter(|v| graph.constant(*v).is_none()).collect(),
-        Op::ConstantOfShape { .. } | Op::Shape { .. } | Op::Size => Vec::new(),
         // The product reads through a transpose of its operands.
         Op::MatMul => at(&[0, 1]).into_iter().map(|v| through_transpose(graph, v).0).collect(),
-        _ => node.inputs.iter().flatten().copied().collect(),
+        op => {
+            let info = op.info();
+            let is_data = |i: &usize| !info.inputs.get(*i).is_some_and(|input| input.parameter);
+            (0..node.inputs.len())
+                .filter(is_data)
+                .filter_map(|i| node.input(i))
+                .collect()
+        }
     }
 }
 

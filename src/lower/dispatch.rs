@@ -1,8 +1,9 @@
-//! Which room lowers which operator, and what is said of those that none does.
+//! Which file lowers which operator: that of its family; and what is reported of operators without a lowering.
 
 use super::context::{Lowered, Lowering};
 use super::error::Reason;
-use crate::graph::{Node, NodeId, Op};
+use crate::graph::op::Family;
+use crate::graph::{MICROSOFT, Node, NodeId, Op};
 
 impl Lowering<'_> {
     /// Lowers one node; its outputs are known afterwards.
@@ -27,73 +28,25 @@ impl Lowering<'_> {
     }
 
     fn first_output(&mut self, node: &Node, name: &str) -> Lowered {
-        match &node.op {
-            Op::Unary(op) => self.unary(node, name, *op),
-            Op::Binary(op) => self.binary(node, name, *op),
-            Op::Gelu { tanh } => self.gelu(node, name, *tanh),
-            Op::Swish { alpha } => self.swish(node, name, *alpha),
-            Op::Clip => self.clip(node, name),
-            Op::Cast { to } => self.cast(node, name, *to),
-            Op::CastLike => self.cast_like(node, name),
-            Op::Where => self.select(node, name),
-            Op::Softmax { axis } => self.softmax(node, name, *axis, false),
-            Op::LogSoftmax { axis } => self.softmax(node, name, *axis, true),
-            Op::Reduce {
-                reduction,
-                keepdims,
-                noop_with_empty_axes,
-            } => self.reduce(node, name, *reduction, *keepdims, *noop_with_empty_axes),
-            Op::MatMul => self.matmul(node, name),
-            Op::Gemm {
-                alpha,
-                beta,
-                trans_a,
-                trans_b,
-            } => self.gemm(node, name, [*alpha, *beta], [*trans_a, *trans_b]),
-            Op::FusedMatMul {
-                alpha,
-                trans_a,
-                trans_b,
-            } => self.fused_matmul(node, name, *alpha, [*trans_a, *trans_b]),
-            Op::LayerNormalization { axis, epsilon } => self.layer_norm(node, name, *axis, *epsilon),
-            Op::RmsNormalization { axis, epsilon } => self.rms_norm(node, name, *axis, *epsilon),
-            Op::RotaryEmbedding {
-                interleaved,
-                num_heads,
-                rotary_dim,
-            } => self.rotary(node, name, *interleaved, *num_heads, *rotary_dim),
-            Op::Attention(attributes) => self.attention(node, name, attributes),
-            Op::TensorScatter { axis, circular } => self.cache_update(node, name, *axis, *circular),
-            Op::Identity => self.data(node, 0),
-            Op::Reshape { allowzero } => self.reshape_node(node, name, *allowzero),
-            Op::Flatten { axis } => self.flatten(node, name, *axis),
-            Op::Squeeze => self.squeeze(node, name),
-            Op::Unsqueeze => self.unsqueeze(node, name),
-            Op::Transpose { perm } => self.transpose_node(node, name, perm.as_deref()),
-            Op::Expand => self.expand_node(node, name),
-            Op::Tile => self.tile(node, name),
-            Op::Concat { axis } => self.concat(node, name, *axis),
-            Op::Slice => self.slice(node, name),
-            Op::Gather { axis } => self.gather(node, name, *axis),
-            Op::Range => self.range(node, name),
-            Op::ConstantOfShape { value } => self.constant_of_shape(node, name, value),
-            Op::Shape { .. } | Op::Size => self.known_contents(node, name),
-            Op::Split { .. } => unreachable!("split has several outputs and is lowered above"),
-            Op::GroupQueryAttention(_)
-            | Op::ContribRotaryEmbedding { .. }
-            | Op::SkipRmsNormalization { .. }
-            | Op::SkipLayerNormalization { .. } => {
-                Reason::unsupported("the passes rewrite this contrib operator, so the graph is not canonical")
-            }
-            Op::CumSum { .. }
-            | Op::GatherElements { .. }
-            | Op::GatherNd { .. }
-            | Op::Trilu { .. }
-            | Op::ScatterNd { .. }
-            | Op::ScatterElements { .. } => Reason::unsupported(
-                "this operator is lowered only as part of a mask, a rotary table or a cache that the passes recognise",
-            ),
-            Op::Unknown { .. } => Reason::unsupported("Lapidary does not know this operator"),
+        match node.op.info().family {
+            Family::Elementwise => self.elementwise_node(node, name),
+            Family::Reduction => self.reduction_node(node, name),
+            Family::Product => self.product_node(node, name),
+            Family::Normalization => self.normalization_node(node, name),
+            Family::Movement => self.movement_node(node, name),
+            Family::Indexing => self.indexing_node(node, name),
+            Family::Attention => self.attention_node(node, name),
+            Family::Unknown => Reason::unsupported("Lapidary does not know this operator"),
         }
     }
+}
+
+/// For an operator that its family's file does not list.
+pub(super) fn no_lowering<T>(node: &Node) -> Lowered<T> {
+    if node.op.domain() == MICROSOFT {
+        return Reason::unsupported("the passes rewrite this contrib operator, so the graph is not canonical");
+    }
+    Reason::unsupported(
+        "this operator is lowered only as part of a mask, a rotary table or a cache that the passes recognise",
+    )
 }

@@ -5,13 +5,44 @@
 //! which are exact for negative bases.
 
 use super::context::{Lowered, Lowering, network_dtype};
+use super::dispatch::no_lowering;
 use super::error::Reason;
 use crate::graph::Node;
-use crate::graph::op::{Binary, Reduction, Unary};
+use crate::graph::op::{Binary, Op, Reduction, Unary};
 use crate::network::{Activation, Elementwise, LayerKind, ReduceOp, TensorId, UnaryOp};
 use crate::tensor::DType;
 
 impl Lowering<'_> {
+    /// The operators of [`Family::Elementwise`](crate::graph::op::Family::Elementwise).
+    pub(super) fn elementwise_node(&mut self, node: &Node, name: &str) -> Lowered {
+        match &node.op {
+            Op::Unary(op) => self.unary(node, name, *op),
+            Op::Binary(op) => self.binary(node, name, *op),
+            Op::Gelu { tanh } => self.gelu(node, name, *tanh),
+            Op::Swish { alpha } => self.swish(node, name, *alpha),
+            Op::Clip => self.clip(node, name),
+            Op::Cast { to } => self.cast(node, name, *to),
+            Op::CastLike => self.cast_like(node, name),
+            Op::Where => self.select(node, name),
+            Op::Identity => self.data(node, 0),
+            _ => no_lowering(node),
+        }
+    }
+
+    /// The operators of [`Family::Reduction`](crate::graph::op::Family::Reduction).
+    pub(super) fn reduction_node(&mut self, node: &Node, name: &str) -> Lowered {
+        match &node.op {
+            Op::Softmax { axis } => self.softmax(node, name, *axis, false),
+            Op::LogSoftmax { axis } => self.softmax(node, name, *axis, true),
+            Op::Reduce {
+                reduction,
+                keepdims,
+                noop_with_empty_axes,
+            } => self.reduce(node, name, *reduction, *keepdims, *noop_with_empty_axes),
+            _ => no_lowering(node),
+        }
+    }
+
     pub(super) fn unary(&mut self, node: &Node, name: &str, op: Unary) -> Lowered {
         let x = self.data(node, 0)?;
         let whole = !self.b.dtype(x).is_float();

@@ -1,11 +1,22 @@
-//! `Gather`: rows of an embedding, or one element of an axis.
+//! Operators that index: `Gather` reads rows of an embedding or one element of an axis; the cache's `TensorScatter` is
+//! in `attention`.
 
 use super::context::{Lowered, Lowering};
-use crate::graph::Node;
+use super::dispatch::no_lowering;
+use crate::graph::{Node, Op};
 use crate::network::LayerKind;
 use crate::tensor::{DType, Tensor};
 
 impl Lowering<'_> {
+    /// The operators of [`Family::Indexing`](crate::graph::op::Family::Indexing).
+    pub(super) fn indexing_node(&mut self, node: &Node, name: &str) -> Lowered {
+        match &node.op {
+            Op::Gather { axis } => self.gather(node, name, *axis),
+            Op::TensorScatter { axis, circular } => self.cache_update(node, name, *axis, *circular),
+            _ => no_lowering(node),
+        }
+    }
+
     pub(super) fn gather(&mut self, node: &Node, name: &str, axis: i64) -> Lowered {
         let data = self.data(node, 0)?;
         let shape = self.b.shape(data).clone();

@@ -6,9 +6,10 @@
 use super::LinearForm;
 use super::context::{Lowered, Lowering, one};
 use super::demand::through_transpose;
+use super::dispatch::no_lowering;
 use super::error::Reason;
 use crate::dim::Dim;
-use crate::graph::Node;
+use crate::graph::{Node, Op};
 use crate::network::{Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId, WeightMode};
 use crate::tensor::DType;
 
@@ -25,6 +26,25 @@ pub(super) fn volume(dims: &[Dim]) -> Dim {
 }
 
 impl Lowering<'_> {
+    /// The operators of [`Family::Product`](crate::graph::op::Family::Product).
+    pub(super) fn product_node(&mut self, node: &Node, name: &str) -> Lowered {
+        match &node.op {
+            Op::MatMul => self.matmul(node, name),
+            Op::Gemm {
+                alpha,
+                beta,
+                trans_a,
+                trans_b,
+            } => self.gemm(node, name, [*alpha, *beta], [*trans_a, *trans_b]),
+            Op::FusedMatMul {
+                alpha,
+                trans_a,
+                trans_b,
+            } => self.fused_matmul(node, name, *alpha, [*trans_a, *trans_b]),
+            _ => no_lowering(node),
+        }
+    }
+
     pub(super) fn matmul(&mut self, node: &Node, name: &str) -> Lowered {
         let mut sides = [(TensorId(0), false); 2];
         for (i, side) in sides.iter_mut().enumerate() {

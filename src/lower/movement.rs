@@ -4,15 +4,36 @@
 //! dims of 1, as every head split in decode does, is a reshape.
 
 use super::context::{Lowered, Lowering, one};
+use super::dispatch::no_lowering;
 use super::error::Reason;
 use super::linear::volume;
 use crate::dim::Dim;
-use crate::graph::Node;
 use crate::graph::eval::slice_range;
+use crate::graph::{Node, Op};
 use crate::network::{LayerKind, Shape, TensorId};
 use crate::tensor::{DType, Tensor};
 
 impl Lowering<'_> {
+    /// The operators of [`Family::Movement`](crate::graph::op::Family::Movement).
+    pub(super) fn movement_node(&mut self, node: &Node, name: &str) -> Lowered {
+        match &node.op {
+            Op::Reshape { allowzero } => self.reshape_node(node, name, *allowzero),
+            Op::Flatten { axis } => self.flatten(node, name, *axis),
+            Op::Squeeze => self.squeeze(node, name),
+            Op::Unsqueeze => self.unsqueeze(node, name),
+            Op::Transpose { perm } => self.transpose_node(node, name, perm.as_deref()),
+            Op::Expand => self.expand_node(node, name),
+            Op::Tile => self.tile(node, name),
+            Op::Concat { axis } => self.concat(node, name, *axis),
+            Op::Split { .. } => unreachable!("split has several outputs and is lowered by `node`"),
+            Op::Slice => self.slice(node, name),
+            Op::Range => self.range(node, name),
+            Op::ConstantOfShape { value } => self.constant_of_shape(node, name, value),
+            Op::Shape { .. } | Op::Size => self.known_contents(node, name),
+            _ => no_lowering(node),
+        }
+    }
+
     pub(super) fn reshape_node(&mut self, node: &Node, name: &str, allow_zero: bool) -> Lowered {
         let x = self.data(node, 0)?;
         let from = self.b.shape(x).clone();

@@ -5,12 +5,22 @@
 //! where the model is fp32.
 
 use super::context::{Lowered, Lowering, one};
+use super::dispatch::no_lowering;
 use crate::dim::Dim;
-use crate::graph::Node;
+use crate::graph::{Node, Op};
 use crate::network::{Elementwise, LayerKind, ReduceOp, TensorId, UnaryOp};
 use crate::tensor::{DType, Tensor};
 
 impl Lowering<'_> {
+    /// The operators of [`Family::Normalization`](crate::graph::op::Family::Normalization).
+    pub(super) fn normalization_node(&mut self, node: &Node, name: &str) -> Lowered {
+        match &node.op {
+            Op::LayerNormalization { axis, epsilon } => self.layer_norm(node, name, *axis, *epsilon),
+            Op::RmsNormalization { axis, epsilon } => self.rms_norm(node, name, *axis, *epsilon),
+            _ => no_lowering(node),
+        }
+    }
+
     pub(super) fn rms_norm(&mut self, node: &Node, name: &str, axis: i64, epsilon: f32) -> Lowered {
         let part = |part: &str| format!("{name}/{part}");
         let x = self.data(node, 0)?;

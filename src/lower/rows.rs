@@ -13,6 +13,7 @@ use super::context::{Lowered, Lowering};
 use super::demand::{Demand, data_inputs, through_transpose};
 use super::error::Reason;
 use crate::dim::{Dim, Sym};
+use crate::graph::op::RowWise;
 use crate::graph::{Graph, Node, NodeId, Op, ValueId};
 use crate::network::{Elementwise, LayerKind, Logits, MatrixOp, Profile, TensorId, Tokens};
 use crate::tensor::DType;
@@ -64,19 +65,17 @@ pub(super) fn row_wise(graph: &Graph, demand: &Demand, profile: &Profile) -> Has
 /// Whether row `[b, t, :]` of the output is computed from rows `[b, t, :]` of the inputs.
 fn is_row_wise(graph: &Graph, node: &Node) -> bool {
     let last_axis = |axis: i64| axis == -1 || axis == 2;
-    let last_only = match &node.op {
-        Op::Unary(_) | Op::Binary(_) | Op::Gelu { .. } | Op::Swish { .. } => true,
-        Op::Identity | Op::Cast { .. } | Op::Where | Op::Clip => true,
-        Op::Softmax { axis } | Op::LogSoftmax { axis } => last_axis(*axis),
-        Op::LayerNormalization { axis, .. } | Op::RmsNormalization { axis, .. } => last_axis(*axis),
-        Op::MatMul => {
-            let weight = node.input(1).map(|v| through_transpose(graph, v).0);
-            let matrix = weight
-                .and_then(|v| graph.constant(v))
-                .is_some_and(|c| c.shape().len() == 2);
-            return matrix && node.input(0).is_some_and(|v| has_token_axis(graph, v));
-        }
-        _ => false,
+    if node.op == Op::MatMul {
+        let weight = node.input(1).map(|v| through_transpose(graph, v).0);
+        let matrix = weight
+            .and_then(|v| graph.constant(v))
+            .is_some_and(|c| c.shape().len() == 2);
+        return matrix && node.input(0).is_some_and(|v| has_token_axis(graph, v));
+    }
+    let last_only = match node.op.info().row_wise {
+        RowWise::Always => true,
+        RowWise::OverLastAxis => node.op.axis().is_some_and(last_axis),
+        RowWise::Never => false,
     };
     let mut inputs = node.inputs.iter().flatten();
     last_only && inputs.all(|v| has_token_axis(graph, *v) || is_constant_row(graph, *v))

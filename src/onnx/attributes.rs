@@ -120,10 +120,9 @@ impl Attributes {
         Ok(self.float(name)?.unwrap_or(default))
     }
 
-    pub(super) fn string_or(&self, name: &str, default: &str) -> Result<String, Problem> {
+    pub(super) fn string(&self, name: &str) -> Result<Option<String>, Problem> {
         let text = |a: &AttributeProto| a.s.as_ref().and_then(|s| String::from_utf8(s.to_vec()).ok());
-        let found = self.typed(name, attribute_type::STRING, "a string", text, Some(String::new()))?;
-        Ok(found.unwrap_or_else(|| default.to_string()))
+        self.typed(name, attribute_type::STRING, "a string", text, Some(String::new()))
     }
 
     /// An empty list of another element type counts as an empty list of integers.

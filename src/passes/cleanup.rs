@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use super::PassError;
 use super::pattern::{finish, ints, node_of, same_shape, scalar};
 use crate::graph::constant::{Constant, ConstantSource};
-use crate::graph::op::{Binary, Op};
+use crate::graph::op::{Binary, Moves, Op};
 use crate::graph::{Graph, Node, ValueId};
 use crate::tensor::DType;
 
@@ -56,10 +56,7 @@ fn undone(graph: &Graph, output: ValueId) -> Option<ValueId> {
 
 /// Operators that keep the elements and their order.
 fn is_reshape(op: &Op) -> bool {
-    matches!(
-        op,
-        Op::Reshape { .. } | Op::Squeeze | Op::Unsqueeze | Op::Flatten { .. } | Op::Identity
-    )
+    op.info().moves == Moves::InOrder
 }
 
 /// A reshape of a reshape reads the first one's input, and two transposes become one.

@@ -62,15 +62,7 @@ pub fn is_canonical(op: &Op) -> bool {
     match op {
         Op::Attention(how) => !how.is_causal && how.q_num_heads.is_none() && how.scale.is_some(),
         Op::TensorScatter { axis, circular } => *axis == 2 && !circular,
-        Op::GroupQueryAttention(_)
-        | Op::ContribRotaryEmbedding { .. }
-        | Op::SkipRmsNormalization { .. }
-        | Op::SkipLayerNormalization { .. }
-        | Op::FusedMatMul { .. }
-        | Op::ScatterNd { .. }
-        | Op::ScatterElements { .. }
-        | Op::Unknown { .. } => false,
-        _ => true,
+        _ => op.info().canonical,
     }
 }
 

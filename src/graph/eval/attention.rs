@@ -1,10 +1,46 @@
-//! ONNX `Attention`, opset 23 and 24: <https://onnx.ai/onnx/operators/onnx__Attention.html>.
+//! ONNX `Attention`, opset 23 and 24 (<https://onnx.ai/onnx/operators/onnx__Attention.html>), and which file evaluates
+//! the other operators of its family.
 
 use super::array::{Result, broadcast, broadcast_offsets};
 use super::error::{EvalError, invalid, shape_error};
+use super::gqa::group_query_attention;
 use super::heads::{Heads, attend};
-use crate::graph::op::Attention;
+use super::rotary::{Rotary, contrib_rotary_embedding, rotary_embedding};
+use super::{Operands, no_evaluator};
+use crate::graph::op::{Attention, Op};
 use crate::tensor::{DType, Tensor};
+
+/// The operators of this family.
+pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> {
+    let (need, maybe) = (|i| operands.need(i), |i| operands.maybe(i));
+    Ok(match op {
+        Op::Attention(how) => attention(how, |i| maybe(i).cloned())?.map(Some).into(),
+        Op::GroupQueryAttention(how) => group_query_attention(how, |i| maybe(i).cloned())?.map(Some).into(),
+        Op::RotaryEmbedding {
+            interleaved,
+            num_heads,
+            rotary_dim,
+        }
+        | Op::ContribRotaryEmbedding {
+            interleaved,
+            num_heads,
+            rotary_dim,
+        } => {
+            let how = Rotary {
+                interleaved: *interleaved,
+                num_heads: *num_heads,
+                rotary_dim: *rotary_dim,
+            };
+            // The same operator twice, with the inputs in another order and other shapes of tables.
+            let y = match op {
+                Op::RotaryEmbedding { .. } => rotary_embedding(&how, need(0)?, need(1)?, need(2)?, maybe(3))?,
+                _ => contrib_rotary_embedding(&how, need(0)?, need(1)?, need(2)?, need(3)?)?,
+            };
+            vec![Some(y)]
+        }
+        _ => return no_evaluator(op),
+    })
+}
 
 /// Outputs `[y, present_key, present_value, scores]`.
 ///

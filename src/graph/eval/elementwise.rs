@@ -2,8 +2,26 @@
 
 use super::array::{Data, Result, broadcast, broadcast_offsets, expand, floats, ints, store};
 use super::error::{EvalError, invalid, shape_error};
-use crate::graph::op::{Binary, Unary};
+use super::{Operands, no_evaluator};
+use crate::graph::op::{Binary, Op, Unary};
 use crate::tensor::{DType, Tensor};
+/// The operators of this family.
+pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> {
+    let (need, maybe) = (|i| operands.need(i), |i| operands.maybe(i));
+    let result = match op {
+        Op::Unary(op) => unary(*op, need(0)?)?,
+        Op::Binary(op) => binary(*op, need(0)?, need(1)?)?,
+        Op::Gelu { tanh } => gelu(need(0)?, *tanh)?,
+        Op::Swish { alpha } => swish(need(0)?, *alpha)?,
+        Op::Clip => clip(need(0)?, maybe(1), maybe(2))?,
+        Op::Identity => need(0)?.clone(),
+        Op::Cast { to } => cast(need(0)?, *to),
+        Op::CastLike => cast(need(0)?, need(1)?.dtype()),
+        Op::Where => select(need(0)?, need(1)?, need(2)?)?,
+        _ => return no_evaluator(op),
+    };
+    Ok(vec![Some(result)])
+}
 
 pub(super) fn unary(op: Unary, x: &Tensor) -> Result<Tensor> {
     let (dtype, shape) = (x.dtype(), x.shape().to_vec());

@@ -2,8 +2,24 @@
 
 use super::array::{Data, Result, around, axis, index, store, strides, take, volume};
 use super::error::{invalid, shape_error};
-use crate::graph::op::ScatterMode;
+use super::{Operands, no_evaluator};
+use crate::graph::op::{Op, ScatterMode};
 use crate::tensor::Tensor;
+
+/// The operators of this family.
+pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> {
+    let (need, maybe) = (|i| operands.need(i), |i| operands.maybe(i));
+    let result = match op {
+        Op::Gather { axis } => gather(need(0)?, need(1)?, *axis)?,
+        Op::GatherElements { axis } => gather_elements(need(0)?, need(1)?, *axis)?,
+        Op::GatherNd { batch_dims } => gather_nd(need(0)?, need(1)?, *batch_dims)?,
+        Op::ScatterNd { mode } => scatter_nd(need(0)?, need(1)?, need(2)?, *mode)?,
+        Op::ScatterElements { axis, mode } => scatter_elements(need(0)?, need(1)?, need(2)?, *axis, *mode)?,
+        Op::TensorScatter { axis, circular } => tensor_scatter(need(0)?, need(1)?, maybe(2), *axis, *circular)?,
+        _ => return no_evaluator(op),
+    };
+    Ok(vec![Some(result)])
+}
 
 pub(super) fn gather(x: &Tensor, indices: &Tensor, at: i64) -> Result<Tensor> {
     let at = axis(at, x.shape().len())?;

@@ -4,7 +4,50 @@ use std::ops::{Add, Mul};
 
 use super::array::{Data, Result, broadcast, broadcast_offsets, floats, store, transpose, volume};
 use super::error::{invalid, shape_error};
+use super::{Operands, no_evaluator};
+use crate::graph::Op;
 use crate::tensor::Tensor;
+
+/// The operators of this family.
+pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> {
+    let (need, maybe) = (|i| operands.need(i), |i| operands.maybe(i));
+    let result = match op {
+        Op::MatMul => matmul(need(0)?, need(1)?)?,
+        Op::Gemm {
+            alpha,
+            beta,
+            trans_a,
+            trans_b,
+        } => {
+            let how = Scaled {
+                alpha: *alpha,
+                beta: *beta,
+                trans_a: *trans_a,
+                trans_b: *trans_b,
+            };
+            let (a, b) = (need(0)?, need(1)?);
+            if a.shape().len() != 2 || b.shape().len() != 2 {
+                return Err(shape_error(format!("operands {a:?} and {b:?} are not matrices")));
+            }
+            gemm(&how, a, b, maybe(2))?
+        }
+        Op::FusedMatMul {
+            alpha,
+            trans_a,
+            trans_b,
+        } => {
+            let how = Scaled {
+                alpha: *alpha,
+                beta: 0.0,
+                trans_a: *trans_a,
+                trans_b: *trans_b,
+            };
+            gemm(&how, need(0)?, need(1)?, None)?
+        }
+        _ => return no_evaluator(op),
+    };
+    Ok(vec![Some(result)])
+}
 
 /// NumPy's `matmul`: the last two axes are matrices, those before broadcast; a vector operand is a row on the left, a
 /// column on the right, and its axis is dropped from the result.

@@ -2,7 +2,39 @@
 
 use super::array::{Data, Result, around, axis, broadcast, expand, ints, reshape, store, strides, take, volume, walk};
 use super::error::{invalid, shape_error};
+use super::{Operands, no_evaluator};
+use crate::graph::Op;
 use crate::tensor::{DType, Tensor};
+
+/// The operators of this family.
+pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> {
+    let (need, maybe) = (|i| operands.need(i), |i| operands.maybe(i));
+    let result = match op {
+        Op::Shape { start, end } => shape_of(need(0)?, *start, *end),
+        Op::Size => size_of(need(0)?),
+        Op::Reshape { allowzero } => reshape_to(need(0)?, need(1)?, *allowzero)?,
+        Op::Transpose { perm } => permute(need(0)?, perm.as_deref())?,
+        Op::Squeeze => squeeze(need(0)?, maybe(1))?,
+        Op::Unsqueeze => unsqueeze(need(0)?, need(1)?)?,
+        Op::Flatten { axis } => flatten(need(0)?, *axis)?,
+        Op::Expand => expand_to(need(0)?, need(1)?)?,
+        Op::Tile => tile(need(0)?, need(1)?)?,
+        Op::Concat { axis } => {
+            let parts = (0..operands.inputs.len()).map(need).collect::<Result<Vec<_>>>()?;
+            concat(&parts, *axis)?
+        }
+        Op::Split { axis } => {
+            let parts = split(need(0)?, *axis, maybe(1), operands.outputs)?;
+            return Ok(parts.into_iter().map(Some).collect());
+        }
+        Op::Slice => slice(need(0)?, need(1)?, need(2)?, maybe(3), maybe(4))?,
+        Op::Range => range(need(0)?, need(1)?, need(2)?)?,
+        Op::ConstantOfShape { value } => constant_of_shape(need(0)?, value)?,
+        Op::Trilu { upper } => trilu(need(0)?, maybe(1), *upper)?,
+        _ => return no_evaluator(op),
+    };
+    Ok(vec![Some(result)])
+}
 
 /// The dims from `start` to `end`, both counted from the end when negative and clamped to the rank.
 pub(super) fn shape_of(x: &Tensor, start: i64, end: Option<i64>) -> Tensor {

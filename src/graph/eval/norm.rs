@@ -3,8 +3,42 @@
 use super::array::{Result, axis, broadcast, broadcast_offsets, floats};
 use super::elementwise::binary;
 use super::error::shape_error;
-use crate::graph::op::Binary;
+use super::{Operands, no_evaluator};
+use crate::graph::op::{Binary, Op};
 use crate::tensor::{DType, Tensor};
+
+/// The operators of this family.
+pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> {
+    let (need, maybe) = (|i| operands.need(i), |i| operands.maybe(i));
+    let norm = |axis: &i64, epsilon: &f32, center: bool, scale: usize, bias: Option<usize>| -> Result<Norm> {
+        Ok(Norm {
+            axis: *axis,
+            epsilon: *epsilon,
+            center,
+            scale: need(scale)?,
+            bias: bias.and_then(maybe),
+        })
+    };
+    Ok(match op {
+        Op::LayerNormalization { axis, epsilon } => {
+            let how = norm(axis, epsilon, true, 1, Some(2))?;
+            normalize(need(0)?, &how)?.map(Some).into()
+        }
+        Op::RmsNormalization { axis, epsilon } => {
+            let [y, ..] = normalize(need(0)?, &norm(axis, epsilon, false, 1, None)?)?;
+            vec![Some(y)]
+        }
+        Op::SkipRmsNormalization { epsilon } => {
+            let how = norm(&-1, epsilon, false, 2, None)?;
+            skip(need(0)?, need(1)?, maybe(3), &how)?.map(Some).into()
+        }
+        Op::SkipLayerNormalization { epsilon } => {
+            let how = norm(&-1, epsilon, true, 2, Some(3))?;
+            skip(need(0)?, need(1)?, maybe(4), &how)?.map(Some).into()
+        }
+        _ => return no_evaluator(op),
+    })
+}
 
 /// What a normalization divides by, and the rest it is given.
 pub(super) struct Norm<'a> {

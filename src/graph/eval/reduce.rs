@@ -2,8 +2,26 @@
 
 use super::array::{Data, Result, around, axis, floats, store, strides, walk};
 use super::error::{EvalError, invalid, shape_error};
-use crate::graph::op::Reduction;
+use super::{Operands, no_evaluator};
+use crate::graph::op::{Op, Reduction};
 use crate::tensor::{DType, Tensor};
+
+/// The operators of this family.
+pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> {
+    let (need, maybe) = (|i| operands.need(i), |i| operands.maybe(i));
+    let result = match op {
+        Op::Softmax { axis } => softmax(need(0)?, *axis, false)?,
+        Op::LogSoftmax { axis } => softmax(need(0)?, *axis, true)?,
+        Op::Reduce {
+            reduction: how,
+            keepdims,
+            noop_with_empty_axes,
+        } => reduce(*how, *keepdims, *noop_with_empty_axes, need(0)?, maybe(1))?,
+        Op::CumSum { exclusive, reverse } => cumsum(need(0)?, need(1)?, *exclusive, *reverse)?,
+        _ => return no_evaluator(op),
+    };
+    Ok(vec![Some(result)])
+}
 
 pub(super) fn softmax(x: &Tensor, at: i64, log: bool) -> Result<Tensor> {
     if !x.dtype().is_float() {

@@ -3,9 +3,19 @@
 use super::node::{NodeInference, Outputs, one};
 use super::{Fact, InferError};
 use crate::dim::Dim;
-use crate::graph::op::{Attention, GroupQueryAttention};
+use crate::graph::op::{Attention, GroupQueryAttention, Op};
 
 impl NodeInference<'_> {
+    /// The rules of [`Family::Attention`](crate::graph::op::Family).
+    pub(super) fn attention_rule(&mut self) -> Result<Outputs, InferError> {
+        match &self.node.op {
+            Op::RotaryEmbedding { num_heads, .. } => self.rotary_embedding(*num_heads),
+            Op::Attention(attention) => self.attention(attention),
+            Op::GroupQueryAttention(attention) => self.group_query_attention(attention),
+            _ => self.no_rule(),
+        }
+    }
+
     /// x is `[batch, heads, tokens, head_dim]` or `[batch, tokens, heads*head_dim]`.
     pub(super) fn rotary_embedding(&mut self, num_heads: Option<usize>) -> Result<Outputs, InferError> {
         let x = self.input(0)?.clone();

@@ -4,10 +4,24 @@ use super::elements;
 use super::node::{NodeInference, Outputs, one};
 use super::{Elements, Fact, InferError};
 use crate::dim::Dim;
-use crate::graph::op::{Binary, Unary};
+use crate::graph::op::{Binary, Op, Unary};
 use crate::tensor::DType;
 
 impl NodeInference<'_> {
+    /// The rules of [`Family::Elementwise`](crate::graph::op::Family).
+    pub(super) fn elementwise_rule(&mut self) -> Result<Outputs, InferError> {
+        match &self.node.op {
+            Op::Unary(op) => self.unary(*op),
+            Op::Binary(op) => self.binary(*op),
+            Op::Cast { to } => self.cast(*to),
+            Op::CastLike => self.cast(self.input(1)?.dtype),
+            Op::Where => self.select(),
+            Op::Identity => one(self.input(0)?.clone()),
+            Op::Clip => self.clip(),
+            _ => self.no_rule(),
+        }
+    }
+
     pub(super) fn unary(&mut self, op: Unary) -> Result<Outputs, InferError> {
         let x = self.input(0)?;
         let dtype = match op {

@@ -4,9 +4,22 @@ use super::elements;
 use super::node::{NodeInference, Outputs, one};
 use super::{Elements, Fact, InferError};
 use crate::dim::Dim;
-use crate::graph::op::ScatterMode;
+use crate::graph::op::{Op, ScatterMode};
 
 impl NodeInference<'_> {
+    /// The rules of [`Family::Indexing`](crate::graph::op::Family).
+    pub(super) fn indexing_rule(&mut self) -> Result<Outputs, InferError> {
+        match &self.node.op {
+            Op::Gather { axis } => self.gather(*axis),
+            Op::GatherElements { axis } => self.gather_elements(*axis),
+            Op::GatherNd { batch_dims } => self.gather_nd(*batch_dims),
+            Op::ScatterNd { mode } => self.scatter_nd(*mode),
+            Op::ScatterElements { axis, mode } => self.scatter_elements(*axis, *mode),
+            Op::TensorScatter { axis, .. } => self.tensor_scatter(*axis),
+            _ => self.no_rule(),
+        }
+    }
+
     pub(super) fn gather(&mut self, axis: i64) -> Result<Outputs, InferError> {
         let (x, index) = (self.input(0)?, self.input(1)?);
         let axis = self.axis_of(0, axis)?;

@@ -4,10 +4,46 @@ use super::elements;
 use super::node::{NodeInference, Outputs, one};
 use super::{Elements, Fact, InferError};
 use crate::dim::Dim;
-use crate::graph::op::{Binary, Reduction};
+use crate::graph::op::{Binary, Op, Reduction};
 use crate::tensor::DType;
 
 impl NodeInference<'_> {
+    /// The rules of [`Family::Product`](crate::graph::op::Family).
+    pub(super) fn product_rule(&mut self) -> Result<Outputs, InferError> {
+        match &self.node.op {
+            Op::MatMul => self.matmul(false, false),
+            Op::FusedMatMul { trans_a, trans_b, .. } => self.matmul(*trans_a, *trans_b),
+            Op::Gemm { trans_a, trans_b, .. } => self.gemm(*trans_a, *trans_b),
+            _ => self.no_rule(),
+        }
+    }
+
+    /// The rules of [`Family::Normalization`](crate::graph::op::Family).
+    pub(super) fn normalization_rule(&mut self) -> Result<Outputs, InferError> {
+        match &self.node.op {
+            Op::LayerNormalization { axis, .. } | Op::RmsNormalization { axis, .. } => self.normalization(*axis),
+            Op::SkipRmsNormalization { .. } | Op::SkipLayerNormalization { .. } => self.skip_normalization(),
+            _ => self.no_rule(),
+        }
+    }
+
+    /// The rules of [`Family::Reduction`](crate::graph::op::Family).
+    pub(super) fn reduction_rule(&mut self) -> Result<Outputs, InferError> {
+        match &self.node.op {
+            Op::Softmax { axis } | Op::LogSoftmax { axis } => {
+                self.axis_of(0, *axis)?;
+                self.like_input(0)
+            }
+            Op::Reduce {
+                reduction,
+                keepdims,
+                noop_with_empty_axes,
+            } => self.reduce(*reduction, *keepdims, *noop_with_empty_axes),
+            Op::CumSum { exclusive, reverse } => self.cumsum(*exclusive, *reverse),
+            _ => self.no_rule(),
+        }
+    }
+
     pub(super) fn matmul(&mut self, trans_a: bool, trans_b: bool) -> Result<Outputs, InferError> {
         self.require_rank(0, 1)?;
         self.require_rank(1, 1)?;

@@ -26,6 +26,8 @@ mod tests;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
+#[cfg(test)]
+pub(in crate::graph) use self::node::NO_RULE;
 use self::node::NodeInference;
 use super::op::Op;
 use super::{Definition, Graph, NodeId, Shape, ValueId};

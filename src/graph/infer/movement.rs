@@ -5,13 +5,34 @@ use super::elementwise::spread;
 use super::node::{NodeInference, Outputs, one};
 use super::{Elements, Fact, InferError, MAX_CONTENTS};
 use crate::dim::Dim;
-use crate::graph::Shape;
+use crate::graph::{Op, Shape};
 use crate::tensor::{DType, Tensor};
 
 /// Ends of a slice from here on mean "to the end": no axis is that long.
 const FAR: i64 = i32::MAX as i64;
 
 impl NodeInference<'_> {
+    /// The rules of [`Family::Movement`](crate::graph::op::Family).
+    pub(super) fn movement_rule(&mut self) -> Result<Outputs, InferError> {
+        match &self.node.op {
+            Op::Shape { start, end } => self.shape(*start, *end),
+            Op::Size => self.size(),
+            Op::Reshape { allowzero } => self.reshape(*allowzero),
+            Op::Transpose { perm } => self.transpose(perm.as_deref()),
+            Op::Squeeze => self.squeeze(),
+            Op::Unsqueeze => self.unsqueeze(),
+            Op::Flatten { axis } => self.flatten(*axis),
+            Op::Expand => self.expand(),
+            Op::Tile => self.tile(),
+            Op::Concat { axis } => self.concat(*axis),
+            Op::Split { axis } => self.split(*axis),
+            Op::Slice => self.slice(),
+            Op::Range => self.range(),
+            Op::ConstantOfShape { value } => self.constant_of_shape(value),
+            _ => self.no_rule(),
+        }
+    }
+
     pub(super) fn shape(&mut self, start: i64, end: Option<i64>) -> Result<Outputs, InferError> {
         let x = self.input(0)?;
         let rank = x.shape.len() as i64;

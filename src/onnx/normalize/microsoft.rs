@@ -3,50 +3,35 @@
 //! operators become that.
 
 use super::{Failure, Replacement, SourceNode};
-use crate::graph::op::{Attention, Binary, GroupQueryAttention, Op};
+use crate::graph::op::{Attention, Binary, MICROSOFT, Op};
 
 impl SourceNode<'_> {
-    pub(super) fn plan_microsoft(&self) -> Result<Replacement, Failure> {
+    pub(super) fn contrib_operator(&self) -> Result<Replacement, Failure> {
         let a = &self.attributes;
-        Ok(Replacement::Op(match self.op_type {
-            "Gelu" => Op::Gelu { tanh: false },
+        match self.op_type {
+            "Gelu" => return Ok(Replacement::Op(Op::Gelu { tanh: false })),
             "FastGelu" => return self.biased_gelu(true),
             "BiasGelu" => return self.biased_gelu(false),
-            "QuickGelu" => Op::Swish {
-                alpha: a.float_or("alpha", 1.702)?,
-            },
-            "SimplifiedLayerNormalization" => self.rms_normalization()?,
-            "SkipSimplifiedLayerNormalization" => Op::SkipRmsNormalization {
-                epsilon: a.float_or("epsilon", 1e-12)?,
-            },
-            "SkipLayerNormalization" => Op::SkipLayerNormalization {
-                epsilon: a.float_or("epsilon", 1e-12)?,
-            },
-            "FusedMatMul" => {
-                self.expect_zero(&["transBatchA", "transBatchB"])?;
-                Op::FusedMatMul {
-                    alpha: a.float_or("alpha", 1.0)?,
-                    trans_a: a.flag("transA", false)?,
-                    trans_b: a.flag("transB", false)?,
-                }
+            "QuickGelu" => {
+                return Ok(Replacement::Op(Op::Swish {
+                    alpha: a.float_or("alpha", 1.702)?,
+                }));
             }
+            "SimplifiedLayerNormalization" => return self.read_as("", "RMSNormalization"),
+            "MultiHeadAttention" => return self.multi_head_attention(),
+            "FusedMatMul" => self.expect_zero(&["transBatchA", "transBatchB"]),
             "RotaryEmbedding" => {
-                self.expect_zero(&["is_packed_batching"])?;
+                self.expect_zero(&["is_packed_batching"]);
                 if let Some(scale) = a.float("scale")?
                     && scale != 1.0
                 {
                     return Ok(Replacement::Unknown(Some(format!("scale={scale}"))));
                 }
-                Op::ContribRotaryEmbedding {
-                    interleaved: a.flag("interleaved", false)?,
-                    num_heads: a.count("num_heads")?,
-                    rotary_dim: a.count("rotary_embedding_dim")?.unwrap_or(0),
-                }
             }
-            "GroupQueryAttention" => return self.group_query_attention(),
-            "MultiHeadAttention" => return self.multi_head_attention(),
-            _ => return Ok(Replacement::Unknown(None)),
-        }))
+            "GroupQueryAttention" => self.pass_over_idle(),
+            _ => {}
+        }
+        self.read_as(MICROSOFT, self.op_type)
     }
 
     fn biased_gelu(&self, tanh: bool) -> Result<Replacement, Failure> {
@@ -56,10 +41,10 @@ impl SourceNode<'_> {
         })
     }
 
-    fn group_query_attention(&self) -> Result<Replacement, Failure> {
+    /// -1 and 0 both mean off for smooth_softmax; quantized caches and extra outputs are not known.
+    fn pass_over_idle(&self) {
         let a = &self.attributes;
-        // -1 and 0 both mean off for smooth_softmax; quantized caches and extra outputs are not known.
-        self.expect_zero(&["qk_output", "smooth_softmax", "kv_cache_bit_width"])?;
+        self.expect_zero(&["qk_output", "smooth_softmax", "kv_cache_bit_width"]);
         if a.is_int("smooth_softmax", -1) {
             a.ignore(&["smooth_softmax"]);
         }
@@ -68,23 +53,13 @@ impl SourceNode<'_> {
                 a.ignore(&[name]);
             }
         }
-        Ok(Replacement::Op(Op::GroupQueryAttention(GroupQueryAttention {
-            num_heads: a.required_count("num_heads")?,
-            kv_num_heads: a.required_count("kv_num_heads")?,
-            // 0 is the default and means 1/√head_dim.
-            scale: a.float("scale")?.filter(|s| *s != 0.0),
-            softcap: a.float_or("softcap", 0.0)?,
-            local_window_size: a.int_or("local_window_size", -1)?,
-            do_rotary: a.flag("do_rotary", false)?,
-            rotary_interleaved: a.flag("rotary_interleaved", false)?,
-        })))
     }
 
     /// Inputs: q, k, v, bias?, key_padding_mask?, attention_bias?, past_key?, past_value?, …, all of q, k, v
     /// `[batch, tokens, heads*head_dim]`: ONNX's own attention with as many key heads as query heads.
     fn multi_head_attention(&self) -> Result<Replacement, Failure> {
         let a = &self.attributes;
-        self.expect_zero(&["unidirectional"])?;
+        self.expect_zero(&["unidirectional"]);
         // What the padding mask writes, which must not be there.
         a.ignore(&["mask_filter_value"]);
         let heads = a.required_count("num_heads")?;

@@ -10,10 +10,10 @@ mod standard;
 
 use super::attributes::{Attributes, Problem};
 use super::error::ReadErrorKind;
-use super::tensor::Folder;
-use crate::graph::op::{Binary, Op};
+use super::tensor::{Folder, code_name, dtype_of};
+use crate::graph::op::{AttributeError, AttributeSource, Binary, MICROSOFT, Op};
 use crate::graph::{Graph, ValueId};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// A node with its values looked up.
 pub(super) struct SourceNode<'a> {
@@ -48,9 +48,11 @@ enum Replacement {
     Unknown(Option<String>),
 }
 
-enum Failure {
+pub(super) enum Failure {
     /// The node is malformed.
     Problem(Problem),
+    /// An attribute has a value that is not known, `name=value`.
+    Unsupported(String),
     /// A tensor in an attribute cannot be read.
     Tensor(ReadErrorKind),
 }
@@ -67,30 +69,80 @@ impl From<Problem> for Failure {
     }
 }
 
+impl From<AttributeError> for Failure {
+    fn from(error: AttributeError) -> Self {
+        match error {
+            AttributeError::Malformed(problem) => Failure::Problem(problem),
+            AttributeError::Unsupported(detail) => Failure::Unsupported(detail),
+        }
+    }
+}
+
+impl AttributeSource for SourceNode<'_> {
+    type Error = Failure;
+
+    fn int(&self, name: &str) -> Result<Option<i64>, Failure> {
+        Ok(self.attributes.int(name)?)
+    }
+    fn float(&self, name: &str) -> Result<Option<f32>, Failure> {
+        Ok(self.attributes.float(name)?)
+    }
+    fn ints(&self, name: &str) -> Result<Option<Vec<i64>>, Failure> {
+        Ok(self.attributes.ints(name)?)
+    }
+    fn text(&self, name: &str) -> Result<Option<String>, Failure> {
+        Ok(self.attributes.string(name)?)
+    }
+    /// 0 is ONNX's "undefined".
+    fn dtype(&self, name: &str) -> Result<Option<DType>, Failure> {
+        let Some(code) = self.attributes.int(name)?.filter(|code| *code != 0) else {
+            return Ok(None);
+        };
+        let code = i32::try_from(code).unwrap_or(-1);
+        match dtype_of(code) {
+            Some(dtype) => Ok(Some(dtype)),
+            None => Err(Failure::Unsupported(format!("{name}={}", code_name(code)))),
+        }
+    }
+    fn tensor(&self, name: &str) -> Result<Option<Tensor>, Failure> {
+        let Some(proto) = self.attributes.tensor(name)? else {
+            return Ok(None);
+        };
+        self.folder.tensor(proto, &self.name).map(Some).map_err(Failure::Tensor)
+    }
+    fn ignore(&self, names: &[&str]) {
+        self.attributes.ignore(names);
+    }
+}
+
 /// Adds the node to the graph.
 pub(super) fn add_node(mut source: SourceNode) -> Result<(), ReadErrorKind> {
-    let plan = source.plan().map_err(|failure| match failure {
-        Failure::Problem(reason) => ReadErrorKind::Node {
-            node: source.name.clone(),
-            op: source.op_type.to_string(),
-            reason,
-        },
-        Failure::Tensor(error) => error,
-    })?;
-    let plan = match (plan, source.attributes.left_over()) {
+    let replacement = match source.replacement() {
+        Ok(replacement) => replacement,
+        Err(Failure::Unsupported(detail)) => Replacement::Unknown(Some(detail)),
+        Err(Failure::Problem(reason)) => {
+            return Err(ReadErrorKind::Node {
+                node: source.name.clone(),
+                op: source.op_type.to_string(),
+                reason,
+            });
+        }
+        Err(Failure::Tensor(error)) => return Err(error),
+    };
+    let replacement = match (replacement, source.attributes.left_over()) {
         (Replacement::Unknown(detail), _) => Replacement::Unknown(detail),
         (_, Some(attribute)) => Replacement::Unknown(Some(attribute)),
-        (plan, None) => plan,
+        (replacement, None) => replacement,
     };
-    source.carry_out(plan);
+    source.carry_out(replacement);
     Ok(())
 }
 
 impl SourceNode<'_> {
-    fn carry_out(&mut self, plan: Replacement) {
+    fn carry_out(&mut self, replacement: Replacement) {
         let inputs = std::mem::take(&mut self.inputs);
         let outputs = std::mem::take(&mut self.outputs);
-        match plan {
+        match replacement {
             Replacement::Op(op) => self.emit(op, inputs, outputs),
             Replacement::Rewired(op, inputs) => self.emit(op, inputs, outputs),
             Replacement::WithList(op, list) => {
@@ -144,10 +196,10 @@ impl SourceNode<'_> {
         self.graph.add_node_with_outputs(&self.name, op, inputs, outputs);
     }
 
-    fn plan(&self) -> Result<Replacement, Failure> {
+    fn replacement(&self) -> Result<Replacement, Failure> {
         match self.domain {
-            "" => self.plan_onnx(),
-            "com.microsoft" => self.plan_microsoft(),
+            "" => self.standard_operator(),
+            MICROSOFT => self.contrib_operator(),
             _ => Ok(Replacement::Unknown(None)),
         }
     }

@@ -343,8 +343,8 @@ impl<'m> Reader<'m> {
         }
     }
 
-    /// Optional outputs that nothing reads (the mask of a dropout, the mean of a normalization) are left out. The number of
-    /// outputs of `Split` has a meaning and stays.
+    /// Optional outputs that nothing reads (the mask of a dropout, the mean of a normalization) are left out. Where
+    /// the number of outputs has a meaning, as that of `Split`, they stay.
     fn drop_unread_outputs(&mut self) {
         let mut read: std::collections::HashSet<ValueId> = self.graph.outputs.iter().copied().collect();
         let nodes: Vec<_> = self.graph.node_ids().collect();
@@ -353,7 +353,7 @@ impl<'m> Reader<'m> {
         }
         for id in nodes {
             let node = self.graph.node_mut(id);
-            if node.outputs.len() < 2 || matches!(node.op, Op::Split { .. } | Op::Unknown { .. }) {
+            if node.outputs.len() < 2 || node.op.info().outputs == usize::MAX {
                 continue;
             }
             let mut dropped = Vec::new();

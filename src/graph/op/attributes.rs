@@ -1,0 +1,327 @@
+//! Attributes of operators: their values, and how the table describes them.
+//!
+//! A field of an operator is declared with one of the descriptions below, which knows ONNX's name and default and turns
+//! the field into an [`Attribute`] and back. The same description serves the ONNX reader and writer, the dump and its
+//! parser: the two readers are [`AttributeSource`]s.
+
+use super::ScatterMode;
+use crate::tensor::{DType, Tensor};
+
+/// The value of an attribute.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Attribute {
+    /// An integer; flags are 0 and 1.
+    Int(i64),
+    /// A float.
+    Float(f32),
+    /// A list of integers.
+    Ints(Vec<i64>),
+    /// One of a few words.
+    Text(&'static str),
+    /// An element type; ONNX writes its number.
+    DType(DType),
+    /// A small tensor.
+    Tensor(Tensor),
+}
+
+/// Why an attribute cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AttributeError {
+    /// It breaks ONNX's rules: the reason, as in "its attribute "axis" is missing".
+    Malformed(String),
+    /// A value that ONNX allows and Lapidary does not know, as `name=value`.
+    Unsupported(String),
+}
+
+/// Where the attributes of one node come from. A name that is absent gives `None`; a value of another kind is an error.
+pub trait AttributeSource {
+    /// What the source fails with.
+    type Error: From<AttributeError>;
+    /// An integer.
+    fn int(&self, name: &str) -> Result<Option<i64>, Self::Error>;
+    /// A float.
+    fn float(&self, name: &str) -> Result<Option<f32>, Self::Error>;
+    /// A list of integers.
+    fn ints(&self, name: &str) -> Result<Option<Vec<i64>>, Self::Error>;
+    /// A text.
+    fn text(&self, name: &str) -> Result<Option<String>, Self::Error>;
+    /// An element type; [`AttributeError::Unsupported`] for one that Lapidary does not have.
+    fn dtype(&self, name: &str) -> Result<Option<DType>, Self::Error>;
+    /// A tensor.
+    fn tensor(&self, name: &str) -> Result<Option<Tensor>, Self::Error>;
+    /// Attributes that have no effect here: they count as read.
+    fn ignore(&self, names: &[&str]);
+}
+
+fn malformed<T, E: From<AttributeError>>(reason: String) -> Result<T, E> {
+    Err(AttributeError::Malformed(reason).into())
+}
+
+/// How one field is spelled as an attribute.
+pub(super) trait AttributeSpec {
+    type Field;
+    fn name(&self) -> &'static str;
+    /// The field where the attribute is left out; something valid where it must not be.
+    fn default(&self) -> Self::Field;
+    /// `None`: the attribute is left out.
+    fn value(&self, field: &Self::Field) -> Option<Attribute>;
+    /// Whether writing the attribute is idle.
+    fn is_default(&self, field: &Self::Field) -> bool;
+    fn read<S: AttributeSource>(&self, source: &S) -> Result<Self::Field, S::Error>;
+
+    fn visit(&self, field: &Self::Field, each: &mut impl FnMut(&'static str, Option<Attribute>, bool)) {
+        each(self.name(), self.value(field), self.is_default(field));
+    }
+}
+
+macro_rules! spec {
+    (
+        $(#[$doc:meta])*
+        $constructor:ident -> $spec:ident { $($part:ident : $part_type:ty),* } for $field:ty;
+        default($this:ident) $default:expr;
+        value($v:ident) $value:expr;
+        is_default($same:ident) $is_default:expr;
+        read($source:ident) $read:expr;
+    ) => {
+        pub(super) struct $spec { name: &'static str, $($part: $part_type),* }
+
+        $(#[$doc])*
+        pub(super) const fn $constructor(name: &'static str $(, $part: $part_type)*) -> $spec {
+            $spec { name $(, $part)* }
+        }
+
+        impl AttributeSpec for $spec {
+            type Field = $field;
+            fn name(&self) -> &'static str {
+                self.name
+            }
+            fn default(&self) -> $field {
+                let $this = self;
+                $default
+            }
+            fn value(&self, $v: &$field) -> Option<Attribute> {
+                let $this = self;
+                let _ = $this;
+                $value
+            }
+            fn is_default(&self, $same: &$field) -> bool {
+                let $this = self;
+                let _ = ($this, $same);
+                $is_default
+            }
+            fn read<S: AttributeSource>(&self, $source: &S) -> Result<$field, S::Error> {
+                let $this = self;
+                $read
+            }
+        }
+    };
+}
+
+spec! {
+    /// An integer.
+    int -> Int { default: i64 } for i64;
+    default(this) this.default;
+    value(v) Some(Attribute::Int(*v));
+    is_default(v) *v == this.default;
+    read(source) Ok(source.int(this.name)?.unwrap_or(this.default));
+}
+
+spec! {
+    /// An integer that must be there.
+    required_int -> RequiredInt {} for i64;
+    default(_this) 0;
+    value(v) Some(Attribute::Int(*v));
+    is_default(v) false;
+    read(source) match source.int(_this.name)? {
+        Some(value) => Ok(value),
+        None => malformed(format!("its attribute {:?} is missing", _this.name)),
+    };
+}
+
+spec! {
+    /// An integer without a default.
+    optional_int -> OptionalInt {} for Option<i64>;
+    default(_this) None;
+    value(v) v.map(Attribute::Int);
+    is_default(v) v.is_none();
+    read(source) source.int(_this.name);
+}
+
+spec! {
+    /// A flag, written 0 or 1.
+    flag -> Flag { default: bool } for bool;
+    default(this) this.default;
+    value(v) Some(Attribute::Int(i64::from(*v)));
+    is_default(v) *v == this.default;
+    read(source) Ok(source.int(this.name)?.map_or(this.default, |v| v != 0));
+}
+
+spec! {
+    /// A count that ONNX leaves out or writes as 0 when it does not apply.
+    count -> Count {} for Option<usize>;
+    default(_this) None;
+    value(v) v.map(|n| Attribute::Int(n as i64));
+    is_default(v) v.is_none_or(|n| n == 0);
+    read(source) read_count(source, _this.name);
+}
+
+spec! {
+    /// A size, 0 by default.
+    size -> Size {} for usize;
+    default(_this) 0;
+    value(v) Some(Attribute::Int(*v as i64));
+    is_default(v) *v == 0;
+    read(source) Ok(read_count(source, _this.name)?.unwrap_or(0));
+}
+
+spec! {
+    /// A size that must be there and not 0.
+    required_size -> RequiredSize {} for usize;
+    default(_this) 1;
+    value(v) Some(Attribute::Int(*v as i64));
+    is_default(v) *v == 0;
+    read(source) match read_count(source, _this.name)? {
+        Some(size) => Ok(size),
+        None => malformed(format!("its attribute {:?} is missing or 0", _this.name)),
+    };
+}
+
+spec! {
+    /// A float.
+    real -> Real { default: f32 } for f32;
+    default(this) this.default;
+    value(v) Some(Attribute::Float(*v));
+    is_default(v) *v == this.default;
+    read(source) Ok(source.float(this.name)?.unwrap_or(this.default));
+}
+
+spec! {
+    /// A float that is always written.
+    written_real -> WrittenReal { default: f32 } for f32;
+    default(this) this.default;
+    value(v) Some(Attribute::Float(*v));
+    is_default(v) false;
+    read(source) Ok(source.float(this.name)?.unwrap_or(this.default));
+}
+
+spec! {
+    /// A float without a default.
+    optional_real -> OptionalReal {} for Option<f32>;
+    default(_this) None;
+    value(v) v.map(Attribute::Float);
+    is_default(v) v.is_none();
+    read(source) source.float(_this.name);
+}
+
+spec! {
+    /// A float that is left out or 0 when it does not apply.
+    nonzero_real -> NonzeroReal {} for Option<f32>;
+    default(_this) None;
+    value(v) v.map(Attribute::Float);
+    is_default(v) v.is_none();
+    read(source) Ok(source.float(_this.name)?.filter(|v| *v != 0.0));
+}
+
+spec! {
+    /// One of two words, the first by default.
+    either -> Either { no: &'static str, yes: &'static str } for bool;
+    default(_this) false;
+    value(v) Some(Attribute::Text(if *v { _this.yes } else { _this.no }));
+    is_default(v) !*v;
+    read(source) match source.text(_this.name)? {
+        None => Ok(false),
+        Some(text) if text == _this.no => Ok(false),
+        Some(text) if text == _this.yes => Ok(true),
+        Some(other) => Err(AttributeError::Unsupported(format!("{}={other}", _this.name)).into()),
+    };
+}
+
+spec! {
+    /// An element type that must be there.
+    element_type -> ElementType {} for DType;
+    default(_this) DType::F32;
+    value(v) Some(Attribute::DType(*v));
+    is_default(v) false;
+    read(source) match source.dtype(_this.name)? {
+        Some(dtype) => Ok(dtype),
+        None => malformed(format!("its attribute {:?} is missing", _this.name)),
+    };
+}
+
+spec! {
+    /// A float type, ONNX's 0 when it does not apply.
+    float_type -> FloatType {} for Option<DType>;
+    default(_this) None;
+    value(v) v.map(Attribute::DType);
+    is_default(v) v.is_none();
+    read(source) match source.dtype(_this.name)? {
+        Some(dtype) if !dtype.is_float() => malformed(format!("its {} is {dtype}, which is no float type", _this.name)),
+        dtype => Ok(dtype),
+    };
+}
+
+spec! {
+    /// A permutation of the axes; left out, they are reversed.
+    permutation -> Permutation {} for Option<Vec<usize>>;
+    default(_this) None;
+    value(v) v.as_ref().map(|perm| Attribute::Ints(perm.iter().map(|axis| *axis as i64).collect()));
+    is_default(v) v.is_none();
+    read(source) {
+        let Some(perm) = source.ints(_this.name)? else {
+            return Ok(None);
+        };
+        let mut seen = vec![false; perm.len()];
+        for axis in &perm {
+            match usize::try_from(*axis).ok().and_then(|i| seen.get_mut(i)) {
+                Some(seen) if !*seen => *seen = true,
+                _ => return malformed(format!("{} {perm:?} is not a permutation", _this.name)),
+            }
+        }
+        Ok(Some(perm.iter().map(|axis| *axis as usize).collect()))
+    };
+}
+
+spec! {
+    /// How a scatter combines elements.
+    scatter_mode -> Mode {} for ScatterMode;
+    default(_this) ScatterMode::Replace;
+    value(v) Some(Attribute::Text(match v {
+        ScatterMode::Replace => "none",
+        ScatterMode::Add => "add",
+        ScatterMode::Mul => "mul",
+        ScatterMode::Max => "max",
+        ScatterMode::Min => "min",
+    }));
+    is_default(v) *v == ScatterMode::Replace;
+    read(source) Ok(match source.text(_this.name)?.as_deref() {
+        None | Some("none") => ScatterMode::Replace,
+        Some("add") => ScatterMode::Add,
+        Some("mul") => ScatterMode::Mul,
+        Some("max") => ScatterMode::Max,
+        Some("min") => ScatterMode::Min,
+        Some(other) => return Err(AttributeError::Unsupported(format!("{}={other}", _this.name)).into()),
+    });
+}
+
+spec! {
+    /// A tensor of one element, the f32 0 by default; always written.
+    element -> Element {} for Tensor;
+    default(_this) Tensor::from_f32(vec![1], &[0.0]);
+    value(v) Some(Attribute::Tensor(v.clone()));
+    is_default(v) false;
+    read(source) match source.tensor(_this.name)? {
+        Some(value) if value.len() == 1 => Ok(value),
+        Some(value) => malformed(format!("its {} has {} elements, not one", _this.name, value.len())),
+        None => Ok(_this.default()),
+    };
+}
+
+fn read_count<S: AttributeSource>(source: &S, name: &str) -> Result<Option<usize>, S::Error> {
+    match source.int(name)?.unwrap_or(0) {
+        0 => Ok(None),
+        n => match usize::try_from(n).ok().filter(|n| *n <= i32::MAX as usize) {
+            Some(n) => Ok(Some(n)),
+            None => malformed(format!("its attribute {name:?} is {n}")),
+        },
+    }
+}

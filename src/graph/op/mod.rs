@@ -1,0 +1,183 @@
+//! The operators of the graph level: ONNX operators as data, normalised to their opset-24 form.
+//!
+//! Attributes that became inputs in later opsets (axes of `ReduceMean`, `Squeeze`; sizes of `Split`) are always inputs
+//! here, and variadic `Max`, `Min`, `Sum` are chains of two-operand nodes; the reader does this once. Inputs keep ONNX's
+//! order; an omitted optional input is `None`. Specification: <https://onnx.ai/onnx/operators/>, for the contrib
+//! operators <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>.
+//!
+//! `table` declares every operator once: its variant of [`Op`], its attributes with ONNX's names and defaults, its
+//! operands, and what other levels must know of it ([`OperatorInfo`]). The reader, the writer, the dump and its parser,
+//! the verifier and inference of the common cases follow from that. What an operator means is in the file of its
+//! [`Family`] in `graph::infer`, `graph::eval` and `lower`. docs/adding-an-operator.md walks through one.
+
+mod attributes;
+mod declare;
+mod info;
+mod table;
+
+pub use attributes::{Attribute, AttributeError, AttributeSource};
+pub use info::{ElementTypes, Family, Input, MICROSOFT, Moves, OperatorInfo, RowWise, TypeRule};
+pub use table::{Attention, GroupQueryAttention, Op};
+
+use declare::named;
+use info::{any, boolean, float, int64, number, onnx};
+
+named! {
+    /// Operators of one operand without attributes that work on each element.
+    Unary {
+        Abs => "Abs", [1, 6, 13], number();
+        Ceil => "Ceil", [1, 6, 13], float();
+        Cos => "Cos", [7, 22], float();
+        Erf => "Erf", [9, 13], float();
+        Exp => "Exp", [1, 6, 13], float();
+        Floor => "Floor", [1, 6, 13], float();
+        IsNan => "IsNaN", [9, 13, 20], float();
+        Log => "Log", [1, 6, 13], float();
+        Neg => "Neg", [1, 6, 13], number();
+        Not => "Not", [1], boolean();
+        Reciprocal => "Reciprocal", [1, 6, 13], float();
+        Relu => "Relu", [1, 6, 13, 14], number();
+        Round => "Round", [11, 22], float();
+        Sigmoid => "Sigmoid", [1, 6, 13], float();
+        Sign => "Sign", [9, 13], number();
+        Sin => "Sin", [7, 22], float();
+        Softplus => "Softplus", [1, 22], float();
+        Sqrt => "Sqrt", [1, 6, 13], float();
+        Tanh => "Tanh", [1, 6, 13], float();
+    }
+    |VERSIONS, OPERAND| onnx("", VERSIONS, &[OPERAND]).family(Family::Elementwise).row_wise(RowWise::Always)
+}
+
+named! {
+    /// Operators of two operands that broadcast.
+    Binary {
+        Add => "Add", [1, 6, 7, 13, 14], number().same();
+        Sub => "Sub", [1, 6, 7, 13, 14], number().same();
+        Mul => "Mul", [1, 6, 7, 13, 14], number().same();
+        Div => "Div", [1, 6, 7, 13, 14], number().same();
+        Pow => "Pow", [1, 7, 12, 13, 15], number();
+        /// Integer: sign of the divisor. Floats need `fmod` and take the sign of the dividend.
+        Mod => "Mod", [10, 13], number().same();
+        Max => "Max", [1, 6, 8, 12, 13], number().same();
+        Min => "Min", [1, 6, 8, 12, 13], number().same();
+        And => "And", [1, 7], boolean();
+        Or => "Or", [1, 7], boolean();
+        Xor => "Xor", [1, 7], boolean();
+        Equal => "Equal", [1, 7, 11, 13, 19], any().same();
+        Less => "Less", [1, 7, 9, 13], number().same();
+        LessOrEqual => "LessOrEqual", [12, 16], number().same();
+        Greater => "Greater", [1, 7, 9, 13], number().same();
+        GreaterOrEqual => "GreaterOrEqual", [12, 16], number().same();
+    }
+    |VERSIONS, OPERAND| onnx("", VERSIONS, &[OPERAND, OPERAND]).family(Family::Elementwise).row_wise(RowWise::Always)
+}
+
+named! {
+    /// What a [`Op::Reduce`] computes.
+    Reduction {
+        Mean => "ReduceMean", [1, 11, 13, 18], number();
+        Sum => "ReduceSum", [1, 11, 13], number();
+        Max => "ReduceMax", [1, 11, 12, 13, 18, 20], any();
+        Min => "ReduceMin", [1, 11, 12, 13, 18, 20], any();
+        Prod => "ReduceProd", [1, 11, 13, 18], number();
+        SumSquare => "ReduceSumSquare", [1, 11, 13, 18], number();
+    }
+    |VERSIONS, OPERAND| onnx("", VERSIONS, &[OPERAND, int64().optional().parameter()]).family(Family::Reduction)
+}
+
+impl Binary {
+    /// Whether the result is bool whatever the operands are.
+    pub fn is_predicate(self) -> bool {
+        matches!(
+            self,
+            Binary::And
+                | Binary::Or
+                | Binary::Xor
+                | Binary::Equal
+                | Binary::Less
+                | Binary::LessOrEqual
+                | Binary::Greater
+                | Binary::GreaterOrEqual
+        )
+    }
+}
+
+/// How scatters combine a new element with the old one.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum ScatterMode {
+    /// The new element.
+    Replace,
+    /// Their sum.
+    Add,
+    /// Their product.
+    Mul,
+    /// The greater.
+    Max,
+    /// The lesser.
+    Min,
+}
+
+impl Op {
+    /// The operator type as ONNX writes it, `Add` for example. Of an unknown operator, with its domain if it has one.
+    pub fn name(&self) -> String {
+        match self {
+            Op::Unknown { domain, op_type } if !domain.is_empty() => format!("{domain}::{op_type}"),
+            _ => self.op_type().to_string(),
+        }
+    }
+
+    /// `""` for ai.onnx.
+    pub fn domain(&self) -> &str {
+        match self {
+            Op::Unknown { domain, .. } => domain,
+            _ => self.info().domain,
+        }
+    }
+
+    /// The operator type within its domain.
+    pub fn op_type(&self) -> &str {
+        match self {
+            Op::Unknown { op_type, .. } => op_type,
+            _ => self.info().op_type,
+        }
+    }
+
+    /// The attributes that differ from ONNX's defaults, with their ONNX names, in the table's order. The `fmod` of a
+    /// float `Mod` is not among them: it depends on the operands.
+    pub fn attributes(&self) -> Vec<(&'static str, Attribute)> {
+        let mut list = Vec::new();
+        self.each_attribute(|name, value, is_default| {
+            if let Some(value) = value.filter(|_| !is_default) {
+                list.push((name, value));
+            }
+        });
+        list
+    }
+
+    /// The axis attribute, ONNX's default where the node leaves it out; `None` of an operator without one.
+    pub fn axis(&self) -> Option<i64> {
+        let mut axis = None;
+        self.each_attribute(|name, value, _| {
+            if let ("axis", Some(Attribute::Int(value))) = (name, value) {
+                axis = Some(value);
+            }
+        });
+        axis
+    }
+
+    /// The operator of this name with these attributes; `None` if there is none. [`Op::Unknown`] is never the result.
+    pub fn read<S: AttributeSource>(domain: &str, op_type: &str, source: &S) -> Result<Option<Op>, S::Error> {
+        if domain.is_empty() {
+            if let Some(op) = Unary::named(op_type) {
+                return Ok(Some(Op::Unary(op)));
+            }
+            if let Some(op) = Binary::named(op_type) {
+                return Ok(Some(Op::Binary(op)));
+            }
+        }
+        Op::read_declared(domain, op_type, source)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,268 @@
+//! The table of operators: one entry each, in the form `Variant { field: type = how ONNX spells it } => facts;`.
+//!
+//! The comment names the inputs. `onnx` takes the name, the opsets that define a version, and the inputs; `contrib` the
+//! name and the inputs.
+
+use super::attributes::{
+    Attribute, AttributeSource, AttributeSpec, count, either, element, element_type, flag, float_type, int,
+    nonzero_real, optional_int, optional_real, permutation, real, required_int, required_size, scatter_mode, size,
+    written_real,
+};
+use super::declare::operators;
+use super::info::{
+    self, Family, Moves, OperatorInfo, RowWise, any, boolean, contrib, float, index, int32, int64, number, onnx,
+};
+use super::{Binary, Reduction, ScatterMode, Unary};
+use crate::tensor::{DType, Tensor};
+
+const KEEPDIMS: super::attributes::Flag = flag("keepdims", true);
+const NOOP: super::attributes::Flag = flag("noop_with_empty_axes", false);
+
+operators! {
+    plain {
+        // Elementwise
+        Gelu { tanh: bool = either("approximate", "none", "tanh") }
+            => onnx("Gelu", &[20], &[float()]).family(Family::Elementwise).like_input().row_wise(RowWise::Always);
+        /// `x * sigmoid(alpha * x)`; SiLU at alpha 1.
+        Swish { alpha: f32 = real("alpha", 1.0) }
+            => onnx("Swish", &[24], &[float()]).family(Family::Elementwise).like_input().row_wise(RowWise::Always);
+        /// Inputs: x, min?, max?.
+        Clip => onnx("Clip", &[1, 6, 11, 12, 13], &[number().same(), number().same().optional(), number().same().optional()])
+            .family(Family::Elementwise).row_wise(RowWise::Always);
+        Identity => onnx("Identity", &[1, 13, 14, 16, 19, 21, 23, 24], &[any()])
+            .family(Family::Elementwise).row_wise(RowWise::Always).moves(Moves::InOrder);
+        /// `saturate` and `round_mode` matter for float8 only.
+        Cast { to: DType = element_type("to") }
+            => onnx("Cast", &[1, 6, 9, 13, 19, 21, 23, 24], &[any()])
+            .ignores(&["saturate", "round_mode"]).family(Family::Elementwise).row_wise(RowWise::Always);
+        /// Inputs: x, a tensor of the dtype to cast to.
+        CastLike => onnx("CastLike", &[15, 19, 21, 23, 24], &[any(), any().parameter()])
+            .ignores(&["saturate", "round_mode"]).family(Family::Elementwise);
+        /// Inputs: condition, then, else.
+        Where => onnx("Where", &[9, 16], &[boolean(), any().same(), any().same()])
+            .family(Family::Elementwise).row_wise(RowWise::Always);
+
+        // Products
+        MatMul => onnx("MatMul", &[1, 9, 13], &[number().same(), number().same()]).family(Family::Product);
+        /// `alpha * a' * b' + beta * c`; inputs a, b, c?.
+        Gemm {
+            alpha: f32 = real("alpha", 1.0),
+            beta: f32 = real("beta", 1.0),
+            trans_a: bool = flag("transA", false),
+            trans_b: bool = flag("transB", false),
+        } => onnx("Gemm", &[1, 6, 7, 9, 11, 13], &[number().same(), number().same(), number().same().optional()])
+            .family(Family::Product);
+
+        // Reductions
+        Softmax { axis: i64 = int("axis", -1) }
+            => onnx("Softmax", &[1, 11, 13], &[float()]).family(Family::Reduction).row_wise(RowWise::OverLastAxis);
+        LogSoftmax { axis: i64 = int("axis", -1) }
+            => onnx("LogSoftmax", &[1, 11, 13], &[float()]).family(Family::Reduction).row_wise(RowWise::OverLastAxis);
+        /// Inputs: x, axis.
+        CumSum { exclusive: bool = flag("exclusive", false), reverse: bool = flag("reverse", false) }
+            => onnx("CumSum", &[11, 14], &[number(), index()]).family(Family::Reduction);
+
+        // Movement
+        Shape { start: i64 = int("start", 0), end: Option<i64> = optional_int("end") }
+            => onnx("Shape", &[1, 13, 15, 19, 21, 23, 24], &[any().parameter()]).family(Family::Movement);
+        Size => onnx("Size", &[1, 13, 19, 21, 23, 24], &[any().parameter()]).family(Family::Movement);
+        /// Inputs: x, shape.
+        Reshape { allowzero: bool = flag("allowzero", false) }
+            => onnx("Reshape", &[1, 5, 13, 14, 19, 21, 23, 24], &[any(), int64().parameter()])
+            .family(Family::Movement).moves(Moves::InOrder);
+        Transpose { perm: Option<Vec<usize>> = permutation("perm") }
+            => onnx("Transpose", &[1, 13, 21, 23, 24], &[any()]).family(Family::Movement).moves(Moves::Elsewhere);
+        /// Inputs: x, axes?.
+        Squeeze => onnx("Squeeze", &[1, 11, 13, 21, 23, 24], &[any(), int64().optional().parameter()])
+            .family(Family::Movement).moves(Moves::InOrder);
+        /// Inputs: x, axes.
+        Unsqueeze => onnx("Unsqueeze", &[1, 11, 13, 21, 23, 24], &[any(), int64().parameter()])
+            .family(Family::Movement).moves(Moves::InOrder);
+        Flatten { axis: i64 = int("axis", 1) }
+            => onnx("Flatten", &[1, 9, 11, 13, 21, 23, 24], &[any()]).family(Family::Movement).moves(Moves::InOrder);
+        /// Inputs: x, shape.
+        Expand => onnx("Expand", &[8, 13], &[any(), int64().parameter()]).family(Family::Movement).moves(Moves::Elsewhere);
+        /// Inputs: x, repeats.
+        Tile => onnx("Tile", &[1, 6, 13], &[any(), int64().parameter()]).family(Family::Movement).moves(Moves::Elsewhere);
+        Concat { axis: i64 = required_int("axis") }
+            => onnx("Concat", &[1, 4, 11, 13], &[any().same()]).variadic()
+            .family(Family::Movement).moves(Moves::Elsewhere);
+        /// Inputs: x, sizes?; without sizes as many equal parts as there are outputs.
+        Split { axis: i64 = int("axis", 0) }
+            => onnx("Split", &[1, 2, 11, 13, 18], &[any(), int64().optional().parameter()]).outputs(usize::MAX)
+            .family(Family::Movement).moves(Moves::Elsewhere);
+        /// Inputs: x, starts, ends, axes?, steps?.
+        Slice => onnx(
+                "Slice",
+                &[1, 10, 11, 13],
+                &[
+                    any(),
+                    index().same().parameter(),
+                    index().same().parameter(),
+                    index().same().optional().parameter(),
+                    index().same().optional().parameter(),
+                ],
+            )
+            .family(Family::Movement).moves(Moves::Elsewhere);
+        /// Inputs: start, limit, step, all scalars.
+        Range => onnx("Range", &[11], &[number().same(), number().same(), number().same()]).family(Family::Movement);
+        /// Inputs: shape.
+        ConstantOfShape { value: Tensor = element("value") }
+            => onnx("ConstantOfShape", &[9, 20, 21, 23, 24], &[int64().parameter()]).family(Family::Movement);
+        /// Inputs: x, k?.
+        Trilu { upper: bool = flag("upper", true) }
+            => onnx("Trilu", &[14], &[any(), int64().optional()]).family(Family::Movement).like_input();
+
+        // Indexing
+        /// Inputs: x, indices.
+        Gather { axis: i64 = int("axis", 0) }
+            => onnx("Gather", &[1, 11, 13], &[any(), index()]).family(Family::Indexing).moves(Moves::Elsewhere);
+        /// Inputs: x, indices.
+        GatherElements { axis: i64 = int("axis", 0) }
+            => onnx("GatherElements", &[11, 13], &[any(), index()]).family(Family::Indexing).moves(Moves::Elsewhere);
+        /// Inputs: x, indices.
+        GatherNd { batch_dims: usize = size("batch_dims") }
+            => onnx("GatherND", &[11, 12, 13], &[any(), int64()]).family(Family::Indexing).moves(Moves::Elsewhere);
+        /// Inputs: x, indices, updates.
+        ScatterNd { mode: ScatterMode = scatter_mode("reduction") }
+            => onnx("ScatterND", &[11, 13, 16, 18], &[any().same(), int64(), any().same()])
+            .family(Family::Indexing).not_canonical();
+        /// Inputs: x, indices, updates.
+        ScatterElements { axis: i64 = int("axis", 0), mode: ScatterMode = scatter_mode("reduction") }
+            => onnx("ScatterElements", &[11, 13, 16, 18], &[any().same(), index(), any().same()])
+            .family(Family::Indexing).not_canonical();
+        /// Inputs: past_cache, update, write_indices?. Writes `update` into the cache from `write_indices[batch]` on.
+        TensorScatter { axis: i64 = int("axis", -2), circular: bool = either("mode", "linear", "circular") }
+            => onnx("TensorScatter", &[24], &[any().same(), any().same(), int64().optional()]).family(Family::Indexing);
+
+        // Normalizations
+        /// Inputs: x, scale, bias?. Statistics in fp32. ONNX Runtime's scale and bias may have another float type than x,
+        /// which the statistics in fp32 allow.
+        LayerNormalization { axis: i64 = int("axis", -1), epsilon: f32 = real("epsilon", 1e-5) }
+            => onnx("LayerNormalization", &[17], &[float(), float(), float().optional()]).outputs(3)
+            .ignores(&["stash_type"]).family(Family::Normalization).row_wise(RowWise::OverLastAxis);
+        /// Inputs: x, scale. `x / sqrt(mean(x²) + epsilon) * scale` over the axes from `axis` on, statistics in fp32.
+        RmsNormalization { axis: i64 = int("axis", -1), epsilon: f32 = real("epsilon", 1e-5) }
+            => onnx("RMSNormalization", &[23], &[float(), float()]).outputs(2)
+            .ignores(&["stash_type"]).family(Family::Normalization).row_wise(RowWise::OverLastAxis);
+
+        // Attention
+        /// Inputs: x, cos_cache, sin_cache, position_ids?. x is `[batch, heads, tokens, head_dim]`, or
+        /// `[batch, tokens, heads*head_dim]` with `num_heads` set; caches are `[max_position, rotary_dim/2]` with
+        /// position_ids, `[batch, tokens, rotary_dim/2]` without.
+        RotaryEmbedding {
+            interleaved: bool = flag("interleaved", false),
+            num_heads: Option<usize> = count("num_heads"),
+            /// 0: the whole head.
+            rotary_dim: usize = size("rotary_embedding_dim"),
+        } => onnx(
+                "RotaryEmbedding",
+                &[23],
+                &[float().same(), float().same(), float().same(), int64().optional()],
+            )
+            .family(Family::Attention);
+
+        // Contrib operators of ONNX Runtime
+        /// `com.microsoft::RotaryEmbedding`. Inputs: x, position_ids, cos_cache, sin_cache.
+        ContribRotaryEmbedding {
+            interleaved: bool = flag("interleaved", false),
+            num_heads: Option<usize> = count("num_heads"),
+            rotary_dim: usize = size("rotary_embedding_dim"),
+        } => contrib("RotaryEmbedding", &[float().same(), int64(), float().same(), float().same()])
+            .family(Family::Attention).like_input();
+        /// `com.microsoft::SkipSimplifiedLayerNormalization`. Inputs: x, skip, scale, bias?. Outputs: y, _, _, sum?.
+        SkipRmsNormalization { epsilon: f32 = written_real("epsilon", 1e-12) }
+            => contrib(
+                "SkipSimplifiedLayerNormalization",
+                &[float().same(), float().same(), float().same(), float().same().optional()],
+            )
+            .outputs(4).family(Family::Normalization);
+        /// `com.microsoft::SkipLayerNormalization`. Inputs: x, skip, gamma, beta?, bias?. Outputs: y, _, _, sum?.
+        SkipLayerNormalization { epsilon: f32 = written_real("epsilon", 1e-12) }
+            => contrib(
+                "SkipLayerNormalization",
+                &[
+                    float().same(),
+                    float().same(),
+                    float().same(),
+                    float().same().optional(),
+                    float().same().optional(),
+                ],
+            )
+            .outputs(4).family(Family::Normalization);
+        /// `com.microsoft::FusedMatMul`: `alpha * a' * b'`, transposing the last two axes.
+        FusedMatMul {
+            alpha: f32 = real("alpha", 1.0),
+            trans_a: bool = flag("transA", false),
+            trans_b: bool = flag("transB", false),
+        } => contrib("FusedMatMul", &[number().same(), number().same()]).family(Family::Product);
+    }
+    records {
+        /// ONNX `Attention` (opset 23 and 24). Inputs: q, k, v, attn_mask?, past_key?, past_value?, nonpad_kv_seqlen?.
+        /// Outputs: y, present_key?, present_value?, qk_matmul?. q is `[batch, heads, tokens, head_dim]` or
+        /// `[batch, tokens, heads*head_dim]` (then `q_num_heads` is set).
+        Attention {
+            /// Query `i` sees key `j` only if `j <= i` (after the past).
+            is_causal: bool = flag("is_causal", false),
+            /// `None`: 1/√head_dim.
+            scale: Option<f32> = optional_real("scale"),
+            /// 0: none.
+            softcap: f32 = real("softcap", 0.0),
+            /// Set when q, k, v are three-dimensional.
+            q_num_heads: Option<usize> = count("q_num_heads"),
+            /// As `q_num_heads`, of keys and values.
+            kv_num_heads: Option<usize> = count("kv_num_heads"),
+            /// `None`: the dtype of q.
+            softmax_precision: Option<DType> = float_type("softmax_precision"),
+        } => onnx(
+                "Attention",
+                &[23, 24],
+                &[
+                    float().same(),
+                    float().same(),
+                    float().same(),
+                    any().optional(),
+                    float().same().optional(),
+                    float().same().optional(),
+                    int64().optional(),
+                ],
+            )
+            .outputs(4).family(Family::Attention);
+        /// `com.microsoft::GroupQueryAttention`. Inputs: query (or packed qkv), key?, value?, past_key?, past_value?,
+        /// seqlens_k (i32 `[batch]`, total − 1), total_sequence_length (i32 scalar), cos_cache?, sin_cache?,
+        /// position_ids?, attention_bias?, head_sink?.
+        GroupQueryAttention {
+            /// Query heads.
+            num_heads: usize = required_size("num_heads"),
+            /// Key and value heads.
+            kv_num_heads: usize = required_size("kv_num_heads"),
+            /// `None` (ONNX Runtime's 0): 1/√head_dim.
+            scale: Option<f32> = nonzero_real("scale"),
+            /// 0: none.
+            softcap: f32 = real("softcap", 0.0),
+            /// −1: no window. Otherwise the number of positions a query may look back, itself included.
+            local_window_size: i64 = int("local_window_size", -1),
+            /// Rotates query and key by the tables.
+            do_rotary: bool = flag("do_rotary", false),
+            /// Pairs of the rotation are (2i, 2i + 1).
+            rotary_interleaved: bool = flag("rotary_interleaved", false),
+        } => contrib(
+                "GroupQueryAttention",
+                &[
+                    float().same(),
+                    float().same().optional(),
+                    float().same().optional(),
+                    float().same().optional(),
+                    float().same().optional(),
+                    int32(),
+                    int32(),
+                    float().same().optional(),
+                    float().same().optional(),
+                    int64().optional(),
+                    float().same().optional(),
+                    float().same().optional(),
+                ],
+            )
+            .outputs(3).family(Family::Attention);
+    }
+}
