@@ -293,10 +293,16 @@ impl std::ops::Mul for &Dim {
     }
 }
 
-impl fmt::Display for Dim {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Dim {
+    /// Writes the dim with its symbols as `symbol` writes them.
+    pub(crate) fn write_with(&self, out: &mut impl fmt::Write, symbol: impl Fn(&str) -> String) {
+        // Writing to a string cannot fail, and a formatter that fails reports it itself.
+        let _ = self.try_write_with(out, symbol);
+    }
+
+    fn try_write_with(&self, out: &mut impl fmt::Write, symbol: impl Fn(&str) -> String) -> fmt::Result {
         if self.terms.is_empty() {
-            return f.write_str("0");
+            return out.write_str("0");
         }
         // Symbols before the constant: "past + 1" reads better than "1 + past".
         let symbolic = self.terms.iter().filter(|(m, _)| !m.is_empty());
@@ -304,26 +310,30 @@ impl fmt::Display for Dim {
         for (i, (monomial, coefficient)) in symbolic.chain(constant).enumerate() {
             match (i, *coefficient < 0) {
                 (0, false) => {}
-                (0, true) => f.write_str("-")?,
-                (_, false) => f.write_str(" + ")?,
-                (_, true) => f.write_str(" - ")?,
+                (0, true) => out.write_str("-")?,
+                (_, false) => out.write_str(" + ")?,
+                (_, true) => out.write_str(" - ")?,
             }
             let magnitude = coefficient.unsigned_abs();
             if monomial.is_empty() {
-                write!(f, "{magnitude}")?;
+                write!(out, "{magnitude}")?;
                 continue;
             }
             if magnitude != 1 {
-                write!(f, "{magnitude}*")?;
+                write!(out, "{magnitude}*")?;
             }
             for (j, sym) in monomial.iter().enumerate() {
-                if j > 0 {
-                    f.write_str("*")?;
-                }
-                write!(f, "{sym}")?;
+                out.write_str(if j > 0 { "*" } else { "" })?;
+                out.write_str(&symbol(sym.name()))?;
             }
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Dim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.try_write_with(f, str::to_string)
     }
 }
 

@@ -88,6 +88,7 @@ pub mod decode;
 pub mod dim;
 pub mod graph;
 pub mod help;
+mod ir_text;
 pub mod lower;
 pub mod network;
 pub mod onnx;

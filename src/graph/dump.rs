@@ -1,4 +1,4 @@
-//! The text form of a graph: one line a node, for people and for snapshots.
+//! The text form of a graph: one line a node, for people, snapshots and test files. [`parse`](super::parse) reads it back.
 //!
 //! ```text
 //! graph main (pytorch 2.15.0, opset 18)
@@ -14,154 +14,224 @@
 //! ```
 //!
 //! The order of lines is that of the graph and names are those of its values, so equal graphs give equal text. A node's
-//! own name stands behind `#` where it says more than its output's name. Constants that nothing reads are left out.
+//! own name stands behind `#` where it says more than its output's name. Constants that nothing reads are left out, and so
+//! are the elements of those larger than eight elements. `?` stands for a type that is not known. A name with spaces or
+//! punctuation in it is in quotes.
 
 use std::collections::HashSet;
 use std::fmt::{self, Display, Write};
 
-use super::{Attribute, Definition, Graph, Node, ValueId};
-use crate::tensor::Tensor;
-
-/// Constants up to this many elements are shown with their values.
-const MAX_SHOWN: usize = 8;
+use super::{Attribute, Definition, Graph, Node, Op, Shape, ValueId};
+use crate::ir_text::{self, MAX_SHOWN};
+use crate::tensor::{DType, Tensor};
 
 /// The text form of a graph, made when it is displayed.
-pub struct Dump<'a>(&'a Graph);
+pub struct Dump<'a> {
+    graph: &'a Graph,
+    style: Style,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Style {
+    /// Can be parsed back.
+    Text,
+    /// What architecture hashes are taken of; as [`Style::Text`], but no name is in quotes, no operator's domain is named
+    /// and numbers have the precision of f32.
+    Identity,
+}
 
 /// See the module's head.
 pub fn dump(graph: &Graph) -> Dump<'_> {
-    Dump(graph)
+    let style = Style::Text;
+    Dump { graph, style }
+}
+
+/// The text whose BLAKE3 hash is the `architecture_hash` of a package. It must never change for a graph: packages are
+/// compared by it. It differs from [`dump`] only in graphs with names that need quotes, f64 constants, or operators of
+/// which two domains have one name.
+pub fn identity_text(graph: &Graph) -> Dump<'_> {
+    let style = Style::Identity;
+    Dump { graph, style }
 }
 
 impl Display for Dump<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let graph = self.0;
-        writeln!(f, "{}", header(graph))?;
-        section(f, graph, "inputs", graph.inputs.iter().copied())?;
+        let graph = self.graph;
+        writeln!(f, "{}", self.header())?;
+        self.section(f, "inputs", graph.inputs.iter().copied())?;
         let mut read: HashSet<ValueId> = graph.outputs.iter().copied().collect();
         for id in graph.node_ids() {
             read.extend(graph.node(id).inputs.iter().flatten());
         }
         let constant = |v: &ValueId| read.contains(v) && graph.constant(*v).is_some();
-        section(f, graph, "constants", graph.value_ids().filter(constant))?;
+        self.section(f, "constants", graph.value_ids().filter(constant))?;
         writeln!(f, "nodes")?;
         for id in graph.node_ids() {
-            writeln!(f, "  {}", node_line(graph, graph.node(id)))?;
+            writeln!(f, "  {}", self.node_line(graph.node(id)))?;
         }
-        section(f, graph, "outputs", graph.outputs.iter().copied())
+        self.section(f, "outputs", graph.outputs.iter().copied())
     }
 }
 
-fn header(graph: &Graph) -> String {
-    let producer = &graph.producer;
-    let mut about: Vec<String> = Vec::new();
-    if !producer.name.is_empty() {
-        about.push(format!("{} {}", producer.name, producer.version).trim().to_string());
-    }
-    for (domain, version) in &producer.opsets {
-        about.push(match domain.as_str() {
-            "" => format!("opset {version}"),
-            domain => format!("{domain} {version}"),
-        });
-    }
-    let name = if graph.name.is_empty() { "graph" } else { "graph " };
-    match about.is_empty() {
-        true => format!("{name}{}", graph.name),
-        false => format!("{name}{} ({})", graph.name, about.join(", ")),
-    }
-}
-
-fn section(
-    f: &mut fmt::Formatter<'_>,
-    graph: &Graph,
-    title: &str,
-    values: impl Iterator<Item = ValueId>,
-) -> fmt::Result {
-    writeln!(f, "{title}")?;
-    for value in values {
-        writeln!(f, "  {}{}", typed(graph, value), shown(graph, value))?;
-    }
-    Ok(())
-}
-
-/// `name: dtype[shape]`, with `?` for what is not known.
-fn typed(graph: &Graph, value: ValueId) -> String {
-    let value = graph.value(value);
-    let dtype = value.dtype.map_or("?", |d| d.name());
-    match &value.shape {
-        Some(shape) => format!("{}: {dtype}{shape:?}", value.name),
-        None => format!("{}: {dtype}[?]", value.name),
-    }
-}
-
-fn shown(graph: &Graph, value: ValueId) -> String {
-    let Definition::Constant(constant) = &graph.value(value).definition else {
-        return String::new();
-    };
-    if constant.len() > MAX_SHOWN {
-        return String::new();
-    }
-    match constant.materialize() {
-        Ok(tensor) => format!(" = {}", elements(&tensor)),
-        Err(_) => " (absent)".to_string(),
-    }
-}
-
-/// The elements of a small tensor; of a scalar without brackets.
-fn elements(tensor: &Tensor) -> String {
-    let list: Vec<String> = if tensor.dtype().is_float() {
-        tensor.to_f64().iter().map(|v| float(*v)).collect()
-    } else {
-        tensor.to_i64().iter().map(i64::to_string).collect()
-    };
-    match tensor.shape() {
-        [] => list.join(""),
-        _ => format!("[{}]", list.join(", ")),
-    }
-}
-
-/// Shortest text that reads back as the same fp32, so that 1e-5 stays 1e-5.
-fn float(value: f64) -> String {
-    format!("{:?}", value as f32)
-}
-
-fn node_line(graph: &Graph, node: &Node) -> String {
-    let mut line = String::new();
-    for (i, output) in node.outputs.iter().enumerate() {
-        line.push_str(if i > 0 { ", " } else { "" });
-        match output {
-            Some(value) => line.push_str(&typed(graph, *value)),
-            None => line.push('_'),
+impl Dump<'_> {
+    fn name(&self, name: &str) -> String {
+        match self.style {
+            Style::Text => ir_text::name(name),
+            Style::Identity => name.to_string(),
         }
     }
-    let _ = write!(line, " = {}", node.op.name());
-    let attributes: Vec<String> = node
-        .op
-        .attributes()
-        .iter()
-        .map(|(name, value)| format!("{name}={}", attribute(value)))
-        .collect();
-    if !attributes.is_empty() {
-        let _ = write!(line, "({})", attributes.join(", "));
-    }
-    for (i, input) in node.inputs.iter().enumerate() {
-        line.push_str(if i > 0 { ", " } else { " " });
-        line.push_str(input.map_or("_", |v| &graph.value(v).name));
-    }
-    let first = node.outputs.iter().flatten().next();
-    if first.is_none_or(|v| !graph.value(*v).name.starts_with(&node.name)) {
-        let _ = write!(line, "  # {}", node.name);
-    }
-    line
-}
 
-fn attribute(value: &Attribute) -> String {
-    match value {
-        Attribute::Int(v) => v.to_string(),
-        Attribute::Float(v) => format!("{v:?}"),
-        Attribute::Ints(v) => format!("{v:?}"),
-        Attribute::Text(v) => (*v).to_string(),
-        Attribute::DType(v) => v.to_string(),
-        Attribute::Tensor(v) => format!("{} {}", v.dtype(), elements(v)),
+    fn shape(&self, shape: &Shape) -> String {
+        match self.style {
+            Style::Text => ir_text::shape(shape),
+            Style::Identity => format!("{shape:?}"),
+        }
+    }
+
+    fn header(&self) -> String {
+        let producer = &self.graph.producer;
+        let mut about: Vec<String> = Vec::new();
+        if !producer.name.is_empty() {
+            about.push(self.name_of_producer(&producer.name, &producer.version));
+        }
+        for (domain, version) in &producer.opsets {
+            about.push(match domain.as_str() {
+                "" => format!("opset {version}"),
+                domain => format!("{} {version}", self.name(domain)),
+            });
+        }
+        let mut line = String::from("graph");
+        if !self.graph.name.is_empty() {
+            let _ = write!(line, " {}", self.name(&self.graph.name));
+        }
+        if !about.is_empty() {
+            let _ = write!(line, " ({})", about.join(", "));
+        }
+        line
+    }
+
+    fn name_of_producer(&self, name: &str, version: &str) -> String {
+        let plain = |text: &str| !text.contains([',', '(', ')', '"']) && text.trim() == text;
+        let spaced = version.contains(' ') || version.is_empty() && name.contains(' ');
+        match self.style {
+            Style::Text if !plain(name) || !plain(version) || spaced || name == "opset" => match version {
+                "" => format!("{name:?}"),
+                version => format!("{name:?} {version:?}"),
+            },
+            _ => format!("{name} {version}").trim().to_string(),
+        }
+    }
+
+    fn section(&self, f: &mut fmt::Formatter<'_>, title: &str, values: impl Iterator<Item = ValueId>) -> fmt::Result {
+        writeln!(f, "{title}")?;
+        for value in values {
+            writeln!(f, "  {}{}", self.typed(value), self.shown(value))?;
+        }
+        Ok(())
+    }
+
+    /// `name: dtype[shape]`, with `?` for what is not known.
+    fn typed(&self, value: ValueId) -> String {
+        let value = self.graph.value(value);
+        let name = self.name(&value.name);
+        let dtype = value.dtype.map_or("?", |d| d.name());
+        match &value.shape {
+            Some(shape) => format!("{name}: {dtype}{}", self.shape(shape)),
+            None => format!("{name}: {dtype}[?]"),
+        }
+    }
+
+    fn shown(&self, value: ValueId) -> String {
+        let Definition::Constant(constant) = &self.graph.value(value).definition else {
+            return String::new();
+        };
+        if constant.len() > MAX_SHOWN {
+            return String::new();
+        }
+        match constant.materialize() {
+            Ok(tensor) => format!(" = {}", self.elements(&tensor)),
+            Err(_) => " (absent)".to_string(),
+        }
+    }
+
+    fn elements(&self, tensor: &Tensor) -> String {
+        match (self.style, tensor.dtype()) {
+            (Style::Identity, DType::F64) => {
+                let rounded: Vec<f32> = tensor.to_f64().iter().map(|v| *v as f32).collect();
+                ir_text::elements(&Tensor::from_f32(tensor.shape().to_vec(), &rounded))
+            }
+            _ => ir_text::elements(tensor),
+        }
+    }
+
+    fn operator(&self, op: &Op) -> String {
+        if self.style == Style::Identity {
+            return op.name();
+        }
+        let taken = |domain: &str| Op::is_known(domain, op.op_type());
+        match op {
+            Op::Unknown { domain, op_type } => {
+                let plain = ir_text::name(op_type) == *op_type && !op_type.contains(':');
+                let plain_domain = domain.is_empty() || ir_text::name(domain) == *domain;
+                let read_as_known = taken(domain) || domain.is_empty() && taken(super::MICROSOFT);
+                match plain && plain_domain && !read_as_known {
+                    true => op.name(),
+                    false => format!("{domain:?}::{op_type:?}"),
+                }
+            }
+            op if !op.domain().is_empty() && taken("") => format!("{}::{}", op.domain(), op.op_type()),
+            op => op.name(),
+        }
+    }
+
+    fn node_line(&self, node: &Node) -> String {
+        let mut line = String::new();
+        for (i, output) in node.outputs.iter().enumerate() {
+            line.push_str(if i > 0 { ", " } else { "" });
+            match output {
+                Some(value) => line.push_str(&self.typed(*value)),
+                None => line.push('_'),
+            }
+        }
+        let _ = write!(line, " = {}", self.operator(&node.op));
+        let attributes: Vec<String> = node
+            .op
+            .attributes()
+            .iter()
+            .map(|(name, value)| format!("{name}={}", self.attribute(value)))
+            .collect();
+        if !attributes.is_empty() {
+            let _ = write!(line, "({})", attributes.join(", "));
+        }
+        for (i, input) in node.inputs.iter().enumerate() {
+            line.push_str(if i > 0 { ", " } else { " " });
+            line.push_str(&input.map_or("_".to_string(), |v| self.name(&self.graph.value(v).name)));
+        }
+        let first = node.outputs.iter().flatten().next();
+        if first.is_none_or(|v| !self.graph.value(*v).name.starts_with(&node.name)) {
+            let name = match self.style {
+                Style::Text
+                    if node.name.contains(char::is_control)
+                        || node.name.starts_with('"')
+                        || node.name.trim() != node.name =>
+                {
+                    format!("{:?}", node.name)
+                }
+                _ => node.name.clone(),
+            };
+            let _ = write!(line, "  # {name}");
+        }
+        line
+    }
+
+    fn attribute(&self, value: &Attribute) -> String {
+        match value {
+            Attribute::Int(v) => v.to_string(),
+            Attribute::Float(v) => format!("{v:?}"),
+            Attribute::Ints(v) => format!("{v:?}"),
+            Attribute::Text(v) => (*v).to_string(),
+            Attribute::DType(v) => v.to_string(),
+            Attribute::Tensor(v) => format!("{} {}", v.dtype(), self.elements(v)),
+        }
     }
 }

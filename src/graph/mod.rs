@@ -7,7 +7,8 @@
 //!
 //! The front end (`onnx`) makes graphs, `passes` rewrite them, `lower` reads the canonical one. Its modules:
 //! `op` the operators, `constant` and `transform` tensors with deferred work, `infer` dtypes and shapes,
-//! `eval` operator semantics on concrete tensors, `verify` the rules, `dump` the text form.
+//! `eval` operator semantics on concrete tensors, `verify` the rules, `dump` the text form
+//! and `parse` the way back.
 //!
 //! # The canonical graph
 //!
@@ -41,15 +42,18 @@ pub mod dump;
 pub mod eval;
 pub mod infer;
 pub mod op;
+mod parse;
 mod transform;
 pub mod verify;
 
 use std::collections::{HashMap, HashSet};
 
+pub use crate::ir_text::ParseError;
 pub use constant::{Constant, ConstantError, ConstantSource, Transform};
-pub use dump::dump;
+pub use dump::{dump, identity_text};
 pub use infer::{Contents, InferError, InferenceFacts, bind_input_dims, infer};
 pub use op::{Attribute, MICROSOFT, Op};
+pub use parse::{parse, parse_with};
 pub use verify::{Obstacle, Obstacles, verify};
 
 use crate::dim::Dim;

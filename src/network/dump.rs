@@ -1,7 +1,9 @@
-//! The text form of a [`Network`], for `inspect --dump network`, snapshots and eyes.
+//! The text form of a [`Network`], for `inspect --dump network`, snapshots and test files. [`parse`](super::parse()) reads it
+//! back.
 //!
 //! One line a layer: the tensor, its type, `=`, the layer and what it reads. The layer's own name is not repeated where
-//! it is the tensor's. Stable: a change of this text is a change of every snapshot.
+//! it is the tensor's, and a name with spaces or punctuation in it is in quotes. Stable: a change of this text is a change
+//! of every snapshot and of every key of the plan cache.
 //!
 //! ```text
 //! network "mlp" for b1-t1-c16
@@ -16,35 +18,44 @@
 //!   y f16[1, 128]
 //! ```
 
-use std::fmt::{self, Write};
+use std::fmt;
 
-use crate::tensor::{self, DType};
+use super::{LayerKind, Network, TensorId, WeightMode};
+use crate::ir_text::{name, shape};
 
-use super::{Layer, LayerKind, MatrixOp, Network, Shape, TensorId, WeightMode};
-
-/// Constants up to this many elements are written out.
-const SHOWN_ELEMENTS: usize = 8;
+impl WeightMode {
+    /// As dumps write it.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            WeightMode::Bind => "bind",
+            WeightMode::Embed => "embed",
+            WeightMode::Strip => "strip",
+        }
+    }
+}
 
 impl fmt::Display for Network {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "network {:?} for {}", self.name, self.profile)?;
         let typed = |id: TensorId| {
             let tensor = self.tensor(id);
-            format!("{} {}", tensor.name, dtype_shape(tensor.dtype, &tensor.shape))
+            format!("{} {}{}", name(&tensor.name), tensor.dtype, shape(&tensor.shape))
         };
         if !self.weights.is_empty() {
             f.write_str("weights\n")?;
         }
         for weight in &self.weights {
-            let mode = match weight.mode {
-                WeightMode::Bind => "bind",
-                WeightMode::Embed => "embed",
-                WeightMode::Strip => "strip",
-            };
             let constant = &weight.constant;
-            write!(f, "  {} {}{:?} {mode}", weight.name, constant.dtype(), constant.shape())?;
+            let mode = weight.mode.word();
+            write!(
+                f,
+                "  {} {}{:?} {mode}",
+                name(&weight.name),
+                constant.dtype(),
+                constant.shape()
+            )?;
             match constant.origin() {
-                Some(origin) if origin != weight.name => writeln!(f, " from {origin}")?,
+                Some(origin) if origin != weight.name => writeln!(f, " from {}", name(origin))?,
                 _ => f.write_str("\n")?,
             }
         }
@@ -59,10 +70,11 @@ impl fmt::Display for Network {
             if matches!(layer.kind, LayerKind::Weight(_)) {
                 continue;
             }
-            write!(f, "  {} = {}", typed(*output), expression(self, layer))?;
+            let inputs = layer.inputs.iter().map(|id| name(&self.tensor(*id).name)).collect();
+            write!(f, "  {} = {}", typed(*output), layer.kind.expression(inputs))?;
             match layer.name == self.tensor(*output).name {
                 true => f.write_str("\n")?,
-                false => writeln!(f, " @{}", layer.name)?,
+                false => writeln!(f, " @{}", name(&layer.name))?,
             }
         }
         f.write_str("outputs\n")?;
@@ -71,84 +83,4 @@ impl fmt::Display for Network {
         }
         Ok(())
     }
-}
-
-fn dtype_shape(dtype: DType, shape: &Shape) -> String {
-    format!("{dtype}{shape:?}")
-}
-
-/// `Layer(inputs, parameter: value)`.
-fn expression(network: &Network, layer: &Layer) -> String {
-    let mut arguments: Vec<String> = layer.inputs.iter().map(|id| network.tensor(*id).name.clone()).collect();
-    let mut head = layer.kind.name().to_string();
-    match &layer.kind {
-        LayerKind::Weight(_) | LayerKind::Select | LayerKind::Attention | LayerKind::KvCacheUpdate => {}
-        LayerKind::Constant(tensor) => arguments.push(elements(tensor)),
-        LayerKind::MatrixMultiply { op_a, op_b } => {
-            for (argument, op) in arguments.iter_mut().zip([op_a, op_b]) {
-                if *op == MatrixOp::Transpose {
-                    argument.push_str("^T");
-                }
-            }
-        }
-        LayerKind::Elementwise(op) => head = format!("{op:?}"),
-        LayerKind::Unary(op) => head = format!("{op:?}"),
-        LayerKind::Activation(op) => head = format!("{op:?}"),
-        LayerKind::Reduce { op, axes, keep_dims } => {
-            head = format!("Reduce{op:?}");
-            arguments.push(format!("axes: {axes:?}"));
-            if !keep_dims {
-                arguments.push("keep_dims: false".to_string());
-            }
-        }
-        LayerKind::Softmax { axis } | LayerKind::Concatenation { axis } | LayerKind::Gather { axis } => {
-            arguments.push(format!("axis: {axis}"));
-        }
-        LayerKind::Shuffle { first, reshape, second } => {
-            // In the order in which they happen.
-            arguments.extend(first.as_ref().map(|o| format!("transpose: {o:?}")));
-            arguments.extend(reshape.as_ref().map(|to| format!("reshape: {to:?}")));
-            arguments.extend(second.as_ref().map(|o| format!("transpose: {o:?}")));
-        }
-        LayerKind::Slice { start, size, stride } => {
-            arguments.push(format!("start: {start:?}, size: {size:?}"));
-            if stride.iter().any(|s| *s != 1) {
-                arguments.push(format!("stride: {stride:?}"));
-            }
-        }
-        LayerKind::Cast { to } => arguments.push(to.to_string()),
-        LayerKind::Fill { start, step, .. } => arguments.push(format!("start: {start}, step: {step}")),
-        LayerKind::Normalization { axes, epsilon } => {
-            arguments.push(format!("axes: {axes:?}, epsilon: {epsilon}"));
-        }
-        LayerKind::RotaryEmbedding {
-            interleaved,
-            rotary_dim,
-        } => {
-            arguments.push(format!("rotary_dim: {rotary_dim}"));
-            if *interleaved {
-                arguments.push("interleaved".to_string());
-            }
-        }
-    }
-    format!("{head}({})", arguments.join(", "))
-}
-
-fn elements(tensor: &tensor::Tensor) -> String {
-    let mut text = String::new();
-    let values = match tensor.len() <= SHOWN_ELEMENTS {
-        true => tensor.to_f64(),
-        false => return format!("{} elements", tensor.len()),
-    };
-    for (i, value) in values.iter().enumerate() {
-        let separator = if i == 0 { "" } else { ", " };
-        match tensor.dtype() {
-            DType::Bool => write!(text, "{separator}{}", *value != 0.0),
-            // The shortest decimal that reads back as the same f32, not its expansion in f64.
-            dtype if dtype.is_float() => write!(text, "{separator}{}", *value as f32),
-            _ => write!(text, "{separator}{value}"),
-        }
-        .expect("writing to a string");
-    }
-    text
 }

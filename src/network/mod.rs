@@ -6,8 +6,8 @@
 //! every dim is a number, with a dynamic one the only symbol is `tokens`.
 //!
 //! Two back ends read this: `backend::tensorrt` builds engines, `backend::cpu` executes. Both match exhaustively on
-//! [`LayerKind`]. `infer` holds the rules of each layer, [`builder`] makes networks by them and [`verify()`] checks whole
-//! ones, `dump` has the text form (`Display`). `lower` makes the networks of models; nothing here knows of graphs, except
+//! [`LayerKind`]. `kind` says what each layer is, `infer` holds its rule, [`builder`] makes networks by them and
+//! [`verify()`] checks whole ones; `dump` has the text form (`Display`) and [`parse()`] reads it back. `lower` makes the networks of models; nothing here knows of graphs, except
 //! that a weight's bytes come from a graph [`Constant`].
 //!
 //! A *sequence* is one entry of the batch. A *row* is a vector along the last axis: of an activation
@@ -32,6 +32,8 @@ pub mod builder;
 mod builder_tests;
 mod dump;
 mod infer;
+mod kind;
+mod parse;
 mod prune;
 pub mod verify;
 
@@ -39,11 +41,13 @@ use std::fmt;
 
 pub use builder::{BuildError, LayerError, NetworkBuilder};
 pub use infer::Fault;
+pub use kind::{Activation, Elementwise, LayerKind, MatrixOp, ReduceOp, UnaryOp};
+pub use parse::parse;
 pub use verify::{VerifyError, verify, verify_interface};
 
 use crate::dim::Dim;
 use crate::graph::Constant;
-use crate::tensor::{self, DType};
+use crate::tensor::DType;
 
 /// A shape of symbolic dims.
 pub type Shape = Vec<Dim>;
@@ -155,154 +159,6 @@ impl fmt::Display for Profile {
             Logits::Rows => Ok(()),
         }
     }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum MatrixOp {
-    None,
-    /// The last two axes swapped.
-    Transpose,
-}
-
-/// `IElementWiseLayer` operations. Comparisons and logic give bool.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Elementwise {
-    Sum,
-    Sub,
-    Prod,
-    Div,
-    Pow,
-    Max,
-    Min,
-    /// Rounds toward negative infinity.
-    FloorDiv,
-    And,
-    Or,
-    Xor,
-    Equal,
-    Greater,
-    Less,
-}
-
-/// `IUnaryLayer` operations.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum UnaryOp {
-    Abs,
-    Ceil,
-    Cos,
-    Erf,
-    Exp,
-    Floor,
-    IsNan,
-    Log,
-    Neg,
-    Not,
-    Recip,
-    Round,
-    Sign,
-    Sin,
-    Sqrt,
-}
-
-/// `IActivationLayer` functions.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Activation {
-    Relu,
-    Sigmoid,
-    Tanh,
-    GeluErf,
-    GeluTanh,
-    Softplus,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum ReduceOp {
-    Sum,
-    Prod,
-    Max,
-    Min,
-    Avg,
-}
-
-/// One layer. Inputs and outputs in the order given; axes count from 0.
-#[derive(Clone, Debug)]
-pub enum LayerKind {
-    /// No input; gives the weight. A constant layer, or a network input when the weight is bound.
-    Weight(WeightId),
-    /// No input; a small constant that is part of the lowering (an epsilon, a table), always in the plan.
-    Constant(tensor::Tensor),
-    /// Inputs a `[.., m, k]`, b `[.., k, n]` after their ops; leading dims broadcast where 1; equal ranks.
-    MatrixMultiply {
-        op_a: MatrixOp,
-        op_b: MatrixOp,
-    },
-    /// Two inputs of equal rank and dtype.
-    Elementwise(Elementwise),
-    Unary(UnaryOp),
-    Activation(Activation),
-    /// Axes are kept with size 1 if `keep_dims`.
-    Reduce {
-        op: ReduceOp,
-        axes: Vec<usize>,
-        keep_dims: bool,
-    },
-    /// Over one axis.
-    Softmax {
-        axis: usize,
-    },
-    /// Transpose, then reshape to the given dims (of equal volume), then transpose: each optional.
-    Shuffle {
-        first: Option<Vec<usize>>,
-        reshape: Option<Shape>,
-        second: Option<Vec<usize>>,
-    },
-    /// `start` and `stride` are numbers; `size` is the output's shape and may hold `tokens`. A stride of 0 repeats the
-    /// element at `start`, which is how a dim of 1 is expanded.
-    Slice {
-        start: Vec<i64>,
-        size: Shape,
-        stride: Vec<i64>,
-    },
-    Concatenation {
-        axis: usize,
-    },
-    /// Inputs data, indices (i32 or i64); the output's shape is `data[..axis] + indices + data[axis+1..]`. Every index
-    /// lies in `0..data[axis]`: another one is an error of the caller. The CPU executor refuses it and names it;
-    /// TensorRT does not check and promises nothing about the result, so sessions check token ids before they run.
-    Gather {
-        axis: usize,
-    },
-    /// Inputs condition (bool), then, else; equal ranks.
-    Select,
-    Cast {
-        to: DType,
-    },
-    /// `start + step * i` along one new axis: `[length]`, i32 or f32 by the dtype of the output.
-    Fill {
-        length: Dim,
-        start: f64,
-        step: f64,
-    },
-    /// LayerNorm over `axes`: inputs x, scale, bias; scale and bias have x's rank, with 1 outside `axes`.
-    Normalization {
-        axes: Vec<usize>,
-        epsilon: f32,
-    },
-    /// Inputs x `[batch, heads, tokens, head_dim]`, cos and sin `[max_position, rotary_dim/2]`, position_ids
-    /// `[batch, tokens]` i32. Dims of a head beyond `rotary_dim` pass through. Not interleaved: pairs are
-    /// (i, i + rotary_dim/2); interleaved: (2i, 2i + 1).
-    RotaryEmbedding {
-        interleaved: bool,
-        rotary_dim: usize,
-    },
-    /// `softmax(q kᵀ + mask) v`; inputs q `[batch, heads, tokens, d]`, k and v `[batch, kv_heads, slots, d]`, and an
-    /// optional mask `[batch or 1, heads or 1, tokens, slots]` (bool, true = attend, or the dtype of q, added; TensorRT
-    /// broadcasts it over batch and heads only). **Does not scale**: the lowering scales q. heads is a multiple of
-    /// kv_heads; query head h reads KV head `h / (heads / kv_heads)`.
-    Attention,
-    /// Inputs cache `[batch, heads, capacity, d]` (a network input), update `[batch, heads, tokens, d]`, write_indices
-    /// `[batch]` i32. Writes in place; the output is a network output in the cache's memory.
-    KvCacheUpdate,
 }
 
 /// See the module's head.

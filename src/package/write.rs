@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use super::manifest::{self, EngineEntry, ExportFile, FORMAT_VERSION, Manifest, PassRecord, StoredFile, WeightEntry};
 use super::staging::Staging;
 use super::{CONSTANTS, ENGINES, GRAPH, MANIFEST, Package, PackageError, TOKENIZER, WEIGHTS, hash_file};
-use crate::graph::{Constant, Graph, ValueId, dump};
+use crate::graph::{Constant, Graph, ValueId, identity_text};
 use crate::network::WeightMode;
 use crate::passes::Architecture;
 use crate::target::{Prefill, Refit, Target};
@@ -71,7 +71,9 @@ impl Writer {
             capacities: header.capacities,
             prefill: header.prefill,
             graph: stored_graph.graph,
-            architecture_hash: blake3::hash(dump(graph).to_string().as_bytes()).to_hex().to_string(),
+            architecture_hash: blake3::hash(identity_text(graph).to_string().as_bytes())
+                .to_hex()
+                .to_string(),
             weights: stored_graph.weights,
             constants: stored_graph.constants,
             engines: Vec::new(),

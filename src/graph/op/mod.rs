@@ -165,6 +165,11 @@ impl Op {
         axis
     }
 
+    /// Whether the table has an operator of this name.
+    pub fn is_known(domain: &str, op_type: &str) -> bool {
+        Op::all().iter().any(|op| op.info().is_named(domain, op_type))
+    }
+
     /// The operator of this name with these attributes; `None` if there is none. [`Op::Unknown`] is never the result.
     pub fn read<S: AttributeSource>(domain: &str, op_type: &str, source: &S) -> Result<Option<Op>, S::Error> {
         if domain.is_empty() {

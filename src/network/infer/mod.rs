@@ -73,33 +73,6 @@ pub enum Fault {
 /// Dtype and shape of one output.
 pub type Typed = (DType, Shape);
 
-impl LayerKind {
-    /// The layer's name in TensorRT's terms, as errors and dumps say it.
-    pub fn name(&self) -> &'static str {
-        match self {
-            LayerKind::Weight(_) => "Weight",
-            LayerKind::Constant(_) => "Constant",
-            LayerKind::MatrixMultiply { .. } => "MatrixMultiply",
-            LayerKind::Elementwise(_) => "Elementwise",
-            LayerKind::Unary(_) => "Unary",
-            LayerKind::Activation(_) => "Activation",
-            LayerKind::Reduce { .. } => "Reduce",
-            LayerKind::Softmax { .. } => "Softmax",
-            LayerKind::Shuffle { .. } => "Shuffle",
-            LayerKind::Slice { .. } => "Slice",
-            LayerKind::Concatenation { .. } => "Concatenation",
-            LayerKind::Gather { .. } => "Gather",
-            LayerKind::Select => "Select",
-            LayerKind::Cast { .. } => "Cast",
-            LayerKind::Fill { .. } => "Fill",
-            LayerKind::Normalization { .. } => "Normalization",
-            LayerKind::RotaryEmbedding { .. } => "RotaryEmbedding",
-            LayerKind::Attention => "Attention",
-            LayerKind::KvCacheUpdate => "KvCacheUpdate",
-        }
-    }
-}
-
 /// The only output of a layer over these inputs. `fill` is the dtype wanted of a [`LayerKind::Fill`], which has no input
 /// to take it from.
 pub(super) fn infer(
