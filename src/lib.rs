@@ -52,24 +52,25 @@
 //! |---|---|---|
 //! | 1 | `dim`, `help`, `units` | symbolic sizes; what errors advise; quantities for people |
 //! | 2 | `tensor` | element types, bytes with a shape |
-//! | 3 | `graph` | typed ONNX, inference, evaluation |
-//! | 4 | `onnx` | ONNX files |
-//! | 5 | `passes` | from an export's graph to the canonical one |
-//! | 6 | `network` | TensorRT layers as data |
-//! | 7 | `target` | what a conversion is for: target, precision, prefill, refit |
-//! | 8 | `lower` | from the canonical graph to a network |
-//! | 9 | `spec` | conversion specs |
-//! | 10 | `backend::cpu`, `backend::tensorrt` | executor, engines |
-//! | 11 | `weights` | weights on disk, by name, from checkpoints |
-//! | 12 | `sample` | from logits to a token |
-//! | 13 | `text` | tokenizer, chat template, text from tokens |
-//! | 14 | `tune` | which lowering is fastest on a GPU |
-//! | 15 | `package` | packages on disk |
-//! | 16 | `convert` | from an export to a package |
-//! | 17 | `decode` | sessions, generation, reference engines |
-//! | 18 | `bench` | measurements |
-//! | 19 | `report` | tables, plots and text of measurements |
-//! | 20 | `cli` | the command line |
+//! | 3 | `ir_text` | names, dims and numbers as the text forms of graphs and networks write and read them |
+//! | 4 | `graph` | typed ONNX, inference, evaluation |
+//! | 5 | `onnx` | ONNX files |
+//! | 6 | `passes` | from an export's graph to the canonical one |
+//! | 7 | `network` | TensorRT layers as data |
+//! | 8 | `target` | what a conversion is for: target, precision, prefill, refit |
+//! | 9 | `lower` | from the canonical graph to a network |
+//! | 10 | `spec` | conversion specs |
+//! | 11 | `backend::cpu`, `backend::tensorrt` | executor, engines |
+//! | 12 | `weights` | weights on disk, by name, from checkpoints |
+//! | 13 | `sample` | from logits to a token |
+//! | 14 | `text` | tokenizer, chat template, text from tokens |
+//! | 15 | `tune` | which lowering is fastest on a GPU |
+//! | 16 | `package` | packages on disk |
+//! | 17 | `convert` | from an export to a package |
+//! | 18 | `decode` | sessions, generation, reference engines |
+//! | 19 | `bench` | measurements |
+//! | 20 | `report` | tables, plots and text of measurements |
+//! | 21 | `cli` | the command line |
 //!
 //! # Features
 //!

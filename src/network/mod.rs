@@ -41,6 +41,7 @@ use std::fmt;
 
 pub use builder::{BuildError, LayerError, NetworkBuilder};
 pub use infer::Fault;
+pub(crate) use kind::RowLayer;
 pub use kind::{Activation, Elementwise, LayerKind, MatrixOp, ReduceOp, UnaryOp};
 pub use parse::parse;
 pub use verify::{VerifyError, verify, verify_interface};

@@ -12,7 +12,7 @@ use super::super::program::Work;
 use super::super::strided_view::View;
 use super::row_builder::{NOWHERE, RowProgramBuilder, Virtual};
 use super::{Compiler, per_item};
-use crate::network::{LayerKind, UnaryOp};
+use crate::network::{LayerKind, RowLayer, UnaryOp};
 
 /// Nanoseconds per element of a simple operation, of one with an exponential, and per operation of a row.
 const SIMPLE: f64 = 0.04;
@@ -36,26 +36,10 @@ impl Compiler<'_> {
     pub(super) fn is_row_layer(&self, index: usize) -> bool {
         let layer = &self.network.layers[index];
         let last = |axis: usize| axis + 1 == self.shapes[layer.inputs[0].0 as usize].len();
-        match &layer.kind {
-            LayerKind::Elementwise(_)
-            | LayerKind::Unary(_)
-            | LayerKind::Activation(_)
-            | LayerKind::Select
-            | LayerKind::Cast { .. }
-            | LayerKind::Fill { .. } => true,
-            LayerKind::Reduce { axes, keep_dims, .. } => axes.len() == 1 && *keep_dims && last(axes[0]),
-            LayerKind::Softmax { axis } => last(*axis),
-            LayerKind::Normalization { axes, .. } => axes.len() == 1 && last(axes[0]),
-            LayerKind::Weight(_)
-            | LayerKind::Constant(_)
-            | LayerKind::MatrixMultiply { .. }
-            | LayerKind::Shuffle { .. }
-            | LayerKind::Slice { .. }
-            | LayerKind::Concatenation { .. }
-            | LayerKind::Gather { .. }
-            | LayerKind::RotaryEmbedding { .. }
-            | LayerKind::Attention
-            | LayerKind::KvCacheUpdate => false,
+        match layer.kind.row_layer() {
+            RowLayer::Elements => true,
+            RowLayer::Along(axis) => last(axis),
+            RowLayer::No => false,
         }
     }
 
