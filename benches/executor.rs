@@ -53,7 +53,7 @@ const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 /// One row times 64 MB of weights of 576 × 1536.
 #[divan::bench(args = DTYPES)]
 fn gemv(bencher: Bencher, dtype: DType) {
-    let bytes = 576 * 1536 * dtype.size();
+    let bytes = dtype.byte_len(576 * 1536);
     let copies = (64 << 20) / bytes;
     let network = linears(dtype, 1, 576, 1536, copies);
     run(bencher.counter(BytesCount::new(bytes * copies)), &network, 0);

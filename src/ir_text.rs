@@ -68,7 +68,7 @@ pub(crate) fn float(dtype: DType, value: f64) -> String {
 
 /// The elements of a small tensor; of a scalar without brackets.
 pub(crate) fn elements(tensor: &Tensor) -> String {
-    let list: Vec<String> = if tensor.dtype().is_float() {
+    let list: Vec<String> = if tensor.dtype().is_float_format() {
         tensor.to_f64().iter().map(|v| float(tensor.dtype(), *v)).collect()
     } else {
         tensor.to_i64().iter().map(i64::to_string).collect()
@@ -81,18 +81,12 @@ pub(crate) fn elements(tensor: &Tensor) -> String {
 
 /// A tensor of integers or floats given as numbers.
 pub(crate) fn tensor_of(dtype: DType, shape: Vec<usize>, numbers: &[Number]) -> Tensor {
-    if dtype.is_float() {
+    if dtype.is_float_format() {
         let values: Vec<f64> = numbers.iter().map(|n| n.float).collect();
         return Tensor::from_f64_as(dtype, shape, &values);
     }
-    let values = numbers.iter().map(|n| n.integer);
-    let bytes: Vec<u8> = match dtype {
-        DType::I64 => values.flat_map(i64::to_le_bytes).collect(),
-        DType::I32 => values.flat_map(|v| (v as i32).to_le_bytes()).collect(),
-        DType::Bool => values.map(|v| u8::from(v != 0)).collect(),
-        _ => values.map(|v| v as u8).collect(),
-    };
-    Tensor::new(dtype, shape, bytes.into()).expect("one number for each element")
+    let values: Vec<i64> = numbers.iter().map(|n| n.integer).collect();
+    Tensor::from_i64_as(dtype, shape, &values)
 }
 
 /// Small numbers with no pattern, the same for the same seed; of integers 0 and 1.
@@ -359,7 +353,7 @@ impl<'a> Cursor<'a> {
                 .parse()
                 .map(|v| of(v, 0))
                 .map_err(|_| self.error_at(start, "a number")),
-            (dtype, word) if dtype.is_float() => {
+            (dtype, word) if dtype.is_float_format() => {
                 let value = word.parse::<f32>().map_err(|_| self.error_at(start, "a number"))?;
                 Ok(of(f64::from(value), 0))
             }
@@ -387,18 +381,7 @@ impl<'a> Cursor<'a> {
 
 /// The dtype of this name.
 pub(crate) fn dtype_named(name: &str) -> Option<DType> {
-    let all = [
-        DType::Bool,
-        DType::U8,
-        DType::I8,
-        DType::I32,
-        DType::I64,
-        DType::F16,
-        DType::Bf16,
-        DType::F32,
-        DType::F64,
-    ];
-    all.into_iter().find(|dtype| dtype.name() == name)
+    name.parse().ok()
 }
 
 /// The lines of a text with their numbers, empty ones left out.

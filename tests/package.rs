@@ -147,7 +147,7 @@ fn equal_tensors_are_stored_once_and_the_file_is_aligned() {
         let alignment = if weight.bytes % 64 == 0 {
             64
         } else {
-            weight.dtype.size() as u64
+            weight.dtype.element_bytes() as u64
         };
         assert_eq!(weight.offset % alignment, 0, "{}", weight.name);
     }

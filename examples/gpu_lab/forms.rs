@@ -107,7 +107,7 @@ fn chain(form: Form, dtype: DType, [k, n, m]: [i64; 3], pairs: usize) -> Outcome
             let constant = Constant::absent(dtype, vec![to as usize, from as usize]);
             let w = b.weight(&format!("{name}.weight"), constant, WeightMode::Bind)?;
             let mut y = product(&mut b, &name, form, x, w, [to, from])?;
-            bytes += (to * from) as f64 * dtype.size() as f64;
+            bytes += dtype.byte_len((to * from) as usize) as f64;
             if which == "up" && m < n {
                 let kind = LayerKind::Slice {
                     start: vec![0, 0],

@@ -33,7 +33,9 @@ pub fn model(package: &Package, name: &str) -> Result<Model, PackageError> {
         head_dim: a.head_dim,
         vocabulary: package.vocabulary()?,
         weight_bytes_per_token: read.map(|w| if table(w) { row(w) } else { w.bytes }).sum(),
-        kv_bytes_per_token_slot: (a.caches * a.kv_heads * (a.head_dim + a.value_dim) * a.cache_dtype.size()) as u64,
+        kv_bytes_per_token_slot: a
+            .cache_dtype
+            .byte_len(a.caches * a.kv_heads * (a.head_dim + a.value_dim)) as u64,
         matrix_parameters: Some(matrices.filter(in_layers).map(elements).sum()).filter(|n| *n > 0),
     })
 }

@@ -2,11 +2,17 @@
 //!
 //! A pass that transposes, slices or converts a weight must not touch hundreds of megabytes: it records a
 //! [`Transform`], and the bytes are made once, when the package is written. Shape and dtype are always known at once.
+//!
+//! A quantized weight is a recipe too, [`Transform::Dequantize`] over codes, scales and zero points, and has the dtype and
+//! shape of its values; [`Constant::as_quantized`] gives the parts. Movements keep it quantized where blocks stay whole
+//! (see [`super::quantized`]).
 
 use std::fmt;
 use std::sync::Arc;
 
+use super::quantized::Quantized;
 use crate::help::Help;
+use crate::tensor::quantized::{Granularity, QuantizedError};
 use crate::tensor::{DType, Tensor};
 
 /// A constant tensor, perhaps not computed yet. Cloning is cheap.
@@ -31,7 +37,9 @@ pub enum ConstantSource {
 
 /// A deferred computation on constants.
 pub struct Derived {
+    /// What is computed.
     pub transform: Transform,
+    /// Of what, in the transform's order.
     pub inputs: Vec<Constant>,
 }
 
@@ -45,22 +53,41 @@ pub enum Transform {
     /// Element conversion to the result's dtype, rounding to nearest even.
     Cast,
     /// `input[.., start..end, ..]` on one axis.
-    Slice { axis: usize, start: usize, end: usize },
+    Slice {
+        /// Of the input.
+        axis: usize,
+        /// First index.
+        start: usize,
+        /// Behind the last index.
+        end: usize,
+    },
     /// All inputs joined on one axis.
-    Concat { axis: usize },
+    Concat {
+        /// Of all inputs.
+        axis: usize,
+    },
     /// Every element multiplied by a number in fp32, as when a scale is folded into a weight.
     Scale(f64),
     /// Every element plus a number in fp32.
     Offset(f64),
+    /// Of codes, scales and, if there are three inputs, zero points: ONNX's `DequantizeLinear`, to the scales' dtype.
+    Dequantize(Granularity),
     /// Of three matrices `w` `[out, in]`, `b` `[out, rank]`, `a` `[rank, in]`: `w + scale * b a`, in fp32.
-    PlusProduct { scale: f64 },
+    PlusProduct {
+        /// Of the product.
+        scale: f64,
+    },
 }
 
 /// Why a constant's bytes cannot be had.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConstantError {
+    /// A weight of a stripped package.
     #[error("the weight {name:?} is not in this stripped package")]
-    Absent { name: String },
+    Absent {
+        /// In the export, or `unnamed`.
+        name: String,
+    },
 }
 
 impl Help for ConstantError {
@@ -72,6 +99,7 @@ impl Help for ConstantError {
 }
 
 impl Constant {
+    /// Bytes that are at hand.
     pub fn tensor(tensor: Tensor) -> Self {
         Constant {
             dtype: tensor.dtype(),
@@ -91,18 +119,65 @@ impl Constant {
         }
     }
 
+    /// A quantized weight: [`Transform::Dequantize`] over parts that belong together, by dtype and shape.
+    pub fn quantized(
+        codes: Constant,
+        scales: Constant,
+        zero_points: Option<Constant>,
+        granularity: Granularity,
+    ) -> Result<Self, QuantizedError> {
+        let parts = Quantized {
+            codes: &codes,
+            scales: &scales,
+            zero_points: zero_points.as_ref(),
+            granularity,
+        };
+        parts.check_types()?;
+        let (dtype, shape) = (scales.dtype, codes.shape.clone());
+        let inputs = [codes, scales].into_iter().chain(zero_points).collect();
+        Ok(Self::derive(inputs, Transform::Dequantize(granularity), dtype, shape))
+    }
+
+    /// The parts of a quantized weight; `None` if it is stored as what it is.
+    pub fn as_quantized(&self) -> Option<Quantized<'_>> {
+        match &self.source {
+            ConstantSource::Derived(derived) => match (&derived.transform, &derived.inputs[..]) {
+                (Transform::Dequantize(granularity), [codes, scales, zero_points @ ..]) => Some(Quantized {
+                    codes,
+                    scales,
+                    zero_points: zero_points.first(),
+                    granularity: *granularity,
+                }),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// A movement of a quantized weight, with its name; `None` if it is not quantized, or takes blocks apart.
+    fn moved(&self, movement: impl FnOnce(Quantized<'_>) -> Result<Constant, QuantizedError>) -> Option<Self> {
+        let moved = movement(self.as_quantized()?).ok()?;
+        Some(Constant {
+            origin: self.origin.clone(),
+            ..moved
+        })
+    }
+
     /// Remembers the name the tensor had in the export, which the manifest reports as its source name.
     pub fn with_origin(mut self, name: &str) -> Self {
         self.origin = Some(Arc::from(name));
         self
     }
 
+    /// Of the elements; of a quantized weight, of its values.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
+    /// Extents, outermost first.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
+    /// Where the bytes come from.
     pub fn source(&self) -> &ConstantSource {
         &self.source
     }
@@ -110,12 +185,20 @@ impl Constant {
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }
+    /// Whether it has no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-    /// Bytes of the materialised tensor.
+    /// Bytes of the tensor that [`Constant::materialize`] gives.
     pub fn byte_len(&self) -> usize {
-        self.len() * self.dtype.size()
+        self.dtype.byte_len(self.len())
+    }
+    /// Bytes that a file keeps of it: of a quantized weight, of its parts.
+    pub fn stored_byte_len(&self) -> usize {
+        match self.as_quantized() {
+            Some(parts) => parts.each().map(|(_, part)| part.stored_byte_len()).sum(),
+            None => self.byte_len(),
+        }
     }
 
     /// Whether the bytes can be had: nothing it is made of was left out.
@@ -155,6 +238,9 @@ impl Constant {
         {
             return derived.inputs[0].clone();
         }
+        if let Some(moved) = self.moved(|parts| parts.transposed(perm)) {
+            return moved;
+        }
         let shape = perm.iter().map(|p| self.shape[*p]).collect();
         Self::derive(
             vec![self.clone()],
@@ -170,9 +256,13 @@ impl Constant {
         if shape == self.shape {
             return self.clone();
         }
+        if let Some(moved) = self.moved(|parts| parts.reshaped(&shape)) {
+            return moved;
+        }
         Self::derive(vec![self.clone()], Transform::Reshape, self.dtype, shape)
     }
 
+    /// Elements converted, rounded to nearest even.
     pub fn cast(&self, dtype: DType) -> Self {
         if dtype == self.dtype {
             return self.clone();
@@ -180,9 +270,12 @@ impl Constant {
         Self::derive(vec![self.clone()], Transform::Cast, dtype, self.shape.clone())
     }
 
-    /// Panics if the range lies outside the axis.
+    /// `start..end` of an axis. Panics if the range lies outside the axis.
     pub fn sliced(&self, axis: usize, start: usize, end: usize) -> Self {
         assert!(start <= end && end <= self.shape[axis], "slice outside the axis");
+        if let Some(moved) = self.moved(|parts| parts.sliced(axis, start, end)) {
+            return moved;
+        }
         let mut shape = self.shape.clone();
         shape[axis] = end - start;
         Self::derive(
@@ -193,7 +286,7 @@ impl Constant {
         )
     }
 
-    /// Panics on an empty list, or on parts whose dtype or other axes differ.
+    /// Joined on an axis. Panics on an empty list, or on parts whose dtype or other axes differ.
     pub fn concat(parts: &[Constant], axis: usize) -> Self {
         let mut shape = parts[0].shape.clone();
         shape[axis] = parts.iter().map(|p| p.shape[axis]).sum();
@@ -201,9 +294,14 @@ impl Constant {
             let same = (0..shape.len()).all(|i| i == axis || part.shape[i] == shape[i]);
             assert!(same && part.dtype == parts[0].dtype, "concat of unlike constants");
         }
+        let quantized = parts.iter().map(Constant::as_quantized).collect::<Option<Vec<_>>>();
+        if let Some(joined) = quantized.and_then(|parts| Quantized::concat(&parts, axis).ok()) {
+            return joined;
+        }
         Self::derive(parts.to_vec(), Transform::Concat { axis }, parts[0].dtype, shape)
     }
 
+    /// Every element times a number, in fp32.
     pub fn scaled(&self, factor: f64) -> Self {
         Self::derive(
             vec![self.clone()],
@@ -213,6 +311,7 @@ impl Constant {
         )
     }
 
+    /// Every element plus a number, in fp32.
     pub fn offset(&self, addend: f64) -> Self {
         Self::derive(
             vec![self.clone()],
@@ -256,6 +355,10 @@ impl From<Tensor> for Constant {
 
 impl fmt::Debug for Constant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{:?}", self.dtype, self.shape)
+        write!(f, "{}{:?}", self.dtype, self.shape)?;
+        match self.as_quantized() {
+            Some(parts) => write!(f, " of {parts}"),
+            None => Ok(()),
+        }
     }
 }

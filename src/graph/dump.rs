@@ -15,7 +15,8 @@
 //!
 //! The order of lines is that of the graph and names are those of its values, so equal graphs give equal text. A node's
 //! own name stands behind `#` where it says more than its output's name. Constants that nothing reads are left out, and so
-//! are the elements of those larger than eight elements. `?` stands for a type that is not known. A name with spaces or
+//! are the elements of those larger than eight elements. A quantized weight has what it is in parentheses, `(quantized: u4
+//! in blocks of 32 on axis 1)`; the parser asks for it as for other constants without elements. `?` stands for a type that is not known. A name with spaces or
 //! punctuation in it is in quotes.
 
 use std::collections::HashSet;
@@ -145,6 +146,9 @@ impl Dump<'_> {
         let Definition::Constant(constant) = &self.graph.value(value).definition else {
             return String::new();
         };
+        if let Some(parts) = constant.as_quantized() {
+            return format!(" (quantized: {parts})");
+        }
         if constant.len() > MAX_SHOWN {
             return String::new();
         }

@@ -43,6 +43,7 @@ pub mod eval;
 pub mod infer;
 pub mod op;
 mod parse;
+pub mod quantized;
 mod transform;
 pub mod verify;
 
@@ -54,6 +55,7 @@ pub use dump::{dump, identity_text};
 pub use infer::{Contents, InferError, InferenceFacts, bind_input_dims, infer};
 pub use op::{Attribute, MICROSOFT, Op};
 pub use parse::{parse, parse_with};
+pub use quantized::Quantized;
 pub use verify::{Obstacle, Obstacles, verify};
 
 use crate::dim::Dim;

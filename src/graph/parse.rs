@@ -202,6 +202,11 @@ impl<F: FnMut(&str, DType, &[usize]) -> Constant> Parser<F> {
         } else if line.eat(" (absent)") {
             Constant::absent(dtype, shape)
         } else {
+            // How it is quantized is of no use without the codes.
+            if line.eat(" (quantized: ") {
+                line.take(|c| c != ')');
+                line.expect(")")?;
+            }
             (self.fill)(&typed.name, dtype, &shape)
         };
         if line.eat(" from ") {

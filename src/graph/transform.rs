@@ -1,23 +1,30 @@
-//! Computes the bytes of a derived constant. Byte-moving transforms work on raw elements of any dtype; arithmetic goes
+//! Computes the bytes of a derived constant. Movements work on raw elements of any dtype, packed ones too; arithmetic goes
 //! through fp32.
 
 use bytes::Bytes;
-use half::{bf16, f16};
 
 use super::constant::{Constant, ConstantError, Derived, Transform};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::element::{FloatElement, with_float};
+use crate::tensor::quantized::dequantize;
+use crate::tensor::{DType, Tensor, packed};
 
 pub(super) fn apply(derived: &Derived, dtype: DType, shape: &[usize]) -> Result<Tensor, ConstantError> {
     let input = |i: usize| derived.inputs[i].materialize();
     let bytes = match &derived.transform {
         Transform::Reshape => input(0)?.data().clone(),
-        Transform::Transpose(perm) => Bytes::from(transpose(&input(0)?, perm)),
-        Transform::Cast => Bytes::from(cast(&input(0)?, dtype)),
-        Transform::Slice { axis, start, end } => Bytes::from(slice(&input(0)?, *axis, *start, *end)),
-        Transform::Concat { axis } => Bytes::from(concat(&derived.inputs, *axis)?),
+        Transform::Transpose(perm) => transpose(&input(0)?, perm),
+        Transform::Cast => cast(&input(0)?, dtype),
+        Transform::Slice { axis, start, end } => slice(&input(0)?, *axis, *start, *end),
+        Transform::Concat { axis } => concat(&derived.inputs, *axis)?,
         Transform::Scale(factor) => arithmetic(&input(0)?, |v| v * *factor as f32),
         Transform::Offset(addend) => arithmetic(&input(0)?, |v| v + *addend as f32),
         Transform::PlusProduct { scale } => plus_product(&input(0)?, &input(1)?, &input(2)?, *scale),
+        Transform::Dequantize(granularity) => {
+            let zero_points = derived.inputs.get(2).map(Constant::materialize).transpose()?;
+            dequantize(&input(0)?, &input(1)?, zero_points.as_ref(), *granularity)
+                .data()
+                .clone()
+        }
     };
     Ok(Tensor::new(dtype, shape.to_vec(), bytes).expect("a transform keeps its promised size"))
 }
@@ -45,60 +52,84 @@ fn plus_product(w: &Tensor, b: &Tensor, a: &Tensor, scale: f64) -> Bytes {
     Tensor::from_f32(w.shape().to_vec(), &sum).data().clone()
 }
 
-/// Element conversion, chunk by chunk for the float pairs that weights use; anything else goes through f64.
-fn cast(input: &Tensor, dtype: DType) -> Vec<u8> {
-    let data = input.data();
-    match (input.dtype(), dtype) {
-        (DType::F32, DType::F16) => map_elements(data, |b: [u8; 4]| f16::from_f32(f32::from_le_bytes(b)).to_le_bytes()),
-        (DType::F32, DType::Bf16) => {
-            map_elements(data, |b: [u8; 4]| bf16::from_f32(f32::from_le_bytes(b)).to_le_bytes())
+/// Element conversion: between floats of at most 32 bits one by one, anything else through f64 or i64.
+fn cast(input: &Tensor, dtype: DType) -> Bytes {
+    let small = |dtype: DType| dtype.is_float() && dtype != DType::F64;
+    if small(input.dtype()) && small(dtype) {
+        return with_float!(input.dtype(), A => with_float!(dtype, B => {
+            convert::<A, B>(input.data())
+        }, else unreachable!("a float")), else unreachable!("a float"));
+    }
+    let shape = input.shape().to_vec();
+    let made = match dtype {
+        DType::Bool => Tensor::from_bool(shape, &input.to_f64().iter().map(|v| *v != 0.0).collect::<Vec<_>>()),
+        to if to.is_float_format() => Tensor::from_f64_as(to, shape, &input.to_f64()),
+        to => Tensor::from_i64_as(to, shape, &input.to_i64()),
+    };
+    made.data().clone()
+}
+
+fn convert<A: FloatElement, B: FloatElement>(data: &[u8]) -> Bytes {
+    let elements = data.chunks_exact(size_of::<A>());
+    let mut out = vec![0u8; elements.len() * size_of::<B>()];
+    for (from, to) in elements.zip(out.chunks_exact_mut(size_of::<B>())) {
+        B::from_f32(A::read(from).to_f32()).write(to);
+    }
+    Bytes::from(out)
+}
+
+/// The elements of a tensor as runs of whole bytes, which movements then move: one element of an ordinary dtype, or one
+/// of a packed one spread to a byte.
+struct Elements {
+    data: Bytes,
+    /// Bytes of one.
+    size: usize,
+    dtype: DType,
+}
+
+impl Elements {
+    fn of(tensor: &Tensor) -> Elements {
+        let dtype = tensor.dtype();
+        match dtype.is_packed() {
+            true => Elements {
+                data: Bytes::from(tensor.codes()),
+                size: 1,
+                dtype,
+            },
+            false => Elements {
+                data: tensor.data().clone(),
+                size: dtype.element_bytes(),
+                dtype,
+            },
         }
-        (DType::F16, DType::F32) => map_elements(data, |b: [u8; 2]| f16::from_le_bytes(b).to_f32().to_le_bytes()),
-        (DType::Bf16, DType::F32) => map_elements(data, |b: [u8; 2]| bf16::from_le_bytes(b).to_f32().to_le_bytes()),
-        (DType::F16, DType::Bf16) => map_elements(data, |b: [u8; 2]| {
-            bf16::from_f32(f16::from_le_bytes(b).to_f32()).to_le_bytes()
-        }),
-        (DType::Bf16, DType::F16) => map_elements(data, |b: [u8; 2]| {
-            f16::from_f32(bf16::from_le_bytes(b).to_f32()).to_le_bytes()
-        }),
-        (_, to) if to.is_float() => Tensor::from_f64_as(to, input.shape().to_vec(), &input.to_f64())
-            .data()
-            .to_vec(),
-        (_, DType::I64) => input.to_i64().into_iter().flat_map(i64::to_le_bytes).collect(),
-        (_, DType::I32) => input
-            .to_i64()
-            .into_iter()
-            .flat_map(|v| (v as i32).to_le_bytes())
-            .collect(),
-        (_, DType::I8 | DType::U8) => input.to_i64().into_iter().map(|v| v as u8).collect(),
-        (_, DType::Bool) => input.to_f64().into_iter().map(|v| u8::from(v != 0.0)).collect(),
-        (_, _) => unreachable!("float targets are handled above"),
+    }
+
+    /// Moved elements as the dtype stores them.
+    fn stored(&self, moved: Vec<u8>) -> Bytes {
+        Bytes::from(match self.dtype.is_packed() {
+            true => packed::pack(&moved, self.dtype.bits()),
+            false => moved,
+        })
     }
 }
 
-fn map_elements<const A: usize, const B: usize>(data: &[u8], f: impl Fn([u8; A]) -> [u8; B]) -> Vec<u8> {
-    let mut out = vec![0u8; data.len() / A * B];
-    for (from, to) in data.as_chunks::<A>().0.iter().zip(out.as_chunks_mut::<B>().0) {
-        *to = f(*from);
-    }
-    out
-}
-
-fn transpose(input: &Tensor, perm: &[usize]) -> Vec<u8> {
-    let size = input.dtype().size();
-    match (size, perm) {
-        (4, [1, 0]) => transpose_2d::<4>(input),
-        (2, [1, 0]) => transpose_2d::<2>(input),
-        _ => transpose_any(input, perm, size),
-    }
+fn transpose(input: &Tensor, perm: &[usize]) -> Bytes {
+    let elements = Elements::of(input);
+    let moved = match (elements.size, perm) {
+        (4, [1, 0]) => transpose_2d::<4>(input.shape(), &elements.data),
+        (2, [1, 0]) => transpose_2d::<2>(input.shape(), &elements.data),
+        (1, [1, 0]) => transpose_2d::<1>(input.shape(), &elements.data),
+        (size, _) => transpose_any(input.shape(), &elements.data, perm, size),
+    };
+    elements.stored(moved)
 }
 
 /// Weights of `[in, out]` become `[out, in]`: blocked, so that both sides stay within cache lines.
-fn transpose_2d<const N: usize>(input: &Tensor) -> Vec<u8> {
+fn transpose_2d<const N: usize>(shape: &[usize], data: &[u8]) -> Vec<u8> {
     const BLOCK: usize = 32;
-    let (rows, columns) = (input.shape()[0], input.shape()[1]);
-    let from = input.data().as_chunks::<N>().0;
-    let mut bytes = vec![0u8; input.data().len()];
+    let (rows, columns) = (shape[0], shape[1]);
+    let from = data.as_chunks::<N>().0;
+    let mut bytes = vec![0u8; data.len()];
     let to = bytes.as_chunks_mut::<N>().0;
     for r0 in (0..rows).step_by(BLOCK) {
         for c0 in (0..columns).step_by(BLOCK) {
@@ -112,19 +143,18 @@ fn transpose_2d<const N: usize>(input: &Tensor) -> Vec<u8> {
     bytes
 }
 
-fn transpose_any(input: &Tensor, perm: &[usize], size: usize) -> Vec<u8> {
-    let shape = input.shape();
+fn transpose_any(shape: &[usize], data: &[u8], perm: &[usize], size: usize) -> Vec<u8> {
     let mut strides = vec![1usize; shape.len()];
     for i in (0..shape.len().saturating_sub(1)).rev() {
         strides[i] = strides[i + 1] * shape[i + 1];
     }
     let out_shape: Vec<usize> = perm.iter().map(|p| shape[*p]).collect();
     let out_strides: Vec<usize> = perm.iter().map(|p| strides[*p]).collect();
-    let mut out = Vec::with_capacity(input.data().len());
+    let mut out = Vec::with_capacity(data.len());
     let mut index = vec![0usize; shape.len()];
-    for _ in 0..input.len() {
+    for _ in 0..data.len() / size {
         let at: usize = index.iter().zip(&out_strides).map(|(i, s)| i * s).sum();
-        out.extend_from_slice(&input.data()[at * size..(at + 1) * size]);
+        out.extend_from_slice(&data[at * size..(at + 1) * size]);
         for axis in (0..index.len()).rev() {
             index[axis] += 1;
             if index[axis] < out_shape[axis] {
@@ -136,29 +166,58 @@ fn transpose_any(input: &Tensor, perm: &[usize], size: usize) -> Vec<u8> {
     out
 }
 
-fn slice(input: &Tensor, axis: usize, start: usize, end: usize) -> Vec<u8> {
+fn slice(input: &Tensor, axis: usize, start: usize, end: usize) -> Bytes {
     let shape = input.shape();
-    let inner: usize = shape[axis + 1..].iter().product::<usize>() * input.dtype().size();
+    let behind = shape[axis + 1..].iter().product::<usize>();
     let outer: usize = shape[..axis].iter().product();
-    let mut out = Vec::with_capacity(outer * (end - start) * inner);
-    for o in 0..outer {
-        let row = o * shape[axis];
-        out.extend_from_slice(&input.data()[(row + start) * inner..(row + end) * inner]);
+    // Packed elements are cut where they lie if every cut is between bytes.
+    let whole = input.dtype().bits() * behind;
+    if whole.is_multiple_of(8) {
+        return Bytes::from(cut(input.data(), outer, shape[axis], start..end, whole / 8));
+    }
+    let elements = Elements::of(input);
+    elements.stored(cut(
+        &elements.data,
+        outer,
+        shape[axis],
+        start..end,
+        behind * elements.size,
+    ))
+}
+
+/// A range of every row of `extent` runs of `run` bytes.
+fn cut(data: &[u8], rows: usize, extent: usize, range: std::ops::Range<usize>, run: usize) -> Vec<u8> {
+    let mut out = Vec::with_capacity(rows * range.len() * run);
+    for row in 0..rows {
+        let row = row * extent;
+        out.extend_from_slice(&data[(row + range.start) * run..(row + range.end) * run]);
     }
     out
 }
 
-fn concat(parts: &[Constant], axis: usize) -> Result<Vec<u8>, ConstantError> {
+fn concat(parts: &[Constant], axis: usize) -> Result<Bytes, ConstantError> {
     let tensors = parts.iter().map(Constant::materialize).collect::<Result<Vec<_>, _>>()?;
     let outer: usize = parts[0].shape()[..axis].iter().product();
-    let mut out = Vec::with_capacity(tensors.iter().map(|t| t.data().len()).sum());
-    for o in 0..outer {
-        for tensor in &tensors {
-            let run = tensor.data().len() / outer;
-            out.extend_from_slice(&tensor.data()[o * run..(o + 1) * run]);
+    let runs_are_bytes = |t: &Tensor| (t.len() / outer.max(1) * t.dtype().bits()).is_multiple_of(8);
+    if tensors.iter().all(runs_are_bytes) {
+        let data: Vec<&Bytes> = tensors.iter().map(Tensor::data).collect();
+        return Ok(Bytes::from(join(&data, outer)));
+    }
+    let elements: Vec<Elements> = tensors.iter().map(Elements::of).collect();
+    let data: Vec<&Bytes> = elements.iter().map(|e| &e.data).collect();
+    Ok(elements[0].stored(join(&data, outer)))
+}
+
+/// The rows of all parts, side by side.
+fn join(parts: &[&Bytes], rows: usize) -> Vec<u8> {
+    let mut out = Vec::with_capacity(parts.iter().map(|data| data.len()).sum());
+    for row in 0..rows {
+        for data in parts {
+            let run = data.len() / rows;
+            out.extend_from_slice(&data[row * run..(row + 1) * run]);
         }
     }
-    Ok(out)
+    out
 }
 
 #[cfg(test)]
@@ -208,5 +267,48 @@ mod tests {
             .cast(DType::F32)
             .materialize();
         assert!(error.unwrap_err().to_string().contains("lm_head"));
+    }
+
+    /// Every movement of packed elements does what it does to the same numbers as i8.
+    #[test]
+    fn movements_of_packed_elements() {
+        for (dtype, low) in [
+            (DType::I4, -8),
+            (DType::U4, 0),
+            (DType::I2, -2),
+            (DType::U2, 0),
+            (DType::F4E2M1, 0),
+        ] {
+            let plain = |shape: &[usize]| {
+                let n: usize = shape.iter().product();
+                let span = 1 << dtype.bits();
+                // Codes of a float are moved as they are: halves of whole numbers up to 3.
+                let values: Vec<f64> = match dtype {
+                    DType::F4E2M1 => (0..n).map(|i| [0.0, 0.5, 1.0, -1.5, 2.0][i * 3 % 5]).collect(),
+                    _ => (0..n).map(|i| (low + (i as i64 * 5) % span) as f64).collect(),
+                };
+                Constant::tensor(Tensor::from_f64_as(DType::F32, shape.to_vec(), &values))
+            };
+            // Odd and even extents: cuts within bytes and between them.
+            for shape in [[3, 5], [4, 8], [1, 7], [2, 6]] {
+                let (wide, other) = (plain(&shape), plain(&[shape[0], 3]));
+                let (narrow, other_narrow) = (wide.cast(dtype), other.cast(dtype));
+                let movements: [&dyn Fn(&Constant, &Constant) -> Constant; 6] = [
+                    &|c, _| c.transposed(&[1, 0]),
+                    &|c, _| c.reshaped(vec![1, shape[1], shape[0]]).transposed(&[2, 0, 1]),
+                    &|c, _| c.sliced(1, 1, shape[1] - 1),
+                    &|c, _| c.sliced(0, 0, 1),
+                    &|c, o| Constant::concat(&[c.clone(), o.clone()], 1),
+                    &|c, _| Constant::concat(&[c.clone(), c.clone()], 0),
+                ];
+                for (i, movement) in movements.iter().enumerate() {
+                    let expected = movement(&wide, &other).materialize().unwrap();
+                    let found = movement(&narrow, &other_narrow).materialize().unwrap();
+                    assert_eq!(found.dtype(), dtype);
+                    assert_eq!(found.to_f32(), expected.to_f32(), "{dtype} {shape:?} movement {i}");
+                    assert_eq!(found.data().len(), dtype.byte_len(found.len()));
+                }
+            }
+        }
     }
 }

@@ -87,7 +87,7 @@ pub(super) fn table(graph: &Graph, demand: &Demand) -> Table {
 fn is_weight(constant: &Constant, initializer: bool) -> bool {
     matches!(constant.source(), ConstantSource::Absent)
         || constant.byte_len() > LITERAL_BYTES
-        || constant.dtype().is_float() && constant.len() >= 2 && initializer
+        || (constant.dtype().is_float() || constant.dtype().is_storage_only()) && constant.len() >= 2 && initializer
 }
 
 /// Equal for constants that are the same bytes in the same shape by construction: a clone, or the same recipe over the

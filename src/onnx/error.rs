@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::graph::CycleError;
 use crate::help::Help;
-use crate::tensor::SizeMismatch;
+use crate::tensor::{DType, SizeMismatch};
 
 /// Reading failed: which file, and what is wrong with it.
 #[derive(Debug, thiserror::Error)]
@@ -35,7 +35,8 @@ pub enum ReadErrorKind {
     #[error("uses opset {version}{place}, and Lapidary reads {} to {}", super::OPSETS.start(), super::OPSETS.end())]
     Opset { version: i64, place: String },
     #[error(
-        "tensor {tensor:?} has the element type {dtype}, which Lapidary does not read (it reads float32, float16, bfloat16, float64, int64, int32, int8, uint8 and bool)"
+        "tensor {tensor:?} has the element type {dtype}, which Lapidary does not read (it reads {})",
+        DType::all().map(DType::onnx_name).collect::<Vec<_>>().join(", ")
     )]
     DType { tensor: String, dtype: String },
     #[error("has sparse tensors, which are not read")]

@@ -138,7 +138,7 @@ pub mod attribute_type {
 pub struct TensorProto {
     #[prost(int64, repeated, packed = "false", tag = "1")]
     pub dims: Vec<i64>,
-    /// See [`data_type`].
+    /// `TensorProto.DataType`: see [`DType`](crate::tensor::DType).
     #[prost(int32, optional, tag = "2")]
     pub data_type: Option<i32>,
     #[prost(float, repeated, tag = "4")]
@@ -158,19 +158,6 @@ pub struct TensorProto {
     /// 0: in this message. 1: in the file that `external_data` names.
     #[prost(int32, optional, tag = "14")]
     pub data_location: Option<i32>,
-}
-
-/// `TensorProto.DataType`.
-pub mod data_type {
-    pub const FLOAT: i32 = 1;
-    pub const UINT8: i32 = 2;
-    pub const INT8: i32 = 3;
-    pub const INT32: i32 = 6;
-    pub const INT64: i32 = 7;
-    pub const BOOL: i32 = 9;
-    pub const FLOAT16: i32 = 10;
-    pub const DOUBLE: i32 = 11;
-    pub const BFLOAT16: i32 = 16;
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

@@ -1,6 +1,6 @@
 //! Tensors of a model file: every encoding ONNX has for one, and external data.
 //!
-//! `raw_data` and external data stay slices of the mapped files. Typed fields (`float_data` and the like) are
+//! Which element types there are is [`DType`]'s. `raw_data` and external data stay slices of the mapped files. Typed fields (`float_data` and the like) are
 //! converted, and so owned. External files are looked for inside the model's folder and nowhere else.
 
 use std::cell::RefCell;
@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 use bytes::Bytes;
 
 use super::error::ReadErrorKind;
-use super::proto::{TensorProto, data_type};
+use super::proto::TensorProto;
 use crate::graph::Constant;
 use crate::tensor::{DType, Tensor};
 
@@ -28,70 +28,24 @@ pub(super) fn map(path: &Path) -> std::io::Result<Bytes> {
     Ok(Bytes::from_owner(map))
 }
 
-pub(super) fn dtype_of(code: i32) -> Option<DType> {
-    Some(match code {
-        data_type::FLOAT => DType::F32,
-        data_type::UINT8 => DType::U8,
-        data_type::INT8 => DType::I8,
-        data_type::INT32 => DType::I32,
-        data_type::INT64 => DType::I64,
-        data_type::BOOL => DType::Bool,
-        data_type::FLOAT16 => DType::F16,
-        data_type::DOUBLE => DType::F64,
-        data_type::BFLOAT16 => DType::Bf16,
-        _ => return None,
-    })
-}
-
-pub(super) fn code_of(dtype: DType) -> i32 {
-    match dtype {
-        DType::F32 => data_type::FLOAT,
-        DType::U8 => data_type::UINT8,
-        DType::I8 => data_type::INT8,
-        DType::I32 => data_type::INT32,
-        DType::I64 => data_type::INT64,
-        DType::Bool => data_type::BOOL,
-        DType::F16 => data_type::FLOAT16,
-        DType::F64 => data_type::DOUBLE,
-        DType::Bf16 => data_type::BFLOAT16,
-    }
-}
-
 /// ONNX's own name of an element type, for messages.
 pub(super) fn code_name(code: i32) -> String {
-    const NAMES: [&str; 27] = [
-        "undefined",
-        "float32",
-        "uint8",
-        "int8",
-        "uint16",
-        "int16",
-        "int32",
-        "int64",
-        "string",
-        "bool",
-        "float16",
-        "float64",
-        "uint32",
-        "uint64",
-        "complex64",
-        "complex128",
-        "bfloat16",
-        "float8e4m3fn",
-        "float8e4m3fnuz",
-        "float8e5m2",
-        "float8e5m2fnuz",
-        "uint4",
-        "int4",
-        "float4e2m1",
-        "float8e8m0",
-        "uint2",
-        "int2",
+    // Those that no tensor here has.
+    const OTHERS: [(i32, &str); 10] = [
+        (0, "undefined"),
+        (4, "uint16"),
+        (5, "int16"),
+        (8, "string"),
+        (12, "uint32"),
+        (13, "uint64"),
+        (14, "complex64"),
+        (15, "complex128"),
+        (18, "float8e4m3fnuz"),
+        (20, "float8e5m2fnuz"),
     ];
-    match usize::try_from(code).ok().and_then(|i| NAMES.get(i)) {
-        Some(name) => (*name).to_string(),
-        None => format!("number {code}"),
-    }
+    let other = || OTHERS.iter().find(|(other, _)| *other == code).map(|(_, name)| *name);
+    let name = DType::of_onnx_code(code).map(DType::onnx_name).or_else(other);
+    name.map_or_else(|| format!("number {code}"), str::to_string)
 }
 
 /// The folder of a model, and the external files in it mapped so far.
@@ -119,8 +73,7 @@ impl Folder {
                 if self.stripped && source.kind() == std::io::ErrorKind::NotFound =>
             {
                 let (dtype, shape) = described(proto, name)?;
-                let size = shape.iter().try_fold(dtype.size(), |n, d| n.checked_mul(*d));
-                match size {
+                match dtype.byte_len_of(&shape) {
                     Some(_) => Ok(Constant::absent(dtype, shape)),
                     None => Err(ReadErrorKind::Tensor {
                         tensor: name.to_string(),
@@ -136,8 +89,7 @@ impl Folder {
     pub(super) fn tensor(&self, proto: &TensorProto, name: &str) -> Result<Tensor, ReadErrorKind> {
         let (dtype, shape) = described(proto, name)?;
         let data = if proto.data_location == Some(1) {
-            let size = shape.iter().try_fold(dtype.size(), |n, d| n.checked_mul(*d));
-            self.external(proto, name, size.unwrap_or(usize::MAX))?
+            self.external(proto, name, dtype.byte_len_of(&shape).unwrap_or(usize::MAX))?
         } else if let Some(raw) = &proto.raw_data {
             raw.clone()
         } else {
@@ -231,7 +183,7 @@ impl Folder {
 
 fn described(proto: &TensorProto, name: &str) -> Result<(DType, Vec<usize>), ReadErrorKind> {
     let code = proto.data_type.unwrap_or(0);
-    let dtype = dtype_of(code).ok_or_else(|| ReadErrorKind::DType {
+    let dtype = DType::of_onnx_code(code).ok_or_else(|| ReadErrorKind::DType {
         tensor: name.to_string(),
         dtype: code_name(code),
     })?;
@@ -247,17 +199,80 @@ fn described(proto: &TensorProto, name: &str) -> Result<(DType, Vec<usize>), Rea
     Ok((dtype, shape))
 }
 
-/// Bytes of a tensor in the typed fields. Small integers and 16-bit floats share `int32_data`, one element each.
+/// Bytes of a tensor in the typed fields. What is no wider than 32 bits and no f32 is in `int32_data`: one element each,
+/// or of packed types the elements of one byte each (`int32_data` in
+/// <https://github.com/onnx/onnx/blob/main/onnx/onnx.proto>).
 fn typed(proto: &TensorProto, dtype: DType) -> Bytes {
     let ints = &proto.int32_data;
     let bytes: Vec<u8> = match dtype {
         DType::F32 => proto.float_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
         DType::F64 => proto.double_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
         DType::I64 => proto.int64_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::I32 => ints.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::F16 | DType::Bf16 => ints.iter().flat_map(|v| (*v as u16).to_le_bytes()).collect(),
-        DType::U8 | DType::I8 => ints.iter().map(|v| *v as u8).collect(),
         DType::Bool => ints.iter().map(|v| u8::from(*v != 0)).collect(),
+        _ => {
+            let bytes = dtype.bits().div_ceil(8);
+            ints.iter()
+                .flat_map(|v| v.to_le_bytes().into_iter().take(bytes))
+                .collect()
+        }
     };
     Bytes::from(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn proto(code: i32, dims: &[i64]) -> TensorProto {
+        TensorProto {
+            dims: dims.to_vec(),
+            data_type: Some(code),
+            ..TensorProto::default()
+        }
+    }
+
+    fn read(proto: &TensorProto) -> Result<Tensor, ReadErrorKind> {
+        Folder::of(Path::new("m.onnx"), false).tensor(proto, "w")
+    }
+
+    #[test]
+    fn packed_and_narrow_tensors_in_both_encodings() {
+        for (code, dtype, bytes, values) in [
+            (21, DType::U4, &[0x21u8, 0x0f][..], vec![1.0, 2.0, 15.0]),
+            (22, DType::I4, &[0x21, 0x0f], vec![1.0, 2.0, -1.0]),
+            (25, DType::U2, &[0b11_10_01], vec![1.0, 2.0, 3.0]),
+            (26, DType::I2, &[0b11_10_01], vec![1.0, -2.0, -1.0]),
+            (17, DType::F8E4M3Fn, &[0x38, 0xb8, 0x7e], vec![1.0, -1.0, 448.0]),
+            (19, DType::F8E5M2, &[0x3c, 0xbc, 0x7b], vec![1.0, -1.0, 57344.0]),
+            (23, DType::F4E2M1, &[0x72, 0x0f], vec![1.0, 6.0, -6.0]),
+            (24, DType::F8E8M0, &[127, 128, 126], vec![1.0, 2.0, 0.5]),
+        ] {
+            let mut raw = proto(code, &[3]);
+            raw.raw_data = Some(Bytes::copy_from_slice(bytes));
+            let mut typed = proto(code, &[3]);
+            typed.int32_data = bytes.iter().map(|b| i32::from(*b)).collect();
+            for tensor in [read(&raw).unwrap(), read(&typed).unwrap()] {
+                assert_eq!((tensor.dtype(), tensor.to_f64()), (dtype, values.clone()));
+            }
+            raw.dims = vec![2, 1000];
+            let message = read(&raw).unwrap_err().to_string();
+            assert!(
+                message.contains("tensor \"w\"") && message.contains(dtype.name()),
+                "{message}"
+            );
+        }
+    }
+
+    #[test]
+    fn types_that_are_not_read_are_named() {
+        for (code, name) in [
+            (18, "float8e4m3fnuz"),
+            (20, "float8e5m2fnuz"),
+            (14, "complex64"),
+            (99, "number 99"),
+        ] {
+            let message = read(&proto(code, &[3])).unwrap_err().to_string();
+            assert!(message.contains(name) && message.contains("float8e4m3fn,"), "{message}");
+        }
+    }
 }

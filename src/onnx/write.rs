@@ -1,7 +1,8 @@
 //! From a graph to a file: ONNX opset 24, IR version 11.
 //!
 //! Weights are written beside the model as external data, where the caller says ([`write()`], [`encode`]) or in one new
-//! file ([`write_with_data`]). Symbolic dims become `dim_param` text. Files are written under a temporary name and
+//! file ([`write_with_data`]). A quantized weight is its codes, scales and zero points, and a `DequantizeLinear` that has the
+//! weight's name. Symbolic dims become `dim_param` text. Files are written under a temporary name and
 //! renamed when they are complete.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -16,10 +17,10 @@ use super::proto::{
     AttributeProto, DimensionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto,
     TensorProto, TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto, attribute_type,
 };
-use super::tensor::code_of;
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Attribute, Constant, ConstantError, Definition, Graph, Node, ValueId};
 use crate::help::Help;
+use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Tensor};
 
 /// What is written.
@@ -41,8 +42,9 @@ pub struct Placement {
     pub length: u64,
 }
 
-/// Constants whose bytes are elsewhere.
-pub type Layout = HashMap<ValueId, Placement>;
+/// Constants whose bytes are elsewhere; one placement a tensor that is stored of it
+/// ([`Constant::stored_parts`]), which of a quantized weight are several.
+pub type Layout = HashMap<ValueId, Vec<Placement>>;
 
 /// Why a graph cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +61,11 @@ pub enum WriteError {
         expected: u64,
         found: u64,
     },
+    /// A quantized weight with fewer placements than parts.
+    #[error("{name:?}, a part of a quantized weight, has no placement")]
+    Unplaced { name: String },
+    #[error("a value is called {name:?}, as the part of a quantized weight would be; rename it")]
+    NameTaken { name: String },
     #[error(transparent)]
     Constant(#[from] ConstantError),
     #[error("the model takes {bytes} bytes, and a single ONNX file holds at most 2 GiB")]
@@ -99,14 +106,18 @@ pub fn write_with_data(graph: &Graph, path: impl AsRef<Path>) -> Result<(), Writ
     let mut layout = Layout::new();
     let mut end = 0u64;
     let large: Vec<(ValueId, &Constant)> = constants(graph)
-        .filter(|(_, constant)| constant.byte_len() > INLINE_LIMIT)
+        .filter(|(_, constant)| constant.stored_byte_len() > INLINE_LIMIT)
         .collect();
     for (value, constant) in &large {
-        let offset = end.next_multiple_of(ALIGNMENT);
-        let length = constant.byte_len() as u64;
-        end = offset + length;
-        let file = name.clone();
-        layout.insert(*value, Placement { file, offset, length });
+        let place = |(_, part): (String, &Constant)| {
+            let offset = end.next_multiple_of(ALIGNMENT);
+            let length = part.byte_len() as u64;
+            end = offset + length;
+            let file = name.clone();
+            Placement { file, offset, length }
+        };
+        let placements = constant.stored_parts("").into_iter().map(place).collect();
+        layout.insert(*value, placements);
     }
     let model = encode(graph, Some(&layout))?;
     if !large.is_empty() {
@@ -114,18 +125,20 @@ pub fn write_with_data(graph: &Graph, path: impl AsRef<Path>) -> Result<(), Writ
         let mut failed = None;
         write_atomically(&data, |file| {
             let mut at = 0u64;
-            for (value, constant) in &large {
-                let tensor = match constant.materialize() {
+            let parts = large
+                .iter()
+                .flat_map(|(value, constant)| constant.stored_parts("").into_iter().zip(&layout[value]));
+            for ((_, part), placement) in parts {
+                let tensor = match part.materialize() {
                     Ok(tensor) => tensor,
                     Err(error) => {
                         failed = Some(error);
                         return Err(std::io::Error::other("a weight is absent"));
                     }
                 };
-                let offset = layout[value].offset;
-                file.write_all(&[0; ALIGNMENT as usize][..(offset - at) as usize])?;
+                file.write_all(&[0; ALIGNMENT as usize][..(placement.offset - at) as usize])?;
                 file.write_all(tensor.data())?;
-                at = offset + layout[value].length;
+                at = placement.offset + placement.length;
             }
             Ok(())
         })
@@ -170,16 +183,27 @@ fn constants(graph: &Graph) -> impl Iterator<Item = (ValueId, &Constant)> {
 /// The bytes of a model file. Constants in `external` are referred to, all others are in it.
 pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, WriteError> {
     let mut initializer = Vec::new();
+    let mut node = Vec::new();
     for (value, constant) in constants(graph) {
         let name = &graph.value(value).name;
-        let mut proto = match external.and_then(|e| e.get(&value)) {
-            Some(placement) => placed(constant, name, placement)?,
-            None => tensor(&constant.materialize()?),
-        };
-        proto.name = Some(name.clone());
-        initializer.push(proto);
+        let placements = external.and_then(|e| e.get(&value));
+        for (i, (name, part)) in constant.stored_parts(name).into_iter().enumerate() {
+            let mut proto = match placements.map(|placements| placements.get(i)) {
+                Some(Some(placement)) => placed(part, &name, placement)?,
+                Some(None) => return Err(WriteError::Unplaced { name }),
+                None => tensor(&part.materialize()?),
+            };
+            proto.name = Some(name);
+            initializer.push(proto);
+        }
+        dequantize(name, constant, &mut node);
     }
-    let mut node = Vec::new();
+    // Names that parts of quantized weights were given here.
+    let given: HashSet<&str> = node.iter().flat_map(|n| &n.input).map(String::as_str).collect();
+    let mut values = graph.value_ids().map(|v| graph.value(v).name.as_str());
+    if let Some(name) = values.find(|name| given.contains(name)) {
+        return Err(WriteError::NameTaken { name: name.to_string() });
+    }
     let mut domains = BTreeSet::from([""]);
     for id in graph.node_ids() {
         let source = graph.node(id);
@@ -227,6 +251,34 @@ pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, Write
     Ok(model.encode_to_vec())
 }
 
+/// The nodes that make a quantized weight of its parts: a `DequantizeLinear`, and before it those of its scales.
+fn dequantize(name: &str, constant: &Constant, nodes: &mut Vec<NodeProto>) {
+    let Some(parts) = constant.as_quantized() else {
+        return;
+    };
+    let mut input = Vec::new();
+    for (part, constant) in parts.each() {
+        let part = format!("{name}.{part}");
+        dequantize(&part, constant, nodes);
+        input.push(part);
+    }
+    let int = |name, value: usize| attribute_proto((name, Attribute::Int(value as i64)));
+    let attribute = match parts.granularity {
+        Granularity::Tensor => Vec::new(),
+        Granularity::Channel { axis } => vec![int("axis", axis)],
+        Granularity::Block { axis, size } => vec![int("axis", axis), int("block_size", size)],
+    };
+    nodes.push(NodeProto {
+        input,
+        output: vec![name.to_string()],
+        name: Some(format!("{name}.dequantize")),
+        op_type: Some("DequantizeLinear".to_string()),
+        domain: None,
+        attribute,
+        overload: None,
+    });
+}
+
 fn dims(shape: &[usize]) -> Vec<i64> {
     shape.iter().map(|d| *d as i64).collect()
 }
@@ -234,7 +286,7 @@ fn dims(shape: &[usize]) -> Vec<i64> {
 fn tensor(tensor: &Tensor) -> TensorProto {
     TensorProto {
         dims: dims(tensor.shape()),
-        data_type: Some(code_of(tensor.dtype())),
+        data_type: Some(tensor.dtype().onnx_code()),
         raw_data: Some(tensor.data().clone()),
         ..TensorProto::default()
     }
@@ -256,7 +308,7 @@ fn placed(constant: &Constant, name: &str, placement: &Placement) -> Result<Tens
     };
     Ok(TensorProto {
         dims: dims(constant.shape()),
-        data_type: Some(code_of(constant.dtype())),
+        data_type: Some(constant.dtype().onnx_code()),
         data_location: Some(1),
         external_data: vec![
             entry("location", placement.file.clone()),
@@ -288,7 +340,7 @@ fn value_info(graph: &Graph, id: ValueId) -> Result<ValueInfoProto, WriteError> 
         name: Some(value.name.clone()),
         r#type: Some(TypeProto {
             tensor_type: Some(TensorTypeProto {
-                elem_type: Some(code_of(dtype)),
+                elem_type: Some(dtype.onnx_code()),
                 shape: Some(TensorShapeProto { dim: dim.collect() }),
             }),
         }),
@@ -341,7 +393,7 @@ fn attribute_proto((name, value): (&'static str, Attribute)) -> AttributeProto {
             attribute_type::INT
         }
         Attribute::DType(dtype) => {
-            proto.i = Some(i64::from(code_of(dtype)));
+            proto.i = Some(i64::from(dtype.onnx_code()));
             attribute_type::INT
         }
         Attribute::Float(value) => {

@@ -11,8 +11,10 @@ use crate::network::{Profile, WeightMode};
 use crate::passes::Architecture;
 use crate::target::{Prefill, Refit, Target};
 use crate::tensor::DType;
+use crate::tensor::quantized::Granularity;
 use crate::tune::Tuning;
 use crate::weights::recipe::Recipe;
+use crate::weights::{StoredParts, StoredTensor, StoredWeight};
 
 /// Raised when a package can no longer be read by the previous version of this code.
 pub const FORMAT_VERSION: u32 = 1;
@@ -121,16 +123,135 @@ pub struct WeightEntry {
     pub learned: Option<Recipe>,
     pub dtype: DType,
     pub shape: Vec<usize>,
+    /// Of its bytes; of a quantized weight, see [`crate::weights::StoredWeight::blake3`].
     pub blake3: String,
-    /// From the beginning of the weights file.
+    /// From the beginning of the weights file; of a quantized weight, where its codes begin.
     pub offset: u64,
+    /// Of a quantized weight, those of codes, scales and zero points.
     pub bytes: u64,
+    /// What a quantized weight is stored as.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantized: Option<QuantizedEntry>,
     /// The tensor that is stored in this place, if another one has the same bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub same_as: Option<String>,
     /// Profiles of the engines that take it.
     #[serde(default)]
     pub engines: Vec<String>,
+}
+
+/// The parts of a quantized weight; see [`crate::tensor::quantized`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QuantizedEntry {
+    /// Which codes share a scale.
+    pub granularity: Granularity,
+    /// In the weight's shape.
+    pub codes: PartEntry,
+    /// In the weight's dtype.
+    pub scales: ScalesEntry,
+    /// In the codes' dtype.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zero_points: Option<PartEntry>,
+}
+
+/// Scales are a tensor, or quantized themselves.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ScalesEntry {
+    /// As they are.
+    Plain(PartEntry),
+    /// Codes with scales of their own.
+    Quantized(Box<QuantizedEntry>),
+}
+
+/// A tensor of a weights file that is a part of a quantized weight.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PartEntry {
+    /// In the graph's file, and in the weights file unless `same_as` is there.
+    pub name: String,
+    /// Of its elements.
+    pub dtype: DType,
+    /// Of the tensor.
+    pub shape: Vec<usize>,
+    /// Of its bytes.
+    pub blake3: String,
+    /// From the beginning of the weights file.
+    pub offset: u64,
+    /// How many, packed.
+    pub bytes: u64,
+    /// The tensor that is stored in this place, if another one has the same bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub same_as: Option<String>,
+}
+
+impl QuantizedEntry {
+    /// Every tensor of the file that it is made of.
+    pub fn parts(&self) -> Vec<&PartEntry> {
+        let mut parts = vec![&self.codes];
+        match &self.scales {
+            ScalesEntry::Plain(part) => parts.push(part),
+            ScalesEntry::Quantized(scales) => parts.extend(scales.parts()),
+        }
+        parts.extend(&self.zero_points);
+        parts
+    }
+
+    fn of(parts: StoredParts) -> QuantizedEntry {
+        QuantizedEntry {
+            granularity: parts.granularity,
+            codes: PartEntry::of(parts.codes),
+            scales: match *parts.scales {
+                StoredWeight::Plain(tensor) => ScalesEntry::Plain(PartEntry::of(tensor)),
+                StoredWeight::Quantized(parts) => ScalesEntry::Quantized(Box::new(QuantizedEntry::of(parts))),
+            },
+            zero_points: parts.zero_points.map(PartEntry::of),
+        }
+    }
+}
+
+impl PartEntry {
+    fn of(tensor: StoredTensor) -> PartEntry {
+        PartEntry {
+            name: tensor.name,
+            dtype: tensor.dtype,
+            shape: tensor.shape,
+            blake3: tensor.blake3,
+            offset: tensor.offset,
+            bytes: tensor.bytes,
+            same_as: tensor.same_as,
+        }
+    }
+}
+
+/// Where a weight was stored, as its entry says it.
+pub(super) struct Place {
+    pub blake3: String,
+    pub offset: u64,
+    pub bytes: u64,
+    pub same_as: Option<String>,
+    pub quantized: Option<QuantizedEntry>,
+}
+
+impl Place {
+    pub fn of(stored: StoredWeight) -> Place {
+        let (blake3, bytes) = (stored.blake3(), stored.bytes());
+        match stored {
+            StoredWeight::Plain(tensor) => Place {
+                blake3,
+                bytes,
+                offset: tensor.offset,
+                same_as: tensor.same_as,
+                quantized: None,
+            },
+            StoredWeight::Quantized(parts) => Place {
+                blake3,
+                bytes,
+                offset: parts.codes.offset,
+                same_as: None,
+                quantized: Some(QuantizedEntry::of(parts)),
+            },
+        }
+    }
 }
 
 /// A TensorRT plan.
@@ -201,6 +322,19 @@ pub struct PassRecord {
 }
 
 impl WeightEntry {
+    /// The ranges of the weights file that hold it, with the hash of each.
+    pub(super) fn ranges(&self) -> Vec<(u64, u64, &str)> {
+        match &self.quantized {
+            None => vec![(self.offset, self.bytes, &self.blake3)],
+            Some(quantized) => {
+                let parts = quantized.parts().into_iter();
+                parts
+                    .map(|part| (part.offset, part.bytes, part.blake3.as_str()))
+                    .collect()
+            }
+        }
+    }
+
     /// What [`crate::weights::set_hash`] takes of it.
     pub fn line(&self) -> (&str, DType, &[usize], &str) {
         (&self.name, self.dtype, &self.shape, &self.blake3)

@@ -224,11 +224,13 @@ impl Package {
             // SAFETY: packages are written once and renamed into place; nothing changes them while they are mapped.
             let map = unsafe { memmap2::Mmap::map(&file) }.map_err(PackageError::io(&path))?;
             for weight in &weights.tensors {
-                let end = weight.offset.checked_add(weight.bytes);
-                let bytes = end.and_then(|end| map.get(weight.offset as usize..end as usize));
-                if bytes.is_none_or(|bytes| blake3::hash(bytes).to_hex().as_str() != weight.blake3) {
-                    let what = format!("the weight {:?}", weight.name);
-                    return Err(PackageError::Hash { path, what });
+                for (offset, bytes, blake3) in weight.ranges() {
+                    let end = offset.checked_add(bytes);
+                    let bytes = end.and_then(|end| map.get(offset as usize..end as usize));
+                    if bytes.is_none_or(|bytes| blake3::hash(bytes).to_hex().as_str() != blake3) {
+                        let what = format!("the weight {:?}", weight.name);
+                        return Err(PackageError::Hash { path, what });
+                    }
                 }
             }
         }

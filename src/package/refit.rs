@@ -15,7 +15,7 @@ use crate::weights::checks::{self, Allowed};
 use crate::weights::lora::Adapter;
 use crate::weights::matching::{Matched, Mismatch, RequiredWeight, matched};
 use crate::weights::source::WeightSource;
-use crate::weights::{WriteError, set_hash};
+use crate::weights::{WriteError, content_hash, set_hash};
 
 /// What to put in, and what to put up with.
 pub struct RefitRequest<'a> {
@@ -98,11 +98,10 @@ pub fn differing_weights(weights: &WeightFile, matched: &[Matched]) -> Result<Ve
     let mut different = Vec::new();
     for (weight, matched) in weights.tensors.iter().zip(matched) {
         let hash = |constant: &Constant| -> Result<String, PackageError> {
-            let tensor = constant.materialize().map_err(|source| {
+            content_hash(constant).map_err(|source| {
                 let name = weight.name.clone();
                 PackageError::Weights(WriteError::Constant { name, source })
-            })?;
-            Ok(blake3::hash(tensor.data()).to_hex().to_string())
+            })
         };
         if hash(&matched.constant)? == weight.blake3 {
             continue;

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::manifest::{self, EngineEntry, ExportFile, FORMAT_VERSION, Manifest, PassRecord, StoredFile, WeightEntry};
+use super::manifest::{
+    self, EngineEntry, ExportFile, FORMAT_VERSION, Manifest, PassRecord, Place, StoredFile, WeightEntry,
+};
 use super::staging::Staging;
 use super::{CONSTANTS, ENGINES, GRAPH, MANIFEST, Package, PackageError, TOKENIZER, WEIGHTS, hash_file};
 use crate::graph::{Constant, Graph, ValueId, identity_text};
@@ -264,7 +266,7 @@ fn write_weights(
     mut progress: impl FnMut(u64, u64),
 ) -> Result<manifest::WeightFile, PackageError> {
     let tensors: Vec<(String, Constant)> = entries.iter().map(|e| (e.name.clone(), e.constant.clone())).collect();
-    let total: u64 = tensors.iter().map(|(_, c)| c.byte_len() as u64).sum();
+    let total: u64 = tensors.iter().map(|(_, c)| c.stored_byte_len() as u64).sum();
     let metadata = BTreeMap::from([("format".to_string(), "lapidary".to_string())]);
     let path = folder.join(file);
     // A model whose weights were left out gives a stripped package, for a refit to fill.
@@ -274,15 +276,14 @@ fn write_weights(
         false => weights::write(&path, &tensors, &metadata, inspect, |done| progress(done, total))?,
     };
     let mut weights = Vec::with_capacity(entries.len());
-    for (entry, at) in entries.into_iter().zip(stored) {
-        layout.insert(
-            entry.id,
-            onnx::Placement {
-                file: file.to_string(),
-                offset: at.offset,
-                length: at.bytes,
-            },
-        );
+    for (entry, stored) in entries.into_iter().zip(stored) {
+        let placement = |tensor: &weights::StoredTensor| onnx::Placement {
+            file: file.to_string(),
+            offset: tensor.offset,
+            length: tensor.bytes,
+        };
+        layout.insert(entry.id, stored.tensors().into_iter().map(placement).collect());
+        let at = Place::of(stored);
         weights.push(WeightEntry {
             name: entry.name,
             source_name: entry.provenance.source_name,
@@ -295,6 +296,7 @@ fn write_weights(
             offset: at.offset,
             bytes: at.bytes,
             same_as: at.same_as,
+            quantized: at.quantized,
             engines: Vec::new(),
         });
     }

@@ -156,6 +156,12 @@ fn largest(constant: &Constant) -> f64 {
             match derived.transform {
                 Transform::Scale(factor) => inputs * factor.abs(),
                 Transform::Offset(addend) => inputs + addend.abs(),
+                Transform::Dequantize(_) => {
+                    let [codes, scales, zero_points @ ..] = &derived.inputs[..] else {
+                        return inputs;
+                    };
+                    (largest(codes) + zero_points.iter().map(largest).sum::<f64>()) * largest(scales)
+                }
                 _ => inputs,
             }
         }

@@ -199,7 +199,7 @@ impl Emitter<'_> {
         let dtype = self.graph.value(key).dtype.unwrap_or(DType::F32);
         let query = self.rows(&layer.query, &format!("{name}.query"), dtype, analysis)?;
         let mask = self.mask(layer.window);
-        let half = matches!(dtype, DType::F16 | DType::Bf16);
+        let half = dtype.is_half();
         let op = Op::Attention(op::Attention {
             is_causal: false,
             scale: Some(layer.scale),

@@ -130,12 +130,11 @@ fn shape_result(op: &Op, of: &Constant) -> Option<Constant> {
 fn result_bytes(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Option<usize> {
     let inferred = |value: &ValueId| -> Option<usize> {
         let value = graph.value(*value);
-        let size = value.dtype?.size();
-        value
-            .shape
-            .as_ref()?
-            .iter()
-            .try_fold(size, |n, d| n.checked_mul(usize::try_from(d.as_const()?).ok()?))
+        let dims = value.shape.as_ref()?.iter();
+        let elements = dims
+            .map(|d| usize::try_from(d.as_const()?).ok())
+            .collect::<Option<Vec<_>>>()?;
+        value.dtype?.byte_len_of(&elements)
     };
     let outputs: Option<Vec<usize>> = node.outputs.iter().flatten().map(inferred).collect();
     if let Some(bytes) = outputs.and_then(|o| o.into_iter().max()) {

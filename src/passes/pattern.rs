@@ -103,7 +103,7 @@ pub(super) fn before_widening(graph: &Graph, mut value: ValueId) -> ValueId {
 }
 
 fn is_widening(from: DType, to: DType) -> bool {
-    from == to || (from.is_float() && to.is_float() && from.size() < to.size())
+    from == to || (from.is_float() && to.is_float() && from.bits() < to.bits())
 }
 
 /// A value that is a constant, or a cast or the sum with a scalar of one that nobody folded yet. No bytes are touched.

@@ -67,7 +67,7 @@ fn plain(graph: &Graph, id: ValueId) -> Option<Tensor> {
 
 /// Whether `b` is the transpose of `a`, byte for byte.
 fn is_transpose(a: &Tensor, b: &Tensor) -> bool {
-    let (&[rows, columns], size) = (&[a.shape()[0], a.shape()[1]], a.dtype().size());
+    let (&[rows, columns], size) = (&[a.shape()[0], a.shape()[1]], a.dtype().element_bytes());
     if b.shape() != [columns, rows] || a.dtype() != b.dtype() || a.is_empty() {
         return false;
     }

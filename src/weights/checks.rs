@@ -43,13 +43,14 @@ fn within(tensor: &Option<String>) -> String {
 
 /// Elements that are NaN or infinite.
 pub fn nonfinite(tensor: &Tensor) -> usize {
-    // An exponent of all ones is what both have, and nothing else.
+    // An exponent of all ones is what both have in IEEE's formats, and nothing else.
     let data = tensor.data();
     match tensor.dtype() {
         DType::F16 => count(data, |b| u16::from_le_bytes(b) & 0x7c00, 0x7c00),
         DType::Bf16 => count(data, |b| u16::from_le_bytes(b) & 0x7f80, 0x7f80),
         DType::F32 => count(data, |b| u32::from_le_bytes(b) & 0x7f80_0000, 0x7f80_0000),
         DType::F64 => count(data, |b| u64::from_le_bytes(b) & (0x7ff << 52), 0x7ff << 52),
+        dtype if dtype.is_float_format() => tensor.to_f32().iter().filter(|v| !v.is_finite()).count(),
         _ => 0,
     }
 }

@@ -63,7 +63,11 @@ impl<'a> Contents<'a> {
 
 fn hashes(tensors: &BTreeMap<String, Constant>, dtype: DType, shape: &[usize]) -> HashMap<String, Vec<Holder>> {
     let mut found: HashMap<String, Vec<Holder>> = HashMap::new();
-    for (name, constant) in tensors.iter().filter(|(_, c)| c.dtype().is_float() == dtype.is_float()) {
+    let comparable = |c: &Constant| match c.dtype().is_storage_only() || dtype.is_storage_only() {
+        true => c.dtype() == dtype,
+        false => c.dtype().is_float() == dtype.is_float(),
+    };
+    for (name, constant) in tensors.iter().filter(|(_, c)| comparable(c)) {
         let is_matrix = constant.shape().len() == 2;
         for transposed in [false, true] {
             let candidate = match transposed {

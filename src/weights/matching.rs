@@ -208,7 +208,7 @@ impl Matcher<'_> {
             let mut wrong = Vec::new();
             let mut lookup = |leaf: Leaf<'_>| {
                 let (name, constant) = self.lookup(found_by, leaf)?;
-                if let Some(why) = misfit(leaf, &constant) {
+                if let Some(why) = misfit(leaf, &constant, recipe.has_codes()) {
                     wrong.push(Misfit {
                         weight: weight.name.to_string(),
                         tensor: name,
@@ -344,14 +344,19 @@ impl Matcher<'_> {
     }
 }
 
-/// Why a tensor cannot be the leaf of a recipe.
-fn misfit(leaf: Leaf<'_>, constant: &Constant) -> Option<String> {
+/// Why a tensor cannot be the leaf of a recipe; `of_codes`: the recipe makes a quantized weight.
+fn misfit(leaf: Leaf<'_>, constant: &Constant, of_codes: bool) -> Option<String> {
     let shape = constant.shape();
     if shape != leaf.shape {
         let transposed = shape.iter().rev().eq(leaf.shape) && shape.len() == 2;
         let hint = if transposed { ", the transpose of it" } else { "" };
         return Some(format!("its shape is {shape:?}{hint}, it must be {:?}", leaf.shape));
     }
-    let float = (leaf.dtype.is_float(), constant.dtype().is_float());
-    (float.0 != float.1).then(|| format!("its numbers are {}, and must be {}", constant.dtype(), leaf.dtype))
+    // Floats convert among themselves, and integers; codes mean nothing in another type.
+    let stored_only = leaf.dtype.is_storage_only() || constant.dtype().is_storage_only();
+    let unlike = match stored_only || of_codes && !leaf.dtype.is_float() {
+        true => leaf.dtype != constant.dtype(),
+        false => leaf.dtype.is_float() != constant.dtype().is_float(),
+    };
+    unlike.then(|| format!("its numbers are {}, and must be {}", constant.dtype(), leaf.dtype))
 }

@@ -13,12 +13,13 @@ pub mod export;
 pub mod fingerprint;
 pub mod lora;
 pub mod matching;
+mod metadata;
 pub mod modules;
 pub mod recipe;
 mod safetensors;
 pub mod source;
 
-pub use safetensors::{Inspect, StoredTensor, WriteError, placements, safetensors_dtype, write};
+pub use safetensors::{Inspect, StoredParts, StoredTensor, StoredWeight, WriteError, content_hash, placements, write};
 
 use crate::tensor::DType;
 

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::graph::Constant;
 use crate::graph::constant::{ConstantSource, Transform};
 use crate::tensor::DType;
+use crate::tensor::quantized::Granularity;
 
 /// A tensor computed from named ones. Shapes are those of results.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,6 +51,14 @@ pub enum Recipe {
     Offset {
         addend: f64,
         of: Box<Recipe>,
+    },
+    /// A quantized weight: ONNX's `DequantizeLinear` of its parts.
+    Dequantize {
+        granularity: Granularity,
+        codes: Box<Recipe>,
+        scales: Box<Recipe>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        zero_points: Option<Box<Recipe>>,
     },
 }
 
@@ -107,6 +116,15 @@ impl Recipe {
                 addend: *addend,
                 of: input()?,
             },
+            Transform::Dequantize(granularity) => Recipe::Dequantize {
+                granularity: *granularity,
+                codes: input()?,
+                scales: Box::new(Recipe::of(&derived.inputs[1])?),
+                zero_points: match derived.inputs.get(2) {
+                    Some(part) => Some(Box::new(Recipe::of(part)?)),
+                    None => None,
+                },
+            },
             // Adapters are merged on the way into a package; no pass makes such a constant.
             Transform::PlusProduct { .. } => return None,
         })
@@ -127,6 +145,15 @@ impl Recipe {
                 shape,
             }),
             Recipe::Concat { of, .. } => of.iter().for_each(|part| part.visit(leaves)),
+            Recipe::Dequantize {
+                codes,
+                scales,
+                zero_points,
+                ..
+            } => {
+                let parts = [Some(codes), Some(scales), zero_points.as_ref()];
+                parts.into_iter().flatten().for_each(|part| part.visit(leaves));
+            }
             Recipe::Transpose { of, .. }
             | Recipe::Reshape { of, .. }
             | Recipe::Cast { of, .. }
@@ -159,13 +186,58 @@ impl Recipe {
             }
             Recipe::Scale { factor, of } => of.apply(tensor)?.scaled(*factor),
             Recipe::Offset { addend, of } => of.apply(tensor)?.offset(*addend),
+            Recipe::Dequantize {
+                granularity,
+                codes,
+                scales,
+                zero_points,
+            } => {
+                // Scales of another float type become what they were, so that the weight does.
+                let (codes, scales) = (codes.apply(tensor)?, scales.apply(tensor)?.cast(scales.dtype()));
+                let zero_points = match zero_points {
+                    Some(part) => Some(part.apply(tensor)?),
+                    None => None,
+                };
+                // Whoever finds tensors for leaves checks their shapes and dtypes, so the parts fit as those did.
+                Constant::quantized(codes, scales, zero_points, *granularity).ok()?
+            }
         })
+    }
+
+    /// Of the tensor that it makes.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Recipe::Tensor { dtype, .. } | Recipe::Cast { dtype, .. } => *dtype,
+            Recipe::Concat { of, .. } => of.first().map_or(DType::F32, Recipe::dtype),
+            Recipe::Dequantize { scales, .. } => scales.dtype(),
+            Recipe::Transpose { of, .. }
+            | Recipe::Reshape { of, .. }
+            | Recipe::Slice { of, .. }
+            | Recipe::Scale { of, .. }
+            | Recipe::Offset { of, .. } => of.dtype(),
+        }
+    }
+
+    /// Whether it reads codes of a quantized weight.
+    pub fn has_codes(&self) -> bool {
+        match self {
+            Recipe::Dequantize { .. } => true,
+            Recipe::Tensor { .. } => false,
+            Recipe::Concat { of, .. } => of.iter().any(Recipe::has_codes),
+            Recipe::Transpose { of, .. }
+            | Recipe::Reshape { of, .. }
+            | Recipe::Cast { of, .. }
+            | Recipe::Slice { of, .. }
+            | Recipe::Scale { of, .. }
+            | Recipe::Offset { of, .. } => of.has_codes(),
+        }
     }
 
     /// Whether the result's axes are those of the tensor read, in another order.
     pub fn is_transposed(&self) -> bool {
         match self {
             Recipe::Tensor { .. } | Recipe::Concat { .. } => false,
+            Recipe::Dequantize { codes, .. } => codes.is_transposed(),
             Recipe::Transpose { perm, of } => perm.windows(2).any(|pair| pair[0] > pair[1]) != of.is_transposed(),
             Recipe::Reshape { of, .. }
             | Recipe::Cast { of, .. }
@@ -228,6 +300,59 @@ mod tests {
         assert_eq!(Recipe::of(&iota(vec![2], 0.0)), None);
         let parts = [iota(vec![2], 0.0).with_origin("a"), iota(vec![2], 0.0)];
         assert_eq!(Recipe::of(&Constant::concat(&parts, 0)), None);
+    }
+
+    #[test]
+    fn a_quantized_weight_is_made_of_named_parts() {
+        let named = |first: i64| {
+            let codes: Vec<i64> = (0..8).map(|i| (first + i) % 16).collect();
+            let codes = Tensor::from_i64_as(DType::U4, vec![2, 4], &codes);
+            let zeros = Tensor::from_i64_as(DType::U4, vec![2, 2], &[first % 16; 4]);
+            let [codes, zeros] = [codes, zeros].map(Constant::tensor);
+            (
+                codes.with_origin("q"),
+                iota(vec![2, 2], first as f32).with_origin("s"),
+                zeros.with_origin("z"),
+            )
+        };
+        let make = |(codes, scales, zeros): (Constant, Constant, Constant)| {
+            let blocks = Granularity::Block { axis: 1, size: 2 };
+            Constant::quantized(codes, scales, Some(zeros), blocks)
+                .unwrap()
+                .transposed(&[1, 0])
+        };
+        let recipe = Recipe::of(&make(named(1))).unwrap();
+        assert!(recipe.has_codes() && recipe.is_transposed());
+        assert_eq!(recipe.dtype(), DType::F32);
+        let text = serde_json::to_string(&recipe).unwrap();
+        assert_eq!(serde_json::from_str::<Recipe>(&text).unwrap(), recipe);
+        let leaves: Vec<_> = recipe
+            .leaves()
+            .iter()
+            .map(|l| (l.name, l.dtype, l.shape.to_vec()))
+            .collect();
+        assert_eq!(
+            leaves,
+            [
+                ("q", DType::U4, vec![2, 4]),
+                ("s", DType::F32, vec![2, 2]),
+                ("z", DType::U4, vec![2, 2])
+            ]
+        );
+        let (codes, scales, zeros) = named(5);
+        let mut find = |leaf: Leaf<'_>| {
+            Some(match leaf.name {
+                "q" => codes.clone(),
+                "s" => scales.clone(),
+                _ => zeros.clone(),
+            })
+        };
+        let made = recipe.apply(&mut find).unwrap();
+        assert!(made.as_quantized().is_some());
+        assert_eq!(
+            made.materialize().unwrap().data(),
+            make(named(5)).materialize().unwrap().data()
+        );
     }
 
     #[test]

@@ -8,6 +8,9 @@
 //! Header and order depend on sizes only, which are known before any byte is computed. Identical tensors are stored once:
 //! the second becomes a record that points to the first, and since safetensors forbids two names for one range, only the
 //! first is in the header. The header is therefore written last, into space reserved for the longest it could be.
+//!
+//! A quantized weight is stored as its parts, `NAME.codes`, `NAME.scales` and `NAME.zero_points`; the metadata say what
+//! they make together (see [`super::metadata`]).
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -18,8 +21,10 @@ use std::sync::mpsc;
 use bytes::Bytes;
 
 use super::checks::BadNumbers;
+use super::metadata;
 use crate::graph::{Constant, ConstantError};
 use crate::help::Help;
+use crate::tensor::quantized::{Granularity, QuantizedError};
 use crate::tensor::{DType, Tensor};
 
 /// Tensor data begins at a multiple of this.
@@ -28,27 +33,126 @@ const PAGE: usize = 4096;
 /// Where a tensor lies in the file and what it holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredTensor {
+    /// Of the tensor.
+    pub name: String,
+    /// Of the tensor's elements.
+    pub dtype: DType,
+    /// Of the tensor.
+    pub shape: Vec<usize>,
     /// From the beginning of the file, header included: what ONNX external data and a map of the file need.
     pub offset: u64,
+    /// How many, from there.
     pub bytes: u64,
-    /// BLAKE3 of the bytes, in hexadecimal.
+    /// BLAKE3 of the bytes, in hexadecimal; empty if they are not there.
     pub blake3: String,
     /// The tensor with the same bytes that is stored in this place, if it is another one.
     pub same_as: Option<String>,
 }
 
+/// How a weight is stored: as one tensor, or a quantized one as its parts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoredWeight {
+    /// Of a weight's own dtype and shape.
+    Plain(StoredTensor),
+    /// Codes, scales and zero points.
+    Quantized(StoredParts),
+}
+
+/// The parts of a quantized weight, each a tensor of the file; scales may be quantized themselves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredParts {
+    /// Which codes share a scale.
+    pub granularity: Granularity,
+    /// In the weight's shape.
+    pub codes: StoredTensor,
+    /// In the shape that the granularity says.
+    pub scales: Box<StoredWeight>,
+    /// In the scales' shape.
+    pub zero_points: Option<StoredTensor>,
+}
+
+impl StoredWeight {
+    /// The tensors of the file, in the order of codes, scales, zero points.
+    pub fn tensors(&self) -> Vec<&StoredTensor> {
+        match self {
+            StoredWeight::Plain(tensor) => vec![tensor],
+            StoredWeight::Quantized(parts) => {
+                let mut tensors = vec![&parts.codes];
+                tensors.extend(parts.scales.tensors());
+                tensors.extend(&parts.zero_points);
+                tensors
+            }
+        }
+    }
+
+    /// Bytes of all of its tensors.
+    pub fn bytes(&self) -> u64 {
+        self.tensors().iter().map(|tensor| tensor.bytes).sum()
+    }
+
+    /// What its contents are known by: of a plain weight, BLAKE3 of its bytes. Of a quantized one, BLAKE3 of a line for the
+    /// granularity and one for each part, `dtype \0 shape \0 hash \n`: over the codes in ONNX's order, the scales (which may
+    /// be quantized themselves) and the zero points, whatever they are called and wherever they lie. Empty if the bytes are
+    /// not there.
+    pub fn blake3(&self) -> String {
+        let parts = match self {
+            StoredWeight::Plain(tensor) => return tensor.blake3.clone(),
+            StoredWeight::Quantized(parts) => parts,
+        };
+        if self.tensors().iter().any(|tensor| tensor.blake3.is_empty()) {
+            return String::new();
+        }
+        let line = |tensor: &StoredTensor, hash: &str| format!("{}\0{:?}\0{hash}\n", tensor.dtype, tensor.shape);
+        let scales = parts.scales.tensors()[0];
+        let mut text = format!("{}\n", parts.granularity);
+        text += &line(&parts.codes, &parts.codes.blake3);
+        text += &line(scales, &parts.scales.blake3());
+        if let Some(zero_points) = &parts.zero_points {
+            text += &line(zero_points, &zero_points.blake3);
+        }
+        blake3::hash(text.as_bytes()).to_hex().to_string()
+    }
+}
+
 /// Looks at a weight that was computed, before it is written: its name, how it was computed, the tensor. An error ends the
-/// writing.
+/// writing. Of a quantized weight it sees codes, scales and zero points, each with the weight's name.
 pub type Inspect<'a> = &'a mut (dyn FnMut(&str, &Constant, &Tensor) -> Result<(), WriteError> + Send);
 
+/// Weights that cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
+    /// The system refused.
     #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: io::Error },
+    Io {
+        /// Of the weights.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+    /// The bytes are not there.
     #[error("the weight {name:?} cannot be computed: {source}")]
-    Constant { name: String, source: ConstantError },
+    Constant {
+        /// Of the weight.
+        name: String,
+        /// Why.
+        source: ConstantError,
+    },
+    /// It holds numbers that no model can use.
     #[error("the weight {name:?}: {source}")]
-    Numbers { name: String, source: BadNumbers },
+    Numbers {
+        /// Of the weight.
+        name: String,
+        /// Which.
+        source: BadNumbers,
+    },
+    /// It is quantized, and scales or zero points are no good.
+    #[error("the quantized weight {name:?}: {source}")]
+    Quantized {
+        /// Of the weight.
+        name: String,
+        /// What is wrong.
+        source: QuantizedError,
+    },
 }
 
 impl Help for WriteError {
@@ -56,6 +160,7 @@ impl Help for WriteError {
         match self {
             WriteError::Io { .. } => None,
             WriteError::Constant { source, .. } => source.help(),
+            WriteError::Quantized { .. } => Some("export the model again, or quantize it again".to_string()),
             WriteError::Numbers { .. } => {
                 Some("take them anyway with --allow-nonfinite or --allow-overflow".to_string())
             }
@@ -63,35 +168,77 @@ impl Help for WriteError {
     }
 }
 
-/// The format's name of a dtype.
-pub fn safetensors_dtype(dtype: DType) -> &'static str {
-    match dtype {
-        DType::Bool => "BOOL",
-        DType::U8 => "U8",
-        DType::I8 => "I8",
-        DType::I32 => "I32",
-        DType::I64 => "I64",
-        DType::F16 => "F16",
-        DType::Bf16 => "BF16",
-        DType::F32 => "F32",
-        DType::F64 => "F64",
-    }
+/// A tensor of the file: a plain weight, or a part of a quantized one.
+struct Piece<'a> {
+    name: String,
+    constant: &'a Constant,
+    /// The weight it belongs to, among those given.
+    weight: usize,
+    /// It is the first of its weight.
+    first: bool,
 }
 
-/// Places for tensors that are not there yet, in the order given: what a graph that points to them needs. They have no hash.
-pub fn placements(tensors: &[(String, Constant)]) -> Vec<StoredTensor> {
-    let mut end = PAGE as u64;
-    let mut next = |constant: &Constant| {
-        let (offset, bytes) = (end, constant.byte_len() as u64);
-        end += bytes;
-        StoredTensor {
-            offset,
-            bytes,
-            blake3: String::new(),
-            same_as: None,
+/// Every tensor of the file, in the weights' order and within one in that of [`StoredWeight::tensors`].
+fn pieces(weights: &[(String, Constant)]) -> Vec<Piece<'_>> {
+    let mut pieces = Vec::with_capacity(weights.len());
+    for (weight, (name, constant)) in weights.iter().enumerate() {
+        for (i, (name, constant)) in constant.stored_parts(name).into_iter().enumerate() {
+            pieces.push(Piece {
+                name,
+                constant,
+                weight,
+                first: i == 0,
+            });
         }
+    }
+    pieces
+}
+
+/// The records of weights from those of their tensors, which come in the order of [`pieces`].
+fn records(weights: &[(String, Constant)], mut tensors: impl Iterator<Item = StoredTensor>) -> Vec<StoredWeight> {
+    fn record(constant: &Constant, next: &mut dyn FnMut() -> StoredTensor) -> StoredWeight {
+        match constant.as_quantized() {
+            None => StoredWeight::Plain(next()),
+            Some(parts) => StoredWeight::Quantized(StoredParts {
+                granularity: parts.granularity,
+                codes: next(),
+                scales: Box::new(record(parts.scales, next)),
+                zero_points: parts.zero_points.map(|_| next()),
+            }),
+        }
+    }
+    let mut next = || tensors.next().expect("a record for every tensor");
+    weights
+        .iter()
+        .map(|(_, constant)| record(constant, &mut next))
+        .collect()
+}
+
+/// [`StoredWeight::blake3`] of a weight that is not stored; reads all of it.
+pub fn content_hash(constant: &Constant) -> Result<String, ConstantError> {
+    let weights = [(String::new(), constant.clone())];
+    let mut tensors = Vec::new();
+    for piece in pieces(&weights) {
+        let hash = blake3::hash(piece.constant.materialize()?.data());
+        tensors.push(StoredTensor {
+            blake3: hash.to_hex().to_string(),
+            ..piece.stored(0, 0, None)
+        });
+    }
+    Ok(records(&weights, tensors.into_iter())[0].blake3())
+}
+
+/// Places for weights that are not there yet, in the order given: what a graph that points to them needs. They have no
+/// hash.
+pub fn placements(weights: &[(String, Constant)]) -> Vec<StoredWeight> {
+    let mut end = PAGE as u64;
+    let next = |piece: Piece<'_>| {
+        let bytes = piece.constant.byte_len() as u64;
+        end += bytes;
+        piece.stored(end - bytes, bytes, None)
     };
-    tensors.iter().map(|(_, constant)| next(constant)).collect()
+    let placed: Vec<StoredTensor> = pieces(weights).into_iter().map(next).collect();
+    records(weights, placed.into_iter())
 }
 
 /// One tensor on its way to the file.
@@ -101,35 +248,83 @@ struct Ready {
     hash: blake3::Hash,
 }
 
-/// Writes `tensors` (unique names) to a new file at `path`. `inspect` sees each before it is written, `progress` is told
-/// the bytes done so far. Gives one record a tensor, in the order given.
+/// Computes and checks a tensor.
+fn ready(
+    weights: &[(String, Constant)],
+    pieces: &[Piece<'_>],
+    index: usize,
+    inspect: &mut (dyn FnMut(&str, &Constant, &Tensor) -> Result<(), WriteError> + Send),
+) -> Result<Ready, WriteError> {
+    let piece = &pieces[index];
+    let (name, weight) = &weights[piece.weight];
+    let failed = |source| WriteError::Constant {
+        name: name.clone(),
+        source,
+    };
+    // The parts of a quantized weight are checked together, before the first of them is written.
+    if let (Some(parts), true) = (weight.as_quantized(), piece.first) {
+        parts
+            .check_values()
+            .map_err(failed)?
+            .map_err(|source| WriteError::Quantized {
+                name: name.clone(),
+                source,
+            })?;
+    }
+    let tensor = piece.constant.materialize().map_err(failed)?;
+    inspect(name, piece.constant, &tensor)?;
+    Ok(Ready {
+        index,
+        hash: blake3::hash(tensor.data()),
+        data: tensor.data().clone(),
+    })
+}
+
+/// Writes `weights` (unique names) to a new file at `path`. `inspect` sees each before it is written, `progress` is called
+/// with the bytes done so far. Gives one record a weight, in the order given.
 ///
 /// Tensors are computed and hashed on a second thread, at most two ahead of the one being written.
 pub fn write(
     path: &Path,
-    tensors: &[(String, Constant)],
-    metadata: &BTreeMap<String, String>,
+    weights: &[(String, Constant)],
+    extra: &BTreeMap<String, String>,
     inspect: Inspect<'_>,
     mut progress: impl FnMut(u64),
-) -> Result<Vec<StoredTensor>, WriteError> {
+) -> Result<Vec<StoredWeight>, WriteError> {
     let failed = |source| WriteError::Io {
         path: path.to_path_buf(),
         source,
     };
+    let pieces = pieces(weights);
     // Largest power of two that divides the size, up to a page: what follows keeps that alignment.
     let alignment = |c: &Constant| (c.byte_len() | PAGE).trailing_zeros();
-    let mut order: Vec<usize> = (0..tensors.len()).collect();
-    order.sort_by_key(|i| std::cmp::Reverse(alignment(&tensors[*i].1)));
+    let mut order: Vec<usize> = (0..pieces.len()).collect();
+    order.sort_by_key(|i| std::cmp::Reverse(alignment(pieces[*i].constant)));
 
-    let total: u64 = tensors.iter().map(|(_, c)| c.byte_len() as u64).sum();
-    let longest = header(tensors, order.iter().map(|i| (*i, total, total)), metadata);
+    let total: u64 = pieces.iter().map(|piece| piece.constant.byte_len() as u64).sum();
+    // Which tensors will be stored once for several is not known yet: each could take the longest name.
+    let longest_name = pieces
+        .iter()
+        .map(|piece| piece.name.as_str())
+        .max_by_key(|name| json_len(name));
+    let longest = records(
+        weights,
+        pieces.iter().map(|piece| piece.stored(total, total, longest_name)),
+    );
+    let longest = header(
+        &pieces,
+        order.iter().map(|i| (*i, total, total)),
+        weights,
+        &longest,
+        extra,
+    );
     let data_start = (8 + longest.len()).next_multiple_of(PAGE) as u64;
 
     let file = File::create_new(path).map_err(failed)?;
     let mut file = BufWriter::new(file);
     file.seek(SeekFrom::Start(data_start)).map_err(failed)?;
 
-    let mut stored: Vec<Option<StoredTensor>> = vec![None; tensors.len()];
+    let mut stored: Vec<Option<StoredTensor>> = vec![None; pieces.len()];
     let mut seen: HashMap<(blake3::Hash, usize), usize> = HashMap::new();
     let mut written: Vec<(usize, u64, u64)> = Vec::new();
     let mut end = data_start;
@@ -137,24 +332,12 @@ pub fn write(
     std::thread::scope(|scope| {
         // One tensor waits while the next is computed and another is written.
         let (sender, receiver) = mpsc::sync_channel::<Result<Ready, WriteError>>(1);
-        let order = &order;
+        let (order, pieces) = (&order, &pieces);
         scope.spawn(move || {
             for index in order.iter().copied() {
-                let (name, constant) = &tensors[index];
-                let computed = constant.materialize().map_err(|source| WriteError::Constant {
-                    name: name.clone(),
-                    source,
-                });
-                let ready = computed.and_then(|tensor| {
-                    inspect(name, constant, &tensor)?;
-                    Ok(Ready {
-                        index,
-                        hash: blake3::hash(tensor.data()),
-                        data: tensor.data().clone(),
-                    })
-                });
+                let ready = ready(weights, pieces, index, inspect);
                 let last = ready.is_err();
-                // The writer hangs up when it fails; there is nobody left to tell.
+                // The writer hangs up when it fails, and then needs no more.
                 if sender.send(ready).is_err() || last {
                     return;
                 }
@@ -173,19 +356,20 @@ pub fn write(
                     end - bytes
                 }
             };
+            let same_as = (first != index).then(|| pieces[first].name.as_str());
             stored[index] = Some(StoredTensor {
-                offset,
-                bytes,
                 blake3: hash.to_hex().to_string(),
-                same_as: (first != index).then(|| tensors[first].0.clone()),
+                ..pieces[index].stored(offset, bytes, same_as)
             });
             done += bytes;
             progress(done);
         }
         Ok(())
     })?;
+    let stored = stored.into_iter().map(|s| s.expect("every tensor was sent"));
+    let records = records(weights, stored);
 
-    let mut header = header(tensors, written.into_iter(), metadata);
+    let mut header = header(&pieces, written.into_iter(), weights, &records, extra);
     header.resize(data_start as usize - 8, b' ');
     file.seek(SeekFrom::Start(0)).map_err(failed)?;
     file.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
@@ -193,26 +377,52 @@ pub fn write(
     let file = file.into_inner().map_err(|e| failed(e.into_error()))?;
     // A file of no tensors still has its header only; otherwise the length is that of the data.
     file.set_len(end).map_err(failed)?;
-    Ok(stored.into_iter().map(|s| s.expect("every tensor was sent")).collect())
+    Ok(records)
+}
+
+/// Of a text in JSON in a JSON text, as metadata have names.
+fn json_len(text: &str) -> usize {
+    let quoted = |text: &str| serde_json::to_string(text).expect("strings serialise");
+    quoted(&quoted(text)).len()
+}
+
+impl Piece<'_> {
+    /// Its record but for the hash.
+    fn stored(&self, offset: u64, bytes: u64, same_as: Option<&str>) -> StoredTensor {
+        StoredTensor {
+            name: self.name.clone(),
+            dtype: self.constant.dtype(),
+            shape: self.constant.shape().to_vec(),
+            offset,
+            bytes,
+            blake3: String::new(),
+            same_as: same_as.map(str::to_string),
+        }
+    }
 }
 
 fn header(
-    tensors: &[(String, Constant)],
+    pieces: &[Piece<'_>],
     ranges: impl Iterator<Item = (usize, u64, u64)>,
-    metadata: &BTreeMap<String, String>,
+    weights: &[(String, Constant)],
+    records: &[StoredWeight],
+    extra: &BTreeMap<String, String>,
 ) -> Vec<u8> {
     let mut map = serde_json::Map::new();
+    let names = weights.iter().map(|(name, _)| name.as_str());
+    let metadata = metadata::of(names.zip(records), extra);
     if !metadata.is_empty() {
         map.insert("__metadata__".into(), serde_json::json!(metadata));
     }
     for (index, start, end) in ranges {
-        let (name, constant) = &tensors[index];
+        let piece = &pieces[index];
+        let (dtype, shape) = metadata::in_header(piece.constant.dtype(), piece.constant.shape());
         let entry = serde_json::json!({
-            "dtype": safetensors_dtype(constant.dtype()),
-            "shape": constant.shape(),
+            "dtype": dtype,
+            "shape": shape,
             "data_offsets": [start, end],
         });
-        map.insert(name.clone(), entry);
+        map.insert(piece.name.clone(), entry);
     }
     serde_json::to_vec(&map).expect("strings and numbers serialise")
 }
@@ -245,6 +455,7 @@ mod tests {
         .unwrap();
         assert_eq!(last, 12 + 4096 + 64 + 4096 + 32);
         let file = std::fs::read(&path).unwrap();
+        let stored: Vec<&StoredTensor> = stored.iter().flat_map(StoredWeight::tensors).collect();
         for ((name, constant), at) in tensors.iter().zip(&stored) {
             let bytes = &file[at.offset as usize..(at.offset + at.bytes) as usize];
             assert_eq!(bytes, &constant.materialize().unwrap().data()[..], "{name}");

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 
 use super::checkpoint::{CONVENTIONS, Convention, has_gate};
+use super::metadata;
 use super::modules::modules;
 use super::recipe::Recipe;
 use crate::graph::{Constant, Graph};
@@ -302,7 +303,8 @@ pub(super) fn constants_of_modules(graph: &Graph) -> HashMap<String, Constant> {
     found
 }
 
-/// The tensors of one file, mapped. Header, offsets and lengths are checked before any byte is used.
+/// The tensors of one file, mapped; quantized weights of a file of ours are put together again. Header, offsets and lengths
+/// are checked before any byte is used.
 pub(super) fn safetensors(path: &Path) -> Result<BTreeMap<String, Constant>, SourceError> {
     let invalid = |message: String| SourceError::invalid(path, message);
     let file = fs::File::open(path).map_err(SourceError::io(path))?;
@@ -326,10 +328,11 @@ pub(super) fn safetensors(path: &Path) -> Result<BTreeMap<String, Constant>, Sou
     }
     let parsed = safetensors::SafeTensors::deserialize(&bytes)
         .map_err(|e| invalid(format!("is not a valid safetensors file, or is truncated: {e}")))?;
-    let mut tensors = BTreeMap::new();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| invalid(e.to_string()))?;
+    let mut stored = BTreeMap::new();
     for (name, view) in parsed.iter() {
         // Kinds of numbers no model weight of ours has are left out, and so missed by name if they are needed.
-        let Some(dtype) = dtype_of(view.dtype()) else {
+        let Some(dtype) = DType::of_safetensors_name(&view.dtype().to_string()) else {
             continue;
         };
         let data = match view.data() {
@@ -337,25 +340,17 @@ pub(super) fn safetensors(path: &Path) -> Result<BTreeMap<String, Constant>, Sou
             data => bytes.slice_ref(data),
         };
         let tensor = Tensor::new(dtype, view.shape().to_vec(), data).map_err(|e| invalid(format!("{name:?}: {e}")))?;
-        tensors.insert(name.to_string(), Constant::tensor(tensor).with_origin(name));
+        stored.insert(name.to_string(), tensor);
+    }
+    let mut tensors = match header.metadata() {
+        Some(metadata) => metadata::apply(metadata, &mut stored).map_err(|e| invalid(e.to_string()))?,
+        None => BTreeMap::new(),
+    };
+    for (name, tensor) in stored {
+        let constant = Constant::tensor(tensor).with_origin(&name);
+        tensors.insert(name, constant);
     }
     Ok(tensors)
-}
-
-fn dtype_of(dtype: safetensors::Dtype) -> Option<DType> {
-    use safetensors::Dtype;
-    Some(match dtype {
-        Dtype::BOOL => DType::Bool,
-        Dtype::U8 => DType::U8,
-        Dtype::I8 => DType::I8,
-        Dtype::I32 => DType::I32,
-        Dtype::I64 => DType::I64,
-        Dtype::F16 => DType::F16,
-        Dtype::BF16 => DType::Bf16,
-        Dtype::F32 => DType::F32,
-        Dtype::F64 => DType::F64,
-        _ => return None,
-    })
 }
 
 /// The keys of a JSON object, repeated ones too, which maps lose.

@@ -264,7 +264,7 @@ fn integers_bools_and_casts_build() {
         let a = net.input(&format!("a.{int}"), int, dims([2, 3]));
         let b = net.constant(
             &format!("b.{int}"),
-            bytes_of(int, &[1, 3], |i| u8::from(i % int.size() == 0)),
+            bytes_of(int, &[1, 3], |i| u8::from(i % int.element_bytes() == 0)),
         );
         use Elementwise::*;
         for op in [Sum, Sub, Prod, Div, Max, Min, FloorDiv] {

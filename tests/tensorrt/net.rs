@@ -28,7 +28,7 @@ pub fn dims<const N: usize>(dims: [i64; N]) -> Shape {
 }
 
 pub fn bytes_of(dtype: DType, shape: &[usize], fill: impl Fn(usize) -> u8) -> lapidary::tensor::Tensor {
-    let count = shape.iter().product::<usize>() * dtype.size();
+    let count = dtype.byte_len(shape.iter().product());
     let data: Vec<u8> = (0..count).map(fill).collect();
     lapidary::tensor::Tensor::new(dtype, shape.to_vec(), data.into()).unwrap()
 }

@@ -126,7 +126,7 @@ impl KvCaches {
                 cache.dtype,
                 [batch, heads, capacity, dim],
             );
-            let slot = dim * cache.dtype.size();
+            let slot = cache.dtype.byte_len(dim);
             let kept = live.min(old).min(capacity) * slot;
             let rows = next.bytes_mut().chunks_exact_mut((capacity * slot).max(1));
             for (to, from) in rows.zip(cache.bytes().chunks_exact((old * slot).max(1))) {
@@ -146,7 +146,7 @@ impl KvCaches {
 
 impl KvCache {
     fn zeroed(name: String, dtype: DType, shape: [usize; 4]) -> KvCache {
-        let bytes = shape.iter().product::<usize>() * dtype.size();
+        let bytes = dtype.byte_len(shape.iter().product());
         KvCache {
             name,
             dtype,

@@ -95,23 +95,23 @@ impl Values {
     fn of(tensor: &Tensor) -> Values {
         let ints = || tensor.to_i64().into_iter();
         match tensor.dtype() {
-            DType::F16 | DType::Bf16 | DType::F32 | DType::F64 => Values::F32(tensor.to_f32()),
             DType::I32 => Values::I32(ints().map(|v| v as i32).collect()),
             DType::I64 => Values::I64(tensor.to_i64()),
             DType::I8 => Values::I8(ints().map(|v| v as i8).collect()),
             DType::U8 => Values::U8(ints().map(|v| v as u8).collect()),
             DType::Bool => Values::Bool(ints().map(|v| v != 0).collect()),
+            _ => Values::F32(tensor.to_f32()),
         }
     }
     fn zeroed(port: &Port) -> Values {
         let len = port.shape.iter().product();
         match port.dtype {
-            DType::F16 | DType::Bf16 | DType::F32 | DType::F64 => Values::F32(vec![0.0; len]),
             DType::I32 => Values::I32(vec![0; len]),
             DType::I64 => Values::I64(vec![0; len]),
             DType::I8 => Values::I8(vec![0; len]),
             DType::U8 => Values::U8(vec![0; len]),
             DType::Bool => Values::Bool(vec![false; len]),
+            _ => Values::F32(vec![0.0; len]),
         }
     }
     fn input(&self) -> Input<'_> {

@@ -50,7 +50,7 @@ impl KvCache {
                     input: port.name.clone(),
                     output,
                     rows: (batch * heads) as usize,
-                    slot_bytes: width as usize * port.dtype.size(),
+                    slot_bytes: port.dtype.byte_len(width as usize),
                 })
             })
             .collect();

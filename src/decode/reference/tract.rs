@@ -84,8 +84,8 @@ fn dtype(dtype: DType) -> DatumType {
         DType::F16 => f16::datum_type(),
         DType::F32 => f32::datum_type(),
         DType::F64 => f64::datum_type(),
-        // tract has no bf16; the model was refused when it was loaded.
-        DType::Bf16 => f32::datum_type(),
+        // tract has neither bf16 nor what is only stored; the model was refused when it was loaded.
+        _ => f32::datum_type(),
     }
 }
 

@@ -5,7 +5,6 @@
 //! (wrapped to the dtype). Operators that only move elements work on bytes of any dtype through [`take`].
 
 use bytes::Bytes;
-use half::{bf16, f16};
 
 use super::{EvalError, error::shape_error};
 use crate::tensor::{DType, Tensor};
@@ -23,7 +22,7 @@ pub(super) enum Data {
 
 impl Data {
     pub fn of(tensor: &Tensor) -> Data {
-        if tensor.dtype().is_float() {
+        if tensor.dtype().is_float_format() {
             Data::Float(tensor.to_f64())
         } else {
             Data::Int(tensor.to_i64())
@@ -33,31 +32,17 @@ impl Data {
 
 /// Floats stored as a float dtype, rounded to nearest even.
 pub(super) fn floats(dtype: DType, shape: Vec<usize>, values: &[f64]) -> Tensor {
+    if !dtype.is_half() {
+        return Tensor::from_f64_as(dtype, shape, values);
+    }
     // Through f32 for the halves: the reference arithmetic for them is fp32.
-    let bytes: Vec<u8> = match dtype {
-        DType::F16 => values
-            .iter()
-            .flat_map(|v| f16::from_f32(*v as f32).to_le_bytes())
-            .collect(),
-        DType::Bf16 => values
-            .iter()
-            .flat_map(|v| bf16::from_f32(*v as f32).to_le_bytes())
-            .collect(),
-        _ => return Tensor::from_f64_as(dtype, shape, values),
-    };
-    Tensor::new(dtype, shape, Bytes::from(bytes)).expect("one value per element")
+    let rounded: Vec<f64> = values.iter().map(|v| f64::from(*v as f32)).collect();
+    Tensor::from_f64_as(dtype, shape, &rounded)
 }
 
 /// Integers stored as an integer dtype or bool, wrapping as two's complement.
 pub(super) fn ints(dtype: DType, shape: Vec<usize>, values: &[i64]) -> Tensor {
-    let bytes: Vec<u8> = match dtype {
-        DType::I64 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::I32 => values.iter().flat_map(|v| (*v as i32).to_le_bytes()).collect(),
-        DType::I8 | DType::U8 => values.iter().map(|v| *v as u8).collect(),
-        DType::Bool => values.iter().map(|v| u8::from(*v != 0)).collect(),
-        other => unreachable!("{other} is not an integer type"),
-    };
-    Tensor::new(dtype, shape, Bytes::from(bytes)).expect("one value per element")
+    Tensor::from_i64_as(dtype, shape, values)
 }
 
 pub(super) fn store(dtype: DType, shape: Vec<usize>, data: Data) -> Tensor {
@@ -162,7 +147,7 @@ pub(super) fn broadcast_offsets(from: &[usize], to: &[usize]) -> Vec<usize> {
 /// Elements picked from a tensor of any dtype, in order.
 pub(super) fn take(tensor: &Tensor, shape: Vec<usize>, offsets: &[usize]) -> Tensor {
     let data = tensor.data();
-    let bytes: Vec<u8> = match tensor.dtype().size() {
+    let bytes: Vec<u8> = match tensor.dtype().element_bytes() {
         1 => offsets.iter().map(|o| data[*o]).collect(),
         2 => pick::<2>(data, offsets),
         4 => pick::<4>(data, offsets),

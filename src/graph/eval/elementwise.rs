@@ -267,18 +267,13 @@ pub(super) fn cast(x: &Tensor, to: DType) -> Tensor {
             let truth: Vec<i64> = v.iter().map(|v| i64::from(*v != 0.0)).collect();
             ints(to, shape, &truth)
         }
-        (Data::Float(v), to) if to.is_float() => floats(to, shape, &v),
+        (Data::Float(v), to) if to.is_float_format() => floats(to, shape, &v),
         (Data::Float(v), to) => {
-            let (low, high) = match to {
-                DType::I32 => (f64::from(i32::MIN), f64::from(i32::MAX)),
-                DType::I8 => (-128.0, 127.0),
-                DType::U8 => (0.0, 255.0),
-                _ => (i64::MIN as f64, i64::MAX as f64),
-            };
-            let whole: Vec<i64> = v.iter().map(|v| v.clamp(low, high) as i64).collect();
+            let (low, high) = to.int_range();
+            let whole: Vec<i64> = v.iter().map(|v| v.clamp(low as f64, high as f64) as i64).collect();
             ints(to, shape, &whole)
         }
-        (Data::Int(v), to) if to.is_float() => {
+        (Data::Int(v), to) if to.is_float_format() => {
             let values: Vec<f64> = v.iter().map(|v| *v as f64).collect();
             floats(to, shape, &values)
         }
@@ -302,7 +297,7 @@ pub(super) fn select(condition: &Tensor, x: &Tensor, y: &Tensor) -> Result<Tenso
     }
     let shape = broadcast(&[condition.shape(), x.shape(), y.shape()])?;
     let (condition, x, y) = (expand(condition, &shape), expand(x, &shape), expand(y, &shape));
-    let size = x.dtype().size();
+    let size = x.dtype().element_bytes();
     let mut bytes = y.data().to_vec();
     for (i, chosen) in condition.data().iter().enumerate() {
         if *chosen != 0 {

@@ -33,7 +33,7 @@ pub(super) fn gather(x: &Tensor, indices: &Tensor, at: i64) -> Result<Tensor> {
     shape.extend(indices.shape());
     shape.extend(&x.shape()[at + 1..]);
     volume(&shape)?;
-    let run = inner * x.dtype().size();
+    let run = inner * x.dtype().element_bytes();
     let mut bytes = Vec::with_capacity(outer * picks.len() * run);
     for o in 0..outer {
         for pick in &picks {
@@ -129,7 +129,7 @@ fn scatter(x: &Tensor, updates: &Tensor, offsets: &[usize], mode: ScatterMode) -
         )));
     }
     if mode == ScatterMode::Replace {
-        let size = x.dtype().size();
+        let size = x.dtype().element_bytes();
         let mut bytes = x.data().to_vec();
         for (i, o) in offsets.iter().enumerate() {
             bytes[o * size..(o + 1) * size].copy_from_slice(&updates.data()[i * size..(i + 1) * size]);

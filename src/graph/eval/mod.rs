@@ -41,6 +41,24 @@ pub fn eval_op(op: &Op, inputs: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>
 
 /// [`eval_op`] for a node with `outputs` outputs.
 pub fn eval_node(op: &Op, inputs: &[Option<Tensor>], outputs: usize) -> Result<Vec<Option<Tensor>>, EvalError> {
+    // Elements that are only stored are converted or given another shape; nothing computes on them or picks them.
+    let keeps_elements = matches!(
+        op,
+        Op::Cast { .. }
+            | Op::CastLike
+            | Op::Identity
+            | Op::Reshape { .. }
+            | Op::Flatten { .. }
+            | Op::Squeeze
+            | Op::Unsqueeze
+            | Op::Shape { .. }
+            | Op::Size
+    );
+    let stored_only = inputs.iter().flatten().map(Tensor::dtype).find(|d| d.is_storage_only());
+    if let (Some(dtype), false) = (stored_only, keeps_elements) {
+        let what = "an operand";
+        return Err(EvalError::DType { what, dtype });
+    }
     let operands = Operands { inputs, outputs };
     match op.info().family {
         Family::Elementwise => elementwise::eval(op, &operands),

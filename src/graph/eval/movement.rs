@@ -193,7 +193,7 @@ pub(super) fn concat(parts: &[&Tensor], at: i64) -> Result<Tensor> {
     }
     let total = volume(&shape)?;
     let (outer, ..) = around(&shape, at);
-    let mut bytes = Vec::with_capacity(total * first.dtype().size());
+    let mut bytes = Vec::with_capacity(first.dtype().byte_len(total));
     for o in 0..outer {
         for part in parts {
             let run = part.data().len() / outer;
@@ -234,7 +234,7 @@ pub(super) fn split(x: &Tensor, at: i64, sizes_given: Option<&Tensor>, outputs: 
 
 fn slice_axis(x: &Tensor, at: usize, start: usize, length: usize) -> Tensor {
     let (outer, full, inner) = around(x.shape(), at);
-    let inner = inner * x.dtype().size();
+    let inner = inner * x.dtype().element_bytes();
     let mut bytes = Vec::with_capacity(outer * length * inner);
     for o in 0..outer {
         let row = o * full + start;
@@ -355,7 +355,7 @@ pub(super) fn trilu(x: &Tensor, k: Option<&Tensor>, upper: bool) -> Result<Tenso
         )));
     };
     let k = k.map_or(0, |k| k.to_i64().first().copied().unwrap_or(0));
-    let size = x.dtype().size();
+    let size = x.dtype().element_bytes();
     let mut bytes = x.data().to_vec();
     for (n, element) in bytes.chunks_exact_mut(size).enumerate() {
         let (row, column) = ((n / columns % rows) as i64, (n % columns) as i64);

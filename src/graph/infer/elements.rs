@@ -19,7 +19,7 @@ pub(super) fn of_constant(constant: &Constant) -> Option<Elements> {
         return None;
     }
     let tensor = constant.materialize().ok()?;
-    Some(if tensor.dtype().is_float() {
+    Some(if tensor.dtype().is_float_format() {
         let whole = |v: f64| (v.fract() == 0.0 && v.abs() <= MAX_EXACT).then(|| Dim::constant(v as i64));
         tensor.to_f64().into_iter().map(whole).collect()
     } else {
@@ -172,11 +172,12 @@ pub(super) fn cast(x: &Dim, to: DType) -> Option<Dim> {
             Some(_) => within(i64::from(i32::MIN), i64::from(i32::MAX)),
             None => Some(x.clone()),
         },
-        DType::I8 => within(-128, 127),
-        DType::U8 => within(0, 255),
-        DType::F16 => within(-2048, 2048),
-        DType::Bf16 => within(-256, 256),
         DType::Bool => equal(x, &Dim::default()).map(|zero| Dim::constant(i64::from(!zero))),
+        // Of floats, what they hold exactly.
+        narrow => {
+            let (low, high) = narrow.int_range();
+            within(low, high)
+        }
     }
 }
 

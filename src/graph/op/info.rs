@@ -30,7 +30,7 @@ impl ElementTypes {
         match self {
             ElementTypes::Any => true,
             ElementTypes::Float => dtype.is_float(),
-            ElementTypes::Number => dtype != DType::Bool,
+            ElementTypes::Number => dtype.is_float() || dtype.is_int(),
             ElementTypes::Index => matches!(dtype, DType::I32 | DType::I64),
             ElementTypes::I32 => dtype == DType::I32,
             ElementTypes::I64 => dtype == DType::I64,

@@ -13,6 +13,11 @@ pub(super) fn is_number(dtype: DType) -> bool {
     dtype.is_float() || is_index(dtype)
 }
 
+/// Whether layers compute with it: TensorRT has no f64, and no arithmetic on what is only stored.
+pub(super) fn is_computed(dtype: DType) -> bool {
+    dtype != DType::F64 && !dtype.is_storage_only()
+}
+
 pub(super) fn is_index(dtype: DType) -> bool {
     matches!(dtype, DType::I32 | DType::I64)
 }
@@ -31,7 +36,7 @@ pub(super) fn check_dtype(
     ok: impl Fn(DType) -> bool,
     wanted: &'static str,
 ) -> Result<(), Fault> {
-    match ok(found) && found != DType::F64 {
+    match ok(found) && is_computed(found) {
         true => Ok(()),
         false => Err(Fault::DType { input, found, wanted }),
     }

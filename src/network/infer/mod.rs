@@ -14,8 +14,8 @@ use crate::dim::Dim;
 use crate::tensor::DType;
 pub(crate) use checks::volume;
 use checks::{
-    arity, broadcast, broadcast_shapes, check_axes, check_dtype, check_extent, equal_ranks, is_index, is_number, like,
-    permuted, same,
+    arity, broadcast, broadcast_shapes, check_axes, check_dtype, check_extent, equal_ranks, is_computed, is_index,
+    is_number, like, permuted, same,
 };
 use compute::{elementwise, matrix_multiply, slice, unary};
 use transformer::{attention, kv_cache_update, normalization, rotary};
@@ -87,7 +87,12 @@ pub(super) fn infer(
             let weight = weights
                 .get(id.0 as usize)
                 .ok_or_else(|| Fault::Parameter(format!("there is no weight number {}", id.0)))?;
-            check_dtype(0, weight.constant.dtype(), |d| d != DType::F64, "of at most 32 bits")?;
+            check_dtype(
+                0,
+                weight.constant.dtype(),
+                is_computed,
+                "a type that layers compute with",
+            )?;
             let shape = weight.constant.shape().iter().map(|d| Dim::from(*d)).collect();
             (weight.constant.dtype(), shape)
         }
@@ -95,6 +100,11 @@ pub(super) fn infer(
             arity(inputs, &[0], "no")?;
             if tensor.is_empty() {
                 return Err(Fault::Parameter(format!("the constant {tensor:?} is empty")));
+            }
+            if tensor.dtype().is_storage_only() {
+                return Err(Fault::Parameter(format!(
+                    "no layer computes with the constant {tensor:?}"
+                )));
             }
             let shape = tensor.shape().iter().map(|d| Dim::from(*d)).collect();
             (tensor.dtype(), shape)
@@ -191,9 +201,9 @@ pub(super) fn infer(
         }
         LayerKind::Cast { to } => {
             arity(inputs, &[1], "1")?;
-            check_dtype(0, inputs[0].dtype, |d| d != DType::F64, "of at most 32 bits")?;
-            if *to == DType::F64 {
-                return Err(Fault::Parameter("TensorRT has no f64".to_string()));
+            check_dtype(0, inputs[0].dtype, is_computed, "a type that layers compute with")?;
+            if !is_computed(*to) {
+                return Err(Fault::Parameter(format!("no layer computes with {to}")));
             }
             (*to, inputs[0].shape.clone())
         }

@@ -10,7 +10,7 @@ mod standard;
 
 use super::attributes::{Attributes, Problem};
 use super::error::ReadErrorKind;
-use super::tensor::{Folder, code_name, dtype_of};
+use super::tensor::{Folder, code_name};
 use crate::graph::op::{AttributeError, AttributeSource, Binary, MICROSOFT, Op};
 use crate::graph::{Graph, ValueId};
 use crate::tensor::{DType, Tensor};
@@ -99,9 +99,10 @@ impl AttributeSource for SourceNode<'_> {
             return Ok(None);
         };
         let code = i32::try_from(code).unwrap_or(-1);
-        match dtype_of(code) {
-            Some(dtype) => Ok(Some(dtype)),
-            None => Err(Failure::Unsupported(format!("{name}={}", code_name(code)))),
+        match DType::of_onnx_code(code) {
+            // No operator here gives a type that is only stored: that is quantization, which more than a dtype describes.
+            Some(dtype) if !dtype.is_storage_only() => Ok(Some(dtype)),
+            _ => Err(Failure::Unsupported(format!("{name}={}", code_name(code)))),
         }
     }
     fn tensor(&self, name: &str) -> Result<Option<Tensor>, Failure> {

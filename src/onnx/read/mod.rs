@@ -393,7 +393,7 @@ fn tensor_type(info: &ValueInfoProto, name: &str) -> Result<(DType, Option<Shape
         return Err(wrong("is not declared as a tensor"));
     };
     let code = tensor.elem_type.unwrap_or(0);
-    let dtype = tensor::dtype_of(code).ok_or_else(|| ReadErrorKind::DType {
+    let dtype = DType::of_onnx_code(code).ok_or_else(|| ReadErrorKind::DType {
         tensor: name.to_string(),
         dtype: tensor::code_name(code),
     })?;

@@ -261,7 +261,8 @@ impl Reader<'_> {
                     arithmetic.push((1.0, addend));
                     Some(*of)
                 }
-                Recipe::Slice { .. } | Recipe::Concat { .. } => return,
+                // A quantized weight would need a module for each of its parts.
+                Recipe::Slice { .. } | Recipe::Concat { .. } | Recipe::Dequantize { .. } => return,
             };
         }
         for (factor, addend) in arithmetic.into_iter().rev() {

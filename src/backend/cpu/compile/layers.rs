@@ -228,7 +228,7 @@ impl Compiler<'_> {
                 a = self.densify(&a, true, name);
             }
             let (left, right) = (matrix_view(&a, &batch), matrix_view(&b, &batch));
-            let bytes = depth * b.storage.size();
+            let bytes = b.storage.byte_len(depth);
             let per_item = (48 * 1024 / bytes.max(1)).max(4).next_multiple_of(4).min(columns);
             let one = (bytes as f64 * READ).max((depth * rows) as f64 * MULTIPLY);
             let (reads, writes) = (vec![a.buffer, b.buffer], vec![out.buffer]);

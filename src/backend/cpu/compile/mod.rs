@@ -154,7 +154,7 @@ impl<'n> Compiler<'n> {
             };
             let bytes = shape.iter().try_fold(8usize, |n, d| n.checked_mul((*d).max(1)));
             let fits = bytes.is_some_and(|n| n < isize::MAX as usize);
-            if !fits || tensor.dtype == DType::F64 {
+            if !fits || tensor.dtype == DType::F64 || tensor.dtype.is_storage_only() {
                 return Err(CpuError::Binding {
                     name: tensor.name.clone(),
                     reason: format!("{} {shape:?} is more than the executor holds", tensor.dtype),
@@ -266,7 +266,7 @@ impl<'n> Compiler<'n> {
     fn new_buffer(&mut self, memory: Memory, storage: DType, shape: Vec<usize>) -> View {
         let id = BufferId(self.buffers.len() as u32);
         // Kernels trust this number; what overflows is more than there is memory, and refused when the arena is planned.
-        let bytes = shape.iter().fold(storage.size(), |n, dim| n.saturating_mul(*dim));
+        let bytes = storage.byte_len(shape.iter().fold(1, |n: usize, dim| n.saturating_mul(*dim)));
         let view = View::dense(id, storage, shape);
         self.buffers.push(Buffer { memory, bytes });
         view

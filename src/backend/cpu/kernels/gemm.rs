@@ -48,7 +48,7 @@ impl Kernel for PackLeft {
         // made only while `p + 2 * LANES <= depth`, so it ends before `depth * rows`. Elements are read unaligned.
         unsafe {
             let to = self.packed.add(first * self.depth);
-            let size = matrix.storage.size() as isize;
+            let size = matrix.storage.element_bytes() as isize;
             let from = matrix.base.wrapping_offset(first as isize * matrix.row_stride * size);
             let mut p = 0;
             if matrix.storage == DType::F32 && matrix.column_stride == 1 && rows <= S::LANES {

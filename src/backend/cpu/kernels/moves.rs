@@ -46,7 +46,7 @@ impl Kernel for Gather {
     type Output = Result<(), BadIndex>;
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> Result<(), BadIndex> {
-        let size = self.storage.size();
+        let size = self.storage.element_bytes();
         for item in self.items.clone() {
             let (outer, i) = (item / self.count, item % self.count);
             // SAFETY: `i < count`, the number of indices.
@@ -102,7 +102,7 @@ impl Heads {
     pub fn row(&self, batch: usize, head: usize, token: usize) -> *mut u8 {
         let [b, h, t] = self.strides;
         let at = batch as isize * b + head as isize * h + token as isize * t;
-        self.base.wrapping_offset(at * self.storage.size() as isize)
+        self.base.wrapping_offset(at * self.storage.element_bytes() as isize)
     }
 }
 
@@ -146,7 +146,7 @@ impl Kernel for Rotate {
             }
             let x: *const f32 = self.x.row(batch, head, token).cast_const().cast();
             let out: *mut f32 = self.out.row(batch, head, token).cast();
-            let table = position as usize * (self.rotary_dim / 2) * self.table_storage.size();
+            let table = position as usize * (self.rotary_dim / 2) * self.table_storage.element_bytes();
             let (cos, sin) = (self.cos.wrapping_add(table), self.sin.wrapping_add(table));
             // SAFETY: the row's batch, head and token are inside x and `out`, which have `dim` elements there; the checked
             // position is a row of both tables, which have `rotary_dim / 2` elements there.
@@ -225,7 +225,7 @@ impl Kernel for CacheUpdate {
             // verifier lets one layer update a cache.
             unsafe {
                 match (self.update.storage, self.cache.storage) {
-                    (a, b) if a == b => std::ptr::copy_nonoverlapping(from, to, self.dim * a.size()),
+                    (a, b) if a == b => std::ptr::copy_nonoverlapping(from, to, self.dim * a.element_bytes()),
                     (DType::F32, DType::F16) => convert::<S, F32, F16>(from, to, self.dim),
                     (DType::F32, DType::Bf16) => convert::<S, F32, Bf16>(from, to, self.dim),
                     (DType::F16, DType::F32) => convert::<S, F16, F32>(from, to, self.dim),

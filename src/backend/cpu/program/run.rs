@@ -86,7 +86,7 @@ impl<'a> Run<'a> {
     /// The address of a view's first element.
     fn at(&self, view: &View) -> *mut u8 {
         self.base(view.buffer)
-            .wrapping_offset(view.offset * view.storage.size() as isize)
+            .wrapping_offset(view.offset * view.storage.element_bytes() as isize)
     }
 
     fn heads(&self, view: &View) -> Heads {
@@ -98,7 +98,7 @@ impl<'a> Run<'a> {
     }
 
     fn matrix(&self, view: &MatrixView, batch: usize) -> Matrix {
-        let at = view.offsets[batch] * view.storage.size() as isize;
+        let at = view.offsets[batch] * view.storage.element_bytes() as isize;
         Matrix {
             base: self.base(view.buffer).wrapping_offset(at),
             storage: view.storage,

@@ -47,7 +47,7 @@ impl<'b> Emitter<'b, '_> {
         let (dtype, data) = (data_type(tensor.dtype())?, tensor.data());
         let name = refit_name.map(String::as_str);
         // Bytes of a mapped file may start anywhere; TensorRT reads elements, so those get an aligned copy.
-        let constant = if (data.as_ptr() as usize).is_multiple_of(tensor.dtype().size()) {
+        let constant = if (data.as_ptr() as usize).is_multiple_of(tensor.dtype().element_bytes()) {
             self.definition.add_constant(&dims, data, dtype, name)?
         } else {
             self.definition.add_constant_owned(&dims, data.to_vec(), dtype, name)?

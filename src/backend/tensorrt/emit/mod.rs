@@ -228,7 +228,7 @@ fn data_type(dtype: DType) -> Result<DataType, Fault> {
         DType::F16 => DataType::kHALF,
         DType::Bf16 => DataType::kBF16,
         DType::F32 => DataType::kFLOAT,
-        DType::F64 => return Err(Fault::Malformed("TensorRT has no f64".to_string())),
+        other => return Err(Fault::Malformed(format!("no layer for TensorRT computes with {other}"))),
     })
 }
 

@@ -79,7 +79,7 @@ pub fn execute(
         let tensor = network.tensor(*id);
         let shape: Option<Vec<usize>> = tensor.shape.iter().map(|d| Some(d.as_const()? as usize)).collect();
         let shape = shape.ok_or("only static networks are executed")?;
-        let mut bytes = vec![0; shape.iter().product::<usize>() * tensor.dtype.size()];
+        let mut bytes = vec![0; tensor.dtype.byte_len(shape.iter().product())];
         memory[&tensor.name].read(0, &mut bytes)?;
         outputs.push((
             tensor.name.clone(),

@@ -146,7 +146,7 @@ impl Port {
     /// With `tokens` in place of what depends on the call.
     pub fn bytes(&self, tokens: usize) -> usize {
         let dim = |d: &i64| usize::try_from(*d).unwrap_or(tokens);
-        self.shape.iter().map(dim).product::<usize>() * self.dtype.size()
+        self.dtype.byte_len(self.shape.iter().map(dim).product())
     }
 }
 

@@ -62,7 +62,7 @@ pub(super) fn refit(
 /// The tensor at an address that is a multiple of its element's size: TensorRT reads elements, and bytes of a mapped file
 /// may start anywhere.
 fn aligned(tensor: Tensor) -> Tensor {
-    let size = tensor.dtype().size();
+    let size = tensor.dtype().element_bytes();
     if (tensor.data().as_ptr() as usize).is_multiple_of(size) {
         return tensor;
     }
@@ -108,6 +108,6 @@ fn data_type(dtype: DType) -> Option<trtx::DataType> {
         DType::F16 => trtx::DataType::kHALF,
         DType::Bf16 => trtx::DataType::kBF16,
         DType::F32 => trtx::DataType::kFLOAT,
-        DType::F64 => return None,
+        _ => return None,
     })
 }

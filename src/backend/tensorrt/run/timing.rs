@@ -98,7 +98,7 @@ fn fill(stream: &Stream, buffer: &Buffer, dtype: DType) -> Result<(), RunError> 
         return stream.wait();
     }
     let mut state = 0x9e37_79b9_u32;
-    let values: Vec<f64> = (0..BLOCK.min(buffer.bytes()) / dtype.size())
+    let values: Vec<f64> = (0..BLOCK.min(buffer.bytes()) / dtype.element_bytes())
         .map(|_| {
             state ^= state << 13;
             state ^= state >> 17;

@@ -39,9 +39,9 @@ pub enum Class {
 impl Class {
     pub fn of(dtype: DType) -> Class {
         match dtype {
-            DType::F16 | DType::Bf16 | DType::F32 | DType::F64 => Class::Float,
-            DType::I8 | DType::U8 | DType::I32 | DType::I64 => Class::Int,
             DType::Bool => Class::Bool,
+            dtype if dtype.is_float() => Class::Float,
+            _ => Class::Int,
         }
     }
     /// The storage that a register of this class can read and write in place.
@@ -234,7 +234,7 @@ impl Kernel for Run<'_> {
                     index /= dim;
                 }
                 let base = self.bases[operand.buffer.0 as usize];
-                *pointer = base.wrapping_offset(at * operand.storage.size() as isize);
+                *pointer = base.wrapping_offset(at * operand.storage.element_bytes() as isize);
             }
             let frame = Frame {
                 program,

@@ -1,0 +1,398 @@
+//! Element types, and the one table of what is known of each.
+//!
+//! A new element type is one variant and one row of [`TABLE`]; conversions come with the row where the type is an integer
+//! or one of the narrow floats of [`super::narrow`]. Nothing else in the crate lists all types, except where a library has
+//! its own names for some of them (TensorRT, tract).
+//!
+//! # Types that are only stored
+//!
+//! Integers below a byte and floats of 8 bits and less hold quantized weights. ONNX gives them to `DequantizeLinear`,
+//! `QuantizeLinear`, `Cast` and operators that move elements, and to no arithmetic
+//! (<https://onnx.ai/onnx/technical/float8.html>, [int4](https://onnx.ai/onnx/technical/int4.html),
+//! [int2](https://onnx.ai/onnx/technical/int2.html), [float4](https://onnx.ai/onnx/technical/float4.html)).
+//! [`DType::is_storage_only`] tells them, and [`DType::is_float`] and [`DType::is_int`], which mean arithmetic, are false
+//! for them: whoever asks for a float or an integer to compute with refuses them without knowing of them.
+//!
+//! # Packing
+//!
+//! Types below a byte are packed as ONNX packs them: the first element lies in the lowest bits of the first byte, the
+//! last byte is padded with zeros, and rows are not padded: a tensor of n elements of b bits takes ⌈n·b/8⌉ bytes
+//! (`TensorProto.raw_data` in <https://github.com/onnx/onnx/blob/main/onnx/onnx.proto>).
+
+use std::fmt;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// The element types Lapidary reads and stores.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum DType {
+    /// One byte, 0 or 1.
+    Bool,
+    /// Unsigned, 8 bits.
+    U8,
+    /// Two's complement, 8 bits.
+    I8,
+    /// Two's complement, 32 bits.
+    I32,
+    /// Two's complement, 64 bits.
+    I64,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an f32.
+    Bf16,
+    /// IEEE single precision.
+    F32,
+    /// IEEE double precision. Appears only in constant arithmetic of some exporters; never lowered.
+    F64,
+    /// Unsigned, 4 bits; only stored.
+    U4,
+    /// Two's complement, 4 bits; only stored.
+    I4,
+    /// Unsigned, 2 bits; only stored.
+    U2,
+    /// Two's complement, 2 bits; only stored.
+    I2,
+    /// 8 bits with 4 of exponent, finite but for NaN, up to 448; only stored.
+    F8E4M3Fn,
+    /// 8 bits with 5 of exponent, infinities and NaN as IEEE has them, up to 57344; only stored.
+    F8E5M2,
+    /// 4 bits with 2 of exponent, all finite, up to 6; only stored.
+    F4E2M1,
+    /// A power of two, 2^-127 to 2^127, or NaN: the scale of a block of the microscaling formats; only stored.
+    F8E8M0,
+}
+
+/// How the bits of an element are read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Numbers {
+    Bool,
+    Unsigned,
+    /// Two's complement.
+    Signed,
+    Float(FloatFormat),
+}
+
+/// A binary float: sign, exponent and mantissa from the top, the exponent's bias `2^(exponent - 1) - 1`. `F8E8M0` has no
+/// sign, and its exponent field 0 is a number like the others.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct FloatFormat {
+    /// Bits of the exponent.
+    pub exponent: u32,
+    /// Bits of the mantissa, without the implied one.
+    pub mantissa: u32,
+    pub specials: Specials,
+}
+
+/// Which codes of a float are no numbers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Specials {
+    /// An exponent of all ones: infinity if the mantissa is 0, else NaN.
+    Ieee,
+    /// All ones, in exponent and mantissa: NaN.
+    NanOnly,
+    /// None: every code is a finite number.
+    Finite,
+}
+
+impl FloatFormat {
+    pub fn bias(self) -> i32 {
+        (1 << (self.exponent - 1)) - 1
+    }
+
+    /// The largest finite number.
+    pub fn max(self) -> f64 {
+        let ulp = 0.5f64.powi(self.mantissa as i32);
+        match self.specials {
+            Specials::Ieee => (2.0 - ulp) * 2f64.powi(self.bias()),
+            // Of the highest exponent only the highest mantissa is taken; if there is no mantissa, all of it.
+            Specials::NanOnly if self.mantissa == 0 => 2f64.powi(self.bias()),
+            Specials::NanOnly => (2.0 - 2.0 * ulp) * 2f64.powi(self.bias() + 1),
+            Specials::Finite => (2.0 - ulp) * 2f64.powi(self.bias() + 1),
+        }
+    }
+}
+
+/// What is known of an element type.
+struct Row {
+    dtype: DType,
+    /// In dumps, manifests and messages.
+    name: &'static str,
+    bits: usize,
+    numbers: Numbers,
+    /// `TensorProto.DataType`.
+    onnx: i32,
+    /// ONNX's own name, in lower case.
+    onnx_name: &'static str,
+    /// In the header of a safetensors file; `None` if the format has no such type.
+    safetensors: Option<&'static str>,
+    /// Not for arithmetic: see the module's head.
+    storage_only: bool,
+}
+
+const fn float(exponent: u32, mantissa: u32, specials: Specials) -> Numbers {
+    Numbers::Float(FloatFormat {
+        exponent,
+        mantissa,
+        specials,
+    })
+}
+
+/// One row a type, in the order of the variants.
+#[rustfmt::skip]
+const TABLE: [Row; 17] = {
+    use Numbers::{Bool, Signed, Unsigned};
+    use Specials::{Finite, Ieee, NanOnly};
+    const fn row(
+        dtype: DType, name: &'static str, bits: usize, numbers: Numbers,
+        onnx: i32, onnx_name: &'static str, safetensors: Option<&'static str>, storage_only: bool,
+    ) -> Row {
+        Row { dtype, name, bits, numbers, onnx, onnx_name, safetensors, storage_only }
+    }
+    [
+        row(DType::Bool,     "bool",     8,  Bool,                  9,  "bool",         Some("BOOL"),    false),
+        row(DType::U8,       "u8",       8,  Unsigned,              2,  "uint8",        Some("U8"),      false),
+        row(DType::I8,       "i8",       8,  Signed,                3,  "int8",         Some("I8"),      false),
+        row(DType::I32,      "i32",      32, Signed,                6,  "int32",        Some("I32"),     false),
+        row(DType::I64,      "i64",      64, Signed,                7,  "int64",        Some("I64"),     false),
+        row(DType::F16,      "f16",      16, float(5, 10, Ieee),    10, "float16",      Some("F16"),     false),
+        row(DType::Bf16,     "bf16",     16, float(8, 7, Ieee),     16, "bfloat16",     Some("BF16"),    false),
+        row(DType::F32,      "f32",      32, float(8, 23, Ieee),    1,  "float32",      Some("F32"),     false),
+        row(DType::F64,      "f64",      64, float(11, 52, Ieee),   11, "float64",      Some("F64"),     false),
+        row(DType::U4,       "u4",       4,  Unsigned,              21, "uint4",        None,            true),
+        row(DType::I4,       "i4",       4,  Signed,                22, "int4",         None,            true),
+        row(DType::U2,       "u2",       2,  Unsigned,              25, "uint2",        None,            true),
+        row(DType::I2,       "i2",       2,  Signed,                26, "int2",         None,            true),
+        row(DType::F8E4M3Fn, "f8e4m3fn", 8,  float(4, 3, NanOnly),  17, "float8e4m3fn", Some("F8_E4M3"), true),
+        row(DType::F8E5M2,   "f8e5m2",   8,  float(5, 2, Ieee),     19, "float8e5m2",   Some("F8_E5M2"), true),
+        row(DType::F4E2M1,   "f4e2m1",   4,  float(2, 1, Finite),   23, "float4e2m1",   Some("F4"),      true),
+        row(DType::F8E8M0,   "f8e8m0",   8,  float(8, 0, NanOnly),  24, "float8e8m0",   Some("F8_E8M0"), true),
+    ]
+};
+
+impl DType {
+    /// Every element type.
+    pub fn all() -> impl Iterator<Item = DType> {
+        TABLE.iter().map(|row| row.dtype)
+    }
+
+    fn row(self) -> &'static Row {
+        &TABLE[self as usize]
+    }
+
+    /// In dumps, manifests and messages: `f16`.
+    pub fn name(self) -> &'static str {
+        self.row().name
+    }
+
+    /// Bits of one element.
+    pub fn bits(self) -> usize {
+        self.row().bits
+    }
+
+    /// Whether several elements share a byte.
+    pub fn is_packed(self) -> bool {
+        self.bits() < 8
+    }
+
+    /// Bytes of so many elements, packed: see the module's head. Saturates.
+    pub fn byte_len(self, elements: usize) -> usize {
+        self.checked_byte_len(elements).unwrap_or(usize::MAX)
+    }
+
+    /// [`DType::byte_len`]; `None` if that is more than a `usize` holds.
+    pub fn checked_byte_len(self, elements: usize) -> Option<usize> {
+        let bits = elements as u128 * self.bits() as u128;
+        usize::try_from(bits.div_ceil(8)).ok()
+    }
+
+    /// Bytes of a dense tensor of a shape that comes from a file; `None` if that is more than a `usize` holds.
+    pub fn byte_len_of(self, shape: &[usize]) -> Option<usize> {
+        let elements = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d))?;
+        self.checked_byte_len(elements)
+    }
+
+    /// Bytes of one element, for code that addresses elements of types that no two share a byte: all that arithmetic
+    /// knows. Panics if the type is packed, which is a bug: what cannot compute with a type refuses it first.
+    pub fn element_bytes(self) -> usize {
+        let bits = self.bits();
+        assert!(bits >= 8, "bug: elements of {self} have no addresses of their own");
+        bits / 8
+    }
+
+    /// Whether it is a float that arithmetic knows: f16, bf16, f32 and f64, and not the narrow ones that are only stored.
+    pub fn is_float(self) -> bool {
+        matches!(self.numbers(), Numbers::Float(_)) && !self.is_storage_only()
+    }
+
+    /// Whether its codes are floats of any width, those that are only stored too.
+    pub fn is_float_format(self) -> bool {
+        matches!(self.numbers(), Numbers::Float(_))
+    }
+
+    /// Whether it is an integer that arithmetic knows, bool excepted.
+    pub fn is_int(self) -> bool {
+        matches!(self.numbers(), Numbers::Signed | Numbers::Unsigned) && !self.is_storage_only()
+    }
+
+    /// Whether it is f16 or bf16, which are computed in f32 and rounded.
+    pub fn is_half(self) -> bool {
+        self.is_float() && self.bits() == 16
+    }
+
+    /// Whether no arithmetic is defined on it: quantized weights and their scales.
+    pub fn is_storage_only(self) -> bool {
+        self.row().storage_only
+    }
+
+    /// The largest finite number, of integers too.
+    pub fn max(self) -> f64 {
+        match self.numbers() {
+            Numbers::Bool => 1.0,
+            Numbers::Float(format) => format.max(),
+            Numbers::Signed | Numbers::Unsigned => self.int_range().1 as f64,
+        }
+    }
+
+    /// The smallest and the largest integer of an integer type or bool; of a float, the range in which it holds every
+    /// integer exactly (as far as an i64 goes).
+    pub fn int_range(self) -> (i64, i64) {
+        match self.numbers() {
+            Numbers::Bool => (0, 1),
+            Numbers::Unsigned => (0, (1 << self.bits()) - 1),
+            Numbers::Signed => (i64::MIN >> (64 - self.bits()), i64::MAX >> (64 - self.bits())),
+            // All integers up to 2^(mantissa + 1), unless the exponent ends before.
+            Numbers::Float(format) => {
+                let exact = 2f64.powi(format.mantissa as i32 + 1).min(format.max()) as i64;
+                (if self == DType::F8E8M0 { 1 } else { -exact }, exact)
+            }
+        }
+    }
+
+    pub(crate) fn numbers(self) -> Numbers {
+        self.row().numbers
+    }
+
+    /// `TensorProto.DataType`.
+    pub(crate) fn onnx_code(self) -> i32 {
+        self.row().onnx
+    }
+
+    /// ONNX's own name: `float16`.
+    pub(crate) fn onnx_name(self) -> &'static str {
+        self.row().onnx_name
+    }
+
+    pub(crate) fn of_onnx_code(code: i32) -> Option<DType> {
+        TABLE.iter().find(|row| row.onnx == code).map(|row| row.dtype)
+    }
+
+    /// The name in a safetensors header; `None` if the format has no such type.
+    pub(crate) fn safetensors_name(self) -> Option<&'static str> {
+        self.row().safetensors
+    }
+
+    pub(crate) fn of_safetensors_name(name: &str) -> Option<DType> {
+        TABLE
+            .iter()
+            .find(|row| row.safetensors == Some(name))
+            .map(|row| row.dtype)
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A name that is none of [`DType::name`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{name:?} is no element type; there are {}", DType::all().map(DType::name).collect::<Vec<_>>().join(", "))]
+pub struct UnknownDType {
+    /// What was there instead.
+    pub name: String,
+}
+
+impl std::str::FromStr for DType {
+    type Err = UnknownDType;
+    fn from_str(name: &str) -> Result<Self, UnknownDType> {
+        let row = TABLE.iter().find(|row| row.name == name);
+        row.map(|row| row.dtype)
+            .ok_or_else(|| UnknownDType { name: name.to_string() })
+    }
+}
+
+impl Serialize for DType {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for DType {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = std::borrow::Cow::<str>::deserialize(deserializer)?;
+        name.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_in_the_order_of_the_variants_and_names_nothing_twice() {
+        for (i, row) in TABLE.iter().enumerate() {
+            assert_eq!(row.dtype as usize, i, "{}", row.name);
+            assert_eq!(row.name.parse(), Ok(row.dtype));
+            assert_eq!(DType::of_onnx_code(row.onnx), Some(row.dtype));
+            assert_eq!(
+                DType::of_safetensors_name(row.safetensors.unwrap_or("-")).is_some(),
+                row.safetensors.is_some()
+            );
+            let text = serde_json::to_string(&row.dtype).unwrap();
+            assert_eq!(text, format!("{:?}", row.name));
+            assert_eq!(serde_json::from_str::<DType>(&text).unwrap(), row.dtype);
+        }
+        assert_eq!(DType::of_onnx_code(18), None, "float8e4m3fnuz");
+        assert!(
+            serde_json::from_str::<DType>("\"f8e4m3\"")
+                .unwrap_err()
+                .to_string()
+                .contains("f8e4m3fn")
+        );
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(DType::F16.byte_len(3), 6);
+        assert_eq!([0, 1, 2, 3, 8].map(|n| DType::I4.byte_len(n)), [0, 1, 1, 2, 4]);
+        assert_eq!([0, 1, 4, 5].map(|n| DType::U2.byte_len(n)), [0, 1, 1, 2]);
+        assert_eq!(DType::U2.byte_len(usize::MAX), usize::MAX / 4 + 1);
+        assert_eq!(DType::U8.byte_len_of(&[usize::MAX, 2]), None);
+        assert_eq!(DType::I64.checked_byte_len(usize::MAX), None);
+    }
+
+    #[test]
+    fn limits_are_those_of_the_specifications() {
+        for (dtype, max) in [
+            (DType::F16, 65504.0),
+            (DType::Bf16, f64::from(half::bf16::MAX)),
+            (DType::F32, f64::from(f32::MAX)),
+            (DType::F64, f64::MAX),
+            (DType::F8E4M3Fn, 448.0),
+            (DType::F8E5M2, 57344.0),
+            (DType::F4E2M1, 6.0),
+            (DType::F8E8M0, 2f64.powi(127)),
+            (DType::I4, 7.0),
+            (DType::U2, 3.0),
+        ] {
+            assert_eq!(dtype.max(), max, "{dtype}");
+        }
+        assert_eq!(DType::I4.int_range(), (-8, 7));
+        assert_eq!(DType::U4.int_range(), (0, 15));
+        assert_eq!(DType::I2.int_range(), (-2, 1));
+        assert_eq!(DType::I64.int_range(), (i64::MIN, i64::MAX));
+        assert_eq!(DType::F16.int_range(), (-2048, 2048));
+        assert_eq!(DType::Bf16.int_range(), (-256, 256));
+    }
+}

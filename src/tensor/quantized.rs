@@ -1,0 +1,504 @@
+//! Quantized tensors: codes, scales and zero points, as ONNX's `DequantizeLinear` takes them.
+//!
+//! `value = (code - zero point) * scale`, where [`Granularity`] says which codes share a scale: all, those of a channel,
+//! or a run of codes on one axis (<https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html>, opset 21 and later). The
+//! result has the scales' dtype. Codes are integers of at most 8 bits, i32 without zero points, or narrow floats.
+//!
+//! This module holds the rules and the reference arithmetic; [`crate::graph::quantized`] is the same over constants whose
+//! bytes may not be there yet, and moves blocks about.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::{DType, Numbers, Tensor};
+
+/// Which codes share a scale and a zero point.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Granularity {
+    /// All: the scales are a scalar, `[]` or `[1]`.
+    Tensor,
+    /// Those with the same index on `axis`: the scales are `[extent of axis]`.
+    Channel {
+        /// Of the codes.
+        axis: usize,
+    },
+    /// Runs of `size` along `axis`: the scales have the codes' shape with `axis` divided by `size`.
+    Block {
+        /// Of the codes.
+        axis: usize,
+        /// Codes of a run; divides the extent of the axis.
+        size: usize,
+    },
+}
+
+impl Granularity {
+    /// The shape that scales and zero points have over codes of a shape.
+    pub fn scale_shape(self, codes: &[usize]) -> Result<Vec<usize>, QuantizedError> {
+        let extent = |axis: usize| {
+            codes.get(axis).copied().ok_or(QuantizedError::Axis {
+                axis,
+                codes: codes.to_vec(),
+            })
+        };
+        match self {
+            Granularity::Tensor => Ok(Vec::new()),
+            Granularity::Channel { axis } => Ok(vec![extent(axis)?]),
+            Granularity::Block { axis, size } => {
+                let along = extent(axis)?;
+                if size == 0 || !along.is_multiple_of(size) {
+                    return Err(QuantizedError::BlockSize {
+                        size,
+                        axis,
+                        codes: codes.to_vec(),
+                    });
+                }
+                let mut shape = codes.to_vec();
+                shape[axis] = along / size;
+                Ok(shape)
+            }
+        }
+    }
+
+    /// Of codes at the flat index `at`: the flat index of their scale. `inner`: the product of the extents behind the axis.
+    fn scale_of(self, at: usize, inner: usize, extent: usize) -> usize {
+        match self {
+            Granularity::Tensor => 0,
+            Granularity::Channel { .. } => at / inner % extent,
+            Granularity::Block { size, .. } => at / inner / size * inner + at % inner,
+        }
+    }
+}
+
+impl fmt::Display for Granularity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Granularity::Tensor => write!(f, "per tensor"),
+            Granularity::Channel { axis } => write!(f, "per channel of axis {axis}"),
+            Granularity::Block { axis, size } => write!(f, "in blocks of {size} on axis {axis}"),
+        }
+    }
+}
+
+/// Codes, scales and zero points that do not belong together, or that no model can use.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum QuantizedError {
+    /// Codes of a type that `DequantizeLinear` does not take.
+    #[error("codes cannot be {dtype}; they are integers of at most 8 bits, i32, or floats of 4 or 8 bits")]
+    Codes {
+        /// Of the codes.
+        dtype: DType,
+    },
+    /// Scales that are no floats.
+    #[error("scales cannot be {dtype}; they are f32, f16 or bf16")]
+    Scales {
+        /// Of the scales.
+        dtype: DType,
+    },
+    /// An axis that the codes do not have.
+    #[error("codes of shape {codes:?} have no axis {axis}")]
+    Axis {
+        /// As stated.
+        axis: usize,
+        /// Their shape.
+        codes: Vec<usize>,
+    },
+    /// Blocks that leave a rest, or are empty.
+    #[error("blocks of {size} do not divide axis {axis} of codes of shape {codes:?}")]
+    BlockSize {
+        /// Codes of a block.
+        size: usize,
+        /// Of the codes.
+        axis: usize,
+        /// Their shape.
+        codes: Vec<usize>,
+    },
+    /// Scales or zero points of a wrong shape.
+    #[error("the {part} have the shape {found:?}; codes of shape {codes:?} {granularity} need {expected:?}")]
+    Shape {
+        /// `scales` or `zero points`.
+        part: &'static str,
+        /// Of the codes.
+        codes: Vec<usize>,
+        /// Of scales and zero points.
+        granularity: Granularity,
+        /// What they must have.
+        expected: Vec<usize>,
+        /// What they have.
+        found: Vec<usize>,
+    },
+    /// Zero points of another type than the codes'.
+    #[error("the zero points are {found}, and must be {codes} as the codes are")]
+    ZeroPoints {
+        /// Of the codes.
+        codes: DType,
+        /// Of the zero points.
+        found: DType,
+    },
+    /// A zero point that no code could be.
+    #[error("the zero point {value} at index {index} is out of range: codes of {codes} go from {} to {}", codes.int_range().0, codes.int_range().1)]
+    ZeroPointRange {
+        /// Of the codes.
+        codes: DType,
+        /// Flat, in the zero points.
+        index: usize,
+        /// What it is.
+        value: i64,
+    },
+    /// A zero point of i32 or float codes, whose zero is 0.
+    #[error("the zero point at index {index} is not 0, as it must be for codes of {codes}")]
+    ZeroPointNotZero {
+        /// Of the codes.
+        codes: DType,
+        /// Flat, in the zero points.
+        index: usize,
+    },
+    /// A scale that is NaN or infinite.
+    #[error("the scale at index {index} is {value}")]
+    BadScale {
+        /// Flat, in the scales.
+        index: usize,
+        /// What it is.
+        value: f32,
+    },
+    /// A scale of 0 whose codes are not all the zero point: they would all mean 0.
+    #[error("the scale at index {index} is 0, and its codes are not all zero")]
+    ZeroScale {
+        /// Flat, in the scales.
+        index: usize,
+    },
+    /// A code that is NaN or infinite.
+    #[error("the code at index {index} is {value}")]
+    BadCode {
+        /// Flat, in the codes.
+        index: usize,
+        /// What it stands for.
+        value: f32,
+    },
+    /// A movement that would take blocks apart.
+    #[error("{what} takes apart what is quantized {granularity}")]
+    Blocks {
+        /// What was asked for.
+        what: String,
+        /// Of the tensor.
+        granularity: Granularity,
+    },
+    /// Tensors to be joined that are not quantized in the same way.
+    #[error("tensors to be joined are quantized differently: {left} and {right}")]
+    Unlike {
+        /// The first one.
+        left: String,
+        /// The one that differs from it.
+        right: String,
+    },
+}
+
+/// Whether dtypes and shapes of codes, scales and zero points belong together. Looks at no element.
+pub fn check_types(
+    codes: (DType, &[usize]),
+    scales: (DType, &[usize]),
+    zero_points: Option<(DType, &[usize])>,
+    granularity: Granularity,
+) -> Result<(), QuantizedError> {
+    let (dtype, shape) = codes;
+    let is_code = match dtype.numbers() {
+        Numbers::Signed | Numbers::Unsigned => dtype.bits() <= 8 || dtype == DType::I32,
+        Numbers::Float(_) => dtype.is_storage_only() && dtype != DType::F8E8M0,
+        Numbers::Bool => false,
+    };
+    if !is_code {
+        return Err(QuantizedError::Codes { dtype });
+    }
+    if !scales.0.is_float() || scales.0 == DType::F64 {
+        return Err(QuantizedError::Scales { dtype: scales.0 });
+    }
+    let expected = granularity.scale_shape(shape)?;
+    let fits = |found: &[usize]| found == expected || granularity == Granularity::Tensor && found == [1];
+    let parts = [("scales", Some(scales)), ("zero points", zero_points)];
+    for (part, found) in parts.into_iter().filter_map(|(part, of)| Some((part, of?.1))) {
+        if !fits(found) {
+            return Err(QuantizedError::Shape {
+                part,
+                codes: shape.to_vec(),
+                granularity,
+                expected,
+                found: found.to_vec(),
+            });
+        }
+    }
+    match zero_points {
+        Some((found, _)) if found != dtype => Err(QuantizedError::ZeroPoints { codes: dtype, found }),
+        _ => Ok(()),
+    }
+}
+
+/// Zero points in the codes' type, of the integer type that an exporter gave them: each must be one that a code can be.
+pub fn zero_points_as(codes: DType, zero_points: &Tensor) -> Result<Tensor, QuantizedError> {
+    let found = zero_points.dtype();
+    if found == codes {
+        return Ok(zero_points.clone());
+    }
+    let integer = |dtype: DType| matches!(dtype.numbers(), Numbers::Signed | Numbers::Unsigned);
+    if !integer(codes) || !integer(found) {
+        return Err(QuantizedError::ZeroPoints { codes, found });
+    }
+    let values = zero_points.to_i64();
+    let (low, high) = codes.int_range();
+    match values.iter().position(|v| !(low..=high).contains(v)) {
+        Some(index) => Err(QuantizedError::ZeroPointRange {
+            codes,
+            index,
+            value: values[index],
+        }),
+        None => Ok(Tensor::from_i64_as(codes, zero_points.shape().to_vec(), &values)),
+    }
+}
+
+/// Extent of the axis and product of those behind it; `(1, 1)` per tensor.
+fn axis_of(shape: &[usize], granularity: Granularity) -> (usize, usize) {
+    match granularity {
+        Granularity::Tensor => (1, 1),
+        Granularity::Channel { axis } | Granularity::Block { axis, .. } => {
+            (shape[axis].max(1), shape[axis + 1..].iter().product::<usize>().max(1))
+        }
+    }
+}
+
+/// Refuses values that no model can use: scales that are NaN or infinite, scales of 0 over codes that are not all the zero
+/// point (exporters give blocks of zeros a scale of 0), codes that are no numbers, zero points where there can be none.
+pub fn check_values(
+    codes: &Tensor,
+    scales: &Tensor,
+    zero_points: Option<&Tensor>,
+    granularity: Granularity,
+) -> Result<(), QuantizedError> {
+    check_types(
+        (codes.dtype(), codes.shape()),
+        (scales.dtype(), scales.shape()),
+        zero_points.map(|z| (z.dtype(), z.shape())),
+        granularity,
+    )?;
+    let dtype = codes.dtype();
+    let scales = scales.to_f32();
+    if let Some(index) = scales.iter().position(|s| !s.is_finite()) {
+        let value = scales[index];
+        return Err(QuantizedError::BadScale { index, value });
+    }
+    let zeros = zero_points.map(Tensor::to_f32);
+    let has_zero_points = matches!(dtype.numbers(), Numbers::Signed | Numbers::Unsigned) && dtype.bits() <= 8;
+    if let (Some(zeros), false) = (&zeros, has_zero_points)
+        && let Some(index) = zeros.iter().position(|z| *z != 0.0)
+    {
+        return Err(QuantizedError::ZeroPointNotZero { codes: dtype, index });
+    }
+    let is_float = matches!(dtype.numbers(), Numbers::Float(_));
+    if !is_float && scales.iter().all(|s| *s != 0.0) {
+        return Ok(());
+    }
+    let (extent, inner) = axis_of(codes.shape(), granularity);
+    for (at, code) in codes.to_f32().into_iter().enumerate() {
+        if !code.is_finite() {
+            return Err(QuantizedError::BadCode { index: at, value: code });
+        }
+        let index = granularity.scale_of(at, inner, extent);
+        let zero = zeros.as_ref().map_or(0.0, |z| z[index]);
+        if scales[index] == 0.0 && code != zero {
+            return Err(QuantizedError::ZeroScale { index });
+        }
+    }
+    Ok(())
+}
+
+/// The floats that codes stand for, in the scales' dtype: the difference is exact, the product is rounded once. Panics if
+/// [`check_types`] refuses the parts.
+pub fn dequantize(codes: &Tensor, scales: &Tensor, zero_points: Option<&Tensor>, granularity: Granularity) -> Tensor {
+    let checked = check_types(
+        (codes.dtype(), codes.shape()),
+        (scales.dtype(), scales.shape()),
+        zero_points.map(|z| (z.dtype(), z.shape())),
+        granularity,
+    );
+    if let Err(error) = checked {
+        panic!("bug: unchecked parts of a quantized tensor: {error}");
+    }
+    let (extent, inner) = axis_of(codes.shape(), granularity);
+    let (numbers, factors) = (codes.to_f32(), scales.to_f32());
+    let zeros = zero_points.map(Tensor::to_f32);
+    let value = |(at, code): (usize, f32)| {
+        let scale = granularity.scale_of(at, inner, extent);
+        let zero = zeros.as_ref().map_or(0.0, |z| z[scale]);
+        (code - zero) * factors[scale]
+    };
+    let values = numbers.into_iter().enumerate().map(value);
+    let shape = codes.shape().to_vec();
+    match scales.dtype() {
+        DType::F32 => Tensor::from_f32(shape, &values.collect::<Vec<f32>>()),
+        // At most 8 bits of code times 11 of scale: the product in f32 is exact, and what follows the only rounding.
+        half => Tensor::from_f64_as(half, shape, &values.map(f64::from).collect::<Vec<f64>>()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ints(dtype: DType, shape: &[usize], values: &[i64]) -> Tensor {
+        Tensor::from_i64_as(dtype, shape.to_vec(), values)
+    }
+
+    fn floats(shape: &[usize], values: &[f32]) -> Tensor {
+        Tensor::from_f32(shape.to_vec(), values)
+    }
+
+    /// By hand, in every granularity.
+    #[test]
+    fn values_by_hand() {
+        let codes = ints(DType::I4, &[2, 4], &[-8, -1, 0, 7, 1, 2, 3, 4]);
+        let of = |scales: Tensor, zeros: Option<Tensor>, granularity| {
+            dequantize(&codes, &scales, zeros.as_ref(), granularity).to_f32()
+        };
+        assert_eq!(
+            of(floats(&[], &[0.5]), None, Granularity::Tensor),
+            [-4.0, -0.5, 0.0, 3.5, 0.5, 1.0, 1.5, 2.0]
+        );
+        let zeros = ints(DType::I4, &[2], &[-8, 1]);
+        assert_eq!(
+            of(floats(&[2], &[1.0, 2.0]), Some(zeros), Granularity::Channel { axis: 0 }),
+            [0.0, 7.0, 8.0, 15.0, 0.0, 2.0, 4.0, 6.0]
+        );
+        assert_eq!(
+            of(
+                floats(&[4], &[1.0, 2.0, 3.0, 4.0]),
+                None,
+                Granularity::Channel { axis: 1 }
+            ),
+            [-8.0, -2.0, 0.0, 28.0, 1.0, 4.0, 9.0, 16.0]
+        );
+        let rows = Granularity::Block { axis: 1, size: 2 };
+        assert_eq!(
+            of(floats(&[2, 2], &[1.0, 2.0, 3.0, 4.0]), None, rows),
+            [-8.0, -1.0, 0.0, 14.0, 3.0, 6.0, 12.0, 16.0]
+        );
+        let columns = Granularity::Block { axis: 0, size: 2 };
+        assert_eq!(
+            of(floats(&[1, 4], &[1.0, 2.0, 3.0, 4.0]), None, columns),
+            [-8.0, -2.0, 0.0, 28.0, 1.0, 4.0, 9.0, 16.0]
+        );
+    }
+
+    #[test]
+    fn every_type_of_codes_and_scales() {
+        for codes in [
+            ints(DType::U8, &[2], &[255, 3]),
+            ints(DType::U4, &[2], &[15, 3]),
+            ints(DType::U2, &[2], &[3, 3]),
+        ] {
+            let zeros = ints(codes.dtype(), &[], &[3]);
+            for scale in [DType::F32, DType::F16, DType::Bf16] {
+                let scales = Tensor::from_f64_as(scale, vec![], &[0.5]);
+                let found = dequantize(&codes, &scales, Some(&zeros), Granularity::Tensor);
+                let first = (codes.to_f32()[0] - 3.0) * 0.5;
+                assert_eq!((found.dtype(), found.to_f32()), (scale, vec![first, 0.0]));
+            }
+        }
+        let codes = Tensor::from_f64_as(DType::F8E4M3Fn, vec![2], &[448.0, -0.875]);
+        let found = dequantize(&codes, &floats(&[1], &[0.25]), None, Granularity::Tensor);
+        assert_eq!(found.to_f32(), [112.0, -0.21875]);
+        let codes = Tensor::from_f64_as(DType::F4E2M1, vec![2], &[6.0, -0.5]);
+        assert_eq!(
+            dequantize(&codes, &floats(&[1], &[2.0]), None, Granularity::Tensor).to_f32(),
+            [12.0, -1.0]
+        );
+        // 255 * 0.1 in f16 is rounded once: 0.0999755859375 * 255 = 25.4937744140625 lies between 25.484375 and 25.5.
+        let scales = Tensor::from_f64_as(DType::F16, vec![], &[0.1]);
+        let found = dequantize(&ints(DType::U8, &[1], &[255]), &scales, None, Granularity::Tensor);
+        assert_eq!(found.to_f32(), [25.5]);
+    }
+
+    fn refused(codes: &Tensor, scales: &Tensor, zeros: Option<&Tensor>, granularity: Granularity) -> String {
+        check_values(codes, scales, zeros, granularity).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn parts_that_do_not_belong_together() {
+        let codes = ints(DType::U4, &[4, 6], &[1; 24]);
+        let one = floats(&[], &[1.0]);
+        let block = |axis, size| Granularity::Block { axis, size };
+        assert_eq!(
+            refused(&floats(&[1], &[0.0]), &one, None, Granularity::Tensor),
+            "codes cannot be f32; they are integers of at most 8 bits, i32, or floats of 4 or 8 bits"
+        );
+        assert_eq!(
+            refused(&codes, &ints(DType::I32, &[], &[1]), None, Granularity::Tensor),
+            "scales cannot be i32; they are f32, f16 or bf16"
+        );
+        assert_eq!(
+            refused(&codes, &one, None, Granularity::Channel { axis: 2 }),
+            "codes of shape [4, 6] have no axis 2"
+        );
+        for size in [4, 0] {
+            let message = format!("blocks of {size} do not divide axis 1 of codes of shape [4, 6]");
+            assert_eq!(refused(&codes, &one, None, block(1, size)), message);
+        }
+        assert_eq!(
+            refused(&codes, &floats(&[8], &[1.0; 8]), None, block(1, 3)),
+            "the scales have the shape [8]; codes of shape [4, 6] in blocks of 3 on axis 1 need [4, 2]"
+        );
+        let scales = floats(&[4, 2], &[1.0; 8]);
+        assert_eq!(
+            refused(&codes, &scales, Some(&ints(DType::U4, &[4], &[0; 4])), block(1, 3)),
+            "the zero points have the shape [4]; codes of shape [4, 6] in blocks of 3 on axis 1 need [4, 2]"
+        );
+        assert_eq!(
+            refused(&codes, &scales, Some(&ints(DType::U8, &[4, 2], &[0; 8])), block(1, 3)),
+            "the zero points are u8, and must be u4 as the codes are"
+        );
+        assert_eq!(check_values(&codes, &scales, None, block(1, 3)), Ok(()));
+    }
+
+    #[test]
+    fn values_that_no_model_can_use() {
+        let codes = ints(DType::U4, &[2, 2], &[3, 3, 3, 5]);
+        let channels = Granularity::Channel { axis: 0 };
+        let zeros = ints(DType::U4, &[2], &[3, 3]);
+        let with = |scales: [f32; 2]| check_values(&codes, &floats(&[2], &scales), Some(&zeros), channels);
+        assert_eq!(with([0.0, -1.0]), Ok(()), "a block of zeros may have any scale");
+        assert_eq!(with([1.0, 0.0]), Err(QuantizedError::ZeroScale { index: 1 }));
+        assert_eq!(
+            with([1.0, f32::INFINITY]).unwrap_err().to_string(),
+            "the scale at index 1 is inf"
+        );
+        assert_eq!(
+            with([f32::NAN, 1.0]).unwrap_err().to_string(),
+            "the scale at index 0 is NaN"
+        );
+        let nan = Tensor::new(DType::F8E4M3Fn, vec![2], bytes::Bytes::from_static(&[0x10, 0x7f])).unwrap();
+        assert_eq!(
+            refused(&nan, &floats(&[], &[1.0]), None, Granularity::Tensor),
+            "the code at index 1 is NaN"
+        );
+        let codes = ints(DType::I32, &[1], &[9]);
+        let zero = ints(DType::I32, &[], &[1]);
+        assert_eq!(
+            refused(&codes, &floats(&[], &[1.0]), Some(&zero), Granularity::Tensor),
+            "the zero point at index 0 is not 0, as it must be for codes of i32"
+        );
+    }
+
+    #[test]
+    fn zero_points_of_a_wider_type() {
+        let given = |values: &[i64]| zero_points_as(DType::U4, &ints(DType::U8, &[2], values));
+        assert_eq!(given(&[0, 15]).unwrap().to_i64(), [0, 15]);
+        assert_eq!(
+            given(&[8, 16]).unwrap_err().to_string(),
+            "the zero point 16 at index 1 is out of range: codes of u4 go from 0 to 15"
+        );
+        let float = Tensor::from_f64_as(DType::F16, vec![1], &[8.0]);
+        assert!(matches!(
+            zero_points_as(DType::U4, &float),
+            Err(QuantizedError::ZeroPoints { .. })
+        ));
+    }
+}
