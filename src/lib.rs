@@ -76,13 +76,15 @@
 //!
 //! - `tensorrt-rtx` (default) or `tensorrt`: build and run engines of TensorRT-RTX or of full TensorRT.
 //! - `tract`: run exports in tract, for `lapidary verify`.
-//! - `cli` (default): the command line, and with it `report`. Without these the library alone is compiled.
-//! - `report`: the modules `bench` and `report`.
+//! - `cli` (default): the command line with benchmarks and their report. Without it the library alone is compiled.
 
 pub mod backend;
-#[cfg(feature = "report")]
+// The command line's, and public for the binary and the tests alone.
+#[cfg(feature = "cli")]
+#[doc(hidden)]
 pub mod bench;
 #[cfg(feature = "cli")]
+#[doc(hidden)]
 pub mod cli;
 pub mod convert;
 pub mod decode;
@@ -95,8 +97,8 @@ pub mod network;
 pub mod onnx;
 pub mod package;
 pub mod passes;
-#[cfg(feature = "report")]
-pub mod report;
+#[cfg(feature = "cli")]
+mod report;
 pub mod sample;
 pub mod spec;
 pub mod target;

@@ -19,11 +19,17 @@ use crate::target::{Precision, Prefill, Refit, Target};
 pub struct Spec {
     /// For people; nothing reads it.
     pub description: Option<String>,
+    /// What the package runs on.
     pub targets: Option<Vec<Target>>,
+    /// How weights enter engines.
     pub weights: Option<WeightMode>,
+    /// Which weights of its engines can be replaced.
     pub refit: Option<Refit>,
+    /// Element type of weights and caches; the export's if not given.
     pub dtype: Option<Precision>,
+    /// Slots a cache can have.
     pub capacity: Option<Vec<usize>>,
+    /// How a prompt is cut for engines.
     pub prefill: Option<Prefill>,
     /// One engine a capacity, with an optimization profile for decoding and one for the prefill range. Slower than engines of
     /// fixed shapes, and smaller where weights are embedded.
@@ -42,15 +48,21 @@ pub struct Spec {
 pub struct Tuned {
     /// As engines are called, for example `b1-t1-c1024`.
     pub profile: String,
+    /// How its engine is lowered; `weight_mode` in it is not looked at.
     pub lowering: LowerOptions,
 }
 
+/// Why a spec cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum SpecError {
+    /// The file cannot be read.
     #[error("{}: {source}", path.display())]
     Read { path: PathBuf, source: std::io::Error },
+    /// It is not YAML, or has other keys or values than a spec has.
     #[error("{}: {message}", path.display())]
     Yaml { path: PathBuf, message: String },
+    /// Its values do not go together.
     #[error("{0}")]
     Value(String),
 }
@@ -63,6 +75,7 @@ pub const DEFAULT_CAPACITIES: [usize; 3] = [256, 1024, 4096];
 pub const DEFAULT_CHUNKS: [usize; 2] = [128, 512];
 
 impl Spec {
+    /// Reads a file; the path of its tokenizer is relative to the file's folder.
     pub fn read(path: &Path) -> Result<Self, SpecError> {
         let text = std::fs::read_to_string(path).map_err(|source| SpecError::Read {
             path: path.to_path_buf(),
@@ -183,7 +196,9 @@ impl Spec {
 pub struct Conversion {
     /// Sorted, without repetition, not empty.
     pub targets: Vec<Target>,
+    /// How weights enter engines.
     pub weights: WeightMode,
+    /// Which weights of its engines can be replaced.
     pub refit: Refit,
     /// `None`: as the export has it.
     pub dtype: Option<Precision>,
@@ -191,9 +206,11 @@ pub struct Conversion {
     pub capacities: Vec<usize>,
     /// The capacities were asked for, and not the defaults, which are cut to the model's context.
     pub explicit_capacities: bool,
+    /// How a prompt is cut for engines.
     pub prefill: Prefill,
     /// Decode and prefill of a capacity in one engine.
     pub one_engine: bool,
+    /// A folder or a `tokenizer.json`; the one beside the model if not given.
     pub tokenizer: Option<PathBuf>,
     /// Of engines, `weight_mode` included.
     pub lowering: LowerOptions,

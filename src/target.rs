@@ -51,12 +51,16 @@ pub enum Refit {
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
+    /// 32-bit floats
     Fp32,
+    /// 16-bit floats, with the range of half precision
     Fp16,
+    /// 16-bit floats, with the range of fp32
     Bf16,
 }
 
 impl Precision {
+    /// The element type.
     pub fn dtype(self) -> DType {
         match self {
             Precision::Fp32 => DType::F32,
@@ -74,14 +78,19 @@ impl Precision {
 pub enum Prefill {
     /// Chunk lengths; the last chunk of a prompt is padded to the smallest that holds it.
     Chunks(Vec<usize>),
+    /// Any length of a range, in one engine with a dynamic dim.
     Range(PrefillRange),
 }
 
+/// Token counts of a dynamic engine: `1 <= min <= opt <= max`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PrefillRange {
+    /// The shortest chunk.
     pub min: usize,
+    /// What the engine is optimized for.
     pub opt: usize,
+    /// The longest chunk.
     pub max: usize,
 }
 

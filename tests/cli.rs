@@ -1,4 +1,4 @@
-//! The real binary, end to end: exports in, tokens out, and what it says when the input is no good.
+//! The real binary, end to end: exports in, tokens out, and what it says of unusable input.
 
 #[path = "cli/bad_input.rs"]
 mod bad_input;

@@ -28,7 +28,7 @@ const NUMBERS: [&str; 18] = [
     "stable",
 ];
 
-/// What every row repeats of its document, before and behind the measurement.
+/// What every row repeats of its document, before and after the measurement.
 type Facts = Vec<(&'static str, String)>;
 
 /// What a row says besides its document.
@@ -49,12 +49,12 @@ struct Row<'a> {
 /// system, the machine, loading and memory, so that rows of many files can stand in one sheet.
 pub fn write(path: &Path, document: &Document) -> io::Result<()> {
     let mut out = csv::Writer::from_path(path)?;
-    let (before, behind) = (identity(document), circumstances(document));
+    let (before, after) = (identity(document), circumstances(document));
     let names = |facts: &Facts| -> Vec<&'static str> { facts.iter().map(|(name, _)| *name).collect() };
-    out.write_record([names(&before), NUMBERS.to_vec(), names(&behind)].concat())?;
+    out.write_record([names(&before), NUMBERS.to_vec(), names(&after)].concat())?;
     for row in rows(document) {
-        let told = |facts: &Facts| -> Vec<String> { facts.iter().map(|(_, value)| value.clone()).collect() };
-        out.write_record([told(&before), row.cells(), told(&behind)].concat())?;
+        let values = |facts: &Facts| -> Vec<String> { facts.iter().map(|(_, value)| value.clone()).collect() };
+        out.write_record([values(&before), row.cells(), values(&after)].concat())?;
     }
     out.flush()
 }

@@ -2,7 +2,7 @@
 //!
 //! TensorRT fuses layers and names what it made after the operations in it (`__myl_ReshCastConcMulReshCastMulSum_myl0_14`),
 //! where the scores of attention and a linear layer of one row look alike. So the order decides, in which they run:
-//! attention is what lies between the projections before it and the one behind it.
+//! attention is what lies between the projections before it and the one after it.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +28,7 @@ pub fn grouped(live: usize, layers: Vec<(String, f64)>) -> LayerTimes {
     }
 }
 
-/// What a name alone tells.
+/// What a name alone says.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     /// The weights of attention over keys: the product before it is the scores', unless they are in it, and the one behind

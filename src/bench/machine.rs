@@ -33,7 +33,7 @@ fn gpu(facts: &DeviceFacts) -> Gpu {
     }
 }
 
-/// The value behind `name:` in a file of the kernel's.
+/// The value after `name:` in a file of the kernel's.
 fn field(path: &str, name: &str) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     let line = text.lines().find(|line| line.starts_with(name))?;
@@ -86,11 +86,11 @@ fn os() -> String {
 }
 
 /// The commit of the program that runs: `LAPIDARY_COMMIT`, else that of the checkout which its file lies in, else what a
-/// file `.gpu/commit` says where sources were carried without their history. A tree with changes has `+changes` behind it.
+/// file `.gpu/commit` says where sources were carried without their history. A tree with changes has `+changes` after it.
 pub fn commit() -> String {
-    let told = |text: String| Some(text.trim().to_string()).filter(|t| !t.is_empty());
+    let nonempty = |text: String| Some(text.trim().to_string()).filter(|t| !t.is_empty());
     let unknown = || "unknown".to_string();
-    if let Some(commit) = std::env::var("LAPIDARY_COMMIT").ok().and_then(told) {
+    if let Some(commit) = std::env::var("LAPIDARY_COMMIT").ok().and_then(nonempty) {
         return commit;
     }
     let of_binary = std::env::current_exe().ok();
@@ -100,7 +100,7 @@ pub fn commit() -> String {
     }
     fs::read_to_string(".gpu/commit")
         .ok()
-        .and_then(told)
+        .and_then(nonempty)
         .unwrap_or_else(unknown)
 }
 

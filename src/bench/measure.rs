@@ -43,7 +43,7 @@ pub struct Plan {
     pub runs: usize,
     /// Greedy tokens of each prompt; 0: no outputs.
     pub outputs: usize,
-    /// Time by layer, where the device can tell.
+    /// Time by layer, where the device measures it.
     pub profile: bool,
 }
 
@@ -160,7 +160,7 @@ impl Plan {
         (prompt, texts.max().unwrap_or(1).max(prompt))
     }
 
-    /// Parts that progress is told in.
+    /// Parts in which progress is reported.
     fn parts(&self) -> usize {
         let others = usize::from(self.outputs > 0) + usize::from(self.profile);
         (self.prefill.len() + self.decode.len() + self.end_to_end.len() + others).max(1)
@@ -368,7 +368,7 @@ impl Bench<'_> {
         Ok(outputs)
     }
 
-    /// Tokens of a decode run behind a prompt: as many as fit.
+    /// Tokens of a decode run after a prompt: as many as fit.
     fn steps(&self, prompt: &[u32]) -> usize {
         DECODE_RUN.min(self.session.largest_capacity() - prompt.len())
     }

@@ -21,7 +21,7 @@ pub struct Document {
     /// RFC 3339, when it was run.
     pub date: String,
     pub command: String,
-    /// Of the program that measured, `+changes` behind it if the tree had any; `unknown` where nothing tells.
+    /// Of the program that measured, `+changes` after it if the tree had any; `unknown` where nothing says it.
     pub commit: String,
     /// Why nothing was measured: a system that could not run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -247,7 +247,7 @@ pub struct DeviceMemory {
     /// In use before the model was loaded: the CUDA context, and what other processes held.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context: Option<u64>,
-    /// Everything in use, `context` included where it is told.
+    /// Everything in use, `context` included where it is known.
     pub total: u64,
 }
 

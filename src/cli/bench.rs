@@ -160,9 +160,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
     progress.step("loading");
     let (kernels, mut session, load) = open(&args, &plan, &workload)?;
     let on_gpu = session.instruments().is_some();
-    let told = progress.handle();
+    let bar = progress.handle();
     let mut measured = measure::measure(&mut session, &plan, &workload, &settings, |what, share| {
-        told.fraction(what, share);
+        bar.fraction(what, share);
     })?;
     progress.step("copy bandwidth");
     let threads = args.place.threads().unwrap_or_else(machine::cores);

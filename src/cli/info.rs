@@ -1,4 +1,4 @@
-//! `lapidary info`: the manifest, told to a person.
+//! `lapidary info`: what is in a package, as text or as the manifest itself.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;

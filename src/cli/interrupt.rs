@@ -1,8 +1,8 @@
-//! Ctrl-C: ends the program, except while somebody listens for it.
+//! Ctrl-C: ends the program, except while a [`Listener`] lives.
 //!
-//! A command that can stop in an orderly way listens and ends with [`Failure::interrupted`](super::Failure); whatever it
-//! was writing is dropped, and so removed. Everywhere else, and at the second Ctrl-C, the program ends here and now; an
-//! unfinished package is removed all the same. The exit status is 130 in either case, as shells have it.
+//! A command that can stop in an orderly way has a listener and ends with [`Failure::interrupted`](super::Failure); whatever it
+//! was writing is dropped, and so removed. Everywhere else, and at the second Ctrl-C, the program ends at once; an
+//! unfinished package is removed here too. The exit status is 130 in either case, as in shells.
 
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
@@ -25,7 +25,7 @@ pub fn install() {
         if LISTENING.load(Ordering::SeqCst) && !INTERRUPTED.swap(true, Ordering::SeqCst) {
             return;
         }
-        // Also at the second Ctrl-C, if whoever listens is too busy to hear the first.
+        // Also at the second Ctrl-C, if the listener's thread is too busy to see the first.
         if crate::package::remove_unfinished() {
             // A bar may stand on the line.
             say(if std::io::stderr().is_terminal() { "\n" } else { "" });

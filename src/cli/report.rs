@@ -43,15 +43,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
         }
     }
     fs::write(&args.output, &report.markdown).map_err(|e| cannot(&args.output, e))?;
-    let mut told = format!(
+    let mut text = format!(
         "wrote {} and {} plots in two forms\n",
         args.output.display(),
         report.figures.len()
     );
     if !report.missing.is_empty() {
-        told += &format!("{} things are missing; the report names them\n", report.missing.len());
+        text += &format!("{} things are missing; the report names them\n", report.missing.len());
     }
-    print(&told)
+    print(&text)
 }
 
 /// The plots' folder as a report in `home` refers to it: relative where it lies below, else as it was given.

@@ -108,7 +108,7 @@ fn names(recipe: &Recipe) -> Vec<String> {
     recipe.leaves().iter().map(|leaf| leaf.name.to_string()).collect()
 }
 
-/// Its modules, or the name that its numbers told.
+/// Its modules, or the name that was found by its numbers.
 fn called(weight: &WeightEntry) -> String {
     match (&weight.modules, &weight.learned) {
         (None, Some(learned)) => format!("({})", names(learned).join(" + ")),
@@ -135,7 +135,7 @@ fn document(weight: &WeightEntry, manifest: &Manifest) -> serde_json::Value {
     })
 }
 
-/// Exit status 0: they fit, and whether they are the same is told.
+/// Exit status 0: they fit; the text says whether they are the same.
 fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
     let source = refit::open(from, &package.manifest)?;
     let adapter = args.lora.as_deref().map(Adapter::open).transpose()?;

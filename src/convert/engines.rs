@@ -36,6 +36,7 @@ pub struct EngineOptions<'a> {
     pub model: &'a Path,
     /// Where plans are kept.
     pub cache: Option<PlanCache>,
+    /// Hears of every engine.
     pub progress: Arc<dyn Progress>,
 }
 

@@ -290,7 +290,7 @@ fn trained_context(model: &Path) -> Option<usize> {
 }
 
 /// The capacities asked for, or the defaults cut to the model's context. `limit`: the graph has tables for so many
-/// positions and no more. `trained`: what the model was trained for, which one may exceed if one asks for it.
+/// positions and no more. `trained`: what the model was trained for, which an explicit capacity may exceed.
 fn capacities(
     model: &Path,
     conversion: &Conversion,

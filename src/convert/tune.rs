@@ -25,7 +25,7 @@ pub(super) fn tune(
     let graph = engines::graph(&writer.package(), conversion)?;
     let profiles = engines::profiles(conversion, capacities);
     progress.step("tuning");
-    // Attempts are few enough to be noted one by one, and long enough for somebody to wonder.
+    // Attempts are few, and each takes long: every one gets a line.
     let note = |profile: &Profile, attempt: &Attempt| {
         let result = match (&attempt.ms, &attempt.error) {
             (Some(ms), _) => format!("{ms:.3} ms"),

@@ -21,7 +21,9 @@ pub enum DeviceChoice {
     /// The GPU if there is one and the package has engines for it, else the CPU
     #[default]
     Auto,
+    /// The CPU, whatever the package has engines for
     Cpu,
+    /// The GPU, or an error that says why not
     Cuda,
 }
 

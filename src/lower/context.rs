@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use super::LowerOptions;
 use super::error::{LowerError, Reason};
 use super::fuse::Fusions;
-use super::rows::{LOGIT_ROWS, logits};
+use super::logit_rows::{LOGIT_ROWS, logits};
 use super::weights::Table;
 use crate::dim::{Dim, Sym};
 use crate::graph::infer::InferenceFacts;
@@ -30,7 +30,7 @@ pub(super) struct Lowering<'a> {
     pub logit_rows: Option<TensorId>,
     pub chosen: HashMap<TensorId, TensorId>,
     pub values: HashMap<ValueId, TensorId>,
-    /// Constants in the rank a reader wanted.
+    /// Constants in the rank that a reader needs.
     pub raised: HashMap<(ValueId, usize), TensorId>,
     pub numbers: HashMap<(DType, usize, u64), TensorId>,
     /// Ones that TensorRT cannot fold.

@@ -10,23 +10,32 @@ use crate::network::{BuildError, VerifyError};
 /// One node without a lowering.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Obstacle {
+    /// Its name, with the folder of its layer.
     pub node: String,
+    /// Its operator.
     pub op: String,
+    /// What is in the way.
     pub reason: String,
 }
 
+/// Why a graph cannot be lowered.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum LowerError {
     /// Every such node, in order of execution. Nodes that only depend on one of them are not listed.
     #[error("{}", list(.0))]
     Unsupported(Vec<Obstacle>),
+    /// Types or shapes contradict each other.
     #[error("the graph cannot be typed before it is lowered: {0}")]
     Infer(#[from] Box<InferError>),
+    /// The graph has a cycle.
     #[error(transparent)]
     Cycle(#[from] CycleError),
+    /// An input of the graph has no counterpart in a network.
     #[error("input {name:?} cannot be lowered: {reason}")]
     Input { name: String, reason: String },
+    /// An output of the graph has no counterpart in a network.
     #[error("output {name:?} cannot be lowered: {reason}")]
     Output { name: String, reason: String },
     /// The graph is not canonical, or (for rules of layers) the lowering has a mistake.

@@ -45,7 +45,7 @@ pub(super) struct Fusions {
 }
 
 impl Fusions {
-    /// `pairs`: groups of two as well. `rows` tells the nodes that compute on chosen rows only, which cannot be joined with
+    /// `pairs`: groups of two as well. `rows` says which nodes compute on chosen rows only, which cannot be joined with
     /// others.
     pub fn find(graph: &Graph, demand: &Demand, table: &Table, pairs: bool, rows: impl Fn(NodeId) -> bool) -> Self {
         let mut by_input: HashMap<(ValueId, bool), usize> = HashMap::new();

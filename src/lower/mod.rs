@@ -6,9 +6,10 @@
 //! [`LowerOptions`], so that a tuner can try them. What cannot be lowered is reported all at once, in [`LowerError`].
 //!
 //! One file a family: `linear`, `elementwise`, `normalization`, `attention` (and the cache), `rotary`, `movement`,
-//! `positions` (ranges, comparisons, masks), `gather`, `fuse` (products of one activation); `dispatch` knows whose
-//! operator is whose. Around them: `weights` says which constants are weights and what they are called, `demand` which
-//! values are needed as data at all, `rows` where the tokens without logits drop out. `context` holds what is lowered so
+//! `positions` (ranges, comparisons, masks), `gather`, `fuse` (products of one activation); `dispatch` says which
+//! file lowers which operator. Around them: `weights` says which constants are weights and what they are called, `demand` which
+//! values are needed as data at all, `logit_rows` where the tokens without logits drop out,
+//! `constant_folding` what TensorRT must not fold. `context` holds what is lowered so
 //! far, `values` turns the graph's values into tensors, `shuffles` joins reshapes and transposes.
 //!
 //! # What is a weight
@@ -27,6 +28,7 @@
 //! `cargo run --release --example llama_shape -- 8b` lowers it and builds its bound engine (target: under 30 s).
 
 mod attention;
+mod constant_folding;
 mod context;
 mod demand;
 mod dispatch;
@@ -35,14 +37,12 @@ mod error;
 mod fuse;
 mod gather;
 mod linear;
+mod logit_rows;
 mod movement;
 mod normalization;
 mod positions;
-mod reduced;
 mod rotary;
-mod rows;
 mod shuffles;
-mod split;
 pub mod synthetic;
 mod values;
 mod weights;
@@ -135,6 +135,7 @@ pub struct LowerOptions {
     /// keys and values for every query head otherwise, which is a little faster and takes `4 * heads * d` bytes a slot.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fold_prefill: Option<usize>,
+    /// How attention is written.
     pub attention: AttentionForm,
 }
 
@@ -221,7 +222,7 @@ fn lower_typed(
 ) -> Result<Network, LowerError> {
     let demand = demand::demand(graph);
     let table = weights::table(graph, &demand);
-    let rows = rows::row_wise(graph, &demand, profile);
+    let rows = logit_rows::row_wise(graph, &demand, profile);
     let fusions = match options.fuse_linear {
         true => fuse::Fusions::find(graph, &demand, &table, options.fuse_pairs, |node| rows.contains(&node)),
         false => fuse::Fusions::default(),

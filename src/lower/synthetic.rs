@@ -12,16 +12,25 @@ use crate::tensor::{DType, Tensor};
 /// The dimensions of a decoder of the Llama family.
 #[derive(Clone, Debug)]
 pub struct Decoder {
+    /// Transformer layers.
     pub layers: usize,
+    /// Width of the residual stream.
     pub hidden: usize,
+    /// Query heads.
     pub heads: usize,
+    /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
+    /// Width of a head.
     pub head_dim: usize,
+    /// Width between the feed-forward's matrices.
     pub ffn: usize,
+    /// Tokens.
     pub vocabulary: usize,
     /// Rows of the rotary tables.
     pub positions: usize,
+    /// Base of the rotary frequencies.
     pub rope_theta: f64,
+    /// Of weights and caches.
     pub dtype: DType,
     /// Embedding and output weight are one constant.
     pub tied: bool,

@@ -1,4 +1,4 @@
-//! Which constants are weights, what they are called, and which are one and the same. The rule is in the room's head.
+//! Which constants are weights, what they are called, and which are one and the same. The rule is in the head of [`lower`](super).
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
@@ -15,6 +15,7 @@ pub const LITERAL_BYTES: usize = 64 << 10;
 pub struct NamedWeight {
     /// As in every network lowered from the graph: the initializer's name where there is one.
     pub name: String,
+    /// Its numbers, or how they are made.
     pub constant: Constant,
 }
 
@@ -52,7 +53,7 @@ pub fn weights(graph: &Graph) -> Vec<NamedWeight> {
 pub(super) fn table(graph: &Graph, demand: &Demand) -> Table {
     let interface = graph.inputs.iter().chain(&graph.outputs);
     let mut taken: HashSet<String> = interface.map(|v| graph.value(*v).name.clone()).collect();
-    taken.insert(super::rows::LOGIT_ROWS.to_string());
+    taken.insert(super::logit_rows::LOGIT_ROWS.to_string());
     let mut known: HashMap<String, usize> = HashMap::new();
     let mut by_value = HashMap::new();
     let mut list: Vec<NamedWeight> = Vec::new();
@@ -83,7 +84,7 @@ pub(super) fn table(graph: &Graph, demand: &Demand) -> Table {
     Table { by_value, list }
 }
 
-/// The rule of the room's head. `initializer`: whether the constant came, or will come, from a file by its name.
+/// The rule in the head of [`lower`](super). `initializer`: whether the constant came, or will come, from a file by its name.
 fn is_weight(constant: &Constant, initializer: bool) -> bool {
     matches!(constant.source(), ConstantSource::Absent)
         || constant.byte_len() > LITERAL_BYTES

@@ -122,15 +122,15 @@ fn plain(value: &Value) -> String {
 }
 
 /// Keys with different values, without those that follow from another that is among them, and without the tag itself. Of
-/// the lowering each choice counts, where both tell of it: files of before do not.
+/// the lowering each choice counts, where both have it: older files do not.
 fn differing(a: &Map<String, Value>, b: &Map<String, Value>) -> Vec<String> {
     let (a, b) = (choices(a), choices(b));
     let lowered = |side: &BTreeMap<String, &Value>| side.keys().any(|key| is_lowering(key));
-    let told = lowered(&a) && lowered(&b);
+    let both_lowered = lowered(&a) && lowered(&b);
     let keys: BTreeSet<&String> = a
         .keys()
         .chain(b.keys())
-        .filter(|key| told || !is_lowering(key))
+        .filter(|key| both_lowered || !is_lowering(key))
         .collect();
     let keys: Vec<&String> = keys.into_iter().filter(|k| a.get(*k) != b.get(*k)).collect();
     let follows = |key: &String| {

@@ -12,16 +12,16 @@ use crate::units::bytes;
 pub enum Verdict {
     /// Computed here, of both files.
     Compared(Comparison),
-    /// By whoever wrote the result; the reference is not among the files.
-    Told(Comparison),
+    /// By the program that wrote the result; the reference is not among the files.
+    Recorded(Comparison),
     None(&'static str),
 }
 
 impl Verdict {
     pub fn of(result: &ResultFile, group: &Group) -> Verdict {
-        let told = result.of.outputs.as_ref().and_then(|o| o.reference.clone());
+        let recorded = result.of.outputs.as_ref().and_then(|o| o.reference.clone());
         let Some(reference) = &group.reference else {
-            return told.map_or(Verdict::None("no reference"), Verdict::Told);
+            return recorded.map_or(Verdict::None("no reference"), Verdict::Recorded);
         };
         match compare(&result.of, &reference.of) {
             Ok(found) => Verdict::Compared(found),
@@ -33,20 +33,20 @@ impl Verdict {
 
     pub fn comparison(&self) -> Option<&Comparison> {
         match self {
-            Verdict::Compared(found) | Verdict::Told(found) => Some(found),
+            Verdict::Compared(found) | Verdict::Recorded(found) => Some(found),
             Verdict::None(_) => None,
         }
     }
 
     /// For the first column of tables: the verdict, and over how many rows of logits.
     pub fn word(&self) -> String {
-        let (found, told) = match self {
+        let (found, note) = match self {
             Verdict::Compared(found) => (found, ""),
-            Verdict::Told(found) => (found, ", as told"),
+            Verdict::Recorded(found) => (found, ", as told"),
             Verdict::None(why) => return why.to_string(),
         };
         let word = if found.equal { "equal" } else { "**not equal**" };
-        format!("{word} ({} rows{told})", found.rows)
+        format!("{word} ({} rows{note})", found.rows)
     }
 }
 
@@ -67,15 +67,15 @@ fn ratio(value: f64, ours: Option<f64>, is_ours: bool) -> String {
 pub fn outputs(group: &Group) -> String {
     let rows = group.results.iter().chain(&group.ablations).map(|r| {
         let verdict = Verdict::of(r, group);
-        let told = |of: fn(&Comparison) -> String| or_missing(verdict.comparison().map(of));
+        let of_comparison = |of: fn(&Comparison) -> String| or_missing(verdict.comparison().map(of));
         vec![
             verdict.word(),
             r.of.system.label.clone(),
-            told(|c| tiny(c.worst_relative_logit_error)),
-            told(|c| c.limit.to_string()),
-            told(|c| format!("{} of {}", c.same_best, c.rows)),
-            told(|c| c.differing_though_clear.to_string()),
-            told(|c| {
+            of_comparison(|c| tiny(c.worst_relative_logit_error)),
+            of_comparison(|c| c.limit.to_string()),
+            of_comparison(|c| format!("{} of {}", c.same_best, c.rows)),
+            of_comparison(|c| c.differing_though_clear.to_string()),
+            of_comparison(|c| {
                 let steps: Vec<String> = c.greedy_equal_up_to.iter().map(usize::to_string).collect();
                 steps.join(", ")
             }),

@@ -34,7 +34,7 @@ pub fn loading(group: &Group) -> String {
     table(&header, &rows.collect::<Vec<_>>())
 }
 
-/// The load without and with kernels of before. Only Lapidary keeps any, on a GPU: every load of others is without.
+/// The load without and with kernels kept from an earlier one. Only Lapidary keeps any, on a GPU: every load of others is without.
 fn loads(d: &Document, on_gpu: bool) -> (Option<String>, Option<String>) {
     let Some(load) = &d.load else {
         return (None, None);
@@ -53,7 +53,7 @@ fn loads(d: &Document, on_gpu: bool) -> (Option<String>, Option<String>) {
 
 /// Seconds of all engines, one after the other.
 fn build_time(build: &Build) -> String {
-    // Files of before have 0 for what came from a cache.
+    // Older files have 0 for what came from a cache.
     let built: Vec<f64> = build
         .engines
         .iter()

@@ -55,7 +55,7 @@ fn others(group: &Group) -> impl Iterator<Item = &ResultFile> {
     group.results.iter().filter(|r| r.of.system.name != "lapidary")
 }
 
-/// What there is against comparing a system's times: its answers are not the reference's, or nobody knows.
+/// What there is against comparing a system's times: its answers are not the reference's, or were not compared.
 fn objection(r: &ResultFile, group: &Group) -> Option<String> {
     let verdict = Verdict::of(r, group);
     match verdict.comparison() {

@@ -1,7 +1,7 @@
 //! What a report is made of: results, sorted into groups that may stand in one table, conversions, and files of other forms.
 //!
 //! A group is one model in one dtype on one machine. Within it everything must be of the same weights and the same prompts,
-//! and labels must tell results apart; otherwise nothing is reported at all.
+//! and labels must be different; otherwise nothing is reported at all.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -265,7 +265,7 @@ impl Input {
     }
 }
 
-/// A system that could not run has no dtype of its own: it is told of where the model was measured.
+/// A system that could not run has no dtype of its own: it belongs where the model was measured.
 fn with_failures_at_home(groups: Vec<Group>) -> Vec<Group> {
     let measured = |group: &Group| !group.results.is_empty() || !group.ablations.is_empty();
     let (mut homes, strays): (Vec<_>, Vec<_>) = groups.into_iter().partition(measured);

@@ -52,7 +52,7 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
 /// In place of a figure that no file has.
 pub const MISSING: &str = "—";
 
-/// Milliseconds, with as many decimals as tell something.
+/// Milliseconds, with as many decimals as mean something.
 pub fn ms(value: f64) -> String {
     match value.abs() {
         v if v >= 1000.0 => format!("{value:.0}"),

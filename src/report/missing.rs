@@ -88,7 +88,7 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
         say(format!("{} did not run: {why}{}", r.of.system.label, cite(r.source)));
     }
     let ours = group.ours().map(|r| r.source);
-    // Other runs of Lapidary show one thing: they need not show all, and what else they show is asked of nobody.
+    // Other runs of Lapidary show one thing: they need not show all, and no other system must show what they show.
     let is_whole = |r: &&super::input::ResultFile| r.of.system.name != "lapidary" || Some(r.source) == ours;
     let whole = || group.results.iter().filter(is_whole);
     let ceilings = Ceilings::of(group);

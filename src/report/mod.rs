@@ -18,5 +18,5 @@ pub mod plots;
 mod steps;
 mod write;
 
-pub use input::{Group, Input, InputError, SourceFile, SourceId};
-pub use write::{Report, report};
+pub use input::Input;
+pub use write::report;

@@ -40,13 +40,13 @@ impl Breakers {
     }
 
     /// Adds the breakers that a string stands for, and says of how many tokens (a token that can begin it in two ways
-    /// counts twice). `pieces` are the bytes of every token by id, and
+    /// counts twice). `token_bytes` are the bytes of every token by id, and
     /// `encode` gives the tokens of the rest of the string, which may begin inside a character. 0: the string cannot occur
     /// in text made of these tokens, or is empty.
     pub fn add_string<E>(
         &mut self,
         breaker: &str,
-        pieces: &[Vec<u8>],
+        token_bytes: &[Vec<u8>],
         mut encode: impl FnMut(&[u8]) -> Result<Vec<u32>, E>,
     ) -> Result<usize, E> {
         let breaker = &breaker.as_bytes()[..breaker.floor_char_boundary(LONGEST_STRING)];
@@ -56,16 +56,16 @@ impl Breakers {
         let mut added = 0;
         // Many tokens end alike, and encoding is slow.
         let mut tails: HashMap<usize, Vec<u32>> = HashMap::new();
-        for (id, piece) in pieces.iter().enumerate() {
+        for (id, bytes) in token_bytes.iter().enumerate() {
             let id = id as u32;
-            if piece.windows(breaker.len()).any(|w| w == breaker) {
+            if bytes.windows(breaker.len()).any(|w| w == breaker) {
                 self.insert(id, Vec::new());
                 added += 1;
                 continue;
             }
-            for at in (0..piece.len()).filter(|at| piece[*at] == *first) {
-                let overlap = piece.len() - at;
-                if !breaker.starts_with(&piece[at..]) {
+            for at in (0..bytes.len()).filter(|at| bytes[*at] == *first) {
+                let overlap = bytes.len() - at;
+                if !breaker.starts_with(&bytes[at..]) {
                     continue;
                 }
                 let tail = match tails.get(&overlap) {
@@ -94,6 +94,7 @@ impl Breakers {
         }
     }
 
+    /// Whether nothing breaks a repetition.
     pub fn is_empty(&self) -> bool {
         self.tails.is_empty()
     }
@@ -157,7 +158,7 @@ mod tests {
 
     const WORDS: [&str; 10] = ["a", "b", "\n", "a\n", "\n\n", "User", ":", "x Us", "er", "er:"];
 
-    fn pieces() -> Vec<Vec<u8>> {
+    fn token_bytes() -> Vec<Vec<u8>> {
         WORDS.iter().map(|w| w.as_bytes().to_vec()).collect()
     }
 
@@ -167,7 +168,7 @@ mod tests {
         let mut rest = text;
         while !rest.is_empty() {
             let fits = |w: &&(usize, Vec<u8>)| rest.starts_with(&w.1);
-            let words: Vec<(usize, Vec<u8>)> = pieces().into_iter().enumerate().collect();
+            let words: Vec<(usize, Vec<u8>)> = token_bytes().into_iter().enumerate().collect();
             let (id, word) = words
                 .iter()
                 .filter(fits)
@@ -182,7 +183,7 @@ mod tests {
 
     fn of(string: &str) -> (Breakers, usize) {
         let mut breakers = Breakers::default();
-        let added = breakers.add_string(string, &pieces(), encode).unwrap();
+        let added = breakers.add_string(string, &token_bytes(), encode).unwrap();
         (breakers, added)
     }
 

@@ -10,7 +10,9 @@ use super::vectors::{BLOCK, all_finite, block_with, compress_from, max, vectors}
 /// A token that may still be drawn, with its present logit (natural-log scale, not normalised).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
+    /// Token id.
     pub id: u32,
+    /// Its logit.
     pub logit: f32,
 }
 
@@ -56,15 +58,18 @@ impl Candidates {
     pub fn vocabulary(&self) -> usize {
         self.vocabulary
     }
+    /// The logits of all candidates, in the order of [`Candidates::get`].
     pub fn logits(&self) -> &[f32] {
         &self.logits
     }
+    /// One of them; `index` is below [`Candidates::len`].
     pub fn get(&self, index: usize) -> Candidate {
         Candidate {
             id: self.id(index),
             logit: self.logits[index],
         }
     }
+    /// All of them.
     pub fn iter(&self) -> impl Iterator<Item = Candidate> + '_ {
         (0..self.len()).map(|i| self.get(i))
     }

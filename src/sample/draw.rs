@@ -8,6 +8,7 @@ use super::softmax::{Weighed, weigh};
 
 /// See the module's head.
 pub enum Draw {
+    /// The largest logit.
     Greedy,
     /// ChaCha8 is specified bit for bit, so a seed means the same on every machine and in every version.
     Seeded(Box<ChaCha8Rng>),
@@ -16,6 +17,7 @@ pub enum Draw {
 /// A token drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Drawn {
+    /// Token id.
     pub id: u32,
     /// Its share among the candidates that were left.
     pub probability: f64,
@@ -38,9 +40,11 @@ pub fn uniform(rng: &mut ChaCha8Rng) -> f64 {
 }
 
 impl Draw {
+    /// The largest logit, the lowest id of equals.
     pub fn greedy() -> Self {
         Draw::Greedy
     }
+    /// A draw from the softmax.
     pub fn seeded(seed: u64) -> Self {
         Draw::Seeded(Box::new(rng(seed, DRAW_STREAM)))
     }

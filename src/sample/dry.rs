@@ -11,7 +11,7 @@ use super::breakers::Breakers;
 use super::tally::Tally;
 use super::{Candidates, Sampler, window};
 
-/// What DRY can be told.
+/// The settings of DRY.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DrySettings {
     /// 0 is off; 0.8 is the usual advice.
@@ -22,6 +22,7 @@ pub struct DrySettings {
     pub allowed_length: usize,
     /// Tokens looked back at; `None`: all. 0 is off.
     pub penalty_last_n: Option<usize>,
+    /// Tokens at which a repetition ends.
     pub breakers: Arc<Breakers>,
 }
 
@@ -39,6 +40,7 @@ impl Default for DrySettings {
 }
 
 impl DrySettings {
+    /// Whether it changes anything.
     pub fn is_on(&self) -> bool {
         self.multiplier != 0.0 && self.base >= 1.0 && self.penalty_last_n != Some(0)
     }
@@ -72,6 +74,7 @@ pub struct Dry {
 }
 
 impl Dry {
+    /// A sampler with these settings.
     pub fn new(settings: DrySettings) -> Self {
         Dry {
             penalties: (0..256).map(|excess| settings.penalty(excess)).collect(),

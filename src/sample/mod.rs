@@ -46,7 +46,7 @@ pub trait Sampler: Send {
     /// Rewrites the candidates; at least one is left. `history` is the prompt and every token generated so far.
     fn apply(&mut self, candidates: &mut Candidates, history: &[u32]);
 
-    /// Told what share of the candidates the token had that was drawn.
+    /// Called after a draw with the probability that the drawn token had among the candidates.
     fn drawn(&mut self, _probability: f64) {}
 
     /// Forgets what it learned from draws.
@@ -55,9 +55,12 @@ pub trait Sampler: Send {
 
 /// Logits that nothing can be drawn from.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum BadLogits {
+    /// NaN or infinity.
     #[error("the logit of token {id} is {value}")]
     NotFinite { id: u32, value: f32 },
+    /// Every logit is minus infinity.
     #[error("no token has a probability above zero")]
     Nothing,
 }
@@ -85,6 +88,7 @@ pub struct Chain {
 }
 
 impl Chain {
+    /// The chain of these settings.
     pub fn new(settings: &Settings) -> Result<Self, SettingsError> {
         settings.check()?;
         let mut stages: Vec<Box<dyn Sampler>> = Vec::new();

@@ -10,13 +10,21 @@ use crate::help::Help;
 pub enum Stage {
     /// Repetition, frequency and presence.
     Penalties,
+    /// DRY, against repeated sequences.
     Dry,
+    /// Logits within some standard deviations of the largest.
     TopNSigma,
+    /// The `k` largest logits.
     TopK,
+    /// Locally typical sampling.
     Typical,
+    /// The most probable tokens up to a total probability.
     TopP,
+    /// Tokens of at least a share of the largest probability.
     MinP,
+    /// XTC: drops all but the least probable of the likely tokens, now and then.
     Xtc,
+    /// Divides logits.
     Temperature,
 }
 
@@ -34,6 +42,7 @@ impl Stage {
         Stage::Temperature,
     ];
 
+    /// As `--samplers` and reports call it.
     pub fn name(self) -> &'static str {
         match self {
             Stage::Penalties => "penalties",
@@ -48,6 +57,7 @@ impl Stage {
         }
     }
 
+    /// The stage of a name that [`Stage::name`] gives.
     pub fn from_name(name: &str) -> Option<Stage> {
         Stage::ORDER.into_iter().find(|stage| stage.name() == name)
     }
@@ -88,6 +98,7 @@ pub struct Settings {
     pub presence_penalty: f32,
     /// Tokens that the three penalties look back at; `None`: all.
     pub penalty_last_n: Option<usize>,
+    /// See [`DrySettings`].
     pub dry: DrySettings,
     /// 0 is off.
     pub top_n_sigma: f32,
@@ -107,6 +118,7 @@ pub struct Settings {
     pub temperature: f32,
     /// Replaces the truncating samplers.
     pub mirostat: Option<MirostatSettings>,
+    /// Of the draw and of XTC.
     pub seed: u64,
 }
 
@@ -158,6 +170,7 @@ impl Settings {
         }
     }
 
+    /// Whether the token of the largest logit is taken.
     pub fn is_greedy(&self) -> bool {
         self.temperature < COLDEST
     }
@@ -261,7 +274,9 @@ impl Settings {
 pub struct SettingsError {
     /// As in `generation_config.json`, for example `top_p`.
     pub parameter: &'static str,
+    /// What was given.
     pub value: String,
+    /// What it has to be.
     pub wanted: &'static str,
 }
 

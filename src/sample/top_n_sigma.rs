@@ -12,7 +12,7 @@ pub struct TopNSigma {
 }
 
 impl TopNSigma {
-    /// `n` above 0. `at_most`: keeps no more than this many, which a top-k right behind would do. Both keep the largest
+    /// `n` above 0. `at_most`: keeps no more than this many, which a top-k right after it would do. Both keep the largest
     /// logits, so doing it at once changes nothing, and saves a list of what only one of them drops.
     pub fn new(n: f32, at_most: Option<usize>) -> Self {
         TopNSigma { n, at_most }

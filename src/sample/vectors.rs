@@ -116,7 +116,7 @@ pub fn compress_from(logits: &mut Vec<f32>, ids: &mut Vec<u32>, floor: f32) {
     logits.truncate(kept);
 }
 
-/// What one look at all logits tells.
+/// What one pass over all logits finds.
 #[derive(Clone, Copy, Debug)]
 pub struct Spread {
     pub min: f32,

@@ -17,22 +17,26 @@ use crate::help::Help;
 pub struct Message {
     /// `system`, `user` or `assistant`.
     pub role: String,
+    /// Its text.
     pub content: String,
 }
 
 impl Message {
+    /// What the user says.
     pub fn user(content: impl Into<String>) -> Self {
         Message {
             role: "user".into(),
             content: content.into(),
         }
     }
+    /// Instructions before the conversation.
     pub fn system(content: impl Into<String>) -> Self {
         Message {
             role: "system".into(),
             content: content.into(),
         }
     }
+    /// What the model said.
     pub fn assistant(content: impl Into<String>) -> Self {
         Message {
             role: "assistant".into(),
@@ -41,12 +45,16 @@ impl Message {
     }
 }
 
+/// Why messages do not become a prompt.
 #[derive(Debug, thiserror::Error)]
 pub enum ChatError {
+    /// The model has no chat template.
     #[error("the package has no chat template")]
     NoTemplate,
+    /// The template raised an exception, with this message.
     #[error("the model's chat template refuses these messages: {0}")]
     Refused(String),
+    /// The template is wrong, or uses what this renderer does not have.
     #[error("the model's chat template does not render: {0}")]
     Template(String),
 }

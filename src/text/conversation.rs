@@ -1,6 +1,6 @@
 //! A conversation of several turns, as the prompt of its next one.
 //!
-//! Keeps the messages; the model's own chat template makes the prompt of them anew each time. A template repeats the
+//! Keeps the messages; the model's own chat template renders the prompt from all of them each time. A template repeats the
 //! earlier turns as they were, so a [`super::Session`] that is given the new prompt finds most of it in its cache. When
 //! the conversation outgrows the cache its oldest exchanges are left out, the system message never.
 
@@ -8,12 +8,17 @@ use super::chat::{self, ChatError, Message};
 use super::tokenizer::{Tokenizer, TokenizerError};
 use crate::help::Help;
 
+/// Why a conversation has no next prompt.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum ConversationError {
+    /// The template does not render the messages.
     #[error(transparent)]
     Chat(#[from] ChatError),
+    /// The prompt cannot be encoded.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// The last message alone does not fit the cache.
     #[error("this message makes a prompt of {tokens} tokens, and the largest cache of this package has {capacity}")]
     TooLong { tokens: usize, capacity: usize },
 }
@@ -43,12 +48,14 @@ pub struct Conversation {
 /// A prompt for the next answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Prompt {
+    /// Token ids.
     pub ids: Vec<u32>,
     /// Exchanges left out, in all.
     pub left_out: usize,
 }
 
 impl Conversation {
+    /// An empty conversation, with a system message or none.
     pub fn new(system: Option<&str>) -> Self {
         Conversation {
             system: system.map(Message::system),

@@ -26,6 +26,7 @@ pub struct Detokenizer<'a> {
 }
 
 impl<'a> Detokenizer<'a> {
+    /// For one text.
     pub fn new(tokenizer: &'a Tokenizer) -> Self {
         Detokenizer {
             tokenizer,

@@ -13,6 +13,7 @@ pub struct StopMatcher {
 /// What may be shown now.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shown {
+    /// What nothing can take back.
     pub text: String,
     /// A stop string was met: `text` ends right before it, and nothing may follow.
     pub stopped: bool,

@@ -30,7 +30,7 @@ enum Spelling {
 }
 
 impl Spelling {
-    /// Told by the decoder, whose work is to undo it.
+    /// Found in the decoder, which undoes it.
     fn of(tokenizer: &tokenizers::Tokenizer) -> Self {
         let decoder = tokenizer.get_decoder().and_then(|d| serde_json::to_string(d).ok());
         let decoder = decoder.unwrap_or_default();

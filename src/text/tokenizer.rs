@@ -25,16 +25,23 @@ pub const FILES: [&str; 7] = [
     "config.json",
 ];
 
+/// What is wrong with a tokenizer's files, or with a text.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum TokenizerError {
+    /// A file cannot be read.
     #[error("{}: {source}", path.display())]
     Read { path: PathBuf, source: std::io::Error },
+    /// A file is not JSON.
     #[error("{}: not valid JSON: {source}", path.display())]
     Json { path: PathBuf, source: serde_json::Error },
+    /// `tokenizer.json` describes no tokenizer.
     #[error("{}: not a tokenizer that can be used: {message}", path.display())]
     Tokenizer { path: PathBuf, message: String },
+    /// A text has no tokens.
     #[error("the tokenizer cannot encode this text: {0}")]
     Encode(String),
+    /// Tokens have no text.
     #[error("the tokenizer cannot decode these tokens: {0}")]
     Decode(String),
 }
@@ -47,7 +54,9 @@ pub struct Tokenizer {
     token_bytes: OnceLock<Vec<Vec<u8>>>,
     /// The files it was read from, all of them of [`FILES`].
     pub files: Vec<PathBuf>,
+    /// The token that begins a text, if the model has one.
     pub bos_token: Option<String>,
+    /// The token that ends a text, if the model has one.
     pub eos_token: Option<String>,
     /// Tokens that end a text: of `generation_config.json`, else `config.json`, and the tokenizer's own end token.
     pub eos_ids: BTreeSet<u32>,

@@ -25,10 +25,14 @@ const WORTH: f64 = 0.005;
 /// Runs of which a time is the mean.
 const RUNS: u32 = 30;
 
+/// Why nothing could be tuned.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum TuneError {
+    /// There is no GPU to measure on.
     #[error(transparent)]
     Gpu(#[from] RunError),
+    /// The graph cannot be lowered: a bug.
     #[error(transparent)]
     Lower(#[from] LowerError),
     /// Not even what packages get without tuning could be built and run.
@@ -47,14 +51,14 @@ impl Help for TuneError {
 }
 
 /// Tunes every profile, several builds at a time, one measurement at a time. `graph` has the weights' bytes unless `base`
-/// binds them; `refit` is what engines are built for. `told` hears of every attempt.
+/// binds them; `refit` is what engines are built for. `note` is called with every attempt.
 pub fn tune(
     library: &Library,
     graph: &Graph,
     profiles: &[Profile],
     (base, refit): (&LowerOptions, Refit),
     threads: usize,
-    told: impl Fn(&Profile, &Attempt) + Sync,
+    note: impl Fn(&Profile, &Attempt) + Sync,
 ) -> Result<Tuning, TuneError> {
     // Also refuses a machine without a GPU before anything is built.
     let runtime = Runtime::new(library)?;
@@ -68,7 +72,7 @@ pub fn tune(
     };
     let mut tuned = Vec::new();
     for profile in profiles {
-        tuned.push(of_profile(&bench, profile, base, threads, &told)?);
+        tuned.push(of_profile(&bench, profile, base, threads, &note)?);
     }
     Ok(Tuning {
         gpu,
@@ -83,12 +87,12 @@ fn of_profile(
     profile: &Profile,
     base: &LowerOptions,
     threads: usize,
-    told: &(impl Fn(&Profile, &Attempt) + Sync),
+    note: &(impl Fn(&Profile, &Attempt) + Sync),
 ) -> Result<ProfileTuning, TuneError> {
     let mut tried = Vec::new();
     let mut now = base.clone();
     let first = bench.attempt(profile, "as it is", "as it is", &now);
-    told(profile, &first);
+    note(profile, &first);
     let Some(untuned_ms) = first.ms else {
         return Err(TuneError::Nothing {
             profile: profile.to_string(),
@@ -101,7 +105,7 @@ fn of_profile(
         let alternatives = question(about, bench.graph, profile, &now).alternatives;
         let attempts: Vec<Attempt> = in_parallel(threads, &alternatives, |(what, options)| {
             let attempt = bench.attempt(profile, about, what, options);
-            told(profile, &attempt);
+            note(profile, &attempt);
             attempt
         });
         for ((_, options), attempt) in alternatives.iter().zip(&attempts) {
@@ -126,7 +130,7 @@ struct Bench<'a> {
     library: &'a Library,
     graph: &'a Graph,
     refit: Refit,
-    /// Held by whoever measures: its memory and its time are the GPU's.
+    /// Held while something is measured: memory and time of the GPU are for one at a time.
     gpu: Mutex<()>,
 }
 

@@ -1,4 +1,4 @@
-//! Input that is no good: exit status 2, one message that names the place, nothing half written.
+//! Unusable input: exit status 2, one message that names the place, nothing half written.
 
 use std::path::Path;
 use std::process::Stdio;

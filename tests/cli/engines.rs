@@ -1,4 +1,4 @@
-//! `convert --target tensorrt-rtx`: engines that TensorRT-RTX really builds, told by `info`. No GPU is needed, but the
+//! `convert --target tensorrt-rtx`: engines that TensorRT-RTX really builds, as `info` lists them. No GPU is needed, but the
 //! library is: `source scripts/setup.sh tensorrt`.
 
 use lapidary::backend::tensorrt::Library;

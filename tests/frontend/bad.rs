@@ -5,17 +5,21 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lapidary::graph::{infer, verify};
+use lapidary::help::Help;
 use lapidary::onnx;
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/bad")
 }
 
-/// The message of the first stage that refuses a model, or none.
+/// The message of the first stage that refuses a model, with what to do, or none.
 fn refusal(path: &Path) -> Option<String> {
     let mut graph = match onnx::read(path) {
         Ok(graph) => graph,
-        Err(error) => return Some(error.to_string()),
+        Err(error) => {
+            let help = error.help().map_or(String::new(), |help| format!("\nhelp: {help}"));
+            return Some(format!("{error}{help}"));
+        }
     };
     // The verifier's list of all obstacles says more than the first thing that inference stumbles over.
     let inferred = infer(&mut graph);
@@ -64,7 +68,7 @@ fn paths_that_are_no_files() {
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     )
     .unwrap();
-    assert!(message(&pointer).contains("git lfs pull"));
+    assert!(message(&pointer).contains("Git LFS pointer"));
 }
 
 #[cfg(unix)]

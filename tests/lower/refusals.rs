@@ -1,4 +1,4 @@
-//! What cannot be lowered, and how it is told.
+//! What cannot be lowered, and the errors that say so.
 
 use lapidary::graph::Graph;
 use lapidary::graph::op::{Binary, Op, Unary};

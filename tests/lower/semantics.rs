@@ -171,7 +171,7 @@ fn every_choice() {
     }
 }
 
-/// More rows than one Attention layer gets: the heads of a group are dealt to two.
+/// More rows than one Attention layer gets: the heads of a group are divided among two.
 #[test]
 fn folded_groups_of_many_rows() {
     let options = LowerOptions {

@@ -203,7 +203,7 @@ fn engines_of_the_other_tensorrt() {
     assert!(own.check().is_ok());
     let error = other.check().unwrap_err();
     let compiled = format!("compiled for {}, not for {}", own.product, other.product);
-    let remedy = format!("`cargo build --no-default-features --features {}`", other.feature);
+    let remedy = format!("`cargo build --no-default-features --features cli,{}`", other.feature);
     let (message, help) = (error.to_string(), error.help().unwrap());
     assert!(
         message.contains(&compiled) && help.contains(&remedy),

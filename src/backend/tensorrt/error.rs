@@ -164,7 +164,7 @@ impl Help for LibraryError {
         Some(match self {
             LibraryError::NotCompiled => "build it with `cargo build --features tensorrt-rtx`".to_string(),
             LibraryError::OtherFlavour { asked } => format!(
-                "take `--target {}`, or build another with `cargo build --no-default-features --features {}`",
+                "take `--target {}`, or build another with `cargo build --no-default-features --features cli,{}`",
                 FLAVOUR.feature, asked.feature
             ),
             LibraryError::NotFound => format!("{}, or give its path {}", install(), by_path()),

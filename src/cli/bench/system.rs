@@ -46,7 +46,7 @@ pub fn system(args: &Args, package: &Package, sampler: &Settings, on_gpu: bool, 
             set("threads", json!(threads));
         }
     }
-    set("sampler", told_sampler(sampler));
+    set("sampler", sampler_settings(sampler));
     for (key, value) in &args.setting {
         nest(&mut settings, key, value.clone());
     }
@@ -65,22 +65,22 @@ pub fn system(args: &Args, package: &Package, sampler: &Settings, on_gpu: bool, 
 /// What engines were lowered with, as a spec writes it; by profile where a tuner chose for each. Weights are a setting of
 /// their own.
 fn lowering(engines: &[EngineEntry]) -> Value {
-    let told = |engine: &EngineEntry| {
-        let mut told = json!(engine.lowering);
-        told.as_object_mut().expect("a struct").remove("weight_mode");
-        told
+    let choices_of = |engine: &EngineEntry| {
+        let mut choices = json!(engine.lowering);
+        choices.as_object_mut().expect("a struct").remove("weight_mode");
+        choices
     };
     match engines {
-        [first, others @ ..] if others.iter().all(|other| told(other) == told(first)) => told(first),
-        _ => engines.iter().map(|e| (e.profile.to_string(), told(e))).collect(),
+        [first, others @ ..] if others.iter().all(|other| choices_of(other) == choices_of(first)) => choices_of(first),
+        _ => engines.iter().map(|e| (e.profile.to_string(), choices_of(e))).collect(),
     }
 }
 
 /// `greedy`, or every setting of what is on.
-fn told_sampler(s: &Settings) -> Value {
-    let mut told = Map::new();
+fn sampler_settings(s: &Settings) -> Value {
+    let mut settings = Map::new();
     if s.temperature > 0.0 {
-        told.extend([
+        settings.extend([
             ("temperature".to_string(), json!(s.temperature)),
             ("top_k".to_string(), json!(s.top_k)),
             ("top_p".to_string(), json!(s.top_p)),
@@ -89,7 +89,7 @@ fn told_sampler(s: &Settings) -> Value {
         ]);
     }
     if s.dry.is_on() {
-        told.extend([
+        settings.extend([
             ("dry_multiplier".to_string(), json!(s.dry.multiplier)),
             ("dry_base".to_string(), json!(s.dry.base)),
             ("dry_allowed_length".to_string(), json!(s.dry.allowed_length)),
@@ -101,12 +101,12 @@ fn told_sampler(s: &Settings) -> Value {
         ("presence_penalty", s.presence_penalty, 0.0),
     ] {
         if value != off {
-            told.insert(name.to_string(), json!(value));
+            settings.insert(name.to_string(), json!(value));
         }
     }
-    match told.is_empty() {
+    match settings.is_empty() {
         true => json!("greedy"),
-        false => Value::Object(told),
+        false => Value::Object(settings),
     }
 }
 

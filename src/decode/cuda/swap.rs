@@ -243,7 +243,10 @@ mod tests {
             let error = of(&tune, mode, refit).unwrap_err();
             let message = error.to_string();
             assert!(message.starts_with("other: the engine b1-t1-c16"), "{message}");
-            assert!(message.contains("; convert with --weights bind"), "{message}");
+            assert!(
+                error.help().unwrap().starts_with("convert with --weights bind"),
+                "{error:?}"
+            );
             assert_eq!(matches!(error, SwapError::Identical { .. }), mode == Strip);
         }
     }

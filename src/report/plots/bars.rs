@@ -11,7 +11,7 @@ const WIDTH: u32 = 960;
 const BAR: f64 = 26.0;
 const GAP: f64 = 8.0;
 const PANEL_HEAD: f64 = 38.0;
-/// A sheet of more would be read by nobody.
+/// A sheet of more could not be read.
 const PANELS: usize = 4;
 
 struct Panel<'a> {

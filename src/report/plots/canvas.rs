@@ -114,7 +114,7 @@ impl Canvas<'_> {
         );
     }
 
-    /// Text that lines pass behind.
+    /// Text with a background, over lines.
     pub fn label(&self, at: (f64, f64), text: &str, size: f64, ink: RGBColor, side: Side, bold: bool) {
         let width = width_of(text, size);
         let left = match side {

@@ -38,7 +38,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         for (name, profile) in profiles {
             let title = format!("{name}, {} tokens live", profile.live);
             canvas.write((left, y + 9.0), &title, 13.0, INK, Side::Start, true);
-            // Counted anew, by one rule for files of any time.
+            // Counted again, by one rule for files of every version.
             let groups = grouped(profile.live, profile.layers.clone()).groups;
             let top = y + 22.0;
             let mut from = left;
@@ -47,12 +47,12 @@ pub fn figure(group: &Group) -> Option<Figure> {
                 let to = from + (right - left) * time / longest;
                 canvas.bar((from, top), (to, top + BAR), colour);
                 let share = format!("{:.0} %", 100.0 * time / profile.total_ms);
-                let told = format!("{} ms, {share}", ms(time));
+                let label = format!("{} ms, {share}", ms(time));
                 let ink = if colour == OURS { plotters::style::WHITE } else { INK };
-                if width_of(&told, 12.5) < to - from {
+                if width_of(&label, 12.5) < to - from {
                     canvas.write(
                         ((from + to) / 2.0, top + BAR / 2.0),
-                        &told,
+                        &label,
                         12.5,
                         ink,
                         Side::Middle,

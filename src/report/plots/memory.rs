@@ -19,7 +19,7 @@ const PARTS: [(&str, RGBColor); 5] = [
     ("everything else, or not told apart", MUTED),
 ];
 
-/// Bytes of each part; the last is all where nothing is told apart.
+/// Bytes of each part; the last is all where parts are not measured.
 fn parts(d: &Document, on_gpu: bool) -> Option<[u64; 5]> {
     let memory = d.memory.as_ref()?;
     if !on_gpu {

@@ -105,7 +105,7 @@ const INK: RGBColor = RGBColor(34, 34, 34);
 const FAINT_INK: RGBColor = RGBColor(105, 105, 105);
 const GRID: RGBColor = RGBColor(228, 228, 228);
 const AXIS: RGBColor = RGBColor(150, 150, 150);
-/// Other runs of Lapidary, where colours are not told by system.
+/// Other runs of Lapidary, where colours do not stand for systems.
 const OURS_TOO: RGBColor = RGBColor(120, 178, 214);
 const MUTED: RGBColor = RGBColor(176, 186, 196);
 

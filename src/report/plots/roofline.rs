@@ -159,19 +159,19 @@ pub fn figure(group: &Group) -> Option<Figure> {
         let corner = ridge.filter(|r| *r < x_max).unwrap_or(x_max);
         let slope = [(x.at(x_min), height(roof(x_min))), (x.at(corner), height(roof(corner)))];
         canvas.line(&slope, INK, 2);
-        let told = format!("measured copy bandwidth, {} GB/s", mark((bandwidth / 1e9).round()));
+        let label = format!("measured copy bandwidth, {} GB/s", mark((bandwidth / 1e9).round()));
         // Above the roof, where nothing is, as far up as the text needs to the left.
-        let share = (width_of(&told, 12.0) + 22.0) / (slope[1].0 - slope[0].0).max(1.0);
+        let share = (width_of(&label, 12.0) + 22.0) / (slope[1].0 - slope[0].0).max(1.0);
         let along = |from: f64, to: f64| from + (to - from) * share.clamp(0.5, 1.0);
         let above = (
             along(slope[0].0, slope[1].0) - 14.0,
             along(slope[0].1, slope[1].1) - 14.0,
         );
-        canvas.label(above, &told, 12.0, INK, Side::End, false);
+        canvas.label(above, &label, 12.0, INK, Side::End, false);
         if let Some(peak) = peak {
             canvas.line(&[slope[1], (right, height(peak))], INK, 2);
-            let told = format!("peak, {} {}", mark((peak / unit.0 * 10.0).round() / 10.0), unit.1);
-            canvas.label((right, height(peak) - 13.0), &told, 12.0, INK, Side::End, false);
+            let label = format!("peak, {} {}", mark((peak / unit.0 * 10.0).round() / 10.0), unit.1);
+            canvas.label((right, height(peak) - 13.0), &label, 12.0, INK, Side::End, false);
         }
         for (r, colour, points) in results.iter().rev() {
             let is_ours = r.source == ours.source;
@@ -220,8 +220,15 @@ pub fn figure(group: &Group) -> Option<Figure> {
         );
         if all().any(|p| !p.stable) {
             canvas.ring((right + 26.0, shapes + 40.0), 5, AXIS);
-            let told = "unstable: did not hold still";
-            canvas.write((right + 38.0, shapes + 40.0), told, 12.0, FAINT_INK, Side::Start, false);
+            let label = "unstable: did not hold still";
+            canvas.write(
+                (right + 38.0, shapes + 40.0),
+                label,
+                12.0,
+                FAINT_INK,
+                Side::Start,
+                false,
+            );
         }
     });
     Some(Figure {

@@ -105,9 +105,9 @@ pub fn figure(group: &Group) -> Option<Figure> {
                     };
                     canvas.bar((left, y), (at(bar.share), y + BAR), colour);
                     let doubt = if bar.stable { "" } else { ", unstable" };
-                    let told = format!("{:.2}, {}{doubt}", bar.share, bar.at);
+                    let label = format!("{:.2}, {}{doubt}", bar.share, bar.at);
                     let end = at(bar.share).max(at(1.0));
-                    canvas.write((end + 8.0, middle), &told, 12.0, FAINT_INK, Side::Start, false);
+                    canvas.write((end + 8.0, middle), &label, 12.0, FAINT_INK, Side::Start, false);
                     y += BAR + GAP;
                 }
                 canvas.line(&[(at(1.0), top - 6.0), (at(1.0), y - GAP + 6.0)], AXIS, 2);

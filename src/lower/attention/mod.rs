@@ -4,6 +4,9 @@
 //! query rows (measured: twice as fast over a long cache); the mask, which TensorRT does not broadcast over rows, is
 //! repeated for them once. Softcap and [`AttentionForm::Decomposed`] write the products and the softmax out.
 
+mod reduced_scores;
+mod split;
+
 use super::AttentionForm;
 use super::context::{Lowered, Lowering};
 use super::dispatch::no_lowering;
@@ -16,9 +19,9 @@ use crate::network::{Activation, Elementwise, LayerKind, MatrixOp, Shape, Tensor
 use crate::tensor::{DType, Tensor};
 
 /// Up to so many slots one piece a KV head reads the cache as fast as several.
-pub(super) const SHORT: usize = 1024;
+pub(in crate::lower) const SHORT: usize = 1024;
 /// Pieces for longer caches.
-pub(super) const PARTS: usize = 16;
+pub(in crate::lower) const PARTS: usize = 16;
 
 /// Query rows of one Attention layer at most, where the heads of a group are folded into the rows of several tokens. Its mask
 /// takes 4 bytes a row and slot (2048 rows over 131072 slots were 1.07 GB of scratch), and 8 KV heads of 1024 rows are work
@@ -26,11 +29,11 @@ pub(super) const PARTS: usize = 16;
 const FOLDED_ROWS: usize = 1024;
 
 /// Added to a score that must not be attended to; finite, so that a row without any is not NaN.
-pub(super) const MASKED: f64 = -1e30;
+const MASKED: f64 = -1e30;
 
 impl Lowering<'_> {
     /// The operators of [`Family::Attention`](crate::graph::op::Family::Attention).
-    pub(super) fn attention_node(&mut self, node: &Node, name: &str) -> Lowered {
+    pub(in crate::lower) fn attention_node(&mut self, node: &Node, name: &str) -> Lowered {
         match &node.op {
             Op::Attention(attributes) => self.attention(node, name, attributes),
             Op::RotaryEmbedding {
@@ -42,7 +45,7 @@ impl Lowering<'_> {
         }
     }
 
-    pub(super) fn attention(&mut self, node: &Node, name: &str, attributes: &Attention) -> Lowered {
+    pub(in crate::lower) fn attention(&mut self, node: &Node, name: &str, attributes: &Attention) -> Lowered {
         if attributes.is_causal {
             return Reason::unsupported("is_causal: the canonical graph has its mask as an input");
         }
@@ -203,7 +206,7 @@ impl Lowering<'_> {
     }
 
     /// KV heads, and query heads to each, if they are numbers that divide.
-    pub(super) fn groups(&self, q: &Shape, k: TensorId) -> Option<(usize, usize)> {
+    pub(in crate::lower) fn groups(&self, q: &Shape, k: TensorId) -> Option<(usize, usize)> {
         let (heads, kv) = (q[1].as_const()?, self.b.shape(k)[1].as_const()?);
         (kv > 0 && heads % kv == 0).then_some((kv as usize, (heads / kv) as usize))
     }
@@ -290,7 +293,7 @@ impl Lowering<'_> {
     }
 
     /// `TensorScatter(cache, update, write_indices)` on the slots of a four-dimensional cache.
-    pub(super) fn cache_update(&mut self, node: &Node, name: &str, axis: i64, circular: bool) -> Lowered {
+    pub(in crate::lower) fn cache_update(&mut self, node: &Node, name: &str, axis: i64, circular: bool) -> Lowered {
         let cache = self.data(node, 0)?;
         if circular || self.axis(axis, self.b.rank(cache))? != 2 || self.b.rank(cache) != 4 {
             return Reason::unsupported("only a linear cache [batch, kv_heads, capacity, head_dim] can be updated");
@@ -308,7 +311,8 @@ impl Lowering<'_> {
     }
 }
 
-/// Into how many layers the heads of a group are dealt, so that none has more than [`FOLDED_ROWS`] rows if that can be.
+/// The number of layers that the heads of a group are divided among, so that none has more than [`FOLDED_ROWS`] rows if
+/// possible.
 fn pieces(group: usize, tokens: usize) -> usize {
     let fits = |pieces: &usize| group.is_multiple_of(*pieces) && group / pieces * tokens <= FOLDED_ROWS;
     (1..=group).find(fits).unwrap_or(group)

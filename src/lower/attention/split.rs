@@ -4,15 +4,15 @@
 //! single layers over `[kv_heads, parts, slots / parts, d]` there are `parts` times as many pieces. The softmax is over all
 //! parts at once, in fp32, so no part's sum has to be corrected.
 
-use super::attention::MASKED;
-use super::context::{Lowered, Lowering};
+use super::MASKED;
 use crate::dim::Dim;
+use crate::lower::context::{Lowered, Lowering};
 use crate::network::{Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId, UnaryOp};
 use crate::tensor::DType;
 
 impl Lowering<'_> {
     /// The layers, or `None` where this form does not fit: several tokens, a mask by head, slots that do not divide.
-    pub(super) fn split_attention(
+    pub(in crate::lower) fn split_attention(
         &mut self,
         name: &str,
         [q, k, v]: [TensorId; 3],

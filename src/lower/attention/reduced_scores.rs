@@ -4,14 +4,14 @@
 //! `sum(q * k)` over the head dim they are read as they lie. The same with the values, `sum(p * v)` over the slots, was slower
 //! than the product and its copy at every capacity (docs/gpu.md).
 
-use super::attention::MASKED;
-use super::context::{Lowered, Lowering};
+use super::MASKED;
+use crate::lower::context::{Lowered, Lowering};
 use crate::network::{Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId};
 use crate::tensor::DType;
 
 impl Lowering<'_> {
     /// The layers, or `None` where this form does not fit: several tokens or sequences, a mask by head.
-    pub(super) fn reduced_attention(
+    pub(in crate::lower) fn reduced_attention(
         &mut self,
         name: &str,
         [q, k, v]: [TensorId; 3],
