@@ -8,6 +8,8 @@ mod contents;
 mod lora;
 #[path = "weights/modules.rs"]
 mod modules;
+#[path = "weights/quantized.rs"]
+mod quantized;
 #[path = "weights/read_only.rs"]
 mod read_only;
 #[path = "weights/refit.rs"]

@@ -26,6 +26,8 @@ use crate::tensor::{DType, Tensor};
 /// What is written.
 pub const OPSET: i64 = 24;
 pub const IR_VERSION: i64 = 11;
+/// The `producer_name` of what is written.
+pub const PRODUCER: &str = "lapidary";
 /// Constants of more bytes go to the data file in [`write_with_data`], and are what a [`Layout`] should place.
 pub const INLINE_LIMIT: usize = 1024;
 /// Start of each tensor in a data file, so that readers can use its elements where they lie.
@@ -198,11 +200,22 @@ pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, Write
         }
         dequantize(name, constant, &mut node);
     }
-    // Names that parts of quantized weights were given here.
-    let given: HashSet<&str> = node.iter().flat_map(|n| &n.input).map(String::as_str).collect();
-    let mut values = graph.value_ids().map(|v| graph.value(v).name.as_str());
-    if let Some(name) = values.find(|name| given.contains(name)) {
-        return Err(WriteError::NameTaken { name: name.to_string() });
+    // Parts of quantized weights were given names here.
+    let defined = graph.node_ids().flat_map(|id| graph.node(id).outputs.iter().flatten());
+    let mut named: HashSet<&str> = graph
+        .inputs
+        .iter()
+        .chain(defined)
+        .map(|v| graph.value(*v).name.as_str())
+        .collect();
+    if let Some(taken) = initializer
+        .iter()
+        .filter_map(|i| i.name.as_deref())
+        .find(|name| !named.insert(name))
+    {
+        return Err(WriteError::NameTaken {
+            name: taken.to_string(),
+        });
     }
     let mut domains = BTreeSet::from([""]);
     for id in graph.node_ids() {
@@ -224,7 +237,7 @@ pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, Write
     });
     let model = ModelProto {
         ir_version: Some(IR_VERSION),
-        producer_name: Some("lapidary".to_string()),
+        producer_name: Some(PRODUCER.to_string()),
         producer_version: Some(env!("CARGO_PKG_VERSION").to_string()),
         opset_import: domains
             .iter()

@@ -12,7 +12,7 @@ use super::attributes::{Attributes, Problem};
 use super::error::ReadErrorKind;
 use super::tensor::{Folder, code_name};
 use crate::graph::op::{AttributeError, AttributeSource, Binary, MICROSOFT, Op};
-use crate::graph::{Graph, ValueId};
+use crate::graph::{Constant, Graph, ValueId};
 use crate::tensor::{DType, Tensor};
 
 /// A node with its values looked up.
@@ -43,7 +43,7 @@ enum Replacement {
     Chain(Binary, bool),
     /// Input 0 unchanged.
     Pass,
-    Constant(Tensor),
+    Constant(Constant),
     /// Not known; with what is not known about it in brackets.
     Unknown(Option<String>),
 }
@@ -177,9 +177,9 @@ impl SourceNode<'_> {
                 }
             }
             Replacement::Pass => self.emit(Op::Identity, inputs[..1].to_vec(), outputs),
-            Replacement::Constant(tensor) => {
+            Replacement::Constant(constant) => {
                 if let Some(value) = outputs.first().copied().flatten() {
-                    self.graph.set_constant(value, tensor.into());
+                    self.graph.set_constant(value, constant);
                 }
             }
             Replacement::Unknown(detail) => {

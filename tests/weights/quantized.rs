@@ -1,0 +1,374 @@
+//! Quantized weights: what ONNX Runtime makes of the form they are written in, files of weights, and whole packages.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use lapidary::graph::{Constant, Graph, Op};
+use lapidary::network::{Profile, WeightMode};
+use lapidary::package::manifest::ExportFile;
+use lapidary::package::{self, Manifest, ManifestHeader, Package, PackageError, Writer};
+use lapidary::target::{Prefill, Refit, Target};
+use lapidary::tensor::quantized::Granularity;
+use lapidary::tensor::{DType, Tensor};
+use lapidary::weights::checks::Allowed;
+use lapidary::weights::source::WeightSource;
+use lapidary::{lower, onnx, passes};
+
+use crate::support::{fixture, lapidary as program, text};
+
+/// Numbers with no pattern, between -1 and 1.
+fn numbers(count: usize, seed: u64) -> Vec<f64> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// A tensor of codes, of every value that the type has.
+fn codes(dtype: DType, shape: &[usize], seed: u64) -> Tensor {
+    let numbers = numbers(shape.iter().product(), seed);
+    if dtype.is_float_format() {
+        let scaled: Vec<f64> = numbers.iter().map(|v| v * dtype.max()).collect();
+        return Tensor::from_f64_as(dtype, shape.to_vec(), &scaled);
+    }
+    let (low, high) = dtype.int_range();
+    let code = |v: &f64| low + ((v + 1.0) / 2.0 * (high - low + 1) as f64) as i64;
+    let codes: Vec<i64> = numbers.iter().map(code).collect();
+    Tensor::from_i64_as(dtype, shape.to_vec(), &codes)
+}
+
+fn quantized(dtype: DType, scale: DType, shape: &[usize], granularity: Granularity, zero_points: bool) -> Constant {
+    let of = granularity.scale_shape(shape).unwrap();
+    let scales: Vec<f64> = numbers(of.iter().product(), 3).iter().map(|v| 0.01 + v.abs()).collect();
+    let scales = Constant::tensor(Tensor::from_f64_as(scale, of.clone(), &scales)).with_origin("w.scales");
+    let zeros = zero_points.then(|| Constant::tensor(codes(dtype, &of, 7)).with_origin("w.zero_points"));
+    let codes = Constant::tensor(codes(dtype, shape, 1)).with_origin("w.codes");
+    Constant::quantized(codes, scales, zeros, granularity).unwrap()
+}
+
+const GRANULARITIES: [Granularity; 5] = [
+    Granularity::Tensor,
+    Granularity::Channel { axis: 0 },
+    Granularity::Channel { axis: 1 },
+    Granularity::Block { axis: 0, size: 2 },
+    Granularity::Block { axis: 1, size: 16 },
+];
+
+/// Every model of a folder, without optimizations: the only output, as f32, beside the model. ONNX Runtime has no kernel
+/// for f4 on the CPU; ONNX's own reference has.
+const RUN: &str = "
+import pathlib, sys, numpy, onnx, onnx.reference, onnxruntime
+options = onnxruntime.SessionOptions()
+options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+for path in sorted(pathlib.Path(sys.argv[1]).glob('*.onnx')):
+    onnx.checker.check_model(str(path), full_check=True)
+    if path.name.startswith('f4'):
+        session = onnx.reference.ReferenceEvaluator(str(path))
+    else:
+        session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    result, = session.run(None, {})
+    path.with_suffix('.f32').write_bytes(result.astype(numpy.float32).tobytes())
+";
+
+/// What we write as `DequantizeLinear` means in ONNX Runtime, to the last bit, what it means here.
+#[test]
+fn onnx_runtime_agrees() {
+    let Some(python) = std::env::var_os("LAPIDARY_PYTHON") else {
+        assert!(std::env::var_os("CI").is_none(), "CI has to set LAPIDARY_PYTHON");
+        eprintln!("LAPIDARY_PYTHON is not set: nothing is run in ONNX Runtime");
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let mut expected = BTreeMap::new();
+    for dtype in [
+        DType::I4,
+        DType::U4,
+        DType::I8,
+        DType::U8,
+        DType::F8E4M3Fn,
+        DType::F8E5M2,
+        DType::F4E2M1,
+    ] {
+        for scale in [DType::F32, DType::F16] {
+            for (i, granularity) in GRANULARITIES.into_iter().enumerate() {
+                let zero_points = !dtype.is_float_format() && i % 2 == 0;
+                let weight = quantized(dtype, scale, &[4, 32], granularity, zero_points);
+                let name = format!("{dtype}-{scale}-{i}");
+                let mut graph = Graph::default();
+                let constant = graph.add_constant("w", weight.clone());
+                let output = graph.add_node("y", Op::Identity, &[constant]);
+                graph.outputs.push(output);
+                lapidary::graph::infer(&mut graph).unwrap();
+                let path = folder.path().join(format!("{name}.onnx"));
+                onnx::write(&graph, &path, None).unwrap();
+                // And the same is read back.
+                let read = onnx::read(&path).unwrap();
+                let back = read.constant(read.find("w").unwrap()).unwrap();
+                assert_eq!(format!("{back:?}"), format!("{weight:?}"), "{name}");
+                assert_eq!(back.materialize().unwrap(), weight.materialize().unwrap(), "{name}");
+                expected.insert(name, weight.materialize().unwrap().to_f32());
+            }
+        }
+    }
+    let output = Command::new(&python)
+        .args(["-c", RUN])
+        .arg(folder.path())
+        .output()
+        .expect("LAPIDARY_PYTHON can be run");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for (name, expected) in expected {
+        let bytes = std::fs::read(folder.path().join(format!("{name}.f32"))).unwrap();
+        let found: Vec<f32> = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        assert_eq!(found, expected, "{name}");
+    }
+}
+
+/// Every form and every packed type, in one file, by way of what any reader of safetensors understands.
+#[test]
+fn a_file_of_quantized_weights_is_read_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let mut weights = Vec::new();
+    let all = [
+        DType::I4,
+        DType::U4,
+        DType::I2,
+        DType::U2,
+        DType::I8,
+        DType::U8,
+        DType::F8E4M3Fn,
+        DType::F4E2M1,
+    ];
+    for dtype in all {
+        for (i, granularity) in GRANULARITIES.into_iter().enumerate() {
+            let zero_points = !dtype.is_float_format() && i % 2 == 0;
+            let weight = quantized(dtype, DType::F16, &[4, 32], granularity, zero_points);
+            weights.push((format!("{dtype}.{i}"), weight));
+        }
+        // Not quantized, only narrow; of a size that ends within a byte.
+        weights.push((format!("{dtype}.alone"), Constant::tensor(codes(dtype, &[3, 3], 5))));
+    }
+    let scales = quantized(DType::F8E4M3Fn, DType::F32, &[4, 2], Granularity::Tensor, false);
+    let blocks = Granularity::Block { axis: 1, size: 16 };
+    let nvfp4 = Constant::quantized(codes(DType::F4E2M1, &[4, 32], 1).into(), scales, None, blocks).unwrap();
+    weights.push(("nvfp4".to_string(), nvfp4));
+    weights.push((
+        "plain".to_string(),
+        Constant::tensor(Tensor::from_f32(vec![3], &[1.0, 2.0, 3.0])),
+    ));
+    let metadata = BTreeMap::from([("format".to_string(), "lapidary".to_string())]);
+    let stored = lapidary::weights::write(&path, &weights, &metadata, &mut |_, _, _| Ok(()), |_| {}).unwrap();
+
+    let bytes = std::fs::read(&path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.tensor("u4.0.codes").unwrap().shape(), [4, 16], "packed, as bytes");
+    let source = WeightSource::open(&path, 1).unwrap();
+    let names: Vec<&str> = source.tensors.keys().map(String::as_str).collect();
+    for ((name, weight), stored) in weights.iter().zip(&stored) {
+        // The same bytes under another name are stored, and found, once.
+        let Some(back) = source.tensors.get(name) else {
+            assert!(stored.tensors()[0].same_as.is_some(), "{name} is not in {names:?}");
+            continue;
+        };
+        assert_eq!(format!("{back:?}"), format!("{weight:?}"), "{name}");
+        assert_eq!(back.materialize().unwrap(), weight.materialize().unwrap(), "{name}");
+        for ((_, part), (_, expected)) in back.stored_parts("").into_iter().zip(weight.stored_parts("")) {
+            assert_eq!(part.materialize().unwrap(), expected.materialize().unwrap(), "{name}");
+        }
+        assert_eq!(
+            lapidary::weights::content_hash(back).unwrap(),
+            stored.blake3(),
+            "{name}"
+        );
+    }
+    let hashes: std::collections::BTreeSet<String> = stored.iter().map(|s| s.blake3()).collect();
+    assert_eq!(hashes.len(), stored.len(), "no two mean the same");
+}
+
+#[test]
+fn bad_scales_are_named_before_anything_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let weight = Constant::quantized(
+        codes(DType::U4, &[2, 32], 1).into(),
+        Tensor::from_f32(vec![2, 1], &[1.0, f32::NAN]).into(),
+        None,
+        Granularity::Block { axis: 1, size: 32 },
+    );
+    let weights = [("up.weight".to_string(), weight.unwrap())];
+    let error = lapidary::weights::write(&path, &weights, &BTreeMap::new(), &mut |_, _, _| Ok(()), |_| {});
+    assert_eq!(
+        error.unwrap_err().to_string(),
+        "the quantized weight \"up.weight\": the scale at index 1 is NaN"
+    );
+}
+
+/// A model whose matrices are quantized in blocks, or per channel where blocks do not divide.
+fn quantized_model(model: &Path) -> passes::Canonical {
+    let options = passes::CanonicalizeOptions {
+        max_positions: 64,
+        ..passes::CanonicalizeOptions::default()
+    };
+    let mut canonical = passes::canonicalize(onnx::read(model).unwrap(), &options).unwrap();
+    let graph = &mut canonical.graph;
+    for id in graph.value_ids().collect::<Vec<_>>() {
+        let Some(constant) = graph
+            .constant(id)
+            .filter(|c| c.shape().len() == 2 && c.dtype().is_float())
+        else {
+            continue;
+        };
+        let Some(origin) = constant.origin().map(str::to_string) else {
+            continue;
+        };
+        let (tensor, width) = (constant.materialize().unwrap(), constant.shape()[1]);
+        let granularity = match width.is_multiple_of(8) {
+            true => Granularity::Block { axis: 1, size: 8 },
+            false => Granularity::Channel { axis: 0 },
+        };
+        let run = if width.is_multiple_of(8) { 8 } else { width };
+        let values = tensor.to_f32();
+        let blocks = values.chunks(run);
+        let scales: Vec<f32> = blocks
+            .clone()
+            .map(|block| block.iter().fold(1e-6f32, |most, v| most.max(v.abs())) / 7.0)
+            .collect();
+        let rounded = blocks.zip(&scales);
+        let codes: Vec<i64> = rounded
+            .flat_map(|(block, scale)| block.iter().map(move |v| (v / scale).round() as i64 + 8))
+            .collect();
+        let shape = granularity.scale_shape(tensor.shape()).unwrap();
+        let part = |tensor: Tensor, part: &str| Constant::tensor(tensor).with_origin(&format!("{origin}.{part}"));
+        let zeros = Tensor::from_i64_as(DType::U4, shape.clone(), &vec![8; scales.len()]);
+        let weight = Constant::quantized(
+            part(Tensor::from_i64_as(DType::U4, tensor.shape().to_vec(), &codes), "q"),
+            part(Tensor::from_f32(shape, &scales), "s"),
+            Some(part(zeros, "z")),
+            granularity,
+        );
+        graph.set_constant(id, weight.unwrap());
+    }
+    canonical
+}
+
+fn write(target: &Path, canonical: &passes::Canonical) -> Result<Manifest, PackageError> {
+    let header = ManifestHeader {
+        source: ExportFile {
+            file: "model.onnx".into(),
+            blake3: "0".repeat(64),
+            bytes: 1,
+            exporter: "test".into(),
+            producer: "test".into(),
+            opsets: vec![("ai.onnx".into(), 18)],
+        },
+        architecture: canonical.architecture.clone(),
+        dtype: DType::F32,
+        targets: vec![Target::Cpu],
+        weight_mode: WeightMode::Bind,
+        refit: Refit::None,
+        capacities: vec![16, 64],
+        prefill: Prefill::Chunks(vec![8]),
+        passes: Vec::new(),
+    };
+    Writer::new(target, true, &canonical.graph, header, Allowed::default(), |_, _| {})?.finish()
+}
+
+fn parts(graph: &Graph) -> BTreeMap<String, Constant> {
+    let stored = lower::stored_weights(graph).into_iter();
+    stored.map(|(_, weight)| (weight.name, weight.constant)).collect()
+}
+
+#[test]
+fn a_package_of_quantized_weights_is_whole_and_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = folder.path().join("pkg");
+    let canonical = quantized_model(&fixture("exports/llama-optimum/model.onnx"));
+    let manifest = write(&pkg, &canonical).unwrap();
+    let quantized: Vec<_> = manifest
+        .weights
+        .tensors
+        .iter()
+        .filter(|w| w.quantized.is_some())
+        .collect();
+    assert!(quantized.len() > 10, "the matrices are quantized");
+    for weight in &quantized {
+        let elements: usize = weight.shape.iter().product();
+        assert!(
+            weight.bytes < elements as u64 * 2,
+            "{}: {} bytes",
+            weight.name,
+            weight.bytes
+        );
+        let recipe = weight.recipe.as_ref().unwrap();
+        assert_eq!(
+            recipe.leaves().len(),
+            3,
+            "{}: codes, scales and zero points",
+            weight.name
+        );
+    }
+
+    // Opened, every byte checked, read back as what it was.
+    let package = Package::open(&pkg).unwrap();
+    assert_eq!(package.manifest, manifest);
+    package.check_hashes().unwrap();
+    let mut graph = package.graph().unwrap();
+    lapidary::graph::infer(&mut graph).unwrap();
+    let (before, after) = (parts(&canonical.graph), parts(&graph));
+    assert_eq!(before.keys().collect::<Vec<_>>(), after.keys().collect::<Vec<_>>());
+    for (name, weight) in &before {
+        assert_eq!(format!("{:?}", after[name]), format!("{weight:?}"), "{name}");
+        assert_eq!(
+            after[name].materialize().unwrap(),
+            weight.materialize().unwrap(),
+            "{name}"
+        );
+    }
+    // A second package of what was read has the same weights.
+    let again = passes::Canonical { graph, ..canonical };
+    let second = write(&folder.path().join("again"), &again).unwrap();
+    let hashes = |m: &Manifest| -> BTreeMap<String, String> {
+        let weights = m.weights.tensors.iter();
+        weights.map(|w| (w.name.clone(), w.blake3.clone())).collect()
+    };
+    let (first, second) = (hashes(&manifest), hashes(&second));
+    assert!(first.iter().all(|(name, hash)| second.get(name) == Some(hash)));
+
+    // It runs, on the values that the codes stand for.
+    let network = lower::lower(&again.graph, &Profile::decode(16), &lower::LowerOptions::default()).unwrap();
+    assert!(network.weights.iter().any(|w| w.constant.as_quantized().is_some()));
+    let answer = program([
+        "generate",
+        text(&pkg),
+        "--prompt-ids",
+        "1,2,3",
+        "--max-new-tokens",
+        "3",
+        "--json",
+    ]);
+    assert_eq!(answer.status, 0, "{}", answer.stderr);
+
+    // Stripped, it says what is missing; a changed byte of a scale is found.
+    let stripped = folder.path().join("stripped");
+    package::strip(&package, &stripped, false).unwrap();
+    let architecture = Package::open(&stripped).unwrap().architecture().unwrap();
+    let of = |graph: &Graph| {
+        lower::weights(graph)
+            .iter()
+            .map(|w| format!("{:?}", w.constant))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(of(&architecture), of(&package.architecture().unwrap()));
+    let scales = quantized[0].quantized.as_ref().unwrap().parts()[1].clone();
+    let file = pkg.join(&manifest.weights.file);
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes[scales.offset as usize] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let error = package.check_hashes().unwrap_err();
+    assert!(error.to_string().contains(&quantized[0].name), "{error}");
+}
