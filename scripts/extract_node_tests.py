@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 OPS = """
-Abs Add And Attention Cast Clip Concat ConstantOfShape Cos Div Equal Erf Exp Expand Flatten Gather GatherElements
+Abs Add And Attention Cast Clip Concat ConstantOfShape Cos Div Elu Equal Erf Exp Expand Flatten Gather GatherElements
 GatherND Gelu Gemm Greater GreaterOrEqual Identity IsNaN LayerNormalization Less LessOrEqual Log MatMul Max Min Mul
 Neg Not Or Pow RMSNormalization Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape
 RotaryEmbedding ScatterElements ScatterND Shape Sigmoid Sin Size Slice Softmax Split Sqrt Squeeze Sub Swish Tanh

@@ -1,8 +1,6 @@
 //! Passes on real exports: the rewritten graph computes what ONNX Runtime computed from the original, and what should have
 //! been recognised was. Passes on small graphs: every spelling, and what must stay.
 
-#[path = "rewrites/activations.rs"]
-mod activations;
 #[path = "rewrites/exports.rs"]
 mod exports;
 #[path = "rewrites/norms.rs"]

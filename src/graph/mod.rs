@@ -49,7 +49,7 @@ pub mod verify;
 
 use std::collections::{HashMap, HashSet};
 
-pub use crate::ir_text::ParseError;
+pub use crate::ir_text::{ParseError, made_up};
 pub use constant::{Constant, ConstantError, ConstantSource, Transform};
 pub use dump::{dump, identity_text};
 pub use infer::{Contents, InferError, InferenceFacts, bind_input_dims, infer};

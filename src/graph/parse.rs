@@ -4,7 +4,7 @@
 //! [`parse`] leaves them absent), the origins of constants, and the name of a node whose output is named after it. So
 //! `dump(parse(dump(graph)))` is `dump(graph)`. For graphs written by hand a constant may also be `= random(7)`, made-up
 //! elements by that seed, or `= full(0.5)`; and `from a.name` at the end of its line names its origin, which makes it a
-//! weight.
+//! weight. A node's output and an output of the graph may stand without their types, which inference finds.
 
 use std::cell::RefCell;
 
@@ -79,7 +79,14 @@ impl Typed {
     fn read(line: &mut Cursor) -> Parsed<Typed> {
         let at = line.position();
         let name = read_name(line)?;
-        line.expect(": ")?;
+        if !line.eat(": ") {
+            return Ok(Typed {
+                name,
+                at,
+                dtype: None,
+                shape: None,
+            });
+        }
         let dtype = match line.eat("?") {
             true => None,
             false => Some(line.dtype()?),
@@ -288,7 +295,8 @@ impl<F: FnMut(&str, DType, &[usize]) -> Constant> Parser<F> {
         let end = line.position();
         if let Some(id) = self.graph.find(&typed.name) {
             let value = self.graph.value(id);
-            if (value.dtype, &value.shape) != (typed.dtype, &typed.shape) {
+            let given = typed.dtype.is_some() || typed.shape.is_some();
+            if given && (value.dtype, &value.shape) != (typed.dtype, &typed.shape) {
                 return Err(line.error_at(typed.at, "the type that the value has where it is defined"));
             }
             // A constant's elements stand here again.

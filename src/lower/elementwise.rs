@@ -20,6 +20,7 @@ impl Lowering<'_> {
             Op::Binary(op) => self.binary(node, name, *op),
             Op::Gelu { tanh } => self.gelu(node, name, *tanh),
             Op::Swish { alpha } => self.swish(node, name, *alpha),
+            Op::Elu { alpha } => self.elu(node, name, *alpha),
             Op::Clip => self.clip(node, name),
             Op::Cast { to } => self.cast(node, name, *to),
             Op::CastLike => self.cast_like(node, name),
@@ -161,6 +162,20 @@ impl Lowering<'_> {
             .b
             .activation(&format!("{name}/sigmoid"), Activation::Sigmoid, scaled)?;
         Ok(self.b.elementwise(name, Elementwise::Prod, x, gate)?)
+    }
+
+    /// `max(x, 0) + alpha * (exp(min(x, 0)) - 1)`: TensorRT's own ELU has a factor that the binding cannot set.
+    fn elu(&mut self, node: &Node, name: &str, alpha: f32) -> Lowered {
+        let x = self.data(node, 0)?;
+        let part = |part: &str| format!("{name}/{part}");
+        let (dtype, rank) = (self.b.dtype(x), self.b.rank(x));
+        let (zero, one) = (self.number(dtype, rank, 0.0)?, self.number(dtype, rank, 1.0)?);
+        let positive = self.b.elementwise(&part("positive"), Elementwise::Max, x, zero)?;
+        let negative = self.b.elementwise(&part("negative"), Elementwise::Min, x, zero)?;
+        let exp = self.b.unary(&part("exp"), UnaryOp::Exp, negative)?;
+        let bent = self.b.elementwise(&part("bent"), Elementwise::Sub, exp, one)?;
+        let scaled = self.scaled(&part("alpha"), bent, alpha)?;
+        Ok(self.b.elementwise(name, Elementwise::Sum, positive, scaled)?)
     }
 
     pub(super) fn clip(&mut self, node: &Node, name: &str) -> Lowered {

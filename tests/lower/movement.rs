@@ -56,24 +56,6 @@ fn movements() {
 }
 
 #[test]
-fn chained_shuffles_keep_their_order() {
-    let mut case = Case::new();
-    let x = case.floats(&[1, 3, 8]);
-    let g = &mut case.graph;
-    let heads = g.add_i64("heads", &[1, 3, 2, 4]);
-    let y = g.add_node("split", Op::Reshape { allowzero: false }, &[x, heads]);
-    let perm = |p: &[usize]| Op::Transpose { perm: Some(p.to_vec()) };
-    let y = g.add_node("first", perm(&[0, 2, 1, 3]), &[y]);
-    let y = g.add_node("second", perm(&[0, 1, 3, 2]), &[y]);
-    let flat = g.add_i64("flat", &[6, 4]);
-    let z = g.add_node("joined", Op::Reshape { allowzero: false }, &[y, flat]);
-    let w = g.add_node("third", perm(&[1, 0]), &[z]);
-    let v = g.add_node("same", perm(&[1, 0]), &[w]);
-    g.outputs = vec![y, z, w, v];
-    case.check("chained shuffles");
-}
-
-#[test]
 fn slices() {
     for (starts, ends, axes, steps) in [
         (&[1][..], &[3][..], &[1][..], &[1][..]),
@@ -123,9 +105,4 @@ fn shapes_read_as_data() {
         .map(|v| case.graph.add_constant("end", Tensor::from_i64(vec![], &[*v])))
         .collect();
     case.node(Op::Range, &ends, 1);
-    // Reshape to a shape that is computed from another tensor's.
-    let mut case = Case::new();
-    let (x, like) = (case.floats(&[6]), case.floats(&[2, 3]));
-    let shape = case.graph.add_node("shape", Op::Shape { start: 0, end: None }, &[like]);
-    case.node(Op::Reshape { allowzero: false }, &[x, shape], 1);
 }

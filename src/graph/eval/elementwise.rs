@@ -13,6 +13,7 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
         Op::Binary(op) => binary(*op, need(0)?, need(1)?)?,
         Op::Gelu { tanh } => gelu(need(0)?, *tanh)?,
         Op::Swish { alpha } => swish(need(0)?, *alpha)?,
+        Op::Elu { alpha } => elu(need(0)?, *alpha)?,
         Op::Clip => clip(need(0)?, maybe(1), maybe(2))?,
         Op::Identity => need(0)?.clone(),
         Op::Cast { to } => cast(need(0)?, *to),
@@ -109,6 +110,10 @@ pub(super) fn gelu(x: &Tensor, tanh: bool) -> Result<Tensor> {
 
 pub(super) fn swish(x: &Tensor, alpha: f32) -> Result<Tensor> {
     map_float(x, |x| x * sigmoid(f64::from(alpha) * x))
+}
+
+fn elu(x: &Tensor, alpha: f32) -> Result<Tensor> {
+    map_float(x, |x| if x > 0.0 { x } else { f64::from(alpha) * x.exp_m1() })
 }
 
 pub(super) fn map_float(x: &Tensor, f: impl Fn(f64) -> f64) -> Result<Tensor> {

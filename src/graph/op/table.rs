@@ -26,6 +26,9 @@ operators! {
         /// `x * sigmoid(alpha * x)`; SiLU at alpha 1.
         Swish { alpha: f32 = real("alpha", 1.0) }
             => onnx("Swish", &[24], &[float()]).family(Family::Elementwise).like_input().row_wise(RowWise::Always);
+        /// `x` where it is positive, `alpha * (exp(x) - 1)` elsewhere.
+        Elu { alpha: f32 = real("alpha", 1.0) }
+            => onnx("Elu", &[1, 6, 22], &[float()]).family(Family::Elementwise).like_input().row_wise(RowWise::Always);
         /// Inputs: x, min?, max?.
         Clip => onnx("Clip", &[1, 6, 11, 12, 13], &[number().same(), number().same().optional(), number().same().optional()])
             .family(Family::Elementwise).row_wise(RowWise::Always);

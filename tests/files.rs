@@ -1,0 +1,26 @@
+//! Text forms, and behaviour described by them.
+//!
+//! `tests/files/*/*.txt` are cases: a graph, what is done with it, and the graph, network or refusal that comes of it. The
+//! folder says what is done: `passes` rewrites, `lower` lowers, `infer` types and verifies, `parse` reads. A case looks like
+//!
+//! ```text
+//! # What it shows.
+//! pass: cleanup
+//! --- input
+//! graph small
+//! ...
+//! --- output
+//! 1 rewrite
+//! graph small
+//! ...
+//! ```
+//!
+//! Lines above the input are comments (`#`) or options; `runner` lists the options. `UPDATE_FILES=1 cargo nextest run
+//! --test files` writes the output that comes of each input; read the difference before you commit it.
+
+#[path = "files/operators_page.rs"]
+mod operators_page;
+#[path = "files/round_trips.rs"]
+mod round_trips;
+#[path = "files/runner.rs"]
+mod runner;

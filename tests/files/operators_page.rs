@@ -1,0 +1,84 @@
+//! docs/operators.md is the table of operators.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use lapidary::graph::Op;
+use lapidary::graph::op::{Input, Moves, RowWise};
+
+const HEAD: &str = "\
+# Operators
+
+What Lapidary reads, as `src/graph/op` declares it. Written by `UPDATE_FILES=1 cargo nextest run --test files`; do not edit.
+
+- *Versions*: the opsets that define the operator anew, up to 24; models of opset 14 to 24 are read. Contrib operators of ONNX
+  Runtime have one version.
+- *Inputs*: their element types; `=` marks those that must be of one type, `?` those that may be left out, `…` one that may be
+  repeated.
+- *Rows*: whether one token's values are computed from the same token alone (`always`, or `last axis`: if it works along that).
+- *Canonical*: whether it may stay in the graph of a package; the passes rewrite the others or refuse the model.
+
+| operator | versions | inputs | family | rows | only moves | canonical |
+|---|---|---|---|---|---|---|
+";
+
+fn input(input: &Input) -> String {
+    let mark = |is: bool, mark: &str| if is { mark.to_string() } else { String::new() };
+    format!(
+        "{}{}{}",
+        input.types.name(),
+        mark(input.same, " ="),
+        mark(input.optional, " ?")
+    )
+}
+
+fn page() -> String {
+    let mut all = Op::all();
+    all.sort_by_key(|op| (op.domain().to_string(), op.op_type().to_string()));
+    let mut text = HEAD.to_string();
+    for op in all {
+        let info = op.info();
+        let domain = if op.domain().is_empty() { "" } else { "com.microsoft::" };
+        let versions: Vec<String> = info.versions.iter().map(i64::to_string).collect();
+        let mut inputs: Vec<String> = info.inputs.iter().map(input).collect();
+        if info.variadic {
+            inputs.push("…".to_string());
+        }
+        let rows = match info.row_wise {
+            RowWise::Always => "always",
+            RowWise::OverLastAxis => "last axis",
+            RowWise::Never => "",
+        };
+        let moves = match info.moves {
+            Moves::No => "",
+            Moves::InOrder => "in order",
+            Moves::Elsewhere => "elsewhere",
+        };
+        let canonical = if info.canonical { "yes" } else { "no" };
+        let _ = writeln!(
+            text,
+            "| {domain}{} | {} | {} | {:?} | {rows} | {moves} | {canonical} |",
+            op.op_type(),
+            versions.join(", "),
+            inputs.join(", "),
+            info.family
+        );
+    }
+    text
+}
+
+#[test]
+fn the_page_is_the_table() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/operators.md");
+    let page = page();
+    if std::env::var_os("UPDATE_FILES").is_some() {
+        fs::write(&path, &page).unwrap();
+    }
+    let found = fs::read_to_string(&path).unwrap_or_default();
+    let other = page.lines().zip(found.lines()).find(|(a, b)| a != b);
+    assert!(
+        page == found,
+        "docs/operators.md is not the table of operators ({other:?}); UPDATE_FILES=1 writes it"
+    );
+}
