@@ -8,6 +8,7 @@ use divan::counter::{BytesCount, ItemsCount};
 use lapidary::backend::cpu::{Bindings, CompileOptions, KvCaches, Program};
 use lapidary::dim::Dim;
 use lapidary::graph::Constant;
+use lapidary::interface::Role;
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{self, lower};
 use lapidary::network::{LayerKind, Network, NetworkBuilder, Profile, WeightMode};
@@ -170,10 +171,10 @@ fn run(bencher: Bencher<'_, '_>, network: &Network, past: usize) {
     let floats: Vec<Vec<f32>> = inputs.iter().map(|p| vec![0.01; len(&p.shape)]).collect();
     let ints: Vec<Vec<i32>> = inputs
         .iter()
-        .map(|p| match p.name.as_str() {
-            "position_ids" => (past as i32..(past + tokens) as i32).collect(),
-            "write_indices" => vec![past as i32],
-            "logit_rows" => vec![tokens as i32 - 1],
+        .map(|p| match p.name.parse().ok() {
+            Some(Role::PositionIds) => (past as i32..(past + tokens) as i32).collect(),
+            Some(Role::WriteIndices) => vec![past as i32],
+            Some(Role::LogitRows) => vec![tokens as i32 - 1],
             _ => vec![7; len(&p.shape)],
         })
         .collect();

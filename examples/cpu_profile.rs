@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use lapidary::backend::cpu::{Bindings, CompileOptions, KvCaches, Program, available_threads};
 use lapidary::graph::Constant;
+use lapidary::interface::Role;
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{self, lower};
 use lapidary::network::Profile;
@@ -57,12 +58,12 @@ fn main() {
     let mut logits = vec![0f32; config.vocabulary];
     let mut bindings = Bindings::new();
     bindings
-        .input("input_ids", &ids[..])
-        .input("position_ids", &positions[..])
-        .input("write_indices", &write[..])
-        .input("logit_rows", &last[..])
+        .input(Role::TokenIds, &ids[..])
+        .input(Role::PositionIds, &positions[..])
+        .input(Role::WriteIndices, &write[..])
+        .input(Role::LogitRows, &last[..])
         .caches(&mut caches)
-        .output("logits", &mut logits[..]);
+        .output(Role::Logits, &mut logits[..]);
     let mut times: Vec<f64> = Vec::new();
     let until = Instant::now();
     while times.len() < 5 || (until.elapsed().as_secs_f64() < 2.0 && times.len() < 200) {

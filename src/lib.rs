@@ -91,6 +91,7 @@ pub mod decode;
 pub mod dim;
 pub mod graph;
 pub mod help;
+pub mod interface;
 mod ir_text;
 pub mod lower;
 pub mod network;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use lapidary::graph::Graph;
-use lapidary::network::{Profile, WeightMode};
+use lapidary::interface::Role;
+use lapidary::network::{Profile, Tokens, WeightMode};
 use lapidary::package::manifest::{EngineEntry, ExportFile};
 use lapidary::package::{Manifest, ManifestHeader, Package, PackageError, Writer};
 use lapidary::target::{Prefill, Refit, Target};
@@ -62,6 +63,85 @@ fn weights(graph: &Graph) -> BTreeMap<String, Vec<f32>> {
     let list = lower::weights(graph).into_iter();
     list.map(|w| (w.name, w.constant.materialize().unwrap().to_f32()))
         .collect()
+}
+
+/// The folders of all exports that have a model.
+fn exports() -> Vec<String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/exports");
+    let folders = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path());
+    let with_model = folders.filter(|folder| folder.join("reference.json").exists());
+    let mut names: Vec<String> = with_model
+        .map(|folder| folder.file_name().unwrap().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    assert!(names.len() > 40, "{names:?}");
+    names
+}
+
+/// Passes make the interface; the manifest, the graph read back from ONNX and every network have the same.
+#[test]
+fn every_level_has_the_same_interface() {
+    for export in exports() {
+        let folder = tempfile::tempdir().unwrap();
+        let pkg = folder.path().join("pkg");
+        let canonical = canonical(&export);
+        let interface = canonical.graph.interface.as_ref().unwrap();
+        let expected = interface.signature();
+        let architecture = &canonical.architecture;
+        assert_eq!(expected.caches.len(), 2 * architecture.caches, "{export}");
+        for shape in &expected.caches {
+            assert_eq!(
+                (shape.kv_heads, shape.dtype),
+                (architecture.kv_heads, architecture.cache_dtype)
+            );
+        }
+        let manifest = write(&pkg, false, &canonical).unwrap();
+        assert_eq!(manifest.interface.as_ref(), Some(&expected), "{export}");
+        let package = Package::open(&pkg).unwrap();
+        for graph in [package.graph().unwrap(), package.architecture().unwrap()] {
+            assert_eq!(graph.interface.as_ref().unwrap().signature(), expected, "{export}");
+        }
+        let graph = package.graph().unwrap();
+        for profile in [Profile::decode(16), Profile::prefill(3, 24)] {
+            if architecture
+                .tokens
+                .is_some_and(|tokens| Tokens::Static(tokens) != profile.tokens)
+            {
+                continue;
+            }
+            let network = lower::lower(&graph, &profile, &lower::Options::default()).unwrap();
+            let found = network.interface.as_ref().unwrap();
+            assert_eq!(found.signature().of_graph(), expected, "{export} {profile}");
+            assert_eq!(network.canonical_interface().as_ref(), Ok(found), "{export} {profile}");
+            assert!(found.input(Role::LogitRows).is_some());
+        }
+    }
+}
+
+/// Packages of versions without an interface in the manifest have it in the names of their graph.
+#[test]
+fn a_manifest_without_interface_opens() {
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = folder.path().join("pkg");
+    let canonical = canonical("llama-optimum");
+    write(&pkg, false, &canonical).unwrap();
+    let path = pkg.join("manifest.json");
+    let mut manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let interface = manifest.as_object_mut().unwrap().remove("interface").unwrap();
+    std::fs::write(&path, manifest.to_string()).unwrap();
+    let package = Package::open(&pkg).unwrap();
+    assert_eq!(package.manifest.interface, None);
+    let graph = package.graph().unwrap();
+    let expected = canonical.graph.interface.as_ref().unwrap().signature();
+    assert_eq!(graph.interface.as_ref().unwrap().signature(), expected);
+
+    // One that describes another graph is refused.
+    let mut other = interface;
+    other["caches"][0]["head_dim"] = serde_json::json!(1);
+    manifest["interface"] = other;
+    std::fs::write(&path, manifest.to_string()).unwrap();
+    let error = Package::open(&pkg).unwrap().graph().unwrap_err().to_string();
+    assert!(error.contains("its inputs and outputs are not those"), "{error}");
 }
 
 #[test]

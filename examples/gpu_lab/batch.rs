@@ -9,6 +9,7 @@ use std::rc::Rc;
 use lapidary::backend::tensorrt::run::{Buffer, Engine, LoadOptions, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::graph::Graph;
+use lapidary::interface::Role;
 use lapidary::lower::{LowerOptions, lower};
 use lapidary::network::{Logits, Profile, Tokens};
 use lapidary::package::Package;
@@ -17,11 +18,14 @@ use serde_json::{Value, json};
 use crate::Outcome;
 use crate::drive::Case;
 
+/// The small inputs of a call.
+const INPUTS: [Role; 4] = [Role::TokenIds, Role::PositionIds, Role::WriteIndices, Role::LogitRows];
+
 /// One engine with its inputs; weights and caches are shared by name.
 struct Part {
     engine: Engine,
     tokens: usize,
-    inputs: HashMap<String, Buffer>,
+    inputs: HashMap<Role, Buffer>,
     _scratch: Buffer,
 }
 
@@ -51,20 +55,24 @@ impl Batch {
         let cuda = self.runtime.cuda().clone();
         let name = |id| network.tensor(id).name.clone();
         let caches: HashMap<String, String> = network.aliases().map(|(from, to)| (name(to), name(from))).collect();
+        let interface = network.interface.as_ref().expect("lowering gives networks an interface");
+        let roles = interface.inputs().iter().chain(interface.outputs());
+        let roles: HashMap<String, Role> = roles.map(|port| (name(port.id), port.role)).collect();
         let mut inputs = HashMap::new();
         let mut ports = engine.ports().to_vec();
         ports.sort_by_key(|port| !port.is_input);
         for port in ports {
             let bytes = port.bytes(1);
             let cache = caches.get(&port.name).unwrap_or(&port.name);
-            let address = if port.name == "logits" {
+            let role = roles.get(&port.name).copied();
+            let address = if role == Some(Role::Logits) {
                 self.logits.address()
             } else if let Some(known) = self.shared.get(cache) {
                 known.address()
-            } else if ["input_ids", "position_ids", "write_indices", "logit_rows"].contains(&port.name.as_str()) {
+            } else if let Some(role) = role.filter(|role| INPUTS.contains(role)) {
                 let buffer = Buffer::new(&cuda, bytes, &port.name)?;
                 let address = buffer.address();
-                inputs.insert(port.name.clone(), buffer);
+                inputs.insert(role, buffer);
                 address
             } else {
                 let buffer = Buffer::new(&cuda, bytes, &port.name)?;
@@ -102,9 +110,8 @@ impl Batch {
             columns[2].push(*position as i32);
             columns[3].push(tokens.len().saturating_sub(1) as i32);
         }
-        let names = ["input_ids", "position_ids", "write_indices", "logit_rows"];
-        for (name, column) in names.iter().zip(&columns) {
-            if let Some(buffer) = part.inputs.get(*name) {
+        for (role, column) in INPUTS.iter().zip(&columns) {
+            if let Some(buffer) = part.inputs.get(role) {
                 buffer.write(0, bytemuck::cast_slice(column))?;
             }
         }

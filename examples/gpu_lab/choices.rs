@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use lapidary::backend::tensorrt::run::timing::SyntheticEngine;
 use lapidary::backend::tensorrt::run::{Engine, LoadOptions, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
+use lapidary::interface::Role;
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{LowerOptions, lower};
 use lapidary::network::{Network, Profile};
@@ -128,7 +129,7 @@ pub fn measure(library: &Library, network: &Network, plan: &[u8], gpu: &Mutex<()
     let engine = Engine::load(&runtime, Path::new("synthetic"), plan, network, loading)?;
     let _alone = gpu.lock().expect("no panic");
     let mut engine = SyntheticEngine::new(engine, network)?;
-    engine.set("position_ids", 300)?;
+    engine.set(Role::PositionIds, 300)?;
     let took = engine.time(&Stream::new(runtime.cuda())?, times)?;
     // The engine's memory goes back before the next one measures.
     drop(engine);

@@ -5,8 +5,10 @@
 //! programs for the last few lengths.
 
 use super::device::{Chunk, Device, DeviceError};
+use super::step::StepInputs;
 use crate::backend::cpu::{Bindings, CompileOptions, KvCaches, Program};
 use crate::graph::Graph;
+use crate::interface::Role;
 use crate::lower;
 use crate::network::Profile;
 
@@ -27,6 +29,8 @@ pub struct CpuDevice {
     caches: Option<KvCaches>,
     capacity: usize,
     last: Option<Profile>,
+    /// Inputs of the last call.
+    inputs: Vec<(Role, Vec<i32>)>,
 }
 
 impl CpuDevice {
@@ -41,6 +45,7 @@ impl CpuDevice {
             caches: None,
             capacity: 0,
             last: None,
+            inputs: Vec::new(),
         }
     }
 
@@ -104,20 +109,29 @@ impl Device for CpuDevice {
         let profile = Profile::prefill(chunk.rows, self.capacity);
         self.prepare(profile)?;
         self.last = Some(profile);
-        let int = |n: usize| i32::try_from(n).expect("positions fit 31 bits");
-        let ids: Vec<i32> = tokens.iter().map(|id| *id as i32).collect();
-        let positions: Vec<i32> = (position..position + tokens.len()).map(int).collect();
-        let (write, row) = ([int(position)], [int(tokens.len() - 1)]);
+        let (_, program) = self.programs.last_mut().expect("just prepared");
+        let step = StepInputs {
+            tokens,
+            position,
+            rows: chunk.rows,
+        };
+        self.inputs.clear();
+        for port in program.inputs() {
+            let role = port
+                .role
+                .ok_or_else(|| failed(format!("{:?} has no role", port.name)))?;
+            let mut values = vec![0; StepInputs::len(role, chunk.rows).map_err(failed)?];
+            step.write(role, &mut values).map_err(failed)?;
+            self.inputs.push((role, values));
+        }
         logits.resize(self.vocabulary, 0.0);
         let mut bindings = Bindings::new();
+        for (role, values) in &self.inputs {
+            bindings.input(*role, &values[..]);
+        }
         bindings
-            .input("input_ids", &ids[..])
-            .input("position_ids", &positions[..])
-            .input("write_indices", &write[..])
-            .input("logit_rows", &row[..])
-            .output("logits", &mut logits[..])
+            .output(Role::Logits, &mut logits[..])
             .caches(self.caches.as_mut().expect("reserved before"));
-        let (_, program) = self.programs.last_mut().expect("just prepared");
         program.run(&mut bindings).map_err(failed)
     }
 }

@@ -15,6 +15,7 @@ pub mod instruments;
 mod open;
 pub mod reference;
 mod session;
+mod step;
 
 pub use device::{Chunk, Device, DeviceError, best};
 pub use generate::{FinishReason, GenerateError, Generation, Limits, Piece, Step, Timing, generate, stream};

@@ -12,7 +12,8 @@
 //!
 //! # The canonical graph
 //!
-//! What the passes give and the lowering takes; valid ONNX at opset 24. With `i` counting layers:
+//! What the passes give and the lowering takes; valid ONNX at opset 24. [`Graph::interface`] says which value is which;
+//! the names are those of [`Role`](crate::interface::Role). With `i` counting layers:
 //!
 //! | inputs | dtype | shape |
 //! |---|---|---|
@@ -37,10 +38,12 @@
 //! `Transpose(perm = [1, 0])` by `MatMul`; a bias is an `Add` after it. `batch` is the constant 1 where the export
 //! fixed it.
 
+mod attention;
 pub mod constant;
 pub mod dump;
 pub mod eval;
 pub mod infer;
+mod interface;
 pub mod op;
 mod parse;
 pub mod quantized;
@@ -50,6 +53,7 @@ pub mod verify;
 use std::collections::{HashMap, HashSet};
 
 pub use crate::ir_text::{ParseError, made_up};
+pub use attention::AttentionScores;
 pub use constant::{Constant, ConstantError, ConstantSource, Transform};
 pub use dump::{dump, identity_text};
 pub use infer::{Contents, InferError, InferenceFacts, bind_input_dims, infer};
@@ -60,6 +64,7 @@ pub use verify::{Obstacle, Obstacles, verify};
 
 use crate::dim::Dim;
 use crate::help::Help;
+use crate::interface::Interface;
 use crate::tensor::{DType, Tensor};
 
 /// A shape of symbolic dims.
@@ -132,6 +137,8 @@ pub struct Graph {
     pub producer: Producer,
     pub inputs: Vec<ValueId>,
     pub outputs: Vec<ValueId>,
+    /// What the inputs and outputs are for, in a canonical graph; `None` in an export.
+    pub interface: Option<Interface<ValueId>>,
     values: Vec<Value>,
     nodes: Vec<Option<Node>>,
     order: Vec<NodeId>,
@@ -337,6 +344,9 @@ impl Graph {
         }
         for output in self.outputs.iter_mut().filter(|o| **o == old) {
             *output = new;
+        }
+        if let Some(interface) = &mut self.interface {
+            interface.replace_output(old, new);
         }
     }
 

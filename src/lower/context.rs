@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use super::LowerOptions;
 use super::error::{LowerError, Reason};
 use super::fuse::Fusions;
-use super::logit_rows::{LOGIT_ROWS, logits};
+use super::logit_rows::logits;
 use super::weights::Table;
 use crate::dim::{Dim, Sym};
 use crate::graph::infer::InferenceFacts;
 use crate::graph::{Constant, Graph, Node, NodeId, ValueId};
-use crate::network::{BuildError, LayerKind, Logits, Network, NetworkBuilder, Profile, TensorId, Tokens};
+use crate::interface::{Interface, Port, Role};
+use crate::network::{BuildError, LayerKind, Logits, Network, NetworkBuilder, Profile, TensorId, Tokens, VerifyError};
 use crate::tensor::DType;
 
 pub(super) type Lowered<T = TensorId> = Result<T, Reason>;
@@ -93,21 +94,33 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    /// The network's inputs: the graph's in their order, `logit_rows` before the caches.
-    pub fn interface(&mut self) -> Result<(), LowerError> {
-        let is_cache = |v: &ValueId| self.graph.value(*v).name.contains("_cache.");
-        let (caches, plain): (Vec<ValueId>, Vec<ValueId>) = self.graph.inputs.iter().copied().partition(is_cache);
-        for value in plain {
-            self.graph_input(value)?;
+    /// The network's inputs: the graph's in their order, the choice of rows before the caches.
+    pub fn inputs(&mut self) -> Result<(), LowerError> {
+        let Some(interface) = &self.graph.interface else {
+            for value in &self.graph.inputs {
+                self.graph_input(*value)?;
+            }
+            return self.logit_rows();
+        };
+        let ports = interface.inputs();
+        let first_cache = ports.partition_point(|port| port.role < Role::LogitRows);
+        for port in &ports[..first_cache] {
+            self.graph_input(port.id)?;
         }
+        self.logit_rows()?;
+        for port in &ports[first_cache..] {
+            self.graph_input(port.id)?;
+        }
+        Ok(())
+    }
+
+    /// The input that chooses rows, if the profile asks for it.
+    fn logit_rows(&mut self) -> Result<(), LowerError> {
         if self.profile.logits == Logits::Rows {
-            let batch = Dim::from(self.profile.batch);
-            let input = self.b.input(LOGIT_ROWS, DType::I32, &[batch]);
-            let id = input.map_err(|e| input_error(LOGIT_ROWS, &e.to_string()))?;
+            let (name, batch) = (Role::LogitRows.name(), Dim::from(self.profile.batch));
+            let input = self.b.input(&name, DType::I32, &[batch]);
+            let id = input.map_err(|e| input_error(&name, &e.to_string()))?;
             self.logit_rows = Some(id);
-        }
-        for value in caches {
-            self.graph_input(value)?;
         }
         Ok(())
     }
@@ -150,6 +163,7 @@ impl<'a> Lowering<'a> {
     pub fn finish(mut self) -> Result<Network, LowerError> {
         self.in_rows = false;
         let logits = logits(self.graph);
+        let mut outputs = HashMap::new();
         for id in self.graph.outputs.clone() {
             let name = self.graph.value(id).name.clone();
             let fail = |reason: String| LowerError::Output {
@@ -171,8 +185,38 @@ impl<'a> Lowering<'a> {
                 other => Err(other),
             });
             named.map_err(|e| fail(e.to_string()))?;
+            outputs.insert(id, *self.b.network().outputs.last().expect("just added"));
+        }
+        if let Some(interface) = &self.graph.interface {
+            let interface = self.interface(interface, &outputs)?;
+            self.b.interface(interface);
         }
         Ok(self.b.finish_pruned().map_err(Box::new)?)
+    }
+
+    /// The graph's interface over the network's tensors, with the choice of rows.
+    fn interface(
+        &self,
+        of_graph: &Interface<ValueId>,
+        outputs: &HashMap<ValueId, TensorId>,
+    ) -> Result<Interface<TensorId>, LowerError> {
+        let ports = |ports: &[Port<ValueId>], ids: &HashMap<ValueId, TensorId>| -> Vec<Port<TensorId>> {
+            let found = ports.iter().filter_map(|Port { role, id }| {
+                let (role, id) = (*role, *ids.get(id)?);
+                Some(Port { role, id })
+            });
+            found.collect()
+        };
+        let mut inputs = ports(of_graph.inputs(), &self.values);
+        if let Some(id) = self.logit_rows {
+            let role = Role::LogitRows;
+            let at = inputs.partition_point(|port| port.role < role);
+            inputs.insert(at, Port { role, id });
+        }
+        let outputs = ports(of_graph.outputs(), outputs);
+        let network = self.b.network();
+        let interface = Interface::new(inputs, outputs, |cache, id| network.cache_shape(cache, id));
+        Ok(interface.map_err(|errors| Box::new(VerifyError::Ports(errors)))?)
     }
 
     fn output(&mut self, id: ValueId, logits: Option<ValueId>) -> Lowered {

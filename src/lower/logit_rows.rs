@@ -15,16 +15,13 @@ use super::error::Reason;
 use crate::dim::{Dim, Sym};
 use crate::graph::op::RowWise;
 use crate::graph::{Graph, Node, NodeId, Op, ValueId};
+use crate::interface::Interface;
 use crate::network::{Elementwise, LayerKind, Logits, MatrixOp, Profile, TensorId, Tokens};
 use crate::tensor::DType;
 
-/// The input that chooses the tokens: i32 `[batch]`.
-pub(super) const LOGIT_ROWS: &str = "logit_rows";
-
-/// The graph's logits: the output of that name.
+/// The graph's logits; none in a graph without interface.
 pub(super) fn logits(graph: &Graph) -> Option<ValueId> {
-    let mut outputs = graph.outputs.iter().copied();
-    outputs.find(|v| graph.value(*v).name == "logits")
+    graph.interface.as_ref().map(Interface::logits)
 }
 
 /// The nodes that compute on the chosen rows only. Empty unless the profile asks for rows.

@@ -228,7 +228,7 @@ fn lower_typed(
         false => fuse::Fusions::default(),
     };
     let mut lowering = Lowering::new(graph, facts, *profile, options, &table, rows, fusions);
-    lowering.interface()?;
+    lowering.inputs()?;
     let mut obstacles = Vec::new();
     for id in graph.node_ids().filter(|id| demand.nodes.contains(id)) {
         let node = graph.node(id);

@@ -7,6 +7,7 @@
 use crate::dim::{Dim, Sym};
 use crate::graph::op::{Attention, Binary, Op};
 use crate::graph::{Constant, Graph, Shape, ValueId};
+use crate::interface::{CacheId, CachePart, Role};
 use crate::tensor::{DType, Tensor};
 
 /// The dimensions of a decoder of the Llama family.
@@ -213,16 +214,18 @@ impl<W: FnMut(&str, DType, Vec<usize>) -> Constant> Maker<'_, W> {
         let (batch, tokens) = (Dim::sym(Sym::batch()), Dim::sym(Sym::tokens()));
         let ids = self
             .graph
-            .add_input("input_ids", DType::I64, vec![batch.clone(), tokens.clone()]);
+            .add_input(&Role::TokenIds.name(), DType::I64, vec![batch.clone(), tokens.clone()]);
         let positions = self
             .graph
-            .add_input("position_ids", DType::I64, vec![batch.clone(), tokens]);
-        let at = self.graph.add_input("write_indices", DType::I64, vec![batch.clone()]);
+            .add_input(&Role::PositionIds.name(), DType::I64, vec![batch.clone(), tokens]);
+        let at = self
+            .graph
+            .add_input(&Role::WriteIndices.name(), DType::I64, vec![batch.clone()]);
         let slots: Shape = vec![batch, c.kv_heads.into(), Dim::sym(Sym::capacity()), c.head_dim.into()];
         let mut caches = Vec::new();
-        for i in 0..c.layers {
-            let parts = ["key", "value"].map(|part| format!("{part}_cache.{i}"));
-            caches.push(parts.map(|name| self.graph.add_input(&name, c.dtype, slots.clone())));
+        for layer in 0..c.layers {
+            let names = CachePart::ALL.map(|part| Role::Cache(CacheId { layer, part }).name());
+            caches.push(names.map(|name| self.graph.add_input(&name, c.dtype, slots.clone())));
         }
         let mask = self.mask(positions, caches[0][0]);
         let tables = self.tables();
@@ -235,14 +238,17 @@ impl<W: FnMut(&str, DType, Vec<usize>) -> Constant> Maker<'_, W> {
         }
         let shape = self.row(c.hidden);
         let x = self.rms_norm("model.norm", x, c.hidden, shape);
+        let name = Role::Logits.name();
         let logits = match c.tied {
-            true => self.product("logits", x, embedding, c.hidden, c.vocabulary),
+            true => self.product(&name, x, embedding, c.hidden, c.vocabulary),
             false => self.linear("lm_head", x, c.hidden, c.vocabulary),
         };
-        if self.graph.value(logits).name != "logits" {
-            self.graph.rename(logits, "logits");
+        if self.graph.value(logits).name != name {
+            self.graph.rename(logits, &name);
         }
         self.graph.outputs = std::iter::once(logits).chain(updated).collect();
+        let named = self.graph.set_canonical_interface();
+        named.expect("this module gives inputs and outputs their canonical names");
     }
 
     /// bool `[batch, 1, tokens, capacity]`.
@@ -352,13 +358,13 @@ impl<W: FnMut(&str, DType, Vec<usize>) -> Constant> Maker<'_, W> {
             *x = self.float(&n(&format!("self_attn.{part}_rope")), rotary, &inputs, shape);
         }
         let [q, k, v] = qkv;
-        let [k, v] = [(k, caches[0], "key"), (v, caches[1], "value")].map(|(x, cache, part)| {
+        let [k, v] = [(k, caches[0], CachePart::Key), (v, caches[1], CachePart::Value)].map(|(x, cache, part)| {
             let scatter = Op::TensorScatter {
                 axis: 2,
                 circular: false,
             };
             let shape = self.graph.shape(cache).expect("inputs are typed").clone();
-            let name = format!("updated_{part}_cache.{i}");
+            let name = Role::UpdatedCache(CacheId { layer: i, part }).name();
             let written = self.float(&name, scatter, &[cache, x, at], shape);
             updated.push(written);
             written

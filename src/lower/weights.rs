@@ -5,6 +5,7 @@ use std::fmt::Write;
 
 use super::demand::{Demand, demand};
 use crate::graph::{Constant, ConstantSource, Graph, ValueId};
+use crate::interface::Role;
 use crate::tensor::DType;
 
 /// Constants up to this size may be part of a plan; larger ones are always weights.
@@ -53,7 +54,7 @@ pub fn weights(graph: &Graph) -> Vec<NamedWeight> {
 pub(super) fn table(graph: &Graph, demand: &Demand) -> Table {
     let interface = graph.inputs.iter().chain(&graph.outputs);
     let mut taken: HashSet<String> = interface.map(|v| graph.value(*v).name.clone()).collect();
-    taken.insert(super::logit_rows::LOGIT_ROWS.to_string());
+    taken.insert(Role::LogitRows.name());
     let mut known: HashMap<String, usize> = HashMap::new();
     let mut by_value = HashMap::new();
     let mut list: Vec<NamedWeight> = Vec::new();

@@ -25,6 +25,7 @@ use std::fmt;
 
 use crate::dim::Dim;
 use crate::graph::Constant;
+use crate::interface::Interface;
 use crate::tensor::{self, DType};
 
 use super::infer::{Fault, infer};
@@ -185,6 +186,11 @@ impl NetworkBuilder {
         self.fixed.insert(id);
         self.network.outputs.push(id);
         Ok(())
+    }
+
+    /// Says what the inputs and outputs are for.
+    pub fn interface(&mut self, interface: Interface<TensorId>) {
+        self.network.interface = Some(interface);
     }
 
     /// The weight as a tensor. One layer a name: asking again gives the same tensor.

@@ -15,6 +15,8 @@
 //!
 //! # Interface of a lowered network
 //!
+//! [`Network::interface`] says which tensor is which; the names are those of [`Role`](crate::interface::Role).
+//!
 //! | inputs | dtype | shape |
 //! |---|---|---|
 //! | `input_ids`, `position_ids` | i32 | `[batch, tokens]` |
@@ -32,6 +34,7 @@ pub mod builder;
 mod builder_tests;
 mod dump;
 mod infer;
+mod interface;
 mod kind;
 mod parse;
 mod prune;
@@ -41,13 +44,15 @@ use std::fmt;
 
 pub use builder::{BuildError, LayerError, NetworkBuilder};
 pub use infer::Fault;
+pub use interface::verify_interface;
 pub(crate) use kind::RowLayer;
 pub use kind::{Activation, Elementwise, LayerKind, MatrixOp, ReduceOp, UnaryOp};
 pub use parse::parse;
-pub use verify::{VerifyError, verify, verify_interface};
+pub use verify::{VerifyError, verify};
 
 use crate::dim::Dim;
 use crate::graph::Constant;
+use crate::interface::Interface;
 use crate::tensor::DType;
 
 /// A shape of symbolic dims.
@@ -171,6 +176,8 @@ pub struct Network {
     pub layers: Vec<Layer>,
     pub inputs: Vec<TensorId>,
     pub outputs: Vec<TensorId>,
+    /// What the inputs and outputs are for, in the network of a model; `None` in other networks.
+    pub interface: Option<Interface<TensorId>>,
     pub weights: Vec<Weight>,
 }
 
@@ -183,6 +190,7 @@ impl Network {
             layers: Vec::new(),
             inputs: Vec::new(),
             outputs: Vec::new(),
+            interface: None,
             weights: Vec::new(),
         }
     }

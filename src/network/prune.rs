@@ -48,4 +48,8 @@ pub(super) fn prune(network: &mut Network) {
     }
     network.weights = kept_weights;
     network.inputs.iter_mut().chain(&mut network.outputs).for_each(renumber);
+    network.interface = network
+        .interface
+        .take()
+        .map(|interface| interface.map(|id| numbers[id.0 as usize]));
 }

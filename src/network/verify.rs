@@ -1,16 +1,16 @@
 //! The rules of a whole [`Network`]. `builder` checks them when it finishes, `package` when it reads a network, the back
 //! ends before they trust one.
 //!
-//! [`verify`] holds for any network, [`verify_interface`] for one that a decoder session can run.
+//! [`verify`] holds for any network, [`verify_interface`](super::verify_interface) for one that a decoder session can run.
 
 use std::collections::HashSet;
 
 use crate::dim::{Dim, Sym};
-use crate::tensor::DType;
+use crate::interface::InterfaceErrors;
 
 use super::builder::LayerError;
 use super::infer::infer;
-use super::{LayerKind, Logits, Network, Tensor, TensorId, Tokens};
+use super::{LayerKind, Network, Tensor, TensorId, Tokens};
 
 /// The first broken rule of a network: a bug of the code that made the network.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -67,6 +67,12 @@ pub enum VerifyError {
     },
     #[error("the interface needs {wanted}, but the network has {found}")]
     Interface { wanted: String, found: String },
+    #[error(
+        "nothing says what the network's inputs {inputs} and outputs {outputs} are for; lower a graph with an interface"
+    )]
+    NoInterface { inputs: String, outputs: String },
+    #[error("a session cannot bind the network: {0}")]
+    Ports(InterfaceErrors),
 }
 
 /// The rules of any network: static single assignment in order of execution, unique names, every layer's own rule, dims
@@ -223,75 +229,4 @@ fn verify_weights(network: &Network) -> Result<(), VerifyError> {
         None => Ok(()),
         Some(i) => Err(VerifyError::UnusedWeight(network.weights[i].name.clone())),
     }
-}
-
-/// The table at the head of [`network`](super): names, dtypes and shapes of what a session binds. Assumes [`verify`].
-pub fn verify_interface(network: &Network) -> Result<(), VerifyError> {
-    let profile = network.profile;
-    let batch = Dim::from(profile.batch);
-    let tokens = match profile.tokens {
-        Tokens::Static(n) => Dim::from(n),
-        Tokens::Dynamic { .. } => Dim::sym(Sym::tokens()),
-    };
-    let describe = |tensor: &Tensor| format!("{:?} {}{:?}", tensor.name, tensor.dtype, tensor.shape);
-    let missing = |wanted: String, ids: &[TensorId]| {
-        let names = ids.iter().map(|id| describe(network.tensor(*id)));
-        let found = names.collect::<Vec<_>>().join(", ");
-        VerifyError::Interface { wanted, found }
-    };
-    let need = |ids: &[TensorId], name: &str, dtype: DType, shape: &[Dim]| {
-        let found = ids.iter().map(|id| network.tensor(*id)).find(|t| t.name == name);
-        match found {
-            Some(tensor) if tensor.dtype == dtype && tensor.shape == shape => Ok(()),
-            _ => Err(missing(format!("{name:?} {dtype}{shape:?}"), ids)),
-        }
-    };
-    let row = [batch.clone(), tokens.clone()];
-    need(&network.inputs, "input_ids", DType::I32, &row)?;
-    need(&network.inputs, "position_ids", DType::I32, &row)?;
-    need(&network.inputs, "write_indices", DType::I32, &row[..1])?;
-    let mut inputs = 3;
-    if profile.logits == Logits::Rows {
-        need(&network.inputs, "logit_rows", DType::I32, &row[..1])?;
-        inputs += 1;
-    }
-    let Some(logits) = network.outputs.first().map(|id| network.tensor(*id)) else {
-        return Err(VerifyError::NoOutput);
-    };
-    let rows = match profile.logits {
-        Logits::All => tokens,
-        Logits::Rows => Dim::from(1usize),
-    };
-    let vocabulary = logits.shape.last().cloned().unwrap_or_default();
-    need(
-        &network.outputs[..1],
-        "logits",
-        DType::F32,
-        &[batch.clone(), rows, vocabulary],
-    )?;
-
-    let caches = network.inputs.len().saturating_sub(inputs);
-    if caches % 2 != 0 || network.outputs.len() != caches + 1 {
-        let wanted = format!("a key and a value cache for each layer and {} outputs", caches + 1);
-        let found = format!("{caches} caches and {} outputs", network.outputs.len());
-        return Err(VerifyError::Interface { wanted, found });
-    }
-    for i in 0..caches / 2 {
-        for part in ["key", "value"] {
-            let name = format!("{part}_cache.{i}");
-            let Some(cache) = network.find(&name).filter(|id| network.inputs.contains(id)) else {
-                return Err(missing(format!("the input {name:?}"), &network.inputs));
-            };
-            let cache = network.tensor(cache);
-            let [b, _, slots, _] = &cache.shape[..] else {
-                return Err(missing(format!("{name:?} of rank 4"), &network.inputs));
-            };
-            if *b != batch || *slots != Dim::from(profile.capacity) || !cache.dtype.is_float() {
-                let wanted = format!("{name:?} float[{batch}, kv_heads, {}, head_dim]", profile.capacity);
-                return Err(missing(wanted, &network.inputs));
-            }
-            need(&network.outputs, &format!("updated_{name}"), cache.dtype, &cache.shape)?;
-        }
-    }
-    Ok(())
 }

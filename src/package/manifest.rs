@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+use crate::interface::Signature;
 use crate::network::{Profile, WeightMode};
 use crate::passes::Architecture;
 use crate::target::{Prefill, Refit, Target};
@@ -32,6 +33,9 @@ pub struct Manifest {
     pub targets: Vec<Target>,
     pub weight_mode: WeightMode,
     pub refit: Refit,
+    /// What the graph takes and gives. Packages of versions without it have the same in the names of their graph.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<Signature>,
     /// Slots a cache can have, ascending.
     pub capacities: Vec<usize>,
     pub prefill: Prefill,

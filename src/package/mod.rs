@@ -157,7 +157,32 @@ impl Package {
     /// The canonical graph, its weights mapped from the package. A stripped package has none that could run.
     pub fn graph(&self) -> Result<Graph, PackageError> {
         self.check_present()?;
-        Ok(onnx::read(self.path(&self.manifest.graph.file)?)?)
+        let path = self.path(&self.manifest.graph.file)?;
+        self.with_interface(onnx::read(&path)?, &path)
+    }
+
+    /// The graph with its interface, which ONNX keeps by names alone; it must be the one of the manifest.
+    fn with_interface(&self, mut graph: Graph, path: &Path) -> Result<Graph, PackageError> {
+        let fault = |message: String| PackageError::Manifest {
+            path: path.to_path_buf(),
+            message,
+        };
+        let interface = graph
+            .canonical_interface()
+            .map_err(|errors| fault(errors.to_string()))?;
+        let found = interface.signature();
+        match &self.manifest.interface {
+            Some(expected) if *expected != found => {
+                let path = manifest_path(&self.folder).display().to_string();
+                Err(fault(format!(
+                    "its inputs and outputs are not those that {path} describes"
+                )))
+            }
+            _ => {
+                graph.interface = Some(interface);
+                Ok(graph)
+            }
+        }
     }
 
     /// Refuses a stripped package.
@@ -175,7 +200,7 @@ impl Package {
         let path = self.path(&self.manifest.graph.file)?;
         let mut graph = onnx::read_stripped(&path)?;
         match infer(&mut graph) {
-            Ok(_) => Ok(graph),
+            Ok(_) => self.with_interface(graph, &path),
             Err(error) => Err(PackageError::Manifest {
                 path,
                 message: error.to_string(),

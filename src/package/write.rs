@@ -11,6 +11,7 @@ use super::manifest::{
 use super::staging::Staging;
 use super::{CONSTANTS, ENGINES, GRAPH, MANIFEST, Package, PackageError, TOKENIZER, WEIGHTS, hash_file};
 use crate::graph::{Constant, Graph, ValueId, identity_text};
+use crate::interface::Interface;
 use crate::network::WeightMode;
 use crate::passes::Architecture;
 use crate::target::{Prefill, Refit, Target};
@@ -70,6 +71,7 @@ impl Writer {
             targets: header.targets,
             weight_mode: header.weight_mode,
             refit: header.refit,
+            interface: graph.interface.as_ref().map(Interface::signature),
             capacities: header.capacities,
             prefill: header.prefill,
             graph: stored_graph.graph,

@@ -108,8 +108,8 @@ pub fn describe(graph: &Graph, roles: &Roles, analysis: &Analysis, limit: Option
         intermediate: intermediate(graph, hidden, first.query.heads * key.dim, vocabulary),
         vocabulary,
         max_positions: limit.into_iter().chain(tables).chain(analysis.position_limit).min(),
-        windows: analysis.layers.iter().map(|l| l.window).collect(),
-        attention_softcap: (first.softcap != 0.0).then_some(first.softcap),
+        windows: analysis.layers.iter().map(|l| l.scores.window).collect(),
+        attention_softcap: first.scores.softcap,
         rotary: rotated.map(|rope| Rotary {
             interleaved: rope.interleaved,
             rotary_dim: rope.rotary_dim,

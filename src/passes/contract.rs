@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::attention::Obstacle;
+use crate::graph::Graph;
 use crate::graph::op::Op;
-use crate::graph::{Graph, ValueId};
-use crate::tensor::DType;
+use crate::interface::InterfaceErrors;
 
 /// Everything that keeps the graph from being canonical; empty if it is.
 pub fn check(graph: &Graph) -> Vec<Obstacle> {
@@ -23,38 +23,32 @@ fn obstacle(at: &str, reason: String) -> Obstacle {
     }
 }
 
+/// The interface that `emit` gave the graph must be the one that its names, dtypes and shapes tell: what reads the graph
+/// from a file has nothing else.
 fn interface(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
-    let names = |ids: &[ValueId]| -> Vec<String> { ids.iter().map(|id| graph.value(*id).name.clone()).collect() };
-    let pairs = graph.inputs.len().saturating_sub(3) / 2;
-    let mut inputs = vec!["input_ids".to_string(), "position_ids".into(), "write_indices".into()];
-    let mut outputs = vec!["logits".to_string()];
-    for i in 0..pairs {
-        inputs.extend([format!("key_cache.{i}"), format!("value_cache.{i}")]);
-        outputs.extend([format!("updated_key_cache.{i}"), format!("updated_value_cache.{i}")]);
-    }
-    for (what, found, expected) in [
-        ("inputs", names(&graph.inputs), inputs),
-        ("outputs", names(&graph.outputs), outputs),
-    ] {
-        if found != expected {
+    match graph.canonical_interface() {
+        Err(errors) => obstacles.extend(interface_obstacles(errors)),
+        Ok(told) if graph.interface.as_ref() != Some(&told) => {
+            let found = graph.interface.as_ref().map(|known| known.signature());
             obstacles.push(obstacle(
-                what,
-                format!("are {} where {} are canonical", found.join(", "), expected.join(", ")),
+                "interface",
+                format!("is {found:?}, but its names tell {:?}", told.signature()),
             ));
         }
+        Ok(_) => {}
     }
     let logits = graph.outputs.first().map(|id| graph.value(*id));
-    let ids = graph.inputs.first().and_then(|id| graph.shape(*id));
-    if let (Some(logits), Some(ids)) = (logits, ids) {
-        let fits = logits.shape.as_ref().is_some_and(|s| s.len() == 3 && s[..2] == ids[..]);
-        if !fits || !logits.dtype.is_some_and(DType::is_float) {
-            let found = format!("{:?} {:?}", logits.dtype, logits.shape);
-            obstacles.push(obstacle(
-                "logits",
-                format!("are {found} where a float for every token, [batch, tokens, vocabulary], was expected"),
-            ));
-        }
+    if let Some(logits) = logits
+        && (logits.dtype.is_none() || logits.shape.is_none())
+    {
+        obstacles.push(obstacle("logits", "have no known dtype and shape".into()));
     }
+}
+
+/// Faults of an interface as obstacles.
+pub fn interface_obstacles(errors: InterfaceErrors) -> Vec<Obstacle> {
+    let errors = errors.0.into_iter();
+    errors.map(|error| obstacle("interface", error.to_string())).collect()
 }
 
 /// The operators of a canonical graph. Recognition must have removed all others.

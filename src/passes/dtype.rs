@@ -41,7 +41,7 @@ pub fn run(graph: &mut Graph, to: DType, allow_overflow: bool) -> Result<usize, 
                     Some(cast) => graph.set_constant(id, cast),
                     None if allow_overflow && constant.len() > 1 => graph.set_constant(id, constant.cast(to)),
                     None => {
-                        // A weight and its transpose are one to whoever reads this.
+                        // A weight and its transpose are one to a reader.
                         let what = described(graph, id, &constant);
                         if !unfit.contains(&what) {
                             unfit.push(what);
@@ -56,6 +56,10 @@ pub fn run(graph: &mut Graph, to: DType, allow_overflow: bool) -> Result<usize, 
             }
             _ => graph.value_mut(id).dtype = Some(to),
         }
+    }
+    if let Some(mut interface) = graph.interface.take() {
+        interface.set_cache_dtypes(|id| graph.value(id).dtype);
+        graph.interface = Some(interface);
     }
     if !unfit.is_empty() {
         return Err(PassError::Range {

@@ -1,32 +1,28 @@
-//! Writes what was understood as canonical operators, and gives the graph its canonical interface.
+//! Writes the recognised attention as canonical operators, and gives the graph its canonical [`Interface`].
 //!
 //! Takes an [`Analysis`] without obstacles. Each attention becomes `TensorScatter` on two caches and `Attention`, behind
 //! the picks and rotations of its projections; masks are written once per window. The export's own masks, caches and
 //! positions are then read by nothing and fall away.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 use super::attention::layout::TokenLayout;
 use super::attention::projection::Projection;
 use super::attention::{Analysis, AttentionLayer, Obstacle};
+use super::contract;
 use super::reshapes::reshape_to;
 use super::roles::Roles;
 use crate::dim::{Dim, Sym};
-use crate::graph::op::{self, Binary, Op};
+use crate::graph::op::{Binary, Op};
 use crate::graph::{Constant, Graph, Shape, ValueId};
+use crate::interface::{CacheId, CachePart, Interface, Port, Role};
 use crate::tensor::{DType, Tensor};
-
-/// The canonical inputs, as far as passes behind this one use them.
-#[derive(Clone, Copy, Debug)]
-pub struct CanonicalInputs {
-    pub input_ids: ValueId,
-    pub position_ids: ValueId,
-    pub write_indices: ValueId,
-}
 
 struct Emitter<'g> {
     graph: &'g mut Graph,
-    interface: CanonicalInputs,
+    token_ids: ValueId,
+    position_ids: ValueId,
+    write_indices: ValueId,
     batch: Dim,
     tokens: Dim,
     /// Masks by window.
@@ -37,10 +33,13 @@ struct Emitter<'g> {
     tables: HashMap<(usize, DType), (ValueId, ValueId)>,
     /// New caches by the export's: input, and output once written.
     caches: HashMap<ValueId, (ValueId, Option<ValueId>)>,
+    /// The first of the new caches, which shows the capacity.
+    first_cache: Option<ValueId>,
 }
 
-/// Rewrites the graph. Fails where rows or an output have a shape that no reshape can give.
-pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<CanonicalInputs, Vec<Obstacle>> {
+/// Rewrites the graph and sets its [`Graph::interface`]. Fails where rows or an output have a shape that no reshape can
+/// give.
+pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), Vec<Obstacle>> {
     let logits = graph
         .outputs
         .iter()
@@ -48,47 +47,54 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<Cano
         .find(|o| !analysis.caches.values().any(|c| c.output == *o))
         .expect("the analysis found one output besides the caches");
     // The canonical order: pairs as the attentions come.
-    let mut pairs: Vec<(ValueId, ValueId)> = Vec::new();
+    let mut pairs: Vec<[ValueId; 2]> = Vec::new();
     for layer in &analysis.layers {
-        if !pairs.contains(&(layer.key_cache, layer.value_cache)) {
-            pairs.push((layer.key_cache, layer.value_cache));
+        if !pairs.contains(&[layer.key_cache, layer.value_cache]) {
+            pairs.push([layer.key_cache, layer.value_cache]);
         }
     }
-    free_names(graph, pairs.len(), roles.input_ids, logits);
+    let ids = (0..pairs.len()).flat_map(|layer| CachePart::ALL.map(|part| CacheId { layer, part }));
+    let old_caches: Vec<(CacheId, ValueId)> = ids.zip(pairs.into_iter().flatten()).collect();
+    free_names(graph, &old_caches, roles.input_ids, logits);
 
     let dim = |fixed: Option<usize>, sym: Sym| fixed.map_or_else(|| Dim::sym(sym), Dim::from);
     let (batch, tokens) = (dim(roles.batch, Sym::batch()), dim(roles.tokens, Sym::tokens()));
     let old_inputs = std::mem::take(&mut graph.inputs);
-    let input_ids = token_input(graph, roles.input_ids, vec![batch.clone(), tokens.clone()]);
-    let position_ids = graph.add_input("position_ids", DType::I64, vec![batch.clone(), tokens.clone()]);
-    let write_indices = graph.add_input("write_indices", DType::I64, vec![batch.clone()]);
     debug_assert!(old_inputs.contains(&roles.input_ids));
+    let row = vec![batch.clone(), tokens.clone()];
+    let token_ids = token_input(graph, roles.input_ids, row.clone());
+    let position_ids = graph.add_input(&Role::PositionIds.name(), DType::I64, row);
+    let write_indices = graph.add_input(&Role::WriteIndices.name(), DType::I64, vec![batch.clone()]);
+    let mut inputs = vec![
+        (Role::TokenIds, token_ids),
+        (Role::PositionIds, position_ids),
+        (Role::WriteIndices, write_indices),
+    ];
     let mut caches = HashMap::new();
-    for (i, (key, value)) in pairs.iter().enumerate() {
-        for (old, name) in [(key, format!("key_cache.{i}")), (value, format!("value_cache.{i}"))] {
-            let cache = &analysis.caches[old];
-            let shape = vec![
-                batch.clone(),
-                Dim::from(cache.heads),
-                Dim::sym(Sym::capacity()),
-                Dim::from(cache.dim),
-            ];
-            let dtype = graph.value(*old).dtype.unwrap_or(DType::F32);
-            caches.insert(*old, (graph.add_input(&name, dtype, shape), None));
-        }
+    for (id, old) in &old_caches {
+        let cache = &analysis.caches[old];
+        let shape = vec![
+            batch.clone(),
+            Dim::from(cache.heads),
+            Dim::sym(Sym::capacity()),
+            Dim::from(cache.dim),
+        ];
+        let dtype = graph.value(*old).dtype.unwrap_or(DType::F32);
+        let new = graph.add_input(&Role::Cache(*id).name(), dtype, shape);
+        caches.insert(*old, (new, None));
+        inputs.push((Role::Cache(*id), new));
     }
     let mut emitter = Emitter {
         graph,
-        interface: CanonicalInputs {
-            input_ids,
-            position_ids,
-            write_indices,
-        },
+        token_ids,
+        position_ids,
+        write_indices,
         batch,
         tokens,
         masks: HashMap::new(),
         counters: None,
         tables: HashMap::new(),
+        first_cache: inputs.get(3).map(|(_, id)| *id),
         caches,
     };
     let mut obstacles = Vec::new();
@@ -104,40 +110,38 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<Cano
     if !obstacles.is_empty() {
         return Err(obstacles);
     }
-    let (interface, caches) = (emitter.interface, emitter.caches);
-    let mut outputs = vec![logits];
-    for (i, (key, value)) in pairs.iter().enumerate() {
-        for (old, name) in [
-            (key, format!("updated_key_cache.{i}")),
-            (value, format!("updated_value_cache.{i}")),
-        ] {
-            let (_, updated) = caches[old];
-            let updated = updated.expect("every cache in a layer was written");
-            graph.rename(updated, &name);
-            outputs.push(updated);
-        }
+    let caches = emitter.caches;
+    let mut outputs = vec![(Role::Logits, logits)];
+    for (id, old) in &old_caches {
+        let (_, updated) = caches[old];
+        let updated = updated.expect("every cache in a layer was written");
+        let role = Role::UpdatedCache(*id);
+        graph.rename(updated, &role.name());
+        outputs.push((role, updated));
     }
-    if graph.value(logits).name != "logits" {
-        graph.rename(logits, "logits");
+    if graph.value(logits).name != Role::Logits.name() {
+        graph.rename(logits, &Role::Logits.name());
     }
-    graph.outputs = outputs;
-    Ok(interface)
+    graph.outputs = outputs.iter().map(|(_, id)| *id).collect();
+    let ports = |ports: Vec<(Role, ValueId)>| ports.into_iter().map(|(role, id)| Port { role, id }).collect();
+    let interface = Interface::new(ports(inputs), ports(outputs), |cache, id| graph.cache_shape(cache, id));
+    graph.interface = Some(interface.map_err(contract::interface_obstacles)?);
+    Ok(())
 }
 
 /// Moves values of the export that have canonical names out of the way.
-fn free_names(graph: &mut Graph, pairs: usize, input_ids: ValueId, logits: ValueId) {
-    let mut names: BTreeSet<String> = ["input_ids", "position_ids", "write_indices", "logits"]
-        .map(String::from)
-        .into();
-    for i in 0..pairs {
-        for kind in ["key", "value"] {
-            names.insert(format!("{kind}_cache.{i}"));
-            names.insert(format!("updated_{kind}_cache.{i}"));
-        }
-    }
-    for name in names {
+fn free_names(graph: &mut Graph, caches: &[(CacheId, ValueId)], input_ids: ValueId, logits: ValueId) {
+    let mut roles = vec![Role::TokenIds, Role::PositionIds, Role::WriteIndices, Role::Logits];
+    roles.extend(
+        caches
+            .iter()
+            .flat_map(|(id, _)| [Role::Cache(*id), Role::UpdatedCache(*id)]),
+    );
+    let mut names: Vec<(String, Role)> = roles.into_iter().map(|role| (role.name(), role)).collect();
+    names.sort_unstable();
+    for (name, role) in names {
         let Some(id) = graph.find(&name) else { continue };
-        if (id == input_ids && name == "input_ids") || (id == logits && name == "logits") {
+        if (id == input_ids && role == Role::TokenIds) || (id == logits && role == Role::Logits) {
             continue;
         }
         let free = graph.fresh_name(&format!("export.{name}"));
@@ -147,20 +151,21 @@ fn free_names(graph: &mut Graph, pairs: usize, input_ids: ValueId, logits: Value
 
 /// The token ids as i64, whatever the export takes.
 fn token_input(graph: &mut Graph, old: ValueId, shape: Shape) -> ValueId {
+    let name = Role::TokenIds.name();
     if graph.value(old).dtype == Some(DType::I64) {
-        if graph.value(old).name != "input_ids" {
-            graph.rename(old, "input_ids");
+        if graph.value(old).name != name {
+            graph.rename(old, &name);
         }
         graph.inputs.push(old);
         return old;
     }
     let dtype = graph.value(old).dtype.unwrap_or(DType::I32);
-    if graph.value(old).name == "input_ids" {
-        let free = graph.fresh_name("export.input_ids");
+    if graph.value(old).name == name {
+        let free = graph.fresh_name(&format!("export.{name}"));
         graph.rename(old, &free);
     }
-    let new = graph.add_input("input_ids", DType::I64, shape);
-    let narrow = graph.add_node("input_ids.cast", Op::Cast { to: dtype }, &[new]);
+    let new = graph.add_input(&name, DType::I64, shape);
+    let narrow = graph.add_node(&format!("{name}.cast"), Op::Cast { to: dtype }, &[new]);
     let old_shape = graph.shape(old).cloned();
     let value = graph.value_mut(narrow);
     (value.dtype, value.shape) = (Some(dtype), old_shape);
@@ -198,16 +203,9 @@ impl Emitter<'_> {
         };
         let dtype = self.graph.value(key).dtype.unwrap_or(DType::F32);
         let query = self.rows(&layer.query, &format!("{name}.query"), dtype, analysis)?;
-        let mask = self.mask(layer.window);
+        let mask = self.mask(layer.scores.window);
         let half = dtype.is_half();
-        let op = Op::Attention(op::Attention {
-            is_causal: false,
-            scale: Some(layer.scale),
-            softcap: layer.softcap,
-            q_num_heads: None,
-            kv_num_heads: None,
-            softmax_precision: half.then_some(DType::F32),
-        });
+        let op = Op::Attention(layer.scores.operator(half.then_some(DType::F32)));
         let width = analysis.caches[&layer.value_cache].dim;
         let shape = vec![
             self.batch.clone(),
@@ -222,14 +220,8 @@ impl Emitter<'_> {
         let target = to
             .shape
             .ok_or_else(|| format!("the shape of {} is not known", to.name))?;
-        let reshaped = reshape_to(
-            self.graph,
-            self.interface.input_ids,
-            attended,
-            &target,
-            &format!("{name}.output"),
-        )
-        .ok_or_else(|| format!("no reshape gives {} its shape {target:?}", to.name))?;
+        let reshaped = reshape_to(self.graph, self.token_ids, attended, &target, &format!("{name}.output"))
+            .ok_or_else(|| format!("no reshape gives {} its shape {target:?}", to.name))?;
         self.graph.replace_uses(old, reshaped);
         Ok(())
     }
@@ -250,7 +242,7 @@ impl Emitter<'_> {
             axis: 2,
             circular: false,
         };
-        let inputs = [input, rows, self.interface.write_indices];
+        let inputs = [input, rows, self.write_indices];
         let updated = self.typed(&format!("{name}.cache"), op, &inputs, dtype, shape);
         self.caches.insert(old, (input, Some(updated)));
         Ok(updated)
@@ -279,7 +271,7 @@ impl Emitter<'_> {
             num_heads: None,
             rotary_dim: if rope.rotary_dim == p.dim { 0 } else { rope.rotary_dim },
         };
-        let inputs = [x, cos, sin, self.interface.position_ids];
+        let inputs = [x, cos, sin, self.position_ids];
         Ok(self.typed(&format!("{name}.rotary"), op, &inputs, dtype, shape))
     }
 
@@ -312,7 +304,7 @@ impl Emitter<'_> {
                 source.name
             ));
         }
-        let ids = self.interface.input_ids;
+        let ids = self.token_ids;
         let reshape = |graph: &mut Graph, x: ValueId, to: &[Dim], part: &str| {
             reshape_to(graph, ids, x, to, &format!("{name}{part}"))
                 .ok_or_else(|| format!("no reshape gives {} the shape {to:?}", source.name))
@@ -410,7 +402,7 @@ impl Emitter<'_> {
         if let Some(counters) = self.counters {
             return counters;
         }
-        let cache = self.graph.find("key_cache.0").expect("there is a cache");
+        let cache = self.first_cache.expect("an analysis without obstacles has a cache");
         let capacity = Dim::sym(Sym::capacity());
         let op = Op::Shape { start: 2, end: Some(3) };
         let size = self.typed("mask.capacity", op, &[cache], DType::I64, vec![Dim::from(1usize)]);
@@ -422,7 +414,7 @@ impl Emitter<'_> {
         let axes = self.graph.add_i64("mask.axes", &[1, 3]);
         let unit = Dim::from(1usize);
         let column = vec![self.batch.clone(), unit.clone(), self.tokens.clone(), unit];
-        let ids = self.interface.position_ids;
+        let ids = self.position_ids;
         let positions = self.typed("mask.positions", Op::Unsqueeze, &[ids, axes], DType::I64, column);
         *self.counters.insert((slots, positions))
     }

@@ -67,6 +67,7 @@ use crate::graph::infer::{InferError, infer};
 use crate::graph::verify::{Obstacles, verify};
 use crate::graph::{ConstantError, CycleError, Graph, NodeId};
 use crate::help::{Fault, Help, REPORT_BUG};
+use crate::interface::Role;
 use crate::tensor::DType;
 use attention::Analysis;
 use roles::Roles;
@@ -314,19 +315,23 @@ pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canon
         });
     }
     let refuse = |obstacles: Vec<Obstacle>| PassError::Obstacles { obstacles };
-    let interface = timed(&mut graph, &mut report, &table::EMIT, |graph| {
-        let interface = emit::run(graph, &roles, &analysis).map_err(refuse)?;
+    timed(&mut graph, &mut report, &table::EMIT, |graph| {
+        emit::run(graph, &roles, &analysis).map_err(refuse)?;
         graph.remove_dead_nodes();
-        Ok((analysis.layers.len(), interface))
+        Ok((analysis.layers.len(), ()))
     })?;
+    let input = |graph: &Graph, role: Role| {
+        let found = graph.interface.as_ref().and_then(|interface| interface.input(role));
+        found.expect("emit gave the graph its interface")
+    };
     timed(&mut graph, &mut report, &table::RESHAPES, |graph| {
-        let rewrites = reshapes::run(graph, interface.input_ids);
+        let rewrites = reshapes::run(graph, input(graph, Role::TokenIds));
         graph.remove_dead_nodes();
         Ok((rewrites, ()))
     })?;
     let limit = timed(&mut graph, &mut report, &table::POSITIONS, |graph| {
         let rows = analysis.position_limit.unwrap_or(usize::MAX).min(options.max_positions);
-        let found = positions::run(graph, &roles, &interface, rows).map_err(refuse)?;
+        let found = positions::run(graph, &roles, input(graph, Role::PositionIds), rows).map_err(refuse)?;
         graph.remove_dead_nodes();
         Ok(found)
     })?;

@@ -8,7 +8,6 @@ use std::collections::{HashMap, HashSet};
 
 use super::attention::Obstacle;
 use super::dependence::Dependence;
-use super::emit::CanonicalInputs;
 use super::partial_eval::{PartialEvaluator, Stuck};
 use super::roles::Roles;
 use crate::dim::Dim;
@@ -23,11 +22,11 @@ struct Rows {
     name: String,
 }
 
-/// Rewrites the leftovers. Gives the number of rewrites and the rows of the shortest table.
+/// Rewrites them. Gives the number of rewrites and the rows of the shortest table.
 pub fn run(
     graph: &mut Graph,
     roles: &Roles,
-    interface: &CanonicalInputs,
+    position_ids: ValueId,
     max_positions: usize,
 ) -> Result<(usize, Option<usize>), Vec<Obstacle>> {
     let mut obstacles = Vec::new();
@@ -89,12 +88,8 @@ pub fn run(
         let width = Dim::from(table.shape()[1]);
         let dtype = table.dtype();
         let table = graph.add_constant(&name, table);
-        let rows = graph.add_node(
-            &format!("{name}.rows"),
-            Op::Gather { axis: 0 },
-            &[table, interface.position_ids],
-        );
-        let mut shape = graph.shape(interface.position_ids).cloned().unwrap_or_default();
+        let rows = graph.add_node(&format!("{name}.rows"), Op::Gather { axis: 0 }, &[table, position_ids]);
+        let mut shape = graph.shape(position_ids).cloned().unwrap_or_default();
         shape.push(width);
         let value = graph.value_mut(rows);
         (value.dtype, value.shape) = (Some(dtype), Some(shape.clone()));

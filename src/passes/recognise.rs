@@ -7,8 +7,8 @@ use serde::Serialize;
 use super::attention::Obstacle;
 use super::attention::layout::CacheLayout;
 use super::{Analysed, CanonicalizeOptions, PassError};
-use crate::graph::Graph;
 use crate::graph::op::Op;
+use crate::graph::{AttentionScores, Graph};
 
 /// The report.
 #[derive(Clone, Debug, Serialize)]
@@ -47,10 +47,9 @@ pub struct LayerReport {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
-    pub scale: f32,
-    pub softcap: f32,
-    /// `None`: plain causal.
-    pub window: Option<usize>,
+    /// Scale, soft cap and window, as fields of their own in JSON.
+    #[serde(flatten)]
+    pub scores: AttentionScores,
     /// `half`, `interleaved` or `none`.
     pub rotary: String,
     pub rotary_dim: usize,
@@ -131,9 +130,7 @@ fn fill(report: &mut Recognition, export: &Graph, analysed: &Analysed) {
             heads: layer.query.heads,
             kv_heads: key.heads,
             head_dim: key.dim,
-            scale: layer.scale,
-            softcap: layer.softcap,
-            window: layer.window,
+            scores: layer.scores,
             rotary: match layer.query.rope {
                 None => "none",
                 Some(rope) if rope.interleaved => "interleaved",
@@ -161,7 +158,7 @@ fn fill(report: &mut Recognition, export: &Graph, analysed: &Analysed) {
     );
     count(
         "sliding_window",
-        analysis.layers.iter().filter(|l| l.window.is_some()).count(),
+        analysis.layers.iter().filter(|l| l.scores.window.is_some()).count(),
     );
     for id in analysed.graph.node_ids() {
         match analysed.graph.node(id).op {

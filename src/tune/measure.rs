@@ -16,6 +16,7 @@ use crate::backend::tensorrt::run::{Engine, LoadOptions, RunError, Runtime, Stre
 use crate::backend::tensorrt::{self, BuildOptions, Library};
 use crate::graph::Graph;
 use crate::help::Help;
+use crate::interface::Role;
 use crate::lower::{self, LowerError, LowerOptions};
 use crate::network::{Profile, Tokens};
 use crate::target::Refit;
@@ -178,7 +179,7 @@ impl Bench<'_> {
         let _alone = self.gpu.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut engine = SyntheticEngine::new(engine, &network)?;
         // As if the cache were full: what is masked is read all the same.
-        engine.set("position_ids", profile.capacity as i32 - 1)?;
+        engine.set(Role::PositionIds, profile.capacity as i32 - 1)?;
         let took = engine.time(&stream, RUNS)?;
         attempt.ms = Some(took.as_secs_f64() * 1e3);
         // The engine's memory goes back before the next one measures.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use lapidary::backend::cpu::{self, Bindings, KvCaches, Program, bind_tokens};
 use lapidary::graph::Graph;
+use lapidary::interface::Role;
 use lapidary::lower::{AttentionForm, LinearForm, LowerOptions, lower};
 use lapidary::network::{Logits, Profile, Tokens};
 use lapidary::passes::{self, canonicalize};
@@ -105,21 +106,23 @@ fn step(
         Some(caches) => caches,
         None => caches.insert(KvCaches::new(&network).map_err(|e| e.to_string())?),
     };
-    let logits = network.tensor(network.find("logits").expect("logits"));
+    let interface = network.interface.as_ref().expect("a lowered model has an interface");
+    let logits = network.tensor(interface.logits());
     let mut values = vec![0f32; logits.shape.iter().map(|d| d.as_const().unwrap() as usize).product()];
     let positions: Vec<i32> = (past..past + tokens.len()).map(|p| p as i32).collect();
     let (at, last) = ([past as i32], [tokens.len() as i32 - 1]);
-    program
-        .run(
-            Bindings::new()
-                .input("input_ids", tokens)
-                .input("position_ids", &positions[..])
-                .input("write_indices", &at[..])
-                .input("logit_rows", &last[..])
-                .caches(caches)
-                .output("logits", &mut values[..]),
-        )
-        .map_err(|e| e.to_string())?;
+    let mut bindings = Bindings::new();
+    bindings
+        .input(Role::TokenIds, tokens)
+        .input(Role::PositionIds, &positions[..])
+        .input(Role::WriteIndices, &at[..])
+        .caches(caches)
+        .output(Role::Logits, &mut values[..]);
+    if plan.logits == Logits::Rows {
+        bindings.input(Role::LogitRows, &last[..]);
+    }
+    program.run(&mut bindings).map_err(|e| e.to_string())?;
+    drop(bindings);
     let vocabulary = logits.shape[2].as_const().unwrap() as usize;
     Ok(values.split_off(values.len() - vocabulary))
 }

@@ -208,6 +208,7 @@ pub fn gpt2() -> Graph {
     let head = g.add_node("wte/transpose", Op::Transpose { perm }, &[wte]);
     let logits = g.add_node("logits", Op::MatMul, &[x, head]);
     g.outputs = vec![logits, k, v];
+    g.set_canonical_interface().unwrap();
     g
 }
 

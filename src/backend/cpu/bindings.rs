@@ -1,10 +1,9 @@
-//! What the caller gives a run: inputs, outputs and caches, by name.
-
-use std::collections::HashMap;
+//! What the caller gives a run: inputs and outputs by role or name, and caches.
 
 use super::error::CpuError;
 use super::kv_cache::KvCaches;
 use super::program::Port;
+use crate::interface::Role;
 use crate::tensor::DType;
 
 /// Values of an input. Floats are f32 whatever the network's dtype.
@@ -61,12 +60,54 @@ macro_rules! from_slices {
 }
 from_slices!(F32 f32, I32 i32, I64 i64, I8 i8, U8 u8, Bool bool);
 
-/// Everything one run reads and writes. Names that the program does not know are ignored, so that one set of bindings
-/// serves programs that need `logit_rows` and programs that do not.
+/// Which input or output is meant: by what it is for, or, in networks that are no model's, by its name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PortKey<'a> {
+    /// By role.
+    Role(Role),
+    /// By name.
+    Name(&'a str),
+}
+
+impl From<Role> for PortKey<'_> {
+    fn from(role: Role) -> Self {
+        PortKey::Role(role)
+    }
+}
+
+impl<'a> From<&'a str> for PortKey<'a> {
+    fn from(name: &'a str) -> Self {
+        PortKey::Name(name)
+    }
+}
+
+impl<'a> From<&'a String> for PortKey<'a> {
+    fn from(name: &'a String) -> Self {
+        PortKey::Name(name)
+    }
+}
+
+impl PortKey<'_> {
+    fn is(&self, port: &Port) -> bool {
+        match self {
+            PortKey::Role(role) => port.role == Some(*role),
+            PortKey::Name(name) => port.name == *name,
+        }
+    }
+
+    fn text(&self) -> String {
+        match self {
+            PortKey::Role(role) => role.name(),
+            PortKey::Name(name) => name.to_string(),
+        }
+    }
+}
+
+/// Everything one run reads and writes. Each input and output of the program is bound once, and nothing else is.
 #[derive(Default)]
 pub struct Bindings<'a> {
-    inputs: HashMap<&'a str, Input<'a>>,
-    outputs: HashMap<&'a str, Output<'a>>,
+    inputs: Vec<(PortKey<'a>, Input<'a>)>,
+    outputs: Vec<(PortKey<'a>, Output<'a>)>,
     caches: Option<&'a mut KvCaches>,
 }
 
@@ -74,14 +115,14 @@ impl<'a> Bindings<'a> {
     pub fn new() -> Self {
         Bindings::default()
     }
-    /// Row-major values of the input of that name.
-    pub fn input(&mut self, name: &'a str, values: impl Into<Input<'a>>) -> &mut Self {
-        self.inputs.insert(name, values.into());
+    /// Row-major values of an input.
+    pub fn input(&mut self, key: impl Into<PortKey<'a>>, values: impl Into<Input<'a>>) -> &mut Self {
+        self.inputs.push((key.into(), values.into()));
         self
     }
-    /// Memory for the output of that name, row-major.
-    pub fn output(&mut self, name: &'a str, memory: impl Into<Output<'a>>) -> &mut Self {
-        self.outputs.insert(name, memory.into());
+    /// Memory for an output, row-major.
+    pub fn output(&mut self, key: impl Into<PortKey<'a>>, memory: impl Into<Output<'a>>) -> &mut Self {
+        self.outputs.push((key.into(), memory.into()));
         self
     }
     /// The caches, updated in place.
@@ -90,9 +131,17 @@ impl<'a> Bindings<'a> {
         self
     }
 
+    /// That every binding is one of these ports, and no port is bound twice.
+    pub(super) fn check(&self, inputs: &[Port], outputs: &[Port]) -> Result<(), CpuError> {
+        let keys = self.inputs.iter().map(|(key, _)| *key);
+        check_side("input", keys, inputs)?;
+        let keys = self.outputs.iter().map(|(key, _)| *key);
+        check_side("output", keys, outputs)
+    }
+
     pub(super) fn input_address(&self, port: &Port) -> Result<*mut u8, CpuError> {
-        let input = self.inputs.get(port.name.as_str());
-        let input = input.ok_or_else(|| problem(port, "the input is not bound".to_string()))?;
+        let input = self.inputs.iter().find(|(key, _)| key.is(port));
+        let (_, input) = input.ok_or_else(|| missing("input", port))?;
         let (dtype, len, address) = input.parts();
         fits(port, dtype, len)?;
         // Nothing writes to an input's buffer.
@@ -100,30 +149,28 @@ impl<'a> Bindings<'a> {
     }
 
     pub(super) fn output_address(&mut self, port: &Port) -> Result<*mut u8, CpuError> {
-        let output = self.outputs.get_mut(port.name.as_str());
-        let output = output.ok_or_else(|| problem(port, "the output is not bound".to_string()))?;
+        let output = self.outputs.iter_mut().find(|(key, _)| key.is(port));
+        let (_, output) = output.ok_or_else(|| missing("output", port))?;
         let (dtype, len, address) = output.parts();
         fits(port, dtype, len)?;
         Ok(address)
     }
 
-    /// The addresses of the caches for these ports.
+    /// The addresses of the caches for these ports. Caches and ports are in the order of the updates in their network, which
+    /// is one order for all networks of a model.
     pub(super) fn cache_addresses(&mut self, ports: &[Port]) -> Result<Vec<*mut u8>, CpuError> {
         let entries = match &mut self.caches {
             Some(caches) => caches.entries.as_mut_slice(),
             None => &mut [],
         };
+        if let Some(entry) = entries.get(ports.len()) {
+            return Err(unknown("cache", entry.name().to_string(), ports));
+        }
         let mut addresses = Vec::with_capacity(ports.len());
         for (i, port) in ports.iter().enumerate() {
-            // KvCaches made for the same model come in the same order.
-            let at = match entries.get(i) {
-                Some(entry) if entry.name() == port.name => Some(i),
-                _ => entries.iter().position(|e| e.name() == port.name),
+            let Some(entry) = entries.get_mut(i).filter(|entry| entry.name() == port.name) else {
+                return Err(missing("cache", port));
             };
-            let Some(at) = at else {
-                return Err(problem(port, "the cache is not bound".to_string()));
-            };
-            let entry = &mut entries[at];
             if entry.dtype() != port.dtype || entry.shape().as_slice() != port.shape {
                 let (dtype, shape) = (entry.dtype(), entry.shape());
                 let wanted = format!("{} {:?}", port.dtype, port.shape);
@@ -135,6 +182,38 @@ impl<'a> Bindings<'a> {
             addresses.push(entry.bytes_mut().as_mut_ptr());
         }
         Ok(addresses)
+    }
+}
+
+fn check_side<'k>(
+    what: &'static str,
+    keys: impl Iterator<Item = PortKey<'k>> + Clone,
+    ports: &[Port],
+) -> Result<(), CpuError> {
+    for key in keys.clone() {
+        if !ports.iter().any(|port| key.is(port)) {
+            return Err(unknown(what, key.text(), ports));
+        }
+    }
+    for port in ports {
+        if keys.clone().filter(|key| key.is(port)).count() > 1 {
+            let name = port.name.clone();
+            return Err(CpuError::BoundTwice { what, name });
+        }
+    }
+    Ok(())
+}
+
+fn missing(what: &'static str, port: &Port) -> CpuError {
+    let name = port.name.clone();
+    CpuError::MissingBinding { what, name }
+}
+
+fn unknown(what: &'static str, name: String, ports: &[Port]) -> CpuError {
+    CpuError::UnknownBinding {
+        what,
+        name,
+        known: ports.iter().map(|port| port.name.clone()).collect(),
     }
 }
 

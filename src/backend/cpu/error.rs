@@ -30,6 +30,19 @@ pub enum CpuError {
     Isa { isa: Isa },
     #[error(transparent)]
     Weight(#[from] ConstantError),
+    /// The program has this input, output or cache, and the caller bound nothing to it.
+    #[error("{name:?}: the {what} is not bound")]
+    MissingBinding { what: &'static str, name: String },
+    /// The caller bound an input, output or cache that the program does not have.
+    #[error("{name:?}: the program has no such {what}; it has {}", known.join(", "))]
+    UnknownBinding {
+        what: &'static str,
+        name: String,
+        known: Vec<String>,
+    },
+    /// By role and by name, or by the same one twice.
+    #[error("{name:?}: the {what} is bound twice")]
+    BoundTwice { what: &'static str, name: String },
     /// What the caller bound does not fit the network.
     #[error("{name:?}: {reason}")]
     Binding { name: String, reason: String },

@@ -4,6 +4,7 @@ use half::{bf16, f16};
 
 use super::aligned_bytes::AlignedBytes;
 use super::error::CpuError;
+use crate::interface::CacheRows;
 use crate::network::Network;
 use crate::tensor::{DType, Tensor};
 
@@ -121,17 +122,16 @@ impl KvCaches {
     pub fn grow(&mut self, capacity: usize, live: usize) {
         for cache in &mut self.entries {
             let [batch, heads, old, dim] = cache.shape;
+            let rows = CacheRows {
+                rows: batch * heads,
+                slot_bytes: cache.dtype.byte_len(dim),
+            };
             let mut next = KvCache::zeroed(
                 std::mem::take(&mut cache.name),
                 cache.dtype,
                 [batch, heads, capacity, dim],
             );
-            let slot = cache.dtype.byte_len(dim);
-            let kept = live.min(old).min(capacity) * slot;
-            let rows = next.bytes_mut().chunks_exact_mut((capacity * slot).max(1));
-            for (to, from) in rows.zip(cache.bytes().chunks_exact((old * slot).max(1))) {
-                to[..kept].copy_from_slice(&from[..kept]);
-            }
+            rows.resize(old, capacity, live).run(cache.bytes(), next.bytes_mut());
             *cache = next;
         }
     }

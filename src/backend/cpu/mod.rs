@@ -10,12 +10,12 @@
 //! let mut logits = vec![0f32; vocabulary];
 //! program.run(
 //!     Bindings::new()
-//!         .input("input_ids", &ids[..])                                // i32, [batch, tokens]
-//!         .input("position_ids", &positions[..])
-//!         .input("write_indices", &[past][..])
-//!         .input("logit_rows", &[last][..])
+//!         .input(Role::TokenIds, &ids[..])                             // i32, [batch, tokens]
+//!         .input(Role::PositionIds, &positions[..])
+//!         .input(Role::WriteIndices, &[past][..])
+//!         .input(Role::LogitRows, &[last][..])
 //!         .caches(&mut caches)                                         // updated in place
-//!         .output("logits", &mut logits[..]),
+//!         .output(Role::Logits, &mut logits[..]),
 //! )?;
 //! caches.grow(1024, live);                                             // then run a program for capacity 1024
 //! ```
@@ -50,7 +50,7 @@ mod simd;
 mod strided_view;
 
 pub use bind_tokens::bind_tokens;
-pub use bindings::{Bindings, Input, Output};
+pub use bindings::{Bindings, Input, Output, PortKey};
 pub use compile::CompileOptions;
 pub use error::{CpuError, Indexed};
 pub use kv_cache::{KvCache, KvCaches};

@@ -23,6 +23,17 @@ pub fn execute(
         }
     }
     let (ports_in, ports_out) = (program.inputs().to_vec(), program.outputs().to_vec());
+    let stray = inputs.iter().find(|(name, _)| {
+        let known = ports_in.iter().chain(program.caches());
+        !known.into_iter().any(|port| port.name == *name)
+    });
+    if let Some((name, _)) = stray {
+        return Err(CpuError::UnknownBinding {
+            what: "input",
+            name: name.to_string(),
+            known: ports_in.iter().map(|port| port.name.clone()).collect(),
+        });
+    }
     let values = ports_in
         .iter()
         .map(|port| {

@@ -3,7 +3,8 @@
 use std::rc::Rc;
 
 use super::aligned;
-use crate::backend::tensorrt::run::{Buffer, Cuda, Engine, Rows, RunError, Stream};
+use crate::backend::tensorrt::run::{Buffer, Cuda, Rows, RunError, Stream};
+use crate::interface::{CacheRows, Role, Signature};
 
 /// The largest of the capacities below `wanted` whose cache has room: `needed` bytes are what `wanted` takes, and a cache
 /// takes as many for each slot.
@@ -13,62 +14,55 @@ pub(super) fn fitting(capacities: &[usize], wanted: usize, needed: u64, free: u6
     smaller.filter(|capacity| room(*capacity)).max()
 }
 
-/// One cache tensor `[batch, kv_heads, capacity, head_dim]`.
+/// One cache tensor `[batch, kv_heads, capacity, head_dim]` in device memory.
 #[derive(Clone, Debug, PartialEq)]
 struct CacheTensor {
+    /// The engine's names for the cache and its update.
     input: String,
     output: String,
-    /// `batch * kv_heads`.
-    rows: usize,
-    /// Bytes of one slot of one row: a head of a token.
-    slot_bytes: usize,
+    rows: CacheRows,
 }
 
-impl CacheTensor {
-    fn bytes(&self, capacity: usize) -> usize {
-        self.rows * capacity * self.slot_bytes
-    }
+/// The caches of a model for `batch` sequences, in their order.
+fn tensors(interface: &Signature, batch: usize) -> Vec<CacheTensor> {
+    let caches = interface.caches.iter().map(|shape| CacheTensor {
+        input: Role::Cache(shape.cache).name(),
+        output: Role::UpdatedCache(shape.cache).name(),
+        rows: CacheRows::new(shape, batch),
+    });
+    caches.collect()
 }
 
 pub(super) struct KvCache {
-    layers: Vec<CacheTensor>,
+    tensors: Vec<CacheTensor>,
     buffer: Buffer,
     capacity: usize,
 }
 
 impl KvCache {
-    /// Zeros, for the caches that this engine has.
-    pub fn new(cuda: &Rc<Cuda>, stream: &Stream, engine: &Engine, capacity: usize) -> Result<Self, RunError> {
-        let inputs = engine.ports().iter().filter(|p| p.is_input);
-        let layers: Vec<CacheTensor> = inputs
-            .filter_map(|port| {
-                let output = format!("updated_{}", port.name);
-                let [batch, heads, slots, width] = port.shape[..] else {
-                    return None;
-                };
-                (engine.port(&output).is_some() && slots == capacity as i64).then(|| CacheTensor {
-                    input: port.name.clone(),
-                    output,
-                    rows: (batch * heads) as usize,
-                    slot_bytes: port.dtype.byte_len(width as usize),
-                })
-            })
-            .collect();
-        KvCache::allocated(cuda, stream, layers, capacity)
+    /// Zeros, for the caches of a model of this interface and `batch` sequences.
+    pub fn new(
+        cuda: &Rc<Cuda>,
+        stream: &Stream,
+        interface: &Signature,
+        batch: usize,
+        capacity: usize,
+    ) -> Result<Self, RunError> {
+        KvCache::allocated(cuda, stream, tensors(interface, batch), capacity)
     }
 
     fn allocated(
         cuda: &Rc<Cuda>,
         stream: &Stream,
-        layers: Vec<CacheTensor>,
+        tensors: Vec<CacheTensor>,
         capacity: usize,
     ) -> Result<Self, RunError> {
-        let bytes = layers.iter().map(|layer| aligned(layer.bytes(capacity))).sum();
+        let bytes = offset(&tensors, tensors.len(), capacity);
         let buffer = Buffer::new(cuda, bytes, "the cache")?;
         // Slots beyond the live ones are masked, but what is masked must be finite.
         buffer.clear(stream)?;
         Ok(KvCache {
-            layers,
+            tensors,
             buffer,
             capacity,
         })
@@ -76,55 +70,22 @@ impl KvCache {
 
     /// A cache of another capacity with the first `live` slots of this one. Queued.
     pub fn grown(&self, cuda: &Rc<Cuda>, stream: &Stream, capacity: usize, live: usize) -> Result<Self, RunError> {
-        let live = live.min(capacity);
-        let grown = KvCache::allocated(cuda, stream, self.layers.clone(), capacity)?;
-        for (first, count) in self.runs(capacity) {
-            let layer = &self.layers[first];
-            let (from, to) = (self.rows(first), grown.rows(first));
-            stream.copy_rows(from, to, live * layer.slot_bytes, layer.rows * count)?;
+        let grown = KvCache::allocated(cuda, stream, self.tensors.clone(), capacity)?;
+        for (first, count) in runs(&self.tensors, [self.capacity, capacity]) {
+            let copy = self.tensors[first].rows.resize(self.capacity, capacity, live);
+            let from = Rows {
+                buffer: &self.buffer,
+                at: offset(&self.tensors, first, self.capacity),
+                pitch: copy.from_pitch,
+            };
+            let to = Rows {
+                buffer: &grown.buffer,
+                at: offset(&self.tensors, first, capacity),
+                pitch: copy.to_pitch,
+            };
+            stream.copy_rows(from, to, copy.bytes, copy.rows * count)?;
         }
         Ok(grown)
-    }
-
-    /// The rows of a layer and of those behind it.
-    fn rows(&self, layer: usize) -> Rows<'_> {
-        Rows {
-            buffer: &self.buffer,
-            at: self.offset(layer),
-            pitch: self.capacity * self.layers[layer].slot_bytes,
-        }
-    }
-
-    /// Layers that one copy moves, as (first, count): of equal shape and without gaps in either capacity. Mostly all.
-    fn runs(&self, capacity: usize) -> Vec<(usize, usize)> {
-        let gapless = |layer: &CacheTensor| {
-            [self.capacity, capacity]
-                .iter()
-                .all(|c| aligned(layer.bytes(*c)) == layer.bytes(*c))
-        };
-        let mut runs: Vec<(usize, usize)> = Vec::new();
-        for (i, layer) in self.layers.iter().enumerate() {
-            match runs.last_mut() {
-                Some((first, count)) => {
-                    let before = &self.layers[*first];
-                    let alike = (before.rows, before.slot_bytes) == (layer.rows, layer.slot_bytes);
-                    if alike && gapless(layer) {
-                        *count += 1;
-                    } else {
-                        runs.push((i, 1));
-                    }
-                }
-                None => runs.push((i, 1)),
-            }
-        }
-        runs
-    }
-
-    fn offset(&self, layer: usize) -> usize {
-        self.layers[..layer]
-            .iter()
-            .map(|l| aligned(l.bytes(self.capacity)))
-            .sum()
     }
 
     /// Changes when the cache moves.
@@ -138,17 +99,105 @@ impl KvCache {
     /// Every input and output of an engine that is a cache, with its address; an update is where its input is.
     pub fn ports(&self) -> impl Iterator<Item = (&str, u64)> {
         let mut address = self.buffer.address();
-        self.layers.iter().flat_map(move |layer| {
+        self.tensors.iter().flat_map(move |tensor| {
             let here = address;
-            address += aligned(layer.bytes(self.capacity)) as u64;
-            [(layer.input.as_str(), here), (layer.output.as_str(), here)]
+            address += aligned(tensor.rows.bytes(self.capacity)) as u64;
+            [(tensor.input.as_str(), here), (tensor.output.as_str(), here)]
         })
     }
+}
+
+/// Where a tensor begins among all of them, in bytes.
+fn offset(tensors: &[CacheTensor], at: usize, capacity: usize) -> usize {
+    tensors[..at].iter().map(|t| aligned(t.rows.bytes(capacity))).sum()
+}
+
+/// Tensors that one copy moves from one capacity to the other, as (first, count): of equal shape and without gaps in
+/// either. Mostly all.
+fn runs(tensors: &[CacheTensor], capacities: [usize; 2]) -> Vec<(usize, usize)> {
+    let gapless = |rows: &CacheRows| capacities.iter().all(|c| aligned(rows.bytes(*c)) == rows.bytes(*c));
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for (i, tensor) in tensors.iter().enumerate() {
+        match runs.last_mut() {
+            Some((first, count)) if tensors[*first].rows == tensor.rows && gapless(&tensor.rows) => *count += 1,
+            _ => runs.push((i, 1)),
+        }
+    }
+    runs
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::interface::Interface;
+    use crate::lower::synthetic::Decoder;
+    use crate::lower::{Options, lower};
+    use crate::network::Profile;
+
+    /// Names and bytes of every cache are those of the network that an engine is built from.
+    #[test]
+    fn the_caches_are_those_of_the_network() {
+        let graph = Decoder::tiny().graph();
+        let signature = graph.interface.as_ref().map(Interface::signature).unwrap();
+        for (batch, capacity) in [(1, 16), (3, 8)] {
+            let profile = Profile {
+                batch,
+                ..Profile::decode(capacity)
+            };
+            let network = lower(&graph, &profile, &Options::default()).unwrap();
+            let tensors = tensors(&signature, batch);
+            let aliases: Vec<_> = network.aliases().collect();
+            assert_eq!(tensors.len(), aliases.len());
+            for (tensor, (input, output)) in tensors.iter().zip(aliases) {
+                let (input, output) = (network.tensor(input), network.tensor(output));
+                assert_eq!((&tensor.input, &tensor.output), (&input.name, &output.name));
+                let elements: i64 = input.shape.iter().map(|dim| dim.as_const().unwrap()).product();
+                assert_eq!(tensor.rows.bytes(capacity), input.dtype.byte_len(elements as usize));
+            }
+        }
+    }
+
+    fn tensor(rows: usize, slot_bytes: usize) -> CacheTensor {
+        CacheTensor {
+            input: String::new(),
+            output: String::new(),
+            rows: CacheRows { rows, slot_bytes },
+        }
+    }
+
+    /// The bytes that `grown` moves, computed on the host: all tensors, whether one copy moves several or not.
+    #[test]
+    fn every_live_slot_moves_to_its_place() {
+        for tensors in [
+            // One copy.
+            vec![tensor(2, 128); 3],
+            // Gaps behind tensors in the smaller capacity, and one of another shape.
+            vec![tensor(2, 16), tensor(2, 16), tensor(1, 16), tensor(2, 16)],
+        ] {
+            let (small, large, live) = (3, 8, 2);
+            let bytes = |capacity| offset(&tensors, tensors.len(), capacity);
+            let from: Vec<u8> = (0..bytes(small)).map(|i| (i % 251) as u8 + 1).collect();
+            let mut to = vec![0u8; bytes(large)];
+            for (first, count) in runs(&tensors, [small, large]) {
+                let mut copy = tensors[first].rows.resize(small, large, live);
+                copy.rows *= count;
+                let (a, b) = (offset(&tensors, first, small), offset(&tensors, first, large));
+                copy.run(&from[a..], &mut to[b..]);
+            }
+            let mut expected = vec![0u8; bytes(large)];
+            for (i, tensor) in tensors.iter().enumerate() {
+                for row in 0..tensor.rows.rows {
+                    let slot = tensor.rows.slot_bytes;
+                    let a = offset(&tensors, i, small) + row * small * slot;
+                    let b = offset(&tensors, i, large) + row * large * slot;
+                    expected[b..b + live * slot].copy_from_slice(&from[a..a + live * slot]);
+                }
+            }
+            assert!(to == expected, "{tensors:?}");
+        }
+        assert_eq!(runs(&vec![tensor(2, 128); 3], [2, 8]), [(0, 3)]);
+        assert_eq!(runs(&vec![tensor(2, 16); 3], [3, 8]), [(0, 1), (1, 1), (2, 1)]);
+    }
 
     #[test]
     fn the_largest_capacity_that_has_room() {

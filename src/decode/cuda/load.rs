@@ -12,6 +12,7 @@ use super::weights::Weights;
 use super::{CudaDevice, EngineSlot, Loaded};
 use crate::backend::tensorrt::run::{Engine, LoadedPlan, Port, RunError};
 use crate::decode::DeviceError;
+use crate::interface::Role;
 use crate::lower;
 use crate::network::{Network, Tokens, WeightMode};
 use crate::tensor::DType;
@@ -111,22 +112,15 @@ impl CudaDevice {
     /// Everything but the cache. Refuses an engine whose inputs and outputs are not the network's: addresses carry no
     /// sizes, and TensorRT would read on past a weight's end.
     pub(super) fn bind(&self, engine: &mut Engine, network: &Network) -> Result<(), RunError> {
-        check_ports(engine.name(), engine.ports(), network)?;
-        let caches: Vec<&str> = network
-            .aliases()
-            .flat_map(|(from, to)| [from, to])
-            .map(|id| network.tensor(id).name.as_str())
-            .collect();
+        let declared = check_ports(engine.name(), engine.ports(), network)?;
         for port in engine.ports().to_vec() {
-            let weight = || self.weights.as_ref().and_then(|weights| weights.address(&port.name));
-            let address = match port.name.as_str() {
-                name if caches.contains(&name) => continue,
-                "logits" if port.bytes(1) == self.logits.bytes() => self.logits.address(),
-                name => match self.inputs.address(name).or_else(weight) {
-                    Some(address) => address,
-                    None => return Err(unknown(engine.name(), &port)),
-                },
+            let address = match declared[port.name.as_str()].role {
+                Some(Role::Cache(_) | Role::UpdatedCache(_)) => continue,
+                Some(Role::Logits) => (port.bytes(1) == self.logits.bytes()).then(|| self.logits.address()),
+                Some(role) => self.inputs.address(role),
+                None => self.weights.as_ref().and_then(|weights| weights.address(&port.name)),
             };
+            let address = address.ok_or_else(|| unknown(engine.name(), &port))?;
             // SAFETY: these buffers live as long as the device, which drops engines first. They are as large as the
             // network's own tensors, which the ports were compared with: weights each by its constant, the small inputs
             // for the largest profile.
@@ -136,16 +130,26 @@ impl CudaDevice {
     }
 }
 
+/// What an engine of a network has for a port.
+#[derive(Debug)]
+struct Declared {
+    dtype: DType,
+    /// -1 where it depends on the call.
+    shape: Vec<i64>,
+    /// What a session binds to it; `None` for a weight.
+    role: Option<Role>,
+}
+
 /// Whether every input and output has the dtype and shape that it has in the network, and none is missing that the session
-/// reads.
-fn check_ports(engine: &str, ports: &[Port], network: &Network) -> Result<(), RunError> {
+/// reads. Gives what the network says of each.
+fn check_ports<'n>(engine: &str, ports: &[Port], network: &'n Network) -> Result<HashMap<&'n str, Declared>, RunError> {
     let mismatch = |reason: String| RunError::Mismatch {
         engine: engine.to_string(),
         reason,
     };
     let declared = declared(network);
     for port in ports {
-        let (dtype, shape) = declared.get(port.name.as_str()).ok_or_else(|| unknown(engine, port))?;
+        let Declared { dtype, shape, .. } = declared.get(port.name.as_str()).ok_or_else(|| unknown(engine, port))?;
         if (*dtype, shape) != (port.dtype, &port.shape) {
             return Err(mismatch(format!(
                 "its {:?} is {} {:?}, the package's network has {dtype} {shape:?}",
@@ -159,21 +163,30 @@ fn check_ports(engine: &str, ports: &[Port], network: &Network) -> Result<(), Ru
         .find(|name| !ports.iter().any(|port| port.name == **name));
     match missing {
         Some(name) => Err(mismatch(format!("it has no output {name:?}"))),
-        None => Ok(()),
+        None => Ok(declared),
     }
 }
 
 /// What an engine of the network has for ports: its inputs and outputs, and every bound weight under the weight's own name.
-fn declared(network: &Network) -> HashMap<&str, (DType, Vec<i64>)> {
+fn declared(network: &Network) -> HashMap<&str, Declared> {
+    let role = |id| network.interface.as_ref().and_then(|interface| interface.role_of(id));
     let tensors = network.inputs.iter().chain(&network.outputs).map(|id| {
         let tensor = network.tensor(*id);
-        let shape = tensor.shape.iter().map(|dim| dim.as_const().unwrap_or(-1));
-        (tensor.name.as_str(), (tensor.dtype, shape.collect()))
+        let declared = Declared {
+            dtype: tensor.dtype,
+            shape: tensor.shape.iter().map(|dim| dim.as_const().unwrap_or(-1)).collect(),
+            role: role(*id),
+        };
+        (tensor.name.as_str(), declared)
     });
     let bound = network.weights.iter().filter(|w| w.mode == WeightMode::Bind);
     let weights = bound.map(|weight| {
-        let shape = weight.constant.shape().iter().map(|d| *d as i64);
-        (weight.name.as_str(), (weight.constant.dtype(), shape.collect()))
+        let declared = Declared {
+            dtype: weight.constant.dtype(),
+            shape: weight.constant.shape().iter().map(|d| *d as i64).collect(),
+            role: None,
+        };
+        (weight.name.as_str(), declared)
     });
     tensors.chain(weights).collect()
 }
@@ -251,10 +264,31 @@ mod tests {
         }
     }
 
+    /// What is bound to each port follows from its role: every port has one, but for the weights.
+    #[test]
+    fn every_port_has_a_role_or_is_a_weight() {
+        let (network, ports) = engine();
+        let declared = check_ports("e", &ports, &network).unwrap();
+        let mut roles: Vec<Role> = ports.iter().filter_map(|p| declared[p.name.as_str()].role).collect();
+        roles.sort_unstable();
+        let interface = network.interface.as_ref().unwrap();
+        let mut expected: Vec<Role> = interface
+            .inputs()
+            .iter()
+            .chain(interface.outputs())
+            .map(|p| p.role)
+            .collect();
+        expected.sort_unstable();
+        assert_eq!(roles, expected);
+        for port in ports.iter().filter(|p| declared[p.name.as_str()].role.is_none()) {
+            assert!(network.weights.iter().any(|w| w.name == port.name), "{}", port.name);
+        }
+    }
+
     #[test]
     fn an_output_that_is_missing_is_named() {
         let (network, mut ports) = engine();
-        ports.retain(|port| port.name != "logits");
+        ports.retain(|port| port.name != Role::Logits.name());
         let message = check_ports("b1-t1-c16", &ports, &network).unwrap_err().to_string();
         assert_eq!(
             message,

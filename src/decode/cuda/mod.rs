@@ -13,26 +13,28 @@ use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Pinned, RunError, Ru
 use crate::backend::tensorrt::{FLAVOUR, Library};
 use crate::decode::device::{Chunk, Device, DeviceError};
 use crate::decode::instruments::Instruments;
+use crate::decode::step::StepInputs;
 use crate::graph::Graph;
+use crate::interface::{Interface, Signature};
 use crate::network::{Profile, Tokens};
 use crate::package::manifest;
 use crate::package::{ENGINES, KERNELS, Package};
 
 mod chunks;
 mod error;
+mod input_buffers;
 mod instruments;
 mod kv_cache;
 mod load;
 mod scratch;
-mod step_inputs;
 mod swap;
 mod weights;
 
 use chunks::{choose, covers, largest};
 pub use error::OpenError;
 use error::device_error;
+use input_buffers::InputBuffers;
 use kv_cache::KvCache;
-use step_inputs::StepInputs;
 use swap::Identity;
 pub use swap::{SwapError, Swapped};
 use weights::Weights;
@@ -109,6 +111,8 @@ impl CudaOptions {
 pub struct CudaDevice {
     slots: Vec<EngineSlot>,
     graph: Graph,
+    /// What every engine takes and gives, but for the weights.
+    interface: Signature,
     /// Whose weights these are.
     identity: Identity,
     folder: PathBuf,
@@ -116,7 +120,7 @@ pub struct CudaDevice {
     weights: Option<Weights>,
     cache: Option<KvCache>,
     scratch: Option<Buffer>,
-    inputs: StepInputs,
+    inputs: InputBuffers,
     logits: Buffer,
     pinned_logits: Pinned,
     argmax: Argmax,
@@ -159,6 +163,7 @@ impl CudaDevice {
         }
         let runtime = Runtime::new(library)?;
         let graph = package.graph()?;
+        let interface = graph.interface.as_ref().map(Interface::signature);
         let vocabulary = package.vocabulary()?;
         let cuda = runtime.cuda();
         let at_start = cuda.memory()?;
@@ -166,13 +171,14 @@ impl CudaDevice {
         let stream = Stream::new(cuda)?;
         Ok(CudaDevice {
             graph,
+            interface: interface.expect("a package gives its graph the interface"),
             identity: Identity::of(&package.manifest),
             folder: package.folder.clone(),
             options,
             weights: None,
             cache: None,
             scratch: None,
-            inputs: StepInputs::new(cuda, rows)?,
+            inputs: InputBuffers::new(cuda, rows)?,
             logits: Buffer::new(cuda, vocabulary * size_of::<f32>(), "one row of logits")?,
             pinned_logits: Pinned::new(cuda, vocabulary * size_of::<f32>())?,
             argmax: Argmax::new(cuda, &stream)?,
@@ -314,7 +320,8 @@ impl CudaDevice {
     /// Queues a chunk: its inputs and its engine.
     fn start(&mut self, chunk: Chunk, tokens: &[u32], position: usize) -> Result<(), DeviceError> {
         let at = self.ready(chunk.rows, self.capacity)?;
-        let written = self.inputs.write(tokens, position, chunk.rows);
+        let rows = chunk.rows;
+        let written = self.inputs.write(&StepInputs { tokens, position, rows });
         written.map_err(|error| self.failed(error))?;
         self.last = Some(self.slots[at].profile);
         self.run(at, chunk.rows).map_err(|error| self.failed(error))
@@ -379,10 +386,11 @@ impl Device for CudaDevice {
             self.stream.wait().map_err(|error| self.failed(error))?;
             (self.cache, self.capacity) = (None, 0);
         }
-        let engine = &self.slots[at].loaded.as_ref().expect("made ready").engine;
+        let batch = self.slots[at].profile.batch;
+        let cuda = self.runtime.cuda();
         let moved = match &self.cache {
-            None => KvCache::new(self.runtime.cuda(), &self.stream, engine, capacity),
-            Some(cache) => cache.grown(self.runtime.cuda(), &self.stream, capacity, live),
+            None => KvCache::new(cuda, &self.stream, &self.interface, batch, capacity),
+            Some(cache) => cache.grown(cuda, &self.stream, capacity, live),
         };
         let moved = moved.and_then(|cache| {
             self.stream.wait()?;

@@ -4,7 +4,7 @@
 //! sequence is run at once from an empty cache, so that it checks our cache, our chunks and our masks too, and not only
 //! our arithmetic. Engines: `tract` (cargo feature of that name), and `eval`, the evaluator of `graph::eval`, which is
 //! slow and ours, but interprets the export as it is, without passes, lowering or executor. What the inputs of an export
-//! are for is told by `passes::roles`.
+//! are for comes from `passes::roles`.
 
 mod eval;
 #[cfg(feature = "tract")]
@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use crate::dim::Sym;
 use crate::graph::{self, Graph, ValueId};
 use crate::help::Help;
+use crate::interface::Role;
 use crate::onnx;
 use crate::passes::roles::{self, InputRole, Roles};
 use crate::tensor::{DType, Tensor};
@@ -98,7 +99,8 @@ impl Reference {
         };
         graph::infer::infer(&mut graph).map_err(|e| bad(e.to_string()))?;
         let roles = roles::assign(&mut graph).map_err(|e| bad(e.to_string()))?;
-        let named = graph.outputs.iter().find(|id| graph.value(**id).name == "logits");
+        let name = Role::Logits.name();
+        let named = graph.outputs.iter().find(|id| graph.value(**id).name == name);
         let logits = *named
             .or(graph.outputs.first())
             .ok_or_else(|| bad("it has no outputs".into()))?;

@@ -77,23 +77,23 @@ impl Lowering<'_> {
                 return Reason::unsupported("query, key and value must have four axes, or three and their heads");
             }
         }
-        let head_dim = self.b.shape(q)[3].as_const().unwrap_or(1) as f32;
-        let scale = attributes.scale.unwrap_or(1.0 / head_dim.sqrt());
-        let q = self.scaled_query(&part("scaled"), q, scale)?;
+        let head_dim = self.b.shape(q)[3].as_const().unwrap_or(1) as usize;
+        let scores = attributes.scores(head_dim);
+        let q = self.scaled_query(&part("scaled"), q, scores.scale)?;
         let form = self.options.attention.at(&self.profile);
         let split = match form {
-            AttentionForm::Split(parts) if attributes.softcap == 0.0 => {
+            AttentionForm::Split(parts) if scores.softcap.is_none() => {
                 self.split_attention(name, [q, k, v], mask, parts)?
             }
-            AttentionForm::ReducedScores if attributes.softcap == 0.0 => {
+            AttentionForm::ReducedScores if scores.softcap.is_none() => {
                 self.reduced_attention(name, [q, k, v], mask)?
             }
             _ => None,
         };
         let attended = if let Some(attended) = split {
             attended
-        } else if attributes.softcap != 0.0 || form == AttentionForm::Decomposed {
-            self.decomposed(name, [q, k, v], mask, attributes.softcap)?
+        } else if scores.softcap.is_some() || form == AttentionForm::Decomposed {
+            self.decomposed(name, [q, k, v], mask, scores.softcap)?
         } else {
             self.attention_layer(name, [q, k, v], mask)?
         };
@@ -246,7 +246,13 @@ impl Lowering<'_> {
 
     /// `softmax(cap(q kᵀ) + mask) v` in single layers, scores in fp32. The heads of a group are rows of one product with
     /// their KV head: `[batch, kv_heads, group * tokens, d]`.
-    fn decomposed(&mut self, name: &str, [q, k, v]: [TensorId; 3], mask: Option<TensorId>, softcap: f32) -> Lowered {
+    fn decomposed(
+        &mut self,
+        name: &str,
+        [q, k, v]: [TensorId; 3],
+        mask: Option<TensorId>,
+        softcap: Option<f32>,
+    ) -> Lowered {
         let part = |part: &str| format!("{name}/{part}");
         let shape = self.b.shape(q).clone();
         let dtype = self.b.dtype(q);
@@ -263,7 +269,7 @@ impl Lowering<'_> {
         };
         let scores = self.b.add(&part("scores"), product(MatrixOp::Transpose), &[q, k])?;
         let mut scores = self.b.cast(&part("scores/wide"), DType::F32, scores)?;
-        if softcap != 0.0 {
+        if let Some(softcap) = softcap {
             let inner = self.scaled(&part("uncapped"), scores, 1.0 / softcap)?;
             let bent = self.b.activation(&part("bent"), Activation::Tanh, inner)?;
             scores = self.scaled(&part("capped"), bent, softcap)?;

@@ -28,8 +28,7 @@ pub struct FoundAttention {
     pub mask: Vec<MaskTerm>,
     /// Factor of the scores, apart from those in the operands.
     pub scale: f64,
-    /// 0: none.
-    pub softcap: f64,
+    pub softcap: Option<f64>,
     /// Key and value may have fewer heads than the query.
     pub grouped: bool,
     /// `[.., tokens, head_dim]`
@@ -99,11 +98,10 @@ fn from_operator(graph: &Graph, node: &Node) -> Result<FoundAttention, String> {
     }
     let (query, key, value) = (input(0)?, input(1)?, input(2)?);
     let dim = graph.shape(query).and_then(|s| s.last()).and_then(|d| d.as_const());
-    let scale = match (how.scale, dim) {
-        (Some(scale), _) => f64::from(scale),
-        (None, Some(dim)) => 1.0 / (dim as f64).sqrt(),
-        (None, None) => return Err("its head_dim is not known".into()),
-    };
+    if dim.is_none() && how.scale.is_none() {
+        return Err("its head_dim is not known".into());
+    }
+    let scores = how.scores(dim.unwrap_or(1) as usize);
     let mask = node.input(3).map(|v| match graph.value(v).dtype {
         Some(crate::tensor::DType::Bool) => MaskTerm::Keep(v),
         _ => MaskTerm::Add(v),
@@ -116,8 +114,8 @@ fn from_operator(graph: &Graph, node: &Node) -> Result<FoundAttention, String> {
         value,
         scores: None,
         mask: mask.into_iter().collect(),
-        scale,
-        softcap: f64::from(how.softcap),
+        scale: f64::from(scores.scale),
+        softcap: scores.softcap.map(f64::from),
         grouped: true,
         output: node.output(0).ok_or("its output is not used")?,
     })
@@ -159,7 +157,7 @@ struct Chain {
     right: ValueId,
     mask: Vec<MaskTerm>,
     scale: f64,
-    softcap: f64,
+    softcap: Option<f64>,
 }
 
 fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<Chain, String> {
@@ -182,9 +180,9 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
             (Op::MatMul, [0, 1]) => {
                 let (scale, softcap) = match cap {
                     // cap * tanh(inner * s) is the soft cap of s scaled by inner * cap.
-                    Some(cap) if outer == 1.0 => (inner * cap, cap),
+                    Some(cap) if outer == 1.0 => (inner * cap, Some(cap)),
                     Some(_) => return Err("its scores are scaled after their soft cap".into()),
-                    None => (outer, 0.0),
+                    None => (outer, None),
                 };
                 return Ok(Chain {
                     left: node.input(0).expect("data input"),

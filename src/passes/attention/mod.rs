@@ -28,7 +28,7 @@ use std::collections::HashMap;
 use std::fmt;
 
 use crate::graph::op::Op;
-use crate::graph::{Graph, ValueId};
+use crate::graph::{AttentionScores, Graph, ValueId};
 use crate::passes::partial_eval::PartialEvaluator;
 use crate::passes::roles::Roles;
 use crate::tensor::DType;
@@ -46,11 +46,8 @@ pub struct AttentionLayer {
     pub query: Projection,
     pub key_cache: ValueId,
     pub value_cache: ValueId,
-    /// Factor of the scores, all parts together.
-    pub scale: f32,
-    pub softcap: f32,
-    /// Positions a query looks back, itself included; `None` for all.
-    pub window: Option<usize>,
+    /// Scale, all parts together, soft cap and window.
+    pub scores: AttentionScores,
 }
 
 /// Something that keeps the graph from becoming canonical.
@@ -119,9 +116,11 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
                 query,
                 key_cache,
                 value_cache,
-                scale: snapped(scale * attention.scale as f32, &evaluator, &attention),
-                softcap: attention.softcap as f32,
-                window,
+                scores: AttentionScores {
+                    scale: snapped(scale * attention.scale as f32, &evaluator, &attention),
+                    softcap: attention.softcap.map(|cap| cap as f32),
+                    window,
+                },
                 found: attention,
             }),
             (operands, window) => {
@@ -211,7 +210,7 @@ fn snapped(scale: f32, evaluator: &PartialEvaluator<'_>, attention: &FoundAttent
         .shape(attention.query)
         .and_then(|s| s.last())
         .and_then(|d| d.as_const());
-    let usual = dim.map_or(0.0, |d| 1.0 / (d as f32).sqrt());
+    let usual = dim.map_or(0.0, |d| AttentionScores::usual_scale(d as usize));
     let slack = match evaluator.graph.value(attention.query).dtype {
         Some(DType::F16 | DType::Bf16) => 4e-3,
         _ => 1e-5,

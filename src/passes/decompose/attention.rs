@@ -204,22 +204,15 @@ fn group_query(graph: &mut Graph, id: NodeId, how: &op::GroupQueryAttention) -> 
     let slots = w.range(slots);
     let rows = w.unsqueeze(positions, &[1, 3]);
     let mut allowed = w.binary("causal", Binary::LessOrEqual, slots, rows);
-    if how.local_window_size > 0 {
-        let window = w.scalar(how.local_window_size);
+    let scores = how.scores(dim);
+    if let Some(window) = scores.window {
+        let window = w.scalar(window as i64);
         let before = w.binary("before", Binary::Sub, rows, window);
         let recent = w.binary("recent", Binary::Greater, slots, before);
         allowed = w.binary("window", Binary::And, allowed, recent);
     }
     let mask = w.join(Some(allowed), node.input(10))?;
-    let attention = Op::Attention(op::Attention {
-        is_causal: false,
-        // The operator reads 0 as the default, too.
-        scale: how.scale.filter(|s| *s != 0.0),
-        softcap: how.softcap,
-        q_num_heads: None,
-        kv_num_heads: None,
-        softmax_precision: None,
-    });
+    let attention = Op::Attention(scores.operator(None));
     let name = w.name.clone();
     let y = w.graph.add_node(&name, attention, &[q, k, v, mask]);
     let y = w.flat(y, heads * dim);

@@ -21,6 +21,7 @@ use std::collections::HashMap;
 use super::recipe::Recipe;
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, NodeId, ValueId};
+use crate::interface::Role;
 
 /// Weights of a canonical graph as recipes over modules, by the value that holds them. The graph must have been typed
 /// (`graph::infer`): which columns of a fused matrix are meant is told by shapes.
@@ -72,9 +73,10 @@ impl Reader<'_> {
             let matrix = graph
                 .constant(table)
                 .is_some_and(|c| c.shape().len() == 2 && c.dtype().is_float());
-            match graph.value(self.plain(rows)).name.as_str() {
-                "input_ids" if matrix => self.name(table, "embedding.weight"),
-                "position_ids" if matrix => self.name(table, "positions.weight"),
+            let interface = graph.interface.as_ref();
+            match interface.and_then(|interface| interface.role_of(self.plain(rows))) {
+                Some(Role::TokenIds) if matrix => self.name(table, "embedding.weight"),
+                Some(Role::PositionIds) if matrix => self.name(table, "positions.weight"),
                 _ => {}
             }
         }

@@ -225,6 +225,11 @@ impl<'n> Compiler<'n> {
         let tensor = self.network.tensor(id);
         Port {
             name: tensor.name.clone(),
+            role: self
+                .network
+                .interface
+                .as_ref()
+                .and_then(|interface| interface.role_of(id)),
             dtype: tensor.dtype,
             shape: self.shapes[id.0 as usize].clone(),
         }

@@ -14,12 +14,15 @@ use super::bindings::Bindings;
 use super::error::CpuError;
 use super::pool::{Pieces, Pool};
 use super::simd::Isa;
+use crate::interface::Role;
 use crate::tensor::DType;
 
 /// A tensor of the program's interface.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Port {
     pub name: String,
+    /// What it is for, where the network is that of a model.
+    pub role: Option<Role>,
     /// As in the network. Float inputs and outputs that are not caches are bound as f32 whatever is said here.
     pub dtype: DType,
     pub shape: Vec<usize>,
@@ -75,7 +78,7 @@ impl Program {
 
     /// Runs the network once. KvCaches are updated in place; outputs are written to the memory bound.
     ///
-    /// Fails before doing anything if a binding is missing or of the wrong type or size. An index outside its axis
+    /// Fails before doing anything if a binding is missing, unknown, given twice or of the wrong type or size. An index outside its axis
     /// (a token id outside the vocabulary, a position outside the rotary tables, a write beyond the capacity) is
     /// reported after the run; the outputs are then meaningless and the caches may hold the tokens' entries.
     pub fn run(&mut self, bindings: &mut Bindings<'_>) -> Result<(), CpuError> {
@@ -117,6 +120,7 @@ impl Program {
     }
 
     fn addresses(&self, bindings: &mut Bindings<'_>) -> Result<Vec<*mut u8>, CpuError> {
+        bindings.check(&self.inputs, &self.outputs)?;
         let inputs = self
             .inputs
             .iter()

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::{Buffer, Engine, Event, Rows, RunError, Stream};
+use crate::interface::Role;
 use crate::network::Network;
 use crate::tensor::{DType, Tensor};
 
@@ -14,6 +15,8 @@ pub struct SyntheticEngine {
     /// Dropped before the memory that it is bound to, and never lent to be run by others.
     engine: Engine,
     buffers: BTreeMap<String, Buffer>,
+    /// Names of the inputs that are no weights.
+    roles: BTreeMap<Role, String>,
     scratch: Buffer,
 }
 
@@ -48,16 +51,20 @@ impl SyntheticEngine {
         let scratch = Buffer::new(&cuda, engine.scratch_bytes(), "working memory")?;
         // SAFETY: as above; nothing else is given this memory.
         unsafe { engine.set_scratch(&scratch) };
+        let ports = network.interface.iter().flat_map(|interface| interface.inputs());
+        let roles = ports.map(|port| (port.role, name(port.id))).collect();
         Ok(SyntheticEngine {
             engine,
             buffers,
+            roles,
             scratch,
         })
     }
 
-    /// Sets every element of an i32 input, for example all positions to the last live slot.
-    pub fn set(&self, input: &str, value: i32) -> Result<(), RunError> {
-        match self.buffers.get(input) {
+    /// Sets every element of an i32 input, for example all positions to the last live slot. Nothing, where the engine does
+    /// not have it.
+    pub fn set(&self, input: Role, value: i32) -> Result<(), RunError> {
+        match self.roles.get(&input).and_then(|name| self.buffers.get(name)) {
             Some(buffer) => buffer.write(0, bytemuck::cast_slice(&vec![value; buffer.bytes() / size_of::<i32>()])),
             None => Ok(()),
         }

@@ -1,0 +1,105 @@
+//! Memory of the small inputs of a call, on both sides: written together, sent in one copy.
+
+use std::rc::Rc;
+
+use super::aligned;
+use crate::backend::tensorrt::run::{Buffer, Cuda, Pinned, RunError, Stream};
+use crate::decode::step::StepInputs;
+use crate::interface::Role;
+
+/// Inputs in the order in which they lie, the short ones first so that a decode step copies little.
+const ORDER: [Role; 4] = [Role::WriteIndices, Role::LogitRows, Role::TokenIds, Role::PositionIds];
+
+/// Where each of [`ORDER`] lies for calls of up to `rows` tokens, and the bytes of all.
+fn layout(rows: usize) -> ([usize; 4], usize) {
+    let mut end = 0;
+    let offsets = ORDER.map(|role| {
+        let at = end;
+        end += aligned(len(role, rows) * size_of::<i32>());
+        at
+    });
+    (offsets, end)
+}
+
+fn len(role: Role, rows: usize) -> usize {
+    StepInputs::len(role, rows).expect("ORDER holds step inputs")
+}
+
+pub(super) struct InputBuffers {
+    host: Pinned,
+    device: Buffer,
+    offsets: [usize; 4],
+    /// Bytes from the start that the present call uses.
+    used: usize,
+}
+
+impl InputBuffers {
+    /// For calls of up to `rows` tokens.
+    pub fn new(cuda: &Rc<Cuda>, rows: usize) -> Result<Self, RunError> {
+        let (offsets, bytes) = layout(rows);
+        Ok(InputBuffers {
+            host: Pinned::new(cuda, bytes)?,
+            device: Buffer::new(cuda, bytes, "the inputs of a call")?,
+            offsets,
+            used: bytes,
+        })
+    }
+
+    /// The device address of an input; `None` for a role that is no step input.
+    pub fn address(&self, role: Role) -> Option<u64> {
+        let at = ORDER.iter().position(|known| *known == role)?;
+        Some(self.device.address() + self.offsets[at] as u64)
+    }
+
+    /// Writes the inputs of a call, once the copy of the last one is over.
+    pub fn write(&mut self, step: &StepInputs<'_>) -> Result<(), RunError> {
+        for (role, at) in ORDER.into_iter().zip(self.offsets) {
+            let to = self.host.slice_mut::<i32>(at, len(role, step.rows))?;
+            step.write(role, to).expect("ORDER holds step inputs");
+            self.used = at + size_of_val(to);
+        }
+        Ok(())
+    }
+
+    /// Queues the copy.
+    pub fn upload(&self, stream: &Stream) -> Result<(), RunError> {
+        stream.upload(&self.host, 0..self.used, &self.device, 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lower::synthetic::Decoder;
+    use crate::lower::{Options, lower};
+    use crate::network::Profile;
+
+    #[test]
+    fn inputs_lie_apart_and_aligned() {
+        for rows in [1, 63, 64, 65, 512] {
+            let (offsets, bytes) = layout(rows);
+            let mut end = 0;
+            for (role, at) in ORDER.into_iter().zip(offsets) {
+                assert!(at.is_multiple_of(aligned(1)) && at >= end, "{role} of {rows} rows");
+                end = at + len(role, rows) * size_of::<i32>();
+            }
+            assert!(bytes >= end);
+        }
+    }
+
+    /// Whatever a network takes besides caches and weights is written for each call.
+    #[test]
+    fn every_input_of_a_network_has_a_place() {
+        let graph = Decoder::tiny().graph();
+        let network = lower(&graph, &Profile::decode(16), &Options::default()).unwrap();
+        let interface = network.interface.as_ref().unwrap();
+        for port in interface.inputs() {
+            assert_eq!(ORDER.contains(&port.role), port.role.cache().is_none(), "{}", port.role);
+        }
+        for role in ORDER {
+            let tensor = network.tensor(interface.input(role).unwrap());
+            let elements: i64 = tensor.shape.iter().map(|dim| dim.as_const().unwrap()).product();
+            assert_eq!(elements as usize, len(role, 1), "{role}");
+        }
+    }
+}

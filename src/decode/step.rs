@@ -1,0 +1,101 @@
+//! The small inputs of one call: token ids, positions, where to write, which row gets logits.
+//!
+//! Written here once for all devices. A device asks for each input that its network has, by [`Role`], and provides the
+//! memory.
+
+use crate::interface::Role;
+
+/// One chunk of a sequence on its way into a network: `tokens` at `position..`, padded to `rows`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StepInputs<'t> {
+    /// Token ids; at least one, at most `rows`.
+    pub tokens: &'t [u32],
+    /// Position and slot of the first token.
+    pub position: usize,
+    /// Rows that the network has.
+    pub rows: usize,
+}
+
+/// A role that is none of the inputs that a session makes for a call.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a session has nothing to bind to {0}")]
+pub(crate) struct NoStepInput(pub Role);
+
+impl StepInputs<'_> {
+    /// Elements of an input, each i32, for a network of so many rows.
+    pub fn len(role: Role, rows: usize) -> Result<usize, NoStepInput> {
+        match role {
+            Role::TokenIds | Role::PositionIds => Ok(rows),
+            Role::WriteIndices | Role::LogitRows => Ok(1),
+            Role::Cache(_) | Role::Logits | Role::UpdatedCache(_) => Err(NoStepInput(role)),
+        }
+    }
+
+    /// Writes the input of that role to `to`, which has [`StepInputs::len`] elements. Padding tokens are 0, at the positions
+    /// after the last token: slots that the next call writes anew.
+    pub fn write(&self, role: Role, to: &mut [i32]) -> Result<(), NoStepInput> {
+        let int = |n: usize| i32::try_from(n).expect("positions fit 31 bits");
+        match role {
+            Role::TokenIds => {
+                let padded = self.tokens.iter().map(|id| *id as i32).chain(std::iter::repeat(0));
+                to.iter_mut().zip(padded).for_each(|(to, id)| *to = id);
+            }
+            Role::PositionIds => {
+                let positions = (self.position..).map(int);
+                to.iter_mut().zip(positions).for_each(|(to, position)| *to = position);
+            }
+            Role::WriteIndices => to.fill(int(self.position)),
+            Role::LogitRows => to.fill(int(self.tokens.len() - 1)),
+            Role::Cache(_) | Role::Logits | Role::UpdatedCache(_) => return Err(NoStepInput(role)),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::interface::{CacheId, CachePart};
+
+    fn written(step: StepInputs<'_>, role: Role) -> Vec<i32> {
+        let mut to = vec![-1; StepInputs::len(role, step.rows).unwrap()];
+        step.write(role, &mut to).unwrap();
+        to
+    }
+
+    #[test]
+    fn a_padded_chunk() {
+        let step = StepInputs {
+            tokens: &[7, 8, 9],
+            position: 100,
+            rows: 5,
+        };
+        assert_eq!(written(step, Role::TokenIds), [7, 8, 9, 0, 0]);
+        assert_eq!(written(step, Role::PositionIds), [100, 101, 102, 103, 104]);
+        assert_eq!(written(step, Role::WriteIndices), [100]);
+        assert_eq!(written(step, Role::LogitRows), [2]);
+    }
+
+    #[test]
+    fn one_token() {
+        let step = StepInputs {
+            tokens: &[u32::MAX >> 1],
+            position: 0,
+            rows: 1,
+        };
+        assert_eq!(written(step, Role::TokenIds), [i32::MAX]);
+        assert_eq!(written(step, Role::PositionIds), [0]);
+        assert_eq!(written(step, Role::LogitRows), [0]);
+    }
+
+    #[test]
+    fn caches_and_outputs_are_no_step_inputs() {
+        let cache = CacheId {
+            layer: 0,
+            part: CachePart::Key,
+        };
+        for role in [Role::Cache(cache), Role::UpdatedCache(cache), Role::Logits] {
+            assert_eq!(StepInputs::len(role, 1), Err(NoStepInput(role)));
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! What an attention does with its scores, written once for passes, operators, lowering and reports.
+
+use serde::Serialize;
+
+use super::op::{Attention, GroupQueryAttention};
+use crate::tensor::DType;
+
+/// `softmax(cap(scale * q kᵀ) + mask)`, where `cap(s)` is `softcap * tanh(s / softcap)`.
+///
+/// In the canonical graph scale and soft cap are attributes of `Attention`, and the window is part of the mask.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+pub struct AttentionScores {
+    /// Factor of the products of queries and keys.
+    pub scale: f32,
+    /// Bound of the scaled scores; `None` for none.
+    pub softcap: Option<f32>,
+    /// How many positions a query attends to, itself included; `None` for all before it.
+    pub window: Option<usize>,
+}
+
+impl AttentionScores {
+    /// The scale that ONNX and most models use, `1/sqrt(head_dim)`.
+    pub fn usual_scale(head_dim: usize) -> f32 {
+        1.0 / (head_dim as f32).sqrt()
+    }
+
+    /// The canonical operator, its mask an input; `softmax_precision` as ONNX has it.
+    pub fn operator(&self, softmax_precision: Option<DType>) -> Attention {
+        Attention {
+            is_causal: false,
+            scale: Some(self.scale),
+            softcap: self.softcap.unwrap_or(0.0),
+            q_num_heads: None,
+            kv_num_heads: None,
+            softmax_precision,
+        }
+    }
+}
+
+/// 0 stands for none in ONNX.
+fn softcap(attribute: f32) -> Option<f32> {
+    (attribute != 0.0).then_some(attribute)
+}
+
+impl Attention {
+    /// What the attributes say of the scores of heads so wide. Windows are in the mask.
+    pub fn scores(&self, head_dim: usize) -> AttentionScores {
+        AttentionScores {
+            scale: self.scale.unwrap_or_else(|| AttentionScores::usual_scale(head_dim)),
+            softcap: softcap(self.softcap),
+            window: None,
+        }
+    }
+}
+
+impl GroupQueryAttention {
+    /// What the attributes say of the scores of heads so wide.
+    pub fn scores(&self, head_dim: usize) -> AttentionScores {
+        AttentionScores {
+            // 0 stands for the usual one, too.
+            scale: self
+                .scale
+                .filter(|scale| *scale != 0.0)
+                .unwrap_or_else(|| AttentionScores::usual_scale(head_dim)),
+            softcap: softcap(self.softcap),
+            window: usize::try_from(self.local_window_size)
+                .ok()
+                .filter(|window| *window > 0),
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! What a model takes and gives, as one typed description that every level carries.
+//!
+//! An [`Interface`] lists the inputs and outputs of a model by [`Role`], and its caches with the shape of their rows.
+//! `passes` makes it for the canonical graph, the lowering carries it over to the network (and adds the choice of rows
+//! that get logits), the package's manifest holds it without ids ([`Signature`]), and sessions bind by role. So no level
+//! finds an input again by its name or shape. Names exist where a format has nothing else: in ONNX files, text dumps and
+//! TensorRT plans. [`Role`]'s `Display` and `FromStr` are the only place that spells them.
+//!
+//! [`Interface::new`] refuses what no session can run: a role that is missing, occurs twice, or stands on the wrong side.
+//! Dtypes and dims are checked by the levels that have them, [`Graph`](crate::graph::Graph::canonical_interface) and
+//! [`Network`](crate::network::verify_interface).
+//!
+//! [`CacheRows`] is the arithmetic that all devices share when a cache grows.
+
+mod error;
+mod role;
+mod rows;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+pub use error::{InterfaceError, InterfaceErrors, Side};
+pub use role::{CacheId, CachePart, Role, UnknownName};
+pub use rows::{CacheRows, RowCopy};
+
+use crate::tensor::DType;
+
+/// One input or output: what it is for, and which value of a graph or tensor of a network it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Port<Id> {
+    /// What it is for.
+    pub role: Role,
+    /// The value or tensor.
+    pub id: Id,
+}
+
+/// The shape of a cache, `[batch, kv_heads, capacity, head_dim]`, as far as the model sets it: batch and capacity belong
+/// to a profile.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CacheShape {
+    /// Which cache.
+    #[serde(flatten)]
+    pub cache: CacheId,
+    /// Heads of keys or values.
+    pub kv_heads: usize,
+    /// Elements of one head of one token.
+    pub head_dim: usize,
+    /// Of the elements; a float.
+    pub dtype: DType,
+}
+
+/// `key_cache.0 f16[batch, 2, capacity, 64]`
+impl fmt::Display for CacheShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (role, dtype) = (Role::Cache(self.cache), self.dtype);
+        write!(
+            f,
+            "{role} {dtype}[batch, {}, capacity, {}]",
+            self.kv_heads, self.head_dim
+        )
+    }
+}
+
+/// A cache: an input, and the output that is its update.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CachePair<Id> {
+    /// Which cache, and what its rows are.
+    pub shape: CacheShape,
+    /// The cache as a call finds it.
+    pub input: Id,
+    /// The cache with the call's rows in it; in a network, in the memory of the input.
+    pub output: Id,
+}
+
+/// What a model takes and gives. See the module's head.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Interface<Id> {
+    inputs: Vec<Port<Id>>,
+    outputs: Vec<Port<Id>>,
+    caches: Vec<CachePair<Id>>,
+}
+
+/// An [`Interface`] without ids, which is the same for the canonical graph, its manifest and, but for the choice of rows,
+/// every network lowered from it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Signature {
+    /// In order.
+    pub inputs: Vec<Role>,
+    /// In order.
+    pub outputs: Vec<Role>,
+    /// In the order of their inputs.
+    pub caches: Vec<CacheShape>,
+}
+
+/// What no model can do without.
+const REQUIRED_INPUTS: [Role; 3] = [Role::TokenIds, Role::PositionIds, Role::WriteIndices];
+const REQUIRED_OUTPUTS: [Role; 1] = [Role::Logits];
+
+impl<Id: Copy + PartialEq> Interface<Id> {
+    /// The interface of these ports, which must be complete, unique and in the order of [`Role`]. `shape` gives the shape
+    /// of a cache input. All errors are reported at once.
+    pub fn new(
+        inputs: Vec<Port<Id>>,
+        outputs: Vec<Port<Id>>,
+        mut shape: impl FnMut(CacheId, Id) -> Result<CacheShape, InterfaceError>,
+    ) -> Result<Self, InterfaceErrors> {
+        let mut errors = Vec::new();
+        check_side(Side::Input, &inputs, &mut errors);
+        check_side(Side::Output, &outputs, &mut errors);
+        let find = |ports: &[Port<Id>], role: Role| ports.iter().find(|port| port.role == role).map(|port| port.id);
+        let required = REQUIRED_INPUTS.map(|role| (&inputs, role)).into_iter();
+        let required = required.chain(REQUIRED_OUTPUTS.map(|role| (&outputs, role)));
+        // A layer with any of its four ports has all of them, and so have the layers before it.
+        let layers = inputs.iter().chain(&outputs).filter_map(|port| port.role.cache());
+        let layers = layers.map(|cache| cache.layer.saturating_add(1)).max().unwrap_or(0);
+        let caches: Vec<CacheId> = (0..layers.min(inputs.len() + outputs.len()))
+            .flat_map(|layer| CachePart::ALL.map(|part| CacheId { layer, part }))
+            .collect();
+        let of_caches = caches
+            .iter()
+            .flat_map(|id| [(&inputs, Role::Cache(*id)), (&outputs, Role::UpdatedCache(*id))]);
+        for (ports, role) in required.chain(of_caches) {
+            if find(ports, role).is_none() {
+                errors.push(InterfaceError::Missing { role });
+            }
+        }
+        let mut pairs = Vec::with_capacity(caches.len());
+        for id in caches {
+            let (Some(input), Some(output)) = (find(&inputs, Role::Cache(id)), find(&outputs, Role::UpdatedCache(id)))
+            else {
+                continue;
+            };
+            match shape(id, input) {
+                Ok(shape) => pairs.push(CachePair { shape, input, output }),
+                Err(error) => errors.push(error),
+            }
+        }
+        match errors.is_empty() {
+            true => Ok(Interface {
+                inputs,
+                outputs,
+                caches: pairs,
+            }),
+            false => Err(InterfaceErrors(errors)),
+        }
+    }
+
+    /// The interface of ports that a format knows by name only, as [`Interface::new`] makes it. A name that is none of
+    /// [`Role`]'s is an error too.
+    pub fn from_names<'n>(
+        inputs: impl IntoIterator<Item = (&'n str, Id)>,
+        outputs: impl IntoIterator<Item = (&'n str, Id)>,
+        shape: impl FnMut(CacheId, Id) -> Result<CacheShape, InterfaceError>,
+    ) -> Result<Self, InterfaceErrors> {
+        let mut unknown = Vec::new();
+        let mut ports = |side: Side, names: Vec<(&'n str, Id)>| -> Vec<Port<Id>> {
+            let parsed = names.into_iter().filter_map(|(name, id)| match name.parse() {
+                Ok(role) => Some(Port { role, id }),
+                Err(UnknownName(name)) => {
+                    unknown.push(InterfaceError::Unknown { side, name });
+                    None
+                }
+            });
+            parsed.collect()
+        };
+        let inputs = ports(Side::Input, inputs.into_iter().collect());
+        let outputs = ports(Side::Output, outputs.into_iter().collect());
+        let made = Interface::new(inputs, outputs, shape);
+        match (unknown.is_empty(), made) {
+            (true, made) => made,
+            (false, made) => {
+                unknown.extend(made.err().into_iter().flat_map(|errors| errors.0));
+                Err(InterfaceErrors(unknown))
+            }
+        }
+    }
+
+    /// Inputs, in the order of [`Role`].
+    pub fn inputs(&self) -> &[Port<Id>] {
+        &self.inputs
+    }
+
+    /// Outputs, in the order of [`Role`].
+    pub fn outputs(&self) -> &[Port<Id>] {
+        &self.outputs
+    }
+
+    /// Caches, in the order of their inputs: keys and values of the first layer, then of the next.
+    pub fn caches(&self) -> &[CachePair<Id>] {
+        &self.caches
+    }
+
+    /// The input of that role.
+    pub fn input(&self, role: Role) -> Option<Id> {
+        self.inputs.iter().find(|port| port.role == role).map(|port| port.id)
+    }
+
+    /// The output of that role.
+    pub fn output(&self, role: Role) -> Option<Id> {
+        self.outputs.iter().find(|port| port.role == role).map(|port| port.id)
+    }
+
+    /// The logits, which every interface has.
+    pub fn logits(&self) -> Id {
+        self.output(Role::Logits).expect("an interface has logits")
+    }
+
+    /// What an input or output is for.
+    pub fn role_of(&self, id: Id) -> Option<Role> {
+        let mut ports = self.inputs.iter().chain(&self.outputs);
+        ports.find(|port| port.id == id).map(|port| port.role)
+    }
+
+    /// The interface without ids.
+    pub fn signature(&self) -> Signature {
+        let roles = |ports: &[Port<Id>]| ports.iter().map(|port| port.role).collect();
+        Signature {
+            inputs: roles(&self.inputs),
+            outputs: roles(&self.outputs),
+            caches: self.caches.iter().map(|pair| pair.shape).collect(),
+        }
+    }
+
+    /// The same interface over other ids.
+    pub fn map<To>(&self, mut to: impl FnMut(Id) -> To) -> Interface<To> {
+        let mut ports = |ports: &[Port<Id>]| -> Vec<Port<To>> {
+            let mapped = ports.iter().map(|Port { role, id }| Port {
+                role: *role,
+                id: to(*id),
+            });
+            mapped.collect()
+        };
+        let (inputs, outputs) = (ports(&self.inputs), ports(&self.outputs));
+        let pairs = self.caches.iter().map(|pair| CachePair {
+            shape: pair.shape,
+            input: to(pair.input),
+            output: to(pair.output),
+        });
+        let caches = pairs.collect();
+        Interface {
+            inputs,
+            outputs,
+            caches,
+        }
+    }
+
+    /// Another value becomes the output that `old` was.
+    pub(crate) fn replace_output(&mut self, old: Id, new: Id) {
+        let ports = self.outputs.iter_mut().map(|port| &mut port.id);
+        let pairs = self.caches.iter_mut().map(|pair| &mut pair.output);
+        for id in ports.chain(pairs).filter(|id| **id == old) {
+            *id = new;
+        }
+    }
+
+    /// The caches are of this dtype from now on.
+    pub(crate) fn set_cache_dtypes(&mut self, mut of: impl FnMut(Id) -> Option<DType>) {
+        for pair in &mut self.caches {
+            pair.shape.dtype = of(pair.input).unwrap_or(pair.shape.dtype);
+        }
+    }
+}
+
+impl Signature {
+    /// Without the choice of rows that get logits, which networks have and graphs have not.
+    pub fn of_graph(mut self) -> Self {
+        self.inputs.retain(|role| *role != Role::LogitRows);
+        self
+    }
+}
+
+fn check_side<Id: Copy + PartialEq>(side: Side, ports: &[Port<Id>], errors: &mut Vec<InterfaceError>) {
+    for (i, port) in ports.iter().enumerate() {
+        let role = port.role;
+        if role.side() != side {
+            errors.push(InterfaceError::WrongSide { role });
+        }
+        if ports[..i]
+            .iter()
+            .any(|before| before.role == role || before.id == port.id)
+        {
+            errors.push(InterfaceError::Duplicate { role });
+        }
+    }
+    if !ports.is_sorted_by_key(|port| port.role) {
+        let found = ports.iter().map(|port| port.role).collect();
+        errors.push(InterfaceError::Order { side, found });
+    }
+}
+
+#[cfg(test)]
+mod tests;
