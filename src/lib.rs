@@ -52,7 +52,7 @@
 //! |---|---|---|
 //! | 1 | `dim`, `help`, `units` | symbolic sizes; what errors advise; quantities for people |
 //! | 2 | `tensor` | element types, bytes with a shape |
-//! | 3 | `ir_text` | names, dims and numbers as the text forms of graphs and networks write and read them |
+//! | 3 | `interface`, `ir_text` | what a model takes and gives, by role; names, dims and numbers in the text forms of graphs and networks |
 //! | 4 | `graph` | typed ONNX, inference, evaluation |
 //! | 5 | `onnx` | ONNX files |
 //! | 6 | `passes` | from an export's graph to the canonical one |

@@ -109,7 +109,7 @@ fn every_level_has_the_same_interface() {
             {
                 continue;
             }
-            let network = lower::lower(&graph, &profile, &lower::Options::default()).unwrap();
+            let network = lower::lower(&graph, &profile, &lower::LowerOptions::default()).unwrap();
             let found = network.interface.as_ref().unwrap();
             assert_eq!(found.signature().of_graph(), expected, "{export} {profile}");
             assert_eq!(network.canonical_interface().as_ref(), Ok(found), "{export} {profile}");

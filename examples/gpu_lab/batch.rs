@@ -55,7 +55,10 @@ impl Batch {
         let cuda = self.runtime.cuda().clone();
         let name = |id| network.tensor(id).name.clone();
         let caches: HashMap<String, String> = network.aliases().map(|(from, to)| (name(to), name(from))).collect();
-        let interface = network.interface.as_ref().expect("lowering gives networks an interface");
+        let interface = network
+            .interface
+            .as_ref()
+            .expect("lowering gives networks an interface");
         let roles = interface.inputs().iter().chain(interface.outputs());
         let roles: HashMap<String, Role> = roles.map(|port| (name(port.id), port.role)).collect();
         let mut inputs = HashMap::new();

@@ -237,6 +237,6 @@ fn the_verifier_finds_each_broken_rule() {
     }
     assert!(matches!(
         verify_interface(&cached()),
-        Err(VerifyError::Interface { .. })
+        Err(VerifyError::NoInterface { .. })
     ));
 }

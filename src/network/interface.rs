@@ -156,12 +156,12 @@ mod tests {
     use super::*;
     use crate::interface::CachePart;
     use crate::lower::synthetic::Decoder;
-    use crate::lower::{self, lower};
+    use crate::lower::{LowerOptions, lower};
     use crate::network::Profile;
 
     fn network() -> Network {
         let graph = Decoder::tiny().graph();
-        lower(&graph, &Profile::prefill(3, 16), &lower::Options::default()).unwrap()
+        lower(&graph, &Profile::prefill(3, 16), &LowerOptions::default()).unwrap()
     }
 
     /// The refusal of a network after a change to it.

@@ -1,28 +1,39 @@
 //! What a run is given: each input, output and cache once, by role or name, and nothing else.
 
-use lapidary::backend::cpu::{Bindings, Caches, CpuError, Options, Program};
+use lapidary::backend::cpu::{Bindings, CompileOptions, CpuError, KvCaches, Program};
+use lapidary::graph::Constant;
 use lapidary::interface::Role;
 use lapidary::lower::synthetic::Decoder;
-use lapidary::lower::{self, lower};
-use lapidary::network::Profile;
+use lapidary::lower::{LowerOptions, lower};
+use lapidary::network::{Network, Profile};
+use lapidary::tensor::Tensor;
 
 /// A small model's program, its caches, and the numbers of a call.
 struct Call {
     program: Program,
-    caches: Caches,
+    caches: KvCaches,
     vocabulary: usize,
 }
 
 const ONE: [i32; 1] = [1];
 const ROLES: [Role; 4] = [Role::TokenIds, Role::PositionIds, Role::WriteIndices, Role::LogitRows];
 
+fn network(decoder: &Decoder) -> Network {
+    let graph = decoder.graph_with(|_, dtype, shape| {
+        let count = shape.iter().product();
+        let values: Vec<f64> = (0..count).map(|i: usize| (i % 7) as f64 * 0.01).collect();
+        Constant::tensor(Tensor::from_f64_as(dtype, shape.to_vec(), &values))
+    });
+    lower(&graph, &Profile::decode(16), &LowerOptions::default()).unwrap()
+}
+
 impl Call {
     fn new() -> Self {
         let decoder = Decoder::tiny();
-        let network = lower(&decoder.graph(), &Profile::decode(16), &lower::Options::default()).unwrap();
+        let network = network(&decoder);
         Call {
-            program: Program::compile(&network, &Options::with_threads(1)).unwrap(),
-            caches: Caches::new(&network).unwrap(),
+            program: Program::compile(&network, &CompileOptions::with_threads(1)).unwrap(),
+            caches: KvCaches::new(&network).unwrap(),
             vocabulary: decoder.vocabulary,
         }
     }
@@ -92,7 +103,7 @@ fn one_port_takes_one_binding() {
     assert_eq!(error, Err(CpuError::BoundTwice { what, name }));
 }
 
-/// Caches of a model with more layers, and of one with fewer.
+/// KvCaches of a model with more layers, and of one with fewer.
 #[test]
 fn caches_are_those_of_the_model() {
     let of = |layers: usize| {
@@ -100,8 +111,7 @@ fn caches_are_those_of_the_model() {
             layers,
             ..Decoder::tiny()
         };
-        let network = lower(&decoder.graph(), &Profile::decode(16), &lower::Options::default()).unwrap();
-        Caches::new(&network).unwrap()
+        KvCaches::new(&network(&decoder)).unwrap()
     };
     let mut call = Call::new();
     call.caches = of(3);

@@ -1,8 +1,10 @@
 //! Models and profiles that cannot be lowered. Single graphs are in tests/files/lower.
 
+use lapidary::interface::{InterfaceError, InterfaceErrors, Role};
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{LowerOptions, lower};
 use lapidary::network::{Profile, Tokens};
+use lapidary::tensor::DType;
 
 use crate::models::dims;
 
@@ -28,6 +30,30 @@ fn profiles_that_cannot_be() {
     assert!(
         error.contains("0 sequences") || error.contains("at least 1") || error.contains("empty"),
         "{error}"
+    );
+}
+
+/// Inputs and outputs that a session could not bind.
+#[test]
+fn interfaces_that_are_not_canonical() {
+    let missing = |errors: InterfaceErrors| match &errors.0[..] {
+        [InterfaceError::Missing { role }] => *role,
+        other => panic!("{other:?}"),
+    };
+    let mut graph = Decoder::tiny().graph();
+    let last = graph.outputs.pop().unwrap();
+    let role = missing(graph.canonical_interface().unwrap_err());
+    assert_eq!(role.name(), graph.value(last).name);
+    let mut graph = Decoder::tiny().graph();
+    graph.outputs.remove(0);
+    assert_eq!(missing(graph.canonical_interface().unwrap_err()), Role::Logits);
+    // An input that the interface does not know is not bound.
+    let mut graph = Decoder::tiny().graph();
+    graph.add_input("attention_mask", DType::I64, dims(&[1, 16]));
+    let errors = graph.canonical_interface().unwrap_err();
+    assert_eq!(
+        errors.to_string(),
+        "the input \"attention_mask\" is none of a canonical model"
     );
 }
 

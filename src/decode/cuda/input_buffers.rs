@@ -71,7 +71,7 @@ impl InputBuffers {
 mod tests {
     use super::*;
     use crate::lower::synthetic::Decoder;
-    use crate::lower::{Options, lower};
+    use crate::lower::{LowerOptions, lower};
     use crate::network::Profile;
 
     #[test]
@@ -91,7 +91,7 @@ mod tests {
     #[test]
     fn every_input_of_a_network_has_a_place() {
         let graph = Decoder::tiny().graph();
-        let network = lower(&graph, &Profile::decode(16), &Options::default()).unwrap();
+        let network = lower(&graph, &Profile::decode(16), &LowerOptions::default()).unwrap();
         let interface = network.interface.as_ref().unwrap();
         for port in interface.inputs() {
             assert_eq!(ORDER.contains(&port.role), port.role.cache().is_none(), "{}", port.role);

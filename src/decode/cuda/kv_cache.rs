@@ -131,7 +131,7 @@ mod tests {
     use super::*;
     use crate::interface::Interface;
     use crate::lower::synthetic::Decoder;
-    use crate::lower::{Options, lower};
+    use crate::lower::{LowerOptions, lower};
     use crate::network::Profile;
 
     /// Names and bytes of every cache are those of the network that an engine is built from.
@@ -144,7 +144,7 @@ mod tests {
                 batch,
                 ..Profile::decode(capacity)
             };
-            let network = lower(&graph, &profile, &Options::default()).unwrap();
+            let network = lower(&graph, &profile, &LowerOptions::default()).unwrap();
             let tensors = tensors(&signature, batch);
             let aliases: Vec<_> = network.aliases().collect();
             assert_eq!(tensors.len(), aliases.len());

@@ -76,11 +76,11 @@ impl Program {
         self.pool.threads()
     }
 
-    /// Runs the network once. KvCaches are updated in place; outputs are written to the memory bound.
+    /// Runs the network once. Caches are updated in place; outputs are written to the memory bound.
     ///
-    /// Fails before doing anything if a binding is missing, unknown, given twice or of the wrong type or size. An index outside its axis
-    /// (a token id outside the vocabulary, a position outside the rotary tables, a write beyond the capacity) is
-    /// reported after the run; the outputs are then meaningless and the caches may hold the tokens' entries.
+    /// Fails before doing anything if a binding is missing, unknown, given twice or of the wrong type or size. An index
+    /// outside its axis (a token id outside the vocabulary, a position outside the rotary tables, a write beyond the
+    /// capacity) is reported after the run; the outputs are then meaningless and the caches may hold the tokens' entries.
     pub fn run(&mut self, bindings: &mut Bindings<'_>) -> Result<(), CpuError> {
         let addresses = self.addresses(bindings)?;
         self.pieces.iter_mut().for_each(Pieces::reset);
