@@ -44,7 +44,10 @@ pub fn parse(text: &str) -> Result<Network, ParseError> {
         parser.output(line)?;
     }
     lines.end()?;
-    Ok(parser.network)
+    let mut network = parser.network;
+    // A text has nothing but names.
+    network.interface = network.canonical_interface().ok();
+    Ok(network)
 }
 
 /// `b1-t128-c1024`, `b1-t1_128_512-c1024-all`.
