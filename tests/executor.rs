@@ -22,5 +22,7 @@ mod node_tensors;
 mod node_tests;
 #[path = "executor/reference.rs"]
 mod reference;
+#[path = "executor/soundness.rs"]
+mod soundness;
 #[path = "executor/support.rs"]
 mod support;

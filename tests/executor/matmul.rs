@@ -7,15 +7,8 @@ use lapidary::tensor::{DType, Tensor};
 use proptest::prelude::*;
 
 use super::reference::{Value, evaluate};
+use super::soundness::misaligned;
 use super::support::{Random, assert_close, builder, dims, every_option, one_layer, run, tolerance};
-
-/// The same tensor with its bytes at an odd address, as in a mapped file.
-fn misaligned(tensor: &Tensor) -> Tensor {
-    let mut bytes = vec![0u8];
-    bytes.extend_from_slice(tensor.data());
-    let bytes = bytes::Bytes::from(bytes).slice(1..);
-    Tensor::new(tensor.dtype(), tensor.shape().to_vec(), bytes).unwrap()
-}
 
 fn check(x: &Tensor, w: &Tensor, op_a: MatrixOp, op_b: MatrixOp) {
     let kind = LayerKind::MatrixMultiply { op_a, op_b };

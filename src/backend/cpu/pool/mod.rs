@@ -158,7 +158,7 @@ impl Pool {
 
     /// Runs `job` once on each thread and returns when all are done. A panic in any of them is raised here.
     pub fn run(&self, job: impl Fn(Team<'_>) + Sync) {
-        let _turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let shared = &*self.shared;
         let barrier = &shared.barrier;
         barrier.waiting.store(0, Ordering::Relaxed);
@@ -183,13 +183,13 @@ impl Pool {
         while shared.unfinished.load(Ordering::Acquire) != 0 {
             relax(&mut spins, SPINS);
         }
+        let broken = barrier.broken.load(Ordering::Relaxed);
+        // The pool is as it was before: a panic of the job poisons nothing.
+        drop(turn);
         if let Err(panic) = result {
             std::panic::resume_unwind(panic);
         }
-        assert!(
-            !barrier.broken.load(Ordering::Relaxed),
-            "a thread of the CPU executor panicked"
-        );
+        assert!(!broken, "a thread of the CPU executor panicked");
     }
 }
 
