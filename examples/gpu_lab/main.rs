@@ -100,6 +100,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // SAFETY: the first statement of the program, so there is no other thread.
+    unsafe { lapidary::backend::tensorrt::compute_in_full_precision() };
     let done = match Arguments::parse().command {
         Command::Bench {
             package,

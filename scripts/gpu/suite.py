@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from common import BIN, ROOT, note
 
-ENVIRONMENT = {"LAPIDARY_TEST_BACKEND": "tensorrt", "RUST_BACKTRACE": "0", "PROPTEST_CASES": os.environ.get("PROPTEST_CASES", "12"),
+ENVIRONMENT = {"LAPIDARY_TEST_BACKEND": "tensorrt", "NVIDIA_TF32_OVERRIDE": "0", "RUST_BACKTRACE": "0", "PROPTEST_CASES": os.environ.get("PROPTEST_CASES", "12"),
                "PROPTEST_MAX_SHRINK_ITERS": "4"}
 # ONNX's node tests ask the executor alone, and their files are not carried.
 ELSEWHERE = "node_tests"

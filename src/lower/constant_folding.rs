@@ -1,7 +1,6 @@
-//! What keeps TensorRT from folding constants where that costs more than it saves.
-//!
-//! The other workaround of this kind needs no layer of the network: `backend::tensorrt::emit` gives every attention layer a
-//! mask of its own.
+//! What TensorRT must be kept from folding while it builds: `docs/tensorrt-notes.md`, "What TensorRT folds", has both
+//! workarounds of this kind and why. The other, a mask for each attention layer, needs no layer of the network and is made
+//! where layers are emitted for TensorRT.
 
 use super::context::{Lowered, Lowering, one};
 use crate::network::{Elementwise, LayerKind, TensorId, WeightMode};

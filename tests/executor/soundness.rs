@@ -80,7 +80,10 @@ fn every_operand_may_be_a_constant_at_an_odd_address() {
             };
             cases.push((kind, inputs));
         }
-        cases.push((LayerKind::Elementwise(Elementwise::Sum), vec![floats(&[3, 37]), floats(&[1, 37])]));
+        cases.push((
+            LayerKind::Elementwise(Elementwise::Sum),
+            vec![floats(&[3, 37]), floats(&[1, 37])],
+        ));
         cases.push((LayerKind::Softmax { axis: 1 }, vec![floats(&[3, 37])]));
         let mean = |axis| LayerKind::Reduce {
             op: ReduceOp::Avg,
@@ -161,9 +164,11 @@ fn bools_of_any_byte_are_true() {
     let at = b.input("at", DType::I32, &dims(&[6])).unwrap();
     let four = b.constant("four", Tensor::from_bool(vec![1, 6], &[true; 6])).unwrap();
     let gathered = b.add("gathered", LayerKind::Gather { axis: 1 }, &[weight, at]).unwrap();
-    let joined = b.add("joined", LayerKind::Concatenation { axis: 0 }, &[constant, weight]).unwrap();
+    let joined = b
+        .add("joined", LayerKind::Concatenation { axis: 0 }, &[constant, weight])
+        .unwrap();
     let both = b.elementwise("both", Elementwise::And, weight, four).unwrap();
-    let same = b.elementwise("same", Elementwise::Equal, constant, four).unwrap();
+    let other = b.elementwise("other", Elementwise::Xor, constant, four).unwrap();
     let number = b.cast("number", DType::F32, constant).unwrap();
     let number = b.elementwise("twice", Elementwise::Sum, number, number).unwrap();
     let turned = b.transpose("turned", weight, &[1, 0]).unwrap();
@@ -171,7 +176,7 @@ fn bools_of_any_byte_are_true() {
         ("gathered", gathered),
         ("joined", joined),
         ("both", both),
-        ("same", same),
+        ("other", other),
         ("number", number),
         ("turned", turned),
     ] {
@@ -182,23 +187,34 @@ fn bools_of_any_byte_are_true() {
         let mut program = Program::compile(&network, &options).unwrap();
         let at = [0, 1, 2, 3, 4, 5];
         let (mut gathered, mut joined, mut both) = ([true; 6], [true; 12], [false; 6]);
-        let (mut same, mut number, mut turned) = ([false; 6], [9f32; 6], [false; 6]);
+        let (mut other, mut number, mut turned) = ([false; 6], [9f32; 6], [false; 6]);
         let mut bindings = Bindings::new();
         bindings
             .input("at", &at[..])
             .output("gathered", &mut gathered[..])
             .output("joined", &mut joined[..])
             .output("both", &mut both[..])
-            .output("same", &mut same[..])
+            .output("other", &mut other[..])
             .output("number", &mut number[..])
             .output("turned", &mut turned[..]);
         program.run(&mut bindings).unwrap();
         drop(bindings);
-        for (name, got) in [("gathered", gathered), ("both", both), ("same", same), ("turned", turned)] {
+        for (name, got) in [
+            ("gathered", gathered),
+            ("both", both),
+            ("other", other.map(|b| !b)),
+            ("turned", turned),
+        ] {
             // Compared as numbers: of a `bool` that is neither, a comparison may say anything.
             assert_eq!(got.map(u8::from), truth.map(u8::from), "{name}");
         }
-        assert_eq!(joined.map(u8::from), [truth, truth].concat()[..].iter().map(|b| u8::from(*b)).collect::<Vec<_>>()[..]);
+        assert_eq!(
+            joined.map(u8::from),
+            [truth, truth].concat()[..]
+                .iter()
+                .map(|b| u8::from(*b))
+                .collect::<Vec<_>>()[..]
+        );
         assert_eq!(number, truth.map(|t| if t { 2.0 } else { 0.0 }));
     }
 }
@@ -246,13 +262,16 @@ fn a_cache_may_be_updated_from_a_view_of_itself() {
         };
         let rows = b.add("rows", slice, &[back]).unwrap();
         let join = |b: &mut NetworkBuilder, name: &str| {
-            b.add(name, LayerKind::Concatenation { axis: 2 }, &[rows, rows]).unwrap()
+            b.add(name, LayerKind::Concatenation { axis: 2 }, &[rows, rows])
+                .unwrap()
         };
         // A layer that is computed at once settles where its inputs lie before the update is reached.
         let before = early.then(|| join(&mut b, "before"));
         let updated = b.add("update", LayerKind::KvCacheUpdate, &[cache, rows, at]).unwrap();
         let after = join(&mut b, "after");
-        let old = b.elementwise("old", Elementwise::Sum, after, before.unwrap_or(after)).unwrap();
+        let old = b
+            .elementwise("old", Elementwise::Sum, after, before.unwrap_or(after))
+            .unwrap();
         b.output("old", old).unwrap();
         b.output("updated", updated).unwrap();
         let network = b.finish().unwrap();

@@ -8,12 +8,13 @@ use super::cuda::driver;
 use super::emit;
 use super::error::EngineBuildError;
 use super::flavour::FLAVOUR;
+use super::library;
 use super::log_capture::LogCapture;
 use super::observer::Monitor;
 use super::{BuildOptions, Library, Plan};
-use crate::network::{LayerKind, Network, Tokens, WeightMode};
+use crate::network::{Layer, LayerKind, Network, Tokens, WeightMode};
 use crate::target::Refit;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions) -> Result<Plan, EngineBuildError> {
     let started = Instant::now();
@@ -75,10 +76,18 @@ pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions
         });
     }
     let memory = built.map_err(|error| fail(own_words(error)))?;
+    let mut warnings = capture.take_warnings();
+    let in_fp32 = |layer: &Layer| {
+        let product = matches!(layer.kind, LayerKind::MatrixMultiply { .. } | LayerKind::Attention);
+        product && network.tensor(layer.outputs[0]).dtype == DType::F32
+    };
+    if library::may_use_tf32() && network.layers.iter().any(in_fp32) {
+        warnings.push("fp32 products may be computed in TF32: NVIDIA_TF32_OVERRIDE is not 0".to_string());
+    }
     Ok(Plan {
         memory,
         elapsed: started.elapsed(),
-        warnings: capture.take_warnings(),
+        warnings,
     })
 }
 

@@ -68,6 +68,29 @@ impl fmt::Display for LibrarySource {
     }
 }
 
+/// What CUDA's libraries read when they are loaded. TensorRT-RTX 1.6.1 computes fp32 products in TF32 (errors of 1e-3)
+/// whatever the builder's flag says, and obeys this variable: "0" means fp32.
+const TF32: &str = "NVIDIA_TF32_OVERRIDE";
+
+/// Makes TensorRT compute fp32 products in fp32, by an environment variable that it reads when its library is loaded. A
+/// value that is set already is kept. A program calls this first, or is started with `NVIDIA_TF32_OVERRIDE=0`; without
+/// either, [`Plan::warnings`](super::Plan::warnings) says that products may be TF32.
+///
+/// # Safety
+/// No other thread may be running: it could read the environment meanwhile, in C code without a lock.
+pub unsafe fn compute_in_full_precision() {
+    if std::env::var_os(TF32).is_none() {
+        // SAFETY: this function's own contract.
+        unsafe { std::env::set_var(TF32, "0") };
+    }
+}
+
+/// Whether fp32 products may be TF32.
+#[cfg(feature = "engines")]
+pub(super) fn may_use_tf32() -> bool {
+    std::env::var_os(TF32).is_none_or(|value| value != "0")
+}
+
 /// A TensorRT library of a fitting version, loaded into this process for good.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Library {
@@ -154,7 +177,6 @@ mod imp {
                 asked: path,
             });
         }
-        full_precision();
         trtx::dynamically_load_tensorrt(Some(&path)).map_err(|error| LibraryError::NotALibrary {
             path: path.clone(),
             reason: error.to_string(),
@@ -167,16 +189,6 @@ mod imp {
         let library = Library { path, source, version };
         *loaded = Some(library.clone());
         Ok(library)
-    }
-
-    /// fp32 products shall be fp32. TensorRT-RTX 1.6.1 uses TF32 (errors of 1e-3) whatever the builder's flag says; this
-    /// variable of CUDA's libraries is what it obeys. Whoever sets it keeps their choice.
-    fn full_precision() {
-        const TF32: &str = "NVIDIA_TF32_OVERRIDE";
-        if std::env::var_os(TF32).is_none() {
-            // SAFETY: once in a process, before the library that reads it is loaded; Rust's own readers take a lock.
-            unsafe { std::env::set_var(TF32, "0") };
-        }
     }
 
     fn find(explicit: Option<&Path>) -> Result<(PathBuf, LibrarySource), LibraryError> {

@@ -51,7 +51,7 @@ use std::time::Duration;
 pub use cuda::driver::{Driver, DriverError, Gpu};
 pub use error::{EngineBuildError, LayerContext, LibraryError};
 pub use flavour::{FLAVOUR, Flavour};
-pub use library::{Library, LibrarySource, Version};
+pub use library::{Library, LibrarySource, Version, compute_in_full_precision};
 pub use observer::{BuildObserver, BuildProgress};
 pub use probe::{Ability, ProbeReport, probe};
 

@@ -284,25 +284,6 @@ impl<'b> Emitter<'b, '_> {
     }
 }
 
-impl<'b> Emitter<'b, '_> {
-    /// TensorRT-RTX 1.6.1 cannot build fp16 attention layers that share one bool mask whose token dim is dynamic
-    /// ("Graph contains more than one op named mask.1_iota"). `mask and true`, once a layer, is not folded away and
-    /// costs nothing; an identity, a cast or the same comparison made again are folded and do not help.
-    fn mask_of_its_own(&mut self, layer: &Layer, mask: Handle<'b>) -> Emitted<'b> {
-        let declared = self.declared(layer.inputs[3])?;
-        let dynamic = declared.shape.iter().any(|dim| dim.as_const().is_none());
-        if declared.dtype != DType::Bool || !dynamic {
-            return Ok(mask);
-        }
-        let attend = Tensor::from_bool(vec![1; declared.shape.len()], &[true]);
-        let attend = self.small(&attend)?;
-        let own = self
-            .definition
-            .add_elementwise(&mask, &attend, ElementWiseOperation::kAND)?;
-        self.named(own, &format!("{}/mask", layer.name))
-    }
-}
-
 fn axis_number(axis: usize) -> Result<i32, Fault> {
     i32::try_from(axis).map_err(|_| Fault::Malformed(format!("{axis} is out of range")))
 }

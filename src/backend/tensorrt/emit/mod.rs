@@ -1,8 +1,9 @@
 //! Writes a [`Network`] into TensorRT's network definition, layer by layer, and checks each as it goes.
 //!
-//! `layers` has one arm a layer kind, `shapes` the extents that hold `tokens`, `constants` weights and small tables. This
-//! file owns the order, the names, and the comparison of what TensorRT infers with what the network declares.
+//! `layers` has one arm a layer kind, `shapes` the extents that hold `tokens`, `constants` weights and small tables,
+//! `constant_folding` what TensorRT must not fold. This file owns the order, the names, and the comparison of what TensorRT infers with what the network declares.
 
+mod constant_folding;
 mod constants;
 mod layers;
 mod shapes;
