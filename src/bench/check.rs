@@ -178,7 +178,7 @@ impl Checker<'_> {
         }
     }
 
-    /// Which layer is of which group was another question for files of before; that groups are all of the layers was not.
+    /// Which layer is of which group was decided by another rule in older files; groups were all of the layers there too.
     fn profile(&self, at: &str, times: &LayerTimes) -> Checked {
         if let Some((layer, _)) = times.layers.iter().find(|(_, ms)| !ms.is_finite() || *ms < 0.0) {
             return Err(self.field(format!("{at}.layers"), format!("{layer} took a time that is none")));

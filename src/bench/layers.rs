@@ -30,8 +30,8 @@ pub fn grouped(live: usize, layers: Vec<(String, f64)>) -> LayerTimes {
 
 /// What a name alone says.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// The weights of attention over keys: the product before it is the scores', unless they are in it, and the one behind
+enum LayerRole {
+    /// The weights of attention over keys: the product before it is the scores', unless they are in it, and the one after
     /// it the values'.
     Softmax {
         with_scores: bool,
@@ -44,47 +44,47 @@ enum Kind {
     Other,
 }
 
-fn kind(layer: &str) -> Kind {
+fn kind(layer: &str) -> LayerRole {
     let layer = layer.to_lowercase();
     let any = |words: &[&str]| words.iter().any(|word| layer.contains(word));
     // With one row, a product is a multiplication and a sum.
     let product = any(&["_proj", "lm_head", "gemm", "gemv", "matmul", "mulsum"]);
     if any(&["softmax", "maxrsub"]) {
-        Kind::Softmax { with_scores: product }
+        LayerRole::Softmax { with_scores: product }
     } else if layer.contains("_mha_") || is_lowered_attention(&layer) {
-        Kind::Attention
+        LayerRole::Attention
     } else if product {
-        Kind::Product
+        LayerRole::Product
     } else if any(&["kvcache", "scat"]) {
-        Kind::Scatter
+        LayerRole::Scatter
     } else {
-        Kind::Other
+        LayerRole::Other
     }
 }
 
 /// `layers.3.attention` and its parts, as our passes call it whatever the export did.
 fn is_lowered_attention(layer: &str) -> bool {
     let index = layer.strip_prefix("layers.");
-    let behind = index.and_then(|rest| {
+    let after = index.and_then(|rest| {
         rest.trim_start_matches(|c: char| c.is_ascii_digit())
             .strip_prefix(".attention")
     });
-    behind.is_some_and(|rest| rest.is_empty() || ["/", "_u", "_myl"].iter().any(|next| rest.starts_with(next)))
+    after.is_some_and(|rest| rest.is_empty() || ["/", "_u", "_myl"].iter().any(|next| rest.starts_with(next)))
 }
 
 fn groups_of(names: &[&str]) -> Vec<&'static str> {
-    let kinds: Vec<Kind> = names.iter().map(|name| kind(name)).collect();
+    let kinds: Vec<LayerRole> = names.iter().map(|name| kind(name)).collect();
     let mut groups: Vec<&'static str> = kinds
         .iter()
-        .map(|kind| if *kind == Kind::Product { PRODUCTS } else { REST })
+        .map(|kind| if *kind == LayerRole::Product { PRODUCTS } else { REST })
         .collect();
     // Tables of positions are scattered before the first product.
-    let first = kinds.iter().position(|kind| *kind == Kind::Product).unwrap_or(0);
+    let first = kinds.iter().position(|kind| *kind == LayerRole::Product).unwrap_or(0);
     for (at, kind) in kinds.iter().enumerate() {
-        let (before, behind) = match kind {
-            Kind::Softmax { with_scores } => (usize::from(!with_scores), 1),
-            Kind::Attention => (0, 0),
-            Kind::Scatter if at > first => {
+        let (before, after) = match kind {
+            LayerRole::Softmax { with_scores } => (usize::from(!with_scores), 1),
+            LayerRole::Attention => (0, 0),
+            LayerRole::Scatter if at > first => {
                 groups[at] = ATTENTION;
                 continue;
             }
@@ -92,23 +92,23 @@ fn groups_of(names: &[&str]) -> Vec<&'static str> {
         };
         groups[at] = ATTENTION;
         let before = reach(&kinds, (0..at).rev(), before);
-        let behind = reach(&kinds, at + 1..kinds.len(), behind);
-        for other in before.into_iter().chain(behind) {
+        let after = reach(&kinds, at + 1..kinds.len(), after);
+        for other in before.into_iter().chain(after) {
             groups[other] = ATTENTION;
         }
     }
     groups
 }
 
-/// The layers on the way to the next product with weights, behind so many `products` of attention itself. One that is named
+/// The layers on the way to the next product with weights, after so many `products` of attention itself. One that is named
 /// as attention's is no other than those.
-fn reach(kinds: &[Kind], way: impl Iterator<Item = usize>, mut products: usize) -> Vec<usize> {
+fn reach(kinds: &[LayerRole], way: impl Iterator<Item = usize>, mut products: usize) -> Vec<usize> {
     let mut reached = Vec::new();
     for at in way {
         match kinds[at] {
-            Kind::Product if products == 0 => break,
-            Kind::Product => products -= 1,
-            Kind::Attention => products = products.saturating_sub(1),
+            LayerRole::Product if products == 0 => break,
+            LayerRole::Product => products -= 1,
+            LayerRole::Attention => products = products.saturating_sub(1),
             _ => {}
         }
         reached.push(at);

@@ -116,7 +116,7 @@ impl Plan {
             needs.push((format!("a prefill of {n} tokens"), *n, *n, *n));
         }
         for n in &self.decode {
-            needs.push((format!("decoding behind {n} tokens"), *n, *n, n + 1));
+            needs.push((format!("decoding after {n} tokens"), *n, *n, n + 1));
         }
         for (n, new) in &self.end_to_end {
             // The last token drawn is not fed.
@@ -195,7 +195,7 @@ pub fn measure(
         bench.note_memory(&mut out.memory);
     }
     for n in &plan.decode {
-        part(format!("decode behind {n} tokens"));
+        part(format!("decode after {n} tokens"));
         out.decode.push(bench.decode(workload.prompt(*n)?, plan)?);
         bench.note_memory(&mut out.memory);
     }

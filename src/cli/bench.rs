@@ -33,7 +33,7 @@ pub struct Args {
     /// Prompt lengths to measure [default, if nothing is asked for: 37,128,512 where they fit]
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
     prefill: Vec<usize>,
-    /// Live lengths to decode behind [default, if nothing is asked for: 64,300,1024 where they fit]
+    /// Tokens in the cache when decoding is measured [default, if nothing is asked for: 64,300,1024 where they fit]
     #[arg(long, visible_alias = "live", value_name = "N,N", value_delimiter = ',')]
     decode: Vec<usize>,
     /// Whole texts: tokens of the prompt and tokens to generate (repeatable)

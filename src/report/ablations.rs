@@ -57,7 +57,7 @@ fn common(a: &Document, b: &Document) -> Vec<Shared> {
     let decode = b.decode.iter().filter_map(|d| {
         let usual = decode_at(a, d.live)?;
         Some(Shared {
-            what: format!("a token behind {}", d.live),
+            what: format!("a token after {} tokens", d.live),
             usual_ms: usual.ms.median,
             switched_ms: d.ms.median,
             stable: usual.stable && d.stable,

@@ -42,7 +42,7 @@ impl Verdict {
     pub fn word(&self) -> String {
         let (found, note) = match self {
             Verdict::Compared(found) => (found, ""),
-            Verdict::Recorded(found) => (found, ", as told"),
+            Verdict::Recorded(found) => (found, ", as recorded"),
             Verdict::None(why) => return why.to_string(),
         };
         let word = if found.equal { "equal" } else { "**not equal**" };

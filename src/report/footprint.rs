@@ -47,7 +47,7 @@ fn loads(d: &Document, on_gpu: bool) -> (Option<String>, Option<String>) {
         (Some(first), _) => (Some(first), usual),
         (None, Some(true)) => (None, usual),
         (None, Some(false)) => (usual, None),
-        (None, None) => (usual.map(|ms| format!("{ms} (whether kept is not told)")), None),
+        (None, None) => (usual.map(|ms| format!("{ms} (whether kept is not recorded)")), None),
     }
 }
 
@@ -105,7 +105,7 @@ pub fn memory(group: &Group) -> String {
         .collect();
     if group.on_gpu && !without.is_empty() {
         out += &format!(
-            "\nIn the files of {}, which are of before the context was told, the device's memory is without it, and Lapidary's is \
+            "\nIn the files of {}, which are older than the field for the context, the device's memory is without it, and Lapidary's is \
              of the end.\n",
             without.join("; ")
         );

@@ -27,9 +27,9 @@ impl Measure {
 
     fn what(self) -> String {
         match self {
-            Measure::Token(live) => format!("a token behind {live} live ones"),
+            Measure::Token(live) => format!("a token after {live} tokens"),
             Measure::Prompt(tokens) => format!("the first token of a prompt of {tokens}"),
-            Measure::Text(prompt, new) => format!("{new} tokens behind a prompt of {prompt}"),
+            Measure::Text(prompt, new) => format!("{new} tokens after a prompt of {prompt}"),
         }
     }
 
@@ -110,7 +110,7 @@ pub fn slower(group: &Group) -> Vec<String> {
     };
     let mut lines = Vec::new();
     for m in Measure::all(&ours.of) {
-        let behind: Vec<String> = others(group)
+        let slower: Vec<String> = others(group)
             .filter_map(|r| {
                 let (took, stable, factor) = m.beside(&r.of, &ours.of).filter(|(.., factor)| *factor < 1.0)?;
                 let mut doubt = String::from(if stable { "" } else { ", unstable" });
@@ -125,13 +125,13 @@ pub fn slower(group: &Group) -> Vec<String> {
                 ))
             })
             .collect();
-        if let (Some((mine, _)), false) = (m.of(&ours.of), behind.is_empty()) {
+        if let (Some((mine, _)), false) = (m.of(&ours.of), slower.is_empty()) {
             lines.push(format!(
                 "{}: {} ms{}, {}",
                 m.what(),
                 ms(mine),
                 cite(ours.source),
-                behind.join(", ")
+                slower.join(", ")
             ));
         }
     }

@@ -3,7 +3,7 @@
 //! Takes a canonical graph and profiles, asks the questions of [`super::questions`] one after the other, builds every
 //! alternative and runs it with made-up numbers; gives the winner of each profile with everything that was tried. Weights
 //! are carried as the package will carry them: TensorRT plans other kernels around constants than around inputs. Nothing
-//! here decides what a package is; `cli::convert` and specs do.
+//! here decides what a package is; `convert` and specs do.
 
 use std::path::Path;
 use std::sync::Mutex;

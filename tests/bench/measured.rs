@@ -355,7 +355,7 @@ fn every_field_is_documented() {
 }
 
 #[test]
-fn the_sampler_is_told_and_does_its_work() {
+fn the_sampler_is_recorded_and_does_its_work() {
     let sampled = quick(
         llama(),
         &[
@@ -369,12 +369,15 @@ fn the_sampler_is_told_and_does_its_work() {
             "0.5",
         ],
     );
-    let told = &sampled["system"]["settings"]["sampler"];
+    let printed = &sampled["system"]["settings"]["sampler"];
     assert_eq!(
-        (&told["temperature"], told["dry_multiplier"].as_f64().map(|m| m as f32)),
+        (
+            &printed["temperature"],
+            printed["dry_multiplier"].as_f64().map(|m| m as f32)
+        ),
         (&json!(0.5), Some(0.8))
     );
-    assert_eq!(told.get("repetition_penalty"), None, "what is off is not told");
+    assert_eq!(printed.get("repetition_penalty"), None, "what is off is not recorded");
 }
 
 #[test]
@@ -391,8 +394,8 @@ fn a_person_gets_a_table() {
         "--runs",
         "1",
     ];
-    let told = lapidary(args).ok().stdout;
+    let printed = lapidary(args).ok().stdout;
     for part in ["median ms", "prefill 4", "3 + 5, first token", "unstable", "copies at"] {
-        assert!(told.contains(part), "{part}: {told}");
+        assert!(printed.contains(part), "{part}: {printed}");
     }
 }

@@ -71,7 +71,7 @@ fn what_cannot_be_measured_is_refused_first() {
 }
 
 #[test]
-fn wrong_usage_is_told() {
+fn wrong_usage_is_refused() {
     for (flags, expected) in [
         (["--end-to-end", "128"], "not PROMPT:NEW"),
         (["--repetitions", "0"], "1 or more"),

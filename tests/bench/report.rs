@@ -135,12 +135,12 @@ fn figures_are_those_of_the_files() {
             samples.sort_by(f64::total_cmp);
             // Sixteen samples: the median is between the eighth and the ninth.
             let median = (samples[7] + samples[8]) / 2.0;
-            let told = if median >= 10.0 {
+            let printed = if median >= 10.0 {
                 format!("{median:.2}")
             } else {
                 format!("{median:.3}")
             };
-            let start = format!("| equal (4 rows) | {} | {label} | {told} |", decode["live"]);
+            let start = format!("| equal (4 rows) | {} | {label} | {printed} |", decode["live"]);
             assert!(markdown.contains(&start), "{start}");
         }
     }
@@ -161,11 +161,11 @@ fn figures_are_those_of_the_files() {
     );
     assert_eq!(loading("transformers eager"), "900.0 | — | — | — | —");
     // Ours is slower in one thing, and the report says so itself.
-    let behind = markdown.split("### Where it falls short").nth(1).unwrap();
-    let behind = behind.split("\n## ").next().unwrap();
-    assert!(behind.contains("the first token of a prompt of 512"), "{behind}");
-    assert!(behind.contains("the time of transformers static + compile"), "{behind}");
-    assert!(!behind.contains("live ones"), "{behind}");
+    let slower = markdown.split("### Where it falls short").nth(1).unwrap();
+    let slower = slower.split("\n## ").next().unwrap();
+    assert!(slower.contains("the first token of a prompt of 512"), "{slower}");
+    assert!(slower.contains("the time of transformers static + compile"), "{slower}");
+    assert!(!slower.contains("a token after"), "{slower}");
 }
 
 /// Shares are of the reference's bandwidth and peak for every system, and of each file's own where there is no reference.
@@ -187,7 +187,7 @@ fn shares_are_of_one_bandwidth_and_one_peak() {
     let with = Reported::of(&names(), &[]).markdown();
     let alone: Vec<String> = names().into_iter().filter(|n| n != "reference.json").collect();
     let alone = Reported::of(&alone, &[]).markdown();
-    let told = |markdown: &str, label: &str, at: usize, what: &str| {
+    let printed = |markdown: &str, label: &str, at: usize, what: &str| {
         let section = markdown.split(&format!("H200: {what}\n")).nth(1).unwrap();
         let cell = format!("| {at} | {label} |");
         section.lines().find(|l| l.contains(&cell)).unwrap().to_string()
@@ -199,9 +199,9 @@ fn shares_are_of_one_bandwidth_and_one_peak() {
         let mfu = value["prefill"][1]["mfu"].as_f64().unwrap() * 100.0;
         for (markdown, of_bandwidth, of_peak) in [(&with, bandwidth, peak), (&alone, own_bandwidth, own_peak)] {
             let (mbu, mfu) = (mbu * own_bandwidth / of_bandwidth, mfu * own_peak / of_peak);
-            let row = told(markdown, label, 300, "decode");
+            let row = printed(markdown, label, 300, "decode");
             assert!(row.contains(&format!("| {mbu:.1} % |")), "{mbu}: {row}");
-            let row = told(markdown, label, 512, "prefill");
+            let row = printed(markdown, label, 512, "prefill");
             assert!(row.contains(&format!("| {mfu:.1} % |")), "{mfu}: {row}");
         }
     }
@@ -333,7 +333,7 @@ fn an_ablation_finds_its_baseline() {
     assert!(markdown.contains("[static cache](#static-cache)"));
     // Its times drift.
     let row = |part: &str| markdown.lines().find(|l| l.contains(part)).unwrap();
-    let drifting = row("a token behind 300 | 128 |");
+    let drifting = row("a token after 300 tokens | 128 |");
     assert!(drifting.contains("| unstable[^"), "{drifting}");
     let steady = row("| 4096 slots |");
     assert!(steady.contains("| [^"), "{steady}");
@@ -369,8 +369,8 @@ fn what_is_missing_is_named() {
     let whole = Reported::of(&names(), &["--package", "conversion.json"]).markdown();
     let missing = whole.split("## Missing").nth(1).unwrap();
     assert!(missing.contains("TensorRT ONNX parser did not run: the parser has no importer for Attention"));
-    assert!(missing.contains("transformers static cache lacks decode behind 64 tokens"));
-    assert!(whole.contains("transformers static cache: prefill of 512, decode behind 300, decode behind 4080"));
+    assert!(missing.contains("transformers static cache lacks decode after 64 tokens"));
+    assert!(whole.contains("transformers static cache: prefill of 512, decode after 300, decode after 4080"));
 
     // What could not run has no dtype of its own, so it stands where the model was measured.
     let (_folder, other_dtype) = changed("parser.json", |v| v["model"]["dtype"] = json!("fp32"));
@@ -392,7 +392,7 @@ fn what_is_missing_is_named() {
     files.push(another);
     let whole = Reported::of(&files, &[]).markdown();
     assert!(whole.contains("| equal (4 rows) | 4000 | one capacity"), "{whole}");
-    assert!(!whole.contains("decode behind 4000"), "{whole}");
+    assert!(!whole.contains("decode after 4000"), "{whole}");
 
     // Less measured, fewer plots, and it says why.
     let (_folder, bare) = changed("lapidary.json", |v| {
@@ -547,7 +547,7 @@ fn a_real_result_becomes_a_report() {
 /// Engines of a real conversion, where there is a TensorRT to build them; no GPU is needed.
 #[cfg(feature = "tensorrt-rtx")]
 #[test]
-fn engines_are_told_with_their_layers() {
+fn engines_are_listed_with_their_layers() {
     use crate::support::{fixture, package};
     use lapidary::backend::tensorrt::Library;
     let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));

@@ -54,7 +54,7 @@ const REFUSED: [(&str, &[&str]); 33] = [
 ];
 
 #[test]
-fn every_bad_model_is_refused_by_name_and_leaves_nothing_behind() {
+fn every_bad_model_is_refused_by_name_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let known: Vec<&str> = REFUSED.iter().map(|(name, _)| *name).collect();
     for name in names(&fixture("bad")) {
@@ -72,7 +72,7 @@ fn every_bad_model_is_refused_by_name_and_leaves_nothing_behind() {
         if run.status != 2 || !said.contains(text(&model)) || wanted.iter().any(|w| !said.contains(w)) {
             failures.push(format!("{name}: status {}, {said}", run.status));
         }
-        assert_eq!(names(folder.path()), [""; 0], "{name} left something behind");
+        assert_eq!(names(folder.path()), [""; 0], "{name} left something");
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
@@ -295,7 +295,7 @@ fn an_existing_package_is_replaced_only_by_force_and_nothing_else_ever() {
 
 /// A file-size limit stands in for a full disk where no file system can be mounted: both fail in the middle of a write.
 #[test]
-fn a_full_disk_is_said_so_and_leaves_nothing_behind() {
+fn a_full_disk_is_said_so_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let model = fixture("exports/llama-optimum/model.onnx");
     let disk = folder.path().join("disk");
@@ -335,7 +335,7 @@ fn a_full_disk_is_said_so_and_leaves_nothing_behind() {
 }
 
 #[test]
-fn no_tensorrt_library_is_told_before_any_work() {
+fn no_tensorrt_library_is_reported_before_any_work() {
     let folder = tempfile::tempdir().unwrap();
     let model = fixture("exports/llama-optimum/model.onnx");
     let missing = folder.path().join("libtensorrt.so");

@@ -292,10 +292,10 @@ fn a_tokenizer_of_another_model_is_noticed() {
         "--tokenizer",
         text(&tokenizer),
     ];
-    let told = lapidary(convert).ok().stdout;
+    let printed = lapidary(convert).ok().stdout;
     assert!(
-        told.contains("the tokenizer has 49152 tokens and the model knows 97: is it this model's?"),
-        "{told}"
+        printed.contains("the tokenizer has 49152 tokens and the model knows 97: is it this model's?"),
+        "{printed}"
     );
     for prompt in ["--prompt", "--chat"] {
         let (message, help) = lapidary(["generate", text(&pkg), prompt, "The capital"]).refused();

@@ -44,9 +44,12 @@ fn inspect_tells_exporter_cache_architecture_and_patterns() {
     assert_eq!(inspect("llama-mobius-static")["cache"], "tensor_scatter");
 
     let model = fixture("exports/llama-optimum/model.onnx");
-    let told = lapidary(["inspect", text(&model)]).ok().stdout;
-    assert!(told.contains("This model can be converted."), "{told}");
-    assert!(told.contains("2 layers, 4 query heads over 2 KV heads of 16"), "{told}");
+    let printed = lapidary(["inspect", text(&model)]).ok().stdout;
+    assert!(printed.contains("This model can be converted."), "{printed}");
+    assert!(
+        printed.contains("2 layers, 4 query heads over 2 KV heads of 16"),
+        "{printed}"
+    );
 }
 
 #[test]
@@ -98,10 +101,10 @@ fn a_package_tells_what_it_is() {
         "{tensors:#?}"
     );
     assert!(tensors.iter().all(|t| t["blake3"].as_str().unwrap().len() == 64));
-    let told = lapidary(["info", text(&pkg)]).ok().stdout;
+    let printed = lapidary(["info", text(&pkg)]).ok().stdout;
     assert!(
-        told.contains("none: runs on the CPU") && told.contains("prompts are token ids"),
-        "{told}"
+        printed.contains("none: runs on the CPU") && printed.contains("prompts are token ids"),
+        "{printed}"
     );
 }
 
@@ -330,8 +333,8 @@ fn tract_agrees_on_every_family() {
 
 #[test]
 fn doctor_tells_the_machine() {
-    let told = lapidary(["doctor"]).ok().stdout;
-    assert!(told.contains("convert, and generate on the CPU"), "{told}");
+    let printed = lapidary(["doctor"]).ok().stdout;
+    assert!(printed.contains("convert, and generate on the CPU"), "{printed}");
     let facts = lapidary(["doctor", "--json"]).ok().json();
     assert!(facts["cpu"]["threads"].as_u64().unwrap() >= 1);
     assert_eq!(facts["tensorrt"]["compiled"], cfg!(feature = "engines"));

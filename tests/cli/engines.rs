@@ -46,8 +46,8 @@ fn convert_builds_the_engines_that_info_names() {
     let tensors = info["weights"]["tensors"].as_array().unwrap();
     let taken = tensors.iter().filter(|t| t["engines"] == json!(labels)).count();
     assert!(taken > 10, "{tensors:#?}");
-    let told = lapidary(["info", text(&pkg)]).ok().stdout;
-    assert!(labels.iter().all(|label| told.contains(label)), "{told}");
+    let printed = lapidary(["info", text(&pkg)]).ok().stdout;
+    assert!(labels.iter().all(|label| printed.contains(label)), "{printed}");
 
     // Other weights change nothing of that, for tables neither. What was compiled for these plans stays with them.
     let model = fixture("exports/llama-optimum/model.onnx");
@@ -74,8 +74,11 @@ fn embedded_engines_are_built_again_with_the_weights() {
     let built = names(&pkg.join("engines"));
     assert_eq!(built.len(), 2);
     let bare = folder.path().join("bare");
-    let told = lapidary(["strip", text(&pkg), "-o", text(&bare)]).ok().stdout;
-    assert!(told.contains("2 engines that hold weights were left out"), "{told}");
+    let printed = lapidary(["strip", text(&pkg), "-o", text(&bare)]).ok().stdout;
+    assert!(
+        printed.contains("2 engines that hold weights were left out"),
+        "{printed}"
+    );
     assert!(!bare.join("engines").exists());
     lapidary(["refit", text(&bare), "--from", text(&model), "--tensorrt-lib", library]).ok();
     assert_eq!(names(&bare.join("engines")), built);
@@ -227,16 +230,19 @@ fn tuning_needs_a_gpu() {
         all.extend(flags);
         lapidary(all)
     };
-    let (told, help) = convert(&[]).refused();
+    let (printed, help) = convert(&[]).refused();
     assert!(
-        told.contains("none are asked for") && help.contains("--target tensorrt-rtx"),
-        "{told} {help}"
+        printed.contains("none are asked for") && help.contains("--target tensorrt-rtx"),
+        "{printed} {help}"
     );
     if lapidary::backend::tensorrt::probe(Some(library.path())).run.possible {
         return;
     }
-    let (told, help) = convert(&["--target", "tensorrt-rtx", "--tensorrt-lib", text(library.path())]).refused();
-    assert!(told.contains("--tune measures on the GPU of this machine"), "{told}");
+    let (printed, help) = convert(&["--target", "tensorrt-rtx", "--tensorrt-lib", text(library.path())]).refused();
+    assert!(
+        printed.contains("--tune measures on the GPU of this machine"),
+        "{printed}"
+    );
     assert!(help.contains("--save-spec"), "{help}");
     assert!(!pkg.exists());
 }
@@ -258,14 +264,14 @@ fn one_engine_for_decode_and_prefill() {
     ];
     let library = ["--tensorrt-lib", text(library.path())];
     let pkg = package(folder.path(), &model, &[&flags[..], &library[..]].concat());
-    let told = || {
+    let printed = || {
         let info = lapidary(["info", text(&pkg), "--json", "--check"]).ok().json();
         let engines = info["engines"].as_array().unwrap().clone();
         let profiles: Vec<Value> = engines.iter().map(|e| e["optimization_profile"].clone()).collect();
         let files: Vec<Value> = engines.iter().map(|e| e["file"].clone()).collect();
         (profiles, files)
     };
-    let (profiles, files) = told();
+    let (profiles, files) = printed();
     assert_eq!(profiles, [Value::Null, 1.into(), Value::Null, 1.into()]);
     let expected = ["b1-t1_8_16-c16", "b1-t1_8_16-c16", "b1-t1_8_24-c32", "b1-t1_8_24-c32"];
     assert_eq!(
@@ -274,7 +280,7 @@ fn one_engine_for_decode_and_prefill() {
     );
     assert_eq!(names(&pkg.join("engines")).len(), 2);
     lapidary(["refit", text(&pkg), "--from", text(&model)]).ok();
-    assert_eq!(told(), (profiles, files));
+    assert_eq!(printed(), (profiles, files));
 
     let refused = |flags: &[&str]| {
         let other = folder.path().join("other");

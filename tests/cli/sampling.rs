@@ -96,10 +96,10 @@ fn a_draw_is_shown_and_the_text_form_reads_well() {
     assert_eq!(document["seed"], 5);
     assert!([1, 2].contains(&document["token"].as_u64().unwrap()));
     assert_eq!(document["candidates"][0][0], 1);
-    let told = lapidary([&["sample"], &flags[..]].concat()).ok().stdout;
+    let printed = lapidary([&["sample"], &flags[..]].concat()).ok().stdout;
     let token = &document["token"];
     assert_eq!(
-        told,
+        printed,
         format!("token  probability\n    1     0.924142\n    2     0.075858\ndrawn with seed 5: {token}\n")
     );
 }
@@ -122,7 +122,7 @@ fn breaker_strings_go_over_the_tokenizers_vocabulary() {
             .as_f64()
             .unwrap()
     };
-    // Token 198 is a newline, so by default the match ends behind it, at two tokens; without breakers it has three.
+    // Token 198 is a newline, so by default the match ends after it, at two tokens; without breakers it has three.
     let of = |length: i32| f64::exp(-1.75f64.powi(length - 2));
     let share = |length| of(length) / (59.0 + of(length));
     assert!((lowest(&[]) - share(2)).abs() < 1e-6);

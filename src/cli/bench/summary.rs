@@ -32,7 +32,7 @@ pub fn summary(d: &Document) -> String {
         let [median, p90, p99] = [p.ms.median, p.ms.p90, p.ms.p99].map(ms);
         let rate = format!("{:.1}", p.output_tokens_per_s);
         table.row([
-            format!("decode behind {}", p.live),
+            format!("decode after {}", p.live),
             median,
             p90,
             p99,

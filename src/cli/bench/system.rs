@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn the_lowering_is_told_once_or_by_profile() {
+    fn the_lowering_is_recorded_once_or_by_profile() {
         let usual = LowerOptions::for_engines();
         let layer = LowerOptions {
             attention: AttentionForm::Layer,

@@ -16,7 +16,7 @@ const PARTS: [(&str, RGBColor); 5] = [
     ("cache", OTHERS[3]),
     ("working memory", OTHERS[1]),
     ("context of CUDA", OTHERS[4]),
-    ("everything else, or not told apart", MUTED),
+    ("everything else, or not measured apart", MUTED),
 ];
 
 /// Bytes of each part; the last is all where parts are not measured.
