@@ -7,34 +7,96 @@ use super::manifest::FORMAT_VERSION;
 use crate::help::Help;
 use crate::{onnx, weights};
 
+/// A package that cannot be opened, read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum PackageError {
+    /// A folder without a manifest.
     #[error("{}: not a package: there is no manifest.json in it", path.display())]
-    NotAPackage { path: PathBuf },
+    NotAPackage {
+        /// Of the folder.
+        path: PathBuf,
+    },
+    /// Written by a later Lapidary, in a format that this one does not read.
     #[error("{}: the package has format version {found}, this Lapidary reads up to {FORMAT_VERSION}", path.display())]
-    Newer { path: PathBuf, found: u64 },
+    Newer {
+        /// Of the package.
+        path: PathBuf,
+        /// Its format version.
+        found: u64,
+    },
+    /// A manifest, or a file that it speaks of, says what cannot be.
     #[error("{}: not a valid manifest: {message}", path.display())]
-    Manifest { path: PathBuf, message: String },
+    Manifest {
+        /// Of the file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A file of the manifest is not there.
     #[error("{}: named in the manifest but missing from the package", path.display())]
-    Missing { path: PathBuf },
+    Missing {
+        /// Of the file.
+        path: PathBuf,
+    },
+    /// A file has another size than the manifest says.
     #[error("{}: has {found} bytes, the manifest says {expected}", path.display())]
-    Size { path: PathBuf, expected: u64, found: u64 },
+    Size {
+        /// Of the file.
+        path: PathBuf,
+        /// Bytes, as the manifest says.
+        expected: u64,
+        /// Bytes there are.
+        found: u64,
+    },
+    /// Contents that are not those that were written.
     #[error("{}: the contents of {what} do not have the hash in the manifest", path.display())]
-    Hash { path: PathBuf, what: String },
+    Hash {
+        /// Of the file.
+        path: PathBuf,
+        /// The file, or a weight in it.
+        what: String,
+    },
+    /// Something is where the package is to be written.
     #[error("{}: exists already", path.display())]
-    Exists { path: PathBuf },
+    Exists {
+        /// Of the target.
+        path: PathBuf,
+    },
+    /// What is there is not a package, so it is never replaced.
     #[error("{}: exists and is not a package, so it will not be replaced", path.display())]
-    NotReplaced { path: PathBuf },
+    NotReplaced {
+        /// Of the target.
+        path: PathBuf,
+    },
+    /// The system refused.
     #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: io::Error },
+    Io {
+        /// Of the file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Weights were needed.
     #[error("{}: a stripped package: its weights were left out", path.display())]
-    Stripped { path: PathBuf },
+    Stripped {
+        /// Of the package.
+        path: PathBuf,
+    },
+    /// The graph cannot be read.
     #[error(transparent)]
     Read(#[from] onnx::ReadError),
+    /// The weights cannot be written.
     #[error(transparent)]
     Weights(weights::WriteError),
+    /// The graph cannot be written.
     #[error("{}: {source}", path.display())]
-    Graph { path: PathBuf, source: onnx::WriteError },
+    Graph {
+        /// Of the graph's file.
+        path: PathBuf,
+        /// Why.
+        source: onnx::WriteError,
+    },
+    /// The tokenizer cannot be read.
     #[error(transparent)]
     Tokenizer(#[from] crate::text::TokenizerError),
 }

@@ -20,29 +20,38 @@ use crate::weights::{StoredParts, StoredTensor, StoredWeight};
 /// Raised when a package can no longer be read by the previous version of this code.
 pub const FORMAT_VERSION: u32 = 1;
 
+/// Everything about a package but the bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// [`FORMAT_VERSION`] of the writer. Always the first thing read.
     pub format_version: u32,
     /// Version of Lapidary that wrote the package.
     pub lapidary_version: String,
+    /// What it was made from.
     pub source: ExportFile,
+    /// Sizes of the model.
     pub architecture: Architecture,
     /// Element type of weights and caches.
     pub dtype: DType,
+    /// What it was converted for.
     pub targets: Vec<Target>,
+    /// How weights enter its engines.
     pub weight_mode: WeightMode,
+    /// Which weights its engines take later.
     pub refit: Refit,
     /// What the graph takes and gives. Packages of versions without it have the same in the names of their graph.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interface: Option<Signature>,
     /// Slots a cache can have, ascending.
     pub capacities: Vec<usize>,
+    /// How prompts are cut for its engines.
     pub prefill: Prefill,
+    /// The canonical graph.
     pub graph: StoredFile,
     /// BLAKE3 of the canonical graph's text, which has every operator, name and shape and no weight: packages with the
     /// same hash can take each other's weights.
     pub architecture_hash: String,
+    /// The weights of the model.
     pub weights: WeightFile,
     /// Tables that a pass computed, such as rotary angles. They belong to the architecture, and stay when weights go.
     pub constants: Option<WeightFile>,
@@ -51,6 +60,7 @@ pub struct Manifest {
     /// What `convert --tune` measured to choose the engines' lowerings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuning: Option<Tuning>,
+    /// `None`: the package takes and gives token ids alone.
     pub tokenizer: Option<TokenizerFiles>,
     /// Tokens that end a text.
     pub eos_token_ids: BTreeSet<u32>,
@@ -65,9 +75,11 @@ pub struct ExportFile {
     pub file: String,
     /// BLAKE3 of that file. External data is not in it; every weight has its own hash.
     pub blake3: String,
+    /// Size of that file.
     pub bytes: u64,
     /// Which exporter wrote it, as far as the graph tells.
     pub exporter: String,
+    /// Name and version in the file, as it has them.
     pub producer: String,
     /// Domain (`ai.onnx` for the default) and version.
     pub opsets: Vec<(String, i64)>,
@@ -76,14 +88,20 @@ pub struct ExportFile {
 /// A file of the package, by its path inside it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StoredFile {
+    /// Path inside the package, with `/` between its parts.
     pub file: String,
+    /// Size.
     pub bytes: u64,
+    /// BLAKE3 of the contents, in hexadecimal.
     pub blake3: String,
 }
 
+/// A safetensors file of the package, and what is in it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WeightFile {
+    /// Path inside the package.
     pub file: String,
+    /// Size; of a stripped package, of the weights that were left out.
     pub bytes: u64,
     /// See [`crate::weights::set_hash`]. In a stripped package, of the weights it had; empty if it
     /// never had any.
@@ -109,6 +127,7 @@ pub struct RefitRecord {
     pub lora: Option<String>,
 }
 
+/// A weight, or a table that a pass computed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WeightEntry {
     /// In the canonical graph and in every network lowered from it.
@@ -125,7 +144,9 @@ pub struct WeightEntry {
     /// Kept where modules do not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub learned: Option<Recipe>,
+    /// Of its values.
     pub dtype: DType,
+    /// Of its values.
     pub shape: Vec<usize>,
     /// Of its bytes; of a quantized weight, see [`crate::weights::StoredWeight::blake3`].
     pub blake3: String,
@@ -261,9 +282,13 @@ impl Place {
 /// A TensorRT plan.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EngineEntry {
+    /// Path of the plan inside the package.
     pub file: String,
+    /// Size of the plan.
     pub bytes: u64,
+    /// BLAKE3 of the plan.
     pub blake3: String,
+    /// What it runs on.
     pub target: Target,
     /// What it runs.
     pub profile: Profile,
@@ -273,7 +298,9 @@ pub struct EngineEntry {
     /// Which of the plan's optimization profiles this is.
     #[serde(default, skip_serializing_if = "is_first")]
     pub optimization_profile: usize,
+    /// How weights enter it.
     pub weight_mode: WeightMode,
+    /// Which weights it takes later.
     pub refit: Refit,
     /// The choices of its lowering, which say what its weights are.
     #[serde(default)]
@@ -310,18 +337,25 @@ impl EngineEntry {
     }
 }
 
+/// The model's own tokenizer, as its files.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenizerFiles {
+    /// `tokenizer.json` first.
     pub files: Vec<StoredFile>,
+    /// Whether a conversation can be made a prompt.
     pub chat_template: bool,
 }
 
 /// One pass of the pipeline.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PassRecord {
+    /// Of the pass.
     pub name: String,
+    /// How often it changed something.
     pub rewrites: usize,
+    /// Nodes of the graph it was given.
     pub nodes_before: usize,
+    /// Nodes of the graph it gave.
     pub nodes_after: usize,
 }
 

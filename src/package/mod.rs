@@ -11,9 +11,9 @@
 //!
 //! `write` makes a package in a temporary sibling that is renamed at the end, so a package is whole or not there.
 //! [`Package::open`] checks version and sizes, [`Package::check_hashes`] every byte; [`Package::graph`] maps the weights
-//! and gives the canonical graph. [`refit()`] puts other weights into a package, [`strip`] takes them out. Any ONNX runtime
-//! can run `graph.onnx` as it lies there. Lowering, engines and sessions are other rooms'; so is what the weights mean
-//! (`weights`).
+//! and gives the canonical graph. [`refit()`] puts other weights into a package, [`strip`] takes them out. Any ONNX runtime can
+//! run `graph.onnx` as it lies there. Lowering, engines and sessions are other modules'; so is what the weights mean
+//! ([`crate::weights`]).
 
 mod error;
 pub mod manifest;
@@ -28,10 +28,9 @@ use std::path::{Path, PathBuf};
 
 pub use error::PackageError;
 pub use manifest::Manifest;
-pub use plans::PlanCache;
-pub use refit::{
-    DifferingWeight, RefitError, RefitRequest, differing_weights, refit, required_weights, transposed_note,
-};
+pub(crate) use plans::PlanCache;
+pub(crate) use refit::transposed_note;
+pub use refit::{DifferingWeight, RefitError, RefitRequest, differing_weights, refit, required_weights};
 pub use staging::{check_target, remove_unfinished};
 pub use strip::strip;
 pub use write::{ManifestHeader, Writer};
@@ -40,14 +39,14 @@ use crate::graph::{Graph, infer};
 use crate::onnx;
 use crate::text::Tokenizer;
 
-pub const MANIFEST: &str = "manifest.json";
-pub const GRAPH: &str = "graph.onnx";
-pub const WEIGHTS: &str = "weights.safetensors";
-pub const CONSTANTS: &str = "constants.safetensors";
-pub const ENGINES: &str = "engines";
+pub(crate) const MANIFEST: &str = "manifest.json";
+pub(crate) const GRAPH: &str = "graph.onnx";
+pub(crate) const WEIGHTS: &str = "weights.safetensors";
+pub(crate) const CONSTANTS: &str = "constants.safetensors";
+pub(crate) const ENGINES: &str = "engines";
 /// In [`ENGINES`]: what TensorRT compiled when it loaded them, kept for the next process. No part of the package proper.
-pub const KERNELS: &str = "kernels";
-pub const TOKENIZER: &str = "tokenizer";
+pub(crate) const KERNELS: &str = "kernels";
+pub(crate) const TOKENIZER: &str = "tokenizer";
 
 pub(crate) fn manifest_path(folder: &Path) -> PathBuf {
     folder.join(MANIFEST)
@@ -56,11 +55,14 @@ pub(crate) fn manifest_path(folder: &Path) -> PathBuf {
 /// A package on disk whose manifest was read and whose files are there in the right sizes.
 #[derive(Clone, Debug)]
 pub struct Package {
+    /// Where it lies.
     pub folder: PathBuf,
+    /// As it was read.
     pub manifest: Manifest,
 }
 
 impl Package {
+    /// Reads the manifest, and checks its version and the sizes of all files; no hash.
     pub fn open(folder: &Path) -> Result<Self, PackageError> {
         let path = manifest_path(folder);
         if !path.is_file() {
@@ -219,6 +221,7 @@ impl Package {
             })
     }
 
+    /// The tokenizer, if the package has one.
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>, PackageError> {
         match &self.manifest.tokenizer {
             Some(_) => Ok(Some(Tokenizer::open(&self.folder.join(TOKENIZER))?)),
@@ -264,7 +267,7 @@ impl Package {
 }
 
 /// BLAKE3 of a file, in hexadecimal.
-pub fn hash_file(path: &Path) -> Result<String, PackageError> {
+pub(crate) fn hash_file(path: &Path) -> Result<String, PackageError> {
     let mut hasher = blake3::Hasher::new();
     hasher.update_mmap(path).map_err(PackageError::io(path))?;
     Ok(hasher.finalize().to_hex().to_string())

@@ -19,37 +19,52 @@ use crate::weights::{WriteError, content_hash, set_hash};
 
 /// What to put in, and what to put up with.
 pub struct RefitRequest<'a> {
+    /// Where the weights come from.
     pub source: &'a WeightSource,
     /// With the name of its folder.
     pub adapter: Option<(&'a str, &'a Adapter)>,
     /// Refuse a weight set that is not the one the package had. `None`: as the package was converted for.
     pub identical: Option<bool>,
+    /// Numbers that are put up with.
     pub allowed: Allowed,
     /// Tensors of the source that no weight is made of are no obstacle.
     pub extra_allowed: bool,
 }
 
+/// Weights that a package cannot take.
 #[derive(Debug, thiserror::Error)]
 pub enum RefitError {
+    /// The package cannot be read, or the new one written.
     #[error(transparent)]
     Package(#[from] PackageError),
+    /// Weights that are missing, do not fit or are too many.
     #[error("{0}")]
     Mismatch(#[from] Box<Mismatch>),
+    /// An identical refit of a package that never had weights.
     #[error("{path}: made without weights, so none can be identical to those it had")]
-    NeverHad { path: String },
+    NeverHad {
+        /// Of the package.
+        path: String,
+    },
     /// Other weights were asked for. Such an engine takes any numbers at load and computes with them what it was not planned for.
     #[error(
         "{path}: its engines were stripped for an identical refit and take back only the weights that they were built with"
     )]
-    OnlyItsOwn { path: String },
+    OnlyItsOwn {
+        /// Of the package.
+        path: String,
+    },
     /// Of an identical refit.
     #[error(
         "{source_path}: another weight set than this package had: {} of {of} weights differ, the first is {:?}{}",
         different.len(), different[0].name, transposed_note(different)
     )]
     NotIdentical {
+        /// Of the weights.
         source_path: String,
+        /// Weights with other numbers than the package had; at least one.
         different: Vec<DifferingWeight>,
+        /// Weights there are.
         of: usize,
     },
 }
@@ -88,6 +103,7 @@ pub fn required_weights(weights: &WeightFile) -> Vec<RequiredWeight<'_>> {
 /// A weight whose bytes would not be those the package had.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DifferingWeight {
+    /// In the package.
     pub name: String,
     /// Its transpose has them: the source is transposed once too often, or once too rarely.
     pub transposed: bool,
@@ -117,7 +133,7 @@ pub fn differing_weights(weights: &WeightFile, matched: &[Matched]) -> Result<Ve
 }
 
 /// What to say of weights that are only transposed; nothing if none is.
-pub fn transposed_note(different: &[DifferingWeight]) -> String {
+pub(crate) fn transposed_note(different: &[DifferingWeight]) -> String {
     let transposed: Vec<&str> = different
         .iter()
         .filter(|d| d.transposed)

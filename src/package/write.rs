@@ -24,14 +24,23 @@ use crate::{lower, onnx, weights};
 /// What the manifest says besides the files.
 #[derive(Clone, Debug)]
 pub struct ManifestHeader {
+    /// What it is made from.
     pub source: ExportFile,
+    /// Sizes of the model.
     pub architecture: Architecture,
+    /// Element type of weights and caches.
     pub dtype: DType,
+    /// What it is converted for.
     pub targets: Vec<Target>,
+    /// How weights enter engines.
     pub weight_mode: WeightMode,
+    /// Which weights engines take later.
     pub refit: Refit,
+    /// Slots a cache can have, ascending.
     pub capacities: Vec<usize>,
+    /// How prompts are cut for engines.
     pub prefill: Prefill,
+    /// What each pass did, in order.
     pub passes: Vec<PassRecord>,
 }
 

@@ -86,6 +86,7 @@ pub const LLAMA: Convention = Convention {
     ],
 };
 
+/// GPT-2, whose matrices are `[in, out]`.
 pub const GPT2: Convention = Convention {
     name: "Hugging Face, GPT-2",
     prefix: "transformer.",
@@ -143,6 +144,7 @@ pub fn has_gate<T>(modules: &HashMap<String, T>) -> bool {
     modules.contains_key("layers.0.feed_forward.gate.weight")
 }
 
+/// All that are known.
 pub const CONVENTIONS: [&Convention; 3] = [&LLAMA, &GPT2, &TENSORRT_LLM];
 
 /// A tensor of a checkpoint that holds a module, perhaps with others.

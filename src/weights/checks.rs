@@ -18,21 +18,31 @@ pub struct Allowed {
 /// Numbers that a model cannot use. `tensor`: where in the source they are, if that has a name.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum BadNumbers {
+    /// NaN or infinity that the source had.
     #[error("{count} of its {len} numbers are NaN or infinite in the source{}", within(tensor))]
     NonFinite {
+        /// How many.
         count: usize,
+        /// Elements of the tensor.
         len: usize,
+        /// In the source.
         tensor: Option<String>,
     },
     #[error(
         "{count} of its {len} numbers are too large for {dtype}: the largest is {largest:e}{}",
         within(tensor)
     )]
+    /// Finite numbers of the source that became infinite in the dtype of the package.
     Overflow {
+        /// How many.
         count: usize,
+        /// Elements of the weight.
         len: usize,
+        /// Of the package.
         dtype: DType,
+        /// The largest magnitude in the source.
         largest: f64,
+        /// In the source; the one with the largest.
         tensor: Option<String>,
     },
 }

@@ -15,17 +15,29 @@ use crate::help::Help;
 use crate::passes::Architecture;
 use crate::tensor::DType;
 
+/// A checkpoint that cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
+    /// The system refused.
     #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        /// Of the file or folder.
+        path: PathBuf,
+        /// What it said.
+        source: std::io::Error,
+    },
+    /// The tensors cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// Modules that the convention does not know.
     #[error("{convention} has no name for {}", modules.join(", "))]
     NoName {
+        /// Its name.
         convention: &'static str,
+        /// Which.
         modules: Vec<String>,
     },
+    /// No weight of the graph is known for what it is.
     #[error("the modules of this model are not known, so they cannot be named")]
     NoModules,
 }

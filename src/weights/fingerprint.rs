@@ -17,12 +17,20 @@ use crate::graph::{Constant, Graph};
 use crate::help::Help;
 use crate::tensor::{DType, Tensor};
 
+/// Weights that have no hash.
 #[derive(Debug, thiserror::Error)]
 pub enum FingerprintError {
+    /// They have no names.
     #[error(transparent)]
     Names(#[from] ExportError),
+    /// One that cannot be read, or holds no numbers.
     #[error("{name:?}: {message}")]
-    Tensor { name: String, message: String },
+    Tensor {
+        /// In a checkpoint.
+        name: String,
+        /// What is wrong with it.
+        message: String,
+    },
 }
 
 impl Help for FingerprintError {

@@ -15,7 +15,9 @@ use super::checkpoint::{CONVENTIONS, has_gate};
 use super::source::{SourceError, safetensors};
 use crate::graph::Constant;
 
+/// The file that describes an adapter.
 pub const CONFIG: &str = "adapter_config.json";
+/// The file of its matrices.
 pub const TENSORS: &str = "adapter_model.safetensors";
 /// What PEFT puts in front of the base model's own names.
 const PREFIX: &str = "base_model.model.";

@@ -16,8 +16,11 @@ use crate::tensor::DType;
 /// A weight of a package, as far as it matters here.
 #[derive(Clone, Copy, Debug)]
 pub struct RequiredWeight<'a> {
+    /// In the package.
     pub name: &'a str,
+    /// Of its values.
     pub dtype: DType,
+    /// Of its values.
     pub shape: &'a [usize],
     /// Over initializers of the export.
     pub recipe: Option<&'a Recipe>,
@@ -31,7 +34,7 @@ pub struct RequiredWeight<'a> {
 
 /// How a weight was found.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum FoundBy {
+enum FoundBy {
     /// By what it is in the model.
     Module,
     /// By the name that was learned from an earlier checkpoint's numbers.
@@ -45,10 +48,10 @@ pub enum FoundBy {
 /// A weight made of tensors of the source.
 #[derive(Clone, Debug)]
 pub struct Matched {
+    /// In the weight's dtype and shape.
     pub constant: Constant,
     /// Names in the source.
     pub from: Vec<String>,
-    pub found_by: FoundBy,
     /// What its numbers told of the names of such checkpoints.
     pub learned: Option<Recipe>,
 }
@@ -56,17 +59,22 @@ pub struct Matched {
 /// A tensor that is there and does not fit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Misfit {
+    /// Of the package.
     pub weight: String,
+    /// In the source.
     pub tensor: String,
+    /// What does not fit.
     pub why: String,
 }
 
 /// Everything that keeps a source from being the weights of a package.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mismatch {
+    /// Its path.
     pub source: String,
     /// Weights, with what the source would call them.
     pub missing: Vec<(String, Option<String>)>,
+    /// Tensors that do not fit.
     pub misfits: Vec<Misfit>,
     /// Tensors of the source that no weight is made of.
     pub extra: Vec<String>,
@@ -225,7 +233,6 @@ impl Matcher<'_> {
                 return Ok(Matched {
                     constant: constant.cast(weight.dtype),
                     from,
-                    found_by,
                     learned: None,
                 });
             }
@@ -266,7 +273,6 @@ impl Matcher<'_> {
         Ok(Matched {
             constant: constant.cast(weight.dtype),
             from: vec![held.name.clone()],
-            found_by: FoundBy::Contents,
             // Names in a graph are its own; those of a checkpoint are those of the next.
             learned: (!self.source.is_graph()).then_some(recipe),
         })

@@ -1,14 +1,21 @@
 //! Weights: on disk, by name, and from elsewhere.
 //!
-//! Takes constants whose bytes may not exist yet (see [`crate::graph::Constant`]) and gives a safetensors file plus a
-//! [`StoredTensor`] record for each: where it lies and its BLAKE3. At no time are more than a few tensors in memory. For weights
-//! that come later, a [`recipe::Recipe`] tells how each is made of an export's initializers, and [`modules`] what each is
-//! in the model, whatever it is called, and [`contents`] finds what neither knows; [`matching`] finds all of them in a [`source::WeightSource`], [`lora`] changes them on the
-//! way, [`checks`] refuses numbers no model can use, [`fingerprint`] is one hash over all. What the manifest says of weights is `package`'s.
+//! Takes constants whose bytes may not exist yet (see [`crate::graph::Constant`]), quantized ones among them, and gives a
+//! safetensors file and a [`StoredWeight`] record for each: where it lies, and its BLAKE3. At no time are more than a few
+//! tensors in memory. For weights that come later:
+//!
+//! - [`recipe`] says how each weight is made of an export's initializers;
+//! - [`modules`] says what each is in the model, whatever it is called, and [`checkpoint`] what others call that;
+//! - [`source`] opens an export, a checkpoint or a package; [`matching`] finds every weight in it, by its numbers where
+//!   neither recipe nor module does, and [`lora`] changes them on the way;
+//! - [`checks`] refuses numbers that no model can use, [`export`] writes checkpoints for other programs, and
+//!   [`fingerprint`] is one hash over all numbers.
+//!
+//! What a package's manifest says of weights is `package`'s.
 
 pub mod checkpoint;
 pub mod checks;
-pub mod contents;
+mod contents;
 pub mod export;
 pub mod fingerprint;
 pub mod lora;
@@ -19,13 +26,14 @@ pub mod recipe;
 mod safetensors;
 pub mod source;
 
-pub use safetensors::{Inspect, StoredParts, StoredTensor, StoredWeight, WriteError, content_hash, placements, write};
+pub(crate) use safetensors::placements;
+pub use safetensors::{Inspect, StoredParts, StoredTensor, StoredWeight, WriteError, content_hash, write};
 
 use crate::tensor::DType;
 
 /// The hash of a whole set of weights: BLAKE3 over name, dtype, shape and hash of each, sorted by name. Two packages with
 /// the same set hash hold the same numbers under the same names, wherever in the file they lie.
-pub fn set_hash<'a>(weights: impl IntoIterator<Item = (&'a str, DType, &'a [usize], &'a str)>) -> String {
+pub(crate) fn set_hash<'a>(weights: impl IntoIterator<Item = (&'a str, DType, &'a [usize], &'a str)>) -> String {
     let mut lines: Vec<String> = weights
         .into_iter()
         .map(|(name, dtype, shape, hash)| format!("{name}\0{dtype}\0{shape:?}\0{hash}\n"))

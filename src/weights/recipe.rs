@@ -15,48 +15,77 @@ use crate::tensor::quantized::Granularity;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Recipe {
+    /// A named tensor as it is.
     Tensor {
+        /// Of an initializer, a module or a tensor of a checkpoint.
         name: String,
+        /// What it had when the recipe was made.
         dtype: DType,
+        /// What it must have.
         shape: Vec<usize>,
     },
     /// Axes permuted as in ONNX `Transpose`.
     Transpose {
+        /// The input's axis for each axis of the result.
         perm: Vec<usize>,
+        /// What is permuted.
         of: Box<Recipe>,
     },
+    /// The same elements under another shape.
     Reshape {
+        /// Of the result.
         shape: Vec<usize>,
+        /// What is reshaped.
         of: Box<Recipe>,
     },
     /// Rounded to nearest even.
     Cast {
+        /// Of the result.
         dtype: DType,
+        /// What is converted.
         of: Box<Recipe>,
     },
+    /// `start..end` of an axis.
     Slice {
+        /// Of the input.
         axis: usize,
+        /// First index.
         start: usize,
+        /// Behind the last index.
         end: usize,
+        /// What is cut.
         of: Box<Recipe>,
     },
+    /// Joined on an axis.
     Concat {
+        /// Of all parts.
         axis: usize,
+        /// In order.
         of: Vec<Recipe>,
     },
+    /// Every element times a number, in fp32.
     Scale {
+        /// The number.
         factor: f64,
+        /// What is scaled.
         of: Box<Recipe>,
     },
+    /// Every element plus a number, in fp32.
     Offset {
+        /// The number.
         addend: f64,
+        /// What is added to.
         of: Box<Recipe>,
     },
     /// A quantized weight: ONNX's `DequantizeLinear` of its parts.
     Dequantize {
+        /// Which codes share a scale.
         granularity: Granularity,
+        /// In the shape of the result.
         codes: Box<Recipe>,
+        /// In the dtype of the result.
         scales: Box<Recipe>,
+        /// In the dtype of the codes; 0 if there are none.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         zero_points: Option<Box<Recipe>>,
     },
@@ -65,8 +94,11 @@ pub enum Recipe {
 /// A named tensor a recipe needs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Leaf<'a> {
+    /// Whose tensor it is.
     pub name: &'a str,
+    /// What it had when the recipe was made.
     pub dtype: DType,
+    /// What it must have.
     pub shape: &'a [usize],
 }
 

@@ -24,6 +24,7 @@ const SINGLE: &str = "model.safetensors";
 
 /// Opened weights.
 pub struct WeightSource {
+    /// File or folder.
     pub path: PathBuf,
     /// For people: `an ONNX export`, `Hugging Face, Llama-like`.
     pub kind: String,
@@ -45,15 +46,25 @@ enum Names {
 /// A source that cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
+    /// The system refused.
     #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        /// Of the file or folder.
+        path: PathBuf,
+        /// What it said.
+        source: std::io::Error,
+    },
+    /// Contents that cannot be weights.
     #[error("{}: {message}", path.display())]
     Invalid {
+        /// Of the file.
         path: PathBuf,
+        /// What is wrong with it.
         message: String,
         /// What to do about it.
         help: Option<String>,
     },
+    /// An export that cannot be read.
     #[error(transparent)]
     Onnx(#[from] onnx::ReadError),
 }
