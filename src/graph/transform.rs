@@ -269,6 +269,8 @@ mod tests {
         assert!(error.unwrap_err().to_string().contains("lm_head"));
     }
 
+    type Movement<'a> = &'a dyn Fn(&Constant, &Constant) -> Constant;
+
     /// Every movement of packed elements does what it does to the same numbers as i8.
     #[test]
     fn movements_of_packed_elements() {
@@ -293,7 +295,7 @@ mod tests {
             for shape in [[3, 5], [4, 8], [1, 7], [2, 6]] {
                 let (wide, other) = (plain(&shape), plain(&[shape[0], 3]));
                 let (narrow, other_narrow) = (wide.cast(dtype), other.cast(dtype));
-                let movements: [&dyn Fn(&Constant, &Constant) -> Constant; 6] = [
+                let movements: [Movement<'_>; 6] = [
                     &|c, _| c.transposed(&[1, 0]),
                     &|c, _| c.reshaped(vec![1, shape[1], shape[0]]).transposed(&[2, 0, 1]),
                     &|c, _| c.sliced(1, 1, shape[1] - 1),

@@ -144,28 +144,29 @@ const TABLE: [Row; 17] = {
     use Specials::{Finite, Ieee, NanOnly};
     const fn row(
         dtype: DType, name: &'static str, bits: usize, numbers: Numbers,
-        onnx: i32, onnx_name: &'static str, safetensors: Option<&'static str>, storage_only: bool,
+        onnx: (i32, &'static str), safetensors: Option<&'static str>, storage_only: bool,
     ) -> Row {
+        let (onnx, onnx_name) = onnx;
         Row { dtype, name, bits, numbers, onnx, onnx_name, safetensors, storage_only }
     }
     [
-        row(DType::Bool,     "bool",     8,  Bool,                  9,  "bool",         Some("BOOL"),    false),
-        row(DType::U8,       "u8",       8,  Unsigned,              2,  "uint8",        Some("U8"),      false),
-        row(DType::I8,       "i8",       8,  Signed,                3,  "int8",         Some("I8"),      false),
-        row(DType::I32,      "i32",      32, Signed,                6,  "int32",        Some("I32"),     false),
-        row(DType::I64,      "i64",      64, Signed,                7,  "int64",        Some("I64"),     false),
-        row(DType::F16,      "f16",      16, float(5, 10, Ieee),    10, "float16",      Some("F16"),     false),
-        row(DType::Bf16,     "bf16",     16, float(8, 7, Ieee),     16, "bfloat16",     Some("BF16"),    false),
-        row(DType::F32,      "f32",      32, float(8, 23, Ieee),    1,  "float32",      Some("F32"),     false),
-        row(DType::F64,      "f64",      64, float(11, 52, Ieee),   11, "float64",      Some("F64"),     false),
-        row(DType::U4,       "u4",       4,  Unsigned,              21, "uint4",        None,            true),
-        row(DType::I4,       "i4",       4,  Signed,                22, "int4",         None,            true),
-        row(DType::U2,       "u2",       2,  Unsigned,              25, "uint2",        None,            true),
-        row(DType::I2,       "i2",       2,  Signed,                26, "int2",         None,            true),
-        row(DType::F8E4M3Fn, "f8e4m3fn", 8,  float(4, 3, NanOnly),  17, "float8e4m3fn", Some("F8_E4M3"), true),
-        row(DType::F8E5M2,   "f8e5m2",   8,  float(5, 2, Ieee),     19, "float8e5m2",   Some("F8_E5M2"), true),
-        row(DType::F4E2M1,   "f4e2m1",   4,  float(2, 1, Finite),   23, "float4e2m1",   Some("F4"),      true),
-        row(DType::F8E8M0,   "f8e8m0",   8,  float(8, 0, NanOnly),  24, "float8e8m0",   Some("F8_E8M0"), true),
+        row(DType::Bool,     "bool",     8,  Bool,                  (9, "bool"),          Some("BOOL"),    false),
+        row(DType::U8,       "u8",       8,  Unsigned,              (2, "uint8"),         Some("U8"),      false),
+        row(DType::I8,       "i8",       8,  Signed,                (3, "int8"),          Some("I8"),      false),
+        row(DType::I32,      "i32",      32, Signed,                (6, "int32"),         Some("I32"),     false),
+        row(DType::I64,      "i64",      64, Signed,                (7, "int64"),         Some("I64"),     false),
+        row(DType::F16,      "f16",      16, float(5, 10, Ieee),    (10, "float16"),      Some("F16"),     false),
+        row(DType::Bf16,     "bf16",     16, float(8, 7, Ieee),     (16, "bfloat16"),     Some("BF16"),    false),
+        row(DType::F32,      "f32",      32, float(8, 23, Ieee),    (1, "float32"),       Some("F32"),     false),
+        row(DType::F64,      "f64",      64, float(11, 52, Ieee),   (11, "float64"),      Some("F64"),     false),
+        row(DType::U4,       "u4",       4,  Unsigned,              (21, "uint4"),        None,            true),
+        row(DType::I4,       "i4",       4,  Signed,                (22, "int4"),         None,            true),
+        row(DType::U2,       "u2",       2,  Unsigned,              (25, "uint2"),        None,            true),
+        row(DType::I2,       "i2",       2,  Signed,                (26, "int2"),         None,            true),
+        row(DType::F8E4M3Fn, "f8e4m3fn", 8,  float(4, 3, NanOnly),  (17, "float8e4m3fn"), Some("F8_E4M3"), true),
+        row(DType::F8E5M2,   "f8e5m2",   8,  float(5, 2, Ieee),     (19, "float8e5m2"),   Some("F8_E5M2"), true),
+        row(DType::F4E2M1,   "f4e2m1",   4,  float(2, 1, Finite),   (23, "float4e2m1"),   Some("F4"),      true),
+        row(DType::F8E8M0,   "f8e8m0",   8,  float(8, 0, NanOnly),  (24, "float8e8m0"),   Some("F8_E8M0"), true),
     ]
 };
 

@@ -77,3 +77,8 @@ macro_rules! with_float {
     };
 }
 pub(crate) use with_float;
+
+/// The elements of little-endian bytes; `None` if the dtype is no float of at most 32 bits.
+pub(crate) fn widened(dtype: crate::tensor::DType, bytes: &[u8]) -> Option<Vec<f32>> {
+    with_float!(dtype, F => Some(bytes.chunks_exact(size_of::<F>()).map(|b| F::read(b).to_f32()).collect()), else None)
+}

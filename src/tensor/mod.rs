@@ -150,16 +150,20 @@ impl Tensor {
 
     /// Every element as f32 (f64 is rounded, integers converted, bool is 0 or 1).
     pub fn to_f32(&self) -> Vec<f32> {
-        with_float!(self.dtype, F => {
-            self.data.chunks_exact(size_of::<F>()).map(|b| F::read(b).to_f32()).collect()
-        }, else match self.dtype.numbers() {
+        if let Some(values) = element::widened(self.dtype, &self.data) {
+            return values;
+        }
+        match self.dtype.numbers() {
             Numbers::Float(_) if self.dtype == DType::F64 => chunks(&self.data, |b| f64::from_le_bytes(b) as f32),
             Numbers::Float(_) => {
                 let numbers: Vec<f32> = (0..=u8::MAX).map(|code| narrow::decode(self.dtype, code)).collect();
-                self.codes().into_iter().map(|code| numbers[usize::from(code)]).collect()
+                self.codes()
+                    .into_iter()
+                    .map(|code| numbers[usize::from(code)])
+                    .collect()
             }
             _ => self.to_i64().into_iter().map(|v| v as f32).collect(),
-        })
+        }
     }
 
     /// Every element as f64.

@@ -138,7 +138,7 @@ fn config(graph: &Graph, a: &Architecture, modules: &HashMap<String, Constant>) 
     let positions = modules.get("positions.weight").map(|c| c.shape()[0]);
     json!({
         "architecture": if positions.is_some() { "GPT2LMHeadModel" } else { "LlamaForCausalLM" },
-        "dtype": match dtype { DType::F16 => "float16", DType::Bf16 => "bfloat16", _ => "float32" },
+        "dtype": if dtype.is_half() { dtype.onnx_name() } else { "float32" },
         "logits_dtype": "float32",
         "num_hidden_layers": a.layers,
         "num_attention_heads": a.heads,

@@ -1,11 +1,10 @@
 //! The KV caches that a session owns: made for a network, bound to each run, grown when they are full.
 
-use half::{bf16, f16};
-
 use super::aligned_bytes::AlignedBytes;
 use super::error::CpuError;
 use crate::interface::CacheRows;
 use crate::network::Network;
+use crate::tensor::element::widened;
 use crate::tensor::{DType, Tensor};
 
 /// One cache: `[batch, heads, capacity, head_dim]`, row-major, in the network's cache dtype.
@@ -37,22 +36,7 @@ impl KvCache {
     }
     /// The elements as f32.
     pub fn to_f32(&self) -> Vec<f32> {
-        let bytes = self.bytes();
-        match self.dtype {
-            DType::F16 => bytes
-                .as_chunks()
-                .0
-                .iter()
-                .map(|b| f16::from_le_bytes(*b).to_f32())
-                .collect(),
-            DType::Bf16 => bytes
-                .as_chunks()
-                .0
-                .iter()
-                .map(|b| bf16::from_le_bytes(*b).to_f32())
-                .collect(),
-            _ => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-        }
+        widened(self.dtype, self.bytes()).expect("caches hold floats of at most 32 bits")
     }
     /// Replaces the contents by a tensor of the same dtype and shape.
     pub fn set(&mut self, tensor: &Tensor) -> Result<(), CpuError> {

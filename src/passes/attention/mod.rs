@@ -31,7 +31,6 @@ use crate::graph::op::Op;
 use crate::graph::{AttentionScores, Graph, ValueId};
 use crate::passes::partial_eval::PartialEvaluator;
 use crate::passes::roles::Roles;
-use crate::tensor::DType;
 use cache::{ExportCache, Operand};
 use find::FoundAttention;
 use mask::Masks;
@@ -212,7 +211,7 @@ fn snapped(scale: f32, evaluator: &PartialEvaluator<'_>, attention: &FoundAttent
         .and_then(|d| d.as_const());
     let usual = dim.map_or(0.0, |d| AttentionScores::usual_scale(d as usize));
     let slack = match evaluator.graph.value(attention.query).dtype {
-        Some(DType::F16 | DType::Bf16) => 4e-3,
+        Some(dtype) if dtype.is_half() => 4e-3,
         _ => 1e-5,
     };
     if (scale - usual).abs() <= slack * usual {
