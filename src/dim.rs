@@ -13,6 +13,7 @@ use std::sync::Arc;
 pub struct Sym(Arc<str>);
 
 impl Sym {
+    /// The symbol of this name.
     pub fn new(name: impl AsRef<str>) -> Self {
         Sym(Arc::from(name.as_ref()))
     }
@@ -32,6 +33,7 @@ impl Sym {
     pub fn capacity() -> Self {
         Sym::new("capacity")
     }
+    /// Its name.
     pub fn name(&self) -> &str {
         &self.0
     }
@@ -60,6 +62,7 @@ pub struct Dim {
 }
 
 impl Dim {
+    /// A number.
     pub fn constant(value: i64) -> Self {
         let mut terms = BTreeMap::new();
         if value != 0 {
@@ -68,12 +71,14 @@ impl Dim {
         Dim { terms }
     }
 
+    /// One symbol.
     pub fn sym(sym: Sym) -> Self {
         Dim {
             terms: BTreeMap::from([(vec![sym], 1)]),
         }
     }
 
+    /// One symbol of this name.
     pub fn named(name: impl AsRef<str>) -> Self {
         Dim::sym(Sym::new(name))
     }
@@ -93,10 +98,12 @@ impl Dim {
         (self.terms.len() == 1 && *coefficient == 1 && monomial.len() == 1).then(|| &monomial[0])
     }
 
+    /// Whether it is the number 1.
     pub fn is_one(&self) -> bool {
         self.as_const() == Some(1)
     }
 
+    /// The symbols in it.
     pub fn symbols(&self) -> BTreeSet<Sym> {
         self.terms.keys().flatten().cloned().collect()
     }
@@ -347,7 +354,9 @@ impl fmt::Debug for Dim {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("dimensions {left} and {right} cannot be equal")]
 pub struct DimConflict {
+    /// What one side says.
     pub left: Dim,
+    /// What the other says.
     pub right: Dim,
 }
 
@@ -362,6 +371,7 @@ pub struct Unifier {
 }
 
 impl Unifier {
+    /// No equations yet.
     pub fn new() -> Self {
         Self::default()
     }

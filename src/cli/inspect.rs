@@ -118,7 +118,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
 
 fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
     if dump == Dump::Graph {
-        return Ok(graph::dump::dump(&graph).to_string());
+        return Ok(graph::dump(&graph).to_string());
     }
     let options = passes::CanonicalizeOptions {
         dtype: args.dtype.map(Precision::dtype),
@@ -130,7 +130,7 @@ fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
         source: e,
     })?;
     if dump == Dump::Canonical {
-        return Ok(graph::dump::dump(&canonical.graph).to_string());
+        return Ok(graph::dump(&canonical.graph).to_string());
     }
     let options = lower::LowerOptions {
         weight_mode: WeightMode::Bind,

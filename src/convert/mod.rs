@@ -16,8 +16,8 @@ use std::sync::Arc;
 pub use engines::EngineOptions;
 pub use error::ConvertError;
 
-use crate::graph::verify::{Obstacle, Obstacles, verify};
 use crate::graph::{Graph, infer};
+use crate::graph::{Obstacle, Obstacles, verify};
 use crate::onnx;
 use crate::package::manifest::{ExportFile, PassRecord};
 use crate::package::{self, Manifest, ManifestHeader, PackageError, PlanCache, Writer};

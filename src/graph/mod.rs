@@ -39,16 +39,16 @@
 //! fixed it.
 
 mod attention;
-pub mod constant;
-pub mod dump;
+mod constant;
+mod dump;
 pub mod eval;
-pub mod infer;
+pub(crate) mod infer;
 mod interface;
 pub mod op;
 mod parse;
 pub mod quantized;
 mod transform;
-pub mod verify;
+mod verify;
 
 use std::collections::{HashMap, HashSet};
 
@@ -56,8 +56,9 @@ pub use crate::ir_text::{ParseError, made_up};
 pub use attention::AttentionScores;
 pub use constant::{Constant, ConstantError, ConstantSource, Transform};
 pub use dump::{dump, identity_text};
-pub use infer::{Contents, InferError, InferenceFacts, bind_input_dims, infer};
-pub use op::{Attribute, MICROSOFT, Op};
+pub use infer::{Contents, InferError, InferenceFacts, infer};
+pub use op::Op;
+pub(crate) use op::{Attribute, MICROSOFT};
 pub use parse::{parse, parse_with};
 pub use quantized::Quantized;
 pub use verify::{Obstacle, Obstacles, verify};
@@ -70,38 +71,51 @@ use crate::tensor::{DType, Tensor};
 /// A shape of symbolic dims.
 pub type Shape = Vec<Dim>;
 
+/// A value of one graph.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct ValueId(u32);
 
+/// A node of one graph.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct NodeId(u32);
 
 /// What defines a value.
 #[derive(Clone, Debug)]
 pub enum Definition {
+    /// It is an input of the graph.
     Input,
+    /// It is constant.
     Constant(Constant),
     /// Output number `output` of `node`.
     Node {
+        /// The node that computes it.
         node: NodeId,
+        /// Which of the node's outputs it is.
         output: usize,
     },
     /// Nothing: the value was replaced or its node removed.
     Dead,
 }
 
+/// One tensor of a graph.
 #[derive(Clone, Debug)]
 pub struct Value {
+    /// Unique in the graph.
     pub name: String,
+    /// `None`: not inferred yet.
     pub dtype: Option<DType>,
+    /// `None`: not inferred yet.
     pub shape: Option<Shape>,
+    /// Where it comes from.
     pub definition: Definition,
 }
 
+/// One operator with its operands.
 #[derive(Clone, Debug)]
 pub struct Node {
     /// As in the export, or derived from the node it replaced; not necessarily unique.
     pub name: String,
+    /// What it computes.
     pub op: Op,
     /// `None` where an optional input is left out.
     pub inputs: Vec<Option<ValueId>>,
@@ -123,8 +137,11 @@ impl Node {
 /// Who wrote the export.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Producer {
+    /// The exporter's name; empty if the file does not say it.
     pub name: String,
+    /// The exporter's version.
     pub version: String,
+    /// Of the file format.
     pub ir_version: i64,
     /// Domain (`""` for ai.onnx) and version, sorted.
     pub opsets: Vec<(String, i64)>,
@@ -133,9 +150,13 @@ pub struct Producer {
 /// See the module's head.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
+    /// As the export names it; may be empty.
     pub name: String,
+    /// What wrote the export.
     pub producer: Producer,
+    /// In the export's order.
     pub inputs: Vec<ValueId>,
+    /// In the export's order.
     pub outputs: Vec<ValueId>,
     /// What the inputs and outputs are for, in a canonical graph; `None` in an export.
     pub interface: Option<Interface<ValueId>>,
@@ -149,6 +170,7 @@ pub struct Graph {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the graph has a cycle through {}", .nodes.join(" -> "))]
 pub struct CycleError {
+    /// Names of the nodes on one cycle.
     pub nodes: Vec<String>,
 }
 
@@ -159,6 +181,7 @@ impl Help for CycleError {
 }
 
 impl Graph {
+    /// An empty graph.
     pub fn new(name: impl Into<String>) -> Self {
         Graph {
             name: name.into(),
@@ -168,21 +191,27 @@ impl Graph {
 
     // Values
 
+    /// The value of an id of this graph.
     pub fn value(&self, id: ValueId) -> &Value {
         &self.values[id.0 as usize]
     }
+    /// The value, to change its name-independent parts; [`Graph::rename`] changes its name.
     pub fn value_mut(&mut self, id: ValueId) -> &mut Value {
         &mut self.values[id.0 as usize]
     }
+    /// Every value ever added, in order, those without a definition included.
     pub fn value_ids(&self) -> impl Iterator<Item = ValueId> + use<> {
         (0..self.values.len() as u32).map(ValueId)
     }
+    /// The value of this name.
     pub fn find(&self, name: &str) -> Option<ValueId> {
         self.names.get(name).copied()
     }
+    /// The shape of a value, if it is known.
     pub fn shape(&self, id: ValueId) -> Option<&Shape> {
         self.value(id).shape.as_ref()
     }
+    /// The constant that a value is, if it is one.
     pub fn constant(&self, id: ValueId) -> Option<&Constant> {
         match &self.value(id).definition {
             Definition::Constant(constant) => Some(constant),
@@ -219,6 +248,7 @@ impl Graph {
         })
     }
 
+    /// A new input of this type; the name is made unique.
     pub fn add_input(&mut self, name: &str, dtype: DType, shape: Shape) -> ValueId {
         let id = self.add_value(name);
         let value = self.value_mut(id);
@@ -227,6 +257,7 @@ impl Graph {
         id
     }
 
+    /// A new constant with its type; the name is made unique.
     pub fn add_constant(&mut self, name: &str, constant: impl Into<Constant>) -> ValueId {
         let id = self.add_value(name);
         self.set_constant(id, constant.into());
@@ -242,6 +273,7 @@ impl Graph {
         value.definition = Definition::Constant(constant);
     }
 
+    /// A new constant vector of i64.
     pub fn add_i64(&mut self, name: &str, values: &[i64]) -> ValueId {
         self.add_constant(name, Tensor::from_i64(vec![values.len()], values))
     }
@@ -256,9 +288,11 @@ impl Graph {
 
     // Nodes
 
+    /// The node of an id. Panics if it was removed.
     pub fn node(&self, id: NodeId) -> &Node {
         self.nodes[id.0 as usize].as_ref().expect("the node was removed")
     }
+    /// The node, to change it. Panics if it was removed.
     pub fn node_mut(&mut self, id: NodeId) -> &mut Node {
         self.nodes[id.0 as usize].as_mut().expect("the node was removed")
     }
@@ -269,6 +303,7 @@ impl Graph {
             .copied()
             .filter(|id| self.nodes[id.0 as usize].is_some())
     }
+    /// Whether the node is still there.
     pub fn contains(&self, id: NodeId) -> bool {
         self.nodes[id.0 as usize].is_some()
     }

@@ -14,6 +14,7 @@ use crate::tensor::DType;
 /// Something that keeps a graph from being compiled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum Obstacle {
     /// An operator, or an attribute of one, that Lapidary does not know, with all nodes that have it.
     UnknownOp { op: String, nodes: Vec<String> },

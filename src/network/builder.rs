@@ -38,9 +38,13 @@ use super::{
 /// A layer that means nothing in TensorRT: a bug of the code that built the network, with all that is needed to find it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerError {
+    /// Its name.
     pub layer: String,
+    /// What it computes, [`LayerKind::name`].
     pub kind: &'static str,
+    /// What it reads.
     pub inputs: Vec<Tensor>,
+    /// The rule that it breaks.
     pub fault: Fault,
 }
 
@@ -63,6 +67,7 @@ impl std::error::Error for LayerError {}
 
 /// Why something could not be added.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum BuildError {
     #[error(transparent)]
     Layer(Box<LayerError>),
@@ -91,6 +96,7 @@ pub struct NetworkBuilder {
 }
 
 impl NetworkBuilder {
+    /// An empty network.
     pub fn new(name: impl Into<String>, profile: Profile) -> Self {
         NetworkBuilder {
             network: Network::new(name, profile),
@@ -107,12 +113,15 @@ impl NetworkBuilder {
     pub fn network(&self) -> &Network {
         &self.network
     }
+    /// The element type of a tensor.
     pub fn dtype(&self, id: TensorId) -> DType {
         self.network.tensor(id).dtype
     }
+    /// The shape of a tensor.
     pub fn shape(&self, id: TensorId) -> &Shape {
         &self.network.tensor(id).shape
     }
+    /// The number of axes of a tensor.
     pub fn rank(&self, id: TensorId) -> usize {
         self.shape(id).len()
     }
@@ -159,6 +168,7 @@ impl NetworkBuilder {
         Ok(())
     }
 
+    /// A network input. The name must not be one of an input, output or weight.
     pub fn input(&mut self, name: &str, dtype: DType, shape: &[Dim]) -> Result<TensorId, BuildError> {
         if shape.len() > super::infer::MAX_RANK {
             let (name, rank) = (name.to_string(), shape.len());
@@ -211,6 +221,7 @@ impl NetworkBuilder {
         Ok(tensor)
     }
 
+    /// A constant layer.
     pub fn constant(&mut self, name: &str, tensor: tensor::Tensor) -> Result<TensorId, BuildError> {
         self.add(name, LayerKind::Constant(tensor), &[])
     }
@@ -281,6 +292,7 @@ impl NetworkBuilder {
 
     // Frequent layers
 
+    /// An elementwise layer over tensors of equal rank and dtype.
     pub fn elementwise(
         &mut self,
         name: &str,
@@ -291,10 +303,12 @@ impl NetworkBuilder {
         self.add(name, LayerKind::Elementwise(op), &[a, b])
     }
 
+    /// A unary layer.
     pub fn unary(&mut self, name: &str, op: UnaryOp, x: TensorId) -> Result<TensorId, BuildError> {
         self.add(name, LayerKind::Unary(op), &[x])
     }
 
+    /// An activation layer.
     pub fn activation(&mut self, name: &str, op: Activation, x: TensorId) -> Result<TensorId, BuildError> {
         self.add(name, LayerKind::Activation(op), &[x])
     }
@@ -307,6 +321,7 @@ impl NetworkBuilder {
         }
     }
 
+    /// A shuffle layer that only reshapes.
     pub fn reshape(&mut self, name: &str, x: TensorId, to: Shape) -> Result<TensorId, BuildError> {
         let kind = LayerKind::Shuffle {
             first: None,
@@ -316,6 +331,7 @@ impl NetworkBuilder {
         self.add(name, kind, &[x])
     }
 
+    /// A shuffle layer that only permutes the axes.
     pub fn transpose(&mut self, name: &str, x: TensorId, order: &[usize]) -> Result<TensorId, BuildError> {
         let kind = LayerKind::Shuffle {
             first: Some(order.to_vec()),

@@ -109,66 +109,92 @@ pub enum LayerKind {
     Constant(tensor::Tensor),
     /// Inputs a `[.., m, k]`, b `[.., k, n]` after their ops; leading dims broadcast where 1; equal ranks.
     MatrixMultiply {
+        /// Applied to a.
         op_a: MatrixOp,
+        /// Applied to b.
         op_b: MatrixOp,
     },
     /// Two inputs of equal rank and dtype.
     Elementwise(Elementwise),
+    /// One input.
     Unary(UnaryOp),
+    /// One input, a float.
     Activation(Activation),
     /// Axes are kept with size 1 if `keep_dims`.
     Reduce {
+        /// How elements combine.
         op: ReduceOp,
+        /// Which axes.
         axes: Vec<usize>,
+        /// Whether they stay, with size 1.
         keep_dims: bool,
     },
     /// Over one axis.
     Softmax {
+        /// Counted from 0.
         axis: usize,
     },
     /// Transpose, then reshape to the given dims (of equal volume), then transpose: each optional.
     Shuffle {
+        /// The transpose before the reshape.
         first: Option<Vec<usize>>,
+        /// The dims to reshape to.
         reshape: Option<Shape>,
+        /// The transpose after the reshape.
         second: Option<Vec<usize>>,
     },
     /// `start` and `stride` are numbers; `size` is the output's shape and may hold `tokens`. A stride of 0 repeats the
     /// element at `start`, which is how a dim of 1 is expanded.
     Slice {
+        /// The first element, for each axis.
         start: Vec<i64>,
+        /// The output's shape.
         size: Shape,
+        /// The step between elements, for each axis.
         stride: Vec<i64>,
     },
+    /// All inputs, of one dtype, joined along one axis.
     Concatenation {
+        /// Which axis.
         axis: usize,
     },
     /// Inputs data, indices (i32 or i64); the output's shape is `data[..axis] + indices + data[axis+1..]`. Every index
     /// lies in `0..data[axis]`: another one is an error of the caller. The CPU executor refuses it and names it;
     /// TensorRT does not check and promises nothing about the result, so sessions check token ids before they run.
     Gather {
+        /// Which axis of the data.
         axis: usize,
     },
     /// Inputs condition (bool), then, else; equal ranks.
     Select,
+    /// One input, converted element by element.
     Cast {
+        /// The output's dtype.
         to: DType,
     },
     /// `start + step * i` along one new axis: `[length]`, i32 or f32 by the dtype of the output.
     Fill {
+        /// Number of elements.
         length: Dim,
+        /// The first element.
         start: f64,
+        /// The step from one to the next.
         step: f64,
     },
     /// LayerNorm over `axes`: inputs x, scale, bias; scale and bias have x's rank, with 1 outside `axes`.
     Normalization {
+        /// The trailing axes that are normalized.
         axes: Vec<usize>,
+        /// Added to the variance.
         epsilon: f32,
     },
     /// Inputs x `[batch, heads, tokens, head_dim]`, cos and sin `[max_position, rotary_dim/2]`, position_ids
     /// `[batch, tokens]` i32. Dims of a head beyond `rotary_dim` pass through. Not interleaved: pairs are
     /// (i, i + rotary_dim/2); interleaved: (2i, 2i + 1).
     RotaryEmbedding {
+        /// How elements pair.
         interleaved: bool,
+        /// Elements of a head that rotate.
         rotary_dim: usize,
     },
     /// `softmax(q kᵀ + mask) v`; inputs q `[batch, heads, tokens, d]`, k and v `[batch, kv_heads, slots, d]`, and an

@@ -29,7 +29,7 @@
 //! | `logits` | f32 | `[batch, tokens, vocabulary]`, or `[batch, 1, vocabulary]` with [`Logits::Rows`] |
 //! | `updated_key_cache.i`, `updated_value_cache.i` | the cache dtype | as the cache, **in the same memory** as its input |
 
-pub mod builder;
+mod builder;
 #[cfg(test)]
 mod builder_tests;
 mod dump;
@@ -38,7 +38,7 @@ mod interface;
 mod kind;
 mod parse;
 mod prune;
-pub mod verify;
+mod verify;
 
 use std::fmt;
 
@@ -58,26 +58,35 @@ use crate::tensor::DType;
 /// A shape of symbolic dims.
 pub type Shape = Vec<Dim>;
 
+/// A tensor of one network: its number in [`Network::tensors`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct TensorId(pub u32);
 
+/// A weight of one network: its number in [`Network::weights`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct WeightId(pub u32);
 
 /// A value of the network. Names are unique; inputs and outputs have the names of the table above.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
+    /// Unique in the network.
     pub name: String,
+    /// Its element type.
     pub dtype: DType,
+    /// Numbers, or with a dynamic profile also dims with the symbol `tokens`.
     pub shape: Shape,
 }
 
+/// One layer with what it reads and gives.
 #[derive(Clone, Debug)]
 pub struct Layer {
     /// The graph node it was lowered from, with a suffix where a node became several layers. Unique.
     pub name: String,
+    /// What it computes.
     pub kind: LayerKind,
+    /// In the order that the kind documents.
     pub inputs: Vec<TensorId>,
+    /// One tensor, today.
     pub outputs: Vec<TensorId>,
 }
 
@@ -99,7 +108,9 @@ pub enum WeightMode {
 pub struct Weight {
     /// Unique; the name of the bound input, of the refittable weight and of the entry in the package's manifest.
     pub name: String,
+    /// Its bytes or the recipe for them.
     pub constant: Constant,
+    /// How it enters an engine.
     pub mode: WeightMode,
 }
 
@@ -107,11 +118,15 @@ pub struct Weight {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tokens {
+    /// Always so many.
     Static(usize),
     /// An optimization profile over the symbol `tokens`.
     Dynamic {
+        /// The fewest.
         min: usize,
+        /// What engines are tuned for.
         opt: usize,
+        /// The most.
         max: usize,
     },
 }
@@ -130,17 +145,22 @@ pub enum Logits {
 /// The shapes a network is lowered for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Profile {
+    /// Sequences in one call.
     pub batch: usize,
+    /// New tokens of each sequence in one call.
     pub tokens: Tokens,
     /// Slots of the cache.
     pub capacity: usize,
+    /// Which tokens get logits.
     pub logits: Logits,
 }
 
 impl Profile {
+    /// One sequence, one token.
     pub fn decode(capacity: usize) -> Self {
         Profile::prefill(1, capacity)
     }
+    /// One sequence, a chunk of tokens, logits of one of them.
     pub fn prefill(tokens: usize, capacity: usize) -> Self {
         Profile {
             batch: 1,
@@ -170,18 +190,26 @@ impl fmt::Display for Profile {
 /// See the module's head.
 #[derive(Clone, Debug)]
 pub struct Network {
+    /// The model's, for messages.
     pub name: String,
+    /// The shapes it was lowered for.
     pub profile: Profile,
+    /// All tensors; ids are indices.
     pub tensors: Vec<Tensor>,
+    /// In order of execution.
     pub layers: Vec<Layer>,
+    /// What a session binds to be read.
     pub inputs: Vec<TensorId>,
+    /// What a session binds to be written.
     pub outputs: Vec<TensorId>,
     /// What the inputs and outputs are for, in the network of a model; `None` in other networks.
     pub interface: Option<Interface<TensorId>>,
+    /// All weights; ids are indices.
     pub weights: Vec<Weight>,
 }
 
 impl Network {
+    /// A network without layers.
     pub fn new(name: impl Into<String>, profile: Profile) -> Self {
         Network {
             name: name.into(),
@@ -195,9 +223,11 @@ impl Network {
         }
     }
 
+    /// The tensor of an id of this network.
     pub fn tensor(&self, id: TensorId) -> &Tensor {
         &self.tensors[id.0 as usize]
     }
+    /// The weight of an id of this network.
     pub fn weight(&self, id: WeightId) -> &Weight {
         &self.weights[id.0 as usize]
     }

@@ -14,6 +14,7 @@ use super::{LayerKind, Network, Tensor, TensorId, Tokens};
 
 /// The first broken rule of a network: a bug of the code that made the network.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum VerifyError {
     #[error(transparent)]
     Layer(#[from] Box<LayerError>),

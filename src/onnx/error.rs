@@ -10,13 +10,16 @@ use crate::tensor::{DType, SizeMismatch};
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {kind}", .path.display())]
 pub struct ReadError {
+    /// The model's file.
     pub path: PathBuf,
+    /// What is wrong with it.
     #[source]
     pub kind: ReadErrorKind,
 }
 
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum ReadErrorKind {
     #[error("cannot be opened: {0}")]
     Open(#[source] std::io::Error),

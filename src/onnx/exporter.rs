@@ -16,7 +16,9 @@ pub enum Exporter {
     TorchDynamo,
     /// The model builder of onnxruntime-genai.
     OrtGenAi,
+    /// mobius.
     Mobius,
+    /// Any other, or a file that does not say.
     Other,
 }
 

@@ -1,4 +1,6 @@
 //! The protobuf messages of ONNX, written by hand for prost so that no `protoc` is needed to build.
+
+#![allow(missing_docs, reason = "messages and fields are those of onnx.proto")]
 //!
 //! Field numbers and types are those of `onnx.proto` (`onnx-ml.proto`), IR version 11:
 //! <https://github.com/onnx/onnx/blob/main/onnx/onnx-ml.proto>. Only the fields that Lapidary reads or writes are here;

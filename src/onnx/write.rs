@@ -40,7 +40,9 @@ const MESSAGE_LIMIT: usize = i32::MAX as usize;
 pub struct Placement {
     /// Relative to the model's folder, with `/` between its parts.
     pub file: String,
+    /// Of the first byte.
     pub offset: u64,
+    /// In bytes.
     pub length: u64,
 }
 
@@ -51,6 +53,7 @@ pub type Layout = HashMap<ValueId, Vec<Placement>>;
 /// Why a graph cannot be written.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum WriteError {
     #[error("node {node:?}: the operator {op} cannot be written")]
     UnknownOp { node: String, op: String },

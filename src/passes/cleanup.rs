@@ -7,8 +7,8 @@ use std::collections::HashMap;
 
 use super::PassError;
 use super::pattern::{finish, ints, node_of, same_shape, scalar};
-use crate::graph::constant::{Constant, ConstantSource};
 use crate::graph::op::{Binary, Moves, Op};
+use crate::graph::{Constant, ConstantSource};
 use crate::graph::{Graph, Node, ValueId};
 use crate::tensor::DType;
 

@@ -7,8 +7,8 @@
 
 use super::pattern::finish;
 use super::{PassError, cleanup};
-use crate::graph::constant::{Constant, ConstantSource, Transform};
 use crate::graph::op::Op;
+use crate::graph::{Constant, ConstantSource, Transform};
 use crate::graph::{ConstantError, Definition, Graph, ValueId};
 use crate::tensor::{DType, Tensor};
 

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use super::pattern::{finish, ints, scalar};
 use super::{PassError, cleanup};
 use crate::dim::Dim;
-use crate::graph::constant::Constant;
+use crate::graph::Constant;
 use crate::graph::eval::{eval_node, slice_range};
 use crate::graph::infer::{InferenceFacts, infer};
 use crate::graph::op::{Binary, Op};

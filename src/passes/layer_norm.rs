@@ -58,7 +58,7 @@ fn bias_after(
     uses: &Uses,
     end: ValueId,
     length: Option<usize>,
-) -> Option<(crate::graph::NodeId, crate::graph::constant::Constant)> {
+) -> Option<(crate::graph::NodeId, crate::graph::Constant)> {
     let reader = only_reader(graph, uses, end)?;
     let node = graph.node(reader);
     (node.op == Op::Binary(Binary::Add)).then_some(())?;

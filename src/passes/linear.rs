@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use super::PassError;
 use super::pattern::{finish, node_of, only_reader, redefine, vector_weight};
 use crate::dim::Dim;
-use crate::graph::constant::Constant;
+use crate::graph::Constant;
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::tensor::Tensor;

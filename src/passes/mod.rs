@@ -64,8 +64,8 @@ pub use table::{PASSES, PassInfo, info};
 
 use crate::graph::eval::EvalError;
 use crate::graph::infer::{InferError, infer};
-use crate::graph::verify::{Obstacles, verify};
 use crate::graph::{ConstantError, CycleError, Graph, NodeId};
+use crate::graph::{Obstacles, verify};
 use crate::help::{Fault, Help, REPORT_BUG};
 use crate::interface::Role;
 use crate::tensor::DType;

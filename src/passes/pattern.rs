@@ -1,6 +1,6 @@
 //! Small questions that patterns ask of a graph.
 
-use crate::graph::constant::Constant;
+use crate::graph::Constant;
 use crate::graph::op::{Binary, Op, Reduction, Unary};
 use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::tensor::DType;

@@ -12,7 +12,7 @@ use super::pattern::{
     before_widening, binary, either_order, finish, is_scalar, last_dim, mean_of_last, node_of, only_reader, redefine,
     unary, vector_weight, with_scalar,
 };
-use crate::graph::constant::Constant;
+use crate::graph::Constant;
 use crate::graph::op::{Binary, Op, Unary};
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::tensor::{DType, Tensor};

@@ -5,8 +5,8 @@
 //! are left alone.
 
 use super::PassError;
-use crate::graph::constant::{Constant, ConstantSource};
 use crate::graph::op::Op;
+use crate::graph::{Constant, ConstantSource};
 use crate::graph::{Graph, ValueId};
 use crate::tensor::Tensor;
 

@@ -2,7 +2,7 @@
 //! when it was converted.
 
 use super::WriteError;
-use crate::graph::constant::ConstantSource;
+use crate::graph::ConstantSource;
 use crate::graph::{Constant, ConstantError};
 use crate::tensor::{DType, Tensor};
 

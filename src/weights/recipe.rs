@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::graph::Constant;
-use crate::graph::constant::{ConstantSource, Transform};
+use crate::graph::{ConstantSource, Transform};
 use crate::tensor::DType;
 use crate::tensor::quantized::Granularity;
 

@@ -1,6 +1,6 @@
 //! Text dumps of canonical graphs, what `inspect` reports, and other element types.
 
-use lapidary::graph::dump::dump;
+use lapidary::graph::dump;
 use std::collections::BTreeSet;
 
 use lapidary::passes::{CanonicalizeOptions, PASSES, canonicalize, recognise};

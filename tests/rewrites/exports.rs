@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use lapidary::graph::infer::infer;
+use lapidary::graph::infer;
 use lapidary::graph::{Graph, Op};
 use lapidary::passes::{PassError, activation, cleanup, decompose, dtype, fold, layer_norm, linear, rms_norm};
 use lapidary::tensor::DType;

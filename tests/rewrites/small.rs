@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use lapidary::dim::{Dim, Sym};
 use lapidary::graph::eval::Evaluator;
-use lapidary::graph::infer::infer;
+use lapidary::graph::infer;
 use lapidary::graph::op::{Binary, Reduction, Unary};
 use lapidary::graph::{Graph, Op, ValueId};
 use lapidary::passes::PassError;

@@ -3,7 +3,7 @@
 use lapidary::graph::op::Unary;
 use lapidary::graph::{ConstantSource, Graph, Op};
 use lapidary::passes::{fold, linear};
-use lapidary::tensor::{DType, Tensor};
+use lapidary::tensor::DType;
 use proptest::prelude::*;
 
 use super::small::{Small, count, rewrite};

@@ -4,6 +4,7 @@ use crate::graph::ConstantError;
 use crate::tensor::DType;
 
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum EvalError {
     #[error("input {input} is missing")]
     MissingInput { input: usize },

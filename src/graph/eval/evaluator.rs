@@ -16,6 +16,7 @@ pub struct Evaluator<'g> {
 }
 
 impl<'g> Evaluator<'g> {
+    /// An evaluator in which these values are known.
     pub fn new(graph: &'g Graph, bindings: HashMap<ValueId, Tensor>) -> Self {
         Evaluator { graph, known: bindings }
     }
@@ -99,62 +100,4 @@ fn describe(inputs: &[Option<Tensor>]) -> String {
         .map(|i| i.as_ref().map_or("-".to_string(), |t| format!("{t:?}")))
         .collect();
     each.join(", ")
-}
-
-/// What a value is computed from.
-#[derive(Clone, Debug, Default)]
-pub struct Support {
-    /// Graph inputs reached, in the graph's order.
-    pub inputs: Vec<ValueId>,
-    /// Values of the cut reached, in no particular order.
-    pub cut: Vec<ValueId>,
-    /// Nodes that must run.
-    pub nodes: usize,
-    /// Bytes of all constants read.
-    pub constant_bytes: usize,
-}
-
-/// Walks back from `value` to graph inputs, constants and the values in `cut`, behind which it does not look.
-pub fn support(graph: &Graph, value: ValueId, cut: &HashSet<ValueId>) -> Support {
-    let mut found = Support::default();
-    let (mut seen, mut nodes) = (HashSet::from([value]), HashSet::new());
-    let mut inputs = HashSet::new();
-    let mut stack = vec![value];
-    while let Some(id) = stack.pop() {
-        if cut.contains(&id) {
-            found.cut.push(id);
-            continue;
-        }
-        match &graph.value(id).definition {
-            Definition::Input => {
-                inputs.insert(id);
-            }
-            Definition::Constant(constant) => found.constant_bytes += constant.byte_len(),
-            Definition::Node { node, .. } => {
-                if nodes.insert(*node) {
-                    let inputs = graph.node(*node).inputs.iter().flatten();
-                    stack.extend(inputs.filter(|i| seen.insert(**i)));
-                }
-            }
-            Definition::Dead => {}
-        }
-    }
-    found.inputs = graph.inputs.iter().copied().filter(|i| inputs.contains(i)).collect();
-    found.nodes = nodes.len();
-    found
-}
-
-/// Whether `value` is, or is computed from, one of `targets`.
-pub fn depends_on(graph: &Graph, value: ValueId, targets: &HashSet<ValueId>) -> bool {
-    let mut seen = HashSet::from([value]);
-    let mut stack = vec![value];
-    while let Some(id) = stack.pop() {
-        if targets.contains(&id) {
-            return true;
-        }
-        if let Some((_, node)) = graph.def(id) {
-            stack.extend(node.inputs.iter().flatten().filter(|i| seen.insert(**i)));
-        }
-    }
-    false
 }

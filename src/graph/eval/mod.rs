@@ -4,7 +4,7 @@
 //! constants; recognition runs masks, positions and rotary tables through it and compares with what they should be;
 //! tests use it as the oracle for every rewrite. It is written to be right and plain: floats of every type compute in f64
 //! and are rounded once per operator, so results differ from an fp32 engine by that engine's rounding. Speed belongs to
-//! `backend::cpu`. [`support`] and [`depends_on`] tell what a value hangs on before anything is run.
+//! `backend::cpu`.
 //!
 //! Nothing here panics on bad operands: shapes, dtypes and indices come from untrusted files, and each failure is an
 //! [`EvalError`] that names the node.
@@ -24,7 +24,7 @@ mod reduce;
 mod rotary;
 
 pub use error::EvalError;
-pub use evaluator::{Evaluator, Support, depends_on, support};
+pub use evaluator::Evaluator;
 pub(crate) use movement::{reshape_target, slice_range};
 
 use crate::graph::op::{Family, Op};

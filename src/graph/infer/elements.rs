@@ -3,8 +3,8 @@
 use super::Elements;
 use super::MAX_CONTENTS;
 use crate::dim::Dim;
-use crate::graph::constant::{Constant, ConstantSource};
 use crate::graph::op::{Binary, Unary};
+use crate::graph::{Constant, ConstantSource};
 use crate::tensor::DType;
 
 /// Beyond this a whole number may not survive a conversion to fp32.

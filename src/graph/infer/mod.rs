@@ -56,6 +56,7 @@ impl fmt::Display for Operand {
 /// A graph that cannot be typed. The names are those of the export's nodes and values.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum InferError {
     #[error("node {node:?} ({op}): {left} and {right} do not fit, because the {conflict}")]
     Conflict {

@@ -9,7 +9,7 @@ use crate::tensor::{DType, Tensor};
 
 /// The value of an attribute.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Attribute {
+pub(crate) enum Attribute {
     /// An integer; flags are 0 and 1.
     Int(i64),
     /// A float.
@@ -26,7 +26,7 @@ pub enum Attribute {
 
 /// Why an attribute cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum AttributeError {
+pub(crate) enum AttributeError {
     /// It breaks ONNX's rules: the reason, as in "its attribute "axis" is missing".
     Malformed(String),
     /// A value that ONNX allows and Lapidary does not know, as `name=value`.
@@ -34,7 +34,7 @@ pub enum AttributeError {
 }
 
 /// Where the attributes of one node come from. A name that is absent gives `None`; a value of another kind is an error.
-pub trait AttributeSource {
+pub(crate) trait AttributeSource {
     /// What the source fails with.
     type Error: From<AttributeError>;
     /// An integer.

@@ -15,8 +15,9 @@ mod declare;
 mod info;
 mod table;
 
-pub use attributes::{Attribute, AttributeError, AttributeSource};
-pub use info::{ElementTypes, Family, Input, MICROSOFT, Moves, OperatorInfo, RowWise, TypeRule};
+pub(crate) use attributes::{Attribute, AttributeError, AttributeSource};
+pub(crate) use info::MICROSOFT;
+pub use info::{ElementTypes, Family, Input, Moves, OperatorInfo, RowWise, TypeRule};
 pub use table::{Attention, GroupQueryAttention, Op};
 
 use declare::named;
@@ -144,7 +145,7 @@ impl Op {
 
     /// The attributes that differ from ONNX's defaults, with their ONNX names, in the table's order. The `fmod` of a
     /// float `Mod` is not among them: it depends on the operands.
-    pub fn attributes(&self) -> Vec<(&'static str, Attribute)> {
+    pub(crate) fn attributes(&self) -> Vec<(&'static str, Attribute)> {
         let mut list = Vec::new();
         self.each_attribute(|name, value, is_default| {
             if let Some(value) = value.filter(|_| !is_default) {
@@ -155,7 +156,7 @@ impl Op {
     }
 
     /// The axis attribute, ONNX's default where the node leaves it out; `None` of an operator without one.
-    pub fn axis(&self) -> Option<i64> {
+    pub(crate) fn axis(&self) -> Option<i64> {
         let mut axis = None;
         self.each_attribute(|name, value, _| {
             if let ("axis", Some(Attribute::Int(value))) = (name, value) {
@@ -171,7 +172,7 @@ impl Op {
     }
 
     /// The operator of this name with these attributes; `None` if there is none. [`Op::Unknown`] is never the result.
-    pub fn read<S: AttributeSource>(domain: &str, op_type: &str, source: &S) -> Result<Option<Op>, S::Error> {
+    pub(crate) fn read<S: AttributeSource>(domain: &str, op_type: &str, source: &S) -> Result<Option<Op>, S::Error> {
         if domain.is_empty() {
             if let Some(op) = Unary::named(op_type) {
                 return Ok(Some(Op::Unary(op)));

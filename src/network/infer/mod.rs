@@ -25,6 +25,7 @@ pub const MAX_RANK: usize = 8;
 
 /// What is wrong with one layer. [`LayerError`](super::LayerError) adds the layer and its inputs.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum Fault {
     #[error("takes {expected} inputs, not {found}")]
     Arity { expected: &'static str, found: usize },
