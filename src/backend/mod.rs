@@ -1,4 +1,4 @@
-//! What runs or compiles a [`Network`](crate::network::Network). Each back end is a room that looks into no other.
+//! What runs or compiles a [`Network`](crate::network::Network). The two back ends do not use each other.
 
 pub mod cpu;
 pub mod tensorrt;

@@ -9,22 +9,34 @@ use crate::tensor::DType;
 /// Values of an input. Floats are f32 whatever the network's dtype.
 #[derive(Clone, Copy, Debug)]
 pub enum Input<'a> {
+    /// Of every float dtype.
     F32(&'a [f32]),
+    /// 32-bit integers.
     I32(&'a [i32]),
+    /// 64-bit integers.
     I64(&'a [i64]),
+    /// Signed bytes.
     I8(&'a [i8]),
+    /// Unsigned bytes.
     U8(&'a [u8]),
+    /// Truth values.
     Bool(&'a [bool]),
 }
 
 /// Memory for an output. Floats are f32 whatever the network's dtype.
 #[derive(Debug)]
 pub enum Output<'a> {
+    /// Of every float dtype.
     F32(&'a mut [f32]),
+    /// 32-bit integers.
     I32(&'a mut [i32]),
+    /// 64-bit integers.
     I64(&'a mut [i64]),
+    /// Signed bytes.
     I8(&'a mut [i8]),
+    /// Unsigned bytes.
     U8(&'a mut [u8]),
+    /// Truth values.
     Bool(&'a mut [bool]),
 }
 
@@ -112,6 +124,7 @@ pub struct Bindings<'a> {
 }
 
 impl<'a> Bindings<'a> {
+    /// Nothing bound yet.
     pub fn new() -> Self {
         Bindings::default()
     }
@@ -191,8 +204,14 @@ fn check_side<'k>(
     ports: &[Port],
 ) -> Result<(), CpuError> {
     for key in keys.clone() {
-        if !ports.iter().any(|port| key.is(port)) {
-            return Err(unknown(what, key.text(), ports));
+        match ports.iter().filter(|port| key.is(port)).count() {
+            0 => return Err(unknown(what, key.text(), ports)),
+            1 => {}
+            // The same memory for two outputs would be written by two threads at once.
+            count => {
+                let (name, reason) = (key.text(), format!("{count} {what}s have this role"));
+                return Err(CpuError::Binding { name, reason });
+            }
         }
     }
     for port in ports {

@@ -1,3 +1,5 @@
+//! What can be wrong with a network, with what a caller binds, and with the indices in it.
+
 use std::fmt;
 
 use super::simd::Isa;
@@ -7,51 +9,93 @@ use crate::network::VerifyError;
 /// Why a network cannot be compiled for the CPU or run.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum CpuError {
-    /// The network breaks a rule of its level: a fault of whoever made it.
+    /// The network breaks a rule of its level: an error of what made it.
     #[error(transparent)]
     Network(#[from] VerifyError),
     /// The network keeps the rules, but asks for what the executor does not do.
     #[error("layer {layer:?} ({kind}): {reason}")]
     Layer {
+        /// The layer.
         layer: String,
+        /// Its kind, as dumps call it.
         kind: &'static str,
+        /// What is wrong, in words.
         reason: String,
     },
     /// A shape still holds a symbol. The executor runs static shapes; see [`bind_tokens`](super::bind_tokens).
     #[error("tensor {tensor:?} has the dynamic shape {shape}: bind its tokens to a number first")]
-    Dynamic { tensor: String, shape: String },
+    Dynamic {
+        /// The tensor's name.
+        tensor: String,
+        /// Its shape, as dumps write it.
+        shape: String,
+    },
+    /// Tokens that the profile does not allow.
     #[error("{tokens} tokens are outside the profile's {min} to {max}")]
-    Tokens { tokens: usize, min: usize, max: usize },
+    Tokens {
+        /// Tokens asked for.
+        tokens: usize,
+        /// The fewest tokens.
+        min: usize,
+        /// The most tokens.
+        max: usize,
+    },
     /// The network's activations would need more bytes than an address can number.
     #[error("the activations of the network are larger than memory can be")]
     TooLarge,
     /// A program was asked for that this machine cannot run.
     #[error("this machine does not have the instruction set {isa}; it has {}", available())]
-    Isa { isa: Isa },
+    Isa {
+        /// What was asked for.
+        isa: Isa,
+    },
+    /// A weight has no bytes.
     #[error(transparent)]
     Weight(#[from] ConstantError),
     /// The program has this input, output or cache, and the caller bound nothing to it.
     #[error("{name:?}: the {what} is not bound")]
-    MissingBinding { what: &'static str, name: String },
+    MissingBinding {
+        /// Input, output or cache.
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
     /// The caller bound an input, output or cache that the program does not have.
     #[error("{name:?}: the program has no such {what}; it has {}", known.join(", "))]
     UnknownBinding {
+        /// Input, output or cache.
         what: &'static str,
+        /// Its name.
         name: String,
+        /// The names that there are.
         known: Vec<String>,
     },
     /// By role and by name, or by the same one twice.
     #[error("{name:?}: the {what} is bound twice")]
-    BoundTwice { what: &'static str, name: String },
+    BoundTwice {
+        /// Input, output or cache.
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
     /// What the caller bound does not fit the network.
     #[error("{name:?}: {reason}")]
-    Binding { name: String, reason: String },
+    Binding {
+        /// Its name.
+        name: String,
+        /// What is wrong, in words.
+        reason: String,
+    },
     /// An index computed from the caller's inputs lies outside what it indexes.
     #[error("layer {layer:?}: {what} {index} is outside 0..{bound}")]
     Index {
+        /// The layer.
         layer: String,
+        /// What the index stands for.
         what: Indexed,
+        /// The index.
         index: i64,
+        /// The first index that is too large.
         bound: usize,
     },
 }

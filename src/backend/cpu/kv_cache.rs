@@ -20,6 +20,7 @@ impl KvCache {
     pub fn name(&self) -> &str {
         &self.name
     }
+    /// As in the network.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
@@ -31,6 +32,7 @@ impl KvCache {
     pub fn bytes(&self) -> &[u8] {
         self.memory.as_bytes()
     }
+    /// The elements, to write. What is masked out must stay finite.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         self.memory.as_bytes_mut()
     }
@@ -82,9 +84,11 @@ impl KvCaches {
         })
     }
 
+    /// In the order of the network's updates.
     pub fn iter(&self) -> impl Iterator<Item = &KvCache> {
         self.entries.iter()
     }
+    /// The same, to write.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut KvCache> {
         self.entries.iter_mut()
     }

@@ -6,7 +6,7 @@ use super::program::{Port, Program};
 use crate::network::Network;
 use crate::tensor::{DType, Tensor};
 
-/// Runs a static network once on whole tensors, for tests and for whoever needs a value and not speed.
+/// Runs a static network once on whole tensors, for tests and callers that need values and not speed.
 ///
 /// Inputs are found by name and must have the dtype and shape of the network's inputs; caches may be left out and are
 /// then zero. Gives every output of the network, updated caches included, by name, in the network's dtypes.

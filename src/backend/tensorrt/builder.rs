@@ -1,4 +1,4 @@
-//! One build: TensorRT's objects in the order in which they must live and die, flags, profile, errors.
+//! One build: TensorRT's objects in the order in which they must be made and dropped, flags, profile, errors.
 
 use std::time::Instant;
 
@@ -29,7 +29,7 @@ pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions
     }
     let weights = weight_bytes(network)?;
 
-    // Locals die in reverse order of declaration, and TensorRT demands just that: config and network before the builder,
+    // Locals are dropped in reverse order of declaration, and TensorRT demands just that: config and network before the builder,
     // the builder before its logger, and all of them before the weights, which they point to.
     let capture = LogCapture::default();
     let start = |message: trtx::Error| EngineBuildError::Start {
@@ -181,7 +181,7 @@ pub(super) struct Refits {
 }
 
 impl Refits {
-    /// What the weights of a network and the wish of the caller ask of TensorRT.
+    /// What the weights of a network and the caller's `refit` ask of TensorRT.
     fn of(network: &Network, refit: Refit) -> Refits {
         let has = |mode| network.weights.iter().any(|weight| weight.mode == mode);
         let strip = has(WeightMode::Strip);

@@ -15,45 +15,65 @@ pub enum EngineBuildError {
 
     /// Refittable and stripped engines need a CUDA driver at build time, and all those of full TensorRT.
     #[error("{what} needs a CUDA driver and GPU at build time, and {reason}")]
-    NeedsGpu { what: &'static str, reason: String },
+    NeedsGpu {
+        /// The kind of engine.
+        what: &'static str,
+        /// Why there is none.
+        reason: String,
+    },
 
     /// A weight that must lie in the plan has no bytes.
     #[error("the weight {weight:?} goes into the plan of {network:?}, and the package was stripped of it")]
     Weight {
+        /// The network's name.
         network: String,
+        /// The weight's name.
         weight: String,
+        /// Why.
         source: ConstantError,
     },
 
-    /// The layer list breaks a rule of its own or names a type that TensorRT has not. A bug of the lowering.
+    /// The layer list breaks a rule of its own or names a type that TensorRT does not have. A bug of the lowering.
     #[error("the network {network:?} is not well formed at layer {layer:?}: {reason}")]
     Malformed {
+        /// The network's name.
         network: String,
+        /// The layer.
         layer: String,
+        /// What is wrong, in words.
         reason: String,
     },
 
     /// TensorRT did not take a layer.
     #[error("TensorRT {version} refuses layer {layer}: {message}")]
     Layer {
+        /// The library's version.
         version: super::Version,
+        /// The layer.
         layer: Box<LayerContext>,
+        /// The words of the library, one line an error.
         message: String,
     },
 
     /// TensorRT took the layer but gives its output another type or shape than the network says. A bug of the lowering.
     #[error("TensorRT infers {inferred} for the tensor {tensor:?} of layer {layer}, the network says {declared}")]
     Inference {
+        /// The layer.
         layer: Box<LayerContext>,
+        /// The tensor's name.
         tensor: String,
+        /// What TensorRT says.
         inferred: String,
+        /// What the network says.
         declared: String,
     },
 
     /// TensorRT failed while it optimised the whole network.
     #[error("TensorRT {version} cannot build the network {network:?}: {message}{hint}")]
     Build {
+        /// The library's version.
         version: super::Version,
+        /// The network's name.
         network: String,
         /// TensorRT's own words, one line an error.
         message: String,
@@ -64,19 +84,29 @@ pub enum EngineBuildError {
     /// The token counts do not make an optimization profile.
     #[error("token counts {min}:{opt}:{max} do not make an optimization profile for {network:?}")]
     Profile {
+        /// The network's name.
         network: String,
+        /// The fewest tokens.
         min: usize,
+        /// The tokens that it is optimised for.
         opt: usize,
+        /// The most tokens.
         max: usize,
     },
 
     /// The observer asked to stop.
     #[error("the build of {network:?} was cancelled")]
-    Cancelled { network: String },
+    Cancelled {
+        /// The network's name.
+        network: String,
+    },
 
     /// TensorRT's C++ objects could not be made at all.
     #[error("TensorRT could not be started: {message}")]
-    Start { message: String },
+    Start {
+        /// The words of the library, one line an error.
+        message: String,
+    },
 }
 
 impl Help for EngineBuildError {
@@ -114,13 +144,18 @@ impl Help for EngineBuildError {
 /// Which library, and why it cannot be used. [`Help`] says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LibraryError {
+    /// The feature is off.
     #[error("this lapidary was compiled without TensorRT")]
     NotCompiled,
 
     /// Engines of the other TensorRT were asked for.
     #[error("this lapidary was compiled for {}, not for {}", FLAVOUR.product, asked.product)]
-    OtherFlavour { asked: &'static Flavour },
+    OtherFlavour {
+        /// The TensorRT asked for.
+        asked: &'static Flavour,
+    },
 
+    /// Nowhere it was looked for.
     #[error(
         "no {} library found (looked for the Python package {} and for {} on the loader's path)",
         FLAVOUR.product,
@@ -129,31 +164,67 @@ pub enum LibraryError {
     )]
     NotFound,
 
+    /// Nothing is at the path given.
     #[error("the TensorRT library {path:?} given by {by} does not exist")]
-    Missing { path: PathBuf, by: super::LibrarySource },
+    Missing {
+        /// The file or folder.
+        path: PathBuf,
+        /// Who gave it.
+        by: super::LibrarySource,
+    },
 
+    /// A folder without the library.
     #[error(
         "the folder {path:?} given by {by} holds no {}, and neither does a folder lib in it",
         FLAVOUR.libraries.join(" or ")
     )]
-    NotInFolder { path: PathBuf, by: super::LibrarySource },
+    NotInFolder {
+        /// The file or folder.
+        path: PathBuf,
+        /// Who gave it.
+        by: super::LibrarySource,
+    },
 
+    /// Not a library for this machine.
     #[error("{path:?} cannot be loaded as a library: {reason}")]
-    NotALibrary { path: PathBuf, reason: String },
+    NotALibrary {
+        /// The file or folder.
+        path: PathBuf,
+        /// The loader's own words.
+        reason: String,
+    },
 
+    /// Another library.
     #[error("{path:?} is a library, but not {}: it does not export {symbol}", FLAVOUR.product)]
-    NotTensorRt { path: PathBuf, symbol: &'static str },
+    NotTensorRt {
+        /// The file or folder.
+        path: PathBuf,
+        /// The function that it lacks.
+        symbol: &'static str,
+    },
 
+    /// A version that this was not compiled for.
     #[error(
         "{path:?} is TensorRT {version}, and this lapidary needs {} {}.x from {} on",
         FLAVOUR.product,
         FLAVOUR.headers.major,
         FLAVOUR.headers
     )]
-    Version { path: PathBuf, version: super::Version },
+    Version {
+        /// The file or folder.
+        path: PathBuf,
+        /// The library's version.
+        version: super::Version,
+    },
 
+    /// A second library in one process.
     #[error("a process can use one TensorRT library: {loaded:?} is loaded, {asked:?} was asked for")]
-    AnotherLoaded { loaded: PathBuf, asked: PathBuf },
+    AnotherLoaded {
+        /// The library in use.
+        loaded: PathBuf,
+        /// The library asked for.
+        asked: PathBuf,
+    },
 }
 
 impl Help for LibraryError {
@@ -187,11 +258,13 @@ impl Help for LibraryError {
 /// A layer as error messages show it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LayerContext {
+    /// As in the network.
     pub name: String,
     /// `MatrixMultiply`, `Slice` …
     pub kind: String,
-    /// `name: dtype[shape]` of every input and output.
+    /// `name: dtype[shape]` of every input.
     pub inputs: Vec<String>,
+    /// The same of its outputs.
     pub outputs: Vec<String>,
 }
 

@@ -14,12 +14,16 @@ use super::flavour::{FLAVOUR, Flavour};
 /// A version as `getInferLibVersion` encodes it: `major * 10000 + minor * 100 + patch`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Version {
+    /// Of which the binding serves one.
     pub major: u32,
+    /// Later ones have all that earlier ones have.
     pub minor: u32,
+    /// Corrections.
     pub patch: u32,
 }
 
 impl Version {
+    /// From what `getInferLibVersion` returns.
     pub fn from_encoded(encoded: i32) -> Self {
         let encoded = encoded.unsigned_abs();
         Version {
@@ -113,9 +117,11 @@ impl Library {
     pub fn path(&self) -> &Path {
         &self.path
     }
+    /// How it was found.
     pub fn source(&self) -> LibrarySource {
         self.source
     }
+    /// Its version.
     pub fn version(&self) -> Version {
         self.version
     }

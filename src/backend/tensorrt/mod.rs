@@ -1,6 +1,6 @@
 //! TensorRT engines from a [`Network`].
 //!
-//! Owns everything that is particular to TensorRT: finding and checking its library, the order in which its objects die,
+//! Owns everything that is particular to TensorRT: finding and checking its library, the order in which its objects are dropped,
 //! shape tensors for symbolic extents, optimization profiles, refit marks, its error text. Nothing else in the crate
 //! knows of these. Takes a network that `lower` made; gives a [`Plan`]: the bytes of a serialized engine. With TensorRT-RTX
 //! no GPU and no driver are needed, except for weights that can be refitted. `run` loads plans and runs them. A binary is
@@ -66,11 +66,12 @@ pub const EMITTER: &str = env!("LAPIDARY_EMITTER");
 /// How to build.
 #[derive(Clone, Default)]
 pub struct BuildOptions {
+    /// Which weights can be replaced later.
     pub refit: Refit,
     /// A dynamic network gets a first optimization profile of one token beside its range, so that one engine decodes and
     /// prefills. Not for refittable engines, which TensorRT-RTX wants with one profile.
     pub decode_profile: bool,
-    /// Hears of progress and may cancel.
+    /// Is called with progress and may cancel.
     pub observer: Option<Arc<dyn BuildObserver>>,
 }
 
@@ -87,6 +88,7 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The serialized engine.
     pub fn bytes(&self) -> &[u8] {
         self.memory.as_ref()
     }

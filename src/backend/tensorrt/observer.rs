@@ -11,7 +11,7 @@ pub struct BuildProgress<'a> {
     pub fraction: f32,
 }
 
-/// Hears of a build's progress on whatever thread TensorRT reports it, and may stop the build.
+/// Is called with a build's progress, on any thread, and may stop the build.
 pub trait BuildObserver: Send + Sync {
     /// `Break` cancels: [`build`](super::build) then returns [`EngineBuildError::Cancelled`](super::EngineBuildError::Cancelled) soon after.
     fn progress(&self, progress: BuildProgress<'_>) -> ControlFlow<()>;
@@ -112,7 +112,7 @@ mod adapter {
                 steps: num_steps.max(0) as u32,
                 done: 0,
             });
-            // A phase cannot refuse to start; the next step will hear of a Break.
+            // A phase cannot refuse to start; the next step returns the Break.
             let _ = self.report(phase_name);
         }
 

@@ -20,11 +20,15 @@ pub struct ProbeReport {
     pub compiled: bool,
     /// Which TensorRT it is for: `TensorRT-RTX` or `TensorRT`.
     pub product: &'static str,
+    /// The library that would be used.
     pub library: Option<LibraryFacts>,
     /// Why there is no library to use, with what to do.
     pub library_problem: Option<String>,
+    /// The CUDA driver and its GPUs.
     pub driver: Option<Driver>,
+    /// Why there is none to use.
     pub driver_problem: Option<String>,
+    /// Engines with bound or embedded weights.
     pub build: Ability,
     /// Engines with refittable or stripped weights.
     pub build_refittable: Ability,
@@ -42,7 +46,9 @@ pub struct LibraryFacts {
 /// Something that works here, or why not and what to do about it.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Ability {
+    /// Whether it works.
     pub possible: bool,
+    /// Why not, or what to know.
     pub note: Option<String>,
 }
 

@@ -90,6 +90,14 @@ fn dtype(dtype: DType) -> DatumType {
 }
 
 fn theirs(tensor: &Ours) -> TractResult<Tensor> {
-    // SAFETY: any bytes are valid numbers, and bools come from our own zeros and ones.
-    unsafe { Tensor::from_raw_dt(dtype(tensor.dtype()), tensor.shape(), tensor.data()) }
+    let bools: Vec<u8>;
+    let bytes = match tensor.dtype() {
+        DType::Bool => {
+            bools = tensor.data().iter().map(|byte| u8::from(*byte != 0)).collect();
+            &bools[..]
+        }
+        _ => &tensor.data()[..],
+    };
+    // SAFETY: any bytes are valid numbers, and bools were just made 0 or 1. tract compares their count with the shape.
+    unsafe { Tensor::from_raw_dt(dtype(tensor.dtype()), tensor.shape(), bytes) }
 }

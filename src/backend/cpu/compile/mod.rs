@@ -4,7 +4,7 @@
 //! elementwise layers, casts and reductions over the last axis wait until somebody needs their result and are then
 //! emitted together as one row program (`fusion`); everything else becomes steps at once. At the end steps are put into
 //! phases and activations into one arena (`schedule`). The kernels trust shapes with raw pointers, so every network is
-//! verified first, whoever made it.
+//! verified first, wherever it comes from.
 
 mod fusion;
 mod layers;
@@ -170,19 +170,19 @@ impl<'n> Compiler<'n> {
         }
 
         let mut live = vec![false; network.layers.len()];
-        let mut wanted: Vec<TensorId> = network.outputs.clone();
+        let mut needed: Vec<TensorId> = network.outputs.clone();
         for (i, layer) in network.layers.iter().enumerate() {
             if matches!(layer.kind, LayerKind::KvCacheUpdate) {
                 live[i] = true;
-                wanted.extend(&layer.inputs);
+                needed.extend(&layer.inputs);
             }
         }
-        while let Some(tensor) = wanted.pop() {
+        while let Some(tensor) = needed.pop() {
             if let Some(i) = producer[tensor.0 as usize]
                 && (!live[i] || network.outputs.contains(&tensor))
             {
                 live[i] = true;
-                wanted.extend(
+                needed.extend(
                     network.layers[i]
                         .inputs
                         .iter()

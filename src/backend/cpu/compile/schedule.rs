@@ -109,6 +109,6 @@ fn place(steps: &[Step], buffers: &mut [Buffer], phases: &[Phase]) -> Option<usi
         total = total.max(end);
         buffers[buffer].memory = Memory::Arena { offset };
     }
-    // What an allocation may have, with room for its alignment.
+    // The most that an allocation may have, its alignment included.
     (total < isize::MAX as usize - 64).then_some(total)
 }

@@ -14,7 +14,7 @@
 //! 3. *Barrier*: what any thread wrote before it is visible to every thread after it.
 //! 4. *Completion*: each worker lowers `unfinished` when it is done with the job; the caller returns when it is 0, and
 //!    only then may the closure and what it borrows go.
-//! 5. *Panic*: a thread that panics breaks the barrier, so that nobody waits for it; the caller still waits for all and
+//! 5. *Panic*: a thread that panics breaks the barrier, so that no thread waits for it; the caller still waits for all and
 //!    then panics itself.
 
 mod sync;
@@ -59,15 +59,15 @@ unsafe impl Send for JobPointer {}
 struct Barrier {
     waiting: AtomicU32,
     generation: AtomicU32,
-    /// A thread of this run panicked: nobody may wait for it.
+    /// A thread of this run panicked: no thread may wait for it.
     broken: AtomicBool,
 }
 
 /// One thread's place in a run.
 #[derive(Clone, Copy)]
-pub struct Team<'a> {
+pub(crate) struct Team<'a> {
     shared: &'a Shared,
-    /// Not to be set by whoever holds the team: its threads tell their scratch memory apart by it.
+    /// Private, because threads find their scratch memory by it.
     thread: usize,
 }
 
@@ -157,7 +157,7 @@ impl Pool {
     }
 
     /// Runs `job` once on each thread and returns when all are done. A panic in any of them is raised here.
-    pub fn run(&self, job: impl Fn(Team<'_>) + Sync) {
+    pub(crate) fn run(&self, job: impl Fn(Team<'_>) + Sync) {
         let turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let shared = &*self.shared;
         let barrier = &shared.barrier;
@@ -195,7 +195,7 @@ impl Pool {
 
 /// The pieces of one phase of work, numbered from 0, each taken by one thread.
 #[derive(Default)]
-pub struct Pieces {
+pub(crate) struct Pieces {
     next: AtomicUsize,
 }
 

@@ -20,11 +20,13 @@ use crate::tensor::DType;
 /// A tensor of the program's interface.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Port {
+    /// As in the network.
     pub name: String,
     /// What it is for, where the network is that of a model.
     pub role: Option<Role>,
     /// As in the network. Float inputs and outputs that are not caches are bound as f32 whatever is said here.
     pub dtype: DType,
+    /// Row-major.
     pub shape: Vec<usize>,
 }
 
@@ -69,9 +71,11 @@ impl Program {
     pub fn arena_bytes(&self) -> usize {
         self.arena.len() + self.scratch.iter().map(AlignedBytes::len).sum::<usize>()
     }
+    /// The instruction set that it is compiled for.
     pub fn isa(&self) -> Isa {
         self.isa
     }
+    /// Threads that share its work.
     pub fn threads(&self) -> usize {
         self.pool.threads()
     }

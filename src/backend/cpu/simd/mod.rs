@@ -47,6 +47,7 @@ impl Isa {
         all.into_iter().filter(|isa| isa.is_available()).collect()
     }
 
+    /// Whether this machine can run it.
     pub fn is_available(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         {

@@ -9,7 +9,7 @@ use serde::Serialize;
 pub struct Driver {
     /// The newest CUDA that the driver runs, such as `13.0`.
     pub cuda_version: String,
-    /// The driver's own version, such as `580.159.04`, where the kernel module tells it.
+    /// The driver's own version, such as `580.159.04`, where the kernel module states it.
     pub driver_version: Option<String>,
     /// At least one.
     pub gpus: Vec<Gpu>,
@@ -23,21 +23,32 @@ impl Driver {
     }
 }
 
+/// A GPU of the driver.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Gpu {
+    /// Such as `NVIDIA L4`.
     pub name: String,
     /// Compute capability: `(9, 0)` is SM 9.0.
     pub compute_capability: (u32, u32),
+    /// All of it, free or not.
     pub memory_bytes: u64,
 }
 
 /// Why no GPU can be used.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum DriverError {
+    /// Its library is not found, or is a stub.
     #[error("there is no NVIDIA driver here (libcuda.so.1 is not found)")]
     NoDriver,
+    /// A call failed.
     #[error("the NVIDIA driver has no usable GPU (CUDA error {code} from {call})")]
-    Unusable { call: &'static str, code: i32 },
+    Unusable {
+        /// The function of the driver.
+        call: &'static str,
+        /// The driver's error.
+        code: i32,
+    },
+    /// It works and has none.
     #[error("the NVIDIA driver reports no GPU")]
     NoGpu,
 }
@@ -79,8 +90,8 @@ mod imp {
         // SAFETY: the driver's own library, whose constructors every CUDA program runs.
         let library = unsafe { libloading::Library::new(library) }.map_err(|_| DriverError::NoDriver)?;
         // SAFETY: the signatures are those of cuda.h, stable since CUDA 4, and the library outlives the symbols. Every
-        // out-pointer is to a local of the right type; the name's buffer is one byte longer than the driver is told and
-        // zeroed, so it ends in a zero.
+        // out-pointer is to a local of the right type; the name's buffer is one byte longer than what the driver is
+        // given, and zeroed, so it ends in a zero.
         unsafe {
             let init: libloading::Symbol<unsafe extern "C" fn(u32) -> c_int> = symbol(&library, b"cuInit\0")?;
             check("cuInit", init(0))?;
@@ -162,9 +173,9 @@ mod imp {
 
         use super::*;
 
-        /// A library with the driver's functions, which answer what the test wants.
-        fn impostor(folder: &Path, init: i32, gpus: i32) -> PathBuf {
-            let (path, source) = (folder.join("libcuda.so"), folder.join("impostor.c"));
+        /// A library with the driver's functions, with the answers of the test.
+        fn stand_in(folder: &Path, init: i32, gpus: i32) -> PathBuf {
+            let (path, source) = (folder.join("libcuda.so"), folder.join("stand_in.c"));
             let text = format!(
                 "int cuInit(unsigned f) {{ return {init}; }}
                  int cuDriverGetVersion(int* v) {{ *v = 11040; return 0; }}
@@ -184,7 +195,7 @@ mod imp {
         #[test]
         fn what_a_driver_can_answer() {
             let folder = tempfile::tempdir().unwrap();
-            let asked = |init, gpus| of(&impostor(folder.path(), init, gpus));
+            let asked = |init, gpus| of(&stand_in(folder.path(), init, gpus));
             let found = asked(0, 2).unwrap();
             assert_eq!((found.cuda_version.as_str(), found.gpus.len()), ("11.4", 2));
             assert_eq!(
@@ -202,12 +213,12 @@ mod imp {
             let folder = tempfile::tempdir().unwrap();
             assert_eq!(of(&folder.path().join("libcuda.so.1")), Err(DriverError::NoDriver));
             let other = tempfile::tempdir().unwrap();
-            assert_eq!(of(&impostor(other.path(), 0, 0)), Err(DriverError::NoGpu));
+            assert_eq!(of(&stand_in(other.path(), 0, 0)), Err(DriverError::NoGpu));
             // CUDA_ERROR_NO_DEVICE, and an error of the driver's own.
             let other = tempfile::tempdir().unwrap();
-            assert_eq!(of(&impostor(other.path(), 100, 1)), Err(DriverError::NoGpu));
+            assert_eq!(of(&stand_in(other.path(), 100, 1)), Err(DriverError::NoGpu));
             let other = tempfile::tempdir().unwrap();
-            let error = of(&impostor(other.path(), 803, 1)).unwrap_err();
+            let error = of(&stand_in(other.path(), 803, 1)).unwrap_err();
             let (call, code) = ("cuInit", 803);
             assert_eq!(error, DriverError::Unusable { call, code });
             assert!(error.to_string().contains("CUDA error 803 from cuInit"), "{error}");

@@ -164,7 +164,7 @@ impl Pinned {
         let pointer = self.elements::<T>(at, n);
         settle(&self.written)?;
         // SAFETY: within the allocation, aligned and initialised (`elements`). The GPU writes nothing here now, and cannot
-        // be told to while self is borrowed: `Stream::download` borrows it mutably.
+        // be made to while self is borrowed: `Stream::download` borrows it mutably.
         Ok(unsafe { std::slice::from_raw_parts(pointer, n) })
     }
 
@@ -227,7 +227,7 @@ fn settle(pending: &RefCell<Option<Ticket>>) -> Result<(), RunError> {
 impl Drop for Pinned {
     fn drop(&mut self) {
         if settle(&self.read).is_err() || settle(&self.written).is_err() {
-            // Rather lost than written to after it is somebody else's.
+            // Leaked, because the GPU may still write to it.
             return;
         }
         // SAFETY: allocated in `new`, freed once, and no copy uses it.

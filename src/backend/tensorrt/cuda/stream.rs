@@ -17,7 +17,7 @@ pub struct Stream {
     queue: Rc<Queue>,
 }
 
-/// The driver's stream, which lives as long as anybody may want to wait for it.
+/// The driver's stream, alive as long as anything may wait for it.
 struct Queue {
     raw: sys::CUstream,
     /// Copies from and to pinned memory that were queued so far, and how many of them are known to be done.
@@ -87,7 +87,7 @@ impl Stream {
         self.queue.raw
     }
 
-    /// While this is so, copies from and to pinned memory are refused: nobody could tell when they run.
+    /// While this is so, copies from and to pinned memory are refused: it would be unknown when they run.
     pub(super) fn set_capturing(&self, capturing: bool) {
         self.queue.capturing.set(capturing);
     }
@@ -115,7 +115,7 @@ impl Stream {
         let (source, target) = (from.part(&range), to.place(at, range.len()));
         // Also if it fails: the driver may have begun.
         from.is_read_by(self.ticket());
-        // SAFETY: both are inside. `from` now waits for this copy before it lets anybody write there and before it is
+        // SAFETY: both are inside. `from` now waits for this copy before it lets it be written and before it is
         // freed; `to` is freed after what is queued.
         unsafe { sys::cuMemcpyHtoDAsync_v2(target, source.cast(), range.len(), self.queue.raw).result() }
             .map_err(failed("cuMemcpyHtoDAsync"))
@@ -128,7 +128,7 @@ impl Stream {
         let (source, bytes) = (from.place(range.start, range.len()), range.len());
         let target = to.part(&(at..at.saturating_add(bytes)));
         to.is_written_by(self.ticket());
-        // SAFETY: both are inside. `to` now waits for this copy before it lets anybody read or write there and before it is
+        // SAFETY: both are inside. `to` now waits for this copy before it lets it be read or written and before it is
         // freed; `from` is freed after what is queued.
         unsafe { sys::cuMemcpyDtoHAsync_v2(target.cast(), source, bytes, self.queue.raw).result() }
             .map_err(failed("cuMemcpyDtoHAsync"))

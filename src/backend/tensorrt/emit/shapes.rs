@@ -1,4 +1,4 @@
-//! Extents that hold `tokens`: -1 where TensorRT infers them, shape tensors where it must be told.
+//! Extents that hold `tokens`: -1 where TensorRT infers them, shape tensors where it cannot.
 
 use trtx::ElementWiseOperation;
 
@@ -18,7 +18,7 @@ pub(in super::super) fn at_tokens(dim: &Dim, tokens: usize) -> i64 {
 /// How to state a shape to a layer.
 pub(super) enum Extents<'b> {
     Static(Vec<i64>),
-    /// One dim is -1; the volume tells it.
+    /// One dim is -1; the volume gives it.
     Inferred(Vec<i64>),
     /// A shape tensor `[rank]` i64.
     Tensor(Handle<'b>),
@@ -38,7 +38,7 @@ impl<'b> Emitter<'b, '_> {
         }
     }
 
-    /// For slices and fills, where every symbolic dim must be told.
+    /// For slices and fills, where every symbolic dim must be stated.
     pub(super) fn extents(&mut self, layer: &str, shape: &[Dim]) -> Result<Extents<'b>, Fault> {
         if shape.iter().all(|dim| dim.as_const().is_some()) {
             Ok(Extents::Static(runtime_dims(shape)))

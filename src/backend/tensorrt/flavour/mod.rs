@@ -14,7 +14,7 @@
 //!
 //! The two are alike in what one might not expect: networks are strongly typed without a flag, TF32 is a builder flag that
 //! is on, refit and strip flags have the same names, and Lapidary captures CUDA graphs itself. What of full TensorRT was
-//! never run is told in `docs/tensorrt-notes.md`.
+//! never run is in `docs/tensorrt-notes.md`.
 
 use super::error::LibraryError;
 use super::library::Version;
@@ -49,6 +49,7 @@ pub struct Flavour {
     pub install: &'static str,
     /// The headers this is compiled against. The API is append-only, so newer libraries of the same major version work.
     pub headers: Version,
+    /// Whether engines can be built on a machine without a GPU.
     pub builds_without_gpu: bool,
     /// What to do where engines cannot be built for want of a GPU.
     pub without_gpu: &'static str,
@@ -58,6 +59,7 @@ pub struct Flavour {
     pub oldest_gpu: (u32, u32),
 }
 
+/// TensorRT-RTX.
 pub const RTX: Flavour = Flavour {
     target: Target::TensorrtRtx,
     product: "TensorRT-RTX",
@@ -83,6 +85,7 @@ pub const RTX: Flavour = Flavour {
     oldest_gpu: (7, 5),
 };
 
+/// Full TensorRT.
 pub const ENTERPRISE: Flavour = Flavour {
     target: Target::Tensorrt,
     product: "TensorRT",

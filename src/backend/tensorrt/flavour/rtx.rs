@@ -168,7 +168,7 @@ mod tests {
         );
     }
 
-    /// TensorRT tells a plan by its header before it asks for a GPU, so this much can be seen without one.
+    /// TensorRT checks a plan's header before it looks for a GPU, so this needs none.
     #[test]
     fn a_damaged_plan_is_called_so() {
         Library::load(None).unwrap_or_else(|e| panic!("{e}"));

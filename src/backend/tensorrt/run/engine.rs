@@ -16,7 +16,7 @@ pub struct Engine {
     scratch_bytes: usize,
     /// Bytes of the working memory that it was given.
     scratch_given: usize,
-    /// The addresses that the context was told.
+    /// The addresses that the context was given.
     bound: HashMap<String, u64>,
     /// What dims that depend on the call are set to.
     tokens: usize,
@@ -93,9 +93,11 @@ impl Engine {
     pub fn name(&self) -> &str {
         &self.plan.name
     }
+    /// Its inputs and outputs.
     pub fn ports(&self) -> &[Port] {
         &self.plan.ports
     }
+    /// The input or output of that name.
     pub fn port(&self, name: &str) -> Option<&Port> {
         self.plan.ports.iter().find(|port| port.name == name)
     }
@@ -145,7 +147,7 @@ impl Engine {
 
     /// # Safety
     /// As [`Engine::bind`].
-    unsafe fn tell(&mut self, name: &str, address: u64) -> Result<(), RunError> {
+    unsafe fn set_address(&mut self, name: &str, address: u64) -> Result<(), RunError> {
         // SAFETY: the caller's promise: TensorRT uses the address in later runs.
         let bound = unsafe { self.context.set_tensor_address(name, address as *mut std::ffi::c_void) };
         bound.map_err(|error| RunError::Mismatch {
@@ -177,7 +179,7 @@ impl Engine {
             if self.bound.get(name) != Some(&address) {
                 self.recapture();
                 // SAFETY: this function's own contract.
-                unsafe { self.tell(name, address)? };
+                unsafe { self.set_address(name, address)? };
                 self.bound.insert(name.to_string(), address);
             }
         }

@@ -11,60 +11,113 @@ use crate::help::Help;
 /// Errors of loading and running engines. [`Help`] says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
+    /// No library, or none that fits.
     #[error(transparent)]
     Library(#[from] LibraryError),
 
+    /// No driver or no GPU.
     #[error(transparent)]
     Driver(#[from] DriverError),
 
+    /// The driver is older than the library needs.
     #[error("the NVIDIA driver {driver} runs CUDA up to {cuda}, {} needs {}.0 at least", FLAVOUR.product, OLDEST_CUDA)]
-    DriverTooOld { driver: String, cuda: String },
+    DriverTooOld {
+        /// The driver's version.
+        driver: String,
+        /// The newest CUDA that it runs.
+        cuda: String,
+    },
 
     /// TensorRT does not run on this kind of GPU.
     #[error("{} {version} does not run on {gpu}: {reason}", FLAVOUR.product)]
     Gpu {
+        /// The library's version.
         version: super::super::Version,
+        /// The GPU's name.
         gpu: String,
+        /// Why not.
         reason: String,
     },
 
+    /// Too little memory on the GPU.
     #[error(
         "{what}: {} of GPU memory are needed and {} are free", gigabytes(*needed), gigabytes(*free)
     )]
     Memory {
+        /// What the memory is for.
         what: String,
+        /// Bytes needed.
         needed: u64,
+        /// Bytes free.
         free: u64,
-        /// The largest cache capacity that there would be room for.
+        /// The largest cache capacity that would fit.
         fits: Option<usize>,
     },
 
     /// The plan is not for this machine, or not a plan.
     #[error("the engine {} cannot be loaded: {objection}", path.display())]
-    Plan { path: PathBuf, objection: Objection },
+    Plan {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why not.
+        objection: Objection,
+    },
 
+    /// The file of a plan cannot be read.
     #[error("the engine {} cannot be read: {source}", path.display())]
-    Read { path: PathBuf, source: std::io::Error },
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
 
     /// TensorRT failed while it made the engine ready.
     #[error("the engine {engine} failed to load ({} of GPU memory were free): {message}", gigabytes(*free))]
-    Load { engine: String, message: String, free: u64 },
+    Load {
+        /// The engine's profile.
+        engine: String,
+        /// The words of the library, one line an error.
+        message: String,
+        /// Bytes free.
+        free: u64,
+    },
 
     /// A stripped engine without all of its weights would compute with zeros.
     #[error("the engine {engine} lacks {} of its weights ({})", names.len(), several(names))]
-    Weights { engine: String, names: Vec<String> },
+    Weights {
+        /// The engine's profile.
+        engine: String,
+        /// The weights that are missing.
+        names: Vec<String>,
+    },
 
     /// Engine and network disagree: the package was changed by hand, or a bug.
     #[error("the engine {engine} and the package disagree: {reason}")]
-    Mismatch { engine: String, reason: String },
+    Mismatch {
+        /// The engine's profile.
+        engine: String,
+        /// What is wrong, in words.
+        reason: String,
+    },
 
+    /// TensorRT failed in a run, or a run was refused.
     #[error("the engine {engine} failed while running: {message}")]
-    Execute { engine: String, message: String },
+    Execute {
+        /// The engine's profile.
+        engine: String,
+        /// The words of the library, one line an error.
+        message: String,
+    },
 
+    /// The driver failed.
     #[error("{call} failed: {name} ({message})")]
     Cuda {
+        /// The function of the driver.
         call: &'static str,
+        /// The error's name.
         name: String,
+        /// What it means.
         message: String,
     },
 }
@@ -72,14 +125,16 @@ pub enum RunError {
 /// What TensorRT has against a plan: its own reasons, and whose fault they are together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Objection {
+    /// Whose fault it is.
     pub kind: ObjectionKind,
     /// In words, every reason.
     pub reason: String,
 }
 
+/// What must change before the plan loads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ObjectionKind {
-    /// Of another version or GPU, or damaged: another plan is wanted.
+    /// Of another version or GPU, or damaged: it must be built again.
     Plan,
     /// The driver is older than the plan's builder.
     Driver,

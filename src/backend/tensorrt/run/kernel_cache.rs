@@ -55,28 +55,28 @@ impl KernelCache {
     }
 }
 
-/// What a draft's name ends with.
-const DRAFT: &str = "part";
-/// No draft takes so long to write: its process is gone.
-const FORSAKEN: Duration = Duration::from_secs(3600);
+/// What the name of an unfinished file ends with.
+const UNFINISHED: &str = "part";
+/// No file takes so long to write: its process has ended.
+const ABANDONED: Duration = Duration::from_secs(3600);
 
 /// Whole or not at all: two processes may write the same file.
 fn write(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let folder = file.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder)?;
     sweep(folder);
-    let draft = file.with_extension(format!("{}.{DRAFT}", std::process::id()));
-    let written = std::fs::write(&draft, bytes).and_then(|()| std::fs::rename(&draft, file));
-    written.inspect_err(|_| drop(std::fs::remove_file(&draft)))
+    let unfinished = file.with_extension(format!("{}.{UNFINISHED}", std::process::id()));
+    let written = std::fs::write(&unfinished, bytes).and_then(|()| std::fs::rename(&unfinished, file));
+    written.inspect_err(|_| drop(std::fs::remove_file(&unfinished)))
 }
 
-/// Removes drafts that nobody will finish.
+/// Removes unfinished files of processes that have ended.
 fn sweep(folder: &Path) {
     let Ok(entries) = std::fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
         let changed = entry.metadata().and_then(|facts| facts.modified());
         let age = changed.ok().and_then(|changed| changed.elapsed().ok());
-        if entry.path().extension().is_some_and(|e| e == DRAFT) && age.is_some_and(|age| age > FORSAKEN) {
+        if entry.path().extension().is_some_and(|e| e == UNFINISHED) && age.is_some_and(|age| age > ABANDONED) {
             let _ = std::fs::remove_file(entry.path());
         }
     }
@@ -87,11 +87,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_appear_whole_and_forsaken_drafts_go() {
+    fn files_appear_whole_and_abandoned_ones_are_removed() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join("kernels").join(name);
         write(&path("a.kernels"), b"one").unwrap();
-        for (name, age) in [("b.1.part", FORSAKEN * 2), ("c.2.part", Duration::ZERO)] {
+        for (name, age) in [("b.1.part", ABANDONED * 2), ("c.2.part", Duration::ZERO)] {
             std::fs::write(path(name), "half").unwrap();
             let file = std::fs::File::options().write(true).open(path(name)).unwrap();
             file.set_modified(std::time::SystemTime::now() - age).unwrap();

@@ -12,7 +12,7 @@ use super::{Objection, ObjectionKind, Port, RunError, Runtime, refit};
 use crate::network::{Network, WeightMode};
 use crate::tensor::DType;
 
-/// What contexts of one plan share. They hold it: TensorRT wants contexts to die before their engine.
+/// What contexts of one plan share. They hold it: TensorRT wants contexts to be dropped before their engine.
 pub struct LoadedPlan {
     pub(super) config: Rc<trtx::RuntimeConfig<'static>>,
     pub(super) inner: RefCell<trtx::CudaEngine<'static>>,

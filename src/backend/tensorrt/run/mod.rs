@@ -7,11 +7,11 @@
 //! once, `timing` measures an engine, over synthetic inputs if it has no others. Which engines there are and what
 //! is fed to them is `decode`'s business.
 //!
-//! # Order of death
+//! # Order of dropping
 //!
-//! A context dies before its engine, an engine before the runtime, the runtime before its logger, and all of them before
+//! A context is dropped before its engine, an engine before the runtime, the runtime before its logger, and all of them before
 //! the CUDA context. An [`Engine`] holds the runtime, a runtime the CUDA context, and fields are declared in that order;
-//! so whatever is dropped half way gives its memory back.
+//! so memory is given back also if making one fails half way.
 
 mod argmax;
 mod engine;
@@ -63,7 +63,7 @@ impl Runtime {
             free: cuda.memory().map_or(0, |(free, _)| free),
         };
         let logger = Rc::new(trtx::Logger::new(capture.clone()).map_err(start)?);
-        // SAFETY: it is only given to the runtime, which dies before it: fields are dropped in order, and the `Rc` in the next
+        // SAFETY: it is only given to the runtime, which is dropped before it: fields are dropped in order, and the `Rc` in the next
         // field keeps the logger where it is when the struct is moved.
         let forever: &'static trtx::Logger = unsafe { &*Rc::as_ptr(&logger) };
         let inner = RefCell::new(trtx::Runtime::new(forever).map_err(start)?);
@@ -76,9 +76,11 @@ impl Runtime {
         }))
     }
 
+    /// The CUDA context that it runs in.
     pub fn cuda(&self) -> &Rc<Cuda> {
         &self.cuda
     }
+    /// The version of the library.
     pub fn version(&self) -> Version {
         self.version
     }
@@ -135,10 +137,13 @@ pub struct LoadOptions<'a> {
 /// An input or output.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Port {
+    /// As in the network; a bound weight has the weight's name.
     pub name: String,
+    /// As TensorRT has it.
     pub dtype: DType,
     /// -1 where it depends on the call.
     pub shape: Vec<i64>,
+    /// Whether a run reads it.
     pub is_input: bool,
 }
 

@@ -43,7 +43,7 @@ impl Kernel for PrefillPanel {
         let rows = width.min(a.group_rows() - first_row);
         // SAFETY: `scratch` has the five tables in this order (`prefill_scratch`), all written before they are read: queries
         // and outputs at once, the others block by block. Query rows `first_row..first_row + rows` are rows of this KV head
-        // and of nobody else's panel; blocks end at `blocks()` and slots of a block at `a.slots`. q is read unaligned, and
+        // and of no other panel; blocks end at `blocks()` and slots of a block at `a.slots`. q is read unaligned, and
         // so is v where it is used in place (`tile_body`): both may be constants in a mapped file. `out` is aligned.
         unsafe {
             let queries = self.scratch;
