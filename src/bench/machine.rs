@@ -7,7 +7,7 @@ use std::sync::Barrier;
 use std::time::Instant;
 
 use super::result::{Gpu, Machine, Peak};
-use crate::decode::instruments::DeviceFacts;
+use crate::decode::DeviceFacts;
 
 /// Facts of this machine; the bandwidth and the peak are still to be filled in.
 pub fn machine(device: Option<&DeviceFacts>) -> Machine {

@@ -5,9 +5,10 @@
 //! programs for the last few lengths.
 
 use super::device::{Chunk, Device, DeviceError};
-use super::step::StepInputs;
+use super::step::{NoStepInput, StepInputs};
 use crate::backend::cpu::{Bindings, CompileOptions, KvCaches, Program};
 use crate::graph::Graph;
+use crate::help::Help;
 use crate::interface::Role;
 use crate::lower;
 use crate::network::Profile;
@@ -117,9 +118,7 @@ impl Device for CpuDevice {
         };
         self.inputs.clear();
         for port in program.inputs() {
-            let role = port
-                .role
-                .ok_or_else(|| failed(format!("{:?} has no role", port.name)))?;
+            let role = port.role.ok_or_else(|| failed(NoStepInput(port.name.clone())))?;
             let mut values = vec![0; StepInputs::len(role, chunk.rows).map_err(failed)?];
             step.write(role, &mut values).map_err(failed)?;
             self.inputs.push((role, values));
@@ -136,10 +135,10 @@ impl Device for CpuDevice {
     }
 }
 
-fn failed(error: impl std::fmt::Display) -> DeviceError {
+fn failed(error: impl Help) -> DeviceError {
     DeviceError {
         device: "cpu".into(),
         message: error.to_string(),
-        help: None,
+        help: error.help(),
     }
 }

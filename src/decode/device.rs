@@ -24,7 +24,7 @@ pub trait Device {
     fn engine(&self) -> String;
 
     /// How the next call should be cut, with `waiting` (at least 1) tokens to feed at `position` into `capacity` slots.
-    /// `tokens <= waiting` and `position + rows <= capacity` must hold; the caller sees to it that there is room for one.
+    /// `tokens <= waiting` and `position + rows <= capacity` must hold; the caller ensures that one token fits.
     fn chunk(&self, waiting: usize, position: usize, capacity: usize) -> Chunk;
 
     /// Moves to a cache of `capacity` slots, keeping the first `live` of the present one: allocate, copy, switch.
@@ -75,11 +75,13 @@ pub fn best(logits: &[f32]) -> Option<u32> {
     found.map(|id| id as u32)
 }
 
-/// A device failed; its own words, and whose fault it is.
+/// A device failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{device}: {message}")]
 pub struct DeviceError {
+    /// Its name, as [`Device::name`] gives it.
     pub device: String,
+    /// What went wrong.
     pub message: String,
     /// What to do about it, if anything.
     pub help: Option<String>,

@@ -14,6 +14,7 @@ use crate::text::{Detokenizer, Shown, StopMatcher, Tokenizer, TokenizerError};
 /// When to end, besides a full cache.
 #[derive(Clone, Debug, Default)]
 pub struct Limits {
+    /// Tokens to generate at most.
     pub max_new_tokens: usize,
     /// Tokens that end the text; empty to ignore them.
     pub eos_ids: BTreeSet<u32>,
@@ -23,6 +24,7 @@ pub struct Limits {
     pub logprobs: Option<usize>,
 }
 
+/// Why a generation ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FinishReason {
     /// An end token or a stop string.
@@ -31,11 +33,12 @@ pub enum FinishReason {
     Length,
     /// The largest cache is full.
     Capacity,
-    /// Whoever took the pieces wanted no more.
+    /// The receiver of the pieces stopped it.
     Interrupted,
 }
 
 impl FinishReason {
+    /// In lower case, for events and results.
     pub fn name(self) -> &'static str {
         match self {
             FinishReason::Stop => "stop",
@@ -49,8 +52,11 @@ impl FinishReason {
 /// One generated token. Log-probabilities are natural, of the model's own distribution before any sampler.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Step {
+    /// Its id.
     pub token: u32,
+    /// Of this token.
     pub logprob: f64,
+    /// Ids of the most probable tokens with theirs, the largest first.
     pub top_logprobs: Vec<(u32, f64)>,
 }
 
@@ -83,25 +89,34 @@ pub struct Generation {
     pub tokens: Vec<u32>,
     /// Their text without special tokens, up to a stop string. Empty without a tokenizer.
     pub text: String,
+    /// Why it ended.
     pub finish_reason: FinishReason,
     /// One a token, if they were asked for.
     pub steps: Vec<Step>,
+    /// How long it took.
     pub timing: Timing,
 }
 
+/// Why a generation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerateError {
+    /// Feeding tokens failed.
     #[error(transparent)]
     Session(#[from] SessionError),
+    /// The tokenizer cannot encode or decode.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// `step` counts generated tokens from 1, `position` all tokens from 0.
+    /// The sampler chain found no token to draw.
     #[error("step {step}, the token at position {position}: {source}")]
     Draw {
+        /// Generated tokens, from 1.
         step: usize,
+        /// All tokens, from 0.
         position: usize,
+        /// What is wrong with the logits.
         source: BadLogits,
     },
+    /// The receiver of the pieces failed.
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
 }

@@ -1,4 +1,4 @@
-//! What a device can tell of itself beyond running: for benchmarks. A device that has nothing to tell gives none.
+//! What benchmarks measure of a device beyond running it. A device without such instruments gives none.
 
 use std::time::Duration;
 
@@ -7,6 +7,7 @@ use crate::backend::tensorrt::Driver;
 
 /// Facts and clocks of a device with memory of its own.
 pub trait Instruments {
+    /// Hardware, driver and library.
     fn facts(&self) -> DeviceFacts;
 
     /// The most that was in use at once since the device was opened. What the other instruments take counts from then on.
@@ -24,6 +25,7 @@ pub trait Instruments {
     fn layer_times(&mut self, runs: usize) -> Result<Vec<(String, f64)>, DeviceError>;
 }
 
+/// What a device runs on.
 #[derive(Clone, Debug)]
 pub struct DeviceFacts {
     /// The first GPU of it is the device.
@@ -35,9 +37,11 @@ pub struct DeviceFacts {
 /// Bytes of device memory by what they are for.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DeviceMemory {
+    /// Bound weights.
     pub weights: u64,
     /// Two while it moves to another capacity.
     pub cache: u64,
+    /// Working memory of engines.
     pub scratch: u64,
     /// In use when the device was opened: the driver's and CUDA's own, and what other processes hold.
     pub context: u64,

@@ -11,14 +11,16 @@ pub mod cpu;
 pub mod cuda;
 mod device;
 mod generate;
-pub mod instruments;
+mod instruments;
 mod open;
-pub mod reference;
+// For `lapidary verify` alone.
+#[cfg(feature = "cli")]
+pub(crate) mod reference;
 mod session;
 mod step;
 
 pub use device::{Chunk, Device, DeviceError, best};
 pub use generate::{FinishReason, GenerateError, Generation, Limits, Piece, Step, Timing, generate, stream};
-pub use instruments::Instruments;
+pub use instruments::{DeviceFacts, DeviceMemory, Instruments};
 pub use open::{DeviceChoice, SessionOpenError, SessionOptions};
 pub use session::{Session, SessionError};

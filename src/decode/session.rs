@@ -10,18 +10,31 @@ use super::device::{Device, DeviceError};
 use super::instruments::Instruments;
 use crate::help::{Fault, Help};
 
+/// Why tokens cannot be fed.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
+    /// No token was given.
     #[error("the prompt is empty: there is nothing to predict from")]
     Empty,
+    /// A token that the model does not have.
     #[error("token id {id} at position {position} is outside the vocabulary of {vocabulary} (ids 0 to {})", vocabulary - 1)]
     OutsideVocabulary {
+        /// The token.
         id: u32,
+        /// Where it stands, from 0.
         position: usize,
+        /// How many tokens the model has.
         vocabulary: usize,
     },
+    /// More tokens than the largest cache has slots.
     #[error("{tokens} tokens do not fit the largest cache capacity of this package, {capacity}")]
-    Capacity { tokens: usize, capacity: usize },
+    Capacity {
+        /// All tokens.
+        tokens: usize,
+        /// Slots of the largest cache.
+        capacity: usize,
+    },
+    /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
 }
@@ -77,6 +90,7 @@ impl Session {
         }
     }
 
+    /// What it runs on.
     pub fn device(&self) -> &dyn Device {
         &*self.device
     }
@@ -97,6 +111,7 @@ impl Session {
     pub fn capacity(&self) -> usize {
         self.capacity
     }
+    /// Slots of the largest cache that the package allows.
     pub fn largest_capacity(&self) -> usize {
         *self.capacities.last().expect("checked in new")
     }

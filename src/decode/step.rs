@@ -3,6 +3,7 @@
 //! Written here once for all devices. A device asks for each input that its network has, by [`Role`], and provides the
 //! memory.
 
+use crate::help::{Fault, Help};
 use crate::interface::Role;
 
 /// One chunk of a sequence on its way into a network: `tokens` at `position..`, padded to `rows`.
@@ -16,10 +17,22 @@ pub(crate) struct StepInputs<'t> {
     pub rows: usize,
 }
 
-/// A role that is none of the inputs that a session makes for a call.
+/// An input that is none of those that a session makes for a call.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a session has nothing to bind to {0}")]
-pub(crate) struct NoStepInput(pub Role);
+#[error("a session has nothing to bind to the input {0:?}")]
+pub(crate) struct NoStepInput(pub String);
+
+impl Help for NoStepInput {
+    fn fault(&self) -> Fault {
+        Fault::Bug
+    }
+}
+
+impl From<Role> for NoStepInput {
+    fn from(role: Role) -> Self {
+        NoStepInput(role.name())
+    }
+}
 
 impl StepInputs<'_> {
     /// Elements of an input, each i32, for a network of so many rows.
@@ -27,7 +40,7 @@ impl StepInputs<'_> {
         match role {
             Role::TokenIds | Role::PositionIds => Ok(rows),
             Role::WriteIndices | Role::LogitRows => Ok(1),
-            Role::Cache(_) | Role::Logits | Role::UpdatedCache(_) => Err(NoStepInput(role)),
+            Role::Cache(_) | Role::Logits | Role::UpdatedCache(_) => Err(role.into()),
         }
     }
 
@@ -46,7 +59,7 @@ impl StepInputs<'_> {
             }
             Role::WriteIndices => to.fill(int(self.position)),
             Role::LogitRows => to.fill(int(self.tokens.len() - 1)),
-            Role::Cache(_) | Role::Logits | Role::UpdatedCache(_) => return Err(NoStepInput(role)),
+            Role::Cache(_) | Role::Logits | Role::UpdatedCache(_) => return Err(role.into()),
         }
         Ok(())
     }
@@ -95,7 +108,7 @@ mod tests {
             part: CachePart::Key,
         };
         for role in [Role::Cache(cache), Role::UpdatedCache(cache), Role::Logits] {
-            assert_eq!(StepInputs::len(role, 1), Err(NoStepInput(role)));
+            assert_eq!(StepInputs::len(role, 1), Err(NoStepInput(role.name())));
         }
     }
 }

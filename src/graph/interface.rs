@@ -1,4 +1,4 @@
-//! The interface of a canonical graph, read off the names that ONNX keeps.
+//! The interface of a canonical graph, derived from the names that ONNX keeps.
 
 use super::{Graph, ValueId};
 use crate::dim::{Dim, Sym};
@@ -6,7 +6,7 @@ use crate::interface::{CacheId, CacheShape, Interface, InterfaceError, Interface
 use crate::tensor::DType;
 
 impl Graph {
-    /// The interface that the names, dtypes and shapes of the inputs and outputs tell: for graphs that come from a file or
+    /// The interface that the names, dtypes and shapes of the inputs and outputs give: for graphs that come from a file or
     /// a text dump, and for graphs made by hand. Passes know the roles of what they write, and set
     /// [`Graph::interface`] themselves.
     ///

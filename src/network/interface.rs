@@ -1,4 +1,4 @@
-//! The interface of a network: read off its names where a format keeps nothing else, and checked against its tensors.
+//! The interface of a network: derived from its names where a format keeps nothing else, and checked against its tensors.
 
 use super::verify::VerifyError;
 use super::{Logits, Network, Tensor, TensorId, Tokens};
@@ -7,7 +7,7 @@ use crate::interface::{CacheId, CacheShape, Interface, InterfaceError, Interface
 use crate::tensor::DType;
 
 impl Network {
-    /// The interface that the names of the inputs and outputs tell: for networks that come from a text dump or are made by
+    /// The interface that the names of the inputs and outputs give: for networks that come from a text dump or are made by
     /// hand. The lowering knows the roles of what it writes, and sets [`Network::interface`] itself.
     pub fn canonical_interface(&self) -> Result<Interface<TensorId>, InterfaceErrors> {
         let names = |ids: &[TensorId]| -> Vec<(&str, TensorId)> {
@@ -90,9 +90,9 @@ pub fn verify_interface(network: &Network) -> Result<(), VerifyError> {
     }
     let updates: Vec<(TensorId, TensorId)> = network.aliases().collect();
     for pair in interface.caches() {
-        let told = network.cache_shape(pair.shape.cache, pair.input);
-        if told.as_ref() != Ok(&pair.shape) {
-            errors.push(told.err().unwrap_or(InterfaceError::Shape {
+        let actual = network.cache_shape(pair.shape.cache, pair.input);
+        if actual.as_ref() != Ok(&pair.shape) {
+            errors.push(actual.err().unwrap_or(InterfaceError::Shape {
                 role: Role::Cache(pair.shape.cache),
                 expected: pair.shape.to_string(),
                 found: describe(network.tensor(pair.input)),

@@ -16,6 +16,7 @@ use crate::tensor::{DType, Tensor};
 /// How many operators an activation has on either side of its anchor, at most; `gelu_new` has five before it.
 const REACH: usize = 7;
 
+/// Writes `Swish`, `Gelu` and their kin in place of the operators that compute them. Gives the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let uses = graph.uses();
     let mut rewrites = 0;
@@ -120,7 +121,7 @@ fn is_function_of(graph: &Graph, y: ValueId, x: ValueId) -> bool {
 
 fn by_values(graph: &Graph, x: ValueId, y: ValueId, anchor: Unary) -> Option<Op> {
     let dtype = graph.value(x).dtype.unwrap_or(DType::F32);
-    // 1 comes first: there the value of x · sigmoid(αx) tells α. Eighths are exact in every float type.
+    // 1 comes first: there the value of x · sigmoid(αx) gives α. Eighths are exact in every float type.
     let samples: Vec<f64> = std::iter::once(1.0)
         .chain((-64..=64).map(|i| f64::from(i) / 8.0))
         .collect();
@@ -149,7 +150,7 @@ fn by_values(graph: &Graph, x: ValueId, y: ValueId, anchor: Unary) -> Option<Op>
     )
     .ok()?;
     let wanted = wanted.into_iter().next()??.to_f64();
-    // Constants are rounded to the dtype and each operator rounds once. The two GELUs differ by 4e-4 and are told apart
+    // Constants are rounded to the dtype and each operator rounds once. The two GELUs differ by 4e-4 and are distinguished
     // by their anchors where the halves cannot.
     let tolerance = match dtype {
         DType::F16 => 4e-3,

@@ -18,9 +18,11 @@ pub struct Architecture {
     pub layers: usize,
     /// Pairs of a key and a value cache; fewer than layers where layers share caches.
     pub caches: usize,
+    /// Width of the residual stream.
     pub hidden: Option<usize>,
     /// Query heads of the first layer.
     pub heads: usize,
+    /// Key and value heads of the first layer.
     pub kv_heads: usize,
     /// Of keys and queries.
     pub head_dim: usize,
@@ -28,12 +30,15 @@ pub struct Architecture {
     pub value_dim: usize,
     /// Width of the feed-forward block: the widest weight of a layer that is neither hidden nor heads wide.
     pub intermediate: Option<usize>,
+    /// Row length of the logits.
     pub vocabulary: Option<usize>,
     /// Positions beyond this one have no rotary or position-embedding row: no capacity may be larger.
     pub max_positions: Option<usize>,
     /// Sliding window of each layer: how many positions a query attends to, itself included; `None` for all.
     pub windows: Vec<Option<usize>>,
+    /// Soft cap of the first layer's scores.
     pub attention_softcap: Option<f32>,
+    /// `None` where no layer is rotated.
     pub rotary: Option<Rotary>,
     /// `rms_norm` or `layer_norm`.
     pub norm: Option<String>,
@@ -75,6 +80,7 @@ impl fmt::Display for Architecture {
 /// Rotary position embedding of the first rotated layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rotary {
+    /// Pairs are neighbours; otherwise an element is paired with the one half a rotation away.
     pub interleaved: bool,
     /// Leading elements of a head that are rotated.
     pub rotary_dim: usize,

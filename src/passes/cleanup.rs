@@ -12,6 +12,7 @@ use crate::graph::{Constant, ConstantSource};
 use crate::graph::{Graph, Node, ValueId};
 use crate::tensor::DType;
 
+/// Removes operators that change nothing and merges equal ones. Gives the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let mut rewrites = 0;
     loop {

@@ -23,16 +23,16 @@ fn obstacle(at: &str, reason: String) -> Obstacle {
     }
 }
 
-/// The interface that `emit` gave the graph must be the one that its names, dtypes and shapes tell: what reads the graph
+/// The interface that `emit` gave the graph must be the one that its names, dtypes and shapes say: what reads the graph
 /// from a file has nothing else.
 fn interface(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
     match graph.canonical_interface() {
         Err(errors) => obstacles.extend(interface_obstacles(errors)),
-        Ok(told) if graph.interface.as_ref() != Some(&told) => {
+        Ok(named) if graph.interface.as_ref() != Some(&named) => {
             let found = graph.interface.as_ref().map(|known| known.signature());
             obstacles.push(obstacle(
                 "interface",
-                format!("is {found:?}, but its names tell {:?}", told.signature()),
+                format!("is {found:?}, but its names say {:?}", named.signature()),
             ));
         }
         Ok(_) => {}

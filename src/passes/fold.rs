@@ -22,6 +22,7 @@ use crate::tensor::{DType, Tensor};
 /// Results up to this many bytes are always kept; inputs above it are weights.
 const SMALL: usize = 64 << 10;
 
+/// Computes constants, moves weights by recipe and writes shape arithmetic down. Gives the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let mut rewrites = 0;
     loop {
@@ -126,7 +127,7 @@ fn shape_result(op: &Op, of: &Constant) -> Option<Constant> {
     Some(tensor.into())
 }
 
-/// Bytes of the largest output, from inference or from what the operator makes of its inputs; `None` if neither tells.
+/// Bytes of the largest output, from inference or from what the operator makes of its inputs; `None` if neither says.
 fn result_bytes(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Option<usize> {
     let inferred = |value: &ValueId| -> Option<usize> {
         let value = graph.value(*value);

@@ -8,6 +8,7 @@ use super::rms_norm::{fuse, is_centered, normalized, source_of_dtype};
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, ValueId};
 
+/// Writes `LayerNormalization` in place of its parts. Gives the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let uses = graph.uses();
     let mut rewrites = 0;

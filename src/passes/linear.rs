@@ -2,7 +2,7 @@
 //!
 //! That is how PyTorch stores weights and how engines want to read them at one token (see docs of `lower`). Spellings:
 //! `MatMul` with a constant `[in, out]`, `Gemm` of either orientation with its factors, and either of them on an input
-//! flattened to two axes and unflattened behind (GPT-2's `Conv1D`), whose reshapes move behind the layer, where they meet
+//! flattened to two axes and unflattened afterwards (GPT-2's `Conv1D`), whose reshapes move behind the layer, where they meet
 //! the unflattening and cancel (`cleanup`). No weight's bytes are touched.
 
 use std::collections::HashMap;
@@ -15,6 +15,7 @@ use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::tensor::Tensor;
 
+/// Brings every linear layer into the canonical form. Gives the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let mut rewrites = 0;
     let mut weights = Weights::default();

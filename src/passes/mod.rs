@@ -123,41 +123,75 @@ pub struct PassReport {
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PassError {
+    /// A node reads its own result.
     #[error(transparent)]
     Cycle(#[from] CycleError),
+    /// dtypes or shapes do not go together.
     // Boxed: it holds whole operands, and every pass returns this type.
     #[error(transparent)]
     Infer(Box<InferError>),
+    /// A constant has no bytes, or bytes that do not make it.
     #[error(transparent)]
     Constant(#[from] ConstantError),
+    /// Constants that an operator cannot compute on.
     #[error("folding constants: {0}")]
     Eval(#[from] EvalError),
+    /// The export breaks rules of a graph.
     #[error(transparent)]
     Invalid(#[from] Obstacles),
+    /// Inputs without a role.
     #[error(
         "it is not clear what these inputs are for: {} (expected are token ids, masks, positions, lengths and past keys \
          and values)", .names.join(", ")
     )]
-    UnmatchedInputs { names: Vec<String> },
+    UnmatchedInputs {
+        /// In the export.
+        names: Vec<String>,
+    },
+    /// No input of token ids, or several.
     #[error(
         "one input of token ids, [batch, tokens], is needed; found {}",
         if .found.is_empty() { "none".to_string() } else { .found.join(", ") }
     )]
-    TokenInput { found: Vec<String> },
+    TokenInput {
+        /// Inputs that look like token ids.
+        found: Vec<String>,
+    },
+    /// Exported without its cache.
     #[error("the model takes no past keys and values")]
     NoCache,
+    /// An input whose shape is not that of its role.
     #[error("the input {name:?} has the shape {found}, expected {expected}")]
     InputRank {
+        /// In the export.
         name: String,
+        /// Shapes that its role can have.
         expected: &'static str,
+        /// Its shape.
         found: String,
     },
+    /// What was not recognised.
     #[error("{}", list(.obstacles))]
-    Obstacles { obstacles: Vec<Obstacle> },
+    Obstacles {
+        /// All of it.
+        obstacles: Vec<Obstacle>,
+    },
+    /// Numbers that the dtype asked for cannot hold.
     #[error("{dtype} cannot hold these constants: {}", .constants.join(", "))]
-    Range { dtype: DType, constants: Vec<String> },
+    Range {
+        /// Asked for.
+        dtype: DType,
+        /// Names, each with its largest number.
+        constants: Vec<String>,
+    },
+    /// A bug of a pass.
     #[error("after the pass {pass:?} the graph is broken: {reason}")]
-    Broken { pass: &'static str, reason: String },
+    Broken {
+        /// After which the graph was checked.
+        pass: &'static str,
+        /// The rule that it breaks.
+        reason: String,
+    },
 }
 
 impl Help for PassError {
@@ -205,8 +239,11 @@ fn list(obstacles: &[Obstacle]) -> String {
 
 /// An export with its attention recognised, before anything is written.
 pub(crate) struct Analysed {
+    /// Tidied up and typed.
     pub graph: Graph,
+    /// Of its inputs.
     pub roles: Roles,
+    /// Of its attention.
     pub analysis: Analysis,
 }
 
@@ -248,7 +285,7 @@ fn unique_names(graph: &mut Graph) {
     }
 }
 
-/// Times a pass, sorts the graph behind it and reports.
+/// Times a pass, sorts the graph after it and reports.
 fn timed<T>(
     graph: &mut Graph,
     report: &mut Vec<PassReport>,

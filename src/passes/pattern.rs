@@ -106,7 +106,7 @@ fn is_widening(from: DType, to: DType) -> bool {
     from == to || (from.is_float() && to.is_float() && from.bits() < to.bits())
 }
 
-/// A value that is a constant, or a cast or the sum with a scalar of one that nobody folded yet. No bytes are touched.
+/// A value that is a constant, or a cast or the sum with a scalar of one that is not folded yet. No bytes are touched.
 pub(super) fn weight(graph: &Graph, value: ValueId) -> Option<Constant> {
     if let Some(constant) = graph.constant(value) {
         return Some(constant.clone());

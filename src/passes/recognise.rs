@@ -1,4 +1,4 @@
-//! What `lapidary inspect` tells of an export: everything that could be analysed, and everything that could not.
+//! What `lapidary inspect` reports of an export: everything that was recognised, and everything that was not.
 
 use std::collections::BTreeMap;
 
@@ -20,6 +20,7 @@ pub struct Recognition {
     pub capacity: Option<usize>,
     /// Role of each input, in the export's order.
     pub inputs: Vec<Input>,
+    /// Attentions that were recognised, in order of execution.
     pub layers: Vec<LayerReport>,
     /// How often each operator occurs in the export.
     pub operators: BTreeMap<String, usize>,
@@ -33,9 +34,12 @@ pub struct Recognition {
     pub architecture: Option<super::Architecture>,
 }
 
+/// An input of the export.
 #[derive(Clone, Debug, Serialize)]
 pub struct Input {
+    /// In the export.
     pub name: String,
+    /// What it is for, in snake case; `?` where that is not known.
     pub role: String,
 }
 
@@ -44,15 +48,20 @@ pub struct Input {
 pub struct LayerReport {
     /// Node of the export.
     pub node: String,
+    /// Query heads.
     pub heads: usize,
+    /// Key and value heads.
     pub kv_heads: usize,
+    /// Elements of one head of keys and queries.
     pub head_dim: usize,
     /// Scale, soft cap and window, as fields of their own in JSON.
     #[serde(flatten)]
     pub scores: AttentionScores,
     /// `half`, `interleaved` or `none`.
     pub rotary: String,
+    /// Leading elements of a head that are rotated; 0 for none.
     pub rotary_dim: usize,
+    /// Axes of the cache in the export.
     pub cache_layout: String,
 }
 

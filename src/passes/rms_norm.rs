@@ -111,6 +111,7 @@ pub(super) fn source_of_dtype(graph: &Graph, x: ValueId, end: ValueId) -> Option
     [source, x].into_iter().find(|v| graph.value(*v).dtype == wanted)
 }
 
+/// Writes `RMSNormalization` in place of its parts. Gives the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let uses = graph.uses();
     let mut rewrites = 0;

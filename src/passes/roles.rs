@@ -47,7 +47,9 @@ impl InputRole {
 /// The roles of all inputs, and what the export fixed.
 #[derive(Clone, Debug)]
 pub struct Roles {
+    /// By input.
     pub of: HashMap<ValueId, InputRole>,
+    /// The one input of token ids.
     pub input_ids: ValueId,
     /// Cache inputs in the order of the export.
     pub caches: Vec<ValueId>,

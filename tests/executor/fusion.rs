@@ -2,6 +2,7 @@
 
 use lapidary::backend::cpu::execute;
 use lapidary::graph::Constant;
+use lapidary::help::Help;
 use lapidary::network::{
     Activation, Elementwise, LayerKind, Network, NetworkBuilder, ReduceOp, TensorId, UnaryOp, WeightMode,
 };
@@ -251,7 +252,7 @@ fn deferred_weights_are_made_when_compiled() {
     let y = b.linear("y", x, w).unwrap();
     b.output("y", y).unwrap();
     let error = execute(&b.finish().unwrap(), &[], &every_option()[0]).unwrap_err();
-    assert!(error.to_string().contains("lapidary refit"), "{error}");
+    assert!(error.help().unwrap().contains("lapidary refit"), "{error}");
 }
 
 proptest! {

@@ -2,6 +2,7 @@
 
 use lapidary::graph::op::{Binary, Op, Reduction, Unary};
 use lapidary::graph::{Graph, NodeId, ValueId};
+use lapidary::help::Help;
 use lapidary::passes::{CanonicalizeOptions, canonicalize};
 use lapidary::tensor::{DType, Tensor};
 
@@ -19,7 +20,7 @@ fn refusal(graph: Graph) -> String {
     };
     match canonicalize(graph, &options) {
         Ok(_) => panic!("it was accepted"),
-        Err(error) => error.to_string(),
+        Err(error) => format!("{error}; {}", error.help().unwrap_or_default()),
     }
 }
 

@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::simd::Isa;
 use crate::graph::ConstantError;
+use crate::help::{Fault, Help, REPORT_BUG};
 use crate::network::VerifyError;
 
 /// Why a network cannot be compiled for the CPU or run.
@@ -104,6 +105,24 @@ pub enum CpuError {
 fn available() -> String {
     let names: Vec<String> = Isa::available().iter().map(Isa::to_string).collect();
     names.join(", ")
+}
+
+impl Help for CpuError {
+    fn fault(&self) -> Fault {
+        match self {
+            CpuError::Network(_) => Fault::Bug,
+            CpuError::Weight(error) => error.fault(),
+            _ => Fault::Input,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        match self {
+            CpuError::Weight(error) => error.help(),
+            CpuError::Network(_) => Some(REPORT_BUG.to_string()),
+            _ => None,
+        }
+    }
 }
 
 /// What an index stood for.

@@ -44,16 +44,28 @@ pub(super) fn device_error(gpu: &str, error: RunError) -> DeviceError {
 /// Why a package cannot run on the GPU here.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
+    /// No engines for the TensorRT that this build is for.
     #[error("{} has no {} engines", package.display(), FLAVOUR.product)]
-    NoEngines { package: PathBuf },
+    NoEngines {
+        /// Its folder.
+        package: PathBuf,
+    },
     /// TensorRT takes other numbers without a word, and computes with them what the plan was not made for.
     #[error("{}: the engine {profile} was stripped for an identical refit, and the package has another weight set than it was \
              built with", package.display())]
-    OtherWeights { package: PathBuf, profile: Profile },
+    OtherWeights {
+        /// Its folder.
+        package: PathBuf,
+        /// Of the engine.
+        profile: Profile,
+    },
+    /// Of the driver, the library or the GPU.
     #[error(transparent)]
     Run(#[from] RunError),
+    /// The canonical graph cannot be read.
     #[error(transparent)]
     Graph(#[from] crate::onnx::ReadError),
+    /// The package cannot be read.
     #[error(transparent)]
     Package(#[from] crate::package::PackageError),
 }
@@ -78,7 +90,7 @@ impl Help for OpenError {
 
 impl OpenError {
     /// Whether this machine or package simply has no GPU or library to run on, which `--device auto` passes over. A library
-    /// that is there and cannot be used is refused: whoever named it wants to know.
+    /// that is there and cannot be used is refused, since it was asked for by name.
     pub fn is_absence(&self) -> bool {
         use crate::backend::tensorrt::LibraryError::{NotCompiled, NotFound};
         matches!(

@@ -1,4 +1,4 @@
-//! What a CUDA device tells benchmarks: facts, memory, device clocks, time by layer.
+//! What benchmarks measure of a CUDA device: facts, memory, device clocks, time by layer.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -82,7 +82,7 @@ impl CudaDevice {
         Ok(2.0 * bytes as f64 / fastest.as_secs_f64())
     }
 
-    /// The last call again, in an engine of its own: layers of a captured graph cannot be told apart.
+    /// The last call again, in an engine of its own: layers of a captured graph cannot be timed one by one.
     fn layers(&mut self, at: usize, runs: usize) -> Result<Vec<(String, f64)>, RunError> {
         let slot = &self.slots[at];
         let profile = slot.profile;

@@ -2,7 +2,7 @@
 //!
 //! Takes a package with engines and a TensorRT library. Weights that are bound lie in device memory once, shared by all
 //! engines; so do the working memory, of which only the running engine makes use, and the small inputs. The cache moves to
-//! a larger capacity by one copy on the device. Logits come back through pinned memory; where only the best token is wanted
+//! a larger capacity by one copy on the device. Logits come back through pinned memory; where only the best token is needed
 //! it is found on the device. Engines are loaded when first needed, or ahead by [`CudaDevice::prepare`].
 
 use std::path::{Path, PathBuf};
@@ -78,9 +78,11 @@ pub struct Times {
 /// Device memory by what it is for, in bytes: the most there was so far.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct MemoryUse {
+    /// Bound weights.
     pub weights: u64,
     /// Both caches of a move.
     pub cache: u64,
+    /// Working memory of engines.
     pub scratch: u64,
     /// In use before the session took any: the CUDA context, and whatever others hold.
     pub context: u64,
@@ -138,6 +140,8 @@ pub struct CudaDevice {
 }
 
 impl CudaDevice {
+    /// A session's device for the engines of a package. Nothing is loaded yet. Errors: the package has no engines for this
+    /// build's target, or engines for other weights than it has; the GPU or driver does not suit the library.
     pub fn open(package: &Package, library: &Library, options: CudaOptions) -> Result<Self, OpenError> {
         let engines = package.manifest.engines.iter().filter(|e| e.target == FLAVOUR.target);
         let slots: Vec<EngineSlot> = engines
@@ -224,10 +228,12 @@ impl CudaDevice {
         Ok(())
     }
 
+    /// Where the time went so far.
     pub fn times(&self) -> Times {
         self.times
     }
 
+    /// Device memory used so far.
     pub fn memory(&self) -> MemoryUse {
         let bytes = |buffer: Option<usize>| buffer.unwrap_or(0) as u64;
         let cuda = self.runtime.cuda();
@@ -382,7 +388,7 @@ impl Device for CudaDevice {
         let known = self.slot(1, capacity).is_some_and(|at| self.slots[at].loaded.is_some());
         let at = self.ready(1, capacity)?;
         if live == 0 && self.cache.is_some() {
-            // Nothing to keep: two caches at once could be more than there is room for.
+            // Nothing to keep: two caches at once could need more memory than is free.
             self.stream.wait().map_err(|error| self.failed(error))?;
             (self.cache, self.capacity) = (None, 0);
         }

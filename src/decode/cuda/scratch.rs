@@ -20,7 +20,7 @@ impl CudaDevice {
         if had.is_some_and(|had| had >= bytes) {
             return Ok(());
         }
-        // The smaller one goes first: both at once could be more than there is room for.
+        // The smaller one goes first: both at once could need more memory than is free.
         self.stream.wait()?;
         self.scratch = None;
         self.allocate_scratch(bytes).map_err(|error| {

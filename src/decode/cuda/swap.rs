@@ -36,10 +36,12 @@ impl Identity {
 pub struct Swapped {
     /// Bytes of bound weights that went to the device.
     pub bytes: u64,
+    /// Bound weights to the device.
     #[serde(serialize_with = "seconds")]
     pub bound: Duration,
     /// Plans that TensorRT refitted.
     pub refitted: usize,
+    /// Refitting.
     #[serde(serialize_with = "seconds")]
     pub refit: Duration,
     /// New contexts for refitted plans.
@@ -54,16 +56,34 @@ fn seconds<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S::Ok
 /// Why the weights on the device stay what they are.
 #[derive(Debug, thiserror::Error)]
 pub enum SwapError {
+    /// The other package has another canonical graph.
     #[error("{}: another architecture than that of the engines in use", package.display())]
-    Architecture { package: PathBuf },
+    Architecture {
+        /// The folder of the other package.
+        package: PathBuf,
+    },
+    /// An engine with embedded weights.
     #[error("{}: the engine {profile} holds its weights, so they cannot be changed", package.display())]
-    Embedded { package: PathBuf, profile: Profile },
+    Embedded {
+        /// The folder of the other package.
+        package: PathBuf,
+        /// Of the engine.
+        profile: Profile,
+    },
+    /// An engine stripped for an identical refit.
     #[error(
         "{}: the engine {profile} can be refitted with the weights it was built with and no others", package.display()
     )]
-    Identical { package: PathBuf, profile: Profile },
+    Identical {
+        /// The folder of the other package.
+        package: PathBuf,
+        /// Of the engine.
+        profile: Profile,
+    },
+    /// The other package cannot be read.
     #[error(transparent)]
     Package(#[from] PackageError),
+    /// The GPU failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
 }

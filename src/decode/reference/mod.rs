@@ -1,4 +1,4 @@
-//! The original export, run by an engine that shares nothing with ours: the yardstick of `lapidary verify`.
+//! The original export, run by an engine that shares nothing with ours: the reference of `lapidary verify`.
 //!
 //! Takes the `.onnx` file a package was made from and whole sequences of tokens, gives the logits of every position. Each
 //! sequence is run at once from an empty cache, so that it checks our cache, our chunks and our masks too, and not only
@@ -196,7 +196,7 @@ impl Reference {
             let (Some(shape), Some(dtype)) = (shape, value.dtype) else {
                 return Err(ReferenceError::Inputs {
                     path: self.path.clone(),
-                    message: format!("the shape of the input {:?} cannot be told", value.name),
+                    message: format!("the shape of the input {:?} is not known", value.name),
                 });
             };
             inputs.push((value.name.clone(), input(role, dtype, shape, tokens)));

@@ -13,7 +13,7 @@ use crate::passes::partial_eval::PartialEvaluator;
 
 pub type Fingerprint = blake3::Hash;
 
-/// The computation of `value` from `leaves`, told apart further by `context`.
+/// The computation of `value` from `leaves`; `context` distinguishes further.
 pub fn fingerprint(evaluator: &PartialEvaluator<'_>, value: ValueId, leaves: &[ValueId], context: &str) -> Fingerprint {
     let mut memo = HashMap::new();
     let value = walk(evaluator, value, leaves, &mut memo);

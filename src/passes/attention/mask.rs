@@ -17,7 +17,7 @@ use crate::tensor::DType;
 /// -inf, the smallest f32 and f16 numbers, -1e9, -1e4.
 pub const MASKED: f64 = -9000.0;
 
-/// Windows longer than this are not told from none.
+/// Windows longer than this are taken for none.
 const LONGEST_WINDOW: i64 = 1 << 20;
 
 /// Which slots may be attended to: `[batch, tokens, slots]`.

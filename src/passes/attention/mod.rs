@@ -56,6 +56,7 @@ pub struct Obstacle {
     pub layer: Option<usize>,
     /// Node or value of the export.
     pub at: String,
+    /// What was not recognised there, and why.
     pub reason: String,
 }
 

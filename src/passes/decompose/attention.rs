@@ -2,7 +2,7 @@
 //!
 //! `GroupQueryAttention` packs projections, rotates and keeps a cache; ONNX `Attention` may take three-dimensional
 //! operands, append to a past and be causal by itself. Here each becomes reshapes, `RotaryEmbedding`, `Concat` or
-//! `TensorScatter`, a mask computed from positions, and an `Attention` on four dimensions. The recognition behind then
+//! `TensorScatter`, a mask computed from positions, and an `Attention` on four dimensions. The recognition that follows
 //! sees one dialect, and proves it like any other.
 
 use crate::dim::Dim;

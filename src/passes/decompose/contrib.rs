@@ -10,6 +10,7 @@ use crate::passes::PassError;
 use crate::passes::pattern::{finish, rank, redefine};
 use crate::tensor::{DType, Tensor};
 
+/// Takes apart what it can. Gives the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let mut rewrites = 0;
     for id in graph.node_ids().collect::<Vec<_>>() {
