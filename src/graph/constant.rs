@@ -29,7 +29,7 @@ pub struct Constant {
 pub enum ConstantSource {
     /// Bytes at hand: mapped from a file, or small and owned.
     Tensor(Tensor),
-    /// To be computed from other constants when somebody needs the bytes.
+    /// To be computed from other constants when the bytes are needed.
     Derived(Arc<Derived>),
     /// Left out of a stripped package; only dtype and shape are known.
     Absent,

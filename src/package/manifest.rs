@@ -77,7 +77,7 @@ pub struct ExportFile {
     pub blake3: String,
     /// Size of that file.
     pub bytes: u64,
-    /// Which exporter wrote it, as far as the graph tells.
+    /// Which exporter wrote it, as far as the graph shows.
     pub exporter: String,
     /// Name and version in the file, as it has them.
     pub producer: String,
@@ -140,7 +140,7 @@ pub struct WeightEntry {
     /// Made of modules of the model in this way (see [`crate::weights::modules`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<Recipe>,
-    /// Made of tensors of a checkpoint in this way: one that held the same numbers told what such checkpoints call them.
+    /// Made of tensors of a checkpoint in this way: one that held the same numbers showed what such checkpoints call them.
     /// Kept where modules do not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub learned: Option<Recipe>,

@@ -52,7 +52,7 @@ impl PlanCache {
         let holds = |mode: WeightMode| match mode {
             WeightMode::Bind => false,
             WeightMode::Embed => true,
-            // Stripped engines that are not told otherwise take back only the values they were built with.
+            // Stripped engines that are not built for a general refit take back only the values they were built with.
             WeightMode::Strip => refit != Refit::General,
         };
         if network.weights.iter().any(|w| holds(w.mode)) {

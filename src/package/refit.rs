@@ -17,7 +17,7 @@ use crate::weights::matching::{Matched, Mismatch, RequiredWeight, matched};
 use crate::weights::source::WeightSource;
 use crate::weights::{WriteError, content_hash, set_hash};
 
-/// What to put in, and what to put up with.
+/// What to put into a package, and what to allow.
 pub struct RefitRequest<'a> {
     /// Where the weights come from.
     pub source: &'a WeightSource,
@@ -25,7 +25,7 @@ pub struct RefitRequest<'a> {
     pub adapter: Option<(&'a str, &'a Adapter)>,
     /// Refuse a weight set that is not the one the package had. `None`: as the package was converted for.
     pub identical: Option<bool>,
-    /// Numbers that are put up with.
+    /// Numbers that are allowed.
     pub allowed: Allowed,
     /// Tensors of the source that no weight is made of are no obstacle.
     pub extra_allowed: bool,

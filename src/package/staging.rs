@@ -123,7 +123,7 @@ impl Drop for Staging {
     }
 }
 
-/// Removes every unfinished folder of this process; tells whether there was one, removed now or before. For a signal
+/// Removes every unfinished folder of this process; says whether there was one, removed now or before. For a signal
 /// handler's thread, right before the process ends: from here on every other thread that begins, finishes or drops a
 /// [`Staging`] waits for that end.
 pub fn remove_unfinished() -> bool {

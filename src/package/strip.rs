@@ -8,7 +8,7 @@ use super::{Package, PackageError, Writer};
 use crate::network::WeightMode;
 
 /// Makes a copy of a package that has everything but weights: no weights file, no engines that hold weights. The manifest
-/// still tells what the weights were, so that only the right ones, or right kinds, are taken back. Gives the manifest of
+/// still says what the weights were, so that only the right ones, or right kinds, are taken back. Gives the manifest of
 /// the copy.
 pub fn strip(package: &Package, target: &Path, force: bool) -> Result<Manifest, PackageError> {
     let mut manifest = package.manifest.clone();

@@ -52,7 +52,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Writes weights and graph; numbers that no model can use are refused unless `allowed`. `progress` is told the bytes of
+    /// Writes weights and graph; numbers that no model can use are refused unless `allowed`. `progress` gets the bytes of
     /// weights done so far and in all.
     pub fn new(
         target: &Path,

@@ -11,7 +11,7 @@
 //! (<https://onnx.ai/onnx/technical/float8.html>, [int4](https://onnx.ai/onnx/technical/int4.html),
 //! [int2](https://onnx.ai/onnx/technical/int2.html), [float4](https://onnx.ai/onnx/technical/float4.html)).
 //! [`DType::is_storage_only`] tells them, and [`DType::is_float`] and [`DType::is_int`], which mean arithmetic, are false
-//! for them: whoever asks for a float or an integer to compute with refuses them without knowing of them.
+//! for them: code that asks for a float or an integer to compute with refuses them without listing them.
 //!
 //! # Packing
 //!
@@ -176,6 +176,7 @@ impl DType {
         TABLE.iter().map(|row| row.dtype)
     }
 
+    #[inline]
     fn row(self) -> &'static Row {
         &TABLE[self as usize]
     }
@@ -186,6 +187,7 @@ impl DType {
     }
 
     /// Bits of one element.
+    #[inline]
     pub fn bits(self) -> usize {
         self.row().bits
     }
@@ -214,6 +216,7 @@ impl DType {
 
     /// Bytes of one element, for code that addresses elements of types that no two share a byte: all that arithmetic
     /// knows. Panics if the type is packed, which is a bug: what cannot compute with a type refuses it first.
+    #[inline]
     pub fn element_bytes(self) -> usize {
         let bits = self.bits();
         assert!(bits >= 8, "bug: elements of {self} have no addresses of their own");
@@ -221,6 +224,7 @@ impl DType {
     }
 
     /// Whether it is a float that arithmetic knows: f16, bf16, f32 and f64, and not the narrow ones that are only stored.
+    #[inline]
     pub fn is_float(self) -> bool {
         matches!(self.numbers(), Numbers::Float(_)) && !self.is_storage_only()
     }
@@ -241,6 +245,7 @@ impl DType {
     }
 
     /// Whether no arithmetic is defined on it: quantized weights and their scales.
+    #[inline]
     pub fn is_storage_only(self) -> bool {
         self.row().storage_only
     }
@@ -269,6 +274,7 @@ impl DType {
         }
     }
 
+    #[inline]
     pub(crate) fn numbers(self) -> Numbers {
         self.row().numbers
     }

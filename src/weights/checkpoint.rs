@@ -185,7 +185,7 @@ impl Convention {
             .collect()
     }
 
-    /// The module among tensors of a checkpoint, in our orientation: `tensor` finds one by name, `rows` tells the rows of
+    /// The module among tensors of a checkpoint, in our orientation: `tensor` finds one by name, `rows` has the rows of
     /// modules that share a tensor. Gives the tensor's name too.
     pub fn find(
         &self,
@@ -209,7 +209,7 @@ impl Convention {
 }
 
 impl Place {
-    /// The rows of a module in the matrix or vector of all modules here, `[rows, ..]`; `rows` tells how many each has. What
+    /// The rows of a module in the matrix or vector of all modules here, `[rows, ..]`; `rows` says how many each has. What
     /// has other rows in all is not cut: the caller sees its shape and says what is wrong.
     pub fn part(&self, module: &str, whole: Constant, rows: &HashMap<String, usize>) -> Option<Constant> {
         if let [_] = self.modules[..] {

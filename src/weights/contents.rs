@@ -10,7 +10,7 @@ use super::recipe::Recipe;
 use crate::graph::Constant;
 use crate::tensor::DType;
 
-/// Hashes of a source's tensors, made as they are asked for: only tensors of the shape wanted are read.
+/// Hashes of a source's tensors, made as they are asked for: only tensors of the requested shape are read.
 pub struct Contents<'a> {
     tensors: &'a BTreeMap<String, Constant>,
     /// By dtype and shape: hash to what holds it.
@@ -120,8 +120,8 @@ mod tests {
             ),
         ]);
         let mut contents = Contents::new(&tensors);
-        let mut names = |wanted: Constant| -> Vec<(String, bool)> {
-            let tensor = wanted.materialize().unwrap();
+        let mut names = |of: Constant| -> Vec<(String, bool)> {
+            let tensor = of.materialize().unwrap();
             let hash = blake3::hash(tensor.data()).to_hex().to_string();
             let held = contents.holding(tensor.dtype(), tensor.shape(), &hash);
             held.into_iter().map(|h| (h.name, h.transposed)).collect()

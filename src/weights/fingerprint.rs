@@ -1,4 +1,4 @@
-//! One hash over the numbers of a model, whoever holds them and in whatever dtype: what makes benchmarks of different
+//! One hash over the numbers of a model, in any file and any dtype: what makes benchmarks of different
 //! programs comparable.
 //!
 //! Tensors are those of a Hugging Face checkpoint ([`super::export`]): its names, its shapes. Each is narrowed first to

@@ -122,7 +122,7 @@ impl Adapter {
     }
 
     /// The change of a module such as `layers.0.attention.query.weight`, if there is one, with the layer's name.
-    /// Modules that share a layer get their rows of it; `rows` tells how many each has.
+    /// Modules that share a layer get their rows of it; `rows` says how many each has.
     pub fn change(&self, module: &str, rows: &HashMap<String, usize>) -> Option<(String, Change)> {
         let places = CONVENTIONS.iter().flat_map(|c| c.places(module, has_gate(rows)));
         places.into_iter().find_map(|place| {

@@ -52,7 +52,7 @@ pub struct Matched {
     pub constant: Constant,
     /// Names in the source.
     pub from: Vec<String>,
-    /// What its numbers told of the names of such checkpoints.
+    /// The names that checkpoints of this kind have for it, where its numbers showed them.
     pub learned: Option<Recipe>,
 }
 
@@ -131,7 +131,7 @@ impl Help for Mismatch {
     }
 }
 
-/// Finds every weight. `extra_allowed`: tensors that nobody needs are no obstacle.
+/// Finds every weight. `extra_allowed`: tensors that no weight needs are no obstacle.
 pub fn matched(
     required: &[RequiredWeight<'_>],
     source: &WeightSource,
@@ -261,7 +261,7 @@ impl Matcher<'_> {
             let ambiguous = (!names.is_empty()).then(|| Misfit {
                 weight: weight.name.to_string(),
                 tensor: names.join(", "),
-                why: "all of them hold its numbers, so it cannot be told which of them it is".to_string(),
+                why: "all of them hold its numbers, so which of them it is cannot be known".to_string(),
             });
             return Err(ambiguous.into_iter().collect());
         };

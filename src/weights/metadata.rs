@@ -240,4 +240,69 @@ mod tests {
         assert_eq!(in_header(DType::F4E2M1, &[3, 3]), ("U8", vec![5]));
         assert_eq!(in_header(DType::F8E4M3Fn, &[3]), ("F8_E4M3", vec![3]));
     }
+
+    /// What `apply` says of metadata over a `w.codes` of four bytes and a `w.scales` of one f32 a row.
+    fn refused(key: &str, text: &str) -> String {
+        let codes = Tensor::from_i64_as(DType::U8, vec![4, 1], &[1, 2, 3, 4]);
+        let scales = Tensor::from_f32(vec![4], &[1.0; 4]);
+        let mut tensors = BTreeMap::from([("w.codes".to_string(), codes), ("w.scales".to_string(), scales)]);
+        let metadata = HashMap::from([(key.to_string(), text.to_string())]);
+        apply(&metadata, &mut tensors).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn metadata_that_do_not_fit_are_named() {
+        let message = refused(PACKED, "{");
+        assert!(
+            message.starts_with("its metadata \"lapidary.packed\" cannot be read"),
+            "{message}"
+        );
+        assert_eq!(
+            refused(PACKED, r#"{"x": {"dtype": "u4", "shape": [8]}}"#),
+            "its metadata name the tensor \"x\", a part of \"x\", which is not there"
+        );
+        assert_eq!(
+            refused(PACKED, r#"{"w.codes": {"dtype": "u4", "shape": [4, 4]}}"#),
+            "\"w.codes\", a part of \"w.codes\": u4 [4, 4] needs 8 bytes, found 4"
+        );
+        let quantized = |granularity: &str, codes: &str, scales: &str| {
+            let parts = format!(
+                r#"{{"w": {{"granularity": {granularity},
+                    "codes": {{"tensor": "w.codes", {codes}}},
+                    "scales": {{"tensor": "w.scales", {scales}}}}}}}"#
+            );
+            refused(QUANTIZED, &parts)
+        };
+        let scales = r#""dtype": "f32", "shape": [4]"#;
+        assert_eq!(
+            quantized(
+                r#"{"channel": {"axis": 1}}"#,
+                r#""dtype": "u4", "shape": [4, 2]"#,
+                scales
+            ),
+            "the quantized weight \"w\": the scales have the shape [4]; codes of shape [4, 2] per channel of axis 1 need [2]"
+        );
+        assert_eq!(
+            quantized(
+                r#"{"block": {"axis": 1, "size": 0}}"#,
+                r#""dtype": "u4", "shape": [4, 2]"#,
+                scales
+            ),
+            "the quantized weight \"w\": blocks of 0 do not divide axis 1 of codes of shape [4, 2]"
+        );
+        assert_eq!(
+            quantized(
+                r#"{"channel": {"axis": 0}}"#,
+                r#""dtype": "u4", "shape": [4, 4]"#,
+                scales
+            ),
+            "\"w.codes\", a part of \"w\": u4 [4, 4] needs 8 bytes, found 4"
+        );
+        let unknown = quantized(
+            r#"{"channel": {"axis": 0}}"#,
+            r#""dtype": "f8e4m3", "shape": [4]"#,
+            scales,
+        );
+        assert!(unknown.contains("is no element type"), "{unknown}");
+    }
 }

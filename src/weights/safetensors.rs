@@ -12,7 +12,7 @@
 //! A quantized weight is stored as its parts, `NAME.codes`, `NAME.scales` and `NAME.zero_points`; the metadata say what
 //! they make together (see [`super::metadata`]).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -145,6 +145,12 @@ pub enum WriteError {
         /// Which.
         source: BadNumbers,
     },
+    /// A weight has the name that a part of a quantized one would get.
+    #[error("two tensors would be called {name:?}, one of them a part of a quantized weight; rename the other")]
+    NameTaken {
+        /// Of both.
+        name: String,
+    },
     /// It is quantized, and scales or zero points are no good.
     #[error("the quantized weight {name:?}: {source}")]
     Quantized {
@@ -158,7 +164,7 @@ pub enum WriteError {
 impl Help for WriteError {
     fn help(&self) -> Option<String> {
         match self {
-            WriteError::Io { .. } => None,
+            WriteError::Io { .. } | WriteError::NameTaken { .. } => None,
             WriteError::Constant { source, .. } => source.help(),
             WriteError::Quantized { .. } => Some("export the model again, or quantize it again".to_string()),
             WriteError::Numbers { .. } => {
@@ -296,6 +302,12 @@ pub fn write(
         source,
     };
     let pieces = pieces(weights);
+    let mut names = HashSet::new();
+    if let Some(twice) = pieces.iter().find(|piece| !names.insert(piece.name.as_str())) {
+        return Err(WriteError::NameTaken {
+            name: twice.name.clone(),
+        });
+    }
     // Largest power of two that divides the size, up to a page: what follows keeps that alignment.
     let alignment = |c: &Constant| (c.byte_len() | PAGE).trailing_zeros();
     let mut order: Vec<usize> = (0..pieces.len()).collect();

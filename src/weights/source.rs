@@ -234,7 +234,7 @@ impl WeightSource {
         }
     }
 
-    /// A module's tensor, in our orientation, and what it is called in the source. `rows` tells the rows of all modules of
+    /// A module's tensor, in our orientation, and what it is called in the source. `rows` has the rows of all modules of
     /// the model.
     pub fn module(&self, module: &str, rows: &HashMap<String, usize>) -> Option<(String, Constant)> {
         match &self.names {
@@ -261,12 +261,12 @@ impl WeightSource {
             .map(|(name, constant)| (name.as_str(), constant))
     }
 
-    /// Whether its tensors are told apart by what they do in a graph, which no name can get wrong.
+    /// Whether its tensors are known by what they do in a graph, which no name can get wrong.
     pub fn is_graph(&self) -> bool {
         matches!(self.names, Names::Graph(_))
     }
 
-    /// Whether what a tensor is in the model can be told: by a graph, or by names that are known.
+    /// Whether it is known what a tensor is in the model: from a graph, or from names.
     pub fn knows_modules(&self) -> bool {
         !matches!(self.names, Names::None(_))
     }

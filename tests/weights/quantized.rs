@@ -206,6 +206,13 @@ fn bad_scales_are_named_before_anything_is_written() {
         error.unwrap_err().to_string(),
         "the quantized weight \"up.weight\": the scale at index 1 is NaN"
     );
+    let weight = quantized(DType::U4, DType::F32, &[2, 32], Granularity::Tensor, false);
+    let taken = Constant::tensor(Tensor::from_f32(vec![1], &[1.0]));
+    let weights = [("w".to_string(), weight), ("w.scales".to_string(), taken)];
+    let path = folder.path().join("other.safetensors");
+    let error = lapidary::weights::write(&path, &weights, &BTreeMap::new(), &mut |_, _, _| Ok(()), |_| {});
+    assert!(error.unwrap_err().to_string().contains("\"w.scales\""));
+    assert!(!path.exists());
 }
 
 /// A model whose matrices are quantized in blocks, or per channel where blocks do not divide.
@@ -371,4 +378,36 @@ fn a_package_of_quantized_weights_is_whole_and_runs() {
     std::fs::write(&file, bytes).unwrap();
     let error = package.check_hashes().unwrap_err();
     assert!(error.to_string().contains(&quantized[0].name), "{error}");
+}
+
+/// What a file says of a quantized weight is checked when it is read, by name.
+#[test]
+fn a_graph_whose_parts_do_not_fit_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.onnx");
+    let weight = quantized(
+        DType::U4,
+        DType::F32,
+        &[4, 32],
+        Granularity::Block { axis: 1, size: 16 },
+        false,
+    );
+    let mut graph = Graph::default();
+    let constant = graph.add_constant("up.weight", weight);
+    let output = graph.add_node("y", Op::Identity, &[constant]);
+    graph.outputs.push(output);
+    lapidary::graph::infer(&mut graph).unwrap();
+    onnx::write(&graph, &path, None).unwrap();
+    // The attribute block_size, type INT (field 20), value 16 (field 3), becomes 12.
+    let mut bytes = std::fs::read(&path).unwrap();
+    let name = b"block_size";
+    let at = bytes.windows(name.len()).position(|w| w == name).unwrap() + name.len();
+    assert_eq!(bytes[at..at + 2], [0x18, 16]);
+    bytes[at + 1] = 12;
+    std::fs::write(&path, bytes).unwrap();
+    let message = onnx::read(&path).unwrap_err().to_string();
+    assert!(
+        message.contains("up.weight.dequantize") && message.contains("blocks of 12 do not divide axis 1"),
+        "{message}"
+    );
 }

@@ -24,7 +24,7 @@ use crate::graph::{Graph, NodeId, ValueId};
 use crate::interface::Role;
 
 /// Weights of a canonical graph as recipes over modules, by the value that holds them. The graph must have been typed
-/// (`graph::infer`): which columns of a fused matrix are meant is told by shapes.
+/// (`graph::infer`): shapes say which columns of a fused matrix are meant.
 pub fn modules(graph: &Graph) -> HashMap<ValueId, Recipe> {
     let mut reader = Reader {
         graph,

@@ -25,7 +25,7 @@ impl Reader<'_> {
     pub(super) fn norm_before(&self, value: ValueId) -> Option<NodeId> {
         let (id, node) = self.graph.def(self.plain(value))?;
         match node.op {
-            // The rows whose logits are wanted may be picked behind the norm.
+            // The rows whose logits are computed may be picked behind the norm.
             Op::Gather { .. } => self.norm_before(node.input(0)?),
             Op::Binary(Binary::Mul) => self.norm_before(self.scaled(id)?),
             _ => is_norm(&node.op).then_some(id),
@@ -217,14 +217,14 @@ impl Reader<'_> {
         found
     }
 
-    /// The only reader of a value that `wanted` holds for, over reshapes and casts.
-    pub(super) fn only(&self, value: ValueId, wanted: impl Fn(&Op) -> bool + Copy) -> Option<NodeId> {
+    /// The only reader of a value that `is_meant` holds for, over reshapes and casts.
+    pub(super) fn only(&self, value: ValueId, is_meant: impl Fn(&Op) -> bool + Copy) -> Option<NodeId> {
         let mut found = None;
         for (user, _) in self.uses.get(&value)? {
             let node = self.graph.node(*user);
             let hit = match &node.op {
-                op if wanted(op) => Some(*user),
-                Op::Reshape { .. } | Op::Cast { .. } => self.only(node.output(0)?, wanted),
+                op if is_meant(op) => Some(*user),
+                Op::Reshape { .. } | Op::Cast { .. } => self.only(node.output(0)?, is_meant),
                 _ => None,
             };
             if hit.is_some() && found.is_some() && hit != found {
