@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::rc::Rc;
 
-use lapidary::backend::tensorrt::run::{Argmax, Buffer, Engine, LoadOptions, Runtime, Stream};
+use lapidary::backend::tensorrt::run::{Argmax, Buffer, Engine, LoadOptions, Pinned, Rows, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::decode::best;
 use lapidary::network::{Elementwise, NetworkBuilder, Profile};
@@ -72,6 +72,105 @@ fn the_best_token_on_the_device_is_that_of_the_host() {
             assert_eq!(argmax.result().unwrap(), best(&logits), "{n} logits of kind {kind}");
         }
     }
+}
+
+/// What is queued is waited for where its bytes are looked at or freed, and nobody has to ask for that.
+#[test]
+#[ignore = "needs a GPU"]
+fn queued_copies_are_over_when_their_memory_is_used() {
+    const N: usize = 16 << 20;
+    let runtime = runtime();
+    let cuda = runtime.cuda();
+    let streams = [Stream::new(cuda).unwrap(), Stream::new(cuda).unwrap()];
+    let on_device = Buffer::new(cuda, N, "a test").unwrap();
+    let mut there = Pinned::new(cuda, N).unwrap();
+    let mut back = Pinned::new(cuda, N).unwrap();
+    for round in 1..=6u8 {
+        let stream = &streams[usize::from(round) % 2];
+        // Waits for the last round's upload before it overwrites what that read.
+        there.slice_mut::<u8>(0, N).unwrap().fill(round);
+        stream.upload(&there, 0..N, &on_device, 0).unwrap();
+        stream.download(&on_device, 0..N, &mut back, 0).unwrap();
+        assert!(
+            back.slice::<u8>(0, N).unwrap().iter().all(|byte| *byte == round),
+            "round {round}"
+        );
+    }
+    // Host and device memory that go while copies of them are queued.
+    let target = Buffer::new(cuda, N, "a test").unwrap();
+    for _ in 0..4 {
+        let mut host = Pinned::new(cuda, N).unwrap();
+        host.slice_mut::<u8>(0, N).unwrap().fill(7);
+        let device = Buffer::new(cuda, N, "a test").unwrap();
+        streams[0].upload(&host, 0..N, &device, 0).unwrap();
+        streams[0].copy(&device, &target, N).unwrap();
+        drop((host, device));
+        // Likely in the same place.
+        let mut other = Pinned::new(cuda, N).unwrap();
+        other.slice_mut::<u8>(0, N).unwrap().fill(9);
+    }
+    streams[0].wait().unwrap();
+    let mut bytes = vec![0; N];
+    target.read(0, &mut bytes).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 7));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn copies_outside_of_their_memory_are_refused() {
+    let runtime = runtime();
+    let stream = Stream::new(runtime.cuda()).unwrap();
+    let device = buffer(&runtime, &[0.0; 16]);
+    let refused = |copy: &dyn Fn()| {
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(copy));
+        assert!(result.is_err());
+    };
+    let rows = |at, pitch| Rows {
+        buffer: &device,
+        at,
+        pitch,
+    };
+    stream.copy_rows(rows(0, 32), rows(16, 32), 16, 2).unwrap();
+    refused(&|| drop(stream.copy_rows(rows(0, 32), rows(20, 32), 16, 2)));
+    refused(&|| drop(stream.copy_rows(rows(0, 8), rows(16, 32), 16, 2)));
+    refused(&|| drop(stream.copy_rows(rows(0, usize::MAX), rows(16, 32), 16, 3)));
+    refused(&|| drop(device.write(61, &[0; 4])));
+    refused(&|| drop(device.write(usize::MAX, &[0; 4])));
+    let host = Pinned::new(runtime.cuda(), 64).unwrap();
+    stream.upload(&host, 32..64, &device, 32).unwrap();
+    refused(&|| drop(stream.upload(&host, 32..65, &device, 0)));
+    refused(&|| drop(stream.upload(&host, 0..64, &device, 4)));
+    refused(&|| drop(host.slice::<f32>(2, 1)));
+    refused(&|| drop(host.slice::<f32>(0, usize::MAX)));
+    stream.wait().unwrap();
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn an_engine_without_enough_working_memory_is_refused() {
+    let runtime = runtime();
+    let mut b = NetworkBuilder::new("products", Profile::decode(16));
+    let shape = [512usize.into(), 512usize.into()];
+    let x = b.input("x", DType::F32, &shape).unwrap();
+    let product = b.linear("product", x, x).unwrap();
+    let root = b
+        .activation("gelu", lapidary::network::Activation::GeluErf, product)
+        .unwrap();
+    let y = b.linear("again", root, product).unwrap();
+    b.output("y", y).unwrap();
+    let network = b.finish().unwrap();
+    let plan = tensorrt::build(&library(), &network, &BuildOptions::default()).unwrap();
+    let loading = LoadOptions {
+        graphs: false,
+        kernels: None,
+    };
+    let mut engine = Engine::load(&runtime, Path::new("products"), plan.bytes(), &network, loading).unwrap();
+    if engine.scratch_bytes() == 0 {
+        return; // TensorRT made one kernel of it
+    }
+    let stream = Stream::new(runtime.cuda()).unwrap();
+    let error = engine.enqueue(&stream).unwrap_err().to_string();
+    assert!(error.contains("working memory"), "{error}");
 }
 
 #[test]

@@ -409,7 +409,7 @@ impl Compiler<'_> {
             return;
         };
         for at in 0..self.views.len() {
-            let Some(view) = self.views[at].clone().filter(|view| view.buffer == buffer) else {
+            let Some(view) = self.views[at].as_ref().filter(|view| view.buffer == buffer) else {
                 continue;
             };
             let id = TensorId(at as u32);
@@ -420,7 +420,8 @@ impl Compiler<'_> {
             // The cache itself is read by this update, which writes to it where it is, and by no later layer.
             let read = id != cache && self.consumers[at].iter().any(waits);
             if read || self.output_of.contains_key(&id) {
-                let copy = self.arena_copy(&view, &self.network.layers[update].name);
+                let (view, network) = (view.clone(), self.network);
+                let copy = self.arena_copy(&view, &network.layers[update].name);
                 self.set(id, copy);
             }
         }
