@@ -16,7 +16,8 @@
 //! ```
 //!
 //! Lines above the input are comments (`#`) or options; `runner` lists the options. `UPDATE_FILES=1 cargo nextest run
-//! --test files` writes the output that comes of each input; read the difference before you commit it.
+//! --features tract --test files` writes the output that comes of each input, and docs/operators.md; read the difference
+//! before you commit it.
 
 #[path = "files/operators_page.rs"]
 mod operators_page;
