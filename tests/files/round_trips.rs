@@ -326,13 +326,16 @@ fn any_op() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// Name, dtype and shape, `None` where they are not known.
+type AnyOutput = (String, Option<DType>, Option<Vec<Dim>>);
+
 #[derive(Clone, Debug)]
 struct AnyNode {
     op: Op,
     /// Which value each input is, counted back; `None`: left out.
     inputs: Vec<Option<usize>>,
     /// Name and type of each output; `None`: left out.
-    outputs: Vec<Option<(String, Option<DType>, Option<Vec<Dim>>)>>,
+    outputs: Vec<Option<AnyOutput>>,
     name: Option<String>,
 }
 
@@ -430,7 +433,7 @@ fn any_kind() -> impl Strategy<Value = LayerKind> {
         (0usize..4).prop_map(|axis| LayerKind::Gather { axis }),
         (order(), prop::option::of(shape()), order())
             .prop_filter(
-                "two transposes of nothing between are told apart by order alone",
+                "the text of a transpose alone does not say whether it is the first or the second",
                 |(first, reshape, _)| { first.is_some() || reshape.is_some() }
             )
             .prop_map(|(first, reshape, second)| LayerKind::Shuffle { first, reshape, second }),

@@ -285,7 +285,7 @@ fn inferred(input: &str) -> String {
     text
 }
 
-/// Graphs and networks are told apart by their first word.
+/// The first word of a text says whether it is a graph or a network.
 fn parsed(input: &str) -> String {
     let text = match input.starts_with("network") {
         true => network::parse(input).map(|network| network.to_string()),
