@@ -14,6 +14,7 @@ pub(crate) struct StepInputs<'t> {
     /// Position and slot of the first token.
     pub position: usize,
     /// Rows that the network has.
+    #[cfg_attr(not(feature = "engines"), allow(dead_code, reason = "only engines have padded rows"))]
     pub rows: usize,
 }
 

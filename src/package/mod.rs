@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 pub use error::PackageError;
 pub use manifest::Manifest;
 pub(crate) use plans::PlanCache;
+#[cfg(feature = "cli")]
 pub(crate) use refit::transposed_note;
 pub use refit::{DifferingWeight, RefitError, RefitRequest, differing_weights, refit, required_weights};
 pub use staging::{check_target, remove_unfinished};
