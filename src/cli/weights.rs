@@ -70,7 +70,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
             } else {
                 source
             },
-            w.dtype.to_string(),
+            match &w.quantized {
+                Some(format) => format!("{} of {format}", w.dtype),
+                None => w.dtype.to_string(),
+            },
             format!("{:?}", w.shape),
             w.blake3.get(..12).unwrap_or_default().to_string(),
             w.bytes.to_string(),
@@ -124,6 +127,7 @@ fn document(weight: &WeightEntry, manifest: &Manifest) -> serde_json::Value {
         "learned": weight.learned.as_ref().map(names),
         "dtype": weight.dtype,
         "shape": weight.shape,
+        "quantized": weight.quantized,
         "transposed": weight.recipe.as_ref().is_some_and(|r| r.is_transposed()),
         "blake3": weight.blake3,
         "bytes": weight.bytes,

@@ -234,6 +234,20 @@ impl QuantizedEntry {
     }
 }
 
+impl std::fmt::Display for QuantizedEntry {
+    /// `u4 in blocks of 32 on axis 1 with zero points`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.codes.dtype, self.granularity)?;
+        if let ScalesEntry::Quantized(scales) = &self.scales {
+            write!(f, " with scales of {scales}")?;
+        }
+        match self.zero_points {
+            Some(_) => write!(f, " with zero points"),
+            None => Ok(()),
+        }
+    }
+}
+
 impl PartEntry {
     fn of(tensor: StoredTensor) -> PartEntry {
         PartEntry {
@@ -374,7 +388,7 @@ impl WeightEntry {
     }
 
     /// What [`crate::weights::set_hash`] takes of it.
-    pub fn line(&self) -> (&str, DType, &[usize], &str) {
+    pub(crate) fn line(&self) -> (&str, DType, &[usize], &str) {
         (&self.name, self.dtype, &self.shape, &self.blake3)
     }
 }

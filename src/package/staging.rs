@@ -123,9 +123,9 @@ impl Drop for Staging {
     }
 }
 
-/// Removes every unfinished folder of this process; says whether there was one, removed now or before. For a signal
-/// handler's thread, right before the process ends: from here on every other thread that begins, finishes or drops a
-/// [`Staging`] waits for that end.
+/// Removes every package that this process has not finished writing; gives whether there was one, removed now or before.
+/// For a signal handler's thread, right before the process ends: from here on every other thread that begins, finishes or
+/// drops the writing of a package waits for that end.
 pub fn remove_unfinished() -> bool {
     let open = OPEN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     for folder in open.iter() {

@@ -33,7 +33,7 @@ use crate::tensor::DType;
 
 /// The hash of a whole set of weights: BLAKE3 over name, dtype, shape and hash of each, sorted by name. Two packages with
 /// the same set hash hold the same numbers under the same names, wherever in the file they lie.
-pub(crate) fn set_hash<'a>(weights: impl IntoIterator<Item = (&'a str, DType, &'a [usize], &'a str)>) -> String {
+pub fn set_hash<'a>(weights: impl IntoIterator<Item = (&'a str, DType, &'a [usize], &'a str)>) -> String {
     let mut lines: Vec<String> = weights
         .into_iter()
         .map(|(name, dtype, shape, hash)| format!("{name}\0{dtype}\0{shape:?}\0{hash}\n"))

@@ -320,6 +320,15 @@ fn a_package_of_quantized_weights_is_whole_and_runs() {
         );
     }
 
+    let table = program(["weights", text(&pkg)]).ok();
+    assert!(
+        table
+            .stdout
+            .contains("f32 of u4 in blocks of 8 on axis 1 with zero points"),
+        "{}",
+        table.stdout
+    );
+
     // Opened, every byte checked, read back as what it was.
     let package = Package::open(&pkg).unwrap();
     assert_eq!(package.manifest, manifest);
