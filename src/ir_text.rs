@@ -294,7 +294,12 @@ impl<'a> Cursor<'a> {
 
     /// A shape of numbers.
     pub(crate) fn sizes(&mut self) -> Parsed<Vec<usize>> {
-        self.list(Self::integer)
+        let start = self.at;
+        let sizes = self.list(Self::integer)?;
+        match volume(&sizes) {
+            Some(_) => Ok(sizes),
+            None => Err(self.error_at(start, "sizes of a tensor that a machine can address")),
+        }
     }
 
     /// A sum of products of symbols and numbers.
@@ -377,6 +382,12 @@ impl<'a> Cursor<'a> {
         }
         Ok(tensor_of(dtype, shape.to_vec(), &numbers))
     }
+}
+
+/// The number of elements of a shape; `None` if no machine can address them.
+pub(crate) fn volume(sizes: &[usize]) -> Option<usize> {
+    let count = sizes.iter().try_fold(1usize, |count, size| count.checked_mul(*size))?;
+    (count <= 1 << 56).then_some(count)
 }
 
 /// The dtype of this name.

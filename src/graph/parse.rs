@@ -197,8 +197,14 @@ impl<F: FnMut(&str, DType, &[usize]) -> Constant> Parser<F> {
         let typed = Typed::read(&mut line)?;
         let sizes = typed.shape.iter().flatten().map(Dim::as_const);
         let sizes: Option<Vec<usize>> = sizes.map(|d| d.and_then(|d| usize::try_from(d).ok())).collect();
-        let (Some(dtype), Some(shape)) = (typed.dtype, sizes.filter(|_| typed.shape.is_some())) else {
-            return Err(line.error_at(start, "a constant whose dtype and sizes are known"));
+        let (Some(dtype), Some(shape)) = (
+            typed.dtype,
+            sizes.filter(|sizes| typed.shape.is_some() && ir_text::volume(sizes).is_some()),
+        ) else {
+            return Err(line.error_at(
+                start,
+                "a constant whose dtype and sizes are known, and that a machine can address",
+            ));
         };
         let mut constant = if line.eat(" = random(") {
             let seed = line.integer()?;

@@ -510,13 +510,17 @@ fn elements(tensor: &tensor::Tensor) -> String {
     text[1..text.len() - 1].to_string()
 }
 
+/// Constants of a network are tables of positions and masks; no real one has more elements.
+const MAX_MADE_UP: usize = 1 << 28;
+
 /// The tensor of a constant's text. Of a large one only the number of elements is there: they are made up.
 fn constant(line: &mut Cursor, dtype: DType, shape: &Shape) -> Parsed<tensor::Tensor> {
     let sizes: Option<Vec<usize>> = shape.iter().map(|d| usize::try_from(d.as_const()?).ok()).collect();
-    let Some(sizes) = sizes else {
-        return Err(line.error("a constant whose sizes are numbers"));
+    let sized = sizes.and_then(|sizes| Some((ir_text::volume(&sizes)?, sizes)));
+    let Some((count, sizes)) = sized.filter(|(count, _)| *count <= MAX_MADE_UP) else {
+        return Err(line.error("a constant whose sizes are numbers, and not too large"));
     };
-    let (start, count) = (line.position(), sizes.iter().product::<usize>());
+    let start = line.position();
     if count > MAX_SHOWN {
         line.expect(&format!("{count} elements"))?;
         return Ok(ir_text::made_up(dtype, sizes, count as u64));
