@@ -119,7 +119,7 @@ impl Device for CpuDevice {
         self.inputs.clear();
         for port in program.inputs() {
             let role = port.role.ok_or_else(|| failed(NoStepInput(port.name.clone())))?;
-            let mut values = vec![0; StepInputs::len(role, chunk.rows).map_err(failed)?];
+            let mut values = vec![0; step.len(role).map_err(failed)?];
             step.write(role, &mut values).map_err(failed)?;
             self.inputs.push((role, values));
         }

@@ -36,8 +36,13 @@ impl From<Role> for NoStepInput {
 }
 
 impl StepInputs<'_> {
-    /// Elements of an input, each i32, for a network of so many rows.
-    pub fn len(role: Role, rows: usize) -> Result<usize, NoStepInput> {
+    /// Elements of the input of that role, each i32.
+    pub fn len(&self, role: Role) -> Result<usize, NoStepInput> {
+        Self::len_of(role, self.rows)
+    }
+
+    /// Elements of an input for a network of so many rows.
+    pub fn len_of(role: Role, rows: usize) -> Result<usize, NoStepInput> {
         match role {
             Role::TokenIds | Role::PositionIds => Ok(rows),
             Role::WriteIndices | Role::LogitRows => Ok(1),
@@ -72,7 +77,7 @@ mod tests {
     use crate::interface::{CacheId, CachePart};
 
     fn written(step: StepInputs<'_>, role: Role) -> Vec<i32> {
-        let mut to = vec![-1; StepInputs::len(role, step.rows).unwrap()];
+        let mut to = vec![-1; step.len(role).unwrap()];
         step.write(role, &mut to).unwrap();
         to
     }
@@ -109,7 +114,7 @@ mod tests {
             part: CachePart::Key,
         };
         for role in [Role::Cache(cache), Role::UpdatedCache(cache), Role::Logits] {
-            assert_eq!(StepInputs::len(role, 1), Err(NoStepInput(role.name())));
+            assert_eq!(StepInputs::len_of(role, 1), Err(NoStepInput(role.name())));
         }
     }
 }

@@ -22,7 +22,7 @@ fn layout(rows: usize) -> ([usize; 4], usize) {
 }
 
 fn len(role: Role, rows: usize) -> usize {
-    StepInputs::len(role, rows).expect("ORDER holds step inputs")
+    StepInputs::len_of(role, rows).expect("ORDER holds step inputs")
 }
 
 pub(super) struct InputBuffers {
