@@ -29,7 +29,7 @@ const NUMBERS: [&str; 18] = [
 ];
 
 /// What every row repeats of its document, before and after the measurement.
-type Facts = Vec<(&'static str, String)>;
+type Columns = Vec<(&'static str, String)>;
 
 /// What a row says besides its document.
 struct Row<'a> {
@@ -50,10 +50,10 @@ struct Row<'a> {
 pub fn write(path: &Path, document: &Document) -> io::Result<()> {
     let mut out = csv::Writer::from_path(path)?;
     let (before, after) = (identity(document), circumstances(document));
-    let names = |facts: &Facts| -> Vec<&'static str> { facts.iter().map(|(name, _)| *name).collect() };
+    let names = |facts: &Columns| -> Vec<&'static str> { facts.iter().map(|(name, _)| *name).collect() };
     out.write_record([names(&before), NUMBERS.to_vec(), names(&after)].concat())?;
     for row in rows(document) {
-        let values = |facts: &Facts| -> Vec<String> { facts.iter().map(|(_, value)| value.clone()).collect() };
+        let values = |facts: &Columns| -> Vec<String> { facts.iter().map(|(_, value)| value.clone()).collect() };
         out.write_record([values(&before), row.cells(), values(&after)].concat())?;
     }
     out.flush()
@@ -64,7 +64,7 @@ fn text(value: Option<impl ToString>) -> String {
     value.map_or(String::new(), |value| value.to_string())
 }
 
-fn identity(d: &Document) -> Facts {
+fn identity(d: &Document) -> Columns {
     vec![
         ("label", d.system.label.clone()),
         ("system", d.system.name.clone()),
@@ -96,7 +96,7 @@ impl Row<'_> {
     }
 }
 
-fn circumstances(d: &Document) -> Facts {
+fn circumstances(d: &Document) -> Columns {
     let (machine, gpu) = (&d.machine, d.machine.gpu.as_ref());
     let versions: Vec<String> = d
         .versions

@@ -19,7 +19,7 @@ pub struct Args {
 }
 
 #[derive(Serialize)]
-struct Facts {
+struct MachineReport {
     lapidary: &'static str,
     cpu: Cpu,
     tensorrt: tensorrt::ProbeReport,
@@ -39,7 +39,7 @@ struct Cpu {
 }
 
 pub fn run(args: Args) -> Result<(), Failure> {
-    let facts = Facts {
+    let facts = MachineReport {
         lapidary: env!("CARGO_PKG_VERSION"),
         cpu: cpu(),
         tensorrt: probe(args.tensorrt_lib.as_deref()),
@@ -104,7 +104,7 @@ fn features() -> Vec<&'static str> {
     Vec::new()
 }
 
-fn summary(facts: &Facts) -> String {
+fn summary(facts: &MachineReport) -> String {
     let mut out = String::new();
     let mut line = |name: &str, text: &str| {
         let _ = writeln!(out, "{name:<16} {text}");

@@ -52,7 +52,7 @@ fn positive(text: &str) -> Result<usize, String> {
 }
 
 #[derive(Serialize)]
-struct Facts {
+struct Inspection {
     file: PathBuf,
     exporter: Exporter,
     producer: String,
@@ -93,7 +93,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let inferred = graph::infer::infer(&mut typed).is_ok();
     let tensors = |ids: &[ValueId]| ids.iter().map(|id| tensor(&typed, *id)).collect();
     let faults = if inferred { faults(&typed) } else { Vec::new() };
-    let facts = Facts {
+    let facts = Inspection {
         exporter: onnx::exporter(&graph),
         producer: format!("{} {}", graph.producer.name, graph.producer.version)
             .trim()
@@ -161,7 +161,7 @@ fn weights(graph: &Graph) -> (u64, BTreeMap<String, u64>) {
     (by_dtype.values().sum(), by_dtype)
 }
 
-fn summary(facts: &Facts) -> String {
+fn summary(facts: &Inspection) -> String {
     let mut out = String::new();
     let mut line = |name: &str, text: String| {
         let _ = writeln!(out, "{name:<14} {text}");
