@@ -8,44 +8,57 @@ use lapidary::backend::tensorrt::Library;
 
 use crate::support::{Run, command, fixture, lapidary, names, package, text};
 
-/// A run of the program that is to be interrupted once its first engine has been built.
-struct Building(Child);
+/// A run of the program that is to be interrupted once its first engine has been built. Killed when a test fails before
+/// that: it would build engines for minutes.
+struct Building(Option<Child>);
+
+impl Drop for Building {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            // It may have ended by itself; then there is nothing to kill.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
 
 impl Building {
     fn start(folder: &Path, args: &[&str]) -> Self {
         let mut command = command();
         command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("the program starts");
-        let engines = folder.join(format!(".pkg.lapidary-{}/engines", child.id()));
+        let mut building = Building(Some(command.spawn().expect("the program starts")));
+        let engines = folder.join(format!(".pkg.lapidary-{}/engines", building.child().id()));
         let begun = Instant::now();
         while !engines.read_dir().is_ok_and(|mut plans| plans.next().is_some()) {
             assert!(
-                child.try_wait().unwrap().is_none(),
+                building.child().try_wait().unwrap().is_none(),
                 "it ended before it was interrupted"
             );
             assert!(begun.elapsed() < Duration::from_secs(120), "no engine was built");
             std::thread::sleep(Duration::from_millis(5));
         }
-        Building(child)
+        building
     }
 
-    fn interrupt(&self) {
-        let sent = Command::new("kill").args(["-INT", &self.0.id().to_string()]).status();
+    fn child(&mut self) -> &mut Child {
+        self.0.as_mut().expect("it runs until `end`")
+    }
+
+    fn interrupt(&mut self) {
+        let sent = Command::new("kill").args(["-INT", &self.child().id().to_string()]).status();
         assert!(sent.unwrap().success());
     }
 
     /// How it ended, and how long that took.
     fn end(mut self) -> (Run, Duration) {
         let waited = Instant::now();
-        while self.0.try_wait().unwrap().is_none() {
-            if waited.elapsed() > Duration::from_secs(60) {
-                self.0.kill().unwrap();
-                panic!("it did not end");
-            }
+        while self.child().try_wait().unwrap().is_none() {
+            assert!(waited.elapsed() < Duration::from_secs(60), "it did not end");
             std::thread::sleep(Duration::from_millis(5));
         }
         let took = waited.elapsed();
-        (Run::of(self.0.wait_with_output().unwrap()), took)
+        let child = self.0.take().expect("it runs until here");
+        (Run::of(child.wait_with_output().unwrap()), took)
     }
 }
 
@@ -74,7 +87,7 @@ fn ctrl_c_stops_builds_and_leaves_nothing() {
     ]);
     args.extend(["--tensorrt-lib", text(library.path())]);
     for times in [1, 2] {
-        let building = Building::start(folder.path(), &args);
+        let mut building = Building::start(folder.path(), &args);
         for _ in 0..times {
             building.interrupt();
             std::thread::sleep(Duration::from_millis(20));
@@ -101,7 +114,7 @@ fn ctrl_c_while_a_refit_builds_keeps_the_old_package() {
     let before = std::fs::read(pkg.join("manifest.json")).unwrap();
     let mut args = vec!["refit", text(&pkg), "--from", text(&model)];
     args.extend(["--tensorrt-lib", text(library.path())]);
-    let building = Building::start(folder.path(), &args);
+    let mut building = Building::start(folder.path(), &args);
     building.interrupt();
     let (run, _) = building.end();
     assert_eq!((run.status, run.stdout.as_str()), (130, ""), "{}", run.stderr);
