@@ -1,23 +1,44 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs all of them: formatting, lints, unit and integration tests, real TensorRT
-# builds, canonical graphs in ONNX Runtime, `verify` against tract, the benchmark's scripts and notebook. About 20 minutes on
-# two cores from nothing.
+# Installs what the tests need and runs all of them: formatting, lints, unit and integration tests, real TensorRT builds,
+# canonical graphs in ONNX Runtime, `verify` against tract, AddressSanitizer, loom, the benchmark's scripts and notebook.
+# About 15 minutes on two cores from nothing; docs/build-time.md says where they go.
 # Usage: scripts/test.sh [cargo nextest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh build tensorrt onnx notebook
 command -v cargo-nextest >/dev/null || cargo install --locked cargo-nextest
 
-cargo fmt --check
-cargo clippy --quiet --all-targets --features tract -- -D warnings
-cargo clippy --quiet --no-default-features --features tract -- -D warnings
-cargo nextest run --features tract "$@"
-# Full TensorRT from its headers: it compiles, and refuses what is not its library. About a minute: with tract, so that only
-# the binding is built anew.
-full=(--no-default-features --features tensorrt,tract)
-cargo clippy --quiet "${full[@]}" --all-targets -- -D warnings
-cargo nextest run "${full[@]}" --test tensorrt
+# Lints run in the compilation that the tests need anyway.
+export RUSTC_WORKSPACE_WRAPPER=$PWD/scripts/clippy_rustc.sh
+# From nothing, the records for a later, incremental compilation are not worth their time.
+[ -d "${CARGO_TARGET_DIR:-target}" ] || export CARGO_INCREMENTAL=0
 
-.venv/bin/python -m unittest discover -q -s scripts/baselines
+stage() {
+  local begun=$SECONDS
+  printf '\033[2m%s\033[0m\n' "$*" >&2
+  "$@"
+  printf '\033[2m%s s: %s\033[0m\n' $((SECONDS - begun)) "$*" >&2
+}
+
+stage cargo fmt --check
+stage scripts/check_features.sh
+stage cargo nextest run --features tract "$@"
+stage cargo build --quiet --features tract --benches
+# The quick start at the head of src/lib.rs.
+stage cargo test --quiet --features tract --doc
+# The library alone: no command line, no TensorRT.
+stage cargo build --quiet --no-default-features --features tract --lib
+# Full TensorRT from its headers: it compiles, and refuses what is not its library. With everything else as above, so that
+# only the binding is compiled again.
+full=(--no-default-features --features cli,tensorrt,tract)
+stage cargo build --quiet "${full[@]}" --lib --bins --examples --test gpu
+stage cargo nextest run "${full[@]}" --test tensorrt
+
+# The lints were run above.
+unset RUSTC_WORKSPACE_WRAPPER
+stage scripts/loom.sh
+stage scripts/sanitize.sh
+
+stage .venv/bin/python -m unittest discover -q -s scripts/baselines
 # With the binary that was just built; fails if its answers are not ONNX Runtime's.
-.venv/bin/jupyter-execute --timeout=300 docs/benchmark.ipynb
+stage .venv/bin/jupyter-execute --timeout=300 docs/benchmark.ipynb
