@@ -78,6 +78,8 @@
 //! - `tract`: run exports in tract, for `lapidary verify`.
 //! - `cli` (default): the command line with benchmarks and their report. Without it the library alone is compiled.
 
+#![deny(missing_docs)]
+
 pub mod backend;
 // The command line's, and public for the binary and the tests alone.
 #[cfg(feature = "cli")]
