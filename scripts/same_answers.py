@@ -21,7 +21,7 @@ from pathlib import Path
 CAPACITY, PREFILL, NEW_TOKENS, LOGPROBS = 64, 16, 8, 8
 # Lengths: one token, less than a chunk, a chunk, more than one chunk.
 PROMPTS = [1, 5, 16, 21]
-SAMPLERS = [["--temperature", "0"], ["--temperature", "0.9", "--seed", "7", "--dry-multiplier", "0.8"]]
+SAMPLERS = [["--temperature", "0", "--seed", "7"], ["--temperature", "0.9", "--seed", "7", "--dry-multiplier", "0.8"]]
 FILES = ["graph.onnx", "weights.safetensors", "constants.safetensors"]
 # Fields of a manifest that tell when and by which version it was written.
 VARYING = {"lapidary_version", "passes"}
@@ -48,7 +48,7 @@ def answers(binary, package, isa):
             )
             key = f"prompt of {length}, {' '.join(sampler)}"
             if done.returncode != 0:
-                found[key] = f"exit {done.returncode}: {done.stderr}"
+                found[key] = "refused"
             else:
                 answer = json.loads(done.stdout)
                 answer.pop("timing")

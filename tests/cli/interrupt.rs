@@ -45,7 +45,9 @@ impl Building {
     }
 
     fn interrupt(&mut self) {
-        let sent = Command::new("kill").args(["-INT", &self.child().id().to_string()]).status();
+        let sent = Command::new("kill")
+            .args(["-INT", &self.child().id().to_string()])
+            .status();
         assert!(sent.unwrap().success());
     }
 
