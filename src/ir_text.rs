@@ -196,7 +196,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Takes characters while they are wanted.
+    /// Takes characters while the predicate holds.
     pub(crate) fn take(&mut self, wanted: impl Fn(char) -> bool) -> &'a str {
         let rest = self.rest();
         let end = rest.find(|c| !wanted(c)).unwrap_or(rest.len());

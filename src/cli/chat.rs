@@ -137,7 +137,7 @@ struct Talk<'a> {
     chain: Chain,
     limits: Limits,
     conversation: Conversation,
-    /// Exchanges that the prompt does not hold any more, as far as the user was told.
+    /// Exchanges that the prompt does not hold any more, as far as the user knows.
     left_out: usize,
     seed: u64,
 }

@@ -28,7 +28,7 @@ use crate::graph::Constant;
 use crate::interface::Interface;
 use crate::tensor::{self, DType};
 
-use super::infer::{Fault, infer};
+use super::infer::{LayerFault, infer};
 use super::verify::{VerifyError, verify};
 use super::{
     Activation, Elementwise, Layer, LayerKind, MatrixOp, Network, Profile, Shape, Tensor, TensorId, UnaryOp, Weight,
@@ -45,7 +45,7 @@ pub struct LayerError {
     /// What it reads.
     pub inputs: Vec<Tensor>,
     /// The rule that it breaks.
-    pub fault: Fault,
+    pub fault: LayerFault,
 }
 
 impl fmt::Display for LayerError {

@@ -13,7 +13,7 @@ fn decode() -> NetworkBuilder {
     NetworkBuilder::new("test", Profile::decode(8))
 }
 
-fn fault(result: Result<TensorId, BuildError>) -> Fault {
+fn fault(result: Result<TensorId, BuildError>) -> LayerFault {
     match result {
         Err(BuildError::Layer(error)) => error.fault,
         other => panic!("expected a fault of the layer, got {other:?}"),
@@ -76,25 +76,34 @@ fn mistakes_name_the_layer_its_inputs_and_the_rule() {
          inputs: \"x\" f16[2, 3], \"y\" f16[2, 4]"
     );
     let sum = |b: &mut NetworkBuilder, left, right| fault(b.elementwise("sum", Elementwise::Sum, left, right));
-    assert_eq!(sum(&mut b, x, wide), Fault::UnlikeDTypes { left: 0, right: 1 });
-    assert_eq!(sum(&mut b, x, row), Fault::UnlikeRanks { left: 0, right: 1 });
-    assert!(matches!(fault(b.linear("mm", x, y)), Fault::Contraction { .. }));
-    assert!(matches!(fault(b.unary("neg", UnaryOp::Neg, ids)), Fault::DType { .. }));
-    assert!(matches!(fault(b.reshape("r", x, dims("7"))), Fault::Volume { .. }));
-    assert!(matches!(fault(b.transpose("t", x, &[0, 0])), Fault::Permutation { .. }));
+    assert_eq!(sum(&mut b, x, wide), LayerFault::UnlikeDTypes { left: 0, right: 1 });
+    assert_eq!(sum(&mut b, x, row), LayerFault::UnlikeRanks { left: 0, right: 1 });
+    assert!(matches!(fault(b.linear("mm", x, y)), LayerFault::Contraction { .. }));
+    assert!(matches!(
+        fault(b.unary("neg", UnaryOp::Neg, ids)),
+        LayerFault::DType { .. }
+    ));
+    assert!(matches!(fault(b.reshape("r", x, dims("7"))), LayerFault::Volume { .. }));
+    assert!(matches!(
+        fault(b.transpose("t", x, &[0, 0])),
+        LayerFault::Permutation { .. }
+    ));
     let beyond = LayerKind::Slice {
         start: vec![0, 1],
         size: dims("2 3"),
         stride: vec![1, 1],
     };
-    assert!(matches!(fault(b.add("s", beyond, &[x])), Fault::Slice { axis: 1, .. }));
+    assert!(matches!(
+        fault(b.add("s", beyond, &[x])),
+        LayerFault::Slice { axis: 1, .. }
+    ));
     assert!(matches!(
         fault(b.add("g", LayerKind::Gather { axis: 2 }, &[x, ids])),
-        Fault::Axis { .. }
+        LayerFault::Axis { .. }
     ));
     assert!(matches!(
         fault(b.add("c", LayerKind::Cast { to: DType::F64 }, &[x])),
-        Fault::Parameter(_)
+        LayerFault::Parameter(_)
     ));
     assert_eq!(b.input("x", DType::F32, &dims("1")), Err(BuildError::Name("x".into())));
     assert!(matches!(b.output("z", x), Err(BuildError::Output { .. })));
@@ -111,7 +120,7 @@ fn attention_masks_broadcast_over_batch_and_heads_only() {
     assert_eq!(*b.shape(y), dims("2 4 3 16"));
     assert!(matches!(
         fault(b.add("a", LayerKind::Attention, &[q, k, k, bad])),
-        Fault::Extent { .. }
+        LayerFault::Extent { .. }
     ));
     let odd = b.input("odd", DType::F32, &dims("2 3 8 16")).unwrap();
     assert!(

@@ -43,7 +43,7 @@ mod verify;
 use std::fmt;
 
 pub use builder::{BuildError, LayerError, NetworkBuilder};
-pub use infer::Fault;
+pub use infer::LayerFault;
 pub use interface::verify_interface;
 pub(crate) use kind::RowLayer;
 pub use kind::{Activation, Elementwise, LayerKind, MatrixOp, ReduceOp, UnaryOp};

@@ -230,7 +230,7 @@ impl Recipe {
                     Some(part) => Some(part.apply(tensor)?),
                     None => None,
                 };
-                // Whoever finds tensors for leaves checks their shapes and dtypes, so the parts fit as those did.
+                // The code that finds tensors for leaves checks their shapes and dtypes, so the parts fit as those did.
                 Constant::quantized(codes, scales, zero_points, *granularity).ok()?
             }
         })

@@ -8,7 +8,7 @@ impl CudaDevice {
     /// Gives the engine the common working memory, first made larger for all if need be.
     pub(super) fn share_scratch(&mut self, engine: &mut Engine) -> Result<(), RunError> {
         self.provide_scratch(engine.scratch_bytes())?;
-        // SAFETY: kept in self until every loaded engine is told of another or dropped (`allocate_scratch`, `unload`); the
+        // SAFETY: kept in self until every loaded engine has another one or is dropped (`allocate_scratch`, `unload`); the
         // device runs one engine at a time.
         unsafe { engine.set_scratch(self.scratch.as_ref().expect("just provided")) };
         Ok(())

@@ -1,6 +1,6 @@
 //! What several rules ask of a layer's inputs, each with its own fault.
 
-use super::{Fault, Typed};
+use super::{LayerFault, Typed};
 use crate::dim::Dim;
 use crate::network::{Shape, Tensor};
 use crate::tensor::DType;
@@ -22,11 +22,11 @@ pub(super) fn is_index(dtype: DType) -> bool {
     matches!(dtype, DType::I32 | DType::I64)
 }
 
-pub(super) fn arity(inputs: &[&Tensor], allowed: &[usize], expected: &'static str) -> Result<(), Fault> {
+pub(super) fn arity(inputs: &[&Tensor], allowed: &[usize], expected: &'static str) -> Result<(), LayerFault> {
     let found = inputs.len();
     match allowed.contains(&found) {
         true => Ok(()),
-        false => Err(Fault::Arity { expected, found }),
+        false => Err(LayerFault::Arity { expected, found }),
     }
 }
 
@@ -35,25 +35,30 @@ pub(super) fn check_dtype(
     found: DType,
     ok: impl Fn(DType) -> bool,
     wanted: &'static str,
-) -> Result<(), Fault> {
+) -> Result<(), LayerFault> {
     match ok(found) && is_computed(found) {
         true => Ok(()),
-        false => Err(Fault::DType { input, found, wanted }),
+        false => Err(LayerFault::DType { input, found, wanted }),
     }
 }
 
-pub(super) fn check_rank(inputs: &[&Tensor], input: usize, rank: usize, wanted: &'static str) -> Result<(), Fault> {
+pub(super) fn check_rank(
+    inputs: &[&Tensor],
+    input: usize,
+    rank: usize,
+    wanted: &'static str,
+) -> Result<(), LayerFault> {
     let found = inputs[input].shape.len();
     match found == rank {
         true => Ok(()),
-        false => Err(Fault::Rank { input, found, wanted }),
+        false => Err(LayerFault::Rank { input, found, wanted }),
     }
 }
 
-pub(super) fn check_extent(what: impl FnOnce() -> String, wanted: &Dim, found: &Dim) -> Result<(), Fault> {
+pub(super) fn check_extent(what: impl FnOnce() -> String, wanted: &Dim, found: &Dim) -> Result<(), LayerFault> {
     match wanted == found {
         true => Ok(()),
-        false => Err(Fault::Extent {
+        false => Err(LayerFault::Extent {
             what: what(),
             wanted: wanted.clone(),
             found: found.clone(),
@@ -61,41 +66,41 @@ pub(super) fn check_extent(what: impl FnOnce() -> String, wanted: &Dim, found: &
     }
 }
 
-pub(super) fn check_axes(axes: &[usize], rank: usize) -> Result<(), Fault> {
+pub(super) fn check_axes(axes: &[usize], rank: usize) -> Result<(), LayerFault> {
     if axes.is_empty() {
-        return Err(Fault::Parameter("no axis is given".to_string()));
+        return Err(LayerFault::Parameter("no axis is given".to_string()));
     }
     match axes.iter().find(|a| **a >= rank) {
         None => Ok(()),
-        Some(axis) => Err(Fault::Axis { axis: *axis, rank }),
+        Some(axis) => Err(LayerFault::Axis { axis: *axis, rank }),
     }
 }
 
-pub(super) fn equal_ranks(inputs: &[&Tensor], left: usize, right: usize) -> Result<(), Fault> {
+pub(super) fn equal_ranks(inputs: &[&Tensor], left: usize, right: usize) -> Result<(), LayerFault> {
     match inputs[left].shape.len() == inputs[right].shape.len() {
         true => Ok(()),
-        false => Err(Fault::UnlikeRanks { left, right }),
+        false => Err(LayerFault::UnlikeRanks { left, right }),
     }
 }
 
 /// Equal dtypes and ranks.
-pub(super) fn like(inputs: &[&Tensor], left: usize, right: usize) -> Result<(), Fault> {
+pub(super) fn like(inputs: &[&Tensor], left: usize, right: usize) -> Result<(), LayerFault> {
     if inputs[left].dtype != inputs[right].dtype {
-        return Err(Fault::UnlikeDTypes { left, right });
+        return Err(LayerFault::UnlikeDTypes { left, right });
     }
     equal_ranks(inputs, left, right)
 }
 
-pub(super) fn broadcast(inputs: &[&Tensor], left: usize, right: usize) -> Result<Shape, Fault> {
+pub(super) fn broadcast(inputs: &[&Tensor], left: usize, right: usize) -> Result<Shape, LayerFault> {
     broadcast_shapes(&inputs[left].shape, &inputs[right].shape)
 }
 
-pub(super) fn broadcast_shapes(left: &[Dim], right: &[Dim]) -> Result<Shape, Fault> {
+pub(super) fn broadcast_shapes(left: &[Dim], right: &[Dim]) -> Result<Shape, LayerFault> {
     let pairs = left.iter().zip(right).enumerate();
     let dims = pairs.map(|(axis, (l, r))| match (l, r) {
         (l, r) if l == r || r.is_one() => Ok(l.clone()),
         (l, r) if l.is_one() => Ok(r.clone()),
-        (l, r) => Err(Fault::Broadcast {
+        (l, r) => Err(LayerFault::Broadcast {
             axis,
             left: l.clone(),
             right: r.clone(),
@@ -104,7 +109,7 @@ pub(super) fn broadcast_shapes(left: &[Dim], right: &[Dim]) -> Result<Shape, Fau
     dims.collect()
 }
 
-pub(super) fn permuted(shape: &[Dim], order: &[usize]) -> Result<Shape, Fault> {
+pub(super) fn permuted(shape: &[Dim], order: &[usize]) -> Result<Shape, LayerFault> {
     let rank = shape.len();
     let mut seen = vec![false; rank];
     let mut valid = order.len() == rank;
@@ -113,7 +118,7 @@ pub(super) fn permuted(shape: &[Dim], order: &[usize]) -> Result<Shape, Fault> {
     }
     match valid {
         true => Ok(order.iter().map(|a| shape[*a].clone()).collect()),
-        false => Err(Fault::Permutation {
+        false => Err(LayerFault::Permutation {
             order: order.to_vec(),
             rank,
         }),

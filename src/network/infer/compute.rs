@@ -1,18 +1,18 @@
 //! Products, elementwise operations and slices.
 
 use super::checks::{arity, broadcast, broadcast_shapes, check_dtype, is_number, like};
-use super::{Fault, Typed};
+use super::{LayerFault, Typed};
 use crate::dim::{Dim, Sym};
 use crate::network::{Elementwise, MatrixOp, Shape, Tensor, UnaryOp};
 use crate::tensor::DType;
 
-pub(super) fn matrix_multiply(op_a: MatrixOp, op_b: MatrixOp, inputs: &[&Tensor]) -> Result<Typed, Fault> {
+pub(super) fn matrix_multiply(op_a: MatrixOp, op_b: MatrixOp, inputs: &[&Tensor]) -> Result<Typed, LayerFault> {
     arity(inputs, &[2], "2")?;
     check_dtype(0, inputs[0].dtype, DType::is_float, "a float")?;
     like(inputs, 0, 1)?;
     let rank = inputs[0].shape.len();
     if rank < 2 {
-        return Err(Fault::Rank {
+        return Err(LayerFault::Rank {
             input: 0,
             found: rank,
             wanted: "2 or more",
@@ -28,14 +28,14 @@ pub(super) fn matrix_multiply(op_a: MatrixOp, op_b: MatrixOp, inputs: &[&Tensor]
     let (m, k) = matrix(inputs[0], op_a);
     let (k_b, n) = matrix(inputs[1], op_b);
     if k != k_b {
-        return Err(Fault::Contraction { left: k, right: k_b });
+        return Err(LayerFault::Contraction { left: k, right: k_b });
     }
     let mut shape = broadcast_shapes(&inputs[0].shape[..rank - 2], &inputs[1].shape[..rank - 2])?;
     shape.extend([m, n]);
     Ok((inputs[0].dtype, shape))
 }
 
-pub(super) fn elementwise(op: Elementwise, inputs: &[&Tensor]) -> Result<Typed, Fault> {
+pub(super) fn elementwise(op: Elementwise, inputs: &[&Tensor]) -> Result<Typed, LayerFault> {
     use Elementwise as E;
     arity(inputs, &[2], "2")?;
     let dtype = inputs[0].dtype;
@@ -53,7 +53,7 @@ pub(super) fn elementwise(op: Elementwise, inputs: &[&Tensor]) -> Result<Typed, 
     Ok((out, shape))
 }
 
-pub(super) fn unary(op: UnaryOp, inputs: &[&Tensor]) -> Result<Typed, Fault> {
+pub(super) fn unary(op: UnaryOp, inputs: &[&Tensor]) -> Result<Typed, LayerFault> {
     arity(inputs, &[1], "1")?;
     let x = inputs[0];
     match op {
@@ -65,17 +65,17 @@ pub(super) fn unary(op: UnaryOp, inputs: &[&Tensor]) -> Result<Typed, Fault> {
     Ok((dtype, x.shape.clone()))
 }
 
-pub(super) fn slice(start: &[i64], size: &Shape, stride: &[i64], inputs: &[&Tensor]) -> Result<Typed, Fault> {
+pub(super) fn slice(start: &[i64], size: &Shape, stride: &[i64], inputs: &[&Tensor]) -> Result<Typed, LayerFault> {
     arity(inputs, &[1], "1")?;
     let x = inputs[0];
     let rank = x.shape.len();
     if [start.len(), size.len(), stride.len()] != [rank; 3] {
-        return Err(Fault::Parameter(format!(
+        return Err(LayerFault::Parameter(format!(
             "start {start:?}, size {size:?} and stride {stride:?} must have one entry for each of {rank} axes"
         )));
     }
     for (axis, dim) in x.shape.iter().enumerate() {
-        let outside = || Fault::Slice {
+        let outside = || LayerFault::Slice {
             axis,
             start: start[axis],
             stride: stride[axis],

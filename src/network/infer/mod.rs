@@ -26,7 +26,7 @@ pub const MAX_RANK: usize = 8;
 /// What is wrong with one layer. [`LayerError`](super::LayerError) adds the layer and its inputs.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[allow(missing_docs, reason = "the message says what the fields are")]
-pub enum Fault {
+pub enum LayerFault {
     #[error("takes {expected} inputs, not {found}")]
     Arity { expected: &'static str, found: usize },
     #[error("input {input} is {found}, but must be {wanted}")]
@@ -81,13 +81,13 @@ pub(super) fn infer(
     inputs: &[&Tensor],
     weights: &[Weight],
     fill: Option<DType>,
-) -> Result<Typed, Fault> {
+) -> Result<Typed, LayerFault> {
     let typed = match kind {
         LayerKind::Weight(id) => {
             arity(inputs, &[0], "no")?;
             let weight = weights
                 .get(id.0 as usize)
-                .ok_or_else(|| Fault::Parameter(format!("there is no weight number {}", id.0)))?;
+                .ok_or_else(|| LayerFault::Parameter(format!("there is no weight number {}", id.0)))?;
             check_dtype(
                 0,
                 weight.constant.dtype(),
@@ -100,10 +100,10 @@ pub(super) fn infer(
         LayerKind::Constant(tensor) => {
             arity(inputs, &[0], "no")?;
             if tensor.is_empty() {
-                return Err(Fault::Parameter(format!("the constant {tensor:?} is empty")));
+                return Err(LayerFault::Parameter(format!("the constant {tensor:?} is empty")));
             }
             if tensor.dtype().is_storage_only() {
-                return Err(Fault::Parameter(format!(
+                return Err(LayerFault::Parameter(format!(
                     "no layer computes with the constant {tensor:?}"
                 )));
             }
@@ -148,7 +148,7 @@ pub(super) fn infer(
             }
             if let Some(to) = reshape {
                 if volume(&shape) != volume(to) {
-                    return Err(Fault::Volume {
+                    return Err(LayerFault::Volume {
                         from: shape,
                         to: to.clone(),
                     });
@@ -163,7 +163,7 @@ pub(super) fn infer(
         LayerKind::Slice { start, size, stride } => slice(start, size, stride, inputs)?,
         LayerKind::Concatenation { axis } => {
             let Some(head) = inputs.first() else {
-                return Err(Fault::Arity {
+                return Err(LayerFault::Arity {
                     expected: "1 or more",
                     found: 0,
                 });
@@ -204,15 +204,16 @@ pub(super) fn infer(
             arity(inputs, &[1], "1")?;
             check_dtype(0, inputs[0].dtype, is_computed, "a type that layers compute with")?;
             if !is_computed(*to) {
-                return Err(Fault::Parameter(format!("no layer computes with {to}")));
+                return Err(LayerFault::Parameter(format!("no layer computes with {to}")));
             }
             (*to, inputs[0].shape.clone())
         }
         LayerKind::Fill { length, .. } => {
             arity(inputs, &[0], "no")?;
-            let dtype = fill.ok_or_else(|| Fault::Parameter("a Fill needs the dtype of its output".to_string()))?;
+            let dtype =
+                fill.ok_or_else(|| LayerFault::Parameter("a Fill needs the dtype of its output".to_string()))?;
             if !matches!(dtype, DType::I32 | DType::F32) {
-                return Err(Fault::Parameter(format!("a Fill gives i32 or f32, not {dtype}")));
+                return Err(LayerFault::Parameter(format!("a Fill gives i32 or f32, not {dtype}")));
             }
             (dtype, vec![length.clone()])
         }
@@ -222,7 +223,7 @@ pub(super) fn infer(
         LayerKind::KvCacheUpdate => kv_cache_update(inputs)?,
     };
     if typed.1.len() > MAX_RANK {
-        return Err(Fault::TooManyAxes(typed.1.len()));
+        return Err(LayerFault::TooManyAxes(typed.1.len()));
     }
     Ok(typed)
 }

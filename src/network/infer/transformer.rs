@@ -1,12 +1,12 @@
 //! The layers of a decoder: normalization, rotary embedding, attention and its cache.
 
 use super::checks::{arity, check_axes, check_dtype, check_extent, check_rank, like, same};
-use super::{Fault, Typed};
+use super::{LayerFault, Typed};
 use crate::dim::Dim;
 use crate::network::Tensor;
 use crate::tensor::DType;
 
-pub(super) fn normalization(axes: &[usize], inputs: &[&Tensor]) -> Result<Typed, Fault> {
+pub(super) fn normalization(axes: &[usize], inputs: &[&Tensor]) -> Result<Typed, LayerFault> {
     arity(inputs, &[3], "3")?;
     let x = inputs[0];
     check_dtype(0, x.dtype, DType::is_float, "a float")?;
@@ -25,7 +25,7 @@ pub(super) fn normalization(axes: &[usize], inputs: &[&Tensor]) -> Result<Typed,
     Ok(same(x))
 }
 
-pub(super) fn rotary(rotary_dim: usize, inputs: &[&Tensor]) -> Result<Typed, Fault> {
+pub(super) fn rotary(rotary_dim: usize, inputs: &[&Tensor]) -> Result<Typed, LayerFault> {
     arity(inputs, &[4], "4")?;
     let [x, cos, sin, positions] = inputs[..] else {
         unreachable!("four inputs")
@@ -37,7 +37,7 @@ pub(super) fn rotary(rotary_dim: usize, inputs: &[&Tensor]) -> Result<Typed, Fau
     }
     for i in [1, 2] {
         if inputs[i].dtype != x.dtype {
-            return Err(Fault::UnlikeDTypes { left: 0, right: i });
+            return Err(LayerFault::UnlikeDTypes { left: 0, right: i });
         }
         let half = Dim::from(rotary_dim / 2);
         check_extent(|| format!("the last axis of input {i}"), &half, &inputs[i].shape[1])?;
@@ -59,7 +59,7 @@ pub(super) fn rotary(rotary_dim: usize, inputs: &[&Tensor]) -> Result<Typed, Fau
     )?;
     let head_dim = x.shape[3].as_const();
     if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) || head_dim.is_none_or(|d| rotary_dim as i64 > d) {
-        return Err(Fault::Parameter(format!(
+        return Err(LayerFault::Parameter(format!(
             "rotary_dim {rotary_dim} must be even, above 0 and within the head's {}",
             x.shape[3]
         )));
@@ -67,7 +67,7 @@ pub(super) fn rotary(rotary_dim: usize, inputs: &[&Tensor]) -> Result<Typed, Fau
     Ok(same(x))
 }
 
-pub(super) fn attention(inputs: &[&Tensor]) -> Result<Typed, Fault> {
+pub(super) fn attention(inputs: &[&Tensor]) -> Result<Typed, LayerFault> {
     arity(inputs, &[3, 4], "3 or 4")?;
     let q = inputs[0];
     check_dtype(0, q.dtype, DType::is_float, "a float")?;
@@ -88,14 +88,14 @@ pub(super) fn attention(inputs: &[&Tensor]) -> Result<Typed, Fault> {
     check_extent(|| "the slots of the values".to_string(), &k.shape[2], &v.shape[2])?;
     let heads = (q.shape[1].as_const(), k.shape[1].as_const());
     if !matches!(heads, (Some(q), Some(kv)) if kv > 0 && q % kv == 0) {
-        return Err(Fault::Parameter(format!(
+        return Err(LayerFault::Parameter(format!(
             "{} query heads are not a multiple of {} KV heads",
             q.shape[1], k.shape[1]
         )));
     }
     if let Some(mask) = inputs.get(3) {
         if mask.dtype != DType::Bool && mask.dtype != q.dtype {
-            return Err(Fault::DType {
+            return Err(LayerFault::DType {
                 input: 3,
                 found: mask.dtype,
                 wanted: "bool or the dtype of the query",
@@ -107,7 +107,7 @@ pub(super) fn attention(inputs: &[&Tensor]) -> Result<Typed, Fault> {
             .enumerate()
         {
             if !(mask.shape[axis] == *wanted || axis < 2 && mask.shape[axis].is_one()) {
-                return Err(Fault::Extent {
+                return Err(LayerFault::Extent {
                     what: format!("axis {axis} of the mask"),
                     wanted: wanted.clone(),
                     found: mask.shape[axis].clone(),
@@ -118,7 +118,7 @@ pub(super) fn attention(inputs: &[&Tensor]) -> Result<Typed, Fault> {
     Ok(same(q))
 }
 
-pub(super) fn kv_cache_update(inputs: &[&Tensor]) -> Result<Typed, Fault> {
+pub(super) fn kv_cache_update(inputs: &[&Tensor]) -> Result<Typed, LayerFault> {
     arity(inputs, &[3], "3")?;
     let [cache, update, indices] = inputs[..] else {
         unreachable!("three inputs")
@@ -137,14 +137,14 @@ pub(super) fn kv_cache_update(inputs: &[&Tensor]) -> Result<Typed, Fault> {
     }
     check_extent(|| "the write indices".to_string(), &cache.shape[0], &indices.shape[0])?;
     if let Some(dim) = cache.shape.iter().find(|d| d.as_const().is_none()) {
-        return Err(Fault::Parameter(format!(
+        return Err(LayerFault::Parameter(format!(
             "the cache must have a static shape, but has {dim}"
         )));
     }
     if let (Some(tokens), Some(slots)) = (update.shape[2].as_const(), cache.shape[2].as_const())
         && tokens > slots
     {
-        return Err(Fault::Parameter(format!(
+        return Err(LayerFault::Parameter(format!(
             "{tokens} tokens do not fit a cache of {slots} slots"
         )));
     }

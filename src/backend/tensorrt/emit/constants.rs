@@ -1,6 +1,6 @@
 //! Weights as inputs or constants, and the small tables of a lowering.
 
-use super::{Emitted, Emitter, Fault, data_type};
+use super::{EmitError, Emitted, Emitter, data_type};
 use crate::network::{WeightId, WeightMode};
 use crate::tensor::{DType, Tensor};
 
@@ -8,10 +8,9 @@ impl<'b> Emitter<'b, '_> {
     /// The weight as the network input of its name, or as a constant, by its mode.
     pub(super) fn weight(&mut self, layer: &str, id: WeightId) -> Emitted<'b> {
         let network = self.network;
-        let weight = network
-            .weights
-            .get(id.0 as usize)
-            .ok_or_else(|| Fault::Malformed(format!("there is no weight {} among {}", id.0, network.weights.len())))?;
+        let weight = network.weights.get(id.0 as usize).ok_or_else(|| {
+            EmitError::Malformed(format!("there is no weight {} among {}", id.0, network.weights.len()))
+        })?;
         match weight.mode {
             WeightMode::Bind => {
                 if let Some(handle) = self.bound.get(&id) {
@@ -27,7 +26,7 @@ impl<'b> Emitter<'b, '_> {
             WeightMode::Embed | WeightMode::Strip => {
                 let tensor = self.weights[id.0 as usize]
                     .as_ref()
-                    .ok_or_else(|| Fault::Malformed("its weight has no bytes".to_string()))?;
+                    .ok_or_else(|| EmitError::Malformed("its weight has no bytes".to_string()))?;
                 let refittable = self.refits.mark || self.refits.identical;
                 let handle = self.constant(layer, tensor, refittable.then_some(&weight.name))?;
                 if self.refits.mark {
@@ -41,7 +40,7 @@ impl<'b> Emitter<'b, '_> {
     /// A constant layer over the tensor's own bytes, which are not copied. `refit_name` makes it known to a refitter.
     pub(super) fn constant(&mut self, layer: &str, tensor: &'b Tensor, refit_name: Option<&String>) -> Emitted<'b> {
         if tensor.is_empty() {
-            return Err(Fault::Malformed(format!("{tensor:?} is an empty constant")));
+            return Err(EmitError::Malformed(format!("{tensor:?} is an empty constant")));
         }
         let dims: Vec<i64> = tensor.shape().iter().map(|d| *d as i64).collect();
         let (dtype, data) = (data_type(tensor.dtype())?, tensor.data());

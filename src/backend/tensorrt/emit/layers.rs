@@ -8,7 +8,7 @@ use trtx::{
 };
 
 use super::shapes::Extents;
-use super::{Emitted, Emitter, Fault, Handle, data_type};
+use super::{EmitError, Emitted, Emitter, Handle, data_type};
 use crate::dim::Dim;
 use crate::network::{Activation, Elementwise, Layer, LayerKind, MatrixOp, ReduceOp, Shape, UnaryOp};
 use crate::tensor::{DType, Tensor};
@@ -110,16 +110,16 @@ pub(super) fn emit<'b>(e: &mut Emitter<'b, '_>, layer: &'b Layer) -> Emitted<'b>
 }
 
 impl<'b> Emitter<'b, '_> {
-    fn all_inputs(&self, layer: &Layer) -> Result<Vec<Handle<'b>>, Fault> {
+    fn all_inputs(&self, layer: &Layer) -> Result<Vec<Handle<'b>>, EmitError> {
         layer.inputs.iter().map(|id| self.handle(*id)).collect()
     }
 
     /// The layer's inputs, if there are `N`.
-    fn inputs<const N: usize>(&self, layer: &Layer) -> Result<[Handle<'b>; N], Fault> {
+    fn inputs<const N: usize>(&self, layer: &Layer) -> Result<[Handle<'b>; N], EmitError> {
         let found = layer.inputs.len();
         self.all_inputs(layer)?
             .try_into()
-            .map_err(|_| Fault::Malformed(format!("it has {found} inputs and needs {N}")))
+            .map_err(|_| EmitError::Malformed(format!("it has {found} inputs and needs {N}")))
     }
 
     /// Names a layer just added, and gives its output.
@@ -146,7 +146,7 @@ impl<'b> Emitter<'b, '_> {
     fn softplus(&mut self, layer: &Layer, x: Handle<'b>) -> Emitted<'b> {
         let input = self.declared(layer.inputs[0])?;
         if !input.dtype.is_float() {
-            return Err(Fault::Malformed(format!("softplus of {}", input.dtype)));
+            return Err(EmitError::Malformed(format!("softplus of {}", input.dtype)));
         }
         let part = |part: &str| format!("{}/{part}", layer.name);
         let mut tail = x;
@@ -202,7 +202,7 @@ impl<'b> Emitter<'b, '_> {
 
     fn slice(&mut self, name: &str, x: &Handle<'b>, start: &[i64], size: &Shape, stride: &[i64]) -> Emitted<'b> {
         if start.len() != size.len() || stride.len() != size.len() {
-            return Err(Fault::Malformed(format!(
+            return Err(EmitError::Malformed(format!(
                 "start {start:?}, size {size:?} and stride {stride:?} differ in length"
             )));
         }
@@ -223,7 +223,7 @@ impl<'b> Emitter<'b, '_> {
     fn fill(&mut self, layer: &Layer, length: &Dim, start: f64, step: f64) -> Emitted<'b> {
         self.inputs::<0>(layer)?;
         let [output] = layer.outputs[..] else {
-            return Err(Fault::Malformed("a fill has one output".to_string()));
+            return Err(EmitError::Malformed("a fill has one output".to_string()));
         };
         let dtype = self.declared(output)?.dtype;
         let extents = self.extents(&layer.name, std::slice::from_ref(length))?;
@@ -232,7 +232,7 @@ impl<'b> Emitter<'b, '_> {
             DType::F32 => Ok(Tensor::from_f64_as(DType::F32, shape, &[value])),
             DType::I32 => Ok(Tensor::from_i32(shape, &[value as i32])),
             DType::I64 => Ok(Tensor::from_i64(shape, &[value as i64])),
-            other => Err(Fault::Malformed(format!(
+            other => Err(EmitError::Malformed(format!(
                 "a fill of {other}; TensorRT fills f32, i32 and i64"
             ))),
         };
@@ -260,7 +260,7 @@ impl<'b> Emitter<'b, '_> {
             [q, k, v, mask] => (q, k, v, Some(mask)),
             _ => {
                 let reason = format!("it has {} inputs and needs 3 or 4", inputs.len());
-                return Err(Fault::Malformed(reason));
+                return Err(EmitError::Malformed(reason));
             }
         };
         let mask = match mask {
@@ -284,11 +284,11 @@ impl<'b> Emitter<'b, '_> {
     }
 }
 
-fn axis_number(axis: usize) -> Result<i32, Fault> {
-    i32::try_from(axis).map_err(|_| Fault::Malformed(format!("{axis} is out of range")))
+fn axis_number(axis: usize) -> Result<i32, EmitError> {
+    i32::try_from(axis).map_err(|_| EmitError::Malformed(format!("{axis} is out of range")))
 }
 
-fn axes_mask(axes: &[usize]) -> Result<Axes, Fault> {
+fn axes_mask(axes: &[usize]) -> Result<Axes, EmitError> {
     // TensorRT has eight dims at most; a shift past the mask would wrap around to a wrong axis.
     let bits = axes.iter().try_fold(0u32, |bits, axis| {
         let bit = u32::try_from(*axis)
@@ -298,12 +298,12 @@ fn axes_mask(axes: &[usize]) -> Result<Axes, Fault> {
         bit.map(|bit| bits | bit)
     });
     bits.map(Axes::from_bits)
-        .ok_or_else(|| Fault::Malformed(format!("the axes {axes:?} are out of range")))
+        .ok_or_else(|| EmitError::Malformed(format!("the axes {axes:?} are out of range")))
 }
 
-fn permutation(order: &[usize]) -> Result<Vec<i32>, Fault> {
+fn permutation(order: &[usize]) -> Result<Vec<i32>, EmitError> {
     if order.len() > 8 {
-        return Err(Fault::Malformed(format!("a transpose of {} axes", order.len())));
+        return Err(EmitError::Malformed(format!("a transpose of {} axes", order.len())));
     }
     order.iter().map(|axis| axis_number(*axis)).collect()
 }

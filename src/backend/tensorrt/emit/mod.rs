@@ -42,13 +42,13 @@ pub(super) fn emit<'b>(
         bound: HashMap::new(),
         tokens: None,
     };
-    let faulty = |layer: LayerContext, fault: Fault| match fault {
-        Fault::TensorRt(error) => EngineBuildError::Layer {
+    let faulty = |layer: LayerContext, fault: EmitError| match fault {
+        EmitError::TensorRt(error) => EngineBuildError::Layer {
             version,
             layer: layer.into(),
             message: capture.take_errors().unwrap_or_else(|| error.to_string()),
         },
-        Fault::Malformed(reason) => EngineBuildError::Malformed {
+        EmitError::Malformed(reason) => EngineBuildError::Malformed {
             network: network.name.clone(),
             layer: layer.name,
             reason,
@@ -74,11 +74,11 @@ pub(super) fn emit<'b>(
         let output = emitter.layer(layer).map_err(|fault| faulty(context(), fault))?;
         let [id] = layer.outputs[..] else {
             let reason = format!("it has {} outputs, every layer has one", layer.outputs.len());
-            return Err(faulty(context(), Fault::Malformed(reason)));
+            return Err(faulty(context(), EmitError::Malformed(reason)));
         };
         let declared = network.tensors.get(id.0 as usize).ok_or_else(|| {
             let reason = format!("its output is tensor {} of {}", id.0, network.tensors.len());
-            faulty(context(), Fault::Malformed(reason))
+            faulty(context(), EmitError::Malformed(reason))
         })?;
         let inferred = Inferred::of(emitter.definition, &output);
         if let Some(message) = capture.take_errors() {
@@ -108,19 +108,19 @@ pub(super) fn emit<'b>(
 }
 
 /// What keeps a layer out of the definition.
-enum Fault {
+enum EmitError {
     TensorRt(trtx::Error),
     Malformed(String),
 }
 
-impl From<trtx::Error> for Fault {
+impl From<trtx::Error> for EmitError {
     fn from(error: trtx::Error) -> Self {
-        Fault::TensorRt(error)
+        EmitError::TensorRt(error)
     }
 }
 
 type Handle<'b> = trtx::Tensor<'b>;
-type Emitted<'b> = Result<Handle<'b>, Fault>;
+type Emitted<'b> = Result<Handle<'b>, EmitError>;
 
 struct Emitter<'b, 'd> {
     network: &'b Network,
@@ -136,7 +136,7 @@ struct Emitter<'b, 'd> {
 }
 
 impl<'b> Emitter<'b, '_> {
-    fn input(&mut self, id: TensorId) -> Result<(), Fault> {
+    fn input(&mut self, id: TensorId) -> Result<(), EmitError> {
         let tensor = self.declared(id)?;
         let handle = self.definition.add_input(
             &tensor.name,
@@ -165,18 +165,18 @@ impl<'b> Emitter<'b, '_> {
         Ok(output)
     }
 
-    fn declared(&self, id: TensorId) -> Result<&'b Tensor, Fault> {
+    fn declared(&self, id: TensorId) -> Result<&'b Tensor, EmitError> {
         let network = self.network;
         network
             .tensors
             .get(id.0 as usize)
-            .ok_or_else(|| Fault::Malformed(format!("there is no tensor {} among {}", id.0, network.tensors.len())))
+            .ok_or_else(|| EmitError::Malformed(format!("there is no tensor {} among {}", id.0, network.tensors.len())))
     }
 
     fn handle(&self, id: TensorId) -> Emitted<'b> {
         let tensor = self.declared(id)?;
         self.handles[id.0 as usize].ok_or_else(|| {
-            Fault::Malformed(format!(
+            EmitError::Malformed(format!(
                 "the tensor {:?} is used before any layer gives it",
                 tensor.name
             ))
@@ -219,7 +219,7 @@ impl std::fmt::Display for Inferred {
     }
 }
 
-fn data_type(dtype: DType) -> Result<DataType, Fault> {
+fn data_type(dtype: DType) -> Result<DataType, EmitError> {
     Ok(match dtype {
         DType::Bool => DataType::kBOOL,
         DType::U8 => DataType::kUINT8,
@@ -229,7 +229,11 @@ fn data_type(dtype: DType) -> Result<DataType, Fault> {
         DType::F16 => DataType::kHALF,
         DType::Bf16 => DataType::kBF16,
         DType::F32 => DataType::kFLOAT,
-        other => return Err(Fault::Malformed(format!("no layer for TensorRT computes with {other}"))),
+        other => {
+            return Err(EmitError::Malformed(format!(
+                "no layer for TensorRT computes with {other}"
+            )));
+        }
     })
 }
 

@@ -2,7 +2,7 @@
 
 use trtx::ElementWiseOperation;
 
-use super::{Emitted, Emitter, Fault, Handle};
+use super::{EmitError, Emitted, Emitter, Handle};
 use crate::dim::{Dim, Sym};
 
 /// The dim as a network input states it: -1 if it is known only at run time.
@@ -26,10 +26,10 @@ pub(super) enum Extents<'b> {
 
 impl<'b> Emitter<'b, '_> {
     /// For a reshape, whose volume is known: at most one symbolic dim needs no shape tensor.
-    pub(super) fn reshape_extents(&mut self, layer: &str, shape: &[Dim]) -> Result<Extents<'b>, Fault> {
+    pub(super) fn reshape_extents(&mut self, layer: &str, shape: &[Dim]) -> Result<Extents<'b>, EmitError> {
         if shape.iter().any(|dim| dim.as_const() == Some(0)) {
             // TensorRT reads 0 as "keep this dim"; nothing of a decoder is empty.
-            return Err(Fault::Malformed(format!("a reshape to {shape:?}, which is empty")));
+            return Err(EmitError::Malformed(format!("a reshape to {shape:?}, which is empty")));
         }
         match shape.iter().filter(|dim| dim.as_const().is_none()).count() {
             0 => Ok(Extents::Static(runtime_dims(shape))),
@@ -39,7 +39,7 @@ impl<'b> Emitter<'b, '_> {
     }
 
     /// For slices and fills, where every symbolic dim must be stated.
-    pub(super) fn extents(&mut self, layer: &str, shape: &[Dim]) -> Result<Extents<'b>, Fault> {
+    pub(super) fn extents(&mut self, layer: &str, shape: &[Dim]) -> Result<Extents<'b>, EmitError> {
         if shape.iter().all(|dim| dim.as_const().is_some()) {
             Ok(Extents::Static(runtime_dims(shape)))
         } else {
@@ -77,8 +77,8 @@ impl<'b> Emitter<'b, '_> {
             let axis = shape.iter().position(|dim| dim.as_sym() == Some(&tokens))?;
             Some((*id, axis as i64))
         });
-        let (id, axis) =
-            found.ok_or_else(|| Fault::Malformed("a shape holds `tokens`, but no input has that dim".to_string()))?;
+        let (id, axis) = found
+            .ok_or_else(|| EmitError::Malformed("a shape holds `tokens`, but no input has that dim".to_string()))?;
         let input = self.handle(id)?;
         let shape = self.definition.add_shape(&input)?;
         let shape = self.named(shape, "tokens/shape")?;
@@ -90,10 +90,12 @@ impl<'b> Emitter<'b, '_> {
 }
 
 /// `(a, b)` of `a * tokens + b`.
-fn line(dim: &Dim) -> Result<(i64, i64), Fault> {
+fn line(dim: &Dim) -> Result<(i64, i64), EmitError> {
     let at = |n: i64| dim.eval(&[(Sym::tokens(), n)].into());
     match (at(0), at(1), at(2)) {
         (Some(b), Some(one), Some(two)) if two - one == one - b => Ok((one - b, b)),
-        _ => Err(Fault::Malformed(format!("the extent {dim} is not linear in `tokens`"))),
+        _ => Err(EmitError::Malformed(format!(
+            "the extent {dim} is not linear in `tokens`"
+        ))),
     }
 }
