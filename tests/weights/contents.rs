@@ -160,7 +160,7 @@ fn names_learned_from_numbers() {
 
 /// Where two tensors hold the same numbers, nothing is guessed.
 #[test]
-fn twins_are_not_told_apart() {
+fn equal_tensors_are_not_guessed() {
     let folder = tempfile::tempdir().unwrap();
     let plain = package(folder.path(), &export("llama-optimum"), &["--capacity", "32"]);
     let (hf, model, pkg) = (
@@ -174,14 +174,14 @@ fn twins_are_not_told_apart() {
     let bytes = std::fs::read(hf.join("model.safetensors")).unwrap();
     let parsed = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let mut all: Vec<(String, TensorView)> = parsed.iter().map(|(n, v)| (n.to_string(), v)).collect();
-    let twin = parsed.tensor("model.layers.1.mlp.up_proj.weight").unwrap();
-    all.push(("model.layers.1.mlp.spare.weight".into(), twin));
-    let file = folder.path().join("twins.safetensors");
+    let copy = parsed.tensor("model.layers.1.mlp.up_proj.weight").unwrap();
+    all.push(("model.layers.1.mlp.spare.weight".into(), copy));
+    let file = folder.path().join("copies.safetensors");
     std::fs::write(&file, safetensors::serialize(all, None).unwrap()).unwrap();
     let (message, _) = lapidary(["refit", text(&pkg), "--from", text(&file), "--ignore-extra"]).refused();
     for part in [
         "model.layers.1.mlp.spare.weight, model.layers.1.mlp.up_proj.weight",
-        "cannot be told",
+        "cannot be known",
     ] {
         assert!(message.contains(part), "{part}: {message}");
     }

@@ -230,9 +230,7 @@ fn data_type(dtype: DType) -> Result<DataType, EmitError> {
         DType::Bf16 => DataType::kBF16,
         DType::F32 => DataType::kFLOAT,
         other => {
-            return Err(EmitError::Malformed(format!(
-                "no layer for TensorRT computes with {other}"
-            )));
+            return Err(EmitError::Malformed(format!("TensorRT computes with no {other}")));
         }
     })
 }
