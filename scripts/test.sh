@@ -22,9 +22,15 @@ stage() {
 
 stage cargo fmt --check
 stage scripts/check_features.sh
-# trtx-sys's build script writes headers that it also watches: Cargo takes its first run for outdated, and the next command
-# would compile the binding and this crate again.
-settle() { find "${CARGO_TARGET_DIR:-target}/debug/build" -path '*/trtx-sys-*/invoked.timestamp' -exec touch {} +; }
+# trtx-sys's build script writes headers that it also watches, so Cargo takes its first run for outdated, and the next command
+# would compile the binding and this crate again. Cargo compares with the time at which the script began: this makes it the
+# time at which it ended.
+settle() {
+  local script
+  for script in "${CARGO_TARGET_DIR:-target}"/debug/build/trtx-sys-*/; do
+    [ ! -e "$script/root-output" ] || touch -r "$script/root-output" "$script/output"
+  done
+}
 
 stage cargo nextest run --features tract "$@"
 settle
