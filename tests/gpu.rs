@@ -74,7 +74,7 @@ fn the_best_token_on_the_device_is_that_of_the_host() {
     }
 }
 
-/// What is queued is waited for where its bytes are looked at or freed, and nobody has to ask for that.
+/// A queued copy is waited for before its bytes are read or freed; callers need no wait of their own.
 #[test]
 #[ignore = "needs a GPU"]
 fn queued_copies_are_over_when_their_memory_is_used() {

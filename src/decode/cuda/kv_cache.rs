@@ -59,7 +59,7 @@ impl KvCache {
     ) -> Result<Self, RunError> {
         let bytes = offset(&tensors, tensors.len(), capacity);
         let buffer = Buffer::new(cuda, bytes, "the cache")?;
-        // Slots beyond the live ones are masked, but what is masked must be finite.
+        // Slots beyond the context are masked, but masked slots must hold finite numbers.
         buffer.clear(stream)?;
         Ok(KvCache {
             tensors,
