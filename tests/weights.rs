@@ -2,6 +2,8 @@
 
 #[path = "weights/bad.rs"]
 mod bad;
+#[path = "weights/config.rs"]
+mod config;
 #[path = "weights/contents.rs"]
 mod contents;
 #[path = "weights/lora.rs"]

@@ -143,6 +143,7 @@ fn document(weight: &WeightEntry, manifest: &Manifest) -> serde_json::Value {
 fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
     let source = refit::open(from, &package.manifest)?;
     let adapter = args.lora.as_deref().map(Adapter::open).transpose()?;
+    package::check_config(package, &source)?;
     let weights = &package.manifest.weights;
     let found = matched(
         &package::required_weights(weights),

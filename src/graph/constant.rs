@@ -77,6 +77,8 @@ pub enum Transform {
         /// Of the product.
         scale: f64,
     },
+    /// Of a matrix `[out, in]` and lengths `[out]`: every row scaled to its length (the Euclidean norm), in fp32.
+    RowLengths,
 }
 
 /// Why a constant's bytes cannot be had.
@@ -333,6 +335,17 @@ impl Constant {
         );
         let inputs = vec![self.clone(), b.clone(), a.clone()];
         Self::derive(inputs, Transform::PlusProduct { scale }, DType::F32, self.shape.clone())
+    }
+
+    /// Every row of a matrix scaled to a Euclidean norm: `lengths[i] * row_i / ||row_i||`, in fp32. Panics unless there is a
+    /// length for each row.
+    pub fn with_row_lengths(&self, lengths: &Constant) -> Self {
+        assert!(
+            self.shape.len() == 2 && lengths.shape == [self.shape[0]],
+            "lengths of other rows"
+        );
+        let inputs = vec![self.clone(), lengths.clone()];
+        Self::derive(inputs, Transform::RowLengths, DType::F32, self.shape.clone())
     }
 
     /// The tensor itself. Free for plain tensors; computes the recipe otherwise, holding one intermediate at a time.

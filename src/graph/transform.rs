@@ -19,6 +19,7 @@ pub(super) fn apply(derived: &Derived, dtype: DType, shape: &[usize]) -> Result<
         Transform::Scale(factor) => arithmetic(&input(0)?, |v| v * *factor as f32),
         Transform::Offset(addend) => arithmetic(&input(0)?, |v| v + *addend as f32),
         Transform::PlusProduct { scale } => plus_product(&input(0)?, &input(1)?, &input(2)?, *scale),
+        Transform::RowLengths => row_lengths(&input(0)?, &input(1)?),
         Transform::Dequantize(granularity) => {
             let zero_points = derived.inputs.get(2).map(Constant::materialize).transpose()?;
             dequantize(&input(0)?, &input(1)?, zero_points.as_ref(), *granularity)
@@ -50,6 +51,18 @@ fn plus_product(w: &Tensor, b: &Tensor, a: &Tensor, scale: f64) -> Bytes {
         }
     }
     Tensor::from_f32(w.shape().to_vec(), &sum).data().clone()
+}
+
+/// Every row scaled to its length. A row of zeros has no direction: it becomes NaN, as it does by the formula.
+fn row_lengths(matrix: &Tensor, lengths: &Tensor) -> Bytes {
+    let width = matrix.shape()[1].max(1);
+    let mut rows = matrix.to_f32();
+    for (row, length) in rows.chunks_mut(width).zip(lengths.to_f32()) {
+        let norm = row.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt();
+        let factor = (f64::from(length) / norm) as f32;
+        row.iter_mut().for_each(|v| *v *= factor);
+    }
+    Tensor::from_f32(matrix.shape().to_vec(), &rows).data().clone()
 }
 
 /// Element conversion: between floats of at most 32 bits one by one, anything else through f64 or i64.
@@ -258,6 +271,15 @@ mod tests {
             .scaled(2.0)
             .offset(1.0);
         assert_eq!(joined.materialize().unwrap().to_f32(), [1.0, 1.0, 3.0, 3.0, 5.0, 7.0]);
+    }
+
+    #[test]
+    fn rows_get_their_lengths() {
+        let matrix = Constant::tensor(Tensor::from_f32(vec![3, 2], &[3.0, 4.0, 0.0, -2.0, 0.0, 0.0]));
+        let lengths = Constant::tensor(Tensor::from_f32(vec![3], &[10.0, 0.5, 1.0]));
+        let scaled = matrix.with_row_lengths(&lengths).materialize().unwrap().to_f32();
+        assert_eq!(scaled[..4], [6.0, 8.0, 0.0, -0.5]);
+        assert!(scaled[4].is_nan());
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::help::Help;
 use crate::network::WeightMode;
 use crate::target;
 use crate::weights::checks::{self, Allowed};
+use crate::weights::config::{self, ConfigError};
 use crate::weights::lora::Adapter;
 use crate::weights::matching::{Matched, Mismatch, RequiredWeight, matched};
 use crate::weights::source::WeightSource;
@@ -40,6 +41,9 @@ pub enum RefitError {
     /// Weights that are missing, do not fit or are too many.
     #[error("{0}")]
     Mismatch(#[from] Box<Mismatch>),
+    /// Weights whose `config.json` describes another model.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// An identical refit of a package that never had weights.
     #[error("{path}: made without weights, so none can be identical to those it had")]
     NeverHad {
@@ -74,6 +78,7 @@ impl Help for RefitError {
         match self {
             RefitError::Package(error) => error.help(),
             RefitError::Mismatch(mismatch) => mismatch.help(),
+            RefitError::Config(error) => error.help(),
             RefitError::OnlyItsOwn { .. } => Some(
                 "convert again with `--weights strip --refit general` for engines that take other weights".to_string(),
             ),
@@ -98,6 +103,18 @@ pub fn required_weights(weights: &WeightFile) -> Vec<RequiredWeight<'_>> {
             blake3: &w.blake3,
         })
         .collect()
+}
+
+/// Refuses a source whose `config.json` describes another model than the package is.
+pub fn check_config(package: &Package, source: &WeightSource) -> Result<(), RefitError> {
+    let manifest = &package.manifest;
+    let capacity = manifest.capacities.iter().copied().max();
+    Ok(config::check(
+        source,
+        &package.architecture()?,
+        &manifest.architecture,
+        capacity,
+    )?)
 }
 
 /// A weight whose bytes would not be those the package had.
@@ -166,6 +183,7 @@ pub fn refit(
     let identical = refit
         .identical
         .unwrap_or(only_its_own || manifest.refit == target::Refit::Identical);
+    check_config(package, refit.source)?;
     let adapter = refit.adapter.map(|(_, adapter)| adapter);
     let found = matched(
         &required_weights(&manifest.weights),

@@ -4,6 +4,8 @@
 //! committing removes what was written, and so does [`remove_unfinished`], for a signal handler. A sibling that a killed process
 //! left behind is swept when the same target is written again. Before the rename everything is synced to the disk: a
 //! package that is there after a power failure is whole, too.
+//!
+//! A symbolic link given as the target means what it leads to: that is replaced, beside where it lies, and the link stays.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -30,11 +32,11 @@ pub struct Staging {
 impl Staging {
     /// Refuses an existing target unless `force` is given and it is a package or an empty folder.
     pub fn new(target: &Path, force: bool) -> Result<Self, PackageError> {
-        check_target(target, force)?;
-        let name = target.file_name().ok_or_else(|| PackageError::NotReplaced {
-            path: target.to_path_buf(),
-        })?;
-        let parent = parent(target);
+        let target = destination(target, force)?;
+        let name = target
+            .file_name()
+            .ok_or_else(|| PackageError::NotReplaced { path: target.clone() })?;
+        let parent = parent(&target);
         fs::create_dir_all(parent).map_err(PackageError::io(parent))?;
         let name = temporary_name(&name.to_string_lossy());
         sweep(parent, &name);
@@ -42,7 +44,7 @@ impl Staging {
         fs::create_dir(&folder).map_err(PackageError::io(&folder))?;
         OPEN.lock().expect("no panic while held").push(folder.clone());
         Ok(Staging {
-            target: target.to_path_buf(),
+            target: target.clone(),
             folder,
             committed: false,
         })
@@ -93,9 +95,11 @@ pub fn carry_over(from: &Package, to: &Staging, manifest: &Manifest) -> Result<(
     Ok(())
 }
 
-/// A link, where the file system has them.
+/// A hard link, where the file system has them. A symbolic link would mean something else in another folder, so what it leads
+/// to is linked.
 fn link(source: &Path, target: &Path) -> io::Result<()> {
-    fs::hard_link(source, target).or_else(|_| fs::copy(source, target).map(|_| ()))
+    let source = fs::canonicalize(source)?;
+    fs::hard_link(&source, target).or_else(|_| fs::copy(source, target).map(|_| ()))
 }
 
 /// The kernels that were kept for a package's engines too: they are found by the plan's bytes, which may be the same. Without
@@ -141,19 +145,46 @@ pub fn remove_unfinished() -> bool {
 
 /// Whether a package may be written there.
 pub fn check_target(target: &Path, force: bool) -> Result<(), PackageError> {
-    let path = target.to_path_buf();
-    // A dangling link counts as something that is there.
-    if fs::symlink_metadata(target).is_err() {
-        return Ok(());
+    destination(target, force).map(drop)
+}
+
+/// Where a package for `target` is to be put: where its link leads, if it is one.
+fn destination(target: &Path, force: bool) -> Result<PathBuf, PackageError> {
+    // A slash at the end would hide that it is a link.
+    let target: PathBuf = target.components().collect();
+    // A link that leads nowhere counts as something that is there.
+    if fs::symlink_metadata(&target).is_err() {
+        return Ok(target);
     }
     if !force {
-        return Err(PackageError::Exists { path });
+        return Err(PackageError::Exists { path: target });
     }
-    let empty = fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
-    if manifest_path(target).is_file() || empty {
-        return Ok(());
+    let path = followed(&target)?;
+    if fs::symlink_metadata(&path).is_err() {
+        // Its name is free, but no folders are made for it: a disk may not be mounted.
+        let parent = parent(&path);
+        fs::metadata(parent).map_err(PackageError::io(parent))?;
+        return Ok(path);
     }
-    Err(PackageError::NotReplaced { path })
+    let empty = fs::read_dir(&path).is_ok_and(|mut entries| entries.next().is_none());
+    match manifest_path(&path).is_file() || empty {
+        true => Ok(path),
+        false => Err(PackageError::NotReplaced { path }),
+    }
+}
+
+/// The end of a chain of symbolic links, there or not; the path itself if it is none.
+fn followed(path: &Path) -> Result<PathBuf, PackageError> {
+    // As many as Linux follows.
+    const LINKS: usize = 40;
+    let mut at = path.to_path_buf();
+    for _ in 0..LINKS {
+        let Ok(to) = fs::read_link(&at) else { return Ok(at) };
+        at = parent(&at).join(to).components().collect();
+    }
+    Err(PackageError::NotReplaced {
+        path: path.to_path_buf(),
+    })
 }
 
 /// The folder that holds the target.
@@ -286,6 +317,95 @@ mod tests {
             Err(PackageError::NotReplaced { .. })
         ));
         assert!(target.join("thesis.txt").exists());
+    }
+
+    #[cfg(unix)]
+    fn links(target: &str, link: &Path) {
+        std::os::unix::fs::symlink(target, link).unwrap();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_stays_and_what_it_leads_to_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let parent = folder.path();
+        let store = parent.join("store");
+        fs::create_dir(&store).unwrap();
+        let model = store.join("model-v1");
+        write(&model, "one", false).unwrap();
+        links("store", &parent.join("shelf"));
+        links("shelf/model-v1/", &parent.join("stable"));
+        links("stable", &parent.join("current"));
+        links(model.to_str().unwrap(), &parent.join("absolute"));
+        let given = [
+            "current",
+            "current/",
+            "./current/.",
+            "stable",
+            "absolute",
+            "shelf/model-v1",
+        ];
+        for (i, given) in given.iter().enumerate() {
+            let (given, text) = (parent.join(given), format!("text {i}"));
+            assert!(matches!(write(&given, "no", false), Err(PackageError::Exists { .. })));
+            write(&given, &text, true).unwrap();
+            assert_eq!(fs::read_to_string(manifest_path(&model)).unwrap(), text, "{given:?}");
+            for link in ["current", "stable", "absolute", "shelf"] {
+                assert!(fs::symlink_metadata(parent.join(link)).unwrap().is_symlink(), "{link}");
+            }
+            assert_eq!(names(&store), ["model-v1"]);
+            assert_eq!(names(parent), ["absolute", "current", "shelf", "stable", "store"]);
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_to_nothing_and_to_other_things() {
+        let folder = tempfile::tempdir().unwrap();
+        let parent = folder.path();
+        links("next", &parent.join("dangling"));
+        let link = parent.join("dangling");
+        assert!(matches!(write(&link, "x", false), Err(PackageError::Exists { .. })));
+        write(&link, "new", true).unwrap();
+        assert_eq!(fs::read_to_string(manifest_path(&parent.join("next"))).unwrap(), "new");
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+
+        links("disk/not/mounted", &parent.join("away"));
+        let refused = write(&parent.join("away"), "x", true).unwrap_err();
+        assert!(
+            matches!(&refused, PackageError::Io { path, .. } if path.ends_with("disk/not")),
+            "{refused}"
+        );
+
+        fs::write(parent.join("notes.txt"), "notes").unwrap();
+        links("notes.txt", &parent.join("file"));
+        fs::create_dir(parent.join("home")).unwrap();
+        fs::write(parent.join("home/thesis.txt"), "").unwrap();
+        links("home", &parent.join("folder"));
+        links("b", &parent.join("a"));
+        links("a", &parent.join("b"));
+        for link in ["file", "folder", "a"] {
+            let refused = write(&parent.join(link), "x", true).unwrap_err();
+            assert!(matches!(refused, PackageError::NotReplaced { .. }), "{refused}");
+        }
+        assert_eq!(fs::read_to_string(parent.join("notes.txt")).unwrap(), "notes");
+        assert!(parent.join("home/thesis.txt").exists());
+    }
+
+    /// As in a folder of Hugging Face's cache, whose files are links to blobs.
+    #[cfg(unix)]
+    #[test]
+    fn a_file_that_is_a_link_is_carried_over_as_what_it_leads_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let parent = folder.path();
+        fs::create_dir_all(parent.join("a/blobs")).unwrap();
+        fs::create_dir_all(parent.join("a/package")).unwrap();
+        fs::create_dir_all(parent.join("b")).unwrap();
+        fs::write(parent.join("a/blobs/1"), "plan").unwrap();
+        links("../blobs/1", &parent.join("a/package/plan"));
+        link(&parent.join("a/package/plan"), &parent.join("b/plan")).unwrap();
+        assert!(!fs::symlink_metadata(parent.join("b/plan")).unwrap().is_symlink());
+        assert_eq!(fs::read_to_string(parent.join("b/plan")).unwrap(), "plan");
     }
 
     #[test]

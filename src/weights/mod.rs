@@ -8,6 +8,7 @@
 //! - [`modules`] says what each is in the model, whatever it is called, and [`checkpoint`] what others call that;
 //! - [`source`] opens an export, a checkpoint or a package; [`matching`] finds every weight in it, by its numbers where
 //!   neither recipe nor module does, and [`lora`] changes them on the way;
+//! - [`config`] refuses a checkpoint whose `config.json` describes another model;
 //! - [`checks`] refuses numbers that no model can use, [`export`] writes checkpoints for other programs, and
 //!   [`fingerprint`] is one hash over all numbers.
 //!
@@ -15,6 +16,7 @@
 
 pub mod checkpoint;
 pub mod checks;
+pub mod config;
 mod contents;
 pub mod export;
 pub mod fingerprint;

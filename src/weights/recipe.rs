@@ -158,7 +158,7 @@ impl Recipe {
                 },
             },
             // Adapters are merged on the way into a package; no pass makes such a constant.
-            Transform::PlusProduct { .. } => return None,
+            Transform::PlusProduct { .. } | Transform::RowLengths => return None,
         })
     }
 
