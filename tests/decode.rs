@@ -1,7 +1,13 @@
 //! Sessions on the CPU executor with a real (tiny) model; tokenizer, chat template and streaming text with a real
-//! tokenizer.
+//! tokenizer and with small ones.
 
+#[path = "decode/decoders.rs"]
+mod decoders;
+#[path = "decode/files.rs"]
+mod files;
 #[path = "decode/session.rs"]
 mod session;
 #[path = "decode/text.rs"]
 mod text;
+#[path = "decode/tiny.rs"]
+mod tiny;

@@ -27,12 +27,12 @@ pub struct Args {
     #[arg(value_name = "PKG")]
     package: PathBuf,
     /// A system message before everything
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
     /// Tokens of one answer at most
     #[arg(long, value_name = "N", default_value_t = 1024)]
     max_new_tokens: usize,
-    /// End an answer before this text (repeatable)
+    /// End an answer before this text, with escapes as \n; it may hold special tokens (repeatable)
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     #[command(flatten)]
@@ -78,7 +78,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         limits: Limits {
             max_new_tokens: args.max_new_tokens,
             eos_ids: package.manifest.eos_token_ids.clone(),
-            stop: args.stop.clone(),
+            stop: args.sampler.texts("--stop", &args.stop)?,
             logprobs: None,
         },
         conversation: Conversation::new(args.system.as_deref()),

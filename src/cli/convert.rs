@@ -90,6 +90,9 @@ pub fn run(args: Args) -> Result<(), Failure> {
     };
     let converted = convert(&args.model, &args.output, conversion(&args)?, &options)?;
     drop(progress);
+    for warning in &converted.warnings {
+        eprintln!("warning: {warning}");
+    }
     let manifest = &converted.manifest;
     if let Some(path) = &args.save_spec {
         save_spec(path, &converted.conversion)?;

@@ -22,10 +22,10 @@ pub struct Args {
     #[arg(value_name = "PKG")]
     package: PathBuf,
     /// Continue this text
-    #[arg(long, value_name = "TEXT", group = "prompts")]
+    #[arg(long, value_name = "TEXT", group = "prompts", allow_hyphen_values = true)]
     prompt: Option<String>,
     /// Answer this, by the model's chat template
-    #[arg(long, value_name = "TEXT", group = "prompts")]
+    #[arg(long, value_name = "TEXT", group = "prompts", allow_hyphen_values = true)]
     chat: Option<String>,
     /// Continue these token ids
     #[arg(
@@ -40,13 +40,13 @@ pub struct Args {
     #[arg(long, value_name = "FILE", group = "prompts")]
     prompt_file: Option<PathBuf>,
     /// A system message before --chat
-    #[arg(long, value_name = "TEXT", requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
     system: Option<String>,
 
     /// Tokens to generate at most
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_new_tokens: usize,
-    /// End before this text (repeatable)
+    /// End before this text, with escapes as \n; it may hold special tokens (repeatable)
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// Do not end at the model's end tokens
@@ -86,7 +86,7 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
             true => BTreeSet::new(),
             false => package.manifest.eos_token_ids.clone(),
         },
-        stop: args.stop.clone(),
+        stop: args.sampler.texts("--stop", &args.stop)?,
         logprobs: (args.json || args.json_lines).then(|| args.logprobs.unwrap_or(0)),
     };
 

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::Failure;
-use crate::sample::{Breakers, DEFAULT_BREAKERS, MirostatSettings, Settings, Stage};
-use crate::text::{FILES, Tokenizer};
+use crate::sample::{Breakers, DEFAULT_BREAKERS, MirostatSettings, Settings, SettingsError, Stage};
+use crate::text::{FILES, Tokenizer, escapes};
 
 /// Overrides of [`Settings`]. Ranges are checked by [`Settings::check`], once everything is together.
 #[derive(clap::Args, Default)]
@@ -59,7 +59,7 @@ pub struct SamplerArgs {
     /// Tokens that DRY looks back at; 0: off, -1: all [default: -1]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub dry_penalty_last_n: Option<i64>,
-    /// Text that ends a repetition for DRY; repeatable, `none` clears [default: newline, colon, double quote and asterisk]
+    /// Text that ends a repetition for DRY, with escapes as \\n; repeatable, `none` clears [default: newline, colon, double quote and asterisk]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub dry_sequence_breaker: Vec<String>,
     /// Add B to the logit of a token; repeatable, -inf bans it
@@ -78,9 +78,22 @@ pub struct SamplerArgs {
     /// [default: penalties,dry,top-n-sigma,top-k,typical,top-p,min-p,xtc,temperature]
     #[arg(long, value_name = "NAME,NAME", value_delimiter = ',', value_parser = stage)]
     pub samplers: Option<Vec<Stage>>,
-    /// The same seed, settings and package give the same tokens [default: another one each time]
-    #[arg(long, value_name = "N")]
+    /// The same seed, settings and package give the same tokens; -1: another one each time [default: -1]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = seed)]
     pub seed: Option<u64>,
+    /// Take --stop and --dry-sequence-breaker as they are, not \n, \t, \r, \", \', \\ and \xHH in them for characters
+    #[arg(long)]
+    pub no_escape: bool,
+}
+
+/// As in llama.cpp -1 is a random one.
+fn seed(text: &str) -> Result<u64, String> {
+    match text.trim() {
+        "-1" => Ok(fresh_seed()),
+        number => number
+            .parse()
+            .map_err(|_| "not a whole number of 0 or more, or -1 for another one each time".to_string()),
+    }
 }
 
 fn logit_bias(text: &str) -> Result<(u32, f32), String> {
@@ -119,15 +132,23 @@ impl SamplerArgs {
             seed: fresh_seed(),
             ..Settings::default()
         };
-        if let Some(tokenizer) = tokenizer {
-            settings.take_generation_config(&tokenizer.generation).map_err(|e| {
-                let file = package.join(crate::package::TOKENIZER).join(FILES[5]);
-                let (name, value, wanted) = (e.parameter, &e.value, e.wanted);
-                Failure::input(format!("{}: {name} is {value}, not {wanted}", file.display()))
-                    .help("correct the model's file and convert it again")
-            })?;
-        }
+        let errors = tokenizer.map(|tokenizer| settings.take_generation_config(&tokenizer.generation));
         self.apply(&mut settings)?;
+        // What a flag overrides, and what the settings do not use, may be as it is.
+        let matters = |e: &SettingsError| !self.overrides(e.parameter) && settings.uses(e.parameter);
+        if let Some(e) = errors.into_iter().flatten().find(matters) {
+            let file = package.join(crate::package::TOKENIZER).join(FILES[5]);
+            let (name, value, wanted) = (e.parameter, &e.value, e.wanted);
+            let flag = match name {
+                "do_sample" => "temperature".to_string(),
+                _ => e.flag(),
+            };
+            return Err(
+                Failure::input(format!("{}: {name} is {value}, not {wanted}", file.display())).help(format!(
+                    "give --{flag}, which overrides it, or correct the model's file and convert it again"
+                )),
+            );
+        }
         if settings.dry.is_on() {
             settings.dry.breakers = Arc::new(self.breakers(tokenizer)?);
         }
@@ -138,6 +159,19 @@ impl SamplerArgs {
             )));
         }
         Ok(settings)
+    }
+
+    /// Whether a flag says what the field of `generation_config.json` would.
+    fn overrides(&self, parameter: &str) -> bool {
+        match parameter {
+            "temperature" | "do_sample" => self.temperature.is_some(),
+            "top_k" => self.top_k.is_some(),
+            "top_p" => self.top_p.is_some(),
+            "min_p" => self.min_p.is_some(),
+            "typical_p" => self.typical_p.is_some(),
+            "repetition_penalty" => self.repetition_penalty.is_some(),
+            _ => false,
+        }
     }
 
     /// The flags alone, without breakers, which need a tokenizer. Everything is checked.
@@ -192,11 +226,22 @@ impl SamplerArgs {
         Ok(())
     }
 
+    /// Texts of a flag with their escapes replaced, unless `--no-escape` is given.
+    pub fn texts(&self, flag: &str, given: &[String]) -> Result<Vec<String>, Failure> {
+        if self.no_escape {
+            return Ok(given.to_vec());
+        }
+        let unescaped = given.iter().map(|text| escapes::unescape(text));
+        unescaped.collect::<Result<_, _>>().map_err(|error| {
+            Failure::input(format!("{flag}: {error}")).help("give the bytes of whole characters, or use --no-escape")
+        })
+    }
+
     /// The breaker strings asked for, or the default ones, over the tokenizer's vocabulary.
     pub fn breakers(&self, tokenizer: Option<&Tokenizer>) -> Result<Breakers, Failure> {
         let asked = &self.dry_sequence_breaker;
         let after_none = asked.iter().rposition(|b| b == "none").map_or(0, |at| at + 1);
-        let own = &asked[after_none..];
+        let own = &self.texts("--dry-sequence-breaker", &asked[after_none..])?[..];
         let Some(tokenizer) = tokenizer else {
             return match own {
                 // Token ids alone: the default strings mean nothing.

@@ -103,6 +103,8 @@ pub struct Converted {
     pub conversion: Conversion,
     /// Tokens of the tokenizer; `None` if there is none, and the package takes token ids only.
     pub tokenizer_ids: Option<usize>,
+    /// What the model's files say of text that is not used as it stands, one line each.
+    pub warnings: Vec<String>,
 }
 
 /// Makes the package `output` of the export `model`.
@@ -124,7 +126,7 @@ pub fn convert(
     }
     let progress = &options.progress;
     progress.step("reading");
-    let tokenizer = find_tokenizer(model, conversion.tokenizer.as_deref())?;
+    let mut tokenizer = find_tokenizer(model, conversion.tokenizer.as_deref())?;
     let graph = match options.without_weights {
         true => onnx::read_stripped(model)?,
         false => onnx::read(model)?,
@@ -177,15 +179,26 @@ pub fn convert(
         },
         error => error.into(),
     })?;
+    let vocabulary = canonical.architecture.vocabulary;
     // From here on the weights are those of the package, mapped; the export is not needed any more.
     drop(canonical);
-    match &tokenizer {
-        Some(tokenizer) => writer.tokenizer(tokenizer)?,
-        None => {
-            let folder = model.parent().unwrap_or(Path::new("."));
-            writer.eos_token_ids(text::eos_ids_of_configs(folder));
+    let warnings = match &mut tokenizer {
+        Some(tokenizer) => {
+            if let Some(vocabulary) = vocabulary {
+                tokenizer.limit_end_tokens(vocabulary);
+            }
+            writer.tokenizer(tokenizer)?;
+            std::mem::take(&mut tokenizer.warnings)
         }
-    }
+        None => {
+            let mut end = text::end_tokens_of_configs(model.parent().unwrap_or(Path::new(".")))?;
+            if let Some(vocabulary) = vocabulary {
+                end.limit(vocabulary);
+            }
+            writer.eos_token_ids(end.ids);
+            end.warnings
+        }
+    };
     if let Some(library) = &library {
         #[cfg(feature = "engines")]
         if options.tune {
@@ -205,6 +218,7 @@ pub fn convert(
         manifest,
         conversion,
         tokenizer_ids: tokenizer.as_ref().map(Tokenizer::vocabulary),
+        warnings,
     })
 }
 

@@ -9,7 +9,7 @@ use super::session::{Session, SessionError};
 use crate::help::{Fault, Help};
 use crate::sample::logprobs::Logprobs;
 use crate::sample::{BadLogits, Chain};
-use crate::text::{Detokenizer, Shown, StopMatcher, Tokenizer, TokenizerError};
+use crate::text::{Shown, TextStream, Tokenizer, TokenizerError};
 
 /// When to end, besides a full cache.
 #[derive(Clone, Debug, Default)]
@@ -18,7 +18,7 @@ pub struct Limits {
     pub max_new_tokens: usize,
     /// Tokens that end the text; empty to ignore them.
     pub eos_ids: BTreeSet<u32>,
-    /// Strings that end the text; they need a tokenizer.
+    /// Strings that end the text; they need a tokenizer. One may hold special tokens.
     pub stop: Vec<String>,
     /// Record a [`Step`] a token, with this many of the most probable tokens.
     pub logprobs: Option<usize>,
@@ -179,10 +179,7 @@ pub fn stream(
     limits: &Limits,
     mut on_piece: impl FnMut(Piece<'_>) -> io::Result<ControlFlow<()>>,
 ) -> Result<Generation, GenerateError> {
-    let mut text = tokenizer.map(|tokenizer| Text {
-        detokenizer: Detokenizer::new(tokenizer),
-        stops: StopMatcher::new(limits.stop.iter().cloned()),
-    });
+    let mut text = tokenizer.map(|tokenizer| TextStream::new(tokenizer, limits.stop.iter().cloned()));
     let mut out = Generation {
         reused: 0,
         tokens: Vec::new(),
@@ -280,25 +277,4 @@ fn draw(session: &Session, chain: &mut Chain, out: &mut Generation) -> Result<u3
         position: session.tokens().len(),
         source,
     })
-}
-
-/// Tokens to what may be shown.
-struct Text<'a> {
-    detokenizer: Detokenizer<'a>,
-    stops: StopMatcher,
-}
-
-impl Text<'_> {
-    fn push(&mut self, token: u32) -> Result<Shown, TokenizerError> {
-        Ok(self.stops.push(&self.detokenizer.push(token)?))
-    }
-
-    /// Everything held back. The last bytes may complete a stop string too.
-    fn finish(&mut self) -> Result<Shown, TokenizerError> {
-        let mut shown = self.stops.push(&self.detokenizer.finish()?);
-        if !shown.stopped {
-            shown.text.push_str(&self.stops.finish());
-        }
-        Ok(shown)
-    }
 }

@@ -12,6 +12,7 @@ mod breakers;
 mod candidates;
 mod draw;
 mod dry;
+mod generation_config;
 pub mod logprobs;
 mod min_p;
 mod mirostat;

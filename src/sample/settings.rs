@@ -1,7 +1,5 @@
 //! What can be said about sampling: by the command line, by a model's `generation_config.json`, or by a caller.
 
-use serde_json::Value;
-
 use super::dry::DrySettings;
 use crate::help::Help;
 
@@ -63,7 +61,7 @@ impl Stage {
     }
 
     /// Whether it drops candidates by their probability, which mirostat does instead.
-    fn truncates(self) -> bool {
+    pub(super) fn truncates(self) -> bool {
         !matches!(self, Stage::Penalties | Stage::Dry | Stage::Temperature)
     }
 }
@@ -175,32 +173,6 @@ impl Settings {
         self.temperature < COLDEST
     }
 
-    /// Takes what a model's `generation_config.json` asks for. What it does not say, or is null there, stays as it is;
-    /// `do_sample: false` is greedy. An error names the field.
-    pub fn take_generation_config(&mut self, config: &Value) -> Result<(), SettingsError> {
-        let mut read = self.clone();
-        for (name, place) in [
-            ("temperature", &mut read.temperature),
-            ("top_p", &mut read.top_p),
-            ("min_p", &mut read.min_p),
-            ("typical_p", &mut read.typical_p),
-            ("repetition_penalty", &mut read.repetition_penalty),
-        ] {
-            if let Some(number) = field(config, name, "a number", Value::as_f64)? {
-                *place = number as f32;
-            }
-        }
-        if let Some(k) = field(config, "top_k", "a whole number of 0 or more", Value::as_u64)? {
-            read.top_k = usize::try_from(k).unwrap_or(usize::MAX);
-        }
-        if field(config, "do_sample", "true or false", Value::as_bool)? == Some(false) {
-            read.temperature = 0.0;
-        }
-        read.check()?;
-        *self = read;
-        Ok(())
-    }
-
     /// Refuses what makes no sense, naming the parameter.
     pub fn check(&self) -> Result<(), SettingsError> {
         let check = |parameter: &'static str, value: f32, good: bool, wanted: &'static str| match good {
@@ -289,30 +261,8 @@ impl SettingsError {
     }
 }
 
-/// A field of a JSON object, unless it is null or missing.
-fn field<T>(
-    object: &Value,
-    parameter: &'static str,
-    wanted: &'static str,
-    read: impl Fn(&Value) -> Option<T>,
-) -> Result<Option<T>, SettingsError> {
-    match &object[parameter] {
-        Value::Null => Ok(None),
-        value => match read(value) {
-            Some(read) => Ok(Some(read)),
-            None => Err(SettingsError {
-                parameter,
-                value: value.to_string(),
-                wanted,
-            }),
-        },
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
@@ -370,35 +320,6 @@ mod tests {
             error,
             "--samplers: top-k, named twice, is not a list of samplers, each once at most"
         );
-    }
-
-    #[test]
-    fn a_models_wishes_override_the_usual_and_are_checked() {
-        let mut settings = Settings::default();
-        let config = json!({"temperature": 0.6, "top_k": 20, "top_p": 0.9, "typical_p": null, "eos_token_id": [1, 2],
-            "repetition_penalty": 1.1, "do_sample": true});
-        settings.take_generation_config(&config).unwrap();
-        let expected = Settings {
-            temperature: 0.6,
-            top_k: 20,
-            top_p: 0.9,
-            repetition_penalty: 1.1,
-            ..Settings::default()
-        };
-        assert_eq!(settings, expected);
-        settings.take_generation_config(&json!({"do_sample": false})).unwrap();
-        assert!(settings.is_greedy());
-        settings.take_generation_config(&Value::Null).unwrap();
-        for (config, message) in [
-            (json!({"top_p": 2}), "top_p 2 a number from 0 to 1"),
-            (json!({"top_k": -1}), "top_k -1 a whole number of 0 or more"),
-            (json!({"temperature": "hot"}), "temperature \"hot\" a number"),
-        ] {
-            let before = settings.clone();
-            let e = settings.take_generation_config(&config).unwrap_err();
-            assert_eq!(format!("{} {} {}", e.parameter, e.value, e.wanted), message);
-            assert_eq!(settings, before);
-        }
     }
 
     #[test]

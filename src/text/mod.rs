@@ -1,18 +1,25 @@
 //! Text to token ids and back: the tokenizer of the model, its chat template, text from a stream of tokens.
 //!
 //! Takes a tokenizer folder as Hugging Face lays it out, and text, messages or token ids; gives ids or text. [`chat`]
-//! renders the model's chat template, [`conversation`] makes the prompt of each turn, [`Detokenizer`] and [`StopMatcher`]
-//! turn tokens into text as they come. Computing tokens belongs to `decode`, files of a package to `package`.
+//! renders the model's chat template, [`conversation`] makes the prompt of each turn, [`TextStream`] ([`Detokenizer`] and
+//! [`StopMatcher`]) turns tokens into text as they come, [`escapes`] are those of the command line. Computing tokens belongs to `decode`, files of a package to `package`.
 
 pub mod chat;
 pub mod conversation;
+mod decoding;
 mod detokenizer;
+mod end_tokens;
+pub mod escapes;
+mod special_tokens;
 mod stop;
+mod stream;
 mod token_bytes;
 mod tokenizer;
 
 pub use chat::{ChatError, Message};
 pub use conversation::{Conversation, ConversationError};
 pub use detokenizer::Detokenizer;
+pub use end_tokens::{EndTokens, end_tokens_of_configs};
 pub use stop::{Shown, StopMatcher};
-pub use tokenizer::{FILES, Tokenizer, TokenizerError, eos_ids_of_configs};
+pub use stream::TextStream;
+pub use tokenizer::{FILES, Tokenizer, TokenizerError};

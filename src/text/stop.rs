@@ -1,12 +1,15 @@
 //! Stop strings: [`StopMatcher`] never gives part of one.
 //!
-//! It watches text that arrives in pieces; a stop string may straddle them. It only ever appends, so what it gave can be
-//! printed at once.
+//! It watches text that arrives in pieces, with the special tokens between them, which have no text that is shown. A stop
+//! string may straddle pieces, and may hold special tokens. The matcher only ever appends, so what it gave can be printed at
+//! once, and it gives the same however the text is cut into pieces.
+
+use super::tokenizer::Tokenizer;
 
 /// Finds the first of several stop strings in text that arrives in pieces.
 #[derive(Clone, Debug, Default)]
 pub struct StopMatcher {
-    stops: Vec<String>,
+    patterns: Vec<Pattern>,
     held: String,
 }
 
@@ -19,27 +22,138 @@ pub struct Shown {
     pub stopped: bool,
 }
 
+/// Of what a stop string is made, and the text it is looked for in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unit {
+    Char(char),
+    /// A special token, by its id.
+    Special(u32),
+}
+
+/// One stop string and how much of it the text ends with, by the Knuth-Morris-Pratt algorithm.
+#[derive(Clone, Debug)]
+struct Pattern {
+    units: Vec<Unit>,
+    /// By the number of matched units: the next shorter beginning that the matched ones end with.
+    shorter: Vec<usize>,
+    /// By the number of matched units: bytes of shown text among them.
+    bytes: Vec<usize>,
+    has_special: bool,
+    matched: usize,
+}
+
+impl Pattern {
+    fn new(units: Vec<Unit>) -> Self {
+        let mut shorter = vec![0; units.len() + 1];
+        let mut length = 0;
+        for i in 1..units.len() {
+            while length > 0 && units[i] != units[length] {
+                length = shorter[length];
+            }
+            length += usize::from(units[i] == units[length]);
+            shorter[i + 1] = length;
+        }
+        let mut bytes = vec![0];
+        for unit in &units {
+            let own = match unit {
+                Unit::Char(c) => c.len_utf8(),
+                Unit::Special(_) => 0,
+            };
+            bytes.push(bytes[bytes.len() - 1] + own);
+        }
+        let has_special = units.iter().any(|unit| matches!(unit, Unit::Special(_)));
+        Pattern {
+            units,
+            shorter,
+            bytes,
+            has_special,
+            matched: 0,
+        }
+    }
+
+    /// Whether the text with this unit ends with the whole pattern. Shown text runs across special tokens.
+    fn step(&mut self, unit: Unit) -> bool {
+        if matches!(unit, Unit::Special(_)) && !self.has_special {
+            return false;
+        }
+        while self.matched > 0 && self.units[self.matched] != unit {
+            self.matched = self.shorter[self.matched];
+        }
+        self.matched += usize::from(self.units[self.matched] == unit);
+        self.matched == self.units.len()
+    }
+}
+
 impl StopMatcher {
-    /// Empty stop strings are ignored.
+    /// For text without special tokens. Empty stop strings are ignored.
     pub fn new(stops: impl IntoIterator<Item = String>) -> Self {
+        let texts = stops.into_iter().filter(|stop| !stop.is_empty());
         StopMatcher {
-            stops: stops.into_iter().filter(|s| !s.is_empty()).collect(),
+            patterns: texts.map(|stop| Pattern::new(literal(&stop))).collect(),
             held: String::new(),
         }
     }
 
-    /// Adds a piece; keeps back the longest tail that could still become a stop string.
+    /// The same, and stop strings that hold special tokens of the tokenizer end at these tokens, too.
+    pub fn with_special(stops: impl IntoIterator<Item = String>, tokenizer: &Tokenizer) -> Self {
+        let stops: Vec<String> = stops.into_iter().collect();
+        let special = tokenizer.special_tokens();
+        let mut matcher = StopMatcher::new(stops.iter().cloned());
+        let with_special = stops.iter().map(|stop| Pattern::new(units(stop, &special)));
+        matcher
+            .patterns
+            .extend(with_special.filter(|pattern| pattern.has_special));
+        matcher
+    }
+
+    /// Whether special tokens can be part of a match.
+    pub fn watches_special(&self) -> bool {
+        self.patterns.iter().any(|pattern| pattern.has_special)
+    }
+
+    /// Adds a piece; keeps back the longest tail that could still become a stop string. Of several stop strings the one that
+    /// is complete first ends the text, and of those that end together the longest.
     pub fn push(&mut self, piece: &str) -> Shown {
-        self.held.push_str(piece);
-        // Of several, the one that begins first wins: it is what a reader meets first.
-        if let Some(at) = self.stops.iter().filter_map(|s| self.held.find(s.as_str())).min() {
-            self.held.truncate(at);
-            return Shown {
+        for c in piece.chars() {
+            self.held.push(c);
+            if self.step(Unit::Char(c)) {
+                return Shown {
+                    text: std::mem::take(&mut self.held),
+                    stopped: true,
+                };
+            }
+        }
+        self.certain()
+    }
+
+    /// Adds a special token, which has no text of its own.
+    pub fn push_special(&mut self, id: u32) -> Shown {
+        match self.step(Unit::Special(id)) {
+            true => Shown {
                 text: std::mem::take(&mut self.held),
                 stopped: true,
-            };
+            },
+            false => self.certain(),
         }
-        let keep = self.stops.iter().map(|s| overlap(&self.held, s)).max().unwrap_or(0);
+    }
+
+    /// Cuts off a complete stop string.
+    fn step(&mut self, unit: Unit) -> bool {
+        let mut longest = None;
+        for pattern in &mut self.patterns {
+            if pattern.step(unit) {
+                longest = longest.max(Some(pattern.bytes[pattern.matched]));
+            }
+        }
+        if let Some(bytes) = longest {
+            self.held.truncate(self.held.len() - bytes);
+            self.patterns.iter_mut().for_each(|pattern| pattern.matched = 0);
+        }
+        longest.is_some()
+    }
+
+    fn certain(&mut self) -> Shown {
+        let keep = self.patterns.iter().map(|p| p.bytes[p.matched]).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
         Shown {
             text: std::mem::replace(&mut self.held, rest),
@@ -53,10 +167,23 @@ impl StopMatcher {
     }
 }
 
-/// Bytes of the longest proper prefix of `stop` that `text` ends with. Always on a character border of both.
-fn overlap(text: &str, stop: &str) -> usize {
-    let borders = stop.char_indices().map(|(i, _)| i).skip(1);
-    borders.filter(|i| text.ends_with(&stop[..*i])).max().unwrap_or(0)
+fn literal(text: &str) -> Vec<Unit> {
+    text.chars().map(Unit::Char).collect()
+}
+
+/// A stop string with its special tokens as such; of several that begin at one place the longest.
+fn units(mut stop: &str, special: &[(u32, String)]) -> Vec<Unit> {
+    let mut units = Vec::new();
+    while let Some(c) = stop.chars().next() {
+        let here = special.iter().filter(|(_, content)| stop.starts_with(content.as_str()));
+        let (unit, length) = match here.max_by_key(|(_, content)| content.len()) {
+            Some((id, content)) => (Unit::Special(*id), content.len()),
+            None => (Unit::Char(c), c.len_utf8()),
+        };
+        units.push(unit);
+        stop = &stop[length..];
+    }
+    units
 }
 
 #[cfg(test)]
@@ -85,16 +212,73 @@ mod tests {
         assert_eq!(shown(&["end", "d"], &["the en", "d"]), ("the ".into(), true));
         assert_eq!(shown(&["", "xyz"], &["abx", "y"]), ("abxy".into(), false));
         assert_eq!(shown(&["éa"], &["caf", "é", "a"]), ("caf".into(), true));
+        assert_eq!(shown(&["abab", "abac"], &["abababac"]), ("".into(), true));
+        assert_eq!(shown(&["ababc"], &["aba", "babc"]), ("ab".into(), true));
     }
 
     #[test]
     fn whatever_the_cuts_the_text_is_the_same() {
         let text = "one STOone STSTOP two";
-        for a in 0..text.len() {
-            for b in a..text.len() {
-                let cut = [&text[..a], &text[a..b], &text[b..]];
-                assert_eq!(shown(&["STOP"], &cut), ("one STOone ST".into(), true), "{cut:?}");
+        for stops in [&["STOP"][..], &["STOP two", "TS"], &["SST", "TOP"], &["ST", "ne S"]] {
+            let whole = shown(stops, &[text]);
+            for a in 0..text.len() {
+                for b in a..text.len() {
+                    let cut = [&text[..a], &text[a..b], &text[b..]];
+                    assert_eq!(shown(stops, &cut), whole, "{cut:?}");
+                }
             }
+        }
+        assert_eq!(shown(&["STOP"], &[text]), ("one STOone ST".into(), true));
+    }
+
+    /// `<a>` is token 1, `<ab>` token 2.
+    fn marked(stop: &str, pieces: &[Result<&str, u32>]) -> (String, bool) {
+        let special = [(1, "<a>".to_string()), (2, "<ab>".to_string())];
+        let mut matcher = StopMatcher::new([stop.to_string()]);
+        let pattern = Pattern::new(units(stop, &special));
+        assert!(pattern.has_special, "{stop}");
+        matcher.patterns.push(pattern);
+        let mut text = String::new();
+        for piece in pieces {
+            let step = match piece {
+                Ok(piece) => matcher.push(piece),
+                Err(id) => matcher.push_special(*id),
+            };
+            text.push_str(&step.text);
+            if step.stopped {
+                return (text, true);
+            }
+        }
+        (text + &matcher.finish(), false)
+    }
+
+    #[test]
+    fn special_tokens_are_part_of_stop_strings() {
+        for (stop, pieces, text, stopped) in [
+            ("<a>", &[Ok("hi"), Err(1), Ok("x")][..], "hi", true),
+            ("<a>", &[Ok("hi"), Err(2), Ok("x")], "hix", false),
+            ("<a>user", &[Ok("hi"), Err(1), Ok("us"), Ok("er x")], "hi", true),
+            (
+                "<a>user",
+                &[Ok("hi"), Err(1), Ok("us"), Err(1), Ok("user")],
+                "hius",
+                true,
+            ),
+            ("<a>user", &[Ok("hi"), Err(2), Ok("user")], "hiuser", false),
+            ("\n<a>", &[Ok("hi\n"), Err(1)], "hi", true),
+            ("\n<a>", &[Ok("hi\n"), Ok("\n"), Err(1)], "hi\n", true),
+            ("\n<ab>\n<a>", &[Ok("hi\n"), Err(2), Ok("\n"), Err(1)], "hi", true),
+            ("x<a><ab>", &[Ok("xx"), Err(1), Err(2)], "x", true),
+            ("x<a><ab>", &[Ok("xx"), Err(1), Err(1), Err(2)], "xx", false),
+            // Written with other tokens it is text like any other, and it runs across special tokens.
+            ("<a>", &[Ok("hi <"), Ok("a> x")], "hi ", true),
+            ("<a>", &[Ok("hi <"), Err(2), Ok("a> x")], "hi ", true),
+        ] {
+            assert_eq!(
+                marked(stop, pieces),
+                (text.to_string(), stopped),
+                "{stop:?} in {pieces:?}"
+            );
         }
     }
 }

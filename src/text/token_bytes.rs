@@ -62,7 +62,7 @@ impl Spelling {
 }
 
 /// GPT-2's letters: printable bytes are themselves, the others follow from U+0100 on.
-fn byte_letters() -> HashMap<char, u8> {
+pub(super) fn byte_letters() -> HashMap<char, u8> {
     let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     let mut next = 0x100;
     let mut letter = |b: u8| {

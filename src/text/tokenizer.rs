@@ -2,17 +2,23 @@
 //! template and which tokens end a text.
 //!
 //! Works on a folder as Hugging Face lays it out; only `tokenizer.json` must be there. `chat` renders the chat template,
-//! `detokenizer` turns a stream of tokens into text.
+//! `detokenizer` turns a stream of tokens into text. What a training run left in `tokenizer.json` (truncation, padding,
+//! dropout of merges) is not used: a prompt is encoded whole and always alike.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use serde_json::Value;
+use tokenizers::models::ModelWrapper;
 
+use super::decoding::Decoding;
+use super::detokenizer::Detokenizer;
+use super::end_tokens::EndTokens;
+use super::special_tokens::SpecialTokens;
 use super::token_bytes::token_bytes;
 use crate::help::Help;
-use crate::sample::Breakers;
+use crate::sample::{Breakers, Settings};
 
 /// Files that a tokenizer folder may hold, in the order the package lists them. The first is required.
 pub const FILES: [&str; 7] = [
@@ -51,6 +57,8 @@ impl Help for TokenizerError {}
 /// See the module's head.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// At the beginning of a text.
+    decoding: Decoding,
     token_bytes: OnceLock<Vec<Vec<u8>>>,
     /// The files it was read from, all of them of [`FILES`].
     pub files: Vec<PathBuf>,
@@ -66,6 +74,8 @@ pub struct Tokenizer {
     pub special: Vec<(String, String)>,
     /// `generation_config.json`, or null.
     pub generation: Value,
+    /// What the files say that is not used as it stands, one line each with the file and the field.
+    pub warnings: Vec<String>,
 }
 
 impl Tokenizer {
@@ -83,19 +93,20 @@ impl Tokenizer {
             path: main.clone(),
             source,
         })?;
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| TokenizerError::Tokenizer {
+        let unusable = |e: tokenizers::Error| TokenizerError::Tokenizer {
             path: main.clone(),
             message: e.to_string(),
-        })?;
-        let mut files = vec![main];
+        };
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(unusable)?;
+        without_training_settings(&mut inner).map_err(unusable)?;
+        let mut files = vec![main.clone()];
         let mut json = |name: &str| -> Result<Value, TokenizerError> {
             let path = folder.join(name);
-            if !path.is_file() {
-                return Ok(Value::Null);
+            let value = json_file(&path)?;
+            if path.is_file() {
+                files.push(path);
             }
-            let text = read(&path)?;
-            files.push(path.clone());
-            serde_json::from_str(&text).map_err(|source| TokenizerError::Json { path, source })
+            Ok(value)
         };
         let config = json("tokenizer_config.json")?;
         let special_map = json("special_tokens_map.json")?;
@@ -103,19 +114,44 @@ impl Tokenizer {
         let generation = json("generation_config.json")?;
         let model = json("config.json")?;
 
-        let special_token = |name: &str| token_text(&config[name]).or_else(|| token_text(&special_map[name]));
-        let bos_token = special_token("bos_token");
-        let eos_token = special_token("eos_token");
+        let names = SpecialTokens {
+            config: &config,
+            map: &special_map,
+        };
+        let mut warnings = names.add_to(&mut inner);
+        warnings.extend(names.check_text_marks(&inner));
+        let bos_token = names.text("bos_token");
+        let eos_token = names.text("eos_token");
         let special = ["pad_token", "unk_token", "sep_token", "cls_token", "mask_token"]
             .into_iter()
-            .filter_map(|name| Some((name.to_string(), special_token(name)?)))
+            .filter_map(|name| Some((name.to_string(), names.text(name)?)))
             .collect();
 
-        let mut eos_ids = ids(&generation["eos_token_id"]);
-        if eos_ids.is_empty() {
-            eos_ids = ids(&model["eos_token_id"]);
+        let mut end = EndTokens::of_configs(&generation, &model);
+        for (name, token) in [("bos_token", &bos_token), ("eos_token", &eos_token)] {
+            let Some(token) = token else { continue };
+            // An id of its own that no other token has is as good as a token of tokenizer.json.
+            let free = names.declared_id(token).filter(|id| inner.id_to_token(*id).is_none());
+            match inner.token_to_id(token).or(free) {
+                Some(id) if name == "eos_token" => drop(end.ids.insert(id)),
+                Some(_) => {}
+                None => warnings.push(format!(
+                    "{name} is {token:?}, and tokenizer.json has no such token; {}",
+                    match name {
+                        "eos_token" => "it ends nothing",
+                        _ => "text that holds it is cut into other tokens",
+                    }
+                )),
+            }
         }
-        eos_ids.extend(eos_token.as_deref().and_then(|token| inner.token_to_id(token)));
+        let mut warnings: Vec<String> = warnings.iter().map(|w| format!("tokenizer_config.json: {w}")).collect();
+        let generation_warnings = Settings::generation_config_warnings(&generation);
+        warnings.extend(
+            generation_warnings
+                .iter()
+                .map(|w| format!("generation_config.json: {w}")),
+        );
+        warnings.append(&mut end.warnings);
 
         let jinja = folder.join("chat_template.jinja");
         let chat_template = if jinja.is_file() {
@@ -126,15 +162,17 @@ impl Tokenizer {
             template_text(&template_json["chat_template"]).or_else(|| template_text(&config["chat_template"]))
         };
         Ok(Tokenizer {
+            decoding: Decoding::new(inner.get_decoder()),
             inner,
             token_bytes: OnceLock::new(),
             files,
             bos_token,
             eos_token,
-            eos_ids,
+            eos_ids: end.ids,
             chat_template,
             special,
             generation,
+            warnings,
         })
     }
 
@@ -148,8 +186,36 @@ impl Tokenizer {
 
     /// Text of tokens, without special ones. Ids that the tokenizer does not know are left out.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, TokenizerError> {
-        let text = self.inner.decode(tokens, true);
-        text.map_err(|e| TokenizerError::Decode(e.to_string()))
+        let mut detokenizer = Detokenizer::new(self);
+        let mut text = String::new();
+        for token in tokens {
+            text.push_str(&detokenizer.push(*token)?);
+        }
+        Ok(text + &detokenizer.finish()?)
+    }
+
+    pub(super) fn decoding(&self) -> Decoding {
+        self.decoding.clone()
+    }
+
+    /// Whether a token is left out of text.
+    pub fn is_special(&self, id: u32) -> bool {
+        let token = self.inner.id_to_token(id);
+        token.is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
+    }
+
+    /// The token as the vocabulary writes it, unless it is special or there is none.
+    pub(super) fn visible(&self, id: u32) -> Option<String> {
+        let token = self.inner.id_to_token(id)?;
+        (!self.inner.get_added_vocabulary().is_special_token(&token)).then_some(token)
+    }
+
+    /// Every special token.
+    pub(super) fn special_tokens(&self) -> Vec<(u32, String)> {
+        let vocabulary = self.inner.get_added_vocabulary();
+        let added = vocabulary.get_added_tokens_decoder().iter();
+        let special = added.filter(|(_, token)| vocabulary.is_special_token(&token.content));
+        special.map(|(id, token)| (*id, token.content.clone())).collect()
     }
 
     /// The bytes of every token by id, read out of the vocabulary once.
@@ -185,6 +251,17 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// Leaves out end tokens that a model of `vocabulary` tokens cannot generate, with a warning each.
+    pub fn limit_end_tokens(&mut self, vocabulary: usize) {
+        let mut end = EndTokens {
+            ids: std::mem::take(&mut self.eos_ids),
+            warnings: Vec::new(),
+        };
+        end.limit(vocabulary);
+        self.eos_ids = end.ids;
+        self.warnings.append(&mut end.warnings);
+    }
+
     /// Ids are below this, if the vocabulary has no gaps at its end.
     pub fn vocabulary(&self) -> usize {
         let ids = self.inner.get_vocab(true).into_values();
@@ -192,17 +269,35 @@ impl Tokenizer {
     }
 }
 
+/// Undoes what a training run left in the file. Its own library sets truncation and padding anew at every call (transformers,
+/// `set_truncation_and_padding`), and dropout of merges makes the same text other tokens each time.
+fn without_training_settings(tokenizer: &mut tokenizers::Tokenizer) -> Result<(), tokenizers::Error> {
+    tokenizer.with_truncation(None)?;
+    tokenizer.with_padding(None);
+    if let ModelWrapper::BPE(model) = tokenizer.get_model()
+        && model.dropout.is_some()
+    {
+        let mut model = model.clone();
+        model.dropout = None;
+        tokenizer.with_model(model);
+    }
+    Ok(())
+}
+
+/// Null if there is no such file.
+pub(super) fn json_file(path: &Path) -> Result<Value, TokenizerError> {
+    if !path.is_file() {
+        return Ok(Value::Null);
+    }
+    let path = path.to_path_buf();
+    serde_json::from_str(&read(&path)?).map_err(|source| TokenizerError::Json { path, source })
+}
+
 fn read(path: &Path) -> Result<String, TokenizerError> {
     std::fs::read_to_string(path).map_err(|source| TokenizerError::Read {
         path: path.to_path_buf(),
         source,
     })
-}
-
-/// A special token is written as a string or as an object with its settings.
-fn token_text(value: &Value) -> Option<String> {
-    let text = value.as_str().or_else(|| value["content"].as_str());
-    text.map(str::to_string)
 }
 
 /// One template, or a list of named ones of which `default` is meant.
@@ -213,28 +308,4 @@ fn template_text(value: &Value) -> Option<String> {
     let named = value.as_array()?;
     let default = named.iter().find(|t| t["name"] == "default").or(named.first())?;
     default["template"].as_str().map(str::to_string)
-}
-
-/// One id or a list of them.
-fn ids(value: &Value) -> BTreeSet<u32> {
-    let one = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
-    match value {
-        Value::Array(list) => list.iter().filter_map(one).collect(),
-        other => one(other).into_iter().collect(),
-    }
-}
-
-/// Tokens that end a text, for a package without a tokenizer: from `generation_config.json`, else `config.json`.
-pub fn eos_ids_of_configs(folder: &Path) -> BTreeSet<u32> {
-    let of = |name: &str| -> BTreeSet<u32> {
-        let text = std::fs::read_to_string(folder.join(name)).unwrap_or_default();
-        let value: Value = serde_json::from_str(&text).unwrap_or(Value::Null);
-        ids(&value["eos_token_id"])
-    };
-    let generation = of("generation_config.json");
-    if generation.is_empty() {
-        of("config.json")
-    } else {
-        generation
-    }
 }

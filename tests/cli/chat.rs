@@ -277,6 +277,84 @@ fn a_prompt_comes_from_standard_input_or_a_file() {
     assert_eq!(prompt(&["--prompt-file", text(&file)], ""), expected);
 }
 
+/// Every flag that takes text takes text that begins with a hyphen.
+#[test]
+fn text_may_begin_with_a_hyphen() {
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = talker(folder.path(), TEMPLATE, "64");
+    let flags = ["--json", "--temperature", "0", "--max-new-tokens", "1"];
+    let prompt = |more: &[&str]| {
+        let run = lapidary([&["generate", text(&pkg)], more, &flags].concat());
+        run.ok().json()["prompt_ids"].clone()
+    };
+    for said in ["- first", "-1 + 3 =", "-5", "--help me", "-h", "--json"] {
+        let file = folder.path().join("prompt.txt");
+        std::fs::write(&file, said).unwrap();
+        assert_eq!(
+            prompt(&["--prompt", said]),
+            prompt(&["--prompt-file", text(&file)]),
+            "{said}"
+        );
+        let with_system = prompt(&["--chat", said, "--system", said]);
+        let (prompts, _, _) = turns(
+            &pkg,
+            &["--system", said, "--stop", said, "--dry-sequence-breaker", "-"],
+            said,
+        );
+        assert_eq!(with_system, prompts[0]["prompt_ids"], "{said}");
+    }
+}
+
+/// `--stop` reads escapes as llama.cpp does, and prompts are taken as they are.
+#[test]
+fn escapes_are_read_in_stop_strings_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = talker(folder.path(), TEMPLATE, "64");
+    let run = |flags: &[&str]| {
+        let common = ["--json", "--temperature", "0", "--max-new-tokens", "12", "--ignore-eos"];
+        lapidary([&["generate", text(&pkg), "--prompt", "ab"], &common[..], flags].concat())
+            .ok()
+            .json()
+    };
+    let whole = run(&[]);
+    let last = whole["text"].as_str().unwrap().chars().next().unwrap();
+    let escaped = format!("\\x{:02x}", last as u32);
+    assert_eq!(run(&["--stop", &escaped])["text"], "");
+    assert_eq!(run(&["--stop", &escaped])["finish_reason"], "stop");
+    assert_eq!(run(&["--stop", &escaped, "--no-escape"])["finish_reason"], "length");
+    let prompt = |said: &str| {
+        let flags = ["--json", "--max-new-tokens", "1", "--prompt", said];
+        lapidary([&["generate", text(&pkg)], &flags[..]].concat()).ok().json()["prompt_ids"].clone()
+    };
+    assert_eq!(prompt("\\n").as_array().unwrap().len(), 2);
+}
+
+/// A stop string that is a special token ends at that token.
+#[test]
+fn stop_strings_may_be_special_tokens() {
+    let folder = tempfile::tempdir().unwrap();
+    let pkg = talker(folder.path(), TEMPLATE, "64");
+    // Only the mark of a turn, which is not an end token here, can be generated.
+    let bans: Vec<String> = (0..97).filter(|id| *id != 1).map(|id| format!("{id}=-inf")).collect();
+    let bans: Vec<&str> = bans.iter().flat_map(|ban| ["--logit-bias", ban]).collect();
+    let flags = [
+        "--chat",
+        "hi",
+        "--json",
+        "--max-new-tokens",
+        "4",
+        "--stop",
+        "<|im_start|>",
+    ];
+    let found = lapidary([&["generate", text(&pkg)], &flags[..], &bans].concat())
+        .ok()
+        .json();
+    assert_eq!(
+        (&found["finish_reason"], &found["tokens"]),
+        (&json!("stop"), &json!([1]))
+    );
+}
+
 #[test]
 fn a_tokenizer_of_another_model_is_noticed() {
     let folder = tempfile::tempdir().unwrap();

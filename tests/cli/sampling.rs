@@ -128,6 +128,10 @@ fn breaker_strings_go_over_the_tokenizers_vocabulary() {
     assert!((lowest(&[]) - share(2)).abs() < 1e-6);
     assert!((lowest(&["--dry-sequence-breaker", "none"]) - share(3)).abs() < 1e-6);
     assert!((lowest(&["--dry-sequence-breaker", "\n"]) - share(2)).abs() < 1e-6);
+    // As llama.cpp reads it, unless told not to: token 76 is a backslash, which is not in the history.
+    assert!((lowest(&["--dry-sequence-breaker", "\\n"]) - share(2)).abs() < 1e-6);
+    assert!((lowest(&["--dry-sequence-breaker", "\\x0A"]) - share(2)).abs() < 1e-6);
+    assert!((lowest(&["--no-escape", "--dry-sequence-breaker", "\\n"]) - share(3)).abs() < 1e-6);
     let cleared = ["--dry-sequence-breaker", "\n", "--dry-sequence-breaker", "none"];
     assert!((lowest(&cleared) - share(3)).abs() < 1e-6);
     assert!((lowest(&["--dry-breaker-ids", "51"]) - 1.0 / 60.0).abs() < 1e-6);
@@ -200,6 +204,102 @@ fn breakers_without_tokens_are_refused() {
         "--dry-sequence-breaker \"\": no token of this tokenizer contains or begins it"
     );
     assert!(help.contains("none"), "{help}");
+    let (message, help) = refused("\\xff");
+    assert!(
+        message.starts_with("--dry-sequence-breaker: the bytes that \\x gives"),
+        "{message}"
+    );
+    assert!(help.contains("--no-escape"), "{help}");
+}
+
+/// What a model's `generation_config.json` says in vain is named when it is converted, and refused where it would count.
+#[test]
+fn a_models_wishes_that_make_no_sense_are_named_and_overridden() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = folder.path().join("files");
+    std::fs::create_dir(&files).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(fixture("smollm2").join(file), files.join(file)).unwrap();
+    }
+    let (model, pkg) = (fixture("exports/llama-optimum/model.onnx"), folder.path().join("pkg"));
+    let convert = |config: &str| {
+        std::fs::write(files.join("generation_config.json"), config).unwrap();
+        let flags = ["--capacity", "64", "--force", "--json", "--tokenizer", text(&files)];
+        lapidary([&["convert", text(&model), "-o", text(&pkg)], &flags[..]].concat())
+    };
+    let run = |flags: &[&str]| {
+        let common = ["generate", text(&pkg), "--prompt-ids", "1,2", "--max-new-tokens", "2"];
+        lapidary([&common[..], flags].concat())
+    };
+    for (config, flag, field) in [
+        (
+            r#"{"top_p": 1.5}"#,
+            ["--top-p", "0.5"],
+            "top_p is 1.5, not a number from 0 to 1",
+        ),
+        (
+            r#"{"top_k": "50"}"#,
+            ["--top-k", "-1"],
+            "top_k is \"50\", not a whole number of 0 or more, or -1 for off",
+        ),
+        (
+            r#"{"temperature": "0.7"}"#,
+            ["--temperature", "1"],
+            "temperature is \"0.7\", not a number",
+        ),
+    ] {
+        let converted = convert(config);
+        assert_eq!(converted.status, 0);
+        let warning = format!("warning: generation_config.json: {field}");
+        assert!(converted.stderr.starts_with(&warning), "{}", converted.stderr);
+        converted.json();
+        let (message, help) = run(&[]).refused();
+        assert!(
+            message.ends_with(&format!("generation_config.json: {field}")),
+            "{message}"
+        );
+        assert!(help.contains(flag[0]), "{help}");
+        run(&flag).ok();
+        if flag[0] != "--temperature" {
+            run(&["--temperature", "0"]).ok();
+        }
+    }
+    for good in [r#"{"top_k": -1}"#, r#"{"top_k": 50.0, "temperature": null}"#, "{}"] {
+        convert(good).ok();
+        run(&[]).ok();
+    }
+    // End tokens that nothing knows, and ways to generate that there are not.
+    std::fs::write(files.join("tokenizer_config.json"), r#"{"eos_token": "<|nope|>"}"#).unwrap();
+    let converted = convert(r#"{"eos_token_id": [5000, "x"], "num_beams": 4}"#);
+    assert_eq!(converted.json()["eos_token_ids"], serde_json::json!([]));
+    let lines: Vec<&str> = converted.stderr.lines().collect();
+    assert_eq!(lines.len(), 4, "{lines:?}");
+    for (line, part) in lines.iter().zip([
+        "\"<|nope|>\"",
+        "num_beams is 4",
+        "eos_token_id is \"x\"",
+        "the end token 5000",
+    ]) {
+        assert!(line.starts_with("warning: ") && line.contains(part), "{line}");
+    }
+}
+
+/// llama.cpp takes -1 for a random seed.
+#[test]
+fn a_seed_of_minus_one_is_another_one_each_time() {
+    let flags = ["sample", "--logits", "1,2", "--json", "--seed"];
+    let seed = |seed: &str| {
+        lapidary([&flags[..], &[seed]].concat()).ok().json()["seed"]
+            .as_u64()
+            .unwrap()
+    };
+    assert_eq!(seed("7"), 7);
+    assert_ne!(seed("-1"), seed("-1"));
+    let (message, _) = lapidary([&flags[..], &["-2"]].concat()).refused();
+    assert!(
+        message.contains("'--seed <N>'") && message.contains("-1 for another one"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -266,14 +366,6 @@ fn generate_takes_the_models_wishes_and_flags_over_them() {
     };
     assert!(repeats(&dry) < repeats(&plain), "{dry:?} {plain:?}");
 
-    let pkg = generation_config(r#"{"top_p": 7}"#);
-    let (message, _) = run(&pkg, &[]).refused();
-    assert!(
-        message.ends_with("generation_config.json: top_p is 7, not a number from 0 to 1"),
-        "{message}"
-    );
-    let (message, _) = run(&pkg, &["--top-p", "0.5"]).refused();
-    assert!(message.contains("generation_config.json"), "{message}");
     let pkg = generation_config("{}");
     let (message, _) = run(&pkg, &["--logit-bias", "97=1"]).refused();
     assert_eq!(message, "--logit-bias 97=1: the model has the token ids 0 to 96");
