@@ -1,5 +1,7 @@
 //! The passes: exports become canonical and still compute the same; what is not understood is refused with reasons.
 
+#[path = "passes/beyond.rs"]
+mod beyond;
 #[path = "passes/canonical.rs"]
 mod canonical;
 #[path = "passes/decoder.rs"]
@@ -10,3 +12,5 @@ mod onnx;
 mod refusals;
 #[path = "passes/reports.rs"]
 mod reports;
+#[path = "passes/same_answer.rs"]
+mod same_answer;

@@ -8,12 +8,13 @@ use serde::Serialize;
 
 use super::table::Table;
 use super::{Failure, bytes, print, print_json};
-use crate::convert::{ConvertError, faults};
+use crate::convert::{ConvertError, examine};
 use crate::graph::{self, Definition, Graph, ValueId};
 use crate::lower;
 use crate::network::{Profile, WeightMode};
 use crate::onnx::{self, Exporter};
 use crate::passes::{self, Recognition};
+use crate::spec::Spec;
 use crate::target::Precision;
 
 #[derive(clap::Args)]
@@ -69,6 +70,8 @@ struct Inspection {
     recognition: Recognition,
     /// Operators and operands that are wrong in themselves, whatever the model means.
     faults: Vec<String>,
+    /// Everything that keeps the export from being converted, in words.
+    reasons: Vec<String>,
     convertible: bool,
 }
 
@@ -86,13 +89,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     // A cyclic graph has no order to show anything in.
     graph.sort().map_err(|e| Failure::from(e).at(&args.model))?;
-    let recognition = passes::recognise(&graph);
+    let examination = examine(&args.model, &graph, &Spec::default().resolve()?);
     let (weight_bytes, weight_bytes_by_dtype) = weights(&graph);
     // Exporters need not say what the outputs are.
     let mut typed = graph.clone();
-    let inferred = graph::infer::infer(&mut typed).is_ok();
+    let _ = graph::infer::infer(&mut typed);
     let tensors = |ids: &[ValueId]| ids.iter().map(|id| tensor(&typed, *id)).collect();
-    let faults = if inferred { faults(&typed) } else { Vec::new() };
     let facts = Inspection {
         exporter: onnx::exporter(&graph),
         producer: format!("{} {}", graph.producer.name, graph.producer.version)
@@ -105,9 +107,13 @@ pub fn run(args: Args) -> Result<(), Failure> {
         nodes: graph.node_ids().count(),
         weight_bytes,
         weight_bytes_by_dtype,
-        convertible: recognition.obstacles.is_empty() && faults.is_empty(),
-        faults,
-        recognition,
+        convertible: examination.reasons.is_empty(),
+        faults: examination.faults,
+        reasons: examination.reasons,
+        recognition: Recognition {
+            help: examination.help,
+            ..examination.recognition
+        },
         file: args.model,
     };
     match args.json {
@@ -224,13 +230,7 @@ fn summary(facts: &Inspection) -> String {
     let operators: Vec<String> = operators.iter().map(|(name, n)| format!("{name} {n}")).collect();
     let _ = writeln!(out, "\n{} nodes: {}", facts.nodes, operators.join(", "));
 
-    let obstacles: Vec<String> = facts
-        .faults
-        .iter()
-        .cloned()
-        .chain(r.obstacles.iter().map(|o| o.to_string()))
-        .collect();
-    match obstacles.len() {
+    match facts.reasons.len() {
         0 => out.push_str("\nThis model can be converted.\n"),
         n => {
             let _ = writeln!(
@@ -238,8 +238,11 @@ fn summary(facts: &Inspection) -> String {
                 "\nThis model cannot be converted, for {n} reason{}:",
                 if n == 1 { "" } else { "s" }
             );
-            for obstacle in &obstacles {
-                let _ = writeln!(out, "  {obstacle}");
+            for reason in &facts.reasons {
+                let _ = writeln!(out, "  {reason}");
+            }
+            if let Some(help) = &r.help {
+                let _ = writeln!(out, "help: {help}");
             }
         }
     }

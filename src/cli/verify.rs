@@ -1,9 +1,13 @@
 //! `lapidary verify`: a package against the export it was made from, which another engine runs.
 //!
 //! The package generates greedily, with its cache, its chunks and its fp16 where it has them; the reference then runs
-//! each whole sequence at once, and both must agree on the logits of every step and on the tokens.
+//! each whole sequence at once, and both must agree on the logits of every step and on the tokens. The longest prompt goes
+//! beyond every window and table that could matter ([`reach`]), and what it does not reach is printed.
 
-use std::path::PathBuf;
+mod reach;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -14,6 +18,8 @@ use crate::decode::reference::{EngineKind, Reference};
 use crate::decode::{DeviceChoice, Session, SessionOptions};
 use crate::package::Package;
 use crate::tensor::DType;
+use crate::{onnx, passes};
+use reach::{Bounds, Mark};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -32,6 +38,10 @@ pub struct Args {
     /// Largest difference of a logit, relative to the largest logit [default: 1e-4 fp32, 2e-2 fp16, 1e-1 bf16]
     #[arg(long, value_name = "X")]
     tolerance: Option<f64>,
+    /// Tokens of the longest sequence to compare, if windows and tables ask for it [default: what the engine can run in
+    /// about half a minute]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    longest: Option<u32>,
     /// Prompts of token ids to use instead of the built-in ones (repeatable)
     #[arg(long, value_name = "IDS", value_parser = parse_ids)]
     prompt_ids: Vec<Ids>,
@@ -55,6 +65,10 @@ struct Report {
     dtype: DType,
     tolerance: f64,
     passed: bool,
+    /// Tokens of the longest sequence.
+    compared_tokens: usize,
+    /// Lengths at which the two could begin to differ.
+    lengths: Vec<Mark>,
     prompts: Vec<Comparison>,
 }
 
@@ -96,18 +110,26 @@ pub fn run(args: Args) -> Result<(), Failure> {
         ..SessionOptions::default()
     };
     let mut session = Session::open(&package, &on_cpu)?;
-    let longest = [Some(session.largest_capacity()), reference.longest()]
-        .into_iter()
-        .flatten()
-        .min();
     let new = usize::from(args.tokens);
+    let bounds = Bounds::new(
+        &package.manifest,
+        session.largest_capacity(),
+        reference.longest(),
+        kind,
+        args.longest.map(|n| n as usize),
+    );
+    let lengths = critical_lengths(&args.against, session.largest_capacity());
+    let windows = &package.manifest.architecture.windows;
+    let (_, wanted) = reach::marks(windows, &lengths, &bounds);
+    // The last token drawn is not fed.
+    let before = |tokens: usize| (tokens + 1).saturating_sub(new);
     let prompts = match args.prompt_ids.is_empty() {
         false => args
             .prompt_ids
             .into_iter()
             .map(|ids| ("given".to_string(), ids.0))
             .collect(),
-        true => prompts(&package, longest.unwrap_or(usize::MAX).saturating_sub(new))?,
+        true => prompts(&package, before(wanted), before(bounds.most()))?,
     };
     if prompts.is_empty() {
         return Err(Failure::input(format!("no prompt with {new} tokens after it fits")).help("use fewer --tokens"));
@@ -118,6 +140,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
         comparisons.push(compare(&mut session, &mut reference, name, prompt, new, tolerance)?);
     }
     drop(progress);
+    let compared = comparisons.iter().map(|c| c.prompt_tokens + c.tokens.len() - 1).max();
+    let compared = compared.unwrap_or_default();
+    let reached = Bounds {
+        affordable: compared,
+        ..bounds
+    };
     let report = Report {
         package: args.package,
         against: args.against,
@@ -125,6 +153,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         dtype,
         tolerance,
         passed: comparisons.iter().all(|c| c.passed),
+        compared_tokens: compared,
+        lengths: reach::marks(windows, &lengths, &reached).0,
         prompts: comparisons,
     };
     match args.json {
@@ -144,9 +174,16 @@ pub fn run(args: Args) -> Result<(), Failure> {
     .help("check that the package was made from this export; if it was, please report a bug"))
 }
 
-/// Texts if there is a tokenizer, and ids spread over the vocabulary in several lengths, one longer than a CPU chunk's
-/// worth of rows would need but short enough for a slow engine.
-fn prompts(package: &Package, room: usize) -> Result<Vec<(String, Vec<u32>)>, Failure> {
+/// The lengths that the export's own masks and tables of positions name. An export that is not understood, which may be
+/// another one than the package was made from, names none.
+fn critical_lengths(export: &Path, capacity: usize) -> BTreeMap<usize, String> {
+    let lengths = onnx::read(export).ok().map(|graph| passes::lengths_of(graph, capacity));
+    lengths.and_then(Result::ok).unwrap_or_default()
+}
+
+/// Texts if there is a tokenizer, and ids spread over the vocabulary in several lengths: the longest has `wanted` tokens.
+/// None is longer than `room`.
+fn prompts(package: &Package, wanted: usize, room: usize) -> Result<Vec<(String, Vec<u32>)>, Failure> {
     let vocabulary = package.vocabulary()? as u64;
     let spread = |n: u64| -> Vec<u32> {
         // A multiplicative walk visits the whole vocabulary without a pattern that the positions share.
@@ -167,7 +204,9 @@ fn prompts(package: &Package, room: usize) -> Result<Vec<(String, Vec<u32>)>, Fa
             }
         }
     }
-    prompts.extend([1, 7, 19, 48].map(|n| (format!("{n} spread ids"), spread(n))));
+    let mut counts = vec![1, 7, 19, reach::USUAL.min(wanted), wanted];
+    counts.dedup();
+    prompts.extend(counts.iter().map(|n| (format!("{n} spread ids"), spread(*n as u64))));
     prompts.retain(|(_, ids)| !ids.is_empty() && ids.len() <= room);
     Ok(prompts)
 }
@@ -265,13 +304,14 @@ fn summary(report: &Report) -> String {
         ]);
     }
     format!(
-        "{} ({}) against {} in {}, tolerance {:.0e}\n{}{}\n",
+        "{} ({}) against {} in {}, tolerance {:.0e}\n{}{}{}\n",
         report.package.display(),
         report.dtype,
         report.against.display(),
         report.engine.name(),
         report.tolerance,
         table.render(),
+        reach::describe(&report.lengths, report.compared_tokens),
         if report.passed {
             "the package agrees with its export"
         } else {

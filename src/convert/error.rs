@@ -46,6 +46,14 @@ pub enum ConvertError {
         /// Why.
         source: PassError,
     },
+    /// The canonical graph is none that runs.
+    #[error("{}: {reason}", path.display())]
+    Unrunnable {
+        /// The export.
+        path: PathBuf,
+        /// What is wrong, at which size.
+        reason: String,
+    },
     /// Weights hold numbers that no model can use.
     #[error("{}: {source}", path.display())]
     Numbers {
@@ -141,6 +149,12 @@ impl Help for ConvertError {
             ConvertError::Pass { path, source } => source
                 .help()
                 .or_else(|| Some(format!("`lapidary inspect {}` shows what was understood", path.display()))),
+            ConvertError::Unrunnable { .. } => Some(
+                "a size of the example that it was exported with is probably fixed in the graph: export with dynamic axes for \
+                 the batch (or a batch of 1), the new tokens, the past and the mask's length; if they are dynamic, please \
+                 report it with the export"
+                    .to_string(),
+            ),
             ConvertError::Numbers { source, .. } => source.help(),
             ConvertError::Capacity { limit, .. } => Some(format!("use a --capacity of at most {limit}")),
             ConvertError::Emit { source, .. } => source.help(),

@@ -2,11 +2,12 @@
 //!
 //! [`convert()`] reads an export, makes it canonical, writes weights and graph, adds the tokenizer, builds the engines of the
 //! targets and puts the package in its place, whole or not at all. It takes a [`Conversion`] (a resolved
-//! [`Spec`](crate::spec::Spec)) and reports to a [`Progress`]. [`engines`] builds engines for a refit, too. Flags and
-//! printing belong to the command line.
+//! [`Spec`](crate::spec::Spec)) and reports to a [`Progress`]. [`examine()`] says beforehand whether that can be done, and why
+//! not. [`engines`] builds engines for a refit, too. Flags and printing belong to the command line.
 
 pub mod engines;
 mod error;
+mod examine;
 #[cfg(feature = "engines")]
 mod tune;
 
@@ -15,6 +16,7 @@ use std::sync::Arc;
 
 pub use engines::EngineOptions;
 pub use error::ConvertError;
+pub use examine::{Examination, examine};
 
 use crate::graph::{Graph, infer};
 use crate::graph::{Obstacle, Obstacles, verify};
@@ -23,7 +25,6 @@ use crate::package::manifest::{ExportFile, PassRecord};
 use crate::package::{self, Manifest, ManifestHeader, PackageError, PlanCache, Writer};
 use crate::passes;
 use crate::spec::Conversion;
-use crate::target::Precision;
 use crate::text::{self, Tokenizer};
 use crate::weights::WriteError;
 use crate::weights::checks::Allowed;
@@ -134,16 +135,7 @@ pub fn convert(
     let source = source(model, &graph)?;
 
     progress.step("rewriting");
-    check(model, &graph)?;
-    let pass_options = passes::CanonicalizeOptions {
-        dtype: conversion.dtype.map(Precision::dtype),
-        max_positions: *conversion.capacities.last().expect("resolved to at least one"),
-        allow_overflow: options.allowed.overflow,
-    };
-    let canonical = passes::canonicalize(graph, &pass_options).map_err(|source| ConvertError::Pass {
-        path: model.to_path_buf(),
-        source,
-    })?;
+    let canonical = examine::canonical(model, graph, &conversion, options.allowed.overflow)?;
     let limit = canonical.architecture.max_positions;
     let capacities = capacities(model, &conversion, limit, trained_context(model))?;
     if let Some(path) = options.emit_onnx {

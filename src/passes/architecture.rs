@@ -32,7 +32,7 @@ pub struct Architecture {
     pub intermediate: Option<usize>,
     /// Row length of the logits.
     pub vocabulary: Option<usize>,
-    /// Positions beyond this one have no rotary or position-embedding row: no capacity may be larger.
+    /// Positions beyond this one have no rotary or position-embedding row, or were not proven: no capacity may be larger.
     pub max_positions: Option<usize>,
     /// Sliding window of each layer: how many positions a query attends to, itself included; `None` for all.
     pub windows: Vec<Option<usize>>,
@@ -113,7 +113,12 @@ pub fn describe(graph: &Graph, roles: &Roles, analysis: &Analysis, limit: Option
         value_dim: value.dim,
         intermediate: intermediate(graph, hidden, first.query.heads * key.dim, vocabulary),
         vocabulary,
-        max_positions: limit.into_iter().chain(tables).chain(analysis.position_limit).min(),
+        max_positions: limit
+            .into_iter()
+            .chain(tables)
+            .chain(analysis.position_limit)
+            .chain([analysis.tables.positions])
+            .min(),
         windows: analysis.layers.iter().map(|l| l.scores.window).collect(),
         attention_softcap: first.scores.softcap,
         rotary: rotated.map(|rope| Rotary {

@@ -38,8 +38,10 @@ pub mod decompose;
 mod dependence;
 pub mod dtype;
 mod emit;
+mod fixed_dims;
 pub mod fold;
 pub mod layer_norm;
+mod lengths;
 pub mod linear;
 mod partial_eval;
 mod pattern;
@@ -51,7 +53,7 @@ pub(crate) mod roles;
 mod table;
 mod tied;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Instant;
 
 use serde::Serialize;
@@ -170,6 +172,21 @@ pub enum PassError {
         /// Its shape.
         found: String,
     },
+    /// Dims of inputs that a session needs free.
+    #[error("the export fixes dims that a decoder needs free: {}", .dims.join("; "))]
+    FixedDims {
+        /// Each with its input and what it counts.
+        dims: Vec<String>,
+    },
+    /// Masks that the caller makes, which cannot all be the causal one.
+    #[error(
+        "the caller fills the masks {}, so nothing in the export says which slots they hide: several, or one for a window, \
+         cannot be taken for causal", .names.join(" and ")
+    )]
+    UnknownMasks {
+        /// Inputs, with their shapes.
+        names: Vec<String>,
+    },
     /// What was not recognised.
     #[error("{}", list(.obstacles))]
     Obstacles {
@@ -206,6 +223,16 @@ impl Help for PassError {
         match self {
             PassError::Cycle(error) => error.help(),
             PassError::Constant(error) => error.help(),
+            PassError::FixedDims { .. } => Some(
+                "export with dynamic axes for the batch (or a batch of 1), the new tokens, the past and the mask's length: \
+                 optimum does so by itself, torch.onnx.export with dynamic_shapes (dynamic_axes for TorchScript)"
+                    .to_string(),
+            ),
+            PassError::UnknownMasks { .. } => Some(
+                "export with one attention_mask of [batch, past + tokens], from which the graph computes the mask of each \
+                 layer"
+                    .to_string(),
+            ),
             PassError::NoCache => Some("export it with its cache (optimum: text-generation-with-past)".to_string()),
             PassError::Range { .. } => {
                 Some("choose bf16 or fp32, or --allow-overflow to make weights infinite".to_string())
@@ -336,6 +363,16 @@ pub(crate) fn analyse(
         Ok((analysis.layers.len(), analysis))
     })?;
     Ok(Analysed { graph, roles, analysis })
+}
+
+/// Lengths at which what the export computes from positions may change, each with a constant that names it: windows, ends of
+/// tables, switches of a scaling.
+pub fn lengths_of(export: Graph, max_positions: usize) -> Result<BTreeMap<usize, String>, PassError> {
+    let options = CanonicalizeOptions {
+        max_positions,
+        ..CanonicalizeOptions::default()
+    };
+    Ok(analyse(export, &options, &mut Vec::new())?.analysis.lengths)
 }
 
 /// Makes an export canonical.

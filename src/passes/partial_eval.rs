@@ -5,7 +5,7 @@
 //! the passes run through it. Operator semantics are `graph::eval`'s.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
 use super::dependence::Dependence;
@@ -103,6 +103,25 @@ impl<'g> PartialEvaluator<'g> {
                 Ok(size as usize)
             })
             .collect()
+    }
+
+    /// Elements of the largest value that is computed for `ids`, as far as shapes are known.
+    pub fn largest(&self, trial: &Trial, ids: impl IntoIterator<Item = ValueId>) -> usize {
+        let mut stack: Vec<ValueId> = ids.into_iter().collect();
+        let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
+        let mut largest = 0;
+        while let Some(id) = stack.pop() {
+            let dims = self.dims(trial, id).unwrap_or_default();
+            let volume = dims.iter().try_fold(1usize, |volume, dim| volume.checked_mul(*dim));
+            largest = largest.max(volume.unwrap_or(usize::MAX));
+            match self.graph.def(id) {
+                Some((_, node)) if !matches!(node.op, Op::Shape { .. } | Op::Size) => {
+                    stack.extend(node.inputs.iter().flatten().filter(|v| seen.insert(**v)));
+                }
+                _ => {}
+            }
+        }
+        largest
     }
 
     /// A positional or constant value.

@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::attention::Obstacle;
 use super::dependence::Dependence;
+use super::lengths::{lengths, positions};
 use super::partial_eval::{PartialEvaluator, Stuck};
 use super::roles::Roles;
 use crate::dim::Dim;
@@ -169,7 +170,10 @@ fn table(evaluator: &PartialEvaluator<'_>, id: ValueId, max_positions: usize) ->
         && let [rows, _] = constant.shape()[..]
     {
         let mut offset = None;
-        for (batch, past, tokens) in [(1, 0, 4), (2, 3, 2)] {
+        let named = lengths(graph, [index], |_| false);
+        let far = positions(&named, max_positions.min(rows));
+        let sizes = [(1, 0, 4), (2, 3, 2)].into_iter();
+        for (batch, past, tokens) in sizes.chain(far.into_iter().map(|past| (1, past, 1))) {
             let trial = evaluator.trial(batch, past, tokens);
             let index = evaluator.eval(&trial, index).map_err(text)?.to_i64();
             for (i, at) in index.iter().enumerate() {
@@ -210,8 +214,10 @@ fn table(evaluator: &PartialEvaluator<'_>, id: ValueId, max_positions: usize) ->
         all.extend(part);
         (start, width) = (start + count, columns);
     }
-    for start in [1, max_positions.saturating_sub(3)] {
-        let (part, _) = rows(start, 2)?;
+    let named = lengths(graph, [id], |_| false);
+    let singles = positions(&named, max_positions).into_iter().map(|start| (start, 1));
+    for (start, count) in singles.chain([(1, 2), (max_positions.saturating_sub(3), 2)]) {
+        let (part, _) = rows(start, count)?;
         let same = all[start * width..]
             .iter()
             .zip(&part)

@@ -6,9 +6,10 @@ use serde::Serialize;
 
 use super::attention::Obstacle;
 use super::attention::layout::CacheLayout;
-use super::{Analysed, CanonicalizeOptions, PassError};
+use super::{Analysed, Canonical, CanonicalizeOptions, PassError};
 use crate::graph::op::Op;
 use crate::graph::{AttentionScores, Graph};
+use crate::help::Help;
 
 /// The report.
 #[derive(Clone, Debug, Serialize)]
@@ -30,6 +31,8 @@ pub struct Recognition {
     pub unsupported: BTreeMap<String, Vec<String>>,
     /// What keeps the export from being converted.
     pub obstacles: Vec<Obstacle>,
+    /// What to do about them.
+    pub help: Option<String>,
     /// `None` if there are obstacles.
     pub architecture: Option<super::Architecture>,
 }
@@ -65,8 +68,9 @@ pub struct LayerReport {
     pub cache_layout: String,
 }
 
-/// Looks at an export as read, without changing it. Never fails: what went wrong is in the report.
-pub fn recognise(export: &Graph) -> Recognition {
+/// Looks at an export as read, without changing it. Never fails: what went wrong is in the report. Gives the canonical graph,
+/// too, if nothing did.
+pub fn recognise(export: &Graph, options: &CanonicalizeOptions) -> (Recognition, Option<Canonical>) {
     let mut report = Recognition {
         cache: cache_form(export).to_string(),
         capacity: None,
@@ -76,6 +80,7 @@ pub fn recognise(export: &Graph) -> Recognition {
         patterns: BTreeMap::new(),
         unsupported: BTreeMap::new(),
         obstacles: Vec::new(),
+        help: None,
         architecture: None,
     };
     for id in export.node_ids() {
@@ -88,22 +93,25 @@ pub fn recognise(export: &Graph) -> Recognition {
                 .push(node.name.clone());
         }
     }
-    let options = CanonicalizeOptions {
-        max_positions: 64,
-        allow_overflow: false,
-        ..CanonicalizeOptions::default()
+    let refuse = |report: &mut Recognition, error: PassError| {
+        report.help = error.help();
+        report.obstacles = obstacles(error);
     };
-    match super::analyse(export.clone(), &options, &mut Vec::new()) {
+    match super::analyse(export.clone(), options, &mut Vec::new()) {
         Ok(analysed) => fill(&mut report, export, &analysed),
-        Err(error) => report.obstacles = obstacles(error),
+        Err(error) => refuse(&mut report, error),
     }
+    let mut made = None;
     if report.obstacles.is_empty() {
-        match super::canonicalize(export.clone(), &options) {
-            Ok(canonical) => report.architecture = Some(canonical.architecture),
-            Err(error) => report.obstacles = obstacles(error),
+        match super::canonicalize(export.clone(), options) {
+            Ok(canonical) => {
+                report.architecture = Some(canonical.architecture.clone());
+                made = Some(canonical);
+            }
+            Err(error) => refuse(&mut report, error),
         }
     }
-    report
+    (report, made)
 }
 
 fn obstacles(error: PassError) -> Vec<Obstacle> {

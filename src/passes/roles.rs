@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 
-use super::PassError;
+use super::{PassError, fixed_dims};
 use crate::dim::{Dim, Sym};
 use crate::graph::infer::bind_input_dims;
 use crate::graph::op::Op;
@@ -106,6 +106,14 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
         });
     }
     let growing = caches.iter().any(|id| grows(graph, *id, &uses));
+    let fixed = fixed_dims::find(graph, &of, growing);
+    if !fixed.is_empty() {
+        return Err(PassError::FixedDims { dims: fixed });
+    }
+    let masks = fixed_dims::unknown_masks(graph, &of);
+    if !masks.is_empty() {
+        return Err(PassError::UnknownMasks { names: masks });
+    }
 
     let constant = |dim: Option<&Dim>| dim.and_then(Dim::as_const).map(|n| n as usize);
     let ids_shape = graph.shape(input_ids).cloned().unwrap_or_default();
@@ -116,7 +124,10 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
             found: format!("{ids_shape:?}"),
         });
     }
-    let batch_dim = named_or_constant(&ids_shape[0], Sym::batch());
+    // One input with a batch of 1 fixes it for all.
+    let batches = caches.iter().map(|id| graph.shape(*id).and_then(|shape| shape.first()));
+    let batch = batches.fold(constant(Some(&ids_shape[0])), |known, dim| known.or(constant(dim)));
+    let batch_dim = batch.map_or_else(|| Dim::sym(Sym::batch()), Dim::from);
     let tokens_dim = named_or_constant(&ids_shape[1], Sym::tokens());
     let total = &Dim::sym(Sym::past()) + &tokens_dim;
     let mut bindings: Vec<(ValueId, usize, Dim)> = Vec::new();
@@ -186,7 +197,7 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
     Ok(Roles {
         input_ids,
         growing,
-        batch: constant(Some(&ids_shape[0])),
+        batch,
         tokens: constant(Some(&ids_shape[1])),
         capacity,
         caches,

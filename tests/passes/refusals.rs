@@ -8,14 +8,19 @@ use lapidary::tensor::{DType, Tensor};
 
 use crate::canonical::exports;
 
-fn export(name: &str) -> Graph {
+pub fn export(name: &str) -> Graph {
     let export = exports().into_iter().find(|e| e.name == name);
     export.unwrap_or_else(|| panic!("the fixture {name} is there")).read()
 }
 
 fn refusal(graph: Graph) -> String {
+    refusal_at(graph, 64)
+}
+
+/// Why the export is refused for packages of so many positions.
+pub fn refusal_at(graph: Graph, max_positions: usize) -> String {
     let options = CanonicalizeOptions {
-        max_positions: 64,
+        max_positions,
         ..CanonicalizeOptions::default()
     };
     match canonicalize(graph, &options) {
@@ -24,12 +29,12 @@ fn refusal(graph: Graph) -> String {
     }
 }
 
-fn nodes(graph: &Graph, wanted: impl Fn(&Op) -> bool) -> Vec<NodeId> {
+pub fn nodes(graph: &Graph, wanted: impl Fn(&Op) -> bool) -> Vec<NodeId> {
     graph.node_ids().filter(|id| wanted(&graph.node(*id).op)).collect()
 }
 
 /// The additive mask of each softmax: the node that adds it.
-fn mask_additions(graph: &Graph) -> Vec<NodeId> {
+pub fn mask_additions(graph: &Graph) -> Vec<NodeId> {
     let softmaxes = nodes(graph, |op| matches!(op, Op::Softmax { .. }));
     softmaxes
         .into_iter()
@@ -38,13 +43,13 @@ fn mask_additions(graph: &Graph) -> Vec<NodeId> {
 }
 
 /// Puts a new value in the place of an operand of a node.
-fn rewire(graph: &mut Graph, node: NodeId, input: usize, new: impl FnOnce(&mut Graph, ValueId) -> ValueId) {
+pub fn rewire(graph: &mut Graph, node: NodeId, input: usize, new: impl FnOnce(&mut Graph, ValueId) -> ValueId) {
     let old = graph.node(node).input(input).unwrap();
     let new = new(graph, old);
     graph.node_mut(node).inputs[input] = Some(new);
 }
 
-fn says(text: &str, parts: &[&str]) {
+pub fn says(text: &str, parts: &[&str]) {
     for part in parts {
         assert!(text.contains(part), "{part:?} is not in: {text}");
     }

@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
+use super::beyond::far_past;
 use super::fingerprint::fingerprint;
 use super::layout::{CacheLayout, TokenLayout};
 use super::projection::{Noise, Projection, RowOrder, Rows, Tables, noise, tolerance};
@@ -89,7 +90,16 @@ pub fn solve(
     let factor = match tables.proven.reads.get(&print) {
         Some(factor) => *factor,
         None => {
-            let factor = read(evaluator, operand, cache, tables)?;
+            let factor = read(evaluator, operand, cache, tables, &proving_trial(evaluator, 2, 3))?;
+            if let Some(past) = far_past(evaluator, operand.value, &[input, source], tables, 2) {
+                let far = read(evaluator, operand, cache, tables, &evaluator.trial(1, past, 2))?;
+                if (far - factor).abs() > 1e-3 * factor.abs() {
+                    let name = name(operand.value);
+                    return Err(format!(
+                        "{name} is scaled by {factor} at first, and by {far} after {past} tokens"
+                    ));
+                }
+            }
             tables.proven.reads.insert(print, factor);
             factor
         }
@@ -169,6 +179,9 @@ fn find(
             if !tables.proven.writes.contains(&print) {
                 write(evaluator, &cache, tables, &trial)?;
                 write(evaluator, &cache, tables, &proving_trial(evaluator, 0, 2))?;
+                if let Some(past) = far_past(evaluator, output, &[input, source], tables, 2) {
+                    write(evaluator, &cache, tables, &evaluator.trial(1, past, 2))?;
+                }
                 tables.proven.writes.insert(print);
             }
             Ok(cache)
@@ -291,12 +304,12 @@ fn read(
     operand: &Operand,
     cache: &ExportCache,
     tables: &Tables,
+    trial: &Trial,
 ) -> Result<f32, String> {
     let name = &evaluator.graph.value(operand.value).name;
-    let trial = proving_trial(evaluator, 2, 3);
-    let scene = scene(evaluator, cache, tables, &trial)?;
+    let scene = scene(evaluator, cache, tables, trial)?;
     let result = evaluator
-        .run(&trial, &scene.feeds, &[operand.value])
+        .run(trial, &scene.feeds, &[operand.value])
         .map_err(|stuck| stuck.to_string())?;
     let (tensor, batch, dim) = (&result[0], trial.sizes.batch, cache.dim);
     let shape = tensor.shape();

@@ -1,15 +1,18 @@
 //! What a mask lets each token attend to, found by executing it.
 //!
-//! Exporters build masks from ranges, comparisons, gathers, padding and sentinels in many ways; all that counts is which
-//! slots of which rows end up masked. A mask is accepted if it is causal, perhaps with a sliding window, at every size
-//! tried, one of which is longer than any number in the mask's own arithmetic could be as a window.
+//! Exporters build masks from ranges, comparisons, gathers, padding, sentinels and tables in many ways; all that counts is
+//! which slots of which rows end up masked. A mask is accepted if it is causal, perhaps with a sliding window, at every size
+//! tried: below, at and beyond each length that its own arithmetic names ([`lengths`]), at the last position that a package
+//! can have, and over the whole of a table. What a mask is beyond the end of its tables nobody can say: they bound how far
+//! positions go.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 
 use super::find::{FoundAttention, MaskTerm};
 use crate::graph::ValueId;
 use crate::passes::dependence::Dependence;
+use crate::passes::lengths::{last_where, lengths, positions, reads_matrix};
 use crate::passes::partial_eval::{PartialEvaluator, Stuck, Trial};
 use crate::tensor::DType;
 
@@ -17,8 +20,11 @@ use crate::tensor::DType;
 /// -inf, the smallest f32 and f16 numbers, -1e9, -1e4.
 pub const MASKED: f64 = -9000.0;
 
-/// Windows longer than this are taken for none.
-const LONGEST_WINDOW: i64 = 1 << 20;
+/// Elements of the largest value that a proof may compute: a few hundred megabytes.
+const LARGEST: usize = 1 << 26;
+
+/// Rows of a table that are executed at once.
+const BLOCK: usize = 256;
 
 /// Which slots may be attended to: `[batch, tokens, slots]`.
 struct Allowed {
@@ -26,81 +32,197 @@ struct Allowed {
     bits: Vec<bool>,
 }
 
+/// What a mask was proven to be.
+#[derive(Clone, Debug)]
+pub struct ProvenMask {
+    /// How many positions a query attends to, itself included; `None` is plain causal.
+    pub window: Option<usize>,
+    /// Positions that its tables have rows for, where they have fewer than were tried.
+    pub limit: Option<usize>,
+    /// The lengths in its arithmetic.
+    pub lengths: BTreeMap<usize, String>,
+}
+
+/// A mask without meaning at some size.
+enum Fault {
+    /// It cannot be computed there, as beyond the end of a table.
+    Stuck(Stuck),
+    /// It is computed, and no mask.
+    NoMask(String),
+}
+
+impl From<Stuck> for Fault {
+    fn from(stuck: Stuck) -> Self {
+        Fault::Stuck(stuck)
+    }
+}
+
+impl From<Fault> for String {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Stuck(stuck) => stuck.to_string(),
+            Fault::NoMask(reason) => reason,
+        }
+    }
+}
+
 /// Recognises masks, each distinct one once.
 #[derive(Default)]
 pub struct Masks {
-    known: RefCell<HashMap<Vec<MaskTerm>, Found>>,
+    known: RefCell<HashMap<Vec<MaskTerm>, Result<ProvenMask, String>>>,
 }
 
-/// The window of a mask, or what is wrong with it.
-type Found = Result<Option<usize>, String>;
-
 impl Masks {
-    /// The window of a attention's mask: `None` is plain causal. An error says what is wrong with it.
-    pub fn window(
+    /// What the mask of an attention is, for a package of at most `last` positions. An error says what is wrong with it.
+    pub fn prove(
         &self,
         evaluator: &PartialEvaluator<'_>,
         attention: &FoundAttention,
-    ) -> Result<Option<usize>, String> {
+        last: usize,
+    ) -> Result<ProvenMask, String> {
         if let Some(known) = self.known.borrow().get(&attention.mask) {
             return known.clone();
         }
-        let found = window(evaluator, attention);
+        let mask = Mask { evaluator, attention };
+        let found = mask.prove(last);
         self.known.borrow_mut().insert(attention.mask.clone(), found.clone());
         found
     }
 }
 
-fn window(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention) -> Result<Option<usize>, String> {
-    let name = |id: ValueId| evaluator.graph.value(id).name.clone();
-    if let Some(term) = attention
-        .mask
-        .iter()
-        .find(|t| evaluator.dependence(t.value()) == Dependence::Data)
-    {
-        return Err(format!(
-            "the mask {} is not a function of positions",
-            name(term.value())
-        ));
+struct Mask<'a, 'g> {
+    evaluator: &'a PartialEvaluator<'g>,
+    attention: &'a FoundAttention,
+}
+
+/// How many new tokens a mask takes after a past one.
+const SEVERAL: usize = 3;
+
+impl Mask<'_, '_> {
+    fn terms(&self) -> impl Iterator<Item = ValueId> + use<'_> {
+        self.attention.mask.iter().map(|term| term.value())
     }
-    let tokens = evaluator.roles.tokens.unwrap_or(3);
-    let longest = longest_constant(evaluator, attention) as usize + 2;
-    let past = match evaluator.roles.capacity {
-        Some(capacity) => longest.min(capacity.saturating_sub(tokens)),
-        None => longest,
-    };
-    let mut far = evaluator.trial(1, past, tokens);
-    let mut seen = allowed(evaluator, attention, &far);
-    // Some exports can take a prompt or one token after it, but no second part of a prompt: their mask has no meaning
-    // for several tokens after a past, and nothing is lost by giving it the causal one.
-    let one_by_one = seen.is_err() && tokens > 1;
-    if one_by_one {
-        far = evaluator.trial(1, past, 1);
-        seen = allowed(evaluator, attention, &far);
+
+    fn prove(&self, last: usize) -> Result<ProvenMask, String> {
+        let evaluator = self.evaluator;
+        let name = |id: ValueId| evaluator.graph.value(id).name.clone();
+        if let Some(id) = self.terms().find(|id| evaluator.dependence(*id) == Dependence::Data) {
+            return Err(format!("the mask {} is not a function of positions", name(id)));
+        }
+        let lengths = lengths(evaluator.graph, self.terms(), |_| false);
+        let longest = lengths.keys().next_back().copied().unwrap_or(0).max(8);
+        let capacity = evaluator.roles.capacity.unwrap_or(usize::MAX);
+        let mut end = ((longest + 2).max(last) + SEVERAL).min(capacity).max(SEVERAL);
+
+        // Some exports can take a prompt or one token after it, but no second part of a prompt: their mask has no meaning
+        // for several tokens after a past, and nothing is lost by giving it the causal one.
+        let mut step = SEVERAL;
+        let past = 2.min(end - SEVERAL);
+        match self.at(1, past, SEVERAL) {
+            Ok(_) => {}
+            Err(Fault::Stuck(_)) => {
+                step = 1;
+                self.at(1, past, 1)?;
+            }
+            Err(fault) => return Err(fault.into()),
+        }
+        end = self.affordable(end, last, step)?;
+        // A static cache shows no window that is longer than it.
+        let mut limit = (longest > capacity).then_some(capacity);
+        if evaluator.roles.capacity.is_none()
+            && let Err(Fault::Stuck(_)) = self.at(1, end - step, step)
+        {
+            let computed = |total: usize| !matches!(self.at(1, total - step, step), Err(Fault::Stuck(_)));
+            end = last_where(past + step, end, computed);
+            limit = Some(end);
+        }
+        let far = self.at(1, end - step, step)?;
+        let row = &far.bits[(step - 1) * far.slots..step * far.slots];
+        let count = row.iter().filter(|a| **a).count();
+        let window = (count < end).then_some(count);
+        if window == Some(0) {
+            return Err("its mask hides every slot".into());
+        }
+        check(&far, &evaluator.trial(1, end - step, step), window)?;
+        for (batch, past, tokens) in self.sizes(&lengths, window, end, last, step) {
+            let seen = self.at(batch, past, tokens)?;
+            check(&seen, &evaluator.trial(batch, past, tokens), window)?;
+        }
+        Ok(ProvenMask { window, limit, lengths })
     }
-    let seen = seen.map_err(|stuck| stuck.to_string())?;
-    let last = far.sizes.past + far.sizes.tokens - 1;
-    let row = &seen.bits[(far.sizes.tokens - 1) * seen.slots..far.sizes.tokens * seen.slots];
-    let count = row.iter().filter(|a| **a).count();
-    let window = (count <= last).then_some(count);
-    if window == Some(0) {
-        return Err("its mask hides every slot".into());
-    }
-    check(&seen, &far, window)?;
-    evaluator.forget(&far);
-    let mut sizes = vec![(1, 0, 5), (2, 3, 1), (2, 2, 4), (1, 0, 1)];
-    if let Some(window) = window {
-        sizes.extend([(1, window - 1, 3), (1, 0, window.min(64) + 2)]);
-    }
-    let fits = |past: usize, tokens: usize| evaluator.roles.capacity.is_none_or(|c| past + tokens <= c);
-    for (batch, past, tokens) in sizes {
-        if fits(past, evaluator.roles.tokens.unwrap_or(tokens)) && (past == 0 || tokens == 1 || !one_by_one) {
-            let trial = evaluator.trial(batch, past, tokens);
-            let seen = allowed(evaluator, attention, &trial).map_err(|stuck| stuck.to_string())?;
-            check(&seen, &trial, window)?;
+
+    /// The total length up to `end` at which the mask can still be computed in memory. Some exporters compute it of all
+    /// positions by all positions.
+    fn affordable(&self, end: usize, last: usize, step: usize) -> Result<usize, String> {
+        let fits = |total: usize| {
+            let trial = self.evaluator.trial(1, total - step, step);
+            self.evaluator.largest(&trial, self.terms()) <= LARGEST
+        };
+        if fits(end) {
+            return Ok(end);
+        }
+        let most = last_where(SEVERAL, end, fits);
+        match most >= last {
+            true => Ok(most),
+            false => Err(format!(
+                "its mask is too large to be computed for {last} positions; up to {most} can be had (--capacity)"
+            )),
         }
     }
-    Ok(window)
+
+    /// `(batch, past, tokens)` to compare at, besides the end itself.
+    fn sizes(
+        &self,
+        lengths: &BTreeMap<usize, String>,
+        window: Option<usize>,
+        end: usize,
+        last: usize,
+        step: usize,
+    ) -> Vec<(usize, usize, usize)> {
+        let mut sizes = vec![(1, 0, 5), (2, 3, 1), (2, 2, 4), (1, 0, 1), (1, 0, end.min(80))];
+        if let Some(window) = window {
+            sizes.extend([
+                (1, window - 1, 3),
+                (1, window, 1),
+                (1, window + 1, 1),
+                (1, 0, window.min(64) + 2),
+            ]);
+        }
+        sizes.extend(positions(lengths, end).into_iter().map(|past| (1, past, 1)));
+        let rows = end.min(last.max(BLOCK));
+        let largest = |past: usize, tokens: usize| {
+            let trial = self.evaluator.trial(1, past, tokens);
+            self.evaluator.largest(&trial, self.terms())
+        };
+        if largest(rows - 1, 1) > 3 * largest(rows / 2, 1) {
+            // All rows are computed for each one: they are had at once for the price.
+            sizes.retain(|(_, past, tokens)| past + tokens <= 1024);
+            let affordable = |rows: usize| largest(0, rows) <= LARGEST;
+            let rows = if affordable(rows) {
+                rows
+            } else {
+                last_where(1, rows, affordable)
+            };
+            sizes.push((1, 0, rows));
+        } else if reads_matrix(self.evaluator.graph, self.terms()) {
+            match step {
+                1 => sizes.push((1, 0, rows)),
+                _ => sizes.extend((0..rows).step_by(BLOCK).map(|past| (1, past, BLOCK.min(rows - past)))),
+            }
+        }
+        sizes.retain(|(_, past, tokens)| past + tokens <= end && (*past == 0 || *tokens == 1 || step > 1));
+        sizes
+    }
+
+    fn at(&self, batch: usize, past: usize, tokens: usize) -> Result<Allowed, Fault> {
+        let trial = self.evaluator.trial(batch, past, tokens);
+        let seen = allowed(self.evaluator, self.attention, &trial);
+        // Masks of long sequences are large, and few sizes are asked for twice.
+        if past + tokens > 64 {
+            self.evaluator.forget(&trial);
+        }
+        seen
+    }
 }
 
 /// Compares with the definition: slot `s` is attended to from position `p` if `s <= p` and `s > p - window`.
@@ -125,7 +247,7 @@ fn check(seen: &Allowed, trial: &Trial, window: Option<usize>) -> Result<(), Str
     Ok(())
 }
 
-fn allowed(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention, trial: &Trial) -> Result<Allowed, Stuck> {
+fn allowed(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention, trial: &Trial) -> Result<Allowed, Fault> {
     let sizes = trial.sizes;
     let slots = match attention.scores {
         Some(scores) => evaluator.dims(trial, scores)?.last().copied().unwrap_or(0),
@@ -141,6 +263,7 @@ fn allowed(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention, trial: 
             at: evaluator.graph.value(term.value()).name.clone(),
             reason,
         };
+        let no_mask = |reason: String| Fault::NoMask(stuck(reason).to_string());
         let shape = tensor.shape();
         let rank = shape.len();
         let axis = |from_end: usize| if from_end <= rank { shape[rank - from_end] } else { 1 };
@@ -153,10 +276,10 @@ fn allowed(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention, trial: 
         let batches = if rank > 2 { shape[0] } else { 1 };
         let fits = |have: usize, want: usize| have == 1 || have == want;
         if !fits(columns, slots) || !fits(rows, sizes.tokens) || !(fits(batches, sizes.batch) || rank == 3) {
-            return Err(stuck(format!(
+            return Err(Fault::Stuck(stuck(format!(
                 "the mask has the shape {shape:?} where {} sequences, {} tokens and {slots} slots were expected",
                 sizes.batch, sizes.tokens
-            )));
+            ))));
         }
         let values = tensor.to_f64();
         let is_bool = tensor.dtype() == DType::Bool;
@@ -177,12 +300,12 @@ fn allowed(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention, trial: 
                     };
                     let first = open(cell(0));
                     if (1..heads).any(|h| open(cell(h)) != first) {
-                        return Err(stuck("the mask differs between heads".into()));
+                        return Err(no_mask("the mask differs between heads".into()));
                     }
                     match first {
                         Some(open) => bits[(b * sizes.tokens + t) * slots + s] &= open,
                         None => {
-                            return Err(stuck(format!(
+                            return Err(no_mask(format!(
                                 "adds {} to a score; only masks are understood, not biases such as ALiBi",
                                 cell(0)
                             )));
@@ -193,31 +316,4 @@ fn allowed(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention, trial: 
         }
     }
     Ok(Allowed { slots, bits })
-}
-
-/// The largest integer in the arithmetic of the masks: no window can be longer.
-fn longest_constant(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention) -> i64 {
-    let graph = evaluator.graph;
-    let mut stack: Vec<ValueId> = attention.mask.iter().map(|t| t.value()).collect();
-    let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
-    let mut longest = 8;
-    while let Some(id) = stack.pop() {
-        if let Some(constant) = graph.constant(id)
-            && constant.len() <= 16
-            && constant.dtype() != DType::Bool
-            && let Ok(tensor) = constant.materialize()
-        {
-            let windows = tensor.to_f64().into_iter().map(f64::abs);
-            let windows = windows.filter(|v| v.fract() == 0.0 && *v <= LONGEST_WINDOW as f64);
-            longest = windows.fold(longest, |longest, v| longest.max(v as i64));
-        }
-        if let Some((_, node)) = graph.def(id) {
-            // Lengths come from shapes: what the shapes are of has no part in the mask's arithmetic.
-            if matches!(node.op, crate::graph::Op::Shape { .. } | crate::graph::Op::Size) {
-                continue;
-            }
-            stack.extend(node.inputs.iter().flatten().filter(|v| seen.insert(**v)));
-        }
-    }
-    longest
 }

@@ -9,12 +9,14 @@
 //! | [`rope`] | rotary tables |
 //! | [`cache`] | which output is the update of which input, and that it appends rows |
 //! | [`mask`] | causal, with or without a sliding window |
+//! | [`beyond`] | the same at lengths that small trials do not reach |
 //! | [`fingerprint`] | equal computations, so that one layer is executed and the others compared with it |
 //!
 //! [`analyse`] puts them together into an [`Analysis`], which `emit` turns into canonical operators and `recognise`
 //! reports. Nothing is rewritten here. Everything that was not recognised becomes an [`Obstacle`], so that a user sees all
 //! of them at once.
 
+mod beyond;
 pub(super) mod cache;
 mod find;
 mod fingerprint;
@@ -24,16 +26,20 @@ pub(super) mod projection;
 mod rope;
 mod trace;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 
 use crate::graph::op::Op;
 use crate::graph::{AttentionScores, Graph, ValueId};
+use crate::passes::dependence::Dependence;
+use crate::passes::lengths::last_where;
 use crate::passes::partial_eval::PartialEvaluator;
-use crate::passes::roles::Roles;
+use crate::passes::roles::{InputRole, Roles};
+use crate::tensor::DType;
 use cache::{ExportCache, Operand};
 use find::FoundAttention;
-use mask::Masks;
+pub use mask::MASKED;
+use mask::{Masks, ProvenMask};
 use projection::{Projection, RowOrder, Rows, Tables};
 use trace::Trace;
 
@@ -76,8 +82,10 @@ pub struct Analysis {
     pub caches: HashMap<ValueId, ExportCache>,
     pub tables: Tables,
     pub obstacles: Vec<Obstacle>,
-    /// Rows of the shortest table that is indexed by positions.
+    /// Positions that the shortest table of the export has something for.
     pub position_limit: Option<usize>,
+    /// Lengths at which masks and tables of positions may change, each with the constant that names it.
+    pub lengths: BTreeMap<usize, String>,
 }
 
 /// Recognises every attention of a sorted, inferred graph. Rotary tables get `max_positions` rows, fewer where the
@@ -85,16 +93,11 @@ pub struct Analysis {
 pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
     let evaluator = PartialEvaluator::new(graph, roles);
     let trace = Trace::new(&evaluator);
-    let masks = Masks::default();
-    let position_limit = position_limit(&evaluator);
-    let mut analysis = Analysis {
-        position_limit,
-        ..Analysis::default()
-    };
-    analysis.tables.positions = position_limit
-        .map_or(max_positions, |limit| limit.min(max_positions))
-        .max(8);
+    let mut analysis = Analysis::default();
     let (found, unrecognised) = find::find(&evaluator);
+    let masks = prove_masks(&evaluator, &found, max_positions, &mut analysis);
+    let last = analysis.position_limit.unwrap_or(usize::MAX).min(max_positions);
+    analysis.tables.positions = last.max(8);
     for softmax in unrecognised {
         analysis.obstacles.push(Obstacle {
             layer: None,
@@ -102,37 +105,87 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
             reason: format!("this softmax is no attention that Lapidary knows: {}", softmax.reason),
         });
     }
-    for (index, attention) in found.into_iter().enumerate() {
+    for (index, (attention, mask)) in found.into_iter().zip(masks).enumerate() {
         let at = attention.name.clone();
         let obstacle = |reason: String| Obstacle {
             layer: Some(index),
             at: at.clone(),
             reason,
         };
-        let window = masks.window(&evaluator, &attention);
         let operands = operands(&trace, &evaluator, &attention, &mut analysis);
-        match (operands, window) {
-            (Ok((query, key_cache, value_cache, scale)), Ok(window)) => analysis.layers.push(AttentionLayer {
+        match (operands, mask) {
+            (Ok((query, key_cache, value_cache, scale)), Ok(mask)) => analysis.layers.push(AttentionLayer {
                 query,
                 key_cache,
                 value_cache,
                 scores: AttentionScores {
                     scale: snapped(scale * attention.scale as f32, &evaluator, &attention),
                     softcap: attention.softcap.map(|cap| cap as f32),
-                    window,
+                    window: mask.window,
                 },
                 found: attention,
             }),
-            (operands, window) => {
+            (operands, mask) => {
                 analysis.obstacles.extend(operands.err().map(&obstacle));
-                analysis.obstacles.extend(window.err().map(&obstacle));
+                analysis.obstacles.extend(mask.err().map(&obstacle));
             }
         }
     }
     if analysis.obstacles.is_empty() {
         unmatched(&evaluator, &mut analysis);
     }
+    let named = std::mem::take(&mut analysis.tables.lengths);
+    analysis.lengths.extend(named);
     analysis
+}
+
+/// The mask of each attention. Sets the position limit and notes lengths.
+fn prove_masks(
+    evaluator: &PartialEvaluator<'_>,
+    found: &[FoundAttention],
+    max_positions: usize,
+    analysis: &mut Analysis,
+) -> Vec<Result<ProvenMask, String>> {
+    let terms: HashSet<ValueId> = found.iter().flat_map(|a| &a.mask).map(|term| term.value()).collect();
+    analysis.position_limit = position_limit(evaluator, &terms, max_positions);
+    let last = analysis.position_limit.unwrap_or(usize::MAX).min(max_positions);
+    let masks = Masks::default();
+    let mut proven: Vec<_> = found.iter().map(|a| masks.prove(evaluator, a, last)).collect();
+    for mask in proven.iter().flatten() {
+        analysis.lengths.extend(mask.lengths.clone());
+        analysis.position_limit = analysis.position_limit.into_iter().chain(mask.limit).min();
+    }
+    // A mask that the caller makes is causal at best by custom. Where only some layers read it, the others have a mask that
+    // differs from it, so it is not clear which of them the custom is for.
+    let given = |a: &FoundAttention| given_mask(evaluator, a);
+    if found.iter().any(|a| given(a).is_some()) {
+        for (attention, mask) in found.iter().zip(&mut proven) {
+            if mask.is_ok() && given(attention).is_none() {
+                *mask = Err("it does not read the mask that is an input of the export and other layers read: what \
+                             the caller puts there cannot be known; export with an attention_mask of [batch, past + tokens]"
+                    .into());
+            }
+        }
+    }
+    proven
+}
+
+/// The mask of `[.., tokens, slots]` that the caller makes, if the attention reads one.
+fn given_mask(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention) -> Option<ValueId> {
+    let graph = evaluator.graph;
+    let mut stack: Vec<ValueId> = attention.mask.iter().map(|term| term.value()).collect();
+    let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
+    while let Some(id) = stack.pop() {
+        if evaluator.roles.of.get(&id) == Some(&InputRole::FullMask) {
+            return Some(id);
+        }
+        if let Some((_, node)) = graph.def(id)
+            && !matches!(node.op, Op::Shape { .. } | Op::Size)
+        {
+            stack.extend(node.inputs.iter().flatten().filter(|v| seen.insert(**v)));
+        }
+    }
+    None
 }
 
 type Operands = (Projection, ValueId, ValueId, f32);
@@ -259,26 +312,46 @@ fn unmatched(evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
     }
 }
 
-/// Tables in the export that are indexed by positions bound how far positions may go.
-fn position_limit(evaluator: &PartialEvaluator<'_>) -> Option<usize> {
-    use crate::passes::dependence::Dependence;
+/// Tables of positions bound how far positions may go: the largest total length, if it is less than `last`, at which
+/// every number that data reads from positions can be computed. `masks` have a limit of their own.
+fn position_limit(evaluator: &PartialEvaluator<'_>, masks: &HashSet<ValueId>, last: usize) -> Option<usize> {
     let graph = evaluator.graph;
-    let table = |id: Option<ValueId>| {
-        graph
-            .constant(id?)
-            .filter(|c| c.dtype().is_float())
-            .map(|c| c.shape().to_vec())
-    };
-    let positional = |id: Option<ValueId>| id.is_some_and(|v| evaluator.dependence(v) == Dependence::Positional);
-    let limit = |id| {
+    let is = |id: ValueId, dependence| evaluator.dependence(id) == dependence;
+    let mut numbers: Vec<ValueId> = Vec::new();
+    let mut limit: Option<usize> = None;
+    for id in graph.node_ids() {
         let node = graph.node(id);
-        let rows = match node.op {
-            Op::Gather { axis: 0 } if positional(node.input(1)) => table(node.input(0))?,
-            Op::RotaryEmbedding { .. } if positional(node.input(3)) => table(node.input(1))?,
-            Op::ContribRotaryEmbedding { .. } if positional(node.input(1)) => table(node.input(2))?,
-            _ => return None,
+        // The operator looks rows up itself.
+        let table = match node.op {
+            Op::RotaryEmbedding { .. } => node.input(1).zip(node.input(3)),
+            Op::ContribRotaryEmbedding { .. } => node.input(2).zip(node.input(1)),
+            _ => None,
         };
-        (rows.len() > 1).then(|| rows[0])
-    };
-    graph.node_ids().filter_map(limit).min()
+        if let Some((table, index)) = table
+            && is(index, Dependence::Positional)
+            && let Some(constant) = graph.constant(table)
+        {
+            limit = limit.into_iter().chain(constant.shape().first().copied()).min();
+        }
+        if node.outputs.iter().flatten().any(|v| is(*v, Dependence::Data)) {
+            let float = |v: ValueId| graph.value(v).dtype.is_some_and(DType::is_float);
+            let positional = |v: &ValueId| is(*v, Dependence::Positional) && float(*v) && !masks.contains(v);
+            numbers.extend(node.inputs.iter().flatten().filter(|v| positional(v)));
+        }
+    }
+    numbers.sort_unstable();
+    numbers.dedup();
+    for number in numbers {
+        let computed = |total: usize| {
+            let trial = evaluator.trial(1, total - 1, 1);
+            let value = evaluator.eval(&trial, number);
+            // A slice beyond the end of a table is computed, and too short.
+            value.is_ok_and(|value| evaluator.dims(&trial, number).is_ok_and(|dims| dims == value.shape()))
+        };
+        let end = limit.unwrap_or(usize::MAX).min(last);
+        if end > 1 && computed(1) && !computed(end) {
+            limit = Some(last_where(1, end, computed));
+        }
+    }
+    limit
 }

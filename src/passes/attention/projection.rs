@@ -5,7 +5,7 @@
 //! give the columns, unit rows give the rotary table. The result is then proven on random rows at other positions; what
 //! is not proven is an error that says so.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::fingerprint::{Fingerprint, fingerprint};
 use super::layout::{Pick, TokenLayout};
@@ -30,6 +30,8 @@ pub struct Projection {
 pub struct Tables {
     pub tables: Vec<Table>,
     pub positions: usize,
+    /// The lengths that the numbers read from positions name.
+    pub lengths: BTreeMap<usize, String>,
     /// What was found for computations, for those of later layers that are the same.
     pub proven: Proven,
 }
@@ -41,6 +43,8 @@ pub struct Proven {
     pub writes: HashSet<Fingerprint>,
     /// The factor of an operand.
     pub reads: HashMap<Fingerprint, f32>,
+    /// Positional numbers with one row for each position.
+    pub positional: HashSet<ValueId>,
 }
 
 /// A value made of rows: where its elements belong in `[batch, heads, tokens, head_dim]`.
@@ -183,6 +187,7 @@ impl Rows<'_, '_> {
         if self.heads == 0 || self.dim == 0 {
             return Err("it has no heads, or heads of no elements".into());
         }
+        self.prove_positional(tables)?;
         let columns = self.columns().map_err(text)?;
         let first = self.evaluator.trial(1, 0, 1);
         let tokens = first.sizes.tokens;
@@ -232,6 +237,7 @@ impl Rows<'_, '_> {
             let trial = self.evaluator.trial(batch, past, count);
             self.prove(&projection, tables, &trial, seed as u64 + 1)?;
         }
+        self.prove_beyond(&projection, tables)?;
         Ok(projection)
     }
 
@@ -394,7 +400,13 @@ impl Rows<'_, '_> {
         Ok(table)
     }
 
-    fn prove(&self, projection: &Projection, tables: &Tables, trial: &Trial, seed: u64) -> Result<(), String> {
+    pub(super) fn prove(
+        &self,
+        projection: &Projection,
+        tables: &Tables,
+        trial: &Trial,
+        seed: u64,
+    ) -> Result<(), String> {
         let text = |stuck: Stuck| stuck.to_string();
         let x = Noise::new(self, seed).map_err(text)?;
         let rows = self.run(trial, self.feed(trial, |b, t, c| x.at(b, t, c)).map_err(text)?);

@@ -1,0 +1,103 @@
+//! Whether an export can be converted, before anything is written: one answer for `convert` and `inspect`.
+//!
+//! An export can be converted if its operators are well formed, the passes make it canonical, and what comes out lowers to
+//! networks for one token and for several. The last is seldom in question, but sizes of the example that an exporter baked
+//! into a reshape show there and nowhere before.
+
+use std::path::Path;
+
+use super::{ConvertError, capacities, check, faults, trained_context};
+use crate::graph::{Graph, infer};
+use crate::help::Help;
+use crate::lower::{self, LowerOptions};
+use crate::network::{Profile, WeightMode};
+use crate::passes::{self, Canonical, CanonicalizeOptions, Recognition};
+use crate::spec::Conversion;
+use crate::target::Precision;
+
+/// What is known of an export, and what keeps it from being converted.
+pub struct Examination {
+    /// What the passes recognised, and what they did not.
+    pub recognition: Recognition,
+    /// Operators and operands that are wrong in themselves, whatever the model means.
+    pub faults: Vec<String>,
+    /// Every reason in words; none if the export can be converted.
+    pub reasons: Vec<String>,
+    /// What to do about them.
+    pub help: Option<String>,
+}
+
+/// Looks at an export as `convert` would with `conversion`, and goes on after the first obstacle. `graph` is sorted.
+pub fn examine(model: &Path, graph: &Graph, conversion: &Conversion) -> Examination {
+    let options = pass_options(model, conversion, false);
+    let mut typed = graph.clone();
+    let faults = match infer(&mut typed) {
+        Ok(_) => faults(&typed),
+        Err(_) => Vec::new(),
+    };
+    let (recognition, canonical) = passes::recognise(graph, &options);
+    let mut reasons = faults.clone();
+    reasons.extend(recognition.obstacles.iter().map(|o| o.to_string()));
+    let mut help = recognition.help.clone();
+    if reasons.is_empty()
+        && let Some(canonical) = canonical
+        && let Err(error) = runnable(model, &canonical)
+    {
+        help = error.help();
+        reasons.extend(match error {
+            ConvertError::Unrunnable { reason, .. } => Some(reason),
+            other => Some(other.to_string()),
+        });
+    }
+    Examination {
+        recognition,
+        faults,
+        reasons,
+        help,
+    }
+}
+
+/// The canonical graph of an export that can be converted.
+pub(super) fn canonical(
+    model: &Path,
+    graph: Graph,
+    conversion: &Conversion,
+    allow_overflow: bool,
+) -> Result<Canonical, ConvertError> {
+    check(model, &graph)?;
+    let options = pass_options(model, conversion, allow_overflow);
+    let canonical = passes::canonicalize(graph, &options).map_err(|source| ConvertError::Pass {
+        path: model.to_path_buf(),
+        source,
+    })?;
+    runnable(model, &canonical)?;
+    Ok(canonical)
+}
+
+fn pass_options(model: &Path, conversion: &Conversion, allow_overflow: bool) -> CanonicalizeOptions {
+    // Without tables nothing is too large.
+    let capacities = capacities(model, conversion, None, trained_context(model)).unwrap_or_default();
+    let last = capacities.last().copied();
+    CanonicalizeOptions {
+        dtype: conversion.dtype.map(Precision::dtype),
+        max_positions: last.unwrap_or_else(|| CanonicalizeOptions::default().max_positions),
+        allow_overflow,
+    }
+}
+
+/// Lowers for one token and for a few, as a session and the engines do.
+fn runnable(model: &Path, canonical: &Canonical) -> Result<(), ConvertError> {
+    let capacity = canonical.architecture.max_positions.map_or(64, |limit| limit.min(64));
+    let options = LowerOptions {
+        weight_mode: WeightMode::Bind,
+        ..LowerOptions::default()
+    };
+    for tokens in [1, 3.min(capacity)] {
+        let profile = Profile::prefill(tokens, capacity);
+        lower::lower(&canonical.graph, &profile, &options).map_err(|error| ConvertError::Unrunnable {
+            path: model.to_path_buf(),
+            reason: format!("what it is rewritten to cannot run for {tokens} new tokens: {error}"),
+        })?;
+    }
+    Ok(())
+}

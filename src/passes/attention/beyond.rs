@@ -1,0 +1,172 @@
+//! Proofs at lengths that small trials do not reach.
+//!
+//! `projection` and `cache` find out what rows are at a few small sizes. A scaling that begins at position 8192, a rotary
+//! table that is another one for long prompts, a cache that keeps its last 128 slots only: all of these look harmless there.
+//! Here the same is proven around each length that the computation names, and at the last position of a package; and what
+//! the rows read from positions is proven to be one row for each position, however many tokens come at once.
+
+use std::collections::{BTreeMap, HashSet};
+
+use super::projection::{Projection, Rows, Tables};
+use crate::dim::{Dim, Sym};
+use crate::graph::ValueId;
+use crate::passes::dependence::Dependence;
+use crate::passes::lengths::{last_where, lengths, positions};
+use crate::passes::partial_eval::{PartialEvaluator, Stuck};
+use crate::tensor::{DType, Tensor};
+
+/// Elements of the largest positional value that is compared as a whole.
+const LARGEST: usize = 1 << 26;
+
+impl Rows<'_, '_> {
+    /// Proves a projection, found at small sizes, at all others that its computation distinguishes.
+    pub(super) fn prove_beyond(&self, projection: &Projection, tables: &Tables) -> Result<(), String> {
+        let named = lengths(self.evaluator.graph, [self.value], |id| id == self.source);
+        // As far as the tables have rows.
+        for (seed, past) in positions(&named, tables.positions).into_iter().enumerate() {
+            let trial = self.evaluator.trial(1, past, 1);
+            self.prove(projection, tables, &trial, 101 + seed as u64)?;
+        }
+        Ok(())
+    }
+
+    /// Proves that the numbers which the rows read from positions are functions of the position alone. Proven once for
+    /// each; notes their lengths.
+    pub(super) fn prove_positional(&self, tables: &mut Tables) -> Result<(), String> {
+        for id in self.positional_numbers() {
+            if tables.proven.positional.contains(&id) {
+                continue;
+            }
+            let named = lengths(self.evaluator.graph, [id], |_| false);
+            one_row_a_position(self.evaluator, id, &named, tables.positions)?;
+            tables.lengths.extend(named);
+            tables.proven.positional.insert(id);
+        }
+        Ok(())
+    }
+
+    /// Positional numbers that meet the data on the way from the source, such as cosines.
+    fn positional_numbers(&self) -> Vec<ValueId> {
+        let evaluator = self.evaluator;
+        let graph = evaluator.graph;
+        let mut stack = vec![self.value];
+        let mut seen = HashSet::from([self.value, self.source]);
+        let mut found = Vec::new();
+        while let Some(id) = stack.pop() {
+            let inputs = graph
+                .def(id)
+                .into_iter()
+                .flat_map(|(_, node)| node.inputs.iter().flatten());
+            for input in inputs.filter(|v| seen.insert(**v)) {
+                match evaluator.dependence(*input) {
+                    Dependence::Data => stack.push(*input),
+                    Dependence::Positional if graph.value(*input).dtype.is_some_and(DType::is_float) => {
+                        found.push(*input);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        found
+    }
+}
+
+/// Compares a whole prompt with shorter ones and with single tokens. What has no axis of tokens has to be the same for all.
+fn one_row_a_position(
+    evaluator: &PartialEvaluator<'_>,
+    id: ValueId,
+    named: &BTreeMap<usize, String>,
+    end: usize,
+) -> Result<(), String> {
+    let value = evaluator.graph.value(id);
+    let Some(shape) = &value.shape else { return Ok(()) };
+    let axis = shape.iter().position(|dim| *dim == Dim::sym(Sym::tokens()));
+    let width = evaluator
+        .dims(&evaluator.trial(1, 0, 1), id)
+        .map_or(1, |dims| dims.iter().product());
+    let end = end
+        .min(evaluator.roles.capacity.unwrap_or(usize::MAX))
+        .min(LARGEST / usize::max(width, 1));
+    let rows = |past: usize, tokens: usize| -> Result<Tensor, Stuck> {
+        let trial = evaluator.trial(1, past, tokens);
+        let rows = evaluator.eval(&trial, id);
+        if tokens > 64 {
+            evaluator.forget(&trial);
+        }
+        rows
+    };
+    let text = |stuck: Stuck| format!("it reads {}, which could not be computed: {stuck}", value.name);
+    let whole = rows(0, end).map_err(text)?;
+    let slack = 2.0 * super::projection::tolerance(value.dtype.unwrap_or(DType::F32));
+    let same = |whole: &Tensor, past: usize, part: &Tensor| match axis {
+        Some(axis) => agrees(whole, part, axis, past, slack),
+        // Not comparable, and left to the proofs of rows.
+        None if whole.shape() != part.shape() => true,
+        None => near(&whole.to_f32(), &part.to_f32(), slack),
+    };
+    let singles = positions(named, end).into_iter().map(|past| (past, 1));
+    let prompts = named
+        .keys()
+        .flat_map(|n| [(0, *n), (0, n + 1)])
+        .filter(|(_, n)| *n < end);
+    for (past, tokens) in singles.chain(prompts) {
+        let part = rows(past, tokens).map_err(text)?;
+        if same(&whole, past, &part) {
+            continue;
+        }
+        let few = 8.min(end);
+        let start = rows(0, few).map_err(text)?;
+        let as_short = |n: usize| rows(0, n).is_ok_and(|long| same(&long, 0, &start));
+        let last = if as_short(end) {
+            end
+        } else {
+            last_where(few, end, as_short)
+        };
+        let switch = match (few + 1..end).contains(&last) {
+            true => format!("; up to {last} tokens it does not, see --capacity"),
+            false => String::new(),
+        };
+        return Err(format!(
+            "its rotary table depends on more than the position (dynamic or long-context scaling that switches with the \
+             length, in {}{switch}); export with a fixed scaling",
+            value.name
+        ));
+    }
+    Ok(())
+}
+
+/// Whether `part` is `whole` from row `start` of the axis on.
+fn agrees(whole: &Tensor, part: &Tensor, axis: usize, start: usize, slack: f32) -> bool {
+    let (all, few) = (whole.shape(), part.shape());
+    if all.len() != few.len() || all[..axis] != few[..axis] || all[axis + 1..] != few[axis + 1..] {
+        return false;
+    }
+    let inner: usize = all[axis + 1..].iter().product();
+    let (long, short) = (all[axis] * inner, few[axis] * inner);
+    if short == 0 || start + few[axis] > all[axis] {
+        return short == 0;
+    }
+    let (all, few) = (whole.to_f32(), part.to_f32());
+    let mut blocks = all.chunks(long).zip(few.chunks(short));
+    blocks.all(|(all, few)| near(&all[start * inner..start * inner + short], few, slack))
+}
+
+fn near(a: &[f32], b: &[f32], slack: f32) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() <= slack * a.abs().max(1.0))
+}
+
+/// A past beyond each length that the computation of `value` from `leaves` names, if it has to be tried: up to what a cache
+/// may hold.
+pub(super) fn far_past(
+    evaluator: &PartialEvaluator<'_>,
+    value: ValueId,
+    leaves: &[ValueId],
+    tables: &Tables,
+    tokens: usize,
+) -> Option<usize> {
+    let capacity = evaluator.roles.capacity.unwrap_or(usize::MAX);
+    let most = tables.positions.min(capacity).checked_sub(tokens)?;
+    let named = lengths(evaluator.graph, [value], |id| leaves.contains(&id));
+    let longest = named.keys().rev().find(|length| **length < most)?;
+    Some(longest + 1).filter(|past| *past > 2)
+}

@@ -1,0 +1,453 @@
+//! What shows only at lengths beyond a small trial: windows in tables, blocks and chunks, rotary tables and scales that
+//! switch, caches that forget. Recognised for what it is, or refused with a name; and dims that an export fixed.
+
+use lapidary::dim::Dim;
+use lapidary::graph::op::{Binary, Op, Unary};
+use lapidary::graph::{Graph, NodeId, ValueId};
+use lapidary::passes::{Architecture, CanonicalizeOptions, canonicalize};
+use lapidary::tensor::{DType, Tensor};
+
+use crate::canonical::{exports, for_each};
+use crate::refusals::{export, mask_additions, nodes, refusal_at, rewire, says};
+
+const POSITIONS: usize = 512;
+
+fn architecture(graph: Graph, max_positions: usize) -> Architecture {
+    let options = CanonicalizeOptions {
+        max_positions,
+        ..CanonicalizeOptions::default()
+    };
+    canonicalize(graph, &options)
+        .unwrap_or_else(|e| panic!("{e}"))
+        .architecture
+}
+
+/// Past length and total length as tensors of one number, of an export with a growing cache.
+struct Counts {
+    past: ValueId,
+    total: ValueId,
+}
+
+fn i64s(graph: &mut Graph, name: &str, values: &[i64]) -> ValueId {
+    graph.add_constant(name, Tensor::from_i64(vec![values.len()], values))
+}
+
+fn scalar(graph: &mut Graph, name: &str, value: i64) -> ValueId {
+    graph.add_constant(name, Tensor::from_i64(vec![], &[value]))
+}
+
+fn counts(graph: &mut Graph) -> Counts {
+    let (ids, cache) = (
+        graph.find("input_ids").unwrap(),
+        graph.find("past_key_values.0.key").unwrap(),
+    );
+    let past = graph.add_node("count.past", Op::Shape { start: 2, end: Some(3) }, &[cache]);
+    let tokens = graph.add_node("count.tokens", Op::Shape { start: 1, end: Some(2) }, &[ids]);
+    let total = graph.add_node("count.total", Op::Binary(Binary::Add), &[past, tokens]);
+    Counts { past, total }
+}
+
+/// `[tokens, 1]` positions of queries and `[total]` of keys.
+fn grid(graph: &mut Graph, counts: &Counts) -> (ValueId, ValueId) {
+    let axis = i64s(graph, "grid.axis", &[0]);
+    let one = i64s(graph, "grid.last", &[1]);
+    let (zero, step) = (scalar(graph, "grid.zero", 0), scalar(graph, "grid.step", 1));
+    let past = graph.add_node("grid.past", Op::Squeeze, &[counts.past, axis]);
+    let total = graph.add_node("grid.total", Op::Squeeze, &[counts.total, axis]);
+    let query = graph.add_node("grid.query", Op::Range, &[past, total, step]);
+    let query = graph.add_node("grid.rows", Op::Unsqueeze, &[query, one]);
+    let key = graph.add_node("grid.key", Op::Range, &[zero, total, step]);
+    (query, key)
+}
+
+/// Hides, in these layers, what `condition` says is not to be kept.
+fn hide(graph: &mut Graph, layers: &[usize], condition: ValueId) {
+    let zero = graph.add_constant("hide.zero", Tensor::from_f32(vec![], &[0.0]));
+    let fill = graph.add_constant("hide.fill", Tensor::from_f32(vec![], &[f32::MIN]));
+    let extra = graph.add_node("hide.extra", Op::Where, &[condition, zero, fill]);
+    let additions = mask_additions(graph);
+    for layer in layers {
+        rewire(graph, additions[*layer], 1, |graph, mask| {
+            graph.add_node(&format!("hide.{layer}"), Op::Binary(Binary::Add), &[mask, extra])
+        });
+    }
+}
+
+/// Rows `past..total` and columns `0..total` of a table of booleans, as GPT-Neo reads its masks.
+fn sliced_table(graph: &mut Graph, rows: usize, keep: impl Fn(usize, usize) -> bool) -> ValueId {
+    let bits: Vec<bool> = (0..rows * rows).map(|i| keep(i / rows, i % rows)).collect();
+    let table = graph.add_constant("table", Tensor::from_bool(vec![1, 1, rows, rows], &bits));
+    let counts = counts(graph);
+    let zero = i64s(graph, "table.zero", &[0]);
+    let (two, three) = (i64s(graph, "table.two", &[2]), i64s(graph, "table.three", &[3]));
+    let part = graph.add_node("table.rows", Op::Slice, &[table, counts.past, counts.total, two]);
+    graph.add_node("table.part", Op::Slice, &[part, zero, counts.total, three])
+}
+
+#[test]
+fn a_window_in_a_table_is_recognised_and_the_table_bounds_positions() {
+    for (window, max_positions) in [
+        (20, POSITIONS),
+        (20, 64),
+        (99, POSITIONS),
+        (119, POSITIONS),
+        (2, POSITIONS),
+    ] {
+        let mut graph = export("llama-dynamo-opset18");
+        let table = sliced_table(&mut graph, 120, |p, s| s <= p && s + window > p);
+        hide(&mut graph, &[1], table);
+        let found = architecture(graph, max_positions);
+        assert_eq!(found.windows, [None, Some(window)], "{max_positions}");
+        assert_eq!(found.max_positions, Some(max_positions.min(120)));
+    }
+}
+
+#[test]
+fn a_table_that_is_no_window_is_refused_wherever_it_is_not() {
+    // One slot of one late row, a row that sees nothing of the past, blocks with a stripe.
+    let kinds: [&dyn Fn(usize, usize) -> bool; 3] = [
+        &|p, s| s <= p && !(p == 97 && s == 3),
+        &|p, s| s <= p && (p < 110 || s == p),
+        &|p, s| s <= p && (p / 8 - s / 8 < 4 || (s / 8) % 4 == 3),
+    ];
+    for keep in kinds {
+        let mut graph = export("llama-dynamo-opset18");
+        let table = sliced_table(&mut graph, 120, keep);
+        hide(&mut graph, &[0], table);
+        says(
+            &refusal_at(graph, POSITIONS),
+            &["layer 0", "its mask is not", "attend to slot"],
+        );
+    }
+}
+
+#[test]
+fn a_table_of_each_head_is_refused() {
+    let mut graph = export("llama-dynamo-opset18");
+    let rows = 120;
+    let keep = |h: usize, p: usize, s: usize| s <= p && (p < 100 || s % 4 != h);
+    let bits: Vec<bool> = (0..4 * rows * rows)
+        .map(|i| keep(i / (rows * rows), i / rows % rows, i % rows))
+        .collect();
+    let table = graph.add_constant("table", Tensor::from_bool(vec![1, 4, rows, rows], &bits));
+    let counts = counts(&mut graph);
+    let zero = i64s(&mut graph, "zero", &[0]);
+    let (two, three) = (i64s(&mut graph, "two", &[2]), i64s(&mut graph, "three", &[3]));
+    let part = graph.add_node("rows", Op::Slice, &[table, counts.past, counts.total, two]);
+    let part = graph.add_node("part", Op::Slice, &[part, zero, counts.total, three]);
+    hide(&mut graph, &[1], part);
+    says(
+        &refusal_at(graph, POSITIONS),
+        &["layer 1", "the mask differs between heads"],
+    );
+}
+
+/// Chunks and windows of blocks are made of two numbers, neither of which is the length at which they begin to matter.
+#[test]
+fn chunks_and_blocks_are_refused() {
+    for (block, blocks) in [(100, 1), (16, 8)] {
+        let mut graph = export("llama-dynamo-opset18");
+        let counts = counts(&mut graph);
+        let (query, key) = grid(&mut graph, &counts);
+        let size = scalar(&mut graph, "block", block);
+        let query = graph.add_node("block.query", Op::Binary(Binary::Div), &[query, size]);
+        let key = graph.add_node("block.key", Op::Binary(Binary::Div), &[key, size]);
+        let count = scalar(&mut graph, "blocks", blocks);
+        let before = graph.add_node("block.before", Op::Binary(Binary::Sub), &[query, count]);
+        let keep = graph.add_node("block.keep", Op::Binary(Binary::Greater), &[key, before]);
+        hide(&mut graph, &[0, 1], keep);
+        says(&refusal_at(graph, POSITIONS), &["layer 0", "its mask is not", "window"]);
+    }
+}
+
+#[test]
+fn a_window_of_arithmetic_is_found_whatever_it_is_made_of() {
+    let mut graph = export("llama-dynamo-opset18");
+    let counts = counts(&mut graph);
+    let (query, key) = grid(&mut graph, &counts);
+    // 3 * position - 3 * slot < 3 * 16 * 8, of which only the factors are in the graph.
+    let three = scalar(&mut graph, "three", 3);
+    let sixteen = scalar(&mut graph, "sixteen", 16);
+    let limit = scalar(&mut graph, "limit", 8);
+    let gap = graph.add_node("gap", Op::Binary(Binary::Sub), &[query, key]);
+    let gap = graph.add_node("gap.3", Op::Binary(Binary::Mul), &[gap, three]);
+    let gap = graph.add_node("gap.48", Op::Binary(Binary::Div), &[gap, three]);
+    let gap = graph.add_node("gap.16", Op::Binary(Binary::Div), &[gap, sixteen]);
+    let keep = graph.add_node("keep", Op::Binary(Binary::Less), &[gap, limit]);
+    hide(&mut graph, &[1], keep);
+    assert_eq!(architecture(graph, POSITIONS).windows, [None, Some(128)]);
+}
+
+/// Puts `angle * factor` in the place of the angles, where `factor` is one number that the total length decides.
+fn switch_rotation(graph: &mut Graph, above: i64) {
+    let counts = counts(graph);
+    let limit = i64s(graph, "limit", &[above]);
+    let long = graph.add_node("long", Op::Binary(Binary::Greater), &[counts.total, limit]);
+    let one = graph.add_constant("factor.short", Tensor::from_f32(vec![], &[1.0]));
+    let half = graph.add_constant("factor.long", Tensor::from_f32(vec![], &[0.5]));
+    let factor = graph.add_node("factor", Op::Where, &[long, half, one]);
+    for id in nodes(graph, |op| matches!(op, Op::Unary(Unary::Cos | Unary::Sin))) {
+        rewire(graph, id, 0, |graph, angle| {
+            graph.add_node("angle", Op::Binary(Binary::Mul), &[angle, factor])
+        });
+    }
+}
+
+#[test]
+fn a_rotation_that_switches_with_the_length_is_refused_where_a_package_reaches_it() {
+    let switched = |above: i64| {
+        let mut graph = export("llama-dynamo-opset18");
+        switch_rotation(&mut graph, above);
+        graph
+    };
+    for above in [60, 128, 500] {
+        says(
+            &refusal_at(switched(above), POSITIONS),
+            &[
+                "its rotary table depends on more than the position",
+                &format!("up to {above} tokens it does not, see --capacity"),
+            ],
+        );
+    }
+    // Within the capacity that was asked for, the export is what it seems.
+    assert_eq!(architecture(switched(128), 128).max_positions, Some(128));
+}
+
+#[test]
+fn a_scale_of_late_positions_is_not_lost() {
+    let mut graph = export("llama-dynamo-opset18");
+    let counts = counts(&mut graph);
+    let (query, _) = grid(&mut graph, &counts);
+    let limit = scalar(&mut graph, "limit", 300);
+    let late = graph.add_node("late", Op::Binary(Binary::Greater), &[query, limit]);
+    let one = graph.add_constant("scale.early", Tensor::from_f32(vec![], &[1.0]));
+    let more = graph.add_constant("scale.late", Tensor::from_f32(vec![], &[1.25]));
+    let scale = graph.add_node("scale", Op::Where, &[late, more, one]);
+    for addition in mask_additions(&graph) {
+        let scores = graph.node(addition).input(0).unwrap();
+        let product = graph.producer_of(scores).unwrap().0;
+        rewire(&mut graph, product, 0, |graph, query| {
+            graph.add_node("query.scaled", Op::Binary(Binary::Mul), &[query, scale])
+        });
+    }
+    // Queries with a table of their own are a table like any other: the scale is in it, and nothing is lost.
+    let options = CanonicalizeOptions {
+        max_positions: POSITIONS,
+        ..CanonicalizeOptions::default()
+    };
+    match canonicalize(graph, &options) {
+        Ok(canonical) => assert_eq!(canonical.architecture.rotary.unwrap().tables, 2),
+        Err(error) => says(&error.to_string(), &["layer 0", "its queries"]),
+    }
+}
+
+/// Learned positions have no rotation that could hold a scale.
+#[test]
+fn a_scale_of_late_positions_is_refused_without_a_rotation() {
+    let mut graph = export("gpt2-dynamo-opset18");
+    let counts = counts(&mut graph);
+    let (query, _) = grid(&mut graph, &counts);
+    let limit = scalar(&mut graph, "limit", 40);
+    let late = graph.add_node("late", Op::Binary(Binary::Greater), &[query, limit]);
+    let one = graph.add_constant("scale.early", Tensor::from_f32(vec![], &[1.0]));
+    let more = graph.add_constant("scale.late", Tensor::from_f32(vec![], &[1.25]));
+    let scale = graph.add_node("scale", Op::Where, &[late, more, one]);
+    for addition in mask_additions(&graph) {
+        let scores = graph.node(addition).input(0).unwrap();
+        let product = graph.producer_of(scores).unwrap().0;
+        rewire(&mut graph, product, 0, |graph, query| {
+            graph.add_node("query.scaled", Op::Binary(Binary::Mul), &[query, scale])
+        });
+    }
+    says(
+        &refusal_at(graph, 64),
+        &["layer 0", "its queries", "was not understood"],
+    );
+}
+
+#[test]
+fn a_cache_that_keeps_its_last_slots_is_refused() {
+    let mut graph = export("llama-dynamo-opset18");
+    let concats: Vec<NodeId> = graph
+        .outputs
+        .iter()
+        .filter_map(|output| Some(graph.producer_of(*output)?.0))
+        .filter(|id| matches!(graph.node(*id).op, Op::Concat { .. }))
+        .collect();
+    assert!(concats.len() >= 4, "{concats:?}");
+    let (start, end, axis) = (
+        i64s(&mut graph, "last.start", &[-96]),
+        i64s(&mut graph, "last.end", &[i64::MAX]),
+        i64s(&mut graph, "last.axis", &[2]),
+    );
+    for id in concats {
+        let whole = graph.node(id).output(0).unwrap();
+        let last = graph.add_node("last", Op::Slice, &[whole, start, end, axis]);
+        for output in &mut graph.outputs {
+            if *output == whole {
+                *output = last;
+            }
+        }
+    }
+    says(&refusal_at(graph, POSITIONS), &["layer 0", "past_key_values.0.key"]);
+}
+
+#[test]
+fn masks_that_the_caller_fills_are_taken_for_causal_only_if_there_is_one() {
+    // As `transformers` exports Gemma 3 with a mask for each kind of layer.
+    let with_masks = |names: [&str; 2]| {
+        let mut graph = export("llama-dynamo-opset18");
+        let batch = graph.shape(graph.find("input_ids").unwrap()).unwrap()[0].clone();
+        let shape = vec![batch, Dim::from(1usize), Dim::named("s"), Dim::named("total")];
+        let masks: Vec<ValueId> = names
+            .iter()
+            .map(|name| match graph.find(name) {
+                Some(known) => known,
+                None => graph.add_input(name, DType::F32, shape.clone()),
+            })
+            .collect();
+        for (addition, mask) in mask_additions(&graph).into_iter().zip(masks) {
+            rewire(&mut graph, addition, 1, |_, _| mask);
+        }
+        let uses = graph.uses();
+        let unused = graph.find("attention_mask").filter(|id| !uses.contains_key(id));
+        graph.inputs.retain(|id| Some(*id) != unused);
+        graph
+    };
+    says(
+        &refusal_at(with_masks(["full_attention_mask", "sliding_attention_mask"]), 64),
+        &[
+            "the caller fills the masks full_attention_mask",
+            " and sliding_attention_mask",
+            "one attention_mask of",
+        ],
+    );
+    says(
+        &refusal_at(with_masks(["sliding_attention_mask", "sliding_attention_mask"]), 64),
+        &["the caller fills the masks sliding_attention_mask"],
+    );
+    assert_eq!(
+        architecture(with_masks(["given_mask", "given_mask"]), 64).windows,
+        [None, None]
+    );
+    // One layer reads it, the other has the mask of the graph.
+    let mut mixed = export("llama-dynamo-opset18");
+    let batch = mixed.shape(mixed.find("input_ids").unwrap()).unwrap()[0].clone();
+    let shape = vec![batch, Dim::from(1usize), Dim::named("s"), Dim::named("total")];
+    let mask = mixed.add_input("given_mask", DType::F32, shape);
+    let addition = mask_additions(&mixed)[0];
+    rewire(&mut mixed, addition, 1, |_, _| mask);
+    says(
+        &refusal_at(mixed, 64),
+        &["layer 1", "does not read the mask that is an input"],
+    );
+}
+
+/// Gives every input dim of this name a number.
+fn fix(graph: &mut Graph, name: &str, number: usize) -> usize {
+    let mut count = 0;
+    for id in graph.inputs.clone().into_iter().chain(graph.outputs.clone()) {
+        let Some(mut shape) = graph.shape(id).cloned() else {
+            continue;
+        };
+        for dim in &mut shape {
+            if dim.to_string() == name {
+                *dim = Dim::from(number);
+                count += 1;
+            }
+        }
+        graph.value_mut(id).shape = Some(shape);
+    }
+    count
+}
+
+#[test]
+fn dims_that_the_export_fixes_are_refused_with_what_they_count() {
+    for (dim, number, expected) in [
+        ("batch_size", 2, "input_ids [2, sequence_length]: batch is 2 (axis 0)"),
+        ("sequence_length", 1, "the number of new tokens is 1 (axis 1)"),
+        ("sequence_length", 7, "the number of new tokens is 7 (axis 1)"),
+        ("past_sequence_length", 5, "past_key_values.0.key"),
+        (
+            "past_sequence_length + sequence_length",
+            9,
+            "attention_mask [batch_size, 9]: the length of past and new tokens is 9",
+        ),
+    ] {
+        let mut graph = export("llama-optimum");
+        assert!(fix(&mut graph, dim, number) > 0, "{dim}");
+        says(&refusal_at(graph, 64), &[expected]);
+    }
+    let mut graph = export("llama-optimum");
+    fix(&mut graph, "batch_size", 2);
+    fix(&mut graph, "sequence_length", 7);
+    says(
+        &refusal_at(graph, 64),
+        &[
+            "batch is 2",
+            "new tokens is 7",
+            "as of 3 other caches",
+            "export with dynamic axes",
+        ],
+    );
+    // Anything may follow from a batch of 1, wherever it is said.
+    for only in ["", "past_key_values.0.key"] {
+        let mut graph = export("llama-optimum");
+        for id in graph.inputs.clone() {
+            if graph.value(id).name.contains(only) {
+                let mut shape = graph.shape(id).cloned().unwrap();
+                shape[0] = Dim::from(1usize);
+                graph.value_mut(id).shape = Some(shape);
+            }
+        }
+        assert_eq!(architecture(graph, 64).batch, Some(1), "{only:?}");
+    }
+}
+
+/// Tables that exporters read by other operators than Gather bound positions as well.
+#[test]
+fn a_table_behind_any_operator_bounds_positions() {
+    for elements in [true, false] {
+        let mut graph = export("llama-dynamo-opset18");
+        let counts = counts(&mut graph);
+        let (query, _) = grid(&mut graph, &counts);
+        // A factor of 1 for each of 200 positions, multiplied into the cosines.
+        let width = i64s(&mut graph, "ones.width", &[1]);
+        let factor = match elements {
+            true => {
+                let table = graph.add_constant("ones", Tensor::from_f32(vec![200, 1], &[1.0; 200]));
+                graph.add_node("ones.rows", Op::GatherElements { axis: 0 }, &[table, query])
+            }
+            false => {
+                let table = graph.add_constant("ones", Tensor::from_f32(vec![200], &[1.0; 200]));
+                let rows = graph.add_node("ones.rows", Op::GatherNd { batch_dims: 0 }, &[table, query]);
+                graph.add_node("ones.column", Op::Unsqueeze, &[rows, width])
+            }
+        };
+        for id in nodes(&graph, |op| matches!(op, Op::Unary(Unary::Cos | Unary::Sin))) {
+            rewire(&mut graph, id, 0, |graph, angle| {
+                graph.add_node("angle", Op::Binary(Binary::Mul), &[angle, factor])
+            });
+        }
+        assert_eq!(architecture(graph, POSITIONS).max_positions, Some(200), "{elements}");
+    }
+}
+
+/// The longer proof changes nothing of what was right.
+#[test]
+fn every_fixture_is_proven_to_its_end() {
+    assert!(exports().len() > 40 || std::env::var_os("LAPIDARY_EXPORT").is_some());
+    for_each(|export| {
+        let options = CanonicalizeOptions {
+            max_positions: 300,
+            ..CanonicalizeOptions::default()
+        };
+        let found = canonicalize(export.read(), &options)
+            .map_err(|e| e.to_string())?
+            .architecture;
+        match found.windows.contains(&export.window()) {
+            true => Ok(()),
+            false => Err(format!("{:?}", found.windows)),
+        }
+    });
+}
