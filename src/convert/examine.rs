@@ -36,9 +36,12 @@ pub fn examine(model: &Path, graph: &Graph, conversion: &Conversion) -> Examinat
         Err(_) => Vec::new(),
     };
     let (recognition, canonical) = passes::recognise(graph, &options);
-    let mut reasons = faults.clone();
-    reasons.extend(recognition.obstacles.iter().map(|o| o.to_string()));
-    let mut help = recognition.help.clone();
+    // What is wrong in itself comes first: the passes stumble over it, too.
+    let mut reasons = match faults.is_empty() {
+        true => recognition.obstacles.iter().map(|o| o.to_string()).collect(),
+        false => faults.clone(),
+    };
+    let mut help = recognition.help.clone().filter(|_| faults.is_empty());
     if reasons.is_empty()
         && let Some(canonical) = canonical
         && let Err(error) = runnable(model, &canonical)

@@ -4,16 +4,17 @@ use std::path::Path;
 
 use lapidary::convert::{ConvertError, ConvertOptions, convert, examine};
 use lapidary::dim::Dim;
-use lapidary::graph::Graph;
 use lapidary::graph::op::{Binary, Op, Unary};
+use lapidary::graph::{Graph, infer};
 use lapidary::help::{Fault, Help};
 use lapidary::spec::{Conversion, Spec};
+use lapidary::tensor::DType;
 
 use crate::canonical::exports;
 use crate::refusals::{export, nodes};
 
 fn conversion() -> Conversion {
-    Spec::parse("capacity: [64]").unwrap().resolve().unwrap()
+    Spec::parse("capacity: [32]").unwrap().resolve().unwrap()
 }
 
 /// Converts the model at `path` into `folder`, and compares with what an inspection says. Gives whether it was refused.
@@ -131,7 +132,10 @@ fn on_edited_exports() {
             "softmax over queries",
             Box::new(each(|op| matches!(op, Op::Softmax { .. }), Op::Softmax { axis: -2 })),
         ),
-        ("no logits", Box::new(|graph| drop(graph.outputs.remove(0)))),
+        (
+            "no logits",
+            Box::new(|graph| graph.outputs = graph.outputs.split_off(1)),
+        ),
         ("no caches out", Box::new(|graph| graph.outputs.truncate(1))),
         ("logits twice", Box::new(|graph| graph.outputs.push(graph.outputs[0]))),
         (
@@ -146,10 +150,9 @@ fn on_edited_exports() {
             "fixed sizes in a reshape",
             Box::new(|graph| {
                 let logits = graph.outputs[0];
-                let (ids, name) = (graph.find("input_ids").unwrap(), graph.value(logits).name.clone());
+                let name = graph.value(logits).name.clone();
                 graph.rename(logits, "logits.flat");
                 let target = graph.add_i64("baked", &[1, 7, 97]);
-                let _ = ids;
                 graph.outputs[0] = graph.add_node("reshaped", Op::Reshape { allowzero: false }, &[logits, target]);
                 let shaped = graph.outputs[0];
                 graph.rename(shaped, &name);
@@ -162,6 +165,13 @@ fn on_edited_exports() {
         for (i, (name, edit)) in edits.iter().enumerate() {
             let mut graph = export(base);
             edit(&mut graph);
+            // A file says what its outputs are.
+            let _ = infer(&mut graph);
+            for id in graph.outputs.clone() {
+                let value = graph.value_mut(id);
+                value.dtype = value.dtype.or(Some(DType::F32));
+                value.shape.get_or_insert_with(|| vec![Dim::named("any"); 3]);
+            }
             let path = folder.path().join(format!("{base}-{i}.onnx"));
             lapidary::onnx::write_with_data(&graph, &path).unwrap_or_else(|e| panic!("{name}: {e}"));
             results.push((format!("{base}, {name}"), compare(&path, folder.path())));
@@ -189,7 +199,7 @@ fn on_damaged_exports() {
             state ^= state << 17;
             (state >> 33) as usize
         };
-        for case in 0..60 {
+        for case in 0..30 {
             let mut bytes = original.clone();
             for _ in 0..1 + random() % 3 {
                 let at = random() % bytes.len();
@@ -202,5 +212,5 @@ fn on_damaged_exports() {
         }
     }
     let refused = check_all(results);
-    assert!(refused > 10, "{refused}");
+    assert!(refused > 5, "{refused}");
 }
