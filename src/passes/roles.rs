@@ -193,6 +193,7 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
             _ => {}
         }
     }
+    rename_shared_dims(graph, &bindings);
     bind_input_dims(graph, &bindings)?;
     Ok(Roles {
         input_ids,
@@ -203,6 +204,24 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
         caches,
         of,
     })
+}
+
+/// Exporters may call all dims by one name. A name that stands for different lengths says nothing, and goes.
+fn rename_shared_dims(graph: &mut Graph, bindings: &[(ValueId, usize, Dim)]) {
+    let symbol = |graph: &Graph, id: ValueId, axis: usize| graph.shape(id)?.get(axis)?.as_sym().cloned();
+    let mut meanings: HashMap<Sym, Vec<&Dim>> = HashMap::new();
+    for (id, axis, to) in bindings {
+        let known = symbol(graph, *id, *axis).map(|name| meanings.entry(name).or_default());
+        if let Some(known) = known.filter(|known| !known.contains(&to)) {
+            known.push(to);
+        }
+    }
+    for (number, (id, axis, _)) in bindings.iter().enumerate() {
+        let shared = symbol(graph, *id, *axis).filter(|name| meanings[name].len() > 1);
+        if let (Some(name), Some(shape)) = (shared, &mut graph.value_mut(*id).shape) {
+            shape[*axis] = Dim::named(format!("{name}.{number}"));
+        }
+    }
 }
 
 /// An input whose fixed dims are 0 where something must be, or larger than memory: shapes come from untrusted files.

@@ -224,6 +224,11 @@ fn scene(
         .layout
         .split(&dims, Some(cache.heads), Some(cache.dim))
         .ok_or("the shape of the cache changed")?;
+    if before < past || (evaluator.roles.growing && before > past) {
+        return Err(format!(
+            "the cache has {before} slots where {past} were expected: is its length free?"
+        ));
+    }
     let held = noise(batch * heads * before * dim, 11);
     let mut stored = vec![0.0; held.len()];
     for (i, place) in cache.layout.places(batch, heads, before, dim).into_iter().enumerate() {
