@@ -62,12 +62,9 @@ pub fn dtype(dtype: DType) -> &'static str {
 /// The fingerprint, or where some weight has no name in a checkpoint a hash that only packages share, marked as such.
 fn weights_hash(package: &Package) -> Result<String, PackageError> {
     let manifest = &package.manifest;
-    let unnamed = |w: &WeightEntry| w.shape.len() == 2 && w.dtype.is_float() && w.modules.is_none();
-    if !manifest.weights.tensors.iter().any(unnamed) {
-        match fingerprint(&package.architecture()?) {
-            Ok(hash) => return Ok(hash),
-            Err(FingerprintError::Names(_) | FingerprintError::Tensor { .. }) => {}
-        }
+    match fingerprint(&package.model_weights()?, manifest.norms) {
+        Ok(hash) => return Ok(hash),
+        Err(FingerprintError::Names(_) | FingerprintError::Tensor { .. }) => {}
     }
     Ok(format!("package:{}", manifest.weights.set_hash))
 }

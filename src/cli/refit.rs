@@ -9,7 +9,7 @@ use super::{Failure, bytes, print, print_json, words};
 use crate::convert::{EngineOptions, engines};
 use crate::lower;
 use crate::network::WeightMode;
-use crate::package::{self, MANIFEST, Manifest, Package, PlanCache};
+use crate::package::{self, MANIFEST, Package, PlanCache};
 use crate::spec::{Conversion, Tuned};
 use crate::weights::lora::Adapter;
 use crate::weights::source::WeightSource;
@@ -60,7 +60,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     };
     let progress = Progress::new();
     progress.step("reading");
-    let source = open(&args.from, manifest)?;
+    let source = open(&args.from, &package)?;
     let adapter = args.lora.as_deref().map(Adapter::open).transpose()?;
     let name = args
         .lora
@@ -125,15 +125,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
     ))
 }
 
-/// Opens what weights come from. A folder with a manifest is a package.
-pub fn open(path: &Path, manifest: &Manifest) -> Result<WeightSource, Failure> {
+/// Opens what weights come from, for a package. A folder with a manifest is a package.
+pub fn open(path: &Path, target: &Package) -> Result<WeightSource, Failure> {
     if path.join(MANIFEST).is_file() {
         let package = Package::open(path)?;
         package.check_present()?;
-        return Ok(WeightSource::canonical(path, &package.architecture()?));
+        return Ok(WeightSource::package(path, package.model_weights()?));
     }
-    // Tables of positions are cut to what the package was converted for.
-    let positions = manifest.architecture.max_positions;
-    let positions = positions.or(manifest.capacities.last().copied()).unwrap_or(1);
-    Ok(WeightSource::open(path, positions)?)
+    Ok(WeightSource::open(path, &target.source_context())?)
 }

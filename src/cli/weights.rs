@@ -8,8 +8,7 @@ use super::table::Table;
 use super::{Failure, bytes, print, print_json, refit};
 use crate::package::manifest::{Manifest, WeightEntry};
 use crate::package::{self, Package, RefitError};
-use crate::weights::checkpoint::CONVENTIONS;
-use crate::weights::export;
+use crate::weights::export::{Format, export};
 use crate::weights::lora::Adapter;
 use crate::weights::matching::matched;
 use crate::weights::recipe::Recipe;
@@ -141,17 +140,13 @@ fn document(weight: &WeightEntry, manifest: &Manifest) -> serde_json::Value {
 
 /// Exit status 0: they fit; the text says whether they are the same.
 fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
-    let source = refit::open(from, &package.manifest)?;
+    let source = refit::open(from, package)?;
     let adapter = args.lora.as_deref().map(Adapter::open).transpose()?;
     package::check_config(package, &source)?;
     let weights = &package.manifest.weights;
-    let found = matched(
-        &package::required_weights(weights),
-        &source,
-        adapter.as_ref(),
-        args.ignore_extra,
-    )
-    .map_err(RefitError::Mismatch)?;
+    let found = matched(&package.required()?, &source, adapter.as_ref(), args.ignore_extra)
+        .map_err(RefitError::Mismatch)?
+        .weights;
     let different = package::differing_weights(weights, &found)?;
     if args.json {
         let from: Vec<_> = weights
@@ -184,14 +179,14 @@ fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
 }
 
 fn write_checkpoint(args: &Args, package: &Package, folder: &Path) -> Result<(), Failure> {
-    let [llama, gpt2, tensorrt_llm] = CONVENTIONS;
-    let convention = match args.format.as_str() {
-        "tensorrt-llm" => tensorrt_llm,
-        "gpt2" => gpt2,
-        _ => llama,
+    let format = match args.format.as_str() {
+        "tensorrt-llm" => Format::TensorRtLlm,
+        "gpt2" => Format::Gpt2,
+        _ => Format::HuggingFace,
     };
     package.check_present()?;
-    let graph = package.architecture()?;
-    let written = export::export(&graph, &package.manifest.architecture, convention, folder)?;
+    let (weights, graph) = (package.model_weights()?, package.architecture()?);
+    let manifest = &package.manifest;
+    let written = export(&weights, &graph, &manifest.architecture, manifest.norms, format, folder)?;
     print(&format!("wrote {} tensors to {}\n", written, folder.display()))
 }

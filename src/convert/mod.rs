@@ -28,6 +28,7 @@ use crate::spec::Conversion;
 use crate::text::{self, Tokenizer};
 use crate::weights::WriteError;
 use crate::weights::checks::Allowed;
+use crate::weights::norm_parameter;
 
 /// Hears what a conversion does. Every method has a default that ignores it; `()` hears nothing.
 pub trait Progress: Send + Sync {
@@ -172,6 +173,7 @@ pub fn convert(
         error => error.into(),
     })?;
     let vocabulary = canonical.architecture.vocabulary;
+    writer.norms(norm_parameter::of_config(model.parent().unwrap_or(Path::new("."))));
     // From here on the weights are those of the package, mapped; the export is not needed any more.
     drop(canonical);
     let warnings = match &mut tokenizer {

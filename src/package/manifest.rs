@@ -14,6 +14,7 @@ use crate::target::{Prefill, Refit, Target};
 use crate::tensor::DType;
 use crate::tensor::quantized::Granularity;
 use crate::tune::Tuning;
+use crate::weights::norm_parameter::NormParameter;
 use crate::weights::recipe::Recipe;
 use crate::weights::{StoredParts, StoredTensor, StoredWeight};
 
@@ -55,6 +56,9 @@ pub struct Manifest {
     pub weights: WeightFile,
     /// Tables that a pass computed, such as rotary angles. They belong to the architecture, and stay when weights go.
     pub constants: Option<WeightFile>,
+    /// What checkpoints of this model hold of norms, where a configuration or a refit said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub norms: Option<NormParameter>,
     /// Empty if the package only runs on the CPU.
     pub engines: Vec<EngineEntry>,
     /// What `convert --tune` measured to choose the engines' lowerings.

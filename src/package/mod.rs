@@ -31,7 +31,7 @@ pub use manifest::Manifest;
 pub(crate) use plans::PlanCache;
 #[cfg(feature = "cli")]
 pub(crate) use refit::transposed_note;
-pub use refit::{DifferingWeight, RefitError, RefitRequest, check_config, differing_weights, refit, required_weights};
+pub use refit::{DifferingWeight, RefitError, RefitRequest, check_config, differing_weights, refit};
 pub use staging::{check_target, remove_unfinished};
 pub use strip::strip;
 pub use write::{ManifestHeader, Writer};
@@ -39,6 +39,10 @@ pub use write::{ManifestHeader, Writer};
 use crate::graph::{Graph, infer};
 use crate::onnx;
 use crate::text::Tokenizer;
+use crate::weights::matching::{Required, RequiredWeight};
+use crate::weights::model::{ModelWeight, ModelWeights};
+use crate::weights::norm_parameter;
+use crate::weights::source::SourceContext;
 
 pub(crate) const MANIFEST: &str = "manifest.json";
 pub(crate) const GRAPH: &str = "graph.onnx";
@@ -208,6 +212,64 @@ impl Package {
                 path,
                 message: error.to_string(),
             }),
+        }
+    }
+
+    /// Every weight with what the manifest says of it. The bytes of a stripped package's are absent.
+    pub fn model_weights(&self) -> Result<ModelWeights, PackageError> {
+        let graph = self.architecture()?;
+        let m = &self.manifest;
+        let mut weights = Vec::with_capacity(m.weights.tensors.len());
+        for entry in &m.weights.tensors {
+            let constant = graph.find(&entry.name).and_then(|id| graph.constant(id));
+            let Some(constant) = constant else {
+                return Err(PackageError::Manifest {
+                    path: manifest_path(&self.folder),
+                    message: format!("it lists the weight {:?}, which {GRAPH} does not have", entry.name),
+                });
+            };
+            weights.push(ModelWeight {
+                name: entry.name.clone(),
+                constant: constant.clone(),
+                recipe: entry.recipe.clone(),
+                modules: entry.modules.clone(),
+                learned: entry.learned.clone(),
+            });
+        }
+        let (architecture, export) = (m.architecture_hash.clone(), m.source.blake3.clone());
+        Ok(ModelWeights::new(weights, &graph, architecture, export))
+    }
+
+    /// The weights that a refit must find, and what decides which tensors they are.
+    pub fn required(&self) -> Result<Required<'_>, PackageError> {
+        let m = &self.manifest;
+        let weights = m.weights.tensors.iter().map(|w| RequiredWeight {
+            name: &w.name,
+            dtype: w.dtype,
+            shape: &w.shape,
+            recipe: w.recipe.as_ref(),
+            modules: w.modules.as_ref(),
+            learned: w.learned.as_ref(),
+            blake3: &w.blake3,
+        });
+        Ok(Required {
+            weights: weights.collect(),
+            architecture_hash: &m.architecture_hash,
+            export_hash: &m.source.blake3,
+            scales_embeddings: norm_parameter::scales_embeddings(&self.architecture()?),
+            norms: m.norms,
+        })
+    }
+
+    /// How weights from elsewhere are read for this package.
+    pub fn source_context(&self) -> SourceContext {
+        let m = &self.manifest;
+        // Tables of positions are cut to what the package was converted for.
+        let positions = m.architecture.max_positions.or(m.capacities.last().copied());
+        SourceContext {
+            positions: positions.unwrap_or(1),
+            dtype: m.dtype,
+            architecture_hash: m.architecture_hash.clone(),
         }
     }
 

@@ -14,7 +14,7 @@ use crate::target;
 use crate::weights::checks::{self, Allowed};
 use crate::weights::config::{self, ConfigError};
 use crate::weights::lora::Adapter;
-use crate::weights::matching::{Matched, Mismatch, RequiredWeight, matched};
+use crate::weights::matching::{Matched, Mismatch, matched};
 use crate::weights::source::WeightSource;
 use crate::weights::{WriteError, content_hash, set_hash};
 
@@ -87,22 +87,6 @@ impl Help for RefitError {
             }
         }
     }
-}
-
-/// The weights of the manifest, for matching.
-pub fn required_weights(weights: &WeightFile) -> Vec<RequiredWeight<'_>> {
-    let tensors = weights.tensors.iter();
-    tensors
-        .map(|w| RequiredWeight {
-            name: &w.name,
-            dtype: w.dtype,
-            shape: &w.shape,
-            recipe: w.recipe.as_ref(),
-            modules: w.modules.as_ref(),
-            learned: w.learned.as_ref(),
-            blake3: &w.blake3,
-        })
-        .collect()
 }
 
 /// Refuses a source whose `config.json` describes another model than the package is.
@@ -185,12 +169,9 @@ pub fn refit(
         .unwrap_or(only_its_own || manifest.refit == target::Refit::Identical);
     check_config(package, refit.source)?;
     let adapter = refit.adapter.map(|(_, adapter)| adapter);
-    let found = matched(
-        &required_weights(&manifest.weights),
-        refit.source,
-        adapter,
-        refit.extra_allowed,
-    )?;
+    let found = matched(&package.required()?, refit.source, adapter, refit.extra_allowed)?;
+    let norms = found.norms;
+    let found = found.weights;
     if identical && manifest.weights.set_hash.is_empty() {
         return Err(RefitError::NeverHad {
             path: package.folder.display().to_string(),
@@ -276,6 +257,7 @@ pub fn refit(
         kind: refit.source.kind.clone(),
         lora: refit.adapter.map(|(name, _)| name.to_string()),
     });
+    new.norms = norms;
     new.engines.retain(|engine| engine.weight_mode != WeightMode::Embed);
     carry_over(package, &staging, &new)?;
     carry_kernels(package, &staging);

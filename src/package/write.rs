@@ -10,7 +10,7 @@ use super::manifest::{
 };
 use super::staging::Staging;
 use super::{CONSTANTS, ENGINES, GRAPH, MANIFEST, Package, PackageError, TOKENIZER, WEIGHTS, hash_file};
-use crate::graph::{Constant, Graph, ValueId, identity_text};
+use crate::graph::{Constant, Graph, ValueId};
 use crate::interface::Interface;
 use crate::network::WeightMode;
 use crate::passes::Architecture;
@@ -18,6 +18,8 @@ use crate::target::{Prefill, Refit, Target};
 use crate::tensor::DType;
 use crate::text::{self, Tokenizer};
 use crate::weights::checks::{self, Allowed};
+use crate::weights::model::architecture_hash;
+use crate::weights::norm_parameter::NormParameter;
 use crate::weights::recipe::Recipe;
 use crate::{lower, onnx, weights};
 
@@ -84,11 +86,10 @@ impl Writer {
             capacities: header.capacities,
             prefill: header.prefill,
             graph: stored_graph.graph,
-            architecture_hash: blake3::hash(identity_text(graph).to_string().as_bytes())
-                .to_hex()
-                .to_string(),
+            architecture_hash: architecture_hash(graph),
             weights: stored_graph.weights,
             constants: stored_graph.constants,
+            norms: None,
             engines: Vec::new(),
             tuning: None,
             tokenizer: None,
@@ -148,6 +149,11 @@ impl Writer {
     /// Tokens that end a text, where there is no tokenizer that says so.
     pub fn eos_token_ids(&mut self, ids: BTreeSet<u32>) {
         self.manifest.eos_token_ids = ids;
+    }
+
+    /// What checkpoints of this model hold of norms, where that is known.
+    pub fn norms(&mut self, norms: Option<NormParameter>) {
+        self.manifest.norms = norms;
     }
 
     /// What the choices of the engines' lowerings rest on.

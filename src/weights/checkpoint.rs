@@ -86,6 +86,39 @@ pub const LLAMA: Convention = Convention {
     ],
 };
 
+/// Gemma 2 and 3, OLMo 2: a norm behind each block, and `post_attention_layernorm` is one of these.
+pub const HUGGING_FACE_OUTPUT_NORMS: Convention = Convention {
+    name: "Hugging Face, Gemma-like",
+    prefix: "model.",
+    entries: &[
+        one(&["embedding"], "model.embed_tokens"),
+        one(&["norm"], "model.norm"),
+        one(&["head"], "lm_head"),
+        one(&["layers.N.attention_norm"], "model.layers.N.input_layernorm"),
+        one(&["layers.N.attention.query"], "model.layers.N.self_attn.q_proj"),
+        one(&["layers.N.attention.key"], "model.layers.N.self_attn.k_proj"),
+        one(&["layers.N.attention.value"], "model.layers.N.self_attn.v_proj"),
+        one(&["layers.N.attention.query_norm"], "model.layers.N.self_attn.q_norm"),
+        one(&["layers.N.attention.key_norm"], "model.layers.N.self_attn.k_norm"),
+        one(&["layers.N.attention.output"], "model.layers.N.self_attn.o_proj"),
+        one(
+            &["layers.N.attention_output_norm"],
+            "model.layers.N.post_attention_layernorm",
+        ),
+        one(
+            &["layers.N.feed_forward_norm"],
+            "model.layers.N.pre_feedforward_layernorm",
+        ),
+        one(&["layers.N.feed_forward.gate"], "model.layers.N.mlp.gate_proj"),
+        one(&["layers.N.feed_forward.up"], "model.layers.N.mlp.up_proj"),
+        one(&["layers.N.feed_forward.down"], "model.layers.N.mlp.down_proj"),
+        one(
+            &["layers.N.feed_forward_output_norm"],
+            "model.layers.N.post_feedforward_layernorm",
+        ),
+    ],
+};
+
 /// GPT-2, whose matrices are `[in, out]`.
 pub const GPT2: Convention = Convention {
     name: "Hugging Face, GPT-2",
@@ -144,8 +177,8 @@ pub fn has_gate<T>(modules: &HashMap<String, T>) -> bool {
     modules.contains_key("layers.0.feed_forward.gate.weight")
 }
 
-/// All that are known.
-pub const CONVENTIONS: [&Convention; 3] = [&LLAMA, &GPT2, &TENSORRT_LLM];
+/// All that are known. Where two know as many names of a checkpoint, the later one is meant.
+pub const CONVENTIONS: [&Convention; 4] = [&LLAMA, &HUGGING_FACE_OUTPUT_NORMS, &GPT2, &TENSORRT_LLM];
 
 /// A tensor of a checkpoint that holds a module, perhaps with others.
 #[derive(Clone, Debug, PartialEq, Eq)]

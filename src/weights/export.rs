@@ -1,19 +1,30 @@
-//! Weights of a canonical graph as a checkpoint of another program: `model.safetensors` under Hugging Face's names, or
-//! TensorRT-LLM's `config.json` and `rank0.safetensors`.
+//! Weights of a model as a checkpoint of another program: `model.safetensors` under Hugging Face's names, or
+//! TensorRT-LLM's `config.json` and `rank0.safetensors`. All weights are in it, or nothing is written.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
-
-use super::checkpoint::{Convention, TENSORRT_LLM, has_gate};
-use super::source::constants_of_modules;
-use super::{WriteError, write};
-use crate::graph::{Constant, Graph, Op};
+use super::checkpoint::{Convention, GPT2, HUGGING_FACE_OUTPUT_NORMS, LLAMA, TENSORRT_LLM, has_gate};
+use super::inverse::{Irreversible, undone};
+use super::model::{ModelWeight, ModelWeights};
+use super::modules::{is_norm_factor, is_norm_weight};
+use super::norm_parameter::NormParameter;
+use super::{WriteError, tensorrt_llm, write};
+use crate::graph::{Constant, Graph};
 use crate::help::Help;
 use crate::passes::Architecture;
-use crate::tensor::DType;
+
+/// What a checkpoint is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Llama and those built like it, Gemma and OLMo 2 too.
+    HuggingFace,
+    /// Hugging Face's GPT-2.
+    Gpt2,
+    /// One rank for TensorRT-LLM, with its `config.json`.
+    TensorRtLlm,
+}
 
 /// A checkpoint that cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -29,13 +40,40 @@ pub enum ExportError {
     /// The tensors cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// Modules that the convention does not know.
-    #[error("{convention} has no name for {}", modules.join(", "))]
+    /// Weights or modules that the convention has no name for.
+    #[error("{convention} has no name for {}", names.join(", "))]
     NoName {
         /// Its name.
         convention: &'static str,
-        /// Which.
+        /// Modules, or weights that are no module.
+        names: Vec<String>,
+    },
+    /// A weight that holds a module in a form that cannot be undone.
+    #[error("{weight:?} cannot be written as {}: {why}", modules.join(", "))]
+    Irreversible {
+        /// In the package.
+        weight: String,
+        /// What it is made of.
         modules: Vec<String>,
+        /// Why.
+        why: Irreversible,
+    },
+    /// Two weights are the same module and hold different numbers.
+    #[error("{} are all {module} and hold different numbers", weights.join(", "))]
+    Ambiguous {
+        /// The module.
+        module: String,
+        /// In the package.
+        weights: Vec<String>,
+    },
+    /// Norms of a model whose checkpoints may hold their factor minus 1.
+    #[error("whether a checkpoint of this model holds a norm's factor or the factor minus 1 is not known")]
+    UnknownNorms,
+    /// What the graph computes and the format's models do not.
+    #[error("TensorRT-LLM has no model for this graph: {}", reasons.join("; "))]
+    NoArchitecture {
+        /// Everything that stands against it.
+        reasons: Vec<String>,
     },
     /// No weight of the graph is known for what it is.
     #[error("the modules of this model are not known, so they cannot be named")]
@@ -46,51 +84,82 @@ impl Help for ExportError {
     fn help(&self) -> Option<String> {
         match self {
             ExportError::Write(error) => error.help(),
+            ExportError::NoName { .. } => Some(
+                "refit the package once from the checkpoint that it was made from: names of weights are learned from \
+                 their numbers"
+                    .to_string(),
+            ),
+            ExportError::UnknownNorms => Some(
+                "convert with the model's config.json beside the export, or refit once from a checkpoint with one"
+                    .to_string(),
+            ),
             _ => None,
         }
     }
 }
 
-/// Writes a checkpoint into `folder`, which is made if it is not there; files of the same names must not be. Gives the
-/// number of tensors.
+/// Writes a checkpoint into `folder`, which is made if it is not there; files of the same names must not be. `norms`: what
+/// Hugging Face's checkpoints of this model hold of norms, if that is known. Gives the number of tensors.
 pub fn export(
+    model: &ModelWeights,
     graph: &Graph,
     architecture: &Architecture,
-    convention: &'static Convention,
+    norms: Option<NormParameter>,
+    format: Format,
     folder: &Path,
 ) -> Result<usize, ExportError> {
-    let modules = constants_of_modules(graph);
-    let tensors = tensors(&modules, convention)?;
+    let tensors = tensors(model, norms, format)?;
+    let config = match format {
+        Format::TensorRtLlm => {
+            let modules = modules(model, format, norms)?.0;
+            Some(
+                tensorrt_llm::config(graph, architecture, &modules)
+                    .map_err(|reasons| ExportError::NoArchitecture { reasons })?,
+            )
+        }
+        Format::HuggingFace | Format::Gpt2 => None,
+    };
     fs::create_dir_all(folder).map_err(|source| ExportError::Io {
         path: folder.to_path_buf(),
         source,
     })?;
-    let of_tensorrt_llm = convention.name == TENSORRT_LLM.name;
-    let file = if of_tensorrt_llm {
-        "rank0.safetensors"
-    } else {
-        "model.safetensors"
+    let file = match format {
+        Format::TensorRtLlm => "rank0.safetensors",
+        Format::HuggingFace | Format::Gpt2 => "model.safetensors",
     };
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
     write(&folder.join(file), &tensors, &metadata, &mut |_, _, _| Ok(()), |_| {})?;
-    if of_tensorrt_llm {
+    if let Some(config) = config {
         let path = folder.join("config.json");
-        let mut text = serde_json::to_string_pretty(&config(graph, architecture, &modules)).expect("plain data");
+        let mut text = serde_json::to_string_pretty(&config).expect("plain data");
         text.push('\n');
         fs::write(&path, text).map_err(|source| ExportError::Io { path, source })?;
     }
     Ok(tensors.len())
 }
 
-/// The tensors of the convention, each made of its modules.
-pub(super) fn tensors(
-    modules: &HashMap<String, Constant>,
-    convention: &'static Convention,
+/// The names that a format has for the modules of a model.
+fn convention(format: Format, modules: &HashMap<String, Constant>) -> &'static Convention {
+    let output_norm = |name: &String| name.ends_with("output_norm.weight");
+    match format {
+        Format::HuggingFace if modules.keys().any(output_norm) => &HUGGING_FACE_OUTPUT_NORMS,
+        Format::HuggingFace => &LLAMA,
+        Format::Gpt2 => &GPT2,
+        Format::TensorRtLlm => &TENSORRT_LLM,
+    }
+}
+
+/// Every tensor of a checkpoint, made of the model's modules, under its name.
+pub fn tensors(
+    model: &ModelWeights,
+    norms: Option<NormParameter>,
+    format: Format,
 ) -> Result<Vec<(String, Constant)>, ExportError> {
-    let mut tensors = BTreeMap::new();
+    let (modules, mut tensors) = modules(model, format, norms)?;
+    let convention = convention(format, &modules);
     let mut unnamed = Vec::new();
     for module in modules.keys() {
-        let places = convention.places(module, has_gate(modules));
+        let places = convention.places(module, has_gate(&modules));
         // A fused tensor only where all its parts are there and no tensor of its own is known.
         let place = places
             .iter()
@@ -115,43 +184,92 @@ pub(super) fn tensors(
         (true, _) => Err(ExportError::NoModules),
         (false, false) => Err(ExportError::NoName {
             convention: convention.name,
-            modules: unnamed,
+            names: unnamed,
         }),
         (false, true) => Ok(tensors.into_iter().collect()),
     }
 }
 
-/// Field names of TensorRT-LLM's checkpoint format.
-fn config(graph: &Graph, a: &Architecture, modules: &HashMap<String, Constant>) -> serde_json::Value {
-    let ops = || graph.node_ids().map(|id| &graph.node(id).op);
-    let epsilon = ops().find_map(|op| match op {
-        Op::RmsNormalization { epsilon, .. } | Op::LayerNormalization { epsilon, .. } => Some(*epsilon),
-        _ => None,
-    });
-    let activation = ops().find_map(|op| match op {
-        Op::Swish { .. } => Some("silu"),
-        Op::Gelu { tanh: true } => Some("gelu_new"),
-        Op::Gelu { tanh: false } => Some("gelu"),
-        _ => None,
-    });
-    let dtype = modules.get("embedding.weight").map_or(DType::F32, Constant::dtype);
-    let positions = modules.get("positions.weight").map(|c| c.shape()[0]);
-    json!({
-        "architecture": if positions.is_some() { "GPT2LMHeadModel" } else { "LlamaForCausalLM" },
-        "dtype": if dtype.is_half() { dtype.onnx_name() } else { "float32" },
-        "logits_dtype": "float32",
-        "num_hidden_layers": a.layers,
-        "num_attention_heads": a.heads,
-        "num_key_value_heads": a.kv_heads,
-        "head_size": a.head_dim,
-        "hidden_size": a.hidden,
-        "intermediate_size": a.intermediate,
-        "vocab_size": a.vocabulary,
-        "position_embedding_type": if positions.is_some() { "learned_absolute" } else { "rope_gpt_neox" },
-        "max_position_embeddings": positions.or(a.max_positions),
-        "hidden_act": activation,
-        "norm_epsilon": epsilon,
-        "mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1},
-        "quantization": {"quant_algo": null, "kv_cache_quant_algo": null},
-    })
+/// The modules that all weights hold, and tensors that are known by a learned name only.
+type Modules = (HashMap<String, Constant>, BTreeMap<String, Constant>);
+
+fn modules(model: &ModelWeights, format: Format, norms: Option<NormParameter>) -> Result<Modules, ExportError> {
+    let mut modules: HashMap<String, Constant> = HashMap::new();
+    let mut learned = BTreeMap::new();
+    let mut unnamed = Vec::new();
+    for weight in model.iter() {
+        // Names are learned from Hugging Face's checkpoints, if from any.
+        let recipe = match (&weight.modules, &weight.learned) {
+            (Some(recipe), _) => recipe,
+            (None, Some(recipe)) if format != Format::TensorRtLlm => recipe,
+            _ => {
+                unnamed.push(weight.name.clone());
+                continue;
+            }
+        };
+        for (name, part) in parts(weight, recipe, model, format, norms)? {
+            if weight.modules.is_none() {
+                learned.insert(name, part);
+            } else if let Some(first) = modules.get(&name) {
+                let same = |c: &Constant| c.materialize().ok().map(|t| (t.shape().to_vec(), t.data().clone()));
+                if same(first) != same(&part) {
+                    let of_module = |w: &&ModelWeight| {
+                        let leaves = w.modules.iter().flat_map(|m| m.leaves());
+                        leaves.into_iter().any(|leaf| leaf.name == name)
+                    };
+                    return Err(ExportError::Ambiguous {
+                        weights: model.iter().filter(of_module).map(|w| w.name.clone()).collect(),
+                        module: name,
+                    });
+                }
+            } else {
+                modules.insert(name, part);
+            }
+        }
+    }
+    match unnamed.is_empty() {
+        true => Ok((modules, learned)),
+        false => Err(ExportError::NoName {
+            convention: convention(format, &modules).name,
+            names: unnamed,
+        }),
+    }
+}
+
+/// What a weight holds of modules, as checkpoints have it.
+fn parts(
+    weight: &ModelWeight,
+    recipe: &super::recipe::Recipe,
+    model: &ModelWeights,
+    format: Format,
+    norms: Option<NormParameter>,
+) -> Result<Vec<(String, Constant)>, ExportError> {
+    let failed = |why| ExportError::Irreversible {
+        weight: weight.name.clone(),
+        modules: recipe.leaves().iter().map(|leaf| leaf.name.to_string()).collect(),
+        why,
+    };
+    if format != Format::HuggingFace || !is_norm_factor(recipe) {
+        // Other programs' models multiply by the factor itself.
+        if let Some(leaf) = recipe.leaves().first().filter(|leaf| is_norm_weight(leaf.name)) {
+            return Ok(vec![(leaf.name.to_string(), weight.constant.clone())]);
+        }
+        return recipe.take_apart(&weight.constant).map_err(failed);
+    }
+    let shown = recipe.take_apart(&weight.constant).map_err(failed)?;
+    if recipe.is_arithmetic() {
+        return Ok(shown);
+    }
+    match norms {
+        Some(NormParameter::Factor) => Ok(shown),
+        None if !model.scales_embeddings => Ok(shown),
+        None => Err(ExportError::UnknownNorms),
+        Some(NormParameter::FactorMinusOne) => {
+            let minus_one = |(name, factor): (String, Constant)| {
+                let held = undone(&factor, |c| c.offset(-1.0), |c| c.offset(1.0)).map_err(failed)?;
+                Ok((name, held))
+            };
+            shown.into_iter().map(minus_one).collect()
+        }
+    }
 }

@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::{bf16, f16};
 
-use super::checkpoint::{GPT2, LLAMA};
-use super::export::{self, ExportError};
-use super::source::constants_of_modules;
-use crate::graph::{Constant, Graph};
+use super::export::{self, ExportError, Format};
+use super::model::ModelWeights;
+use super::norm_parameter::NormParameter;
+use crate::graph::Constant;
 use crate::help::Help;
 use crate::tensor::{DType, Tensor};
 
@@ -45,11 +45,11 @@ impl Help for FingerprintError {
 /// Each holds a tensor at a time, in fp32 where it is not in half precision already.
 const MOST_THREADS: usize = 16;
 
-/// The hash, in hexadecimal, of the weights of a typed canonical graph. Reads every byte of them, a tensor a thread.
-pub fn fingerprint(graph: &Graph) -> Result<String, FingerprintError> {
-    let modules = constants_of_modules(graph);
-    let tensors = match export::tensors(&modules, &LLAMA) {
-        Err(ExportError::NoName { .. }) => export::tensors(&modules, &GPT2)?,
+/// The hash, in hexadecimal, of a model's weights, all of which must have a name. Reads every byte of them, a tensor a
+/// thread. `norms` as for [`export::export`].
+pub fn fingerprint(model: &ModelWeights, norms: Option<NormParameter>) -> Result<String, FingerprintError> {
+    let tensors = match export::tensors(model, norms, Format::HuggingFace) {
+        Err(ExportError::NoName { .. }) => export::tensors(model, norms, Format::Gpt2)?,
         other => other?,
     };
     of(tensors)

@@ -6,6 +6,8 @@
 //!
 //! - [`recipe`] says how each weight is made of an export's initializers;
 //! - [`modules`] says what each is in the model, whatever it is called, and [`checkpoint`] what others call that;
+//! - [`model`] keeps these recipes with the weights of a model, and takes weights apart again; [`norm_parameter`] says what
+//!   checkpoints hold of norms;
 //! - [`source`] opens an export, a checkpoint or a package; [`matching`] finds every weight in it, by its numbers where
 //!   neither recipe nor module does, and [`lora`] changes them on the way;
 //! - [`config`] refuses a checkpoint whose `config.json` describes another model;
@@ -20,13 +22,19 @@ pub mod config;
 mod contents;
 pub mod export;
 pub mod fingerprint;
+pub mod inverse;
 pub mod lora;
+mod matcher;
 pub mod matching;
 mod metadata;
+pub mod model;
 pub mod modules;
+pub mod norm_parameter;
 pub mod recipe;
+mod rotary;
 mod safetensors;
 pub mod source;
+mod tensorrt_llm;
 
 pub(crate) use safetensors::placements;
 pub use safetensors::{Inspect, StoredParts, StoredTensor, StoredWeight, WriteError, content_hash, write};

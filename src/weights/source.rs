@@ -11,9 +11,9 @@ use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 
 use super::checkpoint::{CONVENTIONS, Convention, has_gate};
 use super::metadata;
-use super::modules::modules;
-use super::recipe::Recipe;
-use crate::graph::{Constant, Graph};
+use super::model::{LeafError, ModelWeights, NameKind, architecture_hash};
+use super::norm_parameter::{self, NormParameter};
+use crate::graph::Constant;
 use crate::help::Help;
 use crate::tensor::{DType, Tensor};
 use crate::{onnx, passes};
@@ -30,15 +30,28 @@ pub struct WeightSource {
     pub kind: String,
     /// By the names in the source.
     pub tensors: BTreeMap<String, Constant>,
+    /// What the `config.json` beside a checkpoint says of its norms.
+    pub norms: Option<NormParameter>,
     names: Names,
+}
+
+/// The package that weights are opened for: an export is read as it was when the package was made.
+#[derive(Clone, Debug)]
+pub struct SourceContext {
+    /// Rows that tables of positions are cut to.
+    pub positions: usize,
+    /// Of the package.
+    pub dtype: DType,
+    /// Of the package ([`ModelWeights::architecture_hash`]).
+    pub architecture_hash: String,
 }
 
 /// How modules are found.
 enum Names {
     /// By what the tensors are called.
     Checkpoint(&'static Convention),
-    /// By what they do in a graph: the constants themselves, `[out, in]`.
-    Graph(HashMap<String, Constant>),
+    /// By what they do in a graph.
+    Model(Box<ModelWeights>),
     /// Not at all, and why, if there is more to say.
     None(Option<String>),
 }
@@ -105,15 +118,14 @@ impl Help for SourceError {
 }
 
 impl WeightSource {
-    /// Opens a file or folder; its contents decide what it is. `positions` bounds tables of an ONNX export, as when it is
-    /// converted.
-    pub fn open(path: &Path, positions: usize) -> Result<WeightSource, SourceError> {
+    /// Opens a file or folder; its contents decide what it is.
+    pub fn open(path: &Path, context: &SourceContext) -> Result<WeightSource, SourceError> {
         let metadata = fs::metadata(path).map_err(SourceError::io(path))?;
         if metadata.is_dir() {
-            return WeightSource::folder(path, positions);
+            return WeightSource::folder(path, context);
         }
         match path.extension().and_then(|e| e.to_str()) {
-            Some("onnx") => WeightSource::export(path, positions),
+            Some("onnx") => WeightSource::export(path, context),
             Some("safetensors") => Ok(WeightSource::checkpoint(path, safetensors(path)?)),
             Some("json") if path.to_string_lossy().ends_with(".safetensors.index.json") => {
                 Ok(WeightSource::checkpoint(path, sharded(path)?))
@@ -128,7 +140,7 @@ impl WeightSource {
         }
     }
 
-    fn folder(path: &Path, positions: usize) -> Result<WeightSource, SourceError> {
+    fn folder(path: &Path, context: &SourceContext) -> Result<WeightSource, SourceError> {
         let index = path.join(INDEX);
         if index.is_file() {
             return Ok(WeightSource::checkpoint(path, sharded(&index)?));
@@ -149,7 +161,7 @@ impl WeightSource {
         let mut several = |extension: &str| of.remove(extension).unwrap_or_default();
         match (&several("safetensors")[..], &several("onnx")[..]) {
             ([one], _) => Ok(WeightSource::checkpoint(path, safetensors(one)?)),
-            ([], [one]) => WeightSource::export(one, positions),
+            ([], [one]) => WeightSource::export(one, context),
             ([], []) => Err(SourceError::invalid(path, "holds no .safetensors and no .onnx")
                 .with_help("give the file, or a folder with one")),
             (shards, models) => {
@@ -170,6 +182,9 @@ impl WeightSource {
             "norm",
             "layers.0.attention.query",
             "layers.0.feed_forward.up",
+            // `post_attention_layernorm` is this one's name, or with the next one another's.
+            "layers.0.feed_forward_norm",
+            "layers.0.feed_forward_output_norm",
         ];
         let knows = |c: &Convention| {
             let found = module_paths.iter().filter(|module| {
@@ -189,11 +204,16 @@ impl WeightSource {
             path: path.to_path_buf(),
             kind: best.map_or("a checkpoint of unknown names", |c| c.name).to_string(),
             tensors,
+            norms: norm_parameter::of_config(if path.is_dir() {
+                path
+            } else {
+                path.parent().unwrap_or(path)
+            }),
             names: best.map_or(Names::None(None), Names::Checkpoint),
         }
     }
 
-    fn export(path: &Path, positions: usize) -> Result<WeightSource, SourceError> {
+    fn export(path: &Path, context: &SourceContext) -> Result<WeightSource, SourceError> {
         let graph = onnx::read(path)?;
         let mut tensors = BTreeMap::new();
         for id in graph.value_ids() {
@@ -203,67 +223,83 @@ impl WeightSource {
                 tensors.insert(name.to_string(), constant.clone());
             }
         }
-        let options = passes::CanonicalizeOptions {
-            dtype: None,
-            max_positions: positions,
-            allow_overflow: false,
-        };
-        // An export that cannot be converted still has names.
-        let names = match passes::canonicalize(graph, &options) {
-            Ok(canonical) => Names::Graph(constants_of_modules(&canonical.graph)),
-            Err(error) => Names::None(Some(format!("its structure was not understood: {error}"))),
-        };
+        // As it is, or as the package was converted, whichever gives the package's graph.
+        let mut names = Names::None(None);
+        for dtype in [None, Some(context.dtype)] {
+            let options = passes::CanonicalizeOptions {
+                dtype,
+                max_positions: context.positions,
+                // What overflows is refused where the weights are written.
+                allow_overflow: true,
+            };
+            match passes::canonicalize(onnx::read(path)?, &options) {
+                Ok(canonical) => {
+                    let is_same = architecture_hash(&canonical.graph) == context.architecture_hash;
+                    if is_same || !matches!(names, Names::Model(_)) {
+                        let hash = export_hash(path)?;
+                        names = Names::Model(Box::new(ModelWeights::of_graph(&canonical.graph, hash)));
+                    }
+                    if is_same {
+                        break;
+                    }
+                }
+                // An export that cannot be converted still has names.
+                Err(error) if matches!(names, Names::None(_)) => {
+                    names = Names::None(Some(format!("its structure was not understood: {error}")));
+                }
+                Err(_) => {}
+            }
+        }
         Ok(WeightSource {
             path: path.to_path_buf(),
             kind: "an ONNX export".to_string(),
             tensors,
+            norms: None,
             names,
         })
     }
 
-    /// The weights of a typed canonical graph, those of a package for example.
-    pub fn canonical(path: &Path, graph: &Graph) -> WeightSource {
-        let constants = graph.value_ids().filter_map(|id| Some((id, graph.constant(id)?)));
+    /// The weights of a package.
+    pub fn package(path: &Path, model: ModelWeights) -> WeightSource {
         WeightSource {
             path: path.to_path_buf(),
             kind: "a package".to_string(),
-            tensors: constants
-                .map(|(id, c)| (graph.value(id).name.clone(), c.clone()))
-                .collect(),
-            names: Names::Graph(constants_of_modules(graph)),
+            tensors: model.iter().map(|w| (w.name.clone(), w.constant.clone())).collect(),
+            norms: None,
+            names: Names::Model(Box::new(model)),
+        }
+    }
+
+    /// The weights of a graph, where the source is one.
+    pub fn model(&self) -> Option<&ModelWeights> {
+        match &self.names {
+            Names::Model(model) => Some(model),
+            _ => None,
         }
     }
 
     /// A module's tensor, in our orientation, and what it is called in the source. `rows` has the rows of all modules of
     /// the model.
-    pub fn module(&self, module: &str, rows: &HashMap<String, usize>) -> Option<(String, Constant)> {
+    pub fn module(&self, module: &str, rows: &HashMap<String, usize>) -> Result<Option<(String, Constant)>, LeafError> {
         match &self.names {
-            Names::Graph(modules) => {
-                let constant = modules.get(module)?;
-                Some((constant.origin().unwrap_or(module).to_string(), constant.clone()))
+            Names::Model(model) => {
+                let found = model.tensor(NameKind::Module, module)?;
+                Ok(found.map(|(weight, constant)| {
+                    let name = weight.constant.origin().unwrap_or(&weight.name);
+                    (name.to_string(), constant)
+                }))
             }
             Names::Checkpoint(convention) => {
-                convention.find(module, has_gate(rows), |name| self.tensors.get(name).cloned(), rows)
+                let tensor = |name: &str| self.tensors.get(name).cloned();
+                Ok(convention.find(module, has_gate(rows), tensor, rows))
             }
-            Names::None(_) => None,
+            Names::None(_) => Ok(None),
         }
-    }
-
-    /// Every module of a graph.
-    pub fn modules(&self) -> impl Iterator<Item = (&str, &Constant)> {
-        let modules = match &self.names {
-            Names::Graph(modules) => Some(modules),
-            _ => None,
-        };
-        modules
-            .into_iter()
-            .flatten()
-            .map(|(name, constant)| (name.as_str(), constant))
     }
 
     /// Whether its tensors are known by what they do in a graph, which no name can get wrong.
     pub fn is_graph(&self) -> bool {
-        matches!(self.names, Names::Graph(_))
+        matches!(self.names, Names::Model(_))
     }
 
     /// Whether it is known what a tensor is in the model: from a graph, or from names.
@@ -288,30 +324,10 @@ impl WeightSource {
     }
 }
 
-/// The tensors of modules in a graph; a concatenation is cut into its parts.
-pub(super) fn constants_of_modules(graph: &Graph) -> HashMap<String, Constant> {
-    let mut found = HashMap::new();
-    for (value, recipe) in modules(graph) {
-        let constant = graph.constant(value).expect("only constants have modules");
-        match recipe {
-            Recipe::Tensor { name, .. } => {
-                found.insert(name, constant.clone());
-            }
-            Recipe::Concat { axis, of } => {
-                let mut start = 0;
-                for part in of {
-                    if let Recipe::Tensor { name, shape, .. } = part {
-                        let end = start + shape[axis];
-                        found.insert(name, constant.sliced(axis, start, end));
-                        start = end;
-                    }
-                }
-            }
-            // Factors that passes put into a weight cannot be taken out again without rounding.
-            _ => {}
-        }
-    }
-    found
+fn export_hash(path: &Path) -> Result<String, SourceError> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_mmap(path).map_err(SourceError::io(path))?;
+    Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// The tensors of one file, mapped; quantized weights of a file of ours are put together again. Header, offsets and lengths

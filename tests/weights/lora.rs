@@ -6,7 +6,7 @@ use lapidary::graph::Constant;
 use lapidary::package::Package;
 use lapidary::tensor::{DType, Tensor};
 use lapidary::weights::lora::Adapter;
-use lapidary::weights::source::WeightSource;
+use lapidary::weights::model::NameKind;
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::refit::{export, set_hash};
@@ -43,9 +43,8 @@ fn number(half: &str, i: usize) -> f32 {
 }
 
 fn module(pkg: &Path, name: &str) -> (Vec<usize>, Vec<f32>) {
-    let graph = Package::open(pkg).unwrap().architecture().unwrap();
-    let source = WeightSource::canonical(pkg, &graph);
-    let (_, constant) = source.modules().find(|(n, _)| *n == name).unwrap();
+    let weights = Package::open(pkg).unwrap().model_weights().unwrap();
+    let (_, constant) = weights.tensor(NameKind::Module, name).unwrap().unwrap();
     let tensor = constant.materialize().unwrap();
     (tensor.shape().to_vec(), tensor.to_f32())
 }

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use lapidary::lower::stored_weights;
+use lapidary::weights::model::{ModelWeights, NameKind};
 use lapidary::weights::modules::modules;
 use lapidary::weights::recipe::Recipe;
-use lapidary::weights::source::WeightSource;
+
 use lapidary::{onnx, passes};
 
 use crate::support::fixture;
@@ -38,11 +39,13 @@ fn exports() -> Vec<(String, std::path::PathBuf)> {
 
 /// Every module of an export, as numbers.
 fn numbers(model: &Path) -> BTreeMap<String, Vec<f32>> {
-    let source = WeightSource::canonical(model, &canonical(model).graph);
-    let modules = source.modules();
-    modules
-        .map(|(name, c)| (name.to_string(), c.materialize().unwrap().to_f32()))
-        .collect()
+    let weights = ModelWeights::of_graph(&canonical(model).graph, String::new());
+    let modules = weights.names(NameKind::Module).into_iter();
+    let numbers = modules.map(|name| {
+        let (_, constant) = weights.tensor(NameKind::Module, name).unwrap().unwrap();
+        (name.to_string(), constant.materialize().unwrap().to_f32())
+    });
+    numbers.collect()
 }
 
 #[test]
@@ -106,7 +109,7 @@ fn modules_are_what_their_names_in_torch_say() {
     ] {
         let model = fixture("exports").join(export).join("model.onnx");
         let canonical = canonical(&model);
-        let source = WeightSource::canonical(&model, &canonical.graph);
+        let weights = ModelWeights::of_graph(&canonical.graph, String::new());
         let graph = onnx::read(&model).unwrap();
         let parameters: BTreeMap<String, _> = graph
             .value_ids()
@@ -117,7 +120,10 @@ fn modules_are_what_their_names_in_torch_say() {
                 Some((name.to_string(), constant.clone()))
             })
             .collect();
-        let modules: BTreeMap<&str, _> = source.modules().collect();
+        let names = weights.names(NameKind::Module).into_iter();
+        let modules: BTreeMap<&str, _> = names
+            .map(|name| (name, weights.tensor(NameKind::Module, name).unwrap().unwrap().1))
+            .collect();
         let rows = modules
             .iter()
             .map(|(name, c)| (name.to_string(), c.shape()[0]))

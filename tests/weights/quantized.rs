@@ -167,7 +167,7 @@ fn a_file_of_quantized_weights_is_read_back() {
     let bytes = std::fs::read(&path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     assert_eq!(file.tensor("u4.0.codes").unwrap().shape(), [4, 16], "packed, as bytes");
-    let source = WeightSource::open(&path, 1).unwrap();
+    let source = WeightSource::open(&path, &context).unwrap();
     let names: Vec<&str> = source.tensors.keys().map(String::as_str).collect();
     for ((name, weight), stored) in weights.iter().zip(&stored) {
         // The same bytes under another name are stored, and found, once.

@@ -10,10 +10,16 @@
 //! layers.N.attention_norm.{weight,bias}      layers.N.attention.{query,key,value,output}.{weight,bias}
 //! layers.N.attention.{query_norm,key_norm}.{weight,bias}
 //! layers.N.feed_forward_norm.{weight,bias}   layers.N.feed_forward.{gate,up,down}.{weight,bias}
+//! layers.N.{attention,feed_forward}_output_norm.{weight,bias}
 //! ```
+//!
+//! An output norm stands between a block's last matrix and the residual addition, as in Gemma 2 and 3 and OLMo 2. A norm's
+//! weight is the vector that normalised values are multiplied by; its recipe shows an addend only where the graph does
+//! ([`super::norm_parameter`] says what checkpoints hold).
 //!
 //! What does not look like this has no module, and is then known by its name in the export only.
 
+mod feed_forward;
 mod walk;
 
 use std::collections::HashMap;
@@ -96,7 +102,13 @@ impl Reader<'_> {
         let prefix = format!("layers.{layer}.attention");
         let fused = linears.iter().all(|(_, l)| l.weight == linears[0].1.weight);
         if fused {
-            self.fused(&prefix, &linears);
+            let parts: Vec<_> = linears
+                .iter()
+                .filter_map(|(name, l)| Some((l.columns?, *name)))
+                .collect();
+            if parts.len() == linears.len() {
+                self.fused(&prefix, &linears[0].1, parts);
+            }
         } else {
             for (name, linear) in linears.iter().filter(|(_, l)| l.columns.is_none()) {
                 self.name_linear(&format!("{prefix}.{name}"), linear);
@@ -119,28 +131,38 @@ impl Reader<'_> {
         let (output, end) = self.linear_at(product)?;
         self.name_linear(&format!("{prefix}.attention.output"), &output);
 
-        // The residual addition, then the norm before the feed-forward block.
+        // The residual addition, perhaps of a normed block, then the norm before the feed-forward block.
+        let (end, is_normed) = self.output_norm(end, &format!("{prefix}.attention_output_norm"));
         let residual = self.only(end, |op| matches!(op, Op::Binary(Binary::Add)))?;
         let stream = self.graph.node(residual).output(0)?;
-        let norm = self.only(stream, is_norm)?;
-        self.name_norm(&format!("{prefix}.feed_forward_norm"), norm);
-        let normed = self.graph.node(norm).output(0)?;
-        let mut down = None;
-        let products = self.products_after(normed);
-        let gated = products.len() == 2;
-        for (product, _) in &products {
-            let (linear, end) = self.linear_at(*product)?;
-            let (next, active) = self.products_after(end).into_iter().next()?;
-            let name = match (gated, active) {
-                (true, true) => "gate",
-                (_, _) => "up",
-            };
-            self.name_linear(&format!("{prefix}.feed_forward.{name}"), &linear);
-            down = Some(next);
-        }
-        let (down, _) = self.linear_at(down?)?;
-        self.name_linear(&format!("{prefix}.feed_forward.down"), &down);
+        let block = match self.only(stream, is_norm) {
+            Some(norm) => {
+                self.name_norm(&format!("{prefix}.feed_forward_norm"), norm);
+                self.graph.node(norm).output(0)?
+            }
+            // Models that norm what a block gives may not norm what it takes.
+            None if is_normed => stream,
+            None => return None,
+        };
+        let end = self.feed_forward(&prefix, block)?;
+        self.output_norm(end, &format!("{prefix}.feed_forward_output_norm"));
         Some(())
+    }
+
+    /// The result of a block, and whether it is normed before it is added to the residual stream.
+    fn output_norm(&mut self, end: ValueId, module: &str) -> (ValueId, bool) {
+        let Some(norm) = self.only(end, is_norm) else {
+            return (end, false);
+        };
+        self.name_norm(module, norm);
+        let node = self.graph.node(norm);
+        let Some(normed) = node.output(0) else {
+            return (end, false);
+        };
+        let scaled = self
+            .scale_after(normed)
+            .map(|(product, _)| self.graph.node(product).output(0));
+        (scaled.flatten().unwrap_or(normed), true)
     }
 
     fn head(&mut self) -> Option<()> {
@@ -164,12 +186,8 @@ impl Reader<'_> {
         }
     }
 
-    /// Query, key and value of one matrix, in the order of their columns, which must be all there are.
-    fn fused(&mut self, prefix: &str, linears: &[(&str, Linear)]) {
-        let mut parts: Vec<_> = linears
-            .iter()
-            .filter_map(|(name, l)| Some((l.columns?, *name)))
-            .collect();
+    /// Modules of one matrix, in the order of their columns, which must be all there are. `parts`: columns and module.
+    fn fused(&mut self, prefix: &str, linear: &Linear, mut parts: Vec<((usize, usize), &str)>) {
         parts.sort_unstable();
         let mut end = 0;
         for ((from, to), _) in &parts {
@@ -178,7 +196,6 @@ impl Reader<'_> {
             }
             end = *to;
         }
-        let linear = &linears[0].1;
         let modules = |value: ValueId, what: &str| {
             let constant = self.graph.constant(value)?;
             let part = |((from, to), name): &((usize, usize), &str)| {
@@ -190,7 +207,7 @@ impl Reader<'_> {
                     shape,
                 }
             };
-            let whole = constant.shape().first() == Some(&end) && parts.len() == linears.len();
+            let whole = constant.shape().first() == Some(&end);
             whole.then(|| Recipe::Concat {
                 axis: 0,
                 of: parts.iter().map(part).collect(),
@@ -215,9 +232,14 @@ impl Reader<'_> {
 
     fn name_norm(&mut self, module: &str, norm: NodeId) {
         let node = self.graph.node(norm);
-        let weight = node.input(1).filter(|v| self.is_named(*v));
+        let own = node.input(1).filter(|v| self.is_named(*v));
         // In half precision some exporters scale after rounding, so the norm itself scales by ones.
-        let weight = weight.or_else(|| self.scale_after(node.output(0)?));
+        let after = || Some(self.scale_after(node.output(0)?)?.1);
+        let weight = match own {
+            Some(ones) if self.is_ones(ones) => after().or(own),
+            Some(_) => own,
+            None => after(),
+        };
         for (value, what) in [(weight, "weight"), (node.input(2), "bias")] {
             if let Some(value) = value {
                 self.name(value, &format!("{module}.{what}"));
@@ -225,12 +247,18 @@ impl Reader<'_> {
         }
     }
 
-    /// The vector that a norm's result is multiplied by.
-    fn scale_after(&self, normed: ValueId) -> Option<ValueId> {
+    fn is_ones(&self, value: ValueId) -> bool {
+        let tensor = self.graph.constant(value).and_then(|c| c.materialize().ok());
+        tensor.is_some_and(|tensor| tensor.to_f32().iter().all(|v| *v == 1.0))
+    }
+
+    /// The multiplication of a norm's result by a vector, and the vector.
+    fn scale_after(&self, normed: ValueId) -> Option<(NodeId, ValueId)> {
         let product = self.only(normed, |op| matches!(op, Op::Binary(Binary::Mul)))?;
         let node = self.graph.node(product);
         let vector = |v: &ValueId| self.graph.constant(*v).is_some_and(|c| c.shape().len() == 1);
-        node.inputs.iter().flatten().copied().find(vector)
+        let scale = node.inputs.iter().flatten().copied().find(vector)?;
+        Some((product, scale))
     }
 
     /// A constant that comes from the export.
@@ -276,6 +304,20 @@ impl Reader<'_> {
         }
         self.found.entry(value).or_insert(recipe);
     }
+}
+
+/// Whether a recipe is a norm's weight and nothing else: one module, perhaps with an addend or a factor.
+pub(super) fn is_norm_factor(recipe: &Recipe) -> bool {
+    match recipe {
+        Recipe::Tensor { name, shape, .. } => is_norm_weight(name) && shape.len() == 1,
+        Recipe::Scale { of, .. } | Recipe::Offset { of, .. } | Recipe::Cast { of, .. } => is_norm_factor(of),
+        _ => false,
+    }
+}
+
+/// Whether a module is the weight of a norm.
+pub(super) fn is_norm_weight(module: &str) -> bool {
+    module.ends_with("norm.weight")
 }
 
 fn is_norm(op: &Op) -> bool {

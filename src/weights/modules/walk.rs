@@ -87,7 +87,7 @@ impl Reader<'_> {
     }
 
     /// Columns of a matrix product that an output of a split takes.
-    fn part(&self, split: NodeId, output: usize) -> Option<(usize, usize)> {
+    pub(super) fn part(&self, split: NodeId, output: usize) -> Option<(usize, usize)> {
         let node = self.graph.node(split);
         let width = |i: usize| {
             self.graph
@@ -103,7 +103,7 @@ impl Reader<'_> {
     }
 
     /// Columns of a matrix product that a slice takes: one slice of the last axis, all columns in one group.
-    fn columns(&self, slice: NodeId) -> Option<(usize, usize)> {
+    pub(super) fn columns(&self, slice: NodeId) -> Option<(usize, usize)> {
         let node = self.graph.node(slice);
         let shape = self.graph.shape(node.input(0)?)?;
         let number = |i: usize| match node.input(i) {

@@ -1,0 +1,199 @@
+//! A weight taken apart into the tensors that its recipe names: what a package or an export holds of a module.
+//!
+//! Movements and concatenations are undone exactly. A factor or an addend is undone only where doing it again gives the
+//! same bytes; a slice says nothing of what was cut off, so it is refused.
+
+use super::recipe::Recipe;
+use crate::graph::Constant;
+use crate::tensor::DType;
+
+/// Why a weight cannot be taken apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Irreversible {
+    /// It holds a part of the tensor.
+    #[error("it holds only a slice of the tensor")]
+    Slice,
+    /// A factor or an addend whose effect was rounded.
+    #[error("it holds the tensor times or plus a number, which cannot be undone without rounding")]
+    Arithmetic,
+    /// Codes in another form than the recipe's.
+    #[error("it holds the tensor in another quantized form")]
+    Quantized,
+    /// Numbers that cannot be read.
+    #[error("its numbers cannot be read")]
+    Unreadable,
+}
+
+impl Recipe {
+    /// The named tensors of a weight that this recipe made, in the order of [`Recipe::leaves`] and in the weight's dtype
+    /// (fp32 where only that undoes an addend exactly).
+    pub fn take_apart(&self, made: &Constant) -> Result<Vec<(String, Constant)>, Irreversible> {
+        let mut parts = Vec::new();
+        self.walk_back(made, &mut parts)?;
+        Ok(parts)
+    }
+
+    fn walk_back(&self, made: &Constant, parts: &mut Vec<(String, Constant)>) -> Result<(), Irreversible> {
+        match self {
+            Recipe::Tensor { name, .. } => {
+                parts.push((name.clone(), made.clone()));
+                Ok(())
+            }
+            Recipe::Transpose { perm, of } => {
+                let mut back = vec![0; perm.len()];
+                for (to, from) in perm.iter().enumerate() {
+                    back[*from] = to;
+                }
+                of.walk_back(&made.transposed(&back), parts)
+            }
+            Recipe::Reshape { of, .. } => of.walk_back(&made.reshaped(of.shape()), parts),
+            Recipe::Cast { of, .. } => of.walk_back(made, parts),
+            Recipe::Slice { .. } => Err(Irreversible::Slice),
+            Recipe::Concat { axis, of } => {
+                let mut start = 0;
+                for part in of {
+                    let end = start + part.shape()[*axis];
+                    part.walk_back(&made.sliced(*axis, start, end), parts)?;
+                    start = end;
+                }
+                Ok(())
+            }
+            Recipe::Scale { factor, of } => {
+                let before = undone(made, |c| c.scaled(1.0 / factor), |c| c.scaled(*factor))?;
+                of.walk_back(&before, parts)
+            }
+            Recipe::Offset { addend, of } => {
+                let before = undone(made, |c| c.offset(-addend), |c| c.offset(*addend))?;
+                of.walk_back(&before, parts)
+            }
+            Recipe::Dequantize {
+                granularity,
+                codes,
+                scales,
+                zero_points,
+            } => {
+                let quantized = made.as_quantized().ok_or(Irreversible::Quantized)?;
+                if quantized.granularity != *granularity || quantized.zero_points.is_some() != zero_points.is_some() {
+                    return Err(Irreversible::Quantized);
+                }
+                codes.walk_back(quantized.codes, parts)?;
+                scales.walk_back(quantized.scales, parts)?;
+                match (zero_points, quantized.zero_points) {
+                    (Some(recipe), Some(part)) => recipe.walk_back(part, parts),
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+
+    /// Of the tensor that it makes.
+    pub fn shape(&self) -> Vec<usize> {
+        match self {
+            Recipe::Tensor { shape, .. } | Recipe::Reshape { shape, .. } => shape.clone(),
+            Recipe::Transpose { perm, of } => {
+                let shape = of.shape();
+                perm.iter().map(|axis| shape[*axis]).collect()
+            }
+            Recipe::Slice { axis, start, end, of } => {
+                let mut shape = of.shape();
+                shape[*axis] = end - start;
+                shape
+            }
+            Recipe::Concat { axis, of } => {
+                let mut shape = of.first().map_or(Vec::new(), Recipe::shape);
+                if let Some(dim) = shape.get_mut(*axis) {
+                    *dim = of.iter().map(|part| part.shape()[*axis]).sum();
+                }
+                shape
+            }
+            Recipe::Cast { of, .. } | Recipe::Scale { of, .. } | Recipe::Offset { of, .. } => of.shape(),
+            Recipe::Dequantize { codes, .. } => codes.shape(),
+        }
+    }
+
+    /// Whether both make the same weight of the same tensors, whatever floats these are stored in.
+    pub fn is_like(&self, other: &Recipe) -> bool {
+        match (self, other) {
+            (Recipe::Cast { of, dtype }, other) | (other, Recipe::Cast { of, dtype }) if dtype.is_float() => {
+                of.is_like(other)
+            }
+            (
+                Recipe::Tensor { name, dtype, shape },
+                Recipe::Tensor {
+                    name: n,
+                    dtype: d,
+                    shape: s,
+                },
+            ) => name == n && shape == s && (dtype == d || dtype.is_float() && d.is_float()),
+            (Recipe::Transpose { perm, of }, Recipe::Transpose { perm: p, of: o }) => perm == p && of.is_like(o),
+            (Recipe::Reshape { shape, of }, Recipe::Reshape { shape: s, of: o }) => shape == s && of.is_like(o),
+            (Recipe::Cast { dtype, of }, Recipe::Cast { dtype: d, of: o }) => dtype == d && of.is_like(o),
+            (
+                Recipe::Slice { axis, start, end, of },
+                Recipe::Slice {
+                    axis: a,
+                    start: s,
+                    end: e,
+                    of: o,
+                },
+            ) => (axis, start, end) == (a, s, e) && of.is_like(o),
+            (Recipe::Concat { axis, of }, Recipe::Concat { axis: a, of: o }) => {
+                axis == a && of.len() == o.len() && of.iter().zip(o).all(|(a, b)| a.is_like(b))
+            }
+            (Recipe::Scale { factor, of }, Recipe::Scale { factor: f, of: o }) => factor == f && of.is_like(o),
+            (Recipe::Offset { addend, of }, Recipe::Offset { addend: a, of: o }) => addend == a && of.is_like(o),
+            (
+                Recipe::Dequantize {
+                    granularity,
+                    codes,
+                    scales,
+                    zero_points,
+                },
+                Recipe::Dequantize {
+                    granularity: g,
+                    codes: c,
+                    scales: s,
+                    zero_points: z,
+                },
+            ) => {
+                let zeros = match (zero_points, z) {
+                    (Some(a), Some(b)) => a.is_like(b),
+                    (None, None) => true,
+                    _ => false,
+                };
+                granularity == g && codes.is_like(c) && scales.is_like(s) && zeros
+            }
+            _ => false,
+        }
+    }
+
+    /// Without factors, addends and casts on the way to its only tensor: the same tensor in the place of what is made.
+    pub fn is_arithmetic(&self) -> bool {
+        match self {
+            Recipe::Scale { .. } | Recipe::Offset { .. } => true,
+            Recipe::Tensor { .. } | Recipe::Dequantize { .. } => false,
+            Recipe::Concat { of, .. } => of.iter().any(Recipe::is_arithmetic),
+            Recipe::Transpose { of, .. }
+            | Recipe::Reshape { of, .. }
+            | Recipe::Cast { of, .. }
+            | Recipe::Slice { of, .. } => of.is_arithmetic(),
+        }
+    }
+}
+
+/// What `forward` made this of, `back` being its inverse: in its own dtype if that gives the same bytes again, else in fp32 if that does.
+pub(super) fn undone(
+    made: &Constant,
+    back: impl Fn(&Constant) -> Constant,
+    forward: impl Fn(&Constant) -> Constant,
+) -> Result<Constant, Irreversible> {
+    let read = |c: &Constant| c.materialize().map_err(|_| Irreversible::Unreadable);
+    let expected = read(made)?;
+    let wide = Constant::tensor(read(&back(&made.cast(DType::F32)))?);
+    for candidate in [wide.cast(made.dtype()), wide] {
+        if read(&forward(&candidate).cast(made.dtype()))?.data() == expected.data() {
+            return Ok(candidate);
+        }
+    }
+    Err(Irreversible::Arithmetic)
+}

@@ -1,0 +1,439 @@
+//! The search for the tensors of each weight: by the same graph, by modules, by learned names, by names in the export, and
+//! at last by numbers.
+
+use std::collections::{BTreeSet, HashMap};
+
+use super::contents::Contents;
+use super::lora::{Adapter, Change};
+use super::matching::{Matched, Misfit, Required, RequiredWeight, rows_of_modules};
+use super::model::{LeafError, ModelWeight, NameKind};
+use super::modules::{is_norm_factor, is_norm_weight};
+use super::norm_parameter::{NormParameter, is_lost};
+use super::recipe::{Leaf, Recipe};
+use super::source::WeightSource;
+use crate::graph::Constant;
+use crate::tensor::DType;
+
+pub(super) struct Matcher<'a> {
+    required: &'a Required<'a>,
+    source: &'a WeightSource,
+    adapter: Option<&'a Adapter>,
+    rows: HashMap<String, usize>,
+    norms: NormParameter,
+    /// What was found out of them, if anything says so.
+    known_norms: Option<NormParameter>,
+    /// Names of tensors, of weights where the source is a graph.
+    used: BTreeSet<String>,
+    by_contents: BTreeSet<String>,
+    used_modules: BTreeSet<String>,
+    /// Weights of a graph that were taken.
+    used_weights: BTreeSet<String>,
+    changed: BTreeSet<String>,
+}
+
+/// A tensor of the source, or why there is none that could be used.
+type Found = Result<Option<(String, Constant)>, (String, String)>;
+
+impl<'a> Matcher<'a> {
+    pub fn new(required: &'a Required<'a>, source: &'a WeightSource, adapter: Option<&'a Adapter>) -> Matcher<'a> {
+        Matcher {
+            required,
+            source,
+            adapter,
+            rows: rows_of_modules(&required.weights),
+            norms: NormParameter::Factor,
+            known_norms: None,
+            used: BTreeSet::new(),
+            by_contents: BTreeSet::new(),
+            used_modules: BTreeSet::new(),
+            used_weights: BTreeSet::new(),
+            changed: BTreeSet::new(),
+        }
+    }
+
+    /// Rows of every module.
+    pub fn rows(&self) -> &HashMap<String, usize> {
+        &self.rows
+    }
+
+    /// Finds out what the source holds of norms whose recipe shows no addend. An error says why that cannot be known.
+    pub fn decide_norms(&mut self) -> Result<(), String> {
+        let factors: Vec<(&RequiredWeight<'_>, &Recipe)> = self
+            .required
+            .weights
+            .iter()
+            .filter_map(|w| Some((w, w.modules.filter(|m| is_norm_factor(m) && !m.is_arithmetic())?)))
+            .collect();
+        if self.source.is_graph() || factors.is_empty() || !self.source.knows_modules() {
+            return Ok(());
+        }
+        let lost = factors.iter().any(|(weight, _)| {
+            let names = weight.recipe.map(Recipe::leaves).unwrap_or_default();
+            names.iter().any(|leaf| is_lost(leaf.name))
+        });
+        let may_add_one = lost || self.required.scales_embeddings;
+        let said = match (self.source.norms, self.required.norms) {
+            (Some(source), Some(package)) if source != package => {
+                Err("its config.json and the package's own differ: one \
+                 names a model whose norms multiply by 1 + w, the other one whose norms multiply by w")
+            }
+            (source, package) => Ok(source.or(package)),
+        };
+        let by_name = match said {
+            Ok(Some(NormParameter::FactorMinusOne)) if !may_add_one => {
+                Err("its config.json names a model whose norms \
+                 multiply by 1 + w, and the norms of this package's export, by their names, hold w")
+            }
+            Ok(None) if may_add_one => Err(
+                "whether it holds w or 1 + w cannot be known without its config.json: the \
+                 export may have computed the sum",
+            ),
+            Ok(said) => Ok(said.unwrap_or(NormParameter::Factor)),
+            Err(why) => Err(why),
+        };
+        self.norms = match by_name {
+            Ok(norms) => norms,
+            Err(why) => self.norms_by_contents(&factors).ok_or_else(|| why.to_string())?,
+        };
+        if by_name.is_err() || said.is_ok_and(|said| said.is_some()) {
+            self.known_norms = Some(self.norms);
+        }
+        Ok(())
+    }
+
+    /// What checkpoints hold of norms, as far as it is known now.
+    pub fn known_norms(&self) -> Option<NormParameter> {
+        self.known_norms.or(self.required.norms)
+    }
+
+    /// What the source holds, if one of its norms has the very numbers that the package had.
+    fn norms_by_contents(&self, factors: &[(&RequiredWeight<'_>, &Recipe)]) -> Option<NormParameter> {
+        let hash = |constant: &Constant, dtype: DType| {
+            let tensor = constant.cast(dtype).materialize().ok()?;
+            Some(blake3::hash(tensor.data()).to_hex().to_string())
+        };
+        factors.iter().find_map(|(weight, recipe)| {
+            let module = recipe.leaves().first()?.name.to_string();
+            let (_, constant) = self.source.module(&module, &self.rows).ok()??;
+            let same = |constant: &Constant| hash(constant, weight.dtype).as_deref() == Some(weight.blake3);
+            match (same(&constant), same(&plus_one(&constant))) {
+                (true, false) => Some(NormParameter::Factor),
+                (false, true) => Some(NormParameter::FactorMinusOne),
+                _ => None,
+            }
+        })
+    }
+
+    /// The weight, or what does not fit; nothing if there is nothing.
+    pub fn find(&mut self, weight: &RequiredWeight<'_>) -> Result<Matched, Vec<Misfit>> {
+        if let Some(matched) = self.find_in_the_same_graph(weight) {
+            return Ok(matched);
+        }
+        let mut misfits = Vec::new();
+        // What a tensor does in a model is surer than what it is called: two exporters can give one name to a matrix and
+        // to its transpose.
+        let ways = [
+            (NameKind::Module, weight.modules),
+            (NameKind::Learned, weight.learned),
+            (NameKind::Initializer, weight.recipe),
+        ];
+        for (kind, recipe) in ways {
+            let Some(recipe) = recipe else { continue };
+            if let Some(matched) = self.find_alike(weight, kind, recipe) {
+                return Ok(matched);
+            }
+            match self.find_by_leaves(weight, kind, recipe) {
+                Ok(Some(matched)) => return Ok(matched),
+                Ok(None) => {}
+                Err(wrong) if misfits.is_empty() => misfits = wrong,
+                Err(_) => {}
+            }
+        }
+        Err(misfits)
+    }
+
+    /// Whether the adapter changes a tensor that the recipe reads.
+    fn is_changed(&self, kind: NameKind, recipe: &Recipe) -> bool {
+        let leaves = recipe.leaves();
+        leaves.iter().any(|leaf| self.change_of(kind, leaf.name).is_some())
+    }
+
+    fn change_of(&self, kind: NameKind, name: &str) -> Option<(String, Change)> {
+        let adapter = self.adapter?;
+        match kind {
+            NameKind::Module => adapter.change(name, &self.rows),
+            NameKind::Learned => adapter.change_of(name),
+            // A matrix of an export may be the transpose of what an adapter calls so.
+            NameKind::Initializer => None,
+        }
+    }
+
+    /// Graphs that are the same give each weight the same name.
+    fn find_in_the_same_graph(&mut self, weight: &RequiredWeight<'_>) -> Option<Matched> {
+        let model = self.source.model()?;
+        let is_same = model.architecture_hash == self.required.architecture_hash;
+        let found = model.named(weight.name).filter(|_| is_same)?;
+        let ways = [(NameKind::Module, weight.modules), (NameKind::Learned, weight.learned)];
+        let mut known = ways.into_iter().filter_map(|(kind, recipe)| Some((kind, recipe?)));
+        if known.any(|(kind, recipe)| self.is_changed(kind, recipe)) {
+            return None;
+        }
+        self.taken_whole(weight, found)
+    }
+
+    /// The weight of another graph that is made in the same way, so that nothing need be undone.
+    fn find_alike(&mut self, weight: &RequiredWeight<'_>, kind: NameKind, recipe: &Recipe) -> Option<Matched> {
+        let found = self.source.model()?.alike(kind, recipe)?;
+        if self.is_changed(kind, recipe) || kind == NameKind::Initializer && !self.means_the_same(recipe) {
+            return None;
+        }
+        self.taken_whole(weight, found)
+    }
+
+    fn taken_whole(&mut self, weight: &RequiredWeight<'_>, found: &ModelWeight) -> Option<Matched> {
+        let constant = &found.constant;
+        let unlike = unlike_dtypes(weight.dtype, constant.dtype(), constant.as_quantized().is_some());
+        if constant.shape() != weight.shape || unlike {
+            return None;
+        }
+        let name = constant.origin().unwrap_or(&found.name).to_string();
+        self.used.insert(name.clone());
+        self.used_weights.insert(found.name.clone());
+        let leaves = found.modules.iter().flat_map(Recipe::leaves);
+        self.used_modules.extend(leaves.map(|leaf| leaf.name.to_string()));
+        Some(Matched {
+            constant: constant.cast(weight.dtype),
+            from: vec![name],
+            learned: found.learned.clone(),
+        })
+    }
+
+    /// Whether names of initializers mean in the source what they mean in the package: names that exporters number
+    /// (`onnx::MatMul_733`, `val_84`) are another matrix's in another export.
+    fn means_the_same(&self, recipe: &Recipe) -> bool {
+        let Some(model) = self.source.model() else {
+            return true;
+        };
+        let same_file = !model.export_hash.is_empty() && model.export_hash == self.required.export_hash;
+        same_file || recipe.leaves().iter().all(|leaf| !is_numbered(leaf.name))
+    }
+
+    fn find_by_leaves(
+        &mut self,
+        weight: &RequiredWeight<'_>,
+        kind: NameKind,
+        recipe: &Recipe,
+    ) -> Result<Option<Matched>, Vec<Misfit>> {
+        if kind == NameKind::Initializer && !self.means_the_same(recipe) {
+            return Ok(None);
+        }
+        let mut from = Vec::new();
+        let mut wrong = Vec::new();
+        let adds_one = kind == NameKind::Module
+            && self.norms == NormParameter::FactorMinusOne
+            && !self.source.is_graph()
+            && !recipe.is_arithmetic();
+        let mut lookup = |leaf: Leaf<'_>| {
+            let misfit = |tensor, why| Misfit {
+                weight: weight.name.to_string(),
+                tensor,
+                why,
+            };
+            let (name, constant) = match self.lookup(kind, leaf) {
+                Ok(found) => found?,
+                Err((tensor, why)) => {
+                    wrong.push(misfit(tensor, why));
+                    return None;
+                }
+            };
+            if let Some(why) = why_not(leaf, &constant, recipe.has_codes()) {
+                wrong.push(misfit(name, why));
+                return None;
+            }
+            from.push(name);
+            Some(match adds_one && is_norm_weight(leaf.name) {
+                true => plus_one(&constant),
+                false => constant,
+            })
+        };
+        let Some(constant) = recipe.apply(&mut lookup) else {
+            return if wrong.is_empty() { Ok(None) } else { Err(wrong) };
+        };
+        debug_assert_eq!(constant.shape(), weight.shape, "{}", weight.name);
+        self.used.extend(from.iter().cloned());
+        Ok(Some(Matched {
+            constant: constant.cast(weight.dtype),
+            from,
+            learned: None,
+        }))
+    }
+
+    /// The weight of the tensor that holds its numbers, if there is one and no more.
+    pub fn find_by_contents(
+        &mut self,
+        weight: &RequiredWeight<'_>,
+        contents: &mut Contents<'_>,
+    ) -> Result<Matched, Vec<Misfit>> {
+        // What ought to be there by its name is missing, even if the same numbers are there under another.
+        if weight.blake3.is_empty() || weight.modules.is_some() && self.source.knows_modules() {
+            return Err(Vec::new());
+        }
+        let mut held = contents.holding(weight.dtype, weight.shape, weight.blake3);
+        held.retain(|held| !self.used.contains(&held.name) || self.by_contents.contains(&held.name));
+        let [held] = &held[..] else {
+            let names: Vec<&str> = held.iter().map(|held| held.name.as_str()).collect();
+            // Two tensors of the same numbers will not stay the same in a fine-tune: nothing is guessed.
+            let ambiguous = (!names.is_empty()).then(|| Misfit {
+                weight: weight.name.to_string(),
+                tensor: names.join(", "),
+                why: "all of them hold its numbers, so which of them it is cannot be known".to_string(),
+            });
+            return Err(ambiguous.into_iter().collect());
+        };
+        let recipe = contents.recipe(held);
+        let mut tensor = |leaf: Leaf<'_>| {
+            let constant = self.source.tensors.get(leaf.name)?;
+            let change = self.adapter.and_then(|a| a.change_of(leaf.name));
+            Some(self.changed(constant, change))
+        };
+        let constant = recipe.apply(&mut tensor).expect("it was read when it was hashed");
+        self.used.insert(held.name.clone());
+        self.used_weights.insert(held.name.clone());
+        self.by_contents.insert(held.name.clone());
+        Ok(Matched {
+            constant: constant.cast(weight.dtype),
+            from: vec![held.name.clone()],
+            // Names in a graph are its own; those of a checkpoint are those of the next.
+            learned: (!self.source.is_graph()).then_some(recipe),
+        })
+    }
+
+    fn lookup(&mut self, kind: NameKind, leaf: Leaf<'_>) -> Found {
+        let found = match kind {
+            NameKind::Module => self.module(leaf.name)?,
+            _ => self.named(kind, leaf.name)?,
+        };
+        let change = self.change_of(kind, leaf.name);
+        Ok(found.map(|(name, constant)| (name, self.changed(&constant, change))))
+    }
+
+    fn module(&mut self, module: &str) -> Found {
+        let failed = |error: LeafError| (module.to_string(), error.to_string());
+        let mut found = self.source.module(module, &self.rows).map_err(failed)?;
+        // A head that is not there is the embedding: that is how tied models are saved.
+        if found.is_none() && module == "head.weight" {
+            found = self.source.module("embedding.weight", &self.rows).map_err(failed)?;
+        }
+        if found.is_some() {
+            self.used_modules.insert(module.to_string());
+        }
+        Ok(found)
+    }
+
+    /// A tensor of a checkpoint or an export by its own name, or of a package by the name that was kept for it.
+    fn named(&mut self, kind: NameKind, name: &str) -> Found {
+        if let Some(model) = self.source.model() {
+            let found = model
+                .tensor(kind, name)
+                .map_err(|error| (name.to_string(), error.to_string()))?;
+            if let Some((weight, constant)) = found {
+                self.used_weights.insert(weight.name.clone());
+                let leaves = weight.modules.iter().flat_map(Recipe::leaves);
+                self.used_modules.extend(leaves.map(|leaf| leaf.name.to_string()));
+                return Ok(Some((name.to_string(), constant)));
+            }
+        }
+        let tensor = self.source.tensors.get(name);
+        Ok(tensor.map(|constant| (name.to_string(), constant.clone())))
+    }
+
+    /// With an adapter's change, given with its layer. One of another shape stays unused, which is an obstacle of its own.
+    fn changed(&mut self, constant: &Constant, change: Option<(String, Change)>) -> Constant {
+        match change {
+            Some((target, change)) if constant.shape() == change.shape() => {
+                self.changed.insert(target);
+                change.merged(constant)
+            }
+            _ => constant.clone(),
+        }
+    }
+
+    /// What the source has and no weight is made of.
+    pub fn extra(&self) -> Vec<String> {
+        if let Some(model) = self.source.model() {
+            let modules = model.names(NameKind::Module).into_iter();
+            let unused = modules.filter(|name| !self.used_modules.contains(*name));
+            let unused =
+                unused.filter_map(|name| Some((name.to_string(), model.tensor(NameKind::Module, name).ok()??.1)));
+            let mut extra = self.without_tied_head(unused);
+            let nameless = model.iter().filter(|w| {
+                w.modules.is_none() && !self.used_weights.contains(&w.name) && !self.used.contains(&w.name)
+            });
+            extra.extend(nameless.map(|w| w.name.clone()));
+            return extra;
+        }
+        if self.source.trouble().is_some() {
+            return Vec::new();
+        }
+        let unused = self.source.tensors.iter().filter(|(name, c)| {
+            // Buffers that checkpoints carry and no model needs: rotary frequencies, causal masks, position numbers.
+            let buffer = ["rotary_emb.inv_freq", ".attn.masked_bias", ".position_ids"];
+            let is_buffer = !c.dtype().is_float()
+                || buffer.iter().any(|suffix| name.ends_with(suffix))
+                || (name.ends_with(".attn.bias") && c.shape().len() == 4);
+            !is_buffer && !self.used.contains(*name)
+        });
+        self.without_tied_head(unused.map(|(name, c)| (name.clone(), c.clone())))
+    }
+
+    /// A head of its own may stand beside a tied embedding if it holds the same numbers.
+    fn without_tied_head(&self, unused: impl Iterator<Item = (String, Constant)>) -> Vec<String> {
+        let embedding = self.source.module("embedding.weight", &self.rows).ok().flatten();
+        let same = |head: &Constant| {
+            let (a, b) = (head.materialize().ok()?, embedding.as_ref()?.1.materialize().ok()?);
+            Some(a.shape() == b.shape() && a.dtype() == b.dtype() && a.data() == b.data())
+        };
+        unused
+            .filter(|(name, c)| !(name.starts_with("lm_head") || name == "head.weight") || same(c) != Some(true))
+            .map(|(name, _)| name)
+            .collect()
+    }
+
+    /// Changes of the adapter that went into no weight.
+    pub fn unused_changes(&self) -> Vec<String> {
+        let targets = self.adapter.map(Adapter::targets).unwrap_or_default();
+        targets.into_iter().filter(|t| !self.changed.contains(t)).collect()
+    }
+}
+
+/// In fp32, as exporters add it.
+fn plus_one(constant: &Constant) -> Constant {
+    constant.cast(DType::F32).offset(1.0)
+}
+
+/// Whether an exporter numbered a value that it had no name for.
+fn is_numbered(name: &str) -> bool {
+    let end = name.rsplit(['/', ':', '.', '_']).next().unwrap_or(name);
+    name.starts_with("onnx::") || name.starts_with("val_") || end == name && end.bytes().all(|b| b.is_ascii_digit())
+}
+
+fn unlike_dtypes(wanted: DType, found: DType, of_codes: bool) -> bool {
+    // Floats convert among themselves, and integers; codes mean nothing in another type.
+    let stored_only = wanted.is_storage_only() || found.is_storage_only();
+    match stored_only || of_codes && !wanted.is_float() {
+        true => wanted != found,
+        false => wanted.is_float() != found.is_float(),
+    }
+}
+
+/// Why a tensor cannot be the leaf of a recipe; `of_codes`: the recipe makes a quantized weight.
+fn why_not(leaf: Leaf<'_>, constant: &Constant, of_codes: bool) -> Option<String> {
+    let shape = constant.shape();
+    if shape != leaf.shape {
+        let transposed = shape.iter().rev().eq(leaf.shape) && shape.len() == 2;
+        let hint = if transposed { ", the transpose of it" } else { "" };
+        return Some(format!("its shape is {shape:?}{hint}, it must be {:?}", leaf.shape));
+    }
+    unlike_dtypes(leaf.dtype, constant.dtype(), of_codes)
+        .then(|| format!("its numbers are {}, and must be {}", constant.dtype(), leaf.dtype))
+}
