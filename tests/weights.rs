@@ -6,6 +6,8 @@ mod bad;
 mod config;
 #[path = "weights/contents.rs"]
 mod contents;
+#[path = "weights/invariants.rs"]
+mod invariants;
 #[path = "weights/lora.rs"]
 mod lora;
 #[path = "weights/modules.rs"]

@@ -12,7 +12,7 @@ use lapidary::target::{Prefill, Refit, Target};
 use lapidary::tensor::quantized::Granularity;
 use lapidary::tensor::{DType, Tensor};
 use lapidary::weights::checks::Allowed;
-use lapidary::weights::source::WeightSource;
+use lapidary::weights::source::{SourceContext, WeightSource};
 use lapidary::{lower, onnx, passes};
 
 use crate::support::{fixture, lapidary as program, text};
@@ -167,6 +167,11 @@ fn a_file_of_quantized_weights_is_read_back() {
     let bytes = std::fs::read(&path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     assert_eq!(file.tensor("u4.0.codes").unwrap().shape(), [4, 16], "packed, as bytes");
+    let context = SourceContext {
+        positions: 1,
+        dtype: DType::F32,
+        architecture_hash: String::new(),
+    };
     let source = WeightSource::open(&path, &context).unwrap();
     let names: Vec<&str> = source.tensors.keys().map(String::as_str).collect();
     for ((name, weight), stored) in weights.iter().zip(&stored) {

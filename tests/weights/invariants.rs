@@ -1,0 +1,193 @@
+//! A package is its own weights: every export, in every precision, against itself, its export, and what it exports.
+//!
+//! Every export that converts is tried; what does not convert is another test's. `LAPIDARY_EXPORTS` names a folder with more.
+
+use std::path::{Path, PathBuf};
+
+use lapidary::package::manifest::WeightFile;
+use lapidary::package::{self, Package, RefitRequest, differing_weights};
+use lapidary::weights::checks::Allowed;
+use lapidary::weights::export::{ExportError, Format, export};
+use lapidary::weights::matching::matched;
+use lapidary::weights::source::WeightSource;
+use lapidary::{ConvertOptions, Limits, SamplerSettings, Session, SessionOptions, Spec, convert};
+
+use crate::support::fixture;
+
+/// Every `model.onnx` below a folder, and every other `.onnx`.
+fn exports(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut stack = vec![folder.to_path_buf()];
+    while let Some(folder) = stack.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => stack.push(path),
+                false if path.extension().is_some_and(|e| e == "onnx") => found.push(path),
+                false => {}
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn tokens(package: &Package) -> Vec<u32> {
+    let mut session = Session::open(package, &SessionOptions::default()).unwrap_or_else(|e| panic!("{e}"));
+    let mut chain = lapidary::Chain::new(&SamplerSettings::greedy()).unwrap();
+    let limits = Limits {
+        max_new_tokens: 3,
+        ..Limits::default()
+    };
+    let made = lapidary::generate(&mut session, None, &[1, 20, 5, 9], &mut chain, &limits, |_| Ok(()));
+    made.unwrap().tokens
+}
+
+fn set_hash(file: &Option<WeightFile>) -> Option<&str> {
+    file.as_ref().map(|file| file.set_hash.as_str())
+}
+
+#[derive(Default)]
+struct Counts {
+    packages: usize,
+    checkpoints: usize,
+    failures: Vec<String>,
+}
+
+impl Counts {
+    fn expect(&mut self, is_true: bool, message: impl FnOnce() -> String) {
+        if !is_true {
+            self.failures.push(message());
+        }
+    }
+}
+
+/// All invariants of one package. `what` names it in messages.
+fn check(what: &str, model: &Path, package: &Package, folder: &Path, counts: &mut Counts) {
+    let model_weights = package.model_weights().unwrap();
+    let context = package.source_context();
+    let mut sources = vec![
+        (
+            "itself",
+            WeightSource::package(&package.folder, package.model_weights().unwrap()),
+        ),
+        ("its export", WeightSource::open(model, &context).unwrap()),
+    ];
+    let manifest = &package.manifest;
+    let graph = package.architecture().unwrap();
+    for (name, format) in [
+        ("Hugging Face's form", Format::HuggingFace),
+        ("GPT-2's form", Format::Gpt2),
+        ("TensorRT-LLM's form", Format::TensorRtLlm),
+    ] {
+        let to = folder.join("checkpoint").join(name);
+        match export(
+            &model_weights,
+            &graph,
+            &manifest.architecture,
+            manifest.norms,
+            format,
+            &to,
+        ) {
+            Ok(_) => {
+                counts.checkpoints += 1;
+                sources.push((name, WeightSource::open(&to, &context).unwrap()));
+            }
+            // Refused, by name, and nothing is there.
+            Err(e @ (ExportError::Io { .. } | ExportError::Write(_))) => panic!("{what}: {name}: {e}"),
+            Err(_) => counts.expect(!to.exists(), || {
+                format!("{what}: {name} was refused, and something is there")
+            }),
+        }
+    }
+    for (i, (name, source)) in sources.iter().enumerate() {
+        let required = package.required().unwrap();
+        let found = match matched(&required, source, None, false) {
+            Ok(found) => found,
+            Err(e) => {
+                counts.failures.push(format!("{what} from {name}: {e}"));
+                continue;
+            }
+        };
+        let different = differing_weights(&manifest.weights, &found.weights).unwrap();
+        counts.expect(different.is_empty(), || format!("{what} from {name}: {different:?}"));
+        // Stripped and brought back it has the same bytes, and so gives the same tokens.
+        let bare = folder.join(format!("bare-{i}"));
+        package::strip(package, &bare, true).unwrap();
+        let stripped = Package::open(&bare).unwrap();
+        let request = RefitRequest {
+            source,
+            adapter: None,
+            identical: None,
+            allowed: Allowed::default(),
+            extra_allowed: false,
+        };
+        let refitted = package::refit(&stripped, &request, |_, _| {})
+            .unwrap()
+            .finish()
+            .unwrap();
+        let same = refitted.weights.set_hash == manifest.weights.set_hash
+            && refitted.graph.blake3 == manifest.graph.blake3
+            && set_hash(&refitted.constants) == set_hash(&manifest.constants);
+        counts.expect(same, || format!("{what} refitted from {name} is another package"));
+        // The same bytes give the same tokens; one package shows that they are read.
+        if i + 1 == sources.len() {
+            let (before, after) = (tokens(package), tokens(&Package::open(&bare).unwrap()));
+            counts.expect(before == after, || {
+                format!("{what} refitted from {name}: {after:?} for {before:?}")
+            });
+        }
+    }
+}
+
+/// Converts everything below a folder in one precision and checks what converts.
+fn check_all(folder: &Path, dtype: Option<&str>) -> Counts {
+    let mut counts = Counts::default();
+    for model in exports(folder) {
+        let at = tempfile::tempdir().unwrap();
+        let spec = format!(
+            "capacity: [32]\n{}",
+            dtype.map_or(String::new(), |d| format!("dtype: {d}\n"))
+        );
+        let conversion = Spec::parse(&spec).unwrap().resolve().unwrap();
+        let output = at.path().join("package");
+        if convert(&model, &output, conversion, &ConvertOptions::default()).is_err() {
+            continue;
+        }
+        let what = format!("{} in {}", model.display(), dtype.unwrap_or("its own precision"));
+        check(&what, &model, &Package::open(&output).unwrap(), at.path(), &mut counts);
+        counts.packages += 1;
+    }
+    counts
+}
+
+/// Fixtures, other families, and the folder that the environment names.
+fn check_everything(dtype: Option<&str>) {
+    let fixtures = check_all(&fixture("exports"), dtype);
+    let families = check_all(&fixture("families"), dtype);
+    let more = std::env::var_os("LAPIDARY_EXPORTS").map(|folder| check_all(Path::new(&folder), dtype));
+    let all: Vec<&Counts> = [&fixtures, &families].into_iter().chain(&more).collect();
+    let counted: Vec<_> = all.iter().map(|c| (c.packages, c.checkpoints)).collect();
+    println!("packages and checkpoints: {counted:?}");
+    let failures: Vec<&String> = all.iter().flat_map(|c| &c.failures).collect();
+    assert!(failures.is_empty(), "{failures:#?}");
+    assert!(
+        fixtures.packages > 45 && fixtures.checkpoints > 60 && families.packages >= 4,
+        "{counted:?}"
+    );
+}
+
+#[test]
+fn packages_in_their_own_precision() {
+    check_everything(None);
+}
+
+#[test]
+fn packages_in_fp16() {
+    check_everything(Some("fp16"));
+}
+
+#[test]
+fn packages_in_bf16() {
+    check_everything(Some("bf16"));
+}
