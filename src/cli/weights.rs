@@ -7,10 +7,9 @@ use serde_json::json;
 use super::table::Table;
 use super::{Failure, bytes, print, print_json, refit};
 use crate::package::manifest::{Manifest, WeightEntry};
-use crate::package::{self, Package, RefitError};
+use crate::package::{self, Package};
 use crate::weights::export::{Format, export};
 use crate::weights::lora::Adapter;
-use crate::weights::matching::matched;
 use crate::weights::recipe::Recipe;
 
 #[derive(clap::Args)]
@@ -142,11 +141,8 @@ fn document(weight: &WeightEntry, manifest: &Manifest) -> serde_json::Value {
 fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
     let source = refit::open(from, package)?;
     let adapter = args.lora.as_deref().map(Adapter::open).transpose()?;
-    package::check_config(package, &source)?;
     let weights = &package.manifest.weights;
-    let found = matched(&package.required()?, &source, adapter.as_ref(), args.ignore_extra)
-        .map_err(RefitError::Mismatch)?
-        .weights;
+    let found = package::find_weights(package, &source, adapter.as_ref(), args.ignore_extra)?.weights;
     let different = package::differing_weights(weights, &found)?;
     if args.json {
         let from: Vec<_> = weights

@@ -31,7 +31,7 @@ pub use manifest::Manifest;
 pub(crate) use plans::PlanCache;
 #[cfg(feature = "cli")]
 pub(crate) use refit::transposed_note;
-pub use refit::{DifferingWeight, RefitError, RefitRequest, check_config, differing_weights, refit};
+pub use refit::{DifferingWeight, RefitError, RefitRequest, differing_weights, find_weights, refit};
 pub use staging::{check_target, remove_unfinished};
 pub use strip::strip;
 pub use write::{ManifestHeader, Writer};

@@ -14,7 +14,7 @@ use crate::target;
 use crate::weights::checks::{self, Allowed};
 use crate::weights::config::{self, ConfigError};
 use crate::weights::lora::Adapter;
-use crate::weights::matching::{Matched, Mismatch, matched};
+use crate::weights::matching::{Found, Matched, Mismatch, matched};
 use crate::weights::source::WeightSource;
 use crate::weights::{WriteError, content_hash, set_hash};
 
@@ -89,16 +89,31 @@ impl Help for RefitError {
     }
 }
 
-/// Refuses a source whose `config.json` describes another model than the package is.
-pub fn check_config(package: &Package, source: &WeightSource) -> Result<(), RefitError> {
+/// Finds every weight of a package in a source whose `config.json`, if it has one, describes no other model.
+///
+/// What is only known of the models of a `model_type` is no contradiction where all numbers are those that the package had:
+/// it was made of this checkpoint, and its export computes what it computes.
+pub fn find_weights(
+    package: &Package,
+    source: &WeightSource,
+    adapter: Option<&Adapter>,
+    extra_allowed: bool,
+) -> Result<Found, RefitError> {
     let manifest = &package.manifest;
     let capacity = manifest.capacities.iter().copied().max();
-    Ok(config::check(
-        source,
-        &package.architecture()?,
-        &manifest.architecture,
-        capacity,
-    )?)
+    let graph = package.architecture()?;
+    let contradiction = config::check(source, &graph, &manifest.architecture, capacity).err();
+    if let Some(error) = contradiction {
+        if !error.is_of_the_model_type() {
+            return Err(error.into());
+        }
+        let found = matched(&package.required()?, source, None, extra_allowed).ok();
+        let different = found.map(|found| differing_weights(&manifest.weights, &found.weights));
+        if !matches!(different.transpose()?, Some(different) if different.is_empty()) {
+            return Err(error.into());
+        }
+    }
+    Ok(matched(&package.required()?, source, adapter, extra_allowed)?)
 }
 
 /// A weight whose bytes would not be those the package had.
@@ -167,9 +182,8 @@ pub fn refit(
     let identical = refit
         .identical
         .unwrap_or(only_its_own || manifest.refit == target::Refit::Identical);
-    check_config(package, refit.source)?;
     let adapter = refit.adapter.map(|(_, adapter)| adapter);
-    let found = matched(&package.required()?, refit.source, adapter, refit.extra_allowed)?;
+    let found = find_weights(package, refit.source, adapter, refit.extra_allowed)?;
     let norms = found.norms;
     let found = found.weights;
     if identical && manifest.weights.set_hash.is_empty() {

@@ -4,13 +4,15 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
+use lapidary::tensor::DType;
 use lapidary::weights::config::{self, ConfigError};
-use lapidary::weights::source::WeightSource;
+use lapidary::weights::source::{SourceContext, WeightSource};
 use lapidary::{onnx, passes};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
 use crate::refit::export;
+use crate::support::fixture;
 
 type Made = (lapidary::graph::Graph, passes::Architecture);
 
@@ -28,6 +30,14 @@ fn canonical(model: &Path) -> &'static Made {
     })
 }
 
+fn context() -> SourceContext {
+    SourceContext {
+        positions: 64,
+        dtype: DType::F32,
+        architecture_hash: String::new(),
+    }
+}
+
 /// A checkpoint with these tensors, of one element each, and this configuration.
 fn checkpoint(folder: &Path, config: &Value, tensors: &[(&str, f32)]) -> WeightSource {
     let bytes: Vec<_> = tensors.iter().map(|(name, v)| (*name, v.to_le_bytes())).collect();
@@ -37,7 +47,7 @@ fn checkpoint(folder: &Path, config: &Value, tensors: &[(&str, f32)]) -> WeightS
     let bytes = safetensors::serialize(views, None).unwrap();
     std::fs::write(folder.join("model.safetensors"), bytes).unwrap();
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    WeightSource::open(folder, 64).unwrap()
+    WeightSource::open(folder, &context()).unwrap()
 }
 
 const UNTIED: &[(&str, f32)] = &[("model.embed_tokens.weight", 1.0), ("lm_head.weight", 2.0)];
@@ -364,10 +374,10 @@ fn configurations_of_tensorrt_llm() {
     }
 }
 
-/// Exports of other families, where they are at hand.
+/// Exports of other families.
 #[test]
 fn other_families() {
-    let more = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/exports/more");
+    let more = fixture("families");
     let gemma = json!({
         "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
         "intermediate_size": 96, "vocab_size": 320, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
@@ -381,7 +391,7 @@ fn other_families() {
     );
     let gemma2 = with(
         &gemma,
-        json!({"model_type": "gemma2", "num_hidden_layers": 2, "rope_theta": 10000.0,
+        json!({"model_type": "gemma2", "num_hidden_layers": 2, "rope_theta": 10000.0, "rms_norm_eps": 1e-5,
                "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
     );
     let neox = json!({
@@ -508,7 +518,7 @@ fn a_damaged_configuration() {
         "{error}"
     );
     // A shard or a single file has it beside it.
-    let single = WeightSource::open(&folder.path().join("model.safetensors"), 64).unwrap();
+    let single = WeightSource::open(&folder.path().join("model.safetensors"), &context()).unwrap();
     assert!(config::check(&single, graph, architecture, None).is_err());
     std::fs::remove_file(folder.path().join("config.json")).unwrap();
     assert!(config::check(&single, graph, architecture, None).is_ok());

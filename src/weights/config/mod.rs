@@ -70,6 +70,16 @@ pub enum ConfigError {
     },
 }
 
+impl ConfigError {
+    /// Whether it says nothing of its own, and only what is known of the models of its `model_type` differs.
+    pub fn is_of_the_model_type(&self) -> bool {
+        match self {
+            ConfigError::Contradiction { differences, .. } => differences.iter().all(|d| d.field == "model_type"),
+            ConfigError::Io { .. } | ConfigError::Invalid { .. } => false,
+        }
+    }
+}
+
 fn list(differences: &[Difference]) -> String {
     let line = |d: &Difference| format!("\n  {}: {} in the file, {} in the package", d.field, d.file, d.package);
     differences.iter().map(line).collect()
