@@ -18,3 +18,5 @@ mod interrupt;
 mod sampling;
 #[path = "cli/support.rs"]
 mod support;
+#[path = "cli/verify.rs"]
+mod verify;

@@ -23,7 +23,9 @@ pub fn find(graph: &Graph, of: &HashMap<ValueId, InputRole>, growing: bool) -> V
         let one: &[i64] = &[1];
         let axes: Vec<(usize, &str, &[i64])> = match role {
             InputRole::InputIds => vec![(0, "batch", one), (1, "the number of new tokens", &[])],
-            InputRole::Positions => vec![(before, "batch", one), (last, "the number of new tokens", one)],
+            // One position may be that of the first token.
+            InputRole::Positions if shape.len() == 1 => vec![(last, "the number of new tokens", one)],
+            InputRole::Positions => vec![(before, "batch", one), (last, "the number of new tokens", &[])],
             InputRole::PaddingMask if shape.len() == 2 => vec![(0, "batch", one), (1, TOTAL, &[])],
             InputRole::FullMask if shape.len() == 4 => {
                 vec![(0, "batch", one), (2, "the number of new tokens", one), (3, TOTAL, &[])]

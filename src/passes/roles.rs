@@ -125,7 +125,8 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
         });
     }
     // One input with a batch of 1 fixes it for all.
-    let batches = caches.iter().map(|id| graph.shape(*id).and_then(|shape| shape.first()));
+    let padding = with(InputRole::PaddingMask);
+    let batches = caches.iter().chain(&padding).map(|id| graph.shape(*id)?.first());
     let batch = batches.fold(constant(Some(&ids_shape[0])), |known, dim| known.or(constant(dim)));
     let batch_dim = batch.map_or_else(|| Dim::sym(Sym::batch()), Dim::from);
     let tokens_dim = named_or_constant(&ids_shape[1], Sym::tokens());
@@ -206,7 +207,8 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
     })
 }
 
-/// Exporters may call all dims by one name. A name that stands for different lengths says nothing, and goes.
+/// Exporters may call all dims by one name, and a mask's length `past_sequence_length + 1`. A name that stands for different
+/// lengths says nothing, a sum may say what is wrong: they go, and what the dims count by their roles stays.
 fn rename_shared_dims(graph: &mut Graph, bindings: &[(ValueId, usize, Dim)]) {
     let symbol = |graph: &Graph, id: ValueId, axis: usize| graph.shape(id)?.get(axis)?.as_sym().cloned();
     let mut meanings: HashMap<Sym, Vec<&Dim>> = HashMap::new();
@@ -217,9 +219,11 @@ fn rename_shared_dims(graph: &mut Graph, bindings: &[(ValueId, usize, Dim)]) {
         }
     }
     for (number, (id, axis, _)) in bindings.iter().enumerate() {
-        let shared = symbol(graph, *id, *axis).filter(|name| meanings[name].len() > 1);
-        if let (Some(name), Some(shape)) = (shared, &mut graph.value_mut(*id).shape) {
-            shape[*axis] = Dim::named(format!("{name}.{number}"));
+        let name = symbol(graph, *id, *axis);
+        if name.is_none_or(|name| meanings[&name].len() > 1)
+            && let Some(shape) = &mut graph.value_mut(*id).shape
+        {
+            shape[*axis] = Dim::named(format!("export.dim.{number}"));
         }
     }
 }

@@ -404,6 +404,38 @@ fn dims_that_the_export_fixes_are_refused_with_what_they_count() {
     }
 }
 
+/// What exporters call the dims of inputs need not be so: optimum 1.23 labels the mask `past_sequence_length + 1`, others
+/// call all dims by one name.
+#[test]
+fn names_of_dims_are_not_taken_at_their_word() {
+    let mut graph = export("llama-optimum");
+    let mask = graph.find("attention_mask").unwrap();
+    let label = &Dim::named("past_sequence_length") + &Dim::from(1usize);
+    graph.value_mut(mask).shape = Some(vec![Dim::named("batch_size"), label]);
+    let labelled = architecture(graph, 64);
+    let mut graph = export("llama-optimum");
+    for id in graph.inputs.clone() {
+        let shape = graph.shape(id).cloned().unwrap().into_iter();
+        let named = |dim: Dim| if dim.as_const().is_some() { dim } else { Dim::named("N") };
+        graph.value_mut(id).shape = Some(shape.map(named).collect());
+    }
+    assert_eq!(architecture(graph, 64), labelled);
+    assert_eq!((labelled.batch, labelled.windows), (None, vec![None, None]));
+}
+
+/// Of an encoder's decoder there is one thing to say, and not one for each layer.
+#[test]
+fn the_decoder_of_an_encoder_is_refused_in_one_line() {
+    let mut graph = export("llama-dynamo-opset18");
+    let cache = graph.find("past_key_values.0.key").unwrap();
+    graph.rename(cache, "past_key_values.0.encoder.key");
+    let nothing = graph.add_constant("nothing", Tensor::from_bool(vec![1], &[false]));
+    hide(&mut graph, &[0], nothing);
+    let text = refusal_at(graph, 64);
+    says(&text, &["past_key_values.0.encoder.key", "come from an encoder"]);
+    assert!(!text.contains("reasons"), "{text}");
+}
+
 /// Tables that exporters read by other operators than Gather bound positions as well.
 #[test]
 fn a_table_behind_any_operator_bounds_positions() {

@@ -30,8 +30,7 @@ impl Rows<'_, '_> {
         Ok(())
     }
 
-    /// Proves that the numbers which the rows read from positions are functions of the position alone. Proven once for
-    /// each; notes their lengths.
+    /// Proves, once for each, that the numbers which the rows read from positions are functions of the position alone.
     pub(super) fn prove_positional(&self, tables: &mut Tables) -> Result<(), String> {
         for id in self.positional_numbers() {
             if tables.proven.positional.contains(&id) {
@@ -39,7 +38,6 @@ impl Rows<'_, '_> {
             }
             let named = lengths(self.evaluator.graph, [id], |_| false);
             one_row_a_position(self.evaluator, id, &named, tables.positions)?;
-            tables.lengths.extend(named);
             tables.proven.positional.insert(id);
         }
         Ok(())

@@ -335,7 +335,8 @@ fn read(
     };
     let lead: usize = shape[..rank - 2].iter().product();
     let heads = lead / batch.max(1);
-    let grouped = heads == cache.heads && (operand.grouped || rank > 4);
+    // A product broadcasts a single head over all.
+    let grouped = heads == cache.heads && (operand.grouped || rank > 4 || heads == 1);
     let live = trial.sizes.past + trial.sizes.tokens;
     if width != dim
         || lead != heads * batch

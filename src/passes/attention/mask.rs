@@ -39,8 +39,6 @@ pub struct ProvenMask {
     pub window: Option<usize>,
     /// Positions that its tables have rows for, where they have fewer than were tried.
     pub limit: Option<usize>,
-    /// The lengths in its arithmetic.
-    pub lengths: BTreeMap<usize, String>,
 }
 
 /// A mask without meaning at some size.
@@ -148,7 +146,7 @@ impl Mask<'_, '_> {
             let seen = self.at(batch, past, tokens)?;
             check(&seen, &evaluator.trial(batch, past, tokens), window)?;
         }
-        Ok(ProvenMask { window, limit, lengths })
+        Ok(ProvenMask { window, limit })
     }
 
     /// The total length up to `end` at which the mask can still be computed in memory. Some exporters compute it of all

@@ -32,7 +32,7 @@ use std::fmt;
 use crate::graph::op::Op;
 use crate::graph::{AttentionScores, Graph, ValueId};
 use crate::passes::dependence::Dependence;
-use crate::passes::lengths::last_where;
+use crate::passes::lengths::{last_where, lengths};
 use crate::passes::partial_eval::PartialEvaluator;
 use crate::passes::roles::{InputRole, Roles};
 use crate::tensor::DType;
@@ -105,6 +105,7 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
             reason: format!("this softmax is no attention that Lapidary knows: {}", softmax.reason),
         });
     }
+    analysis.obstacles.extend(left_packed(graph));
     for (index, (attention, mask)) in found.into_iter().zip(masks).enumerate() {
         let at = attention.name.clone();
         let obstacle = |reason: String| Obstacle {
@@ -133,13 +134,47 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
     }
     if analysis.obstacles.is_empty() {
         unmatched(&evaluator, &mut analysis);
+    } else if let Some(encoder) = encoder(graph, roles) {
+        analysis.obstacles = vec![encoder];
     }
-    let named = std::mem::take(&mut analysis.tables.lengths);
-    analysis.lengths.extend(named);
     analysis
 }
 
-/// The mask of each attention. Sets the position limit and notes lengths.
+/// Attentions that `decompose` did not take apart.
+fn left_packed(graph: &Graph) -> impl Iterator<Item = Obstacle> {
+    let nodes = graph.node_ids().map(|id| graph.node(id));
+    nodes
+        .filter(|node| matches!(node.op, Op::GroupQueryAttention(_)))
+        .map(|node| Obstacle {
+            layer: None,
+            at: node.name.clone(),
+            reason: match node.input(11) {
+                Some(sink) => format!("its head_sink {} is not supported", graph.value(sink).name),
+                None => "its inputs have shapes or dtypes that are not understood".into(),
+            },
+        })
+}
+
+/// The one thing to say of the decoder of an encoder–decoder model, if this is one: what it attends to is not its own text.
+fn encoder(graph: &Graph, roles: &Roles) -> Option<Obstacle> {
+    let inputs = graph
+        .inputs
+        .iter()
+        .filter(|id| roles.of.get(id) != Some(&InputRole::Unread));
+    let names = inputs.map(|id| graph.value(*id).name.as_str());
+    let of_encoder: Vec<&str> = names.filter(|name| name.contains("encoder")).take(3).collect();
+    (!of_encoder.is_empty()).then(|| Obstacle {
+        layer: None,
+        at: of_encoder.join(", "),
+        reason:
+            "these inputs come from an encoder: the decoder of an encoder-decoder model is not supported, only models \
+                 that are a decoder"
+                .into(),
+    })
+}
+
+/// The mask of each attention. Sets the position limit, and notes the lengths of everything positional whether it is
+/// recognised or not.
 fn prove_masks(
     evaluator: &PartialEvaluator<'_>,
     found: &[FoundAttention],
@@ -147,12 +182,17 @@ fn prove_masks(
     analysis: &mut Analysis,
 ) -> Vec<Result<ProvenMask, String>> {
     let terms: HashSet<ValueId> = found.iter().flat_map(|a| &a.mask).map(|term| term.value()).collect();
-    analysis.position_limit = position_limit(evaluator, &terms, max_positions);
+    let (numbers, tables) = (positional_numbers(evaluator, &terms), rotary_tables(evaluator));
+    let all = terms
+        .into_iter()
+        .chain(numbers.iter().copied())
+        .chain(tables.iter().copied());
+    analysis.lengths = lengths(evaluator.graph, all, |_| false);
+    analysis.position_limit = position_limit(evaluator, &numbers, &tables, max_positions);
     let last = analysis.position_limit.unwrap_or(usize::MAX).min(max_positions);
     let masks = Masks::default();
     let mut proven: Vec<_> = found.iter().map(|a| masks.prove(evaluator, a, last)).collect();
     for mask in proven.iter().flatten() {
-        analysis.lengths.extend(mask.lengths.clone());
         analysis.position_limit = analysis.position_limit.into_iter().chain(mask.limit).min();
     }
     // A mask that the caller makes is causal at best by custom. Where only some layers read it, the others have a mask that
@@ -312,41 +352,56 @@ fn unmatched(evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
     }
 }
 
-/// Tables of positions bound how far positions may go: the largest total length, if it is less than `last`, at which
-/// every number that data reads from positions can be computed. `masks` have a limit of their own.
-fn position_limit(evaluator: &PartialEvaluator<'_>, masks: &HashSet<ValueId>, last: usize) -> Option<usize> {
+/// Every number that data reads from positions, but for those in `masks`.
+fn positional_numbers(evaluator: &PartialEvaluator<'_>, masks: &HashSet<ValueId>) -> Vec<ValueId> {
     let graph = evaluator.graph;
     let is = |id: ValueId, dependence| evaluator.dependence(id) == dependence;
+    let float = |id: ValueId| graph.value(id).dtype.is_some_and(DType::is_float);
     let mut numbers: Vec<ValueId> = Vec::new();
-    let mut limit: Option<usize> = None;
     for id in graph.node_ids() {
         let node = graph.node(id);
-        // The operator looks rows up itself.
-        let table = match node.op {
-            Op::RotaryEmbedding { .. } => node.input(1).zip(node.input(3)),
-            Op::ContribRotaryEmbedding { .. } => node.input(2).zip(node.input(1)),
-            _ => None,
-        };
-        if let Some((table, index)) = table
-            && is(index, Dependence::Positional)
-            && let Some(constant) = graph.constant(table)
-        {
-            limit = limit.into_iter().chain(constant.shape().first().copied()).min();
-        }
         if node.outputs.iter().flatten().any(|v| is(*v, Dependence::Data)) {
-            let float = |v: ValueId| graph.value(v).dtype.is_some_and(DType::is_float);
             let positional = |v: &ValueId| is(*v, Dependence::Positional) && float(*v) && !masks.contains(v);
             numbers.extend(node.inputs.iter().flatten().filter(|v| positional(v)));
         }
     }
     numbers.sort_unstable();
     numbers.dedup();
+    numbers
+}
+
+/// Tables in which operators look rows up by position themselves.
+fn rotary_tables(evaluator: &PartialEvaluator<'_>) -> Vec<ValueId> {
+    let graph = evaluator.graph;
+    let table = |id| {
+        let node = graph.node(id);
+        let (table, index) = match node.op {
+            Op::RotaryEmbedding { .. } => node.input(1).zip(node.input(3))?,
+            Op::ContribRotaryEmbedding { .. } => node.input(2).zip(node.input(1))?,
+            _ => return None,
+        };
+        let positional = evaluator.dependence(index) == Dependence::Positional;
+        (positional && graph.constant(table).is_some()).then_some(table)
+    };
+    graph.node_ids().filter_map(table).collect()
+}
+
+/// Tables of positions bound how far positions may go: the largest total length, if it is less than `last`, at which
+/// every one of these numbers can be computed. Masks have a limit of their own.
+fn position_limit(
+    evaluator: &PartialEvaluator<'_>,
+    numbers: &[ValueId],
+    tables: &[ValueId],
+    last: usize,
+) -> Option<usize> {
+    let rows = |table: &ValueId| evaluator.graph.constant(*table)?.shape().first().copied();
+    let mut limit: Option<usize> = tables.iter().filter_map(rows).min();
     for number in numbers {
         let computed = |total: usize| {
             let trial = evaluator.trial(1, total - 1, 1);
-            let value = evaluator.eval(&trial, number);
+            let value = evaluator.eval(&trial, *number);
             // A slice beyond the end of a table is computed, and too short.
-            value.is_ok_and(|value| evaluator.dims(&trial, number).is_ok_and(|dims| dims == value.shape()))
+            value.is_ok_and(|value| evaluator.dims(&trial, *number).is_ok_and(|dims| dims == value.shape()))
         };
         let end = limit.unwrap_or(usize::MAX).min(last);
         if end > 1 && computed(1) && !computed(end) {

@@ -5,7 +5,7 @@
 //! give the columns, unit rows give the rotary table. The result is then proven on random rows at other positions; what
 //! is not proven is an error that says so.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use super::fingerprint::{Fingerprint, fingerprint};
 use super::layout::{Pick, TokenLayout};
@@ -30,8 +30,6 @@ pub struct Projection {
 pub struct Tables {
     pub tables: Vec<Table>,
     pub positions: usize,
-    /// The lengths that the numbers read from positions name.
-    pub lengths: BTreeMap<usize, String>,
     /// What was found for computations, for those of later layers that are the same.
     pub proven: Proven,
 }
