@@ -23,3 +23,5 @@ mod support;
 #[cfg(all(feature = "engines", not(feature = "tensorrt")))]
 #[path = "weights/workflows.rs"]
 mod workflows;
+#[path = "weights/written.rs"]
+mod written;

@@ -137,6 +137,24 @@ pub const GPT2: Convention = Convention {
     ],
 };
 
+/// GPT-J, whose blocks stand side by side after one norm.
+pub const GPT_J: Convention = Convention {
+    name: "Hugging Face, GPT-J",
+    prefix: "transformer.",
+    entries: &[
+        one(&["embedding"], "transformer.wte"),
+        one(&["norm"], "transformer.ln_f"),
+        one(&["head"], "lm_head"),
+        one(&["layers.N.attention_norm"], "transformer.h.N.ln_1"),
+        one(&["layers.N.attention.query"], "transformer.h.N.attn.q_proj"),
+        one(&["layers.N.attention.key"], "transformer.h.N.attn.k_proj"),
+        one(&["layers.N.attention.value"], "transformer.h.N.attn.v_proj"),
+        one(&["layers.N.attention.output"], "transformer.h.N.attn.out_proj"),
+        one(&["layers.N.feed_forward.up"], "transformer.h.N.mlp.fc_in"),
+        one(&["layers.N.feed_forward.down"], "transformer.h.N.mlp.fc_out"),
+    ],
+};
+
 /// One rank of a checkpoint for TensorRT-LLM, not quantized.
 pub const TENSORRT_LLM: Convention = Convention {
     name: "TensorRT-LLM",
@@ -178,7 +196,7 @@ pub fn has_gate<T>(modules: &HashMap<String, T>) -> bool {
 }
 
 /// All that are known. Where two know as many names of a checkpoint, the later one is meant.
-pub const CONVENTIONS: [&Convention; 4] = [&LLAMA, &HUGGING_FACE_OUTPUT_NORMS, &GPT2, &TENSORRT_LLM];
+pub const CONVENTIONS: [&Convention; 5] = [&LLAMA, &HUGGING_FACE_OUTPUT_NORMS, &GPT_J, &GPT2, &TENSORRT_LLM];
 
 /// A tensor of a checkpoint that holds a module, perhaps with others.
 #[derive(Clone, Debug, PartialEq, Eq)]

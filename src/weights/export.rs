@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::checkpoint::{Convention, GPT2, HUGGING_FACE_OUTPUT_NORMS, LLAMA, TENSORRT_LLM, has_gate};
+use super::checkpoint::{Convention, GPT_J, GPT2, HUGGING_FACE_OUTPUT_NORMS, LLAMA, TENSORRT_LLM, has_gate};
 use super::inverse::{Irreversible, undone};
 use super::model::{ModelWeight, ModelWeights};
 use super::modules::{is_norm_factor, is_norm_weight};
@@ -143,10 +143,20 @@ fn convention(format: Format, modules: &HashMap<String, Constant>) -> &'static C
     let output_norm = |name: &String| name.ends_with("output_norm.weight");
     match format {
         Format::HuggingFace if modules.keys().any(output_norm) => &HUGGING_FACE_OUTPUT_NORMS,
+        Format::HuggingFace if is_gpt_j(modules) => &GPT_J,
         Format::HuggingFace => &LLAMA,
         Format::Gpt2 => &GPT2,
         Format::TensorRtLlm => &TENSORRT_LLM,
     }
+}
+
+/// Norms with biases, no learned positions, and no norm before the feed-forward block: it shares the attention's.
+pub(super) fn is_gpt_j(modules: &HashMap<String, Constant>) -> bool {
+    let has = |name: &str| modules.contains_key(name);
+    has("layers.0.attention_norm.bias")
+        && has("layers.0.feed_forward.up.weight")
+        && !has("layers.0.feed_forward_norm.weight")
+        && !has("positions.weight")
 }
 
 /// Every tensor of a checkpoint, made of the model's modules, under its name.

@@ -197,3 +197,75 @@ pub(super) fn undone(
     }
     Err(Irreversible::Arithmetic)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Tensor;
+
+    fn named(name: &str, shape: &[usize], first: f32) -> Constant {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| first + i as f32).collect();
+        Constant::tensor(Tensor::from_f32(shape.to_vec(), &values)).with_origin(name)
+    }
+
+    fn numbers(constant: &Constant) -> (Vec<usize>, Vec<f32>) {
+        (constant.shape().to_vec(), constant.materialize().unwrap().to_f32())
+    }
+
+    #[test]
+    fn movements_are_undone() {
+        let (a, b) = (named("a", &[2, 3], 1.0), named("b", &[1, 2], -4.0));
+        let made = Constant::concat(&[a.transposed(&[1, 0]), b.clone()], 0)
+            .reshaped(vec![8])
+            .scaled(4.0);
+        let recipe = Recipe::of(&made).unwrap();
+        assert_eq!(recipe.shape(), made.shape());
+        let parts = recipe.take_apart(&made).unwrap();
+        let names: Vec<&str> = parts.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["a", "b"]);
+        assert_eq!(numbers(&parts[0].1), numbers(&a));
+        assert_eq!(numbers(&parts[1].1), numbers(&b));
+        assert!(recipe.is_arithmetic());
+    }
+
+    #[test]
+    fn what_was_rounded_or_cut_is_refused() {
+        let vector = |values: &[f32]| Constant::tensor(Tensor::from_f32(vec![values.len()], values)).with_origin("v");
+        // 1 + w loses bits of a small w, but what comes back gives the same sum.
+        let small = vector(&[1e-5, 0.3, -0.9, 7.25]);
+        let made = small.offset(1.0);
+        let back = &Recipe::of(&made).unwrap().take_apart(&made).unwrap()[0].1;
+        assert_eq!(numbers(&back.offset(1.0)), numbers(&made));
+        // In half precision a number below one half has no w of half precision; fp32 has one.
+        let half = vector(&[0.3]).offset(0.0).cast(DType::F16);
+        let recipe = Recipe::Offset {
+            addend: 1.0,
+            of: Box::new(Recipe::of(&vector(&[0.3])).unwrap()),
+        };
+        let back = &recipe.take_apart(&half).unwrap()[0].1;
+        assert_eq!(back.dtype(), DType::F32);
+        let odd = Constant::tensor(Tensor::from_f32(vec![1], &[f32::from_bits(0x3f80_0001)]));
+        let factor = Recipe::Scale {
+            factor: 0.0,
+            of: Box::new(Recipe::of(&vector(&[0.0])).unwrap()),
+        };
+        assert_eq!(factor.take_apart(&odd).err(), Some(Irreversible::Arithmetic));
+        let slice = Recipe::of(&named("a", &[4, 2], 0.0).sliced(0, 1, 3)).unwrap();
+        assert_eq!(
+            slice.take_apart(&named("x", &[2, 2], 0.0)).err(),
+            Some(Irreversible::Slice)
+        );
+    }
+
+    #[test]
+    fn recipes_are_alike_whatever_floats_they_read() {
+        let recipe = |constant: &Constant| Recipe::of(constant).unwrap();
+        let a = named("a", &[2, 3], 1.0);
+        let wide = recipe(&a.transposed(&[1, 0]).offset(1.0));
+        let half = recipe(&a.cast(DType::F16).transposed(&[1, 0]).cast(DType::F32).offset(1.0));
+        assert!(wide.is_like(&half) && half.is_like(&wide));
+        assert!(!wide.is_like(&recipe(&a.transposed(&[1, 0]))));
+        assert!(!wide.is_like(&recipe(&a.transposed(&[1, 0]).offset(2.0))));
+        assert!(!recipe(&a).is_like(&recipe(&named("b", &[2, 3], 1.0))));
+    }
+}

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
+use super::export::is_gpt_j;
 use super::rotary::{self, RotaryBase};
 use crate::graph::op::{Attention, Binary, Op, Unary};
 use crate::graph::{Constant, Graph, Node};
@@ -43,6 +44,7 @@ pub(super) fn config(
     });
     let fields = match positions {
         Some(_) => gpt(modules, &mut reasons),
+        None if is_gpt_j(modules) => gpt_j(graph, a, modules, &mut reasons),
         None => llama(graph, a, modules, &mut reasons),
     };
     for (name, value) in fields {
@@ -79,6 +81,44 @@ fn gpt(modules: &HashMap<String, Constant>, reasons: &mut Vec<String>) -> Fields
         ("rotary_pct", json!(1.0)),
         ("rotary_base", json!(10000.0)),
         ("rotary_scaling", Value::Null),
+    ]
+}
+
+/// GPT-J: blocks side by side, neighbouring elements of a head rotated, biases in the feed-forward block and the head alone.
+fn gpt_j(graph: &Graph, a: &Architecture, modules: &HashMap<String, Constant>, reasons: &mut Vec<String>) -> Fields {
+    let has = |part: &str| modules.contains_key(part);
+    for part in [
+        "attention.query",
+        "attention.key",
+        "attention.value",
+        "attention.output",
+    ] {
+        if has(&format!("layers.0.{part}.bias")) {
+            reasons.push(format!("{part} has a bias, which GPTJForCausalLM's has not"));
+        }
+    }
+    for part in ["layers.0.feed_forward.up", "layers.0.feed_forward.down", "head"] {
+        if !has(&format!("{part}.bias")) {
+            reasons.push(format!("{part} has no bias, which GPTJForCausalLM's has"));
+        }
+    }
+    let mut rotary_dim = Value::Null;
+    match &a.rotary {
+        Some(rotary) if rotary.interleaved => rotary_dim = json!(rotary.rotary_dim),
+        _ => {
+            reasons.push("GPTJForCausalLM rotates neighbouring elements of a head, and this graph does not".to_string())
+        }
+    }
+    match rotary::base(graph) {
+        // Its configuration has no field for another.
+        RotaryBase::Plain(10000.0) => {}
+        RotaryBase::Plain(base) => reasons.push(format!("GPTJForCausalLM's rotary base is 10000, and not {base}")),
+        RotaryBase::Other(why) => reasons.push(why),
+    }
+    vec![
+        ("architecture", json!("GPTJForCausalLM")),
+        ("position_embedding_type", json!("rope_gptj")),
+        ("rotary_dim", rotary_dim),
     ]
 }
 

@@ -5,10 +5,9 @@ use crate::graph::op::Op;
 use crate::graph::{NodeId, ValueId};
 
 impl Reader<'_> {
-    /// Names the matrices of the block that takes `input`, and gives its result.
-    pub(super) fn feed_forward(&mut self, prefix: &str, input: ValueId) -> Option<ValueId> {
+    /// Names the matrices of the block that begins with these products, and gives its result.
+    pub(super) fn feed_forward(&mut self, prefix: &str, products: Vec<(NodeId, bool)>) -> Option<ValueId> {
         let prefix = format!("{prefix}.feed_forward");
-        let products = self.products_after(input);
         let down = match products[..] {
             [(product, _)] => {
                 let (linear, end) = self.linear_at(product)?;

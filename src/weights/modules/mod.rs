@@ -58,6 +58,7 @@ struct Reader<'g> {
 
 /// A linear layer, found from its product.
 struct Linear {
+    product: NodeId,
     /// What it multiplies.
     input: ValueId,
     weight: ValueId,
@@ -131,7 +132,15 @@ impl Reader<'_> {
         let (output, end) = self.linear_at(product)?;
         self.name_linear(&format!("{prefix}.attention.output"), &output);
 
-        // The residual addition, perhaps of a normed block, then the norm before the feed-forward block.
+        if let Some(()) = self.block_after(&prefix, end) {
+            return Some(());
+        }
+        self.block_beside(&prefix, attention)
+    }
+
+    /// A feed-forward block that takes what the attention gave: the residual addition, perhaps of a normed block, then
+    /// perhaps a norm.
+    fn block_after(&mut self, prefix: &str, end: ValueId) -> Option<()> {
         let (end, is_normed) = self.output_norm(end, &format!("{prefix}.attention_output_norm"));
         let residual = self.only(end, |op| matches!(op, Op::Binary(Binary::Add)))?;
         let stream = self.graph.node(residual).output(0)?;
@@ -144,9 +153,33 @@ impl Reader<'_> {
             None if is_normed => stream,
             None => return None,
         };
-        let end = self.feed_forward(&prefix, block)?;
+        let end = self.feed_forward(prefix, self.products_after(block))?;
         self.output_norm(end, &format!("{prefix}.feed_forward_output_norm"));
         Some(())
+    }
+
+    /// A feed-forward block that takes what the attention takes: after the same norm (GPT-J), or a norm of its own
+    /// (GPT-NeoX).
+    fn block_beside(&mut self, prefix: &str, attention: NodeId) -> Option<()> {
+        let node = self.graph.node(attention);
+        let operands = [node.input(0)?, node.input(1)?, node.input(2)?];
+        let linears: Vec<Linear> = operands
+            .iter()
+            .filter_map(|operand| self.linear_before(*operand))
+            .collect();
+        let norm = self.norm_before(linears.first()?.input)?;
+        let of_attention = |product: NodeId| linears.iter().any(|linear| linear.product == product);
+        let mut products = self.products_after(self.graph.node(norm).output(0)?);
+        products.retain(|(product, _)| !of_attention(*product));
+        if products.is_empty() {
+            let stream = self.graph.node(norm).input(0)?;
+            let readers = self.uses.get(&stream)?.iter().map(|(user, _)| *user);
+            let mut others = readers.filter(|user| *user != norm && is_norm(&self.graph.node(*user).op));
+            let own = others.next().filter(|_| others.next().is_none())?;
+            self.name_norm(&format!("{prefix}.feed_forward_norm"), own);
+            products = self.products_after(self.graph.node(own).output(0)?);
+        }
+        self.feed_forward(prefix, products).map(|_| ())
     }
 
     /// The result of a block, and whether it is normed before it is added to the residual stream.

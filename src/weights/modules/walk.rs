@@ -165,6 +165,7 @@ impl Reader<'_> {
             }
         }
         let linear = Linear {
+            product,
             input: node.input(0)?,
             weight,
             bias,
