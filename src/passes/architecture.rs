@@ -44,7 +44,7 @@ pub struct Architecture {
     pub norm: Option<String>,
     /// Batch size that the export fixed.
     pub batch: Option<usize>,
-    /// Token count of one call that the export fixed; 1 for decode-only exports.
+    /// Token count of one call that the export fixed: only of packages made before such exports were refused.
     pub tokens: Option<usize>,
     /// The language-model head multiplies the embedding.
     pub tied_embeddings: Option<bool>,
@@ -128,7 +128,7 @@ pub fn describe(graph: &Graph, roles: &Roles, analysis: &Analysis, limit: Option
         }),
         norm: norm(graph),
         batch: roles.batch,
-        tokens: roles.tokens,
+        tokens: None,
         tied_embeddings: embedding.and_then(|(id, _)| tied(graph, id)),
         cache_dtype: graph.value(first.key_cache).dtype.unwrap_or(DType::F32),
     })

@@ -57,8 +57,8 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
     let old_caches: Vec<(CacheId, ValueId)> = ids.zip(pairs.into_iter().flatten()).collect();
     free_names(graph, &old_caches, roles.input_ids, logits);
 
-    let dim = |fixed: Option<usize>, sym: Sym| fixed.map_or_else(|| Dim::sym(sym), Dim::from);
-    let (batch, tokens) = (dim(roles.batch, Sym::batch()), dim(roles.tokens, Sym::tokens()));
+    let batch = roles.batch.map_or_else(|| Dim::sym(Sym::batch()), Dim::from);
+    let tokens = Dim::sym(Sym::tokens());
     let old_inputs = std::mem::take(&mut graph.inputs);
     debug_assert!(old_inputs.contains(&roles.input_ids));
     let row = vec![batch.clone(), tokens.clone()];
@@ -286,7 +286,7 @@ impl Emitter<'_> {
         let (batch, tokens) = (self.batch.clone(), self.tokens.clone());
         let columns = p.pick.groups * p.pick.stride;
         let whole = p.pick.groups == 1 && columns == p.heads * p.dim;
-        let layout = TokenLayout::find(&shape, fixed(&batch), fixed(&tokens));
+        let layout = TokenLayout::find(&shape, fixed(&batch));
         let layout = layout.ok_or_else(|| format!("{} has the shape {shape:?}", source.name))?;
         let heads: Shape = vec![batch.clone(), Dim::from(p.heads), tokens.clone(), Dim::from(p.dim)];
         let rows: Shape = vec![batch.clone(), tokens.clone(), Dim::from(p.heads), Dim::from(p.dim)];

@@ -65,12 +65,12 @@ impl<'g> PartialEvaluator<'g> {
         self.dependences.get(&id).copied().unwrap_or(Dependence::Data)
     }
 
-    /// The trial at these sizes, as far as the export leaves them free: a fixed batch or token count wins.
+    /// The trial at these sizes, as far as the export leaves them free: a fixed batch wins.
     pub fn trial(&self, batch: usize, past: usize, tokens: usize) -> Rc<Trial> {
         let sizes = Sizes {
             batch: self.roles.batch.unwrap_or(batch),
             past,
-            tokens: self.roles.tokens.unwrap_or(tokens),
+            tokens,
         };
         let mut trials = self.trials.borrow_mut();
         let trial = trials

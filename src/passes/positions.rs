@@ -203,17 +203,7 @@ fn table(evaluator: &PartialEvaluator<'_>, id: ValueId, max_positions: usize) ->
         }
         Ok((tensor.to_f32(), width))
     };
-    let (mut all, mut start, mut width) = (Vec::new(), 0, 0);
-    while start < max_positions {
-        let count = evaluator
-            .roles
-            .tokens
-            .unwrap_or(max_positions)
-            .min(max_positions - start);
-        let (part, columns) = rows(start, count)?;
-        all.extend(part);
-        (start, width) = (start + count, columns);
-    }
+    let (all, width) = rows(0, max_positions)?;
     let named = lengths(graph, [id], |_| false);
     let singles = positions(&named, max_positions).into_iter().map(|start| (start, 1));
     for (start, count) in singles.chain([(1, 2), (max_positions.saturating_sub(3), 2)]) {

@@ -55,10 +55,8 @@ pub struct Roles {
     pub caches: Vec<ValueId>,
     /// Caches grow by concatenation; otherwise they have a fixed number of slots.
     pub growing: bool,
-    /// Set where the export fixed the batch size.
+    /// 1 where the export fixed the batch size; others are refused.
     pub batch: Option<usize>,
-    /// Set where the export fixed the number of new tokens.
-    pub tokens: Option<usize>,
     /// Slots of a static cache, where the export fixed them.
     pub capacity: Option<usize>,
 }
@@ -129,7 +127,7 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
     let batches = caches.iter().chain(&padding).map(|id| graph.shape(*id)?.first());
     let batch = batches.fold(constant(Some(&ids_shape[0])), |known, dim| known.or(constant(dim)));
     let batch_dim = batch.map_or_else(|| Dim::sym(Sym::batch()), Dim::from);
-    let tokens_dim = named_or_constant(&ids_shape[1], Sym::tokens());
+    let tokens_dim = Dim::sym(Sym::tokens());
     let total = &Dim::sym(Sym::past()) + &tokens_dim;
     let mut bindings: Vec<(ValueId, usize, Dim)> = Vec::new();
     // Lengths that the export fixed stay as they are.
@@ -200,7 +198,6 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
         input_ids,
         growing,
         batch,
-        tokens: constant(Some(&ids_shape[1])),
         capacity,
         caches,
         of,
@@ -236,14 +233,6 @@ fn oversized(graph: &Graph) -> Option<ValueId> {
         let volume = fixed.try_fold(1i64, |volume, dim| volume.checked_mul(dim));
         !volume.is_some_and(|volume| (1..=LARGEST).contains(&volume))
     })
-}
-
-fn named_or_constant(dim: &Dim, sym: Sym) -> Dim {
-    if dim.as_const().is_some() {
-        dim.clone()
-    } else {
-        Dim::sym(sym)
-    }
 }
 
 /// The axis of a cache that counts slots: the symbolic one that is not the batch.

@@ -151,3 +151,45 @@ fn another_dtype_is_what_the_package_holds_and_stays_close() {
         compare(&pkg, &folder, 2e-2).unwrap();
     }
 }
+
+/// Models of other families in the folder beside the project's, where there is one: `reference.json` has ONNX Runtime's greedy
+/// tokens and the best log-probabilities of each step, for prompts of two lengths.
+#[test]
+fn other_families_where_they_are_at_hand() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/exports/more");
+    let Ok(reference) = std::fs::read_to_string(root.join("reference.json")) else {
+        return;
+    };
+    let reference: Value = serde_json::from_str(&reference).unwrap();
+    for name in [
+        "optimum-gptneo",
+        "optimum-gptj2048",
+        "oldB-llama",
+        "dynamo18-falcon",
+        "dims_same",
+    ] {
+        let scratch = tempfile::tempdir().unwrap();
+        let pkg = package(scratch.path(), &root.join(name).join("model.onnx"), &[]);
+        for case in reference[name].as_array().unwrap() {
+            let (prompt, tokens) = (ids(&case["prompt"]), case["tokens"].as_array().unwrap());
+            let n = tokens.len().to_string();
+            let flags = [
+                "generate",
+                text(&pkg),
+                "--prompt-ids",
+                &prompt,
+                "--temperature",
+                "0",
+                "--json",
+            ];
+            let more = ["--max-new-tokens", &n, "--ignore-eos", "--logprobs", "8"];
+            let document = lapidary(flags.iter().chain(&more)).ok().json();
+            assert_eq!(document["tokens"], case["tokens"], "{name}");
+            let steps = document["steps"].as_array().unwrap().iter();
+            for (step, best) in steps.zip(case["top"].as_array().unwrap()) {
+                let difference = step["logprob"].as_f64().unwrap() - best[0][1].as_f64().unwrap();
+                assert!(difference.abs() < 1e-3, "{name}: {step} {best}");
+            }
+        }
+    }
+}

@@ -2,12 +2,14 @@
 //! switch, caches that forget. Recognised for what it is, or refused with a name; and dims that an export fixed.
 
 use lapidary::dim::Dim;
+use lapidary::graph::eval::Evaluator;
 use lapidary::graph::op::{Binary, Op, Unary};
 use lapidary::graph::{Graph, NodeId, ValueId};
 use lapidary::passes::{Architecture, CanonicalizeOptions, canonicalize};
 use lapidary::tensor::{DType, Tensor};
 
 use crate::canonical::{exports, for_each};
+use crate::decoder::{Decoder, distance};
 use crate::refusals::{export, mask_additions, nodes, refusal_at, rewire, says};
 
 const POSITIONS: usize = 512;
@@ -99,6 +101,47 @@ fn a_window_in_a_table_is_recognised_and_the_table_bounds_positions() {
         let found = architecture(graph, max_positions);
         assert_eq!(found.windows, [None, Some(window)], "{max_positions}");
         assert_eq!(found.max_positions, Some(max_positions.min(120)));
+    }
+}
+
+/// Logits of the last token, from the export itself and all tokens at once.
+fn export_logits(graph: &Graph, tokens: &[i64]) -> Vec<f64> {
+    let n = tokens.len();
+    let positions: Vec<i64> = (0..n as i64).collect();
+    let bindings = graph.inputs.iter().map(|id| {
+        let value = graph.value(*id);
+        let tensor = match value.name.as_str() {
+            "input_ids" => Tensor::from_i64(vec![1, n], tokens),
+            "attention_mask" => Tensor::from_i64(vec![1, n], &vec![1; n]),
+            "position_ids" => Tensor::from_i64(vec![1, n], &positions),
+            _ => Tensor::from_f32(vec![1, 2, 0, 16], &[]),
+        };
+        (*id, tensor)
+    });
+    let logits = Evaluator::new(graph, bindings.collect())
+        .value(graph.outputs[0])
+        .unwrap();
+    let vocabulary = *logits.shape().last().unwrap();
+    logits.to_f64()[(n - 1) * vocabulary..].to_vec()
+}
+
+#[test]
+fn a_window_in_a_table_computes_what_the_export_does() {
+    let mut graph = export("llama-dynamo-opset18");
+    let table = sliced_table(&mut graph, 120, |p, s| s <= p && s + 50 > p);
+    hide(&mut graph, &[0, 1], table);
+    graph.sort().unwrap();
+    let options = CanonicalizeOptions {
+        max_positions: POSITIONS,
+        ..CanonicalizeOptions::default()
+    };
+    let canonical = canonicalize(graph.clone(), &options).unwrap();
+    let tokens: Vec<i64> = (0..110).map(|i| (i * i * 31 + 7 * i) % 97).collect();
+    let mut decoder = Decoder::new(&canonical.graph, 1, 120);
+    for (start, end) in [(0, 60), (60, 109), (109, 110)] {
+        let logits = decoder.step(&[tokens[start..end].to_vec()]).remove(0);
+        let worst = distance(&logits, &export_logits(&graph, &tokens[..end]));
+        assert!(worst < 1e-4, "{worst:e}");
     }
 }
 

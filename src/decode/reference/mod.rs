@@ -141,16 +141,6 @@ impl Reference {
                 capacity,
             });
         }
-        if let Some(fixed) = self.roles.tokens
-            && fixed != tokens.len()
-        {
-            return Err(ReferenceError::Inputs {
-                path: self.path.clone(),
-                message: format!(
-                    "the export takes exactly {fixed} tokens a call, which cannot run a whole sequence at once"
-                ),
-            });
-        }
         let inputs = self.inputs(tokens)?;
         let name = self.graph.value(self.logits).name.clone();
         let engine = self.kind.name();

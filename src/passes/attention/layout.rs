@@ -20,13 +20,13 @@ pub struct TokenLayout {
 impl TokenLayout {
     /// Finds the axes by their dims.
     pub fn of(shape: &[Dim], roles: &Roles) -> Option<Self> {
-        Self::find(shape, roles.batch, roles.tokens)
+        Self::find(shape, roles.batch)
     }
 
-    /// [`TokenLayout::of`] for a batch and a token count that are fixed or symbolic.
-    pub fn find(shape: &[Dim], fixed_batch: Option<usize>, fixed_tokens: Option<usize>) -> Option<Self> {
+    /// [`TokenLayout::of`] for a batch that is fixed or symbolic.
+    pub fn find(shape: &[Dim], fixed_batch: Option<usize>) -> Option<Self> {
         let batch = fixed_batch.map_or_else(|| Dim::sym(Sym::batch()), Dim::from);
-        let tokens = fixed_tokens.map_or_else(|| Dim::sym(Sym::tokens()), Dim::from);
+        let tokens = Dim::sym(Sym::tokens());
         let both = &batch * &tokens;
         let times = |dim: &Dim, of: &Dim| {
             let factor = dim.div_exact(of)?.as_const()?;
@@ -42,16 +42,11 @@ impl TokenLayout {
                 inner,
             });
         }
-        // With one token and one sequence per call several axes are 1; the batch is then the first of them.
-        let first = usize::from(tokens.is_one() && shape.len() > 2);
-        let exact = (first..shape.len()).find(|i| shape[*i] == tokens).map(|axis| (axis, 1));
+        let exact = (0..shape.len()).find(|i| shape[*i] == tokens).map(|axis| (axis, 1));
         let (axis, inner) = exact.or_else(|| {
             // `[batch, tokens * heads, head_dim]`, as when a norm per head runs on three axes.
-            let symbolic = fixed_tokens.is_none();
-            let found = shape.iter().enumerate().take(2);
-            found
-                .filter(|_| symbolic)
-                .find_map(|(i, d)| Some((i, times(d, &tokens)?)))
+            let mut found = shape.iter().enumerate().take(2);
+            found.find_map(|(i, d)| Some((i, times(d, &tokens)?)))
         })?;
         Some(TokenLayout {
             batch: (0..shape.len()).find(|i| *i != axis && shape[*i] == batch),

@@ -330,12 +330,7 @@ impl Rows<'_, '_> {
         };
         let mut start = 0;
         while start < tables.positions {
-            let count = self
-                .evaluator
-                .roles
-                .tokens
-                .unwrap_or(chunk)
-                .min(tables.positions - start);
+            let count = chunk.min(tables.positions - start);
             let part = scaled(&read(start, count)?, by);
             table.cos.extend(part.cos);
             table.sin.extend(part.sin);
