@@ -5,6 +5,8 @@
 mod decoders;
 #[path = "decode/files.rs"]
 mod files;
+#[path = "decode/jinja.rs"]
+mod jinja;
 #[path = "decode/session.rs"]
 mod session;
 #[path = "decode/text.rs"]

@@ -16,8 +16,8 @@
 //! ```
 //!
 //! Lines above the input are comments (`#`) or options; `runner` lists the options. `UPDATE_FILES=1 cargo nextest run
-//! --features tract --test files` writes the output that comes of each input, and docs/operators.md; read the difference
-//! before you commit it.
+//! --features tract --test files` writes the output that comes of each input, docs/operators.md and docs/chat-templates.md; read the
+//! difference before you commit it.
 
 #[path = "files/operators_page.rs"]
 mod operators_page;
@@ -25,3 +25,5 @@ mod operators_page;
 mod round_trips;
 #[path = "files/runner.rs"]
 mod runner;
+#[path = "files/templates_page.rs"]
+mod templates_page;

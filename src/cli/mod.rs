@@ -2,7 +2,7 @@
 //!
 //! Exit status: 0 done; 2 wrong usage or unusable input, with one message on stderr that says what is wrong and what to
 //! do; 130 stopped by Ctrl-C; 1 anything else. `--json` prints one document on stdout and nothing else there; progress and notes go to stderr,
-//! and only when it is a terminal.
+//! and only when it is a terminal. Warnings go there always, each after `warning: `.
 
 mod bench;
 mod chat;

@@ -49,7 +49,8 @@ impl Settings {
                 }),
             }
         };
-        let fields: [(&'static str, fn(&mut Settings) -> &mut f32); 5] = [
+        type Place = fn(&mut Settings) -> &mut f32;
+        let fields: [(&'static str, Place); 5] = [
             ("temperature", |s| &mut s.temperature),
             ("top_p", |s| &mut s.top_p),
             ("min_p", |s| &mut s.min_p),

@@ -1,14 +1,9 @@
 //! Chat templates: the model's own Jinja, rendered as `transformers` renders it.
 //!
-//! Takes the template's source, messages and special tokens, gives the prompt's text. The environment is the one that
-//! templates are written against: blocks trimmed, Python's string and dict methods, `raise_exception`,
-//! `strftime_now`, `tojson` that does not escape for HTML.
+//! Takes the template's source, messages and special tokens, gives the prompt's text. [`jinja`](super::jinja) is the language
+//! and its environment; this gives it the variables that templates are written against.
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
-use minijinja::{Environment, ErrorKind, Value};
-use serde::Serialize;
-
+use super::jinja::{self, Variable};
 use super::tokenizer::Tokenizer;
 use crate::help::Help;
 
@@ -56,7 +51,7 @@ pub enum ChatError {
     Refused(String),
     /// The template is wrong, or uses what this renderer does not have.
     #[error("the model's chat template does not render: {0}")]
-    Template(String),
+    Template(jinja::Error),
 }
 
 impl Help for ChatError {
@@ -87,101 +82,23 @@ pub fn render(tokenizer: &Tokenizer, messages: &[Message]) -> Result<String, Cha
 
 /// As [`render`], from the template's source and its special tokens by name.
 pub fn render_source(source: &str, messages: &[Message], special: &[(&str, &str)]) -> Result<String, ChatError> {
-    // Marks of transformers for training masks; they render as what they hold.
-    let source = ["generation", "endgeneration"]
-        .iter()
-        .fold(source.to_string(), |text, tag| {
-            ["{% T %}", "{%- T %}", "{% T -%}", "{%- T -%}"]
-                .iter()
-                .fold(text, |text, form| {
-                    let form = form.replace('T', tag);
-                    // A plain `set` keeps the whitespace control of the tag it stands for.
-                    text.replace(&form, &form.replace(tag, "set _ = 0"))
-                })
-        });
-    let mut env = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    env.set_syntax(syntax.map_err(|e| ChatError::Template(e.to_string()))?);
-    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    env.add_function(
-        "raise_exception",
-        |message: String| -> Result<Value, minijinja::Error> {
-            Err(minijinja::Error::new(
-                ErrorKind::InvalidOperation,
-                REFUSED.to_string() + &message,
-            ))
-        },
-    );
-    env.add_function("strftime_now", strftime_now);
-    env.add_filter("tojson", tojson);
-    let turn = |m: &Message| Value::from_pairs([("role", m.role.as_str()), ("content", m.content.as_str())]);
-    let messages: Vec<Value> = messages.iter().map(turn).collect();
-    let globals = special.iter().map(|(name, token)| (*name, Value::from(*token))).chain([
-        ("messages", Value::from(messages)),
-        ("add_generation_prompt", Value::from(true)),
-        ("tools", Value::from(())),
-        ("documents", Value::from(())),
+    let text = |text: &str| Variable::Text(text.to_string());
+    let turn = |m: &Message| {
+        Variable::Dict(vec![
+            ("role".to_string(), text(&m.role)),
+            ("content".to_string(), text(&m.content)),
+        ])
+    };
+    let globals = special.iter().map(|(name, token)| (*name, text(token))).chain([
+        ("messages", Variable::List(messages.iter().map(turn).collect())),
+        ("add_generation_prompt", Variable::Bool(true)),
+        ("tools", Variable::None),
+        ("documents", Variable::None),
     ]);
-    env.render_str(&source, Value::from_pairs(globals)).map_err(|e| {
-        let detail = e.detail().unwrap_or_default();
-        match detail.strip_prefix(REFUSED) {
-            Some(message) => ChatError::Refused(message.to_string()),
-            None => ChatError::Template(e.to_string()),
-        }
+    jinja::render(source, globals).map_err(|error| match error {
+        jinja::Error::Raised(message) => ChatError::Refused(message),
+        error => ChatError::Template(error),
     })
-}
-
-/// Tells a template's own `raise_exception` from an error of the engine.
-const REFUSED: &str = "raise_exception: ";
-
-/// The local time now, in `strftime` notation.
-fn strftime_now(format: String) -> Result<String, minijinja::Error> {
-    let items: Vec<_> = chrono::format::StrftimeItems::new(&format).collect();
-    // chrono reports a bad format by failing to print, which would panic.
-    if items.iter().any(|i| matches!(i, chrono::format::Item::Error)) {
-        let message = format!("strftime_now cannot read the format {format:?}");
-        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, message));
-    }
-    Ok(chrono::Local::now().format_with_items(items.into_iter()).to_string())
-}
-
-/// JSON as Python's `json.dumps(value, ensure_ascii=False, indent=indent)` writes it.
-fn tojson(value: Value, kwargs: Kwargs) -> Result<Value, minijinja::Error> {
-    let indent: Option<usize> = kwargs.get("indent")?;
-    for ignored in ["ensure_ascii", "separators", "sort_keys"] {
-        let _ = kwargs.get::<Option<Value>>(ignored)?;
-    }
-    kwargs.assert_all_used()?;
-    let bad = |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
-    let mut out = Vec::new();
-    match indent {
-        Some(n) => {
-            let indent = " ".repeat(n);
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
-            let mut serializer = serde_json::Serializer::with_formatter(&mut out, formatter);
-            value.serialize(&mut serializer).map_err(bad)?;
-        }
-        None => {
-            let mut serializer = serde_json::Serializer::with_formatter(&mut out, PythonFormatter);
-            value.serialize(&mut serializer).map_err(bad)?;
-        }
-    }
-    Ok(Value::from_safe_string(String::from_utf8(out).expect("JSON is UTF-8")))
-}
-
-/// Python puts a space after `,` and `:`.
-struct PythonFormatter;
-
-impl serde_json::ser::Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        writer.write_all(if first { b"" } else { b", " })
-    }
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        writer.write_all(if first { b"" } else { b", " })
-    }
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        writer.write_all(b": ")
-    }
 }
 
 #[cfg(test)]

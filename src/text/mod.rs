@@ -1,7 +1,7 @@
 //! Text to token ids and back: the tokenizer of the model, its chat template, text from a stream of tokens.
 //!
 //! Takes a tokenizer folder as Hugging Face lays it out, and text, messages or token ids; gives ids or text. [`chat`]
-//! renders the model's chat template, [`conversation`] makes the prompt of each turn, [`TextStream`] ([`Detokenizer`] and
+//! renders the model's chat template by [`jinja`], [`conversation`] makes the prompt of each turn, [`TextStream`] ([`Detokenizer`] and
 //! [`StopMatcher`]) turns tokens into text as they come, [`escapes`] are those of the command line. Computing tokens belongs to `decode`, files of a package to `package`.
 
 pub mod chat;
@@ -10,6 +10,7 @@ mod decoding;
 mod detokenizer;
 mod end_tokens;
 pub mod escapes;
+pub mod jinja;
 mod special_tokens;
 mod stop;
 mod stream;

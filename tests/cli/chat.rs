@@ -231,7 +231,7 @@ fn what_cannot_be_talked_with_is_refused() {
     let pkg = talker(folder.path(), "{% for %}", "64");
     let (message, help) = with_input(&["chat", text(&pkg)], b"hi\n").refused();
     assert!(
-        message.starts_with("the model's chat template does not render: syntax error"),
+        message.starts_with("the model's chat template does not render: line 1: unexpected"),
         "{message}"
     );
     assert!(help.contains("--prompt"), "{help}");

@@ -1,0 +1,114 @@
+//! Jinja as transformers runs it on chat templates, and nothing else.
+//!
+//! Takes a template's source and variables, gives text. The environment is the one of transformers' chat templates: Jinja's
+//! immutable sandbox with `trim_blocks` and `lstrip_blocks`, loop controls, `generation` blocks, `tojson` without HTML escapes,
+//! `raise_exception` and `strftime_now`; values are Python's. What it renders is what Jinja renders, to the letter:
+//! what is not supported, or would print something that only Python knows (an address), is refused by name. `names` lists
+//! everything that the environment has, and whether it is supported.
+
+mod arithmetic;
+mod ast;
+mod attributes;
+mod call;
+mod checks;
+mod eval;
+mod expressions;
+mod filters;
+mod html;
+mod json;
+mod lexer;
+mod methods;
+pub mod names;
+mod numbers;
+mod operators;
+mod order;
+mod parser;
+mod percent;
+mod print;
+mod str_format;
+mod strftime;
+mod text;
+mod value;
+mod wrap;
+
+use std::rc::Rc;
+
+use value::{Dict, Value};
+
+/// Why a template gives no text.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// It is no template.
+    #[error("line {line}: {message}")]
+    Syntax {
+        /// From 1.
+        line: usize,
+        /// What is wrong.
+        message: String,
+    },
+    /// It called `raise_exception` with this message.
+    #[error("{0}")]
+    Raised(String),
+    /// It uses what Jinja has and this renderer has not.
+    #[error("{0} is not supported")]
+    Unsupported(String),
+    /// Jinja fails here, too.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl Error {
+    fn syntax(line: usize, message: impl Into<String>) -> Self {
+        Error::Syntax {
+            line,
+            message: message.into(),
+        }
+    }
+
+    fn unsupported(what: impl Into<String>) -> Self {
+        Error::Unsupported(what.into())
+    }
+
+    fn failed(message: impl Into<String>) -> Self {
+        Error::Failed(message.into())
+    }
+}
+
+/// A variable of a template.
+#[derive(Clone, Debug)]
+pub enum Variable {
+    /// `none`
+    None,
+    /// `true` or `false`
+    Bool(bool),
+    /// Text
+    Text(String),
+    /// A list
+    List(Vec<Variable>),
+    /// A dict with text as keys
+    Dict(Vec<(String, Variable)>),
+}
+
+impl Variable {
+    fn value(&self) -> Value {
+        match self {
+            Variable::None => Value::None,
+            Variable::Bool(is) => Value::Bool(*is),
+            Variable::Text(text) => Value::str(text),
+            Variable::List(items) => Value::list(items.iter().map(Variable::value).collect()),
+            Variable::Dict(items) => {
+                let pairs = items.iter().map(|(key, value)| (Value::str(key), value.value()));
+                Value::Dict(Rc::new(Dict(pairs.collect())))
+            }
+        }
+    }
+}
+
+/// The text of a template.
+pub fn render<'a>(source: &str, variables: impl IntoIterator<Item = (&'a str, Variable)>) -> Result<String, Error> {
+    let template = parser::parse(source)?;
+    let variables = variables
+        .into_iter()
+        .map(|(name, value)| (name.to_string(), value.value()));
+    eval::render(&template, variables.collect())
+}

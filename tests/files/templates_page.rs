@@ -1,0 +1,60 @@
+//! docs/chat-templates.md is the table of transformers' environment for chat templates.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use lapidary::text::jinja::names::{ENVIRONMENT, Support, support};
+
+const HEAD: &str = "\
+# Chat templates
+
+A model's chat template is a Jinja template, and transformers says in which environment it runs: Jinja's immutable sandbox with
+`trim_blocks` and `lstrip_blocks`, loop controls, `{% generation %}` blocks, its own `tojson`, `raise_exception` and
+`strftime_now`. Lapidary renders it by an interpreter of its own (`src/text/jinja`), because the prompt must be the same to the
+letter: values are Python's, so they print, compare, sort and slice as there.
+
+What is rendered is what Jinja renders. Everything else is refused by name, and so is what Jinja itself refuses. That is checked
+against Jinja on more than 1400 templates (`fixtures/jinja/cases.json`, written by `scripts/jinja_cases.py`).
+
+- Line ends in a template (`\\r\\n`, `\\r`) become `\\n`, and one at its end goes; those of messages stay.
+- The template sees `messages`, `add_generation_prompt` (true), `tools` and `documents` (none), and the special tokens of
+  `tokenizer_config.json` by name.
+- Refused beside what the table says: printing what only Python can print (functions, generators, addresses), attributes that
+  begin with `__`, integers of more than 127 bits, `\\N{…}` and half surrogates in text, methods of escaped text, and templates
+  that would take more than 5 million steps, 16 MiB or 200 levels.
+
+The table is written by `UPDATE_FILES=1 cargo nextest run --features tract --test files`; do not edit.
+";
+
+fn page() -> String {
+    let mut text = HEAD.to_string();
+    for (kind, title, names) in ENVIRONMENT {
+        let _ = writeln!(text, "\n## {title}\n\n| name | supported |\n|---|---|");
+        for name in names {
+            let supported = match support(kind, name) {
+                Support::Yes => "yes".to_string(),
+                Support::Except(what) => format!("yes; refused: {what}"),
+                Support::No(why) => format!("refused: {why}"),
+                Support::Sandbox => "refused, as by Jinja's sandbox".to_string(),
+            };
+            let _ = writeln!(text, "| `{name}` | {supported} |");
+        }
+    }
+    text
+}
+
+#[test]
+fn the_page_is_the_table() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/chat-templates.md");
+    let page = page();
+    if std::env::var_os("UPDATE_FILES").is_some() {
+        fs::write(&path, &page).unwrap();
+    }
+    let found = fs::read_to_string(&path).unwrap_or_default();
+    let other = page.lines().zip(found.lines()).find(|(a, b)| a != b);
+    assert!(
+        page == found,
+        "docs/chat-templates.md is not the table of the environment ({other:?}); UPDATE_FILES=1 writes it"
+    );
+}
