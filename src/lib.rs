@@ -101,7 +101,8 @@ pub mod onnx;
 pub mod package;
 pub mod passes;
 #[cfg(feature = "cli")]
-mod report;
+#[doc(hidden)]
+pub mod report;
 pub mod sample;
 pub mod spec;
 pub mod target;

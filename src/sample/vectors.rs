@@ -79,6 +79,11 @@ pub fn block_with(logits: &[f32], block: usize, floor: f32) -> Option<usize> {
 /// Keeps those that are at least `floor`, and puts their places into `ids`, which is empty.
 #[inline(always)]
 pub fn compress_from(logits: &mut Vec<f32>, ids: &mut Vec<u32>, floor: f32) {
+    // Nothing is below it: what fills up the last step would be kept as well.
+    if floor == f32::NEG_INFINITY {
+        ids.extend(0..logits.len() as u32);
+        return;
+    }
     // Small enough that one logit kept does not make many others be looked at one by one.
     const STEP: usize = 8;
     let mut kept = 0;
@@ -172,6 +177,17 @@ const LANES: usize = 16;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_floor_below_everything_keeps_what_there_is() {
+        for n in [1, 7, 8, 249] {
+            let mut logits: Vec<f32> = (0..n).map(|i| i as f32).collect();
+            let mut ids = Vec::new();
+            vectors(|| compress_from(&mut logits, &mut ids, f32::NEG_INFINITY));
+            assert_eq!((logits.len(), ids.len()), (n, n));
+            assert_eq!(ids.last(), Some(&(n as u32 - 1)));
+        }
+    }
 
     #[test]
     fn passes_look_at_every_logit() {

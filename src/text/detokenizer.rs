@@ -6,6 +6,7 @@
 //! bytes have tokens of their own, and to the end for a decoder that may rewrite text at any distance.
 
 use super::decoding::Decoding;
+use super::guarded::guarded;
 use super::tokenizer::{Tokenizer, TokenizerError};
 
 /// Text of a growing list of tokens.
@@ -28,14 +29,14 @@ impl<'a> Detokenizer<'a> {
     /// the tokenizer does not know have none, and change nothing for those after them.
     pub fn push(&mut self, token: u32) -> Result<String, TokenizerError> {
         match self.tokenizer.visible(token) {
-            Some(token) => self.decoding.push(token).map_err(decode),
+            Some(token) => guarded(|| self.decoding.push(token)).map_err(decode),
             None => Ok(String::new()),
         }
     }
 
     /// The rest, with replacement characters for bytes that never became one.
     pub fn finish(&mut self) -> Result<String, TokenizerError> {
-        self.decoding.finish().map_err(decode)
+        guarded(|| self.decoding.finish()).map_err(decode)
     }
 }
 

@@ -10,6 +10,7 @@ mod decoding;
 mod detokenizer;
 mod end_tokens;
 pub mod escapes;
+mod guarded;
 pub mod jinja;
 mod special_tokens;
 mod stop;

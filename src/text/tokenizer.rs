@@ -15,6 +15,7 @@ use tokenizers::models::ModelWrapper;
 use super::decoding::Decoding;
 use super::detokenizer::Detokenizer;
 use super::end_tokens::EndTokens;
+use super::guarded::guarded;
 use super::special_tokens::SpecialTokens;
 use super::token_bytes::token_bytes;
 use crate::help::Help;
@@ -97,7 +98,7 @@ impl Tokenizer {
             path: main.clone(),
             message: e.to_string(),
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(unusable)?;
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes)).map_err(unusable)?;
         without_training_settings(&mut inner).map_err(unusable)?;
         let mut files = vec![main.clone()];
         let mut json = |name: &str| -> Result<Value, TokenizerError> {
@@ -179,7 +180,7 @@ impl Tokenizer {
     /// Ids of a text. `add_special_tokens` lets the tokenizer's post-processor add its own (usually a first token);
     /// text that came out of a chat template has them already.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.inner.encode_fast(text, add_special_tokens);
+        let encoding = guarded(|| self.inner.encode_fast(text, add_special_tokens));
         let encoding = encoding.map_err(|e| TokenizerError::Encode(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }

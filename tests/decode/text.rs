@@ -108,3 +108,15 @@ fn breakers_are_found_however_the_text_is_cut() {
     let newline = tokenizer.encode("\n", false).unwrap()[0];
     assert!(breakers.is_single(newline));
 }
+
+/// The library of tokenizers panics on this one: a surrogate alone in the decoder.
+#[test]
+fn a_file_that_the_library_fails_on_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = r#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": null, "post_processor": null, "decoder": {"type": "Replace", "x": "\ud800"},
+        "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}"#;
+    std::fs::write(folder.path().join("tokenizer.json"), text).unwrap();
+    let refused = Tokenizer::open(folder.path()).map(drop).unwrap_err().to_string();
+    assert!(refused.contains("tokenizer.json"), "{refused}");
+}

@@ -380,12 +380,12 @@ fn other_families() {
     let more = fixture("families");
     let gemma = json!({
         "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        "intermediate_size": 96, "vocab_size": 320, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
+        "intermediate_size": 96, "vocab_size": 320, "rms_norm_eps": 1e-5, "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": 16, "sliding_window": 16, "tie_word_embeddings": true,
     });
     let gemma3 = with(
         &gemma,
-        json!({"model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 10000.0, "rms_norm_eps": 1e-5,
+        json!({"model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 10000.0,
                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
                "attn_logit_softcapping": null, "final_logit_softcapping": null}),
     );

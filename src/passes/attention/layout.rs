@@ -174,7 +174,8 @@ impl Pick {
     pub fn from_columns(found: &[usize], heads: usize, dim: usize, columns: usize) -> Option<Pick> {
         let start = |h: usize| found[h * dim];
         let contiguous = |h: usize| (0..dim).all(|d| found[h * dim + d] == start(h) + d);
-        if heads == 0 || !(0..heads).all(contiguous) {
+        // Columns that were read off numbers of the file may be any; sums of those that are there do not overflow.
+        if heads * dim == 0 || found.iter().any(|column| *column >= columns) || !(0..heads).all(contiguous) {
             return None;
         }
         let per_group = 1 + (1..heads).take_while(|h| start(*h) == start(0) + h * dim).count();
@@ -188,10 +189,11 @@ impl Pick {
             });
         }
         let stride = start(per_group).checked_sub(start(0))?;
-        let regular = (0..heads).all(|h| start(h) == start(0) + (h / per_group) * stride + (h % per_group) * dim);
-        let fits =
-            heads.is_multiple_of(per_group) && stride * groups == columns && start(0) + per_group * dim <= stride;
-        (regular && fits).then_some(Pick {
+        let fits = heads.is_multiple_of(per_group)
+            && stride.checked_mul(groups) == Some(columns)
+            && start(0) + per_group * dim <= stride;
+        let regular = || (0..heads).all(|h| start(h) == start(0) + (h / per_group) * stride + (h % per_group) * dim);
+        (fits && regular()).then_some(Pick {
             offset: start(0),
             groups,
             per_group,
@@ -249,5 +251,9 @@ mod tests {
         }
         let shuffled: Vec<usize> = (0..16).map(|i| i ^ 1).collect();
         assert_eq!(Pick::from_columns(&shuffled, 2, 8, 16), None);
+        // A table of a damaged file, and heads without elements.
+        assert_eq!(Pick::from_columns(&[usize::MAX; 16], 2, 8, 16), None);
+        assert_eq!(Pick::from_columns(&[], 2, 0, 16), None);
+        assert_eq!(Pick::from_columns(&[0, 1 << 62], 2, 1, usize::MAX), None);
     }
 }

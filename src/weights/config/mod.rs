@@ -106,7 +106,8 @@ pub fn check(
     architecture: &Architecture,
     capacity: Option<usize>,
 ) -> Result<(), ConfigError> {
-    if source.is_graph() {
+    // An export whose structure was not understood is one, too.
+    if source.is_graph() || source.trouble().is_some() {
         return Ok(());
     }
     let path = beside(&source.path);

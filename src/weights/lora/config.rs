@@ -52,6 +52,7 @@ const CONVERT: &str = "save it with PEFT's save_pretrained(path_initial_model_fo
                        LoRA adapter of it, or merge it into its own base model and refit from that";
 const NULL: &str = "if the field does not change what the adapter computes, set it to null in a copy; else merge the adapter \
                     with what it was made by, and refit from that";
+const OTHER: &str = "no weights compute what it does; train a plain LoRA adapter, or refit without it";
 const CORRECT: &str = "correct the configuration";
 
 const FIELDS: &[(&str, Meaning)] = &[
@@ -131,6 +132,9 @@ const FIELDS: &[(&str, Meaning)] = &[
     ("use_qalora", Unsupported("it pools the inputs of quantized layers")),
 ];
 
+/// What PEFT cannot merge either.
+const UNMERGEABLE: [&str; 3] = ["alora_invocation_tokens", "arrow_config", "layer_replication"];
+
 /// Values of `init_lora_weights` that leave the base model as it is, in lower case; `true`, `false` and null do too.
 const PLAIN_STARTS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
@@ -171,7 +175,14 @@ impl Config {
             match known.map(|(_, meaning)| *meaning) {
                 Some(Read | NoEffect) => {}
                 _ if is_off(value) => {}
-                Some(Unsupported(why)) => return Err(refusal(name, value, why, MERGE)),
+                Some(Unsupported(why)) => {
+                    let help = if UNMERGEABLE.contains(&name.as_str()) {
+                        OTHER
+                    } else {
+                        MERGE
+                    };
+                    return Err(refusal(name, value, why, help));
+                }
                 None => return Err(refusal(name, value, "a field that is not known", NULL)),
             }
         }
