@@ -53,9 +53,18 @@ fn tolerance(graph: &Graph) -> f32 {
     }
 }
 
-fn check(what: &str, graph: &Graph, profile: Profile, options: &LowerOptions, calls: &[(usize, usize)]) {
-    let network = lower(graph, &profile, options).unwrap_or_else(|e| panic!("{what} {profile}: {e}"));
-    for (seed, (past, tokens)) in calls.iter().enumerate() {
+/// A call, and what the graph makes of it.
+struct Prepared {
+    past: usize,
+    tokens: usize,
+    call: Call,
+    /// Whose logits the network gives, one of each batch row.
+    rows: Vec<i32>,
+    expected: BTreeMap<String, Tensor>,
+}
+
+fn prepared(graph: &Graph, profile: Profile, calls: &[(usize, usize)]) -> Vec<Prepared> {
+    let prepare = |(seed, (past, tokens)): (usize, &(usize, usize))| {
         let call = call(graph, seed as u64 + 1, profile.batch, *past, *tokens, profile.capacity);
         let rows: Vec<i32> = (0..profile.batch)
             .map(|b| (tokens - 1).saturating_sub(b) as i32)
@@ -67,8 +76,27 @@ fn check(what: &str, graph: &Graph, profile: Profile, options: &LowerOptions, ca
             Logits::Rows => picked(&logits, &rows),
         };
         expected.insert("logits".into(), logits);
-        let inputs = network_inputs(&call, &network, &rows);
-        let bound = bind_tokens(&network, *tokens).expect("tokens of the profile");
+        Prepared {
+            past: *past,
+            tokens: *tokens,
+            call,
+            rows,
+            expected,
+        }
+    };
+    calls.iter().enumerate().map(prepare).collect()
+}
+
+fn check(what: &str, graph: &Graph, profile: Profile, options: &LowerOptions, calls: &[(usize, usize)]) {
+    check_prepared(what, graph, profile, options, &prepared(graph, profile, calls));
+}
+
+fn check_prepared(what: &str, graph: &Graph, profile: Profile, options: &LowerOptions, calls: &[Prepared]) {
+    let network = lower(graph, &profile, options).unwrap_or_else(|e| panic!("{what} {profile}: {e}"));
+    for prepared in calls {
+        let (past, tokens, expected) = (prepared.past, prepared.tokens, &prepared.expected);
+        let inputs = network_inputs(&prepared.call, &network, &prepared.rows);
+        let bound = bind_tokens(&network, tokens).expect("tokens of the profile");
         let list: Vec<(&str, Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t.clone())).collect();
         let executed = execute(&bound, &list, &cpu::CompileOptions::default());
         let executed = executed.unwrap_or_else(|e| panic!("{what} {profile}: {e}"));
@@ -78,7 +106,7 @@ fn check(what: &str, graph: &Graph, profile: Profile, options: &LowerOptions, ca
             ("cpu", executed.into_iter().collect()),
         ] {
             assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
-            for (name, expected) in &expected {
+            for (name, expected) in expected {
                 let scale = expected.to_f32().iter().fold(1f32, |m, v| m.max(v.abs()));
                 let worst = difference(&found[name], expected) / scale;
                 assert!(
@@ -120,55 +148,74 @@ fn every_model_and_profile() {
     }
 }
 
-#[test]
-fn every_choice() {
-    for (name, config) in decoders()
+/// Every choice of the lowering, for one model.
+fn every_choice(model: &str) {
+    let (name, config) = decoders()
         .into_iter()
-        .filter(|(n, _)| ["grouped", "softcap", "half"].contains(n))
-    {
-        let graph = decoder(&config);
-        for fold_groups in [false, true] {
-            for (linear, fuse_linear) in [
-                (LinearForm::FlattenActivation, false),
-                (LinearForm::FlattenActivation, true),
-                (LinearForm::RaiseWeight, false),
-                (LinearForm::RaiseWeight, true),
-                (LinearForm::ReduceRow, false),
-                (LinearForm::ReduceRow, true),
+        .find(|(name, _)| *name == model)
+        .expect("a model");
+    let graph = decoder(&config);
+    let cases: Vec<(Profile, Vec<Prepared>)> = profiles(1)
+        .into_iter()
+        .map(|(profile, calls)| (profile, prepared(&graph, profile, &calls)))
+        .collect();
+    for fold_groups in [false, true] {
+        for (linear, fuse_linear) in [
+            (LinearForm::FlattenActivation, false),
+            (LinearForm::FlattenActivation, true),
+            (LinearForm::RaiseWeight, false),
+            (LinearForm::RaiseWeight, true),
+            (LinearForm::ReduceRow, false),
+            (LinearForm::ReduceRow, true),
+        ] {
+            for attention in [
+                AttentionForm::Layer,
+                AttentionForm::Decomposed,
+                AttentionForm::Split(4),
+                AttentionForm::ReducedScores,
+                AttentionForm::ByCapacity,
             ] {
-                for attention in [
-                    AttentionForm::Layer,
-                    AttentionForm::Decomposed,
-                    AttentionForm::Split(4),
-                    AttentionForm::ReducedScores,
-                    AttentionForm::ByCapacity,
-                ] {
-                    let options = LowerOptions {
-                        fold_groups,
-                        linear,
-                        fuse_linear,
-                        attention,
-                        weight_mode: WeightMode::Embed,
-                        ..LowerOptions::default()
-                    };
-                    // The choices that matter less, all one way and all the other.
-                    let others = LowerOptions {
-                        reduce_depth: Some(16),
-                        fuse_pairs: false,
-                        fold_prefill: Some(0),
-                        prefill_linear: Some(LinearForm::RaiseWeight),
-                        ..options.clone()
-                    };
-                    for (profile, calls) in profiles(1) {
-                        check(name, &graph, profile, &options, &calls);
-                        if fold_groups && attention == AttentionForm::Layer {
-                            check(name, &graph, profile, &others, &calls);
-                        }
+                let options = LowerOptions {
+                    fold_groups,
+                    linear,
+                    fuse_linear,
+                    attention,
+                    weight_mode: WeightMode::Embed,
+                    ..LowerOptions::default()
+                };
+                // The choices that matter less, all one way and all the other.
+                let others = LowerOptions {
+                    reduce_depth: Some(16),
+                    fuse_pairs: false,
+                    fold_prefill: Some(0),
+                    prefill_linear: Some(LinearForm::RaiseWeight),
+                    ..options.clone()
+                };
+                for (profile, calls) in &cases {
+                    check_prepared(name, &graph, *profile, &options, calls);
+                    if fold_groups && attention == AttentionForm::Layer {
+                        check_prepared(name, &graph, *profile, &others, calls);
                     }
                 }
             }
         }
     }
+}
+
+// A model a test, so that they run side by side.
+#[test]
+fn every_choice_with_grouped_heads() {
+    every_choice("grouped");
+}
+
+#[test]
+fn every_choice_with_a_soft_cap() {
+    every_choice("softcap");
+}
+
+#[test]
+fn every_choice_in_half_precision() {
+    every_choice("half");
 }
 
 /// More rows than one Attention layer gets: the heads of a group are divided among two.
