@@ -214,3 +214,26 @@ fn malformed_models_are_refused_without_a_panic() {
     }
     assert!(refused > 2, "{refused} models could be read");
 }
+
+#[test]
+fn attention_operators_with_operands_that_they_do_not_take() {
+    let mut integers = export("mistral-mobius");
+    for id in nodes(&integers, |op| matches!(op, Op::Cast { to: DType::Bool })) {
+        integers.node_mut(id).op = Op::Cast { to: DType::I8 };
+    }
+    says(&refusal(integers), &["head counts, that are not understood"]);
+    let mut no_heads = export("mistral-mobius");
+    for id in nodes(&no_heads, |op| matches!(op, Op::Attention(_))) {
+        if let Op::Attention(how) = &mut no_heads.node_mut(id).op {
+            how.kv_num_heads = Some(0);
+        }
+    }
+    assert!(!refusal(no_heads).is_empty());
+    let mut no_heads = export("llama-ort-genai");
+    for id in nodes(&no_heads, |op| matches!(op, Op::GroupQueryAttention(_))) {
+        if let Op::GroupQueryAttention(how) = &mut no_heads.node_mut(id).op {
+            (how.num_heads, how.kv_num_heads) = (0, 0);
+        }
+    }
+    assert!(!refusal(no_heads).is_empty());
+}

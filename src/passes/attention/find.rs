@@ -91,7 +91,7 @@ fn from_operator(graph: &Graph, node: &Node) -> Result<FoundAttention, String> {
     };
     let input = |i: usize| node.input(i).ok_or_else(|| format!("its input {i} is missing"));
     if how.is_causal || how.q_num_heads.is_some() || node.input(4).is_some() || node.input(6).is_some() {
-        return Err("it has inputs of unknown shape".into());
+        return Err("it has inputs of a shape or dtype, or head counts, that are not understood".into());
     }
     if (1..4).any(|i| node.output(i).is_some_and(|v| graph.outputs.contains(&v))) {
         return Err("its scores are an output of the model".into());

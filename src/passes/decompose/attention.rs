@@ -129,6 +129,17 @@ fn width(graph: &Graph, id: ValueId, axis_from_end: usize) -> Option<usize> {
         .map(|n| n as usize)
 }
 
+/// A mask is of booleans, or added to scores.
+fn is_mask(graph: &Graph, mask: Option<ValueId>) -> bool {
+    let dtype = mask.and_then(|mask| graph.value(mask).dtype);
+    dtype.is_none_or(|dtype| dtype == DType::Bool || dtype.is_float())
+}
+
+/// Attributes are whatever the file says.
+fn is_no_count(heads: usize) -> bool {
+    !(1..1 << 16).contains(&heads)
+}
+
 fn group_query(graph: &mut Graph, id: NodeId, how: &op::GroupQueryAttention) -> Option<()> {
     let node = graph.node(id).clone();
     let (query, past_key, past_value, last) = (node.input(0)?, node.input(3)?, node.input(4)?, node.input(5)?);
@@ -136,6 +147,9 @@ fn group_query(graph: &mut Graph, id: NodeId, how: &op::GroupQueryAttention) -> 
         return None;
     }
     let (heads, kv_heads) = (how.num_heads, how.kv_num_heads);
+    if !is_mask(graph, node.input(10)) || [heads, kv_heads].into_iter().any(is_no_count) {
+        return None;
+    }
     let packed = node.input(1).is_none();
     let dim = width(graph, query, 1)? / if packed { heads + 2 * kv_heads } else { heads };
     let cache_shape = graph.shape(past_key)?.clone();
@@ -225,6 +239,14 @@ fn attention(graph: &mut Graph, id: NodeId, how: &op::Attention) -> Option<()> {
     let (query, key, value) = (node.input(0)?, node.input(1)?, node.input(2)?);
     let rank = |graph: &Graph, id| graph.shape(id).map(Vec::len);
     let (past, lengths) = (node.input(4), node.input(6));
+    if !is_mask(graph, node.input(3))
+        || [how.q_num_heads, how.kv_num_heads]
+            .into_iter()
+            .flatten()
+            .any(is_no_count)
+    {
+        return None;
+    }
     if !how.is_causal && past.is_none() && lengths.is_none() && rank(graph, query) == Some(4) {
         return None;
     }
