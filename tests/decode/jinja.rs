@@ -129,6 +129,7 @@ fn every_part_of_the_environment_is_supported_or_refused_by_name() {
         let template = match name {
             "autoescape" => "{% autoescape true %}{% endautoescape %}",
             "extends" | "include" => &format!("{{% {name} 'x' %}}"),
+            "block" => "{% block x %}{% endblock %}",
             "from" => "{% from 'x' import y %}",
             "import" => "{% import 'x' as y %}",
             _ => continue,

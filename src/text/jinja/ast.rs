@@ -32,8 +32,8 @@ pub(super) enum Statement {
         values: Vec<(Target, Expr)>,
         body: Body,
     },
-    /// A scope of its own: a `block`, a mark of generated text.
-    Scope(Body),
+    /// A mark of generated text, which Jinja runs as a macro without a name.
+    Generation(Rc<Macro>),
     Break,
     Continue,
 }
@@ -50,6 +50,7 @@ pub(super) struct For {
 
 #[derive(Debug)]
 pub(super) struct Macro {
+    /// Empty for the body of a `call` or `generation`.
     pub name: String,
     pub parameters: Vec<(String, Option<Expr>)>,
     pub body: Body,

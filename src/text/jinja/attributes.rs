@@ -152,6 +152,7 @@ fn object_attribute(value: &Value, object: &Rc<Object>, name: &str) -> Result<Op
             _ => None,
         },
         Object::Macro(item, _) => match name {
+            "name" if item.name.is_empty() => Some(Value::None),
             "name" => Some(Value::str(&item.name)),
             "arguments" => {
                 let names = item.parameters.iter().map(|(name, _)| Value::str(name));

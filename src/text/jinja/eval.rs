@@ -174,7 +174,7 @@ impl Run {
                 }
                 return self.body(body, &inner, out);
             }
-            Statement::Scope(body) => return self.body(body, &Frame::child(frame), out),
+            Statement::Generation(item) => out.push_str(&self.call_macro(item, frame, Args::default())?.to_text()?),
             Statement::Break => return Ok(Flow::Break),
             Statement::Continue => return Ok(Flow::Continue),
         }
@@ -257,6 +257,8 @@ impl Run {
             last_changed: RefCell::default(),
             recursive: item.recursive.then(|| (item.clone(), Rc::downgrade(frame))),
         }));
+        // As in Jinja, an iteration that ends early does not count as one.
+        let mut any_whole = false;
         for (index, value) in items.into_iter().enumerate() {
             if let Object::Loop(state) = &*state {
                 state.index.set(index);
@@ -264,7 +266,9 @@ impl Run {
             let inner = Frame::child(frame);
             inner.set("loop", Value::Object(state.clone()));
             self.assign(&item.target, value, &inner)?;
-            if self.body(&item.body, &inner, out)? == Flow::Break {
+            let flow = self.body(&item.body, &inner, out)?;
+            any_whole |= flow == Flow::Next;
+            if flow == Flow::Break {
                 // What is left of a generator could be used again; nobody knows how much of it Jinja has taken.
                 if matches!(&over, Value::Stream(stream) if Rc::strong_count(stream) > 1) {
                     return Err(Error::unsupported(
@@ -273,6 +277,9 @@ impl Run {
                 }
                 break;
             }
+        }
+        if !any_whole {
+            self.body(&item.otherwise, &Frame::child(frame), out)?;
         }
         Ok(())
     }
@@ -456,24 +463,21 @@ impl Run {
             let at = named.iter().position(|(n, _)| n == name)?;
             Some(named.remove(at).1)
         };
+        // A default may name a parameter, which has no value before its turn.
+        for (name, _) in &item.parameters {
+            inner.set(name, Value::undefined(name));
+        }
         for (name, default) in &item.parameters {
-            let given = match positional.next() {
-                Some(value) => {
-                    if take_named(name).is_some() {
-                        return Err(Error::failed(format!("the macro {:?} gets {name:?} twice", item.name)));
-                    }
-                    Some(value)
-                }
-                None => take_named(name),
-            };
+            // A name given beside the position is left over, for `kwargs` or to be refused.
+            let given = positional.next().or_else(|| take_named(name));
             let value = match (given, default) {
                 (Some(value), _) => value,
                 (None, Some(default)) => self.value(default, &inner)?,
-                (None, None) => Value::undefined(name),
+                (None, None) => continue,
             };
             inner.set(name, value);
         }
-        if item.uses_caller && !item.parameters.iter().any(|(name, _)| name == "caller") {
+        if item.uses_caller {
             let caller = take_named("caller").unwrap_or_else(|| Value::undefined("caller"));
             inner.set("caller", caller);
         }

@@ -302,6 +302,9 @@ impl Parser {
                 if out_of_order(&arguments) {
                     return self.fail("invalid syntax for a call");
                 }
+                if arguments.named.iter().any(|(other, _)| *other == name) {
+                    return self.fail(format!("the argument {name:?} is given twice"));
+                }
                 self.at += 2;
                 arguments.named.push((name, self.expression()?));
             } else {

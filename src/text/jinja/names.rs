@@ -209,7 +209,7 @@ pub const STATEMENTS: [&str; 18] = [
 ];
 
 /// Of them those that are refused.
-pub const STATEMENTS_REFUSED: [&str; 5] = ["autoescape", "extends", "from", "import", "include"];
+pub const STATEMENTS_REFUSED: [&str; 6] = ["autoescape", "block", "extends", "from", "import", "include"];
 
 /// Attributes of numbers that Python has, which would be undefined otherwise.
 pub(super) const NUMBER_ATTRIBUTES: [&str; 14] = [

@@ -22,6 +22,7 @@ pub(super) fn parse(source: &str) -> Result<Body, Error> {
         depth: 0,
         branches: 0,
         loops: 0,
+        fors: 0,
         operators: 0,
     };
     let body = parser.body(&[])?;
@@ -38,6 +39,8 @@ pub(super) struct Parser {
     pub(super) branches: usize,
     /// `for` around here, within the same macro.
     loops: usize,
+    /// `for` around here, outside of macros, too.
+    fors: usize,
     /// Operators of this tag so far.
     operators: usize,
 }
@@ -207,7 +210,7 @@ impl Parser {
                 if !matches!(call, Expr::Call(..)) {
                     return self.fail("expected a call");
                 }
-                let body = self.macro_body("caller".to_string(), parameters, "endcall")?;
+                let body = self.macro_body(String::new(), parameters, "endcall")?;
                 Statement::Call { call, body }
             }
             "filter" => {
@@ -233,25 +236,8 @@ impl Parser {
                 self.at += 1;
                 Statement::With { values, body }
             }
-            "block" => {
-                let name = self.name()?;
-                self.skip_name("scoped");
-                if self.is_name("required") {
-                    return Err(Error::unsupported("a required block"));
-                }
-                let body = self.statements(&["endblock"])?;
-                self.at += 1;
-                self.skip_name(&name);
-                Statement::Scope(body)
-            }
             // A mark of transformers for training masks, which renders as what it holds; it is a call of a body, as Jinja has it.
-            "generation" => {
-                let loops = std::mem::take(&mut self.loops);
-                let body = self.statements(&["endgeneration"])?;
-                self.loops = loops;
-                self.at += 1;
-                Statement::Scope(body)
-            }
+            "generation" => Statement::Generation(self.macro_body(String::new(), Vec::new(), "endgeneration")?),
             "print" => {
                 let mut all = Vec::new();
                 while !matches!(self.peek(), Some(Token::BlockEnd)) {
@@ -277,6 +263,7 @@ impl Parser {
     }
 
     fn for_loop(&mut self) -> Parsed<Statement> {
+        self.fors += 1;
         let target = self.target(&["in"])?;
         if !self.skip_name("in") {
             return self.unexpected("\"in\"");
@@ -299,6 +286,7 @@ impl Parser {
             }
             _ => Body::default(),
         };
+        self.fors -= 1;
         Ok(Statement::For(Rc::new(For {
             target,
             over,
@@ -352,6 +340,9 @@ impl Parser {
                 self.expect_op(",")?;
             }
             let name = self.plain_name()?;
+            if ["caller", "varargs", "kwargs"].contains(&name.as_str()) {
+                return Err(Error::unsupported(format!("a parameter called {name:?}")));
+            }
             let default = match self.skip_op("=") {
                 true => Some(self.expression()?),
                 false if parameters.iter().any(|(_, default)| default.is_some()) => {
@@ -406,6 +397,9 @@ impl Parser {
                 }
                 false => {
                     let name = self.plain_name()?;
+                    if name == "loop" && self.fors > 0 {
+                        return self.fail("cannot assign to \"loop\" in a loop");
+                    }
                     match self.skip_op(".") {
                         true => Target::Attribute(name, self.name()?),
                         false => Target::Name(name),

@@ -92,6 +92,7 @@ impl Value {
                     Value::Dict(Rc::new(Dict(pairs))).write_repr(out, depth + 1)?;
                     out.push('>');
                 }
+                Object::Macro(item, _) if item.name.is_empty() => out.push_str("<Macro anonymous>"),
                 Object::Macro(item, _) => drop(write!(out, "<Macro {}>", Value::str(&item.name).repr()?)),
                 Object::Loop(state) => drop(write!(
                     out,
