@@ -266,7 +266,11 @@ impl Candidates {
 }
 
 fn finite(logit: f32) -> f32 {
-    logit.clamp(f32::MIN, f32::MAX)
+    match logit.is_nan() {
+        // An infinite bonus less an infinite penalty: no sampler may make a token likelier by being given nonsense.
+        true => f32::MIN,
+        false => logit.clamp(f32::MIN, f32::MAX),
+    }
 }
 
 /// A candidate as one integer that sorts by logit, and of equal logits puts the lower id higher.

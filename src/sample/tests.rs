@@ -433,3 +433,31 @@ fn a_chain_knows_when_it_is_only_an_argmax() {
         }
     }
 }
+
+/// A penalty so small that a logit divided by it is infinite, and another that takes infinity from it.
+#[test]
+fn penalties_beyond_the_range_of_f32_make_no_nan() {
+    for temperature in [0.0, 1.0] {
+        let settings = Settings {
+            repetition_penalty: f32::MIN_POSITIVE,
+            frequency_penalty: f32::MAX,
+            presence_penalty: f32::MAX,
+            min_p: 0.1,
+            top_n_sigma: f32::MAX,
+            temperature,
+            ..Settings::neutral()
+        };
+        let mut chain = Chain::new(&settings).unwrap();
+        let logits = [1e9, 2.0, -1e9, 1.0];
+        let history = [0, 0, 2];
+        assert!(
+            [1, 3].contains(&chain.sample(&logits, &history).unwrap()),
+            "{temperature}"
+        );
+        // Every token is penalised: the answer is any of them.
+        let all = [0, 1, 2, 3];
+        assert!(chain.sample(&logits, &all).unwrap() < 4);
+        let sum: f64 = chain.probabilities(&logits, &all).unwrap().iter().sum();
+        assert!((sum - 1.0).abs() < 1e-6, "{sum}");
+    }
+}
