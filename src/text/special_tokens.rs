@@ -6,6 +6,8 @@
 use serde_json::Value;
 use tokenizers::{AddedToken, Model};
 
+use super::guarded::guarded;
+
 /// Names of `tokenizer_config.json` and `special_tokens_map.json` that hold one special token each.
 const NAMES: [&str; 7] = [
     "bos_token",
@@ -134,7 +136,7 @@ impl SpecialTokens<'_> {
 
     /// Warnings where `add_bos_token` or `add_eos_token` says something else than `tokenizer.json` does, which is followed.
     pub fn check_text_marks(&self, tokenizer: &tokenizers::Tokenizer) -> Vec<String> {
-        let ids = |special| tokenizer.encode_fast("a", special).map(|e| e.get_ids().to_vec());
+        let ids = |special| guarded(|| tokenizer.encode_fast("a", special)).map(|e| e.get_ids().to_vec());
         let (Ok(with), Ok(without)) = (ids(true), ids(false)) else {
             return Vec::new();
         };

@@ -99,7 +99,7 @@ impl Tokenizer {
             message: e.to_string(),
         };
         let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes)).map_err(unusable)?;
-        without_training_settings(&mut inner).map_err(unusable)?;
+        guarded(|| without_training_settings(&mut inner)).map_err(unusable)?;
         let mut files = vec![main.clone()];
         let mut json = |name: &str| -> Result<Value, TokenizerError> {
             let path = folder.join(name);
@@ -119,7 +119,7 @@ impl Tokenizer {
             config: &config,
             map: &special_map,
         };
-        let mut warnings = names.add_to(&mut inner);
+        let mut warnings = guarded(|| Ok(names.add_to(&mut inner))).map_err(unusable)?;
         warnings.extend(names.check_text_marks(&inner));
         let bos_token = names.text("bos_token");
         let eos_token = names.text("eos_token");
