@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fuzzes the readers of files that others make, and the sampler chain. docs/fuzzing.md says what the targets are.
 #
-#   scripts/fuzz.sh [SECONDS] [TARGET...]
+#   [LAPIDARY_FUZZ_PROFILE=quick] scripts/fuzz.sh [SECONDS] [TARGET...]
 #
 # Every input of fuzz/corpus is replayed first; then each target runs for SECONDS (20), with what it finds in
 # fuzz/target/corpus. 0 seconds replay only. Needs a C++ compiler for libFuzzer, and no nightly Rust: the compiler's
@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 
 seconds=${1:-20}
 shift || true
+profile=${LAPIDARY_FUZZ_PROFILE:-release}
 targets=("$@")
 [ ${#targets[@]} -gt 0 ] || targets=(onnx package weights text sampler results)
 
@@ -19,7 +20,7 @@ flags=(-Cpasses=sancov-module "-Cllvm-args=-$coverage-level=4" "-Cllvm-args=-$co
     "-Cllvm-args=-$coverage-pc-table" "-Cllvm-args=-$coverage-trace-compares" --cfg fuzzing)
 host=$(rustc -vV | sed -n 's/^host: //p')
 # With a target named, build scripts and macros are not instrumented.
-RUSTFLAGS="${flags[*]}" cargo build --quiet --release --manifest-path fuzz/Cargo.toml --target "$host" --target-dir fuzz/target \
+RUSTFLAGS="${flags[*]}" cargo build --quiet --profile "$profile" --manifest-path fuzz/Cargo.toml --target "$host" --target-dir fuzz/target \
     $(printf -- '--bin %s ' "${targets[@]}")
 
 # A hostile file must not take memory that its size does not explain, nor time.
@@ -31,7 +32,7 @@ export LAPIDARY_FUZZ_FOLDER
 trap 'rm -rf "$LAPIDARY_FUZZ_FOLDER"' EXIT
 status=0
 for target in "${targets[@]}"; do
-    binary=fuzz/target/$host/release/$target
+    binary=fuzz/target/$host/$profile/$target
     found=fuzz/target/corpus/$target
     failures=fuzz/target/failures/$target
     mkdir -p "$found" "$failures"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs all of them: formatting, lints, unit and integration tests, real TensorRT builds,
-# canonical graphs in ONNX Runtime, `verify` against tract, AddressSanitizer, loom, the benchmark's scripts and notebook.
+# canonical graphs in ONNX Runtime, `verify` against tract, AddressSanitizer, loom, fuzzing, the benchmark's scripts and notebook.
 # About 15 minutes on two cores from nothing; docs/build-time.md says where they go.
 # Usage: scripts/test.sh [cargo nextest arguments]
 set -euo pipefail
@@ -47,6 +47,8 @@ stage cargo nextest run "${full[@]}" --test tensorrt
 # The library alone (no command line, no TensorRT), linted and under AddressSanitizer.
 stage scripts/sanitize.sh
 stage env -u RUSTC_WORKSPACE_WRAPPER scripts/loom.sh
+# Every corpus is replayed, then 20 seconds a target.
+stage env -u RUSTC_WORKSPACE_WRAPPER LAPIDARY_FUZZ_PROFILE=quick scripts/fuzz.sh 20
 
 stage .venv/bin/python -m unittest discover -q -s scripts/baselines
 # With the binary that was just built; fails if its answers are not ONNX Runtime's.
