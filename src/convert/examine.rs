@@ -2,7 +2,7 @@
 //!
 //! An export can be converted if its operators are well formed, the passes make it canonical, and what comes out lowers to
 //! networks for one token and for several. The last is seldom in question, but sizes of the example that an exporter baked
-//! into a reshape show there and nowhere before.
+//! into a reshape show there only.
 
 use std::path::Path;
 

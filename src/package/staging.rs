@@ -152,7 +152,7 @@ pub fn check_target(target: &Path, force: bool) -> Result<(), PackageError> {
 fn destination(target: &Path, force: bool) -> Result<PathBuf, PackageError> {
     // A slash at the end would hide that it is a link.
     let target: PathBuf = target.components().collect();
-    // A link that leads nowhere counts as something that is there.
+    // A dangling link counts as something that is there.
     if fs::symlink_metadata(&target).is_err() {
         return Ok(target);
     }

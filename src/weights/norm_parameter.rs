@@ -2,8 +2,8 @@
 //!
 //! Gemma's models compute `norm(x) * (1 + w)` and their checkpoints hold `w` (transformers, `GemmaRMSNorm`,
 //! `Gemma2RMSNorm`, `Gemma3RMSNorm`). An exporter may leave the addition in the graph, where the weight's recipe shows it,
-//! or put `1 + w` into the initializer, under the very name that the checkpoint has for `w`. Then only other evidence
-//! tells: the `model_type` in the checkpoint's `config.json`, that the graph multiplies embeddings by the square root of the
+//! or put `1 + w` into the initializer, under the very name that the checkpoint has for `w`. Then other evidence must
+//! decide: the `model_type` in the checkpoint's `config.json`, that the graph multiplies embeddings by the square root of the
 //! hidden size as these models do, or numbers that the package had.
 
 use std::fs;

@@ -128,7 +128,7 @@ fn breaker_strings_go_over_the_tokenizers_vocabulary() {
     assert!((lowest(&[]) - share(2)).abs() < 1e-6);
     assert!((lowest(&["--dry-sequence-breaker", "none"]) - share(3)).abs() < 1e-6);
     assert!((lowest(&["--dry-sequence-breaker", "\n"]) - share(2)).abs() < 1e-6);
-    // As llama.cpp reads it, unless told not to: token 76 is a backslash, which is not in the history.
+    // As llama.cpp reads it, without --no-escape: token 76 is a backslash, which is not in the history.
     assert!((lowest(&["--dry-sequence-breaker", "\\n"]) - share(2)).abs() < 1e-6);
     assert!((lowest(&["--dry-sequence-breaker", "\\x0A"]) - share(2)).abs() < 1e-6);
     assert!((lowest(&["--no-escape", "--dry-sequence-breaker", "\\n"]) - share(3)).abs() < 1e-6);

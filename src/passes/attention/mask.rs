@@ -3,7 +3,7 @@
 //! Exporters build masks from ranges, comparisons, gathers, padding, sentinels and tables in many ways; all that counts is
 //! which slots of which rows end up masked. A mask is accepted if it is causal, perhaps with a sliding window, at every size
 //! tried: below, at and beyond each length that its own arithmetic names ([`lengths`]), at the last position that a package
-//! can have, and over the whole of a table. What a mask is beyond the end of its tables nobody can say: they bound how far
+//! can have, and over the whole of a table. What a mask is beyond the end of its tables is unknown: they bound how far
 //! positions go.
 
 use std::cell::RefCell;

@@ -269,7 +269,7 @@ impl Run {
             let flow = self.body(&item.body, &inner, out)?;
             any_whole |= flow == Flow::Next;
             if flow == Flow::Break {
-                // What is left of a generator could be used again; nobody knows how much of it Jinja has taken.
+                // What is left of a generator could be used again, and how much of it Jinja has taken is unknown.
                 if matches!(&over, Value::Stream(stream) if Rc::strong_count(stream) > 1) {
                     return Err(Error::unsupported(
                         "leaving a loop over a generator that is in a variable",

@@ -40,7 +40,7 @@ impl Reader<'_> {
         Some(end)
     }
 
-    /// Gate and up of one matrix, told from each other by the activation behind one of them; gives the product down.
+    /// Gate and up of one matrix: the activation follows the gate. Gives the product down.
     fn gate_and_up(&mut self, prefix: &str, linear: &Linear, parts: &[((usize, usize), ValueId)]) -> Option<NodeId> {
         let [first, second] = parts else {
             return None;
