@@ -129,8 +129,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
 pub fn open(path: &Path, target: &Package) -> Result<WeightSource, Failure> {
     if path.join(MANIFEST).is_file() {
         let package = Package::open(path)?;
-        package.check_present()?;
-        return Ok(WeightSource::package(path, package.model_weights()?));
+        return Ok(package.weight_source()?);
     }
     Ok(WeightSource::open(path, &target.source_context())?)
 }

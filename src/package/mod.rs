@@ -42,7 +42,7 @@ use crate::text::Tokenizer;
 use crate::weights::matching::{Required, RequiredWeight};
 use crate::weights::model::{ModelWeight, ModelWeights};
 use crate::weights::norm_parameter;
-use crate::weights::source::SourceContext;
+use crate::weights::source::{SourceContext, WeightSource};
 
 pub(crate) const MANIFEST: &str = "manifest.json";
 pub(crate) const GRAPH: &str = "graph.onnx";
@@ -238,6 +238,14 @@ impl Package {
         }
         let (architecture, export) = (m.architecture_hash.clone(), m.source.blake3.clone());
         Ok(ModelWeights::new(weights, &graph, architecture, export))
+    }
+
+    /// The package as a source of weights for others.
+    pub fn weight_source(&self) -> Result<WeightSource, PackageError> {
+        self.check_present()?;
+        let (weights, graph) = (self.model_weights()?, self.architecture()?);
+        let architecture = self.manifest.architecture.clone();
+        Ok(WeightSource::package(&self.folder, weights, graph, architecture))
     }
 
     /// The weights that a refit must find, and what decides which tensors they are.

@@ -13,8 +13,9 @@ use super::checkpoint::{CONVENTIONS, Convention, has_gate};
 use super::metadata;
 use super::model::{LeafError, ModelWeights, NameKind, architecture_hash};
 use super::norm_parameter::{self, NormParameter};
-use crate::graph::Constant;
+use crate::graph::{Constant, Graph};
 use crate::help::Help;
+use crate::passes::Architecture;
 use crate::tensor::{DType, Tensor};
 use crate::{onnx, passes};
 
@@ -51,9 +52,16 @@ enum Names {
     /// By what the tensors are called.
     Checkpoint(&'static Convention),
     /// By what they do in a graph.
-    Model(Box<ModelWeights>),
+    Model(Box<Model>),
     /// Not at all, and why, if there is more to say.
     None(Option<String>),
+}
+
+/// A source that is a graph.
+struct Model {
+    weights: ModelWeights,
+    graph: Graph,
+    architecture: Architecture,
 }
 
 /// A source that cannot be read.
@@ -237,7 +245,11 @@ impl WeightSource {
                     let is_same = architecture_hash(&canonical.graph) == context.architecture_hash;
                     if is_same || !matches!(names, Names::Model(_)) {
                         let hash = export_hash(path)?;
-                        names = Names::Model(Box::new(ModelWeights::of_graph(&canonical.graph, hash)));
+                        names = Names::Model(Box::new(Model {
+                            weights: ModelWeights::of_graph(&canonical.graph, hash),
+                            graph: canonical.graph,
+                            architecture: canonical.architecture,
+                        }));
                     }
                     if is_same {
                         break;
@@ -259,21 +271,34 @@ impl WeightSource {
         })
     }
 
-    /// The weights of a package.
-    pub fn package(path: &Path, model: ModelWeights) -> WeightSource {
+    /// The weights of a package, its typed canonical graph and its architecture.
+    pub fn package(path: &Path, weights: ModelWeights, graph: Graph, architecture: Architecture) -> WeightSource {
+        let tensors = weights.iter().map(|w| (w.name.clone(), w.constant.clone()));
         WeightSource {
             path: path.to_path_buf(),
             kind: "a package".to_string(),
-            tensors: model.iter().map(|w| (w.name.clone(), w.constant.clone())).collect(),
+            tensors: tensors.collect(),
             norms: None,
-            names: Names::Model(Box::new(model)),
+            names: Names::Model(Box::new(Model {
+                weights,
+                graph,
+                architecture,
+            })),
         }
     }
 
     /// The weights of a graph, where the source is one.
     pub fn model(&self) -> Option<&ModelWeights> {
         match &self.names {
-            Names::Model(model) => Some(model),
+            Names::Model(model) => Some(&model.weights),
+            _ => None,
+        }
+    }
+
+    /// The canonical graph, where the source is one.
+    pub fn graph(&self) -> Option<(&Graph, &Architecture)> {
+        match &self.names {
+            Names::Model(model) => Some((&model.graph, &model.architecture)),
             _ => None,
         }
     }
@@ -283,7 +308,7 @@ impl WeightSource {
     pub fn module(&self, module: &str, rows: &HashMap<String, usize>) -> Result<Option<(String, Constant)>, LeafError> {
         match &self.names {
             Names::Model(model) => {
-                let found = model.tensor(NameKind::Module, module)?;
+                let found = model.weights.tensor(NameKind::Module, module)?;
                 Ok(found.map(|(weight, constant)| {
                     let name = weight.constant.origin().unwrap_or(&weight.name);
                     (name.to_string(), constant)

@@ -67,10 +67,7 @@ fn check(what: &str, model: &Path, package: &Package, folder: &Path, counts: &mu
     let model_weights = package.model_weights().unwrap();
     let context = package.source_context();
     let mut sources = vec![
-        (
-            "itself",
-            WeightSource::package(&package.folder, package.model_weights().unwrap()),
-        ),
+        ("itself", package.weight_source().unwrap()),
         ("its export", WeightSource::open(model, &context).unwrap()),
     ];
     let manifest = &package.manifest;

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use lapidary::lower::stored_weights;
+use lapidary::weights::config;
 use lapidary::weights::model::{ModelWeights, NameKind};
 use lapidary::weights::modules::modules;
 use lapidary::weights::recipe::Recipe;
+use lapidary::weights::source::WeightSource;
 
 use lapidary::{onnx, passes};
 
@@ -38,8 +40,7 @@ fn exports() -> Vec<(String, std::path::PathBuf)> {
 }
 
 /// Every module of an export, as numbers.
-fn numbers(model: &Path) -> BTreeMap<String, Vec<f32>> {
-    let weights = ModelWeights::of_graph(&canonical(model).graph, String::new());
+fn numbers(weights: &ModelWeights) -> BTreeMap<String, Vec<f32>> {
     let modules = weights.names(NameKind::Module).into_iter();
     let numbers = modules.map(|name| {
         let (_, constant) = weights.tensor(NameKind::Module, name).unwrap().unwrap();
@@ -64,13 +65,21 @@ fn every_weight_of_every_export_is_some_module() {
 
 #[test]
 fn exporters_of_one_model_agree_on_every_module() {
-    let mut families: BTreeMap<String, (String, BTreeMap<String, Vec<f32>>)> = BTreeMap::new();
+    let mut families: BTreeMap<String, (String, BTreeMap<String, Vec<f32>>, passes::Canonical)> = BTreeMap::new();
     let mut compared = 0;
     for (name, model) in exports() {
         let family = name.split('-').next().unwrap().to_string();
-        let found = numbers(&model);
+        let this = canonical(&model);
+        let weights = ModelWeights::of_graph(&this.graph, String::new());
+        let found = numbers(&weights);
         // The first of a family is fp32, from torch, and names its initializers after the modules.
-        let (first, expected) = families.entry(family).or_insert_with(|| (name.clone(), found.clone()));
+        let (first, expected, canonical) = families
+            .entry(family)
+            .or_insert_with(|| (name.clone(), found.clone(), canonical(&model)));
+        // What weights are trained for is the same, too.
+        let source = WeightSource::package(&model, weights, this.graph, this.architecture);
+        let checked = config::check(&source, &canonical.graph, &canonical.architecture, None);
+        checked.unwrap_or_else(|e| panic!("{name} for {first}: {e}"));
         let tolerance = if name.contains("16") && !name.contains("opset") || name.ends_with("fp16") {
             1e-3
         } else {

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use lapidary::graph::{Constant, Graph, Op};
 use lapidary::package::{self, Package, RefitRequest};
+use lapidary::tensor::Tensor;
 use lapidary::weights::checks::Allowed;
 use lapidary::weights::export::{ExportError, Format, export};
 use lapidary::weights::model::NameKind;
@@ -130,6 +132,55 @@ fn what_tensorrt_llm_cannot_compute_is_refused() {
     }
 }
 
+/// Another export or package whose weights were trained for another graph.
+#[test]
+fn a_source_that_computes_otherwise_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let package = converted("exports/llama-optimum", folder.path());
+    let refused = |change: &dyn Fn(&mut Graph)| {
+        let mut graph = package.architecture().unwrap();
+        change(&mut graph);
+        let architecture = package.manifest.architecture.clone();
+        let source = WeightSource::package(folder.path(), package.model_weights().unwrap(), graph, architecture);
+        let found = package::find_weights(&package, &source, None, false);
+        found.map(|_| ()).map_err(|e| e.to_string())
+    };
+    assert_eq!(refused(&|_| {}), Ok(()));
+    let error = refused(&|graph| {
+        let norms: Vec<_> = graph.node_ids().collect();
+        for id in norms {
+            if let Op::RmsNormalization { epsilon, .. } = &mut graph.node_mut(id).op {
+                *epsilon = 0.1;
+            }
+        }
+    });
+    let error = error.unwrap_err();
+    assert!(
+        error.contains("epsilon of the norms: 0.1 in the file, 1e-5 in the package"),
+        "{error}"
+    );
+    // Every second row: another base, or a scaling.
+    let error = refused(&|graph| {
+        let rotations = graph.node_ids().map(|id| graph.node(id).clone());
+        let rotations: Vec<_> = rotations
+            .filter(|n| matches!(n.op, Op::RotaryEmbedding { .. }))
+            .collect();
+        for table in rotations
+            .iter()
+            .flat_map(|node| [node.input(1).unwrap(), node.input(2).unwrap()])
+        {
+            let tensor = graph.constant(table).unwrap().materialize().unwrap();
+            let (rows, width) = (tensor.shape()[0], tensor.shape()[1]);
+            let values = tensor.to_f32();
+            let row = |i: usize| &values[(2 * i).min(rows - 1) * width..][..width];
+            let slower: Vec<f32> = (0..rows).flat_map(|i| row(i).to_vec()).collect();
+            graph.set_constant(table, Constant::tensor(Tensor::from_f32(vec![rows, width], &slower)));
+        }
+    });
+    let error = error.unwrap_err();
+    assert!(error.contains("rotary base of layer 0"), "{error}");
+}
+
 /// A scale of the scores, a soft cap or a factor that the format has no field for.
 #[test]
 fn a_foreign_factor_is_refused() {
@@ -138,8 +189,8 @@ fn a_foreign_factor_is_refused() {
     let mut graph = package.architecture().unwrap();
     let attention = graph
         .node_ids()
-        .find(|id| matches!(graph.node(*id).op, lapidary::graph::Op::Attention(_)));
-    if let lapidary::graph::Op::Attention(attention) = &mut graph.node_mut(attention.unwrap()).op {
+        .find(|id| matches!(graph.node(*id).op, Op::Attention(_)));
+    if let Op::Attention(attention) = &mut graph.node_mut(attention.unwrap()).op {
         attention.scale = Some(0.5);
     }
     let weights = package.model_weights().unwrap();

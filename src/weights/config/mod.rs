@@ -10,6 +10,7 @@
 //! beside it is not read.
 
 mod facts;
+mod graphs;
 mod hugging_face;
 mod rope;
 mod tensorrt_llm;
@@ -98,7 +99,8 @@ impl Help for ConfigError {
     }
 }
 
-/// Refuses a checkpoint whose configuration contradicts the package of this typed canonical graph. `capacity`: positions that
+/// Refuses a checkpoint whose configuration, or an export or package whose graph, contradicts the package of this typed
+/// canonical graph. `capacity`: positions that
 /// the package can hold; a window that is not shorter plays no part.
 pub fn check(
     source: &WeightSource,
@@ -106,8 +108,18 @@ pub fn check(
     architecture: &Architecture,
     capacity: Option<usize>,
 ) -> Result<(), ConfigError> {
-    // An export whose structure was not understood is one, too.
-    if source.is_graph() || source.trouble().is_some() {
+    if let Some((their_graph, their_architecture)) = source.graph() {
+        // Windows are left out, which some exporters drop.
+        let theirs = Facts::of(their_graph, their_architecture, capacity);
+        let differences = graphs::compare(&theirs, &Facts::of(graph, architecture, capacity));
+        let path = source.path.clone();
+        return match differences.is_empty() {
+            true => Ok(()),
+            false => Err(ConfigError::Contradiction { path, differences }),
+        };
+    }
+    // An export whose structure was not understood.
+    if source.trouble().is_some() {
         return Ok(());
     }
     let path = beside(&source.path);

@@ -64,13 +64,27 @@ impl Table {
         }
     }
 
-    fn has(&self, (frequencies, factor): &Frequencies) -> bool {
-        // Half precision has 11 and 8 bits.
-        let tolerance = match self.dtype {
+    /// Whether another graph's table turns as this one does: in the first radians, where rounded frequencies differ little.
+    pub fn agrees(&self, other: &Table) -> bool {
+        let tolerance = self.tolerance().max(other.tolerance());
+        let end = self.rows.min(other.rows).min(8) * self.half;
+        let same = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() <= tolerance);
+        self.half == other.half
+            && same(&self.cos[..end], &other.cos[..end])
+            && same(&self.sin[..end], &other.sin[..end])
+    }
+
+    /// Half precision has 11 and 8 bits.
+    fn tolerance(&self) -> f64 {
+        match self.dtype {
             DType::F16 => 4e-3,
             DType::Bf16 => 3e-2,
             _ => 2e-3,
-        };
+        }
+    }
+
+    fn has(&self, (frequencies, factor): &Frequencies) -> bool {
+        let tolerance = self.tolerance();
         frequencies.iter().enumerate().all(|(i, f)| {
             let (found, length) = self.frequency(i, *f);
             let rounded = [*f, half::f16::from_f64(*f).to_f64(), half::bf16::from_f64(*f).to_f64()];
