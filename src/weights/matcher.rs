@@ -227,6 +227,11 @@ impl<'a> Matcher<'a> {
         if kind == NameKind::Initializer && !self.means_the_same(recipe) {
             return Ok(None);
         }
+        if kind == NameKind::Learned
+            && let Some(misfit) = self.turned_change(weight, recipe)
+        {
+            return Err(vec![misfit]);
+        }
         let mut from = Vec::new();
         let mut wrong = Vec::new();
         let adds_one = kind == NameKind::Module
@@ -291,6 +296,9 @@ impl<'a> Matcher<'a> {
             return Err(ambiguous.into_iter().collect());
         };
         let recipe = contents.recipe(held);
+        if let Some(misfit) = self.turned_change(weight, &recipe) {
+            return Err(vec![misfit]);
+        }
         let mut tensor = |leaf: Leaf<'_>| {
             let constant = self.source.tensors.get(leaf.name)?;
             let change = self.adapter.and_then(|a| a.change_of(leaf.name));
@@ -305,6 +313,31 @@ impl<'a> Matcher<'a> {
             from: vec![held.name.clone()],
             // Names in a graph are its own; those of a checkpoint are those of the next.
             learned: (!self.source.is_graph()).then_some(recipe),
+        })
+    }
+
+    /// A change of a square matrix of a checkpoint that lies the other way round than the adapter says: shapes do not show it,
+    /// but matrices of a canonical graph are `[out, in]`, so the recipe does.
+    fn turned_change(&self, weight: &RequiredWeight<'_>, recipe: &Recipe) -> Option<Misfit> {
+        let adapter = self.adapter?;
+        let leaves = recipe.leaves();
+        let square = |leaf: &&Leaf<'_>| matches!(leaf.shape, [rows, columns] if rows == columns);
+        let changed = leaves
+            .iter()
+            .filter(square)
+            .find(|leaf| adapter.change_of(leaf.name).is_some())?;
+        (recipe.is_transposed() != adapter.is_for_in_out()).then(|| Misfit {
+            weight: weight.name.to_string(),
+            tensor: changed.name.to_string(),
+            why: format!(
+                "it holds the matrix as {}, and the adapter's fan_in_fan_out is {}",
+                if recipe.is_transposed() {
+                    "[in, out]"
+                } else {
+                    "[out, in]"
+                },
+                adapter.is_for_in_out()
+            ),
         })
     }
 

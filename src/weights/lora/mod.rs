@@ -132,6 +132,11 @@ impl Adapter {
         })
     }
 
+    /// Whether it says that the base model keeps its matrices `[in, out]`.
+    pub fn is_for_in_out(&self) -> bool {
+        self.fan_in_fan_out
+    }
+
     /// The change of a checkpoint's tensor as it lies there, if there is one, with the layer's name.
     pub fn change_of(&self, tensor: &str) -> Option<(String, Change)> {
         let layer = tensor.strip_suffix(".weight")?;
