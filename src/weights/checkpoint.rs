@@ -14,7 +14,8 @@ use crate::graph::Constant;
 pub struct Convention {
     /// For people.
     pub name: &'static str,
-    entries: &'static [Entry],
+    /// In groups, which conventions may share.
+    entries: &'static [&'static [Entry]],
     /// What saving a part of a model may leave out in front of every name.
     prefix: &'static str,
 }
@@ -51,38 +52,43 @@ const QKV: &[&str] = &[
     "layers.N.attention.value",
 ];
 
+/// What Llama-like models have in common in Hugging Face's form.
+const LLAMA_PARTS: &[Entry] = &[
+    one(&["embedding"], "model.embed_tokens"),
+    one(&["norm"], "model.norm"),
+    one(&["head"], "lm_head"),
+    one(&["layers.N.attention_norm"], "model.layers.N.input_layernorm"),
+    one(&["layers.N.attention.query"], "model.layers.N.self_attn.q_proj"),
+    one(&["layers.N.attention.key"], "model.layers.N.self_attn.k_proj"),
+    one(&["layers.N.attention.value"], "model.layers.N.self_attn.v_proj"),
+    Entry {
+        modules: QKV,
+        tensor: "model.layers.N.self_attn.qkv_proj",
+        transposed: false,
+    },
+    one(&["layers.N.attention.query_norm"], "model.layers.N.self_attn.q_norm"),
+    one(&["layers.N.attention.key_norm"], "model.layers.N.self_attn.k_norm"),
+    one(&["layers.N.attention.output"], "model.layers.N.self_attn.o_proj"),
+    one(&["layers.N.feed_forward.gate"], "model.layers.N.mlp.gate_proj"),
+    one(&["layers.N.feed_forward.up"], "model.layers.N.mlp.up_proj"),
+    Entry {
+        modules: &["layers.N.feed_forward.gate", "layers.N.feed_forward.up"],
+        tensor: "model.layers.N.mlp.gate_up_proj",
+        transposed: false,
+    },
+    one(&["layers.N.feed_forward.down"], "model.layers.N.mlp.down_proj"),
+];
+
 /// Llama, Qwen, Mistral and those built like them; Phi-3's fused matrices too.
 pub const LLAMA: Convention = Convention {
     name: "Hugging Face, Llama-like",
     prefix: "model.",
     entries: &[
-        one(&["embedding"], "model.embed_tokens"),
-        one(&["norm"], "model.norm"),
-        one(&["head"], "lm_head"),
-        one(&["layers.N.attention_norm"], "model.layers.N.input_layernorm"),
-        one(&["layers.N.attention.query"], "model.layers.N.self_attn.q_proj"),
-        one(&["layers.N.attention.key"], "model.layers.N.self_attn.k_proj"),
-        one(&["layers.N.attention.value"], "model.layers.N.self_attn.v_proj"),
-        Entry {
-            modules: QKV,
-            tensor: "model.layers.N.self_attn.qkv_proj",
-            transposed: false,
-        },
-        one(&["layers.N.attention.query_norm"], "model.layers.N.self_attn.q_norm"),
-        one(&["layers.N.attention.key_norm"], "model.layers.N.self_attn.k_norm"),
-        one(&["layers.N.attention.output"], "model.layers.N.self_attn.o_proj"),
-        one(
+        LLAMA_PARTS,
+        &[one(
             &["layers.N.feed_forward_norm"],
             "model.layers.N.post_attention_layernorm",
-        ),
-        one(&["layers.N.feed_forward.gate"], "model.layers.N.mlp.gate_proj"),
-        one(&["layers.N.feed_forward.up"], "model.layers.N.mlp.up_proj"),
-        Entry {
-            modules: &["layers.N.feed_forward.gate", "layers.N.feed_forward.up"],
-            tensor: "model.layers.N.mlp.gate_up_proj",
-            transposed: false,
-        },
-        one(&["layers.N.feed_forward.down"], "model.layers.N.mlp.down_proj"),
+        )],
     ],
 };
 
@@ -91,31 +97,21 @@ pub const HUGGING_FACE_OUTPUT_NORMS: Convention = Convention {
     name: "Hugging Face, Gemma-like",
     prefix: "model.",
     entries: &[
-        one(&["embedding"], "model.embed_tokens"),
-        one(&["norm"], "model.norm"),
-        one(&["head"], "lm_head"),
-        one(&["layers.N.attention_norm"], "model.layers.N.input_layernorm"),
-        one(&["layers.N.attention.query"], "model.layers.N.self_attn.q_proj"),
-        one(&["layers.N.attention.key"], "model.layers.N.self_attn.k_proj"),
-        one(&["layers.N.attention.value"], "model.layers.N.self_attn.v_proj"),
-        one(&["layers.N.attention.query_norm"], "model.layers.N.self_attn.q_norm"),
-        one(&["layers.N.attention.key_norm"], "model.layers.N.self_attn.k_norm"),
-        one(&["layers.N.attention.output"], "model.layers.N.self_attn.o_proj"),
-        one(
-            &["layers.N.attention_output_norm"],
-            "model.layers.N.post_attention_layernorm",
-        ),
-        one(
-            &["layers.N.feed_forward_norm"],
-            "model.layers.N.pre_feedforward_layernorm",
-        ),
-        one(&["layers.N.feed_forward.gate"], "model.layers.N.mlp.gate_proj"),
-        one(&["layers.N.feed_forward.up"], "model.layers.N.mlp.up_proj"),
-        one(&["layers.N.feed_forward.down"], "model.layers.N.mlp.down_proj"),
-        one(
-            &["layers.N.feed_forward_output_norm"],
-            "model.layers.N.post_feedforward_layernorm",
-        ),
+        LLAMA_PARTS,
+        &[
+            one(
+                &["layers.N.attention_output_norm"],
+                "model.layers.N.post_attention_layernorm",
+            ),
+            one(
+                &["layers.N.feed_forward_norm"],
+                "model.layers.N.pre_feedforward_layernorm",
+            ),
+            one(
+                &["layers.N.feed_forward_output_norm"],
+                "model.layers.N.post_feedforward_layernorm",
+            ),
+        ],
     ],
 };
 
@@ -123,7 +119,7 @@ pub const HUGGING_FACE_OUTPUT_NORMS: Convention = Convention {
 pub const GPT2: Convention = Convention {
     name: "Hugging Face, GPT-2",
     prefix: "transformer.",
-    entries: &[
+    entries: &[&[
         one(&["embedding"], "transformer.wte"),
         one(&["positions"], "transformer.wpe"),
         one(&["norm"], "transformer.ln_f"),
@@ -134,14 +130,14 @@ pub const GPT2: Convention = Convention {
         one(&["layers.N.feed_forward_norm"], "transformer.h.N.ln_2"),
         transposed(&["layers.N.feed_forward.up"], "transformer.h.N.mlp.c_fc"),
         transposed(&["layers.N.feed_forward.down"], "transformer.h.N.mlp.c_proj"),
-    ],
+    ]],
 };
 
 /// GPT-J, whose blocks stand side by side after one norm.
 pub const GPT_J: Convention = Convention {
     name: "Hugging Face, GPT-J",
     prefix: "transformer.",
-    entries: &[
+    entries: &[&[
         one(&["embedding"], "transformer.wte"),
         one(&["norm"], "transformer.ln_f"),
         one(&["head"], "lm_head"),
@@ -152,14 +148,14 @@ pub const GPT_J: Convention = Convention {
         one(&["layers.N.attention.output"], "transformer.h.N.attn.out_proj"),
         one(&["layers.N.feed_forward.up"], "transformer.h.N.mlp.fc_in"),
         one(&["layers.N.feed_forward.down"], "transformer.h.N.mlp.fc_out"),
-    ],
+    ]],
 };
 
 /// One rank of a checkpoint for TensorRT-LLM, not quantized.
 pub const TENSORRT_LLM: Convention = Convention {
     name: "TensorRT-LLM",
     prefix: "transformer.",
-    entries: &[
+    entries: &[&[
         one(&["embedding"], "transformer.vocab_embedding"),
         one(&["positions"], "transformer.position_embedding"),
         one(&["norm"], "transformer.ln_f"),
@@ -184,7 +180,7 @@ pub const TENSORRT_LLM: Convention = Convention {
         one(&["layers.N.feed_forward.gate"], "transformer.layers.N.mlp.fc"),
         one(&["layers.N.feed_forward.up"], "transformer.layers.N.mlp.gate"),
         one(&["layers.N.feed_forward.down"], "transformer.layers.N.mlp.proj"),
-    ],
+    ]],
 };
 
 /// Names of a TensorRT-LLM checkpoint whose feed-forward blocks have no gate.
@@ -220,7 +216,7 @@ impl Convention {
             None => ("", path.to_string()),
         };
         let plain_up = (self.name == TENSORRT_LLM.name && !has_gate).then_some(&TENSORRT_LLM_PLAIN_UP);
-        let entries = plain_up.into_iter().chain(self.entries);
+        let entries = plain_up.into_iter().chain(self.entries.iter().copied().flatten());
         let holding = entries.filter(|entry| entry.modules.contains(&path.as_str()));
         let full = |pattern: &str| format!("{}.{what}", pattern.replace('N', layer));
         holding

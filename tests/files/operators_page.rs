@@ -1,11 +1,11 @@
 //! docs/operators.md is the table of operators.
 
 use std::fmt::Write;
-use std::fs;
-use std::path::Path;
 
 use lapidary::graph::Op;
 use lapidary::graph::op::{Input, Moves, RowWise};
+
+use crate::runner::check_page;
 
 const HEAD: &str = "\
 # Operators
@@ -70,15 +70,5 @@ fn page() -> String {
 
 #[test]
 fn the_page_is_the_table() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/operators.md");
-    let page = page();
-    if std::env::var_os("UPDATE_FILES").is_some() {
-        fs::write(&path, &page).unwrap();
-    }
-    let found = fs::read_to_string(&path).unwrap_or_default();
-    let other = page.lines().zip(found.lines()).find(|(a, b)| a != b);
-    assert!(
-        page == found,
-        "docs/operators.md is not the table of operators ({other:?}); UPDATE_FILES=1 writes it"
-    );
+    check_page("operators.md", &page());
 }

@@ -363,3 +363,17 @@ fn every_file_gives_its_output() {
     );
     assert!(count >= 30, "only {count} files were found");
 }
+
+/// A page of docs/ that is written from a table: it must be what the table gives, and `UPDATE_FILES=1` writes it.
+pub fn check_page(file: &str, page: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs").join(file);
+    if std::env::var_os("UPDATE_FILES").is_some() {
+        fs::write(&path, page).unwrap();
+    }
+    let found = fs::read_to_string(&path).unwrap_or_default();
+    let other = page.lines().zip(found.lines()).find(|(a, b)| a != b);
+    assert!(
+        page == found,
+        "docs/{file} is not what its table gives ({other:?}); UPDATE_FILES=1 writes it"
+    );
+}

@@ -1,10 +1,10 @@
 //! docs/chat-templates.md is the table of transformers' environment for chat templates.
 
 use std::fmt::Write;
-use std::fs;
-use std::path::Path;
 
 use lapidary::text::jinja::names::{ENVIRONMENT, Support, support};
+
+use crate::runner::check_page;
 
 const HEAD: &str = "\
 # Chat templates
@@ -46,15 +46,5 @@ fn page() -> String {
 
 #[test]
 fn the_page_is_the_table() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/chat-templates.md");
-    let page = page();
-    if std::env::var_os("UPDATE_FILES").is_some() {
-        fs::write(&path, &page).unwrap();
-    }
-    let found = fs::read_to_string(&path).unwrap_or_default();
-    let other = page.lines().zip(found.lines()).find(|(a, b)| a != b);
-    assert!(
-        page == found,
-        "docs/chat-templates.md is not the table of the environment ({other:?}); UPDATE_FILES=1 writes it"
-    );
+    check_page("chat-templates.md", &page());
 }
