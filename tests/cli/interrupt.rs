@@ -64,14 +64,14 @@ impl Building {
     }
 }
 
-/// Some 130 engines of about a second each.
+/// Some 130 engines of a small model: many, so that most are not built when the first is.
 #[test]
 fn ctrl_c_stops_builds_and_leaves_nothing() {
     let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
     let folder = tempfile::tempdir().unwrap();
     let pkg = folder.path().join("pkg");
-    let model = fixture("smollm2/model.onnx");
-    let capacities: Vec<String> = (1..=64).map(|n| (n * 128).to_string()).collect();
+    let model = fixture("exports/llama-optimum/model.onnx");
+    let capacities: Vec<String> = (1..=64).map(|n| (n * 2).to_string()).collect();
     let capacities = capacities.join(",");
     // The plain lowering builds fastest; the test waits for one engine.
     let specs = tempfile::tempdir().unwrap();
@@ -83,7 +83,7 @@ fn ctrl_c_stops_builds_and_leaves_nothing() {
         "--target",
         "cpu,tensorrt-rtx",
         "--prefill",
-        "128",
+        "2",
         "--capacity",
         &capacities,
     ]);
