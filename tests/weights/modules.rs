@@ -65,7 +65,9 @@ fn every_weight_of_every_export_is_some_module() {
 
 #[test]
 fn exporters_of_one_model_agree_on_every_module() {
-    let mut families: BTreeMap<String, (String, BTreeMap<String, Vec<f32>>, passes::Canonical)> = BTreeMap::new();
+    /// An export, its modules as numbers, and its graph.
+    type First = (String, BTreeMap<String, Vec<f32>>, passes::Canonical);
+    let mut families: BTreeMap<String, First> = BTreeMap::new();
     let mut compared = 0;
     for (name, model) in exports() {
         let family = name.split('-').next().unwrap().to_string();
