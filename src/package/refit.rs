@@ -104,6 +104,10 @@ pub fn find_weights(
     let graph = package.architecture()?;
     let contradiction = config::check(source, &graph, &manifest.architecture, capacity).err();
     if let Some(error) = contradiction {
+        // Weights of another architecture are named first: they say more.
+        if source.is_graph() {
+            matched(&package.required()?, source, adapter, extra_allowed)?;
+        }
         if !error.is_of_the_model_type() {
             return Err(error.into());
         }
