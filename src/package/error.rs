@@ -68,6 +68,12 @@ pub enum PackageError {
         /// Of the target.
         path: PathBuf,
     },
+    /// A path such as `.` or `..`: a package is written beside its name and then takes it.
+    #[error("{}: has no name that a package could be put under", path.display())]
+    NoName {
+        /// Of the target.
+        path: PathBuf,
+    },
     /// The system refused.
     #[error("{}: {source}", path.display())]
     Io {
@@ -168,6 +174,7 @@ impl Help for PackageError {
             }
             PackageError::Exists { .. } => "choose another name, or replace it with --force".into(),
             PackageError::NotReplaced { .. } => "choose another name, or remove it yourself".into(),
+            PackageError::NoName { .. } => "give the package's name, from the folder that it lies in".into(),
             PackageError::Read(error) => return error.help(),
             PackageError::Weights(error) => return error.help(),
             PackageError::Graph { source, .. } => return source.help(),

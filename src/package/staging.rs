@@ -35,7 +35,7 @@ impl Staging {
         let target = destination(target, force)?;
         let name = target
             .file_name()
-            .ok_or_else(|| PackageError::NotReplaced { path: target.clone() })?;
+            .ok_or_else(|| PackageError::NoName { path: target.clone() })?;
         let parent = parent(&target);
         fs::create_dir_all(parent).map_err(PackageError::io(parent))?;
         let name = temporary_name(&name.to_string_lossy());
@@ -288,6 +288,20 @@ mod tests {
         let staging = Staging::new(target, force)?;
         fs::write(manifest_path(staging.folder()), text).unwrap();
         staging.commit(force)
+    }
+
+    #[test]
+    fn a_path_without_a_name_is_refused() {
+        let package = tempfile::tempdir().unwrap();
+        fs::write(manifest_path(package.path()), "{}").unwrap();
+        fs::create_dir(package.path().join(ENGINES)).unwrap();
+        // From inside of the package `..` or `.` is the package.
+        let refused = Staging::new(&package.path().join(ENGINES).join(".."), true).err();
+        assert!(
+            matches!(refused, Some(PackageError::NoName { .. })),
+            "{:?}",
+            refused.map(|e| e.to_string())
+        );
     }
 
     #[test]
