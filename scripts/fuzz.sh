@@ -24,7 +24,10 @@ RUSTFLAGS="${flags[*]}" cargo build --quiet --profile "$profile" --manifest-path
     $(printf -- '--bin %s ' "${targets[@]}")
 
 # A hostile file must not take memory that its size does not explain, nor time.
-limits=(-rss_limit_mb=2048 -malloc_limit_mb=512 -timeout=10 -print_final_stats=1 -verbosity=1)
+# Unoptimised code takes about ten times as long.
+timeout=10
+[ "$profile" != quick ] || timeout=100
+limits=(-rss_limit_mb=2048 -malloc_limit_mb=512 "-timeout=$timeout" -print_final_stats=1 -verbosity=1)
 memory=/dev/shm
 [ -d "$memory" ] || memory=${TMPDIR:-/tmp}
 LAPIDARY_FUZZ_FOLDER=$(mktemp -d "$memory/lapidary-fuzz.XXXXXX")
