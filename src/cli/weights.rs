@@ -181,7 +181,8 @@ fn write_checkpoint(args: &Args, package: &Package, folder: &Path) -> Result<(),
         _ => Format::HuggingFace,
     };
     package.check_present()?;
-    let (weights, graph) = (package.model_weights()?, package.architecture()?);
+    let graph = package.architecture()?;
+    let weights = package.weights_of(&graph)?;
     let manifest = &package.manifest;
     let written = export(&weights, &graph, &manifest.architecture, manifest.norms, format, folder)?;
     print(&format!("wrote {} tensors to {}\n", written, folder.display()))

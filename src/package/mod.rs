@@ -217,7 +217,11 @@ impl Package {
 
     /// Every weight with what the manifest says of it. The bytes of a stripped package's are absent.
     pub fn model_weights(&self) -> Result<ModelWeights, PackageError> {
-        let graph = self.architecture()?;
+        self.weights_of(&self.architecture()?)
+    }
+
+    /// The same where the graph of [`Package::architecture`] is at hand.
+    pub(crate) fn weights_of(&self, graph: &Graph) -> Result<ModelWeights, PackageError> {
         let m = &self.manifest;
         let mut weights = Vec::with_capacity(m.weights.tensors.len());
         for entry in &m.weights.tensors {
@@ -237,19 +241,25 @@ impl Package {
             });
         }
         let (architecture, export) = (m.architecture_hash.clone(), m.source.blake3.clone());
-        Ok(ModelWeights::new(weights, &graph, architecture, export))
+        Ok(ModelWeights::new(weights, graph, architecture, export))
     }
 
     /// The package as a source of weights for others.
     pub fn weight_source(&self) -> Result<WeightSource, PackageError> {
         self.check_present()?;
-        let (weights, graph) = (self.model_weights()?, self.architecture()?);
+        let graph = self.architecture()?;
+        let weights = self.weights_of(&graph)?;
         let architecture = self.manifest.architecture.clone();
         Ok(WeightSource::package(&self.folder, weights, graph, architecture))
     }
 
     /// The weights that a refit must find, and what decides which tensors they are.
     pub fn required(&self) -> Result<Required<'_>, PackageError> {
+        Ok(self.required_for(&self.architecture()?))
+    }
+
+    /// The same where the graph of [`Package::architecture`] is at hand.
+    fn required_for(&self, graph: &Graph) -> Required<'_> {
         let m = &self.manifest;
         let weights = m.weights.tensors.iter().map(|w| RequiredWeight {
             name: &w.name,
@@ -260,13 +270,13 @@ impl Package {
             learned: w.learned.as_ref(),
             blake3: &w.blake3,
         });
-        Ok(Required {
+        Required {
             weights: weights.collect(),
             architecture_hash: &m.architecture_hash,
             export_hash: &m.source.blake3,
-            scales_embeddings: norm_parameter::scales_embeddings(&self.architecture()?),
+            scales_embeddings: norm_parameter::scales_embeddings(graph),
             norms: m.norms,
-        })
+        }
     }
 
     /// How weights from elsewhere are read for this package.

@@ -102,22 +102,21 @@ pub fn find_weights(
     let manifest = &package.manifest;
     let capacity = manifest.capacities.iter().copied().max();
     let graph = package.architecture()?;
-    let contradiction = config::check(source, &graph, &manifest.architecture, capacity).err();
-    if let Some(error) = contradiction {
+    let required = package.required_for(&graph);
+    let find = |adapter| matched(&required, source, adapter, extra_allowed);
+    let Err(error) = config::check(source, &graph, &manifest.architecture, capacity) else {
+        return Ok(find(adapter)?);
+    };
+    if source.is_graph() {
         // Weights of another architecture are named first: they say more.
-        if source.is_graph() {
-            matched(&package.required()?, source, adapter, extra_allowed)?;
-        }
-        if !error.is_of_the_model_type() {
-            return Err(error.into());
-        }
-        let found = matched(&package.required()?, source, None, extra_allowed).ok();
-        let different = found.map(|found| differing_weights(&manifest.weights, &found.weights));
-        if !matches!(different.transpose()?, Some(different) if different.is_empty()) {
-            return Err(error.into());
-        }
+        find(adapter)?;
+    } else if error.is_of_the_model_type()
+        && let Ok(found) = find(None)
+        && differing_weights(&manifest.weights, &found.weights)?.is_empty()
+    {
+        return Ok(find(adapter)?);
     }
-    Ok(matched(&package.required()?, source, adapter, extra_allowed)?)
+    Err(error.into())
 }
 
 /// A weight whose bytes would not be those the package had.

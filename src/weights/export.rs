@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 
 use super::checkpoint::{Convention, GPT_J, GPT2, HUGGING_FACE_OUTPUT_NORMS, LLAMA, TENSORRT_LLM, has_gate};
 use super::inverse::{Irreversible, undone};
-use super::model::{ModelWeight, ModelWeights};
-use super::modules::{is_norm_factor, is_norm_weight};
+use super::model::{ModelWeight, ModelWeights, holds_the_same};
+use super::modules::is_norm_factor;
 use super::norm_parameter::NormParameter;
+use super::recipe::Recipe;
 use super::{WriteError, tensorrt_llm, write};
 use crate::graph::{Constant, Graph};
 use crate::help::Help;
@@ -108,14 +109,12 @@ pub fn export(
     format: Format,
     folder: &Path,
 ) -> Result<usize, ExportError> {
-    let tensors = tensors(model, norms, format)?;
+    let modules = modules(model, format, norms)?;
+    let tensors = named(&modules, format)?;
     let config = match format {
         Format::TensorRtLlm => {
-            let modules = modules(model, format, norms)?.0;
-            Some(
-                tensorrt_llm::config(graph, architecture, &modules)
-                    .map_err(|reasons| ExportError::NoArchitecture { reasons })?,
-            )
+            let config = tensorrt_llm::config(graph, architecture, &modules.0);
+            Some(config.map_err(|reasons| ExportError::NoArchitecture { reasons })?)
         }
         Format::HuggingFace | Format::Gpt2 => None,
     };
@@ -165,11 +164,15 @@ pub fn tensors(
     norms: Option<NormParameter>,
     format: Format,
 ) -> Result<Vec<(String, Constant)>, ExportError> {
-    let (modules, mut tensors) = modules(model, format, norms)?;
-    let convention = convention(format, &modules);
+    named(&modules(model, format, norms)?, format)
+}
+
+fn named((modules, learned): &Modules, format: Format) -> Result<Vec<(String, Constant)>, ExportError> {
+    let mut tensors = learned.clone();
+    let convention = convention(format, modules);
     let mut unnamed = Vec::new();
     for module in modules.keys() {
-        let places = convention.places(module, has_gate(&modules));
+        let places = convention.places(module, has_gate(modules));
         // A fused tensor only where all its parts are there and no tensor of its own is known.
         let place = places
             .iter()
@@ -221,8 +224,7 @@ fn modules(model: &ModelWeights, format: Format, norms: Option<NormParameter>) -
             if weight.modules.is_none() {
                 learned.insert(name, part);
             } else if let Some(first) = modules.get(&name) {
-                let same = |c: &Constant| c.materialize().ok().map(|t| (t.shape().to_vec(), t.data().clone()));
-                if same(first) != same(&part) {
+                if !holds_the_same(first, &part) {
                     let of_module = |w: &&ModelWeight| {
                         let leaves = w.modules.iter().flat_map(|m| m.leaves());
                         leaves.into_iter().any(|leaf| leaf.name == name)
@@ -249,7 +251,7 @@ fn modules(model: &ModelWeights, format: Format, norms: Option<NormParameter>) -
 /// What a weight holds of modules, as checkpoints have it.
 fn parts(
     weight: &ModelWeight,
-    recipe: &super::recipe::Recipe,
+    recipe: &Recipe,
     model: &ModelWeights,
     format: Format,
     norms: Option<NormParameter>,
@@ -259,15 +261,16 @@ fn parts(
         modules: recipe.leaves().iter().map(|leaf| leaf.name.to_string()).collect(),
         why,
     };
-    if format != Format::HuggingFace || !is_norm_factor(recipe) {
+    let leaves = recipe.leaves();
+    if let [factor] = leaves[..]
+        && is_norm_factor(recipe)
+        && format != Format::HuggingFace
+    {
         // Other programs' models multiply by the factor itself.
-        if let Some(leaf) = recipe.leaves().first().filter(|leaf| is_norm_weight(leaf.name)) {
-            return Ok(vec![(leaf.name.to_string(), weight.constant.clone())]);
-        }
-        return recipe.take_apart(&weight.constant).map_err(failed);
+        return Ok(vec![(factor.name.to_string(), weight.constant.clone())]);
     }
     let shown = recipe.take_apart(&weight.constant).map_err(failed)?;
-    if recipe.is_arithmetic() {
+    if !is_norm_factor(recipe) || recipe.is_arithmetic() {
         return Ok(shown);
     }
     match norms {

@@ -3,10 +3,11 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use super::content_hash;
 use super::contents::Contents;
 use super::lora::{Adapter, Change};
 use super::matching::{Matched, Misfit, Required, RequiredWeight, rows_of_modules};
-use super::model::{LeafError, ModelWeight, NameKind};
+use super::model::{LeafError, ModelWeight, NameKind, holds_the_same};
 use super::modules::{is_norm_factor, is_norm_weight};
 use super::norm_parameter::{NormParameter, is_lost};
 use super::recipe::{Leaf, Recipe};
@@ -108,14 +109,11 @@ impl<'a> Matcher<'a> {
 
     /// What the source holds, if one of its norms has the very numbers that the package had.
     fn norms_by_contents(&self, factors: &[(&RequiredWeight<'_>, &Recipe)]) -> Option<NormParameter> {
-        let hash = |constant: &Constant, dtype: DType| {
-            let tensor = constant.cast(dtype).materialize().ok()?;
-            Some(blake3::hash(tensor.data()).to_hex().to_string())
-        };
         factors.iter().find_map(|(weight, recipe)| {
             let module = recipe.leaves().first()?.name.to_string();
             let (_, constant) = self.source.module(&module, &self.rows).ok()??;
-            let same = |constant: &Constant| hash(constant, weight.dtype).as_deref() == Some(weight.blake3);
+            let hash = |constant: &Constant| content_hash(&constant.cast(weight.dtype)).ok();
+            let same = |constant: &Constant| hash(constant).as_deref() == Some(weight.blake3);
             match (same(&constant), same(&plus_one(&constant))) {
                 (true, false) => Some(NormParameter::Factor),
                 (false, true) => Some(NormParameter::FactorMinusOne),
@@ -423,11 +421,12 @@ impl<'a> Matcher<'a> {
     fn without_tied_head(&self, unused: impl Iterator<Item = (String, Constant)>) -> Vec<String> {
         let embedding = self.source.module("embedding.weight", &self.rows).ok().flatten();
         let same = |head: &Constant| {
-            let (a, b) = (head.materialize().ok()?, embedding.as_ref()?.1.materialize().ok()?);
-            Some(a.shape() == b.shape() && a.dtype() == b.dtype() && a.data() == b.data())
+            embedding
+                .as_ref()
+                .is_some_and(|(_, embedding)| holds_the_same(head, embedding))
         };
         unused
-            .filter(|(name, c)| !(name.starts_with("lm_head") || name == "head.weight") || same(c) != Some(true))
+            .filter(|(name, c)| !(name.starts_with("lm_head") || name == "head.weight") || !same(c))
             .map(|(name, _)| name)
             .collect()
     }

@@ -195,7 +195,8 @@ pub fn architecture_hash(graph: &Graph) -> String {
     blake3::hash(text.as_bytes()).to_hex().to_string()
 }
 
-fn holds_the_same(a: &Constant, b: &Constant) -> bool {
+/// Whether two tensors are equal in shape, dtype and bytes; what cannot be read equals nothing.
+pub(super) fn holds_the_same(a: &Constant, b: &Constant) -> bool {
     match (a.materialize(), b.materialize()) {
         (Ok(a), Ok(b)) => a.shape() == b.shape() && a.dtype() == b.dtype() && a.data() == b.data(),
         _ => false,

@@ -231,6 +231,7 @@ impl WeightSource {
                 tensors.insert(name.to_string(), constant.clone());
             }
         }
+        let hash = export_hash(path)?;
         // As it is, or as the package was converted, whichever gives the package's graph.
         let mut names = Names::None(None);
         for dtype in [None, Some(context.dtype)] {
@@ -240,13 +241,12 @@ impl WeightSource {
                 // What overflows is refused where the weights are written.
                 allow_overflow: true,
             };
-            match passes::canonicalize(onnx::read(path)?, &options) {
+            match passes::canonicalize(graph.clone(), &options) {
                 Ok(canonical) => {
                     let is_same = architecture_hash(&canonical.graph) == context.architecture_hash;
                     if is_same || !matches!(names, Names::Model(_)) {
-                        let hash = export_hash(path)?;
                         names = Names::Model(Box::new(Model {
-                            weights: ModelWeights::of_graph(&canonical.graph, hash),
+                            weights: ModelWeights::of_graph(&canonical.graph, hash.clone()),
                             graph: canonical.graph,
                             architecture: canonical.architecture,
                         }));

@@ -256,23 +256,28 @@ fn a_rotation_that_switches_with_the_length_is_refused_where_a_package_reaches_i
     assert_eq!(architecture(switched(128), 128).max_positions, Some(128));
 }
 
-#[test]
-fn a_scale_of_late_positions_is_not_lost() {
-    let mut graph = export("llama-dynamo-opset18");
-    let counts = counts(&mut graph);
-    let (query, _) = grid(&mut graph, &counts);
-    let limit = scalar(&mut graph, "limit", 300);
+/// Multiplies every query behind position `limit` by 1.25.
+fn scale_late_queries(graph: &mut Graph, limit: i64) {
+    let counts = counts(graph);
+    let (query, _) = grid(graph, &counts);
+    let limit = scalar(graph, "limit", limit);
     let late = graph.add_node("late", Op::Binary(Binary::Greater), &[query, limit]);
     let one = graph.add_constant("scale.early", Tensor::from_f32(vec![], &[1.0]));
     let more = graph.add_constant("scale.late", Tensor::from_f32(vec![], &[1.25]));
     let scale = graph.add_node("scale", Op::Where, &[late, more, one]);
-    for addition in mask_additions(&graph) {
+    for addition in mask_additions(graph) {
         let scores = graph.node(addition).input(0).unwrap();
         let product = graph.producer_of(scores).unwrap().0;
-        rewire(&mut graph, product, 0, |graph, query| {
+        rewire(graph, product, 0, |graph, query| {
             graph.add_node("query.scaled", Op::Binary(Binary::Mul), &[query, scale])
         });
     }
+}
+
+#[test]
+fn a_scale_of_late_positions_is_not_lost() {
+    let mut graph = export("llama-dynamo-opset18");
+    scale_late_queries(&mut graph, 300);
     // Queries with a table of their own are a table like any other: the scale is in it, and nothing is lost.
     let options = CanonicalizeOptions {
         max_positions: POSITIONS,
@@ -288,20 +293,7 @@ fn a_scale_of_late_positions_is_not_lost() {
 #[test]
 fn a_scale_of_late_positions_is_refused_without_a_rotation() {
     let mut graph = export("gpt2-dynamo-opset18");
-    let counts = counts(&mut graph);
-    let (query, _) = grid(&mut graph, &counts);
-    let limit = scalar(&mut graph, "limit", 40);
-    let late = graph.add_node("late", Op::Binary(Binary::Greater), &[query, limit]);
-    let one = graph.add_constant("scale.early", Tensor::from_f32(vec![], &[1.0]));
-    let more = graph.add_constant("scale.late", Tensor::from_f32(vec![], &[1.25]));
-    let scale = graph.add_node("scale", Op::Where, &[late, more, one]);
-    for addition in mask_additions(&graph) {
-        let scores = graph.node(addition).input(0).unwrap();
-        let product = graph.producer_of(scores).unwrap().0;
-        rewire(&mut graph, product, 0, |graph, query| {
-            graph.add_node("query.scaled", Op::Binary(Binary::Mul), &[query, scale])
-        });
-    }
+    scale_late_queries(&mut graph, 40);
     says(
         &refusal_at(graph, 64),
         &["layer 0", "its queries", "was not understood"],

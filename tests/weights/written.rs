@@ -200,6 +200,12 @@ fn a_foreign_factor_is_refused() {
     assert!(error.to_string().contains("scores are scaled by 0.5"), "{error}");
 }
 
+/// The checkpoint of a Gemma, whose norms hold the factor minus 1.
+fn gemma_checkpoint(package: &Package, folder: &Path) -> PathBuf {
+    let norms = Some(NormParameter::FactorMinusOne);
+    written(package, norms, Format::HuggingFace, &folder.join("gemma3")).unwrap()
+}
+
 #[test]
 fn gemma_from_its_own_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
@@ -209,14 +215,7 @@ fn gemma_from_its_own_checkpoint() {
     let error = written(&package, None, Format::HuggingFace, &folder.path().join("none")).unwrap_err();
     assert!(matches!(error, ExportError::UnknownNorms), "{error}");
 
-    let checkpoint = folder.path().join("gemma3");
-    written(
-        &package,
-        Some(NormParameter::FactorMinusOne),
-        Format::HuggingFace,
-        &checkpoint,
-    )
-    .unwrap();
+    let checkpoint = gemma_checkpoint(&package, folder.path());
     let file = checkpoint.join("model.safetensors");
     // Every norm of Gemma 3 is there, and holds w of the graph's 1 + w.
     let weights = package.model_weights().unwrap();
@@ -279,14 +278,7 @@ fn gemma_from_its_own_checkpoint() {
 fn norms_of_unknown_meaning_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let package = converted("families/optimum-gemma3", folder.path());
-    let checkpoint = folder.path().join("gemma3");
-    written(
-        &package,
-        Some(NormParameter::FactorMinusOne),
-        Format::HuggingFace,
-        &checkpoint,
-    )
-    .unwrap();
+    let checkpoint = gemma_checkpoint(&package, folder.path());
     let file = checkpoint.join("model.safetensors");
     let norms: Vec<String> = {
         let bytes = std::fs::read(&file).unwrap();

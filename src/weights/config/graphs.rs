@@ -1,4 +1,4 @@
-//! What two graphs compute that their weights were trained for: two exports of one model agree on it, whoever made them.
+//! What two graphs compute that their weights were trained for: two exports of one model agree on it, whatever exporter made them.
 
 use super::facts::{Facts, Layer};
 use super::{Difference, shown};
