@@ -14,6 +14,8 @@ mod exports;
 #[cfg(all(feature = "engines", not(feature = "tensorrt")))]
 #[path = "cli/interrupt.rs"]
 mod interrupt;
+#[path = "cli/quality.rs"]
+mod quality;
 #[path = "cli/sampling.rs"]
 mod sampling;
 #[path = "cli/support.rs"]

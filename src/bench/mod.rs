@@ -12,6 +12,7 @@ pub mod layers;
 pub mod machine;
 pub mod measure;
 pub mod model;
+pub mod quality;
 pub mod result;
 pub mod summary;
 pub mod workload;

@@ -60,7 +60,7 @@ pub fn dtype(dtype: DType) -> &'static str {
 }
 
 /// The fingerprint, or where some weight has no name in a checkpoint a hash that only packages share, marked as such.
-fn weights_hash(package: &Package) -> Result<String, PackageError> {
+pub fn weights_hash(package: &Package) -> Result<String, PackageError> {
     let manifest = &package.manifest;
     match fingerprint(&package.model_weights()?, manifest.norms) {
         Ok(hash) => return Ok(hash),

@@ -6,7 +6,6 @@ mod system;
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::Value;
@@ -23,7 +22,6 @@ use crate::bench::workload::Workload;
 use crate::bench::{self, csv, machine, model, result};
 use crate::decode::{Session, SessionOptions};
 use crate::package::Package;
-use crate::sample::Settings;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -142,7 +140,7 @@ fn setting(text: &str) -> Result<(String, Value), String> {
 pub fn run(args: Args) -> Result<(), Failure> {
     let date = chrono::Local::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, false);
     let package = Package::open(&args.package)?;
-    let settings = sampler(&args, &package)?;
+    let settings = args.sampler.measuring(&package)?;
     let workload = workload(&args, &package)?;
     let largest = *package.manifest.capacities.last().expect("a package has one");
     let plan = plan(&args, largest);
@@ -285,22 +283,6 @@ fn reference(path: &Path, workload: &Workload) -> Result<Document, Failure> {
             .help(OTHER_PROMPTS)),
         None => Err(Failure::input("it has no outputs to compare with").at(path)),
     }
-}
-
-/// Greedy unless flags say otherwise; the model's own `generation_config.json` has no say in what is measured.
-fn sampler(args: &Args, package: &Package) -> Result<Settings, Failure> {
-    let mut settings = Settings {
-        temperature: 0.0,
-        ..Settings::neutral()
-    };
-    args.sampler.apply(&mut settings)?;
-    if settings.dry.is_on() {
-        settings.dry.breakers = Arc::new(args.sampler.breakers(package.tokenizer()?.as_ref())?);
-    }
-    if args.sampler.seed.is_none() {
-        settings.seed = 0;
-    }
-    Ok(settings)
 }
 
 /// A session with everything loaded that the plan needs, and how long that took. With `--first-load` it is opened twice

@@ -9,12 +9,14 @@ mod chat;
 mod convert;
 mod device;
 mod doctor;
+mod evaluate;
 mod events;
 mod failure;
 mod generate;
 mod info;
 mod inspect;
 mod interrupt;
+mod perplexity;
 mod progress;
 mod refit;
 mod report;
@@ -66,6 +68,10 @@ enum Command {
     Strip(strip::Args),
     /// Measures a package: prefill, decode, end to end, what it answers
     Bench(bench::Args),
+    /// Says how well a package predicts a text, and how far it is from another package
+    Perplexity(perplexity::Args),
+    /// Scores a package's answers to the prompts of a task
+    Evaluate(evaluate::Args),
     /// Makes tables, plots and text of results
     Report(report::Args),
     /// Says what can be built and run on this machine
@@ -90,6 +96,8 @@ pub fn main() -> ExitCode {
         Command::Weights(args) => weights::run(args),
         Command::Strip(args) => strip::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Perplexity(args) => perplexity::run(args),
+        Command::Evaluate(args) => evaluate::run(args),
         Command::Report(args) => report::run(args),
         Command::Doctor(args) => doctor::run(args),
     };

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::Failure;
+use crate::package::Package;
 use crate::sample::{Breakers, DEFAULT_BREAKERS, MirostatSettings, Settings, SettingsError, Stage};
 use crate::text::{FILES, Tokenizer, escapes};
 
@@ -157,6 +158,23 @@ impl SamplerArgs {
                 "--logit-bias {id}={bias}: the model has the token ids 0 to {}",
                 vocabulary - 1
             )));
+        }
+        Ok(settings)
+    }
+
+    /// For measurements: greedy unless flags say otherwise, and the same seed each time. The model's own
+    /// `generation_config.json` has no say in what is measured.
+    pub fn measuring(&self, package: &Package) -> Result<Settings, Failure> {
+        let mut settings = Settings {
+            temperature: 0.0,
+            ..Settings::neutral()
+        };
+        self.apply(&mut settings)?;
+        if settings.dry.is_on() {
+            settings.dry.breakers = Arc::new(self.breakers(package.tokenizer()?.as_ref())?);
+        }
+        if self.seed.is_none() {
+            settings.seed = 0;
         }
         Ok(settings)
     }

@@ -11,10 +11,13 @@ use crate::graph::Graph;
 use crate::help::Help;
 use crate::interface::Role;
 use crate::lower;
-use crate::network::Profile;
+use crate::network::{Logits, Profile};
 
 /// Longer chunks save little and need more memory for activations.
 pub const LARGEST_CHUNK: usize = 512;
+
+/// Logits that one call of [`Device::forward_all`] gives at most: 64 MiB.
+const MOST_LOGITS: usize = 1 << 24;
 
 /// Prefill programs kept. A long prompt needs two, for its full chunks and for the rest.
 const KEPT_PREFILLS: usize = 4;
@@ -70,6 +73,37 @@ impl CpuDevice {
         self.programs.push((profile, program));
         Ok(())
     }
+
+    /// Runs the program for `profile`; `logits` has as many rows as it gives.
+    fn run(
+        &mut self,
+        profile: Profile,
+        tokens: &[u32],
+        position: usize,
+        logits: &mut [f32],
+    ) -> Result<(), DeviceError> {
+        self.prepare(profile)?;
+        self.last = Some(profile);
+        let (_, program) = self.programs.last_mut().expect("just prepared");
+        // Chunks here are never padded.
+        let rows = tokens.len();
+        let step = StepInputs { tokens, position, rows };
+        self.inputs.clear();
+        for port in program.inputs() {
+            let role = port.role.ok_or_else(|| failed(NoStepInput(port.name.clone())))?;
+            let mut values = vec![0; step.len(role).map_err(failed)?];
+            step.write(role, &mut values).map_err(failed)?;
+            self.inputs.push((role, values));
+        }
+        let mut bindings = Bindings::new();
+        for (role, values) in &self.inputs {
+            bindings.input(*role, &values[..]);
+        }
+        bindings
+            .output(Role::Logits, logits)
+            .caches(self.caches.as_mut().expect("reserved before"));
+        program.run(&mut bindings).map_err(failed)
+    }
 }
 
 impl Device for CpuDevice {
@@ -107,31 +141,29 @@ impl Device for CpuDevice {
         position: usize,
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
-        let profile = Profile::prefill(chunk.rows, self.capacity);
-        self.prepare(profile)?;
-        self.last = Some(profile);
-        let (_, program) = self.programs.last_mut().expect("just prepared");
-        let step = StepInputs {
-            tokens,
-            position,
-            rows: chunk.rows,
-        };
-        self.inputs.clear();
-        for port in program.inputs() {
-            let role = port.role.ok_or_else(|| failed(NoStepInput(port.name.clone())))?;
-            let mut values = vec![0; step.len(role).map_err(failed)?];
-            step.write(role, &mut values).map_err(failed)?;
-            self.inputs.push((role, values));
-        }
         logits.resize(self.vocabulary, 0.0);
-        let mut bindings = Bindings::new();
-        for (role, values) in &self.inputs {
-            bindings.input(*role, &values[..]);
-        }
-        bindings
-            .output(Role::Logits, &mut logits[..])
-            .caches(self.caches.as_mut().expect("reserved before"));
-        program.run(&mut bindings).map_err(failed)
+        self.run(Profile::prefill(chunk.rows, self.capacity), tokens, position, logits)
+    }
+
+    fn chunk_all(&self, waiting: usize, position: usize, capacity: usize) -> Chunk {
+        let most = (MOST_LOGITS / self.vocabulary.max(1)).max(1);
+        self.chunk(waiting.min(most), position, capacity)
+    }
+
+    fn forward_all(
+        &mut self,
+        chunk: Chunk,
+        tokens: &[u32],
+        position: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        let profile = Profile {
+            logits: Logits::All,
+            ..Profile::prefill(chunk.rows, self.capacity)
+        };
+        let before = logits.len();
+        logits.resize(before + chunk.rows * self.vocabulary, 0.0);
+        self.run(profile, tokens, position, &mut logits[before..])
     }
 }
 

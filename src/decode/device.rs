@@ -55,6 +55,28 @@ pub trait Device {
         Ok(best(logits))
     }
 
+    /// As [`Device::chunk`], for a call of [`Device::forward_all`]. One token unless the device has networks that give logits
+    /// of every row.
+    fn chunk_all(&self, _waiting: usize, _position: usize, _capacity: usize) -> Chunk {
+        Chunk { tokens: 1, rows: 1 }
+    }
+
+    /// As [`Device::forward`] over a chunk of [`Device::chunk_all`]: appends the logits of every token to `logits`,
+    /// `[tokens, vocabulary]`.
+    fn forward_all(
+        &mut self,
+        chunk: Chunk,
+        tokens: &[u32],
+        position: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        debug_assert_eq!(tokens.len(), 1, "the device gives logits of the last token alone");
+        let mut row = Vec::new();
+        self.forward(chunk, tokens, position, &mut row)?;
+        logits.append(&mut row);
+        Ok(())
+    }
+
     /// What it can tell benchmarks of itself.
     fn instruments(&mut self) -> Option<&mut dyn Instruments> {
         None

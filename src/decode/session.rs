@@ -107,6 +107,10 @@ impl Session {
     pub fn logits(&self) -> &[f32] {
         &self.logits
     }
+    /// Row length of the logits.
+    pub fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
     /// Slots of the present cache; 0 before the first token.
     pub fn capacity(&self) -> usize {
         self.capacity
@@ -149,6 +153,28 @@ impl Session {
     /// where they are. `None` if there is no such id; [`Session::logits`] then has the reason.
     pub fn feed_best(&mut self, tokens: &[u32]) -> Result<Option<u32>, SessionError> {
         self.advance(tokens, true)
+    }
+
+    /// As [`Session::feed`], with the logits after every token: they replace what is in `logits`, `[tokens, vocabulary]`.
+    /// What a whole vocabulary takes for each token is the caller's to bound.
+    pub fn feed_all(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<(), SessionError> {
+        logits.clear();
+        self.check(tokens)?;
+        self.reserve(self.tokens.len() + tokens.len())?;
+        self.logits.clear();
+        let mut rest = tokens;
+        while !rest.is_empty() {
+            let position = self.tokens.len();
+            let chunk = self.device.chunk_all(rest.len(), position, self.capacity);
+            debug_assert!(chunk.tokens >= 1 && chunk.tokens <= chunk.rows);
+            let (now, later) = rest.split_at(chunk.tokens);
+            self.device.forward_all(chunk, now, position, logits)?;
+            self.tokens.extend_from_slice(now);
+            rest = later;
+        }
+        debug_assert_eq!(logits.len(), tokens.len() * self.vocabulary);
+        self.logits.extend_from_slice(&logits[logits.len() - self.vocabulary..]);
+        Ok(())
     }
 
     fn advance(&mut self, tokens: &[u32], only_best: bool) -> Result<Option<u32>, SessionError> {
@@ -426,6 +452,25 @@ mod tests {
         assert!(log.borrow().is_empty() && session.tokens().is_empty());
         session.feed(&[1; 3]).unwrap();
         assert!(refused(&mut session, &[1, 1]).starts_with("5 tokens"));
+    }
+
+    #[test]
+    fn logits_of_every_token_are_those_of_feeding_them_one_by_one() {
+        let tokens = [5, 1, 4, 1, 3, 9, 2];
+        let (mut single, _) = session(&[8, 16], 64, false);
+        let mut expected = Vec::new();
+        for token in tokens {
+            expected.extend_from_slice(single.feed(&[token]).unwrap());
+        }
+        let (mut all, _) = session(&[4, 8, 16], 3, false);
+        let mut logits = vec![7.0];
+        all.feed_all(&tokens[..2], &mut logits).unwrap();
+        assert_eq!(logits, expected[..2 * VOCABULARY]);
+        all.feed_all(&tokens[2..], &mut logits).unwrap();
+        assert_eq!(logits, expected[2 * VOCABULARY..]);
+        assert_eq!((all.tokens(), all.logits()), (&tokens[..], single.logits()));
+        assert!(all.feed_all(&[], &mut logits).is_err() && all.feed_all(&[1; 10], &mut logits).is_err());
+        assert_eq!(all.tokens(), tokens);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::conversion::{self, Conversion};
+use crate::bench::quality::result::{self as quality, Perplexity, PerplexityResultError};
 use crate::bench::{self, Document, ResultError};
 use crate::help::{Fault, Help};
 use crate::package::Package;
@@ -57,6 +58,7 @@ pub struct Input {
     pub sources: Vec<SourceFile>,
     pub groups: Vec<Group>,
     pub conversions: Vec<Sourced<Conversion>>,
+    pub quality: Vec<Sourced<Perplexity>>,
     /// JSON of other forms, which other pages use.
     pub others: Vec<SourceId>,
 }
@@ -67,6 +69,8 @@ pub enum InputError {
     Result(#[from] ResultError),
     #[error(transparent)]
     Conversion(#[from] ConversionError),
+    #[error(transparent)]
+    Quality(#[from] PerplexityResultError),
     #[error("{}: {message}", path.display())]
     File { path: PathBuf, message: String },
     /// Figures that must not stand side by side.
@@ -101,6 +105,7 @@ impl Help for InputError {
         let help = match self {
             InputError::Result(error) => return error.help(),
             InputError::Conversion(error) => return error.help(),
+            InputError::Quality(error) => return error.help(),
             InputError::File { .. } => return None,
             InputError::Different { .. } => {
                 "report them apart, give them different --model-name, or measure again with the same"
@@ -135,6 +140,13 @@ impl Input {
                 }
                 Err(ResultError::Schema { found, .. }) if found == conversion::SCHEMA => {
                     input.conversion(path, &text)?;
+                }
+                Err(ResultError::Schema { found, .. }) if found == quality::PERPLEXITY => {
+                    let value = serde_json::from_str(&text).map_err(|e| file_error(path, e))?;
+                    let found = quality::parse(path, &value)?;
+                    let what = format!("perplexity of {}, {}", found.model.name, found.model.format);
+                    let source = input.source(path, text.as_bytes(), what);
+                    input.quality.push(Sourced { source, of: found });
                 }
                 Err(error) => return Err(error.into()),
             }

@@ -5,6 +5,7 @@ use super::benchmarks::{decode_at, live_lengths, prefill_of, prompt_lengths, tex
 use super::ceilings::Ceilings;
 use super::input::{Group, Input};
 use super::markdown::cite;
+use super::quality;
 
 /// Switches that are to be tried, by the names of their ablations: what each is, and other names of it.
 const SWITCHES: [(&str, &[&str]); 7] = [
@@ -38,6 +39,7 @@ pub fn missing(input: &Input) -> Vec<String> {
     if input.conversions.is_empty() {
         out.push("no package was given (`--package`): what the conversion did to a model is not shown".to_string());
     }
+    out.extend(quality::missing(input));
     for group in &input.groups {
         let title = group.title();
         of_group(group, &mut |what| out.push(format!("{title}: {what}")));

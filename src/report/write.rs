@@ -10,7 +10,7 @@ use super::benchmarks::{self, Verdict};
 use super::input::{Group, Input};
 use super::markdown::{cite, cite_all, tiny};
 use super::plots::{Figure, figures};
-use super::{footprint, headlines, missing, steps};
+use super::{footprint, headlines, missing, quality, steps};
 
 /// A figure, and where the report will find its files.
 #[derive(Serialize)]
@@ -41,7 +41,7 @@ struct ShownAblation {
     table: String,
 }
 
-/// The first table of one group.
+/// A table below its title.
 #[derive(Serialize)]
 struct Headline {
     title: String,
@@ -111,6 +111,13 @@ pub fn report(input: &Input, plots: &str) -> Report {
             slower.push(Lines { title, lines });
         }
     }
+    let quality: Vec<Headline> = quality::texts(input)
+        .iter()
+        .map(|text| Headline {
+            title: text.title(),
+            table: text.table(input),
+        })
+        .collect();
     let missing = missing::missing(input);
     let footnotes: Vec<String> = input
         .sources
@@ -154,6 +161,7 @@ pub fn report(input: &Input, plots: &str) -> Report {
             ablations_elsewhere => all.iter().any(|(_, a)| elsewhere(a)),
             ablations => Value::from(Serde(&shown_ablations)),
             verdicts => verdicts(input),
+            quality => Value::from(Serde(&quality)),
             unstable => missing::unstable(input),
             missing => &missing,
             footnotes,

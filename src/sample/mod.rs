@@ -18,7 +18,7 @@ mod min_p;
 mod mirostat;
 mod penalties;
 mod settings;
-mod softmax;
+pub(crate) mod softmax;
 mod tally;
 mod temperature;
 mod top_k;

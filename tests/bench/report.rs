@@ -576,3 +576,88 @@ fn engines_are_listed_with_their_layers() {
     let bytes: u64 = built.iter().map(|e| e["bytes"].as_u64().unwrap()).sum();
     assert_eq!((built.len(), run["sizes"]["plans_bytes"].as_u64().unwrap()), (4, bytes));
 }
+
+/// A result of `lapidary perplexity`, with something changed.
+fn perplexity(name: &str, hash: &str, change: impl FnOnce(&mut Value)) -> Value {
+    let nll: f64 = 2.5;
+    let mut value = json!({
+        "schema": "lapidary-perplexity/1", "date": "2026-11-29T12:00:00Z", "command": "", "commit": "", "lapidary": "0.1.0",
+        "device": "cpu",
+        "model": {"name": name, "dtype": "fp32", "format": "f32", "weight_bytes": 4_000_000, "weights_hash": hash},
+        "text": {"file": "book.txt", "bytes": 9, "blake3": "ab"}, "tokens": 100, "scored": 99, "prefix": [],
+        "window": 64, "stride": 64, "perplexity": nll.exp(), "perplexity_error": 0.25,
+        "nll": {"mean": nll, "error": 0.02}, "ms_per_token": 1.5,
+    });
+    change(&mut value);
+    value
+}
+
+#[test]
+fn quality_stands_beside_bytes_and_times() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, value: Value| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, value.to_string()).unwrap();
+        text(&path).to_string()
+    };
+    let ours: Value = serde_json::from_str(&std::fs::read_to_string(results().join("lapidary.json")).unwrap()).unwrap();
+    let hash = ours["model"]["weights_hash"].as_str().unwrap();
+    let quantized = perplexity("small", "other", |v| {
+        v["model"]["format"] = json!("u4 in blocks of 32 on axis 1; f32");
+        v["model"]["weight_bytes"] = json!(1_000_000);
+        v["against"] = json!({"model": v["model"], "perplexity": 1.0, "perplexity_error": 0.0,
+            "nll": {"mean": 0.0, "error": 0.0}, "kl": {"mean": 0.0123, "error": 0.0004}, "kl_largest": 2.0,
+            "same_best": 0.955});
+        v["against"]["model"]["name"] = json!("whole");
+    });
+    let elsewhere = perplexity("whole", hash, |v| v["window"] = json!(32));
+    let files = [
+        write("quantized.json", quantized.clone()),
+        write("whole.json", perplexity("whole", hash, |_| ())),
+        write("window.json", elsewhere),
+        "lapidary.json".to_string(),
+    ];
+    let markdown = Reported::of(&files, &[]).markdown();
+    let section = markdown
+        .split("\n## Quality\n")
+        .nth(1)
+        .unwrap()
+        .split("\n## ")
+        .next()
+        .unwrap();
+    let tables: Vec<&str> = section.split("book.txt, ").skip(1).collect();
+    assert_eq!(tables.len(), 2, "another window is another table: {section}");
+    assert!(
+        tables[0].starts_with("99 tokens scored, in windows of 64 every 64, nothing put before them.[^1][^2]"),
+        "{section}"
+    );
+    let rows: Vec<&str> = tables[0].lines().filter(|l| l.starts_with("| ")).skip(1).collect();
+    let live = &ours["decode"][0]["live"];
+    assert!(
+        rows[0].starts_with("| whole | f32 | 4.0 MB | 12.182 ± 0.250 | — | — | ")
+            && rows[0].ends_with(&format!(" (after {live}) | [^2][^4] |")),
+        "{section}"
+    );
+    assert_eq!(
+        rows[1],
+        "| small | u4 in blocks of 32 on axis 1; f32 | 1.0 MB | 12.182 ± 0.250 | 0.01230 ± 0.00040 of whole | 95.5 % | — | \
+         [^1] |"
+    );
+    let missing = markdown.split("## Missing").nth(1).unwrap();
+    assert!(
+        missing.contains("- small: no bench result of the same weights, so the time of a token is not shown[^1]"),
+        "{missing}"
+    );
+    assert!(!missing.contains("lapidary perplexity"), "{missing}");
+
+    // What was changed by hand, or is no number, is refused.
+    let refused = |change: fn(&mut Value)| {
+        let mut value = quantized.clone();
+        change(&mut value);
+        Reported::of(&[write("changed.json", value)], &[]).run.refused().0
+    };
+    assert!(refused(|v| v["perplexity"] = json!(9.0)).contains("changed.json: perplexity: is 9, and e^nll is 12.18"));
+    assert!(refused(|v| v["against"]["same_best"] = json!(1.5)).contains("against.same_best"));
+    assert!(refused(|v| v["against"]["kl"]["mean"] = json!(-0.1)).contains("against.kl"));
+    assert!(refused(|v| drop(v["model"].as_object_mut().unwrap().remove("format"))).contains("missing field `format`"));
+}

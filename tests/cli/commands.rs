@@ -17,8 +17,22 @@ fn help_lists_the_commands_that_exist() {
     assert_eq!(
         commands,
         [
-            "inspect", "convert", "info", "generate", "chat", "sample", "verify", "refit", "weights", "strip", "bench",
-            "report", "doctor", "help"
+            "inspect",
+            "convert",
+            "info",
+            "generate",
+            "chat",
+            "sample",
+            "verify",
+            "refit",
+            "weights",
+            "strip",
+            "bench",
+            "perplexity",
+            "evaluate",
+            "report",
+            "doctor",
+            "help"
         ]
     );
 }
