@@ -20,6 +20,8 @@ mod node_case;
 mod node_tensors;
 #[path = "executor/node_tests.rs"]
 mod node_tests;
+#[path = "executor/quantized.rs"]
+mod quantized;
 #[path = "executor/reference.rs"]
 mod reference;
 #[path = "executor/soundness.rs"]

@@ -7,7 +7,7 @@
 //! shape of its values; [`Constant::as_quantized`] gives the parts. Movements keep it quantized where blocks stay whole
 //! (see [`super::quantized`]).
 
-use std::fmt;
+use std::fmt::{self, Write};
 use std::sync::Arc;
 
 use super::quantized::Quantized;
@@ -219,6 +219,30 @@ impl Constant {
             (None, ConstantSource::Derived(derived)) => derived.inputs.iter().find_map(|c| c.origin()),
             _ => None,
         }
+    }
+
+    /// Equal for constants that are the same bytes in the same shape by construction: a clone, or the same recipe over the
+    /// same source. (Two tensors that happen to be equal are not compared.) Holds as long as the sources are in memory.
+    pub fn identity(&self) -> String {
+        let mut text = String::new();
+        self.describe(&mut text);
+        text
+    }
+
+    fn describe(&self, text: &mut String) {
+        write!(text, "{self:?}").expect("writing to a string");
+        match &self.source {
+            ConstantSource::Tensor(tensor) => write!(text, "@{:p}", tensor.data().as_ptr()),
+            ConstantSource::Absent => write!(text, "?{:?}", self.origin()),
+            ConstantSource::Derived(derived) => {
+                write!(text, "{:?}(", derived.transform).expect("writing to a string");
+                for input in &derived.inputs {
+                    input.describe(text);
+                }
+                write!(text, ")")
+            }
+        }
+        .expect("writing to a string");
     }
 
     fn derive(inputs: Vec<Constant>, transform: Transform, dtype: DType, shape: Vec<usize>) -> Self {

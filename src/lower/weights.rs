@@ -1,7 +1,6 @@
 //! Which constants are weights, what they are called, and which are one and the same. The rule is in the head of [`lower`](super).
 
 use std::collections::{HashMap, HashSet};
-use std::fmt::Write;
 
 use super::demand::{Demand, demand};
 use crate::graph::{Constant, ConstantSource, Graph, ValueId};
@@ -62,7 +61,7 @@ pub(super) fn table(graph: &Graph, demand: &Demand) -> Table {
         let Some(constant) = graph.constant(*id).filter(|c| is_weight(c, c.origin().is_some())) else {
             continue;
         };
-        let index = *known.entry(identity(constant)).or_insert_with(|| {
+        let index = *known.entry(constant.identity()).or_insert_with(|| {
             let base = constant.origin().unwrap_or(&graph.value(*id).name);
             let numbered = (1..).map(|n| format!("{base}.{n}"));
             let mut candidates = std::iter::once(base.to_string()).chain(numbered);
@@ -90,28 +89,4 @@ fn is_weight(constant: &Constant, initializer: bool) -> bool {
     matches!(constant.source(), ConstantSource::Absent)
         || constant.byte_len() > LITERAL_BYTES
         || (constant.dtype().is_float() || constant.dtype().is_storage_only()) && constant.len() >= 2 && initializer
-}
-
-/// Equal for constants that are the same bytes in the same shape by construction: a clone, or the same recipe over the
-/// same source. (Two initializers that happen to be equal are not compared.)
-fn identity(constant: &Constant) -> String {
-    let mut text = String::new();
-    describe(constant, &mut text);
-    text
-}
-
-fn describe(constant: &Constant, text: &mut String) {
-    write!(text, "{constant:?}").expect("writing to a string");
-    match constant.source() {
-        ConstantSource::Tensor(tensor) => write!(text, "@{:p}", tensor.data().as_ptr()),
-        ConstantSource::Absent => write!(text, "?{:?}", constant.origin()),
-        ConstantSource::Derived(derived) => {
-            write!(text, "{:?}(", derived.transform).expect("writing to a string");
-            for input in &derived.inputs {
-                describe(input, text);
-            }
-            write!(text, ")")
-        }
-    }
-    .expect("writing to a string");
 }

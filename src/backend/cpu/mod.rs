@@ -24,7 +24,8 @@
 //!
 //! Floats are f32 in memory and in every operation, whatever the network's dtype: a cast between float dtypes changes
 //! nothing. Weights are read in their own dtype (f16, bf16, f32) from where they lie, caches are kept in theirs; both
-//! are converted inside the kernels. NaN and infinities behave as in IEEE 754, with `Max` and `Min` propagating NaN.
+//! are converted inside the kernels. Quantized weights stay codes: products and gathers compute
+//! `(code - zero point) * scale` in f32 registers, and activations are not rounded. NaN and infinities behave as in IEEE 754, with `Max` and `Min` propagating NaN.
 //! Integers wrap around; an integer division by 0 gives 0. A query that attends to nothing gives zeros (TensorRT does
 //! not say); slots masked out must hold finite values, as the canonical graph promises. Results do not depend on the
 //! number of threads; they differ by rounding between instruction sets.
@@ -32,7 +33,8 @@
 //! # Modules
 //!
 //! `compile` turns layers into steps (views, fusion, phases, arena), `program` runs them, `kernels` are the inner loops,
-//! `simd` the three instruction sets they are compiled for, `pool` the threads, `strided_view` and `aligned_bytes` memory
+//! `simd` the three instruction sets they are compiled for, `quantized` the weights that they read as codes, `pool` the
+//! threads, `strided_view` and `aligned_bytes` memory
 //! as steps see it, `kv_cache` the [`KvCaches`] of a session, `bindings` what a caller hands over, `oracle` whole tensors
 //! in and out for tests.
 
@@ -46,6 +48,7 @@ mod kv_cache;
 mod oracle;
 mod pool;
 mod program;
+mod quantized;
 mod simd;
 mod strided_view;
 

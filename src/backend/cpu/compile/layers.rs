@@ -2,17 +2,15 @@
 
 use super::super::error::CpuError;
 use super::super::kernels::attention;
-use super::super::kernels::gemv;
-use super::super::program::{AttentionStep, MatrixView, Work};
-use super::super::strided_view::{View, dense_strides};
+use super::super::program::{AttentionStep, Work};
+use super::super::strided_view::View;
+use super::products::MULTIPLY;
 use super::{Compiler, inverse, per_item};
-use crate::network::{LayerKind, MatrixOp, TensorId};
+use crate::network::{LayerKind, TensorId};
 use crate::tensor::DType;
 
-/// Nanoseconds per byte read from memory, per multiply-add of a GEMM, and per element moved, on one thread.
-const READ: f64 = 0.06;
-const MULTIPLY: f64 = 0.02;
-const MOVE: f64 = 0.3;
+/// Nanoseconds per element moved, on one thread.
+pub(super) const MOVE: f64 = 0.3;
 
 impl Compiler<'_> {
     /// Emits one layer now: its inputs are demanded, its output gets a view.
@@ -22,17 +20,20 @@ impl Compiler<'_> {
         let (name, output) = (layer.name.as_str(), layer.outputs[0]);
         match &layer.kind {
             LayerKind::Weight(id) => {
-                let tensor = network.weight(*id).constant.materialize()?;
+                let constant = &network.weight(*id).constant;
                 let declared = (network.tensor(output).dtype, &self.shapes[output.0 as usize][..]);
-                if (tensor.dtype(), tensor.shape()) != declared {
+                if (constant.dtype(), constant.shape()) != declared {
                     // Every pointer into it is computed from what was declared.
                     return Err(CpuError::Layer {
                         layer: name.to_string(),
                         kind: layer.kind.name(),
-                        reason: format!("its weight is {tensor:?}, declared {} {:?}", declared.0, declared.1),
+                        reason: format!("its weight is {constant:?}, declared {} {:?}", declared.0, declared.1),
                     });
                 }
-                let view = self.constant(tensor);
+                if self.stays_quantized(output, constant) {
+                    return Ok(());
+                }
+                let view = self.constant(constant.materialize()?);
                 self.set(output, view);
             }
             LayerKind::Constant(tensor) => {
@@ -41,9 +42,12 @@ impl Compiler<'_> {
             }
             LayerKind::MatrixMultiply { op_a, op_b } => {
                 let a = self.demand(layer.inputs[0])?;
-                let b = self.demand(layer.inputs[1])?;
-                self.matrix_multiply(name, a, *op_a, b, *op_b, output);
+                if !self.quantized_multiply(name, &a, *op_a, layer.inputs[1], *op_b, output)? {
+                    let b = self.demand(layer.inputs[1])?;
+                    self.matrix_multiply(name, a, *op_a, b, *op_b, output);
+                }
             }
+            LayerKind::Shuffle { .. } | LayerKind::Slice { .. } if self.moves_codes(index)? => {}
             LayerKind::Shuffle { first, reshape, second } => {
                 let mut view = self.demand(layer.inputs[0])?;
                 if let Some(perm) = first {
@@ -88,6 +92,7 @@ impl Compiler<'_> {
                     start[*axis] += part.shape[*axis] as i64;
                 }
             }
+            LayerKind::Gather { axis } if self.quantized_gather(index, *axis)? => {}
             LayerKind::Gather { axis } => {
                 let data = self.demand(layer.inputs[0])?;
                 let indices = self.demand(layer.inputs[1])?;
@@ -177,119 +182,6 @@ impl Compiler<'_> {
             return view;
         }
         self.densify(&view, widen, layer)
-    }
-
-    fn matrix_multiply(&mut self, name: &str, a: View, op_a: MatrixOp, b: View, op_b: MatrixOp, output: TensorId) {
-        let rank = a.shape.len();
-        let oriented = |view: View, op: MatrixOp| match op {
-            MatrixOp::None => view,
-            MatrixOp::Transpose => {
-                let mut perm: Vec<usize> = (0..rank).collect();
-                perm.swap(rank - 2, rank - 1);
-                view.permuted(&perm)
-            }
-        };
-        let (mut a, mut b) = (oriented(a, op_a), oriented(b, op_b));
-        let out = self.allocate(output);
-        let depth = a.shape[rank - 1];
-        let columns = b.shape[rank - 1];
-        // One right matrix for the whole batch, as a weight is: the batch's rows are rows of one left matrix.
-        let one_right = b.shape[..rank - 2].iter().all(|d| *d == 1);
-        if one_right {
-            let rows: usize = a.shape[..rank - 1].iter().product();
-            let few = rows <= gemv::MAX_ROWS;
-            let flat = match a.reshaped(&[rows, depth]) {
-                Some(flat) => flat,
-                None if few => self.densify(&a, true, name).reshaped(&[rows, depth]).expect("dense"),
-                None => self.densify(&a, false, name).reshaped(&[rows, depth]).expect("dense"),
-            };
-            a = flat;
-            b = b.reshaped(&[depth, columns]).unwrap_or_else(|| View {
-                shape: vec![depth, columns],
-                strides: b.strides[rank - 2..].to_vec(),
-                ..b.clone()
-            });
-        }
-        let split = a.shape.len() - 2;
-        let rows = a.shape[split];
-        let batch: Vec<usize> = if one_right {
-            Vec::new()
-        } else {
-            out.shape[..split].to_vec()
-        };
-        let count: usize = batch.iter().product();
-        if count * rows * columns == 0 {
-            return;
-        }
-        let streams = (depth <= 1 || b.strides[split] == 1) && b.strides[split + 1] >= 0;
-        if rows <= gemv::MAX_ROWS && streams {
-            let plain = a.storage == DType::F32 && (depth <= 1 || a.strides[split + 1] == 1) && a.strides[split] >= 0;
-            if !plain {
-                a = self.densify(&a, true, name);
-            }
-            let (left, right) = (matrix_view(&a, &batch), matrix_view(&b, &batch));
-            let bytes = b.storage.byte_len(depth);
-            let per_item = (48 * 1024 / bytes.max(1)).max(4).next_multiple_of(4).min(columns);
-            let one = (bytes as f64 * READ).max((depth * rows) as f64 * MULTIPLY);
-            let (reads, writes) = (vec![a.buffer, b.buffer], vec![out.buffer]);
-            let work = Work::Gemv {
-                left,
-                right,
-                out: out.buffer,
-                rows,
-                columns,
-                depth,
-                per_item,
-            };
-            let items = count * columns.div_ceil(per_item);
-            self.push(name, work, items, one * (count * columns) as f64, reads, writes);
-            return;
-        }
-        // The left side is packed once for each of its own matrices; the batch may repeat them.
-        let known = self
-            .packed
-            .iter()
-            .find(|(view, _)| *view == a)
-            .map(|(_, packed)| *packed);
-        let own: usize = a.shape[..split].iter().product();
-        let packed = match known {
-            Some(packed) => packed,
-            None => {
-                let to = self.arena(DType::F32, vec![own, rows, depth]).buffer;
-                let tiles = rows.div_ceil(self.isa.tile_rows());
-                let work = Work::PackLeft {
-                    from: matrix_view(&a, &a.shape[..split]),
-                    to,
-                    rows,
-                    depth,
-                };
-                let time = (own * rows * depth) as f64 * MOVE;
-                self.push(name, work, own * tiles, time, vec![a.buffer], vec![to]);
-                self.packed.push((a.clone(), to));
-                to
-            }
-        };
-        let numbers = View {
-            offset: 0,
-            shape: a.shape[..split].to_vec(),
-            strides: dense_strides(&a.shape[..split]),
-            ..a.clone()
-        };
-        let left = offsets(&numbers, &batch).into_iter().map(|i| i as usize).collect();
-        let right = matrix_view(&b, &batch);
-        let panels = columns.div_ceil(self.isa.tile_columns());
-        let time = (count * rows * columns * depth) as f64 * MULTIPLY + (count * columns * depth) as f64 * MOVE;
-        let (reads, writes) = (vec![packed, b.buffer], vec![out.buffer]);
-        let work = Work::Gemm {
-            packed,
-            left,
-            right,
-            out: out.buffer,
-            rows,
-            columns,
-            depth,
-        };
-        self.push(name, work, count * panels, time, reads, writes);
     }
 
     fn attention(&mut self, index: usize) -> Result<(), CpuError> {
@@ -464,34 +356,4 @@ impl Compiler<'_> {
         self.set(layer.outputs[0], cache);
         Ok(())
     }
-}
-
-/// The matrices of a view (its last two axes) for every index of a batch that broadcasts its leading axes.
-fn matrix_view(view: &View, batch: &[usize]) -> MatrixView {
-    let split = view.shape.len() - 2;
-    let leading = View {
-        shape: view.shape[..split].to_vec(),
-        strides: view.strides[..split].to_vec(),
-        ..view.clone()
-    };
-    MatrixView {
-        buffer: view.buffer,
-        storage: view.storage,
-        offsets: offsets(&leading, batch),
-        row_stride: view.strides[split],
-        column_stride: view.strides[split + 1],
-    }
-}
-
-/// The offset of every element of a view broadcast to `batch`, in row-major order.
-fn offsets(view: &View, batch: &[usize]) -> Vec<isize> {
-    let mut all = vec![view.offset];
-    for (axis, dim) in batch.iter().enumerate() {
-        let stride = if view.shape[axis] == 1 { 0 } else { view.strides[axis] };
-        all = all
-            .iter()
-            .flat_map(|base| (0..*dim as isize).map(move |i| base + i * stride))
-            .collect();
-    }
-    all
 }

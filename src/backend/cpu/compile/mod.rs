@@ -8,6 +8,8 @@
 
 mod fusion;
 mod layers;
+mod products;
+mod quantized;
 mod row_builder;
 mod schedule;
 
@@ -19,8 +21,10 @@ use super::error::CpuError;
 use super::kernels::rows::Class;
 use super::pool::Pool;
 use super::program::{Buffer, Memory, Port, Program, Step, Work};
+use super::quantized::QuantizedWeights;
 use super::simd::Isa;
 use super::strided_view::{BufferId, View};
+use crate::graph::Constant;
 use crate::network::{LayerKind, Network, TensorId, verify};
 use crate::tensor::{DType, Tensor};
 
@@ -30,6 +34,8 @@ use crate::tensor::{DType, Tensor};
 pub struct CompileOptions {
     pool: Arc<Pool>,
     isa: Isa,
+    /// Quantized weights as kernels read them: programs compiled with clones of these options share them.
+    weights: Arc<QuantizedWeights>,
 }
 
 impl Default for CompileOptions {
@@ -45,6 +51,7 @@ impl CompileOptions {
         CompileOptions {
             pool,
             isa: Isa::detect(),
+            weights: Arc::default(),
         }
     }
 
@@ -76,7 +83,7 @@ impl Program {
     /// Compiles a network of static shapes (see [`bind_tokens`](super::bind_tokens) for the others). Weights are not
     /// copied; compiling takes a few milliseconds.
     pub fn compile(network: &Network, options: &CompileOptions) -> Result<Program, CpuError> {
-        let mut compiler = Compiler::new(network, options.isa)?;
+        let mut compiler = Compiler::new(network, options)?;
         for i in 0..network.layers.len() {
             if compiler.live[i] && !compiler.is_lazy(i) {
                 compiler.emit(i)?;
@@ -93,25 +100,25 @@ impl Program {
         } = compiler;
         let schedule = schedule::schedule(&steps, &mut buffers, options.pool.threads());
         let schedule = schedule.ok_or(CpuError::TooLarge)?;
-        let scratch = steps
-            .iter()
-            .map(|s| s.work.scratch_bytes(options.isa))
-            .max()
-            .unwrap_or(0);
+        let scratch = |bytes: fn(&Work, Isa) -> usize| -> Vec<AlignedBytes> {
+            let most = steps.iter().map(|s| bytes(&s.work, options.isa)).max().unwrap_or(0);
+            let threads = 0..options.pool.threads();
+            threads.map(|_| AlignedBytes::zeroed(most)).collect()
+        };
         Ok(Program {
             isa: options.isa,
             pool: options.pool.clone(),
             pieces: schedule.phases.iter().map(|_| Default::default()).collect(),
             phases: schedule.phases,
+            scratch: scratch(Work::scratch_bytes),
+            kept: scratch(Work::kept_bytes),
             steps,
             buffers,
             inputs,
             outputs,
             caches,
             arena: AlignedBytes::zeroed(schedule.arena_bytes),
-            scratch: (0..options.pool.threads())
-                .map(|_| AlignedBytes::zeroed(scratch))
-                .collect(),
+            runs: 0,
         })
     }
 }
@@ -119,6 +126,7 @@ impl Program {
 pub(super) struct Compiler<'n> {
     network: &'n Network,
     isa: Isa,
+    weights: &'n QuantizedWeights,
     shapes: Vec<Vec<usize>>,
     /// The layer that computes a tensor.
     producer: Vec<Option<usize>>,
@@ -128,6 +136,9 @@ pub(super) struct Compiler<'n> {
     live: Vec<bool>,
     /// Where a tensor is, once it is computed.
     views: Vec<Option<View>>,
+    /// Quantized weights, and what moves their codes: no memory until something other than a product or a gather reads
+    /// them.
+    quantized: HashMap<TensorId, Constant>,
     /// Place in [`Program::outputs`] of a tensor that is a network output.
     output_of: HashMap<TensorId, usize>,
     steps: Vec<Step>,
@@ -142,7 +153,7 @@ pub(super) struct Compiler<'n> {
 }
 
 impl<'n> Compiler<'n> {
-    fn new(network: &'n Network, isa: Isa) -> Result<Self, CpuError> {
+    fn new(network: &'n Network, options: &'n CompileOptions) -> Result<Self, CpuError> {
         let mut shapes = Vec::with_capacity(network.tensors.len());
         for tensor in &network.tensors {
             let Some(shape) = static_shape(tensor) else {
@@ -201,12 +212,14 @@ impl<'n> Compiler<'n> {
 
         let mut compiler = Compiler {
             network,
-            isa,
+            isa: options.isa,
+            weights: &options.weights,
             shapes,
             producer,
             consumers,
             live,
             views: vec![None; count],
+            quantized: HashMap::new(),
             output_of: HashMap::new(),
             steps: Vec::new(),
             buffers: Vec::new(),
@@ -333,7 +346,14 @@ impl<'n> Compiler<'n> {
             return Ok(view.clone());
         }
         let layer = self.producer[id.0 as usize].expect("checked: every tensor read has a producer");
-        self.emit(layer)?;
+        if !self.quantized.contains_key(&id) {
+            self.emit(layer)?;
+        }
+        if let Some(constant) = self.quantized.get(&id) {
+            let values = constant.materialize()?;
+            let view = self.constant(values);
+            self.views[id.0 as usize] = Some(view);
+        }
         Ok(self.views[id.0 as usize]
             .clone()
             .expect("emitting a layer sets its output"))

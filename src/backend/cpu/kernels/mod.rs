@@ -18,8 +18,12 @@
 //! - Indices computed by a run are checked where they are used ([`moves`]).
 
 pub(super) mod attention;
+mod codes;
 pub(super) mod gemm;
 pub(super) mod gemv;
 mod math;
 pub(super) mod moves;
+pub(super) mod quantized;
+pub(super) mod quantized_gemm;
+pub(super) mod quantized_gemv;
 pub(super) mod rows;

@@ -50,6 +50,10 @@ pub struct Program {
     pub(super) caches: Vec<Port>,
     pub(super) arena: AlignedBytes,
     pub(super) scratch: Vec<AlignedBytes>,
+    /// Of each thread, for what it keeps between items.
+    pub(super) kept: Vec<AlignedBytes>,
+    /// Runs begun.
+    pub(super) runs: u64,
     /// Of each phase.
     pub(super) pieces: Vec<Pieces>,
 }
@@ -69,7 +73,8 @@ impl Program {
     }
     /// Bytes of activations and scratch that the program holds.
     pub fn arena_bytes(&self) -> usize {
-        self.arena.len() + self.scratch.iter().map(AlignedBytes::len).sum::<usize>()
+        let scratch = self.scratch.iter().chain(&self.kept);
+        self.arena.len() + scratch.map(AlignedBytes::len).sum::<usize>()
     }
     /// The instruction set that it is compiled for.
     pub fn isa(&self) -> Isa {
@@ -89,7 +94,9 @@ impl Program {
         let addresses = self.addresses(bindings)?;
         self.pieces.iter_mut().for_each(Pieces::reset);
         let failure = Mutex::new(None);
-        let scratch = self.scratch.iter().map(AlignedBytes::address).collect();
+        self.runs += 1;
+        let each = |of: &[AlignedBytes]| of.iter().map(AlignedBytes::address).collect();
+        let scratch = [each(&self.scratch), each(&self.kept)];
         // SAFETY: the addresses are of this program's own arena and tensors, which nothing else uses while it is borrowed
         // mutably, and of memory that `bindings` borrows until this function returns, with dtypes and sizes compared with
         // the ports; outputs and caches are borrowed mutably and have one port each. There is scratch for every thread.

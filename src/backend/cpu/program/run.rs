@@ -7,6 +7,9 @@ use super::super::kernels::attention::{Attention, DecodeChunk, Mask, MaskScan, M
 use super::super::kernels::gemm::{Gemm, Matrix, PackLeft};
 use super::super::kernels::gemv::Gemv;
 use super::super::kernels::moves::{BadIndex, CacheUpdate, Gather, Heads, Rotate};
+use super::super::kernels::quantized::QuantizedGather;
+use super::super::kernels::quantized_gemm::QuantizedGemm;
+use super::super::kernels::quantized_gemv::{QuantizedGemv, Scope};
 use super::super::pool::Team;
 use super::super::strided_view::{BufferId, View};
 use super::Program;
@@ -17,8 +20,8 @@ pub(super) struct Run<'a> {
     program: &'a Program,
     /// Of each of the program's buffers.
     addresses: Vec<*mut u8>,
-    /// Of each thread.
-    scratch: Vec<*mut u8>,
+    /// Of each thread: for one item, and what it keeps between items.
+    scratch: [Vec<*mut u8>; 2],
     failure: &'a Mutex<Option<CpuError>>,
 }
 // SAFETY: shared by the threads of a run. Each uses the scratch of its own number alone; items are taken by one thread
@@ -32,11 +35,11 @@ impl<'a> Run<'a> {
     /// For as long as the run lives: `addresses` holds, for each of the program's buffers, the address of so many bytes,
     /// which nothing else uses (or writes, if the program only reads them), aligned for its elements if it writes them;
     /// addresses of buffers that it writes are of different memory. `scratch` holds, for each thread of the pool, the
-    /// address of the scratch that the program's steps need, which nothing else uses.
+    /// address of the scratch that the program's steps need, which nothing else uses; and the same of what they keep.
     pub(super) unsafe fn new(
         program: &'a Program,
         addresses: Vec<*mut u8>,
-        scratch: Vec<*mut u8>,
+        scratch: [Vec<*mut u8>; 2],
         failure: &'a Mutex<Option<CpuError>>,
     ) -> Self {
         Run {
@@ -55,9 +58,10 @@ impl<'a> Run<'a> {
             if phase.serial || alone {
                 if team.thread() == 0 {
                     for step in &phase.steps {
+                        let scope = self.scope(program.phases.len() + step);
                         for item in 0..program.steps[*step].items {
                             // SAFETY: an item of the step, and the first thread takes all of them.
-                            unsafe { self.item(&program.steps[*step], item, 0) };
+                            unsafe { self.item(&program.steps[*step], item, 0, scope) };
                         }
                     }
                 }
@@ -67,8 +71,9 @@ impl<'a> Run<'a> {
                     for step in &phase.steps {
                         let step = &program.steps[*step];
                         if item < step.items {
+                            let scope = self.scope(i);
                             // SAFETY: an item of the step, which `Pieces` gave to this thread alone.
-                            unsafe { self.item(step, item, team.thread()) };
+                            unsafe { self.item(step, item, team.thread(), scope) };
                             break;
                         }
                         item -= step.items;
@@ -76,6 +81,13 @@ impl<'a> Run<'a> {
                 }
             }
             team.barrier();
+        }
+    }
+
+    fn scope(&self, part: usize) -> Scope {
+        Scope {
+            run: self.program.runs,
+            part: part as u64,
         }
     }
 
@@ -132,10 +144,11 @@ impl<'a> Run<'a> {
     /// Runs one item of a step of the phase at hand.
     ///
     /// # Safety
-    /// `item < step.items`, and no other thread runs it; `thread` is the calling thread's own number.
-    unsafe fn item(&self, step: &Step, item: usize, thread: usize) {
+    /// `item < step.items`, and no other thread runs it; `thread` is the calling thread's own number. Nothing that the
+    /// step reads is written while `scope` is the same.
+    unsafe fn item(&self, step: &Step, item: usize, thread: usize, scope: Scope) {
         let isa = self.program.isa;
-        let scratch = self.scratch[thread];
+        let [scratch, kept] = [self.scratch[0][thread], self.scratch[1][thread]];
         let range = |per_item: usize, total: usize| item * per_item..((item + 1) * per_item).min(total);
         // SAFETY: the pointers are those of the step's views in buffers whose addresses `Run::new` vouches for, and the
         // shapes are the views' own: `kernels` says why that is enough. `CompileOptions` lets available instruction sets in
@@ -210,6 +223,67 @@ impl<'a> Run<'a> {
                     };
                     isa.run(gemv);
                     Ok(())
+                }
+                Work::QuantizedGemm {
+                    packed,
+                    left,
+                    right,
+                    out,
+                    place,
+                    rows,
+                } => {
+                    let (columns, depth) = (right.rows(), right.depth());
+                    let gemm = QuantizedGemm {
+                        rows: *rows,
+                        columns,
+                        left: self.base(*packed).cast::<f32>().add(left * rows * depth),
+                        right: right.kernel(),
+                        out: self.base(*out).cast::<f32>().add(place * rows * columns),
+                        out_stride: columns,
+                        scratch: scratch.cast(),
+                        panel: item,
+                    };
+                    isa.run(gemm);
+                    Ok(())
+                }
+                Work::QuantizedGemv {
+                    left,
+                    right,
+                    out,
+                    place,
+                    rows,
+                    per_item,
+                } => {
+                    let (x, columns) = (self.matrix(left, 0), right.rows());
+                    let gemv = QuantizedGemv {
+                        rows: *rows,
+                        x: x.base.cast(),
+                        x_stride: x.row_stride as usize,
+                        w: right.kernel(),
+                        y: self.base(*out).cast::<f32>().add(place * rows * columns),
+                        y_stride: columns,
+                        columns: range(*per_item, columns),
+                        scratch: kept.cast(),
+                        scope,
+                    };
+                    isa.run(gemv);
+                    Ok(())
+                }
+                Work::QuantizedGather {
+                    data,
+                    indices,
+                    out,
+                    per_item,
+                } => {
+                    let gather = QuantizedGather {
+                        rows: data.kernel(),
+                        count: data.rows(),
+                        indices: self.at(indices),
+                        index_storage: indices.storage,
+                        out: self.base(*out).cast(),
+                        items: range(*per_item, indices.len()),
+                    };
+                    isa.run(gather).map_err(|bad| (Indexed::Index, bad))
                 }
                 Work::Gather {
                     data,

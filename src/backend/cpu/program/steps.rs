@@ -1,10 +1,12 @@
 //! A program as data: its buffers, and the steps over them in phases.
 
 use super::super::kernels::rows::RowProgram;
-use super::super::kernels::{attention, gemm};
+use super::super::kernels::{attention, gemm, quantized_gemv};
+use super::super::quantized::QuantizedMatrix;
 use super::super::simd::Isa;
 use super::super::strided_view::{BufferId, View};
 use crate::tensor::{DType, Tensor};
+use std::sync::Arc;
 
 /// Where a buffer's memory is.
 #[derive(Clone, Debug)]
@@ -83,6 +85,34 @@ pub enum Work {
         depth: usize,
         per_item: usize,
     },
+    /// A product with one quantized matrix, for many rows.
+    QuantizedGemm {
+        packed: BufferId,
+        /// Which of the packed matrices is the left side.
+        left: usize,
+        right: Arc<QuantizedMatrix>,
+        out: BufferId,
+        /// Which of the output's matrices is the result.
+        place: usize,
+        rows: usize,
+    },
+    /// A product with one quantized matrix, for a few rows.
+    QuantizedGemv {
+        left: MatrixView,
+        right: Arc<QuantizedMatrix>,
+        out: BufferId,
+        /// Which of the output's matrices is the result.
+        place: usize,
+        rows: usize,
+        per_item: usize,
+    },
+    /// Rows of a quantized matrix.
+    QuantizedGather {
+        data: Arc<QuantizedMatrix>,
+        indices: View,
+        out: BufferId,
+        per_item: usize,
+    },
     Gather {
         data: View,
         /// Dense dims `[outer, axis, inner]` of the data.
@@ -147,6 +177,9 @@ impl Work {
             Work::PackLeft { .. } => "pack",
             Work::Gemm { .. } => "gemm",
             Work::Gemv { .. } => "gemv",
+            Work::QuantizedGemm { .. } => "quantized gemm",
+            Work::QuantizedGemv { .. } => "quantized gemv",
+            Work::QuantizedGather { .. } => "quantized gather",
             Work::Gather { .. } => "gather",
             Work::Rotate { .. } => "rotary",
             Work::CacheUpdate { .. } => "cache update",
@@ -157,11 +190,21 @@ impl Work {
         }
     }
 
+    /// Bytes of scratch that each thread needs and keeps between items of the same kind of work.
+    pub fn kept_bytes(&self, isa: Isa) -> usize {
+        match self {
+            Work::QuantizedGemv { right, rows, .. } => {
+                quantized_gemv::scratch_len(isa.lanes(), right.format(), *rows, right.depth()) * 4
+            }
+            _ => 0,
+        }
+    }
+
     /// Bytes of scratch that each thread needs.
     pub fn scratch_bytes(&self, isa: Isa) -> usize {
         match self {
             Work::Rows { program, .. } => program.scratch_bytes(),
-            Work::Gemm { .. } => gemm::scratch_len(isa) * 4,
+            Work::Gemm { .. } | Work::QuantizedGemm { .. } => gemm::scratch_len(isa) * 4,
             Work::PrefillPanel(step) => attention::prefill_scratch(isa, step.q.shape[3]) * 4,
             _ => 0,
         }

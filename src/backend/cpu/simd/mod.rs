@@ -149,6 +149,10 @@ pub trait Kernel {
 #[allow(clippy::missing_safety_doc)] // one contract for all, above
 pub trait Simd: Copy + Send + Sync + 'static {
     type V: Copy;
+    /// `LANES` words of 32 bits, into which codes of quantized weights are loaded.
+    type W: Copy;
+    /// Sixteen f32 to look up.
+    type Table: Copy;
     const LANES: usize;
     /// Rows of the largest GEMM tile whose `2 * TILE_ROWS` accumulators stay in registers.
     const TILE_ROWS: usize;
@@ -161,6 +165,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Rounds to nearest even.
     unsafe fn store_f16(p: *mut u16, v: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, fused where the hardware does.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
@@ -174,4 +179,41 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn transpose(load: impl Fn(usize) -> Self::V, store: impl FnMut(usize, Self::V));
     /// A GEMM tile out of line: `c[i][j] (+)= sum_p a[p*a_stride + i] * b[p*2*LANES + j]` for `i < rows`, `j < 2*LANES`.
     unsafe fn tile(rows: usize, args: TileArgs);
+
+    // Codes of quantized weights
+
+    /// `4 * LANES` bytes.
+    unsafe fn words(p: *const u8) -> Self::W;
+    /// The first `bytes` of `4 * LANES` bytes, of which no others are read; the rest is 0.
+    unsafe fn first_words(p: *const u8, bytes: usize) -> Self::W;
+    /// `(w & mask) ^ bits` of every word.
+    unsafe fn select_bits(w: Self::W, mask: u32, bits: u32) -> Self::W;
+    /// `a | b` of every word.
+    unsafe fn or(a: Self::W, b: Self::W) -> Self::W;
+    /// `w >> n` of every word, for `n < 32`.
+    unsafe fn shift_right(w: Self::W, n: u32) -> Self::W;
+    /// `w << n` of every word, for `n < 32`.
+    unsafe fn shift_left(w: Self::W, n: u32) -> Self::W;
+    /// `bits` in the words that are above `limit`, else 0; both sides are below 2^31.
+    unsafe fn bits_above(w: Self::W, limit: u32, bits: u32) -> Self::W;
+    /// Words read as f32.
+    unsafe fn as_floats(w: Self::W) -> Self::V;
+    /// Floats read as words.
+    unsafe fn as_words(v: Self::V) -> Self::W;
+    /// A table of the 16 elements behind `p`.
+    unsafe fn table(p: *const f32) -> Self::Table;
+    /// The elements that the lowest four bits of each word number.
+    unsafe fn lookup(table: Self::Table, w: Self::W) -> Self::V;
+    /// Lane `i` of the result is lane `index[i]` of `v`, for indices below `LANES`.
+    unsafe fn permute(v: Self::V, index: Self::W) -> Self::V;
+    /// Of the elements `a[0], a[1], .. b[0], b[1], ..`, those at even places and those at odd places.
+    unsafe fn deinterleave(a: Self::V, b: Self::V) -> (Self::V, Self::V);
+    /// The first `n <= LANES` of the elements behind `p`, of which no others are read; the other lanes are 0.
+    unsafe fn first_f32(p: *const f32, n: usize) -> Self::V;
+    /// As [`Simd::first_f32`], of halves.
+    unsafe fn first_f16(p: *const u16, n: usize) -> Self::V;
+    /// As [`Simd::first_f32`], of the upper halves of f32.
+    unsafe fn first_bf16(p: *const u16, n: usize) -> Self::V;
+    /// As [`Simd::first_f32`], of integers.
+    unsafe fn first_i8(p: *const i8, n: usize) -> Self::V;
 }

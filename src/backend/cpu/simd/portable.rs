@@ -11,6 +11,8 @@ pub struct Portable;
 
 impl Simd for Portable {
     type V = [f32; 4];
+    type W = [u32; 4];
+    type Table = [f32; 16];
     const LANES: usize = 4;
     const TILE_ROWS: usize = 4;
 
@@ -53,6 +55,10 @@ impl Simd for Portable {
         std::array::from_fn(|i| a[i] + b[i])
     }
     #[inline(always)]
+    unsafe fn sub(a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        std::array::from_fn(|i| a[i] - b[i])
+    }
+    #[inline(always)]
     unsafe fn mul(a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
         std::array::from_fn(|i| a[i] * b[i])
     }
@@ -85,5 +91,92 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn tile(rows: usize, args: TileArgs) {
         tile_by_rows!(Portable, rows, args, , [1, 2, 3, 4])
+    }
+    #[inline(always)]
+    unsafe fn words(p: *const u8) -> [u32; 4] {
+        // SAFETY: `p` has four words, read unaligned.
+        unsafe { p.cast::<[u32; 4]>().read_unaligned() }.map(u32::from_le)
+    }
+    #[inline(always)]
+    unsafe fn first_words(p: *const u8, bytes: usize) -> [u32; 4] {
+        let mut all = [0u8; 16];
+        for (i, byte) in all.iter_mut().enumerate().take(bytes) {
+            // SAFETY: `p` has `bytes` bytes.
+            *byte = unsafe { *p.add(i) };
+        }
+        std::array::from_fn(|i| u32::from_le_bytes([all[4 * i], all[4 * i + 1], all[4 * i + 2], all[4 * i + 3]]))
+    }
+    #[inline(always)]
+    unsafe fn select_bits(w: [u32; 4], mask: u32, bits: u32) -> [u32; 4] {
+        w.map(|w| (w & mask) ^ bits)
+    }
+    #[inline(always)]
+    unsafe fn or(a: [u32; 4], b: [u32; 4]) -> [u32; 4] {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    unsafe fn shift_right(w: [u32; 4], n: u32) -> [u32; 4] {
+        w.map(|w| w >> n)
+    }
+    #[inline(always)]
+    unsafe fn shift_left(w: [u32; 4], n: u32) -> [u32; 4] {
+        w.map(|w| w << n)
+    }
+    #[inline(always)]
+    unsafe fn bits_above(w: [u32; 4], limit: u32, bits: u32) -> [u32; 4] {
+        w.map(|w| if w > limit { bits } else { 0 })
+    }
+    #[inline(always)]
+    unsafe fn as_floats(w: [u32; 4]) -> [f32; 4] {
+        w.map(f32::from_bits)
+    }
+    #[inline(always)]
+    unsafe fn as_words(v: [f32; 4]) -> [u32; 4] {
+        v.map(f32::to_bits)
+    }
+    #[inline(always)]
+    unsafe fn table(p: *const f32) -> [f32; 16] {
+        // SAFETY: `p` has 16 elements, read unaligned.
+        unsafe { p.cast::<[f32; 16]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: [f32; 16], w: [u32; 4]) -> [f32; 4] {
+        w.map(|w| table[(w & 15) as usize])
+    }
+    #[inline(always)]
+    unsafe fn permute(v: [f32; 4], index: [u32; 4]) -> [f32; 4] {
+        index.map(|i| v[(i & 3) as usize])
+    }
+    #[inline(always)]
+    unsafe fn deinterleave(a: [f32; 4], b: [f32; 4]) -> ([f32; 4], [f32; 4]) {
+        ([a[0], a[2], b[0], b[2]], [a[1], a[3], b[1], b[3]])
+    }
+    #[inline(always)]
+    unsafe fn first_f32(p: *const f32, n: usize) -> [f32; 4] {
+        // SAFETY: elements below `n` are there, read unaligned.
+        std::array::from_fn(|i| {
+            if i < n {
+                unsafe { p.add(i).read_unaligned() }
+            } else {
+                0.0
+            }
+        })
+    }
+    #[inline(always)]
+    unsafe fn first_f16(p: *const u16, n: usize) -> [f32; 4] {
+        // SAFETY: elements below `n` are there, read unaligned.
+        let bits = |i: usize| if i < n { unsafe { p.add(i).read_unaligned() } } else { 0 };
+        std::array::from_fn(|i| f16::from_bits(bits(i)).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn first_bf16(p: *const u16, n: usize) -> [f32; 4] {
+        // SAFETY: elements below `n` are there, read unaligned.
+        let bits = |i: usize| if i < n { unsafe { p.add(i).read_unaligned() } } else { 0 };
+        std::array::from_fn(|i| f32::from_bits(u32::from(bits(i)) << 16))
+    }
+    #[inline(always)]
+    unsafe fn first_i8(p: *const i8, n: usize) -> [f32; 4] {
+        // SAFETY: elements below `n` are there.
+        std::array::from_fn(|i| if i < n { f32::from(unsafe { *p.add(i) }) } else { 0.0 })
     }
 }

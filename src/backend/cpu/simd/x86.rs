@@ -10,6 +10,8 @@ pub struct Avx512;
 
 impl Simd for Avx512 {
     type V = __m512;
+    type W = __m512i;
+    type Table = __m512;
     const LANES: usize = 16;
     const TILE_ROWS: usize = 14;
 
@@ -53,6 +55,11 @@ impl Simd for Avx512 {
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
         // SAFETY: registers only, and AVX-512 is there.
         unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: registers only, and AVX-512 is there.
+        unsafe { _mm512_sub_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn mul(a: __m512, b: __m512) -> __m512 {
@@ -123,6 +130,107 @@ impl Simd for Avx512 {
             [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
         )
     }
+    #[inline(always)]
+    unsafe fn words(p: *const u8) -> __m512i {
+        // SAFETY: `p` has a vector of words (unaligned load), and AVX-512 is there.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn first_words(p: *const u8, bytes: usize) -> __m512i {
+        // SAFETY: the masked load reads `bytes` bytes, and AVX-512 is there.
+        unsafe { _mm512_maskz_loadu_epi8(first(bytes), p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn select_bits(w: __m512i, mask: u32, bits: u32) -> __m512i {
+        // SAFETY: registers only, and AVX-512 is there.
+        unsafe { _mm512_ternarylogic_epi32::<0x6a>(w, _mm512_set1_epi32(mask as i32), _mm512_set1_epi32(bits as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: registers only, and AVX-512 is there.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn shift_right(w: __m512i, n: u32) -> __m512i {
+        // SAFETY: registers only, and AVX-512 is there.
+        unsafe { _mm512_srl_epi32(w, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn shift_left(w: __m512i, n: u32) -> __m512i {
+        // SAFETY: registers only, and AVX-512 is there.
+        unsafe { _mm512_sll_epi32(w, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn bits_above(w: __m512i, limit: u32, bits: u32) -> __m512i {
+        // SAFETY: registers only, and AVX-512 is there.
+        unsafe { _mm512_maskz_set1_epi32(_mm512_cmpgt_epi32_mask(w, _mm512_set1_epi32(limit as i32)), bits as i32) }
+    }
+    #[inline(always)]
+    unsafe fn as_floats(w: __m512i) -> __m512 {
+        // SAFETY: registers only, and AVX-512 is there.
+        unsafe { _mm512_castsi512_ps(w) }
+    }
+    #[inline(always)]
+    unsafe fn as_words(v: __m512) -> __m512i {
+        // SAFETY: registers only, and AVX-512 is there.
+        unsafe { _mm512_castps_si512(v) }
+    }
+    #[inline(always)]
+    unsafe fn table(p: *const f32) -> __m512 {
+        // SAFETY: `p` has 16 elements (unaligned load), and AVX-512 is there.
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: __m512, w: __m512i) -> __m512 {
+        // SAFETY: registers only, and AVX-512 is there.
+        unsafe { _mm512_permutexvar_ps(w, table) }
+    }
+    #[inline(always)]
+    unsafe fn permute(v: __m512, index: __m512i) -> __m512 {
+        // SAFETY: registers only, and AVX-512 is there.
+        unsafe { _mm512_permutexvar_ps(index, v) }
+    }
+    #[inline(always)]
+    unsafe fn deinterleave(a: __m512, b: __m512) -> (__m512, __m512) {
+        // SAFETY: registers only, and AVX-512 is there.
+        unsafe {
+            let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+            let odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+            (_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b))
+        }
+    }
+    #[inline(always)]
+    unsafe fn first_f32(p: *const f32, n: usize) -> __m512 {
+        // SAFETY: the masked load reads `n` elements, and AVX-512 is there.
+        unsafe { _mm512_maskz_loadu_ps(first(n) as u16, p) }
+    }
+    #[inline(always)]
+    unsafe fn first_f16(p: *const u16, n: usize) -> __m512 {
+        // SAFETY: the masked load reads `n` elements, and AVX-512 is there.
+        unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn first_bf16(p: *const u16, n: usize) -> __m512 {
+        // SAFETY: the masked load reads `n` elements, and AVX-512 is there.
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn first_i8(p: *const i8, n: usize) -> __m512 {
+        // SAFETY: the masked load reads `n` elements, and AVX-512 is there.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n) as u16, p))) }
+    }
+}
+
+/// The mask of the first `n` of 64.
+#[inline(always)]
+fn first(n: usize) -> u64 {
+    match n {
+        64.. => u64::MAX,
+        _ => (1 << n) - 1,
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -130,6 +238,8 @@ pub struct Avx2;
 
 impl Simd for Avx2 {
     type V = __m256;
+    type W = __m256i;
+    type Table = [__m256; 2];
     const LANES: usize = 8;
     const TILE_ROWS: usize = 6;
 
@@ -170,6 +280,11 @@ impl Simd for Avx2 {
     unsafe fn add(a: __m256, b: __m256) -> __m256 {
         // SAFETY: registers only, and AVX2 is there.
         unsafe { _mm256_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: registers only, and AVX2 is there.
+        unsafe { _mm256_sub_ps(a, b) }
     }
     #[inline(always)]
     unsafe fn mul(a: __m256, b: __m256) -> __m256 {
@@ -228,5 +343,163 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn tile(rows: usize, args: TileArgs) {
         tile_by_rows!(Avx2, rows, args, "avx2,fma,f16c", [1, 2, 3, 4, 5, 6])
+    }
+    #[inline(always)]
+    unsafe fn words(p: *const u8) -> __m256i {
+        // SAFETY: `p` has a vector of words (unaligned load), and AVX2 is there.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn first_words(p: *const u8, bytes: usize) -> __m256i {
+        let mut all = [0u8; 32];
+        // SAFETY: `p` has `bytes` bytes, at most 32 by the contract; AVX2 is there.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, all.as_mut_ptr(), bytes.min(32));
+            _mm256_loadu_si256(all.as_ptr().cast())
+        }
+    }
+    #[inline(always)]
+    unsafe fn select_bits(w: __m256i, mask: u32, bits: u32) -> __m256i {
+        // SAFETY: registers only, and AVX2 is there.
+        unsafe {
+            _mm256_xor_si256(
+                _mm256_and_si256(w, _mm256_set1_epi32(mask as i32)),
+                _mm256_set1_epi32(bits as i32),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn or(a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: registers only, and AVX2 is there.
+        unsafe { _mm256_or_si256(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn shift_right(w: __m256i, n: u32) -> __m256i {
+        // SAFETY: registers only, and AVX2 is there.
+        unsafe { _mm256_srl_epi32(w, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn shift_left(w: __m256i, n: u32) -> __m256i {
+        // SAFETY: registers only, and AVX2 is there.
+        unsafe { _mm256_sll_epi32(w, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn bits_above(w: __m256i, limit: u32, bits: u32) -> __m256i {
+        // SAFETY: registers only, and AVX2 is there.
+        unsafe {
+            _mm256_and_si256(
+                _mm256_cmpgt_epi32(w, _mm256_set1_epi32(limit as i32)),
+                _mm256_set1_epi32(bits as i32),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn as_floats(w: __m256i) -> __m256 {
+        // SAFETY: registers only, and AVX2 is there.
+        unsafe { _mm256_castsi256_ps(w) }
+    }
+    #[inline(always)]
+    unsafe fn as_words(v: __m256) -> __m256i {
+        // SAFETY: registers only, and AVX2 is there.
+        unsafe { _mm256_castps_si256(v) }
+    }
+    #[inline(always)]
+    unsafe fn table(p: *const f32) -> [__m256; 2] {
+        // SAFETY: `p` has 16 elements (unaligned load), and AVX2 is there.
+        unsafe { [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))] }
+    }
+    #[inline(always)]
+    unsafe fn lookup(table: [__m256; 2], w: __m256i) -> __m256 {
+        // SAFETY: registers only, and AVX2 is there.
+        unsafe {
+            // Each half by the lowest three bits; the fourth, moved to the sign, chooses.
+            let [low, high] = table.map(|half| _mm256_permutevar8x32_ps(half, w));
+            _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(w)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn permute(v: __m256, index: __m256i) -> __m256 {
+        // SAFETY: registers only, and AVX2 is there.
+        unsafe { _mm256_permutevar8x32_ps(v, index) }
+    }
+    #[inline(always)]
+    unsafe fn deinterleave(a: __m256, b: __m256) -> (__m256, __m256) {
+        // SAFETY: registers only, and AVX2 is there.
+        unsafe {
+            let (low, high) = (
+                _mm256_permute2f128_ps::<0x20>(a, b),
+                _mm256_permute2f128_ps::<0x31>(a, b),
+            );
+            // Of a = a0..a7 and b: [a0..a3, b0..b3] and [a4..a7, b4..b7]; the shuffle takes pairs from each in turn.
+            let even = _mm256_shuffle_ps::<0x88>(low, high);
+            let odd = _mm256_shuffle_ps::<0xdd>(low, high);
+            (even, odd)
+        }
+    }
+    #[inline(always)]
+    unsafe fn first_f32(p: *const f32, n: usize) -> __m256 {
+        // SAFETY: as many elements as are read are there by the contract, and AVX2 is.
+        unsafe {
+            match n {
+                8 => _mm256_loadu_ps(p),
+                4 => _mm256_zextps128_ps256(_mm_loadu_ps(p)),
+                2 => _mm256_zextps128_ps256(_mm_castsi128_ps(_mm_loadl_epi64(p.cast()))),
+                1 => _mm256_zextps128_ps256(_mm_load_ss(p)),
+                _ => {
+                    let mut all = [0f32; 8];
+                    std::ptr::copy_nonoverlapping(p.cast::<u8>(), all.as_mut_ptr().cast(), 4 * n.min(8));
+                    _mm256_loadu_ps(all.as_ptr())
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn first_f16(p: *const u16, n: usize) -> __m256 {
+        // SAFETY: the contract of `first_halves`; AVX2 is there.
+        unsafe { _mm256_cvtph_ps(first_halves(p, n)) }
+    }
+    #[inline(always)]
+    unsafe fn first_bf16(p: *const u16, n: usize) -> __m256 {
+        // SAFETY: the contract of `first_halves`; AVX2 is there.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(first_halves(p, n)))) }
+    }
+    #[inline(always)]
+    unsafe fn first_i8(p: *const i8, n: usize) -> __m256 {
+        // SAFETY: as many elements as are read are there by the contract, and AVX2 is.
+        unsafe {
+            let bytes = match n {
+                4 => i64::from(p.cast::<u32>().read_unaligned()),
+                2 => i64::from(p.cast::<u16>().read_unaligned()),
+                1 => i64::from(p.cast::<u8>().read()),
+                _ => {
+                    let mut all = [0u8; 8];
+                    std::ptr::copy_nonoverlapping(p.cast::<u8>(), all.as_mut_ptr(), n.min(8));
+                    i64::from_le_bytes(all)
+                }
+            };
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes)))
+        }
+    }
+}
+
+/// The first `n <= 8` of the halves behind `p`, of which no others are read; the rest is 0.
+///
+/// # Safety
+/// `p` has `n` halves, of any alignment.
+#[inline(always)]
+unsafe fn first_halves(p: *const u16, n: usize) -> __m128i {
+    // SAFETY: as many halves as are read are there by the contract; SSE2 is part of x86-64.
+    unsafe {
+        match n {
+            8 => _mm_loadu_si128(p.cast()),
+            4 => _mm_loadl_epi64(p.cast()),
+            2 => _mm_cvtsi32_si128(p.cast::<i32>().read_unaligned()),
+            1 => _mm_cvtsi32_si128(i32::from(p.read_unaligned())),
+            _ => {
+                let mut all = [0u16; 8];
+                std::ptr::copy_nonoverlapping(p.cast::<u8>(), all.as_mut_ptr().cast(), 2 * n.min(8));
+                _mm_loadu_si128(all.as_ptr().cast())
+            }
+        }
     }
 }

@@ -1,0 +1,243 @@
+//! Quantized weights as kernels read them.
+//!
+//! Takes a quantized [`Constant`] of two axes, `[out, in]`, and gives a [`QuantizedMatrix`]: codes where they lie (in a
+//! mapped file, if they are stored in this order there), scales where they lie unless they are quantized themselves, zero
+//! points as one byte each. [`QuantizedWeights`] keeps what was made, so that programs of one device share it, and a weight
+//! that is embedding and head is there once.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex};
+
+use super::kernels::quantized::{Format, QuantizedRows};
+use crate::graph::{Constant, ConstantError};
+use crate::tensor::quantized::Granularity;
+use crate::tensor::{DType, Numbers, Tensor, packed};
+
+/// A matrix `[rows, depth]` of codes. What the fields mean is said in [`QuantizedRows`].
+pub struct QuantizedMatrix {
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Option<Vec<i8>>,
+    format: Format,
+    center: f32,
+    numbers: Box<[f32; 256]>,
+    block: [usize; 2],
+    strides: [usize; 2],
+}
+
+impl QuantizedMatrix {
+    /// Whether a constant is quantized with codes that kernels read: all but i32.
+    pub fn takes(constant: &Constant) -> bool {
+        let parts = constant.as_quantized();
+        parts.is_some_and(|parts| format(parts.codes.dtype()).is_some())
+    }
+
+    /// The matrix of a constant of two axes that [`QuantizedMatrix::takes`].
+    fn new(constant: &Constant) -> Result<QuantizedMatrix, ConstantError> {
+        let parts = constant.as_quantized().expect("quantized, as `takes` says");
+        let (codes, scales) = (parts.codes.materialize()?, parts.scales.materialize()?);
+        let zero_points = parts.zero_points.map(Constant::materialize).transpose()?;
+        let dtype = codes.dtype();
+        let format = format(dtype).expect("a format, as `takes` says");
+        let (rows, depth) = (codes.shape()[0], codes.shape()[1]);
+        let (block, strides) = match parts.granularity {
+            Granularity::Tensor => ([rows, depth], [0, 0]),
+            Granularity::Channel { axis: 0 } => ([1, depth], [1, 0]),
+            Granularity::Channel { .. } => ([rows, 1], [0, 1]),
+            Granularity::Block { axis: 0, size } => ([size, 1], [depth, 1]),
+            Granularity::Block { size, .. } => ([1, size], [depth / size, 1]),
+        };
+        let Centered { center, zeros } = centered(format, zero_points.as_ref());
+        // Every code there is, of the dtype's own meaning.
+        let count = 1usize << format.bits();
+        let all: Vec<u8> = (0..count).map(|code| code as u8).collect();
+        let all = match format.bits() {
+            8 => all,
+            bits => packed::pack(&all, bits),
+        };
+        let all = Tensor::new(dtype, vec![count], all.into()).expect("a byte or less for each");
+        let mut numbers = Box::new([0f32; 256]);
+        let half = if dtype.numbers() == Numbers::Signed {
+            (count / 2) as f32
+        } else {
+            0.0
+        };
+        for (number, value) in numbers.iter_mut().zip(all.to_f32()) {
+            *number = value + half - center;
+        }
+        Ok(QuantizedMatrix {
+            codes,
+            scales,
+            zeros,
+            format,
+            center,
+            numbers,
+            // A block of all rows is one of each row by itself whose scales lie 0 apart.
+            block: [if strides[0] == 0 { 1 } else { block[0] }, block[1]].map(|size| size.max(1)),
+            strides,
+        })
+    }
+
+    /// Rows: of a linear layer, its outputs.
+    pub fn rows(&self) -> usize {
+        self.codes.shape()[0]
+    }
+    /// Elements of a row.
+    pub fn depth(&self) -> usize {
+        self.codes.shape()[1]
+    }
+    /// How codes are read.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+    /// Bytes that a row takes, its scales and zero points included.
+    pub fn row_bytes(&self) -> usize {
+        let zeros = self.zeros.as_ref().map_or(0, Vec::len);
+        (self.codes.data().len() + self.scales.data().len() + zeros).div_ceil(self.rows().max(1))
+    }
+    /// The matrix for kernels, which is valid for as long as this is.
+    pub fn kernel(&self) -> QuantizedRows {
+        QuantizedRows {
+            codes: self.codes.data().as_ptr(),
+            format: self.format,
+            depth: self.depth(),
+            center: self.center,
+            numbers: self.numbers.as_ptr(),
+            block: self.block,
+            scales: self.scales.data().as_ptr(),
+            scale_storage: self.scales.dtype(),
+            strides: self.strides,
+            zeros: self.zeros.as_ref().map_or(std::ptr::null(), |zeros| zeros.as_ptr()),
+        }
+    }
+}
+
+impl fmt::Debug for QuantizedMatrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "QuantizedMatrix({:?} by {:?} in {:?})",
+            self.codes, self.scales, self.block
+        )
+    }
+}
+
+/// How codes of a dtype are read; `None` if kernels do not read them.
+fn format(dtype: DType) -> Option<Format> {
+    match (dtype, dtype.numbers(), dtype.bits()) {
+        (DType::F8E4M3Fn, ..) => Some(Format::F8E4M3Fn),
+        (DType::F8E5M2, ..) => Some(Format::F8E5M2),
+        (_, Numbers::Signed, bits @ (2 | 4 | 8)) => Some(Format::Integer { bits, signed: true }),
+        (_, Numbers::Unsigned, bits @ (2 | 4 | 8)) => Some(Format::Integer { bits, signed: false }),
+        (_, Numbers::Signed | Numbers::Unsigned | Numbers::Bool, _) => None,
+        (_, _, 4) => Some(Format::Numbered),
+        _ => None,
+    }
+}
+
+struct Centered {
+    /// What codes are relative to, in the order of their numbers from 0 on.
+    center: f32,
+    /// Of every block, its zero point minus the center; `None` if all are 0.
+    zeros: Option<Vec<i8>>,
+}
+
+/// Zero points that are all the same are the center.
+fn centered(format: Format, zero_points: Option<&Tensor>) -> Centered {
+    let Format::Integer { bits, signed } = format else {
+        return Centered {
+            center: 0.0,
+            zeros: None,
+        };
+    };
+    let half = 1i64 << (bits - 1);
+    let lowest = if signed { -half } else { 0 };
+    let values = zero_points.map_or_else(Vec::new, Tensor::to_i64);
+    let first = values.first().copied().unwrap_or(0);
+    if values.iter().all(|value| *value == first) {
+        let center = (first - lowest) as f32;
+        return Centered { center, zeros: None };
+    }
+    let zeros = values.iter().map(|value| (value - lowest - half) as i8).collect();
+    Centered {
+        center: half as f32,
+        zeros: Some(zeros),
+    }
+}
+
+/// The matrices made so far. What a matrix is made of is known by where its bytes lie, and kept with it.
+#[derive(Default)]
+pub struct QuantizedWeights {
+    made: Mutex<HashMap<String, (Constant, Arc<QuantizedMatrix>)>>,
+}
+
+impl QuantizedWeights {
+    /// The matrix of a constant of two axes that [`QuantizedMatrix::takes`].
+    pub fn get(&self, constant: &Constant) -> Result<Arc<QuantizedMatrix>, ConstantError> {
+        let identity = constant.identity();
+        let mut made = self.made.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some((_, matrix)) = made.get(&identity) {
+            return Ok(matrix.clone());
+        }
+        let matrix = Arc::new(QuantizedMatrix::new(constant)?);
+        made.insert(identity, (constant.clone(), matrix.clone()));
+        Ok(matrix)
+    }
+}
+
+impl fmt::Debug for QuantizedWeights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let made = self.made.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        write!(f, "QuantizedWeights({})", made.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn weight(shape: &[usize], granularity: Granularity) -> Constant {
+        let count: i64 = shape.iter().product::<usize>() as i64;
+        let codes = Tensor::from_i64_as(DType::U4, shape.to_vec(), &(0..count).collect::<Vec<_>>());
+        let of = granularity.scale_shape(shape).unwrap();
+        let scales = Tensor::from_f32(of.clone(), &vec![0.5; of.iter().product()]);
+        Constant::quantized(codes.into(), scales.into(), None, granularity).unwrap()
+    }
+
+    #[test]
+    fn codes_and_scales_are_read_where_they_lie_and_shared() {
+        let constant = weight(&[4, 32], Granularity::Block { axis: 1, size: 8 });
+        let weights = QuantizedWeights::default();
+        let matrix = weights.get(&constant).unwrap();
+        let parts = constant.as_quantized().unwrap();
+        let address = |part: &Constant| part.materialize().unwrap().data().as_ptr();
+        assert_eq!(matrix.codes.data().as_ptr(), address(parts.codes));
+        assert_eq!(matrix.scales.data().as_ptr(), address(parts.scales));
+        // The same movement twice gives one copy.
+        let turned = constant.transposed(&[1, 0]);
+        let again = constant.transposed(&[1, 0]);
+        assert!(Arc::ptr_eq(&weights.get(&constant.clone()).unwrap(), &matrix));
+        assert!(Arc::ptr_eq(
+            &weights.get(&turned).unwrap(),
+            &weights.get(&again).unwrap()
+        ));
+        assert_eq!(weights.made.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn zero_points_that_are_all_the_same_are_the_center() {
+        let four = Format::Integer { bits: 4, signed: false };
+        let signed = Format::Integer { bits: 4, signed: true };
+        let points = |dtype, values: &[i64]| Tensor::from_i64_as(dtype, vec![values.len()], values);
+        let of = |format, points: Option<&Tensor>| {
+            let Centered { center, zeros } = centered(format, points);
+            (center, zeros)
+        };
+        assert_eq!(of(four, None), (0.0, None));
+        assert_eq!(of(signed, None), (8.0, None));
+        assert_eq!(of(four, Some(&points(DType::U4, &[8, 8]))), (8.0, None));
+        assert_eq!(of(four, Some(&points(DType::U4, &[0, 15]))), (8.0, Some(vec![-8, 7])));
+        assert_eq!(of(signed, Some(&points(DType::I4, &[-8, 7]))), (8.0, Some(vec![-8, 7])));
+    }
+}
