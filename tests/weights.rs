@@ -14,6 +14,8 @@ mod lora;
 mod modules;
 #[path = "weights/quantized.rs"]
 mod quantized;
+#[path = "weights/quantized_checkpoints.rs"]
+mod quantized_checkpoints;
 #[path = "weights/read_only.rs"]
 mod read_only;
 #[path = "weights/refit.rs"]

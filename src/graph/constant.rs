@@ -10,6 +10,8 @@
 use std::fmt::{self, Write};
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use super::quantized::Quantized;
 use crate::help::Help;
 use crate::tensor::quantized::{Granularity, QuantizedError};
@@ -72,6 +74,8 @@ pub enum Transform {
     Offset(f64),
     /// Of codes, scales and, if there are three inputs, zero points: ONNX's `DequantizeLinear`, to the scales' dtype.
     Dequantize(Granularity),
+    /// Of tensors in a packing of another program's: see [`Constant::decoded`].
+    Decode(Decode),
     /// Of three matrices `w` `[out, in]`, `b` `[out, rank]`, `a` `[rank, in]`: `w + scale * b a`, in fp32.
     PlusProduct {
         /// Of the product.
@@ -79,6 +83,36 @@ pub enum Transform {
     },
     /// Of a matrix `[out, in]` and lengths `[out]`: every row scaled to its length (the Euclidean norm), in fp32.
     RowLengths,
+}
+
+/// How tensors of a file are read that another program packed in its own way.
+#[derive(Clone)]
+pub struct Decode {
+    /// For dumps.
+    name: &'static str,
+    read: Arc<DecodeFn>,
+}
+
+/// The elements of the result from the materialised inputs; as many bytes as its dtype and shape take.
+type DecodeFn = dyn Fn(&[Tensor]) -> Bytes + Send + Sync;
+
+impl Decode {
+    /// The bytes of the result.
+    pub(super) fn read(&self, inputs: &[Tensor]) -> Bytes {
+        (self.read)(inputs)
+    }
+}
+
+impl PartialEq for Decode {
+    fn eq(&self, other: &Decode) -> bool {
+        Arc::ptr_eq(&self.read, &other.read)
+    }
+}
+
+impl fmt::Debug for Decode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
 }
 
 /// Why a constant's bytes cannot be had.
@@ -288,10 +322,15 @@ impl Constant {
         Self::derive(vec![self.clone()], Transform::Reshape, self.dtype, shape)
     }
 
-    /// Elements converted, rounded to nearest even.
+    /// Elements converted, rounded to nearest even. Of a quantized weight that is to become another float the scales are
+    /// converted: the values are those of the new scales.
     pub fn cast(&self, dtype: DType) -> Self {
         if dtype == self.dtype {
             return self.clone();
+        }
+        let is_scale = dtype.is_float() && dtype != DType::F64;
+        if is_scale && let Some(cast) = self.moved(|parts| parts.with_scales(parts.scales.cast(dtype))) {
+            return cast;
         }
         Self::derive(vec![self.clone()], Transform::Cast, dtype, self.shape.clone())
     }
@@ -325,6 +364,19 @@ impl Constant {
             return joined;
         }
         Self::derive(parts.to_vec(), Transform::Concat { axis }, parts[0].dtype, shape)
+    }
+
+    /// What `read` makes of tensors that another program packed in its own way, when the bytes are needed. `name` says which
+    /// way; `read` must give the bytes that `dtype` and `shape` take.
+    pub fn decoded(
+        name: &'static str,
+        inputs: Vec<Constant>,
+        dtype: DType,
+        shape: Vec<usize>,
+        read: impl Fn(&[Tensor]) -> Bytes + Send + Sync + 'static,
+    ) -> Self {
+        let read = Arc::new(read);
+        Self::derive(inputs, Transform::Decode(Decode { name, read }), dtype, shape)
     }
 
     /// Every element times a number, in fp32.

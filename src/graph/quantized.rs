@@ -80,6 +80,11 @@ impl<'a> Quantized<'a> {
         }
     }
 
+    /// The same codes with other scales, of the same shape.
+    pub(super) fn with_scales(self, scales: Constant) -> Result<Constant, QuantizedError> {
+        Constant::quantized(self.codes.clone(), scales, self.zero_points.cloned(), self.granularity)
+    }
+
     /// Axes permuted as in ONNX `Transpose`; always possible. Panics unless `perm` is a permutation of the axes.
     pub fn transposed(self, perm: &[usize]) -> Result<Constant, QuantizedError> {
         let to = |axis: usize| perm.iter().position(|p| *p == axis).expect("a permutation of the axes");

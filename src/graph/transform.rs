@@ -20,6 +20,10 @@ pub(super) fn apply(derived: &Derived, dtype: DType, shape: &[usize]) -> Result<
         Transform::Offset(addend) => arithmetic(&input(0)?, |v| v + *addend as f32),
         Transform::PlusProduct { scale } => plus_product(&input(0)?, &input(1)?, &input(2)?, *scale),
         Transform::RowLengths => row_lengths(&input(0)?, &input(1)?),
+        Transform::Decode(decode) => {
+            let inputs = derived.inputs.iter().map(Constant::materialize);
+            decode.read(&inputs.collect::<Result<Vec<_>, _>>()?)
+        }
         Transform::Dequantize(granularity) => {
             let zero_points = derived.inputs.get(2).map(Constant::materialize).transpose()?;
             dequantize(&input(0)?, &input(1)?, zero_points.as_ref(), *granularity)

@@ -14,6 +14,7 @@ use crate::target::{Prefill, Refit, Target};
 use crate::tensor::DType;
 use crate::tensor::quantized::Granularity;
 use crate::tune::Tuning;
+use crate::weights::form::Form;
 use crate::weights::norm_parameter::NormParameter;
 use crate::weights::recipe::Recipe;
 use crate::weights::{StoredParts, StoredTensor, StoredWeight};
@@ -225,6 +226,19 @@ impl QuantizedEntry {
         parts
     }
 
+    /// What weights from elsewhere must be stored as.
+    pub fn form(&self) -> Form {
+        Form {
+            codes: self.codes.dtype,
+            granularity: self.granularity,
+            scales: match &self.scales {
+                ScalesEntry::Plain(_) => None,
+                ScalesEntry::Quantized(scales) => Some(Box::new(scales.form())),
+            },
+            zero_points: self.zero_points.is_some(),
+        }
+    }
+
     fn of(parts: StoredParts) -> QuantizedEntry {
         QuantizedEntry {
             granularity: parts.granularity,
@@ -241,14 +255,7 @@ impl QuantizedEntry {
 impl std::fmt::Display for QuantizedEntry {
     /// `u4 in blocks of 32 on axis 1 with zero points`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {}", self.codes.dtype, self.granularity)?;
-        if let ScalesEntry::Quantized(scales) = &self.scales {
-            write!(f, " with scales of {scales}")?;
-        }
-        match self.zero_points {
-            Some(_) => write!(f, " with zero points"),
-            None => Ok(()),
-        }
+        self.form().fmt(f)
     }
 }
 

@@ -28,6 +28,7 @@ use std::path::{Path, PathBuf};
 
 pub use error::PackageError;
 pub use manifest::Manifest;
+use manifest::QuantizedEntry;
 pub(crate) use plans::PlanCache;
 #[cfg(feature = "cli")]
 pub(crate) use refit::transposed_note;
@@ -269,6 +270,7 @@ impl Package {
             modules: w.modules.as_ref(),
             learned: w.learned.as_ref(),
             blake3: &w.blake3,
+            form: w.quantized.as_ref().map(QuantizedEntry::form),
         });
         Required {
             weights: weights.collect(),

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use super::content_hash;
 use super::recipe::Recipe;
 use crate::graph::Constant;
 use crate::tensor::DType;
@@ -33,7 +34,7 @@ impl<'a> Contents<'a> {
         }
     }
 
-    /// The tensors whose bytes in this dtype and shape have the BLAKE3, in hexadecimal.
+    /// The tensors whose contents in this dtype and shape have the hash, as [`content_hash`] has it.
     pub fn holding(&mut self, dtype: DType, shape: &[usize], blake3: &str) -> Vec<Holder> {
         let tensors = self.tensors;
         let hashed = self
@@ -79,12 +80,10 @@ fn hashes(tensors: &BTreeMap<String, Constant>, dtype: DType, shape: &[usize]) -
                 continue;
             }
             // What cannot be read is not found, and so reported as missing.
-            let Ok(tensor) = candidate.cast(dtype).materialize() else {
+            let Ok(hash) = content_hash(&candidate.cast(dtype)) else {
                 continue;
             };
-            let holders = found
-                .entry(blake3::hash(tensor.data()).to_hex().to_string())
-                .or_default();
+            let holders = found.entry(hash).or_default();
             // A symmetric matrix is its own transpose.
             if holders.last().is_none_or(|held| held.name != *name) {
                 holders.push(Holder {

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::checkpoint::{Convention, GPT_J, GPT2, HUGGING_FACE_OUTPUT_NORMS, LLAMA, TENSORRT_LLM, has_gate};
+use super::form::Form;
 use super::inverse::{Irreversible, undone};
 use super::model::{ModelWeight, ModelWeights, holds_the_same};
 use super::modules::is_norm_factor;
@@ -70,6 +71,14 @@ pub enum ExportError {
     /// Norms of a model whose checkpoints may hold their factor minus 1.
     #[error("whether a checkpoint of this model holds a norm's factor or the factor minus 1 is not known")]
     UnknownNorms,
+    /// Quantized weights, for a format whose quantization is another.
+    #[error("{name:?} is quantized ({form}), and a checkpoint for TensorRT-LLM is written of floats alone")]
+    Quantized {
+        /// Of the weight.
+        name: String,
+        /// How.
+        form: Form,
+    },
     /// What the graph computes and the format's models do not.
     #[error("TensorRT-LLM has no model for this graph: {}", reasons.join("; "))]
     NoArchitecture {
@@ -90,6 +99,9 @@ impl Help for ExportError {
                  their numbers"
                     .to_string(),
             ),
+            ExportError::Quantized { .. } => {
+                Some("export the package of the model that is not quantized, and quantize it there".to_string())
+            }
             ExportError::UnknownNorms => Some(
                 "convert with the model's config.json beside the export, or refit once from a checkpoint with one"
                     .to_string(),
@@ -109,6 +121,12 @@ pub fn export(
     format: Format,
     folder: &Path,
 ) -> Result<usize, ExportError> {
+    if format == Format::TensorRtLlm
+        && let Some((weight, form)) = model.iter().find_map(|w| Some((w, Form::of(&w.constant)?)))
+    {
+        let name = weight.name.clone();
+        return Err(ExportError::Quantized { name, form });
+    }
     let modules = modules(model, format, norms)?;
     let tensors = named(&modules, format)?;
     let config = match format {

@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use super::content_hash;
 use super::contents::Contents;
+use super::form::{self, conformed};
 use super::lora::{Adapter, Change};
 use super::matching::{Matched, Misfit, Required, RequiredWeight, rows_of_modules};
 use super::model::{LeafError, ModelWeight, NameKind, holds_the_same};
@@ -143,6 +144,8 @@ impl<'a> Matcher<'a> {
             match self.find_by_leaves(weight, kind, recipe) {
                 Ok(Some(matched)) => return Ok(matched),
                 Ok(None) => {}
+                // Another name would give the weight without the change.
+                Err(wrong) if weight.form.is_some() && self.is_changed(kind, recipe) => return Err(wrong),
                 Err(wrong) if misfits.is_empty() => misfits = wrong,
                 Err(_) => {}
             }
@@ -194,13 +197,14 @@ impl<'a> Matcher<'a> {
         if constant.shape() != weight.shape || unlike {
             return None;
         }
+        let conforming = conformed(&constant.cast(weight.dtype), weight.form.as_ref()).ok()?;
         let name = constant.origin().unwrap_or(&found.name).to_string();
         self.used.insert(name.clone());
         self.used_weights.insert(found.name.clone());
         let leaves = found.modules.iter().flat_map(Recipe::leaves);
         self.used_modules.extend(leaves.map(|leaf| leaf.name.to_string()));
         Some(Matched {
-            constant: constant.cast(weight.dtype),
+            constant: conforming,
             from: vec![name],
             learned: found.learned.clone(),
         })
@@ -264,8 +268,15 @@ impl<'a> Matcher<'a> {
         };
         debug_assert_eq!(constant.shape(), weight.shape, "{}", weight.name);
         self.used.extend(from.iter().cloned());
+        let constant = conformed(&constant.cast(weight.dtype), weight.form.as_ref()).map_err(|why| {
+            vec![Misfit {
+                weight: weight.name.to_string(),
+                tensor: from.join(" + "),
+                why,
+            }]
+        })?;
         Ok(Some(Matched {
-            constant: constant.cast(weight.dtype),
+            constant,
             from,
             learned: None,
         }))
@@ -296,6 +307,19 @@ impl<'a> Matcher<'a> {
         let recipe = contents.recipe(held);
         if let Some(misfit) = self.turned_change(weight, &recipe) {
             return Err(vec![misfit]);
+        }
+        if let Some((target, _)) = self.adapter.and_then(|a| a.change_of(&held.name))
+            && let Some(constant) = self.source.tensors.get(&held.name)
+            && constant.as_quantized().is_some()
+        {
+            let why = quantized_base(constant, &target);
+            self.changed.insert(target);
+            self.used.insert(held.name.clone());
+            return Err(vec![Misfit {
+                weight: weight.name.to_string(),
+                tensor: held.name.clone(),
+                why,
+            }]);
         }
         let mut tensor = |leaf: Leaf<'_>| {
             let constant = self.source.tensors.get(leaf.name)?;
@@ -344,8 +368,28 @@ impl<'a> Matcher<'a> {
             NameKind::Module => self.module(leaf.name)?,
             _ => self.named(kind, leaf.name)?,
         };
-        let change = self.change_of(kind, leaf.name);
-        Ok(found.map(|(name, constant)| (name, self.changed(&constant, change))))
+        let Some((name, constant)) = found else { return Ok(None) };
+        if self.source.ordered.contains(&name) && !self.takes_order(leaf.name) {
+            let why = "its inputs are grouped in an order of their own (GPTQ's desc_act), and the package's layer takes them \
+                       as they come";
+            self.used.insert(name.clone());
+            return Err((name, why.to_string()));
+        }
+        match self.change_of(kind, leaf.name) {
+            Some((target, _)) if constant.as_quantized().is_some() => {
+                let why = quantized_base(&constant, &target);
+                self.changed.insert(target);
+                self.used.insert(name.clone());
+                Err((name, why))
+            }
+            change => Ok(Some((name, self.changed(&constant, change)))),
+        }
+    }
+
+    /// Whether the package has the order of inputs of a module, as another weight.
+    fn takes_order(&self, module: &str) -> bool {
+        let layer = module.strip_suffix(".weight");
+        layer.is_some_and(|layer| self.rows.contains_key(&format!("{layer}.order")))
     }
 
     fn module(&mut self, module: &str) -> Found {
@@ -441,6 +485,15 @@ impl<'a> Matcher<'a> {
 /// In fp32, as exporters add it.
 fn plus_one(constant: &Constant) -> Constant {
     constant.cast(DType::F32).offset(1.0)
+}
+
+/// Why an adapter's change cannot be merged into codes.
+fn quantized_base(constant: &Constant, target: &str) -> String {
+    format!(
+        "the adapter changes {target}, and it is quantized ({}): the sum would have to be rounded to codes again; merge the \
+         adapter into the floating-point model and quantize that",
+        form::described(constant)
+    )
 }
 
 /// Whether an exporter numbered a value that it had no name for.

@@ -6,6 +6,7 @@ use std::fmt;
 
 use super::checkpoint::has_gate;
 use super::contents::Contents;
+use super::form::Form;
 use super::lora::Adapter;
 use super::matcher::Matcher;
 use super::norm_parameter::NormParameter;
@@ -16,7 +17,7 @@ use crate::help::Help;
 use crate::tensor::DType;
 
 /// A weight of a package, as far as it matters here.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RequiredWeight<'a> {
     /// In the package.
     pub name: &'a str,
@@ -32,6 +33,8 @@ pub struct RequiredWeight<'a> {
     pub learned: Option<&'a Recipe>,
     /// Of the bytes it had, in hexadecimal; empty if it never had any.
     pub blake3: &'a str,
+    /// How its codes are stored; `None` if it is not quantized.
+    pub form: Option<Form>,
 }
 
 /// The weights of a package, and what else of it decides which tensors they are.

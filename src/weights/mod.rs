@@ -8,6 +8,8 @@
 //! - [`modules`] says what each is in the model, whatever it is called, and [`checkpoint`] what others call that;
 //! - [`model`] keeps these recipes with the weights of a model, and takes weights apart again; [`norm_parameter`] says what
 //!   checkpoints hold of norms;
+//! - [`form`] says how each is stored, as floats or as codes of some kind, and keeps that;
+//! - `quantized_checkpoint` puts weights together that other programs pack in their own ways;
 //! - [`source`] opens an export, a checkpoint or a package; [`matching`] finds every weight in it, by its numbers where
 //!   neither recipe nor module does, and [`lora`] changes them on the way;
 //! - [`config`] refuses a checkpoint whose `config.json` describes another model;
@@ -22,6 +24,7 @@ pub mod config;
 mod contents;
 pub mod export;
 pub mod fingerprint;
+pub mod form;
 pub mod inverse;
 pub mod lora;
 mod matcher;
@@ -30,6 +33,7 @@ mod metadata;
 pub mod model;
 pub mod modules;
 pub mod norm_parameter;
+mod quantized_checkpoint;
 pub mod recipe;
 mod rotary;
 mod safetensors;

@@ -157,8 +157,8 @@ impl Recipe {
                     None => None,
                 },
             },
-            // Adapters are merged on the way into a package; no pass makes such a constant.
-            Transform::PlusProduct { .. } | Transform::RowLengths => return None,
+            // Adapters are merged, and checkpoints decoded, on the way into a package; no pass makes such a constant.
+            Transform::PlusProduct { .. } | Transform::RowLengths | Transform::Decode(_) => return None,
         })
     }
 

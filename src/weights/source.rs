@@ -2,7 +2,7 @@
 //!
 //! A [`WeightSource`] gives tensors by name and, where it can, by module (see [`super::modules`]). All bytes stay in mapped files.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,7 @@ use super::checkpoint::{CONVENTIONS, Convention, has_gate};
 use super::metadata;
 use super::model::{LeafError, ModelWeights, NameKind, architecture_hash};
 use super::norm_parameter::{self, NormParameter};
+use super::quantized_checkpoint;
 use crate::graph::{Constant, Graph};
 use crate::help::Help;
 use crate::passes::Architecture;
@@ -31,6 +32,8 @@ pub struct WeightSource {
     pub kind: String,
     /// By the names in the source.
     pub tensors: BTreeMap<String, Constant>,
+    /// Names of weights of a quantized checkpoint whose columns are in an order of their own.
+    pub ordered: BTreeSet<String>,
     /// What the `config.json` beside a checkpoint says of its norms.
     pub norms: Option<NormParameter>,
     names: Names,
@@ -134,9 +137,9 @@ impl WeightSource {
         }
         match path.extension().and_then(|e| e.to_str()) {
             Some("onnx") => WeightSource::export(path, context),
-            Some("safetensors") => Ok(WeightSource::checkpoint(path, safetensors(path)?)),
+            Some("safetensors") => WeightSource::checkpoint(path, safetensors(path)?),
             Some("json") if path.to_string_lossy().ends_with(".safetensors.index.json") => {
-                Ok(WeightSource::checkpoint(path, sharded(path)?))
+                WeightSource::checkpoint(path, sharded(path)?)
             }
             Some("bin" | "pt" | "pth" | "ckpt") => Err(SourceError::invalid(
                 path,
@@ -151,11 +154,11 @@ impl WeightSource {
     fn folder(path: &Path, context: &SourceContext) -> Result<WeightSource, SourceError> {
         let index = path.join(INDEX);
         if index.is_file() {
-            return Ok(WeightSource::checkpoint(path, sharded(&index)?));
+            return WeightSource::checkpoint(path, sharded(&index)?);
         }
         let single = path.join(SINGLE);
         if single.is_file() {
-            return Ok(WeightSource::checkpoint(path, safetensors(&single)?));
+            return WeightSource::checkpoint(path, safetensors(&single)?);
         }
         let mut of = HashMap::<&str, Vec<PathBuf>>::new();
         for entry in fs::read_dir(path).map_err(SourceError::io(path))? {
@@ -168,7 +171,7 @@ impl WeightSource {
         }
         let mut several = |extension: &str| of.remove(extension).unwrap_or_default();
         match (&several("safetensors")[..], &several("onnx")[..]) {
-            ([one], _) => Ok(WeightSource::checkpoint(path, safetensors(one)?)),
+            ([one], _) => WeightSource::checkpoint(path, safetensors(one)?),
             ([], [one]) => WeightSource::export(one, context),
             ([], []) => Err(SourceError::invalid(path, "holds no .safetensors and no .onnx")
                 .with_help("give the file, or a folder with one")),
@@ -183,7 +186,8 @@ impl WeightSource {
         }
     }
 
-    fn checkpoint(path: &Path, tensors: BTreeMap<String, Constant>) -> WeightSource {
+    fn checkpoint(path: &Path, mut tensors: BTreeMap<String, Constant>) -> Result<WeightSource, SourceError> {
+        let quantized = quantized_checkpoint::assemble(path, &mut tensors)?;
         // The convention that knows most of the names.
         let module_paths = [
             "embedding",
@@ -208,17 +212,22 @@ impl WeightSource {
             .into_iter()
             .max_by_key(|c| knows(c))
             .filter(|c| knows(c) > 0);
-        WeightSource {
+        let mut kind = best.map_or("a checkpoint of unknown names", |c| c.name).to_string();
+        if let Some(quantized) = &quantized {
+            kind += &format!(", {}", quantized.method);
+        }
+        Ok(WeightSource {
             path: path.to_path_buf(),
-            kind: best.map_or("a checkpoint of unknown names", |c| c.name).to_string(),
+            kind,
             tensors,
+            ordered: quantized.map(|quantized| quantized.ordered).unwrap_or_default(),
             norms: norm_parameter::of_config(if path.is_dir() {
                 path
             } else {
                 path.parent().unwrap_or(path)
             }),
             names: best.map_or(Names::None(None), Names::Checkpoint),
-        }
+        })
     }
 
     fn export(path: &Path, context: &SourceContext) -> Result<WeightSource, SourceError> {
@@ -266,6 +275,7 @@ impl WeightSource {
             path: path.to_path_buf(),
             kind: "an ONNX export".to_string(),
             tensors,
+            ordered: BTreeSet::new(),
             norms: None,
             names,
         })
@@ -278,6 +288,7 @@ impl WeightSource {
             path: path.to_path_buf(),
             kind: "a package".to_string(),
             tensors: tensors.collect(),
+            ordered: BTreeSet::new(),
             norms: None,
             names: Names::Model(Box::new(Model {
                 weights,

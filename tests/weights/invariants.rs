@@ -12,6 +12,7 @@ use lapidary::weights::matching::matched;
 use lapidary::weights::source::WeightSource;
 use lapidary::{ConvertOptions, Limits, SamplerSettings, Session, SessionOptions, Spec, convert};
 
+use crate::quantized::{Form, quantized_model};
 use crate::support::fixture;
 
 /// Every `model.onnx` below a folder, and every other `.onnx`.
@@ -187,4 +188,34 @@ fn packages_in_fp16() {
 #[test]
 fn packages_in_bf16() {
     check_everything(Some("bf16"));
+}
+
+/// Exports of quantized weights, made here of those that are not: in blocks with zero points, and in signed codes a row.
+#[test]
+fn packages_of_quantized_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut made = 0;
+    for name in [
+        "llama-optimum",
+        "gpt2-optimum",
+        "qwen3-dynamo-static",
+        "mistral-ort-genai",
+        "llama-ort-genai-fp16",
+    ] {
+        for (kind, form) in [("blocks", Form::Blocks), ("rows", Form::Rows)] {
+            let canonical = quantized_model(&fixture("exports").join(name).join("model.onnx"), form);
+            let to = folder.path().join(format!("{name}-{kind}"));
+            std::fs::create_dir(&to).unwrap();
+            lapidary::onnx::write(&canonical.graph, &to.join("model.onnx"), None).unwrap();
+            made += 1;
+        }
+    }
+    let counts = check_all(folder.path(), None);
+    assert!(counts.failures.is_empty(), "{:#?}", counts.failures);
+    assert!(
+        counts.packages == made && counts.checkpoints >= made,
+        "{}, {}",
+        counts.packages,
+        counts.checkpoints
+    );
 }

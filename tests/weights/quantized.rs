@@ -220,8 +220,17 @@ fn bad_scales_are_named_before_anything_is_written() {
     assert!(!path.exists());
 }
 
-/// A model whose matrices are quantized in blocks, or per channel where blocks do not divide.
-fn quantized_model(model: &Path) -> passes::Canonical {
+/// How [`quantized_model`] quantizes.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Form {
+    /// In blocks of 8 with zero points, or per channel where blocks do not divide.
+    Blocks,
+    /// In signed codes of 8 bits, a scale a row.
+    Rows,
+}
+
+/// A model whose matrices are quantized.
+pub fn quantized_model(model: &Path, form: Form) -> passes::Canonical {
     let options = passes::CanonicalizeOptions {
         max_positions: 64,
         ..passes::CanonicalizeOptions::default()
@@ -239,28 +248,38 @@ fn quantized_model(model: &Path) -> passes::Canonical {
             continue;
         };
         let (tensor, width) = (constant.materialize().unwrap(), constant.shape()[1]);
-        let granularity = match width.is_multiple_of(8) {
-            true => Granularity::Block { axis: 1, size: 8 },
-            false => Granularity::Channel { axis: 0 },
+        let in_blocks = form == Form::Blocks && width.is_multiple_of(8);
+        let (granularity, run) = match in_blocks {
+            true => (Granularity::Block { axis: 1, size: 8 }, 8),
+            false => (Granularity::Channel { axis: 0 }, width),
         };
-        let run = if width.is_multiple_of(8) { 8 } else { width };
+        let (dtype, most, zero) = match form {
+            Form::Blocks => (DType::U4, 7.0, 8),
+            Form::Rows => (DType::I8, 127.0, 0),
+        };
         let values = tensor.to_f32();
         let blocks = values.chunks(run);
-        let scales: Vec<f32> = blocks
+        let scales: Vec<f64> = blocks
             .clone()
-            .map(|block| block.iter().fold(1e-6f32, |most, v| most.max(v.abs())) / 7.0)
-            .collect();
-        let rounded = blocks.zip(&scales);
-        let codes: Vec<i64> = rounded
-            .flat_map(|(block, scale)| block.iter().map(move |v| (v / scale).round() as i64 + 8))
+            .map(|block| f64::from(block.iter().fold(1e-3f32, |largest, v| largest.max(v.abs())) / most))
             .collect();
         let shape = granularity.scale_shape(tensor.shape()).unwrap();
+        let scales = Tensor::from_f64_as(tensor.dtype(), shape.clone(), &scales);
+        let factors = scales.to_f32();
+        let rounded = blocks.zip(&factors);
+        let codes: Vec<i64> = rounded
+            .flat_map(|(block, scale)| {
+                block
+                    .iter()
+                    .map(move |v| (v / scale).round().clamp(-most, most) as i64 + zero)
+            })
+            .collect();
         let part = |tensor: Tensor, part: &str| Constant::tensor(tensor).with_origin(&format!("{origin}.{part}"));
-        let zeros = Tensor::from_i64_as(DType::U4, shape.clone(), &vec![8; scales.len()]);
+        let zeros = Tensor::from_i64_as(dtype, shape.clone(), &vec![zero; factors.len()]);
         let weight = Constant::quantized(
-            part(Tensor::from_i64_as(DType::U4, tensor.shape().to_vec(), &codes), "q"),
-            part(Tensor::from_f32(shape, &scales), "s"),
-            Some(part(zeros, "z")),
+            part(Tensor::from_i64_as(dtype, tensor.shape().to_vec(), &codes), "q"),
+            part(scales, "s"),
+            (zero != 0).then(|| part(zeros, "z")),
             granularity,
         );
         graph.set_constant(id, weight.unwrap());
@@ -268,7 +287,7 @@ fn quantized_model(model: &Path) -> passes::Canonical {
     canonical
 }
 
-fn write(target: &Path, canonical: &passes::Canonical) -> Result<Manifest, PackageError> {
+pub fn write(target: &Path, canonical: &passes::Canonical) -> Result<Manifest, PackageError> {
     let header = ManifestHeader {
         source: ExportFile {
             file: "model.onnx".into(),
@@ -299,7 +318,7 @@ fn parts(graph: &Graph) -> BTreeMap<String, Constant> {
 fn a_package_of_quantized_weights_is_whole_and_runs() {
     let folder = tempfile::tempdir().unwrap();
     let pkg = folder.path().join("pkg");
-    let canonical = quantized_model(&fixture("exports/llama-optimum/model.onnx"));
+    let canonical = quantized_model(&fixture("exports/llama-optimum/model.onnx"), Form::Blocks);
     let manifest = write(&pkg, &canonical).unwrap();
     let quantized: Vec<_> = manifest
         .weights

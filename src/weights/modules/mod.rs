@@ -17,6 +17,9 @@
 //! weight is the vector that normalised values are multiplied by; its recipe shows an addend only where the graph does
 //! ([`super::norm_parameter`] says what checkpoints hold).
 //!
+//! A quantized weight is a module as any other: the recipe says nothing of its codes, whose form a package keeps apart
+//! ([`super::form`]).
+//!
 //! What does not look like this has no module, and is then known by its name in the export only.
 
 mod feed_forward;
@@ -324,7 +327,8 @@ impl Reader<'_> {
                     arithmetic.push((1.0, addend));
                     Some(*of)
                 }
-                // A quantized weight would need a module for each of its parts.
+                // A module is quantized as a whole: its codes, scales and zero points are those of one weight.
+                Recipe::Dequantize { codes, .. } if is_whole(&codes) => None,
                 Recipe::Slice { .. } | Recipe::Concat { .. } | Recipe::Dequantize { .. } => return,
             };
         }
@@ -336,6 +340,15 @@ impl Reader<'_> {
             };
         }
         self.found.entry(value).or_insert(recipe);
+    }
+}
+
+/// Whether codes are all those of one tensor.
+fn is_whole(codes: &Recipe) -> bool {
+    match codes {
+        Recipe::Tensor { .. } => true,
+        Recipe::Transpose { of, .. } | Recipe::Reshape { of, .. } | Recipe::Cast { of, .. } => is_whole(of),
+        _ => false,
     }
 }
 
