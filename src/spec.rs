@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::help::Help;
 use crate::lower::LowerOptions;
 use crate::network::{Profile, WeightMode};
+use crate::passes::ActivationPolicy;
 use crate::target::{Precision, Prefill, Refit, Target};
 
 /// A file of `specs/`, or the flags of one run: whatever is `None` is left to the next layer.
@@ -27,6 +28,9 @@ pub struct Spec {
     pub refit: Option<Refit>,
     /// Element type of weights and caches; the export's if not given.
     pub dtype: Option<Precision>,
+    /// What becomes of activations that the export quantizes: rounded to what their codes stand for (`quantized`, the
+    /// default), or left in floating point (`float`).
+    pub activations: Option<ActivationPolicy>,
     /// Slots a cache can have.
     pub capacity: Option<Vec<usize>>,
     /// How a prompt is cut for engines.
@@ -117,6 +121,7 @@ impl Spec {
             capacity: self.capacity.or(below.capacity),
             prefill: self.prefill.or(below.prefill),
             one_engine: self.one_engine.or(below.one_engine),
+            activations: self.activations.or(below.activations),
             tokenizer: self.tokenizer.or(below.tokenizer),
             lowering: self.lowering.or(below.lowering),
             tuned: self.tuned.or(below.tuned),
@@ -178,6 +183,7 @@ impl Spec {
             weights,
             refit,
             dtype: self.dtype,
+            activations: self.activations.unwrap_or_default(),
             capacities,
             explicit_capacities,
             prefill,
@@ -202,6 +208,8 @@ pub struct Conversion {
     pub refit: Refit,
     /// `None`: as the export has it.
     pub dtype: Option<Precision>,
+    /// What becomes of activations that the export quantizes.
+    pub activations: ActivationPolicy,
     /// Ascending, not empty.
     pub capacities: Vec<usize>,
     /// The capacities were asked for, and not the defaults, which are cut to the model's context.

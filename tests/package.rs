@@ -43,6 +43,7 @@ fn facts(canonical: &passes::Canonical) -> ManifestHeader {
         capacities: vec![16, 64],
         prefill: Prefill::Chunks(vec![8]),
         passes: Vec::new(),
+        activations: Default::default(),
     }
 }
 

@@ -9,6 +9,7 @@ use super::value_checks::ValueChecks;
 use super::{Failure, info, print, words};
 use crate::convert::{ConvertOptions, convert};
 use crate::network::WeightMode;
+use crate::passes::ActivationPolicy;
 use crate::spec::{Conversion, Spec};
 use crate::target::{Precision, Prefill, Refit, Target};
 
@@ -35,6 +36,10 @@ pub struct Args {
     /// Element type of weights and caches [default: the export's]
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
+    /// What becomes of activations that the export quantizes: rounded as its codes say, or left in floating point [default:
+    /// quantized]
+    #[arg(long, value_parser = words::<ActivationPolicy>(&["quantized", "float"]))]
+    activations: Option<ActivationPolicy>,
     /// Sizes the cache can have, in tokens [default: 256,1024,4096, as far as the model's context reaches]
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
     capacity: Option<Vec<usize>>,
@@ -125,6 +130,7 @@ fn save_spec(path: &Path, conversion: &Conversion) -> Result<(), Failure> {
         weights: Some(conversion.weights),
         refit: Some(conversion.refit),
         dtype: conversion.dtype,
+        activations: Some(conversion.activations).filter(|policy| *policy != ActivationPolicy::default()),
         capacity: Some(conversion.capacities.clone()),
         prefill: Some(conversion.prefill.clone()),
         one_engine: conversion.one_engine.then_some(true),
@@ -142,6 +148,7 @@ fn conversion(args: &Args) -> Result<Conversion, Failure> {
         weights: args.weights,
         refit: args.refit,
         dtype: args.dtype,
+        activations: args.activations,
         capacity: args.capacity.clone(),
         prefill: args.prefill.clone(),
         one_engine: args.one_engine.then_some(true),

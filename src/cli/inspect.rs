@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::table::Table;
-use super::{Failure, bytes, print, print_json};
+use super::{Failure, bytes, print, print_json, words};
 use crate::convert::{ConvertError, examine};
 use crate::graph::{self, Definition, Graph, ValueId};
 use crate::lower;
 use crate::network::{Profile, WeightMode};
 use crate::onnx::{self, Exporter};
-use crate::passes::{self, Recognition};
+use crate::passes::{self, ActivationPolicy, Recognition};
 use crate::spec::Spec;
 use crate::target::Precision;
 
@@ -34,6 +34,9 @@ pub struct Args {
     /// Element type of the canonical graph and the network to dump
     #[arg(long, value_enum, requires = "dump")]
     dtype: Option<Precision>,
+    /// What becomes of quantized activations in the canonical graph and the network to dump
+    #[arg(long, requires = "dump", value_parser = words::<ActivationPolicy>(&["quantized", "float"]))]
+    activations: Option<ActivationPolicy>,
     #[arg(long, conflicts_with = "dump")]
     json: bool,
 }
@@ -130,6 +133,7 @@ fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
         dtype: args.dtype.map(Precision::dtype),
         max_positions: args.capacity,
         allow_overflow: false,
+        activations: args.activations.unwrap_or_default(),
     };
     let canonical = passes::canonicalize(graph, &options).map_err(|e| ConvertError::Pass {
         path: args.model.clone(),

@@ -82,6 +82,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             weights: manifest.weight_mode,
             refit: manifest.refit,
             dtype: None,
+            activations: manifest.activations.policy,
             capacities: manifest.capacities.clone(),
             explicit_capacities: true,
             prefill: manifest.prefill.clone(),

@@ -85,6 +85,7 @@ fn pass_options(model: &Path, conversion: &Conversion, allow_overflow: bool) -> 
         dtype: conversion.dtype.map(Precision::dtype),
         max_positions: last.unwrap_or_else(|| CanonicalizeOptions::default().max_positions),
         allow_overflow,
+        activations: conversion.activations,
     }
 }
 

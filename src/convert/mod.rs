@@ -156,6 +156,7 @@ pub fn convert(
         capacities: capacities.clone(),
         prefill: conversion.prefill.clone(),
         passes: canonical.report.iter().map(pass).collect(),
+        activations: canonical.activations.clone(),
     };
     let written = Writer::new(
         output,

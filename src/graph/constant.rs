@@ -14,7 +14,7 @@ use bytes::Bytes;
 
 use super::quantized::Quantized;
 use crate::help::Help;
-use crate::tensor::quantized::{Granularity, QuantizedError};
+use crate::tensor::quantized::{Granularity, QuantizedError, check_types};
 use crate::tensor::{DType, Tensor};
 
 /// A constant tensor, perhaps not computed yet. Cloning is cheap.
@@ -76,6 +76,21 @@ pub enum Transform {
     Dequantize(Granularity),
     /// Of tensors in a packing of another program's: see [`Constant::decoded`].
     Decode(Decode),
+    /// Of floats, scales and, if there are three inputs, zero points: the codes of the result's dtype, as ONNX's
+    /// `QuantizeLinear` makes them.
+    Quantize(Granularity),
+    /// Of unsigned codes of b bits: two's complement codes of the same width, each less by 2^(b-1), so that the middle of the
+    /// range becomes 0; of two's complement codes the reverse.
+    HalfRange,
+    /// Of packed 4-bit codes: the two halves of every byte exchanged, for files whose first code is in the high half.
+    SwapHalves,
+    /// Of a tensor and indices `[n]`: the slices of an axis in the order of the indices, as ONNX's `Gather` takes them.
+    Take {
+        /// Of the first input.
+        axis: usize,
+    },
+    /// Of a vector of integers: the indices that sort it, equal ones in their order; i64.
+    Order,
     /// Of three matrices `w` `[out, in]`, `b` `[out, rank]`, `a` `[rank, in]`: `w + scale * b a`, in fp32.
     PlusProduct {
         /// Of the product.
@@ -377,6 +392,84 @@ impl Constant {
     ) -> Self {
         let read = Arc::new(read);
         Self::derive(inputs, Transform::Decode(Decode { name, read }), dtype, shape)
+    }
+
+    /// Codes of these floats: see [`Transform::Quantize`].
+    pub fn quantize(
+        &self,
+        dtype: DType,
+        scales: Constant,
+        zero_points: Option<Constant>,
+        granularity: Granularity,
+    ) -> Result<Self, QuantizedError> {
+        let part = |part: &Constant| (part.dtype, part.shape.clone());
+        let (scale, zero) = (part(&scales), zero_points.as_ref().map(part));
+        check_types(
+            (dtype, &self.shape),
+            (scale.0, &scale.1),
+            zero.as_ref().map(|(dtype, shape)| (*dtype, &shape[..])),
+            granularity,
+        )?;
+        let inputs = [self.clone(), scales].into_iter().chain(zero_points).collect();
+        let shape = self.shape.clone();
+        Ok(Self::derive(inputs, Transform::Quantize(granularity), dtype, shape))
+    }
+
+    /// Codes moved by half their range, unsigned to signed ones or the reverse: see [`Transform::HalfRange`]. Panics unless
+    /// they are integers of at most 8 bits.
+    pub fn half_range_moved(&self) -> Self {
+        let dtype = match self.dtype {
+            DType::U8 => DType::I8,
+            DType::U4 => DType::I4,
+            DType::U2 => DType::I2,
+            DType::I8 => DType::U8,
+            DType::I4 => DType::U4,
+            DType::I2 => DType::U2,
+            other => panic!("{other} is no type of integer codes"),
+        };
+        // Moved back, they are what they were.
+        if let ConstantSource::Derived(derived) = &self.source
+            && derived.transform == Transform::HalfRange
+        {
+            return derived.inputs[0].clone();
+        }
+        Self::derive(vec![self.clone()], Transform::HalfRange, dtype, self.shape.clone())
+    }
+
+    /// The halves of every byte exchanged: see [`Transform::SwapHalves`]. Panics unless the codes have 4 bits and fill their
+    /// bytes.
+    pub fn halves_swapped(&self) -> Self {
+        assert!(
+            self.dtype.bits() == 4 && self.len().is_multiple_of(2),
+            "{self:?} has no halves to exchange"
+        );
+        if let ConstantSource::Derived(derived) = &self.source
+            && derived.transform == Transform::SwapHalves
+        {
+            return derived.inputs[0].clone();
+        }
+        Self::derive(
+            vec![self.clone()],
+            Transform::SwapHalves,
+            self.dtype,
+            self.shape.clone(),
+        )
+    }
+
+    /// Slices of an axis in another order: see [`Transform::Take`]. Panics unless the indices are a vector.
+    pub fn taken(&self, axis: usize, indices: &Constant) -> Self {
+        let [count] = indices.shape[..] else {
+            panic!("no vector of indices: {:?}", indices.shape);
+        };
+        let mut shape = self.shape.clone();
+        shape[axis] = count;
+        let inputs = vec![self.clone(), indices.clone()];
+        Self::derive(inputs, Transform::Take { axis }, self.dtype, shape)
+    }
+
+    /// The indices that sort a vector: see [`Transform::Order`].
+    pub fn order(&self) -> Self {
+        Self::derive(vec![self.clone()], Transform::Order, DType::I64, self.shape.clone())
     }
 
     /// Every element times a number, in fp32.

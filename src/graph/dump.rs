@@ -177,7 +177,8 @@ impl Dump<'_> {
             Op::Unknown { domain, op_type } => {
                 let plain = ir_text::name(op_type) == *op_type && !op_type.contains(':');
                 let plain_domain = domain.is_empty() || ir_text::name(domain) == *domain;
-                let read_as_known = taken(domain) || domain.is_empty() && taken(super::MICROSOFT);
+                let read_as_known =
+                    taken(domain) || domain.is_empty() && [super::MICROSOFT, super::LAPIDARY].into_iter().any(taken);
                 match plain && plain_domain && !read_as_known {
                     true => op.name(),
                     false => format!("{domain:?}::{op_type:?}"),

@@ -58,7 +58,7 @@ pub use constant::{Constant, ConstantError, ConstantSource, Transform};
 pub use dump::{dump, identity_text};
 pub use infer::{Contents, InferError, InferenceFacts, infer};
 pub use op::Op;
-pub(crate) use op::{Attribute, MICROSOFT};
+pub(crate) use op::{Attribute, LAPIDARY, MICROSOFT};
 pub use parse::{parse, parse_with};
 pub use quantized::Quantized;
 pub use verify::{Obstacle, Obstacles, verify};

@@ -9,7 +9,7 @@
 use std::cell::RefCell;
 
 use super::op::{AttributeError, AttributeSource};
-use super::{Constant, Definition, Graph, MICROSOFT, Op, Shape, ValueId};
+use super::{Constant, Definition, Graph, LAPIDARY, MICROSOFT, Op, Shape, ValueId};
 use crate::dim::Dim;
 use crate::ir_text::{self, Cursor, Lines, ParseError, Parsed};
 use crate::tensor::{DType, Tensor};
@@ -343,8 +343,10 @@ fn operator(line: &mut Cursor) -> Parsed<Op> {
         })
     };
     let mut op = read(domain)?;
-    if op.is_none() && domain.is_empty() {
-        op = read(MICROSOFT)?;
+    for other in [MICROSOFT, LAPIDARY] {
+        if op.is_none() && domain.is_empty() {
+            op = read(other)?;
+        }
     }
     match (op, attributes.unread()) {
         (Some(op), None) => Ok(op),

@@ -5,7 +5,7 @@ use bytes::Bytes;
 
 use super::constant::{Constant, ConstantError, Derived, Transform};
 use crate::tensor::element::{FloatElement, with_float};
-use crate::tensor::quantized::dequantize;
+use crate::tensor::quantized::{dequantize, quantize};
 use crate::tensor::{DType, Tensor, packed};
 
 pub(super) fn apply(derived: &Derived, dtype: DType, shape: &[usize]) -> Result<Tensor, ConstantError> {
@@ -30,8 +30,65 @@ pub(super) fn apply(derived: &Derived, dtype: DType, shape: &[usize]) -> Result<
                 .data()
                 .clone()
         }
+        Transform::Quantize(granularity) => {
+            let zero_points = derived.inputs.get(2).map(Constant::materialize).transpose()?;
+            quantize(dtype, &input(0)?, &input(1)?, zero_points.as_ref(), *granularity)
+                .data()
+                .clone()
+        }
+        Transform::HalfRange => half_range_moved(&input(0)?),
+        Transform::SwapHalves => {
+            let bytes = input(0)?
+                .data()
+                .iter()
+                .map(|byte| byte.rotate_left(4))
+                .collect::<Vec<u8>>();
+            Bytes::from(bytes)
+        }
+        Transform::Take { axis } => take(&input(0)?, *axis, &input(1)?),
+        Transform::Order => {
+            let keys = input(0)?.to_i64();
+            let mut order: Vec<i64> = (0..keys.len() as i64).collect();
+            order.sort_by_key(|i| keys[*i as usize]);
+            Tensor::from_i64(shape.to_vec(), &order).data().clone()
+        }
     };
     Ok(Tensor::new(dtype, shape.to_vec(), bytes).expect("a transform keeps its promised size"))
+}
+
+/// Two's complement of a code less half the range differs from it in the highest bit alone.
+fn half_range_moved(input: &Tensor) -> Bytes {
+    let flip: u8 = match input.dtype().bits() {
+        2 => 0b1010_1010,
+        4 => 0b1000_1000,
+        _ => 0b1000_0000,
+    };
+    let mut bytes: Vec<u8> = input.data().iter().map(|byte| byte ^ flip).collect();
+    // Bits behind the last element stay 0.
+    let (bits, used) = (input.dtype().bits(), input.len() * input.dtype().bits() % 8);
+    if let (true, Some(last)) = (bits < 8 && used > 0, bytes.last_mut()) {
+        *last &= (1 << used) - 1;
+    }
+    Bytes::from(bytes)
+}
+
+fn take(input: &Tensor, axis: usize, indices: &Tensor) -> Bytes {
+    let elements = Elements::of(input);
+    let shape = input.shape();
+    let run = shape[axis + 1..].iter().product::<usize>() * elements.size;
+    let extent = shape[axis];
+    let outer: usize = shape[..axis].iter().product();
+    let indices = indices.to_i64();
+    let mut out = Vec::with_capacity(outer * indices.len() * run);
+    for row in 0..outer {
+        for index in &indices {
+            // An index that no slice has is refused where the constant is made; here it takes the last.
+            let at = usize::try_from(*index).unwrap_or(0).min(extent.saturating_sub(1));
+            let start = (row * extent + at) * run;
+            out.extend_from_slice(&elements.data[start..start + run]);
+        }
+    }
+    elements.stored(out)
 }
 
 fn arithmetic(input: &Tensor, f: impl Fn(f32) -> f32) -> Bytes {
@@ -240,6 +297,7 @@ fn join(parts: &[&Bytes], rows: usize) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::quantized::Granularity;
 
     fn iota(shape: Vec<usize>) -> Constant {
         let n: usize = shape.iter().product();
@@ -284,6 +342,54 @@ mod tests {
         let scaled = matrix.with_row_lengths(&lengths).materialize().unwrap().to_f32();
         assert_eq!(scaled[..4], [6.0, 8.0, 0.0, -0.5]);
         assert!(scaled[4].is_nan());
+    }
+
+    /// Codes less half their range and back, with a rest in the last byte.
+    #[test]
+    fn unsigned_codes_become_signed() {
+        for dtype in [DType::U8, DType::U4, DType::U2] {
+            let half = 1i64 << (dtype.bits() - 1);
+            let values: Vec<i64> = (0..15).map(|i| i * 7 % (2 * half)).collect();
+            let codes = Constant::tensor(Tensor::from_i64_as(dtype, vec![3, 5], &values));
+            let signed = codes.half_range_moved().materialize().unwrap();
+            let expected: Vec<i64> = values.iter().map(|v| v - half).collect();
+            assert_eq!(signed.to_i64(), expected, "{dtype}");
+            let again = Tensor::from_i64_as(signed.dtype(), vec![3, 5], &expected);
+            assert_eq!(signed.data(), again.data());
+            let back = Constant::tensor(again).half_range_moved().materialize().unwrap();
+            assert_eq!((back.dtype(), back.to_i64()), (dtype, values));
+        }
+    }
+
+    #[test]
+    fn slices_in_the_order_of_groups() {
+        let groups = Constant::tensor(Tensor::from_i64(vec![6], &[1, 0, 1, 2, 0, 2]));
+        let order = groups.order();
+        assert_eq!(order.materialize().unwrap().to_i64(), [1, 4, 0, 2, 3, 5]);
+        for dtype in [DType::F32, DType::U4] {
+            let taken = iota(vec![2, 6]).cast(dtype).taken(1, &order).materialize().unwrap();
+            assert_eq!(
+                taken.to_f32(),
+                [1.0, 4.0, 0.0, 2.0, 3.0, 5.0, 7.0, 10.0, 6.0, 8.0, 9.0, 11.0]
+            );
+        }
+    }
+
+    /// Codes of floats and what they stand for, by hand.
+    #[test]
+    fn floats_become_codes() {
+        let values = Constant::tensor(Tensor::from_f32(vec![2, 2], &[0.5, -1.3, 2.5, 1000.0]));
+        let scales = Constant::tensor(Tensor::from_f32(vec![2], &[1.0, 0.5]));
+        let channel = Granularity::Channel { axis: 0 };
+        let codes = values.quantize(DType::I8, scales.clone(), None, channel).unwrap();
+        assert_eq!(codes.materialize().unwrap().to_i64(), [0, -1, 5, 127]);
+        let zeros = Constant::tensor(Tensor::from_i64_as(DType::U8, vec![2], &[3, 250]));
+        let codes = values
+            .quantize(DType::U8, scales.clone(), Some(zeros), channel)
+            .unwrap();
+        assert_eq!(codes.materialize().unwrap().to_i64(), [3, 2, 255, 255]);
+        let codes = values.quantize(DType::F8E4M3Fn, scales, None, channel).unwrap();
+        assert_eq!(codes.materialize().unwrap().to_f32(), [0.5, -1.25, 5.0, 448.0]);
     }
 
     #[test]

@@ -36,6 +36,7 @@ impl Lowering<'_> {
             Family::Movement => self.movement_node(node, name),
             Family::Indexing => self.indexing_node(node, name),
             Family::Attention => self.attention_node(node, name),
+            Family::Quantization => self.quantization_node(node, name),
             Family::Unknown => Reason::unsupported("Lapidary does not know this operator"),
         }
     }

@@ -41,6 +41,7 @@ mod logit_rows;
 mod movement;
 mod normalization;
 mod positions;
+mod quantization;
 mod rotary;
 mod shuffles;
 pub mod synthetic;

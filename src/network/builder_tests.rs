@@ -84,6 +84,9 @@ fn mistakes_name_the_layer_its_inputs_and_the_rule() {
         LayerFault::DType { .. }
     ));
     assert!(matches!(fault(b.reshape("r", x, dims("7"))), LayerFault::Volume { .. }));
+    // More elements than an i64 counts.
+    let huge = dims("4294967296 4294967296");
+    assert!(matches!(fault(b.reshape("r", x, huge)), LayerFault::Volume { .. }));
     assert!(matches!(
         fault(b.transpose("t", x, &[0, 0])),
         LayerFault::Permutation { .. }

@@ -57,7 +57,8 @@ words! {
 }
 
 words! {
-    /// `IUnaryLayer` operations.
+    /// `IUnaryLayer` operations, and rounding to the nearest number of a float of 8 bits, saturated, which TensorRT does by
+    /// quantizing and dequantizing.
     UnaryOp {
         Abs,
         Ceil,
@@ -71,6 +72,8 @@ words! {
         Not,
         Recip,
         Round,
+        RoundE4M3,
+        RoundE5M2,
         Sign,
         Sin,
         Sqrt,

@@ -39,7 +39,7 @@ pub enum ReadErrorKind {
     Opset { version: i64, place: String },
     #[error(
         "tensor {tensor:?} has the element type {dtype}, which Lapidary does not read (it reads {})",
-        DType::all().map(DType::onnx_name).collect::<Vec<_>>().join(", ")
+        DType::all().filter(|dtype| dtype.onnx_code().is_some()).map(DType::onnx_name).collect::<Vec<_>>().join(", ")
     )]
     DType { tensor: String, dtype: String },
     #[error("has sparse tensors, which are not read")]

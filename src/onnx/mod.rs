@@ -11,6 +11,7 @@
 mod attributes;
 mod error;
 mod exporter;
+mod functions;
 mod normalize;
 pub mod proto;
 mod read;

@@ -13,12 +13,13 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use prost::Message;
 
+use super::functions;
 use super::proto::{
     AttributeProto, DimensionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto,
     TensorProto, TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto, attribute_type,
 };
 use crate::graph::op::{Binary, Op};
-use crate::graph::{Attribute, Constant, ConstantError, Definition, Graph, Node, ValueId};
+use crate::graph::{Attribute, Constant, ConstantError, Definition, Graph, LAPIDARY, Node, ValueId};
 use crate::help::Help;
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Tensor};
@@ -69,6 +70,8 @@ pub enum WriteError {
     /// A quantized weight with fewer placements than parts.
     #[error("{name:?}, a part of a quantized weight, has no placement")]
     Unplaced { name: String },
+    #[error("the weight {name:?} has codes of a table {granularity}; only blocks of the last axis can be written")]
+    Table { name: String, granularity: Granularity },
     #[error("a value is called {name:?}, as the part of a quantized weight would be; rename it")]
     NameTaken { name: String },
     #[error(transparent)]
@@ -201,7 +204,7 @@ pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, Write
             proto.name = Some(name);
             initializer.push(proto);
         }
-        dequantize(name, constant, &mut node);
+        dequantize(name, constant, &mut node)?;
     }
     // Parts of quantized weights were given names here.
     let defined = graph.node_ids().flat_map(|id| graph.node(id).outputs.iter().flatten());
@@ -221,10 +224,17 @@ pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, Write
         });
     }
     let mut domains = BTreeSet::from([""]);
+    let mut own: BTreeSet<String> = BTreeSet::new();
     for id in graph.node_ids() {
         let source = graph.node(id);
         domains.insert(source.op.domain());
         node.push(node_proto(graph, source)?);
+    }
+    for written in &node {
+        if written.domain.as_deref() == Some(LAPIDARY) {
+            domains.insert(LAPIDARY);
+            own.extend(written.op_type.clone());
+        }
     }
     let interface = |values: &[ValueId]| {
         values
@@ -249,7 +259,7 @@ pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, Write
                 version: Some(if domain.is_empty() { OPSET } else { 1 }),
             })
             .collect(),
-        functions: Vec::new(),
+        functions: own.iter().filter_map(|name| functions::function(name)).collect(),
         graph: Some(GraphProto {
             name: Some(if graph.name.is_empty() { "graph" } else { &graph.name }.to_string()),
             node,
@@ -268,14 +278,14 @@ pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, Write
 }
 
 /// The nodes that make a quantized weight of its parts: a `DequantizeLinear`, and before it those of its scales.
-fn dequantize(name: &str, constant: &Constant, nodes: &mut Vec<NodeProto>) {
+fn dequantize(name: &str, constant: &Constant, nodes: &mut Vec<NodeProto>) -> Result<(), WriteError> {
     let Some(parts) = constant.as_quantized() else {
-        return;
+        return Ok(());
     };
     let mut input = Vec::new();
     for (part, constant) in parts.each() {
         let part = format!("{name}.{part}");
-        dequantize(&part, constant, nodes);
+        dequantize(&part, constant, nodes)?;
         input.push(part);
     }
     let int = |name, value: usize| attribute_proto((name, Attribute::Int(value as i64)));
@@ -284,15 +294,35 @@ fn dequantize(name: &str, constant: &Constant, nodes: &mut Vec<NodeProto>) {
         Granularity::Channel { axis } => vec![int("axis", axis)],
         Granularity::Block { axis, size } => vec![int("axis", axis), int("block_size", size)],
     };
+    let last = constant.shape().len().saturating_sub(1);
+    let (operator, attribute) = match (functions::table_operator(parts.codes.dtype()), parts.granularity) {
+        (None, _) => ("DequantizeLinear", attribute),
+        (Some(operator), Granularity::Block { axis, size }) if axis == last => {
+            (operator, vec![int("block_size", size)])
+        }
+        (Some(_), granularity) => {
+            return Err(WriteError::Table {
+                name: name.to_string(),
+                granularity,
+            });
+        }
+    };
     nodes.push(NodeProto {
         input,
         output: vec![name.to_string()],
         name: Some(format!("{name}.dequantize")),
-        op_type: Some("DequantizeLinear".to_string()),
-        domain: None,
+        op_type: Some(operator.to_string()),
+        domain: (operator != "DequantizeLinear").then(|| LAPIDARY.to_string()),
         attribute,
         overload: None,
     });
+    Ok(())
+}
+
+/// `TensorProto.DataType` of stored elements. Codes of a table are integers to ONNX.
+fn stored_code(dtype: DType) -> i32 {
+    let integer = || DType::U4.onnx_code().expect("ONNX has uint4");
+    dtype.onnx_code().unwrap_or_else(integer)
 }
 
 fn dims(shape: &[usize]) -> Vec<i64> {
@@ -302,7 +332,7 @@ fn dims(shape: &[usize]) -> Vec<i64> {
 fn tensor(tensor: &Tensor) -> TensorProto {
     TensorProto {
         dims: dims(tensor.shape()),
-        data_type: Some(tensor.dtype().onnx_code()),
+        data_type: Some(stored_code(tensor.dtype())),
         raw_data: Some(tensor.data().clone()),
         ..TensorProto::default()
     }
@@ -324,7 +354,7 @@ fn placed(constant: &Constant, name: &str, placement: &Placement) -> Result<Tens
     };
     Ok(TensorProto {
         dims: dims(constant.shape()),
-        data_type: Some(constant.dtype().onnx_code()),
+        data_type: Some(stored_code(constant.dtype())),
         data_location: Some(1),
         external_data: vec![
             entry("location", placement.file.clone()),
@@ -356,7 +386,7 @@ fn value_info(graph: &Graph, id: ValueId) -> Result<ValueInfoProto, WriteError> 
         name: Some(value.name.clone()),
         r#type: Some(TypeProto {
             tensor_type: Some(TensorTypeProto {
-                elem_type: Some(dtype.onnx_code()),
+                elem_type: Some(stored_code(dtype)),
                 shape: Some(TensorShapeProto { dim: dim.collect() }),
             }),
         }),
@@ -409,7 +439,7 @@ fn attribute_proto((name, value): (&'static str, Attribute)) -> AttributeProto {
             attribute_type::INT
         }
         Attribute::DType(dtype) => {
-            proto.i = Some(i64::from(dtype.onnx_code()));
+            proto.i = Some(i64::from(stored_code(dtype)));
             attribute_type::INT
         }
         Attribute::Float(value) => {

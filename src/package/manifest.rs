@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::interface::Signature;
 use crate::network::{Profile, WeightMode};
-use crate::passes::Architecture;
+use crate::passes::{Activations, Architecture};
 use crate::target::{Prefill, Refit, Target};
 use crate::tensor::DType;
 use crate::tensor::quantized::Granularity;
@@ -60,6 +60,9 @@ pub struct Manifest {
     /// What checkpoints of this model hold of norms, where a configuration or a refit said so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub norms: Option<NormParameter>,
+    /// Which activations are rounded to codes, as the export does it, and which are not.
+    #[serde(default, skip_serializing_if = "Activations::is_empty")]
+    pub activations: Activations,
     /// Empty if the package only runs on the CPU.
     pub engines: Vec<EngineEntry>,
     /// What `convert --tune` measured to choose the engines' lowerings.

@@ -290,6 +290,7 @@ impl Package {
             positions: positions.unwrap_or(1),
             dtype: m.dtype,
             architecture_hash: m.architecture_hash.clone(),
+            activations: m.activations.policy,
         }
     }
 

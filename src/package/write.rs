@@ -13,7 +13,7 @@ use super::{CONSTANTS, ENGINES, GRAPH, MANIFEST, Package, PackageError, TOKENIZE
 use crate::graph::{Constant, Graph, ValueId};
 use crate::interface::Interface;
 use crate::network::WeightMode;
-use crate::passes::Architecture;
+use crate::passes::{Activations, Architecture};
 use crate::target::{Prefill, Refit, Target};
 use crate::tensor::DType;
 use crate::text::{self, Tokenizer};
@@ -44,6 +44,8 @@ pub struct ManifestHeader {
     pub prefill: Prefill,
     /// What each pass did, in order.
     pub passes: Vec<PassRecord>,
+    /// Which activations are rounded to codes.
+    pub activations: Activations,
 }
 
 /// A package being written. Dropping it leaves nothing behind.
@@ -95,6 +97,7 @@ impl Writer {
             tokenizer: None,
             eos_token_ids: BTreeSet::new(),
             passes: header.passes,
+            activations: header.activations,
         };
         Ok(Writer {
             staging,

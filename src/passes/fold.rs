@@ -114,7 +114,7 @@ fn is_weight(constant: &Constant) -> bool {
 fn shape_result(op: &Op, of: &Constant) -> Option<Constant> {
     let dims: Vec<i64> = of.shape().iter().map(|d| *d as i64).collect();
     let tensor = match op {
-        Op::Size => Tensor::from_i64(vec![], &[dims.iter().product()]),
+        Op::Size => Tensor::from_i64(vec![], &[dims.iter().copied().fold(1, i64::saturating_mul)]),
         Op::Shape { start, end } => {
             let rank = dims.len() as i64;
             let clamp = |at: i64| (if at < 0 { at + rank } else { at }).clamp(0, rank) as usize;

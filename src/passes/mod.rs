@@ -46,6 +46,7 @@ pub mod linear;
 mod partial_eval;
 mod pattern;
 mod positions;
+mod quantized;
 mod recognise;
 mod reshapes;
 pub mod rms_norm;
@@ -61,6 +62,7 @@ use serde::Serialize;
 pub use architecture::{Architecture, Rotary};
 pub use attention::Obstacle;
 pub use contract::is_canonical;
+pub use quantized::{ActivationPolicy, Activations};
 pub use recognise::{LayerReport, Recognition, recognise};
 pub use table::{PASSES, PassInfo, info};
 
@@ -83,6 +85,8 @@ pub struct CanonicalizeOptions {
     pub dtype: Option<DType>,
     /// Weights too large for `dtype` become infinite instead of being refused.
     pub allow_overflow: bool,
+    /// What becomes of activations that the export quantizes.
+    pub activations: ActivationPolicy,
 }
 
 impl Default for CanonicalizeOptions {
@@ -91,6 +95,7 @@ impl Default for CanonicalizeOptions {
             max_positions: 4096,
             dtype: None,
             allow_overflow: false,
+            activations: ActivationPolicy::default(),
         }
     }
 }
@@ -102,6 +107,8 @@ pub struct Canonical {
     pub graph: Graph,
     /// Sizes of the model.
     pub architecture: Architecture,
+    /// Which activations are rounded to codes.
+    pub activations: Activations,
     /// One entry for each pass, in order; passes that run several times occur several times.
     pub report: Vec<PassReport>,
 }
@@ -272,6 +279,8 @@ pub(crate) struct Analysed {
     pub roles: Roles,
     /// Of its attention.
     pub analysis: Analysis,
+    /// Of what it quantizes.
+    pub activations: Activations,
 }
 
 /// A simple pass: rewrites in place, gives the number of rewrites.
@@ -350,6 +359,10 @@ pub(crate) fn analyse(
     })?;
     timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
     verify(&graph)?;
+    // Before all others, whose patterns know nothing of codes.
+    let activations = timed(&mut graph, report, &table::QUANTIZED, |graph| {
+        quantized::run(graph, options.activations)
+    })?;
     for (info, pass) in TIDY {
         timed(&mut graph, report, info, |graph| Ok((pass(graph)?, ())))?;
     }
@@ -362,7 +375,12 @@ pub(crate) fn analyse(
         let analysis = attention::analyse(graph, &roles, options.max_positions);
         Ok((analysis.layers.len(), analysis))
     })?;
-    Ok(Analysed { graph, roles, analysis })
+    Ok(Analysed {
+        graph,
+        roles,
+        analysis,
+        activations,
+    })
 }
 
 /// Lengths at which what the export computes from positions may change, each with a constant that names it: windows, ends of
@@ -382,6 +400,7 @@ pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canon
         mut graph,
         roles,
         analysis,
+        activations,
     } = analyse(graph, options, &mut report)?;
     if !analysis.obstacles.is_empty() {
         return Err(PassError::Obstacles {
@@ -433,6 +452,7 @@ pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canon
     Ok(Canonical {
         graph,
         architecture,
+        activations,
         report,
     })
 }

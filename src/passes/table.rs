@@ -38,6 +38,7 @@ macro_rules! passes {
 passes! {
     ROLES = "roles": "finds which input is what: ids, masks, positions, past keys and values";
     INFER = "infer": "gives every value its dtype and its shape of symbolic dims";
+    QUANTIZED = "quantized": "brings quantized weights and activations of all exporters into one form";
     FOLD = "fold": "computes constants ahead, moves shape arithmetic out of the graph";
     CLEANUP = "cleanup": "drops operators that change nothing, merges equal ones";
     DECOMPOSE_CONTRIB = "decompose_contrib" formerly "decompose": "takes contributed operators apart into plain ones";

@@ -60,16 +60,64 @@ pub enum DType {
     F4E2M1,
     /// A power of two, 2^-127 to 2^127, or NaN: the scale of a block of the microscaling formats; only stored.
     F8E8M0,
+    /// 4 bits that choose one of the 16 numbers of bitsandbytes' `nf4`, from -1 to 1; only stored.
+    Nf4,
+    /// 4 bits that choose one of the 16 numbers of bitsandbytes' `fp4`, from -1 to 1; only stored. Not `F4E2M1`: its smallest
+    /// magnitude differs, and its largest is 1.
+    Fp4,
 }
 
+/// The numbers of `nf4`, ascending: quantiles of the normal distribution (QLoRA, arXiv 2305.14314, appendix E; the digits
+/// are those of bitsandbytes' and ONNX Runtime's tables, which are equal).
+const NF4: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// The numbers of bitsandbytes' `fp4`; the sign is the highest bit.
+const FP4: [f32; 16] = [
+    0.0,
+    0.005_208_333_5,
+    0.666_666_7,
+    1.0,
+    0.333_333_34,
+    0.5,
+    0.166_666_67,
+    0.25,
+    -0.0,
+    -0.005_208_333_5,
+    -0.666_666_7,
+    -1.0,
+    -0.333_333_34,
+    -0.5,
+    -0.166_666_67,
+    -0.25,
+];
+
 /// How the bits of an element are read.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub(crate) enum Numbers {
     Bool,
     Unsigned,
     /// Two's complement.
     Signed,
     Float(FloatFormat),
+    /// The number of every code.
+    Table(&'static [f32; 16]),
 }
 
 /// A binary float: sign, exponent and mantissa from the top, the exponent's bias `2^(exponent - 1) - 1`. `F8E8M0` has no
@@ -119,10 +167,8 @@ struct Row {
     name: &'static str,
     bits: usize,
     numbers: Numbers,
-    /// `TensorProto.DataType`.
-    onnx: i32,
-    /// ONNX's own name, in lower case.
-    onnx_name: &'static str,
+    /// `TensorProto.DataType`, and ONNX's own name in lower case; `None` if ONNX has no such type.
+    onnx: Option<(i32, &'static str)>,
     /// In the header of a safetensors file; `None` if the format has no such type.
     safetensors: Option<&'static str>,
     /// Not for arithmetic: see the module's head.
@@ -139,34 +185,35 @@ const fn float(exponent: u32, mantissa: u32, specials: Specials) -> Numbers {
 
 /// One row a type, in the order of the variants.
 #[rustfmt::skip]
-const TABLE: [Row; 17] = {
-    use Numbers::{Bool, Signed, Unsigned};
+const TABLE: [Row; 19] = {
+    use Numbers::{Bool, Signed, Table, Unsigned};
     use Specials::{Finite, Ieee, NanOnly};
     const fn row(
         dtype: DType, name: &'static str, bits: usize, numbers: Numbers,
-        onnx: (i32, &'static str), safetensors: Option<&'static str>, storage_only: bool,
+        onnx: Option<(i32, &'static str)>, safetensors: Option<&'static str>, storage_only: bool,
     ) -> Row {
-        let (onnx, onnx_name) = onnx;
-        Row { dtype, name, bits, numbers, onnx, onnx_name, safetensors, storage_only }
+        Row { dtype, name, bits, numbers, onnx, safetensors, storage_only }
     }
     [
-        row(DType::Bool,     "bool",     8,  Bool,                  (9, "bool"),          Some("BOOL"),    false),
-        row(DType::U8,       "u8",       8,  Unsigned,              (2, "uint8"),         Some("U8"),      false),
-        row(DType::I8,       "i8",       8,  Signed,                (3, "int8"),          Some("I8"),      false),
-        row(DType::I32,      "i32",      32, Signed,                (6, "int32"),         Some("I32"),     false),
-        row(DType::I64,      "i64",      64, Signed,                (7, "int64"),         Some("I64"),     false),
-        row(DType::F16,      "f16",      16, float(5, 10, Ieee),    (10, "float16"),      Some("F16"),     false),
-        row(DType::Bf16,     "bf16",     16, float(8, 7, Ieee),     (16, "bfloat16"),     Some("BF16"),    false),
-        row(DType::F32,      "f32",      32, float(8, 23, Ieee),    (1, "float32"),       Some("F32"),     false),
-        row(DType::F64,      "f64",      64, float(11, 52, Ieee),   (11, "float64"),      Some("F64"),     false),
-        row(DType::U4,       "u4",       4,  Unsigned,              (21, "uint4"),        None,            true),
-        row(DType::I4,       "i4",       4,  Signed,                (22, "int4"),         None,            true),
-        row(DType::U2,       "u2",       2,  Unsigned,              (25, "uint2"),        None,            true),
-        row(DType::I2,       "i2",       2,  Signed,                (26, "int2"),         None,            true),
-        row(DType::F8E4M3Fn, "f8e4m3fn", 8,  float(4, 3, NanOnly),  (17, "float8e4m3fn"), Some("F8_E4M3"), true),
-        row(DType::F8E5M2,   "f8e5m2",   8,  float(5, 2, Ieee),     (19, "float8e5m2"),   Some("F8_E5M2"), true),
-        row(DType::F4E2M1,   "f4e2m1",   4,  float(2, 1, Finite),   (23, "float4e2m1"),   Some("F4"),      true),
-        row(DType::F8E8M0,   "f8e8m0",   8,  float(8, 0, NanOnly),  (24, "float8e8m0"),   Some("F8_E8M0"), true),
+        row(DType::Bool,     "bool",     8,  Bool,                  Some((9, "bool")),          Some("BOOL"),    false),
+        row(DType::U8,       "u8",       8,  Unsigned,              Some((2, "uint8")),         Some("U8"),      false),
+        row(DType::I8,       "i8",       8,  Signed,                Some((3, "int8")),          Some("I8"),      false),
+        row(DType::I32,      "i32",      32, Signed,                Some((6, "int32")),         Some("I32"),     false),
+        row(DType::I64,      "i64",      64, Signed,                Some((7, "int64")),         Some("I64"),     false),
+        row(DType::F16,      "f16",      16, float(5, 10, Ieee),    Some((10, "float16")),      Some("F16"),     false),
+        row(DType::Bf16,     "bf16",     16, float(8, 7, Ieee),     Some((16, "bfloat16")),     Some("BF16"),    false),
+        row(DType::F32,      "f32",      32, float(8, 23, Ieee),    Some((1, "float32")),       Some("F32"),     false),
+        row(DType::F64,      "f64",      64, float(11, 52, Ieee),   Some((11, "float64")),      Some("F64"),     false),
+        row(DType::U4,       "u4",       4,  Unsigned,              Some((21, "uint4")),        None,            true),
+        row(DType::I4,       "i4",       4,  Signed,                Some((22, "int4")),         None,            true),
+        row(DType::U2,       "u2",       2,  Unsigned,              Some((25, "uint2")),        None,            true),
+        row(DType::I2,       "i2",       2,  Signed,                Some((26, "int2")),         None,            true),
+        row(DType::F8E4M3Fn, "f8e4m3fn", 8,  float(4, 3, NanOnly),  Some((17, "float8e4m3fn")), Some("F8_E4M3"), true),
+        row(DType::F8E5M2,   "f8e5m2",   8,  float(5, 2, Ieee),     Some((19, "float8e5m2")),   Some("F8_E5M2"), true),
+        row(DType::F4E2M1,   "f4e2m1",   4,  float(2, 1, Finite),   Some((23, "float4e2m1")),   Some("F4"),      true),
+        row(DType::F8E8M0,   "f8e8m0",   8,  float(8, 0, NanOnly),  Some((24, "float8e8m0")),   Some("F8_E8M0"), true),
+        row(DType::Nf4,      "nf4",      4,  Table(&NF4),           None,                       None,            true),
+        row(DType::Fp4,      "fp4",      4,  Table(&FP4),           None,                       None,            true),
     ]
 };
 
@@ -229,9 +276,9 @@ impl DType {
         matches!(self.numbers(), Numbers::Float(_)) && !self.is_storage_only()
     }
 
-    /// Whether its codes are floats of any width, those that are only stored too.
+    /// Whether its codes are floats of any width or from a table, those that are only stored too.
     pub fn is_float_format(self) -> bool {
-        matches!(self.numbers(), Numbers::Float(_))
+        matches!(self.numbers(), Numbers::Float(_) | Numbers::Table(_))
     }
 
     /// Whether it is an integer that arithmetic knows, bool excepted.
@@ -255,6 +302,7 @@ impl DType {
         match self.numbers() {
             Numbers::Bool => 1.0,
             Numbers::Float(format) => format.max(),
+            Numbers::Table(_) => 1.0,
             Numbers::Signed | Numbers::Unsigned => self.int_range().1 as f64,
         }
     }
@@ -264,6 +312,7 @@ impl DType {
     pub fn int_range(self) -> (i64, i64) {
         match self.numbers() {
             Numbers::Bool => (0, 1),
+            Numbers::Table(_) => (-1, 1),
             Numbers::Unsigned => (0, (1 << self.bits()) - 1),
             Numbers::Signed => (i64::MIN >> (64 - self.bits()), i64::MAX >> (64 - self.bits())),
             // All integers up to 2^(mantissa + 1), unless the exponent ends before.
@@ -279,18 +328,19 @@ impl DType {
         self.row().numbers
     }
 
-    /// `TensorProto.DataType`.
-    pub(crate) fn onnx_code(self) -> i32 {
-        self.row().onnx
+    /// `TensorProto.DataType`; `None` if ONNX has no such type.
+    pub(crate) fn onnx_code(self) -> Option<i32> {
+        self.row().onnx.map(|(code, _)| code)
     }
 
-    /// ONNX's own name: `float16`.
+    /// ONNX's own name, `float16`; ours if ONNX has no such type.
     pub(crate) fn onnx_name(self) -> &'static str {
-        self.row().onnx_name
+        self.row().onnx.map_or(self.name(), |(_, name)| name)
     }
 
     pub(crate) fn of_onnx_code(code: i32) -> Option<DType> {
-        TABLE.iter().find(|row| row.onnx == code).map(|row| row.dtype)
+        let is_it = |row: &&Row| row.onnx.is_some_and(|(known, _)| known == code);
+        TABLE.iter().find(is_it).map(|row| row.dtype)
     }
 
     /// The name in a safetensors header; `None` if the format has no such type.
@@ -351,7 +401,9 @@ mod tests {
         for (i, row) in TABLE.iter().enumerate() {
             assert_eq!(row.dtype as usize, i, "{}", row.name);
             assert_eq!(row.name.parse(), Ok(row.dtype));
-            assert_eq!(DType::of_onnx_code(row.onnx), Some(row.dtype));
+            if let Some((code, _)) = row.onnx {
+                assert_eq!(DType::of_onnx_code(code), Some(row.dtype));
+            }
             assert_eq!(
                 DType::of_safetensors_name(row.safetensors.unwrap_or("-")).is_some(),
                 row.safetensors.is_some()

@@ -110,7 +110,7 @@ impl Tensor {
                 values.iter().for_each(|v| F::from_f64(*v).push_to(&mut bytes));
                 bytes
             }, else {
-                assert!(matches!(dtype.numbers(), Numbers::Float(_)), "{dtype} is not a float type");
+                assert!(dtype.is_float_format(), "{dtype} is not a float type");
                 let codes: Vec<u8> = values.iter().map(|v| narrow::encode(dtype, *v)).collect();
                 coded(dtype, codes)
             }),
@@ -121,10 +121,7 @@ impl Tensor {
     /// Integers stored as an integer type or bool, wrapping as two's complement; bool is whether they are not 0. Panics
     /// if `dtype` is a float type.
     pub fn from_i64_as(dtype: DType, shape: Vec<usize>, values: &[i64]) -> Tensor {
-        assert!(
-            !matches!(dtype.numbers(), Numbers::Float(_)),
-            "{dtype} is not an integer type"
-        );
+        assert!(!dtype.is_float_format(), "{dtype} is not an integer type");
         let bytes = match dtype {
             DType::Bool => values.iter().map(|v| u8::from(*v != 0)).collect(),
             _ if dtype.bits() <= 8 => coded(dtype, values.iter().map(|v| *v as u8).collect()),
@@ -155,7 +152,7 @@ impl Tensor {
         }
         match self.dtype.numbers() {
             Numbers::Float(_) if self.dtype == DType::F64 => chunks(&self.data, |b| f64::from_le_bytes(b) as f32),
-            Numbers::Float(_) => {
+            Numbers::Float(_) | Numbers::Table(_) => {
                 let numbers: Vec<f32> = (0..=u8::MAX).map(|code| narrow::decode(self.dtype, code)).collect();
                 self.codes()
                     .into_iter()
@@ -170,7 +167,7 @@ impl Tensor {
     pub fn to_f64(&self) -> Vec<f64> {
         match self.dtype.numbers() {
             Numbers::Float(_) if self.dtype == DType::F64 => chunks(&self.data, f64::from_le_bytes),
-            Numbers::Float(_) => self.to_f32().into_iter().map(f64::from).collect(),
+            Numbers::Float(_) | Numbers::Table(_) => self.to_f32().into_iter().map(f64::from).collect(),
             _ => self.to_i64().into_iter().map(|v| v as f64).collect(),
         }
     }
@@ -185,7 +182,7 @@ impl Tensor {
             Numbers::Signed => self.codes().into_iter().map(|c| packed::sign_extend(c, bits)).collect(),
             Numbers::Unsigned => self.codes().into_iter().map(i64::from).collect(),
             Numbers::Bool => chunks(d, |b: [u8; 1]| i64::from(b[0] != 0)),
-            Numbers::Float(_) => self.to_f64().into_iter().map(|v| v as i64).collect(),
+            Numbers::Float(_) | Numbers::Table(_) => self.to_f64().into_iter().map(|v| v as i64).collect(),
         }
     }
 
@@ -251,6 +248,22 @@ mod tests {
             let tensor = Tensor::from_f64_as(dtype, vec![3], &[0.5, -1.5, 1e9]);
             assert_eq!(tensor.data().len(), dtype.byte_len(3));
             assert_eq!(tensor.to_f64(), [0.5, -1.5, dtype.max()], "{dtype}");
+        }
+        for dtype in [DType::Nf4, DType::Fp4] {
+            let tensor = Tensor::from_f64_as(dtype, vec![5], &[0.0, 1.0, -1.0, 0.3, 7.0]);
+            assert_eq!(tensor.data().len(), 3);
+            let near = [
+                0.0,
+                1.0,
+                -1.0,
+                if dtype == DType::Nf4 {
+                    0.337_915_24
+                } else {
+                    0.333_333_34
+                },
+                1.0,
+            ];
+            assert_eq!(tensor.to_f32(), near, "{dtype}");
         }
         let short = Tensor::new(DType::U4, vec![3], Bytes::from_static(&[0]));
         assert_eq!(short.unwrap_err().to_string(), "u4 [3] needs 2 bytes, found 1");

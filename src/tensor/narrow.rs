@@ -1,4 +1,4 @@
-//! Floats of 8 bits and less: every code as an f32, and the nearest code of a number.
+//! Floats of 8 bits and less, and tables of numbers: every code as an f32, and the nearest code of a number.
 //!
 //! Rounding is to nearest, ties to the even code. Numbers beyond the largest finite one, infinity too, become that one,
 //! as ONNX's `Cast` and `QuantizeLinear` saturate by default (<https://onnx.ai/onnx/technical/float8.html>).
@@ -14,6 +14,9 @@ fn format(dtype: DType) -> FloatFormat {
 
 /// The number that a code of a narrow float stands for. Bits above the type's are not looked at.
 pub(crate) fn decode(dtype: DType, code: u8) -> f32 {
+    if let Numbers::Table(numbers) = dtype.numbers() {
+        return numbers[usize::from(code & 15)];
+    }
     let format = format(dtype);
     if dtype == DType::F8E8M0 {
         return match code {
@@ -48,6 +51,9 @@ pub(crate) fn decode(dtype: DType, code: u8) -> f32 {
 /// as ONNX says of `float4e2m1`. For `F8E8M0`, which has neither sign nor zero, negative numbers become NaN, zero the
 /// smallest power.
 pub(crate) fn encode(dtype: DType, value: f64) -> u8 {
+    if let Numbers::Table(numbers) = dtype.numbers() {
+        return nearest(numbers, value);
+    }
     let format = format(dtype);
     if dtype == DType::F8E8M0 {
         return encode_power(value);
@@ -66,6 +72,13 @@ pub(crate) fn encode(dtype: DType, value: f64) -> u8 {
         (((exponent + format.bias()) as u32 - 1) << format.mantissa) + significand
     };
     (sign | magnitude) as u8
+}
+
+/// The code of the number nearest to a value, the lower code at a tie; of NaN, code 0.
+fn nearest(numbers: &[f32; 16], value: f64) -> u8 {
+    let distance = |code: &u8| (f64::from(numbers[usize::from(*code)]) - value).abs();
+    let codes = (0..16u8).min_by(|a, b| distance(a).total_cmp(&distance(b)));
+    codes.expect("there are codes")
 }
 
 fn encode_power(value: f64) -> u8 {

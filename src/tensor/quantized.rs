@@ -86,7 +86,7 @@ impl fmt::Display for Granularity {
 #[non_exhaustive]
 pub enum QuantizedError {
     /// Codes of a type that `DequantizeLinear` does not take.
-    #[error("codes cannot be {dtype}; they are integers of at most 8 bits, i32, or floats of 4 or 8 bits")]
+    #[error("codes cannot be {dtype}; they are integers of at most 8 bits, i32, floats of 4 or 8 bits, nf4 or fp4")]
     Codes {
         /// Of the codes.
         dtype: DType,
@@ -206,6 +206,7 @@ pub fn check_types(
     let is_code = match dtype.numbers() {
         Numbers::Signed | Numbers::Unsigned => dtype.bits() <= 8 || dtype == DType::I32,
         Numbers::Float(_) => dtype.is_storage_only() && dtype != DType::F8E8M0,
+        Numbers::Table(_) => true,
         Numbers::Bool => false,
     };
     if !is_code {
@@ -293,7 +294,7 @@ pub fn check_values(
     {
         return Err(QuantizedError::ZeroPointNotZero { codes: dtype, index });
     }
-    let is_float = matches!(dtype.numbers(), Numbers::Float(_));
+    let is_float = dtype.is_float_format();
     if !is_float && scales.iter().all(|s| *s != 0.0) {
         return Ok(());
     }
@@ -337,6 +338,46 @@ pub fn dequantize(codes: &Tensor, scales: &Tensor, zero_points: Option<&Tensor>,
         DType::F32 => Tensor::from_f32(shape, &values.collect::<Vec<f32>>()),
         // At most 8 bits of code times 11 of scale: the product in f32 is exact, and what follows the only rounding.
         half => Tensor::from_f64_as(half, shape, &values.map(f64::from).collect::<Vec<f64>>()),
+    }
+}
+
+/// The codes of floats, as ONNX's `QuantizeLinear` makes them: `x / scale` rounded to nearest even, plus the zero point,
+/// saturated to the range of `dtype`. Panics if [`check_types`] refuses the parts.
+pub fn quantize(
+    dtype: DType,
+    values: &Tensor,
+    scales: &Tensor,
+    zero_points: Option<&Tensor>,
+    granularity: Granularity,
+) -> Tensor {
+    let checked = check_types(
+        (dtype, values.shape()),
+        (scales.dtype(), scales.shape()),
+        zero_points.map(|z| (z.dtype(), z.shape())),
+        granularity,
+    );
+    if let Err(error) = checked {
+        panic!("bug: unchecked parts of a tensor to be quantized: {error}");
+    }
+    let (extent, inner) = axis_of(values.shape(), granularity);
+    let factors = scales.to_f32();
+    let zeros = zero_points.map(Tensor::to_f64);
+    let (low, high) = dtype.int_range();
+    let is_float = dtype.is_float_format();
+    let code = |(at, value): (usize, f32)| {
+        let scale = granularity.scale_of(at, inner, extent);
+        let quotient = f64::from(value / factors[scale]);
+        if is_float {
+            return quotient;
+        }
+        let zero = zeros.as_ref().map_or(0.0, |z| z[scale]);
+        (quotient.round_ties_even() + zero).clamp(low as f64, high as f64)
+    };
+    let codes: Vec<f64> = values.to_f32().into_iter().enumerate().map(code).collect();
+    let shape = values.shape().to_vec();
+    match is_float {
+        true => Tensor::from_f64_as(dtype, shape, &codes),
+        false => Tensor::from_i64_as(dtype, shape, &codes.iter().map(|c| *c as i64).collect::<Vec<_>>()),
     }
 }
 
@@ -428,7 +469,7 @@ mod tests {
         let block = |axis, size| Granularity::Block { axis, size };
         assert_eq!(
             refused(&floats(&[1], &[0.0]), &one, None, Granularity::Tensor),
-            "codes cannot be f32; they are integers of at most 8 bits, i32, or floats of 4 or 8 bits"
+            "codes cannot be f32; they are integers of at most 8 bits, i32, floats of 4 or 8 bits, nf4 or fp4"
         );
         assert_eq!(
             refused(&codes, &ints(DType::I32, &[], &[1]), None, Granularity::Tensor),

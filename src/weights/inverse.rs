@@ -19,6 +19,9 @@ pub enum Irreversible {
     /// Codes in another form than the recipe's.
     #[error("it holds the tensor in another quantized form")]
     Quantized,
+    /// Columns in an order that its recipe computes.
+    #[error("it holds the tensor in another order")]
+    Order,
     /// Numbers that cannot be read.
     #[error("its numbers cannot be read")]
     Unreadable,
@@ -83,6 +86,11 @@ impl Recipe {
                     _ => Ok(()),
                 }
             }
+            Recipe::HalfRange { dtype, of } if made.dtype() == *dtype => of.walk_back(&made.half_range_moved(), parts),
+            Recipe::SwapHalves { of } => of.walk_back(&made.halves_swapped(), parts),
+            // Codes do not say what was rounded.
+            Recipe::HalfRange { .. } | Recipe::Quantize { .. } => Err(Irreversible::Quantized),
+            Recipe::Take { .. } | Recipe::Order { .. } => Err(Irreversible::Order),
         }
     }
 
@@ -106,7 +114,20 @@ impl Recipe {
                 }
                 shape
             }
-            Recipe::Cast { of, .. } | Recipe::Scale { of, .. } | Recipe::Offset { of, .. } => of.shape(),
+            Recipe::Take { axis, of, indices } => {
+                let mut shape = of.shape();
+                if let Some(dim) = shape.get_mut(*axis) {
+                    *dim = indices.shape().iter().product();
+                }
+                shape
+            }
+            Recipe::Cast { of, .. }
+            | Recipe::Scale { of, .. }
+            | Recipe::Quantize { of, .. }
+            | Recipe::HalfRange { of, .. }
+            | Recipe::SwapHalves { of }
+            | Recipe::Order { of }
+            | Recipe::Offset { of, .. } => of.shape(),
             Recipe::Dequantize { codes, .. } => codes.shape(),
         }
     }
@@ -163,6 +184,18 @@ impl Recipe {
                 };
                 granularity == g && codes.is_like(c) && scales.is_like(s) && zeros
             }
+            (Recipe::Quantize { .. }, Recipe::Quantize { .. }) => self == other,
+            (Recipe::HalfRange { dtype, of }, Recipe::HalfRange { dtype: d, of: o }) => dtype == d && of.is_like(o),
+            (
+                Recipe::Take { axis, of, indices },
+                Recipe::Take {
+                    axis: a,
+                    of: o,
+                    indices: i,
+                },
+            ) => axis == a && of.is_like(o) && indices.is_like(i),
+            (Recipe::SwapHalves { of }, Recipe::SwapHalves { of: o })
+            | (Recipe::Order { of }, Recipe::Order { of: o }) => of.is_like(o),
             _ => false,
         }
     }
@@ -171,11 +204,14 @@ impl Recipe {
     pub fn is_arithmetic(&self) -> bool {
         match self {
             Recipe::Scale { .. } | Recipe::Offset { .. } => true,
-            Recipe::Tensor { .. } | Recipe::Dequantize { .. } => false,
+            Recipe::Tensor { .. } | Recipe::Dequantize { .. } | Recipe::Quantize { .. } | Recipe::Order { .. } => false,
             Recipe::Concat { of, .. } => of.iter().any(Recipe::is_arithmetic),
             Recipe::Transpose { of, .. }
             | Recipe::Reshape { of, .. }
             | Recipe::Cast { of, .. }
+            | Recipe::HalfRange { of, .. }
+            | Recipe::SwapHalves { of }
+            | Recipe::Take { of, .. }
             | Recipe::Slice { of, .. } => of.is_arithmetic(),
         }
     }

@@ -89,6 +89,46 @@ pub enum Recipe {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         zero_points: Option<Box<Recipe>>,
     },
+    /// The codes of a floating-point tensor: ONNX's `QuantizeLinear`.
+    Quantize {
+        /// Of the codes.
+        dtype: DType,
+        /// Which codes share a scale.
+        granularity: Granularity,
+        /// In the shape of the result.
+        of: Box<Recipe>,
+        /// One for each group of codes.
+        scales: Box<Recipe>,
+        /// In the dtype of the codes; 0 if there are none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        zero_points: Option<Box<Recipe>>,
+    },
+    /// Unsigned codes of b bits less 2^(b-1), as signed ones; signed codes plus as much, as unsigned ones.
+    HalfRange {
+        /// Of the result.
+        dtype: DType,
+        /// Codes.
+        of: Box<Recipe>,
+    },
+    /// The halves of every byte of 4-bit codes exchanged.
+    SwapHalves {
+        /// Codes.
+        of: Box<Recipe>,
+    },
+    /// Slices of an axis in the order of indices.
+    Take {
+        /// Of the tensor.
+        axis: usize,
+        /// The tensor.
+        of: Box<Recipe>,
+        /// `[n]`, integers.
+        indices: Box<Recipe>,
+    },
+    /// The indices that sort a vector of integers.
+    Order {
+        /// `[n]`.
+        of: Box<Recipe>,
+    },
 }
 
 /// A named tensor a recipe needs.
@@ -157,6 +197,27 @@ impl Recipe {
                     None => None,
                 },
             },
+            Transform::Quantize(granularity) => Recipe::Quantize {
+                dtype: constant.dtype(),
+                granularity: *granularity,
+                of: input()?,
+                scales: Box::new(Recipe::of(&derived.inputs[1])?),
+                zero_points: match derived.inputs.get(2) {
+                    Some(part) => Some(Box::new(Recipe::of(part)?)),
+                    None => None,
+                },
+            },
+            Transform::HalfRange => Recipe::HalfRange {
+                dtype: constant.dtype(),
+                of: input()?,
+            },
+            Transform::SwapHalves => Recipe::SwapHalves { of: input()? },
+            Transform::Take { axis } => Recipe::Take {
+                axis: *axis,
+                of: input()?,
+                indices: Box::new(Recipe::of(&derived.inputs[1])?),
+            },
+            Transform::Order => Recipe::Order { of: input()? },
             // Adapters are merged, and checkpoints decoded, on the way into a package; no pass makes such a constant.
             Transform::PlusProduct { .. } | Transform::RowLengths | Transform::Decode(_) => return None,
         })
@@ -186,11 +247,27 @@ impl Recipe {
                 let parts = [Some(codes), Some(scales), zero_points.as_ref()];
                 parts.into_iter().flatten().for_each(|part| part.visit(leaves));
             }
+            Recipe::Quantize {
+                of,
+                scales,
+                zero_points,
+                ..
+            } => {
+                let parts = [Some(of), Some(scales), zero_points.as_ref()];
+                parts.into_iter().flatten().for_each(|part| part.visit(leaves));
+            }
+            Recipe::Take { of, indices, .. } => {
+                of.visit(leaves);
+                indices.visit(leaves);
+            }
             Recipe::Transpose { of, .. }
             | Recipe::Reshape { of, .. }
             | Recipe::Cast { of, .. }
             | Recipe::Slice { of, .. }
             | Recipe::Scale { of, .. }
+            | Recipe::HalfRange { of, .. }
+            | Recipe::SwapHalves { of }
+            | Recipe::Order { of }
             | Recipe::Offset { of, .. } => of.visit(leaves),
         }
     }
@@ -233,18 +310,49 @@ impl Recipe {
                 // The code that finds tensors for leaves checks their shapes and dtypes, so the parts fit as those did.
                 Constant::quantized(codes, scales, zero_points, *granularity).ok()?
             }
+            Recipe::Quantize {
+                dtype,
+                granularity,
+                of,
+                scales,
+                zero_points,
+            } => {
+                let (of, scales) = (of.apply(tensor)?, scales.apply(tensor)?.cast(scales.dtype()));
+                let zero_points = match zero_points {
+                    Some(part) => Some(part.apply(tensor)?),
+                    None => None,
+                };
+                of.quantize(*dtype, scales, zero_points, *granularity).ok()?
+            }
+            Recipe::HalfRange { dtype, of } => {
+                let codes = of.apply(tensor)?;
+                match codes.dtype() == *dtype {
+                    // The same format from a file that keeps codes as the package does.
+                    true => codes,
+                    false => codes.half_range_moved(),
+                }
+            }
+            Recipe::SwapHalves { of } => of.apply(tensor)?.halves_swapped(),
+            Recipe::Take { axis, of, indices } => of.apply(tensor)?.taken(*axis, &indices.apply(tensor)?),
+            Recipe::Order { of } => of.apply(tensor)?.order(),
         })
     }
 
     /// Of the tensor that it makes.
     pub fn dtype(&self) -> DType {
         match self {
-            Recipe::Tensor { dtype, .. } | Recipe::Cast { dtype, .. } => *dtype,
+            Recipe::Tensor { dtype, .. }
+            | Recipe::Cast { dtype, .. }
+            | Recipe::Quantize { dtype, .. }
+            | Recipe::HalfRange { dtype, .. } => *dtype,
+            Recipe::Order { .. } => DType::I64,
             Recipe::Concat { of, .. } => of.first().map_or(DType::F32, Recipe::dtype),
             Recipe::Dequantize { scales, .. } => scales.dtype(),
             Recipe::Transpose { of, .. }
             | Recipe::Reshape { of, .. }
             | Recipe::Slice { of, .. }
+            | Recipe::Take { of, .. }
+            | Recipe::SwapHalves { of }
             | Recipe::Scale { of, .. }
             | Recipe::Offset { of, .. } => of.dtype(),
         }
@@ -254,13 +362,16 @@ impl Recipe {
     pub fn has_codes(&self) -> bool {
         match self {
             Recipe::Dequantize { .. } => true,
-            Recipe::Tensor { .. } => false,
+            Recipe::Tensor { .. } | Recipe::Quantize { .. } | Recipe::Order { .. } => false,
             Recipe::Concat { of, .. } => of.iter().any(Recipe::has_codes),
             Recipe::Transpose { of, .. }
             | Recipe::Reshape { of, .. }
             | Recipe::Cast { of, .. }
             | Recipe::Slice { of, .. }
             | Recipe::Scale { of, .. }
+            | Recipe::HalfRange { of, .. }
+            | Recipe::Take { of, .. }
+            | Recipe::SwapHalves { of }
             | Recipe::Offset { of, .. } => of.has_codes(),
         }
     }
@@ -268,13 +379,17 @@ impl Recipe {
     /// Whether the result's axes are those of the tensor read, in another order.
     pub fn is_transposed(&self) -> bool {
         match self {
-            Recipe::Tensor { .. } | Recipe::Concat { .. } => false,
+            Recipe::Tensor { .. } | Recipe::Concat { .. } | Recipe::Order { .. } => false,
             Recipe::Dequantize { codes, .. } => codes.is_transposed(),
             Recipe::Transpose { perm, of } => perm.windows(2).any(|pair| pair[0] > pair[1]) != of.is_transposed(),
             Recipe::Reshape { of, .. }
             | Recipe::Cast { of, .. }
             | Recipe::Slice { of, .. }
             | Recipe::Scale { of, .. }
+            | Recipe::Quantize { of, .. }
+            | Recipe::HalfRange { of, .. }
+            | Recipe::Take { of, .. }
+            | Recipe::SwapHalves { of }
             | Recipe::Offset { of, .. } => of.is_transposed(),
         }
     }

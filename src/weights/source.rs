@@ -16,7 +16,7 @@ use super::norm_parameter::{self, NormParameter};
 use super::quantized_checkpoint;
 use crate::graph::{Constant, Graph};
 use crate::help::Help;
-use crate::passes::Architecture;
+use crate::passes::{ActivationPolicy, Architecture};
 use crate::tensor::{DType, Tensor};
 use crate::{onnx, passes};
 
@@ -48,6 +48,8 @@ pub struct SourceContext {
     pub dtype: DType,
     /// Of the package ([`ModelWeights::architecture_hash`]).
     pub architecture_hash: String,
+    /// Of the package.
+    pub activations: ActivationPolicy,
 }
 
 /// How modules are found.
@@ -249,6 +251,7 @@ impl WeightSource {
                 max_positions: context.positions,
                 // What overflows is refused where the weights are written.
                 allow_overflow: true,
+                activations: context.activations,
             };
             match passes::canonicalize(graph.clone(), &options) {
                 Ok(canonical) => {

@@ -78,6 +78,11 @@ fn erf(x: f64) -> f64 {
     (f(0.0) + inner + f(x)) * h / 3.0 * 2.0 / std::f64::consts::PI.sqrt()
 }
 
+/// The nearest number of a float of 8 bits.
+fn narrow(dtype: DType, x: f64) -> f64 {
+    Tensor::from_f64_as(dtype, vec![1], &[x]).to_f64()[0]
+}
+
 fn is_float(dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::Bf16 | DType::F32)
 }
@@ -157,6 +162,8 @@ pub fn evaluate(kind: &LayerKind, inputs: &[Value]) -> Value {
                     UnaryOp::Log => a.ln(),
                     UnaryOp::Neg => -a,
                     UnaryOp::Not => 1.0 - a,
+                    UnaryOp::RoundE4M3 => narrow(DType::F8E4M3Fn, a),
+                    UnaryOp::RoundE5M2 => narrow(DType::F8E5M2, a),
                     UnaryOp::Recip => 1.0 / a,
                     UnaryOp::Round => a.round_ties_even(),
                     UnaryOp::Sign if a == 0.0 => 0.0,

@@ -89,7 +89,7 @@ fn run(network: &Network, layer: &Layer, dtype: DType, inputs: &[Tensor], tokens
             one(Op::MatMul, &[&swapped(x(), *op_a), &swapped(&inputs[1], *op_b)])
         }
         LayerKind::Elementwise(op) => elementwise(*op, &all),
-        LayerKind::Unary(op) => one(Op::Unary(unary(*op)), &[x()]),
+        LayerKind::Unary(op) => one(unary(*op), &[x()]),
         LayerKind::Activation(op) => {
             let op = match op {
                 Activation::Relu => Op::Unary(Unary::Relu),
@@ -241,8 +241,15 @@ fn elementwise(op: Elementwise, inputs: &[&Tensor]) -> Tensor {
     one(Op::Binary(binary), inputs)
 }
 
-fn unary(op: UnaryOp) -> Unary {
-    match op {
+fn unary(op: UnaryOp) -> Op {
+    let round = |to| Op::RoundToCodes {
+        to,
+        scale: 1.0,
+        zero_point: 0,
+    };
+    Op::Unary(match op {
+        UnaryOp::RoundE4M3 => return round(DType::F8E4M3Fn),
+        UnaryOp::RoundE5M2 => return round(DType::F8E5M2),
         UnaryOp::Abs => Unary::Abs,
         UnaryOp::Ceil => Unary::Ceil,
         UnaryOp::Cos => Unary::Cos,
@@ -258,5 +265,5 @@ fn unary(op: UnaryOp) -> Unary {
         UnaryOp::Sign => Unary::Sign,
         UnaryOp::Sin => Unary::Sin,
         UnaryOp::Sqrt => Unary::Sqrt,
-    }
+    })
 }

@@ -29,6 +29,7 @@ fn the_table_of_passes_is_what_runs() {
         max_positions: 64,
         dtype: Some(DType::F16),
         allow_overflow: false,
+        activations: Default::default(),
     };
     let canonical = canonicalize(export.expect("the fixture is there").read(), &options).unwrap();
     let ran: BTreeSet<&str> = canonical.report.iter().map(|pass| pass.name).collect();
@@ -77,6 +78,7 @@ fn other_element_types_compute_nearly_the_same() {
                 max_positions: 64,
                 dtype: Some(dtype),
                 allow_overflow: false,
+                activations: Default::default(),
             };
             let graph = canonicalize(export.read(), &options)
                 .unwrap_or_else(|e| panic!("{name}: {e}"))

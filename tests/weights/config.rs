@@ -35,6 +35,7 @@ fn context() -> SourceContext {
         positions: 64,
         dtype: DType::F32,
         architecture_hash: String::new(),
+        activations: lapidary::passes::ActivationPolicy::default(),
     }
 }
 

@@ -171,6 +171,7 @@ fn a_file_of_quantized_weights_is_read_back() {
         positions: 1,
         dtype: DType::F32,
         architecture_hash: String::new(),
+        activations: lapidary::passes::ActivationPolicy::default(),
     };
     let source = WeightSource::open(&path, &context).unwrap();
     let names: Vec<&str> = source.tensors.keys().map(String::as_str).collect();
@@ -305,6 +306,7 @@ pub fn write(target: &Path, canonical: &passes::Canonical) -> Result<Manifest, P
         capacities: vec![16, 64],
         prefill: Prefill::Chunks(vec![8]),
         passes: Vec::new(),
+        activations: Default::default(),
     };
     Writer::new(target, true, &canonical.graph, header, Allowed::default(), |_, _| {})?.finish()
 }

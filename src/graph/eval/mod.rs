@@ -20,6 +20,7 @@ mod heads;
 mod linear;
 mod movement;
 mod norm;
+mod quantization;
 mod reduce;
 mod rotary;
 
@@ -41,7 +42,7 @@ pub fn eval_op(op: &Op, inputs: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>
 
 /// [`eval_op`] for a node with `outputs` outputs.
 pub fn eval_node(op: &Op, inputs: &[Option<Tensor>], outputs: usize) -> Result<Vec<Option<Tensor>>, EvalError> {
-    // Elements that are only stored are converted or given another shape; nothing computes on them or picks them.
+    // Elements that are only stored are converted, dequantized or given another shape; nothing computes on them or picks them.
     let keeps_elements = matches!(
         op,
         Op::Cast { .. }
@@ -53,6 +54,8 @@ pub fn eval_node(op: &Op, inputs: &[Option<Tensor>], outputs: usize) -> Result<V
             | Op::Unsqueeze
             | Op::Shape { .. }
             | Op::Size
+            | Op::QuantizeLinear { .. }
+            | Op::DequantizeLinear { .. }
     );
     let stored_only = inputs.iter().flatten().map(Tensor::dtype).find(|d| d.is_storage_only());
     if let (Some(dtype), false) = (stored_only, keeps_elements) {
@@ -68,6 +71,7 @@ pub fn eval_node(op: &Op, inputs: &[Option<Tensor>], outputs: usize) -> Result<V
         Family::Movement => movement::eval(op, &operands),
         Family::Indexing => gather::eval(op, &operands),
         Family::Attention => attention::eval(op, &operands),
+        Family::Quantization => quantization::eval(op, &operands),
         Family::Unknown => no_evaluator(op),
     }
 }

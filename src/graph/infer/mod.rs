@@ -20,6 +20,7 @@ mod indexing;
 mod linear;
 mod movement;
 mod node;
+mod quantization;
 #[cfg(test)]
 mod tests;
 

@@ -41,6 +41,7 @@ impl NodeInference<'_> {
             Family::Movement => self.movement_rule(),
             Family::Indexing => self.indexing_rule(),
             Family::Attention => self.attention_rule(),
+            Family::Quantization => self.quantization_rule(),
             Family::Unknown => Ok(Vec::new()),
         }
     }

@@ -5,6 +5,9 @@ use crate::tensor::DType;
 /// The domain of ONNX Runtime's contrib operators.
 pub const MICROSOFT: &str = "com.microsoft";
 
+/// The domain of operators of our own: what no operator of ONNX says in one node.
+pub const LAPIDARY: &str = "lapidary";
+
 /// Element types an operand may have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ElementTypes {
@@ -127,6 +130,8 @@ pub enum Family {
     Indexing,
     /// Attention and rotary embeddings.
     Attention,
+    /// Codes of floats, and floats of codes.
+    Quantization,
     /// [`Op::Unknown`](super::Op::Unknown).
     Unknown,
 }
@@ -214,6 +219,14 @@ pub(super) const fn contrib(op_type: &'static str, inputs: &'static [Input]) -> 
     OperatorInfo {
         domain: MICROSOFT,
         canonical: false,
+        ..onnx(op_type, &[1], inputs)
+    }
+}
+
+/// An operator of Lapidary's own, in files a function of standard operators.
+pub(super) const fn own(op_type: &'static str, inputs: &'static [Input]) -> OperatorInfo {
+    OperatorInfo {
+        domain: LAPIDARY,
         ..onnx(op_type, &[1], inputs)
     }
 }

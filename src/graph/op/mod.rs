@@ -16,8 +16,8 @@ mod info;
 mod table;
 
 pub(crate) use attributes::{Attribute, AttributeError, AttributeSource};
-pub(crate) use info::MICROSOFT;
 pub use info::{ElementTypes, Family, Input, Moves, OperatorInfo, RowWise, TypeRule};
+pub(crate) use info::{LAPIDARY, MICROSOFT};
 pub use table::{Attention, GroupQueryAttention, Op};
 
 use declare::named;

@@ -10,7 +10,7 @@ use super::attributes::{
 };
 use super::declare::operators;
 use super::info::{
-    self, Family, Moves, OperatorInfo, RowWise, any, boolean, contrib, float, index, int32, int64, number, onnx,
+    self, Family, Moves, OperatorInfo, RowWise, any, boolean, contrib, float, index, int32, int64, number, onnx, own,
 };
 use super::{Binary, Reduction, ScatterMode, Unary};
 use crate::tensor::{DType, Tensor};
@@ -164,6 +164,37 @@ operators! {
                 &[float().same(), float().same(), float().same(), int64().optional()],
             )
             .family(Family::Attention);
+
+        // Quantization
+        /// Inputs: x, scale, zero_point?. `x / scale` rounded to even, plus the zero point, saturated; codes of `to`.
+        QuantizeLinear {
+            axis: i64 = int("axis", 1),
+            block_size: usize = size("block_size"),
+            to: DType = element_type("output_dtype"),
+        } => onnx("QuantizeLinear", &[10, 13, 19, 21, 23, 24], &[number(), float(), any().optional()])
+            .family(Family::Quantization).not_canonical();
+        /// Inputs: codes, scale, zero_point?. `(code - zero point) * scale`, in the scale's type. Of constants it is a
+        /// constant ([`Constant::quantized`](crate::graph::Constant::quantized)).
+        DequantizeLinear { axis: i64 = int("axis", 1), block_size: usize = size("block_size") }
+            => onnx("DequantizeLinear", &[10, 13, 19, 21, 23, 24], &[any(), float(), any().optional()])
+            .family(Family::Quantization).not_canonical();
+        /// Inputs: x. Outputs: u8 codes over the range of all of x and 0, their scale, their zero point.
+        DynamicQuantizeLinear => onnx("DynamicQuantizeLinear", &[11], &[float()]).outputs(3)
+            .family(Family::Quantization).not_canonical();
+        /// Inputs: a, b, zero point of a?, zero point of b?. The i32 product of 8-bit codes less their zero points.
+        MatMulInteger => onnx("MatMulInteger", &[10], &[number(), number(), number().optional(), number().optional()])
+            .family(Family::Quantization).not_canonical();
+        /// Every element as the number its nearest code stands for: `QuantizeLinear` with one scale for all and
+        /// `DequantizeLinear` behind it, in fp32.
+        RoundToCodes {
+            to: DType = element_type("to"),
+            scale: f32 = real("scale", 1.0),
+            zero_point: i64 = int("zero_point", 0),
+        } => own("RoundToCodes", &[float()])
+            .family(Family::Quantization).like_input().row_wise(RowWise::Always);
+        /// Every element as the number that the nearest of u8 codes over the range of all of x, and 0, stands for:
+        /// `DynamicQuantizeLinear` and `DequantizeLinear` behind it, in fp32.
+        DynamicRoundToCodes => own("DynamicRoundToCodes", &[float()]).family(Family::Quantization).like_input();
 
         // Contrib operators of ONNX Runtime
         /// `com.microsoft::RotaryEmbedding`. Inputs: x, position_ids, cos_cache, sin_cache.

@@ -125,9 +125,9 @@ pub(super) fn permuted(shape: &[Dim], order: &[usize]) -> Result<Shape, LayerFau
     }
 }
 
-/// Number of elements.
+/// Number of elements; saturates, as dims do.
 pub(crate) fn volume(shape: &[Dim]) -> Dim {
-    let numbers: i64 = shape.iter().filter_map(Dim::as_const).product();
+    let numbers = shape.iter().filter_map(Dim::as_const).fold(1, i64::saturating_mul);
     let symbols = shape.iter().filter(|d| d.as_const().is_none());
     symbols.fold(Dim::constant(numbers), |product, dim| &product * dim)
 }

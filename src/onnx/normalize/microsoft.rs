@@ -19,6 +19,12 @@ impl SourceNode<'_> {
             }
             "SimplifiedLayerNormalization" => return self.read_as("", "RMSNormalization"),
             "MultiHeadAttention" => return self.multi_head_attention(),
+            "MatMulNBits" => return self.matmul_n_bits(),
+            "MatMulBnb4" => return self.matmul_bnb4(),
+            "GatherBlockQuantized" => return self.gather_block_quantized(),
+            // ONNX Runtime's own spellings of the standard operators, from before those took every type.
+            "QuantizeLinear" => return self.quantize_linear(),
+            "DequantizeLinear" => return self.dequantize_linear(),
             "FusedMatMul" => self.expect_zero(&["transBatchA", "transBatchB"]),
             "RotaryEmbedding" => {
                 self.expect_zero(&["is_packed_batching"]);

@@ -6,12 +6,13 @@
 //! dtypes; the verifier does.
 
 mod microsoft;
+mod quantized;
 mod standard;
 
 use super::attributes::{Attributes, Problem};
 use super::error::ReadErrorKind;
 use super::tensor::{Folder, code_name};
-use crate::graph::op::{AttributeError, AttributeSource, Binary, MICROSOFT, Op};
+use crate::graph::op::{AttributeError, AttributeSource, Binary, LAPIDARY, MICROSOFT, Op};
 use crate::graph::{Constant, Graph, ValueId};
 use crate::tensor::{DType, Tensor};
 
@@ -44,6 +45,14 @@ enum Replacement {
     /// Input 0 unchanged.
     Pass,
     Constant(Constant),
+    /// A product with a quantized weight.
+    Linear(quantized::QuantizedLinear),
+    /// `Gather` of a constant.
+    Lookup {
+        table: Constant,
+        indices: Option<ValueId>,
+        axis: i64,
+    },
     /// Not known; with what is not known about it in brackets.
     Unknown(Option<String>),
 }
@@ -100,8 +109,8 @@ impl AttributeSource for SourceNode<'_> {
         };
         let code = i32::try_from(code).unwrap_or(-1);
         match DType::of_onnx_code(code) {
-            // No operator here gives a type that is only stored: that is quantization, which more than a dtype describes.
-            Some(dtype) if !dtype.is_storage_only() => Ok(Some(dtype)),
+            // No operator of others gives a type that is only stored: that is quantization, which more than a dtype describes.
+            Some(dtype) if !dtype.is_storage_only() || self.domain == LAPIDARY => Ok(Some(dtype)),
             _ => Err(Failure::Unsupported(format!("{name}={}", code_name(code)))),
         }
     }
@@ -182,6 +191,12 @@ impl SourceNode<'_> {
                     self.graph.set_constant(value, constant);
                 }
             }
+            Replacement::Linear(linear) => self.linear(linear, outputs),
+            Replacement::Lookup { table, indices, axis } => {
+                let name = table.origin().unwrap_or(&self.name).to_string();
+                let table = self.graph.add_constant(&format!("{name}.table"), table);
+                self.emit(Op::Gather { axis }, vec![Some(table), indices], outputs);
+            }
             Replacement::Unknown(detail) => {
                 let op_type = match detail {
                     Some(detail) => format!("{}({detail})", self.op_type),
@@ -193,6 +208,30 @@ impl SourceNode<'_> {
         }
     }
 
+    /// The columns of x in the weight's order, their product with it, and the bias.
+    fn linear(&mut self, linear: quantized::QuantizedLinear, outputs: Vec<Option<ValueId>>) {
+        let quantized::QuantizedLinear {
+            mut x,
+            weight,
+            order,
+            bias,
+        } = linear;
+        if let Some(order) = order {
+            let order = self.graph.add_constant(&format!("{}.order", self.name), order);
+            let ordered = self.graph.add_value(&format!("{}.ordered", self.name));
+            self.emit(Op::Gather { axis: -1 }, vec![x, Some(order)], vec![Some(ordered)]);
+            x = Some(ordered);
+        }
+        let name = weight.origin().unwrap_or(&self.name).to_string();
+        let weight = self.graph.add_constant(&format!("{name}.weight"), weight);
+        let Some(bias) = bias else {
+            return self.emit(Op::MatMul, vec![x, Some(weight)], outputs);
+        };
+        let product = self.graph.add_value(&format!("{}.product", self.name));
+        self.emit(Op::MatMul, vec![x, Some(weight)], vec![Some(product)]);
+        self.emit(Op::Binary(Binary::Add), vec![Some(product), Some(bias)], outputs);
+    }
+
     fn emit(&mut self, op: Op, inputs: Vec<Option<ValueId>>, outputs: Vec<Option<ValueId>>) {
         self.graph.add_node_with_outputs(&self.name, op, inputs, outputs);
     }
@@ -201,6 +240,7 @@ impl SourceNode<'_> {
         match self.domain {
             "" => self.standard_operator(),
             MICROSOFT => self.contrib_operator(),
+            LAPIDARY => self.own_operator(),
             _ => Ok(Replacement::Unknown(None)),
         }
     }

@@ -2,10 +2,8 @@
 //! not say so by itself.
 
 use super::{Failure, Replacement, SourceNode};
+use crate::graph::ValueId;
 use crate::graph::op::{AttributeSource, Binary, Op, Reduction};
-use crate::graph::{Constant, ValueId};
-use crate::onnx::write::PRODUCER;
-use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Tensor};
 
 impl SourceNode<'_> {
@@ -17,7 +15,8 @@ impl SourceNode<'_> {
             "Sum" => return self.chain(Binary::Add, false),
             "Mean" => return self.chain(Binary::Add, true),
             "Constant" => return self.constant(),
-            "DequantizeLinear" => return self.quantized_constant(),
+            "DequantizeLinear" => return self.dequantize_linear(),
+            "QuantizeLinear" => return self.quantize_linear(),
             "Dropout" => return self.dropout(),
             "Split" => self.check_split()?,
             "Attention" => self.pass_over_scores(),
@@ -115,42 +114,6 @@ impl SourceNode<'_> {
             Some(form) => Ok(Replacement::Unknown(Some(form))),
             None => Err("it has no value".into()),
         }
-    }
-
-    /// A quantized weight as [`crate::onnx::write()`] writes it: `DequantizeLinear` over constants. In models of others it is
-    /// not known: what they quantize, and in which forms, passes have to understand first.
-    fn quantized_constant(&self) -> Result<Replacement, Failure> {
-        if self.graph.producer.name != PRODUCER {
-            return Ok(Replacement::Unknown(None));
-        }
-        let part = |i: usize| {
-            self.inputs
-                .get(i)
-                .copied()
-                .flatten()
-                .and_then(|v| self.graph.constant(v))
-        };
-        let (Some(codes), Some(scales)) = (part(0), part(1)) else {
-            return Ok(Replacement::Unknown(None));
-        };
-        let rank = codes.shape().len() as i64;
-        let axis = self.attributes.int("axis")?.unwrap_or(1);
-        let axis = if axis < 0 { axis + rank } else { axis };
-        let size = self.attributes.int("block_size")?.unwrap_or(0);
-        let (Ok(axis), Ok(size)) = (usize::try_from(axis), usize::try_from(size)) else {
-            return Err(Failure::Problem(format!(
-                "its axis is {axis} and its block_size {size}"
-            )));
-        };
-        let granularity = match size {
-            0 if scales.len() == 1 => Granularity::Tensor,
-            0 => Granularity::Channel { axis },
-            size => Granularity::Block { axis, size },
-        };
-        let constant = Constant::quantized(codes.clone(), scales.clone(), part(2).cloned(), granularity);
-        constant
-            .map(Replacement::Constant)
-            .map_err(|error| Failure::Problem(error.to_string()))
     }
 
     fn dropout(&self) -> Result<Replacement, Failure> {

@@ -16,7 +16,7 @@ use super::normalize::{self, SourceNode};
 use super::proto::{AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, TypeProto, ValueInfoProto};
 use super::tensor::{self, Folder};
 use crate::dim::Dim;
-use crate::graph::{Definition, Graph, Op, Producer, Shape, ValueId};
+use crate::graph::{Definition, Graph, LAPIDARY, Op, Producer, Shape, ValueId};
 use crate::tensor::DType;
 
 /// Functions that call functions twice grow exponentially; no real model comes near this many nodes.
@@ -297,7 +297,8 @@ impl<'m> Reader<'m> {
         let attributes = functions::resolve_references(&node.attribute, frame.attributes.as_ref());
         let domain = domain_of(node.domain.as_deref());
         let overload = node.overload.as_deref().unwrap_or_default();
-        if self.functions.contains_key(&(domain, op_type, overload)) {
+        // The functions of our own operators are for other readers.
+        if domain != LAPIDARY && self.functions.contains_key(&(domain, op_type, overload)) {
             return self.inline(
                 (domain, op_type, overload),
                 name,

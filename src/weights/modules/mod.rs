@@ -329,7 +329,14 @@ impl Reader<'_> {
                 }
                 // A module is quantized as a whole: its codes, scales and zero points are those of one weight.
                 Recipe::Dequantize { codes, .. } if is_whole(&codes) => None,
-                Recipe::Slice { .. } | Recipe::Concat { .. } | Recipe::Dequantize { .. } => return,
+                Recipe::Slice { .. }
+                | Recipe::Concat { .. }
+                | Recipe::Dequantize { .. }
+                | Recipe::Quantize { .. }
+                | Recipe::HalfRange { .. }
+                | Recipe::SwapHalves { .. }
+                | Recipe::Take { .. }
+                | Recipe::Order { .. } => return,
             };
         }
         for (factor, addend) in arithmetic.into_iter().rev() {
@@ -347,7 +354,11 @@ impl Reader<'_> {
 fn is_whole(codes: &Recipe) -> bool {
     match codes {
         Recipe::Tensor { .. } => true,
-        Recipe::Transpose { of, .. } | Recipe::Reshape { of, .. } | Recipe::Cast { of, .. } => is_whole(of),
+        Recipe::Transpose { of, .. }
+        | Recipe::Reshape { of, .. }
+        | Recipe::HalfRange { of, .. }
+        | Recipe::SwapHalves { of }
+        | Recipe::Cast { of, .. } => is_whole(of),
         _ => false,
     }
 }

@@ -114,10 +114,56 @@ pub fn softplus(x: f32) -> f32 {
     x.max(0.0) + (-x.abs()).exp().ln_1p() + if x.is_nan() { x } else { 0.0 }
 }
 
+/// The nearest number of `f8e4m3fn`, ties to even, saturated at 448.
+#[inline(always)]
+pub fn round_e4m3(x: f32) -> f32 {
+    round_float8(x, 448.0, 3, -6)
+}
+
+/// The nearest number of `f8e5m2`, ties to even, saturated at 57344.
+#[inline(always)]
+pub fn round_e5m2(x: f32) -> f32 {
+    round_float8(x, 57344.0, 2, -14)
+}
+
+/// A multiple of the distance between the numbers of the float near x, which is a power of two, so both the quotient and the
+/// product are exact.
+#[inline(always)]
+fn round_float8(x: f32, max: f32, mantissa: i32, least_exponent: i32) -> f32 {
+    let x = if x > max { max } else { x };
+    let x = if x < -max { -max } else { x };
+    let least = (127 + least_exponent) << 23;
+    let exponent = (x.to_bits() as i32 & 0x7f80_0000).max(least);
+    let unit = f32::from_bits((exponent - (mantissa << 23)) as u32);
+    (x / unit).round_ties_even() * unit
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::super::simd::{Isa, Kernel};
     use super::*;
+
+    /// Every number of the float, its neighbours in f32, and the middle between two, against the table of codes.
+    #[test]
+    fn floats_of_eight_bits_are_the_nearest_codes() {
+        use crate::tensor::{DType, Tensor};
+        for (dtype, round) in [
+            (DType::F8E4M3Fn, round_e4m3 as fn(f32) -> f32),
+            (DType::F8E5M2, round_e5m2),
+        ] {
+            let codes = Tensor::new(dtype, vec![256], bytes::Bytes::from_iter(0..=u8::MAX)).unwrap();
+            let mut numbers: Vec<f32> = codes.to_f32().into_iter().filter(|v| v.is_finite()).collect();
+            numbers.sort_by(f32::total_cmp);
+            let middles: Vec<f32> = numbers.windows(2).map(|pair| (pair[0] + pair[1]) / 2.0).collect();
+            numbers.extend(middles);
+            numbers.extend([1e9, -1e9, f32::INFINITY, 1e-30]);
+            for x in numbers.into_iter().flat_map(|x| [x, x.next_up(), x.next_down()]) {
+                let expected = Tensor::from_f64_as(dtype, vec![1], &[f64::from(x)]).to_f32()[0];
+                assert_eq!(round(x), expected, "{dtype}: {x:e}");
+            }
+            assert!(round(f32::NAN).is_nan());
+        }
+    }
 
     struct Apply<'a>(&'a [f32], fn_name::Name);
     mod fn_name {

@@ -1,7 +1,9 @@
 //! Weights as inputs or constants, and the small tables of a lowering.
 
-use super::{EmitError, Emitted, Emitter, data_type};
-use crate::network::{WeightId, WeightMode};
+use trtx::DataType;
+
+use super::{EmitError, Emitted, Emitter, Handle, data_type};
+use crate::network::{Layer, UnaryOp, WeightId, WeightMode};
 use crate::tensor::{DType, Tensor};
 
 impl<'b> Emitter<'b, '_> {
@@ -72,5 +74,20 @@ impl<'b> Emitter<'b, '_> {
             self.definition
                 .add_small_constant_copied(&dims, tensor.data(), data_type(tensor.dtype())?, None)?;
         Ok(constant.output(self.definition, 0)?)
+    }
+
+    /// Quantized with the scale 1 and dequantized. TensorRT has one float of 8 bits.
+    pub(super) fn rounded_to_float8(&mut self, layer: &Layer, op: UnaryOp, x: Handle<'b>) -> Emitted<'b> {
+        if op != UnaryOp::RoundE4M3 {
+            return Err(EmitError::Malformed(
+                "TensorRT has no float of 8 bits but f8e4m3fn".to_string(),
+            ));
+        }
+        let dtype = data_type(self.declared(layer.outputs[0])?.dtype)?;
+        let one = self.small(&Tensor::from_f32(Vec::new(), &[1.0]))?;
+        let codes = self.definition.add_quantize(&x, &one, DataType::kFP8)?;
+        let codes = self.named(codes, &format!("{}/codes", layer.name))?;
+        let added = self.definition.add_dequantize(&codes, &one, dtype)?;
+        self.named(added, &layer.name)
     }
 }

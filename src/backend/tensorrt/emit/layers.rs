@@ -33,8 +33,13 @@ pub(super) fn emit<'b>(e: &mut Emitter<'b, '_>, layer: &'b Layer) -> Emitted<'b>
         }
         LayerKind::Unary(op) => {
             let [x] = e.inputs(layer)?;
-            let added = e.definition.add_unary(&x, unary(*op))?;
-            e.named(added, name)
+            match unary(*op) {
+                Some(operation) => {
+                    let added = e.definition.add_unary(&x, operation)?;
+                    e.named(added, name)
+                }
+                None => e.rounded_to_float8(layer, *op, x),
+            }
         }
         LayerKind::Activation(op) => {
             let [x] = e.inputs(layer)?;
@@ -334,8 +339,10 @@ fn elementwise(op: Elementwise) -> ElementWiseOperation {
     }
 }
 
-fn unary(op: UnaryOp) -> UnaryOperation {
-    match op {
+/// `None`: TensorRT has no such operation.
+fn unary(op: UnaryOp) -> Option<UnaryOperation> {
+    Some(match op {
+        UnaryOp::RoundE4M3 | UnaryOp::RoundE5M2 => return None,
         UnaryOp::Abs => UnaryOperation::kABS,
         UnaryOp::Ceil => UnaryOperation::kCEIL,
         UnaryOp::Cos => UnaryOperation::kCOS,
@@ -351,7 +358,7 @@ fn unary(op: UnaryOp) -> UnaryOperation {
         UnaryOp::Sign => UnaryOperation::kSIGN,
         UnaryOp::Sin => UnaryOperation::kSIN,
         UnaryOp::Sqrt => UnaryOperation::kSQRT,
-    }
+    })
 }
 
 fn reduce(op: ReduceOp) -> ReduceOperation {

@@ -101,6 +101,8 @@ impl Frame<'_> {
                 UnaryOp::Not => unreachable!("not of a float"),
                 UnaryOp::Recip => map(n, a, y, |x: f32| 1.0 / x),
                 UnaryOp::Round => map(n, a, y, f32::round_ties_even),
+                UnaryOp::RoundE4M3 => map(n, a, y, math::round_e4m3),
+                UnaryOp::RoundE5M2 => map(n, a, y, math::round_e5m2),
                 UnaryOp::Sign => map(
                     n,
                     a,
