@@ -12,6 +12,7 @@ use lapidary::interface::Role;
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{self, lower};
 use lapidary::network::{LayerKind, Network, NetworkBuilder, Profile, WeightMode};
+use lapidary::tensor::quantized::Granularity;
 use lapidary::tensor::{DType, Tensor};
 
 fn main() {
@@ -47,6 +48,80 @@ fn linears(dtype: DType, rows: usize, depth: usize, columns: usize, copies: usiz
         b.output(&format!("y{i}"), y).unwrap();
     }
     b.finish().unwrap()
+}
+
+/// A weight quantized in blocks of 32 on its last axis, with scales of f16; `zeros`: and zero points.
+fn quantized(codes: DType, zeros: bool, shape: &[usize]) -> Constant {
+    let granularity = Granularity::Block { axis: 1, size: 32 };
+    let of = granularity.scale_shape(shape).unwrap();
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut bytes = |count: usize| -> bytes::Bytes {
+        let next = |_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            // No special codes of floats.
+            (state >> 56) as u8 & 0x77
+        };
+        (0..count).map(next).collect::<Vec<u8>>().into()
+    };
+    let of_codes = |shape: &[usize], bytes| Constant::tensor(Tensor::new(codes, shape.to_vec(), bytes).unwrap());
+    let len = |shape: &[usize]| codes.byte_len(shape.iter().product());
+    let scales = random(DType::F16, &of);
+    let points = zeros.then(|| of_codes(&of, bytes(len(&of))));
+    Constant::quantized(of_codes(shape, bytes(len(shape))), Constant::tensor(scales), points, granularity).unwrap()
+}
+
+/// As [`linears`], of quantized weights.
+fn quantized_linears(codes: DType, zeros: bool, rows: usize, depth: usize, columns: usize, copies: usize) -> Network {
+    let mut b = NetworkBuilder::new("linear", Profile::prefill(rows, 4096));
+    let x = b.input("x", DType::F16, &dims(&[rows, depth])).unwrap();
+    for i in 0..copies {
+        let weight = quantized(codes, zeros, &[columns, depth]);
+        let w = b.weight(&format!("w{i}"), weight, WeightMode::Bind).unwrap();
+        let y = b.linear("y", x, w).unwrap();
+        b.output(&format!("y{i}"), y).unwrap();
+    }
+    b.finish().unwrap()
+}
+
+const CODES: [DType; 6] = [
+    DType::I4,
+    DType::U4,
+    DType::F4E2M1,
+    DType::I8,
+    DType::I2,
+    DType::F8E4M3Fn,
+];
+
+/// One row times 64 MB of quantized weights of 576 × 1536, in blocks of 32; bytes of codes and scales.
+#[divan::bench(args = CODES)]
+fn quantized_gemv(bencher: Bencher, codes: DType) {
+    let bytes = quantized(codes, false, &[1536, 576]).stored_byte_len();
+    let copies = (64 << 20) / bytes;
+    let network = quantized_linears(codes, false, 1, 576, 1536, copies);
+    run(bencher.counter(BytesCount::new(bytes * copies)), &network, 0);
+}
+
+/// `[rows, 576] · [576, 1536]` of 4-bit weights with zero points, items are floating-point operations.
+#[divan::bench(args = [4, 8, 16, 37, 128, 512])]
+fn quantized_gemm(bencher: Bencher, rows: usize) {
+    let network = quantized_linears(DType::U4, true, rows, 576, 1536, 4);
+    run(bencher.counter(ItemsCount::new(2 * rows * 576 * 1536 * 4)), &network, 0);
+}
+
+/// One token of SmolLM2-135M's shape after 37 others, all matrices quantized; bytes of weights.
+#[divan::bench(args = [DType::I4, DType::U4, DType::I8], sample_count = 30)]
+fn quantized_decode(bencher: Bencher, codes: DType) {
+    let mut bytes = 0;
+    let graph = Decoder::smollm2_135m().graph_with(|_, dtype, shape| {
+        let weight = match shape.len() {
+            2 if shape[1].is_multiple_of(32) => quantized(codes, codes == DType::U4, &shape),
+            _ => Constant::tensor(random(dtype, &shape)),
+        };
+        bytes += weight.stored_byte_len();
+        weight
+    });
+    let network = lower(&graph, &Profile::decode(256), &lower::LowerOptions::default()).unwrap();
+    run(bencher.counter(BytesCount::new(bytes)), &network, 37);
 }
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];

@@ -9,10 +9,15 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
+use half::f16;
+
 use super::kernels::quantized::{Format, QuantizedRows};
 use crate::graph::{Constant, ConstantError};
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Numbers, Tensor, packed};
+
+/// Fewer scales are left as they are.
+const WORTH_NARROWING: usize = 1024;
 
 /// A matrix `[rows, depth]` of codes. What the fields mean is said in [`QuantizedRows`].
 pub struct QuantizedMatrix {
@@ -36,7 +41,7 @@ impl QuantizedMatrix {
     /// The matrix of a constant of two axes that [`QuantizedMatrix::takes`].
     fn new(constant: &Constant) -> Result<QuantizedMatrix, ConstantError> {
         let parts = constant.as_quantized().expect("quantized, as `takes` says");
-        let (codes, scales) = (parts.codes.materialize()?, parts.scales.materialize()?);
+        let (codes, scales) = (parts.codes.materialize()?, narrowed(parts.scales.materialize()?));
         let zero_points = parts.zero_points.map(Constant::materialize).transpose()?;
         let dtype = codes.dtype();
         let format = format(dtype).expect("a format, as `takes` says");
@@ -136,6 +141,28 @@ fn format(dtype: DType) -> Option<Format> {
     }
 }
 
+/// Scales that f16 has as well, as f16: what is read a token is codes and scales, and of codes of 4 bits in groups of 32 f32
+/// scales are a fifth.
+fn narrowed(scales: Tensor) -> Tensor {
+    let half = |bytes: &[u8; 4]| {
+        let value = f32::from_le_bytes(*bytes);
+        let half = f16::from_f32(value);
+        (half.to_f32() == value).then_some(half.to_le_bytes())
+    };
+    if scales.dtype() != DType::F32 || scales.len() < WORTH_NARROWING {
+        return scales;
+    }
+    let (all, _) = scales.data().as_chunks::<4>();
+    let mut bytes = Vec::with_capacity(2 * all.len());
+    for value in all {
+        match half(value) {
+            Some(half) => bytes.extend(half),
+            None => return scales,
+        }
+    }
+    Tensor::new(DType::F16, scales.shape().to_vec(), bytes.into()).expect("two bytes for each")
+}
+
 struct Centered {
     /// What codes are relative to, in the order of their numbers from 0 on.
     center: f32,
@@ -223,6 +250,23 @@ mod tests {
             &weights.get(&again).unwrap()
         ));
         assert_eq!(weights.made.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn scales_become_narrow_where_nothing_is_lost() {
+        let values: Vec<f32> = (0..WORTH_NARROWING).map(|i| i as f32 / 1024.0).collect();
+        let exact = Tensor::from_f32(vec![values.len()], &values);
+        let found = narrowed(exact.clone());
+        assert_eq!((found.dtype(), found.to_f32()), (DType::F16, values.clone()));
+        for other in [0.1, f32::NAN, 1e6, 1e-9] {
+            let mut values = values.clone();
+            values[700] = other;
+            assert_eq!(
+                narrowed(Tensor::from_f32(vec![values.len()], &values)).dtype(),
+                DType::F32
+            );
+        }
+        assert_eq!(narrowed(Tensor::from_f32(vec![2], &values[..2])).dtype(), DType::F32);
     }
 
     #[test]

@@ -103,19 +103,17 @@ impl QuantizedGemm {
             let flip = |signed: bool, bits: usize| u32::from(signed) << (bits - 1);
             let of = [column, columns, first, depth];
             match w.format {
+                Format::Integer { bits: 4, .. } | Format::Numbered => {
+                    self.pack_codes::<S, _>(Numbered(S::table(w.numbers)), of)
+                }
                 Format::Integer { bits: 2, signed } => {
                     let flip = flip(signed, 2);
                     self.pack_codes::<S, _>(Integer::<2> { flip, center }, of)
-                }
-                Format::Integer { bits: 4, signed } => {
-                    let flip = flip(signed, 4);
-                    self.pack_codes::<S, _>(Integer::<4> { flip, center }, of)
                 }
                 Format::Integer { signed, .. } => {
                     let flip = flip(signed, 8);
                     self.pack_codes::<S, _>(Integer::<8> { flip, center }, of)
                 }
-                Format::Numbered => self.pack_codes::<S, _>(Numbered(S::table(w.numbers)), of),
                 Format::F8E4M3Fn => self.pack_codes::<S, _>(Float8::<4>, of),
                 Format::F8E5M2 => self.pack_codes::<S, _>(Float8::<5>, of),
             }

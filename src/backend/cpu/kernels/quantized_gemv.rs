@@ -82,19 +82,17 @@ impl Kernel for QuantizedGemv {
             let center = w.center;
             let flip = |signed: bool, bits: usize| u32::from(signed) << (bits - 1);
             match w.format {
+                Format::Integer { bits: 4, .. } | Format::Numbered => {
+                    self.columns::<S, _>(Numbered(S::table(w.numbers)))
+                }
                 Format::Integer { bits: 2, signed } => {
                     let flip = flip(signed, 2);
                     self.columns::<S, _>(Integer::<2> { flip, center })
-                }
-                Format::Integer { bits: 4, signed } => {
-                    let flip = flip(signed, 4);
-                    self.columns::<S, _>(Integer::<4> { flip, center })
                 }
                 Format::Integer { signed, .. } => {
                     let flip = flip(signed, 8);
                     self.columns::<S, _>(Integer::<8> { flip, center })
                 }
-                Format::Numbered => self.columns::<S, _>(Numbered(S::table(w.numbers))),
                 Format::F8E4M3Fn => self.columns::<S, _>(Float8::<4>),
                 Format::F8E5M2 => self.columns::<S, _>(Float8::<5>),
             }
@@ -142,38 +140,26 @@ impl QuantizedGemv {
         // SAFETY: every block begins at or after `columns.start` and ends at or before `columns.end`.
         unsafe {
             let prepared = self.prepare::<S, K>();
-            while column + 4 <= self.columns.end {
-                self.rows_of::<S, K, 4, 2>(code, &prepared, column);
-                column += 4;
+            while column + 2 <= self.columns.end {
+                self.rows_of::<S, K, 2>(code, &prepared, column);
+                column += 2;
             }
             while column < self.columns.end {
-                self.rows_of::<S, K, 1, 1>(code, &prepared, column);
+                self.rows_of::<S, K, 1>(code, &prepared, column);
                 column += 1;
             }
         }
     }
 
-    /// `C` columns, for several rows of x in blocks of `H` columns: `C` is `H` or a multiple of it.
-    ///
     /// # Safety
     /// As [`QuantizedGemv::columns`]; columns `column..column + C` are there.
     #[inline(always)]
-    unsafe fn rows_of<S: Simd, K: Code<S>, const C: usize, const H: usize>(
-        &self,
-        code: K,
-        prepared: &Prepared,
-        column: usize,
-    ) {
+    unsafe fn rows_of<S: Simd, K: Code<S>, const C: usize>(&self, code: K, prepared: &Prepared, column: usize) {
         let mut row = 0;
-        // SAFETY: every block ends at or before the last row, and the column `column + C`.
+        // SAFETY: every block ends at or before the last row.
         unsafe {
-            if self.rows == 1 {
-                return self.block::<S, K, C, 1>(code, prepared, 0, column);
-            }
             while row + 4 <= self.rows {
-                for first in (0..C).step_by(H) {
-                    self.block::<S, K, H, 4>(code, prepared, row, column + first);
-                }
+                self.block::<S, K, C, 4>(code, prepared, row, column);
                 row += 4;
             }
             for row in row..self.rows {
