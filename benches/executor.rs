@@ -67,7 +67,13 @@ fn quantized(codes: DType, zeros: bool, shape: &[usize]) -> Constant {
     let len = |shape: &[usize]| codes.byte_len(shape.iter().product());
     let scales = random(DType::F16, &of);
     let points = zeros.then(|| of_codes(&of, bytes(len(&of))));
-    Constant::quantized(of_codes(shape, bytes(len(shape))), Constant::tensor(scales), points, granularity).unwrap()
+    Constant::quantized(
+        of_codes(shape, bytes(len(shape))),
+        Constant::tensor(scales),
+        points,
+        granularity,
+    )
+    .unwrap()
 }
 
 /// As [`linears`], of quantized weights.

@@ -35,7 +35,7 @@
 //! `compile` turns layers into steps (views, fusion, phases, arena), `program` runs them, `kernels` are the inner loops,
 //! `simd` the three instruction sets they are compiled for, `quantized` the weights that they read as codes, `pool` the
 //! threads, `strided_view` and `aligned_bytes` memory
-//! as steps see it, `kv_cache` the [`KvCaches`] of a session, `bindings` what a caller hands over, `oracle` whole tensors
+//! as steps see it, `mapped_pages` what is given back of files, `kv_cache` the [`KvCaches`] of a session, `bindings` what a caller hands over, `oracle` whole tensors
 //! in and out for tests.
 
 mod aligned_bytes;
@@ -45,6 +45,7 @@ mod compile;
 mod error;
 mod kernels;
 mod kv_cache;
+mod mapped_pages;
 mod oracle;
 mod pool;
 mod program;

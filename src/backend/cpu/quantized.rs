@@ -9,10 +9,12 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
+use bytes::Bytes;
 use half::f16;
 
 use super::kernels::quantized::{Format, QuantizedRows};
-use crate::graph::{Constant, ConstantError};
+use super::mapped_pages::release;
+use crate::graph::{Constant, ConstantError, ConstantSource};
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Numbers, Tensor, packed};
 
@@ -196,6 +198,8 @@ fn centered(format: Format, zero_points: Option<&Tensor>) -> Centered {
 /// The matrices made so far. What a matrix is made of is known by where its bytes lie, and kept with it.
 #[derive(Default)]
 pub struct QuantizedWeights {
+    /// Bytes that a matrix was made of and does not read: pages of files among them can go.
+    spent: Mutex<Vec<Bytes>>,
     made: Mutex<HashMap<String, (Constant, Arc<QuantizedMatrix>)>>,
 }
 
@@ -208,8 +212,35 @@ impl QuantizedWeights {
             return Ok(matrix.clone());
         }
         let matrix = Arc::new(QuantizedMatrix::new(constant)?);
+        let mut sources = Vec::new();
+        sources_of(constant, &mut sources);
+        let read = [&matrix.codes, &matrix.scales].map(|tensor| tensor.data().as_ptr());
+        sources.retain(|bytes| !read.contains(&bytes.as_ptr()));
+        self.spent
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .extend(sources);
         made.insert(identity, (constant.clone(), matrix.clone()));
         Ok(matrix)
+    }
+}
+
+impl QuantizedWeights {
+    /// Lets the memory go that is left over from making matrices.
+    pub fn settle(&self) {
+        let spent = std::mem::take(&mut *self.spent.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        if !spent.is_empty() {
+            release(&spent);
+        }
+    }
+}
+
+/// The tensors that a constant is made of.
+fn sources_of(constant: &Constant, sources: &mut Vec<Bytes>) {
+    match constant.source() {
+        ConstantSource::Tensor(tensor) => sources.push(tensor.data().clone()),
+        ConstantSource::Derived(derived) => derived.inputs.iter().for_each(|input| sources_of(input, sources)),
+        ConstantSource::Absent => {}
     }
 }
 

@@ -90,6 +90,7 @@ impl Program {
             }
         }
         compiler.finish_outputs()?;
+        options.weights.settle();
         let Compiler {
             steps,
             mut buffers,
