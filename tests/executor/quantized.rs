@@ -13,7 +13,7 @@ use super::soundness::misaligned;
 use super::support::{Random, assert_close, builder, dims, every_option, on_tensorrt};
 
 const INTEGERS: [DType; 6] = [DType::I8, DType::U8, DType::I4, DType::U4, DType::I2, DType::U2];
-const FLOATS: [DType; 3] = [DType::F8E4M3Fn, DType::F8E5M2, DType::F4E2M1];
+const FLOATS: [DType; 5] = [DType::F8E4M3Fn, DType::F8E5M2, DType::F4E2M1, DType::Nf4, DType::Fp4];
 
 /// A quantized matrix and its parts.
 struct Weight {
@@ -35,12 +35,18 @@ impl Weight {
         let is_integer = INTEGERS.contains(&dtype);
         let mut codes = |shape: &[usize]| {
             let count: usize = shape.iter().product();
-            match is_integer {
-                true => {
+            match (is_integer, dtype.bits()) {
+                (true, _) => {
                     let bits: Vec<i64> = (0..count).map(|_| (random.bits() >> 20) as i64).collect();
                     Tensor::from_i64_as(dtype, shape.to_vec(), &bits)
                 }
-                false => {
+                (false, 4) => {
+                    // Every code is a number.
+                    let bits: Vec<i64> = (0..count).map(|_| (random.bits() >> 20) as i64).collect();
+                    let bytes = Tensor::from_i64_as(DType::U4, shape.to_vec(), &bits).data().clone();
+                    Tensor::new(dtype, shape.to_vec(), bytes).unwrap()
+                }
+                (false, _) => {
                     // Some subnormal, some saturated.
                     let values = (0..count).map(|i| random.float() * [0.01, 1.0, 600.0][i % 3]);
                     Tensor::from_f64_as(dtype, shape.to_vec(), &values.collect::<Vec<f64>>())
