@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check a canonical graph with other people's tools: onnx.checker, then ONNX Runtime against reference.json.
 
-    python scripts/check_canonical.py EXPORT_DIR CANONICAL.onnx [--tolerance 1e-4] [--chunk N] [--no-check]
+    python scripts/check_canonical.py EXPORT_DIR CANONICAL.onnx [--tolerance 1e-4] [--chunk N] [--no-check] [--unoptimized]
 
 EXPORT_DIR holds the reference.json of the export that CANONICAL.onnx (`lapidary convert --emit-onnx`) was made
 from. The graph takes `input_ids` and `position_ids` `[batch, tokens]`, `write_indices` `[batch]` and
@@ -89,6 +89,7 @@ def main():
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit; default %(default)s")
     parser.add_argument("--chunk", type=int, help="prefill in pieces of this many tokens")
     parser.add_argument("--capacity", type=int, default=CAPACITY, help="where the graph leaves it open; default %(default)s")
+    parser.add_argument("--unoptimized", action="store_true", help="without ONNX Runtime's graph optimizations")
     parser.add_argument("--no-check", action="store_true", help="leave out onnx.checker")
     arguments = parser.parse_args()
     path = arguments.export if arguments.export.is_file() else arguments.export / "reference.json"
@@ -99,6 +100,8 @@ def main():
             onnx.checker.check_model(str(arguments.canonical), full_check=True)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        if arguments.unoptimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(arguments.canonical, options, providers=["CPUExecutionProvider"])
         compare = expected_rows(reference)
         rows = list(run(session, reference, arguments.capacity, arguments.chunk))

@@ -66,11 +66,12 @@
 //! | 14 | `text` | tokenizer, chat template, text from tokens |
 //! | 15 | `tune` | which lowering is fastest on a GPU |
 //! | 16 | `package` | packages on disk |
-//! | 17 | `convert` | from an export to a package |
-//! | 18 | `decode` | sessions, generation, reference engines |
-//! | 19 | `bench` | measurements |
-//! | 20 | `report` | tables, plots and text of measurements |
-//! | 21 | `cli` | the command line |
+//! | 17 | `quantize` | weights in floating point become codes |
+//! | 18 | `convert` | from an export to a package |
+//! | 19 | `decode` | sessions, generation, reference engines |
+//! | 20 | `bench` | measurements |
+//! | 21 | `report` | tables, plots and text of measurements |
+//! | 22 | `cli` | the command line |
 //!
 //! # Features
 //!
@@ -100,6 +101,7 @@ pub mod network;
 pub mod onnx;
 pub mod package;
 pub mod passes;
+pub mod quantize;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod report;

@@ -12,7 +12,7 @@ use crate::help::Help;
 use crate::lower::LowerOptions;
 use crate::network::{Profile, WeightMode};
 use crate::passes::ActivationPolicy;
-use crate::target::{Precision, Prefill, Refit, Target};
+use crate::target::{Precision, Prefill, Quantization, Refit, Target};
 
 /// A file of `specs/`, or the flags of one run: whatever is `None` is left to the next layer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -31,6 +31,10 @@ pub struct Spec {
     /// What becomes of activations that the export quantizes: rounded to what their codes stand for (`quantized`, the
     /// default), or left in floating point (`float`).
     pub activations: Option<ActivationPolicy>,
+    /// How weights in floating point are quantized; not at all if not given.
+    pub quantize: Option<Quantization>,
+    /// A text that the quantization is calibrated on; relative to the spec's own folder.
+    pub calibrate: Option<PathBuf>,
     /// Slots a cache can have.
     pub capacity: Option<Vec<usize>>,
     /// How a prompt is cut for engines.
@@ -79,7 +83,7 @@ pub const DEFAULT_CAPACITIES: [usize; 3] = [256, 1024, 4096];
 pub const DEFAULT_CHUNKS: [usize; 2] = [128, 512];
 
 impl Spec {
-    /// Reads a file; the path of its tokenizer is relative to the file's folder.
+    /// Reads a file; the paths of its tokenizer and its text are relative to the file's folder.
     pub fn read(path: &Path) -> Result<Self, SpecError> {
         let text = std::fs::read_to_string(path).map_err(|source| SpecError::Read {
             path: path.to_path_buf(),
@@ -89,8 +93,10 @@ impl Spec {
             path: path.to_path_buf(),
             message,
         })?;
-        if let (Some(tokenizer), Some(folder)) = (&mut spec.tokenizer, path.parent()) {
-            *tokenizer = folder.join(&*tokenizer);
+        if let Some(folder) = path.parent() {
+            for file in [&mut spec.tokenizer, &mut spec.calibrate].into_iter().flatten() {
+                *file = folder.join(&*file);
+            }
         }
         Ok(spec)
     }
@@ -118,6 +124,8 @@ impl Spec {
             weights: self.weights.or(below.weights),
             refit: self.refit.or(below.refit),
             dtype: self.dtype.or(below.dtype),
+            quantize: self.quantize.or(below.quantize),
+            calibrate: self.calibrate.or(below.calibrate),
             capacity: self.capacity.or(below.capacity),
             prefill: self.prefill.or(below.prefill),
             one_engine: self.one_engine.or(below.one_engine),
@@ -177,6 +185,11 @@ impl Spec {
                     .into(),
             );
         }
+        if self.calibrate.is_some() && self.quantize.is_none() {
+            return bad(
+                "a text to calibrate on needs a quantization to calibrate: --quantize int4, int8 or fp8".into(),
+            );
+        }
         Ok(Conversion {
             one_engine,
             targets,
@@ -184,6 +197,8 @@ impl Spec {
             refit,
             dtype: self.dtype,
             activations: self.activations.unwrap_or_default(),
+            quantize: self.quantize,
+            calibrate: self.calibrate,
             capacities,
             explicit_capacities,
             prefill,
@@ -210,6 +225,10 @@ pub struct Conversion {
     pub dtype: Option<Precision>,
     /// What becomes of activations that the export quantizes.
     pub activations: ActivationPolicy,
+    /// `None`: weights stay what they are.
+    pub quantize: Option<Quantization>,
+    /// Only with a quantization.
+    pub calibrate: Option<PathBuf>,
     /// Ascending, not empty.
     pub capacities: Vec<usize>,
     /// The capacities were asked for, and not the defaults, which are cut to the model's context.
@@ -281,6 +300,7 @@ mod tests {
         assert!(resolve("capacity: [0]").contains("above 0"));
         assert!(resolve("prefill: {min: 4, opt: 2, max: 8}").contains("4:2:8"));
         assert!(resolve("refit: general").contains("bound weights"));
+        assert!(resolve("calibrate: text.txt").contains("--quantize"));
         assert!(resolve("targets: []").contains("no target"));
         assert!(resolve("one_engine: true").contains("needs a prefill range"));
         assert!(resolve("{one_engine: true, prefill: {min: 1, opt: 2, max: 4}, weights: strip}").contains("no refit"));

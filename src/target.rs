@@ -2,10 +2,14 @@
 //!
 //! Plain data with serde, shared by specs, manifests and the back ends. The names are part of the spec and package formats.
 
+mod quantization;
+
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+pub use quantization::{CodeType, Group, Quantization};
 
 use crate::network::Tokens;
 use crate::tensor::DType;

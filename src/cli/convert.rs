@@ -11,7 +11,7 @@ use crate::convert::{ConvertOptions, convert};
 use crate::network::WeightMode;
 use crate::passes::ActivationPolicy;
 use crate::spec::{Conversion, Spec};
-use crate::target::{Precision, Prefill, Refit, Target};
+use crate::target::{Precision, Prefill, Quantization, Refit, Target};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -40,6 +40,17 @@ pub struct Args {
     /// quantized]
     #[arg(long, value_parser = words::<ActivationPolicy>(&["quantized", "float"]))]
     activations: Option<ActivationPolicy>,
+    /// Quantize weights in floating point: int4, int8 or fp8, then options such as int4,group=32
+    ///
+    /// After the format, between commas: group=N (codes along the depth that share a scale), group=channel or group=auto (32
+    /// or a number near it that divides the depth); symmetric or asymmetric (with zero points); keep=NAME (a weight, a module
+    /// or a pattern with * that stays in floating point, besides lm_head and embeddings, which do by default) or keep=none
+    /// (nothing stays). The default is group=auto for int4, group=channel for int8 and fp8, and symmetric
+    #[arg(long, value_name = "FORMAT")]
+    quantize: Option<Quantization>,
+    /// Measure activations on this text, and scale channels and weigh errors by them (needs the tokenizer)
+    #[arg(long, value_name = "TEXT", conflicts_with = "without_weights")]
+    calibrate: Option<PathBuf>,
     /// Sizes the cache can have, in tokens [default: 256,1024,4096, as far as the model's context reaches]
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
     capacity: Option<Vec<usize>>,
@@ -131,6 +142,12 @@ fn save_spec(path: &Path, conversion: &Conversion) -> Result<(), Failure> {
         refit: Some(conversion.refit),
         dtype: conversion.dtype,
         activations: Some(conversion.activations).filter(|policy| *policy != ActivationPolicy::default()),
+        quantize: conversion.quantize.clone(),
+        // A spec may lie anywhere, and the text stays where it is.
+        calibrate: conversion
+            .calibrate
+            .as_ref()
+            .map(|text| text.canonicalize().unwrap_or_else(|_| text.clone())),
         capacity: Some(conversion.capacities.clone()),
         prefill: Some(conversion.prefill.clone()),
         one_engine: conversion.one_engine.then_some(true),
@@ -149,6 +166,8 @@ fn conversion(args: &Args) -> Result<Conversion, Failure> {
         refit: args.refit,
         dtype: args.dtype,
         activations: args.activations,
+        quantize: args.quantize.clone(),
+        calibrate: args.calibrate.clone(),
         capacity: args.capacity.clone(),
         prefill: args.prefill.clone(),
         one_engine: args.one_engine.then_some(true),

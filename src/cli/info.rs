@@ -43,6 +43,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
     print(&text)
 }
 
+/// What quantized weights are stored as, and how many are each.
+fn forms(m: &Manifest) -> BTreeMap<String, usize> {
+    let mut forms = BTreeMap::new();
+    for quantized in m.weights.tensors.iter().filter_map(|w| w.quantized.as_ref()) {
+        *forms.entry(quantized.to_string()).or_default() += 1;
+    }
+    forms
+}
+
 pub fn summary(m: &Manifest) -> String {
     let mut out = String::new();
     let mut line = |name: &str, text: String| {
@@ -72,6 +81,17 @@ pub fn summary(m: &Manifest) -> String {
         "weights",
         format!("{} tensors, {}{shared}", w.tensors.len(), bytes(w.bytes)),
     );
+    if let Some(quantization) = &m.quantization {
+        let calibrated = quantization.calibration.as_ref().map_or(String::new(), |calibration| {
+            let (text, tokens) = (&calibration.text, calibration.tokens);
+            format!(", calibrated on {tokens} tokens of {text}")
+        });
+        let (format, weights) = (&quantization.format, quantization.weights);
+        line("quantized", format!("{weights} weights as {format}{calibrated}"));
+        for (form, count) in forms(m) {
+            line("", format!("{count} of {form}"));
+        }
+    }
     line("weight set", w.set_hash.clone());
     match m.engines.len() {
         0 => line("engines", "none: runs on the CPU".into()),

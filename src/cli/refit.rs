@@ -25,6 +25,9 @@ pub struct Args {
     /// A LoRA adapter to merge into them (a folder as PEFT saves it)
     #[arg(long, value_name = "DIR")]
     lora: Option<PathBuf>,
+    /// Quantize weights again, in the format they have, where the adapter changes them
+    #[arg(long, requires = "lora")]
+    requantize: bool,
     /// Any weights of the architecture, or only those the package had [default: what it was converted for, else general]
     #[arg(long, value_parser = words::<Mode>(&["general", "identical"]))]
     mode: Option<Mode>,
@@ -62,6 +65,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     progress.step("reading");
     let source = open(&args.from, &package)?;
     let adapter = args.lora.as_deref().map(Adapter::open).transpose()?;
+    let adapter = adapter.map(|adapter| adapter.requantizing(args.requantize));
     let name = args
         .lora
         .as_deref()
@@ -83,6 +87,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
             refit: manifest.refit,
             dtype: None,
             activations: manifest.activations.policy,
+            quantize: None,
+            calibrate: None,
             capacities: manifest.capacities.clone(),
             explicit_capacities: true,
             prefill: manifest.prefill.clone(),

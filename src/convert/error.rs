@@ -10,6 +10,7 @@ use crate::lower::LowerError;
 use crate::onnx;
 use crate::package::PackageError;
 use crate::passes::PassError;
+use crate::quantize::QuantizeError;
 use crate::text::TokenizerError;
 #[cfg(feature = "engines")]
 use crate::tune::measure::TuneError;
@@ -71,6 +72,14 @@ pub enum ConvertError {
         capacity: usize,
         /// What there is.
         limit: usize,
+    },
+    /// Its weights cannot be quantized as asked for.
+    #[error("{}: {source}", path.display())]
+    Quantize {
+        /// The export.
+        path: PathBuf,
+        /// Why.
+        source: QuantizeError,
     },
     /// The canonical graph cannot be written as ONNX.
     #[error("{}: {source}", path.display())]
@@ -158,6 +167,7 @@ impl Help for ConvertError {
             ConvertError::Numbers { source, .. } => source.help(),
             ConvertError::Capacity { limit, .. } => Some(format!("use a --capacity of at most {limit}")),
             ConvertError::Emit { source, .. } => source.help(),
+            ConvertError::Quantize { source, .. } => source.help(),
             ConvertError::Lower { source, .. } => source.help(),
             ConvertError::Engine { source, .. } => source.help(),
             ConvertError::NothingToTune => Some("use it with --target tensorrt-rtx".to_string()),

@@ -21,10 +21,12 @@ pub use examine::{Examination, examine};
 use crate::graph::{Graph, infer};
 use crate::graph::{Obstacle, Obstacles, verify};
 use crate::onnx;
-use crate::package::manifest::{ExportFile, PassRecord};
+use crate::package::manifest::{ExportFile, PassRecord, QuantizationRecord};
 use crate::package::{self, Manifest, ManifestHeader, PackageError, PlanCache, Writer};
 use crate::passes;
+use crate::quantize::{self, QuantizeError};
 use crate::spec::Conversion;
+use crate::target::Quantization;
 use crate::text::{self, Tokenizer};
 use crate::weights::WriteError;
 use crate::weights::checks::Allowed;
@@ -129,6 +131,10 @@ pub fn convert(
     let progress = &options.progress;
     progress.step("reading");
     let mut tokenizer = find_tokenizer(model, conversion.tokenizer.as_deref())?;
+    let text = match &conversion.calibrate {
+        Some(path) => Some(calibration_text(model, path, tokenizer.as_ref())?),
+        None => None,
+    };
     let graph = match options.without_weights {
         true => onnx::read_stripped(model)?,
         false => onnx::read(model)?,
@@ -136,9 +142,19 @@ pub fn convert(
     let source = source(model, &graph)?;
 
     progress.step("rewriting");
-    let canonical = examine::canonical(model, graph, &conversion, options.allowed.overflow)?;
+    let mut canonical = examine::canonical(model, graph, &conversion, options.allowed.overflow)?;
     let limit = canonical.architecture.max_positions;
     let capacities = capacities(model, &conversion, limit, trained_context(model))?;
+    let quantization = match &conversion.quantize {
+        Some(quantization) => {
+            let made = quantized(&mut canonical, quantization, text.as_ref(), &**progress);
+            Some(made.map_err(|source| ConvertError::Quantize {
+                path: model.to_path_buf(),
+                source,
+            })?)
+        }
+        None => None,
+    };
     if let Some(path) = options.emit_onnx {
         onnx::write_with_data(&canonical.graph, path).map_err(|source| ConvertError::Emit {
             path: path.to_path_buf(),
@@ -174,6 +190,9 @@ pub fn convert(
         error => error.into(),
     })?;
     let vocabulary = canonical.architecture.vocabulary;
+    if let Some(quantization) = quantization {
+        writer.quantization(quantization);
+    }
     writer.norms(norm_parameter::of_config(model.parent().unwrap_or(Path::new("."))));
     // From here on the weights are those of the package, mapped; the export is not needed any more.
     drop(canonical);
@@ -215,6 +234,37 @@ pub fn convert(
         tokenizer_ids: tokenizer.as_ref().map(Tokenizer::vocabulary),
         warnings,
     })
+}
+
+/// The text to calibrate on, as tokens.
+fn calibration_text(model: &Path, path: &Path, tokenizer: Option<&Tokenizer>) -> Result<quantize::Text, ConvertError> {
+    let text = match tokenizer {
+        Some(tokenizer) => quantize::Text::read(path, tokenizer).map_err(QuantizeError::Text),
+        None => Err(QuantizeError::NoTokenizer),
+    };
+    text.map_err(|source| ConvertError::Quantize {
+        path: model.to_path_buf(),
+        source,
+    })
+}
+
+/// Quantizes the canonical graph in place.
+fn quantized(
+    canonical: &mut passes::Canonical,
+    quantization: &Quantization,
+    text: Option<&quantize::Text>,
+    progress: &dyn Progress,
+) -> Result<QuantizationRecord, QuantizeError> {
+    if let (Some(text), Some(known)) = (text, canonical.architecture.vocabulary) {
+        text.check_ids(known)?;
+    }
+    let share = |share: f32| progress.share("calibrating", share);
+    let calibration = text.map(|text| quantize::Calibration {
+        text,
+        longest: canonical.architecture.max_positions,
+        progress: &share,
+    });
+    quantize::quantize(&mut canonical.graph, quantization, calibration.as_ref())
 }
 
 /// Refuses what no pass should have to look at.

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::quantize::RoundToNearest;
 use super::quantized::Quantized;
 use crate::help::Help;
 use crate::tensor::quantized::{Granularity, QuantizedError, check_types};
@@ -91,6 +92,13 @@ pub enum Transform {
     },
     /// Of a vector of integers: the indices that sort it, equal ones in their order; i64.
     Order,
+    /// Of floats and perhaps the importance of their columns: codes, scales or zero points.
+    RoundToNearest(RoundToNearest),
+    /// Of a tensor and a vector: every element times that of its index on the axis, in fp32.
+    Factors {
+        /// Of the tensor.
+        axis: usize,
+    },
     /// Of three matrices `w` `[out, in]`, `b` `[out, rank]`, `a` `[rank, in]`: `w + scale * b a`, in fp32.
     PlusProduct {
         /// Of the product.
@@ -139,12 +147,25 @@ pub enum ConstantError {
         /// In the export, or `unnamed`.
         name: String,
     },
+    /// A weight that is to be quantized.
+    #[error("{name:?} cannot be quantized: {count} of its {len} numbers are NaN or infinite")]
+    NotFinite {
+        /// In the export, or `unnamed`.
+        name: String,
+        /// How many.
+        count: usize,
+        /// Numbers of the weight.
+        len: usize,
+    },
 }
 
 impl Help for ConstantError {
     fn help(&self) -> Option<String> {
         match self {
             ConstantError::Absent { .. } => Some("bring it back with `lapidary refit`".to_string()),
+            ConstantError::NotFinite { name, .. } => Some(format!(
+                "keep it in floating point with `keep={name}` in --quantize, or repair the weight"
+            )),
         }
     }
 }
@@ -294,7 +315,7 @@ impl Constant {
         .expect("writing to a string");
     }
 
-    fn derive(inputs: Vec<Constant>, transform: Transform, dtype: DType, shape: Vec<usize>) -> Self {
+    pub(super) fn derive(inputs: Vec<Constant>, transform: Transform, dtype: DType, shape: Vec<usize>) -> Self {
         Constant {
             dtype,
             shape,

@@ -46,6 +46,7 @@ pub(crate) mod infer;
 mod interface;
 pub mod op;
 mod parse;
+pub mod quantize;
 pub mod quantized;
 mod transform;
 mod verify;

@@ -11,6 +11,7 @@
 use std::fmt;
 
 use super::constant::{Constant, ConstantError};
+use crate::tensor::quantize::Format;
 use crate::tensor::quantized::{Granularity, QuantizedError, check_types, check_values};
 
 /// The parts of a quantized constant.
@@ -37,6 +38,15 @@ impl<'a> Quantized<'a> {
             .into_iter()
             .zip(parts)
             .filter_map(|(name, part)| Some((name, part?)))
+    }
+
+    /// The format, for other values to be quantized in the same way; `None` if the scales are quantized themselves.
+    pub fn format(self) -> Option<Format> {
+        self.scales.as_quantized().is_none().then(|| Format {
+            codes: self.codes.dtype(),
+            granularity: self.granularity,
+            zero_points: self.zero_points.is_some(),
+        })
     }
 
     /// Whether dtypes and shapes belong together.

@@ -24,6 +24,10 @@ pub(super) fn apply(derived: &Derived, dtype: DType, shape: &[usize]) -> Result<
             let inputs = derived.inputs.iter().map(Constant::materialize);
             decode.read(&inputs.collect::<Result<Vec<_>, _>>()?)
         }
+        Transform::RoundToNearest(quantize) => super::quantize::apply(quantize, &derived.inputs)?.data().clone(),
+        Transform::Factors { axis } => super::quantize::with_factors(&input(0)?, &input(1)?, *axis)
+            .data()
+            .clone(),
         Transform::Dequantize(granularity) => {
             let zero_points = derived.inputs.get(2).map(Constant::materialize).transpose()?;
             dequantize(&input(0)?, &input(1)?, zero_points.as_ref(), *granularity)

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::interface::Signature;
 use crate::network::{Profile, WeightMode};
 use crate::passes::{Activations, Architecture};
-use crate::target::{Prefill, Refit, Target};
+use crate::target::{Prefill, Quantization, Refit, Target};
 use crate::tensor::DType;
 use crate::tensor::quantized::Granularity;
 use crate::tune::Tuning;
@@ -63,6 +63,9 @@ pub struct Manifest {
     /// Which activations are rounded to codes, as the export does it, and which are not.
     #[serde(default, skip_serializing_if = "Activations::is_empty")]
     pub activations: Activations,
+    /// What `convert --quantize` did. Weights that an export brought quantized are not in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<QuantizationRecord>,
     /// Empty if the package only runs on the CPU.
     pub engines: Vec<EngineEntry>,
     /// What `convert --tune` measured to choose the engines' lowerings.
@@ -74,6 +77,34 @@ pub struct Manifest {
     pub eos_token_ids: BTreeSet<u32>,
     /// What each pass did, in order.
     pub passes: Vec<PassRecord>,
+}
+
+/// How weights in floating point were quantized. What each became is in its entry: the parts in `quantized`, the format in
+/// `recipe`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QuantizationRecord {
+    /// As it was asked for, defaults filled in.
+    pub format: Quantization,
+    /// Weights that were quantized.
+    pub weights: usize,
+    /// Matrices that stayed in floating point, by the graph's names.
+    pub kept: Vec<String>,
+    /// What was measured on a text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<CalibrationRecord>,
+}
+
+/// A text that activations were measured on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CalibrationRecord {
+    /// Its file, without the folder.
+    pub text: String,
+    /// BLAKE3 of that file.
+    pub blake3: String,
+    /// Tokens of it that were read.
+    pub tokens: usize,
+    /// Places where channels were scaled: norms, and matrices before matrices.
+    pub scaled: usize,
 }
 
 /// The export a package was made from.

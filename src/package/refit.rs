@@ -50,6 +50,19 @@ pub enum RefitError {
         /// Of the package.
         path: String,
     },
+    /// Other weights for a package that was calibrated.
+    #[error(
+        "{path}: its weights were calibrated together on the text {text:?} when they were quantized, and {source_path} holds \
+         others"
+    )]
+    Calibrated {
+        /// Of the package.
+        path: String,
+        /// File that was calibrated with.
+        text: String,
+        /// Of the weights.
+        source_path: String,
+    },
     /// Other weights were asked for. Such an engine takes any numbers at load and computes with them what it was not planned for.
     #[error(
         "{path}: its engines were stripped for an identical refit and take back only the weights that they were built with"
@@ -82,6 +95,11 @@ impl Help for RefitError {
             RefitError::OnlyItsOwn { .. } => Some(
                 "convert again with `--weights strip --refit general` for engines that take other weights".to_string(),
             ),
+            RefitError::Calibrated { .. } => Some(
+                "convert the other weights' export with the same --quantize and --calibrate, or quantize without \
+                 --calibrate for packages that take weights in floating point"
+                    .to_string(),
+            ),
             RefitError::NotIdentical { .. } | RefitError::NeverHad { .. } => {
                 Some("use --mode general if other weights are what you want".to_string())
             }
@@ -104,6 +122,19 @@ pub fn find_weights(
     let graph = package.architecture()?;
     let required = package.required_for(&graph);
     let find = |adapter| matched(&required, source, adapter, extra_allowed);
+    let calibration = manifest.quantization.as_ref().and_then(|q| q.calibration.as_ref());
+    if let Some(calibration) = calibration {
+        let same_graph = source
+            .model()
+            .is_some_and(|m| m.architecture_hash == manifest.architecture_hash);
+        if !same_graph || adapter.is_some() {
+            return Err(RefitError::Calibrated {
+                path: package.folder.display().to_string(),
+                text: calibration.text.clone(),
+                source_path: source.path.display().to_string(),
+            });
+        }
+    }
     let Err(error) = config::check(source, &graph, &manifest.architecture, capacity) else {
         return Ok(find(adapter)?);
     };

@@ -68,11 +68,16 @@ impl Writer {
     ) -> Result<Self, PackageError> {
         let staging = Staging::new(target, force)?;
         let modules = weights::modules::modules(graph);
-        let describe = |id: ValueId, constant: &Constant| Provenance {
-            source_name: constant.origin().map(str::to_string),
-            recipe: Recipe::of(constant),
-            modules: modules.get(&id).cloned(),
-            learned: None,
+        let describe = |id: ValueId, constant: &Constant| {
+            let recipe = Recipe::of(constant);
+            Provenance {
+                source_name: constant.origin().map(str::to_string),
+                modules: modules
+                    .get(&id)
+                    .map(|modules| modules.clone().stored_as(recipe.as_ref())),
+                recipe,
+                learned: None,
+            }
         };
         let stored_graph = write_graph(&staging, graph, describe, &mut checks::inspector(allowed), progress)?;
         let manifest = Manifest {
@@ -92,6 +97,7 @@ impl Writer {
             weights: stored_graph.weights,
             constants: stored_graph.constants,
             norms: None,
+            quantization: None,
             engines: Vec::new(),
             tuning: None,
             tokenizer: None,
@@ -157,6 +163,11 @@ impl Writer {
     /// What checkpoints of this model hold of norms, where that is known.
     pub fn norms(&mut self, norms: Option<NormParameter>) {
         self.manifest.norms = norms;
+    }
+
+    /// How weights in floating point were quantized.
+    pub fn quantization(&mut self, quantization: manifest::QuantizationRecord) {
+        self.manifest.quantization = Some(quantization);
     }
 
     /// What the choices of the engines' lowerings rest on.

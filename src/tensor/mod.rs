@@ -2,12 +2,14 @@
 //!
 //! A [`Tensor`] is a [`DType`], a shape and little-endian bytes. The bytes are [`Bytes`], so a tensor that lies in a mapped
 //! file costs no memory and clones are free. Everything that computes on elements converts with the typed accessors; the
-//! only arithmetic here is [`quantized::dequantize`], which says what codes with scales mean.
+//! only arithmetic here is that of codes: [`quantized::dequantize`] says what they mean with their scales, [`mod@quantize`]
+//! finds them.
 
 mod dtype;
 pub(crate) mod element;
 mod narrow;
 pub(crate) mod packed;
+pub mod quantize;
 pub mod quantized;
 
 use std::fmt;

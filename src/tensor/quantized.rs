@@ -185,6 +185,14 @@ pub enum QuantizedError {
         /// Of the tensor.
         granularity: Granularity,
     },
+    /// Codes that values cannot be given.
+    #[error(
+        "nothing can be quantized to {format}: unsigned codes need zero points, and codes that are floats have none"
+    )]
+    Format {
+        /// As asked for.
+        format: super::quantize::Format,
+    },
     /// Tensors to be joined that are not quantized in the same way.
     #[error("tensors to be joined are quantized differently: {left} and {right}")]
     Unlike {

@@ -22,6 +22,9 @@ pub enum Irreversible {
     /// Columns in an order that its recipe computes.
     #[error("it holds the tensor in another order")]
     Order,
+    /// Rows or columns that calibration multiplied.
+    #[error("it holds the tensor as a calibration changed it")]
+    Calibrated,
     /// Numbers that cannot be read.
     #[error("its numbers cannot be read")]
     Unreadable,
@@ -50,7 +53,8 @@ impl Recipe {
                 of.walk_back(&made.transposed(&back), parts)
             }
             Recipe::Reshape { of, .. } => of.walk_back(&made.reshaped(of.shape()), parts),
-            Recipe::Cast { of, .. } => of.walk_back(made, parts),
+            Recipe::Cast { of, .. } | Recipe::RoundToNearest { of, .. } => of.walk_back(made, parts),
+            Recipe::Calibrated { .. } => Err(Irreversible::Calibrated),
             Recipe::Slice { .. } => Err(Irreversible::Slice),
             Recipe::Concat { axis, of } => {
                 let mut start = 0;
@@ -127,7 +131,9 @@ impl Recipe {
             | Recipe::HalfRange { of, .. }
             | Recipe::SwapHalves { of }
             | Recipe::Order { of }
-            | Recipe::Offset { of, .. } => of.shape(),
+            | Recipe::Offset { of, .. }
+            | Recipe::RoundToNearest { of, .. }
+            | Recipe::Calibrated { of } => of.shape(),
             Recipe::Dequantize { codes, .. } => codes.shape(),
         }
     }
@@ -146,6 +152,10 @@ impl Recipe {
                     shape: s,
                 },
             ) => name == n && shape == s && (dtype == d || dtype.is_float() && d.is_float()),
+            (Recipe::RoundToNearest { format, of }, Recipe::RoundToNearest { format: f, of: o }) => {
+                format == f && of.is_like(o)
+            }
+            (Recipe::Calibrated { of }, Recipe::Calibrated { of: o }) => of.is_like(o),
             (Recipe::Transpose { perm, of }, Recipe::Transpose { perm: p, of: o }) => perm == p && of.is_like(o),
             (Recipe::Reshape { shape, of }, Recipe::Reshape { shape: s, of: o }) => shape == s && of.is_like(o),
             (Recipe::Cast { dtype, of }, Recipe::Cast { dtype: d, of: o }) => dtype == d && of.is_like(o),
@@ -212,7 +222,9 @@ impl Recipe {
             | Recipe::HalfRange { of, .. }
             | Recipe::SwapHalves { of }
             | Recipe::Take { of, .. }
-            | Recipe::Slice { of, .. } => of.is_arithmetic(),
+            | Recipe::Slice { of, .. }
+            | Recipe::RoundToNearest { of, .. }
+            | Recipe::Calibrated { of } => of.is_arithmetic(),
         }
     }
 }

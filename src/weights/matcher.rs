@@ -234,6 +234,18 @@ impl<'a> Matcher<'a> {
         {
             return Err(vec![misfit]);
         }
+        if recipe.is_calibrated() {
+            let leaf = recipe
+                .leaves()
+                .first()
+                .map_or(String::new(), |leaf| leaf.name.to_string());
+            return Err(vec![Misfit {
+                weight: weight.name.to_string(),
+                tensor: leaf,
+                why: "the package holds it as a calibration on a text changed it, together with the weights around it"
+                    .to_string(),
+            }]);
+        }
         let mut from = Vec::new();
         let mut wrong = Vec::new();
         let adds_one = kind == NameKind::Module
@@ -310,7 +322,7 @@ impl<'a> Matcher<'a> {
         }
         if let Some((target, _)) = self.adapter.and_then(|a| a.change_of(&held.name))
             && let Some(constant) = self.source.tensors.get(&held.name)
-            && constant.as_quantized().is_some()
+            && !self.takes_changes(constant)
         {
             let why = quantized_base(constant, &target);
             self.changed.insert(target);
@@ -376,7 +388,7 @@ impl<'a> Matcher<'a> {
             return Err((name, why.to_string()));
         }
         match self.change_of(kind, leaf.name) {
-            Some((target, _)) if constant.as_quantized().is_some() => {
+            Some((target, _)) if !self.takes_changes(&constant) => {
                 let why = quantized_base(&constant, &target);
                 self.changed.insert(target);
                 self.used.insert(name.clone());
@@ -427,10 +439,17 @@ impl<'a> Matcher<'a> {
         match change {
             Some((target, change)) if constant.shape() == change.shape() => {
                 self.changed.insert(target);
-                change.merged(constant)
+                let merged = change.merged(constant);
+                requantized(&merged, constant).unwrap_or(merged)
             }
             _ => constant.clone(),
         }
+    }
+
+    /// Whether an adapter may change a tensor: floats, and codes if they may be rounded again.
+    fn takes_changes(&self, constant: &Constant) -> bool {
+        let again = self.adapter.is_some_and(Adapter::requantizes);
+        constant.as_quantized().is_none() || again && requantized(constant, constant).is_some()
     }
 
     /// What the source has and no weight is made of.
@@ -490,10 +509,16 @@ fn plus_one(constant: &Constant) -> Constant {
 /// Why an adapter's change cannot be merged into codes.
 fn quantized_base(constant: &Constant, target: &str) -> String {
     format!(
-        "the adapter changes {target}, and it is quantized ({}): the sum would have to be rounded to codes again; merge the \
-         adapter into the floating-point model and quantize that",
+        "the adapter changes {target}, and it is quantized ({}): the sum would have to be rounded to codes again; allow that \
+         with --requantize, or merge the adapter into the floating-point model and quantize that",
         form::described(constant)
     )
+}
+
+/// Floats in the format of a quantized tensor. `None` if it is not quantized, or in a way that is only read.
+fn requantized(values: &Constant, like: &Constant) -> Option<Constant> {
+    let format = like.as_quantized()?.format()?;
+    values.cast(like.dtype()).quantized_as(format, None).ok()
 }
 
 /// Whether an exporter numbered a value that it had no name for.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::graph::Constant;
 use crate::graph::{ConstantSource, Transform};
 use crate::tensor::DType;
+use crate::tensor::quantize::Format;
 use crate::tensor::quantized::Granularity;
 
 /// A tensor computed from named ones. Shapes are those of results.
@@ -129,6 +130,19 @@ pub enum Recipe {
         /// `[n]`.
         of: Box<Recipe>,
     },
+    /// The nearest quantized weight ([`crate::tensor::quantize`]); one that has the format already stays as it is.
+    RoundToNearest {
+        /// Of the codes.
+        format: Format,
+        /// What is quantized.
+        of: Box<Recipe>,
+    },
+    /// Changed by what was measured on a text: multiplied by factors of rows or columns, or quantized with some columns
+    /// more important than others. It is made of the numbers that were measured with, and of no others.
+    Calibrated {
+        /// What was changed.
+        of: Box<Recipe>,
+    },
 }
 
 /// A named tensor a recipe needs.
@@ -156,6 +170,14 @@ impl Recipe {
                 });
             }
         };
+        if let Some((values, format, weighted)) = constant.quantized_from() {
+            let of = Box::new(Recipe::of(values)?);
+            let quantized = Recipe::RoundToNearest { format, of };
+            return Some(match weighted {
+                true => quantized.calibrated(),
+                false => quantized,
+            });
+        }
         let input = || Recipe::of(&derived.inputs[0]).map(Box::new);
         Some(match &derived.transform {
             Transform::Transpose(perm) => Recipe::Transpose {
@@ -218,9 +240,64 @@ impl Recipe {
                 indices: Box::new(Recipe::of(&derived.inputs[1])?),
             },
             Transform::Order => Recipe::Order { of: input()? },
+            Transform::Factors { .. } => Recipe::of(&derived.inputs[0])?.calibrated(),
+            // Codes alone, without their scales, are no weight.
+            Transform::RoundToNearest(_) => return None,
             // Adapters are merged, and checkpoints decoded, on the way into a package; no pass makes such a constant.
             Transform::PlusProduct { .. } | Transform::RowLengths | Transform::Decode(_) => return None,
         })
+    }
+
+    /// The recipe of what calibration changed; changed twice, it is changed.
+    fn calibrated(self) -> Recipe {
+        match self {
+            Recipe::Calibrated { .. } => self,
+            of => Recipe::Calibrated { of: Box::new(of) },
+        }
+    }
+
+    /// This recipe of a weight's values with what `whole`, a recipe of the same weight, does to them at the end:
+    /// quantizes them, or changes them by a calibration.
+    pub fn stored_as(self, whole: Option<&Recipe>) -> Recipe {
+        match whole {
+            Some(Recipe::RoundToNearest { format, of }) => Recipe::RoundToNearest {
+                format: *format,
+                of: Box::new(self.stored_as(Some(of))),
+            },
+            Some(Recipe::Calibrated { of }) => self.stored_as(Some(of)).calibrated(),
+            _ => self,
+        }
+    }
+
+    /// The format that it quantizes values to; `None` if it keeps them, or reads codes.
+    pub fn quantizes_to(&self) -> Option<Format> {
+        match self {
+            Recipe::RoundToNearest { format, .. } => Some(*format),
+            Recipe::Calibrated { of } => of.quantizes_to(),
+            _ => None,
+        }
+    }
+
+    /// Whether it was changed by what was measured on a text.
+    pub fn is_calibrated(&self) -> bool {
+        match self {
+            Recipe::Calibrated { .. } => true,
+            Recipe::Tensor { .. } | Recipe::Dequantize { .. } => false,
+            Recipe::Concat { of, .. } => of.iter().any(Recipe::is_calibrated),
+            // What an export quantized, no calibration of ours has touched.
+            Recipe::Quantize { .. }
+            | Recipe::HalfRange { .. }
+            | Recipe::SwapHalves { .. }
+            | Recipe::Take { .. }
+            | Recipe::Order { .. } => false,
+            Recipe::RoundToNearest { of, .. }
+            | Recipe::Transpose { of, .. }
+            | Recipe::Reshape { of, .. }
+            | Recipe::Cast { of, .. }
+            | Recipe::Slice { of, .. }
+            | Recipe::Scale { of, .. }
+            | Recipe::Offset { of, .. } => of.is_calibrated(),
+        }
     }
 
     /// The named tensors it reads, in order.
@@ -268,7 +345,9 @@ impl Recipe {
             | Recipe::HalfRange { of, .. }
             | Recipe::SwapHalves { of }
             | Recipe::Order { of }
-            | Recipe::Offset { of, .. } => of.visit(leaves),
+            | Recipe::Offset { of, .. }
+            | Recipe::RoundToNearest { of, .. }
+            | Recipe::Calibrated { of } => of.visit(leaves),
         }
     }
 
@@ -335,6 +414,16 @@ impl Recipe {
             Recipe::SwapHalves { of } => of.apply(tensor)?.halves_swapped(),
             Recipe::Take { axis, of, indices } => of.apply(tensor)?.taken(*axis, &indices.apply(tensor)?),
             Recipe::Order { of } => of.apply(tensor)?.order(),
+            Recipe::RoundToNearest { format, of } => {
+                let made = of.apply(tensor)?;
+                match made.as_quantized() {
+                    // In this format, or in one that whoever asked for the weight will name.
+                    Some(_) => made,
+                    // Values of another float type become what they were, so that the scales do.
+                    None => made.cast(of.dtype()).quantized_as(*format, None).ok()?,
+                }
+            }
+            Recipe::Calibrated { .. } => return None,
         })
     }
 
@@ -354,7 +443,9 @@ impl Recipe {
             | Recipe::Take { of, .. }
             | Recipe::SwapHalves { of }
             | Recipe::Scale { of, .. }
-            | Recipe::Offset { of, .. } => of.dtype(),
+            | Recipe::Offset { of, .. }
+            | Recipe::RoundToNearest { of, .. }
+            | Recipe::Calibrated { of } => of.dtype(),
         }
     }
 
@@ -372,7 +463,9 @@ impl Recipe {
             | Recipe::HalfRange { of, .. }
             | Recipe::Take { of, .. }
             | Recipe::SwapHalves { of }
-            | Recipe::Offset { of, .. } => of.has_codes(),
+            | Recipe::Offset { of, .. }
+            | Recipe::RoundToNearest { of, .. }
+            | Recipe::Calibrated { of } => of.has_codes(),
         }
     }
 
@@ -390,7 +483,9 @@ impl Recipe {
             | Recipe::HalfRange { of, .. }
             | Recipe::Take { of, .. }
             | Recipe::SwapHalves { of }
-            | Recipe::Offset { of, .. } => of.is_transposed(),
+            | Recipe::Offset { of, .. }
+            | Recipe::RoundToNearest { of, .. }
+            | Recipe::Calibrated { of } => of.is_transposed(),
         }
     }
 }

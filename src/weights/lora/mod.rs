@@ -35,6 +35,7 @@ pub struct Adapter {
     changes: BTreeMap<String, Change>,
     /// The base model keeps these matrices as `[in, out]`.
     fan_in_fan_out: bool,
+    requantizes: bool,
 }
 
 /// The change of one matrix.
@@ -105,7 +106,19 @@ impl Adapter {
         Ok(Adapter {
             changes,
             fan_in_fan_out: config.fan_in_fan_out,
+            requantizes: false,
         })
+    }
+
+    /// Quantized weights that it changes are quantized again, in the format that they had; they are refused otherwise, as
+    /// the second rounding is as coarse as the first.
+    pub fn requantizing(self, requantizes: bool) -> Adapter {
+        Adapter { requantizes, ..self }
+    }
+
+    /// See [`Adapter::requantizing`].
+    pub fn requantizes(&self) -> bool {
+        self.requantizes
     }
 
     /// Layers it changes.

@@ -318,7 +318,11 @@ impl Reader<'_> {
         while let Some(step) = made {
             made = match step {
                 Recipe::Tensor { .. } => None,
-                Recipe::Transpose { of, .. } | Recipe::Reshape { of, .. } | Recipe::Cast { of, .. } => Some(*of),
+                Recipe::Transpose { of, .. }
+                | Recipe::Reshape { of, .. }
+                | Recipe::Cast { of, .. }
+                | Recipe::RoundToNearest { of, .. }
+                | Recipe::Calibrated { of } => Some(*of),
                 Recipe::Scale { factor, of } => {
                     arithmetic.push((factor, 0.0));
                     Some(*of)

@@ -1,0 +1,10 @@
+//! Exports in floating point that are quantized while they are converted.
+
+#[path = "quantize/calibrate.rs"]
+mod calibrate;
+#[path = "quantize/packages.rs"]
+mod packages;
+#[path = "quantize/refit.rs"]
+mod refit;
+#[path = "cli/support.rs"]
+mod support;
