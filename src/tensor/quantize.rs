@@ -54,7 +54,7 @@ impl Format {
             Numbers::Signed => codes.bits() <= 8,
             Numbers::Unsigned => codes.bits() <= 8 && self.zero_points,
             Numbers::Float(_) => codes.is_storage_only() && codes != DType::F8E8M0 && !self.zero_points,
-            Numbers::Bool => false,
+            Numbers::Bool | Numbers::Table(_) => false,
         };
         if !known {
             return Err(QuantizedError::Format { format: self });
