@@ -42,8 +42,8 @@ use crate::onnx;
 use crate::text::Tokenizer;
 use crate::weights::matching::{Required, RequiredWeight};
 use crate::weights::model::{ModelWeight, ModelWeights};
-use crate::weights::norm_parameter;
 use crate::weights::source::{SourceContext, WeightSource};
+use crate::weights::{modules, norm_parameter};
 
 pub(crate) const MANIFEST: &str = "manifest.json";
 pub(crate) const GRAPH: &str = "graph.onnx";
@@ -278,6 +278,7 @@ impl Package {
             export_hash: &m.source.blake3,
             scales_embeddings: norm_parameter::scales_embeddings(graph),
             norms: m.norms,
+            orders: modules::orders(graph),
         }
     }
 

@@ -31,6 +31,8 @@ pub(super) struct Matcher<'a> {
     /// Weights of a graph that were taken.
     used_weights: BTreeSet<String>,
     changed: BTreeSet<String>,
+    /// The tensor that was looked up last is the right one, and must not be replaced by one of another name.
+    is_final: bool,
 }
 
 /// A tensor of the source, or why there is none that could be used.
@@ -50,6 +52,7 @@ impl<'a> Matcher<'a> {
             used_modules: BTreeSet::new(),
             used_weights: BTreeSet::new(),
             changed: BTreeSet::new(),
+            is_final: false,
         }
     }
 
@@ -144,8 +147,8 @@ impl<'a> Matcher<'a> {
             match self.find_by_leaves(weight, kind, recipe) {
                 Ok(Some(matched)) => return Ok(matched),
                 Ok(None) => {}
-                // Another name would give the weight without the change.
-                Err(wrong) if weight.form.is_some() && self.is_changed(kind, recipe) => return Err(wrong),
+                // Another name would give the weight without the change, or in another order.
+                Err(wrong) if std::mem::take(&mut self.is_final) => return Err(wrong),
                 Err(wrong) if misfits.is_empty() => misfits = wrong,
                 Err(_) => {}
             }
@@ -186,6 +189,10 @@ impl<'a> Matcher<'a> {
     fn find_alike(&mut self, weight: &RequiredWeight<'_>, kind: NameKind, recipe: &Recipe) -> Option<Matched> {
         let found = self.source.model()?.alike(kind, recipe)?;
         if self.is_changed(kind, recipe) || kind == NameKind::Initializer && !self.means_the_same(recipe) {
+            return None;
+        }
+        let leaves = recipe.leaves();
+        if kind == NameKind::Module && leaves.iter().any(|leaf| self.other_order(leaf.name, "").is_some()) {
             return None;
         }
         self.taken_whole(weight, found)
@@ -381,27 +388,39 @@ impl<'a> Matcher<'a> {
             _ => self.named(kind, leaf.name)?,
         };
         let Some((name, constant)) = found else { return Ok(None) };
-        if self.source.ordered.contains(&name) && !self.takes_order(leaf.name) {
-            let why = "its inputs are grouped in an order of their own (GPTQ's desc_act), and the package's layer takes them \
-                       as they come";
+        if let Some(why) = self.other_order(leaf.name, &name).filter(|_| kind == NameKind::Module) {
             self.used.insert(name.clone());
-            return Err((name, why.to_string()));
+            self.is_final = true;
+            return Err((name, why));
         }
         match self.change_of(kind, leaf.name) {
             Some((target, _)) if !self.takes_changes(&constant) => {
                 let why = quantized_base(&constant, &target);
                 self.changed.insert(target);
                 self.used.insert(name.clone());
+                self.is_final = true;
                 Err((name, why))
             }
             change => Ok(Some((name, self.changed(&constant, change)))),
         }
     }
 
-    /// Whether the package has the order of inputs of a module, as another weight.
-    fn takes_order(&self, module: &str) -> bool {
-        let layer = module.strip_suffix(".weight");
-        layer.is_some_and(|layer| self.rows.contains_key(&format!("{layer}.order")))
+    /// Why a matrix does not fit that has its columns in another order of inputs than the package's layer takes them in.
+    fn other_order(&self, module: &str, tensor: &str) -> Option<String> {
+        let why = match (self.source.order(module, tensor), self.required.orders.get(module)) {
+            (None, None) => return None,
+            (Some(found), Some(wanted)) if found == wanted => return None,
+            (Some(_), None) => {
+                "its columns are in an order of their own (act-order), and the package's layer takes its inputs as they come"
+            }
+            (None, Some(_)) => {
+                "its columns are as the inputs come, and the package's layer takes these in an order (act-order)"
+            }
+            (Some(_), Some(_)) => {
+                "its columns are in another order (act-order) than the package's layer takes its inputs in"
+            }
+        };
+        Some(format!("{why}; convert the export of this checkpoint"))
     }
 
     fn module(&mut self, module: &str) -> Found {

@@ -49,6 +49,8 @@ pub struct Required<'a> {
     pub scales_embeddings: bool,
     /// What checkpoints of the model hold of norms, where the package knows.
     pub norms: Option<NormParameter>,
+    /// Of modules whose layers take their inputs in an order of their own ([`super::modules::orders`]).
+    pub orders: HashMap<String, Vec<i64>>,
 }
 
 /// A weight made of tensors of the source.

@@ -2,7 +2,7 @@
 //!
 //! A [`WeightSource`] gives tensors by name and, where it can, by module (see [`super::modules`]). All bytes stay in mapped files.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +12,7 @@ use serde::de::{Deserializer as _, IgnoredAny, MapAccess, Visitor};
 use super::checkpoint::{CONVENTIONS, Convention, has_gate};
 use super::metadata;
 use super::model::{LeafError, ModelWeights, NameKind, architecture_hash};
+use super::modules;
 use super::norm_parameter::{self, NormParameter};
 use super::quantized_checkpoint;
 use crate::graph::{Constant, Graph};
@@ -32,8 +33,8 @@ pub struct WeightSource {
     pub kind: String,
     /// By the names in the source.
     pub tensors: BTreeMap<String, Constant>,
-    /// Names of weights of a quantized checkpoint whose columns are in an order of their own.
-    pub ordered: BTreeSet<String>,
+    /// Of tensors of a quantized checkpoint whose columns are in an order of their own.
+    orders: HashMap<String, Vec<i64>>,
     /// What the `config.json` beside a checkpoint says of its norms.
     pub norms: Option<NormParameter>,
     names: Names,
@@ -65,6 +66,8 @@ enum Names {
 /// A source that is a graph.
 struct Model {
     weights: ModelWeights,
+    /// See [`modules::orders`].
+    orders: HashMap<String, Vec<i64>>,
     graph: Graph,
     architecture: Architecture,
 }
@@ -222,7 +225,7 @@ impl WeightSource {
             path: path.to_path_buf(),
             kind,
             tensors,
-            ordered: quantized.map(|quantized| quantized.ordered).unwrap_or_default(),
+            orders: quantized.map(|quantized| quantized.orders).unwrap_or_default(),
             norms: norm_parameter::of_config(if path.is_dir() {
                 path
             } else {
@@ -259,6 +262,7 @@ impl WeightSource {
                     if is_same || !matches!(names, Names::Model(_)) {
                         names = Names::Model(Box::new(Model {
                             weights: ModelWeights::of_graph(&canonical.graph, hash.clone()),
+                            orders: modules::orders(&canonical.graph),
                             graph: canonical.graph,
                             architecture: canonical.architecture,
                         }));
@@ -278,7 +282,7 @@ impl WeightSource {
             path: path.to_path_buf(),
             kind: "an ONNX export".to_string(),
             tensors,
-            ordered: BTreeSet::new(),
+            orders: HashMap::new(),
             norms: None,
             names,
         })
@@ -291,10 +295,11 @@ impl WeightSource {
             path: path.to_path_buf(),
             kind: "a package".to_string(),
             tensors: tensors.collect(),
-            ordered: BTreeSet::new(),
+            orders: HashMap::new(),
             norms: None,
             names: Names::Model(Box::new(Model {
                 weights,
+                orders: modules::orders(&graph),
                 graph,
                 architecture,
             })),
@@ -333,6 +338,15 @@ impl WeightSource {
                 Ok(convention.find(module, has_gate(rows), tensor, rows))
             }
             Names::None(_) => Ok(None),
+        }
+    }
+
+    /// The order of inputs that a matrix has its columns in, if it is another than theirs; `tensor` is what holds the module
+    /// here.
+    pub fn order(&self, module: &str, tensor: &str) -> Option<&Vec<i64>> {
+        match &self.names {
+            Names::Model(model) => model.orders.get(module),
+            _ => self.orders.get(tensor),
         }
     }
 

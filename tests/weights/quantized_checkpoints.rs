@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use half::f16;
-use lapidary::graph::Constant;
+use lapidary::graph::{Constant, Graph, Op};
 use lapidary::package::Package;
 use lapidary::tensor::quantized::Granularity;
 use lapidary::tensor::{DType, Tensor};
@@ -171,6 +171,40 @@ fn save(folder: &Path, tensors: &Checkpoint, quantization: Option<Value>) -> Pat
     folder.to_path_buf()
 }
 
+/// The group of each input of a layer whose inputs are not in the order of their groups, 16 a group.
+fn scattered(depth: usize) -> Vec<usize> {
+    (0..depth).map(|i| i * 7 % depth % (depth / 16)).collect()
+}
+
+/// The inputs in the order of their groups.
+fn in_order(depth: usize) -> Vec<usize> {
+    let groups = scattered(depth);
+    let mut order: Vec<usize> = (0..depth).collect();
+    order.sort_by_key(|i| groups[*i]);
+    order
+}
+
+/// A gather before each product with a quantized matrix.
+fn take_in_order(graph: &mut Graph) {
+    for id in graph.node_ids().collect::<Vec<_>>() {
+        let node = graph.node(id);
+        let (Op::MatMul, Some(x), Some(turned)) = (&node.op, node.input(0), node.input(1)) else {
+            continue;
+        };
+        let matrix = graph.def(turned).and_then(|(_, node)| graph.constant(node.input(0)?));
+        let Some(depth) = matrix.filter(|c| c.as_quantized().is_some()).map(|c| c.shape()[1]) else {
+            continue;
+        };
+        let order: Vec<i64> = in_order(depth).into_iter().map(|i| i as i64).collect();
+        let name = graph.value(turned).name.clone();
+        let order = graph.add_i64(&format!("{name}.order"), &order);
+        let ordered = graph.add_node(&format!("{name}.ordered"), Op::Gather { axis: -1 }, &[x, order]);
+        graph.node_mut(id).inputs[0] = Some(ordered);
+    }
+    graph.sort().unwrap();
+    lapidary::graph::infer(graph).unwrap();
+}
+
 /// A quantized package of the tiny Llama, and the tensors of a checkpoint that are not quantized.
 struct Scene {
     folder: tempfile::TempDir,
@@ -181,6 +215,11 @@ struct Scene {
 impl Scene {
     /// The layers' matrices in codes of a form; embedding, head and norms in floats.
     fn new(codes: DType, granularity: impl Fn(usize) -> Granularity, zero_points: bool) -> Scene {
+        Scene::of(codes, granularity, zero_points, false)
+    }
+
+    /// The same, whose layers take their inputs in the order of groups if `in_order`.
+    fn of(codes: DType, granularity: impl Fn(usize) -> Granularity, zero_points: bool, in_order: bool) -> Scene {
         let folder = tempfile::tempdir().unwrap();
         let model = export("llama-optimum");
         let float = package(folder.path(), &model, &["--capacity", "16,64"]);
@@ -230,6 +269,9 @@ impl Scene {
                 granularity,
             );
             graph.set_constant(id, weight.unwrap());
+        }
+        if in_order {
+            take_in_order(graph);
         }
         let pkg = folder.path().join("quantized");
         write(&pkg, &canonical).unwrap();
@@ -513,7 +555,7 @@ fn gptq_that_cannot_be_read_is_named() {
     });
     assert!(
         refused.contains(&format!("{layer}.weight for"))
-            && refused.contains("grouped in an order of their own (GPTQ's desc_act)"),
+            && refused.contains("its columns are in an order of their own (act-order)"),
         "{refused}"
     );
     let refused = changed(&format!("{layer}.scales"), &|t| {
@@ -710,4 +752,51 @@ fn an_adapter_on_codes_is_refused_by_name() {
             "{message}"
         );
     }
+}
+
+/// Columns are in the order of their groups, and so is what the package's layers take.
+#[test]
+fn gptq_in_another_order() {
+    let scene = Scene::of(DType::U4, blocks(16), true, true);
+    let layer = |out, depth, seed| Layer::new(out, depth, 4, 16, false, seed);
+    let pack = |name: &str, out: usize, depth: usize, seed: u64| {
+        let mut tensors = gptq_layer(&layer(out, depth, seed), name, 1);
+        let groups: Vec<u32> = scattered(depth).into_iter().map(|g| g as u32).collect();
+        tensors.insert(format!("{name}.g_idx"), ints(&[depth], &groups));
+        tensors
+    };
+    let mut config = gptq_config(4, 16);
+    config["desc_act"] = json!(true);
+    let tensors = scene.checkpoint(pack);
+    let from = scene.save("ordered", &tensors, config.clone());
+    scene.refitted(&from, |out, depth, seed| {
+        let (layer, groups, order) = (layer(out, depth, seed), scattered(depth), in_order(depth));
+        let value = |row: usize, input: usize| {
+            let group = row * layer.groups() + groups[input];
+            (layer.codes[row * depth + input] as f32 - layer.zeros[group] as f32) * layer.scales[group]
+        };
+        (0..out)
+            .flat_map(|row| order.iter().map(move |input| (row, *input)))
+            .map(|(row, input)| value(row, input))
+            .collect()
+    });
+    // Another order, and none, are no weights of this package.
+    let other = |groups: &dyn Fn(usize) -> Vec<u32>| {
+        let mut tensors = tensors.clone();
+        let name = "model.layers.0.mlp.down_proj.g_idx";
+        tensors.insert(name.to_string(), ints(&[48], &groups(48)));
+        scene.refused("other", &tensors, config.clone())
+    };
+    let refused = other(&|depth| (0..depth).map(|i| ((i + 1) % 3) as u32).collect());
+    assert!(
+        refused.contains("model.layers.0.mlp.down_proj.weight for")
+            && refused.contains("its columns are in another order"),
+        "{refused}"
+    );
+    let refused = other(&|depth| (0..depth).map(|i| (i / 16) as u32).collect());
+    assert!(refused.contains("its columns are as the inputs come"), "{refused}");
+    // Nor are the same matrices of a package whose layers take their inputs as they come.
+    let plain = Scene::new(DType::U4, blocks(16), true);
+    let (message, _) = lapidary(["refit", text(&scene.pkg), "--from", text(&plain.pkg)]).refused();
+    assert!(message.contains("its columns are as the inputs come"), "{message}");
 }

@@ -303,7 +303,9 @@ mod tests {
     }
 
     /// What is fed, and each row that scores a target.
-    fn cuts(windows: &Windows, n: u32) -> Vec<(Vec<u32>, Vec<(usize, u32)>)> {
+    type Scored = (Vec<u32>, Vec<(usize, u32)>);
+
+    fn cuts(windows: &Windows, n: u32) -> Vec<Scored> {
         let text: Vec<u32> = (0..n).collect();
         let cuts = windows.cut(&text).unwrap().into_iter().map(|cut| {
             let rows = cut.targets.iter().enumerate().map(|(i, t)| (cut.skip + i, *t));

@@ -254,7 +254,10 @@ pub fn parse(path: &Path, value: &Value) -> Result<Perplexity, PerplexityResultE
     if let Some(share) = shares.into_iter().find(|share| !(0.0..=1.0).contains(share)) {
         return Err(field("against.same_best".into(), format!("{share} is no share")));
     }
-    if d.against.iter().any(|against| !(against.kl.mean >= 0.0)) {
+    if d.against
+        .iter()
+        .any(|against| against.kl.mean.is_nan() || against.kl.mean < 0.0)
+    {
         return Err(field("against.kl".into(), "a divergence is never negative".into()));
     }
     Ok(document)

@@ -35,10 +35,29 @@ use crate::interface::Role;
 /// Weights of a canonical graph as recipes over modules, by the value that holds them. The graph must have been typed
 /// (`graph::infer`): shapes say which columns of a fused matrix are meant.
 pub fn modules(graph: &Graph) -> HashMap<ValueId, Recipe> {
+    read(graph).found
+}
+
+/// Modules whose layers take the elements of their input in another order than they come in, with that order: columns of
+/// these matrices are in it.
+pub fn orders(graph: &Graph) -> HashMap<String, Vec<i64>> {
+    let gathers = |id: NodeId| matches!(graph.node(id).op, Op::Gather { .. });
+    let reads_order = |id: NodeId| {
+        let indices = graph.node(id).input(1).and_then(|v| graph.constant(v));
+        indices.is_some_and(|c| c.shape().len() == 1 && c.len() > 1)
+    };
+    match graph.node_ids().any(|id| gathers(id) && reads_order(id)) {
+        true => read(graph).orders,
+        false => HashMap::new(),
+    }
+}
+
+fn read(graph: &Graph) -> Reader<'_> {
     let mut reader = Reader {
         graph,
         uses: graph.uses(),
         found: HashMap::new(),
+        orders: HashMap::new(),
     };
     reader.embeddings();
     let attentions = graph
@@ -50,13 +69,14 @@ pub fn modules(graph: &Graph) -> HashMap<ValueId, Recipe> {
         let _ = reader.rest_of_layer(layer, attention);
     }
     let _ = reader.head();
-    reader.found
+    reader
 }
 
 struct Reader<'g> {
     graph: &'g Graph,
     uses: HashMap<ValueId, Vec<(NodeId, usize)>>,
     found: HashMap<ValueId, Recipe>,
+    orders: HashMap<String, Vec<i64>>,
 }
 
 /// A linear layer, found from its product.
@@ -70,6 +90,8 @@ struct Linear {
     columns: Option<(usize, usize)>,
     /// A norm over the heads of its output.
     norm: Option<NodeId>,
+    /// In which it takes its input's elements, if not as they come.
+    order: Option<Vec<i64>>,
 }
 
 impl Reader<'_> {
@@ -249,6 +271,12 @@ impl Reader<'_> {
                 of: parts.iter().map(part).collect(),
             })
         };
+        if let Some(order) = &linear.order {
+            let ordered = parts
+                .iter()
+                .map(|(_, name)| (format!("{prefix}.{name}.weight"), order.clone()));
+            self.orders.extend(ordered);
+        }
         let weight = modules(linear.weight, "weight");
         let bias = linear.bias.and_then(|b| Some((b, modules(b, "bias")?)));
         if let Some(weight) = weight {
@@ -260,6 +288,9 @@ impl Reader<'_> {
     }
 
     fn name_linear(&mut self, module: &str, linear: &Linear) {
+        if let Some(order) = &linear.order {
+            self.orders.insert(format!("{module}.weight"), order.clone());
+        }
         self.name(linear.weight, &format!("{module}.weight"));
         if let Some(bias) = linear.bias {
             self.name(bias, &format!("{module}.bias"));

@@ -164,15 +164,32 @@ impl Reader<'_> {
                 _ => break,
             }
         }
+        let input = node.input(0)?;
+        let gather = self.graph.def(self.plain(input)).map(|(id, _)| id);
         let linear = Linear {
             product,
-            input: node.input(0)?,
+            input,
+            order: gather.and_then(|id| self.order_at(id)),
             weight,
             bias,
             columns: None,
             norm: None,
         };
         Some((linear, end))
+    }
+
+    /// The order in which a gather takes the elements of a token, whose weights are in that order then.
+    pub(super) fn order_at(&self, gather: NodeId) -> Option<Vec<i64>> {
+        let node = self.graph.node(gather);
+        let Op::Gather { axis } = node.op else { return None };
+        let (tokens, indices) = (node.input(0)?, self.graph.constant(node.input(1)?)?);
+        let shape = self.graph.shape(tokens)?;
+        let last = axis == -1 || axis + 1 == shape.len() as i64;
+        let all = shape.last()?.as_const() == Some(indices.len() as i64);
+        if !last || !all || self.graph.constant(tokens).is_some() || indices.shape().len() != 1 {
+            return None;
+        }
+        Some(indices.materialize().ok()?.to_i64())
     }
 
     /// The constant `[out, in]` that a product reads transposed.
@@ -201,6 +218,7 @@ impl Reader<'_> {
                     Op::Swish { .. } | Op::Gelu { .. } => true,
                     Op::Unary(Unary::Relu | Unary::Sigmoid | Unary::Tanh | Unary::Erf | Unary::Softplus) => true,
                     Op::Reshape { .. } | Op::Transpose { .. } if *input == 0 => active,
+                    Op::Gather { .. } if *input == 0 && self.order_at(*user).is_some() => active,
                     Op::Cast { .. } | Op::Identity | Op::Binary(Binary::Mul) => active,
                     // A bias; not the residual stream.
                     Op::Binary(Binary::Add)

@@ -10,9 +10,8 @@
 //! | `scales` | `[groups, out]` | `[groups, out]` |
 //! | `g_idx` | i32 `[in]`, the group of each input | |
 //!
-//! Inputs in another order than that of their groups (`desc_act`) make a weight whose columns are in the order of groups, and
-//! a tensor `NAME.order`, i64 `[in]`, which says what input each column is of. Such a weight fits a package whose layers take
-//! their inputs in an order, and no other.
+//! Inputs in another order than that of their groups (`desc_act`) make a weight whose columns are in the order of groups. Such a
+//! weight fits a package whose layer takes its inputs in that very order, and no other.
 
 use serde_json::{Map, Value};
 
@@ -160,10 +159,7 @@ pub fn gptq(config: &Map<String, Value>, tensors: &mut Tensors) -> Result<Assemb
             codes = columns_taken(&codes, order);
         }
         let name = put_grouped(tensors, &layer, codes, &scales, zeros, size)?;
-        if let Some(order) = order {
-            tensors.insert(format!("{layer}.order"), Constant::tensor(order));
-            assembled.ordered.insert(name);
-        }
+        assembled.orders.extend(order.map(|order| (name, order)));
     }
     Ok(assembled)
 }
@@ -280,7 +276,7 @@ fn plus_one(zeros: &Constant) -> Result<Constant, String> {
 }
 
 /// The order of inputs that brings those of a group together; `None` where they are so already.
-fn group_order(groups: &Constant, size: usize, layer: &str) -> Result<Option<Tensor>, String> {
+fn group_order(groups: &Constant, size: usize, layer: &str) -> Result<Option<Vec<i64>>, String> {
     let tensor = groups.materialize().map_err(|e| format!("{layer}: g_idx: {e}"))?;
     if groups.dtype().is_float() || groups.shape().len() != 1 {
         return Err(format!("{layer}: g_idx is {groups:?}, not a vector of whole numbers"));
@@ -303,12 +299,12 @@ fn group_order(groups: &Constant, size: usize, layer: &str) -> Result<Option<Ten
     }
     let mut order: Vec<i64> = (0..found.len() as i64).collect();
     order.sort_by_key(|input| found[*input as usize]);
-    Ok(Some(Tensor::from_i64(vec![order.len()], &order)))
+    Ok(Some(order))
 }
 
 /// Codes `[out, in]` with their columns in an order.
-fn columns_taken(codes: &Constant, order: &Tensor) -> Constant {
-    let (dtype, shape, order) = (codes.dtype(), codes.shape().to_vec(), order.to_i64());
+fn columns_taken(codes: &Constant, order: &[i64]) -> Constant {
+    let (dtype, shape, order) = (codes.dtype(), codes.shape().to_vec(), order.to_vec());
     Constant::decoded("columns", vec![codes.clone()], dtype, shape, move |inputs| {
         let codes = inputs[0].to_i64();
         let rows = codes.chunks(order.len());

@@ -14,7 +14,7 @@ mod compressed_tensors;
 mod gptq;
 mod words;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
@@ -43,8 +43,8 @@ const MARKS: [&str; 6] = [
 pub struct Assembled {
     /// For people: `GPTQ`.
     pub method: String,
-    /// Weights whose columns are in the order that another tensor holds, `NAME.order`: see [`gptq`].
-    pub ordered: BTreeSet<String>,
+    /// Weights whose columns are in an order of their own, with the input that each is of: see [`gptq`].
+    pub orders: HashMap<String, Vec<i64>>,
 }
 
 /// The tensors of a checkpoint by their names, taken as they are understood.
