@@ -133,7 +133,7 @@ fn recentred(parts: Quantized<'_>, form: &Form) -> Result<Option<Constant>, Stri
         from if is_reverse(from, to) => true,
         _ => return Ok(None),
     };
-    let turned = |codes: &Constant| if moved { half_range_moved(codes) } else { codes.clone() };
+    let turned = |codes: &Constant| if moved { codes.half_range_moved() } else { codes.clone() };
     let codes = turned(parts.codes);
     // What no zero point means in the new type: 0 of the old one.
     let idle = match moved {
@@ -179,25 +179,6 @@ fn half_range(dtype: DType) -> i64 {
         0 => (high + 1) / 2,
         low => low,
     }
-}
-
-/// Codes of the other signedness, moved by half their range.
-fn half_range_moved(codes: &Constant) -> Constant {
-    let dtype = codes.dtype();
-    const PAIRS: [(DType, DType); 3] = [(DType::U8, DType::I8), (DType::U4, DType::I4), (DType::U2, DType::I2)];
-    let to = PAIRS
-        .iter()
-        .find_map(|(a, b)| (*a == dtype).then_some(*b).or((*b == dtype).then_some(*a)));
-    let to = to.expect("integer codes");
-    let shape = codes.shape().to_vec();
-    let half = 1i64 << (dtype.bits() - 1);
-    Constant::decoded("HalfRange", vec![codes.clone()], to, shape, move |inputs| {
-        let sign = if dtype.int_range().0 == 0 { -half } else { half };
-        let values: Vec<i64> = inputs[0].to_i64().iter().map(|v| v + sign).collect();
-        Tensor::from_i64_as(to, inputs[0].shape().to_vec(), &values)
-            .data()
-            .clone()
-    })
 }
 
 #[cfg(test)]

@@ -800,3 +800,164 @@ fn gptq_in_another_order() {
     let (message, _) = lapidary(["refit", text(&scene.pkg), "--from", text(&plain.pkg)]).refused();
     assert!(message.contains("its columns are as the inputs come"), "{message}");
 }
+
+/// The 16 numbers of a table of bitsandbytes, as its files have them.
+const NF4: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+#[test]
+fn bitsandbytes_in_4_bits() {
+    let scene = Scene::new(DType::Nf4, blocks(16), false);
+    let layer = |out, depth, seed| Layer::new(out, depth, 4, 16, true, seed);
+    let state = |layer: &Layer, more: Value| {
+        let mut state =
+            json!({"quant_type": "nf4", "blocksize": 16, "dtype": "float16", "shape": [layer.out, layer.depth]});
+        state.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let bytes = state.to_string().into_bytes();
+        stored(Dtype::U8, &[bytes.len()], bytes)
+    };
+    // The first of two codes is in the high half.
+    let common = |layer: &Layer, name: &str, more: Value| {
+        let bytes: Vec<u8> = layer
+            .codes
+            .chunks(2)
+            .map(|pair| (pair[0] << 4 | pair[1]) as u8)
+            .collect();
+        Checkpoint::from([
+            (format!("{name}.weight"), stored(Dtype::U8, &[bytes.len(), 1], bytes)),
+            (format!("{name}.weight.quant_map"), floats(&[16], &NF4)),
+            (
+                format!("{name}.weight.quant_state.bitsandbytes__nf4"),
+                state(layer, more),
+            ),
+        ])
+    };
+    let config = json!({"quant_method": "bitsandbytes", "load_in_4bit": true, "_load_in_4bit": true, "_load_in_8bit": false,
+        "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": false, "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8", "llm_int8_threshold": 6.0});
+    let value = |layer: &Layer, scale: &dyn Fn(usize) -> f32| -> Vec<f32> {
+        let codes = layer.codes.iter().enumerate();
+        codes.map(|(i, code)| NF4[*code as usize] * scale(i / 16)).collect()
+    };
+    let tensors = scene.checkpoint(|name, out, depth, seed| {
+        let layer = layer(out, depth, seed);
+        let mut tensors = common(&layer, name, json!({}));
+        tensors.insert(
+            format!("{name}.weight.absmax"),
+            floats(&[layer.scales.len()], &layer.scales),
+        );
+        tensors
+    });
+    let from = scene.save("nf4", &tensors, config.clone());
+    scene.refitted(&from, |out, depth, seed| {
+        let layer = layer(out, depth, seed);
+        value(&layer, &|block| layer.scales[block])
+    });
+    // Another table is other weights.
+    let mut other = tensors.clone();
+    let map = other.get_mut("model.layers.1.mlp.up_proj.weight.quant_map").unwrap();
+    map.bytes[4..8].copy_from_slice(&(-0.7f32).to_le_bytes());
+    let refused = scene.refused("table", &other, config.clone());
+    assert!(
+        refused.contains("model.layers.1.mlp.up_proj: quant_map has -0.7 for code 1"),
+        "{refused}"
+    );
+
+    // Double quantization: scales of 8 bits by a table, in blocks of 32, plus an offset.
+    let map: Vec<f32> = (0..256).map(|i| i as f32 / 128.0 - 1.0).collect();
+    let nested = |blocks: usize, seed: u64| {
+        let codes = numbers(blocks, 256, seed + 300);
+        let largest: Vec<f32> = (0..blocks.div_ceil(32)).map(|i| 0.5 + i as f32).collect();
+        (codes, largest)
+    };
+    let tensors = scene.checkpoint(|name, out, depth, seed| {
+        let layer = layer(out, depth, seed);
+        let (codes, largest) = nested(layer.scales.len(), seed);
+        let more = json!({"nested_blocksize": 32, "nested_dtype": "float32", "nested_offset": 2.5});
+        let mut tensors = common(&layer, name, more);
+        let codes: Vec<u8> = codes.iter().map(|code| *code as u8).collect();
+        tensors.insert(
+            format!("{name}.weight.absmax"),
+            stored(Dtype::U8, &[codes.len()], codes),
+        );
+        tensors.insert(
+            format!("{name}.weight.nested_absmax"),
+            floats(&[largest.len()], &largest),
+        );
+        tensors.insert(format!("{name}.weight.nested_quant_map"), floats(&[256], &map));
+        tensors
+    });
+    let from = scene.save("double", &tensors, config);
+    scene.refitted(&from, |out, depth, seed| {
+        let layer = layer(out, depth, seed);
+        let (codes, largest) = nested(layer.scales.len(), seed);
+        value(&layer, &|block| map[codes[block] as usize] * largest[block / 32] + 2.5)
+    });
+}
+
+/// The weightless workflow of docs/weights.md, in int8 on a small GPT-J: a package of codes, pruned, refitted from its own
+/// weights as a checkpoint, and verified on a task.
+#[test]
+fn pruned_refitted_and_verified_on_a_task() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let canonical = crate::quantized::quantized_model(
+        &crate::support::fixture("families/optimum-gptj2048/model.onnx"),
+        crate::quantized::Form::Rows,
+    );
+    let model = at("model.onnx");
+    onnx::write(&canonical.graph, &model, None).unwrap();
+    let tokenizer = crate::support::fixture("smollm2");
+    let full = package(
+        folder.path(),
+        &model,
+        &["--capacity", "32", "--tokenizer", text(&tokenizer)],
+    );
+    let evaluate = |pkg: &Path, task: &Path, flags: &[&str]| {
+        let args = [
+            "evaluate",
+            text(pkg),
+            "--task",
+            text(task),
+            "--max-new-tokens",
+            "4",
+            "--ignore-eos",
+        ];
+        lapidary([&args, flags].concat())
+    };
+    // What the whole package answers is what the refitted one must.
+    let task = at("task.jsonl");
+    let lines = |reference: &dyn Fn(usize) -> String| -> String {
+        let line = |(i, prompt): (usize, &str)| json!({"prompt": prompt, "reference": reference(i)}).to_string() + "\n";
+        ["31415", "27182", "14142"].into_iter().enumerate().map(line).collect()
+    };
+    std::fs::write(&task, lines(&|_| "unknown".into())).unwrap();
+    let answers = evaluate(&full, &task, &["--json"]).ok().json();
+    let answer = |i: usize| answers["lines"][i]["text"].as_str().unwrap().to_string();
+    std::fs::write(&task, lines(&answer)).unwrap();
+
+    let bare = at("bare");
+    lapidary(["strip", text(&full), "-o", text(&bare)]).ok();
+    let (message, _) = evaluate(&bare, &task, &[]).refused();
+    assert!(message.contains("bare"), "{message}");
+    let checkpoint = at("checkpoint");
+    lapidary(["weights", text(&full), "--export", text(&checkpoint)]).ok();
+    lapidary(["refit", text(&bare), "--from", text(&checkpoint), "--mode", "identical"]).ok();
+    evaluate(&bare, &task, &["--threshold", "exact_match=1"]).ok();
+}

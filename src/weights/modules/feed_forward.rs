@@ -1,5 +1,6 @@
 //! Feed-forward blocks: one matrix up and one down, with a gate beside the first or in one matrix with it.
 
+use super::walk::is_rounding;
 use super::{Linear, Reader};
 use crate::graph::op::Op;
 use crate::graph::{NodeId, ValueId};
@@ -70,6 +71,7 @@ impl Reader<'_> {
         for (user, input) in self.uses.get(&value)? {
             let node = self.graph.node(*user);
             match &node.op {
+                op if is_rounding(op) => return self.columns_after(node.output(0)?),
                 Op::Cast { .. } | Op::Identity | Op::Reshape { .. } if *input == 0 => {
                     return self.columns_after(node.output(0)?);
                 }

@@ -385,14 +385,26 @@ impl Reader<'_> {
     }
 }
 
-/// Whether codes are all those of one tensor.
+/// Whether codes are all those of one tensor: columns in an order, and without those that only fill the last block.
 fn is_whole(codes: &Recipe) -> bool {
+    const LARGEST_BLOCK: usize = 256;
     match codes {
         Recipe::Tensor { .. } => true,
+        Recipe::Slice {
+            axis,
+            start: 0,
+            end,
+            of,
+        } => {
+            let shape = of.shape();
+            *axis + 1 == shape.len() && shape[*axis] - end < LARGEST_BLOCK && is_whole(of)
+        }
         Recipe::Transpose { of, .. }
         | Recipe::Reshape { of, .. }
         | Recipe::HalfRange { of, .. }
         | Recipe::SwapHalves { of }
+        | Recipe::Take { of, .. }
+        | Recipe::Quantize { of, .. }
         | Recipe::Cast { of, .. } => is_whole(of),
         _ => false,
     }

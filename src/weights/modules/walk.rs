@@ -16,6 +16,7 @@ impl Reader<'_> {
                 (Op::Reshape { .. } | Op::Cast { .. } | Op::Identity | Op::Squeeze | Op::Unsqueeze, Some(input)) => {
                     value = input;
                 }
+                (op, Some(input)) if is_rounding(op) => value = input,
                 _ => break,
             }
         }
@@ -54,6 +55,7 @@ impl Reader<'_> {
                     columns = Some(self.columns(id)?);
                     at = node.input(0)?;
                 }
+                op if is_rounding(op) => at = node.input(0)?,
                 op if is_norm(op) && norm.is_none() => {
                     norm = Some(id);
                     at = node.input(0)?;
@@ -154,6 +156,7 @@ impl Reader<'_> {
             let user = self.graph.node(*user);
             match user.op {
                 Op::Reshape { .. } | Op::Cast { .. } if *input == 0 => at = user.output(0)?,
+                ref op if is_rounding(op) => at = user.output(0)?,
                 Op::Binary(Binary::Add) => {
                     let other = user.input(1 - input)?;
                     if self.graph.constant(other).is_none_or(|c| c.shape().len() != 1) {
@@ -218,6 +221,7 @@ impl Reader<'_> {
                     Op::Swish { .. } | Op::Gelu { .. } => true,
                     Op::Unary(Unary::Relu | Unary::Sigmoid | Unary::Tanh | Unary::Erf | Unary::Softplus) => true,
                     Op::Reshape { .. } | Op::Transpose { .. } if *input == 0 => active,
+                    op if is_rounding(op) => active,
                     Op::Gather { .. } if *input == 0 && self.order_at(*user).is_some() => active,
                     Op::Cast { .. } | Op::Identity | Op::Binary(Binary::Mul) => active,
                     // A bias; not the residual stream.
@@ -243,6 +247,7 @@ impl Reader<'_> {
             let node = self.graph.node(*user);
             let hit = match &node.op {
                 op if is_meant(op) => Some(*user),
+                op if is_rounding(op) => self.only(node.output(0)?, is_meant),
                 Op::Reshape { .. } | Op::Cast { .. } => self.only(node.output(0)?, is_meant),
                 _ => None,
             };
@@ -253,4 +258,9 @@ impl Reader<'_> {
         }
         found
     }
+}
+
+/// Whether an operator only rounds an activation to what codes stand for.
+pub(super) fn is_rounding(op: &Op) -> bool {
+    matches!(op, Op::RoundToCodes { .. } | Op::DynamicRoundToCodes { .. })
 }

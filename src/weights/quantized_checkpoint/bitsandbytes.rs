@@ -135,11 +135,13 @@ fn read_4bit(tensors: &mut Tensors, layer: &str) -> Result<(), String> {
         dtype if dtype.is_float() => absmax.reshaped(of_blocks),
         other => return Err(format!("{layer}: absmax is {other}")),
     };
-    let dtype = state.dtype;
-    let codes = Constant::decoded("high half first", vec![codes], dtype, vec![out, depth], |inputs| {
-        let bytes: Vec<u8> = inputs[0].data().iter().map(|byte| byte.rotate_left(4)).collect();
-        bytes.into()
-    });
+    let (dtype, bytes) = (
+        state.dtype,
+        codes.materialize().map_err(|e| format!("{layer}: weight: {e}"))?,
+    );
+    let codes =
+        Tensor::new(dtype, vec![out, depth], bytes.data().clone()).map_err(|e| format!("{layer}: weight: {e}"))?;
+    let codes = Constant::tensor(codes).halves_swapped();
     let granularity = Granularity::Block {
         axis: 1,
         size: state.block,

@@ -156,7 +156,8 @@ pub fn gptq(config: &Map<String, Value>, tensors: &mut Tensors) -> Result<Assemb
             None => None,
         };
         if let Some(order) = &order {
-            codes = columns_taken(&codes, order);
+            let order = Constant::tensor(Tensor::from_i64(vec![order.len()], order));
+            codes = codes.taken(1, &order);
         }
         let name = put_grouped(tensors, &layer, codes, &scales, zeros, size)?;
         assembled.orders.extend(order.map(|order| (name, order)));
@@ -300,17 +301,4 @@ fn group_order(groups: &Constant, size: usize, layer: &str) -> Result<Option<Vec
     let mut order: Vec<i64> = (0..found.len() as i64).collect();
     order.sort_by_key(|input| found[*input as usize]);
     Ok(Some(order))
-}
-
-/// Codes `[out, in]` with their columns in an order.
-fn columns_taken(codes: &Constant, order: &[i64]) -> Constant {
-    let (dtype, shape, order) = (codes.dtype(), codes.shape().to_vec(), order.to_vec());
-    Constant::decoded("columns", vec![codes.clone()], dtype, shape, move |inputs| {
-        let codes = inputs[0].to_i64();
-        let rows = codes.chunks(order.len());
-        let taken: Vec<i64> = rows.flat_map(|row| order.iter().map(|at| row[*at as usize])).collect();
-        Tensor::from_i64_as(dtype, inputs[0].shape().to_vec(), &taken)
-            .data()
-            .clone()
-    })
 }
