@@ -889,7 +889,7 @@ fn bitsandbytes_in_4_bits() {
     let tensors = scene.checkpoint(|name, out, depth, seed| {
         let layer = layer(out, depth, seed);
         let (codes, largest) = nested(layer.scales.len(), seed);
-        let more = json!({"nested_blocksize": 32, "nested_dtype": "float32", "nested_offset": 2.5});
+        let more = json!({"nested_blocksize": 32, "nested_dtype": "float32", "nested_offset": 9.5});
         let mut tensors = common(&layer, name, more);
         let codes: Vec<u8> = codes.iter().map(|code| *code as u8).collect();
         tensors.insert(
@@ -907,7 +907,7 @@ fn bitsandbytes_in_4_bits() {
     scene.refitted(&from, |out, depth, seed| {
         let layer = layer(out, depth, seed);
         let (codes, largest) = nested(layer.scales.len(), seed);
-        value(&layer, &|block| map[codes[block] as usize] * largest[block / 32] + 2.5)
+        value(&layer, &|block| map[codes[block] as usize] * largest[block / 32] + 9.5)
     });
 }
 
