@@ -115,9 +115,10 @@ class Lapidary:
                 [self.given.lapidary, "bench", self.package, "--end-to-end", f"{len(PROMPT)}:{NEW}", "--warmup", 1]
                 + ["--runs", self.given.runs, "--outputs", 0, "--prompts", prompts.name, *common]
             )
-        found = json.loads(text)["end_to_end"][0]
-        return {"ttft_ms": found["ttft_ms"], "tpot_ms": found["tpot_ms"], "memory": memory,
-                "tokens": generated["ids"][-NEW:]}  # fmt: skip
+        runs = json.loads(text)["end_to_end"][0]["runs"]
+        return {"ttft_ms": [run["ttft_ms"] for run in runs],
+                "tpot_ms": [(run["latency_ms"] - run["ttft_ms"]) / (NEW - 1) for run in runs],
+                "memory": memory, "tokens": generated["tokens"]}  # fmt: skip
 
 
 class OnnxRuntime:

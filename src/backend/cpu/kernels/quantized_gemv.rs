@@ -7,7 +7,7 @@
 //! codes of a word alone, so their difference loses nothing that a sum of products in another order would keep.
 
 use super::super::simd::{Kernel, Simd};
-use super::codes::{Code, Float8, Integer, Numbered};
+use super::codes::{Code, Float8, Integer, Mixed, Numbered};
 use super::quantized::{Format, QuantizedRows};
 
 /// How far ahead of a row's reads its cache lines are asked for, as in [`super::gemv`].
@@ -82,9 +82,14 @@ impl Kernel for QuantizedGemv {
             let center = w.center;
             let flip = |signed: bool, bits: usize| u32::from(signed) << (bits - 1);
             match w.format {
-                Format::Integer { bits: 4, .. } | Format::Numbered => {
-                    self.columns::<S, _>(Numbered(S::table(w.numbers)))
+                Format::Integer { bits: 4, signed } => {
+                    let flip = flip(signed, 4);
+                    self.columns::<S, _>(Mixed {
+                        table: S::table(w.numbers),
+                        integer: Integer { flip, center },
+                    })
                 }
+                Format::Numbered => self.columns::<S, _>(Numbered(S::table(w.numbers))),
                 Format::Integer { bits: 2, signed } => {
                     let flip = flip(signed, 2);
                     self.columns::<S, _>(Integer::<2> { flip, center })
@@ -202,8 +207,10 @@ impl QuantizedGemv {
                     }
                 });
                 let from = |r: usize| (row + r) * prepared.chunks + chunk;
-                let mut part = [[S::splat(0.0); R]; C];
+                // Two sums in turn for a single row of x, whose additions would wait for each other otherwise.
+                let mut parts = [[[S::splat(0.0); R]; C]; 2];
                 for k in 0..K::PER_WORD {
+                    let part = &mut parts[if R == 1 { k % 2 } else { 0 }];
                     let xs: [S::V; R] =
                         std::array::from_fn(|r| S::load(prepared.x.add((from(r) * K::PER_WORD + k) * lanes)));
                     for c in 0..C {
@@ -212,6 +219,10 @@ impl QuantizedGemv {
                             part[c][r] = S::fma(weight, xs[r], part[c][r]);
                         }
                     }
+                }
+                let [mut part, other] = parts;
+                if R == 1 {
+                    (0..C).for_each(|c| part[c][0] = S::add(part[c][0], other[c][0]));
                 }
                 let index = S::words(prepared.lanes.add(chunk * lanes).cast());
                 let (first, n) = (*prepared.blocks.add(2 * chunk), *prepared.blocks.add(2 * chunk + 1));
