@@ -153,13 +153,10 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn first_f32(p: *const f32, n: usize) -> [f32; 4] {
-        // SAFETY: elements below `n` are there, read unaligned.
-        std::array::from_fn(|i| {
-            if i < n {
-                unsafe { p.add(i).read_unaligned() }
-            } else {
-                0.0
-            }
+        std::array::from_fn(|i| match i < n {
+            // SAFETY: elements below `n` are there, read unaligned.
+            true => unsafe { p.add(i).read_unaligned() },
+            false => 0.0,
         })
     }
     #[inline(always)]
