@@ -29,7 +29,7 @@ pub struct Spec {
     /// Element type of weights and caches; the export's if not given.
     pub dtype: Option<Precision>,
     /// What becomes of activations that the export quantizes: rounded to what their codes stand for (`quantized`, the
-    /// default), or left in floating point (`float`).
+    /// default), so outside attention alone (`partial`), or left in floating point (`float`).
     pub activations: Option<ActivationPolicy>,
     /// How weights in floating point are quantized; not at all if not given.
     pub quantize: Option<Quantization>,

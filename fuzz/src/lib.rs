@@ -185,6 +185,7 @@ fn context() -> SourceContext {
         positions: 16,
         dtype: DType::F32,
         architecture_hash: String::new(),
+        activations: Default::default(),
     }
 }
 

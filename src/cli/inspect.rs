@@ -1,10 +1,14 @@
 //! `lapidary inspect`: what an export is, and what stands in the way of converting it.
 
+mod formats;
+
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 
 use serde::Serialize;
+
+use formats::Formats;
 
 use super::table::Table;
 use super::{Failure, bytes, print, print_json, words};
@@ -35,7 +39,7 @@ pub struct Args {
     #[arg(long, value_enum, requires = "dump")]
     dtype: Option<Precision>,
     /// What becomes of quantized activations in the canonical graph and the network to dump
-    #[arg(long, requires = "dump", value_parser = words::<ActivationPolicy>(&["quantized", "float"]))]
+    #[arg(long, requires = "dump", value_parser = words::<ActivationPolicy>(&["quantized", "partial", "float"]))]
     activations: Option<ActivationPolicy>,
     #[arg(long, conflicts_with = "dump")]
     json: bool,
@@ -69,6 +73,9 @@ struct Inspection {
     /// Bytes of all constants that something reads, each counted once.
     weight_bytes: u64,
     weight_bytes_by_dtype: BTreeMap<String, u64>,
+    /// How weights are quantized; left out if none is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantization: Option<Formats>,
     #[serde(flatten)]
     recognition: Recognition,
     /// Operators and operands that are wrong in themselves, whatever the model means.
@@ -110,6 +117,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         nodes: graph.node_ids().count(),
         weight_bytes,
         weight_bytes_by_dtype,
+        quantization: formats::formats(examination.canonical.as_ref().unwrap_or(&graph)),
         convertible: examination.reasons.is_empty(),
         faults: examination.faults,
         reasons: examination.reasons,
@@ -165,7 +173,14 @@ fn weights(graph: &Graph) -> (u64, BTreeMap<String, u64>) {
     let uses = graph.uses();
     for id in graph.value_ids().filter(|id| uses.contains_key(id)) {
         if let Definition::Constant(constant) = &graph.value(id).definition {
-            *by_dtype.entry(constant.dtype().to_string()).or_insert(0) += constant.byte_len() as u64;
+            match constant.as_quantized() {
+                Some(parts) => {
+                    for (_, part) in parts.each() {
+                        *by_dtype.entry(part.dtype().to_string()).or_insert(0) += part.stored_byte_len() as u64;
+                    }
+                }
+                None => *by_dtype.entry(constant.dtype().to_string()).or_insert(0) += constant.byte_len() as u64,
+            }
         }
     }
     (by_dtype.values().sum(), by_dtype)
@@ -203,6 +218,12 @@ fn summary(facts: &Inspection) -> String {
         "weights",
         format!("{} ({})", bytes(facts.weight_bytes), dtypes.join(", ")),
     );
+    for text in facts.quantization.iter().flat_map(Formats::lines) {
+        line("quantized", text);
+    }
+    if !r.activations.is_empty() {
+        line("activations", r.activations.to_string());
+    }
     let patterns: Vec<String> = r.patterns.iter().map(|(name, n)| format!("{n} {name}")).collect();
     line(
         "recognised",

@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use super::{ConvertError, capacities, check, faults, trained_context};
-use crate::graph::{Graph, infer};
+use crate::graph::{Graph, ValueId, infer};
 use crate::help::Help;
 use crate::lower::{self, LowerOptions};
 use crate::network::{Profile, WeightMode};
@@ -19,6 +19,8 @@ use crate::target::Precision;
 pub struct Examination {
     /// What the passes recognised, and what they did not.
     pub recognition: Recognition,
+    /// `None` if the passes cannot make it.
+    pub canonical: Option<Graph>,
     /// Operators and operands that are wrong in themselves, whatever the model means.
     pub faults: Vec<String>,
     /// Every reason in words; none if the export can be converted.
@@ -42,9 +44,12 @@ pub fn examine(model: &Path, graph: &Graph, conversion: &Conversion) -> Examinat
         false => faults.clone(),
     };
     let mut help = recognition.help.clone().filter(|_| faults.is_empty());
+    if let (true, Some(canonical)) = (reasons.is_empty(), &canonical) {
+        reasons = quantized_faults(&canonical.graph);
+    }
     if reasons.is_empty()
-        && let Some(canonical) = canonical
-        && let Err(error) = runnable(model, &canonical)
+        && let Some(canonical) = &canonical
+        && let Err(error) = runnable(model, canonical)
     {
         help = error.help();
         reasons.extend(match error {
@@ -53,6 +58,7 @@ pub fn examine(model: &Path, graph: &Graph, conversion: &Conversion) -> Examinat
         });
     }
     Examination {
+        canonical: canonical.map(|canonical| canonical.graph),
         recognition,
         faults,
         reasons,
@@ -73,8 +79,27 @@ pub(super) fn canonical(
         path: model.to_path_buf(),
         source,
     })?;
+    let faults = quantized_faults(&canonical.graph);
+    if !faults.is_empty() {
+        let path = model.to_path_buf();
+        return Err(ConvertError::Invalid { path, faults });
+    }
     runnable(model, &canonical)?;
     Ok(canonical)
+}
+
+/// Quantized weights with numbers that no model can use: scales that are NaN, infinite, or zero over codes that are not.
+/// Weights that are not there have none.
+fn quantized_faults(graph: &Graph) -> Vec<String> {
+    let uses = graph.uses();
+    let constants = graph.value_ids().filter(|id| uses.contains_key(id));
+    let fault = |id: ValueId| {
+        let constant = graph.constant(id).filter(|constant| constant.is_present())?;
+        let error = constant.as_quantized()?.check_values().ok()?.err()?;
+        let name = constant.origin().unwrap_or(&graph.value(id).name);
+        Some(format!("the quantized weight {name:?}: {error}"))
+    };
+    constants.filter_map(fault).collect()
 }
 
 fn pass_options(model: &Path, conversion: &Conversion, allow_overflow: bool) -> CanonicalizeOptions {

@@ -196,7 +196,7 @@ pub fn convert(
     writer.norms(norm_parameter::of_config(model.parent().unwrap_or(Path::new("."))));
     // From here on the weights are those of the package, mapped; the export is not needed any more.
     drop(canonical);
-    let warnings = match &mut tokenizer {
+    let mut warnings = match &mut tokenizer {
         Some(tokenizer) => {
             if let Some(vocabulary) = vocabulary {
                 tokenizer.limit_end_tokens(vocabulary);
@@ -226,6 +226,13 @@ pub fn convert(
         engines::build(&mut writer, library, &engines, &conversion, &capacities)?;
     }
     let manifest = writer.finish()?;
+    let activations = &manifest.activations;
+    if !activations.left_out.is_empty() {
+        warnings.push(format!(
+            "{} activations that the export rounds to codes stay floating point; the manifest names them",
+            activations.left_out.len()
+        ));
+    }
     // What was made, and not what was asked for.
     conversion.capacities = capacities;
     Ok(Converted {

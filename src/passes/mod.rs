@@ -194,6 +194,15 @@ pub enum PassError {
         /// Inputs, with their shapes.
         names: Vec<String>,
     },
+    /// Activations rounded to codes where no operator here can round them.
+    #[error(
+        "it rounds {} activations to codes inside attention or its rotary embedding, which caches and attention here cannot \
+         hold: {}{}", .values.len(), .values[..values.len().min(4)].join(", "), if values.len() > 4 { ", .." } else { "" }
+    )]
+    RoundedAttention {
+        /// In the export.
+        values: Vec<String>,
+    },
     /// What was not recognised.
     #[error("{}", list(.obstacles))]
     Obstacles {
@@ -241,6 +250,11 @@ impl Help for PassError {
                     .to_string(),
             ),
             PassError::NoCache => Some("export it with its cache (optimum: text-generation-with-past)".to_string()),
+            PassError::RoundedAttention { .. } => Some(
+                "leave these in floating point with --activations partial, or all of them with --activations float; what is \
+                 left out changes answers a little, and the manifest says so"
+                    .to_string(),
+            ),
             PassError::Range { .. } => {
                 Some("choose bf16 or fp32, or --allow-overflow to make weights infinite".to_string())
             }
@@ -388,6 +402,8 @@ pub(crate) fn analyse(
 pub fn lengths_of(export: Graph, max_positions: usize) -> Result<BTreeMap<usize, String>, PassError> {
     let options = CanonicalizeOptions {
         max_positions,
+        // Positions are the same whatever is rounded.
+        activations: ActivationPolicy::Partial,
         ..CanonicalizeOptions::default()
     };
     Ok(analyse(export, &options, &mut Vec::new())?.analysis.lengths)

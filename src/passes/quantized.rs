@@ -7,11 +7,12 @@
 //! - `MatMulInteger`, with the conversion and the scales behind it, becomes a product of rounded activations with a
 //!   quantized weight.
 //!
-//! Rounding inside attention and its rotary embedding (of scores, probabilities, rotated keys) is left out, because caches
-//! and fused attention hold none of those numbers: [`Activations::left_out`] names it. With [`ActivationPolicy::Float`] all
-//! of it is left out.
+//! Rounding inside attention and its rotary embedding (of scores, probabilities, rotated keys) has no place in a fused
+//! attention with a static cache: it is refused by name, unless [`ActivationPolicy::Partial`] leaves that out or
+//! [`ActivationPolicy::Float`] all of it. [`Activations::left_out`] names what is left out.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fmt;
 
 use super::PassError;
 use super::pattern::{finish, redefine};
@@ -24,9 +25,11 @@ use crate::tensor::quantized::Granularity;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ActivationPolicy {
-    /// They are rounded to what their codes stand for.
+    /// They are rounded to what their codes stand for; an export that rounds inside attention is refused.
     #[default]
     Quantized,
+    /// They are rounded outside attention and its rotary embedding, and floating point inside.
+    Partial,
     /// They stay floating point.
     Float,
 }
@@ -47,6 +50,17 @@ impl Activations {
     /// Whether there is nothing to say: the export quantizes none.
     pub fn is_empty(&self) -> bool {
         self.rounded.is_empty() && self.left_out.is_empty()
+    }
+}
+
+impl fmt::Display for Activations {
+    /// `9 rounded to codes, 12 left in floating point`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} rounded to codes", self.rounded.len())?;
+        match self.left_out.len() {
+            0 => Ok(()),
+            n => write!(f, ", {n} left in floating point"),
+        }
     }
 }
 
@@ -95,6 +109,9 @@ pub fn run(graph: &mut Graph, policy: ActivationPolicy) -> Result<(usize, Activa
             after_movements(graph, id);
             found.rounded.push(name);
         }
+    }
+    if policy == ActivationPolicy::Quantized && !found.left_out.is_empty() {
+        return Err(PassError::RoundedAttention { values: found.left_out });
     }
     Ok((finish(graph, rewrites)?, found))
 }
@@ -301,7 +318,11 @@ fn before_attention(graph: &Graph) -> HashSet<ValueId> {
     let constant = constants(graph);
     for id in graph.node_ids().rev() {
         let node = graph.node(id);
-        let inputs = || node.inputs.iter().flatten().copied();
+        // Shapes and the like say nothing of elements.
+        let info = node.op.info();
+        let is_parameter = |i: usize| info.inputs.get(i).is_some_and(|input| input.parameter);
+        let read = node.inputs.iter().enumerate().filter(move |(i, _)| !is_parameter(*i));
+        let inputs = || read.clone().filter_map(|(_, input)| *input);
         let attends = match node.op {
             Op::MatMul | Op::FusedMatMul { .. } | Op::Gemm { .. } => {
                 !inputs().take(2).any(|input| constant.contains(&input))

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::attention::Obstacle;
 use super::attention::layout::CacheLayout;
-use super::{Analysed, Canonical, CanonicalizeOptions, PassError};
+use super::{ActivationPolicy, Activations, Analysed, Canonical, CanonicalizeOptions, PassError};
 use crate::graph::op::Op;
 use crate::graph::{AttentionScores, Graph};
 use crate::help::Help;
@@ -27,6 +27,9 @@ pub struct Recognition {
     pub operators: BTreeMap<String, usize>,
     /// Fused operators and others that matter, found or recognised, by name.
     pub patterns: BTreeMap<String, usize>,
+    /// Activations that the export rounds to codes, and those of them that are to be left in floating point.
+    #[serde(skip_serializing_if = "Activations::is_empty")]
+    pub activations: Activations,
     /// Operators that Lapidary does not know, with the nodes.
     pub unsupported: BTreeMap<String, Vec<String>>,
     /// What keeps the export from being converted.
@@ -78,6 +81,7 @@ pub fn recognise(export: &Graph, options: &CanonicalizeOptions) -> (Recognition,
         layers: Vec::new(),
         operators: super::contract::histogram(export),
         patterns: BTreeMap::new(),
+        activations: Activations::default(),
         unsupported: BTreeMap::new(),
         obstacles: Vec::new(),
         help: None,
@@ -97,7 +101,15 @@ pub fn recognise(export: &Graph, options: &CanonicalizeOptions) -> (Recognition,
         report.help = error.help();
         report.obstacles = obstacles(error);
     };
-    match super::analyse(export.clone(), options, &mut Vec::new()) {
+    // The rest of the model is looked at whatever becomes of its activations.
+    let lenient = CanonicalizeOptions {
+        activations: match options.activations {
+            ActivationPolicy::Quantized => ActivationPolicy::Partial,
+            policy => policy,
+        },
+        ..options.clone()
+    };
+    match super::analyse(export.clone(), &lenient, &mut Vec::new()) {
         Ok(analysed) => fill(&mut report, export, &analysed),
         Err(error) => refuse(&mut report, error),
     }
@@ -127,6 +139,7 @@ fn obstacles(error: PassError) -> Vec<Obstacle> {
 
 fn fill(report: &mut Recognition, export: &Graph, analysed: &Analysed) {
     let (roles, analysis) = (&analysed.roles, &analysed.analysis);
+    report.activations = analysed.activations.clone();
     report.capacity = roles.capacity;
     report.inputs = export
         .inputs
