@@ -14,3 +14,5 @@ mod exports;
 mod node_case;
 #[path = "frontend/node_tests.rs"]
 mod node_tests;
+#[path = "frontend/quantized.rs"]
+mod quantized;

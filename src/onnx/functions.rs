@@ -26,7 +26,7 @@ pub(super) fn table_of(operator: &str) -> Option<DType> {
 /// The function of an operator of our own; `None` if there is no such operator.
 pub(super) fn function(operator: &str) -> Option<FunctionProto> {
     let (inputs, attributes, nodes): (&[&str], &[&str], Vec<NodeProto>) = match operator {
-        "RoundToCodes" => (&["x"], &["to", "scale", "zero_point"], round_to_codes()),
+        "RoundToCodes" => (&["x"], &["to"], round_to_codes()),
         "DynamicRoundToCodes" => (&["x"], &[], dynamic_round_to_codes()),
         _ => (
             &["codes", "scales"],
@@ -34,12 +34,18 @@ pub(super) fn function(operator: &str) -> Option<FunctionProto> {
             dequantize_table(table_of(operator)?),
         ),
     };
+    // What the writer leaves out where it is the operator's default.
+    let defaults = match operator {
+        "RoundToCodes" => vec![float("scale", 1.0), int("zero_point", 0)],
+        _ => Vec::new(),
+    };
     let owned = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
     Some(FunctionProto {
         name: Some(operator.to_string()),
         input: owned(inputs),
         output: vec!["y".to_string()],
         attribute: owned(attributes),
+        attribute_proto: defaults,
         node: nodes,
         opset_import: vec![OperatorSetIdProto {
             domain: Some(String::new()),
@@ -150,6 +156,15 @@ fn int(name: &str, value: i64) -> AttributeProto {
         name: Some(name.to_string()),
         r#type: Some(attribute_type::INT),
         i: Some(value),
+        ..AttributeProto::default()
+    }
+}
+
+fn float(name: &str, value: f32) -> AttributeProto {
+    AttributeProto {
+        name: Some(name.to_string()),
+        r#type: Some(attribute_type::FLOAT),
+        f: Some(value),
         ..AttributeProto::default()
     }
 }

@@ -51,7 +51,10 @@ pub(super) fn formats(graph: &Graph) -> Option<Formats> {
             None if constant.dtype().is_float() && constant.shape().len() == 2 => {
                 let operand = uses[&id].iter().any(|(node, _)| {
                     let op = &graph.node(*node).op;
-                    matches!(op, Op::MatMul | Op::Gemm { .. } | Op::Gather { .. } | Op::Transpose { .. })
+                    matches!(
+                        op,
+                        Op::MatMul | Op::Gemm { .. } | Op::Gather { .. } | Op::Transpose { .. }
+                    )
                 });
                 if operand {
                     floating_bytes += constant.byte_len() as u64;
