@@ -193,3 +193,72 @@ fn other_families_where_they_are_at_hand() {
         }
     }
 }
+
+/// Quantized exports in the folder beside the project's, where there is one. The answers of the last five are ONNX Runtime's
+/// beyond basic optimizations, which rounds activations to 8 bits where the graph does not.
+#[test]
+fn quantized_exports_where_they_are_at_hand() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/exports/quantized");
+    let Ok(reference) = std::fs::read_to_string(root.join("reference.json")) else {
+        return;
+    };
+    let reference: Value = serde_json::from_str(&reference).unwrap();
+    for (name, tolerance) in [
+        ("post_q4-optimum-llama_big", 1e-4),
+        ("post_q4_asym-optimum-llama_big", 1e-4),
+        ("post_q8-optimum-llama_big", 1e-4),
+        ("post_bnb4-optimum-llama_big", 1e-4),
+        ("post_quantized-optimum-llama_big", 1e-4),
+        ("post_q4f16-optimum-llama_big", 3e-2),
+        ("post_q4_qdq-optimum-llama_big", 0.15),
+        ("mo_int4_awq", 0.15),
+        ("genai_cpu_int4-llama_big", 0.15),
+        ("genai_cpu_int4-qwen3_big_tied_shared_embedtrue", 0.15),
+        ("genai_NvTensorRtRtx_int4-llama_big", 0.15),
+    ] {
+        let scratch = tempfile::tempdir().unwrap();
+        let pkg = package(scratch.path(), &root.join(name).join("model.onnx"), &[]);
+        for case in reference[name].as_array().unwrap() {
+            let (prompt, tokens) = (ids(&case["prompt"]), case["tokens"].as_array().unwrap());
+            let n = tokens.len().to_string();
+            let flags = [
+                "generate",
+                text(&pkg),
+                "--prompt-ids",
+                &prompt,
+                "--temperature",
+                "0",
+                "--json",
+            ];
+            let more = ["--max-new-tokens", &n, "--ignore-eos", "--logprobs", "8"];
+            let document = lapidary(flags.iter().chain(&more)).ok().json();
+            let steps = document["steps"].as_array().unwrap().iter();
+            let found = document["tokens"].as_array().unwrap();
+            for (i, (step, best)) in steps.zip(case["top"].as_array().unwrap()).enumerate() {
+                let margin = best[0][1].as_f64().unwrap() - best[1][1].as_f64().unwrap();
+                if found[i] != tokens[i] {
+                    assert!(margin < 2.0 * tolerance, "{name}: {step} {best}");
+                    break;
+                }
+                let difference = step["logprob"].as_f64().unwrap() - best[0][1].as_f64().unwrap();
+                assert!(difference.abs() < tolerance, "{name}: {step} {best}");
+            }
+        }
+    }
+    for name in ["mo_fp8", "post_static-optimum-llama_big"] {
+        let scratch = tempfile::tempdir().unwrap();
+        let model = root.join(name).join("model.onnx");
+        let target = scratch.path().join("pkg");
+        let convert = ["convert", text(&model), "-o", text(&target)];
+        let (message, help) = lapidary(convert).refused();
+        assert!(
+            message.contains("inside attention or its rotary embedding"),
+            "{message}"
+        );
+        assert!(help.contains("--activations partial"), "{help}");
+        assert!(!target.exists());
+        let partial = lapidary(convert.into_iter().chain(["--activations", "partial"]));
+        assert_eq!(partial.status, 0, "{}", partial.stderr);
+        assert!(partial.stderr.contains("stay floating point"), "{}", partial.stderr);
+    }
+}
