@@ -241,9 +241,7 @@ fn texts_that_cannot_be_calibrated_on() {
     let model = export("llama-optimum");
     let target = tempfile::tempdir().unwrap();
     let refused = |spec: &str| {
-        let error = try_convert(&model, &target.path().join("pkg"), spec)
-            .err()
-            .expect("it is refused");
+        let error = try_convert(&model, &target.path().join("pkg"), spec).expect_err("it is refused");
         assert_eq!(names(target.path()), [""; 0], "nothing is left behind");
         (error.to_string(), error.help().unwrap_or_default())
     };

@@ -376,7 +376,7 @@ fn what_cannot_be_quantized_is_refused_by_name() {
 
 /// An export with a weight changed before it is written again.
 fn changed(folder: &Path, change: impl Fn(&mut Vec<f32>)) -> PathBuf {
-    let mut graph = onnx::read(&export("llama-optimum")).unwrap();
+    let mut graph = onnx::read(export("llama-optimum")).unwrap();
     lapidary_infer(&mut graph);
     let id = graph
         .value_ids()

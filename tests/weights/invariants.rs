@@ -206,7 +206,7 @@ fn packages_of_quantized_weights() {
             let canonical = quantized_model(&fixture("exports").join(name).join("model.onnx"), form);
             let to = folder.path().join(format!("{name}-{kind}"));
             std::fs::create_dir(&to).unwrap();
-            lapidary::onnx::write(&canonical.graph, &to.join("model.onnx"), None).unwrap();
+            lapidary::onnx::write(&canonical.graph, to.join("model.onnx"), None).unwrap();
             made += 1;
         }
     }

@@ -99,7 +99,7 @@ impl SourceNode<'_> {
                 None => Ok(None),
             };
         };
-        Ok(Some(constant)).map(|c| c.filter(|c| !is_idle(c, codes)))
+        Ok((!is_idle(&constant, codes)).then_some(constant))
     }
 
     /// `DequantizeLinear`: a constant where codes and scales are constants, the operator otherwise.
@@ -217,14 +217,13 @@ impl SourceNode<'_> {
         if depth != padded {
             // Blocks that the depth ends within, as smaller ones that divide it.
             let divisor = gcd(depth, size);
-            let finer = |part: Constant| {
+            let finer = |part: &Constant| {
                 let apart = part.reshaped(vec![columns, blocks, 1]);
                 let repeated = Constant::concat(&vec![apart; size / divisor], 2);
                 let flat = repeated.reshaped(vec![columns, padded / divisor]);
                 flat.sliced(1, 0, depth / divisor)
             };
-            scales = finer(scales);
-            zero_points = zero_points.map(finer);
+            (scales, zero_points) = (finer(&scales), zero_points.as_ref().map(finer));
             size = divisor;
         }
         let weight = Constant::quantized(codes, scales, zero_points, Granularity::Block { axis: 1, size })?;

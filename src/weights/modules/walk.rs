@@ -262,5 +262,5 @@ impl Reader<'_> {
 
 /// Whether an operator only rounds an activation to what codes stand for.
 pub(super) fn is_rounding(op: &Op) -> bool {
-    matches!(op, Op::RoundToCodes { .. } | Op::DynamicRoundToCodes { .. })
+    matches!(op, Op::RoundToCodes { .. } | Op::DynamicRoundToCodes)
 }
