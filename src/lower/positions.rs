@@ -32,7 +32,8 @@ impl Lowering<'_> {
     /// How many elements, for comparing sizes; a dynamic token dim counts as 128.
     fn elements(&self, x: TensorId) -> i64 {
         let values = [(Sym::tokens(), 128)].into();
-        self.b.shape(x).iter().map(|d| d.eval(&values).unwrap_or(128)).product()
+        let sizes = self.b.shape(x).iter().map(|d| d.eval(&values).unwrap_or(128));
+        sizes.fold(1, i64::saturating_mul)
     }
 
     /// `Range(start, limit, delta)`: a Fill, moved by the start where that is data.

@@ -290,7 +290,8 @@ impl Hollow<'_> {
             }
             _ => return None,
         };
-        (shape.iter().product::<usize>() == self.0.len()).then_some(shape)
+        let volume = shape.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
+        (volume == Some(self.0.len())).then_some(shape)
     }
 }
 
@@ -309,7 +310,8 @@ fn fold_contents(graph: &mut Graph, facts: &InferenceFacts) -> usize {
         let (Some(shape), Some(numbers)) = (shape, facts.contents(id).and_then(|c| c.as_consts())) else {
             continue;
         };
-        if shape.iter().product::<usize>() != numbers.len() {
+        let volume = shape.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
+        if volume != Some(numbers.len()) {
             continue;
         }
         let tensor = match dtype {

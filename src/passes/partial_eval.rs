@@ -95,14 +95,20 @@ impl<'g> PartialEvaluator<'g> {
             .shape
             .as_ref()
             .ok_or_else(|| stuck("its shape is not known".into()))?;
-        shape
-            .iter()
-            .map(|dim| {
-                let size = trial.size(dim).filter(|n| *n >= 0);
-                let size = size.ok_or_else(|| stuck(format!("its dim {dim} is not tied to batch, tokens or past")))?;
-                Ok(size as usize)
-            })
-            .collect()
+        let size = |dim: &Dim| {
+            let size = trial.size(dim).filter(|n| *n >= 0);
+            let size = size.ok_or_else(|| stuck(format!("its dim {dim} is not tied to batch, tokens or past")))?;
+            Ok(size as usize)
+        };
+        let sizes: Vec<usize> = shape.iter().map(size).collect::<Result<_, Stuck>>()?;
+        // So that every product of some of them can be computed.
+        let volume = sizes.iter().try_fold(1usize, |n, size| n.checked_mul((*size).max(1)));
+        match volume {
+            Some(_) => Ok(sizes),
+            None => Err(stuck(format!(
+                "its shape {shape:?} has more elements than can be counted"
+            ))),
+        }
     }
 
     /// Elements of the largest value that is computed for `ids`, as far as shapes are known.

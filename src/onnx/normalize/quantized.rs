@@ -474,7 +474,8 @@ fn viewed(bytes: &Constant, dtype: DType, shape: Vec<usize>, what: &str) -> Resu
 
 /// A constant of this shape, flat ones too.
 fn of_shape(constant: &Constant, shape: &[usize], what: &str) -> Result<Constant, Failure> {
-    if constant.len() == shape.iter().product::<usize>() {
+    let volume = shape.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
+    if volume == Some(constant.len()) {
         return Ok(constant.reshaped(shape.to_vec()));
     }
     Err(problem(format!(
