@@ -45,7 +45,7 @@ pub struct Args {
     /// After the format, between commas: group=N (codes along the depth that share a scale), group=channel or group=auto (32
     /// or a number near it that divides the depth); symmetric or asymmetric (with zero points); keep=NAME (a weight, a module
     /// or a pattern with * that stays in floating point, besides lm_head and embeddings, which do by default) or keep=none
-    /// (nothing stays). The default is group=auto for int4, group=channel for int8 and fp8, and symmetric
+    /// (nothing stays). The default is group=auto for int4 and int8, group=channel for fp8, and symmetric
     #[arg(long, value_name = "FORMAT")]
     quantize: Option<Quantization>,
     /// Measure activations on this text, and scale channels and weigh errors by them (needs the tokenizer)

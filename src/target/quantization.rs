@@ -56,8 +56,8 @@ impl Quantization {
         Quantization {
             codes,
             group: match codes {
-                CodeType::Int4 => Group::Auto,
-                CodeType::Int8 | CodeType::Fp8 => Group::Channel,
+                CodeType::Int4 | CodeType::Int8 => Group::Auto,
+                CodeType::Fp8 => Group::Channel,
             },
             asymmetric: false,
             keep: vec![Self::HEAD.to_string(), Self::EMBEDDINGS.to_string()],
@@ -192,7 +192,7 @@ mod tests {
     fn texts_go_there_and_back() {
         for (text, full) in [
             ("int4", "int4,group=auto,symmetric,keep=lm_head,keep=embeddings"),
-            ("int8", "int8,group=channel,symmetric,keep=lm_head,keep=embeddings"),
+            ("int8", "int8,group=auto,symmetric,keep=lm_head,keep=embeddings"),
             ("fp8,group=128", "fp8,group=128,symmetric,keep=lm_head,keep=embeddings"),
             (
                 "int4, group=64, asymmetric, keep=none",
@@ -200,7 +200,7 @@ mod tests {
             ),
             (
                 "int8,keep=lm_head,keep=layers.0.*",
-                "int8,group=channel,symmetric,keep=lm_head,keep=embeddings,keep=layers.0.*",
+                "int8,group=auto,symmetric,keep=lm_head,keep=embeddings,keep=layers.0.*",
             ),
             (
                 "int4,keep=none,keep=lm_head",

@@ -67,7 +67,8 @@ fn every_format_of_every_family_becomes_a_package() {
                 0.6,
             ),
             ("int4,group=channel", "i4 per channel of axis 0", 0.6),
-            ("int8", "i8 per channel of axis 0", 0.05),
+            ("int8", "i8 in blocks of ", 0.05),
+            ("int8,group=channel", "i8 per channel of axis 0", 0.05),
             (
                 "int8,asymmetric,group=16",
                 "u8 in blocks of 16 on axis 1 with zero points",
@@ -159,7 +160,12 @@ fn a_tied_table_stays_one_weight() {
         );
         assert_eq!(tables(&package), [None], "{keep}");
     }
-    let package = converted(&model, folder.path(), "all", "quantize: \"int8,keep=none\"");
+    let package = converted(
+        &model,
+        folder.path(),
+        "all",
+        "quantize: \"int8,group=channel,keep=none\"",
+    );
     assert_eq!(tables(&package), [Some("i8 per channel of axis 0".to_string())]);
     let (apart, largest) = difference(&float, &package);
     assert!(apart < 0.05 * largest, "{apart} of {largest}");
@@ -436,7 +442,7 @@ fn a_quantized_export_is_not_quantized_again() {
     .unwrap();
     let (error, help) = refused(&emitted, "quantize: int4");
     assert!(
-        error.contains("its weights are quantized already") && error.contains("i8 per channel"),
+        error.contains("its weights are quantized already") && error.contains("i8 in blocks of 32"),
         "{error}"
     );
     assert!(help.contains("without --quantize"), "{help}");

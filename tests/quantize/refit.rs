@@ -114,7 +114,7 @@ fn codes_of_another_format_are_named() {
     let hash = int4.manifest.weights.set_hash.clone();
     let (message, _) = lapidary(["refit", text(&int4.folder), "--from", text(&int8.folder)]).refused();
     assert!(
-        message.contains("it is f32 of i8 per channel of axis 0, and the package's is i4 in blocks of "),
+        message.contains("it is f32 of i8 in blocks of 32 on axis 1, and the package's is i4 in blocks of "),
         "{message}"
     );
     assert_eq!(set_hash(&int4.folder), hash, "nothing was written");
@@ -175,7 +175,8 @@ fn an_adapter_needs_floats_or_leave_to_quantize_again() {
     let own = [&["refit", text(&pkg), "--from", text(&pkg)], &lora[..]].concat();
     let (message, _) = lapidary(own.clone()).refused();
     assert!(
-        message.contains("and it is quantized (f32 of i8 per channel of axis 0)") && message.contains("--requantize"),
+        message.contains("and it is quantized (f32 of i8 in blocks of 32 on axis 1)")
+            && message.contains("--requantize"),
         "{message}"
     );
     assert_eq!(set_hash(&pkg), hash);
