@@ -117,14 +117,20 @@ impl Kernel for Gemm {
         let width = 2 * S::LANES;
         let first_column = self.panel * width;
         let columns = width.min(self.columns - first_column);
-        let tiles = self.rows.div_ceil(S::TILE_ROWS);
+        let tiles = Tiles {
+            rows: self.rows,
+            depth: self.depth,
+            left: self.left,
+            // SAFETY: the panel's first column is one of `out`.
+            out: unsafe { self.out.add(first_column) },
+            out_stride: self.out_stride,
+            scratch: self.scratch,
+            columns,
+        };
         let pieces = self.depth.div_ceil(DEPTH).max(1);
-        // SAFETY: the panel's columns are columns of the right matrix and of `out`; pieces partition the depth and tiles
-        // the rows, so `left` is read inside the packed matrix. `scratch` holds a panel of at most `DEPTH` rows of `width`
-        // and, behind it, one tile. A full tile writes `rows` rows of `width` columns: to `out` only where the panel has
-        // so many, else to that edge, of which the panel's columns are copied. Panels are items: no other writes them.
+        // SAFETY: the panel's columns are columns of the right matrix and of `out`, and pieces of at most `DEPTH` partition
+        // the depth. `scratch` holds such a piece of the panel. Panels are items: no other writes their columns.
         unsafe {
-            let edge = self.scratch.add(DEPTH * width);
             for i in 0..pieces {
                 let (first, depth) = piece(self.depth, DEPTH, i);
                 let panel = Panel {
@@ -135,31 +141,66 @@ impl Kernel for Gemm {
                     depth,
                 };
                 panel.pack::<S>(self.scratch, width);
-                for tile in 0..tiles {
-                    let (row, rows) = piece(self.rows, S::TILE_ROWS, tile);
-                    let out = self.out.add(row * self.out_stride + first_column);
-                    let mut args = TileArgs {
-                        depth,
-                        a: self.left.add(row * self.depth + first * rows),
-                        a_stride: rows,
-                        b: self.scratch,
-                        b_stride: width,
-                        c: out,
-                        c_stride: self.out_stride,
-                        accumulate: i > 0,
-                    };
-                    if columns == width {
-                        S::tile(rows, args);
-                        continue;
-                    }
-                    // The last, narrower panel: through a full tile of scratch.
-                    (args.c, args.c_stride, args.accumulate) = (edge, width, false);
+                tiles.multiply::<S>(first, depth);
+            }
+        }
+    }
+}
+
+/// Every tile of the packed left matrix, to meet one panel of a right one that lies in scratch.
+pub struct Tiles {
+    pub rows: usize,
+    /// Of the whole product.
+    pub depth: usize,
+    /// From [`PackLeft`].
+    pub left: *const f32,
+    /// `[rows, columns]`, rows `out_stride` apart.
+    pub out: *mut f32,
+    pub out_stride: usize,
+    /// [`scratch_len`] elements: `[depth, width]` of the panel, and behind [`DEPTH`] such rows one tile.
+    pub scratch: *mut f32,
+    /// Of the panel, at most its width.
+    pub columns: usize,
+}
+
+impl Tiles {
+    /// The products over `depth` inputs from `first` on, which are the panel's; added to what is there if `first` is not 0.
+    ///
+    /// # Safety
+    /// As [`Kernel::run`]; `first + depth` is at most the product's depth, and `depth` at most [`DEPTH`].
+    #[inline(always)]
+    pub unsafe fn multiply<S: Simd>(&self, first: usize, depth: usize) {
+        let width = 2 * S::LANES;
+        let accumulate = first > 0;
+        // SAFETY: tiles partition the rows, so `left` is read inside the packed matrix. A full tile writes `rows` rows of
+        // `width` columns: to `out` only where the panel has so many, else to the tile behind the panel, of which the
+        // panel's columns are copied.
+        unsafe {
+            let edge = self.scratch.add(DEPTH * width);
+            for tile in 0..self.rows.div_ceil(S::TILE_ROWS) {
+                let (row, rows) = piece(self.rows, S::TILE_ROWS, tile);
+                let out = self.out.add(row * self.out_stride);
+                let mut args = TileArgs {
+                    depth,
+                    a: self.left.add(row * self.depth + first * rows),
+                    a_stride: rows,
+                    b: self.scratch,
+                    b_stride: width,
+                    c: out,
+                    c_stride: self.out_stride,
+                    accumulate,
+                };
+                if self.columns == width {
                     S::tile(rows, args);
-                    for r in 0..rows {
-                        for c in 0..columns {
-                            let (to, x) = (out.add(r * self.out_stride + c), *edge.add(r * width + c));
-                            *to = if i > 0 { *to + x } else { x };
-                        }
+                    continue;
+                }
+                // The last, narrower panel: through a full tile of scratch.
+                (args.c, args.c_stride, args.accumulate) = (edge, width, false);
+                S::tile(rows, args);
+                for r in 0..rows {
+                    for c in 0..self.columns {
+                        let (to, x) = (out.add(r * self.out_stride + c), *edge.add(r * width + c));
+                        *to = if accumulate { *to + x } else { x };
                     }
                 }
             }

@@ -4,9 +4,9 @@
 //! Of a panel, as many rows of codes as a vector has lanes are decoded at a time: code `k` of every word of a row is a
 //! vector, and the square of such vectors is transposed, which gives the rows of the panel.
 
-use super::super::simd::{Kernel, Simd, TileArgs};
+use super::super::simd::{Kernel, Simd};
 use super::codes::{Code, Float8, Integer, Numbered};
-use super::gemm::{DEPTH, piece};
+use super::gemm::{DEPTH, Tiles};
 use super::quantized::{Format, QuantizedRows};
 use super::quantized_gemv::is_fast;
 
@@ -34,45 +34,26 @@ impl Kernel for QuantizedGemm {
         let total = self.right.depth;
         let first_column = self.panel * width;
         let columns = width.min(self.columns - first_column);
-        let tiles = self.rows.div_ceil(S::TILE_ROWS);
+        let tiles = Tiles {
+            rows: self.rows,
+            depth: total,
+            left: self.left,
+            // SAFETY: the panel's first column is one of `out`.
+            out: unsafe { self.out.add(first_column) },
+            out_stride: self.out_stride,
+            scratch: self.scratch,
+            columns,
+        };
         let pieces = total.div_ceil(DEPTH).max(1);
-        // SAFETY: the panel's columns are rows of the weights and columns of `out`; pieces of `DEPTH`, the last one shorter,
-        // partition the depth and tiles the rows, so `left` is read inside the packed matrix. `scratch` holds a panel of at
-        // most `DEPTH` rows of `width` and, behind it, one tile. A full tile writes `rows` rows of `width` columns: to `out`
-        // only where the panel has so many, else to that edge, of which the panel's columns are copied. Panels are items: no
-        // other writes them.
+        // SAFETY: the panel's columns are rows of the weights and columns of `out`, and pieces of `DEPTH`, the last one
+        // shorter, partition the depth. `scratch` holds such a piece of the panel. Panels are items: no other writes their
+        // columns.
         unsafe {
-            let edge = self.scratch.add(DEPTH * width);
             for i in 0..pieces {
                 let first = i * DEPTH;
                 let depth = DEPTH.min(total - first);
                 self.pack::<S>(first_column, columns, first, depth);
-                for tile in 0..tiles {
-                    let (row, rows) = piece(self.rows, S::TILE_ROWS, tile);
-                    let out = self.out.add(row * self.out_stride + first_column);
-                    let mut args = TileArgs {
-                        depth,
-                        a: self.left.add(row * total + first * rows),
-                        a_stride: rows,
-                        b: self.scratch,
-                        b_stride: width,
-                        c: out,
-                        c_stride: self.out_stride,
-                        accumulate: i > 0,
-                    };
-                    if columns == width {
-                        S::tile(rows, args);
-                        continue;
-                    }
-                    (args.c, args.c_stride, args.accumulate) = (edge, width, false);
-                    S::tile(rows, args);
-                    for r in 0..rows {
-                        for c in 0..columns {
-                            let (to, x) = (out.add(r * self.out_stride + c), *edge.add(r * width + c));
-                            *to = if i > 0 { *to + x } else { x };
-                        }
-                    }
-                }
+                tiles.multiply::<S>(first, depth);
             }
         }
     }
