@@ -214,17 +214,8 @@ impl Recipe {
     pub fn is_arithmetic(&self) -> bool {
         match self {
             Recipe::Scale { .. } | Recipe::Offset { .. } => true,
-            Recipe::Tensor { .. } | Recipe::Dequantize { .. } | Recipe::Quantize { .. } | Recipe::Order { .. } => false,
-            Recipe::Concat { of, .. } => of.iter().any(Recipe::is_arithmetic),
-            Recipe::Transpose { of, .. }
-            | Recipe::Reshape { of, .. }
-            | Recipe::Cast { of, .. }
-            | Recipe::HalfRange { of, .. }
-            | Recipe::SwapHalves { of }
-            | Recipe::Take { of, .. }
-            | Recipe::Slice { of, .. }
-            | Recipe::RoundToNearest { of, .. }
-            | Recipe::Calibrated { of } => of.is_arithmetic(),
+            Recipe::Dequantize { .. } | Recipe::Quantize { .. } | Recipe::Order { .. } => false,
+            _ => self.parts().into_iter().any(Recipe::is_arithmetic),
         }
     }
 }

@@ -179,6 +179,10 @@ impl Recipe {
             });
         }
         let input = || Recipe::of(&derived.inputs[0]).map(Box::new);
+        let zero_points = || match derived.inputs.get(2) {
+            Some(part) => Recipe::of(part).map(|recipe| Some(Box::new(recipe))),
+            None => Some(None),
+        };
         Some(match &derived.transform {
             Transform::Transpose(perm) => Recipe::Transpose {
                 perm: perm.clone(),
@@ -214,20 +218,14 @@ impl Recipe {
                 granularity: *granularity,
                 codes: input()?,
                 scales: Box::new(Recipe::of(&derived.inputs[1])?),
-                zero_points: match derived.inputs.get(2) {
-                    Some(part) => Some(Box::new(Recipe::of(part)?)),
-                    None => None,
-                },
+                zero_points: zero_points()?,
             },
             Transform::Quantize(granularity) => Recipe::Quantize {
                 dtype: constant.dtype(),
                 granularity: *granularity,
                 of: input()?,
                 scales: Box::new(Recipe::of(&derived.inputs[1])?),
-                zero_points: match derived.inputs.get(2) {
-                    Some(part) => Some(Box::new(Recipe::of(part)?)),
-                    None => None,
-                },
+                zero_points: zero_points()?,
             },
             Transform::HalfRange => Recipe::HalfRange {
                 dtype: constant.dtype(),
@@ -282,21 +280,14 @@ impl Recipe {
     pub fn is_calibrated(&self) -> bool {
         match self {
             Recipe::Calibrated { .. } => true,
-            Recipe::Tensor { .. } | Recipe::Dequantize { .. } => false,
-            Recipe::Concat { of, .. } => of.iter().any(Recipe::is_calibrated),
+            Recipe::Dequantize { .. } => false,
             // What an export quantized, no calibration of ours has touched.
             Recipe::Quantize { .. }
             | Recipe::HalfRange { .. }
             | Recipe::SwapHalves { .. }
             | Recipe::Take { .. }
             | Recipe::Order { .. } => false,
-            Recipe::RoundToNearest { of, .. }
-            | Recipe::Transpose { of, .. }
-            | Recipe::Reshape { of, .. }
-            | Recipe::Cast { of, .. }
-            | Recipe::Slice { of, .. }
-            | Recipe::Scale { of, .. }
-            | Recipe::Offset { of, .. } => of.is_calibrated(),
+            _ => self.parts().into_iter().any(Recipe::is_calibrated),
         }
     }
 
@@ -314,29 +305,32 @@ impl Recipe {
                 dtype: *dtype,
                 shape,
             }),
-            Recipe::Concat { of, .. } => of.iter().for_each(|part| part.visit(leaves)),
+            _ => self.parts().into_iter().for_each(|part| part.visit(leaves)),
+        }
+    }
+
+    /// The recipes that this one reads, in order.
+    pub(super) fn parts(&self) -> Vec<&Recipe> {
+        match self {
+            Recipe::Tensor { .. } => Vec::new(),
+            Recipe::Concat { of, .. } => of.iter().collect(),
             Recipe::Dequantize {
-                codes,
+                codes: of,
                 scales,
                 zero_points,
                 ..
-            } => {
-                let parts = [Some(codes), Some(scales), zero_points.as_ref()];
-                parts.into_iter().flatten().for_each(|part| part.visit(leaves));
             }
-            Recipe::Quantize {
+            | Recipe::Quantize {
                 of,
                 scales,
                 zero_points,
                 ..
-            } => {
-                let parts = [Some(of), Some(scales), zero_points.as_ref()];
-                parts.into_iter().flatten().for_each(|part| part.visit(leaves));
-            }
-            Recipe::Take { of, indices, .. } => {
-                of.visit(leaves);
-                indices.visit(leaves);
-            }
+            } => [Some(of), Some(scales), zero_points.as_ref()]
+                .into_iter()
+                .flatten()
+                .map(|part| &**part)
+                .collect(),
+            Recipe::Take { of, indices, .. } => vec![of, indices],
             Recipe::Transpose { of, .. }
             | Recipe::Reshape { of, .. }
             | Recipe::Cast { of, .. }
@@ -347,7 +341,7 @@ impl Recipe {
             | Recipe::Order { of }
             | Recipe::Offset { of, .. }
             | Recipe::RoundToNearest { of, .. }
-            | Recipe::Calibrated { of } => of.visit(leaves),
+            | Recipe::Calibrated { of } => vec![of],
         }
     }
 
@@ -382,10 +376,7 @@ impl Recipe {
             } => {
                 // Scales of another float type become what they were, so that the weight does.
                 let (codes, scales) = (codes.apply(tensor)?, scales.apply(tensor)?.cast(scales.dtype()));
-                let zero_points = match zero_points {
-                    Some(part) => Some(part.apply(tensor)?),
-                    None => None,
-                };
+                let zero_points = made_of(zero_points.as_deref(), tensor)?;
                 // The code that finds tensors for leaves checks their shapes and dtypes, so the parts fit as those did.
                 Constant::quantized(codes, scales, zero_points, *granularity).ok()?
             }
@@ -397,10 +388,7 @@ impl Recipe {
                 zero_points,
             } => {
                 let (of, scales) = (of.apply(tensor)?, scales.apply(tensor)?.cast(scales.dtype()));
-                let zero_points = match zero_points {
-                    Some(part) => Some(part.apply(tensor)?),
-                    None => None,
-                };
+                let zero_points = made_of(zero_points.as_deref(), tensor)?;
                 of.quantize(*dtype, scales, zero_points, *granularity).ok()?
             }
             Recipe::HalfRange { dtype, of } => {
@@ -417,7 +405,7 @@ impl Recipe {
             Recipe::RoundToNearest { format, of } => {
                 let made = of.apply(tensor)?;
                 match made.as_quantized() {
-                    // In this format, or in one that whoever asked for the weight will name.
+                    // In this format, or in one that the caller compares with it and names.
                     Some(_) => made,
                     // Values of another float type become what they were, so that the scales do.
                     None => made.cast(of.dtype()).quantized_as(*format, None).ok()?,
@@ -453,19 +441,9 @@ impl Recipe {
     pub fn has_codes(&self) -> bool {
         match self {
             Recipe::Dequantize { .. } => true,
-            Recipe::Tensor { .. } | Recipe::Quantize { .. } | Recipe::Order { .. } => false,
-            Recipe::Concat { of, .. } => of.iter().any(Recipe::has_codes),
-            Recipe::Transpose { of, .. }
-            | Recipe::Reshape { of, .. }
-            | Recipe::Cast { of, .. }
-            | Recipe::Slice { of, .. }
-            | Recipe::Scale { of, .. }
-            | Recipe::HalfRange { of, .. }
-            | Recipe::Take { of, .. }
-            | Recipe::SwapHalves { of }
-            | Recipe::Offset { of, .. }
-            | Recipe::RoundToNearest { of, .. }
-            | Recipe::Calibrated { of } => of.has_codes(),
+            // Its floats, and its integers, are no codes yet.
+            Recipe::Quantize { .. } | Recipe::Order { .. } => false,
+            _ => self.parts().into_iter().any(Recipe::has_codes),
         }
     }
 
@@ -487,6 +465,14 @@ impl Recipe {
             | Recipe::RoundToNearest { of, .. }
             | Recipe::Calibrated { of } => of.is_transposed(),
         }
+    }
+}
+
+/// What a part that may be left out makes; the outer `None` as of [`Recipe::apply`].
+fn made_of(part: Option<&Recipe>, tensor: &mut dyn FnMut(Leaf<'_>) -> Option<Constant>) -> Option<Option<Constant>> {
+    match part {
+        Some(part) => part.apply(tensor).map(Some),
+        None => Some(None),
     }
 }
 
