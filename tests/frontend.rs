@@ -10,6 +10,8 @@ mod damage;
 mod dumps;
 #[path = "frontend/exports.rs"]
 mod exports;
+#[path = "support/nf4.rs"]
+mod nf4;
 #[path = "support/node_case.rs"]
 mod node_case;
 #[path = "frontend/node_tests.rs"]

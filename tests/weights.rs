@@ -12,6 +12,8 @@ mod invariants;
 mod lora;
 #[path = "weights/modules.rs"]
 mod modules;
+#[path = "support/nf4.rs"]
+mod nf4;
 #[path = "weights/quantized.rs"]
 mod quantized;
 #[path = "weights/quantized_checkpoints.rs"]

@@ -152,6 +152,22 @@ fn another_dtype_is_what_the_package_holds_and_stays_close() {
     }
 }
 
+/// So many greedy tokens after a prompt of ids, with log-probabilities.
+fn greedy(pkg: &Path, prompt: &str, tokens: usize) -> Value {
+    let n = tokens.to_string();
+    let flags = [
+        "generate",
+        text(pkg),
+        "--prompt-ids",
+        prompt,
+        "--temperature",
+        "0",
+        "--json",
+    ];
+    let more = ["--max-new-tokens", &n, "--ignore-eos", "--logprobs", "8"];
+    lapidary(flags.iter().chain(&more)).ok().json()
+}
+
 /// Models of other families in the folder beside the project's, where there is one: `reference.json` has ONNX Runtime's greedy
 /// tokens and the best log-probabilities of each step, for prompts of two lengths.
 #[test]
@@ -172,18 +188,7 @@ fn other_families_where_they_are_at_hand() {
         let pkg = package(scratch.path(), &root.join(name).join("model.onnx"), &[]);
         for case in reference[name].as_array().unwrap() {
             let (prompt, tokens) = (ids(&case["prompt"]), case["tokens"].as_array().unwrap());
-            let n = tokens.len().to_string();
-            let flags = [
-                "generate",
-                text(&pkg),
-                "--prompt-ids",
-                &prompt,
-                "--temperature",
-                "0",
-                "--json",
-            ];
-            let more = ["--max-new-tokens", &n, "--ignore-eos", "--logprobs", "8"];
-            let document = lapidary(flags.iter().chain(&more)).ok().json();
+            let document = greedy(&pkg, &prompt, tokens.len());
             assert_eq!(document["tokens"], case["tokens"], "{name}");
             let steps = document["steps"].as_array().unwrap().iter();
             for (step, best) in steps.zip(case["top"].as_array().unwrap()) {
@@ -220,18 +225,7 @@ fn quantized_exports_where_they_are_at_hand() {
         let pkg = package(scratch.path(), &root.join(name).join("model.onnx"), &[]);
         for case in reference[name].as_array().unwrap() {
             let (prompt, tokens) = (ids(&case["prompt"]), case["tokens"].as_array().unwrap());
-            let n = tokens.len().to_string();
-            let flags = [
-                "generate",
-                text(&pkg),
-                "--prompt-ids",
-                &prompt,
-                "--temperature",
-                "0",
-                "--json",
-            ];
-            let more = ["--max-new-tokens", &n, "--ignore-eos", "--logprobs", "8"];
-            let document = lapidary(flags.iter().chain(&more)).ok().json();
+            let document = greedy(&pkg, &prompt, tokens.len());
             let steps = document["steps"].as_array().unwrap().iter();
             let found = document["tokens"].as_array().unwrap();
             for (i, (step, best)) in steps.zip(case["top"].as_array().unwrap()).enumerate() {

@@ -12,6 +12,8 @@ use lapidary::onnx::proto::{
 use lapidary::onnx::{self, ReadError};
 use lapidary::tensor::{DType, Tensor};
 
+use crate::nf4::NF4;
+
 const FLOAT: i32 = 1;
 const UINT8: i32 = 2;
 const INT8: i32 = 3;
@@ -327,25 +329,7 @@ fn codes_from_a_table_of_bitsandbytes() {
         -0.166_666_7,
         -0.25,
     ];
-    let nf4 = [
-        -1.0,
-        -0.696_192_8,
-        -0.525_073_05,
-        -0.394_917_5,
-        -0.284_441_38,
-        -0.184_773_43,
-        -0.091_050_036,
-        0.0,
-        0.079_580_3,
-        0.160_930_2,
-        0.246_112_3,
-        0.337_915_24,
-        0.440_709_83,
-        0.562_617,
-        0.722_956_84,
-        1.0,
-    ];
-    for (kind, table) in [(0, fp4), (1, nf4)] {
+    for (kind, table) in [(0, fp4), (1, NF4.map(f64::from))] {
         let (depth, columns, size) = (64usize, 3usize, 32usize);
         let code = |i: usize| (i * 7 + i / 5) % 16;
         // The first of two codes in the high half.

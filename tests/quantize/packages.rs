@@ -207,7 +207,7 @@ fn scales_have_the_dtype_of_the_package() {
 }
 
 #[test]
-fn people_are_told_what_was_quantized() {
+fn info_shows_what_was_quantized() {
     let folder = tempfile::tempdir().unwrap();
     let spec = folder.path().join("spec.yaml");
     let args = [
@@ -220,10 +220,10 @@ fn people_are_told_what_was_quantized() {
     ];
     let model = export("llama-optimum");
     let pkg = package(folder.path(), &model, &args);
-    let told = lapidary(["info", text(&pkg)]).ok();
+    let shown = lapidary(["info", text(&pkg)]).ok();
     let line =
         "quantized      10 weights as int4,group=16,symmetric,keep=lm_head,keep=embeddings,keep=layers.0.attention\n";
-    assert!(told.stdout.contains(line), "{}", told.stdout);
+    assert!(shown.stdout.contains(line), "{}", shown.stdout);
     let info = lapidary(["info", text(&pkg), "--json"]).ok().json();
     assert_eq!(info["quantization"]["weights"], 10);
     assert_eq!(info["quantization"]["kept"].as_array().unwrap().len(), 6);

@@ -14,6 +14,7 @@ use lapidary::{onnx, passes};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
+use crate::nf4::NF4;
 use crate::quantized::write;
 use crate::refit::export;
 use crate::support::{lapidary, package, text};
@@ -800,26 +801,6 @@ fn gptq_in_another_order() {
     let (message, _) = lapidary(["refit", text(&scene.pkg), "--from", text(&plain.pkg)]).refused();
     assert!(message.contains("its columns are as the inputs come"), "{message}");
 }
-
-/// The 16 numbers of a table of bitsandbytes, as its files have them.
-const NF4: [f32; 16] = [
-    -1.0,
-    -0.696_192_8,
-    -0.525_073_05,
-    -0.394_917_5,
-    -0.284_441_38,
-    -0.184_773_43,
-    -0.091_050_036,
-    0.0,
-    0.079_580_3,
-    0.160_930_2,
-    0.246_112_3,
-    0.337_915_24,
-    0.440_709_83,
-    0.562_617,
-    0.722_956_84,
-    1.0,
-];
 
 #[test]
 fn bitsandbytes_in_4_bits() {
