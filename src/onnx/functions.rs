@@ -1,9 +1,9 @@
 //! Operators of our own ([`LAPIDARY`]) as functions of standard operators, which a written model brings along, so that every
 //! runtime can execute it. Our reader knows the operators and passes over the functions.
 
-use super::proto::{AttributeProto, FunctionProto, NodeProto, OperatorSetIdProto, TensorProto, attribute_type};
-use super::write::OPSET;
-use crate::graph::LAPIDARY;
+use super::proto::{AttributeProto, FunctionProto, NodeProto, OperatorSetIdProto, attribute_type};
+use super::write::{OPSET, attribute_proto};
+use crate::graph::{Attribute, LAPIDARY};
 use crate::tensor::{DType, Tensor};
 
 /// The name of the operator that dequantizes codes of a table, in blocks of the last axis: inputs are codes (uint4) and
@@ -36,7 +36,7 @@ pub(super) fn function(operator: &str) -> Option<FunctionProto> {
     };
     // What the writer leaves out where it is the operator's default.
     let defaults = match operator {
-        "RoundToCodes" => vec![float("scale", 1.0), int("zero_point", 0)],
+        "RoundToCodes" => vec![attribute_proto(("scale", Attribute::Float(1.0))), int("zero_point", 0)],
         _ => Vec::new(),
     };
     let owned = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
@@ -137,36 +137,12 @@ fn node(op_type: &str, inputs: &[&str], output: &str, attribute: Vec<AttributePr
 }
 
 fn tensor(name: &str, value: &Tensor) -> NodeProto {
-    let attribute = AttributeProto {
-        name: Some("value".to_string()),
-        r#type: Some(attribute_type::TENSOR),
-        t: Some(TensorProto {
-            dims: value.shape().iter().map(|d| *d as i64).collect(),
-            data_type: value.dtype().onnx_code(),
-            raw_data: Some(value.data().clone()),
-            ..TensorProto::default()
-        }),
-        ..AttributeProto::default()
-    };
+    let attribute = attribute_proto(("value", Attribute::Tensor(value.clone())));
     node("Constant", &[], name, vec![attribute])
 }
 
-fn int(name: &str, value: i64) -> AttributeProto {
-    AttributeProto {
-        name: Some(name.to_string()),
-        r#type: Some(attribute_type::INT),
-        i: Some(value),
-        ..AttributeProto::default()
-    }
-}
-
-fn float(name: &str, value: f32) -> AttributeProto {
-    AttributeProto {
-        name: Some(name.to_string()),
-        r#type: Some(attribute_type::FLOAT),
-        f: Some(value),
-        ..AttributeProto::default()
-    }
+fn int(name: &'static str, value: i64) -> AttributeProto {
+    attribute_proto((name, Attribute::Int(value)))
 }
 
 /// An attribute that has the value of one of the caller's.

@@ -428,7 +428,7 @@ fn node_proto(graph: &Graph, node: &Node) -> Result<NodeProto, WriteError> {
     })
 }
 
-fn attribute_proto((name, value): (&'static str, Attribute)) -> AttributeProto {
+pub(super) fn attribute_proto((name, value): (&'static str, Attribute)) -> AttributeProto {
     let mut proto = AttributeProto {
         name: Some(name.to_string()),
         ..AttributeProto::default()

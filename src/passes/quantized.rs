@@ -11,14 +11,13 @@
 //! attention with a static cache: it is refused by name, unless [`ActivationPolicy::Partial`] leaves that out or
 //! [`ActivationPolicy::Float`] all of it. [`Activations::left_out`] names what is left out.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::HashSet;
 use std::fmt;
 
 use super::PassError;
-use super::pattern::{finish, redefine};
+use super::pattern::{binary, either_order, finish, node_of, only_reader, redefine, scalar};
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Constant, Graph, NodeId, ValueId};
-use crate::tensor::DType;
 use crate::tensor::quantized::Granularity;
 
 /// What becomes of activations that an export quantizes.
@@ -116,8 +115,27 @@ pub fn run(graph: &mut Graph, policy: ActivationPolicy) -> Result<(usize, Activa
     Ok((finish(graph, rewrites)?, found))
 }
 
-fn scalar(graph: &Graph, value: Option<ValueId>) -> Option<f64> {
-    graph.constant(value?)?.materialize().ok()?.scalar()
+/// Whether a value is the output `i` of a node.
+fn is_output(graph: &Graph, value: Option<ValueId>, node: NodeId, i: usize) -> bool {
+    value.and_then(|value| graph.producer_of(value)) == Some((node, i))
+}
+
+/// A scale and the zero point with it, 0 if there is none; `None` unless both are single constants.
+fn scale_and_zero(graph: &Graph, scale: Option<ValueId>, zero: Option<ValueId>) -> Option<(f64, f64)> {
+    let zero = match zero {
+        Some(zero) => scalar(graph, zero)?,
+        None => 0.0,
+    };
+    Some((scalar(graph, scale?)?, zero))
+}
+
+/// A new node of one operand, typed as it.
+fn typed_like(graph: &mut Graph, name: &str, op: Op, x: ValueId) -> ValueId {
+    let made = graph.add_node(name, op, &[x]);
+    let like = graph.value(x);
+    let (dtype, shape) = (like.dtype, like.shape.clone());
+    (graph.value_mut(made).dtype, graph.value_mut(made).shape) = (dtype, shape);
+    made
 }
 
 fn dequantize(graph: &mut Graph, id: NodeId, axis: i64, block_size: usize, rounded: &mut Vec<NodeId>) -> Option<()> {
@@ -131,16 +149,8 @@ fn dequantize(graph: &mut Graph, id: NodeId, axis: i64, block_size: usize, round
     let (from, source) = graph.def(codes)?;
     match source.op {
         Op::QuantizeLinear { to, block_size: 0, .. } if block_size == 0 => {
-            let number = scalar(graph, Some(scale))?;
-            let offset = match zero {
-                Some(_) => scalar(graph, zero)?,
-                None => 0.0,
-            };
-            let theirs = (
-                scalar(graph, source.input(1))?,
-                source.input(2).map(|z| scalar(graph, Some(z))),
-            );
-            if theirs.0 != number || theirs.1.unwrap_or(Some(0.0))? != offset {
+            let (number, offset) = scale_and_zero(graph, Some(scale), zero)?;
+            if scale_and_zero(graph, source.input(1), source.input(2))? != (number, offset) {
                 return None;
             }
             let x = source.input(0)?;
@@ -153,8 +163,8 @@ fn dequantize(graph: &mut Graph, id: NodeId, axis: i64, block_size: usize, round
             rounded.push(id);
         }
         Op::DynamicQuantizeLinear => {
-            let own = |i: usize, value: Option<ValueId>| value.and_then(|v| graph.producer_of(v)) == Some((from, i));
-            if !own(0, Some(codes)) || !own(1, Some(scale)) || !own(2, zero) {
+            let parts = [Some(codes), Some(scale), zero];
+            if !(0..3).all(|i| is_output(graph, parts[i], from, i)) {
                 return None;
             }
             let x = source.input(0)?;
@@ -188,13 +198,7 @@ fn quantized(
         Some(zero) => Some(graph.constant(zero)?.clone()),
         None => None,
     };
-    let rank = codes.shape().len() as i64;
-    let at = usize::try_from(if axis < 0 { axis + rank } else { axis }).ok();
-    let granularity = match block_size {
-        0 if scales.len() == 1 && scales.shape().len() <= 1 => Granularity::Tensor,
-        0 => Granularity::Channel { axis: at? },
-        size => Granularity::Block { axis: at?, size },
-    };
+    let granularity = Granularity::of_attributes(codes.shape().len(), axis, block_size, scales.shape())?;
     Constant::quantized(codes, scales, zeros, granularity).ok()
 }
 
@@ -225,63 +229,39 @@ fn looked_up(
 
 /// `Cast(MatMulInteger(codes of x, b, zero, zero of b)) * (scale of x * scale of b)` as `MatMul(rounded x, b)`.
 fn integer_product(graph: &mut Graph, id: NodeId, rounded: &mut Vec<NodeId>) -> Option<()> {
-    let node = graph.node(id).clone();
-    let output = node.output(0)?;
-    for (product, scales) in [(0, 1), (1, 0)] {
-        let Some((_, cast)) = graph.def(node.input(product)?) else {
-            continue;
-        };
-        if !matches!(cast.op, Op::Cast { to } if to.is_float()) {
-            continue;
-        }
-        let Some((_, integer)) = graph.def(cast.input(0)?) else {
-            continue;
-        };
-        if integer.op != Op::MatMulInteger {
-            continue;
-        }
-        let integer = integer.clone();
-        let Some((_, factors)) = graph.def(node.input(scales)?) else {
-            continue;
-        };
-        if factors.op != Op::Binary(Binary::Mul) {
-            continue;
-        }
-        let (a, b) = (integer.input(0)?, integer.input(1)?);
-        let (from, source) = graph.def(a)?;
-        let own = |i: usize, value: Option<ValueId>| value.and_then(|v| graph.producer_of(v)) == Some((from, i));
-        if source.op != Op::DynamicQuantizeLinear || !own(0, Some(a)) || !own(2, integer.input(2)) {
-            return None;
-        }
-        let scale_b = match (factors.input(0)?, factors.input(1)?) {
-            (x, other) | (other, x) if own(1, Some(x)) => other,
-            _ => return None,
-        };
-        let x = source.input(0)?;
-        let weight = integer_weight(graph, b, scale_b, integer.input(3))?;
-        let (x_name, b_name) = (graph.value(x).name.clone(), graph.value(b).name.clone());
-        // One rounding for all products of x.
-        let known = rounded.iter().copied().find(|known| {
-            let node = graph.node(*known);
-            node.op == Op::DynamicRoundToCodes && node.input(0) == Some(x)
-        });
-        let near = match known {
-            Some(known) => graph.node(known).output(0)?,
-            None => {
-                let near = graph.add_node(&format!("{x_name}.rounded"), Op::DynamicRoundToCodes, &[x]);
-                let value = graph.value(x);
-                let (dtype, shape) = (value.dtype, value.shape.clone());
-                (graph.value_mut(near).dtype, graph.value_mut(near).shape) = (dtype, shape);
-                rounded.push(graph.producer_of(near)?.0);
-                near
-            }
-        };
-        let weight = graph.add_constant(&format!("{b_name}.weight"), weight);
-        redefine(graph, id, Op::MatMul, vec![Some(near), Some(weight)]);
-        debug_assert_eq!(graph.node(id).output(0), Some(output));
-        return Some(());
+    let node = graph.node(id);
+    let operands = either_order([node.input(0)?, node.input(1)?]);
+    let (integer, factors) = operands.into_iter().find_map(|[product, factors]| {
+        let cast = node_of(graph, product).filter(|node| matches!(node.op, Op::Cast { to } if to.is_float()))?;
+        let integer = node_of(graph, cast.input(0)?).filter(|node| node.op == Op::MatMulInteger)?;
+        Some((integer.clone(), binary(graph, factors, Binary::Mul)?))
+    })?;
+    let (a, b) = (integer.input(0)?, integer.input(1)?);
+    let (from, source) = graph.def(a)?;
+    let is_dynamic = source.op == Op::DynamicQuantizeLinear;
+    if !is_dynamic || !is_output(graph, Some(a), from, 0) || !is_output(graph, integer.input(2), from, 2) {
+        return None;
     }
-    None
+    let mut orders = either_order(factors).into_iter();
+    let [_, scale_b] = orders.find(|[x, _]| is_output(graph, Some(*x), from, 1))?;
+    let x = source.input(0)?;
+    let weight = integer_weight(graph, b, scale_b, integer.input(3))?;
+    // One rounding for all products of x.
+    let mut all = rounded.iter().map(|known| graph.node(*known));
+    let known = all.find(|node| node.op == Op::DynamicRoundToCodes && node.input(0) == Some(x));
+    let near = match known {
+        Some(known) => known.output(0)?,
+        None => {
+            let name = format!("{}.rounded", graph.value(x).name);
+            let near = typed_like(graph, &name, Op::DynamicRoundToCodes, x);
+            rounded.push(graph.producer_of(near)?.0);
+            near
+        }
+    };
+    let name = format!("{}.weight", graph.value(b).name);
+    let weight = graph.add_constant(&name, weight);
+    redefine(graph, id, Op::MatMul, vec![Some(near), Some(weight)]);
+    Some(())
 }
 
 /// 8-bit codes `[in, out]` with a scale and a zero point for all, or for each column.
@@ -354,45 +334,28 @@ fn constants(graph: &Graph) -> HashSet<ValueId> {
 
 /// Rounds behind the movements that follow, where the result of attention is recognised by them.
 fn after_movements(graph: &mut Graph, id: NodeId) {
-    let uses = graph.uses();
-    let only = |value: ValueId| match uses.get(&value).map(Vec::as_slice) {
-        Some([(user, 0)]) => Some(*user),
-        _ => None,
-    };
-    let is_output: BTreeSet<ValueId> = graph.outputs.iter().copied().collect();
     let node = graph.node(id);
     let (Some(x), Some(y)) = (node.input(0), node.output(0)) else {
         return;
     };
-    let is_product = graph.def(x).is_some_and(|(_, source)| source.op == Op::MatMul);
+    if node_of(graph, x).is_none_or(|source| source.op != Op::MatMul) {
+        return;
+    }
+    let uses = graph.uses();
     let mut end = y;
-    while !is_output.contains(&end)
-        && let Some(user) = only(end)
+    while let Some(user) = only_reader(graph, &uses, end)
         && let (Op::Transpose { .. } | Op::Reshape { .. }, Some(next)) =
             (&graph.node(user).op, graph.node(user).output(0))
     {
         end = next;
     }
-    if !is_product || end == y || is_output.contains(&end) {
+    if end == y || graph.outputs.contains(&end) {
         return;
     }
-    let op = graph.node(id).op.clone();
-    let name = graph.node(id).name.clone();
+    let (op, name) = (graph.node(id).op.clone(), graph.node(id).name.clone());
     redefine(graph, id, Op::Identity, vec![Some(x)]);
-    let readers: HashMap<NodeId, Vec<usize>> =
-        uses.get(&end)
-            .into_iter()
-            .flatten()
-            .fold(HashMap::new(), |mut all, (user, input)| {
-                all.entry(*user).or_default().push(*input);
-                all
-            });
-    let moved = graph.add_node(&name, op, &[end]);
-    let (dtype, shape): (Option<DType>, _) = (graph.value(end).dtype, graph.value(end).shape.clone());
-    (graph.value_mut(moved).dtype, graph.value_mut(moved).shape) = (dtype, shape);
-    for (user, inputs) in readers {
-        for input in inputs {
-            graph.node_mut(user).inputs[input] = Some(moved);
-        }
+    let moved = typed_like(graph, &name, op, end);
+    for (user, input) in uses.get(&end).into_iter().flatten() {
+        graph.node_mut(*user).inputs[*input] = Some(moved);
     }
 }

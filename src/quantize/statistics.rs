@@ -20,7 +20,7 @@ use super::error::{QuantizeError, TextError};
 const WINDOW: usize = 256;
 /// Windows that are read: more change the figures little, and cost time on large models.
 const WINDOWS: usize = 16;
-/// Tokens without which channels cannot be told apart.
+/// Fewer tokens do not show how channels differ.
 const FEWEST: usize = 16;
 
 /// A text to calibrate on.

@@ -34,6 +34,20 @@ pub enum Granularity {
 }
 
 impl Granularity {
+    /// As `QuantizeLinear` and `DequantizeLinear` say it of a tensor of so many axes: `axis` counts from the end if it is
+    /// negative, a `block_size` of 0 is none, and scales of shape `[]` or `[1]` are one for all. `None`: there is no such axis.
+    pub fn of_attributes(rank: usize, axis: i64, block_size: usize, scales: &[usize]) -> Option<Granularity> {
+        if block_size == 0 && (scales.is_empty() || scales == [1]) {
+            return Some(Granularity::Tensor);
+        }
+        let axis = if axis < 0 { axis + rank as i64 } else { axis };
+        let axis = usize::try_from(axis).ok().filter(|axis| *axis < rank)?;
+        Some(match block_size {
+            0 => Granularity::Channel { axis },
+            size => Granularity::Block { axis, size },
+        })
+    }
+
     /// The shape that scales and zero points have over codes of a shape.
     pub fn scale_shape(self, codes: &[usize]) -> Result<Vec<usize>, QuantizedError> {
         let extent = |axis: usize| {

@@ -1,7 +1,7 @@
 //! Codes of floats, and floats of codes: <https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html> and the operators that
 //! belong to it. The arithmetic is that of [`crate::tensor::quantized`].
 
-use super::array::{Result, axis, floats};
+use super::array::{Result, floats};
 use super::elementwise::{binary, cast};
 use super::error::shape_error;
 use super::linear::matmul;
@@ -70,14 +70,9 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
 }
 
 fn granularity(x: &Tensor, scales: &Tensor, on: i64, block_size: usize) -> Result<Granularity> {
-    if block_size == 0 && scales.len() == 1 && scales.shape().len() <= 1 {
-        return Ok(Granularity::Tensor);
-    }
-    let axis = axis(on, x.shape().len())?;
-    Ok(match block_size {
-        0 => Granularity::Channel { axis },
-        size => Granularity::Block { axis, size },
-    })
+    let rank = x.shape().len();
+    Granularity::of_attributes(rank, on, block_size, scales.shape())
+        .ok_or_else(|| shape_error(format!("axis {on} of a tensor of rank {rank}")))
 }
 
 fn checked(codes: DType, shape: &[usize], scales: &Tensor, zeros: Option<&Tensor>, how: Granularity) -> Result<()> {

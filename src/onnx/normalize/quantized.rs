@@ -5,6 +5,7 @@
 //! deferred. Symmetric integer codes are signed ones without zero points, whichever way an exporter writes them.
 
 use super::{Failure, Replacement, SourceNode};
+use crate::graph::eval::reshape_target;
 use crate::graph::op::{AttributeSource, LAPIDARY, Op};
 use crate::graph::{Constant, ConstantSource, ValueId};
 use crate::onnx::functions::table_of;
@@ -77,29 +78,30 @@ impl SourceNode<'_> {
             Op::Identity => Some(source),
             Op::Reshape { allowzero } => {
                 let shape = self.graph.constant(node.input(1)?)?.materialize().ok()?.to_i64();
-                source_reshaped(&source, &shape, allowzero)
+                let shape = reshape_target(source.shape(), &shape, allowzero).ok()?;
+                of_shape(&source, &shape, "constant").ok()
             }
             _ => None,
         }
     }
 
-    fn required_constant(&self, i: usize, what: &str) -> Result<Constant, Failure> {
+    /// The constant that an input is; `None` if the input is left out.
+    fn optional_constant(&self, i: usize, what: &str) -> Result<Option<Constant>, Failure> {
         match (self.constant_input(i), self.input(i)) {
-            (Some(constant), _) => Ok(constant),
             (None, Some(_)) => Err(Failure::Unsupported(format!("{what} that are no constant"))),
-            (None, None) => Err(problem(format!("it has no {what}"))),
+            (constant, _) => Ok(constant),
         }
+    }
+
+    fn required_constant(&self, i: usize, what: &str) -> Result<Constant, Failure> {
+        let constant = self.optional_constant(i, what)?;
+        constant.ok_or_else(|| problem(format!("it has no {what}")))
     }
 
     /// The float zero points, or integer ones, of codes, in the codes' type.
     fn zero_points(&self, i: usize, codes: DType) -> Result<Option<Constant>, Failure> {
-        let Some(constant) = self.constant_input(i) else {
-            return match self.input(i) {
-                Some(_) => Err(Failure::Unsupported("zero points that are no constant".to_string())),
-                None => Ok(None),
-            };
-        };
-        Ok((!is_idle(&constant, codes)).then_some(constant))
+        let constant = self.optional_constant(i, "zero points")?;
+        Ok(constant.filter(|constant| !is_idle(constant, codes)))
     }
 
     /// `DequantizeLinear`: a constant where codes and scales are constants, the operator otherwise.
@@ -192,11 +194,8 @@ impl SourceNode<'_> {
         let codes = viewed(&codes, dtype, vec![columns, padded], "B")?.sliced(1, 0, depth);
         let scales = self.required_constant(2, "scales")?;
         let mut scales = of_shape(&scales, &[columns, blocks], "scales")?;
-        let mut zero_points = match self.constant_input(3) {
+        let mut zero_points = match self.optional_constant(3, "zero points")? {
             Some(zeros) => Some(self.packed_zero_points(&zeros, dtype, [columns, blocks])?),
-            None if self.input(3).is_some() => {
-                return Err(Failure::Unsupported("zero points that are no constant".to_string()));
-            }
             None => None,
         };
         let mut codes = codes;
@@ -369,7 +368,7 @@ impl SourceNode<'_> {
         let granularity = Granularity::Block { axis: quantize, size };
         let of_scales = granularity.scale_shape(&shape)?;
         let scales = of_shape(&scales, &of_scales, "scales")?;
-        let zero_points = match self.constant_input(3) {
+        let zero_points = match self.optional_constant(3, "zero points")? {
             Some(zeros) if is_bytes => {
                 let [rows, blocks] = [of_scales[..quantize].iter().product(), of_scales[quantize]];
                 Some(
@@ -378,9 +377,6 @@ impl SourceNode<'_> {
                 )
             }
             Some(zeros) => Some(of_shape(&zeros, &of_scales, "zero points")?),
-            None if self.input(3).is_some() => {
-                return Err(Failure::Unsupported("zero points that are no constant".to_string()));
-            }
             None => None,
         };
         if zero_points.is_none() && is_bytes {
@@ -416,19 +412,8 @@ fn code_type(bits: usize) -> Result<DType, Failure> {
 
 /// Which codes share a scale, by `DequantizeLinear`'s attributes.
 fn granularity(shape: &[usize], scales: &Constant, axis: i64, block_size: usize) -> Result<Granularity, Failure> {
-    if block_size == 0 && (scales.shape().is_empty() || scales.shape() == [1]) {
-        return Ok(Granularity::Tensor);
-    }
-    let rank = shape.len() as i64;
-    let found = if axis < 0 { axis + rank } else { axis };
-    let axis = usize::try_from(found)
-        .ok()
-        .filter(|axis| *axis < shape.len())
-        .ok_or_else(|| problem(format!("its axis is {axis}, of a tensor of shape {shape:?}")))?;
-    Ok(match block_size {
-        0 => Granularity::Channel { axis },
-        size => Granularity::Block { axis, size },
-    })
+    Granularity::of_attributes(shape.len(), axis, block_size, scales.shape())
+        .ok_or_else(|| problem(format!("its axis is {axis}, of a tensor of shape {shape:?}")))
 }
 
 fn gcd(a: usize, b: usize) -> usize {
@@ -482,21 +467,4 @@ fn of_shape(constant: &Constant, shape: &[usize], what: &str) -> Result<Constant
         "the {what} have the shape {:?}, and {shape:?} is needed",
         constant.shape()
     )))
-}
-
-fn source_reshaped(source: &Constant, shape: &[i64], allowzero: bool) -> Option<Constant> {
-    let mut dims: Vec<i64> = shape.to_vec();
-    for (i, dim) in dims.iter_mut().enumerate() {
-        if *dim == 0 && !allowzero {
-            *dim = *source.shape().get(i)? as i64;
-        }
-    }
-    let stated = dims.iter().filter(|d| **d != -1);
-    let known = stated.copied().try_fold(1i64, i64::checked_mul)?;
-    if let Some(free) = dims.iter_mut().find(|d| **d == -1) {
-        *free = (known > 0).then(|| source.len() as i64 / known)?;
-    }
-    let dims: Vec<usize> = dims.iter().map(|d| usize::try_from(*d).ok()).collect::<Option<_>>()?;
-    let volume = dims.iter().try_fold(1usize, |n, d| n.checked_mul(*d))?;
-    (volume == source.len()).then(|| source.reshaped(dims))
 }
