@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::op::{Attention, GroupQueryAttention};
+use super::op::{Attention, GroupQueryAttention, Op, RoundedAttention};
 use crate::tensor::DType;
 
 /// `softmax(cap(scale * q kᵀ) + mask)`, where `cap(s)` is `softcap * tanh(s / softcap)`.
@@ -49,6 +49,29 @@ impl Attention {
             scale: self.scale.unwrap_or_else(|| AttentionScores::usual_scale(head_dim)),
             softcap: softcap(self.softcap),
             window: None,
+        }
+    }
+}
+
+impl RoundedAttention {
+    /// The same without rounding; scores in fp32.
+    pub fn unrounded(&self) -> Attention {
+        let scores = AttentionScores {
+            scale: self.scale,
+            softcap: softcap(self.softcap),
+            window: None,
+        };
+        scores.operator(Some(DType::F32))
+    }
+}
+
+impl Op {
+    /// The attributes of an attention, but for its roundings.
+    pub fn attention(&self) -> Option<Attention> {
+        match self {
+            Op::Attention(attention) => Some(attention.clone()),
+            Op::RoundedAttention(rounded) => Some(rounded.unrounded()),
+            _ => None,
         }
     }
 }

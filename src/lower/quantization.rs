@@ -6,6 +6,7 @@
 use super::context::{Lowered, Lowering};
 use super::dispatch::no_lowering;
 use super::error::Reason;
+use crate::graph::op::Rounding;
 use crate::graph::{Node, Op};
 use crate::network::{Elementwise, LayerKind, ReduceOp, TensorId, UnaryOp};
 use crate::tensor::DType;
@@ -14,15 +15,20 @@ impl Lowering<'_> {
     /// The operators of [`Family::Quantization`](crate::graph::op::Family::Quantization).
     pub(super) fn quantization_node(&mut self, node: &Node, name: &str) -> Lowered {
         match &node.op {
-            Op::RoundToCodes { to, scale, zero_point } => self.round_to_codes(node, name, *to, *scale, *zero_point),
+            Op::RoundToCodes { to, scale, zero_point } => {
+                let (to, scale, zero_point) = (*to, *scale, *zero_point);
+                let x = self.data(node, 0)?;
+                self.rounded(name, x, Rounding { to, scale, zero_point })
+            }
             Op::DynamicRoundToCodes => self.dynamic_round_to_codes(node, name),
             _ => no_lowering(node),
         }
     }
 
-    fn round_to_codes(&mut self, node: &Node, name: &str, to: DType, scale: f32, zero_point: i64) -> Lowered {
+    /// Every element as the number its nearest code stands for, in x's type.
+    pub(super) fn rounded(&mut self, name: &str, x: TensorId, how: Rounding) -> Lowered {
+        let Rounding { to, scale, zero_point } = how;
         let part = |part: &str| format!("{name}/{part}");
-        let x = self.data(node, 0)?;
         let (dtype, rank) = (self.b.dtype(x), self.b.rank(x));
         let wide = self.b.cast(&part("wide"), DType::F32, x)?;
         let scale = self.number(DType::F32, rank, f64::from(scale))?;

@@ -28,6 +28,7 @@ pub(super) fn function(operator: &str) -> Option<FunctionProto> {
     let (inputs, attributes, nodes): (&[&str], &[&str], Vec<NodeProto>) = match operator {
         "RoundToCodes" => (&["x"], &["to"], round_to_codes()),
         "DynamicRoundToCodes" => (&["x"], &[], dynamic_round_to_codes()),
+        "RoundedAttention" => (&["q", "k", "v", "mask"], &["scale"], rounded_attention()),
         _ => (
             &["codes", "scales"],
             &["block_size"],
@@ -37,6 +38,14 @@ pub(super) fn function(operator: &str) -> Option<FunctionProto> {
     // What the writer leaves out where it is the operator's default.
     let defaults = match operator {
         "RoundToCodes" => vec![attribute_proto(("scale", Attribute::Float(1.0))), int("zero_point", 0)],
+        // A scale of 0 stands for no rounding.
+        "RoundedAttention" => {
+            let real = |name| attribute_proto((name, Attribute::Float(0.0)));
+            let rounding = |[to, scale, zero]: [&'static str; 3]| [int(to, INT8), real(scale), int(zero, 0)];
+            let mut all = vec![real("softcap")];
+            all.extend(ROUNDED.into_iter().flat_map(|(_, attributes)| rounding(attributes)));
+            all
+        }
         _ => Vec::new(),
     };
     let owned = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
@@ -110,6 +119,90 @@ fn round_to_codes() -> Vec<NodeProto> {
         node("QuantizeLinear", &["wide", "factor", "zero"], "codes", vec![]),
         node("DequantizeLinear", &["codes", "factor", "zero"], "rounded", vec![]),
         node("CastLike", &["rounded", "x"], "y", vec![]),
+    ]
+}
+
+/// ONNX's number of int8.
+const INT8: i64 = 3;
+
+/// What a `RoundedAttention` rounds, each with its attributes.
+const ROUNDED: [(&str, [&str; 3]); 2] = [
+    ("scores", ["scores_to", "scores_scale", "scores_zero_point"]),
+    (
+        "probabilities",
+        ["probabilities_to", "probabilities_scale", "probabilities_zero_point"],
+    ),
+];
+
+/// The heads of a group are rows of one product with their KV head.
+fn rounded_attention() -> Vec<NodeProto> {
+    let scalar = |name: &str, value: f32| tensor(name, &Tensor::from_f32(vec![], &[value]));
+    let ints = |name: &str, values: &[i64]| tensor(name, &Tensor::from_i64(vec![values.len()], values));
+    let sizes = |of: &str, name: &str, start: i64, end: i64| {
+        node("Shape", &[of], name, vec![int("start", start), int("end", end)])
+    };
+    let real = |name: &str, caller: &str| {
+        let value = reference("value_float", caller, attribute_type::FLOAT);
+        node("Constant", &[], name, vec![value])
+    };
+    let mut nodes = vec![
+        ints("rest", &[-1]),
+        scalar("none", 0.0),
+        scalar("never", -1e30),
+        sizes("k", "of_groups", 0, 2),
+        sizes("q", "of_heads", 0, 3),
+        sizes("q", "width", 3, 4),
+        sizes("k", "slots", 2, 3),
+        sizes("v", "value_width", 3, 4),
+        node("Concat", &["of_groups", "rest", "width"], "rows", vec![int("axis", 0)]),
+        node("Concat", &["of_groups", "rest", "slots"], "by_group", vec![int("axis", 0)]),
+        node("Concat", &["of_heads", "slots"], "by_head", vec![int("axis", 0)]),
+        node("Concat", &["of_heads", "value_width"], "of_result", vec![int("axis", 0)]),
+        node("Cast", &["q"], "q_wide", vec![int("to", 1)]),
+        node("Cast", &["k"], "k_wide", vec![int("to", 1)]),
+        node("Cast", &["v"], "v_wide", vec![int("to", 1)]),
+        real("factor", "scale"),
+        node("Mul", &["q_wide", "factor"], "q_scaled", vec![]),
+        node("Reshape", &["q_scaled", "rows"], "q_rows", vec![]),
+        node("Transpose", &["k_wide"], "k_columns", vec![attribute_proto(("perm", Attribute::Ints(vec![0, 1, 3, 2])))]),
+        node("MatMul", &["q_rows", "k_columns"], "products", vec![]),
+        node("Reshape", &["products", "by_head"], "scores", vec![]),
+    ];
+    nodes.extend(rounded_or_not(ROUNDED[0]));
+    nodes.extend([
+        real("cap", "softcap"),
+        node("Div", &["scores_near", "cap"], "uncapped", vec![]),
+        node("Tanh", &["uncapped"], "bent", vec![]),
+        node("Mul", &["bent", "cap"], "capped", vec![]),
+        node("Equal", &["cap", "none"], "has_no_cap", vec![]),
+        node("Where", &["has_no_cap", "scores_near", "capped"], "bounded", vec![]),
+        node("Where", &["mask", "bounded", "never"], "masked", vec![]),
+        node("Softmax", &["masked"], "probabilities", vec![int("axis", -1)]),
+    ]);
+    nodes.extend(rounded_or_not(ROUNDED[1]));
+    nodes.extend([
+        node("Reshape", &["probabilities_near", "by_group"], "shares", vec![]),
+        node("MatMul", &["shares", "v_wide"], "attended", vec![]),
+        node("Reshape", &["attended", "of_result"], "result", vec![]),
+        node("CastLike", &["result", "q"], "y", vec![]),
+    ]);
+    nodes
+}
+
+/// `NAME_near` from `NAME`: rounded, or as it is where the scale is 0.
+fn rounded_or_not((name, [to, scale, zero_point]): (&str, [&str; 3])) -> Vec<NodeProto> {
+    let part = |part: &str| format!("{name}_{part}");
+    let (step, whole, zero) = (part("step"), part("whole"), part("zero"));
+    let (codes, rounded, kept) = (part("codes"), part("rounded"), part("kept"));
+    let value = |name: &str, caller: &str, kind: i32| vec![reference(name, caller, kind)];
+    vec![
+        node("Constant", &[], &step, value("value_float", scale, attribute_type::FLOAT)),
+        node("Constant", &[], &whole, value("value_int", zero_point, attribute_type::INT)),
+        node("Cast", &[&whole], &zero, value("to", to, attribute_type::INT)),
+        node("QuantizeLinear", &[name, &step, &zero], &codes, vec![]),
+        node("DequantizeLinear", &[&codes, &step, &zero], &rounded, vec![]),
+        node("Equal", &[&step, "none"], &kept, vec![]),
+        node("Where", &[&kept, name, &rounded], &part("near"), vec![]),
     ]
 }
 

@@ -8,12 +8,14 @@ use std::collections::HashMap;
 
 use super::attention::layout::TokenLayout;
 use super::attention::projection::Projection;
+use super::attention::rope::Rope;
+use super::attention::rounding::{RotationRounding, RowRounding};
 use super::attention::{Analysis, AttentionLayer, Obstacle};
 use super::contract;
 use super::reshapes::reshape_to;
 use super::roles::Roles;
 use crate::dim::{Dim, Sym};
-use crate::graph::op::{Binary, Op};
+use crate::graph::op::{Binary, Op, RoundedAttention, Rounding};
 use crate::graph::{Constant, Graph, Shape, ValueId};
 use crate::interface::{CacheId, CachePart, Interface, Port, Role};
 use crate::tensor::{DType, Tensor};
@@ -31,10 +33,23 @@ struct Emitter<'g> {
     counters: Option<(ValueId, ValueId)>,
     /// Cosine and sine by table and dtype.
     tables: HashMap<(usize, DType), (ValueId, ValueId)>,
+    /// Tables of one number, by the cosines whose shape and dtype they have and the number's name.
+    filled: HashMap<(ValueId, &'static str), ValueId>,
     /// New caches by the export's: input, and output once written.
     caches: HashMap<ValueId, (ValueId, Option<ValueId>)>,
     /// The first of the new caches, which shows the capacity.
     first_cache: Option<ValueId>,
+}
+
+/// What a part of a rotation has in place of a table.
+#[derive(Clone, Copy)]
+enum Part {
+    /// The table of its own.
+    Table,
+    /// The table of sines.
+    Sine,
+    Zero,
+    One,
 }
 
 /// Rewrites the graph and sets its [`Graph::interface`]. Fails where rows or an output have a shape that no reshape can
@@ -94,6 +109,7 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
         masks: HashMap::new(),
         counters: None,
         tables: HashMap::new(),
+        filled: HashMap::new(),
         first_cache: inputs.get(3).map(|(_, id)| *id),
         caches,
     };
@@ -202,10 +218,21 @@ impl Emitter<'_> {
             unreachable!()
         };
         let dtype = self.graph.value(key).dtype.unwrap_or(DType::F32);
-        let query = self.rows(&layer.query, &format!("{name}.query"), dtype, analysis)?;
+        let rounding = &layer.rounding;
+        let query = self.rows(&layer.query, &rounding.query, &format!("{name}.query"), dtype, analysis)?;
+        let key = self.rounded(key, &rounding.key, &format!("{name}.key.read"));
+        let value = self.rounded(value, &rounding.value, &format!("{name}.value.read"));
         let mask = self.mask(layer.scores.window);
         let half = dtype.is_half();
-        let op = Op::Attention(layer.scores.operator(half.then_some(DType::F32)));
+        let op = match (rounding.scores, rounding.probabilities) {
+            (None, None) => Op::Attention(layer.scores.operator(half.then_some(DType::F32))),
+            (scores, probabilities) => Op::RoundedAttention(RoundedAttention {
+                scale: layer.scores.scale,
+                softcap: layer.scores.softcap.unwrap_or(0.0),
+                scores,
+                probabilities,
+            }),
+        };
         let width = analysis.caches[&layer.value_cache].dim;
         let shape = vec![
             self.batch.clone(),
@@ -237,7 +264,8 @@ impl Emitter<'_> {
             value.dtype.unwrap_or(DType::F32),
             value.shape.clone().unwrap_or_default(),
         );
-        let rows = self.rows(&analysis.caches[&old].rows, name, dtype, analysis)?;
+        let cache = &analysis.caches[&old];
+        let rows = self.rows(&cache.rows, &cache.rounding, name, dtype, analysis)?;
         let op = Op::TensorScatter {
             axis: 2,
             circular: false,
@@ -248,10 +276,31 @@ impl Emitter<'_> {
         Ok(updated)
     }
 
+    /// Every element rounded, in this order.
+    fn rounded(&mut self, mut x: ValueId, roundings: &[Rounding], name: &str) -> ValueId {
+        for rounding in roundings {
+            let value = self.graph.value(x);
+            let (dtype, shape) = (
+                value.dtype.unwrap_or(DType::F32),
+                value.shape.clone().unwrap_or_default(),
+            );
+            x = self.typed(&format!("{name}.rounded"), rounding.operator(), &[x], dtype, shape);
+        }
+        x
+    }
+
     /// `[batch, heads, tokens, head_dim]`.
-    fn rows(&mut self, p: &Projection, name: &str, dtype: DType, analysis: &Analysis) -> Result<ValueId, String> {
+    fn rows(
+        &mut self,
+        p: &Projection,
+        rounding: &RowRounding,
+        name: &str,
+        dtype: DType,
+        analysis: &Analysis,
+    ) -> Result<ValueId, String> {
         let mut x = self.pick(p, name)?;
         x = self.cast(x, dtype, name);
+        x = self.rounded(x, &rounding.before, &format!("{name}.picked"));
         let shape = self.graph.shape(x).cloned().unwrap_or_default();
         if p.scale != 1.0 {
             let factor = Tensor::from_f64_as(dtype, vec![], &[f64::from(p.scale)]);
@@ -264,15 +313,87 @@ impl Emitter<'_> {
                 shape.clone(),
             );
         }
-        let Some(rope) = p.rope else { return Ok(x) };
-        let (cos, sin) = self.table(rope.table, dtype, analysis);
+        if let Some(rope) = &p.rope {
+            x = match &rounding.rotation {
+                None => self.rotated(x, p, rope, [Part::Table, Part::Table], &format!("{name}.rotary"), analysis),
+                Some(inside) => self.rotated_in_parts(x, p, rope, inside, name, analysis),
+            };
+        }
+        Ok(self.rounded(x, &rounding.after, name))
+    }
+
+    fn rotated(
+        &mut self,
+        x: ValueId,
+        p: &Projection,
+        rope: &Rope,
+        [cos, sin]: [Part; 2],
+        name: &str,
+        analysis: &Analysis,
+    ) -> ValueId {
+        let value = self.graph.value(x);
+        let (dtype, shape) = (
+            value.dtype.unwrap_or(DType::F32),
+            value.shape.clone().unwrap_or_default(),
+        );
+        let table = self.table(rope.table, dtype, analysis);
+        let cos = self.part(cos, table, table.0);
+        let sin = self.part(sin, table, table.1);
         let op = Op::RotaryEmbedding {
             interleaved: rope.interleaved,
             num_heads: None,
             rotary_dim: if rope.rotary_dim == p.dim { 0 } else { rope.rotary_dim },
         };
-        let inputs = [x, cos, sin, self.position_ids];
-        Ok(self.typed(&format!("{name}.rotary"), op, &inputs, dtype, shape))
+        self.typed(name, op, &[x, cos, sin, self.position_ids], dtype, shape)
+    }
+
+    /// The sum of two rotations, of which one has cosines alone and one sines alone: their results are rounded.
+    fn rotated_in_parts(
+        &mut self,
+        x: ValueId,
+        p: &Projection,
+        rope: &Rope,
+        inside: &RotationRounding,
+        name: &str,
+        analysis: &Analysis,
+    ) -> ValueId {
+        let part = |part: &str| format!("{name}.rotary.{part}");
+        let cos = self.rotated(x, p, rope, [Part::Table, Part::Zero], &part("cos"), analysis);
+        let cos = self.rounded(cos, &inside.cos, &part("cos"));
+        let sin = if inside.turned.is_empty() {
+            self.rotated(x, p, rope, [Part::Zero, Part::Table], &part("sin"), analysis)
+        } else {
+            let turned = self.rotated(x, p, rope, [Part::Zero, Part::One], &part("turned"), analysis);
+            let turned = self.rounded(turned, &inside.turned, &part("turned"));
+            self.rotated(turned, p, rope, [Part::Sine, Part::Zero], &part("sin"), analysis)
+        };
+        let sin = self.rounded(sin, &inside.sin, &part("sin"));
+        let value = self.graph.value(x);
+        let (dtype, shape) = (
+            value.dtype.unwrap_or(DType::F32),
+            value.shape.clone().unwrap_or_default(),
+        );
+        let add = Op::Binary(Binary::Add);
+        self.typed(&format!("{name}.rotary"), add, &[cos, sin], dtype, shape)
+    }
+
+    /// A table of a part of a rotation.
+    fn part(&mut self, part: Part, (cos, sin): (ValueId, ValueId), own: ValueId) -> ValueId {
+        let (name, number) = match part {
+            Part::Table => return own,
+            Part::Sine => return sin,
+            Part::Zero => ("zero", 0.0),
+            Part::One => ("one", 1.0),
+        };
+        if let Some(known) = self.filled.get(&(cos, name)) {
+            return *known;
+        }
+        let table = self.graph.constant(cos).expect("tables are constants");
+        let (shape, dtype) = (table.shape().to_vec(), table.dtype());
+        let filled = Tensor::from_f64_as(dtype, shape.clone(), &vec![number; shape.iter().product()]);
+        let id = self.graph.add_constant(&format!("rotary.{name}"), filled);
+        self.filled.insert((cos, name), id);
+        id
     }
 
     /// The heads among the columns of a projection.

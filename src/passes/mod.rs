@@ -196,11 +196,11 @@ pub enum PassError {
     },
     /// Activations rounded to codes where no operator here can round them.
     #[error(
-        "it rounds {} activations to codes inside attention or its rotary embedding, which caches and attention here cannot \
-         hold: {}{}", .values.len(), .values[..values.len().min(4)].join(", "), if values.len() > 4 { ", .." } else { "" }
+        "it rounds activations to codes inside attention or its rotary embedding where that cannot be kept: {}{}",
+        .values[..values.len().min(4)].join("; "), if values.len() > 4 { "; .." } else { "" }
     )]
     RoundedAttention {
-        /// In the export.
+        /// In the export, each with the reason.
         values: Vec<String>,
     },
     /// What was not recognised.
@@ -409,6 +409,19 @@ pub fn lengths_of(export: Graph, max_positions: usize) -> Result<BTreeMap<usize,
     Ok(analyse(export, &options, &mut Vec::new())?.analysis.lengths)
 }
 
+/// Nodes of roundings inside attention that the recognised attentions do not do, with what they round.
+fn rounded_inside(graph: &Graph, analysis: &Analysis) -> Vec<(NodeId, String)> {
+    let roundings = &analysis.roundings;
+    let others = roundings.all.difference(&roundings.placed);
+    let named = others.filter_map(|value| {
+        let (node, _) = graph.def(*value)?;
+        Some((node, attention::rounding::name_of_rounded(graph, *value)))
+    });
+    let mut named: Vec<(NodeId, String)> = named.collect();
+    named.sort_unstable();
+    named
+}
+
 /// Makes an export canonical.
 pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canonical, PassError> {
     let mut report = Vec::new();
@@ -423,12 +436,25 @@ pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canon
             obstacles: analysis.obstacles,
         });
     }
+    if !analysis.unplaced.is_empty() {
+        let values = analysis.unplaced.iter().map(|at| format!("{} ({})", at.value, at.reason));
+        return Err(PassError::RoundedAttention {
+            values: values.collect(),
+        });
+    }
+    let inside = rounded_inside(&graph, &analysis);
     let refuse = |obstacles: Vec<Obstacle>| PassError::Obstacles { obstacles };
     timed(&mut graph, &mut report, &table::EMIT, |graph| {
         emit::run(graph, &roles, &analysis).map_err(refuse)?;
         graph.remove_dead_nodes();
         Ok((analysis.layers.len(), ()))
     })?;
+    // None is dropped: the attentions round there, or the operator is still in the graph.
+    let lost = inside.into_iter().filter(|(id, _)| !graph.contains(*id));
+    let lost: Vec<String> = lost.map(|(_, name)| format!("{name} (its place is not known)")).collect();
+    if !lost.is_empty() {
+        return Err(PassError::RoundedAttention { values: lost });
+    }
     let input = |graph: &Graph, role: Role| {
         let found = graph.interface.as_ref().and_then(|interface| interface.input(role));
         found.expect("emit gave the graph its interface")

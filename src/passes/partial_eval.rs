@@ -12,7 +12,7 @@ use super::dependence::Dependence;
 use super::roles::{InputRole, Roles};
 use crate::dim::{Dim, Sym};
 use crate::graph::eval::eval_node;
-use crate::graph::op::Op;
+use crate::graph::op::{Op, Rounding};
 use crate::graph::{Definition, Graph, Node, ValueId};
 use crate::tensor::{DType, Tensor};
 
@@ -21,6 +21,8 @@ pub struct PartialEvaluator<'g> {
     pub graph: &'g Graph,
     pub roles: &'g Roles,
     pub dependences: HashMap<ValueId, Dependence>,
+    /// Roundings that were taken out of the graph, by the value that they gave.
+    roundings: HashMap<ValueId, Rounding>,
     trials: RefCell<HashMap<Sizes, Rc<Trial>>>,
 }
 
@@ -57,8 +59,22 @@ impl<'g> PartialEvaluator<'g> {
             graph,
             roles,
             dependences: super::dependence::classify(graph, roles),
+            roundings: HashMap::new(),
             trials: RefCell::default(),
         }
+    }
+
+    /// Of a graph from which these roundings were taken out.
+    pub fn without(roundings: HashMap<ValueId, Rounding>, graph: &'g Graph, roles: &'g Roles) -> Self {
+        PartialEvaluator {
+            roundings,
+            ..PartialEvaluator::new(graph, roles)
+        }
+    }
+
+    /// The rounding that gave this value, if it was taken out of the graph.
+    pub fn rounding(&self, id: ValueId) -> Option<Rounding> {
+        self.roundings.get(&id).copied()
     }
 
     pub fn dependence(&self, id: ValueId) -> Dependence {

@@ -7,9 +7,10 @@
 //! - `MatMulInteger`, with the conversion and the scales behind it, becomes a product of rounded activations with a
 //!   quantized weight.
 //!
-//! Rounding inside attention and its rotary embedding (of scores, probabilities, rotated keys) has no place in a fused
-//! attention with a static cache: it is refused by name, unless [`ActivationPolicy::Partial`] leaves that out or
-//! [`ActivationPolicy::Float`] all of it. [`Activations::left_out`] names what is left out.
+//! Rounding inside attention and its rotary embedding (of scores, probabilities, rotated keys) is left in the graph for
+//! `attention`, which gives it a place in the canonical operators or refuses it by name, unless
+//! [`ActivationPolicy::Partial`] leaves that out or [`ActivationPolicy::Float`] all of it. [`Activations::left_out`] names
+//! what is left out.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -24,7 +25,8 @@ use crate::tensor::quantized::Granularity;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ActivationPolicy {
-    /// They are rounded to what their codes stand for; an export that rounds inside attention is refused.
+    /// They are rounded to what their codes stand for; an export that rounds inside attention where that cannot be kept is
+    /// refused.
     #[default]
     Quantized,
     /// They are rounded outside attention and its rotary embedding, and floating point inside.
@@ -101,16 +103,17 @@ pub fn run(graph: &mut Graph, policy: ActivationPolicy) -> Result<(usize, Activa
             continue;
         };
         let name = graph.value(input).name.clone();
-        if policy == ActivationPolicy::Float || attended.contains(&output) {
+        let inside = attended.contains(&output);
+        if policy == ActivationPolicy::Float || policy == ActivationPolicy::Partial && inside {
             redefine(graph, id, Op::Identity, vec![Some(input)]);
             found.left_out.push(name);
         } else {
-            after_movements(graph, id);
+            // Those inside are the attention's, wherever they are among movements.
+            if !inside {
+                after_movements(graph, id);
+            }
             found.rounded.push(name);
         }
-    }
-    if policy == ActivationPolicy::Quantized && !found.left_out.is_empty() {
-        return Err(PassError::RoundedAttention { values: found.left_out });
     }
     Ok((finish(graph, rewrites)?, found))
 }
@@ -293,7 +296,7 @@ fn integer_weight(graph: &Graph, codes: ValueId, scale: ValueId, zero: Option<Va
 }
 
 /// Values from which a product of two activations, or an attention operator, is reached without a linear layer between.
-fn before_attention(graph: &Graph) -> HashSet<ValueId> {
+pub(super) fn before_attention(graph: &Graph) -> HashSet<ValueId> {
     let mut found: HashSet<ValueId> = HashSet::new();
     let constant = constants(graph);
     for id in graph.node_ids().rev() {

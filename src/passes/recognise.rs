@@ -118,6 +118,7 @@ pub fn recognise(export: &Graph, options: &CanonicalizeOptions) -> (Recognition,
         match super::canonicalize(export.clone(), options) {
             Ok(canonical) => {
                 report.architecture = Some(canonical.architecture.clone());
+                report.activations = canonical.activations.clone();
                 made = Some(canonical);
             }
             Err(error) => refuse(&mut report, error),

@@ -7,7 +7,7 @@ use super::gqa::group_query_attention;
 use super::heads::{Heads, attend};
 use super::rotary::{Rotary, contrib_rotary_embedding, rotary_embedding};
 use super::{Operands, no_evaluator};
-use crate::graph::op::{Attention, Op};
+use crate::graph::op::{Attention, Op, RoundedAttention, Rounding};
 use crate::tensor::{DType, Tensor};
 
 /// The operators of this family.
@@ -15,6 +15,10 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
     let (need, maybe) = (|i| operands.need(i), |i| operands.maybe(i));
     Ok(match op {
         Op::Attention(how) => attention(how, |i| maybe(i).cloned())?.map(Some).into(),
+        Op::RoundedAttention(how) => {
+            let [y, ..] = rounded_attention(how, |i| maybe(i).cloned())?;
+            vec![Some(y)]
+        }
         Op::GroupQueryAttention(how) => group_query_attention(how, |i| maybe(i).cloned())?.map(Some).into(),
         Op::RotaryEmbedding {
             interleaved,
@@ -47,6 +51,19 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
 /// Query `i` stands at position `i + offset` among the keys, where the offset is the length of the past, or with
 /// `nonpad_kv_seqlen` that row's length less the number of queries, or 0.
 pub(super) fn attention(how: &Attention, input: impl Fn(usize) -> Option<Tensor>) -> Result<[Tensor; 4]> {
+    attention_with(how, input, [None, None])
+}
+
+/// As [`attention`], its scores and probabilities rounded.
+fn rounded_attention(how: &RoundedAttention, input: impl Fn(usize) -> Option<Tensor>) -> Result<[Tensor; 4]> {
+    attention_with(&how.unrounded(), input, [how.scores, how.probabilities])
+}
+
+fn attention_with(
+    how: &Attention,
+    input: impl Fn(usize) -> Option<Tensor>,
+    roundings: [Option<Rounding>; 2],
+) -> Result<[Tensor; 4]> {
     let needed = |i: usize| input(i).ok_or(EvalError::MissingInput { input: i });
     let (q_in, k_in, v_in) = (needed(0)?, needed(1)?, needed(2)?);
     let q = Heads::of(&q_in, how.q_num_heads)?;
@@ -82,7 +99,7 @@ pub(super) fn attention(how: &Attention, input: impl Fn(usize) -> Option<Tensor>
         }
     };
     let scale = how.scale.map_or(1.0 / (q.dim as f64).sqrt(), f64::from);
-    let (y, scores) = attend([&q, &k, &v], scale, f64::from(how.softcap), bias, None)?;
+    let (y, scores) = attend([&q, &k, &v], scale, f64::from(how.softcap), bias, None, roundings)?;
     let dtype = q_in.dtype();
     let y = if q_in.shape().len() == 3 {
         y.tensor_3d(dtype)

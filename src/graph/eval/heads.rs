@@ -2,6 +2,8 @@
 
 use super::array::{Result, floats};
 use super::error::shape_error;
+use super::quantization::round_to_codes;
+use crate::graph::op::Rounding;
 use crate::tensor::{DType, Tensor};
 
 /// Elements as `[batch, heads, tokens, dim]`, row-major.
@@ -117,6 +119,7 @@ impl Heads {
 
 /// Softmax attention. `bias(b, h, i, j)` is added to the score of query `i` and key `j` after the softcap; a query
 /// whose keys are all at minus infinity gives zeros. `sink[h]` adds a score that takes weight and gives nothing.
+/// `roundings` are those of scores, before the softcap, and of probabilities.
 /// Gives the output `[batch, heads, queries, v_dim]` and the scores (softcapped, without the bias).
 pub(super) fn attend(
     [q, k, v]: [&Heads; 3],
@@ -124,6 +127,7 @@ pub(super) fn attend(
     softcap: f64,
     bias: impl Fn(usize, usize, usize, usize) -> f64,
     sink: Option<&[f64]>,
+    [round_scores, round_shares]: [Option<Rounding>; 2],
 ) -> Result<(Heads, Heads)> {
     let fits = q.batch == k.batch
         && k.batch == v.batch
@@ -145,14 +149,19 @@ pub(super) fn attend(
     let mut out = Heads::zeros(q.batch, q.heads, q.tokens, v.dim);
     let mut scores = Heads::zeros(q.batch, q.heads, q.tokens, k.tokens);
     let mut weights = vec![0.0; k.tokens];
+    let mut dots = vec![0.0; k.tokens];
     for b in 0..q.batch {
         for h in 0..q.heads {
             for i in 0..q.tokens {
                 let query = q.row(b, h, i);
                 let mut max = sink.map_or(f64::NEG_INFINITY, |s| s[h]);
+                for (j, dot) in dots.iter_mut().enumerate() {
+                    let sum: f64 = query.iter().zip(k.row(b, h / group, j)).map(|(x, y)| x * y).sum();
+                    *dot = sum * scale;
+                }
+                rounded(&mut dots, round_scores);
                 for (j, weight) in weights.iter_mut().enumerate() {
-                    let dot: f64 = query.iter().zip(k.row(b, h / group, j)).map(|(x, y)| x * y).sum();
-                    let mut score = dot * scale;
+                    let mut score = dots[j];
                     if softcap > 0.0 {
                         score = softcap * (score / softcap).tanh();
                     }
@@ -170,9 +179,10 @@ pub(super) fn attend(
                     *weight = (*weight - max).exp();
                     sum += *weight;
                 }
+                weights.iter_mut().for_each(|weight| *weight /= sum);
+                rounded(&mut weights, round_shares);
                 let row = out.row_mut(b, h, i);
-                for (j, weight) in weights.iter().enumerate().filter(|(_, w)| **w != 0.0) {
-                    let share = weight / sum;
+                for (j, share) in weights.iter().enumerate().filter(|(_, w)| **w != 0.0) {
                     for (o, x) in row.iter_mut().zip(v.row(b, h / group, j)) {
                         *o += share * x;
                     }
@@ -181,4 +191,12 @@ pub(super) fn attend(
         }
     }
     Ok((out, scores))
+}
+
+/// Numbers as their codes stand for, in place.
+fn rounded(values: &mut [f64], rounding: Option<Rounding>) {
+    if let Some(how) = rounding {
+        let row = floats(DType::F32, vec![values.len()], values);
+        values.copy_from_slice(&round_to_codes(&row, how).to_f64());
+    }
 }

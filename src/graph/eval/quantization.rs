@@ -6,7 +6,7 @@ use super::elementwise::{binary, cast};
 use super::error::shape_error;
 use super::linear::matmul;
 use super::{Operands, no_evaluator};
-use crate::graph::op::{Binary, Op};
+use crate::graph::op::{Binary, Op, Rounding};
 use crate::tensor::quantized::{Granularity, dequantize, quantize};
 use crate::tensor::{DType, Tensor};
 
@@ -63,7 +63,10 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
             let (a, b) = (less(need(0)?, maybe(2), true)?, less(need(1)?, maybe(3), false)?);
             vec![Some(matmul(&a, &b)?)]
         }
-        Op::RoundToCodes { to, scale, zero_point } => vec![Some(round_to_codes(need(0)?, *to, *scale, *zero_point))],
+        Op::RoundToCodes { to, scale, zero_point } => {
+            let (to, scale, zero_point) = (*to, *scale, *zero_point);
+            vec![Some(round_to_codes(need(0)?, Rounding { to, scale, zero_point }))]
+        }
         Op::DynamicRoundToCodes => vec![Some(dynamic_round(need(0)?))],
         _ => return no_evaluator(op),
     })
@@ -115,7 +118,8 @@ fn code(value: f32, scale: f32, zero_point: i64) -> i64 {
 }
 
 /// What [`Op::RoundToCodes`] means.
-pub(super) fn round_to_codes(x: &Tensor, to: DType, scale: f32, zero_point: i64) -> Tensor {
+pub(super) fn round_to_codes(x: &Tensor, how: Rounding) -> Tensor {
+    let Rounding { to, scale, zero_point } = how;
     let scales = Tensor::from_f32(Vec::new(), &[scale]);
     let zeros = (!to.is_float_format()).then(|| Tensor::from_i64_as(to, Vec::new(), &[zero_point]));
     let codes = quantize(to, x, &scales, zeros.as_ref(), Granularity::Tensor);

@@ -11,6 +11,11 @@ impl NodeInference<'_> {
         match &self.node.op {
             Op::RotaryEmbedding { num_heads, .. } => self.rotary_embedding(*num_heads),
             Op::Attention(attention) => self.attention(attention),
+            Op::RoundedAttention(rounded) => {
+                let mut facts = self.attention(&rounded.unrounded())?;
+                facts.truncate(1);
+                Ok(facts)
+            }
             Op::GroupQueryAttention(attention) => self.group_query_attention(attention),
             _ => self.no_rule(),
         }

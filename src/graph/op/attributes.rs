@@ -4,7 +4,7 @@
 //! the field into an [`Attribute`] and back. The same description serves the ONNX reader and writer, the dump and its
 //! parser: the two readers are [`AttributeSource`]s.
 
-use super::ScatterMode;
+use super::{Rounding, ScatterMode};
 use crate::tensor::{DType, Tensor};
 
 /// The value of an attribute.
@@ -314,6 +314,53 @@ spec! {
         Some(value) => malformed(format!("its {} has {} elements, not one", _this.name, value.len())),
         None => Ok(_this.default()),
     };
+}
+
+/// A rounding to codes in three attributes, all left out where there is none.
+pub(super) struct RoundingSpec {
+    to: &'static str,
+    scale: &'static str,
+    zero_point: &'static str,
+}
+
+pub(super) const fn rounding(to: &'static str, scale: &'static str, zero_point: &'static str) -> RoundingSpec {
+    RoundingSpec { to, scale, zero_point }
+}
+
+impl AttributeSpec for RoundingSpec {
+    type Field = Option<Rounding>;
+    fn name(&self) -> &'static str {
+        self.to
+    }
+    fn default(&self) -> Option<Rounding> {
+        None
+    }
+    fn value(&self, field: &Option<Rounding>) -> Option<Attribute> {
+        field.map(|rounding| Attribute::DType(rounding.to))
+    }
+    fn is_default(&self, field: &Option<Rounding>) -> bool {
+        field.is_none()
+    }
+    fn read<S: AttributeSource>(&self, source: &S) -> Result<Option<Rounding>, S::Error> {
+        let (scale, zero_point) = (source.float(self.scale)?, source.int(self.zero_point)?);
+        let Some(to) = source.dtype(self.to)? else {
+            return match (scale, zero_point) {
+                (None, None) => Ok(None),
+                _ => malformed(format!("its attribute {:?} is missing", self.to)),
+            };
+        };
+        Ok(Some(Rounding {
+            to,
+            scale: scale.unwrap_or(1.0),
+            zero_point: zero_point.unwrap_or(0),
+        }))
+    }
+    fn visit(&self, field: &Option<Rounding>, each: &mut impl FnMut(&'static str, Option<Attribute>, bool)) {
+        let none = field.is_none();
+        each(self.to, self.value(field), none);
+        each(self.scale, field.map(|rounding| Attribute::Float(rounding.scale)), none);
+        each(self.zero_point, field.map(|rounding| Attribute::Int(rounding.zero_point)), none);
+    }
 }
 
 fn read_count<S: AttributeSource>(source: &S, name: &str) -> Result<Option<usize>, S::Error> {

@@ -18,8 +18,9 @@ mod table;
 pub(crate) use attributes::{Attribute, AttributeError, AttributeSource};
 pub use info::{ElementTypes, Family, Input, Moves, OperatorInfo, RowWise, TypeRule};
 pub(crate) use info::{LAPIDARY, MICROSOFT};
-pub use table::{Attention, GroupQueryAttention, Op};
+pub use table::{Attention, GroupQueryAttention, Op, RoundedAttention};
 
+use crate::tensor::DType;
 use declare::named;
 use info::{any, boolean, float, int64, number, onnx};
 
@@ -118,7 +119,56 @@ pub enum ScatterMode {
     Min,
 }
 
+/// Every element as the number its nearest code stands for, as [`Op::RoundToCodes`] does it.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Rounding {
+    /// The codes' type.
+    pub to: DType,
+    /// What a step of the codes stands for.
+    pub scale: f32,
+    /// The code of 0; 0 for codes of floats.
+    pub zero_point: i64,
+}
+
+impl Rounding {
+    /// What a [`Op::RoundToCodes`] does; `None` of another operator.
+    pub fn of(op: &Op) -> Option<Rounding> {
+        match *op {
+            Op::RoundToCodes { to, scale, zero_point } => Some(Rounding { to, scale, zero_point }),
+            _ => None,
+        }
+    }
+
+    /// The operator that does it.
+    pub fn operator(self) -> Op {
+        let Rounding { to, scale, zero_point } = self;
+        Op::RoundToCodes { to, scale, zero_point }
+    }
+
+    /// The rounding of `factor * x` that is `factor` times this one of `x`; the factor is positive.
+    pub fn scaled(self, factor: f64) -> Rounding {
+        Rounding {
+            scale: (f64::from(self.scale) * factor) as f32,
+            ..self
+        }
+    }
+
+    /// The smallest number that a code stands for.
+    pub fn lowest(self) -> f64 {
+        let code = match self.to.is_float_format() {
+            true => -self.to.max(),
+            false => (self.to.int_range().0 - self.zero_point) as f64,
+        };
+        code * f64::from(self.scale)
+    }
+}
+
 impl Op {
+    /// Whether it is an attention of queries, keys and values in the form of the canonical graph's.
+    pub fn is_attention(&self) -> bool {
+        matches!(self, Op::Attention(_) | Op::RoundedAttention(_))
+    }
+
     /// The operator type as ONNX writes it, `Add` for example. Of an unknown operator, with its domain if it has one.
     pub fn name(&self) -> String {
         match self {

@@ -5,14 +5,14 @@
 
 use super::attributes::{
     Attribute, AttributeSource, AttributeSpec, count, either, element, element_type, flag, float_type, int,
-    nonzero_real, optional_int, optional_real, permutation, real, required_int, required_size, scatter_mode, size,
-    written_real,
+    nonzero_real, optional_int, optional_real, permutation, real, required_int, required_size, rounding, scatter_mode,
+    size, written_real,
 };
 use super::declare::operators;
 use super::info::{
     self, Family, Moves, OperatorInfo, RowWise, any, boolean, contrib, float, index, int32, int64, number, onnx, own,
 };
-use super::{Binary, Reduction, ScatterMode, Unary};
+use super::{Binary, Reduction, Rounding, ScatterMode, Unary};
 use crate::tensor::{DType, Tensor};
 
 const KEEPDIMS: super::attributes::Flag = flag("keepdims", true);
@@ -262,6 +262,22 @@ operators! {
                 ],
             )
             .outputs(4).family(Family::Attention);
+        /// Attention whose scores or probabilities are rounded to codes. Inputs: q `[batch, heads, tokens, head_dim]`, k and v
+        /// `[batch, kv_heads, slots, ..]`, mask (bool, true where a token attends to a slot). The scaled products of queries
+        /// and keys are rounded before the soft cap and the mask, the probabilities before their product with the values; both
+        /// in fp32.
+        RoundedAttention {
+            /// Factor of the products of queries and keys.
+            scale: f32 = written_real("scale", 1.0),
+            /// 0: none.
+            softcap: f32 = real("softcap", 0.0),
+            /// Of the scaled scores.
+            scores: Option<Rounding> = rounding("scores_to", "scores_scale", "scores_zero_point"),
+            /// Of the softmax's result.
+            probabilities: Option<Rounding>
+                = rounding("probabilities_to", "probabilities_scale", "probabilities_zero_point"),
+        } => own("RoundedAttention", &[float().same(), float().same(), float().same(), boolean()])
+            .family(Family::Attention);
         /// `com.microsoft::GroupQueryAttention`. Inputs: query (or packed qkv), key?, value?, past_key?, past_value?,
         /// seqlens_k (i32 `[batch]`, total − 1), total_sequence_length (i32 scalar), cos_cache?, sin_cache?,
         /// position_ids?, attention_bias?, head_sink?.

@@ -13,7 +13,7 @@ use super::dispatch::no_lowering;
 use super::error::Reason;
 use super::linear::volume;
 use crate::dim::Dim;
-use crate::graph::op::Attention;
+use crate::graph::op::{Attention, RoundedAttention, Rounding};
 use crate::graph::{Node, Op};
 use crate::network::{Activation, Elementwise, LayerKind, MatrixOp, Shape, TensorId};
 use crate::tensor::{DType, Tensor};
@@ -36,6 +36,7 @@ impl Lowering<'_> {
     pub(in crate::lower) fn attention_node(&mut self, node: &Node, name: &str) -> Lowered {
         match &node.op {
             Op::Attention(attributes) => self.attention(node, name, attributes),
+            Op::RoundedAttention(how) => self.rounded_attention(node, name, how),
             Op::RotaryEmbedding {
                 interleaved,
                 num_heads,
@@ -93,7 +94,7 @@ impl Lowering<'_> {
         let attended = if let Some(attended) = split {
             attended
         } else if scores.softcap.is_some() || form == AttentionForm::Decomposed {
-            self.decomposed(name, [q, k, v], mask, scores.softcap)?
+            self.decomposed(name, [q, k, v], mask, scores.softcap, [None, None])?
         } else {
             self.attention_layer(name, [q, k, v], mask)?
         };
@@ -101,6 +102,19 @@ impl Lowering<'_> {
             true => self.join_heads(&part("joined"), attended),
             false => Ok(attended),
         }
+    }
+
+    /// In single layers: no fused one rounds its scores.
+    fn rounded_attention(&mut self, node: &Node, name: &str, how: &RoundedAttention) -> Lowered {
+        let operands = [self.data(node, 0)?, self.data(node, 1)?, self.data(node, 2)?];
+        let mask = self.operand(node, 3, 4)?;
+        let [q, k, v] = operands;
+        if operands.iter().any(|x| self.b.rank(*x) != 4) {
+            return Reason::unsupported("query, key and value must have four axes");
+        }
+        let q = self.scaled_query(&format!("{name}/scaled"), q, how.scale)?;
+        let softcap = how.unrounded().scores(1).softcap;
+        self.decomposed(name, [q, k, v], Some(mask), softcap, [how.scores, how.probabilities])
     }
 
     /// In the query's dtype where that holds the scale exactly, in fp32 otherwise: a rounded scale is a wrong temperature.
@@ -244,7 +258,8 @@ impl Lowering<'_> {
         Ok(repeated)
     }
 
-    /// `softmax(cap(q kᵀ) + mask) v` in single layers, scores in fp32. The heads of a group are rows of one product with
+    /// `softmax(cap(q kᵀ) + mask) v` in single layers, scores in fp32; `roundings` of the products and of the softmax's result. The
+    /// heads of a group are rows of one product with
     /// their KV head: `[batch, kv_heads, group * tokens, d]`.
     fn decomposed(
         &mut self,
@@ -252,6 +267,7 @@ impl Lowering<'_> {
         [q, k, v]: [TensorId; 3],
         mask: Option<TensorId>,
         softcap: Option<f32>,
+        [round_scores, round_shares]: [Option<Rounding>; 2],
     ) -> Lowered {
         let part = |part: &str| format!("{name}/{part}");
         let shape = self.b.shape(q).clone();
@@ -269,6 +285,9 @@ impl Lowering<'_> {
         };
         let scores = self.b.add(&part("scores"), product(MatrixOp::Transpose), &[q, k])?;
         let mut scores = self.b.cast(&part("scores/wide"), DType::F32, scores)?;
+        if let Some(how) = round_scores {
+            scores = self.rounded(&part("scores/rounded"), scores, how)?;
+        }
         if let Some(softcap) = softcap {
             let inner = self.scaled(&part("uncapped"), scores, 1.0 / softcap)?;
             let bent = self.b.activation(&part("bent"), Activation::Tanh, inner)?;
@@ -288,9 +307,12 @@ impl Lowering<'_> {
             let by_group = vec![shape[0].clone(), kv_heads.into(), rows, slots];
             scores = self.reshape(&part("by_group"), masked, by_group)?;
         }
-        let weights = self
+        let mut weights = self
             .b
             .add(&part("softmax"), LayerKind::Softmax { axis: 3 }, &[scores])?;
+        if let Some(how) = round_shares {
+            weights = self.rounded(&part("softmax/rounded"), weights, how)?;
+        }
         let weights = self.b.cast(&part("softmax/narrow"), dtype, weights)?;
         let attended = self.b.add(name, product(MatrixOp::None), &[weights, v])?;
         let mut to = shape;

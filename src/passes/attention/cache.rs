@@ -11,6 +11,7 @@ use std::collections::hash_map::Entry;
 use super::beyond::far_past;
 use super::fingerprint::fingerprint;
 use super::layout::{CacheLayout, TokenLayout};
+use super::rounding::RowRounding;
 use super::projection::{Noise, Projection, RowOrder, Rows, Tables, noise, tolerance};
 use super::trace::Trace;
 use crate::graph::ValueId;
@@ -27,6 +28,8 @@ pub struct ExportCache {
     pub dim: usize,
     /// The rows written in each call.
     pub rows: Projection,
+    /// Of those rows.
+    pub rounding: RowRounding,
 }
 
 /// A key or value operand of an attention.
@@ -173,6 +176,7 @@ fn find(
                 heads,
                 dim,
                 rows: projection,
+                rounding: RowRounding::default(),
             };
             let context = format!("cache {layout:?} {heads} {dim}");
             let print = fingerprint(evaluator, output, &[input, source], &context);

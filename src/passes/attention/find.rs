@@ -6,7 +6,8 @@
 
 use std::collections::HashMap;
 
-use crate::graph::op::{Binary, Op, Unary};
+use super::rounding::{Unplaced, name_of_rounded};
+use crate::graph::op::{Binary, Op, Rounding, Unary};
 use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::passes::dependence::Dependence;
 use crate::passes::partial_eval::PartialEvaluator;
@@ -29,6 +30,12 @@ pub struct FoundAttention {
     /// Factor of the scores, apart from those in the operands.
     pub scale: f64,
     pub softcap: Option<f64>,
+    /// Roundings of the scores in units of the scaled ones, the last one first.
+    pub rounded_scores: Vec<(ValueId, Rounding)>,
+    /// Roundings of the softmax's result, the first one first.
+    pub rounded_probabilities: Vec<(ValueId, Rounding)>,
+    /// Roundings of scores that have no place there.
+    pub unplaced: Vec<Unplaced>,
     /// Key and value may have fewer heads than the query.
     pub grouped: bool,
     /// `[.., tokens, head_dim]`
@@ -116,6 +123,9 @@ fn from_operator(graph: &Graph, node: &Node) -> Result<FoundAttention, String> {
         mask: mask.into_iter().collect(),
         scale: f64::from(scores.scale),
         softcap: scores.softcap.map(f64::from),
+        rounded_scores: Vec::new(),
+        rounded_probabilities: Vec::new(),
+        unplaced: Vec::new(),
         grouped: true,
         output: node.output(0).ok_or("its output is not used")?,
     })
@@ -136,7 +146,8 @@ fn from_softmax(
         return Err("it is not over the last axis".into());
     }
     let chain = back_to_product(evaluator, scores)?;
-    let (output, value) = forward_to_product(graph, uses, node.output(0).ok_or("its output is not used")?)?;
+    let probabilities = node.output(0).ok_or("its output is not used")?;
+    let (output, value, rounded_probabilities) = forward_to_product(evaluator, uses, probabilities)?;
     Ok(FoundAttention {
         name: node.name.clone(),
         query: chain.left,
@@ -147,6 +158,9 @@ fn from_softmax(
         mask: chain.mask,
         scale: chain.scale,
         softcap: chain.softcap,
+        rounded_scores: chain.rounded,
+        rounded_probabilities,
+        unplaced: chain.unplaced,
         grouped: false,
         output,
     })
@@ -158,6 +172,8 @@ struct Chain {
     mask: Vec<MaskTerm>,
     scale: f64,
     softcap: Option<f64>,
+    rounded: Vec<(ValueId, Rounding)>,
+    unplaced: Vec<Unplaced>,
 }
 
 fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<Chain, String> {
@@ -165,7 +181,33 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
     let scalar = |id: ValueId| graph.constant(id).and_then(|c| c.materialize().ok()?.scalar());
     let (mut mask, mut outer, mut inner, mut cap) = (Vec::new(), 1.0, 1.0, None);
     let mut at = scores;
+    let (mut rounded, mut unplaced): (Vec<(ValueId, Rounding)>, Vec<Unplaced>) = Default::default();
+    let refuse = |unplaced: &mut Vec<Unplaced>, output: ValueId, reason: &str| {
+        unplaced.push(Unplaced {
+            value: name_of_rounded(graph, output),
+            reason: reason.into(),
+        });
+    };
+    let mut masks = 0;
     for _ in 0..64 {
+        // Rounded with the mask in them, hidden slots still have to be hidden.
+        if mask.len() > masks {
+            masks = mask.len();
+            rounded.retain(|(output, rounding)| {
+                let hides = rounding.lowest() <= super::mask::MASKED;
+                if !hides {
+                    refuse(&mut unplaced, *output, "its scores are rounded after the mask, which hides slots no longer");
+                }
+                hides
+            });
+        }
+        if let Some(rounding) = evaluator.rounding(at) {
+            let after = cap.map_or(outer, |cap| cap * inner);
+            match after > 0.0 {
+                true => rounded.push((at, rounding.scaled(after))),
+                false => refuse(&mut unplaced, at, "its scores are scaled by no positive number behind it"),
+            }
+        }
         let Some((_, node)) = graph.def(at) else {
             return Err("its scores are an input of the model".into());
         };
@@ -190,6 +232,8 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
                     mask,
                     scale,
                     softcap,
+                    rounded,
+                    unplaced,
                 });
             }
             (Op::Identity | Op::Cast { .. } | Op::CastLike, [0, ..]) => at = node.input(0).expect("data input"),
@@ -239,6 +283,9 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
                     inner *= factor;
                 } else if is_tanh {
                     cap = Some(factor);
+                    for (output, _) in rounded.drain(..) {
+                        refuse(&mut unplaced, output, "its scores are rounded after their soft cap");
+                    }
                     at = graph
                         .def(at)
                         .and_then(|(_, n)| n.input(0))
@@ -289,10 +336,17 @@ fn keeps_last_two(graph: &Graph, node: &Node) -> bool {
     }
 }
 
-/// The product of the probabilities with the values, and the values.
-fn forward_to_product(graph: &Graph, uses: &Uses, probabilities: ValueId) -> Result<(ValueId, ValueId), String> {
+/// The product of the probabilities with the values, the values, and the roundings between.
+fn forward_to_product(
+    evaluator: &PartialEvaluator<'_>,
+    uses: &Uses,
+    probabilities: ValueId,
+) -> Result<(ValueId, ValueId, Vec<(ValueId, Rounding)>), String> {
+    let graph = evaluator.graph;
+    let mut rounded = Vec::new();
     let mut at = probabilities;
     for _ in 0..16 {
+        rounded.extend(evaluator.rounding(at).map(|rounding| (at, rounding)));
         let readers = uses.get(&at).map(Vec::as_slice).unwrap_or_default();
         if graph.outputs.contains(&at) {
             return Err("its probabilities are an output of the model".into());
@@ -316,7 +370,9 @@ fn forward_to_product(graph: &Graph, uses: &Uses, probabilities: ValueId) -> Res
         let node = graph.node(next.0);
         let output = node.output(0).ok_or("a node without output")?;
         match (&node.op, next.1) {
-            (Op::MatMul, 0) => return Ok((output, node.input(1).ok_or("a MatMul without values")?)),
+            (Op::MatMul, 0) => {
+                return Ok((output, node.input(1).ok_or("a MatMul without values")?, rounded));
+            }
             (Op::Identity | Op::Cast { .. } | Op::CastLike, 0) => at = output,
             (Op::Where, 2) if is_nan_guard(next) => at = output,
             (Op::Reshape { .. } | Op::Squeeze | Op::Unsqueeze, 0) if keeps_last_two(graph, node) => at = output,

@@ -7,6 +7,7 @@
 //! | [`layout`] | where batch, tokens, heads and slots lie among the axes |
 //! | [`projection`] | which columns of a projection the rows are, scaled and rotated how |
 //! | [`rope`] | rotary tables |
+//! | [`rounding`] | roundings to codes, and where the canonical operators do them |
 //! | [`cache`] | which output is the update of which input, and that it appends rows |
 //! | [`mask`] | causal, with or without a sliding window |
 //! | [`beyond`] | the same at lengths that small trials do not reach |
@@ -23,7 +24,8 @@ mod fingerprint;
 pub(super) mod layout;
 mod mask;
 pub(super) mod projection;
-mod rope;
+pub(super) mod rope;
+pub(super) mod rounding;
 mod trace;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -41,6 +43,7 @@ use find::FoundAttention;
 pub use mask::MASKED;
 use mask::{Masks, ProvenMask};
 use projection::{Projection, RowOrder, Rows, Tables};
+use rounding::{LayerRounding, Unplaced};
 use trace::Trace;
 
 /// One attention, in terms of the canonical graph.
@@ -51,8 +54,11 @@ pub struct AttentionLayer {
     pub query: Projection,
     pub key_cache: ValueId,
     pub value_cache: ValueId,
+    /// Factor of the key operand over what the cache holds; part of the scale.
+    pub key_factor: f32,
     /// Scale, all parts together, soft cap and window.
     pub scores: AttentionScores,
+    pub rounding: LayerRounding,
 }
 
 /// Something that keeps the graph from becoming canonical.
@@ -86,14 +92,38 @@ pub struct Analysis {
     pub position_limit: Option<usize>,
     /// Lengths at which masks and tables of positions may change, each with the constant that names it.
     pub lengths: BTreeMap<usize, String>,
+    /// Roundings inside attention that have no place in the canonical operators.
+    pub unplaced: Vec<Unplaced>,
+    /// Values of roundings that the attentions take over, or that have to stay in the graph.
+    pub roundings: Roundings,
+}
+
+/// Roundings inside attention, by the values that they give.
+#[derive(Debug, Default)]
+pub struct Roundings {
+    /// All that the outputs depend on.
+    pub all: HashSet<ValueId>,
+    /// Those that a recognised attention does.
+    pub placed: HashSet<ValueId>,
 }
 
 /// Recognises every attention of a sorted, inferred graph. Rotary tables get `max_positions` rows, fewer where the
 /// export's own tables are shorter.
 pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
-    let evaluator = PartialEvaluator::new(graph, roles);
-    let trace = Trace::new(&evaluator);
     let mut analysis = Analysis::default();
+    let skeleton = rounding::skeleton(graph, roles).unwrap_or_else(|dynamic| {
+        analysis.unplaced = dynamic;
+        None
+    });
+    let evaluator = match &skeleton {
+        Some(skeleton) => PartialEvaluator::without(skeleton.roundings.clone(), &skeleton.graph, roles),
+        None => PartialEvaluator::new(graph, roles),
+    };
+    if let Some(skeleton) = &skeleton {
+        analysis.roundings.all = rounding::effective(graph, &skeleton.roundings);
+    }
+    let graph = evaluator.graph;
+    let trace = Trace::new(&evaluator);
     let (found, unrecognised) = find::find(&evaluator);
     let masks = prove_masks(&evaluator, &found, max_positions, &mut analysis);
     let last = analysis.position_limit.unwrap_or(usize::MAX).min(max_positions);
@@ -115,15 +145,17 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
         };
         let operands = operands(&trace, &evaluator, &attention, &mut analysis);
         match (operands, mask) {
-            (Ok((query, key_cache, value_cache, scale)), Ok(mask)) => analysis.layers.push(AttentionLayer {
-                query,
+            (Ok((query, key_cache, value_cache, key_factor)), Ok(mask)) => analysis.layers.push(AttentionLayer {
+                rounding: LayerRounding::default(),
                 key_cache,
                 value_cache,
+                key_factor,
                 scores: AttentionScores {
-                    scale: snapped(scale * attention.scale as f32, &evaluator, &attention),
+                    scale: snapped(key_factor * query.scale * attention.scale as f32, &evaluator, &attention),
                     softcap: attention.softcap.map(|cap| cap as f32),
                     window: mask.window,
                 },
+                query: Projection { scale: 1.0, ..query },
                 found: attention,
             }),
             (operands, mask) => {
@@ -132,12 +164,42 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
             }
         }
     }
+    if skeleton.is_some() {
+        place_roundings(&trace, &evaluator, &mut analysis);
+    }
     if analysis.obstacles.is_empty() {
         unmatched(&evaluator, &mut analysis);
     } else if let Some(encoder) = encoder(graph, roles) {
         analysis.obstacles = vec![encoder];
     }
     analysis
+}
+
+/// Where the roundings of every layer are.
+fn place_roundings(trace: &Trace<'_, '_>, evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
+    let mut places = rounding::Places {
+        trace,
+        evaluator,
+        tables: &analysis.tables,
+        placed: HashSet::new(),
+    };
+    for cache in analysis.caches.values_mut() {
+        let rows = trace.rows_before_cache(cache.output, cache.rows.source);
+        let rows = rows.expect("a cache was found by the rows written to it");
+        match places.rows(rows, &cache.rows, cache.rows.scale) {
+            Ok(found) => cache.rounding = found,
+            Err(unplaced) => analysis.unplaced.push(unplaced),
+        }
+    }
+    for layer in &mut analysis.layers {
+        let caches = [layer.key_cache, layer.value_cache].map(|id| &analysis.caches[&id]);
+        match rounding::of_layer(&mut places, &layer.found, &layer.query, caches, layer.key_factor) {
+            Ok(found) => layer.rounding = found,
+            Err(unplaced) => analysis.unplaced.push(unplaced),
+        }
+    }
+    analysis.unplaced.dedup();
+    analysis.roundings.placed = places.placed;
 }
 
 /// Attentions that `decompose` did not take apart.
@@ -228,6 +290,7 @@ fn given_mask(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention) -> O
     None
 }
 
+/// Query, with its scale; caches of keys and values; the factor of the keys.
 type Operands = (Projection, ValueId, ValueId, f32);
 
 fn operands(
@@ -291,9 +354,7 @@ fn operands(
     let query = rows
         .solve(&mut analysis.tables)
         .map_err(|reason| format!("its queries {}: {reason}", name(attention.query)))?;
-    let scale = key_factor * query.scale;
-    let query = Projection { scale: 1.0, ..query };
-    Ok((query, key_cache, value_cache, scale))
+    Ok((query, key_cache, value_cache, key_factor))
 }
 
 /// The usual `1/sqrt(head_dim)` where the measured factor is that up to rounding of the export's own arithmetic.

@@ -88,7 +88,7 @@ impl Facts {
         let nodes = || graph.node_ids().map(|id| graph.node(id));
         let attentions: Vec<NodeId> = graph
             .node_ids()
-            .filter(|id| matches!(graph.node(*id).op, Op::Attention(_)))
+            .filter(|id| graph.node(*id).op.is_attention())
             .collect();
         let layers = attentions.iter().enumerate().map(|(i, id)| {
             let window = architecture.windows.get(i).copied().flatten();
@@ -135,9 +135,7 @@ impl Facts {
 }
 
 fn layer(graph: &Graph, node: &Node, head_dim: usize, capacity: Option<usize>, window: Option<usize>) -> Layer {
-    let Op::Attention(attention) = &node.op else {
-        unreachable!("an attention");
-    };
+    let attention = node.op.attention().expect("an attention");
     let scale = attention.scale.map_or(1.0 / (head_dim as f64).sqrt(), f64::from);
     Layer {
         scale,
@@ -156,7 +154,22 @@ fn rotary(graph: &Graph, mut at: ValueId) -> Option<Table> {
                 let constant = |i: usize| graph.constant(node.input(i)?)?.materialize().ok();
                 return Table::new(&constant(1)?, &constant(2)?);
             }
-            Op::Transpose { .. } | Op::Reshape { .. } | Op::Cast { .. } | Op::Identity => at = node.input(0)?,
+            Op::Transpose { .. } | Op::Reshape { .. } | Op::Cast { .. } | Op::Identity | Op::RoundToCodes { .. } => {
+                at = node.input(0)?;
+            }
+            // A rotation in parts, whose products with cosines and with sines are rounded.
+            Op::Binary(Binary::Add) => {
+                let part = |i: usize, table: usize| {
+                    let (mut id, mut part) = graph.def(node.input(i)?)?;
+                    while let Op::RoundToCodes { .. } = part.op {
+                        (id, part) = graph.def(part.input(0)?)?;
+                    }
+                    let _ = id;
+                    matches!(part.op, Op::RotaryEmbedding { .. }).then_some(())?;
+                    graph.constant(part.input(table)?)?.materialize().ok()
+                };
+                return Table::new(&part(0, 1)?, &part(1, 2)?);
+            }
             _ => return None,
         }
     }

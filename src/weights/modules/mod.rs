@@ -62,7 +62,7 @@ fn read(graph: &Graph) -> Reader<'_> {
     reader.embeddings();
     let attentions = graph
         .node_ids()
-        .filter(|id| matches!(graph.node(*id).op, Op::Attention(_)));
+        .filter(|id| graph.node(*id).op.is_attention());
     for (layer, attention) in attentions.enumerate() {
         // What is not there is not named; the rest of the layer may still be.
         let _ = reader.inputs_of_attention(layer, attention);

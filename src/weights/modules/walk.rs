@@ -61,6 +61,7 @@ impl Reader<'_> {
                     at = node.input(0)?;
                 }
                 Op::Binary(Binary::Mul) => at = self.scaled(id)?,
+                Op::Binary(Binary::Add) if self.is_rotated(node.input(0)?) => at = node.input(0)?,
                 Op::Binary(Binary::Add) | Op::MatMul => {
                     let (linear, _) = self.linear_at(self.product_of(at)?)?;
                     return Some(Linear {
@@ -72,6 +73,12 @@ impl Reader<'_> {
                 _ => return None,
             }
         }
+    }
+
+    /// Whether a value is a part of a rotation: cosines and sines are rounded apart.
+    fn is_rotated(&self, value: ValueId) -> bool {
+        let part = self.graph.def(self.plain(value));
+        part.is_some_and(|(_, node)| matches!(node.op, Op::RotaryEmbedding { .. }))
     }
 
     /// The operand of a product with a constant number or vector.

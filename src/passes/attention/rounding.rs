@@ -1,0 +1,608 @@
+//! Roundings to codes inside attention: where they are, and that the canonical operators round there too.
+//!
+//! Attention is recognised on a *skeleton*, the export with these roundings taken out ([`skeleton`]), since what moves and
+//! rotates rows is linear only without them. Where each rounding lies is found here, walking from an operand back to its
+//! projection or cache; what it rounds is proven by execution on the skeleton, up to a positive factor, which goes into the
+//! rounding's scale. A rounding with one scale for all elements commutes with every movement, so that it can be applied to
+//! the rows before they are written to a cache, or to the whole cache when it is read. Gives the [`RowRounding`] of
+//! projections and the roundings of caches, scores and probabilities; [`Unplaced`] names what has no such place.
+
+use std::collections::{HashMap, HashSet};
+
+use super::cache::ExportCache;
+use super::find::FoundAttention;
+use super::layout::TokenLayout;
+use super::projection::{Noise, Projection, RowOrder, Rows, Tables, tolerance};
+use super::rope::Table;
+use super::trace::Trace;
+use crate::graph::op::{Binary, Op, Rounding};
+use crate::graph::{Graph, NodeId, ValueId};
+use crate::passes::dependence::{Dependence, classify};
+use crate::passes::partial_eval::PartialEvaluator;
+use crate::passes::quantized::before_attention;
+use crate::passes::roles::Roles;
+use crate::tensor::DType;
+
+/// Roundings of rows `rotate(scale * pick(source))`, in units of the rows at each place.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RowRounding {
+    /// Of what is picked of the projection.
+    pub before: Vec<Rounding>,
+    /// Inside the rotation; `None` where it rounds nothing.
+    pub rotation: Option<RotationRounding>,
+    /// Of the rows.
+    pub after: Vec<Rounding>,
+}
+
+/// Roundings of `cos * x + sin * turned(x)`, where `turned` gives each pair `(a, b)` as `(-b, a)`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RotationRounding {
+    /// Of the products with cosines.
+    pub cos: Vec<Rounding>,
+    /// Of the turned rows.
+    pub turned: Vec<Rounding>,
+    /// Of the products with sines.
+    pub sin: Vec<Rounding>,
+}
+
+/// All roundings of one attention.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LayerRounding {
+    /// Of the query's rows, which are not scaled.
+    pub query: RowRounding,
+    /// Of the elements of the key cache, as it is read.
+    pub key: Vec<Rounding>,
+    /// Of the elements of the value cache, as it is read.
+    pub value: Vec<Rounding>,
+    /// Of the scaled scores before soft cap and mask.
+    pub scores: Option<Rounding>,
+    /// Of the softmax's result.
+    pub probabilities: Option<Rounding>,
+}
+
+/// A rounding that the canonical operators cannot do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unplaced {
+    /// What is rounded, in the export.
+    pub value: String,
+    /// Why it is not understood.
+    pub reason: String,
+}
+
+/// A graph without the roundings inside its attention.
+pub struct Skeleton {
+    pub graph: Graph,
+    /// Those taken out, by the value that they give.
+    pub roundings: HashMap<ValueId, Rounding>,
+}
+
+/// The skeleton of a graph with roundings of data inside attention; `None` if there are none. Roundings of what depends on
+/// positions alone stay: they are executed. Ranges of all of a tensor have no fixed scale.
+pub fn skeleton(graph: &Graph, roles: &Roles) -> Result<Option<Skeleton>, Vec<Unplaced>> {
+    let is_rounding = |id: &NodeId| {
+        matches!(graph.node(*id).op, Op::RoundToCodes { .. } | Op::DynamicRoundToCodes) && graph.node(*id).output(0).is_some()
+    };
+    let all: Vec<NodeId> = graph.node_ids().filter(is_rounding).collect();
+    if all.is_empty() {
+        return Ok(None);
+    }
+    let attended = before_attention(graph);
+    let dependence = classify(graph, roles);
+    let inside = |id: &NodeId| {
+        let output = graph.node(*id).output(0);
+        output.is_some_and(|v| attended.contains(&v) && dependence.get(&v) == Some(&Dependence::Data))
+    };
+    let (mut roundings, mut dynamic) = (HashMap::new(), Vec::new());
+    let mut bare = graph.clone();
+    for id in all.into_iter().filter(inside) {
+        let node = bare.node_mut(id);
+        let output = node.outputs[0].expect("it has an output");
+        match Rounding::of(&node.op) {
+            Some(rounding) => {
+                roundings.insert(output, rounding);
+                node.op = Op::Identity;
+            }
+            None => dynamic.push(Unplaced {
+                value: name_of_rounded(graph, output),
+                reason: "the range of its codes is that of the whole tensor".into(),
+            }),
+        }
+    }
+    match (dynamic.is_empty(), roundings.is_empty()) {
+        (false, _) => Err(dynamic),
+        (true, true) => Ok(None),
+        (true, false) => Ok(Some(Skeleton { graph: bare, roundings })),
+    }
+}
+
+/// The name of what a rounding rounds.
+pub fn name_of_rounded(graph: &Graph, output: ValueId) -> String {
+    let input = graph.def(output).and_then(|(_, node)| node.input(0));
+    graph.value(input.unwrap_or(output)).name.clone()
+}
+
+/// Roundings that the outputs depend on other than by shapes.
+pub fn effective(graph: &Graph, roundings: &HashMap<ValueId, Rounding>) -> HashSet<ValueId> {
+    let mut stack: Vec<ValueId> = graph.outputs.clone();
+    let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
+    while let Some(id) = stack.pop() {
+        if let Some((_, node)) = graph.def(id)
+            && !matches!(node.op, Op::Shape { .. } | Op::Size)
+        {
+            stack.extend(node.inputs.iter().flatten().filter(|v| seen.insert(**v)));
+        }
+    }
+    roundings.keys().copied().filter(|id| seen.contains(id)).collect()
+}
+
+/// Roundings at one place in a row, each with the value that it gives. Rounding again to the same codes changes nothing.
+pub fn push(places: &mut Vec<Rounding>, rounding: Rounding) {
+    if places.last() != Some(&rounding) {
+        places.push(rounding);
+    }
+}
+
+/// How a value is made of a projection: roundings, and linear arithmetic between them.
+#[derive(Clone, PartialEq, Debug)]
+enum Tree {
+    /// The projection.
+    Source,
+    /// A rounding with the value that it gives and the one that it rounds.
+    Round(Rounding, ValueId, ValueId, Box<Tree>),
+    /// Arithmetic without roundings.
+    Linear(Box<Tree>),
+    /// The sum of two values, rounded otherwise.
+    Sum([(ValueId, Box<Tree>); 2]),
+}
+
+impl Tree {
+    fn without_linear(self) -> Tree {
+        match self {
+            Tree::Linear(tree) => *tree,
+            tree => tree,
+        }
+    }
+
+    fn a_rounding(&self) -> Option<ValueId> {
+        match self {
+            Tree::Source => None,
+            Tree::Round(_, output, _, _) => Some(*output),
+            Tree::Linear(tree) => tree.a_rounding(),
+            Tree::Sum([(_, a), (_, b)]) => a.a_rounding().or_else(|| b.a_rounding()),
+        }
+    }
+}
+
+/// What a value of a row's computation is, times a factor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    Picked,
+    Rotated,
+    CosPart,
+    Turned,
+    SinPart,
+}
+
+/// Finds the roundings of one attention.
+pub struct Places<'a, 'b, 'g> {
+    pub trace: &'a Trace<'b, 'g>,
+    pub evaluator: &'b PartialEvaluator<'g>,
+    pub tables: &'a Tables,
+    /// Values of roundings whose place is known.
+    pub placed: HashSet<ValueId>,
+}
+
+impl Places<'_, '_, '_> {
+    fn unplaced<T>(&self, output: ValueId, reason: impl Into<String>) -> Result<T, Unplaced> {
+        Err(Unplaced {
+            value: name_of_rounded(self.evaluator.graph, output),
+            reason: reason.into(),
+        })
+    }
+
+    /// Of the scores or probabilities: one at most.
+    pub fn single(&mut self, found: &[(ValueId, Rounding)]) -> Result<Option<Rounding>, Unplaced> {
+        let mut one = Vec::new();
+        for (output, rounding) in found {
+            push(&mut one, *rounding);
+            if one.len() > 1 {
+                return self.unplaced(*output, "it is rounded twice, to different codes");
+            }
+            self.placed.insert(*output);
+        }
+        Ok(one.pop())
+    }
+
+    /// Of rows with this projection. `scale` is the factor with which they are written.
+    pub fn rows(&mut self, value: ValueId, projection: &Projection, scale: f32) -> Result<RowRounding, Unplaced> {
+        let mut tree = self.tree(value, projection.source)?;
+        let mut found = RowRounding::default();
+        loop {
+            tree = match tree {
+                Tree::Source => break,
+                Tree::Linear(inner) => *inner,
+                Tree::Round(rounding, output, at, inner) => {
+                    let whole = match projection.rope {
+                        Some(_) => Kind::Rotated,
+                        None => Kind::Picked,
+                    };
+                    if let Some(factor) = self.factor(at, whole, projection) {
+                        found.after.push(rounding.scaled(f64::from(scale) / factor));
+                    } else if let Some(factor) = self.factor(at, Kind::Picked, projection) {
+                        found.before.push(rounding.scaled(1.0 / factor));
+                    } else {
+                        return self.unplaced(output, "it is neither the rows of a head nor what they are rotated from");
+                    }
+                    self.placed.insert(output);
+                    *inner
+                }
+                Tree::Sum(parts) => {
+                    let (rotation, before) = self.rotation(parts, projection, scale)?;
+                    found.rotation = Some(rotation).filter(|r| *r != RotationRounding::default());
+                    found.before.extend(before);
+                    break;
+                }
+            };
+        }
+        // Found from the outside in.
+        found.after.reverse();
+        found.before.reverse();
+        found.before.dedup();
+        found.after.dedup();
+        Ok(found)
+    }
+
+    /// Inside a rotation, and below it, outermost first.
+    fn rotation(
+        &mut self,
+        parts: [(ValueId, Box<Tree>); 2],
+        projection: &Projection,
+        scale: f32,
+    ) -> Result<(RotationRounding, Vec<Rounding>), Unplaced> {
+        let first = parts[0].1.a_rounding().or_else(|| parts[1].1.a_rounding());
+        let first = first.expect("a sum is kept for its roundings");
+        let [a, b] = parts;
+        let is = |places: &Self, value: ValueId, kind| places.factor(value, kind, projection).is_some();
+        let (cos, sin) = if is(self, a.0, Kind::CosPart) && is(self, b.0, Kind::SinPart) {
+            (a.1, b.1)
+        } else if is(self, b.0, Kind::CosPart) && is(self, a.0, Kind::SinPart) {
+            (b.1, a.1)
+        } else {
+            return self.unplaced(first, "it is no product with the cosines or sines of the rotary embedding");
+        };
+        let mut found = RotationRounding::default();
+        let mut below = [Vec::new(), Vec::new()];
+        for (i, tree) in [cos, sin].into_iter().enumerate() {
+            let mut tree = *tree;
+            loop {
+                tree = match tree {
+                    Tree::Source => break,
+                    Tree::Linear(inner) => *inner,
+                    Tree::Sum(_) => return self.unplaced(first, "it is inside a sum that is no rotary embedding"),
+                    Tree::Round(rounding, output, at, inner) => {
+                        let kinds: &[Kind] = match i {
+                            0 => &[Kind::CosPart, Kind::Picked],
+                            _ => &[Kind::SinPart, Kind::Turned, Kind::Picked],
+                        };
+                        let known = kinds
+                            .iter()
+                            .find_map(|kind| Some((*kind, self.factor(at, *kind, projection)?)));
+                        let Some((kind, factor)) = known else {
+                            return self.unplaced(output, "it is a part of the rotary embedding that is not understood");
+                        };
+                        let (places, scale) = match kind {
+                            Kind::CosPart => (&mut found.cos, scale),
+                            Kind::SinPart => (&mut found.sin, scale),
+                            Kind::Turned => (&mut found.turned, scale),
+                            _ => (&mut below[i], 1.0),
+                        };
+                        places.push(rounding.scaled(f64::from(scale) / factor));
+                        self.placed.insert(output);
+                        *inner
+                    }
+                };
+            }
+        }
+        let [cos_below, sin_below] = below;
+        if cos_below != sin_below {
+            return self.unplaced(first, "the two parts of its rotary embedding are rounded otherwise before it");
+        }
+        for places in [&mut found.cos, &mut found.turned, &mut found.sin] {
+            places.reverse();
+        }
+        Ok((found, cos_below))
+    }
+
+    /// Of a cache's elements as an operand reads them, innermost first. `factor` is that of the operand.
+    pub fn reads(&mut self, operand: ValueId, cache: &ExportCache, factor: f32) -> Result<Vec<Rounding>, Unplaced> {
+        let read = self.to_write(operand)?;
+        let stored = self.to_write(cache.output)?;
+        let mut roundings = Vec::new();
+        for (output, rounding, after) in &read.roundings {
+            let before = f64::from(factor) / after;
+            if before.is_nan() || before <= 0.0 {
+                return self.unplaced(*output, format!("it is scaled by {before} before"));
+            }
+            // A factor of the export's arithmetic that is 1 up to its own error.
+            let before = if (before - 1.0).abs() < 1e-3 { 1.0 } else { before };
+            roundings.push(rounding.scaled(1.0 / before));
+            self.placed.insert(*output);
+        }
+        roundings.reverse();
+        roundings.dedup();
+        if stored.roundings.is_empty() && read.past.is_empty() {
+            return Ok(roundings);
+        }
+        // What a call stores is rounded: the next one reads it rounded, as this one reads it.
+        let mut written: Vec<Rounding> = stored.roundings.iter().map(|(_, rounding, _)| *rounding).collect();
+        written.dedup();
+        let first = stored.roundings.iter().map(|(output, ..)| *output).chain(read.past.iter().map(|(output, _)| *output));
+        let first = first.clone().next().expect("one of both has a rounding");
+        if read.write != stored.write {
+            return self.unplaced(first, "what is stored in the cache is not what is read");
+        }
+        if stored.roundings.iter().any(|(.., after)| *after != 1.0) || written.len() > 1 {
+            return self.unplaced(first, "the cache is stored scaled, or rounded twice");
+        }
+        if let [rounding] = written[..]
+            && roundings.first() != Some(&rounding)
+        {
+            return self.unplaced(first, "the cache is stored rounded, but not so read");
+        }
+        for (output, rounding) in &read.past {
+            let stored_so = match written.first() {
+                Some(written) => written == rounding,
+                None => cache.rounding.after.last() == Some(rounding),
+            };
+            if !stored_so {
+                return self.unplaced(*output, "past keys and values are rounded otherwise than new ones");
+            }
+            self.placed.insert(*output);
+        }
+        self.placed.extend(stored.roundings.iter().map(|(output, ..)| *output));
+        Ok(roundings)
+    }
+
+    /// From a value back to where past and new rows meet.
+    fn to_write(&self, value: ValueId) -> Result<Read, Unplaced> {
+        let (graph, evaluator) = (self.evaluator.graph, self.evaluator);
+        let mut read = Read::default();
+        let (mut at, mut after) = (value, 1.0);
+        let mut named = None;
+        loop {
+            if let Some(rounding) = evaluator.rounding(at) {
+                read.roundings.push((at, rounding, after));
+                named = Some(at);
+            }
+            let Some((id, node)) = graph.def(at) else { return Ok(read) };
+            let data: Vec<ValueId> = self.data(node);
+            let [input] = data[..] else {
+                let same = |v: &ValueId| self.trace.sources(*v) == self.trace.sources(at);
+                if let Some(input) = data.iter().copied().find(same) {
+                    // Several operands with the same elements.
+                    at = input;
+                    continue;
+                }
+                read.write = Some(id);
+                let past = data.iter().copied().filter(|v| self.trace.sources(*v).iter().all(|s| self.trace.is_cache(*s)));
+                for mut at in past {
+                    while let Some((_, node)) = graph.def(at) {
+                        read.past.extend(evaluator.rounding(at).map(|rounding| (at, rounding)));
+                        let [input] = self.data(node)[..] else { break };
+                        at = input;
+                    }
+                }
+                return Ok(read);
+            };
+            let other = node.inputs.iter().flatten().copied().find(|v| *v != input);
+            match (&node.op, other) {
+                (Op::Binary(op @ (Binary::Mul | Binary::Div)), Some(other)) => match (self.scalar(other), op) {
+                    (Some(factor), Binary::Mul) => after *= factor,
+                    (Some(factor), _) if node.input(0) == Some(input) => after /= factor,
+                    _ => {
+                        return match named {
+                            Some(output) => self.unplaced(output, "the cache is multiplied by a tensor behind it"),
+                            None => Ok(read),
+                        };
+                    }
+                },
+                (op, _) if moves(op) => {}
+                _ => {
+                    return match named {
+                        Some(output) => self.unplaced(output, format!("{} is between it and the cache", node.op.name())),
+                        None => Ok(read),
+                    };
+                }
+            }
+            at = input;
+        }
+    }
+
+    /// A number that does not depend on the data.
+    fn scalar(&self, value: ValueId) -> Option<f64> {
+        let trial = self.evaluator.trial(1, 2, 3);
+        let tensor = self.evaluator.eval(&trial, value).ok()?;
+        (tensor.len() == 1).then(|| tensor.to_f64()[0])
+    }
+
+    fn data(&self, node: &crate::graph::Node) -> Vec<ValueId> {
+        let inputs = node.inputs.iter().flatten().copied();
+        let mut data: Vec<ValueId> = inputs
+            .filter(|v| self.evaluator.dependence(*v) == Dependence::Data)
+            .collect();
+        data.dedup();
+        data
+    }
+
+    fn tree(&mut self, value: ValueId, source: ValueId) -> Result<Tree, Unplaced> {
+        if value == source {
+            return Ok(Tree::Source);
+        }
+        let graph = self.evaluator.graph;
+        let Some((_, node)) = graph.def(value) else {
+            return Ok(Tree::Source);
+        };
+        if let (Some(rounding), Some(at)) = (self.evaluator.rounding(value), node.input(0)) {
+            let inner = self.tree(at, source)?;
+            if matches!(&inner, Tree::Round(same, ..) if *same == rounding) {
+                self.placed.insert(value);
+                return Ok(inner);
+            }
+            return Ok(Tree::Round(rounding, value, at, Box::new(inner)));
+        }
+        let data = self.data(node);
+        let mut trees = Vec::new();
+        for input in &data {
+            trees.push(self.tree(*input, source)?);
+        }
+        let Some((first, rest)) = trees.split_first() else {
+            return Ok(Tree::Source);
+        };
+        if moves(&node.op) && rest.iter().all(|tree| same(tree, first)) {
+            return Ok(first.clone());
+        }
+        let bare: Vec<Tree> = trees.iter().cloned().map(Tree::without_linear).collect();
+        if bare.iter().all(|tree| same(tree, &bare[0])) {
+            return Ok(Tree::Linear(Box::new(bare[0].clone())));
+        }
+        if let (Op::Binary(Binary::Add), [a, b]) = (&node.op, &data[..]) {
+            let [left, right] = [&trees[0], &trees[1]].map(|tree| Box::new(tree.clone()));
+            return Ok(Tree::Sum([(*a, left), (*b, right)]));
+        }
+        let rounding = trees.iter().find_map(Tree::a_rounding).expect("trees without roundings are the same");
+        self.unplaced(rounding, format!("{} ({}) takes it with values rounded otherwise", node.op.name(), node.name))
+    }
+
+    /// The positive factor of a value that is of this kind, if it is; proven at small positions and at the last ones.
+    fn factor(&self, value: ValueId, kind: Kind, projection: &Projection) -> Option<f64> {
+        let evaluator = self.evaluator;
+        let shape = evaluator.graph.shape(value)?;
+        let order = TokenLayout::of(shape, evaluator.roles).map_or(RowOrder::Canonical, RowOrder::Tokens);
+        let (tables, expected) = of_kind(kind, projection, self.tables)?;
+        let rows = Rows {
+            evaluator,
+            value,
+            order,
+            source: projection.source,
+            heads: projection.heads,
+            dim: projection.dim,
+        };
+        let end = self.tables.positions.min(evaluator.roles.capacity.unwrap_or(usize::MAX));
+        let slack = [value, projection.source]
+            .map(|id| tolerance(evaluator.graph.value(id).dtype.unwrap_or(DType::F32)))
+            .into_iter()
+            .fold(0.0, f32::max);
+        let mut factor = None;
+        for past in [2.min(end.checked_sub(3)?), end - 3] {
+            let trial = evaluator.trial(1, past, 3);
+            let x = Noise::new(&rows, 41).ok()?;
+            let fed = rows.feed(&trial, |b, t, c| x.at(b, t, c)).ok()?;
+            let found = rows.run(&trial, fed).ok()?;
+            let expected = expected.rows(&tables, &trial, |b, t, c| x.at(b, t, c) as f32);
+            let largest = (0..expected.len()).max_by(|a, b| expected[*a].abs().total_cmp(&expected[*b].abs()))?;
+            let by = *factor.get_or_insert(found[largest] / expected[largest]);
+            let near = |(a, b): (&f32, &f32)| (a - by * b).abs() <= 4.0 * slack * by.abs();
+            if !by.is_finite() || by <= 0.0 || !found.iter().zip(&expected).all(near) {
+                return None;
+            }
+        }
+        // The export's own arithmetic must not leave a factor of 0.99999994.
+        factor.map(|by| if (by - 1.0).abs() < 1e-3 { 1.0 } else { f64::from(by) })
+    }
+}
+
+/// What is between a value and where past and new rows meet.
+#[derive(Default)]
+struct Read {
+    /// Outermost first: the value given, the rounding, and the factor of what follows.
+    roundings: Vec<(ValueId, Rounding, f64)>,
+    /// Where they meet.
+    write: Option<NodeId>,
+    /// Roundings of the past alone.
+    past: Vec<(ValueId, Rounding)>,
+}
+
+/// Equal but for which of several equal roundings are meant.
+fn same(a: &Tree, b: &Tree) -> bool {
+    match (a, b) {
+        (Tree::Source, Tree::Source) => true,
+        (Tree::Round(p, v, _, a), Tree::Round(q, w, _, b)) => v == w && p == q && same(a, b),
+        (Tree::Linear(a), Tree::Linear(b)) => same(a, b),
+        (a, b) => a == b,
+    }
+}
+
+/// Whether an operator gives elements of its operands unchanged.
+fn moves(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Identity
+            | Op::Cast { .. }
+            | Op::CastLike
+            | Op::Reshape { .. }
+            | Op::Transpose { .. }
+            | Op::Squeeze
+            | Op::Unsqueeze
+            | Op::Flatten { .. }
+            | Op::Expand
+            | Op::Tile
+            | Op::Concat { .. }
+            | Op::Split { .. }
+            | Op::Slice
+            | Op::Gather { .. }
+            | Op::GatherElements { .. }
+            | Op::GatherNd { .. }
+            | Op::Where
+            | Op::ScatterNd { .. }
+            | Op::ScatterElements { .. }
+            | Op::TensorScatter { .. }
+    )
+}
+
+/// The rows of this kind, with the table that makes them.
+fn of_kind(kind: Kind, projection: &Projection, tables: &Tables) -> Option<(Tables, Projection)> {
+    let mut of = Projection {
+        scale: 1.0,
+        ..projection.clone()
+    };
+    let mut own = Tables::default();
+    if kind == Kind::Picked {
+        of.rope = None;
+        return Some((own, of));
+    }
+    let rope = of.rope.as_mut()?;
+    let Table { half, cos, sin } = tables.tables[rope.table].clone();
+    rope.table = 0;
+    if kind != Kind::Rotated && rope.rotary_dim != projection.dim {
+        return None;
+    }
+    let filled = |value: f32| vec![value; cos.len()];
+    let (cos, sin) = match kind {
+        Kind::CosPart => (cos.clone(), filled(0.0)),
+        Kind::SinPart => (filled(0.0), sin),
+        Kind::Turned => (filled(0.0), filled(1.0)),
+        Kind::Rotated | Kind::Picked => (cos, sin),
+    };
+    own.tables.push(Table { half, cos, sin });
+    Some((own, of))
+}
+
+/// The roundings of an attention whose operands are known.
+pub fn of_layer(
+    places: &mut Places<'_, '_, '_>,
+    found: &FoundAttention,
+    query: &Projection,
+    [key, value]: [&ExportCache; 2],
+    key_factor: f32,
+) -> Result<LayerRounding, Unplaced> {
+    if let Some(unplaced) = found.unplaced.first() {
+        return Err(unplaced.clone());
+    }
+    Ok(LayerRounding {
+        query: places.rows(found.query, query, 1.0)?,
+        key: places.reads(found.key, key, key_factor)?,
+        value: places.reads(found.value, value, 1.0)?,
+        scores: places.single(&found.rounded_scores)?,
+        probabilities: places.single(&found.rounded_probabilities)?,
+    })
+}
