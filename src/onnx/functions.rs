@@ -155,16 +155,31 @@ fn rounded_attention() -> Vec<NodeProto> {
         sizes("k", "slots", 2, 3),
         sizes("v", "value_width", 3, 4),
         node("Concat", &["of_groups", "rest", "width"], "rows", vec![int("axis", 0)]),
-        node("Concat", &["of_groups", "rest", "slots"], "by_group", vec![int("axis", 0)]),
+        node(
+            "Concat",
+            &["of_groups", "rest", "slots"],
+            "by_group",
+            vec![int("axis", 0)],
+        ),
         node("Concat", &["of_heads", "slots"], "by_head", vec![int("axis", 0)]),
-        node("Concat", &["of_heads", "value_width"], "of_result", vec![int("axis", 0)]),
+        node(
+            "Concat",
+            &["of_heads", "value_width"],
+            "of_result",
+            vec![int("axis", 0)],
+        ),
         node("Cast", &["q"], "q_wide", vec![int("to", 1)]),
         node("Cast", &["k"], "k_wide", vec![int("to", 1)]),
         node("Cast", &["v"], "v_wide", vec![int("to", 1)]),
         real("factor", "scale"),
         node("Mul", &["q_wide", "factor"], "q_scaled", vec![]),
         node("Reshape", &["q_scaled", "rows"], "q_rows", vec![]),
-        node("Transpose", &["k_wide"], "k_columns", vec![attribute_proto(("perm", Attribute::Ints(vec![0, 1, 3, 2])))]),
+        node(
+            "Transpose",
+            &["k_wide"],
+            "k_columns",
+            vec![attribute_proto(("perm", Attribute::Ints(vec![0, 1, 3, 2])))],
+        ),
         node("MatMul", &["q_rows", "k_columns"], "products", vec![]),
         node("Reshape", &["products", "by_head"], "scores", vec![]),
     ];
@@ -196,8 +211,18 @@ fn rounded_or_not((name, [to, scale, zero_point]): (&str, [&str; 3])) -> Vec<Nod
     let (codes, rounded, kept) = (part("codes"), part("rounded"), part("kept"));
     let value = |name: &str, caller: &str, kind: i32| vec![reference(name, caller, kind)];
     vec![
-        node("Constant", &[], &step, value("value_float", scale, attribute_type::FLOAT)),
-        node("Constant", &[], &whole, value("value_int", zero_point, attribute_type::INT)),
+        node(
+            "Constant",
+            &[],
+            &step,
+            value("value_float", scale, attribute_type::FLOAT),
+        ),
+        node(
+            "Constant",
+            &[],
+            &whole,
+            value("value_int", zero_point, attribute_type::INT),
+        ),
         node("Cast", &[&whole], &zero, value("to", to, attribute_type::INT)),
         node("QuantizeLinear", &[name, &step, &zero], &codes, vec![]),
         node("DequantizeLinear", &[&codes, &step, &zero], &rounded, vec![]),

@@ -315,7 +315,14 @@ impl Emitter<'_> {
         }
         if let Some(rope) = &p.rope {
             x = match &rounding.rotation {
-                None => self.rotated(x, p, rope, [Part::Table, Part::Table], &format!("{name}.rotary"), analysis),
+                None => self.rotated(
+                    x,
+                    p,
+                    rope,
+                    [Part::Table, Part::Table],
+                    &format!("{name}.rotary"),
+                    analysis,
+                ),
                 Some(inside) => self.rotated_in_parts(x, p, rope, inside, name, analysis),
             };
         }

@@ -437,7 +437,10 @@ pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canon
         });
     }
     if !analysis.unplaced.is_empty() {
-        let values = analysis.unplaced.iter().map(|at| format!("{} ({})", at.value, at.reason));
+        let values = analysis
+            .unplaced
+            .iter()
+            .map(|at| format!("{} ({})", at.value, at.reason));
         return Err(PassError::RoundedAttention {
             values: values.collect(),
         });
@@ -451,7 +454,9 @@ pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canon
     })?;
     // None is dropped: the attentions round there, or the operator is still in the graph.
     let lost = inside.into_iter().filter(|(id, _)| !graph.contains(*id));
-    let lost: Vec<String> = lost.map(|(_, name)| format!("{name} (its place is not known)")).collect();
+    let lost: Vec<String> = lost
+        .map(|(_, name)| format!("{name} (its place is not known)"))
+        .collect();
     if !lost.is_empty() {
         return Err(PassError::RoundedAttention { values: lost });
     }

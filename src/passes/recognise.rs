@@ -234,7 +234,12 @@ fn cache_form(graph: &Graph) -> &'static str {
                 Op::GroupQueryAttention(_) => "group_query_attention",
                 Op::Attention(_) => "attention_past",
                 Op::Where | Op::Binary(_) => "select",
-                Op::Transpose { .. } | Op::Reshape { .. } | Op::Identity | Op::Cast { .. } => {
+                Op::Transpose { .. }
+                | Op::Reshape { .. }
+                | Op::Identity
+                | Op::Cast { .. }
+                | Op::QuantizeLinear { .. }
+                | Op::DequantizeLinear { .. } => {
                     stack.extend(node.output(0).filter(|v| seen.insert(*v)));
                     continue;
                 }

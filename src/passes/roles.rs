@@ -312,7 +312,13 @@ fn grows(graph: &Graph, cache: ValueId, uses: &HashMap<ValueId, Vec<(crate::grap
                         .shape(cache)
                         .is_none_or(|s| s.len() != 4 || s[2].as_const().is_none());
                 }
-                Op::Reshape { .. } | Op::Transpose { .. } | Op::Identity | Op::Cast { .. } | Op::Unsqueeze => {
+                Op::Reshape { .. }
+                | Op::Transpose { .. }
+                | Op::Identity
+                | Op::Cast { .. }
+                | Op::Unsqueeze
+                | Op::QuantizeLinear { .. }
+                | Op::DequantizeLinear { .. } => {
                     stack.extend(node.output(0));
                 }
                 _ => {}

@@ -214,6 +214,7 @@ fn quantized_exports_where_they_are_at_hand() {
         ("post_q8-optimum-llama_big", 1e-4),
         ("post_bnb4-optimum-llama_big", 1e-4),
         ("post_quantized-optimum-llama_big", 1e-4),
+        ("post_static-optimum-llama_big", 1e-4),
         ("post_q4f16-optimum-llama_big", 3e-2),
         ("post_q4_qdq-optimum-llama_big", 0.15),
         ("mo_int4_awq", 0.15),
@@ -239,19 +240,21 @@ fn quantized_exports_where_they_are_at_hand() {
             }
         }
     }
+    // Rounded to fp8 in the arithmetic of fp16: two optimization levels of ONNX Runtime differ by up to 0.6 here, so its tokens
+    // say nothing. In fp32 they agree with each other and with these; see tests/passes.
+    let scratch = tempfile::tempdir().unwrap();
+    let pkg = package(scratch.path(), &root.join("mo_fp8/model.onnx"), &[]);
+    for case in reference["mo_fp8"].as_array().unwrap() {
+        let step = &greedy(&pkg, &ids(&case["prompt"]), 1)["steps"][0];
+        let best = &case["top"][0][0];
+        let difference = step["logprob"].as_f64().unwrap() - best[1].as_f64().unwrap();
+        assert!(difference.abs() < 0.6, "mo_fp8: {step} {best}");
+    }
     for name in ["mo_fp8", "post_static-optimum-llama_big"] {
         let scratch = tempfile::tempdir().unwrap();
         let model = root.join(name).join("model.onnx");
         let target = scratch.path().join("pkg");
-        let convert = ["convert", text(&model), "-o", text(&target)];
-        let (message, help) = lapidary(convert).refused();
-        assert!(
-            message.contains("inside attention or its rotary embedding"),
-            "{message}"
-        );
-        assert!(help.contains("--activations partial"), "{help}");
-        assert!(!target.exists());
-        let partial = lapidary(convert.into_iter().chain(["--activations", "partial"]));
+        let partial = lapidary(["convert", text(&model), "-o", text(&target), "--activations", "partial"]);
         assert_eq!(partial.status, 0, "{}", partial.stderr);
         assert!(partial.stderr.contains("stay floating point"), "{}", partial.stderr);
     }

@@ -13,7 +13,7 @@ const HEAD: &str = "\
 What Lapidary reads, as `src/graph/op` declares it. Written by `UPDATE_FILES=1 cargo nextest run --test files`; do not edit.
 
 - *Versions*: the opsets that define the operator anew, up to 24; models of opset 14 to 24 are read. Contrib operators of ONNX
-  Runtime have one version.
+  Runtime (`com.microsoft`) and operators of Lapidary's own (`lapidary`) have one version.
 - *Inputs*: their element types; `=` marks those that must be of one type, `?` those that may be left out, `…` one that may be
   repeated.
 - *Rows*: whether one token's values are computed from the same token alone (`always`, or `last axis`: if it works along that).
@@ -39,7 +39,10 @@ fn page() -> String {
     let mut text = HEAD.to_string();
     for op in all {
         let info = op.info();
-        let domain = if op.domain().is_empty() { "" } else { "com.microsoft::" };
+        let domain = match op.domain() {
+            "" => String::new(),
+            domain => format!("{domain}::"),
+        };
         let versions: Vec<String> = info.versions.iter().map(i64::to_string).collect();
         let mut inputs: Vec<String> = info.inputs.iter().map(input).collect();
         if info.variadic {

@@ -95,7 +95,14 @@ pub(super) fn group_query_attention(
         Some(scale) if scale != 0.0 => f64::from(scale),
         _ => 1.0 / (q.dim as f64).sqrt(),
     };
-    let (y, _) = attend([&q, &k, &v], scale, f64::from(how.softcap), bias, sink.as_deref(), [None, None])?;
+    let (y, _) = attend(
+        [&q, &k, &v],
+        scale,
+        f64::from(how.softcap),
+        bias,
+        sink.as_deref(),
+        [None, None],
+    )?;
     Ok([y.tensor_3d(dtype), k.tensor_4d(dtype), v.tensor_4d(dtype)])
 }
 

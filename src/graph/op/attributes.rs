@@ -359,7 +359,11 @@ impl AttributeSpec for RoundingSpec {
         let none = field.is_none();
         each(self.to, self.value(field), none);
         each(self.scale, field.map(|rounding| Attribute::Float(rounding.scale)), none);
-        each(self.zero_point, field.map(|rounding| Attribute::Int(rounding.zero_point)), none);
+        each(
+            self.zero_point,
+            field.map(|rounding| Attribute::Int(rounding.zero_point)),
+            none,
+        );
     }
 }
 

@@ -196,7 +196,11 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
             rounded.retain(|(output, rounding)| {
                 let hides = rounding.lowest() <= super::mask::MASKED;
                 if !hides {
-                    refuse(&mut unplaced, *output, "its scores are rounded after the mask, which hides slots no longer");
+                    refuse(
+                        &mut unplaced,
+                        *output,
+                        "its scores are rounded after the mask, which hides slots no longer",
+                    );
                 }
                 hides
             });
@@ -205,7 +209,11 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
             let after = cap.map_or(outer, |cap| cap * inner);
             match after > 0.0 {
                 true => rounded.push((at, rounding.scaled(after))),
-                false => refuse(&mut unplaced, at, "its scores are scaled by no positive number behind it"),
+                false => refuse(
+                    &mut unplaced,
+                    at,
+                    "its scores are scaled by no positive number behind it",
+                ),
             }
         }
         let Some((_, node)) = graph.def(at) else {

@@ -151,7 +151,11 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
                 value_cache,
                 key_factor,
                 scores: AttentionScores {
-                    scale: snapped(key_factor * query.scale * attention.scale as f32, &evaluator, &attention),
+                    scale: snapped(
+                        key_factor * query.scale * attention.scale as f32,
+                        &evaluator,
+                        &attention,
+                    ),
                     softcap: attention.softcap.map(|cap| cap as f32),
                     window: mask.window,
                 },

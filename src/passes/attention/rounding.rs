@@ -15,13 +15,14 @@ use super::layout::TokenLayout;
 use super::projection::{Noise, Projection, RowOrder, Rows, Tables, tolerance};
 use super::rope::Table;
 use super::trace::Trace;
+use crate::graph::eval::eval_node;
 use crate::graph::op::{Binary, Op, Rounding};
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::passes::dependence::{Dependence, classify};
 use crate::passes::partial_eval::PartialEvaluator;
 use crate::passes::quantized::before_attention;
 use crate::passes::roles::Roles;
-use crate::tensor::DType;
+use crate::tensor::{DType, Tensor};
 
 /// Roundings of rows `rotate(scale * pick(source))`, in units of the rows at each place.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -80,7 +81,8 @@ pub struct Skeleton {
 /// positions alone stay: they are executed. Ranges of all of a tensor have no fixed scale.
 pub fn skeleton(graph: &Graph, roles: &Roles) -> Result<Option<Skeleton>, Vec<Unplaced>> {
     let is_rounding = |id: &NodeId| {
-        matches!(graph.node(*id).op, Op::RoundToCodes { .. } | Op::DynamicRoundToCodes) && graph.node(*id).output(0).is_some()
+        matches!(graph.node(*id).op, Op::RoundToCodes { .. } | Op::DynamicRoundToCodes)
+            && graph.node(*id).output(0).is_some()
     };
     let all: Vec<NodeId> = graph.node_ids().filter(is_rounding).collect();
     if all.is_empty() {
@@ -231,7 +233,10 @@ impl Places<'_, '_, '_> {
                     } else if let Some(factor) = self.factor(at, Kind::Picked, projection) {
                         found.before.push(rounding.scaled(1.0 / factor));
                     } else {
-                        return self.unplaced(output, "it is neither the rows of a head nor what they are rotated from");
+                        return self.unplaced(
+                            output,
+                            "it is neither the rows of a head nor what they are rotated from",
+                        );
                     }
                     self.placed.insert(output);
                     *inner
@@ -268,7 +273,10 @@ impl Places<'_, '_, '_> {
         } else if is(self, b.0, Kind::CosPart) && is(self, a.0, Kind::SinPart) {
             (b.1, a.1)
         } else {
-            return self.unplaced(first, "it is no product with the cosines or sines of the rotary embedding");
+            return self.unplaced(
+                first,
+                "it is no product with the cosines or sines of the rotary embedding",
+            );
         };
         let mut found = RotationRounding::default();
         let mut below = [Vec::new(), Vec::new()];
@@ -288,7 +296,8 @@ impl Places<'_, '_, '_> {
                             .iter()
                             .find_map(|kind| Some((*kind, self.factor(at, *kind, projection)?)));
                         let Some((kind, factor)) = known else {
-                            return self.unplaced(output, "it is a part of the rotary embedding that is not understood");
+                            return self
+                                .unplaced(output, "it is a part of the rotary embedding that is not understood");
                         };
                         let (places, scale) = match kind {
                             Kind::CosPart => (&mut found.cos, scale),
@@ -305,7 +314,10 @@ impl Places<'_, '_, '_> {
         }
         let [cos_below, sin_below] = below;
         if cos_below != sin_below {
-            return self.unplaced(first, "the two parts of its rotary embedding are rounded otherwise before it");
+            return self.unplaced(
+                first,
+                "the two parts of its rotary embedding are rounded otherwise before it",
+            );
         }
         for places in [&mut found.cos, &mut found.turned, &mut found.sin] {
             places.reverse();
@@ -336,7 +348,11 @@ impl Places<'_, '_, '_> {
         // What a call stores is rounded: the next one reads it rounded, as this one reads it.
         let mut written: Vec<Rounding> = stored.roundings.iter().map(|(_, rounding, _)| *rounding).collect();
         written.dedup();
-        let first = stored.roundings.iter().map(|(output, ..)| *output).chain(read.past.iter().map(|(output, _)| *output));
+        let first = stored
+            .roundings
+            .iter()
+            .map(|(output, ..)| *output)
+            .chain(read.past.iter().map(|(output, _)| *output));
         let first = first.clone().next().expect("one of both has a rounding");
         if read.write != stored.write {
             return self.unplaced(first, "what is stored in the cache is not what is read");
@@ -349,13 +365,15 @@ impl Places<'_, '_, '_> {
         {
             return self.unplaced(first, "the cache is stored rounded, but not so read");
         }
-        for (output, rounding) in &read.past {
-            let stored_so = match written.first() {
-                Some(written) => written == rounding,
-                None => cache.rounding.after.last() == Some(rounding),
-            };
-            if !stored_so {
-                return self.unplaced(*output, "past keys and values are rounded otherwise than new ones");
+        // Rounding past rows again must change nothing, or a row would be another one when it is read again.
+        let held = written.first().or(cache.rounding.after.last());
+        for (output, _) in &read.past {
+            let all = read.past.iter().rev().map(|(_, rounding)| rounding).chain(&written);
+            if !held.is_some_and(|held| keep(all, held)) {
+                return self.unplaced(
+                    *output,
+                    "it rounds past keys or values anew in each call, to other codes than they have",
+                );
             }
             self.placed.insert(*output);
         }
@@ -374,7 +392,9 @@ impl Places<'_, '_, '_> {
                 read.roundings.push((at, rounding, after));
                 named = Some(at);
             }
-            let Some((id, node)) = graph.def(at) else { return Ok(read) };
+            let Some((id, node)) = graph.def(at) else {
+                return Ok(read);
+            };
             let data: Vec<ValueId> = self.data(node);
             let [input] = data[..] else {
                 let same = |v: &ValueId| self.trace.sources(*v) == self.trace.sources(at);
@@ -384,12 +404,21 @@ impl Places<'_, '_, '_> {
                     continue;
                 }
                 read.write = Some(id);
-                let past = data.iter().copied().filter(|v| self.trace.sources(*v).iter().all(|s| self.trace.is_cache(*s)));
+                let past = data
+                    .iter()
+                    .copied()
+                    .filter(|v| self.trace.sources(*v).iter().all(|s| self.trace.is_cache(*s)));
                 for mut at in past {
                     while let Some((_, node)) = graph.def(at) {
                         read.past.extend(evaluator.rounding(at).map(|rounding| (at, rounding)));
-                        let [input] = self.data(node)[..] else { break };
-                        at = input;
+                        match (self.data(node)[..].first(), read.past.last()) {
+                            (Some(input), _) if moves(&node.op) => at = *input,
+                            (_, Some((output, _))) => {
+                                return self
+                                    .unplaced(*output, format!("{} is between it and the cache", node.op.name()));
+                            }
+                            _ => break,
+                        }
                     }
                 }
                 return Ok(read);
@@ -409,7 +438,9 @@ impl Places<'_, '_, '_> {
                 (op, _) if moves(op) => {}
                 _ => {
                     return match named {
-                        Some(output) => self.unplaced(output, format!("{} is between it and the cache", node.op.name())),
+                        Some(output) => {
+                            self.unplaced(output, format!("{} is between it and the cache", node.op.name()))
+                        }
                         None => Ok(read),
                     };
                 }
@@ -469,8 +500,18 @@ impl Places<'_, '_, '_> {
             let [left, right] = [&trees[0], &trees[1]].map(|tree| Box::new(tree.clone()));
             return Ok(Tree::Sum([(*a, left), (*b, right)]));
         }
-        let rounding = trees.iter().find_map(Tree::a_rounding).expect("trees without roundings are the same");
-        self.unplaced(rounding, format!("{} ({}) takes it with values rounded otherwise", node.op.name(), node.name))
+        let rounding = trees
+            .iter()
+            .find_map(Tree::a_rounding)
+            .expect("trees without roundings are the same");
+        self.unplaced(
+            rounding,
+            format!(
+                "{} ({}) takes it with values rounded otherwise",
+                node.op.name(),
+                node.name
+            ),
+        )
     }
 
     /// The positive factor of a value that is of this kind, if it is; proven at small positions and at the last ones.
@@ -487,7 +528,10 @@ impl Places<'_, '_, '_> {
             heads: projection.heads,
             dim: projection.dim,
         };
-        let end = self.tables.positions.min(evaluator.roles.capacity.unwrap_or(usize::MAX));
+        let end = self
+            .tables
+            .positions
+            .min(evaluator.roles.capacity.unwrap_or(usize::MAX));
         let slack = [value, projection.source]
             .map(|id| tolerance(evaluator.graph.value(id).dtype.unwrap_or(DType::F32)))
             .into_iter()
@@ -520,6 +564,34 @@ struct Read {
     write: Option<NodeId>,
     /// Roundings of the past alone.
     past: Vec<(ValueId, Rounding)>,
+}
+
+/// Whether these roundings, one after the other, keep every number that one of 8 bits or fewer gives.
+fn keep<'r>(roundings: impl Iterator<Item = &'r Rounding>, held: &Rounding) -> bool {
+    let codes = match held.to {
+        DType::I8 | DType::U8 | DType::F8E4M3Fn | DType::F8E5M2 => (0..=255u8).collect::<Vec<u8>>(),
+        _ => return false,
+    };
+    let Ok(numbers) = Tensor::new(held.to, vec![codes.len()], codes.into()) else {
+        return false;
+    };
+    let number = |code: f64| (code - held.zero_point as f64) as f32 * held.scale;
+    let numbers: Vec<f32> = numbers
+        .to_f64()
+        .into_iter()
+        .filter(|code| code.is_finite())
+        .map(number)
+        .collect();
+    let start = Tensor::from_f32(vec![numbers.len()], &numbers);
+    let mut x = start.clone();
+    for rounding in roundings {
+        match eval_node(&rounding.operator(), &[Some(x)], 1).map(|mut results| results.pop().flatten()) {
+            Ok(Some(rounded)) => x = rounded,
+            _ => return false,
+        }
+    }
+    let near = |(a, b): (&f32, &f32)| (a - b).abs() <= held.scale * 1e-3;
+    x.to_f32().iter().zip(&start.to_f32()).all(near)
 }
 
 /// Equal but for which of several equal roundings are meant.

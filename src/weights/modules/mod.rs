@@ -60,9 +60,7 @@ fn read(graph: &Graph) -> Reader<'_> {
         orders: HashMap::new(),
     };
     reader.embeddings();
-    let attentions = graph
-        .node_ids()
-        .filter(|id| graph.node(*id).op.is_attention());
+    let attentions = graph.node_ids().filter(|id| graph.node(*id).op.is_attention());
     for (layer, attention) in attentions.enumerate() {
         // What is not there is not named; the rest of the layer may still be.
         let _ = reader.inputs_of_attention(layer, attention);
