@@ -22,6 +22,8 @@ mod node_tensors;
 mod node_tests;
 #[path = "executor/quantized.rs"]
 mod quantized;
+#[path = "executor/quantized_layers.rs"]
+mod quantized_layers;
 #[path = "executor/reference.rs"]
 mod reference;
 #[path = "executor/soundness.rs"]

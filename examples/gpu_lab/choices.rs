@@ -6,10 +6,13 @@ use std::sync::Mutex;
 use lapidary::backend::tensorrt::run::timing::SyntheticEngine;
 use lapidary::backend::tensorrt::run::{Engine, LoadOptions, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
+use lapidary::graph::{Constant, Graph};
 use lapidary::interface::Role;
 use lapidary::lower::synthetic::Decoder;
-use lapidary::lower::{LowerOptions, lower};
-use lapidary::network::{Network, Profile};
+use lapidary::lower::{LowerOptions, QuantizedForm, lower};
+use lapidary::network::{Network, Profile, WeightMode};
+use lapidary::tensor::quantized::Granularity;
+use lapidary::tensor::{DType, Tensor};
 
 use crate::Outcome;
 
@@ -42,6 +45,59 @@ pub fn each<T: Send>(threads: usize, cases: Vec<T>, tell: impl Fn(T) -> String +
     });
 }
 
+/// What weights of linear layers are quantized to: codes, the size of a block (0: a scale a row), zero points.
+#[derive(Clone, Copy)]
+struct Codes(DType, usize, bool);
+
+impl std::fmt::Display for Codes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Codes(dtype, block, zeros) = self;
+        match block {
+            0 => write!(f, "{dtype} by row")?,
+            size => write!(f, "{dtype} by {size}")?,
+        }
+        f.write_str(if *zeros { " with zero points" } else { "" })
+    }
+}
+
+/// Noise where bytes become part of the plan.
+fn tensor(dtype: DType, shape: Vec<usize>, embed: bool) -> Constant {
+    if !embed {
+        return Constant::absent(dtype, shape);
+    }
+    let mut state = 7u64;
+    let bytes = (0..dtype.byte_len(shape.iter().product())).map(|i| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let byte = (state >> 40) as u8;
+        match dtype.is_float() && i % 2 == 1 {
+            // Small finite numbers of fp16.
+            true => 0x20 | (byte & 3),
+            false => byte & 0x77,
+        }
+    });
+    let bytes: Vec<u8> = bytes.collect();
+    Constant::tensor(Tensor::new(dtype, shape, bytes.into()).expect("as many bytes as the shape takes"))
+}
+
+fn quantized(decoder: &Decoder, codes: Option<Codes>, embed: bool) -> Graph {
+    decoder.graph_with(|name, dtype, shape| match codes {
+        Some(Codes(code, block, zeros)) if name.contains("proj") => {
+            let granularity = match block {
+                0 => Granularity::Channel { axis: 0 },
+                size => Granularity::Block { axis: 1, size },
+            };
+            let of_scales = granularity.scale_shape(&shape).expect("blocks divide the rows");
+            let zeros = zeros.then(|| tensor(code, of_scales.clone(), embed));
+            let scales = tensor(dtype, of_scales, embed);
+            let whole = Constant::quantized(tensor(code, shape, embed), scales, zeros, granularity);
+            whole.expect("parts that belong together")
+        }
+        _ => tensor(dtype, shape, embed),
+    })
+}
+
 type Change<'a> = (&'a str, &'a dyn Fn(&mut LowerOptions));
 
 /// One choice at a time against what packages get.
@@ -56,7 +112,44 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
         change(&mut options);
         options
     };
-    let mut cases: Vec<(String, Profile, LowerOptions)> = Vec::new();
+    let mut cases: Vec<(String, Profile, LowerOptions, Option<Codes>)> = Vec::new();
+    for codes in [
+        Codes(DType::I8, 0, false),
+        Codes(DType::I8, 32, false),
+        Codes(DType::I8, 128, false),
+        Codes(DType::F8E4M3Fn, 0, false),
+        Codes(DType::I4, 32, false),
+        Codes(DType::I4, 128, false),
+        Codes(DType::U4, 32, true),
+    ] {
+        for (how, form) in [
+            ("layer", QuantizedForm::DequantizeLayer),
+            ("elements", QuantizedForm::Elementwise),
+        ] {
+            let base = with(&|o| o.quantized = form);
+            let mut case = |label: &str, profile: Profile, change: &dyn Fn(&mut LowerOptions)| {
+                let mut options = base.clone();
+                change(&mut options);
+                cases.push((
+                    format!("quantized {codes}, {how}{label}"),
+                    profile,
+                    options,
+                    Some(codes),
+                ));
+            };
+            case("", Profile::decode(1024), &|_| {});
+            case(", one sum", Profile::decode(1024), &|o| o.reduce_depth = None);
+            case(", by block", Profile::decode(1024), &|o| o.reduce_depth = Some(0));
+            case("", Profile::prefill(512, 1024), &|_| {});
+        }
+        let embed = with(&|o| o.weight_mode = WeightMode::Embed);
+        for profile in [Profile::decode(1024), Profile::prefill(512, 1024)] {
+            cases.push((format!("embedded {codes}"), profile, embed.clone(), Some(codes)));
+        }
+    }
+    for profile in [Profile::decode(1024), Profile::prefill(512, 1024)] {
+        cases.push(("quantized not at all".to_string(), profile, with(&|_| {}), None));
+    }
     for capacity in [256, 1024, 4096] {
         let attentions = [
             ("layer", A::Layer),
@@ -67,7 +160,7 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
         ];
         for (name, form) in attentions {
             let options = with(&|o| o.attention = form);
-            cases.push((format!("attention {name}"), Profile::decode(capacity), options));
+            cases.push((format!("attention {name}"), Profile::decode(capacity), options, None));
         }
     }
     let decode: [Change<'_>; 6] = [
@@ -81,7 +174,7 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
         ("matrix products", &|o| o.linear = L::FlattenActivation),
     ];
     for (name, change) in decode {
-        cases.push((format!("decode {name}"), Profile::decode(1024), with(change)));
+        cases.push((format!("decode {name}"), Profile::decode(1024), with(change), None));
     }
     let prefill: [Change<'_>; 7] = [
         ("packages", &|_| {}),
@@ -96,23 +189,37 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
     ];
     for (name, change) in prefill {
         for tokens in [128, 512] {
-            cases.push((format!("prefill {name}"), Profile::prefill(tokens, 1024), with(change)));
+            cases.push((
+                format!("prefill {name}"),
+                Profile::prefill(tokens, 1024),
+                with(change),
+                None,
+            ));
         }
     }
     // Where groups are folded in packages.
     let long = Profile::prefill(512, 65536);
-    cases.push(("attention of a long prefill".into(), long, with(&|_| {})));
+    cases.push(("attention of a long prefill".into(), long, with(&|_| {}), None));
     cases.retain(|(name, ..)| name.contains(only));
     let gpu = Mutex::new(());
-    each(10, cases, |(label, profile, options)| {
-        let run = || -> Outcome<(f64, f64)> {
-            let network = lower(&decoder.graph(), &profile, &options)?;
+    each(10, cases, |(label, profile, options, codes)| {
+        let run = || -> Outcome<(f64, f64, usize)> {
+            let embed = options.weight_mode == WeightMode::Embed;
+            let network = lower(&quantized(&decoder, codes, embed), &profile, &options)?;
             let plan = tensorrt::build(&library, &network, &BuildOptions::default())?;
             let built = plan.elapsed().as_secs_f64();
-            Ok((measure(&library, &network, plan.bytes(), &gpu, 30)?, built))
+            Ok((
+                measure(&library, &network, plan.bytes(), &gpu, 30)?,
+                built,
+                plan.bytes().len(),
+            ))
         };
         match run() {
-            Ok((seconds, built)) => format!("{label:<40} {profile}: {:.4} ms (built in {built:.1} s)", seconds * 1e3),
+            Ok((seconds, built, bytes)) => format!(
+                "{label:<40} {profile}: {:.4} ms (built in {built:.1} s, {} MB)",
+                seconds * 1e3,
+                bytes >> 20
+            ),
             Err(error) => format!("{label:<40} {profile}: {error}"),
         }
     });

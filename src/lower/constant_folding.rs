@@ -24,7 +24,7 @@ impl Lowering<'_> {
     }
 
     /// `[1, 1]`: whether the first number of an integer input is above 0 or below 1. None where there is no such input.
-    fn one_at_run_time(&mut self, dtype: DType) -> Lowered<Option<TensorId>> {
+    pub(super) fn one_at_run_time(&mut self, dtype: DType) -> Lowered<Option<TensorId>> {
         if let Some(one) = self.ones.get(&dtype) {
             return Ok(Some(*one));
         }

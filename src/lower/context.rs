@@ -6,6 +6,7 @@ use super::LowerOptions;
 use super::error::{LowerError, Reason};
 use super::fuse::Fusions;
 use super::logit_rows::logits;
+use super::quantized_weights::QuantizedWeight;
 use super::weights::Table;
 use crate::dim::{Dim, Sym};
 use crate::graph::infer::InferenceFacts;
@@ -36,6 +37,8 @@ pub(super) struct Lowering<'a> {
     pub numbers: HashMap<(DType, usize, u64), TensorId>,
     /// Ones that TensorRT cannot fold.
     pub ones: HashMap<DType, TensorId>,
+    /// Weights whose codes are in the network, by the tensor of their values.
+    pub quantized: HashMap<TensorId, QuantizedWeight>,
     /// Activations as matrices.
     pub flat: HashMap<TensorId, TensorId>,
     /// Masks repeated for folded query rows: by mask and number of rows.
@@ -88,6 +91,7 @@ impl<'a> Lowering<'a> {
             raised: HashMap::new(),
             numbers: HashMap::new(),
             ones: HashMap::new(),
+            quantized: HashMap::new(),
             flat: HashMap::new(),
             repeated_masks: HashMap::new(),
             symbols,

@@ -6,16 +6,17 @@
 
 use std::collections::HashMap;
 
-use super::LinearForm;
 use super::context::{Lowered, Lowering};
 use super::demand::{Demand, through_transpose};
 use super::linear::volume;
+use super::quantized_weights::stacks;
 use super::weights::Table;
+use super::{LinearForm, LowerOptions, QuantizedForm};
 use crate::dim::Dim;
 use crate::graph::{Constant, Graph, NodeId, Op, ValueId};
 use crate::network::{LayerKind, MatrixOp, Shape};
 
-const SEPARATOR: char = '+';
+pub(super) const SEPARATOR: char = '+';
 
 /// The weights that a weight of a network is made of, one below the other; itself if it is not fused.
 pub fn parts(name: &str) -> impl Iterator<Item = &str> {
@@ -45,9 +46,16 @@ pub(super) struct Fusions {
 }
 
 impl Fusions {
-    /// `pairs`: groups of two as well. `rows` says which nodes compute on chosen rows only, which cannot be joined with
-    /// others.
-    pub fn find(graph: &Graph, demand: &Demand, table: &Table, pairs: bool, rows: impl Fn(NodeId) -> bool) -> Self {
+    /// `rows` says which nodes compute on chosen rows only, which cannot be joined with others.
+    pub fn find(
+        graph: &Graph,
+        demand: &Demand,
+        table: &Table,
+        options: &LowerOptions,
+        rows: impl Fn(NodeId) -> bool,
+    ) -> Self {
+        let pairs = options.fuse_pairs;
+        let by_codes = options.quantized != QuantizedForm::Whole;
         let mut by_input: HashMap<(ValueId, bool), usize> = HashMap::new();
         let mut groups: Vec<Group> = Vec::new();
         for node in graph.node_ids().filter(|id| demand.nodes.contains(id)) {
@@ -60,7 +68,21 @@ impl Fusions {
             });
             let group = &mut groups[at].members;
             let width = |m: &Member| graph.constant(m.weight).map(|c| (c.dtype(), c.shape()[1]));
-            if group.first().is_none_or(|first| width(first) == width(&member)) {
+            let format = |m: &Member| {
+                graph.constant(m.weight).and_then(|c| {
+                    let parts = c.as_quantized()?;
+                    Some((parts.format(), stacks(c)))
+                })
+            };
+            let alike = |first: &Member| {
+                let formats = (format(first), format(&member));
+                let joins = match formats.0 {
+                    Some((format, stacks)) => format.is_some() && stacks && formats.0 == formats.1,
+                    None => formats.1.is_none(),
+                };
+                width(first) == width(&member) && (joins || !by_codes)
+            };
+            if group.first().is_none_or(alike) {
                 group.push(member);
             }
         }
@@ -105,22 +127,16 @@ impl Lowering<'_> {
             return Ok(true);
         }
         let weights: Vec<(String, Constant)> = members.iter().map(|m| self.weight_of(m.weight)).collect();
-        let name = weights
-            .iter()
-            .map(|(name, _)| name.as_str())
-            .collect::<Vec<_>>()
-            .join(&SEPARATOR.to_string());
-        let constants: Vec<Constant> = weights.into_iter().map(|(_, constant)| constant).collect();
-        let widths: Vec<usize> = constants.iter().map(|c| c.shape()[0]).collect();
-        let weight = self
-            .b
-            .weight(&name, Constant::concat(&constants, 0), self.options.weight_mode)?;
+        let widths: Vec<usize> = weights.iter().map(|(_, constant)| constant.shape()[0]).collect();
+        let weight = self.weights(&weights)?;
         let x = self.value(x)?;
         let shape = self.b.shape(x).clone();
         let leading = shape[..shape.len() - 1].to_vec();
         let base = self.base_name(self.graph.node(members[0].node));
         let name = format!("{base}/fused");
+        let quantized = self.quantized_linear(&name, x, weight)?;
         let product = match self.options.form(&volume(&leading)) {
+            _ if let Some(product) = quantized => product,
             LinearForm::RaiseWeight => {
                 let raised = self.raise(weight, shape.len())?;
                 let kind = LayerKind::MatrixMultiply {

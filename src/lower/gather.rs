@@ -40,6 +40,11 @@ impl Lowering<'_> {
                 self.b.cast(&format!("{name}/indices"), DType::I32, indices)?
             }
         };
+        if axis == 0
+            && let Some(rows) = self.quantized_rows(name, data, indices)?
+        {
+            return Ok(rows);
+        }
         Ok(self.b.add(name, LayerKind::Gather { axis }, &[data, indices])?)
     }
 }

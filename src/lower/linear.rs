@@ -64,6 +64,12 @@ impl Lowering<'_> {
         if rank_a == 1 || rank_b == 1 {
             return self.vector_product(name, [a, b]);
         }
+        if b.1
+            && !a.1
+            && let Some(product) = self.quantized_linear(name, a.0, b.0)?
+        {
+            return Ok(product);
+        }
         if rank_b == 2 && rank_a > 2 && !a.1 {
             let shape = self.b.shape(a.0);
             let rows = volume(&shape[..shape.len() - 1]);

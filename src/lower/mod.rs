@@ -6,7 +6,7 @@
 //! [`LowerOptions`], so that a tuner can try them. What cannot be lowered is reported all at once, in [`LowerError`].
 //!
 //! One file a family: `linear`, `elementwise`, `normalization`, `attention` (and the cache), `rotary`, `movement`,
-//! `positions` (ranges, comparisons, masks), `gather`, `fuse` (products of one activation); `dispatch` says which
+//! `positions` (ranges, comparisons, masks), `gather`, `fuse` (products of one activation), `quantized_weights`; `dispatch` says which
 //! file lowers which operator. Around them: `weights` says which constants are weights and what they are called, `demand` which
 //! values are needed as data at all, `logit_rows` where the tokens without logits drop out,
 //! `constant_folding` what TensorRT must not fold. `context` holds what is lowered so
@@ -42,6 +42,7 @@ mod movement;
 mod normalization;
 mod positions;
 mod quantization;
+mod quantized_weights;
 mod rotary;
 mod shuffles;
 pub mod synthetic;
@@ -109,6 +110,27 @@ impl AttentionForm {
     }
 }
 
+/// How quantized weights enter a network.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QuantizedForm {
+    /// Each is one weight, whose constant says that it is quantized, for an executor that reads codes itself.
+    #[default]
+    Whole,
+    /// Codes and scales are weights of their own, which TensorRT's Dequantize layer reads. What it has no codes for is a weight
+    /// of floats.
+    DequantizeLayer,
+    /// As [`QuantizedForm::DequantizeLayer`], but bound codes become numbers and are scaled by elementwise layers, or in the
+    /// sums of a product of one row.
+    Elementwise,
+}
+
+impl QuantizedForm {
+    fn is_whole(&self) -> bool {
+        *self == QuantizedForm::Whole
+    }
+}
+
 /// Choices of a lowering. None changes what is computed, beyond rounding.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -138,6 +160,9 @@ pub struct LowerOptions {
     pub fold_prefill: Option<usize>,
     /// How attention is written.
     pub attention: AttentionForm,
+    /// How quantized weights enter the network.
+    #[serde(skip_serializing_if = "QuantizedForm::is_whole")]
+    pub quantized: QuantizedForm,
 }
 
 impl Default for LowerOptions {
@@ -152,6 +177,7 @@ impl Default for LowerOptions {
             fuse_pairs: true,
             fold_prefill: None,
             attention: AttentionForm::default(),
+            quantized: QuantizedForm::default(),
         }
     }
 }
@@ -182,6 +208,7 @@ impl LowerOptions {
             fuse_pairs: false,
             attention: AttentionForm::ByCapacity,
             fold_prefill: Some(LONG),
+            quantized: QuantizedForm::Elementwise,
             ..LowerOptions::default()
         }
     }
@@ -225,7 +252,7 @@ fn lower_typed(
     let table = weights::table(graph, &demand);
     let rows = logit_rows::row_wise(graph, &demand, profile);
     let fusions = match options.fuse_linear {
-        true => fuse::Fusions::find(graph, &demand, &table, options.fuse_pairs, |node| rows.contains(&node)),
+        true => fuse::Fusions::find(graph, &demand, &table, options, |node| rows.contains(&node)),
         false => fuse::Fusions::default(),
     };
     let mut lowering = Lowering::new(graph, facts, *profile, options, &table, rows, fusions);

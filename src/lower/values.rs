@@ -50,8 +50,7 @@ impl Lowering<'_> {
     fn constant(&mut self, id: ValueId) -> Lowered {
         if let Some(index) = self.table.by_value.get(&id) {
             let weight = &self.table.list[*index];
-            let mode = self.options.weight_mode;
-            return Ok(self.b.weight(&weight.name, weight.constant.clone(), mode)?);
+            return self.weights(&[(weight.name.clone(), weight.constant.clone())]);
         }
         let literal = self.literal(id)?;
         Ok(self.b.constant(&self.graph.value(id).name, literal)?)

@@ -6,6 +6,7 @@
 use super::{Shape, WeightId};
 use crate::dim::Dim;
 use crate::ir_text::{self, Cursor, MAX_SHOWN, Parsed, push_list};
+use crate::tensor::quantized::Granularity;
 use crate::tensor::{self, DType};
 
 /// An enum without fields, with the list of its variants and their names as dumps write them.
@@ -205,6 +206,9 @@ pub enum LayerKind {
     /// broadcasts it over batch and heads only). **Does not scale**: the lowering scales q. heads is a multiple of
     /// kv_heads; query head h reads KV head `h / (heads / kv_heads)`.
     Attention,
+    /// Inputs codes (i8, i4 or f8e4m3fn) and scales of the shape that [`Granularity::scale_shape`] gives: `code * scale` in the
+    /// scales' dtype. TensorRT takes channels and blocks of constants only.
+    Dequantize(Granularity),
     /// Inputs cache `[batch, heads, capacity, d]` (a network input), update `[batch, heads, tokens, d]`, write_indices
     /// `[batch]` i32. Writes in place; the output is a network output in the cache's memory.
     KvCacheUpdate,
@@ -243,6 +247,7 @@ impl LayerKind {
             LayerKind::Normalization { .. } => "Normalization",
             LayerKind::RotaryEmbedding { .. } => "RotaryEmbedding",
             LayerKind::Attention => "Attention",
+            LayerKind::Dequantize(_) => "Dequantize",
             LayerKind::KvCacheUpdate => "KvCacheUpdate",
         }
     }
@@ -322,6 +327,11 @@ impl LayerKind {
                 if *interleaved {
                     arguments.push("interleaved".to_string());
                 }
+            }
+            LayerKind::Dequantize(Granularity::Tensor) => {}
+            LayerKind::Dequantize(Granularity::Channel { axis }) => arguments.push(format!("axis: {axis}")),
+            LayerKind::Dequantize(Granularity::Block { axis, size }) => {
+                arguments.push(format!("axis: {axis}, block: {size}"));
             }
         }
         format!("{head}({})", arguments.join(", "))
@@ -406,6 +416,15 @@ impl LayerKind {
                 interleaved: line.eat(", interleaved"),
             },
             "Attention" => LayerKind::Attention,
+            "Dequantize" => {
+                let axis = a.optional(line, "axis", Cursor::integer)?;
+                let size = a.optional(line, "block", Cursor::integer)?;
+                LayerKind::Dequantize(match (axis, size) {
+                    (None, _) => Granularity::Tensor,
+                    (Some(axis), None) => Granularity::Channel { axis },
+                    (Some(axis), Some(size)) => Granularity::Block { axis, size },
+                })
+            }
             "KvCacheUpdate" => LayerKind::KvCacheUpdate,
             word => {
                 let reduce = word.strip_prefix("Reduce").and_then(ReduceOp::named);

@@ -241,8 +241,11 @@ impl Recipe {
             Transform::Factors { .. } => Recipe::of(&derived.inputs[0])?.calibrated(),
             // Codes alone, without their scales, are no weight.
             Transform::RoundToNearest(_) => return None,
-            // Adapters are merged, and checkpoints decoded, on the way into a package; no pass makes such a constant.
-            Transform::PlusProduct { .. } | Transform::RowLengths | Transform::Decode(_) => return None,
+            // Adapters are merged, and checkpoints decoded, on the way into a package, bytes of codes are read by engines; no pass
+            // makes such a constant.
+            Transform::PlusProduct { .. } | Transform::RowLengths | Transform::Decode(_) | Transform::Bytes => {
+                return None;
+            }
         })
     }
 

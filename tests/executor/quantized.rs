@@ -12,11 +12,11 @@ use proptest::prelude::*;
 use super::soundness::misaligned;
 use super::support::{Random, assert_close, builder, dims, every_option, on_tensorrt};
 
-const INTEGERS: [DType; 6] = [DType::I8, DType::U8, DType::I4, DType::U4, DType::I2, DType::U2];
+pub(super) const INTEGERS: [DType; 6] = [DType::I8, DType::U8, DType::I4, DType::U4, DType::I2, DType::U2];
 const FLOATS: [DType; 5] = [DType::F8E4M3Fn, DType::F8E5M2, DType::F4E2M1, DType::Nf4, DType::Fp4];
 
 /// A quantized matrix and its parts.
-struct Weight {
+pub(super) struct Weight {
     codes: Tensor,
     scales: Tensor,
     zero_points: Option<Tensor>,
@@ -24,7 +24,7 @@ struct Weight {
 }
 
 impl Weight {
-    fn random(
+    pub(super) fn random(
         random: &mut Random,
         dtype: DType,
         scale: DType,
@@ -67,21 +67,26 @@ impl Weight {
         }
     }
 
-    fn constant(&self) -> Constant {
+    pub(super) fn constant(&self) -> Constant {
         let part = |tensor: &Tensor| Constant::tensor(tensor.clone());
         let zero_points = self.zero_points.as_ref().map(part);
         Constant::quantized(part(&self.codes), part(&self.scales), zero_points, self.granularity).unwrap()
     }
 
     /// The values, their product not rounded to narrower scales, as the executor computes them.
-    fn values(&self) -> Vec<f64> {
+    pub(super) fn values(&self) -> Vec<f64> {
         let scales = Tensor::from_f32(self.scales.shape().to_vec(), &self.scales.to_f32());
         dequantize(&self.codes, &scales, self.zero_points.as_ref(), self.granularity).to_f64()
     }
 }
 
 /// `x · w` in f64, and the sums of the magnitudes of its terms, which say how far fp32 sums may be off.
-fn product(x: &[f64], w: &[f64], [rows, depth, columns]: [usize; 3], transposed: bool) -> (Vec<f64>, Vec<f64>) {
+pub(super) fn product(
+    x: &[f64],
+    w: &[f64],
+    [rows, depth, columns]: [usize; 3],
+    transposed: bool,
+) -> (Vec<f64>, Vec<f64>) {
     let mut sums = (Vec::new(), Vec::new());
     for r in 0..rows {
         for c in 0..columns {

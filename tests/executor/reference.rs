@@ -376,6 +376,7 @@ pub fn evaluate(kind: &LayerKind, inputs: &[Value]) -> Value {
                 }
             })
         }
+        LayerKind::Dequantize(_) => panic!("its codes are no values: see quantized_layers"),
         LayerKind::Fill { .. } | LayerKind::Weight(_) | LayerKind::Constant(_) => panic!("{kind:?} has no inputs"),
     }
 }

@@ -135,7 +135,7 @@ pub fn run(network: &Network, inputs: &[Tensor], options: &CompileOptions) -> Te
     outputs(network, &named, options).remove(0)
 }
 
-fn outputs(network: &Network, inputs: &[(&str, Tensor)], options: &CompileOptions) -> Vec<Tensor> {
+pub fn outputs(network: &Network, inputs: &[(&str, Tensor)], options: &CompileOptions) -> Vec<Tensor> {
     if on_tensorrt() {
         return tensorrt::run(network, inputs);
     }

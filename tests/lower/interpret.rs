@@ -205,6 +205,7 @@ fn run(network: &Network, layer: &Layer, dtype: DType, inputs: &[Tensor], tokens
             });
             one(op, &all)
         }
+        LayerKind::Dequantize(granularity) => lapidary::tensor::quantized::dequantize(x(), all[1], None, *granularity),
         LayerKind::KvCacheUpdate => {
             let op = Op::TensorScatter {
                 axis: 2,

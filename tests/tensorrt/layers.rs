@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use lapidary::network::{Activation, Elementwise, LayerKind, MatrixOp, ReduceOp, UnaryOp, WeightMode};
+use lapidary::tensor::quantized::Granularity;
 use lapidary::tensor::{DType, Tensor};
 
 use crate::net::{Net, build, bytes_of, dims};
@@ -31,6 +32,7 @@ fn ordinal(kind: &LayerKind) -> usize {
         LayerKind::RotaryEmbedding { .. } => 16,
         LayerKind::Attention => 17,
         LayerKind::KvCacheUpdate => 18,
+        LayerKind::Dequantize(_) => 19,
     }
 }
 
@@ -104,6 +106,10 @@ fn every_kind(float: DType) -> Net {
         float,
         dims([1, 1, 32, 8]),
     );
+    let codes = net.weight("codes", bytes_of(DType::I4, &[8, 8], |_| 0x71), WeightMode::Embed);
+    let scales = net.weight("scales", bytes_of(float, &[8, 2], |_| 1), WeightMode::Embed);
+    let blocks = LayerKind::Dequantize(Granularity::Block { axis: 1, size: 4 });
+    net.out("values", blocks, [codes, scales], float, dims([8, 8]));
     let iota = LayerKind::Fill {
         length: 32usize.into(),
         start: 0.0,
@@ -179,7 +185,7 @@ fn every_kind_of_layer_builds_in_every_float_type() {
     for float in FLOATS {
         let net = every_kind(float);
         let kinds: BTreeSet<usize> = net.0.layers.iter().map(|layer| ordinal(&layer.kind)).collect();
-        assert_eq!(kinds, (0..=18).collect(), "every kind of layer is in the network");
+        assert_eq!(kinds, (0..=19).collect(), "every kind of layer is in the network");
         let plan = build(&net).unwrap_or_else(|error| panic!("{float}: {error}"));
         assert!(plan.bytes().len() > 1000);
     }

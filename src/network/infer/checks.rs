@@ -18,6 +18,11 @@ pub(super) fn is_computed(dtype: DType) -> bool {
     dtype != DType::F64 && !dtype.is_storage_only()
 }
 
+/// Whether a Dequantize layer takes codes of it.
+pub(super) fn is_code(dtype: DType) -> bool {
+    matches!(dtype, DType::I8 | DType::I4 | DType::F8E4M3Fn)
+}
+
 pub(super) fn is_index(dtype: DType) -> bool {
     matches!(dtype, DType::I32 | DType::I64)
 }

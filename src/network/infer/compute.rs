@@ -1,10 +1,11 @@
 //! Products, elementwise operations and slices.
 
-use super::checks::{arity, broadcast, broadcast_shapes, check_dtype, is_number, like};
+use super::checks::{arity, broadcast, broadcast_shapes, check_dtype, is_code, is_number, like};
 use super::{LayerFault, Typed};
 use crate::dim::{Dim, Sym};
 use crate::network::{Elementwise, MatrixOp, Shape, Tensor, UnaryOp};
 use crate::tensor::DType;
+use crate::tensor::quantized::Granularity;
 
 pub(super) fn matrix_multiply(op_a: MatrixOp, op_b: MatrixOp, inputs: &[&Tensor]) -> Result<Typed, LayerFault> {
     arity(inputs, &[2], "2")?;
@@ -101,4 +102,34 @@ pub(super) fn slice(start: &[i64], size: &Shape, stride: &[i64], inputs: &[&Tens
         }
     }
     Ok((x.dtype, size.clone()))
+}
+
+pub(super) fn dequantize(granularity: Granularity, inputs: &[&Tensor]) -> Result<Typed, LayerFault> {
+    arity(inputs, &[2], "2")?;
+    let (codes, scales) = (inputs[0], inputs[1]);
+    if !is_code(codes.dtype) {
+        return Err(LayerFault::DType {
+            input: 0,
+            found: codes.dtype,
+            wanted: "i8, i4 or f8e4m3fn",
+        });
+    }
+    check_dtype(1, scales.dtype, DType::is_float, "a float")?;
+    let fixed = |x: &Tensor| -> Option<Vec<usize>> {
+        x.shape
+            .iter()
+            .map(|dim| usize::try_from(dim.as_const()?).ok())
+            .collect()
+    };
+    let (Some(shape), Some(found)) = (fixed(codes), fixed(scales)) else {
+        return Err(LayerFault::Parameter("codes and scales have fixed shapes".to_string()));
+    };
+    let expected = granularity
+        .scale_shape(&shape)
+        .map_err(|error| LayerFault::Parameter(error.to_string()))?;
+    if found != expected {
+        let reason = format!("the scales have the shape {found:?}; codes {granularity} need {expected:?}");
+        return Err(LayerFault::Parameter(reason));
+    }
+    Ok((scales.dtype, codes.shape.clone()))
 }

@@ -14,10 +14,10 @@ use crate::dim::Dim;
 use crate::tensor::DType;
 pub(crate) use checks::volume;
 use checks::{
-    arity, broadcast, broadcast_shapes, check_axes, check_dtype, check_extent, equal_ranks, is_computed, is_index,
-    is_number, like, permuted, same,
+    arity, broadcast, broadcast_shapes, check_axes, check_dtype, check_extent, equal_ranks, is_code, is_computed,
+    is_index, is_number, like, permuted, same,
 };
-use compute::{elementwise, matrix_multiply, slice, unary};
+use compute::{dequantize, elementwise, matrix_multiply, slice, unary};
 use transformer::{attention, kv_cache_update, normalization, rotary};
 
 /// TensorRT has at most eight dims.
@@ -88,14 +88,12 @@ pub(super) fn infer(
             let weight = weights
                 .get(id.0 as usize)
                 .ok_or_else(|| LayerFault::Parameter(format!("there is no weight number {}", id.0)))?;
-            check_dtype(
-                0,
-                weight.constant.dtype(),
-                is_computed,
-                "a type that layers compute with",
-            )?;
+            let dtype = weight.constant.dtype();
+            if !is_computed(dtype) && !is_code(dtype) {
+                return Err(LayerFault::Parameter(format!("no layer reads a weight of {dtype}")));
+            }
             let shape = weight.constant.shape().iter().map(|d| Dim::from(*d)).collect();
-            (weight.constant.dtype(), shape)
+            (dtype, shape)
         }
         LayerKind::Constant(tensor) => {
             arity(inputs, &[0], "no")?;
@@ -220,6 +218,7 @@ pub(super) fn infer(
         LayerKind::Normalization { axes, .. } => normalization(axes, inputs)?,
         LayerKind::RotaryEmbedding { rotary_dim, .. } => rotary(*rotary_dim, inputs)?,
         LayerKind::Attention => attention(inputs)?,
+        LayerKind::Dequantize(granularity) => dequantize(*granularity, inputs)?,
         LayerKind::KvCacheUpdate => kv_cache_update(inputs)?,
     };
     if typed.1.len() > MAX_RANK {

@@ -151,6 +151,7 @@ impl Compiler<'_> {
                 self.push(name, work, total.div_ceil(per_item), one * total as f64, reads, writes);
             }
             LayerKind::Attention => self.attention(index)?,
+            LayerKind::Dequantize(granularity) => self.dequantize(index, *granularity)?,
             LayerKind::KvCacheUpdate => self.cache_update(index)?,
             LayerKind::Reduce { .. } | LayerKind::Softmax { .. } | LayerKind::Normalization { .. }
                 if !self.is_row_layer(index) =>

@@ -13,7 +13,7 @@ mod quantized;
 mod row_builder;
 mod schedule;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::aligned_bytes::AlignedBytes;
@@ -155,8 +155,15 @@ pub(super) struct Compiler<'n> {
 
 impl<'n> Compiler<'n> {
     fn new(network: &'n Network, options: &'n CompileOptions) -> Result<Self, CpuError> {
+        // Codes of a weight are read by the layer that says what they stand for, and by no kernel.
+        let codes: HashSet<TensorId> = network
+            .layers
+            .iter()
+            .filter(|layer| matches!(layer.kind, LayerKind::Weight(_)))
+            .flat_map(|layer| layer.outputs.iter().copied())
+            .collect();
         let mut shapes = Vec::with_capacity(network.tensors.len());
-        for tensor in &network.tensors {
+        for (i, tensor) in network.tensors.iter().enumerate() {
             let Some(shape) = static_shape(tensor) else {
                 let dims: Vec<String> = tensor.shape.iter().map(|d| d.to_string()).collect();
                 return Err(CpuError::Dynamic {
@@ -166,7 +173,8 @@ impl<'n> Compiler<'n> {
             };
             let bytes = shape.iter().try_fold(8usize, |n, d| n.checked_mul((*d).max(1)));
             let fits = bytes.is_some_and(|n| n < isize::MAX as usize);
-            if !fits || tensor.dtype == DType::F64 || tensor.dtype.is_storage_only() {
+            let held = !tensor.dtype.is_storage_only() || codes.contains(&TensorId(i as u32));
+            if !fits || tensor.dtype == DType::F64 || !held {
                 return Err(CpuError::Binding {
                     name: tensor.name.clone(),
                     reason: format!("{} {shape:?} is more than the executor holds", tensor.dtype),

@@ -14,6 +14,7 @@ use super::{Compiler, inverse, per_item};
 use crate::graph::Constant;
 use crate::network::{LayerKind, MatrixOp, TensorId};
 use crate::tensor::DType;
+use crate::tensor::quantized::Granularity;
 
 impl Compiler<'_> {
     /// Whether a constant is kept as codes: true once it is noted as what `id` holds.
@@ -25,6 +26,34 @@ impl Compiler<'_> {
         stays
     }
 
+    /// Codes and scales that are weights or constants, as one quantized weight.
+    pub(super) fn dequantize(&mut self, index: usize, granularity: Granularity) -> Result<(), CpuError> {
+        let layer = &self.network.layers[index];
+        let refused = |reason: String| CpuError::Layer {
+            layer: layer.name.clone(),
+            kind: layer.kind.name(),
+            reason,
+        };
+        let part = |input: usize| {
+            let producer = self.producer[layer.inputs[input].0 as usize];
+            match producer.map(|producer| &self.network.layers[producer].kind) {
+                Some(LayerKind::Weight(id)) => Ok(self.network.weight(*id).constant.clone()),
+                Some(LayerKind::Constant(tensor)) => Ok(Constant::tensor(tensor.clone())),
+                _ => Err(refused(format!(
+                    "input {input} is computed; codes and scales are weights or constants"
+                ))),
+            }
+        };
+        let constant = Constant::quantized(part(0)?, part(1)?, None, granularity);
+        let constant = constant.map_err(|error| refused(error.to_string()))?;
+        let output = layer.outputs[0];
+        if !self.stays_quantized(output, &constant) {
+            let view = self.constant(constant.materialize()?);
+            self.set(output, view);
+        }
+        Ok(())
+    }
+
     /// The quantized weight that a tensor is.
     fn quantized_of(&mut self, id: TensorId) -> Result<Option<Constant>, CpuError> {
         let known = self.quantized.contains_key(&id) || self.views[id.0 as usize].is_some();
@@ -32,7 +61,7 @@ impl Compiler<'_> {
             let kind = &self.network.layers[layer].kind;
             if matches!(
                 kind,
-                LayerKind::Weight(_) | LayerKind::Shuffle { .. } | LayerKind::Slice { .. }
+                LayerKind::Weight(_) | LayerKind::Dequantize(_) | LayerKind::Shuffle { .. } | LayerKind::Slice { .. }
             ) {
                 self.emit(layer)?;
             }

@@ -2,8 +2,10 @@
 
 use trtx::DataType;
 
+use super::layers::axis_number;
 use super::{EmitError, Emitted, Emitter, Handle, data_type};
 use crate::network::{Layer, UnaryOp, WeightId, WeightMode};
+use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Tensor};
 
 impl<'b> Emitter<'b, '_> {
@@ -48,7 +50,7 @@ impl<'b> Emitter<'b, '_> {
         let (dtype, data) = (data_type(tensor.dtype())?, tensor.data());
         let name = refit_name.map(String::as_str);
         // Bytes of a mapped file may start anywhere; TensorRT reads elements, so those get an aligned copy.
-        let constant = if (data.as_ptr() as usize).is_multiple_of(tensor.dtype().element_bytes()) {
+        let constant = if (data.as_ptr() as usize).is_multiple_of(tensor.dtype().bits().div_ceil(8)) {
             self.definition.add_constant(&dims, data, dtype, name)?
         } else {
             self.definition.add_constant_owned(&dims, data.to_vec(), dtype, name)?
@@ -74,6 +76,27 @@ impl<'b> Emitter<'b, '_> {
             self.definition
                 .add_small_constant_copied(&dims, tensor.data(), data_type(tensor.dtype())?, None)?;
         Ok(constant.output(self.definition, 0)?)
+    }
+
+    /// Codes as what they stand for. A block is given by its extent on every axis.
+    pub(super) fn dequantize(&mut self, layer: &Layer, granularity: Granularity) -> Emitted<'b> {
+        let [codes, scales] = self.inputs(layer)?;
+        let (declared, scale) = (self.declared(layer.inputs[0])?, self.declared(layer.inputs[1])?);
+        let mut added = self
+            .definition
+            .add_dequantize(&codes, &scales, data_type(scale.dtype)?)?;
+        match granularity {
+            Granularity::Tensor => {}
+            Granularity::Channel { axis } => added.set_axis(self.definition, axis_number(axis)?),
+            // Of i4 TensorRT infers the block from the scales' shape, and refuses it when given.
+            Granularity::Block { .. } if declared.dtype == DType::I4 => {}
+            Granularity::Block { axis, size } => {
+                let mut block = vec![1; declared.shape.len()];
+                block[axis] = size as i64;
+                added.set_block_shape(self.definition, &block)?;
+            }
+        }
+        self.named(added, &layer.name)
     }
 
     /// Quantized with the scale 1 and dequantized. TensorRT has one float of 8 bits.

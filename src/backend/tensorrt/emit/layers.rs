@@ -104,6 +104,7 @@ pub(super) fn emit<'b>(e: &mut Emitter<'b, '_>, layer: &'b Layer) -> Emitted<'b>
             e.named(added, name)
         }
         LayerKind::Attention => e.attention(layer),
+        LayerKind::Dequantize(granularity) => e.dequantize(layer, *granularity),
         LayerKind::KvCacheUpdate => {
             let [cache, update, write_indices] = e.inputs(layer)?;
             let added = e
@@ -120,7 +121,7 @@ impl<'b> Emitter<'b, '_> {
     }
 
     /// The layer's inputs, if there are `N`.
-    fn inputs<const N: usize>(&self, layer: &Layer) -> Result<[Handle<'b>; N], EmitError> {
+    pub(super) fn inputs<const N: usize>(&self, layer: &Layer) -> Result<[Handle<'b>; N], EmitError> {
         let found = layer.inputs.len();
         self.all_inputs(layer)?
             .try_into()
@@ -289,7 +290,7 @@ impl<'b> Emitter<'b, '_> {
     }
 }
 
-fn axis_number(axis: usize) -> Result<i32, EmitError> {
+pub(super) fn axis_number(axis: usize) -> Result<i32, EmitError> {
     i32::try_from(axis).map_err(|_| EmitError::Malformed(format!("{axis} is out of range")))
 }
 

@@ -226,6 +226,8 @@ fn data_type(dtype: DType) -> Result<DataType, EmitError> {
         DType::I8 => DataType::kINT8,
         DType::I32 => DataType::kINT32,
         DType::I64 => DataType::kINT64,
+        DType::I4 => DataType::kINT4,
+        DType::F8E4M3Fn => DataType::kFP8,
         DType::F16 => DataType::kHALF,
         DType::Bf16 => DataType::kBF16,
         DType::F32 => DataType::kFLOAT,

@@ -132,6 +132,8 @@ fn dtype(data_type: trtx::DataType) -> Result<DType, trtx::Error> {
         T::kINT8 => DType::I8,
         T::kINT32 => DType::I32,
         T::kINT64 => DType::I64,
+        T::kINT4 => DType::I4,
+        T::kFP8 => DType::F8E4M3Fn,
         T::kHALF => DType::F16,
         T::kBF16 => DType::Bf16,
         T::kFLOAT => DType::F32,

@@ -62,7 +62,7 @@ pub(super) fn refit(
 /// The tensor at an address that is a multiple of its element's size: TensorRT reads elements, and bytes of a mapped file
 /// may start anywhere.
 fn aligned(tensor: Tensor) -> Tensor {
-    let size = tensor.dtype().element_bytes();
+    let size = tensor.dtype().bits().div_ceil(8);
     if (tensor.data().as_ptr() as usize).is_multiple_of(size) {
         return tensor;
     }
@@ -105,6 +105,8 @@ fn data_type(dtype: DType) -> Option<trtx::DataType> {
         DType::I8 => trtx::DataType::kINT8,
         DType::I32 => trtx::DataType::kINT32,
         DType::I64 => trtx::DataType::kINT64,
+        DType::I4 => trtx::DataType::kINT4,
+        DType::F8E4M3Fn => trtx::DataType::kFP8,
         DType::F16 => trtx::DataType::kHALF,
         DType::Bf16 => trtx::DataType::kBF16,
         DType::F32 => trtx::DataType::kFLOAT,
