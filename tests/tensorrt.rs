@@ -29,6 +29,9 @@ mod net;
 #[path = "tensorrt/no_library.rs"]
 mod no_library;
 #[cfg(not(feature = "tensorrt"))]
+#[cfg(not(feature = "tensorrt"))]
+#[path = "tensorrt/quantized.rs"]
+mod quantized;
 #[path = "tensorrt/refusals.rs"]
 mod refusals;
 #[cfg(not(feature = "tensorrt"))]

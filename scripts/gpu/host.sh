@@ -33,6 +33,7 @@ case ${1:-} in
       mkdir -p "$LAPIDARY_WORK/plans"
       xz -dc "$kept/plans.tar.xz" | tar -x -C "$LAPIDARY_WORK/plans"
     fi
+    if [ -e "$kept/quantized.tar.xz" ]; then xz -dc "$kept/quantized.tar.xz" | tar -x -C "$kept"; fi
     # Results that an earlier machine left: their jobs are not done again.
     for archive in "$kept"/results/bench-*.tar.gz; do
       [ -e "$archive" ] || continue

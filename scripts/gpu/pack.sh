@@ -7,7 +7,7 @@
 #
 # Usage: scripts/gpu/pack.sh TENSORRT_PACK     the folder that ../shared/gpu/pack.sh made
 # Before: cargo build --release --bin lapidary --example gpu_lab, and cargo test --no-run --test executor --test gpu.
-# Taken along if there: .gpu/plans (scripts/gpu/prebuild.py), .gpu/results (bench-*.tar.gz of a run that was cut off),
+# Taken along if there: .gpu/plans (scripts/gpu/prebuild.py), .gpu/quantized (exports, a folder each), .gpu/results (bench-*.tar.gz of a run that was cut off),
 # EXTRA_BINARIES (more executables).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -28,6 +28,8 @@ ls .gpu/python/*.whl > /dev/null 2>&1 || scripts/gpu/pack_python.sh > /dev/null
 cp -r .gpu/python .gpu/p3/
 # Plans are mostly zeros: 300 MB of them are 2.
 if [ -d .gpu/plans ]; then find .gpu/plans -name '*.plan' | tar -c --transform 's|.*/||' --files-from - | xz -T2 -3 > .gpu/p3/plans.tar.xz; fi
+# Quantized exports, a folder each.
+if [ -d .gpu/quantized ]; then tar -C .gpu -c quantized | xz -T2 -6 > .gpu/p3/quantized.tar.xz; fi
 # Archives of an earlier machine's results, to go on with.
 if [ -d .gpu/results ]; then cp -r .gpu/results .gpu/p3/; fi
 scratch=$(mktemp -d)

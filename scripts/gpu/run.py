@@ -8,6 +8,7 @@ from pathlib import Path
 
 import bench
 import models
+import quantized
 import refit
 import suite
 import tiny
@@ -20,6 +21,7 @@ STAGES = {
     # In a minute: what is bound does not take long to build.
     "tiny-bound": lambda results: results.attempt("tiny", tiny.main, FAMILIES, [m for m in tiny.MODES if m.startswith("bind")]),
     "quick": lambda results: results.attempt("tiny", tiny.main, ("llama",), only_first=1),
+    "quantized": lambda results: results.attempt("quantized", quantized.main),
     "suite": lambda results: results.attempt("suite", suite.main),
     "forms": lambda results: results.attempt("forms", lambda: run(BIN / "gpu_lab", "forms", timeout=400).splitlines()),
     "choices-1b": lambda results: choices(results, "--layers", "6"),

@@ -183,6 +183,18 @@ pub(super) fn at_once(weights: WeightMode) -> usize {
     }
 }
 
+/// What engines of this graph do otherwise than its package: one line for each format of codes that they hold as floats.
+pub(super) fn warnings(graph: &Graph, conversion: &Conversion) -> Vec<String> {
+    let lowering = conversion.lowering_of(&Profile::decode(1));
+    let formats = lower::widened_formats(graph, &lowering).into_iter();
+    let lines = formats.map(|(format, count)| {
+        format!(
+            "engines hold {count} weights as floats, {format} in the package: TensorRT has no layers for such codes"
+        )
+    });
+    lines.collect()
+}
+
 /// What is built: decode at every capacity, prefill wherever a chunk fits; or one engine for both where a chunk fits.
 pub(super) fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Profile> {
     let mut profiles = Vec::new();

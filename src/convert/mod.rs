@@ -107,7 +107,7 @@ pub struct Converted {
     pub conversion: Conversion,
     /// Tokens of the tokenizer; `None` if there is none, and the package takes token ids only.
     pub tokenizer_ids: Option<usize>,
-    /// What the model's files say of text that is not used as it stands, one line each.
+    /// What is not in the package, or not in its engines, as the model's files say it: one line each.
     pub warnings: Vec<String>,
 }
 
@@ -195,6 +195,7 @@ pub fn convert(
     }
     writer.norms(norm_parameter::of_config(model.parent().unwrap_or(Path::new("."))));
     // From here on the weights are those of the package, mapped; the export is not needed any more.
+    let of_engines = engines::warnings(&canonical.graph, &conversion);
     drop(canonical);
     let mut warnings = match &mut tokenizer {
         Some(tokenizer) => {
@@ -224,6 +225,7 @@ pub fn convert(
             progress: progress.clone(),
         };
         engines::build(&mut writer, library, &engines, &conversion, &capacities)?;
+        warnings.extend(of_engines);
     }
     let manifest = writer.finish()?;
     let activations = &manifest.activations;

@@ -52,6 +52,7 @@ mod weights;
 pub(crate) use demand::through_transpose;
 pub use error::{LowerError, Obstacle};
 pub use fuse::parts;
+pub use quantized_weights::widened_formats;
 pub use weights::{LITERAL_BYTES, NamedWeight, stored_weights, weights};
 
 use crate::dim::Dim;

@@ -12,11 +12,13 @@
 //! floating point, exactly: with `b = byte + 128` and 4 bits, the second code is `floor(b / 16)`, the first `b - 16 *
 //! floor(b / 16)`, both counted from the least code of the type.
 
+use std::collections::BTreeMap;
+
 use super::context::{Lowered, Lowering, one};
-use super::{LinearForm, QuantizedForm};
+use super::{LinearForm, LowerOptions, QuantizedForm};
 use crate::dim::Dim;
-use crate::graph::Constant;
 use crate::graph::quantized::Quantized;
+use crate::graph::{Constant, Graph};
 use crate::network::{Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId, UnaryOp, WeightMode};
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Tensor};
@@ -85,6 +87,20 @@ fn parts(constant: &Constant, form: QuantizedForm, mode: WeightMode) -> Option<P
     }
 }
 
+/// Quantized weights that enter networks of an engine as floats, since there are no layers for their codes: how many of each
+/// format.
+pub fn widened_formats(graph: &Graph, options: &LowerOptions) -> BTreeMap<String, usize> {
+    let mut formats = BTreeMap::new();
+    for weight in super::weights(graph) {
+        if let Some(quantized) = weight.constant.as_quantized()
+            && parts(&weight.constant, options.quantized, options.weight_mode).is_none()
+        {
+            *formats.entry(quantized.to_string()).or_insert(0) += 1;
+        }
+    }
+    formats
+}
+
 /// Integer codes in two's complement.
 fn signed(codes: &Constant) -> Constant {
     match codes.dtype() {
@@ -96,7 +112,11 @@ fn signed(codes: &Constant) -> Constant {
 /// Codes that elementwise layers read.
 fn for_elementwise(quantized: Quantized<'_>) -> Option<Parts<Constant>> {
     let (codes, dtype) = (quantized.codes, quantized.codes.dtype());
-    let least = if dtype.is_float_format() { 0 } else { dtype.int_range().0 };
+    let least = if dtype.is_float_format() {
+        0
+    } else {
+        dtype.int_range().0
+    };
     let (codes, coding, zero) = match dtype {
         DType::F8E4M3Fn => (codes.clone(), Coding::Floats, Zero::Number(0)),
         DType::I8 | DType::U8 => {

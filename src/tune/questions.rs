@@ -5,20 +5,20 @@
 
 use crate::graph::Graph;
 use crate::graph::op::Op;
-use crate::lower::{AttentionForm, LinearForm, LowerOptions, through_transpose};
-use crate::network::{Profile, Tokens};
+use crate::lower::{AttentionForm, LinearForm, LowerOptions, QuantizedForm, through_transpose, weights};
+use crate::network::{Profile, Tokens, WeightMode};
 
 /// A choice and its alternatives to what is chosen already.
 #[derive(Clone, Debug)]
 pub struct Question {
-    /// `attention`, `products`, `fusion`.
+    /// One of [`QUESTIONS`].
     pub about: &'static str,
     /// What each alternative changes, in a few words, and the options with it changed.
     pub alternatives: Vec<(String, LowerOptions)>,
 }
 
 /// The questions for a profile, in the order in which they should be answered.
-pub const QUESTIONS: [&str; 3] = ["products", "attention", "fusion"];
+pub const QUESTIONS: [&str; 4] = ["products", "attention", "fusion", "quantized weights"];
 
 /// A question of [`QUESTIONS`] for a profile of this graph, with `now` as what is chosen so far. Alternatives equal to
 /// `now` in effect are left out.
@@ -88,6 +88,11 @@ pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Low
             alternatives.push(("q, k and v as one, gate and up apart".into(), fused(true, false)));
             alternatives.push(("each product alone".into(), fused(false, false)));
         }
+        "quantized weights" => {
+            let form = |form| with(&|o| o.quantized = form);
+            alternatives.push(("Dequantize layers".into(), form(QuantizedForm::DequantizeLayer)));
+            alternatives.push(("elementwise layers".into(), form(QuantizedForm::Elementwise)));
+        }
         _ => {}
     }
     let same = effective(graph, now, profile);
@@ -116,6 +121,17 @@ fn effective(graph: &Graph, options: &LowerOptions, profile: &Profile) -> LowerO
         options.reduce_depth = None;
     }
     options.fuse_pairs &= options.fuse_linear;
+    let is_quantized = || {
+        weights(graph)
+            .iter()
+            .any(|weight| weight.constant.as_quantized().is_some())
+    };
+    if options.quantized == QuantizedForm::Elementwise && options.weight_mode != WeightMode::Bind {
+        options.quantized = QuantizedForm::DequantizeLayer;
+    }
+    if !is_quantized() {
+        options.quantized = QuantizedForm::Whole;
+    }
     options
 }
 

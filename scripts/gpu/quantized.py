@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Quantized models on the GPU, in every way that weights enter an engine: against the CPU executor on the same package.
+
+Small exports of fixtures/exports quantized by `convert --quantize`, and exports that are quantized already: those that pack.sh
+took along from .gpu/quantized, one folder each. Tokens may part where the CPU's two best are closer than the limit.
+"""
+
+import json
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from common import ROOT, WORK, lapidary, note
+from tiny import MODES, generate
+
+PARTS = Path(os.environ.get("LAPIDARY_PARTS", "/tmp/lapidary-parts"))
+PROMPT = [1, 20, 33, 47, 120, 7, 250, 99, 180, 64, 5]
+FORMATS = ["int8", "int8,group=channel", "int8,asymmetric", "int4", "int4,asymmetric", "int4,keep=none", "fp8"]
+OWN = ["llama-optimum", "qwen3-ort-genai", "gpt2-optimum"]
+OF_OWN = ["bind", "bind-fp16", "embed", "embed-fp16", "strip-general", "strip-general-fp16", "bind-one-engine"]
+OF_EXPORTS = ["bind", "embed", "strip-identical", "strip-general", "bind-fp16"]
+
+
+def jobs():
+    for export in OWN:
+        for format in FORMATS:
+            for mode in OF_OWN if export == OWN[0] else OF_OWN[:3]:
+                yield f"{export} {format} {mode}", ROOT / "fixtures" / "exports" / export, mode, ["--quantize", format]
+    for folder in sorted((PARTS / "quantized").glob("*/model.onnx")):
+        for mode in OF_EXPORTS:
+            yield f"{folder.parent.name} {mode}", folder.parent, mode, []
+
+
+def check(name, folder, mode, flags):
+    package = WORK / "quantized" / name.replace(" ", "-").replace(",", "-")
+    chunks = [] if "--prefill" in MODES[mode] else ["--prefill", "4,8"]
+    flags = ["--capacity", "16,32", *chunks, *MODES[mode], *flags, "--target", "tensorrt-rtx"]
+    lapidary("convert", folder / "model.onnx", "-o", package, "--force", *flags)
+    gpu, cpu = (generate(package, PROMPT, 9, device) for device in ("cuda", "cpu"))
+    half = "f16" in mode or "fp16" in mode or "fp16" in name or "f16" in name or "RtRtx" in name or "fp8" in name
+    limit = 0.05 if half else 2e-3
+    worst, margin = 0.0, None
+    for i, (ours, theirs) in enumerate(zip(gpu["steps"], cpu["steps"])):
+        listed = dict(map(tuple, theirs["top_logprobs"]))
+        worst = max([worst] + [abs(p - listed[t]) for t, p in ours["top_logprobs"] if t in listed])
+        if gpu["tokens"][i] != cpu["tokens"][i]:
+            best = sorted((p for _, p in theirs["top_logprobs"]), reverse=True)
+            margin = best[0] - best[1]
+            break
+    engines = sum(path.stat().st_size for path in (package / "engines").glob("*"))
+    shutil.rmtree(package)
+    right = worst < limit and (margin is None or margin < limit)
+    return {"ok": right, "worst_logprob": worst, "engine_bytes": engines, **({} if margin is None else {"margin": margin})}
+
+
+def main(seconds=400):
+    results, end = {}, time.time() + seconds
+
+    def one(job):
+        if time.time() > end:
+            return job[0], {"ok": False, "error": "the time was up before it began"}
+        try:
+            return job[0], check(*job)
+        except Exception as error:  # noqa: BLE001 - each case is a result of its own
+            return job[0], {"ok": False, "error": str(error)[-1200:]}
+
+    with ThreadPoolExecutor(14) as pool:
+        for name, result in pool.map(one, jobs()):
+            results[name] = result
+            if not result["ok"]:
+                note("FAILED", name, json.dumps(result)[:900])
+    good = sum(result["ok"] for result in results.values())
+    note(f"{good} of {len(results)} quantized packages are right on the GPU")
+    return {"ok": good == len(results), "right": good, "of": len(results), "cases": results}
+
+
+if __name__ == "__main__":
+    raise SystemExit(0 if main()["ok"] else 1)
