@@ -5,6 +5,7 @@
 //! positions are then read by nothing and fall away.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use super::attention::layout::TokenLayout;
 use super::attention::projection::Projection;
@@ -279,11 +280,7 @@ impl Emitter<'_> {
     /// Every element rounded, in this order.
     fn rounded(&mut self, mut x: ValueId, roundings: &[Rounding], name: &str) -> ValueId {
         for rounding in roundings {
-            let value = self.graph.value(x);
-            let (dtype, shape) = (
-                value.dtype.unwrap_or(DType::F32),
-                value.shape.clone().unwrap_or_default(),
-            );
+            let (dtype, shape) = self.type_of(x);
             x = self.typed(&format!("{name}.rounded"), rounding.operator(), &[x], dtype, shape);
         }
         x
@@ -338,11 +335,7 @@ impl Emitter<'_> {
         name: &str,
         analysis: &Analysis,
     ) -> ValueId {
-        let value = self.graph.value(x);
-        let (dtype, shape) = (
-            value.dtype.unwrap_or(DType::F32),
-            value.shape.clone().unwrap_or_default(),
-        );
+        let (dtype, shape) = self.type_of(x);
         let table = self.table(rope.table, dtype, analysis);
         let cos = self.part(cos, table, table.0);
         let sin = self.part(sin, table, table.1);
@@ -354,7 +347,8 @@ impl Emitter<'_> {
         self.typed(name, op, &[x, cos, sin, self.position_ids], dtype, shape)
     }
 
-    /// The sum of two rotations, of which one has cosines alone and one sines alone: their results are rounded.
+    /// The sum of two rotations, of which one has cosines alone and one sines alone: their results are rounded. Elements that
+    /// are not rotated come behind.
     fn rotated_in_parts(
         &mut self,
         x: ValueId,
@@ -365,23 +359,78 @@ impl Emitter<'_> {
         analysis: &Analysis,
     ) -> ValueId {
         let part = |part: &str| format!("{name}.rotary.{part}");
+        let (whole, mut x) = (x, x);
+        if rope.rotary_dim < p.dim {
+            x = self.columns(x, 0..rope.rotary_dim, &part("first"));
+            x = self.rounded(x, &inside.first, &part("first"));
+        }
+        let (width, p) = (
+            p.dim,
+            &Projection {
+                dim: rope.rotary_dim,
+                ..p.clone()
+            },
+        );
         let cos = self.rotated(x, p, rope, [Part::Table, Part::Zero], &part("cos"), analysis);
         let cos = self.rounded(cos, &inside.cos, &part("cos"));
-        let sin = if inside.turned.is_empty() {
+        let halves = inside.halves.iter().any(|half| !half.is_empty());
+        let sin = if inside.turned.is_empty() && !halves {
             self.rotated(x, p, rope, [Part::Zero, Part::Table], &part("sin"), analysis)
         } else {
-            let turned = self.rotated(x, p, rope, [Part::Zero, Part::One], &part("turned"), analysis);
+            let mut turned = self.rotated(x, p, rope, [Part::Zero, Part::One], &part("turned"), analysis);
+            if halves {
+                let middle = rope.rotary_dim / 2;
+                let ends = [0..middle, middle..rope.rotary_dim];
+                let halves = [0, 1].map(|i| {
+                    let name = part(&format!("half.{i}"));
+                    let half = self.columns(turned, ends[i].clone(), &name);
+                    self.rounded(half, &inside.halves[i], &name)
+                });
+                turned = self.joined(halves, &part("halves"));
+            }
             let turned = self.rounded(turned, &inside.turned, &part("turned"));
             self.rotated(turned, p, rope, [Part::Sine, Part::Zero], &part("sin"), analysis)
         };
         let sin = self.rounded(sin, &inside.sin, &part("sin"));
+        let (dtype, shape) = self.type_of(x);
+        let add = Op::Binary(Binary::Add);
+        let sum = self.typed(&format!("{name}.rotary"), add, &[cos, sin], dtype, shape);
+        if x == whole {
+            return sum;
+        }
+        let sum = self.rounded(sum, &inside.rotated, &part("sum"));
+        let passed = self.columns(whole, rope.rotary_dim..width, &part("passed"));
+        let passed = self.rounded(passed, &inside.passed, &part("passed"));
+        self.joined([sum, passed], &part("joined"))
+    }
+
+    fn type_of(&self, x: ValueId) -> (DType, Shape) {
         let value = self.graph.value(x);
-        let (dtype, shape) = (
+        (
             value.dtype.unwrap_or(DType::F32),
             value.shape.clone().unwrap_or_default(),
-        );
-        let add = Op::Binary(Binary::Add);
-        self.typed(&format!("{name}.rotary"), add, &[cos, sin], dtype, shape)
+        )
+    }
+
+    /// Elements of the last of four axes.
+    fn columns(&mut self, x: ValueId, columns: Range<usize>, name: &str) -> ValueId {
+        let (dtype, mut shape) = self.type_of(x);
+        let mut ints = |value: usize| self.graph.add_i64(&format!("{name}.slice"), &[value as i64]);
+        let operands = [ints(columns.start), ints(columns.end), ints(3)];
+        shape.pop();
+        shape.push(Dim::from(columns.len()));
+        let inputs = [x, operands[0], operands[1], operands[2]];
+        self.typed(name, Op::Slice, &inputs, dtype, shape)
+    }
+
+    /// One after the other on the last of four axes.
+    fn joined(&mut self, parts: [ValueId; 2], name: &str) -> ValueId {
+        let (dtype, mut shape) = self.type_of(parts[0]);
+        let (_, other) = self.type_of(parts[1]);
+        if let (Some(a), Some(b)) = (shape.pop(), other.last()) {
+            shape.push(&a + b);
+        }
+        self.typed(name, Op::Concat { axis: 3 }, &parts, dtype, shape)
     }
 
     /// A table of a part of a rotation.

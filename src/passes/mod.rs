@@ -203,6 +203,15 @@ pub enum PassError {
         /// In the export, each with the reason.
         values: Vec<String>,
     },
+    /// Activations that codes of their scale cannot stand for.
+    #[error(
+        "it rounds activations to codes whose scale is no positive number: {}{}",
+        .values[..values.len().min(4)].join(", "), if values.len() > 4 { ", .." } else { "" }
+    )]
+    RoundingScale {
+        /// In the export, each with its scale.
+        values: Vec<String>,
+    },
     /// What was not recognised.
     #[error("{}", list(.obstacles))]
     Obstacles {
@@ -253,6 +262,11 @@ impl Help for PassError {
             PassError::RoundedAttention { .. } => Some(
                 "leave these in floating point with --activations partial, or all of them with --activations float; what is \
                  left out changes answers a little, and the manifest says so"
+                    .to_string(),
+            ),
+            PassError::RoundingScale { .. } => Some(
+                "calibrate it again without what has no finite range, such as scores with a mask of -inf, or leave all \
+                 activations in floating point with --activations float"
                     .to_string(),
             ),
             PassError::Range { .. } => {

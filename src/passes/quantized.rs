@@ -17,7 +17,7 @@ use std::fmt;
 
 use super::PassError;
 use super::pattern::{binary, either_order, finish, node_of, only_reader, redefine, scalar};
-use crate::graph::op::{Binary, Op};
+use crate::graph::op::{Binary, Op, Rounding};
 use crate::graph::{Constant, Graph, NodeId, ValueId};
 use crate::tensor::quantized::Granularity;
 
@@ -97,6 +97,19 @@ pub fn run(graph: &mut Graph, policy: ActivationPolicy) -> Result<(usize, Activa
     };
     let attended = before_attention(graph);
     rounded.retain(|id| graph.contains(*id));
+    if policy != ActivationPolicy::Float {
+        let no_scale = |id: &NodeId| {
+            let node = graph.node(*id);
+            let scale = Rounding::of(&node.op)?.scale;
+            let bad = !scale.is_finite() || scale <= 0.0;
+            let name = &graph.value(node.input(0)?).name;
+            bad.then(|| format!("{name} ({scale})"))
+        };
+        let values: Vec<String> = rounded.iter().filter_map(no_scale).collect();
+        if !values.is_empty() {
+            return Err(PassError::RoundingScale { values });
+        }
+    }
     for id in rounded {
         let node = graph.node(id);
         let (Some(input), Some(output)) = (node.input(0), node.output(0)) else {

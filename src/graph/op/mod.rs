@@ -145,11 +145,20 @@ impl Rounding {
         Op::RoundToCodes { to, scale, zero_point }
     }
 
-    /// The rounding of `factor * x` that is `factor` times this one of `x`; the factor is positive.
+    /// The rounding of `factor * x` that is `factor` times this one of `x`. The factor is not 0; a negative one turns the
+    /// range of integer codes round.
     pub fn scaled(self, factor: f64) -> Rounding {
+        let zero_point = match factor < 0.0 && !self.to.is_float_format() {
+            true => {
+                let (low, high) = self.to.int_range();
+                low + high - self.zero_point
+            }
+            false => self.zero_point,
+        };
         Rounding {
-            scale: (f64::from(self.scale) * factor) as f32,
-            ..self
+            to: self.to,
+            scale: (f64::from(self.scale) * factor.abs()) as f32,
+            zero_point,
         }
     }
 

@@ -284,13 +284,18 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
                 let factor = scalar(other(*i)).ok_or("its scores are multiplied by a tensor")?;
                 let factor = if *op == Binary::Mul { factor } else { 1.0 / factor };
                 at = node.input(*i).expect("data input");
+                let tanh = before_roundings(evaluator, at);
                 let is_tanh = graph
-                    .def(at)
+                    .def(tanh)
                     .is_some_and(|(_, n)| matches!(n.op, Op::Unary(Unary::Tanh)));
                 if cap.is_some() {
                     inner *= factor;
                 } else if is_tanh {
                     cap = Some(factor);
+                    if at != tanh {
+                        refuse(&mut unplaced, at, "its scores are rounded within their soft cap");
+                        at = tanh;
+                    }
                     for (output, _) in rounded.drain(..) {
                         refuse(&mut unplaced, output, "its scores are rounded after their soft cap");
                     }
@@ -312,6 +317,14 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
         }
     }
     Err("its scores come from too long a chain".into())
+}
+
+/// The value before roundings that were taken out.
+fn before_roundings(evaluator: &PartialEvaluator<'_>, mut at: ValueId) -> ValueId {
+    while let (Some(_), Some((_, node))) = (evaluator.rounding(at), evaluator.graph.def(at)) {
+        at = node.input(0).unwrap_or(at);
+    }
+    at
 }
 
 /// Whether a value is a product of two computed tensors, but for scales and casts.

@@ -202,7 +202,8 @@ fn place_roundings(trace: &Trace<'_, '_>, evaluator: &PartialEvaluator<'_>, anal
             Err(unplaced) => analysis.unplaced.push(unplaced),
         }
     }
-    analysis.unplaced.dedup();
+    let mut seen = HashSet::new();
+    analysis.unplaced.retain(|unplaced| seen.insert(unplaced.clone()));
     analysis.roundings.placed = places.placed;
 }
 

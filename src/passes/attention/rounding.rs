@@ -2,12 +2,13 @@
 //!
 //! Attention is recognised on a *skeleton*, the export with these roundings taken out ([`skeleton`]), since what moves and
 //! rotates rows is linear only without them. Where each rounding lies is found here, walking from an operand back to its
-//! projection or cache; what it rounds is proven by execution on the skeleton, up to a positive factor, which goes into the
+//! projection or cache; what it rounds is proven by execution on the skeleton, up to a factor, which goes into the
 //! rounding's scale. A rounding with one scale for all elements commutes with every movement, so that it can be applied to
 //! the rows before they are written to a cache, or to the whole cache when it is read. Gives the [`RowRounding`] of
 //! projections and the roundings of caches, scores and probabilities; [`Unplaced`] names what has no such place.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 use super::cache::ExportCache;
 use super::find::FoundAttention;
@@ -35,15 +36,24 @@ pub struct RowRounding {
     pub after: Vec<Rounding>,
 }
 
-/// Roundings of `cos * x + sin * turned(x)`, where `turned` gives each pair `(a, b)` as `(-b, a)`.
+/// Roundings of `cos * x + sin * turned(x)`, where `turned` gives each pair `(a, b)` as `(-b, a)`, and of the elements that
+/// are not rotated.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RotationRounding {
     /// Of the products with cosines.
     pub cos: Vec<Rounding>,
+    /// Of the first and the second half of the turned rows, before [`Self::turned`].
+    pub halves: [Vec<Rounding>; 2],
     /// Of the turned rows.
     pub turned: Vec<Rounding>,
     /// Of the products with sines.
     pub sin: Vec<Rounding>,
+    /// Where a head has elements that are not rotated: of those that are, before the rotation.
+    pub first: Vec<Rounding>,
+    /// Of the sum, where a head has elements that are not rotated.
+    pub rotated: Vec<Rounding>,
+    /// Of those.
+    pub passed: Vec<Rounding>,
 }
 
 /// All roundings of one attention.
@@ -62,7 +72,7 @@ pub struct LayerRounding {
 }
 
 /// A rounding that the canonical operators cannot do.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Unplaced {
     /// What is rounded, in the export.
     pub value: String,
@@ -138,11 +148,13 @@ pub fn effective(graph: &Graph, roundings: &HashMap<ValueId, Rounding>) -> HashS
 }
 
 /// Roundings at one place in a row, each with the value that it gives. Rounding again to the same codes changes nothing.
-pub fn push(places: &mut Vec<Rounding>, rounding: Rounding) {
+fn push(places: &mut Vec<Rounding>, rounding: Rounding) {
     if places.last() != Some(&rounding) {
         places.push(rounding);
     }
 }
+
+const NO_ROTATION: &str = "it is a part of a rotary embedding that is not understood";
 
 /// How a value is made of a projection: roundings, and linear arithmetic between them.
 #[derive(Clone, PartialEq, Debug)]
@@ -155,6 +167,8 @@ enum Tree {
     Linear(Box<Tree>),
     /// The sum of two values, rounded otherwise.
     Sum([(ValueId, Box<Tree>); 2]),
+    /// Two values one after the other, rounded otherwise.
+    Parts([(ValueId, Box<Tree>); 2]),
 }
 
 impl Tree {
@@ -170,7 +184,7 @@ impl Tree {
             Tree::Source => None,
             Tree::Round(_, output, _, _) => Some(*output),
             Tree::Linear(tree) => tree.a_rounding(),
-            Tree::Sum([(_, a), (_, b)]) => a.a_rounding().or_else(|| b.a_rounding()),
+            Tree::Sum([(_, a), (_, b)]) | Tree::Parts([(_, a), (_, b)]) => a.a_rounding().or_else(|| b.a_rounding()),
         }
     }
 }
@@ -178,11 +192,53 @@ impl Tree {
 /// What a value of a row's computation is, times a factor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
+    /// What is picked of the projection.
     Picked,
+    /// The part of it that is not rotated.
+    Passed,
+    /// The rows.
     Rotated,
+    /// Their rotated part, and the terms of it.
+    RotatedPart,
     CosPart,
-    Turned,
     SinPart,
+    /// The rotated part, each pair `(a, b)` as `(-b, a)`.
+    Turned,
+    /// The first or the second half of that.
+    TurnedHalf(usize),
+}
+
+impl Kind {
+    /// The elements of a head.
+    fn columns(self, projection: &Projection) -> Range<usize> {
+        let rotated = projection.rope.map_or(0, |rope| rope.rotary_dim);
+        match self {
+            Kind::Picked | Kind::Rotated => 0..projection.dim,
+            Kind::Passed => rotated..projection.dim,
+            Kind::RotatedPart | Kind::CosPart | Kind::SinPart | Kind::Turned => 0..rotated,
+            Kind::TurnedHalf(half) => half * rotated / 2..(half + 1) * rotated / 2,
+        }
+    }
+}
+
+/// Roundings one after the other.
+struct Stages {
+    /// Outermost first: what is rounded, times which factor.
+    roundings: Vec<(Kind, f64, Rounding)>,
+    /// What is rounded first.
+    end: Tree,
+}
+
+impl Stages {
+    /// The roundings of this kind, innermost first, where its values are to have the factor `scale`.
+    fn of(&self, kind: Kind, scale: f32) -> Vec<Rounding> {
+        let these = self.roundings.iter().rev().filter(|(of, ..)| *of == kind);
+        let mut found: Vec<Rounding> = these
+            .map(|(_, factor, rounding)| rounding.scaled(f64::from(scale) / factor))
+            .collect();
+        found.dedup();
+        found
+    }
 }
 
 /// Finds the roundings of one attention.
@@ -217,112 +273,128 @@ impl Places<'_, '_, '_> {
 
     /// Of rows with this projection. `scale` is the factor with which they are written.
     pub fn rows(&mut self, value: ValueId, projection: &Projection, scale: f32) -> Result<RowRounding, Unplaced> {
-        let mut tree = self.tree(value, projection.source)?;
-        let mut found = RowRounding::default();
-        loop {
-            tree = match tree {
-                Tree::Source => break,
-                Tree::Linear(inner) => *inner,
-                Tree::Round(rounding, output, at, inner) => {
-                    let whole = match projection.rope {
-                        Some(_) => Kind::Rotated,
-                        None => Kind::Picked,
-                    };
-                    if let Some(factor) = self.factor(at, whole, projection) {
-                        found.after.push(rounding.scaled(f64::from(scale) / factor));
-                    } else if let Some(factor) = self.factor(at, Kind::Picked, projection) {
-                        found.before.push(rounding.scaled(1.0 / factor));
-                    } else {
-                        return self.unplaced(
-                            output,
-                            "it is neither the rows of a head nor what they are rotated from",
-                        );
-                    }
-                    self.placed.insert(output);
-                    *inner
+        let tree = self.tree(value, projection.source)?;
+        let whole = match projection.rope {
+            Some(_) => Kind::Rotated,
+            None => Kind::Picked,
+        };
+        let outer = self.stages(tree, projection, &[whole, Kind::Picked])?;
+        let mut found = RowRounding {
+            after: outer.of(whole, scale),
+            ..RowRounding::default()
+        };
+        let partial = projection.rope.is_some_and(|rope| rope.rotary_dim < projection.dim);
+        let before = outer.of(Kind::Picked, 1.0);
+        match outer.end {
+            Tree::Source if whole == Kind::Picked => {}
+            Tree::Source => found.before = before,
+            Tree::Sum(parts) if !partial => {
+                let (rotation, before) = self.rotation(parts, projection, scale)?;
+                (found.rotation, found.before) = (Some(rotation), before);
+            }
+            Tree::Parts([(_, rotated), (_, passed)]) if partial => {
+                let first = [&rotated, &passed].into_iter().find_map(|tree| tree.a_rounding());
+                let first = first.expect("parts are kept for their roundings");
+                let rotated = self.stages(*rotated, projection, &[Kind::RotatedPart, Kind::Picked])?;
+                let passed = self.stages(*passed, projection, &[Kind::Passed, Kind::Picked])?;
+                let of_sum = rotated.of(Kind::RotatedPart, scale);
+                let below = rotated.of(Kind::Picked, 1.0);
+                let (mut rotation, before) = match rotated.end {
+                    Tree::Sum(parts) => self.rotation(parts, projection, scale)?,
+                    Tree::Source => (RotationRounding::default(), below),
+                    Tree::Parts(_) | Tree::Linear(_) | Tree::Round(..) => return self.unplaced(first, NO_ROTATION),
+                };
+                if passed.end != Tree::Source {
+                    return self.unplaced(first, NO_ROTATION);
                 }
-                Tree::Sum(parts) => {
-                    let (rotation, before) = self.rotation(parts, projection, scale)?;
-                    found.rotation = Some(rotation).filter(|r| *r != RotationRounding::default());
-                    found.before.extend(before);
-                    break;
-                }
-            };
+                let scaled = |rounding: Rounding| rounding.scaled(f64::from(scale));
+                rotation.first = before.into_iter().map(scaled).collect();
+                rotation.rotated = of_sum;
+                rotation.passed = passed.of(Kind::Picked, scale);
+                rotation.passed.extend(passed.of(Kind::Passed, scale));
+                found.rotation = Some(rotation);
+            }
+            other => {
+                let rounding = other.a_rounding().expect("sums and parts are kept for their roundings");
+                return self.unplaced(rounding, NO_ROTATION);
+            }
         }
-        // Found from the outside in.
-        found.after.reverse();
-        found.before.reverse();
-        found.before.dedup();
-        found.after.dedup();
+        found.rotation = found.rotation.filter(|rotation| *rotation != RotationRounding::default());
         Ok(found)
     }
 
-    /// Inside a rotation, and below it, outermost first.
+    /// The roundings on top of a tree, each of one of these kinds.
+    fn stages(&mut self, mut tree: Tree, projection: &Projection, kinds: &[Kind]) -> Result<Stages, Unplaced> {
+        let mut roundings = Vec::new();
+        loop {
+            tree = match tree {
+                Tree::Linear(inner) => *inner,
+                Tree::Round(rounding, output, at, inner) => {
+                    let mut known = kinds.iter();
+                    let known = match *inner {
+                        // Elements of the projection, be it more of them than these heads pick.
+                        Tree::Source if kinds.contains(&Kind::Picked) => Some((Kind::Picked, 1.0)),
+                        _ => known.find_map(|kind| Some((*kind, self.factor(at, *kind, projection)?))),
+                    };
+                    let Some((kind, factor)) = known else {
+                        return self.unplaced(output, NO_ROTATION);
+                    };
+                    roundings.push((kind, factor, rounding));
+                    self.placed.insert(output);
+                    *inner
+                }
+                end @ (Tree::Source | Tree::Sum(_) | Tree::Parts(_)) => return Ok(Stages { roundings, end }),
+            };
+        }
+    }
+
+    /// Inside a rotation, and of what is rotated.
     fn rotation(
         &mut self,
-        parts: [(ValueId, Box<Tree>); 2],
+        [a, b]: [(ValueId, Box<Tree>); 2],
         projection: &Projection,
         scale: f32,
     ) -> Result<(RotationRounding, Vec<Rounding>), Unplaced> {
-        let first = parts[0].1.a_rounding().or_else(|| parts[1].1.a_rounding());
+        let first = a.1.a_rounding().or_else(|| b.1.a_rounding());
         let first = first.expect("a sum is kept for its roundings");
-        let [a, b] = parts;
-        let is = |places: &Self, value: ValueId, kind| places.factor(value, kind, projection).is_some();
-        let (cos, sin) = if is(self, a.0, Kind::CosPart) && is(self, b.0, Kind::SinPart) {
+        let is = |value: ValueId, kind| self.factor(value, kind, projection).is_some();
+        let (cos, sin) = if is(a.0, Kind::CosPart) && is(b.0, Kind::SinPart) {
             (a.1, b.1)
-        } else if is(self, b.0, Kind::CosPart) && is(self, a.0, Kind::SinPart) {
+        } else if is(b.0, Kind::CosPart) && is(a.0, Kind::SinPart) {
             (b.1, a.1)
         } else {
-            return self.unplaced(
-                first,
-                "it is no product with the cosines or sines of the rotary embedding",
-            );
+            return self.unplaced(first, NO_ROTATION);
         };
-        let mut found = RotationRounding::default();
-        let mut below = [Vec::new(), Vec::new()];
-        for (i, tree) in [cos, sin].into_iter().enumerate() {
-            let mut tree = *tree;
-            loop {
-                tree = match tree {
-                    Tree::Source => break,
-                    Tree::Linear(inner) => *inner,
-                    Tree::Sum(_) => return self.unplaced(first, "it is inside a sum that is no rotary embedding"),
-                    Tree::Round(rounding, output, at, inner) => {
-                        let kinds: &[Kind] = match i {
-                            0 => &[Kind::CosPart, Kind::Picked],
-                            _ => &[Kind::SinPart, Kind::Turned, Kind::Picked],
-                        };
-                        let known = kinds
-                            .iter()
-                            .find_map(|kind| Some((*kind, self.factor(at, *kind, projection)?)));
-                        let Some((kind, factor)) = known else {
-                            return self
-                                .unplaced(output, "it is a part of the rotary embedding that is not understood");
-                        };
-                        let (places, scale) = match kind {
-                            Kind::CosPart => (&mut found.cos, scale),
-                            Kind::SinPart => (&mut found.sin, scale),
-                            Kind::Turned => (&mut found.turned, scale),
-                            _ => (&mut below[i], 1.0),
-                        };
-                        places.push(rounding.scaled(f64::from(scale) / factor));
-                        self.placed.insert(output);
-                        *inner
-                    }
-                };
+        let cos = self.stages(*cos, projection, &[Kind::CosPart, Kind::Picked])?;
+        let sin = self.stages(*sin, projection, &[Kind::SinPart, Kind::Turned, Kind::Picked])?;
+        let mut found = RotationRounding {
+            cos: cos.of(Kind::CosPart, scale),
+            sin: sin.of(Kind::SinPart, scale),
+            turned: sin.of(Kind::Turned, scale),
+            ..RotationRounding::default()
+        };
+        let before = cos.of(Kind::Picked, 1.0);
+        let mut others = vec![sin.of(Kind::Picked, 1.0)];
+        let mut ends = vec![cos.end];
+        match sin.end {
+            Tree::Parts(halves) => {
+                others.clear();
+                for (half, (_, tree)) in halves.into_iter().enumerate() {
+                    let stages = self.stages(*tree, projection, &[Kind::TurnedHalf(half), Kind::Picked])?;
+                    found.halves[half] = stages.of(Kind::TurnedHalf(half), scale);
+                    others.push(stages.of(Kind::Picked, 1.0));
+                    ends.push(stages.end);
+                }
             }
+            end => ends.push(end),
         }
-        let [cos_below, sin_below] = below;
-        if cos_below != sin_below {
-            return self.unplaced(
-                first,
-                "the two parts of its rotary embedding are rounded otherwise before it",
-            );
+        if ends.iter().any(|end| *end != Tree::Source) {
+            return self.unplaced(first, NO_ROTATION);
         }
-        for places in [&mut found.cos, &mut found.turned, &mut found.sin] {
-            places.reverse();
+        if others.iter().any(|other| *other != before) {
+            return self.unplaced(first, "the parts of its rotary embedding are rounded otherwise before it");
         }
-        Ok((found, cos_below))
+        Ok((found, before))
     }
 
     /// Of a cache's elements as an operand reads them, innermost first. `factor` is that of the operand.
@@ -332,7 +404,7 @@ impl Places<'_, '_, '_> {
         let mut roundings = Vec::new();
         for (output, rounding, after) in &read.roundings {
             let before = f64::from(factor) / after;
-            if before.is_nan() || before <= 0.0 {
+            if !before.is_finite() || before == 0.0 {
                 return self.unplaced(*output, format!("it is scaled by {before} before"));
             }
             // A factor of the export's arithmetic that is 1 up to its own error.
@@ -458,8 +530,13 @@ impl Places<'_, '_, '_> {
 
     fn data(&self, node: &crate::graph::Node) -> Vec<ValueId> {
         let inputs = node.inputs.iter().flatten().copied();
+        // Nothing comes of no elements, such as those of a head that is rotated as a whole behind its rotated ones.
+        let is_empty = |v: &ValueId| {
+            let shape = self.evaluator.graph.shape(*v);
+            shape.is_some_and(|shape| shape.iter().any(|dim| dim.as_const() == Some(0)))
+        };
         let mut data: Vec<ValueId> = inputs
-            .filter(|v| self.evaluator.dependence(*v) == Dependence::Data)
+            .filter(|v| self.evaluator.dependence(*v) == Dependence::Data && !is_empty(v))
             .collect();
         data.dedup();
         data
@@ -500,6 +577,10 @@ impl Places<'_, '_, '_> {
             let [left, right] = [&trees[0], &trees[1]].map(|tree| Box::new(tree.clone()));
             return Ok(Tree::Sum([(*a, left), (*b, right)]));
         }
+        if let (Op::Concat { .. }, [a, b]) = (&node.op, &data[..]) {
+            let [left, right] = [&trees[0], &trees[1]].map(|tree| Box::new(tree.clone()));
+            return Ok(Tree::Parts([(*a, left), (*b, right)]));
+        }
         let rounding = trees
             .iter()
             .find_map(Tree::a_rounding)
@@ -514,24 +595,22 @@ impl Places<'_, '_, '_> {
         )
     }
 
-    /// The positive factor of a value that is of this kind, if it is; proven at small positions and at the last ones.
+    /// The factor of a value that is of this kind, if it is; proven at small positions and at the last ones.
     fn factor(&self, value: ValueId, kind: Kind, projection: &Projection) -> Option<f64> {
         let evaluator = self.evaluator;
         let shape = evaluator.graph.shape(value)?;
         let order = TokenLayout::of(shape, evaluator.roles).map_or(RowOrder::Canonical, RowOrder::Tokens);
-        let (tables, expected) = of_kind(kind, projection, self.tables)?;
+        let (tables, of) = of_kind(kind, projection, self.tables)?;
+        let columns = kind.columns(projection);
         let rows = Rows {
             evaluator,
             value,
             order,
             source: projection.source,
             heads: projection.heads,
-            dim: projection.dim,
+            dim: columns.len(),
         };
-        let end = self
-            .tables
-            .positions
-            .min(evaluator.roles.capacity.unwrap_or(usize::MAX));
+        let end = self.tables.positions.min(evaluator.roles.capacity.unwrap_or(usize::MAX));
         let slack = [value, projection.source]
             .map(|id| tolerance(evaluator.graph.value(id).dtype.unwrap_or(DType::F32)))
             .into_iter()
@@ -542,16 +621,19 @@ impl Places<'_, '_, '_> {
             let x = Noise::new(&rows, 41).ok()?;
             let fed = rows.feed(&trial, |b, t, c| x.at(b, t, c)).ok()?;
             let found = rows.run(&trial, fed).ok()?;
-            let expected = expected.rows(&tables, &trial, |b, t, c| x.at(b, t, c) as f32);
+            let heads = of.rows(&tables, &trial, |b, t, c| x.at(b, t, c) as f32);
+            let part = |head: &[f32]| head[columns.clone()].to_vec();
+            let expected: Vec<f32> = heads.chunks(projection.dim).flat_map(part).collect();
             let largest = (0..expected.len()).max_by(|a, b| expected[*a].abs().total_cmp(&expected[*b].abs()))?;
             let by = *factor.get_or_insert(found[largest] / expected[largest]);
             let near = |(a, b): (&f32, &f32)| (a - by * b).abs() <= 4.0 * slack * by.abs();
-            if !by.is_finite() || by <= 0.0 || !found.iter().zip(&expected).all(near) {
+            if !by.is_finite() || by == 0.0 || !found.iter().zip(&expected).all(near) {
                 return None;
             }
         }
         // The export's own arithmetic must not leave a factor of 0.99999994.
-        factor.map(|by| if (by - 1.0).abs() < 1e-3 { 1.0 } else { f64::from(by) })
+        let whole = |by: f32| if (by.abs() - 1.0).abs() < 1e-3 { by.signum() } else { by };
+        factor.map(|by| f64::from(whole(by)))
     }
 }
 
@@ -631,7 +713,7 @@ fn moves(op: &Op) -> bool {
     )
 }
 
-/// The rows of this kind, with the table that makes them.
+/// The heads that have the elements of this kind, with the table that makes them.
 fn of_kind(kind: Kind, projection: &Projection, tables: &Tables) -> Option<(Tables, Projection)> {
     let mut of = Projection {
         scale: 1.0,
@@ -643,17 +725,18 @@ fn of_kind(kind: Kind, projection: &Projection, tables: &Tables) -> Option<(Tabl
         return Some((own, of));
     }
     let rope = of.rope.as_mut()?;
-    let Table { half, cos, sin } = tables.tables[rope.table].clone();
-    rope.table = 0;
-    if kind != Kind::Rotated && rope.rotary_dim != projection.dim {
+    // Where neighbours are paired, no half is turned.
+    if matches!(kind, Kind::TurnedHalf(_)) && rope.interleaved {
         return None;
     }
+    let Table { half, cos, sin } = tables.tables[rope.table].clone();
+    rope.table = 0;
     let filled = |value: f32| vec![value; cos.len()];
     let (cos, sin) = match kind {
         Kind::CosPart => (cos.clone(), filled(0.0)),
         Kind::SinPart => (filled(0.0), sin),
-        Kind::Turned => (filled(0.0), filled(1.0)),
-        Kind::Rotated | Kind::Picked => (cos, sin),
+        Kind::Turned | Kind::TurnedHalf(_) => (filled(0.0), filled(1.0)),
+        Kind::Rotated | Kind::RotatedPart | Kind::Picked | Kind::Passed => (cos, sin),
     };
     own.tables.push(Table { half, cos, sin });
     Some((own, of))
