@@ -15,6 +15,8 @@ mod movement;
 mod operators;
 #[path = "lower/refusals.rs"]
 mod refusals;
+#[path = "support/rounded.rs"]
+mod rounded;
 #[path = "lower/semantics.rs"]
 mod semantics;
 #[path = "lower/snapshots.rs"]

@@ -12,5 +12,7 @@ mod onnx;
 mod refusals;
 #[path = "passes/reports.rs"]
 mod reports;
+#[path = "passes/rounded.rs"]
+mod rounded;
 #[path = "passes/same_answer.rs"]
 mod same_answer;

@@ -35,5 +35,8 @@ mod quantized;
 #[path = "tensorrt/refusals.rs"]
 mod refusals;
 #[cfg(not(feature = "tensorrt"))]
+#[path = "support/rounded.rs"]
+mod rounded;
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/weights.rs"]
 mod weights;

@@ -36,8 +36,8 @@ pub struct Args {
     /// Element type of weights and caches [default: the export's]
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
-    /// What becomes of activations that the export quantizes: rounded as its codes say, rounded outside attention alone, or
-    /// left in floating point [default: quantized]
+    /// What becomes of activations that the export quantizes: rounded as its codes say, inside attention too; rounded outside
+    /// attention alone; or left in floating point [default: quantized]
     #[arg(long, value_parser = words::<ActivationPolicy>(&["quantized", "partial", "float"]))]
     activations: Option<ActivationPolicy>,
     /// Quantize weights in floating point: int4, int8 or fp8, then options such as int4,group=32

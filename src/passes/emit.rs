@@ -371,13 +371,15 @@ impl Emitter<'_> {
                 ..p.clone()
             },
         );
+        let turned_of = self.rounded(x, &inside.apart[1], &part("sin.first"));
+        x = self.rounded(x, &inside.apart[0], &part("cos.first"));
         let cos = self.rotated(x, p, rope, [Part::Table, Part::Zero], &part("cos"), analysis);
         let cos = self.rounded(cos, &inside.cos, &part("cos"));
         let halves = inside.halves.iter().any(|half| !half.is_empty());
         let sin = if inside.turned.is_empty() && !halves {
-            self.rotated(x, p, rope, [Part::Zero, Part::Table], &part("sin"), analysis)
+            self.rotated(turned_of, p, rope, [Part::Zero, Part::Table], &part("sin"), analysis)
         } else {
-            let mut turned = self.rotated(x, p, rope, [Part::Zero, Part::One], &part("turned"), analysis);
+            let mut turned = self.rotated(turned_of, p, rope, [Part::Zero, Part::One], &part("turned"), analysis);
             if halves {
                 let middle = rope.rotary_dim / 2;
                 let ends = [0..middle, middle..rope.rotary_dim];
@@ -395,7 +397,7 @@ impl Emitter<'_> {
         let (dtype, shape) = self.type_of(x);
         let add = Op::Binary(Binary::Add);
         let sum = self.typed(&format!("{name}.rotary"), add, &[cos, sin], dtype, shape);
-        if x == whole {
+        if rope.rotary_dim == width {
             return sum;
         }
         let sum = self.rounded(sum, &inside.rotated, &part("sum"));

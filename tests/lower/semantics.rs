@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use lapidary::backend::cpu::{self, bind_tokens, execute};
 use lapidary::graph::Graph;
+use lapidary::graph::op::Rounding;
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{AttentionForm, LinearForm, LowerOptions, lower};
 use lapidary::network::{LayerKind, Logits, Network, Profile, Tokens, WeightMode};
@@ -11,6 +12,7 @@ use lapidary::tensor::{DType, Tensor};
 
 use crate::interpret::interpret;
 use crate::models::{Call, call, decoder, decoders, difference, evaluate, gpt2};
+use crate::rounded::rounded;
 
 const CAPACITY: usize = 12;
 
@@ -253,5 +255,32 @@ fn batches() {
     }
     for (profile, calls) in profiles(3) {
         check("gpt2", &gpt2(), profile, &LowerOptions::default(), &calls);
+    }
+}
+
+#[test]
+fn roundings_inside_attention() {
+    let of = |to, scale, zero_point| Some(Rounding { to, scale, zero_point });
+    let int8 = of(DType::U8, 0.02, 110);
+    let fp8 = of(DType::F8E4M3Fn, 0.002, 0);
+    let models = decoders();
+    for (name, scores, probabilities) in [
+        ("grouped", int8, of(DType::U8, 0.003, 0)),
+        ("window", int8, None),
+        ("softcap", fp8, of(DType::I8, 0.008, 0)),
+        ("all_heads", None, fp8),
+    ] {
+        let (_, config) = models.iter().find(|(n, _)| *n == name).unwrap();
+        let graph = rounded(decoder(config), scores, probabilities);
+        for (profile, calls) in profiles(1) {
+            check(name, &graph, profile, &LowerOptions::default(), &calls);
+        }
+        // They are not dropped by both.
+        let call = call(&graph, 3, 1, 4, 5, CAPACITY);
+        let plain = evaluate(&decoder(config), &call);
+        assert!(
+            difference(&evaluate(&graph, &call)["logits"], &plain["logits"]) > 1e-3,
+            "{name}"
+        );
     }
 }

@@ -2,12 +2,14 @@
 
 use lapidary::backend::tensorrt::{self, BuildOptions, Plan};
 use lapidary::graph::Graph;
+use lapidary::graph::op::Rounding;
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{AttentionForm, LinearForm, LowerOptions, lower};
 use lapidary::network::{Logits, Profile, Tokens, WeightMode};
 use lapidary::tensor::DType;
 
 use crate::net::{bytes_of, library};
+use crate::rounded::rounded;
 
 pub const DYNAMIC: Tokens = Tokens::Dynamic {
     min: 1,
@@ -204,5 +206,19 @@ fn llama_8b_builds_without_weights() {
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
         let peak = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
         eprintln!("{profile}: {plan:?}, {peak}");
+    }
+}
+
+/// Roundings of keys, values, scores and probabilities, of integer and float codes.
+#[test]
+fn attention_that_rounds_builds() {
+    let of = |to, scale, zero_point| Some(Rounding { to, scale, zero_point });
+    for dtype in [DType::F32, DType::F16] {
+        let graph = rounded(
+            filled(&tiny(dtype)),
+            of(DType::U8, 0.02, 110),
+            of(DType::F8E4M3Fn, 0.002, 0),
+        );
+        builds(&format!("{dtype}"), &graph, &LowerOptions::default());
     }
 }

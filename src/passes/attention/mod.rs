@@ -111,10 +111,8 @@ pub struct Roundings {
 /// export's own tables are shorter.
 pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
     let mut analysis = Analysis::default();
-    let skeleton = rounding::skeleton(graph, roles).unwrap_or_else(|dynamic| {
-        analysis.unplaced = dynamic;
-        None
-    });
+    let (skeleton, dynamic) = rounding::skeleton(graph, roles);
+    analysis.unplaced = dynamic;
     let evaluator = match &skeleton {
         Some(skeleton) => PartialEvaluator::without(skeleton.roundings.clone(), &skeleton.graph, roles),
         None => PartialEvaluator::new(graph, roles),

@@ -40,6 +40,8 @@ pub struct RowRounding {
 /// are not rotated.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RotationRounding {
+    /// Of what is multiplied by cosines, and of what is turned, where that is not the same.
+    pub apart: [Vec<Rounding>; 2],
     /// Of the products with cosines.
     pub cos: Vec<Rounding>,
     /// Of the first and the second half of the turned rows, before [`Self::turned`].
@@ -88,43 +90,35 @@ pub struct Skeleton {
 }
 
 /// The skeleton of a graph with roundings of data inside attention; `None` if there are none. Roundings of what depends on
-/// positions alone stay: they are executed. Ranges of all of a tensor have no fixed scale.
-pub fn skeleton(graph: &Graph, roles: &Roles) -> Result<Option<Skeleton>, Vec<Unplaced>> {
-    let is_rounding = |id: &NodeId| {
-        matches!(graph.node(*id).op, Op::RoundToCodes { .. } | Op::DynamicRoundToCodes)
-            && graph.node(*id).output(0).is_some()
-    };
-    let all: Vec<NodeId> = graph.node_ids().filter(is_rounding).collect();
+/// positions alone stay: they are executed. Those over the range of all of a tensor have no fixed scale, so no place.
+pub fn skeleton(graph: &Graph, roles: &Roles) -> (Option<Skeleton>, Vec<Unplaced>) {
+    let rounds = |id: &NodeId| matches!(graph.node(*id).op, Op::RoundToCodes { .. } | Op::DynamicRoundToCodes);
+    let all: Vec<NodeId> = graph.node_ids().filter(rounds).collect();
     if all.is_empty() {
-        return Ok(None);
+        return (None, Vec::new());
     }
     let attended = before_attention(graph);
     let dependence = classify(graph, roles);
-    let inside = |id: &NodeId| {
-        let output = graph.node(*id).output(0);
-        output.is_some_and(|v| attended.contains(&v) && dependence.get(&v) == Some(&Dependence::Data))
+    let inside = |id: NodeId| {
+        let output = graph.node(id).output(0)?;
+        let data = dependence.get(&output) == Some(&Dependence::Data);
+        (data && attended.contains(&output)).then_some((id, output))
     };
     let (mut roundings, mut dynamic) = (HashMap::new(), Vec::new());
     let mut bare = graph.clone();
-    for id in all.into_iter().filter(inside) {
+    for (id, output) in all.into_iter().filter_map(inside) {
         let node = bare.node_mut(id);
-        let output = node.outputs[0].expect("it has an output");
         match Rounding::of(&node.op) {
-            Some(rounding) => {
-                roundings.insert(output, rounding);
-                node.op = Op::Identity;
-            }
+            Some(rounding) => drop(roundings.insert(output, rounding)),
             None => dynamic.push(Unplaced {
                 value: name_of_rounded(graph, output),
                 reason: "the range of its codes is that of the whole tensor".into(),
             }),
         }
+        node.op = Op::Identity;
     }
-    match (dynamic.is_empty(), roundings.is_empty()) {
-        (false, _) => Err(dynamic),
-        (true, true) => Ok(None),
-        (true, false) => Ok(Some(Skeleton { graph: bare, roundings })),
-    }
+    let found = !roundings.is_empty() || !dynamic.is_empty();
+    (found.then_some(Skeleton { graph: bare, roundings }), dynamic)
 }
 
 /// The name of what a rounding rounds.
@@ -292,9 +286,16 @@ impl Places<'_, '_, '_> {
                 let (rotation, before) = self.rotation(parts, projection, scale)?;
                 (found.rotation, found.before) = (Some(rotation), before);
             }
-            Tree::Parts([(_, rotated), (_, passed)]) if partial => {
+            Tree::Parts([(front, rotated), (back, passed)]) if partial => {
                 let first = [&rotated, &passed].into_iter().find_map(|tree| tree.a_rounding());
                 let first = first.expect("parts are kept for their roundings");
+                let kinds = [(front, Kind::RotatedPart), (back, Kind::Passed)];
+                if kinds
+                    .iter()
+                    .any(|(value, kind)| self.factor(*value, *kind, projection).is_none())
+                {
+                    return self.unplaced(first, NO_ROTATION);
+                }
                 let rotated = self.stages(*rotated, projection, &[Kind::RotatedPart, Kind::Picked])?;
                 let passed = self.stages(*passed, projection, &[Kind::Passed, Kind::Picked])?;
                 let of_sum = rotated.of(Kind::RotatedPart, scale);
@@ -319,7 +320,9 @@ impl Places<'_, '_, '_> {
                 return self.unplaced(rounding, NO_ROTATION);
             }
         }
-        found.rotation = found.rotation.filter(|rotation| *rotation != RotationRounding::default());
+        found.rotation = found
+            .rotation
+            .filter(|rotation| *rotation != RotationRounding::default());
         Ok(found)
     }
 
@@ -375,11 +378,15 @@ impl Places<'_, '_, '_> {
         };
         let before = cos.of(Kind::Picked, 1.0);
         let mut others = vec![sin.of(Kind::Picked, 1.0)];
+        let is_whole = matches!(sin.end, Tree::Source);
         let mut ends = vec![cos.end];
         match sin.end {
             Tree::Parts(halves) => {
                 others.clear();
-                for (half, (_, tree)) in halves.into_iter().enumerate() {
+                for (half, (value, tree)) in halves.into_iter().enumerate() {
+                    if self.factor(value, Kind::TurnedHalf(half), projection).is_none() {
+                        return self.unplaced(first, NO_ROTATION);
+                    }
                     let stages = self.stages(*tree, projection, &[Kind::TurnedHalf(half), Kind::Picked])?;
                     found.halves[half] = stages.of(Kind::TurnedHalf(half), scale);
                     others.push(stages.of(Kind::Picked, 1.0));
@@ -391,10 +398,23 @@ impl Places<'_, '_, '_> {
         if ends.iter().any(|end| *end != Tree::Source) {
             return self.unplaced(first, NO_ROTATION);
         }
-        if others.iter().any(|other| *other != before) {
-            return self.unplaced(first, "the parts of its rotary embedding are rounded otherwise before it");
+        if others.iter().all(|other| *other == before) {
+            return Ok((found, before));
         }
-        Ok((found, before))
+        let scaled = |roundings: Vec<Rounding>, sign: f32| {
+            let by = f64::from(sign * scale);
+            roundings.into_iter().map(move |rounding| rounding.scaled(by))
+        };
+        found.apart[0] = scaled(before, 1.0).collect();
+        if is_whole {
+            found.apart[1] = others.into_iter().flat_map(|other| scaled(other, 1.0)).collect();
+        } else {
+            // The first half is what is turned, with the other sign.
+            for ((half, other), sign) in found.halves.iter_mut().zip(others).zip([-1.0, 1.0]) {
+                *half = scaled(other, sign).chain(half.drain(..)).collect();
+            }
+        }
+        Ok((found, Vec::new()))
     }
 
     /// Of a cache's elements as an operand reads them, innermost first. `factor` is that of the operand.
@@ -610,7 +630,10 @@ impl Places<'_, '_, '_> {
             heads: projection.heads,
             dim: columns.len(),
         };
-        let end = self.tables.positions.min(evaluator.roles.capacity.unwrap_or(usize::MAX));
+        let end = self
+            .tables
+            .positions
+            .min(evaluator.roles.capacity.unwrap_or(usize::MAX));
         let slack = [value, projection.source]
             .map(|id| tolerance(evaluator.graph.value(id).dtype.unwrap_or(DType::F32)))
             .into_iter()

@@ -160,11 +160,10 @@ fn rotary(graph: &Graph, mut at: ValueId) -> Option<Table> {
             // A rotation in parts, whose products with cosines and with sines are rounded.
             Op::Binary(Binary::Add) => {
                 let part = |i: usize, table: usize| {
-                    let (mut id, mut part) = graph.def(node.input(i)?)?;
+                    let (_, mut part) = graph.def(node.input(i)?)?;
                     while let Op::RoundToCodes { .. } = part.op {
-                        (id, part) = graph.def(part.input(0)?)?;
+                        (_, part) = graph.def(part.input(0)?)?;
                     }
-                    let _ = id;
                     matches!(part.op, Op::RotaryEmbedding { .. }).then_some(())?;
                     graph.constant(part.input(table)?)?.materialize().ok()
                 };
