@@ -389,5 +389,8 @@ fn what_has_no_place_is_named() {
         stored.node_mut(node).inputs[input] = Some(present);
     }
     let error = canonical(stored).unwrap_err();
-    says(&error.to_string(), &["no output is the update of the cache past_key_values.0.value"]);
+    says(
+        &error.to_string(),
+        &["no output is the update of the cache past_key_values.0.value"],
+    );
 }

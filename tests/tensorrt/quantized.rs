@@ -124,8 +124,8 @@ fn embedded_codes_take_their_bits() {
         let expected = (16.0 - bits - more) / 8.0 * count as f64;
         // Kernels of another kind are larger or smaller by some.
         eprintln!("{codes:?} saves {saved} expected {expected}");
-        assert!(true ||
-            saved > expected - 150e3,
+        assert!(
+            true || saved > expected - 150e3,
             "{codes:?} saves {saved} bytes of {floats}, not {expected}"
         );
     }
