@@ -116,35 +116,26 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
     for codes in [
         Codes(DType::I8, 0, false),
         Codes(DType::I8, 32, false),
-        Codes(DType::I8, 128, false),
         Codes(DType::F8E4M3Fn, 0, false),
         Codes(DType::I4, 32, false),
         Codes(DType::I4, 128, false),
         Codes(DType::U4, 32, true),
     ] {
-        for (how, form) in [
-            ("layer", QuantizedForm::DequantizeLayer),
-            ("elements", QuantizedForm::Elementwise),
-        ] {
-            let base = with(&|o| o.quantized = form);
-            let mut case = |label: &str, profile: Profile, change: &dyn Fn(&mut LowerOptions)| {
-                let mut options = base.clone();
-                change(&mut options);
-                cases.push((
-                    format!("quantized {codes}, {how}{label}"),
-                    profile,
-                    options,
-                    Some(codes),
-                ));
-            };
-            case("", Profile::decode(1024), &|_| {});
-            case(", one sum", Profile::decode(1024), &|o| o.reduce_depth = None);
-            case(", by block", Profile::decode(1024), &|o| o.reduce_depth = Some(0));
-            case("", Profile::prefill(512, 1024), &|_| {});
-        }
-        let embed = with(&|o| o.weight_mode = WeightMode::Embed);
-        for profile in [Profile::decode(1024), Profile::prefill(512, 1024)] {
-            cases.push((format!("embedded {codes}"), profile, embed.clone(), Some(codes)));
+        let (one, many) = (Profile::decode(1024), Profile::prefill(512, 1024));
+        use QuantizedForm::{DequantizeLayer, Elementwise};
+        let changes: [(&str, Profile, &dyn Fn(&mut LowerOptions)); 9] = [
+            ("layers", one, &|o| o.quantized = DequantizeLayer),
+            ("layers, products", one, &|o| o.linear = L::FlattenActivation),
+            ("layers, all sums", one, &|o| o.reduce_depth = None),
+            ("elements", one, &|o| o.quantized = Elementwise),
+            ("layers", many, &|o| o.prefill_quantized = Some(DequantizeLayer)),
+            ("elements", many, &|o| o.prefill_quantized = Some(Elementwise)),
+            ("embedded", one, &|o| o.weight_mode = WeightMode::Embed),
+            ("embedded", many, &|o| o.weight_mode = WeightMode::Embed),
+            ("stripped", one, &|o| o.weight_mode = WeightMode::Strip),
+        ];
+        for (name, profile, change) in changes {
+            cases.push((format!("quantized {codes}, {name}"), profile, with(change), Some(codes)));
         }
     }
     for profile in [Profile::decode(1024), Profile::prefill(512, 1024)] {
@@ -204,7 +195,7 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
     let gpu = Mutex::new(());
     each(10, cases, |(label, profile, options, codes)| {
         let run = || -> Outcome<(f64, f64, usize)> {
-            let embed = options.weight_mode == WeightMode::Embed;
+            let embed = options.weight_mode != WeightMode::Bind;
             let network = lower(&quantized(&decoder, codes, embed), &profile, &options)?;
             let plan = tensorrt::build(&library, &network, &BuildOptions::default())?;
             let built = plan.elapsed().as_secs_f64();

@@ -50,17 +50,20 @@ impl StepInputs<'_> {
         }
     }
 
-    /// Writes the input of that role to `to`, which has [`StepInputs::len`] elements. Padding tokens are 0, at the positions
-    /// after the last token: slots that the next call writes anew.
+    /// Writes the input of that role to `to`, which has [`StepInputs::len`] elements. Padding is the last token again, at its
+    /// position, in slots that the next call writes anew: so what is computed over all rows, as the range of dynamically
+    /// quantized activations is, is that of the tokens.
     pub fn write(&self, role: Role, to: &mut [i32]) -> Result<(), NoStepInput> {
         let int = |n: usize| i32::try_from(n).expect("positions fit 31 bits");
         match role {
             Role::TokenIds => {
-                let padded = self.tokens.iter().map(|id| *id as i32).chain(std::iter::repeat(0));
-                to.iter_mut().zip(padded).for_each(|(to, id)| *to = id);
+                let last = self.tokens.last().copied().unwrap_or(0);
+                let padded = self.tokens.iter().copied().chain(std::iter::repeat(last));
+                to.iter_mut().zip(padded).for_each(|(to, id)| *to = id as i32);
             }
             Role::PositionIds => {
-                let positions = (self.position..).map(int);
+                let last = self.position + self.tokens.len().saturating_sub(1);
+                let positions = (self.position..).map(|position| int(position.min(last)));
                 to.iter_mut().zip(positions).for_each(|(to, position)| *to = position);
             }
             Role::WriteIndices => to.fill(int(self.position)),
@@ -89,8 +92,8 @@ mod tests {
             position: 100,
             rows: 5,
         };
-        assert_eq!(written(step, Role::TokenIds), [7, 8, 9, 0, 0]);
-        assert_eq!(written(step, Role::PositionIds), [100, 101, 102, 103, 104]);
+        assert_eq!(written(step, Role::TokenIds), [7, 8, 9, 9, 9]);
+        assert_eq!(written(step, Role::PositionIds), [100, 101, 102, 102, 102]);
         assert_eq!(written(step, Role::WriteIndices), [100]);
         assert_eq!(written(step, Role::LogitRows), [2]);
     }

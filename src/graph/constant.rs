@@ -85,8 +85,7 @@ pub enum Transform {
     HalfRange,
     /// Of packed 4-bit codes: the two halves of every byte exchanged, for files whose first code is in the high half.
     SwapHalves,
-    /// Of packed integer codes of b bits: for each byte `d0 + 2^b d1 + .. - 128` as i8, where d0, d1, .. are its codes less the
-    /// least code of their type. The last axis is shorter by as many codes as are in a byte.
+    /// Of packed codes: their bytes as i8. The last axis is shorter by as many codes as are in a byte.
     Bytes,
     /// Of a tensor and indices `[n]`: the slices of an axis in the order of the indices, as ONNX's `Gather` takes them.
     Take {
@@ -480,17 +479,16 @@ impl Constant {
         )
     }
 
-    /// The bytes of packed integer codes: see [`Transform::Bytes`]. `None` unless the codes are integers of less than a byte and
-    /// rows of the last axis fill their bytes.
+    /// The bytes of packed codes: see [`Transform::Bytes`]. `None` unless the codes have less than a byte and rows of the last
+    /// axis fill their bytes.
     pub fn bytes_as_i8(&self) -> Option<Self> {
-        if !matches!(self.dtype, DType::I4 | DType::U4 | DType::I2 | DType::U2) {
-            return None;
-        }
         let each = 8 / self.dtype.bits();
         let (last, leading) = self.shape.split_last()?;
+        if each <= 1 || !last.is_multiple_of(each) {
+            return None;
+        }
         let shape = leading.iter().copied().chain([last / each]).collect();
-        let whole = last.is_multiple_of(each);
-        whole.then(|| Self::derive(vec![self.clone()], Transform::Bytes, DType::I8, shape))
+        Some(Self::derive(vec![self.clone()], Transform::Bytes, DType::I8, shape))
     }
 
     /// Slices of an axis in another order: see [`Transform::Take`]. Panics unless the indices are a vector.

@@ -49,7 +49,7 @@ pub(super) fn apply(derived: &Derived, dtype: DType, shape: &[usize]) -> Result<
                 .collect::<Vec<u8>>();
             Bytes::from(bytes)
         }
-        Transform::Bytes => bytes_as_i8(&input(0)?),
+        Transform::Bytes => input(0)?.data().clone(),
         Transform::Take { axis } => take(&input(0)?, *axis, &input(1)?),
         Transform::Order => {
             let keys = input(0)?.to_i64();
@@ -59,16 +59,6 @@ pub(super) fn apply(derived: &Derived, dtype: DType, shape: &[usize]) -> Result<
         }
     };
     Ok(Tensor::new(dtype, shape.to_vec(), bytes).expect("a transform keeps its promised size"))
-}
-
-/// Two's complement codes less their least are their bits with the highest one flipped; so is a byte less 128.
-fn bytes_as_i8(codes: &Tensor) -> Bytes {
-    let flip: u8 = match codes.dtype() {
-        DType::I4 => 0b1000_1000,
-        DType::I2 => 0b1010_1010,
-        _ => 0,
-    };
-    codes.data().iter().map(|byte| byte ^ flip ^ 0x80).collect()
 }
 
 /// Two's complement of a code less half the range differs from it in the highest bit alone.

@@ -128,7 +128,7 @@ impl Lowering<'_> {
         }
         let weights: Vec<(String, Constant)> = members.iter().map(|m| self.weight_of(m.weight)).collect();
         let widths: Vec<usize> = weights.iter().map(|(_, constant)| constant.shape()[0]).collect();
-        let weight = self.weights(&weights)?;
+        let weight = self.weights(&weights, false)?;
         let x = self.value(x)?;
         let shape = self.b.shape(x).clone();
         let leading = shape[..shape.len() - 1].to_vec();

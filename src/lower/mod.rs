@@ -122,7 +122,7 @@ pub enum QuantizedForm {
     /// of floats.
     DequantizeLayer,
     /// As [`QuantizedForm::DequantizeLayer`], but bound codes become numbers and are scaled by elementwise layers, or in the
-    /// sums of a product of one row.
+    /// sums of a product of one row where [`LowerOptions::reduce_depth`] allows them.
     Elementwise,
 }
 
@@ -161,9 +161,12 @@ pub struct LowerOptions {
     pub fold_prefill: Option<usize>,
     /// How attention is written.
     pub attention: AttentionForm,
-    /// How quantized weights enter the network.
+    /// How quantized weights enter the network: in one of one row, and in all where `prefill_quantized` says nothing.
     #[serde(skip_serializing_if = "QuantizedForm::is_whole")]
     pub quantized: QuantizedForm,
+    /// In networks of several rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefill_quantized: Option<QuantizedForm>,
 }
 
 impl Default for LowerOptions {
@@ -179,6 +182,7 @@ impl Default for LowerOptions {
             fold_prefill: None,
             attention: AttentionForm::default(),
             quantized: QuantizedForm::default(),
+            prefill_quantized: None,
         }
     }
 }
@@ -209,7 +213,8 @@ impl LowerOptions {
             fuse_pairs: false,
             attention: AttentionForm::ByCapacity,
             fold_prefill: Some(LONG),
-            quantized: QuantizedForm::Elementwise,
+            quantized: QuantizedForm::DequantizeLayer,
+            prefill_quantized: Some(QuantizedForm::Elementwise),
             ..LowerOptions::default()
         }
     }

@@ -1,16 +1,15 @@
 //! Quantized weights in networks of an engine: codes, scales and zero points as weights of their own, called as a file calls
 //! them (`NAME.codes`, `NAME.scales`, `NAME.zero_points`), and layers that make values of them or multiply with them.
 //!
-//! [`QuantizedForm`] says how; `value` is always `(code - zero point) * scale`. What a form cannot write stays one weight of
-//! floats, which whoever builds or binds the engine widens: codes of nf4, fp4, f4e2m1 and f8e5m2, scales that are
-//! quantized themselves, and rows of packed codes that do not fill their bytes.
+//! [`QuantizedForm`] says how; a value is always `(code - zero point) * scale`. What no layers can read stays one weight of
+//! floats ([`widened_formats`]): codes of nf4, fp4, f4e2m1 and f8e5m2, scales that are quantized themselves, rows of packed
+//! codes that do not fill their bytes, and of constants what TensorRT fails on (docs/tensorrt-notes.md).
 //!
 //! # Codes of less than a byte as numbers
 //!
-//! No arithmetic of TensorRT takes i4 or u8, but an i8 input can be gathered, reshaped and cast. So packed codes enter as
-//! their bytes less 128 ([`Transform::Bytes`](crate::graph::constant::Transform::Bytes)), and digits come apart in
-//! floating point, exactly: with `b = byte + 128` and 4 bits, the second code is `floor(b / 16)`, the first `b - 16 *
-//! floor(b / 16)`, both counted from the least code of the type.
+//! No arithmetic of TensorRT takes i4, but an i8 input can be gathered, reshaped and cast. So packed codes enter as their
+//! bytes, and come apart in floating point, exactly. Of two's complement codes of b bits in a byte `s`, the last is `floor(s /
+//! 2^(8-b))`; the first is `s - 2^b * floor((s + 2^(b-1)) / 2^b)`, and the rest is `floor(s / 2^b)`.
 
 use std::collections::BTreeMap;
 
@@ -19,7 +18,7 @@ use super::{LinearForm, LowerOptions, QuantizedForm};
 use crate::dim::Dim;
 use crate::graph::quantized::Quantized;
 use crate::graph::{Constant, Graph};
-use crate::network::{Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId, UnaryOp, WeightMode};
+use crate::network::{Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId, Tokens, UnaryOp, WeightMode};
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Tensor};
 
@@ -30,7 +29,7 @@ enum Coding {
     Scaled,
     /// Integers of 8 bits.
     Integers,
-    /// Bytes less 128, so many codes in each.
+    /// Bytes of so many integers each.
     Bytes(usize),
     /// f8e4m3fn.
     Floats,
@@ -46,7 +45,7 @@ enum Zero<T> {
     Scaled(T),
 }
 
-/// The parts of a quantized weight `[out, in]` or of another shape: constants, or tensors of the network.
+/// The parts of a quantized weight: constants, or tensors of the network.
 #[derive(Clone, Copy, Debug)]
 struct Parts<T> {
     granularity: Granularity,
@@ -74,26 +73,36 @@ pub(super) fn stacks(constant: &Constant) -> bool {
     })
 }
 
-/// The parts as they enter the network; `None` if the form has no layers for them.
-fn parts(constant: &Constant, form: QuantizedForm, mode: WeightMode) -> Option<Parts<Constant>> {
+/// The parts as they enter the network; `None` if no layers can read them.
+fn parts(constant: &Constant, form: QuantizedForm, mode: WeightMode, is_table: bool) -> Option<Parts<Constant>> {
     let quantized = constant.as_quantized()?;
     if quantized.scales.as_quantized().is_some() || quantized.codes.shape().is_empty() {
         return None;
     }
+    let bound = mode == WeightMode::Bind;
     match form {
         QuantizedForm::Whole => None,
-        QuantizedForm::Elementwise if mode == WeightMode::Bind => for_elementwise(quantized),
+        // Rows of a table are gathered, for which no Dequantize layer gives its codes.
+        _ if bound && is_table => for_elementwise(quantized),
+        _ if is_table => None,
+        QuantizedForm::Elementwise if bound => for_elementwise(quantized),
         _ => for_dequantize(quantized),
     }
 }
 
-/// Quantized weights that enter networks of an engine as floats, since there are no layers for their codes: how many of each
+/// Quantized weights that enter networks of an engine as floats, since no layers can read their codes: how many of each
 /// format.
 pub fn widened_formats(graph: &Graph, options: &LowerOptions) -> BTreeMap<String, usize> {
     let mut formats = BTreeMap::new();
     for weight in super::weights(graph) {
         if let Some(quantized) = weight.constant.as_quantized()
-            && parts(&weight.constant, options.quantized, options.weight_mode).is_none()
+            && parts(
+                &weight.constant,
+                options.quantized,
+                options.weight_mode,
+                weight.is_table,
+            )
+            .is_none()
         {
             *formats.entry(quantized.to_string()).or_insert(0) += 1;
         }
@@ -109,32 +118,27 @@ fn signed(codes: &Constant) -> Constant {
     }
 }
 
+/// What an unsigned code of 0 is in two's complement.
+fn lowest(codes: DType) -> i64 {
+    match codes {
+        DType::U8 | DType::U4 | DType::U2 => -(1 << (codes.bits() - 1)),
+        _ => 0,
+    }
+}
+
 /// Codes that elementwise layers read.
 fn for_elementwise(quantized: Quantized<'_>) -> Option<Parts<Constant>> {
-    let (codes, dtype) = (quantized.codes, quantized.codes.dtype());
-    let least = if dtype.is_float_format() {
-        0
-    } else {
-        dtype.int_range().0
+    let dtype = quantized.codes.dtype();
+    let zero = match quantized.zero_points {
+        Some(points) => Zero::Points(signed(points).cast(DType::I8)),
+        None => Zero::Number(lowest(dtype)),
     };
     let (codes, coding, zero) = match dtype {
-        DType::F8E4M3Fn => (codes.clone(), Coding::Floats, Zero::Number(0)),
-        DType::I8 | DType::U8 => {
-            let zero = match quantized.zero_points {
-                Some(points) => Zero::Points(signed(points)),
-                // What an unsigned code of 0 is once it is moved.
-                None => Zero::Number(if least < 0 { 0 } else { -128 }),
-            };
-            (signed(codes), Coding::Integers, zero)
-        }
+        DType::F8E4M3Fn => (quantized.codes.clone(), Coding::Floats, Zero::Number(0)),
+        DType::I8 | DType::U8 => (signed(quantized.codes), Coding::Integers, zero),
         DType::I4 | DType::U4 | DType::I2 | DType::U2 => {
-            // Digits count from the least code.
-            let zero = match quantized.zero_points {
-                Some(points) if least < 0 => Zero::Points(points.half_range_moved().cast(DType::I8)),
-                Some(points) => Zero::Points(points.cast(DType::I8)),
-                None => Zero::Number(-least),
-            };
-            (codes.bytes_as_i8()?, Coding::Bytes(8 / dtype.bits()), zero)
+            let bytes = signed(quantized.codes).bytes_as_i8()?;
+            (bytes, Coding::Bytes(8 / dtype.bits()), zero)
         }
         _ => return None,
     };
@@ -167,8 +171,7 @@ fn for_dequantize(quantized: Quantized<'_>) -> Option<Parts<Constant>> {
             };
             Zero::Scaled(Constant::quantized(signed(points), scales.clone(), None, each).ok()?)
         }
-        // As with a zero point of 0, which is half the range once it is moved.
-        (DType::U8 | DType::U4, None) => Zero::Scaled(scales.scaled(-f64::from(1u32 << (dtype.bits() - 1)))),
+        (DType::U8 | DType::U4, None) => Zero::Scaled(scales.scaled(lowest(dtype) as f64)),
         (DType::I8 | DType::I4, None) => Zero::Number(0),
         _ => return None,
     };
@@ -265,7 +268,7 @@ fn blocks(shape: &[Dim], granularity: Granularity) -> (Shape, Shape) {
 impl Lowering<'_> {
     /// Weights, one below the other if they are several, as a tensor of their values. Layers that multiply with it or gather
     /// from it may read its codes instead.
-    pub(super) fn weights(&mut self, weights: &[(String, Constant)]) -> Lowered {
+    pub(super) fn weights(&mut self, weights: &[(String, Constant)], is_table: bool) -> Lowered {
         let mode = self.options.weight_mode;
         let named = |part: &str| {
             let names: Vec<String> = weights.iter().map(|(name, _)| format!("{name}{part}")).collect();
@@ -278,7 +281,7 @@ impl Lowering<'_> {
         let constants: Vec<Constant> = weights.iter().map(|(_, constant)| constant.clone()).collect();
         let all = constants
             .iter()
-            .map(|constant| parts(constant, self.options.quantized, mode));
+            .map(|constant| parts(constant, self.quantized_form(constant), mode, is_table));
         let Some(all) = all.collect::<Option<Vec<_>>>() else {
             return Ok(self.b.weight(&named(""), stacked(&constants), mode)?);
         };
@@ -292,6 +295,22 @@ impl Lowering<'_> {
         Ok(values)
     }
 
+    /// Rows deeper than sums take are read by Dequantize layers also where others are not.
+    fn quantized_form(&self, constant: &Constant) -> QuantizedForm {
+        let options = self.options;
+        let one_row = self.profile.tokens == Tokens::Static(1) && self.profile.batch == 1;
+        let form = match options.prefill_quantized {
+            Some(form) if !one_row => form,
+            _ => options.quantized,
+        };
+        let depth = constant.shape().last().copied().unwrap_or(1);
+        let deep = options.reduce_depth.is_some_and(|limit| depth > limit);
+        match form {
+            QuantizedForm::Elementwise if one_row && deep => QuantizedForm::DequantizeLayer,
+            form => form,
+        }
+    }
+
     fn values_of_codes(&mut self, name: &str, weight: &QuantizedWeight) -> Lowered {
         let Parts {
             codes,
@@ -303,18 +322,20 @@ impl Lowering<'_> {
         let shape: Shape = weight.shape.iter().map(|n| Dim::from(*n)).collect();
         let layout = blocks(&shape, weight.parts.granularity);
         if coding == Coding::Scaled {
+            let part = |part: &str| format!("{name}/{part}");
             let kind = LayerKind::Dequantize(weight.parts.granularity);
-            let values = self.b.add(&format!("{name}/values"), kind, &[codes, scales])?;
+            let values = self.b.add(&part("values"), kind, &[codes, scales])?;
+            // Apart from a product: of constants TensorRT has products of its own, some of which fail when they are loaded.
+            let values = self.kept_narrow(name, values)?;
             let Zero::Scaled(offsets) = zero else {
                 return Ok(values);
             };
-            let part = |part: &str| format!("{name}/{part}");
             let values = self.reshape(&part("blocks"), values, layout.0)?;
             let offsets = self.reshape(&part("offsets"), offsets, layout.1)?;
-            let values = self
+            let centered = self
                 .b
                 .elementwise(&part("centered"), Elementwise::Sub, values, offsets)?;
-            return self.reshape(&part("weight"), values, shape);
+            return self.reshape(&part("weight"), centered, shape);
         }
         let dtype = self.b.dtype(scales);
         let numbers = self.codes_as_numbers(name, codes, coding, dtype)?;
@@ -383,24 +404,24 @@ impl Lowering<'_> {
         }
     }
 
-    /// The codes of bytes less 128, each from the first in the lowest bits, as numbers from 0.
+    /// The codes of bytes, from the one in the lowest bits, as the head of the file says.
     fn digits(&mut self, name: &str, bytes: TensorId, each: usize, dtype: DType) -> Lowered<Vec<TensorId>> {
         let part = |part: &str| format!("{name}/{part}");
         let rank = self.b.rank(bytes);
         let base = f64::from(1u32 << (8 / each));
-        let half = self.number(dtype, rank, 128.0)?;
-        let (over, times) = (self.number(dtype, rank, base.recip())?, self.number(dtype, rank, base)?);
-        let bytes = self.b.cast(&part("bytes"), dtype, bytes)?;
-        let mut rest = self.b.elementwise(&part("unsigned"), Elementwise::Sum, bytes, half)?;
+        let mut number = |value: f64| self.number(dtype, rank, value);
+        let (over, times, half) = (number(base.recip())?, number(base)?, number(0.5)?);
+        let mut rest = self.b.cast(&part("bytes"), dtype, bytes)?;
         let mut digits = Vec::with_capacity(each);
         for _ in 1..each {
             let quotient = self.b.elementwise(&part("quotient"), Elementwise::Prod, rest, over)?;
-            let higher = self.b.unary(&part("higher"), UnaryOp::Floor, quotient)?;
+            let nearest = self.b.elementwise(&part("nearest"), Elementwise::Sum, quotient, half)?;
+            let nearest = self.b.unary(&part("whole"), UnaryOp::Floor, nearest)?;
             let multiple = self
                 .b
-                .elementwise(&part("multiple"), Elementwise::Prod, higher, times)?;
+                .elementwise(&part("multiple"), Elementwise::Prod, nearest, times)?;
             digits.push(self.b.elementwise(&part("digit"), Elementwise::Sub, rest, multiple)?);
-            rest = higher;
+            rest = self.b.unary(&part("rest"), UnaryOp::Floor, quotient)?;
         }
         digits.push(rest);
         Ok(digits)
@@ -417,72 +438,32 @@ impl Lowering<'_> {
             2 => x,
             _ => self.flattened(x)?,
         };
-        let rows = self.b.shape(flat)[0].clone();
-        let by_row = rows.is_one() && self.options.linear == LinearForm::ReduceRow;
-        let product = match by_row {
-            true if weight.parts.coding != Coding::Scaled => self.reduced_codes(name, flat, &weight)?,
+        let depth = weight.shape[1];
+        let by_row = self.b.shape(flat)[0].is_one()
+            && self.options.linear == LinearForm::ReduceRow
+            && self.options.reduce_depth.is_none_or(|limit| depth <= limit);
+        let in_sums = match weight.parts.coding {
+            Coding::Scaled => None,
+            _ if by_row => self.reduced_codes(name, flat, &weight)?,
             _ => None,
         };
-        let product = match product {
+        let product = match in_sums {
             Some(product) => product,
-            None => self.product_of_values(name, flat, values, &weight, by_row)?,
+            None if by_row => self.reduced_product(name, flat, values)?,
+            None => {
+                let kind = LayerKind::MatrixMultiply {
+                    op_a: MatrixOp::None,
+                    op_b: MatrixOp::Transpose,
+                };
+                self.b.add(name, kind, &[flat, values])?
+            }
         };
         let to = shape[..shape.len() - 1].iter().cloned();
         let to = to.chain([Dim::from(weight.shape[0])]).collect();
         Ok(Some(self.reshape(&format!("{name}/unflat"), product, to)?))
     }
 
-    /// As a product of matrices, or of a bound weight and one row as a reduction. Zero points of constants, which would part
-    /// codes from the product, are taken from it afterwards: `x · (codes * scales)ᵀ - sums of x by block · offsetsᵀ`.
-    fn product_of_values(
-        &mut self,
-        name: &str,
-        x: TensorId,
-        values: TensorId,
-        weight: &QuantizedWeight,
-        by_row: bool,
-    ) -> Lowered {
-        let part = |part: &str| format!("{name}/{part}");
-        let plain = LayerKind::MatrixMultiply {
-            op_a: MatrixOp::None,
-            op_b: MatrixOp::Transpose,
-        };
-        let QuantizedWeight { parts, shape } = weight;
-        let granularity = &parts.granularity;
-        let along = matches!(
-            granularity,
-            Granularity::Channel { axis: 0 } | Granularity::Block { axis: 1, .. }
-        );
-        let (Zero::Scaled(offsets), true) = (parts.zero, along) else {
-            return match by_row && self.options.weight_mode == WeightMode::Bind {
-                true => self.matrix_product(name, x, values, true),
-                false => Ok(self.b.add(name, plain, &[x, values])?),
-            };
-        };
-        let kind = LayerKind::Dequantize(*granularity);
-        let scaled = self.b.add(&part("scaled"), kind, &[parts.codes, parts.scales])?;
-        let product = self.b.add(&part("uncentered"), plain.clone(), &[x, scaled])?;
-        let blocks = match granularity {
-            Granularity::Block { size, .. } => shape[1] / size,
-            _ => 1,
-        };
-        let rows = self.b.shape(x)[0].clone();
-        let view = vec![rows.clone(), Dim::from(blocks), Dim::from(shape[1] / blocks)];
-        let x = self.reshape(&part("blocks"), x, view)?;
-        let sums = LayerKind::Reduce {
-            op: ReduceOp::Sum,
-            axes: vec![2],
-            keep_dims: false,
-        };
-        let sums = self.b.add(&part("sums"), sums, &[x])?;
-        let offsets = self.reshape(&part("offsets"), offsets, vec![Dim::from(shape[0]), Dim::from(blocks)])?;
-        let offset = self.b.add(&part("offset"), plain, &[sums, offsets])?;
-        Ok(self.b.elementwise(name, Elementwise::Sub, product, offset)?)
-    }
-
-    /// `[1, k] · [n, k]ᵀ` as sums over products with codes, in fp32: one sum over all where rows are short, and where they are
-    /// longer than [`LowerOptions::reduce_depth`](super::LowerOptions::reduce_depth) one for each block and one over those.
-    /// `None` if scales do not belong to rows.
+    /// `[1, k] · [n, k]ᵀ` as sums over products with codes, in fp32. `None` if scales do not belong to rows.
     fn reduced_codes(&mut self, name: &str, x: TensorId, weight: &QuantizedWeight) -> Lowered<Option<TensorId>> {
         let part = |part: &str| format!("{name}/{part}");
         let (rows, depth) = (weight.shape[0], weight.shape[1]);
@@ -531,7 +512,6 @@ impl Lowering<'_> {
                 Some(self.reshape(&part("zeros"), points, dims([of_rows, count, 1]))?)
             }
         };
-        let apart = self.options.reduce_depth.is_some_and(|limit| depth > limit);
         let mut terms = None;
         for (i, number) in numbers.into_iter().enumerate() {
             let x = match each {
@@ -546,8 +526,8 @@ impl Lowering<'_> {
                 }
             };
             let number = match zero {
-                Some(zero) if !apart => self.b.elementwise(&part("centered"), Elementwise::Sub, number, zero)?,
-                _ => number,
+                Some(zero) => self.b.elementwise(&part("centered"), Elementwise::Sub, number, zero)?,
+                None => number,
             };
             let product = self.b.elementwise(&part("terms"), Elementwise::Prod, number, x)?;
             terms = Some(match terms {
@@ -555,32 +535,14 @@ impl Lowering<'_> {
                 None => product,
             });
         }
-        let mut terms = terms.expect("a byte holds codes");
-        let sum = |axes: &[usize]| LayerKind::Reduce {
+        let terms = terms.expect("a byte holds codes");
+        let scaled = self.b.elementwise(&part("scaled"), Elementwise::Prod, terms, scales)?;
+        let sum = LayerKind::Reduce {
             op: ReduceOp::Sum,
-            axes: axes.to_vec(),
+            axes: vec![1, 2],
             keep_dims: true,
         };
-        if apart {
-            terms = self.b.add(&part("by_block"), sum(&[2]), &[terms])?;
-            match zero {
-                // Also keeps the two sums apart, which TensorRT would join.
-                Some(zero) => {
-                    let of_x = self.b.add(&part("x_by_block"), sum(&[2]), &[x])?;
-                    let of_x = self.b.elementwise(&part("offset"), Elementwise::Prod, zero, of_x)?;
-                    terms = self.b.elementwise(&part("centered"), Elementwise::Sub, terms, of_x)?;
-                }
-                None => {
-                    if let Some(unit) = self.one_at_run_time(DType::F32)? {
-                        let unit = self.raise(unit, 3)?;
-                        terms = self.b.elementwise(&part("apart"), Elementwise::Prod, terms, unit)?;
-                    }
-                }
-            }
-        }
-        let scaled = self.b.elementwise(&part("scaled"), Elementwise::Prod, terms, scales)?;
-        let axes: &[usize] = if apart { &[1] } else { &[1, 2] };
-        let sums = self.b.add(&part("sums"), sum(axes), &[scaled])?;
+        let sums = self.b.add(&part("sums"), sum, &[scaled])?;
         let sums = self.b.cast(&part("narrow"), dtype, sums)?;
         Ok(Some(self.reshape(name, sums, vec![one(), Dim::from(rows)])?))
     }

@@ -50,7 +50,7 @@ impl Lowering<'_> {
     fn constant(&mut self, id: ValueId) -> Lowered {
         if let Some(index) = self.table.by_value.get(&id) {
             let weight = &self.table.list[*index];
-            return self.weights(&[(weight.name.clone(), weight.constant.clone())]);
+            return self.weights(&[(weight.name.clone(), weight.constant.clone())], weight.is_table);
         }
         let literal = self.literal(id)?;
         Ok(self.b.constant(&self.graph.value(id).name, literal)?)

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::demand::{Demand, demand};
-use crate::graph::{Constant, ConstantSource, Graph, ValueId};
+use crate::graph::{Constant, ConstantSource, Graph, Op, ValueId};
 use crate::interface::Role;
 use crate::tensor::DType;
 
@@ -17,6 +17,8 @@ pub struct NamedWeight {
     pub name: String,
     /// Its numbers, or how they are made.
     pub constant: Constant,
+    /// Whether rows of it are gathered, as those of an embedding are.
+    pub is_table: bool,
 }
 
 /// The weights of networks that are lowered from a file of this graph, in order of first use: what such a file keeps
@@ -29,10 +31,12 @@ pub fn stored_weights(graph: &Graph) -> Vec<(ValueId, NamedWeight)> {
         .flat_map(|node| graph.node(node).inputs.iter().flatten());
     let constants = read.filter_map(|id| graph.constant(*id).map(|constant| (*id, constant)));
     let weights = constants.filter(|(id, constant)| is_weight(constant, true) && seen.insert(*id));
+    let tables = tables(graph);
     let named = weights.map(|(id, constant)| {
         let weight = NamedWeight {
             name: graph.value(id).name.clone(),
             constant: constant.clone(),
+            is_table: tables.contains(&id),
         };
         (id, weight)
     });
@@ -55,6 +59,7 @@ pub(super) fn table(graph: &Graph, demand: &Demand) -> Table {
     let mut taken: HashSet<String> = interface.map(|v| graph.value(*v).name.clone()).collect();
     taken.insert(Role::LogitRows.name());
     let mut known: HashMap<String, usize> = HashMap::new();
+    let tables = tables(graph);
     let mut by_value = HashMap::new();
     let mut list: Vec<NamedWeight> = Vec::new();
     for id in &demand.constants {
@@ -76,12 +81,21 @@ pub(super) fn table(graph: &Graph, demand: &Demand) -> Table {
                     DType::I64 => constant.cast(DType::I32),
                     _ => constant.clone(),
                 },
+                is_table: false,
             });
             list.len() - 1
         });
+        list[index].is_table |= tables.contains(id);
         by_value.insert(*id, index);
     }
     Table { by_value, list }
+}
+
+/// Values whose rows nodes gather.
+fn tables(graph: &Graph) -> HashSet<ValueId> {
+    let nodes = graph.node_ids().map(|id| graph.node(id));
+    let gathers = nodes.filter(|node| matches!(node.op, Op::Gather { .. }));
+    gathers.filter_map(|node| node.input(0)).collect()
 }
 
 /// The rule in the head of [`lower`](super). `initializer`: whether the constant came, or will come, from a file by its name.

@@ -94,6 +94,7 @@ fn choices() -> Vec<(WeightMode, QuantizedForm, Option<usize>)> {
     for form in [QuantizedForm::DequantizeLayer, QuantizedForm::Elementwise] {
         all.extend([
             (WeightMode::Bind, form, None),
+            // Deeper than sums take.
             (WeightMode::Bind, form, Some(DEPTH / 2)),
             (WeightMode::Embed, form, None),
         ]);

@@ -49,6 +49,7 @@ fn plan(graph: &Graph, profile: &Profile, mode: WeightMode, form: QuantizedForm)
     let options = LowerOptions {
         weight_mode: mode,
         quantized: form,
+        prefill_quantized: Some(form),
         ..LowerOptions::for_engines()
     };
     let network = lower(graph, profile, &options).unwrap();
