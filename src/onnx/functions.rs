@@ -126,8 +126,9 @@ fn round_to_codes() -> Vec<NodeProto> {
 const INT8: i64 = 3;
 
 /// What a `RoundedAttention` rounds, each with its attributes.
-const ROUNDED: [(&str, [&str; 3]); 2] = [
+const ROUNDED: [(&str, [&str; 3]); 3] = [
     ("scores", ["scores_to", "scores_scale", "scores_zero_point"]),
+    ("bounded", ["capped_to", "capped_scale", "capped_zero_point"]),
     (
         "probabilities",
         ["probabilities_to", "probabilities_scale", "probabilities_zero_point"],
@@ -191,10 +192,13 @@ fn rounded_attention() -> Vec<NodeProto> {
         node("Mul", &["bent", "cap"], "capped", vec![]),
         node("Equal", &["cap", "none"], "has_no_cap", vec![]),
         node("Where", &["has_no_cap", "scores_near", "capped"], "bounded", vec![]),
-        node("Where", &["mask", "bounded", "never"], "masked", vec![]),
-        node("Softmax", &["masked"], "probabilities", vec![int("axis", -1)]),
     ]);
     nodes.extend(rounded_or_not(ROUNDED[1]));
+    nodes.extend([
+        node("Where", &["mask", "bounded_near", "never"], "masked", vec![]),
+        node("Softmax", &["masked"], "probabilities", vec![int("axis", -1)]),
+    ]);
+    nodes.extend(rounded_or_not(ROUNDED[2]));
     nodes.extend([
         node("Reshape", &["probabilities_near", "by_group"], "shares", vec![]),
         node("MatMul", &["shares", "v_wide"], "attended", vec![]),

@@ -225,12 +225,14 @@ impl Emitter<'_> {
         let value = self.rounded(value, &rounding.value, &format!("{name}.value.read"));
         let mask = self.mask(layer.scores.window);
         let half = dtype.is_half();
-        let op = match (rounding.scores, rounding.probabilities) {
-            (None, None) => Op::Attention(layer.scores.operator(half.then_some(DType::F32))),
-            (scores, probabilities) => Op::RoundedAttention(RoundedAttention {
+        let inside = [rounding.scores, rounding.capped, rounding.probabilities];
+        let op = match inside {
+            [None, None, None] => Op::Attention(layer.scores.operator(half.then_some(DType::F32))),
+            [scores, capped, probabilities] => Op::RoundedAttention(RoundedAttention {
                 scale: layer.scores.scale,
                 softcap: layer.scores.softcap.unwrap_or(0.0),
                 scores,
+                capped,
                 probabilities,
             }),
         };

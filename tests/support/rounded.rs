@@ -23,6 +23,7 @@ pub fn rounded(mut graph: Graph, scores: Option<Rounding>, probabilities: Option
             scale: attention.scale.unwrap_or(0.25),
             softcap: attention.softcap,
             scores,
+            capped: scores.map(|how| how.scaled(3.0)),
             probabilities,
         });
     }

@@ -51,18 +51,18 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
 /// Query `i` stands at position `i + offset` among the keys, where the offset is the length of the past, or with
 /// `nonpad_kv_seqlen` that row's length less the number of queries, or 0.
 pub(super) fn attention(how: &Attention, input: impl Fn(usize) -> Option<Tensor>) -> Result<[Tensor; 4]> {
-    attention_with(how, input, [None, None])
+    attention_with(how, input, [None; 3])
 }
 
 /// As [`attention`], its scores and probabilities rounded.
 fn rounded_attention(how: &RoundedAttention, input: impl Fn(usize) -> Option<Tensor>) -> Result<[Tensor; 4]> {
-    attention_with(&how.unrounded(), input, [how.scores, how.probabilities])
+    attention_with(&how.unrounded(), input, [how.scores, how.capped, how.probabilities])
 }
 
 fn attention_with(
     how: &Attention,
     input: impl Fn(usize) -> Option<Tensor>,
-    roundings: [Option<Rounding>; 2],
+    roundings: [Option<Rounding>; 3],
 ) -> Result<[Tensor; 4]> {
     let needed = |i: usize| input(i).ok_or(EvalError::MissingInput { input: i });
     let (q_in, k_in, v_in) = (needed(0)?, needed(1)?, needed(2)?);

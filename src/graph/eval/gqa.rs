@@ -101,7 +101,7 @@ pub(super) fn group_query_attention(
         f64::from(how.softcap),
         bias,
         sink.as_deref(),
-        [None, None],
+        [None; 3],
     )?;
     Ok([y.tensor_3d(dtype), k.tensor_4d(dtype), v.tensor_4d(dtype)])
 }

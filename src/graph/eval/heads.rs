@@ -119,7 +119,7 @@ impl Heads {
 
 /// Softmax attention. `bias(b, h, i, j)` is added to the score of query `i` and key `j` after the softcap; a query
 /// whose keys are all at minus infinity gives zeros. `sink[h]` adds a score that takes weight and gives nothing.
-/// `roundings` are those of scores, before the softcap, and of probabilities.
+/// The roundings are those of scores before and behind the softcap, and of probabilities.
 /// Gives the output `[batch, heads, queries, v_dim]` and the scores (softcapped, without the bias).
 pub(super) fn attend(
     [q, k, v]: [&Heads; 3],
@@ -127,7 +127,7 @@ pub(super) fn attend(
     softcap: f64,
     bias: impl Fn(usize, usize, usize, usize) -> f64,
     sink: Option<&[f64]>,
-    [round_scores, round_shares]: [Option<Rounding>; 2],
+    [round_scores, round_capped, round_shares]: [Option<Rounding>; 3],
 ) -> Result<(Heads, Heads)> {
     let fits = q.batch == k.batch
         && k.batch == v.batch
@@ -160,11 +160,12 @@ pub(super) fn attend(
                     *dot = sum * scale;
                 }
                 rounded(&mut dots, round_scores);
+                if softcap > 0.0 {
+                    dots.iter_mut().for_each(|dot| *dot = softcap * (*dot / softcap).tanh());
+                }
+                rounded(&mut dots, round_capped);
                 for (j, weight) in weights.iter_mut().enumerate() {
-                    let mut score = dots[j];
-                    if softcap > 0.0 {
-                        score = softcap * (score / softcap).tanh();
-                    }
+                    let score = dots[j];
                     scores.row_mut(b, h, i)[j] = score;
                     // A masked key stays masked whatever its score, infinities and NaNs of unused slots included.
                     let bias = bias(b, h, i, j);

@@ -264,8 +264,8 @@ operators! {
             .outputs(4).family(Family::Attention);
         /// Attention whose scores or probabilities are rounded to codes. Inputs: q `[batch, heads, tokens, head_dim]`, k and v
         /// `[batch, kv_heads, slots, ..]`, mask (bool, true where a token attends to a slot). The scaled products of queries
-        /// and keys are rounded before the soft cap and the mask, the probabilities before their product with the values; both
-        /// in fp32.
+        /// and keys are rounded before the soft cap or behind it and before the mask, the probabilities before their product with
+        /// the values; all in fp32.
         RoundedAttention {
             /// Factor of the products of queries and keys.
             scale: f32 = written_real("scale", 1.0),
@@ -273,6 +273,8 @@ operators! {
             softcap: f32 = real("softcap", 0.0),
             /// Of the scaled scores.
             scores: Option<Rounding> = rounding("scores_to", "scores_scale", "scores_zero_point"),
+            /// Of the scores behind the soft cap, before the mask.
+            capped: Option<Rounding> = rounding("capped_to", "capped_scale", "capped_zero_point"),
             /// Of the softmax's result.
             probabilities: Option<Rounding>
                 = rounding("probabilities_to", "probabilities_scale", "probabilities_zero_point"),

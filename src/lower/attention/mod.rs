@@ -94,7 +94,7 @@ impl Lowering<'_> {
         let attended = if let Some(attended) = split {
             attended
         } else if scores.softcap.is_some() || form == AttentionForm::Decomposed {
-            self.decomposed(name, [q, k, v], mask, scores.softcap, [None, None])?
+            self.decomposed(name, [q, k, v], mask, scores.softcap, [None; 3])?
         } else {
             self.attention_layer(name, [q, k, v], mask)?
         };
@@ -114,7 +114,7 @@ impl Lowering<'_> {
         }
         let q = self.scaled_query(&format!("{name}/scaled"), q, how.scale)?;
         let softcap = how.unrounded().scores(1).softcap;
-        self.decomposed(name, [q, k, v], Some(mask), softcap, [how.scores, how.probabilities])
+        self.decomposed(name, [q, k, v], Some(mask), softcap, [how.scores, how.capped, how.probabilities])
     }
 
     /// In the query's dtype where that holds the scale exactly, in fp32 otherwise: a rounded scale is a wrong temperature.
@@ -258,7 +258,7 @@ impl Lowering<'_> {
         Ok(repeated)
     }
 
-    /// `softmax(cap(q kᵀ) + mask) v` in single layers, scores in fp32; `roundings` of the products and of the softmax's result. The
+    /// `softmax(cap(q kᵀ) + mask) v` in single layers, scores in fp32; roundings of the products, behind the cap, and of the softmax's result. The
     /// heads of a group are rows of one product with
     /// their KV head: `[batch, kv_heads, group * tokens, d]`.
     fn decomposed(
@@ -267,7 +267,7 @@ impl Lowering<'_> {
         [q, k, v]: [TensorId; 3],
         mask: Option<TensorId>,
         softcap: Option<f32>,
-        [round_scores, round_shares]: [Option<Rounding>; 2],
+        [round_scores, round_capped, round_shares]: [Option<Rounding>; 3],
     ) -> Lowered {
         let part = |part: &str| format!("{name}/{part}");
         let shape = self.b.shape(q).clone();
@@ -292,6 +292,9 @@ impl Lowering<'_> {
             let inner = self.scaled(&part("uncapped"), scores, 1.0 / softcap)?;
             let bent = self.b.activation(&part("bent"), Activation::Tanh, inner)?;
             scores = self.scaled(&part("capped"), bent, softcap)?;
+        }
+        if let Some(how) = round_capped {
+            scores = self.rounded(&part("capped/rounded"), scores, how)?;
         }
         if let Some(mask) = mask {
             let by_head = vec![shape[0].clone(), shape[1].clone(), shape[2].clone(), slots.clone()];

@@ -32,6 +32,8 @@ pub struct FoundAttention {
     pub softcap: Option<f64>,
     /// Roundings of the scores in units of the scaled ones, the last one first.
     pub rounded_scores: Vec<(ValueId, Rounding)>,
+    /// Those behind a soft cap.
+    pub rounded_capped: Vec<(ValueId, Rounding)>,
     /// Roundings of the softmax's result, the first one first.
     pub rounded_probabilities: Vec<(ValueId, Rounding)>,
     /// Roundings of scores that have no place there.
@@ -124,6 +126,7 @@ fn from_operator(graph: &Graph, node: &Node) -> Result<FoundAttention, String> {
         scale: f64::from(scores.scale),
         softcap: scores.softcap.map(f64::from),
         rounded_scores: Vec::new(),
+        rounded_capped: Vec::new(),
         rounded_probabilities: Vec::new(),
         unplaced: Vec::new(),
         grouped: true,
@@ -159,6 +162,7 @@ fn from_softmax(
         scale: chain.scale,
         softcap: chain.softcap,
         rounded_scores: chain.rounded,
+        rounded_capped: chain.capped,
         rounded_probabilities,
         unplaced: chain.unplaced,
         grouped: false,
@@ -173,6 +177,7 @@ struct Chain {
     scale: f64,
     softcap: Option<f64>,
     rounded: Vec<(ValueId, Rounding)>,
+    capped: Vec<(ValueId, Rounding)>,
     unplaced: Vec<Unplaced>,
 }
 
@@ -181,7 +186,8 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
     let scalar = |id: ValueId| graph.constant(id).and_then(|c| c.materialize().ok()?.scalar());
     let (mut mask, mut outer, mut inner, mut cap) = (Vec::new(), 1.0, 1.0, None);
     let mut at = scores;
-    let (mut rounded, mut unplaced): (Vec<(ValueId, Rounding)>, Vec<Unplaced>) = Default::default();
+    let (mut rounded, mut capped): (Vec<(ValueId, Rounding)>, Vec<_>) = Default::default();
+    let mut unplaced: Vec<Unplaced> = Vec::new();
     let refuse = |unplaced: &mut Vec<Unplaced>, output: ValueId, reason: &str| {
         unplaced.push(Unplaced {
             value: name_of_rounded(graph, output),
@@ -241,6 +247,7 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
                     scale,
                     softcap,
                     rounded,
+                    capped,
                     unplaced,
                 });
             }
@@ -296,9 +303,7 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
                         refuse(&mut unplaced, at, "its scores are rounded within their soft cap");
                         at = tanh;
                     }
-                    for (output, _) in rounded.drain(..) {
-                        refuse(&mut unplaced, output, "its scores are rounded after their soft cap");
-                    }
+                    capped = std::mem::take(&mut rounded);
                     at = graph
                         .def(at)
                         .and_then(|(_, n)| n.input(0))

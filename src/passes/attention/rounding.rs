@@ -69,6 +69,8 @@ pub struct LayerRounding {
     pub value: Vec<Rounding>,
     /// Of the scaled scores before soft cap and mask.
     pub scores: Option<Rounding>,
+    /// Of the scores behind the soft cap, before the mask.
+    pub capped: Option<Rounding>,
     /// Of the softmax's result.
     pub probabilities: Option<Rounding>,
 }
@@ -139,13 +141,6 @@ pub fn effective(graph: &Graph, roundings: &HashMap<ValueId, Rounding>) -> HashS
         }
     }
     roundings.keys().copied().filter(|id| seen.contains(id)).collect()
-}
-
-/// Roundings at one place in a row, each with the value that it gives. Rounding again to the same codes changes nothing.
-fn push(places: &mut Vec<Rounding>, rounding: Rounding) {
-    if places.last() != Some(&rounding) {
-        places.push(rounding);
-    }
 }
 
 const NO_ROTATION: &str = "it is a part of a rotary embedding that is not understood";
@@ -252,17 +247,19 @@ impl Places<'_, '_, '_> {
         })
     }
 
-    /// Of the scores or probabilities: one at most.
-    pub fn single(&mut self, found: &[(ValueId, Rounding)]) -> Result<Option<Rounding>, Unplaced> {
-        let mut one = Vec::new();
+    /// Of scores or probabilities, the first one first: as many as there are places.
+    fn few<const N: usize>(&mut self, found: &[(ValueId, Rounding)]) -> Result<[Option<Rounding>; N], Unplaced> {
+        let mut places = Vec::new();
         for (output, rounding) in found {
-            push(&mut one, *rounding);
-            if one.len() > 1 {
-                return self.unplaced(*output, "it is rounded twice, to different codes");
+            if places.last() != Some(rounding) {
+                places.push(*rounding);
+            }
+            if places.len() > N {
+                return self.unplaced(*output, "it is rounded once more, to other codes");
             }
             self.placed.insert(*output);
         }
-        Ok(one.pop())
+        Ok(std::array::from_fn(|i| places.get(i).copied()))
     }
 
     /// Of rows with this projection. `scale` is the factor with which they are written.
@@ -776,11 +773,19 @@ pub fn of_layer(
     if let Some(unplaced) = found.unplaced.first() {
         return Err(unplaced.clone());
     }
+    let before: Vec<_> = found.rounded_scores.iter().rev().copied().collect();
+    let behind: Vec<_> = found.rounded_capped.iter().rev().copied().collect();
+    let (scores, capped) = match found.softcap {
+        Some(_) => (places.few::<1>(&before)?[0], places.few::<1>(&behind)?[0]),
+        // Without a cap the two places are one after the other.
+        None => places.few::<2>(&before)?.into(),
+    };
     Ok(LayerRounding {
         query: places.rows(found.query, query, 1.0)?,
         key: places.reads(found.key, key, key_factor)?,
         value: places.reads(found.value, value, 1.0)?,
-        scores: places.single(&found.rounded_scores)?,
-        probabilities: places.single(&found.rounded_probabilities)?,
+        scores,
+        capped,
+        probabilities: places.few::<1>(&found.rounded_probabilities)?[0],
     })
 }
