@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::attention::layout::TokenLayout;
 use super::attention::projection::Projection;
 use super::attention::rope::Rope;
-use super::attention::rounding::{RotationRounding, RowRounding};
+use super::attention::rounding::{CacheRounding, RotationRounding, RowRounding};
 use super::attention::{Analysis, AttentionLayer, Obstacle};
 use super::contract;
 use super::reshapes::reshape_to;
@@ -36,6 +36,8 @@ struct Emitter<'g> {
     tables: HashMap<(usize, DType), (ValueId, ValueId)>,
     /// Tables of one number, by the cosines whose shape and dtype they have and the number's name.
     filled: HashMap<(ValueId, &'static str), ValueId>,
+    /// See [`Emitter::is_older`].
+    older: Option<ValueId>,
     /// New caches by the export's: input, and output once written.
     caches: HashMap<ValueId, (ValueId, Option<ValueId>)>,
     /// The first of the new caches, which shows the capacity.
@@ -111,6 +113,7 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
         counters: None,
         tables: HashMap::new(),
         filled: HashMap::new(),
+        older: None,
         first_cache: inputs.get(3).map(|(_, id)| *id),
         caches,
     };
@@ -221,8 +224,8 @@ impl Emitter<'_> {
         let dtype = self.graph.value(key).dtype.unwrap_or(DType::F32);
         let rounding = &layer.rounding;
         let query = self.rows(&layer.query, &rounding.query, &format!("{name}.query"), dtype, analysis)?;
-        let key = self.rounded(key, &rounding.key, &format!("{name}.key.read"));
-        let value = self.rounded(value, &rounding.value, &format!("{name}.value.read"));
+        let key = self.read(key, &rounding.key, &format!("{name}.key.read"));
+        let value = self.read(value, &rounding.value, &format!("{name}.value.read"));
         let mask = self.mask(layer.scores.window);
         let half = dtype.is_half();
         let inside = [rounding.scores, rounding.capped, rounding.probabilities];
@@ -286,6 +289,36 @@ impl Emitter<'_> {
             x = self.typed(&format!("{name}.rounded"), rounding.operator(), &[x], dtype, shape);
         }
         x
+    }
+
+    /// A cache as it is read.
+    fn read(&mut self, cache: ValueId, how: &CacheRounding, name: &str) -> ValueId {
+        let new = self.rounded(cache, &how.new, name);
+        let Some(older) = &how.older else { return new };
+        let older = self.rounded(cache, older, &format!("{name}.older"));
+        let is_older = self.is_older();
+        let (dtype, shape) = self.type_of(cache);
+        self.typed(name, Op::Where, &[is_older, older, new], dtype, shape)
+    }
+
+    /// `[batch, 1, capacity, 1]`, true where a slot was written by an earlier call.
+    fn is_older(&mut self) -> ValueId {
+        if let Some(known) = self.older {
+            return known;
+        }
+        let (slots, positions) = self.counters();
+        let (unit, capacity) = (Dim::from(1usize), Dim::sym(Sym::capacity()));
+        let ints = [0, 1, 2].map(|value| self.graph.add_i64("older.slice", &[value]));
+        let first = [self.batch.clone(), unit.clone(), unit.clone(), unit.clone()].to_vec();
+        let inputs = [positions, ints[0], ints[1], ints[2]];
+        let first = self.typed("older.first", Op::Slice, &inputs, DType::I64, first);
+        let axes = self.graph.add_i64("older.axes", &[1]);
+        let column = vec![capacity.clone(), unit.clone()];
+        let slots = self.typed("older.slots", Op::Unsqueeze, &[slots, axes], DType::I64, column);
+        let op = Op::Binary(Binary::Less);
+        let shape = vec![self.batch.clone(), unit.clone(), capacity, unit];
+        let older = self.typed("older", op, &[slots, first], DType::Bool, shape);
+        *self.older.insert(older)
     }
 
     /// `[batch, heads, tokens, head_dim]`.

@@ -58,15 +58,24 @@ pub struct RotationRounding {
     pub passed: Vec<Rounding>,
 }
 
+/// Roundings of a cache's elements as they are read, the first one first.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CacheRounding {
+    /// Of rows that the same call wrote.
+    pub new: Vec<Rounding>,
+    /// Of rows of earlier calls, where that is not the same: each call rounds the past before it uses it.
+    pub older: Option<Vec<Rounding>>,
+}
+
 /// All roundings of one attention.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerRounding {
     /// Of the query's rows, which are not scaled.
     pub query: RowRounding,
     /// Of the elements of the key cache, as it is read.
-    pub key: Vec<Rounding>,
+    pub key: CacheRounding,
     /// Of the elements of the value cache, as it is read.
-    pub value: Vec<Rounding>,
+    pub value: CacheRounding,
     /// Of the scaled scores before soft cap and mask.
     pub scores: Option<Rounding>,
     /// Of the scores behind the soft cap, before the mask.
@@ -140,7 +149,14 @@ pub fn effective(graph: &Graph, roundings: &HashMap<ValueId, Rounding>) -> HashS
             stack.extend(node.inputs.iter().flatten().filter(|v| seen.insert(**v)));
         }
     }
-    roundings.keys().copied().filter(|id| seen.contains(id)).collect()
+    let matters = |id: &ValueId| seen.contains(id) && !is_empty(graph, *id);
+    roundings.keys().copied().filter(matters).collect()
+}
+
+/// Whether a value has no elements, such as those of a head that is rotated as a whole behind its rotated ones.
+fn is_empty(graph: &Graph, value: ValueId) -> bool {
+    let shape = graph.shape(value);
+    shape.is_some_and(|shape| shape.iter().any(|dim| dim.as_const() == Some(0)))
 }
 
 const NO_ROTATION: &str = "it is a part of a rotary embedding that is not understood";
@@ -414,8 +430,8 @@ impl Places<'_, '_, '_> {
         Ok((found, Vec::new()))
     }
 
-    /// Of a cache's elements as an operand reads them, innermost first. `factor` is that of the operand.
-    pub fn reads(&mut self, operand: ValueId, cache: &ExportCache, factor: f32) -> Result<Vec<Rounding>, Unplaced> {
+    /// Of a cache's elements as an operand reads them. `factor` is that of the operand.
+    fn reads(&mut self, operand: ValueId, cache: &ExportCache, factor: f32) -> Result<CacheRounding, Unplaced> {
         let read = self.to_write(operand)?;
         let stored = self.to_write(cache.output)?;
         let mut roundings = Vec::new();
@@ -432,7 +448,10 @@ impl Places<'_, '_, '_> {
         roundings.reverse();
         roundings.dedup();
         if stored.roundings.is_empty() && read.past.is_empty() {
-            return Ok(roundings);
+            return Ok(CacheRounding {
+                new: roundings,
+                older: None,
+            });
         }
         // What a call stores is rounded: the next one reads it rounded, as this one reads it.
         let mut written: Vec<Rounding> = stored.roundings.iter().map(|(_, rounding, _)| *rounding).collect();
@@ -454,20 +473,26 @@ impl Places<'_, '_, '_> {
         {
             return self.unplaced(first, "the cache is stored rounded, but not so read");
         }
-        // Rounding past rows again must change nothing, or a row would be another one when it is read again.
-        let held = written.first().or(cache.rounding.after.last());
-        for (output, _) in &read.past {
-            let all = read.past.iter().rev().map(|(_, rounding)| rounding).chain(&written);
-            if !held.is_some_and(|held| keep(all, held)) {
-                return self.unplaced(
-                    *output,
-                    "it rounds past keys or values anew in each call, to other codes than they have",
-                );
+        let past: Vec<Rounding> = read.past.iter().rev().map(|(_, rounding)| *rounding).collect();
+        let held = written.first().or(cache.rounding.after.last()).and_then(|held| numbers(*held));
+        let again: Vec<Rounding> = past.iter().chain(&written).copied().collect();
+        let once = held.as_ref().and_then(|held| applied(&again, held));
+        // A row is read as it was stored, or as it is from the second call on for good.
+        let mut older = None;
+        if !past.is_empty() && once != held {
+            let twice = once.as_ref().and_then(|once| applied(&again, once));
+            let settles = match held {
+                Some(_) => once.is_some() && twice == once,
+                None => again.len() == 1,
+            };
+            if !settles {
+                return self.unplaced(first, "each call rounds past keys or values anew, to other codes than they have");
             }
-            self.placed.insert(*output);
+            older = Some(written.iter().chain(&past).chain(&roundings).copied().collect());
         }
+        self.placed.extend(read.past.iter().map(|(output, _)| *output));
         self.placed.extend(stored.roundings.iter().map(|(output, ..)| *output));
-        Ok(roundings)
+        Ok(CacheRounding { new: roundings, older })
     }
 
     /// From a value back to where past and new rows meet.
@@ -547,13 +572,8 @@ impl Places<'_, '_, '_> {
 
     fn data(&self, node: &crate::graph::Node) -> Vec<ValueId> {
         let inputs = node.inputs.iter().flatten().copied();
-        // Nothing comes of no elements, such as those of a head that is rotated as a whole behind its rotated ones.
-        let is_empty = |v: &ValueId| {
-            let shape = self.evaluator.graph.shape(*v);
-            shape.is_some_and(|shape| shape.iter().any(|dim| dim.as_const() == Some(0)))
-        };
         let mut data: Vec<ValueId> = inputs
-            .filter(|v| self.evaluator.dependence(*v) == Dependence::Data && !is_empty(v))
+            .filter(|v| self.evaluator.dependence(*v) == Dependence::Data && !is_empty(self.evaluator.graph, *v))
             .collect();
         data.dedup();
         data
@@ -668,32 +688,24 @@ struct Read {
     past: Vec<(ValueId, Rounding)>,
 }
 
-/// Whether these roundings, one after the other, keep every number that one of 8 bits or fewer gives.
-fn keep<'r>(roundings: impl Iterator<Item = &'r Rounding>, held: &Rounding) -> bool {
-    let codes = match held.to {
-        DType::I8 | DType::U8 | DType::F8E4M3Fn | DType::F8E5M2 => (0..=255u8).collect::<Vec<u8>>(),
-        _ => return false,
-    };
-    let Ok(numbers) = Tensor::new(held.to, vec![codes.len()], codes.into()) else {
-        return false;
-    };
-    let number = |code: f64| (code - held.zero_point as f64) as f32 * held.scale;
-    let numbers: Vec<f32> = numbers
-        .to_f64()
-        .into_iter()
-        .filter(|code| code.is_finite())
-        .map(number)
-        .collect();
-    let start = Tensor::from_f32(vec![numbers.len()], &numbers);
-    let mut x = start.clone();
-    for rounding in roundings {
-        match eval_node(&rounding.operator(), &[Some(x)], 1).map(|mut results| results.pop().flatten()) {
-            Ok(Some(rounded)) => x = rounded,
-            _ => return false,
-        }
+/// Every number that codes of 8 bits stand for.
+fn numbers(how: Rounding) -> Option<Vec<f32>> {
+    if !matches!(how.to, DType::I8 | DType::U8 | DType::F8E4M3Fn | DType::F8E5M2) {
+        return None;
     }
-    let near = |(a, b): (&f32, &f32)| (a - b).abs() <= held.scale * 1e-3;
-    x.to_f32().iter().zip(&start.to_f32()).all(near)
+    let bytes: Vec<u8> = (0..=255).collect();
+    let codes = Tensor::new(how.to, vec![bytes.len()], bytes.into()).ok()?;
+    let codes = codes.to_f64().into_iter().filter(|code| code.is_finite());
+    Some(codes.map(|code| (code - how.zero_point as f64) as f32 * how.scale).collect())
+}
+
+/// Numbers rounded, in this order.
+fn applied(roundings: &[Rounding], numbers: &[f32]) -> Option<Vec<f32>> {
+    let mut x = Tensor::from_f32(vec![numbers.len()], numbers);
+    for rounding in roundings {
+        x = eval_node(&rounding.operator(), &[Some(x)], 1).ok()?.pop().flatten()?;
+    }
+    Some(x.to_f32())
 }
 
 /// Equal but for which of several equal roundings are meant.
