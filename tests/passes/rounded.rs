@@ -216,7 +216,7 @@ fn at_random_places(name: &str, graph: Graph, seed: u64, trials: usize) -> usize
 
 fn family(name: &str) -> Graph {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families");
-    let mut graph = lapidary::onnx::read(&path.join(name).join("model.onnx")).unwrap();
+    let mut graph = lapidary::onnx::read(path.join(name).join("model.onnx")).unwrap();
     graph.sort().unwrap();
     infer(&mut graph).unwrap();
     graph

@@ -114,7 +114,13 @@ impl Lowering<'_> {
         }
         let q = self.scaled_query(&format!("{name}/scaled"), q, how.scale)?;
         let softcap = how.unrounded().scores(1).softcap;
-        self.decomposed(name, [q, k, v], Some(mask), softcap, [how.scores, how.capped, how.probabilities])
+        self.decomposed(
+            name,
+            [q, k, v],
+            Some(mask),
+            softcap,
+            [how.scores, how.capped, how.probabilities],
+        )
     }
 
     /// In the query's dtype where that holds the scale exactly, in fp32 otherwise: a rounded scale is a wrong temperature.

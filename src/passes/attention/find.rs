@@ -12,6 +12,9 @@ use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::passes::dependence::Dependence;
 use crate::passes::partial_eval::PartialEvaluator;
 
+/// A rounding, with the value that it gives.
+pub type RoundedValue = (ValueId, Rounding);
+
 /// One attention of the export.
 #[derive(Clone, Debug)]
 pub struct FoundAttention {
@@ -30,12 +33,12 @@ pub struct FoundAttention {
     /// Factor of the scores, apart from those in the operands.
     pub scale: f64,
     pub softcap: Option<f64>,
-    /// Roundings of the scores in units of the scaled ones, the last one first.
-    pub rounded_scores: Vec<(ValueId, Rounding)>,
+    /// Roundings of the scores, in units of the scaled ones, the last one first.
+    pub rounded_scores: Vec<RoundedValue>,
     /// Those behind a soft cap.
-    pub rounded_capped: Vec<(ValueId, Rounding)>,
+    pub rounded_capped: Vec<RoundedValue>,
     /// Roundings of the softmax's result, the first one first.
-    pub rounded_probabilities: Vec<(ValueId, Rounding)>,
+    pub rounded_probabilities: Vec<RoundedValue>,
     /// Roundings of scores that have no place there.
     pub unplaced: Vec<Unplaced>,
     /// Key and value may have fewer heads than the query.
@@ -176,8 +179,8 @@ struct Chain {
     mask: Vec<MaskTerm>,
     scale: f64,
     softcap: Option<f64>,
-    rounded: Vec<(ValueId, Rounding)>,
-    capped: Vec<(ValueId, Rounding)>,
+    rounded: Vec<RoundedValue>,
+    capped: Vec<RoundedValue>,
     unplaced: Vec<Unplaced>,
 }
 
@@ -186,7 +189,7 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
     let scalar = |id: ValueId| graph.constant(id).and_then(|c| c.materialize().ok()?.scalar());
     let (mut mask, mut outer, mut inner, mut cap) = (Vec::new(), 1.0, 1.0, None);
     let mut at = scores;
-    let (mut rounded, mut capped): (Vec<(ValueId, Rounding)>, Vec<_>) = Default::default();
+    let (mut rounded, mut capped): (Vec<RoundedValue>, Vec<_>) = Default::default();
     let mut unplaced: Vec<Unplaced> = Vec::new();
     let refuse = |unplaced: &mut Vec<Unplaced>, output: ValueId, reason: &str| {
         unplaced.push(Unplaced {
@@ -367,7 +370,7 @@ fn forward_to_product(
     evaluator: &PartialEvaluator<'_>,
     uses: &Uses,
     probabilities: ValueId,
-) -> Result<(ValueId, ValueId, Vec<(ValueId, Rounding)>), String> {
+) -> Result<(ValueId, ValueId, Vec<RoundedValue>), String> {
     let graph = evaluator.graph;
     let mut rounded = Vec::new();
     let mut at = probabilities;

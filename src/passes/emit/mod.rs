@@ -2,22 +2,20 @@
 //!
 //! Takes an [`Analysis`] without obstacles. Each attention becomes `TensorScatter` on two caches and `Attention`, after
 //! the picks and rotations of its projections; masks are written once per window. The export's own masks, caches and
-//! positions are then read by nothing and fall away.
+//! positions are then read by nothing and fall away. [`rows`] writes picks and rotations.
+
+mod rows;
 
 use std::collections::HashMap;
-use std::ops::Range;
 
-use super::attention::layout::TokenLayout;
-use super::attention::projection::Projection;
-use super::attention::rope::Rope;
-use super::attention::rounding::{CacheRounding, RotationRounding, RowRounding};
+use super::attention::rounding::CacheRounding;
 use super::attention::{Analysis, AttentionLayer, Obstacle};
 use super::contract;
 use super::reshapes::reshape_to;
 use super::roles::Roles;
 use crate::dim::{Dim, Sym};
-use crate::graph::op::{Binary, Op, RoundedAttention, Rounding};
-use crate::graph::{Constant, Graph, Shape, ValueId};
+use crate::graph::op::{Binary, Op, RoundedAttention};
+use crate::graph::{Graph, Shape, ValueId};
 use crate::interface::{CacheId, CachePart, Interface, Port, Role};
 use crate::tensor::{DType, Tensor};
 
@@ -42,17 +40,6 @@ struct Emitter<'g> {
     caches: HashMap<ValueId, (ValueId, Option<ValueId>)>,
     /// The first of the new caches, which shows the capacity.
     first_cache: Option<ValueId>,
-}
-
-/// What a part of a rotation has in place of a table.
-#[derive(Clone, Copy)]
-enum Part {
-    /// The table of its own.
-    Table,
-    /// The table of sines.
-    Sine,
-    Zero,
-    One,
 }
 
 /// Rewrites the graph and sets its [`Graph::interface`]. Fails where rows or an output have a shape that no reshape can
@@ -282,15 +269,6 @@ impl Emitter<'_> {
         Ok(updated)
     }
 
-    /// Every element rounded, in this order.
-    fn rounded(&mut self, mut x: ValueId, roundings: &[Rounding], name: &str) -> ValueId {
-        for rounding in roundings {
-            let (dtype, shape) = self.type_of(x);
-            x = self.typed(&format!("{name}.rounded"), rounding.operator(), &[x], dtype, shape);
-        }
-        x
-    }
-
     /// A cache as it is read.
     fn read(&mut self, cache: ValueId, how: &CacheRounding, name: &str) -> ValueId {
         let new = self.rounded(cache, &how.new, name);
@@ -319,254 +297,6 @@ impl Emitter<'_> {
         let shape = vec![self.batch.clone(), unit.clone(), capacity, unit];
         let older = self.typed("older", op, &[slots, first], DType::Bool, shape);
         *self.older.insert(older)
-    }
-
-    /// `[batch, heads, tokens, head_dim]`.
-    fn rows(
-        &mut self,
-        p: &Projection,
-        rounding: &RowRounding,
-        name: &str,
-        dtype: DType,
-        analysis: &Analysis,
-    ) -> Result<ValueId, String> {
-        let mut x = self.pick(p, name)?;
-        x = self.cast(x, dtype, name);
-        x = self.rounded(x, &rounding.before, &format!("{name}.picked"));
-        let shape = self.graph.shape(x).cloned().unwrap_or_default();
-        if p.scale != 1.0 {
-            let factor = Tensor::from_f64_as(dtype, vec![], &[f64::from(p.scale)]);
-            let factor = self.graph.add_constant(&format!("{name}.scale"), factor);
-            x = self.typed(
-                &format!("{name}.scaled"),
-                Op::Binary(Binary::Mul),
-                &[x, factor],
-                dtype,
-                shape.clone(),
-            );
-        }
-        if let Some(rope) = &p.rope {
-            x = match &rounding.rotation {
-                None => self.rotated(
-                    x,
-                    p,
-                    rope,
-                    [Part::Table, Part::Table],
-                    &format!("{name}.rotary"),
-                    analysis,
-                ),
-                Some(inside) => self.rotated_in_parts(x, p, rope, inside, name, analysis),
-            };
-        }
-        Ok(self.rounded(x, &rounding.after, name))
-    }
-
-    fn rotated(
-        &mut self,
-        x: ValueId,
-        p: &Projection,
-        rope: &Rope,
-        [cos, sin]: [Part; 2],
-        name: &str,
-        analysis: &Analysis,
-    ) -> ValueId {
-        let (dtype, shape) = self.type_of(x);
-        let table = self.table(rope.table, dtype, analysis);
-        let cos = self.part(cos, table, table.0);
-        let sin = self.part(sin, table, table.1);
-        let op = Op::RotaryEmbedding {
-            interleaved: rope.interleaved,
-            num_heads: None,
-            rotary_dim: if rope.rotary_dim == p.dim { 0 } else { rope.rotary_dim },
-        };
-        self.typed(name, op, &[x, cos, sin, self.position_ids], dtype, shape)
-    }
-
-    /// The sum of two rotations, of which one has cosines alone and one sines alone: their results are rounded. Elements that
-    /// are not rotated come behind.
-    fn rotated_in_parts(
-        &mut self,
-        x: ValueId,
-        p: &Projection,
-        rope: &Rope,
-        inside: &RotationRounding,
-        name: &str,
-        analysis: &Analysis,
-    ) -> ValueId {
-        let part = |part: &str| format!("{name}.rotary.{part}");
-        let (whole, mut x) = (x, x);
-        if rope.rotary_dim < p.dim {
-            x = self.columns(x, 0..rope.rotary_dim, &part("first"));
-            x = self.rounded(x, &inside.first, &part("first"));
-        }
-        let (width, p) = (
-            p.dim,
-            &Projection {
-                dim: rope.rotary_dim,
-                ..p.clone()
-            },
-        );
-        let turned_of = self.rounded(x, &inside.apart[1], &part("sin.first"));
-        x = self.rounded(x, &inside.apart[0], &part("cos.first"));
-        let cos = self.rotated(x, p, rope, [Part::Table, Part::Zero], &part("cos"), analysis);
-        let cos = self.rounded(cos, &inside.cos, &part("cos"));
-        let halves = inside.halves.iter().any(|half| !half.is_empty());
-        let sin = if inside.turned.is_empty() && !halves {
-            self.rotated(turned_of, p, rope, [Part::Zero, Part::Table], &part("sin"), analysis)
-        } else {
-            let mut turned = self.rotated(turned_of, p, rope, [Part::Zero, Part::One], &part("turned"), analysis);
-            if halves {
-                let middle = rope.rotary_dim / 2;
-                let ends = [0..middle, middle..rope.rotary_dim];
-                let halves = [0, 1].map(|i| {
-                    let name = part(&format!("half.{i}"));
-                    let half = self.columns(turned, ends[i].clone(), &name);
-                    self.rounded(half, &inside.halves[i], &name)
-                });
-                turned = self.joined(halves, &part("halves"));
-            }
-            let turned = self.rounded(turned, &inside.turned, &part("turned"));
-            self.rotated(turned, p, rope, [Part::Sine, Part::Zero], &part("sin"), analysis)
-        };
-        let sin = self.rounded(sin, &inside.sin, &part("sin"));
-        let (dtype, shape) = self.type_of(x);
-        let add = Op::Binary(Binary::Add);
-        let sum = self.typed(&format!("{name}.rotary"), add, &[cos, sin], dtype, shape);
-        if rope.rotary_dim == width {
-            return sum;
-        }
-        let sum = self.rounded(sum, &inside.rotated, &part("sum"));
-        let passed = self.columns(whole, rope.rotary_dim..width, &part("passed"));
-        let passed = self.rounded(passed, &inside.passed, &part("passed"));
-        self.joined([sum, passed], &part("joined"))
-    }
-
-    fn type_of(&self, x: ValueId) -> (DType, Shape) {
-        let value = self.graph.value(x);
-        (
-            value.dtype.unwrap_or(DType::F32),
-            value.shape.clone().unwrap_or_default(),
-        )
-    }
-
-    /// Elements of the last of four axes.
-    fn columns(&mut self, x: ValueId, columns: Range<usize>, name: &str) -> ValueId {
-        let (dtype, mut shape) = self.type_of(x);
-        let mut ints = |value: usize| self.graph.add_i64(&format!("{name}.slice"), &[value as i64]);
-        let operands = [ints(columns.start), ints(columns.end), ints(3)];
-        shape.pop();
-        shape.push(Dim::from(columns.len()));
-        let inputs = [x, operands[0], operands[1], operands[2]];
-        self.typed(name, Op::Slice, &inputs, dtype, shape)
-    }
-
-    /// One after the other on the last of four axes.
-    fn joined(&mut self, parts: [ValueId; 2], name: &str) -> ValueId {
-        let (dtype, mut shape) = self.type_of(parts[0]);
-        let (_, other) = self.type_of(parts[1]);
-        if let (Some(a), Some(b)) = (shape.pop(), other.last()) {
-            shape.push(&a + b);
-        }
-        self.typed(name, Op::Concat { axis: 3 }, &parts, dtype, shape)
-    }
-
-    /// A table of a part of a rotation.
-    fn part(&mut self, part: Part, (cos, sin): (ValueId, ValueId), own: ValueId) -> ValueId {
-        let (name, number) = match part {
-            Part::Table => return own,
-            Part::Sine => return sin,
-            Part::Zero => ("zero", 0.0),
-            Part::One => ("one", 1.0),
-        };
-        if let Some(known) = self.filled.get(&(cos, name)) {
-            return *known;
-        }
-        let table = self.graph.constant(cos).expect("tables are constants");
-        let (shape, dtype) = (table.shape().to_vec(), table.dtype());
-        let filled = Tensor::from_f64_as(dtype, shape.clone(), &vec![number; shape.iter().product()]);
-        let id = self.graph.add_constant(&format!("rotary.{name}"), filled);
-        self.filled.insert((cos, name), id);
-        id
-    }
-
-    /// The heads among the columns of a projection.
-    fn pick(&mut self, p: &Projection, name: &str) -> Result<ValueId, String> {
-        let source = self.graph.value(p.source).clone();
-        let (dtype, shape) = (
-            source.dtype.unwrap_or(DType::F32),
-            source.shape.clone().unwrap_or_default(),
-        );
-        let fixed = |d: &Dim| d.as_const().map(|n| n as usize);
-        let (batch, tokens) = (self.batch.clone(), self.tokens.clone());
-        let columns = p.pick.groups * p.pick.stride;
-        let whole = p.pick.groups == 1 && columns == p.heads * p.dim;
-        let layout = TokenLayout::find(&shape, fixed(&batch));
-        let layout = layout.ok_or_else(|| format!("{} has the shape {shape:?}", source.name))?;
-        let heads: Shape = vec![batch.clone(), Dim::from(p.heads), tokens.clone(), Dim::from(p.dim)];
-        let rows: Shape = vec![batch.clone(), tokens.clone(), Dim::from(p.heads), Dim::from(p.dim)];
-        if whole && layout.is_canonical(shape.len()) && shape == heads {
-            return Ok(p.source);
-        }
-        let mut x = p.source;
-        if layout.is_canonical(shape.len()) {
-            let perm = Some(vec![0, 2, 1, 3]);
-            let to = [0, 2, 1, 3].map(|i: usize| shape[i].clone()).to_vec();
-            x = self.typed(&format!("{name}.tokens"), Op::Transpose { perm }, &[x], dtype, to);
-        } else if !layout.is_batch_first() && layout.token_axis() > 1 {
-            return Err(format!(
-                "{} has the shape {shape:?}, whose order of axes is not understood",
-                source.name
-            ));
-        }
-        let ids = self.token_ids;
-        let reshape = |graph: &mut Graph, x: ValueId, to: &[Dim], part: &str| {
-            reshape_to(graph, ids, x, to, &format!("{name}{part}"))
-                .ok_or_else(|| format!("no reshape gives {} the shape {to:?}", source.name))
-        };
-        if whole {
-            x = reshape(self.graph, x, &rows, ".heads")?;
-        } else {
-            let groups = vec![
-                batch.clone(),
-                tokens.clone(),
-                Dim::from(p.pick.groups),
-                Dim::from(p.pick.stride),
-            ];
-            x = reshape(self.graph, x, &groups, ".groups")?;
-            let run = p.pick.per_group * p.dim;
-            let mut ints = |value: usize| self.graph.add_i64(&format!("{name}.slice"), &[value as i64]);
-            let operands = [ints(p.pick.offset), ints(p.pick.offset + run), ints(3)];
-            let to = vec![batch.clone(), tokens.clone(), Dim::from(p.pick.groups), Dim::from(run)];
-            let inputs = [x, operands[0], operands[1], operands[2]];
-            x = self.typed(&format!("{name}.columns"), Op::Slice, &inputs, dtype, to);
-            x = reshape(self.graph, x, &rows, ".heads")?;
-        }
-        let perm = Some(vec![0, 2, 1, 3]);
-        Ok(self.typed(&format!("{name}.rows"), Op::Transpose { perm }, &[x], dtype, heads))
-    }
-
-    fn table(&mut self, index: usize, dtype: DType, analysis: &Analysis) -> (ValueId, ValueId) {
-        if let Some(known) = self.tables.get(&(index, dtype)) {
-            return *known;
-        }
-        let table = &analysis.tables.tables[index];
-        let mut constant = |part: &str, values: &[f32]| {
-            let tensor = Tensor::from_f32(vec![table.positions(), table.half], values);
-            let name = if index == 0 {
-                format!("rotary.{part}")
-            } else {
-                format!("rotary.{index}.{part}")
-            };
-            // In the model's own type: the operator takes one type for rows and tables.
-            let tensor = Constant::tensor(tensor)
-                .cast(dtype)
-                .materialize()
-                .expect("the table is at hand");
-            self.graph.add_constant(&name, tensor)
-        };
-        let pair = (constant("cos", &table.cos), constant("sin", &table.sin));
-        self.tables.insert((index, dtype), pair);
-        pair
     }
 
     /// `[batch, 1, tokens, capacity]`, true where a token attends to a slot.
