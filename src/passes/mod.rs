@@ -265,8 +265,8 @@ impl Help for PassError {
                     .to_string(),
             ),
             PassError::RoundingScale { .. } => Some(
-                "calibrate it again without what has no finite range, such as scores with a mask of -inf, or leave all \
-                 activations in floating point with --activations float"
+                "calibrate it again without what has no finite range, such as scores with a mask of -inf, or leave activations \
+                 in floating point with --activations partial or float"
                     .to_string(),
             ),
             PassError::Range { .. } => {

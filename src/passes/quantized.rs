@@ -97,18 +97,23 @@ pub fn run(graph: &mut Graph, policy: ActivationPolicy) -> Result<(usize, Activa
     };
     let attended = before_attention(graph);
     rounded.retain(|id| graph.contains(*id));
-    if policy != ActivationPolicy::Float {
-        let no_scale = |id: &NodeId| {
-            let node = graph.node(*id);
-            let scale = Rounding::of(&node.op)?.scale;
-            let bad = !scale.is_finite() || scale <= 0.0;
-            let name = &graph.value(node.input(0)?).name;
-            bad.then(|| format!("{name} ({scale})"))
-        };
-        let values: Vec<String> = rounded.iter().filter_map(no_scale).collect();
-        if !values.is_empty() {
-            return Err(PassError::RoundingScale { values });
-        }
+    let kept = |id: &NodeId| match policy {
+        ActivationPolicy::Quantized => true,
+        ActivationPolicy::Partial => !graph
+            .node(*id)
+            .output(0)
+            .is_some_and(|output| attended.contains(&output)),
+        ActivationPolicy::Float => false,
+    };
+    let no_scale = |id: &NodeId| {
+        let node = graph.node(*id);
+        let scale = Rounding::of(&node.op)?.scale;
+        let name = &graph.value(node.input(0)?).name;
+        (!scale.is_finite() || scale <= 0.0).then(|| format!("{name} ({scale})"))
+    };
+    let values: Vec<String> = rounded.iter().filter(|id| kept(id)).filter_map(no_scale).collect();
+    if !values.is_empty() {
+        return Err(PassError::RoundingScale { values });
     }
     for id in rounded {
         let node = graph.node(id);
