@@ -122,20 +122,23 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
         Codes(DType::U4, 32, true),
     ] {
         let (one, many) = (Profile::decode(1024), Profile::prefill(512, 1024));
-        use QuantizedForm::{DequantizeLayer, Elementwise};
-        let changes: [(&str, Profile, &dyn Fn(&mut LowerOptions)); 9] = [
-            ("layers", one, &|o| o.quantized = DequantizeLayer),
-            ("layers, products", one, &|o| o.linear = L::FlattenActivation),
-            ("layers, all sums", one, &|o| o.reduce_depth = None),
-            ("elements", one, &|o| o.quantized = Elementwise),
-            ("layers", many, &|o| o.prefill_quantized = Some(DequantizeLayer)),
-            ("elements", many, &|o| o.prefill_quantized = Some(Elementwise)),
-            ("embedded", one, &|o| o.weight_mode = WeightMode::Embed),
-            ("embedded", many, &|o| o.weight_mode = WeightMode::Embed),
-            ("stripped", one, &|o| o.weight_mode = WeightMode::Strip),
-        ];
-        for (name, profile, change) in changes {
-            cases.push((format!("quantized {codes}, {name}"), profile, with(change), Some(codes)));
+        use QuantizedForm::{Dequantize, DequantizeApart, Elementwise};
+        for (mode, mode_name) in [(WeightMode::Bind, "bound"), (WeightMode::Embed, "embedded")] {
+            for (form, name) in [
+                (Dequantize, "products"),
+                (DequantizeApart, "apart"),
+                (Elementwise, "elements"),
+            ] {
+                for profile in [one, many] {
+                    let change = |o: &mut LowerOptions| {
+                        (o.weight_mode, o.quantized, o.prefill_quantized) = (mode, form, Some(form));
+                    };
+                    if mode == WeightMode::Bind || form != Elementwise && codes.0.bits() == 4 {
+                        let label = format!("quantized {codes}, {mode_name}, {name}");
+                        cases.push((label, profile, with(&change), Some(codes)));
+                    }
+                }
+            }
         }
     }
     for profile in [Profile::decode(1024), Profile::prefill(512, 1024)] {

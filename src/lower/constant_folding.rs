@@ -15,16 +15,23 @@ impl Lowering<'_> {
         if self.options.weight_mode == WeightMode::Bind || dtype == DType::F32 {
             return Ok(weight);
         }
-        match self.one_at_run_time(dtype)? {
-            Some(one) => Ok(self
-                .b
-                .elementwise(&format!("{name}/stored"), Elementwise::Prod, weight, one)?),
-            None => Ok(weight),
+        self.kept_apart(name, weight)
+    }
+
+    /// A matrix in front of a layer that TensorRT is not to join with the one before: multiplied with the same one.
+    pub(super) fn kept_apart(&mut self, name: &str, matrix: TensorId) -> Lowered {
+        match self.one_at_run_time(self.b.dtype(matrix))? {
+            Some(one) => {
+                let one = self.raise(one, self.b.rank(matrix))?;
+                let name = format!("{name}/stored");
+                Ok(self.b.elementwise(&name, Elementwise::Prod, matrix, one)?)
+            }
+            None => Ok(matrix),
         }
     }
 
     /// `[1, 1]`: whether the first number of an integer input is above 0 or below 1. None where there is no such input.
-    pub(super) fn one_at_run_time(&mut self, dtype: DType) -> Lowered<Option<TensorId>> {
+    fn one_at_run_time(&mut self, dtype: DType) -> Lowered<Option<TensorId>> {
         if let Some(one) = self.ones.get(&dtype) {
             return Ok(Some(*one));
         }

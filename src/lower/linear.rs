@@ -116,7 +116,7 @@ impl Lowering<'_> {
     }
 
     /// `[1, k] · [n, k]ᵀ` as sums over products, in fp32 whatever the dtype: TensorRT makes one kernel of the four layers.
-    pub(super) fn reduced_product(&mut self, name: &str, a: TensorId, b: TensorId) -> Lowered {
+    fn reduced_product(&mut self, name: &str, a: TensorId, b: TensorId) -> Lowered {
         let part = |part: &str| format!("{name}/{part}");
         let dtype = self.b.dtype(a);
         let row = self.b.cast(&part("row"), DType::F32, a)?;

@@ -111,18 +111,20 @@ impl AttentionForm {
     }
 }
 
-/// How quantized weights enter a network.
+/// How quantized weights enter a network. What a form has no layers for is a weight of floats, or of the elementwise form.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QuantizedForm {
     /// Each is one weight, whose constant says that it is quantized, for an executor that reads codes itself.
     #[default]
     Whole,
-    /// Codes and scales are weights of their own, which TensorRT's Dequantize layer reads. What it has no codes for is a weight
-    /// of floats.
-    DequantizeLayer,
-    /// As [`QuantizedForm::DequantizeLayer`], but bound codes become numbers and are scaled by elementwise layers, or in the
-    /// sums of a product of one row where [`LowerOptions::reduce_depth`] allows them.
+    /// Codes and scales are weights of their own, which TensorRT's Dequantize layer reads in front of a product.
+    Dequantize,
+    /// The same with something between that TensorRT cannot join with the product: its products of codes and several rows are
+    /// slow, or fail when an engine is loaded.
+    DequantizeApart,
+    /// Bound codes become numbers and are scaled by elementwise layers; in a product of one row, in its sums where
+    /// [`LowerOptions::reduce_depth`] allows them.
     Elementwise,
 }
 
@@ -213,8 +215,8 @@ impl LowerOptions {
             fuse_pairs: false,
             attention: AttentionForm::ByCapacity,
             fold_prefill: Some(LONG),
-            quantized: QuantizedForm::DequantizeLayer,
-            prefill_quantized: Some(QuantizedForm::Elementwise),
+            quantized: QuantizedForm::Dequantize,
+            prefill_quantized: Some(QuantizedForm::DequantizeApart),
             ..LowerOptions::default()
         }
     }

@@ -80,12 +80,15 @@ fn parts(constant: &Constant, form: QuantizedForm, mode: WeightMode, is_table: b
         return None;
     }
     let bound = mode == WeightMode::Bind;
+    let four_bits = matches!(quantized.codes.dtype(), DType::I4 | DType::U4);
     match form {
         QuantizedForm::Whole => None,
         // Rows of a table are gathered, for which no Dequantize layer gives its codes.
         _ if bound && is_table => for_elementwise(quantized),
-        _ if is_table => None,
         QuantizedForm::Elementwise if bound => for_elementwise(quantized),
+        _ if bound => for_dequantize(quantized).or_else(|| for_elementwise(quantized)),
+        // Constants of 8 bits are slower than floats are (docs/gpu.md), and plans without them are not built.
+        _ if is_table || !four_bits => None,
         _ => for_dequantize(quantized),
     }
 }
@@ -161,51 +164,51 @@ fn for_dequantize(quantized: Quantized<'_>) -> Option<Parts<Constant>> {
     } = quantized;
     let dtype = codes.dtype();
     let pairs = codes.shape().last().is_some_and(|n| n.is_multiple_of(2));
+    let (granularity, by_block) = in_blocks(codes.shape(), granularity)?;
     let zero = match (dtype, zero_points) {
-        (DType::F8E4M3Fn, _) => return Some(floats_by_row(quantized)),
         (DType::I4 | DType::U4, _) if !pairs => return None,
         (DType::I8 | DType::U8 | DType::I4 | DType::U4, Some(points)) => {
-            let each = match granularity {
-                Granularity::Block { axis, .. } => Granularity::Block { axis, size: 1 },
-                other => other,
+            let Granularity::Block { axis, .. } = granularity else {
+                return None;
             };
-            Zero::Scaled(Constant::quantized(signed(points), scales.clone(), None, each).ok()?)
+            let each = Granularity::Block { axis, size: 1 };
+            Zero::Scaled(Constant::quantized(signed(&by_block(points)), by_block(scales), None, each).ok()?)
         }
-        (DType::U8 | DType::U4, None) => Zero::Scaled(scales.scaled(lowest(dtype) as f64)),
-        (DType::I8 | DType::I4, None) => Zero::Number(0),
+        (DType::U8 | DType::U4, None) => Zero::Scaled(by_block(scales).scaled(lowest(dtype) as f64)),
+        (DType::I8 | DType::I4 | DType::F8E4M3Fn, None) => Zero::Number(0),
         _ => return None,
     };
     Some(Parts {
         granularity,
         codes: signed(codes),
         coding: Coding::Scaled,
-        scales: scales.clone(),
+        scales: by_block(scales),
         zero,
     })
 }
 
-/// TensorRT widens constants of f8 unless they have a scale a block, and takes those by tensor or channel for a product of
-/// f8, whose other side it then wants to have the same type of scale: so rows become blocks.
-fn floats_by_row(quantized: Quantized<'_>) -> Parts<Constant> {
-    let (mut granularity, mut scales) = (quantized.granularity, quantized.scales.clone());
-    if let [rows, depth] = *quantized.codes.shape() {
-        let by_row = Granularity::Block { axis: 1, size: depth };
-        (granularity, scales) = match granularity {
-            Granularity::Tensor => {
-                let first = Constant::tensor(Tensor::from_i64(vec![rows], &vec![0; rows]));
-                (by_row, scales.reshaped(vec![1, 1]).taken(0, &first))
-            }
-            Granularity::Channel { axis: 0 } => (by_row, scales.reshaped(vec![rows, 1])),
-            other => (other, scales),
-        };
-    }
-    Parts {
-        granularity,
-        codes: quantized.codes.clone(),
-        coding: Coding::Scaled,
-        scales,
-        zero: Zero::Number(0),
-    }
+/// A granularity as blocks, and what makes scales or zero points those of blocks. Of an input with a scale a channel TensorRT's
+/// Dequantize gives wrong values; constants of f8 it widens then, or takes for a product of f8 whose other side must have
+/// the same type of scale. `None` for columns that share a scale.
+fn in_blocks(shape: &[usize], granularity: Granularity) -> Option<(Granularity, impl Fn(&Constant) -> Constant)> {
+    let (rows, depth) = match (granularity, shape) {
+        (Granularity::Block { .. }, _) => (0, 0),
+        (Granularity::Tensor | Granularity::Channel { axis: 0 }, [rows, depth]) => (*rows, *depth),
+        _ => return None,
+    };
+    let blocks = match granularity {
+        Granularity::Block { .. } => granularity,
+        _ => Granularity::Block { axis: 1, size: depth },
+    };
+    let of_blocks = move |part: &Constant| match granularity {
+        Granularity::Block { .. } => part.clone(),
+        Granularity::Channel { .. } => part.reshaped(vec![rows, 1]),
+        Granularity::Tensor => {
+            let first = Constant::tensor(Tensor::from_i64(vec![rows], &vec![0; rows]));
+            part.reshaped(vec![1, 1]).taken(0, &first)
+        }
+    };
+    Some((blocks, of_blocks))
 }
 
 impl<T> Parts<T> {
@@ -290,12 +293,12 @@ impl Lowering<'_> {
         let parts = columns(all)
             .map(|part, constants| self.b.weight(&named(&format!(".{part}")), stacked(&constants), mode))?;
         let weight = QuantizedWeight { parts, shape };
-        let values = self.values_of_codes(&named(""), &weight)?;
+        let form = self.quantized_form(&constants[0]);
+        let values = self.values_of_codes(&named(""), &weight, form)?;
         self.quantized.insert(values, weight);
         Ok(values)
     }
 
-    /// Rows deeper than sums take are read by Dequantize layers also where others are not.
     fn quantized_form(&self, constant: &Constant) -> QuantizedForm {
         let options = self.options;
         let one_row = self.profile.tokens == Tokens::Static(1) && self.profile.batch == 1;
@@ -303,15 +306,16 @@ impl Lowering<'_> {
             Some(form) if !one_row => form,
             _ => options.quantized,
         };
+        // Numbers of codes that no sum reads would be written and read again.
         let depth = constant.shape().last().copied().unwrap_or(1);
         let deep = options.reduce_depth.is_some_and(|limit| depth > limit);
         match form {
-            QuantizedForm::Elementwise if one_row && deep => QuantizedForm::DequantizeLayer,
+            QuantizedForm::Elementwise if one_row && deep => QuantizedForm::Dequantize,
             form => form,
         }
     }
 
-    fn values_of_codes(&mut self, name: &str, weight: &QuantizedWeight) -> Lowered {
+    fn values_of_codes(&mut self, name: &str, weight: &QuantizedWeight, form: QuantizedForm) -> Lowered {
         let Parts {
             codes,
             coding,
@@ -325,10 +329,11 @@ impl Lowering<'_> {
             let part = |part: &str| format!("{name}/{part}");
             let kind = LayerKind::Dequantize(weight.parts.granularity);
             let values = self.b.add(&part("values"), kind, &[codes, scales])?;
-            // Apart from a product: of constants TensorRT has products of its own, some of which fail when they are loaded.
-            let values = self.kept_narrow(name, values)?;
             let Zero::Scaled(offsets) = zero else {
-                return Ok(values);
+                return match form {
+                    QuantizedForm::DequantizeApart => self.kept_apart(name, values),
+                    _ => Ok(values),
+                };
             };
             let values = self.reshape(&part("blocks"), values, layout.0)?;
             let offsets = self.reshape(&part("offsets"), offsets, layout.1)?;
@@ -438,18 +443,15 @@ impl Lowering<'_> {
             2 => x,
             _ => self.flattened(x)?,
         };
-        let depth = weight.shape[1];
         let by_row = self.b.shape(flat)[0].is_one()
-            && self.options.linear == LinearForm::ReduceRow
-            && self.options.reduce_depth.is_none_or(|limit| depth <= limit);
-        let in_sums = match weight.parts.coding {
-            Coding::Scaled => None,
-            _ if by_row => self.reduced_codes(name, flat, &weight)?,
-            _ => None,
+            && weight.parts.coding != Coding::Scaled
+            && self.options.linear == LinearForm::ReduceRow;
+        let in_sums = match by_row {
+            true => self.reduced_codes(name, flat, &weight)?,
+            false => None,
         };
         let product = match in_sums {
             Some(product) => product,
-            None if by_row => self.reduced_product(name, flat, values)?,
             None => {
                 let kind = LayerKind::MatrixMultiply {
                     op_a: MatrixOp::None,

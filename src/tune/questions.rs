@@ -89,8 +89,17 @@ pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Low
             alternatives.push(("each product alone".into(), fused(false, false)));
         }
         "quantized weights" => {
-            let form = |form| with(&|o| o.quantized = form);
-            alternatives.push(("Dequantize layers".into(), form(QuantizedForm::DequantizeLayer)));
+            let form = |form| {
+                with(&|o| match one_token {
+                    true => o.quantized = form,
+                    false => o.prefill_quantized = Some(form),
+                })
+            };
+            alternatives.push((
+                "Dequantize layers before products".into(),
+                form(QuantizedForm::Dequantize),
+            ));
+            alternatives.push(("Dequantize layers apart".into(), form(QuantizedForm::DequantizeApart)));
             alternatives.push(("elementwise layers".into(), form(QuantizedForm::Elementwise)));
         }
         _ => {}
@@ -126,8 +135,12 @@ fn effective(graph: &Graph, options: &LowerOptions, profile: &Profile) -> LowerO
             .iter()
             .any(|weight| weight.constant.as_quantized().is_some())
     };
+    let prefill = options.prefill_quantized.take();
+    if profile.tokens != Tokens::Static(1) {
+        options.quantized = prefill.unwrap_or(options.quantized);
+    }
     if options.quantized == QuantizedForm::Elementwise && options.weight_mode != WeightMode::Bind {
-        options.quantized = QuantizedForm::DequantizeLayer;
+        options.quantized = QuantizedForm::Dequantize;
     }
     if !is_quantized() {
         options.quantized = QuantizedForm::Whole;

@@ -91,7 +91,11 @@ fn lowered(graph: &Graph, mode: WeightMode, form: QuantizedForm, reduce_depth: O
 /// Every mode, form and depth at which sums go apart.
 fn choices() -> Vec<(WeightMode, QuantizedForm, Option<usize>)> {
     let mut all = Vec::new();
-    for form in [QuantizedForm::DequantizeLayer, QuantizedForm::Elementwise] {
+    for form in [
+        QuantizedForm::Dequantize,
+        QuantizedForm::DequantizeApart,
+        QuantizedForm::Elementwise,
+    ] {
         all.extend([
             (WeightMode::Bind, form, None),
             // Deeper than sums take.
