@@ -20,7 +20,8 @@
 //! else (an epsilon, a scale, index vectors) is a constant layer and part of the plan. The rule reads the graph alone,
 //! so all profiles of one graph have the same weights under the same names; [`weights`] lists them, and [`stored_weights`]
 //! those of the graph once it was written to a package and read back. One constant read in several places, as tied
-//! embedding and output weights are, is one weight.
+//! embedding and output weights are, is one weight. A quantized weight is one too, or in networks of an engine its parts:
+//! [`QuantizedForm`].
 //!
 //! # A model made from its dimensions
 //!

@@ -22,6 +22,12 @@ use crate::network::{Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Tensor};
 
+/// `x · weightᵀ`.
+const BY_ROWS: LayerKind = LayerKind::MatrixMultiply {
+    op_a: MatrixOp::None,
+    op_b: MatrixOp::Transpose,
+};
+
 /// What the elements of `codes` are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Coding {
@@ -61,6 +67,8 @@ pub(super) struct QuantizedWeight {
     parts: Parts<TensorId>,
     /// Of the values.
     shape: Vec<usize>,
+    /// Whether products read the Dequantize layer itself.
+    before_products: bool,
 }
 
 /// Whether weights can be one below the other: a row keeps its scales.
@@ -292,9 +300,13 @@ impl Lowering<'_> {
         shape[0] = constants.iter().map(|constant| constant.shape()[0]).sum();
         let parts = columns(all)
             .map(|part, constants| self.b.weight(&named(&format!(".{part}")), stacked(&constants), mode))?;
-        let weight = QuantizedWeight { parts, shape };
         let form = self.quantized_form(&constants[0]);
-        let values = self.values_of_codes(&named(""), &weight, form)?;
+        let weight = QuantizedWeight {
+            parts,
+            shape,
+            before_products: form == QuantizedForm::Dequantize,
+        };
+        let values = self.values_of_codes(&named(""), &weight)?;
         self.quantized.insert(values, weight);
         Ok(values)
     }
@@ -315,7 +327,7 @@ impl Lowering<'_> {
         }
     }
 
-    fn values_of_codes(&mut self, name: &str, weight: &QuantizedWeight, form: QuantizedForm) -> Lowered {
+    fn values_of_codes(&mut self, name: &str, weight: &QuantizedWeight) -> Lowered {
         let Parts {
             codes,
             coding,
@@ -330,9 +342,9 @@ impl Lowering<'_> {
             let kind = LayerKind::Dequantize(weight.parts.granularity);
             let values = self.b.add(&part("values"), kind, &[codes, scales])?;
             let Zero::Scaled(offsets) = zero else {
-                return match form {
-                    QuantizedForm::DequantizeApart => self.kept_apart(name, values),
-                    _ => Ok(values),
+                return match weight.before_products {
+                    true => Ok(values),
+                    false => self.kept_apart(name, values),
                 };
             };
             let values = self.reshape(&part("blocks"), values, layout.0)?;
@@ -450,19 +462,51 @@ impl Lowering<'_> {
             true => self.reduced_codes(name, flat, &weight)?,
             false => None,
         };
-        let product = match in_sums {
-            Some(product) => product,
-            None => {
-                let kind = LayerKind::MatrixMultiply {
-                    op_a: MatrixOp::None,
-                    op_b: MatrixOp::Transpose,
-                };
-                self.b.add(name, kind, &[flat, values])?
+        let product = match (in_sums, weight.parts.zero) {
+            (Some(product), _) => product,
+            (None, Zero::Scaled(offsets)) if weight.before_products => {
+                match self.centered_product(name, flat, &weight, offsets)? {
+                    Some(product) => product,
+                    None => self.b.add(name, BY_ROWS, &[flat, values])?,
+                }
             }
+            (None, _) => self.b.add(name, BY_ROWS, &[flat, values])?,
         };
         let to = shape[..shape.len() - 1].iter().cloned();
         let to = to.chain([Dim::from(weight.shape[0])]).collect();
         Ok(Some(self.reshape(&format!("{name}/unflat"), product, to)?))
+    }
+
+    /// `x · (codes * scales)ᵀ - sums of x by block · offsetsᵀ`: offsets taken from values would come between codes and the
+    /// product. `None` unless blocks lie along rows.
+    fn centered_product(
+        &mut self,
+        name: &str,
+        x: TensorId,
+        weight: &QuantizedWeight,
+        offsets: TensorId,
+    ) -> Lowered<Option<TensorId>> {
+        let part = |part: &str| format!("{name}/{part}");
+        let Granularity::Block { axis: 1, size } = weight.parts.granularity else {
+            return Ok(None);
+        };
+        let blocks = weight.shape[1] / size;
+        let kind = LayerKind::Dequantize(weight.parts.granularity);
+        let scaled = self
+            .b
+            .add(&part("scaled"), kind, &[weight.parts.codes, weight.parts.scales])?;
+        let product = self.b.add(&part("uncentered"), BY_ROWS, &[x, scaled])?;
+        let view = vec![self.b.shape(x)[0].clone(), Dim::from(blocks), Dim::from(size)];
+        let x = self.reshape(&part("blocks"), x, view)?;
+        let sums = LayerKind::Reduce {
+            op: ReduceOp::Sum,
+            axes: vec![2],
+            keep_dims: false,
+        };
+        let sums = self.b.add(&part("sums"), sums, &[x])?;
+        let offset = self.b.add(&part("offset"), BY_ROWS, &[sums, offsets])?;
+        let centered = self.b.elementwise(name, Elementwise::Sub, product, offset)?;
+        Ok(Some(centered))
     }
 
     /// `[1, k] · [n, k]ᵀ` as sums over products with codes, in fp32. `None` if scales do not belong to rows.

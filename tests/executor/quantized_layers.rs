@@ -10,7 +10,7 @@ use lapidary::tensor::quantized::Granularity;
 use lapidary::tensor::{DType, Tensor};
 
 use super::quantized::{INTEGERS, Weight, product};
-use super::support::{Random, every_option, outputs};
+use super::support::{Random, every_option, on_tensorrt, outputs};
 
 /// Rows and columns of every weight.
 const OUT: usize = 32;
@@ -113,6 +113,10 @@ fn products(dtype: DType, tolerance: f64) {
         let x = random.floats(dtype, &[1, rows, DEPTH], 1.0);
         let graph = graph(Reader::Product, &weights, &x);
         for (mode, form, depth) in choices() {
+            // TensorRT builds such engines and fails to load some of them, which is why no package has them.
+            if on_tensorrt() && rows > 1 && form == QuantizedForm::Dequantize {
+                continue;
+            }
             let network = lowered(&graph, mode, form, depth);
             let found = outputs(&network, &[("x0", x.clone())], &every_option()[0]);
             for ((name, weight), found) in weights.iter().zip(found) {
