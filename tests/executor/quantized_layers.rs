@@ -56,6 +56,8 @@ fn graph(reader: Reader, weights: &[(String, Weight)], x: &Tensor) -> Graph {
     let mut graph = Graph::new("quantized");
     let shape = |tensor: &Tensor| tensor.shape().iter().map(|d| Dim::from(*d)).collect();
     let input = graph.add_input("x0", x.dtype(), shape(x));
+    // As every decoder has one: what keeps a Dequantize layer apart from a product is made of it.
+    let ids = graph.add_input("ids", DType::I32, vec![Dim::from(1usize)]);
     for (i, (_, weight)) in weights.iter().enumerate() {
         let name = format!("w{i}");
         let constant = weight.constant().with_origin(&name);
@@ -70,7 +72,13 @@ fn graph(reader: Reader, weights: &[(String, Weight)], x: &Tensor) -> Graph {
         };
         graph.outputs.push(out);
     }
+    let kept = graph.add_node("kept", Op::Identity, &[ids]);
+    graph.outputs.push(kept);
     graph
+}
+
+fn one_id() -> Tensor {
+    Tensor::from_i32(vec![1], &[7])
 }
 
 fn lowered(graph: &Graph, mode: WeightMode, form: QuantizedForm, reduce_depth: Option<usize>) -> Network {
@@ -118,7 +126,7 @@ fn products(dtype: DType, tolerance: f64) {
                 continue;
             }
             let network = lowered(&graph, mode, form, depth);
-            let found = outputs(&network, &[("x0", x.clone())], &every_option()[0]);
+            let found = outputs(&network, &[("x0", x.clone()), ("ids", one_id())], &every_option()[0]);
             for ((name, weight), found) in weights.iter().zip(found) {
                 let (want, size) = product(&x.to_f64(), &weight.values(), [rows, DEPTH, OUT], true);
                 for (i, got) in found.to_f64().into_iter().enumerate() {
@@ -153,7 +161,7 @@ fn rows_of_tables() {
         let graph = graph(Reader::Rows, &weights, &ids);
         for (mode, form, depth) in choices() {
             let network = lowered(&graph, mode, form, depth);
-            let found = outputs(&network, &[("x0", ids.clone())], &every_option()[0]);
+            let found = outputs(&network, &[("x0", ids.clone()), ("ids", one_id())], &every_option()[0]);
             for ((name, weight), found) in weights.iter().zip(found) {
                 let values = weight.values();
                 // Zero points of constants are taken from values that are rounded already.

@@ -80,28 +80,10 @@ impl<'b, 'g> Trace<'b, 'g> {
     fn through(&self, node: &Node) -> Option<Sources> {
         let data = self.data(node);
         match &node.op {
-            Op::Identity
-            | Op::Cast { .. }
-            | Op::CastLike
-            | Op::Reshape { .. }
-            | Op::Transpose { .. }
-            | Op::Squeeze
-            | Op::Unsqueeze
-            | Op::Flatten { .. }
-            | Op::Expand
-            | Op::Tile
-            | Op::Concat { .. }
-            | Op::Split { .. }
-            | Op::Slice
-            | Op::GatherElements { .. }
-            | Op::GatherNd { .. }
-            | Op::Where
-            | Op::ScatterNd { .. }
-            | Op::ScatterElements { .. }
-            | Op::TensorScatter { .. }
-            | Op::RotaryEmbedding { .. }
-            | Op::ContribRotaryEmbedding { .. }
-            | Op::Unary(Unary::Neg) => self.merged(&data),
+            op if moves_elements(op) => self.merged(&data),
+            Op::RotaryEmbedding { .. } | Op::ContribRotaryEmbedding { .. } | Op::Unary(Unary::Neg) => {
+                self.merged(&data)
+            }
             // Rows of a table picked by token ids are an embedding, not movement.
             Op::Gather { .. } if node.input(0).is_some_and(|x| data == [x]) => self.merged(&data),
             Op::Binary(Binary::Add | Binary::Sub) if data.len() == 2 => self.merged(&data),
@@ -141,4 +123,31 @@ impl<'b, 'g> Trace<'b, 'g> {
         let union: BTreeSet<ValueId> = each.iter().flat_map(|s| s.iter().copied()).collect();
         union.iter().any(|v| self.is_cache(*v)).then(|| Rc::new(union))
     }
+}
+
+/// Whether an operator gives elements of its operands unchanged. `Gather` is none of these: rows of a table picked by token ids
+/// are an embedding.
+pub(super) fn moves_elements(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Identity
+            | Op::Cast { .. }
+            | Op::CastLike
+            | Op::Reshape { .. }
+            | Op::Transpose { .. }
+            | Op::Squeeze
+            | Op::Unsqueeze
+            | Op::Flatten { .. }
+            | Op::Expand
+            | Op::Tile
+            | Op::Concat { .. }
+            | Op::Split { .. }
+            | Op::Slice
+            | Op::GatherElements { .. }
+            | Op::GatherNd { .. }
+            | Op::Where
+            | Op::ScatterNd { .. }
+            | Op::ScatterElements { .. }
+            | Op::TensorScatter { .. }
+    )
 }

@@ -15,7 +15,7 @@ use std::collections::{HashMap, HashSet};
 use super::cache::ExportCache;
 use super::find::FoundAttention;
 use super::projection::{Projection, Tables};
-use super::trace::Trace;
+use super::trace::{Trace, moves_elements};
 use crate::graph::op::{Op, Rounding};
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::passes::dependence::{Dependence, classify};
@@ -201,29 +201,7 @@ impl Places<'_, '_, '_> {
 
 /// Whether an operator gives elements of its operands unchanged.
 fn moves(op: &Op) -> bool {
-    matches!(
-        op,
-        Op::Identity
-            | Op::Cast { .. }
-            | Op::CastLike
-            | Op::Reshape { .. }
-            | Op::Transpose { .. }
-            | Op::Squeeze
-            | Op::Unsqueeze
-            | Op::Flatten { .. }
-            | Op::Expand
-            | Op::Tile
-            | Op::Concat { .. }
-            | Op::Split { .. }
-            | Op::Slice
-            | Op::Gather { .. }
-            | Op::GatherElements { .. }
-            | Op::GatherNd { .. }
-            | Op::Where
-            | Op::ScatterNd { .. }
-            | Op::ScatterElements { .. }
-            | Op::TensorScatter { .. }
-    )
+    matches!(op, Op::Gather { .. }) || moves_elements(op)
 }
 
 /// The roundings of an attention whose operands are known.
