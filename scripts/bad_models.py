@@ -349,14 +349,14 @@ def control_flow_loop(folder):
     save(model, folder)
 
 
-@case("opset 9; 14 to 24 are read")
+@case("opset 9; 11 to 24 are read")
 def opset_old(folder):
     model = decoder()
     model.opset_import[0].version = 9
     save(model, folder)
 
 
-@case("opset 99; 14 to 24 are read")
+@case("opset 99; 11 to 24 are read")
 def opset_new(folder):
     model = decoder()
     model.opset_import[0].version = 99

@@ -16,5 +16,7 @@ mod nf4;
 mod node_case;
 #[path = "frontend/node_tests.rs"]
 mod node_tests;
+#[path = "frontend/opsets.rs"]
+mod opsets;
 #[path = "frontend/quantized.rs"]
 mod quantized;

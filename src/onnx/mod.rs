@@ -1,6 +1,6 @@
 //! ONNX files in and out.
 //!
-//! Owns the protobuf messages ([`proto`]), the encodings of tensors, external data, and what the opsets 14 to 24 and the
+//! Owns the protobuf messages ([`proto`]), the encodings of tensors, external data, and what the opsets 11 to 24 and the
 //! contrib operators of ONNX Runtime call things. [`read`] maps a file and gives a [`Graph`](crate::graph::Graph): weights
 //! are slices of the mapped files, nodes are in their opset-24 form (`graph::op`), model-local functions are inlined,
 //! operators it does not know are kept as `Op::Unknown`. [`write()`] and [`write_with_data`] give opset 24 and IR 11 back.
@@ -24,4 +24,4 @@ pub use read::{read, read_stripped};
 pub use write::{INLINE_LIMIT, Layout, Placement, WriteError, encode, write, write_with_data};
 
 /// The opsets [`read`] takes.
-pub const OPSETS: std::ops::RangeInclusive<i64> = 14..=24;
+pub const OPSETS: std::ops::RangeInclusive<i64> = 11..=24;

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use super::PassError;
-use super::pattern::{finish, ints, node_of, same_shape, scalar};
+use super::pattern::{finish, ints, node_of, redefine, same_shape, scalar};
 use crate::graph::op::{Binary, Moves, Op};
 use crate::graph::{Constant, ConstantSource};
 use crate::graph::{Graph, Node, ValueId};
@@ -16,7 +16,11 @@ use crate::tensor::DType;
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let mut rewrites = 0;
     loop {
-        let round = merge_constants(graph) + remove_noops(graph) + merge_chains(graph) + merge_nodes(graph);
+        let round = merge_constants(graph)
+            + remove_noops(graph)
+            + merge_chains(graph)
+            + softmax_before_flatten(graph)
+            + merge_nodes(graph);
         finish(graph, round)?;
         if round == 0 {
             return Ok(rewrites);
@@ -91,6 +95,37 @@ fn merge_chains(graph: &mut Graph) -> usize {
             }
             _ => {}
         }
+    }
+    count
+}
+
+/// A softmax of a tensor whose leading axes were made one is that of the tensor itself, flattened behind it.
+fn softmax_before_flatten(graph: &mut Graph) -> usize {
+    let mut count = 0;
+    for id in graph.node_ids().collect::<Vec<_>>() {
+        let node = graph.node(id);
+        let (Op::Softmax { axis } | Op::LogSoftmax { axis }) = node.op else {
+            continue;
+        };
+        let Some((flat, flatten)) = node.input(0).and_then(|x| Some((x, node_of(graph, x)?))) else {
+            continue;
+        };
+        let (Op::Flatten { .. }, Some(source), -1 | 1) = (&flatten.op, flatten.input(0), axis) else {
+            continue;
+        };
+        let last = |v: ValueId| graph.shape(v).and_then(|shape| shape.last());
+        if last(flat).is_none() || last(flat) != last(source) {
+            continue;
+        }
+        let over_last = match node.op {
+            Op::Softmax { .. } => Op::Softmax { axis: -1 },
+            _ => Op::LogSoftmax { axis: -1 },
+        };
+        let (name, flatten) = (node.name.clone(), flatten.op.clone());
+        let result = graph.add_node(&name, over_last, &[source]);
+        keep_type(graph, source, result);
+        redefine(graph, id, flatten, vec![Some(result)]);
+        count += 1;
     }
     count
 }

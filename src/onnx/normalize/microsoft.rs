@@ -3,7 +3,7 @@
 //! operators become that.
 
 use super::{Failure, Replacement, SourceNode};
-use crate::graph::op::{Attention, Binary, MICROSOFT, Op};
+use crate::graph::op::{Attention, AttributeSource, Binary, MICROSOFT, Op, Unary};
 
 impl SourceNode<'_> {
     pub(super) fn contrib_operator(&self) -> Result<Replacement, Failure> {
@@ -17,6 +17,7 @@ impl SourceNode<'_> {
                     alpha: a.float_or("alpha", 1.702)?,
                 }));
             }
+            "FusedGemm" => return self.fused_gemm(),
             "SimplifiedLayerNormalization" => return self.read_as("", "RMSNormalization"),
             "MultiHeadAttention" => return self.multi_head_attention(),
             "MatMulNBits" => return self.matmul_n_bits(),
@@ -34,7 +35,10 @@ impl SourceNode<'_> {
                     return Ok(Replacement::Unknown(Some(format!("scale={scale}"))));
                 }
             }
-            "GroupQueryAttention" => self.pass_over_idle(),
+            "GroupQueryAttention" => {
+                self.pass_over_idle();
+                self.pass_over_eviction();
+            }
             _ => {}
         }
         self.read_as(MICROSOFT, self.op_type)
@@ -45,6 +49,23 @@ impl SourceNode<'_> {
             Some(_) => Replacement::Pipe(Op::Binary(Binary::Add), Op::Gelu { tanh }),
             None => Replacement::Op(Op::Gelu { tanh }),
         })
+    }
+
+    /// `Gemm` with an activation behind it.
+    fn fused_gemm(&self) -> Result<Replacement, Failure> {
+        let Some(gemm) = Op::read("", "Gemm", self)? else {
+            return Ok(Replacement::Unknown(None));
+        };
+        let name = self.text("activation")?.unwrap_or_default();
+        let activation = match Unary::named(&name) {
+            Some(op @ (Unary::Relu | Unary::Sigmoid | Unary::Tanh | Unary::Softplus)) => op,
+            _ if name.is_empty() => return Ok(Replacement::Op(gemm)),
+            _ => return Ok(Replacement::Unknown(Some(format!("activation={name}")))),
+        };
+        // Of activations that have parameters, which these have not.
+        self.attributes
+            .ignore(&["activation_alpha", "activation_beta", "activation_gamma"]);
+        Ok(Replacement::Pipe(gemm, Op::Unary(activation)))
     }
 
     /// -1 and 0 both mean off for smooth_softmax; quantized caches and extra outputs are not known.
@@ -59,6 +80,25 @@ impl SourceNode<'_> {
                 a.ignore(&[name]);
             }
         }
+    }
+
+    /// A cache that drops rows out of the window holds nothing else that attention reads. That of an export with a fixed
+    /// number of slots would have to drop rows here, too.
+    fn pass_over_eviction(&self) {
+        let window = self.attributes.int("local_window_size").ok().flatten().unwrap_or(-1);
+        let past = self
+            .inputs
+            .get(3)
+            .copied()
+            .flatten()
+            .and_then(|past| self.graph.shape(past));
+        let grows = past
+            .and_then(|shape| shape.get(2))
+            .is_some_and(|slots| slots.as_const().is_none());
+        if window > 0 && grows {
+            self.attributes.ignore(&["sliding_window_cache"]);
+        }
+        self.expect_zero(&["sliding_window_cache"]);
     }
 
     /// Inputs: q, k, v, bias?, key_padding_mask?, attention_bias?, past_key?, past_value?, …, all of q, k, v

@@ -1,4 +1,4 @@
-//! One ONNX node of any opset from 14 to 24 becomes nodes of the graph, in their opset-24 form.
+//! One ONNX node of any opset from 11 to 24 becomes nodes of the graph, in their opset-24 form.
 //!
 //! Takes a node with its values looked up; gives nodes (or a constant) in the graph. What it does not know becomes
 //! [`Op::Unknown`], so that every obstacle of a model is reported at once: operators, and also known operators with an
@@ -6,6 +6,7 @@
 //! dtypes; the verifier does.
 
 mod microsoft;
+mod older;
 mod quantized;
 mod standard;
 
@@ -36,8 +37,10 @@ enum Replacement {
     Op(Op),
     /// One operator with other inputs.
     Rewired(Op, Vec<Option<ValueId>>),
-    /// One operator with the node's inputs and outputs, with a list that used to be an attribute as input 1.
-    WithList(Op, Vec<i64>),
+    /// One operator with the node's inputs and outputs, with a list that used to be an attribute of that name as input 1.
+    WithList(Op, &'static str, Vec<i64>),
+    /// An operator over the last axis, of the node's input with the axes from this one on taken as one.
+    Flattened(Op, i64),
     /// The first operator with the node's inputs, the second on its result.
     Pipe(Op, Op),
     /// A chain over all inputs; divided by their number for `Mean`.
@@ -155,9 +158,18 @@ impl SourceNode<'_> {
         match replacement {
             Replacement::Op(op) => self.emit(op, inputs, outputs),
             Replacement::Rewired(op, inputs) => self.emit(op, inputs, outputs),
-            Replacement::WithList(op, list) => {
-                let list = self.graph.add_i64(&format!("{}.axes", self.name), &list);
+            Replacement::WithList(op, name, list) => {
+                let list = self.graph.add_i64(&format!("{}.{name}", self.name), &list);
                 self.emit(op, vec![inputs.first().copied().flatten(), Some(list)], outputs);
+            }
+            Replacement::Flattened(op, axis) => {
+                let mut value = |part: &str| Some(self.graph.add_value(&format!("{}.{part}", self.name)));
+                let (flat, result, shape) = (value("flat"), value("result"), value("shape"));
+                let start_to_end = Op::Shape { start: 0, end: None };
+                self.emit(start_to_end, inputs.clone(), vec![shape]);
+                self.emit(Op::Flatten { axis }, inputs, vec![flat]);
+                self.emit(op, vec![flat], vec![result]);
+                self.emit(Op::Reshape { allowzero: false }, vec![result, shape], outputs);
             }
             Replacement::Pipe(first, second) => {
                 let middle = Some(self.graph.add_value(&format!("{}.0", self.name)));

@@ -1,13 +1,16 @@
-//! ONNX's own operators: what each node of opset 14 to 24 is in opset 24, where the table of operators (`graph::op`) does
-//! not say so by itself.
+//! ONNX's own operators: what each node of opset 11 to 24 is in opset 24, where the table of operators (`graph::op`) does
+//! not say so by itself. What opsets before 14 say otherwise is in `older`.
 
 use super::{Failure, Replacement, SourceNode};
 use crate::graph::ValueId;
-use crate::graph::op::{AttributeSource, Binary, Op, Reduction};
+use crate::graph::op::{AttributeSource, Binary, Op};
 use crate::tensor::{DType, Tensor};
 
 impl SourceNode<'_> {
     pub(super) fn standard_operator(&self) -> Result<Replacement, Failure> {
+        if let Some(replacement) = self.older_meaning()? {
+            return Ok(replacement);
+        }
         match self.op_type {
             "Mod" => return self.modulo(),
             "Max" => return self.chain(Binary::Max, false),
@@ -27,8 +30,8 @@ impl SourceNode<'_> {
         let Some(op) = Op::read("", self.op_type, self)? else {
             return Ok(Replacement::Unknown(None));
         };
-        Ok(match self.listed_axes(&op)? {
-            Some(axes) => Replacement::WithList(op, axes),
+        Ok(match self.listed(&op)? {
+            Some((name, list)) => Replacement::WithList(op, name, list),
             None => Replacement::Op(op),
         })
     }
@@ -39,16 +42,6 @@ impl SourceNode<'_> {
             Some(op) => Replacement::Op(op),
             None => Replacement::Unknown(None),
         })
-    }
-
-    /// Axes of a reduction are an input since opset 18, of ReduceSum since 13.
-    fn listed_axes(&self, op: &Op) -> Result<Option<Vec<i64>>, Failure> {
-        match op {
-            Op::Reduce { reduction, .. } if self.opset < 18 && *reduction != Reduction::Sum => {
-                Ok(self.attributes.ints("axes")?)
-            }
-            _ => Ok(None),
-        }
     }
 
     fn check_split(&self) -> Result<(), Failure> {

@@ -290,6 +290,12 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
                 });
                 at = node.input(*i).expect("data input");
             }
+            // A floor so low that what it lifts is hidden all the same.
+            (Op::Binary(Binary::Max), [i])
+                if cap.is_none() && scalar(other(*i)).is_some_and(|floor| floor * outer <= super::mask::MASKED) =>
+            {
+                at = node.input(*i).expect("data input");
+            }
             (Op::Binary(op @ (Binary::Mul | Binary::Div)), [i]) if *op == Binary::Mul || *i == 0 => {
                 let factor = scalar(other(*i)).ok_or("its scores are multiplied by a tensor")?;
                 let factor = if *op == Binary::Mul { factor } else { 1.0 / factor };
