@@ -1,3 +1,4 @@
+//! | `chosen_rows` | logits of all tokens where the export keeps some |
 //! Rewrites of an export into the canonical graph (see [`graph`](crate::graph)'s head).
 //!
 //! [`canonicalize`] runs a named list of passes ([`PASSES`]) and reports on each. The first passes tidy up (folding, fused
@@ -32,6 +33,7 @@
 pub mod activation;
 mod architecture;
 mod attention;
+mod chosen_rows;
 pub mod cleanup;
 mod contract;
 pub mod decompose;
@@ -395,6 +397,9 @@ pub(crate) fn analyse(
         timed(&mut graph, report, info, |graph| Ok((pass(graph)?, ())))?;
     }
     timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    timed(&mut graph, report, &table::CHOSEN_ROWS, |graph| {
+        Ok((chosen_rows::run(graph, &roles)?, ()))
+    })?;
     timed(&mut graph, report, &table::DECOMPOSE_ATTENTION, |graph| {
         Ok((decompose::attention::run(graph), ()))
     })?;

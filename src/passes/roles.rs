@@ -33,6 +33,8 @@ pub enum InputRole {
     LastPosition,
     /// Keys or values of earlier calls.
     Cache,
+    /// How many tokens get logits, counted from the last, or which ones: in any export only ahead of the logits.
+    ChosenRows,
     /// Read by nothing.
     Unread,
 }
@@ -40,7 +42,7 @@ pub enum InputRole {
 impl InputRole {
     /// Known from the counts of tokens alone, without any token id.
     pub fn is_positional(self) -> bool {
-        !matches!(self, InputRole::InputIds | InputRole::Cache)
+        !matches!(self, InputRole::InputIds | InputRole::Cache | InputRole::ChosenRows)
     }
 }
 
@@ -256,6 +258,9 @@ fn role_by_name(graph: &Graph, id: ValueId) -> Option<InputRole> {
     }
     if float {
         return (rank >= 3 && !has(&["embeds"])).then_some(InputRole::Cache);
+    }
+    if rank < 2 && has(&["logits_to_keep", "logit_rows", "logits_indices"]) {
+        return Some(InputRole::ChosenRows);
     }
     if has(&["position"]) {
         Some(InputRole::Positions)

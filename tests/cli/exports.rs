@@ -180,6 +180,9 @@ fn other_families_where_they_are_at_hand() {
     for name in [
         "optimum-gptneo",
         "optimum-gptj2048",
+        "oldA-gpt2",
+        "shape_lasttoken",
+        "edit_num_logits",
         "oldB-llama",
         "dynamo18-falcon",
         "dims_same",

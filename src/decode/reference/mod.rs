@@ -183,6 +183,12 @@ impl Reference {
                 sizes.collect()
             });
             let role = self.roles.of.get(id).copied().unwrap_or(InputRole::Unread);
+            let listed = matches!(value.shape.as_deref(), Some([dim]) if dim.as_const().is_none());
+            if let (InputRole::ChosenRows, true) = (role, listed) {
+                let all: Vec<i64> = (0..n).collect();
+                inputs.push((value.name.clone(), Tensor::from_i64(vec![tokens.len()], &all)));
+                continue;
+            }
             let (Some(shape), Some(dtype)) = (shape, value.dtype) else {
                 return Err(ReferenceError::Inputs {
                     path: self.path.clone(),
@@ -227,6 +233,8 @@ fn input(role: InputRole, dtype: DType, shape: Vec<usize>, tokens: &[u32]) -> Te
             InputRole::Positions => column as f64,
             InputRole::TotalLength => n as f64,
             InputRole::LastPosition => n as f64 - 1.0,
+            // All of them; a list names each.
+            InputRole::ChosenRows => n as f64,
             InputRole::PastLength | InputRole::Cache | InputRole::Unread => 0.0,
         }
     };
