@@ -4,8 +4,14 @@
 mod beyond;
 #[path = "passes/canonical.rs"]
 mod canonical;
+#[path = "passes/chosen_rows.rs"]
+mod chosen_rows;
 #[path = "passes/decoder.rs"]
 mod decoder;
+#[path = "passes/grouped.rs"]
+mod grouped;
+#[path = "passes/older.rs"]
+mod older;
 #[path = "passes/onnx.rs"]
 mod onnx;
 #[path = "passes/refusals.rs"]

@@ -317,6 +317,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         1 => grouped.prop_map(|(num_heads, kv_num_heads, local_window_size, softcap, do_rotary, rotary_interleaved)| {
             Op::GroupQueryAttention(GroupQueryAttention {
                 num_heads, kv_num_heads, scale: None, softcap, local_window_size, do_rotary, rotary_interleaved,
+                qk_norm_epsilon: softcap,
             })
         }),
         1 => (any_name(), any_name()).prop_filter("a known operator", |(domain, op_type)| !Op::is_known(domain, op_type))

@@ -40,6 +40,14 @@ pub(super) fn group_query_attention(
         })
         .collect::<Result<_>>()?;
 
+    match (input(14), input(15)) {
+        (Some(of_queries), Some(of_keys)) => {
+            normalize(&mut q, &of_queries, how.qk_norm_epsilon)?;
+            normalize(&mut new_k, &of_keys, how.qk_norm_epsilon)?;
+        }
+        (None, None) => {}
+        _ => return Err(invalid("norm weights of queries and keys must come together")),
+    }
     if how.do_rotary {
         let positions: Vec<i64> = match input(9) {
             Some(given) => given.to_i64(),
@@ -104,6 +112,26 @@ pub(super) fn group_query_attention(
         [None; 3],
     )?;
     Ok([y.tensor_3d(dtype), k.tensor_4d(dtype), v.tensor_4d(dtype)])
+}
+
+/// RMS normalization of each head, with a weight for each of its elements.
+fn normalize(heads: &mut Heads, weight: &Tensor, epsilon: f32) -> Result<()> {
+    let weight = weight.to_f64();
+    if weight.len() != heads.dim {
+        return Err(shape_error(format!(
+            "a norm weight of {} elements for heads of {}",
+            weight.len(),
+            heads.dim
+        )));
+    }
+    for row in heads.values.chunks_mut(heads.dim.max(1)) {
+        let mean = row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64;
+        let factor = 1.0 / (mean + f64::from(epsilon)).sqrt();
+        for (value, weight) in row.iter_mut().zip(&weight) {
+            *value *= factor * weight;
+        }
+    }
+    Ok(())
 }
 
 /// q, k and v from three tensors, or from one packed `[batch, tokens, (heads + 2*kv_heads)*head_dim]`.

@@ -233,6 +233,7 @@ fn caches_and_offsets_agree() {
         local_window_size: -1,
         do_rotary: false,
         rotary_interleaved: false,
+        qk_norm_epsilon: 1e-6,
     });
     let inputs = [
         flat(rows(&q, 4, 6)),

@@ -282,7 +282,8 @@ operators! {
             .family(Family::Attention);
         /// `com.microsoft::GroupQueryAttention`. Inputs: query (or packed qkv), key?, value?, past_key?, past_value?,
         /// seqlens_k (i32 `[batch]`, total − 1), total_sequence_length (i32 scalar), cos_cache?, sin_cache?,
-        /// position_ids?, attention_bias?, head_sink?.
+        /// position_ids?, attention_bias?, head_sink?, k_scale?, v_scale?, q_norm_weight?, k_norm_weight? (both
+        /// `[head_dim]`, of a norm of every head before its rotation).
         GroupQueryAttention {
             /// Query heads.
             num_heads: usize = required_size("num_heads"),
@@ -298,6 +299,8 @@ operators! {
             do_rotary: bool = flag("do_rotary", false),
             /// Pairs of the rotation are (2i, 2i + 1).
             rotary_interleaved: bool = flag("rotary_interleaved", false),
+            /// Of the norm of every query and key head, where it has weights.
+            qk_norm_epsilon: f32 = real("qk_norm_epsilon", 1e-6),
         } => contrib(
                 "GroupQueryAttention",
                 &[
@@ -311,6 +314,10 @@ operators! {
                     float().same().optional(),
                     float().same().optional(),
                     int64().optional(),
+                    float().same().optional(),
+                    float().same().optional(),
+                    float().optional(),
+                    float().optional(),
                     float().same().optional(),
                     float().same().optional(),
                 ],

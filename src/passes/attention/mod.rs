@@ -213,9 +213,14 @@ fn left_packed(graph: &Graph) -> impl Iterator<Item = Obstacle> {
         .map(|node| Obstacle {
             layer: None,
             at: node.name.clone(),
-            reason: match node.input(11) {
-                Some(sink) => format!("its head_sink {} is not supported", graph.value(sink).name),
-                None => "its inputs have shapes or dtypes that are not understood".into(),
+            reason: match [11, 12, 13, 14, 15].map(|i| node.input(i).map(|v| &graph.value(v).name)) {
+                [Some(sink), ..] => format!("its head_sink {sink} is not supported"),
+                [_, Some(scale), ..] | [_, _, Some(scale), ..] => {
+                    format!("its k_scale or v_scale {scale}, of a quantized cache, is not supported")
+                }
+                [.., Some(_), None] => "it has a q_norm_weight and no k_norm_weight".into(),
+                [.., None, Some(_)] => "it has a k_norm_weight and no q_norm_weight".into(),
+                _ => "its inputs have shapes or dtypes that are not understood".into(),
             },
         })
 }

@@ -68,6 +68,13 @@ impl Writer<'_> {
         let split = self.reshape(suffix, x, &[0, 0, heads as i64, -1]);
         self.swap(suffix, split)
     }
+    /// The same with an RMS normalization of every head.
+    fn normalized_heads(&mut self, suffix: &str, x: ValueId, heads: usize, weight: ValueId, epsilon: f32) -> ValueId {
+        let split = self.reshape(suffix, x, &[0, 0, heads as i64, -1]);
+        let norm = Op::RmsNormalization { axis: -1, epsilon };
+        let normalized = self.op("norm", norm, &[split, weight]);
+        self.swap(suffix, normalized)
+    }
     /// The reverse.
     fn flat(&mut self, x: ValueId, width: usize) -> ValueId {
         let rows = self.swap("rows", x);
@@ -143,10 +150,14 @@ fn is_no_count(heads: usize) -> bool {
 fn group_query(graph: &mut Graph, id: NodeId, how: &op::GroupQueryAttention) -> Option<()> {
     let node = graph.node(id).clone();
     let (query, past_key, past_value, last) = (node.input(0)?, node.input(3)?, node.input(4)?, node.input(5)?);
-    if node.input(11).is_some() || (3..node.outputs.len()).any(|i| node.output(i).is_some()) {
+    // Sinks, and scales of quantized caches.
+    if (11..14).any(|i| node.input(i).is_some()) || (3..node.outputs.len()).any(|i| node.output(i).is_some()) {
         return None;
     }
     let (heads, kv_heads) = (how.num_heads, how.kv_num_heads);
+    if node.input(14).is_some() != node.input(15).is_some() {
+        return None;
+    }
     if !is_mask(graph, node.input(10)) || [heads, kv_heads].into_iter().any(is_no_count) {
         return None;
     }
@@ -174,11 +185,18 @@ fn group_query(graph: &mut Graph, id: NodeId, how: &op::GroupQueryAttention) -> 
     } else {
         (query, node.input(1)?, node.input(2)?)
     };
-    let (mut q, mut k, v) = (
-        w.heads("q", q, heads),
-        w.heads("k", k, kv_heads),
-        w.heads("v", v, kv_heads),
-    );
+    let (mut q, mut k, v) = match (node.input(14), node.input(15)) {
+        (Some(of_queries), Some(of_keys)) => (
+            w.normalized_heads("q", q, heads, of_queries, how.qk_norm_epsilon),
+            w.normalized_heads("k", k, kv_heads, of_keys, how.qk_norm_epsilon),
+            w.heads("v", v, kv_heads),
+        ),
+        _ => (
+            w.heads("q", q, heads),
+            w.heads("k", k, kv_heads),
+            w.heads("v", v, kv_heads),
+        ),
+    };
 
     let tokens = w.dim(query, 1);
     let last = w.cast(last, DType::I64);
