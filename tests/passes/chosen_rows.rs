@@ -42,7 +42,7 @@ fn gather(index: Tensor) -> impl Fn(&mut Graph, ValueId) -> ValueId {
     }
 }
 
-/// From `start` on; `end` is the end.
+/// From `start` to the end.
 fn slice(graph: &mut Graph, x: ValueId, start: ValueId) -> ValueId {
     let end = graph.add_i64("chosen.end", &[i64::MAX]);
     let axis = graph.add_i64("chosen.axis", &[1]);
