@@ -487,6 +487,69 @@ fn dequantize_linear_of_constants_is_a_quantized_weight() {
     }
 }
 
+/// ModelOpt's own spelling, before ONNX had the types: codes' types are in the operators' names.
+#[test]
+fn operators_of_tensorrt() {
+    let codes: Vec<u8> = (0..32).map(|i| ((i * 5) % 16) as u8).collect();
+    let scales: Vec<f32> = (0..8).map(|i| 0.25 + i as f32).collect();
+    let read_with = |scale_dims: &[i64], attributes: &[(&str, i64)]| {
+        let dequantize = node(
+            "trt",
+            "TRT_INT4DequantizeLinear",
+            &["codes", "scales"],
+            &["w"],
+            attributes,
+        );
+        let count: i64 = scale_dims.iter().product();
+        let initializers = vec![
+            raw("codes", INT4, &[8, 4], packed(std::slice::from_ref(&codes), 4)),
+            floats("scales", scale_dims, &scales[..count as usize]),
+        ];
+        read(
+            (FLOAT, &[1, 8]),
+            vec![dequantize, node("", "MatMul", &["x", "w"], &["y"], &[])],
+            initializers,
+        )
+    };
+    for attributes in [&[][..], &[("block_size", 4)], &[("axis", 0), ("block_size", 4)]] {
+        let graph = read_with(&[2, 4], attributes).unwrap();
+        assert_eq!(codes_of(&graph), DType::I4);
+        let value = |k: usize, n: usize| f64::from(((codes[k * 4 + n] as i8) << 4) >> 4);
+        let entry = |n: usize, k: usize| value(k, n) * f64::from(scales[k / 4 * 4 + n]);
+        let weight: Vec<Vec<f64>> = (0..4).map(|n| (0..8).map(|k| entry(n, k)).collect()).collect();
+        let x = row(8);
+        let found = run(&graph, Tensor::from_f32(vec![1, 8], &x));
+        close(&found, &times(&x, &weight), "blocks by shape");
+    }
+    for (dims, attributes, reason) in [
+        (&[2, 4][..], &[("block_size", 2)][..], "its blocks do not divide"),
+        (&[8, 1], &[("block_size", 8)], "its blocks do not divide"),
+        (&[2, 2], &[], "along one axis in no way"),
+        (&[4], &[("block_size", 4)], "not those of blocks"),
+    ] {
+        let error = read_with(dims, attributes).unwrap_err().to_string();
+        assert!(error.contains(reason), "{dims:?}: {error}");
+    }
+
+    // Weights as they were, rounded by two nodes, and activations in between.
+    let weights: Vec<f32> = (0..32).map(|i| (i as f32 - 15.3) * 0.11).collect();
+    let nodes = vec![
+        node("trt", "TRT_FP8QuantizeLinear", &["weights", "scale"], &["codes"], &[]),
+        node("trt", "TRT_FP8DequantizeLinear", &["codes", "scale"], &["w"], &[]),
+        node("", "MatMul", &["x", "w"], &["y"], &[]),
+    ];
+    let initializers = vec![floats("weights", &[8, 4], &weights), floats("scale", &[], &[0.5])];
+    let graph = read((FLOAT, &[1, 8]), nodes, initializers).unwrap();
+    assert_eq!(codes_of(&graph), DType::F8E4M3Fn);
+    let rounded = |v: f32| Tensor::from_f64_as(DType::F8E4M3Fn, vec![1], &[f64::from(v / 0.5)]).to_f64()[0] * 0.5;
+    let weight: Vec<Vec<f64>> = (0..4)
+        .map(|n| (0..8).map(|k| rounded(weights[k * 4 + n])).collect())
+        .collect();
+    let x = row(8);
+    let found = run(&graph, Tensor::from_f32(vec![1, 8], &x));
+    close(&found, &times(&x, &weight), "fp8");
+}
+
 /// Each names its node and what is wrong.
 #[test]
 fn what_does_not_belong_together_is_refused() {

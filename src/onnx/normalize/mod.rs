@@ -9,6 +9,7 @@ mod microsoft;
 mod older;
 mod quantized;
 mod standard;
+mod tensorrt;
 
 use super::attributes::{Attributes, Problem};
 use super::error::ReadErrorKind;
@@ -253,6 +254,7 @@ impl SourceNode<'_> {
             "" => self.standard_operator(),
             MICROSOFT => self.contrib_operator(),
             LAPIDARY => self.own_operator(),
+            tensorrt::TENSORRT => self.tensorrt_operator(),
             _ => Ok(Replacement::Unknown(None)),
         }
     }

@@ -61,7 +61,7 @@ impl SourceNode<'_> {
     }
 
     /// The constant that an input is, over reshapes to known shapes.
-    fn constant_input(&self, i: usize) -> Option<Constant> {
+    pub(super) fn constant_input(&self, i: usize) -> Option<Constant> {
         self.constant_of(self.input(i)?, 0)
     }
 
@@ -421,7 +421,7 @@ fn gcd(a: usize, b: usize) -> usize {
 }
 
 /// Bytes seen as packed elements of another type; nothing is copied.
-fn viewed(bytes: &Constant, dtype: DType, shape: Vec<usize>, what: &str) -> Result<Constant, Failure> {
+pub(super) fn viewed(bytes: &Constant, dtype: DType, shape: Vec<usize>, what: &str) -> Result<Constant, Failure> {
     let found = (bytes.dtype(), bytes.byte_len());
     let expected = dtype.byte_len_of(&shape);
     if expected != Some(found.1) || bytes.dtype().bits() > 8 {

@@ -1,0 +1,103 @@
+//! Operators that TensorRT's ONNX parser knows and ModelOpt writes, domain `trt`: quantization to codes for which ONNX had no
+//! types then. Their meaning is that of ONNX's `QuantizeLinear` and `DequantizeLinear` without zero points
+//! (`QuantDequantLinearHelper` in <https://github.com/onnx/onnx-tensorrt/blob/main/onnxOpImporters.cpp>); the codes' type is in
+//! the operator's name, and a block is what the shapes of codes and scales say.
+
+use super::quantized::viewed;
+use super::{Failure, Replacement, SourceNode};
+use crate::graph::Constant;
+use crate::graph::op::Op;
+use crate::tensor::DType;
+use crate::tensor::quantized::Granularity;
+
+/// The domain.
+pub(super) const TENSORRT: &str = "trt";
+
+impl SourceNode<'_> {
+    pub(super) fn tensorrt_operator(&self) -> Result<Replacement, Failure> {
+        match self.op_type {
+            "TRT_FP8QuantizeLinear" => self.quantized_for_tensorrt(DType::F8E4M3Fn),
+            "TRT_INT8QuantizeLinear" => self.quantized_for_tensorrt(DType::I8),
+            "TRT_INT4QuantizeLinear" => self.quantized_for_tensorrt(DType::I4),
+            "TRT_FP8DequantizeLinear" => self.dequantized_for_tensorrt(DType::F8E4M3Fn),
+            "TRT_INT8DequantizeLinear" => self.dequantized_for_tensorrt(DType::I8),
+            "TRT_INT4DequantizeLinear" => self.dequantized_for_tensorrt(DType::I4),
+            _ => Ok(Replacement::Unknown(None)),
+        }
+    }
+
+    fn quantized_for_tensorrt(&self, to: DType) -> Result<Replacement, Failure> {
+        self.without_zero_points()?;
+        let axis = self.attributes.int("axis")?.unwrap_or(1);
+        let size = self.attributes.count("block_size")?.unwrap_or(0);
+        let (Some(values), Some(scales)) = (self.constant_input(0), self.constant_input(1)) else {
+            return match size {
+                0 => Ok(Replacement::Op(Op::QuantizeLinear {
+                    axis,
+                    block_size: 0,
+                    to,
+                })),
+                _ => Err(Failure::Unsupported("blocks of activations".to_string())),
+            };
+        };
+        let granularity = granularity_of(values.shape(), &scales, axis, size)?;
+        Ok(Replacement::Constant(values.quantize(to, scales, None, granularity)?))
+    }
+
+    fn dequantized_for_tensorrt(&self, from: DType) -> Result<Replacement, Failure> {
+        self.without_zero_points()?;
+        let axis = self.attributes.int("axis")?.unwrap_or(1);
+        let size = self.attributes.count("block_size")?.unwrap_or(0);
+        let (Some(codes), Some(scales)) = (self.constant_input(0), self.constant_input(1)) else {
+            return match size {
+                0 => Ok(Replacement::Op(Op::DequantizeLinear { axis, block_size: 0 })),
+                _ => Err(Failure::Unsupported("blocks of activations".to_string())),
+            };
+        };
+        let codes = viewed(&codes, from, codes.shape().to_vec(), "codes")?;
+        let granularity = granularity_of(codes.shape(), &scales, axis, size)?;
+        Ok(Replacement::Constant(Constant::quantized(
+            codes,
+            scales,
+            None,
+            granularity,
+        )?))
+    }
+
+    fn without_zero_points(&self) -> Result<(), Failure> {
+        match self.constant_input(2) {
+            None if self.inputs.get(2).copied().flatten().is_none() => Ok(()),
+            Some(zeros)
+                if zeros
+                    .materialize()
+                    .is_ok_and(|zeros| zeros.to_f64().iter().all(|z| *z == 0.0)) =>
+            {
+                Ok(())
+            }
+            _ => Err(Failure::Unsupported("zero points".to_string())),
+        }
+    }
+}
+
+/// Scales with as many axes as the codes are those of blocks, on the axis on which the two differ; `size` is 0, or what the node
+/// says of it.
+fn granularity_of(shape: &[usize], scales: &Constant, axis: i64, size: usize) -> Result<Granularity, Failure> {
+    let of = scales.shape();
+    let problem = |what: &str| Failure::Problem(format!("{what}: codes are {shape:?}, scales {of:?}"));
+    if of.len() != shape.len() || shape.len() < 2 {
+        if size != 0 {
+            return Err(problem("it has a block_size, and its scales are not those of blocks"));
+        }
+        return Granularity::of_attributes(shape.len(), axis, 0, of).ok_or_else(|| problem("its axis does not exist"));
+    }
+    let mut differing = (0..shape.len()).filter(|i| shape[*i] != of[*i]);
+    let (Some(axis), None) = (differing.next(), differing.next()) else {
+        return Err(problem("its scales are those of blocks along one axis in no way"));
+    };
+    match shape[axis].checked_div(of[axis]) {
+        Some(found) if found * of[axis] == shape[axis] && (size == 0 || size == found) => {
+            Ok(Granularity::Block { axis, size: found })
+        }
+        _ => Err(problem("its blocks do not divide")),
+    }
+}
