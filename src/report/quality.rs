@@ -104,7 +104,9 @@ impl Text<'_> {
 /// was measured.
 fn decode<'i>(input: &'i Input, d: &Perplexity) -> Option<(&'i ResultFile, f64, usize)> {
     let results = input.groups.iter().flat_map(|group| &group.results);
-    let ours = results.filter(|r| r.of.system.name == "lapidary" && r.of.model.weights_hash == d.model.weights_hash);
+    // One hash for all precisions of the same weights.
+    let same = |r: &&ResultFile| r.of.model.weights_hash == d.model.weights_hash && r.of.model.dtype == d.model.dtype;
+    let ours = results.filter(|r| r.of.system.name == "lapidary").filter(same);
     let timed = ours.filter_map(|r| {
         let shortest = r.of.decode.iter().min_by_key(|decode| decode.live)?;
         Some((r, shortest.ms.median, shortest.live))

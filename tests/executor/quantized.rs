@@ -80,6 +80,25 @@ impl Weight {
     }
 }
 
+impl Weight {
+    /// What sums of codes and of zero points are made of: the magnitudes of codes and of zero points, scaled. Kernels take zero
+    /// points from sums of codes, so where the two are close to each other less of the difference is right.
+    fn magnitudes(&self) -> Vec<f64> {
+        let values = self.values().into_iter().map(f64::abs);
+        let Some(zero_points) = &self.zero_points else {
+            return values.collect();
+        };
+        let zeros = vec![0i64; self.codes.len()];
+        let zeros = Tensor::from_i64_as(self.codes.dtype(), self.codes.shape().to_vec(), &zeros);
+        let scales = Tensor::from_f32(self.scales.shape().to_vec(), &self.scales.to_f32());
+        let offsets = dequantize(&zeros, &scales, Some(zero_points), self.granularity).to_f64();
+        values
+            .zip(offsets)
+            .map(|(value, offset)| value + 2.0 * offset.abs())
+            .collect()
+    }
+}
+
 /// `x · w` in f64, and the sums of the magnitudes of its terms, which say how far fp32 sums may be off.
 pub(super) fn product(
     x: &[f64],
@@ -140,7 +159,10 @@ fn check(weight: &Weight, rows: usize, op_b: MatrixOp, random: &mut Random) {
         [shape[1], shape[0]]
     };
     let x = random.floats(DType::F32, &[rows, depth], 1.0);
-    let want = product(&x.to_f64(), &weight.values(), [rows, depth, columns], transposed);
+    let dims = [rows, depth, columns];
+    let (want, _) = product(&x.to_f64(), &weight.values(), dims, transposed);
+    let (_, size) = product(&x.to_f64(), &weight.magnitudes(), dims, transposed);
+    let want = (want, size);
     let network = network_of(&x, weight.constant(), op_b);
     let mut by_threads: Vec<Vec<u8>> = Vec::new();
     for options in every_option() {
