@@ -610,10 +610,18 @@ fn quality_stands_beside_bytes_and_times() {
             "same_best": 0.955});
         v["against"]["model"]["name"] = json!("whole");
     });
-    let elsewhere = perplexity("whole", hash, |v| v["window"] = json!(32));
+    // Times are those of the same precision.
+    let dtype = &ours["model"]["dtype"];
+    let elsewhere = perplexity("whole", hash, |v| {
+        v["window"] = json!(32);
+        v["model"]["dtype"] = dtype.clone();
+    });
     let files = [
         write("quantized.json", quantized.clone()),
-        write("whole.json", perplexity("whole", hash, |_| ())),
+        write(
+            "whole.json",
+            perplexity("whole", hash, |v| v["model"]["dtype"] = dtype.clone()),
+        ),
         write("window.json", elsewhere),
         "lapidary.json".to_string(),
     ];
