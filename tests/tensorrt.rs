@@ -32,6 +32,7 @@ mod no_library;
 #[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/quantized.rs"]
 mod quantized;
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/refusals.rs"]
 mod refusals;
 #[cfg(not(feature = "tensorrt"))]
