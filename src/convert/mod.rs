@@ -195,7 +195,10 @@ pub fn convert(
     }
     writer.norms(norm_parameter::of_config(model.parent().unwrap_or(Path::new("."))));
     // From here on the weights are those of the package, mapped; the export is not needed any more.
-    let of_engines = engines::warnings(&canonical.graph, &conversion);
+    let of_engines = match &library {
+        Some(_) => engines::warnings(&canonical.graph, &conversion),
+        None => Vec::new(),
+    };
     drop(canonical);
     let mut warnings = match &mut tokenizer {
         Some(tokenizer) => {

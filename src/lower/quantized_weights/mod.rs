@@ -81,9 +81,9 @@ impl Lowering<'_> {
             several => Constant::concat(several, 0),
         };
         let constants: Vec<Constant> = weights.iter().map(|(_, constant)| constant.clone()).collect();
-        let all = constants
-            .iter()
-            .map(|constant| parts(constant, self.quantized_form(constant), mode, is_table));
+        // Weights that stand one below the other are equally deep.
+        let form = self.quantized_form(&constants[0]);
+        let all = constants.iter().map(|constant| parts(constant, form, mode, is_table));
         let Some(all) = all.collect::<Option<Vec<_>>>() else {
             return Ok(self.b.weight(&named(""), stacked(&constants), mode)?);
         };
@@ -91,7 +91,6 @@ impl Lowering<'_> {
         shape[0] = constants.iter().map(|constant| constant.shape()[0]).sum();
         let parts = columns(all)
             .map(|part, constants| self.b.weight(&named(&format!(".{part}")), stacked(&constants), mode))?;
-        let form = self.quantized_form(&constants[0]);
         let weight = QuantizedWeight {
             parts,
             shape,

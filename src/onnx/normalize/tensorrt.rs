@@ -27,41 +27,37 @@ impl SourceNode<'_> {
     }
 
     fn quantized_for_tensorrt(&self, to: DType) -> Result<Replacement, Failure> {
-        self.without_zero_points()?;
-        let axis = self.attributes.int("axis")?.unwrap_or(1);
-        let size = self.attributes.count("block_size")?.unwrap_or(0);
+        let (axis, size) = self.axis_and_block()?;
         let (Some(values), Some(scales)) = (self.constant_input(0), self.constant_input(1)) else {
-            return match size {
-                0 => Ok(Replacement::Op(Op::QuantizeLinear {
+            return of_activations(
+                size,
+                Op::QuantizeLinear {
                     axis,
                     block_size: 0,
                     to,
-                })),
-                _ => Err(Failure::Unsupported("blocks of activations".to_string())),
-            };
+                },
+            );
         };
         let granularity = granularity_of(values.shape(), &scales, axis, size)?;
         Ok(Replacement::Constant(values.quantize(to, scales, None, granularity)?))
     }
 
     fn dequantized_for_tensorrt(&self, from: DType) -> Result<Replacement, Failure> {
-        self.without_zero_points()?;
-        let axis = self.attributes.int("axis")?.unwrap_or(1);
-        let size = self.attributes.count("block_size")?.unwrap_or(0);
+        let (axis, size) = self.axis_and_block()?;
         let (Some(codes), Some(scales)) = (self.constant_input(0), self.constant_input(1)) else {
-            return match size {
-                0 => Ok(Replacement::Op(Op::DequantizeLinear { axis, block_size: 0 })),
-                _ => Err(Failure::Unsupported("blocks of activations".to_string())),
-            };
+            return of_activations(size, Op::DequantizeLinear { axis, block_size: 0 });
         };
         let codes = viewed(&codes, from, codes.shape().to_vec(), "codes")?;
         let granularity = granularity_of(codes.shape(), &scales, axis, size)?;
-        Ok(Replacement::Constant(Constant::quantized(
-            codes,
-            scales,
-            None,
-            granularity,
-        )?))
+        let constant = Constant::quantized(codes, scales, None, granularity)?;
+        Ok(Replacement::Constant(constant))
+    }
+
+    /// What both kinds have: the axis, the size of a block or 0, and no zero points.
+    fn axis_and_block(&self) -> Result<(i64, usize), Failure> {
+        self.without_zero_points()?;
+        let axis = self.attributes.int("axis")?.unwrap_or(1);
+        Ok((axis, self.attributes.count("block_size")?.unwrap_or(0)))
     }
 
     fn without_zero_points(&self) -> Result<(), Failure> {
@@ -76,6 +72,14 @@ impl SourceNode<'_> {
             }
             _ => Err(Failure::Unsupported("zero points".to_string())),
         }
+    }
+}
+
+/// The operator on what is no constant.
+fn of_activations(size: usize, op: Op) -> Result<Replacement, Failure> {
+    match size {
+        0 => Ok(Replacement::Op(op)),
+        _ => Err(Failure::Unsupported("blocks of activations".to_string())),
     }
 }
 
