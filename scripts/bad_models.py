@@ -315,7 +315,7 @@ def missing_output(folder):
     save(model, folder)
 
 
-@case("node `choose` is an If")
+@case("node `choose` is an If whose condition depends on the number of tokens")
 def control_flow_if(folder):
     model = decoder()
 
@@ -323,7 +323,9 @@ def control_flow_if(folder):
         node = helper.make_node(op, ["ao"], [name])
         return helper.make_graph([node], name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)])
 
-    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "condition"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([4]), "four"))
+    insert_before(model, "residual", helper.make_node("Shape", ["input_ids"], ["count"], name="count", start=1, end=2))
+    insert_before(model, "residual", helper.make_node("Greater", ["count", "four"], ["condition"], name="many"))
     node = helper.make_node(
         "If", ["condition"], ["chosen"], name="choose", then_branch=branch("then", "Identity"), else_branch=branch("else", "Neg")
     )

@@ -2,6 +2,8 @@
 
 #[path = "passes/beyond.rs"]
 mod beyond;
+#[path = "passes/branches.rs"]
+mod branches;
 #[path = "passes/canonical.rs"]
 mod canonical;
 #[path = "passes/chosen_rows.rs"]

@@ -146,6 +146,19 @@ pub struct Producer {
     pub ir_version: i64,
     /// Domain (`""` for ai.onnx) and version, sorted.
     pub opsets: Vec<(String, i64)>,
+    /// The input that switched between the branches of a merged decoder, and is not an input of the graph.
+    pub switch: Option<Switch>,
+}
+
+/// An input that a merged decoder chooses its branch by. The graph is the branch that reads past keys and values.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Switch {
+    /// In the export.
+    pub name: String,
+    /// Its value where the graph is computed.
+    pub value: bool,
+    /// 0 or 1; every dim is 1.
+    pub rank: usize,
 }
 
 /// See the module's head.

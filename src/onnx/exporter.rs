@@ -40,6 +40,8 @@ pub fn exporter(graph: &Graph) -> Exporter {
     match graph.producer.name.as_str() {
         "onnxruntime-genai" => return Exporter::OrtGenAi,
         "mobius" => return Exporter::Mobius,
+        // What merges a decoder without past keys and values and one with them.
+        "optimum-onnx" => return Exporter::Optimum,
         _ => {}
     }
     // Optimizers and converters put their own name in, so the structure decides among torch's exporters: TorchScript

@@ -6,8 +6,8 @@
 //! <https://github.com/onnx/onnx/blob/main/onnx/onnx-ml.proto>. Only the fields that Lapidary reads or writes are here;
 //! prost skips the rest (documentation strings, stack traces in `metadata_props`, training information).
 //!
-//! Binary payloads are `Bytes`: decoded from a mapped file they are slices of it, not copies. Subgraphs and sparse
-//! tensors are kept as undecoded bytes, because all that matters is that they are there.
+//! Binary payloads are `Bytes`: decoded from a mapped file they are slices of it, not copies. Sparse tensors are kept as
+//! undecoded bytes, because all that matters is that they are there.
 
 use bytes::Bytes;
 
@@ -108,9 +108,9 @@ pub struct AttributeProto {
     pub s: Option<Bytes>,
     #[prost(message, optional, tag = "5")]
     pub t: Option<TensorProto>,
-    /// A subgraph, not decoded.
-    #[prost(bytes = "bytes", optional, tag = "6")]
-    pub g: Option<Bytes>,
+    /// A subgraph, as the branches of `If`.
+    #[prost(message, optional, boxed, tag = "6")]
+    pub g: Option<Box<GraphProto>>,
     #[prost(float, repeated, packed = "false", tag = "7")]
     pub floats: Vec<f32>,
     #[prost(int64, repeated, packed = "false", tag = "8")]

@@ -141,7 +141,12 @@ impl Reference {
                 capacity,
             });
         }
-        let inputs = self.inputs(tokens)?;
+        let mut inputs = self.inputs(tokens)?;
+        // Ours read one branch of a merged decoder; others read the file.
+        if let (EngineKind::Tract, Some(switch)) = (self.kind, &self.graph.producer.switch) {
+            let flag = Tensor::from_bool(vec![1; switch.rank], &[switch.value]);
+            inputs.push((switch.name.clone(), flag));
+        }
         let name = self.graph.value(self.logits).name.clone();
         let engine = self.kind.name();
         let failed = |path: &Path, message: String| ReferenceError::Engine {

@@ -101,6 +101,7 @@ impl<'m> Reader<'m> {
         let frame = Frame {
             opsets: &function.opsets,
             prefix: format!("{name}/"),
+            added: "",
             attributes: Some(given),
             depth: depth + 1,
         };

@@ -1,7 +1,9 @@
-//! From a file to a graph: definitions and uses of values, node by node. `decode` tells apart what is no ONNX model,
-//! `functions` puts the bodies of model-local functions where they are called; single nodes are `normalize`'s, tensors
-//! are `tensor`'s.
+//! From a file to a graph: definitions and uses of values, node by node. `decode` says what a file is that is no ONNX
+//! model, `functions` puts the bodies of model-local functions where they are called, `branches` a branch of every `If`
+//! whose condition (`condition`) is known; single nodes are `normalize`'s, tensors are `tensor`'s.
 
+mod branches;
+mod condition;
 mod decode;
 mod functions;
 
@@ -49,6 +51,7 @@ fn read_file(path: &Path, stripped: bool) -> Result<Graph, ReadErrorKind> {
         folder: Folder::of(path, stripped),
         functions: &functions(&model)?,
         made: 0,
+        switches: HashMap::new(),
     };
     reader.model(&model)?;
     Ok(reader.graph)
@@ -123,9 +126,23 @@ struct Frame<'f> {
     opsets: &'f Opsets,
     /// Prefix of values and nodes: empty in the graph, `caller/` in a function.
     prefix: String,
+    /// What a merge put before names of nodes and values, and is left out.
+    added: &'f str,
     /// The caller's attributes; `None` in the graph.
     attributes: Option<HashMap<&'f str, AttributeProto>>,
     depth: usize,
+}
+
+impl Frame<'_> {
+    /// What a node is called.
+    fn name(&self, node: &NodeProto) -> String {
+        self.value(node_name(node))
+    }
+
+    /// What a value is called.
+    fn value(&self, name: &str) -> String {
+        format!("{}{}", self.prefix, name.strip_prefix(self.added).unwrap_or(name))
+    }
 }
 
 struct Reader<'m> {
@@ -134,6 +151,8 @@ struct Reader<'m> {
     functions: &'m HashMap<FunctionKey<'m>, Function<'m>>,
     /// Nodes read so far, those of inlined functions included.
     made: usize,
+    /// Inputs that choose the branch of an `If`, with the value at which past keys and values are read.
+    switches: HashMap<ValueId, bool>,
 }
 
 impl<'m> Reader<'m> {
@@ -151,6 +170,7 @@ impl<'m> Reader<'m> {
             version: model.producer_version.clone().unwrap_or_default(),
             ir_version: model.ir_version.unwrap_or(0),
             opsets: imports,
+            switch: None,
         };
 
         let mut scope = Scope::default();
@@ -159,6 +179,7 @@ impl<'m> Reader<'m> {
         let frame = Frame {
             opsets: &opsets,
             prefix: String::new(),
+            added: "",
             attributes: None,
             depth: 0,
         };
@@ -174,6 +195,7 @@ impl<'m> Reader<'m> {
         }
         self.declared_types(graph, &scope);
         self.drop_unread_outputs();
+        self.drop_switches();
         self.graph.sort()?;
         Ok(())
     }
@@ -252,19 +274,46 @@ impl<'m> Reader<'m> {
                 scope.claim(name, Origin::Node(i), nodes)?;
                 let value = match results.get(name.as_str()) {
                     Some(value) => *value,
-                    None => self.graph.add_value(&format!("{}{name}", frame.prefix)),
+                    None => self.graph.add_value(&frame.value(name)),
                 };
                 scope.values.insert(name, Some(value));
             }
         }
+        // A condition may be computed by nodes that come later in the list.
+        let mut waiting = Vec::new();
         for node in nodes {
-            self.node(node, scope, frame)?;
+            match branches::is_if(node) {
+                true if !self.branch(node, scope, frame)? => waiting.push(node),
+                true => {}
+                false => self.node(node, scope, frame)?,
+            }
+        }
+        loop {
+            let before = waiting.len();
+            let mut still = Vec::new();
+            for node in waiting {
+                if !self.branch(node, scope, frame)? {
+                    still.push(node);
+                }
+            }
+            waiting = still;
+            if waiting.is_empty() || waiting.len() == before {
+                break;
+            }
+        }
+        for node in waiting {
+            self.keep_if(
+                node,
+                "its condition is computed from another If that is not resolved",
+                scope,
+                frame,
+            )?;
         }
         Ok(())
     }
 
     fn node(&mut self, node: &'m NodeProto, scope: &Scope<'m>, frame: &Frame) -> Result<(), ReadErrorKind> {
-        let name = format!("{}{}", frame.prefix, node_name(node));
+        let name = frame.name(node);
         let op_type = node.op_type.as_deref().unwrap_or_default();
         let mut inputs = Vec::with_capacity(node.input.len());
         for input in &node.input {
@@ -278,6 +327,9 @@ impl<'m> Reader<'m> {
                     });
                 }
             });
+        }
+        if node.attribute.iter().any(|a| a.g.is_some()) {
+            inputs.extend(self.captured(node, scope, &name)?);
         }
         let named = |n: &String| {
             if n.is_empty() {
