@@ -6,6 +6,8 @@ mod attention;
 mod bindings;
 #[path = "executor/caches.rs"]
 mod caches;
+#[path = "executor/experts.rs"]
+mod experts;
 #[path = "executor/fusion.rs"]
 mod fusion;
 #[path = "executor/layers.rs"]

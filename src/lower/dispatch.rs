@@ -14,6 +14,9 @@ impl Lowering<'_> {
         if let Op::Split { axis } = node.op {
             return self.split(node, &name, axis);
         }
+        if let Op::Routing(how) = &node.op {
+            return self.routing(node, &name, how);
+        }
         if self.fused(id)? {
             return Ok(());
         }
@@ -36,6 +39,8 @@ impl Lowering<'_> {
             Family::Movement => self.movement_node(node, name),
             Family::Indexing => self.indexing_node(node, name),
             Family::Attention => self.attention_node(node, name),
+            Family::Experts => self.experts_node(node, name),
+            Family::Selection => no_lowering(node),
             Family::Quantization => self.quantization_node(node, name),
             Family::Unknown => Reason::unsupported("Lapidary does not know this operator"),
         }

@@ -40,8 +40,7 @@ pub(super) fn row_wise(graph: &Graph, demand: &Demand, profile: &Profile) -> Has
     let one_token = profile.tokens == Tokens::Static(1);
     for id in graph.node_ids().rev().filter(|id| demand.nodes.contains(id)) {
         let node = graph.node(id);
-        let [Some(output)] = node.outputs[..] else { continue };
-        let only_rows = match readers.get(&output) {
+        let only_rows = |output: ValueId| match readers.get(&output) {
             _ if output == logits => {
                 graph.outputs.iter().filter(|v| **v == logits).count() == 1 && !readers.contains_key(&output)
             }
@@ -52,7 +51,8 @@ pub(super) fn row_wise(graph: &Graph, demand: &Demand, profile: &Profile) -> Has
                 inside && !before_product && !graph.outputs.contains(&output)
             }
         };
-        if only_rows && is_row_wise(graph, node) {
+        let mut outputs = node.outputs.iter().flatten();
+        if outputs.all(|output| only_rows(*output)) && is_row_wise(graph, node) {
             rows.insert(id);
         }
     }
@@ -68,6 +68,14 @@ fn is_row_wise(graph: &Graph, node: &Node) -> bool {
             .and_then(|v| graph.constant(v))
             .is_some_and(|c| c.shape().len() == 2);
         return matrix && node.input(0).is_some_and(|v| has_token_axis(graph, v));
+    }
+    // Matrices of experts are the same for all tokens.
+    if let Op::Experts(_) = node.op {
+        let mut tokens = node.inputs.iter().take(3).flatten();
+        return tokens.all(|v| has_token_axis(graph, *v));
+    }
+    if node.outputs.len() > 1 && !matches!(node.op, Op::Routing(_)) {
+        return false;
     }
     let last_only = match node.op.info().row_wise {
         RowWise::Always => true,

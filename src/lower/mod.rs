@@ -6,7 +6,7 @@
 //! [`LowerOptions`], so that a tuner can try them. What cannot be lowered is reported all at once, in [`LowerError`].
 //!
 //! One file a family: `linear`, `elementwise`, `normalization`, `attention` (and the cache), `rotary`, `movement`,
-//! `positions` (ranges, comparisons, masks), `gather`, `fuse` (products of one activation), `quantized_weights`; `dispatch` says which
+//! `positions` (ranges, comparisons, masks), `gather`, `experts`, `fuse` (products of one activation), `quantized_weights`; `dispatch` says which
 //! file lowers which operator. Around them: `weights` says which constants are weights and what they are called, `demand` which
 //! values are needed as data at all, `logit_rows` where the tokens without logits drop out,
 //! `constant_folding` what TensorRT must not fold. `context` holds what is lowered so
@@ -35,6 +35,7 @@ mod demand;
 mod dispatch;
 mod elementwise;
 mod error;
+mod experts;
 mod fuse;
 mod gather;
 mod linear;
@@ -135,6 +136,27 @@ impl QuantizedForm {
     }
 }
 
+/// How a mixture of experts is written.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExpertsForm {
+    /// One layer, for an executor that computes the chosen experts alone.
+    #[default]
+    Layer,
+    /// Every token through every expert, times weights that are 0 for those not chosen: `experts / top_k` times the
+    /// multiplications, and every weight read once whatever the number of tokens.
+    All,
+    /// The matrices of the chosen experts gathered for each token, where there are few rows: `top_k` experts are read (and
+    /// written and read again, unless the gather becomes part of the product) for each of them.
+    Chosen,
+}
+
+impl ExpertsForm {
+    fn is_layer(&self) -> bool {
+        *self == ExpertsForm::Layer
+    }
+}
+
 /// Choices of a lowering. None changes what is computed, beyond rounding.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -170,6 +192,12 @@ pub struct LowerOptions {
     /// In networks of several rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_quantized: Option<QuantizedForm>,
+    /// How mixtures of experts are written: with one row, and with all where `prefill_experts` says nothing.
+    #[serde(skip_serializing_if = "ExpertsForm::is_layer")]
+    pub experts: ExpertsForm,
+    /// With several rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefill_experts: Option<ExpertsForm>,
 }
 
 impl Default for LowerOptions {
@@ -186,6 +214,8 @@ impl Default for LowerOptions {
             attention: AttentionForm::default(),
             quantized: QuantizedForm::default(),
             prefill_quantized: None,
+            experts: ExpertsForm::default(),
+            prefill_experts: None,
         }
     }
 }
@@ -206,6 +236,14 @@ impl LowerOptions {
         }
     }
 
+    /// How experts of so many rows are written.
+    pub(crate) fn experts_form(&self, rows: &Dim) -> ExpertsForm {
+        match self.prefill_experts {
+            Some(form) if !rows.is_one() => form,
+            _ => self.experts,
+        }
+    }
+
     /// Good choices for TensorRT engines where nothing was tuned: docs/gpu.md has the figures.
     pub fn for_engines() -> Self {
         LowerOptions {
@@ -218,6 +256,8 @@ impl LowerOptions {
             fold_prefill: Some(LONG),
             quantized: QuantizedForm::Dequantize,
             prefill_quantized: Some(QuantizedForm::DequantizeApart),
+            experts: ExpertsForm::Chosen,
+            prefill_experts: Some(ExpertsForm::All),
             ..LowerOptions::default()
         }
     }

@@ -5,6 +5,7 @@
 
 use super::{Shape, WeightId};
 use crate::dim::Dim;
+use crate::graph::op::{ExpertActivation, Gating};
 use crate::ir_text::{self, Cursor, MAX_SHOWN, Parsed, push_list};
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{self, DType};
@@ -101,6 +102,16 @@ words! {
         Max,
         Min,
         Avg,
+    }
+}
+
+words! {
+    /// What a TopK layer gives.
+    Greatest {
+        /// The elements.
+        Values,
+        /// Where they are along the axis, i32.
+        Indices,
     }
 }
 
@@ -209,9 +220,68 @@ pub enum LayerKind {
     /// Inputs codes (i8, i4 or f8e4m3fn) and scales of the shape that [`Granularity::scale_shape`] gives: `code * scale` in the
     /// scales' dtype. TensorRT takes channels and blocks of constants only.
     Dequantize(Granularity),
+    /// The `k` greatest elements of the last axis of one float input, in falling order.
+    TopK {
+        /// How many.
+        k: usize,
+        /// Which output of TensorRT's layer.
+        part: Greatest,
+    },
+    /// What [`Op::Experts`](crate::graph::op::Op::Experts) computes, for an executor that computes the chosen experts alone;
+    /// TensorRT gets other layers. Inputs x, weights (f32), experts (i32), gate, up?, down, then gate_bias, up_bias? and
+    /// down_bias together or not at all; there is an up_bias where there is an up, so the number of inputs says what they are
+    /// ([`ExpertInputs`]).
+    Experts {
+        /// How many there are.
+        experts: usize,
+        /// What stands before `down`.
+        gating: Gating,
+    },
     /// Inputs cache `[batch, heads, capacity, d]` (a network input), update `[batch, heads, tokens, d]`, write_indices
     /// `[batch]` i32. Writes in place; the output is a network output in the cache's memory.
     KvCacheUpdate,
+}
+
+/// The inputs of a [`LayerKind::Experts`] by what they are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ExpertInputs<T> {
+    /// `[.., in]`.
+    pub x: T,
+    /// `[.., top_k]`.
+    pub weights: T,
+    /// `[.., top_k]`.
+    pub experts: T,
+    /// `[experts * hidden, in]`.
+    pub gate: T,
+    /// As gate.
+    pub up: Option<T>,
+    /// `[experts * out, hidden]`.
+    pub down: T,
+    /// Of gate, `up` and down, each with an element a row.
+    pub biases: Option<(T, Option<T>, T)>,
+}
+
+impl<T: Copy> ExpertInputs<T> {
+    /// Of a layer's inputs; `None` if they are too many or too few.
+    pub fn of(inputs: &[T]) -> Option<Self> {
+        let (first, up, down, biases) = match *inputs {
+            [x, w, e, gate, down] => ([x, w, e, gate], None, down, None),
+            [x, w, e, gate, up, down] => ([x, w, e, gate], Some(up), down, None),
+            [x, w, e, gate, down, a, c] => ([x, w, e, gate], None, down, Some((a, None, c))),
+            [x, w, e, gate, up, down, a, b, c] => ([x, w, e, gate], Some(up), down, Some((a, Some(b), c))),
+            _ => return None,
+        };
+        let [x, weights, experts, gate] = first;
+        Some(ExpertInputs {
+            x,
+            weights,
+            experts,
+            gate,
+            up,
+            down,
+            biases,
+        })
+    }
 }
 
 /// Which axis a layer works along, if it computes rows apart from one another.
@@ -248,6 +318,8 @@ impl LayerKind {
             LayerKind::RotaryEmbedding { .. } => "RotaryEmbedding",
             LayerKind::Attention => "Attention",
             LayerKind::Dequantize(_) => "Dequantize",
+            LayerKind::TopK { .. } => "TopK",
+            LayerKind::Experts { .. } => "Experts",
             LayerKind::KvCacheUpdate => "KvCacheUpdate",
         }
     }
@@ -327,6 +399,20 @@ impl LayerKind {
                 if *interleaved {
                     arguments.push("interleaved".to_string());
                 }
+            }
+            LayerKind::TopK { k, part } => {
+                head = format!("TopK{part:?}");
+                arguments.push(format!("k: {k}"));
+            }
+            LayerKind::Experts { experts, gating } => {
+                let Gating {
+                    activation,
+                    alpha,
+                    beta,
+                    limit,
+                } = gating;
+                arguments.push(format!("experts: {experts}, activation: {}", activation.word()));
+                arguments.push(format!("alpha: {alpha}, beta: {beta}, limit: {limit}"));
             }
             LayerKind::Dequantize(Granularity::Tensor) => {}
             LayerKind::Dequantize(Granularity::Channel { axis }) => arguments.push(format!("axis: {axis}")),
@@ -426,7 +512,25 @@ impl LayerKind {
                 })
             }
             "KvCacheUpdate" => LayerKind::KvCacheUpdate,
+            "Experts" => LayerKind::Experts {
+                experts: a.required(line, "experts", Cursor::integer)?,
+                gating: Gating {
+                    activation: a.required(line, "activation", |c| {
+                        let at = c.position();
+                        let word = c.take(|c| c.is_ascii_alphanumeric() || c == '_');
+                        ExpertActivation::named(word).ok_or_else(|| c.error_at(at, "an activation such as swish"))
+                    })?,
+                    alpha: a.required(line, "alpha", float)? as f32,
+                    beta: a.required(line, "beta", float)? as f32,
+                    limit: a.required(line, "limit", float)? as f32,
+                },
+            },
             word => {
+                if let Some(part) = word.strip_prefix("TopK").and_then(Greatest::named) {
+                    let k = a.required(line, "k", Cursor::integer)?;
+                    line.expect(")")?;
+                    return Ok(LayerKind::TopK { k, part });
+                }
                 let reduce = word.strip_prefix("Reduce").and_then(ReduceOp::named);
                 match (
                     Elementwise::named(word),

@@ -46,7 +46,7 @@ pub use builder::{BuildError, LayerError, NetworkBuilder};
 pub use infer::LayerFault;
 pub use interface::verify_interface;
 pub(crate) use kind::RowLayer;
-pub use kind::{Activation, Elementwise, LayerKind, MatrixOp, ReduceOp, UnaryOp};
+pub use kind::{Activation, Elementwise, ExpertInputs, Greatest, LayerKind, MatrixOp, ReduceOp, UnaryOp};
 pub use parse::parse;
 pub use verify::{VerifyError, verify};
 

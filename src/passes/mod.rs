@@ -20,6 +20,7 @@
 //! | [`decompose`] | contrib operators and attention operators taken apart into plain ones |
 //! | [`layer_norm`], [`rms_norm`] | normalizations from their parts |
 //! | [`activation`] | SiLU and GELU from their parts, proven by execution |
+//! | `experts` | mixtures of experts, proven by execution |
 //! | `emit` | recognised attention as canonical operators |
 //! | `reshapes` | reshapes with constant targets |
 //! | `positions` | embeddings of positions by `position_ids` |
@@ -40,6 +41,7 @@ pub mod decompose;
 mod dependence;
 pub mod dtype;
 mod emit;
+mod experts;
 mod fixed_dims;
 pub mod fold;
 pub mod layer_norm;
@@ -395,6 +397,11 @@ pub(crate) fn analyse(
     })?;
     for (info, pass) in TIDY {
         timed(&mut graph, report, info, |graph| Ok((pass(graph)?, ())))?;
+    }
+    timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    let obstacles = timed(&mut graph, report, &table::EXPERTS, |graph| experts::run(graph, &roles))?;
+    if !obstacles.is_empty() {
+        return Err(PassError::Obstacles { obstacles });
     }
     timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
     timed(&mut graph, report, &table::CHOSEN_ROWS, |graph| {

@@ -45,6 +45,7 @@ passes! {
     LAYER_NORM = "layer_norm": "finds LayerNorm in its parts";
     RMS_NORM = "rms_norm": "finds RMSNorm in its parts";
     ACTIVATION = "activation": "finds SiLU and GELU, proven by running them";
+    EXPERTS = "experts": "understands each mixture of experts: its routing, matrices and sum, proven by running them";
     CHOSEN_ROWS = "chosen_rows": "gives all tokens logits where the export keeps the last ones";
     DECOMPOSE_ATTENTION = "decompose_attention" formerly "expand":
         "brings attention operators of all exporters into one plain form";

@@ -1,6 +1,7 @@
 //! What each layer means, written as plainly as possible, in f64 and one element at a time.
 
-use lapidary::network::{Activation, Elementwise, LayerKind, MatrixOp, ReduceOp, UnaryOp};
+use lapidary::graph::op::{ExpertActivation, Gating};
+use lapidary::network::{Activation, Elementwise, ExpertInputs, Greatest, LayerKind, MatrixOp, ReduceOp, UnaryOp};
 use lapidary::tensor::{DType, Tensor};
 
 #[derive(Clone, Debug)]
@@ -376,9 +377,88 @@ pub fn evaluate(kind: &LayerKind, inputs: &[Value]) -> Value {
                 }
             })
         }
+        LayerKind::TopK { k, part } => {
+            let (dtype, n) = match part {
+                Greatest::Values => (x.dtype, x.shape.len() - 1),
+                Greatest::Indices => (DType::I32, x.shape.len() - 1),
+            };
+            let mut shape = x.shape.clone();
+            shape[n] = *k;
+            Value::make(dtype, shape, |index| {
+                let of = |i: usize| x.at(&[&index[..n], &[i]].concat());
+                let mut order: Vec<usize> = (0..x.shape[n]).collect();
+                order.sort_by(|a, b| of(*b).total_cmp(&of(*a)));
+                match part {
+                    Greatest::Values => of(order[index[n]]),
+                    Greatest::Indices => order[index[n]] as f64,
+                }
+            })
+        }
+        LayerKind::Experts { experts, gating } => {
+            let of = ExpertInputs::of(&inputs.iter().collect::<Vec<_>>()).expect("as many inputs as it takes");
+            mixture(*experts, gating, &of)
+        }
         LayerKind::Dequantize(_) => panic!("its codes are no values: see quantized_layers"),
         LayerKind::Fill { .. } | LayerKind::Weight(_) | LayerKind::Constant(_) => panic!("{kind:?} has no inputs"),
     }
+}
+
+/// Token by token, expert by expert.
+fn mixture(experts: usize, gating: &Gating, of: &ExpertInputs<&Value>) -> Value {
+    let (hidden, out) = (of.gate.shape[0] / experts, of.down.shape[0] / experts);
+    let last = of.x.shape.len() - 1;
+    let mut shape = of.x.shape.clone();
+    shape[last] = out;
+    let product = |matrix: &Value, bias: Option<&Value>, row: usize, x: &[f64]| {
+        let sum: f64 = x.iter().enumerate().map(|(i, x)| matrix.at(&[row, i]) * x).sum();
+        sum + bias.map_or(0.0, |bias| bias.at(&[row]))
+    };
+    let (of_gate, of_up, of_down) = match of.biases {
+        Some((gate, up, down)) => (Some(gate), up, Some(down)),
+        None => (None, None, None),
+    };
+    let bound = |x: f64, low: f64| match gating.limit > 0.0 {
+        true => x.clamp(low, f64::from(gating.limit)),
+        false => x,
+    };
+    let active = |x: f64| match gating.activation {
+        ExpertActivation::Swish => x / (1.0 + (-f64::from(gating.alpha) * x).exp()),
+        ExpertActivation::Relu => x.max(0.0),
+        ExpertActivation::ReluSquared => x.max(0.0).powi(2),
+        // The tanh form of both: they lie 4e-4 apart at most.
+        ExpertActivation::Gelu | ExpertActivation::GeluTanh => {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+            0.5 * x * (1.0 + inner.tanh())
+        }
+    };
+    // The rows of a token, found at its first element.
+    let mut rows: Vec<f64> = Vec::new();
+    Value::make(of.x.dtype, shape, |index| {
+        let token = |value: &Value, i: usize| value.at(&[&index[..last], &[i]].concat());
+        if index[last] == 0 {
+            let x: Vec<f64> = (0..of.x.shape[last]).map(|i| token(of.x, i)).collect();
+            rows = vec![0.0; out];
+            for i in 0..of.experts.shape[last] {
+                let (expert, weight) = (token(of.experts, i) as usize, token(of.weights, i));
+                let inner: Vec<f64> = (expert * hidden..(expert + 1) * hidden)
+                    .map(|row| {
+                        let gate = active(bound(product(of.gate, of_gate, row, &x), f64::NEG_INFINITY));
+                        match of.up {
+                            Some(up) => {
+                                let up = bound(product(up, of_up, row, &x), -f64::from(gating.limit));
+                                gate * (up + f64::from(gating.beta))
+                            }
+                            None => gate,
+                        }
+                    })
+                    .collect();
+                for (column, sum) in rows.iter_mut().enumerate() {
+                    *sum += weight * product(of.down, of_down, expert * out + column, &inner);
+                }
+            }
+        }
+        rows[index[last]]
+    })
 }
 
 fn reduce_avg(axes: &[usize]) -> LayerKind {

@@ -4,12 +4,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lapidary::dim::{Dim, Sym};
-use lapidary::graph::op::{Attention, GroupQueryAttention, ScatterMode};
+use lapidary::graph::op::{Attention, ExpertActivation, Gating, GroupQueryAttention, ScatterMode};
 use lapidary::graph::{Graph, Op, ValueId, dump, identity_text, infer, parse};
 use lapidary::lower::{LowerOptions, lower};
 use lapidary::network::{
-    self, Activation, Elementwise, Layer, LayerKind, Logits, MatrixOp, Network, Profile, ReduceOp, Tensor, TensorId,
-    Tokens, UnaryOp, Weight, WeightId, WeightMode,
+    self, Activation, Elementwise, Greatest, Layer, LayerKind, Logits, MatrixOp, Network, Profile, ReduceOp, Tensor,
+    TensorId, Tokens, UnaryOp, Weight, WeightId, WeightMode,
 };
 use lapidary::passes::{CanonicalizeOptions, canonicalize};
 use lapidary::tensor::{self, DType};
@@ -456,6 +456,26 @@ fn any_kind() -> impl Strategy<Value = LayerKind> {
             interleaved,
             rotary_dim
         }),
+        (1usize..9, any::<bool>()).prop_map(|(k, values)| LayerKind::TopK {
+            k,
+            part: if values { Greatest::Values } else { Greatest::Indices },
+        }),
+        (
+            1usize..99,
+            select(vec![ExpertActivation::Swish, ExpertActivation::GeluTanh]),
+            finite(),
+            finite(),
+            finite()
+        )
+            .prop_map(|(experts, activation, alpha, beta, limit)| LayerKind::Experts {
+                experts,
+                gating: Gating {
+                    activation,
+                    alpha,
+                    beta,
+                    limit,
+                },
+            }),
         Just(LayerKind::Attention),
         Just(LayerKind::KvCacheUpdate),
     ]

@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use lapidary::dim::{Dim, Sym};
 use lapidary::graph::eval::eval_op;
 use lapidary::graph::op::{self, Binary, Op, Reduction, Unary};
-use lapidary::network::{Activation, Elementwise, Layer, LayerKind, MatrixOp, Network, ReduceOp, TensorId, UnaryOp};
+use lapidary::network::{
+    Activation, Elementwise, ExpertInputs, Greatest, Layer, LayerKind, MatrixOp, Network, ReduceOp, TensorId, UnaryOp,
+};
 use lapidary::tensor::{DType, Tensor};
 
 /// Every output by name. Inputs by name, in the network's dtypes.
@@ -204,6 +206,46 @@ fn run(network: &Network, layer: &Layer, dtype: DType, inputs: &[Tensor], tokens
                 softmax_precision: None,
             });
             one(op, &all)
+        }
+        LayerKind::TopK { k, part } => {
+            let op = Op::TopK {
+                axis: -1,
+                largest: true,
+                sorted: true,
+            };
+            let results = eval_op(&op, &[Some(x().clone()), Some(vector(&[*k as i64]))]).unwrap();
+            match part {
+                Greatest::Values => results[0].clone().unwrap(),
+                Greatest::Indices => one(Op::Cast { to: DType::I32 }, &[results[1].as_ref().unwrap()]),
+            }
+        }
+        LayerKind::Experts { experts, gating } => {
+            let of = ExpertInputs::of(&all).expect("as many inputs as it takes");
+            let op = Op::Experts(op::Experts {
+                experts: *experts,
+                activation: gating.activation,
+                alpha: gating.alpha,
+                beta: gating.beta,
+                limit: gating.limit,
+            });
+            let chosen = one(Op::Cast { to: DType::I64 }, &[of.experts]);
+            let (a, b, c) = match of.biases {
+                Some((a, b, c)) => (Some(a), b, Some(c)),
+                None => (None, None, None),
+            };
+            let inputs = [
+                Some(of.x),
+                Some(of.weights),
+                Some(&chosen),
+                Some(of.gate),
+                of.up,
+                Some(of.down),
+                a,
+                b,
+                c,
+            ];
+            let inputs: Vec<Option<Tensor>> = inputs.iter().map(|t| t.cloned()).collect();
+            eval_op(&op, &inputs).unwrap().remove(0).unwrap()
         }
         LayerKind::Dequantize(granularity) => lapidary::tensor::quantized::dequantize(x(), all[1], None, *granularity),
         LayerKind::KvCacheUpdate => {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lapidary::network::{Activation, Elementwise, LayerKind, MatrixOp, ReduceOp, UnaryOp, WeightMode};
+use lapidary::network::{Activation, Elementwise, Greatest, LayerKind, MatrixOp, ReduceOp, UnaryOp, WeightMode};
 use lapidary::tensor::quantized::Granularity;
 use lapidary::tensor::{DType, Tensor};
 
@@ -33,6 +33,9 @@ fn ordinal(kind: &LayerKind) -> usize {
         LayerKind::Attention => 17,
         LayerKind::KvCacheUpdate => 18,
         LayerKind::Dequantize(_) => 19,
+        LayerKind::TopK { .. } => 20,
+        // TensorRT has no layer for it: lowering for engines gives others.
+        LayerKind::Experts { .. } => 21,
     }
 }
 
@@ -69,6 +72,11 @@ fn every_kind(float: DType) -> Net {
     };
     net.out("mean", mean, [h], float, dims([1, 4, 1]));
     net.out("softmax", LayerKind::Softmax { axis: 2 }, [h], float, dims([1, 4, 16]));
+    for part in [Greatest::Values, Greatest::Indices] {
+        let dtype = if part == Greatest::Values { float } else { DType::I32 };
+        let kind = LayerKind::TopK { k: 3, part };
+        net.out(&format!("top {part:?}"), kind, [h], dtype, dims([1, 4, 3]));
+    }
     let heads = LayerKind::Shuffle {
         first: None,
         reshape: Some(dims([1, 4, 2, 8])),
@@ -185,7 +193,7 @@ fn every_kind_of_layer_builds_in_every_float_type() {
     for float in FLOATS {
         let net = every_kind(float);
         let kinds: BTreeSet<usize> = net.0.layers.iter().map(|layer| ordinal(&layer.kind)).collect();
-        assert_eq!(kinds, (0..=19).collect(), "every kind of layer is in the network");
+        assert_eq!(kinds, (0..=20).collect(), "every kind of layer is in the network");
         let plan = build(&net).unwrap_or_else(|error| panic!("{float}: {error}"));
         assert!(plan.bytes().len() > 1000);
     }

@@ -103,6 +103,26 @@ impl QuantizedMatrix {
         let zeros = self.zeros.as_ref().map_or(0, Vec::len);
         (self.codes.data().len() + self.scales.data().len() + zeros).div_ceil(self.rows().max(1))
     }
+    /// Whether rows from a multiple of `count` on are a matrix of their own: codes begin with a byte, blocks with a row.
+    pub fn starts_at_multiples_of(&self, count: usize) -> bool {
+        let bits = self.depth() * self.format.bits();
+        bits.is_multiple_of(8) && count.is_multiple_of(self.block[0])
+    }
+    /// The matrix from a row on, which [`QuantizedMatrix::starts_at_multiples_of`] allows.
+    pub fn kernel_from(&self, row: usize) -> QuantizedRows {
+        let all = self.kernel();
+        let block = row / self.block[0] * self.strides[0];
+        let zeros = match all.zeros.is_null() {
+            true => all.zeros,
+            false => all.zeros.wrapping_add(block),
+        };
+        QuantizedRows {
+            codes: all.codes.wrapping_add(row * self.depth() * self.format.bits() / 8),
+            scales: all.scales.wrapping_add(block * self.scales.dtype().element_bytes()),
+            zeros,
+            ..all
+        }
+    }
     /// The matrix for kernels, which is valid for as long as this is.
     pub fn kernel(&self) -> QuantizedRows {
         QuantizedRows {

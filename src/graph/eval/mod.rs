@@ -14,6 +14,7 @@ mod attention;
 mod elementwise;
 mod error;
 mod evaluator;
+mod experts;
 mod gather;
 mod gqa;
 mod heads;
@@ -23,9 +24,11 @@ mod norm;
 mod quantization;
 mod reduce;
 mod rotary;
+mod selection;
 
 pub use error::EvalError;
 pub use evaluator::Evaluator;
+pub(crate) use experts::gated;
 pub(crate) use movement::{reshape_target, slice_range};
 
 use crate::graph::op::{Family, Op};
@@ -70,7 +73,9 @@ pub fn eval_node(op: &Op, inputs: &[Option<Tensor>], outputs: usize) -> Result<V
         Family::Normalization => norm::eval(op, &operands),
         Family::Movement => movement::eval(op, &operands),
         Family::Indexing => gather::eval(op, &operands),
+        Family::Selection => selection::eval(op, &operands),
         Family::Attention => attention::eval(op, &operands),
+        Family::Experts => experts::eval(op, &operands),
         Family::Quantization => quantization::eval(op, &operands),
         Family::Unknown => no_evaluator(op),
     }

@@ -10,17 +10,19 @@
 //! without declared types stay untyped.
 //!
 //! Modules: `node` holds one node and which rule it takes, `elements` the arithmetic on elements of small tensors; the
-//! rules are in `elementwise`, `movement` (reshape, concat, slice …), `indexing` (gather, scatter), `linear` (products,
+//! rules are in `elementwise`, `movement` (reshape, concat, slice …), `indexing` (gather, scatter), `selection` (top-k, one-hot), `experts`, `linear` (products,
 //! reductions, normalizations) and `attention`.
 
 mod attention;
 mod elements;
 mod elementwise;
+mod experts;
 mod indexing;
 mod linear;
 mod movement;
 mod node;
 mod quantization;
+mod selection;
 #[cfg(test)]
 mod tests;
 

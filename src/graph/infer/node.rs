@@ -40,7 +40,9 @@ impl NodeInference<'_> {
             Family::Normalization => self.normalization_rule(),
             Family::Movement => self.movement_rule(),
             Family::Indexing => self.indexing_rule(),
+            Family::Selection => self.selection_rule(),
             Family::Attention => self.attention_rule(),
+            Family::Experts => self.experts_rule(),
             Family::Quantization => self.quantization_rule(),
             Family::Unknown => Ok(Vec::new()),
         }

@@ -316,6 +316,48 @@ spec! {
     };
 }
 
+/// An enum whose variants attributes spell as words.
+pub(super) trait Words: Copy + PartialEq + 'static {
+    /// Every variant with its word.
+    const WORDS: &'static [(Self, &'static str)];
+}
+
+/// One of several words.
+pub(super) struct WordSpec<W> {
+    name: &'static str,
+    default: W,
+}
+
+pub(super) const fn word<W: Words>(name: &'static str, default: W) -> WordSpec<W> {
+    WordSpec { name, default }
+}
+
+impl<W: Words> AttributeSpec for WordSpec<W> {
+    type Field = W;
+    fn name(&self) -> &'static str {
+        self.name
+    }
+    fn default(&self) -> W {
+        self.default
+    }
+    fn value(&self, field: &W) -> Option<Attribute> {
+        let word = W::WORDS.iter().find(|(variant, _)| variant == field);
+        word.map(|(_, word)| Attribute::Text(word))
+    }
+    fn is_default(&self, field: &W) -> bool {
+        *field == self.default
+    }
+    fn read<S: AttributeSource>(&self, source: &S) -> Result<W, S::Error> {
+        let Some(text) = source.text(self.name)? else {
+            return Ok(self.default);
+        };
+        match W::WORDS.iter().find(|(_, word)| *word == text) {
+            Some((variant, _)) => Ok(*variant),
+            None => Err(AttributeError::Unsupported(format!("{}={text}", self.name)).into()),
+        }
+    }
+}
+
 /// A rounding to codes in three attributes, all left out where there is none.
 pub(super) struct RoundingSpec {
     to: &'static str,

@@ -128,8 +128,12 @@ pub enum Family {
     Movement,
     /// Elements read or written where an index says.
     Indexing,
+    /// Elements chosen by their value, and where they are.
+    Selection,
     /// Attention and rotary embeddings.
     Attention,
+    /// A mixture of experts.
+    Experts,
     /// Codes of floats, and floats of codes.
     Quantization,
     /// [`Op::Unknown`](super::Op::Unknown).

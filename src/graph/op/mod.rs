@@ -12,13 +12,15 @@
 
 mod attributes;
 mod declare;
+mod experts;
 mod info;
 mod table;
 
 pub(crate) use attributes::{Attribute, AttributeError, AttributeSource};
+pub use experts::{ChosenWeights, ExpertActivation, Gating, RouterScores};
 pub use info::{ElementTypes, Family, Input, Moves, OperatorInfo, RowWise, TypeRule};
 pub(crate) use info::{LAPIDARY, MICROSOFT};
-pub use table::{Attention, GroupQueryAttention, Op, RoundedAttention};
+pub use table::{Attention, Experts, GroupQueryAttention, Op, RoundedAttention, Routing};
 
 use crate::tensor::DType;
 use declare::named;

@@ -6,13 +6,13 @@
 use super::attributes::{
     Attribute, AttributeSource, AttributeSpec, count, either, element, element_type, flag, float_type, int,
     nonzero_real, optional_int, optional_real, permutation, real, required_int, required_size, rounding, scatter_mode,
-    size, written_real,
+    size, word, written_real,
 };
 use super::declare::operators;
 use super::info::{
     self, Family, Moves, OperatorInfo, RowWise, any, boolean, contrib, float, index, int32, int64, number, onnx, own,
 };
-use super::{Binary, Reduction, Rounding, ScatterMode, Unary};
+use super::{Binary, ChosenWeights, ExpertActivation, Reduction, Rounding, RouterScores, ScatterMode, Unary};
 use crate::tensor::{DType, Tensor};
 
 const KEEPDIMS: super::attributes::Flag = flag("keepdims", true);
@@ -137,6 +137,23 @@ operators! {
         /// Inputs: past_cache, update, write_indices?. Writes `update` into the cache from `write_indices[batch]` on.
         TensorScatter { axis: i64 = int("axis", -2), circular: bool = either("mode", "linear", "circular") }
             => onnx("TensorScatter", &[24], &[any().same(), any().same(), int64().optional()]).family(Family::Indexing);
+
+        // Selection
+        /// Inputs: x, k (one element). Outputs: the k greatest (or least) along the axis, and their indices.
+        TopK { axis: i64 = int("axis", -1), largest: bool = flag("largest", true), sorted: bool = flag("sorted", true) }
+            => onnx("TopK", &[1, 10, 11, 24], &[number(), int64().parameter()]).outputs(2)
+            .family(Family::Selection).not_canonical();
+        ArgMax {
+            axis: i64 = int("axis", 0),
+            keepdims: bool = flag("keepdims", true),
+            select_last_index: bool = flag("select_last_index", false),
+        } => onnx("ArgMax", &[1, 11, 12, 13], &[number()]).family(Family::Selection).not_canonical();
+        /// Inputs: x. Output: `[rank, n]`, the indices of the n elements that are not 0.
+        NonZero => onnx("NonZero", &[9, 13], &[any()]).family(Family::Selection).not_canonical();
+        /// Inputs: indices, depth (one element), values (`[off, on]`). A new axis of `depth` elements.
+        OneHot { axis: i64 = int("axis", -1) }
+            => onnx("OneHot", &[9, 11], &[number(), number().parameter(), any()])
+            .family(Family::Selection).not_canonical();
 
         // Normalizations
         /// Inputs: x, scale, bias?. Statistics in fp32. ONNX Runtime's scale and bias may have another float type than x,
@@ -323,5 +340,62 @@ operators! {
                 ],
             )
             .outputs(3).family(Family::Attention);
+        /// The experts of every token and their weights. Inputs: logits `[.., experts]`, correction? `[experts]`. Outputs:
+        /// weights `[.., top_k]` (typed like the logits), experts `[.., top_k]` (i64), in falling order of choice.
+        ///
+        /// Every expert has a score. The `top_k` greatest of score plus correction are chosen, the lower number first where
+        /// they are equal; the correction has no part in the weights. With groups, experts next to one another form groups of
+        /// equal size, and outside of the `top_groups` best of them the sum counts as 0. A group is as good as the sum of its
+        /// `group_best` greatest. Computed in fp32.
+        Routing {
+            /// Experts of a token.
+            top_k: usize = required_size("top_k"),
+            /// What makes scores of logits.
+            scores: RouterScores = word("scores", RouterScores::Softmax),
+            /// What makes weights of the scores that were chosen.
+            weights: ChosenWeights = word("weights", ChosenWeights::Scores),
+            /// Factor of the weights.
+            scale: f32 = real("scale", 1.0),
+            /// 0: none.
+            groups: usize = size("groups"),
+            /// Groups that experts are chosen from.
+            top_groups: usize = size("top_groups"),
+            /// Experts that say how good a group is.
+            group_best: usize = size("group_best"),
+        } => own("Routing", &[float(), float().optional()]).outputs(2)
+            .family(Family::Experts).row_wise(RowWise::Always);
+        /// Feed-forward layers of which every token passes through a few. Inputs: x `[.., in]`, weights and experts
+        /// `[.., top_k]` (see [`Routing`]), gate `[experts * hidden, in]`, up? (as gate), down `[experts * out, hidden]`,
+        /// gate_bias? `[experts * hidden]`, up_bias? (as gate_bias), down_bias? `[experts * out]`. The matrices of the experts
+        /// stand one below the other.
+        ///
+        /// The sum over a token's experts `e` of its weight times `down[e] h + down_bias[e]`, where `h` is
+        /// `activation(gate[e] x + gate_bias[e])`, times `up[e] x + up_bias[e] + beta` where there is an `up`.
+        Experts {
+            /// How many there are.
+            experts: usize = required_size("experts"),
+            /// The function.
+            activation: ExpertActivation = word("activation", ExpertActivation::Swish),
+            /// Of the function `swish`.
+            alpha: f32 = real("alpha", 1.0),
+            /// Added to `up`.
+            beta: f32 = real("beta", 0.0),
+            /// 0: none. Otherwise the function takes at most this, and `up` is clamped to it from both sides.
+            limit: f32 = real("limit", 0.0),
+        } => own(
+                "Experts",
+                &[
+                    float(),
+                    float(),
+                    int64(),
+                    float().same(),
+                    float().same().optional(),
+                    float().same(),
+                    float().same().optional(),
+                    float().same().optional(),
+                    float().same().optional(),
+                ],
+            )
+            .family(Family::Experts);
     }
 }

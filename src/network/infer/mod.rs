@@ -7,6 +7,7 @@
 
 mod checks;
 mod compute;
+mod experts;
 mod transformer;
 
 use super::{LayerKind, ReduceOp, Shape, Tensor, Weight};
@@ -18,6 +19,7 @@ use checks::{
     is_index, is_number, like, permuted, same,
 };
 use compute::{dequantize, elementwise, matrix_multiply, slice, unary};
+use experts::{expert_layer, top_k};
 use transformer::{attention, kv_cache_update, normalization, rotary};
 
 /// TensorRT has at most eight dims.
@@ -219,6 +221,8 @@ pub(super) fn infer(
         LayerKind::RotaryEmbedding { rotary_dim, .. } => rotary(*rotary_dim, inputs)?,
         LayerKind::Attention => attention(inputs)?,
         LayerKind::Dequantize(granularity) => dequantize(*granularity, inputs)?,
+        LayerKind::TopK { k, part } => top_k(*k, *part, inputs)?,
+        LayerKind::Experts { experts, .. } => expert_layer(*experts, inputs)?,
         LayerKind::KvCacheUpdate => kv_cache_update(inputs)?,
     };
     if typed.1.len() > MAX_RANK {

@@ -152,6 +152,8 @@ impl Compiler<'_> {
             }
             LayerKind::Attention => self.attention(index)?,
             LayerKind::Dequantize(granularity) => self.dequantize(index, *granularity)?,
+            LayerKind::TopK { k, part } => self.top_k(index, *k, *part)?,
+            LayerKind::Experts { experts, gating } => self.experts(index, *experts, *gating)?,
             LayerKind::KvCacheUpdate => self.cache_update(index)?,
             LayerKind::Reduce { .. } | LayerKind::Softmax { .. } | LayerKind::Normalization { .. }
                 if !self.is_row_layer(index) =>

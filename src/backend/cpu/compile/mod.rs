@@ -6,6 +6,7 @@
 //! phases and activations into one arena (`schedule`). The kernels trust shapes with raw pointers, so every network is
 //! verified first, wherever it comes from.
 
+mod experts;
 mod fusion;
 mod layers;
 mod products;

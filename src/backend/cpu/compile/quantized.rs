@@ -55,7 +55,7 @@ impl Compiler<'_> {
     }
 
     /// The quantized weight that a tensor is.
-    fn quantized_of(&mut self, id: TensorId) -> Result<Option<Constant>, CpuError> {
+    pub(super) fn quantized_of(&mut self, id: TensorId) -> Result<Option<Constant>, CpuError> {
         let known = self.quantized.contains_key(&id) || self.views[id.0 as usize].is_some();
         if !known && let Some(layer) = self.producer[id.0 as usize] {
             let kind = &self.network.layers[layer].kind;

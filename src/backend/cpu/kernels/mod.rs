@@ -19,6 +19,7 @@
 
 pub(super) mod attention;
 mod codes;
+pub(super) mod experts;
 pub(super) mod gemm;
 pub(super) mod gemv;
 mod math;

@@ -1,11 +1,13 @@
 //! A compiled network: what it must be given, and the run over it. [`steps`] is the program as data, [`run`] what each
 //! thread does with it.
 
+mod experts;
 mod run;
 mod steps;
 
 use std::sync::{Arc, Mutex};
 
+pub(super) use experts::{ExpertMatrix, ExpertShape, ExpertWork, TopKWork};
 use run::Run;
 pub(super) use steps::{AttentionStep, Buffer, MatrixView, Memory, Phase, Step, Work};
 

@@ -11,6 +11,7 @@ use super::super::kernels::quantized::QuantizedGather;
 use super::super::kernels::quantized_gemm::QuantizedGemm;
 use super::super::kernels::quantized_gemv::{QuantizedGemv, Scope};
 use super::super::pool::Team;
+use super::super::simd::Isa;
 use super::super::strided_view::{BufferId, View};
 use super::Program;
 use super::steps::{AttentionStep, MatrixView, Step, Work};
@@ -91,12 +92,16 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn base(&self, buffer: BufferId) -> *mut u8 {
+    pub(super) fn isa(&self) -> Isa {
+        self.program.isa
+    }
+
+    pub(super) fn base(&self, buffer: BufferId) -> *mut u8 {
         self.addresses[buffer.0 as usize]
     }
 
     /// The address of a view's first element.
-    fn at(&self, view: &View) -> *mut u8 {
+    pub(super) fn at(&self, view: &View) -> *mut u8 {
         self.base(view.buffer)
             .wrapping_offset(view.offset * view.storage.element_bytes() as isize)
     }
@@ -373,6 +378,12 @@ impl<'a> Run<'a> {
                     isa.run(scan);
                     Ok(())
                 }
+                Work::TopK(work) => {
+                    let rows = work.x.len() / work.n;
+                    self.top_k(work, range(work.per_item, rows));
+                    Ok(())
+                }
+                Work::Experts(shape, work) => self.experts(shape, work, item, [scratch, kept], scope),
                 Work::DecodeChunk(step) => {
                     let partial = step.partial.expect("planned with it");
                     let few = DecodeChunk {

@@ -5,6 +5,7 @@ use super::super::kernels::{attention, gemm, quantized_gemv};
 use super::super::quantized::QuantizedMatrix;
 use super::super::simd::Isa;
 use super::super::strided_view::{BufferId, View};
+use super::experts::{ExpertShape, ExpertWork, TopKWork};
 use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
 
@@ -144,6 +145,8 @@ pub enum Work {
         live: BufferId,
         per_item: usize,
     },
+    TopK(TopKWork),
+    Experts(ExpertShape, ExpertWork),
     DecodeChunk(AttentionStep),
     MergeChunks(AttentionStep),
     PrefillPanel(AttentionStep),
@@ -184,6 +187,8 @@ impl Work {
             Work::Rotate { .. } => "rotary",
             Work::CacheUpdate { .. } => "cache update",
             Work::MaskScan { .. } => "mask scan",
+            Work::TopK(_) => "top-k",
+            Work::Experts(_, work) => work.name(),
             Work::DecodeChunk(_) => "attention (few rows)",
             Work::MergeChunks(_) => "attention merge",
             Work::PrefillPanel(_) => "attention",
@@ -196,6 +201,7 @@ impl Work {
             Work::QuantizedGemv { right, rows, .. } => {
                 quantized_gemv::scratch_len(isa.lanes(), right.format(), *rows, right.depth()) * 4
             }
+            Work::Experts(_, work) => work.kept_bytes(isa),
             _ => 0,
         }
     }
@@ -205,6 +211,7 @@ impl Work {
         match self {
             Work::Rows { program, .. } => program.scratch_bytes(),
             Work::Gemm { .. } | Work::QuantizedGemm { .. } => gemm::scratch_len(isa) * 4,
+            Work::Experts(_, work) => work.scratch_bytes(isa),
             Work::PrefillPanel(step) => attention::prefill_scratch(isa, step.q.shape[3]) * 4,
             _ => 0,
         }

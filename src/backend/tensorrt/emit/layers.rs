@@ -4,13 +4,13 @@ use trtx::network::Layer as TrtLayer;
 use trtx::trtx_sys::AsLayer;
 use trtx::{
     ActivationType, AttentionNormalizationOp, Axes, CausalMaskKind, ElementWiseOperation, FillOperation, KVCacheMode,
-    MatrixOperation, ReduceOperation, UnaryOperation,
+    MatrixOperation, ReduceOperation, TopKOperation, UnaryOperation,
 };
 
 use super::shapes::Extents;
 use super::{EmitError, Emitted, Emitter, Handle, data_type};
 use crate::dim::Dim;
-use crate::network::{Activation, Elementwise, Layer, LayerKind, MatrixOp, ReduceOp, Shape, UnaryOp};
+use crate::network::{Activation, Elementwise, Greatest, Layer, LayerKind, MatrixOp, ReduceOp, Shape, UnaryOp};
 use crate::tensor::{DType, Tensor};
 
 /// Adds the layer (and what little it needs beside it) and gives its output.
@@ -105,6 +105,24 @@ pub(super) fn emit<'b>(e: &mut Emitter<'b, '_>, layer: &'b Layer) -> Emitted<'b>
         }
         LayerKind::Attention => e.attention(layer),
         LayerKind::Dequantize(granularity) => e.dequantize(layer, *granularity),
+        LayerKind::TopK { k, part } => {
+            let [x] = e.inputs(layer)?;
+            let last = e.declared(layer.inputs[0])?.shape.len() - 1;
+            let added = e
+                .definition
+                .add_topk(&x, TopKOperation::kMAX, axis_number(*k)?, axes_mask(&[last])?)?;
+            e.named_output(
+                added,
+                name,
+                match part {
+                    Greatest::Values => 0,
+                    Greatest::Indices => 1,
+                },
+            )
+        }
+        LayerKind::Experts { .. } => Err(EmitError::Malformed(
+            "a layer of experts is for the CPU executor; lower it with all experts or the chosen ones".to_string(),
+        )),
         LayerKind::KvCacheUpdate => {
             let [cache, update, write_indices] = e.inputs(layer)?;
             let added = e
@@ -129,9 +147,14 @@ impl<'b> Emitter<'b, '_> {
     }
 
     /// Names a layer just added, and gives its output.
-    pub(super) fn named<L: AsLayer>(&mut self, mut layer: TrtLayer<'b, L>, name: &str) -> Emitted<'b> {
+    pub(super) fn named<L: AsLayer>(&mut self, layer: TrtLayer<'b, L>, name: &str) -> Emitted<'b> {
+        self.named_output(layer, name, 0)
+    }
+
+    /// As [`Emitter::named`], of a layer with several outputs.
+    fn named_output<L: AsLayer>(&mut self, mut layer: TrtLayer<'b, L>, name: &str, output: i32) -> Emitted<'b> {
         layer.set_name(self.definition, name)?;
-        Ok(layer.output(self.definition, 0)?)
+        Ok(layer.output(self.definition, output)?)
     }
 
     fn activation(&mut self, layer: &Layer, op: Activation, x: Handle<'b>) -> Emitted<'b> {

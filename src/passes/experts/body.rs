@@ -1,0 +1,531 @@
+//! What the experts compute, proven by execution of everything but the products.
+//!
+//! Random tensors stand in for the tokens, the logits and the results of all products. Then every row that enters a product
+//! must be a token's own row, what enters the second products must be a known function of the first ones' results, row by row,
+//! and the block's result must be the sum of the second ones' results, each times the weight that the routing gives its expert
+//! for its token. With the products' constants, which the graph names, that is all that a mixture of experts does.
+
+use std::collections::{HashMap, HashSet};
+
+use super::gating::{self, Layout};
+use super::products::{Product, Weight, product};
+use super::region::Flow;
+use super::routing::{self, Found};
+use super::trial::{Random, Trial, agree, tolerance};
+use crate::graph::op::{Gating, Op};
+use crate::graph::{Constant, NodeId, ValueId};
+use crate::passes::roles::Roles;
+use crate::tensor::{DType, Tensor};
+
+/// A mixture of experts as it was recognised.
+#[derive(Clone, Debug)]
+pub struct Block {
+    pub found: Found,
+    /// What every token brings, `[.., in]`.
+    pub x: ValueId,
+    /// What comes out.
+    pub y: ValueId,
+    pub gating: Gating,
+    /// Matrices `[experts * hidden, in]`, `[experts * out, hidden]`.
+    pub gate: Constant,
+    pub up: Option<Constant>,
+    pub down: Constant,
+    /// Of each, a vector.
+    pub biases: [Option<Constant>; 3],
+}
+
+/// A product of the first layer, or two, and the one behind them.
+struct Instance {
+    first: Vec<Product>,
+    down: Product,
+}
+
+/// Which token a row of products belongs to, and which expert if the row says it.
+type Rows = Vec<(usize, Option<usize>)>;
+
+/// Recognises what lies between `x` and `y`; the reason if it is no mixture of experts that is known.
+pub fn recognise(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [ValueId; 2]) -> Result<Block, String> {
+    let graph = flow.graph;
+    let logits = candidates[0].logits;
+    let (experts, top_k) = (candidates[0].experts, candidates[0].routing.top_k);
+    let nodes = flow.cone(y, &[x, logits]);
+    let instances = instances(flow, &nodes)?;
+    match instances.len() {
+        1 => {}
+        n if n == experts => {}
+        n => return Err(format!("it has {n} feed-forward layers for {experts} experts")),
+    }
+    check_counts(&instances, experts)?;
+    let tokens = experts.div_ceil(top_k) + 2;
+    let width = instances[0].first[0].depth();
+    let mut gatings: Option<(Gating, Layout)> = None;
+    let mut expert_of: Option<Vec<usize>> = None;
+    let mut factors: Vec<Option<f64>> = vec![None; candidates.len()];
+    let mut open: Vec<bool> = vec![true; candidates.len()];
+    for (covering, seed) in [(true, 3u64), (false, 4)] {
+        let mut random = Random::new(seed);
+        let mut trial = Trial::new(graph, roles, tokens);
+        let dtype = graph.value(x).dtype.unwrap_or(DType::F32);
+        let rows_of_x = bind_random(&mut trial, &mut random, x, dtype, 1.0)?.to_f64();
+        let rows_of_x: Vec<&[f64]> = rows_of_x.chunks_exact(width.max(1)).collect();
+        let of_logits = graph.value(logits).dtype.unwrap_or(DType::F32);
+        let shape = trial.dims(logits).ok_or("the sizes of its logits are not known")?;
+        let given = routing::logits(of_logits, shape, top_k, covering, seed);
+        trial.bind(logits, given.clone());
+        let routed: Vec<[Tensor; 2]> = candidates
+            .iter()
+            .map(|found| found.route(graph, &given).ok_or("its routing cannot be computed"))
+            .collect::<Result<_, _>>()?;
+        let chosen = routed[0][1].to_i64();
+        let count = rows_of_x.len();
+        if chosen.len() != count * top_k {
+            return Err("its tokens and its choices are not equally many".to_string());
+        }
+        // What goes into the first products, and stand-ins for what comes out.
+        let mut rows_of: Vec<Rows> = Vec::new();
+        let mut stands: Vec<Vec<f64>> = Vec::new();
+        let tolerance = tolerance(dtype);
+        for instance in &instances {
+            let mut rows: Option<Rows> = None;
+            for product in &instance.first {
+                let found = rows_into(&mut trial, product, &rows_of_x)?;
+                if rows.as_ref().is_some_and(|rows| *rows != found) {
+                    return Err("gate and up of its experts take rows in different orders".to_string());
+                }
+                bind_result(&mut trial, &mut random, product, found.len(), 6.0)?;
+                rows = Some(found);
+            }
+            let rows = rows.expect("an instance has a first product");
+            // From results to the second product.
+            let ends = instance.first.iter().map(|product| {
+                let end = trial
+                    .value(product.end)
+                    .ok_or("the bias of a product cannot be computed")?;
+                check_bias(&mut trial, product, &rows, tolerance)?;
+                Ok::<_, String>(end.to_f64())
+            });
+            let ends = ends.collect::<Result<Vec<_>, _>>()?;
+            let hidden = trial
+                .value(instance.down.x)
+                .ok_or("what its experts compute depends on more than their rows")?;
+            let known = gatings.as_ref();
+            let cone = activation_cone(flow, instance);
+            let scalars = gating::scalars(graph, &cone);
+            let found = gating::recognise(known, &ends, &hidden.to_f64(), &scalars, tolerance, rows.len())
+                .ok_or("the function between the matrices of its experts is not known")?;
+            if gatings.get_or_insert(found.clone()) != &found {
+                return Err("its experts have different functions between their matrices".to_string());
+            }
+            bind_result(&mut trial, &mut random, &instance.down, rows.len(), 1.0)?;
+            let end = trial.value(instance.down.end);
+            let end = end.ok_or("the bias of a product cannot be computed")?;
+            check_bias(&mut trial, &instance.down, &rows, tolerance)?;
+            rows_of.push(rows);
+            stands.push(end.to_f64());
+        }
+        let result = trial
+            .value(y)
+            .ok_or("its result depends on more than tokens and logits")?
+            .to_f64();
+        let columns = instances[0].down.columns();
+        if result.len() != count * columns {
+            return Err("its result has another size than its tokens".to_string());
+        }
+        if expert_of.is_none() {
+            expert_of = Some(order(&rows_of, &chosen, top_k, experts));
+        }
+        let of = expert_of.as_ref().expect("just set");
+        for (i, routed) in routed.iter().enumerate().filter(|(i, _)| open[*i]).collect::<Vec<_>>() {
+            let sum = weighted_sum(&rows_of, &stands, of, routed, top_k, columns, count);
+            let found = sum.and_then(|sum| routing::factor(&result, &sum, tolerance));
+            let same = |a: f64, b: f64| (a - b).abs() <= tolerance * (1.0 + a.abs());
+            match (found, factors[i]) {
+                (Some(found), None) => factors[i] = Some(found),
+                (Some(found), Some(before)) if same(found, before) => {}
+                _ => open[i] = false,
+            }
+            open[i] &= found.is_some();
+        }
+    }
+    let Some(at) = (0..candidates.len()).find(|i| open[*i]) else {
+        return Err("its result is not the sum of its experts' results times weights of a known kind".to_string());
+    };
+    let mut found = candidates[at].clone();
+    let factor = factors[at].expect("found with it");
+    // Constants of an export have few digits.
+    let rounded = (factor * 1e5).round() / 1e5;
+    let is_round = (factor - rounded).abs() <= 1e-5 * factor.abs();
+    found.routing.scale = if is_round { rounded as f32 } else { factor as f32 };
+    let (gating, layout) = gatings.expect("every instance has one");
+    let order = expert_of.expect("every trial sets it");
+    let weights = collect(&instances, &order, &layout)?;
+    let [gate, up, down] = weights.0;
+    Ok(Block {
+        found,
+        x,
+        y,
+        gating,
+        gate: gate.expect("every expert has a first matrix"),
+        up,
+        down: down.expect("every expert has a second matrix"),
+        biases: weights.1,
+    })
+}
+
+fn bind_random(
+    trial: &mut Trial<'_>,
+    random: &mut Random,
+    value: ValueId,
+    dtype: DType,
+    scale: f64,
+) -> Result<Tensor, String> {
+    let shape = trial.dims(value).ok_or("the sizes of its tokens are not known")?;
+    let tensor = random.tensor(dtype, shape, scale);
+    trial.bind(value, tensor.clone());
+    Ok(tensor)
+}
+
+/// The pairs of layers, from the products among these nodes.
+fn instances(flow: &Flow<'_>, nodes: &[NodeId]) -> Result<Vec<Instance>, String> {
+    let graph = flow.graph;
+    let mut products: Vec<Product> = Vec::new();
+    // Which products a value is computed from, without another product between.
+    let mut behind: HashMap<ValueId, Vec<usize>> = HashMap::new();
+    let mut before: Vec<Vec<usize>> = Vec::new();
+    for id in nodes {
+        let node = graph.node(*id);
+        let mut from: Vec<usize> = Vec::new();
+        for input in super::region::data_inputs(graph, *id) {
+            for at in behind.get(&input).into_iter().flatten() {
+                if !from.contains(at) {
+                    from.push(*at);
+                }
+            }
+        }
+        let is_product = matches!(node.op, Op::MatMul | Op::Gemm { .. } | Op::FusedMatMul { .. });
+        if is_product {
+            let Some(product) = product(flow, *id) else {
+                return Err(format!("{:?} is a product of an unknown kind", node.name));
+            };
+            behind.insert(product.result, vec![products.len()]);
+            products.push(product);
+            before.push(from);
+            continue;
+        }
+        for output in node.outputs.iter().flatten() {
+            behind.insert(*output, from.clone());
+        }
+    }
+    let mut instances = Vec::new();
+    let mut used = HashSet::new();
+    for (at, from) in before.iter().enumerate().filter(|(_, from)| !from.is_empty()) {
+        let two_layers = from.iter().all(|i| before[*i].is_empty());
+        if !two_layers || from.len() > 2 || !from.iter().all(|i| used.insert(*i)) {
+            return Err(format!(
+                "{:?} multiplies with more than what one or two other products give",
+                graph.node(products[at].node).name
+            ));
+        }
+        used.insert(at);
+        instances.push(Instance {
+            first: from.iter().map(|i| products[*i].clone()).collect(),
+            down: products[at].clone(),
+        });
+    }
+    match instances.is_empty() || used.len() != products.len() {
+        true => Err("its products are not those of two layers".to_string()),
+        false => Ok(instances),
+    }
+}
+
+/// Matrices of all experts where there is one instance, of one each where there are several, all alike.
+fn check_counts(instances: &[Instance], experts: usize) -> Result<(), String> {
+    let of = |instance: &Instance| -> Vec<Product> {
+        let all = instance.first.iter().chain([&instance.down]);
+        all.cloned().collect()
+    };
+    let wanted = of(&instances[0]);
+    for instance in instances {
+        let all = of(instance);
+        for (product, like) in all.iter().zip(&wanted) {
+            let count = product.stacked().unwrap_or(1);
+            let expected = if instances.len() == 1 { experts } else { 1 };
+            if count != expected {
+                return Err(format!(
+                    "its weights are of {count} experts, and it chooses from {experts}"
+                ));
+            }
+            let alike = product.weight.constant.shape() == like.weight.constant.shape()
+                && product.weight.constant.dtype() == like.weight.constant.dtype()
+                && product.bias.is_some() == like.bias.is_some();
+            if !alike || all.len() != wanted.len() {
+                return Err("its experts have different sizes".to_string());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The tokens and experts of the rows that enter a product.
+fn rows_into(trial: &mut Trial<'_>, product: &Product, tokens: &[&[f64]]) -> Result<Rows, String> {
+    let x = trial
+        .value(product.x)
+        .ok_or("what enters its experts depends on more than tokens and logits")?;
+    let depth = product.depth();
+    let shape = x.shape();
+    let along = if product.from_right {
+        shape.len().checked_sub(2)
+    } else {
+        shape.len().checked_sub(1)
+    };
+    let fits = along.is_some_and(|axis| shape[axis] == depth && shape[axis + 1..].iter().all(|d| *d == 1));
+    if !fits || depth == 0 {
+        return Err(format!("what enters its experts has the shape {shape:?}"));
+    }
+    let values = x.to_f64();
+    let mut known: HashMap<Vec<u64>, usize> = HashMap::new();
+    let bits = |row: &[f64]| -> Vec<u64> { row.iter().map(|v| v.to_bits()).collect() };
+    for (token, row) in tokens.iter().enumerate() {
+        known.insert(bits(row), token);
+    }
+    let of_token = |row: &[f64]| known.get(&bits(row)).copied();
+    let rows = values.chunks_exact(depth).map(of_token).collect::<Option<Vec<usize>>>();
+    let rows = rows.ok_or("what enters its experts is not the rows of its tokens")?;
+    let Some(experts) = product.stacked() else {
+        return Ok(rows.into_iter().map(|token| (token, None)).collect());
+    };
+    match product.weight.index {
+        Some(index) => {
+            let index = trial
+                .value(index)
+                .ok_or("the choice of its matrices depends on more than logits")?
+                .to_i64();
+            let in_range = index.iter().all(|i| (0..experts as i64).contains(i));
+            if index.len() != rows.len() || !in_range {
+                return Err("it does not take one matrix for each row".to_string());
+            }
+            let pairs = rows.into_iter().zip(index);
+            Ok(pairs.map(|(token, expert)| (token, Some(expert as usize))).collect())
+        }
+        None => {
+            // Every expert's rows one after another, or the same rows for all.
+            let each = match rows.len() {
+                n if shape.len() == 3 && shape[0] == experts => n / experts,
+                n => n,
+            };
+            let all = (0..experts).flat_map(|expert| (0..each).map(move |row| (expert, row)));
+            let of = |(expert, row): (usize, usize)| {
+                let at = if rows.len() == each { row } else { expert * each + row };
+                (rows[at], Some(expert))
+            };
+            Ok(all.map(of).collect())
+        }
+    }
+}
+
+/// A stand-in for the result of a product of so many rows.
+fn bind_result(
+    trial: &mut Trial<'_>,
+    random: &mut Random,
+    product: &Product,
+    rows: usize,
+    scale: f64,
+) -> Result<(), String> {
+    let x = trial
+        .value(product.x)
+        .ok_or("what enters its experts cannot be computed")?;
+    let (columns, mut shape) = (product.columns(), x.shape().to_vec());
+    let rank = shape.len();
+    let along = if product.from_right { rank - 2 } else { rank - 1 };
+    shape[along] = columns;
+    if let (Some(experts), None) = (product.stacked(), product.weight.index) {
+        // Leading axes broadcast against that of the experts.
+        match rank {
+            2 => shape.insert(0, experts),
+            _ => shape[rank - 3] = experts,
+        }
+    }
+    if let Some(index) = product.weight.index {
+        let index = trial
+            .value(index)
+            .ok_or("the choice of its matrices cannot be computed")?;
+        if rank < 3 || shape[..rank - 2].iter().product::<usize>() != index.len() {
+            return Err("it does not take one matrix for each row".to_string());
+        }
+    }
+    if shape.iter().product::<usize>() != rows * columns {
+        return Err("the rows of its products are not those of its tokens".to_string());
+    }
+    let tensor = random.tensor(x.dtype(), shape, scale);
+    trial.bind(product.result, tensor);
+    Ok(())
+}
+
+/// Whether what is added to the result of a product is the bias of each row's expert.
+fn check_bias(trial: &mut Trial<'_>, product: &Product, rows: &Rows, tolerance: f64) -> Result<(), String> {
+    let Some(bias) = product.bias.as_ref().filter(|_| product.end != product.result) else {
+        return Ok(());
+    };
+    let unknown = || "the bias of a product cannot be computed".to_string();
+    let before = trial.value(product.result).ok_or_else(unknown)?.to_f64();
+    let after = trial.value(product.end).ok_or_else(unknown)?.to_f64();
+    let columns = product.columns();
+    let numbers = bias.constant.materialize().map_err(|error| error.to_string())?.to_f64();
+    let each = product.stacked().unwrap_or(1) * columns;
+    if numbers.len() != each || after.len() != before.len() || before.len() != rows.len() * columns {
+        return Err("what is added to a product is not one number for each output of an expert".to_string());
+    }
+    for (row, (_, expert)) in rows.iter().enumerate() {
+        let of = &numbers[expert.unwrap_or(0) * columns..][..columns];
+        let wanted: Vec<f64> = (0..columns).map(|c| before[row * columns + c] + of[c]).collect();
+        if !agree(&after[row * columns..][..columns], &wanted, tolerance) {
+            return Err("what is added to a product is not the bias of the row's expert".to_string());
+        }
+    }
+    Ok(())
+}
+
+/// The nodes between the first products of an instance and the second.
+fn activation_cone(flow: &Flow<'_>, instance: &Instance) -> Vec<NodeId> {
+    let ends: Vec<ValueId> = instance.first.iter().map(|product| product.end).collect();
+    flow.cone(instance.down.x, &ends)
+}
+
+/// The expert of each instance that has one alone: the one that has been chosen by just its rows, else in the graph's order.
+fn order(rows_of: &[Rows], chosen: &[i64], top_k: usize, experts: usize) -> Vec<usize> {
+    let choosers = |expert: usize| -> Vec<usize> {
+        let rows = chosen.chunks_exact(top_k).enumerate();
+        let mut of: Vec<usize> = rows
+            .filter(|(_, row)| row.contains(&(expert as i64)))
+            .map(|(token, _)| token)
+            .collect();
+        of.sort_unstable();
+        of
+    };
+    let by_rows: Vec<Vec<usize>> = (0..experts).map(choosers).collect();
+    let find = |(at, rows): (usize, &Rows)| {
+        let mut tokens: Vec<usize> = rows.iter().map(|(token, _)| *token).collect();
+        tokens.sort_unstable();
+        let mut alike = (0..experts).filter(|expert| by_rows[*expert] == tokens);
+        match (alike.next(), alike.next()) {
+            (Some(expert), None) => expert,
+            _ => at,
+        }
+    };
+    rows_of.iter().enumerate().map(find).collect()
+}
+
+/// `sum of weight(token, expert) * row` for each token; `None` if an expert of a token has no row, or several.
+fn weighted_sum(
+    rows_of: &[Rows],
+    stands: &[Vec<f64>],
+    expert_of: &[usize],
+    [weights, chosen]: &[Tensor; 2],
+    top_k: usize,
+    columns: usize,
+    tokens: usize,
+) -> Option<Vec<f64>> {
+    let (weights, chosen) = (weights.to_f64(), chosen.to_i64());
+    let mut seen = vec![0usize; weights.len()];
+    let mut sum = vec![0.0; tokens * columns];
+    for (instance, rows) in rows_of.iter().enumerate() {
+        for (row, (token, expert)) in rows.iter().enumerate() {
+            let expert = expert.unwrap_or(*expert_of.get(instance)?) as i64;
+            let place = (0..top_k).map(|i| token * top_k + i).find(|at| chosen[*at] == expert);
+            let Some(place) = place else { continue };
+            seen[place] += 1;
+            let from = &stands[instance][row * columns..][..columns];
+            let to = &mut sum[token * columns..][..columns];
+            for (to, from) in to.iter_mut().zip(from) {
+                *to += weights[place] * from;
+            }
+        }
+    }
+    seen.iter().all(|n| *n == 1).then_some(sum)
+}
+
+/// The matrices gate, up and down of all experts, one below the other, and their biases.
+#[allow(clippy::type_complexity, reason = "matrices and biases, each of three")]
+fn collect(
+    instances: &[Instance],
+    order: &[usize],
+    layout: &Layout,
+) -> Result<([Option<Constant>; 3], [Option<Constant>; 3]), String> {
+    // Instances by expert.
+    let mut by_expert: Vec<&Instance> = instances.iter().collect();
+    if instances.len() > 1 {
+        let mut sorted = order.to_vec();
+        sorted.sort_unstable();
+        if sorted.iter().enumerate().any(|(i, expert)| i != *expert) {
+            return Err("it is not clear which expert is which".to_string());
+        }
+        for (instance, expert) in instances.iter().zip(order) {
+            by_expert[*expert] = instance;
+        }
+    }
+    let matrices = |part: &dyn Fn(&Instance) -> Option<Weight>, vector: bool| -> Option<Constant> {
+        let all = by_expert
+            .iter()
+            .map(|instance| part(instance).map(|weight| weight.constant));
+        let all = all.collect::<Option<Vec<_>>>()?;
+        let rows = |constant: &Constant| match (vector, constant.shape()) {
+            (true, _) => constant.reshaped(vec![constant.len()]),
+            (false, [count, rows, columns]) => constant.reshaped(vec![count * rows, *columns]),
+            _ => constant.clone(),
+        };
+        let all: Vec<Constant> = all.iter().map(rows).collect();
+        Some(match &all[..] {
+            [only] => only.clone(),
+            several => Constant::concat(several, 0),
+        })
+    };
+    let columns = instances[0].first[0].columns();
+    let experts = match instances.len() {
+        1 => instances[0].down.stacked().unwrap_or(1),
+        n => n,
+    };
+    let down = matrices(&|i| Some(i.down.weight.clone()), false);
+    let of_down = matrices(&|i| i.down.bias.clone(), true);
+    let first = |at: usize, vector: bool| {
+        matrices(
+            &|i: &Instance| {
+                let product = &i.first[at];
+                match vector {
+                    true => product.bias.clone(),
+                    false => Some(product.weight.clone()),
+                }
+            },
+            vector,
+        )
+    };
+    let named = |constant: Option<Constant>| constant.map(super::named);
+    let ([gate, up], [of_gate, of_up]) = match layout {
+        Layout::Alone => ([first(0, false), None], [first(0, true), None]),
+        Layout::Apart { gate } => (
+            [first(*gate, false), first(1 - gate, false)],
+            [first(*gate, true), first(1 - gate, true)],
+        ),
+        Layout::Joined { interleaved, gate } => {
+            let part = |constant: &Constant, which: usize| {
+                let rest = &constant.shape()[1..];
+                let half = columns / 2;
+                let (split, axis) = match interleaved {
+                    true => ([experts, half, 2], 2),
+                    false => ([experts, 2, half], 1),
+                };
+                let split = [&split[..], rest].concat();
+                let whole = [&[experts * half], rest].concat();
+                constant.reshaped(split).sliced(axis, which, which + 1).reshaped(whole)
+            };
+            let parts = |constant: Option<Constant>| {
+                let of = |which| constant.as_ref().map(|constant| part(constant, which));
+                [of(*gate), of(1 - gate)]
+            };
+            (parts(first(0, false)), parts(first(0, true)))
+        }
+    };
+    Ok((
+        [named(gate), named(up), named(down)],
+        [named(of_gate), named(of_up), named(of_down)],
+    ))
+}

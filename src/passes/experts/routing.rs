@@ -1,0 +1,245 @@
+//! How a graph chooses experts, found by trying: what it computes from logits is compared with what every known way of
+//! routing computes. Which weights the experts have is seen where their results come together (`body`).
+
+use super::region::Flow;
+use super::trial::{Random, Trial, agree};
+use crate::graph::eval::eval_op;
+use crate::graph::op::{Binary, ChosenWeights, Op, Reduction, RouterScores, Routing};
+use crate::graph::{Graph, NodeId, ValueId};
+use crate::passes::roles::Roles;
+use crate::tensor::{DType, Tensor};
+
+/// A choice of experts as it was recognised.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// How it is made of the logits.
+    pub routing: Routing,
+    /// `[.., experts]`.
+    pub logits: ValueId,
+    /// Added to the scores for the choice alone.
+    pub correction: Option<ValueId>,
+    /// How many there are.
+    pub experts: usize,
+}
+
+/// A node that chooses experts for every token, and how many of how many.
+pub struct Choice {
+    pub node: NodeId,
+    /// What the greatest elements are taken of.
+    pub scores: ValueId,
+    pub chosen: ValueId,
+    pub top_k: usize,
+    pub experts: usize,
+}
+
+/// What a node chooses along the last axis, if it does.
+pub fn choice(graph: &Graph, id: NodeId) -> Option<Choice> {
+    let node = graph.node(id);
+    let scores = node.input(0)?;
+    let shape = graph.shape(scores)?;
+    let last = |axis: i64| axis == -1 || axis + 1 == shape.len() as i64;
+    let experts = usize::try_from(shape.last()?.as_const()?).ok()?;
+    let (chosen, top_k) = match node.op {
+        Op::TopK {
+            axis, largest: true, ..
+        } if last(axis) => {
+            let chosen = node.output(1).or_else(|| node.output(0))?;
+            let top_k = graph.shape(chosen)?.last()?.as_const()?;
+            (node.output(1)?, usize::try_from(top_k).ok()?)
+        }
+        Op::ArgMax { axis, .. } if last(axis) => (node.output(0)?, 1),
+        _ => return None,
+    };
+    Some(Choice {
+        node: id,
+        scores,
+        chosen,
+        top_k,
+        experts,
+    })
+}
+
+/// Logits for `tokens` tokens, such that every expert is chosen by some token where `covering`.
+pub fn logits(dtype: DType, shape: Vec<usize>, top_k: usize, covering: bool, seed: u64) -> Tensor {
+    let mut random = Random::new(seed);
+    let experts = shape.last().copied().unwrap_or(1).max(1);
+    let count: usize = shape.iter().product();
+    let mut values: Vec<f64> = (0..count).map(|_| random.next() * 2.0).collect();
+    if covering {
+        for (row, values) in values.chunks_exact_mut(experts).enumerate() {
+            for i in 0..top_k {
+                values[(row * top_k + i) % experts] += 4.0;
+            }
+        }
+    }
+    Tensor::from_f64_as(dtype, shape, &values)
+}
+
+/// The result of a linear layer that the scores are computed from.
+fn logits_of(flow: &Flow<'_>, choice: &Choice) -> Option<ValueId> {
+    let graph = flow.graph;
+    let mut candidates = vec![choice.scores];
+    candidates.extend(flow.dominators(choice.scores));
+    candidates.into_iter().find(|value| is_linear(graph, *value))
+}
+
+fn is_linear(graph: &Graph, value: ValueId) -> bool {
+    let product = |value: ValueId| {
+        graph
+            .def(value)
+            .is_some_and(|(_, node)| matches!(node.op, Op::MatMul | Op::Gemm { .. } | Op::FusedMatMul { .. }))
+    };
+    let Some((_, node)) = graph.def(value) else {
+        return false;
+    };
+    match node.op {
+        Op::Binary(Binary::Add) => {
+            let constant = |v: ValueId| graph.constant(v).is_some();
+            match (node.input(0), node.input(1)) {
+                (Some(a), Some(b)) => product(a) && constant(b) || constant(a) && product(b),
+                _ => false,
+            }
+        }
+        _ => product(value),
+    }
+}
+
+/// The ways to route that choose the experts which the graph chooses; the reason if there is none. They differ in the weights.
+pub fn candidates(flow: &Flow<'_>, roles: &Roles, choice: &Choice) -> Result<Vec<Found>, String> {
+    let graph = flow.graph;
+    let Choice { top_k, experts, .. } = *choice;
+    if top_k == 0 || top_k > experts {
+        return Err(format!("it chooses {top_k} of {experts} experts"));
+    }
+    let logits_id = logits_of(flow, choice).ok_or("its scores do not come from a linear layer")?;
+    let dtype = graph.value(logits_id).dtype.unwrap_or(DType::F32);
+    let cone = flow.cone(choice.scores, &[logits_id]);
+    // Numbers that may be added to scores, and choices of groups ahead of this one.
+    let mut corrections: Vec<Option<ValueId>> = vec![None];
+    let mut groups: Vec<[usize; 3]> = Vec::new();
+    for id in &cone {
+        let node = graph.node(*id);
+        let per_expert = |v: &ValueId| {
+            let constant = graph.constant(*v);
+            constant.is_some_and(|c| c.len() == experts && c.dtype().is_float() && experts > 1)
+        };
+        if matches!(node.op, Op::Binary(Binary::Add)) {
+            corrections.extend(node.inputs.iter().flatten().copied().filter(per_expert).map(Some));
+        }
+    }
+    groups.extend(groups_of(graph, &cone, experts));
+    let tokens = experts.div_ceil(top_k) + 3;
+    let mut trials = Vec::new();
+    for (covering, seed) in [(true, 11), (false, 12), (false, 13)] {
+        let mut trial = Trial::new(graph, roles, tokens);
+        let shape = trial.dims(logits_id).filter(|dims| dims.last() == Some(&experts));
+        let shape = shape.ok_or("the sizes of its logits are not known")?;
+        let tensor = logits(dtype, shape, top_k, covering, seed);
+        trial.bind(logits_id, tensor.clone());
+        let chosen = trial
+            .value(choice.chosen)
+            .ok_or("its choice depends on more than its logits")?;
+        trials.push((tensor, chosen.to_i64()));
+    }
+    let mut found = Vec::new();
+    for scores in [RouterScores::Softmax, RouterScores::Sigmoid, RouterScores::Logits] {
+        for correction in &corrections {
+            for [groups, top_groups, group_best] in std::iter::once([0, 0, 0]).chain(groups.iter().copied()) {
+                let routing = |weights| Routing {
+                    top_k,
+                    scores,
+                    weights,
+                    scale: 1.0,
+                    groups,
+                    top_groups,
+                    group_best,
+                };
+                let with = |weights| Found {
+                    routing: routing(weights),
+                    logits: logits_id,
+                    correction: *correction,
+                    experts,
+                };
+                let alike = trials.iter().all(|(tensor, chosen)| {
+                    let routed = with(ChosenWeights::Scores).route(graph, tensor);
+                    routed.is_some_and(|[_, experts]| experts.to_i64() == *chosen)
+                });
+                if alike {
+                    found.extend([ChosenWeights::Normalized, ChosenWeights::Scores, ChosenWeights::Softmax].map(with));
+                }
+            }
+        }
+    }
+    match found.is_empty() {
+        true => Err("it chooses experts by its logits in no known way".to_string()),
+        false => Ok(found),
+    }
+}
+
+impl Found {
+    /// Weights and experts of these logits.
+    pub fn route(&self, graph: &Graph, logits: &Tensor) -> Option<[Tensor; 2]> {
+        let correction = match self.correction {
+            Some(value) => {
+                let constant = graph.constant(value)?.reshaped(vec![self.experts]);
+                Some(constant.materialize().ok()?)
+            }
+            None => None,
+        };
+        let inputs = [Some(logits.clone()), correction];
+        let results = eval_op(&Op::Routing(self.routing.clone()), &inputs).ok()?;
+        let mut results = results.into_iter().flatten();
+        Some([results.next()?, results.next()?])
+    }
+}
+
+/// The number that `found` is `wanted` times.
+pub fn factor(f: &[f64], w: &[f64], tolerance: f64) -> Option<f64> {
+    if f.len() != w.len() || f.is_empty() {
+        return None;
+    }
+    let (sum, square) = f
+        .iter()
+        .zip(w)
+        .fold((0.0, 0.0), |(s, q), (f, w)| (s + f * w, q + w * w));
+    let factor = sum / square;
+    let scaled: Vec<f64> = w.iter().map(|w| w * factor).collect();
+    let scale = scaled
+        .iter()
+        .map(|v| v.abs())
+        .fold(0.0, f64::max)
+        .max(f64::MIN_POSITIVE);
+    let relative: Vec<f64> = f.iter().map(|v| v / scale).collect();
+    let scaled: Vec<f64> = scaled.iter().map(|v| v / scale).collect();
+    (factor.is_finite() && factor != 0.0 && agree(&relative, &scaled, tolerance)).then_some(factor)
+}
+
+/// Groups of experts that choices ahead of the last one choose from: their number, how many are chosen, how many experts
+/// say how good one is.
+fn groups_of(graph: &Graph, cone: &[NodeId], experts: usize) -> Vec<[usize; 3]> {
+    let mut found = Vec::new();
+    let choices: Vec<Choice> = cone.iter().filter_map(|id| choice(graph, *id)).collect();
+    for of_groups in &choices {
+        let groups = of_groups.experts;
+        if groups < 2 || !experts.is_multiple_of(groups) || groups == experts {
+            continue;
+        }
+        let size = experts / groups;
+        let within = choices.iter().filter(|c| c.experts == size && c.node != of_groups.node);
+        let mut best: Vec<usize> = within.map(|c| c.top_k).collect();
+        let by_maximum = cone.iter().any(|id| {
+            matches!(
+                graph.node(*id).op,
+                Op::Reduce {
+                    reduction: Reduction::Max,
+                    ..
+                }
+            )
+        });
+        if by_maximum || best.is_empty() {
+            best.push(1);
+        }
+        found.extend(best.into_iter().map(|best| [groups, of_groups.top_k, best]));
+    }
+    found
+}
