@@ -3,6 +3,8 @@
 
 #[path = "decode/decoders.rs"]
 mod decoders;
+#[path = "decode/embeddings.rs"]
+mod embeddings;
 #[path = "decode/files.rs"]
 mod files;
 #[path = "decode/jinja.rs"]

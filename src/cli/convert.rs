@@ -63,6 +63,13 @@ pub struct Args {
     /// tokenizer.json, or a folder with it [default: beside the model, if there]
     #[arg(long, value_name = "FILE_OR_DIR")]
     tokenizer: Option<PathBuf>,
+    /// The table of token embeddings of an export that takes embeddings: embed_tokens.onnx, a checkpoint (file or folder) or
+    /// a .npy of [vocabulary, hidden] [default: embed_tokens.onnx beside the model, if there]
+    #[arg(long, value_name = "FILE_OR_DIR")]
+    embeddings: Option<PathBuf>,
+    /// Which tensor of the checkpoint is the table
+    #[arg(long, value_name = "NAME", requires = "embeddings")]
+    embeddings_tensor: Option<String>,
     /// Write the canonical graph as ONNX too, with its weights in FILE.data
     #[arg(long, value_name = "FILE")]
     emit_onnx: Option<PathBuf>,
@@ -96,6 +103,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let progress = Progress::new();
     let options = ConvertOptions {
         force: args.force,
+        embeddings: args.embeddings.as_deref(),
+        embeddings_tensor: args.embeddings_tensor.as_deref(),
         allowed: args.value_checks.allowed(),
         without_weights: args.without_weights,
         emit_onnx: args.emit_onnx.as_deref(),

@@ -10,9 +10,10 @@ use super::device::Place;
 use super::events::{self, Document, Event, Summary};
 use super::sampler::SamplerArgs;
 use super::{Failure, print_json};
-use crate::decode::{self, Limits};
+use crate::decode::{self, Limits, Prompt};
 use crate::package::Package;
 use crate::sample::Chain;
+use crate::tensor::npy;
 use crate::text::{Message, Tokenizer, chat};
 
 #[derive(clap::Args)]
@@ -39,6 +40,9 @@ pub struct Args {
     /// Continue the text of a file (`-`: standard input)
     #[arg(long, value_name = "FILE", group = "prompts")]
     prompt_file: Option<PathBuf>,
+    /// Continue embeddings, [tokens, hidden] or [1, tokens, hidden] of floats, for a model that takes them
+    #[arg(long, value_name = "FILE.npy", group = "prompts")]
+    prompt_embeds: Option<PathBuf>,
     /// A system message before --chat
     #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
     system: Option<String>,
@@ -72,7 +76,14 @@ pub struct Args {
 pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     let package = Package::open(&args.package)?;
     let tokenizer = package.tokenizer()?;
-    let prompt = prompt_ids(&args, tokenizer.as_ref(), package.vocabulary()?)?;
+    let rows = match &args.prompt_embeds {
+        Some(path) => embeddings(path, &package)?,
+        None => Vec::new(),
+    };
+    let ids = match &args.prompt_embeds {
+        Some(_) => Vec::new(),
+        None => prompt_ids(&args, tokenizer.as_ref(), package.vocabulary()?)?,
+    };
     if !args.stop.is_empty() {
         need(tokenizer.as_ref(), &args.package, "--stop")?;
     }
@@ -90,32 +101,35 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
         logprobs: (args.json || args.json_lines).then(|| args.logprobs.unwrap_or(0)),
     };
 
-    let total = prompt.len().saturating_add(args.max_new_tokens);
-    let mut session = args.place.open(&package, prompt.len(), total)?;
-    session.check(&prompt)?;
+    let (prompt, length) = match &args.prompt_embeds {
+        Some(_) => {
+            let width = package.manifest.architecture.hidden.unwrap_or(1);
+            (Prompt::Embeddings(&rows), rows.len() / width.max(1))
+        }
+        None => (Prompt::Tokens(&ids), ids.len()),
+    };
+    let total = length.saturating_add(args.max_new_tokens);
+    let mut session = args.place.open(&package, length, total)?;
+    match prompt {
+        Prompt::Tokens(ids) => session.check(ids)?,
+        Prompt::Embeddings(rows) => session.check_embeddings(rows)?,
+    }
     let load = started.elapsed();
 
     let mut stdout = std::io::stdout().lock();
     if args.json_lines {
-        let (prompt_ids, seed) = (&prompt[..], settings.seed);
+        let (prompt_ids, seed) = (&ids[..], settings.seed);
         Event::Prompt { prompt_ids, seed }.write(&mut stdout)?;
     }
-    let generation = decode::stream(
-        &mut session,
-        tokenizer.as_ref(),
-        &prompt,
-        &mut chain,
-        &limits,
-        |piece| {
-            if args.json_lines {
-                Event::from(piece).write(&mut stdout)?;
-            } else if !args.json {
-                stdout.write_all(piece.text.as_bytes())?;
-                stdout.flush()?;
-            }
-            Ok(ControlFlow::Continue(()))
-        },
-    )?;
+    let generation = decode::stream_prompt(&mut session, tokenizer.as_ref(), prompt, &mut chain, &limits, |piece| {
+        if args.json_lines {
+            Event::from(piece).write(&mut stdout)?;
+        } else if !args.json {
+            stdout.write_all(piece.text.as_bytes())?;
+            stdout.flush()?;
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
     let summary = Summary::new(&generation, &session, settings.seed, Some(load));
     let tokens = &generation.tokens[..];
     if args.json_lines {
@@ -124,7 +138,7 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     if args.json {
         drop(stdout);
         return print_json(&Document {
-            prompt_ids: &prompt,
+            prompt_ids: &ids,
             tokens,
             steps: &generation.steps,
             summary,
@@ -137,7 +151,7 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     writeln!(stdout)?;
     stdout.flush()?;
     if std::io::stderr().is_terminal() {
-        eprintln!("{}", events::summary_line(prompt.len(), &generation));
+        eprintln!("{}", events::summary_line(length, &generation));
     }
     Ok(())
 }
@@ -150,6 +164,37 @@ pub fn need<'a>(tokenizer: Option<&'a Tokenizer>, package: &Path, flag: &str) ->
         ))
         .help("convert again with --tokenizer FILE_OR_DIR, or give token ids with --prompt-ids")
     })
+}
+
+/// The embeddings of a prompt, row by row.
+fn embeddings(path: &Path, package: &Package) -> Result<Vec<f32>, Failure> {
+    if !package.takes_embeddings() {
+        return Err(Failure::input(format!(
+            "{}: the model takes token ids, and --prompt-embeds is for one that takes embeddings",
+            package.folder.display()
+        ))
+        .help("give --prompt-ids or text"));
+    }
+    let tensor = npy::read(path)?;
+    let width = package.manifest.architecture.hidden;
+    match *tensor.shape() {
+        [_, columns] | [1, _, columns] if Some(columns) == width => {}
+        ref shape => {
+            let width = width.map_or_else(|| "hidden".to_string(), |width| width.to_string());
+            return Err(Failure::input(format!(
+                "{}: the array is {shape:?}, and the model takes [tokens, {width}] or [1, tokens, {width}]",
+                path.display()
+            )));
+        }
+    }
+    let values = tensor.to_f32();
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(at) => {
+            let (value, row) = (values[at], at / width.unwrap_or(1).max(1));
+            Err(Failure::input(format!("{}: row {row} holds {value}", path.display())))
+        }
+        None => Ok(values),
+    }
 }
 
 fn prompt_ids(args: &Args, tokenizer: Option<&Tokenizer>, vocabulary: usize) -> Result<Vec<u32>, Failure> {

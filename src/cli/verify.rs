@@ -104,12 +104,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
     });
     let progress = Progress::new();
     progress.step(format!("loading the export into {}", kind.name()));
-    let mut reference = Reference::open(&args.against, kind)?;
     let on_cpu = SessionOptions {
         device: DeviceChoice::Cpu,
         ..SessionOptions::default()
     };
     let mut session = Session::open(&package, &on_cpu)?;
+    let mut reference = Reference::open(&args.against, kind, session.embeddings().cloned())?;
     let new = usize::from(args.tokens);
     let bounds = Bounds::new(
         &package.manifest,

@@ -14,6 +14,7 @@ use crate::quantize::QuantizeError;
 use crate::text::TokenizerError;
 #[cfg(feature = "engines")]
 use crate::tune::measure::TuneError;
+use crate::weights::embeddings::EmbeddingError;
 
 /// Why a conversion failed. `path` is the export.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +29,9 @@ pub enum ConvertError {
     /// The tokenizer's files cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// The table of token embeddings cannot be used.
+    #[error(transparent)]
+    Embeddings(#[from] EmbeddingError),
     /// There is no TensorRT library to build engines with.
     #[error(transparent)]
     Library(#[from] LibraryError),
@@ -151,6 +155,7 @@ impl Help for ConvertError {
             ConvertError::Read(error) => error.help(),
             ConvertError::Package(error) => error.help(),
             ConvertError::Tokenizer(error) => error.help(),
+            ConvertError::Embeddings(error) => error.help(),
             ConvertError::Library(error) => error.help(),
             ConvertError::Invalid { path, .. } => {
                 Some(format!("`lapidary inspect {}` shows the whole model", path.display()))

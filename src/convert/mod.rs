@@ -8,6 +8,7 @@
 pub mod engines;
 mod error;
 mod examine;
+mod files;
 #[cfg(feature = "engines")]
 mod tune;
 
@@ -20,6 +21,7 @@ pub use examine::{Examination, examine};
 
 use crate::graph::{Graph, infer};
 use crate::graph::{Obstacle, Obstacles, verify};
+use crate::interface::Role;
 use crate::onnx;
 use crate::package::manifest::{ExportFile, PassRecord, QuantizationRecord};
 use crate::package::{self, Manifest, ManifestHeader, PackageError, PlanCache, Writer};
@@ -27,9 +29,11 @@ use crate::passes;
 use crate::quantize::{self, QuantizeError};
 use crate::spec::Conversion;
 use crate::target::Quantization;
+use crate::tensor::DType;
 use crate::text::{self, Tokenizer};
 use crate::weights::WriteError;
 use crate::weights::checks::Allowed;
+use crate::weights::embeddings::{self, EmbeddingError};
 use crate::weights::norm_parameter;
 
 /// Hears what a conversion does. Every method has a default that ignores it; `()` hears nothing.
@@ -68,6 +72,11 @@ impl Progress for () {}
 pub struct ConvertOptions<'a> {
     /// Replace an existing package.
     pub force: bool,
+    /// The table of token embeddings, for an export that takes embeddings: `embed_tokens.onnx`, `.npy`, or a checkpoint.
+    /// Looked for beside the export if not given.
+    pub embeddings: Option<&'a Path>,
+    /// Which tensor of a checkpoint it is, where its names do not say it.
+    pub embeddings_tensor: Option<&'a str>,
     /// Numbers that no model can use, to be taken all the same.
     pub allowed: Allowed,
     /// Convert an export whose external data is not there, to a stripped package.
@@ -88,6 +97,8 @@ impl Default for ConvertOptions<'_> {
     fn default() -> Self {
         ConvertOptions {
             force: false,
+            embeddings: None,
+            embeddings_tensor: None,
             allowed: Allowed::default(),
             without_weights: false,
             emit_onnx: None,
@@ -143,6 +154,7 @@ pub fn convert(
 
     progress.step("rewriting");
     let mut canonical = examine::canonical(model, graph, &conversion, options.allowed.overflow)?;
+    let no_table = embeddings(model, &mut canonical, options)?;
     let limit = canonical.architecture.max_positions;
     let capacities = capacities(model, &conversion, limit, trained_context(model))?;
     let quantization = match &conversion.quantize {
@@ -231,6 +243,7 @@ pub fn convert(
         warnings.extend(of_engines);
     }
     let manifest = writer.finish()?;
+    warnings.extend(no_table);
     let activations = &manifest.activations;
     if !activations.left_out.is_empty() {
         warnings.push(format!(
@@ -246,6 +259,43 @@ pub fn convert(
         tokenizer_ids: tokenizer.as_ref().map(Tokenizer::vocabulary),
         warnings,
     })
+}
+
+/// Gives a model that takes embeddings the table of them: the one asked for, or `embed_tokens.onnx` beside it. A warning if
+/// there is none.
+fn embeddings(
+    model: &Path,
+    canonical: &mut passes::Canonical,
+    options: &ConvertOptions<'_>,
+) -> Result<Option<String>, ConvertError> {
+    let graph = &mut canonical.graph;
+    let Some(width) = graph.embedding_width() else {
+        return match options.embeddings {
+            Some(path) => Err(EmbeddingError::NotNeeded {
+                model: model.to_path_buf(),
+                path: path.to_path_buf(),
+            }
+            .into()),
+            None => Ok(None),
+        };
+    };
+    let beside = files::embed_tokens(model);
+    let Some(path) = options.embeddings.or(beside.as_deref()) else {
+        return Ok(Some(
+            "the model takes embeddings, and there is no table that gives them for tokens: a prompt is given as embeddings, and \
+             gets one token (see --embeddings)"
+                .to_string(),
+        ));
+    };
+    let input = graph
+        .interface
+        .as_ref()
+        .and_then(|interface| interface.input(Role::Embeddings));
+    let dtype = input.and_then(|id| graph.value(id).dtype).unwrap_or(DType::F32);
+    let vocabulary = canonical.architecture.vocabulary.unwrap_or(0);
+    let table = embeddings::read_for(path, options.embeddings_tensor, vocabulary, width, dtype)?;
+    graph.set_embedding(table);
+    Ok(None)
 }
 
 /// The text to calibrate on, as tokens.

@@ -5,7 +5,7 @@
 //! programs for the last few lengths.
 
 use super::device::{Chunk, Device, DeviceError};
-use super::step::{NoStepInput, StepInputs};
+use super::step::{Fed, NoStepInput, StepInputs};
 use crate::backend::cpu::{Bindings, CompileOptions, KvCaches, Program};
 use crate::graph::Graph;
 use crate::help::Help;
@@ -35,12 +35,18 @@ pub struct CpuDevice {
     last: Option<Profile>,
     /// Inputs of the last call.
     inputs: Vec<(Role, Vec<i32>)>,
+    /// Embeddings of the last call, where the model takes them.
+    embeddings: Vec<f32>,
+    /// Elements of one.
+    width: usize,
 }
 
 impl CpuDevice {
     /// `graph` is canonical. `vocabulary` is the row length of its logits, `threads` defaults to one a core.
     pub fn new(graph: Graph, vocabulary: usize, threads: Option<usize>) -> Self {
         CpuDevice {
+            width: graph.embedding_width().unwrap_or(0),
+            embeddings: Vec::new(),
             graph,
             lowering: lower::LowerOptions::default(),
             compiling: threads.map_or_else(CompileOptions::default, CompileOptions::with_threads),
@@ -75,22 +81,21 @@ impl CpuDevice {
     }
 
     /// Runs the program for `profile`; `logits` has as many rows as it gives.
-    fn run(
-        &mut self,
-        profile: Profile,
-        tokens: &[u32],
-        position: usize,
-        logits: &mut [f32],
-    ) -> Result<(), DeviceError> {
+    fn run(&mut self, profile: Profile, fed: Fed<'_>, position: usize, logits: &mut [f32]) -> Result<(), DeviceError> {
         self.prepare(profile)?;
         self.last = Some(profile);
         let (_, program) = self.programs.last_mut().expect("just prepared");
         // Chunks here are never padded.
-        let rows = tokens.len();
-        let step = StepInputs { tokens, position, rows };
+        let rows = fed.len();
+        let step = StepInputs { fed, position, rows };
         self.inputs.clear();
+        self.embeddings.clear();
+        self.embeddings.extend(step.embeddings());
         for port in program.inputs() {
             let role = port.role.ok_or_else(|| failed(NoStepInput(port.name.clone())))?;
+            if role == Role::Embeddings {
+                continue;
+            }
             let mut values = vec![0; step.len(role).map_err(failed)?];
             step.write(role, &mut values).map_err(failed)?;
             self.inputs.push((role, values));
@@ -98,6 +103,9 @@ impl CpuDevice {
         let mut bindings = Bindings::new();
         for (role, values) in &self.inputs {
             bindings.input(*role, &values[..]);
+        }
+        if self.width > 0 {
+            bindings.input(Role::Embeddings, &self.embeddings[..]);
         }
         bindings
             .output(Role::Logits, logits)
@@ -142,7 +150,23 @@ impl Device for CpuDevice {
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
         logits.resize(self.vocabulary, 0.0);
-        self.run(Profile::prefill(chunk.rows, self.capacity), tokens, position, logits)
+        let fed = Fed::Ids(tokens);
+        self.run(Profile::prefill(chunk.rows, self.capacity), fed, position, logits)
+    }
+
+    fn forward_rows(
+        &mut self,
+        chunk: Chunk,
+        rows: &[f32],
+        position: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        logits.resize(self.vocabulary, 0.0);
+        let fed = Fed::Rows {
+            values: rows,
+            width: self.width,
+        };
+        self.run(Profile::prefill(chunk.rows, self.capacity), fed, position, logits)
     }
 
     fn chunk_all(&self, waiting: usize, position: usize, capacity: usize) -> Chunk {
@@ -163,7 +187,7 @@ impl Device for CpuDevice {
         };
         let before = logits.len();
         logits.resize(before + chunk.rows * self.vocabulary, 0.0);
-        self.run(profile, tokens, position, &mut logits[before..])
+        self.run(profile, Fed::Ids(tokens), position, &mut logits[before..])
     }
 }
 

@@ -77,6 +77,21 @@ pub trait Device {
         Ok(())
     }
 
+    /// As [`Device::forward`], for a model that takes embeddings: those of the tokens, `[tokens, hidden]`.
+    fn forward_rows(
+        &mut self,
+        _chunk: Chunk,
+        _rows: &[f32],
+        _position: usize,
+        _logits: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        Err(DeviceError {
+            device: self.name().to_string(),
+            message: "it runs no model that takes embeddings".to_string(),
+            help: None,
+        })
+    }
+
     /// What it can tell benchmarks of itself.
     fn instruments(&mut self) -> Option<&mut dyn Instruments> {
         None

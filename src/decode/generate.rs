@@ -152,6 +152,15 @@ pub struct Piece<'a> {
     pub text: &'a str,
 }
 
+/// What a generation begins with.
+#[derive(Clone, Copy, Debug)]
+pub enum Prompt<'a> {
+    /// Token ids, which become the session's whole sequence.
+    Tokens(&'a [u32]),
+    /// Embeddings, `[tokens, hidden]`, of a model that takes them: what the session was fed before is forgotten.
+    Embeddings(&'a [f32]),
+}
+
 /// As [`stream`], for those who only want text: `on_text` gets it as it becomes certain, never empty.
 pub fn generate(
     session: &mut Session,
@@ -177,6 +186,18 @@ pub fn stream(
     prompt: &[u32],
     chain: &mut Chain,
     limits: &Limits,
+    on_piece: impl FnMut(Piece<'_>) -> io::Result<ControlFlow<()>>,
+) -> Result<Generation, GenerateError> {
+    stream_prompt(session, tokenizer, Prompt::Tokens(prompt), chain, limits, on_piece)
+}
+
+/// As [`stream`], for any prompt.
+pub fn stream_prompt(
+    session: &mut Session,
+    tokenizer: Option<&Tokenizer>,
+    prompt: Prompt<'_>,
+    chain: &mut Chain,
+    limits: &Limits,
     mut on_piece: impl FnMut(Piece<'_>) -> io::Result<ControlFlow<()>>,
 ) -> Result<Generation, GenerateError> {
     let mut text = tokenizer.map(|tokenizer| TextStream::new(tokenizer, limits.stop.iter().cloned()));
@@ -189,7 +210,18 @@ pub fn stream(
         timing: Timing::default(),
     };
     let start = Instant::now();
-    out.reused = session.resume(prompt)?;
+    match prompt {
+        Prompt::Tokens(tokens) => out.reused = session.resume(tokens)?,
+        Prompt::Embeddings(rows) => {
+            // Every token but the last is fed, and refused before the first is drawn.
+            let no_table = session.embeddings().is_some_and(|e| e.tokens().is_none());
+            if no_table && limits.max_new_tokens > 1 {
+                return Err(SessionError::NoTable.into());
+            }
+            session.clear();
+            session.feed_embeddings(rows)?;
+        }
+    }
     let mut first = start;
     let mut stopped_by_string = false;
     let on_device = chain.is_argmax() && limits.logprobs.is_none();
@@ -274,7 +306,7 @@ fn draw(session: &Session, chain: &mut Chain, out: &mut Generation) -> Result<u3
     out.timing.sampling += start.elapsed();
     token.map_err(|source| GenerateError::Draw {
         step: out.tokens.len() + 1,
-        position: session.tokens().len(),
+        position: session.len(),
         source,
     })
 }

@@ -10,6 +10,7 @@ pub mod cpu;
 #[cfg(feature = "engines")]
 pub mod cuda;
 mod device;
+mod embeddings;
 mod generate;
 mod instruments;
 mod open;
@@ -20,7 +21,10 @@ mod session;
 mod step;
 
 pub use device::{Chunk, Device, DeviceError, best};
-pub use generate::{FinishReason, GenerateError, Generation, Limits, Piece, Step, Timing, generate, stream};
+pub use embeddings::Embeddings;
+pub use generate::{
+    FinishReason, GenerateError, Generation, Limits, Piece, Prompt, Step, Timing, generate, stream, stream_prompt,
+};
 pub use instruments::{DeviceFacts, DeviceMemory, Instruments};
 pub use open::{DeviceChoice, SessionOpenError, SessionOptions};
 pub use session::{Session, SessionError};

@@ -5,12 +5,13 @@ use std::path::Path;
 use super::cpu::CpuDevice;
 #[cfg(feature = "engines")]
 use super::cuda::{CudaDevice, CudaOptions, OpenError};
-use super::{DeviceError, Session};
+use super::{DeviceError, Embeddings, Session};
 #[cfg(feature = "engines")]
 use crate::backend::tensorrt::Library;
 use crate::backend::tensorrt::LibraryError;
 #[cfg(feature = "engines")]
 use crate::backend::tensorrt::run::RunError;
+use crate::graph::Graph;
 use crate::help::{Fault, Help};
 use crate::package::{Package, PackageError};
 
@@ -145,11 +146,20 @@ impl Session {
     }
 }
 
+fn embeddings(package: &Package, graph: &Graph) -> Result<Option<Embeddings>, PackageError> {
+    Embeddings::of(graph).map_err(|error| PackageError::Manifest {
+        path: package.folder.clone(),
+        message: format!("its table of embeddings cannot be read: {error}"),
+    })
+}
+
 fn on_cpu(package: &Package, threads: Option<usize>) -> Result<Session, SessionOpenError> {
     let graph = package.graph()?;
     let vocabulary = package.vocabulary()?;
+    let embeddings = embeddings(package, &graph)?;
     let device = CpuDevice::new(graph, vocabulary, threads);
-    Ok(Session::new(Box::new(device), &package.manifest.capacities, vocabulary))
+    let session = Session::new(Box::new(device), &package.manifest.capacities, vocabulary);
+    Ok(session.with_embeddings(embeddings))
 }
 
 #[cfg(feature = "engines")]
@@ -163,7 +173,12 @@ fn on_gpu(package: &Package, options: &SessionOptions<'_>) -> Result<Session, Se
     let mut device = CudaDevice::open(package, &library, cuda)?;
     device.prepare(options.prompt, options.total)?;
     let vocabulary = package.vocabulary()?;
-    Ok(Session::new(Box::new(device), &package.manifest.capacities, vocabulary))
+    let embeddings = match package.takes_embeddings() {
+        true => embeddings(package, &package.graph()?)?,
+        false => None,
+    };
+    let session = Session::new(Box::new(device), &package.manifest.capacities, vocabulary);
+    Ok(session.with_embeddings(embeddings))
 }
 
 #[cfg(not(feature = "engines"))]

@@ -6,7 +6,8 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use super::device::{Device, DeviceError};
+use super::device::{Chunk, Device, DeviceError, best};
+use super::embeddings::Embeddings;
 use super::instruments::Instruments;
 use crate::help::{Fault, Help};
 
@@ -25,6 +26,26 @@ pub enum SessionError {
         position: usize,
         /// How many tokens the model has.
         vocabulary: usize,
+    },
+    /// Token ids for a model that takes embeddings and has no table of them.
+    #[error("the model takes embeddings, and the package has no table that gives them for tokens")]
+    NoTable,
+    /// Embeddings for a model that takes token ids.
+    #[error("the model takes token ids and no embeddings")]
+    TakesTokens,
+    /// Embeddings after tokens.
+    #[error("embeddings are fed before any token, and {tokens} tokens were fed")]
+    EmbeddingsAfterTokens {
+        /// How many.
+        tokens: usize,
+    },
+    /// Numbers that are no rows of embeddings.
+    #[error("{found} elements of embeddings are no rows of {width}, which the model takes for each token")]
+    EmbeddingWidth {
+        /// How many there are.
+        found: usize,
+        /// How many each token has.
+        width: usize,
     },
     /// More tokens than the largest cache has slots.
     #[error("{tokens} tokens do not fit the largest cache capacity of this package, {capacity}")]
@@ -52,6 +73,13 @@ impl Help for SessionError {
             SessionError::Device(error) => return error.help(),
             SessionError::Empty => "give at least one token",
             SessionError::OutsideVocabulary { .. } => "check that the ids are of this model's tokenizer",
+            SessionError::NoTable => {
+                "convert the model again with --embeddings FILE (embed_tokens.onnx, the checkpoint, or a .npy of \
+                 [vocabulary, hidden]); without it a prompt of embeddings gives one token: --max-new-tokens 1"
+            }
+            SessionError::TakesTokens => "give token ids or text",
+            SessionError::EmbeddingsAfterTokens { .. } => "begin a new session",
+            SessionError::EmbeddingWidth { .. } => "give an array of [tokens, hidden] of this model",
             SessionError::Capacity { .. } => "shorten the prompt, or convert the model again with a larger --capacity",
         };
         Some(help.to_string())
@@ -65,8 +93,14 @@ pub struct Session {
     capacities: Vec<usize>,
     vocabulary: usize,
     capacity: usize,
+    /// Positions before the first token, which were fed as embeddings.
+    embedded: usize,
     tokens: Vec<u32>,
     logits: Vec<f32>,
+    /// `None`: the model takes token ids.
+    embeddings: Option<Embeddings>,
+    /// Of the last call.
+    rows: Vec<f32>,
     moves: usize,
     moving: Duration,
 }
@@ -83,11 +117,19 @@ impl Session {
             capacities,
             vocabulary,
             capacity: 0,
+            embedded: 0,
             tokens: Vec::new(),
             logits: Vec::new(),
+            embeddings: None,
+            rows: Vec::new(),
             moves: 0,
             moving: Duration::ZERO,
         }
+    }
+
+    /// The same for a model that takes embeddings.
+    pub fn with_embeddings(self, embeddings: Option<Embeddings>) -> Self {
+        Session { embeddings, ..self }
     }
 
     /// What it runs on.
@@ -98,7 +140,19 @@ impl Session {
     pub fn instruments(&mut self) -> Option<&mut dyn Instruments> {
         self.device.instruments()
     }
-    /// Every token fed so far.
+    /// What it knows of embeddings; `None` if the model takes token ids.
+    pub fn embeddings(&self) -> Option<&Embeddings> {
+        self.embeddings.as_ref()
+    }
+    /// Positions that are taken: embeddings and tokens fed so far.
+    pub fn len(&self) -> usize {
+        self.embedded + self.tokens.len()
+    }
+    /// Whether nothing was fed.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Every token fed so far; embeddings fed before them are not in it.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
@@ -121,7 +175,7 @@ impl Session {
     }
     /// Tokens that can still be fed.
     pub fn room(&self) -> usize {
-        self.largest_capacity() - self.tokens.len()
+        self.largest_capacity() - self.len()
     }
     /// How often the cache moved to a larger capacity, and how long that took.
     pub fn moves(&self) -> (usize, Duration) {
@@ -130,6 +184,7 @@ impl Session {
 
     /// Forgets all tokens; the cache stays allocated.
     pub fn clear(&mut self) {
+        self.embedded = 0;
         self.tokens.clear();
         self.logits.clear();
     }
@@ -160,15 +215,26 @@ impl Session {
     pub fn feed_all(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<(), SessionError> {
         logits.clear();
         self.check(tokens)?;
-        self.reserve(self.tokens.len() + tokens.len())?;
+        self.reserve(self.len() + tokens.len())?;
         self.logits.clear();
         let mut rest = tokens;
         while !rest.is_empty() {
-            let position = self.tokens.len();
-            let chunk = self.device.chunk_all(rest.len(), position, self.capacity);
+            let position = self.len();
+            let chunk = match self.embeddings {
+                None => self.device.chunk_all(rest.len(), position, self.capacity),
+                Some(_) => self.device.chunk(1, position, self.capacity),
+            };
             debug_assert!(chunk.tokens >= 1 && chunk.tokens <= chunk.rows);
             let (now, later) = rest.split_at(chunk.tokens);
-            self.device.forward_all(chunk, now, position, logits)?;
+            match &self.embeddings {
+                None => self.device.forward_all(chunk, now, position, logits)?,
+                Some(embeddings) => {
+                    embeddings.rows(now, &mut self.rows);
+                    self.device
+                        .forward_rows(chunk, &self.rows, position, &mut self.logits)?;
+                    logits.append(&mut self.logits);
+                }
+            }
             self.tokens.extend_from_slice(now);
             rest = later;
         }
@@ -179,16 +245,17 @@ impl Session {
 
     fn advance(&mut self, tokens: &[u32], only_best: bool) -> Result<Option<u32>, SessionError> {
         self.check(tokens)?;
-        self.reserve(self.tokens.len() + tokens.len())?;
+        self.reserve(self.len() + tokens.len())?;
         let mut rest = tokens;
         let mut best = None;
         while !rest.is_empty() {
-            let position = self.tokens.len();
+            let position = self.len();
             let chunk = self.device.chunk(rest.len(), position, self.capacity);
             debug_assert!(chunk.tokens >= 1 && chunk.tokens <= chunk.rows);
             debug_assert!(position + chunk.rows <= self.capacity);
             let (now, later) = rest.split_at(chunk.tokens);
             let done = match only_best {
+                _ if self.embeddings.is_some() => self.forward_tokens(chunk, now, position),
                 true => self.device.forward_best(chunk, now, position, &mut self.logits),
                 false => self
                     .device
@@ -202,11 +269,70 @@ impl Session {
         Ok(best)
     }
 
+    /// A chunk of tokens of a model that takes embeddings, by the rows of its table; the best of the logits.
+    fn forward_tokens(&mut self, chunk: Chunk, tokens: &[u32], position: usize) -> Result<Option<u32>, DeviceError> {
+        if let Some(embeddings) = &self.embeddings {
+            embeddings.rows(tokens, &mut self.rows);
+        }
+        self.device
+            .forward_rows(chunk, &self.rows, position, &mut self.logits)?;
+        Ok(best(&self.logits))
+    }
+
+    /// Feeds embeddings, `[tokens, width]`, and computes the logits after the last of them: for a model that takes
+    /// embeddings, before any token. On an error nothing was fed, unless the device failed on a later chunk.
+    pub fn feed_embeddings(&mut self, rows: &[f32]) -> Result<&[f32], SessionError> {
+        self.check_embeddings(rows)?;
+        let width = self.embeddings.as_ref().expect("checked").width();
+        let mut rest = rows;
+        self.reserve(self.len() + rows.len() / width)?;
+        while !rest.is_empty() {
+            let position = self.len();
+            let chunk = self.device.chunk(rest.len() / width, position, self.capacity);
+            let (now, later) = rest.split_at(chunk.tokens * width);
+            let done = self.device.forward_rows(chunk, now, position, &mut self.logits);
+            done.inspect_err(|_| self.logits.clear())?;
+            self.embedded += chunk.tokens;
+            rest = later;
+        }
+        Ok(&self.logits)
+    }
+
+    /// Whether these embeddings could be fed now, without doing it.
+    pub fn check_embeddings(&self, rows: &[f32]) -> Result<(), SessionError> {
+        let Some(embeddings) = &self.embeddings else {
+            return Err(SessionError::TakesTokens);
+        };
+        let width = embeddings.width();
+        if !self.tokens.is_empty() {
+            return Err(SessionError::EmbeddingsAfterTokens {
+                tokens: self.tokens.len(),
+            });
+        }
+        if rows.is_empty() {
+            return Err(SessionError::Empty);
+        }
+        if !rows.len().is_multiple_of(width) {
+            return Err(SessionError::EmbeddingWidth {
+                found: rows.len(),
+                width,
+            });
+        }
+        let (tokens, capacity) = (self.len() + rows.len() / width, self.largest_capacity());
+        match tokens > capacity {
+            true => Err(SessionError::Capacity { tokens, capacity }),
+            false => Ok(()),
+        }
+    }
+
     /// Makes `tokens` the whole sequence and computes the logits after the last of them. The cache of the longest prefix
     /// that they share with what was fed before is kept; gives its length. On an error nothing changed, unless the device
     /// failed.
     pub fn resume(&mut self, tokens: &[u32]) -> Result<usize, SessionError> {
         self.check_at(0, tokens)?;
+        if self.embedded > 0 {
+            self.clear();
+        }
         let pairs = self.tokens.iter().zip(tokens);
         let shared = pairs.take_while(|(old, new)| old == new).count();
         if shared == tokens.len() && shared == self.tokens.len() && !self.logits.is_empty() {
@@ -222,12 +348,15 @@ impl Session {
 
     /// Whether these tokens could be fed now, without doing it.
     pub fn check(&self, tokens: &[u32]) -> Result<(), SessionError> {
-        self.check_at(self.tokens.len(), tokens)
+        self.check_at(self.len(), tokens)
     }
 
     fn check_at(&self, first: usize, tokens: &[u32]) -> Result<(), SessionError> {
         if tokens.is_empty() {
             return Err(SessionError::Empty);
+        }
+        if self.embeddings.as_ref().is_some_and(|e| e.tokens().is_none()) {
+            return Err(SessionError::NoTable);
         }
         if let Some(at) = tokens.iter().position(|id| *id as usize >= self.vocabulary) {
             return Err(SessionError::OutsideVocabulary {
@@ -254,7 +383,8 @@ impl Session {
         let fits = self.capacities.iter().copied().find(|c| *c >= total);
         let capacity = fits.expect("checked before");
         let start = Instant::now();
-        self.device.reserve(capacity, self.tokens.len())?;
+        let live = self.len();
+        self.device.reserve(capacity, live)?;
         if self.capacity > 0 {
             self.moves += 1;
             self.moving += start.elapsed();
@@ -268,7 +398,7 @@ impl fmt::Debug for Session {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Session")
             .field("device", &self.device.name())
-            .field("tokens", &self.tokens.len())
+            .field("tokens", &self.len())
             .field("capacity", &self.capacity)
             .finish()
     }

@@ -1,4 +1,4 @@
-//! The small inputs of one call: token ids, positions, where to write, which row gets logits.
+//! The small inputs of one call: token ids or embeddings, positions, where to write, which row gets logits.
 //!
 //! Written here once for all devices. A device asks for each input that its network has, by [`Role`], and provides the
 //! memory.
@@ -6,11 +6,35 @@
 use crate::help::{Fault, Help};
 use crate::interface::Role;
 
-/// One chunk of a sequence on its way into a network: `tokens` at `position..`, padded to `rows`.
+/// What a network is given for each token.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Fed<'t> {
+    /// Their ids.
+    Ids(&'t [u32]),
+    /// Their embeddings, `[tokens, width]`.
+    Rows {
+        /// Row-major.
+        values: &'t [f32],
+        /// Elements of one.
+        width: usize,
+    },
+}
+
+impl Fed<'_> {
+    /// How many tokens.
+    pub fn len(&self) -> usize {
+        match self {
+            Fed::Ids(ids) => ids.len(),
+            Fed::Rows { values, width } => values.len() / (*width).max(1),
+        }
+    }
+}
+
+/// One chunk of a sequence on its way into a network: tokens at `position..`, padded to `rows`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StepInputs<'t> {
-    /// Token ids; at least one, at most `rows`.
-    pub tokens: &'t [u32],
+    /// At least one token, at most `rows`.
+    pub fed: Fed<'t>,
     /// Position and slot of the first token.
     pub position: usize,
     /// Rows that the network has.
@@ -36,7 +60,7 @@ impl From<Role> for NoStepInput {
 }
 
 impl StepInputs<'_> {
-    /// Elements of the input of that role, each i32.
+    /// Elements of the input of that role, each i32. Embeddings are given by [`StepInputs::embeddings`].
     pub fn len(&self, role: Role) -> Result<usize, NoStepInput> {
         Self::len_of(role, self.rows)
     }
@@ -46,8 +70,19 @@ impl StepInputs<'_> {
         match role {
             Role::TokenIds | Role::PositionIds => Ok(rows),
             Role::WriteIndices | Role::LogitRows => Ok(1),
-            Role::Cache(_) | Role::Logits | Role::UpdatedCache(_) => Err(role.into()),
+            Role::Embeddings | Role::Cache(_) | Role::Logits | Role::UpdatedCache(_) => Err(role.into()),
         }
+    }
+
+    /// The embeddings, padded as [`StepInputs::write`] pads: `rows` times `width` elements. Nothing if token ids are fed.
+    pub fn embeddings(&self) -> impl Iterator<Item = f32> {
+        let (values, width) = match self.fed {
+            Fed::Rows { values, width } => (values, width),
+            Fed::Ids(_) => (&[][..], 0),
+        };
+        let last = &values[values.len().saturating_sub(width)..];
+        let padding = std::iter::repeat_n(last, self.rows - self.fed.len().min(self.rows));
+        values.iter().chain(padding.flatten()).take(self.rows * width).copied()
     }
 
     /// Writes the input of that role to `to`, which has [`StepInputs::len`] elements. Padding is the last token again, at its
@@ -57,18 +92,21 @@ impl StepInputs<'_> {
         let int = |n: usize| i32::try_from(n).expect("positions fit 31 bits");
         match role {
             Role::TokenIds => {
-                let last = self.tokens.last().copied().unwrap_or(0);
-                let padded = self.tokens.iter().copied().chain(std::iter::repeat(last));
+                let Fed::Ids(tokens) = self.fed else {
+                    return Err(role.into());
+                };
+                let last = tokens.last().copied().unwrap_or(0);
+                let padded = tokens.iter().copied().chain(std::iter::repeat(last));
                 to.iter_mut().zip(padded).for_each(|(to, id)| *to = id as i32);
             }
             Role::PositionIds => {
-                let last = self.position + self.tokens.len().saturating_sub(1);
+                let last = self.position + self.fed.len().saturating_sub(1);
                 let positions = (self.position..).map(|position| int(position.min(last)));
                 to.iter_mut().zip(positions).for_each(|(to, position)| *to = position);
             }
             Role::WriteIndices => to.fill(int(self.position)),
-            Role::LogitRows => to.fill(int(self.tokens.len() - 1)),
-            Role::Cache(_) | Role::Logits | Role::UpdatedCache(_) => return Err(role.into()),
+            Role::LogitRows => to.fill(int(self.fed.len() - 1)),
+            Role::Embeddings | Role::Cache(_) | Role::Logits | Role::UpdatedCache(_) => return Err(role.into()),
         }
         Ok(())
     }
@@ -88,7 +126,7 @@ mod tests {
     #[test]
     fn a_padded_chunk() {
         let step = StepInputs {
-            tokens: &[7, 8, 9],
+            fed: Fed::Ids(&[7, 8, 9]),
             position: 100,
             rows: 5,
         };
@@ -101,13 +139,32 @@ mod tests {
     #[test]
     fn one_token() {
         let step = StepInputs {
-            tokens: &[u32::MAX >> 1],
+            fed: Fed::Ids(&[u32::MAX >> 1]),
             position: 0,
             rows: 1,
         };
         assert_eq!(written(step, Role::TokenIds), [i32::MAX]);
         assert_eq!(written(step, Role::PositionIds), [0]);
         assert_eq!(written(step, Role::LogitRows), [0]);
+    }
+
+    #[test]
+    fn embeddings_are_padded_with_the_last() {
+        let values = [1.0, 2.0, 3.0, 4.0];
+        let step = |rows: usize| StepInputs {
+            fed: Fed::Rows {
+                values: &values,
+                width: 2,
+            },
+            position: 5,
+            rows,
+        };
+        let given: Vec<f32> = step(4).embeddings().collect();
+        assert_eq!(given, [1.0, 2.0, 3.0, 4.0, 3.0, 4.0, 3.0, 4.0]);
+        assert_eq!(step(2).embeddings().collect::<Vec<_>>(), values);
+        assert_eq!(written(step(4), Role::PositionIds), [5, 6, 6, 6]);
+        assert_eq!(written(step(4), Role::LogitRows), [1]);
+        assert_eq!(step(2).write(Role::TokenIds, &mut [0; 2]), Err(Role::TokenIds.into()));
     }
 
     #[test]

@@ -60,7 +60,7 @@ impl Display for Dump<'_> {
         let graph = self.graph;
         writeln!(f, "{}", self.header())?;
         self.section(f, "inputs", graph.inputs.iter().copied())?;
-        let mut read: HashSet<ValueId> = graph.outputs.iter().copied().collect();
+        let mut read: HashSet<ValueId> = graph.outputs.iter().copied().chain(graph.embedding).collect();
         for id in graph.node_ids() {
             read.extend(graph.node(id).inputs.iter().flatten());
         }

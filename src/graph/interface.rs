@@ -1,6 +1,6 @@
 //! The interface of a canonical graph, derived from the names that ONNX keeps.
 
-use super::{Graph, ValueId};
+use super::{Constant, EMBEDDING_TABLE, Graph, ValueId};
 use crate::dim::{Dim, Sym};
 use crate::interface::{CacheId, CacheShape, Interface, InterfaceError, InterfaceErrors, Role};
 use crate::tensor::DType;
@@ -26,10 +26,27 @@ impl Graph {
         }
     }
 
-    /// Sets [`Graph::interface`] to [`Graph::canonical_interface`].
+    /// Sets [`Graph::interface`] to [`Graph::canonical_interface`], and [`Graph::embedding`] by its name.
     pub fn set_canonical_interface(&mut self) -> Result<(), InterfaceErrors> {
-        self.interface = Some(self.canonical_interface()?);
+        let interface = self.canonical_interface()?;
+        self.embedding = match interface.takes_embeddings() {
+            true => self.find(EMBEDDING_TABLE).filter(|id| self.constant(*id).is_some()),
+            false => None,
+        };
+        self.interface = Some(interface);
         Ok(())
+    }
+
+    /// Elements of one embedding, where the graph takes embeddings.
+    pub fn embedding_width(&self) -> Option<usize> {
+        let id = self.interface.as_ref()?.input(Role::Embeddings)?;
+        usize::try_from(self.shape(id)?.last()?.as_const()?).ok()
+    }
+
+    /// Gives a graph that takes embeddings the table of them, `[vocabulary, hidden]`, in the dtype of its input.
+    pub fn set_embedding(&mut self, table: Constant) {
+        let id = self.add_constant(EMBEDDING_TABLE, table);
+        self.embedding = Some(id);
     }
 
     /// The shape of a cache input, `[batch, kv_heads, capacity, head_dim]` with numbers for heads and elements.
@@ -57,10 +74,9 @@ impl Graph {
 
     /// Ports whose dtype or shape is not the one of the table at the head of `graph`.
     fn wrong_shapes(&self, interface: &Interface<ValueId>) -> Vec<InterfaceError> {
-        let ids = interface.input(Role::TokenIds).and_then(|id| self.shape(id)).cloned();
-        let ids = ids.unwrap_or_default();
+        let ids = self.shape(interface.token_input()).cloned().unwrap_or_default();
         let row = match &ids[..] {
-            [batch, tokens] => [batch.clone(), tokens.clone()],
+            [batch, tokens] | [batch, tokens, _] => [batch.clone(), tokens.clone()],
             _ => [Dim::sym(Sym::batch()), Dim::sym(Sym::tokens())],
         };
         let mut errors = Vec::new();
@@ -69,6 +85,11 @@ impl Graph {
             let fits = match port.role {
                 Role::TokenIds | Role::PositionIds => {
                     value.dtype == Some(DType::I64) && value.shape.as_deref() == Some(&row[..])
+                }
+                Role::Embeddings => {
+                    let shape = value.shape.as_deref().unwrap_or_default();
+                    let wide = matches!(shape, [_, _, width] if width.as_const().is_some_and(|width| width > 0));
+                    value.dtype.is_some_and(DType::is_float) && wide
                 }
                 Role::WriteIndices => value.dtype == Some(DType::I64) && value.shape.as_deref() == Some(&row[..1]),
                 Role::LogitRows => false,
@@ -110,6 +131,7 @@ impl Graph {
 fn expected(role: Role, [batch, tokens]: &[Dim; 2]) -> String {
     match role {
         Role::TokenIds | Role::PositionIds => format!("i64[{batch}, {tokens}]"),
+        Role::Embeddings => format!("float[{batch}, {tokens}, hidden]"),
         Role::WriteIndices => format!("i64[{batch}]"),
         Role::LogitRows => "no input of a graph: networks alone choose rows".into(),
         Role::Cache(_) => format!("float[{batch}, kv_heads, capacity, head_dim]"),

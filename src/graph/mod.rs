@@ -18,6 +18,7 @@
 //! | inputs | dtype | shape |
 //! |---|---|---|
 //! | `input_ids` | i64 | `[batch, tokens]` |
+//! | `inputs_embeds`, instead of `input_ids` | float | `[batch, tokens, hidden]` |
 //! | `position_ids` | i64 | `[batch, tokens]`: the slot and the position of each token |
 //! | `write_indices` | i64 | `[batch]`: the slot of the first token, `position_ids[:, 0]` |
 //! | `key_cache.i`, `value_cache.i` | f32, f16 or bf16 | `[batch, kv_heads, capacity, head_dim]` |
@@ -68,6 +69,9 @@ use crate::dim::Dim;
 use crate::help::Help;
 use crate::interface::Interface;
 use crate::tensor::{DType, Tensor};
+
+/// The name of [`Graph::embedding`].
+pub const EMBEDDING_TABLE: &str = "token_embeddings";
 
 /// A shape of symbolic dims.
 pub type Shape = Vec<Dim>;
@@ -174,6 +178,9 @@ pub struct Graph {
     pub outputs: Vec<ValueId>,
     /// What the inputs and outputs are for, in a canonical graph; `None` in an export.
     pub interface: Option<Interface<ValueId>>,
+    /// In a canonical graph that takes embeddings: the table that gives them for token ids, `[vocabulary, hidden]`, named
+    /// [`EMBEDDING_TABLE`]. No node reads it; a session does.
+    pub embedding: Option<ValueId>,
     values: Vec<Value>,
     nodes: Vec<Option<Node>>,
     order: Vec<NodeId>,

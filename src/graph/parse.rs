@@ -55,7 +55,8 @@ pub fn parse_with(text: &str, fill: impl FnMut(&str, DType, &[usize]) -> Constan
         None => {
             let mut graph = parser.graph;
             // A text has nothing but names. Graphs that are not canonical have no interface.
-            graph.interface = graph.canonical_interface().ok();
+            // A graph that is not canonical has none.
+            let _ = graph.set_canonical_interface();
             Ok(graph)
         }
     }

@@ -39,6 +39,13 @@ pub enum InterfaceError {
         /// What is missing.
         role: Role,
     },
+    /// Token ids and embeddings.
+    #[error(
+        "the inputs {} and {} are both there, and a model takes one of them",
+        Role::TokenIds,
+        Role::Embeddings
+    )]
+    TwoTokenInputs,
     /// Two ports of one role, or one value in two roles.
     #[error("the {} {role} occurs twice", role.side())]
     Duplicate {

@@ -93,8 +93,8 @@ pub struct Signature {
     pub caches: Vec<CacheShape>,
 }
 
-/// What no model can do without.
-const REQUIRED_INPUTS: [Role; 3] = [Role::TokenIds, Role::PositionIds, Role::WriteIndices];
+/// What no model can do without, besides token ids or embeddings.
+const REQUIRED_INPUTS: [Role; 2] = [Role::PositionIds, Role::WriteIndices];
 const REQUIRED_OUTPUTS: [Role; 1] = [Role::Logits];
 
 impl<Id: Copy + PartialEq> Interface<Id> {
@@ -109,6 +109,11 @@ impl<Id: Copy + PartialEq> Interface<Id> {
         check_side(Side::Input, &inputs, &mut errors);
         check_side(Side::Output, &outputs, &mut errors);
         let find = |ports: &[Port<Id>], role: Role| ports.iter().find(|port| port.role == role).map(|port| port.id);
+        match [Role::TokenIds, Role::Embeddings].map(|role| find(&inputs, role)) {
+            [None, None] => errors.push(InterfaceError::Missing { role: Role::TokenIds }),
+            [Some(_), Some(_)] => errors.push(InterfaceError::TwoTokenInputs),
+            _ => {}
+        }
         let required = REQUIRED_INPUTS.map(|role| (&inputs, role)).into_iter();
         let required = required.chain(REQUIRED_OUTPUTS.map(|role| (&outputs, role)));
         // A layer with any of its four ports has all of them, and so have the layers before it.
@@ -194,6 +199,17 @@ impl<Id: Copy + PartialEq> Interface<Id> {
     /// The input of that role.
     pub fn input(&self, role: Role) -> Option<Id> {
         self.inputs.iter().find(|port| port.role == role).map(|port| port.id)
+    }
+
+    /// The input that has an element or a row for each token: token ids or embeddings.
+    pub fn token_input(&self) -> Id {
+        let found = self.input(Role::TokenIds).or_else(|| self.input(Role::Embeddings));
+        found.expect("an interface has one of them")
+    }
+
+    /// Whether it takes embeddings and not token ids.
+    pub fn takes_embeddings(&self) -> bool {
+        self.input(Role::Embeddings).is_some()
     }
 
     /// The output of that role.

@@ -12,6 +12,8 @@ use super::Side;
 pub enum Role {
     /// `input_ids`: token ids, `[batch, tokens]`.
     TokenIds,
+    /// `inputs_embeds`: a row of floats for each token, `[batch, tokens, hidden]`, of models that take no token ids.
+    Embeddings,
     /// `position_ids`: the position, and so the cache slot, of each token, `[batch, tokens]`.
     PositionIds,
     /// `write_indices`: the slot of each row's first token, `[batch]`.
@@ -66,6 +68,7 @@ pub struct UnknownName(
 );
 
 const TOKEN_IDS: &str = "input_ids";
+const EMBEDDINGS: &str = "inputs_embeds";
 const POSITION_IDS: &str = "position_ids";
 const WRITE_INDICES: &str = "write_indices";
 const LOGIT_ROWS: &str = "logit_rows";
@@ -77,7 +80,12 @@ impl Role {
     /// Where ports of this role stand.
     pub fn side(self) -> Side {
         match self {
-            Role::TokenIds | Role::PositionIds | Role::WriteIndices | Role::LogitRows | Role::Cache(_) => Side::Input,
+            Role::TokenIds
+            | Role::Embeddings
+            | Role::PositionIds
+            | Role::WriteIndices
+            | Role::LogitRows
+            | Role::Cache(_) => Side::Input,
             Role::Logits | Role::UpdatedCache(_) => Side::Output,
         }
     }
@@ -101,6 +109,7 @@ impl fmt::Display for Role {
         let cache = |CacheId { layer, part }: &CacheId| format!("{}{CACHE}{layer}", part.name());
         match self {
             Role::TokenIds => f.write_str(TOKEN_IDS),
+            Role::Embeddings => f.write_str(EMBEDDINGS),
             Role::PositionIds => f.write_str(POSITION_IDS),
             Role::WriteIndices => f.write_str(WRITE_INDICES),
             Role::LogitRows => f.write_str(LOGIT_ROWS),
@@ -125,6 +134,7 @@ impl FromStr for Role {
         };
         let found = match name {
             TOKEN_IDS => Some(Role::TokenIds),
+            EMBEDDINGS => Some(Role::Embeddings),
             POSITION_IDS => Some(Role::PositionIds),
             WRITE_INDICES => Some(Role::WriteIndices),
             LOGIT_ROWS => Some(Role::LogitRows),

@@ -29,6 +29,8 @@ pub fn stored_weights(graph: &Graph) -> Vec<(ValueId, NamedWeight)> {
     let read = graph
         .node_ids()
         .flat_map(|node| graph.node(node).inputs.iter().flatten());
+    // No network reads the table of embeddings, and a package keeps it all the same.
+    let read = read.chain(&graph.embedding);
     let constants = read.filter_map(|id| graph.constant(*id).map(|constant| (*id, constant)));
     let weights = constants.filter(|(id, constant)| is_weight(constant, true) && seen.insert(*id));
     let tables = tables(graph);
@@ -95,7 +97,10 @@ pub(super) fn table(graph: &Graph, demand: &Demand) -> Table {
 fn tables(graph: &Graph) -> HashSet<ValueId> {
     let nodes = graph.node_ids().map(|id| graph.node(id));
     let gathers = nodes.filter(|node| matches!(node.op, Op::Gather { .. }));
-    gathers.filter_map(|node| node.input(0)).collect()
+    gathers
+        .filter_map(|node| node.input(0))
+        .chain(graph.embedding)
+        .collect()
 }
 
 /// The rule in the head of [`lower`](super). `initializer`: whether the constant came, or will come, from a file by its name.

@@ -120,6 +120,12 @@ fn expected(network: &Network, interface: &Interface<TensorId>, port: Port<Tenso
     };
     Some(match port.role {
         Role::TokenIds | Role::PositionIds => (DType::I32, vec![batch, tokens]),
+        Role::Embeddings => {
+            let tensor = network.tensor(port.id);
+            let width = tensor.shape.last()?.as_const().filter(|width| *width > 0)?;
+            let dtype = Some(tensor.dtype).filter(|dtype| dtype.is_float())?;
+            (dtype, vec![batch, tokens, width.into()])
+        }
         Role::WriteIndices | Role::LogitRows => (DType::I32, vec![batch]),
         Role::Cache(cache) | Role::UpdatedCache(cache) => {
             let shape = interface.caches().iter().find(|pair| pair.shape.cache == cache)?.shape;

@@ -180,7 +180,7 @@ fn write_atomically(
 
 /// The constants that are read, in the order of the graph's values.
 fn constants(graph: &Graph) -> impl Iterator<Item = (ValueId, &Constant)> {
-    let mut read: HashSet<ValueId> = graph.outputs.iter().copied().collect();
+    let mut read: HashSet<ValueId> = graph.outputs.iter().copied().chain(graph.embedding).collect();
     for id in graph.node_ids() {
         read.extend(graph.node(id).inputs.iter().flatten());
     }

@@ -38,6 +38,7 @@ pub use strip::strip;
 pub use write::{ManifestHeader, Writer};
 
 use crate::graph::{Graph, infer};
+use crate::interface::{Interface, Role};
 use crate::onnx;
 use crate::text::Tokenizer;
 use crate::weights::matching::{Required, RequiredWeight};
@@ -175,21 +176,18 @@ impl Package {
             path: path.to_path_buf(),
             message,
         };
-        let interface = graph
-            .canonical_interface()
+        graph
+            .set_canonical_interface()
             .map_err(|errors| fault(errors.to_string()))?;
-        let found = interface.signature();
+        let found = graph.interface.as_ref().map(Interface::signature);
         match &self.manifest.interface {
-            Some(expected) if *expected != found => {
+            Some(expected) if Some(expected) != found.as_ref() => {
                 let path = manifest_path(&self.folder).display().to_string();
                 Err(fault(format!(
                     "its inputs and outputs are not those that {path} describes"
                 )))
             }
-            _ => {
-                graph.interface = Some(interface);
-                Ok(graph)
-            }
+            _ => Ok(graph),
         }
     }
 
@@ -304,6 +302,12 @@ impl Package {
                 path: manifest_path(&self.folder),
                 message: "it does not say how large the vocabulary is".into(),
             })
+    }
+
+    /// Whether its model takes embeddings and not token ids.
+    pub fn takes_embeddings(&self) -> bool {
+        let interface = self.manifest.interface.as_ref();
+        interface.is_some_and(|interface| interface.inputs.contains(&Role::Embeddings))
     }
 
     /// The tokenizer, if the package has one.

@@ -93,7 +93,8 @@ pub fn describe(graph: &Graph, roles: &Roles, analysis: &Analysis, limit: Option
     let first = analysis.layers.first()?;
     let (key, value) = (&analysis.caches[&first.key_cache], &analysis.caches[&first.value_cache]);
     let embedding = embedding(graph);
-    let hidden = embedding.and_then(|(_, c)| c.1).or_else(|| hidden(graph));
+    let hidden = embedding.and_then(|(_, c)| c.1);
+    let hidden = hidden.or(graph.embedding_width()).or_else(|| self::hidden(graph));
     let vocabulary = graph
         .outputs
         .first()

@@ -22,7 +22,9 @@ pub fn find(graph: &Graph, of: &HashMap<ValueId, InputRole>, growing: bool) -> V
         // What each axis counts, and the numbers that are as good as a free dim.
         let one: &[i64] = &[1];
         let axes: Vec<(usize, &str, &[i64])> = match role {
-            InputRole::InputIds => vec![(0, "batch", one), (1, "the number of new tokens", &[])],
+            InputRole::InputIds | InputRole::Embeddings => {
+                vec![(0, "batch", one), (1, "the number of new tokens", &[])]
+            }
             // One position may be that of the first token.
             InputRole::Positions if shape.len() == 1 => vec![(last, "the number of new tokens", one)],
             InputRole::Positions => vec![(before, "batch", one), (last, "the number of new tokens", &[])],

@@ -72,10 +72,10 @@ pub use table::{PASSES, PassInfo, info};
 
 use crate::graph::eval::EvalError;
 use crate::graph::infer::{InferError, infer};
-use crate::graph::{ConstantError, CycleError, Graph, NodeId};
+use crate::graph::{ConstantError, CycleError, Graph, NodeId, ValueId};
 use crate::graph::{Obstacles, verify};
 use crate::help::{Fault, Help, REPORT_BUG};
-use crate::interface::Role;
+use crate::interface::{Interface, Role};
 use crate::tensor::DType;
 use attention::Analysis;
 use roles::Roles;
@@ -161,13 +161,13 @@ pub enum PassError {
         /// In the export.
         names: Vec<String>,
     },
-    /// No input of token ids, or several.
+    /// No input of token ids or embeddings, or several.
     #[error(
-        "one input of token ids, [batch, tokens], is needed; found {}",
+        "one input of token ids, [batch, tokens], or of embeddings, [batch, tokens, hidden], is needed; found {}",
         if .found.is_empty() { "none".to_string() } else { .found.join(", ") }
     )]
     TokenInput {
-        /// Inputs that look like token ids.
+        /// Inputs that look like them.
         found: Vec<String>,
     },
     /// Exported without its cache.
@@ -486,18 +486,19 @@ pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canon
     if !lost.is_empty() {
         return Err(PassError::RoundedAttention { values: lost });
     }
-    let input = |graph: &Graph, role: Role| {
-        let found = graph.interface.as_ref().and_then(|interface| interface.input(role));
-        found.expect("emit gave the graph its interface")
-    };
+    fn interface(graph: &Graph) -> &Interface<ValueId> {
+        graph.interface.as_ref().expect("emit gave the graph its interface")
+    }
     timed(&mut graph, &mut report, &table::RESHAPES, |graph| {
-        let rewrites = reshapes::run(graph, input(graph, Role::TokenIds));
+        let rewrites = reshapes::run(graph, interface(graph).token_input());
         graph.remove_dead_nodes();
         Ok((rewrites, ()))
     })?;
     let limit = timed(&mut graph, &mut report, &table::POSITIONS, |graph| {
         let rows = analysis.position_limit.unwrap_or(usize::MAX).min(options.max_positions);
-        let found = positions::run(graph, &roles, input(graph, Role::PositionIds), rows).map_err(refuse)?;
+        let position_ids = interface(graph).input(Role::PositionIds);
+        let position_ids = position_ids.expect("every interface has positions");
+        let found = positions::run(graph, &roles, position_ids, rows).map_err(refuse)?;
         graph.remove_dead_nodes();
         Ok(found)
     })?;

@@ -251,7 +251,11 @@ impl<'g> PartialEvaluator<'g> {
                 } else {
                     masked
                 }),
-                InputRole::InputIds | InputRole::Cache | InputRole::ChosenRows | InputRole::Unread => None,
+                InputRole::InputIds
+                | InputRole::Embeddings
+                | InputRole::Cache
+                | InputRole::ChosenRows
+                | InputRole::Unread => None,
             }
         };
         let values: Option<Vec<f64>> = (0..volume).map(element).collect();

@@ -5,7 +5,7 @@
 //! later pass reads one name for one length. What an input is *claimed* to be here is proven later, when `projection` and
 //! `mask` execute the graph; this module only has to be right for models that a proof will accept.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::{PassError, fixed_dims};
 use crate::dim::{Dim, Sym};
@@ -19,6 +19,8 @@ use crate::tensor::DType;
 pub enum InputRole {
     /// Token ids, `[batch, tokens]`.
     InputIds,
+    /// A row of floats for each token, `[batch, tokens, hidden]`.
+    Embeddings,
     /// 1 for every live position, `[batch, past + tokens]`; further columns, if any, are 0.
     PaddingMask,
     /// The whole causal mask made by the caller: `[.., tokens, slots]`, bool, integer or additive.
@@ -42,7 +44,10 @@ pub enum InputRole {
 impl InputRole {
     /// Known from the counts of tokens alone, without any token id.
     pub fn is_positional(self) -> bool {
-        !matches!(self, InputRole::InputIds | InputRole::Cache | InputRole::ChosenRows)
+        !matches!(
+            self,
+            InputRole::InputIds | InputRole::Embeddings | InputRole::Cache | InputRole::ChosenRows
+        )
     }
 }
 
@@ -51,8 +56,8 @@ impl InputRole {
 pub struct Roles {
     /// By input.
     pub of: HashMap<ValueId, InputRole>,
-    /// The one input of token ids.
-    pub input_ids: ValueId,
+    /// The one input of token ids or embeddings.
+    pub token_input: ValueId,
     /// Cache inputs in the order of the export.
     pub caches: Vec<ValueId>,
     /// Caches grow by concatenation; otherwise they have a fixed number of slots.
@@ -71,7 +76,9 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
     for id in graph.inputs.clone() {
         let read = uses.contains_key(&id) || graph.outputs.contains(&id);
         let role = if read {
-            role_by_name(graph, id).or_else(|| role_by_use(graph, id, &uses))
+            embeddings(graph, id, &uses)
+                .or_else(|| role_by_name(graph, id))
+                .or_else(|| role_by_use(graph, id, &uses))
         } else {
             Some(InputRole::Unread)
         };
@@ -86,11 +93,13 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
         let inputs = graph.inputs.iter().copied();
         inputs.filter(|id| of.get(id) == Some(&role)).collect()
     };
-    let (ids, caches) = (with(InputRole::InputIds), with(InputRole::Cache));
+    let mut ids = with(InputRole::InputIds);
+    ids.extend(with(InputRole::Embeddings));
+    let caches = with(InputRole::Cache);
     if !unmatched.is_empty() {
         return Err(PassError::UnmatchedInputs { names: unmatched });
     }
-    let [input_ids] = ids[..] else {
+    let [token_input] = ids[..] else {
         return Err(PassError::TokenInput {
             found: ids.iter().map(|id| graph.value(*id).name.clone()).collect(),
         });
@@ -116,12 +125,21 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
     }
 
     let constant = |dim: Option<&Dim>| dim.and_then(Dim::as_const).map(|n| n as usize);
-    let ids_shape = graph.shape(input_ids).cloned().unwrap_or_default();
-    if ids_shape.len() != 2 {
+    let ids_shape = graph.shape(token_input).cloned().unwrap_or_default();
+    let embeds = of.get(&token_input) == Some(&InputRole::Embeddings);
+    if ids_shape.len() != if embeds { 3 } else { 2 } {
         return Err(PassError::InputRank {
-            name: graph.value(input_ids).name.clone(),
+            name: graph.value(token_input).name.clone(),
             expected: "[batch, tokens]",
             found: format!("{ids_shape:?}"),
+        });
+    }
+    if embeds && let Some(several) = with(InputRole::Positions).into_iter().find(|id| has_axes(graph, *id)) {
+        return Err(PassError::InputRank {
+            name: graph.value(several).name.clone(),
+            expected: "[batch, tokens]: in a prompt of embeddings only the export's own processor knows the positions of \
+                       several axes, those of images and of text",
+            found: format!("{:?}", graph.shape(several).cloned().unwrap_or_default()),
         });
     }
     // One input with a batch of 1 fixes it for all.
@@ -139,8 +157,8 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
             bindings.push((id, axis, to.clone()));
         }
     };
-    bind(graph, input_ids, 0, &batch_dim);
-    bind(graph, input_ids, 1, &tokens_dim);
+    bind(graph, token_input, 0, &batch_dim);
+    bind(graph, token_input, 1, &tokens_dim);
     let mut capacity = None;
     for id in &caches {
         let shape = graph.shape(*id).cloned().unwrap_or_default();
@@ -197,7 +215,7 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
     rename_shared_dims(graph, &bindings);
     bind_input_dims(graph, &bindings)?;
     Ok(Roles {
-        input_ids,
+        token_input,
         growing,
         batch,
         capacity,
@@ -284,6 +302,41 @@ fn role_by_name(graph: &Graph, id: ValueId) -> Option<InputRole> {
     }
 }
 
+/// Positions of several axes, `[axes, batch, tokens]`.
+fn has_axes(graph: &Graph, id: ValueId) -> bool {
+    let shape = graph.shape(id).map(Vec::as_slice).unwrap_or_default();
+    shape.len() > 2 && shape[0].as_const().is_none_or(|axes| axes > 1)
+}
+
+/// Floats `[batch, tokens, hidden]` that every output is computed from: keys and values of a layer are not computed from
+/// the cache of their own layer.
+fn embeddings(
+    graph: &Graph,
+    id: ValueId,
+    uses: &HashMap<ValueId, Vec<(crate::graph::NodeId, usize)>>,
+) -> Option<InputRole> {
+    let value = graph.value(id);
+    let width = value.shape.as_ref().filter(|shape| shape.len() == 3)?[2].as_const()?;
+    if !value.dtype.is_some_and(DType::is_float) || width < 1 || graph.outputs.len() < 2 {
+        return None;
+    }
+    let mut seen: HashSet<ValueId> = HashSet::from([id]);
+    let mut stack = vec![id];
+    while let Some(value) = stack.pop() {
+        for (node, _) in uses.get(&value).into_iter().flatten() {
+            let node = graph.node(*node);
+            if !matches!(node.op, Op::Shape { .. } | Op::Size) {
+                stack.extend(node.outputs.iter().flatten().filter(|v| seen.insert(**v)));
+            }
+        }
+    }
+    graph
+        .outputs
+        .iter()
+        .all(|output| seen.contains(output))
+        .then_some(InputRole::Embeddings)
+}
+
 /// An integer matrix that indexes rows of a float constant is taken for the token ids.
 fn role_by_use(
     graph: &Graph,
@@ -303,7 +356,7 @@ fn role_by_use(
 /// Whether the first operator that is not mere movement appends to the cache.
 fn grows(graph: &Graph, cache: ValueId, uses: &HashMap<ValueId, Vec<(crate::graph::NodeId, usize)>>) -> bool {
     let mut stack = vec![cache];
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     while let Some(value) = stack.pop() {
         for (node, _) in uses.get(&value).into_iter().flatten() {
             if !seen.insert(*node) {

@@ -8,6 +8,7 @@
 mod dtype;
 pub(crate) mod element;
 mod narrow;
+pub mod npy;
 pub(crate) mod packed;
 pub mod quantize;
 pub mod quantized;

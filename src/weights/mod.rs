@@ -12,6 +12,7 @@
 //! - `quantized_checkpoint` puts weights together that other programs pack in their own ways;
 //! - [`source`] opens an export, a checkpoint or a package; [`matching`] finds every weight in it, by its numbers where
 //!   neither recipe nor module does, and [`lora`] changes them on the way;
+//! - [`embeddings`] reads a table of token embeddings for a model that takes embeddings;
 //! - [`config`] refuses a checkpoint whose `config.json` describes another model;
 //! - [`checks`] refuses numbers that no model can use, [`export`] writes checkpoints for other programs, and
 //!   [`fingerprint`] is one hash over all numbers.
@@ -22,6 +23,7 @@ pub mod checkpoint;
 pub mod checks;
 pub mod config;
 mod contents;
+pub mod embeddings;
 pub mod export;
 pub mod fingerprint;
 pub mod form;

@@ -2,8 +2,12 @@
 
 use std::path::Path;
 
-use lapidary::lower::LowerOptions;
+use lapidary::dim::Dim;
+use lapidary::graph::{Constant, EMBEDDING_TABLE};
+use lapidary::interface::Role;
+use lapidary::lower::{LowerOptions, lower};
 use lapidary::network::WeightMode;
+use lapidary::tensor::DType;
 use lapidary::{onnx, passes};
 
 use crate::models::{profiles, try_build};
@@ -89,4 +93,38 @@ fn qwen2_exports_build() {
 #[test]
 fn qwen3_exports_build() {
     family_builds("qwen3");
+}
+
+/// A decoder that takes embeddings, with and without halves: what a multimodal model's folder has.
+#[test]
+fn a_decoder_of_embeddings_builds() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/exports/llama-optimum/model.onnx");
+    for dtype in [None, Some(DType::F16)] {
+        let mut graph = onnx::read(&model).unwrap();
+        let ids = graph.find("input_ids").unwrap();
+        let gather = graph
+            .node_ids()
+            .find(|id| graph.node(*id).inputs.contains(&Some(ids)))
+            .unwrap();
+        let embedded = graph.node(gather).output(0).unwrap();
+        let shape = ["batch_size", "sequence_length", "32"].map(Dim::parse).to_vec();
+        let embeddings = graph.add_input("inputs_embeds", DType::F32, shape);
+        graph.replace_uses(embedded, embeddings);
+        graph.inputs.retain(|id| *id != ids);
+        let options = passes::CanonicalizeOptions {
+            max_positions: 64,
+            dtype,
+            ..Default::default()
+        };
+        let mut canonical = passes::canonicalize(graph, &options).unwrap().graph;
+        canonical.set_embedding(Constant::absent(dtype.unwrap_or(DType::F32), vec![97, 32]));
+        for profile in &profiles(32) {
+            let network = lower(&canonical, profile, &LowerOptions::for_engines()).unwrap();
+            let interface = network.interface.as_ref().unwrap();
+            let port = network.tensor(interface.input(Role::Embeddings).unwrap());
+            assert_eq!(port.dtype, dtype.unwrap_or(DType::F32));
+            assert!(network.weights.iter().all(|weight| weight.name != EMBEDDING_TABLE));
+            try_build(&canonical, profile, &LowerOptions::for_engines()).unwrap();
+        }
+    }
 }

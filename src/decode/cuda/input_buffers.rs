@@ -6,8 +6,11 @@ use super::aligned;
 use crate::backend::tensorrt::run::{Buffer, Cuda, Pinned, RunError, Stream};
 use crate::decode::step::StepInputs;
 use crate::interface::Role;
+use crate::tensor::DType;
+use crate::tensor::element::{FloatElement, with_float};
 
-/// Inputs in the order in which they lie, the short ones first so that a decode step copies little.
+/// Inputs in the order in which they lie, the short ones first so that a decode step copies little. Embeddings, of a model
+/// that takes them instead of token ids, lie behind them.
 const ORDER: [Role; 4] = [Role::WriteIndices, Role::LogitRows, Role::TokenIds, Role::PositionIds];
 
 /// Where each of [`ORDER`] lies for calls of up to `rows` tokens, and the bytes of all.
@@ -21,6 +24,15 @@ fn layout(rows: usize) -> ([usize; 4], usize) {
     (offsets, end)
 }
 
+/// The embeddings of a model that takes them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Embedded {
+    /// Elements of one.
+    pub width: usize,
+    /// Of the engine's input: a float of at most 32 bits.
+    pub dtype: DType,
+}
+
 fn len(role: Role, rows: usize) -> usize {
     StepInputs::len_of(role, rows).expect("ORDER holds step inputs")
 }
@@ -29,15 +41,20 @@ pub(super) struct InputBuffers {
     host: Pinned,
     device: Buffer,
     offsets: [usize; 4],
+    /// What embeddings are, and where they begin.
+    embedded: Option<(Embedded, usize)>,
     /// Bytes from the start that the present call uses.
     used: usize,
 }
 
 impl InputBuffers {
     /// For calls of up to `rows` tokens.
-    pub fn new(cuda: &Rc<Cuda>, rows: usize) -> Result<Self, RunError> {
-        let (offsets, bytes) = layout(rows);
+    pub fn new(cuda: &Rc<Cuda>, rows: usize, embedded: Option<Embedded>) -> Result<Self, RunError> {
+        let (offsets, ints) = layout(rows);
+        let floats = embedded.map_or(0, |e| e.dtype.byte_len(rows * e.width));
+        let bytes = ints + aligned(floats);
         Ok(InputBuffers {
+            embedded: embedded.map(|embedded| (embedded, ints)),
             host: Pinned::new(cuda, bytes)?,
             device: Buffer::new(cuda, bytes, "the inputs of a call")?,
             offsets,
@@ -47,6 +64,9 @@ impl InputBuffers {
 
     /// The device address of an input; `None` for a role that is no step input.
     pub fn address(&self, role: Role) -> Option<u64> {
+        if role == Role::Embeddings {
+            return self.embedded.map(|(_, at)| self.device.address() + at as u64);
+        }
         let at = ORDER.iter().position(|known| *known == role)?;
         Some(self.device.address() + self.offsets[at] as u64)
     }
@@ -54,9 +74,22 @@ impl InputBuffers {
     /// Writes the inputs of a call, once the copy of the last one is over.
     pub fn write(&mut self, step: &StepInputs<'_>) -> Result<(), RunError> {
         for (role, at) in ORDER.into_iter().zip(self.offsets) {
+            // Nothing reads ids where embeddings are given.
+            if role == Role::TokenIds && self.embedded.is_some() {
+                continue;
+            }
             let to = self.host.slice_mut::<i32>(at, len(role, step.rows))?;
             step.write(role, to).expect("ORDER holds step inputs");
             self.used = at + size_of_val(to);
+        }
+        if let Some((Embedded { width, dtype }, at)) = self.embedded {
+            let bytes = dtype.byte_len(step.rows * width);
+            let to = self.host.slice_mut::<u8>(at, bytes)?;
+            with_float!(dtype, F => {
+                let elements = to.chunks_exact_mut(size_of::<F>()).zip(step.embeddings());
+                elements.for_each(|(to, value)| F::from_f32(value).write(to));
+            }, else unreachable!("checked when the device was opened"));
+            self.used = at + bytes;
         }
         Ok(())
     }

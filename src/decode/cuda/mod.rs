@@ -13,9 +13,9 @@ use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Pinned, RunError, Ru
 use crate::backend::tensorrt::{FLAVOUR, Library};
 use crate::decode::device::{Chunk, Device, DeviceError};
 use crate::decode::instruments::Instruments;
-use crate::decode::step::StepInputs;
+use crate::decode::step::{Fed, StepInputs};
 use crate::graph::Graph;
-use crate::interface::{Interface, Signature};
+use crate::interface::{Interface, Role, Signature};
 use crate::network::{Profile, Tokens};
 use crate::package::manifest;
 use crate::package::{ENGINES, KERNELS, Package};
@@ -33,7 +33,7 @@ mod weights;
 use chunks::{choose, covers, largest};
 pub use error::OpenError;
 use error::device_error;
-use input_buffers::InputBuffers;
+use input_buffers::{Embedded, InputBuffers};
 use kv_cache::KvCache;
 use swap::Identity;
 pub use swap::{SwapError, Swapped};
@@ -173,6 +173,12 @@ impl CudaDevice {
         let at_start = cuda.memory()?;
         let rows = slots.iter().map(|slot| largest(slot.profile.tokens)).max().unwrap_or(1);
         let stream = Stream::new(cuda)?;
+        let embeddings = graph.interface.as_ref().and_then(|i| i.input(Role::Embeddings));
+        let dtype = embeddings.and_then(|id| graph.value(id).dtype);
+        let embedded = graph
+            .embedding_width()
+            .zip(dtype)
+            .map(|(width, dtype)| Embedded { width, dtype });
         Ok(CudaDevice {
             graph,
             interface: interface.expect("a package gives its graph the interface"),
@@ -182,7 +188,7 @@ impl CudaDevice {
             weights: None,
             cache: None,
             scratch: None,
-            inputs: InputBuffers::new(cuda, rows)?,
+            inputs: InputBuffers::new(cuda, rows, embedded)?,
             logits: Buffer::new(cuda, vocabulary * size_of::<f32>(), "one row of logits")?,
             pinned_logits: Pinned::new(cuda, vocabulary * size_of::<f32>())?,
             argmax: Argmax::new(cuda, &stream)?,
@@ -324,10 +330,10 @@ impl CudaDevice {
     }
 
     /// Queues a chunk: its inputs and its engine.
-    fn start(&mut self, chunk: Chunk, tokens: &[u32], position: usize) -> Result<(), DeviceError> {
+    fn start(&mut self, chunk: Chunk, fed: Fed<'_>, position: usize) -> Result<(), DeviceError> {
         let at = self.ready(chunk.rows, self.capacity)?;
         let rows = chunk.rows;
-        let written = self.inputs.write(&StepInputs { tokens, position, rows });
+        let written = self.inputs.write(&StepInputs { fed, position, rows });
         written.map_err(|error| self.failed(error))?;
         self.last = Some(self.slots[at].profile);
         self.run(at, chunk.rows).map_err(|error| self.failed(error))
@@ -438,7 +444,24 @@ impl Device for CudaDevice {
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
         let start = Instant::now();
-        let queued = self.start(chunk, tokens, position).and_then(|()| self.download());
+        let queued = self.start(chunk, Fed::Ids(tokens), position);
+        let queued = queued.and_then(|()| self.download());
+        self.settled(queued)?;
+        self.wait(start)?;
+        self.downloaded(logits)
+    }
+
+    fn forward_rows(
+        &mut self,
+        chunk: Chunk,
+        rows: &[f32],
+        position: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        let start = Instant::now();
+        let width = self.graph.embedding_width().unwrap_or(1);
+        let queued = self.start(chunk, Fed::Rows { values: rows, width }, position);
+        let queued = queued.and_then(|()| self.download());
         self.settled(queued)?;
         self.wait(start)?;
         self.downloaded(logits)
@@ -452,7 +475,7 @@ impl Device for CudaDevice {
         logits: &mut Vec<f32>,
     ) -> Result<Option<u32>, DeviceError> {
         let start = Instant::now();
-        let queued = self.start(chunk, tokens, position).and_then(|()| {
+        let queued = self.start(chunk, Fed::Ids(tokens), position).and_then(|()| {
             let queued = self.argmax.enqueue(&self.stream, &self.logits, self.vocabulary);
             queued.map_err(|error| self.failed(error))
         });

@@ -13,6 +13,7 @@ mod tract;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use super::embeddings::Embeddings;
 use crate::dim::Sym;
 use crate::graph::{self, Graph, ValueId};
 use crate::help::Help;
@@ -84,11 +85,14 @@ pub struct Reference {
     graph: Graph,
     roles: Roles,
     logits: ValueId,
+    /// Of the package, where the export takes embeddings.
+    embeddings: Option<Embeddings>,
     engine: Box<dyn Engine>,
 }
 
 impl Reference {
-    pub fn open(path: &Path, kind: EngineKind) -> Result<Self, ReferenceError> {
+    /// `embeddings` gives rows for tokens to an export that takes embeddings.
+    pub fn open(path: &Path, kind: EngineKind, embeddings: Option<Embeddings>) -> Result<Self, ReferenceError> {
         if kind == EngineKind::Tract && !cfg!(feature = "tract") {
             return Err(ReferenceError::NoTract);
         }
@@ -99,6 +103,12 @@ impl Reference {
         };
         graph::infer::infer(&mut graph).map_err(|e| bad(e.to_string()))?;
         let roles = roles::assign(&mut graph).map_err(|e| bad(e.to_string()))?;
+        let embedded = roles.of.get(&roles.token_input) == Some(&InputRole::Embeddings);
+        if embedded && embeddings.as_ref().is_none_or(|e| e.tokens().is_none()) {
+            return Err(bad(
+                "it takes embeddings, and the package has no table that gives them for tokens".into(),
+            ));
+        }
         let name = Role::Logits.name();
         let named = graph.outputs.iter().find(|id| graph.value(**id).name == name);
         let logits = *named
@@ -121,6 +131,7 @@ impl Reference {
             graph,
             roles,
             logits,
+            embeddings,
             engine,
         })
     }
@@ -200,7 +211,16 @@ impl Reference {
                     message: format!("the shape of the input {:?} is not known", value.name),
                 });
             };
-            inputs.push((value.name.clone(), input(role, dtype, shape, tokens)));
+            let tensor = match (role, &self.embeddings) {
+                (InputRole::Embeddings, Some(embeddings)) => {
+                    let mut rows = Vec::new();
+                    embeddings.rows(tokens, &mut rows);
+                    let rows: Vec<f64> = rows.into_iter().map(f64::from).collect();
+                    Tensor::from_f64_as(dtype, vec![1, tokens.len(), embeddings.width()], &rows)
+                }
+                _ => input(role, dtype, shape, tokens),
+            };
+            inputs.push((value.name.clone(), tensor));
         }
         Ok(inputs)
     }
@@ -240,7 +260,7 @@ fn input(role: InputRole, dtype: DType, shape: Vec<usize>, tokens: &[u32]) -> Te
             InputRole::LastPosition => n as f64 - 1.0,
             // All of them; a list names each.
             InputRole::ChosenRows => n as f64,
-            InputRole::PastLength | InputRole::Cache | InputRole::Unread => 0.0,
+            InputRole::PastLength | InputRole::Cache | InputRole::Embeddings | InputRole::Unread => 0.0,
         }
     };
     let volume = shape.iter().product();

@@ -12,16 +12,16 @@ use super::attention::rounding::CacheRounding;
 use super::attention::{Analysis, AttentionLayer, Obstacle};
 use super::contract;
 use super::reshapes::reshape_to;
-use super::roles::Roles;
+use super::roles::{InputRole, Roles};
 use crate::dim::{Dim, Sym};
 use crate::graph::op::{Binary, Op, RoundedAttention};
-use crate::graph::{Graph, Shape, ValueId};
+use crate::graph::{EMBEDDING_TABLE, Graph, Shape, ValueId};
 use crate::interface::{CacheId, CachePart, Interface, Port, Role};
 use crate::tensor::{DType, Tensor};
 
 struct Emitter<'g> {
     graph: &'g mut Graph,
-    token_ids: ValueId,
+    token_input: ValueId,
     position_ids: ValueId,
     write_indices: ValueId,
     batch: Dim,
@@ -60,18 +60,22 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
     }
     let ids = (0..pairs.len()).flat_map(|layer| CachePart::ALL.map(|part| CacheId { layer, part }));
     let old_caches: Vec<(CacheId, ValueId)> = ids.zip(pairs.into_iter().flatten()).collect();
-    free_names(graph, &old_caches, roles.input_ids, logits);
+    let token_role = match roles.of.get(&roles.token_input) {
+        Some(InputRole::Embeddings) => Role::Embeddings,
+        _ => Role::TokenIds,
+    };
+    free_names(graph, &old_caches, (token_role, roles.token_input), logits);
 
     let batch = roles.batch.map_or_else(|| Dim::sym(Sym::batch()), Dim::from);
     let tokens = Dim::sym(Sym::tokens());
     let old_inputs = std::mem::take(&mut graph.inputs);
-    debug_assert!(old_inputs.contains(&roles.input_ids));
+    debug_assert!(old_inputs.contains(&roles.token_input));
     let row = vec![batch.clone(), tokens.clone()];
-    let token_ids = token_input(graph, roles.input_ids, row.clone());
+    let token_input = token_input(graph, roles.token_input, token_role, row.clone());
     let position_ids = graph.add_input(&Role::PositionIds.name(), DType::I64, row);
     let write_indices = graph.add_input(&Role::WriteIndices.name(), DType::I64, vec![batch.clone()]);
     let mut inputs = vec![
-        (Role::TokenIds, token_ids),
+        (token_role, token_input),
         (Role::PositionIds, position_ids),
         (Role::WriteIndices, write_indices),
     ];
@@ -91,7 +95,7 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
     }
     let mut emitter = Emitter {
         graph,
-        token_ids,
+        token_input,
         position_ids,
         write_indices,
         batch,
@@ -137,18 +141,28 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
 }
 
 /// Moves values of the export that have canonical names out of the way.
-fn free_names(graph: &mut Graph, caches: &[(CacheId, ValueId)], input_ids: ValueId, logits: ValueId) {
-    let mut roles = vec![Role::TokenIds, Role::PositionIds, Role::WriteIndices, Role::Logits];
+fn free_names(graph: &mut Graph, caches: &[(CacheId, ValueId)], tokens: (Role, ValueId), logits: ValueId) {
+    let mut roles = vec![
+        Role::TokenIds,
+        Role::Embeddings,
+        Role::PositionIds,
+        Role::WriteIndices,
+        Role::Logits,
+    ];
     roles.extend(
         caches
             .iter()
             .flat_map(|(id, _)| [Role::Cache(*id), Role::UpdatedCache(*id)]),
     );
+    if let Some(id) = graph.find(EMBEDDING_TABLE) {
+        let free = graph.fresh_name(&format!("export.{EMBEDDING_TABLE}"));
+        graph.rename(id, &free);
+    }
     let mut names: Vec<(String, Role)> = roles.into_iter().map(|role| (role.name(), role)).collect();
     names.sort_unstable();
     for (name, role) in names {
         let Some(id) = graph.find(&name) else { continue };
-        if (id == input_ids && role == Role::TokenIds) || (id == logits && role == Role::Logits) {
+        if (role, id) == tokens || (id == logits && role == Role::Logits) {
             continue;
         }
         let free = graph.fresh_name(&format!("export.{name}"));
@@ -156,10 +170,10 @@ fn free_names(graph: &mut Graph, caches: &[(CacheId, ValueId)], input_ids: Value
     }
 }
 
-/// The token ids as i64, whatever the export takes.
-fn token_input(graph: &mut Graph, old: ValueId, shape: Shape) -> ValueId {
-    let name = Role::TokenIds.name();
-    if graph.value(old).dtype == Some(DType::I64) {
+/// The token ids as i64, whatever the export takes; embeddings as they are.
+fn token_input(graph: &mut Graph, old: ValueId, role: Role, shape: Shape) -> ValueId {
+    let name = role.name();
+    if role == Role::Embeddings || graph.value(old).dtype == Some(DType::I64) {
         if graph.value(old).name != name {
             graph.rename(old, &name);
         }
@@ -240,8 +254,14 @@ impl Emitter<'_> {
         let target = to
             .shape
             .ok_or_else(|| format!("the shape of {} is not known", to.name))?;
-        let reshaped = reshape_to(self.graph, self.token_ids, attended, &target, &format!("{name}.output"))
-            .ok_or_else(|| format!("no reshape gives {} its shape {target:?}", to.name))?;
+        let reshaped = reshape_to(
+            self.graph,
+            self.token_input,
+            attended,
+            &target,
+            &format!("{name}.output"),
+        )
+        .ok_or_else(|| format!("no reshape gives {} its shape {target:?}", to.name))?;
         self.graph.replace_uses(old, reshaped);
         Ok(())
     }

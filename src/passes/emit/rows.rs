@@ -232,7 +232,7 @@ impl Emitter<'_> {
                 source.name
             ));
         }
-        let ids = self.token_ids;
+        let ids = self.token_input;
         let reshape = |graph: &mut Graph, x: ValueId, to: &[Dim], part: &str| {
             reshape_to(graph, ids, x, to, &format!("{name}{part}"))
                 .ok_or_else(|| format!("no reshape gives {} the shape {to:?}", source.name))

@@ -95,6 +95,9 @@ struct Linear {
 impl Reader<'_> {
     fn embeddings(&mut self) {
         let graph = self.graph;
+        if let Some(table) = graph.embedding {
+            self.name(table, "embedding.weight");
+        }
         for id in graph.node_ids() {
             let node = graph.node(id);
             let (Op::Gather { .. }, Some(table), Some(rows)) = (&node.op, node.input(0), node.input(1)) else {
