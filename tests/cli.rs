@@ -11,6 +11,8 @@ mod commands;
 mod engines;
 #[path = "cli/exports.rs"]
 mod exports;
+#[path = "cli/folders.rs"]
+mod folders;
 #[cfg(all(feature = "engines", not(feature = "tensorrt")))]
 #[path = "cli/interrupt.rs"]
 mod interrupt;

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::progress::Progress;
 use super::value_checks::ValueChecks;
 use super::{Failure, info, print, words};
-use crate::convert::{ConvertOptions, convert};
+use crate::convert::{ConvertOptions, Variant, convert};
 use crate::network::WeightMode;
 use crate::passes::ActivationPolicy;
 use crate::spec::{Conversion, Spec};
@@ -15,9 +15,12 @@ use crate::target::{Precision, Prefill, Quantization, Refit, Target};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// The export
-    #[arg(value_name = "MODEL.onnx")]
+    /// The export, or a folder with it: a Hugging Face folder, its onnx/ folder, or one with a genai_config.json
+    #[arg(value_name = "MODEL")]
     model: PathBuf,
+    /// Which export of the folder, as q4f16 or the name of its file [default: the plain one, or the only one]
+    #[arg(long, value_name = "NAME")]
+    variant: Option<String>,
     /// The package to make
     #[arg(short, long, value_name = "PKG")]
     output: PathBuf,
@@ -103,6 +106,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let progress = Progress::new();
     let options = ConvertOptions {
         force: args.force,
+        variant: args.variant.as_deref(),
         embeddings: args.embeddings.as_deref(),
         embeddings_tensor: args.embeddings_tensor.as_deref(),
         allowed: args.value_checks.allowed(),
@@ -127,6 +131,20 @@ pub fn run(args: Args) -> Result<(), Failure> {
         return super::print_json(manifest);
     }
     let mut text = info::summary(manifest);
+    let files = &converted.files;
+    if !files.variants.is_empty() {
+        text += &format!("took {}\n", files.model.display());
+    }
+    let is_taken = |variant: &&Variant| args.model.join(&variant.file) == files.model;
+    let others: Vec<String> = files
+        .variants
+        .iter()
+        .filter(|v| !is_taken(v))
+        .map(Variant::to_string)
+        .collect();
+    if !others.is_empty() {
+        text += &format!("others, for --variant: {}\n", others.join(", "));
+    }
     if converted.tokenizer_ids.is_none() {
         text += "no tokenizer was found beside the model: the package takes token ids only (see --tokenizer)\n";
     }

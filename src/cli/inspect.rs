@@ -4,7 +4,7 @@ mod formats;
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
@@ -12,7 +12,7 @@ use formats::Formats;
 
 use super::table::Table;
 use super::{Failure, bytes, print, print_json, words};
-use crate::convert::{ConvertError, examine};
+use crate::convert::{ConvertError, Variant, examine, find_model};
 use crate::graph::{self, Definition, Graph, ValueId};
 use crate::lower;
 use crate::network::{Profile, WeightMode};
@@ -23,9 +23,12 @@ use crate::target::Precision;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// The export
-    #[arg(value_name = "MODEL.onnx")]
+    /// The export, or a folder with it
+    #[arg(value_name = "MODEL")]
     model: PathBuf,
+    /// Which export of the folder, as q4f16 or the name of its file [default: the plain one, or the only one]
+    #[arg(long, value_name = "NAME")]
+    variant: Option<String>,
     /// Print the whole graph instead: as exported, canonical, or as the network of one profile
     #[arg(long, value_enum)]
     dump: Option<Dump>,
@@ -62,6 +65,9 @@ fn positive(text: &str) -> Result<usize, String> {
 #[derive(Serialize)]
 struct Inspection {
     file: PathBuf,
+    /// Exports in the folder that was given, this one among them; left out for a file.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    variants: Vec<Variant>,
     exporter: Exporter,
     producer: String,
     ir_version: i64,
@@ -93,13 +99,14 @@ struct Tensor {
 }
 
 pub fn run(args: Args) -> Result<(), Failure> {
-    let mut graph = onnx::read(&args.model)?;
+    let files = find_model(&args.model, args.variant.as_deref())?;
+    let mut graph = onnx::read(&files.model)?;
     if let Some(dump) = args.dump {
-        return print(&dumped(graph, dump, &args)?);
+        return print(&dumped(graph, dump, &args, &files.model)?);
     }
     // A cyclic graph has no order to show anything in.
-    graph.sort().map_err(|e| Failure::from(e).at(&args.model))?;
-    let examination = examine(&args.model, &graph, &Spec::default().resolve()?);
+    graph.sort().map_err(|e| Failure::from(e).at(&files.model))?;
+    let examination = examine(&files, &graph, &Spec::default().resolve()?);
     let (weight_bytes, weight_bytes_by_dtype) = weights(&graph);
     // Exporters need not say what the outputs are.
     let mut typed = graph.clone();
@@ -125,7 +132,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
             help: examination.help,
             ..examination.recognition
         },
-        file: args.model,
+        file: files.model,
+        variants: files.variants,
     };
     match args.json {
         true => print_json(&facts),
@@ -133,7 +141,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
 }
 
-fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
+fn dumped(graph: Graph, dump: Dump, args: &Args, model: &Path) -> Result<String, Failure> {
     if dump == Dump::Graph {
         return Ok(graph::dump(&graph).to_string());
     }
@@ -144,7 +152,7 @@ fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
         activations: args.activations.unwrap_or_default(),
     };
     let canonical = passes::canonicalize(graph, &options).map_err(|e| ConvertError::Pass {
-        path: args.model.clone(),
+        path: model.to_path_buf(),
         source: e,
     })?;
     if dump == Dump::Canonical {
@@ -155,7 +163,7 @@ fn dumped(graph: Graph, dump: Dump, args: &Args) -> Result<String, Failure> {
         ..lower::LowerOptions::default()
     };
     let profile = Profile::prefill(args.tokens, args.capacity);
-    let network = lower::lower(&canonical.graph, &profile, &options).map_err(|e| Failure::from(e).at(&args.model))?;
+    let network = lower::lower(&canonical.graph, &profile, &options).map_err(|e| Failure::from(e).at(model))?;
     Ok(network.to_string())
 }
 
@@ -193,6 +201,13 @@ fn summary(facts: &Inspection) -> String {
     };
     let r = &facts.recognition;
     line("model", facts.file.display().to_string());
+    for variant in facts
+        .variants
+        .iter()
+        .filter(|variant| !facts.file.ends_with(&variant.file))
+    {
+        line("variant", variant.to_string());
+    }
     let producer = match facts.producer.is_empty() {
         true => String::new(),
         false => format!(", by {}", facts.producer),

@@ -14,6 +14,7 @@ use serde::Serialize;
 use super::progress::Progress;
 use super::table::Table;
 use super::{Failure, print, print_json};
+use crate::convert::find_model;
 use crate::decode::reference::{EngineKind, Reference};
 use crate::decode::{DeviceChoice, Session, SessionOptions};
 use crate::package::Package;
@@ -26,9 +27,12 @@ pub struct Args {
     /// A package
     #[arg(value_name = "PKG")]
     package: PathBuf,
-    /// The export it was made from
-    #[arg(long, value_name = "MODEL.onnx")]
+    /// The export it was made from, or the folder with it
+    #[arg(long, value_name = "MODEL")]
     against: PathBuf,
+    /// Which export of the folder
+    #[arg(long, value_name = "NAME")]
+    variant: Option<String>,
     /// Who runs the export [default: tract if compiled in, else eval]
     #[arg(long, value_enum)]
     engine: Option<EngineKind>,
@@ -92,6 +96,7 @@ struct Comparison {
 
 pub fn run(args: Args) -> Result<(), Failure> {
     let package = Package::open(&args.package)?;
+    let against = find_model(&args.against, args.variant.as_deref())?.model;
     let kind = args.engine.unwrap_or(match cfg!(feature = "tract") {
         true => EngineKind::Tract,
         false => EngineKind::Eval,
@@ -109,7 +114,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         ..SessionOptions::default()
     };
     let mut session = Session::open(&package, &on_cpu)?;
-    let mut reference = Reference::open(&args.against, kind, session.embeddings().cloned())?;
+    let mut reference = Reference::open(&against, kind, session.embeddings().cloned())?;
     let new = usize::from(args.tokens);
     let bounds = Bounds::new(
         &package.manifest,
@@ -118,7 +123,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         kind,
         args.longest.map(|n| n as usize),
     );
-    let lengths = critical_lengths(&args.against, session.largest_capacity());
+    let lengths = critical_lengths(&against, session.largest_capacity());
     let windows = &package.manifest.architecture.windows;
     let (_, wanted) = reach::marks(windows, &lengths, &bounds);
     // The last token drawn is not fed.
@@ -148,7 +153,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     };
     let report = Report {
         package: args.package,
-        against: args.against,
+        against,
         engine: kind,
         dtype,
         tolerance,

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::files::FilesError;
 #[cfg(feature = "engines")]
 use crate::backend::tensorrt::run::RunError;
 use crate::backend::tensorrt::{self, LibraryError};
@@ -29,6 +30,9 @@ pub enum ConvertError {
     /// The tokenizer's files cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A folder of which no export can be taken.
+    #[error(transparent)]
+    Files(#[from] FilesError),
     /// The table of token embeddings cannot be used.
     #[error(transparent)]
     Embeddings(#[from] EmbeddingError),
@@ -155,6 +159,7 @@ impl Help for ConvertError {
             ConvertError::Read(error) => error.help(),
             ConvertError::Package(error) => error.help(),
             ConvertError::Tokenizer(error) => error.help(),
+            ConvertError::Files(error) => error.help(),
             ConvertError::Embeddings(error) => error.help(),
             ConvertError::Library(error) => error.help(),
             ConvertError::Invalid { path, .. } => {

@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use super::{ConvertError, capacities, check, faults, trained_context};
+use super::{ConvertError, ModelFiles, capacities, check, faults, trained_context};
 use crate::graph::{Graph, ValueId, infer};
 use crate::help::Help;
 use crate::lower::{self, LowerOptions};
@@ -30,8 +30,9 @@ pub struct Examination {
 }
 
 /// Looks at an export as `convert` would with `conversion`, and goes on after the first obstacle. `graph` is sorted.
-pub fn examine(model: &Path, graph: &Graph, conversion: &Conversion) -> Examination {
-    let options = pass_options(model, conversion, false);
+pub fn examine(files: &ModelFiles, graph: &Graph, conversion: &Conversion) -> Examination {
+    let model = files.model.as_path();
+    let options = pass_options(files, conversion, false);
     let mut typed = graph.clone();
     let faults = match infer(&mut typed) {
         Ok(_) => faults(&typed),
@@ -68,13 +69,14 @@ pub fn examine(model: &Path, graph: &Graph, conversion: &Conversion) -> Examinat
 
 /// The canonical graph of an export that can be converted.
 pub(super) fn canonical(
-    model: &Path,
+    files: &ModelFiles,
     graph: Graph,
     conversion: &Conversion,
     allow_overflow: bool,
 ) -> Result<Canonical, ConvertError> {
+    let model = files.model.as_path();
     check(model, &graph)?;
-    let options = pass_options(model, conversion, allow_overflow);
+    let options = pass_options(files, conversion, allow_overflow);
     let canonical = passes::canonicalize(graph, &options).map_err(|source| ConvertError::Pass {
         path: model.to_path_buf(),
         source,
@@ -102,9 +104,9 @@ fn quantized_faults(graph: &Graph) -> Vec<String> {
     constants.filter_map(fault).collect()
 }
 
-fn pass_options(model: &Path, conversion: &Conversion, allow_overflow: bool) -> CanonicalizeOptions {
+fn pass_options(files: &ModelFiles, conversion: &Conversion, allow_overflow: bool) -> CanonicalizeOptions {
     // Without tables nothing is too large.
-    let capacities = capacities(model, conversion, None, trained_context(model)).unwrap_or_default();
+    let capacities = capacities(&files.model, conversion, None, trained_context(&files.configs)).unwrap_or_default();
     let last = capacities.last().copied();
     CanonicalizeOptions {
         dtype: conversion.dtype.map(Precision::dtype),

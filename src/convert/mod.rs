@@ -18,6 +18,7 @@ use std::sync::Arc;
 pub use engines::EngineOptions;
 pub use error::ConvertError;
 pub use examine::{Examination, examine};
+pub use files::{FilesError, ModelFiles, Variant, find as find_model};
 
 use crate::graph::{Graph, infer};
 use crate::graph::{Obstacle, Obstacles, verify};
@@ -72,6 +73,8 @@ impl Progress for () {}
 pub struct ConvertOptions<'a> {
     /// Replace an existing package.
     pub force: bool,
+    /// Which export of a folder: `q4f16`.
+    pub variant: Option<&'a str>,
     /// The table of token embeddings, for an export that takes embeddings: `embed_tokens.onnx`, `.npy`, or a checkpoint.
     /// Looked for beside the export if not given.
     pub embeddings: Option<&'a Path>,
@@ -97,6 +100,7 @@ impl Default for ConvertOptions<'_> {
     fn default() -> Self {
         ConvertOptions {
             force: false,
+            variant: None,
             embeddings: None,
             embeddings_tensor: None,
             allowed: Allowed::default(),
@@ -112,6 +116,8 @@ impl Default for ConvertOptions<'_> {
 
 /// What a conversion made.
 pub struct Converted {
+    /// The export that was converted, and what else is in its folder.
+    pub files: ModelFiles,
     /// Of the package.
     pub manifest: Manifest,
     /// As it was carried out, with the choices of tuning.
@@ -122,9 +128,9 @@ pub struct Converted {
     pub warnings: Vec<String>,
 }
 
-/// Makes the package `output` of the export `model`.
+/// Makes the package `output` of an export: `path` is its file, or a folder as [`find_model`] reads it.
 pub fn convert(
-    model: &Path,
+    path: &Path,
     output: &Path,
     mut conversion: Conversion,
     options: &ConvertOptions<'_>,
@@ -141,7 +147,12 @@ pub fn convert(
     }
     let progress = &options.progress;
     progress.step("reading");
-    let mut tokenizer = find_tokenizer(model, conversion.tokenizer.as_deref())?;
+    let files = files::find(path, options.variant)?;
+    let (model, configs) = (files.model.as_path(), files.configs.as_path());
+    let mut tokenizer = match conversion.tokenizer.as_ref().or(files.tokenizer.as_ref()) {
+        Some(path) => Some(Tokenizer::open(path)?),
+        None => None,
+    };
     let text = match &conversion.calibrate {
         Some(path) => Some(calibration_text(model, path, tokenizer.as_ref())?),
         None => None,
@@ -153,10 +164,10 @@ pub fn convert(
     let source = source(model, &graph)?;
 
     progress.step("rewriting");
-    let mut canonical = examine::canonical(model, graph, &conversion, options.allowed.overflow)?;
+    let mut canonical = examine::canonical(&files, graph, &conversion, options.allowed.overflow)?;
     let no_table = embeddings(model, &mut canonical, options)?;
     let limit = canonical.architecture.max_positions;
-    let capacities = capacities(model, &conversion, limit, trained_context(model))?;
+    let capacities = capacities(model, &conversion, limit, trained_context(configs))?;
     let quantization = match &conversion.quantize {
         Some(quantization) => {
             let made = quantized(&mut canonical, quantization, text.as_ref(), &**progress);
@@ -205,7 +216,7 @@ pub fn convert(
     if let Some(quantization) = quantization {
         writer.quantization(quantization);
     }
-    writer.norms(norm_parameter::of_config(model.parent().unwrap_or(Path::new("."))));
+    writer.norms(norm_parameter::of_config(configs));
     // From here on the weights are those of the package, mapped; the export is not needed any more.
     let of_engines = match &library {
         Some(_) => engines::warnings(&canonical.graph, &conversion),
@@ -221,7 +232,7 @@ pub fn convert(
             std::mem::take(&mut tokenizer.warnings)
         }
         None => {
-            let mut end = text::end_tokens_of_configs(model.parent().unwrap_or(Path::new(".")))?;
+            let mut end = text::end_tokens_of_configs(configs)?;
             if let Some(vocabulary) = vocabulary {
                 end.limit(vocabulary);
             }
@@ -254,6 +265,7 @@ pub fn convert(
     // What was made, and not what was asked for.
     conversion.capacities = capacities;
     Ok(Converted {
+        files,
         manifest,
         conversion,
         tokenizer_ids: tokenizer.as_ref().map(Tokenizer::vocabulary),
@@ -356,18 +368,6 @@ pub fn faults(typed: &Graph) -> Vec<String> {
     obstacles.iter().filter(counts).map(Obstacle::to_string).collect()
 }
 
-/// The tokenizer asked for, or the one beside the model.
-fn find_tokenizer(model: &Path, asked: Option<&Path>) -> Result<Option<Tokenizer>, ConvertError> {
-    if let Some(path) = asked {
-        return Ok(Some(Tokenizer::open(path)?));
-    }
-    let beside = model.with_file_name(text::FILES[0]);
-    match beside.is_file() {
-        true => Ok(Some(Tokenizer::open(&beside)?)),
-        false => Ok(None),
-    }
-}
-
 fn source(model: &Path, graph: &Graph) -> Result<ExportFile, PackageError> {
     let io = |source| PackageError::Io {
         path: model.to_path_buf(),
@@ -400,13 +400,14 @@ fn pass(report: &passes::PassReport) -> PassRecord {
     }
 }
 
-/// The context the model was trained for, if a `config.json` beside the export says.
-fn trained_context(model: &Path) -> Option<usize> {
-    let text = std::fs::read_to_string(model.with_file_name("config.json")).ok()?;
+/// The context the model was trained for, if the `config.json` in this folder says. A multimodal model's is that of its text.
+fn trained_context(configs: &Path) -> Option<usize> {
+    let text = std::fs::read_to_string(configs.join("config.json")).ok()?;
     let config: serde_json::Value = serde_json::from_str(&text).ok()?;
-    let context = ["max_position_embeddings", "n_positions"]
+    let context = [&config, &config["text_config"]]
         .iter()
-        .find_map(|key| config[key].as_u64())?;
+        .flat_map(|config| ["max_position_embeddings", "n_positions"].map(|key| &config[key]))
+        .find_map(|context| context.as_u64())?;
     usize::try_from(context).ok().filter(|n| *n > 0)
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lapidary::convert::{ConvertError, ConvertOptions, convert, examine};
+use lapidary::convert::{ConvertError, ConvertOptions, convert, examine, find_model};
 use lapidary::dim::Dim;
 use lapidary::graph::op::{Binary, Op, Unary};
 use lapidary::graph::{Graph, infer};
@@ -33,7 +33,7 @@ fn compare(path: &Path, folder: &Path) -> Result<bool, String> {
     if graph.sort().is_err() {
         return error.map(|_| true).ok_or("a cycle was converted".into());
     }
-    let found = examine(path, &graph, &conversion());
+    let found = examine(&find_model(path, None).unwrap(), &graph, &conversion());
     match error {
         None if found.reasons.is_empty() => Ok(false),
         None => Err(format!("converted, but: {:?}", found.reasons)),
