@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::op::{Attention, GroupQueryAttention, Op, RoundedAttention};
+use super::op::{Attention, BiasedAttention, GroupQueryAttention, Op, RoundedAttention};
 use crate::tensor::DType;
 
 /// `softmax(cap(scale * q kᵀ) + mask)`, where `cap(s)` is `softcap * tanh(s / softcap)`.
@@ -53,24 +53,37 @@ impl Attention {
     }
 }
 
+/// The plain operator with these scores, in fp32.
+fn in_fp32(scale: f32, cap: f32) -> Attention {
+    let scores = AttentionScores {
+        scale,
+        softcap: softcap(cap),
+        window: None,
+    };
+    scores.operator(Some(DType::F32))
+}
+
 impl RoundedAttention {
     /// The same without rounding; scores in fp32.
     pub fn unrounded(&self) -> Attention {
-        let scores = AttentionScores {
-            scale: self.scale,
-            softcap: softcap(self.softcap),
-            window: None,
-        };
-        scores.operator(Some(DType::F32))
+        in_fp32(self.scale, self.softcap)
+    }
+}
+
+impl BiasedAttention {
+    /// The same without slopes and sinks; scores in fp32.
+    pub fn unbiased(&self) -> Attention {
+        in_fp32(self.scale, self.softcap)
     }
 }
 
 impl Op {
-    /// The attributes of an attention, but for its roundings.
+    /// The attributes of an attention, but for its roundings, slopes and sinks.
     pub fn attention(&self) -> Option<Attention> {
         match self {
             Op::Attention(attention) => Some(attention.clone()),
             Op::RoundedAttention(rounded) => Some(rounded.unrounded()),
+            Op::BiasedAttention(biased) => Some(biased.unbiased()),
             _ => None,
         }
     }

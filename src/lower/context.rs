@@ -43,6 +43,8 @@ pub(super) struct Lowering<'a> {
     pub flat: HashMap<TensorId, TensorId>,
     /// Masks repeated for folded query rows: by mask and number of rows.
     pub repeated_masks: HashMap<(TensorId, usize), TensorId>,
+    /// Biases of attention by their slopes.
+    pub biases: HashMap<ValueId, TensorId>,
     pub symbols: BTreeMap<Sym, Dim>,
 }
 
@@ -94,6 +96,7 @@ impl<'a> Lowering<'a> {
             quantized: HashMap::new(),
             flat: HashMap::new(),
             repeated_masks: HashMap::new(),
+            biases: HashMap::new(),
             symbols,
         }
     }

@@ -29,6 +29,11 @@ pub(super) fn function(operator: &str) -> Option<FunctionProto> {
         "RoundToCodes" => (&["x"], &["to"], round_to_codes()),
         "DynamicRoundToCodes" => (&["x"], &[], dynamic_round_to_codes()),
         "RoundedAttention" => (&["q", "k", "v", "mask"], &["scale"], rounded_attention()),
+        "BiasedAttention" => (
+            &["q", "k", "v", "mask", "slopes", "sinks"],
+            &["scale"],
+            biased_attention(),
+        ),
         _ => (
             &["codes", "scales"],
             &["block_size"],
@@ -36,16 +41,17 @@ pub(super) fn function(operator: &str) -> Option<FunctionProto> {
         ),
     };
     // What the writer leaves out where it is the operator's default.
+    let real = |name| attribute_proto((name, Attribute::Float(0.0)));
     let defaults = match operator {
         "RoundToCodes" => vec![attribute_proto(("scale", Attribute::Float(1.0))), int("zero_point", 0)],
         // A scale of 0 stands for no rounding.
         "RoundedAttention" => {
-            let real = |name| attribute_proto((name, Attribute::Float(0.0)));
             let rounding = |[to, scale, zero]: [&'static str; 3]| [int(to, INT8), real(scale), int(zero, 0)];
             let mut all = vec![real("softcap")];
             all.extend(ROUNDED.into_iter().flat_map(|(_, attributes)| rounding(attributes)));
             all
         }
+        "BiasedAttention" => vec![real("softcap")],
         _ => Vec::new(),
     };
     let owned = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
@@ -135,18 +141,31 @@ const ROUNDED: [(&str, [&str; 3]); 3] = [
     ),
 ];
 
-/// The heads of a group are rows of one product with their KV head.
-fn rounded_attention() -> Vec<NodeProto> {
-    let scalar = |name: &str, value: f32| tensor(name, &Tensor::from_f32(vec![], &[value]));
-    let ints = |name: &str, values: &[i64]| tensor(name, &Tensor::from_i64(vec![values.len()], values));
+fn scalar(name: &str, value: f32) -> NodeProto {
+    tensor(name, &Tensor::from_f32(vec![], &[value]))
+}
+
+fn ints(name: &str, values: &[i64]) -> NodeProto {
+    tensor(name, &Tensor::from_i64(vec![values.len()], values))
+}
+
+fn joined(inputs: &[&str], output: &str, axis: i64) -> NodeProto {
+    node("Concat", inputs, output, vec![int("axis", axis)])
+}
+
+/// The caller's attribute as a scalar.
+fn real_of(name: &str, caller: &str) -> NodeProto {
+    let value = reference("value_float", caller, attribute_type::FLOAT);
+    node("Constant", &[], name, vec![value])
+}
+
+/// `scores`: the scaled products of queries and keys `[batch, heads, tokens, slots]` in fp32. The heads of a group are rows
+/// of one product with their KV head.
+fn scores_of_heads() -> Vec<NodeProto> {
     let sizes = |of: &str, name: &str, start: i64, end: i64| {
         node("Shape", &[of], name, vec![int("start", start), int("end", end)])
     };
-    let real = |name: &str, caller: &str| {
-        let value = reference("value_float", caller, attribute_type::FLOAT);
-        node("Constant", &[], name, vec![value])
-    };
-    let mut nodes = vec![
+    vec![
         ints("rest", &[-1]),
         scalar("none", 0.0),
         scalar("never", -1e30),
@@ -155,24 +174,14 @@ fn rounded_attention() -> Vec<NodeProto> {
         sizes("q", "width", 3, 4),
         sizes("k", "slots", 2, 3),
         sizes("v", "value_width", 3, 4),
-        node("Concat", &["of_groups", "rest", "width"], "rows", vec![int("axis", 0)]),
-        node(
-            "Concat",
-            &["of_groups", "rest", "slots"],
-            "by_group",
-            vec![int("axis", 0)],
-        ),
-        node("Concat", &["of_heads", "slots"], "by_head", vec![int("axis", 0)]),
-        node(
-            "Concat",
-            &["of_heads", "value_width"],
-            "of_result",
-            vec![int("axis", 0)],
-        ),
+        joined(&["of_groups", "rest", "width"], "rows", 0),
+        joined(&["of_groups", "rest", "slots"], "by_group", 0),
+        joined(&["of_heads", "slots"], "by_head", 0),
+        joined(&["of_heads", "value_width"], "of_result", 0),
         node("Cast", &["q"], "q_wide", vec![int("to", 1)]),
         node("Cast", &["k"], "k_wide", vec![int("to", 1)]),
         node("Cast", &["v"], "v_wide", vec![int("to", 1)]),
-        real("factor", "scale"),
+        real_of("factor", "scale"),
         node("Mul", &["q_wide", "factor"], "q_scaled", vec![]),
         node("Reshape", &["q_scaled", "rows"], "q_rows", vec![]),
         node(
@@ -183,28 +192,80 @@ fn rounded_attention() -> Vec<NodeProto> {
         ),
         node("MatMul", &["q_rows", "k_columns"], "products", vec![]),
         node("Reshape", &["products", "by_head"], "scores", vec![]),
-    ];
-    nodes.extend(rounded_or_not(ROUNDED[0]));
-    nodes.extend([
-        real("cap", "softcap"),
-        node("Div", &["scores_near", "cap"], "uncapped", vec![]),
+    ]
+}
+
+/// `bounded` from the scores of that name: behind the soft cap, where there is one.
+fn capped(scores: &str) -> [NodeProto; 6] {
+    [
+        real_of("cap", "softcap"),
+        node("Div", &[scores, "cap"], "uncapped", vec![]),
         node("Tanh", &["uncapped"], "bent", vec![]),
         node("Mul", &["bent", "cap"], "capped", vec![]),
         node("Equal", &["cap", "none"], "has_no_cap", vec![]),
-        node("Where", &["has_no_cap", "scores_near", "capped"], "bounded", vec![]),
-    ]);
+        node("Where", &["has_no_cap", scores, "capped"], "bounded", vec![]),
+    ]
+}
+
+/// `y` from the probabilities of that name.
+fn products_with_values(probabilities: &str) -> [NodeProto; 4] {
+    [
+        node("Reshape", &[probabilities, "by_group"], "shares", vec![]),
+        node("MatMul", &["shares", "v_wide"], "attended", vec![]),
+        node("Reshape", &["attended", "of_result"], "result", vec![]),
+        node("CastLike", &["result", "q"], "y", vec![]),
+    ]
+}
+
+fn rounded_attention() -> Vec<NodeProto> {
+    let mut nodes = scores_of_heads();
+    nodes.extend(rounded_or_not(ROUNDED[0]));
+    nodes.extend(capped("scores_near"));
     nodes.extend(rounded_or_not(ROUNDED[1]));
     nodes.extend([
         node("Where", &["mask", "bounded_near", "never"], "masked", vec![]),
         node("Softmax", &["masked"], "probabilities", vec![int("axis", -1)]),
     ]);
     nodes.extend(rounded_or_not(ROUNDED[2]));
+    nodes.extend(products_with_values("probabilities_near"));
+    nodes
+}
+
+/// The sink of a head is the score of one more slot, after the others.
+fn biased_attention() -> Vec<NodeProto> {
+    let whole = |name: &str, value: i64| tensor(name, &Tensor::from_i64(vec![], &[value]));
+    let mut nodes = scores_of_heads();
+    nodes.extend(capped("scores"));
     nodes.extend([
-        node("Reshape", &["probabilities_near", "by_group"], "shares", vec![]),
-        node("MatMul", &["shares", "v_wide"], "attended", vec![]),
-        node("Reshape", &["attended", "of_result"], "result", vec![]),
-        node("CastLike", &["result", "q"], "y", vec![]),
+        whole("first", 0),
+        whole("step", 1),
+        ints("start", &[0]),
+        ints("one", &[1]),
+        ints("last_axis", &[3]),
+        ints("column", &[-1, 1, 1]),
+        ints("of_sinks", &[1, -1, 1, 1]),
+        node("Squeeze", &["slots"], "slot_count", vec![]),
+        node("Range", &["first", "slot_count", "step"], "slot_numbers", vec![]),
+        node("Cast", &["slot_numbers"], "slot_reals", vec![int("to", 1)]),
+        node("Cast", &["slopes"], "slopes_wide", vec![int("to", 1)]),
+        node("Reshape", &["slopes_wide", "column"], "slope_column", vec![]),
+        node("Mul", &["slope_column", "slot_reals"], "bias", vec![]),
+        node("Add", &["bounded", "bias"], "biased", vec![]),
+        node("Where", &["mask", "biased", "never"], "masked", vec![]),
+        node("Cast", &["sinks"], "sinks_wide", vec![int("to", 1)]),
+        node("Reshape", &["sinks_wide", "of_sinks"], "sink_column", vec![]),
+        joined(&["of_heads", "one"], "of_one_slot", 0),
+        node("Expand", &["sink_column", "of_one_slot"], "sink_scores", vec![]),
+        joined(&["masked", "sink_scores"], "with_sink", -1),
+        node("Softmax", &["with_sink"], "all_shares", vec![int("axis", -1)]),
+        node(
+            "Slice",
+            &["all_shares", "start", "slots", "last_axis"],
+            "probabilities",
+            vec![],
+        ),
     ]);
+    nodes.extend(products_with_values("probabilities"));
     nodes
 }
 

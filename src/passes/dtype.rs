@@ -5,6 +5,8 @@
 //! their operators whatever the type. A finite number that fp16 cannot hold must not turn into an infinity unseen: the
 //! fill value of a mask becomes the lowest finite number, anything else is an error that names the constants.
 
+use std::collections::HashSet;
+
 use super::pattern::finish;
 use super::{PassError, cleanup};
 use crate::graph::op::Op;
@@ -26,9 +28,10 @@ pub fn run(graph: &mut Graph, to: DType, allow_overflow: bool) -> Result<usize, 
     let wrong = |dtype: Option<DType>| dtype.is_some_and(|d| d.is_float() && d != to);
     let mut changes = 0;
     let mut unfit: Vec<String> = Vec::new();
+    let exact = of_attention_in_fp32(graph);
     for id in graph.value_ids() {
         let value = graph.value(id);
-        if !wrong(value.dtype) {
+        if !wrong(value.dtype) || exact.contains(&id) {
             continue;
         }
         match &value.definition {
@@ -79,6 +82,16 @@ pub fn run(graph: &mut Graph, to: DType, allow_overflow: bool) -> Result<usize, 
         cleanup::run(graph)?;
     }
     Ok(changes)
+}
+
+/// Slopes and sinks of attention: a rounded slope is a bias that is wrong by more with every position.
+fn of_attention_in_fp32(graph: &Graph) -> HashSet<ValueId> {
+    let nodes = graph.node_ids().map(|id| graph.node(id));
+    let biased = nodes.filter(|node| matches!(node.op, Op::BiasedAttention(_)));
+    biased
+        .flat_map(|node| [node.input(4), node.input(5)])
+        .flatten()
+        .collect()
 }
 
 /// By its name in the export, and with the number that is too large.

@@ -11,15 +11,27 @@ use crate::graph::{Graph, NodeId, ValueId};
 /// One entry of a reshape target.
 enum Entry {
     Constant(i64),
-    Batch,
-    Tokens,
-    BatchTimesTokens,
+    /// A number times the batch size, the token count or both.
+    Product {
+        factor: i64,
+        batch: bool,
+        tokens: bool,
+    },
+}
+
+/// The dim as a product, if it is one.
+fn product(dim: &Dim) -> Option<Entry> {
+    let (batch, tokens) = (Dim::sym(Sym::batch()), Dim::sym(Sym::tokens()));
+    let both = &batch * &tokens;
+    let choices = [(both, true, true), (batch, true, false), (tokens, false, true)];
+    choices.into_iter().find_map(|(divisor, batch, tokens)| {
+        let factor = dim.div_exact(&divisor)?.as_const()?;
+        Some(Entry::Product { factor, batch, tokens })
+    })
 }
 
 /// The entries of the target, if ONNX `Reshape` (with `allowzero = 0`) and `input_ids` can express it.
 fn entries(from: &[Dim], to: &[Dim]) -> Option<Vec<Entry>> {
-    let (batch, tokens) = (Dim::sym(Sym::batch()), Dim::sym(Sym::tokens()));
-    let both = &batch * &tokens;
     let mut entries = Vec::with_capacity(to.len());
     let mut inferred = false;
     // A dim that stands at the same place is copied with 0; the last of the others is inferred with -1.
@@ -36,14 +48,8 @@ fn entries(from: &[Dim], to: &[Dim]) -> Option<Vec<Entry>> {
         } else if Some(i) == solve_for && !inferred {
             inferred = true;
             Entry::Constant(-1)
-        } else if *dim == batch {
-            Entry::Batch
-        } else if *dim == tokens {
-            Entry::Tokens
-        } else if *dim == both {
-            Entry::BatchTimesTokens
         } else {
-            return None;
+            product(dim)?
         });
     }
     Some(entries)
@@ -75,22 +81,25 @@ fn target(graph: &mut Graph, input_ids: ValueId, from: &[Dim], to: &[Dim], name:
     }
     let mut parts = Vec::with_capacity(entries.len());
     for entry in entries {
-        let mut dim = |axis: i64| {
+        let (factor, axes) = match entry {
+            Entry::Constant(size) => (size, [None, None]),
+            Entry::Product { factor, batch, tokens } => (factor, [batch.then_some(0), tokens.then_some(1)]),
+        };
+        let mut factors = Vec::new();
+        for axis in axes.into_iter().flatten() {
             let op = Op::Shape {
                 start: axis,
                 end: Some(axis + 1),
             };
-            graph.add_node(&name, op, &[input_ids])
-        };
-        parts.push(match entry {
-            Entry::Batch => dim(0),
-            Entry::Tokens => dim(1),
-            Entry::BatchTimesTokens => {
-                let (batch, tokens) = (dim(0), dim(1));
-                graph.add_node(&name, Op::Binary(Binary::Mul), &[batch, tokens])
-            }
-            Entry::Constant(size) => graph.add_i64(&name, &[size]),
-        });
+            factors.push(graph.add_node(&name, op, &[input_ids]));
+        }
+        if factor != 1 || factors.is_empty() {
+            factors.push(graph.add_i64(&name, &[factor]));
+        }
+        let product = factors
+            .into_iter()
+            .reduce(|a, b| graph.add_node(&name, Op::Binary(Binary::Mul), &[a, b]));
+        parts.extend(product);
     }
     Some(graph.add_node(&name, Op::Concat { axis: 0 }, &parts))
 }

@@ -218,6 +218,7 @@ fn foreign_node(graph: &Graph, node: &Node, a: &Architecture) -> Option<String> 
             let other = (scale / usual - 1.0).abs() > 1e-3;
             other.then(|| format!("scores are scaled by {scale}, not by 1/sqrt({})", a.head_dim))
         }
+        Op::BiasedAttention(_) => Some("attention has slopes (ALiBi) or sinks".to_string()),
         Op::RoundedAttention(_) => Some("scores or probabilities are rounded to codes".to_string()),
         Op::Binary(Binary::Mul | Binary::Div) => {
             let number = node

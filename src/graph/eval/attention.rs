@@ -7,7 +7,7 @@ use super::gqa::group_query_attention;
 use super::heads::{Heads, attend};
 use super::rotary::{Rotary, contrib_rotary_embedding, rotary_embedding};
 use super::{Operands, no_evaluator};
-use crate::graph::op::{Attention, Op, RoundedAttention, Rounding};
+use crate::graph::op::{Attention, BiasedAttention, Op, RoundedAttention, Rounding};
 use crate::tensor::{DType, Tensor};
 
 /// The operators of this family.
@@ -17,6 +17,10 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
         Op::Attention(how) => attention(how, |i| maybe(i).cloned())?.map(Some).into(),
         Op::RoundedAttention(how) => {
             let [y, ..] = rounded_attention(how, |i| maybe(i).cloned())?;
+            vec![Some(y)]
+        }
+        Op::BiasedAttention(how) => {
+            let [y, ..] = biased_attention(how, |i| maybe(i).cloned())?;
             vec![Some(y)]
         }
         Op::GroupQueryAttention(how) => group_query_attention(how, |i| maybe(i).cloned())?.map(Some).into(),
@@ -51,17 +55,30 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
 /// Query `i` stands at position `i + offset` among the keys, where the offset is the length of the past, or with
 /// `nonpad_kv_seqlen` that row's length less the number of queries, or 0.
 pub(super) fn attention(how: &Attention, input: impl Fn(usize) -> Option<Tensor>) -> Result<[Tensor; 4]> {
-    attention_with(how, input, [None; 3])
+    attention_with(how, input, None, [None; 3])
 }
 
 /// As [`attention`], its scores and probabilities rounded.
 fn rounded_attention(how: &RoundedAttention, input: impl Fn(usize) -> Option<Tensor>) -> Result<[Tensor; 4]> {
-    attention_with(&how.unrounded(), input, [how.scores, how.capped, how.probabilities])
+    let roundings = [how.scores, how.capped, how.probabilities];
+    attention_with(&how.unrounded(), input, None, roundings)
+}
+
+/// As [`attention`], with slopes and sinks of its heads.
+fn biased_attention(how: &BiasedAttention, input: impl Fn(usize) -> Option<Tensor>) -> Result<[Tensor; 4]> {
+    let of_heads = |i: usize| match input(i) {
+        Some(numbers) => Ok(numbers.to_f64()),
+        None => Err(EvalError::MissingInput { input: i }),
+    };
+    let biases = [of_heads(4)?, of_heads(5)?];
+    let plain = |i: usize| if i < 4 { input(i) } else { None };
+    attention_with(&how.unbiased(), plain, Some(biases), [None; 3])
 }
 
 fn attention_with(
     how: &Attention,
     input: impl Fn(usize) -> Option<Tensor>,
+    slopes_and_sinks: Option<[Vec<f64>; 2]>,
     roundings: [Option<Rounding>; 3],
 ) -> Result<[Tensor; 4]> {
     let needed = |i: usize| input(i).ok_or(EvalError::MissingInput { input: i });
@@ -85,6 +102,19 @@ fn attention_with(
     let mask = input(3)
         .map(|mask| Mask::new(&mask, [q.batch, q.heads, q.tokens, k.tokens]))
         .transpose()?;
+    if let Some(biases) = &slopes_and_sinks
+        && biases.iter().any(|of_heads| of_heads.len() != q.heads)
+    {
+        let lengths = biases.each_ref().map(Vec::len);
+        return Err(shape_error(format!(
+            "slopes and sinks of {lengths:?} heads for {}",
+            q.heads
+        )));
+    }
+    let (slopes, sinks) = match &slopes_and_sinks {
+        Some([slopes, sinks]) => (Some(slopes), Some(&sinks[..])),
+        None => (None, None),
+    };
     let bias = |b: usize, h: usize, i: usize, j: usize| -> f64 {
         let offset = match &lengths {
             Some(lengths) => lengths[b] - q.tokens as i64,
@@ -95,11 +125,12 @@ fn attention_with(
         if future || padding {
             f64::NEG_INFINITY
         } else {
-            mask.as_ref().map_or(0.0, |m| m.bias(b, h, i, j))
+            let slope = slopes.map_or(0.0, |slopes| slopes[h] * j as f64);
+            slope + mask.as_ref().map_or(0.0, |m| m.bias(b, h, i, j))
         }
     };
     let scale = how.scale.map_or(1.0 / (q.dim as f64).sqrt(), f64::from);
-    let (y, scores) = attend([&q, &k, &v], scale, f64::from(how.softcap), bias, None, roundings)?;
+    let (y, scores) = attend([&q, &k, &v], scale, f64::from(how.softcap), bias, sinks, roundings)?;
     let dtype = q_in.dtype();
     let y = if q_in.shape().len() == 3 {
         y.tensor_3d(dtype)

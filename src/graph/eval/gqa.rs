@@ -87,7 +87,8 @@ pub(super) fn group_query_attention(
     let extra = input(10)
         .map(|bias| Bias::new(&bias, [batch, q.heads, tokens, total.max(0) as usize]))
         .transpose()?;
-    let sink = input(11).map(|s| s.to_f64());
+    let smooth = (how.smooth_softmax == 1).then(|| vec![0.0; q.heads]);
+    let sink = input(11).map(|s| s.to_f64()).or(smooth);
     let bias = |b: usize, h: usize, i: usize, j: usize| -> f64 {
         let position = (starts[b] + i) as i64;
         let back = position - j as i64;

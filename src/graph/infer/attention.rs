@@ -16,6 +16,20 @@ impl NodeInference<'_> {
                 facts.truncate(1);
                 Ok(facts)
             }
+            Op::BiasedAttention(biased) => {
+                let heads = self.heads(0, None)?[1].clone();
+                for i in [4, 5] {
+                    let [length] = &self.input(i)?.shape.clone()[..] else {
+                        return Err(self.error(format!("{} needs 1 dimension", self.operand(i))));
+                    };
+                    self.unify(&heads, length, 0, i)?;
+                }
+                // What follows the mask are no caches, which the plain operator has there.
+                self.inputs.truncate(4);
+                let mut facts = self.attention(&biased.unbiased())?;
+                facts.truncate(1);
+                Ok(facts)
+            }
             Op::GroupQueryAttention(attention) => self.group_query_attention(attention),
             _ => self.no_rule(),
         }

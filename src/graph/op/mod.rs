@@ -20,7 +20,7 @@ pub(crate) use attributes::{Attribute, AttributeError, AttributeSource};
 pub use experts::{ChosenWeights, ExpertActivation, Gating, RouterScores};
 pub use info::{ElementTypes, Family, Input, Moves, OperatorInfo, RowWise, TypeRule};
 pub(crate) use info::{LAPIDARY, MICROSOFT};
-pub use table::{Attention, Experts, GroupQueryAttention, Op, RoundedAttention, Routing};
+pub use table::{Attention, BiasedAttention, Experts, GroupQueryAttention, Op, RoundedAttention, Routing};
 
 use crate::tensor::DType;
 use declare::named;
@@ -177,7 +177,10 @@ impl Rounding {
 impl Op {
     /// Whether it is an attention of queries, keys and values in the form of the canonical graph's.
     pub fn is_attention(&self) -> bool {
-        matches!(self, Op::Attention(_) | Op::RoundedAttention(_))
+        matches!(
+            self,
+            Op::Attention(_) | Op::RoundedAttention(_) | Op::BiasedAttention(_)
+        )
     }
 
     /// The operator type as ONNX writes it, `Add` for example. Of an unknown operator, with its domain if it has one.

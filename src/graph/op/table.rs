@@ -297,6 +297,20 @@ operators! {
                 = rounding("probabilities_to", "probabilities_scale", "probabilities_zero_point"),
         } => own("RoundedAttention", &[float().same(), float().same(), float().same(), boolean()])
             .family(Family::Attention);
+        /// Attention in which each head has a bias and a sink. Inputs: q, k, v and mask as those of [`RoundedAttention`] (the
+        /// mask may also be added), slopes and sinks, both f32 `[heads]`. `slopes[head] * slot` is added to the scores behind
+        /// the soft cap (ALiBi; 0: no bias), and `sinks[head]` is the score of one more slot, which takes a share of the softmax
+        /// and has no value (minus infinity: no sink). All in fp32.
+        BiasedAttention {
+            /// Factor of the products of queries and keys.
+            scale: f32 = written_real("scale", 1.0),
+            /// 0: none.
+            softcap: f32 = real("softcap", 0.0),
+        } => own(
+                "BiasedAttention",
+                &[float().same(), float().same(), float().same(), any(), float(), float()],
+            )
+            .family(Family::Attention);
         /// `com.microsoft::GroupQueryAttention`. Inputs: query (or packed qkv), key?, value?, past_key?, past_value?,
         /// seqlens_k (i32 `[batch]`, total − 1), total_sequence_length (i32 scalar), cos_cache?, sin_cache?,
         /// position_ids?, attention_bias?, head_sink?, k_scale?, v_scale?, q_norm_weight?, k_norm_weight? (both
@@ -316,6 +330,8 @@ operators! {
             do_rotary: bool = flag("do_rotary", false),
             /// Pairs of the rotation are (2i, 2i + 1).
             rotary_interleaved: bool = flag("rotary_interleaved", false),
+            /// 1: the softmax has one more slot with the score 0, which takes its share. Other values: it has not.
+            smooth_softmax: i64 = int("smooth_softmax", 0),
             /// Of the norm of every query and key head, where it has weights.
             qk_norm_epsilon: f32 = real("qk_norm_epsilon", 1e-6),
         } => contrib(

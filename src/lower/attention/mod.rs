@@ -13,9 +13,9 @@ use super::dispatch::no_lowering;
 use super::error::Reason;
 use super::linear::volume;
 use crate::dim::Dim;
-use crate::graph::op::{Attention, RoundedAttention, Rounding};
+use crate::graph::op::{Attention, BiasedAttention, RoundedAttention, Rounding};
 use crate::graph::{Node, Op};
-use crate::network::{Activation, Elementwise, LayerKind, MatrixOp, Shape, TensorId};
+use crate::network::{Activation, Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId, UnaryOp};
 use crate::tensor::{DType, Tensor};
 
 /// Up to so many slots one piece a KV head reads the cache as fast as several.
@@ -31,12 +31,26 @@ const FOLDED_ROWS: usize = 1024;
 /// Added to a score that must not be attended to; finite, so that a row without any is not NaN.
 const MASKED: f64 = -1e30;
 
+/// What attention in single layers does beside scale, soft cap and mask.
+#[derive(Default)]
+struct Extras {
+    /// Roundings of the products, of the scores behind the cap, and of the softmax's result.
+    scores: Option<Rounding>,
+    capped: Option<Rounding>,
+    shares: Option<Rounding>,
+    /// Added to the scores behind the cap: fp32 `[1, heads, 1, slots]`.
+    bias: Option<TensorId>,
+    /// fp32 `[1, heads, 1, 1]`.
+    sinks: Option<TensorId>,
+}
+
 impl Lowering<'_> {
     /// The operators of [`Family::Attention`](crate::graph::op::Family::Attention).
     pub(in crate::lower) fn attention_node(&mut self, node: &Node, name: &str) -> Lowered {
         match &node.op {
             Op::Attention(attributes) => self.attention(node, name, attributes),
             Op::RoundedAttention(how) => self.rounded_attention(node, name, how),
+            Op::BiasedAttention(how) => self.biased_attention(node, name, how),
             Op::RotaryEmbedding {
                 interleaved,
                 num_heads,
@@ -94,7 +108,7 @@ impl Lowering<'_> {
         let attended = if let Some(attended) = split {
             attended
         } else if scores.softcap.is_some() || form == AttentionForm::Decomposed {
-            self.decomposed(name, [q, k, v], mask, scores.softcap, [None; 3])?
+            self.decomposed(name, [q, k, v], mask, scores.softcap, &Extras::default())?
         } else {
             self.attention_layer(name, [q, k, v], mask)?
         };
@@ -106,21 +120,48 @@ impl Lowering<'_> {
 
     /// In single layers: no fused one rounds its scores.
     fn rounded_attention(&mut self, node: &Node, name: &str, how: &RoundedAttention) -> Lowered {
+        let (operands, mask) = self.scaled_operands(node, name, how.scale)?;
+        let softcap = how.unrounded().scores(1).softcap;
+        let extras = Extras {
+            scores: how.scores,
+            capped: how.capped,
+            shares: how.probabilities,
+            ..Extras::default()
+        };
+        self.decomposed(name, operands, Some(mask), softcap, &extras)
+    }
+
+    /// In single layers: no fused one takes a bias that depends on the head and not on the token, or a sink.
+    fn biased_attention(&mut self, node: &Node, name: &str, how: &BiasedAttention) -> Lowered {
+        let (operands, mask) = self.scaled_operands(node, name, how.scale)?;
+        let softcap = how.unbiased().scores(1).softcap;
+        // A constant that is not at hand, as in a stripped package, may have an effect.
+        let idle = |i: usize, number: f32| {
+            let constant = node.input(i).and_then(|v| self.graph.constant(v));
+            let numbers = constant.and_then(|c| c.materialize().ok());
+            numbers.is_some_and(|numbers| numbers.to_f32().iter().all(|n| *n == number))
+        };
+        let mut extras = Extras::default();
+        if !idle(4, 0.0) {
+            let slots = self.b.shape(operands[1])[2].clone();
+            extras.bias = Some(self.bias_of_slots(node, name, &slots)?);
+        }
+        if !idle(5, f32::NEG_INFINITY) {
+            extras.sinks = Some(self.column_of_heads(node, 5, &format!("{name}/sinks"))?);
+        }
+        self.decomposed(name, operands, Some(mask), softcap, &extras)
+    }
+
+    /// Query, scaled, key and value; and the mask.
+    fn scaled_operands(&mut self, node: &Node, name: &str, scale: f32) -> Lowered<([TensorId; 3], TensorId)> {
         let operands = [self.data(node, 0)?, self.data(node, 1)?, self.data(node, 2)?];
         let mask = self.operand(node, 3, 4)?;
         let [q, k, v] = operands;
         if operands.iter().any(|x| self.b.rank(*x) != 4) {
             return Reason::unsupported("query, key and value must have four axes");
         }
-        let q = self.scaled_query(&format!("{name}/scaled"), q, how.scale)?;
-        let softcap = how.unrounded().scores(1).softcap;
-        self.decomposed(
-            name,
-            [q, k, v],
-            Some(mask),
-            softcap,
-            [how.scores, how.capped, how.probabilities],
-        )
+        let q = self.scaled_query(&format!("{name}/scaled"), q, scale)?;
+        Ok(([q, k, v], mask))
     }
 
     /// In the query's dtype where that holds the scale exactly, in fp32 otherwise: a rounded scale is a wrong temperature.
@@ -264,16 +305,15 @@ impl Lowering<'_> {
         Ok(repeated)
     }
 
-    /// `softmax(cap(q kᵀ) + mask) v` in single layers, scores in fp32; roundings of the products, behind the cap, and of the softmax's result. The
-    /// heads of a group are rows of one product with
-    /// their KV head: `[batch, kv_heads, group * tokens, d]`.
+    /// `softmax(cap(q kᵀ) + bias + mask) v` in single layers, scores in fp32. The heads of a group are rows of one product
+    /// with their KV head: `[batch, kv_heads, group * tokens, d]`.
     fn decomposed(
         &mut self,
         name: &str,
         [q, k, v]: [TensorId; 3],
         mask: Option<TensorId>,
         softcap: Option<f32>,
-        [round_scores, round_capped, round_shares]: [Option<Rounding>; 3],
+        extras: &Extras,
     ) -> Lowered {
         let part = |part: &str| format!("{name}/{part}");
         let shape = self.b.shape(q).clone();
@@ -291,7 +331,7 @@ impl Lowering<'_> {
         };
         let scores = self.b.add(&part("scores"), product(MatrixOp::Transpose), &[q, k])?;
         let mut scores = self.b.cast(&part("scores/wide"), DType::F32, scores)?;
-        if let Some(how) = round_scores {
+        if let Some(how) = extras.scores {
             scores = self.rounded(&part("scores/rounded"), scores, how)?;
         }
         if let Some(softcap) = softcap {
@@ -299,27 +339,35 @@ impl Lowering<'_> {
             let bent = self.b.activation(&part("bent"), Activation::Tanh, inner)?;
             scores = self.scaled(&part("capped"), bent, softcap)?;
         }
-        if let Some(how) = round_capped {
+        if let Some(how) = extras.capped {
             scores = self.rounded(&part("capped/rounded"), scores, how)?;
         }
+        let by_group = vec![shape[0].clone(), kv_heads.into(), rows, slots.clone()];
+        let by_head = vec![shape[0].clone(), shape[1].clone(), shape[2].clone(), slots];
+        if mask.is_some() || extras.bias.is_some() || extras.sinks.is_some() {
+            scores = self.reshape(&part("by_head"), scores, by_head)?;
+        }
+        if let Some(bias) = extras.bias {
+            scores = self.b.elementwise(&part("biased"), Elementwise::Sum, scores, bias)?;
+        }
         if let Some(mask) = mask {
-            let by_head = vec![shape[0].clone(), shape[1].clone(), shape[2].clone(), slots.clone()];
-            let unfolded = self.reshape(&part("by_head"), scores, by_head)?;
-            let masked = if self.b.dtype(mask) == DType::Bool {
+            scores = if self.b.dtype(mask) == DType::Bool {
                 let never = self.number(DType::F32, 4, MASKED)?;
-                self.b
-                    .add(&part("masked"), LayerKind::Select, &[mask, unfolded, never])?
+                self.b.add(&part("masked"), LayerKind::Select, &[mask, scores, never])?
             } else {
                 let mask = self.b.cast(&part("mask"), DType::F32, mask)?;
-                self.b.elementwise(&part("masked"), Elementwise::Sum, unfolded, mask)?
+                self.b.elementwise(&part("masked"), Elementwise::Sum, scores, mask)?
             };
-            let by_group = vec![shape[0].clone(), kv_heads.into(), rows, slots];
-            scores = self.reshape(&part("by_group"), masked, by_group)?;
         }
-        let mut weights = self
-            .b
-            .add(&part("softmax"), LayerKind::Softmax { axis: 3 }, &[scores])?;
-        if let Some(how) = round_shares {
+        let mut weights = if let Some(sinks) = extras.sinks {
+            let shares = self.softmax_with_sinks(&part("softmax"), scores, sinks)?;
+            self.reshape(&part("by_group"), shares, by_group)?
+        } else {
+            let scores = self.reshape(&part("by_group"), scores, by_group)?;
+            self.b
+                .add(&part("softmax"), LayerKind::Softmax { axis: 3 }, &[scores])?
+        };
+        if let Some(how) = extras.shares {
             weights = self.rounded(&part("softmax/rounded"), weights, how)?;
         }
         let weights = self.b.cast(&part("softmax/narrow"), dtype, weights)?;
@@ -327,6 +375,51 @@ impl Lowering<'_> {
         let mut to = shape;
         to[3] = self.b.shape(v)[3].clone();
         self.reshape(&part("unfolded"), attended, to)
+    }
+
+    /// Input `i`, a number for each head, as `[1, heads, 1, 1]` in fp32.
+    fn column_of_heads(&mut self, node: &Node, i: usize, name: &str) -> Lowered {
+        let numbers = self.data(node, i)?;
+        let numbers = self.b.cast(&format!("{name}/wide"), DType::F32, numbers)?;
+        let heads = self.b.shape(numbers)[0].clone();
+        self.reshape(name, numbers, vec![1usize.into(), heads, 1usize.into(), 1usize.into()])
+    }
+
+    /// `slope * slot` in fp32, `[1, heads, 1, slots]`; once for all layers that have the same slopes.
+    fn bias_of_slots(&mut self, node: &Node, name: &str, slots: &Dim) -> Lowered {
+        let slopes = self.input_id(node, 4)?;
+        if let Some(known) = self.biases.get(&slopes) {
+            return Ok(*known);
+        }
+        let column = self.column_of_heads(node, 4, &format!("{name}/slopes"))?;
+        let iota = self
+            .b
+            .fill(&format!("{name}/slots"), DType::F32, slots.clone(), 0.0, 1.0)?;
+        let iota = self.raise(iota, 4)?;
+        let bias = self
+            .b
+            .elementwise(&format!("{name}/bias"), Elementwise::Prod, column, iota)?;
+        self.biases.insert(slopes, bias);
+        Ok(bias)
+    }
+
+    /// The softmax over scores `[batch, heads, tokens, slots]` and one more of each head, which takes its share.
+    fn softmax_with_sinks(&mut self, name: &str, scores: TensorId, sinks: TensorId) -> Lowered {
+        let part = |part: &str| format!("{name}/{part}");
+        let reduced = |op| LayerKind::Reduce {
+            op,
+            axes: vec![3],
+            keep_dims: true,
+        };
+        let largest = self.b.add(&part("largest"), reduced(ReduceOp::Max), &[scores])?;
+        let top = self.b.elementwise(&part("top"), Elementwise::Max, largest, sinks)?;
+        let below = self.b.elementwise(&part("below"), Elementwise::Sub, scores, top)?;
+        let shares = self.b.unary(&part("exp"), UnaryOp::Exp, below)?;
+        let sum = self.b.add(&part("sum"), reduced(ReduceOp::Sum), &[shares])?;
+        let below = self.b.elementwise(&part("sink/below"), Elementwise::Sub, sinks, top)?;
+        let of_sink = self.b.unary(&part("sink/exp"), UnaryOp::Exp, below)?;
+        let sum = self.b.elementwise(&part("whole"), Elementwise::Sum, sum, of_sink)?;
+        Ok(self.b.elementwise(name, Elementwise::Div, shares, sum)?)
     }
 
     /// `TensorScatter(cache, update, write_indices)` on the slots of a four-dimensional cache.

@@ -68,13 +68,10 @@ impl SourceNode<'_> {
         Ok(Replacement::Pipe(gemm, Op::Unary(activation)))
     }
 
-    /// -1 and 0 both mean off for smooth_softmax; quantized caches and extra outputs are not known.
+    /// Quantized caches and extra outputs are not known.
     fn pass_over_idle(&self) {
         let a = &self.attributes;
-        self.expect_zero(&["qk_output", "smooth_softmax", "kv_cache_bit_width"]);
-        if a.is_int("smooth_softmax", -1) {
-            a.ignore(&["smooth_softmax"]);
-        }
+        self.expect_zero(&["qk_output", "kv_cache_bit_width"]);
         for name in ["k_quant_type", "v_quant_type"] {
             if a.is_string(name, "NONE") {
                 a.ignore(&[name]);

@@ -7,7 +7,8 @@
 use std::collections::HashMap;
 
 use super::rounding::{Unplaced, name_of_rounded};
-use crate::graph::op::{Binary, Op, Rounding, Unary};
+use super::sink;
+use crate::graph::op::{Attention, BiasedAttention, Binary, Op, Reduction, Rounding, Unary};
 use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::passes::dependence::Dependence;
 use crate::passes::partial_eval::PartialEvaluator;
@@ -41,28 +42,48 @@ pub struct FoundAttention {
     pub rounded_probabilities: Vec<RoundedValue>,
     /// Roundings of scores that have no place there.
     pub unplaced: Vec<Unplaced>,
+    /// A constant with a number for each query head: the score of one more slot, which has no value.
+    pub sinks: Option<ValueId>,
+    /// A constant `[heads]`: what the score of each slot has added, by slot number.
+    pub slopes: Option<ValueId>,
     /// Key and value may have fewer heads than the query.
     pub grouped: bool,
     /// `[.., tokens, head_dim]`
     pub output: ValueId,
 }
 
-/// How a positional value acts on the scores.
+/// A positional value that acts on the scores.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum MaskTerm {
-    /// Added.
-    Add(ValueId),
-    /// Scores stay where it is true.
-    Keep(ValueId),
-    /// Scores stay where it is false.
-    Drop(ValueId),
+pub struct MaskTerm {
+    pub value: ValueId,
+    pub effect: MaskEffect,
+    /// Axes of the scores there, with which those of the value are aligned from the last one on: `[batch, heads, tokens,
+    /// slots]`, with batch and heads as one, or with heads as several.
+    pub rank: usize,
 }
 
-impl MaskTerm {
-    pub fn value(self) -> ValueId {
-        match self {
-            MaskTerm::Add(v) | MaskTerm::Keep(v) | MaskTerm::Drop(v) => v,
-        }
+/// How a positional value acts on the scores.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum MaskEffect {
+    /// Added, and the sum multiplied by the factor.
+    Add(Factor),
+    /// Scores stay where it is true.
+    Keep,
+    /// Scores stay where it is false.
+    Drop,
+}
+
+/// A number that can be a part of a key: equal if its bits are.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Factor(u64);
+
+impl Factor {
+    pub fn new(factor: f64) -> Self {
+        Factor(factor.to_bits())
+    }
+
+    pub fn get(self) -> f64 {
+        f64::from_bits(self.0)
     }
 }
 
@@ -82,7 +103,8 @@ pub fn find(evaluator: &PartialEvaluator<'_>) -> (Vec<FoundAttention>, Vec<Unrec
         let node = graph.node(id);
         let result = match &node.op {
             Op::Softmax { axis } => from_softmax(evaluator, &uses, node, *axis),
-            Op::Attention(_) => from_operator(graph, node),
+            Op::Attention(how) => from_operator(graph, node, how, 7),
+            Op::BiasedAttention(how) => from_biased_operator(graph, node, how),
             _ => continue,
         };
         match result {
@@ -96,13 +118,11 @@ pub fn find(evaluator: &PartialEvaluator<'_>) -> (Vec<FoundAttention>, Vec<Unrec
     (found, unrecognised)
 }
 
-/// `decompose::attention` has brought the operator to four dimensions, without past and without causality of its own.
-fn from_operator(graph: &Graph, node: &Node) -> Result<FoundAttention, String> {
-    let Op::Attention(how) = &node.op else {
-        unreachable!("called on Attention nodes")
-    };
+/// `decompose::attention` has brought the operator to four dimensions, without past and without causality of its own. The first
+/// `inputs` of its inputs are those of ONNX.
+fn from_operator(graph: &Graph, node: &Node, how: &Attention, inputs: usize) -> Result<FoundAttention, String> {
     let input = |i: usize| node.input(i).ok_or_else(|| format!("its input {i} is missing"));
-    if how.is_causal || how.q_num_heads.is_some() || node.input(4).is_some() || node.input(6).is_some() {
+    if how.is_causal || how.q_num_heads.is_some() || (4..inputs).any(|i| node.input(i).is_some()) {
         return Err("it has inputs of a shape or dtype, or head counts, that are not understood".into());
     }
     if (1..4).any(|i| node.output(i).is_some_and(|v| graph.outputs.contains(&v))) {
@@ -114,9 +134,13 @@ fn from_operator(graph: &Graph, node: &Node) -> Result<FoundAttention, String> {
         return Err("its head_dim is not known".into());
     }
     let scores = how.scores(dim.unwrap_or(1) as usize);
-    let mask = node.input(3).map(|v| match graph.value(v).dtype {
-        Some(crate::tensor::DType::Bool) => MaskTerm::Keep(v),
-        _ => MaskTerm::Add(v),
+    let mask = node.input(3).map(|value| MaskTerm {
+        value,
+        effect: match graph.value(value).dtype {
+            Some(crate::tensor::DType::Bool) => MaskEffect::Keep,
+            _ => MaskEffect::Add(Factor::new(1.0)),
+        },
+        rank: 4,
     });
     Ok(FoundAttention {
         name: node.name.clone(),
@@ -132,12 +156,26 @@ fn from_operator(graph: &Graph, node: &Node) -> Result<FoundAttention, String> {
         rounded_capped: Vec::new(),
         rounded_probabilities: Vec::new(),
         unplaced: Vec::new(),
+        sinks: None,
+        slopes: None,
         grouped: true,
         output: node.output(0).ok_or("its output is not used")?,
     })
 }
 
-type Uses = HashMap<ValueId, Vec<(NodeId, usize)>>;
+/// Our own operator, from `decompose::attention` or from a graph that Lapidary wrote.
+fn from_biased_operator(graph: &Graph, node: &Node, how: &BiasedAttention) -> Result<FoundAttention, String> {
+    let mut found = from_operator(graph, node, &how.unbiased(), 4)?;
+    let constant = |i: usize| {
+        let id = node.input(i).filter(|v| graph.constant(*v).is_some());
+        id.ok_or("its slopes and sinks are not constant")
+    };
+    found.slopes = Some(constant(4)?);
+    found.sinks = Some(constant(5)?);
+    Ok(found)
+}
+
+pub(super) type Uses = HashMap<ValueId, Vec<(NodeId, usize)>>;
 
 fn from_softmax(
     evaluator: &PartialEvaluator<'_>,
@@ -146,13 +184,20 @@ fn from_softmax(
     axis: i64,
 ) -> Result<FoundAttention, String> {
     let graph = evaluator.graph;
-    let scores = node.input(0).ok_or("its input is missing")?;
-    let rank = graph.shape(scores).map_or(0, Vec::len) as i64;
+    let all_scores = node.input(0).ok_or("its input is missing")?;
+    let rank = graph.shape(all_scores).map_or(0, Vec::len) as i64;
     if axis != -1 && axis != rank - 1 {
         return Err("it is not over the last axis".into());
     }
+    let (scores, sinks) = match sink::of_scores(evaluator, all_scores)? {
+        Some((scores, sinks)) => (scores, Some(sinks)),
+        None => (all_scores, None),
+    };
     let chain = back_to_product(evaluator, scores)?;
-    let probabilities = node.output(0).ok_or("its output is not used")?;
+    let mut probabilities = node.output(0).ok_or("its output is not used")?;
+    if sinks.is_some() {
+        probabilities = sink::without(evaluator, uses, probabilities, scores)?;
+    }
     let (output, value, rounded_probabilities) = forward_to_product(evaluator, uses, probabilities)?;
     Ok(FoundAttention {
         name: node.name.clone(),
@@ -168,9 +213,19 @@ fn from_softmax(
         rounded_capped: chain.capped,
         rounded_probabilities,
         unplaced: chain.unplaced,
+        sinks,
+        slopes: None,
         grouped: false,
         output,
     })
+}
+
+/// The effect of a `Where` condition on its input `i`.
+fn chosen(i: usize) -> MaskEffect {
+    match i {
+        1 => MaskEffect::Keep,
+        _ => MaskEffect::Drop,
+    }
 }
 
 struct Chain {
@@ -235,6 +290,9 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
             })
             .collect();
         let other = |i: usize| node.input(1 - i).expect("a binary operator has two inputs");
+        let rank = graph.shape(at).map_or(4, Vec::len);
+        let term = |value: ValueId, effect: MaskEffect| MaskTerm { value, effect, rank };
+        let added = MaskEffect::Add(Factor::new(outer));
         match (&node.op, &data[..]) {
             (Op::MatMul, [0, 1]) => {
                 let (scale, softcap) = match cap {
@@ -255,26 +313,29 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
                 });
             }
             (Op::Identity | Op::Cast { .. } | Op::CastLike, [0, ..]) => at = node.input(0).expect("data input"),
+            // A softmax does not change with what its whole row has less.
+            (Op::Binary(Binary::Sub), [0, 1]) if outer == 1.0 && is_largest_of(graph, at) => {
+                at = node.input(0).expect("data input");
+            }
             (Op::Reshape { .. } | Op::Squeeze | Op::Unsqueeze, [0]) if keeps_last_two(graph, node) => {
                 at = node.input(0).expect("data input");
             }
+            (Op::Binary(Binary::Add) | Op::Where, [_] | [0, _]) if cap.is_some() => {
+                return Err("its mask lies before the soft cap, which hides no slots".into());
+            }
             (Op::Binary(Binary::Add), [i]) => {
-                mask.push(MaskTerm::Add(other(*i)));
+                mask.push(term(other(*i), added));
                 at = node.input(*i).expect("data input");
             }
             // A mask made of token ids: taken for one, so that `mask` can say what is wrong with it.
             (Op::Binary(Binary::Add), [0, 1]) => {
                 let i = usize::from(!leads_to_product(graph, node.input(0)));
-                mask.push(MaskTerm::Add(other(i)));
+                mask.push(term(other(i), added));
                 at = node.input(i).expect("data input");
             }
             (Op::Where, [0, i @ (1 | 2)]) => {
                 let condition = node.input(0).expect("Where has three inputs");
-                mask.push(if *i == 1 {
-                    MaskTerm::Keep(condition)
-                } else {
-                    MaskTerm::Drop(condition)
-                });
+                mask.push(term(condition, chosen(*i)));
                 at = node.input(*i).expect("data input");
             }
             (Op::Where, [i @ (1 | 2)]) => {
@@ -283,11 +344,7 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
                 if !scalar(rest).is_some_and(|v| v <= super::mask::MASKED) {
                     return Err("a Where among its scores does not mask".into());
                 }
-                mask.push(if *i == 1 {
-                    MaskTerm::Keep(condition)
-                } else {
-                    MaskTerm::Drop(condition)
-                });
+                mask.push(term(condition, chosen(*i)));
                 at = node.input(*i).expect("data input");
             }
             // A floor so low that what it lifts is hidden all the same.
@@ -331,6 +388,30 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
         }
     }
     Err("its scores come from too long a chain".into())
+}
+
+/// Whether a value is another less the largest of its last axis.
+pub(super) fn is_largest_of(graph: &Graph, id: ValueId) -> bool {
+    let Some((_, node)) = graph.def(id).filter(|(_, n)| matches!(n.op, Op::Binary(Binary::Sub))) else {
+        return false;
+    };
+    let mut largest = node.input(1);
+    while let Some((_, cast)) = largest
+        .and_then(|v| graph.def(v))
+        .filter(|(_, n)| matches!(n.op, Op::Identity))
+    {
+        largest = cast.input(0);
+    }
+    let Some((_, reduce)) = largest.and_then(|v| graph.def(v)) else {
+        return false;
+    };
+    let rank = reduce.input(0).and_then(|v| graph.shape(v)).map_or(0, Vec::len) as i64;
+    let axes = reduce.input(1).and_then(|v| graph.constant(v)?.materialize().ok());
+    let last = axes.is_some_and(|axes| matches!(axes.to_i64()[..], [axis] if axis == -1 || axis == rank - 1));
+    let reduction = Reduction::Max;
+    matches!(reduce.op, Op::Reduce { reduction: found, keepdims: true, .. } if found == reduction)
+        && last
+        && reduce.input(0) == node.input(0)
 }
 
 /// The value before roundings that were taken out.

@@ -1,4 +1,4 @@
-//! What a mask lets each token attend to, found by executing it.
+//! What a mask lets each token attend to, and what it adds to the scores of those, found by executing it.
 //!
 //! Exporters build masks from ranges, comparisons, gathers, padding, sentinels and tables in many ways; all that counts is
 //! which slots of which rows end up masked. A mask is accepted if it is causal, perhaps with a sliding window, at every size
@@ -9,7 +9,8 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 
-use super::find::{FoundAttention, MaskTerm};
+use super::bias::{self, Bias};
+use super::find::{FoundAttention, MaskEffect, MaskTerm};
 use crate::graph::ValueId;
 use crate::passes::dependence::Dependence;
 use crate::passes::lengths::{last_where, lengths, positions, reads_matrix};
@@ -30,6 +31,8 @@ const BLOCK: usize = 256;
 struct Allowed {
     slots: usize,
     bits: Vec<bool>,
+    /// What is added to the scores of those.
+    bias: Option<Bias>,
 }
 
 /// What a mask was proven to be.
@@ -39,6 +42,8 @@ pub struct ProvenMask {
     pub window: Option<usize>,
     /// Positions that its tables have rows for, where they have fewer than were tried.
     pub limit: Option<usize>,
+    /// What each head adds to a score for each slot, up to a number that the whole row has; empty for nothing.
+    pub slopes: Vec<f32>,
 }
 
 /// A mask without meaning at some size.
@@ -98,7 +103,7 @@ const SEVERAL: usize = 3;
 
 impl Mask<'_, '_> {
     fn terms(&self) -> impl Iterator<Item = ValueId> + use<'_> {
-        self.attention.mask.iter().map(|term| term.value())
+        self.attention.mask.iter().map(|term| term.value)
     }
 
     fn prove(&self, last: usize) -> Result<ProvenMask, String> {
@@ -142,11 +147,14 @@ impl Mask<'_, '_> {
             return Err("its mask hides every slot".into());
         }
         check(&far, &evaluator.trial(1, end - step, step), window)?;
+        let slopes = far.bias.as_ref().map_or(Vec::new(), |bias| bias.slopes(&far.bits));
+        bias::check(&far.bias, &far.bits, far.slots, &slopes)?;
         for (batch, past, tokens) in self.sizes(&lengths, window, end, last, step) {
             let seen = self.at(batch, past, tokens)?;
             check(&seen, &evaluator.trial(batch, past, tokens), window)?;
+            bias::check(&seen.bias, &seen.bits, seen.slots, &slopes)?;
         }
-        Ok(ProvenMask { window, limit })
+        Ok(ProvenMask { window, limit, slopes })
     }
 
     /// The total length up to `end` at which the mask can still be computed in memory. Some exporters compute it of all
@@ -255,25 +263,28 @@ fn allowed(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention, trial: 
         }
     };
     let mut bits = vec![true; sizes.batch * sizes.tokens * slots];
+    let mut bias: Option<Bias> = None;
     for term in &attention.mask {
-        let tensor = evaluator.eval(trial, term.value())?;
+        let tensor = evaluator.eval(trial, term.value)?;
         let stuck = |reason: String| Stuck {
-            at: evaluator.graph.value(term.value()).name.clone(),
+            at: evaluator.graph.value(term.value).name.clone(),
             reason,
         };
         let no_mask = |reason: String| Fault::NoMask(stuck(reason).to_string());
         let shape = tensor.shape();
-        let rank = shape.len();
-        let axis = |from_end: usize| if from_end <= rank { shape[rank - from_end] } else { 1 };
-        let (columns, rows) = (axis(1), axis(2));
-        let heads: usize = if rank > 3 {
-            shape[1..rank - 2].iter().product()
-        } else {
-            1
-        };
-        let batches = if rank > 2 { shape[0] } else { 1 };
         let fits = |have: usize, want: usize| have == 1 || have == want;
-        if !fits(columns, slots) || !fits(rows, sizes.tokens) || !(fits(batches, sizes.batch) || rank == 3) {
+        // As the scores have their axes there: batch and heads are one axis of three.
+        let mut aligned = vec![1; term.rank.saturating_sub(shape.len())];
+        aligned.extend(shape);
+        let (batches, heads, rows, columns) = match aligned[..] {
+            [lead, rows, columns] if lead.is_multiple_of(sizes.batch) => {
+                (sizes.batch, lead / sizes.batch, rows, columns)
+            }
+            [1, rows, columns] => (1, 1, rows, columns),
+            [batches, ref heads @ .., rows, columns] => (batches, heads.iter().product(), rows, columns),
+            _ => (0, 0, 0, 0),
+        };
+        if !fits(columns, slots) || !fits(rows, sizes.tokens) || !fits(batches, sizes.batch) {
             return Err(Fault::Stuck(stuck(format!(
                 "the mask has the shape {shape:?} where {} sequences, {} tokens and {slots} slots were expected",
                 sizes.batch, sizes.tokens
@@ -281,20 +292,20 @@ fn allowed(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention, trial: 
         }
         let values = tensor.to_f64();
         let is_bool = tensor.dtype() == DType::Bool;
+        let mut is_bias = false;
+        let place = |h: usize, [b, t, s]: [usize; 3]| {
+            let row = ((b.min(batches - 1) * heads + h) * rows + t.min(rows - 1)) * columns;
+            row + s.min(columns - 1)
+        };
         for b in 0..sizes.batch {
             for t in 0..sizes.tokens {
                 for s in 0..slots {
-                    let cell = |h: usize| {
-                        let at = ((b.min(batches - 1) * heads + h) * rows + t.min(rows - 1)) * columns;
-                        values[at + s.min(columns - 1)]
-                    };
-                    let open = |value: f64| match term {
-                        MaskTerm::Keep(_) => Some(value != 0.0),
-                        MaskTerm::Drop(_) => Some(value == 0.0),
-                        MaskTerm::Add(_) if is_bool => None,
-                        MaskTerm::Add(_) if value == 0.0 => Some(true),
-                        MaskTerm::Add(_) if value <= MASKED => Some(false),
-                        MaskTerm::Add(_) => None,
+                    let cell = |h: usize| values[place(h, [b, t, s])];
+                    let open = |value: f64| match term.effect {
+                        MaskEffect::Keep => Some(value != 0.0),
+                        MaskEffect::Drop => Some(value == 0.0),
+                        MaskEffect::Add(_) if is_bool || value.is_nan() => None,
+                        MaskEffect::Add(factor) => Some(value * factor.get() > MASKED),
                     };
                     let first = open(cell(0));
                     if (1..heads).any(|h| open(cell(h)) != first) {
@@ -302,16 +313,24 @@ fn allowed(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention, trial: 
                     }
                     match first {
                         Some(open) => bits[(b * sizes.tokens + t) * slots + s] &= open,
-                        None => {
-                            return Err(no_mask(format!(
-                                "adds {} to a score; only masks are understood, not biases such as ALiBi",
-                                cell(0)
-                            )));
-                        }
+                        None => return Err(no_mask(format!("adds {} to a score", cell(0)))),
                     }
+                    is_bias |= matches!(term.effect, MaskEffect::Add(_))
+                        && first == Some(true)
+                        && (0..heads).any(|h| cell(h) != 0.0);
                 }
             }
         }
+        if let (true, MaskEffect::Add(factor)) = (is_bias, term.effect) {
+            let own = Bias::new(heads, [sizes.batch, sizes.tokens, slots], |h, at| {
+                (values[place(h, at)] * factor.get()) as f32
+            });
+            let dtype = tensor.dtype();
+            bias = Some(match bias.take() {
+                Some(other) => other.plus(own, dtype).map_err(no_mask)?,
+                None => own.in_type(dtype),
+            });
+        }
     }
-    Ok(Allowed { slots, bits })
+    Ok(Allowed { slots, bits, bias })
 }

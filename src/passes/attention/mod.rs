@@ -3,12 +3,14 @@
 //! | module | what it recognises |
 //! |---|---|
 //! | [`find`] | each attention: its operands, mask terms, scale and soft cap |
+//! | [`sink`] | sinks beside its scores |
 //! | [`trace`] | the projections and caches that an operand is made of |
 //! | [`layout`] | where batch, tokens, heads and slots lie among the axes |
 //! | [`projection`] | which columns of a projection the rows are, scaled and rotated how |
 //! | [`rope`] | rotary tables |
 //! | [`rounding`] | roundings to codes, and where the canonical operators do them |
 //! | [`cache`] | which output is the update of which input, and that it appends rows |
+//! | [`bias`] | slopes of heads (ALiBi) beside the mask |
 //! | [`mask`] | causal, with or without a sliding window |
 //! | [`beyond`] | the same at lengths that small trials do not reach |
 //! | [`fingerprint`] | equal computations, so that one layer is executed and the others compared with it |
@@ -18,6 +20,7 @@
 //! of them at once.
 
 mod beyond;
+mod bias;
 pub(super) mod cache;
 mod find;
 mod fingerprint;
@@ -26,6 +29,7 @@ mod mask;
 pub(super) mod projection;
 pub(super) mod rope;
 pub(super) mod rounding;
+mod sink;
 mod trace;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -58,6 +62,8 @@ pub struct AttentionLayer {
     pub key_factor: f32,
     /// Scale, all parts together, soft cap and window.
     pub scores: AttentionScores,
+    /// What each head adds to a score for each slot; empty for nothing.
+    pub slopes: Vec<f32>,
     pub rounding: LayerRounding,
 }
 
@@ -143,8 +149,13 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
         };
         let operands = operands(&trace, &evaluator, &attention, &mut analysis);
         match (operands, mask) {
+            (Ok((query, ..)), Ok(mask)) if !mask.slopes.is_empty() && mask.slopes.len() != query.heads => {
+                let reason = format!("it has biases of {} heads, and {}", mask.slopes.len(), query.heads);
+                analysis.obstacles.push(obstacle(reason));
+            }
             (Ok((query, key_cache, value_cache, key_factor)), Ok(mask)) => analysis.layers.push(AttentionLayer {
                 rounding: LayerRounding::default(),
+                slopes: slopes(graph, &attention, mask.slopes),
                 key_cache,
                 value_cache,
                 key_factor,
@@ -175,6 +186,17 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
         analysis.obstacles = vec![encoder];
     }
     analysis
+}
+
+/// Those of the mask, and those that an operator has.
+fn slopes(graph: &Graph, attention: &FoundAttention, mut of_mask: Vec<f32>) -> Vec<f32> {
+    let constant = attention.slopes.and_then(|id| graph.constant(id)?.materialize().ok());
+    let of_operator = constant.map(|numbers| numbers.to_f32()).unwrap_or_default();
+    of_mask.resize(of_mask.len().max(of_operator.len()), 0.0);
+    for (slope, more) in of_mask.iter_mut().zip(of_operator) {
+        *slope += more;
+    }
+    of_mask
 }
 
 /// Where the roundings of every layer are.
@@ -214,12 +236,14 @@ fn left_packed(graph: &Graph) -> impl Iterator<Item = Obstacle> {
             layer: None,
             at: node.name.clone(),
             reason: match [11, 12, 13, 14, 15].map(|i| node.input(i).map(|v| &graph.value(v).name)) {
-                [Some(sink), ..] => format!("its head_sink {sink} is not supported"),
                 [_, Some(scale), ..] | [_, _, Some(scale), ..] => {
                     format!("its k_scale or v_scale {scale}, of a quantized cache, is not supported")
                 }
                 [.., Some(_), None] => "it has a q_norm_weight and no k_norm_weight".into(),
                 [.., None, Some(_)] => "it has a k_norm_weight and no q_norm_weight".into(),
+                [Some(sinks), ..] => {
+                    format!("its head_sink {sinks} is no constant of one number for each head, or other inputs are not understood")
+                }
                 _ => "its inputs have shapes or dtypes that are not understood".into(),
             },
         })
@@ -251,7 +275,7 @@ fn prove_masks(
     max_positions: usize,
     analysis: &mut Analysis,
 ) -> Vec<Result<ProvenMask, String>> {
-    let terms: HashSet<ValueId> = found.iter().flat_map(|a| &a.mask).map(|term| term.value()).collect();
+    let terms: HashSet<ValueId> = found.iter().flat_map(|a| &a.mask).map(|term| term.value).collect();
     let (numbers, tables) = (positional_numbers(evaluator, &terms), rotary_tables(evaluator));
     let all = terms
         .into_iter()
@@ -283,7 +307,7 @@ fn prove_masks(
 /// The mask of `[.., tokens, slots]` that the caller makes, if the attention reads one.
 fn given_mask(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention) -> Option<ValueId> {
     let graph = evaluator.graph;
-    let mut stack: Vec<ValueId> = attention.mask.iter().map(|term| term.value()).collect();
+    let mut stack: Vec<ValueId> = attention.mask.iter().map(|term| term.value).collect();
     let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
     while let Some(id) = stack.pop() {
         if evaluator.roles.of.get(&id) == Some(&InputRole::FullMask) {

@@ -6,7 +6,7 @@
 //! sees one dialect, and proves it like any other.
 
 use crate::dim::Dim;
-use crate::graph::op::{self, Binary, Op};
+use crate::graph::op::{self, BiasedAttention, Binary, Op};
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::tensor::{DType, Tensor};
 
@@ -150,14 +150,20 @@ fn is_no_count(heads: usize) -> bool {
 fn group_query(graph: &mut Graph, id: NodeId, how: &op::GroupQueryAttention) -> Option<()> {
     let node = graph.node(id).clone();
     let (query, past_key, past_value, last) = (node.input(0)?, node.input(3)?, node.input(4)?, node.input(5)?);
-    // Sinks, and scales of quantized caches.
-    if (11..14).any(|i| node.input(i).is_some()) || (3..node.outputs.len()).any(|i| node.output(i).is_some()) {
+    // Scales of quantized caches.
+    if (12..14).any(|i| node.input(i).is_some()) || (3..node.outputs.len()).any(|i| node.output(i).is_some()) {
         return None;
     }
     let (heads, kv_heads) = (how.num_heads, how.kv_num_heads);
     if node.input(14).is_some() != node.input(15).is_some() {
         return None;
     }
+    let sinks = match (node.input(11), how.smooth_softmax) {
+        (Some(sinks), _) => Some(graph.constant(sinks).filter(|c| c.shape() == [heads])?.cast(DType::F32)),
+        // The softmax's denominator has one more term of exp(0).
+        (None, 1) => Some(Tensor::from_f32(vec![heads], &vec![0.0; heads]).into()),
+        (None, _) => None,
+    };
     if !is_mask(graph, node.input(10)) || [heads, kv_heads].into_iter().any(is_no_count) {
         return None;
     }
@@ -244,9 +250,23 @@ fn group_query(graph: &mut Graph, id: NodeId, how: &op::GroupQueryAttention) -> 
         allowed = w.binary("window", Binary::And, allowed, recent);
     }
     let mask = w.join(Some(allowed), node.input(10))?;
-    let attention = Op::Attention(scores.operator(None));
     let name = w.name.clone();
-    let y = w.graph.add_node(&name, attention, &[q, k, v, mask]);
+    let y = match sinks {
+        None => {
+            let attention = Op::Attention(scores.operator(None));
+            w.graph.add_node(&name, attention, &[q, k, v, mask])
+        }
+        Some(sinks) => {
+            let slopes = Tensor::from_f32(vec![heads], &vec![0.0; heads]);
+            let slopes = w.graph.add_constant(&format!("{name}.slopes"), slopes);
+            let sinks = w.graph.add_constant(&format!("{name}.sinks"), sinks);
+            let attention = Op::BiasedAttention(BiasedAttention {
+                scale: scores.scale,
+                softcap: scores.softcap.unwrap_or(0.0),
+            });
+            w.graph.add_node(&name, attention, &[q, k, v, mask, slopes, sinks])
+        }
+    };
     let y = w.flat(y, heads * dim);
     replace(graph, id, &[(0, y), (1, k), (2, v)]);
     Some(())

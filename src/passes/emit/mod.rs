@@ -14,8 +14,8 @@ use super::contract;
 use super::reshapes::reshape_to;
 use super::roles::{InputRole, Roles};
 use crate::dim::{Dim, Sym};
-use crate::graph::op::{Binary, Op, RoundedAttention};
-use crate::graph::{EMBEDDING_TABLE, Graph, Shape, ValueId};
+use crate::graph::op::{BiasedAttention, Binary, Op, RoundedAttention};
+use crate::graph::{Constant, EMBEDDING_TABLE, Graph, Shape, ValueId};
 use crate::interface::{CacheId, CachePart, Interface, Port, Role};
 use crate::tensor::{DType, Tensor};
 
@@ -34,6 +34,8 @@ struct Emitter<'g> {
     tables: HashMap<(usize, DType), (ValueId, ValueId)>,
     /// Tables of one number, by the cosines whose shape and dtype they have and the number's name.
     filled: HashMap<(ValueId, &'static str), ValueId>,
+    /// Slopes and sinks by what they are.
+    of_heads: HashMap<(&'static str, String), ValueId>,
     /// See [`Emitter::is_older`].
     older: Option<ValueId>,
     /// New caches by the export's: input, and output once written.
@@ -104,6 +106,7 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
         counters: None,
         tables: HashMap::new(),
         filled: HashMap::new(),
+        of_heads: HashMap::new(),
         older: None,
         first_cache: inputs.get(3).map(|(_, id)| *id),
         caches,
@@ -230,7 +233,23 @@ impl Emitter<'_> {
         let mask = self.mask(layer.scores.window);
         let half = dtype.is_half();
         let inside = [rounding.scores, rounding.capped, rounding.probabilities];
+        let mut inputs = vec![query, key, value, mask];
+        let biased = layer.slopes.iter().any(|slope| *slope != 0.0) || layer.found.sinks.is_some();
         let op = match inside {
+            _ if biased => {
+                if inside.iter().any(Option::is_some) {
+                    return Err(
+                        "it rounds its scores or probabilities to codes and has slopes (ALiBi) or sinks: \
+                                only one of these is supported; with --activations float it is not rounded"
+                            .into(),
+                    );
+                }
+                inputs.extend(self.slopes_and_sinks(layer, &name)?);
+                Op::BiasedAttention(BiasedAttention {
+                    scale: layer.scores.scale,
+                    softcap: layer.scores.softcap.unwrap_or(0.0),
+                })
+            }
             [None, None, None] => Op::Attention(layer.scores.operator(half.then_some(DType::F32))),
             [scores, capped, probabilities] => Op::RoundedAttention(RoundedAttention {
                 scale: layer.scores.scale,
@@ -247,7 +266,7 @@ impl Emitter<'_> {
             self.tokens.clone(),
             Dim::from(width),
         ];
-        let attended = self.typed(&name, op, &[query, key, value, mask], dtype, shape);
+        let attended = self.typed(&name, op, &inputs, dtype, shape);
         let old = layer.found.output;
         let to = self.graph.value(old).clone();
         let attended = self.cast(attended, to.dtype.unwrap_or(dtype), &name);
@@ -264,6 +283,36 @@ impl Emitter<'_> {
         .ok_or_else(|| format!("no reshape gives {} its shape {target:?}", to.name))?;
         self.graph.replace_uses(old, reshaped);
         Ok(())
+    }
+
+    /// Both f32 `[heads]`, with numbers that do nothing where a layer has none.
+    fn slopes_and_sinks(&mut self, layer: &AttentionLayer, name: &str) -> Result<[ValueId; 2], String> {
+        let heads = layer.query.heads;
+        let filled = |value: f32| Constant::tensor(Tensor::from_f32(vec![heads], &vec![value; heads]));
+        let slopes = match layer.slopes.len() == heads {
+            true => Constant::tensor(Tensor::from_f32(vec![heads], &layer.slopes)),
+            false => filled(0.0),
+        };
+        let sinks = match layer.found.sinks {
+            None => filled(f32::NEG_INFINITY),
+            Some(id) => {
+                let sinks = self.graph.constant(id).filter(|sinks| sinks.len() == heads);
+                let sinks = sinks.ok_or_else(|| format!("its sinks are not {heads} numbers, one for each head"))?;
+                sinks.reshaped(vec![heads]).cast(DType::F32)
+            }
+        };
+        let keys = [format!("{:?}", layer.slopes), format!("{:?}", layer.found.sinks)];
+        let [of_slopes, of_sinks] = keys;
+        let both = [("slopes", of_slopes, slopes), ("sinks", of_sinks, sinks)];
+        Ok(both.map(|(part, key, constant)| {
+            let key = (part, key);
+            if let Some(known) = self.of_heads.get(&key) {
+                return *known;
+            }
+            let id = self.graph.add_constant(&format!("{name}.{part}"), constant);
+            self.of_heads.insert(key, id);
+            id
+        }))
     }
 
     /// The cache with this call's rows in it.
