@@ -81,13 +81,24 @@ impl CpuDevice {
     }
 
     /// Runs the program for `profile`; `logits` has as many rows as it gives.
-    fn run(&mut self, profile: Profile, fed: Fed<'_>, position: usize, logits: &mut [f32]) -> Result<(), DeviceError> {
+    fn run(
+        &mut self,
+        profile: Profile,
+        chunk: Chunk,
+        fed: Fed<'_>,
+        position: usize,
+        logits: &mut [f32],
+    ) -> Result<(), DeviceError> {
         self.prepare(profile)?;
         self.last = Some(profile);
         let (_, program) = self.programs.last_mut().expect("just prepared");
         // Chunks here are never padded.
-        let rows = fed.len();
-        let step = StepInputs { fed, position, rows };
+        let step = StepInputs {
+            fed,
+            position,
+            end: chunk.end,
+            rows: fed.len(),
+        };
         self.inputs.clear();
         self.embeddings.clear();
         self.embeddings.extend(step.embeddings());
@@ -127,9 +138,13 @@ impl Device for CpuDevice {
         }
     }
 
-    fn chunk(&self, waiting: usize, _position: usize, _capacity: usize) -> Chunk {
+    fn chunk(&self, waiting: usize, position: usize, _capacity: usize) -> Chunk {
         let tokens = waiting.min(LARGEST_CHUNK);
-        Chunk { tokens, rows: tokens }
+        Chunk {
+            tokens,
+            rows: tokens,
+            end: position + waiting,
+        }
     }
 
     fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError> {
@@ -151,7 +166,8 @@ impl Device for CpuDevice {
     ) -> Result<(), DeviceError> {
         logits.resize(self.vocabulary, 0.0);
         let fed = Fed::Ids(tokens);
-        self.run(Profile::prefill(chunk.rows, self.capacity), fed, position, logits)
+        let profile = Profile::prefill(chunk.rows, self.capacity);
+        self.run(profile, chunk, fed, position, logits)
     }
 
     fn forward_rows(
@@ -166,12 +182,16 @@ impl Device for CpuDevice {
             values: rows,
             width: self.width,
         };
-        self.run(Profile::prefill(chunk.rows, self.capacity), fed, position, logits)
+        let profile = Profile::prefill(chunk.rows, self.capacity);
+        self.run(profile, chunk, fed, position, logits)
     }
 
     fn chunk_all(&self, waiting: usize, position: usize, capacity: usize) -> Chunk {
         let most = (MOST_LOGITS / self.vocabulary.max(1)).max(1);
-        self.chunk(waiting.min(most), position, capacity)
+        Chunk {
+            end: position + waiting,
+            ..self.chunk(waiting.min(most), position, capacity)
+        }
     }
 
     fn forward_all(
@@ -187,7 +207,7 @@ impl Device for CpuDevice {
         };
         let before = logits.len();
         logits.resize(before + chunk.rows * self.vocabulary, 0.0);
-        self.run(profile, Fed::Ids(tokens), position, &mut logits[before..])
+        self.run(profile, chunk, Fed::Ids(tokens), position, &mut logits[before..])
     }
 }
 

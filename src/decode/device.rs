@@ -10,6 +10,8 @@ pub struct Chunk {
     pub tokens: usize,
     /// Rows the network has: `tokens`, or more where only fixed lengths exist; the rest is padding.
     pub rows: usize,
+    /// The position after the last token of the run that this is a part of.
+    pub end: usize,
 }
 
 /// What a machine must offer to run one sequence. Capacities are slots of the cache, positions count from 0.
@@ -23,7 +25,8 @@ pub trait Device {
     /// What ran last, for example the profile `b1-t1-c256`, or an engine's file.
     fn engine(&self) -> String;
 
-    /// How the next call should be cut, with `waiting` (at least 1) tokens to feed at `position` into `capacity` slots.
+    /// How the next call should be cut, with `waiting` (at least 1) tokens to feed at `position` into `capacity` slots: they
+    /// are the rest of a run.
     /// `tokens <= waiting` and `position + rows <= capacity` must hold; the caller ensures that one token fits.
     fn chunk(&self, waiting: usize, position: usize, capacity: usize) -> Chunk;
 
@@ -57,8 +60,13 @@ pub trait Device {
 
     /// As [`Device::chunk`], for a call of [`Device::forward_all`]. One token unless the device has networks that give logits
     /// of every row.
-    fn chunk_all(&self, _waiting: usize, _position: usize, _capacity: usize) -> Chunk {
-        Chunk { tokens: 1, rows: 1 }
+    fn chunk_all(&self, waiting: usize, position: usize, _capacity: usize) -> Chunk {
+        let end = position + waiting;
+        Chunk {
+            tokens: 1,
+            rows: 1,
+            end,
+        }
     }
 
     /// As [`Device::forward`] over a chunk of [`Device::chunk_all`]: appends the logits of every token to `logits`,

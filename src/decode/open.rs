@@ -5,7 +5,7 @@ use std::path::Path;
 use super::cpu::CpuDevice;
 #[cfg(feature = "engines")]
 use super::cuda::{CudaDevice, CudaOptions, OpenError};
-use super::{DeviceError, Embeddings, Session};
+use super::{Device, DeviceError, Embeddings, Session};
 #[cfg(feature = "engines")]
 use crate::backend::tensorrt::Library;
 use crate::backend::tensorrt::LibraryError;
@@ -146,6 +146,12 @@ impl Session {
     }
 }
 
+fn session(device: Box<dyn Device>, package: &Package, vocabulary: usize) -> Session {
+    let rotary = package.manifest.architecture.rotary.as_ref();
+    let switch = rotary.and_then(|rotary| rotary.longest_short_run);
+    Session::new(device, &package.manifest.capacities, vocabulary).with_switch(switch)
+}
+
 fn embeddings(package: &Package, graph: &Graph) -> Result<Option<Embeddings>, PackageError> {
     Embeddings::of(graph).map_err(|error| PackageError::Manifest {
         path: package.folder.clone(),
@@ -158,8 +164,7 @@ fn on_cpu(package: &Package, threads: Option<usize>) -> Result<Session, SessionO
     let vocabulary = package.vocabulary()?;
     let embeddings = embeddings(package, &graph)?;
     let device = CpuDevice::new(graph, vocabulary, threads);
-    let session = Session::new(Box::new(device), &package.manifest.capacities, vocabulary);
-    Ok(session.with_embeddings(embeddings))
+    Ok(session(Box::new(device), package, vocabulary).with_embeddings(embeddings))
 }
 
 #[cfg(feature = "engines")]
@@ -177,8 +182,7 @@ fn on_gpu(package: &Package, options: &SessionOptions<'_>) -> Result<Session, Se
         true => embeddings(package, &package.graph()?)?,
         false => None,
     };
-    let session = Session::new(Box::new(device), &package.manifest.capacities, vocabulary);
-    Ok(session.with_embeddings(embeddings))
+    Ok(session(Box::new(device), package, vocabulary).with_embeddings(embeddings))
 }
 
 #[cfg(not(feature = "engines"))]

@@ -103,6 +103,10 @@ pub struct Session {
     rows: Vec<f32>,
     moves: usize,
     moving: Duration,
+    /// The longest run that the model computes as a short one, if it computes long ones in another way.
+    longest_short_run: Option<usize>,
+    /// Leading tokens whose keys are those of short runs.
+    short: usize,
 }
 
 impl Session {
@@ -124,12 +128,21 @@ impl Session {
             rows: Vec::new(),
             moves: 0,
             moving: Duration::ZERO,
+            longest_short_run: None,
+            short: 0,
         }
     }
 
     /// The same for a model that takes embeddings.
     pub fn with_embeddings(self, embeddings: Option<Embeddings>) -> Self {
         Session { embeddings, ..self }
+    }
+
+    /// For a model that computes runs which end after this position in another way, as LongRoPE does: what
+    /// [`Session::resume`] keeps was computed as the new run is.
+    pub fn with_switch(mut self, longest_short_run: Option<usize>) -> Self {
+        self.longest_short_run = longest_short_run;
+        self
     }
 
     /// What it runs on.
@@ -222,7 +235,10 @@ impl Session {
             let position = self.len();
             let chunk = match self.embeddings {
                 None => self.device.chunk_all(rest.len(), position, self.capacity),
-                Some(_) => self.device.chunk(1, position, self.capacity),
+                Some(_) => Chunk {
+                    end: position + rest.len(),
+                    ..self.device.chunk(1, position, self.capacity)
+                },
             };
             debug_assert!(chunk.tokens >= 1 && chunk.tokens <= chunk.rows);
             let (now, later) = rest.split_at(chunk.tokens);
@@ -235,7 +251,7 @@ impl Session {
                     logits.append(&mut self.logits);
                 }
             }
-            self.tokens.extend_from_slice(now);
+            self.fed(now, chunk.end);
             rest = later;
         }
         debug_assert_eq!(logits.len(), tokens.len() * self.vocabulary);
@@ -263,7 +279,7 @@ impl Session {
                     .map(|()| None),
             };
             best = done.inspect_err(|_| self.logits.clear())?;
-            self.tokens.extend_from_slice(now);
+            self.fed(now, chunk.end);
             rest = later;
         }
         Ok(best)
@@ -325,6 +341,24 @@ impl Session {
         }
     }
 
+    fn fed(&mut self, tokens: &[u32], end: usize) {
+        let is_long = |most: usize| end > most;
+        self.short = self.short.min(self.tokens.len());
+        self.tokens.extend_from_slice(tokens);
+        if !self.longest_short_run.is_some_and(is_long) {
+            self.short = self.tokens.len();
+        }
+    }
+
+    /// How many of the first `shared` tokens have the keys that a run of `total` tokens gives them.
+    fn kept(&self, shared: usize, total: usize) -> usize {
+        match self.longest_short_run {
+            Some(most) if total > most && self.short > 0 => 0,
+            Some(most) if total <= most => shared.min(self.short),
+            _ => shared,
+        }
+    }
+
     /// Makes `tokens` the whole sequence and computes the logits after the last of them. The cache of the longest prefix
     /// that they share with what was fed before is kept; gives its length. On an error nothing changed, unless the device
     /// failed.
@@ -335,6 +369,7 @@ impl Session {
         }
         let pairs = self.tokens.iter().zip(tokens);
         let shared = pairs.take_while(|(old, new)| old == new).count();
+        let shared = self.kept(shared, tokens.len());
         if shared == tokens.len() && shared == self.tokens.len() && !self.logits.is_empty() {
             return Ok(shared);
         }
@@ -435,6 +470,7 @@ mod tests {
             Chunk {
                 tokens,
                 rows: rows.min(capacity - position),
+                end: position + waiting,
             }
         }
         fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError> {

@@ -37,6 +37,8 @@ pub(crate) struct StepInputs<'t> {
     pub fed: Fed<'t>,
     /// Position and slot of the first token.
     pub position: usize,
+    /// The position after the last token of the run, of which these may be the first part.
+    pub end: usize,
     /// Rows that the network has.
     #[cfg_attr(not(feature = "engines"), allow(dead_code, reason = "only engines have padded rows"))]
     pub rows: usize,
@@ -69,7 +71,7 @@ impl StepInputs<'_> {
     pub fn len_of(role: Role, rows: usize) -> Result<usize, NoStepInput> {
         match role {
             Role::TokenIds | Role::PositionIds => Ok(rows),
-            Role::WriteIndices | Role::LogitRows => Ok(1),
+            Role::WriteIndices | Role::TotalLengths | Role::LogitRows => Ok(1),
             Role::Embeddings | Role::Cache(_) | Role::Logits | Role::UpdatedCache(_) => Err(role.into()),
         }
     }
@@ -105,6 +107,7 @@ impl StepInputs<'_> {
                 to.iter_mut().zip(positions).for_each(|(to, position)| *to = position);
             }
             Role::WriteIndices => to.fill(int(self.position)),
+            Role::TotalLengths => to.fill(int(self.end)),
             Role::LogitRows => to.fill(int(self.fed.len() - 1)),
             Role::Embeddings | Role::Cache(_) | Role::Logits | Role::UpdatedCache(_) => return Err(role.into()),
         }
@@ -128,11 +131,13 @@ mod tests {
         let step = StepInputs {
             fed: Fed::Ids(&[7, 8, 9]),
             position: 100,
+            end: 700,
             rows: 5,
         };
         assert_eq!(written(step, Role::TokenIds), [7, 8, 9, 9, 9]);
         assert_eq!(written(step, Role::PositionIds), [100, 101, 102, 102, 102]);
         assert_eq!(written(step, Role::WriteIndices), [100]);
+        assert_eq!(written(step, Role::TotalLengths), [700]);
         assert_eq!(written(step, Role::LogitRows), [2]);
     }
 
@@ -141,6 +146,7 @@ mod tests {
         let step = StepInputs {
             fed: Fed::Ids(&[u32::MAX >> 1]),
             position: 0,
+            end: 1,
             rows: 1,
         };
         assert_eq!(written(step, Role::TokenIds), [i32::MAX]);

@@ -91,7 +91,9 @@ impl Graph {
                     let wide = matches!(shape, [_, _, width] if width.as_const().is_some_and(|width| width > 0));
                     value.dtype.is_some_and(DType::is_float) && wide
                 }
-                Role::WriteIndices => value.dtype == Some(DType::I64) && value.shape.as_deref() == Some(&row[..1]),
+                Role::WriteIndices | Role::TotalLengths => {
+                    value.dtype == Some(DType::I64) && value.shape.as_deref() == Some(&row[..1])
+                }
                 Role::LogitRows => false,
                 Role::Cache(_) => value.shape.as_deref().is_some_and(|shape| shape[0] == row[0]),
                 Role::Logits => {
@@ -132,7 +134,7 @@ fn expected(role: Role, [batch, tokens]: &[Dim; 2]) -> String {
     match role {
         Role::TokenIds | Role::PositionIds => format!("i64[{batch}, {tokens}]"),
         Role::Embeddings => format!("float[{batch}, {tokens}, hidden]"),
-        Role::WriteIndices => format!("i64[{batch}]"),
+        Role::WriteIndices | Role::TotalLengths => format!("i64[{batch}]"),
         Role::LogitRows => "no input of a graph: networks alone choose rows".into(),
         Role::Cache(_) => format!("float[{batch}, kv_heads, capacity, head_dim]"),
         Role::Logits => format!("float[{batch}, {tokens}, vocabulary]"),

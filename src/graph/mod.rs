@@ -21,6 +21,7 @@
 //! | `inputs_embeds`, instead of `input_ids` | float | `[batch, tokens, hidden]` |
 //! | `position_ids` | i64 | `[batch, tokens]`: the slot and the position of each token |
 //! | `write_indices` | i64 | `[batch]`: the slot of the first token, `position_ids[:, 0]` |
+//! | `total_lengths` | i64 | `[batch]`: the position after the last token of the run, of which this call may be a part. Only where the model depends on it |
 //! | `key_cache.i`, `value_cache.i` | f32, f16 or bf16 | `[batch, kv_heads, capacity, head_dim]` |
 //!
 //! | outputs | dtype | shape |

@@ -18,6 +18,9 @@ pub enum Role {
     PositionIds,
     /// `write_indices`: the slot of each row's first token, `[batch]`.
     WriteIndices,
+    /// `total_lengths`: the position after the last token of each row's run, `[batch]`; a run is a prompt, in however many
+    /// calls, or one token. Where something depends on the length of the run.
+    TotalLengths,
     /// `logit_rows`: which token of each row gets logits, `[batch]`. In networks only.
     LogitRows,
     /// `key_cache.i`, `value_cache.i`: keys or values of earlier calls, `[batch, kv_heads, capacity, head_dim]`.
@@ -71,6 +74,7 @@ const TOKEN_IDS: &str = "input_ids";
 const EMBEDDINGS: &str = "inputs_embeds";
 const POSITION_IDS: &str = "position_ids";
 const WRITE_INDICES: &str = "write_indices";
+const TOTAL_LENGTHS: &str = "total_lengths";
 const LOGIT_ROWS: &str = "logit_rows";
 const LOGITS: &str = "logits";
 const UPDATED: &str = "updated_";
@@ -84,6 +88,7 @@ impl Role {
             | Role::Embeddings
             | Role::PositionIds
             | Role::WriteIndices
+            | Role::TotalLengths
             | Role::LogitRows
             | Role::Cache(_) => Side::Input,
             Role::Logits | Role::UpdatedCache(_) => Side::Output,
@@ -112,6 +117,7 @@ impl fmt::Display for Role {
             Role::Embeddings => f.write_str(EMBEDDINGS),
             Role::PositionIds => f.write_str(POSITION_IDS),
             Role::WriteIndices => f.write_str(WRITE_INDICES),
+            Role::TotalLengths => f.write_str(TOTAL_LENGTHS),
             Role::LogitRows => f.write_str(LOGIT_ROWS),
             Role::Cache(id) => f.write_str(&cache(id)),
             Role::Logits => f.write_str(LOGITS),
@@ -137,6 +143,7 @@ impl FromStr for Role {
             EMBEDDINGS => Some(Role::Embeddings),
             POSITION_IDS => Some(Role::PositionIds),
             WRITE_INDICES => Some(Role::WriteIndices),
+            TOTAL_LENGTHS => Some(Role::TotalLengths),
             LOGIT_ROWS => Some(Role::LogitRows),
             LOGITS => Some(Role::Logits),
             _ => match name.strip_prefix(UPDATED) {

@@ -126,7 +126,7 @@ fn expected(network: &Network, interface: &Interface<TensorId>, port: Port<Tenso
             let dtype = Some(tensor.dtype).filter(|dtype| dtype.is_float())?;
             (dtype, vec![batch, tokens, width.into()])
         }
-        Role::WriteIndices | Role::LogitRows => (DType::I32, vec![batch]),
+        Role::WriteIndices | Role::TotalLengths | Role::LogitRows => (DType::I32, vec![batch]),
         Role::Cache(cache) | Role::UpdatedCache(cache) => {
             let shape = interface.caches().iter().find(|pair| pair.shape.cache == cache)?.shape;
             let dims = vec![

@@ -21,6 +21,7 @@
 //! |---|---|---|
 //! | `input_ids`, `position_ids` | i32 | `[batch, tokens]` |
 //! | `write_indices` | i32 | `[batch]` |
+//! | `total_lengths` | i32 | `[batch]`, where the graph has it |
 //! | `logit_rows` (only with [`Logits::Rows`]) | i32 | `[batch]`: which row (token) of each sequence gets logits |
 //! | `key_cache.i`, `value_cache.i` | the cache dtype | `[batch, kv_heads, capacity, head_dim]` |
 //!

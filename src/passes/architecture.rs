@@ -86,6 +86,10 @@ pub struct Rotary {
     pub rotary_dim: usize,
     /// Distinct tables in the model.
     pub tables: usize,
+    /// The longest run, in positions, for which they are those of short runs; longer ones have tables of their own (LongRoPE).
+    /// `None` where all runs have the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub longest_short_run: Option<usize>,
 }
 
 /// Reads the facts. `limit` bounds positions where an embedding table does.
@@ -126,6 +130,7 @@ pub fn describe(graph: &Graph, roles: &Roles, analysis: &Analysis, limit: Option
             interleaved: rope.interleaved,
             rotary_dim: rope.rotary_dim,
             tables: analysis.tables.tables.len(),
+            longest_short_run: analysis.tables.longest_short_run(),
         }),
         norm: norm(graph),
         batch: roles.batch,

@@ -185,6 +185,7 @@ fn run(network: &Network, program: &mut Program, tokens: &[u32]) -> Result<HashM
                 Some(Role::TokenIds) => tokens.iter().map(|id| *id as i32).collect(),
                 Some(Role::PositionIds) => (0..count).collect(),
                 Some(Role::WriteIndices) => vec![0],
+                Some(Role::TotalLengths) => vec![count],
                 Some(Role::LogitRows) => vec![count - 1],
                 _ => {
                     return Err(QuantizeError::Measure {

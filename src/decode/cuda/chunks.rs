@@ -1,12 +1,11 @@
 //! How a prompt is cut for engines that take certain numbers of tokens.
 
-use crate::decode::Chunk;
 use crate::network::Tokens;
 
-/// Cuts off the next chunk: with `waiting` tokens and `room` slots, among engines for these token counts. The largest
+/// Cuts off the next chunk, as tokens and rows: with `waiting` tokens and `room` slots, among engines for these token counts. The largest
 /// that is filled, or else the smallest that holds all, padded; near the end of the cache whatever fits it.
-pub(super) fn choose(engines: impl Iterator<Item = Tokens>, waiting: usize, room: usize) -> Chunk {
-    let exact = |n: usize| Chunk { tokens: n, rows: n };
+pub(super) fn choose(engines: impl Iterator<Item = Tokens>, waiting: usize, room: usize) -> (usize, usize) {
+    let exact = |n: usize| (n, n);
     let mut fitting: Vec<usize> = Vec::new();
     for tokens in engines {
         match tokens {
@@ -26,7 +25,7 @@ pub(super) fn choose(engines: impl Iterator<Item = Tokens>, waiting: usize, room
     let filled = fitting.iter().rev().find(|n| **n <= waiting).copied();
     let padded = fitting.iter().find(|n| **n >= waiting).copied();
     match (filled, padded) {
-        (_, Some(rows)) => Chunk { tokens: waiting, rows },
+        (_, Some(rows)) => (waiting, rows),
         (Some(rows), None) => exact(rows),
         (None, None) => exact(1),
     }
@@ -57,11 +56,11 @@ mod tests {
     fn cuts(engines: &[Tokens], mut waiting: usize, capacity: usize) -> Vec<(usize, usize)> {
         let (mut position, mut cuts) = (0, Vec::new());
         while waiting > 0 {
-            let chunk = choose(engines.iter().copied(), waiting, capacity - position);
-            assert!(chunk.tokens <= chunk.rows && chunk.rows <= capacity - position);
-            cuts.push((chunk.tokens, chunk.rows));
-            position += chunk.tokens;
-            waiting -= chunk.tokens;
+            let (tokens, rows) = choose(engines.iter().copied(), waiting, capacity - position);
+            assert!(tokens <= rows && rows <= capacity - position);
+            cuts.push((tokens, rows));
+            position += tokens;
+            waiting -= tokens;
         }
         cuts
     }

@@ -332,8 +332,12 @@ impl CudaDevice {
     /// Queues a chunk: its inputs and its engine.
     fn start(&mut self, chunk: Chunk, fed: Fed<'_>, position: usize) -> Result<(), DeviceError> {
         let at = self.ready(chunk.rows, self.capacity)?;
-        let rows = chunk.rows;
-        let written = self.inputs.write(&StepInputs { fed, position, rows });
+        let written = self.inputs.write(&StepInputs {
+            fed,
+            position,
+            end: chunk.end,
+            rows: chunk.rows,
+        });
         written.map_err(|error| self.failed(error))?;
         self.last = Some(self.slots[at].profile);
         self.run(at, chunk.rows).map_err(|error| self.failed(error))
@@ -387,7 +391,9 @@ impl Device for CudaDevice {
 
     fn chunk(&self, waiting: usize, position: usize, capacity: usize) -> Chunk {
         let here = self.slots.iter().filter(|slot| slot.profile.capacity == capacity);
-        choose(here.map(|slot| slot.profile.tokens), waiting, capacity - position)
+        let (tokens, rows) = choose(here.map(|slot| slot.profile.tokens), waiting, capacity - position);
+        let end = position + waiting;
+        Chunk { tokens, rows, end }
     }
 
     fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError> {

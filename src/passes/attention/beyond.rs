@@ -37,7 +37,17 @@ impl Rows<'_, '_> {
                 continue;
             }
             let named = lengths(self.evaluator.graph, [id], |_| false);
-            one_row_a_position(self.evaluator, id, &named, tables.positions)?;
+            let switch = one_row_a_position(self.evaluator, id, &named, tables.positions)?;
+            match (switch, tables.switch) {
+                (Some(new), Some(known)) if new != known => {
+                    return Err(format!(
+                        "its rotary tables switch at {known} and, in {}, at {new} positions: only one length is understood",
+                        self.evaluator.graph.value(id).name
+                    ));
+                }
+                (Some(new), _) => tables.switch = Some(new),
+                (None, _) => {}
+            }
             tables.proven.positional.insert(id);
         }
         Ok(())
@@ -69,15 +79,16 @@ impl Rows<'_, '_> {
     }
 }
 
-/// Compares a whole prompt with shorter ones and with single tokens. What has no axis of tokens has to be the same for all.
+/// Compares whole prompts with shorter ones and with single tokens. What has no axis of tokens has to be the same for all. Gives
+/// the longest run after which the rows are others, if there is one: they have to be functions of the position on both sides.
 fn one_row_a_position(
     evaluator: &PartialEvaluator<'_>,
     id: ValueId,
     named: &BTreeMap<usize, String>,
     end: usize,
-) -> Result<(), String> {
+) -> Result<Option<usize>, String> {
     let value = evaluator.graph.value(id);
-    let Some(shape) = &value.shape else { return Ok(()) };
+    let Some(shape) = &value.shape else { return Ok(None) };
     let axis = shape.iter().position(|dim| *dim == Dim::sym(Sym::tokens()));
     let width = evaluator
         .dims(&evaluator.trial(1, 0, 1), id)
@@ -107,30 +118,39 @@ fn one_row_a_position(
         .keys()
         .flat_map(|n| [(0, *n), (0, n + 1)])
         .filter(|(_, n)| *n < end);
-    for (past, tokens) in singles.chain(prompts) {
+    let few = 8.min(end);
+    let start = rows(0, few).map_err(text)?;
+    let as_short = |n: usize| rows(0, n).is_ok_and(|long| same(&long, 0, &start));
+    let switch = (!as_short(end)).then(|| last_where(few, end, as_short));
+    let short = switch.map(|last| rows(0, last).map_err(text)).transpose()?;
+    let around = switch
+        .into_iter()
+        .flat_map(|last| [(last - 1, 1), (last, 1), (0, last), (0, last + 1)]);
+    for (past, tokens) in singles.chain(prompts).chain(around) {
         let part = rows(past, tokens).map_err(text)?;
-        if same(&whole, past, &part) {
-            continue;
+        let whole = match (&short, switch) {
+            (Some(short), Some(last)) if past + tokens <= last => short,
+            _ => &whole,
+        };
+        if !same(whole, past, &part) {
+            let few = switch.map_or(String::new(), |last| {
+                format!("; up to {last} tokens it may not, see --capacity")
+            });
+            return Err(format!(
+                "its rotary table depends on more than the position, and is not one of two for short and long runs (in {}{few}); export \
+                 with a fixed scaling",
+                value.name
+            ));
         }
-        let few = 8.min(end);
-        let start = rows(0, few).map_err(text)?;
-        let as_short = |n: usize| rows(0, n).is_ok_and(|long| same(&long, 0, &start));
-        let last = if as_short(end) {
-            end
-        } else {
-            last_where(few, end, as_short)
-        };
-        let switch = match (few + 1..end).contains(&last) {
-            true => format!("; up to {last} tokens it does not, see --capacity"),
-            false => String::new(),
-        };
-        return Err(format!(
-            "its rotary table depends on more than the position (dynamic or long-context scaling that switches with the \
-             length, in {}{switch}); export with a fixed scaling",
-            value.name
-        ));
     }
-    Ok(())
+    // Without an axis of tokens it is a factor of the whole run, which no table can hold.
+    match (switch, axis) {
+        (Some(last), None) => Err(format!(
+            "{} is another number in runs of more than {last} tokens (see --capacity); export with a fixed scaling",
+            value.name
+        )),
+        _ => Ok(switch),
+    }
 }
 
 /// Whether `part` is `whole` from row `start` of the axis on.

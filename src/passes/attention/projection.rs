@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::fingerprint::{Fingerprint, fingerprint};
 use super::layout::{Pick, TokenLayout};
-use super::rope::{Rope, Table};
+use super::rope::{LongTable, Rope, Table};
 use crate::graph::ValueId;
 use crate::passes::partial_eval::{PartialEvaluator, Stuck, Trial, tensor_of};
 use crate::tensor::{DType, Tensor};
@@ -30,8 +30,17 @@ pub struct Projection {
 pub struct Tables {
     pub tables: Vec<Table>,
     pub positions: usize,
+    /// The longest run with the first of two tables, where the export has two. See [`LongTable`].
+    pub switch: Option<usize>,
     /// What was found for computations, for those of later layers that are the same.
     pub proven: Proven,
+}
+
+impl Tables {
+    /// Where some table has another one for longer runs.
+    pub fn longest_short_run(&self) -> Option<usize> {
+        self.tables.iter().find_map(|table| Some(table.long.as_ref()?.after))
+    }
 }
 
 /// Results by fingerprint.
@@ -294,10 +303,9 @@ impl Rows<'_, '_> {
     ) -> Result<(), String> {
         let half = rotary_dim / 2;
         let read = |past: usize, count: usize| self.read_table(projection, interleaved, rotary_dim, past, count);
-        let scaled = |table: &Table, by: f32| Table {
-            half,
-            cos: table.cos.iter().map(|v| v / by).collect(),
-            sin: table.sin.iter().map(|v| v / by).collect(),
+        let scaled = |table: &Table, by: f32| {
+            let divided = |values: &[f32]| values.iter().map(|v| v / by).collect();
+            Table::new(half, divided(&table.cos), divided(&table.sin))
         };
         // Elements that are not rotated show the scale; else a table that is known already does.
         let shown = (rotary_dim < self.dim).then(|| factors[rotary_dim]);
@@ -310,7 +318,8 @@ impl Rows<'_, '_> {
                 continue;
             }
             let by = shown.unwrap_or(factors[0] / table.cos[0]);
-            if table.agrees(1, &scaled(&near, by), slack) && table.agrees(last, &scaled(&far, by), slack) {
+            let (first, end) = (table.of_run(5), table.of_run(last + 2));
+            if first.agrees(1, &scaled(&near, by), slack) && end.agrees(last, &scaled(&far, by), slack) {
                 projection.scale = by;
                 projection.rope = Some(Rope {
                     table: index,
@@ -323,20 +332,32 @@ impl Rows<'_, '_> {
         let by = shown.unwrap_or(1.0);
         let columns = self.columns().map_err(|stuck| stuck.to_string())?;
         let chunk = ((1 << 22) / columns.max(1)).clamp(1, tables.positions);
-        let mut table = Table {
-            half,
-            cos: Vec::new(),
-            sin: Vec::new(),
+        // Rows from 0 on, of runs that end before or at `end`, but those of a first part no shorter than `first`.
+        let whole = |first: usize, end: usize| -> Result<Table, String> {
+            let mut table = Table::new(half, Vec::new(), Vec::new());
+            let mut start = 0;
+            while start < end {
+                let count = chunk.max(if start == 0 { first } else { 1 }).min(end - start);
+                let part = scaled(&read(start, count)?, by);
+                table.cos.extend(part.cos);
+                table.sin.extend(part.sin);
+                start += count;
+            }
+            Ok(table)
         };
-        let mut start = 0;
-        while start < tables.positions {
-            let count = chunk.min(tables.positions - start);
-            let part = scaled(&read(start, count)?, by);
-            table.cos.extend(part.cos);
-            table.sin.extend(part.sin);
-            start += count;
-        }
-        if !table.agrees(1, &scaled(&near, by), slack) || !table.agrees(last, &scaled(&far, by), slack) {
+        let positions = tables.positions;
+        let table = match tables.switch {
+            Some(after) if after < positions => Table {
+                long: Some(LongTable {
+                    after,
+                    table: Box::new(whole(after + 1, positions)?),
+                }),
+                ..whole(1, after)?
+            },
+            _ => whole(1, positions)?,
+        };
+        let (first, end) = (table.of_run(5), table.of_run(last + 2));
+        if !first.agrees(1, &scaled(&near, by), slack) || !end.agrees(last, &scaled(&far, by), slack) {
             return Err(
                 "its rotary table depends on more than the position (dynamic or long-context scaling that \
                         switches with the length); export with a fixed scaling"
@@ -378,11 +399,11 @@ impl Rows<'_, '_> {
         if count > 64 {
             self.evaluator.forget(&trial);
         }
-        let mut table = Table {
+        let mut table = Table::new(
             half,
-            cos: Vec::with_capacity(tokens * half),
-            sin: Vec::with_capacity(tokens * half),
-        };
+            Vec::with_capacity(tokens * half),
+            Vec::with_capacity(tokens * half),
+        );
         for row in rows[..tokens * self.dim].chunks(self.dim) {
             for i in 0..half {
                 let (a, b) = Rope::pair(interleaved, rotary_dim, i);
@@ -442,7 +463,13 @@ impl Projection {
                     let start = rows.len();
                     rows.extend((0..self.dim).map(|d| self.scale * x(b, t, self.pick.column(h, d, self.dim))));
                     if let Some(rope) = &self.rope {
-                        rope.rotate(&mut rows[start..], &tables.tables[rope.table], trial.sizes.past + t);
+                        let end = trial.sizes.past + tokens;
+                        rope.rotate(
+                            &mut rows[start..],
+                            &tables.tables[rope.table],
+                            trial.sizes.past + t,
+                            end,
+                        );
                     }
                 }
             }

@@ -2,8 +2,8 @@
 //!
 //! Rotation is linear in the row: fed a row that is 1 in one element, it answers with that pair's cosine and sine. So the
 //! kind (rotate-half or interleaved), the rotated width and the table itself are read off an execution, whichever way
-//! the export spells the arithmetic. The table is then required to be a function of the position alone, which dynamic
-//! scalings are not. Gives [`Rope`] uses and the distinct [`Table`]s; leaves writing `RotaryEmbedding` to `emit`.
+//! the export spells the arithmetic. The table is then required to be a function of the position alone, or to be one of two
+//! such tables, which LongRoPE chooses between by the length of the run; other dynamic scalings are refused. Gives [`Rope`] uses and the distinct [`Table`]s; leaves writing `RotaryEmbedding` to `emit`.
 
 /// Cosines and sines per position, `[positions, half]` each, in fp32.
 #[derive(Clone, PartialEq, Debug)]
@@ -11,11 +11,38 @@ pub struct Table {
     pub half: usize,
     pub cos: Vec<f32>,
     pub sin: Vec<f32>,
+    /// What long runs have in its place.
+    pub long: Option<LongTable>,
+}
+
+/// The table of runs that are longer than the table before it serves.
+#[derive(Clone, PartialEq, Debug)]
+pub struct LongTable {
+    /// The longest run of the other table, in positions from the first of the sequence to the last of the run.
+    pub after: usize,
+    /// It has rows for all positions.
+    pub table: Box<Table>,
 }
 
 impl Table {
+    /// Of one kind for all runs.
+    pub fn new(half: usize, cos: Vec<f32>, sin: Vec<f32>) -> Self {
+        let long = None;
+        Table { half, cos, sin, long }
+    }
+
+    /// Positions that a run may have.
     pub fn positions(&self) -> usize {
-        self.cos.len() / self.half.max(1)
+        let table = self.long.as_ref().map_or(self, |long| &long.table);
+        table.cos.len() / self.half.max(1)
+    }
+
+    /// The table of a run that ends before position `end`.
+    pub fn of_run(&self, end: usize) -> &Table {
+        match &self.long {
+            Some(long) if end > long.after => &long.table,
+            _ => self,
+        }
     }
 
     /// Whether the rows from `start` on are those of `other`, up to the rounding of their computation.
@@ -50,8 +77,9 @@ impl Rope {
         }
     }
 
-    /// Rotates one head's row in place, by the definition of ONNX `RotaryEmbedding`.
-    pub fn rotate(&self, row: &mut [f32], table: &Table, position: usize) {
+    /// Rotates one head's row in place, by the definition of ONNX `RotaryEmbedding`; the run ends before position `end`.
+    pub fn rotate(&self, row: &mut [f32], table: &Table, position: usize, end: usize) {
+        let table = table.of_run(end);
         for i in 0..self.rotary_dim / 2 {
             let (a, b) = Rope::pair(self.interleaved, self.rotary_dim, i);
             let (cos, sin) = (

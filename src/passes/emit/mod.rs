@@ -24,6 +24,10 @@ struct Emitter<'g> {
     token_input: ValueId,
     position_ids: ValueId,
     write_indices: ValueId,
+    /// Where tables depend on the length of the run.
+    total_lengths: Option<ValueId>,
+    /// Rows of tables that do, by the longest run of their first part.
+    table_rows: HashMap<usize, ValueId>,
     batch: Dim,
     tokens: Dim,
     /// Masks by window.
@@ -81,6 +85,12 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
         (Role::PositionIds, position_ids),
         (Role::WriteIndices, write_indices),
     ];
+    let total_lengths = analysis
+        .tables
+        .longest_short_run()
+        .map(|_| graph.add_input(&Role::TotalLengths.name(), DType::I64, vec![batch.clone()]));
+    inputs.extend(total_lengths.map(|id| (Role::TotalLengths, id)));
+    let first_cache = inputs.len();
     let mut caches = HashMap::new();
     for (id, old) in &old_caches {
         let cache = &analysis.caches[old];
@@ -108,7 +118,9 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
         filled: HashMap::new(),
         of_heads: HashMap::new(),
         older: None,
-        first_cache: inputs.get(3).map(|(_, id)| *id),
+        total_lengths,
+        table_rows: HashMap::new(),
+        first_cache: inputs.get(first_cache).map(|(_, id)| *id),
         caches,
     };
     let mut obstacles = Vec::new();
@@ -150,6 +162,7 @@ fn free_names(graph: &mut Graph, caches: &[(CacheId, ValueId)], tokens: (Role, V
         Role::Embeddings,
         Role::PositionIds,
         Role::WriteIndices,
+        Role::TotalLengths,
         Role::Logits,
     ];
     roles.extend(

@@ -9,7 +9,7 @@ use crate::graph::{Constant, Graph, Shape, ValueId};
 use crate::passes::attention::Analysis;
 use crate::passes::attention::layout::TokenLayout;
 use crate::passes::attention::projection::Projection;
-use crate::passes::attention::rope::Rope;
+use crate::passes::attention::rope::{Rope, Table};
 use crate::passes::attention::rounding::{RotationRounding, RowRounding};
 use crate::passes::reshapes::reshape_to;
 use crate::tensor::{DType, Tensor};
@@ -93,7 +93,47 @@ impl Emitter<'_> {
             num_heads: None,
             rotary_dim: if rope.rotary_dim == p.dim { 0 } else { rope.rotary_dim },
         };
-        self.typed(name, op, &[x, cos, sin, self.position_ids], dtype, shape)
+        let rows = self.table_rows(&analysis.tables.tables[rope.table]);
+        self.typed(name, op, &[x, cos, sin, rows], dtype, shape)
+    }
+
+    /// The row of a table for each token, `[batch, tokens]`: its position, behind the rows for short runs where the run is a
+    /// long one.
+    fn table_rows(&mut self, table: &Table) -> ValueId {
+        let (Some(long), Some(total_lengths)) = (&table.long, self.total_lengths) else {
+            return self.position_ids;
+        };
+        if let Some(known) = self.table_rows.get(&long.after) {
+            return *known;
+        }
+        let (unit, batch) = (Dim::from(1usize), self.batch.clone());
+        let after = self.graph.add_constant(
+            "rotary.longest_short_run",
+            Tensor::from_i64(vec![], &[long.after as i64]),
+        );
+        let none = self.graph.add_constant("rotary.none", Tensor::from_i64(vec![], &[0]));
+        let axis = self.graph.add_i64("rotary.axis", &[1]);
+        let shape = vec![batch.clone()];
+        let greater = Op::Binary(Binary::Greater);
+        let is_long = self.typed(
+            "rotary.is_long",
+            greater,
+            &[total_lengths, after],
+            DType::Bool,
+            shape.clone(),
+        );
+        let shift = self.typed("rotary.shift", Op::Where, &[is_long, after, none], DType::I64, shape);
+        let shift = self.typed(
+            "rotary.shift.column",
+            Op::Unsqueeze,
+            &[shift, axis],
+            DType::I64,
+            vec![batch.clone(), unit],
+        );
+        let (shape, ids) = (vec![batch, self.tokens.clone()], self.position_ids);
+        let rows = self.typed("rotary.rows", Op::Binary(Binary::Add), &[ids, shift], DType::I64, shape);
+        self.table_rows.insert(long.after, rows);
+        rows
     }
 
     /// The sum of two rotations, of which one has cosines alone and one sines alone: their results are rounded. Elements that
@@ -265,7 +305,7 @@ impl Emitter<'_> {
         }
         let table = &analysis.tables.tables[index];
         let mut constant = |part: &str, values: &[f32]| {
-            let tensor = Tensor::from_f32(vec![table.positions(), table.half], values);
+            let tensor = Tensor::from_f32(vec![values.len() / table.half, table.half], values);
             let name = if index == 0 {
                 format!("rotary.{part}")
             } else {
@@ -278,7 +318,13 @@ impl Emitter<'_> {
                 .expect("the table is at hand");
             self.graph.add_constant(&name, tensor)
         };
-        let pair = (constant("cos", &table.cos), constant("sin", &table.sin));
+        // Rows of long runs come behind those of short ones.
+        let (mut cos, mut sin) = (table.cos.clone(), table.sin.clone());
+        if let Some(long) = &table.long {
+            cos.extend_from_slice(&long.table.cos);
+            sin.extend_from_slice(&long.table.sin);
+        }
+        let pair = (constant("cos", &cos), constant("sin", &sin));
         self.tables.insert((index, dtype), pair);
         pair
     }

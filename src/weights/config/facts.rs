@@ -92,7 +92,7 @@ impl Facts {
             .collect();
         let layers = attentions.iter().enumerate().map(|(i, id)| {
             let window = architecture.windows.get(i).copied().flatten();
-            layer(graph, graph.node(*id), architecture.head_dim, capacity, window)
+            layer(graph, graph.node(*id), architecture, capacity, window)
         });
         let norms: Vec<&Node> = nodes()
             .filter(|node| is_over_stream(graph, node, architecture.hidden))
@@ -134,25 +134,37 @@ impl Facts {
     }
 }
 
-fn layer(graph: &Graph, node: &Node, head_dim: usize, capacity: Option<usize>, window: Option<usize>) -> Layer {
+fn layer(
+    graph: &Graph,
+    node: &Node,
+    architecture: &Architecture,
+    capacity: Option<usize>,
+    window: Option<usize>,
+) -> Layer {
+    let head_dim = architecture.head_dim;
+    let short = architecture.rotary.as_ref().and_then(|rotary| rotary.longest_short_run);
     let attention = node.op.attention().expect("an attention");
     let scale = attention.scale.map_or(1.0 / (head_dim as f64).sqrt(), f64::from);
     Layer {
         scale,
         softcap: Some(f64::from(attention.softcap)).filter(|cap| *cap != 0.0),
         window: window.filter(|window| capacity.is_none_or(|capacity| *window < capacity)),
-        rotary: node.input(0).and_then(|query| rotary(graph, query)),
+        rotary: node.input(0).and_then(|query| rotary(graph, query, short)),
     }
 }
 
-/// The tables that rotated a query on its way into an attention.
-fn rotary(graph: &Graph, mut at: ValueId) -> Option<Table> {
+/// The tables that rotated a query on its way into an attention; of two, the first `short` rows, which short runs use.
+fn rotary(graph: &Graph, mut at: ValueId, short: Option<usize>) -> Option<Table> {
     loop {
         let (_, node) = graph.def(at)?;
         match &node.op {
             Op::RotaryEmbedding { .. } => {
                 let constant = |i: usize| graph.constant(node.input(i)?)?.materialize().ok();
-                return Table::new(&constant(1)?, &constant(2)?);
+                let table = Table::new(&constant(1)?, &constant(2)?)?;
+                return match short {
+                    Some(rows) => table.first(rows),
+                    None => Some(table),
+                };
             }
             Op::Transpose { .. } | Op::Reshape { .. } | Op::Cast { .. } | Op::Identity | Op::RoundToCodes { .. } => {
                 at = node.input(0)?;

@@ -49,6 +49,14 @@ impl Table {
         })
     }
 
+    /// Of the first rows alone.
+    pub fn first(mut self, rows: usize) -> Option<Table> {
+        self.rows = rows.min(self.rows);
+        self.cos.truncate(self.rows * self.half);
+        self.sin.truncate(self.rows * self.half);
+        (self.rows >= 2).then_some(self)
+    }
+
     /// Elements of a head that are rotated.
     pub fn rotary_dim(&self) -> usize {
         2 * self.half

@@ -374,7 +374,10 @@ fn of_kind(kind: Kind, projection: &Projection, tables: &Tables) -> Option<(Tabl
     if matches!(kind, Kind::TurnedHalf(_)) && rope.interleaved {
         return None;
     }
-    let Table { half, cos, sin } = tables.tables[rope.table].clone();
+    let Table { half, cos, sin, long } = tables.tables[rope.table].clone();
+    if long.is_some() {
+        return None;
+    }
     rope.table = 0;
     let filled = |value: f32| vec![value; cos.len()];
     let (cos, sin) = match kind {
@@ -383,6 +386,6 @@ fn of_kind(kind: Kind, projection: &Projection, tables: &Tables) -> Option<(Tabl
         Kind::Turned | Kind::TurnedHalf(_) => (filled(0.0), filled(1.0)),
         Kind::Rotated | Kind::RotatedPart | Kind::Picked | Kind::Passed => (cos, sin),
     };
-    own.tables.push(Table { half, cos, sin });
+    own.tables.push(Table::new(half, cos, sin));
     Some((own, of))
 }
