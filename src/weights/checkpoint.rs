@@ -69,6 +69,8 @@ const LLAMA_PARTS: &[Entry] = &[
     one(&["layers.N.attention.query_norm"], "model.layers.N.self_attn.q_norm"),
     one(&["layers.N.attention.key_norm"], "model.layers.N.self_attn.k_norm"),
     one(&["layers.N.attention.output"], "model.layers.N.self_attn.o_proj"),
+    // gpt-oss's sinks.
+    one(&["layers.N.attention"], "model.layers.N.self_attn"),
     one(&["layers.N.feed_forward.gate"], "model.layers.N.mlp.gate_proj"),
     one(&["layers.N.feed_forward.up"], "model.layers.N.mlp.up_proj"),
     Entry {

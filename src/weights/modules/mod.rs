@@ -127,6 +127,12 @@ impl Reader<'_> {
             linears.push((name, self.linear_before(operand)?));
         }
         let prefix = format!("layers.{layer}.attention");
+        // Sinks that do nothing are of the conversion, and of no file.
+        if let (Op::BiasedAttention(_), Some(sinks)) = (&node.op, node.input(5))
+            && self.graph.constant(sinks).is_some_and(|c| c.origin().is_some())
+        {
+            self.name(sinks, &format!("{prefix}.sinks"));
+        }
         let fused = linears.iter().all(|(_, l)| l.weight == linears[0].1.weight);
         if fused {
             let parts: Vec<_> = linears
