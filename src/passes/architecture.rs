@@ -106,7 +106,10 @@ pub fn describe(graph: &Graph, roles: &Roles, analysis: &Analysis, limit: Option
         .and_then(|s| s.last())
         .and_then(Dim::as_const)
         .map(|n| n as usize);
-    let rotated = analysis.layers.iter().find_map(|l| l.query.rope);
+    let rotated = analysis
+        .layers
+        .iter()
+        .find_map(|l| l.query.rotated().map(|(_, rope)| rope));
     let tables = analysis.tables.tables.iter().map(|t| t.positions()).min();
     Some(Architecture {
         layers: analysis.layers.len(),

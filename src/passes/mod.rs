@@ -386,7 +386,7 @@ pub(crate) fn analyse(
     if !obstacles.is_empty() {
         return Err(PassError::Obstacles { obstacles });
     }
-    let roles = timed(&mut graph, report, &table::ROLES, |graph| {
+    let mut roles = timed(&mut graph, report, &table::ROLES, |graph| {
         Ok((0, roles::assign(graph)?))
     })?;
     timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
@@ -411,6 +411,9 @@ pub(crate) fn analyse(
         Ok((decompose::attention::run(graph), ()))
     })?;
     timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    timed(&mut graph, report, &table::LATENT, |graph| {
+        Ok((attention::latent::run(graph, &mut roles)?, ()))
+    })?;
     let analysis = timed(&mut graph, report, &table::ATTENTION, |graph| {
         let analysis = attention::analyse(graph, &roles, options.max_positions);
         Ok((analysis.layers.len(), analysis))

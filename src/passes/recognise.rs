@@ -162,13 +162,13 @@ fn fill(report: &mut Recognition, export: &Graph, analysed: &Analysed) {
             kv_heads: key.heads,
             head_dim: key.dim,
             scores: layer.scores,
-            rotary: match layer.query.rope {
+            rotary: match layer.query.rotated().map(|(_, rope)| rope) {
                 None => "none",
                 Some(rope) if rope.interleaved => "interleaved",
                 Some(_) => "half",
             }
             .to_string(),
-            rotary_dim: layer.query.rope.map_or(0, |rope| rope.rotary_dim),
+            rotary_dim: layer.query.rotated().map_or(0, |(_, rope)| rope.rotary_dim),
             cache_layout: match key.layout {
                 CacheLayout::HeadsFirst => "[batch, kv_heads, slots, head_dim]",
                 CacheLayout::SlotsFirst => "[batch, slots, kv_heads, head_dim]",
@@ -185,7 +185,7 @@ fn fill(report: &mut Recognition, export: &Graph, analysed: &Analysed) {
     count("attention", analysis.layers.len());
     count(
         "rotary_embedding",
-        analysis.layers.iter().filter(|l| l.query.rope.is_some()).count(),
+        analysis.layers.iter().filter(|l| l.query.rotated().is_some()).count(),
     );
     count(
         "sliding_window",

@@ -49,6 +49,7 @@ passes! {
     CHOSEN_ROWS = "chosen_rows": "gives all tokens logits where the export keeps the last ones";
     DECOMPOSE_ATTENTION = "decompose_attention" formerly "expand":
         "brings attention operators of all exporters into one plain form";
+    LATENT = "latent": "caches keys and values where the export caches what they are computed from";
     ATTENTION = "attention": "understands each attention: its mask, rotation, heads and cache, proven by running them";
     EMIT = "emit": "writes attention, rotary embedding and a static cache in place of what was understood";
     RESHAPES = "reshapes": "gives reshapes constant targets";

@@ -233,6 +233,7 @@ fn caches_and_offsets_agree() {
         local_window_size: -1,
         do_rotary: false,
         rotary_interleaved: false,
+        smooth_softmax: 0,
         qk_norm_epsilon: 1e-6,
     });
     let inputs = [

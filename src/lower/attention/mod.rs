@@ -107,7 +107,11 @@ impl Lowering<'_> {
         };
         let attended = if let Some(attended) = split {
             attended
-        } else if scores.softcap.is_some() || form == AttentionForm::Decomposed {
+        } else if scores.softcap.is_some()
+            || form == AttentionForm::Decomposed
+            || self.b.shape(v)[3] != self.b.shape(q)[3]
+        {
+            // The layer takes no values of another width than the keys'.
             self.decomposed(name, [q, k, v], mask, scores.softcap, &Extras::default())?
         } else {
             self.attention_layer(name, [q, k, v], mask)?

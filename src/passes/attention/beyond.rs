@@ -21,7 +21,7 @@ const LARGEST: usize = 1 << 26;
 impl Rows<'_, '_> {
     /// Proves a projection, found at small sizes, at all others that its computation distinguishes.
     pub(super) fn prove_beyond(&self, projection: &Projection, tables: &Tables) -> Result<(), String> {
-        let named = lengths(self.evaluator.graph, [self.value], |id| id == self.source);
+        let named = lengths(self.evaluator.graph, [self.value], |id| self.sources.contains(&id));
         // As far as the tables have rows.
         for (seed, past) in positions(&named, tables.positions).into_iter().enumerate() {
             let trial = self.evaluator.trial(1, past, 1);
@@ -58,7 +58,7 @@ impl Rows<'_, '_> {
         let evaluator = self.evaluator;
         let graph = evaluator.graph;
         let mut stack = vec![self.value];
-        let mut seen = HashSet::from([self.value, self.source]);
+        let mut seen: HashSet<ValueId> = self.sources.iter().copied().chain([self.value]).collect();
         let mut found = Vec::new();
         while let Some(id) = stack.pop() {
             let inputs = graph

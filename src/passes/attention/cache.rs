@@ -26,6 +26,8 @@ pub struct ExportCache {
     pub layout: CacheLayout,
     pub heads: usize,
     pub dim: usize,
+    /// What the rows are made of.
+    pub sources: Vec<ValueId>,
     /// The rows written in each call.
     pub rows: Projection,
     /// Of those rows.
@@ -69,32 +71,28 @@ pub fn solve(
             ),
         });
     };
-    let [source] = new[..] else {
+    if new.is_empty() {
         return Err(format!(
-            "{} is made of {} besides the cache {}, where one projection was expected",
+            "{} is made of nothing besides the cache {}, where a projection was expected",
             name(operand.value),
-            if new.is_empty() {
-                "nothing".into()
-            } else {
-                names(evaluator, &new)
-            },
             name(input)
         ));
-    };
+    }
     let cache = match known.entry(input) {
         Entry::Occupied(entry) => entry.into_mut(),
-        Entry::Vacant(entry) => entry.insert(find(trace, evaluator, operand, input, source, tables)?),
+        Entry::Vacant(entry) => entry.insert(find(trace, evaluator, operand, input, &new, tables)?),
     };
     let context = format!(
         "read {} {} {} {:?} {} {}",
         operand.transposed, operand.query_heads, operand.grouped, cache.layout, cache.heads, cache.dim
     );
-    let print = fingerprint(evaluator, operand.value, &[input, source], &context);
+    let leaves: Vec<ValueId> = [input].into_iter().chain(new).collect();
+    let print = fingerprint(evaluator, operand.value, &leaves, &context);
     let factor = match tables.proven.reads.get(&print) {
         Some(factor) => *factor,
         None => {
             let factor = read(evaluator, operand, cache, tables, &proving_trial(evaluator, 2, 3))?;
-            if let Some(past) = far_past(evaluator, operand.value, &[input, source], tables, 2) {
+            if let Some(past) = far_past(evaluator, operand.value, &leaves, tables, 2) {
                 let far = read(evaluator, operand, cache, tables, &evaluator.trial(1, past, 2))?;
                 if (far - factor).abs() > 1e-3 * factor.abs() {
                     let name = name(operand.value);
@@ -120,7 +118,7 @@ fn find(
     evaluator: &PartialEvaluator<'_>,
     operand: &Operand,
     input: ValueId,
-    source: ValueId,
+    sources: &[ValueId],
     tables: &mut Tables,
 ) -> Result<ExportCache, String> {
     let graph = evaluator.graph;
@@ -130,13 +128,13 @@ fn find(
         caches == [input]
     });
     let output = output.ok_or_else(|| format!("no output is the update of the cache {name}"))?;
-    if trace.sources(output).len() != 2 {
+    if trace.sources(output).len() != 1 + sources.len() {
         return Err(format!(
             "the output {} returns the cache {name} unchanged or mixed with other values",
             graph.value(output).name
         ));
     }
-    let rows_value = trace.rows_before_cache(output, source).ok_or_else(|| {
+    let rows_value = trace.rows_before_cache(output, sources).ok_or_else(|| {
         format!(
             "the output {} is not made of what the attention reads",
             graph.value(output).name
@@ -160,14 +158,8 @@ fn find(
         if operand.dim.is_some_and(|d| d != dim) {
             continue;
         }
-        let rows = Rows {
-            evaluator,
-            value: rows_value,
-            order: RowOrder::Tokens(order.clone()),
-            source,
-            heads,
-            dim,
-        };
+        let order = RowOrder::Tokens(order.clone());
+        let rows = Rows::new(evaluator, rows_value, order, sources, [heads, dim]);
         let found = rows.solve(tables).and_then(|projection| {
             let cache = ExportCache {
                 input,
@@ -175,15 +167,17 @@ fn find(
                 layout: *layout,
                 heads,
                 dim,
+                sources: sources.to_vec(),
                 rows: projection,
                 rounding: RowRounding::default(),
             };
             let context = format!("cache {layout:?} {heads} {dim}");
-            let print = fingerprint(evaluator, output, &[input, source], &context);
+            let leaves: Vec<ValueId> = [input].iter().chain(sources).copied().collect();
+            let print = fingerprint(evaluator, output, &leaves, &context);
             if !tables.proven.writes.contains(&print) {
                 write(evaluator, &cache, tables, &trial)?;
                 write(evaluator, &cache, tables, &proving_trial(evaluator, 0, 2))?;
-                if let Some(past) = far_past(evaluator, output, &[input, source], tables, 2) {
+                if let Some(past) = far_past(evaluator, output, &leaves, tables, 2) {
                     write(evaluator, &cache, tables, &evaluator.trial(1, past, 2))?;
                 }
                 tables.proven.writes.insert(print);
@@ -239,22 +233,16 @@ fn scene(
         stored[i] = held[place];
     }
     let dtype = evaluator.graph.value(cache.input).dtype.unwrap_or(DType::F32);
-    let rows = Rows {
+    let rows = Rows::new(
         evaluator,
-        value: cache.rows.source,
-        order: RowOrder::Canonical,
-        source: cache.rows.source,
-        heads,
-        dim,
-    };
+        cache.rows.source,
+        RowOrder::Canonical,
+        &cache.sources,
+        [heads, dim],
+    );
     let x = Noise::new(&rows, 23).map_err(text)?;
-    let feeds = HashMap::from([
-        (cache.input, tensor_of(dtype, dims, &stored)),
-        (
-            cache.rows.source,
-            rows.feed(trial, |b, t, c| x.at(b, t, c)).map_err(text)?,
-        ),
-    ]);
+    let mut feeds = rows.feed(trial, |b, t, c| x.at(b, t, c)).map_err(text)?;
+    feeds.insert(cache.input, tensor_of(dtype, dims, &stored));
     let new = cache.rows.rows(tables, trial, |b, t, c| x.at(b, t, c) as f32);
     let slots = if evaluator.roles.growing {
         before + tokens
@@ -275,9 +263,9 @@ fn scene(
     Ok(Scene { feeds, expected, slots })
 }
 
-fn coarsest(evaluator: &PartialEvaluator<'_>, ids: &[ValueId]) -> f32 {
+fn coarsest<'i>(evaluator: &PartialEvaluator<'_>, ids: impl IntoIterator<Item = &'i ValueId>) -> f32 {
     let of = |id: &ValueId| tolerance(evaluator.graph.value(*id).dtype.unwrap_or(DType::F32));
-    ids.iter().map(of).fold(0.0, f32::max)
+    ids.into_iter().map(of).fold(0.0, f32::max)
 }
 
 /// Proves that the output is the input with the new rows in the slots from `past` on.
@@ -290,7 +278,8 @@ fn write(evaluator: &PartialEvaluator<'_>, cache: &ExportCache, tables: &Tables,
     let places = cache
         .layout
         .places(trial.sizes.batch, cache.heads, scene.slots, cache.dim);
-    let limit = 4.0 * coarsest(evaluator, &[cache.input, cache.rows.source]) * cache.rows.scale.abs().max(1.0);
+    let limit =
+        4.0 * coarsest(evaluator, cache.sources.iter().chain([&cache.input])) * cache.rows.largest_scale().max(1.0);
     let same = values.len() == places.len()
         && places
             .iter()
@@ -377,7 +366,7 @@ fn read(
         );
     let mut factor = answer / largest;
     let limit = 4.0
-        * coarsest(evaluator, &[cache.input, cache.rows.source, operand.value])
+        * coarsest(evaluator, cache.sources.iter().chain([&cache.input, &operand.value]))
         * factor.abs().max(f32::MIN_POSITIVE);
     if !factor.is_finite() || !pairs.iter().all(|(e, v)| (e * factor - v).abs() <= limit) {
         return Err(format!(

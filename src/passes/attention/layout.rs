@@ -207,6 +207,33 @@ impl Pick {
     }
 }
 
+/// The columns of a projection that the elements of heads are.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Columns {
+    /// Evenly spaced.
+    Even(Pick),
+    /// Each by itself, `[heads, dim]`: heads that share columns, or have them in another order.
+    Listed(Vec<usize>),
+}
+
+impl Columns {
+    /// From the column that each (head, element) was found to be, among `columns`.
+    pub fn of(found: Vec<usize>, heads: usize, dim: usize, columns: usize) -> Columns {
+        match Pick::from_columns(&found, heads, dim, columns) {
+            Some(pick) => Columns::Even(pick),
+            None => Columns::Listed(found),
+        }
+    }
+
+    /// The column of an element of a head.
+    pub fn column(&self, head: usize, element: usize, dim: usize) -> usize {
+        match self {
+            Columns::Even(pick) => pick.column(head, element, dim),
+            Columns::Listed(columns) => columns[head * dim + element],
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,9 +4,11 @@
 //! |---|---|
 //! | [`find`] | each attention: its operands, mask terms, scale and soft cap |
 //! | [`sink`] | sinks beside its scores |
+//! | [`latent`] | caches of what keys and values are computed from, rewritten before the analysis |
 //! | [`trace`] | the projections and caches that an operand is made of |
 //! | [`layout`] | where batch, tokens, heads and slots lie among the axes |
 //! | [`projection`] | which columns of a projection the rows are, scaled and rotated how |
+//! | [`parts`] | heads that are joined of parts |
 //! | [`rope`] | rotary tables |
 //! | [`rounding`] | roundings to codes, and where the canonical operators do them |
 //! | [`cache`] | which output is the update of which input, and that it appends rows |
@@ -24,8 +26,10 @@ mod bias;
 pub(super) mod cache;
 mod find;
 mod fingerprint;
+pub(super) mod latent;
 pub(super) mod layout;
 mod mask;
+mod parts;
 pub(super) mod projection;
 pub(super) mod rope;
 pub(super) mod rounding;
@@ -153,7 +157,7 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
                 let reason = format!("it has biases of {} heads, and {}", mask.slopes.len(), query.heads);
                 analysis.obstacles.push(obstacle(reason));
             }
-            (Ok((query, key_cache, value_cache, key_factor)), Ok(mask)) => analysis.layers.push(AttentionLayer {
+            (Ok((mut query, key_cache, value_cache, key_factor)), Ok(mask)) => analysis.layers.push(AttentionLayer {
                 rounding: LayerRounding::default(),
                 slopes: slopes(graph, &attention, mask.slopes),
                 key_cache,
@@ -161,14 +165,14 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
                 key_factor,
                 scores: AttentionScores {
                     scale: snapped(
-                        key_factor * query.scale * attention.scale as f32,
+                        key_factor * query.take_scale() * attention.scale as f32,
                         &evaluator,
                         &attention,
                     ),
                     softcap: attention.softcap.map(|cap| cap as f32),
                     window: mask.window,
                 },
-                query: Projection { scale: 1.0, ..query },
+                query,
                 found: attention,
             }),
             (operands, mask) => {
@@ -208,7 +212,7 @@ fn place_roundings(trace: &Trace<'_, '_>, evaluator: &PartialEvaluator<'_>, anal
         placed: HashSet::new(),
     };
     for cache in analysis.caches.values_mut() {
-        let rows = trace.rows_before_cache(cache.output, cache.rows.source);
+        let rows = trace.rows_before_cache(cache.output, &cache.sources);
         let rows = rows.expect("a cache was found by the rows written to it");
         match places.rows(rows, &cache.rows, cache.rows.scale) {
             Ok(found) => cache.rounding = found,
@@ -368,21 +372,14 @@ fn operands(
         return Err(format!("its values are scaled by {value_factor}"));
     }
     let sources = trace.sources(attention.query);
-    let mut sources = sources.iter();
-    let (Some(source), None) = (sources.next(), sources.next()) else {
-        return Err(format!(
-            "its queries {} are made of several projections",
-            name(attention.query)
-        ));
-    };
-    let rows = Rows {
+    let sources: Vec<ValueId> = sources.iter().copied().collect();
+    let rows = Rows::new(
         evaluator,
-        value: attention.query,
-        order: RowOrder::Canonical,
-        source: *source,
-        heads: query_heads,
-        dim,
-    };
+        attention.query,
+        RowOrder::Canonical,
+        &sources,
+        [query_heads, dim],
+    );
     let query = rows
         .solve(&mut analysis.tables)
         .map_err(|reason| format!("its queries {}: {reason}", name(attention.query)))?;

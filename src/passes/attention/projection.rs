@@ -1,28 +1,35 @@
 //! What the rows of queries, keys and values are: which columns of a projection, scaled and rotated how.
 //!
-//! Takes a value of the export that `trace` found to be made of one projection, and finds the [`Projection`] that
-//! computes the same by feeding the projection with chosen numbers: ones give the scale, digits of the column number
-//! give the columns, unit rows give the rotary table. The result is then proven on random rows at other positions; what
-//! is not proven is an error that says so.
+//! Takes a value of the export that `trace` found to be made of projections, and finds the [`Projection`] that
+//! computes the same by feeding them with chosen numbers: ones give the scale, digits of the column number
+//! give the columns, unit rows give the rotary table. Where heads are joined of parts, such as those of multi-head latent
+//! attention of one part that is rotated and one that is not, each part is found by itself (`parts`). The result is then
+//! proven on random rows at other positions; what is not proven is an error that says so.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 use super::fingerprint::{Fingerprint, fingerprint};
-use super::layout::{Pick, TokenLayout};
+use super::layout::{Columns, TokenLayout};
 use super::rope::{LongTable, Rope, Table};
 use crate::graph::ValueId;
 use crate::passes::partial_eval::{PartialEvaluator, Stuck, Trial, tensor_of};
 use crate::tensor::{DType, Tensor};
 
-/// Rows `[batch, heads, tokens, head_dim]` as `rotate(scale * pick(source))`.
+/// Rows `[batch, heads, tokens, dim]` as `rotate(scale * pick(source))`, followed in each head by those of `rest`.
 #[derive(Clone, Debug)]
 pub struct Projection {
     pub source: ValueId,
+    /// Which of the sources of the rows that is.
+    pub index: usize,
+    /// Columns of the sources before.
+    pub base: usize,
     pub heads: usize,
     pub dim: usize,
-    pub pick: Pick,
+    pub pick: Columns,
     pub scale: f32,
     pub rope: Option<Rope>,
+    pub rest: Option<Box<Projection>>,
 }
 
 /// The distinct rotary tables found so far, and how long they have to be.
@@ -68,9 +75,48 @@ pub struct Rows<'a, 'g> {
     pub evaluator: &'a PartialEvaluator<'g>,
     pub value: ValueId,
     pub order: RowOrder,
-    pub source: ValueId,
+    /// Whose columns, one source after the other, are numbered from 0.
+    pub sources: Vec<ValueId>,
     pub heads: usize,
     pub dim: usize,
+    /// Where these elements begin in heads of `width`.
+    pub start: usize,
+    pub width: usize,
+}
+
+/// Tensors in the place of sources.
+pub type Feeds = HashMap<ValueId, Tensor>;
+
+/// What probing showed of each element of each head, `[heads, dim]`: at position 0 it is a column times a factor.
+pub(super) struct Seen {
+    /// Among the columns of all sources.
+    pub columns: Vec<usize>,
+    pub factors: Vec<f32>,
+}
+
+impl Seen {
+    /// Elements of every head.
+    pub fn part(&self, dim: usize, part: Range<usize>) -> Seen {
+        let columns = self.columns.chunks(dim).flat_map(|head| head[part.clone()].to_vec());
+        let factors = self.factors.chunks(dim).flat_map(|head| head[part.clone()].to_vec());
+        Seen {
+            columns: columns.collect(),
+            factors: factors.collect(),
+        }
+    }
+
+    /// The one source that all columns are of, and the columns before it.
+    fn source(&self, sizes: &[usize]) -> Option<(usize, usize)> {
+        let mut base = 0;
+        for (index, size) in sizes.iter().enumerate() {
+            let own = base..base + size;
+            if self.columns.iter().all(|column| own.contains(column)) {
+                return Some((index, base));
+            }
+            base += size;
+        }
+        None
+    }
 }
 
 /// Fed numbers are small multiples of 1/64, so that they are exact in every float type.
@@ -94,61 +140,101 @@ pub fn tolerance(dtype: DType) -> f32 {
     }
 }
 
-impl Rows<'_, '_> {
-    fn dtype(&self) -> DType {
-        self.evaluator.graph.value(self.source).dtype.unwrap_or(DType::F32)
+impl<'a, 'g> Rows<'a, 'g> {
+    /// Whole heads of `dim` elements.
+    pub fn new(
+        evaluator: &'a PartialEvaluator<'g>,
+        value: ValueId,
+        order: RowOrder,
+        sources: &[ValueId],
+        [heads, dim]: [usize; 2],
+    ) -> Self {
+        Rows {
+            evaluator,
+            value,
+            order,
+            sources: sources.to_vec(),
+            heads,
+            dim,
+            start: 0,
+            width: dim,
+        }
+    }
+
+    /// Elements of every head.
+    pub(super) fn part(&self, part: Range<usize>) -> Self {
+        Rows {
+            order: self.order.clone(),
+            sources: self.sources.clone(),
+            dim: part.len(),
+            start: self.start + part.start,
+            ..*self
+        }
     }
 
     /// Rounding of the coarsest type on the way.
-    fn tolerance(&self) -> f32 {
-        let of = |id: ValueId| tolerance(self.evaluator.graph.value(id).dtype.unwrap_or(DType::F32));
-        of(self.source).max(of(self.value))
+    pub(super) fn tolerance(&self) -> f32 {
+        let of = |id: &ValueId| tolerance(self.evaluator.graph.value(*id).dtype.unwrap_or(DType::F32));
+        self.sources.iter().map(of).fold(of(&self.value), f32::max)
     }
 
-    fn layout(&self) -> Result<TokenLayout, String> {
+    fn layout(&self, source: ValueId) -> Result<TokenLayout, Stuck> {
         let graph = self.evaluator.graph;
-        let shape = graph.shape(self.source).cloned().unwrap_or_default();
+        let shape = graph.shape(source).cloned().unwrap_or_default();
         TokenLayout::of(&shape, self.evaluator.roles).ok_or_else(|| {
-            let name = &graph.value(self.source).name;
-            format!("the projection {name} has the shape {shape:?}, in which no axis counts tokens")
+            let name = &graph.value(source).name;
+            Stuck {
+                at: name.clone(),
+                reason: format!("the projection {name} has the shape {shape:?}, in which no axis counts tokens"),
+            }
         })
     }
 
-    /// The source tensor whose element (sequence, token, column) is `element(b, t, column)`.
-    pub fn feed(&self, trial: &Trial, element: impl Fn(usize, usize, usize) -> f64) -> Result<Tensor, Stuck> {
-        let dims = self.evaluator.dims(trial, self.source)?;
-        let layout = self.layout().map_err(|reason| Stuck {
-            at: self.evaluator.graph.value(self.source).name.clone(),
-            reason,
-        })?;
+    /// The source tensors whose elements (sequence, token, column) are `element(b, t, column)`.
+    pub fn feed(&self, trial: &Trial, element: impl Fn(usize, usize, usize) -> f64) -> Result<Feeds, Stuck> {
         let (batch, tokens) = (trial.sizes.batch, trial.sizes.tokens);
-        let places = layout.places(&dims, batch, tokens);
-        let columns = places.len() / (batch * tokens).max(1);
-        let mut values = vec![0.0; dims.iter().product()];
-        for (i, place) in places.into_iter().enumerate() {
-            let (row, column) = (i / columns, i % columns);
-            values[place] = element(row / tokens, row % tokens, column);
+        let mut feeds = HashMap::new();
+        let mut base = 0;
+        for source in &self.sources {
+            let dims = self.evaluator.dims(trial, *source)?;
+            let places = self.layout(*source)?.places(&dims, batch, tokens);
+            let columns = places.len() / (batch * tokens).max(1);
+            let mut values = vec![0.0; dims.iter().product()];
+            for (i, place) in places.into_iter().enumerate() {
+                let (row, column) = (i / columns, i % columns);
+                values[place] = element(row / tokens, row % tokens, base + column);
+            }
+            base += columns;
+            let dtype = self.evaluator.graph.value(*source).dtype.unwrap_or(DType::F32);
+            feeds.insert(*source, tensor_of(dtype, dims, &values));
         }
-        Ok(tensor_of(self.dtype(), dims, &values))
+        Ok(feeds)
     }
 
-    /// The rows, `[batch, heads, tokens, head_dim]`, when the source is `x`.
-    pub fn run(&self, trial: &Trial, x: Tensor) -> Result<Vec<f32>, Stuck> {
-        let result = self
-            .evaluator
-            .run(trial, &HashMap::from([(self.source, x)]), &[self.value])?;
+    /// The rows, `[batch, heads, tokens, dim]`, when the sources are `x`.
+    pub fn run(&self, trial: &Trial, x: Feeds) -> Result<Vec<f32>, Stuck> {
+        let rows = self.run_whole(trial, x)?;
+        if self.dim == self.width {
+            return Ok(rows);
+        }
+        let part = |head: &[f32]| head[self.start..self.start + self.dim].to_vec();
+        Ok(rows.chunks(self.width).flat_map(part).collect())
+    }
+
+    fn run_whole(&self, trial: &Trial, x: Feeds) -> Result<Vec<f32>, Stuck> {
+        let result = self.evaluator.run(trial, &x, &[self.value])?;
         let (batch, tokens) = (trial.sizes.batch, trial.sizes.tokens);
         let flat = result[0].to_f32();
         let wrong = |reason: String| Stuck {
             at: self.evaluator.graph.value(self.value).name.clone(),
             reason,
         };
-        if flat.len() != batch * tokens * self.heads * self.dim {
+        if flat.len() != batch * tokens * self.heads * self.width {
             return Err(wrong(format!(
                 "has {:?} where {batch} x {} heads x {tokens} tokens x {} were expected",
                 result[0].shape(),
                 self.heads,
-                self.dim
+                self.width
             )));
         }
         let layout = match &self.order {
@@ -157,32 +243,39 @@ impl Rows<'_, '_> {
         };
         let mut rows = vec![0.0; flat.len()];
         for (i, place) in layout.places(result[0].shape(), batch, tokens).into_iter().enumerate() {
-            let (d, h) = (i % self.dim, i / self.dim % self.heads);
+            let (d, h) = (i % self.width, i / self.width % self.heads);
             let (t, b) = (
-                i / (self.dim * self.heads) % tokens,
-                i / (self.dim * self.heads * tokens),
+                i / (self.width * self.heads) % tokens,
+                i / (self.width * self.heads * tokens),
             );
-            rows[((b * self.heads + h) * tokens + t) * self.dim + d] = flat[place];
+            rows[((b * self.heads + h) * tokens + t) * self.width + d] = flat[place];
         }
         Ok(rows)
     }
 
-    /// The columns of the source.
-    fn columns(&self) -> Result<usize, Stuck> {
+    /// The columns of each source.
+    pub(super) fn columns_of_sources(&self) -> Result<Vec<usize>, Stuck> {
         let trial = self.evaluator.trial(1, 0, 1);
-        let volume: usize = self.evaluator.dims(&trial, self.source)?.iter().product();
-        Ok(volume / (trial.sizes.batch * trial.sizes.tokens).max(1))
+        let columns = |source: &ValueId| {
+            let volume: usize = self.evaluator.dims(&trial, *source)?.iter().product();
+            Ok(volume / (trial.sizes.batch * trial.sizes.tokens).max(1))
+        };
+        self.sources.iter().map(columns).collect()
+    }
+
+    /// The columns of all sources.
+    pub(super) fn columns(&self) -> Result<usize, Stuck> {
+        Ok(self.columns_of_sources()?.iter().sum())
     }
 
     /// Finds and proves the projection. New rotary tables go into `tables`; one that is there already is used again.
     pub fn solve(&self, tables: &mut Tables) -> Result<Projection, String> {
         let context = format!("rows {} {} {:?}", self.heads, self.dim, self.order);
-        let print = fingerprint(self.evaluator, self.value, &[self.source], &context);
+        let print = fingerprint(self.evaluator, self.value, &self.sources, &context);
         if let Some(known) = tables.proven.projections.get(&print) {
-            return Ok(Projection {
-                source: self.source,
-                ..known.clone()
-            });
+            let mut known = known.clone();
+            known.each_part(&mut |part| part.source = self.sources[part.index]);
+            return Ok(known);
         }
         let found = self.execute(tables)?;
         tables.proven.projections.insert(print, found.clone());
@@ -226,25 +319,48 @@ impl Rows<'_, '_> {
             }
             unit *= base;
         }
-        let pick = Pick::from_columns(&found, self.heads, self.dim, columns)
-            .ok_or("its heads are not evenly spaced columns of the projection")?;
-
-        let mut projection = Projection {
-            source: self.source,
-            heads: self.heads,
-            dim: self.dim,
-            pick,
-            scale: factors[0],
-            rope: None,
+        let seen = Seen {
+            columns: found,
+            factors,
         };
-        if let Some((interleaved, rotary_dim)) = self.rotation(&projection, factors[0])? {
-            self.find_table(&mut projection, &factors, interleaved, rotary_dim, tables)?;
-        }
+        let projection = match self.projection(&seen, tables) {
+            Ok(projection) => projection,
+            Err(reason) => self.in_parts(&seen, tables)?.ok_or(reason)?,
+        };
         for (seed, (batch, past, count)) in [(2, 2, 3), (1, 0, 4), (2, 5, 1)].into_iter().enumerate() {
             let trial = self.evaluator.trial(batch, past, count);
             self.prove(&projection, tables, &trial, seed as u64 + 1)?;
         }
         self.prove_beyond(&projection, tables)?;
+        Ok(projection)
+    }
+
+    /// The projection of rows that are evenly spaced columns of one source, rotated from their first element on if at all.
+    pub(super) fn projection(&self, seen: &Seen, tables: &mut Tables) -> Result<Projection, String> {
+        let sizes = self.columns_of_sources().map_err(|stuck| stuck.to_string())?;
+        let (index, base) = seen
+            .source(&sizes)
+            .ok_or("its heads are columns of several projections")?;
+        let columns: Vec<usize> = seen.columns.iter().map(|column| column - base).collect();
+        let pick = Columns::of(columns, self.heads, self.dim, sizes[index]);
+        // Whole heads are expected to be evenly spaced; parts of heads need not be.
+        if matches!(pick, Columns::Listed(_)) && self.dim == self.width {
+            return Err("its heads are not evenly spaced columns of the projection".into());
+        }
+        let mut projection = Projection {
+            source: self.sources[index],
+            index,
+            base,
+            heads: self.heads,
+            dim: self.dim,
+            pick,
+            scale: seen.factors[0],
+            rope: None,
+            rest: None,
+        };
+        if let Some((interleaved, rotary_dim)) = self.rotation(&projection, seen.factors[0])? {
+            self.find_table(&mut projection, &seen.factors, interleaved, rotary_dim, tables)?;
+        }
         Ok(projection)
     }
 
@@ -260,7 +376,7 @@ impl Rows<'_, '_> {
         let limit = self.tolerance() * factor.abs();
         let still = (0..self.heads * self.dim).all(|i| {
             let (h, d) = (i / self.dim, i % self.dim);
-            let expected = factor * x[projection.pick.column(h, d, self.dim)] as f32;
+            let expected = factor * x[projection.column(h, d)] as f32;
             (rows[h * tokens * self.dim + d] - expected).abs() <= limit
         });
         if still {
@@ -269,7 +385,7 @@ impl Rows<'_, '_> {
         let unit = |wanted: &dyn Fn(usize) -> bool| -> Result<Vec<f32>, String> {
             let on: Vec<usize> = (0..self.dim)
                 .filter(|d| wanted(*d))
-                .map(|d| projection.pick.column(0, d, self.dim))
+                .map(|d| projection.column(0, d))
                 .collect();
             let x = self
                 .feed(&trial, |_, t, c| f64::from(u8::from(t == 0 && on.contains(&c))))
@@ -390,7 +506,7 @@ impl Rows<'_, '_> {
         let mut firsts = vec![false; self.columns().map_err(text)?];
         for i in 0..half {
             let (first, _) = Rope::pair(interleaved, rotary_dim, i);
-            firsts[projection.pick.column(0, first, self.dim)] = true;
+            firsts[projection.column(0, first)] = true;
         }
         let x = self
             .feed(&trial, |_, _, c| f64::from(u8::from(firsts[c])))
@@ -425,7 +541,7 @@ impl Rows<'_, '_> {
         let x = Noise::new(self, seed).map_err(text)?;
         let rows = self.run(trial, self.feed(trial, |b, t, c| x.at(b, t, c)).map_err(text)?);
         let expected = projection.rows(tables, trial, |b, t, c| x.at(b, t, c) as f32);
-        let limit = self.tolerance() * projection.scale.abs().max(f32::MIN_POSITIVE) * 4.0;
+        let limit = self.tolerance() * projection.largest_scale().max(f32::MIN_POSITIVE) * 4.0;
         let rows = rows.map_err(text)?;
         let near = rows.iter().zip(&expected).all(|(a, b)| (a - b).abs() <= limit);
         if near {
@@ -453,23 +569,63 @@ impl Noise {
 }
 
 impl Projection {
-    /// The definition: rows `[batch, heads, tokens, head_dim]` of a source with these elements.
+    /// Elements of a head, those of all parts.
+    pub fn width(&self) -> usize {
+        self.dim + self.rest.as_ref().map_or(0, |rest| rest.width())
+    }
+
+    fn each_part(&mut self, each: &mut impl FnMut(&mut Projection)) {
+        each(self);
+        if let Some(rest) = &mut self.rest {
+            rest.each_part(each);
+        }
+    }
+
+    /// The greatest magnitude of the factors of its parts.
+    pub fn largest_scale(&self) -> f32 {
+        let rest = self.rest.as_ref().map_or(0.0, |rest| rest.largest_scale());
+        self.scale.abs().max(rest)
+    }
+
+    /// The first part that is rotated.
+    pub fn rotated(&self) -> Option<(&Projection, Rope)> {
+        let rest = || self.rest.as_ref()?.rotated();
+        self.rope.map(|rope| (self, rope)).or_else(rest)
+    }
+
+    /// The factor that all parts have, which becomes 1; 1 where they have several.
+    pub fn take_scale(&mut self) -> f32 {
+        let scale = self.scale;
+        let mut same = true;
+        self.each_part(&mut |part| same &= part.scale == scale);
+        if !same {
+            return 1.0;
+        }
+        self.each_part(&mut |part| part.scale = 1.0);
+        scale
+    }
+
+    /// The number of the column, among those of all sources, of an element of a head.
+    fn column(&self, head: usize, element: usize) -> usize {
+        self.base + self.pick.column(head, element, self.dim)
+    }
+
+    /// The definition: rows `[batch, heads, tokens, width]` of sources with these elements.
     pub fn rows(&self, tables: &Tables, trial: &Trial, x: impl Fn(usize, usize, usize) -> f32) -> Vec<f32> {
         let (batch, tokens) = (trial.sizes.batch, trial.sizes.tokens);
-        let mut rows = Vec::with_capacity(batch * self.heads * tokens * self.dim);
+        let mut rows = Vec::with_capacity(batch * self.heads * tokens * self.width());
         for b in 0..batch {
             for h in 0..self.heads {
                 for t in 0..tokens {
-                    let start = rows.len();
-                    rows.extend((0..self.dim).map(|d| self.scale * x(b, t, self.pick.column(h, d, self.dim))));
-                    if let Some(rope) = &self.rope {
-                        let end = trial.sizes.past + tokens;
-                        rope.rotate(
-                            &mut rows[start..],
-                            &tables.tables[rope.table],
-                            trial.sizes.past + t,
-                            end,
-                        );
+                    let mut part = Some(self);
+                    while let Some(p) = part {
+                        let start = rows.len();
+                        rows.extend((0..p.dim).map(|d| p.scale * x(b, t, p.column(h, d))));
+                        if let Some(rope) = &p.rope {
+                            let (position, end) = (trial.sizes.past + t, trial.sizes.past + tokens);
+                            rope.rotate(&mut rows[start..], &tables.tables[rope.table], position, end);
+                        }
+                        part = p.rest.as_deref();
                     }
                 }
             }

@@ -49,24 +49,22 @@ impl<'b, 'g> Trace<'b, 'g> {
         sources
     }
 
-    /// The cache among the sources, and the one other source.
+    /// The cache among the sources, and the other sources.
     pub fn cache_and_new(&self, id: ValueId) -> (Vec<ValueId>, Vec<ValueId>) {
         self.sources(id).iter().copied().partition(|v| self.is_cache(*v))
     }
 
-    /// The largest value on the way from `id` that is made of `source` alone: the rows about to be written to a cache.
-    pub fn rows_before_cache(&self, id: ValueId, source: ValueId) -> Option<ValueId> {
+    /// The largest value on the way from `id` that is made of these sources alone: the rows about to be written to a cache.
+    pub fn rows_before_cache(&self, id: ValueId, of: &[ValueId]) -> Option<ValueId> {
         let sources = self.sources(id);
-        if !sources.contains(&source) {
+        if !of.iter().all(|source| sources.contains(source)) {
             return None;
         }
-        if sources.len() == 1 {
+        if sources.len() == of.len() {
             return Some(id);
         }
         let (_, node) = self.evaluator.graph.def(id)?;
-        self.data(node)
-            .into_iter()
-            .find_map(|v| self.rows_before_cache(v, source))
+        self.data(node).into_iter().find_map(|v| self.rows_before_cache(v, of))
     }
 
     fn data(&self, node: &Node) -> Vec<ValueId> {
@@ -80,6 +78,8 @@ impl<'b, 'g> Trace<'b, 'g> {
     fn through(&self, node: &Node) -> Option<Sources> {
         let data = self.data(node);
         match &node.op {
+            // Heads may be joined of parts.
+            Op::Concat { .. } | Op::ScatterNd { .. } | Op::ScatterElements { .. } => Some(self.union(&data)),
             op if moves_elements(op) => self.merged(&data),
             Op::RotaryEmbedding { .. } | Op::ContribRotaryEmbedding { .. } | Op::Unary(Unary::Neg) => {
                 self.merged(&data)
@@ -110,6 +110,11 @@ impl<'b, 'g> Trace<'b, 'g> {
                 .is_some_and(|s| s.iter().all(|d| d.is_one())),
             Dependence::Data => false,
         }
+    }
+
+    fn union(&self, data: &[ValueId]) -> Sources {
+        let each = data.iter().map(|v| self.sources(*v));
+        Rc::new(each.flat_map(|s| s.iter().copied().collect::<Vec<_>>()).collect())
     }
 
     /// Operands may meet where a cache is written or where they have the same sources; a sum of two projections, such

@@ -7,7 +7,7 @@ use crate::dim::Dim;
 use crate::graph::op::{Binary, Op, Rounding};
 use crate::graph::{Constant, Graph, Shape, ValueId};
 use crate::passes::attention::Analysis;
-use crate::passes::attention::layout::TokenLayout;
+use crate::passes::attention::layout::{Columns, TokenLayout};
 use crate::passes::attention::projection::Projection;
 use crate::passes::attention::rope::{Rope, Table};
 use crate::passes::attention::rounding::{RotationRounding, RowRounding};
@@ -35,8 +35,28 @@ impl Emitter<'_> {
         x
     }
 
-    /// `[batch, heads, tokens, head_dim]`.
+    /// `[batch, heads, tokens, head_dim]`, of all parts.
     pub(super) fn rows(
+        &mut self,
+        p: &Projection,
+        rounding: &RowRounding,
+        name: &str,
+        dtype: DType,
+        analysis: &Analysis,
+    ) -> Result<ValueId, String> {
+        let mut rows = self.part_of_rows(p, rounding, name, dtype, analysis)?;
+        let mut rest = p.rest.as_deref();
+        for n in 1.. {
+            let Some(part) = rest else { break };
+            let more = self.part_of_rows(part, rounding, &format!("{name}.part{n}"), dtype, analysis)?;
+            rows = self.joined([rows, more], &format!("{name}.joined{n}"));
+            rest = part.rest.as_deref();
+        }
+        Ok(rows)
+    }
+
+    /// `[batch, heads, tokens, dim]` of one part.
+    fn part_of_rows(
         &mut self,
         p: &Projection,
         rounding: &RowRounding,
@@ -252,8 +272,12 @@ impl Emitter<'_> {
         );
         let fixed = |d: &Dim| d.as_const().map(|n| n as usize);
         let (batch, tokens) = (self.batch.clone(), self.tokens.clone());
-        let columns = p.pick.groups * p.pick.stride;
-        let whole = p.pick.groups == 1 && columns == p.heads * p.dim;
+        let pick = match &p.pick {
+            Columns::Even(pick) => *pick,
+            Columns::Listed(columns) => return self.listed(p, columns, name),
+        };
+        let columns = pick.groups * pick.stride;
+        let whole = pick.groups == 1 && columns == p.heads * p.dim;
         let layout = TokenLayout::find(&shape, fixed(&batch));
         let layout = layout.ok_or_else(|| format!("{} has the shape {shape:?}", source.name))?;
         let heads: Shape = vec![batch.clone(), Dim::from(p.heads), tokens.clone(), Dim::from(p.dim)];
@@ -283,20 +307,55 @@ impl Emitter<'_> {
             let groups = vec![
                 batch.clone(),
                 tokens.clone(),
-                Dim::from(p.pick.groups),
-                Dim::from(p.pick.stride),
+                Dim::from(pick.groups),
+                Dim::from(pick.stride),
             ];
             x = reshape(self.graph, x, &groups, ".groups")?;
-            let run = p.pick.per_group * p.dim;
+            let run = pick.per_group * p.dim;
             let mut ints = |value: usize| self.graph.add_i64(&format!("{name}.slice"), &[value as i64]);
-            let operands = [ints(p.pick.offset), ints(p.pick.offset + run), ints(3)];
-            let to = vec![batch.clone(), tokens.clone(), Dim::from(p.pick.groups), Dim::from(run)];
+            let operands = [ints(pick.offset), ints(pick.offset + run), ints(3)];
+            let to = vec![batch.clone(), tokens.clone(), Dim::from(pick.groups), Dim::from(run)];
             let inputs = [x, operands[0], operands[1], operands[2]];
             x = self.typed(&format!("{name}.columns"), Op::Slice, &inputs, dtype, to);
             x = reshape(self.graph, x, &rows, ".heads")?;
         }
         let perm = Some(vec![0, 2, 1, 3]);
         Ok(self.typed(&format!("{name}.rows"), Op::Transpose { perm }, &[x], dtype, heads))
+    }
+
+    /// Elements that are columns of a projection, one by one.
+    fn listed(&mut self, p: &Projection, columns: &[usize], name: &str) -> Result<ValueId, String> {
+        let (dtype, shape) = self.type_of(p.source);
+        let fixed = self.batch.as_const().map(|n| n as usize);
+        let layout = TokenLayout::find(&shape, fixed);
+        let in_rows = layout.is_some_and(|layout| layout.is_batch_first() || layout.token_axis() == 0);
+        let source = &self.graph.value(p.source).name;
+        let refused = format!("{source} has the shape {shape:?}, of which no columns can be taken one by one");
+        let all = shape.iter().fold(Dim::from(1usize), |all, dim| &all * dim);
+        let width = all.div_exact(&(&self.batch * &self.tokens)).filter(|_| in_rows);
+        let width = width
+            .filter(|width| width.as_const().is_some())
+            .ok_or_else(|| refused.clone())?;
+        let rows = |width: Dim, of: &Self| -> Shape { vec![of.batch.clone(), of.tokens.clone(), width] };
+        let to = rows(width, self);
+        let flat = reshape_to(self.graph, self.token_ids, p.source, &to, &format!("{name}.flat")).ok_or(refused)?;
+        let indices: Vec<i64> = columns.iter().map(|column| *column as i64).collect();
+        let indices = self.graph.add_i64(&format!("{name}.columns"), &indices);
+        let to = rows(Dim::from(columns.len()), self);
+        let taken = self.typed(
+            &format!("{name}.taken"),
+            Op::Gather { axis: 2 },
+            &[flat, indices],
+            dtype,
+            to,
+        );
+        let (batch, tokens) = (self.batch.clone(), self.tokens.clone());
+        let heads: Shape = vec![batch.clone(), tokens.clone(), Dim::from(p.heads), Dim::from(p.dim)];
+        let split = reshape_to(self.graph, self.token_ids, taken, &heads, &format!("{name}.heads"))
+            .ok_or_else(|| format!("no reshape gives {name} its heads"))?;
+        let perm = Some(vec![0, 2, 1, 3]);
+        let to = vec![batch, Dim::from(p.heads), tokens, Dim::from(p.dim)];
+        Ok(self.typed(&format!("{name}.rows"), Op::Transpose { perm }, &[split], dtype, to))
     }
 
     fn table(&mut self, index: usize, dtype: DType, analysis: &Analysis) -> (ValueId, ValueId) {

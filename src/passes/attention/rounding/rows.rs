@@ -100,6 +100,12 @@ impl Stages {
 impl Places<'_, '_, '_> {
     /// Of rows with this projection. `scale` is the factor with which they are written.
     pub fn rows(&mut self, value: ValueId, projection: &Projection, scale: f32) -> Result<RowRounding, Unplaced> {
+        if projection.rest.is_some() {
+            return Err(Unplaced {
+                value: self.evaluator.graph.value(value).name.clone(),
+                reason: "its heads are joined of several parts".into(),
+            });
+        }
         let tree = self.tree(value, projection.source)?;
         let whole = match projection.rope {
             Some(_) => Kind::Rotated,
@@ -310,14 +316,8 @@ impl Places<'_, '_, '_> {
         let order = TokenLayout::of(shape, evaluator.roles).map_or(RowOrder::Canonical, RowOrder::Tokens);
         let (tables, of) = of_kind(kind, projection, self.tables)?;
         let columns = kind.columns(projection);
-        let rows = Rows {
-            evaluator,
-            value,
-            order,
-            source: projection.source,
-            heads: projection.heads,
-            dim: columns.len(),
-        };
+        let sizes = [projection.heads, columns.len()];
+        let rows = Rows::new(evaluator, value, order, &[projection.source], sizes);
         let end = self
             .tables
             .positions

@@ -1,0 +1,360 @@
+//! Caches of what keys and values are computed from, as multi-head latent attention keeps them.
+//!
+//! Where an export appends rows to caches and computes keys and values from the whole caches (a product with a weight lies
+//! between), the graph is rewritten to what exports of other models do: keys and values of the new tokens are computed, and
+//! appended to caches of keys and values. That is the same if what lies between works slot by slot, which is proven by
+//! running it: all slots at once, and the first and the last slots by themselves. What is not proven stays as it is, for the
+//! analysis to refuse.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+use super::find::{self, FoundAttention};
+use super::projection::{noise, tolerance};
+use super::trace::Trace;
+use crate::dim::{Dim, Sym};
+use crate::graph::infer::infer;
+use crate::graph::op::Op;
+use crate::graph::{Definition, Graph, NodeId, ValueId};
+use crate::passes::PassError;
+use crate::passes::dependence::Dependence;
+use crate::passes::partial_eval::{PartialEvaluator, Stuck, tensor_of};
+use crate::passes::roles::{InputRole, Roles};
+use crate::tensor::DType;
+
+/// A cache that grows by concatenation.
+#[derive(Clone, Copy, Debug)]
+struct Append {
+    input: ValueId,
+    new: ValueId,
+    /// The cache with the new rows, an output of the model.
+    all: ValueId,
+    axis: usize,
+}
+
+/// One attention to rewrite.
+struct Plan {
+    attention: FoundAttention,
+    /// Its caches, those of no other attention.
+    caches: Vec<Append>,
+}
+
+/// Rewrites what it can prove. Gives the number of attentions rewritten; the graph is inferred afterwards.
+pub fn run(graph: &mut Graph, roles: &mut Roles) -> Result<usize, PassError> {
+    if !roles.growing {
+        return Ok(0);
+    }
+    let plans = plans(graph, roles);
+    let mut rewrites = 0;
+    for plan in plans {
+        // On a copy: what is not proven leaves no trace.
+        let mut copy = graph.clone();
+        let Some(operands) = copied(&mut copy, roles, &plan)? else {
+            continue;
+        };
+        if proven(&copy, roles, &plan, &operands).is_err() {
+            continue;
+        }
+        *graph = copy;
+        rewrite(graph, roles, &plan, &operands)?;
+        rewrites += 1;
+    }
+    if rewrites > 0 {
+        graph.sort()?;
+        graph.remove_dead_nodes();
+        infer(graph)?;
+    }
+    Ok(rewrites)
+}
+
+fn plans(graph: &Graph, roles: &Roles) -> Vec<Plan> {
+    let evaluator = PartialEvaluator::new(graph, roles);
+    let (found, _) = find::find(&evaluator);
+    let trace = Trace::new(&evaluator);
+    let of_each: Vec<BTreeSet<ValueId>> = found
+        .iter()
+        .map(|attention| caches_behind(&evaluator, [attention.key, attention.value]))
+        .collect();
+    let mut plans = Vec::new();
+    for (index, attention) in found.iter().enumerate() {
+        let mut others = of_each.iter().enumerate().filter(|(other, _)| *other != index);
+        let shared = others.any(|(_, caches)| !caches.is_disjoint(&of_each[index]));
+        let computed = [attention.key, attention.value].into_iter().any(|operand| {
+            let sources = trace.sources(operand);
+            let mut sources = sources.iter().filter(|source| !trace.is_cache(**source));
+            sources.any(|source| !caches_behind(&evaluator, [*source]).is_disjoint(&of_each[index]))
+        });
+        let caches: Option<Vec<Append>> = of_each[index].iter().map(|cache| append(graph, *cache)).collect();
+        if let (true, false, Some(caches)) = (computed, shared, caches) {
+            plans.push(Plan {
+                attention: attention.clone(),
+                caches,
+            });
+        }
+    }
+    plans
+}
+
+/// The cache inputs that data values are computed from, up to the layer before: no further than other cache outputs' rows.
+fn caches_behind<const N: usize>(evaluator: &PartialEvaluator<'_>, of: [ValueId; N]) -> BTreeSet<ValueId> {
+    let graph = evaluator.graph;
+    let mut stack = of.to_vec();
+    let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
+    let mut caches = BTreeSet::new();
+    while let Some(id) = stack.pop() {
+        if evaluator.roles.of.get(&id) == Some(&InputRole::Cache) {
+            caches.insert(id);
+            continue;
+        }
+        let Some((_, node)) = graph.def(id) else { continue };
+        let mut inputs: Vec<ValueId> = node.inputs.iter().flatten().copied().collect();
+        // Rows appended to a cache come from the layer's input, and with it from all layers before.
+        if matches!(node.op, Op::Concat { .. })
+            && inputs
+                .iter()
+                .any(|v| evaluator.roles.of.get(v) == Some(&InputRole::Cache))
+        {
+            inputs.retain(|v| evaluator.roles.of.get(v) == Some(&InputRole::Cache));
+        }
+        let data = inputs
+            .into_iter()
+            .filter(|v| evaluator.dependence(*v) == Dependence::Data);
+        stack.extend(data.filter(|v| seen.insert(*v)));
+    }
+    caches
+}
+
+/// The one concatenation of a cache, if it is an output of the model.
+fn append(graph: &Graph, input: ValueId) -> Option<Append> {
+    let uses = graph.uses();
+    let mut data = uses
+        .get(&input)?
+        .iter()
+        .filter(|(node, _)| !matches!(graph.node(*node).op, Op::Shape { .. } | Op::Size));
+    let ((node, 0), None) = (data.next()?, data.next()) else {
+        return None;
+    };
+    let node = graph.node(*node);
+    let Op::Concat { axis } = node.op else { return None };
+    let rank = graph.shape(input)?.len();
+    let axis = usize::try_from(if axis < 0 { axis + rank as i64 } else { axis }).ok()?;
+    let all = node.output(0)?;
+    let fits = node.inputs.len() == 2 && graph.outputs.contains(&all) && axis < rank;
+    fits.then_some(Append {
+        input,
+        new: node.input(1)?,
+        all,
+        axis,
+    })
+}
+
+/// Key and value of the new tokens, in the copy.
+struct NewRows {
+    key: ValueId,
+    value: ValueId,
+}
+
+/// Computes key and value from the new rows alone, as if nothing were cached. `None`: they have no shape of keys and values.
+fn copied(graph: &mut Graph, roles: &Roles, plan: &Plan) -> Result<Option<NewRows>, PassError> {
+    let mut made: HashMap<ValueId, ValueId> = plan.caches.iter().map(|c| (c.all, c.new)).collect();
+    for cache in &roles.caches {
+        let empty = empty_cache(graph, roles, *cache);
+        made.extend(empty.map(|empty| (*cache, empty)));
+    }
+    let key = copy(graph, plan.attention.key, &mut made);
+    let value = copy(graph, plan.attention.value, &mut made);
+    graph.sort()?;
+    infer(graph)?;
+    let tokens = Dim::sym(Sym::tokens());
+    let slots = |id: ValueId, axis: usize| {
+        let shape = graph.shape(id).filter(|shape| shape.len() == 4)?;
+        Some(shape[axis] == tokens && shape[1].as_const().is_some())
+    };
+    let key_axis = if plan.attention.key_transposed { 3 } else { 2 };
+    let fit = slots(key, key_axis) == Some(true) && slots(value, 2) == Some(true);
+    Ok(fit.then_some(NewRows { key, value }))
+}
+
+/// A cache without slots: what shapes are computed from.
+fn empty_cache(graph: &mut Graph, roles: &Roles, cache: ValueId) -> Option<ValueId> {
+    let past = Dim::sym(Sym::past());
+    let axis = graph.shape(cache)?.iter().position(|dim| *dim == past)?;
+    debug_assert!(roles.growing);
+    let zero = graph.add_i64("latent.zero", &[0]);
+    let axis = graph.add_i64("latent.axis", &[axis as i64]);
+    let name = format!("{}.empty", graph.value(cache).name);
+    Some(graph.add_node(&name, Op::Slice, &[cache, zero, zero, axis]))
+}
+
+/// A copy of everything that a value is computed from, down to what is in `made`. Constants and inputs are not copied.
+fn copy(graph: &mut Graph, id: ValueId, made: &mut HashMap<ValueId, ValueId>) -> ValueId {
+    let mut stack = vec![id];
+    while let Some(at) = stack.last().copied() {
+        if made.contains_key(&at) {
+            stack.pop();
+            continue;
+        }
+        let Definition::Node { node, .. } = graph.value(at).definition else {
+            made.insert(at, at);
+            continue;
+        };
+        let missing: Vec<ValueId> = graph.node(node).inputs.iter().flatten().copied().collect();
+        let missing: Vec<ValueId> = missing.into_iter().filter(|v| !made.contains_key(v)).collect();
+        if missing.is_empty() {
+            copy_node(graph, node, made);
+            stack.pop();
+        } else {
+            stack.extend(missing);
+        }
+    }
+    made[&id]
+}
+
+fn copy_node(graph: &mut Graph, id: NodeId, made: &mut HashMap<ValueId, ValueId>) {
+    let node = graph.node(id).clone();
+    let inputs: Vec<Option<ValueId>> = node.inputs.iter().map(|input| input.map(|v| made[&v])).collect();
+    if inputs == node.inputs {
+        made.extend(node.outputs.iter().flatten().map(|v| (*v, *v)));
+        return;
+    }
+    let outputs: Vec<Option<ValueId>> = node
+        .outputs
+        .iter()
+        .map(|output| {
+            let name = format!("{}.new", graph.value((*output)?).name);
+            let (dtype, copy) = (graph.value((*output)?).dtype, graph.add_value(&name));
+            graph.value_mut(copy).dtype = dtype;
+            Some(copy)
+        })
+        .collect();
+    for (old, new) in node.outputs.iter().zip(&outputs) {
+        made.extend(old.zip(*new));
+    }
+    graph.add_node_with_outputs(&format!("{}.new", node.name), node.op, inputs, outputs);
+}
+
+/// Runs the operands over whole caches, and their copies over the first and the last slots.
+fn proven(graph: &Graph, roles: &Roles, plan: &Plan, rows: &NewRows) -> Result<(), Stuck> {
+    let evaluator = PartialEvaluator::new(graph, roles);
+    let limit = |id: ValueId| 4.0 * tolerance(graph.value(id).dtype.unwrap_or(DType::F32));
+    let key_axis = if plan.attention.key_transposed { 3 } else { 2 };
+    let operands = [
+        (plan.attention.key, rows.key, key_axis),
+        (plan.attention.value, rows.value, 2),
+    ];
+    for (batch, past, tokens) in [(2, 3, 2), (1, 6, 1), (1, 40, 3)] {
+        let total = past + tokens;
+        let trial = evaluator.trial(batch, past, tokens);
+        let mut caches = HashMap::new();
+        for (n, cache) in plan.caches.iter().enumerate() {
+            let dims = evaluator.dims(&trial, cache.all)?;
+            let dtype = graph.value(cache.all).dtype.unwrap_or(DType::F32);
+            let values = noise(dims.iter().product(), 31 + n as u64);
+            caches.insert(cache.all, tensor_of(dtype, dims, &values));
+        }
+        let whole = evaluator.run(&trial, &caches, &operands.map(|(old, ..)| old))?;
+        // The last slots, after the others; and those, as the first of a sequence.
+        for (start, end) in [(past, total), (0, past)] {
+            let trial = evaluator.trial(batch, start, end - start);
+            let mut parts = HashMap::new();
+            for cache in &plan.caches {
+                let all = &caches[&cache.all];
+                let dims = evaluator.dims(&trial, cache.new)?;
+                let part = columns(&all.to_f64(), all.shape(), cache.axis, start..end);
+                parts.insert(cache.new, tensor_of(all.dtype(), dims, &part));
+            }
+            let new = evaluator.run(&trial, &parts, &operands.map(|(_, new, _)| new))?;
+            for ((old, new), (value, _, axis)) in whole.iter().zip(&new).zip(operands) {
+                let expected = columns(&old.to_f64(), old.shape(), axis, start..end);
+                let largest = expected.iter().fold(1.0, |most: f64, v| most.max(v.abs()));
+                let near = |(a, b): (&f64, &f64)| (a - b).abs() <= f64::from(limit(value)) * largest;
+                let found = new.to_f64();
+                if found.len() != expected.len() || !found.iter().zip(&expected).all(near) {
+                    return Err(Stuck {
+                        at: graph.value(value).name.clone(),
+                        reason: "it is not computed slot by slot".into(),
+                    });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A part of one axis.
+fn columns(values: &[f64], shape: &[usize], axis: usize, part: std::ops::Range<usize>) -> Vec<f64> {
+    let inner: usize = shape[axis + 1..].iter().product();
+    let of_one = |block: &[f64]| block[part.start * inner..part.end * inner].to_vec();
+    values.chunks((shape[axis] * inner).max(1)).flat_map(of_one).collect()
+}
+
+/// Caches of keys and values in the place of the others.
+fn rewrite(graph: &mut Graph, roles: &mut Roles, plan: &Plan, rows: &NewRows) -> Result<(), PassError> {
+    let attention = &plan.attention;
+    let mut names: Vec<[String; 2]> = Vec::new();
+    for cache in &plan.caches {
+        let name = |id: ValueId| graph.value(id).name.clone();
+        names.push([name(cache.input), name(cache.all)]);
+    }
+    for cache in &plan.caches {
+        for id in [cache.input, cache.all] {
+            let free = graph.fresh_name(&format!("{}.latent", graph.value(id).name));
+            graph.rename(id, &free);
+        }
+    }
+    let position = |ids: &[ValueId], id: ValueId| ids.iter().position(|known| *known == id).unwrap_or(0);
+    let first_input = position(&graph.inputs, plan.caches[0].input);
+    let first_output = position(&graph.outputs, plan.caches[0].all);
+    let first_cache = position(&roles.caches, plan.caches[0].input);
+    let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
+    let operands = [
+        ("key", attention.key, rows.key, attention.key_transposed),
+        ("value", attention.value, rows.value, false),
+    ];
+    for (n, (part, old, new, transposed)) in operands.into_iter().enumerate() {
+        let turn = |graph: &mut Graph, x: ValueId, name: &str| match transposed {
+            true => {
+                let perm = Some(vec![0, 1, 3, 2]);
+                graph.add_node(name, Op::Transpose { perm }, &[x])
+            }
+            false => x,
+        };
+        let base = format!("{}.{part}", attention.name);
+        let rows = turn(graph, new, &format!("{base}.rows"));
+        let mut shape = graph.shape(new).cloned().unwrap_or_default();
+        if transposed {
+            shape.swap(2, 3);
+        }
+        shape[2] = Dim::sym(Sym::past());
+        let named = names.get(n).cloned();
+        let [input, output] = named.unwrap_or_else(|| [format!("past.{base}"), format!("present.{base}")]);
+        let dtype = graph.value(new).dtype.unwrap_or(DType::F32);
+        let past = graph.add_input(&graph.fresh_name(&input), dtype, shape);
+        graph.inputs.pop();
+        let all = graph.add_node(&output, Op::Concat { axis: 2 }, &[past, rows]);
+        let operand = turn(graph, all, &format!("{base}.turned"));
+        graph.replace_uses(old, operand);
+        inputs.push(past);
+        outputs.push(all);
+    }
+    // Sizes are read of the new ones: of batch and slots, which are the same.
+    for cache in &plan.caches {
+        graph.replace_uses(cache.input, inputs[0]);
+    }
+    let old: Vec<ValueId> = plan.caches.iter().flat_map(|c| [c.input, c.all]).collect();
+    graph.inputs.retain(|id| !old.contains(id));
+    graph.outputs.retain(|id| !old.contains(id));
+    roles.caches.retain(|id| !old.contains(id));
+    let insert = |ids: &mut Vec<ValueId>, at: usize, new: &[ValueId]| {
+        let at = at.min(ids.len());
+        ids.splice(at..at, new.iter().copied());
+    };
+    insert(&mut graph.inputs, first_input, &inputs);
+    insert(&mut graph.outputs, first_output, &outputs);
+    insert(&mut roles.caches, first_cache, &inputs);
+    roles.of.retain(|id, _| !old.contains(id));
+    roles.of.extend(inputs.iter().map(|id| (*id, InputRole::Cache)));
+    graph.sort()?;
+    graph.remove_dead_nodes();
+    infer(graph)?;
+    Ok(())
+}
