@@ -317,6 +317,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         1 => grouped.prop_map(|(num_heads, kv_num_heads, local_window_size, softcap, do_rotary, rotary_interleaved)| {
             Op::GroupQueryAttention(GroupQueryAttention {
                 num_heads, kv_num_heads, scale: None, softcap, local_window_size, do_rotary, rotary_interleaved,
+                smooth_softmax: 1,
                 qk_norm_epsilon: softcap,
             })
         }),

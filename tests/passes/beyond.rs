@@ -237,23 +237,53 @@ fn switch_rotation(graph: &mut Graph, above: i64) {
 }
 
 #[test]
-fn a_rotation_that_switches_with_the_length_is_refused_where_a_package_reaches_it() {
+fn a_rotation_that_switches_with_the_length_has_two_tables() {
     let switched = |above: i64| {
         let mut graph = export("llama-dynamo-opset18");
         switch_rotation(&mut graph, above);
         graph
     };
+    let longest_short_run = |above: i64, positions: usize| {
+        let found = architecture(switched(above), positions);
+        assert_eq!(found.max_positions, Some(positions));
+        found.rotary.unwrap().longest_short_run
+    };
     for above in [60, 128, 500] {
-        says(
-            &refusal_at(switched(above), POSITIONS),
-            &[
-                "its rotary table depends on more than the position",
-                &format!("up to {above} tokens it does not, see --capacity"),
-            ],
-        );
+        assert_eq!(longest_short_run(above, POSITIONS), Some(above as usize));
     }
-    // Within the capacity that was asked for, the export is what it seems.
-    assert_eq!(architecture(switched(128), 128).max_positions, Some(128));
+    // Within the capacity that was asked for, the export has one.
+    assert_eq!(longest_short_run(128, 128), None);
+}
+
+/// On both sides of the switch, prompts as a whole and in parts, and one token after another across it.
+#[test]
+fn a_rotation_that_switches_computes_what_the_export_does() {
+    let mut graph = export("llama-dynamo-opset18");
+    switch_rotation(&mut graph, 20);
+    graph.sort().unwrap();
+    let options = CanonicalizeOptions {
+        max_positions: 64,
+        ..CanonicalizeOptions::default()
+    };
+    let canonical = canonicalize(graph.clone(), &options).unwrap();
+    let tokens: Vec<i64> = (0..40).map(|i| (i * i * 31 + 7 * i) % 97).collect();
+    for count in [5, 20, 21, 40] {
+        let expected = export_logits(&graph, &tokens[..count]);
+        for first in [count, 3, count / 2] {
+            let mut decoder = Decoder::new(&canonical.graph, 1, 64);
+            let mut logits = decoder.part_of_run(&[tokens[..first].to_vec()], count);
+            if first < count {
+                logits = decoder.part_of_run(&[tokens[first..count].to_vec()], count);
+            }
+            let worst = distance(&logits.remove(0), &expected);
+            assert!(worst < 1e-4, "{count} tokens, the first {first} alone: {worst:e}");
+        }
+    }
+    // As short runs, the same tokens are something else.
+    let mut decoder = Decoder::new(&canonical.graph, 1, 64);
+    decoder.part_of_run(&[tokens[..20].to_vec()], 20);
+    let logits = decoder.part_of_run(&[tokens[20..40].to_vec()], 40).remove(0);
+    assert!(distance(&logits, &export_logits(&graph, &tokens)) > 1e-3);
 }
 
 /// Multiplies every query behind position `limit` by 1.25.

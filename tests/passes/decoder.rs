@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use lapidary::graph::eval::Evaluator;
 use lapidary::graph::{Graph, ValueId};
+use lapidary::interface::Role;
 use lapidary::tensor::{DType, Tensor};
 
 /// Caches of a canonical graph, and how far each sequence is.
@@ -12,13 +13,21 @@ pub struct Decoder<'g> {
     batch: usize,
     caches: HashMap<ValueId, Tensor>,
     past: Vec<usize>,
+    /// Inputs and outputs of the caches.
+    pairs: Vec<(ValueId, ValueId)>,
 }
 
 impl<'g> Decoder<'g> {
     /// Caches start full of noise: slots beyond the live ones may hold anything finite.
     pub fn new(graph: &'g Graph, batch: usize, capacity: usize) -> Self {
         let mut caches = HashMap::new();
-        for id in &graph.inputs[3..] {
+        let interface = graph.interface.as_ref().expect("a canonical graph has one");
+        let pairs: Vec<(ValueId, ValueId)> = interface
+            .caches()
+            .iter()
+            .map(|pair| (pair.input, pair.output))
+            .collect();
+        for (id, _) in &pairs {
             let value = graph.value(*id);
             let dims = value.shape.as_ref().expect("canonical inputs are typed");
             let fixed = |i: usize| dims[i].as_const().expect("heads and head_dim are numbers") as usize;
@@ -33,11 +42,18 @@ impl<'g> Decoder<'g> {
             batch,
             caches,
             past: vec![0; batch],
+            pairs,
         }
     }
 
     /// Feeds as many tokens to each sequence; gives the logits of the last of each.
     pub fn step(&mut self, rows: &[Vec<i64>]) -> Vec<Vec<f64>> {
+        let end = self.past.iter().max().expect("there is a sequence") + rows[0].len();
+        self.part_of_run(rows, end)
+    }
+
+    /// The same, of a run that goes on to position `end`.
+    pub fn part_of_run(&mut self, rows: &[Vec<i64>], end: usize) -> Vec<Vec<f64>> {
         let count = rows[0].len();
         let ids: Vec<i64> = rows.iter().flatten().copied().collect();
         let starts: Vec<i64> = self.past.iter().map(|p| *p as i64).collect();
@@ -49,9 +65,13 @@ impl<'g> Decoder<'g> {
             Tensor::from_i64(vec![self.batch, count], &positions),
         );
         bindings.insert(self.graph.inputs[2], Tensor::from_i64(vec![self.batch], &starts));
+        let interface = self.graph.interface.as_ref().expect("checked in new");
+        if let Some(id) = interface.input(Role::TotalLengths) {
+            bindings.insert(id, Tensor::from_i64(vec![self.batch], &vec![end as i64; self.batch]));
+        }
         let mut evaluator = Evaluator::new(self.graph, bindings);
         let logits = evaluator.value(self.graph.outputs[0]).expect("logits can be computed");
-        for (input, output) in self.graph.inputs[3..].iter().zip(&self.graph.outputs[1..]) {
+        for (input, output) in &self.pairs {
             let updated = evaluator.value(*output).expect("caches can be computed");
             assert_eq!(updated.shape(), self.caches[input].shape());
             self.caches.insert(*input, updated);

@@ -82,11 +82,12 @@ fn a_bias_that_is_no_mask() {
     let mut graph = export("llama-dynamo-static");
     for node in mask_additions(&graph) {
         rewire(&mut graph, node, 1, |graph, mask| {
-            let bias = graph.add_constant("bias", Tensor::from_f32(vec![], &[0.25]));
+            let bends: Vec<f32> = (0..32).map(|slot| if slot < 9 { 0.25 } else { 0.5 }).collect();
+            let bias = graph.add_constant("bias", Tensor::from_f32(vec![32], &bends));
             graph.add_node("mask.biased", Op::Binary(Binary::Add), &[mask, bias])
         });
     }
-    says(&refusal(graph), &["mask.biased", "adds 0.25", "ALiBi"]);
+    says(&refusal(graph), &["layer 0", "adds 0.25", "slot", "ALiBi"]);
 }
 
 #[test]

@@ -64,6 +64,14 @@ impl Bias {
         &self.values[((b * self.heads + h) * tokens + t) * slots..][..slots]
     }
 
+    /// Whether each head's bias grows about as these slopes say: far less than a table that ends or an origin that moves would
+    /// change it.
+    pub fn is_about(&self, open: &[bool], slopes: &[f32]) -> bool {
+        let found = self.slopes(open);
+        let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-3 * b.abs();
+        found.len() == slopes.len() && found.iter().zip(slopes).all(near)
+    }
+
     /// Of each head, from the last row: the slots that are attended to are those where `open` is true.
     pub fn slopes(&self, open: &[bool]) -> Vec<f32> {
         let [_, tokens, slots] = self.sizes;

@@ -72,7 +72,7 @@ fn plans(graph: &Graph, roles: &Roles) -> Vec<Plan> {
     let trace = Trace::new(&evaluator);
     let of_each: Vec<BTreeSet<ValueId>> = found
         .iter()
-        .map(|attention| caches_behind(&evaluator, [attention.key, attention.value]))
+        .map(|attention| caches_behind(&evaluator, [attention.key, attention.value]).0)
         .collect();
     let mut plans = Vec::new();
     for (index, attention) in found.iter().enumerate() {
@@ -81,7 +81,10 @@ fn plans(graph: &Graph, roles: &Roles) -> Vec<Plan> {
         let computed = [attention.key, attention.value].into_iter().any(|operand| {
             let sources = trace.sources(operand);
             let mut sources = sources.iter().filter(|source| !trace.is_cache(**source));
-            sources.any(|source| !caches_behind(&evaluator, [*source]).is_disjoint(&of_each[index]))
+            sources.any(|source| {
+                let (caches, by_product) = caches_behind(&evaluator, [*source]);
+                by_product && !caches.is_disjoint(&of_each[index])
+            })
         });
         let caches: Option<Vec<Append>> = of_each[index].iter().map(|cache| append(graph, *cache)).collect();
         if let (true, false, Some(caches)) = (computed, shared, caches) {
@@ -94,18 +97,20 @@ fn plans(graph: &Graph, roles: &Roles) -> Vec<Plan> {
     plans
 }
 
-/// The cache inputs that data values are computed from, up to the layer before: no further than other cache outputs' rows.
-fn caches_behind<const N: usize>(evaluator: &PartialEvaluator<'_>, of: [ValueId; N]) -> BTreeSet<ValueId> {
+/// The cache inputs that data values are computed from, no further than where rows are appended to caches; and whether a
+/// product is on the way.
+fn caches_behind<const N: usize>(evaluator: &PartialEvaluator<'_>, of: [ValueId; N]) -> (BTreeSet<ValueId>, bool) {
     let graph = evaluator.graph;
     let mut stack = of.to_vec();
     let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
-    let mut caches = BTreeSet::new();
+    let (mut caches, mut by_product) = (BTreeSet::new(), false);
     while let Some(id) = stack.pop() {
         if evaluator.roles.of.get(&id) == Some(&InputRole::Cache) {
             caches.insert(id);
             continue;
         }
         let Some((_, node)) = graph.def(id) else { continue };
+        by_product |= matches!(node.op, Op::MatMul | Op::Gemm { .. });
         let mut inputs: Vec<ValueId> = node.inputs.iter().flatten().copied().collect();
         // Rows appended to a cache come from the layer's input, and with it from all layers before.
         if matches!(node.op, Op::Concat { .. })
@@ -120,7 +125,7 @@ fn caches_behind<const N: usize>(evaluator: &PartialEvaluator<'_>, of: [ValueId;
             .filter(|v| evaluator.dependence(*v) == Dependence::Data);
         stack.extend(data.filter(|v| seen.insert(*v)));
     }
-    caches
+    (caches, by_product)
 }
 
 /// The one concatenation of a cache, if it is an output of the model.

@@ -121,21 +121,25 @@ impl Mask<'_, '_> {
         // for several tokens after a past, and nothing is lost by giving it the causal one.
         let mut step = SEVERAL;
         let past = 2.min(end - SEVERAL);
-        match self.at(1, past, SEVERAL) {
-            Ok(_) => {}
+        let near = match self.at(1, past, SEVERAL) {
+            Ok(near) => near,
             Err(Fault::Stuck(_)) => {
                 step = 1;
-                self.at(1, past, 1)?;
+                self.at(1, past, 1)?
             }
             Err(fault) => return Err(fault.into()),
-        }
+        };
+        let near_slopes = near.bias.as_ref().map(|bias| bias.slopes(&near.bits));
         end = self.affordable(end, last, step)?;
         // A static cache shows no window that is longer than it.
         let mut limit = (longest > capacity).then_some(capacity);
-        if evaluator.roles.capacity.is_none()
-            && let Err(Fault::Stuck(_)) = self.at(1, end - step, step)
-        {
-            let computed = |total: usize| !matches!(self.at(1, total - step, step), Err(Fault::Stuck(_)));
+        // Beyond the end of a table of biases, one that is left may be broadcast.
+        let computed = |total: usize| match (self.at(1, total - step, step), &near_slopes) {
+            (Err(Fault::Stuck(_)), _) => false,
+            (Ok(seen), Some(slopes)) => seen.bias.is_some_and(|bias| bias.is_about(&seen.bits, slopes)),
+            _ => true,
+        };
+        if evaluator.roles.capacity.is_none() && !computed(end) {
             end = last_where(past + step, end, computed);
             limit = Some(end);
         }

@@ -153,13 +153,13 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
         };
         let operands = operands(&trace, &evaluator, &attention, &mut analysis);
         match (operands, mask) {
-            (Ok((query, ..)), Ok(mask)) if !mask.slopes.is_empty() && mask.slopes.len() != query.heads => {
+            (Ok((query, ..)), Ok(mask)) if ![0, 1, query.heads].contains(&mask.slopes.len()) => {
                 let reason = format!("it has biases of {} heads, and {}", mask.slopes.len(), query.heads);
                 analysis.obstacles.push(obstacle(reason));
             }
             (Ok((mut query, key_cache, value_cache, key_factor)), Ok(mask)) => analysis.layers.push(AttentionLayer {
                 rounding: LayerRounding::default(),
-                slopes: slopes(graph, &attention, mask.slopes),
+                slopes: slopes(graph, &attention, mask.slopes, query.heads),
                 key_cache,
                 value_cache,
                 key_factor,
@@ -193,7 +193,10 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
 }
 
 /// Those of the mask, and those that an operator has.
-fn slopes(graph: &Graph, attention: &FoundAttention, mut of_mask: Vec<f32>) -> Vec<f32> {
+fn slopes(graph: &Graph, attention: &FoundAttention, mut of_mask: Vec<f32>, heads: usize) -> Vec<f32> {
+    if let [of_all] = of_mask[..] {
+        of_mask = vec![of_all; heads];
+    }
     let constant = attention.slopes.and_then(|id| graph.constant(id)?.materialize().ok());
     let of_operator = constant.map(|numbers| numbers.to_f32()).unwrap_or_default();
     of_mask.resize(of_mask.len().max(of_operator.len()), 0.0);

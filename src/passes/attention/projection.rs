@@ -343,10 +343,6 @@ impl<'a, 'g> Rows<'a, 'g> {
             .ok_or("its heads are columns of several projections")?;
         let columns: Vec<usize> = seen.columns.iter().map(|column| column - base).collect();
         let pick = Columns::of(columns, self.heads, self.dim, sizes[index]);
-        // Whole heads are expected to be evenly spaced; parts of heads need not be.
-        if matches!(pick, Columns::Listed(_)) && self.dim == self.width {
-            return Err("its heads are not evenly spaced columns of the projection".into());
-        }
         let mut projection = Projection {
             source: self.sources[index],
             index,
