@@ -163,6 +163,7 @@ mod tests {
                 width: 2,
             },
             position: 5,
+            end: 7,
             rows,
         };
         let given: Vec<f32> = step(4).embeddings().collect();

@@ -338,7 +338,7 @@ impl Emitter<'_> {
             .ok_or_else(|| refused.clone())?;
         let rows = |width: Dim, of: &Self| -> Shape { vec![of.batch.clone(), of.tokens.clone(), width] };
         let to = rows(width, self);
-        let flat = reshape_to(self.graph, self.token_ids, p.source, &to, &format!("{name}.flat")).ok_or(refused)?;
+        let flat = reshape_to(self.graph, self.token_input, p.source, &to, &format!("{name}.flat")).ok_or(refused)?;
         let indices: Vec<i64> = columns.iter().map(|column| *column as i64).collect();
         let indices = self.graph.add_i64(&format!("{name}.columns"), &indices);
         let to = rows(Dim::from(columns.len()), self);
@@ -351,7 +351,7 @@ impl Emitter<'_> {
         );
         let (batch, tokens) = (self.batch.clone(), self.tokens.clone());
         let heads: Shape = vec![batch.clone(), tokens.clone(), Dim::from(p.heads), Dim::from(p.dim)];
-        let split = reshape_to(self.graph, self.token_ids, taken, &heads, &format!("{name}.heads"))
+        let split = reshape_to(self.graph, self.token_input, taken, &heads, &format!("{name}.heads"))
             .ok_or_else(|| format!("no reshape gives {name} its heads"))?;
         let perm = Some(vec![0, 2, 1, 3]);
         let to = vec![batch, Dim::from(p.heads), tokens, Dim::from(p.dim)];
