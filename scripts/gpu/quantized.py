@@ -39,14 +39,9 @@ def jobs():
             yield f"{folder.parent.name} {mode}", folder.parent, mode, []
 
 
-def check(name, folder, mode, flags):
-    package = WORK / "quantized" / name.replace(" ", "-").replace(",", "-")
-    chunks = [] if "--prefill" in MODES[mode] else ["--prefill", "4,16"]
-    flags = ["--capacity", "16,32", *chunks, *MODES[mode], *flags, "--target", "tensorrt-rtx"]
-    lapidary("convert", folder / "model.onnx", "-o", package, "--force", *flags)
-    gpu, cpu = (generate(package, PROMPT, 9, device) for device in ("cuda", "cpu"))
-    half = "fp32" not in mode and ("fp16" in mode or "f16" in name or "RtRtx" in name)
-    limit = 0.05 if half else 2e-3
+def compare(package, prompt, limit):
+    """Nine greedy tokens and their log-probabilities on the GPU and on the CPU."""
+    gpu, cpu = (generate(package, prompt, 9, device) for device in ("cuda", "cpu"))
     worst, margin = 0.0, None
     for i, (ours, theirs) in enumerate(zip(gpu["steps"], cpu["steps"])):
         listed = dict(map(tuple, theirs["top_logprobs"]))
@@ -55,10 +50,21 @@ def check(name, folder, mode, flags):
             best = sorted((p for _, p in theirs["top_logprobs"]), reverse=True)
             margin = best[0] - best[1]
             break
+    right = worst < limit and (margin is None or margin < limit)
+    return {"ok": right, "worst_logprob": worst, **({} if margin is None else {"margin": margin})}
+
+
+def check(name, folder, mode, flags):
+    package = WORK / "quantized" / name.replace(" ", "-").replace(",", "-")
+    chunks = [] if "--prefill" in MODES[mode] else ["--prefill", "4,16"]
+    flags = ["--capacity", "16,32", *chunks, *MODES[mode], *flags, "--target", "tensorrt-rtx"]
+    lapidary("convert", folder / "model.onnx", "-o", package, "--force", *flags)
+    half = "fp32" not in mode and ("fp16" in mode or "f16" in name or "RtRtx" in name)
+    limit = 0.05 if half else 2e-3
+    result = compare(package, PROMPT, limit)
     engines = sum(path.stat().st_size for path in (package / "engines").glob("*"))
     shutil.rmtree(package)
-    right = worst < limit and (margin is None or margin < limit)
-    return {"ok": right, "worst_logprob": worst, "engine_bytes": engines, **({} if margin is None else {"margin": margin})}
+    return result | {"engine_bytes": engines}
 
 
 def main(seconds=400):

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import bench
+import families
 import models
 import quantized
 import refit
@@ -14,14 +15,15 @@ import suite
 import tiny
 from common import BIN, Results, WORK, machine, note, run
 
-FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "qwen3")
+TINY = ("llama", "gpt2", "mistral", "qwen2", "qwen3")
 
 STAGES = {
-    "tiny": lambda results: results.attempt("tiny", tiny.main, FAMILIES),
+    "tiny": lambda results: results.attempt("tiny", tiny.main, TINY),
     # In a minute: what is bound does not take long to build.
-    "tiny-bound": lambda results: results.attempt("tiny", tiny.main, FAMILIES, [m for m in tiny.MODES if m.startswith("bind")]),
+    "tiny-bound": lambda results: results.attempt("tiny", tiny.main, TINY, [m for m in tiny.MODES if m.startswith("bind")]),
     "quick": lambda results: results.attempt("tiny", tiny.main, ("llama",), only_first=1),
     "quantized": lambda results: results.attempt("quantized", quantized.main),
+    "families": lambda results: results.attempt("families", families.main),
     "suite": lambda results: results.attempt("suite", suite.main),
     "forms": lambda results: results.attempt("forms", lambda: run(BIN / "gpu_lab", "forms", timeout=400).splitlines()),
     "choices-1b": lambda results: choices(results, "--layers", "6"),

@@ -57,7 +57,9 @@ impl Rows<'_, '_> {
     fn positional_numbers(&self) -> Vec<ValueId> {
         let evaluator = self.evaluator;
         let graph = evaluator.graph;
+        // Rows that are the source itself, such as norms of heads without a rotation, read nothing on the way from it.
         let mut stack = vec![self.value];
+        stack.retain(|value| !self.sources.contains(value));
         let mut seen: HashSet<ValueId> = self.sources.iter().copied().chain([self.value]).collect();
         let mut found = Vec::new();
         while let Some(id) = stack.pop() {

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Exports of many families on the GPU, with weights bound, embedded and stripped, in fp32 and fp16: against the CPU executor on the
+same package, with a short prompt and with one that is longer than windows and switches of tiny models.
+
+The exports are those that pack.sh took along from .gpu/families, one folder each. Tokens may part where the CPU's two best are
+closer than the limit.
+"""
+
+import json
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from common import WORK, lapidary, note
+from quantized import PARTS, compare
+from tiny import MODES
+
+SHORT = [1, 20, 33, 47, 12, 7, 25, 90, 18, 64, 5]
+LONG = [(17 + 29 * i) % 94 + 3 for i in range(38)]
+OF_EXPORTS = ["bind", "embed", "strip-general", "bind-fp16"]
+
+
+def jobs():
+    for export in sorted((PARTS / "families").glob("*/model.onnx")):
+        for mode in OF_EXPORTS:
+            yield f"{export.parent.name} {mode}", export.parent, mode
+
+
+def check(name, folder, mode):
+    package = WORK / "families" / name.replace(" ", "-")
+    flags = ["--capacity", "16,32,64", "--prefill", "4,16", *MODES[mode], "--target", "tensorrt-rtx"]
+    lapidary("convert", folder / "model.onnx", "-o", package, "--force", *flags)
+    half = "fp16" in name
+    results = [compare(package, prompt, 0.05 if half else 2e-3) for prompt in (SHORT, LONG)]
+    shutil.rmtree(package)
+    worst = max(result["worst_logprob"] for result in results)
+    return {"ok": all(result["ok"] for result in results), "worst_logprob": worst, "runs": results}
+
+
+def main(seconds=430):
+    results, end = {}, time.time() + seconds
+
+    def one(job):
+        if time.time() > end:
+            return job[0], {"ok": False, "error": "the time was up before it began"}
+        try:
+            return job[0], check(*job)
+        except Exception as error:  # noqa: BLE001 - each case is a result of its own
+            return job[0], {"ok": False, "error": str(error)[-1200:]}
+
+    # A part of the names of those that are asked for.
+    only = os.environ.get("FAMILIES", "")
+    with ThreadPoolExecutor(15) as pool:
+        for name, result in pool.map(one, [job for job in jobs() if only in job[0]]):
+            results[name] = result
+            if not result["ok"]:
+                note("FAILED", name, json.dumps(result)[:900])
+    good = sum(result["ok"] for result in results.values())
+    note(f"{good} of {len(results)} packages of other families are right on the GPU")
+    return {"ok": good == len(results), "right": good, "of": len(results), "cases": results}
+
+
+if __name__ == "__main__":
+    raise SystemExit(0 if main()["ok"] else 1)
