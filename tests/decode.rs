@@ -5,6 +5,8 @@
 mod decoders;
 #[path = "decode/embeddings.rs"]
 mod embeddings;
+#[path = "decode/families.rs"]
+mod families;
 #[path = "decode/files.rs"]
 mod files;
 #[path = "decode/jinja.rs"]

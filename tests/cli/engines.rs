@@ -296,3 +296,23 @@ fn one_engine_for_decode_and_prefill() {
     let strip = ["--one-engine", "--prefill", "1:8:24", "--weights", "strip"];
     assert!(refused(&strip).contains("have one optimization profile"));
 }
+
+/// Decoding and a chunk of a prompt of every family, in half precision.
+#[test]
+fn engines_of_every_family_are_built() {
+    let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+    let library = text(library.path());
+    let flags = "--target cpu,tensorrt-rtx --dtype fp16 --capacity 16 --prefill 4 --tensorrt-lib";
+    let flags: Vec<&str> = flags.split(' ').chain([library]).collect();
+    let folder = tempfile::tempdir().unwrap();
+    let families = names(&fixture("families"));
+    let mut built = 0;
+    for family in families.iter().filter(|family| !family.contains('.')) {
+        let model = fixture(&format!("families/{family}/model.onnx"));
+        let pkg = package(folder.path(), &model, &flags);
+        assert_eq!(names(&pkg.join("engines")).len(), 2, "{family}");
+        built += 1;
+        std::fs::remove_dir_all(pkg).unwrap();
+    }
+    assert!(built >= 25, "{families:?}");
+}

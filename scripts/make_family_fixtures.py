@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Make fixtures/families/: tiny models of families that need something of their own, by two exporters each where two take them.
+
+Each folder EXPORTER-FAMILY holds model.onnx and reference.json: for a short and a long prompt, greedy tokens and the best
+log-probabilities of each step, as ONNX Runtime (basic optimizations) computes them from that very file. Deterministic: the same
+versions give the same files. Only for those who add a fixture; the environments are those of make_fixtures.py:
+
+    export/bin/python scripts/make_family_fixtures.py fixtures/families optimum
+    export/bin/python scripts/make_family_fixtures.py fixtures/families dynamo18
+    t5/bin/python scripts/make_family_fixtures.py fixtures/families dynamo18 minicpm3
+
+`FAMILY...` makes just those. What an exporter refuses is said and left out.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+warnings.filterwarnings("ignore")
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import transformers
+from transformers import cache_utils
+
+from exportkit.families import Shape, save
+
+VOCABULARY = 97
+STEPS = 8
+# The long one goes beyond the windows of 8 and the switch at 32 positions, and the steps after the short one do not.
+PROMPTS = [[1] + [(17 + 29 * i) % 94 + 3 for i in range(10)], [1] + [(5 + 31 * i) % 94 + 3 for i in range(34)]]
+
+USUAL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# Heads of hidden_size / num_attention_heads.
+PLAIN = {name: value for name, value in USUAL.items() if name != "head_dim"}
+FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 8,
+}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 1.5, 2.0, 2.5]}
+# By family: the model type of transformers, and its configuration.
+FAMILIES = {
+    # ALiBi, from the mask and from a table; six heads have slopes that are no powers of two.
+    "bloom": ("bloom", {"hidden_size": 48, "n_layer": 2, "n_head": 6}),
+    "mpt": ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "attn_config": {"alibi": True}}),
+    # One key head for all; keys repeated for all heads before the cache.
+    "falcon7": ("falcon", {**FALCON, "multi_query": True, "parallel_attn": True, "bias": False}),
+    "falcon40": ("falcon", {**FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    # Rotary tables that switch with the length.
+    "phi3-longrope": ("phi3", {**PLAIN, "original_max_position_embeddings": 32, "rope_scaling": LONGROPE}),
+    # Multi-head latent attention; by transformers 5 with the latent rows in the cache.
+    "minicpm3": ("minicpm3", {**USUAL, **LATENT}),
+    "deepseek-v3": ("deepseek_v3", {**USUAL, **LATENT, "n_routed_experts": 4, "first_k_dense_replace": 2, "n_group": 2, "topk_group": 1}),
+    # Sinks beside the scores.
+    "gpt-oss": ("gpt_oss", {**USUAL, **EXPERTS, "sliding_window": 8}),
+    # Interleaved rotation by repeated columns; a partial one.
+    "cohere": ("cohere", USUAL),
+    "glm": ("glm", USUAL),
+    # Windows in a table; positions that begin at 2; layers without a rotation.
+    "gpt-neo": ("gpt_neo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8, "max_position_embeddings": 64, "intermediate_size": 48}),
+    "opt": ("opt", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32}),
+    "smollm3": ("smollm3", {**USUAL, "no_rope_layers": [1, 0]}),
+    "exaone4": ("exaone4", {**USUAL, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+}
+
+
+def build(family):
+    kind, settings = FAMILIES[family]
+    config = transformers.AutoConfig.for_model(kind, vocab_size=VOCABULARY, **settings)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(0.2 * spread + (1 if name.endswith("weight") else 0))
+            else:
+                wide = any(part in name for part in ("embed", "wte", "lm_head"))
+                parameter.copy_(spread * (2.0 if wide else 1.2) * parameter.shape[-1] ** -0.5)
+    return model
+
+
+class FlatPast(torch.nn.Module):
+    """input_ids, attention_mask, position_ids, then past keys and values in turn."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.m = model
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def forward(self, input_ids, attention_mask, position_ids, past):
+        cache = cache_utils.DynamicCache()
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        positions = {"position_ids": position_ids} if self.takes_positions else {}
+        result = self.m(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **positions)
+        return (result.logits, *(part for layer in result.past_key_values.layers for part in (layer.keys, layer.values)))
+
+
+def dynamo(model, folder, opset):
+    with torch.no_grad():
+        cached = model(input_ids=torch.ones(2, 5, dtype=torch.int64), use_cache=True).past_key_values
+    past = [torch.randn_like(part) for layer in cached.layers for part in (layer.keys, layer.values)]
+    names = [f"past_key_values.{i}.{part}" for i in range(len(past) // 2) for part in ("key", "value")]
+    example = (
+        torch.ones(2, 3, dtype=torch.int64),
+        torch.ones(2, 8, dtype=torch.int64),
+        torch.arange(5, 8).expand(2, 3).contiguous(),
+        past,
+    )
+    rows = {0: "batch", 1: "sequence_length"}
+    program = torch.onnx.export(
+        FlatPast(model).eval(),
+        example,
+        dynamo=True,
+        opset_version=opset,
+        verbose=False,
+        input_names=["input_ids", "attention_mask", "position_ids", *names],
+        output_names=["logits", *(name.replace("past_key_values", "present") for name in names)],
+        dynamic_shapes=(rows, {0: "batch", 1: "total_length"}, rows, [{0: "batch", 2: "past_length"} for _ in past]),
+    )
+    for node in program.model_proto.graph.node:
+        del node.metadata_props[:]
+    folder.mkdir(parents=True)
+    onnx.save(program.model_proto, folder / "model.onnx")
+
+
+def optimum(model, folder):
+    from optimum.exporters.onnx import main_export
+
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint, built = Path(scratch) / "checkpoint", Path(scratch) / "built"
+        save(model, Shape("", vocabulary=VOCABULARY), checkpoint)
+        main_export(str(checkpoint), output=str(built), task="text-generation-with-past", do_validation=False)
+        folder.mkdir(parents=True)
+        shutil.copy(built / "model.onnx", folder)
+
+
+def reference(path):
+    """Greedy tokens and best log-probabilities of each prompt."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    inputs = session.get_inputs()
+    outputs = [value.name for value in session.get_outputs()]
+    caches = [value for value in inputs if value.name.startswith("past_key_values")]
+    runs = []
+    for prompt in PROMPTS:
+        ids, length, tokens, top = list(prompt), 0, [], []
+        cache = {value.name: np.zeros([dim if isinstance(dim, int) else int("batch" in dim) for dim in value.shape], np.float32) for value in caches}
+        for _ in range(STEPS):
+            positions = np.arange(length, length + len(ids), dtype=np.int64)[None]
+            feed = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, length + len(ids)), np.int64), "position_ids": positions}
+            feed = {value.name: feed[value.name] for value in inputs if value.name in feed} | cache
+            found = dict(zip(outputs, session.run(None, feed)))
+            cache = {name: found[name.replace("past_key_values", "present")] for name in cache}
+            length += len(ids)
+            row = found["logits"][0, -1].astype(np.float64)
+            row -= row.max() + np.log(np.exp(row - row.max()).sum())
+            best = np.argsort(-row, kind="stable")[:5]
+            top.append([[int(token), round(float(row[token]), 6)] for token in best])
+            ids = [int(best[0])]
+            tokens += ids
+        runs.append({"prompt": prompt, "tokens": tokens, "top": top})
+    return runs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("target", type=Path)
+    parser.add_argument("exporter", help="optimum, or dynamo and an opset")
+    parser.add_argument("family", nargs="*")
+    arguments = parser.parse_args()
+    for family in arguments.family or FAMILIES:
+        folder = arguments.target / f"{arguments.exporter}-{family}"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            model = build(family)
+            if arguments.exporter == "optimum":
+                optimum(model, folder)
+            else:
+                dynamo(model, folder, int(arguments.exporter.removeprefix("dynamo")))
+            runs = reference(folder / "model.onnx")
+        except Exception as error:  # noqa: BLE001 - an exporter that refuses a family is a finding, not the end
+            shutil.rmtree(folder, ignore_errors=True)
+            print(f"{folder.name}: FAILED {type(error).__name__}: {(str(error).strip() or '?').splitlines()[-1][:200]}", file=sys.stderr)
+            continue
+        lines = [" " + json.dumps(run) for run in runs]
+        (folder / "reference.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
+        print(f"{folder.name}: {(folder / 'model.onnx').stat().st_size // 1024} KiB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
