@@ -17,6 +17,8 @@ mod region;
 mod routing;
 mod trial;
 
+use std::collections::HashSet;
+
 use super::PassError;
 use super::attention::Obstacle;
 use super::roles::Roles;
@@ -62,40 +64,37 @@ fn choices(flow: &Flow<'_>) -> Vec<NodeId> {
         .collect();
     let is_ahead = |id: NodeId| {
         // Groups of experts are chosen ahead of the experts, close by.
-        let ends = flow.postdominators(id);
+        let behind = flow.descendants(id);
         all.iter().any(|other| {
             let choice = routing::choice(graph, *other).expect("it is one");
-            *other != id && ends.first().is_none_or(|end| flow.cone(*end, &[]).contains(other)) && {
-                let cone = flow.cone(choice.scores, &[]);
-                cone.contains(&id) && depends_closely(flow, id, choice.scores)
-            }
+            *other != id && behind.contains(&choice.scores) && depends_closely(flow, &behind, choice.scores)
         })
     };
     all.iter().copied().filter(|id| !is_ahead(*id)).collect()
 }
 
 /// Whether scores depend on a choice before everything behind the choice has come together.
-fn depends_closely(flow: &Flow<'_>, id: NodeId, scores: ValueId) -> bool {
-    let dominators = flow.dominators(scores);
-    let behind = flow.descendants(id);
+fn depends_closely(flow: &Flow<'_>, behind: &HashSet<ValueId>, scores: ValueId) -> bool {
     // A linear layer between them means that the choice is of an earlier layer.
     let linear = |value: &ValueId| {
         let producer = flow.graph.def(*value).map(|(_, node)| &node.op);
         matches!(producer, Some(Op::MatMul | Op::Gemm { .. } | Op::FusedMatMul { .. }))
     };
-    behind.contains(&scores) && !dominators.iter().take_while(|v| behind.contains(v)).any(|v| linear(v))
+    let dominators = std::iter::once(scores).chain(flow.dominators(scores));
+    !dominators.take_while(|v| behind.contains(v)).any(|v| linear(&v))
 }
 
 fn block(flow: &Flow<'_>, roles: &Roles, id: NodeId) -> Result<Block, String> {
     let graph = flow.graph;
     let choice = routing::choice(graph, id).expect("the caller found it");
     let candidates = routing::candidates(flow, roles, &choice)?;
-    let behind = flow.descendants(id);
+    let before_logits: HashSet<ValueId> = flow.dominators(candidates[0].logits).into_iter().collect();
     let ends = flow.postdominators(id);
     // The first value with as many elements as tokens bring is where experts have come together.
     let mut reason = "the results of its experts do not come together".to_string();
     for end in ends.iter().take(8) {
-        let Some(x) = flow.dominators(*end).into_iter().find(|v| !behind.contains(v)) else {
+        let mut dominators = flow.dominators(*end).into_iter();
+        let Some(x) = dominators.find(|v| before_logits.contains(v)) else {
             continue;
         };
         if volume(graph, x).is_none() || volume(graph, x) != volume(graph, *end) {
@@ -106,7 +105,6 @@ fn block(flow: &Flow<'_>, roles: &Roles, id: NodeId) -> Result<Block, String> {
             Ok(block) => return Ok(block),
             Err(why) => reason = why,
         }
-        break;
     }
     Err(reason)
 }

@@ -27,7 +27,8 @@ pub struct Choice {
     pub node: NodeId,
     /// What the greatest elements are taken of.
     pub scores: ValueId,
-    pub chosen: ValueId,
+    /// The indices, if something reads them.
+    pub chosen: Option<ValueId>,
     pub top_k: usize,
     pub experts: usize,
 }
@@ -43,11 +44,11 @@ pub fn choice(graph: &Graph, id: NodeId) -> Option<Choice> {
         Op::TopK {
             axis, largest: true, ..
         } if last(axis) => {
-            let chosen = node.output(1).or_else(|| node.output(0))?;
-            let top_k = graph.shape(chosen)?.last()?.as_const()?;
-            (node.output(1)?, usize::try_from(top_k).ok()?)
+            let either = node.output(1).or_else(|| node.output(0))?;
+            let top_k = graph.shape(either)?.last()?.as_const()?;
+            (node.output(1), usize::try_from(top_k).ok()?)
         }
-        Op::ArgMax { axis, .. } if last(axis) => (node.output(0)?, 1),
+        Op::ArgMax { axis, .. } if last(axis) => (node.output(0), 1),
         _ => return None,
     };
     Some(Choice {
@@ -136,8 +137,9 @@ pub fn candidates(flow: &Flow<'_>, roles: &Roles, choice: &Choice) -> Result<Vec
         let shape = shape.ok_or("the sizes of its logits are not known")?;
         let tensor = logits(dtype, shape, top_k, covering, seed);
         trial.bind(logits_id, tensor.clone());
+        let chosen = choice.chosen.ok_or("nothing reads which experts it chooses")?;
         let chosen = trial
-            .value(choice.chosen)
+            .value(chosen)
             .ok_or("its choice depends on more than its logits")?;
         trials.push((tensor, chosen.to_i64()));
     }
