@@ -20,7 +20,7 @@ Abs Add And Attention Cast Clip Concat ConstantOfShape Cos Div Elu Equal Erf Exp
 GatherND Gelu Gemm Greater GreaterOrEqual Identity IsNaN LayerNormalization Less LessOrEqual Log MatMul Max Min Mul
 Neg Not Or Pow RMSNormalization Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape
 RotaryEmbedding ScatterElements ScatterND Shape Sigmoid Sin Size Slice Softmax Split Sqrt Squeeze Sub Swish Tanh
-TensorScatter Tile Transpose Trilu Unsqueeze Where
+TensorScatter Tile TopK Transpose Trilu Unsqueeze Where ArgMax NonZero OneHot
 """.split()
 DTYPES = "FLOAT FLOAT16 BFLOAT16 INT8 INT32 INT64 BOOL UINT8".split()
 LARGEST_CASE = 64 * 1024

@@ -7,6 +7,8 @@ mod decoders;
 mod embeddings;
 #[path = "decode/families.rs"]
 mod families;
+#[path = "decode/experts.rs"]
+mod experts;
 #[path = "decode/files.rs"]
 mod files;
 #[path = "decode/jinja.rs"]

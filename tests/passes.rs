@@ -10,6 +10,8 @@ mod canonical;
 mod chosen_rows;
 #[path = "passes/decoder.rs"]
 mod decoder;
+#[path = "passes/experts.rs"]
+mod experts;
 #[path = "passes/grouped.rs"]
 mod grouped;
 #[path = "passes/older.rs"]

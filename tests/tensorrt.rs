@@ -9,6 +9,9 @@ mod cancel;
 #[path = "tensorrt/dynamic.rs"]
 mod dynamic;
 #[cfg(not(feature = "tensorrt"))]
+#[path = "tensorrt/experts.rs"]
+mod experts;
+#[cfg(not(feature = "tensorrt"))]
 #[path = "tensorrt/exports.rs"]
 mod exports;
 #[cfg(not(feature = "tensorrt"))]

@@ -19,6 +19,13 @@ pub fn model(package: &Package, name: &str) -> Result<Model, PackageError> {
     let table = |w: &WeightEntry| is(w, "positions.weight") || has_head && is(w, "embedding.weight");
     let read = weights.iter().filter(|w| w.same_as.is_none() || is(w, "head.weight"));
     let row = |w: &WeightEntry| w.bytes / w.shape.first().copied().unwrap_or(1).max(1) as u64;
+    // A token reads the experts that are chosen for it.
+    let chosen = |w: &WeightEntry, n: u64| match a.experts {
+        Some(counts) if modules(w).any(|module| module.contains(".experts.")) => {
+            n * counts.top_k as u64 / counts.experts.max(1) as u64
+        }
+        _ => n,
+    };
     let matrices = weights.iter().filter(|w| w.shape.len() == 2 && w.modules.is_some());
     let in_layers = |w: &&WeightEntry| modules(w).all(|module| module.starts_with("layers."));
     Ok(Model {
@@ -32,11 +39,11 @@ pub fn model(package: &Package, name: &str) -> Result<Model, PackageError> {
         kv_heads: a.kv_heads,
         head_dim: a.head_dim,
         vocabulary: package.vocabulary()?,
-        weight_bytes_per_token: read.map(|w| if table(w) { row(w) } else { w.bytes }).sum(),
+        weight_bytes_per_token: read.map(|w| if table(w) { row(w) } else { chosen(w, w.bytes) }).sum(),
         kv_bytes_per_token_slot: a
             .cache_dtype
             .byte_len(a.caches * a.kv_heads * (a.head_dim + a.value_dim)) as u64,
-        matrix_parameters: Some(matrices.filter(in_layers).map(elements).sum()).filter(|n| *n > 0),
+        matrix_parameters: Some(matrices.filter(in_layers).map(|w| chosen(w, elements(w))).sum()).filter(|n| *n > 0),
     })
 }
 

@@ -389,6 +389,21 @@ impl Constant {
         )
     }
 
+    /// Of rows in `groups` equal parts, those of one half of each part: the first or the second half, or with `interleaved`
+    /// every other row from the first or the second on. Panics unless the parts have an even number of rows.
+    pub fn half_of_rows(&self, groups: usize, interleaved: bool, which: usize) -> Self {
+        let (rows, rest) = self.shape.split_first().expect("rows");
+        let half = rows / groups / 2;
+        assert_eq!(half * groups * 2, *rows, "parts of an even number of rows");
+        let (split, axis) = match interleaved {
+            true => ([groups, half, 2], 2),
+            false => ([groups, 2, half], 1),
+        };
+        let split = [&split[..], rest].concat();
+        let whole = [&[groups * half], rest].concat();
+        self.reshaped(split).sliced(axis, which, which + 1).reshaped(whole)
+    }
+
     /// Joined on an axis. Panics on an empty list, or on parts whose dtype or other axes differ.
     pub fn concat(parts: &[Constant], axis: usize) -> Self {
         let mut shape = parts[0].shape.clone();

@@ -307,7 +307,7 @@ fn dynamic_round_to_codes() -> Vec<NodeProto> {
     ]
 }
 
-fn node(op_type: &str, inputs: &[&str], output: &str, attribute: Vec<AttributeProto>) -> NodeProto {
+pub(super) fn node(op_type: &str, inputs: &[&str], output: &str, attribute: Vec<AttributeProto>) -> NodeProto {
     NodeProto {
         input: inputs.iter().map(|n| n.to_string()).collect(),
         output: vec![output.to_string()],
@@ -319,12 +319,12 @@ fn node(op_type: &str, inputs: &[&str], output: &str, attribute: Vec<AttributePr
     }
 }
 
-fn tensor(name: &str, value: &Tensor) -> NodeProto {
+pub(super) fn tensor(name: &str, value: &Tensor) -> NodeProto {
     let attribute = attribute_proto(("value", Attribute::Tensor(value.clone())));
     node("Constant", &[], name, vec![attribute])
 }
 
-fn int(name: &'static str, value: i64) -> AttributeProto {
+pub(super) fn int(name: &'static str, value: i64) -> AttributeProto {
     attribute_proto((name, Attribute::Int(value)))
 }
 

@@ -10,6 +10,7 @@
 
 mod attributes;
 mod error;
+mod expert_functions;
 mod exporter;
 mod functions;
 mod normalize;

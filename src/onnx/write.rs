@@ -5,7 +5,7 @@
 //! weight's name. Symbolic dims become `dim_param` text. Files are written under a temporary name and
 //! renamed when they are complete.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -13,11 +13,11 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use prost::Message;
 
-use super::functions;
 use super::proto::{
     AttributeProto, DimensionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto,
     TensorProto, TensorShapeProto, TensorTypeProto, TypeProto, ValueInfoProto, attribute_type,
 };
+use super::{expert_functions, functions};
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Attribute, Constant, ConstantError, Definition, Graph, LAPIDARY, Node, ValueId};
 use crate::help::Help;
@@ -225,9 +225,13 @@ pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, Write
     }
     let mut domains = BTreeSet::from([""]);
     let mut own: BTreeSet<String> = BTreeSet::new();
+    let mut overloads = BTreeMap::new();
     for id in graph.node_ids() {
         let source = graph.node(id);
         domains.insert(source.op.domain());
+        if let (Some(key), Some(function)) = (expert_functions::overload(source), expert_functions::function(source)) {
+            overloads.insert((source.op.name(), key), function);
+        }
         node.push(node_proto(graph, source)?);
     }
     for written in &node {
@@ -259,7 +263,11 @@ pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, Write
                 version: Some(if domain.is_empty() { OPSET } else { 1 }),
             })
             .collect(),
-        functions: own.iter().filter_map(|name| functions::function(name)).collect(),
+        functions: own
+            .iter()
+            .filter_map(|name| functions::function(name))
+            .chain(overloads.into_values())
+            .collect(),
         graph: Some(GraphProto {
             name: Some(if graph.name.is_empty() { "graph" } else { &graph.name }.to_string()),
             node,
@@ -424,7 +432,7 @@ fn node_proto(graph: &Graph, node: &Node) -> Result<NodeProto, WriteError> {
         op_type: Some(node.op.op_type().to_string()),
         domain: Some(node.op.domain().to_string()).filter(|d| !d.is_empty()),
         attribute,
-        overload: None,
+        overload: expert_functions::overload(node),
     })
 }
 

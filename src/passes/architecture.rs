@@ -50,6 +50,18 @@ pub struct Architecture {
     pub tied_embeddings: Option<bool>,
     /// Of the caches.
     pub cache_dtype: DType,
+    /// Experts of the first layer that is a mixture of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<ExpertCounts>,
+}
+
+/// How many experts a layer has, and how many of them a token passes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExpertCounts {
+    /// All of them.
+    pub experts: usize,
+    /// Of a token.
+    pub top_k: usize,
 }
 
 /// `30 layers, 9 query heads over 3 KV heads of 64, hidden 576, vocabulary 49152`
@@ -68,6 +80,9 @@ impl fmt::Display for Architecture {
             if let Some(value) = value {
                 write!(f, ", {name} {value}")?;
             }
+        }
+        if let Some(ExpertCounts { experts, top_k }) = self.experts {
+            write!(f, ", {top_k} of {experts} experts a token")?;
         }
         let windows: Vec<usize> = self.windows.iter().flatten().copied().collect();
         if let Some(window) = windows.first() {
@@ -92,6 +107,19 @@ pub struct Rotary {
     pub longest_short_run: Option<usize>,
 }
 
+/// The first mixture of experts.
+fn experts(graph: &Graph) -> Option<ExpertCounts> {
+    graph.node_ids().find_map(|id| {
+        let node = graph.node(id);
+        let Op::Experts(how) = &node.op else { return None };
+        let chosen = graph.shape(node.input(2)?)?.last()?.as_const()?;
+        Some(ExpertCounts {
+            experts: how.experts,
+            top_k: usize::try_from(chosen).ok()?,
+        })
+    })
+}
+
 /// Reads the facts. `limit` bounds positions where an embedding table does.
 pub fn describe(graph: &Graph, roles: &Roles, analysis: &Analysis, limit: Option<usize>) -> Option<Architecture> {
     let first = analysis.layers.first()?;
@@ -112,6 +140,7 @@ pub fn describe(graph: &Graph, roles: &Roles, analysis: &Analysis, limit: Option
         .find_map(|l| l.query.rotated().map(|(_, rope)| rope));
     let tables = analysis.tables.tables.iter().map(|t| t.positions()).min();
     Some(Architecture {
+        experts: experts(graph),
         layers: analysis.layers.len(),
         caches: analysis.caches.len() / 2,
         hidden,

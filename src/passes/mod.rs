@@ -63,7 +63,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-pub use architecture::{Architecture, Rotary};
+pub use architecture::{Architecture, ExpertCounts, Rotary};
 pub use attention::Obstacle;
 pub use contract::is_canonical;
 pub use quantized::{ActivationPolicy, Activations};

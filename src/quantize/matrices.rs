@@ -106,6 +106,8 @@ pub fn matrices(graph: &Graph) -> Vec<Matrix> {
                 continue;
             };
             match node.op {
+                // Matrices of all experts, one below the other.
+                Op::Experts(_) if (3..=5).contains(&i) => found[index].products.push(id),
                 // Ids may be cast or reshaped before they are looked up: the module says what they are.
                 Op::Gather { axis: 0 }
                     if i == 0 && (node.input(1) == ids || found[index].modules == ["embedding.weight"]) =>

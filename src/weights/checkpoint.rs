@@ -81,12 +81,78 @@ const LLAMA_PARTS: &[Entry] = &[
     one(&["layers.N.feed_forward.down"], "model.layers.N.mlp.down_proj"),
 ];
 
+/// Mixtures of experts, `M` being the expert: Qwen, DeepSeek, GLM, OLMoE and others; gpt-oss; Mixtral.
+const MIXTURES: &[Entry] = &[
+    one(&["layers.N.feed_forward.router"], "model.layers.N.mlp.gate"),
+    one(&["layers.N.feed_forward.router"], "model.layers.N.mlp.router"),
+    one(
+        &["layers.N.feed_forward.router"],
+        "model.layers.N.block_sparse_moe.gate",
+    ),
+    one(
+        &["layers.N.feed_forward.experts.M.gate"],
+        "model.layers.N.mlp.experts.M.gate_proj",
+    ),
+    one(
+        &["layers.N.feed_forward.experts.M.up"],
+        "model.layers.N.mlp.experts.M.up_proj",
+    ),
+    one(
+        &["layers.N.feed_forward.experts.M.down"],
+        "model.layers.N.mlp.experts.M.down_proj",
+    ),
+    one(
+        &["layers.N.feed_forward.experts.M.gate"],
+        "model.layers.N.block_sparse_moe.experts.M.w1",
+    ),
+    one(
+        &["layers.N.feed_forward.experts.M.up"],
+        "model.layers.N.block_sparse_moe.experts.M.w3",
+    ),
+    one(
+        &["layers.N.feed_forward.experts.M.down"],
+        "model.layers.N.block_sparse_moe.experts.M.w2",
+    ),
+    one(
+        &["layers.N.feed_forward.shared.gate"],
+        "model.layers.N.mlp.shared_expert.gate_proj",
+    ),
+    one(
+        &["layers.N.feed_forward.shared.up"],
+        "model.layers.N.mlp.shared_expert.up_proj",
+    ),
+    one(
+        &["layers.N.feed_forward.shared.down"],
+        "model.layers.N.mlp.shared_expert.down_proj",
+    ),
+    one(
+        &["layers.N.feed_forward.shared.gate"],
+        "model.layers.N.mlp.shared_experts.gate_proj",
+    ),
+    one(
+        &["layers.N.feed_forward.shared.up"],
+        "model.layers.N.mlp.shared_experts.up_proj",
+    ),
+    one(
+        &["layers.N.feed_forward.shared.down"],
+        "model.layers.N.mlp.shared_experts.down_proj",
+    ),
+    one(
+        &["layers.N.feed_forward.shared_gate"],
+        "model.layers.N.mlp.shared_expert_gate",
+    ),
+];
+
+/// Where the experts of a layer are in tensors of all of them.
+const STACKED_EXPERTS: &str = "model.layers.N.mlp.experts";
+
 /// Llama, Qwen, Mistral and those built like them; Phi-3's fused matrices too.
 pub const LLAMA: Convention = Convention {
     name: "Hugging Face, Llama-like",
     prefix: "model.",
     entries: &[
         LLAMA_PARTS,
+        MIXTURES,
         &[one(
             &["layers.N.feed_forward_norm"],
             "model.layers.N.post_attention_layernorm",
@@ -217,10 +283,15 @@ impl Convention {
             Some((layer, rest)) => (layer, format!("layers.N.{rest}")),
             None => ("", path.to_string()),
         };
+        const EXPERTS: &str = "layers.N.feed_forward.experts.";
+        let (expert, path) = match path.strip_prefix(EXPERTS).and_then(|rest| rest.split_once('.')) {
+            Some((expert, part)) => (expert.to_string(), format!("{EXPERTS}M.{part}")),
+            None => (String::new(), path),
+        };
         let plain_up = (self.name == TENSORRT_LLM.name && !has_gate).then_some(&TENSORRT_LLM_PLAIN_UP);
         let entries = plain_up.into_iter().chain(self.entries.iter().copied().flatten());
         let holding = entries.filter(|entry| entry.modules.contains(&path.as_str()));
-        let full = |pattern: &str| format!("{}.{what}", pattern.replace('N', layer));
+        let full = |pattern: &str| format!("{}.{what}", pattern.replace('N', layer).replace('M', &expert));
         holding
             .map(|entry| {
                 let name = full(entry.tensor);
@@ -243,7 +314,7 @@ impl Convention {
         tensor: impl Fn(&str) -> Option<Constant>,
         rows: &HashMap<String, usize>,
     ) -> Option<(String, Constant)> {
-        self.places(module, has_gate).into_iter().find_map(|place| {
+        let apart = self.places(module, has_gate).into_iter().find_map(|place| {
             let (name, found) = place
                 .names
                 .iter()
@@ -253,7 +324,67 @@ impl Convention {
                 false => found,
             };
             Some((name, place.part(module, whole, rows)?))
-        })
+        });
+        apart.or_else(|| self.find_stacked(module, tensor, rows))
+    }
+
+    /// An expert's matrix or bias among those of all experts: `gate_up_proj` `[experts, 2 * hidden, in]`, gate above up, and
+    /// `down_proj` `[experts, out, hidden]`; gpt-oss, which alone has biases, keeps both turned and gate and up in turn.
+    fn find_stacked(
+        &self,
+        module: &str,
+        tensor: impl Fn(&str) -> Option<Constant>,
+        rows: &HashMap<String, usize>,
+    ) -> Option<(String, Constant)> {
+        if !self.entries.iter().any(|entries| std::ptr::eq(*entries, MIXTURES)) {
+            return None;
+        }
+        let (layer, rest) = module.strip_prefix("layers.")?.split_once('.')?;
+        let (expert, rest) = rest.strip_prefix("feed_forward.experts.")?.split_once('.')?;
+        let (part, what) = rest.split_once('.')?;
+        let expert: usize = expert.parse().ok()?;
+        let of_all = STACKED_EXPERTS.replace('N', layer);
+        let short = of_all.strip_prefix(self.prefix).map(str::to_string);
+        let prefixes: Vec<String> = std::iter::once(of_all.clone()).chain(short).collect();
+        let matrix = if part == "down" { "down_proj" } else { "gate_up_proj" };
+        let find = |name: &str| {
+            prefixes
+                .iter()
+                .map(|prefix| format!("{prefix}.{name}"))
+                .find_map(|name| Some((name.clone(), tensor(&name)?)))
+        };
+        let is_turned = find(&format!("{matrix}_bias")).is_some();
+        let (name, all) = match what {
+            "weight" => find(matrix)?,
+            "bias" => find(&format!("{matrix}_bias"))?,
+            _ => return None,
+        };
+        let (count, each) = all.shape().split_first()?;
+        if expert >= *count {
+            return None;
+        }
+        let one = all.sliced(0, expert, expert + 1).reshaped(each.to_vec());
+        let one = match is_turned && each.len() == 2 {
+            true => one.transposed(&[1, 0]),
+            false => one,
+        };
+        let which = match part {
+            "gate" => 0,
+            "up" => 1,
+            _ => return Some((name, one)),
+        };
+        let fits = rows
+            .get(module)
+            .is_some_and(|rows| one.shape().first() == Some(&(2 * rows)));
+        // What has other rows is not cut: the caller sees its shape and says what is wrong.
+        Some((
+            name,
+            if fits {
+                one.half_of_rows(1, is_turned, which)
+            } else {
+                one
+            },
+        ))
     }
 }
 

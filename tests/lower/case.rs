@@ -6,7 +6,7 @@ use lapidary::dim::Dim;
 use lapidary::graph::eval::Evaluator;
 use lapidary::graph::op::Op;
 use lapidary::graph::{Constant, Graph, ValueId};
-use lapidary::lower::{LinearForm, LowerOptions, lower_graph};
+use lapidary::lower::{ExpertsForm, LinearForm, LowerOptions, lower_graph};
 use lapidary::network::{Logits, Profile};
 use lapidary::tensor::{DType, Tensor};
 
@@ -89,9 +89,14 @@ impl Case {
             .iter()
             .map(|(id, t)| (graph.value(*id).name.clone(), narrow(t)))
             .collect();
-        for linear in [LinearForm::FlattenActivation, LinearForm::RaiseWeight] {
+        for (linear, experts) in [
+            (LinearForm::FlattenActivation, ExpertsForm::Layer),
+            (LinearForm::RaiseWeight, ExpertsForm::All),
+            (LinearForm::RaiseWeight, ExpertsForm::Chosen),
+        ] {
             let options = LowerOptions {
                 linear,
+                experts,
                 ..LowerOptions::default()
             };
             let network = lower_graph(&graph, &profile, &options).unwrap_or_else(|e| panic!("{what}: {e}"));

@@ -1,6 +1,8 @@
 //! Single operators that canonical graphs may hold beside the fused ones, and the fused ones by themselves.
 
-use lapidary::graph::op::{Attention, Binary, Op, Reduction, Unary};
+use lapidary::graph::op::{
+    Attention, Binary, ChosenWeights, ExpertActivation, Experts, Op, Reduction, RouterScores, Routing, Unary,
+};
 use lapidary::graph::{Graph, ValueId};
 use lapidary::lower::{LowerOptions, lower_graph};
 use lapidary::network::Profile;
@@ -31,6 +33,88 @@ fn unaries() {
     let mut case = Case::new();
     let x = case.bools(&[2], &[true, false]);
     case.node(Op::Unary(Not), &[x], 1);
+}
+
+#[test]
+fn routing_of_every_kind() {
+    for scores in [RouterScores::Softmax, RouterScores::Sigmoid, RouterScores::Logits] {
+        for weights in [ChosenWeights::Scores, ChosenWeights::Normalized, ChosenWeights::Softmax] {
+            for (groups, is_corrected) in [(0, false), (0, true), (4, false), (4, true)] {
+                let mut case = Case::new();
+                let logits = case.floats(&[2, 3, 8]);
+                let correction = case.weight(&[8]);
+                let routing = Routing {
+                    top_k: 3,
+                    scores,
+                    weights,
+                    scale: 2.5,
+                    groups,
+                    top_groups: if groups > 0 { 2 } else { 0 },
+                    group_best: if groups > 0 { 2 } else { 0 },
+                };
+                // Outside of the chosen groups scores count as 0, which logits may be below.
+                if groups > 0 && scores == RouterScores::Logits {
+                    continue;
+                }
+                let inputs = if is_corrected {
+                    vec![logits, correction]
+                } else {
+                    vec![logits]
+                };
+                case.node(Op::Routing(routing), &inputs, 2);
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_in_every_form() {
+    for (activation, limit, beta) in [
+        (ExpertActivation::Swish, 0.0, 0.0),
+        (ExpertActivation::Swish, 0.5, 1.0),
+        (ExpertActivation::Gelu, 0.0, 0.0),
+        (ExpertActivation::GeluTanh, 0.0, 0.0),
+        (ExpertActivation::Relu, 0.0, 0.0),
+        (ExpertActivation::ReluSquared, 0.0, 0.0),
+    ] {
+        for (is_gated, biases) in [(true, 0), (true, 3), (true, 1), (false, 0), (false, 2)] {
+            let mut case = Case::new();
+            let x = case.floats(&[2, 3, 8]);
+            let weights = case.floats(&[2, 3, 2]);
+            let experts = case.ints(&[2, 3, 2], &[0, 1, 2, 0, 3, 1, 1, 2, 3, 0, 2, 3]);
+            let gate = case.weight(&[4 * 6, 8]);
+            let up = case.weight(&[4 * 6, 8]);
+            let down = case.weight(&[4 * 5, 6]);
+            let of_gate = case.weight(&[4 * 6]);
+            let of_up = case.weight(&[4 * 6]);
+            let of_down = case.weight(&[4 * 5]);
+            let op = Op::Experts(Experts {
+                experts: 4,
+                activation,
+                alpha: 1.702,
+                beta,
+                limit,
+            });
+            let some = |is: bool, value| is.then_some(value);
+            // A bias that is missing beside others is 0.
+            let inputs = vec![
+                Some(x),
+                Some(weights),
+                Some(experts),
+                Some(gate),
+                some(is_gated, up),
+                Some(down),
+                some(biases > 0, of_gate),
+                some(biases > 2, of_up),
+                some(biases > 1, of_down),
+            ];
+            let y = case.graph.add_value("y");
+            case.graph
+                .add_node_with_outputs("node", op.clone(), inputs, vec![Some(y)]);
+            case.graph.outputs = vec![y];
+            case.check(&format!("{op:?}, {is_gated}, {biases} biases"));
+        }
+    }
 }
 
 #[test]

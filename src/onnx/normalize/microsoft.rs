@@ -21,6 +21,8 @@ impl SourceNode<'_> {
             "SimplifiedLayerNormalization" => return self.read_as("", "RMSNormalization"),
             "MultiHeadAttention" => return self.multi_head_attention(),
             "MatMulNBits" => return self.matmul_n_bits(),
+            "MoE" => return self.mixture(),
+            "QMoE" => return self.quantized_mixture(),
             "MatMulBnb4" => return self.matmul_bnb4(),
             "GatherBlockQuantized" => return self.gather_block_quantized(),
             // ONNX Runtime's own spellings of the standard operators, from before those took every type.

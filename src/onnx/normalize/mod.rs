@@ -5,6 +5,7 @@
 //! attribute that changes their meaning, as `Cast(to=string)`. Malformed nodes are errors. It does not check arity or
 //! dtypes; the verifier does.
 
+mod experts;
 mod microsoft;
 mod older;
 mod quantized;
@@ -57,6 +58,8 @@ enum Replacement {
         indices: Option<ValueId>,
         axis: i64,
     },
+    /// A mixture of experts.
+    Experts(Box<experts::ExpertNodes>),
     /// Not known; with what is not known about it in brackets.
     Unknown(Option<String>),
 }
@@ -210,6 +213,7 @@ impl SourceNode<'_> {
                 let table = self.graph.add_constant(&format!("{name}.table"), table);
                 self.emit(Op::Gather { axis }, vec![Some(table), indices], outputs);
             }
+            Replacement::Experts(nodes) => self.experts(*nodes, outputs),
             Replacement::Unknown(detail) => {
                 let op_type = match detail {
                     Some(detail) => format!("{}({detail})", self.op_type),
@@ -243,6 +247,43 @@ impl SourceNode<'_> {
         let product = self.graph.add_value(&format!("{}.product", self.name));
         self.emit(Op::MatMul, vec![x, Some(weight)], vec![Some(product)]);
         self.emit(Op::Binary(Binary::Add), vec![Some(product), Some(bias)], outputs);
+    }
+
+    /// Routing and experts over rows of tokens, in the shape of the input again.
+    fn experts(&mut self, nodes: experts::ExpertNodes, outputs: Vec<Option<ValueId>>) {
+        let mut value = |part: &str| Some(self.graph.add_value(&format!("{}.{part}", self.name)));
+        let [shape, rows, weights, chosen, result] = ["shape", "rows", "weights", "experts", "result"].map(&mut value);
+        let to_rows = self
+            .graph
+            .add_i64(&format!("{}.flat", self.name), &[-1, nodes.hidden as i64]);
+        self.emit(Op::Shape { start: 0, end: None }, vec![nodes.x], vec![shape]);
+        self.emit(
+            Op::Reshape { allowzero: false },
+            vec![nodes.x, Some(to_rows)],
+            vec![rows],
+        );
+        self.emit(Op::Routing(nodes.routing), vec![nodes.logits], vec![weights, chosen]);
+        let mut inputs = vec![rows, weights, chosen];
+        let [of_gate, of_up, of_down] = nodes.biases;
+        let constants = [
+            ("gate", Some(nodes.gate)),
+            ("up", nodes.up),
+            ("down", Some(nodes.down)),
+            ("gate_bias", of_gate),
+            ("up_bias", of_up),
+            ("down_bias", of_down),
+        ];
+        for (what, constant) in constants {
+            inputs.push(constant.map(|constant| {
+                let name = constant.origin().unwrap_or(&self.name).to_string();
+                self.graph.add_constant(&format!("{name}.{what}"), constant)
+            }));
+        }
+        while inputs.last() == Some(&None) {
+            inputs.pop();
+        }
+        self.emit(Op::Experts(nodes.experts), inputs, vec![result]);
+        self.emit(Op::Reshape { allowzero: false }, vec![result, shape], outputs);
     }
 
     fn emit(&mut self, op: Op, inputs: Vec<Option<ValueId>>, outputs: Vec<Option<ValueId>>) {

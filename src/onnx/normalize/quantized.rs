@@ -86,14 +86,14 @@ impl SourceNode<'_> {
     }
 
     /// The constant that an input is; `None` if the input is left out.
-    fn optional_constant(&self, i: usize, what: &str) -> Result<Option<Constant>, Failure> {
+    pub(super) fn optional_constant(&self, i: usize, what: &str) -> Result<Option<Constant>, Failure> {
         match (self.constant_input(i), self.input(i)) {
             (None, Some(_)) => Err(Failure::Unsupported(format!("{what} that are no constant"))),
             (constant, _) => Ok(constant),
         }
     }
 
-    fn required_constant(&self, i: usize, what: &str) -> Result<Constant, Failure> {
+    pub(super) fn required_constant(&self, i: usize, what: &str) -> Result<Constant, Failure> {
         let constant = self.optional_constant(i, what)?;
         constant.ok_or_else(|| problem(format!("it has no {what}")))
     }
@@ -235,7 +235,7 @@ impl SourceNode<'_> {
     }
 
     /// Zero points of `[columns, blocks]` in the codes' type: bytes whose rows are padded, or floats that are whole numbers.
-    fn packed_zero_points(
+    pub(super) fn packed_zero_points(
         &self,
         zeros: &Constant,
         codes: DType,
@@ -401,7 +401,7 @@ fn is_idle(zero_points: &Constant, codes: DType) -> bool {
 }
 
 /// The unsigned type of so many bits.
-fn code_type(bits: usize) -> Result<DType, Failure> {
+pub(super) fn code_type(bits: usize) -> Result<DType, Failure> {
     match bits {
         2 => Ok(DType::U2),
         4 => Ok(DType::U4),
@@ -458,7 +458,7 @@ pub(super) fn viewed(bytes: &Constant, dtype: DType, shape: Vec<usize>, what: &s
 }
 
 /// A constant of this shape, flat ones too.
-fn of_shape(constant: &Constant, shape: &[usize], what: &str) -> Result<Constant, Failure> {
+pub(super) fn of_shape(constant: &Constant, shape: &[usize], what: &str) -> Result<Constant, Failure> {
     let volume = shape.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
     if volume == Some(constant.len()) {
         return Ok(constant.reshaped(shape.to_vec()));

@@ -479,7 +479,6 @@ fn collect(
             several => Constant::concat(several, 0),
         })
     };
-    let columns = instances[0].first[0].columns();
     let experts = match instances.len() {
         1 => instances[0].down.stacked().unwrap_or(1),
         n => n,
@@ -506,19 +505,9 @@ fn collect(
             [first(*gate, true), first(1 - gate, true)],
         ),
         Layout::Joined { interleaved, gate } => {
-            let part = |constant: &Constant, which: usize| {
-                let rest = &constant.shape()[1..];
-                let half = columns / 2;
-                let (split, axis) = match interleaved {
-                    true => ([experts, half, 2], 2),
-                    false => ([experts, 2, half], 1),
-                };
-                let split = [&split[..], rest].concat();
-                let whole = [&[experts * half], rest].concat();
-                constant.reshaped(split).sliced(axis, which, which + 1).reshaped(whole)
-            };
             let parts = |constant: Option<Constant>| {
-                let of = |which| constant.as_ref().map(|constant| part(constant, which));
+                let half = |constant: &Constant, which| constant.half_of_rows(experts, *interleaved, which);
+                let of = |which| constant.as_ref().map(|constant| half(constant, which));
                 [of(*gate), of(1 - gate)]
             };
             (parts(first(0, false)), parts(first(0, true)))

@@ -44,10 +44,11 @@ pub fn run(graph: &mut Graph, roles: &Roles) -> Result<(usize, Vec<Obstacle>), P
             }),
         }
     }
-    let count = blocks.len();
+    let mut count = blocks.len();
     for block in blocks {
         write(graph, block);
     }
+    count += raise(graph);
     if count > 0 {
         graph.sort()?;
         graph.remove_dead_nodes();
@@ -91,7 +92,7 @@ fn block(flow: &Flow<'_>, roles: &Roles, id: NodeId) -> Result<Block, String> {
     let before_logits: HashSet<ValueId> = flow.dominators(candidates[0].logits).into_iter().collect();
     let ends = flow.postdominators(id);
     // The first value with as many elements as tokens bring is where experts have come together.
-    let mut reason = "the results of its experts do not come together".to_string();
+    let mut reason = None;
     for end in ends.iter().take(8) {
         let mut dominators = flow.dominators(*end).into_iter();
         let Some(x) = dominators.find(|v| before_logits.contains(v)) else {
@@ -103,10 +104,11 @@ fn block(flow: &Flow<'_>, roles: &Roles, id: NodeId) -> Result<Block, String> {
         let (x, y) = (as_tokens(flow, x), as_result(flow, *end, x));
         match body::recognise(flow, roles, &candidates, [x, y]) {
             Ok(block) => return Ok(block),
-            Err(why) => reason = why,
+            // Of the nearest value, which a block that differs in one thing ends in.
+            Err(why) => drop(reason.get_or_insert(why)),
         }
     }
-    Err(reason)
+    Err(reason.unwrap_or_else(|| "the results of its experts do not come together".to_string()))
 }
 
 fn volume(graph: &Graph, value: ValueId) -> Option<crate::dim::Dim> {
@@ -236,6 +238,50 @@ fn write(graph: &mut Graph, block: Block) {
         redirect(graph, node, y);
     }
     (graph.value_mut(y).dtype, graph.value_mut(y).shape) = (dtype, shape);
+}
+
+/// Experts of tokens whose leading axes were joined, as ONNX Runtime's operators take them, get the tokens as they were.
+fn raise(graph: &mut Graph) -> usize {
+    let flow = Flow::new(graph);
+    let mut found = Vec::new();
+    for id in graph.node_ids() {
+        let node = graph.node(id);
+        let (Op::Experts(_), Some(flat), Some(weights)) = (&node.op, node.input(0), node.input(1)) else {
+            continue;
+        };
+        let x = as_tokens(&flow, flat);
+        let routing = graph.producer_of(weights).map(|(node, _)| node);
+        let routing = routing.filter(|id| matches!(graph.node(*id).op, Op::Routing(_)));
+        if let Some(routing) = routing.filter(|_| x != flat && graph.shape(x).is_some_and(|s| s.len() > 2)) {
+            found.push((id, routing, x));
+        }
+    }
+    let count = found.len();
+    for (id, routing, x) in found {
+        let node = graph.node(id).clone();
+        let (Some(logits), Some(y)) = (graph.node(routing).input(0), node.output(0)) else {
+            continue;
+        };
+        let experts = graph.shape(logits).and_then(|s| s.last()?.as_const());
+        let name = format!("{}.logits", node.name);
+        let logits = like_tokens(graph, logits, x, experts.map_or(0, |n| n as usize), &name);
+        graph.node_mut(routing).inputs[0] = Some(logits);
+        for output in graph.node(routing).outputs.clone().into_iter().flatten() {
+            graph.value_mut(output).shape = None;
+        }
+        let mut inputs = node.inputs.clone();
+        inputs[0] = Some(x);
+        let tokens = graph.add_value(&format!("{}.tokens", node.name));
+        let (dtype, shape) = (graph.value(y).dtype, graph.shape(y).cloned());
+        graph.remove_node(id);
+        graph.add_node_with_outputs(&node.name, node.op, inputs, vec![Some(tokens)]);
+        let width = shape.as_ref().and_then(|s| s.last()?.as_const()).unwrap_or(-1);
+        let target = graph.add_i64(&format!("{}.joined", node.name), &[-1, width]);
+        let op = Op::Reshape { allowzero: false };
+        graph.add_node_with_outputs(&node.name, op, vec![Some(tokens), Some(target)], vec![Some(y)]);
+        (graph.value_mut(y).dtype, graph.value_mut(y).shape) = (dtype, shape);
+    }
+    count
 }
 
 /// Makes a value the first output of another node.

@@ -1,14 +1,18 @@
 //! Feed-forward blocks: one matrix up and one down, with a gate beside the first or in one matrix with it.
 
 use super::walk::is_rounding;
-use super::{Linear, Reader};
+use super::{Linear, Reader, Recipe};
 use crate::graph::op::Op;
 use crate::graph::{NodeId, ValueId};
 
 impl Reader<'_> {
     /// Names the matrices of the block that begins with these products, and gives its result.
     pub(super) fn feed_forward(&mut self, prefix: &str, products: Vec<(NodeId, bool)>) -> Option<ValueId> {
-        let prefix = format!("{prefix}.feed_forward");
+        self.layers(&format!("{prefix}.feed_forward"), products)
+    }
+
+    /// As [`Reader::feed_forward`], of matrices whose modules begin with `prefix`.
+    fn layers(&mut self, prefix: &str, products: Vec<(NodeId, bool)>) -> Option<ValueId> {
         let down = match products[..] {
             [(product, _)] => {
                 let (linear, end) = self.linear_at(product)?;
@@ -39,6 +43,60 @@ impl Reader<'_> {
         let (down, end) = self.linear_at(down)?;
         self.name_linear(&format!("{prefix}.down"), &down);
         Some(end)
+    }
+
+    /// Names a mixture of experts that reads this value, with its router and an expert that all tokens go through, and gives
+    /// its result; `None` if there is none.
+    pub(super) fn mixture(&mut self, prefix: &str, block: ValueId) -> Option<ValueId> {
+        let prefix = format!("{prefix}.feed_forward");
+        let id = self.only(block, |op| matches!(op, Op::Experts(_)))?;
+        let graph = self.graph;
+        let node = graph.node(id);
+        let Op::Experts(how) = &node.op else { return None };
+        let parts = [
+            (3, "gate.weight"),
+            (4, "up.weight"),
+            (5, "down.weight"),
+            (6, "gate.bias"),
+            (7, "up.bias"),
+            (8, "down.bias"),
+        ];
+        for (input, part) in parts {
+            let Some((value, constant)) = node.input(input).and_then(|v| Some((v, graph.constant(v)?))) else {
+                continue;
+            };
+            let mut shape = constant.shape().to_vec();
+            shape[0] /= how.experts;
+            let of = |expert: usize| Recipe::Tensor {
+                name: format!("{prefix}.experts.{expert}.{part}"),
+                dtype: constant.dtype(),
+                shape: shape.clone(),
+            };
+            let all = Recipe::Concat {
+                axis: 0,
+                of: (0..how.experts).map(of).collect(),
+            };
+            self.found.entry(value).or_insert(all);
+        }
+        let (_, routing) = graph.def(node.input(1)?)?;
+        let router = routing.input(0).and_then(|logits| self.linear_before(logits));
+        if let Some(router) = &router {
+            self.name_linear(&format!("{prefix}.router"), router);
+        }
+        let mut shared = self.products_after(block);
+        shared.retain(|(product, _)| router.as_ref().is_none_or(|router| router.product != *product));
+        // A gate of one number for each token.
+        shared.retain(|(product, _)| match self.linear_at(*product) {
+            Some((linear, _)) if graph.constant(linear.weight).is_some_and(|c| c.shape()[0] == 1) => {
+                self.name_linear(&format!("{prefix}.shared_gate"), &linear);
+                false
+            }
+            _ => true,
+        });
+        if !shared.is_empty() {
+            let _ = self.layers(&format!("{prefix}.shared"), shared);
+        }
+        node.output(0)
     }
 
     /// Gate and up of one matrix: the activation follows the gate. Gives the product down.

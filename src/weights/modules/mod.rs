@@ -10,6 +10,8 @@
 //! layers.N.attention_norm.{weight,bias}      layers.N.attention.{query,key,value,output}.{weight,bias}
 //! layers.N.attention.{query_norm,key_norm}.{weight,bias}
 //! layers.N.feed_forward_norm.{weight,bias}   layers.N.feed_forward.{gate,up,down}.{weight,bias}
+//! layers.N.feed_forward.router.{weight,bias}  layers.N.feed_forward.experts.M.{gate,up,down}.{weight,bias}
+//! layers.N.feed_forward.shared.{gate,up,down}.{weight,bias}  layers.N.feed_forward.shared_gate.weight
 //! layers.N.{attention,feed_forward}_output_norm.{weight,bias}
 //! ```
 //!
@@ -185,7 +187,10 @@ impl Reader<'_> {
             None if is_normed => stream,
             None => return None,
         };
-        let end = self.feed_forward(prefix, self.products_after(block))?;
+        let end = match self.mixture(prefix, block) {
+            Some(end) => end,
+            None => self.feed_forward(prefix, self.products_after(block))?,
+        };
         self.output_norm(end, &format!("{prefix}.feed_forward_output_norm"));
         Some(())
     }
