@@ -5,10 +5,10 @@
 mod decoders;
 #[path = "decode/embeddings.rs"]
 mod embeddings;
-#[path = "decode/families.rs"]
-mod families;
 #[path = "decode/experts.rs"]
 mod experts;
+#[path = "decode/families.rs"]
+mod families;
 #[path = "decode/files.rs"]
 mod files;
 #[path = "decode/jinja.rs"]
