@@ -4,6 +4,7 @@
 //! and a file over the defaults, and [`Spec::resolve`] gives the [`Conversion`] with nothing left open but what only the
 //! model can say (its dtype, its longest context). Unknown keys are refused: a misspelt one would silently do nothing.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,9 @@ pub struct Spec {
     /// What becomes of activations that the export quantizes: rounded to what their codes stand for (`quantized`, the
     /// default), so outside attention alone (`partial`), or left in floating point (`float`).
     pub activations: Option<ActivationPolicy>,
+    /// For an export whose masks of `[.., tokens, slots]` the caller fills: how many positions each lets a query attend to, by
+    /// the name of its input; 0 for all.
+    pub mask_windows: Option<BTreeMap<String, usize>>,
     /// How weights in floating point are quantized; not at all if not given.
     pub quantize: Option<Quantization>,
     /// A text that the quantization is calibrated on; relative to the spec's own folder.
@@ -130,6 +134,7 @@ impl Spec {
             prefill: self.prefill.or(below.prefill),
             one_engine: self.one_engine.or(below.one_engine),
             activations: self.activations.or(below.activations),
+            mask_windows: self.mask_windows.or(below.mask_windows),
             tokenizer: self.tokenizer.or(below.tokenizer),
             lowering: self.lowering.or(below.lowering),
             tuned: self.tuned.or(below.tuned),
@@ -197,6 +202,7 @@ impl Spec {
             refit,
             dtype: self.dtype,
             activations: self.activations.unwrap_or_default(),
+            mask_windows: self.mask_windows.unwrap_or_default(),
             quantize: self.quantize,
             calibrate: self.calibrate,
             capacities,
@@ -225,6 +231,8 @@ pub struct Conversion {
     pub dtype: Option<Precision>,
     /// What becomes of activations that the export quantizes.
     pub activations: ActivationPolicy,
+    /// Windows of masks that the caller fills, by the names of their inputs; 0 for none.
+    pub mask_windows: BTreeMap<String, usize>,
     /// `None`: weights stay what they are.
     pub quantize: Option<Quantization>,
     /// Only with a quantization.

@@ -12,8 +12,12 @@ mod chosen_rows;
 mod decoder;
 #[path = "passes/experts.rs"]
 mod experts;
+#[path = "passes/given_masks.rs"]
+mod given_masks;
 #[path = "passes/grouped.rs"]
 mod grouped;
+#[path = "passes/kinds.rs"]
+mod kinds;
 #[path = "passes/older.rs"]
 mod older;
 #[path = "passes/onnx.rs"]
@@ -26,3 +30,5 @@ mod reports;
 mod rounded;
 #[path = "passes/same_answer.rs"]
 mod same_answer;
+#[path = "passes/unnamed.rs"]
+mod unnamed;

@@ -1,5 +1,6 @@
 //! `lapidary convert`: an export becomes a package.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,7 +10,7 @@ use super::value_checks::ValueChecks;
 use super::{Failure, info, print, words};
 use crate::convert::{ConvertOptions, Variant, convert};
 use crate::network::WeightMode;
-use crate::passes::ActivationPolicy;
+use crate::passes::{ActivationPolicy, MaskWindows};
 use crate::spec::{Conversion, Spec};
 use crate::target::{Precision, Prefill, Quantization, Refit, Target};
 
@@ -43,6 +44,10 @@ pub struct Args {
     /// attention alone; or left in floating point [default: quantized]
     #[arg(long, value_parser = words::<ActivationPolicy>(&["quantized", "partial", "float"]))]
     activations: Option<ActivationPolicy>,
+    /// How many positions a mask that the caller fills lets a query attend to, the last ones: a number, or `full` for all
+    /// (repeatable; needed where an export takes masks of [batch, 1, tokens, total], one for each kind of layer)
+    #[arg(long, value_name = "INPUT=N", value_parser = mask_window)]
+    mask_window: Vec<(String, usize)>,
     /// Quantize weights in floating point: int4, int8 or fp8, then options such as int4,group=32
     ///
     /// After the format, between commas: group=N (codes along the depth that share a scale), group=channel or group=auto (32
@@ -160,6 +165,26 @@ pub fn run(args: Args) -> Result<(), Failure> {
     print(&text)
 }
 
+/// `sliding_attention_mask=512`, `full_attention_mask=full`
+pub fn mask_window(text: &str) -> Result<(String, usize), String> {
+    let (name, window) = text.rsplit_once('=').ok_or("it must be INPUT=N or INPUT=full")?;
+    let window = match window {
+        "full" => 0,
+        number => number
+            .parse()
+            .ok()
+            .filter(|n| *n > 0)
+            .ok_or_else(|| format!("{number:?} is neither a number above 0 nor `full`"))?,
+    };
+    Ok((name.to_string(), window))
+}
+
+/// As the passes take them.
+pub fn mask_windows(windows: impl IntoIterator<Item = (String, usize)>) -> MaskWindows {
+    let window = |(name, window): (String, usize)| (name, Some(window).filter(|w| *w > 0));
+    windows.into_iter().map(window).collect()
+}
+
 /// The conversion as a spec that makes it again, with or without a GPU.
 fn save_spec(path: &Path, conversion: &Conversion) -> Result<(), Failure> {
     let spec = Spec {
@@ -168,6 +193,7 @@ fn save_spec(path: &Path, conversion: &Conversion) -> Result<(), Failure> {
         weights: Some(conversion.weights),
         refit: Some(conversion.refit),
         dtype: conversion.dtype,
+        mask_windows: Some(conversion.mask_windows.clone()).filter(|windows| !windows.is_empty()),
         activations: Some(conversion.activations).filter(|policy| *policy != ActivationPolicy::default()),
         quantize: conversion.quantize.clone(),
         // A spec may lie anywhere, and the text stays where it is.
@@ -193,6 +219,8 @@ fn conversion(args: &Args) -> Result<Conversion, Failure> {
         refit: args.refit,
         dtype: args.dtype,
         activations: args.activations,
+        mask_windows: Some(args.mask_window.iter().cloned().collect())
+            .filter(|windows: &BTreeMap<_, _>| !windows.is_empty()),
         quantize: args.quantize.clone(),
         calibrate: args.calibrate.clone(),
         capacity: args.capacity.clone(),

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use formats::Formats;
 
+use super::convert::{mask_window, mask_windows};
 use super::table::Table;
 use super::{Failure, bytes, print, print_json, words};
 use crate::convert::{ConvertError, Variant, examine, find_model};
@@ -44,6 +45,9 @@ pub struct Args {
     /// What becomes of quantized activations in the canonical graph and the network to dump
     #[arg(long, requires = "dump", value_parser = words::<ActivationPolicy>(&["quantized", "partial", "float"]))]
     activations: Option<ActivationPolicy>,
+    /// How many positions a mask that the caller fills lets a query attend to; see `convert`
+    #[arg(long, value_name = "INPUT=N", value_parser = mask_window)]
+    mask_window: Vec<(String, usize)>,
     #[arg(long, conflicts_with = "dump")]
     json: bool,
 }
@@ -106,7 +110,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     // A cyclic graph has no order to show anything in.
     graph.sort().map_err(|e| Failure::from(e).at(&files.model))?;
-    let examination = examine(&files, &graph, &Spec::default().resolve()?);
+    let spec = Spec {
+        mask_windows: Some(args.mask_window.iter().cloned().collect()),
+        ..Spec::default()
+    };
+    let examination = examine(&files, &graph, &spec.resolve()?);
     let (weight_bytes, weight_bytes_by_dtype) = weights(&graph);
     // Exporters need not say what the outputs are.
     let mut typed = graph.clone();
@@ -150,6 +158,7 @@ fn dumped(graph: Graph, dump: Dump, args: &Args, model: &Path) -> Result<String,
         max_positions: args.capacity,
         allow_overflow: false,
         activations: args.activations.unwrap_or_default(),
+        mask_windows: mask_windows(args.mask_window.iter().cloned()),
     };
     let canonical = passes::canonicalize(graph, &options).map_err(|e| ConvertError::Pass {
         path: model.to_path_buf(),
@@ -221,6 +230,9 @@ fn summary(facts: &Inspection) -> String {
     line("opset", format!("{} (IR {})", opsets.join(", "), facts.ir_version));
     if let Some(a) = &r.architecture {
         line("architecture", a.to_string());
+    }
+    if let Some(outline) = &r.outline {
+        line("architecture", format!("{outline}, as far as known"));
     }
     let slots = r.capacity.map(|n| format!(", {n} slots")).unwrap_or_default();
     line("cache", format!("{}{slots}", r.cache));

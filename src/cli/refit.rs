@@ -87,6 +87,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             refit: manifest.refit,
             dtype: None,
             activations: manifest.activations.policy,
+            mask_windows: manifest.mask_windows.clone(),
             quantize: None,
             calibrate: None,
             capacities: manifest.capacities.clone(),

@@ -114,7 +114,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
         ..SessionOptions::default()
     };
     let mut session = Session::open(&package, &on_cpu)?;
-    let mut reference = Reference::open(&against, kind, session.embeddings().cloned())?;
+    let mut reference = Reference::open(
+        &against,
+        kind,
+        session.embeddings().cloned(),
+        &package.manifest.mask_windows,
+    )?;
     let new = usize::from(args.tokens);
     let bounds = Bounds::new(
         &package.manifest,

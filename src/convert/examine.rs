@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use super::{ConvertError, ModelFiles, capacities, check, faults, trained_context};
+use super::{ConvertError, ModelFiles, capacities, check, faults, masks, trained_context};
 use crate::graph::{Graph, ValueId, infer};
 use crate::help::Help;
 use crate::lower::{self, LowerOptions};
@@ -32,7 +32,9 @@ pub struct Examination {
 /// Looks at an export as `convert` would with `conversion`, and goes on after the first obstacle. `graph` is sorted.
 pub fn examine(files: &ModelFiles, graph: &Graph, conversion: &Conversion) -> Examination {
     let model = files.model.as_path();
-    let options = pass_options(files, conversion, false);
+    let mut conversion = conversion.clone();
+    mask_windows(files, graph, &mut conversion);
+    let options = pass_options(files, &conversion, false);
     let mut typed = graph.clone();
     let faults = match infer(&mut typed) {
         Ok(_) => faults(&typed),
@@ -104,15 +106,26 @@ fn quantized_faults(graph: &Graph) -> Vec<String> {
     constants.filter_map(fault).collect()
 }
 
+/// Where nothing was asked for: what the configuration says of masks that the caller fills.
+pub(super) fn mask_windows(files: &ModelFiles, graph: &Graph, conversion: &mut Conversion) {
+    if conversion.mask_windows.is_empty() {
+        let options = pass_options(files, conversion, true);
+        conversion.mask_windows = masks::of_config(graph, &files.configs, &options).unwrap_or_default();
+    }
+}
+
 fn pass_options(files: &ModelFiles, conversion: &Conversion, allow_overflow: bool) -> CanonicalizeOptions {
     // Without tables nothing is too large.
     let capacities = capacities(&files.model, conversion, None, trained_context(&files.configs)).unwrap_or_default();
     let last = capacities.last().copied();
+    let windows = conversion.mask_windows.iter();
+    let windows = windows.map(|(name, window)| (name.clone(), Some(*window).filter(|w| *w > 0)));
     CanonicalizeOptions {
         dtype: conversion.dtype.map(Precision::dtype),
         max_positions: last.unwrap_or_else(|| CanonicalizeOptions::default().max_positions),
         allow_overflow,
         activations: conversion.activations,
+        mask_windows: windows.collect(),
     }
 }
 

@@ -9,6 +9,7 @@ pub mod engines;
 mod error;
 mod examine;
 mod files;
+mod masks;
 #[cfg(feature = "engines")]
 mod tune;
 
@@ -164,6 +165,7 @@ pub fn convert(
     let source = source(model, &graph)?;
 
     progress.step("rewriting");
+    examine::mask_windows(&files, &graph, &mut conversion);
     let mut canonical = examine::canonical(&files, graph, &conversion, options.allowed.overflow)?;
     let no_table = embeddings(model, &mut canonical, options)?;
     let limit = canonical.architecture.max_positions;
@@ -197,6 +199,7 @@ pub fn convert(
         passes: canonical.report.iter().map(pass).collect(),
         activations: canonical.activations.clone(),
     };
+    let mask_windows = conversion.mask_windows.clone();
     let written = Writer::new(
         output,
         options.force,
@@ -216,6 +219,7 @@ pub fn convert(
     if let Some(quantization) = quantization {
         writer.quantization(quantization);
     }
+    writer.mask_windows(mask_windows);
     writer.norms(norm_parameter::of_config(configs));
     // From here on the weights are those of the package, mapped; the export is not needed any more.
     let of_engines = match &library {
@@ -358,13 +362,18 @@ fn check(model: &Path, graph: &Graph) -> Result<(), ConvertError> {
     }
 }
 
-/// Operators that do not exist and operands of wrong number or type, all at once, of a graph that inference has typed. The
-/// passes report what keeps a graph from being typed.
+/// Operands of wrong number or type, all at once, of a graph that inference has typed. The passes report operators that are
+/// not known, and what keeps a graph from being typed.
 pub fn faults(typed: &Graph) -> Vec<String> {
     let Err(Obstacles(obstacles)) = verify(typed) else {
         return Vec::new();
     };
-    let counts = |o: &&Obstacle| !matches!(o, Obstacle::Untyped { .. } | Obstacle::Structure { .. });
+    let counts = |o: &&Obstacle| {
+        !matches!(
+            o,
+            Obstacle::Untyped { .. } | Obstacle::Structure { .. } | Obstacle::UnknownOp { .. }
+        )
+    };
     obstacles.iter().filter(counts).map(Obstacle::to_string).collect()
 }
 

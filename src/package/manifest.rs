@@ -3,7 +3,7 @@
 //! Plain data with serde on both sides. Field names are part of the package format: a change that older readers cannot
 //! bear raises [`FORMAT_VERSION`]. Unknown fields are let through, so newer minor additions do not lock out older readers.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -60,6 +60,10 @@ pub struct Manifest {
     /// What checkpoints of this model hold of norms, where a configuration or a refit said so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub norms: Option<NormParameter>,
+    /// How many positions masks that are inputs of the export let a query attend to, by their names; 0 for all. The package
+    /// computes its own masks: this is for runs of the export.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub mask_windows: BTreeMap<String, usize>,
     /// Which activations are rounded to codes, as the export does it, and which are not.
     #[serde(default, skip_serializing_if = "Activations::is_empty")]
     pub activations: Activations,

@@ -285,11 +285,14 @@ impl Package {
         let m = &self.manifest;
         // Tables of positions are cut to what the package was converted for.
         let positions = m.architecture.max_positions.or(m.capacities.last().copied());
+        let windows = m.mask_windows.iter();
+        let windows = windows.map(|(name, window)| (name.clone(), Some(*window).filter(|w| *w > 0)));
         SourceContext {
             positions: positions.unwrap_or(1),
             dtype: m.dtype,
             architecture_hash: m.architecture_hash.clone(),
             activations: m.activations.policy,
+            mask_windows: windows.collect(),
         }
     }
 

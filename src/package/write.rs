@@ -97,6 +97,7 @@ impl Writer {
             weights: stored_graph.weights,
             constants: stored_graph.constants,
             norms: None,
+            mask_windows: BTreeMap::new(),
             quantization: None,
             engines: Vec::new(),
             tuning: None,
@@ -158,6 +159,11 @@ impl Writer {
     /// Tokens that end a text, where there is no tokenizer that says so.
     pub fn eos_token_ids(&mut self, ids: BTreeSet<u32>) {
         self.manifest.eos_token_ids = ids;
+    }
+
+    /// What the export's masks that the caller fills hide.
+    pub fn mask_windows(&mut self, windows: BTreeMap<String, usize>) {
+        self.manifest.mask_windows = windows;
     }
 
     /// What checkpoints of this model hold of norms, where that is known.

@@ -67,6 +67,11 @@ pub fn unknown(graph: &Graph) -> Vec<Obstacle> {
     obstacles
 }
 
+/// Whether an obstacle is one of [`unknown`].
+pub fn is_unknown_operator(obstacle: &Obstacle) -> bool {
+    obstacle.reason.starts_with("the operator ") && obstacle.reason.ends_with(" is not supported")
+}
+
 fn operators(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
     refused(graph, |op| !is_canonical(op), obstacles);
 }

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use super::MaskWindows;
 use super::roles::InputRole;
 use crate::dim::Dim;
 use crate::graph::{Graph, ValueId};
@@ -64,8 +65,13 @@ pub fn find(graph: &Graph, of: &HashMap<ValueId, InputRole>, growing: bool) -> V
 
 const TOTAL: &str = "the length of past and new tokens";
 
-/// Inputs that mask attention, `name [shape]`, if there are several, or one whose name says that it is no causal one.
-pub fn unknown_masks(graph: &Graph, of: &HashMap<ValueId, InputRole>) -> Vec<String> {
+/// Inputs that mask attention, `name [shape]`, if there are several, or one whose name says that it is no causal one; and
+/// their names alone. Those that a window is given for are known.
+pub fn unknown_masks(
+    graph: &Graph,
+    of: &HashMap<ValueId, InputRole>,
+    windows: &MaskWindows,
+) -> Option<(Vec<String>, Vec<String>)> {
     let with = |role: InputRole| -> Vec<ValueId> {
         let inputs = graph.inputs.iter().copied();
         inputs.filter(|id| of.get(id) == Some(&role)).collect()
@@ -84,9 +90,13 @@ pub fn unknown_masks(graph: &Graph, of: &HashMap<ValueId, InputRole>) -> Vec<Str
                 .iter()
                 .any(|word| name.contains(word))
         };
+        let name = |id: &ValueId| graph.value(*id).name.clone();
+        if masks.iter().all(|id| windows.contains_key(&name(id))) {
+            continue;
+        }
         if masks.len() > 1 || masks.iter().any(local) {
-            return describe(&masks);
+            return Some((describe(&masks), masks.iter().map(name).collect()));
         }
     }
-    Vec::new()
+    None
 }

@@ -44,6 +44,7 @@ mod emit;
 mod experts;
 mod fixed_dims;
 pub mod fold;
+mod kind;
 pub mod layer_norm;
 mod lengths;
 pub mod linear;
@@ -58,7 +59,7 @@ pub(crate) mod roles;
 mod table;
 mod tied;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Instant;
 
 use serde::Serialize;
@@ -66,6 +67,7 @@ use serde::Serialize;
 pub use architecture::{Architecture, ExpertCounts, Rotary};
 pub use attention::Obstacle;
 pub use contract::is_canonical;
+pub use kind::ModelKind;
 pub use quantized::{ActivationPolicy, Activations};
 pub use recognise::{LayerReport, Recognition, recognise};
 pub use table::{PASSES, PassInfo, info};
@@ -91,7 +93,13 @@ pub struct CanonicalizeOptions {
     pub allow_overflow: bool,
     /// What becomes of activations that the export quantizes.
     pub activations: ActivationPolicy,
+    /// How many positions the masks that the caller fills let a query attend to, by the names of their inputs.
+    pub mask_windows: MaskWindows,
 }
+
+/// Windows of inputs that are masks of `[.., tokens, slots]`: the last positions that a query attends to, itself included;
+/// `None` for all.
+pub type MaskWindows = BTreeMap<String, Option<usize>>;
 
 impl Default for CanonicalizeOptions {
     fn default() -> Self {
@@ -100,6 +108,7 @@ impl Default for CanonicalizeOptions {
             dtype: None,
             allow_overflow: false,
             activations: ActivationPolicy::default(),
+            mask_windows: MaskWindows::new(),
         }
     }
 }
@@ -197,6 +206,22 @@ pub enum PassError {
     UnknownMasks {
         /// Inputs, with their shapes.
         names: Vec<String>,
+        /// Their names alone.
+        inputs: Vec<String>,
+    },
+    /// A window for an input that is no mask of `[.., tokens, slots]`.
+    #[error(
+        "a window is given for {name:?}, and {}", if .masks.is_empty() {
+            "no input of the export is a mask of [.., tokens, slots]".to_string()
+        } else {
+            format!("the masks of [.., tokens, slots] are {}", .masks.join(", "))
+        }
+    )]
+    NoSuchMask {
+        /// As it was given.
+        name: String,
+        /// Inputs that are.
+        masks: Vec<String>,
     },
     /// Activations rounded to codes where no operator here can round them.
     #[error(
@@ -222,6 +247,20 @@ pub enum PassError {
         /// All of it.
         obstacles: Vec<Obstacle>,
     },
+    /// It is no decoder with a cache.
+    #[error("{kind}{}", besides(.errors))]
+    Kind {
+        /// What it is.
+        kind: ModelKind,
+        /// What else is in the way.
+        errors: Vec<PassError>,
+    },
+    /// Several of these at once.
+    #[error("{}", together(.errors))]
+    Several {
+        /// All of them.
+        errors: Vec<PassError>,
+    },
     /// Numbers that the dtype asked for cannot hold.
     #[error("{dtype} cannot hold these constants: {}", .constants.join(", "))]
     Range {
@@ -238,6 +277,65 @@ pub enum PassError {
         /// The rule that it breaks.
         reason: String,
     },
+}
+
+impl PassError {
+    /// One error of several; at least one.
+    pub(crate) fn together(mut errors: Vec<PassError>) -> PassError {
+        match errors.len() {
+            1 => errors.remove(0),
+            _ => PassError::Several { errors },
+        }
+    }
+
+    /// The errors that this one holds.
+    pub(crate) fn each(self) -> Vec<PassError> {
+        match self {
+            PassError::Several { errors } => errors,
+            other => vec![other],
+        }
+    }
+
+    /// The refusal of a model of some kind, with what else there is to say. What follows from the kind alone is left out.
+    pub(crate) fn of_kind(kind: Option<ModelKind>, mut errors: Vec<PassError>) -> PassError {
+        let Some(kind) = kind else {
+            return PassError::together(errors);
+        };
+        for error in &mut errors {
+            if let PassError::Obstacles { obstacles } = error {
+                obstacles.retain(|o| !o.reason.starts_with("these inputs come from an encoder"));
+            }
+        }
+        let said = |error: &PassError| match error {
+            PassError::NoCache => true,
+            PassError::Obstacles { obstacles } => obstacles.is_empty(),
+            PassError::TokenInput { .. } => matches!(kind, ModelKind::NoTokens { .. }),
+            PassError::UnmatchedInputs { .. } => {
+                matches!(kind, ModelKind::NoTokens { .. } | ModelKind::EncoderDecoder { .. })
+            }
+            PassError::InputRank { .. } => matches!(kind, ModelKind::States { .. }),
+            _ => false,
+        };
+        errors.retain(|error| !said(error));
+        PassError::Kind { kind, errors }
+    }
+}
+
+fn besides(errors: &[PassError]) -> String {
+    let texts: Vec<String> = errors.iter().map(PassError::to_string).collect();
+    match texts.is_empty() {
+        true => String::new(),
+        false => format!("; besides:\n  {}", texts.join("\n  ")),
+    }
+}
+
+fn together(errors: &[PassError]) -> String {
+    let texts: Vec<String> = errors.iter().map(PassError::to_string).collect();
+    format!(
+        "the model cannot be converted, for {} reasons:\n  {}",
+        errors.len(),
+        texts.join("\n  ")
+    )
 }
 
 impl Help for PassError {
@@ -257,12 +355,32 @@ impl Help for PassError {
                  optimum does so by itself, torch.onnx.export with dynamic_shapes (dynamic_axes for TorchScript)"
                     .to_string(),
             ),
-            PassError::UnknownMasks { .. } => Some(
-                "export with one attention_mask of [batch, past + tokens], from which the graph computes the mask of each \
-                 layer"
+            PassError::UnknownMasks { inputs, .. } => {
+                let flags: Vec<String> = inputs.iter().map(|name| format!("--mask-window {name}=N")).collect();
+                Some(format!(
+                    "say how many positions each lets a query attend to, the model's sliding_window or `full`: {}; a config.json \
+                     with sliding_window and layer_types beside the export says it, too; or export with one attention_mask of \
+                     [batch, past + tokens], from which the graph computes the mask of each layer",
+                    flags.join(" ")
+                ))
+            }
+            PassError::NoCache => Some(ModelKind::NoCache.help()),
+            PassError::Kind { kind, .. } => Some(kind.help()),
+            PassError::Several { errors } => {
+                let mut helps: Vec<String> = Vec::new();
+                for help in errors.iter().filter_map(PassError::help) {
+                    if !helps.contains(&help) {
+                        helps.push(help);
+                    }
+                }
+                (!helps.is_empty()).then(|| helps.join("; "))
+            }
+            PassError::Obstacles { obstacles } if obstacles.iter().any(contract::is_unknown_operator) => Some(
+                "export it again with operators of ONNX: `optimum-cli export onnx --model MODEL --task text-generation-with-past \
+                 OUT`, or torch.onnx.export as in docs/exporting.md, in fp32 or fp16; `convert --quantize` makes codes of its \
+                 weights"
                     .to_string(),
             ),
-            PassError::NoCache => Some("export it with its cache (optimum: text-generation-with-past)".to_string()),
             PassError::RoundedAttention { .. } => Some(
                 "leave these in floating point with --activations partial, or all of them with --activations float; what is \
                  left out changes answers a little, and the manifest says so"
@@ -374,23 +492,100 @@ fn timed<T>(
     Ok(result)
 }
 
-/// The first half of the pipeline: everything up to the analysis.
-pub(crate) fn analyse(
+/// Inputs that are masks of `[.., tokens, slots]` which the caller fills and which are not known to be causal.
+pub fn unknown_masks(graph: &Graph) -> Option<Vec<String>> {
+    let (of, _) = roles::guess(graph);
+    fixed_dims::unknown_masks(graph, &of, &MaskWindows::new()).map(|(_, inputs)| inputs)
+}
+
+/// What was found of an export, and everything that keeps it from being converted.
+pub(crate) struct Look {
+    /// As far as they are known.
+    pub roles: HashMap<ValueId, roles::InputRole>,
+    /// What it is, if it is no decoder with a cache.
+    pub kind: Option<ModelKind>,
+    /// `None` if something kept its attention from being looked at.
+    pub analysed: Option<Analysed>,
+    /// None if it can be rewritten, as far as this shows.
+    pub errors: Vec<PassError>,
+}
+
+/// The first half of the pipeline: everything up to the analysis. Goes on after an operator that is not known, as far as
+/// what is behind it does not matter.
+pub(crate) fn look(mut graph: Graph, options: &CanonicalizeOptions, report: &mut Vec<PassReport>) -> Look {
+    let mut look = Look {
+        roles: HashMap::new(),
+        kind: None,
+        analysed: None,
+        errors: Vec::new(),
+    };
+    if let Err(cycle) = graph.sort() {
+        look.errors.push(cycle.into());
+        return look;
+    }
+    graph.remove_dead_nodes();
+    look.roles = roles::guess(&graph).0;
+    look.kind = kind::of(&graph, &look.roles);
+    let obstacles = contract::unknown(&graph);
+    let all_known = obstacles.is_empty();
+    if !all_known {
+        look.errors.push(PassError::Obstacles { obstacles });
+    }
+    let behind: HashSet<String> = {
+        let behind = kind::behind_unknown(&graph);
+        let nodes = graph.node_ids().map(|id| graph.node(id));
+        let nodes = nodes.filter(|node| node.outputs.iter().flatten().any(|v| behind.contains(v)));
+        nodes.map(|node| node.name.clone()).collect()
+    };
+    let roles = timed(&mut graph, report, &table::ROLES, |graph| {
+        Ok((0, roles::assign(graph, &options.mask_windows)?))
+    });
+    let roles = match roles {
+        Ok(roles) => roles,
+        Err(error) => {
+            look.errors.extend(error.each());
+            return look;
+        }
+    };
+    match analysed(graph, roles, all_known, options, report) {
+        Ok(mut analysed) => {
+            // What is wrong behind an operator that is not known may be its doing.
+            let obstacles = &mut analysed.analysis.obstacles;
+            obstacles.retain(|obstacle| !behind.contains(&obstacle.at));
+            if !all_known && !obstacles.is_empty() {
+                let obstacles = std::mem::take(obstacles);
+                look.errors.push(PassError::Obstacles { obstacles });
+            }
+            look.analysed = Some(analysed);
+        }
+        Err(error) => {
+            let told = |error: &PassError| match error {
+                PassError::Obstacles { obstacles } => obstacles.iter().all(|o| behind.contains(&o.at)),
+                PassError::Infer(_) => true,
+                _ => false,
+            };
+            look.errors
+                .extend(error.each().into_iter().filter(|error| all_known || !told(error)));
+        }
+    }
+    look
+}
+
+/// The analysis of a graph whose inputs have roles. `all_known`: it has no operator that is not known.
+fn analysed(
     mut graph: Graph,
+    mut roles: Roles,
+    all_known: bool,
     options: &CanonicalizeOptions,
     report: &mut Vec<PassReport>,
 ) -> Result<Analysed, PassError> {
-    graph.sort()?;
-    graph.remove_dead_nodes();
-    let obstacles = contract::unknown(&graph);
-    if !obstacles.is_empty() {
-        return Err(PassError::Obstacles { obstacles });
-    }
-    let mut roles = timed(&mut graph, report, &table::ROLES, |graph| {
-        Ok((0, roles::assign(graph)?))
-    })?;
     timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
-    verify(&graph)?;
+    if let Err(Obstacles(mut obstacles)) = verify(&graph) {
+        obstacles.retain(|o| all_known || !matches!(o, crate::graph::Obstacle::UnknownOp { .. }));
+        if !obstacles.is_empty() {
+            return Err(Obstacles(obstacles).into());
+        }
+    }
     // Before all others, whose patterns know nothing of codes.
     let activations = timed(&mut graph, report, &table::QUANTIZED, |graph| {
         quantized::run(graph, options.activations)
@@ -426,6 +621,19 @@ pub(crate) fn analyse(
     })
 }
 
+/// [`look`], where only an export that can be rewritten is of use.
+pub(crate) fn analyse(
+    graph: Graph,
+    options: &CanonicalizeOptions,
+    report: &mut Vec<PassReport>,
+) -> Result<(Analysed, Option<ModelKind>), PassError> {
+    let look = look(graph, options, report);
+    match (look.analysed, look.errors.is_empty()) {
+        (Some(analysed), true) => Ok((analysed, look.kind)),
+        _ => Err(PassError::of_kind(look.kind, look.errors)),
+    }
+}
+
 /// Lengths at which what the export computes from positions may change, each with a constant that names it: windows, ends of
 /// tables, switches of a scaling.
 pub fn lengths_of(export: Graph, max_positions: usize) -> Result<BTreeMap<usize, String>, PassError> {
@@ -435,7 +643,7 @@ pub fn lengths_of(export: Graph, max_positions: usize) -> Result<BTreeMap<usize,
         activations: ActivationPolicy::Partial,
         ..CanonicalizeOptions::default()
     };
-    Ok(analyse(export, &options, &mut Vec::new())?.analysis.lengths)
+    Ok(analyse(export, &options, &mut Vec::new())?.0.analysis.lengths)
 }
 
 /// Nodes of roundings inside attention that the recognised attentions do not do, with what they round.
@@ -454,16 +662,16 @@ fn rounded_inside(graph: &Graph, analysis: &Analysis) -> Vec<(NodeId, String)> {
 /// Makes an export canonical.
 pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canonical, PassError> {
     let mut report = Vec::new();
+    let (analysed, kind) = analyse(graph, options, &mut report)?;
     let Analysed {
         mut graph,
         roles,
         analysis,
         activations,
-    } = analyse(graph, options, &mut report)?;
+    } = analysed;
     if !analysis.obstacles.is_empty() {
-        return Err(PassError::Obstacles {
-            obstacles: analysis.obstacles,
-        });
+        let obstacles = analysis.obstacles;
+        return Err(PassError::of_kind(kind, vec![PassError::Obstacles { obstacles }]));
     }
     if !analysis.unplaced.is_empty() {
         let values = analysis

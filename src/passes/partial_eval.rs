@@ -238,6 +238,8 @@ impl<'g> PartialEvaluator<'g> {
             _ => 0.0,
         };
         let kept = if dtype.is_float() { 0.0 } else { 1.0 };
+        let window = self.roles.windows.get(&id).copied().flatten();
+        let open = |position: usize, slot: usize| slot <= position && window.is_none_or(|w| slot + w > position);
         let element = |i: usize| {
             let (row, column) = ((i / last) % trial.sizes.tokens.max(1), i % last);
             match self.roles.of.get(&id)? {
@@ -246,7 +248,7 @@ impl<'g> PartialEvaluator<'g> {
                 InputRole::TotalLength => Some(total),
                 InputRole::LastPosition => Some(total - 1.0),
                 InputRole::PaddingMask => Some(if (column as f64) < total { 1.0 } else { 0.0 }),
-                InputRole::FullMask => Some(if column as f64 <= past + row as f64 {
+                InputRole::FullMask => Some(if open(past as usize + row, column) {
                     kept
                 } else {
                     masked

@@ -1,14 +1,15 @@
 //! What `lapidary inspect` reports of an export: everything that was recognised, and everything that was not.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde::Serialize;
 
 use super::attention::Obstacle;
 use super::attention::layout::CacheLayout;
-use super::{ActivationPolicy, Activations, Analysed, Canonical, CanonicalizeOptions, PassError};
+use super::roles::InputRole;
+use super::{ActivationPolicy, Activations, Analysed, Canonical, CanonicalizeOptions, ModelKind, PassError};
 use crate::graph::op::Op;
-use crate::graph::{AttentionScores, Graph};
+use crate::graph::{AttentionScores, Graph, Shape, ValueId, infer};
 use crate::help::Help;
 
 /// The report.
@@ -32,12 +33,55 @@ pub struct Recognition {
     pub activations: Activations,
     /// Operators that Lapidary does not know, with the nodes.
     pub unsupported: BTreeMap<String, Vec<String>>,
+    /// What it is, if it is no decoder with a cache of keys and values: `encoder_decoder`, `hybrid`, `state_space`,
+    /// `no_cache`, `encoder`, `classifier_or_embedding` or `no_tokens`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kind: Option<&'static str>,
+    /// What is known of the model's sizes where there are obstacles.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outline: Option<Outline>,
     /// What keeps the export from being converted.
     pub obstacles: Vec<Obstacle>,
     /// What to do about them.
     pub help: Option<String>,
     /// `None` if there are obstacles.
     pub architecture: Option<super::Architecture>,
+}
+
+/// Sizes of a model as far as they are known.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outline {
+    /// Attentions that were recognised.
+    pub attentions: usize,
+    /// Softmaxes and attention operators of the export: what may be attention.
+    pub candidates: usize,
+    /// Width of an embedding.
+    pub hidden: Option<usize>,
+    /// Row length of the logits.
+    pub vocabulary: Option<usize>,
+    /// Heads of queries, heads of keys and values, and elements of a head of the first attention.
+    pub heads: Option<(usize, usize, usize)>,
+}
+
+/// `1 of 2 attentions understood, 4 query heads over 2 KV heads of 16, hidden 64, vocabulary 320, as far as known`
+impl std::fmt::Display for Outline {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} of {} attentions understood",
+            self.attentions,
+            self.candidates.max(self.attentions)
+        )?;
+        if let Some((heads, kv_heads, dim)) = self.heads {
+            write!(f, ", {heads} query heads over {kv_heads} KV heads of {dim}")?;
+        }
+        for (name, size) in [("hidden", self.hidden), ("vocabulary", self.vocabulary)] {
+            if let Some(size) = size {
+                write!(f, ", {name} {size}")?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// An input of the export.
@@ -83,6 +127,8 @@ pub fn recognise(export: &Graph, options: &CanonicalizeOptions) -> (Recognition,
         patterns: BTreeMap::new(),
         activations: Activations::default(),
         unsupported: BTreeMap::new(),
+        kind: None,
+        outline: None,
         obstacles: Vec::new(),
         help: None,
         architecture: None,
@@ -109,9 +155,27 @@ pub fn recognise(export: &Graph, options: &CanonicalizeOptions) -> (Recognition,
         },
         ..options.clone()
     };
-    match super::analyse(export.clone(), &lenient, &mut Vec::new()) {
-        Ok(analysed) => fill(&mut report, export, &analysed),
-        Err(error) => refuse(&mut report, error),
+    let look = super::look(export.clone(), &lenient, &mut Vec::new());
+    roles(&mut report, export, &look.roles);
+    if let Some(analysed) = &look.analysed {
+        fill(&mut report, analysed);
+    }
+    let kind = look.kind.as_ref().map(ModelKind::name);
+    let errors = match look.errors.is_empty() && report.obstacles.is_empty() {
+        true => None,
+        false => {
+            let mut errors = look.errors;
+            if !report.obstacles.is_empty() {
+                let obstacles = std::mem::take(&mut report.obstacles);
+                errors.push(PassError::Obstacles { obstacles });
+            }
+            Some(PassError::of_kind(look.kind, errors))
+        }
+    };
+    if let Some(error) = errors {
+        report.kind = kind;
+        report.outline = Some(outline(export, &report));
+        refuse(&mut report, error);
     }
     let mut made = None;
     if report.obstacles.is_empty() {
@@ -130,6 +194,14 @@ pub fn recognise(export: &Graph, options: &CanonicalizeOptions) -> (Recognition,
 fn obstacles(error: PassError) -> Vec<Obstacle> {
     match error {
         PassError::Obstacles { obstacles } => obstacles,
+        PassError::Several { errors } => errors.into_iter().flat_map(obstacles).collect(),
+        PassError::Kind { kind, errors } => std::iter::once(Obstacle {
+            layer: None,
+            at: "model".into(),
+            reason: kind.to_string(),
+        })
+        .chain(errors.into_iter().flat_map(obstacles))
+        .collect(),
         other => vec![Obstacle {
             layer: None,
             at: "model".into(),
@@ -138,21 +210,58 @@ fn obstacles(error: PassError) -> Vec<Obstacle> {
     }
 }
 
-fn fill(report: &mut Recognition, export: &Graph, analysed: &Analysed) {
+/// Roles of all inputs, as far as they are known.
+fn roles(report: &mut Recognition, export: &Graph, of: &HashMap<ValueId, InputRole>) {
+    let role = |id: &ValueId| {
+        of.get(id)
+            .map_or_else(|| "?".to_string(), |role| snake(&format!("{role:?}")))
+    };
+    let inputs = export.inputs.iter().map(|id| Input {
+        name: export.value(*id).name.clone(),
+        role: role(id),
+    });
+    report.inputs = inputs.collect();
+}
+
+/// What is known of sizes although there are obstacles.
+fn outline(export: &Graph, report: &Recognition) -> Outline {
+    let mut typed = export.clone();
+    let _ = typed.sort().map(|()| infer(&mut typed));
+    let nodes = export.node_ids().map(|id| export.node(id));
+    let candidates = nodes
+        .filter(|node| matches!(node.op, Op::Softmax { .. } | Op::GroupQueryAttention(_)) || node.op.is_attention());
+    let width = |role: &str| {
+        let input = report.inputs.iter().find(|input| input.role == role)?;
+        typed.find(&input.name)
+    };
+    let uses = typed.uses();
+    let tables = width("input_ids").and_then(|ids| uses.get(&ids)).into_iter().flatten();
+    let table = tables.filter_map(|(node, _)| match typed.node(*node) {
+        node if matches!(node.op, Op::Gather { .. }) => typed.shape(node.input(0)?),
+        _ => None,
+    });
+    let last = |shape: Option<&Shape>| shape.and_then(|s| s.last()?.as_const()).map(|n| n as usize);
+    let logits = typed
+        .outputs
+        .first()
+        .and_then(|id| typed.shape(*id))
+        .filter(|shape| shape.len() == 3);
+    Outline {
+        attentions: report.layers.len(),
+        candidates: candidates.count(),
+        hidden: last(table.last()).or_else(|| last(width("embeddings").and_then(|id| typed.shape(id)))),
+        vocabulary: last(logits),
+        heads: report
+            .layers
+            .first()
+            .map(|layer| (layer.heads, layer.kv_heads, layer.head_dim)),
+    }
+}
+
+fn fill(report: &mut Recognition, analysed: &Analysed) {
     let (roles, analysis) = (&analysed.roles, &analysed.analysis);
     report.activations = analysed.activations.clone();
     report.capacity = roles.capacity;
-    report.inputs = export
-        .inputs
-        .iter()
-        .map(|id| Input {
-            name: export.value(*id).name.clone(),
-            role: roles
-                .of
-                .get(id)
-                .map_or_else(|| "?".to_string(), |role| snake(&format!("{role:?}"))),
-        })
-        .collect();
     report.obstacles = analysis.obstacles.clone();
     for layer in &analysis.layers {
         let key = &analysis.caches[&layer.key_cache];

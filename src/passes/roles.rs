@@ -5,9 +5,11 @@
 //! later pass reads one name for one length. What an input is *claimed* to be here is proven later, when `projection` and
 //! `mask` execute the graph; this module only has to be right for models that a proof will accept.
 
+mod by_use;
+
 use std::collections::{HashMap, HashSet};
 
-use super::{PassError, fixed_dims};
+use super::{MaskWindows, PassError, fixed_dims};
 use crate::dim::{Dim, Sym};
 use crate::graph::infer::bind_input_dims;
 use crate::graph::op::Op;
@@ -62,23 +64,26 @@ pub struct Roles {
     pub caches: Vec<ValueId>,
     /// Caches grow by concatenation; otherwise they have a fixed number of slots.
     pub growing: bool,
+    /// Of masks that the caller fills and a window was given for: how many positions they let a query attend to.
+    pub windows: HashMap<ValueId, Option<usize>>,
     /// 1 where the export fixed the batch size; others are refused.
     pub batch: Option<usize>,
     /// Slots of a static cache, where the export fixed them.
     pub capacity: Option<usize>,
 }
 
-/// Assigns roles and rewrites the dims of all values in terms of `batch`, `tokens`, `past` and `capacity`.
-pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
+/// The role of each input as far as it can be told, and the names of inputs without one.
+pub fn guess(graph: &Graph) -> (HashMap<ValueId, InputRole>, Vec<String>) {
     let uses = graph.uses();
     let mut of = HashMap::new();
     let mut unmatched = Vec::new();
-    for id in graph.inputs.clone() {
+    for id in graph.inputs.iter().copied() {
         let read = uses.contains_key(&id) || graph.outputs.contains(&id);
         let role = if read {
             embeddings(graph, id, &uses)
+                .or_else(|| by_use::float_mask(graph, id, &uses))
                 .or_else(|| role_by_name(graph, id))
-                .or_else(|| role_by_use(graph, id, &uses))
+                .or_else(|| by_use::role(graph, id, &uses))
         } else {
             Some(InputRole::Unread)
         };
@@ -89,6 +94,15 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
             None => unmatched.push(graph.value(id).name.clone()),
         }
     }
+    (of, unmatched)
+}
+
+/// Assigns roles and rewrites the dims of all values in terms of `batch`, `tokens`, `past` and `capacity`. All that is wrong
+/// with the inputs is told at once.
+pub fn assign(graph: &mut Graph, mask_windows: &MaskWindows) -> Result<Roles, PassError> {
+    let uses = graph.uses();
+    let (of, unmatched) = guess(graph);
+    let mut errors = Vec::new();
     let with = |role: InputRole| -> Vec<ValueId> {
         let inputs = graph.inputs.iter().copied();
         inputs.filter(|id| of.get(id) == Some(&role)).collect()
@@ -97,18 +111,18 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
     ids.extend(with(InputRole::Embeddings));
     let caches = with(InputRole::Cache);
     if !unmatched.is_empty() {
-        return Err(PassError::UnmatchedInputs { names: unmatched });
+        errors.push(PassError::UnmatchedInputs { names: unmatched });
     }
-    let [token_input] = ids[..] else {
-        return Err(PassError::TokenInput {
+    if ids.len() != 1 {
+        errors.push(PassError::TokenInput {
             found: ids.iter().map(|id| graph.value(*id).name.clone()).collect(),
         });
-    };
+    }
     if caches.is_empty() {
-        return Err(PassError::NoCache);
+        errors.push(PassError::NoCache);
     }
     if let Some(name) = oversized(graph) {
-        return Err(PassError::InputRank {
+        errors.push(PassError::InputRank {
             found: format!("{:?}", graph.shape(name).cloned().unwrap_or_default()),
             name: graph.value(name).name.clone(),
             expected: "dims from 1 to the size of a real model's",
@@ -117,12 +131,26 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
     let growing = caches.iter().any(|id| grows(graph, *id, &uses));
     let fixed = fixed_dims::find(graph, &of, growing);
     if !fixed.is_empty() {
-        return Err(PassError::FixedDims { dims: fixed });
+        errors.push(PassError::FixedDims { dims: fixed });
     }
-    let masks = fixed_dims::unknown_masks(graph, &of);
-    if !masks.is_empty() {
-        return Err(PassError::UnknownMasks { names: masks });
+    if let Some((names, inputs)) = fixed_dims::unknown_masks(graph, &of, mask_windows) {
+        errors.push(PassError::UnknownMasks { names, inputs });
     }
+    let full_masks = with(InputRole::FullMask);
+    let mut windows = HashMap::new();
+    for (name, window) in mask_windows {
+        match full_masks.iter().find(|id| graph.value(**id).name == *name) {
+            Some(id) => drop(windows.insert(*id, *window)),
+            None => errors.push(PassError::NoSuchMask {
+                name: name.clone(),
+                masks: full_masks.iter().map(|id| graph.value(*id).name.clone()).collect(),
+            }),
+        }
+    }
+    let ([token_input], true) = (&ids[..], errors.is_empty()) else {
+        return Err(PassError::together(errors));
+    };
+    let token_input = *token_input;
 
     let constant = |dim: Option<&Dim>| dim.and_then(Dim::as_const).map(|n| n as usize);
     let ids_shape = graph.shape(token_input).cloned().unwrap_or_default();
@@ -216,6 +244,7 @@ pub fn assign(graph: &mut Graph) -> Result<Roles, PassError> {
     bind_input_dims(graph, &bindings)?;
     Ok(Roles {
         token_input,
+        windows,
         growing,
         batch,
         capacity,
@@ -317,7 +346,10 @@ fn embeddings(
 ) -> Option<InputRole> {
     let value = graph.value(id);
     let width = value.shape.as_ref().filter(|shape| shape.len() == 3)?[2].as_const()?;
-    if !value.dtype.is_some_and(DType::is_float) || width < 1 || graph.outputs.len() < 2 {
+    // A state of fixed size can be as wide, and stand before everything; its length is no number of tokens.
+    let counts = value.shape.as_ref().is_some_and(|shape| shape[1].as_const().is_none());
+    let named = value.name.to_lowercase().contains("embed");
+    if !value.dtype.is_some_and(DType::is_float) || width < 1 || graph.outputs.len() < 2 || !(counts || named) {
         return None;
     }
     let mut seen: HashSet<ValueId> = HashSet::from([id]);
@@ -337,24 +369,8 @@ fn embeddings(
         .then_some(InputRole::Embeddings)
 }
 
-/// An integer matrix that indexes rows of a float constant is taken for the token ids.
-fn role_by_use(
-    graph: &Graph,
-    id: ValueId,
-    uses: &HashMap<ValueId, Vec<(crate::graph::NodeId, usize)>>,
-) -> Option<InputRole> {
-    let value = graph.value(id);
-    let integer = value.dtype.is_some_and(DType::is_int) && value.shape.as_ref().is_some_and(|s| s.len() == 2);
-    let embeds = uses.get(&id)?.iter().any(|(node, input)| {
-        let node = graph.node(*node);
-        let table = node.input(0).and_then(|v| graph.constant(v));
-        matches!(node.op, Op::Gather { axis: 0 }) && *input == 1 && table.is_some_and(|t| t.dtype().is_float())
-    });
-    (integer && embeds).then_some(InputRole::InputIds)
-}
-
 /// Whether the first operator that is not mere movement appends to the cache.
-fn grows(graph: &Graph, cache: ValueId, uses: &HashMap<ValueId, Vec<(crate::graph::NodeId, usize)>>) -> bool {
+pub fn grows(graph: &Graph, cache: ValueId, uses: &HashMap<ValueId, Vec<(crate::graph::NodeId, usize)>>) -> bool {
     let mut stack = vec![cache];
     let mut seen = HashSet::new();
     while let Some(value) = stack.pop() {

@@ -12,7 +12,7 @@ use crate::graph::op::{Binary, Op};
 use crate::graph::{Constant, Graph, ValueId, infer};
 use crate::help::Help;
 use crate::onnx;
-use crate::passes::{self, ActivationPolicy};
+use crate::passes::{self, ActivationPolicy, MaskWindows};
 use crate::tensor::npy::{self, NpyError};
 use crate::tensor::{DType, Tensor};
 
@@ -142,6 +142,7 @@ fn of_checkpoint(path: &Path, tensor: Option<&str>) -> Result<Constant, Embeddin
         dtype: DType::F32,
         architecture_hash: String::new(),
         activations: ActivationPolicy::default(),
+        mask_windows: MaskWindows::new(),
     };
     let source = WeightSource::open(path, &context)?;
     if let Some(name) = tensor {

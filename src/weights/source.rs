@@ -17,7 +17,7 @@ use super::norm_parameter::{self, NormParameter};
 use super::quantized_checkpoint;
 use crate::graph::{Constant, Graph};
 use crate::help::Help;
-use crate::passes::{ActivationPolicy, Architecture};
+use crate::passes::{ActivationPolicy, Architecture, MaskWindows};
 use crate::tensor::{DType, Tensor};
 use crate::{onnx, passes};
 
@@ -51,6 +51,8 @@ pub struct SourceContext {
     pub architecture_hash: String,
     /// Of the package.
     pub activations: ActivationPolicy,
+    /// Of the package: windows of masks that are inputs of the export.
+    pub mask_windows: MaskWindows,
 }
 
 /// How modules are found.
@@ -255,6 +257,7 @@ impl WeightSource {
                 // What overflows is refused where the weights are written.
                 allow_overflow: true,
                 activations: context.activations,
+                mask_windows: context.mask_windows.clone(),
             };
             match passes::canonicalize(graph.clone(), &options) {
                 Ok(canonical) => {

@@ -30,6 +30,7 @@ fn the_table_of_passes_is_what_runs() {
         dtype: Some(DType::F16),
         allow_overflow: false,
         activations: Default::default(),
+        mask_windows: Default::default(),
     };
     let canonical = canonicalize(export.expect("the fixture is there").read(), &options).unwrap();
     let ran: BTreeSet<&str> = canonical.report.iter().map(|pass| pass.name).collect();
@@ -79,6 +80,7 @@ fn other_element_types_compute_nearly_the_same() {
                 dtype: Some(dtype),
                 allow_overflow: false,
                 activations: Default::default(),
+                mask_windows: Default::default(),
             };
             let graph = canonicalize(export.read(), &options)
                 .unwrap_or_else(|e| panic!("{name}: {e}"))

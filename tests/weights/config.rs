@@ -36,6 +36,7 @@ fn context() -> SourceContext {
         dtype: DType::F32,
         architecture_hash: String::new(),
         activations: lapidary::passes::ActivationPolicy::default(),
+        mask_windows: Default::default(),
     }
 }
 

@@ -172,6 +172,7 @@ fn a_file_of_quantized_weights_is_read_back() {
         dtype: DType::F32,
         architecture_hash: String::new(),
         activations: lapidary::passes::ActivationPolicy::default(),
+        mask_windows: Default::default(),
     };
     let source = WeightSource::open(&path, &context).unwrap();
     let names: Vec<&str> = source.tensors.keys().map(String::as_str).collect();

@@ -92,7 +92,13 @@ pub struct Reference {
 
 impl Reference {
     /// `embeddings` gives rows for tokens to an export that takes embeddings.
-    pub fn open(path: &Path, kind: EngineKind, embeddings: Option<Embeddings>) -> Result<Self, ReferenceError> {
+    /// `mask_windows`: what its masks hide that are inputs, as the package's manifest has it.
+    pub fn open(
+        path: &Path,
+        kind: EngineKind,
+        embeddings: Option<Embeddings>,
+        mask_windows: &BTreeMap<String, usize>,
+    ) -> Result<Self, ReferenceError> {
         if kind == EngineKind::Tract && !cfg!(feature = "tract") {
             return Err(ReferenceError::NoTract);
         }
@@ -102,7 +108,9 @@ impl Reference {
             message,
         };
         graph::infer::infer(&mut graph).map_err(|e| bad(e.to_string()))?;
-        let roles = roles::assign(&mut graph).map_err(|e| bad(e.to_string()))?;
+        let windows = mask_windows.iter();
+        let windows = windows.map(|(name, window)| (name.clone(), Some(*window).filter(|w| *w > 0)));
+        let roles = roles::assign(&mut graph, &windows.collect()).map_err(|e| bad(e.to_string()))?;
         let embedded = roles.of.get(&roles.token_input) == Some(&InputRole::Embeddings);
         if embedded && embeddings.as_ref().is_none_or(|e| e.tokens().is_none()) {
             return Err(bad(
@@ -218,7 +226,10 @@ impl Reference {
                     let rows: Vec<f64> = rows.into_iter().map(f64::from).collect();
                     Tensor::from_f64_as(dtype, vec![1, tokens.len(), embeddings.width()], &rows)
                 }
-                _ => input(role, dtype, shape, tokens),
+                _ => {
+                    let window = self.roles.windows.get(id).copied().flatten();
+                    input(role, dtype, shape, tokens, window)
+                }
             };
             inputs.push((value.name.clone(), tensor));
         }
@@ -235,8 +246,8 @@ impl EngineKind {
     }
 }
 
-/// An input for one sequence from an empty cache.
-fn input(role: InputRole, dtype: DType, shape: Vec<usize>, tokens: &[u32]) -> Tensor {
+/// An input for one sequence from an empty cache; a mask with a window.
+fn input(role: InputRole, dtype: DType, shape: Vec<usize>, tokens: &[u32], window: Option<usize>) -> Tensor {
     let n = tokens.len();
     let columns = shape.last().copied().unwrap_or(1).max(1);
     let rows = match shape[..] {
@@ -253,7 +264,7 @@ fn input(role: InputRole, dtype: DType, shape: Vec<usize>, tokens: &[u32]) -> Te
         match role {
             InputRole::InputIds => f64::from(tokens[column]),
             InputRole::PaddingMask => f64::from(u8::from(column < n)),
-            InputRole::FullMask if column <= row => kept,
+            InputRole::FullMask if column <= row && window.is_none_or(|w| column + w > row) => kept,
             InputRole::FullMask => masked,
             InputRole::Positions => column as f64,
             InputRole::TotalLength => n as f64,
