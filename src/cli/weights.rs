@@ -109,11 +109,28 @@ fn names(recipe: &Recipe) -> Vec<String> {
     recipe.leaves().iter().map(|leaf| leaf.name.to_string()).collect()
 }
 
+/// Names in one line; those of all experts, which differ in the number, as one.
+fn joined(recipe: &Recipe) -> String {
+    const EXPERTS: &str = ".experts.";
+    let names = names(recipe);
+    let general = |name: &str| {
+        let (before, rest) = name.split_once(EXPERTS)?;
+        let (_, part) = rest.split_once('.')?;
+        Some(format!("{before}{EXPERTS}*.{part}"))
+    };
+    match names.first().and_then(|name| general(name)) {
+        Some(first) if names.len() > 1 && names.iter().all(|name| general(name).as_ref() == Some(&first)) => {
+            format!("{first} ({})", names.len())
+        }
+        _ => names.join(" + "),
+    }
+}
+
 /// Its modules, or the name that was found by its numbers.
 fn called(weight: &WeightEntry) -> String {
     match (&weight.modules, &weight.learned) {
-        (None, Some(learned)) => format!("({})", names(learned).join(" + ")),
-        (modules, _) => modules.as_ref().map(names).unwrap_or_default().join(" + "),
+        (None, Some(learned)) => format!("({})", joined(learned)),
+        (modules, _) => modules.as_ref().map(joined).unwrap_or_default(),
     }
 }
 

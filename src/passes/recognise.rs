@@ -304,6 +304,7 @@ fn fill(report: &mut Recognition, analysed: &Analysed) {
         match analysed.graph.node(id).op {
             Op::RmsNormalization { .. } => count("rms_norm", 1),
             Op::LayerNormalization { .. } => count("layer_norm", 1),
+            Op::Experts(_) => count("experts", 1),
             Op::Swish { .. } => count("silu", 1),
             Op::Gelu { .. } => count("gelu", 1),
             _ => {}

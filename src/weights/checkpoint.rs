@@ -90,6 +90,14 @@ const MIXTURES: &[Entry] = &[
         "model.layers.N.block_sparse_moe.gate",
     ),
     one(
+        &["layers.N.feed_forward.router"],
+        "model.layers.N.block_sparse_moe.router",
+    ),
+    one(
+        &["layers.N.feed_forward.router"],
+        "model.layers.N.block_sparse_moe.router.layer",
+    ),
+    one(
         &["layers.N.feed_forward.experts.M.gate"],
         "model.layers.N.mlp.experts.M.gate_proj",
     ),
@@ -143,8 +151,21 @@ const MIXTURES: &[Entry] = &[
     ),
 ];
 
-/// Where the experts of a layer are in tensors of all of them.
-const STACKED_EXPERTS: &str = "model.layers.N.mlp.experts";
+/// Where gate and up, and down, of a layer's experts are in tensors of all of them; Granite's names come last.
+const STACKED_EXPERTS: [[&str; 2]; 3] = [
+    [
+        "model.layers.N.mlp.experts.gate_up_proj",
+        "model.layers.N.mlp.experts.down_proj",
+    ],
+    [
+        "model.layers.N.block_sparse_moe.experts.gate_up_proj",
+        "model.layers.N.block_sparse_moe.experts.down_proj",
+    ],
+    [
+        "model.layers.N.block_sparse_moe.input_linear.weight",
+        "model.layers.N.block_sparse_moe.output_linear.weight",
+    ],
+];
 
 /// Llama, Qwen, Mistral and those built like them; Phi-3's fused matrices too.
 pub const LLAMA: Convention = Convention {
@@ -279,6 +300,12 @@ impl Convention {
         let Some((path, what)) = module.rsplit_once('.') else {
             return Vec::new();
         };
+        // What DeepSeek adds to its routers' scores.
+        let what = if what == "correction" {
+            "e_score_correction_bias"
+        } else {
+            what
+        };
         let (layer, path) = match path.strip_prefix("layers.").and_then(|rest| rest.split_once('.')) {
             Some((layer, rest)) => (layer, format!("layers.N.{rest}")),
             None => ("", path.to_string()),
@@ -336,29 +363,31 @@ impl Convention {
         tensor: impl Fn(&str) -> Option<Constant>,
         rows: &HashMap<String, usize>,
     ) -> Option<(String, Constant)> {
-        if !self.entries.iter().any(|entries| std::ptr::eq(*entries, MIXTURES)) {
+        let mut entries = self.entries.iter().copied().flatten();
+        if !entries.any(|entry| entry.modules.iter().any(|module| module.contains(".experts."))) {
             return None;
         }
         let (layer, rest) = module.strip_prefix("layers.")?.split_once('.')?;
         let (expert, rest) = rest.strip_prefix("feed_forward.experts.")?.split_once('.')?;
         let (part, what) = rest.split_once('.')?;
         let expert: usize = expert.parse().ok()?;
-        let of_all = STACKED_EXPERTS.replace('N', layer);
-        let short = of_all.strip_prefix(self.prefix).map(str::to_string);
-        let prefixes: Vec<String> = std::iter::once(of_all.clone()).chain(short).collect();
-        let matrix = if part == "down" { "down_proj" } else { "gate_up_proj" };
-        let find = |name: &str| {
-            prefixes
-                .iter()
-                .map(|prefix| format!("{prefix}.{name}"))
-                .find_map(|name| Some((name.clone(), tensor(&name)?)))
+        let find = |pattern: &str, suffix: &str| {
+            let name = format!("{}{suffix}", pattern.replace('N', layer));
+            let short = name.strip_prefix(self.prefix).map(str::to_string);
+            let mut names = std::iter::once(name.clone()).chain(short);
+            names.find_map(|name| Some((name.clone(), tensor(&name)?)))
         };
-        let is_turned = find(&format!("{matrix}_bias")).is_some();
-        let (name, all) = match what {
-            "weight" => find(matrix)?,
-            "bias" => find(&format!("{matrix}_bias"))?,
-            _ => return None,
-        };
+        let (name, all, is_turned) = STACKED_EXPERTS.iter().find_map(|of| {
+            let pattern = of[usize::from(part == "down")];
+            let bias = find(pattern, "_bias");
+            let is_turned = bias.is_some();
+            let (name, all) = match what {
+                "weight" => find(pattern, "")?,
+                "bias" => bias?,
+                _ => return None,
+            };
+            Some((name, all, is_turned))
+        })?;
         let (count, each) = all.shape().split_first()?;
         if expert >= *count {
             return None;
@@ -441,6 +470,41 @@ mod tests {
         assert_eq!(first(&TENSORRT_LLM, up, false)[0], "transformer.layers.0.mlp.fc.weight");
         assert!(LLAMA.places("positions.weight", true).is_empty());
         assert!(!GPT2.places("layers.0.attention.query.bias", false)[0].transposed);
+    }
+
+    /// Gate and up of the second of two experts, of three rows each and two columns, in the forms of Qwen, gpt-oss and Granite.
+    #[test]
+    fn experts_in_tensors_of_all_of_them() {
+        let modules = ["gate", "up"].map(|part| format!("layers.4.feed_forward.experts.1.{part}.weight"));
+        let rows: HashMap<String, usize> = modules.iter().map(|module| (module.clone(), 3)).collect();
+        let of = |shape: Vec<usize>| {
+            let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| i as f32).collect();
+            Constant::tensor(Tensor::from_f32(shape, &values))
+        };
+        let above = [[12.0, 13.0, 14.0, 15.0, 16.0, 17.0], [18.0, 19.0, 20.0, 21.0, 22.0, 23.0]];
+        let in_turn = [[12.0, 18.0, 14.0, 20.0, 16.0, 22.0], [13.0, 19.0, 15.0, 21.0, 17.0, 23.0]];
+        for (name, shape, bias, wanted) in [
+            ("mlp.experts.gate_up_proj", vec![2, 6, 2], false, above),
+            ("mlp.experts.gate_up_proj", vec![2, 2, 6], true, in_turn),
+            ("block_sparse_moe.input_linear.weight", vec![2, 6, 2], false, above),
+        ] {
+            let name = format!("model.layers.4.{name}");
+            let tensor = |asked: &str| match asked {
+                asked if asked == name => Some(of(shape.clone())),
+                asked if bias && asked == format!("{name}_bias") => Some(of(vec![2, 6])),
+                _ => None,
+            };
+            for (module, wanted) in modules.iter().zip(wanted) {
+                let (found, part) = LLAMA.find(module, true, tensor, &rows).unwrap();
+                assert_eq!((found, part.shape()), (name.clone(), &[3, 2][..]));
+                assert_eq!(part.materialize().unwrap().to_f32(), wanted);
+            }
+            assert!(GPT2.find(&modules[0], true, tensor, &rows).is_none());
+        }
+        // One by one they come first, and Mixtral calls them otherwise.
+        let places = LLAMA.places(&modules[1], true);
+        assert_eq!(places[0].names[0], "model.layers.4.mlp.experts.1.up_proj.weight");
+        assert_eq!(places[1].names[0], "model.layers.4.block_sparse_moe.experts.1.w3.weight");
     }
 
     #[test]

@@ -83,6 +83,9 @@ impl Reader<'_> {
         if let Some(router) = &router {
             self.name_linear(&format!("{prefix}.router"), router);
         }
+        if let Some(correction) = routing.input(1) {
+            self.name(correction, &format!("{prefix}.router.correction"));
+        }
         let mut shared = self.products_after(block);
         shared.retain(|(product, _)| router.as_ref().is_none_or(|router| router.product != *product));
         // A gate of one number for each token.

@@ -10,7 +10,7 @@
 //! layers.N.attention_norm.{weight,bias}      layers.N.attention.{query,key,value,output}.{weight,bias}
 //! layers.N.attention.{query_norm,key_norm}.{weight,bias}
 //! layers.N.feed_forward_norm.{weight,bias}   layers.N.feed_forward.{gate,up,down}.{weight,bias}
-//! layers.N.feed_forward.router.{weight,bias}  layers.N.feed_forward.experts.M.{gate,up,down}.{weight,bias}
+//! layers.N.feed_forward.router.{weight,bias,correction}  layers.N.feed_forward.experts.M.{gate,up,down}.{weight,bias}
 //! layers.N.feed_forward.shared.{gate,up,down}.{weight,bias}  layers.N.feed_forward.shared_gate.weight
 //! layers.N.{attention,feed_forward}_output_norm.{weight,bias}
 //! ```
