@@ -481,8 +481,14 @@ mod tests {
             let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| i as f32).collect();
             Constant::tensor(Tensor::from_f32(shape, &values))
         };
-        let above = [[12.0, 13.0, 14.0, 15.0, 16.0, 17.0], [18.0, 19.0, 20.0, 21.0, 22.0, 23.0]];
-        let in_turn = [[12.0, 18.0, 14.0, 20.0, 16.0, 22.0], [13.0, 19.0, 15.0, 21.0, 17.0, 23.0]];
+        let above = [
+            [12.0, 13.0, 14.0, 15.0, 16.0, 17.0],
+            [18.0, 19.0, 20.0, 21.0, 22.0, 23.0],
+        ];
+        let in_turn = [
+            [12.0, 18.0, 14.0, 20.0, 16.0, 22.0],
+            [13.0, 19.0, 15.0, 21.0, 17.0, 23.0],
+        ];
         for (name, shape, bias, wanted) in [
             ("mlp.experts.gate_up_proj", vec![2, 6, 2], false, above),
             ("mlp.experts.gate_up_proj", vec![2, 2, 6], true, in_turn),
@@ -504,7 +510,10 @@ mod tests {
         // One by one they come first, and Mixtral calls them otherwise.
         let places = LLAMA.places(&modules[1], true);
         assert_eq!(places[0].names[0], "model.layers.4.mlp.experts.1.up_proj.weight");
-        assert_eq!(places[1].names[0], "model.layers.4.block_sparse_moe.experts.1.w3.weight");
+        assert_eq!(
+            places[1].names[0],
+            "model.layers.4.block_sparse_moe.experts.1.w3.weight"
+        );
     }
 
     #[test]
