@@ -16,9 +16,11 @@
 //! ```
 //!
 //! Lines above the input are comments (`#`) or options; `runner` lists the options. `UPDATE_FILES=1 cargo nextest run
-//! --features tract --test files` writes the output that comes of each input, docs/operators.md and docs/chat-templates.md; read the
+//! --features tract --test files` writes the output that comes of each input, docs/models.md, docs/operators.md and docs/chat-templates.md; read the
 //! difference before you commit it.
 
+#[path = "files/models_page.rs"]
+mod models_page;
 #[path = "files/operators_page.rs"]
 mod operators_page;
 #[path = "files/round_trips.rs"]
