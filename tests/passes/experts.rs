@@ -116,6 +116,29 @@ fn constant(graph: &mut Graph, shape: &[usize], values: &[f32]) -> lapidary::gra
     graph.add_constant("edit", Constant::tensor(Tensor::from_f32(shape.to_vec(), values)))
 }
 
+/// The numbers in the comparisons say which expert is which, whatever order the graph has them in.
+#[test]
+fn experts_in_another_order_are_known_by_their_weights() {
+    let mut graph = fixture("mobius-mixtral");
+    let gates = |graph: &Graph| -> Vec<Vec<f32>> {
+        let graph = canonical(graph.clone());
+        let id = nodes(&graph, |op| matches!(op, Op::Experts(_)))[0];
+        let gate = graph.constant(graph.node(id).input(3).unwrap()).unwrap();
+        let numbers = gate.materialize().unwrap().to_f32();
+        numbers.chunks_exact(numbers.len() / 4).map(<[f32]>::to_vec).collect()
+    };
+    let before = gates(&graph);
+    let comparisons = nodes(&graph, |op| *op == Op::Binary(Binary::Equal));
+    for (place, expert) in [2, 0, 3, 1].into_iter().enumerate() {
+        let number = graph.add_constant("expert", Constant::tensor(Tensor::from_i64(vec![], &[expert])));
+        graph.node_mut(comparisons[place]).inputs[1] = Some(number);
+    }
+    let after = gates(&graph);
+    for (place, expert) in [2, 0, 3, 1].into_iter().enumerate() {
+        assert_eq!(after[expert], before[place]);
+    }
+}
+
 #[test]
 fn weights_of_another_kind_are_refused() {
     // The normalized weights squared.

@@ -8,10 +8,12 @@
 use std::collections::{HashMap, HashSet};
 
 use super::gating::{self, Layout};
-use super::products::{Product, Weight, product};
+use super::products::{Product, product};
 use super::region::Flow;
 use super::routing::{self, Found};
+use super::sums::{Sums, by_shares, order, shares};
 use super::trial::{Random, Trial, agree, tolerance};
+use super::weights::collect;
 use crate::graph::op::{Gating, Op};
 use crate::graph::{Constant, NodeId, ValueId};
 use crate::passes::roles::Roles;
@@ -35,13 +37,13 @@ pub struct Block {
 }
 
 /// A product of the first layer, or two, and the one behind them.
-struct Instance {
-    first: Vec<Product>,
-    down: Product,
+pub(super) struct Instance {
+    pub first: Vec<Product>,
+    pub down: Product,
 }
 
 /// Which token a row of products belongs to, and which expert if the row says it.
-type Rows = Vec<(usize, Option<usize>)>;
+pub(super) type Rows = Vec<(usize, Option<usize>)>;
 
 /// Recognises what lies between `x` and `y`; the reason if it is no mixture of experts that is known.
 pub fn recognise(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [ValueId; 2]) -> Result<Block, String> {
@@ -81,6 +83,8 @@ pub fn recognise(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [
         if chosen.len() != count * top_k {
             return Err("its tokens and its choices are not equally many".to_string());
         }
+        // What stands in for others, without what follows from it.
+        let mut bound = trial.clone();
         // What goes into the first products, and stand-ins for what comes out.
         let mut rows_of: Vec<Rows> = Vec::new();
         let mut stands: Vec<Vec<f64>> = Vec::new();
@@ -92,7 +96,7 @@ pub fn recognise(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [
                 if rows.as_ref().is_some_and(|rows| *rows != found) {
                     return Err("gate and up of its experts take rows in different orders".to_string());
                 }
-                bind_result(&mut trial, &mut random, product, found.len(), 6.0)?;
+                bind_result([&mut trial, &mut bound], &mut random, product, found.len(), 6.0)?;
                 rows = Some(found);
             }
             let rows = rows.expect("an instance has a first product");
@@ -116,7 +120,7 @@ pub fn recognise(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [
             if gatings.get_or_insert(found.clone()) != &found {
                 return Err("its experts have different functions between their matrices".to_string());
             }
-            bind_result(&mut trial, &mut random, &instance.down, rows.len(), 1.0)?;
+            bind_result([&mut trial, &mut bound], &mut random, &instance.down, rows.len(), 1.0)?;
             let end = trial.value(instance.down.end);
             let end = end.ok_or("the bias of a product cannot be computed")?;
             check_bias(&mut trial, &instance.down, &rows, tolerance)?;
@@ -131,12 +135,39 @@ pub fn recognise(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [
         if result.len() != count * columns {
             return Err("its result has another size than its tokens".to_string());
         }
+        let sums = Sums {
+            rows_of: &rows_of,
+            stands: &stands,
+            top_k,
+            columns,
+            tokens: count,
+        };
         if expert_of.is_none() {
-            expert_of = Some(order(&rows_of, &chosen, top_k, experts));
+            let in_place = order(&rows_of, &chosen, top_k, experts);
+            let fits = |order: &[usize]| {
+                let sums = routed.iter().filter_map(|routed| sums.weighted(order, routed));
+                sums.into_iter()
+                    .any(|sum| routing::factor(&result, &sum, tolerance).is_some())
+            };
+            let found = match instances.len() > 1 && !fits(&in_place) {
+                // Another order than the graph's: that in which their results come to weights.
+                true => {
+                    let measured = shares(&bound, &instances, y, &sums);
+                    let mut orders = routed
+                        .iter()
+                        .filter_map(|routed| by_shares(&measured, routed, top_k, experts));
+                    orders.find(|order| fits(order)).unwrap_or(in_place)
+                }
+                false => in_place,
+            };
+            expert_of = Some(found);
         }
         let of = expert_of.as_ref().expect("just set");
-        for (i, routed) in routed.iter().enumerate().filter(|(i, _)| open[*i]).collect::<Vec<_>>() {
-            let sum = weighted_sum(&rows_of, &stands, of, routed, top_k, columns, count);
+        for (i, routed) in routed.iter().enumerate() {
+            if !open[i] {
+                continue;
+            }
+            let sum = sums.weighted(of, routed);
             let found = sum.and_then(|sum| routing::factor(&result, &sum, tolerance));
             let same = |a: f64, b: f64| (a - b).abs() <= tolerance * (1.0 + a.abs());
             match (found, factors[i]) {
@@ -144,7 +175,6 @@ pub fn recognise(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [
                 (Some(found), Some(before)) if same(found, before) => {}
                 _ => open[i] = false,
             }
-            open[i] &= found.is_some();
         }
     }
     let Some(at) = (0..candidates.len()).find(|i| open[*i]) else {
@@ -325,7 +355,7 @@ fn rows_into(trial: &mut Trial<'_>, product: &Product, tokens: &[&[f64]]) -> Res
 
 /// A stand-in for the result of a product of so many rows.
 fn bind_result(
-    trial: &mut Trial<'_>,
+    [trial, bound]: [&mut Trial<'_>; 2],
     random: &mut Random,
     product: &Product,
     rows: usize,
@@ -357,6 +387,7 @@ fn bind_result(
         return Err("the rows of its products are not those of its tokens".to_string());
     }
     let tensor = random.tensor(x.dtype(), shape, scale);
+    bound.bind(product.result, tensor.clone());
     trial.bind(product.result, tensor);
     Ok(())
 }
@@ -389,132 +420,4 @@ fn check_bias(trial: &mut Trial<'_>, product: &Product, rows: &Rows, tolerance: 
 fn activation_cone(flow: &Flow<'_>, instance: &Instance) -> Vec<NodeId> {
     let ends: Vec<ValueId> = instance.first.iter().map(|product| product.end).collect();
     flow.cone(instance.down.x, &ends)
-}
-
-/// The expert of each instance that has one alone: the one that has been chosen by just its rows, else in the graph's order.
-fn order(rows_of: &[Rows], chosen: &[i64], top_k: usize, experts: usize) -> Vec<usize> {
-    let choosers = |expert: usize| -> Vec<usize> {
-        let rows = chosen.chunks_exact(top_k).enumerate();
-        let mut of: Vec<usize> = rows
-            .filter(|(_, row)| row.contains(&(expert as i64)))
-            .map(|(token, _)| token)
-            .collect();
-        of.sort_unstable();
-        of
-    };
-    let by_rows: Vec<Vec<usize>> = (0..experts).map(choosers).collect();
-    let find = |(at, rows): (usize, &Rows)| {
-        let mut tokens: Vec<usize> = rows.iter().map(|(token, _)| *token).collect();
-        tokens.sort_unstable();
-        let mut alike = (0..experts).filter(|expert| by_rows[*expert] == tokens);
-        match (alike.next(), alike.next()) {
-            (Some(expert), None) => expert,
-            _ => at,
-        }
-    };
-    rows_of.iter().enumerate().map(find).collect()
-}
-
-/// `sum of weight(token, expert) * row` for each token; `None` if an expert of a token has no row, or several.
-fn weighted_sum(
-    rows_of: &[Rows],
-    stands: &[Vec<f64>],
-    expert_of: &[usize],
-    [weights, chosen]: &[Tensor; 2],
-    top_k: usize,
-    columns: usize,
-    tokens: usize,
-) -> Option<Vec<f64>> {
-    let (weights, chosen) = (weights.to_f64(), chosen.to_i64());
-    let mut seen = vec![0usize; weights.len()];
-    let mut sum = vec![0.0; tokens * columns];
-    for (instance, rows) in rows_of.iter().enumerate() {
-        for (row, (token, expert)) in rows.iter().enumerate() {
-            let expert = expert.unwrap_or(*expert_of.get(instance)?) as i64;
-            let place = (0..top_k).map(|i| token * top_k + i).find(|at| chosen[*at] == expert);
-            let Some(place) = place else { continue };
-            seen[place] += 1;
-            let from = &stands[instance][row * columns..][..columns];
-            let to = &mut sum[token * columns..][..columns];
-            for (to, from) in to.iter_mut().zip(from) {
-                *to += weights[place] * from;
-            }
-        }
-    }
-    seen.iter().all(|n| *n == 1).then_some(sum)
-}
-
-/// The matrices gate, up and down of all experts, one below the other, and their biases.
-#[allow(clippy::type_complexity, reason = "matrices and biases, each of three")]
-fn collect(
-    instances: &[Instance],
-    order: &[usize],
-    layout: &Layout,
-) -> Result<([Option<Constant>; 3], [Option<Constant>; 3]), String> {
-    // Instances by expert.
-    let mut by_expert: Vec<&Instance> = instances.iter().collect();
-    if instances.len() > 1 {
-        let mut sorted = order.to_vec();
-        sorted.sort_unstable();
-        if sorted.iter().enumerate().any(|(i, expert)| i != *expert) {
-            return Err("it is not clear which expert is which".to_string());
-        }
-        for (instance, expert) in instances.iter().zip(order) {
-            by_expert[*expert] = instance;
-        }
-    }
-    let matrices = |part: &dyn Fn(&Instance) -> Option<Weight>, vector: bool| -> Option<Constant> {
-        let all = by_expert
-            .iter()
-            .map(|instance| part(instance).map(|weight| weight.constant));
-        let all = all.collect::<Option<Vec<_>>>()?;
-        let rows = |constant: &Constant| match (vector, constant.shape()) {
-            (true, _) => constant.reshaped(vec![constant.len()]),
-            (false, [count, rows, columns]) => constant.reshaped(vec![count * rows, *columns]),
-            _ => constant.clone(),
-        };
-        let all: Vec<Constant> = all.iter().map(rows).collect();
-        Some(match &all[..] {
-            [only] => only.clone(),
-            several => Constant::concat(several, 0),
-        })
-    };
-    let experts = match instances.len() {
-        1 => instances[0].down.stacked().unwrap_or(1),
-        n => n,
-    };
-    let down = matrices(&|i| Some(i.down.weight.clone()), false);
-    let of_down = matrices(&|i| i.down.bias.clone(), true);
-    let first = |at: usize, vector: bool| {
-        matrices(
-            &|i: &Instance| {
-                let product = &i.first[at];
-                match vector {
-                    true => product.bias.clone(),
-                    false => Some(product.weight.clone()),
-                }
-            },
-            vector,
-        )
-    };
-    let named = |constant: Option<Constant>| constant.map(super::named);
-    let ([gate, up], [of_gate, of_up]) = match layout {
-        Layout::Alone => ([first(0, false), None], [first(0, true), None]),
-        Layout::Apart { gate } => (
-            [first(*gate, false), first(1 - gate, false)],
-            [first(*gate, true), first(1 - gate, true)],
-        ),
-        Layout::Joined { interleaved, gate } => {
-            let parts = |constant: Option<Constant>| {
-                let half = |constant: &Constant, which| constant.half_of_rows(experts, *interleaved, which);
-                let of = |which| constant.as_ref().map(|constant| half(constant, which));
-                [of(*gate), of(1 - gate)]
-            };
-            (parts(first(0, false)), parts(first(0, true)))
-        }
-    };
-    Ok((
-        [named(gate), named(up), named(down)],
-        [named(of_gate), named(of_up), named(of_down)],
-    ))
 }

@@ -5,7 +5,7 @@
 //! what lies between the value that everything is computed from and the one in which everything has come together (`region`);
 //! and what the block does is found by running it with tensors that stand in for tokens, logits and results of products
 //! (`trial`): `routing` finds how experts are chosen, `products` the constants they multiply with, `gating` the function between
-//! them, `body` that the sum is the right one. What does not agree is refused and named.
+//! them, `sums` whose result is whose, `body` proves the whole, and `weights` brings matrices into the canonical form. What does not agree is refused and named.
 //!
 //! Blocks of one structure are alike in all layers, but each is proven by itself: only products are left out, and those are
 //! nearly all of the work.
@@ -15,7 +15,9 @@ mod gating;
 mod products;
 mod region;
 mod routing;
+mod sums;
 mod trial;
+mod weights;
 
 use std::collections::HashSet;
 
@@ -102,6 +104,17 @@ fn block(flow: &Flow<'_>, roles: &Roles, id: NodeId) -> Result<Block, String> {
             continue;
         }
         let (x, y) = (as_tokens(flow, x), as_result(flow, *end, x));
+        let rounded = flow.cone(y, &[x]).into_iter().any(|id| {
+            let op = &graph.node(id).op;
+            matches!(op, Op::RoundToCodes { .. } | Op::DynamicRoundToCodes)
+        });
+        if rounded {
+            return Err(
+                "activations are rounded to codes inside, which is not known of experts; --activations float leaves them in \
+                 floating point"
+                    .to_string(),
+            );
+        }
         match body::recognise(flow, roles, &candidates, [x, y]) {
             Ok(block) => return Ok(block),
             // Of the nearest value, which a block that differs in one thing ends in.
