@@ -29,10 +29,23 @@ fn interface(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
     match graph.canonical_interface() {
         Err(errors) => obstacles.extend(interface_obstacles(errors)),
         Ok(named) if graph.interface.as_ref() != Some(&named) => {
-            let found = graph.interface.as_ref().map(|known| known.signature());
+            let text = |signature: crate::interface::Signature| {
+                let roles: Vec<String> = signature
+                    .inputs
+                    .iter()
+                    .chain(&signature.outputs)
+                    .map(|r| r.name())
+                    .collect();
+                roles.join(", ")
+            };
+            let found = graph.interface.as_ref().map(|known| text(known.signature()));
             obstacles.push(obstacle(
                 "interface",
-                format!("is {found:?}, but its names say {:?}", named.signature()),
+                format!(
+                    "is {}, but its names say {}",
+                    found.unwrap_or_else(|| "missing".into()),
+                    text(named.signature())
+                ),
             ));
         }
         Ok(_) => {}

@@ -92,8 +92,8 @@ impl fmt::Display for ModelKind {
         match self {
             ModelKind::EncoderDecoder { inputs } => write!(
                 f,
-                "this is the decoder of an encoder-decoder model, which attends to an encoder's output ({}), and only models \
-                 that are a decoder are converted",
+                "this is the decoder of an encoder-decoder model: the inputs {} come from an encoder, and only models that are a \
+                 decoder are converted",
                 some(inputs)
             ),
             ModelKind::States { states, hybrid: true } => write!(
@@ -110,7 +110,8 @@ impl fmt::Display for ModelKind {
             ),
             ModelKind::NoCache => write!(
                 f,
-                "this is a language model exported without its cache: the model takes no past keys and values"
+                "this is a language model exported without its cache, or one that has none, as a masked language model: the model \
+                 takes no past keys and values"
             ),
             ModelKind::HiddenStates { output } => write!(
                 f,

@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::rc::Rc;
 
 use super::dependence::Dependence;
@@ -32,6 +33,18 @@ pub struct Sizes {
     pub batch: usize,
     pub past: usize,
     pub tokens: usize,
+}
+
+/// `2 sequences, 3 past and 4 new tokens`
+impl fmt::Display for Sizes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let noun = if self.batch == 1 { "sequence" } else { "sequences" };
+        write!(
+            f,
+            "{} {noun}, {} past and {} new tokens",
+            self.batch, self.past, self.tokens
+        )
+    }
 }
 
 /// Values computed so far at one set of sizes.

@@ -201,6 +201,31 @@ fn states_of_fixed_size_are_named() {
         ],
     );
     assert_eq!(found.kind, Some("hybrid"));
+
+    // A model of nothing else.
+    let mut graph = Graph::new("mamba");
+    let dims = |dims: &[&str]| dims.iter().map(|dim| Dim::parse(dim)).collect();
+    let ids = graph.add_input("input_ids", DType::I64, dims(&["batch", "tokens"]));
+    let table = lapidary::tensor::Tensor::from_f32(vec![3, 2], &[0.5; 6]);
+    let table = graph.add_constant("table", table);
+    let rows = graph.add_node("rows", Op::Gather { axis: 0 }, &[table, ids]);
+    let state = graph.add_input("past_ssm.0", DType::F32, dims(&["batch", "2", "8"]));
+    let scan = Op::Unknown {
+        domain: String::new(),
+        op_type: "Scan".into(),
+    };
+    let y = graph.add_node("scan", scan, &[rows, state]);
+    graph.outputs = vec![y];
+    let (text, found) = refused(graph);
+    says(
+        &text,
+        &[
+            "states of fixed size, as Mamba",
+            "past_ssm.0 [batch, 2, 8]",
+            "the operator Scan",
+        ],
+    );
+    assert_eq!(found.kind, Some("state_space"));
 }
 
 #[test]

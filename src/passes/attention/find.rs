@@ -381,7 +381,7 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
             _ => {
                 return Err(format!(
                     "its scores come from {:?} ({}), not from a product of queries and keys",
-                    op_name(&node.op),
+                    node.op.name(),
                     node.name
                 ));
             }
@@ -439,11 +439,6 @@ fn leads_to_product(graph: &Graph, mut id: Option<ValueId>) -> bool {
     false
 }
 
-fn op_name(op: &Op) -> String {
-    let text = format!("{op:?}");
-    text[..text.find([' ', '{']).unwrap_or(text.len())].to_string()
-}
-
 fn keeps_last_two(graph: &Graph, node: &Node) -> bool {
     let shape = |v: Option<ValueId>| v.and_then(|v| graph.shape(v));
     match (shape(node.input(0)), shape(node.output(0))) {
@@ -495,7 +490,7 @@ fn forward_to_product(
             _ => {
                 return Err(format!(
                     "its probabilities go to {} ({}), not to a product with the values",
-                    op_name(&node.op),
+                    node.op.name(),
                     node.name
                 ));
             }

@@ -543,7 +543,7 @@ impl<'a, 'g> Rows<'a, 'g> {
         if near {
             Ok(())
         } else {
-            Err(format!("what it computes at {:?} was not understood", trial.sizes))
+            Err(format!("what it computes for {} was not understood", trial.sizes))
         }
     }
 }
