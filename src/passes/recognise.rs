@@ -249,7 +249,8 @@ fn outline(export: &Graph, report: &Recognition) -> Outline {
     Outline {
         attentions: report.layers.len(),
         candidates: candidates.count(),
-        hidden: last(table.last()).or_else(|| last(width("embeddings").and_then(|id| typed.shape(id)))),
+        hidden: last(table.into_iter().next_back())
+            .or_else(|| last(width("embeddings").and_then(|id| typed.shape(id)))),
         vocabulary: last(logits),
         heads: report
             .layers
