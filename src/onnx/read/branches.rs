@@ -6,7 +6,7 @@
 //! tokens it computes the prompt, too, as the passes prove of every export, and it must know every weight that the other
 //! reads. Names say nothing; which branch reads the past is seen from what its outputs are computed from.
 //!
-//! Any other `If` stays in the graph as an operator that is not supported, with the reason.
+//! Branches that are constants become a choice between them (`chosen_constants`). Any other `If` stays in the graph as an operator that is not supported, with the reason.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -25,13 +25,13 @@ pub(super) fn is_if(node: &NodeProto) -> bool {
 }
 
 /// Both branches of an `If`: for a true condition, and for a false one.
-struct Branches<'m> {
+pub(super) struct Branches<'m> {
     then: &'m GraphProto,
     otherwise: &'m GraphProto,
 }
 
 impl<'m> Branches<'m> {
-    fn at(&self, condition: bool) -> &'m GraphProto {
+    pub(super) fn at(&self, condition: bool) -> &'m GraphProto {
         if condition { self.then } else { self.otherwise }
     }
 }
@@ -72,7 +72,13 @@ impl<'m> Reader<'m> {
         };
         match taken {
             Ok(branch) => self.put(branch, node, scope, frame)?,
-            Err(reason) => self.keep_if(node, &reason, scope, frame)?,
+            Err(reason) => {
+                let named = |n: &String| scope.values.get(n.as_str()).copied().flatten();
+                let outputs: Vec<Option<ValueId>> = node.output.iter().map(named).collect();
+                if !self.choose_constants(&branches, id, &outputs, &frame.name(node)) {
+                    self.keep_if(node, &reason, scope, frame)?;
+                }
+            }
         }
         Ok(true)
     }

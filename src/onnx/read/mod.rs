@@ -3,6 +3,7 @@
 //! whose condition (`condition`) is known; single nodes are `normalize`'s, tensors are `tensor`'s.
 
 mod branches;
+mod chosen_constants;
 mod condition;
 mod decode;
 mod functions;

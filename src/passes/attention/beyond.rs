@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashSet};
 use super::projection::{Projection, Rows, Tables};
 use crate::dim::{Dim, Sym};
 use crate::graph::ValueId;
+use crate::graph::op::Op;
 use crate::passes::dependence::Dependence;
 use crate::passes::lengths::{last_where, lengths, positions};
 use crate::passes::partial_eval::{PartialEvaluator, Stuck};
@@ -145,14 +146,27 @@ fn one_row_a_position(
             ));
         }
     }
-    // Without an axis of tokens it is a factor of the whole run, which no table can hold.
+    // Without an axis of tokens it is a factor of the whole run, which no table can hold, if it is not a table itself.
     match (switch, axis) {
-        (Some(last), None) => Err(format!(
+        (Some(last), None) if !is_table(evaluator, id) => Err(format!(
             "{} is another number in runs of more than {last} tokens (see --capacity); export with a fixed scaling",
             value.name
         )),
         _ => Ok(switch),
     }
+}
+
+/// Whether all that reads a value are operators that look its rows up by position.
+fn is_table(evaluator: &PartialEvaluator<'_>, id: ValueId) -> bool {
+    let graph = evaluator.graph;
+    let looks_up = |node: &crate::graph::Node| match node.op {
+        Op::RotaryEmbedding { .. } => node.input(3).is_some() && node.input(0) != Some(id),
+        Op::ContribRotaryEmbedding { .. } => node.input(0) != Some(id),
+        _ => false,
+    };
+    let nodes = graph.node_ids().map(|node| graph.node(node));
+    let mut readers = nodes.filter(|node| node.inputs.contains(&Some(id)));
+    readers.all(looks_up)
 }
 
 /// Whether `part` is `whole` from row `start` of the axis on.

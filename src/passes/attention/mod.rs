@@ -96,6 +96,8 @@ impl fmt::Display for Obstacle {
 pub struct Analysis {
     pub layers: Vec<AttentionLayer>,
     pub caches: HashMap<ValueId, ExportCache>,
+    /// Rotated rows that are no operands themselves, such as those that a norm of heads reads, `[batch, heads, tokens, head_dim]`.
+    pub rotated: Vec<(ValueId, Projection)>,
     pub tables: Tables,
     pub obstacles: Vec<Obstacle>,
     /// Positions that the shortest table of the export has something for.
@@ -186,6 +188,9 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
     }
     if analysis.obstacles.is_empty() {
         unmatched(&evaluator, &mut analysis);
+        if skeleton.is_none() {
+            rotated_before_norms(&trace, &evaluator, &mut analysis);
+        }
     } else if let Some(encoder) = encoder(graph, roles) {
         analysis.obstacles = vec![encoder];
     }
@@ -204,6 +209,30 @@ fn slopes(graph: &Graph, attention: &FoundAttention, mut of_mask: Vec<f32>, head
         *slope += more;
     }
     of_mask
+}
+
+/// Rotations behind which heads are normalized (HunYuan). What is not understood stays as the export has it.
+fn rotated_before_norms(trace: &Trace<'_, '_>, evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
+    let graph = evaluator.graph;
+    for node in graph.node_ids().map(|id| graph.node(id)) {
+        let is_norm = matches!(node.op, Op::RmsNormalization { .. } | Op::LayerNormalization { .. });
+        let Some(value) = node.input(0).filter(|_| is_norm) else { continue };
+        let sources: Vec<ValueId> = trace.sources(value).iter().copied().collect();
+        let (Some(shape), [source]) = (graph.shape(value), &sources[..]) else {
+            continue;
+        };
+        let canonical = layout::TokenLayout::of(shape, evaluator.roles).is_some_and(|of| of.is_canonical(shape.len()));
+        let sizes = |axis: usize| shape.get(axis).and_then(|dim| dim.as_const()).map(|n| n as usize);
+        let (Some(heads), Some(dim), true) = (sizes(1), sizes(3), canonical && *source != value) else {
+            continue;
+        };
+        let rows = Rows::new(evaluator, value, RowOrder::Canonical, &sources, [heads, dim]);
+        if let Ok(projection) = rows.solve(&mut analysis.tables)
+            && projection.rotated().is_some()
+        {
+            analysis.rotated.push((value, projection));
+        }
+    }
 }
 
 /// Where the roundings of every layer are.
@@ -474,7 +503,7 @@ fn rotary_tables(evaluator: &PartialEvaluator<'_>) -> Vec<ValueId> {
             _ => return None,
         };
         let positional = evaluator.dependence(index) == Dependence::Positional;
-        (positional && graph.constant(table).is_some()).then_some(table)
+        (positional && evaluator.dependence(table) != Dependence::Data).then_some(table)
     };
     graph.node_ids().filter_map(table).collect()
 }
@@ -487,7 +516,14 @@ fn position_limit(
     tables: &[ValueId],
     last: usize,
 ) -> Option<usize> {
-    let rows = |table: &ValueId| evaluator.graph.constant(*table)?.shape().first().copied();
+    let rows = |table: &ValueId| {
+        evaluator
+            .graph
+            .shape(*table)?
+            .first()?
+            .as_const()
+            .map(|rows| rows as usize)
+    };
     let mut limit: Option<usize> = tables.iter().filter_map(rows).min();
     for number in numbers {
         let computed = |total: usize| {

@@ -8,7 +8,7 @@ mod rows;
 
 use std::collections::HashMap;
 
-use super::attention::rounding::CacheRounding;
+use super::attention::rounding::{CacheRounding, RowRounding};
 use super::attention::{Analysis, AttentionLayer, Obstacle};
 use super::contract;
 use super::reshapes::reshape_to;
@@ -124,6 +124,14 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
         caches,
     };
     let mut obstacles = Vec::new();
+    for (index, (value, projection)) in analysis.rotated.iter().enumerate() {
+        // Left as the export has it where no rows can be written.
+        let (name, dtype) = (format!("rotated.{index}"), emitter.graph.value(*value).dtype);
+        let dtype = dtype.unwrap_or(DType::F32);
+        if let Ok(rows) = emitter.rows(projection, &RowRounding::default(), &name, dtype, analysis) {
+            emitter.graph.replace_uses(*value, rows);
+        }
+    }
     for (index, layer) in analysis.layers.iter().enumerate() {
         if let Err(reason) = emitter.layer(index, layer, analysis) {
             obstacles.push(Obstacle {
