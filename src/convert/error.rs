@@ -63,6 +63,15 @@ pub enum ConvertError {
         /// What is wrong, at which size.
         reason: String,
     },
+    /// TensorRT is known to compute something else than the graph says.
+    #[error(
+        "{}: {} {} rows whose rotation by position is written out in single layers: engines of such a model are wrong on a GPU", path.display(), nodes.join(", "), if nodes.len() == 1 { "normalizes" } else { "normalize" })]
+    WrongEngines {
+        /// The export.
+        path: PathBuf,
+        /// Norms behind such a rotation.
+        nodes: Vec<String>,
+    },
     /// Weights hold numbers that no model can use.
     #[error("{}: {source}", path.display())]
     Numbers {
@@ -172,6 +181,10 @@ impl Help for ConvertError {
                 "a size of the example that it was exported with is probably fixed in the graph: export with dynamic axes for \
                  the batch (or a batch of 1), the new tokens, the past and the mask's length; if they are dynamic, please \
                  report it with the export"
+                    .to_string(),
+            ),
+            ConvertError::WrongEngines { .. } => Some(
+                "convert it for the CPU alone (--target cpu), and please report the export: its rotation is one that is not recognised"
                     .to_string(),
             ),
             ConvertError::Numbers { source, .. } => source.help(),

@@ -180,6 +180,13 @@ pub fn convert(
         }
         None => None,
     };
+    if library.is_some() {
+        let nodes = crate::lower::rotations_before_norms(&canonical.graph);
+        if !nodes.is_empty() {
+            let path = model.to_path_buf();
+            return Err(ConvertError::WrongEngines { path, nodes });
+        }
+    }
     if let Some(path) = options.emit_onnx {
         onnx::write_with_data(&canonical.graph, path).map_err(|source| ConvertError::Emit {
             path: path.to_path_buf(),

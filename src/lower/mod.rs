@@ -50,12 +50,14 @@ mod shuffles;
 pub mod synthetic;
 mod values;
 mod weights;
+mod written_out;
 
 pub(crate) use demand::through_transpose;
 pub use error::{LowerError, Obstacle};
 pub use fuse::parts;
 pub use quantized_weights::widened_formats;
 pub use weights::{LITERAL_BYTES, NamedWeight, stored_weights, weights};
+pub use written_out::rotations_before_norms;
 
 use crate::dim::Dim;
 #[cfg(doc)]

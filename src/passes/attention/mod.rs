@@ -216,7 +216,9 @@ fn rotated_before_norms(trace: &Trace<'_, '_>, evaluator: &PartialEvaluator<'_>,
     let graph = evaluator.graph;
     for node in graph.node_ids().map(|id| graph.node(id)) {
         let is_norm = matches!(node.op, Op::RmsNormalization { .. } | Op::LayerNormalization { .. });
-        let Some(value) = node.input(0).filter(|_| is_norm) else { continue };
+        let Some(value) = node.input(0).filter(|_| is_norm) else {
+            continue;
+        };
         let sources: Vec<ValueId> = trace.sources(value).iter().copied().collect();
         let (Some(shape), [source]) = (graph.shape(value), &sources[..]) else {
             continue;
