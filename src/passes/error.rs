@@ -242,6 +242,11 @@ impl Help for PassError {
                 }
                 (!helps.is_empty()).then(|| helps.join("; "))
             }
+            PassError::Obstacles { obstacles } if obstacles.iter().any(|o| o.reason.contains("the operator If(")) => Some(
+                "export it without the switch: of a decoder that was merged give decoder_with_past_model.onnx (`optimum-cli export \
+                 onnx --no-post-process` writes it), and of a scaling that switches with the length export one side"
+                    .to_string(),
+            ),
             PassError::Obstacles { obstacles } if obstacles.iter().any(contract::is_unknown_operator) => Some(
                 "export it again with operators of ONNX: `optimum-cli export onnx --model MODEL --task text-generation-with-past \
                  OUT`, or torch.onnx.export as in docs/exporting.md, in fp32 or fp16; `convert --quantize` makes codes of its \
