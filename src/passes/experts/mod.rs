@@ -29,6 +29,9 @@ use crate::graph::{Constant, Graph, NodeId, ValueId};
 use body::Block;
 use region::Flow;
 
+/// Values behind a choice that may be the result of its experts.
+const REACH: usize = 8;
+
 /// Writes every mixture of experts as canonical operators. Gives the number of blocks, and every choice that was not
 /// understood.
 pub fn run(graph: &mut Graph, roles: &Roles) -> Result<(usize, Vec<Obstacle>), PassError> {
@@ -91,12 +94,12 @@ fn block(flow: &Flow<'_>, roles: &Roles, id: NodeId) -> Result<Block, String> {
     let graph = flow.graph;
     let choice = routing::choice(graph, id).expect("the caller found it");
     let candidates = routing::candidates(flow, roles, &choice)?;
-    let before_logits: HashSet<ValueId> = flow.dominators(candidates[0].logits).into_iter().collect();
-    let ends = flow.postdominators(id);
+    let before_logits: HashSet<ValueId> = flow.dominators(candidates[0].logits).collect();
+    let ends = flow.postdominators(id, REACH);
     // The first value with as many elements as tokens bring is where experts have come together.
     let mut reason = None;
-    for end in ends.iter().take(8) {
-        let mut dominators = flow.dominators(*end).into_iter();
+    for end in &ends {
+        let mut dominators = flow.dominators(*end);
         let Some(x) = dominators.find(|v| before_logits.contains(v)) else {
             continue;
         };

@@ -50,27 +50,28 @@ impl<'g> Flow<'g> {
         }
     }
 
-    /// Values through which everything goes that `value` is computed from, the nearest first.
-    pub fn dominators(&self, value: ValueId) -> Vec<ValueId> {
+    /// Values through which everything goes that `value` is computed from, the nearest first; found as they are asked for.
+    pub fn dominators(&self, value: ValueId) -> impl Iterator<Item = ValueId> + use<'_, 'g> {
         let graph = self.graph;
-        let at = |v: ValueId| graph.producer_of(v).map_or(0, |(node, _)| self.place[&node] + 1);
+        let at = move |v: ValueId| graph.producer_of(v).map_or(0, |(node, _)| self.place[&node] + 1);
         let mut open = BTreeSet::from([(at(value), value)]);
-        let mut found = Vec::new();
-        while let Some((_, next)) = open.pop_last() {
-            if open.is_empty() && next != value {
-                found.push(next);
+        std::iter::from_fn(move || {
+            while let Some((_, next)) = open.pop_last() {
+                let alone = open.is_empty() && next != value;
+                if let Some((node, _)) = graph.producer_of(next) {
+                    let inputs = data_inputs(graph, node).into_iter();
+                    open.extend(inputs.filter(|v| self.carries.contains(v)).map(|v| (at(v), v)));
+                }
+                if alone {
+                    return Some(next);
+                }
             }
-            let Some((node, _)) = graph.producer_of(next) else {
-                continue;
-            };
-            let inputs = data_inputs(graph, node).into_iter();
-            open.extend(inputs.filter(|v| self.carries.contains(v)).map(|v| (at(v), v)));
-        }
-        found
+            None
+        })
     }
 
-    /// Values that everything goes through that is computed from the outputs of a node, the nearest first.
-    pub fn postdominators(&self, node: NodeId) -> Vec<ValueId> {
+    /// The first `count` values that everything goes through that is computed from the outputs of a node, the nearest first.
+    pub fn postdominators(&self, node: NodeId, count: usize) -> Vec<ValueId> {
         let graph = self.graph;
         let mut waiting: HashMap<ValueId, usize> = HashMap::new();
         let begin = |outputs: &[Option<ValueId>], waiting: &mut HashMap<ValueId, usize>| {
@@ -105,7 +106,7 @@ impl<'g> Flow<'g> {
             {
                 found.push(*output);
             }
-            if waiting.is_empty() {
+            if waiting.is_empty() || found.len() == count {
                 break;
             }
         }

@@ -79,9 +79,8 @@ pub fn logits(dtype: DType, shape: Vec<usize>, top_k: usize, covering: bool, see
 /// The result of a linear layer that the scores are computed from.
 fn logits_of(flow: &Flow<'_>, choice: &Choice) -> Option<ValueId> {
     let graph = flow.graph;
-    let mut candidates = vec![choice.scores];
-    candidates.extend(flow.dominators(choice.scores));
-    candidates.into_iter().find(|value| is_linear(graph, *value))
+    let mut candidates = std::iter::once(choice.scores).chain(flow.dominators(choice.scores));
+    candidates.find(|value| is_linear(graph, *value))
 }
 
 fn is_linear(graph: &Graph, value: ValueId) -> bool {
