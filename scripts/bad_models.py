@@ -254,14 +254,14 @@ def missing_initializer(folder):
 # --- the graph -----------------------------------------------------------------------------------------------
 
 
-@case("three nodes (`fancy`, `experts`, `twirl`) with ops that do not exist or are not supported; all named at once")
+@case("three nodes (`fancy`, `words`, `twirl`) with ops that do not exist or are not supported; all named at once")
 def unknown_ops(folder):
     model = decoder()
     insert_before(
         model,
         "residual",
         helper.make_node("FancyGate", ["ao"], ["ao1"], name="fancy", domain="com.example"),
-        helper.make_node("MoE", ["ao1", "o_proj", "q_proj"], ["ao2"], name="experts", domain="com.microsoft", k=2),
+        helper.make_node("WordConvEmbedding", ["ao1", "o_proj", "q_proj"], ["ao2"], name="words", domain="com.microsoft"),
         helper.make_node("Twirl", ["ao2"], ["ao3"], name="twirl"),
     )
     reroute(model, "residual", "ao", "ao3")
