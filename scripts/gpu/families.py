@@ -6,14 +6,11 @@ The exports are those that pack.sh took along from .gpu/families, one folder eac
 closer than the limit.
 """
 
-import json
 import os
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
 
-from common import WORK, lapidary, note
-from quantized import PARTS, compare
+from common import WORK, lapidary
+from quantized import PARTS, all_of, compare
 from tiny import MODES
 
 SHORT = [1, 20, 33, 47, 12, 7, 25, 90, 18, 64, 5]
@@ -39,26 +36,7 @@ def check(name, folder, mode):
 
 
 def main(seconds=430):
-    results, end = {}, time.time() + seconds
-
-    def one(job):
-        if time.time() > end:
-            return job[0], {"ok": False, "error": "the time was up before it began"}
-        try:
-            return job[0], check(*job)
-        except Exception as error:  # noqa: BLE001 - each case is a result of its own
-            return job[0], {"ok": False, "error": str(error)[-1200:]}
-
-    # A part of the names of those that are asked for.
-    only = os.environ.get("FAMILIES", "")
-    with ThreadPoolExecutor(15) as pool:
-        for name, result in pool.map(one, [job for job in jobs() if only in job[0]]):
-            results[name] = result
-            if not result["ok"]:
-                note("FAILED", name, json.dumps(result)[:900])
-    good = sum(result["ok"] for result in results.values())
-    note(f"{good} of {len(results)} packages of other families are right on the GPU")
-    return {"ok": good == len(results), "right": good, "of": len(results), "cases": results}
+    return all_of(jobs(), check, "packages of other families", os.environ.get("FAMILIES", ""), seconds)
 
 
 if __name__ == "__main__":

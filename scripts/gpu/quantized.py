@@ -67,7 +67,8 @@ def check(name, folder, mode, flags):
     return result | {"engine_bytes": engines}
 
 
-def main(seconds=400):
+def all_of(jobs, check, what, only, seconds):
+    """The results of `check(*job)` of the jobs whose names contain `only`, several at a time; the first of a job is its name."""
     results, end = {}, time.time() + seconds
 
     def one(job):
@@ -78,16 +79,18 @@ def main(seconds=400):
         except Exception as error:  # noqa: BLE001 - each case is a result of its own
             return job[0], {"ok": False, "error": str(error)[-1200:]}
 
-    # A part of the names of those that are asked for.
-    only = os.environ.get("QUANTIZED", "")
     with ThreadPoolExecutor(14) as pool:
-        for name, result in pool.map(one, [job for job in jobs() if only in job[0]]):
+        for name, result in pool.map(one, [job for job in jobs if only in job[0]]):
             results[name] = result
             if not result["ok"]:
                 note("FAILED", name, json.dumps(result)[:900])
     good = sum(result["ok"] for result in results.values())
-    note(f"{good} of {len(results)} quantized packages are right on the GPU")
+    note(f"{good} of {len(results)} {what} are right on the GPU")
     return {"ok": good == len(results), "right": good, "of": len(results), "cases": results}
+
+
+def main(seconds=400):
+    return all_of(jobs(), check, "quantized packages", os.environ.get("QUANTIZED", ""), seconds)
 
 
 if __name__ == "__main__":
