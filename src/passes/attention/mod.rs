@@ -99,6 +99,8 @@ pub struct Analysis {
     /// Rotated rows that are no operands themselves, such as those that a norm of heads reads, `[batch, heads, tokens, head_dim]`.
     pub rotated: Vec<(ValueId, Projection)>,
     pub tables: Tables,
+    /// The output that is neither a cache nor read by another of these.
+    pub logits: Option<ValueId>,
     pub obstacles: Vec<Obstacle>,
     /// Positions that the shortest table of the export has something for.
     pub position_limit: Option<usize>,
@@ -452,6 +454,18 @@ fn unmatched(evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
         .map(|c| name(*c))
         .collect();
     let others: Vec<ValueId> = graph.outputs.iter().copied().filter(|o| !written.contains(o)).collect();
+    // Hidden states beside the logits are what those are computed from.
+    let last: Vec<ValueId> = match others.len() {
+        0 | 1 => others.clone(),
+        _ => others
+            .iter()
+            .copied()
+            .filter(|o| !is_read_by(graph, *o, &others))
+            .collect(),
+    };
+    if let [logits] = last[..] {
+        analysis.logits = Some(logits);
+    }
     if !lost.is_empty() {
         analysis.obstacles.push(Obstacle {
             layer: None,
@@ -459,7 +473,7 @@ fn unmatched(evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
             reason: "no attention reads these caches".into(),
         });
     }
-    if others.len() != 1 {
+    if analysis.logits.is_none() {
         let found: Vec<String> = others.iter().map(|o| name(*o)).collect();
         analysis.obstacles.push(Obstacle {
             layer: None,
@@ -474,6 +488,27 @@ fn unmatched(evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
             ),
         });
     }
+}
+
+/// Whether one of the other values is computed from this one.
+fn is_read_by(graph: &Graph, id: ValueId, others: &[ValueId]) -> bool {
+    let mut stack: Vec<ValueId> = others.iter().copied().filter(|other| *other != id).collect();
+    let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
+    while let Some(at) = stack.pop() {
+        let inputs = graph
+            .def(at)
+            .map(|(_, node)| &node.inputs)
+            .into_iter()
+            .flatten()
+            .flatten();
+        for input in inputs {
+            if *input == id {
+                return true;
+            }
+            stack.extend(Some(*input).filter(|v| seen.insert(*v)));
+        }
+    }
+    false
 }
 
 /// Every number that data reads from positions, but for those in `masks`.

@@ -51,12 +51,7 @@ struct Emitter<'g> {
 /// Rewrites the graph and sets its [`Graph::interface`]. Fails where rows or an output have a shape that no reshape can
 /// give.
 pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), Vec<Obstacle>> {
-    let logits = graph
-        .outputs
-        .iter()
-        .copied()
-        .find(|o| !analysis.caches.values().any(|c| c.output == *o))
-        .expect("the analysis found one output besides the caches");
+    let logits = analysis.logits.expect("an analysis without obstacles has found them");
     // The canonical order: pairs as the attentions come.
     let mut pairs: Vec<[ValueId; 2]> = Vec::new();
     for layer in &analysis.layers {
