@@ -98,8 +98,11 @@ fn what_is_not_said_is_refused_with_the_flags_that_say_it() {
     );
 }
 
+/// Windows of the layers, and those of the masks.
+type Windows = (Vec<Option<usize>>, Vec<(String, usize)>);
+
 /// Converts the export beside this `config.json`.
-fn by_config(folder: &Path, config: &str) -> Result<(Vec<Option<usize>>, Vec<(String, usize)>), String> {
+fn by_config(folder: &Path, config: &str) -> Result<Windows, String> {
     let mut graph = given(["a", "b"]);
     graph.sort().unwrap();
     infer(&mut graph).unwrap();

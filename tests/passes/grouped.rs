@@ -125,7 +125,9 @@ fn sinks_inside_the_operator() {
 fn hidden_states_beside_the_logits() {
     let mut graph = export("llama-ort-genai");
     graph.sort().unwrap();
-    let norms = nodes(&graph, |op| matches!(op, Op::SkipRmsNormalization { .. } | Op::RmsNormalization { .. }));
+    let norms = nodes(&graph, |op| {
+        matches!(op, Op::SkipRmsNormalization { .. } | Op::RmsNormalization { .. })
+    });
     let hidden = graph.node(*norms.last().unwrap()).output(0).unwrap();
     graph.outputs.insert(0, hidden);
     let same = distance(&logits(graph), &logits(export("llama-ort-genai")));

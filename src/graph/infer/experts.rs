@@ -31,7 +31,7 @@ impl NodeInference<'_> {
                 group_best,
                 ..
             } = *routing;
-            let size = if groups > 0 { experts / groups } else { experts };
+            let size = experts.checked_div(groups).unwrap_or(experts);
             let fits = groups == 0
                 || experts.is_multiple_of(groups)
                     && (1..=groups).contains(&top_groups)

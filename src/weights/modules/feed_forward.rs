@@ -17,7 +17,7 @@ impl Reader<'_> {
             [(product, _)] => {
                 let (linear, end) = self.linear_at(product)?;
                 match self.columns_after(end) {
-                    Some(parts) => self.gate_and_up(&prefix, &linear, &parts)?,
+                    Some(parts) => self.gate_and_up(prefix, &linear, &parts)?,
                     None => {
                         self.name_linear(&format!("{prefix}.up"), &linear);
                         self.products_after(end).into_iter().next()?.0

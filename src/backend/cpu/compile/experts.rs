@@ -183,7 +183,7 @@ impl Compiler<'_> {
         let mut reads = vec![rows, shape.plan];
         reads.extend(packed);
         let codes = self.quantized_of(matrix)?;
-        let codes = codes.filter(|constant| QuantizedMatrix::takes(constant));
+        let codes = codes.filter(QuantizedMatrix::takes);
         let codes = codes.map(|constant| self.weights.get(&constant)).transpose()?;
         let (matrix, bytes) = match codes.filter(|codes| codes.starts_at_multiples_of(columns)) {
             Some(codes) => {
