@@ -460,7 +460,7 @@ fn unmatched(evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
         _ => others
             .iter()
             .copied()
-            .filter(|o| !is_read_by(graph, *o, &others))
+            .filter(|o| !is_before_head(graph, *o, &others))
             .collect(),
     };
     if let [logits] = last[..] {
@@ -490,25 +490,28 @@ fn unmatched(evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
     }
 }
 
-/// Whether one of the other values is computed from this one.
-fn is_read_by(graph: &Graph, id: ValueId, others: &[ValueId]) -> bool {
-    let mut stack: Vec<ValueId> = others.iter().copied().filter(|other| *other != id).collect();
-    let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
-    while let Some(at) = stack.pop() {
-        let inputs = graph
-            .def(at)
-            .map(|(_, node)| &node.inputs)
-            .into_iter()
-            .flatten()
-            .flatten();
-        for input in inputs {
-            if *input == id {
-                return true;
+/// Whether this is what other outputs are computed from, and a product lies between: hidden states before the head. Of an output
+/// and a function of it, such as probabilities, either could be meant.
+fn is_before_head(graph: &Graph, id: ValueId, others: &[ValueId]) -> bool {
+    let is_product = |op: &Op| matches!(op, Op::MatMul | Op::Gemm { .. });
+    let reached = |through_products: bool| {
+        let mut stack: Vec<ValueId> = others.iter().copied().filter(|other| *other != id).collect();
+        let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
+        while let Some(at) = stack.pop() {
+            let Some((_, node)) = graph.def(at) else { continue };
+            if is_product(&node.op) && !through_products {
+                continue;
             }
-            stack.extend(Some(*input).filter(|v| seen.insert(*v)));
+            for input in node.inputs.iter().flatten() {
+                if *input == id {
+                    return true;
+                }
+                stack.extend(Some(*input).filter(|v| seen.insert(*v)));
+            }
         }
-    }
-    false
+        false
+    };
+    reached(true) && !reached(false)
 }
 
 /// Every number that data reads from positions, but for those in `masks`.
