@@ -35,7 +35,7 @@ const REFUSED: [(&str, &[&str]); 33] = [
     ("missing-initializer", &["\"o\"", "o_proj"]),
     (
         "unknown-ops",
-        &["fancy", "FancyGate", "experts", "MoE", "twirl", "Twirl"],
+        &["fancy", "FancyGate", "words", "WordConvEmbedding", "twirl", "Twirl"],
     ),
     ("wrong-dtype", &["residual", "f16", "f32"]),
     ("wrong-shape", &["\"o\"", "o_proj", "32", "16"]),
