@@ -281,7 +281,7 @@ fn exports(folder: &Path) -> Result<(Vec<Export>, Vec<String>), FilesError> {
             },
         });
     }
-    // Two of one name, in the folder and in `onnx/`, are told by their paths.
+    // Two of one name, in the folder and in `onnx/`, differ in their paths.
     let names: Vec<String> = found.iter().map(|e| e.variant.name.clone()).collect();
     for export in &mut found {
         if names.iter().filter(|name| **name == export.variant.name).count() > 1 {

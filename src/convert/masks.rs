@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::graph::Graph;
 use crate::passes::{self, CanonicalizeOptions, MaskWindows};
 
-/// As many masks as are told apart by trying.
+/// Most masks that are tried one way and the other.
 const MOST: usize = 3;
 
 /// Windows for the masks of an export, if it has several and the configuration in `configs` says what they are; 0 for none.

@@ -279,13 +279,13 @@ pub(crate) fn look(mut graph: Graph, options: &CanonicalizeOptions, report: &mut
             look.analysed = Some(analysed);
         }
         Err(error) => {
-            let told = |error: &PassError| match error {
+            let reported = |error: &PassError| match error {
                 PassError::Obstacles { obstacles } => obstacles.iter().all(|o| behind.contains(&o.at)),
                 PassError::Infer(_) => true,
                 _ => false,
             };
             look.errors
-                .extend(error.each().into_iter().filter(|error| all_known || !told(error)));
+                .extend(error.each().into_iter().filter(|error| all_known || !reported(error)));
         }
     }
     look

@@ -72,7 +72,7 @@ pub struct Roles {
     pub capacity: Option<usize>,
 }
 
-/// The role of each input as far as it can be told, and the names of inputs without one.
+/// The role of each input as far as it is known, and the names of inputs without one.
 pub fn guess(graph: &Graph) -> (HashMap<ValueId, InputRole>, Vec<String>) {
     let uses = graph.uses();
     let mut of = HashMap::new();
@@ -98,7 +98,7 @@ pub fn guess(graph: &Graph) -> (HashMap<ValueId, InputRole>, Vec<String>) {
 }
 
 /// Assigns roles and rewrites the dims of all values in terms of `batch`, `tokens`, `past` and `capacity`. All that is wrong
-/// with the inputs is told at once.
+/// with the inputs is reported at once.
 pub fn assign(graph: &mut Graph, mask_windows: &MaskWindows) -> Result<Roles, PassError> {
     let uses = graph.uses();
     let (of, unmatched) = guess(graph);
