@@ -186,6 +186,7 @@ fn context() -> SourceContext {
         dtype: DType::F32,
         architecture_hash: String::new(),
         activations: Default::default(),
+        mask_windows: Default::default(),
     }
 }
 
