@@ -315,9 +315,13 @@ impl<'a, 'g> Rows<'a, 'g> {
                 if (digit - digit.round()).abs() > 0.2 || digit < -0.5 {
                     return Err("its rows are not columns of the projection".into());
                 }
-                *found += unit * digit.round() as usize;
+                *found = found.saturating_add(unit.saturating_mul(digit.round() as usize));
             }
             unit *= base;
+        }
+        // Numbers that a damaged file computes may be anything.
+        if found.iter().any(|column| *column >= columns) {
+            return Err("its rows are not columns of the projection".into());
         }
         let seen = Seen {
             columns: found,
