@@ -80,6 +80,19 @@ impl CpuDevice {
         Ok(())
     }
 
+    /// One chunk, with the logits of its last token.
+    fn forward_fed(
+        &mut self,
+        chunk: Chunk,
+        fed: Fed<'_>,
+        position: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        logits.resize(self.vocabulary, 0.0);
+        let profile = Profile::prefill(chunk.rows, self.capacity);
+        self.run(profile, chunk, fed, position, logits)
+    }
+
     /// Runs the program for `profile`; `logits` has as many rows as it gives.
     fn run(
         &mut self,
@@ -164,10 +177,7 @@ impl Device for CpuDevice {
         position: usize,
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
-        logits.resize(self.vocabulary, 0.0);
-        let fed = Fed::Ids(tokens);
-        let profile = Profile::prefill(chunk.rows, self.capacity);
-        self.run(profile, chunk, fed, position, logits)
+        self.forward_fed(chunk, Fed::Ids(tokens), position, logits)
     }
 
     fn forward_rows(
@@ -177,13 +187,11 @@ impl Device for CpuDevice {
         position: usize,
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
-        logits.resize(self.vocabulary, 0.0);
         let fed = Fed::Rows {
             values: rows,
             width: self.width,
         };
-        let profile = Profile::prefill(chunk.rows, self.capacity);
-        self.run(profile, chunk, fed, position, logits)
+        self.forward_fed(chunk, fed, position, logits)
     }
 
     fn chunk_all(&self, waiting: usize, position: usize, capacity: usize) -> Chunk {

@@ -216,13 +216,7 @@ impl Lowering<'_> {
         let width = shape.last().cloned().unwrap_or_default();
         let x = self.reshape(&part("rows"), of.x, vec![one(), rows.clone(), width])?;
         let matrices = |lowering: &mut Self, what: &str, matrix: TensorId, bias: Option<TensorId>| {
-            let shape = lowering.b.shape(matrix).clone();
-            let each = shape[0].div_exact(&count).unwrap_or_default();
-            let to = vec![count.clone(), each.clone(), shape[1].clone()];
-            let matrix = lowering.reshape(&part(what), matrix, to)?;
-            let to = vec![count.clone(), one(), each];
-            let bias = bias.map(|bias| lowering.reshape(&part(&format!("{what}_bias")), bias, to));
-            Ok::<_, super::error::Reason>((matrix, bias.transpose()?))
+            lowering.stacked(&part(what), &count, matrix, bias)
         };
         let gate = matrices(self, "gate", of.gate, of.biases[0])?;
         let up = match of.up {
@@ -256,19 +250,14 @@ impl Lowering<'_> {
         let chosen = vec![rows.clone(), top_k.clone()];
         let experts = self.reshape(&part("experts"), of.experts, chosen)?;
         let matrices = |lowering: &mut Self, what: &str, matrix: TensorId, bias: Option<TensorId>| {
-            let shape = lowering.b.shape(matrix).clone();
-            let each = shape[0].div_exact(&count).unwrap_or_default();
-            let to = vec![count.clone(), each.clone(), shape[1].clone()];
-            let matrix = lowering.reshape(&part(what), matrix, to)?;
+            let (matrix, bias) = lowering.stacked(&part(what), &count, matrix, bias)?;
             let gather = LayerKind::Gather { axis: 0 };
             let matrix = lowering
                 .b
                 .add(&part(&format!("chosen_{what}")), gather.clone(), &[matrix, experts])?;
-            let bias = bias.map(|bias| -> Lowered {
-                let to = vec![count.clone(), one(), each];
-                let bias = lowering.reshape(&part(&format!("{what}_bias")), bias, to)?;
+            let bias = bias.map(|bias| {
                 let name = part(&format!("chosen_{what}_bias"));
-                Ok(lowering.b.add(&name, gather, &[bias, experts])?)
+                lowering.b.add(&name, gather, &[bias, experts])
             });
             Ok::<_, super::error::Reason>((matrix, bias.transpose()?))
         };
@@ -281,6 +270,23 @@ impl Lowering<'_> {
         let results = self.feed_forward(name, &how.gating(), x, gate, up, down)?;
         let weights = self.reshape(&part("factors"), of.weights, vec![rows, top_k, one(), one()])?;
         self.weighted(name, results, weights, (1, shape))
+    }
+
+    /// The matrices of all experts, which stand one below the other, as `[experts, out, in]`, and their biases as
+    /// `[experts, 1, out]`.
+    fn stacked(
+        &mut self,
+        name: &str,
+        experts: &Dim,
+        matrix: TensorId,
+        bias: Option<TensorId>,
+    ) -> Lowered<(TensorId, Option<TensorId>)> {
+        let shape = self.b.shape(matrix).clone();
+        let each = shape[0].div_exact(experts).unwrap_or_default();
+        let matrix = self.reshape(name, matrix, vec![experts.clone(), each.clone(), shape[1].clone()])?;
+        let to = vec![experts.clone(), one(), each];
+        let bias = bias.map(|bias| self.reshape(&format!("{name}_bias"), bias, to));
+        Ok((matrix, bias.transpose()?))
     }
 
     /// `down · h + bias` of several matrices `[.., out, in]` at once, with biases `[.., 1, out]`.

@@ -1,11 +1,11 @@
 //! Routing and experts as functions of standard operators. What they compute depends on more than attributes that a function's
 //! nodes can refer to (which operators, which inputs), so each form is an overload of its own.
 
-use super::functions::{int, node, tensor};
-use super::proto::{FunctionProto, NodeProto, OperatorSetIdProto};
-use super::write::{OPSET, attribute_proto};
+use super::functions::{function_of, int, ints, node, scalar, tensor};
+use super::proto::{FunctionProto, NodeProto};
+use super::write::attribute_proto;
 use crate::graph::op::{ChosenWeights, ExpertActivation, Experts, Op, RouterScores, Routing};
-use crate::graph::{Attribute, LAPIDARY, Node};
+use crate::graph::{Attribute, Node};
 use crate::tensor::Tensor;
 
 const INPUTS: [&str; 9] = [
@@ -57,31 +57,13 @@ pub(super) fn function(of: &Node) -> Option<FunctionProto> {
         Op::Experts(how) => (&INPUTS[..of.inputs.len().min(9)], &["y"], experts(how, of)),
         _ => return None,
     };
-    let owned = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
     // Their values are in the function's nodes; a caller's attributes must be declared all the same.
     let attributes = of.op.attributes().into_iter().map(|(name, _)| name.to_string());
     Some(FunctionProto {
-        name: Some(of.op.op_type().to_string()),
         overload: overload(of),
-        input: owned(inputs),
-        output: owned(outputs),
         attribute: attributes.collect(),
-        node: nodes,
-        opset_import: vec![OperatorSetIdProto {
-            domain: Some(String::new()),
-            version: Some(OPSET),
-        }],
-        domain: Some(LAPIDARY.to_string()),
-        ..FunctionProto::default()
+        ..function_of(of.op.op_type(), inputs, outputs, nodes)
     })
-}
-
-fn ints(name: &str, values: &[i64]) -> NodeProto {
-    tensor(name, &Tensor::from_i64(vec![values.len()], values))
-}
-
-fn real(name: &str, value: f32) -> NodeProto {
-    tensor(name, &Tensor::from_f32(vec![], &[value]))
 }
 
 /// A top-k over the last axis: its values and indices.
@@ -164,7 +146,7 @@ fn routing(how: &Routing, corrected: bool) -> Vec<NodeProto> {
         ]),
     }
     nodes.extend([
-        real("scale", how.scale),
+        scalar("scale", how.scale),
         node("Mul", &["shares", "scale"], "scaled", vec![]),
         node("CastLike", &["scaled", "logits"], "y", vec![]),
     ]);
@@ -248,7 +230,10 @@ fn experts(how: &Experts, of: &Node) -> Vec<NodeProto> {
 fn gated(how: &Experts, has_up: bool) -> Vec<NodeProto> {
     let number = |name: &str, value: f32| {
         let typed = format!("{name}_typed");
-        [real(&typed, value), node("CastLike", &[&typed, "gates"], name, vec![])]
+        [
+            scalar(&typed, value),
+            node("CastLike", &[&typed, "gates"], name, vec![]),
+        ]
     };
     let mut nodes = Vec::new();
     let bounded = how.limit > 0.0;

@@ -54,13 +54,23 @@ pub(super) fn function(operator: &str) -> Option<FunctionProto> {
         "BiasedAttention" => vec![real("softcap")],
         _ => Vec::new(),
     };
-    let owned = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
     Some(FunctionProto {
-        name: Some(operator.to_string()),
-        input: owned(inputs),
-        output: vec!["y".to_string()],
         attribute: owned(attributes),
         attribute_proto: defaults,
+        ..function_of(operator, inputs, &["y"], nodes)
+    })
+}
+
+fn owned(names: &[&str]) -> Vec<String> {
+    names.iter().map(|n| n.to_string()).collect()
+}
+
+/// A function of our domain without attributes, its nodes those of the opset that is written.
+pub(super) fn function_of(name: &str, inputs: &[&str], outputs: &[&str], nodes: Vec<NodeProto>) -> FunctionProto {
+    FunctionProto {
+        name: Some(name.to_string()),
+        input: owned(inputs),
+        output: owned(outputs),
         node: nodes,
         opset_import: vec![OperatorSetIdProto {
             domain: Some(String::new()),
@@ -68,7 +78,7 @@ pub(super) fn function(operator: &str) -> Option<FunctionProto> {
         }],
         domain: Some(LAPIDARY.to_string()),
         ..FunctionProto::default()
-    })
+    }
 }
 
 /// Numbers by their codes, block by block times their scale.
@@ -141,11 +151,11 @@ const ROUNDED: [(&str, [&str; 3]); 3] = [
     ),
 ];
 
-fn scalar(name: &str, value: f32) -> NodeProto {
+pub(super) fn scalar(name: &str, value: f32) -> NodeProto {
     tensor(name, &Tensor::from_f32(vec![], &[value]))
 }
 
-fn ints(name: &str, values: &[i64]) -> NodeProto {
+pub(super) fn ints(name: &str, values: &[i64]) -> NodeProto {
     tensor(name, &Tensor::from_i64(vec![values.len()], values))
 }
 

@@ -391,8 +391,8 @@ fn what_is_wrong_with_an_if_is_named() {
             &["choose", "else_branch has 0 outputs, and the node has 1"],
         ),
         (
-            edited(&|c| c.then.output[0] = named("nobody")),
-            &["choose", "\"nobody\""],
+            edited(&|c| c.then.output[0] = named("missing")),
+            &["choose", "\"missing\""],
         ),
         (
             edited(&|c| {

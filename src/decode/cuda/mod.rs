@@ -343,6 +343,22 @@ impl CudaDevice {
         self.run(at, chunk.rows).map_err(|error| self.failed(error))
     }
 
+    /// One chunk, with the logits of its last token.
+    fn forward_fed(
+        &mut self,
+        chunk: Chunk,
+        fed: Fed<'_>,
+        position: usize,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        let start = Instant::now();
+        let queued = self.start(chunk, fed, position);
+        let queued = queued.and_then(|()| self.download());
+        self.settled(queued)?;
+        self.wait(start)?;
+        self.downloaded(logits)
+    }
+
     /// What was queued before an error still reads the inputs, which the next call writes.
     fn settled<T>(&self, result: Result<T, DeviceError>) -> Result<T, DeviceError> {
         if result.is_err() {
@@ -449,12 +465,7 @@ impl Device for CudaDevice {
         position: usize,
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
-        let start = Instant::now();
-        let queued = self.start(chunk, Fed::Ids(tokens), position);
-        let queued = queued.and_then(|()| self.download());
-        self.settled(queued)?;
-        self.wait(start)?;
-        self.downloaded(logits)
+        self.forward_fed(chunk, Fed::Ids(tokens), position, logits)
     }
 
     fn forward_rows(
@@ -464,13 +475,8 @@ impl Device for CudaDevice {
         position: usize,
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
-        let start = Instant::now();
         let width = self.graph.embedding_width().unwrap_or(1);
-        let queued = self.start(chunk, Fed::Rows { values: rows, width }, position);
-        let queued = queued.and_then(|()| self.download());
-        self.settled(queued)?;
-        self.wait(start)?;
-        self.downloaded(logits)
+        self.forward_fed(chunk, Fed::Rows { values: rows, width }, position, logits)
     }
 
     fn forward_best(

@@ -55,7 +55,7 @@ impl Rows<'_, '_> {
     }
 
     /// Positional numbers that meet the data on the way from the source, such as cosines.
-    fn positional_numbers(&self) -> Vec<ValueId> {
+    pub(super) fn positional_numbers(&self) -> Vec<ValueId> {
         let evaluator = self.evaluator;
         let graph = evaluator.graph;
         // Rows that are the source itself, such as norms of heads without a rotation, read nothing on the way from it.

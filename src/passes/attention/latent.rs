@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-use super::find::{self, FoundAttention};
+use super::find::{self, FoundAttention, Uses};
 use super::projection::{noise, tolerance};
 use super::trace::Trace;
 use crate::dim::{Dim, Sym};
@@ -48,7 +48,7 @@ pub fn run(graph: &mut Graph, roles: &mut Roles) -> Result<usize, PassError> {
     for plan in plans {
         // On a copy: what is not proven leaves no trace.
         let mut copy = graph.clone();
-        let Some(operands) = copied(&mut copy, roles, &plan)? else {
+        let Some(operands) = copied(&mut copy, &roles.caches, &plan)? else {
             continue;
         };
         if proven(&copy, roles, &plan, &operands).is_err() {
@@ -57,11 +57,6 @@ pub fn run(graph: &mut Graph, roles: &mut Roles) -> Result<usize, PassError> {
         *graph = copy;
         rewrite(graph, roles, &plan, &operands)?;
         rewrites += 1;
-    }
-    if rewrites > 0 {
-        graph.sort()?;
-        graph.remove_dead_nodes();
-        infer(graph)?;
     }
     Ok(rewrites)
 }
@@ -74,6 +69,7 @@ fn plans(graph: &Graph, roles: &Roles) -> Vec<Plan> {
         .iter()
         .map(|attention| caches_behind(&evaluator, [attention.key, attention.value]).0)
         .collect();
+    let uses = graph.uses();
     let mut plans = Vec::new();
     for (index, attention) in found.iter().enumerate() {
         let mut others = of_each.iter().enumerate().filter(|(other, _)| *other != index);
@@ -86,8 +82,11 @@ fn plans(graph: &Graph, roles: &Roles) -> Vec<Plan> {
                 by_product && !caches.is_disjoint(&of_each[index])
             })
         });
-        let caches: Option<Vec<Append>> = of_each[index].iter().map(|cache| append(graph, *cache)).collect();
-        if let (true, false, Some(caches)) = (computed, shared, caches) {
+        if !computed || shared {
+            continue;
+        }
+        let caches = of_each[index].iter().map(|cache| append(graph, &uses, *cache));
+        if let Some(caches) = caches.collect() {
             plans.push(Plan {
                 attention: attention.clone(),
                 caches,
@@ -129,8 +128,7 @@ fn caches_behind<const N: usize>(evaluator: &PartialEvaluator<'_>, of: [ValueId;
 }
 
 /// The one concatenation of a cache, if it is an output of the model.
-fn append(graph: &Graph, input: ValueId) -> Option<Append> {
-    let uses = graph.uses();
+fn append(graph: &Graph, uses: &Uses, input: ValueId) -> Option<Append> {
     let mut data = uses
         .get(&input)?
         .iter()
@@ -159,10 +157,10 @@ struct NewRows {
 }
 
 /// Computes key and value from the new rows alone, as if nothing were cached. `None`: they have no shape of keys and values.
-fn copied(graph: &mut Graph, roles: &Roles, plan: &Plan) -> Result<Option<NewRows>, PassError> {
+fn copied(graph: &mut Graph, caches: &[ValueId], plan: &Plan) -> Result<Option<NewRows>, PassError> {
     let mut made: HashMap<ValueId, ValueId> = plan.caches.iter().map(|c| (c.all, c.new)).collect();
-    for cache in &roles.caches {
-        let empty = empty_cache(graph, roles, *cache);
+    for cache in caches {
+        let empty = empty_cache(graph, *cache);
         made.extend(empty.map(|empty| (*cache, empty)));
     }
     let key = copy(graph, plan.attention.key, &mut made);
@@ -180,10 +178,9 @@ fn copied(graph: &mut Graph, roles: &Roles, plan: &Plan) -> Result<Option<NewRow
 }
 
 /// A cache without slots: what shapes are computed from.
-fn empty_cache(graph: &mut Graph, roles: &Roles, cache: ValueId) -> Option<ValueId> {
+fn empty_cache(graph: &mut Graph, cache: ValueId) -> Option<ValueId> {
     let past = Dim::sym(Sym::past());
     let axis = graph.shape(cache)?.iter().position(|dim| *dim == past)?;
-    debug_assert!(roles.growing);
     let zero = graph.add_i64("latent.zero", &[0]);
     let axis = graph.add_i64("latent.axis", &[axis as i64]);
     let name = format!("{}.empty", graph.value(cache).name);

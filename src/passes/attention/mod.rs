@@ -231,7 +231,9 @@ fn rotated_before_norms(trace: &Trace<'_, '_>, evaluator: &PartialEvaluator<'_>,
             continue;
         };
         let rows = Rows::new(evaluator, value, RowOrder::Canonical, &sources, [heads, dim]);
-        if let Ok(projection) = rows.solve(&mut analysis.tables)
+        // Where nothing is read of positions, nothing is rotated.
+        if !rows.positional_numbers().is_empty()
+            && let Ok(projection) = rows.solve(&mut analysis.tables)
             && projection.rotated().is_some()
         {
             analysis.rotated.push((value, projection));

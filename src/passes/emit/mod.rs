@@ -26,8 +26,8 @@ struct Emitter<'g> {
     write_indices: ValueId,
     /// Where tables depend on the length of the run.
     total_lengths: Option<ValueId>,
-    /// Rows of tables that do, by the longest run of their first part.
-    table_rows: HashMap<usize, ValueId>,
+    /// Rows of tables that do: all switch at one length.
+    table_rows: Option<ValueId>,
     batch: Dim,
     tokens: Dim,
     /// Masks by window.
@@ -114,7 +114,7 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
         of_heads: HashMap::new(),
         older: None,
         total_lengths,
-        table_rows: HashMap::new(),
+        table_rows: None,
         first_cache: inputs.get(first_cache).map(|(_, id)| *id),
         caches,
     };

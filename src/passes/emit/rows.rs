@@ -123,8 +123,8 @@ impl Emitter<'_> {
         let (Some(long), Some(total_lengths)) = (&table.long, self.total_lengths) else {
             return self.position_ids;
         };
-        if let Some(known) = self.table_rows.get(&long.after) {
-            return *known;
+        if let Some(known) = self.table_rows {
+            return known;
         }
         let (unit, batch) = (Dim::from(1usize), self.batch.clone());
         let after = self.graph.add_constant(
@@ -152,8 +152,7 @@ impl Emitter<'_> {
         );
         let (shape, ids) = (vec![batch, self.tokens.clone()], self.position_ids);
         let rows = self.typed("rotary.rows", Op::Binary(Binary::Add), &[ids, shift], DType::I64, shape);
-        self.table_rows.insert(long.after, rows);
-        rows
+        *self.table_rows.insert(rows)
     }
 
     /// The sum of two rotations, of which one has cosines alone and one sines alone: their results are rounded. Elements that
