@@ -5,7 +5,7 @@
 
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
-use lapidary::backend::cpu::{Bindings, CompileOptions, KvCaches, Program};
+use lapidary::backend::cpu::{Batch, Bindings, CompileOptions, KvCaches, Member, Program};
 use lapidary::dim::Dim;
 use lapidary::graph::Constant;
 use lapidary::interface::Role;
@@ -220,6 +220,35 @@ fn decode(bencher: Bencher, dtype: DType) {
     let (_, graph, bytes) = smollm2(dtype);
     let network = lower(&graph, &Profile::decode(256), &lower::LowerOptions::default()).unwrap();
     run(bencher.counter(BytesCount::new(bytes)), &network, 37);
+}
+
+/// One token of each of so many sequences of SmolLM2-135M's shape in fp16, after 37 others; items are tokens.
+#[divan::bench(args = [1, 2, 4, 8, 16], sample_count = 20)]
+fn decode_of_sequences(bencher: Bencher, sequences: usize) {
+    let (_, graph, _) = smollm2(DType::F16);
+    let network = lower(&graph, &Profile::decode(256), &lower::LowerOptions::default()).unwrap();
+    let options = CompileOptions::default();
+    let program = Program::compile(&network, &options.clone().in_batches()).unwrap();
+    let mut batch = Batch::new(options.pool().clone());
+    let mut caches: Vec<KvCaches> = (0..sequences).map(|_| KvCaches::new(&network).unwrap()).collect();
+    let mut logits = vec![vec![0f32; program.outputs()[0].shape.iter().product()]; sequences];
+    let members = caches.iter_mut().zip(&mut logits).map(|(caches, logits)| {
+        let mut bindings = Bindings::new();
+        bindings.output(Role::Logits, &mut logits[..]).caches(caches);
+        for port in program.inputs() {
+            match port.role.unwrap() {
+                role @ Role::LogitRows => bindings.input(role, &[0i32][..]),
+                role => bindings.input(role, &[37i32][..]),
+            };
+        }
+        Member {
+            program: &program,
+            bindings,
+        }
+    });
+    let mut members: Vec<Member<'_, '_>> = members.collect();
+    let bencher = bencher.counter(ItemsCount::new(sequences));
+    bencher.bench_local(|| batch.run(&mut members).into_iter().for_each(|result| result.unwrap()));
 }
 
 /// A prompt of SmolLM2-135M's shape in fp16; items are tokens.

@@ -1,6 +1,8 @@
 //! Sessions on the CPU executor with a real (tiny) model; tokenizer, chat template and streaming text with a real
 //! tokenizer and with small ones.
 
+#[path = "decode/batch.rs"]
+mod batch;
 #[path = "decode/decoders.rs"]
 mod decoders;
 #[path = "decode/embeddings.rs"]

@@ -2,6 +2,8 @@
 
 #[path = "executor/attention.rs"]
 mod attention;
+#[path = "executor/batch.rs"]
+mod batch;
 #[path = "executor/bindings.rs"]
 mod bindings;
 #[path = "executor/caches.rs"]

@@ -6,7 +6,7 @@
 
 use super::device::{Chunk, Device, DeviceError};
 use super::step::{Fed, NoStepInput, StepInputs};
-use crate::backend::cpu::{Bindings, CompileOptions, KvCaches, Program};
+use crate::backend::cpu::{Bindings, CompileOptions, KvCaches, Port, Program};
 use crate::graph::Graph;
 use crate::help::Help;
 use crate::interface::Role;
@@ -33,12 +33,46 @@ pub struct CpuDevice {
     caches: Option<KvCaches>,
     capacity: usize,
     last: Option<Profile>,
-    /// Inputs of the last call.
-    inputs: Vec<(Role, Vec<i32>)>,
-    /// Embeddings of the last call, where the model takes them.
-    embeddings: Vec<f32>,
-    /// Elements of one.
+    /// Of the last call.
+    inputs: HostInputs,
+    /// Elements of an embedding, where the model takes them.
     width: usize,
+}
+
+/// What one call binds beside caches and logits, in memory of its own.
+#[derive(Default)]
+pub(super) struct HostInputs {
+    values: Vec<(Role, Vec<i32>)>,
+    /// Of a model that takes them.
+    embeddings: Option<Vec<f32>>,
+}
+
+impl HostInputs {
+    /// Writes what a program takes for this chunk.
+    pub fn fill(&mut self, ports: &[Port], step: StepInputs<'_>) -> Result<(), NoStepInput> {
+        self.values.clear();
+        self.embeddings = None;
+        for port in ports {
+            let role = port.role.ok_or_else(|| NoStepInput(port.name.clone()))?;
+            if role == Role::Embeddings {
+                self.embeddings = Some(step.embeddings().collect());
+                continue;
+            }
+            let mut values = vec![0; step.len(role)?];
+            step.write(role, &mut values)?;
+            self.values.push((role, values));
+        }
+        Ok(())
+    }
+
+    pub fn bind<'a>(&'a self, bindings: &mut Bindings<'a>) {
+        for (role, values) in &self.values {
+            bindings.input(*role, &values[..]);
+        }
+        if let Some(embeddings) = &self.embeddings {
+            bindings.input(Role::Embeddings, &embeddings[..]);
+        }
+    }
 }
 
 impl CpuDevice {
@@ -46,7 +80,6 @@ impl CpuDevice {
     pub fn new(graph: Graph, vocabulary: usize, threads: Option<usize>) -> Self {
         CpuDevice {
             width: graph.embedding_width().unwrap_or(0),
-            embeddings: Vec::new(),
             graph,
             lowering: lower::LowerOptions::default(),
             compiling: threads.map_or_else(CompileOptions::default, CompileOptions::with_threads),
@@ -55,7 +88,7 @@ impl CpuDevice {
             caches: None,
             capacity: 0,
             last: None,
-            inputs: Vec::new(),
+            inputs: HostInputs::default(),
         }
     }
 
@@ -112,25 +145,9 @@ impl CpuDevice {
             end: chunk.end,
             rows: fed.len(),
         };
-        self.inputs.clear();
-        self.embeddings.clear();
-        self.embeddings.extend(step.embeddings());
-        for port in program.inputs() {
-            let role = port.role.ok_or_else(|| failed(NoStepInput(port.name.clone())))?;
-            if role == Role::Embeddings {
-                continue;
-            }
-            let mut values = vec![0; step.len(role).map_err(failed)?];
-            step.write(role, &mut values).map_err(failed)?;
-            self.inputs.push((role, values));
-        }
+        self.inputs.fill(program.inputs(), step).map_err(failed)?;
         let mut bindings = Bindings::new();
-        for (role, values) in &self.inputs {
-            bindings.input(*role, &values[..]);
-        }
-        if self.width > 0 {
-            bindings.input(Role::Embeddings, &self.embeddings[..]);
-        }
+        self.inputs.bind(&mut bindings);
         bindings
             .output(Role::Logits, logits)
             .caches(self.caches.as_mut().expect("reserved before"));
@@ -219,7 +236,8 @@ impl Device for CpuDevice {
     }
 }
 
-fn failed(error: impl Help) -> DeviceError {
+/// An error of the executor or of a lowering.
+pub(super) fn failed(error: impl Help) -> DeviceError {
     DeviceError {
         device: "cpu".into(),
         message: error.to_string(),

@@ -4,8 +4,10 @@
 //! one sequence's cache in step with its tokens and knows nothing of hardware: it drives a [`Device`], which is the few
 //! operations that a machine must offer (`cpu` is one over the executor, `cuda` one over TensorRT engines). [`generate()`]
 //! draws tokens with a [`crate::sample::Chain`] and reports them as they come, with their text if [`crate::text`] has the
-//! model's tokenizer. Flags and printing belong to the command line.
+//! model's tokenizer. [`batch`] does what a session does for many sequences at once. Flags and printing belong to the
+//! command line.
 
+pub mod batch;
 pub mod cpu;
 #[cfg(feature = "engines")]
 pub mod cuda;

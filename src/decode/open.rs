@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
+use super::batch::{BatchDecoder, BatchOptions, CpuBatchDevice};
 use super::cpu::CpuDevice;
 #[cfg(feature = "engines")]
 use super::cuda::{CudaDevice, CudaOptions, OpenError};
-use super::{Device, DeviceError, Embeddings, Session};
+use super::{Device, DeviceError, Embeddings, Session, SessionError};
 #[cfg(feature = "engines")]
 use crate::backend::tensorrt::Library;
 use crate::backend::tensorrt::LibraryError;
@@ -81,6 +82,12 @@ pub enum SessionOpenError {
     /// The device failed while it made itself ready.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// Several sequences on a device that runs one.
+    #[error("several sequences at a time run on the CPU only, so far")]
+    BatchOnGpu,
+    /// Embeddings are all that the model takes, and the package has none for its tokens.
+    #[error(transparent)]
+    Session(#[from] SessionError),
 }
 
 impl SessionOpenError {
@@ -112,6 +119,8 @@ impl Help for SessionOpenError {
             #[cfg(feature = "engines")]
             SessionOpenError::Cuda(error) => error.fault(),
             SessionOpenError::Device(error) => error.fault(),
+            SessionOpenError::BatchOnGpu => Fault::Input,
+            SessionOpenError::Session(error) => error.fault(),
         }
     }
 
@@ -122,6 +131,8 @@ impl Help for SessionOpenError {
             #[cfg(feature = "engines")]
             SessionOpenError::Cuda(error) => error.help(),
             SessionOpenError::Device(error) => error.help(),
+            SessionOpenError::BatchOnGpu => Some("use --device cpu".into()),
+            SessionOpenError::Session(error) => error.help(),
         }
     }
 }
@@ -146,10 +157,36 @@ impl Session {
     }
 }
 
+impl BatchDecoder {
+    /// Several sequences of a package at a time, on the device asked for.
+    pub fn open(
+        package: &Package,
+        options: &SessionOptions<'_>,
+        batch: BatchOptions,
+    ) -> Result<BatchDecoder, SessionOpenError> {
+        if options.device == DeviceChoice::Cuda {
+            return Err(SessionOpenError::BatchOnGpu);
+        }
+        let graph = package.graph()?;
+        let vocabulary = package.vocabulary()?;
+        let embeddings = embeddings(package, &graph)?;
+        if embeddings.as_ref().is_some_and(|e| e.tokens().is_none()) {
+            return Err(SessionError::NoTable.into());
+        }
+        let device = CpuBatchDevice::new(graph, vocabulary, options.threads, embeddings);
+        let decoder = BatchDecoder::new(Box::new(device), &package.manifest.capacities, vocabulary, batch);
+        Ok(decoder.with_switch(switch(package)))
+    }
+}
+
 fn session(device: Box<dyn Device>, package: &Package, vocabulary: usize) -> Session {
+    Session::new(device, &package.manifest.capacities, vocabulary).with_switch(switch(package))
+}
+
+/// See [`Session::with_switch`].
+fn switch(package: &Package) -> Option<usize> {
     let rotary = package.manifest.architecture.rotary.as_ref();
-    let switch = rotary.and_then(|rotary| rotary.longest_short_run);
-    Session::new(device, &package.manifest.capacities, vocabulary).with_switch(switch)
+    rotary.and_then(|rotary| rotary.longest_short_run)
 }
 
 fn embeddings(package: &Package, graph: &Graph) -> Result<Option<Embeddings>, PackageError> {

@@ -387,27 +387,10 @@ impl Session {
     }
 
     fn check_at(&self, first: usize, tokens: &[u32]) -> Result<(), SessionError> {
-        if tokens.is_empty() {
-            return Err(SessionError::Empty);
-        }
-        if self.embeddings.as_ref().is_some_and(|e| e.tokens().is_none()) {
+        if self.embeddings.as_ref().is_some_and(|e| e.tokens().is_none()) && !tokens.is_empty() {
             return Err(SessionError::NoTable);
         }
-        if let Some(at) = tokens.iter().position(|id| *id as usize >= self.vocabulary) {
-            return Err(SessionError::OutsideVocabulary {
-                id: tokens[at],
-                position: first + at,
-                vocabulary: self.vocabulary,
-            });
-        }
-        let (total, capacity) = (first + tokens.len(), self.largest_capacity());
-        if total > capacity {
-            return Err(SessionError::Capacity {
-                tokens: total,
-                capacity,
-            });
-        }
-        Ok(())
+        check_tokens(first, tokens, self.vocabulary, self.largest_capacity())
     }
 
     /// Makes room for `total` tokens in the smallest capacity that has it.
@@ -436,6 +419,30 @@ impl fmt::Debug for Session {
             .field("tokens", &self.len())
             .field("capacity", &self.capacity)
             .finish()
+    }
+}
+
+/// Whether a model of so many tokens, with so many slots at most, can be fed these tokens from position `first` on.
+pub(super) fn check_tokens(
+    first: usize,
+    tokens: &[u32],
+    vocabulary: usize,
+    capacity: usize,
+) -> Result<(), SessionError> {
+    if tokens.is_empty() {
+        return Err(SessionError::Empty);
+    }
+    if let Some(at) = tokens.iter().position(|id| *id as usize >= vocabulary) {
+        return Err(SessionError::OutsideVocabulary {
+            id: tokens[at],
+            position: first + at,
+            vocabulary,
+        });
+    }
+    let tokens = first + tokens.len();
+    match tokens > capacity {
+        true => Err(SessionError::Capacity { tokens, capacity }),
+        false => Ok(()),
     }
 }
 

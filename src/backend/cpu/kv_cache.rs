@@ -100,6 +100,11 @@ impl KvCaches {
     pub fn capacity(&self) -> usize {
         self.entries.first().map_or(0, |c| c.shape[2])
     }
+    /// Bytes that one more slot takes.
+    pub fn slot_bytes(&self) -> usize {
+        let of = |c: &KvCache| c.shape[0] * c.shape[1] * c.dtype.byte_len(c.shape[3]);
+        self.entries.iter().map(of).sum()
+    }
     /// Bytes of all caches.
     pub fn byte_len(&self) -> usize {
         self.entries.iter().map(|c| c.memory.len()).sum()
@@ -109,18 +114,15 @@ impl KvCaches {
     /// so at most one is held twice. `capacity` may also be smaller, if it still holds `live`.
     pub fn grow(&mut self, capacity: usize, live: usize) {
         for cache in &mut self.entries {
-            let [batch, heads, old, dim] = cache.shape;
-            let rows = CacheRows {
-                rows: batch * heads,
-                slot_bytes: cache.dtype.byte_len(dim),
-            };
-            let mut next = KvCache::zeroed(
-                std::mem::take(&mut cache.name),
-                cache.dtype,
-                [batch, heads, capacity, dim],
-            );
-            rows.resize(old, capacity, live).run(cache.bytes(), next.bytes_mut());
-            *cache = next;
+            *cache = cache.copy(capacity, live);
+        }
+    }
+
+    /// Caches of their own of `capacity` slots, of which the first `live` are copies of these; the others are zero.
+    pub fn copy(&self, capacity: usize, live: usize) -> KvCaches {
+        let copies = self.entries.iter().map(|cache| cache.copy(capacity, live));
+        KvCaches {
+            entries: copies.collect(),
         }
     }
 
@@ -133,6 +135,19 @@ impl KvCaches {
 }
 
 impl KvCache {
+    fn copy(&self, capacity: usize, live: usize) -> KvCache {
+        let [batch, heads, old, dim] = self.shape;
+        let rows = CacheRows {
+            rows: batch * heads,
+            slot_bytes: self.dtype.byte_len(dim),
+        };
+        let mut next = KvCache::zeroed(self.name.clone(), self.dtype, [batch, heads, capacity, dim]);
+        if live > 0 {
+            rows.resize(old, capacity, live).run(self.bytes(), next.bytes_mut());
+        }
+        next
+    }
+
     fn zeroed(name: String, dtype: DType, shape: [usize; 4]) -> KvCache {
         let bytes = dtype.byte_len(shape.iter().product());
         KvCache {

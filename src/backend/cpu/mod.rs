@@ -32,7 +32,8 @@
 //!
 //! # Modules
 //!
-//! `compile` turns layers into steps (views, fusion, phases, arena), `program` runs them, `kernels` are the inner loops,
+//! `compile` turns layers into steps (views, fusion, phases, arena), `program` runs them, alone or several sequences in
+//! one pass over the weights ([`Batch`]), `kernels` are the inner loops,
 //! `simd` the three instruction sets they are compiled for, `quantized` the weights that they read as codes, `pool` the
 //! threads, `strided_view` and `aligned_bytes` memory
 //! as steps see it, `mapped_pages` what is given back of files, `kv_cache` the [`KvCaches`] of a session, `bindings` what a caller hands over, `oracle` whole tensors
@@ -60,5 +61,5 @@ pub use error::{CpuError, Indexed};
 pub use kv_cache::{KvCache, KvCaches};
 pub use oracle::execute;
 pub use pool::{Pool, available_threads};
-pub use program::{Port, Program, StepTimes};
+pub use program::{Batch, Member, Port, Program, StepTimes};
 pub use simd::Isa;

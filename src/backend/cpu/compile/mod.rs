@@ -37,6 +37,7 @@ pub struct CompileOptions {
     isa: Isa,
     /// Quantized weights as kernels read them: programs compiled with clones of these options share them.
     weights: Arc<QuantizedWeights>,
+    in_batches: bool,
 }
 
 impl Default for CompileOptions {
@@ -53,6 +54,7 @@ impl CompileOptions {
             pool,
             isa: Isa::detect(),
             weights: Arc::default(),
+            in_batches: false,
         }
     }
 
@@ -66,6 +68,14 @@ impl CompileOptions {
         match isa.is_available() {
             true => Ok(CompileOptions { isa, ..self }),
             false => Err(CpuError::Isa { isa }),
+        }
+    }
+
+    /// The same for programs that run in a [`Batch`](super::Batch).
+    pub fn in_batches(self) -> Self {
+        CompileOptions {
+            in_batches: true,
+            ..self
         }
     }
 
@@ -100,7 +110,7 @@ impl Program {
             caches,
             ..
         } = compiler;
-        let schedule = schedule::schedule(&steps, &mut buffers, options.pool.threads());
+        let schedule = schedule::schedule(&steps, &mut buffers, options.pool.threads(), options.in_batches);
         let schedule = schedule.ok_or(CpuError::TooLarge)?;
         let scratch = |bytes: fn(&Work, Isa) -> usize| -> Vec<AlignedBytes> {
             let most = steps.iter().map(|s| bytes(&s.work, options.isa)).max().unwrap_or(0);

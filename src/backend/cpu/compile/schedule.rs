@@ -18,13 +18,15 @@ pub(super) struct Schedule {
 /// Kernels rely on two things: steps of one shared phase write different elements (of one buffer only where several fill it,
 /// as a concatenation does) and read no buffer that another of them writes; and buffers whose uses overlap in time have no
 /// bytes of the arena in common.
-pub(super) fn schedule(steps: &[Step], buffers: &mut [Buffer], threads: usize) -> Option<Schedule> {
-    let phases = phases(steps, buffers, threads);
+///
+/// In a batch, what is shared does not depend on shapes: programs of one model have the same phases for every capacity.
+pub(super) fn schedule(steps: &[Step], buffers: &mut [Buffer], threads: usize, in_batches: bool) -> Option<Schedule> {
+    let phases = phases(steps, buffers, threads, in_batches);
     let arena_bytes = place(steps, buffers, &phases)?;
     Some(Schedule { phases, arena_bytes })
 }
 
-fn phases(steps: &[Step], buffers: &[Buffer], threads: usize) -> Vec<Phase> {
+fn phases(steps: &[Step], buffers: &[Buffer], threads: usize, in_batches: bool) -> Vec<Phase> {
     // Each step as early as what it reads allows. A cache is also read by steps that must not see a later write.
     let mut written = vec![None::<usize>; buffers.len()];
     let mut read = vec![None::<usize>; buffers.len()];
@@ -58,7 +60,10 @@ fn phases(steps: &[Step], buffers: &[Buffer], threads: usize) -> Vec<Phase> {
     for level in levels {
         let time: f64 = level.iter().map(|s| steps[*s].nanoseconds).sum();
         let items: usize = level.iter().map(|s| steps[*s].items).sum();
-        let serial = threads == 1 || items == 1 || time < WORTH_SHARING;
+        let serial = match in_batches {
+            true => !level.iter().any(|s| steps[*s].work.is_large()),
+            false => threads == 1 || items == 1 || time < WORTH_SHARING,
+        };
         match phases.last_mut() {
             Some(last) if serial && last.serial => last.steps.extend(level),
             _ => phases.push(Phase { steps: level, serial }),

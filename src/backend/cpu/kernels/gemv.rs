@@ -14,22 +14,68 @@ pub const MAX_ROWS: usize = 8;
 /// 20.0 ms against 22 at two whole blocks, f16 the same.
 const PREFETCH_BYTES: usize = 8192;
 
+/// Rows of a left side and of a result.
+///
+/// An element of the result depends on its own row alone, bit for bit, however many rows there are and wherever they lie:
+/// sequences that decode together rely on it.
+#[derive(Clone, Copy)]
+pub enum Rows {
+    /// At equal distances.
+    Even {
+        /// `[rows, depth]`, rows `x_stride` elements apart, no alignment: it may be a constant in a mapped file.
+        x: *const f32,
+        x_stride: usize,
+        /// `[rows, columns]`, rows `y_stride` elements apart.
+        y: *mut f32,
+        y_stride: usize,
+    },
+    /// Each where its pair of addresses says: of its x, and of its y.
+    Apart(*const (*const f32, *mut f32)),
+}
+
+impl Rows {
+    /// The row's elements of the left side.
+    ///
+    /// # Safety
+    /// There is such a row.
+    #[inline(always)]
+    pub unsafe fn x(&self, row: usize) -> *const f32 {
+        // SAFETY: this function's own contract.
+        unsafe {
+            match self {
+                Rows::Even { x, x_stride, .. } => x.add(row * x_stride),
+                Rows::Apart(places) => (*places.add(row)).0,
+            }
+        }
+    }
+
+    /// The row's elements of the result.
+    ///
+    /// # Safety
+    /// There is such a row.
+    #[inline(always)]
+    pub unsafe fn y(&self, row: usize) -> *mut f32 {
+        // SAFETY: this function's own contract.
+        unsafe {
+            match self {
+                Rows::Even { y, y_stride, .. } => y.add(row * y_stride),
+                Rows::Apart(places) => (*places.add(row)).1,
+            }
+        }
+    }
+}
+
 /// `y[i, j] = sum_p x[i, p] * w[j, p]` for the `j` in `columns`.
 #[derive(Clone)]
 pub struct Gemv {
     pub rows: usize,
+    pub places: Rows,
     /// Length of the sums.
     pub depth: usize,
-    /// `[rows, depth]`, rows `x_stride` elements apart, no alignment: it may be a constant in a mapped file.
-    pub x: *const f32,
-    pub x_stride: usize,
     /// `[columns, depth]` of `storage`, rows `w_stride` elements apart, no alignment.
     pub w: *const u8,
     pub w_stride: usize,
     pub storage: DType,
-    /// `[rows, columns]`, rows `y_stride` elements apart.
-    pub y: *mut f32,
-    pub y_stride: usize,
     pub columns: std::ops::Range<usize>,
 }
 
@@ -98,7 +144,7 @@ impl Gemv {
         // `depth` elements behind it, of which vectors end at `whole <= depth`. `y` is aligned (kernels/mod.rs) and no
         // other item writes these columns.
         unsafe {
-            let x: [*const f32; R] = std::array::from_fn(|r| self.x.add((row + r) * self.x_stride));
+            let x: [*const f32; R] = std::array::from_fn(|r| self.places.x(row + r));
             let w: [*const u8; C] = std::array::from_fn(|c| self.w.add((column + c) * self.w_stride * E::SIZE));
             let mut acc = [[S::splat(0.0); R]; C];
             let whole = self.depth / S::LANES * S::LANES;
@@ -120,7 +166,7 @@ impl Gemv {
                     for p in whole..self.depth {
                         sum = S::mul_add(E::get(w[c], p), x[r].add(p).read_unaligned(), sum);
                     }
-                    *self.y.add((row + r) * self.y_stride + column + c) = sum;
+                    *self.places.y(row + r).add(column + c) = sum;
                 }
             }
         }

@@ -8,6 +8,7 @@
 
 use super::super::simd::{Kernel, Simd};
 use super::codes::{Code, Float8, Integer, Mixed, Numbered};
+use super::gemv::Rows;
 use super::quantized::{Format, QuantizedRows};
 
 /// How far ahead of a row's reads its cache lines are asked for, as in [`super::gemv`].
@@ -26,13 +27,8 @@ pub struct Scope {
 #[derive(Clone)]
 pub struct QuantizedGemv {
     pub rows: usize,
-    /// `[rows, depth]`, rows `x_stride` elements apart, no alignment.
-    pub x: *const f32,
-    pub x_stride: usize,
+    pub places: Rows,
     pub w: QuantizedRows,
-    /// `[rows, columns]`, rows `y_stride` elements apart.
-    pub y: *mut f32,
-    pub y_stride: usize,
     pub columns: std::ops::Range<usize>,
     /// [`scratch_len`] f32 that this thread keeps from one item to the next, aligned for u64.
     pub scratch: *mut f32,
@@ -122,7 +118,7 @@ impl QuantizedGemv {
             for column in self.columns.clone() {
                 self.w.row(column, 0, depth, row);
                 for r in 0..self.rows {
-                    let x = self.x.add(r * self.x_stride);
+                    let x = self.places.x(r);
                     let mut acc = S::splat(0.0);
                     for p in (0..whole).step_by(S::LANES) {
                         acc = S::fma(S::load(row.add(p)), S::load(x.add(p)), acc);
@@ -131,7 +127,7 @@ impl QuantizedGemv {
                     for p in whole..depth {
                         sum = S::mul_add(*row.add(p), x.add(p).read_unaligned(), sum);
                     }
-                    *self.y.add(r * self.y_stride + column) = sum;
+                    *self.places.y(r).add(column) = sum;
                 }
             }
         }
@@ -163,22 +159,30 @@ impl QuantizedGemv {
         let mut row = 0;
         // SAFETY: every block ends at or before the last row.
         unsafe {
+            if let Rows::Apart(_) = self.places {
+                // Rows of sequences, each of which has to get what it gets by itself.
+                while row + 2 <= self.rows {
+                    self.block::<S, K, C, 2, true>(code, prepared, row, column);
+                    row += 2;
+                }
+            }
             while row + 4 <= self.rows {
-                self.block::<S, K, C, 4>(code, prepared, row, column);
+                self.block::<S, K, C, 4, false>(code, prepared, row, column);
                 row += 4;
             }
             for row in row..self.rows {
-                self.block::<S, K, C, 1>(code, prepared, row, column);
+                self.block::<S, K, C, 1, true>(code, prepared, row, column);
             }
         }
     }
 
-    /// `C` columns by `R` rows of y.
+    /// `C` columns by `R` rows of y. Where they are `IN_TURN`, a row has two sums in turn, whose additions do not wait for
+    /// each other: for few rows.
     ///
     /// # Safety
     /// As [`QuantizedGemv::rows_of`]; rows `row..row + R` are there.
     #[inline(always)]
-    unsafe fn block<S: Simd, K: Code<S>, const C: usize, const R: usize>(
+    unsafe fn block<S: Simd, K: Code<S>, const C: usize, const R: usize, const IN_TURN: bool>(
         &self,
         code: K,
         prepared: &Prepared,
@@ -207,10 +211,9 @@ impl QuantizedGemv {
                     }
                 });
                 let from = |r: usize| (row + r) * prepared.chunks + chunk;
-                // Two sums in turn for a single row of x, whose additions would wait for each other otherwise.
                 let mut parts = [[[S::splat(0.0); R]; C]; 2];
                 for k in 0..K::PER_WORD {
-                    let part = &mut parts[if R == 1 { k % 2 } else { 0 }];
+                    let part = &mut parts[if IN_TURN { k % 2 } else { 0 }];
                     let xs: [S::V; R] =
                         std::array::from_fn(|r| S::load(prepared.x.add((from(r) * K::PER_WORD + k) * lanes)));
                     for c in 0..C {
@@ -221,8 +224,10 @@ impl QuantizedGemv {
                     }
                 }
                 let [mut part, other] = parts;
-                if R == 1 {
-                    (0..C).for_each(|c| part[c][0] = S::add(part[c][0], other[c][0]));
+                if IN_TURN {
+                    for (part, other) in part.iter_mut().zip(other) {
+                        (0..R).for_each(|r| part[r] = S::add(part[r], other[r]));
+                    }
                 }
                 let index = S::words(prepared.lanes.add(chunk * lanes).cast());
                 let (first, n) = (*prepared.blocks.add(2 * chunk), *prepared.blocks.add(2 * chunk + 1));
@@ -243,7 +248,7 @@ impl QuantizedGemv {
             }
             for c in 0..C {
                 for r in 0..R {
-                    *self.y.add((row + r) * self.y_stride + column + c) = S::sum(acc[c][r]);
+                    *self.places.y(row + r).add(column + c) = S::sum(acc[c][r]);
                 }
             }
         }
@@ -269,11 +274,16 @@ impl QuantizedGemv {
                 sums: base.add(chunks * (lanes + 2)),
                 x: base.add(chunks * (lanes + 2) + self.rows * chunks * lanes),
             };
+            let (x, x_stride) = match self.places {
+                Rows::Even { x, x_stride, .. } => (x, x_stride),
+                // Those of one scope that begin alike are alike.
+                Rows::Apart(places) => ((*places).0, usize::MAX),
+            };
             let tag = [
                 self.scope.run,
                 self.scope.part,
-                self.x as u64,
-                self.x_stride as u64,
+                x as u64,
+                x_stride as u64,
                 self.rows as u64,
                 depth as u64,
                 block as u64,
@@ -295,7 +305,7 @@ impl QuantizedGemv {
                     *prepared.lanes.add(chunk * lanes + lane) = (of - first_block) as u32;
                 }
                 for row in 0..self.rows {
-                    let x = self.x.add(row * self.x_stride + first);
+                    let x = self.places.x(row).add(first);
                     let left = depth - first;
                     let mut parts = [S::splat(0.0); 16];
                     for (i, part) in parts.iter_mut().enumerate().take(per_word) {

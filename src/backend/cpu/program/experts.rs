@@ -215,6 +215,12 @@ impl Run<'_> {
                     let piece = item % pieces * per_item..((item % pieces + 1) * per_item).min(columns);
                     let x = self.base(*rows).cast::<f32>().add(first * depth);
                     let y = self.base(*out).cast::<f32>().add(first * columns);
+                    let places = gemv::Rows::Even {
+                        x,
+                        x_stride: depth,
+                        y,
+                        y_stride: columns,
+                    };
                     let panels = || piece.start / isa.tile_columns()..piece.end.div_ceil(isa.tile_columns());
                     let left = packed.map(|packed| self.base(packed).cast::<f32>().add(first * depth));
                     match (matrix, left.filter(|_| count > gemv::MAX_ROWS)) {
@@ -222,24 +228,18 @@ impl Run<'_> {
                             let bytes = view.storage.element_bytes();
                             isa.run(Gemv {
                                 rows: count,
+                                places,
                                 depth,
-                                x,
-                                x_stride: depth,
                                 w: self.at(view).add(expert * columns * depth * bytes),
                                 w_stride: depth,
                                 storage: view.storage,
-                                y,
-                                y_stride: columns,
                                 columns: piece,
                             });
                         }
                         (ExpertMatrix::Codes(matrix), None) => isa.run(QuantizedGemv {
                             rows: count,
-                            x,
-                            x_stride: depth,
+                            places,
                             w: matrix.kernel_from(expert * columns),
-                            y,
-                            y_stride: columns,
                             columns: piece,
                             scratch: kept.cast(),
                             scope,

@@ -1,12 +1,14 @@
 //! A compiled network: what it must be given, and the run over it. [`steps`] is the program as data, [`run`] what each
 //! thread does with it.
 
+mod batch;
 mod experts;
 mod run;
 mod steps;
 
 use std::sync::{Arc, Mutex};
 
+pub use batch::{Batch, Member};
 pub(super) use experts::{ExpertMatrix, ExpertShape, ExpertWork, TopKWork};
 use run::Run;
 pub(super) use steps::{AttentionStep, Buffer, MatrixView, Memory, Phase, Step, Work};
@@ -93,7 +95,7 @@ impl Program {
     /// outside its axis (a token id outside the vocabulary, a position outside the rotary tables, a write beyond the
     /// capacity) is reported after the run; the outputs are then meaningless and the caches may hold the tokens' entries.
     pub fn run(&mut self, bindings: &mut Bindings<'_>) -> Result<(), CpuError> {
-        let addresses = self.addresses(bindings)?;
+        let addresses = self.addresses(bindings, self.arena.address())?;
         self.pieces.iter_mut().for_each(Pieces::reset);
         let failure = Mutex::new(None);
         self.runs += 1;
@@ -102,7 +104,7 @@ impl Program {
         // SAFETY: the addresses are of this program's own arena and tensors, which nothing else uses while it is borrowed
         // mutably, and of memory that `bindings` borrows until this function returns, with dtypes and sizes compared with
         // the ports; outputs and caches are borrowed mutably and have one port each. There is scratch for every thread.
-        let run = unsafe { Run::new(self, addresses, scratch, &failure) };
+        let run = unsafe { Run::new(self, self.runs, addresses, scratch, &failure) };
         self.pool.run(|team| run.thread(team));
         match failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
             None => Ok(()),
@@ -132,7 +134,8 @@ impl Program {
         result.map(|()| profile)
     }
 
-    fn addresses(&self, bindings: &mut Bindings<'_>) -> Result<Vec<*mut u8>, CpuError> {
+    /// Of each buffer, with activations in that arena.
+    fn addresses(&self, bindings: &mut Bindings<'_>, arena: *mut u8) -> Result<Vec<*mut u8>, CpuError> {
         bindings.check(&self.inputs, &self.outputs)?;
         let inputs = self
             .inputs
@@ -145,7 +148,6 @@ impl Program {
             .map(|port| bindings.output_address(port))
             .collect::<Result<Vec<_>, _>>()?;
         let caches = bindings.cache_addresses(&self.caches)?;
-        let arena = self.arena.address();
         let addresses = self.buffers.iter().map(|buffer| match &buffer.memory {
             Memory::Arena { offset } => arena.wrapping_add(*offset),
             Memory::Tensor(tensor) => tensor.data().as_ptr().cast_mut(),

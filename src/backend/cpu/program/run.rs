@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use super::super::error::{CpuError, Indexed};
 use super::super::kernels::attention::{Attention, DecodeChunk, Mask, MaskScan, MergeChunks, PrefillPanel};
 use super::super::kernels::gemm::{Gemm, Matrix, PackLeft};
-use super::super::kernels::gemv::Gemv;
+use super::super::kernels::gemv::{Gemv, Rows};
 use super::super::kernels::moves::{BadIndex, CacheUpdate, Gather, Heads, Rotate};
 use super::super::kernels::quantized::QuantizedGather;
 use super::super::kernels::quantized_gemm::QuantizedGemm;
@@ -19,6 +19,8 @@ use super::steps::{AttentionStep, MatrixView, Step, Work};
 /// A program at work on the memory of one call.
 pub(super) struct Run<'a> {
     program: &'a Program,
+    /// Number of the run, for what threads keep.
+    number: u64,
     /// Of each of the program's buffers.
     addresses: Vec<*mut u8>,
     /// Of each thread: for one item, and what it keeps between items.
@@ -30,7 +32,7 @@ pub(super) struct Run<'a> {
 unsafe impl Sync for Run<'_> {}
 
 impl<'a> Run<'a> {
-    /// `failure` takes the first index found outside its axis.
+    /// `failure` takes the first index found outside its axis. No other run that uses this scratch has the `number`.
     ///
     /// # Safety
     /// For as long as the run lives: `addresses` holds, for each of the program's buffers, the address of so many bytes,
@@ -39,12 +41,14 @@ impl<'a> Run<'a> {
     /// address of the scratch that the program's steps need, which nothing else uses; and the same of what they keep.
     pub(super) unsafe fn new(
         program: &'a Program,
+        number: u64,
         addresses: Vec<*mut u8>,
         scratch: [Vec<*mut u8>; 2],
         failure: &'a Mutex<Option<CpuError>>,
     ) -> Self {
         Run {
             program,
+            number,
             addresses,
             scratch,
             failure,
@@ -87,7 +91,7 @@ impl<'a> Run<'a> {
 
     fn scope(&self, part: usize) -> Scope {
         Scope {
-            run: self.program.runs,
+            run: self.number,
             part: part as u64,
         }
     }
@@ -114,7 +118,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn matrix(&self, view: &MatrixView, batch: usize) -> Matrix {
+    pub(super) fn matrix(&self, view: &MatrixView, batch: usize) -> Matrix {
         let at = view.offsets[batch] * view.storage.element_bytes() as isize;
         Matrix {
             base: self.base(view.buffer).wrapping_offset(at),
@@ -122,6 +126,39 @@ impl<'a> Run<'a> {
             row_stride: view.row_stride,
             column_stride: view.column_stride,
         }
+    }
+
+    pub(super) fn step(&self, step: usize) -> &Step {
+        &self.program.steps[step]
+    }
+
+    /// Where the rows of x and y are that a product of a few rows has, for one matrix of its batch.
+    pub(super) fn product_rows(&self, step: usize, matrix: usize) -> Vec<(*const f32, *mut f32)> {
+        let (left, out, rows, columns, result) = match &self.program.steps[step].work {
+            Work::Gemv {
+                left,
+                out,
+                rows,
+                columns,
+                ..
+            } => (left, out, rows, *columns, matrix),
+            Work::QuantizedGemv {
+                left,
+                right,
+                out,
+                place,
+                rows,
+                ..
+            } => (left, out, rows, right.rows(), *place),
+            other => unreachable!("{} is no product of a few rows", other.name()),
+        };
+        let x = self.matrix(left, matrix);
+        let y = self.base(*out).cast::<f32>().wrapping_add(result * rows * columns);
+        let row = |row: usize| {
+            let x = x.base.cast::<f32>().wrapping_offset(row as isize * x.row_stride);
+            (x, y.wrapping_add(row * columns))
+        };
+        (0..*rows).map(row).collect()
     }
 
     fn attention(&self, step: &AttentionStep) -> Attention {
@@ -151,7 +188,7 @@ impl<'a> Run<'a> {
     /// # Safety
     /// `item < step.items`, and no other thread runs it; `thread` is the calling thread's own number. Nothing that the
     /// step reads is written while `scope` is the same.
-    unsafe fn item(&self, step: &Step, item: usize, thread: usize, scope: Scope) {
+    pub(super) unsafe fn item(&self, step: &Step, item: usize, thread: usize, scope: Scope) {
         let isa = self.program.isa;
         let [scratch, kept] = [self.scratch[0][thread], self.scratch[1][thread]];
         let range = |per_item: usize, total: usize| item * per_item..((item + 1) * per_item).min(total);
@@ -216,14 +253,16 @@ impl<'a> Run<'a> {
                     let (x, w) = (self.matrix(left, batch), self.matrix(right, batch));
                     let gemv = Gemv {
                         rows: *rows,
+                        places: Rows::Even {
+                            x: x.base.cast(),
+                            x_stride: x.row_stride as usize,
+                            y: self.base(*out).cast::<f32>().add(batch * rows * columns),
+                            y_stride: *columns,
+                        },
                         depth: *depth,
-                        x: x.base.cast(),
-                        x_stride: x.row_stride as usize,
                         w: w.base,
                         w_stride: w.column_stride as usize,
                         storage: w.storage,
-                        y: self.base(*out).cast::<f32>().add(batch * rows * columns),
-                        y_stride: *columns,
                         columns: piece * per_item..((piece + 1) * per_item).min(*columns),
                     };
                     isa.run(gemv);
@@ -262,11 +301,13 @@ impl<'a> Run<'a> {
                     let (x, columns) = (self.matrix(left, 0), right.rows());
                     let gemv = QuantizedGemv {
                         rows: *rows,
-                        x: x.base.cast(),
-                        x_stride: x.row_stride as usize,
+                        places: Rows::Even {
+                            x: x.base.cast(),
+                            x_stride: x.row_stride as usize,
+                            y: self.base(*out).cast::<f32>().add(place * rows * columns),
+                            y_stride: columns,
+                        },
                         w: right.kernel(),
-                        y: self.base(*out).cast::<f32>().add(place * rows * columns),
-                        y_stride: columns,
                         columns: range(*per_item, columns),
                         scratch: kept.cast(),
                         scope,

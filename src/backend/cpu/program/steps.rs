@@ -166,7 +166,7 @@ pub struct Step {
 }
 
 /// Steps between two barriers.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Phase {
     pub steps: Vec<usize>,
     /// Too little work to share: the first thread does all of it, in order. Otherwise steps are independent.
@@ -192,6 +192,29 @@ impl Work {
             Work::DecodeChunk(_) => "attention (few rows)",
             Work::MergeChunks(_) => "attention merge",
             Work::PrefillPanel(_) => "attention",
+        }
+    }
+
+    /// Whether it is worth sharing among threads in a batch of sequences, whatever the shapes. The rest is little work, which
+    /// a thread does for one sequence while others do it for others.
+    pub fn is_large(&self) -> bool {
+        match self {
+            Work::PackLeft { .. }
+            | Work::Gemm { .. }
+            | Work::Gemv { .. }
+            | Work::QuantizedGemm { .. }
+            | Work::QuantizedGemv { .. }
+            | Work::Experts(..)
+            | Work::DecodeChunk(_)
+            | Work::PrefillPanel(_) => true,
+            Work::Rows { .. }
+            | Work::QuantizedGather { .. }
+            | Work::Gather { .. }
+            | Work::Rotate { .. }
+            | Work::CacheUpdate { .. }
+            | Work::MaskScan { .. }
+            | Work::TopK(_)
+            | Work::MergeChunks(_) => false,
         }
     }
 

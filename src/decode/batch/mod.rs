@@ -1,0 +1,506 @@
+//! Several sequences on one device: they join and leave at any step, and share prefixes.
+//!
+//! A [`BatchDecoder`] owns what a [`Session`](super::Session) owns, for many sequences: tokens, a cache each that grows by
+//! the package's capacities, logits. It drives a [`BatchDevice`]. When to feed a chunk of a prompt and when to step is the
+//! caller's to decide, and so is what is drawn.
+//!
+//! # A sequence gets what it gets alone
+//!
+//! Bit for bit, whichever others there are, and whatever was computed before:
+//!
+//! - A decode step computes each row as if there were no other; the device promises it.
+//! - A prompt is cut at multiples of [`BatchOptions::chunk`] and nowhere else. Each chunk is a call of its own, so what it
+//!   gives follows from the tokens so far.
+//! - A prefix is reused up to a multiple of the chunk, and only what was computed as whole chunks of a prompt: exactly what
+//!   the newcomer would compute. Generated tokens were fed one by one, which rounds in another way; they are fed again as a
+//!   part of the next prompt.
+//! - A cache has the capacity that its sequence needs, and zeros beyond its tokens.
+//!
+//! A [`Session`](super::Session) cuts at the device's largest chunk. Prompts that are one chunk for both get the same bits
+//! from both; longer ones differ by rounding at most.
+
+mod cpu;
+mod device;
+mod prefix;
+
+pub use cpu::CpuBatchDevice;
+pub use device::{BatchDevice, BatchRow};
+
+use std::collections::BTreeMap;
+
+use super::session::{SessionError, check_tokens};
+use crate::help::{Fault, Help};
+use crate::units;
+use prefix::{Cached, Kept};
+
+/// How many sequences there may be, and what they may take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BatchOptions {
+    /// Sequences at a time, at least 1.
+    pub sequences: usize,
+    /// Tokens of a prompt that are fed in one call, at least 1; at most what the device takes. Others wait so long for their
+    /// next token.
+    pub chunk: usize,
+    /// Caches of sequences that have left, kept for prompts that begin alike.
+    pub kept: usize,
+    /// Bytes that all caches may take; no limit if not given. Kept caches go first.
+    pub cache_bytes: Option<usize>,
+}
+
+impl Default for BatchOptions {
+    fn default() -> Self {
+        BatchOptions {
+            sequences: 8,
+            chunk: 128,
+            kept: 8,
+            cache_bytes: None,
+        }
+    }
+}
+
+/// A sequence of a batch; no two of one decoder have the same.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SequenceId(u64);
+
+/// Why a sequence cannot join or go on. The others can.
+#[derive(Debug, thiserror::Error)]
+pub enum BatchError {
+    /// Its tokens cannot be fed, or the device failed.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// There are as many as there may be.
+    #[error("{sequences} sequences are running, as many as this batch takes")]
+    Full {
+        /// How many.
+        sequences: usize,
+    },
+    /// Its cache would take more memory than there is for caches.
+    #[error(
+        "a cache of {capacity} tokens takes {}, and {} of {} for caches are taken by other sequences",
+        units::bytes(*bytes as u64), units::bytes(*taken as u64), units::bytes(*limit as u64)
+    )]
+    Memory {
+        /// Slots that it needs.
+        capacity: usize,
+        /// What they take.
+        bytes: usize,
+        /// What other running sequences take.
+        taken: usize,
+        /// [`BatchOptions::cache_bytes`].
+        limit: usize,
+    },
+}
+
+impl Help for BatchError {
+    fn fault(&self) -> Fault {
+        match self {
+            BatchError::Session(error) => error.fault(),
+            BatchError::Full { .. } | BatchError::Memory { .. } => Fault::Machine,
+        }
+    }
+
+    fn help(&self) -> Option<String> {
+        match self {
+            BatchError::Session(error) => error.help(),
+            BatchError::Full { .. } => Some("let one leave first".into()),
+            BatchError::Memory { .. } => Some("allow more memory for caches, or fewer sequences".into()),
+        }
+    }
+}
+
+/// How far a prompt is fed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Progress {
+    /// Tokens computed by this call.
+    pub fed: usize,
+    /// Tokens that were there already, from another sequence.
+    pub reused: usize,
+    /// Tokens still to feed; at 0 there are logits.
+    pub left: usize,
+}
+
+/// What caches take at the moment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct CacheUse {
+    /// Bytes of running sequences.
+    pub running: usize,
+    /// Bytes of caches kept for their prefixes.
+    pub kept: usize,
+    /// Their number.
+    pub kept_count: usize,
+}
+
+struct Sequence {
+    prompt: Vec<u32>,
+    /// Once the first chunk was asked for.
+    cached: Option<Cached>,
+    reused: usize,
+    /// After the last token fed, `[vocabulary]`; empty before the prompt is fed.
+    logits: Vec<f32>,
+    /// Its cache may hold anything.
+    failed: bool,
+}
+
+/// See the module's head.
+pub struct BatchDecoder {
+    device: Box<dyn BatchDevice>,
+    options: BatchOptions,
+    /// Ascending.
+    capacities: Vec<usize>,
+    vocabulary: usize,
+    longest_short_run: Option<usize>,
+    sequences: BTreeMap<SequenceId, Sequence>,
+    kept: Kept,
+    next: u64,
+    /// Slots without a cache, of all slots so far.
+    free: Vec<usize>,
+    slots: usize,
+}
+
+impl BatchDecoder {
+    /// `capacities` must not be empty; order and repetition do not matter. `vocabulary` is the row length of the logits.
+    pub fn new(device: Box<dyn BatchDevice>, capacities: &[usize], vocabulary: usize, options: BatchOptions) -> Self {
+        let mut capacities = capacities.to_vec();
+        capacities.sort_unstable();
+        capacities.dedup();
+        assert!(!capacities.is_empty(), "a package has at least one capacity");
+        let options = BatchOptions {
+            sequences: options.sequences.max(1),
+            chunk: options.chunk.clamp(1, device.largest_chunk()),
+            ..options
+        };
+        BatchDecoder {
+            device,
+            options,
+            capacities,
+            vocabulary,
+            longest_short_run: None,
+            sequences: BTreeMap::new(),
+            kept: Kept::default(),
+            next: 0,
+            free: Vec::new(),
+            slots: 0,
+        }
+    }
+
+    /// As [`Session::with_switch`](super::Session::with_switch): prefixes are shared on one side of the switch.
+    pub fn with_switch(mut self, longest_short_run: Option<usize>) -> Self {
+        self.longest_short_run = longest_short_run;
+        self
+    }
+
+    /// What it runs on.
+    pub fn device(&self) -> &dyn BatchDevice {
+        &*self.device
+    }
+    /// What it was made with, limited to what the device takes.
+    pub fn options(&self) -> BatchOptions {
+        self.options
+    }
+    /// Row length of the logits.
+    pub fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+    /// Slots of the largest cache that the package allows.
+    pub fn largest_capacity(&self) -> usize {
+        *self.capacities.last().expect("checked in new")
+    }
+    /// Sequences that have joined and not left.
+    pub fn len(&self) -> usize {
+        self.sequences.len()
+    }
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.sequences.is_empty()
+    }
+    /// Whether another sequence may join.
+    pub fn has_place(&self) -> bool {
+        self.sequences.len() < self.options.sequences
+    }
+
+    /// Whether a prompt could be fed at all, without feeding it.
+    pub fn check(&self, prompt: &[u32]) -> Result<(), SessionError> {
+        check_tokens(0, prompt, self.vocabulary, self.largest_capacity())
+    }
+
+    /// Takes a sequence that begins with this prompt. Nothing is computed yet.
+    pub fn join(&mut self, prompt: Vec<u32>) -> Result<SequenceId, BatchError> {
+        self.check(&prompt)?;
+        if !self.has_place() {
+            let sequences = self.sequences.len();
+            return Err(BatchError::Full { sequences });
+        }
+        let id = SequenceId(self.next);
+        self.next += 1;
+        let sequence = Sequence {
+            prompt,
+            cached: None,
+            reused: 0,
+            logits: Vec::new(),
+            failed: false,
+        };
+        self.sequences.insert(id, sequence);
+        Ok(id)
+    }
+
+    /// Feeds the next chunk of a sequence's prompt; the first call looks for a prefix that others have computed. After an
+    /// error the sequence can only leave. Panics if the prompt is fed already or the sequence has left.
+    pub fn prefill(&mut self, id: SequenceId) -> Result<Progress, BatchError> {
+        let sequence = self.get(id);
+        assert!(sequence.logits.is_empty(), "the prompt is fed");
+        if sequence.cached.is_none() {
+            self.begin(id)?;
+        }
+        let chunk = self.options.chunk;
+        let sequence = self.sequences.get_mut(&id).expect("looked at above");
+        let cached = sequence.cached.as_mut().expect("begun");
+        let (position, end) = (cached.tokens.len(), sequence.prompt.len());
+        let next = ((position / chunk + 1) * chunk).min(end);
+        let tokens = &sequence.prompt[position..next];
+        let mut logits = Vec::new();
+        let done = self.device.prefill(cached.slot, tokens, position, end, &mut logits);
+        if let Err(error) = done {
+            sequence.failed = true;
+            return Err(SessionError::from(error).into());
+        }
+        cached.tokens.extend_from_slice(tokens);
+        if next.is_multiple_of(chunk) {
+            cached.exact = next;
+        }
+        if next == end {
+            sequence.logits = logits;
+        }
+        Ok(Progress {
+            fed: next - position,
+            reused: sequence.reused,
+            left: end - next,
+        })
+    }
+
+    /// Gives the sequence a cache with the longest prefix that another has.
+    fn begin(&mut self, id: SequenceId) -> Result<(), BatchError> {
+        let prompt = self.get(id).prompt.clone();
+        let is_long = self.longest_short_run.is_some_and(|most| prompt.len() > most);
+        // Logits are known after the last token only, so at least one is fed.
+        let reusable = &prompt[..prompt.len() - 1];
+        let running = self.sequences.values().filter(|s| !s.failed);
+        let running = running.filter_map(|s| s.cached.as_ref());
+        let sources = running.chain(self.kept.iter());
+        let common = |cached: &Cached| cached.common(reusable, is_long, self.options.chunk);
+        let best = sources.map(|c| (common(c), c.slot)).filter(|(n, _)| *n > 0).max();
+        let capacity = self.fitting(prompt.len());
+        let source = best.map(|(_, slot)| slot);
+        self.make_room(capacity, 0, source)?;
+        // Where there was no room for both, the source had to go.
+        let prefix = best.filter(|(_, slot)| !self.free.contains(slot));
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots += 1;
+            self.slots - 1
+        });
+        let opened = self
+            .device
+            .open(slot, capacity, prefix.map(|(live, from)| (from, live)));
+        if let Err(error) = opened {
+            self.free.push(slot);
+            return Err(SessionError::from(error).into());
+        }
+        let shared = prefix.map_or(0, |(shared, _)| shared);
+        if let Some((_, from)) = prefix
+            && self.kept.used(from, shared)
+        {
+            // The newcomer has all of it.
+            self.close(from);
+        }
+        let sequence = self.sequences.get_mut(&id).expect("looked at above");
+        sequence.reused = shared;
+        sequence.cached = Some(Cached {
+            slot,
+            capacity,
+            tokens: prompt[..shared].to_vec(),
+            exact: shared,
+            is_long,
+        });
+        Ok(())
+    }
+
+    /// Feeds one token to each of these sequences, whose prompts are fed, and gives what became of each. A sequence whose
+    /// step failed can only leave. Panics if one is given twice or has left.
+    pub fn step(&mut self, tokens: &[(SequenceId, u32)]) -> Vec<Result<(), BatchError>> {
+        let mut results: Vec<Result<(), BatchError>> = Vec::with_capacity(tokens.len());
+        let mut going: Vec<(usize, SequenceId, u32)> = Vec::with_capacity(tokens.len());
+        for (i, (id, token)) in tokens.iter().enumerate() {
+            assert!(
+                !tokens[..i].iter().any(|(other, _)| other == id),
+                "one token a sequence"
+            );
+            let ready = self.make_ready(*id, *token);
+            match &ready {
+                Ok(()) => going.push((i, *id, *token)),
+                // A failed growth leaves the cache as it was.
+                Err(_) => self.sequences.get_mut(id).expect("looked at").logits.clear(),
+            }
+            results.push(ready);
+        }
+        for some in going.chunks(self.device.most_rows().max(1)) {
+            let mut logits: Vec<Vec<f32>> = Vec::with_capacity(some.len());
+            for (_, id, _) in some {
+                logits.push(std::mem::take(&mut self.sequences.get_mut(id).expect("ready").logits));
+            }
+            let rows = some.iter().zip(&mut logits).map(|((_, id, token), logits)| {
+                let cached = self.sequences[id].cached.as_ref().expect("ready");
+                BatchRow {
+                    slot: cached.slot,
+                    token: *token,
+                    position: cached.tokens.len(),
+                    logits,
+                }
+            });
+            let mut rows: Vec<BatchRow<'_>> = rows.collect();
+            let done = self.device.decode(&mut rows);
+            for (((i, id, token), done), logits) in some.iter().zip(done).zip(logits) {
+                let sequence = self.sequences.get_mut(id).expect("ready");
+                match done {
+                    Ok(()) => {
+                        sequence.cached.as_mut().expect("ready").tokens.push(*token);
+                        sequence.logits = logits;
+                    }
+                    Err(error) => {
+                        sequence.failed = true;
+                        results[*i] = Err(SessionError::from(error).into());
+                    }
+                }
+            }
+        }
+        results
+    }
+
+    /// Checks a token and makes room for it.
+    fn make_ready(&mut self, id: SequenceId, token: u32) -> Result<(), BatchError> {
+        let sequence = self.get(id);
+        assert!(!sequence.logits.is_empty(), "the prompt is not fed, or a step failed");
+        let cached = sequence.cached.as_ref().expect("the prompt is fed");
+        let (slot, live, old) = (cached.slot, cached.tokens.len(), cached.capacity);
+        check_tokens(live, &[token], self.vocabulary, self.largest_capacity())?;
+        if live < old {
+            return Ok(());
+        }
+        let capacity = self.fitting(live + 1);
+        self.make_room(capacity, old, None)?;
+        self.device.resize(slot, capacity, live).map_err(SessionError::from)?;
+        let sequence = self.sequences.get_mut(&id).expect("looked at above");
+        sequence.cached.as_mut().expect("the prompt is fed").capacity = capacity;
+        Ok(())
+    }
+
+    /// Takes a sequence out. Its cache is kept for prompts that begin alike, as long as there is room.
+    pub fn leave(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.remove(&id) else {
+            return;
+        };
+        let Some(mut cached) = sequence.cached else {
+            return;
+        };
+        if sequence.failed || cached.exact == 0 || self.options.kept == 0 {
+            return self.close(cached.slot);
+        }
+        cached.tokens.truncate(cached.exact);
+        let capacity = self.fitting(cached.exact);
+        if capacity < cached.capacity && self.device.resize(cached.slot, capacity, cached.exact).is_ok() {
+            cached.capacity = capacity;
+        }
+        for slot in self.kept.add(cached, self.options.kept) {
+            self.close(slot);
+        }
+    }
+
+    /// Forgets all caches that are kept for their prefixes.
+    pub fn forget_kept(&mut self) {
+        while let Some(slot) = self.kept.remove_oldest(None) {
+            self.close(slot);
+        }
+    }
+
+    /// Every token of a sequence that was fed so far.
+    pub fn tokens(&self, id: SequenceId) -> &[u32] {
+        self.get(id).cached.as_ref().map_or(&[], |cached| &cached.tokens)
+    }
+
+    /// Logits after a sequence's last token, `[vocabulary]`; empty before its prompt is fed.
+    pub fn logits(&self, id: SequenceId) -> &[f32] {
+        &self.get(id).logits
+    }
+
+    /// Tokens that a sequence can still be fed, its prompt counted as fed.
+    pub fn room(&self, id: SequenceId) -> usize {
+        let sequence = self.get(id);
+        let fed = sequence.cached.as_ref().map_or(0, |cached| cached.tokens.len());
+        self.largest_capacity() - fed.max(sequence.prompt.len())
+    }
+
+    /// What caches take.
+    pub fn cache_use(&mut self) -> CacheUse {
+        let running: Vec<usize> = self
+            .sequences
+            .values()
+            .filter_map(|s| s.cached.as_ref())
+            .map(|c| c.capacity)
+            .collect();
+        let kept: Vec<usize> = self.kept.iter().map(|c| c.capacity).collect();
+        CacheUse {
+            running: running.into_iter().map(|capacity| self.bytes(capacity)).sum(),
+            kept_count: kept.len(),
+            kept: kept.into_iter().map(|capacity| self.bytes(capacity)).sum(),
+        }
+    }
+
+    fn get(&self, id: SequenceId) -> &Sequence {
+        self.sequences.get(&id).expect("a sequence that has not left")
+    }
+
+    /// The smallest capacity for so many tokens, which were checked.
+    fn fitting(&self, tokens: usize) -> usize {
+        let fits = self.capacities.iter().copied().find(|c| *c >= tokens);
+        fits.expect("checked before")
+    }
+
+    fn bytes(&mut self, capacity: usize) -> usize {
+        // A device that cannot say so fails when it makes the cache, with a reason.
+        self.device.cache_bytes(capacity).unwrap_or(0)
+    }
+
+    /// Makes room for a cache of `capacity` in place of one of `instead`: the caches kept longest go, `source` last.
+    fn make_room(&mut self, capacity: usize, instead: usize, source: Option<usize>) -> Result<(), BatchError> {
+        let Some(limit) = self.options.cache_bytes else {
+            return Ok(());
+        };
+        let bytes = self.bytes(capacity);
+        loop {
+            let used = self.cache_use();
+            let instead = if instead > 0 { self.bytes(instead) } else { 0 };
+            let taken = used.running - instead;
+            if taken + used.kept + bytes <= limit {
+                return Ok(());
+            }
+            let oldest = self
+                .kept
+                .remove_oldest(source)
+                .or_else(|| self.kept.remove_oldest(None));
+            match oldest {
+                Some(slot) => self.close(slot),
+                None => {
+                    return Err(BatchError::Memory {
+                        capacity,
+                        bytes,
+                        taken,
+                        limit,
+                    });
+                }
+            }
+        }
+    }
+
+    fn close(&mut self, slot: usize) {
+        self.device.close(slot);
+        self.free.push(slot);
+    }
+}
