@@ -6,10 +6,10 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use super::session::{Session, SessionError};
+use super::transcript::Transcript;
 use crate::help::{Fault, Help};
-use crate::sample::logprobs::Logprobs;
 use crate::sample::{BadLogits, Chain};
-use crate::text::{Shown, TextStream, Tokenizer, TokenizerError};
+use crate::text::{Tokenizer, TokenizerError};
 
 /// When to end, besides a full cache.
 #[derive(Clone, Debug, Default)]
@@ -200,18 +200,11 @@ pub fn stream_prompt(
     limits: &Limits,
     mut on_piece: impl FnMut(Piece<'_>) -> io::Result<ControlFlow<()>>,
 ) -> Result<Generation, GenerateError> {
-    let mut text = tokenizer.map(|tokenizer| TextStream::new(tokenizer, limits.stop.iter().cloned()));
-    let mut out = Generation {
-        reused: 0,
-        tokens: Vec::new(),
-        text: String::new(),
-        finish_reason: FinishReason::Length,
-        steps: Vec::new(),
-        timing: Timing::default(),
-    };
+    let mut transcript = Transcript::new(tokenizer, limits.clone());
+    let (mut reused, mut timing) = (0, Timing::default());
     let start = Instant::now();
     match prompt {
-        Prompt::Tokens(tokens) => out.reused = session.resume(tokens)?,
+        Prompt::Tokens(tokens) => reused = session.resume(tokens)?,
         Prompt::Embeddings(rows) => {
             // Every token but the last is fed, and refused before the first is drawn.
             let no_table = session.embeddings().is_some_and(|e| e.tokens().is_none());
@@ -223,56 +216,40 @@ pub fn stream_prompt(
         }
     }
     let mut first = start;
-    let mut stopped_by_string = false;
     let on_device = chain.is_argmax() && limits.logprobs.is_none();
     let mut drawn = None;
-    while out.tokens.len() < limits.max_new_tokens {
+    let mut finish_reason = FinishReason::Length;
+    while transcript.tokens().len() < limits.max_new_tokens {
         let token = match drawn {
             Some(token) => token,
-            None => draw(session, chain, &mut out)?,
+            None => draw(session, chain, &mut timing, transcript.tokens().len())?,
         };
-        if out.tokens.is_empty() {
+        if transcript.tokens().is_empty() {
             first = Instant::now();
-            out.timing.ttft = first - start;
+            timing.ttft = first - start;
         } else {
-            out.timing.decode = first.elapsed();
-            out.timing.decoded += 1;
+            timing.decode = first.elapsed();
+            timing.decoded += 1;
         }
-        out.tokens.push(token);
-        if let Some(n) = limits.logprobs {
-            let logprobs = Logprobs::new(session.logits());
-            out.steps.push(Step {
-                token,
-                logprob: logprobs.of(token),
-                top_logprobs: logprobs.top(n),
-            });
-        }
-
-        let ended = limits.eos_ids.contains(&token);
-        let shown = match &mut text {
-            Some(text) if !ended => text.push(token)?,
-            _ => Shown::default(),
-        };
-        out.text.push_str(&shown.text);
+        let added = transcript.push(token, session.logits())?;
         let flow = on_piece(Piece {
             token: Some(token),
-            step: out.steps.last(),
-            text: &shown.text,
+            step: transcript.steps().last(),
+            text: &added.text,
         })?;
-        stopped_by_string = shown.stopped;
-        if ended || shown.stopped {
-            out.finish_reason = FinishReason::Stop;
+        if added.end == Some(FinishReason::Stop) {
+            finish_reason = FinishReason::Stop;
             break;
         }
         if flow.is_break() {
-            out.finish_reason = FinishReason::Interrupted;
+            finish_reason = FinishReason::Interrupted;
             break;
         }
-        if out.tokens.len() == limits.max_new_tokens {
+        if added.end.is_some() {
             break;
         }
         if session.room() == 0 {
-            out.finish_reason = FinishReason::Capacity;
+            finish_reason = FinishReason::Capacity;
             break;
         }
         if on_device {
@@ -281,31 +258,32 @@ pub fn stream_prompt(
             session.feed(&[token])?;
         }
     }
-    if let Some(text) = &mut text
-        && !stopped_by_string
-    {
-        let shown = text.finish()?;
-        if shown.stopped {
-            out.finish_reason = FinishReason::Stop;
-        }
-        if !shown.text.is_empty() {
-            out.text.push_str(&shown.text);
-            let _ = on_piece(Piece {
-                token: None,
-                step: None,
-                text: &shown.text,
-            })?;
-        }
+    let held_back = transcript.finish()?;
+    finish_reason = held_back.end.unwrap_or(finish_reason);
+    if !held_back.text.is_empty() {
+        let _ = on_piece(Piece {
+            token: None,
+            step: None,
+            text: &held_back.text,
+        })?;
     }
-    Ok(out)
+    let (tokens, text, steps) = transcript.into_parts();
+    Ok(Generation {
+        reused,
+        tokens,
+        text,
+        finish_reason,
+        steps,
+        timing,
+    })
 }
 
-fn draw(session: &Session, chain: &mut Chain, out: &mut Generation) -> Result<u32, GenerateError> {
+fn draw(session: &Session, chain: &mut Chain, timing: &mut Timing, drawn: usize) -> Result<u32, GenerateError> {
     let start = Instant::now();
     let token = chain.sample(session.logits(), session.tokens());
-    out.timing.sampling += start.elapsed();
+    timing.sampling += start.elapsed();
     token.map_err(|source| GenerateError::Draw {
-        step: out.tokens.len() + 1,
+        step: drawn + 1,
         position: session.len(),
         source,
     })

@@ -21,6 +21,7 @@ mod open;
 pub(crate) mod reference;
 mod session;
 mod step;
+mod transcript;
 
 pub use device::{Chunk, Device, DeviceError, best};
 pub use embeddings::Embeddings;
@@ -29,4 +30,6 @@ pub use generate::{
 };
 pub use instruments::{DeviceFacts, DeviceMemory, Instruments};
 pub use open::{DeviceChoice, SessionOpenError, SessionOptions};
+pub(crate) use session::check_tokens;
 pub use session::{Session, SessionError};
+pub use transcript::{Added, Transcript};

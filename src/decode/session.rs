@@ -423,7 +423,7 @@ impl fmt::Debug for Session {
 }
 
 /// Whether a model of so many tokens, with so many slots at most, can be fed these tokens from position `first` on.
-pub(super) fn check_tokens(
+pub(crate) fn check_tokens(
     first: usize,
     tokens: &[u32],
     vocabulary: usize,

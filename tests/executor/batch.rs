@@ -107,7 +107,15 @@ fn weights(random: &mut Random, case: usize, depth: usize) -> [Constant; 3] {
                 _ => Granularity::Channel { axis: 0 },
             };
             let format = FORMATS[(case - 3) % FORMATS.len()];
-            Weight::random(random, format, DType::F16, &[depth, depth], granularity, case % 3 == 0).constant()
+            Weight::random(
+                random,
+                format,
+                DType::F16,
+                &[depth, depth],
+                granularity,
+                case.is_multiple_of(3),
+            )
+            .constant()
         }
     })
 }

@@ -126,7 +126,10 @@ impl Batch {
             pass.runs.push(run);
         }
         pass.places = (0..leader.steps.len())
-            .map(|step| joint[step].then(|| pass.places_of(step)).unwrap_or_default())
+            .map(|step| match joint[step] {
+                true => pass.places_of(step),
+                false => Vec::new(),
+            })
             .collect();
         self.pool.run(|team| pass.thread(team));
         drop(pass);
