@@ -71,7 +71,8 @@
 //! | 19 | `decode` | sessions, generation, reference engines |
 //! | 20 | `bench` | measurements |
 //! | 21 | `report` | tables, plots and text of measurements |
-//! | 22 | `cli` | the command line |
+//! | 22 | `serve` | many requests on one device |
+//! | 23 | `cli` | the command line |
 //!
 //! # Features
 //!
@@ -106,6 +107,7 @@ pub mod quantize;
 #[doc(hidden)]
 pub mod report;
 pub mod sample;
+pub mod serve;
 pub mod spec;
 pub mod target;
 pub mod tensor;
