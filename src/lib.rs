@@ -79,6 +79,7 @@
 //! - `tensorrt-rtx` (default) or `tensorrt`: build and run engines of TensorRT-RTX or of full TensorRT.
 //! - `tract`: run exports in tract, for `lapidary verify`.
 //! - `cli` (default): the command line with benchmarks and their report. Without it the library alone is compiled.
+//! - `serve` (default): `lapidary serve`, the OpenAI-compatible server.
 
 #![deny(missing_docs)]
 

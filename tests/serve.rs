@@ -1,7 +1,13 @@
 //! Many requests on one device: the scheduler, and the server in front of it, on the CPU.
 
+#[path = "serve/answers.rs"]
+mod answers;
+#[path = "serve/client.rs"]
+mod client;
 #[path = "serve/models.rs"]
 mod models;
+#[path = "serve/operations.rs"]
+mod operations;
 #[path = "serve/scheduler.rs"]
 mod scheduler;
 #[allow(dead_code, reason = "tests of other commands use the rest")]

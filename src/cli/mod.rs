@@ -1,7 +1,7 @@
 //! The command line: one file a command, parsing and printing only.
 //!
 //! Exit status: 0 done; 2 wrong usage or unusable input, with one message on stderr that says what is wrong and what to
-//! do; 130 stopped by Ctrl-C; 1 anything else. `--json` prints one document on stdout and nothing else there; progress and notes go to stderr,
+//! do; 130 stopped by Ctrl-C (a server stops in order, with 0); 1 anything else. `--json` prints one document on stdout and nothing else there; progress and notes go to stderr,
 //! and only when it is a terminal. Warnings go there always, each after `warning: `.
 
 mod bench;
@@ -22,6 +22,8 @@ mod refit;
 mod report;
 mod sample;
 mod sampler;
+#[cfg(feature = "serve")]
+mod serve;
 mod strip;
 mod table;
 mod value_checks;
@@ -56,6 +58,9 @@ enum Command {
     Generate(generate::Args),
     /// Talks with a model, turn by turn
     Chat(chat::Args),
+    /// Serves packages to many clients, by OpenAI's endpoints
+    #[cfg(feature = "serve")]
+    Serve(Box<serve::Args>),
     /// Tries a sampler chain on one distribution
     Sample(sample::Args),
     /// Compares a package with the export it was made from, run by another engine
@@ -90,6 +95,8 @@ pub fn main() -> ExitCode {
         Command::Info(args) => info::run(args),
         Command::Generate(args) => generate::run(args, started),
         Command::Chat(args) => chat::run(args),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => serve::run(*args),
         Command::Sample(args) => sample::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Refit(args) => refit::run(args),

@@ -167,6 +167,9 @@ impl BatchDecoder {
         if options.device == DeviceChoice::Cuda {
             return Err(SessionOpenError::BatchOnGpu);
         }
+        if options.device == DeviceChoice::Auto && !package.manifest.engines.is_empty() {
+            (options.note)("several sequences at a time run there only, so far");
+        }
         let graph = package.graph()?;
         let vocabulary = package.vocabulary()?;
         let embeddings = embeddings(package, &graph)?;

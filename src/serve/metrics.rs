@@ -158,6 +158,11 @@ impl Metrics {
     }
 }
 
+/// The reasons of [`Snapshot::ended_by`].
+pub fn metric_ends() -> &'static [&'static str] {
+    &ENDS
+}
+
 /// The name of an end of a request that went well.
 pub(super) fn end_of(reason: FinishReason) -> &'static str {
     reason.name()

@@ -1,0 +1,333 @@
+//! The server: OpenAI's endpoints over HTTP, in front of schedulers.
+//!
+//! Takes bodies as bytes and gives JSON or server-sent events. `chat` and `completions` say what a body asks for, `fields`
+//! what both have in common, `reply` submits it and writes the answer in one of the `shapes`, `tokens` is the tokenizer alone,
+//! `prometheus` the metrics, `error` every refusal. A request names a model and holds text: it can name no file.
+
+mod chat;
+mod completions;
+mod error;
+mod fields;
+mod model;
+mod prometheus;
+mod reply;
+mod shapes;
+mod tokens;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use serde_json::{Value, json};
+
+use error::ApiError;
+pub use model::Model;
+use reply::{Asked, json_response, respond};
+
+use crate::serve::SubmitError;
+
+/// What one request may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Bytes of a body.
+    pub body: usize,
+    /// Tokens of a prompt; the context of the model if not given.
+    pub prompt: Option<usize>,
+    /// Prompts times choices.
+    pub choices: usize,
+    /// From arrival to the last token.
+    pub timeout: Option<Duration>,
+    /// For a body to arrive.
+    pub body_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            body: 4 << 20,
+            prompt: None,
+            choices: 128,
+            timeout: None,
+            body_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Limits {
+    fn check_prompt(&self, prompt: &[u32]) -> Result<(), ApiError> {
+        match self.prompt {
+            Some(most) if prompt.len() > most => {
+                let message = format!("the prompt has {} tokens, and this server takes {most}", prompt.len());
+                Err(ApiError::bad(message).code("context_length_exceeded"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Keys that clients give, by their hashes: comparing those says nothing of how much of a key was right.
+#[derive(Clone, Debug, Default)]
+pub struct Keys(Vec<blake3::Hash>);
+
+impl Keys {
+    /// One a line; empty lines and lines that begin with `#` are no keys.
+    pub fn of_lines(text: &str) -> Self {
+        let keys = text
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty() && !line.starts_with('#'));
+        Keys(keys.map(|key| blake3::hash(key.as_bytes())).collect())
+    }
+
+    /// Without any, every client is served.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn has(&self, key: &str) -> bool {
+        let hash = blake3::hash(key.as_bytes());
+        self.0.contains(&hash)
+    }
+}
+
+/// What is served, and to whom.
+pub struct Server {
+    models: Vec<Arc<Model>>,
+    limits: Limits,
+    keys: Keys,
+    started: u64,
+    stops: AtomicBool,
+}
+
+impl Server {
+    /// Serves these models, whose names differ.
+    pub fn new(models: Vec<Model>, limits: Limits, keys: Keys) -> Arc<Self> {
+        Arc::new(Server {
+            models: models.into_iter().map(Arc::new).collect(),
+            limits,
+            keys,
+            started: fields::now(),
+            stops: AtomicBool::new(false),
+        })
+    }
+
+    /// Answers connections of this listener until `stop` is ready; then what runs is finished, for at most `grace`.
+    pub async fn run(
+        self: Arc<Self>,
+        listener: tokio::net::TcpListener,
+        stop: impl Future<Output = ()> + Send + 'static,
+        grace: Duration,
+    ) -> std::io::Result<()> {
+        let server = self.clone();
+        let (drained, is_drained) = tokio::sync::oneshot::channel();
+        let drain = async move {
+            stop.await;
+            server.stops.store(true, Ordering::Relaxed);
+            server.models.iter().for_each(|model| model.scheduler.drain());
+            let _ = drained.send(());
+        };
+        let serving = axum::serve(listener, self.clone().router()).with_graceful_shutdown(drain);
+        let serving = serving.into_future();
+        tokio::pin!(serving);
+        tokio::select! {
+            ended = &mut serving => return ended,
+            _ = is_drained => {}
+        }
+        if tokio::time::timeout(grace, &mut serving).await.is_err() {
+            self.models.iter().for_each(|model| model.scheduler.stop());
+            // What was stopped is said to those who still read.
+            let _ = tokio::time::timeout(Duration::from_secs(2), serving).await;
+        }
+        Ok(())
+    }
+
+    fn router(self: Arc<Self>) -> Router {
+        let guarded = Router::new()
+            .route("/v1/chat/completions", post(chat_completions))
+            .route("/v1/completions", post(text_completions))
+            .route("/v1/embeddings", post(no_embeddings))
+            .route("/v1/models", get(list_models))
+            .route("/v1/models/{name}", get(one_model))
+            .route("/tokenize", post(tokenize))
+            .route("/detokenize", post(detokenize))
+            .layer(middleware::from_fn_with_state(self.clone(), check_key));
+        let open = Router::new()
+            .route("/health", get(health))
+            .route("/metrics", get(metrics));
+        guarded
+            .merge(open)
+            .fallback(|request: Request| async move {
+                let message = format!("there is no {} {}", request.method(), request.uri().path());
+                ApiError::new(StatusCode::NOT_FOUND, message)
+            })
+            .method_not_allowed_fallback(|request: Request| async move {
+                let message = format!("{} does not take {}", request.uri().path(), request.method());
+                ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
+            })
+            .with_state(self)
+    }
+
+    /// The model of a name; the only one if there is no name.
+    fn find(&self, name: Option<&str>) -> Result<Arc<Model>, ApiError> {
+        let found = match (name.filter(|name| !name.is_empty()), &self.models[..]) {
+            (None, [only]) => Some(only),
+            (None, _) => return Err(ApiError::field("model", "there are several; name one")),
+            (Some(name), models) => models.iter().find(|model| model.name == name),
+        };
+        found.cloned().ok_or_else(|| {
+            let names: Vec<&str> = self.models.iter().map(|model| &model.name[..]).collect();
+            let message = format!(
+                "there is no model {:?}; there are {}",
+                name.unwrap_or(""),
+                names.join(", ")
+            );
+            let missing = ApiError::new(StatusCode::NOT_FOUND, message).code("model_not_found");
+            ApiError {
+                param: Some("model".into()),
+                ..missing
+            }
+        })
+    }
+
+    /// A body, if it is small enough and comes in time.
+    async fn body(&self, body: Body) -> Result<Bytes, ApiError> {
+        let (most, timeout) = (self.limits.body, self.limits.body_timeout);
+        match tokio::time::timeout(timeout, axum::body::to_bytes(body, most)).await {
+            Ok(Ok(bytes)) => Ok(bytes),
+            Ok(Err(error)) => {
+                let source = std::error::Error::source(&error);
+                match source.is_some_and(|e| e.to_string().contains("length limit")) {
+                    true => Err(ApiError::new(
+                        StatusCode::PAYLOAD_TOO_LARGE,
+                        format!("the body is larger than {most} bytes"),
+                    )),
+                    false => Err(ApiError::bad(format!("the body did not arrive: {error}"))),
+                }
+            }
+            Err(_) => Err(ApiError::new(
+                StatusCode::REQUEST_TIMEOUT,
+                format!("the body did not arrive within {} s", timeout.as_secs()),
+            )),
+        }
+    }
+}
+
+/// Runs what may take a while, as a long text's tokens, off the threads that answer connections.
+async fn off_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|_| {
+        let message = "the request could not be read: this is a bug in Lapidary";
+        Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, message))
+    })
+}
+
+type Shared = State<Arc<Server>>;
+type Parse = fn(&Server, &[u8]) -> Result<Asked, ApiError>;
+
+async fn answer(server: Arc<Server>, body: Body, parse: Parse) -> Result<Response, ApiError> {
+    if server.stops.load(Ordering::Relaxed) {
+        return Err((&SubmitError::Stopping).into());
+    }
+    let bytes = server.body(body).await?;
+    let asked = off_thread(move || parse(&server, &bytes)).await?;
+    respond(asked).await
+}
+
+async fn chat_completions(State(server): Shared, body: Body) -> Result<Response, ApiError> {
+    answer(server, body, |server, body| {
+        chat::parse(|name| server.find(name), &server.limits, body)
+    })
+    .await
+}
+
+async fn text_completions(State(server): Shared, body: Body) -> Result<Response, ApiError> {
+    answer(server, body, |server, body| {
+        completions::parse(|name| server.find(name), &server.limits, body)
+    })
+    .await
+}
+
+async fn no_embeddings() -> ApiError {
+    let message = "there are no embeddings: these models generate text";
+    ApiError::new(StatusCode::NOT_IMPLEMENTED, message).code("unsupported")
+}
+
+async fn tokenize(State(server): Shared, body: Body) -> Result<Response, ApiError> {
+    let bytes = server.body(body).await?;
+    let document = off_thread(move || tokens::tokenize(|name| server.find(name), &bytes)).await?;
+    Ok(json_response(&document))
+}
+
+async fn detokenize(State(server): Shared, body: Body) -> Result<Response, ApiError> {
+    let bytes = server.body(body).await?;
+    let document = off_thread(move || tokens::detokenize(|name| server.find(name), &bytes)).await?;
+    Ok(json_response(&document))
+}
+
+fn model_document(server: &Server, model: &Model) -> Value {
+    json!({
+        "id": model.name,
+        "object": "model",
+        "created": server.started,
+        "owned_by": "lapidary",
+        "max_model_len": model.capacity(),
+    })
+}
+
+async fn list_models(State(server): Shared) -> Response {
+    let models: Vec<Value> = server
+        .models
+        .iter()
+        .map(|model| model_document(&server, model))
+        .collect();
+    json_response(&json!({"object": "list", "data": models}))
+}
+
+async fn one_model(State(server): Shared, Path(name): Path<String>) -> Result<Response, ApiError> {
+    let model = server.find(Some(&name))?;
+    Ok(json_response(&model_document(&server, &model)))
+}
+
+async fn health(State(server): Shared) -> Result<Response, ApiError> {
+    if server.stops.load(Ordering::Relaxed) {
+        return Err((&SubmitError::Stopping).into());
+    }
+    match server.models.iter().find(|model| model.scheduler.is_over()) {
+        None => Ok(json_response(&json!({"status": "ok"}))),
+        Some(model) => {
+            let message = format!("the device of {:?} failed", model.name);
+            Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message))
+        }
+    }
+}
+
+async fn metrics(State(server): Shared) -> Response {
+    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
+    (kind, prometheus::text(&server.models)).into_response()
+}
+
+async fn check_key(State(server): Shared, request: Request, next: Next) -> Response {
+    let given = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok());
+    let key = given.and_then(|value| value.strip_prefix("Bearer ")).map(str::trim);
+    match server.keys.is_empty() || key.is_some_and(|key| server.keys.has(key)) {
+        true => next.run(request).await,
+        false => {
+            let message = "give one of this server's keys: Authorization: Bearer KEY";
+            let refused = ApiError::new(StatusCode::UNAUTHORIZED, message).code("invalid_api_key");
+            refused.into_response()
+        }
+    }
+}

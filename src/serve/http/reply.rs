@@ -1,0 +1,288 @@
+//! From choices to answers: prompts are submitted, events become one document or a stream of them.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes};
+use axum::http::header;
+use axum::response::Response;
+use serde_json::{Value, json};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use super::error::ApiError;
+use super::fields::{fresh_id, now};
+use super::model::Model;
+use super::shapes::{Choice, Head, Shape};
+use crate::decode::Limits;
+use crate::sample::Settings;
+use crate::serve::{Event, Finished, Request, SubmitError, Ticket};
+
+/// Everything that is wanted.
+pub struct Asked {
+    pub model: Arc<Model>,
+    /// Token ids. Each gets `n` choices.
+    pub prompts: Vec<Vec<u32>>,
+    pub n: usize,
+    /// Choice `i` of all is drawn with the seed plus `i`.
+    pub sampling: Settings,
+    pub limits: Limits,
+    pub streams: bool,
+    pub includes_usage: bool,
+    /// Whether choices have the ids of their tokens.
+    pub token_ids: bool,
+    pub shape: Shape,
+    pub timeout: Option<Duration>,
+}
+
+/// Tokens read and written.
+#[derive(Clone, Copy, Default)]
+struct Usage {
+    prompt: usize,
+    cached: usize,
+    generated: usize,
+}
+
+impl Usage {
+    /// A prompt counts once, however many choices it has.
+    fn add(&mut self, finished: &Finished, is_first_choice: bool) {
+        self.generated += finished.generated;
+        if is_first_choice {
+            self.prompt += finished.prompt;
+            self.cached += finished.reused;
+        }
+    }
+
+    fn document(self) -> Value {
+        json!({
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.generated,
+            "total_tokens": self.prompt + self.generated,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        })
+    }
+}
+
+type Events = UnboundedReceiver<(usize, Event)>;
+
+/// Submits every choice. Dropping the tickets cancels them.
+fn submit(asked: &Asked) -> Result<(Events, Vec<Ticket>), ApiError> {
+    let (sender, events) = unbounded_channel();
+    let mut tickets = Vec::new();
+    let deadline = asked.timeout.map(|timeout| Instant::now() + timeout);
+    for index in 0..asked.prompts.len() * asked.n {
+        let sender = sender.clone();
+        let request = Request {
+            prompt: asked.prompts[index / asked.n].clone(),
+            sampling: Settings {
+                seed: asked.sampling.seed.wrapping_add(index as u64),
+                ..asked.sampling.clone()
+            },
+            limits: asked.limits.clone(),
+            deadline,
+            events: Box::new(move |event| sender.send((index, event)).is_ok()),
+        };
+        match asked.model.scheduler.submit(request) {
+            Ok(ticket) => tickets.push(ticket),
+            Err(error) => {
+                let mut found = ApiError::from(&error);
+                if let SubmitError::Full { waiting } = error {
+                    found.retry_after = Some(wait(&asked.model, waiting));
+                }
+                return Err(found);
+            }
+        }
+    }
+    Ok((events, tickets))
+}
+
+/// Seconds until a place in the queue is likely: the time that requests took so far, for those that wait.
+fn wait(model: &Model, waiting: usize) -> u64 {
+    let counts = model.scheduler.metrics().snapshot();
+    let mean = counts.whole.sum / counts.whole.count().max(1) as f64;
+    let turns = waiting as f64 / model.scheduler.facts().sequences as f64;
+    (mean * turns.min(1.0)).ceil().clamp(1.0, 60.0) as u64
+}
+
+/// The device's thread ended, and said nothing.
+fn broken() -> ApiError {
+    ApiError::new(
+        axum::http::StatusCode::INTERNAL_SERVER_ERROR,
+        "the device failed; see the server's log",
+    )
+}
+
+/// Runs all of it and answers.
+pub async fn respond(asked: Asked) -> Result<Response, ApiError> {
+    let (mut events, tickets) = submit(&asked)?;
+    let head = Head {
+        id: fresh_id(asked.shape.prefix()),
+        created: now(),
+        model: asked.model.name.clone(),
+    };
+    if asked.streams {
+        // A failure before the first token still has a status of its own.
+        let first = match events.recv().await {
+            None => return Err(broken()),
+            Some((_, Event::Failed(error))) => return Err(ApiError::from(&error)),
+            Some(first) => first,
+        };
+        let streaming = Streaming::new(asked, head, events, tickets, first);
+        let stream = futures_util::stream::unfold(streaming, Streaming::next);
+        let response = Response::builder()
+            .header(header::CONTENT_TYPE, "text/event-stream")
+            .header(header::CACHE_CONTROL, "no-cache")
+            // Proxies pass each event on at once.
+            .header("x-accel-buffering", "no");
+        return Ok(response
+            .body(Body::from_stream(stream))
+            .expect("headers are well formed"));
+    }
+    let mut choices: Vec<Choice> = (0..tickets.len()).map(|_| Choice::default()).collect();
+    let mut usage = Usage::default();
+    let mut left = choices.len();
+    while left > 0 {
+        let (index, event) = events.recv().await.ok_or_else(broken)?;
+        match event {
+            Event::Piece { token, step, text } => choices[index].add(token, step, &text),
+            Event::Failed(error) => return Err(ApiError::from(&error)),
+            Event::Finished(finished) => {
+                usage.add(&finished, index.is_multiple_of(asked.n));
+                choices[index].reason = Some(finished.reason);
+                left -= 1;
+            }
+        }
+    }
+    drop(tickets);
+    let tokenizer = asked.model.tokenizer.as_deref();
+    let choices = choices.iter().enumerate().map(|(index, choice)| {
+        let mut document = asked.shape.choice(tokenizer, index, asked.n, choice);
+        if asked.token_ids {
+            document["token_ids"] = json!(choice.tokens);
+        }
+        document
+    });
+    let mut document = head.document(asked.shape.object(), choices.collect());
+    document["usage"] = usage.document();
+    Ok(json_response(&document))
+}
+
+/// A document as an answer.
+pub fn json_response(document: &Value) -> Response {
+    let response = Response::builder().header(header::CONTENT_TYPE, "application/json");
+    let body = Body::from(document.to_string());
+    response.body(body).expect("headers are well formed")
+}
+
+/// An answer that is being written.
+struct Streaming {
+    asked: Asked,
+    head: Head,
+    events: Events,
+    /// Until the client goes, or all is said.
+    _tickets: Vec<Ticket>,
+    /// What of each choice was written.
+    written: Vec<Choice>,
+    begun: Vec<bool>,
+    left: usize,
+    usage: Usage,
+    /// Events of the stream that are ready.
+    ready: VecDeque<String>,
+    is_over: bool,
+}
+
+impl Streaming {
+    fn new(asked: Asked, head: Head, events: Events, tickets: Vec<Ticket>, first: (usize, Event)) -> Self {
+        let count = tickets.len();
+        let mut streaming = Streaming {
+            asked,
+            head,
+            events,
+            _tickets: tickets,
+            written: (0..count).map(|_| Choice::default()).collect(),
+            begun: vec![false; count],
+            left: count,
+            usage: Usage::default(),
+            ready: VecDeque::new(),
+            is_over: false,
+        };
+        streaming.take(first.0, first.1);
+        streaming
+    }
+
+    /// The next event of the stream, as it is written.
+    async fn next(mut self) -> Option<(Result<Bytes, std::convert::Infallible>, Self)> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some((Ok(Bytes::from(event)), self));
+            }
+            if self.is_over {
+                return None;
+            }
+            match self.events.recv().await {
+                Some((index, event)) => self.take(index, event),
+                None => self.fail(&broken()),
+            }
+        }
+    }
+
+    fn say(&mut self, document: &Value) {
+        self.ready.push_back(format!("data: {document}\n\n"));
+    }
+
+    fn say_choice(&mut self, choice: Value) {
+        let mut document = self.head.document(self.asked.shape.chunk_object(), vec![choice]);
+        if self.asked.includes_usage {
+            document["usage"] = Value::Null;
+        }
+        self.say(&document);
+    }
+
+    fn fail(&mut self, error: &ApiError) {
+        self.say(&error.document());
+        self.is_over = true;
+    }
+
+    fn take(&mut self, index: usize, event: Event) {
+        if !std::mem::replace(&mut self.begun[index], true)
+            && let Some(opening) = self.asked.shape.opening(index, self.asked.n)
+        {
+            self.say_choice(opening);
+        }
+        match event {
+            Event::Failed(error) => self.fail(&ApiError::from(&error)),
+            Event::Piece { token, step, text } => {
+                let before = self.written[index].characters;
+                let mut piece = Choice::default();
+                piece.characters = before;
+                piece.add(token, step, &text);
+                self.written[index].characters = piece.characters;
+                let has_ids = self.asked.token_ids && token.is_some();
+                if text.is_empty() && piece.steps.is_empty() && !has_ids {
+                    return;
+                }
+                let tokenizer = self.asked.model.tokenizer.as_deref();
+                let mut document = self.asked.shape.piece(tokenizer, index, &piece);
+                if has_ids {
+                    document["token_ids"] = json!(piece.tokens);
+                }
+                self.say_choice(document);
+            }
+            Event::Finished(finished) => {
+                self.usage.add(&finished, index.is_multiple_of(self.asked.n));
+                let closing = self.asked.shape.closing(index, finished.reason);
+                self.say_choice(closing);
+                self.left -= 1;
+                if self.left == 0 {
+                    if self.asked.includes_usage {
+                        let mut document = self.head.document(self.asked.shape.chunk_object(), Vec::new());
+                        document["usage"] = self.usage.document();
+                        self.say(&document);
+                    }
+                    self.ready.push_back("data: [DONE]\n\n".to_string());
+                    self.is_over = true;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! How answers look: chat and completions, whole and in pieces.
+
+use serde_json::{Value, json};
+
+use crate::decode::{FinishReason, Step};
+use crate::text::Tokenizer;
+
+/// What an answer is.
+pub enum Shape {
+    /// `/v1/chat/completions`
+    Chat {
+        /// Whether log-probabilities were asked for.
+        logprobs: bool,
+    },
+    /// `/v1/completions`
+    Completion {
+        /// Of each prompt, what stands before its choices.
+        echo: Vec<String>,
+        /// Whether log-probabilities were asked for.
+        logprobs: bool,
+    },
+}
+
+/// What every document of an answer begins with.
+pub struct Head {
+    pub id: String,
+    pub created: u64,
+    pub model: String,
+}
+
+impl Head {
+    pub fn document(&self, object: &str, choices: Vec<Value>) -> Value {
+        json!({
+            "id": self.id,
+            "object": object,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": concat!("lapidary-", env!("CARGO_PKG_VERSION")),
+            "choices": choices,
+        })
+    }
+}
+
+/// A choice, or a piece of one.
+#[derive(Default)]
+pub struct Choice {
+    pub text: String,
+    pub tokens: Vec<u32>,
+    pub steps: Vec<Step>,
+    pub reason: Option<FinishReason>,
+    /// Characters of the text up to the end of this.
+    pub characters: usize,
+    /// Of each step: where the text of its token begins, in characters.
+    offsets: Vec<usize>,
+}
+
+impl Choice {
+    pub fn add(&mut self, token: Option<u32>, step: Option<Step>, text: &str) {
+        self.tokens.extend(token);
+        self.offsets.extend(step.iter().map(|_| self.characters));
+        self.steps.extend(step);
+        self.text.push_str(text);
+        self.characters += text.chars().count();
+    }
+}
+
+impl Shape {
+    /// Of ids.
+    pub fn prefix(&self) -> &'static str {
+        match self {
+            Shape::Chat { .. } => "chatcmpl",
+            Shape::Completion { .. } => "cmpl",
+        }
+    }
+
+    pub fn object(&self) -> &'static str {
+        match self {
+            Shape::Chat { .. } => "chat.completion",
+            Shape::Completion { .. } => "text_completion",
+        }
+    }
+
+    pub fn chunk_object(&self) -> &'static str {
+        match self {
+            Shape::Chat { .. } => "chat.completion.chunk",
+            Shape::Completion { .. } => "text_completion",
+        }
+    }
+
+    /// A whole choice; `n` choices belong to each prompt.
+    pub fn choice(&self, tokenizer: Option<&Tokenizer>, index: usize, n: usize, choice: &Choice) -> Value {
+        let reason = choice.reason.map(reason);
+        let logprobs = self.logprobs(tokenizer, choice);
+        match self {
+            Shape::Chat { .. } => json!({
+                "index": index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": null},
+                "logprobs": logprobs,
+                "finish_reason": reason,
+            }),
+            Shape::Completion { echo, .. } => {
+                let echo = echo.get(index / n).map_or("", String::as_str);
+                json!({
+                    "index": index,
+                    "text": format!("{echo}{}", choice.text),
+                    "logprobs": logprobs,
+                    "finish_reason": reason,
+                })
+            }
+        }
+    }
+
+    /// What comes before the first piece of a choice.
+    pub fn opening(&self, index: usize, n: usize) -> Option<Value> {
+        match self {
+            Shape::Chat { .. } => {
+                let delta = json!({"role": "assistant", "content": ""});
+                Some(json!({"index": index, "delta": delta, "logprobs": null, "finish_reason": null}))
+            }
+            Shape::Completion { echo, .. } => {
+                let echo = echo.get(index / n)?;
+                Some(json!({"index": index, "text": echo, "logprobs": null, "finish_reason": null}))
+            }
+        }
+    }
+
+    pub fn piece(&self, tokenizer: Option<&Tokenizer>, index: usize, piece: &Choice) -> Value {
+        let logprobs = self.logprobs(tokenizer, piece);
+        match self {
+            Shape::Chat { .. } => {
+                let delta = json!({"content": piece.text});
+                json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": null})
+            }
+            Shape::Completion { .. } => {
+                json!({"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": null})
+            }
+        }
+    }
+
+    /// What comes after the last piece of a choice.
+    pub fn closing(&self, index: usize, why: FinishReason) -> Value {
+        let why = reason(why);
+        match self {
+            Shape::Chat { .. } => json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": why}),
+            Shape::Completion { .. } => json!({"index": index, "text": "", "logprobs": null, "finish_reason": why}),
+        }
+    }
+
+    fn logprobs(&self, tokenizer: Option<&Tokenizer>, choice: &Choice) -> Value {
+        let spelled = |id: u32| Spelled::new(tokenizer, id);
+        match self {
+            Shape::Chat { logprobs: true } => {
+                let entry = |id: u32, logprob: f64| {
+                    let spelled = spelled(id);
+                    json!({"token": spelled.text, "logprob": finite(logprob), "bytes": spelled.bytes})
+                };
+                let steps = choice.steps.iter().map(|step| {
+                    let mut document = entry(step.token, step.logprob);
+                    let top = step.top_logprobs.iter().map(|(id, logprob)| entry(*id, *logprob));
+                    document["top_logprobs"] = top.collect();
+                    document
+                });
+                json!({"content": steps.collect::<Vec<Value>>(), "refusal": null})
+            }
+            Shape::Completion { logprobs: true, .. } => {
+                let steps = choice.steps.iter();
+                let top = steps.clone().map(|step| -> Value {
+                    let pairs = step.top_logprobs.iter();
+                    let pairs = pairs.map(|(id, logprob)| (spelled(*id).text, json!(finite(*logprob))));
+                    Value::Object(pairs.collect())
+                });
+                json!({
+                    "tokens": steps.clone().map(|step| spelled(step.token).text).collect::<Vec<_>>(),
+                    "token_logprobs": steps.map(|step| finite(step.logprob)).collect::<Vec<_>>(),
+                    "top_logprobs": top.collect::<Vec<Value>>(),
+                    "text_offset": choice.offsets,
+                })
+            }
+            Shape::Chat { .. } | Shape::Completion { .. } => Value::Null,
+        }
+    }
+}
+
+/// A token by itself.
+struct Spelled {
+    text: String,
+    bytes: Option<Vec<u8>>,
+}
+
+impl Spelled {
+    fn new(tokenizer: Option<&Tokenizer>, id: u32) -> Self {
+        let bytes = tokenizer.and_then(|tokenizer| tokenizer.token_bytes().get(id as usize));
+        match bytes {
+            Some(bytes) => Spelled {
+                text: String::from_utf8_lossy(bytes).into_owned(),
+                bytes: Some(bytes.clone()),
+            },
+            None => Spelled {
+                text: format!("token_id:{id}"),
+                bytes: None,
+            },
+        }
+    }
+}
+
+/// JSON has no infinity: what is impossible is as improbable as other servers say it is.
+fn finite(logprob: f64) -> f64 {
+    logprob.max(-9999.0)
+}
+
+fn reason(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length | FinishReason::Capacity | FinishReason::Interrupted => "length",
+    }
+}
