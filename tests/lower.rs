@@ -7,6 +7,8 @@ mod case;
 mod fixtures;
 #[path = "lower/interpret.rs"]
 mod interpret;
+#[path = "lower/kernels.rs"]
+mod kernels;
 #[path = "lower/models.rs"]
 mod models;
 #[path = "lower/movement.rs"]

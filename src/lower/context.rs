@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use super::LowerOptions;
 use super::error::{LowerError, Reason};
 use super::fuse::Fusions;
+use super::kernels::KernelPlan;
 use super::logit_rows::logits;
 use super::quantized_weights::QuantizedWeight;
 use super::weights::Table;
@@ -27,6 +28,9 @@ pub(super) struct Lowering<'a> {
     /// Nodes that compute on chosen rows only.
     pub rows: HashSet<NodeId>,
     pub fusions: Fusions,
+    pub kernels: KernelPlan,
+    /// What groups of kernels give that is no value of the graph, by the group.
+    pub packed: HashMap<usize, TensorId>,
     /// Whether the node being lowered is one of them.
     pub in_rows: bool,
     pub logit_rows: Option<TensorId>,
@@ -86,6 +90,8 @@ impl<'a> Lowering<'a> {
             table,
             rows,
             fusions,
+            kernels: KernelPlan::default(),
+            packed: HashMap::new(),
             in_rows: false,
             logit_rows: None,
             chosen: HashMap::new(),

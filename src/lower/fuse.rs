@@ -25,10 +25,10 @@ pub fn parts(name: &str) -> impl Iterator<Item = &str> {
 
 /// A linear layer: `output = x · weightᵀ`.
 #[derive(Clone, Copy, Debug)]
-struct Member {
+pub(super) struct Member {
     node: NodeId,
-    output: ValueId,
-    weight: ValueId,
+    pub output: ValueId,
+    pub weight: ValueId,
 }
 
 /// Products of one activation.
@@ -95,7 +95,8 @@ impl Fusions {
     }
 }
 
-fn member(graph: &Graph, table: &Table, id: NodeId) -> Option<(ValueId, Member)> {
+/// What a node multiplies, if it is a linear layer with a weight `[out, in]` over tokens.
+pub(super) fn member(graph: &Graph, table: &Table, id: NodeId) -> Option<(ValueId, Member)> {
     let node = graph.node(id);
     let (Op::MatMul, Some(x), [Some(output)]) = (&node.op, node.input(0), &node.outputs[..]) else {
         return None;

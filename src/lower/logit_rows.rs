@@ -112,7 +112,8 @@ impl Lowering<'_> {
             return Reason::unsupported("the profile has no input that chooses rows");
         };
         // Of one token there is no choice, and a gather would be done again for every row of a reduced product.
-        if self.profile.tokens == Tokens::Static(1) && self.options.linear == LinearForm::ReduceRow {
+        let one_token = self.profile.tokens == Tokens::Static(1);
+        if one_token && (self.options.linear == LinearForm::ReduceRow || !self.kernels.is_empty()) {
             return Ok(x);
         }
         let name = format!("{}/chosen", self.b.network().tensor(x).name);

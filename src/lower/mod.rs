@@ -6,7 +6,7 @@
 //! [`LowerOptions`], so that a tuner can try them. What cannot be lowered is reported all at once, in [`LowerError`].
 //!
 //! One file a family: `linear`, `elementwise`, `normalization`, `attention` (and the cache), `rotary`, `movement`,
-//! `positions` (ranges, comparisons, masks), `gather`, `experts`, `fuse` (products of one activation), `quantized_weights`; `dispatch` says which
+//! `positions` (ranges, comparisons, masks), `gather`, `experts`, `fuse` (products of one activation), `quantized_weights`, `kernels` (layers of our own); `dispatch` says which
 //! file lowers which operator. Around them: `weights` says which constants are weights and what they are called, `demand` which
 //! values are needed as data at all, `logit_rows` where the tokens without logits drop out,
 //! `constant_folding` what TensorRT must not fold. `context` holds what is lowered so
@@ -38,6 +38,7 @@ mod error;
 mod experts;
 mod fuse;
 mod gather;
+mod kernels;
 mod linear;
 mod logit_rows;
 mod movement;
@@ -200,6 +201,11 @@ pub struct LowerOptions {
     /// With several rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_experts: Option<ExpertsForm>,
+    /// With one row and bound weights in 16 bits, or codes of them: what kernels of ours can compute becomes layers of our own
+    /// ([`LayerKind::RowProduct`](crate::network::LayerKind::RowProduct),
+    /// [`LayerKind::DecodeAttention`](crate::network::LayerKind::DecodeAttention)).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub kernels: bool,
 }
 
 impl Default for LowerOptions {
@@ -218,6 +224,7 @@ impl Default for LowerOptions {
             prefill_quantized: None,
             experts: ExpertsForm::default(),
             prefill_experts: None,
+            kernels: false,
         }
     }
 }
@@ -260,6 +267,7 @@ impl LowerOptions {
             prefill_quantized: Some(QuantizedForm::DequantizeApart),
             experts: ExpertsForm::Chosen,
             prefill_experts: Some(ExpertsForm::All),
+            kernels: true,
             ..LowerOptions::default()
         }
     }
@@ -299,19 +307,29 @@ fn lower_typed(
     profile: &Profile,
     options: &LowerOptions,
 ) -> Result<Network, LowerError> {
-    let demand = demand::demand(graph);
+    let mut demand = demand::demand(graph);
     let table = weights::table(graph, &demand);
+    let kernels = match kernels::apply(profile, options) {
+        true => kernels::KernelPlan::find(graph, &mut demand, &table),
+        false => kernels::KernelPlan::default(),
+    };
     let rows = logit_rows::row_wise(graph, &demand, profile);
     let fusions = match options.fuse_linear {
         true => fuse::Fusions::find(graph, &demand, &table, options, |node| rows.contains(&node)),
         false => fuse::Fusions::default(),
     };
     let mut lowering = Lowering::new(graph, facts, *profile, options, &table, rows, fusions);
+    lowering.kernels = kernels;
     lowering.inputs()?;
     let mut obstacles = Vec::new();
-    for id in graph.node_ids().filter(|id| demand.nodes.contains(id)) {
+    for id in graph.node_ids() {
         let node = graph.node(id);
-        match lowering.node(id) {
+        let lowered = match lowering.kernels.writes_at(id) {
+            true => lowering.kernel_layer(id),
+            false if demand.nodes.contains(&id) => lowering.node(id),
+            false => continue,
+        };
+        match lowered {
             Ok(()) | Err(error::Reason::Upstream) => {}
             Err(reason) => obstacles.push(Obstacle {
                 node: lowering.base_name(node),

@@ -260,6 +260,17 @@ impl NetworkBuilder {
         self.add_typed(name, kind, inputs, None)
     }
 
+    /// The same; a fill gets the dtype, others have theirs by their rule.
+    pub(super) fn add_as(
+        &mut self,
+        name: &str,
+        kind: LayerKind,
+        inputs: &[TensorId],
+        dtype: DType,
+    ) -> Result<TensorId, BuildError> {
+        self.add_typed(name, kind, inputs, Some(dtype))
+    }
+
     fn add_typed(
         &mut self,
         name: &str,
@@ -267,8 +278,28 @@ impl NetworkBuilder {
         inputs: &[TensorId],
         fill: Option<DType>,
     ) -> Result<TensorId, BuildError> {
+        Ok(self.add_layer(name, kind, inputs, fill)?[0])
+    }
+
+    /// Adds a layer and gives all its outputs: the first has the layer's name, others are numbered.
+    pub fn add_with_outputs(
+        &mut self,
+        name: &str,
+        kind: LayerKind,
+        inputs: &[TensorId],
+    ) -> Result<Vec<TensorId>, BuildError> {
+        self.add_layer(name, kind, inputs, None)
+    }
+
+    fn add_layer(
+        &mut self,
+        name: &str,
+        kind: LayerKind,
+        inputs: &[TensorId],
+        fill: Option<DType>,
+    ) -> Result<Vec<TensorId>, BuildError> {
         let tensors: Vec<&Tensor> = inputs.iter().map(|id| self.network.tensor(*id)).collect();
-        let (dtype, shape) = infer(&kind, &tensors, &self.network.weights, fill).map_err(|fault| {
+        let types = infer(&kind, &tensors, &self.network.weights, fill).map_err(|fault| {
             BuildError::Layer(Box::new(LayerError {
                 layer: name.to_string(),
                 kind: kind.name(),
@@ -277,17 +308,21 @@ impl NetworkBuilder {
             }))
         })?;
         let layer = Self::unique(&mut self.numbers, name, |n| self.layer_names.contains(n));
-        let tensor = Self::unique(&mut self.numbers, &layer, |n| self.names.contains_key(n));
-        let output = self.push(tensor, dtype, shape);
+        let mut outputs = Vec::with_capacity(types.len());
+        for (dtype, shape) in types {
+            let tensor = Self::unique(&mut self.numbers, &layer, |n| self.names.contains_key(n));
+            let output = self.push(tensor, dtype, shape);
+            self.producers[output.0 as usize] = Some(self.network.layers.len() as u32);
+            outputs.push(output);
+        }
         self.layer_names.insert(layer.clone());
-        self.producers[output.0 as usize] = Some(self.network.layers.len() as u32);
         self.network.layers.push(Layer {
             name: layer,
             kind,
             inputs: inputs.to_vec(),
-            outputs: vec![output],
+            outputs: outputs.clone(),
         });
-        Ok(output)
+        Ok(outputs)
     }
 
     // Frequent layers

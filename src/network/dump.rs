@@ -71,7 +71,8 @@ impl fmt::Display for Network {
                 continue;
             }
             let inputs = layer.inputs.iter().map(|id| name(&self.tensor(*id).name)).collect();
-            write!(f, "  {} = {}", typed(*output), layer.kind.expression(inputs))?;
+            let outputs: Vec<String> = layer.outputs.iter().map(|id| typed(*id)).collect();
+            write!(f, "  {} = {}", outputs.join(", "), layer.kind.expression(inputs))?;
             match layer.name == self.tensor(*output).name {
                 true => f.write_str("\n")?,
                 false => writeln!(f, " @{}", name(&layer.name))?,

@@ -3,6 +3,7 @@
 //! One file for everything that is one fact of a kind. Its rule is in `infer`; what runs it is in the back ends' files
 //! named `layers`. docs/adding-an-operator.md walks through a new kind.
 
+use super::kernel_layers::{DecodeAttention, RowProduct};
 use super::{Shape, WeightId};
 use crate::dim::Dim;
 use crate::graph::op::{ExpertActivation, Gating};
@@ -240,6 +241,10 @@ pub enum LayerKind {
     /// Inputs cache `[batch, heads, capacity, d]` (a network input), update `[batch, heads, tokens, d]`, write_indices
     /// `[batch]` i32. Writes in place; the output is a network output in the cache's memory.
     KvCacheUpdate,
+    /// See [`RowProduct`]; a kernel of ours.
+    RowProduct(RowProduct),
+    /// See [`DecodeAttention`]; a kernel of ours, and the only kind with several outputs.
+    DecodeAttention(DecodeAttention),
 }
 
 /// The inputs of a [`LayerKind::Experts`] by what they are.
@@ -321,6 +326,21 @@ impl LayerKind {
             LayerKind::TopK { .. } => "TopK",
             LayerKind::Experts { .. } => "Experts",
             LayerKind::KvCacheUpdate => "KvCacheUpdate",
+            LayerKind::RowProduct(_) => "RowProduct",
+            LayerKind::DecodeAttention(_) => "DecodeAttention",
+        }
+    }
+
+    /// Whether it is one of ours, which TensorRT does not have: see [`kernel_layers`](super::kernel_layers).
+    pub fn is_kernel_layer(&self) -> bool {
+        matches!(self, LayerKind::RowProduct(_) | LayerKind::DecodeAttention(_))
+    }
+
+    /// How many tensors it gives.
+    pub(super) fn output_count(&self) -> usize {
+        match self {
+            LayerKind::DecodeAttention(_) => 3,
+            _ => 1,
         }
     }
 
@@ -414,6 +434,8 @@ impl LayerKind {
                 arguments.push(format!("experts: {experts}, activation: {}", activation.word()));
                 arguments.push(format!("alpha: {alpha}, beta: {beta}, limit: {limit}"));
             }
+            LayerKind::RowProduct(product) => arguments.extend(product.parameters()),
+            LayerKind::DecodeAttention(attention) => arguments.extend(attention.parameters()),
             LayerKind::Dequantize(Granularity::Tensor) => {}
             LayerKind::Dequantize(Granularity::Channel { axis }) => arguments.push(format!("axis: {axis}")),
             LayerKind::Dequantize(Granularity::Block { axis, size }) => {
@@ -512,6 +534,14 @@ impl LayerKind {
                 })
             }
             "KvCacheUpdate" => LayerKind::KvCacheUpdate,
+            "RowProduct" => {
+                a.next(line, "parts")?;
+                LayerKind::RowProduct(RowProduct::parse(line, |line, name| a.passes(line, name))?)
+            }
+            "DecodeAttention" => {
+                a.next(line, "heads")?;
+                LayerKind::DecodeAttention(DecodeAttention::parse(line, |line, name| a.passes(line, name))?)
+            }
             "Experts" => LayerKind::Experts {
                 experts: a.required(line, "experts", Cursor::integer)?,
                 gating: Gating {
@@ -590,12 +620,26 @@ impl Arguments {
         name: &str,
         value: impl FnOnce(&mut Cursor<'a>) -> Parsed<T>,
     ) -> Parsed<Option<T>> {
-        let separator = if self.first { "" } else { ", " };
-        if !line.eat(&format!("{separator}{name}: ")) {
-            return Ok(None);
+        match self.passes(line, name) {
+            true => value(line).map(Some),
+            false => Ok(None),
         }
-        self.first = false;
-        value(line).map(Some)
+    }
+
+    /// Passes over the name of a parameter if it comes next.
+    fn passes(&mut self, line: &mut Cursor, name: &str) -> bool {
+        let separator = if self.first { "" } else { ", " };
+        let there = line.eat(&format!("{separator}{name}: "));
+        self.first &= !there;
+        there
+    }
+
+    /// Passes over the name of a parameter that must come next.
+    fn next(&mut self, line: &mut Cursor, name: &str) -> Parsed<()> {
+        match self.passes(line, name) {
+            true => Ok(()),
+            false => Err(line.error(format!("the parameter \"{name}: \""))),
+        }
     }
 
     fn required<'a, T>(

@@ -36,6 +36,7 @@ mod builder_tests;
 mod dump;
 mod infer;
 mod interface;
+mod kernel_layers;
 mod kind;
 mod parse;
 mod prune;
@@ -46,6 +47,9 @@ use std::fmt;
 pub use builder::{BuildError, LayerError, NetworkBuilder};
 pub use infer::LayerFault;
 pub use interface::verify_interface;
+pub use kernel_layers::{
+    AttentionInputs, CodeLayout, DecodeAttention, PartInputs, ProductInputs, ProductPart, Rotation, RowActivation, RowProduct,
+};
 pub(crate) use kind::RowLayer;
 pub use kind::{Activation, Elementwise, ExpertInputs, Greatest, LayerKind, MatrixOp, ReduceOp, UnaryOp};
 pub use parse::parse;
@@ -87,7 +91,7 @@ pub struct Layer {
     pub kind: LayerKind,
     /// In the order that the kind documents.
     pub inputs: Vec<TensorId>,
-    /// One tensor, today.
+    /// One tensor; of a [`LayerKind::DecodeAttention`] three.
     pub outputs: Vec<TensorId>,
 }
 
@@ -238,12 +242,24 @@ impl Network {
         ids.copied().find(|id| self.tensor(*id).name == name)
     }
 
-    /// (cache input, updated output) of every KV-cache update: each pair must be bound to one address.
+    /// (cache input, updated output) of every cache that a layer updates: each pair must be bound to one address.
     pub fn aliases(&self) -> impl Iterator<Item = (TensorId, TensorId)> + '_ {
-        let updates = self
-            .layers
-            .iter()
-            .filter(|l| matches!(l.kind, LayerKind::KvCacheUpdate));
-        updates.map(|l| (l.inputs[0], l.outputs[0]))
+        self.cache_updates().map(|(_, cache, updated)| (cache, updated))
+    }
+
+    /// Every update of a cache: the layer, the cache it reads, the output that it gives.
+    pub(crate) fn cache_updates(&self) -> impl Iterator<Item = (&Layer, TensorId, TensorId)> {
+        self.layers.iter().flat_map(|layer| {
+            let pairs: Vec<(TensorId, TensorId)> = match &layer.kind {
+                LayerKind::KvCacheUpdate => vec![(layer.inputs[0], layer.outputs[0])],
+                LayerKind::DecodeAttention(attention) => {
+                    let caches = AttentionInputs::of(attention, &layer.inputs).map(|inputs| inputs.caches);
+                    let caches = caches.into_iter().flatten();
+                    caches.zip(layer.outputs.iter().skip(1).copied()).collect()
+                }
+                _ => Vec::new(),
+            };
+            pairs.into_iter().map(move |(cache, updated)| (layer, cache, updated))
+        })
     }
 }

@@ -145,35 +145,42 @@ impl Parser {
     }
 
     fn layer(&mut self, mut line: Cursor) -> Parsed<()> {
-        // The inputs come behind the output, and a weight among them brings a layer that goes first.
-        let start = line.position();
-        let output = line.name(&[])?;
-        line.expect(" ")?;
-        let (dtype, shape) = (line.dtype()?, line.shape()?);
+        // The inputs come behind the outputs, and a weight among them brings a layer that goes first.
+        let mut outputs = Vec::new();
+        loop {
+            let start = line.position();
+            let name = line.name(&[])?;
+            line.expect(" ")?;
+            let (dtype, shape) = (line.dtype()?, line.shape()?);
+            outputs.push((start, Tensor { name, dtype, shape }));
+            if !line.eat(", ") {
+                break;
+            }
+        }
         line.expect(" = ")?;
         let mut inputs = Vec::new();
-        let kind = LayerKind::parse(&mut line, (dtype, &shape), |line| {
+        let (_, first) = &outputs[0];
+        let kind = LayerKind::parse(&mut line, (first.dtype, &first.shape), |line| {
             inputs.push(self.read(line)?);
             Ok(())
         })?;
         let name = match line.eat(" @") {
             true => line.name(&[])?,
-            false => output.clone(),
+            false => first.name.clone(),
         };
         line.expect_end()?;
-        if self.names.contains_key(&output) || self.weights.contains_key(&output) {
-            return Err(line.error_at(start, "a name of its own"));
+        let mut ids = Vec::new();
+        for (start, tensor) in outputs {
+            if self.names.contains_key(&tensor.name) || self.weights.contains_key(&tensor.name) {
+                return Err(line.error_at(start, "a name of its own"));
+            }
+            ids.push(self.push(tensor));
         }
-        let output = self.push(Tensor {
-            name: output,
-            dtype,
-            shape,
-        });
         self.network.layers.push(Layer {
             name,
             kind,
             inputs,
-            outputs: vec![output],
+            outputs: ids,
         });
         Ok(())
     }

@@ -24,8 +24,12 @@ pub enum VerifyError {
     Order { layer: String, tensor: String },
     #[error("layer {layer:?} computes {tensor:?}, which is an input or was computed before")]
     Twice { layer: String, tensor: String },
-    #[error("layer {layer:?} must have one output, not {count}")]
-    Outputs { layer: String, count: usize },
+    #[error("layer {layer:?} has {count} outputs, not {expected}")]
+    Outputs {
+        layer: String,
+        expected: usize,
+        count: usize,
+    },
     #[error("{what} {name:?} occurs twice")]
     Name { what: &'static str, name: String },
     #[error("layer {layer:?} says {tensor:?} is {stated}, but its rule gives {inferred}")]
@@ -98,17 +102,20 @@ pub fn verify(network: &Network) -> Result<(), VerifyError> {
             let (layer, tensor) = (layer.name.clone(), name(early));
             return Err(VerifyError::Order { layer, tensor });
         }
-        let [output] = layer.outputs[..] else {
-            let (layer, count) = (layer.name.clone(), layer.outputs.len());
-            return Err(VerifyError::Outputs { layer, count });
-        };
-        if std::mem::replace(&mut defined[output.0 as usize], true) {
-            let (layer, tensor) = (layer.name.clone(), name(&output));
-            return Err(VerifyError::Twice { layer, tensor });
+        let count = layer.outputs.len();
+        if count != layer.kind.output_count() {
+            let (layer, expected) = (layer.name.clone(), layer.kind.output_count());
+            return Err(VerifyError::Outputs { layer, expected, count });
+        }
+        for output in &layer.outputs {
+            if std::mem::replace(&mut defined[output.0 as usize], true) {
+                let (layer, tensor) = (layer.name.clone(), name(output));
+                return Err(VerifyError::Twice { layer, tensor });
+            }
         }
         let inputs: Vec<&Tensor> = layer.inputs.iter().map(|id| network.tensor(*id)).collect();
-        let stated = network.tensor(output);
-        let inferred = infer(&layer.kind, &inputs, &network.weights, Some(stated.dtype)).map_err(|fault| {
+        let stated: Vec<&Tensor> = layer.outputs.iter().map(|id| network.tensor(*id)).collect();
+        let inferred = infer(&layer.kind, &inputs, &network.weights, Some(stated[0].dtype)).map_err(|fault| {
             Box::new(LayerError {
                 layer: layer.name.clone(),
                 kind: layer.kind.name(),
@@ -116,13 +123,15 @@ pub fn verify(network: &Network) -> Result<(), VerifyError> {
                 fault,
             })
         })?;
-        if (stated.dtype, &stated.shape) != (inferred.0, &inferred.1) {
-            return Err(VerifyError::Stated {
-                layer: layer.name.clone(),
-                tensor: stated.name.clone(),
-                stated: format!("{}{:?}", stated.dtype, stated.shape),
-                inferred: format!("{}{:?}", inferred.0, inferred.1),
-            });
+        for (stated, inferred) in stated.into_iter().zip(inferred) {
+            if (stated.dtype, &stated.shape) != (inferred.0, &inferred.1) {
+                return Err(VerifyError::Stated {
+                    layer: layer.name.clone(),
+                    tensor: stated.name.clone(),
+                    stated: format!("{}{:?}", stated.dtype, stated.shape),
+                    inferred: format!("{}{:?}", inferred.0, inferred.1),
+                });
+            }
         }
     }
     if network.outputs.is_empty() {
@@ -194,13 +203,9 @@ fn verify_names(network: &Network) -> Result<(), VerifyError> {
 
 fn verify_caches(network: &Network) -> Result<(), VerifyError> {
     let mut seen = HashSet::new();
-    for layer in &network.layers {
-        if !matches!(layer.kind, LayerKind::KvCacheUpdate) {
-            continue;
-        }
-        let (cache, update, output) = (layer.inputs[0], layer.inputs[1], layer.outputs[0]);
+    for (layer, cache, output) in network.cache_updates() {
         // Rows of the update are copied over rows of the cache; of one tensor they would overlap.
-        if update == cache {
+        if layer.inputs.iter().filter(|input| **input == cache).count() > 1 {
             return Err(VerifyError::SelfUpdate {
                 layer: layer.name.clone(),
                 cache: network.tensor(cache).name.clone(),

@@ -15,6 +15,9 @@ use lapidary::tensor::{DType, Tensor};
 
 /// Every output by name. Inputs by name, in the network's dtypes.
 pub fn interpret(network: &Network, inputs: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+    if network.has_kernel_layers() {
+        return interpret(&network.expanded().expect("verified"), inputs);
+    }
     let tokens = inputs.get("input_ids").map_or(1, |ids| ids.shape()[1]);
     let mut values: Vec<Option<Tensor>> = vec![None; network.tensors.len()];
     for id in &network.inputs {
@@ -248,6 +251,7 @@ fn run(network: &Network, layer: &Layer, dtype: DType, inputs: &[Tensor], tokens
             eval_op(&op, &inputs).unwrap().remove(0).unwrap()
         }
         LayerKind::Dequantize(granularity) => lapidary::tensor::quantized::dequantize(x(), all[1], None, *granularity),
+        LayerKind::RowProduct(_) | LayerKind::DecodeAttention(_) => unreachable!("written out before"),
         LayerKind::KvCacheUpdate => {
             let op = Op::TensorScatter {
                 axis: 2,

@@ -8,6 +8,7 @@
 mod checks;
 mod compute;
 mod experts;
+mod kernel_layers;
 mod transformer;
 
 use super::{LayerKind, ReduceOp, Shape, Tensor, Weight};
@@ -76,14 +77,14 @@ pub enum LayerFault {
 /// Dtype and shape of one output.
 pub type Typed = (DType, Shape);
 
-/// The only output of a layer over these inputs. `fill` is the dtype wanted of a [`LayerKind::Fill`], which has no input
+/// The outputs of a layer over these inputs. `fill` is the dtype wanted of a [`LayerKind::Fill`], which has no input
 /// to take it from.
 pub(super) fn infer(
     kind: &LayerKind,
     inputs: &[&Tensor],
     weights: &[Weight],
     fill: Option<DType>,
-) -> Result<Typed, LayerFault> {
+) -> Result<Vec<Typed>, LayerFault> {
     let typed = match kind {
         LayerKind::Weight(id) => {
             arity(inputs, &[0], "no")?;
@@ -224,9 +225,11 @@ pub(super) fn infer(
         LayerKind::TopK { k, part } => top_k(*k, *part, inputs)?,
         LayerKind::Experts { experts, .. } => expert_layer(*experts, inputs)?,
         LayerKind::KvCacheUpdate => kv_cache_update(inputs)?,
+        LayerKind::RowProduct(product) => kernel_layers::row_product(product, inputs)?,
+        LayerKind::DecodeAttention(attention) => return kernel_layers::decode_attention(attention, inputs),
     };
     if typed.1.len() > MAX_RANK {
         return Err(LayerFault::TooManyAxes(typed.1.len()));
     }
-    Ok(typed)
+    Ok(vec![typed])
 }

@@ -155,6 +155,9 @@ impl Compiler<'_> {
             LayerKind::TopK { k, part } => self.top_k(index, *k, *part)?,
             LayerKind::Experts { experts, gating } => self.experts(index, *experts, *gating)?,
             LayerKind::KvCacheUpdate => self.cache_update(index)?,
+            LayerKind::RowProduct(_) | LayerKind::DecodeAttention(_) => {
+                unreachable!("`Program::compile` writes layer {name:?} out")
+            }
             LayerKind::Reduce { .. } | LayerKind::Softmax { .. } | LayerKind::Normalization { .. }
                 if !self.is_row_layer(index) =>
             {

@@ -94,6 +94,10 @@ impl Program {
     /// Compiles a network of static shapes (see [`bind_tokens`](super::bind_tokens) for the others). Weights are not
     /// copied; compiling takes a few milliseconds.
     pub fn compile(network: &Network, options: &CompileOptions) -> Result<Program, CpuError> {
+        if network.has_kernel_layers() {
+            verify(network)?;
+            return Program::compile(&network.expanded()?, options);
+        }
         let mut compiler = Compiler::new(network, options)?;
         for i in 0..network.layers.len() {
             if compiler.live[i] && !compiler.is_lazy(i) {

@@ -123,6 +123,9 @@ pub(super) fn emit<'b>(e: &mut Emitter<'b, '_>, layer: &'b Layer) -> Emitted<'b>
         LayerKind::Experts { .. } => Err(EmitError::Malformed(
             "a layer of experts is for the CPU executor; lower it with all experts or the chosen ones".to_string(),
         )),
+        LayerKind::RowProduct(_) | LayerKind::DecodeAttention(_) => Err(EmitError::Malformed(
+            "a kernel of ours runs it, between the engines of the network's segments".to_string(),
+        )),
         LayerKind::KvCacheUpdate => {
             let [cache, update, write_indices] = e.inputs(layer)?;
             let added = e

@@ -1,0 +1,125 @@
+//! Networks with layers of our own: every fixture in 16 bits decodes to the same logits with them and without, and how much
+//! of each they cover.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use lapidary::backend::cpu::{self, Bindings, KvCaches, Program};
+use lapidary::graph::Graph;
+use lapidary::interface::Role;
+use lapidary::lower::{LowerOptions, lower};
+use lapidary::network::{LayerKind, Network, Profile, parse, verify};
+use lapidary::passes::{CanonicalizeOptions, canonicalize};
+use lapidary::tensor::DType;
+
+const CAPACITY: usize = 32;
+const PROMPT: [i32; 7] = [3, 41, 17, 8, 29, 36, 5];
+const STEPS: [i32; 4] = [11, 42, 7, 30];
+
+/// Folders with an export below `fixtures`; `LAPIDARY_EXPORT` keeps those whose name contains it.
+fn exports() -> Vec<PathBuf> {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    let wanted = std::env::var("LAPIDARY_EXPORT").unwrap_or_default();
+    let folders = ["exports", "families", "experts"].map(|group| std::fs::read_dir(fixtures.join(group)).unwrap());
+    let mut found: Vec<PathBuf> = folders.into_iter().flatten().map(|entry| entry.unwrap().path()).collect();
+    found.retain(|folder| folder.join("model.onnx").exists() && folder.to_string_lossy().contains(&wanted));
+    found.sort();
+    found
+}
+
+pub fn with_kernels() -> LowerOptions {
+    LowerOptions {
+        kernels: true,
+        ..LowerOptions::default()
+    }
+}
+
+/// The logits of the last of `tokens`, after `past` others.
+fn step(graph: &Graph, options: &LowerOptions, caches: &mut Option<KvCaches>, past: usize, tokens: &[i32]) -> Vec<f32> {
+    let network = lower(graph, &Profile::prefill(tokens.len(), CAPACITY), options).unwrap();
+    let mut program = Program::compile(&network, &cpu::CompileOptions::default()).unwrap();
+    let caches = caches.get_or_insert_with(|| KvCaches::new(&network).unwrap());
+    let interface = network.interface.as_ref().unwrap();
+    let vocabulary = network.tensor(interface.logits()).shape[2].as_const().unwrap() as usize;
+    let mut logits = vec![0f32; vocabulary];
+    let positions: Vec<i32> = (past..past + tokens.len()).map(|p| p as i32).collect();
+    let (at, last, total) = ([past as i32], [tokens.len() as i32 - 1], [(past + tokens.len()) as i32]);
+    let mut bindings = Bindings::new();
+    bindings
+        .input(Role::TokenIds, tokens)
+        .input(Role::PositionIds, &positions[..])
+        .input(Role::WriteIndices, &at[..])
+        .input(Role::LogitRows, &last[..])
+        .caches(caches)
+        .output(Role::Logits, &mut logits[..]);
+    if interface.input(Role::TotalLengths).is_some() {
+        bindings.input(Role::TotalLengths, &total[..]);
+    }
+    program.run(&mut bindings).unwrap();
+    drop(bindings);
+    logits
+}
+
+/// The logits of every step after the prompt, which is computed without kernels in any case.
+fn decoded(graph: &Graph, options: &LowerOptions) -> Vec<Vec<f32>> {
+    let mut caches = None;
+    step(graph, &LowerOptions::default(), &mut caches, 0, &PROMPT);
+    let steps = STEPS.iter().enumerate();
+    steps
+        .map(|(i, token)| step(graph, options, &mut caches, PROMPT.len() + i, &[*token]))
+        .collect()
+}
+
+/// How many layers there are of each kind that matters here.
+fn count(network: &Network) -> BTreeMap<&'static str, usize> {
+    let mut counts = BTreeMap::new();
+    for layer in &network.layers {
+        let kind = match layer.kind {
+            LayerKind::MatrixMultiply { .. } | LayerKind::Attention | LayerKind::RotaryEmbedding { .. } => "TensorRT",
+            LayerKind::RowProduct(_) => "products",
+            LayerKind::DecodeAttention(_) => "attentions",
+            _ => continue,
+        };
+        *counts.entry(kind).or_insert(0) += 1;
+    }
+    counts
+}
+
+fn worst(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
+    let pairs = a.iter().flatten().zip(b.iter().flatten());
+    pairs
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |worst, d| if d > worst || d.is_nan() { d } else { worst })
+}
+
+#[test]
+fn every_export_decodes_the_same_with_kernels() {
+    for folder in exports() {
+        let name = folder.file_name().unwrap().to_string_lossy();
+        let options = CanonicalizeOptions {
+            max_positions: 64,
+            dtype: Some(DType::F16),
+            ..CanonicalizeOptions::default()
+        };
+        let export = lapidary::onnx::read(folder.join("model.onnx")).unwrap();
+        let graph = match canonicalize(export, &options) {
+            Ok(canonical) => canonical.graph,
+            Err(error) => {
+                println!("{name}: {error}");
+                continue;
+            }
+        };
+        let network = lower(&graph, &Profile::decode(CAPACITY), &with_kernels()).unwrap();
+        let counts = count(&network);
+        let plain = decoded(&graph, &LowerOptions::default());
+        let kernels = decoded(&graph, &with_kernels());
+        let worst = worst(&plain, &kernels);
+        println!("{name}: {counts:?}, {worst:e}");
+        assert!(worst < 2e-2, "{name}: {worst:e}");
+        // The text of such a network can be read back.
+        let text = network.to_string();
+        let read = parse(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
+        verify(&read).unwrap();
+        assert_eq!(read.to_string(), text, "{name}");
+    }
+}
