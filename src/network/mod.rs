@@ -40,6 +40,7 @@ mod kernel_layers;
 mod kind;
 mod parse;
 mod prune;
+pub mod segments;
 mod verify;
 
 use std::fmt;
