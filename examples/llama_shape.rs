@@ -110,15 +110,17 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
         return Ok(());
     }
     let library = Library::load(None)?;
-    let plan = tensorrt::build(&library, &network, &BuildOptions::default())?;
-    let (bytes, seconds) = (plan.bytes().len(), plan.elapsed().as_secs_f64());
+    let plans = tensorrt::build_all(&library, &network, &BuildOptions::default())?;
+    let bytes: usize = plans.iter().map(|plan| plan.bytes().len()).sum();
+    let seconds: f64 = plans.iter().map(|plan| plan.elapsed().as_secs_f64()).sum();
     println!(
         "built {:.1} MB in {seconds:.1} s, peak memory {} MB",
         bytes as f64 / 1e6,
         peak_memory_mb()
     );
     if let Some(path) = &arguments.output {
-        std::fs::write(path, plan.bytes())?;
+        let plans: Vec<&[u8]> = plans.iter().map(|plan| plan.bytes()).collect();
+        std::fs::write(path, plans.concat())?;
     }
     Ok(())
 }

@@ -48,6 +48,8 @@ pub struct Spec {
     pub one_engine: Option<bool>,
     /// A folder or a `tokenizer.json`; relative to the spec's own folder.
     pub tokenizer: Option<PathBuf>,
+    /// Whether decode engines leave to kernels of ours what those compute faster. With bound weights, if not given.
+    pub kernels: Option<bool>,
     /// How engines are lowered; `weight_mode` in it is not looked at.
     pub lowering: Option<LowerOptions>,
     /// The same for single profiles, as `convert --tune` found it best.
@@ -136,6 +138,7 @@ impl Spec {
             activations: self.activations.or(below.activations),
             mask_windows: self.mask_windows.or(below.mask_windows),
             tokenizer: self.tokenizer.or(below.tokenizer),
+            kernels: self.kernels.or(below.kernels),
             lowering: self.lowering.or(below.lowering),
             tuned: self.tuned.or(below.tuned),
         }
@@ -190,6 +193,9 @@ impl Spec {
                     .into(),
             );
         }
+        if self.kernels == Some(true) && weights != WeightMode::Bind {
+            return bad("kernels read weights where they are bound: use bound weights, or no kernels".into());
+        }
         if self.calibrate.is_some() && self.quantize.is_none() {
             return bad(
                 "a text to calibrate on needs a quantization to calibrate: --quantize int4, int8 or fp8".into(),
@@ -209,6 +215,7 @@ impl Spec {
             explicit_capacities,
             prefill,
             tokenizer: self.tokenizer,
+            kernels: self.kernels,
             lowering: LowerOptions {
                 weight_mode: weights,
                 ..self.lowering.unwrap_or_else(LowerOptions::for_engines)
@@ -247,6 +254,8 @@ pub struct Conversion {
     pub one_engine: bool,
     /// A folder or a `tokenizer.json`; the one beside the model if not given.
     pub tokenizer: Option<PathBuf>,
+    /// Whether decode engines use kernels of ours, whatever the lowerings say.
+    pub kernels: Option<bool>,
     /// Of engines, `weight_mode` included.
     pub lowering: LowerOptions,
     /// Of single profiles' engines.
@@ -258,9 +267,11 @@ impl Conversion {
     pub fn lowering_of(&self, profile: &Profile) -> LowerOptions {
         let name = profile.to_string();
         let tuned = self.tuned.iter().find(|tuned| tuned.profile == name);
+        let lowering = tuned.map_or(&self.lowering, |tuned| &tuned.lowering);
         LowerOptions {
             weight_mode: self.weights,
-            ..tuned.map_or(&self.lowering, |tuned| &tuned.lowering).clone()
+            kernels: self.kernels.unwrap_or(lowering.kernels),
+            ..lowering.clone()
         }
     }
 }

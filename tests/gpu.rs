@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::rc::Rc;
 
-use lapidary::backend::tensorrt::run::{Argmax, Buffer, Engine, LoadOptions, Pinned, Rows, Runtime, Stream};
+use lapidary::backend::tensorrt::run::{Argmax, Buffer, LoadOptions, Pinned, Program, Rows, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::decode::best;
 use lapidary::network::{Elementwise, NetworkBuilder, Profile};
@@ -164,7 +164,7 @@ fn an_engine_without_enough_working_memory_is_refused() {
         graphs: false,
         kernels: None,
     };
-    let mut engine = Engine::load(&runtime, Path::new("products"), plan.bytes(), &network, loading).unwrap();
+    let mut engine = Program::load(&runtime, Path::new("products"), &[plan.bytes()], &network, loading).unwrap();
     if engine.scratch_bytes() == 0 {
         return; // TensorRT made one kernel of it
     }
@@ -187,7 +187,7 @@ fn a_captured_engine_reads_new_inputs_and_follows_its_buffers() {
         graphs: true,
         kernels: None,
     };
-    let mut engine = Engine::load(&runtime, Path::new("squares"), plan.bytes(), &network, loading).unwrap();
+    let mut engine = Program::load(&runtime, Path::new("squares"), &[plan.bytes()], &network, loading).unwrap();
     let stream = Stream::new(runtime.cuda()).unwrap();
     let scratch = Buffer::new(runtime.cuda(), engine.scratch_bytes(), "working memory").unwrap();
     // SAFETY: held to the end.

@@ -272,6 +272,7 @@ fn engines_are_listed_with_the_weights_they_take() {
         file: String::new(),
         bytes: 0,
         blake3: String::new(),
+        plans: None,
         target: Target::TensorrtRtx,
         profile,
         built_as: None,

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::rc::Rc;
 
-use lapidary::backend::tensorrt::run::{Buffer, Engine, LoadOptions, Runtime, Stream};
+use lapidary::backend::tensorrt::run::{Buffer, LoadOptions, Program, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::graph::Graph;
 use lapidary::interface::Role;
@@ -23,10 +23,18 @@ const INPUTS: [Role; 4] = [Role::TokenIds, Role::PositionIds, Role::WriteIndices
 
 /// One engine with its inputs; weights and caches are shared by name.
 struct Part {
-    engine: Engine,
+    engine: Program,
     tokens: usize,
     inputs: HashMap<Role, Buffer>,
     _scratch: Buffer,
+}
+
+/// Without layers of our own: a part is one engine here.
+fn of_tensorrt() -> LowerOptions {
+    LowerOptions {
+        kernels: false,
+        ..LowerOptions::for_engines()
+    }
 }
 
 struct Batch {
@@ -45,13 +53,13 @@ impl Batch {
             capacity,
             logits: Logits::Rows,
         };
-        let network = lower(graph, &profile, &LowerOptions::for_engines())?;
+        let network = lower(graph, &profile, &of_tensorrt())?;
         let plan = tensorrt::build(library, &network, &BuildOptions::default())?;
         let loading = LoadOptions {
             graphs: true,
             kernels: None,
         };
-        let mut engine = Engine::load(&self.runtime, Path::new("batch"), plan.bytes(), &network, loading)?;
+        let mut engine = Program::load(&self.runtime, Path::new("batch"), &[plan.bytes()], &network, loading)?;
         let cuda = self.runtime.cuda().clone();
         let name = |id| network.tensor(id).name.clone();
         let caches: HashMap<String, String> = network.aliases().map(|(from, to)| (name(to), name(from))).collect();

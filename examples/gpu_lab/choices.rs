@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::Mutex;
 
-use lapidary::backend::tensorrt::run::timing::SyntheticEngine;
-use lapidary::backend::tensorrt::run::{Engine, LoadOptions, Runtime, Stream};
+use lapidary::backend::tensorrt::run::timing::SyntheticProgram;
+use lapidary::backend::tensorrt::run::{LoadOptions, Program, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::graph::{Constant, Graph};
 use lapidary::interface::Role;
@@ -200,12 +200,13 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
         let run = || -> Outcome<(f64, f64, usize)> {
             let embed = options.weight_mode != WeightMode::Bind;
             let network = lower(&quantized(&decoder, codes, embed), &profile, &options)?;
-            let plan = tensorrt::build(&library, &network, &BuildOptions::default())?;
-            let built = plan.elapsed().as_secs_f64();
+            let plans = tensorrt::build_all(&library, &network, &BuildOptions::default())?;
+            let built: f64 = plans.iter().map(|plan| plan.elapsed().as_secs_f64()).sum();
+            let bytes: Vec<&[u8]> = plans.iter().map(|plan| plan.bytes()).collect();
             Ok((
-                measure(&library, &network, plan.bytes(), &gpu, 30)?,
+                measure(&library, &network, &bytes, &gpu, 30)?,
                 built,
-                plan.bytes().len(),
+                bytes.iter().map(|plan| plan.len()).sum(),
             ))
         };
         match run() {
@@ -221,18 +222,20 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
 }
 
 /// Seconds that a run takes on the GPU, with synthetic weights and activations.
-pub fn measure(library: &Library, network: &Network, plan: &[u8], gpu: &Mutex<()>, times: u32) -> Outcome<f64> {
+pub fn measure(library: &Library, network: &Network, plans: &[&[u8]], gpu: &Mutex<()>, times: u32) -> Outcome<f64> {
     let runtime = Runtime::new(library)?;
     let loading = LoadOptions {
         graphs: true,
         kernels: None,
     };
-    let engine = Engine::load(&runtime, Path::new("synthetic"), plan, network, loading)?;
+    let program = Program::load(&runtime, Path::new("synthetic"), plans, network, loading)?;
     let _alone = gpu.lock().expect("no panic");
-    let mut engine = SyntheticEngine::new(engine, network)?;
-    engine.set(Role::PositionIds, 300)?;
-    let took = engine.time(&Stream::new(runtime.cuda())?, times)?;
-    // The engine's memory goes back before the next one measures.
-    drop(engine);
+    let mut program = SyntheticProgram::new(program, network)?;
+    for role in [Role::PositionIds, Role::WriteIndices] {
+        program.set(role, 300)?;
+    }
+    let took = program.time(&Stream::new(runtime.cuda())?, times)?;
+    // Its memory goes back before the next one measures.
+    drop(program);
     Ok(took.as_secs_f64())
 }

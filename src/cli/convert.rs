@@ -68,6 +68,10 @@ pub struct Args {
     /// Decode and prefill of a capacity in one engine with two optimization profiles; needs a range as --prefill
     #[arg(long)]
     one_engine: bool,
+    /// Decode kernels of our own between TensorRT's engines, for bound weights in 16 bits, int8 or int4 [default: on where they
+    /// can be used]
+    #[arg(long, value_enum)]
+    kernels: Option<Kernels>,
     /// tokenizer.json, or a folder with it [default: beside the model, if there]
     #[arg(long, value_name = "FILE_OR_DIR")]
     tokenizer: Option<PathBuf>,
@@ -104,6 +108,12 @@ pub struct Args {
     /// Print the manifest as JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+enum Kernels {
+    On,
+    Off,
 }
 
 pub fn run(args: Args) -> Result<(), Failure> {
@@ -205,6 +215,7 @@ fn save_spec(path: &Path, conversion: &Conversion) -> Result<(), Failure> {
         prefill: Some(conversion.prefill.clone()),
         one_engine: conversion.one_engine.then_some(true),
         tokenizer: None,
+        kernels: conversion.kernels,
         lowering: Some(conversion.lowering.clone()),
         tuned: Some(conversion.tuned.clone()).filter(|tuned| !tuned.is_empty()),
     };
@@ -227,6 +238,7 @@ fn conversion(args: &Args) -> Result<Conversion, Failure> {
         prefill: args.prefill.clone(),
         one_engine: args.one_engine.then_some(true),
         tokenizer: args.tokenizer.clone(),
+        kernels: args.kernels.map(|kernels| kernels == Kernels::On),
         lowering: None,
         tuned: None,
     };

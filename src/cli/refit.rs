@@ -95,6 +95,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             prefill: manifest.prefill.clone(),
             one_engine: manifest.engines.iter().any(|engine| engine.built_as.is_some()),
             tokenizer: None,
+            kernels: None,
             lowering: lower::LowerOptions::for_engines(),
             tuned: manifest
                 .engines

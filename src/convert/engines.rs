@@ -1,6 +1,7 @@
 //! The engines of a package, for a conversion and a refit: which there are, and building them side by side, with a cache of
 //! plans.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -11,6 +12,7 @@ use super::{ConvertError, Progress};
 use crate::backend::tensorrt::{self, BuildOptions, BuildProgress, FLAVOUR, Flavour, Library, LibraryError};
 use crate::graph::Graph;
 use crate::lower;
+use crate::network::segments::Steps;
 use crate::network::{Logits, Profile, Tokens, WeightMode};
 use crate::package::manifest::EngineEntry;
 use crate::package::{Package, PackageError, PlanCache, Writer};
@@ -46,6 +48,32 @@ enum Built {
     Kept(Vec<u8>),
 }
 
+impl Built {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Built::New(plan) => plan.bytes(),
+            Built::Kept(plan) => plan,
+        }
+    }
+
+    /// How long it took to build; `None` if it was kept.
+    fn elapsed(&self) -> Option<Duration> {
+        match self {
+            Built::New(plan) => Some(plan.elapsed()),
+            Built::Kept(_) => None,
+        }
+    }
+}
+
+/// What was built for one profile.
+struct BuiltProfile {
+    /// One, or where the network has layers of our own one for each different segment between them.
+    plans: Vec<Built>,
+    in_steps: bool,
+    /// The weights it takes, by name.
+    weights: HashSet<String>,
+}
+
 /// Builds an engine for decoding and for each prefill shape at every capacity, and adds them to the package.
 pub fn build(
     writer: &mut Writer,
@@ -64,7 +92,7 @@ pub fn build(
     let set_hash = manifest.weights.set_hash.clone();
     let weights = format!("{set_hash} {constants}");
     let stopped = progress.stop_signal();
-    let one = |i: usize| -> Result<(Built, HashSet<String>), ConvertError> {
+    let one = |i: usize| -> Result<BuiltProfile, ConvertError> {
         let network = lower::lower(&graph, &profiles[i], &conversion.lowering_of(&profiles[i])).map_err(|source| {
             ConvertError::Lower {
                 path: model.to_path_buf(),
@@ -72,46 +100,59 @@ pub fn build(
             }
         })?;
         let taken = network.weights.iter().flat_map(|w| lower::parts(&w.name));
-        let taken = taken.map(str::to_string).collect();
-        let mut options = BuildOptions {
-            refit: conversion.refit,
-            decode_profile: served_by(&profiles[i], conversion.one_engine).len() > 1,
-            observer: None,
-        };
-        let key = cache
-            .as_ref()
-            .map(|_| PlanCache::key(&network, &options, &library.fits(), &weights));
-        if let (Some(cache), Some(key)) = (cache, &key)
-            && let Some(plan) = cache.get(key)
-        {
-            return Ok((Built::Kept(plan), taken));
-        }
-        let (heard, fractions, stopped) = (progress.clone(), fractions.clone(), stopped.clone());
-        let observer = move |p: BuildProgress<'_>| {
-            if stopped() {
-                return ControlFlow::Break(());
+        let weights_taken = taken.map(str::to_string).collect();
+        let in_steps = network.has_kernel_layers();
+        let steps = in_steps.then(|| Steps::of(&network));
+        let parts = steps.as_ref().map_or_else(|| vec![&network], Steps::plans);
+        let mut plans = Vec::with_capacity(parts.len());
+        for (part, network) in parts.iter().enumerate() {
+            let mut options = BuildOptions {
+                refit: conversion.refit,
+                decode_profile: served_by(&profiles[i], conversion.one_engine).len() > 1,
+                observer: None,
+            };
+            let key = cache
+                .as_ref()
+                .map(|_| PlanCache::key(network, &options, &library.fits(), &weights));
+            if let (Some(cache), Some(key)) = (cache, &key)
+                && let Some(plan) = cache.get(key)
+            {
+                plans.push(Built::Kept(plan));
+                continue;
             }
-            let mut fractions = fractions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            fractions[i] = p.fraction;
-            let label = format!("{} engines", fractions.len());
-            heard.share(&label, fractions.iter().sum::<f32>() / fractions.len() as f32);
-            ControlFlow::Continue(())
-        };
-        options.observer = Some(Arc::new(observer));
-        let plan = tensorrt::build(library, &network, &options).map_err(|e| match e {
-            tensorrt::EngineBuildError::Cancelled { .. } => ConvertError::Stopped,
-            source => ConvertError::Engine {
-                path: model.to_path_buf(),
-                source,
-            },
-        })?;
-        if let (Some(cache), Some(key)) = (cache, &key) {
-            // What cannot be kept is built again next time.
-            if let Err(error) = cache.put(key, plan.bytes()) {
-                progress.note(&format!("{}: the plan was not kept: {error}", profiles[i]));
+            let (heard, fractions, stopped) = (progress.clone(), fractions.clone(), stopped.clone());
+            let all = parts.len() as f32;
+            let observer = move |p: BuildProgress<'_>| {
+                if stopped() {
+                    return ControlFlow::Break(());
+                }
+                let mut fractions = fractions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                fractions[i] = (part as f32 + p.fraction) / all;
+                let label = format!("{} engines", fractions.len());
+                heard.share(&label, fractions.iter().sum::<f32>() / fractions.len() as f32);
+                ControlFlow::Continue(())
+            };
+            options.observer = Some(Arc::new(observer));
+            let plan = tensorrt::build(library, network, &options).map_err(|e| match e {
+                tensorrt::EngineBuildError::Cancelled { .. } => ConvertError::Stopped,
+                source => ConvertError::Engine {
+                    path: model.to_path_buf(),
+                    source,
+                },
+            })?;
+            if let (Some(cache), Some(key)) = (cache, &key) {
+                // What cannot be kept is built again next time.
+                if let Err(error) = cache.put(key, plan.bytes()) {
+                    progress.note(&format!("{}: the plan was not kept: {error}", profiles[i]));
+                }
             }
+            plans.push(Built::New(plan));
         }
-        Ok((Built::New(plan), taken))
+        Ok(BuiltProfile {
+            plans,
+            in_steps,
+            weights: weights_taken,
+        })
     };
     progress.step("engines");
     let indices: Vec<usize> = (0..profiles.len()).collect();
@@ -127,17 +168,21 @@ pub fn build(
                 .collect()
         });
         for (i, built) in batch.iter().zip(built) {
-            let (built, taken) = built?;
+            let built = built?;
             let profile = profiles[*i];
-            let (plan, elapsed) = match &built {
-                Built::New(plan) => (plan.bytes(), plan.elapsed()),
-                Built::Kept(plan) => (&plan[..], Duration::ZERO),
+            let file: Cow<'_, [u8]> = match &built.plans[..] {
+                [only] => only.bytes().into(),
+                several => several.iter().map(Built::bytes).collect::<Vec<_>>().concat().into(),
             };
+            let new: Vec<Duration> = built.plans.iter().filter_map(Built::elapsed).collect();
+            let elapsed: Duration = new.iter().sum();
+            let sizes = || built.plans.iter().map(|plan| plan.bytes().len() as u64).collect();
             for (i, serves) in served_by(&profile, conversion.one_engine).into_iter().enumerate() {
                 let mut engine = EngineEntry {
                     file: String::new(),
                     bytes: 0,
                     blake3: String::new(),
+                    plans: built.in_steps.then(sizes),
                     target: FLAVOUR.target,
                     profile: serves,
                     built_as: (serves != profile).then_some(profile),
@@ -150,13 +195,13 @@ pub fn build(
                     build_ms: elapsed.as_millis() as u64,
                 };
                 engine.built_with = engine.takes_only_its_own_weights().then(|| set_hash.clone());
-                writer.engine(engine, plan, &taken)?;
+                writer.engine(engine, &file, &built.weights)?;
             }
-            let how = match &built {
-                Built::New(_) => format!("in {:.1} s", elapsed.as_secs_f64()),
-                Built::Kept(_) => "kept from before".to_string(),
+            let how = match new.is_empty() && !built.plans.is_empty() {
+                false => format!("in {:.1} s", elapsed.as_secs_f64()),
+                true => "kept from before".to_string(),
             };
-            progress.note(&format!("{profile}: {} {how}", bytes(plan.len() as u64)));
+            progress.note(&format!("{profile}: {} {how}", bytes(file.len() as u64)));
         }
     }
     match stopped() {

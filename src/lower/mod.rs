@@ -56,6 +56,7 @@ mod written_out;
 pub(crate) use demand::through_transpose;
 pub use error::{LowerError, Obstacle};
 pub use fuse::parts;
+pub use kernels::apply as kernels_apply;
 pub use quantized_weights::widened_formats;
 pub use weights::{LITERAL_BYTES, NamedWeight, stored_weights, weights};
 pub use written_out::rotations_before_norms;

@@ -351,6 +351,10 @@ pub struct EngineEntry {
     pub bytes: u64,
     /// BLAKE3 of the plan.
     pub blake3: String,
+    /// Where the network has layers of our own: the size of the plan of each segment between them, in the file one after the
+    /// other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plans: Option<Vec<u64>>,
     /// What it runs on.
     pub target: Target,
     /// What it runs.
@@ -383,6 +387,21 @@ fn is_first(profile: &usize) -> bool {
 }
 
 impl EngineEntry {
+    /// The plans in the bytes of its file; `None` if they are not as long as the entry says.
+    pub fn plans_of<'b>(&self, file: &'b [u8]) -> Option<Vec<&'b [u8]>> {
+        let Some(sizes) = &self.plans else {
+            return Some(vec![file]);
+        };
+        let mut rest = file;
+        let mut plans = Vec::with_capacity(sizes.len());
+        for size in sizes {
+            let (plan, next) = rest.split_at_checked(usize::try_from(*size).ok()?)?;
+            plans.push(plan);
+            rest = next;
+        }
+        rest.is_empty().then_some(plans)
+    }
+
     /// The profile that its network is lowered for.
     pub fn lowered_for(&self) -> &Profile {
         self.built_as.as_ref().unwrap_or(&self.profile)

@@ -8,12 +8,13 @@
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use super::questions::{QUESTIONS, question};
 use super::{Attempt, ProfileTuning, Tuning};
-use crate::backend::tensorrt::run::timing::SyntheticEngine;
-use crate::backend::tensorrt::run::{Engine, LoadOptions, RunError, Runtime, Stream};
-use crate::backend::tensorrt::{self, BuildOptions, Library};
+use crate::backend::tensorrt::run::timing::SyntheticProgram;
+use crate::backend::tensorrt::run::{LoadOptions, Program, RunError, Runtime, Stream};
+use crate::backend::tensorrt::{self, BuildOptions, Library, Plan};
 use crate::graph::Graph;
 use crate::help::Help;
 use crate::interface::Role;
@@ -162,28 +163,32 @@ impl Bench<'_> {
             refit: self.refit,
             ..BuildOptions::default()
         };
-        let plan = tensorrt::build(self.library, &network, &options)?;
-        attempt.build_s = Some(plan.elapsed().as_secs_f64());
+        let plans = tensorrt::build_all(self.library, &network, &options)?;
+        let took: Duration = plans.iter().map(Plan::elapsed).sum();
+        attempt.build_s = Some(took.as_secs_f64());
         // TensorRT's objects stay in the thread that made them.
         let runtime = Runtime::new(self.library)?;
         let loading = LoadOptions {
             graphs: true,
             kernels: None,
         };
-        let mut engine = Engine::load(&runtime, Path::new("(in memory)"), plan.bytes(), &network, loading)?;
+        let bytes: Vec<&[u8]> = plans.iter().map(Plan::bytes).collect();
+        let mut program = Program::load(&runtime, Path::new("(in memory)"), &bytes, &network, loading)?;
         if let Tokens::Dynamic { opt, .. } = profile.tokens {
-            engine.set_tokens(opt)?;
+            program.set_tokens(opt)?;
         }
-        attempt.scratch_bytes = Some(engine.scratch_bytes() as u64);
+        attempt.scratch_bytes = Some(program.scratch_bytes() as u64);
         let stream = Stream::new(runtime.cuda())?;
         let _alone = self.gpu.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let mut engine = SyntheticEngine::new(engine, &network)?;
+        let mut program = SyntheticProgram::new(program, &network)?;
         // As if the cache were full: what is masked is read all the same.
-        engine.set(Role::PositionIds, profile.capacity as i32 - 1)?;
-        let took = engine.time(&stream, RUNS)?;
+        for role in [Role::PositionIds, Role::WriteIndices] {
+            program.set(role, profile.capacity as i32 - 1)?;
+        }
+        let took = program.time(&stream, RUNS)?;
         attempt.ms = Some(took.as_secs_f64() * 1e3);
-        // The engine's memory goes back before the next one measures.
-        drop(engine);
+        // Its memory goes back before the next one measures.
+        drop(program);
         Ok(())
     }
 }

@@ -5,7 +5,7 @@
 
 use crate::graph::Graph;
 use crate::graph::op::Op;
-use crate::lower::{AttentionForm, LinearForm, LowerOptions, QuantizedForm, through_transpose, weights};
+use crate::lower::{self, AttentionForm, LinearForm, LowerOptions, QuantizedForm, through_transpose, weights};
 use crate::network::{Profile, Tokens, WeightMode};
 
 /// A choice and its alternatives to what is chosen already.
@@ -18,7 +18,7 @@ pub struct Question {
 }
 
 /// The questions for a profile, in the order in which they should be answered.
-pub const QUESTIONS: [&str; 4] = ["products", "attention", "fusion", "quantized weights"];
+pub const QUESTIONS: [&str; 5] = ["kernels", "products", "attention", "fusion", "quantized weights"];
 
 /// A question of [`QUESTIONS`] for a profile of this graph, with `now` as what is chosen so far. Alternatives equal to
 /// `now` in effect are left out.
@@ -31,6 +31,10 @@ pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Low
     };
     let mut alternatives: Vec<(String, LowerOptions)> = Vec::new();
     match about {
+        "kernels" => {
+            alternatives.push(("kernels".into(), with(&|o| o.kernels = true)));
+            alternatives.push(("TensorRT's layers".into(), with(&|o| o.kernels = false)));
+        }
         "products" if one_token => {
             alternatives.push((
                 "matrix products".into(),
@@ -113,6 +117,7 @@ pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Low
 fn effective(graph: &Graph, options: &LowerOptions, profile: &Profile) -> LowerOptions {
     let mut options = options.clone();
     options.attention = options.attention.at(profile);
+    options.kernels &= lower::kernels_apply(profile, &options);
     if profile.tokens == Tokens::Static(1) {
         (options.prefill_linear, options.fold_prefill) = (None, None);
     } else {

@@ -36,6 +36,9 @@ fn ordinal(kind: &LayerKind) -> usize {
         LayerKind::TopK { .. } => 20,
         // TensorRT has no layer for it: lowering for engines gives others.
         LayerKind::Experts { .. } => 21,
+        // Kernels of ours run them, between engines.
+        LayerKind::RowProduct(_) => 22,
+        LayerKind::DecodeAttention(_) => 23,
     }
 }
 

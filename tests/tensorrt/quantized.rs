@@ -52,6 +52,7 @@ fn plan(graph: &Graph, profile: &Profile, mode: WeightMode, form: QuantizedForm)
         weight_mode: mode,
         quantized: form,
         prefill_quantized: Some(form),
+        kernels: false,
         ..LowerOptions::for_engines()
     };
     let network = lower(graph, profile, &options).unwrap();

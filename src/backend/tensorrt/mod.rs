@@ -56,6 +56,7 @@ pub use observer::{BuildObserver, BuildProgress};
 pub use probe::{Ability, ProbeReport, probe};
 
 use crate::network::Network;
+use crate::network::segments::Steps;
 #[cfg(doc)]
 use crate::network::{Tokens, WeightMode};
 use crate::target::Refit;
@@ -127,4 +128,15 @@ pub fn build(library: &Library, network: &Network, options: &BuildOptions) -> Re
         let _ = (library, network, options);
         Err(LibraryError::NotCompiled.into())
     }
+}
+
+/// Builds what a network needs: one engine, or where it has layers of our own one for each different segment between them,
+/// in the order of [`Steps::plans`]. None if kernels compute everything.
+pub fn build_all(library: &Library, network: &Network, options: &BuildOptions) -> Result<Vec<Plan>, EngineBuildError> {
+    if !network.has_kernel_layers() {
+        return Ok(vec![build(library, network, options)?]);
+    }
+    let steps = Steps::of(network);
+    let plans = steps.plans().into_iter();
+    plans.map(|part| build(library, part, options)).collect()
 }

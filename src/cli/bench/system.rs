@@ -138,6 +138,7 @@ mod tests {
             file: String::new(),
             bytes: 0,
             blake3: String::new(),
+            plans: None,
             target: FLAVOUR.target,
             profile: Profile::decode(capacity),
             built_as: None,

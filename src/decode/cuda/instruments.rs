@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{CudaDevice, MemoryUse};
 use crate::backend::tensorrt::run::layer_times::ReportLayerTime;
-use crate::backend::tensorrt::run::{Buffer, Engine, Event, LoadOptions, RunError};
+use crate::backend::tensorrt::run::{Buffer, Event, LoadOptions, Program, RunError};
 use crate::decode::device::DeviceError;
 use crate::decode::instruments::{DeviceFacts, DeviceMemory, Instruments};
 use crate::lower;
@@ -92,34 +92,32 @@ impl CudaDevice {
             ..slot.entry.lowering.clone()
         };
         let network = lower::lower(&self.graph, &slot.profile, &options).expect("it was lowered when it was loaded");
-        let path = self.folder.join(&slot.entry.file);
-        let plan = std::fs::read(&path).map_err(|source| RunError::Read {
-            path: path.clone(),
-            source,
-        })?;
         let loading = LoadOptions {
             graphs: false,
             kernels: None,
         };
-        let mut engine = Engine::load(&self.runtime, &path, &plan, &network, loading)?;
+        let mut program = self.with_plan_file(slot, |path, file| {
+            let plans = slot.entry.plans_of(file).unwrap_or_default();
+            Program::load(&self.runtime, path, &plans, &network, loading)
+        })?;
         if matches!(profile.tokens, Tokens::Dynamic { .. }) {
-            engine.set_tokens(tokens)?;
+            program.set_tokens(tokens)?;
         }
         let layers = Arc::new(Mutex::new(Vec::new()));
-        engine.profile(Box::new(Layers(layers.clone())))?;
-        self.bind(&mut engine, &network)?;
+        program.profile(|| Box::new(Layers(layers.clone())))?;
+        self.bind(&mut program, &network)?;
         let cache = self.cache.as_ref().expect("something ran before");
-        // SAFETY: the cache holds every one of its ports and lives as long as self, and this engine ends with this function.
-        unsafe { engine.bind(cache.ports())? };
-        self.share_scratch(&mut engine)?;
+        // SAFETY: the cache holds every one of its ports and lives as long as self, and this program ends with this function.
+        unsafe { program.bind(cache.ports())? };
+        self.share_scratch(&mut program)?;
         // The small inputs are still on the device as the last call left them.
         for _ in 0..3 {
-            engine.enqueue(&self.stream)?;
+            program.enqueue(&self.stream)?;
             self.stream.wait()?;
         }
         layers.lock().expect("no reporter panics").clear();
         for _ in 0..runs {
-            engine.enqueue(&self.stream)?;
+            program.enqueue(&self.stream)?;
             self.stream.wait()?;
         }
         let layers = layers.lock().expect("no reporter panics");

@@ -3,6 +3,7 @@
 //! Takes a slot of the device; gives what runs it. Weights go to the device with the first engine that wants them.
 
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -10,11 +11,12 @@ use super::chunks::largest;
 use super::error::{unknown, with_versions};
 use super::weights::Weights;
 use super::{CudaDevice, EngineSlot, Loaded};
-use crate::backend::tensorrt::run::{Engine, LoadedPlan, Port, RunError};
+use crate::backend::tensorrt::run::{Engine, LoadOptions, LoadedPlan, Port, Program, RunError};
 use crate::decode::DeviceError;
 use crate::interface::Role;
 use crate::lower;
-use crate::network::{Network, Tokens, WeightMode};
+use crate::decode::step::NoStepInput;
+use crate::network::{Network, TensorId, Tokens, WeightMode};
 use crate::tensor::DType;
 
 impl CudaDevice {
@@ -28,8 +30,16 @@ impl CudaDevice {
             self.weights = Some(weights.map_err(|e| self.failed(e))?);
             self.times.weights += start.elapsed();
         }
-        let plan = self.unpacked(slot, &network).map_err(|error| self.failed(error))?;
-        self.context(at, &plan, &network)
+        match network.has_kernel_layers() {
+            true => {
+                let program = self.in_steps(slot, &network).map_err(|error| self.failed(error))?;
+                self.ready_to_run(at, program, &network)
+            }
+            false => {
+                let plan = self.unpacked(slot, &network).map_err(|error| self.failed(error))?;
+                self.context(at, &plan, &network)
+            }
+        }
     }
 
     /// A context of the slot's plan, bound to everything but the cache.
@@ -40,41 +50,80 @@ impl CudaDevice {
         network: &Network,
     ) -> Result<Loaded, DeviceError> {
         let slot = &self.slots[at];
-        let graphs = self.options.graphs && matches!(slot.profile.tokens, Tokens::Static(_));
-        let mut engine =
-            Engine::of(plan, slot.entry.optimization_profile, graphs).map_err(|error| self.failed(error))?;
+        let engine = Engine::of(plan, slot.entry.optimization_profile).map_err(|error| self.failed(error))?;
+        let program = Program::of_engine(engine, self.graphs(slot));
+        self.ready_to_run(at, program, network)
+    }
+
+    /// Bound to everything but the cache, with working memory.
+    fn ready_to_run(&mut self, at: usize, mut program: Program, network: &Network) -> Result<Loaded, DeviceError> {
+        let slot = &self.slots[at];
         // A dynamic engine's working memory is for the most that it will ever be asked for.
         let tokens = largest(slot.profile.tokens);
         if matches!(slot.entry.lowered_for().tokens, Tokens::Dynamic { .. }) {
-            engine.set_tokens(tokens).map_err(|error| self.failed(error))?;
+            program.set_tokens(tokens).map_err(|error| self.failed(error))?;
         }
-        let bound = self.bind(&mut engine, network);
+        let bound = self.bind(&mut program, network);
         bound.map_err(|error| self.failed(error))?;
-        self.share_scratch(&mut engine).map_err(|error| self.failed(error))?;
+        self.share_scratch(&mut program).map_err(|error| self.failed(error))?;
         Ok(Loaded {
-            engine,
+            program,
             cache: 0,
             tokens,
+        })
+    }
+
+    fn graphs(&self, slot: &EngineSlot) -> bool {
+        self.options.graphs && matches!(slot.profile.tokens, Tokens::Static(_))
+    }
+
+    /// Engines and kernels in turn, from the plans in the slot's file.
+    fn in_steps(&self, slot: &EngineSlot, network: &Network) -> Result<Program, RunError> {
+        let options = LoadOptions {
+            graphs: self.graphs(slot),
+            kernels: self.options.kernels.as_deref(),
+        };
+        self.with_plan_file(slot, |path, file| {
+            let plans = slot.entry.plans_of(file).ok_or_else(|| RunError::Mismatch {
+                engine: slot.profile.to_string(),
+                reason: "its file is not as long as its plans".to_string(),
+            })?;
+            Program::load(&self.runtime, path, &plans, network, options)
         })
     }
 
     /// The slot's plan, from the file or from another slot that runs another profile of it.
     pub(super) fn unpacked(&self, slot: &EngineSlot, network: &Network) -> Result<Rc<LoadedPlan>, RunError> {
         let same_file = self.slots.iter().filter(|other| other.entry.file == slot.entry.file);
-        if let Some(loaded) = same_file.filter_map(|other| other.loaded.as_ref()).next() {
-            return Ok(loaded.engine.plan().clone());
+        let loaded = same_file.filter_map(|other| other.loaded.as_ref()?.program.engine()).next();
+        if let Some(engine) = loaded {
+            return Ok(engine.plan().clone());
         }
+        self.with_plan_file(slot, |path, bytes| {
+            LoadedPlan::new(&self.runtime, path, bytes, network, self.options.kernels.as_deref()).map(Rc::new)
+        })
+    }
+
+    /// What `load` makes of the slot's file, which is mapped. Its errors name the versions of TensorRT.
+    pub(super) fn with_plan_file<T>(
+        &self,
+        slot: &EngineSlot,
+        load: impl FnOnce(&Path, &[u8]) -> Result<T, RunError>,
+    ) -> Result<T, RunError> {
         let path = self.folder.join(&slot.entry.file);
         let unreadable = |source| RunError::Read {
             path: path.clone(),
             source,
         };
         let file = std::fs::File::open(&path).map_err(unreadable)?;
+        // An empty file, of a program that is all kernels, cannot be mapped.
+        if file.metadata().map_err(unreadable)?.len() == 0 {
+            return load(&path, &[]);
+        }
         // SAFETY: packages are written once and renamed into place; nothing changes them while they are mapped.
         let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(unreadable)?;
-        let plan = LoadedPlan::new(&self.runtime, &path, &bytes, network, self.options.kernels.as_deref());
         let (built_by, here) = (&slot.entry.tensorrt_version, self.runtime.version().to_string());
-        plan.map(Rc::new).map_err(|error| with_versions(error, built_by, &here))
+        load(&path, &bytes).map_err(|error| with_versions(error, built_by, &here))
     }
 
     /// The network that the slot's engine was built from.
@@ -111,22 +160,40 @@ impl CudaDevice {
 
     /// Everything but the cache. Refuses an engine whose inputs and outputs are not the network's: addresses carry no
     /// sizes, and TensorRT would read on past a weight's end.
-    pub(super) fn bind(&self, engine: &mut Engine, network: &Network) -> Result<(), RunError> {
-        let declared = check_ports(engine.name(), engine.ports(), network)?;
-        for port in engine.ports().to_vec() {
-            let address = match declared[port.name.as_str()].role {
-                Some(Role::Cache(_) | Role::UpdatedCache(_)) => continue,
-                Some(Role::Logits) => (port.bytes(1) == self.logits.bytes()).then(|| self.logits.address()),
-                Some(role) => self.inputs.address(role),
-                None => self.weights.as_ref().and_then(|weights| weights.address(&port.name)),
+    pub(super) fn bind(&self, program: &mut Program, network: &Network) -> Result<(), RunError> {
+        let ports = program.ports();
+        let declared = check_ports(program.name(), &ports, network)?;
+        for (name, port) in declared {
+            let role = match port.is {
+                Is::Port(role) => role,
+                Is::Weight => {
+                    let address = self.weights.as_ref().and_then(|weights| weights.address(name));
+                    let address = address.ok_or_else(|| nothing_to_bind(program.name(), name))?;
+                    // SAFETY: weights lie in a buffer of the device, which drops programs first, each at its own place,
+                    // which holds its constant.
+                    unsafe { program.bind([(name, address)])? };
+                    continue;
+                }
+                Is::Between => continue,
             };
-            let address = address.ok_or_else(|| unknown(engine.name(), &port))?;
-            // SAFETY: these buffers live as long as the device, which drops engines first. They are as large as the
-            // network's own tensors, which the ports were compared with: weights each by its constant, the small inputs
-            // for the largest profile.
-            unsafe { engine.bind([(port.name.as_str(), address)])? };
+            let address = match role {
+                Role::Cache(_) | Role::UpdatedCache(_) => continue,
+                Role::Logits => (port.bytes() == Some(self.logits.bytes())).then(|| self.logits.address()),
+                role => self.inputs.address(role),
+            };
+            let address = address.ok_or_else(|| nothing_to_bind(program.name(), name))?;
+            // SAFETY: these buffers live as long as the device, which drops programs first. They are as large as the
+            // network's own tensors, which the engines' ports were compared with: the small inputs for the largest profile.
+            unsafe { program.bind([(name, address)])? };
         }
         Ok(())
+    }
+}
+
+fn nothing_to_bind(engine: &str, name: &str) -> RunError {
+    RunError::Mismatch {
+        engine: engine.to_string(),
+        reason: NoStepInput(name.to_string()).to_string(),
     }
 }
 
@@ -136,8 +203,25 @@ struct Declared {
     dtype: DType,
     /// -1 where it depends on the call.
     shape: Vec<i64>,
-    /// What a session binds to it; `None` for a weight.
-    role: Option<Role>,
+    is: Is,
+}
+
+/// What is bound to a port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Is {
+    /// What a session has for this role.
+    Port(Role),
+    Weight,
+    /// Memory of the program: one step computes it, another reads it.
+    Between,
+}
+
+impl Declared {
+    /// `None` if it depends on the call.
+    fn bytes(&self) -> Option<usize> {
+        let dims: Option<Vec<usize>> = self.shape.iter().map(|dim| usize::try_from(*dim).ok()).collect();
+        Some(self.dtype.byte_len(dims?.iter().product()))
+    }
 }
 
 /// Whether every input and output has the dtype and shape that it has in the network, and none is missing that the session
@@ -157,34 +241,38 @@ fn check_ports<'n>(engine: &str, ports: &[Port], network: &'n Network) -> Result
             )));
         }
     }
-    let outputs = network.outputs.iter().map(|id| network.tensor(*id));
-    let missing = outputs
-        .map(|t| &t.name)
-        .find(|name| !ports.iter().any(|port| port.name == **name));
+    // Of a network in steps, kernels may compute an output.
+    let by_kernels = network.layers.iter().filter(|layer| layer.kind.is_kernel_layer());
+    let by_kernels: HashSet<TensorId> = by_kernels.flat_map(|layer| layer.outputs.iter().copied()).collect();
+    let mut outputs = network.outputs.iter().filter(|id| !by_kernels.contains(id));
+    let missing = outputs.find(|id| !ports.iter().any(|port| port.name == network.tensor(**id).name));
     match missing {
-        Some(name) => Err(mismatch(format!("it has no output {name:?}"))),
+        Some(id) => Err(mismatch(format!("it has no output {:?}", network.tensor(*id).name))),
         None => Ok(declared),
     }
 }
 
-/// What an engine of the network has for ports: its inputs and outputs, and every bound weight under the weight's own name.
+/// What engines of the network have for ports: its inputs and outputs, every bound weight under the weight's own name, and if
+/// it runs in steps whatever one of them computes.
 fn declared(network: &Network) -> HashMap<&str, Declared> {
     let role = |id| network.interface.as_ref().and_then(|interface| interface.role_of(id));
-    let tensors = network.inputs.iter().chain(&network.outputs).map(|id| {
-        let tensor = network.tensor(*id);
-        let declared = Declared {
-            dtype: tensor.dtype,
-            shape: tensor.shape.iter().map(|dim| dim.as_const().unwrap_or(-1)).collect(),
-            role: role(*id),
+    let in_steps = network.has_kernel_layers();
+    let tensors = network.tensors.iter().enumerate().filter_map(|(i, tensor)| {
+        let is = match role(TensorId(i as u32)) {
+            Some(role) => Is::Port(role),
+            None if in_steps => Is::Between,
+            None => return None,
         };
-        (tensor.name.as_str(), declared)
+        let shape = tensor.shape.iter().map(|dim| dim.as_const().unwrap_or(-1)).collect();
+        let dtype = tensor.dtype;
+        Some((tensor.name.as_str(), Declared { dtype, shape, is }))
     });
     let bound = network.weights.iter().filter(|w| w.mode == WeightMode::Bind);
     let weights = bound.map(|weight| {
         let declared = Declared {
             dtype: weight.constant.dtype(),
             shape: weight.constant.shape().iter().map(|d| *d as i64).collect(),
-            role: None,
+            is: Is::Weight,
         };
         (weight.name.as_str(), declared)
     });
@@ -269,7 +357,11 @@ mod tests {
     fn every_port_has_a_role_or_is_a_weight() {
         let (network, ports) = engine();
         let declared = check_ports("e", &ports, &network).unwrap();
-        let mut roles: Vec<Role> = ports.iter().filter_map(|p| declared[p.name.as_str()].role).collect();
+        let role = |port: &Port| match declared[port.name.as_str()].is {
+            Is::Port(role) => Some(role),
+            Is::Weight | Is::Between => None,
+        };
+        let mut roles: Vec<Role> = ports.iter().filter_map(role).collect();
         roles.sort_unstable();
         let interface = network.interface.as_ref().unwrap();
         let mut expected: Vec<Role> = interface
@@ -280,7 +372,7 @@ mod tests {
             .collect();
         expected.sort_unstable();
         assert_eq!(roles, expected);
-        for port in ports.iter().filter(|p| declared[p.name.as_str()].role.is_none()) {
+        for port in ports.iter().filter(|p| role(p).is_none()) {
             assert!(network.weights.iter().any(|w| w.name == port.name), "{}", port.name);
         }
     }

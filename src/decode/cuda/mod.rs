@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use crate::backend::tensorrt::run::{Argmax, Buffer, Engine, Pinned, RunError, Runtime, Stream, timing};
+use crate::backend::tensorrt::run::{Argmax, Buffer, Pinned, Program, RunError, Runtime, Stream, timing};
 use crate::backend::tensorrt::{FLAVOUR, Library};
 use crate::decode::device::{Chunk, Device, DeviceError};
 use crate::decode::instruments::Instruments;
@@ -55,7 +55,7 @@ struct EngineSlot {
 }
 
 struct Loaded {
-    engine: Engine,
+    program: Program,
     /// Address of the cache it is bound to; 0 for none.
     cache: u64,
     /// Tokens that a dynamic engine is set to.
@@ -270,8 +270,8 @@ impl CudaDevice {
     /// GPU time of the engine that ran last, run `times` more with the same inputs and nothing in between: its mean.
     pub fn time_again(&mut self, times: usize) -> Result<Duration, DeviceError> {
         let at = self.last_slot()?;
-        let engine = &mut self.slots[at].loaded.as_mut().expect("found loaded").engine;
-        let timed = timing::time(engine, &self.stream, times as u32);
+        let program = &mut self.slots[at].loaded.as_mut().expect("found loaded").program;
+        let timed = timing::time(program, &self.stream, times as u32);
         timed.map_err(|error| device_error(self.runtime.gpu(), error))
     }
 
@@ -311,10 +311,10 @@ impl CudaDevice {
     fn run(&mut self, at: usize, rows: usize) -> Result<(), RunError> {
         let loaded = self.slots[at].loaded.as_mut().expect("made ready before");
         if loaded.tokens != rows {
-            loaded.engine.set_tokens(rows)?;
+            loaded.program.set_tokens(rows)?;
             loaded.tokens = rows;
             // Provided for the most tokens; fewer could still be computed in a way that wants more.
-            let bytes = loaded.engine.scratch_bytes();
+            let bytes = loaded.program.scratch_bytes();
             self.provide_scratch(bytes)?;
         }
         let cache = self.cache.as_ref().expect("reserved before");
@@ -322,11 +322,11 @@ impl CudaDevice {
         if loaded.cache != cache.address() {
             // SAFETY: the cache holds every one of its ports, and updates lie where their inputs do. It is replaced in `reserve`
             // alone, after all work is done, and the new one is bound here before the engine runs again.
-            unsafe { loaded.engine.bind(cache.ports())? };
+            unsafe { loaded.program.bind(cache.ports())? };
             loaded.cache = cache.address();
         }
         self.inputs.upload(&self.stream)?;
-        loaded.engine.enqueue(&self.stream)
+        loaded.program.enqueue(&self.stream)
     }
 
     /// Queues a chunk: its inputs and its engine.
@@ -512,7 +512,7 @@ impl Drop for CudaDevice {
     fn drop(&mut self) {
         // What was compiled while running is kept for the next process too.
         for loaded in self.slots.iter_mut().filter_map(|slot| slot.loaded.as_mut()) {
-            loaded.engine.keep_kernels();
+            loaded.program.keep_kernels();
         }
     }
 }

@@ -2,15 +2,15 @@
 
 use super::CudaDevice;
 use super::chunks::covers;
-use crate::backend::tensorrt::run::{Buffer, Engine, RunError};
+use crate::backend::tensorrt::run::{Buffer, Program, RunError};
 
 impl CudaDevice {
-    /// Gives the engine the common working memory, first made larger for all if need be.
-    pub(super) fn share_scratch(&mut self, engine: &mut Engine) -> Result<(), RunError> {
-        self.provide_scratch(engine.scratch_bytes())?;
+    /// Gives the program the common working memory, first made larger for all if need be.
+    pub(super) fn share_scratch(&mut self, program: &mut Program) -> Result<(), RunError> {
+        self.provide_scratch(program.scratch_bytes())?;
         // SAFETY: kept in self until every loaded engine has another one or is dropped (`allocate_scratch`, `unload`); the
         // device runs one engine at a time.
-        unsafe { engine.set_scratch(self.scratch.as_ref().expect("just provided")) };
+        unsafe { program.set_scratch(self.scratch.as_ref().expect("just provided")) };
         Ok(())
     }
 
@@ -44,7 +44,7 @@ impl CudaDevice {
     /// Gives back what no loaded engine needs any more. After an error nothing is loaded.
     pub(super) fn trim_scratch(&mut self) -> Result<(), RunError> {
         let loaded = self.slots.iter().filter_map(|slot| slot.loaded.as_ref());
-        let needed = loaded.map(|loaded| loaded.engine.scratch_bytes()).max();
+        let needed = loaded.map(|loaded| loaded.program.scratch_bytes()).max();
         if self.scratch.as_ref().map(Buffer::bytes) <= needed {
             return Ok(());
         }
@@ -61,7 +61,7 @@ impl CudaDevice {
         let buffer = Buffer::new(self.runtime.cuda(), bytes, "the engines' working memory")?;
         for loaded in self.slots.iter_mut().filter_map(|slot| slot.loaded.as_mut()) {
             // SAFETY: as in `share_scratch`: it goes into `self.scratch` below.
-            unsafe { loaded.engine.set_scratch(&buffer) };
+            unsafe { loaded.program.set_scratch(&buffer) };
         }
         self.scratch = Some(buffer);
         Ok(())

@@ -177,7 +177,9 @@ impl CudaDevice {
             if slot.entry.weight_mode == WeightMode::Bind {
                 continue;
             }
-            let (plan, network) = (loaded.engine.plan().clone(), self.lowered(slot)?);
+            // What is not bound runs as one engine.
+            let Some(engine) = loaded.program.engine() else { continue };
+            let (plan, network) = (engine.plan().clone(), self.lowered(slot)?);
             let start = Instant::now();
             if refitted.insert(slot.entry.file.clone()) {
                 let result: Result<(), RunError> = plan.refit(&network);
@@ -206,6 +208,7 @@ mod tests {
             file: String::new(),
             bytes: 0,
             blake3: String::new(),
+            plans: None,
             target: FLAVOUR.target,
             profile: Profile::decode(16),
             built_as: None,

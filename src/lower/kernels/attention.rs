@@ -6,10 +6,6 @@ use crate::graph::{Node, NodeId, ValueId};
 use crate::interface::Role;
 use crate::network::{DecodeAttention, Rotation};
 
-/// The largest head that kernels take, and what its size is a multiple of.
-const LARGEST_HEAD: usize = 256;
-const HEAD_STEP: usize = 16;
-
 /// Nodes that become one [`DecodeAttention`].
 #[derive(Clone, Debug)]
 pub(super) struct AttentionGroup {
@@ -66,8 +62,7 @@ impl Finder<'_> {
         let dtype = self.half(q)?;
         let [heads, head_dim] = self.heads(q)?;
         let [kv_heads, width] = self.heads(k)?;
-        let fits = head_dim.is_multiple_of(HEAD_STEP)
-            && head_dim <= LARGEST_HEAD
+        let fits = DecodeAttention::HEAD_SIZES.contains(&head_dim)
             && width == head_dim
             && self.heads(v)? == [kv_heads, head_dim]
             && kv_heads > 0

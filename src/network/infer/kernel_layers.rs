@@ -131,6 +131,9 @@ pub(super) fn decode_attention(attention: &DecodeAttention, inputs: &[&Tensor]) 
         return Err(wrong(format!("{heads} query heads over {kv_heads}")));
     }
     let head_dim = fixed(keys, 3)?;
+    if !DecodeAttention::HEAD_SIZES.contains(&head_dim) {
+        return Err(wrong(format!("no kernel attends with heads of {head_dim}")));
+    }
     let row = |heads: usize| vec![batch.clone(), Dim::from(1usize), Dim::from(heads * head_dim)];
     match attention.packed {
         true => check_input(inputs, at.qkv[0], dtype, &row(heads + 2 * kv_heads))?,

@@ -123,6 +123,9 @@ impl<T: Copy> AttentionInputs<T> {
 }
 
 impl DecodeAttention {
+    /// The head sizes that there are kernels for.
+    pub const HEAD_SIZES: [usize; 11] = [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256];
+
     /// `heads: 32, kv_heads: 8, ...`: what the layer's text says besides its inputs.
     pub(in crate::network) fn parameters(&self) -> Vec<String> {
         let mut text = vec![format!("heads: {}, kv_heads: {}", self.heads, self.kv_heads)];

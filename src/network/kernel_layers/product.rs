@@ -67,20 +67,22 @@ impl CodeLayout {
         }
     }
 
-    /// Whether kernels can read such codes: groups neither cut by columns nor by the row's end.
+    /// Whether there are kernels for such codes in rows of `k`, which must end with a group and with 16 bytes.
     pub fn fits(self, bits: usize, k: usize) -> bool {
-        let depth = CodeLayout::depth(bits);
         let row = k.is_multiple_of(128 / bits);
+        let groups: &[usize] = match bits {
+            4 => &[16, 32, 64, 128],
+            8 => &[32, 64, 128],
+            _ => &[],
+        };
         match self.group {
-            None => row && !self.zero_points,
-            Some(group) => {
-                let nests = depth.is_multiple_of(group) || group.is_multiple_of(depth);
-                row && group >= 16 && nests && k.is_multiple_of(group)
-            }
+            None => row && bits == 8 && !self.zero_points,
+            Some(group) => row && groups.contains(&group) && k.is_multiple_of(group),
         }
     }
 
-    fn word(self) -> String {
+    /// `rows`, `g32`, `g128z`: as the text of a network and the kernels' variants say it.
+    pub(crate) fn word(self) -> String {
         match self.group {
             None => "rows".to_string(),
             Some(group) => format!("g{group}{}", if self.zero_points { "z" } else { "" }),

@@ -48,6 +48,12 @@ impl Cuda {
         Ok((free as u64, total as u64))
     }
 
+    /// A number that the driver knows of the GPU.
+    pub fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32, RunError> {
+        // SAFETY: a device of this driver, which was initialised.
+        unsafe { result::device::get_attribute(self.device, attribute) }.map_err(failed("cuDeviceGetAttribute"))
+    }
+
     /// Waits until everything queued on the GPU by this process is done.
     pub fn synchronize(&self) -> Result<(), RunError> {
         result::ctx::synchronize().map_err(failed("cuCtxSynchronize"))

@@ -1,15 +1,12 @@
-//! A plan with a context: bound, launched, timed.
+//! A plan with a context: bound and queued.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::rc::Rc;
 
-use super::super::cuda::Graph;
-use super::{Buffer, LoadOptions, LoadedPlan, Port, RunError, Runtime, Stream};
-use crate::network::Network;
+use super::{Buffer, LoadedPlan, Port, RunError, Stream};
 
 /// A plan that is ready to run, with a context of its own. Its working memory is the caller's ([`Engine::scratch_bytes`]),
-/// so that engines that never run at once can share it.
+/// so that engines that never run at once can share it. [`Program`](super::Program) runs it.
 pub struct Engine {
     context: trtx::ExecutionContext<'static>,
     plan: Rc<LoadedPlan>,
@@ -20,36 +17,11 @@ pub struct Engine {
     bound: HashMap<String, u64>,
     /// What dims that depend on the call are set to.
     tokens: usize,
-    launch: Launch,
-}
-
-/// How the next run is queued.
-enum Launch {
-    /// Kernel by kernel, always.
-    Kernels,
-    /// Kernel by kernel this once, since TensorRT prepares things in its first run that must not be captured.
-    First,
-    /// Captured, then launched.
-    Capture,
-    /// Launched again.
-    Again(Graph),
 }
 
 impl Engine {
-    /// Unpacks a plan and makes a context for its first optimization profile.
-    pub fn load(
-        runtime: &Rc<Runtime>,
-        path: &Path,
-        plan: &[u8],
-        network: &Network,
-        options: LoadOptions<'_>,
-    ) -> Result<Self, RunError> {
-        let plan = Rc::new(LoadedPlan::new(runtime, path, plan, network, options.kernels)?);
-        Engine::of(&plan, 0, options.graphs)
-    }
-
-    /// A context for one optimization profile of a plan (0 where there is one, or none). `graphs`: see [`LoadOptions`].
-    pub fn of(plan: &Rc<LoadedPlan>, profile: usize, graphs: bool) -> Result<Self, RunError> {
+    /// A context for one optimization profile of a plan (0 where there is one, or none).
+    pub fn of(plan: &Rc<LoadedPlan>, profile: usize) -> Result<Self, RunError> {
         let failed = |error: trtx::Error| plan.runtime.load_error(&plan.name, &error);
         let created = plan
             .inner
@@ -81,7 +53,6 @@ impl Engine {
             scratch_given: 0,
             bound: HashMap::new(),
             tokens: 1,
-            launch: if graphs { Launch::First } else { Launch::Kernels },
         })
     }
 
@@ -133,16 +104,8 @@ impl Engine {
             set.map_err(|error| self.plan.runtime.load_error(&self.plan.name, &error))?;
         }
         self.tokens = tokens;
-        self.recapture();
         self.scratch_bytes = self.context.update_device_memory_size_for_shapes();
         Ok(())
-    }
-
-    /// What is bound changed: a captured graph holds what was before.
-    fn recapture(&mut self) {
-        if let Launch::Again(_) = self.launch {
-            self.launch = Launch::Capture;
-        }
     }
 
     /// # Safety
@@ -161,7 +124,6 @@ impl Engine {
     /// # Safety
     /// The buffer must live until the last run has ended or others are given, and no other run may use it at the same time.
     pub unsafe fn set_scratch(&mut self, scratch: &Buffer) {
-        self.recapture();
         self.scratch_given = scratch.bytes();
         let address = scratch.address() as *mut std::ffi::c_void;
         // SAFETY: an allocation of so many bytes, which the caller promises to keep for this engine.
@@ -177,7 +139,6 @@ impl Engine {
     pub unsafe fn bind<'n>(&mut self, ports: impl IntoIterator<Item = (&'n str, u64)>) -> Result<(), RunError> {
         for (name, address) in ports {
             if self.bound.get(name) != Some(&address) {
-                self.recapture();
                 // SAFETY: this function's own contract.
                 unsafe { self.set_address(name, address)? };
                 self.bound.insert(name.to_string(), address);
@@ -197,37 +158,6 @@ impl Engine {
                 ),
             });
         }
-        match &self.launch {
-            Launch::Again(graph) => return graph.launch(stream),
-            Launch::Kernels => return self.enqueue_kernels(stream),
-            Launch::First => {
-                self.launch = Launch::Capture;
-                return self.enqueue_kernels(stream);
-            }
-            Launch::Capture => {}
-        }
-        let cuda = self.plan.runtime.cuda.clone();
-        match Graph::capture(&cuda, stream, || self.enqueue_kernels(stream)) {
-            Ok(graph) => {
-                graph.launch(stream)?;
-                self.launch = Launch::Again(graph);
-                Ok(())
-            }
-            // TensorRT may have layers that cannot be captured: slower, but no error.
-            Err(_) => {
-                self.plan.runtime.capture.take_errors();
-                self.launch = Launch::Kernels;
-                self.enqueue_kernels(stream)
-            }
-        }
-    }
-
-    /// Whether runs are launched as one CUDA graph by now.
-    pub fn is_captured(&self) -> bool {
-        matches!(self.launch, Launch::Again(_))
-    }
-
-    fn enqueue_kernels(&mut self, stream: &Stream) -> Result<(), RunError> {
         // SAFETY: the stream is borrowed, so alive; the addresses of ports and working memory are by the promises of `bind`
         // and `set_scratch`, and TensorRT refuses ports without one.
         let queued = unsafe { self.context.enqueue_v3(stream.raw()) };

@@ -110,6 +110,33 @@ pub enum RunError {
         message: String,
     },
 
+    /// The GPU is older than our kernels need.
+    #[error("the decode kernels of this package need SM {}.{}, and {gpu} has SM {}.{}", needed.0, needed.1, found.0, found.1)]
+    OldGpu {
+        /// The GPU's name.
+        gpu: String,
+        /// What it has.
+        found: (u32, u32),
+        /// What kernels need.
+        needed: (u32, u32),
+    },
+
+    /// A kernel that takes more shared memory than the GPU has.
+    #[error("no kernel for the layer {layer:?} fits the {} KiB of shared memory that a block has on this GPU", available >> 10)]
+    SharedMemory {
+        /// The network's layer.
+        layer: String,
+        /// Bytes.
+        available: usize,
+    },
+
+    /// A kernel that this program does not have: of a package that another version made, or a bug.
+    #[error("this version has no kernel {name}")]
+    NoKernel {
+        /// The variant.
+        name: String,
+    },
+
     /// The driver failed.
     #[error("{call} failed: {name} ({message})")]
     Cuda {
@@ -174,6 +201,8 @@ impl Help for RunError {
             RunError::Load { .. } => or_on_the_cpu("convert the model again with this version"),
             RunError::Weights { .. } => "give the package its weights with `lapidary refit`".to_string(),
             RunError::Mismatch { .. } => "convert the model again".to_string(),
+            RunError::OldGpu { .. } | RunError::SharedMemory { .. } => or_on_the_cpu("convert the model with --kernels off"),
+            RunError::NoKernel { .. } => "convert the model again with this version".to_string(),
             RunError::Execute { .. } => format!("{ON_THE_CPU}, and please report this with the model's export"),
             RunError::Cuda { .. } => or_on_the_cpu("see whether `nvidia-smi` and `lapidary doctor` find the GPU"),
         })

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 
-use super::{Buffer, Engine, LoadOptions, Runtime, Stream};
+use super::{Buffer, LoadOptions, Program, Runtime, Stream, timing};
 use crate::backend::tensorrt::{self, BuildOptions, Library};
 use crate::network::{Network, WeightMode};
 use crate::tensor::Tensor;
@@ -20,13 +20,14 @@ pub fn execute(
     inputs: &[(&str, Tensor)],
     options: &BuildOptions,
 ) -> Result<Vec<(String, Tensor)>, Box<dyn std::error::Error>> {
-    let plan = tensorrt::build(library, network, options)?;
+    let plans = tensorrt::build_all(library, network, options)?;
     let loading = LoadOptions {
         graphs: false,
         kernels: None,
     };
-    let mut engine = Engine::load(runtime, Path::new("(in memory)"), plan.bytes(), network, loading)?;
-    drop(plan);
+    let bytes: Vec<&[u8]> = plans.iter().map(tensorrt::Plan::bytes).collect();
+    let mut program = Program::load(runtime, Path::new("(in memory)"), &bytes, network, loading)?;
+    drop(plans);
     let cuda = runtime.cuda();
     let stream = Stream::new(cuda)?;
     let mut memory: HashMap<String, Rc<Buffer>> = HashMap::new();
@@ -45,34 +46,34 @@ pub fn execute(
             )
         })
         .collect();
-    let mut ports = engine.ports().to_vec();
     // Inputs first: an updated cache is in the memory of its input.
-    ports.sort_by_key(|port| !port.is_input);
-    for port in &ports {
-        let buffer = match aliases.get(port.name.as_str()).and_then(|cache| memory.get(*cache)) {
+    let outputs = network.inputs.len() + network.weights.iter().filter(|w| w.mode == WeightMode::Bind).count();
+    for (i, (port, dtype, bytes)) in timing::ports(network, 1).into_iter().enumerate() {
+        let cache = aliases.get(port.as_str()).and_then(|cache| memory.get(*cache));
+        let buffer = match cache {
             Some(cache) => cache.clone(),
-            None => Rc::new(Buffer::new(cuda, port.bytes(1), &port.name)?),
+            None => Rc::new(Buffer::new(cuda, bytes, &port)?),
         };
-        if port.is_input {
+        if i < outputs {
             let value = values
-                .get(&port.name)
-                .ok_or_else(|| format!("no value for the input {:?}", port.name))?;
-            if (value.dtype(), value.data().len()) != (port.dtype, port.bytes(1)) {
-                return Err(format!("{:?} wants {} {:?}, not {value:?}", port.name, port.dtype, port.shape).into());
+                .get(&port)
+                .ok_or_else(|| format!("no value for the input {port:?}"))?;
+            if (value.dtype(), value.data().len()) != (dtype, bytes) {
+                return Err(format!("{port:?} needs {dtype} in {bytes} bytes, not {value:?}").into());
             }
             buffer.write(0, value.data())?;
-        } else if !aliases.contains_key(port.name.as_str()) {
+        } else if !aliases.contains_key(port.as_str()) {
             // Whatever is not written shows.
             buffer.write(0, &vec![0xff; buffer.bytes()])?;
         }
-        // SAFETY: of the port's size, and held until the run is over.
-        unsafe { engine.bind([(port.name.as_str(), buffer.address())])? };
-        memory.insert(port.name.clone(), buffer);
+        // SAFETY: of the tensor's size, and held until the run is over.
+        unsafe { program.bind([(port.as_str(), buffer.address())])? };
+        memory.insert(port, buffer);
     }
-    let scratch = Buffer::new(cuda, engine.scratch_bytes(), "working memory")?;
+    let scratch = Buffer::new(cuda, program.scratch_bytes(), "working memory")?;
     // SAFETY: held until the run is over.
-    unsafe { engine.set_scratch(&scratch) };
-    engine.enqueue(&stream)?;
+    unsafe { program.set_scratch(&scratch) };
+    program.enqueue(&stream)?;
     stream.wait()?;
     let mut outputs = Vec::new();
     for id in &network.outputs {

@@ -1,8 +1,9 @@
 //! Engines that run: plans from disk to results in device memory.
 //!
-//! Takes plans that `build` made; gives [`Engine`]s over a [`Runtime`], whose inputs and outputs are bound by device
+//! Takes plans that `build` made; gives [`Program`]s over a [`Runtime`], whose inputs and outputs are bound by device
 //! address. The CUDA driver's objects are in `cuda`, beside
-//! this module. `loaded_plan` deserializes a plan, `engine` adds a context that runs, `refit` puts weights into plans that
+//! this module. `loaded_plan` deserializes a plan, `engine` adds a context, `kernels` has what runs between engines, `program`
+//! runs both, `refit` puts weights into plans that
 //! were built without, `kernel_cache` keeps what TensorRT compiled when it first loaded a plan, `execute` runs one network
 //! once, `timing` measures an engine, over synthetic inputs if it has no others. Which engines there are and what
 //! is fed to them is `decode`'s business.
@@ -18,7 +19,9 @@ mod engine;
 mod error;
 mod execute;
 mod kernel_cache;
+mod kernels;
 mod loaded_plan;
+mod program;
 mod refit;
 pub mod timing;
 
@@ -32,8 +35,10 @@ pub use engine::Engine;
 pub use error::{Objection, ObjectionKind, RunError};
 pub use execute::execute;
 pub use loaded_plan::LoadedPlan;
+pub use program::Program;
 
 use super::cuda::driver::Driver;
+use kernels::Modules;
 use super::flavour;
 use super::library::{Library, Version};
 use super::log_capture::LogCapture;
@@ -46,6 +51,8 @@ pub struct Runtime {
     /// Behind the runtime, which points to it.
     logger: Rc<trtx::Logger>,
     capture: LogCapture,
+    /// Kernels of ours, loaded when they are needed.
+    modules: Modules,
     cuda: Rc<Cuda>,
     version: Version,
 }
@@ -71,6 +78,7 @@ impl Runtime {
             inner,
             logger,
             capture,
+            modules: Modules::new(&cuda)?,
             cuda,
             version,
         }))

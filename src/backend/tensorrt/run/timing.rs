@@ -1,60 +1,57 @@
-//! How long an engine takes, with synthetic numbers in every input: for tuners and experiments, which have engines but no
+//! How long a program takes, with synthetic numbers in every input: for tuners and experiments, which have engines but no
 //! session. Times of matrix products and attention do not depend on the numbers as long as they are finite.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::{Buffer, Engine, Event, Rows, RunError, Stream};
+use super::{Buffer, Event, Program, Rows, RunError, Stream};
 use crate::interface::Role;
-use crate::network::Network;
+use crate::network::{Network, TensorId, WeightMode};
 use crate::tensor::{DType, Tensor};
 
-/// An engine with memory of its own for every port. Weights and caches hold numbers about 0.03 in size, so that long chains
-/// neither vanish nor overflow; integers are 0.
-pub struct SyntheticEngine {
+/// A program with memory of its own for everything that it reads and writes. Weights and caches hold numbers about 0.03 in
+/// size, so that long chains neither vanish nor overflow; integers are 0.
+pub struct SyntheticProgram {
     /// Dropped before the memory that it is bound to, and never lent to be run by others.
-    engine: Engine,
+    program: Program,
     buffers: BTreeMap<String, Buffer>,
     /// Names of the inputs that are no weights.
     roles: BTreeMap<Role, String>,
     scratch: Buffer,
 }
 
-impl SyntheticEngine {
-    /// `network` is the one that the engine was built from, which knows whose memory an updated cache is in.
-    pub fn new(mut engine: Engine, network: &Network) -> Result<Self, RunError> {
-        let cuda = engine.plan().runtime.cuda().clone();
+impl SyntheticProgram {
+    /// `network` is the one that the program runs, which knows whose memory an updated cache is in.
+    pub fn new(mut program: Program, network: &Network) -> Result<Self, RunError> {
+        let cuda = program.runtime().cuda().clone();
         let stream = Stream::new(&cuda)?;
         let name = |id| network.tensor(id).name.clone();
         let caches: BTreeMap<String, String> = network.aliases().map(|(from, to)| (name(to), name(from))).collect();
         let mut buffers: BTreeMap<String, Buffer> = BTreeMap::new();
-        let mut ports = engine.ports().to_vec();
-        ports.sort_by_key(|port| !port.is_input);
-        for port in ports {
-            let bytes = port.bytes(engine.tokens());
-            let cache = caches.get(&port.name).and_then(|cache| buffers.get(cache));
+        for (port, dtype, bytes) in ports(network, program.tokens()) {
+            let cache = caches.get(&port).and_then(|cache| buffers.get(cache));
             let address = match cache.filter(|cache| cache.bytes() >= bytes) {
                 Some(cache) => cache.address(),
                 None => {
-                    let buffer = Buffer::new(&cuda, bytes, &port.name)?;
-                    fill(&stream, &buffer, port.dtype)?;
+                    let buffer = Buffer::new(&cuda, bytes, &port)?;
+                    fill(&stream, &buffer, dtype)?;
                     let address = buffer.address();
-                    buffers.insert(port.name.clone(), buffer);
+                    buffers.insert(port.clone(), buffer);
                     address
                 }
             };
-            // SAFETY: of the port's size for the tokens that are set, which stay: the engine ends up in the struct below,
-            // which keeps the memory until the engine is dropped and sets no others. If a later line fails, the engine is
+            // SAFETY: of the tensor's size for the tokens that are set, which stay: the program ends up in the struct below,
+            // which keeps the memory until the program is dropped and sets no others. If a later line fails, the program is
             // dropped without a run.
-            unsafe { engine.bind([(port.name.as_str(), address)])? };
+            unsafe { program.bind([(port.as_str(), address)])? };
         }
-        let scratch = Buffer::new(&cuda, engine.scratch_bytes(), "working memory")?;
+        let scratch = Buffer::new(&cuda, program.scratch_bytes(), "working memory")?;
         // SAFETY: as above; nothing else is given this memory.
-        unsafe { engine.set_scratch(&scratch) };
+        unsafe { program.set_scratch(&scratch) };
         let ports = network.interface.iter().flat_map(|interface| interface.inputs());
         let roles = ports.map(|port| (port.role, name(port.id))).collect();
-        Ok(SyntheticEngine {
-            engine,
+        Ok(SyntheticProgram {
+            program,
             buffers,
             roles,
             scratch,
@@ -73,25 +70,42 @@ impl SyntheticEngine {
     /// Device memory held.
     pub fn bytes(&self) -> u64 {
         let ports: usize = self.buffers.values().map(Buffer::bytes).sum();
-        (ports + self.scratch.bytes()) as u64
+        (ports + self.scratch.bytes() + self.program.bytes()) as u64
     }
 
     /// GPU time of one run: see [`time`].
     pub fn time(&mut self, stream: &Stream, runs: u32) -> Result<Duration, RunError> {
-        time(&mut self.engine, stream, runs)
+        time(&mut self.program, stream, runs)
     }
 }
 
+/// Name, dtype and bytes of everything that is bound to a program: inputs, bound weights, and then outputs, so that a cache
+/// comes before its update. Dims that depend on the call are `tokens`.
+pub(super) fn ports(network: &Network, tokens: usize) -> Vec<(String, DType, usize)> {
+    let tensor = |id: &TensorId| {
+        let tensor = network.tensor(*id);
+        let dims = tensor.shape.iter().map(|dim| dim.as_const().map_or(tokens, |n| n as usize));
+        (tensor.name.clone(), tensor.dtype, tensor.dtype.byte_len(dims.product()))
+    };
+    let bound = network.weights.iter().filter(|weight| weight.mode == WeightMode::Bind);
+    let weights = bound.map(|weight| {
+        let constant = &weight.constant;
+        (weight.name.clone(), constant.dtype(), constant.byte_len())
+    });
+    let inputs = network.inputs.iter().map(tensor);
+    inputs.chain(weights).chain(network.outputs.iter().map(tensor)).collect()
+}
+
 /// GPU time of one run: the mean of `runs` in a row, after some to warm up.
-pub fn time(engine: &mut Engine, stream: &Stream, runs: u32) -> Result<Duration, RunError> {
-    let cuda = engine.plan().runtime.cuda().clone();
+pub fn time(program: &mut Program, stream: &Stream, runs: u32) -> Result<Duration, RunError> {
+    let cuda = program.runtime().cuda().clone();
     let (start, end) = (Event::new(&cuda)?, Event::new(&cuda)?);
     for _ in 0..4 {
-        engine.enqueue(stream)?;
+        program.enqueue(stream)?;
     }
     start.record(stream)?;
     for _ in 0..runs {
-        engine.enqueue(stream)?;
+        program.enqueue(stream)?;
     }
     end.record(stream)?;
     end.wait()?;

@@ -1,0 +1,47 @@
+//! Kernels of ours that run between engines: the layers of [`network`](crate::network) that TensorRT does not have.
+//!
+//! Takes a layer; gives a [`Launch`]: a kernel with its grid and its arguments, in which addresses are filled in when tensors
+//! are bound. `archive` has the kernels' PTX, `variant` chooses among them, `product` and `attention` write the arguments of
+//! each, `module` loads them and `launch` queues them. The kernels' sources, and what each argument is, are in
+//! `../device/decode`.
+//!
+//! # Dependent launch
+//!
+//! From SM 9.0 on a kernel may start while the one before it still runs: it reads what no kernel writes (weights, tables,
+//! positions, cache slots of earlier tokens) and then waits until the other is complete. So whatever writes those must be
+//! complete before the *first* kernel of such a chain starts. A kernel after an engine or a copy is launched in the
+//! ordinary way, which waits for it ([`Launch::enqueue`]).
+
+mod archive;
+mod arguments;
+mod attention;
+mod launch;
+mod module;
+mod product;
+mod variant;
+
+pub(super) use launch::Launch;
+pub(super) use module::Modules;
+
+use super::RunError;
+use crate::network::{LayerKind, Network};
+
+/// What a GPU gives kernels.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// 80 or 90: which variants it runs.
+    target: u32,
+    multiprocessors: u32,
+    /// Shared memory of one block, bytes.
+    shared: usize,
+}
+
+/// The launch of a layer of our own.
+pub(super) fn launch(modules: &Modules, network: &Network, layer: usize) -> Result<Launch, RunError> {
+    let layer = &network.layers[layer];
+    match &layer.kind {
+        LayerKind::RowProduct(product) => product::launch(modules, network, layer, product),
+        LayerKind::DecodeAttention(attention) => attention::launch(modules, network, layer, attention),
+        other => unreachable!("{} is a layer of TensorRT's", other.name()),
+    }
+}

@@ -1,0 +1,236 @@
+//! Which variant of the product computes a layer: the one that was fastest for the nearest matrix that was measured.
+//!
+//! The sums of a row are taken in an order that depends on the form of the weights and the number of warps and on nothing
+//! else, so a variant changes a result in the last bit at most.
+
+use super::Limits;
+use crate::network::CodeLayout;
+use crate::tensor::DType;
+
+/// Warps of a block, tiles of 8 rows of weights that it works on at a time, and columns of 64 bytes in flight for each warp.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Shape {
+    pub warps: usize,
+    pub tiles: usize,
+    pub stages: usize,
+}
+
+impl Shape {
+    pub fn name(self) -> String {
+        format!("w{}t{}s{}", self.warps, self.tiles, self.stages)
+    }
+}
+
+/// What the weights of a product are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Form {
+    /// Of activations: fp16 or bf16.
+    pub dtype: DType,
+    /// i4, i8, or as the activations.
+    pub weights: DType,
+    pub layout: Option<CodeLayout>,
+}
+
+impl Form {
+    /// `floats`, `i8` or `i4`.
+    fn weights(self) -> &'static str {
+        match self.weights {
+            DType::I4 => "i4",
+            DType::I8 => "i8",
+            _ => "floats",
+        }
+    }
+
+    /// The archive that has the variants.
+    pub fn archive(self) -> String {
+        format!("product-{}-{}", self.dtype, self.weights())
+    }
+
+    /// The variant of a shape, without the target.
+    pub fn variant(self, shape: Shape) -> String {
+        let layout = self.layout.map_or_else(String::new, |layout| format!("-{}", layout.word()));
+        format!("{}{layout}-{}", self.archive(), shape.name())
+    }
+
+    pub fn bits(self) -> usize {
+        self.weights.bits()
+    }
+
+    fn measured(self) -> &'static [Measured] {
+        match (self.weights, self.layout.and_then(|layout| layout.group)) {
+            (DType::I4, Some(16 | 32)) => I4_SHORT,
+            (DType::I4, _) => I4_LONG,
+            (DType::I8, _) => I8,
+            _ => FLOATS,
+        }
+    }
+}
+
+/// A product that was measured in a whole token, and what was fastest.
+struct Measured {
+    /// Rows of all matrices together, and their depth.
+    matrix: (usize, usize),
+    gated: bool,
+    shape: Shape,
+    /// Blocks for each multiprocessor.
+    blocks: u32,
+}
+
+const fn measured(matrix: (usize, usize), gated: bool, [warps, tiles, stages]: [usize; 3], blocks: u32) -> Measured {
+    Measured {
+        matrix,
+        gated,
+        shape: Shape { warps, tiles, stages },
+        blocks,
+    }
+}
+
+// q, k and v; output; gate and up; down; logits: of models of 8 B and 1.1 B parameters and of SmolLM2-135M, on one H200
+// (benches/kernels/configurations.json). Of what the last two of 8 B have in common with the archive's shapes.
+const FLOATS: &[Measured] = &[
+    measured((6144, 4096), false, [16, 2, 6], 1),
+    measured((4096, 4096), false, [8, 4, 6], 1),
+    measured((28672, 4096), true, [8, 4, 6], 1),
+    measured((4096, 14336), false, [16, 2, 6], 1),
+    measured((128_256, 4096), false, [16, 2, 6], 1),
+    measured((2560, 2048), false, [8, 4, 6], 1),
+    measured((2048, 2048), false, [8, 4, 6], 1),
+    measured((11264, 2048), true, [8, 2, 3], 3),
+    measured((2048, 5632), false, [8, 2, 12], 1),
+    measured((32000, 2048), false, [16, 2, 2], 2),
+    measured((960, 576), false, [8, 4, 6], 1),
+    measured((576, 576), false, [8, 4, 6], 1),
+    measured((3072, 576), true, [8, 4, 6], 1),
+    measured((576, 1536), false, [8, 4, 6], 1),
+    measured((49152, 576), false, [4, 4, 3], 4),
+];
+const I8: &[Measured] = &[
+    measured((6144, 4096), false, [8, 4, 3], 2),
+    measured((4096, 4096), false, [8, 4, 3], 2),
+    measured((28672, 4096), true, [8, 4, 3], 2),
+    measured((4096, 14336), false, [16, 2, 3], 2),
+    measured((2560, 2048), false, [8, 2, 6], 2),
+    measured((2048, 2048), false, [8, 4, 3], 1),
+    measured((11264, 2048), true, [8, 4, 3], 2),
+    measured((2048, 5632), false, [8, 2, 6], 1),
+    measured((960, 576), false, [8, 4, 3], 1),
+];
+const I4_LONG: &[Measured] = &[
+    measured((6144, 4096), false, [8, 4, 2], 2),
+    measured((4096, 4096), false, [8, 4, 6], 1),
+    measured((28672, 4096), true, [8, 4, 2], 2),
+    measured((4096, 14336), false, [8, 4, 6], 1),
+    measured((2560, 2048), false, [8, 2, 6], 2),
+    measured((2048, 2048), false, [8, 2, 6], 1),
+    measured((11264, 2048), true, [8, 4, 3], 2),
+    measured((2048, 5632), false, [8, 2, 6], 2),
+];
+const I4_SHORT: &[Measured] = &[
+    measured((6144, 4096), false, [8, 4, 2], 2),
+    measured((4096, 4096), false, [8, 4, 2], 2),
+    measured((28672, 4096), true, [8, 4, 2], 2),
+    measured((4096, 14336), false, [8, 2, 3], 3),
+    measured((2560, 2048), false, [8, 4, 6], 1),
+    measured((2048, 2048), false, [8, 4, 6], 1),
+    measured((11264, 2048), true, [4, 4, 2], 4),
+    measured((2048, 5632), false, [8, 2, 3], 2),
+    measured((960, 576), false, [8, 4, 2], 2),
+    measured((576, 576), false, [8, 2, 6], 1),
+    measured((3072, 576), true, [8, 2, 6], 2),
+    measured((576, 1536), false, [8, 2, 6], 1),
+];
+
+/// Shape and blocks for each multiprocessor: those of the nearest matrix whose shape fits the GPU's shared memory. `shared`
+/// gives what a block takes. `None` if none fits.
+pub(super) fn choose(
+    form: Form,
+    matrix: (usize, usize),
+    gated: bool,
+    limits: Limits,
+    shared: impl Fn(Shape) -> usize,
+) -> Option<(Shape, u32)> {
+    let fitting = form.measured().iter().filter(|m| shared(m.shape) <= limits.shared);
+    let nearest = fitting.min_by(|a, b| distance(a, matrix, gated).total_cmp(&distance(b, matrix, gated)))?;
+    Some((nearest.shape, nearest.blocks))
+}
+
+/// In powers of e of rows and depth, and one more for the other kind of product.
+fn distance(measured: &Measured, (rows, depth): (usize, usize), gated: bool) -> f64 {
+    let ratio = |a: usize, b: usize| (a as f64 / b.max(1) as f64).ln().abs();
+    let kind = f64::from(u8::from(measured.gated != gated));
+    ratio(measured.matrix.0, rows) + ratio(measured.matrix.1, depth) + kind
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::archive;
+    use super::*;
+
+    const HOPPER: Limits = Limits {
+        target: 90,
+        multiprocessors: 132,
+        shared: 227 << 10,
+    };
+
+    /// Every form that the network's layers allow, as the rules of the layer have it.
+    fn forms() -> Vec<Form> {
+        let mut forms = Vec::new();
+        for dtype in [DType::F16, DType::Bf16] {
+            forms.push(Form {
+                dtype,
+                weights: dtype,
+                layout: None,
+            });
+            for weights in [DType::I4, DType::I8] {
+                let groups = [None].into_iter().chain((1..=1024).map(Some));
+                for (group, zero_points) in groups.flat_map(|group| [(group, false), (group, true)]) {
+                    let layout = CodeLayout { group, zero_points };
+                    // A depth that every group divides ends with one.
+                    if layout.fits(weights.bits(), group.unwrap_or(1) * 128) {
+                        let layout = Some(layout);
+                        forms.push(Form { dtype, weights, layout });
+                    }
+                }
+            }
+        }
+        assert_eq!(forms.len(), 2 * (1 + 8 + 7));
+        forms
+    }
+
+    #[test]
+    fn there_is_a_kernel_for_everything_that_is_chosen() {
+        for form in forms() {
+            let variants = archive::variants(&form.archive());
+            for measured in form.measured() {
+                for target in [80, 90] {
+                    let name = format!("{}-sm{target}", form.variant(measured.shape));
+                    assert!(variants.contains_key(&name), "{name}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn measured_matrices_get_what_was_measured() {
+        for form in forms() {
+            for m in form.measured() {
+                let chosen = choose(form, m.matrix, m.gated, HOPPER, |_| 0);
+                assert_eq!(chosen, Some((m.shape, m.blocks)), "{form:?} {:?}", m.matrix);
+            }
+        }
+    }
+
+    #[test]
+    fn shapes_too_large_for_the_gpu_are_passed_over() {
+        let form = forms()[0];
+        let shared = |shape: Shape| shape.warps * shape.stages << 10;
+        let small = Limits {
+            shared: 40 << 10,
+            ..HOPPER
+        };
+        let (shape, _) = choose(form, (4096, 4096), false, small, shared).unwrap();
+        assert!(shared(shape) <= small.shared, "{shape:?}");
+        let none = Limits { shared: 1, ..HOPPER };
+        assert_eq!(choose(form, (4096, 4096), false, none, shared), None);
+    }
+}
