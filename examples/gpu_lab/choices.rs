@@ -47,7 +47,7 @@ pub fn each<T: Send>(threads: usize, cases: Vec<T>, tell: impl Fn(T) -> String +
 
 /// What weights of linear layers are quantized to: codes, the size of a block (0: a scale a row), zero points.
 #[derive(Clone, Copy)]
-struct Codes(DType, usize, bool);
+pub struct Codes(pub DType, pub usize, pub bool);
 
 impl std::fmt::Display for Codes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -81,7 +81,8 @@ fn tensor(dtype: DType, shape: Vec<usize>, embed: bool) -> Constant {
     Constant::tensor(Tensor::new(dtype, shape, bytes.into()).expect("as many bytes as the shape takes"))
 }
 
-fn quantized(decoder: &Decoder, codes: Option<Codes>, embed: bool) -> Graph {
+/// The decoder's graph, its linear layers quantized.
+pub fn quantized(decoder: &Decoder, codes: Option<Codes>, embed: bool) -> Graph {
     decoder.graph_with(|name, dtype, shape| match codes {
         Some(Codes(code, block, zeros)) if name.contains("proj") => {
             let granularity = match block {
@@ -204,7 +205,7 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
             let built: f64 = plans.iter().map(|plan| plan.elapsed().as_secs_f64()).sum();
             let bytes: Vec<&[u8]> = plans.iter().map(|plan| plan.bytes()).collect();
             Ok((
-                measure(&library, &network, &bytes, &gpu, 30)?,
+                measure(&library, &network, &bytes, &gpu, (300, 30))?,
                 built,
                 bytes.iter().map(|plan| plan.len()).sum(),
             ))
@@ -221,8 +222,9 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
     Ok(())
 }
 
-/// Seconds that a run takes on the GPU, with synthetic weights and activations.
-pub fn measure(library: &Library, network: &Network, plans: &[&[u8]], gpu: &Mutex<()>, times: u32) -> Outcome<f64> {
+/// Seconds that a run takes on the GPU with so many tokens in the cache, with synthetic weights and activations: the mean of
+/// `times` runs.
+pub fn measure(library: &Library, network: &Network, plans: &[&[u8]], gpu: &Mutex<()>, (context, times): (i32, u32)) -> Outcome<f64> {
     let runtime = Runtime::new(library)?;
     let loading = LoadOptions {
         graphs: true,
@@ -232,7 +234,7 @@ pub fn measure(library: &Library, network: &Network, plans: &[&[u8]], gpu: &Mute
     let _alone = gpu.lock().expect("no panic");
     let mut program = SyntheticProgram::new(program, network)?;
     for role in [Role::PositionIds, Role::WriteIndices] {
-        program.set(role, 300)?;
+        program.set(role, context)?;
     }
     let took = program.time(&Stream::new(runtime.cuda())?, times)?;
     // Its memory goes back before the next one measures.

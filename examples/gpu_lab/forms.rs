@@ -169,7 +169,7 @@ fn measure_chain(
         let pairs = if size[0] > 2048 { 3 } else { 8 };
         let (network, bytes) = chain(form, dtype, size, pairs)?;
         let plan = tensorrt::build(library, &network, &BuildOptions::default())?;
-        let seconds = measure(library, &network, &[plan.bytes()], gpu, 30)?;
+        let seconds = measure(library, &network, &[plan.bytes()], gpu, (300, 30))?;
         Ok((seconds * 1e6 / (2 * pairs) as f64, bytes / seconds / 1e12))
     };
     run().map_err(|error| error.to_string())

@@ -7,6 +7,7 @@
 //! gpu_lab swap PKG --weights OTHER_PKG                 # other weights under loaded engines, and back
 //! gpu_lab moves PKG                                    # a token after a move of the cache, and where it started
 //! gpu_lab forms                                        # ways to write a matrix product of one row
+//! gpu_lab kernels 8b                                   # decode steps of whole models with kernels of our own and without
 //! gpu_lab choices --large --layers 4                   # one choice of the lowering at a time, on a few layers
 //! ```
 
@@ -15,6 +16,7 @@ mod batch;
 mod choices;
 mod drive;
 mod forms;
+mod kernels;
 mod moves;
 mod swap;
 
@@ -90,6 +92,12 @@ enum Command {
         #[arg(long, default_value = "")]
         only: String,
     },
+    /// Decode steps of whole models of real dims, with kernels of our own and without.
+    Kernels {
+        /// Only cases whose name holds this.
+        #[arg(default_value = "")]
+        only: String,
+    },
     /// How far single fp16 layers are from the truth, in several forms.
     Accuracy,
     Forms {
@@ -127,6 +135,7 @@ fn main() -> ExitCode {
         Command::Moves { package, steps } => moves::moves(&package, steps).map(|v| println!("{v:#}")),
         Command::Forms { only } => forms::forms(&only),
         Command::Choices { large, layers, only } => choices::choices(large, layers, &only),
+        Command::Kernels { only } => kernels::kernels(&only),
         Command::Accuracy => accuracy::accuracy(),
     };
     match done {

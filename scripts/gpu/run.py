@@ -8,6 +8,7 @@ from pathlib import Path
 
 import bench
 import families
+import kernels
 import models
 import quantized
 import refit
@@ -24,6 +25,8 @@ STAGES = {
     "quick": lambda results: results.attempt("tiny", tiny.main, ("llama",), only_first=1),
     "quantized": lambda results: results.attempt("quantized", quantized.main),
     "families": lambda results: results.attempt("families", families.main),
+    "kernels": lambda results: results.attempt("kernels", kernels.main),
+    "decode-steps": lambda results: decode_steps(results),
     "suite": lambda results: results.attempt("suite", suite.main),
     "forms": lambda results: results.attempt("forms", lambda: run(BIN / "gpu_lab", "forms", timeout=400).splitlines()),
     "choices-1b": lambda results: choices(results, "--layers", "6"),
@@ -45,6 +48,12 @@ def choices(results, *arguments):
     """What single choices of the lowering take; CHOICES names those that are asked for, by a part of their names."""
     told = lambda: run(BIN / "gpu_lab", "choices", *arguments, "--only", os.environ.get("CHOICES", ""), timeout=400).splitlines()
     results.attempt("choices", told)
+
+
+def decode_steps(results):
+    """Whole decode steps with made-up weights, with kernels and without; STEPS keeps the cases whose names hold it."""
+    steps = lambda: run(BIN / "gpu_lab", "kernels", os.environ.get("STEPS", ""), timeout=500).splitlines()
+    results.attempt("decode_steps", steps)
 
 
 def main():
