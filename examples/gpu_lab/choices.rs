@@ -224,7 +224,13 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
 
 /// Seconds that a run takes on the GPU with so many tokens in the cache, with synthetic weights and activations: the mean of
 /// `times` runs.
-pub fn measure(library: &Library, network: &Network, plans: &[&[u8]], gpu: &Mutex<()>, (context, times): (i32, u32)) -> Outcome<f64> {
+pub fn measure(
+    library: &Library,
+    network: &Network,
+    plans: &[&[u8]],
+    gpu: &Mutex<()>,
+    (context, times): (i32, u32),
+) -> Outcome<f64> {
     let runtime = Runtime::new(library)?;
     let loading = LoadOptions {
         graphs: true,

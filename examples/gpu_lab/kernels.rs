@@ -27,7 +27,11 @@ fn decoders() -> [(&'static str, Decoder); 3] {
         tied: true,
         ..Decoder::llama_1b()
     };
-    [("smollm2", smollm2), ("1b", Decoder::llama_1b()), ("8b", Decoder::llama_8b())]
+    [
+        ("smollm2", smollm2),
+        ("1b", Decoder::llama_1b()),
+        ("8b", Decoder::llama_8b()),
+    ]
 }
 
 fn forms() -> [(&'static str, Option<Codes>); 6] {

@@ -49,7 +49,8 @@ pub use builder::{BuildError, LayerError, NetworkBuilder};
 pub use infer::LayerFault;
 pub use interface::verify_interface;
 pub use kernel_layers::{
-    AttentionInputs, CodeLayout, DecodeAttention, PartInputs, ProductInputs, ProductPart, Rotation, RowActivation, RowProduct,
+    AttentionInputs, CodeLayout, DecodeAttention, PartInputs, ProductInputs, ProductPart, Rotation, RowActivation,
+    RowProduct,
 };
 pub(crate) use kind::RowLayer;
 pub use kind::{Activation, Elementwise, ExpertInputs, Greatest, LayerKind, MatrixOp, ReduceOp, UnaryOp};

@@ -270,7 +270,11 @@ mod tests {
         for decoder in [Decoder::tiny(), softcap] {
             let network = network(decoder);
             let steps = Steps::of(&network);
-            let mut known: HashSet<&str> = network.inputs.iter().map(|id| network.tensor(*id).name.as_str()).collect();
+            let mut known: HashSet<&str> = network
+                .inputs
+                .iter()
+                .map(|id| network.tensor(*id).name.as_str())
+                .collect();
             known.extend(network.weights.iter().map(|weight| weight.name.as_str()));
             let mut layers = 0;
             for step in &steps.steps {
@@ -294,7 +298,12 @@ mod tests {
             }
             let all = network.layers.iter().filter(|layer| !is_source(layer)).count();
             assert_eq!(layers, all);
-            assert!(network.outputs.iter().all(|id| known.contains(network.tensor(*id).name.as_str())));
+            assert!(
+                network
+                    .outputs
+                    .iter()
+                    .all(|id| known.contains(network.tensor(*id).name.as_str()))
+            );
         }
     }
 }

@@ -21,7 +21,11 @@ fn exports() -> Vec<PathBuf> {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
     let wanted = std::env::var("LAPIDARY_EXPORT").unwrap_or_default();
     let folders = ["exports", "families", "experts"].map(|group| std::fs::read_dir(fixtures.join(group)).unwrap());
-    let mut found: Vec<PathBuf> = folders.into_iter().flatten().map(|entry| entry.unwrap().path()).collect();
+    let mut found: Vec<PathBuf> = folders
+        .into_iter()
+        .flatten()
+        .map(|entry| entry.unwrap().path())
+        .collect();
     found.retain(|folder| folder.join("model.onnx").exists() && folder.to_string_lossy().contains(&wanted));
     found.sort();
     found

@@ -13,9 +13,9 @@ use super::weights::Weights;
 use super::{CudaDevice, EngineSlot, Loaded};
 use crate::backend::tensorrt::run::{Engine, LoadOptions, LoadedPlan, Port, Program, RunError};
 use crate::decode::DeviceError;
+use crate::decode::step::NoStepInput;
 use crate::interface::Role;
 use crate::lower;
-use crate::decode::step::NoStepInput;
 use crate::network::{Network, TensorId, Tokens, WeightMode};
 use crate::tensor::DType;
 
@@ -95,7 +95,9 @@ impl CudaDevice {
     /// The slot's plan, from the file or from another slot that runs another profile of it.
     pub(super) fn unpacked(&self, slot: &EngineSlot, network: &Network) -> Result<Rc<LoadedPlan>, RunError> {
         let same_file = self.slots.iter().filter(|other| other.entry.file == slot.entry.file);
-        let loaded = same_file.filter_map(|other| other.loaded.as_ref()?.program.engine()).next();
+        let loaded = same_file
+            .filter_map(|other| other.loaded.as_ref()?.program.engine())
+            .next();
         if let Some(engine) = loaded {
             return Ok(engine.plan().clone());
         }

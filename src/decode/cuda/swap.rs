@@ -178,7 +178,9 @@ impl CudaDevice {
                 continue;
             }
             // What is not bound runs as one engine.
-            let Some(engine) = loaded.program.engine() else { continue };
+            let Some(engine) = loaded.program.engine() else {
+                continue;
+            };
             let (plan, network) = (engine.plan().clone(), self.lowered(slot)?);
             let start = Instant::now();
             if refitted.insert(slot.entry.file.clone()) {

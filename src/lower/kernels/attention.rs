@@ -153,7 +153,12 @@ impl Finder<'_> {
     }
 
     /// The rows that an update writes to a cache, the cache, and the updated cache, which only this attention reads.
-    fn updated(&self, value: ValueId, attention: NodeId, nodes: &mut Vec<NodeId>) -> Option<(ValueId, ValueId, ValueId)> {
+    fn updated(
+        &self,
+        value: ValueId,
+        attention: NodeId,
+        nodes: &mut Vec<NodeId>,
+    ) -> Option<(ValueId, ValueId, ValueId)> {
         let (id, node) = self.graph.def(value)?;
         let Op::TensorScatter { axis, circular: false } = node.op else {
             return None;
@@ -161,7 +166,10 @@ impl Finder<'_> {
         let (cache, rows, indices) = (node.input(0)?, node.input(1)?, node.input(2)?);
         let readers = self.readers.get(&value)?;
         let outputs = self.graph.outputs.iter().filter(|output| **output == value).count();
-        let read_by_others = self.readers.get(&cache).is_some_and(|readers| readers.iter().any(|r| *r != id));
+        let read_by_others = self
+            .readers
+            .get(&cache)
+            .is_some_and(|readers| readers.iter().any(|r| *r != id));
         let fits = matches!(axis, 2 | -2)
             && readers[..] == [attention]
             && outputs == 1
@@ -229,7 +237,8 @@ impl Finder<'_> {
             let shape = self.graph.constant(value).map(|c| (c.dtype().is_float(), c.shape()));
             matches!(shape, Some((true, [_, half])) if half * 2 == rotary_dim)
         };
-        let fits = table(cosines) && table(sines) && self.is_input(positions, Role::PositionIds) && self.heads(x).is_some();
+        let fits =
+            table(cosines) && table(sines) && self.is_input(positions, Role::PositionIds) && self.heads(x).is_some();
         let rotation = Rotation {
             rotary_dim,
             interleaved,
@@ -247,7 +256,11 @@ impl Finder<'_> {
         };
         let found = || -> Option<Rows> {
             let (transpose, node) = self.private(value, reader)?;
-            if node.op != (Op::Transpose { perm: Some(vec![0, 2, 1, 3]) }) {
+            if node.op
+                != (Op::Transpose {
+                    perm: Some(vec![0, 2, 1, 3]),
+                })
+            {
                 return None;
             }
             let mut nodes = vec![transpose];
@@ -302,7 +315,11 @@ impl Finder<'_> {
     /// The result with its heads side by side.
     fn joined(&self, value: ValueId, attention: NodeId, width: usize, nodes: &mut Vec<NodeId>) -> Option<ValueId> {
         let (transpose, node) = self.reader(value)?;
-        if node.op != (Op::Transpose { perm: Some(vec![0, 2, 1, 3]) }) {
+        if node.op
+            != (Op::Transpose {
+                perm: Some(vec![0, 2, 1, 3]),
+            })
+        {
             return None;
         }
         debug_assert_ne!(transpose, attention);

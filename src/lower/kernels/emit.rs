@@ -6,9 +6,7 @@ use super::{Group, codes};
 use crate::graph::{Constant, NodeId, ValueId};
 use crate::lower::context::{Lowered, Lowering};
 use crate::lower::error::Reason;
-use crate::network::{
-    AttentionInputs, DecodeAttention, LayerKind, PartInputs, ProductInputs, RowProduct, TensorId,
-};
+use crate::network::{AttentionInputs, DecodeAttention, LayerKind, PartInputs, ProductInputs, RowProduct, TensorId};
 use crate::tensor::DType;
 
 impl Lowering<'_> {
@@ -100,9 +98,11 @@ impl Lowering<'_> {
             }
         };
         let rotation = match group.rotation {
-            Some([positions, cosines, sines]) => {
-                Some([self.value(positions)?, self.f32_weight(cosines)?, self.f32_weight(sines)?])
-            }
+            Some([positions, cosines, sines]) => Some([
+                self.value(positions)?,
+                self.f32_weight(cosines)?,
+                self.f32_weight(sines)?,
+            ]),
             None => None,
         };
         let inputs = AttentionInputs {

@@ -36,7 +36,10 @@ impl Finder<'_> {
     }
 
     fn node(&self, value: ValueId, op: &Op) -> Option<&Node> {
-        self.graph.def(value).map(|(_, node)| node).filter(|node| node.op == *op)
+        self.graph
+            .def(value)
+            .map(|(_, node)| node)
+            .filter(|node| node.op == *op)
     }
 
     /// 0, 1, … up to the capacity, along the last axis.
@@ -48,7 +51,10 @@ impl Finder<'_> {
             let tensor = self.graph.constant(node.input(i)?)?.materialize().ok()?;
             tensor.to_i64().first().copied()
         };
-        let capacity = self.graph.shape(value).is_some_and(|shape| *shape == [Dim::sym(Sym::capacity())]);
+        let capacity = self
+            .graph
+            .shape(value)
+            .is_some_and(|shape| *shape == [Dim::sym(Sym::capacity())]);
         capacity && number(0) == Some(0) && number(2) == Some(1)
     }
 

@@ -30,7 +30,10 @@ use products::ProductGroup;
 /// Whether kernels can run networks of this profile and these options.
 pub fn apply(profile: &Profile, options: &LowerOptions) -> bool {
     // Kernels read weights where they are bound; more rows wait for kernels of more rows.
-    options.kernels && options.weight_mode == WeightMode::Bind && profile.tokens == Tokens::Static(1) && profile.batch == 1
+    options.kernels
+        && options.weight_mode == WeightMode::Bind
+        && profile.tokens == Tokens::Static(1)
+        && profile.batch == 1
 }
 
 /// Nodes that become one layer.

@@ -208,13 +208,16 @@ impl Finder<'_> {
 
     /// Products of two linear layers of one activation: gate, up, and the node that multiplies them.
     fn gates(&self, chains: &[Chain], by_output: &HashMap<ValueId, usize>) -> Vec<(usize, usize, NodeId)> {
-        let products = self.graph.node_ids().filter(|id| {
-            self.demand.nodes.contains(id) && self.graph.node(*id).op == Op::Binary(Binary::Mul)
-        });
+        let products = self
+            .graph
+            .node_ids()
+            .filter(|id| self.demand.nodes.contains(id) && self.graph.node(*id).op == Op::Binary(Binary::Mul));
         let pairs = products.filter_map(|id| {
             let node = self.graph.node(id);
             let sides = [node.input(0)?, node.input(1)?];
-            let private = sides.iter().all(|v| self.reader(*v).is_some_and(|(reader, _)| reader == id));
+            let private = sides
+                .iter()
+                .all(|v| self.reader(*v).is_some_and(|(reader, _)| reader == id));
             let [a, b] = [*by_output.get(&sides[0])?, *by_output.get(&sides[1])?];
             let (gate, up) = if chains[b].is_plain() { (a, b) } else { (b, a) };
             let fits = private && a != b && chains[up].is_plain() && chains[gate].joins(&chains[up]);
@@ -246,7 +249,8 @@ impl Finder<'_> {
 
     /// What a norm of the last axis reads, with its weight and epsilon; the value itself if there is no norm.
     fn before_norm(&self, value: ValueId) -> (ValueId, Option<(ValueId, f32)>) {
-        self.norm(value).map_or((value, None), |(x, weight, epsilon)| (x, Some((weight, epsilon))))
+        self.norm(value)
+            .map_or((value, None), |(x, weight, epsilon)| (x, Some((weight, epsilon))))
     }
 
     /// Input, weight and epsilon of the norm of the last axis that gives a value.

@@ -63,7 +63,13 @@ pub(super) fn row_product(product: &RowProduct, inputs: &[&Tensor]) -> Result<Ty
         check_extent(|| format!("the depth of input {}", of_part.weights), last, depth)?;
         match part.codes {
             None => check_input(inputs, of_part.weights, x.dtype, &weights.shape)?,
-            Some(layout) => check_codes(layout, [n, k], x.dtype, inputs, (of_part.weights, of_part.scales, of_part.zero_points))?,
+            Some(layout) => check_codes(
+                layout,
+                [n, k],
+                x.dtype,
+                inputs,
+                (of_part.weights, of_part.scales, of_part.zero_points),
+            )?,
         }
         if let Some(bias) = of_part.bias {
             check_input(inputs, bias, x.dtype, &row(n))?;
@@ -100,9 +106,15 @@ fn check_codes(
         });
     }
     if !layout.fits(dtype.bits(), k) {
-        return Err(wrong(format!("no kernel reads codes of {dtype} {layout:?} in rows of {k}")));
+        return Err(wrong(format!(
+            "no kernel reads codes of {dtype} {layout:?} in rows of {k}"
+        )));
     }
-    let shape: Vec<Dim> = layout.scale_shape(dtype.bits(), n, k).into_iter().map(Dim::from).collect();
+    let shape: Vec<Dim> = layout
+        .scale_shape(dtype.bits(), n, k)
+        .into_iter()
+        .map(Dim::from)
+        .collect();
     if let Some(scales) = scales {
         check_input(inputs, scales, float, &shape)?;
     }

@@ -172,7 +172,10 @@ impl DecodeAttention {
             false => None,
         };
         let mut flags = [false; 5];
-        for (flag, name) in flags.iter_mut().zip(["pairs", "packed", "query_norm", "key_norm", "sinks"]) {
+        for (flag, name) in flags
+            .iter_mut()
+            .zip(["pairs", "packed", "query_norm", "key_norm", "sinks"])
+        {
             if parameter(line, name) {
                 line.expect("true")?;
                 *flag = true;

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use super::{AttentionInputs, DecodeAttention, PartInputs, ProductInputs, ProductPart, RowActivation, RowProduct};
 use crate::dim::Dim;
 use crate::network::{
-    Activation, BuildError, Elementwise, Layer, LayerKind, MatrixOp, Network, NetworkBuilder, ReduceOp, TensorId, UnaryOp,
-    VerifyError,
+    Activation, BuildError, Elementwise, Layer, LayerKind, MatrixOp, Network, NetworkBuilder, ReduceOp, TensorId,
+    UnaryOp, VerifyError,
 };
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Tensor};
@@ -76,7 +76,11 @@ impl<'n> Expansion<'n> {
             }
             LayerKind::Weight(id) => {
                 let weight = self.network.weight(*id);
-                Ok(vec![self.b.weight(&weight.name, weight.constant.clone(), weight.mode)?])
+                Ok(vec![self.b.weight(
+                    &weight.name,
+                    weight.constant.clone(),
+                    weight.mode,
+                )?])
             }
             kind => {
                 let dtype = self.network.tensor(layer.outputs[0]).dtype;
@@ -136,7 +140,9 @@ impl<'n> Expansion<'n> {
             if let Some(bias) = of_part.bias {
                 let bias = self.wide(&format!("{name}/bias"), bias)?;
                 let bias = self.b.raise(&format!("{name}/bias/raised"), bias, rank)?;
-                sum = self.b.elementwise(&format!("{name}/sum"), Elementwise::Sum, sum, bias)?;
+                sum = self
+                    .b
+                    .elementwise(&format!("{name}/sum"), Elementwise::Sum, sum, bias)?;
             }
             sums.push(sum);
         }
@@ -210,9 +216,7 @@ impl<'n> Expansion<'n> {
             size: [n, k / group, group].map(Dim::from).to_vec(),
             stride: vec![1, 1, 0],
         };
-        let repeated = self
-            .b
-            .add(&format!("{name}/offsets/repeated"), repeated, &[offsets])?;
+        let repeated = self.b.add(&format!("{name}/offsets/repeated"), repeated, &[offsets])?;
         let repeated = self
             .b
             .reshape(&format!("{name}/offsets/columns"), repeated, vec![n.into(), k.into()])?;
@@ -307,7 +311,9 @@ impl<'n> Expansion<'n> {
         }
         let seen = self.seen(name, attention, inputs.write_indices, &capacity)?;
         let masked = self.number(&part("masked"), 4, MASKED)?;
-        let mut scores = self.b.add(&part("scores/seen"), LayerKind::Select, &[seen, scores, masked])?;
+        let mut scores = self
+            .b
+            .add(&part("scores/seen"), LayerKind::Select, &[seen, scores, masked])?;
         let with_sink = attention.sinks;
         if let Some(sinks) = inputs.sinks {
             let column = vec![one(), kv.clone(), Dim::from(group), one()];
@@ -316,9 +322,7 @@ impl<'n> Expansion<'n> {
             let joined = LayerKind::Concatenation { axis: 3 };
             scores = self.b.add(&part("scores/sinks"), joined, &[scores, sinks])?;
         }
-        let mut shares = self
-            .b
-            .add(&part("shares"), LayerKind::Softmax { axis: 3 }, &[scores])?;
+        let mut shares = self.b.add(&part("shares"), LayerKind::Softmax { axis: 3 }, &[scores])?;
         if with_sink {
             let size = vec![batch.clone(), kv.clone(), Dim::from(group), capacity];
             let slots = LayerKind::Slice {

@@ -201,7 +201,9 @@ impl Help for RunError {
             RunError::Load { .. } => or_on_the_cpu("convert the model again with this version"),
             RunError::Weights { .. } => "give the package its weights with `lapidary refit`".to_string(),
             RunError::Mismatch { .. } => "convert the model again".to_string(),
-            RunError::OldGpu { .. } | RunError::SharedMemory { .. } => or_on_the_cpu("convert the model with --kernels off"),
+            RunError::OldGpu { .. } | RunError::SharedMemory { .. } => {
+                or_on_the_cpu("convert the model with --kernels off")
+            }
             RunError::NoKernel { .. } => "convert the model again with this version".to_string(),
             RunError::Execute { .. } => format!("{ON_THE_CPU}, and please report this with the model's export"),
             RunError::Cuda { .. } => or_on_the_cpu("see whether `nvidia-smi` and `lapidary doctor` find the GPU"),

@@ -38,12 +38,12 @@ pub use loaded_plan::LoadedPlan;
 pub use program::Program;
 
 use super::cuda::driver::Driver;
-use kernels::Modules;
 use super::flavour;
 use super::library::{Library, Version};
 use super::log_capture::LogCapture;
 use super::probe;
 use crate::tensor::DType;
+use kernels::Modules;
 
 /// TensorRT's runtime on the first GPU.
 pub struct Runtime {

@@ -67,12 +67,17 @@ impl Program {
         if networks.len() != plans.len() {
             return Err(RunError::Mismatch {
                 engine: network.profile.to_string(),
-                reason: format!("it has {} plans, the package's network needs {}", plans.len(), networks.len()),
+                reason: format!(
+                    "it has {} plans, the package's network needs {}",
+                    plans.len(),
+                    networks.len()
+                ),
             });
         }
-        let loaded = networks.iter().zip(plans).map(|(part, plan)| {
-            LoadedPlan::new(runtime, path, plan, part, options.kernels).map(Rc::new)
-        });
+        let loaded = networks
+            .iter()
+            .zip(plans)
+            .map(|(part, plan)| LoadedPlan::new(runtime, path, plan, part, options.kernels).map(Rc::new));
         let loaded = loaded.collect::<Result<Vec<_>, _>>()?;
         match steps {
             Some(steps) => Program::of_steps(runtime, network, &steps, &loaded, options.graphs),
@@ -372,7 +377,9 @@ impl Launching {
 }
 
 fn own_name<'n>(names: Option<&'n HashMap<String, String>>, of_plan: &'n str) -> &'n str {
-    names.and_then(|names| names.get(of_plan)).map_or(of_plan, String::as_str)
+    names
+        .and_then(|names| names.get(of_plan))
+        .map_or(of_plan, String::as_str)
 }
 
 fn tensor_bytes(tensor: &Tensor) -> usize {

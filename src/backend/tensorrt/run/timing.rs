@@ -84,7 +84,10 @@ impl SyntheticProgram {
 pub(super) fn ports(network: &Network, tokens: usize) -> Vec<(String, DType, usize)> {
     let tensor = |id: &TensorId| {
         let tensor = network.tensor(*id);
-        let dims = tensor.shape.iter().map(|dim| dim.as_const().map_or(tokens, |n| n as usize));
+        let dims = tensor
+            .shape
+            .iter()
+            .map(|dim| dim.as_const().map_or(tokens, |n| n as usize));
         (tensor.name.clone(), tensor.dtype, tensor.dtype.byte_len(dims.product()))
     };
     let bound = network.weights.iter().filter(|weight| weight.mode == WeightMode::Bind);
@@ -93,7 +96,10 @@ pub(super) fn ports(network: &Network, tokens: usize) -> Vec<(String, DType, usi
         (weight.name.clone(), constant.dtype(), constant.byte_len())
     });
     let inputs = network.inputs.iter().map(tensor);
-    inputs.chain(weights).chain(network.outputs.iter().map(tensor)).collect()
+    inputs
+        .chain(weights)
+        .chain(network.outputs.iter().map(tensor))
+        .collect()
 }
 
 /// GPU time of one run: the mean of `runs` in a row, after some to warm up.

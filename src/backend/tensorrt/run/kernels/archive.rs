@@ -9,10 +9,16 @@ use lzma_rust2::XzReader;
 const ARCHIVES: [(&str, &[u8]); 8] = [
     ("attention-f16", include_bytes!("../device/decode/attention-f16.xz")),
     ("attention-bf16", include_bytes!("../device/decode/attention-bf16.xz")),
-    ("product-f16-floats", include_bytes!("../device/decode/product-f16-floats.xz")),
+    (
+        "product-f16-floats",
+        include_bytes!("../device/decode/product-f16-floats.xz"),
+    ),
     ("product-f16-i8", include_bytes!("../device/decode/product-f16-i8.xz")),
     ("product-f16-i4", include_bytes!("../device/decode/product-f16-i4.xz")),
-    ("product-bf16-floats", include_bytes!("../device/decode/product-bf16-floats.xz")),
+    (
+        "product-bf16-floats",
+        include_bytes!("../device/decode/product-bf16-floats.xz"),
+    ),
     ("product-bf16-i8", include_bytes!("../device/decode/product-bf16-i8.xz")),
     ("product-bf16-i4", include_bytes!("../device/decode/product-bf16-i4.xz")),
 ];
@@ -20,7 +26,10 @@ const ARCHIVES: [(&str, &[u8]); 8] = [
 /// The PTX of every variant in an archive, by the variant's name. Panics if the archive, which is part of this program, is
 /// not one.
 pub(super) fn variants(archive: &str) -> HashMap<String, String> {
-    let (_, packed) = ARCHIVES.iter().find(|(name, _)| *name == archive).expect("an archive of the list");
+    let (_, packed) = ARCHIVES
+        .iter()
+        .find(|(name, _)| *name == archive)
+        .expect("an archive of the list");
     let mut text = String::new();
     let mut reader = XzReader::new(*packed, false);
     reader.read_to_string(&mut text).expect("a whole archive");
@@ -58,7 +67,11 @@ mod tests {
             if name.ends_with(".cu") || name.ends_with(".cuh") {
                 let hash = Sha256::digest(std::fs::read(&path).unwrap());
                 let hash: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
-                assert_eq!(hashes.get(&name), Some(&hash), "{name}: run scripts/gpu/compile_kernels.py");
+                assert_eq!(
+                    hashes.get(&name),
+                    Some(&hash),
+                    "{name}: run scripts/gpu/compile_kernels.py"
+                );
                 sources += 1;
             } else if let Some(archive) = name.strip_suffix(".xz") {
                 assert!(ARCHIVES.iter().any(|(known, _)| *known == archive), "{name}");
@@ -76,7 +89,10 @@ mod tests {
             for (name, ptx) in variants {
                 let target = name.rsplit('-').next().unwrap();
                 assert!(name.starts_with(archive), "{name}");
-                assert!(ptx.contains(&format!(".target {}", target.replace("sm", "sm_"))), "{name}");
+                assert!(
+                    ptx.contains(&format!(".target {}", target.replace("sm", "sm_"))),
+                    "{name}"
+                );
                 assert!(ptx.contains(&format!(".visible .entry {entry}(")), "{name}");
             }
         }

@@ -83,7 +83,14 @@ pub(super) fn launch(
         (VALUES, Some(inputs.caches[1])),
         (LENGTHS, Some(inputs.write_indices)),
         // Without a rotation no kernel looks at it, but it is read.
-        (POSITIONS, Some(inputs.rotation.map_or(inputs.write_indices, |[positions, ..]| positions))),
+        (
+            POSITIONS,
+            Some(
+                inputs
+                    .rotation
+                    .map_or(inputs.write_indices, |[positions, ..]| positions),
+            ),
+        ),
         (COSINES, inputs.rotation.map(|[_, cosines, _]| cosines)),
         (SINES, inputs.rotation.map(|[.., sines]| sines)),
         (QUERY_NORM, inputs.query_norm),
@@ -101,7 +108,10 @@ pub(super) fn launch(
         (GROUP, group),
         (CAPACITY, capacity),
         (ROTATED, attention.rotation.map_or(0, |rotation| rotation.rotary_dim)),
-        (INTERLEAVED, usize::from(attention.rotation.is_some_and(|rotation| rotation.interleaved))),
+        (
+            INTERLEAVED,
+            usize::from(attention.rotation.is_some_and(|rotation| rotation.interleaved)),
+        ),
         (WINDOW, attention.window.unwrap_or(0).min(i32::MAX as usize)),
     ] {
         arguments.int(field, value);
@@ -147,7 +157,11 @@ fn shared_bytes(head_dim: usize, target: u32) -> usize {
     let tiles = warps * 2 * 16 * row * stages;
     let rows = 2 * HEADS * (head_dim + 8) + 2 * 2 * head_dim;
     let share = (HEADS * head_dim).div_ceil(32).div_ceil(SPLITS) * 32;
-    let results = if target == 90 { SPLITS * share * size_of::<f32>() } else { 0 };
+    let results = if target == 90 {
+        SPLITS * share * size_of::<f32>()
+    } else {
+        0
+    };
     tiles + rows + results
 }
 

@@ -65,7 +65,9 @@ impl Modules {
         let variants = archives
             .entry(archive.to_string())
             .or_insert_with(|| archive::variants(archive));
-        let ptx = variants.get(&name).ok_or_else(|| RunError::NoKernel { name: name.clone() })?;
+        let ptx = variants
+            .get(&name)
+            .ok_or_else(|| RunError::NoKernel { name: name.clone() })?;
         let module = Rc::new(Module::load(&self.cuda, &name, archive, ptx)?);
         self.loaded.borrow_mut().insert(name, module.clone());
         Ok(module)
@@ -90,7 +92,11 @@ fn limits(cuda: &Cuda) -> Result<Option<Limits>, RunError> {
     let number = |attribute| cuda.attribute(attribute).map(|n| n.max(0) as u32);
     let generic = std::env::var("LAPIDARY_KERNEL_TARGET").is_ok_and(|target| target == "80");
     Ok(Some(Limits {
-        target: if capability >= WITH_CLUSTERS && !generic { 90 } else { 80 },
+        target: if capability >= WITH_CLUSTERS && !generic {
+            90
+        } else {
+            80
+        },
         multiprocessors: number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         shared: number(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
     }))

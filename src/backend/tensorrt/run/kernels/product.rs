@@ -117,7 +117,15 @@ pub(super) fn launch(
     let module = modules.get(&form.archive(), &form.variant(shape), limits.target)?;
     let grid = (count as u32).min(limits.multiprocessors * blocks).max(1);
     let threads = 32 * shape.warps as u32;
-    let launch = Launch::new(&layer.name, module, [grid, 1, 1], threads, bytes(shape), arguments, None)?;
+    let launch = Launch::new(
+        &layer.name,
+        module,
+        [grid, 1, 1],
+        threads,
+        bytes(shape),
+        arguments,
+        None,
+    )?;
     Ok(launch.with(0, limits.target >= 90))
 }
 
@@ -140,7 +148,9 @@ fn shared_bytes(form: Form, shape: Shape, sizes: &Sizes) -> usize {
     let depth = CodeLayout::depth(bits);
     let layout = form.layout.filter(|layout| layout.group.is_some());
     let zeros = layout.is_some_and(|layout| layout.zero_points);
-    let groups = layout.and_then(|layout| layout.group).map_or(0, |group| (depth / group).max(1));
+    let groups = layout
+        .and_then(|layout| layout.group)
+        .map_or(0, |group| (depth / group).max(1));
     let scales = tiles * 8 * groups * size_of::<u16>();
     let points = if zeros { tiles * 8 * groups } else { 0 };
     let stage = (tiles * 512 + scales + points).next_multiple_of(16);

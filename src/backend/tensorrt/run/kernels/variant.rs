@@ -48,7 +48,9 @@ impl Form {
 
     /// The variant of a shape, without the target.
     pub fn variant(self, shape: Shape) -> String {
-        let layout = self.layout.map_or_else(String::new, |layout| format!("-{}", layout.word()));
+        let layout = self
+            .layout
+            .map_or_else(String::new, |layout| format!("-{}", layout.word()));
         format!("{}{layout}-{}", self.archive(), shape.name())
     }
 
