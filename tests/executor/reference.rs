@@ -399,6 +399,7 @@ pub fn evaluate(kind: &LayerKind, inputs: &[Value]) -> Value {
             mixture(*experts, gating, &of)
         }
         LayerKind::Dequantize(_) => panic!("its codes are no values: see quantized_layers"),
+        LayerKind::RowProduct(_) | LayerKind::DecodeAttention(_) => panic!("see kernel_layers"),
         LayerKind::Fill { .. } | LayerKind::Weight(_) | LayerKind::Constant(_) => panic!("{kind:?} has no inputs"),
     }
 }
