@@ -13,3 +13,5 @@ mod scheduler;
 #[allow(dead_code, reason = "tests of other commands use the rest")]
 #[path = "cli/support.rs"]
 mod support;
+#[path = "serve/tools.rs"]
+mod tools;

@@ -69,6 +69,12 @@ impl Help for ChatError {
 
 /// The prompt for the model's next turn. Encode it without adding special tokens: the template wrote them.
 pub fn render(tokenizer: &Tokenizer, messages: &[Message]) -> Result<String, ChatError> {
+    render_turns(tokenizer, turns(messages), Variable::None)
+}
+
+/// As [`render`], from messages as templates see them, with calls of tools and their results, and from descriptions of
+/// tools: none, or a list.
+pub fn render_turns(tokenizer: &Tokenizer, messages: Vec<Variable>, tools: Variable) -> Result<String, ChatError> {
     let source = tokenizer.chat_template.as_deref().ok_or(ChatError::NoTemplate)?;
     let special: Vec<(&str, &str)> = tokenizer
         .special
@@ -77,11 +83,10 @@ pub fn render(tokenizer: &Tokenizer, messages: &[Message]) -> Result<String, Cha
         .chain(tokenizer.bos_token.iter().map(|t| ("bos_token", t.as_str())))
         .chain(tokenizer.eos_token.iter().map(|t| ("eos_token", t.as_str())))
         .collect();
-    render_source(source, messages, &special)
+    render_variables(source, messages, tools, &special)
 }
 
-/// As [`render`], from the template's source and its special tokens by name.
-pub fn render_source(source: &str, messages: &[Message], special: &[(&str, &str)]) -> Result<String, ChatError> {
+fn turns(messages: &[Message]) -> Vec<Variable> {
     let text = |text: &str| Variable::Text(text.to_string());
     let turn = |m: &Message| {
         Variable::Dict(vec![
@@ -89,10 +94,25 @@ pub fn render_source(source: &str, messages: &[Message], special: &[(&str, &str)
             ("content".to_string(), text(&m.content)),
         ])
     };
+    messages.iter().map(turn).collect()
+}
+
+/// As [`render`], from the template's source and its special tokens by name.
+pub fn render_source(source: &str, messages: &[Message], special: &[(&str, &str)]) -> Result<String, ChatError> {
+    render_variables(source, turns(messages), Variable::None, special)
+}
+
+fn render_variables(
+    source: &str,
+    messages: Vec<Variable>,
+    tools: Variable,
+    special: &[(&str, &str)],
+) -> Result<String, ChatError> {
+    let text = |text: &str| Variable::Text(text.to_string());
     let globals = special.iter().map(|(name, token)| (*name, text(token))).chain([
-        ("messages", Variable::List(messages.iter().map(turn).collect())),
+        ("messages", Variable::List(messages)),
         ("add_generation_prompt", Variable::Bool(true)),
-        ("tools", Variable::None),
+        ("tools", tools),
         ("documents", Variable::None),
     ]);
     jinja::render(source, globals).map_err(|error| match error {

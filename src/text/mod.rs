@@ -2,7 +2,7 @@
 //!
 //! Takes a tokenizer folder as Hugging Face lays it out, and text, messages or token ids; gives ids or text. [`chat`]
 //! renders the model's chat template by [`jinja`], [`conversation`] makes the prompt of each turn, [`TextStream`] ([`Detokenizer`] and
-//! [`StopMatcher`]) turns tokens into text as they come, [`escapes`] are those of the command line. Computing tokens belongs to `decode`, files of a package to `package`.
+//! [`StopMatcher`]) turns tokens into text as they come, [`tools`] finds calls of tools in it, [`escapes`] are those of the command line. Computing tokens belongs to `decode`, files of a package to `package`.
 
 pub mod chat;
 pub mod conversation;
@@ -17,6 +17,7 @@ mod stop;
 mod stream;
 mod token_bytes;
 mod tokenizer;
+pub mod tools;
 
 pub use chat::{ChatError, Message};
 pub use conversation::{Conversation, ConversationError};

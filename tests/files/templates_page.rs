@@ -18,7 +18,7 @@ What is rendered is what Jinja renders. Everything else is refused by name, and 
 against Jinja on more than 1400 templates (`fixtures/jinja/cases.json`, written by `scripts/jinja_cases.py`).
 
 - Line ends in a template (`\\r\\n`, `\\r`) become `\\n`, and one at its end goes; those of messages stay.
-- The template sees `messages`, `add_generation_prompt` (true), `tools` and `documents` (none), and the special tokens of
+- The template sees `messages`, `add_generation_prompt` (true), `tools` (those of a request to `lapidary serve`, none otherwise) and `documents` (none), and the special tokens of
   `tokenizer_config.json` by name.
 - Refused beside what the table says: printing what only Python can print (functions, generators, addresses), attributes that
   begin with `__`, integers of more than 127 bits, `\\N{…}` and half surrogates in text, methods of escaped text, and templates

@@ -13,9 +13,10 @@ use crate::support::{command, text};
 
 /// A running server; killed when a test is done with it.
 pub struct Server {
-    child: Child,
+    /// None: it runs in the test.
+    child: Option<Child>,
     address: String,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 /// An answer.
@@ -91,10 +92,23 @@ impl Server {
             .and_then(|rest| rest.split(',').next());
         let address = address.unwrap_or_else(|| panic!("{line:?}")).to_string();
         Server {
-            child,
+            child: Some(child),
             address,
-            _folder: folder,
+            folder,
         }
+    }
+
+    /// One that runs already.
+    pub fn at(address: String) -> Server {
+        Server {
+            child: None,
+            address,
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn child(&mut self) -> &mut Child {
+        self.child.as_mut().expect("a process of its own")
     }
 
     /// Sends a request and leaves the connection open, for what is read of it.
@@ -148,8 +162,10 @@ impl Server {
         }
     }
 
-    pub fn signal(&self, name: &str) {
-        let sent = Command::new("kill").args([name, &self.child.id().to_string()]).status();
+    pub fn signal(&mut self, name: &str) {
+        let sent = Command::new("kill")
+            .args([name, &self.child().id().to_string()])
+            .status();
         assert!(sent.unwrap().success());
     }
 
@@ -157,7 +173,7 @@ impl Server {
     pub fn end(&mut self) -> Option<i32> {
         let start = Instant::now();
         loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
+            if let Some(status) = self.child().try_wait().unwrap() {
                 return status.code();
             }
             assert!(start.elapsed() < Duration::from_secs(60), "it did not end");
@@ -168,8 +184,10 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 
@@ -220,7 +238,7 @@ pub fn read(stream: TcpStream) -> Reply {
 
 /// `lapidary generate --json` of the package that a server has.
 pub fn generate(server: &Server, flags: &[&str]) -> Value {
-    let package = server._folder.path().join("pkg");
+    let package = server.folder.path().join("pkg");
     let common = [
         "generate",
         text(&package),

@@ -9,8 +9,8 @@ use crate::support::{fixture, package, text};
 pub const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m['role'][0] }}{{ m['content'] }}<|im_end|>{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>a{% endif %}";
 
-/// Converts it into `folder/pkg`.
-pub fn talker(folder: &Path, capacity: &str) -> PathBuf {
+/// Its tokenizer's files with a chat template, in a new folder.
+pub fn tokenizer_files(folder: &Path, template: &str) -> PathBuf {
     let files = folder.join("tokenizer");
     std::fs::create_dir(&files).unwrap();
     let path = fixture("smollm2/tokenizer.json");
@@ -27,8 +27,14 @@ pub fn talker(folder: &Path, capacity: &str) -> PathBuf {
     tokenizer["model"]["merges"] = json!([]);
     tokenizer["added_tokens"].as_array_mut().unwrap().truncate(3);
     std::fs::write(files.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    let config = json!({"chat_template": TEMPLATE, "eos_token": "<|im_end|>"});
+    let config = json!({"chat_template": template, "eos_token": "<|im_end|>"});
     std::fs::write(files.join("tokenizer_config.json"), config.to_string()).unwrap();
+    files
+}
+
+/// Converts it into `folder/pkg`.
+pub fn talker(folder: &Path, capacity: &str) -> PathBuf {
+    let files = tokenizer_files(folder, TEMPLATE);
     let model = fixture("exports/llama-optimum/model.onnx");
     package(folder, &model, &["--capacity", capacity, "--tokenizer", text(&files)])
 }

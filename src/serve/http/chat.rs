@@ -9,8 +9,10 @@ use super::error::ApiError;
 use super::fields::{self, fields};
 use super::model::Model;
 use super::reply::Asked;
-use super::shapes::Shape;
-use crate::text::{Message, Tokenizer, chat};
+use super::shapes::{Shape, Tools};
+use crate::text::jinja::Variable;
+use crate::text::tools::ToolFormat;
+use crate::text::{Tokenizer, chat};
 
 /// A message as clients write it.
 #[derive(serde::Deserialize)]
@@ -18,6 +20,9 @@ pub struct Turn {
     role: String,
     #[serde(default)]
     content: Content,
+    tool_calls: Option<Vec<Value>>,
+    tool_call_id: Option<String>,
+    name: Option<String>,
 }
 
 #[derive(serde::Deserialize, Default)]
@@ -54,10 +59,10 @@ pub fn parse(
     limits: &ServerLimits,
     body: &[u8],
 ) -> Result<Asked, ApiError> {
-    let (mut common, own) = fields::read::<Own>(body, Own::NAMES)?;
+    let (mut common, mut own) = fields::read::<Own>(body, Own::NAMES)?;
     let model = find(common.model.as_deref())?;
     refuse_what_is_not_there(&own)?;
-    let messages = own.messages.unwrap_or_default();
+    let messages = own.messages.take().unwrap_or_default();
     if messages.is_empty() {
         return Err(ApiError::field("messages", "there is none"));
     }
@@ -66,7 +71,8 @@ pub fn parse(
         (false, None | Some(0)) => None,
         (false, Some(_)) => return Err(ApiError::field("top_logprobs", "logprobs has to be true with it")),
     };
-    let prompt = prompt(&model, messages)?;
+    let (tools, descriptions) = tools(&model, &own)?.unzip();
+    let prompt = prompt(&model, messages, descriptions.unwrap_or(Variable::None))?;
     limits.check_prompt(&prompt)?;
     let most = model.capacity();
     Ok(Asked {
@@ -79,6 +85,7 @@ pub fn parse(
         prompts: vec![prompt],
         shape: Shape::Chat {
             logprobs: logprobs.is_some(),
+            tools,
         },
         timeout: limits.timeout,
         model,
@@ -86,24 +93,48 @@ pub fn parse(
 }
 
 fn refuse_what_is_not_there(own: &Own) -> Result<(), ApiError> {
-    let unsupported = |name: &str, what: &str| {
-        let refused = ApiError::field(name, format!("{what} are not supported yet"));
-        Err(refused.code("unsupported"))
-    };
-    let chooses = own
-        .tool_choice
-        .as_ref()
-        .is_some_and(|choice| choice != "none" && choice != "auto");
-    if own.tools.as_ref().is_some_and(|tools| !tools.is_empty()) {
-        return unsupported("tools", "tool calls");
-    }
-    if chooses {
-        return unsupported("tool_choice", "tool calls");
-    }
     match &own.response_format {
-        Some(format) if format["type"] != "text" => unsupported("response_format", "other formats than text"),
+        Some(format) if format["type"] != "text" => {
+            let refused = ApiError::field("response_format", "other formats than text are not supported yet");
+            Err(refused.code("unsupported"))
+        }
         _ => Ok(()),
     }
+}
+
+/// Tools that may be called, and their descriptions for the template.
+fn tools(model: &Model, own: &Own) -> Result<Option<(Tools, Variable)>, ApiError> {
+    let choice = own.tool_choice.as_ref();
+    let is = |word: &str| choice.is_some_and(|choice| choice == word);
+    let descriptions = match &own.tools {
+        Some(tools) if !tools.is_empty() => tools,
+        _ if choice.is_none() || is("auto") || is("none") => return Ok(None),
+        _ => return Err(ApiError::field("tool_choice", "there are no tools")),
+    };
+    if is("none") {
+        return Ok(None);
+    }
+    if choice.is_some() && !is("auto") {
+        let refused = ApiError::field("tool_choice", "only auto and none are supported yet");
+        return Err(refused.code("unsupported"));
+    }
+    let mut names = Vec::new();
+    for (i, tool) in descriptions.iter().enumerate() {
+        match (tool["type"].as_str(), tool["function"]["name"].as_str()) {
+            (Some("function"), Some(name)) => names.push(name.to_string()),
+            _ => {
+                let message = "it is no {\"type\": \"function\", \"function\": {\"name\": …}}";
+                return Err(ApiError::field(&format!("tools[{i}]"), message));
+            }
+        }
+    }
+    let template = tokenizer(model)?.chat_template.as_deref().unwrap_or("");
+    let Some(format) = ToolFormat::of_template(template) else {
+        let message = "the model's chat template takes no tools, or writes calls in a way that is not known";
+        return Err(ApiError::field("tools", message).code("unsupported"));
+    };
+    let descriptions = Variable::List(descriptions.iter().map(Variable::from).collect());
+    Ok(Some((Tools { format, names }, descriptions)))
 }
 
 /// Token ids of a conversation.
@@ -112,17 +143,18 @@ pub fn prompt_of(model: &Model, messages: Value) -> Result<Vec<u32>, ApiError> {
         let path = format!("messages{}", error.path());
         ApiError::field(&path, error.into_inner())
     })?;
-    prompt(model, messages)
+    prompt(model, messages, Variable::None)
 }
 
-fn prompt(model: &Model, messages: Vec<Turn>) -> Result<Vec<u32>, ApiError> {
+fn prompt(model: &Model, messages: Vec<Turn>, tools: Variable) -> Result<Vec<u32>, ApiError> {
     let tokenizer = tokenizer(model)?;
-    let messages: Vec<Message> = messages
+    let messages: Vec<Variable> = messages
         .into_iter()
         .enumerate()
         .map(|(i, turn)| turn.message(i))
         .collect::<Result<_, _>>()?;
-    let text = chat::render(tokenizer, &messages).map_err(|error| ApiError::field("messages", error))?;
+    let text = chat::render_turns(tokenizer, messages, tools);
+    let text = text.map_err(|error| ApiError::field("messages", error))?;
     tokenizer.encode(&text, false).map_err(|error| ApiError::of(&error))
 }
 
@@ -137,18 +169,20 @@ pub fn tokenizer(model: &Model) -> Result<&Tokenizer, ApiError> {
 }
 
 impl Turn {
-    fn message(self, number: usize) -> Result<Message, ApiError> {
+    /// As templates see it.
+    fn message(self, number: usize) -> Result<Variable, ApiError> {
         let wrong = |what: String| ApiError::field(&format!("messages[{number}]"), what);
         let role = match &self.role[..] {
-            "system" | "user" | "assistant" => self.role,
+            "system" | "user" | "assistant" | "tool" => self.role,
             // OpenAI's later name of it.
             "developer" => "system".to_string(),
             role => {
                 return Err(wrong(format!(
-                    "there is no role {role:?}; there are system, user and assistant"
+                    "there is no role {role:?}; there are system, user, assistant and tool"
                 )));
             }
         };
+        let calls = self.tool_calls.unwrap_or_default();
         let content = match self.content {
             Content::Text(text) => text,
             Content::Parts(parts) => parts
@@ -160,8 +194,32 @@ impl Turn {
                     ))),
                 })
                 .collect::<Result<String, _>>()?,
+            Content::Nothing if !calls.is_empty() => String::new(),
             Content::Nothing => return Err(wrong("there is no content".to_string())),
         };
-        Ok(Message { role, content })
+        let text = |text: String| Variable::Text(text);
+        let mut message = vec![("role".to_string(), text(role)), ("content".to_string(), text(content))];
+        if !calls.is_empty() {
+            let calls = calls.iter().map(|call| Variable::from(&with_arguments(call)));
+            message.push(("tool_calls".to_string(), Variable::List(calls.collect())));
+        }
+        let names = [("tool_call_id", self.tool_call_id), ("name", self.name)];
+        for (name, value) in names {
+            message.extend(value.map(|value| (name.to_string(), text(value))));
+        }
+        Ok(Variable::Dict(message))
     }
+}
+
+/// A call of an earlier turn, with its arguments as templates take them: an object, and not the text of one.
+fn with_arguments(call: &Value) -> Value {
+    let mut call = call.clone();
+    let arguments = &call["function"]["arguments"];
+    let parsed = arguments
+        .as_str()
+        .and_then(|text| serde_json::from_str::<Value>(text).ok());
+    if let Some(parsed) = parsed.filter(Value::is_object) {
+        call["function"]["arguments"] = parsed;
+    }
+    call
 }

@@ -13,10 +13,11 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::error::ApiError;
 use super::fields::{fresh_id, now};
 use super::model::Model;
-use super::shapes::{Choice, Head, Shape};
+use super::shapes::{Choice, Head, Reader, Shape};
 use crate::decode::Limits;
 use crate::sample::Settings;
 use crate::serve::{Event, Finished, Request, SubmitError, Ticket};
+use crate::text::tools::ToolPart;
 
 /// Everything that is wanted.
 pub struct Asked {
@@ -33,6 +34,12 @@ pub struct Asked {
     pub token_ids: bool,
     pub shape: Shape,
     pub timeout: Option<Duration>,
+}
+
+impl Asked {
+    fn reader(&self) -> Reader {
+        self.shape.reader(self.model.tokenizer.as_deref())
+    }
 }
 
 /// Tokens read and written.
@@ -139,15 +146,20 @@ pub async fn respond(asked: Asked) -> Result<Response, ApiError> {
             .expect("headers are well formed"));
     }
     let mut choices: Vec<Choice> = (0..tickets.len()).map(|_| Choice::default()).collect();
+    let mut readers: Vec<Reader> = choices.iter().map(|_| asked.reader()).collect();
     let mut usage = Usage::default();
     let mut left = choices.len();
     while left > 0 {
         let (index, event) = events.recv().await.ok_or_else(broken)?;
         match event {
-            Event::Piece { token, step, text } => choices[index].add(token, step, &text),
+            Event::Piece { token, step, text } => {
+                choices[index].add_token(token, step);
+                add(&mut choices[index], readers[index].push(token, &text));
+            }
             Event::Failed(error) => return Err(ApiError::from(&error)),
             Event::Finished(finished) => {
                 usage.add(&finished, index.is_multiple_of(asked.n));
+                add(&mut choices[index], readers[index].finish());
                 choices[index].reason = Some(finished.reason);
                 left -= 1;
             }
@@ -167,6 +179,16 @@ pub async fn respond(asked: Asked) -> Result<Response, ApiError> {
     Ok(json_response(&document))
 }
 
+/// What a model wrote, into a choice.
+fn add(choice: &mut Choice, parts: Vec<ToolPart>) {
+    for part in parts {
+        match part {
+            ToolPart::Text(text) => choice.add_text(&text),
+            ToolPart::Call(call) => choice.add_call(call, choice.calls.len()),
+        }
+    }
+}
+
 /// A document as an answer.
 pub fn json_response(document: &Value) -> Response {
     let response = Response::builder().header(header::CONTENT_TYPE, "application/json");
@@ -181,8 +203,9 @@ struct Streaming {
     events: Events,
     /// Until the client goes, or all is said.
     _tickets: Vec<Ticket>,
-    /// What of each choice was written.
-    written: Vec<Choice>,
+    readers: Vec<Reader>,
+    /// Of each choice: characters and calls written.
+    written: Vec<(usize, usize)>,
     begun: Vec<bool>,
     left: usize,
     usage: Usage,
@@ -194,12 +217,14 @@ struct Streaming {
 impl Streaming {
     fn new(asked: Asked, head: Head, events: Events, tickets: Vec<Ticket>, first: (usize, Event)) -> Self {
         let count = tickets.len();
+        let readers = (0..count).map(|_| asked.reader()).collect();
         let mut streaming = Streaming {
             asked,
             head,
             events,
             _tickets: tickets,
-            written: (0..count).map(|_| Choice::default()).collect(),
+            readers,
+            written: vec![(0, 0); count],
             begun: vec![false; count],
             left: count,
             usage: Usage::default(),
@@ -238,6 +263,31 @@ impl Streaming {
         self.say(&document);
     }
 
+    /// A piece of a choice, unless there is nothing to say.
+    fn say_piece(&mut self, index: usize, mut piece: Choice, parts: Vec<ToolPart>) {
+        let written = &mut self.written[index];
+        for part in parts {
+            match part {
+                ToolPart::Text(text) => piece.add_text(&text),
+                ToolPart::Call(call) => {
+                    piece.add_call(call, written.1);
+                    written.1 += 1;
+                }
+            }
+        }
+        written.0 = written.0.max(piece.characters);
+        let has_ids = self.asked.token_ids && !piece.tokens.is_empty();
+        if piece.text.is_empty() && piece.steps.is_empty() && piece.calls.is_empty() && !has_ids {
+            return;
+        }
+        let tokenizer = self.asked.model.tokenizer.as_deref();
+        let mut document = self.asked.shape.piece(tokenizer, index, &piece);
+        if has_ids {
+            document["token_ids"] = json!(piece.tokens);
+        }
+        self.say_choice(document);
+    }
+
     fn fail(&mut self, error: &ApiError) {
         self.say(&error.document());
         self.is_over = true;
@@ -252,25 +302,20 @@ impl Streaming {
         match event {
             Event::Failed(error) => self.fail(&ApiError::from(&error)),
             Event::Piece { token, step, text } => {
-                let before = self.written[index].characters;
-                let mut piece = Choice::default();
-                piece.characters = before;
-                piece.add(token, step, &text);
-                self.written[index].characters = piece.characters;
-                let has_ids = self.asked.token_ids && token.is_some();
-                if text.is_empty() && piece.steps.is_empty() && !has_ids {
-                    return;
-                }
-                let tokenizer = self.asked.model.tokenizer.as_deref();
-                let mut document = self.asked.shape.piece(tokenizer, index, &piece);
-                if has_ids {
-                    document["token_ids"] = json!(piece.tokens);
-                }
-                self.say_choice(document);
+                let mut piece = Choice {
+                    characters: self.written[index].0,
+                    ..Choice::default()
+                };
+                piece.add_token(token, step);
+                let parts = self.readers[index].push(token, &text);
+                self.say_piece(index, piece, parts);
             }
             Event::Finished(finished) => {
                 self.usage.add(&finished, index.is_multiple_of(self.asked.n));
-                let closing = self.asked.shape.closing(index, finished.reason);
+                let rest = self.readers[index].finish();
+                self.say_piece(index, Choice::default(), rest);
+                let has_calls = self.written[index].1 > 0;
+                let closing = self.asked.shape.closing(index, finished.reason, has_calls);
                 self.say_choice(closing);
                 self.left -= 1;
                 if self.left == 0 {

@@ -2,8 +2,10 @@
 
 use serde_json::{Value, json};
 
+use super::fields::fresh_id;
 use crate::decode::{FinishReason, Step};
 use crate::text::Tokenizer;
+use crate::text::tools::{ToolCall, ToolFormat, ToolPart, ToolReader};
 
 /// What an answer is.
 pub enum Shape {
@@ -11,6 +13,8 @@ pub enum Shape {
     Chat {
         /// Whether log-probabilities were asked for.
         logprobs: bool,
+        /// Tools that may be called.
+        tools: Option<Tools>,
     },
     /// `/v1/completions`
     Completion {
@@ -19,6 +23,13 @@ pub enum Shape {
         /// Whether log-probabilities were asked for.
         logprobs: bool,
     },
+}
+
+/// Tools of a request.
+pub struct Tools {
+    /// How the model writes calls.
+    pub format: ToolFormat,
+    pub names: Vec<String>,
 }
 
 /// What every document of an answer begins with.
@@ -50,21 +61,64 @@ pub struct Choice {
     pub reason: Option<FinishReason>,
     /// Characters of the text up to the end of this.
     pub characters: usize,
+    /// Calls of tools.
+    pub calls: Vec<Value>,
     /// Of each step: where the text of its token begins, in characters.
-    offsets: Vec<usize>,
+    pub offsets: Vec<usize>,
 }
 
 impl Choice {
-    pub fn add(&mut self, token: Option<u32>, step: Option<Step>, text: &str) {
+    /// A call, as choices and pieces show it.
+    pub fn add_call(&mut self, call: ToolCall, number: usize) {
+        self.calls.push(json!({
+            "index": number,
+            "id": fresh_id("call"),
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }));
+    }
+
+    /// A token with its log-probabilities.
+    pub fn add_token(&mut self, token: Option<u32>, step: Option<Step>) {
         self.tokens.extend(token);
         self.offsets.extend(step.iter().map(|_| self.characters));
         self.steps.extend(step);
+    }
+
+    pub fn add_text(&mut self, text: &str) {
         self.text.push_str(text);
         self.characters += text.chars().count();
     }
 }
 
+/// What reads calls out of a choice, if there are tools: otherwise pieces are text.
+pub struct Reader(Option<ToolReader>);
+
+impl Reader {
+    pub fn push(&mut self, token: Option<u32>, text: &str) -> Vec<ToolPart> {
+        match &mut self.0 {
+            Some(reader) => reader.push(token, text),
+            None if text.is_empty() => Vec::new(),
+            None => vec![ToolPart::Text(text.to_string())],
+        }
+    }
+
+    pub fn finish(&mut self) -> Vec<ToolPart> {
+        self.0.as_mut().map_or(Vec::new(), ToolReader::finish)
+    }
+}
+
 impl Shape {
+    /// For one choice.
+    pub fn reader(&self, tokenizer: Option<&Tokenizer>) -> Reader {
+        Reader(match (self, tokenizer) {
+            (Shape::Chat { tools: Some(tools), .. }, Some(tokenizer)) => {
+                Some(ToolReader::new(tools.format, tools.names.clone(), tokenizer))
+            }
+            _ => None,
+        })
+    }
+
     /// Of ids.
     pub fn prefix(&self) -> &'static str {
         match self {
@@ -89,15 +143,24 @@ impl Shape {
 
     /// A whole choice; `n` choices belong to each prompt.
     pub fn choice(&self, tokenizer: Option<&Tokenizer>, index: usize, n: usize, choice: &Choice) -> Value {
-        let reason = choice.reason.map(reason);
+        let reason = choice.reason.map(|why| reason(why, !choice.calls.is_empty()));
         let logprobs = self.logprobs(tokenizer, choice);
         match self {
-            Shape::Chat { .. } => json!({
-                "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": null},
-                "logprobs": logprobs,
-                "finish_reason": reason,
-            }),
+            Shape::Chat { .. } => {
+                let mut message = json!({"role": "assistant", "content": choice.text, "refusal": null});
+                if !choice.calls.is_empty() {
+                    if choice.text.is_empty() {
+                        message["content"] = Value::Null;
+                    }
+                    let mut calls = choice.calls.clone();
+                    for call in &mut calls {
+                        // Pieces alone have numbers.
+                        call.as_object_mut().expect("an object").remove("index");
+                    }
+                    message["tool_calls"] = Value::Array(calls);
+                }
+                json!({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
+            }
             Shape::Completion { echo, .. } => {
                 let echo = echo.get(index / n).map_or("", String::as_str);
                 json!({
@@ -128,7 +191,13 @@ impl Shape {
         let logprobs = self.logprobs(tokenizer, piece);
         match self {
             Shape::Chat { .. } => {
-                let delta = json!({"content": piece.text});
+                let mut delta = json!({});
+                if !piece.text.is_empty() || piece.calls.is_empty() {
+                    delta["content"] = json!(piece.text);
+                }
+                if !piece.calls.is_empty() {
+                    delta["tool_calls"] = json!(piece.calls);
+                }
                 json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": null})
             }
             Shape::Completion { .. } => {
@@ -138,8 +207,8 @@ impl Shape {
     }
 
     /// What comes after the last piece of a choice.
-    pub fn closing(&self, index: usize, why: FinishReason) -> Value {
-        let why = reason(why);
+    pub fn closing(&self, index: usize, why: FinishReason, has_calls: bool) -> Value {
+        let why = reason(why, has_calls);
         match self {
             Shape::Chat { .. } => json!({"index": index, "delta": {}, "logprobs": null, "finish_reason": why}),
             Shape::Completion { .. } => json!({"index": index, "text": "", "logprobs": null, "finish_reason": why}),
@@ -149,7 +218,7 @@ impl Shape {
     fn logprobs(&self, tokenizer: Option<&Tokenizer>, choice: &Choice) -> Value {
         let spelled = |id: u32| Spelled::new(tokenizer, id);
         match self {
-            Shape::Chat { logprobs: true } => {
+            Shape::Chat { logprobs: true, .. } => {
                 let entry = |id: u32, logprob: f64| {
                     let spelled = spelled(id);
                     json!({"token": spelled.text, "logprob": finite(logprob), "bytes": spelled.bytes})
@@ -208,8 +277,9 @@ fn finite(logprob: f64) -> f64 {
     logprob.max(-9999.0)
 }
 
-fn reason(reason: FinishReason) -> &'static str {
+fn reason(reason: FinishReason, has_calls: bool) -> &'static str {
     match reason {
+        FinishReason::Stop if has_calls => "tool_calls",
         FinishReason::Stop => "stop",
         FinishReason::Length | FinishReason::Capacity | FinishReason::Interrupted => "length",
     }

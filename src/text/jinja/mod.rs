@@ -81,6 +81,10 @@ pub enum Variable {
     None,
     /// `true` or `false`
     Bool(bool),
+    /// A whole number
+    Int(i64),
+    /// Another number
+    Float(f64),
     /// Text
     Text(String),
     /// A list
@@ -89,11 +93,33 @@ pub enum Variable {
     Dict(Vec<(String, Variable)>),
 }
 
+impl From<&serde_json::Value> for Variable {
+    /// As Python's `json` reads it.
+    fn from(value: &serde_json::Value) -> Self {
+        match value {
+            serde_json::Value::Null => Variable::None,
+            serde_json::Value::Bool(is) => Variable::Bool(*is),
+            serde_json::Value::Number(number) => match number.as_i64() {
+                Some(number) => Variable::Int(number),
+                None => Variable::Float(number.as_f64().unwrap_or(f64::NAN)),
+            },
+            serde_json::Value::String(text) => Variable::Text(text.clone()),
+            serde_json::Value::Array(items) => Variable::List(items.iter().map(Variable::from).collect()),
+            serde_json::Value::Object(items) => {
+                let pairs = items.iter().map(|(key, value)| (key.clone(), Variable::from(value)));
+                Variable::Dict(pairs.collect())
+            }
+        }
+    }
+}
+
 impl Variable {
     fn value(&self) -> Value {
         match self {
             Variable::None => Value::None,
             Variable::Bool(is) => Value::Bool(*is),
+            Variable::Int(number) => Value::Int((*number).into()),
+            Variable::Float(number) => Value::Float(*number),
             Variable::Text(text) => Value::str(text),
             Variable::List(items) => Value::list(items.iter().map(Variable::value).collect()),
             Variable::Dict(items) => {
