@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-unwanted='axum|tokio|hyper|clap|clap_builder|clap_derive|terminal_size|ctrlc|indicatif|console|rustyline|resvg|usvg|plotters|dejavu|csv'
+unwanted='axum|tokio|hyper|llguidance|clap|clap_builder|clap_derive|terminal_size|ctrlc|indicatif|console|rustyline|resvg|usvg|plotters|dejavu|csv'
 for features in '' tensorrt-rtx tensorrt tract; do
     tree=$(cargo tree --quiet --no-default-features --features "$features" --edges normal --prefix none)
     if found=$(grep -E "^($unwanted) v" <<<"$tree"); then

@@ -10,6 +10,8 @@ mod models;
 mod operations;
 #[path = "serve/scheduler.rs"]
 mod scheduler;
+#[path = "serve/structured.rs"]
+mod structured;
 #[allow(dead_code, reason = "tests of other commands use the rest")]
 #[path = "cli/support.rs"]
 mod support;

@@ -4,12 +4,13 @@
 //! [`Candidates`] (changes logits, drops candidates) and knows nothing of the others. [`Settings`] say what is on and in
 //! which order; [`Chain::new`] builds it. What a sampler means is what it means in llama.cpp, whose order is the default:
 //! logit bias, penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC, temperature, mirostat, draw. `logprobs`
-//! reports the model's own distribution, before any sampler. Text, stop conditions and the generation loop belong to
+//! reports the model's own distribution, before any sampler. A [`Constraint`] says which tokens may come at all. Text, stop conditions and the generation loop belong to
 //! `decode`.
 
 mod bias;
 mod breakers;
 mod candidates;
+mod constraint;
 mod draw;
 mod dry;
 mod generation_config;
@@ -30,6 +31,7 @@ mod xtc;
 
 pub use breakers::Breakers;
 pub use candidates::{Candidate, Candidates};
+pub use constraint::{Constraint, ConstraintError};
 pub use draw::{Draw, Drawn};
 pub use dry::{Dry, DrySettings};
 pub use settings::{MirostatSettings, Settings, SettingsError, Stage};

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::decode::batch::BatchError;
 use crate::decode::{FinishReason, GenerateError, Limits, Step};
 use crate::help::{Fault, Help};
-use crate::sample::{Settings, SettingsError};
+use crate::sample::{Constraint, ConstraintError, Settings, SettingsError};
 
 /// Where a request's events go, in order. `false`: nobody reads them any more, and the request ends.
 pub type Sink = Box<dyn FnMut(Event) -> bool + Send>;
@@ -18,6 +18,8 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// How tokens are drawn.
     pub sampling: Settings,
+    /// The form that its text must have.
+    pub constraint: Option<Box<dyn Constraint>>,
     /// When to end.
     pub limits: Limits,
     /// When it is of no use any more, whether it runs or waits.
@@ -72,6 +74,9 @@ pub enum RequestError {
     /// Its tokens cannot be drawn or written.
     #[error(transparent)]
     Generate(#[from] GenerateError),
+    /// The form that its text must have cannot be followed.
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
     /// It cannot be drawn in such a way.
     #[error(transparent)]
     Settings(#[from] SettingsError),
@@ -97,6 +102,7 @@ impl Help for RequestError {
         match self {
             RequestError::Batch(error) => error.fault(),
             RequestError::Generate(error) => error.fault(),
+            RequestError::Constraint(error) => error.fault(),
             RequestError::Settings(error) => error.fault(),
             RequestError::Cancelled { .. } => Fault::Stopped,
             RequestError::Deadline { .. } | RequestError::Stopping => Fault::Machine,
@@ -107,6 +113,7 @@ impl Help for RequestError {
         match self {
             RequestError::Batch(error) => error.help(),
             RequestError::Generate(error) => error.help(),
+            RequestError::Constraint(error) => error.help(),
             RequestError::Settings(error) => error.help(),
             RequestError::Deadline { .. } => Some("ask for fewer tokens, or allow more time".into()),
             RequestError::Cancelled { .. } | RequestError::Stopping => None,

@@ -9,7 +9,7 @@ use super::request::{Event, Finished, RequestError, Sink};
 use super::scheduler::Waiting;
 use crate::decode::batch::{BatchDecoder, SequenceId};
 use crate::decode::{FinishReason, GenerateError, Transcript};
-use crate::sample::Chain;
+use crate::sample::{Chain, Constraint};
 use crate::text::Tokenizer;
 
 /// What a sequence does next.
@@ -26,6 +26,9 @@ struct Running<'t> {
     id: SequenceId,
     state: State,
     chain: Chain,
+    constraint: Option<Box<dyn Constraint>>,
+    /// Logits without those of tokens that may not come.
+    limited: Vec<f32>,
     transcript: Transcript<'t>,
     events: Sink,
     cancelled: Arc<AtomicBool>,
@@ -104,6 +107,8 @@ impl<'t> Turn<'t> {
                 id,
                 state: State::Feeding,
                 chain,
+                constraint: request.constraint,
+                limited: Vec::new(),
                 transcript: Transcript::new(self.tokenizer, request.limits),
                 events: request.events,
                 cancelled,
@@ -263,7 +268,16 @@ impl Running<'_> {
     /// Draws the next token and reports it; with the reason if it is the last.
     fn draw(&mut self, decoder: &BatchDecoder, metrics: &Metrics) -> Result<(u32, Option<FinishReason>), RequestError> {
         let (logits, history) = (decoder.logits(self.id), decoder.tokens(self.id));
-        let drawn = self.chain.sample(logits, history);
+        let allowed = match &mut self.constraint {
+            None => logits,
+            Some(constraint) => {
+                self.limited.clear();
+                self.limited.extend_from_slice(logits);
+                constraint.limit(&mut self.limited)?;
+                &self.limited
+            }
+        };
+        let drawn = self.chain.sample(allowed, history);
         let token = drawn.map_err(|source| GenerateError::Draw {
             step: self.transcript.tokens().len() + 1,
             position: history.len(),
@@ -283,6 +297,10 @@ impl Running<'_> {
                 }
             }
         });
+        let is_complete = match &mut self.constraint {
+            None => false,
+            Some(constraint) => constraint.accept(token)?,
+        };
         let added = self.transcript.push(token, logits).map_err(GenerateError::from)?;
         let piece = Event::Piece {
             token: Some(token),
@@ -294,7 +312,11 @@ impl Running<'_> {
             return Err(RequestError::Cancelled { generated });
         }
         let is_full = decoder.room(self.id) == 0;
-        Ok((token, added.end.or(is_full.then_some(FinishReason::Capacity))))
+        let end = match is_complete {
+            true => Some(FinishReason::Stop),
+            false => added.end.or(is_full.then_some(FinishReason::Capacity)),
+        };
+        Ok((token, end))
     }
 
     /// Reports what was held back. A stop string may be completed by it.

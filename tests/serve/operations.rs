@@ -57,11 +57,6 @@ fn bad_requests_are_refused_by_name() {
             "tool_choice: there are no tools",
         ),
         (
-            chat("response_format", json!({"type": "json_object"})),
-            400,
-            "response_format: other formats",
-        ),
-        (
             chat("top_logprobs", json!(3)),
             400,
             "top_logprobs: logprobs has to be true",

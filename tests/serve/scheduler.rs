@@ -101,6 +101,7 @@ fn request(prompt: &[u32], max_new_tokens: usize) -> (Request, Receiver<Event>) 
     let request = Request {
         prompt: prompt.to_vec(),
         sampling: Settings::greedy(),
+        constraint: None,
         limits,
         deadline: None,
         events: Box::new(move |event| events.send(event).is_ok()),

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::Limits as ServerLimits;
 use super::error::ApiError;
 use super::fields::{self, fields};
+use super::grammar;
 use super::model::Model;
 use super::reply::Asked;
 use super::shapes::{Shape, Tools};
@@ -49,7 +50,6 @@ fields! {
         top_logprobs: usize,
         tools: Vec<Value>,
         tool_choice: Value,
-        response_format: Value,
     }
 }
 
@@ -61,7 +61,6 @@ pub fn parse(
 ) -> Result<Asked, ApiError> {
     let (mut common, mut own) = fields::read::<Own>(body, Own::NAMES)?;
     let model = find(common.model.as_deref())?;
-    refuse_what_is_not_there(&own)?;
     let messages = own.messages.take().unwrap_or_default();
     if messages.is_empty() {
         return Err(ApiError::field("messages", "there is none"));
@@ -79,6 +78,7 @@ pub fn parse(
         n: common.choices(limits.choices)?,
         limits: common.limits(&model, own.max_completion_tokens, most, logprobs)?,
         sampling: common.settings(&model)?,
+        constraint: grammar::of(&mut common, &model)?,
         streams: common.streams(),
         includes_usage: common.includes_usage(),
         token_ids: common.return_token_ids.unwrap_or(false),
@@ -90,16 +90,6 @@ pub fn parse(
         timeout: limits.timeout,
         model,
     })
-}
-
-fn refuse_what_is_not_there(own: &Own) -> Result<(), ApiError> {
-    match &own.response_format {
-        Some(format) if format["type"] != "text" => {
-            let refused = ApiError::field("response_format", "other formats than text are not supported yet");
-            Err(refused.code("unsupported"))
-        }
-        _ => Ok(()),
-    }
 }
 
 /// Tools that may be called, and their descriptions for the template.

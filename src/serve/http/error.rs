@@ -120,7 +120,7 @@ impl From<&RequestError> for ApiError {
                 retry_after: Some(1),
                 ..ApiError::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).code("out_of_memory")
             },
-            RequestError::Generate(_) => ApiError::of(error),
+            RequestError::Generate(_) | RequestError::Constraint(_) => ApiError::of(error),
             RequestError::Deadline { .. } => {
                 ApiError::new(StatusCode::GATEWAY_TIMEOUT, error.to_string()).code("timeout")
             }

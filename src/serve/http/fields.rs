@@ -88,6 +88,9 @@ fields! {
         mirostat_eta: f32,
         samplers: Vec<String>,
         logit_bias: Value,
+        response_format: Value,
+        json_schema: Value,
+        grammar: String,
     }
 }
 

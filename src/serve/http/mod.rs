@@ -1,13 +1,15 @@
 //! The server: OpenAI's endpoints over HTTP, in front of schedulers.
 //!
 //! Takes bodies as bytes and gives JSON or server-sent events. `chat` and `completions` say what a body asks for, `fields`
-//! what both have in common, `reply` submits it and writes the answer in one of the `shapes`, `tokens` is the tokenizer alone,
+//! what both have in common, `reply` submits it and writes the answer in one of the `shapes`, `grammar`
+//! the form that a text must have, `tokens` is the tokenizer alone,
 //! `prometheus` the metrics, `error` every refusal. A request names a model and holds text: it can name no file.
 
 mod chat;
 mod completions;
 mod error;
 mod fields;
+mod grammar;
 mod model;
 mod prometheus;
 mod reply;

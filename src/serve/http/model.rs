@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, OnceLock};
 
+use super::grammar::Grammars;
 use crate::sample::{Breakers, DEFAULT_BREAKERS, Settings};
 use crate::serve::Scheduler;
 use crate::text::{Tokenizer, TokenizerError};
@@ -23,6 +24,8 @@ pub struct Model {
     pub eos_ids: BTreeSet<u32>,
     /// Of [`DEFAULT_BREAKERS`], once asked for.
     breakers: OnceLock<Arc<Breakers>>,
+    /// Once asked for.
+    grammars: OnceLock<Result<Grammars, String>>,
 }
 
 impl Model {
@@ -43,6 +46,7 @@ impl Model {
             seed,
             eos_ids,
             breakers: OnceLock::new(),
+            grammars: OnceLock::new(),
         }
     }
 
@@ -57,6 +61,15 @@ impl Model {
             None => Breakers::default(),
         };
         Ok(self.breakers.get_or_init(|| Arc::new(breakers)).clone())
+    }
+
+    /// What its tokens are, for grammars.
+    pub(super) fn grammars(&self) -> Result<&Grammars, String> {
+        let make = || match &self.tokenizer {
+            Some(tokenizer) => Grammars::new(tokenizer, self.scheduler.facts().vocabulary, &self.eos_ids),
+            None => Err("its package has no tokenizer".to_string()),
+        };
+        self.grammars.get_or_init(make).as_ref().map_err(String::clone)
     }
 
     /// Slots of its longest sequence.

@@ -12,10 +12,11 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::error::ApiError;
 use super::fields::{fresh_id, now};
+use super::grammar::Limited;
 use super::model::Model;
 use super::shapes::{Choice, Head, Reader, Shape};
 use crate::decode::Limits;
-use crate::sample::Settings;
+use crate::sample::{Constraint, Settings};
 use crate::serve::{Event, Finished, Request, SubmitError, Ticket};
 use crate::text::tools::ToolPart;
 
@@ -28,6 +29,8 @@ pub struct Asked {
     /// Choice `i` of all is drawn with the seed plus `i`.
     pub sampling: Settings,
     pub limits: Limits,
+    /// The form of each choice's text.
+    pub constraint: Option<Limited>,
     pub streams: bool,
     pub includes_usage: bool,
     /// Whether choices have the ids of their tokens.
@@ -86,6 +89,10 @@ fn submit(asked: &Asked) -> Result<(Events, Vec<Ticket>), ApiError> {
                 ..asked.sampling.clone()
             },
             limits: asked.limits.clone(),
+            constraint: asked
+                .constraint
+                .as_ref()
+                .map(|form| Box::new(form.again()) as Box<dyn Constraint>),
             deadline,
             events: Box::new(move |event| sender.send((index, event)).is_ok()),
         };
