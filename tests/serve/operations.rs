@@ -227,6 +227,23 @@ fn keys_are_asked_for() {
     );
 }
 
+#[test]
+fn a_page_to_chat_is_there_and_loads_nothing_else() {
+    let server = Server::start("64", &[]);
+    let page = server.get("/");
+    assert_eq!(page.status, 200);
+    assert_eq!(page.header("content-type"), Some("text/html; charset=utf-8"));
+    let policy = page.header("content-security-policy").unwrap();
+    assert!(
+        policy.starts_with("default-src 'none'; connect-src 'self';"),
+        "{policy}"
+    );
+    for outside in ["http://", "https://", "src=", "<link", "@import", "innerHTML"] {
+        assert!(!page.body.contains(outside), "the page has {outside}");
+    }
+    assert!(page.body.contains("/v1/chat/completions") && page.body.contains("/v1/models"));
+}
+
 /// A request that runs until its client goes: the headers and the first event are read.
 fn endless(server: &Server) -> BufReader<TcpStream> {
     let body = json!({"prompt": [5, 6], "max_tokens": 100000, "ignore_eos": true, "stream": true});

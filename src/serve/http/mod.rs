@@ -3,7 +3,8 @@
 //! Takes bodies as bytes and gives JSON or server-sent events. `chat` and `completions` say what a body asks for, `fields`
 //! what both have in common, `reply` submits it and writes the answer in one of the `shapes`, `grammar`
 //! the form that a text must have, `tokens` is the tokenizer alone,
-//! `prometheus` the metrics, `error` every refusal. A request names a model and holds text: it can name no file.
+//! `prometheus` the metrics, `error` every refusal, `page.html` a chat in a
+//! browser. A request names a model and holds text: it can name no file.
 
 mod chat;
 mod completions;
@@ -162,6 +163,7 @@ impl Server {
             .route("/detokenize", post(detokenize))
             .layer(middleware::from_fn_with_state(self.clone(), check_key));
         let open = Router::new()
+            .route("/", get(page))
             .route("/health", get(health))
             .route("/metrics", get(metrics));
         guarded
@@ -311,6 +313,20 @@ async fn health(State(server): Shared) -> Result<Response, ApiError> {
             Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message))
         }
     }
+}
+
+/// A page to chat in a browser. It may load nothing but itself, and talk to nobody but this server.
+async fn page() -> Response {
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (
+            header::CONTENT_SECURITY_POLICY,
+            "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
+             base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        ),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    ];
+    (headers, include_str!("page.html")).into_response()
 }
 
 async fn metrics(State(server): Shared) -> Response {
