@@ -138,8 +138,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         stdout.flush()?;
         drop(stdout);
         let grace = Duration::from_secs(args.grace as u64);
-        let ended = server.run(listener, stop, grace).await;
-        ended.map_err(|error| Failure::other(format!("the server failed: {error}")))
+        server.run(listener, stop, grace).await;
+        Ok(())
     });
     runtime.shutdown_timeout(Duration::from_secs(1));
     done

@@ -1,14 +1,16 @@
 //! What a server does with bad requests, with too many, with clients that go, and when it is to stop.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use lapidary::serve::http::Limits;
 use serde_json::{Value, json};
 
 use crate::client::{Server, read};
 use crate::models::talker;
 use crate::support::{lapidary, text};
+use crate::tools::limited;
 
 #[test]
 fn bad_requests_are_refused_by_name() {
@@ -292,6 +294,39 @@ fn a_client_that_goes_ends_its_requests() {
     server.wait_for_metric("vllm:request_success_total", cancelled, 3.0);
     server.wait_for_metric("vllm:num_requests_running", "", 0.0);
     assert_eq!(server.metric("vllm:kv_cache_usage_perc", ""), 0.0);
+    server.post("/v1/completions", &json!({"prompt": [5]})).ok();
+}
+
+#[test]
+fn slow_and_idle_clients_hold_nobody_up() {
+    let limits = Limits {
+        header_timeout: Duration::from_millis(300),
+        body_timeout: Duration::from_millis(300),
+        ..Limits::default()
+    };
+    let server = limited(crate::models::TEMPLATE, "Hello", limits);
+    let raw = |text: &str| {
+        let mut stream = server.connect();
+        stream.write_all(text.as_bytes()).unwrap();
+        stream
+    };
+    // A head that does not end, and a body that does not.
+    let start = Instant::now();
+    let mut rest = Vec::new();
+    let _ = raw("POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-").read_to_end(&mut rest);
+    let answer = String::from_utf8_lossy(&rest).into_owned();
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408"), "{answer}");
+    let unfinished = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 100\r\n\r\n{";
+    assert_eq!(read(raw(unfinished)).error().0, 408);
+    assert!(start.elapsed() < Duration::from_secs(20));
+
+    // Many connections that ask nothing, and requests between them.
+    let server = Server::start("64", &[]);
+    let idle: Vec<TcpStream> = (0..900).map(|_| server.connect()).collect();
+    for _ in 0..5 {
+        server.post("/v1/completions", &json!({"prompt": [5]})).ok();
+    }
+    drop(idle);
     server.post("/v1/completions", &json!({"prompt": [5]})).ok();
 }
 

@@ -78,6 +78,11 @@ impl BatchDevice for Script {
 
 /// A server in this process whose model has that template and writes that text.
 fn server(template: &str, text: &str) -> Server {
+    limited(template, text, Limits::default())
+}
+
+/// The same with other limits.
+pub fn limited(template: &str, text: &str, limits: Limits) -> Server {
     let folder = tempfile::tempdir().unwrap();
     let tokenizer = Tokenizer::open(&tokenizer_files(folder.path(), template)).unwrap();
     let tokens = tokenizer.encode(text, false).unwrap();
@@ -114,11 +119,8 @@ fn server(template: &str, text: &str) -> Server {
         runtime.block_on(async {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             sender.send(listener.local_addr().unwrap().to_string()).unwrap();
-            let server = http::Server::new(vec![model], Limits::default(), Keys::default());
-            server
-                .run(listener, std::future::pending(), Duration::ZERO)
-                .await
-                .unwrap();
+            let server = http::Server::new(vec![model], limits, Keys::default());
+            server.run(listener, std::future::pending(), Duration::ZERO).await;
         });
     });
     Server::at(address.recv().unwrap())

@@ -29,6 +29,9 @@ use axum::http::{StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
 use serde_json::{Value, json};
 
 use error::ApiError;
@@ -48,6 +51,8 @@ pub struct Limits {
     pub choices: usize,
     /// From arrival to the last token.
     pub timeout: Option<Duration>,
+    /// For the head of a request to arrive.
+    pub header_timeout: Duration,
     /// For a body to arrive.
     pub body_timeout: Duration,
 }
@@ -59,6 +64,7 @@ impl Default for Limits {
             prompt: None,
             choices: 128,
             timeout: None,
+            header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),
         }
     }
@@ -126,30 +132,42 @@ impl Server {
     pub async fn run(
         self: Arc<Self>,
         listener: tokio::net::TcpListener,
-        stop: impl Future<Output = ()> + Send + 'static,
+        stop: impl Future<Output = ()>,
         grace: Duration,
-    ) -> std::io::Result<()> {
-        let server = self.clone();
-        let (drained, is_drained) = tokio::sync::oneshot::channel();
-        let drain = async move {
-            stop.await;
-            server.stops.store(true, Ordering::Relaxed);
-            server.models.iter().for_each(|model| model.scheduler.drain());
-            let _ = drained.send(());
-        };
-        let serving = axum::serve(listener, self.clone().router()).with_graceful_shutdown(drain);
-        let serving = serving.into_future();
-        tokio::pin!(serving);
-        tokio::select! {
-            ended = &mut serving => return ended,
-            _ = is_drained => {}
+    ) {
+        let mut http = hyper::server::conn::http1::Builder::new();
+        http.timer(TokioTimer::new())
+            .header_read_timeout(self.limits.header_timeout);
+        let service = TowerToHyperService::new(self.clone().router());
+        let connections = GracefulShutdown::new();
+        tokio::pin!(stop);
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        // Each token is on its way at once, however small.
+                        let _ = stream.set_nodelay(true);
+                        let connection = http.serve_connection(TokioIo::new(stream), service.clone());
+                        let connection = connections.watch(connection);
+                        // What goes wrong with one connection is its client's to see.
+                        tokio::spawn(async move { drop(connection.await) });
+                    }
+                    // Too many files are open, for example: those that are there go on.
+                    Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+                },
+                () = &mut stop => break,
+            }
         }
-        if tokio::time::timeout(grace, &mut serving).await.is_err() {
+        drop(listener);
+        self.stops.store(true, Ordering::Relaxed);
+        self.models.iter().for_each(|model| model.scheduler.drain());
+        let ended = connections.shutdown();
+        tokio::pin!(ended);
+        if tokio::time::timeout(grace, &mut ended).await.is_err() {
             self.models.iter().for_each(|model| model.scheduler.stop());
             // What was stopped is said to those who still read.
-            let _ = tokio::time::timeout(Duration::from_secs(2), serving).await;
+            let _ = tokio::time::timeout(Duration::from_secs(2), ended).await;
         }
-        Ok(())
     }
 
     fn router(self: Arc<Self>) -> Router {
