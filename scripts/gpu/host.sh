@@ -33,7 +33,7 @@ case ${1:-} in
       mkdir -p "$LAPIDARY_WORK/plans"
       xz -dc "$kept/plans.tar.xz" | tar -x -C "$LAPIDARY_WORK/plans"
     fi
-    for kind in quantized families; do
+    for kind in quantized families embeddings; do
       if [ -e "$kept/$kind.tar.xz" ]; then xz -dc "$kept/$kind.tar.xz" | tar -x -C "$kept"; fi
     done
     # Results that an earlier machine left: their jobs are not done again.

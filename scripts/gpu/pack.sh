@@ -8,7 +8,8 @@
 # Usage: scripts/gpu/pack.sh TENSORRT_PACK     the folder that ../shared/gpu/pack.sh made
 # Before: cargo build --release --bin lapidary --example gpu_lab, and cargo test --no-run --test executor --test gpu.
 # PROFILE=debug takes the debug build of lapidary, for checks without times.
-# Taken along if there: .gpu/plans (scripts/gpu/prebuild.py), .gpu/quantized and .gpu/families (exports, a folder each), .gpu/results (bench-*.tar.gz of a run that was cut off),
+# Taken along if there: .gpu/plans (scripts/gpu/prebuild.py), .gpu/quantized, .gpu/families and .gpu/embeddings (exports, a folder each),
+# .gpu/results (bench-*.tar.gz of a run that was cut off),
 # EXTRA_BINARIES (more executables).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -30,8 +31,8 @@ ls .gpu/python/*.whl > /dev/null 2>&1 || scripts/gpu/pack_python.sh > /dev/null
 cp -r .gpu/python .gpu/p3/
 # Plans are mostly zeros: 300 MB of them are 2.
 if [ -d .gpu/plans ]; then find .gpu/plans -name '*.plan' | tar -c --transform 's|.*/||' --files-from - | xz -T2 -3 > .gpu/p3/plans.tar.xz; fi
-# Quantized exports and those of other families, a folder each.
-for kind in quantized families; do
+# Quantized exports, those of other families and those that take embeddings, a folder each.
+for kind in quantized families embeddings; do
   if [ -d ".gpu/$kind" ]; then tar -C .gpu -c "$kind" | xz -T2 -6 > ".gpu/p3/$kind.tar.xz"; fi
 done
 # Archives of an earlier machine's results, to go on with.

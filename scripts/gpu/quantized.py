@@ -41,9 +41,13 @@ def jobs():
 
 def compare(package, prompt, limit):
     """Nine greedy tokens and their log-probabilities on the GPU and on the CPU."""
-    gpu, cpu = (generate(package, prompt, 9, device) for device in ("cuda", "cpu"))
+    return agreement(*(generate(package, prompt, 9, device) for device in ("cuda", "cpu")), limit)
+
+
+def agreement(gpu, cpu, limit):
+    """Whether two answers of `generate` are equal, up to the first token where the CPU's two best are closer than the limit."""
     worst, margin = 0.0, None
-    for i, (ours, theirs) in enumerate(zip(gpu["steps"], cpu["steps"])):
+    for i, (ours, theirs) in enumerate(zip(gpu["steps"], cpu["steps"], strict=True)):
         listed = dict(map(tuple, theirs["top_logprobs"]))
         worst = max([worst] + [abs(p - listed[t]) for t, p in ours["top_logprobs"] if t in listed])
         if gpu["tokens"][i] != cpu["tokens"][i]:

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import bench
+import embeddings
+import experts
 import families
 import kernels
 import models
@@ -25,6 +27,8 @@ STAGES = {
     "quick": lambda results: results.attempt("tiny", tiny.main, ("llama",), only_first=1),
     "quantized": lambda results: results.attempt("quantized", quantized.main),
     "families": lambda results: results.attempt("families", families.main),
+    "embeddings": lambda results: embeddings.stage(results),
+    "experts": lambda results: results.attempt("experts", experts.main),
     "kernels": lambda results: results.attempt("kernels", kernels.main),
     "decode-steps": lambda results: decode_steps(results),
     "suite": lambda results: results.attempt("suite", suite.main),

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -30,8 +31,9 @@ MODES = {
 
 
 def generate(package, prompt, n, device):
-    ids = ",".join(map(str, prompt))
-    out = lapidary("generate", package, "--prompt-ids", ids, "--temperature", 0, "--max-new-tokens", n, "--ignore-eos",
+    """`n` greedy tokens; the prompt is a list of ids, or a file with rows of embeddings."""
+    given = ["--prompt-embeds", prompt] if isinstance(prompt, Path) else ["--prompt-ids", ",".join(map(str, prompt))]
+    out = lapidary("generate", package, *given, "--temperature", 0, "--max-new-tokens", n, "--ignore-eos",
                    "--json", "--logprobs", 8, "--device", device)
     return json.loads(out)
 
