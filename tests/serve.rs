@@ -2,6 +2,8 @@
 
 #[path = "serve/answers.rs"]
 mod answers;
+#[path = "serve/bench.rs"]
+mod bench;
 #[path = "serve/client.rs"]
 mod client;
 #[path = "serve/models.rs"]

@@ -1,5 +1,6 @@
 //! `lapidary bench`: measures a package and writes what it found as one document.
 
+mod serve;
 mod summary;
 mod system;
 
@@ -64,6 +65,17 @@ pub struct Args {
     /// Time loading with no kernels kept from before too, on a GPU
     #[arg(long)]
     first_load: bool,
+
+    /// Measure a server's scheduler instead, with so many clients at a time
+    #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = at_least_one,
+        conflicts_with_all = ["prefill", "decode", "end_to_end", "csv", "reference", "prompts", "profile", "first_load"])]
+    serve: Vec<usize>,
+    /// Tokens of the prompt and tokens to generate, of each request with --serve
+    #[arg(long, value_name = "PROMPT:NEW", value_parser = pair, default_value = "128:64", requires = "serve")]
+    serve_shape: (usize, usize),
+    /// Requests of all clients together with --serve [default: 4 for each]
+    #[arg(long, value_name = "N", value_parser = at_least_one, requires = "serve")]
+    serve_requests: Option<usize>,
 
     #[command(flatten)]
     place: Place,
@@ -138,6 +150,9 @@ fn setting(text: &str) -> Result<(String, Value), String> {
 }
 
 pub fn run(args: Args) -> Result<(), Failure> {
+    if !args.serve.is_empty() {
+        return serve::run(&args);
+    }
     let date = chrono::Local::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, false);
     let package = Package::open(&args.package)?;
     let settings = args.sampler.measuring(&package)?;

@@ -47,7 +47,8 @@ fn export(name: &str) -> Model {
 
 impl Model {
     fn batch(&self, options: BatchOptions) -> BatchDecoder {
-        self.batch_on(options, 2)
+        // What threads change is seen below.
+        self.batch_on(options, 1)
     }
 
     fn batch_on(&self, options: BatchOptions, threads: usize) -> BatchDecoder {
@@ -56,7 +57,7 @@ impl Model {
     }
 
     fn session(&self) -> Session {
-        let device = CpuDevice::new(self.graph.clone(), self.vocabulary, Some(2));
+        let device = CpuDevice::new(self.graph.clone(), self.vocabulary, Some(1));
         Session::new(Box::new(device), &CAPACITIES, self.vocabulary).with_switch(self.switch)
     }
 

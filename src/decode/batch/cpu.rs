@@ -29,6 +29,8 @@ pub struct CpuBatchDevice {
     prefills: Vec<(Profile, Program)>,
     /// For each capacity so far.
     decodes: Vec<(usize, Program)>,
+    /// The same for steps of one sequence, as a session has them: threads share what is shared among sequences otherwise.
+    lone_decodes: Vec<(usize, Program)>,
     batch: Batch,
     /// Without slots: what others are copies of.
     empty: Option<KvCaches>,
@@ -52,6 +54,7 @@ impl CpuBatchDevice {
             embeddings,
             prefills: Vec::new(),
             decodes: Vec::new(),
+            lone_decodes: Vec::new(),
             empty: None,
             caches: Vec::new(),
             inputs: Vec::new(),
@@ -91,6 +94,33 @@ impl CpuBatchDevice {
         };
         self.prefills.push(entry);
         Ok(())
+    }
+
+    /// A step of one sequence.
+    fn decode_one(&mut self, row: &mut BatchRow<'_>) -> Result<(), DeviceError> {
+        let capacity = self.caches(row.slot).capacity();
+        let at = match self.lone_decodes.iter().position(|(c, _)| *c == capacity) {
+            Some(at) => at,
+            None => {
+                let network = self.network(Profile::decode(capacity))?;
+                let program = Program::compile(&network, &self.compiling).map_err(failed)?;
+                self.lone_decodes.push((capacity, program));
+                self.lone_decodes.len() - 1
+            }
+        };
+        let step = StepInputs {
+            fed: fed(
+                self.embeddings.as_ref(),
+                std::slice::from_ref(&row.token),
+                &mut self.rows,
+            ),
+            position: row.position,
+            end: row.position + 1,
+            rows: 1,
+        };
+        let caches = self.caches[row.slot].as_mut().expect("an open slot");
+        row.logits.resize(self.vocabulary, 0.0);
+        run(&mut self.lone_decodes[at].1, step, caches, row.logits)
     }
 
     fn caches(&self, slot: usize) -> &KvCaches {
@@ -166,18 +196,15 @@ impl BatchDevice for CpuBatchDevice {
             end,
             rows: tokens.len(),
         };
-        let mut inputs = HostInputs::default();
-        inputs.fill(program.inputs(), step).map_err(failed)?;
+        let caches = self.caches[slot].as_mut().expect("an open slot");
         logits.resize(self.vocabulary, 0.0);
-        let mut bindings = Bindings::new();
-        inputs.bind(&mut bindings);
-        bindings
-            .output(Role::Logits, &mut logits[..])
-            .caches(self.caches[slot].as_mut().expect("an open slot"));
-        program.run(&mut bindings).map_err(failed)
+        run(program, step, caches, logits)
     }
 
     fn decode(&mut self, rows: &mut [BatchRow<'_>]) -> Vec<Result<(), DeviceError>> {
+        if let [row] = rows {
+            return vec![self.decode_one(row)];
+        }
         let mut results: Vec<Result<(), DeviceError>> = Vec::with_capacity(rows.len());
         self.inputs.resize_with(rows.len(), HostInputs::default);
         for (row, inputs) in rows.iter().zip(&mut self.inputs) {
@@ -223,6 +250,21 @@ impl BatchDevice for CpuBatchDevice {
         }
         results
     }
+}
+
+/// Runs one sequence by itself.
+fn run(
+    program: &mut Program,
+    step: StepInputs<'_>,
+    caches: &mut KvCaches,
+    logits: &mut [f32],
+) -> Result<(), DeviceError> {
+    let mut inputs = HostInputs::default();
+    inputs.fill(program.inputs(), step).map_err(failed)?;
+    let mut bindings = Bindings::new();
+    inputs.bind(&mut bindings);
+    bindings.output(Role::Logits, logits).caches(caches);
+    program.run(&mut bindings).map_err(failed)
 }
 
 /// The decode program of a capacity, which a cache of it brought.
