@@ -12,6 +12,8 @@ mod caches;
 mod experts;
 #[path = "executor/fusion.rs"]
 mod fusion;
+#[path = "executor/kernel_layers.rs"]
+mod kernel_layers;
 #[path = "executor/layers.rs"]
 mod layers;
 #[path = "executor/matmul.rs"]

@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 
-use super::{AttentionInputs, DecodeAttention, PartInputs, ProductInputs, ProductPart, RowActivation, RowProduct};
+use super::{
+    AttentionInputs, CodeLayout, DecodeAttention, PartInputs, ProductInputs, ProductPart, RowActivation, RowProduct,
+};
 use crate::dim::Dim;
 use crate::network::{
     Activation, BuildError, Elementwise, Layer, LayerKind, MatrixOp, Network, NetworkBuilder, ReduceOp, TensorId,
@@ -184,43 +186,40 @@ impl<'n> Expansion<'n> {
         let dims = self.dims(inputs.weights);
         let size = |dim: &Dim| dim.as_const().expect("weights have numbers") as usize;
         let [n, k] = [size(&dims[0]), size(&dims[1])];
-        let scales = self.wide(&format!("{name}/scales"), scales)?;
-        let Some(group) = layout.group else {
-            let rows = Granularity::Channel { axis: 0 };
-            return self.b.add(name, LayerKind::Dequantize(rows), &[inputs.weights, scales]);
-        };
-        let blocks = Granularity::Block { axis: 1, size: group };
-        let by_row = self.by_row(&format!("{name}/scales/rows"), scales, [n, k / group])?;
-        let values = LayerKind::Dequantize(blocks);
+        let group = layout.group.unwrap_or(k);
+        // A scale of 1 makes numbers of codes.
+        let one = self.number(&format!("{name}/one"), 0, 1.0)?;
+        let numbers = LayerKind::Dequantize(Granularity::Tensor);
+        let numbers = self
+            .b
+            .add(&format!("{name}/numbers"), numbers, &[inputs.weights, one])?;
+        let of_groups: Vec<Dim> = [n, k / group, group].map(Dim::from).to_vec();
+        let mut values = self.b.reshape(&format!("{name}/groups"), numbers, of_groups)?;
+        if let Some(points) = inputs.zero_points {
+            let points = self.of_groups(&format!("{name}/points"), points, layout, [n, k / group])?;
+            let half = 1 << (self.b.dtype(inputs.weights).bits() - 1);
+            let half = self.number(&format!("{name}/half"), 3, f64::from(half))?;
+            let signed = format!("{name}/points/signed");
+            let points = self.b.elementwise(&signed, Elementwise::Sub, points, half)?;
+            values = self
+                .b
+                .elementwise(&format!("{name}/centered"), Elementwise::Sub, values, points)?;
+        }
+        let scales = self.of_groups(&format!("{name}/scales"), scales, layout, [n, k / group])?;
         let values = self
             .b
-            .add(&format!("{name}/scaled"), values, &[inputs.weights, by_row])?;
-        let Some(points) = inputs.zero_points else {
-            return Ok(values);
+            .elementwise(&format!("{name}/scaled"), Elementwise::Prod, values, scales)?;
+        self.b.reshape(name, values, vec![n.into(), k.into()])
+    }
+
+    /// Scales or zero points as `[n, groups, 1]`, fp32.
+    fn of_groups(&mut self, name: &str, x: TensorId, layout: CodeLayout, [n, groups]: [usize; 2]) -> Added {
+        let x = self.wide(name, x)?;
+        let x = match layout.group {
+            Some(_) => self.by_row(&format!("{name}/rows"), x, [n, groups])?,
+            None => x,
         };
-        // Of each group: (zero point) * scale, repeated over its columns.
-        let points = self.wide(&format!("{name}/points"), points)?;
-        let points = self.by_row(&format!("{name}/points/rows"), points, [n, k / group])?;
-        let half = 1 << (self.b.dtype(inputs.weights).bits() - 1);
-        let half = self.number(&format!("{name}/half"), 2, f64::from(half))?;
-        let points = self
-            .b
-            .elementwise(&format!("{name}/points/signed"), Elementwise::Sub, points, half)?;
-        let offsets = self
-            .b
-            .elementwise(&format!("{name}/offsets"), Elementwise::Prod, points, by_row)?;
-        let groups: Vec<Dim> = [n, k / group, 1].map(Dim::from).to_vec();
-        let offsets = self.b.reshape(&format!("{name}/offsets/groups"), offsets, groups)?;
-        let repeated = LayerKind::Slice {
-            start: vec![0; 3],
-            size: [n, k / group, group].map(Dim::from).to_vec(),
-            stride: vec![1, 1, 0],
-        };
-        let repeated = self.b.add(&format!("{name}/offsets/repeated"), repeated, &[offsets])?;
-        let repeated = self
-            .b
-            .reshape(&format!("{name}/offsets/columns"), repeated, vec![n.into(), k.into()])?;
-        self.b.elementwise(name, Elementwise::Sub, values, repeated)
+        self.b.reshape(name, x, vec![n.into(), groups.into(), 1usize.into()])
     }
 
     /// Numbers of groups from the order of kernels, `[rows / 8, columns, 8, groups]`, to `[rows, groups]`.
