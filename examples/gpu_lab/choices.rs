@@ -61,9 +61,10 @@ impl std::fmt::Display for Codes {
 }
 
 /// Noise where bytes become part of the plan.
-fn tensor(dtype: DType, shape: Vec<usize>, embed: bool) -> Constant {
+fn tensor(name: &str, dtype: DType, shape: Vec<usize>, embed: bool) -> Constant {
     if !embed {
-        return Constant::absent(dtype, shape);
+        // By its origin, or weights of one shape would be one weight.
+        return Constant::absent(dtype, shape).with_origin(name);
     }
     let mut state = 7u64;
     let bytes = (0..dtype.byte_len(shape.iter().product())).map(|i| {
@@ -90,12 +91,13 @@ pub fn quantized(decoder: &Decoder, codes: Option<Codes>, embed: bool) -> Graph 
                 size => Granularity::Block { axis: 1, size },
             };
             let of_scales = granularity.scale_shape(&shape).expect("blocks divide the rows");
-            let zeros = zeros.then(|| tensor(code, of_scales.clone(), embed));
-            let scales = tensor(dtype, of_scales, embed);
-            let whole = Constant::quantized(tensor(code, shape, embed), scales, zeros, granularity);
+            let part = |part: &str, dtype, shape| tensor(&format!("{name}.{part}"), dtype, shape, embed);
+            let zeros = zeros.then(|| part("zero_points", code, of_scales.clone()));
+            let scales = part("scales", dtype, of_scales);
+            let whole = Constant::quantized(part("codes", code, shape), scales, zeros, granularity);
             whole.expect("parts that belong together")
         }
-        _ => tensor(dtype, shape, embed),
+        _ => tensor(name, dtype, shape, embed),
     })
 }
 

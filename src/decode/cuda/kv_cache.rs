@@ -68,6 +68,11 @@ impl KvCache {
         })
     }
 
+    /// Queues zeros for all of it.
+    pub fn clear(&self, stream: &Stream) -> Result<(), RunError> {
+        self.buffer.clear(stream)
+    }
+
     /// A cache of another capacity with the first `live` slots of this one. Queued.
     pub fn grown(&self, cuda: &Rc<Cuda>, stream: &Stream, capacity: usize, live: usize) -> Result<Self, RunError> {
         let grown = KvCache::allocated(cuda, stream, self.tensors.clone(), capacity)?;

@@ -26,6 +26,7 @@ mod input_buffers;
 mod instruments;
 mod kv_cache;
 mod load;
+mod prepare;
 mod scratch;
 mod swap;
 mod weights;
@@ -203,35 +204,6 @@ impl CudaDevice {
             slots,
             runtime,
         })
-    }
-
-    /// Loads what a prompt of `prompt` tokens and a text of `total` in all will need, so that nothing stalls later.
-    pub fn prepare(&mut self, prompt: usize, total: usize) -> Result<(), DeviceError> {
-        let fits = |n: usize| move |c: &&usize| **c >= n;
-        let largest = *self.capacities.last().expect("a package has one");
-        let first = self
-            .capacities
-            .iter()
-            .find(fits(prompt.max(1)))
-            .copied()
-            .unwrap_or(largest);
-        let last = self.capacities.iter().find(fits(total)).copied().unwrap_or(largest);
-        let mut position = 0;
-        while position < prompt.min(first) {
-            let chunk = self.chunk(prompt - position, position, first);
-            self.ready(chunk.rows, first)?;
-            position += chunk.tokens;
-        }
-        let later: Vec<usize> = self
-            .capacities
-            .iter()
-            .copied()
-            .filter(|c| (first..=last).contains(c))
-            .collect();
-        for capacity in later {
-            self.ready(1, capacity)?;
-        }
-        Ok(())
     }
 
     /// Where the time went so far.
@@ -415,6 +387,9 @@ impl Device for CudaDevice {
     fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError> {
         let known = self.slot(1, capacity).is_some_and(|at| self.slots[at].loaded.is_some());
         let at = self.ready(1, capacity)?;
+        if live == 0 && self.cache.is_some() && self.capacity == capacity {
+            return Ok(());
+        }
         if live == 0 && self.cache.is_some() {
             // Nothing to keep: two caches at once could need more memory than is free.
             self.stream.wait().map_err(|error| self.failed(error))?;
