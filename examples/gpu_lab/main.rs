@@ -8,6 +8,7 @@
 //! gpu_lab moves PKG                                    # a token after a move of the cache, and where it started
 //! gpu_lab forms                                        # ways to write a matrix product of one row
 //! gpu_lab kernels 8b                                   # decode steps of whole models with kernels of our own and without
+//! gpu_lab prefill --large                              # chunks of a prompt by their rows, on a few layers
 //! gpu_lab choices --large --layers 4                   # one choice of the lowering at a time, on a few layers
 //! ```
 
@@ -18,6 +19,7 @@ mod drive;
 mod forms;
 mod kernels;
 mod moves;
+mod prefill;
 mod swap;
 
 use std::error::Error;
@@ -98,6 +100,11 @@ enum Command {
         #[arg(default_value = "")]
         only: String,
     },
+    /// What chunks of a prompt cost by their rows.
+    Prefill {
+        #[arg(long)]
+        large: bool,
+    },
     /// How far single fp16 layers are from the truth, in several forms.
     Accuracy,
     Forms {
@@ -136,6 +143,7 @@ fn main() -> ExitCode {
         Command::Forms { only } => forms::forms(&only),
         Command::Choices { large, layers, only } => choices::choices(large, layers, &only),
         Command::Kernels { only } => kernels::kernels(&only),
+        Command::Prefill { large } => prefill::prefill(large),
         Command::Accuracy => accuracy::accuracy(),
     };
     match done {

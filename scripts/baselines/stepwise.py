@@ -76,11 +76,12 @@ def config_of(folder):
     return {name: sizes[ours] for name, ours in names.items()}
 
 
-def measure(given, open_decoder, name, variant, version_facts, machine=cpu, settings=None):
-    """The whole of a baseline. `open_decoder(model, threads)` is timed as the load."""
+def measure(given, open_decoder, name, variant, version_facts, machine=cpu, settings=None, checkpoint=None):
+    """The whole of a baseline. `open_decoder(model, threads)` is timed as the load; `checkpoint` is the Hugging Face folder that
+    the model was made of, where it has weights in another form."""
     workload = outputs.read_workload(given.workload)
-    config = config_of(given.model.parent)
-    known = weights_hash.of_file(given.model)
+    config = config_of(checkpoint or given.model.parent)
+    known = weights_hash.of_file(checkpoint or given.model)
     if given.weights_hash and known["hash"] != given.weights_hash:
         raise Unusable(f"{given.model}: its weights hash to {known['hash']}, not {given.weights_hash}")
     reference = outputs.reference_of(given.reference, known["hash"]) if given.reference else None

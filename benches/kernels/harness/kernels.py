@@ -4,10 +4,15 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SRC = os.environ.get("KERNELS_SOURCE", os.path.join(HERE, ".."))
+SRC = os.environ.get("KERNELS_SOURCE", os.path.join(HERE, "../../../src/backend/tensorrt/run/device/decode"))
 CACHE = os.environ.get("KERNELS_CACHE", "/tmp/kernels-cache")
 SMS = 132
 PTX = None  # a folder of PTX made elsewhere, by the names of cubins
+
+
+def source(file):
+    """Of the crate's kernels, or of those that only the harness runs."""
+    return next(path for path in (os.path.join(folder, file) for folder in (SRC, os.path.join(HERE, ".."), HERE)) if os.path.exists(path))
 
 
 def find_nvrtc():
@@ -21,7 +26,7 @@ def find_nvrtc():
 def compile_one(job):
     file, defines, path = job
     lib = ctypes.CDLL(find_nvrtc())
-    text = open(os.path.join(SRC, file), "rb").read()
+    text = open(source(file), "rb").read()
     prog = ctypes.c_void_p()
     lib.nvrtcCreateProgram(ctypes.byref(prog), text, file.encode(), 0, None, None)
     defines = dict(defines)
@@ -48,7 +53,7 @@ def compile_one(job):
 def cubin_path(file, defines):
     h = hashlib.sha1()
     for f in sorted({file, "common.cuh"}):
-        h.update(open(os.path.join(SRC, f), "rb").read())
+        h.update(open(source(f), "rb").read())
     h.update(repr(sorted(defines.items())).encode())
     return os.path.join(CACHE, h.hexdigest()[:20] + ".cubin")
 

@@ -2,33 +2,49 @@
 
 use crate::network::Tokens;
 
-/// Cuts off the next chunk, as tokens and rows: with `waiting` tokens and `room` slots, among engines for these token counts. The largest
-/// that is filled, or else the smallest that holds all, padded; near the end of the cache whatever fits it.
+/// What a pass costs beside its rows, in rows: reading the weights, and launches. Measured on an H200 at 182 rows for a model of
+/// 8 B parameters and at 500 for one of 1.1 B (docs/gpu.md), and only compared.
+const PASS: usize = 256;
+
+/// Cuts off the next chunk, as tokens and rows: with `waiting` tokens and `room` slots, among engines for these token counts.
+/// All cuts together, of which the last may be padded, cost as little as engines allow: [`PASS`] and its rows each.
 pub(super) fn choose(engines: impl Iterator<Item = Tokens>, waiting: usize, room: usize) -> (usize, usize) {
-    let exact = |n: usize| (n, n);
-    let mut fitting: Vec<usize> = Vec::new();
+    let mut sizes: Vec<usize> = vec![1];
     for tokens in engines {
         match tokens {
-            Tokens::Static(n) if n <= room => fitting.push(n),
+            Tokens::Static(n) if n <= room => sizes.push(n),
             Tokens::Static(_) => {}
             Tokens::Dynamic { min, max, .. } if min <= room => {
                 let rows = waiting.min(max).min(room);
                 if rows >= min && waiting > 1 {
-                    return exact(rows);
+                    return (rows, rows);
                 }
-                fitting.push(min);
+                sizes.push(min);
             }
             Tokens::Dynamic { .. } => {}
         }
     }
-    fitting.sort_unstable();
-    let filled = fitting.iter().rev().find(|n| **n <= waiting).copied();
-    let padded = fitting.iter().find(|n| **n >= waiting).copied();
-    match (filled, padded) {
-        (_, Some(rows)) => (waiting, rows),
-        (Some(rows), None) => exact(rows),
-        (None, None) => exact(1),
+    sizes.sort_unstable();
+    sizes.dedup();
+    let largest = *sizes.last().expect("at least 1");
+    // Far from the end the largest chunk is the best one.
+    if waiting > 4 * largest {
+        return (largest, largest);
     }
+    let padding = room - waiting.min(room);
+    // Of each number of tokens that wait: the least cost, and the first chunk of such a cut.
+    let mut best: Vec<(usize, usize)> = vec![(0, 0)];
+    for left in 1..=waiting {
+        let costs = sizes.iter().filter_map(|size| match left.checked_sub(*size) {
+            Some(rest) => Some((PASS + size + best[rest].0, *size)),
+            None => (size - left <= padding).then_some((PASS + size, *size)),
+        });
+        // Of equal ones that with the larger chunk: fewer of it follow.
+        let cut = costs.min_by_key(|(cost, size)| (*cost, std::cmp::Reverse(*size)));
+        best.push(cut.expect("one token is a chunk"));
+    }
+    let rows = best[waiting].1;
+    (waiting.min(rows), rows)
 }
 
 /// Whether an engine for these token counts can run so many rows.
@@ -66,16 +82,32 @@ mod tests {
     }
 
     #[test]
-    fn prompts_are_cut_into_full_chunks_and_a_padded_one() {
+    fn prompts_are_cut_as_it_costs_least() {
         assert_eq!(cuts(&SOME, 1, 1024), [(1, 1)]);
         assert_eq!(cuts(&SOME, 17, 1024), [(17, 128)]);
         assert_eq!(cuts(&SOME, 128, 1024), [(128, 128)]);
-        assert_eq!(cuts(&SOME, 129, 1024), [(129, 512)]);
+        assert_eq!(cuts(&SOME, 129, 1024), [(128, 128), (1, 1)]);
+        assert_eq!(cuts(&SOME, 300, 1024), [(300, 512)]);
+        assert_eq!(cuts(&SOME, 512, 1024), [(512, 512)]);
         assert_eq!(cuts(&SOME, 700, 1024), [(512, 512), (188, 512)]);
         assert_eq!(cuts(&SOME, 700, 1000), [(512, 512), (128, 128), (60, 128)]);
         // At the end of the cache padding has no room.
         assert_eq!(cuts(&SOME, 130, 130), [(128, 128), (1, 1), (1, 1)]);
         assert_eq!(cuts(&SOME[..1], 3, 8), [(1, 1); 3]);
+        assert_eq!(cuts(&SOME, 40 * 512, 65536), [(512, 512); 40]);
+    }
+
+    /// With sizes an eighth apart no prompt is padded by more than that, and none is cut into many pieces.
+    #[test]
+    fn many_sizes_leave_little_padding() {
+        let sizes = [1, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512, 576, 640, 768, 896, 1024];
+        let engines = sizes.map(Tokens::Static);
+        for waiting in 1..=4096 {
+            let cuts = cuts(&engines, waiting, 8192);
+            let rows: usize = cuts.iter().map(|(_, rows)| rows).sum();
+            assert!(rows <= waiting + (waiting / 4).max(32), "{waiting}: {cuts:?}");
+            assert!(cuts.len() <= waiting.div_ceil(1024) + 1, "{waiting}: {cuts:?}");
+        }
     }
 
     #[test]
