@@ -42,7 +42,11 @@ const CHUNKS: [(usize, usize); 24] = [
 /// One line a chunk: ms of a layer, that is of a model of a few layers less one of none, and of the rest.
 pub fn prefill(large: bool) -> Outcome<()> {
     let library = Library::load(None)?;
-    let base = if large { Decoder::llama_8b() } else { Decoder::llama_1b() };
+    let base = if large {
+        Decoder::llama_8b()
+    } else {
+        Decoder::llama_1b()
+    };
     let gpu = Mutex::new(());
     each(12, CHUNKS.to_vec(), |(rows, capacity)| {
         let time = |layers: usize| -> Outcome<f64> {

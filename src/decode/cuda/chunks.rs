@@ -100,7 +100,9 @@ mod tests {
     /// With sizes an eighth apart no prompt is padded by more than that, and none is cut into many pieces.
     #[test]
     fn many_sizes_leave_little_padding() {
-        let sizes = [1, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512, 576, 640, 768, 896, 1024];
+        let sizes = [
+            1, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512, 576, 640, 768, 896, 1024,
+        ];
         let engines = sizes.map(Tokens::Static);
         for waiting in 1..=4096 {
             let cuts = cuts(&engines, waiting, 8192);
