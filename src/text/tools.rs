@@ -42,6 +42,36 @@ impl ToolFormat {
     }
 }
 
+/// What one call is written with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CallPart {
+    /// A special token.
+    Token(u32),
+    /// This text.
+    Text(&'static str),
+    /// A line end, or none.
+    Line,
+    /// The object: `name`, and the arguments under this key.
+    Object(&'static str),
+}
+
+impl ToolFormat {
+    /// How one call is written, and nothing else.
+    pub fn one_call(self, tokenizer: &Tokenizer) -> Vec<CallPart> {
+        let special = tokenizer.special_tokens();
+        let mark = |mark: &'static str| match special.iter().find(|(_, text)| text == mark) {
+            Some((id, _)) => CallPart::Token(*id),
+            None => CallPart::Text(mark),
+        };
+        let object = CallPart::Object("arguments");
+        match self {
+            ToolFormat::Tagged => vec![mark(OPEN), CallPart::Line, object, CallPart::Line, mark(CLOSE)],
+            ToolFormat::List => vec![mark(CALLS), CallPart::Text("["), object, CallPart::Text("]")],
+            ToolFormat::Bare => vec![CallPart::Object("parameters")],
+        }
+    }
+}
+
 /// A call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ToolCall {

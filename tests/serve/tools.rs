@@ -238,9 +238,19 @@ fn tools_that_cannot_be_called_are_refused() {
     assert_eq!((status, code), (400, json!("unsupported")));
     assert!(message.contains("takes no tools"), "{message}");
     let server = server(TEMPLATE, "x");
-    let (_, code, message) = refused(&server, json!({"tool_choice": "required"}));
-    assert_eq!(code, "unsupported");
-    assert!(message.contains("only auto and none"), "{message}");
+    for choice in [
+        json!("always"),
+        json!({"type": "function", "function": {"name": "rm"}}),
+        json!({"type": "function"}),
+    ] {
+        let message = refused(&server, json!({"tool_choice": choice})).2;
+        assert!(
+            message.starts_with("tool_choice: it is neither none, auto, required nor"),
+            "{message}"
+        );
+    }
+    let both = json!({"tool_choice": "required", "response_format": {"type": "json_object"}});
+    assert!(refused(&server, both).2.contains("cannot have another form"));
     for tools in [
         json!([{"type": "function"}]),
         json!([{"type": "web_search", "function": {"name": "x"}}]),
@@ -251,4 +261,43 @@ fn tools_that_cannot_be_called_are_refused() {
                 .starts_with("tools[0]: it is no")
         );
     }
+}
+
+#[test]
+fn calls_can_be_forced() {
+    // Whatever it wants to say.
+    let server = server(TEMPLATE, "No, I will not.");
+    let tool = |name: &str, parameters: Value| json!({"type": "function", "function": {"name": name, "parameters": parameters}});
+    let parameters = json!({
+        "type": "object", "properties": {"a": {"$ref": "#/$defs/digit"}}, "required": ["a"], "additionalProperties": false,
+        "$defs": {"digit": {"enum": [1, 2]}},
+    });
+    let tools = json!([tool("add", parameters), tool("now", Value::Null)]);
+    let called = |choice: Value| {
+        let answer = server
+            .post(
+                "/v1/chat/completions",
+                &body(json!({"tools": tools, "tool_choice": choice})),
+            )
+            .ok();
+        let choice = &answer["choices"][0];
+        assert_eq!(
+            (&choice["finish_reason"], &choice["message"]["content"]),
+            (&json!("tool_calls"), &Value::Null)
+        );
+        let calls = choice["message"]["tool_calls"].as_array().unwrap().clone();
+        assert_eq!(calls.len(), 1, "{calls:?}");
+        let arguments = calls[0]["function"]["arguments"].as_str().unwrap();
+        let arguments: Value = serde_json::from_str(arguments).unwrap();
+        (calls[0]["function"]["name"].clone(), arguments)
+    };
+    let named = |name: &str| json!({"type": "function", "function": {"name": name}});
+    let (name, arguments) = called(named("add"));
+    assert_eq!(name, "add");
+    assert!(
+        arguments == json!({"a": 1}) || arguments == json!({"a": 2}),
+        "{arguments}"
+    );
+    assert_eq!(called(named("now")), (json!("now"), json!({})));
+    assert!(["add", "now"].contains(&called(json!("required")).0.as_str().unwrap()));
 }

@@ -93,7 +93,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let mut levels = Vec::new();
     let mut seed = args.sampler.seed.unwrap_or(0);
     for clients in &args.serve {
-        progress.step(&format!("{clients} clients"));
+        progress.step(format!("{clients} clients"));
         // Programs are compiled and pages are read before time is taken.
         measure(&scheduler, *clients, *clients, [prompt, new], &mut seed)?;
         let requests = args.serve_requests.unwrap_or(4 * clients).max(*clients);

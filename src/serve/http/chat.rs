@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::Limits as ServerLimits;
 use super::error::ApiError;
 use super::fields::{self, fields};
-use super::grammar;
+use super::grammar::{self, Limited};
 use super::model::Model;
 use super::reply::Asked;
 use super::shapes::{Shape, Tools};
@@ -70,43 +70,51 @@ pub fn parse(
         (false, None | Some(0)) => None,
         (false, Some(_)) => return Err(ApiError::field("top_logprobs", "logprobs has to be true with it")),
     };
-    let (tools, descriptions) = tools(&model, &own)?.unzip();
-    let prompt = prompt(&model, messages, descriptions.unwrap_or(Variable::None))?;
+    let offered = tools(&model, &own)?;
+    let prompt = prompt(&model, messages, offered.descriptions.unwrap_or(Variable::None))?;
     limits.check_prompt(&prompt)?;
     let most = model.capacity();
     Ok(Asked {
         n: common.choices(limits.choices)?,
         limits: common.limits(&model, own.max_completion_tokens, most, logprobs)?,
         sampling: common.settings(&model)?,
-        constraint: grammar::of(&mut common, &model)?,
+        constraint: match (grammar::of(&mut common, &model)?, offered.forced) {
+            (Some(_), Some(_)) => return Err(ApiError::field("tool_choice", "the text cannot have another form, too")),
+            (form, forced) => form.or(forced),
+        },
         streams: common.streams(),
         includes_usage: common.includes_usage(),
         token_ids: common.return_token_ids.unwrap_or(false),
         prompts: vec![prompt],
         shape: Shape::Chat {
             logprobs: logprobs.is_some(),
-            tools,
+            tools: offered.tools,
         },
         timeout: limits.timeout,
         model,
     })
 }
 
-/// Tools that may be called, and their descriptions for the template.
-fn tools(model: &Model, own: &Own) -> Result<Option<(Tools, Variable)>, ApiError> {
+/// What a request says of tools.
+#[derive(Default)]
+struct Offered {
+    tools: Option<Tools>,
+    /// For the template.
+    descriptions: Option<Variable>,
+    /// The form of the call that there has to be.
+    forced: Option<Limited>,
+}
+
+fn tools(model: &Model, own: &Own) -> Result<Offered, ApiError> {
     let choice = own.tool_choice.as_ref();
     let is = |word: &str| choice.is_some_and(|choice| choice == word);
     let descriptions = match &own.tools {
         Some(tools) if !tools.is_empty() => tools,
-        _ if choice.is_none() || is("auto") || is("none") => return Ok(None),
+        _ if choice.is_none() || is("auto") || is("none") => return Ok(Offered::default()),
         _ => return Err(ApiError::field("tool_choice", "there are no tools")),
     };
     if is("none") {
-        return Ok(None);
-    }
-    if choice.is_some() && !is("auto") {
-        let refused = ApiError::field("tool_choice", "only auto and none are supported yet");
-        return Err(refused.code("unsupported"));
+        return Ok(Offered::default());
     }
     let mut names = Vec::new();
     for (i, tool) in descriptions.iter().enumerate() {
@@ -123,8 +131,25 @@ fn tools(model: &Model, own: &Own) -> Result<Option<(Tools, Variable)>, ApiError
         let message = "the model's chat template takes no tools, or writes calls in a way that is not known";
         return Err(ApiError::field("tools", message).code("unsupported"));
     };
-    let descriptions = Variable::List(descriptions.iter().map(Variable::from).collect());
-    Ok(Some((Tools { format, names }, descriptions)))
+    let forced: Option<Vec<&Value>> = match choice {
+        None => None,
+        Some(_) if is("auto") => None,
+        Some(_) if is("required") => Some(descriptions.iter().collect()),
+        Some(choice) => {
+            let name = &choice["function"]["name"];
+            let one = descriptions
+                .iter()
+                .find(|tool| tool["function"]["name"] == *name && name.is_string());
+            let message = "it is neither none, auto, required nor {\"type\": \"function\", \"function\": {\"name\": …}} \
+                of one of the tools";
+            Some(vec![one.ok_or_else(|| ApiError::field("tool_choice", message))?])
+        }
+    };
+    Ok(Offered {
+        forced: forced.map(|tools| grammar::call(model, format, &tools)).transpose()?,
+        descriptions: Some(Variable::List(descriptions.iter().map(Variable::from).collect())),
+        tools: Some(Tools { format, names }),
+    })
 }
 
 /// Token ids of a conversation.

@@ -13,6 +13,7 @@ use super::fields::Common;
 use super::model::Model;
 use crate::sample::{Constraint, ConstraintError};
 use crate::text::Tokenizer;
+use crate::text::tools::{CallPart, ToolFormat};
 
 /// What a model's tokens are, for grammars; made once a model, when first asked for.
 pub struct Grammars {
@@ -165,6 +166,54 @@ pub fn of(common: &mut Common, model: &Model) -> Result<Option<Limited>, ApiErro
     limited
         .map(Some)
         .map_err(|message| ApiError::field(name, format!("it cannot be followed: {message}")).code("invalid_schema"))
+}
+
+/// The form of one call of one of these tools, which are descriptions of functions.
+pub fn call(model: &Model, format: ToolFormat, tools: &[&Value]) -> Result<Limited, ApiError> {
+    let failed = |message: String| {
+        let message = format!("the call cannot be followed: {message}");
+        ApiError::field("tool_choice", message).code("invalid_schema")
+    };
+    let tokenizer = super::chat::tokenizer(model)?;
+    let mut parts = Vec::new();
+    for part in format.one_call(tokenizer) {
+        parts.push(match part {
+            CallPart::Token(id) => format!("<[{id}]>"),
+            CallPart::Text(text) => Value::from(text).to_string(),
+            CallPart::Line => "/\\n?/".to_string(),
+            CallPart::Object(arguments) => format!("%json {}", call_schema(arguments, tools).map_err(failed)?),
+        });
+    }
+    let grammar = TopLevelGrammar::from_lark(format!("start: {}", parts.join(" ")));
+    let grammars = model.grammars().map_err(failed)?;
+    grammars.follow(grammar).map_err(failed)
+}
+
+/// Any of these calls. Definitions of parameters move to the top, where references to them look.
+fn call_schema(arguments: &str, tools: &[&Value]) -> Result<Value, String> {
+    let mut calls = Vec::new();
+    let mut definitions = serde_json::Map::new();
+    for tool in tools {
+        let function = &tool["function"];
+        let mut parameters = match &function["parameters"] {
+            Value::Null => json!({"type": "object", "additionalProperties": false}),
+            given => given.clone(),
+        };
+        let own = parameters.as_object_mut().and_then(|object| object.remove("$defs"));
+        for (name, definition) in own.as_ref().and_then(Value::as_object).into_iter().flatten() {
+            match definitions.insert(name.clone(), definition.clone()) {
+                Some(other) if other != *definition => return Err(format!("two tools define {name:?} in their $defs")),
+                _ => {}
+            }
+        }
+        calls.push(json!({
+            "type": "object",
+            "properties": {"name": {"const": function["name"]}, arguments: parameters},
+            "required": ["name", arguments],
+            "additionalProperties": false,
+        }));
+    }
+    Ok(json!({"anyOf": calls, "$defs": definitions, "x-guidance": {"whitespace_pattern": WHITE_SPACE}}))
 }
 
 fn of_schema(mut schema: Value) -> TopLevelGrammar {
