@@ -60,6 +60,9 @@ pub struct Args {
     /// Seconds for requests to finish after Ctrl-C or SIGTERM; a second signal ends at once
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = count(0, 1 << 30))]
     grace: usize,
+    /// Write a line of JSON to standard error for each request; no texts are in it
+    #[arg(long)]
+    log_requests: bool,
 
     #[command(flatten)]
     sampler: SamplerArgs,
@@ -114,7 +117,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             args.host
         );
     }
-    let server = Server::new(models, limits, keys);
+    let server = Server::new(models, limits, keys, args.log_requests);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

@@ -83,6 +83,9 @@ impl Server {
         command
             .args(["--port", "0", "--threads", "2", "--device", "cpu"])
             .args(flags);
+        if flags.contains(&"--log-requests") {
+            command.stderr(Stdio::piped());
+        }
         let mut child = command.stdout(Stdio::piped()).spawn().expect("the program starts");
         let mut line = String::new();
         let stdout = child.stdout.as_mut().unwrap();
@@ -173,6 +176,16 @@ impl Server {
             .args([name, &self.child().id().to_string()])
             .status();
         assert!(sent.unwrap().success());
+    }
+
+    /// What it wrote to standard error, once it has ended, line by line.
+    pub fn log(&mut self) -> Vec<Value> {
+        let mut text = String::new();
+        let stderr = self.child().stderr.as_mut().expect("started with --log-requests");
+        stderr.read_to_string(&mut text).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}")))
+            .collect()
     }
 
     /// Its exit status, within a minute.

@@ -381,6 +381,57 @@ fn a_signal_lets_requests_finish() {
 }
 
 #[test]
+fn requests_are_logged_without_their_texts() {
+    let mut server = Server::start("64,8192", &["--log-requests"]);
+    let body = json!({"prompt": "secret", "max_tokens": 3, "ignore_eos": true, "n": 2});
+    server.post("/v1/completions", &body).ok();
+    let running = endless(&server);
+    drop(running);
+    server.wait_for_metric("vllm:num_requests_running", "", 0.0);
+    server.post("/v1/completions", &json!({"prompt": "secret", "bogus": 1}));
+    server.get("/nowhere");
+    server.signal("-TERM");
+    assert_eq!(server.end(), Some(0));
+    let lines = server.log();
+    assert!(
+        lines
+            .iter()
+            .all(|line| line["time"].is_string() && !line.to_string().contains("secret")),
+        "{lines:?}"
+    );
+    let of = |event: &str| -> Vec<&Value> { lines.iter().filter(|line| line["event"] == event).collect() };
+    let requests = of("request");
+    assert_eq!(requests.len(), 2);
+    let first = requests[0];
+    for (field, value) in [
+        ("outcome", json!("finished")),
+        ("model", json!("pkg")),
+        ("choices", json!(2)),
+        ("stream", json!(false)),
+        ("prompt_tokens", json!(6)),
+        ("completion_tokens", json!(6)),
+    ] {
+        assert_eq!(first[field], value, "{first}");
+    }
+    assert!(first["ttft_ms"].as_f64() <= first["total_ms"].as_f64());
+    assert_eq!(
+        (&requests[1]["outcome"], &requests[1]["stream"]),
+        (&json!("cancelled"), &json!(true))
+    );
+    let refused: Vec<(&Value, &Value)> = of("refused")
+        .iter()
+        .map(|line| (&line["path"], &line["status"]))
+        .collect();
+    assert_eq!(
+        refused,
+        [
+            (&json!("/v1/completions"), &json!(400)),
+            (&json!("/nowhere"), &json!(404))
+        ]
+    );
+}
+
+#[test]
 fn what_cannot_be_served_is_refused_at_the_start() {
     let folder = tempfile::tempdir().unwrap();
     let package = talker(folder.path(), "64");

@@ -119,7 +119,7 @@ pub fn limited(template: &str, text: &str, limits: Limits) -> Server {
         runtime.block_on(async {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             sender.send(listener.local_addr().unwrap().to_string()).unwrap();
-            let server = http::Server::new(vec![model], limits, Keys::default());
+            let server = http::Server::new(vec![model], limits, Keys::default(), false);
             server.run(listener, std::future::pending(), Duration::ZERO).await;
         });
     });

@@ -90,6 +90,7 @@ pub fn parse(
             logprobs: logprobs.is_some(),
             tools: offered.tools,
         },
+        logs: false,
         timeout: limits.timeout,
         model,
     })

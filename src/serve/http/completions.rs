@@ -84,6 +84,7 @@ pub fn parse(
             echo,
             logprobs: own.logprobs.is_some(),
         },
+        logs: false,
         timeout: limits.timeout,
         model,
     })

@@ -3,14 +3,15 @@
 //! Takes bodies as bytes and gives JSON or server-sent events. `chat` and `completions` say what a body asks for, `fields`
 //! what both have in common, `reply` submits it and writes the answer in one of the `shapes`, `grammar`
 //! the form that a text must have, `tokens` is the tokenizer alone,
-//! `prometheus` the metrics, `error` every refusal, `page.html` a chat in a
-//! browser. A request names a model and holds text: it can name no file.
+//! `prometheus` the metrics, `error` every refusal, `log` a line for each request,
+//! `page.html` a chat in a browser. A request names a model and holds text: it can name no file.
 
 mod chat;
 mod completions;
 mod error;
 mod fields;
 mod grammar;
+mod log;
 mod model;
 mod prometheus;
 mod reply;
@@ -112,17 +113,19 @@ pub struct Server {
     models: Vec<Arc<Model>>,
     limits: Limits,
     keys: Keys,
+    logs: bool,
     started: u64,
     stops: AtomicBool,
 }
 
 impl Server {
-    /// Serves these models, whose names differ.
-    pub fn new(models: Vec<Model>, limits: Limits, keys: Keys) -> Arc<Self> {
+    /// Serves these models, whose names differ. `logs`: a line of JSON is written to standard error for each request.
+    pub fn new(models: Vec<Model>, limits: Limits, keys: Keys, logs: bool) -> Arc<Self> {
         Arc::new(Server {
             models: models.into_iter().map(Arc::new).collect(),
             limits,
             keys,
+            logs,
             started: fields::now(),
             stops: AtomicBool::new(false),
         })
@@ -194,6 +197,7 @@ impl Server {
                 let message = format!("{} does not take {}", request.uri().path(), request.method());
                 ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
             })
+            .layer(middleware::from_fn_with_state(self.clone(), log_refusals))
             .with_state(self)
     }
 
@@ -261,8 +265,9 @@ async fn answer(server: Arc<Server>, body: Body, parse: Parse) -> Result<Respons
         return Err((&SubmitError::Stopping).into());
     }
     let bytes = server.body(body).await?;
+    let logs = server.logs;
     let asked = off_thread(move || parse(&server, &bytes)).await?;
-    respond(asked).await
+    respond(Asked { logs, ..asked }).await
 }
 
 async fn chat_completions(State(server): Shared, body: Body) -> Result<Response, ApiError> {
@@ -350,6 +355,16 @@ async fn page() -> Response {
 async fn metrics(State(server): Shared) -> Response {
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
     (kind, prometheus::text(&server.models)).into_response()
+}
+
+async fn log_refusals(State(server): Shared, request: Request, next: Next) -> Response {
+    let (method, path) = (request.method().to_string(), request.uri().path().to_string());
+    let response = next.run(request).await;
+    let status = response.status();
+    if server.logs && (status.is_client_error() || status.is_server_error()) {
+        log::refused(&method, &path, status.as_u16());
+    }
+    response
 }
 
 async fn check_key(State(server): Shared, request: Request, next: Next) -> Response {

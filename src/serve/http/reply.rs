@@ -13,6 +13,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::error::ApiError;
 use super::fields::{fresh_id, now};
 use super::grammar::Limited;
+use super::log::Record;
 use super::model::Model;
 use super::shapes::{Choice, Head, Reader, Shape};
 use crate::decode::Limits;
@@ -36,6 +37,8 @@ pub struct Asked {
     /// Whether choices have the ids of their tokens.
     pub token_ids: bool,
     pub shape: Shape,
+    /// Whether a line is written about it.
+    pub logs: bool,
     pub timeout: Option<Duration>,
 }
 
@@ -47,10 +50,10 @@ impl Asked {
 
 /// Tokens read and written.
 #[derive(Clone, Copy, Default)]
-struct Usage {
-    prompt: usize,
-    cached: usize,
-    generated: usize,
+pub struct Usage {
+    pub prompt: usize,
+    pub cached: usize,
+    pub generated: usize,
 }
 
 impl Usage {
@@ -134,14 +137,19 @@ pub async fn respond(asked: Asked) -> Result<Response, ApiError> {
         created: now(),
         model: asked.model.name.clone(),
     };
+    let mut record = Record::new(&asked, &head);
+    let failed = |record: &mut Record, error: ApiError| {
+        record.outcome = "failed";
+        Err(error)
+    };
     if asked.streams {
         // A failure before the first token still has a status of its own.
         let first = match events.recv().await {
-            None => return Err(broken()),
-            Some((_, Event::Failed(error))) => return Err(ApiError::from(&error)),
+            None => return failed(&mut record, broken()),
+            Some((_, Event::Failed(error))) => return failed(&mut record, ApiError::from(&error)),
             Some(first) => first,
         };
-        let streaming = Streaming::new(asked, head, events, tickets, first);
+        let streaming = Streaming::new(asked, head, events, tickets, record, first);
         let stream = futures_util::stream::unfold(streaming, Streaming::next);
         let response = Response::builder()
             .header(header::CONTENT_TYPE, "text/event-stream")
@@ -154,18 +162,20 @@ pub async fn respond(asked: Asked) -> Result<Response, ApiError> {
     }
     let mut choices: Vec<Choice> = (0..tickets.len()).map(|_| Choice::default()).collect();
     let mut readers: Vec<Reader> = choices.iter().map(|_| asked.reader()).collect();
-    let mut usage = Usage::default();
     let mut left = choices.len();
     while left > 0 {
-        let (index, event) = events.recv().await.ok_or_else(broken)?;
+        let Some((index, event)) = events.recv().await else {
+            return failed(&mut record, broken());
+        };
         match event {
             Event::Piece { token, step, text } => {
+                record.token();
                 choices[index].add_token(token, step);
                 add(&mut choices[index], readers[index].push(token, &text));
             }
-            Event::Failed(error) => return Err(ApiError::from(&error)),
+            Event::Failed(error) => return failed(&mut record, ApiError::from(&error)),
             Event::Finished(finished) => {
-                usage.add(&finished, index.is_multiple_of(asked.n));
+                record.usage.add(&finished, index.is_multiple_of(asked.n));
                 add(&mut choices[index], readers[index].finish());
                 choices[index].reason = Some(finished.reason);
                 left -= 1;
@@ -173,6 +183,7 @@ pub async fn respond(asked: Asked) -> Result<Response, ApiError> {
         }
     }
     drop(tickets);
+    record.outcome = "finished";
     let tokenizer = asked.model.tokenizer.as_deref();
     let choices = choices.iter().enumerate().map(|(index, choice)| {
         let mut document = asked.shape.choice(tokenizer, index, asked.n, choice);
@@ -182,7 +193,7 @@ pub async fn respond(asked: Asked) -> Result<Response, ApiError> {
         document
     });
     let mut document = head.document(asked.shape.object(), choices.collect());
-    document["usage"] = usage.document();
+    document["usage"] = record.usage.document();
     Ok(json_response(&document))
 }
 
@@ -215,14 +226,21 @@ struct Streaming {
     written: Vec<(usize, usize)>,
     begun: Vec<bool>,
     left: usize,
-    usage: Usage,
+    record: Record,
     /// Events of the stream that are ready.
     ready: VecDeque<String>,
     is_over: bool,
 }
 
 impl Streaming {
-    fn new(asked: Asked, head: Head, events: Events, tickets: Vec<Ticket>, first: (usize, Event)) -> Self {
+    fn new(
+        asked: Asked,
+        head: Head,
+        events: Events,
+        tickets: Vec<Ticket>,
+        record: Record,
+        first: (usize, Event),
+    ) -> Self {
         let count = tickets.len();
         let readers = (0..count).map(|_| asked.reader()).collect();
         let mut streaming = Streaming {
@@ -234,7 +252,7 @@ impl Streaming {
             written: vec![(0, 0); count],
             begun: vec![false; count],
             left: count,
-            usage: Usage::default(),
+            record,
             ready: VecDeque::new(),
             is_over: false,
         };
@@ -297,6 +315,7 @@ impl Streaming {
 
     fn fail(&mut self, error: &ApiError) {
         self.say(&error.document());
+        self.record.outcome = "failed";
         self.is_over = true;
     }
 
@@ -314,11 +333,12 @@ impl Streaming {
                     ..Choice::default()
                 };
                 piece.add_token(token, step);
+                self.record.token();
                 let parts = self.readers[index].push(token, &text);
                 self.say_piece(index, piece, parts);
             }
             Event::Finished(finished) => {
-                self.usage.add(&finished, index.is_multiple_of(self.asked.n));
+                self.record.usage.add(&finished, index.is_multiple_of(self.asked.n));
                 let rest = self.readers[index].finish();
                 self.say_piece(index, Choice::default(), rest);
                 let has_calls = self.written[index].1 > 0;
@@ -326,9 +346,10 @@ impl Streaming {
                 self.say_choice(closing);
                 self.left -= 1;
                 if self.left == 0 {
+                    self.record.outcome = "finished";
                     if self.asked.includes_usage {
                         let mut document = self.head.document(self.asked.shape.chunk_object(), Vec::new());
-                        document["usage"] = self.usage.document();
+                        document["usage"] = self.record.usage.document();
                         self.say(&document);
                     }
                     self.ready.push_back("data: [DONE]\n\n".to_string());
