@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::metrics::{ENDS, Metrics, end_of};
 use super::request::{Event, Finished, RequestError, Sink};
 use super::scheduler::Waiting;
-use crate::decode::batch::{BatchDecoder, SequenceId};
+use crate::decode::batch::{BatchDecoder, BatchError, SequenceId};
 use crate::decode::{FinishReason, GenerateError, Transcript};
 use crate::sample::{Chain, Constraint};
 use crate::text::Tokenizer;
@@ -159,10 +159,12 @@ impl<'t> Turn<'t> {
                 return;
             };
             let one = &mut self.running[at];
-            one.began.get_or_insert_with(Instant::now);
             match self.decoder.prefill(one.id) {
+                // Others will give theirs back; those who came later wait behind it.
+                Err(BatchError::Memory { taken, .. }) if taken > 0 => return,
                 Err(error) => self.end(at, Err(error.into())),
                 Ok(progress) => {
+                    one.began.get_or_insert_with(Instant::now);
                     one.reused = progress.reused;
                     if progress.left == 0 {
                         one.state = State::Drawing;

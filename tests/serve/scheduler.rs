@@ -483,6 +483,45 @@ fn a_request_that_fails_on_the_device_is_the_only_one() {
 }
 
 #[test]
+fn requests_wait_for_memory_and_end_where_there_is_none() {
+    let open = move || -> Result<BatchDecoder, DeviceError> {
+        let device = Faulty {
+            at: 1000,
+            panics: false,
+        };
+        let options = BatchOptions {
+            cache_bytes: Some(20),
+            kept: 0,
+            ..batch(3)
+        };
+        // A slot takes a byte.
+        Ok(BatchDecoder::new(Box::new(device), &[16, 64], 6, options))
+    };
+    let scheduler = Scheduler::start(open, None::<Arc<Tokenizer>>, SchedulerOptions::default()).unwrap();
+    let prompts: [&[u32]; 5] = [&[3; 4], &[4; 4], &[3; 20], &[5; 14], &[4; 5]];
+    let all: Vec<(Ticket, Receiver<Event>)> = prompts
+        .iter()
+        .map(|prompt| {
+            let (request, events) = request(prompt, 8);
+            (scheduler.submit(request).unwrap(), events)
+        })
+        .collect();
+    let [a, b, too_long, grows, c] = [0, 1, 2, 3, 4].map(|i: usize| Given::all(&all[i].1));
+    // One at a time has room.
+    for given in [a, b, c] {
+        assert_eq!(given.tokens, [5; 8]);
+    }
+    for (given, tokens) in [(too_long, 0), (grows, 3)] {
+        assert_eq!(given.tokens.len(), tokens);
+        let error = given.error();
+        assert!(
+            matches!(&error, RequestError::Batch(BatchError::Memory { capacity: 64, .. })),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn a_panic_of_the_device_ends_what_is_there_and_refuses_the_rest() {
     let scheduler = on_faulty(8, true);
     let (bad, events) = request(&[3, 3], 10);

@@ -243,8 +243,9 @@ impl BatchDecoder {
         Ok(id)
     }
 
-    /// Feeds the next chunk of a sequence's prompt; the first call looks for a prefix that others have computed. After an
-    /// error the sequence can only leave. Panics if the prompt is fed already or the sequence has left.
+    /// Feeds the next chunk of a sequence's prompt; the first call looks for a prefix that others have computed. Where
+    /// that call finds no memory for a cache ([`BatchError::Memory`]), it can be made again; after any other error the sequence
+    /// can only leave. Panics if the prompt is fed already or the sequence has left.
     pub fn prefill(&mut self, id: SequenceId) -> Result<Progress, BatchError> {
         let sequence = self.get(id);
         assert!(sequence.logits.is_empty(), "the prompt is fed");
