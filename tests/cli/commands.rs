@@ -22,6 +22,7 @@ fn help_lists_the_commands_that_exist() {
             "info",
             "generate",
             "chat",
+            "serve",
             "sample",
             "verify",
             "refit",

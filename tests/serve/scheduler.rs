@@ -1,8 +1,7 @@
 //! The scheduler without a network: what requests are given, who waits, and how they end.
 
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use lapidary::decode::batch::{BatchDecoder, BatchDevice, BatchError, BatchOptions, BatchRow};
@@ -14,15 +13,11 @@ use lapidary::text::Tokenizer;
 
 use crate::models::talker;
 
-/// One package for all tests.
-fn package() -> Package {
-    static FOLDER: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
-    let (_, path) = FOLDER.get_or_init(|| {
-        let folder = tempfile::tempdir().unwrap();
-        let path = talker(folder.path(), "32,128");
-        (folder, path)
-    });
-    Package::open(path).unwrap()
+/// A package, in a folder that it needs until it is loaded.
+fn package() -> (tempfile::TempDir, Package) {
+    let folder = tempfile::tempdir().unwrap();
+    let package = Package::open(&talker(folder.path(), "32,128")).unwrap();
+    (folder, package)
 }
 
 const ON_CPU: SessionOptions<'static> = SessionOptions {
@@ -46,7 +41,7 @@ fn batch(sequences: usize) -> BatchOptions {
 }
 
 fn scheduler(sequences: usize, queue: usize) -> Scheduler {
-    let package = package();
+    let (_folder, package) = package();
     let tokenizer = Arc::new(package.tokenizer().unwrap().unwrap());
     let options = SchedulerOptions {
         queue,
@@ -134,7 +129,7 @@ fn prompt(seed: u32, n: usize) -> Vec<u32> {
 
 #[test]
 fn requests_get_what_generate_gives_however_many_there_are() {
-    let package = package();
+    let (_folder, package) = package();
     let tokenizer = package.tokenizer().unwrap().unwrap();
     let scheduler = scheduler(3, 16);
     let mut expected = Vec::new();
@@ -324,7 +319,7 @@ fn what_cannot_run_is_refused_before_it_waits() {
     let (mut bad, _events) = request(&[5], 3);
     bad.sampling.top_p = 7.0;
     assert_eq!(refused(bad), "--top-p: 7 is not a number from 0 to 1");
-    let package = package();
+    let (_folder, package) = package();
     let open = move || BatchDecoder::open(&package, &ON_CPU, batch(1));
     let bare = Scheduler::start(open, None, SchedulerOptions::default()).unwrap();
     let (mut stops, _events) = request(&[5], 3);
@@ -542,7 +537,7 @@ fn a_panic_of_the_device_ends_what_is_there_and_refuses_the_rest() {
 
 #[test]
 fn a_decoder_that_does_not_open_is_an_error() {
-    let package = package();
+    let (_folder, package) = package();
     let open = move || {
         let gpu = SessionOptions {
             device: DeviceChoice::Cuda,
