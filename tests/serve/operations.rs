@@ -202,6 +202,48 @@ fn texts_become_tokens_and_tokens_text() {
 }
 
 #[test]
+fn a_connection_goes_on_after_a_refusal() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys");
+    std::fs::write(&keys, "secret").unwrap();
+    let server = Server::start("64", &["--api-key-file", text(&keys)]);
+    let mut connection = server.connect();
+    let mut ask = |method: &str, path: &str, key: &str, body: &str| -> u16 {
+        let length = body.len();
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: {length}\r\n\r\n"
+        );
+        connection.write_all(head.as_bytes()).unwrap();
+        // The body comes later, when the request may be refused already.
+        std::thread::sleep(Duration::from_millis(60));
+        connection.write_all(body.as_bytes()).unwrap();
+        let mut reader = BufReader::new(&mut connection);
+        let mut lines = Vec::new();
+        while lines.last().is_none_or(|line: &String| !line.is_empty()) {
+            let mut line = String::new();
+            assert!(
+                reader.read_line(&mut line).unwrap() > 0,
+                "{method} {path}: the connection ends after {lines:?}"
+            );
+            lines.push(line.trim_end().to_ascii_lowercase());
+        }
+        let length = lines.iter().find_map(|line| line.strip_prefix("content-length: "));
+        let mut rest = vec![0; length.unwrap().parse().unwrap()];
+        reader.read_exact(&mut rest).unwrap();
+        lines[0].split(' ').nth(1).unwrap().parse().unwrap()
+    };
+    for _ in 0..2 {
+        assert_eq!(ask("POST", "/v1/embeddings", "secret", "{\"input\": \"x\"}"), 501);
+        assert_eq!(ask("POST", "/v1/completions", "wrong", "{\"prompt\": [5]}"), 401);
+        assert_eq!(ask("POST", "/nowhere", "secret", "{}"), 404);
+        assert_eq!(ask("DELETE", "/v1/models", "secret", "{}"), 405);
+        assert_eq!(ask("POST", "/v1/completions", "secret", "{"), 400);
+        assert_eq!(ask("POST", "/v1/completions", "secret", "{\"prompt\": [5]}"), 200);
+        assert_eq!(ask("GET", "/v1/models", "secret", ""), 200);
+    }
+}
+
+#[test]
 fn keys_are_asked_for() {
     let folder = tempfile::tempdir().unwrap();
     let keys = folder.path().join("keys");

@@ -197,6 +197,7 @@ impl Server {
                 let message = format!("{} does not take {}", request.uri().path(), request.method());
                 ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
             })
+            .layer(middleware::from_fn_with_state(self.clone(), read_body))
             .layer(middleware::from_fn_with_state(self.clone(), log_refusals))
             .with_state(self)
     }
@@ -355,6 +356,21 @@ async fn page() -> Response {
 async fn metrics(State(server): Shared) -> Response {
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
     (kind, prometheus::text(&server.models)).into_response()
+}
+
+/// Reads the body, whatever becomes of the request: a connection with an unread one could not be used again, and its client
+/// would not know.
+async fn read_body(State(server): Shared, request: Request, next: Next) -> Response {
+    let (head, body) = request.into_parts();
+    match server.body(body).await {
+        Ok(bytes) => next.run(Request::from_parts(head, Body::from(bytes))).await,
+        Err(error) => {
+            let mut response = error.into_response();
+            let close = header::HeaderValue::from_static("close");
+            response.headers_mut().insert(header::CONNECTION, close);
+            response
+        }
+    }
 }
 
 async fn log_refusals(State(server): Shared, request: Request, next: Next) -> Response {
