@@ -86,7 +86,7 @@ impl Help for SpecError {}
 /// Capacities made by default, as far as the model's context reaches.
 pub const DEFAULT_CAPACITIES: [usize; 3] = [256, 1024, 4096];
 /// Prefill chunks made by default.
-pub const DEFAULT_CHUNKS: [usize; 2] = [128, 512];
+pub const DEFAULT_CHUNKS: [usize; 4] = [128, 256, 512, 2048];
 
 impl Spec {
     /// Reads a file; the paths of its tokenizer and its text are relative to the file's folder.

@@ -62,7 +62,7 @@ pub struct Args {
     /// Sizes the cache can have, in tokens [default: 256,1024,4096, as far as the model's context reaches]
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
     capacity: Option<Vec<usize>>,
-    /// Chunks that engines take a prompt in, or a range min:opt:max [default: 128,512]
+    /// Chunks that engines take a prompt in, or a range min:opt:max [default: 128,256,512,2048]
     #[arg(long, value_name = "N,N")]
     prefill: Option<Prefill>,
     /// Decode and prefill of a capacity in one engine with two optimization profiles; needs a range as --prefill
