@@ -103,10 +103,11 @@ pub fn summary(m: &Manifest) -> String {
                 line(
                     "",
                     format!(
-                        "{}  {}, {} weights, {} {}",
+                        "{}  {}, {} weights{}, {} {}",
                         e.profile,
                         bytes(e.bytes),
                         serde_json::json!(e.weight_mode).as_str().unwrap_or_default(),
+                        if e.plans.is_some() { ", decode kernels" } else { "" },
                         e.target,
                         e.tensorrt_version
                     ),

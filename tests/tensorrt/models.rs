@@ -5,7 +5,9 @@ use lapidary::graph::Graph;
 use lapidary::graph::op::Rounding;
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{AttentionForm, LinearForm, LowerOptions, lower};
+use lapidary::network::segments::Steps;
 use lapidary::network::{Logits, Profile, Tokens, WeightMode};
+use lapidary::passes::{CanonicalizeOptions, canonicalize};
 use lapidary::tensor::DType;
 
 use crate::net::{bytes_of, library};
@@ -221,5 +223,32 @@ fn attention_that_rounds_builds() {
             of(DType::F8E4M3Fn, 0.002, 0),
         );
         builds(&format!("{dtype}"), &graph, &LowerOptions::default());
+    }
+}
+
+/// Families whose norms, experts or latent caches stand between layers of our own: every segment builds, and segments of equal
+/// layers share a plan.
+#[test]
+fn segments_between_layers_of_our_own_build() {
+    let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    for (name, segments, plans) in [
+        ("families/dynamo18-gemma2", 6, 3),
+        ("families/optimum-gpt-oss", 3, 2),
+        ("families/dynamo18-minicpm3", 7, 4),
+        ("families/optimum-gptneox", 5, 4),
+        ("exports/llama-optimum", 1, 1),
+    ] {
+        let options = CanonicalizeOptions {
+            max_positions: 64,
+            dtype: Some(DType::F16),
+            ..CanonicalizeOptions::default()
+        };
+        let export = lapidary::onnx::read(fixtures.join(name).join("model.onnx")).unwrap();
+        let graph = canonicalize(export, &options).unwrap().graph;
+        let network = lower(&graph, &Profile::decode(64), &LowerOptions::for_engines()).unwrap();
+        let steps = Steps::of(&network);
+        let built = tensorrt::build_all(&library(), &network, &BuildOptions::default());
+        let built = built.unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!((steps.segments.len(), built.len()), (segments, plans), "{name}");
     }
 }
