@@ -11,6 +11,8 @@ modes:
   static          `generate` over a static cache
   static-compile  `generate` over a static cache, which compiles the decode step (torch.compile, CUDA graphs)
   frozen          the bare compiled step with CUDA graphs over a static cache, nothing of `generate` around it
+  frozen-flash    the same with torch's FlashAttention back end forced, which takes no mask: the cache is cut to its length, which
+                  stays as it is while decode is timed. No end to end, where each length would be another graph
 
 Decode, end to end and time to first token are wall clock to the token's id on the host; `generate` is timed at its
 streamer. Static caches are kept and reset between runs, which is the best case for CUDA graphs. Exit status 2: the
@@ -37,6 +39,7 @@ VARIANTS = {
     "static": "static cache",
     "static-compile": "static cache, torch.compile",
     "frozen": "bare compiled step, CUDA graphs",
+    "frozen-flash": "bare compiled step, CUDA graphs, FlashAttention",
 }
 
 
@@ -241,7 +244,81 @@ class Frozen(Static):
         return rows
 
 
-MODES = {"eager": Eager, "eager-flash": Eager, "static": Static, "static-compile": StaticCompile, "frozen": Frozen}
+class FrozenFlash(Frozen):
+    """A step over a cache that is cut to its length, so that attention needs no mask and FlashAttention takes it."""
+
+    def make_room(self, tokens):
+        import sliced_cache
+
+        capacity = next((c for c in self.capacities if c >= tokens), None)
+        if capacity is None:
+            raise Unusable(f"{tokens} tokens do not fit the largest capacity, {self.capacities[-1]}: see --capacity")
+        self.device_ms = []
+        if capacity == self.capacity:
+            self.cache.length = 0
+            return
+        torch, model = self.torch, self.model
+        torch._dynamo.reset()
+        parameter = next(model.parameters())
+        self.capacity, self.cache = capacity, None
+        self.cache = sliced_cache.SlicedCache(model.config, capacity, parameter.device, parameter.dtype)
+        self.token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        self.position = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+
+        def step(cache, token, position):
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+                out = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            row = out.logits[0, -1].float()
+            return row, row.argmax()
+
+        self.plain_step = step
+        mode = "reduce-overhead" if self.device == "cuda" else "default"
+        self.compiled_step = torch.compile(step, mode=mode, fullgraph=True, dynamic=False)
+
+    def prefill(self, ids):
+        with self.torch.nn.attention.sdpa_kernel(self.torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            token = super().prefill(ids)
+        self.cache.length = len(ids)
+        return token
+
+    def timed(self, ids, n, at_least=0):
+        """Every step at the length of the prompt: one graph."""
+        self.make_room(max(at_least, len(ids) + n - 1))
+        self.synchronize()
+        marks = [time.perf_counter()]
+        token = self.prefill(ids)
+        marks.append(time.perf_counter())
+        for _ in range(n - 1):
+            token = self.step(token, len(ids))[1]
+            marks.append(time.perf_counter())
+        first, *gaps = [(b - a) * 1e3 for a, b in zip(marks, marks[1:])]
+        return first, gaps
+
+    def after(self, ids, tokens):
+        """The row of logits after each token that `tokens` gives for the row before it, uncompiled, the length growing."""
+        self.make_room(len(ids) + len(tokens))
+        with self.torch.nn.attention.sdpa_kernel(self.torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            out = self.model(self.tensor(ids), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache.length = len(ids)
+        rows = [out.logits[0, -1].float()]
+        for choose in tokens:
+            self.token.fill_(choose(rows[-1]))
+            self.position.fill_(self.cache.length)
+            rows.append(self.plain_step(self.cache, self.token, self.position)[0])
+            self.cache.length += 1
+        return rows
+
+    def greedy(self, ids, n):
+        best = lambda row: int(row.argmax())  # noqa: E731
+        return [best(row) for row in self.after(ids, [best] * (n - 1))]
+
+    def logits(self, ids, forced):
+        given = [lambda _, token=token: token for token in forced[:-1]]
+        return [row.cpu().numpy() for row in self.after(ids, given)]
+
+
+MODES = {"eager": Eager, "eager-flash": Eager, "static": Static, "static-compile": StaticCompile, "frozen": Frozen,
+         "frozen-flash": FrozenFlash}  # fmt: skip
 
 
 def reference(model, ids, n, device):
@@ -419,6 +496,8 @@ def run(given):
     facts = hugging_face.facts(model, given.model, given.model_name or name, given.dtype, given.weights_hash)
     compared = outputs.reference_of(given.reference, facts.weights_hash) if given.reference else None
     mode = MODES[given.mode](model, device, given.capacity)
+    if isinstance(mode, FrozenFlash):
+        given.end_to_end, attention = [], "sdpa, FlashAttention"
     settings = {"attention": attention, "cache": "static" if isinstance(mode, Static) else "dynamic",
                 "cuda_graphs": device == "cuda" and mode.compiled, "torch_compile": mode.compiled,
                 "threads": given.threads if device == "cpu" else None}  # fmt: skip

@@ -27,7 +27,7 @@ BASELINES = ROOT / "scripts" / "baselines"
 CASES = ["--prefill", "128,512", "--live", "300,4080", "--end-to-end", "128:512"]
 CAPACITIES = [256, 1024, 4096]
 # What matters most comes first, in case the time is up.
-MODES = ["static-compile", "frozen", "eager", "eager-flash", "static"]
+MODES = ["static-compile", "frozen", "frozen-flash", "eager", "eager-flash", "static"]
 # In the brief run whole texts are generated once or twice.
 BRIEF_CASES = {"eager": ["--prefill", "128,512", "--live", "300,4080", "--end-to-end", "128:512", "--runs", "1"],
                "compiled": ["--prefill", "128,512", "--live", "300,4080", "--end-to-end", "128:512", "--runs", "2"]}
