@@ -14,7 +14,7 @@ use lapidary::tensor::DType;
 
 const CAPACITY: usize = 32;
 const PROMPT: [i32; 7] = [3, 41, 17, 8, 29, 36, 5];
-const STEPS: [i32; 4] = [11, 42, 7, 30];
+const STEPS: [i32; 2] = [11, 42];
 
 /// Folders with an export below `fixtures`; `LAPIDARY_EXPORT` keeps those whose name contains it.
 fn exports() -> Vec<PathBuf> {
