@@ -19,7 +19,7 @@ impl Finder<'_> {
             Op::Binary(Binary::And) => {
                 let (causal, recent) = (node.input(0)?, node.input(1)?);
                 let window = self.recent(recent)?;
-                (self.window(causal)? == None).then_some(Some(window))
+                self.window(causal)?.is_none().then_some(Some(window))
             }
             _ => None,
         }

@@ -225,7 +225,7 @@ mod tests {
     #[test]
     fn shapes_too_large_for_the_gpu_are_passed_over() {
         let form = forms()[0];
-        let shared = |shape: Shape| shape.warps * shape.stages << 10;
+        let shared = |shape: Shape| (shape.warps * shape.stages) << 10;
         let small = Limits {
             shared: 40 << 10,
             ..HOPPER
