@@ -56,8 +56,9 @@ pub fn kernels(only: &str) -> Outcome<()> {
             ..decoder
         };
         // A group must divide a row.
-        let divides =
-            |codes: &Option<Codes>| codes.is_none_or(|Codes(_, size, _)| size == 0 || decoder.hidden % size == 0);
+        let divides = |codes: &Option<Codes>| {
+            codes.is_none_or(|Codes(_, size, _)| size == 0 || decoder.hidden.is_multiple_of(size))
+        };
         for (form, codes) in forms().into_iter().filter(|(_, codes)| divides(codes)) {
             for kernels in [true, false] {
                 let name = format!("{model}, {form}, {}", if kernels { "kernels" } else { "TensorRT" });

@@ -180,6 +180,8 @@ class Frozen(Static):
     """A step that is one compiled function from token to token: model, argmax, nothing else."""
 
     compiled = True
+    # Whether a timed step comes after the one before it, or at the same length: one graph.
+    grows = True
 
     def make_room(self, tokens):
         before = self.capacity
@@ -223,7 +225,7 @@ class Frozen(Static):
         token = self.prefill(ids)
         marks.append(time.perf_counter())
         for i in range(n - 1):
-            token = self.step(token, len(ids) + i)[1]
+            token = self.step(token, len(ids) + (i if self.grows else 0))[1]
             marks.append(time.perf_counter())
         first, *gaps = [(b - a) * 1e3 for a, b in zip(marks, marks[1:])]
         return first, gaps
@@ -246,6 +248,8 @@ class Frozen(Static):
 
 class FrozenFlash(Frozen):
     """A step over a cache that is cut to its length, so that attention needs no mask and FlashAttention takes it."""
+
+    grows = False
 
     def make_room(self, tokens):
         import sliced_cache
@@ -280,19 +284,6 @@ class FrozenFlash(Frozen):
             token = super().prefill(ids)
         self.cache.length = len(ids)
         return token
-
-    def timed(self, ids, n, at_least=0):
-        """Every step at the length of the prompt: one graph."""
-        self.make_room(max(at_least, len(ids) + n - 1))
-        self.synchronize()
-        marks = [time.perf_counter()]
-        token = self.prefill(ids)
-        marks.append(time.perf_counter())
-        for _ in range(n - 1):
-            token = self.step(token, len(ids))[1]
-            marks.append(time.perf_counter())
-        first, *gaps = [(b - a) * 1e3 for a, b in zip(marks, marks[1:])]
-        return first, gaps
 
     def after(self, ids, tokens):
         """The row of logits after each token that `tokens` gives for the row before it, uncompiled, the length growing."""
