@@ -7,6 +7,9 @@ use crate::network::Tensor;
 use crate::network::kernel_layers::{AttentionInputs, CodeLayout, DecodeAttention, ProductInputs, RowProduct};
 use crate::tensor::DType;
 
+/// More than any model has; a text may say anything.
+const MOST_HEADS: usize = 1 << 16;
+
 fn is_half(dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::Bf16)
 }
@@ -39,8 +42,8 @@ pub(super) fn row_product(product: &RowProduct, inputs: &[&Tensor]) -> Result<Ty
     })?;
     let x = inputs[at.x];
     check_dtype(at.x, x.dtype, is_half, "f16 or bf16")?;
-    let Some((last, leading)) = x.shape.split_last() else {
-        return Err(wrong("x has no axis"));
+    let Some((last, leading)) = x.shape.split_last().filter(|(_, leading)| !leading.is_empty()) else {
+        return Err(wrong("x must have rows: two axes or more"));
     };
     let k = fixed(x, leading.len())?;
     let row = |n: usize| vec![Dim::from(n)];
@@ -79,7 +82,7 @@ pub(super) fn row_product(product: &RowProduct, inputs: &[&Tensor]) -> Result<Ty
     let width = match product.gated {
         true if outputs[0] != outputs[1] => return Err(wrong(format!("gate and up have {outputs:?} rows"))),
         true => outputs[0],
-        false => outputs.iter().sum(),
+        false => outputs.iter().fold(0, |sum: usize, n| sum.saturating_add(*n)),
     };
     let shape: Vec<Dim> = leading.iter().cloned().chain([Dim::from(width)]).collect();
     if let Some(residual) = at.residual {
@@ -139,7 +142,7 @@ pub(super) fn decode_attention(attention: &DecodeAttention, inputs: &[&Tensor]) 
     check_dtype(at.caches[0], dtype, is_half, "f16 or bf16")?;
     check_input(inputs, at.caches[1], dtype, &keys.shape)?;
     check_extent(|| "the heads of the caches".to_string(), &kv_heads.into(), cache_heads)?;
-    if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+    if kv_heads == 0 || heads == 0 || heads > MOST_HEADS || !heads.is_multiple_of(kv_heads) {
         return Err(wrong(format!("{heads} query heads over {kv_heads}")));
     }
     let head_dim = fixed(keys, 3)?;
