@@ -14,7 +14,7 @@ hides its repetitions behind an early end. Measured on the generated tokens alon
 - cost: mean time of the sampler chain for one token, and of a whole token, in one text a setting. Take it on a machine
   that does nothing else (`--cost` does this part alone).
 
-Writes the results (JSON), the plot (SVG), and the table between the markers of docs/sampling.md. Needs the release binary
+Writes the results (JSON), the plot (SVG), and the table between the markers of docs/guides/sampling.md. Needs the release binary
 (`cargo build --release --bins`) and a package of SmolLM2; nothing but Python's standard library.
 """
 
@@ -211,8 +211,8 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="texts generated at the same time")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "benches/results/dry-smollm2.json")
-    parser.add_argument("--plot", type=Path, default=ROOT / "docs/dry-smollm2.svg")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/sampling.md")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs/images/dry-smollm2.svg")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/guides/sampling.md")
     args = parser.parse_args()
     if (args.package is None) == (args.old is None):
         parser.error("give either --package or --from")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fuzzes the readers of files that others make, and the sampler chain. docs/fuzzing.md says what the targets are.
+# Fuzzes the readers of files that others make, and the sampler chain. docs/contributing/fuzzing.md says what the targets are.
 #
 #   [LAPIDARY_FUZZ_PROFILE=quick] scripts/fuzz.sh [SECONDS] [TARGET...]
 #

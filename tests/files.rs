@@ -16,7 +16,7 @@
 //! ```
 //!
 //! Lines above the input are comments (`#`) or options; `runner` lists the options. `UPDATE_FILES=1 cargo nextest run
-//! --features tract --test files` writes the output that comes of each input, docs/models.md, docs/operators.md and docs/chat-templates.md; read the
+//! --features tract --test files` writes the output that comes of each input, docs/reference/models.md, docs/reference/operators.md and docs/reference/chat-templates.md; read the
 //! difference before you commit it.
 
 #[path = "files/models_page.rs"]

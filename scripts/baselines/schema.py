@@ -1,6 +1,6 @@
 """The result file that every system writes: `lapidary bench`, the baselines of this folder, the Rust baselines in examples/.
 
-Owns its field names, summaries and units; `docs/benchmarks.md` tells a reader what they mean. Needs nothing but Python, so
+Owns its field names, summaries and units; `docs/reference/benchmarks.md` tells a reader what they mean. Needs nothing but Python, so
 that each baseline can import it. Samples are rounded to four decimals when they enter a document and summaries are made
 from the rounded numbers: whoever reads the file can compute them again, and `check` does.
 """

@@ -22,7 +22,7 @@ BATCH = [1, 17, 128, 200]
 # Of fp32 against fp32: different orders of summation.
 FP32_LIMIT = 5e-4
 # Of fp16 against fp32. transformers' fp16 stays below 0.007; TensorRT's attention kernel rounds scores to halves, which is an
-# error of 1.2e-3 a layer where its products have none (docs/gpu.md), and adds up to this.
+# error of 1.2e-3 a layer where its products have none (docs/explanation/gpu.md), and adds up to this.
 FP16_LIMIT = 0.04
 
 

@@ -79,7 +79,7 @@ impl Help for ResultError {
             | ResultError::Edited { .. }
             | ResultError::DeviceTime { .. }
             | ResultError::LayerGroup { .. } => {
-                "measure again; docs/benchmarks.md tells every field and how it follows from samples"
+                "measure again; docs/reference/benchmarks.md tells every field and how it follows from samples"
             }
         };
         Some(help.to_string())

@@ -2,7 +2,7 @@
 //!
 //! `measure` runs a [`crate::decode::Session`] as users do and times it; `machine`, `model` and `workload` say on what, of
 //! what and with what. All of it becomes one [`Document`], in the same form in which the baselines write theirs. [`read`]
-//! takes such files back and refuses those that do not hold together. What the numbers mean is in `docs/benchmarks.md`;
+//! takes such files back and refuses those that do not hold together. What the numbers mean is in `docs/reference/benchmarks.md`;
 //! what is made of them is `report`'s.
 
 mod check;

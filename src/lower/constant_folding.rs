@@ -1,4 +1,4 @@
-//! What TensorRT must be kept from folding while it builds: `docs/tensorrt-notes.md`, "What TensorRT folds", has both
+//! What TensorRT must be kept from folding while it builds: `docs/explanation/tensorrt-notes.md`, "What TensorRT folds", has both
 //! workarounds of this kind and why. The other, a mask for each attention layer, needs no layer of the network and is made
 //! where layers are emitted for TensorRT.
 

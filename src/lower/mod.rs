@@ -231,7 +231,7 @@ impl Default for LowerOptions {
 }
 
 /// Rows deeper than this are read faster as matrix products: 14336 columns at 2.95 TB/s against 2.15 reduced, 5632 at 1.9
-/// against 2.8 (docs/gpu.md).
+/// against 2.8 (docs/explanation/gpu.md).
 const WIDEST_REDUCED: usize = 8192;
 
 /// From this many slots on, keys and values repeated for each query head would take more than a few hundred megabytes.
@@ -254,7 +254,7 @@ impl LowerOptions {
         }
     }
 
-    /// Good choices for TensorRT engines where nothing was tuned: docs/gpu.md has the figures.
+    /// Good choices for TensorRT engines where nothing was tuned: docs/explanation/gpu.md has the figures.
     pub fn for_engines() -> Self {
         LowerOptions {
             linear: LinearForm::ReduceRow,

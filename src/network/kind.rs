@@ -1,7 +1,7 @@
 //! The kinds of layers: what each means, what it is called, and its text form.
 //!
 //! One file for everything that is one fact of a kind. Its rule is in `infer`; what runs it is in the back ends' files
-//! named `layers`. docs/adding-an-operator.md walks through a new kind.
+//! named `layers`. docs/contributing/adding-an-operator.md walks through a new kind.
 
 use super::kernel_layers::{DecodeAttention, RowProduct};
 use super::{Shape, WeightId};

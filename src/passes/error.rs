@@ -249,7 +249,7 @@ impl Help for PassError {
             ),
             PassError::Obstacles { obstacles } if obstacles.iter().any(contract::is_unknown_operator) => Some(
                 "export it again with operators of ONNX: `optimum-cli export onnx --model MODEL --task text-generation-with-past \
-                 OUT`, or torch.onnx.export as in docs/exporting.md, in fp32 or fp16; `convert --quantize` makes codes of its \
+                 OUT`, or torch.onnx.export as in docs/guides/exporting.md, in fp32 or fp16; `convert --quantize` makes codes of its \
                  weights"
                     .to_string(),
             ),

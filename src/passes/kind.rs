@@ -65,7 +65,7 @@ impl ModelKind {
     pub fn help(&self) -> String {
         const EXPORT: &str = "`optimum-cli export onnx --model MODEL --task text-generation-with-past OUT`, `python -m \
                               onnxruntime_genai.models.builder -m MODEL -o OUT -p fp16 -e cpu`, or torch.onnx.export with \
-                              past_key_values among inputs and outputs (docs/exporting.md)";
+                              past_key_values among inputs and outputs (docs/guides/exporting.md)";
         match self {
             ModelKind::EncoderDecoder { .. } => {
                 "run it in ONNX Runtime, as with optimum's ORTModelForSeq2SeqLM; models that are a \

@@ -1,6 +1,6 @@
 //! What a tuner can choose between: for each profile a few questions, each with the options that answer it otherwise.
 //!
-//! Only what was seen to matter on some GPU is asked (docs/gpu.md has the figures), since every answer costs a build and a
+//! Only what was seen to matter on some GPU is asked (docs/explanation/gpu.md has the figures), since every answer costs a build and a
 //! load. The questions are independent enough to be answered one after the other.
 
 use crate::graph::Graph;

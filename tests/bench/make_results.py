@@ -3,7 +3,7 @@
 
     python3 tests/bench/make_results.py [FOLDER]     # tests/bench/results by default
 
-Nothing here was measured. Numbers are drawn once, from a fixed seed, and summaries computed as docs/benchmarks.md says.
+Nothing here was measured. Numbers are drawn once, from a fixed seed, and summaries computed as docs/reference/benchmarks.md says.
 """
 
 import json

@@ -314,7 +314,7 @@ fn outputs_are_compared_with_a_reference() {
     assert!(lapidary(&args).refused().0.contains("nothing.json"));
 }
 
-/// docs/benchmarks.md has a word on every field that is written.
+/// docs/reference/benchmarks.md has a word on every field that is written.
 #[test]
 fn every_field_is_documented() {
     fn keys(value: &Value, into: &mut BTreeMap<String, ()>) {
@@ -344,7 +344,7 @@ fn every_field_is_documented() {
     ];
     let mut found = BTreeMap::new();
     keys(&quick(llama(), &flags), &mut found);
-    let docs = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/benchmarks.md")).unwrap();
+    let docs = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reference/benchmarks.md")).unwrap();
     let documented = |key: &str| {
         let ends = ["`", "[]`", "."];
         let any = |before: &str| ends.iter().any(|end| docs.contains(&format!("{before}{key}{end}")));

@@ -1,4 +1,4 @@
-//! docs/models.md is the table of exports that the tests convert and run.
+//! docs/reference/models.md is the table of exports that the tests convert and run.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -143,5 +143,5 @@ fn the_page_is_what_the_tests_run() {
             "fixtures/{set} has answers for {missing:?}, and no export"
         );
     }
-    check_page("models.md", &page());
+    check_page("reference/models.md", &page());
 }

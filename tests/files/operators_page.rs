@@ -1,4 +1,4 @@
-//! docs/operators.md is the table of operators.
+//! docs/reference/operators.md is the table of operators.
 
 use std::fmt::Write;
 
@@ -73,5 +73,5 @@ fn page() -> String {
 
 #[test]
 fn the_page_is_the_table() {
-    check_page("operators.md", &page());
+    check_page("reference/operators.md", &page());
 }

@@ -1,4 +1,4 @@
-//! docs/chat-templates.md is the table of transformers' environment for chat templates.
+//! docs/reference/chat-templates.md is the table of transformers' environment for chat templates.
 
 use std::fmt::Write;
 
@@ -46,5 +46,5 @@ fn page() -> String {
 
 #[test]
 fn the_page_is_the_table() {
-    check_page("chat-templates.md", &page());
+    check_page("reference/chat-templates.md", &page());
 }

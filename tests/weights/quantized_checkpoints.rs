@@ -892,7 +892,7 @@ fn bitsandbytes_in_4_bits() {
     });
 }
 
-/// The weightless workflow of docs/weights.md, in int8 on a small GPT-J: a package of codes, pruned, refitted from its own
+/// The weightless workflow of docs/guides/weights.md, in int8 on a small GPT-J: a package of codes, pruned, refitted from its own
 /// weights as a checkpoint, and verified on a task.
 #[test]
 fn pruned_refitted_and_verified_on_a_task() {

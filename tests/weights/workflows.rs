@@ -1,4 +1,4 @@
-//! What people do with weights and engines, from docs/weights.md: build once, serve several. Engines are really built, so
+//! What people do with weights and engines, from docs/guides/weights.md: build once, serve several. Engines are really built, so
 //! this needs TensorRT-RTX: `source scripts/setup.sh tensorrt`.
 
 use std::path::Path;

@@ -270,6 +270,6 @@ pub struct PerplexityResultError(#[from] ResultError);
 
 impl Help for PerplexityResultError {
     fn help(&self) -> Option<String> {
-        Some("measure again with `lapidary perplexity --json`; docs/quantization.md has every field".to_string())
+        Some("measure again with `lapidary perplexity --json`; docs/guides/quantization.md has every field".to_string())
     }
 }

@@ -3,7 +3,7 @@
 use crate::network::Tokens;
 
 /// What a pass costs beside its rows, in rows: reading the weights, and launches. About what passes of 1, 128, 256, 512 and 1024
-/// rows of a model of 8 B parameters take on an H200 (docs/gpu.md): 3.7, 6.8, 8.0, 13 and 24.8 ms.
+/// rows of a model of 8 B parameters take on an H200 (docs/explanation/gpu.md): 3.7, 6.8, 8.0, 13 and 24.8 ms.
 const PASS: usize = 160;
 
 /// Cuts off the next chunk, as tokens and rows: with `waiting` tokens and `room` slots, among engines for these token counts.

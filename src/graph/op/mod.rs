@@ -8,7 +8,7 @@
 //! `table` declares every operator once: its variant of [`Op`], its attributes with ONNX's names and defaults, its
 //! operands, and what other levels must know of it ([`OperatorInfo`]). The reader, the writer, the dump and its parser,
 //! the verifier and inference of the common cases follow from that. What an operator means is in the file of its
-//! [`Family`] in `graph::infer`, `graph::eval` and `lower`. docs/adding-an-operator.md walks through one.
+//! [`Family`] in `graph::infer`, `graph::eval` and `lower`. docs/contributing/adding-an-operator.md walks through one.
 
 mod attributes;
 mod declare;

@@ -2,7 +2,7 @@
 //!
 //! As a matrix product TensorRT turns the keys over before it multiplies, which is a copy of the cache in every layer; as
 //! `sum(q * k)` over the head dim they are read as they lie. The same with the values, `sum(p * v)` over the slots, was slower
-//! than the product and its copy at every capacity (docs/gpu.md).
+//! than the product and its copy at every capacity (docs/explanation/gpu.md).
 
 use super::MASKED;
 use crate::lower::context::{Lowered, Lowering};

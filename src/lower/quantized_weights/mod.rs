@@ -3,7 +3,7 @@
 //!
 //! [`QuantizedForm`] says how; a value is always `(code - zero point) * scale`. What no layers can read stays one weight of
 //! floats ([`widened_formats`]): codes of nf4, fp4, f4e2m1 and f8e5m2, scales that are quantized themselves, rows of packed
-//! codes that do not fill their bytes, and of constants what TensorRT fails on (docs/tensorrt-notes.md).
+//! codes that do not fill their bytes, and of constants what TensorRT fails on (docs/explanation/tensorrt-notes.md).
 //!
 //! `parts` says how the constants enter, `values` makes numbers of them, `products` multiplies.
 //!

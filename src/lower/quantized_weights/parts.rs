@@ -59,7 +59,7 @@ pub(super) fn parts(
         _ if bound && is_table => for_elementwise(quantized),
         QuantizedForm::Elementwise if bound => for_elementwise(quantized),
         _ if bound => for_dequantize(quantized).or_else(|| for_elementwise(quantized)),
-        // Constants of 8 bits are slower than floats are (docs/gpu.md), and plans without them are not built.
+        // Constants of 8 bits are slower than floats are (docs/explanation/gpu.md), and plans without them are not built.
         _ if is_table || !four_bits => None,
         _ => for_dequantize(quantized),
     }

@@ -1,6 +1,6 @@
 //! What transformers' environment for chat templates has, and whether it is supported here.
 //!
-//! The lists are those of Jinja 3.1, in its own order; docs/chat-templates.md is written from [`ENVIRONMENT`].
+//! The lists are those of Jinja 3.1, in its own order; docs/reference/chat-templates.md is written from [`ENVIRONMENT`].
 
 /// Filters, by the alphabet.
 pub const FILTERS: [&str; 54] = [

@@ -1,4 +1,4 @@
-//! What TensorRT must be kept from folding while it builds: `docs/tensorrt-notes.md`, "What TensorRT folds", has both
+//! What TensorRT must be kept from folding while it builds: `docs/explanation/tensorrt-notes.md`, "What TensorRT folds", has both
 //! workarounds of this kind and why. The other is in `lower::constant_folding`, because it is layers of the network.
 
 use trtx::ElementWiseOperation;

@@ -14,7 +14,7 @@
 //!
 //! The two are alike in what one might not expect: networks are strongly typed without a flag, TF32 is a builder flag that
 //! is on, refit and strip flags have the same names, and Lapidary captures CUDA graphs itself. What of full TensorRT was
-//! never run is in `docs/tensorrt-notes.md`.
+//! never run is in `docs/explanation/tensorrt-notes.md`.
 
 use super::error::LibraryError;
 use super::library::Version;
