@@ -344,7 +344,8 @@ fn every_field_is_documented() {
     ];
     let mut found = BTreeMap::new();
     keys(&quick(llama(), &flags), &mut found);
-    let docs = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reference/benchmarks.md")).unwrap();
+    let docs =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reference/benchmarks.md")).unwrap();
     let documented = |key: &str| {
         let ends = ["`", "[]`", "."];
         let any = |before: &str| ends.iter().any(|end| docs.contains(&format!("{before}{key}{end}")));
