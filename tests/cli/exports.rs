@@ -247,7 +247,7 @@ fn in_fp32(model: &Path, folder: &Path) -> PathBuf {
 
 /// Quantized exports in the folder beside the project's, where there is one, against what ONNX Runtime answers with basic
 /// optimizations (`quantized_references.json`, by scripts/quantized_references.py). The `reference.json` beside the exports was
-/// made with all optimizations, which round activations to 8 bits where files do not say so; docs/quantization.md has the
+/// made with all optimizations, which round activations to 8 bits where files do not say so; docs/guides/quantization.md has the
 /// distances.
 #[test]
 fn quantized_exports_where_they_are_at_hand() {
