@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::help::Help;
 use crate::lower::LowerOptions;
-use crate::network::{Profile, WeightMode};
+use crate::network::{Profile, RowProduct, WeightMode};
 use crate::passes::ActivationPolicy;
 use crate::target::{Precision, Prefill, Quantization, Refit, Target};
 
@@ -50,6 +50,8 @@ pub struct Spec {
     pub tokenizer: Option<PathBuf>,
     /// Whether decode engines leave to kernels of ours what those compute faster. With bound weights, if not given.
     pub kernels: Option<bool>,
+    /// Also engines that decode so many sequences in one step, 2 to 16.
+    pub batch: Option<Vec<usize>>,
     /// How engines are lowered; `weight_mode` in it is not looked at.
     pub lowering: Option<LowerOptions>,
     /// The same for single profiles, as `convert --tune` found it best.
@@ -139,6 +141,7 @@ impl Spec {
             mask_windows: self.mask_windows.or(below.mask_windows),
             tokenizer: self.tokenizer.or(below.tokenizer),
             kernels: self.kernels.or(below.kernels),
+            batch: self.batch.or(below.batch),
             lowering: self.lowering.or(below.lowering),
             tuned: self.tuned.or(below.tuned),
         }
@@ -196,6 +199,19 @@ impl Spec {
         if self.kernels == Some(true) && weights != WeightMode::Bind {
             return bad("kernels read weights where they are bound: use bound weights, or no kernels".into());
         }
+        let batch = match self.batch {
+            Some(batch) => ascending(batch, "sequences of a step")?,
+            None => Vec::new(),
+        };
+        if batch.iter().any(|rows| !(2..=RowProduct::MOST_ROWS).contains(rows)) {
+            return bad(format!(
+                "engines decode 2 to {} sequences in one step, beside one",
+                RowProduct::MOST_ROWS
+            ));
+        }
+        if !batch.is_empty() && (weights != WeightMode::Bind || self.kernels == Some(false)) {
+            return bad("several sequences in one step need kernels, and so bound weights".into());
+        }
         if self.calibrate.is_some() && self.quantize.is_none() {
             return bad(
                 "a text to calibrate on needs a quantization to calibrate: --quantize int4, int8 or fp8".into(),
@@ -216,6 +232,7 @@ impl Spec {
             prefill,
             tokenizer: self.tokenizer,
             kernels: self.kernels,
+            batch,
             lowering: LowerOptions {
                 weight_mode: weights,
                 ..self.lowering.unwrap_or_else(LowerOptions::for_engines)
@@ -256,6 +273,8 @@ pub struct Conversion {
     pub tokenizer: Option<PathBuf>,
     /// Whether decode engines use kernels of ours, whatever the lowerings say.
     pub kernels: Option<bool>,
+    /// Numbers of sequences that engines decode in one step, besides 1; ascending.
+    pub batch: Vec<usize>,
     /// Of engines, `weight_mode` included.
     pub lowering: LowerOptions,
     /// Of single profiles' engines.
@@ -321,6 +340,10 @@ mod tests {
         assert!(resolve("refit: general").contains("bound weights"));
         assert!(resolve("calibrate: text.txt").contains("--quantize"));
         assert!(resolve("targets: []").contains("no target"));
+        assert!(resolve("batch: [1, 4]").contains("2 to 16"));
+        assert!(resolve("batch: [32]").contains("2 to 16"));
+        assert!(resolve("{batch: [4], weights: embed}").contains("bound weights"));
+        assert!(resolve("{batch: [4], kernels: false}").contains("need kernels"));
         assert!(resolve("one_engine: true").contains("needs a prefill range"));
         assert!(resolve("{one_engine: true, prefill: {min: 1, opt: 2, max: 4}, weights: strip}").contains("no refit"));
     }

@@ -2,10 +2,13 @@
 //! The layers' own meaning on TensorRT is tested by the binary `executor`, whose cases run there too.
 #![cfg(feature = "engines")]
 
+#[path = "gpu/batch.rs"]
+mod batch;
+
 use std::path::Path;
 use std::rc::Rc;
 
-use lapidary::backend::tensorrt::run::{Argmax, Buffer, LoadOptions, Pinned, Program, Rows, Runtime, Stream};
+use lapidary::backend::tensorrt::run::{Argmax, Buffer, Caches, LoadOptions, Pinned, Program, Rows, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::decode::best;
 use lapidary::network::{Elementwise, NetworkBuilder, Profile};
@@ -163,6 +166,7 @@ fn an_engine_without_enough_working_memory_is_refused() {
     let loading = LoadOptions {
         graphs: false,
         kernels: None,
+        caches: Caches::Tensors,
     };
     let mut engine = Program::load(&runtime, Path::new("products"), &[plan.bytes()], &network, loading).unwrap();
     if engine.scratch_bytes() == 0 {
@@ -186,6 +190,7 @@ fn a_captured_engine_reads_new_inputs_and_follows_its_buffers() {
     let loading = LoadOptions {
         graphs: true,
         kernels: None,
+        caches: Caches::Tensors,
     };
     let mut engine = Program::load(&runtime, Path::new("squares"), &[plan.bytes()], &network, loading).unwrap();
     let stream = Stream::new(runtime.cuda()).unwrap();

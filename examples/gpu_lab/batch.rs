@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::rc::Rc;
 
-use lapidary::backend::tensorrt::run::{Buffer, LoadOptions, Program, Runtime, Stream};
+use lapidary::backend::tensorrt::run::{Buffer, Caches, LoadOptions, Program, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::graph::Graph;
 use lapidary::interface::Role;
@@ -58,6 +58,7 @@ impl Batch {
         let loading = LoadOptions {
             graphs: true,
             kernels: None,
+            caches: Caches::Tensors,
         };
         let mut engine = Program::load(&self.runtime, Path::new("batch"), &[plan.bytes()], &network, loading)?;
         let cuda = self.runtime.cuda().clone();

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use lapidary::backend::tensorrt::run::timing::SyntheticProgram;
-use lapidary::backend::tensorrt::run::{LoadOptions, Program, Runtime, Stream};
+use lapidary::backend::tensorrt::run::{Caches, LoadOptions, Program, Runtime, Stream};
 use lapidary::backend::tensorrt::{self, BuildOptions, Library};
 use lapidary::graph::{Constant, Graph};
 use lapidary::interface::Role;
@@ -237,6 +237,7 @@ pub fn measure(
     let loading = LoadOptions {
         graphs: true,
         kernels: None,
+        caches: Caches::Tensors,
     };
     let program = Program::load(&runtime, Path::new("synthetic"), plans, network, loading)?;
     let _alone = gpu.lock().expect("no panic");

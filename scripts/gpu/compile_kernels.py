@@ -38,6 +38,15 @@ SHAPES = {
     "i4 long": [(8, 4, 2), (8, 4, 6), (8, 2, 6), (8, 4, 3)],
     "i4 short": [(8, 4, 2), (8, 2, 3), (8, 4, 6), (8, 2, 6), (4, 4, 2)],
 }
+# The same of several rows: by warps, x in shared memory as a whole or streamed with the weights, (8-row tiles, stages), the
+# preferred one first: those that fit the GPU's shared memory. For floats by sweeps of 8 B fp16; `variant.rs` has the same lists.
+ROWS = [8, 16]
+SHAPES_OF_ROWS = {
+    "floats": {16: [[(2, 6), (2, 3), (2, 2)], [(4, 3), (2, 2)]], 8: [[(4, 8), (2, 8), (2, 3)], [(2, 6), (2, 3)]], 4: [[(4, 3)], [(4, 3)]]},
+    "i8": {16: [[(2, 3)], [(2, 3)]], 8: [[(4, 3)], [(4, 3)]]},
+    "i4 long": {8: [[(4, 2)], [(4, 2)]]},
+    "i4 short": {8: [[(4, 2)], [(4, 2)]], 4: [[(4, 2)], [(4, 2)]]},
+}
 GROUPS = {"i8": [32, 64, 128], "i4 long": [64, 128], "i4 short": [16, 32]}
 
 
@@ -50,8 +59,13 @@ def variants():
                 # The variants for SM 8.0 must fit 99 KiB of shared memory. Stages change no result.
                 stages = 1 if size > 128 or size > 80 and target == 80 else 2
                 shape = dict(HEAD_DIM=size, WARPS=4 if size > 128 else 8, STAGES=stages, SPLITS=8, MANY=0)
+                shape["CLUSTER"] = int(target == 90)
                 name = f"attention-{dtype}-d{size}-sm{target}"
-                yield f"attention-{dtype}", name, "attention.cu", dict(macros, CLUSTER=int(target == 90), **shape)
+                yield f"attention-{dtype}", name, "attention.cu", dict(macros, **shape)
+                # Of several sequences, which need fewer blocks each. Without clusters small GPUs have no memory for that.
+                shape |= dict(MANY=1, STAGES=1) if target == 90 else {}
+                name = f"attention-{dtype}-d{size}-rows-sm{target}"
+                yield f"attention-{dtype}", name, "attention.cu", dict(macros, TABLES=1, **shape)
             forms = [("floats", "floats", "", dict(FORMAT=16)), ("i8", "i8", "-rows", dict(FORMAT=8, SIGNED=1, GROUP=0))]
             for kind, groups in GROUPS.items():
                 weights = kind.split()[0]
@@ -64,6 +78,12 @@ def variants():
                 for warps, tiles, stages in SHAPES[kind]:
                     shape = dict(WARPS=warps, TILES=tiles, STAGES=stages, ROWS=1, RESIDENT=2, STREAM=0)
                     name = f"product-{dtype}-{weights}{layout}-w{warps}t{tiles}s{stages}-sm{target}"
+                    yield f"product-{dtype}-{weights}", name, "product.cu", dict(macros, **form, **shape)
+                of_rows = [(warps, stream, *shape) for warps, lists in SHAPES_OF_ROWS[kind].items()
+                           for stream in (0, 1) for shape in lists[stream]]
+                for rows, (warps, stream, tiles, stages) in ((rows, shape) for rows in ROWS for shape in of_rows):
+                    shape = dict(WARPS=warps, TILES=tiles, STAGES=stages, ROWS=rows, RESIDENT=1 if warps == 16 else 2, STREAM=stream)
+                    name = f"product-{dtype}-{weights}{layout}-r{rows}{'x' if stream else ''}-w{warps}t{tiles}s{stages}-sm{target}"
                     yield f"product-{dtype}-{weights}", name, "product.cu", dict(macros, **form, **shape)
 
 

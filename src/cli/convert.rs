@@ -72,6 +72,9 @@ pub struct Args {
     /// can be used]
     #[arg(long, value_enum)]
     kernels: Option<Kernels>,
+    /// Also build engines that decode so many sequences in one step, 2 to 16, for a server
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    batch: Option<Vec<usize>>,
     /// tokenizer.json, or a folder with it [default: beside the model, if there]
     #[arg(long, value_name = "FILE_OR_DIR")]
     tokenizer: Option<PathBuf>,
@@ -216,6 +219,7 @@ fn save_spec(path: &Path, conversion: &Conversion) -> Result<(), Failure> {
         one_engine: conversion.one_engine.then_some(true),
         tokenizer: None,
         kernels: conversion.kernels,
+        batch: Some(conversion.batch.clone()).filter(|batch| !batch.is_empty()),
         lowering: Some(conversion.lowering.clone()),
         tuned: Some(conversion.tuned.clone()).filter(|tuned| !tuned.is_empty()),
     };
@@ -239,6 +243,7 @@ fn conversion(args: &Args) -> Result<Conversion, Failure> {
         one_engine: args.one_engine.then_some(true),
         tokenizer: args.tokenizer.clone(),
         kernels: args.kernels.map(|kernels| kernels == Kernels::On),
+        batch: args.batch.clone(),
         lowering: None,
         tuned: None,
     };

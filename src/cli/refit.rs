@@ -96,6 +96,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
             one_engine: manifest.engines.iter().any(|engine| engine.built_as.is_some()),
             tokenizer: None,
             kernels: None,
+            batch: manifest
+                .engines
+                .iter()
+                .map(|engine| engine.profile.batch)
+                .filter(|batch| *batch > 1)
+                .collect(),
             lowering: lower::LowerOptions::for_engines(),
             tuned: manifest
                 .engines

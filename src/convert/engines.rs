@@ -228,6 +228,31 @@ pub(super) fn at_once(weights: WeightMode) -> usize {
     }
 }
 
+/// Refuses a graph whose engines for several sequences would not compute each of them apart.
+pub(super) fn check_batch(graph: &Graph, conversion: &Conversion, model: &Path) -> Result<(), ConvertError> {
+    let Some(batch) = conversion.batch.first().copied() else {
+        return Ok(());
+    };
+    let path = || model.to_path_buf();
+    if graph.embedding_width().is_some() {
+        return Err(ConvertError::BatchOfEmbeddings { path: path() });
+    }
+    let profile = Profile {
+        batch,
+        ..Profile::decode(1)
+    };
+    let network = lower::lower(graph, &profile, &conversion.lowering_of(&profile));
+    let network = network.map_err(|source| ConvertError::Lower { path: path(), source })?;
+    match network.layer_across_sequences() {
+        None => Ok(()),
+        Some(layer) => Err(ConvertError::Batch {
+            path: path(),
+            layer: layer.name.clone(),
+            kind: layer.kind.name(),
+        }),
+    }
+}
+
 /// What engines of this graph do otherwise than its package: one line for each format of codes that they hold as floats.
 pub(super) fn warnings(graph: &Graph, conversion: &Conversion) -> Vec<String> {
     let lowering = conversion.lowering_of(&Profile::decode(1));
@@ -240,7 +265,8 @@ pub(super) fn warnings(graph: &Graph, conversion: &Conversion) -> Vec<String> {
     lines.collect()
 }
 
-/// What is built: decode at every capacity, prefill wherever a chunk fits; or one engine for both where a chunk fits.
+/// What is built: decode at every capacity, prefill wherever a chunk fits; or one engine for both where a chunk fits. Of steps of
+/// several sequences one engine each, whatever the capacities of their caches.
 pub(super) fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Profile> {
     let mut profiles = Vec::new();
     for capacity in capacities {
@@ -268,6 +294,11 @@ pub(super) fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Pro
         }
         profiles.extend(chunks);
     }
+    let largest = capacities.iter().max().copied().unwrap_or(1);
+    profiles.extend(conversion.batch.iter().map(|batch| Profile {
+        batch: *batch,
+        ..Profile::decode(largest)
+    }));
     profiles
 }
 
@@ -311,6 +342,10 @@ mod tests {
         assert_eq!(
             names("{capacity: [256], prefill: {min: 1, opt: 128, max: 512}, one_engine: true}"),
             ["b1-t1_128_256-c256"]
+        );
+        assert_eq!(
+            names("{capacity: [16, 256], prefill: [128], batch: [8, 2]}"),
+            ["b1-t1-c16", "b1-t1-c256", "b1-t128-c256", "b2-t1-c256", "b8-t1-c256"]
         );
         // Where no chunk fits there is still something to decode with.
         assert_eq!(

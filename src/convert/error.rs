@@ -72,6 +72,25 @@ pub enum ConvertError {
         /// Norms behind such a rotation.
         nodes: Vec<String>,
     },
+    /// A step of several sequences would not be computed by kernels alone.
+    #[error(
+        "{}: no engine decodes several sequences in one step: the layer {layer:?} ({kind}) has no kernel, so a sequence could \
+         get other tokens beside others than alone", path.display()
+    )]
+    Batch {
+        /// The export.
+        path: PathBuf,
+        /// The first such layer.
+        layer: String,
+        /// Its kind.
+        kind: &'static str,
+    },
+    /// The same of a model that takes embeddings.
+    #[error("{}: no engine decodes several sequences in one step of a model that takes embeddings", path.display())]
+    BatchOfEmbeddings {
+        /// The export.
+        path: PathBuf,
+    },
     /// Weights hold numbers that no model can use.
     #[error("{}: {source}", path.display())]
     Numbers {
@@ -187,6 +206,12 @@ impl Help for ConvertError {
                 "convert it for the CPU alone (--target cpu), and please report the export: its rotation is one that is not recognised"
                     .to_string(),
             ),
+            ConvertError::Batch { .. } => Some(
+                "leave --batch out, and sequences take turns; what has kernels is in docs/decode-kernels.md (of models in fp32 \
+                 nothing: see --dtype fp16)"
+                    .to_string(),
+            ),
+            ConvertError::BatchOfEmbeddings { .. } => Some("leave --batch out, and sequences take turns".to_string()),
             ConvertError::Numbers { source, .. } => source.help(),
             ConvertError::Capacity { limit, .. } => Some(format!("use a --capacity of at most {limit}")),
             ConvertError::Emit { source, .. } => source.help(),

@@ -186,6 +186,7 @@ pub fn convert(
             let path = model.to_path_buf();
             return Err(ConvertError::WrongEngines { path, nodes });
         }
+        engines::check_batch(&canonical.graph, &conversion, model)?;
     }
     if let Some(path) = options.emit_onnx {
         onnx::write_with_data(&canonical.graph, path).map_err(|source| ConvertError::Emit {

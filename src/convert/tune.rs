@@ -23,7 +23,9 @@ pub(super) fn tune(
     progress: &dyn Progress,
 ) -> Result<(), ConvertError> {
     let graph = engines::graph(&writer.package(), conversion)?;
-    let profiles = engines::profiles(conversion, capacities);
+    let mut profiles = engines::profiles(conversion, capacities);
+    // Steps of several sequences are kernels: there is nothing to choose.
+    profiles.retain(|profile| profile.batch == 1);
     progress.step("tuning");
     // Attempts are few, and each takes long: every one gets a line.
     let note = |profile: &Profile, attempt: &Attempt| {

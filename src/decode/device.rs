@@ -121,7 +121,7 @@ pub fn best(logits: &[f32]) -> Option<u32> {
 }
 
 /// A device failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error("{device}: {message}")]
 pub struct DeviceError {
     /// Its name, as [`Device::name`] gives it.

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use super::batch::{BatchDecoder, BatchOptions, CpuBatchDevice};
+use super::batch::{BatchDecoder, BatchDevice, BatchOptions, CpuBatchDevice};
 use super::cpu::CpuDevice;
 #[cfg(feature = "engines")]
-use super::cuda::{CudaDevice, CudaOptions, OpenError};
+use super::cuda::{CudaBatchDevice, CudaDevice, CudaOptions, OpenError};
 use super::{Device, DeviceError, Embeddings, Session, SessionError};
 #[cfg(feature = "engines")]
 use crate::backend::tensorrt::Library;
@@ -171,14 +171,49 @@ impl BatchDecoder {
             (options.note)("several sequences at a time run there only, so far");
         }
         let graph = package.graph()?;
-        let vocabulary = package.vocabulary()?;
-        let embeddings = embeddings(package, &graph)?;
-        if embeddings.as_ref().is_some_and(|e| e.tokens().is_none()) {
-            return Err(SessionError::NoTable.into());
-        }
-        let device = CpuBatchDevice::new(graph, vocabulary, options.threads, embeddings);
-        let decoder = BatchDecoder::new(Box::new(device), &package.manifest.capacities, vocabulary, batch);
-        Ok(decoder.with_switch(switch(package)))
+        let embeddings = table(package, &graph)?;
+        let device = CpuBatchDevice::new(graph, package.vocabulary()?, options.threads, embeddings);
+        decoder(Box::new(device), package, batch)
+    }
+
+    /// The same on the GPU. No GPU has run it yet, so [`BatchDecoder::open`] does not. Without [`BatchOptions::cache_bytes`]
+    /// caches may take nine tenths of the memory that is free once everything else is loaded.
+    #[cfg(feature = "engines")]
+    pub fn open_on_gpu(
+        package: &Package,
+        options: &SessionOptions<'_>,
+        batch: BatchOptions,
+    ) -> Result<BatchDecoder, SessionOpenError> {
+        let (library, cuda) = library_and_options(package, options)?;
+        let embeddings = match package.takes_embeddings() {
+            true => table(package, &package.graph()?)?,
+            false => None,
+        };
+        let device = CudaBatchDevice::open(package, &library, cuda, batch.chunk, embeddings)?;
+        let free = device.free_memory()?;
+        let batch = BatchOptions {
+            cache_bytes: batch.cache_bytes.or(Some((free / 10 * 9) as usize)),
+            ..batch
+        };
+        decoder(Box::new(device), package, batch)
+    }
+}
+
+fn decoder(
+    device: Box<dyn BatchDevice>,
+    package: &Package,
+    batch: BatchOptions,
+) -> Result<BatchDecoder, SessionOpenError> {
+    let decoder = BatchDecoder::new(device, &package.manifest.capacities, package.vocabulary()?, batch);
+    Ok(decoder.with_switch(switch(package)))
+}
+
+/// The table of embeddings of a model that takes embeddings, where tokens are fed.
+fn table(package: &Package, graph: &Graph) -> Result<Option<Embeddings>, SessionOpenError> {
+    let embeddings = embeddings(package, graph)?;
+    match &embeddings {
+        Some(table) if table.tokens().is_none() => Err(SessionError::NoTable.into()),
+        _ => Ok(embeddings),
     }
 }
 
@@ -209,12 +244,7 @@ fn on_cpu(package: &Package, threads: Option<usize>) -> Result<Session, SessionO
 
 #[cfg(feature = "engines")]
 fn on_gpu(package: &Package, options: &SessionOptions<'_>) -> Result<Session, SessionOpenError> {
-    let library = Library::load(options.tensorrt_lib).map_err(|e| OpenError::Run(e.into()))?;
-    let mut cuda = CudaOptions::of(package);
-    cuda.graphs &= !options.no_graphs;
-    if let Some(kernels) = options.kernels {
-        cuda.kernels = Some(kernels.to_path_buf());
-    }
+    let (library, cuda) = library_and_options(package, options)?;
     let mut device = CudaDevice::open(package, &library, cuda)?;
     device.prepare(options.prompt, options.total)?;
     let vocabulary = package.vocabulary()?;
@@ -223,6 +253,17 @@ fn on_gpu(package: &Package, options: &SessionOptions<'_>) -> Result<Session, Se
         false => None,
     };
     Ok(session(Box::new(device), package, vocabulary).with_embeddings(embeddings))
+}
+
+#[cfg(feature = "engines")]
+fn library_and_options(package: &Package, options: &SessionOptions<'_>) -> Result<(Library, CudaOptions), OpenError> {
+    let library = Library::load(options.tensorrt_lib).map_err(|e| OpenError::Run(e.into()))?;
+    let mut cuda = CudaOptions::of(package);
+    cuda.graphs &= !options.no_graphs;
+    if let Some(kernels) = options.kernels {
+        cuda.kernels = Some(kernels.to_path_buf());
+    }
+    Ok((library, cuda))
 }
 
 #[cfg(not(feature = "engines"))]

@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::questions::{QUESTIONS, question};
 use super::{Attempt, ProfileTuning, Tuning};
 use crate::backend::tensorrt::run::timing::SyntheticProgram;
-use crate::backend::tensorrt::run::{LoadOptions, Program, RunError, Runtime, Stream};
+use crate::backend::tensorrt::run::{Caches, LoadOptions, Program, RunError, Runtime, Stream};
 use crate::backend::tensorrt::{self, BuildOptions, Library, Plan};
 use crate::graph::Graph;
 use crate::help::Help;
@@ -171,6 +171,7 @@ impl Bench<'_> {
         let loading = LoadOptions {
             graphs: true,
             kernels: None,
+            caches: Caches::Tensors,
         };
         let bytes: Vec<&[u8]> = plans.iter().map(Plan::bytes).collect();
         let mut program = Program::load(&runtime, Path::new("(in memory)"), &bytes, &network, loading)?;

@@ -316,3 +316,71 @@ fn engines_of_every_family_are_built() {
     }
     assert!(built >= 25, "{families:?}");
 }
+
+#[test]
+fn convert_builds_engines_for_several_sequences_or_says_why_not() {
+    let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
+    let folder = tempfile::tempdir().unwrap();
+    let common = [
+        "--target",
+        "tensorrt-rtx",
+        "--capacity",
+        "16,32",
+        "--prefill",
+        "24",
+        "--tensorrt-lib",
+    ];
+    let flags = |more: &[&'static str]| -> Vec<String> {
+        let all = common
+            .iter()
+            .copied()
+            .chain([text(library.path())])
+            .chain(more.iter().copied());
+        all.map(str::to_string).collect()
+    };
+    let of_halves = flags(&["--dtype", "fp16", "--batch", "16,2"]);
+    let of_halves: Vec<&str> = of_halves.iter().map(String::as_str).collect();
+    let pkg = package(folder.path(), &fixture("exports/llama-optimum/model.onnx"), &of_halves);
+    let info = lapidary(["info", text(&pkg), "--json", "--check"]).ok().json();
+    let engines = info["engines"].as_array().unwrap();
+    let profiles = engines
+        .iter()
+        .map(|e| (e["profile"]["batch"].clone(), e["profile"]["capacity"].clone()));
+    let expected = [(1, 16), (1, 32), (1, 32), (2, 32), (16, 32)];
+    assert!(
+        profiles.eq(expected.map(|(batch, capacity)| (json!(batch), json!(capacity)))),
+        "{engines:#?}"
+    );
+    // What is left for TensorRT is the row of the embedding table.
+    let plans = |e: &Value| e["plans"].as_array().map(Vec::len);
+    assert_eq!(
+        engines.iter().map(plans).collect::<Vec<_>>(),
+        [Some(1), Some(1), None, Some(1), Some(1)]
+    );
+
+    // Layer norms and fp32 have no kernels; embedded weights are read by none.
+    let refused = |model: &str, more: &[&'static str]| {
+        let output = folder.path().join("refused");
+        let mut arguments = vec!["convert".to_string(), text(&fixture(model)).to_string()];
+        arguments.extend(["-o".to_string(), text(&output).to_string()]);
+        arguments.extend(flags(more));
+        let (message, help) = lapidary(&arguments).refused();
+        assert!(!output.exists(), "{message}");
+        (message, help)
+    };
+    for model in ["exports/gpt2-optimum/model.onnx", "exports/llama-optimum/model.onnx"] {
+        let halves: &[&str] = &["--batch", "4", "--dtype", "fp16"];
+        let (message, help) = refused(model, if model.contains("gpt2") { halves } else { &halves[..2] });
+        assert!(
+            message.contains("has no kernel") && help.contains("--dtype fp16"),
+            "{message}\n{help}"
+        );
+    }
+    let (message, _) = refused(
+        "exports/llama-optimum/model.onnx",
+        &["--batch", "4", "--weights", "embed"],
+    );
+    assert!(message.contains("bound weights"), "{message}");
+    let (message, _) = refused("exports/llama-optimum/model.onnx", &["--batch", "1,17"]);
+    assert!(message.contains("2 to 16"), "{message}");
+}

@@ -419,13 +419,16 @@ fn what_cannot_be_fed_is_refused_and_the_others_go_on() {
     ));
 }
 
-/// The CPU, with slots whose steps fail.
-struct Failing {
+/// The CPU, with what other devices do.
+struct Altered {
     device: CpuBatchDevice,
-    slot: usize,
+    /// A slot whose steps fail.
+    failing: Option<usize>,
+    /// As where each capacity has engines of its own.
+    prompt_depends_on_capacity: bool,
 }
 
-impl BatchDevice for Failing {
+impl BatchDevice for Altered {
     fn name(&self) -> &str {
         self.device.name()
     }
@@ -437,6 +440,9 @@ impl BatchDevice for Failing {
     }
     fn largest_chunk(&self) -> usize {
         self.device.largest_chunk()
+    }
+    fn prompt_depends_on_capacity(&self) -> bool {
+        self.prompt_depends_on_capacity
     }
     fn cache_bytes(&mut self, capacity: usize) -> Result<usize, DeviceError> {
         self.device.cache_bytes(capacity)
@@ -463,7 +469,7 @@ impl BatchDevice for Failing {
     fn decode(&mut self, rows: &mut [BatchRow<'_>]) -> Vec<Result<(), DeviceError>> {
         let mut results = self.device.decode(rows);
         for (row, result) in rows.iter().zip(&mut results) {
-            if row.slot == self.slot && row.position >= 14 {
+            if Some(row.slot) == self.failing && row.position >= 14 {
                 *result = Err(DeviceError {
                     device: "cpu".into(),
                     message: "a fault".into(),
@@ -478,9 +484,10 @@ impl BatchDevice for Failing {
 #[test]
 fn a_sequence_that_fails_leaves_the_others_running() {
     let model = export("llama-optimum");
-    let device = Failing {
+    let device = Altered {
         device: CpuBatchDevice::new(model.graph.clone(), model.vocabulary, Some(2), None),
-        slot: 0,
+        failing: Some(0),
+        prompt_depends_on_capacity: false,
     };
     let mut batch = BatchDecoder::new(Box::new(device), &CAPACITIES, model.vocabulary, options(3, 4, 4));
     let prompts = [model.prompt(1, 12), model.prompt(2, 12)];
@@ -509,4 +516,29 @@ fn a_sequence_that_fails_leaves_the_others_running() {
     assert_eq!(batch.cache_use().kept_count, 0);
     let again = batch.join(prompts[0].clone()).unwrap();
     assert_eq!(fed(&mut batch, again).0, 0);
+}
+
+#[test]
+fn prefixes_are_shared_at_one_capacity_where_that_matters() {
+    let model = export("llama-optimum");
+    let tokens = model.prompt(3, 40);
+    for (depends, expected) in [(false, [0, 8, 24, 36, 8]), (true, [0, 0, 24, 0, 8])] {
+        let device = Altered {
+            device: CpuBatchDevice::new(model.graph.clone(), model.vocabulary, Some(1), None),
+            failing: None,
+            prompt_depends_on_capacity: depends,
+        };
+        let mut batch = BatchDecoder::new(Box::new(device), &CAPACITIES, model.vocabulary, options(1, 4, 5));
+        let mut reused = Vec::new();
+        // Capacities are 16, 32 and 96. The second is still one of 32 when it has grown.
+        for (count, steps) in [(9, 0), (25, 10), (30, 0), (40, 0), (10, 0)] {
+            let id = batch.join(tokens[..count].to_vec()).unwrap();
+            reused.push(fed(&mut batch, id).0);
+            for _ in 0..steps {
+                batch.step(&[(id, 5)]).remove(0).unwrap();
+            }
+            batch.leave(id);
+        }
+        assert_eq!(reused, expected, "{depends}");
+    }
 }

@@ -60,9 +60,10 @@ fn products_of_every_form_of_weights() {
                 let values = Tensor::from_f64_as(DType::F64, vec![n, k], &weight.values());
                 forms.push((format!("{codes} {granularity} {zeros}"), Some(weight), values));
             }
-            let x = random.floats(dtype, &[1, 1, k], 1.0);
+            let rows = [1, 3, 16][(n + k) % 3];
+            let x = random.floats(dtype, &[rows, 1, k], 1.0);
             let mut graph = Graph::new("products");
-            let input = graph.add_input("x", dtype, dims(&[1, 1, k]));
+            let input = graph.add_input("x", dtype, dims(&[rows, 1, k]));
             for (i, (_, weight, values)) in forms.iter().enumerate() {
                 let constant = weight
                     .as_ref()
@@ -74,7 +75,7 @@ fn products_of_every_form_of_weights() {
                 let y = graph.add_node(&format!("y{i}"), Op::MatMul, &[input, turned]);
                 graph.outputs.push(y);
             }
-            let network = lowered(&graph);
+            let network = lowered(&graph, rows);
             let kernels = network
                 .layers
                 .iter()
@@ -82,20 +83,22 @@ fn products_of_every_form_of_weights() {
             assert_eq!(kernels.count(), forms.len(), "{n} {k}");
             let found = outputs(&network, &[("x", x.clone())], &every_option().pop().unwrap());
             for ((name, _, values), found) in forms.iter().zip(found) {
-                let expected = product(&x.to_f64(), &values.to_f64());
-                let what = format!("{dtype} {name} {n} {k}");
+                let x = x.to_f64();
+                let expected: Vec<f64> = x.chunks(k).flat_map(|x| product(x, &values.to_f64())).collect();
+                let what = format!("{dtype} {name} {rows} {n} {k}");
                 assert_close(&found, &expected, largest(&expected), tolerance(dtype), &what);
             }
         }
     }
 }
 
-fn lowered(graph: &Graph) -> Network {
+fn lowered(graph: &Graph, rows: usize) -> Network {
     let options = LowerOptions {
         kernels: true,
         ..LowerOptions::default()
     };
     let profile = Profile {
+        batch: rows,
         logits: Logits::All,
         ..Profile::decode(16)
     };
@@ -163,44 +166,49 @@ fn products_with_all_that_stands_around_them() {
 fn check_product(dtype: DType, layer: &RowProduct, seed: u64) {
     let mut random = Random::new(seed);
     let k = 8 * (1 + random.below(40));
+    let rows_of_x = [1, 1, 2, 8, 11, 16][random.below(6)];
     let rows: Vec<usize> = (0..layer.parts.len()).map(|_| 1 + random.below(70)).collect();
     let rows = if layer.gated { vec![rows[0]; 2] } else { rows };
     let width: usize = if layer.gated { rows[0] } else { rows.iter().sum() };
-    let mut tensors = vec![random.floats(dtype, &[1, 1, k], 1.0)];
+    let mut tensors = vec![random.floats(dtype, &[rows_of_x, 1, k], 1.0)];
     tensors.extend(layer.norm.map(|_| random.floats(dtype, &[k], 1.0)));
-    tensors.extend(layer.residual.then(|| random.floats(dtype, &[1, 1, width], 1.0)));
+    let residual = layer
+        .residual
+        .then(|| random.floats(dtype, &[rows_of_x, 1, width], 1.0));
+    tensors.extend(residual);
     for (part, n) in layer.parts.iter().zip(&rows) {
         tensors.push(random.floats(dtype, &[*n, k], 0.2));
         tensors.extend(part.bias.then(|| random.floats(dtype, &[*n], 1.0)));
     }
-    let mut next = tensors.iter().map(Tensor::to_f64);
-    let mut x = next.next().unwrap();
-    if let Some(epsilon) = layer.norm {
-        let weight = next.next().unwrap();
-        let exact = normalized(&x, &weight, epsilon);
-        x = Tensor::from_f64_as(dtype, vec![k], &exact).to_f64();
-    }
-    let residual = layer.residual.then(|| next.next().unwrap());
-    let mut sums = Vec::new();
-    for part in &layer.parts {
-        let mut sum = product(&x, &next.next().unwrap());
-        if part.bias {
-            sum = sum.iter().zip(next.next().unwrap()).map(|(s, b)| s + b).collect();
+    let act = |values: &[f64]| -> Vec<f64> { values.iter().map(|v| activated(layer.activation, *v)).collect() };
+    let (mut expected, mut all_sums) = (Vec::new(), Vec::new());
+    for row in 0..rows_of_x {
+        let mut next = tensors.iter().map(Tensor::to_f64);
+        let mut x = next.next().unwrap()[row * k..(row + 1) * k].to_vec();
+        if let Some(epsilon) = layer.norm {
+            let weight = next.next().unwrap();
+            let exact = normalized(&x, &weight, epsilon);
+            x = Tensor::from_f64_as(dtype, vec![k], &exact).to_f64();
         }
-        sums.push(sum);
-    }
-    let act = |values: &[f64]| {
-        values
-            .iter()
-            .map(|v| activated(layer.activation, *v))
-            .collect::<Vec<f64>>()
-    };
-    let mut expected: Vec<f64> = match layer.gated {
-        true => act(&sums[0]).iter().zip(&sums[1]).map(|(g, u)| g * u).collect(),
-        false => sums.iter().flat_map(|sum| act(sum)).collect(),
-    };
-    if let Some(residual) = residual {
-        expected.iter_mut().zip(residual).for_each(|(y, r)| *y += r);
+        let residual = layer.residual.then(|| next.next().unwrap());
+        let mut sums = Vec::new();
+        for part in &layer.parts {
+            let mut sum = product(&x, &next.next().unwrap());
+            if part.bias {
+                sum = sum.iter().zip(next.next().unwrap()).map(|(s, b)| s + b).collect();
+            }
+            sums.push(sum);
+        }
+        let mut y: Vec<f64> = match layer.gated {
+            true => act(&sums[0]).iter().zip(&sums[1]).map(|(g, u)| g * u).collect(),
+            false => sums.iter().flat_map(|sum| act(sum)).collect(),
+        };
+        if let Some(residual) = residual {
+            let residual = &residual[row * width..];
+            y.iter_mut().zip(residual).for_each(|(y, r)| *y += r);
+        }
+        expected.extend(y);
+        all_sums.extend(sums.concat());
     }
     let mut b = NetworkBuilder::new("product", Profile::decode(16));
     let names: Vec<String> = (0..tensors.len()).map(|i| format!("x{i}")).collect();
@@ -220,13 +228,13 @@ fn check_product(dtype: DType, layer: &RowProduct, seed: u64) {
     };
     let options = every_option().pop().unwrap();
     let found = outputs(&network, &inputs, &options).remove(0);
-    let magnitude = largest(&sums.concat()).max(largest(&expected)).max(1.0);
+    let magnitude = largest(&all_sums).max(largest(&expected)).max(1.0);
     assert_close(
         &found,
         &expected,
         magnitude,
         tolerance,
-        &format!("{dtype} {layer:?} {k} {rows:?}"),
+        &format!("{dtype} {layer:?} {rows_of_x} {k} {rows:?}"),
     );
 }
 
@@ -236,8 +244,8 @@ struct Case {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
-    /// Tokens in the cache.
-    past: usize,
+    /// Tokens in the cache, of each sequence.
+    past: &'static [usize],
     layer: DecodeAttention,
 }
 
@@ -250,7 +258,18 @@ fn attention_of_one_token() {
         for (j, (heads, kv_heads)) in grouped.into_iter().enumerate() {
             // Each size with each grouping, in one of the two types.
             for head_dim in DecodeAttention::HEAD_SIZES.into_iter().skip((i + j) % 2).step_by(2) {
-                let past = [0, 1, 15, 16, 17, 40, 129][random.below(7)];
+                let past: [&[usize]; 9] = [
+                    &[0],
+                    &[1],
+                    &[15],
+                    &[16],
+                    &[17],
+                    &[40],
+                    &[129],
+                    &[3, 80],
+                    &[0, 129, 15, 64, 63],
+                ];
+                let past = past[random.below(past.len())];
                 let chance = |random: &mut Random| random.below(2) == 0;
                 let dim = [head_dim, head_dim / 2][random.below(2)];
                 let layer = DecodeAttention {
@@ -294,25 +313,35 @@ fn check_attention(dtype: DType, case: &Case, random: &mut Random) {
         layer,
     } = *case;
     let widths = [heads * d, kv_heads * d, kv_heads * d];
+    let sequences = past.len();
     let mut named: Vec<(String, Tensor)> = Vec::new();
     let mut give = |name: &str, tensor: Tensor| {
         named.push((name.to_string(), tensor.clone()));
         tensor.to_f64()
     };
-    let [q, k, v] = if layer.packed {
-        let all = give("qkv", random.floats(dtype, &[1, 1, widths.iter().sum()], 1.0));
-        let (q, rest) = all.split_at(widths[0]);
-        let (k, v) = rest.split_at(widths[1]);
-        [q.to_vec(), k.to_vec(), v.to_vec()]
+    // Of each sequence.
+    let qkv: [Vec<Vec<f64>>; 3] = if layer.packed {
+        let all = give("qkv", random.floats(dtype, &[sequences, 1, widths.iter().sum()], 1.0));
+        let rows = || all.chunks(widths.iter().sum());
+        let part = |at: usize, width: usize| rows().map(|row| row[at..at + width].to_vec()).collect();
+        [
+            part(0, widths[0]),
+            part(widths[0], widths[1]),
+            part(widths[0] + widths[1], widths[2]),
+        ]
     } else {
-        [("q", 0), ("k", 1), ("v", 2)].map(|(name, i)| give(name, random.floats(dtype, &[1, 1, widths[i]], 1.0)))
+        [("q", 0), ("k", 1), ("v", 2)].map(|(name, i)| {
+            let all = give(name, random.floats(dtype, &[sequences, 1, widths[i]], 1.0));
+            all.chunks(widths[i]).map(<[f64]>::to_vec).collect()
+        })
     };
-    let cache_shape = [1, kv_heads, CAPACITY, d];
+    let cache_shape = [sequences, kv_heads, CAPACITY, d];
     let mut keys = give("keys", random.floats(dtype, &cache_shape, 1.0));
     let mut values = give("values", random.floats(dtype, &cache_shape, 1.0));
-    give("write_indices", Tensor::from_i32(vec![1], &[past as i32]));
+    let places: Vec<i32> = past.iter().map(|past| *past as i32).collect();
+    give("write_indices", Tensor::from_i32(vec![sequences], &places));
     let table = layer.rotation.map(|rotation| {
-        give("positions", Tensor::from_i32(vec![1, 1], &[past as i32]));
+        give("positions", Tensor::from_i32(vec![sequences, 1], &places));
         let half = rotation.rotary_dim / 2;
         let angles: Vec<f64> = (0..CAPACITY * half)
             .map(|i| (i / half) as f64 / (1.0 + (i % half) as f64))
@@ -334,7 +363,7 @@ fn check_attention(dtype: DType, case: &Case, random: &mut Random) {
         .then(|| give("sinks", random.floats(DType::F32, &[heads], 1.0)));
 
     let round = |x: &[f64]| Tensor::from_f64_as(dtype, vec![x.len()], x).to_f64();
-    let operand = |head: &[f64], norm: &Option<Vec<f64>>| -> Vec<f64> {
+    let operand = |head: &[f64], norm: &Option<Vec<f64>>, past: usize| -> Vec<f64> {
         let mut x = match norm {
             Some(weight) => normalized(head, weight, layer.epsilon),
             None => head.to_vec(),
@@ -353,32 +382,39 @@ fn check_attention(dtype: DType, case: &Case, random: &mut Random) {
         }
         round(&x)
     };
-    let slot = |head: usize, slot: usize| (head * CAPACITY + slot) * d..(head * CAPACITY + slot + 1) * d;
-    for head in 0..kv_heads {
-        keys[slot(head, past)].copy_from_slice(&operand(&k[head * d..(head + 1) * d], &key_norm));
-        values[slot(head, past)].copy_from_slice(&v[head * d..(head + 1) * d]);
-    }
     let mut expected = Vec::new();
-    for head in 0..heads {
-        let query = operand(&q[head * d..(head + 1) * d], &query_norm);
-        let kv = head / (heads / kv_heads);
-        let first = layer.window.map_or(0, |window| (past + 1).saturating_sub(window));
-        let mut scores: Vec<f64> = (first..=past)
-            .map(|s| {
-                let dot: f64 = query.iter().zip(&keys[slot(kv, s)]).map(|(q, k)| q * k).sum();
-                let score = dot * f64::from(layer.scale);
-                layer
-                    .soft_cap
-                    .map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
-            })
-            .collect();
-        scores.extend(sinks.as_ref().map(|sinks| sinks[head]));
-        let most = scores.iter().copied().fold(f64::MIN, f64::max);
-        let shares: Vec<f64> = scores.iter().map(|s| (s - most).exp()).collect();
-        let sum: f64 = shares.iter().sum();
-        for i in 0..d {
-            let of_slot = |s: usize| shares[s - first] / sum * values[slot(kv, s)][i];
-            expected.push((first..=past).map(of_slot).sum());
+    for (sequence, past) in past.iter().copied().enumerate() {
+        let [q, k, v] = qkv.each_ref().map(|of| &of[sequence]);
+        let slot = |head: usize, slot: usize| {
+            let at = ((sequence * kv_heads + head) * CAPACITY + slot) * d;
+            at..at + d
+        };
+        for head in 0..kv_heads {
+            let of_head = head * d..(head + 1) * d;
+            keys[slot(head, past)].copy_from_slice(&operand(&k[of_head.clone()], &key_norm, past));
+            values[slot(head, past)].copy_from_slice(&v[of_head]);
+        }
+        for head in 0..heads {
+            let query = operand(&q[head * d..(head + 1) * d], &query_norm, past);
+            let kv = head / (heads / kv_heads);
+            let first = layer.window.map_or(0, |window| (past + 1).saturating_sub(window));
+            let mut scores: Vec<f64> = (first..=past)
+                .map(|s| {
+                    let dot: f64 = query.iter().zip(&keys[slot(kv, s)]).map(|(q, k)| q * k).sum();
+                    let score = dot * f64::from(layer.scale);
+                    layer
+                        .soft_cap
+                        .map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+                })
+                .collect();
+            scores.extend(sinks.as_ref().map(|sinks| sinks[head]));
+            let most = scores.iter().copied().fold(f64::MIN, f64::max);
+            let shares: Vec<f64> = scores.iter().map(|s| (s - most).exp()).collect();
+            let sum: f64 = shares.iter().sum();
+            for i in 0..d {
+                let of_slot = |s: usize| shares[s - first] / sum * values[slot(kv, s)][i];
+                expected.push((first..=past).map(of_slot).sum());
+            }
         }
     }
 
@@ -396,7 +432,7 @@ fn check_attention(dtype: DType, case: &Case, random: &mut Random) {
     let network = b.finish().unwrap();
     assert_eq!(
         network.tensor(network.outputs[0]).shape,
-        [1usize, 1, heads * d].map(Dim::from)
+        [sequences, 1, heads * d].map(Dim::from)
     );
     let inputs: Vec<(&str, Tensor)> = named
         .iter()

@@ -8,8 +8,9 @@ use lapidary::graph::op::{Attention, ExpertActivation, Gating, GroupQueryAttenti
 use lapidary::graph::{Graph, Op, ValueId, dump, identity_text, infer, parse};
 use lapidary::lower::{LowerOptions, lower};
 use lapidary::network::{
-    self, Activation, Elementwise, Greatest, Layer, LayerKind, Logits, MatrixOp, Network, Profile, ReduceOp, Tensor,
-    TensorId, Tokens, UnaryOp, Weight, WeightId, WeightMode,
+    self, Activation, CodeLayout, DecodeAttention, Elementwise, Greatest, Layer, LayerKind, Logits, MatrixOp, Network,
+    ProductPart, Profile, ReduceOp, Rotation, RowActivation, RowProduct, Tensor, TensorId, Tokens, UnaryOp, Weight,
+    WeightId, WeightMode,
 };
 use lapidary::passes::{CanonicalizeOptions, canonicalize};
 use lapidary::tensor::{self, DType};
@@ -479,7 +480,65 @@ fn any_kind() -> impl Strategy<Value = LayerKind> {
             }),
         Just(LayerKind::Attention),
         Just(LayerKind::KvCacheUpdate),
+        any_row_product().prop_map(LayerKind::RowProduct),
+        any_decode_attention().prop_map(LayerKind::DecodeAttention),
     ]
+}
+
+fn any_row_product() -> impl Strategy<Value = RowProduct> {
+    let finite = || any::<f32>().prop_filter("a number", |v| v.is_finite());
+    let codes = (prop::option::of(1usize..999), any::<bool>()).prop_map(|(group, zero_points)| CodeLayout {
+        group,
+        // Rows have none.
+        zero_points: zero_points && group.is_some(),
+    });
+    let part = (prop::option::of(codes), any::<bool>()).prop_map(|(codes, bias)| ProductPart { codes, bias });
+    let parts = prop::collection::vec(part, 1..4);
+    let activations = select(vec![
+        RowActivation::None,
+        RowActivation::Silu,
+        RowActivation::GeluTanh,
+        RowActivation::ReluSquared,
+    ]);
+    let flags = any::<[bool; 3]>();
+    (parts, prop::option::of(finite()), activations, flags).prop_map(
+        |(parts, norm, activation, [gated, residual, to_f32])| RowProduct {
+            parts,
+            norm,
+            activation,
+            gated,
+            residual,
+            to_f32,
+        },
+    )
+}
+
+fn any_decode_attention() -> impl Strategy<Value = DecodeAttention> {
+    let finite = || any::<f32>().prop_filter("a number", |v| v.is_finite());
+    let rotation = (any::<usize>(), any::<bool>()).prop_map(|(rotary_dim, interleaved)| Rotation {
+        rotary_dim,
+        interleaved,
+    });
+    let sizes = (any::<usize>(), any::<usize>(), prop::option::of(any::<usize>()));
+    let numbers = (finite(), finite(), prop::option::of(finite()));
+    (sizes, prop::option::of(rotation), numbers, any::<[bool; 4]>()).prop_map(
+        |((heads, kv_heads, window), rotation, (epsilon, scale, soft_cap), [packed, query_norm, key_norm, sinks])| {
+            DecodeAttention {
+                heads,
+                kv_heads,
+                packed,
+                rotation,
+                query_norm,
+                key_norm,
+                // Of no norm there is none.
+                epsilon: if query_norm || key_norm { epsilon } else { 0.0 },
+                window,
+                scale,
+                soft_cap,
+                sinks,
+            }
+        },
+    )
 }
 
 fn any_network() -> impl Strategy<Value = Network> {

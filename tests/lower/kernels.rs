@@ -135,3 +135,91 @@ fn every_export_decodes_the_same_with_kernels() {
         assert_eq!(read.to_string(), text, "{name}");
     }
 }
+
+/// Prompts of three sequences, and how many of their tokens count.
+const PROMPTS: [([i32; 7], usize); 3] = [
+    (PROMPT, 7),
+    ([9, 9, 30, 1, 12, 25, 40], 3),
+    ([20, 6, 33, 18, 2, 27, 11], 5),
+];
+
+/// One call of a network for several sequences: the logits of each.
+fn call(
+    network: &Network,
+    caches: &mut KvCaches,
+    tokens: &[i32],
+    positions: &[i32],
+    at: &[i32],
+    last: &[i32],
+) -> Vec<Vec<f32>> {
+    let mut program = Program::compile(network, &cpu::CompileOptions::default()).unwrap();
+    let interface = network.interface.as_ref().unwrap();
+    let vocabulary = network.tensor(interface.logits()).shape[2].as_const().unwrap() as usize;
+    let mut logits = vec![0f32; vocabulary * at.len()];
+    let mut bindings = Bindings::new();
+    bindings
+        .input(Role::TokenIds, tokens)
+        .input(Role::PositionIds, positions)
+        .input(Role::WriteIndices, at)
+        .input(Role::LogitRows, last)
+        .caches(caches)
+        .output(Role::Logits, &mut logits[..]);
+    program.run(&mut bindings).unwrap();
+    drop(bindings);
+    logits.chunks(vocabulary).map(<[f32]>::to_vec).collect()
+}
+
+/// The logits of a step of these sequences, after their prompts.
+fn step_of_batch(graph: &Graph, sequences: &[usize]) -> (Network, Vec<Vec<f32>>) {
+    let batch = sequences.len();
+    let profile = |tokens| Profile {
+        batch,
+        ..Profile::prefill(tokens, CAPACITY)
+    };
+    let prefill = lower(graph, &profile(PROMPT.len()), &LowerOptions::default()).unwrap();
+    let mut caches = KvCaches::new(&prefill).unwrap();
+    let prompts: Vec<i32> = sequences.iter().flat_map(|s| PROMPTS[*s].0).collect();
+    let positions: Vec<i32> = sequences.iter().flat_map(|_| 0..PROMPT.len() as i32).collect();
+    call(
+        &prefill,
+        &mut caches,
+        &prompts,
+        &positions,
+        &vec![0; batch],
+        &vec![0; batch],
+    );
+    let decode = lower(graph, &profile(1), &with_kernels()).unwrap();
+    let tokens: Vec<i32> = sequences.iter().map(|s| 5 + *s as i32).collect();
+    let at: Vec<i32> = sequences.iter().map(|s| PROMPTS[*s].1 as i32).collect();
+    let logits = call(&decode, &mut caches, &tokens, &at, &at, &vec![0; batch]);
+    (decode, logits)
+}
+
+/// What a batch engine is built from: kernels for all products and attentions, and sequences that do not touch each other.
+#[test]
+fn sequences_of_a_batch_get_what_they_get_alone() {
+    for name in ["llama-optimum", "qwen3-optimum", "gpt2-optimum"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("fixtures/exports")
+            .join(name);
+        let options = CanonicalizeOptions {
+            max_positions: 64,
+            dtype: Some(DType::F16),
+            ..CanonicalizeOptions::default()
+        };
+        let export = lapidary::onnx::read(folder.join("model.onnx")).unwrap();
+        let graph = canonicalize(export, &options).unwrap().graph;
+        let (network, together) = step_of_batch(&graph, &[0, 1, 2]);
+        for (sequence, logits) in together.iter().enumerate() {
+            let (_, alone) = step_of_batch(&graph, &[sequence]);
+            let worst = worst(std::slice::from_ref(logits), &alone);
+            assert!(worst < 2e-3, "{name} {sequence}: {worst:e}");
+        }
+        // Layer norms are TensorRT's, which may order their sums by the number of rows.
+        let across = network.layer_across_sequences().map(|layer| layer.kind.name());
+        match name {
+            "gpt2-optimum" => assert!(across.is_some()),
+            _ => assert_eq!(across, None, "{name}"),
+        }
+    }
+}

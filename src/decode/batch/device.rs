@@ -37,6 +37,12 @@ pub trait BatchDevice {
     /// Tokens of one call of [`BatchDevice::prefill`] at most.
     fn largest_chunk(&self) -> usize;
 
+    /// Whether [`BatchDevice::prefill`] may round otherwise at another capacity. A prefix is then shared between sequences
+    /// whose prompts have the same one.
+    fn prompt_depends_on_capacity(&self) -> bool {
+        false
+    }
+
     /// Bytes that a cache of so many slots takes.
     fn cache_bytes(&mut self, capacity: usize) -> Result<usize, DeviceError>;
 

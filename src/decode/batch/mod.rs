@@ -31,7 +31,7 @@ use std::collections::BTreeMap;
 use super::session::{SessionError, check_tokens};
 use crate::help::{Fault, Help};
 use crate::units;
-use prefix::{Cached, Kept};
+use prefix::{Cached, Computed, Kept};
 
 /// How many sequences there may be, and what they may take.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -281,15 +281,22 @@ impl BatchDecoder {
     /// Gives the sequence a cache with the longest prefix that another has.
     fn begin(&mut self, id: SequenceId) -> Result<(), BatchError> {
         let prompt = self.get(id).prompt.clone();
-        let is_long = self.longest_short_run.is_some_and(|most| prompt.len() > most);
+        let capacity = self.fitting(prompt.len());
+        let computed = Computed {
+            is_long: self.longest_short_run.is_some_and(|most| prompt.len() > most),
+            capacity: if self.device.prompt_depends_on_capacity() {
+                capacity
+            } else {
+                0
+            },
+        };
         // Logits are known after the last token only, so at least one is fed.
         let reusable = &prompt[..prompt.len() - 1];
         let running = self.sequences.values().filter(|s| !s.failed);
         let running = running.filter_map(|s| s.cached.as_ref());
         let sources = running.chain(self.kept.iter());
-        let common = |cached: &Cached| cached.common(reusable, is_long, self.options.chunk);
+        let common = |cached: &Cached| cached.common(reusable, computed, self.options.chunk);
         let best = sources.map(|c| (common(c), c.slot)).filter(|(n, _)| *n > 0).max();
-        let capacity = self.fitting(prompt.len());
         let source = best.map(|(_, slot)| slot);
         self.make_room(capacity, 0, source)?;
         // Where there was no room for both, the source had to go.
@@ -319,7 +326,7 @@ impl BatchDecoder {
             capacity,
             tokens: prompt[..shared].to_vec(),
             exact: shared,
-            is_long,
+            computed,
         });
         Ok(())
     }

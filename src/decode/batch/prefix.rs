@@ -8,14 +8,23 @@ pub(super) struct Cached {
     pub tokens: Vec<u32>,
     /// Leading tokens that were computed as whole chunks of a prompt.
     pub exact: usize,
-    /// Whether they were computed as a run beyond the switch of rotary tables.
+    /// What decides how they were computed.
+    pub computed: Computed,
+}
+
+/// What decides how a prompt's tokens are computed, besides the tokens.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Computed {
+    /// As a run beyond the switch of rotary tables.
     pub is_long: bool,
+    /// With so many slots; 0 where that does not matter.
+    pub capacity: usize,
 }
 
 impl Cached {
     /// Leading tokens that a prompt can take over, a multiple of the chunk.
-    pub fn common(&self, prompt: &[u32], is_long: bool, chunk: usize) -> usize {
-        if self.is_long != is_long {
+    pub fn common(&self, prompt: &[u32], computed: Computed, chunk: usize) -> usize {
+        if self.computed != computed {
             return 0;
         }
         let pairs = self.tokens[..self.exact].iter().zip(prompt);
@@ -24,7 +33,7 @@ impl Cached {
     }
 
     fn begins_with(&self, other: &Cached) -> bool {
-        self.is_long == other.is_long && self.tokens.starts_with(&other.tokens)
+        self.computed == other.computed && self.tokens.starts_with(&other.tokens)
     }
 }
 

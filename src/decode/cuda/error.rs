@@ -62,6 +62,9 @@ pub enum OpenError {
     /// Of the driver, the library or the GPU.
     #[error(transparent)]
     Run(#[from] RunError),
+    /// Engines cannot be made ready.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The canonical graph cannot be read.
     #[error(transparent)]
     Graph(#[from] crate::onnx::ReadError),
@@ -82,6 +85,7 @@ impl Help for OpenError {
                     .to_string(),
             ),
             OpenError::Run(error) => error.help(),
+            OpenError::Device(error) => error.help(),
             OpenError::Package(error) => error.help(),
             OpenError::Graph(error) => error.help(),
         }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{CudaDevice, MemoryUse};
 use crate::backend::tensorrt::run::layer_times::ReportLayerTime;
-use crate::backend::tensorrt::run::{Buffer, Event, LoadOptions, Program, RunError};
+use crate::backend::tensorrt::run::{Buffer, Caches, Event, LoadOptions, Program, RunError};
 use crate::decode::device::DeviceError;
 use crate::decode::instruments::{DeviceFacts, DeviceMemory, Instruments};
 use crate::lower;
@@ -95,6 +95,7 @@ impl CudaDevice {
         let loading = LoadOptions {
             graphs: false,
             kernels: None,
+            caches: Caches::Tensors,
         };
         let mut program = self.with_plan_file(slot, |path, file| {
             let plans = slot.entry.plans_of(file).unwrap_or_default();

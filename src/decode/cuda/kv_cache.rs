@@ -93,6 +93,27 @@ impl KvCache {
         Ok(grown)
     }
 
+    /// Bytes that the caches of a model of this interface take for `batch` sequences.
+    pub fn bytes_of(interface: &Signature, batch: usize, capacity: usize) -> usize {
+        let tensors = tensors(interface, batch);
+        offset(&tensors, tensors.len(), capacity)
+    }
+
+    /// Slots.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Where each cache is, in the interface's order.
+    pub fn addresses(&self) -> impl Iterator<Item = u64> {
+        let mut address = self.buffer.address();
+        self.tensors.iter().map(move |tensor| {
+            let here = address;
+            address += aligned(tensor.rows.bytes(self.capacity)) as u64;
+            here
+        })
+    }
+
     /// Changes when the cache moves.
     pub fn address(&self) -> u64 {
         self.buffer.address()
@@ -103,12 +124,8 @@ impl KvCache {
 
     /// Every input and output of an engine that is a cache, with its address; an update is where its input is.
     pub fn ports(&self) -> impl Iterator<Item = (&str, u64)> {
-        let mut address = self.buffer.address();
-        self.tensors.iter().flat_map(move |tensor| {
-            let here = address;
-            address += aligned(tensor.rows.bytes(self.capacity)) as u64;
-            [(tensor.input.as_str(), here), (tensor.output.as_str(), here)]
-        })
+        let named = self.tensors.iter().zip(self.addresses());
+        named.flat_map(|(tensor, here)| [(tensor.input.as_str(), here), (tensor.output.as_str(), here)])
     }
 }
 

@@ -11,7 +11,7 @@ use super::chunks::largest;
 use super::error::{unknown, with_versions};
 use super::weights::Weights;
 use super::{CudaDevice, EngineSlot, Loaded};
-use crate::backend::tensorrt::run::{Engine, LoadOptions, LoadedPlan, Port, Program, RunError};
+use crate::backend::tensorrt::run::{Caches, Engine, LoadOptions, LoadedPlan, Port, Program, RunError};
 use crate::decode::DeviceError;
 use crate::decode::step::NoStepInput;
 use crate::interface::Role;
@@ -23,13 +23,10 @@ impl CudaDevice {
     pub(super) fn load(&mut self, at: usize) -> Result<Loaded, DeviceError> {
         let slot = &self.slots[at];
         let network = self.lowered(slot)?;
-        if slot.entry.weight_mode == WeightMode::Bind && self.weights.is_none() {
-            let start = Instant::now();
-            let networks = self.networks_by_lowering()?;
-            let weights = Weights::upload(self.runtime.cuda(), &self.stream, &networks);
-            self.weights = Some(weights.map_err(|e| self.failed(e))?);
-            self.times.weights += start.elapsed();
+        if slot.entry.weight_mode == WeightMode::Bind {
+            self.provide_weights()?;
         }
+        let slot = &self.slots[at];
         match network.has_kernel_layers() {
             true => {
                 let program = self.in_steps(slot, &network).map_err(|error| self.failed(error))?;
@@ -40,6 +37,19 @@ impl CudaDevice {
                 self.context(at, &plan, &network)
             }
         }
+    }
+
+    /// Uploads bound weights, unless they are there.
+    pub(super) fn provide_weights(&mut self) -> Result<(), DeviceError> {
+        if self.weights.is_some() {
+            return Ok(());
+        }
+        let start = Instant::now();
+        let networks = self.networks_by_lowering()?;
+        let weights = Weights::upload(self.runtime.cuda(), &self.stream, &networks);
+        self.weights = Some(weights.map_err(|e| self.failed(e))?);
+        self.times.weights += start.elapsed();
+        Ok(())
     }
 
     /// A context of the slot's plan, bound to everything but the cache.
@@ -74,7 +84,12 @@ impl CudaDevice {
     }
 
     fn graphs(&self, slot: &EngineSlot) -> bool {
-        self.options.graphs && matches!(slot.profile.tokens, Tokens::Static(_))
+        let captured = match slot.profile.tokens {
+            Tokens::Static(1) => true,
+            Tokens::Static(_) => self.captures_prompts,
+            Tokens::Dynamic { .. } => false,
+        };
+        self.options.graphs && captured
     }
 
     /// Engines and kernels in turn, from the plans in the slot's file.
@@ -82,7 +97,18 @@ impl CudaDevice {
         let options = LoadOptions {
             graphs: self.graphs(slot),
             kernels: self.options.kernels.as_deref(),
+            caches: Caches::Tensors,
         };
+        self.program(slot, network, options)
+    }
+
+    /// The program of a network that has kernels, from the plans in the slot's file.
+    pub(super) fn program(
+        &self,
+        slot: &EngineSlot,
+        network: &Network,
+        options: LoadOptions<'_>,
+    ) -> Result<Program, RunError> {
         self.with_plan_file(slot, |path, file| {
             let plans = slot.entry.plans_of(file).ok_or_else(|| RunError::Mismatch {
                 engine: slot.profile.to_string(),
@@ -192,7 +218,7 @@ impl CudaDevice {
     }
 }
 
-fn nothing_to_bind(engine: &str, name: &str) -> RunError {
+pub(super) fn nothing_to_bind(engine: &str, name: &str) -> RunError {
     RunError::Mismatch {
         engine: engine.to_string(),
         reason: NoStepInput(name.to_string()).to_string(),
@@ -201,16 +227,16 @@ fn nothing_to_bind(engine: &str, name: &str) -> RunError {
 
 /// What an engine of a network has for a port.
 #[derive(Debug)]
-struct Declared {
+pub(super) struct Declared {
     dtype: DType,
     /// -1 where it depends on the call.
     shape: Vec<i64>,
-    is: Is,
+    pub is: Is,
 }
 
 /// What is bound to a port.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Is {
+pub(super) enum Is {
     /// What a session has for this role.
     Port(Role),
     Weight,
@@ -220,7 +246,7 @@ enum Is {
 
 impl Declared {
     /// `None` if it depends on the call.
-    fn bytes(&self) -> Option<usize> {
+    pub fn bytes(&self) -> Option<usize> {
         let dims: Option<Vec<usize>> = self.shape.iter().map(|dim| usize::try_from(*dim).ok()).collect();
         Some(self.dtype.byte_len(dims?.iter().product()))
     }
@@ -228,7 +254,11 @@ impl Declared {
 
 /// Whether every input and output has the dtype and shape that it has in the network, and none is missing that the session
 /// reads. Gives what the network says of each.
-fn check_ports<'n>(engine: &str, ports: &[Port], network: &'n Network) -> Result<HashMap<&'n str, Declared>, RunError> {
+pub(super) fn check_ports<'n>(
+    engine: &str,
+    ports: &[Port],
+    network: &'n Network,
+) -> Result<HashMap<&'n str, Declared>, RunError> {
     let mismatch = |reason: String| RunError::Mismatch {
         engine: engine.to_string(),
         reason,

@@ -20,6 +20,7 @@ use crate::network::{Profile, Tokens};
 use crate::package::manifest;
 use crate::package::{ENGINES, KERNELS, Package};
 
+mod batch;
 mod chunks;
 mod error;
 mod input_buffers;
@@ -31,6 +32,7 @@ mod scratch;
 mod swap;
 mod weights;
 
+pub use batch::CudaBatchDevice;
 use chunks::{choose, covers, largest};
 pub use error::OpenError;
 use error::device_error;
@@ -120,6 +122,8 @@ pub struct CudaDevice {
     identity: Identity,
     folder: PathBuf,
     options: CudaOptions,
+    /// Whether engines for several tokens are launched as CUDA graphs, too: where the cache stays.
+    captures_prompts: bool,
     weights: Option<Weights>,
     cache: Option<KvCache>,
     scratch: Option<Buffer>,
@@ -144,7 +148,9 @@ impl CudaDevice {
     /// A session's device for the engines of a package. Nothing is loaded yet. Errors: the package has no engines for this
     /// build's target, or engines for other weights than it has; the GPU or driver does not suit the library.
     pub fn open(package: &Package, library: &Library, options: CudaOptions) -> Result<Self, OpenError> {
-        let engines = package.manifest.engines.iter().filter(|e| e.target == FLAVOUR.target);
+        // Those for several sequences are for batches.
+        let engines = package.manifest.engines.iter();
+        let engines = engines.filter(|e| e.target == FLAVOUR.target && e.profile.batch == 1);
         let slots: Vec<EngineSlot> = engines
             .map(|entry| EngineSlot {
                 profile: entry.profile,
@@ -186,6 +192,7 @@ impl CudaDevice {
             identity: Identity::of(&package.manifest),
             folder: package.folder.clone(),
             options,
+            captures_prompts: true,
             weights: None,
             cache: None,
             scratch: None,

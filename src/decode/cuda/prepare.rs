@@ -40,7 +40,7 @@ impl CudaDevice {
 
     /// Runs the engines for these numbers of rows twice over an empty cache: the first run of an engine makes TensorRT prepare
     /// things, and the second is captured, so neither is left for the first request.
-    fn warm(&mut self, capacity: usize, rows: &[usize]) -> Result<(), DeviceError> {
+    pub(super) fn warm(&mut self, capacity: usize, rows: &[usize]) -> Result<(), DeviceError> {
         self.reserve(capacity, 0)?;
         let width = self.graph.embedding_width();
         let values = vec![0.0; width.unwrap_or(0)];

@@ -1,4 +1,4 @@
-//! Layers of our own in place of operators, for networks of one token: what decode kernels compute at once.
+//! Layers of our own in place of operators, for networks of one token a sequence: what decode kernels compute at once.
 //!
 //! Takes the canonical graph, before it is lowered; gives a [`KernelPlan`]: groups of nodes, each of which becomes one
 //! [`RowProduct`] or [`DecodeAttention`]. `attention` finds the attentions, with the rotation, norms and cache updates
@@ -6,7 +6,6 @@
 //! gate and residual behind; `mask` says which slots a mask lets a token see; `emit` writes the layers. A node is part of
 //! a group only if nothing else reads what it computes in between. What no group covers is lowered as ever.
 //!
-//! [`RowProduct`]: crate::network::RowProduct
 //! [`DecodeAttention`]: crate::network::DecodeAttention
 
 mod attention;
@@ -22,18 +21,18 @@ use super::demand::{Demand, data_inputs};
 use super::weights::Table;
 use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::interface::{Interface, Role};
-use crate::network::{Profile, Tokens, WeightMode};
+use crate::network::{Profile, RowProduct, Tokens, WeightMode};
 use crate::tensor::DType;
 use attention::AttentionGroup;
 use products::ProductGroup;
 
 /// Whether kernels can run networks of this profile and these options.
 pub fn apply(profile: &Profile, options: &LowerOptions) -> bool {
-    // Kernels read weights where they are bound; more rows wait for kernels of more rows.
+    // Kernels read weights where they are bound.
     options.kernels
         && options.weight_mode == WeightMode::Bind
         && profile.tokens == Tokens::Static(1)
-        && profile.batch == 1
+        && profile.batch <= RowProduct::MOST_ROWS
 }
 
 /// Nodes that become one layer.

@@ -46,6 +46,17 @@ pub(super) fn row_product(product: &RowProduct, inputs: &[&Tensor]) -> Result<Ty
         return Err(wrong("x must have rows: two axes or more"));
     };
     let k = fixed(x, leading.len())?;
+    let axes = (0..leading.len()).map(|axis| fixed(x, axis));
+    let rows = axes
+        .collect::<Result<Vec<_>, _>>()?
+        .into_iter()
+        .fold(1usize, usize::saturating_mul);
+    if !(1..=RowProduct::MOST_ROWS).contains(&rows) {
+        return Err(wrong(format!(
+            "x has {rows} rows; kernels take 1 to {}",
+            RowProduct::MOST_ROWS
+        )));
+    }
     let row = |n: usize| vec![Dim::from(n)];
     if let Some(norm) = at.norm {
         check_input(inputs, norm, x.dtype, &row(k))?;

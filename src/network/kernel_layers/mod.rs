@@ -9,6 +9,7 @@
 
 mod attention;
 mod expand;
+mod independent;
 mod product;
 
 pub use attention::{AttentionInputs, DecodeAttention, Rotation};

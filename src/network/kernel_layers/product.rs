@@ -227,6 +227,9 @@ impl<T: Copy> ProductInputs<T> {
 }
 
 impl RowProduct {
+    /// The most rows that kernels take.
+    pub const MOST_ROWS: usize = 16;
+
     /// `parts: floats floats+bias, norm: 1e-5, ...`: what the layer's text says besides its inputs.
     pub(in crate::network) fn parameters(&self) -> Vec<String> {
         let parts: Vec<String> = self.parts.iter().map(|part| part.word()).collect();

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 
-use super::{Buffer, LoadOptions, Program, Runtime, Stream, timing};
+use super::{Buffer, Caches, LoadOptions, Program, Runtime, Stream, timing};
 use crate::backend::tensorrt::{self, BuildOptions, Library};
 use crate::network::{Network, WeightMode};
 use crate::tensor::Tensor;
@@ -24,6 +24,7 @@ pub fn execute(
     let loading = LoadOptions {
         graphs: false,
         kernels: None,
+        caches: Caches::Tensors,
     };
     let bytes: Vec<&[u8]> = plans.iter().map(tensorrt::Plan::bytes).collect();
     let mut program = Program::load(runtime, Path::new("(in memory)"), &bytes, network, loading)?;

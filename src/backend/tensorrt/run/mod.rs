@@ -140,6 +140,29 @@ pub struct LoadOptions<'a> {
     pub graphs: bool,
     /// Where compiled kernels are kept; `None` keeps none.
     pub kernels: Option<&'a Path>,
+    /// Where the caches of a network's sequences are.
+    pub caches: Caches,
+}
+
+/// What is bound as the caches of a network that has attention kernels.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Caches {
+    /// Tensors `[batch, kv_heads, capacity, head_dim]`, as the network has them.
+    #[default]
+    Tensors,
+    /// Each sequence has caches of its own, with as many slots as they have. What is bound under the name of a cache is
+    /// an array of a [`CachePlace`] for each sequence. The network's layers of attention must all be kernels.
+    Tables,
+}
+
+/// Where one cache of one sequence is, `[kv_heads, capacity, head_dim]`. Kernels read it.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct CachePlace {
+    /// In device memory.
+    pub address: u64,
+    /// Slots. Where there are none, what the sequence computes is not written, and its address is not used.
+    pub capacity: u64,
 }
 
 /// An input or output.

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use super::super::cuda::Graph;
 use super::kernels::{self, Launch};
 use super::layer_times::ReportLayerTime;
-use super::{Buffer, Engine, Event, LoadOptions, LoadedPlan, Port, RunError, Runtime, Stream};
+use super::{Buffer, Caches, Engine, Event, LoadOptions, LoadedPlan, Port, RunError, Runtime, Stream};
 use crate::network::segments::{Step, Steps};
 use crate::network::{Network, Tensor};
 
@@ -62,6 +62,17 @@ impl Program {
         network: &Network,
         options: LoadOptions<'_>,
     ) -> Result<Self, RunError> {
+        if options.caches == Caches::Tables
+            && let Some(layer) = network.layer_across_sequences()
+        {
+            return Err(RunError::Mismatch {
+                engine: network.profile.to_string(),
+                reason: format!(
+                    "its sequences cannot have caches of their own: the layer {:?} is TensorRT's",
+                    layer.name
+                ),
+            });
+        }
         let steps = network.has_kernel_layers().then(|| Steps::of(network));
         let networks = steps.as_ref().map_or_else(|| vec![network], Steps::plans);
         if networks.len() != plans.len() {
@@ -80,7 +91,7 @@ impl Program {
             .map(|(part, plan)| LoadedPlan::new(runtime, path, plan, part, options.kernels).map(Rc::new));
         let loaded = loaded.collect::<Result<Vec<_>, _>>()?;
         match steps {
-            Some(steps) => Program::of_steps(runtime, network, &steps, &loaded, options.graphs),
+            Some(steps) => Program::of_steps(runtime, network, &steps, &loaded, options),
             None => Ok(Program::of_engine(Engine::of(&loaded[0], 0)?, options.graphs)),
         }
     }
@@ -104,7 +115,7 @@ impl Program {
         network: &Network,
         steps: &Steps,
         plans: &[Rc<LoadedPlan>],
-        graphs: bool,
+        options: LoadOptions<'_>,
     ) -> Result<Self, RunError> {
         let first = steps.plans();
         let mut made = Vec::with_capacity(steps.steps.len());
@@ -121,7 +132,9 @@ impl Program {
                         names: Some(names.map(|(plan, own)| (plan.to_string(), own.to_string())).collect()),
                     }
                 }
-                Step::Kernel(layer) => ProgramStep::Kernel(kernels::launch(&runtime.modules, network, *layer)?),
+                Step::Kernel(layer) => {
+                    ProgramStep::Kernel(kernels::launch(&runtime.modules, network, *layer, options.caches)?)
+                }
             });
         }
         runtime.modules.settle();
@@ -129,7 +142,7 @@ impl Program {
             name: network.profile.to_string(),
             steps: made,
             between: None,
-            launching: Launching::new(graphs),
+            launching: Launching::new(options.graphs),
             report: None,
             runtime: runtime.clone(),
         };

@@ -3,8 +3,10 @@
 use super::arguments::Arguments;
 use super::launch::Launch;
 use super::module::Modules;
+use crate::backend::tensorrt::run::Caches;
 use crate::backend::tensorrt::run::{Buffer, RunError};
 use crate::network::{AttentionInputs, DecodeAttention, Layer, Network, TensorId};
+use crate::tensor::DType;
 
 /// Bytes of the struct, and where its fields are.
 const BYTES: usize = 176;
@@ -40,13 +42,70 @@ const SPLITS: usize = 8;
 /// Query heads of a block.
 const HEADS: usize = 8;
 
-/// Warps of a block and tiles in flight for each, as `compile_kernels.py` has them.
-fn shape(head_dim: usize, target: u32) -> (usize, usize) {
-    match head_dim {
-        129.. => (4, 1),
-        // So that it fits every GPU of that target.
-        81.. if target == 80 => (8, 1),
-        _ => (8, 2),
+/// A kernel of `compile_kernels.py`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Variant {
+    head_dim: usize,
+    target: u32,
+    caches: Caches,
+}
+
+impl Variant {
+    /// Warps of a block and tiles in flight for each.
+    fn shape(self) -> (usize, usize) {
+        match self.head_dim {
+            129.. => (4, 1),
+            // So that it fits every GPU of that target.
+            81.. if self.target == 80 => (8, 1),
+            _ if self.is_many() => (8, 1),
+            _ => (8, 2),
+        }
+    }
+
+    /// Whether a block can do the work of several.
+    fn is_many(self) -> bool {
+        self.caches == Caches::Tables && self.is_clustered()
+    }
+
+    /// Whether the blocks of a head are a cluster.
+    fn is_clustered(self) -> bool {
+        self.target == 90
+    }
+
+    fn name(self, dtype: DType) -> String {
+        let rows = if self.caches == Caches::Tables { "-rows" } else { "" };
+        format!("attention-{dtype}-d{}{rows}", self.head_dim)
+    }
+
+    /// Blocks that the slots of a head are divided among, where so many heads (of a kv head, eight at most) are to be computed:
+    /// as many as leave no multiprocessor with two while another has none.
+    fn blocks(self, heads: usize, multiprocessors: u32) -> usize {
+        if !self.is_many() {
+            return SPLITS;
+        }
+        let fit = (multiprocessors as usize / heads.max(1)).clamp(1, SPLITS);
+        1 << fit.ilog2()
+    }
+
+    /// Dynamic shared memory of a block, bytes: tiles of every warp, queries, the new key and value; outputs of warps, where
+    /// these do not take the place of tiles; and in a cluster the block's share of the results of every split.
+    fn shared_bytes(self, blocks: usize) -> usize {
+        let (warps, stages) = self.shape();
+        let row = 2 * self.head_dim + 16;
+        let tiles = warps * 2 * 16 * row * stages;
+        let rows = 2 * HEADS * (self.head_dim + 8) + 2 * 2 * self.head_dim;
+        let outputs = if self.is_many() {
+            warps * HEADS * self.head_dim * size_of::<f32>()
+        } else {
+            0
+        };
+        let share = (HEADS * self.head_dim).div_ceil(32).div_ceil(blocks) * 32;
+        let results = if self.is_clustered() {
+            SPLITS * share * size_of::<f32>()
+        } else {
+            0
+        };
+        tiles + rows + outputs + results
     }
 }
 
@@ -55,6 +114,7 @@ pub(super) fn launch(
     network: &Network,
     layer: &Layer,
     attention: &DecodeAttention,
+    caches: Caches,
 ) -> Result<Launch, RunError> {
     let limits = modules.limits()?;
     let inputs = AttentionInputs::of(attention, &layer.inputs).expect("verified");
@@ -119,14 +179,24 @@ pub(super) fn launch(
     arguments.float(SCALE, attention.scale);
     arguments.float(SOFT_CAP, attention.soft_cap.unwrap_or(0.0));
     arguments.float(EPSILON, attention.epsilon);
+    let places = kv_heads * group.div_ceil(HEADS);
     // A GPU may have clusters and little shared memory.
-    let fits = |target: &u32| *target <= limits.target && shared_bytes(head_dim, *target) <= limits.shared;
-    let target = [90, 80].into_iter().find(fits).ok_or_else(|| RunError::SharedMemory {
+    let variants = [90, 80].into_iter().filter(|target| *target <= limits.target);
+    let mut variants = variants.map(|target| {
+        let variant = Variant {
+            head_dim,
+            target,
+            caches,
+        };
+        let blocks = variant.blocks(sequences * places, limits.multiprocessors);
+        (variant, blocks, variant.shared_bytes(blocks))
+    });
+    let fitting = variants.find(|(.., shared)| *shared <= limits.shared);
+    let (variant, blocks, shared) = fitting.ok_or_else(|| RunError::SharedMemory {
         layer: layer.name.clone(),
         available: limits.shared,
     })?;
-    let clustered = target == 90;
-    let places = kv_heads * group.div_ceil(HEADS);
+    let clustered = variant.is_clustered();
     let memory = match clustered {
         true => None,
         false => {
@@ -140,29 +210,12 @@ pub(super) fn launch(
             Some(memory)
         }
     };
-    let (warps, _) = shape(head_dim, target);
+    let (warps, _) = variant.shape();
     let archive = format!("attention-{}", cache.dtype);
-    let module = modules.get(&archive, &format!("{archive}-d{head_dim}"), target)?;
-    let grid = [SPLITS as u32, places as u32, sequences as u32];
-    let shared = shared_bytes(head_dim, target);
+    let module = modules.get(&archive, &variant.name(cache.dtype), variant.target)?;
+    let grid = [blocks as u32, places as u32, sequences as u32];
     let launch = Launch::new(&layer.name, module, grid, 32 * warps as u32, shared, arguments, memory)?;
-    Ok(launch.with(if clustered { SPLITS as u32 } else { 0 }, clustered))
-}
-
-/// Dynamic shared memory of a block, bytes: tiles of every warp, queries, the new key and value, and in a cluster the block's
-/// share of the results of every split.
-fn shared_bytes(head_dim: usize, target: u32) -> usize {
-    let (warps, stages) = shape(head_dim, target);
-    let row = 2 * head_dim + 16;
-    let tiles = warps * 2 * 16 * row * stages;
-    let rows = 2 * HEADS * (head_dim + 8) + 2 * 2 * head_dim;
-    let share = (HEADS * head_dim).div_ceil(32).div_ceil(SPLITS) * 32;
-    let results = if target == 90 {
-        SPLITS * share * size_of::<f32>()
-    } else {
-        0
-    };
-    tiles + rows + results
+    Ok(launch.with(if clustered { blocks as u32 } else { 0 }, clustered))
 }
 
 #[cfg(test)]
@@ -170,24 +223,66 @@ mod tests {
     use super::super::archive;
     use super::*;
 
+    fn all() -> impl Iterator<Item = Variant> {
+        let sizes = DecodeAttention::HEAD_SIZES.into_iter();
+        let with_targets = sizes.flat_map(|head_dim| [(head_dim, 80), (head_dim, 90)]);
+        with_targets.flat_map(|(head_dim, target)| {
+            [Caches::Tensors, Caches::Tables].map(|caches| Variant {
+                head_dim,
+                target,
+                caches,
+            })
+        })
+    }
+
     #[test]
     fn there_is_a_kernel_for_every_head_size() {
-        for dtype in ["f16", "bf16"] {
-            let archive = format!("attention-{dtype}");
-            let variants = archive::variants(&archive);
-            for (size, target) in DecodeAttention::HEAD_SIZES.into_iter().flat_map(|d| [(d, 80), (d, 90)]) {
-                let name = format!("{archive}-d{size}-sm{target}");
+        for dtype in [DType::F16, DType::Bf16] {
+            let variants = archive::variants(&format!("attention-{dtype}"));
+            for variant in all() {
+                let name = format!("{}-sm{}", variant.name(dtype), variant.target);
                 assert!(variants.contains_key(&name), "{name}");
             }
-            assert_eq!(variants.len(), 2 * DecodeAttention::HEAD_SIZES.len());
+            assert_eq!(variants.len(), all().count());
         }
     }
 
     /// The least shared memory of a block from SM 8.0 on is 99 KiB.
     #[test]
     fn every_head_fits_small_gpus() {
-        for head_dim in DecodeAttention::HEAD_SIZES {
-            assert!(shared_bytes(head_dim, 80) <= 99 << 10, "{head_dim}");
+        for variant in all().filter(|variant| variant.target == 80) {
+            assert!(variant.shared_bytes(SPLITS) <= 99 << 10, "{variant:?}");
         }
+    }
+
+    /// What `harness/kernels.py` gives.
+    #[test]
+    fn shared_memory_is_that_of_the_harness() {
+        let variant = |head_dim, caches| Variant {
+            head_dim,
+            target: 90,
+            caches,
+        };
+        assert_eq!(variant(128, Caches::Tensors).shared_bytes(8), 146_048);
+        assert_eq!(variant(128, Caches::Tables).shared_bytes(8), 109_184);
+        assert_eq!(variant(128, Caches::Tables).shared_bytes(1), 137_856);
+        assert_eq!(variant(256, Caches::Tables).shared_bytes(2), 138_368);
+    }
+
+    /// 8 B on an H200: 4, 2 and 1 blocks for 4, 8 and 16 sequences were fastest.
+    #[test]
+    fn many_sequences_need_fewer_blocks_each() {
+        let variant = Variant {
+            head_dim: 128,
+            target: 90,
+            caches: Caches::Tables,
+        };
+        let blocks = |sequences: usize| variant.blocks(8 * sequences, 132);
+        assert_eq!([1, 2, 3, 4, 8, 16, 64].map(blocks), [8, 8, 4, 4, 2, 1, 1]);
+        let one = Variant {
+            caches: Caches::Tensors,
+            ..variant
+        };
+        assert_eq!(one.blocks(8 * 64, 132), SPLITS);
     }
 }

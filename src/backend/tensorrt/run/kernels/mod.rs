@@ -23,7 +23,7 @@ mod variant;
 pub(super) use launch::Launch;
 pub(super) use module::Modules;
 
-use super::RunError;
+use super::{Caches, RunError};
 use crate::network::{LayerKind, Network};
 
 /// What a GPU gives kernels.
@@ -37,11 +37,11 @@ struct Limits {
 }
 
 /// The launch of a layer of our own.
-pub(super) fn launch(modules: &Modules, network: &Network, layer: usize) -> Result<Launch, RunError> {
+pub(super) fn launch(modules: &Modules, network: &Network, layer: usize, caches: Caches) -> Result<Launch, RunError> {
     let layer = &network.layers[layer];
     match &layer.kind {
         LayerKind::RowProduct(product) => product::launch(modules, network, layer, product),
-        LayerKind::DecodeAttention(attention) => attention::launch(modules, network, layer, attention),
+        LayerKind::DecodeAttention(attention) => attention::launch(modules, network, layer, attention, caches),
         other => unreachable!("{} is a layer of TensorRT's", other.name()),
     }
 }

@@ -3,7 +3,7 @@
 use super::arguments::Arguments;
 use super::launch::Launch;
 use super::module::Modules;
-use super::variant::{Form, Shape, choose};
+use super::variant::{Form, RowsOfX, Shape, choose, choose_for_rows};
 use crate::backend::tensorrt::run::RunError;
 use crate::network::{CodeLayout, Layer, Network, ProductInputs, RowActivation, RowProduct, TensorId};
 use crate::tensor::DType;
@@ -31,12 +31,15 @@ const EPSILON: usize = 196;
 /// More than any tile, for parts that do not exist.
 const NO_TILE: usize = 1 << 30;
 
-/// What decides the launch of a product of one row.
+/// What decides the launch of a product.
+#[derive(Clone)]
 struct Sizes {
     /// Of each matrix.
     rows: Vec<usize>,
     depth: usize,
     norm: bool,
+    /// Rows of x.
+    x_rows: usize,
 }
 
 pub(super) fn launch(
@@ -61,14 +64,38 @@ pub(super) fn launch(
         rows: inputs.parts.iter().map(|part| extent(part.weights, 0)).collect(),
         depth: extent(matrix, 1),
         norm: product.norm.is_some(),
+        x_rows: (0..network.tensor(inputs.x).shape.len() - 1)
+            .map(|axis| extent(inputs.x, axis))
+            .product(),
     };
     let all_rows = sizes.rows.iter().sum();
-    let bytes = |shape: Shape| shared_bytes(form, shape, &sizes);
-    let chosen = choose(form, (all_rows, sizes.depth), product.gated, limits, bytes);
-    let (shape, blocks) = chosen.ok_or_else(|| RunError::SharedMemory {
+    let too_large = || RunError::SharedMemory {
         layer: layer.name.clone(),
         available: limits.shared,
-    })?;
+    };
+    let bytes = |shape: Shape, taken: RowsOfX| shared_bytes(form, shape, taken, &sizes);
+    let of_one = |shape: Shape| {
+        shared_bytes(
+            form,
+            shape,
+            RowsOfX::ONE,
+            &Sizes {
+                x_rows: 1,
+                ..sizes.clone()
+            },
+        )
+    };
+    let chosen = choose(form, (all_rows, sizes.depth), product.gated, limits, of_one);
+    let (one, blocks) = chosen.ok_or_else(too_large)?;
+    let (shape, taken) = match sizes.x_rows {
+        1 => (one, RowsOfX::ONE),
+        rows => choose_for_rows(form, one, rows, sizes.norm, limits, bytes).ok_or_else(too_large)?,
+    };
+    let shared = bytes(shape, taken);
+    let blocks = match sizes.x_rows {
+        1 => blocks,
+        _ => blocks.min((limits.shared / shared) as u32).max(1),
+    };
     let tile = 8 * shape.tiles;
     let tiles: Vec<usize> = match product.gated {
         // Half of a block's rows are gate's, half up's.
@@ -100,7 +127,7 @@ pub(super) fn launch(
     }
     for (field, value) in [
         (DEPTH, sizes.depth),
-        (ROWS, 1),
+        (ROWS, sizes.x_rows),
         (X_STRIDE, sizes.depth),
         (Y_STRIDE, width),
         (RESIDUAL_STRIDE, width),
@@ -114,18 +141,10 @@ pub(super) fn launch(
         arguments.int(field, value);
     }
     arguments.float(EPSILON, product.norm.unwrap_or(0.0));
-    let module = modules.get(&form.archive(), &form.variant(shape), limits.target)?;
+    let module = modules.get(&form.archive(), &form.variant(shape, taken), limits.target)?;
     let grid = (count as u32).min(limits.multiprocessors * blocks).max(1);
     let threads = 32 * shape.warps as u32;
-    let launch = Launch::new(
-        &layer.name,
-        module,
-        [grid, 1, 1],
-        threads,
-        bytes(shape),
-        arguments,
-        None,
-    )?;
+    let launch = Launch::new(&layer.name, module, [grid, 1, 1], threads, shared, arguments, None)?;
     Ok(launch.with(0, limits.target >= 90))
 }
 
@@ -141,10 +160,10 @@ fn activation(activation: RowActivation) -> usize {
     }
 }
 
-/// Dynamic shared memory of a block for one row of x, bytes: weights in flight, sums of warps, offsets of codes, the norm's
-/// sums and weights, and x.
-fn shared_bytes(form: Form, shape: Shape, sizes: &Sizes) -> usize {
-    let (bits, Shape { warps, tiles, stages }) = (form.bits(), shape);
+/// Dynamic shared memory of a block, bytes: weights (and streamed x) in flight, sums of warps, offsets of codes, the norm's
+/// sums and weights, and x if it is not streamed.
+fn shared_bytes(form: Form, shape: Shape, taken: RowsOfX, sizes: &Sizes) -> usize {
+    let (bits, rows, Shape { warps, tiles, stages }) = (form.bits(), sizes.x_rows, shape);
     let depth = CodeLayout::depth(bits);
     let layout = form.layout.filter(|layout| layout.group.is_some());
     let zeros = layout.is_some_and(|layout| layout.zero_points);
@@ -153,20 +172,26 @@ fn shared_bytes(form: Form, shape: Shape, sizes: &Sizes) -> usize {
         .map_or(0, |group| (depth / group).max(1));
     let scales = tiles * 8 * groups * size_of::<u16>();
     let points = if zeros { tiles * 8 * groups } else { 0 };
-    let stage = (tiles * 512 + scales + points).next_multiple_of(16);
+    let x_in_flight = if taken.streamed {
+        taken.most * depth * size_of::<u16>()
+    } else {
+        0
+    };
+    let stage = (tiles * 512 + scales + points).next_multiple_of(16) + x_in_flight;
     let columns = (sizes.depth * bits).div_ceil(512);
     let padded = columns * depth;
-    let mut bytes = warps * stages * stage + 64 * warps * tiles;
+    let mut bytes = warps * stages * stage + 64 * warps * tiles * rows;
     let offsets = bits == 4 || bits == 8 && form.dtype == DType::F16 || zeros;
-    if groups > 0 && offsets {
+    if groups > 0 && offsets && !taken.streamed {
         let kinds = if zeros { 2 } else { 1 };
-        bytes += 4 * warps * columns.div_ceil(warps) * groups * kinds;
+        bytes += 4 * warps * columns.div_ceil(warps) * groups * kinds * taken.most;
         bytes = bytes.next_multiple_of(16);
     }
     if sizes.norm {
-        bytes += 16 * warps.div_ceil(4) + 2 * padded;
+        bytes += 16 * (rows * warps).div_ceil(4) + 2 * padded;
     }
-    bytes + (2 * padded).next_multiple_of(128) + if bits == 16 { 16 } else { 64 }
+    let x = (2 * padded).next_multiple_of(128) + if bits == 16 { 16 } else { 64 };
+    bytes + if taken.streamed { 0 } else { rows * x }
 }
 
 #[cfg(test)]
@@ -188,10 +213,42 @@ mod tests {
             rows: vec![4096, 1024, 1024],
             depth: 4096,
             norm: true,
+            x_rows: 1,
         };
         let shape = |warps, tiles, stages| Shape { warps, tiles, stages };
-        assert_eq!(shared_bytes(form(DType::F16, None), shape(16, 2, 6), &sizes), 116_816);
-        assert_eq!(shared_bytes(form(DType::I8, None), shape(8, 4, 3), &sizes), 67_680);
-        assert_eq!(shared_bytes(form(DType::I4, Some(32)), shape(8, 4, 2), &sizes), 55_904);
+        let of_one = |form, shape| shared_bytes(form, shape, RowsOfX::ONE, &sizes);
+        assert_eq!(of_one(form(DType::F16, None), shape(16, 2, 6)), 116_816);
+        assert_eq!(of_one(form(DType::I8, None), shape(8, 4, 3)), 67_680);
+        assert_eq!(of_one(form(DType::I4, Some(32)), shape(8, 4, 2)), 55_904);
+        let rows = |x_rows, norm| Sizes {
+            x_rows,
+            norm,
+            ..sizes.clone()
+        };
+        let whole = RowsOfX {
+            most: 16,
+            streamed: false,
+        };
+        let streamed = RowsOfX {
+            most: 8,
+            streamed: true,
+        };
+        let of_rows = |form, shape, taken, sizes| shared_bytes(form, shape, taken, &sizes);
+        assert_eq!(
+            of_rows(form(DType::F16, None), shape(16, 2, 3), whole, rows(16, true)),
+            222_464
+        );
+        assert_eq!(
+            of_rows(form(DType::I4, Some(32)), shape(8, 4, 2), whole, rows(9, true)),
+            146_272
+        );
+        assert_eq!(
+            of_rows(form(DType::F16, None), shape(8, 2, 6), streamed, rows(4, false)),
+            77_824
+        );
+        assert_eq!(
+            of_rows(form(DType::I4, Some(32)), shape(8, 4, 2), streamed, rows(8, false)),
+            86_016
+        );
     }
 }

@@ -21,6 +21,40 @@ impl Shape {
     }
 }
 
+/// How a variant takes the rows of x.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct RowsOfX {
+    /// How many at most: 1, 8 or 16.
+    pub most: usize,
+    /// Whether they travel with the weights; else they lie in shared memory as a whole.
+    pub streamed: bool,
+}
+
+impl RowsOfX {
+    /// One, in shared memory.
+    pub const ONE: RowsOfX = RowsOfX {
+        most: 1,
+        streamed: false,
+    };
+    /// The most that any variant takes.
+    pub const MOST: usize = crate::network::RowProduct::MOST_ROWS;
+
+    fn of(rows: usize, streamed: bool) -> Self {
+        RowsOfX {
+            most: if rows > 8 { RowsOfX::MOST } else { 8 },
+            streamed,
+        }
+    }
+
+    /// As names of variants say it.
+    fn word(self) -> String {
+        match self.most {
+            1 => String::new(),
+            most => format!("-r{most}{}", if self.streamed { "x" } else { "" }),
+        }
+    }
+}
+
 /// What the weights of a product are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Form {
@@ -47,11 +81,11 @@ impl Form {
     }
 
     /// The variant of a shape, without the target.
-    pub fn variant(self, shape: Shape) -> String {
+    pub fn variant(self, shape: Shape, rows: RowsOfX) -> String {
         let layout = self
             .layout
             .map_or_else(String::new, |layout| format!("-{}", layout.word()));
-        format!("{}{layout}-{}", self.archive(), shape.name())
+        format!("{}{layout}{}-{}", self.archive(), rows.word(), shape.name())
     }
 
     pub fn bits(self) -> usize {
@@ -59,12 +93,27 @@ impl Form {
     }
 
     fn measured(self) -> &'static [Measured] {
+        self.tables().0
+    }
+
+    fn tables(self) -> (&'static [Measured], &'static [OfRows]) {
         match (self.weights, self.layout.and_then(|layout| layout.group)) {
-            (DType::I4, Some(16 | 32)) => I4_SHORT,
-            (DType::I4, _) => I4_LONG,
-            (DType::I8, _) => I8,
-            _ => FLOATS,
+            (DType::I4, Some(16 | 32)) => (I4_SHORT, I4_SHORT_ROWS),
+            (DType::I4, _) => (I4_LONG, I4_LONG_ROWS),
+            (DType::I8, _) => (I8, I8_ROWS),
+            _ => (FLOATS, FLOATS_ROWS),
         }
+    }
+
+    /// The shapes for several rows that have so many warps, the preferred one first.
+    fn of_rows(self, warps: usize, streamed: bool) -> impl Iterator<Item = Shape> {
+        let lists = self.tables().1.iter().filter(move |of_rows| of_rows.warps == warps);
+        let shapes = lists.flat_map(move |lists| if streamed { lists.streamed } else { lists.whole });
+        shapes.map(move |(tiles, stages)| Shape {
+            warps,
+            tiles: *tiles,
+            stages: *stages,
+        })
     }
 }
 
@@ -142,6 +191,45 @@ const I4_SHORT: &[Measured] = &[
     measured((576, 1536), false, [8, 2, 6], 1),
 ];
 
+/// The shapes for several rows of x of one number of warps, as (tiles, stages), the preferred one first: by whether x lies in
+/// shared memory as a whole or is streamed. `compile_kernels.py` has the same lists.
+struct OfRows {
+    warps: usize,
+    whole: &'static [(usize, usize)],
+    streamed: &'static [(usize, usize)],
+}
+
+const fn of_rows(warps: usize, whole: &'static [(usize, usize)], streamed: &'static [(usize, usize)]) -> OfRows {
+    OfRows { warps, whole, streamed }
+}
+
+// Of floats by sweeps for 8 B fp16 with 4, 8 and 16 rows (benches/kernels/configurations.json); others have no sweep.
+const FLOATS_ROWS: &[OfRows] = &[
+    of_rows(16, &[(2, 6), (2, 3), (2, 2)], &[(4, 3), (2, 2)]),
+    of_rows(8, &[(4, 8), (2, 8), (2, 3)], &[(2, 6), (2, 3)]),
+    of_rows(4, &[(4, 3)], &[(4, 3)]),
+];
+const I8_ROWS: &[OfRows] = &[of_rows(16, &[(2, 3)], &[(2, 3)]), of_rows(8, &[(4, 3)], &[(4, 3)])];
+const I4_LONG_ROWS: &[OfRows] = &[of_rows(8, &[(4, 2)], &[(4, 2)])];
+const I4_SHORT_ROWS: &[OfRows] = &[of_rows(8, &[(4, 2)], &[(4, 2)]), of_rows(4, &[(4, 2)], &[(4, 2)])];
+
+/// The shape for `rows` rows of x of a product that is computed by `one` where x has one row: of as many warps, so that a row
+/// has the same bits. x lies in shared memory as a whole if there is a norm, and else is streamed. `shared` gives what a
+/// block takes. `None` if none fits.
+pub(super) fn choose_for_rows(
+    form: Form,
+    one: Shape,
+    rows: usize,
+    normed: bool,
+    limits: Limits,
+    shared: impl Fn(Shape, RowsOfX) -> usize,
+) -> Option<(Shape, RowsOfX)> {
+    let taken = RowsOfX::of(rows, !normed);
+    let mut shapes = form.of_rows(one.warps, taken.streamed);
+    let fitting = shapes.find(|shape| shared(*shape, taken) <= limits.shared)?;
+    Some((fitting, taken))
+}
+
 /// Shape and blocks for each multiprocessor: those of the nearest matrix whose shape fits the GPU's shared memory. `shared`
 /// gives what a block takes. `None` if none fits.
 pub(super) fn choose(
@@ -205,11 +293,44 @@ mod tests {
             let variants = archive::variants(&form.archive());
             for measured in form.measured() {
                 for target in [80, 90] {
-                    let name = format!("{}-sm{target}", form.variant(measured.shape));
+                    let name = format!("{}-sm{target}", form.variant(measured.shape, RowsOfX::ONE));
                     assert!(variants.contains_key(&name), "{name}");
+                    for (rows, streamed) in [(2, false), (8, true), (9, false), (16, true)] {
+                        let of_rows: Vec<Shape> = form.of_rows(measured.shape.warps, streamed).collect();
+                        assert!(!of_rows.is_empty(), "{form:?} {:?}", measured.shape);
+                        for shape in of_rows {
+                            let name = format!("{}-sm{target}", form.variant(shape, RowsOfX::of(rows, streamed)));
+                            assert!(variants.contains_key(&name), "{name}");
+                        }
+                    }
                 }
             }
         }
+    }
+
+    #[test]
+    fn several_rows_are_computed_with_the_warps_of_one() {
+        for form in forms() {
+            for (m, rows, normed) in form.measured().iter().flat_map(|m| [(m, 2, true), (m, 16, false)]) {
+                let (shape, taken) = choose_for_rows(form, m.shape, rows, normed, HOPPER, |_, _| 0).unwrap();
+                assert_eq!(shape.warps, m.shape.warps, "{form:?}");
+                assert!(taken.most >= rows && taken.streamed != normed, "{form:?} {taken:?}");
+            }
+        }
+        // The first that fits.
+        let form = forms()[0];
+        let one = Shape {
+            warps: 8,
+            tiles: 4,
+            stages: 6,
+        };
+        let shared = |shape: Shape, _| shape.tiles * shape.stages;
+        let limits = |shared| Limits { shared, ..HOPPER };
+        let chosen = |most| choose_for_rows(form, one, 8, true, limits(most), shared).map(|(s, _)| (s.tiles, s.stages));
+        assert_eq!(
+            [chosen(32), chosen(31), chosen(15), chosen(5)],
+            [Some((4, 8)), Some((2, 8)), Some((2, 3)), None]
+        );
     }
 
     #[test]

@@ -14,6 +14,8 @@
 //   SPLITS   1, 2, 4, 8 or 16
 //   MANY     0: SPLITS blocks; 1: any power of two up to it
 //   CLUSTER  1: the blocks of a head are a cluster (compute_90); 0: workspace and counters
+//   TABLES   0: the caches of all sequences are one tensor; 1: each sequence has its own, of a capacity of its own, and
+//            `keys` and `values` are arrays that say where (Place[sequences])
 #include "common.cuh"
 
 #ifndef HEAD_DIM
@@ -34,11 +36,19 @@
 #ifndef CLUSTER
 #define CLUSTER 0
 #endif
+#ifndef TABLES
+#define TABLES 0
+#endif
+
+// Where the keys or values of a sequence are, [kv_heads, capacity, HEAD_DIM]. Of capacity 0 nothing is written.
+struct Place {
+    u64 at, capacity;
+};
 
 struct AttentionArguments {
     const void *q, *k, *v;         // sequence s at + s * stride (elements); heads one after the other
     void* out;                     // [heads * HEAD_DIM] a sequence
-    void *keys, *values;           // sequence s at + s * cache_stride: [kv_heads, capacity, HEAD_DIM]
+    void *keys, *values;           // sequence s at + s * cache_stride: [kv_heads, capacity, HEAD_DIM]; see TABLES
     const int* lengths;            // slots written so far; the new token takes slot lengths[s]
     const int* positions;          // of the rotation; may be the same array
     const float *cosines, *sines;  // [positions, rotated / 2]; null: nothing is rotated
@@ -107,8 +117,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
     const int length = (int)load_4(a.lengths + sequence), position = (int)load_4(a.positions + sequence);
     const int first = a.window > 0 ? max(0, length + 1 - a.window) : 0;
     const int tile0 = first >> 4, count = (length >> 4) - tile0 + 1;
+#if TABLES
+    const Place keys_at = ((const Place*)a.keys)[sequence], values_at = ((const Place*)a.values)[sequence];
+    const int capacity = (int)keys_at.capacity;
+    u16* const keys = (u16*)keys_at.at + (u64)kv_head * capacity * HEAD_DIM;
+    u16* const values = (u16*)values_at.at + (u64)kv_head * capacity * HEAD_DIM;
+#else
     u16* const keys = (u16*)a.keys + sequence * a.cache_stride + (u64)kv_head * a.capacity * HEAD_DIM;
     u16* const values = (u16*)a.values + sequence * a.cache_stride + (u64)kv_head * a.capacity * HEAD_DIM;
+#endif
 
     // The next tile of the warp that is not asked for yet: in one split after the other.
     int fetch_split = block, fetch_tile = warp * SPLITS + block;
@@ -230,7 +247,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(const __grid_
             const int slot0 = (tile0 + tile) * 16;
             if (slot0 <= length && length < slot0 + 16) {
                 // The new token's slot: into the tile, and by one block into the cache.
+#if TABLES
+                const bool write = first_head == 0 && length < capacity;
+#else
                 const bool write = first_head == 0 && length < a.capacity;
+#endif
                 for (int i = lane; i < HEAD_DIM / 2; i += 32) {
                     const u32 k = ((const u32*)new_key)[i], v = ((const u32*)new_value)[i];
                     ((u32*)(key_tile + (length & 15) * ROW))[i] = k;
