@@ -72,7 +72,7 @@ pub struct Args {
     /// can be used]
     #[arg(long, value_enum)]
     kernels: Option<Kernels>,
-    /// Also build engines that decode so many sequences in one step, 2 to 16, for a server
+    /// Also build engines that decode N sequences in one step (2 to 16). No command uses them yet: `serve` runs on the CPU
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
     batch: Option<Vec<usize>>,
     /// tokenizer.json, or a folder with it [default: beside the model, if there]

@@ -74,8 +74,8 @@ pub enum ConvertError {
     },
     /// A step of several sequences would not be computed by kernels alone.
     #[error(
-        "{}: no engine decodes several sequences in one step: the layer {layer:?} ({kind}) has no kernel, so a sequence could \
-         get other tokens beside others than alone", path.display()
+        "{}: --batch cannot be built: the layer {layer:?} ({kind}) has no kernel, so the tokens of a sequence could depend \
+         on the other sequences of its step", path.display()
     )]
     Batch {
         /// The export.
@@ -86,7 +86,7 @@ pub enum ConvertError {
         kind: &'static str,
     },
     /// The same of a model that takes embeddings.
-    #[error("{}: no engine decodes several sequences in one step of a model that takes embeddings", path.display())]
+    #[error("{}: --batch cannot be built for a model that takes embeddings", path.display())]
     BatchOfEmbeddings {
         /// The export.
         path: PathBuf,
@@ -207,11 +207,11 @@ impl Help for ConvertError {
                     .to_string(),
             ),
             ConvertError::Batch { .. } => Some(
-                "leave --batch out, and sequences take turns; what has kernels is in docs/decode-kernels.md (of models in fp32 \
-                 nothing: see --dtype fp16)"
+                "leave --batch out; sequences then take turns; docs/explanation/decode-kernels.md lists what has \
+                 kernels (in fp32 nothing has: see --dtype fp16)"
                     .to_string(),
             ),
-            ConvertError::BatchOfEmbeddings { .. } => Some("leave --batch out, and sequences take turns".to_string()),
+            ConvertError::BatchOfEmbeddings { .. } => Some("leave --batch out; sequences then take turns".to_string()),
             ConvertError::Numbers { source, .. } => source.help(),
             ConvertError::Capacity { limit, .. } => Some(format!("use a --capacity of at most {limit}")),
             ConvertError::Emit { source, .. } => source.help(),

@@ -14,7 +14,7 @@
 // that power plus the code. The power is not taken off each weight: the same tensor cores compute, once for all
 // outputs, -power * sum of x for each group, which is added to the group's sum. Zero points are taken off in the same way.
 //
-// Order of a sum: see docs/decode-kernels.md. It depends on FORMAT, GROUP and WARPS, and not on TILES, STAGES, ROWS, STREAM.
+// Order of a sum: see docs/explanation/decode-kernels.md. It depends on FORMAT, GROUP and WARPS, and not on TILES, STAGES, ROWS, STREAM.
 //
 // Macros (besides common.cuh's):
 //   FORMAT   16: weights of x's type; 8: int8; 4: int4, two a byte, low nibble first. Order [n, k] as ONNX stores it.
