@@ -42,7 +42,7 @@ def reference_of(folder):
             reference = json.loads(path.read_text())
             prefix = "torch_" if "torch_step_logits" in reference else ""
             rows = [reference[prefix + "prefill_last_logits"], *reference.get(prefix + "step_logits", [])]
-            # The samples under shared/ share one reference, which cannot tell the dtype.
+            # The samples under shared/ share one reference, which does not show the dtype.
             dtype = reference.get("dtype", "fp16" if "fp16" in folder.name else "fp32")
             return reference["prompt"], reference["greedy_tokens"], rows, TOLERANCES[dtype]
     raise RuntimeError("no reference.json")

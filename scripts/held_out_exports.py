@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make exports that nobody looked at while writing the passes: other sizes, other options, same families.
+"""Make exports that were not looked at while the passes were written: other sizes, other options, same families.
 
     EXPORTKIT_T5_PYTHON=t5/bin/python export/bin/python scripts/held_out_exports.py /work/heldout
     t5/bin/python scripts/held_out_exports.py /work/heldout          # those made with transformers 5

@@ -3,7 +3,7 @@
 
 Each folder FAMILY-EXPORTER holds model.onnx (with model.onnx.data where the exporter writes one) and
 reference.json: eleven prompt ids, nine greedy tokens, the logits of the last prompt position and of eight greedy
-steps. Deterministic: the same versions give the same files. Only for whoever adds a fixture; needs two Python
+steps. Deterministic: the same versions give the same files. Needed only to add a fixture; needs two Python
 environments (the ORT-GenAI and mobius builders want transformers 5, optimum wants 4.57):
 
     python -m venv export && export/bin/pip install torch==2.15.0 transformers==4.57.6 optimum-onnx==0.1.0 \\

@@ -23,7 +23,7 @@ CAPACITY, PREFILL, NEW_TOKENS, LOGPROBS = 64, 16, 8, 8
 PROMPTS = [1, 5, 16, 21]
 SAMPLERS = [["--temperature", "0", "--seed", "7"], ["--temperature", "0.9", "--seed", "7", "--dry-multiplier", "0.8"]]
 FILES = ["graph.onnx", "weights.safetensors", "constants.safetensors"]
-# Fields of a manifest that tell when and by which version it was written.
+# Fields of a manifest with the date and version of the writer.
 VARYING = {"lapidary_version", "passes"}
 
 

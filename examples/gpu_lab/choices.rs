@@ -28,9 +28,9 @@ fn llama(large: bool) -> Decoder {
     }
 }
 
-/// Tells of each case, several at a time, and prints it as it comes: a run that is cut off leaves what it had. Building and
+/// Runs the cases, several at a time, and prints each result as it comes, so that an interrupted run keeps its results. Building and
 /// loading are the processor's work, so only one at a time should measure.
-pub fn each<T: Send>(threads: usize, cases: Vec<T>, tell: impl Fn(T) -> String + Sync) {
+pub fn each<T: Send>(threads: usize, cases: Vec<T>, describe: impl Fn(T) -> String + Sync) {
     let cases = Mutex::new(cases.into_iter());
     std::thread::scope(|scope| {
         for _ in 0..threads {
@@ -38,7 +38,7 @@ pub fn each<T: Send>(threads: usize, cases: Vec<T>, tell: impl Fn(T) -> String +
                 loop {
                     let next = cases.lock().expect("no panic").next();
                     let Some(case) = next else { return };
-                    println!("{}", tell(case));
+                    println!("{}", describe(case));
                 }
             });
         }

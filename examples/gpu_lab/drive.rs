@@ -215,7 +215,7 @@ pub fn logits(path: &Path, cases: &Path, output: &Path) -> Outcome<Value> {
     let mut file = std::io::BufWriter::new(std::fs::File::create(output)?);
     let (package, device) = open(path)?;
     let mut driver = Driver::new(&package, device);
-    let mut told = Vec::new();
+    let mut records = Vec::new();
     for case in cases {
         driver.begin();
         let mut write = |driver: &Driver| file.write_all(bytemuck::cast_slice(&driver.logits));
@@ -232,11 +232,11 @@ pub fn logits(path: &Path, cases: &Path, output: &Path) -> Outcome<Value> {
             next = driver.step(next)?;
             best.push(next);
         }
-        told.push(json!({
+        records.push(json!({
             "prompt": case.prompt.len(), "forced": case.forced.len(), "best": best, "moves": driver.moves,
             "capacity": driver.capacity, "chunks": chunks.iter().map(|c| c.rows).collect::<Vec<_>>(),
         }));
     }
     file.flush()?;
-    Ok(json!({"cases": told}))
+    Ok(json!({"cases": records}))
 }

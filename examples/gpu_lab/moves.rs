@@ -21,7 +21,7 @@ pub fn moves(path: &Path, steps: usize) -> Outcome<Value> {
         return Err("the package has one capacity: nothing moves".into());
     };
     let vocabulary = package.vocabulary()?;
-    let mut told = Vec::new();
+    let mut records = Vec::new();
     for graphs in [true, false] {
         let options = CudaOptions {
             graphs,
@@ -49,11 +49,11 @@ pub fn moves(path: &Path, steps: usize) -> Outcome<Value> {
             }
             took.sort_unstable();
             let gpu = driver.device().time_again(50)?;
-            told.push(json!({
+            records.push(json!({
                 "history": history, "cuda_graphs": graphs, "capacity": larger, "live": smaller + BEYOND,
                 "median_ms": took[took.len() / 2].as_secs_f64() * 1e3, "gpu_ms": gpu.as_secs_f64() * 1e3,
             }));
         }
     }
-    Ok(json!({"package": path, "steps": steps, "runs": told}))
+    Ok(json!({"package": path, "steps": steps, "runs": records}))
 }

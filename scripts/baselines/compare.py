@@ -26,7 +26,7 @@ def fill(path, reference):
     found = outputs.compare(values["outputs"], values["model"]["dtype"], reference)
     values["outputs"]["reference"] = found
     schema.write(path, values)
-    print(f"{values['system']['label']}: {outputs.told(found)}")
+    print(f"{values['system']['label']}: {outputs.summary_line(found)}")
     return found["equal"]
 
 

@@ -144,7 +144,7 @@ def compare(outputs, dtype, reference):
     }  # fmt: skip
 
 
-def told(found):
+def summary_line(found):
     """One line for a person."""
     verdict = "equal within the limit" if found["equal"] else "NOT EQUAL"
     return (f"{verdict}: worst logit error {found['worst_relative_logit_error']:.2g} (limit {found['limit']:g}), same best "

@@ -145,7 +145,7 @@ class Run:
                 measure(file, i == 0)
                 rounds[name].append(json.loads(file.read_text()))
                 if i == 0 and "error" not in rounds[name][0]:
-                    # A wrong answer is told before hours are spent on how fast it is.
+                    # Report a wrong answer before hours are spent on measuring speed.
                     fill(file, self.reference)
                     rounds[name][0] = json.loads(file.read_text())
         equal = True

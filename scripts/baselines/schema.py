@@ -1,8 +1,8 @@
 """The result file that every system writes: `lapidary bench`, the baselines of this folder, the Rust baselines in examples/.
 
-Owns its field names, summaries and units; `docs/reference/benchmarks.md` tells a reader what they mean. Needs nothing but Python, so
+Owns its field names, summaries and units; `docs/reference/benchmarks.md` explains them. Needs nothing but Python, so
 that each baseline can import it. Samples are rounded to four decimals when they enter a document and summaries are made
-from the rounded numbers: whoever reads the file can compute them again, and `check` does.
+from the rounded numbers: a reader can compute them again, and `check` does.
 """
 
 import json
@@ -60,7 +60,7 @@ def summary(samples):
 
 
 def stable(samples):
-    """Whether the means of the first and the last quarter agree within 5 %. Fewer than four samples cannot tell."""
+    """Whether the means of the first and the last quarter agree within 5 %. Fewer than four samples are not enough."""
     quarter = len(samples) // 4
     if quarter == 0:
         return False
@@ -111,7 +111,7 @@ class Model:
 
 class Document:
     """A result file. Until it is whole it is `NAME.partial.json`, written anew after every measurement, so that a run that
-    is cut off leaves what it had and nobody takes it for the whole."""
+    is interrupted leaves a partial file that is not mistaken for a whole one."""
 
     def __init__(self, path, name, variant, label, model, machine, versions, prompts, seed, settings, process="self"):
         """`process`: the one that runs the system, by its number under /proc."""
@@ -170,13 +170,13 @@ class Document:
         self.add("end_to_end", {"prompt": prompt, "new_tokens": new_tokens, "runs": listed, **of_runs(listed)})
 
     def loaded(self, load_ms):
-        """From nothing to a model that takes tokens; nothing is written where that cannot be told."""
+        """From nothing to a model that takes tokens; null if it is unknown."""
         self["load"] = None if load_ms is None else {"load_ms": load_ms, "first_load_ms": None}
 
     def add(self, section, entry):
         self.values[section].append(entry)
         self.write()
-        note(self.values["system"]["label"], section, told(section, entry))
+        note(self.values["system"]["label"], section, summary_line(section, entry))
 
     def __setitem__(self, section, value):
         self.values[section] = value
@@ -211,7 +211,7 @@ def of_runs(runs):
     }
 
 
-def told(section, entry):
+def summary_line(section, entry):
     unstable = "" if entry["stable"] else " (unstable)"
     if section == "prefill":
         return f"{entry['tokens']} tokens: {entry['ms']['median']:.2f} ms{unstable}"
@@ -277,14 +277,14 @@ def check(values):
     if problems:
         return problems
 
-    def follows(where, told, value):
+    def follows(where, stated, value):
         exact = value is None or isinstance(value, bool)
-        if told != value if exact else told is None or not math.isclose(told, value, rel_tol=1e-6, abs_tol=1e-9):
-            problems.append(f"{where} is {told}, but its samples give {value}")
+        if stated != value if exact else stated is None or not math.isclose(stated, value, rel_tol=1e-6, abs_tol=1e-9):
+            problems.append(f"{where} is {stated}, but its samples give {value}")
 
-    def same(where, told, samples):
+    def same(where, stated, samples):
         for key, value in summary(samples).items():
-            follows(f"{where}.{key}", told.get(key), value)
+            follows(f"{where}.{key}", stated.get(key), value)
 
     for i, entry in enumerate(values["prefill"]):
         where, median = f"prefill[{i}]", summary(entry["samples_ms"])["median"]

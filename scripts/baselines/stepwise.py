@@ -48,7 +48,7 @@ def outputs_of(decoder, workload, reference):
     found = {"prompts": prompts, "greedy_tokens": greedy, "logits": rows, "reference": None}
     if reference:
         found["reference"] = outputs.compare(found, decoder.dtype, reference)
-        schema.note("outputs", outputs.told(found["reference"]))
+        schema.note("outputs", outputs.summary_line(found["reference"]))
     return found
 
 

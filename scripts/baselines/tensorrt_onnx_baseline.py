@@ -57,7 +57,7 @@ def logger_of(trt):
             self.errors = []
 
         def log(self, severity, message):
-            # Every builder on a machine without a driver begins with CUDA's error 35.
+            # Without a driver every builder first logs CUDA error 35.
             if severity <= trt.ILogger.Severity.ERROR and "cudaError 35" not in message:
                 self.errors.append(message.strip())
 
@@ -234,9 +234,9 @@ def verdicts(given):
         command = [sys.executable, __file__, "--verdict", path]
         done = subprocess.run(command, capture_output=True, text=True)
         ended = {"taken": False, "words": f"the process ended with {done.returncode}: {done.stderr.strip()[-600:]}"}
-        told = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else ended
-        found.append({"export": path.parent.name} | told)
-        note(path.parent.name, "taken" if told["taken"] else told["words"][:160])
+        outcome = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else ended
+        found.append({"export": path.parent.name} | outcome)
+        note(path.parent.name, "taken" if outcome["taken"] else outcome["words"][:160])
     values = {"what": "exports given to TensorRT-RTX's own ONNX parser and builder, profiles of up to 64 prompt tokens and 128 slots",
               "tensorrt": version, "command": schema.command_line(), "commit": schema.commit(),
               "taken": sum(entry["taken"] for entry in found), "of": len(found), "exports": found}  # fmt: skip

@@ -29,18 +29,18 @@ FIXTURE = ROOT / "fixtures/exports/llama-optimum/model.onnx"
 class Summaries(unittest.TestCase):
     def test_as_numpy(self):
         samples = np.random.default_rng(3).gamma(2.0, size=101).tolist()
-        told = schema.summary(samples)
-        self.assertAlmostEqual(told["stddev"], np.std(samples, ddof=1))
-        self.assertAlmostEqual(told["mean"], np.mean(samples))
+        found = schema.summary(samples)
+        self.assertAlmostEqual(found["stddev"], np.std(samples, ddof=1))
+        self.assertAlmostEqual(found["mean"], np.mean(samples))
         for name, percent in (("p50", 50), ("median", 50), ("p90", 90), ("p99", 99)):
-            self.assertAlmostEqual(told[name], np.percentile(samples, percent))
+            self.assertAlmostEqual(found[name], np.percentile(samples, percent))
         self.assertEqual(schema.summary([2.0])["stddev"], 0)
 
     def test_stability_compares_quarters(self):
         self.assertTrue(schema.stable([1.0, 9.0, 9.0, 1.04]))
         self.assertFalse(schema.stable([1.0, 1.0, 1.0, 1.06]))
         self.assertFalse(schema.stable([1.06, 1.0, 1.0, 1.0]))
-        self.assertFalse(schema.stable([1.0, 1.0, 1.0]), "too few to tell")
+        self.assertFalse(schema.stable([1.0, 1.0, 1.0]), "too few samples")
 
 
 class WeightsHash(unittest.TestCase):
@@ -196,14 +196,14 @@ class Documents(unittest.TestCase):
             self.assertNotEqual(self.edited(edit), [], edit.__name__)
 
     def test_what_holds_together_is_taken(self):
-        def told(d):
+        def measured(d):
             d["decode"][0]["gpu_ms"] = 0.9 * d["decode"][0]["ms"]["median"]
             d["profile"] = {"decode": {"live": 5, "total_ms": 2.5, "groups": {"rest": 2.5}, "layers": [["a", 1.0], ["b", 1.5]]}}
 
         def failed(d):
             d |= {"error": "out of memory", "prefill": [], "decode": [], "end_to_end": [], "outputs": None}
 
-        self.assertEqual((self.edited(told), self.edited(failed)), ([], []))
+        self.assertEqual((self.edited(measured), self.edited(failed)), ([], []))
 
     def test_rounds_are_merged_into_a_document_that_follows_from_its_samples(self):
         other = copy.deepcopy(self.document)

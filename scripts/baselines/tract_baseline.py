@@ -25,8 +25,8 @@ class Decoder:
         command = [binary, model, "--threads", str(threads)]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process = self.child.pid
-        told = self.answer()
-        self.version, self.load_ms = told["version"], told["load_ms"]
+        answer = self.answer()
+        self.version, self.load_ms = answer["version"], answer["load_ms"]
 
     def answer(self):
         line = self.child.stdout.readline()
@@ -46,8 +46,8 @@ class Decoder:
         return np.array(self.ask(feed=ids, row=True)["row"], np.float32)
 
     def step(self, ids):
-        told = self.ask(feed=ids, row=False)
-        return told["ms"], told["token"]
+        answer = self.ask(feed=ids, row=False)
+        return answer["ms"], answer["token"]
 
 
 def main():

@@ -330,7 +330,7 @@ def reference(model, ids, n, device):
 def document(arguments, model_facts, workload, device, settings):
     import hugging_face
 
-    # The reference tells of the machine in the dtype that is compared: what it measured serves systems without torch.
+    # The reference measures the machine in the dtype that is compared; systems without torch use these figures.
     machine = hugging_face.machine(device, arguments.dtype, arguments.threads)
     variant = VARIANTS[arguments.mode]
     label = arguments.label or f"transformers {variant}"
@@ -365,7 +365,7 @@ def outputs_of(mode, workload, forced, dtype, reference):
     found = {"prompts": workload["prompts"], "greedy_tokens": greedy, "logits": rows, "reference": None}
     if reference:
         found["reference"] = outputs.compare(found, dtype, reference)
-        note("outputs", outputs.told(found["reference"]))
+        note("outputs", outputs.summary_line(found["reference"]))
     return found
 
 
@@ -437,7 +437,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=VARIANTS)
     parser.add_argument("--model", required=True, help="a Hugging Face folder, or made:SIZE")
-    parser.add_argument("--model-name", help="in the result; default: told by --model")
+    parser.add_argument("--model-name", help="in the result; default: from --model")
     parser.add_argument("--workload", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--reference", type=Path, help="the reference's result; without it outputs are not compared")

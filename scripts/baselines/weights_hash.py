@@ -163,7 +163,7 @@ def named_weights(model, folder, numpy_helper):
             module = node.name.removeprefix("/").removesuffix("/MatMul").replace("/", ".")
             if len(initializer.dims) != 2 or node.op_type != "MatMul" or not module.startswith(("model.", "lm_head")):
                 if len(initializer.dims) == 2 and node.op_type == "MatMul":
-                    raise Unusable(f"{folder}: which module {name} belongs to is not told by its name or its node's")
+                    raise Unusable(f"{folder}: neither its name nor its node's says which module {name} belongs to")
                 continue
             name, turned = module + ".weight", True
         initializer = onnx_copy(initializer)

@@ -165,7 +165,7 @@ def concat_dims(layers, batch):
 def save_dynamo(program, folder, external=False):
     """Write a dynamo export without the Python stack traces and FX text of its nodes.
 
-    Those name files of whoever exported and are half of so small a file. All other metadata stays.
+    They name files of the exporting machine and are half of a small file. All other metadata stays.
     """
     dropped = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
     proto = program.model_proto

@@ -178,9 +178,9 @@ def exported(stage, size, form=""):
 
 def lapidary_of(stage):
     package, file = stage.package, stage.files / f"{stage.model}-lapidary.json"
-    # Kept in the archive: what the report tells of the conversion, where the package stays here.
-    told = stage.files / f"{stage.model}-conversion.json"
-    stage.job(f"{stage.model} conversion", lambda: told.write_text(lapidary("info", package, "--conversion")) and None, told)
+    # Kept in the archive: the conversion record for the report, because the package is not archived.
+    record = stage.files / f"{stage.model}-conversion.json"
+    stage.job(f"{stage.model} conversion", lambda: record.write_text(lapidary("info", package, "--conversion")) and None, record)
     stage.job(f"{stage.model} lapidary", lambda: stage.bench(package, file, "Lapidary", "--profile", "--first-load"), file)
 
 
@@ -317,15 +317,15 @@ def ablation_packages(stage, size, variants):
         changed = json.loads(usual.read_text()) | variant.lowering if variant.lowering and usual.exists() else None
         spec.write_text(json.dumps({"lowering": changed} if changed else {}))
         package = package_of(stage, variant.package)
-        told = stage.convert(export, package, variant.capacities, "--spec", spec, *variant.convert)
+        record = stage.convert(export, package, variant.capacities, "--spec", spec, *variant.convert)
         engines = json.loads((package / "manifest.json").read_text())["engines"]
         if variant.package == "base" and engines:
             usual.write_text(json.dumps(next(e for e in engines if "-t1-" in e["file"])["lowering"]))
-        return told
+        return record
 
     usual = stage.folder / "lowering.json"
     made_of = lambda v: stage.job(f"convert {v.package}", functools.partial(convert, v))
-    # The base first: the others take from the plan cache what they have in common with it, and lowerings are told from its.
+    # The base first: the others take from the plan cache what they have in common with it, and lowerings are compared with its.
     there = {"base": made_of(base)} if "base" in wanted or not usual.exists() else {}
     others = {name: v for name, v in wanted.items() if name not in there}
     with ThreadPoolExecutor(1 if TARGET == "cpu" else 4) as pool:

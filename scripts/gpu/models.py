@@ -30,12 +30,12 @@ def stage(size, results, thorough=False):
     results["weights_read_per_token_gb"] = weights / 1e9
     package = WORK / f"{size}-bind"
     results.attempt("convert", convert, folder, package, CAPACITIES[size], [])
-    told = results.attempt("bench", lab, "bench", package, "--live", LIVE, "--prefill", "128,512")
-    note({key: told.get(key) for key in ("decode", "prefill", "memory", "all_engines", "load_s")})
+    record = results.attempt("bench", lab, "bench", package, "--live", LIVE, "--prefill", "128,512")
+    note({key: record.get(key) for key in ("decode", "prefill", "memory", "all_engines", "load_s")})
     results.attempt("moves", lab, "moves", package)
     vocabulary = model.config.vocab_size
-    told = results.attempt("parity_fp16", parity.run, model, package, vocabulary)
-    note({key: told.get(key) for key in ("ok", "error")}, told.get("cases"), told.get("batch"))
+    record = results.attempt("parity_fp16", parity.run, model, package, vocabulary)
+    note({key: record.get(key) for key in ("ok", "error")}, record.get("cases"), record.get("batch"))
     if thorough:
         results.attempt("variants", variants, folder, size)
     if thorough and size != "8b":
@@ -85,9 +85,9 @@ def variants(folder, size):
         spec.write_text(json.dumps({"lowering": choices}))
         try:
             convert(folder, package, "1024", ["--spec", spec, "--prefill", "512"])
-            told = lab("bench", package, "--live", LIVE, "--prefill", "512", "--tokens", 8)
-            out[name] = {"decode_gpu_ms": told["decode"]["gpu_ms"],
-                         "prefill_512_gpu_ms": told["prefill"][0]["last_chunk_gpu_ms"]}
+            record = lab("bench", package, "--live", LIVE, "--prefill", "512", "--tokens", 8)
+            out[name] = {"decode_gpu_ms": record["decode"]["gpu_ms"],
+                         "prefill_512_gpu_ms": record["prefill"][0]["last_chunk_gpu_ms"]}
         except Exception as error:  # noqa: BLE001
             out[name] = {"error": str(error)[-600:]}
         note(name, out[name])

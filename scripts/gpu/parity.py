@@ -1,8 +1,8 @@
 """Logits and greedy tokens against transformers, in fp16 and in fp32.
 
 The truth is transformers in fp32 on the same weights. fp16 has an error of its own: random weights have no clear favourites, and
-which of two near tokens wins says nothing. A token other than the truth's best must be within the error of its row; what
-transformers' own fp16 does is told beside it.
+which of two near tokens wins says nothing. A token other than the truth's best must be within the error of its row; the
+error of transformers' own fp16 is reported beside it.
 """
 
 import copy
@@ -102,10 +102,10 @@ def run(model, package, vocabulary, with_batch=True):
     forced, greedy, batch = cases_of(vocabulary)
     listed, rows = WORK / "cases.json", WORK / "logits.f32"
     listed.write_text(json.dumps(forced + greedy))
-    told = lab("logits", package, "--cases", listed, "--output", rows)["cases"]
+    record = lab("logits", package, "--cases", listed, "--output", rows)["cases"]
     ours = np.memmap(rows, np.float32, "r").reshape(-1, vocabulary)
     entries, at = [], 0
-    for case, facts in zip(forced + greedy, told):
+    for case, facts in zip(forced + greedy, record):
         count = 1 + len(case.get("forced", []))
         mine, at = np.array(ours[at:at + count]), at + count
         if "greedy" not in case:

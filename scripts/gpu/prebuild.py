@@ -5,7 +5,7 @@
 
 Writes the export that make_model.py writes, without its data, and converts it with `--without-weights` into an engine cache
 that `lapidary convert --engine-cache` on a GPU host finds again. Needs torch and transformers, but no memory for the model.
-With `--conversion FILE` instead of PLANS nothing is taken from a cache, and FILE tells what the conversion did and how long
+With `--conversion FILE` instead of PLANS nothing is taken from a cache, and FILE records what the conversion did and how long
 each engine took: what `lapidary report --package` reads.
 """
 
@@ -46,9 +46,9 @@ def main():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     size, plans, *flags = sys.argv[1:]
-    told = None
+    record = None
     if plans == "--conversion":
-        told, *flags = flags
+        record, *flags = flags
     facts = dict(make_model.SIZES[size])
     theta = facts.pop("rope_theta")
     config = LlamaConfig(**facts, max_position_embeddings=make_model.POSITIONS[size], tie_word_embeddings=False,
@@ -65,11 +65,11 @@ def main():
         (folder / "model.onnx.data").unlink()
         # The report calls a model what its package's folder is called.
         lapidary, package = ROOT / "target/release/lapidary", folder / f"llama-{size}"
-        cache = [] if told else ["--engine-cache", plans]
+        cache = [] if record else ["--engine-cache", plans]
         subprocess.run([lapidary, "convert", folder / "model.onnx", "-o", package, "--without-weights", "--target", "tensorrt-rtx",
                         *cache, *flags], check=True)  # fmt: skip
-        if told:
-            Path(told).write_text(subprocess.run([lapidary, "info", package, "--conversion"], check=True, stdout=subprocess.PIPE,
+        if record:
+            Path(record).write_text(subprocess.run([lapidary, "info", package, "--conversion"], check=True, stdout=subprocess.PIPE,
                                                  text=True).stdout)  # fmt: skip
 
 

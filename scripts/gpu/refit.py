@@ -63,10 +63,10 @@ def timed(*arguments):
 def generate(package):
     """What a person waits for: the command, of it loading, and the first token."""
     start = time.time()
-    told = json.loads(lapidary("generate", package, "--prompt-ids", "5,6,7,8", "--max-new-tokens", 4, "--temperature", 0,
+    record = json.loads(lapidary("generate", package, "--prompt-ids", "5,6,7,8", "--max-new-tokens", 4, "--temperature", 0,
                                "--ignore-eos", "--device", "cuda", "--json"))
-    return {"seconds": time.time() - start, "tokens": told["tokens"]} | {
-        key: told["timing"][key] for key in ("load_ms", "ttft_ms")}
+    return {"seconds": time.time() - start, "tokens": record["tokens"]} | {
+        key: record["timing"][key] for key in ("load_ms", "ttft_ms")}
 
 
 def of_mode(mode, size, first, second):

@@ -50,8 +50,8 @@ STAGES = {
 
 def choices(results, *arguments):
     """What single choices of the lowering take; CHOICES names those that are asked for, by a part of their names."""
-    told = lambda: run(BIN / "gpu_lab", "choices", *arguments, "--only", os.environ.get("CHOICES", ""), timeout=400).splitlines()
-    results.attempt("choices", told)
+    listed = lambda: run(BIN / "gpu_lab", "choices", *arguments, "--only", os.environ.get("CHOICES", ""), timeout=400).splitlines()
+    results.attempt("choices", listed)
 
 
 def decode_steps(results):
