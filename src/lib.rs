@@ -50,7 +50,7 @@
 //!
 //! | level | modules | what they own |
 //! |---|---|---|
-//! | 1 | `dim`, `help`, `units` | symbolic sizes; what errors advise; quantities for people |
+//! | 1 | `dim`, `help`, `terms`, `units` | symbolic sizes; what errors advise; names in tables and plots; quantities for people |
 //! | 2 | `tensor` | element types, bytes with a shape |
 //! | 3 | `interface`, `ir_text` | what a model takes and gives, by role; names, dims and numbers in the text forms of graphs and networks |
 //! | 4 | `graph` | typed ONNX, inference, evaluation |
@@ -112,6 +112,7 @@ pub mod serve;
 pub mod spec;
 pub mod target;
 pub mod tensor;
+pub mod terms;
 pub mod text;
 pub mod tune;
 pub mod units;

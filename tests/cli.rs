@@ -16,6 +16,8 @@ mod folders;
 #[cfg(all(feature = "engines", not(feature = "tensorrt")))]
 #[path = "cli/interrupt.rs"]
 mod interrupt;
+#[path = "cli/output.rs"]
+mod output;
 #[path = "cli/quality.rs"]
 mod quality;
 #[path = "cli/sampling.rs"]

@@ -16,9 +16,14 @@
 //! ```
 //!
 //! Lines above the input are comments (`#`) or options; `runner` lists the options. `UPDATE_FILES=1 cargo nextest run
-//! --features tract --test files` writes the output that comes of each input, docs/reference/models.md, docs/reference/operators.md and docs/reference/chat-templates.md; read the
-//! difference before you commit it.
+//! --features tract --test files` writes the output that comes of each input, and the generated pages of docs/ (cli.md, models.md, operators.md,
+//! chat-templates.md, glossary.md); read the difference before you commit it.
 
+#[cfg(feature = "serve")]
+#[path = "files/cli_page.rs"]
+mod cli_page;
+#[path = "files/links.rs"]
+mod links;
 #[path = "files/models_page.rs"]
 mod models_page;
 #[path = "files/operators_page.rs"]

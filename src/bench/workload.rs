@@ -85,7 +85,7 @@ impl Workload {
         let all = all.chain(&workload.timed);
         if let Some(id) = all.copied().find(|id| *id as usize >= vocabulary) {
             return Err(invalid(format!(
-                "holds the token {id}, and the model knows {vocabulary}"
+                "holds the token {id}, and the model's vocabulary is {vocabulary}"
             )));
         }
         Ok(workload)

@@ -1,4 +1,4 @@
-//! `lapidary bench`: measures a package and writes what it found as one document.
+//! `lapidary bench`: measures a package and writes one result document.
 
 mod serve;
 mod summary;
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use super::device::Place;
 use super::progress::Progress;
 use super::sampler::SamplerArgs;
-use super::{Failure, print, print_json};
+use super::{Failure, JsonForm, print, print_json};
 use crate::bench::compare::{OTHER_PROMPTS, compare};
 use crate::bench::measure::{self, Plan};
 use crate::bench::result::{Document, Load, Machine, Peak, SCHEMA};
@@ -24,81 +24,84 @@ use crate::bench::{self, csv, machine, model, result};
 use crate::decode::{Session, SessionOptions};
 use crate::package::Package;
 
+/// A warning is printed if other processes use more than this share of the cores.
+const BUSY_SHARE: f64 = 0.2;
+
 #[derive(clap::Args)]
 pub struct Args {
-    /// A package
+    /// The package
     #[arg(value_name = "PKG")]
     package: PathBuf,
-    /// Prompt lengths to measure [default, if nothing is asked for: 37,128,512 where they fit]
+    /// Prompt lengths to measure, in tokens [default: 37,128,512, those that fit, if no measurement is selected]
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
     prefill: Vec<usize>,
-    /// Tokens in the cache when decoding is measured [default, if nothing is asked for: 64,300,1024 where they fit]
+    /// Context lengths to measure decode at [default: 64,300,1024, those that fit, if no measurement is selected]
     #[arg(long, visible_alias = "live", value_name = "N,N", value_delimiter = ',')]
     decode: Vec<usize>,
-    /// Whole texts: tokens of the prompt and tokens to generate (repeatable)
+    /// End to end: prompt length and tokens to generate (repeatable)
     #[arg(long, value_name = "PROMPT:NEW", value_parser = pair)]
     end_to_end: Vec<(usize, usize)>,
-    /// Runs of each before samples are taken
+    /// Warm-up runs of each measurement
     #[arg(long, value_name = "N", default_value_t = 3)]
     warmup: usize,
-    /// Samples of each prompt length
+    /// Samples for each prompt length
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = at_least_one)]
     repetitions: usize,
-    /// Samples of each live length, at least
+    /// Minimum number of samples for each context length
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one)]
     decode_samples: usize,
-    /// Runs of each whole text
+    /// Runs of each end-to-end measurement
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one)]
     runs: usize,
-    /// Greedy tokens of each prompt to record, with logits, for comparisons; 0: none
+    /// Greedy tokens to record for each prompt, with logits, for comparison; 0: none
     #[arg(long, value_name = "N", default_value_t = 32)]
     outputs: usize,
-    /// Prompts to feed, `{"seed": S, "timed": [ids], "prompts": [[ids], …]}` [default: made of --seed]
+    /// Prompts: `{"seed": S, "timed": [ids], "prompts": [[ids], …]}` [default: generated from --seed]
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
-    /// A result whose outputs are right, to compare these with
+    /// Compare outputs with this result
     #[arg(long, value_name = "FILE")]
     reference: Option<PathBuf>,
-    /// Time by layer too, on a GPU
+    /// Measure time by layer too (GPU)
     #[arg(long)]
     profile: bool,
-    /// Time loading with no kernels kept from before too, on a GPU
+    /// Measure a cold load too, with an empty kernel cache (GPU)
     #[arg(long)]
     first_load: bool,
 
-    /// Measure a server's scheduler instead, with so many clients at a time
+    /// Measure the server's scheduler instead, with these numbers of concurrent clients
     #[arg(long, value_name = "N,N", value_delimiter = ',', value_parser = at_least_one,
         conflicts_with_all = ["prefill", "decode", "end_to_end", "csv", "reference", "prompts", "profile", "first_load"])]
     serve: Vec<usize>,
-    /// Tokens of the prompt and tokens to generate, of each request with --serve
+    /// With --serve: prompt length and tokens to generate of each request
     #[arg(long, value_name = "PROMPT:NEW", value_parser = pair, default_value = "128:64", requires = "serve")]
     serve_shape: (usize, usize),
-    /// Requests of all clients together with --serve [default: 4 for each]
+    /// With --serve: total number of requests [default: 4 per client]
     #[arg(long, value_name = "N", value_parser = at_least_one, requires = "serve")]
     serve_requests: Option<usize>,
 
     #[command(flatten)]
     place: Place,
-    /// Launch engines without CUDA graphs, to see what those are worth
+    /// Launch engines without CUDA graphs
     #[arg(long)]
     no_cuda_graphs: bool,
 
-    /// What tables call this run [default: after the variant]
+    /// Label of this run in tables [default: from the variant]
     #[arg(long, value_name = "TEXT")]
     label: Option<String>,
-    /// What tables call the model [default: the package's folder]
+    /// Name of the model in tables [default: the package's folder]
     #[arg(long, value_name = "TEXT")]
     model_name: Option<String>,
-    /// Something to remember about this run; a dot nests, as in ablation.group=shapes (repeatable)
+    /// A setting to record; dots nest, as in ablation.group=shapes (repeatable)
     #[arg(long, value_name = "KEY=VALUE", value_parser = setting)]
     setting: Vec<(String, Value)>,
-    /// Copy bandwidth that mbu is a share of, in bytes a second [default: measured]
+    /// Copy bandwidth that MBU refers to, in bytes per second [default: measured]
     #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
     copy_bandwidth: Option<f64>,
-    /// Peak that mfu is a share of, in operations a second [default: what is stated for known GPUs]
+    /// Peak that MFU refers to, in floating-point operations per second [default: the data sheet of known GPUs]
     #[arg(long, value_name = "N", value_parser = positive, allow_hyphen_values = true)]
     peak_flops: Option<f64>,
-    /// Where that peak is from, `stated: …` or `measured: …`
+    /// Source of the peak: `stated: …` or `measured: …`
     #[arg(
         long,
         value_name = "TEXT",
@@ -107,15 +110,15 @@ pub struct Args {
     )]
     peak_flops_source: String,
 
-    /// Write the document to a file
+    /// Write the result document to a file
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Write the summaries as a table
+    /// Write the summaries as CSV
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
-    /// Print the document instead of a table
-    #[arg(long)]
-    json: bool,
+    /// Print the result document instead of a table
+    #[arg(long, value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
     #[command(flatten)]
     sampler: SamplerArgs,
 }
@@ -170,6 +173,12 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
 
     let progress = Progress::new();
+    if let Some(busy) = machine::busy_cores().filter(|busy| *busy > machine::cores() as f64 * BUSY_SHARE) {
+        super::warning(format_args!(
+            "other processes use {busy:.1} of {} cores: times will be longer and may be unstable",
+            machine::cores()
+        ));
+    }
     progress.step("loading");
     let (kernels, mut session, load) = open(&args, &plan, &workload)?;
     let on_gpu = session.instruments().is_some();
@@ -177,13 +186,13 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let mut measured = measure::measure(&mut session, &plan, &workload, &settings, |what, share| {
         bar.fraction(what, share);
     })?;
-    progress.step("copy bandwidth");
+    progress.step("measuring copy bandwidth");
     let threads = args.place.threads().unwrap_or_else(machine::cores);
     let (machine, versions) = surroundings(&mut session, &args, &package, threads)?;
     drop(session);
     // The session wrote to it until now.
     drop(kernels);
-    progress.step("hash of the weights");
+    progress.step("hashing the weights");
     let name = args.model_name.clone().unwrap_or_else(|| package.name());
     let model = model::model(&package, &name)?;
     measured.relate(&model, machine.copy_bandwidth_bytes_per_s, machine.peak_flops.as_ref());
@@ -227,8 +236,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         csv::write(path, &document).map_err(|e| cannot(path, e))?;
     }
     match args.json {
-        true => print_json(&document),
-        false => print(&summary::summary(&document)),
+        Some(form) => print_json(&document, form),
+        None => print(&summary::summary(&document)),
     }
 }
 
@@ -236,8 +245,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
 fn writable(path: &Path) -> Result<(), Failure> {
     let refuse = |why: &str| Err(Failure::input(format!("{}: {why}", path.display())));
     match path.parent().filter(|p| !p.as_os_str().is_empty()) {
-        Some(folder) if !folder.is_dir() => refuse("there is no such folder to write to"),
-        _ if path.is_dir() => refuse("is a folder, and a file is to be written"),
+        Some(folder) if !folder.is_dir() => refuse("the folder does not exist"),
+        _ if path.is_dir() => refuse("is a folder, not a file"),
         _ => Ok(()),
     }
 }
@@ -293,7 +302,7 @@ fn reference(path: &Path, workload: &Workload) -> Result<Document, Failure> {
     let document = bench::read(path)?;
     match &document.outputs {
         Some(outputs) if outputs.prompts == workload.prompts => Ok(document),
-        Some(_) => Err(Failure::input("the outputs in it are of other prompts")
+        Some(_) => Err(Failure::input("its outputs are of other prompts")
             .at(path)
             .help(OTHER_PROMPTS)),
         None => Err(Failure::input("it has no outputs to compare with").at(path)),

@@ -23,30 +23,30 @@ use crate::text::{ChatError, Conversation, Tokenizer};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// A package
+    /// The package
     #[arg(value_name = "PKG")]
     package: PathBuf,
-    /// A system message before everything
+    /// System message
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
-    /// Tokens of one answer at most
+    /// Maximum number of tokens of an answer
     #[arg(long, value_name = "N", default_value_t = 1024)]
     max_new_tokens: usize,
-    /// End an answer before this text, with escapes as \n; it may hold special tokens (repeatable)
+    /// Stop an answer before this text; escapes such as \n and special tokens are allowed (repeatable)
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     #[command(flatten)]
     place: Place,
-    /// Where lines typed are kept [default: lapidary/history in $XDG_STATE_HOME or ~/.local/state]
+    /// Input history file [default: lapidary/history in $XDG_STATE_HOME or ~/.local/state]
     #[arg(long, value_name = "FILE")]
     history_file: Option<PathBuf>,
-    /// Keep no lines
+    /// Keep no input history
     #[arg(long, conflicts_with = "history_file")]
     no_history: bool,
-    /// Tell tokens and times after each answer
+    /// Print token counts and times after each answer
     #[arg(long)]
     stats: bool,
-    /// Print a JSON object a line, as `generate --json-lines` does, once a turn
+    /// Print one JSON object per line, as `generate --json-lines`, for each turn
     #[arg(long)]
     json_lines: bool,
     #[command(flatten)]
@@ -54,12 +54,12 @@ pub struct Args {
 }
 
 const HELP: &str = "\
-/retry         another answer to the last message
-/undo          take the last message and its answer back
-/clear         begin anew, with the same system message
-/system TEXT   begin anew, with this system message
-/quit          leave; so does Ctrl-D
-A line that ends with \\ goes on in the next. //x says /x. Ctrl-C stops an answer.";
+/retry         generate the last answer again
+/undo          remove the last message and its answer
+/clear         start again with the same system message
+/system TEXT   start again with this system message
+/quit          leave (also Ctrl-D)
+A line that ends with \\ continues in the next one. //x sends /x. Ctrl-C stops an answer.";
 
 pub fn run(args: Args) -> Result<(), Failure> {
     let package = Package::open(&args.package)?;
@@ -151,7 +151,7 @@ impl Talk<'_> {
             // None yet is no error.
             let _ = editor.load_history(path);
         }
-        println!("Ctrl-C stops an answer, Ctrl-D ends the conversation, /help tells the rest.");
+        println!("Ctrl-C stops an answer, Ctrl-D ends the conversation, /help lists the commands.");
         loop {
             let mut line = match editor.readline("> ") {
                 Ok(line) => line,
@@ -211,17 +211,17 @@ impl Talk<'_> {
             Input::Say(text) => self.turn(text)?,
             Input::Retry => match self.conversation.take_back() {
                 Some(text) => self.turn(&text)?,
-                None => eprintln!("nothing was said yet"),
+                None => eprintln!("there is no message yet"),
             },
             Input::Undo => match self.conversation.take_back() {
-                Some(text) => eprintln!("took back: {text}"),
-                None => eprintln!("nothing was said yet"),
+                Some(text) => eprintln!("removed: {text}"),
+                None => eprintln!("there is no message yet"),
             },
             Input::Clear => self.conversation.clear(),
             Input::System(text) => self.conversation = Conversation::new(Some(text)),
             Input::Help => eprintln!("{HELP}"),
             Input::Quit => return Ok(ControlFlow::Break(())),
-            Input::Unknown(line) => eprintln!("{line}: no such command; /help tells which there are"),
+            Input::Unknown(line) => eprintln!("{line}: unknown command; /help lists the commands"),
         }
         Ok(ControlFlow::Continue(()))
     }
@@ -241,7 +241,7 @@ impl Talk<'_> {
         };
         if prompt.left_out > self.left_out {
             eprintln!(
-                "(the cache is full: the first {} exchanges are forgotten)",
+                "(the cache is full: the first {} exchanges were dropped)",
                 prompt.left_out
             );
         }

@@ -1,4 +1,4 @@
-//! `lapidary convert`: an export becomes a package.
+//! `lapidary convert`: converts an export to a package.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::progress::Progress;
 use super::value_checks::ValueChecks;
-use super::{Failure, info, print, words};
+use super::{Failure, JsonForm, info, print, words};
 use crate::convert::{ConvertOptions, Variant, convert};
 use crate::network::WeightMode;
 use crate::passes::{ActivationPolicy, MaskWindows};
@@ -16,101 +16,111 @@ use crate::target::{Precision, Prefill, Quantization, Refit, Target};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// The export, or a folder with it: a Hugging Face folder, its onnx/ folder, or one with a genai_config.json
+    /// The ONNX export, or its folder: a Hugging Face folder, its onnx/ folder, or one with a genai_config.json
     #[arg(value_name = "MODEL")]
     model: PathBuf,
-    /// Which export of the folder, as q4f16 or the name of its file [default: the plain one, or the only one]
-    #[arg(long, value_name = "NAME")]
-    variant: Option<String>,
-    /// The package to make
+    /// The package to write
     #[arg(short, long, value_name = "PKG")]
     output: PathBuf,
-    /// A conversion spec; flags override it
-    #[arg(long, value_name = "FILE.yaml")]
-    spec: Option<PathBuf>,
-    /// What to run on; every package runs on the CPU [default: cpu]
-    #[arg(long, value_enum, value_delimiter = ',')]
-    target: Option<Vec<Target>>,
-    /// How weights enter engines [default: bind]
-    #[arg(long, value_parser = words::<WeightMode>(&["bind", "embed", "strip"]))]
-    weights: Option<WeightMode>,
-    /// Whether engines can take new weights later [default: none]
-    #[arg(long, value_parser = words::<Refit>(&["none", "general", "identical"]))]
-    refit: Option<Refit>,
-    /// Element type of weights and caches [default: the export's]
-    #[arg(long, value_enum)]
-    dtype: Option<Precision>,
-    /// What becomes of activations that the export quantizes: rounded as its codes say, inside attention too; rounded outside
-    /// attention alone; or left in floating point [default: quantized]
-    #[arg(long, value_parser = words::<ActivationPolicy>(&["quantized", "partial", "float"]))]
-    activations: Option<ActivationPolicy>,
-    /// How many positions a mask that the caller fills lets a query attend to, the last ones: a number, or `full` for all
-    /// (repeatable; needed where an export takes masks of [batch, 1, tokens, total], one for each kind of layer)
-    #[arg(long, value_name = "INPUT=N", value_parser = mask_window)]
-    mask_window: Vec<(String, usize)>,
-    /// Quantize weights in floating point: int4, int8 or fp8, then options such as int4,group=32
-    ///
-    /// After the format, between commas: group=N (codes along the depth that share a scale), group=channel or group=auto (32
-    /// or a number near it that divides the depth); symmetric or asymmetric (with zero points); keep=NAME (a weight, a module
-    /// or a pattern with * that stays in floating point, besides lm_head and embeddings, which do by default) or keep=none
-    /// (nothing stays). The default is group=auto for int4 and int8, group=channel for fp8, and symmetric
-    #[arg(long, value_name = "FORMAT")]
-    quantize: Option<Quantization>,
-    /// Measure activations on this text, and scale channels and weigh errors by them (needs the tokenizer)
-    #[arg(long, value_name = "TEXT", conflicts_with = "without_weights")]
-    calibrate: Option<PathBuf>,
-    /// Sizes the cache can have, in tokens [default: 256,1024,4096, as far as the model's context reaches]
-    #[arg(long, value_name = "N,N", value_delimiter = ',')]
-    capacity: Option<Vec<usize>>,
-    /// Chunks that engines take a prompt in, or a range min:opt:max [default: 128,256,512,2048]
-    #[arg(long, value_name = "N,N")]
-    prefill: Option<Prefill>,
-    /// Decode and prefill of a capacity in one engine with two optimization profiles; needs a range as --prefill
-    #[arg(long)]
-    one_engine: bool,
-    /// Decode kernels of our own between TensorRT's engines, for bound weights in 16 bits, int8 or int4 [default: on where they
-    /// can be used]
-    #[arg(long, value_enum)]
-    kernels: Option<Kernels>,
-    /// Also build engines that decode N sequences in one step (2 to 16). No command uses them yet: `serve` runs on the CPU
-    #[arg(long, value_name = "N,N", value_delimiter = ',')]
-    batch: Option<Vec<usize>>,
-    /// tokenizer.json, or a folder with it [default: beside the model, if there]
-    #[arg(long, value_name = "FILE_OR_DIR")]
-    tokenizer: Option<PathBuf>,
-    /// The table of token embeddings of an export that takes embeddings: embed_tokens.onnx, a checkpoint (file or folder) or
-    /// a .npy of [vocabulary, hidden] [default: embed_tokens.onnx beside the model, if there]
-    #[arg(long, value_name = "FILE_OR_DIR")]
-    embeddings: Option<PathBuf>,
-    /// Which tensor of the checkpoint is the table
-    #[arg(long, value_name = "NAME", requires = "embeddings")]
-    embeddings_tensor: Option<String>,
-    /// Write the canonical graph as ONNX too, with its weights in FILE.data
-    #[arg(long, value_name = "FILE")]
-    emit_onnx: Option<PathBuf>,
-    /// Convert an export whose external data is not there: the package is a stripped one, for `lapidary refit` to fill
-    #[arg(long, conflicts_with = "emit_onnx")]
-    without_weights: bool,
-    #[command(flatten)]
-    value_checks: ValueChecks,
     /// Replace an existing package
     #[arg(long)]
     force: bool,
-    /// The TensorRT library to build with
-    #[arg(long, value_name = "PATH")]
-    tensorrt_lib: Option<PathBuf>,
-    /// Time the ways to lower each engine on the GPU of this machine and take the fastest
-    #[arg(long)]
-    tune: bool,
-    /// Write what was done as a spec, choices of --tune included
+    /// Conversion spec; flags override it
+    #[arg(long, value_name = "FILE.yaml")]
+    spec: Option<PathBuf>,
+    /// Write the settings of this conversion as a spec, with the choices of --tune
     #[arg(long, value_name = "FILE.yaml")]
     save_spec: Option<PathBuf>,
-    /// Keep plans here, and take from here those that were built before
-    #[arg(long, value_name = "DIR")]
-    engine_cache: Option<PathBuf>,
     /// Print the manifest as JSON
-    #[arg(long)]
-    json: bool,
+    #[arg(long, value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
+
+    /// Which export of the folder: a suffix such as q4f16, or a file name [default: the one without suffix, or the only one]
+    #[arg(long, value_name = "NAME", help_heading = "Input")]
+    variant: Option<String>,
+    /// tokenizer.json or its folder [default: beside the model]
+    #[arg(long, value_name = "FILE_OR_DIR", help_heading = "Input")]
+    tokenizer: Option<PathBuf>,
+    /// Token embeddings of an export that takes embeddings: embed_tokens.onnx, a checkpoint (file or folder) or a .npy of
+    /// [vocabulary, hidden] [default: embed_tokens.onnx beside the model]
+    #[arg(long, value_name = "FILE_OR_DIR", help_heading = "Input")]
+    embeddings: Option<PathBuf>,
+    /// With --embeddings: the tensor in the checkpoint
+    #[arg(long, value_name = "NAME", requires = "embeddings", help_heading = "Input")]
+    embeddings_tensor: Option<String>,
+    /// Window of a mask of [batch, 1, tokens, total] that the caller fills: the number of last positions that a query
+    /// attends to, or `full` (repeatable, one for each such input)
+    #[arg(long, value_name = "INPUT=N", value_parser = mask_window, help_heading = "Input")]
+    mask_window: Vec<(String, usize)>,
+    /// Convert an export whose external data is missing, to a package without weights, for `lapidary refit`
+    #[arg(long, conflicts_with = "emit_onnx", help_heading = "Input")]
+    without_weights: bool,
+    #[command(flatten, next_help_heading = "Input")]
+    value_checks: ValueChecks,
+
+    /// Targets; every package runs on the CPU [default: cpu]
+    #[arg(long, value_enum, value_delimiter = ',', help_heading = "Package")]
+    target: Option<Vec<Target>>,
+    /// Element type of weights and caches [default: the export's]
+    #[arg(long, value_enum, help_heading = "Package")]
+    dtype: Option<Precision>,
+    /// Cache capacities, in tokens [default: 256,1024,4096, up to the model's context length]
+    #[arg(long, value_name = "N,N", value_delimiter = ',', help_heading = "Package")]
+    capacity: Option<Vec<usize>>,
+    /// Also write the canonical graph as ONNX, with weights in FILE.data
+    #[arg(long, value_name = "FILE", help_heading = "Package")]
+    emit_onnx: Option<PathBuf>,
+
+    /// Quantize floating-point weights: int4, int8 or fp8, with options as in int4,group=32
+    ///
+    /// Options, separated by commas: group=N (values along the depth that share a scale), group=channel or group=auto (32,
+    /// or a number near 32 that divides the depth); symmetric or asymmetric (with zero points); keep=NAME (a weight, a
+    /// module or a pattern with * that stays in floating point, besides lm_head and embeddings, which do by default) or
+    /// keep=none. The default is group=auto for int4 and int8, group=channel for fp8, and symmetric
+    #[arg(long, value_name = "FORMAT", help_heading = "Quantization")]
+    quantize: Option<Quantization>,
+    /// Calibrate on this text: scale channels and weigh errors by measured activations (needs a tokenizer)
+    #[arg(
+        long,
+        value_name = "TEXT",
+        conflicts_with = "without_weights",
+        help_heading = "Quantization"
+    )]
+    calibrate: Option<PathBuf>,
+    /// Activations that the export quantizes: rounded to their codes everywhere, rounded outside attention only, or in
+    /// floating point [default: quantized]
+    #[arg(long, value_parser = words::<ActivationPolicy>(&["quantized", "partial", "float"]), help_heading = "Quantization")]
+    activations: Option<ActivationPolicy>,
+
+    /// How engines get their weights: bound at load and shared, embedded in each engine, or refitted at load
+    /// [default: bind]
+    #[arg(long, value_parser = words::<WeightMode>(&["bind", "embed", "strip"]), help_heading = "Engines")]
+    weights: Option<WeightMode>,
+    /// Whether engines accept new weights: none, any of the architecture, or only the same ones [default: none]
+    #[arg(long, value_parser = words::<Refit>(&["none", "general", "identical"]), help_heading = "Engines")]
+    refit: Option<Refit>,
+    /// Prefill chunk sizes, or one dynamic range min:opt:max [default: 128,256,512,2048]
+    #[arg(long, value_name = "N,N", help_heading = "Engines")]
+    prefill: Option<Prefill>,
+    /// One engine per capacity for decode and prefill, with two optimization profiles (needs a range as --prefill)
+    #[arg(long, help_heading = "Engines")]
+    one_engine: bool,
+    /// Lapidary's decode kernels between TensorRT engines, for bound weights in 16 bits, int8 or int4 [default: on where
+    /// supported]
+    #[arg(long, value_enum, help_heading = "Engines")]
+    kernels: Option<Kernels>,
+    /// Also build engines that decode N sequences in one step (2 to 16); no command uses them yet, `serve` runs on the CPU
+    #[arg(long, value_name = "N,N", value_delimiter = ',', help_heading = "Engines")]
+    batch: Option<Vec<usize>>,
+    /// Measure the ways to lower each engine on this machine's GPU and keep the fastest
+    #[arg(long, help_heading = "Engines")]
+    tune: bool,
+    /// Folder of engine plans to reuse and to add to
+    #[arg(long, value_name = "DIR", help_heading = "Engines")]
+    engine_cache: Option<PathBuf>,
+    /// TensorRT library to build with
+    #[arg(long, value_name = "PATH", help_heading = "Engines")]
+    tensorrt_lib: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
@@ -138,20 +148,20 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let converted = convert(&args.model, &args.output, conversion(&args)?, &options)?;
     drop(progress);
     for warning in &converted.warnings {
-        eprintln!("warning: {warning}");
+        super::warning(warning);
     }
     let manifest = &converted.manifest;
     if let Some(path) = &args.save_spec {
         save_spec(path, &converted.conversion)?;
     }
 
-    if args.json {
-        return super::print_json(manifest);
+    if let Some(form) = args.json {
+        return super::print_json(manifest, form);
     }
     let mut text = info::summary(manifest);
     let files = &converted.files;
     if !files.variants.is_empty() {
-        text += &format!("took {}\n", files.model.display());
+        text += &format!("export: {}\n", files.model.display());
     }
     let is_taken = |variant: &&Variant| args.model.join(&variant.file) == files.model;
     let others: Vec<String> = files
@@ -161,14 +171,16 @@ pub fn run(args: Args) -> Result<(), Failure> {
         .map(Variant::to_string)
         .collect();
     if !others.is_empty() {
-        text += &format!("others, for --variant: {}\n", others.join(", "));
+        text += &format!("other variants (--variant): {}\n", others.join(", "));
     }
     if converted.tokenizer_ids.is_none() {
-        text += "no tokenizer was found beside the model: the package takes token ids only (see --tokenizer)\n";
+        text += "no tokenizer found beside the model: the package takes token ids only (see --tokenizer)\n";
     }
     let ids = converted.tokenizer_ids.unwrap_or(0);
     if let Some(known) = manifest.architecture.vocabulary.filter(|known| ids > *known) {
-        text += &format!("the tokenizer has {ids} tokens and the model knows {known}: is it this model's?\n");
+        text += &format!(
+            "the tokenizer has {ids} tokens, the model's vocabulary {known}: check that it is the model's tokenizer\n"
+        );
     }
     text += &format!(
         "wrote {} in {:.1} s\n",

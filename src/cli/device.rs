@@ -1,4 +1,4 @@
-//! The flags that say where a package runs, and opening a session by them.
+//! The flags that select a device, and opening a session with them.
 
 use std::path::PathBuf;
 
@@ -6,16 +6,16 @@ use super::Failure;
 use crate::decode::{DeviceChoice, Session, SessionOptions};
 use crate::package::Package;
 
-/// The flags that say where a package runs.
+/// The flags that select a device.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Place {
-    /// Where to run
+    /// Device; auto: the GPU if engines can run there, else the CPU
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
-    /// Threads of the CPU executor [default: one a core]
+    /// Threads of the CPU executor [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
-    /// The TensorRT library to run engines with
+    /// TensorRT library [default: TENSORRT_RTX_LIB, else an installed Python package, else the loader's path]
     #[arg(long, value_name = "PATH")]
     tensorrt_lib: Option<PathBuf>,
 }
@@ -33,7 +33,7 @@ impl Place {
             tensorrt_lib: self.tensorrt_lib.as_deref(),
             prompt,
             total,
-            note: &|why| eprintln!("note: running on the CPU: {why}"),
+            note: &|why| super::note(format_args!("running on the CPU: {why}")),
             ..SessionOptions::default()
         }
     }

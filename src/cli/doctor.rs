@@ -1,21 +1,22 @@
-//! `lapidary doctor`: what can be built and run on this machine, and what to do about the rest.
+//! `lapidary doctor`: what this machine can build and run, and how to fix what it cannot.
 
 use std::fmt::Write;
 use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::{Failure, bytes, print, print_json};
+use super::{Failure, JsonForm, bytes, print, print_json};
 use crate::backend::tensorrt::{self, FLAVOUR, probe};
 use crate::bench::machine;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// The TensorRT library to look at
+    /// TensorRT library to check
     #[arg(long, value_name = "PATH")]
     tensorrt_lib: Option<PathBuf>,
-    #[arg(long)]
-    json: bool,
+    /// Print one JSON document
+    #[arg(long, value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
 }
 
 #[derive(Serialize)]
@@ -45,8 +46,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         tensorrt: probe(args.tensorrt_lib.as_deref()),
         tract: cfg!(feature = "tract"),
     };
-    if args.json {
-        return print_json(&facts);
+    if let Some(form) = args.json {
+        return print_json(&facts, form);
     }
     print(&summary(&facts))
 }
@@ -168,9 +169,22 @@ fn summary(facts: &MachineReport) -> String {
     }
 
     out.push('\n');
+    // One reason often stands behind several answers: it is printed once.
+    let mut given: Vec<String> = [&t.library_problem, &t.driver_problem]
+        .into_iter()
+        .flatten()
+        .cloned()
+        .collect();
     let mut ability = |what: &str, possible: bool, note: Option<&str>| {
         let answer = if possible { "yes" } else { "no" };
-        let note = note.map(|n| format!(": {n}")).unwrap_or_default();
+        let note = match note {
+            None => String::new(),
+            Some(note) if given.iter().any(|reason| reason == note) => ", for the reason above".to_string(),
+            Some(note) => {
+                given.push(note.to_string());
+                format!(": {note}")
+            }
+        };
         let _ = writeln!(out, "{what:<44} {answer}{note}");
     };
     ability("convert, and generate on the CPU", true, None);

@@ -11,7 +11,7 @@ use super::perplexity::{described, now, read};
 use super::progress::Progress;
 use super::sampler::SamplerArgs;
 use super::table::Table;
-use super::{Failure, print, print_json};
+use super::{Failure, JsonForm, print, print_json};
 use crate::bench::quality::result::{Line, Model, TASK, Task, Threshold};
 use crate::bench::quality::task::{self, Example, Metric, Scores};
 use crate::decode::{self, Limits, Session};
@@ -21,39 +21,39 @@ use crate::text::{Message, Tokenizer, chat};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// A package
+    /// The package
     #[arg(value_name = "PKG")]
     package: PathBuf,
-    /// A JSON object a line: `{"prompt": TEXT, "reference": TEXT}`, and if wanted `"max_new_tokens": N` and an `"id"`
+    /// Task, one JSON object per line: `{"prompt": TEXT, "reference": TEXT}`, optionally `"max_new_tokens": N` and `"id"`
     #[arg(long, value_name = "FILE")]
     task: PathBuf,
-    /// Fail (exit status 1) if a metric is below: rouge1, rouge2, rougeL (F1, means over lines) or exact_match, 0 to 1
+    /// Fail (exit status 1) if a metric is below VALUE: rouge1, rouge2, rougeL (mean F1) or exact_match, 0 to 1
     /// (repeatable)
     #[arg(long, value_name = "METRIC=VALUE", value_parser = threshold)]
     threshold: Vec<(Metric, f64)>,
-    /// Answer each prompt by the model's chat template
+    /// Apply the model's chat template to each prompt
     #[arg(long)]
     chat: bool,
-    /// A system message before each
+    /// System message for each prompt
     #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
     system: Option<String>,
-    /// Tokens to generate at most, where a line does not say it
+    /// Maximum number of tokens to generate, for lines without `max_new_tokens`
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     max_new_tokens: u32,
-    /// End before this text, with escapes as \n; it may hold special tokens (repeatable)
+    /// Stop before this text; escapes such as \n and special tokens are allowed (repeatable)
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
-    /// Do not end at the model's end tokens
+    /// Do not stop at the model's end tokens
     #[arg(long)]
     ignore_eos: bool,
-    /// Only the first lines of the task
+    /// Use only the first N lines of the task
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     lines: Option<u32>,
     #[command(flatten)]
     place: Place,
     /// Print one JSON document with every answer
-    #[arg(long)]
-    json: bool,
+    #[arg(long, value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
     #[command(flatten)]
     sampler: SamplerArgs,
 }
@@ -64,7 +64,7 @@ fn threshold(text: &str) -> Result<(Metric, f64), String> {
         .split_once('=')
         .ok_or_else(|| format!("{text:?} is not METRIC=VALUE, such as rougeL=0.3"))?;
     let metric = Metric::ALL.into_iter().find(|metric| metric.name() == name.trim());
-    let metric = metric.ok_or_else(|| format!("there is no metric {name:?}; there are {}", names()))?;
+    let metric = metric.ok_or_else(|| format!("unknown metric {name:?}; the metrics are {}", names()))?;
     let value: Option<f64> = value.trim().parse().ok().filter(|v| (0.0..=1.0).contains(v));
     Ok((
         metric,
@@ -120,7 +120,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         let mut chain = Chain::new(&settings)?;
         lines.push(answer(&mut session, tokenizer, prompt, &mut chain, &limits)?);
     }
-    progress.step("hash of the weights");
+    progress.step("hashing the weights");
     let all: Vec<Scores> = lines.iter().map(|line| line.scores).collect();
     let scores = Scores::mean(&all);
     let thresholds: Vec<Threshold> = args
@@ -155,8 +155,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     };
     drop(progress);
     match args.json {
-        true => print_json(&document)?,
-        false => print(&summary(&document))?,
+        Some(form) => print_json(&document, form)?,
+        None => print(&summary(&document))?,
     }
     let failed = document.thresholds.iter().filter(|t| !t.passed);
     let failed: Vec<String> = failed
@@ -166,7 +166,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         true => Ok(()),
         false => Err(
             Failure::other(format!("{}: {}", args.package.display(), failed.join("; ")))
-                .help("compare with the package of the original weights, by the same task and flags"),
+                .help("compare with the package of the original weights, with the same task and flags"),
         ),
     }
 }
@@ -193,7 +193,7 @@ fn prompts(
         };
         let ids = fitting(ids, vocabulary, &args.package)?;
         if ids.is_empty() {
-            return Err(refuse("the prompt has no tokens".into()).help("give it some text"));
+            return Err(refuse("the prompt has no tokens".into()).help("add text to the prompt"));
         }
         if ids.len() > capacity {
             let why = format!(
@@ -260,7 +260,7 @@ fn summary(d: &Task) -> String {
     let full = d.lines.iter().filter(|line| line.finish_reason == "capacity").count();
     let cut = match full {
         0 => String::new(),
-        n => format!("{n} answers ended because the cache was full\n"),
+        n => format!("{n} answers were cut off because the cache was full\n"),
     };
     format!(
         "{} on {}, {} lines\n{}{cut}",

@@ -151,14 +151,14 @@ pub fn summary_line(prompt: usize, generation: &Generation) -> String {
     let t = &generation.timing;
     let rate = t.tpot().map(|tpot| {
         let seconds = tpot.as_secs_f64();
-        format!(", {:.1} ms a token ({:.1} a second)", seconds * 1e3, 1.0 / seconds)
+        format!(" at {:.1} ms/token ({:.1} tokens/s)", seconds * 1e3, 1.0 / seconds)
     });
     let cached = match generation.reused {
         0 => String::new(),
-        n => format!(" ({n} of them cached)"),
+        n => format!(" ({n} cached)"),
     };
     format!(
-        "{prompt} prompt tokens{cached}, first token after {:.0} ms; {} tokens{}; finished by {}",
+        "{prompt} prompt tokens{cached}, time to first token {:.0} ms; {} tokens{}; finish reason: {}",
         t.ttft.as_secs_f64() * 1e3,
         generation.tokens.len(),
         rate.unwrap_or_default(),

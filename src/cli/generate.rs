@@ -1,4 +1,4 @@
-//! `lapidary generate`: a prompt in, text out, as it comes.
+//! `lapidary generate`: streams text for one prompt.
 
 use std::collections::BTreeSet;
 use std::io::{IsTerminal, Read, Write};
@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::device::Place;
 use super::events::{self, Document, Event, Summary};
 use super::sampler::SamplerArgs;
-use super::{Failure, print_json};
+use super::{Failure, JsonForm, print_json};
 use crate::decode::{self, Limits, Prompt};
 use crate::package::Package;
 use crate::sample::Chain;
@@ -19,13 +19,13 @@ use crate::text::{Message, Tokenizer, chat};
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("prompts").required(true).multiple(false))]
 pub struct Args {
-    /// A package
+    /// The package
     #[arg(value_name = "PKG")]
     package: PathBuf,
     /// Continue this text
     #[arg(long, value_name = "TEXT", group = "prompts", allow_hyphen_values = true)]
     prompt: Option<String>,
-    /// Answer this, by the model's chat template
+    /// Answer this message, with the model's chat template
     #[arg(long, value_name = "TEXT", group = "prompts", allow_hyphen_values = true)]
     chat: Option<String>,
     /// Continue these token ids
@@ -40,20 +40,20 @@ pub struct Args {
     /// Continue the text of a file (`-`: standard input)
     #[arg(long, value_name = "FILE", group = "prompts")]
     prompt_file: Option<PathBuf>,
-    /// Continue embeddings, [tokens, hidden] or [1, tokens, hidden] of floats, for a model that takes them
+    /// Continue embeddings: floats of [tokens, hidden] or [1, tokens, hidden], for a model that takes embeddings
     #[arg(long, value_name = "FILE.npy", group = "prompts")]
     prompt_embeds: Option<PathBuf>,
-    /// A system message before --chat
+    /// System message for --chat
     #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
     system: Option<String>,
 
-    /// Tokens to generate at most
+    /// Maximum number of tokens to generate
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_new_tokens: usize,
-    /// End before this text, with escapes as \n; it may hold special tokens (repeatable)
+    /// Stop before this text; escapes such as \n and special tokens are allowed (repeatable)
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
-    /// Do not end at the model's end tokens
+    /// Do not stop at the model's end tokens
     #[arg(long)]
     ignore_eos: bool,
 
@@ -64,9 +64,9 @@ pub struct Args {
     #[arg(long, value_name = "N", requires = "machine")]
     logprobs: Option<usize>,
     /// Print one JSON document at the end instead of text
-    #[arg(long, group = "machine")]
-    json: bool,
-    /// Print a JSON object a line, for the prompt, each token as it comes, and the end
+    #[arg(long, group = "machine", value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
+    /// Print one JSON object per line: the prompt, each token as it is generated, the end
     #[arg(long, group = "machine")]
     json_lines: bool,
     #[command(flatten)]
@@ -98,7 +98,7 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
             false => package.manifest.eos_token_ids.clone(),
         },
         stop: args.sampler.texts("--stop", &args.stop)?,
-        logprobs: (args.json || args.json_lines).then(|| args.logprobs.unwrap_or(0)),
+        logprobs: (args.json.is_some() || args.json_lines).then(|| args.logprobs.unwrap_or(0)),
     };
 
     let (prompt, length) = match &args.prompt_embeds {
@@ -124,7 +124,7 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     let generation = decode::stream_prompt(&mut session, tokenizer.as_ref(), prompt, &mut chain, &limits, |piece| {
         if args.json_lines {
             Event::from(piece).write(&mut stdout)?;
-        } else if !args.json {
+        } else if args.json.is_none() {
             stdout.write_all(piece.text.as_bytes())?;
             stdout.flush()?;
         }
@@ -135,14 +135,17 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     if args.json_lines {
         return Ok(Event::Done { tokens, summary }.write(&mut stdout)?);
     }
-    if args.json {
+    if let Some(form) = args.json {
         drop(stdout);
-        return print_json(&Document {
-            prompt_ids: &ids,
-            tokens,
-            steps: &generation.steps,
-            summary,
-        });
+        return print_json(
+            &Document {
+                prompt_ids: &ids,
+                tokens,
+                steps: &generation.steps,
+                summary,
+            },
+            form,
+        );
     }
     if tokenizer.is_none() {
         let ids: Vec<String> = tokens.iter().map(u32::to_string).collect();
@@ -150,7 +153,7 @@ pub fn run(args: Args, started: Instant) -> Result<(), Failure> {
     }
     writeln!(stdout)?;
     stdout.flush()?;
-    if std::io::stderr().is_terminal() {
+    if std::io::stderr().is_terminal() && !super::output::is_quiet() {
         eprintln!("{}", events::summary_line(length, &generation));
     }
     Ok(())
@@ -170,7 +173,7 @@ pub fn need<'a>(tokenizer: Option<&'a Tokenizer>, package: &Path, flag: &str) ->
 fn embeddings(path: &Path, package: &Package) -> Result<Vec<f32>, Failure> {
     if !package.takes_embeddings() {
         return Err(Failure::input(format!(
-            "{}: the model takes token ids, and --prompt-embeds is for one that takes embeddings",
+            "{}: the model takes token ids, not embeddings (--prompt-embeds)",
             package.folder.display()
         ))
         .help("give --prompt-ids or text"));
@@ -222,7 +225,7 @@ pub fn fitting(ids: Vec<u32>, vocabulary: usize, package: &Path) -> Result<Vec<u
     match ids.iter().find(|id| **id as usize >= vocabulary) {
         None => Ok(ids),
         Some(id) => Err(Failure::input(format!(
-            "{}: the tokenizer gives the token {id} for this text, and the model knows {vocabulary}: they do not belong \
+            "{}: the tokenizer gives token {id} for this text, and the model's vocabulary is {vocabulary}: they do not belong \
              together",
             package.display()
         ))
@@ -245,6 +248,6 @@ fn read_text(path: &Path) -> Result<String, Failure> {
         } else {
             path.display().to_string()
         };
-        Failure::input(format!("{name}: {e}")).help("--prompt-file wants text in UTF-8")
+        Failure::input(format!("{name}: {e}")).help("--prompt-file takes UTF-8 text")
     })
 }

@@ -4,23 +4,23 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 
-use super::{Failure, bytes, print, print_json};
+use super::{Failure, JsonForm, bytes, print, print_json};
 use crate::package::{Manifest, Package};
 use crate::report::conversion;
 use crate::target::Prefill;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// A package
+    /// The package
     #[arg(value_name = "PKG")]
     package: PathBuf,
     /// Print the manifest as JSON
-    #[arg(long)]
-    json: bool,
-    /// Read every byte and compare with the hashes in the manifest
+    #[arg(long, value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
+    /// Verify the hash of every file
     #[arg(long)]
     check: bool,
-    /// Print what the conversion did, as `lapidary report --package` takes it where the package is not
+    /// Print the conversion record as JSON, for `lapidary report --package` on another machine
     #[arg(long, conflicts_with = "json")]
     conversion: bool,
 }
@@ -30,15 +30,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
     if args.check {
         package.check_hashes()?;
     }
-    if args.json {
-        return print_json(&package.manifest);
+    if let Some(form) = args.json {
+        return print_json(&package.manifest, form);
     }
     if args.conversion {
-        return print_json(&conversion::conversion(&package)?);
+        return print_json(&conversion::conversion(&package)?, JsonForm::Pretty);
     }
     let mut text = summary(&package.manifest);
     if args.check {
-        text += "checked        every byte has the hash in the manifest\n";
+        text += "checked        all files match their hashes\n";
     }
     print(&text)
 }
@@ -68,14 +68,14 @@ pub fn summary(m: &Manifest) -> String {
         "prefill",
         match &m.prefill {
             Prefill::Chunks(chunks) => format!("chunks of {}", list(chunks)),
-            Prefill::Range(r) => format!("{} to {} tokens, best at {}", r.min, r.max, r.opt),
+            Prefill::Range(r) => format!("{} to {} tokens, optimized for {}", r.min, r.max, r.opt),
         },
     );
     let w = &m.weights;
     let shared = w.tensors.iter().filter(|t| t.same_as.is_some()).count();
     let shared = match shared {
         0 => String::new(),
-        n => format!(", {n} of them stored with another"),
+        n => format!(", {n} of them share the bytes of another"),
     };
     line(
         "weights",

@@ -1,8 +1,8 @@
-//! `lapidary inspect`: what an export is, and what stands in the way of converting it.
+//! `lapidary inspect`: what an export is, and why it can or cannot be converted.
 
 mod formats;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ use formats::Formats;
 
 use super::convert::{mask_window, mask_windows};
 use super::table::Table;
-use super::{Failure, bytes, print, print_json, words};
+use super::{Failure, JsonForm, bytes, print, print_json, words};
 use crate::convert::{ConvertError, Variant, examine, find_model};
 use crate::graph::{self, Definition, Graph, ValueId};
 use crate::lower;
@@ -24,32 +24,36 @@ use crate::target::Precision;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// The export, or a folder with it
+    /// The ONNX export, or its folder
     #[arg(value_name = "MODEL")]
     model: PathBuf,
-    /// Which export of the folder, as q4f16 or the name of its file [default: the plain one, or the only one]
+    /// Which export of the folder: a suffix such as q4f16, or a file name [default: the one without suffix, or the only one]
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
-    /// Print the whole graph instead: as exported, canonical, or as the network of one profile
+    /// Print the whole graph instead: as exported, canonical, or lowered to the network of one profile
     #[arg(long, value_enum)]
     dump: Option<Dump>,
-    /// Tokens of the network to dump
+    /// With --dump network: tokens per run
     #[arg(long, value_name = "N", default_value_t = 1, requires = "dump", value_parser = positive)]
     tokens: usize,
-    /// Cache capacity of the network to dump
+    /// With --dump network: cache capacity
     #[arg(long, value_name = "N", default_value_t = 256, requires = "dump", value_parser = positive)]
     capacity: usize,
-    /// Element type of the canonical graph and the network to dump
+    /// With --dump: element type of the canonical graph and the network
     #[arg(long, value_enum, requires = "dump")]
     dtype: Option<Precision>,
-    /// What becomes of quantized activations in the canonical graph and the network to dump
+    /// With --dump: how quantized activations are handled, as in `convert`
     #[arg(long, requires = "dump", value_parser = words::<ActivationPolicy>(&["quantized", "partial", "float"]))]
     activations: Option<ActivationPolicy>,
-    /// How many positions a mask that the caller fills lets a query attend to; see `convert`
+    /// Window of a mask that the caller fills, as in `convert`
     #[arg(long, value_name = "INPUT=N", value_parser = mask_window)]
     mask_window: Vec<(String, usize)>,
-    #[arg(long, conflicts_with = "dump")]
-    json: bool,
+    /// List every input and output; those of the cache are folded otherwise
+    #[arg(short, long)]
+    verbose: bool,
+    /// Print one JSON document
+    #[arg(long, conflicts_with = "dump", value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -144,8 +148,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         variants: files.variants,
     };
     match args.json {
-        true => print_json(&facts),
-        false => print(&summary(&facts)),
+        Some(form) => print_json(&facts, form),
+        None => print(&summary(&facts, args.verbose)),
     }
 }
 
@@ -203,7 +207,7 @@ fn weights(graph: &Graph) -> (u64, BTreeMap<String, u64>) {
     (by_dtype.values().sum(), by_dtype)
 }
 
-fn summary(facts: &Inspection) -> String {
+fn summary(facts: &Inspection, verbose: bool) -> String {
     let mut out = String::new();
     let mut line = |name: &str, text: String| {
         let _ = writeln!(out, "{name:<14} {text}");
@@ -232,7 +236,7 @@ fn summary(facts: &Inspection) -> String {
         line("architecture", a.to_string());
     }
     if let Some(outline) = &r.outline {
-        line("architecture", format!("{outline}, as far as known"));
+        line("architecture", format!("{outline} (incomplete)"));
     }
     let slots = r.capacity.map(|n| format!(", {n} slots")).unwrap_or_default();
     line("cache", format!("{}{slots}", r.cache));
@@ -262,19 +266,14 @@ fn summary(facts: &Inspection) -> String {
     );
 
     let mut table = Table::new(["input", "dtype", "shape", "role"]);
-    for input in &facts.inputs {
-        let role = r
-            .inputs
-            .iter()
-            .find(|i| i.name == input.name)
-            .map_or("", |i| i.role.as_str());
-        table.row(cells(input, role));
-    }
+    let role = |input: &Tensor| {
+        let found = r.inputs.iter().find(|i| i.name == input.name);
+        found.map_or("", |i| i.role.as_str())
+    };
+    rows(&mut table, &facts.inputs, role, verbose);
     out += &format!("\n{}", table.render());
     let mut table = Table::new(["output", "dtype", "shape", ""]);
-    for output in &facts.outputs {
-        table.row(cells(output, ""));
-    }
+    rows(&mut table, &facts.outputs, |_| "", verbose);
     out += &format!("\n{}", table.render());
 
     let mut operators: Vec<(&String, &usize)> = r.operators.iter().collect();
@@ -296,6 +295,36 @@ fn summary(facts: &Inspection) -> String {
             if let Some(help) = &r.help {
                 let _ = writeln!(out, "help: {help}");
             }
+        }
+    }
+    out
+}
+
+/// A row for each tensor. Unless `verbose`, tensors that differ only in the numbers of their names, as caches of the layers
+/// do, become one row where there are more than two.
+fn rows<'a>(table: &mut Table, tensors: &'a [Tensor], role: impl Fn(&'a Tensor) -> &'a str, verbose: bool) {
+    let key = |tensor: &Tensor| (pattern(&tensor.name), tensor.dtype.clone(), tensor.shape.clone());
+    let mut shown = BTreeSet::new();
+    for tensor in tensors {
+        let alike = tensors.iter().filter(|other| key(other) == key(tensor)).count();
+        if verbose || alike <= 2 {
+            table.row(cells(tensor, role(tensor)));
+        } else if shown.insert(key(tensor)) {
+            let mut row = cells(tensor, role(tensor));
+            row[0] = format!("{} (and {} more)", row[0], alike - 1);
+            table.row(row);
+        }
+    }
+}
+
+/// A name with each run of digits as `#`.
+fn pattern(name: &str) -> String {
+    let mut out = String::new();
+    for c in name.chars() {
+        match c.is_ascii_digit() {
+            true if out.ends_with('#') => {}
+            true => out.push('#'),
+            false => out.push(c),
         }
     }
     out

@@ -1,11 +1,12 @@
 //! The command line: one file a command, parsing and printing only.
 //!
 //! Exit status: 0 done; 2 wrong usage or unusable input, with one message on stderr that says what is wrong and what to
-//! do; 130 stopped by Ctrl-C (a server stops in order, with 0); 1 anything else. `--json` prints one document on stdout and nothing else there; progress and notes go to stderr,
-//! and only when it is a terminal. Warnings go there always, each after `warning: `.
+//! do; 130 interrupted by Ctrl-C (a server stops in order, with 0); 1 anything else. `--json` prints one document on stdout
+//! and nothing else there. Notes and warnings go to stderr, progress too if it is a terminal; `--quiet` turns them off.
 
 mod bench;
 mod chat;
+mod completions;
 mod convert;
 mod device;
 mod doctor;
@@ -16,8 +17,10 @@ mod generate;
 mod info;
 mod inspect;
 mod interrupt;
+mod output;
 mod perplexity;
 mod progress;
+pub mod reference;
 mod refit;
 mod report;
 mod sample;
@@ -30,57 +33,64 @@ mod value_checks;
 mod verify;
 mod weights;
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 use crate::units::bytes;
 pub use failure::Failure;
+use output::{JsonForm, note, print, print_json, warning};
 
-/// Cuts ONNX language models into TensorRT engines, layer by layer, and runs them.
+/// Compile ONNX language models to TensorRT engines and run them
 #[derive(Parser)]
 #[command(name = "lapidary", version, propagate_version = true, max_term_width = 100)]
 struct Cli {
+    /// Print no progress, notes or warnings
+    #[arg(short, long, global = true)]
+    quiet: bool,
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// Says what an ONNX export is, and whether it can be converted
+    /// Inspect an ONNX export: what it is, and whether it can be converted
     Inspect(inspect::Args),
-    /// Makes a package from an ONNX export
+    /// Convert an ONNX export to a package
     Convert(convert::Args),
-    /// Tells what is in a package
+    /// Show what a package contains
     Info(info::Args),
-    /// Generates text from a package
+    /// Generate text
     Generate(generate::Args),
-    /// Talks with a model, turn by turn
+    /// Chat with a model in the terminal
     Chat(chat::Args),
-    /// Serves packages to many clients, by OpenAI's endpoints
+    /// Serve packages over HTTP with the OpenAI API
     #[cfg(feature = "serve")]
     Serve(Box<serve::Args>),
-    /// Tries a sampler chain on one distribution
+    /// Apply a sampler chain to one distribution
     Sample(sample::Args),
-    /// Compares a package with the export it was made from, run by another engine
+    /// Compare a package with its export, run by another engine
     Verify(verify::Args),
-    /// Puts other weights into a package
+    /// Replace a package's weights
     Refit(refit::Args),
-    /// Lists the weights of a package, checks whether others fit, writes them as a checkpoint
+    /// List, check or export the weights of a package
     Weights(weights::Args),
-    /// Makes a copy of a package without its weights
+    /// Copy a package without its weights
     Strip(strip::Args),
-    /// Measures a package: prefill, decode, end to end, what it answers
+    /// Measure speed, memory and answers of a package
     Bench(bench::Args),
-    /// Says how well a package predicts a text, and how far it is from another package
+    /// Measure perplexity on a text, and KL divergence from another package
     Perplexity(perplexity::Args),
-    /// Scores a package's answers to the prompts of a task
+    /// Score answers to the prompts of a task (ROUGE, exact match)
     Evaluate(evaluate::Args),
-    /// Makes tables, plots and text of results
+    /// Write a report with tables and plots from results
     Report(report::Args),
-    /// Says what can be built and run on this machine
+    /// Show what this machine can build and run, and how to fix what it cannot
     Doctor(doctor::Args),
+    /// Print a completion script for a shell
+    Completions(completions::CompletionsArgs),
+    /// Write manual pages
+    Man(completions::ManArgs),
 }
 
 /// The whole program.
@@ -89,6 +99,9 @@ pub fn main() -> ExitCode {
     // clap exits by itself: with 0 after --help and --version, with 2 on wrong usage.
     let cli = Cli::parse();
     interrupt::install();
+    if cli.quiet {
+        output::be_quiet();
+    }
     let result = match cli.command {
         Command::Inspect(args) => inspect::run(args),
         Command::Convert(args) => convert::run(args),
@@ -107,28 +120,13 @@ pub fn main() -> ExitCode {
         Command::Evaluate(args) => evaluate::run(args),
         Command::Report(args) => report::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Completions(args) => completions::completions(args),
+        Command::Man(args) => completions::man(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
     }
-}
-
-/// Prints a document on stdout.
-fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
-    let mut stdout = std::io::stdout().lock();
-    serde_json::to_writer_pretty(&mut stdout, value).map_err(std::io::Error::from)?;
-    writeln!(stdout)?;
-    stdout.flush()?;
-    Ok(())
-}
-
-/// Prints text on stdout.
-fn print(text: &str) -> Result<(), Failure> {
-    let mut stdout = std::io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    stdout.flush()?;
-    Ok(())
 }
 
 /// A `value_parser` for a type that serde reads from one of these words.

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::device::Place;
 use super::generate::{fitting, need};
 use super::progress::Progress;
-use super::{Failure, bytes, print, print_json};
+use super::{Failure, JsonForm, bytes, print, print_json};
 use crate::bench::machine;
 use crate::bench::quality::perplexity::{self, Windows};
 use crate::bench::quality::result::{self, Against, File, Model, PERPLEXITY, Perplexity, Run, Surprise};
@@ -18,34 +18,33 @@ use crate::text::Tokenizer;
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("texts").required(true).multiple(false))]
 pub struct Args {
-    /// A package
+    /// The package
     #[arg(value_name = "PKG")]
     package: PathBuf,
     /// The text, in UTF-8
     #[arg(long, value_name = "FILE", group = "texts")]
     text: Option<PathBuf>,
-    /// Token ids in place of a text, with spaces, lines or commas between them; no first token is added
+    /// Token ids instead of a text, separated by spaces, lines or commas; no first token is added
     #[arg(long, value_name = "FILE", group = "texts")]
     ids: Option<PathBuf>,
-    /// Another package of the same vocabulary: its perplexity, the KL divergence of its distributions from this package's,
-    /// and the share of equal best tokens
+    /// Another package with the same vocabulary: its perplexity, the KL divergence from it, and top-1 agreement
     #[arg(long, value_name = "PKG")]
     against: Option<PathBuf>,
-    /// Tokens of a window [default: the largest cache capacity, the smaller one's of two packages]
+    /// Window length, in tokens [default: the largest cache capacity, the smaller one of two packages]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     window: Option<u32>,
-    /// Tokens from the beginning of a window to that of the next: less than a window gives each token more context and takes
-    /// longer [default: all that a window scores]
+    /// Distance between the starts of two windows; smaller values give each token more context and take longer
+    /// [default: the window length]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     stride: Option<u32>,
-    /// Only the first tokens of the text
+    /// Use only the first N tokens of the text
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
     tokens: Option<u32>,
     #[command(flatten)]
     place: Place,
-    /// Print one JSON document, which `lapidary report` takes
-    #[arg(long)]
-    json: bool,
+    /// Print one JSON document, which `lapidary report` reads
+    #[arg(long, value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
 }
 
 pub fn run(args: Args) -> Result<(), Failure> {
@@ -87,7 +86,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         },
     )?;
     let elapsed = start.elapsed();
-    progress.step("hash of the weights");
+    progress.step("hashing the weights");
     let document = Perplexity {
         schema: PERPLEXITY.to_string(),
         run: described(date, &session),
@@ -108,15 +107,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
     drop(progress);
     if !document.surprise.perplexity.is_finite() {
         return Err(Failure::other(format!(
-            "{}: the mean log-likelihood is -{} nats a token: too small for a perplexity",
+            "{}: the mean log-likelihood is -{} nats per token: too small for a perplexity",
             args.package.display(),
             document.surprise.nll.mean
         ))
         .help("check the package with `lapidary verify`"));
     }
     match args.json {
-        true => print_json(&document),
-        false => print(&summary(&document)),
+        Some(form) => print_json(&document, form),
+        None => print(&summary(&document)),
     }
 }
 
@@ -170,7 +169,7 @@ fn read_text(path: &Path, package: &Package, against: Option<&Package>) -> Resul
         && (theirs.encode(&text, false)? != ids || self::prefix(&theirs)? != prefix)
     {
         return Err(Failure::input(format!(
-            "{}: the tokenizer of {} cuts this text into other tokens than that of {}",
+            "{}: the tokenizer of {} splits this text into different tokens than that of {}",
             path.display(),
             other.folder.display(),
             package.folder.display()
@@ -203,10 +202,10 @@ fn read_ids(path: &Path, package: &Package) -> Result<(File, Text), Failure> {
             path.display(),
             vocabulary - 1
         ))
-        .help("check that the ids are of this model's tokenizer")),
+        .help("check that the ids come from this model's tokenizer")),
         Err(_) => Err(
             Failure::input(format!("{}: {word:?} is not a token id", path.display()))
-                .help("--ids wants whole numbers with spaces, lines or commas between them"),
+                .help("--ids takes whole numbers separated by spaces, lines or commas"),
         ),
     };
     let ids = words.map(id).collect::<Result<_, _>>()?;
@@ -263,13 +262,13 @@ fn summary(d: &Perplexity) -> String {
     let surprise = |s: &Surprise| format!("{:.4} ± {:.4}", s.perplexity, s.perplexity_error);
     line("model", model(&d.model));
     let begin = match d.prefix.len() {
-        0 => "nothing put before them".to_string(),
-        n => format!("each after {n} first token{}", if n == 1 { "" } else { "s" }),
+        0 => "no first token added".to_string(),
+        n => format!("{n} first token{} added to each", if n == 1 { "" } else { "s" }),
     };
     line(
         "text",
         format!(
-            "{}, {} tokens, {} scored, in windows of {} every {}, {begin}",
+            "{}, {} tokens, {} scored, windows of {} with stride {}, {begin}",
             d.text.file, d.tokens, d.scored, d.window, d.stride
         ),
     );
@@ -280,12 +279,12 @@ fn summary(d: &Perplexity) -> String {
         line(
             "divergence",
             format!(
-                "{:.6} ± {:.6} nats a token, KL({} || {}); largest {:.4}",
+                "{:.6} ± {:.6} nats/token, KL({} || {}); largest {:.4}",
                 other.kl.mean, other.kl.error, other.model.name, d.model.name, other.kl_largest
             ),
         );
-        line("equal best", format!("{:.2} % of tokens", other.same_best * 100.0));
+        line("top-1", format!("{:.2} % of tokens", other.same_best * 100.0));
     }
-    line("time", format!("{:.3} ms a token on {}", d.ms_per_token, d.run.device));
+    line("time", format!("{:.3} ms/token on {}", d.ms_per_token, d.run.device));
     out
 }

@@ -1,4 +1,4 @@
-//! Progress of long work, on stderr, and only where it is a terminal.
+//! Progress of long work, on stderr, if it is a terminal and `--quiet` was not given.
 
 use std::io::IsTerminal;
 use std::ops::Deref;
@@ -14,7 +14,7 @@ pub struct Progress(Handle);
 
 impl Progress {
     pub fn new() -> Self {
-        let target = if std::io::stderr().is_terminal() {
+        let target = if std::io::stderr().is_terminal() && !super::output::is_quiet() {
             ProgressDrawTarget::stderr_with_hz(10)
         } else {
             ProgressDrawTarget::hidden()
@@ -58,7 +58,7 @@ impl Handle {
     /// Work counted in bytes.
     pub fn bytes(&self, message: &'static str, done: u64, total: u64) {
         if self.0.length() != Some(total) || self.0.message() != message {
-            let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes}");
+            let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes} of {total_bytes}, {eta} left");
             self.0.set_style(style.expect("a fixed template"));
             self.0.set_message(message);
             self.0.set_length(total);
@@ -69,7 +69,7 @@ impl Handle {
     /// Work of which a share is done, 0 to 1.
     pub fn fraction(&self, message: &str, fraction: f32) {
         if self.0.length() != Some(1000) || self.0.message() != message {
-            let style = ProgressStyle::with_template("{msg} {wide_bar} {percent}%");
+            let style = ProgressStyle::with_template("{msg} {wide_bar} {percent}%, {eta} left");
             self.0.set_style(style.expect("a fixed template"));
             self.0.set_message(message.to_string());
             self.0.set_length(1000);
@@ -102,7 +102,7 @@ impl convert::Progress for Handle {
         Arc::new(move || {
             let stop = listener.interrupted();
             if stop {
-                bar.set_message("stopping; Ctrl-C once more ends at once");
+                bar.set_message("stopping; press Ctrl-C again to end at once");
             }
             stop
         })

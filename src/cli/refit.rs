@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::progress::Progress;
 use super::value_checks::ValueChecks;
-use super::{Failure, bytes, print, print_json, words};
+use super::{Failure, JsonForm, bytes, print, print_json, words};
 use crate::convert::{EngineOptions, engines};
 use crate::lower;
 use crate::network::WeightMode;
@@ -19,32 +19,32 @@ pub struct Args {
     /// The package
     #[arg(value_name = "PKG")]
     package: PathBuf,
-    /// Where the weights are: an ONNX export, a safetensors file, a Hugging Face folder, another package
+    /// Source of the weights: an ONNX export, a safetensors file, a Hugging Face folder or another package
     #[arg(long, value_name = "FILE_OR_DIR")]
     from: PathBuf,
-    /// A LoRA adapter to merge into them (a folder as PEFT saves it)
+    /// LoRA adapter to merge (a folder that PEFT saved)
     #[arg(long, value_name = "DIR")]
     lora: Option<PathBuf>,
-    /// Quantize weights again, in the format they have, where the adapter changes them
+    /// Quantize the weights that the adapter changes again, in their present format
     #[arg(long, requires = "lora")]
     requantize: bool,
-    /// Any weights of the architecture, or only those the package had [default: what it was converted for, else general]
+    /// Accept any weights of the architecture, or only those that the package had [default: as converted, else general]
     #[arg(long, value_parser = words::<Mode>(&["general", "identical"]))]
     mode: Option<Mode>,
     #[command(flatten)]
     value_checks: ValueChecks,
-    /// Put up with tensors that the package has no use for
+    /// Ignore tensors that the package does not use
     #[arg(long)]
     ignore_extra: bool,
-    /// The TensorRT library, where engines hold weights and must be built again
+    /// TensorRT library, for engines that hold weights and are built again
     #[arg(long, value_name = "PATH")]
     tensorrt_lib: Option<PathBuf>,
-    /// Keep plans here, and take from here those that were built before
+    /// Folder of engine plans to reuse and to add to
     #[arg(long, value_name = "DIR")]
     engine_cache: Option<PathBuf>,
     /// Print the new manifest as JSON
-    #[arg(long)]
-    json: bool,
+    #[arg(long, value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Deserialize)]
@@ -121,8 +121,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     let new = writer.finish()?;
     drop(progress);
-    if args.json {
-        return print_json(&new);
+    if let Some(form) = args.json {
+        return print_json(&new, form);
     }
     let same = match new.weights.set_hash == manifest.weights.set_hash {
         true => "the weight set it had",

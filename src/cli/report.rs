@@ -8,16 +8,16 @@ use crate::report::{self, Input};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Files that `lapidary bench` and scripts/baselines wrote; JSON of other forms is listed and left alone
+    /// Results of `lapidary bench`, `lapidary perplexity` and scripts/baselines; other JSON files are listed and not used
     #[arg(value_name = "RESULT", required_unless_present = "package")]
     results: Vec<PathBuf>,
-    /// Show what the conversion did to a package, or to one whose facts `lapidary info --conversion` kept (repeatable)
+    /// Describe the conversion of a package, or of a record from `lapidary info --conversion` (repeatable)
     #[arg(long, value_name = "PKG_OR_FILE")]
     package: Vec<PathBuf>,
-    /// The report; plots are written beside it
+    /// Report to write
     #[arg(short, long, value_name = "REPORT.md")]
     output: PathBuf,
-    /// Folder of the plots [default: docs/plots beside the report]
+    /// Folder for plots [default: docs/plots beside the report]
     #[arg(long, value_name = "DIR")]
     plots: Option<PathBuf>,
 }
@@ -25,7 +25,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<(), Failure> {
     let home = args.output.parent().unwrap_or(Path::new(""));
     if !home.as_os_str().is_empty() && !home.is_dir() {
-        let message = format!("{}: there is no such folder to write to", home.display());
+        let message = format!("{}: the folder does not exist", home.display());
         return Err(Failure::input(message));
     }
     let input = Input::read(&args.results, &args.package)?;
@@ -44,12 +44,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     fs::write(&args.output, &report.markdown).map_err(|e| cannot(&args.output, e))?;
     let mut text = format!(
-        "wrote {} and {} plots in two forms\n",
+        "wrote {} and {} plots (SVG and PNG)\n",
         args.output.display(),
         report.figures.len()
     );
     if !report.missing.is_empty() {
-        text += &format!("{} things are missing; the report names them\n", report.missing.len());
+        text += &format!(
+            "{} measurements are missing; the report lists them\n",
+            report.missing.len()
+        );
     }
     print(&text)
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::sampler::SamplerArgs;
 use super::table::Table;
-use super::{Failure, print, print_json};
+use super::{Failure, JsonForm, print, print_json};
 use crate::sample::{Breakers, Chain, Settings};
 use crate::text::Tokenizer;
 
@@ -33,18 +33,18 @@ pub struct Args {
         allow_hyphen_values = true
     )]
     logits: Option<Vec<f32>>,
-    /// Tokens so far, the prompt included
+    /// Previous token ids, prompt included
     #[arg(long, value_name = "CSV", value_delimiter = ',')]
     history: Vec<u32>,
     /// Token ids of one DRY sequence breaker (repeatable)
     #[arg(long, value_name = "CSV")]
     dry_breaker_ids: Vec<String>,
-    /// tokenizer.json, or a folder with it, for --dry-sequence-breaker
+    /// tokenizer.json or its folder, for --dry-sequence-breaker
     #[arg(long, value_name = "FILE_OR_DIR")]
     tokenizer: Option<PathBuf>,
     /// Print one JSON document
-    #[arg(long)]
-    json: bool,
+    #[arg(long, value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
     #[command(flatten)]
     sampler: SamplerArgs,
 }
@@ -84,14 +84,17 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let token = Chain::new(&settings)?.sample(&logits, &args.history).map_err(bad)?;
     let mut candidates: Vec<(usize, f64)> = probs.iter().copied().enumerate().filter(|(_, p)| *p > 0.0).collect();
     candidates.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    if args.json {
+    if let Some(form) = args.json {
         let seed = settings.seed;
-        return print_json(&Document {
-            probs,
-            candidates,
-            token,
-            seed,
-        });
+        return print_json(
+            &Document {
+                probs,
+                candidates,
+                token,
+                seed,
+            },
+            form,
+        );
     }
     let mut table = Table::new(["token", "probability"]);
     for (id, p) in candidates {

@@ -12,77 +12,78 @@ use crate::text::{FILES, Tokenizer, escapes};
 #[derive(clap::Args, Default)]
 #[command(next_help_heading = "Sampling (a flag overrides generation_config.json, which overrides the default)")]
 pub struct SamplerArgs {
-    /// 0 is greedy [default: 0.8]
+    /// Temperature; 0: greedy [default: 0.8]
     #[arg(long, value_name = "T", allow_hyphen_values = true)]
     pub temperature: Option<f32>,
     /// Keep the K most probable tokens; 0: off [default: 40]
     #[arg(long, value_name = "K", allow_hyphen_values = true)]
     pub top_k: Option<i64>,
-    /// Keep the most probable tokens that hold P together; 1: off [default: 0.95]
+    /// Keep the most probable tokens whose probabilities sum to P; 1: off [default: 0.95]
     #[arg(long, value_name = "P", allow_hyphen_values = true)]
     pub top_p: Option<f32>,
     /// Keep tokens at least P times as probable as the most probable; 0: off [default: 0.05]
     #[arg(long, value_name = "P", allow_hyphen_values = true)]
     pub min_p: Option<f32>,
-    /// Keep the tokens of most typical surprise that hold P together; 1: off [default: 1]
+    /// Keep the most typical tokens whose probabilities sum to P; 1: off [default: 1]
     #[arg(long, value_name = "P", allow_hyphen_values = true)]
     pub typical_p: Option<f32>,
     /// Keep logits within N standard deviations of the largest; 0: off [default: 0]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub top_n_sigma: Option<f32>,
-    /// How often XTC drops the top choices; 0: off [default: 0]
+    /// Probability that XTC removes the top choices; 0: off [default: 0]
     #[arg(long, value_name = "P", allow_hyphen_values = true)]
     pub xtc_probability: Option<f32>,
-    /// What a top choice is; above 0.5: off [default: 0.1]
+    /// Probability from which a token is a top choice for XTC; above 0.5: off [default: 0.1]
     #[arg(long, value_name = "P", allow_hyphen_values = true)]
     pub xtc_threshold: Option<f32>,
-    /// Divides the logits of tokens seen; 1: off [default: 1]
+    /// Divide positive logits of seen tokens by R, multiply negative ones; 1: off [default: 1]
     #[arg(long, value_name = "R", allow_hyphen_values = true)]
     pub repetition_penalty: Option<f32>,
-    /// Taken from a logit for each time the token was seen [default: 0]
+    /// Subtract F from a logit for each time the token was seen [default: 0]
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub frequency_penalty: Option<f32>,
-    /// Taken from the logit of a token that was seen [default: 0]
+    /// Subtract F from the logit of each seen token [default: 0]
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     pub presence_penalty: Option<f32>,
-    /// Tokens that these penalties look back at; 0: off, -1: all [default: 64]
+    /// Number of last tokens that the penalties consider; 0: off, -1: all [default: 64]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub penalty_last_n: Option<i64>,
-    /// Strength of DRY, which makes repeating earlier text costly; 0: off, 0.8 is usual [default: 0]
+    /// Strength of DRY, which penalizes repeating earlier text; 0: off, 0.8 is common [default: 0]
     #[arg(long, value_name = "M", allow_hyphen_values = true)]
     pub dry_multiplier: Option<f32>,
-    /// DRY grows by this factor a token [default: 1.75]
+    /// Factor by which the DRY penalty grows per repeated token [default: 1.75]
     #[arg(long, value_name = "B", allow_hyphen_values = true)]
     pub dry_base: Option<f32>,
-    /// Repetitions that DRY leaves alone are shorter than this [default: 2]
+    /// Shortest repetition that DRY penalizes, in tokens [default: 2]
     #[arg(long, value_name = "N")]
     pub dry_allowed_length: Option<u32>,
-    /// Tokens that DRY looks back at; 0: off, -1: all [default: -1]
+    /// Number of last tokens that DRY considers; 0: off, -1: all [default: -1]
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     pub dry_penalty_last_n: Option<i64>,
-    /// Text that ends a repetition for DRY, with escapes as \\n; repeatable, `none` clears [default: newline, colon, double quote and asterisk]
+    /// Text that breaks a repetition for DRY, with escapes such as \\n; repeatable, `none` clears
+    /// [default: newline, colon, double quote and asterisk]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub dry_sequence_breaker: Vec<String>,
     /// Add B to the logit of a token; repeatable, -inf bans it
     #[arg(long, value_name = "ID=B", value_parser = logit_bias)]
     pub logit_bias: Vec<(u32, f32)>,
-    /// 2: Mirostat 2 in place of the samplers that keep only some tokens
+    /// 2: use Mirostat 2 instead of the truncating samplers
     #[arg(long, value_name = "0|2", value_parser = clap::builder::PossibleValuesParser::new(["0", "2"]))]
     pub mirostat: Option<String>,
-    /// Surprise that Mirostat aims at, in bits [default: 5]
+    /// Target surprise of Mirostat, in bits [default: 5]
     #[arg(long, value_name = "BITS", allow_hyphen_values = true)]
     pub mirostat_tau: Option<f32>,
-    /// How fast Mirostat adapts [default: 0.1]
+    /// Learning rate of Mirostat [default: 0.1]
     #[arg(long, value_name = "R", allow_hyphen_values = true)]
     pub mirostat_eta: Option<f32>,
-    /// The samplers in order; those left out are off
+    /// Samplers in order; those not listed are off
     /// [default: penalties,dry,top-n-sigma,top-k,typical,top-p,min-p,xtc,temperature]
     #[arg(long, value_name = "NAME,NAME", value_delimiter = ',', value_parser = stage)]
     pub samplers: Option<Vec<Stage>>,
-    /// The same seed, settings and package give the same tokens; -1: another one each time [default: -1]
+    /// Seed; the same seed, settings and package give the same tokens; -1: random [default: -1]
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = seed)]
     pub seed: Option<u64>,
-    /// Take --stop and --dry-sequence-breaker as they are, not \n, \t, \r, \", \', \\ and \xHH in them for characters
+    /// Do not interpret escapes in --stop and --dry-sequence-breaker
     #[arg(long)]
     pub no_escape: bool,
 }
@@ -93,7 +94,7 @@ fn seed(text: &str) -> Result<u64, String> {
         "-1" => Ok(fresh_seed()),
         number => number
             .parse()
-            .map_err(|_| "not a whole number of 0 or more, or -1 for another one each time".to_string()),
+            .map_err(|_| "not a whole number of 0 or more, or -1 for a random seed".to_string()),
     }
 }
 
@@ -107,7 +108,7 @@ fn logit_bias(text: &str) -> Result<(u32, f32), String> {
 fn stage(name: &str) -> Result<Stage, String> {
     Stage::from_name(&name.trim().replace('_', "-")).ok_or_else(|| {
         let names: Vec<&str> = Stage::ORDER.iter().map(|s| s.name()).collect();
-        format!("there is no sampler {name:?}; there are {}", names.join(", "))
+        format!("unknown sampler {name:?}; the samplers are {}", names.join(", "))
     })
 }
 
@@ -116,7 +117,7 @@ fn last_n(flag: &str, n: i64) -> Result<Option<usize>, Failure> {
     match n {
         -1 => Ok(None),
         n => usize::try_from(n).map(Some).map_err(|_| {
-            Failure::input(format!("--{flag}: {n} is not a number of tokens")).help("0 is off, -1 looks at all of them")
+            Failure::input(format!("--{flag}: {n} is not a number of tokens")).help("use 0 for off, -1 for all tokens")
         }),
     }
 }
@@ -146,7 +147,7 @@ impl SamplerArgs {
             };
             return Err(
                 Failure::input(format!("{}: {name} is {value}, not {wanted}", file.display())).help(format!(
-                    "give --{flag}, which overrides it, or correct the model's file and convert it again"
+                    "override it with --{flag}, or correct the model's file and convert again"
                 )),
             );
         }
@@ -155,7 +156,7 @@ impl SamplerArgs {
         }
         if let Some((id, bias)) = settings.logit_bias.iter().find(|(id, _)| *id as usize >= vocabulary) {
             return Err(Failure::input(format!(
-                "--logit-bias {id}={bias}: the model has the token ids 0 to {}",
+                "--logit-bias {id}={bias}: the model's token ids are 0 to {}",
                 vocabulary - 1
             )));
         }
@@ -265,7 +266,7 @@ impl SamplerArgs {
                 // Token ids alone: the default strings mean nothing.
                 [] => Ok(Breakers::default()),
                 [first, ..] => Err(Failure::input(format!(
-                    "--dry-sequence-breaker {first:?} needs a tokenizer, and there is none"
+                    "--dry-sequence-breaker {first:?} needs a tokenizer, and the package has none"
                 ))
                 .help("convert the model again with --tokenizer FILE_OR_DIR")),
             };
@@ -280,7 +281,7 @@ impl SamplerArgs {
             Some(text) => Err(Failure::input(format!(
                 "--dry-sequence-breaker {text:?}: no token of this tokenizer contains or begins it"
             ))
-            .help("leave it out, or use `none` to have no breakers")),
+            .help("remove it, or use `none` for no breakers")),
         }
     }
 }

@@ -17,50 +17,50 @@ use crate::serve::{Scheduler, SchedulerOptions};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Packages; requests name one by its folder's name
+    /// Packages; the folder's name is the model's name in requests
     #[arg(value_name = "PKG", required = true)]
     packages: Vec<PathBuf>,
-    /// The address to listen on
+    /// Address to listen on
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
     host: IpAddr,
-    /// The port to listen on; 0: any that is free
+    /// Port to listen on; 0: any free port
     #[arg(long, value_name = "N", default_value_t = 8080)]
     port: u16,
-    /// Serve only clients that give one of the keys in this file, one a line
+    /// Accept only requests with one of the API keys in this file (one per line)
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
     #[command(flatten)]
     place: Place,
 
-    /// Sequences of each package at a time
+    /// Concurrent sequences of each package
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1, 1024))]
     max_sequences: usize,
-    /// Requests for each package that may wait for a place; one more is refused with status 429
+    /// Queue length of each package; further requests are refused with status 429
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = count(0, 1 << 20))]
     queue: usize,
-    /// Tokens of a prompt that are computed between two tokens of other requests
+    /// Prompt tokens that are computed between two decode steps of other requests
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = count(1, 512))]
     prefill_chunk: usize,
-    /// Caches of finished requests that are kept for prompts that begin alike [default: as many as sequences]
+    /// Caches of finished requests to keep for prompts with a common prefix [default: --max-sequences]
     #[arg(long, value_name = "N", value_parser = count(0, 4096))]
     kept_prefixes: Option<usize>,
-    /// Memory for the caches of each package, such as 4G; kept ones go first [default: no limit]
+    /// Memory limit for the caches of each package, such as 4G; kept caches are evicted first [default: no limit]
     #[arg(long, value_name = "BYTES", value_parser = byte_count)]
     cache_memory: Option<usize>,
 
-    /// Bytes of a request's body at most
+    /// Maximum size of a request body
     #[arg(long, value_name = "BYTES", default_value = "4M", value_parser = byte_count)]
     max_body: usize,
-    /// Tokens of a prompt at most [default: the largest capacity]
+    /// Maximum length of a prompt, in tokens [default: the largest capacity]
     #[arg(long, value_name = "N", value_parser = count(1, usize::MAX >> 1))]
     max_prompt: Option<usize>,
-    /// Seconds that a request may take, waiting included [default: no limit]
+    /// Time limit of a request, queueing included, in seconds [default: no limit]
     #[arg(long, value_name = "SECONDS", value_parser = count(1, 1 << 30))]
     timeout: Option<usize>,
-    /// Seconds for requests to finish after Ctrl-C or SIGTERM; a second signal ends at once
+    /// Seconds that running requests get after Ctrl-C or SIGTERM; a second signal ends at once
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = count(0, 1 << 30))]
     grace: usize,
-    /// Write a line of JSON to standard error for each request; no texts are in it
+    /// Log each request as a line of JSON on stderr, without its text
     #[arg(long)]
     log_requests: bool,
 
@@ -112,10 +112,10 @@ pub fn run(args: Args) -> Result<(), Failure> {
         ..Limits::default()
     };
     if !args.host.is_loopback() && keys.is_empty() {
-        eprintln!(
-            "warning: everybody who reaches {} is served; --api-key-file limits that",
+        super::warning(format_args!(
+            "anyone who can reach {} can use this server; --api-key-file restricts access",
             args.host
-        );
+        ));
     }
     let server = Server::new(models, limits, keys, args.log_requests);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -160,7 +160,7 @@ fn names(packages: &[PathBuf]) -> Result<Vec<String>, Failure> {
             .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         if !seen.insert(name.clone()) {
             return Err(Failure::input(format!(
-                "{}: requests name a package by its folder, and another one is called {name:?}, too",
+                "{}: two packages are named {name:?}; the folder's name identifies a package in requests",
                 path.display()
             ))
             .help("rename one of the folders"));
@@ -175,8 +175,8 @@ fn read_keys(path: &Path) -> Result<Keys, Failure> {
     let keys = Keys::of_lines(&text);
     match keys.is_empty() {
         false => Ok(keys),
-        true => Err(Failure::input(format!("{}: there is no key in it", path.display()))
-            .help("write one key a line; lines that begin with # are no keys")),
+        true => Err(Failure::input(format!("{}: the file contains no key", path.display()))
+            .help("write one key per line; lines that begin with # are comments")),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{Failure, bytes, print, print_json};
+use super::{Failure, JsonForm, bytes, print, print_json};
 use crate::package::{self, Package};
 
 #[derive(clap::Args)]
@@ -10,31 +10,31 @@ pub struct Args {
     /// The package
     #[arg(value_name = "PKG")]
     package: PathBuf,
-    /// The package to make
+    /// The new package
     #[arg(short, long, value_name = "PKG2")]
     output: PathBuf,
     /// Replace an existing package
     #[arg(long)]
     force: bool,
     /// Print the manifest as JSON
-    #[arg(long)]
-    json: bool,
+    #[arg(long, value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
 }
 
 pub fn run(args: Args) -> Result<(), Failure> {
     let package = Package::open(&args.package)?;
     let manifest = package::strip(&package, &args.output, args.force)?;
-    if args.json {
-        return print_json(&manifest);
+    if let Some(form) = args.json {
+        return print_json(&manifest, form);
     }
     let mut text = format!(
-        "wrote {}: {} of weights left out\n",
+        "wrote {} without {} of weights\n",
         args.output.display(),
         bytes(package.manifest.weights.bytes)
     );
     let gone = package.manifest.engines.len() - manifest.engines.len();
     if gone > 0 {
-        text += &format!("{gone} engines that hold weights were left out; `lapidary refit` builds them again\n");
+        text += &format!("{gone} engines with embedded weights were omitted; `lapidary refit` builds them again\n");
     }
     print(&text)
 }

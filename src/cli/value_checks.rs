@@ -4,10 +4,10 @@ use crate::weights::checks::Allowed;
 
 #[derive(clap::Args)]
 pub struct ValueChecks {
-    /// Take weights that hold NaN or infinity
+    /// Accept weights that contain NaN or infinity
     #[arg(long)]
     allow_nonfinite: bool,
-    /// Let numbers too large for the package's dtype become infinite
+    /// Let values too large for the package's element type become infinite
     #[arg(long)]
     allow_overflow: bool,
 }

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::progress::Progress;
 use super::table::Table;
-use super::{Failure, print, print_json};
+use super::{Failure, JsonForm, print, print_json};
 use crate::convert::find_model;
 use crate::decode::reference::{EngineKind, Reference};
 use crate::decode::{DeviceChoice, Session, SessionOptions};
@@ -24,33 +24,34 @@ use reach::{Bounds, Mark};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// A package
+    /// The package
     #[arg(value_name = "PKG")]
     package: PathBuf,
-    /// The export it was made from, or the folder with it
+    /// The export it was made from, or its folder
     #[arg(long, value_name = "MODEL")]
     against: PathBuf,
-    /// Which export of the folder
+    /// Which export of the folder, as in `convert`
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
-    /// Who runs the export [default: tract if compiled in, else eval]
+    /// Engine that runs the export [default: tract if compiled in, else eval]
     #[arg(long, value_enum)]
     engine: Option<EngineKind>,
     /// Tokens to generate for each prompt
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
     tokens: u16,
-    /// Largest difference of a logit, relative to the largest logit [default: 1e-4 fp32, 2e-2 fp16, 1e-1 bf16]
+    /// Tolerance: difference of a logit, relative to the largest logit [default: 1e-4 fp32, 2e-2 fp16, 1e-1 bf16]
     #[arg(long, value_name = "X")]
     tolerance: Option<f64>,
-    /// Tokens of the longest sequence to compare, if windows and tables ask for it [default: what the engine can run in
-    /// about half a minute]
+    /// Longest sequence to compare where windows and tables require it, in tokens [default: as many as the engine runs in
+    /// about 30 s]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     longest: Option<u32>,
-    /// Prompts of token ids to use instead of the built-in ones (repeatable)
+    /// Token ids of a prompt to use instead of the built-in ones (repeatable)
     #[arg(long, value_name = "IDS", value_parser = parse_ids)]
     prompt_ids: Vec<Ids>,
-    #[arg(long)]
-    json: bool,
+    /// Print one JSON document
+    #[arg(long, value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
 }
 
 #[derive(Clone)]
@@ -142,7 +143,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         true => prompts(&package, before(wanted), before(bounds.most()))?,
     };
     if prompts.is_empty() {
-        return Err(Failure::input(format!("no prompt with {new} tokens after it fits")).help("use fewer --tokens"));
+        return Err(Failure::input(format!("no prompt plus {new} tokens fits")).help("use fewer --tokens"));
     }
     let mut comparisons = Vec::new();
     for (i, (name, prompt)) in prompts.iter().enumerate() {
@@ -168,8 +169,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
         prompts: comparisons,
     };
     match args.json {
-        true => print_json(&report)?,
-        false => print(&summary(&report))?,
+        Some(form) => print_json(&report, form)?,
+        None => print(&summary(&report))?,
     }
     if report.passed {
         return Ok(());

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::table::Table;
-use super::{Failure, bytes, print, print_json, refit};
+use super::{Failure, JsonForm, bytes, print, print_json, refit};
 use crate::package::manifest::{Manifest, WeightEntry};
 use crate::package::{self, Package};
 use crate::weights::export::{Format, export};
@@ -17,24 +17,26 @@ pub struct Args {
     /// The package
     #[arg(value_name = "PKG")]
     package: PathBuf,
-    /// Whether these are weights for it, and the same: an ONNX export, safetensors, a Hugging Face folder, a package
+    /// Check whether these weights fit, and whether they are the same: an ONNX export, safetensors, a Hugging Face folder or a
+    /// package
     #[arg(long, value_name = "FILE_OR_DIR")]
     check: Option<PathBuf>,
-    /// Check with a LoRA adapter merged
+    /// With --check: merge this LoRA adapter first
     #[arg(long, value_name = "DIR", requires = "check")]
     lora: Option<PathBuf>,
-    /// Put up with tensors that the package has no use for
+    /// With --check: ignore tensors that the package does not use
     #[arg(long, requires = "check")]
     ignore_extra: bool,
-    /// Write the weights as a checkpoint: safetensors, for TensorRT-LLM with its config.json
+    /// Export the weights as a safetensors checkpoint (with config.json for TensorRT-LLM)
     #[arg(long, value_name = "DIR", conflicts_with = "check")]
     export: Option<PathBuf>,
-    /// What the checkpoint calls its tensors
+    /// Tensor names of the exported checkpoint
     #[arg(long, value_name = "FORMAT", requires = "export", default_value = "hugging-face",
           value_parser = ["hugging-face", "gpt2", "tensorrt-llm"])]
     format: String,
-    #[arg(long)]
-    json: bool,
+    /// Print one JSON document
+    #[arg(long, value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true, default_missing_value = "pretty")]
+    json: Option<JsonForm>,
 }
 
 pub fn run(args: Args) -> Result<(), Failure> {
@@ -46,17 +48,20 @@ pub fn run(args: Args) -> Result<(), Failure> {
         return write_checkpoint(&args, &package, folder);
     }
     let manifest = &package.manifest;
-    if args.json {
+    if let Some(form) = args.json {
         let weights: Vec<_> = manifest.weights.tensors.iter().map(|w| document(w, manifest)).collect();
-        return print_json(&json!({
-            "architecture_hash": manifest.architecture_hash,
-            "set_hash": manifest.weights.set_hash,
-            "stripped": manifest.weights.stripped,
-            "refit": manifest.weights.refit,
-            "weights": weights,
-        }));
+        return print_json(
+            &json!({
+                "architecture_hash": manifest.architecture_hash,
+                "set_hash": manifest.weights.set_hash,
+                "stripped": manifest.weights.stripped,
+                "refit": manifest.weights.refit,
+                "weights": weights,
+            }),
+            form,
+        );
     }
-    let mut table = Table::new(["name", "module", "in the source", "dtype", "shape", "hash", "bytes", ""]);
+    let mut table = Table::new(["name", "module", "source name", "dtype", "shape", "hash", "bytes", ""]);
     for w in &manifest.weights.tensors {
         let turned = w.recipe.as_ref().is_some_and(|r| r.is_transposed());
         let source = w.source_name.clone().unwrap_or_default();
@@ -161,28 +166,31 @@ fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
     let weights = &package.manifest.weights;
     let found = package::find_weights(package, &source, adapter.as_ref(), args.ignore_extra)?.weights;
     let different = package::differing_weights(weights, &found)?;
-    if args.json {
+    if let Some(form) = args.json {
         let from: Vec<_> = weights
             .tensors
             .iter()
             .zip(&found)
             .map(|(w, m)| json!({"name": w.name, "from": m.from}))
             .collect();
-        return print_json(&json!({
-            "kind": source.kind, "fits": true, "identical": different.is_empty(), "weights": from,
-            "different": different.iter().map(|d| &d.name).collect::<Vec<_>>(),
-            "transposed": different.iter().filter(|d| d.transposed).map(|d| &d.name).collect::<Vec<_>>(),
-        }));
+        return print_json(
+            &json!({
+                "kind": source.kind, "fits": true, "identical": different.is_empty(), "weights": from,
+                "different": different.iter().map(|d| &d.name).collect::<Vec<_>>(),
+                "transposed": different.iter().filter(|d| d.transposed).map(|d| &d.name).collect::<Vec<_>>(),
+            }),
+            form,
+        );
     }
     let of = weights.tensors.len();
     print(&match different.len() {
         0 => format!(
-            "{} ({}): all {of} weights are there, and are those of the package\n",
+            "{} ({}): all {of} weights are there and equal the package's\n",
             from.display(),
             source.kind
         ),
         n => format!(
-            "{} ({}): all {of} weights are there and fit; {n} hold other numbers than the package's, {} for example{}\n",
+            "{} ({}): all {of} weights are there and fit; {n} differ from the package's, for example {}{}\n",
             from.display(),
             source.kind,
             different[0].name,

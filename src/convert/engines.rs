@@ -121,6 +121,7 @@ pub fn build(
                 continue;
             }
             let (heard, fractions, stopped) = (progress.clone(), fractions.clone(), stopped.clone());
+            let profile = profiles[i].to_string();
             let all = parts.len() as f32;
             let observer = move |p: BuildProgress<'_>| {
                 if stopped() {
@@ -128,7 +129,8 @@ pub fn build(
                 }
                 let mut fractions = fractions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 fractions[i] = (part as f32 + p.fraction) / all;
-                let label = format!("{} engines", fractions.len());
+                let done = fractions.iter().filter(|fraction| **fraction >= 1.0).count();
+                let label = format!("building engine {profile} ({done} of {} done)", fractions.len());
                 heard.share(&label, fractions.iter().sum::<f32>() / fractions.len() as f32);
                 ControlFlow::Continue(())
             };

@@ -72,7 +72,7 @@ impl Text {
             Some(id) if *id as usize >= vocabulary => Err(TextError {
                 path: PathBuf::from(&self.file),
                 message: format!(
-                    "the tokenizer makes the token {id} of it, and the model knows {vocabulary}: is it this model's?"
+                    "the tokenizer makes the token {id} of it, and the model's vocabulary is {vocabulary}: check that it is this model's tokenizer"
                 ),
             }),
             _ => Ok(()),

@@ -1,5 +1,6 @@
 //! One switch at a time: runs that say so, and runs of Lapidary whose settings differ in one key.
 
+use crate::terms;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
@@ -57,7 +58,7 @@ fn common(a: &Document, b: &Document) -> Vec<Shared> {
     let decode = b.decode.iter().filter_map(|d| {
         let usual = decode_at(a, d.live)?;
         Some(Shared {
-            what: format!("a token after {} tokens", d.live),
+            what: terms::token_at(d.live),
             usual_ms: usual.ms.median,
             switched_ms: d.ms.median,
             stable: usual.stable && d.stable,
@@ -66,7 +67,7 @@ fn common(a: &Document, b: &Document) -> Vec<Shared> {
     let prefill = b.prefill.iter().filter_map(|p| {
         let usual = prefill_of(a, p.tokens)?;
         Some(Shared {
-            what: format!("prefill of {}", p.tokens),
+            what: terms::first_token_of(p.tokens),
             usual_ms: usual.ms.median,
             switched_ms: p.ms.median,
             stable: usual.stable && p.stable,
@@ -200,9 +201,9 @@ impl Ablation<'_> {
             "outputs",
             "what",
             "switch",
-            "usual ms",
+            "default ms",
             "switched ms",
-            "switched / usual",
+            "switched / default",
             "",
         ];
         table(&header, &rows)

@@ -5,6 +5,10 @@ use super::input::{Group, ResultFile};
 use super::markdown::{MISSING, cite, flops, ms, or_missing, percent, rate, table, times, tiny};
 use crate::bench::compare::{CompareError, Comparison, compare};
 use crate::bench::result::{Decode, Document, EndToEnd, Prefill};
+use crate::terms::{
+    CAPACITY, CONTEXT_LENGTH, COPY_BANDWIDTH, GPU_TIME, LATENCY, MBU, MFU, OUTPUT_RATE, PREFILL, PREFILL_RATE, TOP1,
+    TPOT, TTFT,
+};
 use crate::units::bytes;
 
 /// Whether a system answers as the reference does.
@@ -87,8 +91,8 @@ pub fn outputs(group: &Group) -> String {
         "system",
         "worst relative logit error",
         "limit",
-        "same best token",
-        "differing though clear",
+        TOP1.column,
+        "clear disagreements",
         "greedy tokens equal up to",
         "",
     ];
@@ -155,16 +159,16 @@ pub fn decode(group: &Group) -> String {
     }
     let header = [
         "outputs",
-        "live",
+        CONTEXT_LENGTH.column,
         "system",
-        "ms a token",
+        TPOT.column,
         "p90",
         "p99",
-        "GPU alone",
-        "tokens/s",
-        "time to Lapidary's",
-        "MBU",
-        "cache slots",
+        GPU_TIME.column,
+        OUTPUT_RATE.column,
+        "relative to Lapidary",
+        MBU.column,
+        CAPACITY.column,
         "",
     ];
     let shares = rows.iter().any(|row| row[9] != MISSING);
@@ -210,14 +214,14 @@ pub fn prefill(group: &Group) -> String {
     }
     let header = [
         "outputs",
-        "prompt",
+        PREFILL.column,
         "system",
-        "ms to the first token",
+        TTFT.column,
         "p90",
         "p99",
-        "tokens/s",
-        "time to Lapidary's",
-        "MFU",
+        PREFILL_RATE.column,
+        "relative to Lapidary",
+        MFU.column,
         "",
     ];
     let shares = rows.iter().any(|row| row[8] != MISSING);
@@ -250,14 +254,14 @@ pub fn end_to_end(group: &Group) -> String {
     }
     let header = [
         "outputs",
-        "prompt + new",
+        "prompt + output",
         "system",
         "TTFT ms",
         "TPOT ms",
         "ITL ms",
-        "latency ms",
-        "tokens/s",
-        "time to Lapidary's",
+        LATENCY.column,
+        OUTPUT_RATE.column,
+        "relative to Lapidary",
         "",
     ];
     table(&header, &rows)
@@ -297,7 +301,7 @@ pub fn machines(group: &Group) -> String {
         "date",
         "commit",
         "driver",
-        "copy bandwidth",
+        COPY_BANDWIDTH.column,
         "peak",
         "versions",
         "",

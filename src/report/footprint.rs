@@ -3,6 +3,7 @@
 use super::input::{Group, ResultFile};
 use super::markdown::{cite, ms, or_missing, table};
 use crate::bench::result::{Build, Document};
+use crate::terms::{COLD_LOAD, CUDA_CONTEXT, ENGINE, KV_CACHE, PLAN, SCRATCH, WARM_LOAD};
 use crate::units::bytes;
 
 /// From nothing to a session, and what engines are.
@@ -24,10 +25,10 @@ pub fn loading(group: &Group) -> String {
     });
     let header = [
         "system",
-        "load ms, nothing kept",
-        "load ms, kernels kept",
-        "engines",
-        "plans",
+        COLD_LOAD.column,
+        WARM_LOAD.column,
+        ENGINE.column,
+        PLAN.column,
         "build s",
         "",
     ];
@@ -91,9 +92,15 @@ pub fn memory(group: &Group) -> String {
         row.push(cite(r.source));
         row
     });
-    let mut header = vec!["system", "host, mapped files included", "host, no file's"];
+    let mut header = vec!["system", "host, with mapped files", "host, without"];
     if group.on_gpu {
-        header.extend(["device", "weights", "cache", "working memory", "context"]);
+        header.extend([
+            "device",
+            "weights",
+            KV_CACHE.column,
+            SCRATCH.column,
+            CUDA_CONTEXT.column,
+        ]);
     }
     header.push("");
     let mut out = table(&header, &rows.collect::<Vec<_>>());

@@ -4,6 +4,7 @@ use super::benchmarks::{Verdict, decode_at, prefill_of, text_of};
 use super::input::{Group, ResultFile};
 use super::markdown::{cite, ms, or_missing, table, times};
 use crate::bench::result::Document;
+use crate::terms;
 
 /// One thing that is measured of a system.
 #[derive(Clone, Copy)]
@@ -27,9 +28,9 @@ impl Measure {
 
     fn what(self) -> String {
         match self {
-            Measure::Token(live) => format!("a token after {live} tokens"),
-            Measure::Prompt(tokens) => format!("the first token of a prompt of {tokens}"),
-            Measure::Text(prompt, new) => format!("{new} tokens after a prompt of {prompt}"),
+            Measure::Token(live) => terms::token_at(live),
+            Measure::Prompt(tokens) => terms::first_token_of(tokens),
+            Measure::Text(prompt, new) => format!("latency ms, {prompt} + {new} tokens"),
         }
     }
 
@@ -97,7 +98,7 @@ pub fn headlines(group: &Group) -> String {
         return String::new();
     }
     let what: Vec<String> = measures.iter().map(|m| m.what()).collect();
-    let header = std::iter::once("ms (times Lapidary's)")
+    let header = std::iter::once("system (factor: relative to Lapidary)")
         .chain(what.iter().map(String::as_str))
         .chain([""]);
     table(&header.collect::<Vec<_>>(), &rows)

@@ -99,9 +99,9 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
         let (d, label) = (&r.of, &r.of.system.label);
         let mut gaps = Vec::new();
         let live = lengths.0.iter().filter(|n| decode_at(d, **n).is_none());
-        gaps.extend(live.map(|n| format!("decode after {n} tokens")));
+        gaps.extend(live.map(|n| format!("decode at context {n}")));
         let prompts = lengths.1.iter().filter(|n| prefill_of(d, **n).is_none());
-        gaps.extend(prompts.map(|n| format!("a prefill of {n} tokens")));
+        gaps.extend(prompts.map(|n| format!("prefill of {n} tokens")));
         let whole = lengths.2.iter().filter(|text| text_of(d, **text).is_none());
         gaps.extend(whole.map(|(n, new)| format!("{n} + {new} tokens end to end")));
         if ceilings.bandwidth(d).is_none() {
@@ -152,7 +152,7 @@ pub fn unstable(input: &Input) -> Vec<String> {
                 .decode
                 .iter()
                 .filter(|p| !p.stable)
-                .map(|p| format!("decode after {}", p.live));
+                .map(|p| format!("decode at context {}", p.live));
             let whole = d
                 .end_to_end
                 .iter()

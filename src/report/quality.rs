@@ -6,6 +6,7 @@
 use super::input::{Input, ResultFile, Sourced};
 use super::markdown::{MISSING, cite, cite_all, ms, percent, table};
 use crate::bench::quality::result::Perplexity;
+use crate::terms::{KL, PERPLEXITY, TOP1, TPOT};
 use crate::units::bytes;
 
 /// Results over one text, cut in one way.
@@ -90,10 +91,10 @@ impl Text<'_> {
             "model",
             "format",
             "weights",
-            "perplexity",
-            "KL, nats a token",
-            "same best token",
-            "ms a token",
+            PERPLEXITY.column,
+            KL.column,
+            TOP1.column,
+            TPOT.column,
             "",
         ];
         table(&header, &rows.collect::<Vec<_>>())

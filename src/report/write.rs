@@ -210,9 +210,9 @@ fn verdicts(input: &Input) -> Vec<String> {
                 continue;
             };
             let verdict = if found.equal {
-                "answers as"
+                "agrees with"
             } else {
-                "does **not** answer as"
+                "does **not** agree with"
             };
             let with = group
                 .reference
@@ -220,8 +220,8 @@ fn verdicts(input: &Input) -> Vec<String> {
                 .map(|reference| cite(reference.source))
                 .unwrap_or_default();
             lines.push(format!(
-                "{}: {} {verdict} {} within the limit of its dtype. Of {} rows of logits {} have another best token where \
-                 the reference was undecided, {} where it was not; one logit is off by {} (root mean square).{}{with}",
+                "{}: {} {verdict} {} within the limit of its dtype. Of {} rows of logits, {} rank another token first where the \
+                 reference was undecided and {} where it was not; root mean square error of a logit: {}.{}{with}",
                 group.title(),
                 r.of.system.label,
                 found.system,

@@ -396,7 +396,13 @@ fn a_person_gets_a_table() {
         "1",
     ];
     let printed = lapidary(args).ok().stdout;
-    for part in ["median ms", "prefill 4", "3 + 5, first token", "unstable", "copies at"] {
+    for part in [
+        "median ms",
+        "prefill 4",
+        "3 + 5, time to first token",
+        "unstable",
+        "copy bandwidth",
+    ] {
         assert!(printed.contains(part), "{part}: {printed}");
     }
 }

@@ -44,7 +44,7 @@ fn what_cannot_be_measured_is_refused_first() {
     assert!(
         prompts(json!({"seed": 1, "timed": [97], "prompts": []}))
             .0
-            .contains("the token 97, and the model knows 97")
+            .contains("the token 97, and the model's vocabulary is 97")
     );
     assert!(
         prompts(json!({"seed": 1, "timed": [9], "prompts": [[]]}))

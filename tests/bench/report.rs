@@ -163,9 +163,9 @@ fn figures_are_those_of_the_files() {
     // Ours is slower in one thing, and the report says so itself.
     let slower = markdown.split("### Where it falls short").nth(1).unwrap();
     let slower = slower.split("\n## ").next().unwrap();
-    assert!(slower.contains("the first token of a prompt of 512"), "{slower}");
+    assert!(slower.contains("TTFT ms, prompt 512"), "{slower}");
     assert!(slower.contains("the time of transformers static + compile"), "{slower}");
-    assert!(!slower.contains("a token after"), "{slower}");
+    assert!(!slower.contains("ms/token at"), "{slower}");
 }
 
 /// Shares are of the reference's bandwidth and peak for every system, and of each file's own where there is no reference.
@@ -333,7 +333,7 @@ fn an_ablation_finds_its_baseline() {
     assert!(markdown.contains("[static cache](#static-cache)"));
     // Its times drift.
     let row = |part: &str| markdown.lines().find(|l| l.contains(part)).unwrap();
-    let drifting = row("a token after 300 tokens | 128 |");
+    let drifting = row("ms/token at context 300 | 128 |");
     assert!(drifting.contains("| unstable[^"), "{drifting}");
     let steady = row("| 4096 slots |");
     assert!(steady.contains("| [^"), "{steady}");
@@ -369,8 +369,8 @@ fn what_is_missing_is_named() {
     let whole = Reported::of(&names(), &["--package", "conversion.json"]).markdown();
     let missing = whole.split("## Missing").nth(1).unwrap();
     assert!(missing.contains("TensorRT ONNX parser did not run: the parser has no importer for Attention"));
-    assert!(missing.contains("transformers static cache lacks decode after 64 tokens"));
-    assert!(whole.contains("transformers static cache: prefill of 512, decode after 300, decode after 4080"));
+    assert!(missing.contains("transformers static cache lacks decode at context 64"));
+    assert!(whole.contains("transformers static cache: prefill of 512, decode at context 300, decode at context 4080"));
 
     // What could not run has no dtype of its own, so it stands where the model was measured.
     let (_folder, other_dtype) = changed("parser.json", |v| v["model"]["dtype"] = json!("fp32"));
@@ -392,7 +392,7 @@ fn what_is_missing_is_named() {
     files.push(another);
     let whole = Reported::of(&files, &[]).markdown();
     assert!(whole.contains("| equal (4 rows) | 4000 | one capacity"), "{whole}");
-    assert!(!whole.contains("decode after 4000"), "{whole}");
+    assert!(!whole.contains("decode at context 4000"), "{whole}");
 
     // Less measured, fewer plots, and it says why.
     let (_folder, bare) = changed("lapidary.json", |v| {

@@ -132,9 +132,9 @@ fn commands_change_the_conversation() {
     assert_eq!(
         lines,
         [
-            "took back: one",
-            "nothing was said yet",
-            "/what: no such command; /help tells which there are"
+            "removed: one",
+            "there is no message yet",
+            "/what: unknown command; /help lists the commands"
         ]
     );
 }
@@ -151,7 +151,7 @@ fn a_full_cache_forgets_the_oldest_turns_and_says_so() {
         assert!(ids.len() + 6 <= 64, "{}", ids.len());
         assert_eq!(&ids[..4], system);
     }
-    assert!(stderr.contains("the first 1 exchanges are forgotten"), "{stderr}");
+    assert!(stderr.contains("the first 1 exchanges were dropped"), "{stderr}");
 
     let run = with_input(&["chat", text(&pkg)], "too long ".repeat(9).as_bytes());
     let (message, help) = run.refused();
@@ -372,13 +372,13 @@ fn a_tokenizer_of_another_model_is_noticed() {
     ];
     let printed = lapidary(convert).ok().stdout;
     assert!(
-        printed.contains("the tokenizer has 49152 tokens and the model knows 97: is it this model's?"),
+        printed.contains("the tokenizer has 49152 tokens, the model's vocabulary 97"),
         "{printed}"
     );
     for prompt in ["--prompt", "--chat"] {
         let (message, help) = lapidary(["generate", text(&pkg), prompt, "The capital"]).refused();
         assert!(
-            message.contains("and the model knows 97: they do not belong together"),
+            message.contains("and the model's vocabulary is 97: they do not belong together"),
             "{message}"
         );
         assert!(help.contains("--tokenizer"), "{help}");

@@ -76,7 +76,7 @@ fn embedded_engines_are_built_again_with_the_weights() {
     let bare = folder.path().join("bare");
     let printed = lapidary(["strip", text(&pkg), "-o", text(&bare)]).ok().stdout;
     assert!(
-        printed.contains("2 engines that hold weights were left out"),
+        printed.contains("2 engines with embedded weights were omitted"),
         "{printed}"
     );
     assert!(!bare.join("engines").exists());

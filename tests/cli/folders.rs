@@ -66,7 +66,7 @@ fn the_plain_export_of_several_is_taken_and_others_are_named() {
     let (said, manifest) = converted(&folder, &[]);
     assert_eq!(manifest["source"]["file"], "model.onnx");
     assert!(
-        said.contains("others, for --variant: q4f16 (onnx/model_q4f16.onnx, "),
+        said.contains("other variants (--variant): q4f16 (onnx/model_q4f16.onnx, "),
         "{said}"
     );
     for (name, file) in [

@@ -141,7 +141,7 @@ fn perplexity_is_that_of_the_definition_however_the_text_is_cut() {
         .ok()
         .stdout;
     assert!(
-        printed.contains("pi.txt, 65 tokens, 64 scored, in windows of 64 every 64, nothing put before them"),
+        printed.contains("pi.txt, 65 tokens, 64 scored, windows of 64 with stride 64, no first token added"),
         "{printed}"
     );
 }
@@ -214,7 +214,7 @@ fn divergence_from_another_package_is_that_of_the_definition() {
         text(&other.pkg),
     ];
     let printed = lapidary(args).ok().stdout;
-    assert!(printed.contains("nats a token, KL(pkg || pkg)"), "{printed}");
+    assert!(printed.contains("nats/token, KL(pkg || pkg)"), "{printed}");
 }
 
 #[test]
@@ -230,7 +230,7 @@ fn a_text_or_package_that_cannot_be_scored_is_refused_by_name() {
         ("blank.txt", b" \n\n", "it is empty"),
         ("binary.txt", b"\xff\xfe\x00", "it is not text in UTF-8"),
         ("one.txt", b"3", "the text has 1 tokens"),
-        ("words.txt", b"two words", "and the model knows 97"),
+        ("words.txt", b"two words", "and the model's vocabulary is 97"),
     ] {
         let file = scene.file(name, contents);
         let (message, _) = refused(&file, &[]);
@@ -385,7 +385,7 @@ fn a_task_that_cannot_be_run_is_refused_by_line() {
     let long = format!("{good}{{\"prompt\": \"{}\", \"reference\": \"2\"}}", &DIGITS[..17]);
     assert!(refused(&long, &[]).contains("task.jsonl: line 2: the prompt has 17 tokens"));
     for (flag, expected) in [
-        ("rouge3=0.1", "there is no metric \"rouge3\""),
+        ("rouge3=0.1", "unknown metric \"rouge3\""),
         ("rouge1", "METRIC=VALUE"),
         ("rouge1=30", "a number from 0 to 1"),
     ] {

@@ -297,7 +297,7 @@ fn a_seed_of_minus_one_is_another_one_each_time() {
     assert_ne!(seed("-1"), seed("-1"));
     let (message, _) = lapidary([&flags[..], &["-2"]].concat()).refused();
     assert!(
-        message.contains("'--seed <N>'") && message.contains("-1 for another one"),
+        message.contains("'--seed <N>'") && message.contains("-1 for a random seed"),
         "{message}"
     );
 }

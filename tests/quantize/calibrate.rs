@@ -269,7 +269,10 @@ fn texts_that_cannot_be_calibrated_on() {
     let larger = self::tokenizer(other.path(), 200);
     std::fs::write(&path, "w150 ".repeat(40)).unwrap();
     let (error, _) = refused(&format!("quantize: int4\ncalibrate: {path:?}\ntokenizer: {larger:?}"));
-    assert!(error.contains("the token 150 of it, and the model knows 97"), "{error}");
+    assert!(
+        error.contains("the token 150 of it, and the model's vocabulary is 97"),
+        "{error}"
+    );
     let (message, _) = lapidary([
         "convert",
         text(&model),

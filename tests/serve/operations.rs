@@ -94,7 +94,7 @@ fn bad_requests_are_refused_by_name() {
         (
             completion("samplers", json!(["top_x"])),
             400,
-            "samplers: there is no sampler \"top_x\"",
+            "samplers: unknown sampler \"top_x\"",
         ),
         (
             completion("samplers", json!(["top_k", "top_k"])),
@@ -488,7 +488,7 @@ fn what_cannot_be_served_is_refused_at_the_start() {
     let empty = folder.path().join("keys");
     std::fs::write(&empty, "# no key\n").unwrap();
     let (message, _) = refused(&[text(&package), "--api-key-file", text(&empty)]);
-    assert!(message.ends_with("there is no key in it"), "{message}");
+    assert!(message.ends_with("the file contains no key"), "{message}");
     let (message, _) = refused(&[text(&package), "--api-key-file", "/nowhere/keys"]);
     assert!(message.starts_with("/nowhere/keys: "), "{message}");
     let (message, help) = refused(&[text(&package), "--device", "cuda"]);

@@ -236,20 +236,16 @@ mod imp {
             .find(|path| path.is_file())
     }
 
-    /// The library inside its Python package: of the active virtual or conda environment, else of the `python3` on the
-    /// path, which is asked because only it knows where it keeps packages.
+    /// The library inside its Python package: of the environment that this program is installed in (`pip install` puts it
+    /// into `bin` beside `lib`), of the active virtual or conda environment, else of the `python3` on the path, which is
+    /// asked because only it knows where it keeps packages.
     fn python_package() -> Option<PathBuf> {
-        for variable in ["VIRTUAL_ENV", "CONDA_PREFIX"] {
-            let Some(root) = std::env::var_os(variable).filter(|root| !root.is_empty()) else {
-                continue;
-            };
-            let versions = std::fs::read_dir(Path::new(&root).join("lib")).into_iter().flatten();
-            let packages = versions
-                .flatten()
-                .map(|entry| entry.path().join("site-packages").join(FLAVOUR.python_package));
-            if let Some(library) = packages.into_iter().find_map(|package| library_in(&package)) {
-                return Some(library);
-            }
+        let own = std::env::current_exe().and_then(|path| path.canonicalize()).ok();
+        let own = own.and_then(|path| path.parent()?.parent().map(Path::to_path_buf));
+        let active = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os);
+        let active = active.filter(|root| !root.is_empty()).map(PathBuf::from);
+        if let Some(library) = own.into_iter().chain(active).find_map(|root| in_environment(&root)) {
+            return Some(library);
         }
         // Without the empty entry, a folder of that name in the working directory is not taken for the package.
         let script = "import sys\nsys.path = [p for p in sys.path if p]\nimport importlib.util as u\n\
@@ -263,6 +259,14 @@ mod imp {
             .ok()?;
         let text = String::from_utf8(output.stdout).ok()?;
         text.lines().find_map(|line| library_in(Path::new(line)))
+    }
+
+    /// The library in the Python package of an environment, below its root folder.
+    fn in_environment(root: &Path) -> Option<PathBuf> {
+        let versions = std::fs::read_dir(root.join("lib")).into_iter().flatten().flatten();
+        let mut folders =
+            versions.flat_map(|entry| ["site-packages", "dist-packages"].map(|name| entry.path().join(name)));
+        folders.find_map(|folder| library_in(&folder.join(FLAVOUR.python_package)))
     }
 
     /// Maps the library and asks its version, without a call into its C++.

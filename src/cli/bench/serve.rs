@@ -120,8 +120,8 @@ pub fn run(args: &Args) -> Result<(), Failure> {
         std::fs::write(path, text).map_err(|e| Failure::other(format!("{}: {e}", path.display())))?;
     }
     match args.json {
-        true => print_json(&document),
-        false => print(&table(&document)),
+        Some(form) => print_json(&document, form),
+        None => print(&table(&document)),
     }
 }
 

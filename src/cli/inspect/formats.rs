@@ -107,7 +107,7 @@ impl Formats {
             let plural = if format.weights == 1 { "" } else { "s" };
             write!(
                 text,
-                "{} weight{plural} {}, scales {}: {}, {:.2} bits a weight",
+                "{} weight{plural} {}, scales {}: {}, {:.2} bits per weight",
                 format.weights,
                 format.format,
                 format.scales,

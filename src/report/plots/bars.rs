@@ -38,7 +38,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         }));
     }
     for live in live_lengths(&group.results) {
-        let what = format!("decode after {live} tokens");
+        let what = format!("decode at context {live}");
         panels.push(panel(what, &|d| {
             decode_at(d, live).map(|d| (d.output_tokens_per_s, d.stable))
         }));

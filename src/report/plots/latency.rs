@@ -63,7 +63,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
                 free = at + width_of(&n.to_string(), 12.0) / 2.0 + 6.0;
             }
         }
-        let below = "tokens in the cache (logarithmic)";
+        let below = "context length (logarithmic)";
         canvas.write(
             ((left + right) / 2.0, bottom + 42.0),
             below,

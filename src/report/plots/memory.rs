@@ -1,5 +1,6 @@
 //! Memory: on a GPU what was taken from it, by what it is for where that is known; on a CPU the peak of the process.
 
+use crate::terms::{CUDA_CONTEXT, SCRATCH};
 use plotters::style::RGBColor;
 
 use super::canvas::{HEAD, Side, sheet, width_of};
@@ -14,9 +15,9 @@ const GAP: f64 = 10.0;
 const PARTS: [(&str, RGBColor); 5] = [
     ("weights", OURS),
     ("cache", OTHERS[3]),
-    ("working memory", OTHERS[1]),
-    ("context of CUDA", OTHERS[4]),
-    ("everything else, or not measured apart", MUTED),
+    (SCRATCH.name, OTHERS[1]),
+    (CUDA_CONTEXT.name, OTHERS[4]),
+    ("other, or not measured separately", MUTED),
 ];
 
 /// Bytes of each part; the last is all where parts are not measured.
@@ -51,7 +52,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         .fold(80.0, f64::max)
         .min(330.0);
     let what = match group.on_gpu {
-        true => "device memory at its peak, less is better",
+        true => "peak device memory, lower is better",
         false => "peak resident memory of the process, mapped files included, less is better",
     };
     let svg = sheet(

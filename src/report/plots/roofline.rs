@@ -146,7 +146,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
             );
         }
         canvas.line(&[(left, bottom), (right, bottom)], AXIS, 1);
-        let below = "floating-point operations a byte that must be read";
+        let below = "floating-point operations per byte that must be read";
         canvas.write(
             ((left + right) / 2.0, bottom + 42.0),
             below,
@@ -220,7 +220,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         );
         if all().any(|p| !p.stable) {
             canvas.ring((right + 26.0, shapes + 40.0), 5, AXIS);
-            let label = "unstable: did not hold still";
+            let label = "unstable";
             canvas.write(
                 (right + 38.0, shapes + 40.0),
                 label,

@@ -50,7 +50,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
     let decode = bars(&|a, run| {
         run.of.decode.iter().find_map(|d| {
             let usual = decode_at(&a.baseline.of, d.live)?;
-            let at = format!("after {} tokens", d.live);
+            let at = format!("context {}", d.live);
             Some((d.ms.median / usual.ms.median, at, d.stable && usual.stable))
         })
     });

@@ -297,7 +297,7 @@ fn stage(name: &str) -> Result<Stage, ApiError> {
         let names: Vec<&str> = Stage::ORDER.iter().map(|s| s.name()).collect();
         ApiError::field(
             "samplers",
-            format!("there is no sampler {name:?}; there are {}", names.join(", ")),
+            format!("unknown sampler {name:?}; the samplers are {}", names.join(", ")),
         )
     })
 }

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Builds the Python wheel and tries it in a clean virtual environment, without any variable: the program runs, finds the
+# TensorRT-RTX library of the extra `tensorrt-rtx`, and builds an engine. The wheel stays in target/wheels.
+# Usage: scripts/wheel.sh [dev|release]     (default: dev, which shares its compilation with the tests)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh build wheel
+profile=${1:-dev}
+wheels=${CARGO_TARGET_DIR:-target}/wheels
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+features=()
+# With the features of the tests nothing is compiled a second time.
+[ "$profile" = release ] || features=(--features tract)
+rm -rf "$wheels"
+.venv/bin/maturin build --quiet --locked --profile "$profile" "${features[@]}" --out "$wheels"
+wheel=$(echo "$wheels"/lapidary-*.whl)
+say "$(du -h "$wheel" | cut -f1) $wheel"
+
+python3 -m venv "$work/env"
+"$work/env/bin/pip" install -q --disable-pip-version-check "$wheel[tensorrt-rtx]"
+# Neither the variables of this script nor an active environment may help.
+clean() { env -i HOME="$work" PATH=/usr/bin:/bin NO_COLOR=1 "$@"; }
+lapidary=$work/env/bin/lapidary
+clean "$lapidary" --version
+clean "$lapidary" doctor --json=compact > "$work/doctor.json"
+"$work/env/bin/python" - "$work/doctor.json" "$work/env" <<'PY'
+import json, os, sys
+library = json.load(open(sys.argv[1]))["tensorrt"]["library"]
+assert library, "the TensorRT-RTX library was not found"
+assert os.path.realpath(library["path"]).startswith(os.path.realpath(sys.argv[2])), library
+print("TensorRT-RTX", library["version"], "of the wheel's environment")
+PY
+clean "$lapidary" --quiet convert fixtures/exports/llama-optimum/model.onnx -o "$work/package" --target cpu,tensorrt-rtx \
+  --capacity 16 --prefill 4 --json=compact > /dev/null
+clean "$lapidary" --quiet generate "$work/package" --prompt-ids 1,20,5 --max-new-tokens 4 --device cpu --temperature 0
+clean "$lapidary" completions bash > /dev/null
+clean "$lapidary" man "$work/man"
+test -s "$work/man/lapidary-convert.1"
