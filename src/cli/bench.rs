@@ -302,7 +302,7 @@ fn reference(path: &Path, workload: &Workload) -> Result<Document, Failure> {
     let document = bench::read(path)?;
     match &document.outputs {
         Some(outputs) if outputs.prompts == workload.prompts => Ok(document),
-        Some(_) => Err(Failure::input("its outputs are of other prompts")
+        Some(_) => Err(Failure::input("its outputs are for other prompts")
             .at(path)
             .help(OTHER_PROMPTS)),
         None => Err(Failure::input("it has no outputs to compare with").at(path)),

@@ -142,7 +142,7 @@ pub enum ConvertError {
         source: tensorrt::EngineBuildError,
     },
     /// Tuning was asked for without engines.
-    #[error("--tune chooses between engines, and none are asked for")]
+    #[error("--tune needs a target with engines")]
     NothingToTune,
     /// There is no GPU to tune on.
     #[cfg(feature = "engines")]

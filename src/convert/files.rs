@@ -57,7 +57,7 @@ pub enum FilesError {
         source: std::io::Error,
     },
     /// No export of a decoder is in the folder.
-    #[error("{}: no export of a decoder is in the folder{}", path.display(), if others.is_empty() {
+    #[error("{}: the folder contains no export of a decoder{}", path.display(), if others.is_empty() {
         String::new()
     } else {
         format!(": {}", others.join(", "))
@@ -69,7 +69,7 @@ pub enum FilesError {
         others: Vec<String>,
     },
     /// Several could be meant.
-    #[error("{}: several exports are in the folder:\n  {}", path.display(), list(variants))]
+    #[error("{}: the folder contains several exports:\n  {}", path.display(), list(variants))]
     Several {
         /// Of the folder.
         path: PathBuf,
@@ -77,7 +77,7 @@ pub enum FilesError {
         variants: Vec<Variant>,
     },
     /// A variant that is not there.
-    #[error("{}: no variant {name:?} is in the folder; there are:\n  {}", path.display(), list(variants))]
+    #[error("{}: the folder contains no variant {name:?}; it contains:\n  {}", path.display(), list(variants))]
     Unknown {
         /// Of the folder.
         path: PathBuf,
@@ -337,7 +337,7 @@ fn decoder_of(config: &Path) -> Result<String, FilesError> {
     let name = name.ok_or_else(|| refuse("it names no file of a decoder (model.decoder.filename)".into()))?;
     match config.with_file_name(name).is_file() {
         true => Ok(name.to_string()),
-        false => Err(refuse(format!("it names the decoder {name:?}, which is not there"))),
+        false => Err(refuse(format!("it names the decoder {name:?}, which is missing"))),
     }
 }
 

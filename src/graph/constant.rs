@@ -150,7 +150,7 @@ pub enum ConstantError {
         name: String,
     },
     /// A weight that is to be quantized.
-    #[error("{name:?} cannot be quantized: {count} of its {len} numbers are NaN or infinite")]
+    #[error("{name:?} cannot be quantized: {count} of {len} values are NaN or infinite")]
     NotFinite {
         /// In the export, or `unnamed`.
         name: String,

@@ -252,7 +252,7 @@ mod tests {
         let made = values.quantized_as(int4(Channel { axis: 0 }), None).unwrap();
         assert_eq!(
             made.materialize().unwrap_err().to_string(),
-            "\"layer.weight\" cannot be quantized: 1 of its 2 numbers are NaN or infinite"
+            "\"layer.weight\" cannot be quantized: 1 of 2 values are NaN or infinite"
         );
     }
 }

@@ -26,7 +26,7 @@ impl fmt::Display for Side {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InterfaceError {
     /// A name that [`Role`] does not have.
-    #[error("the {side} {name:?} is none of a canonical model")]
+    #[error("the canonical graph has no {side} {name:?}")]
     Unknown {
         /// Where it stands.
         side: Side,
@@ -53,7 +53,7 @@ pub enum InterfaceError {
         role: Role,
     },
     /// An input among the outputs, or the reverse.
-    #[error("{role} is an {}, but stands on the other side", role.side())]
+    #[error("{role} must be an {}", role.side())]
     WrongSide {
         /// The port.
         role: Role,

@@ -64,7 +64,7 @@ impl CachePart {
 
 /// A name that is no role's.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is the name of no input or output of a canonical model")]
+#[error("the canonical graph has no input or output {0:?}")]
 pub struct UnknownName(
     /// The name.
     pub String,

@@ -216,7 +216,7 @@ fn every_fault_is_told_at_once() {
     let errors = made(&["input_ids", "input_ids", "mask"], &[]).unwrap_err();
     let text = InterfaceErrors(errors).to_string();
     for part in [
-        "the input \"mask\" is none of a canonical model",
+        "the canonical graph has no input \"mask\"",
         "the input input_ids occurs twice",
         "the input position_ids is missing",
         "the output logits is missing",

@@ -32,7 +32,7 @@ pub enum VerifyError {
     },
     #[error("{what} {name:?} occurs twice")]
     Name { what: &'static str, name: String },
-    #[error("layer {layer:?} says {tensor:?} is {stated}, but its rule gives {inferred}")]
+    #[error("layer {layer:?}, tensor {tensor:?}: declared {stated}, inferred {inferred}")]
     Stated {
         layer: String,
         tensor: String,
@@ -60,7 +60,7 @@ pub enum VerifyError {
         cache: String,
         output: String,
     },
-    #[error("layer {layer:?} writes the cache {cache:?} into itself: an update must be another tensor than its cache")]
+    #[error("layer {layer:?} writes the cache {cache:?} into itself: the updated cache must be a different tensor")]
     SelfUpdate { layer: String, cache: String },
     #[error("the profile asks for {min} to {max} tokens (opt {opt}) over {capacity} slots and {batch} sequences")]
     Profile {
@@ -73,7 +73,7 @@ pub enum VerifyError {
     #[error("the interface needs {wanted}, but the network has {found}")]
     Interface { wanted: String, found: String },
     #[error(
-        "nothing says what the network's inputs {inputs} and outputs {outputs} are for; lower a graph with an interface"
+        "the network has no interface that defines its inputs {inputs} and outputs {outputs}; lower a graph with an interface"
     )]
     NoInterface { inputs: String, outputs: String },
     #[error("a session cannot bind the network: {0}")]

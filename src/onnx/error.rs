@@ -31,7 +31,7 @@ pub enum ReadErrorKind {
     LfsPointer,
     #[error("is not an ONNX model: {reason}")]
     NotOnnx { reason: String },
-    #[error("is truncated: it has {found} bytes, and says of itself that it has at least {needed}")]
+    #[error("is truncated: it has {found} of at least {needed} bytes")]
     Truncated { needed: u64, found: u64 },
     #[error("does not say which opset it uses (no opset_import for the domain \"\")")]
     NoOpset,
@@ -52,7 +52,7 @@ pub enum ReadErrorKind {
         #[source]
         source: SizeMismatch,
     },
-    #[error("tensor {tensor:?} names external data {location:?}: {reason}")]
+    #[error("tensor {tensor:?} refers to external data {location:?}: {reason}")]
     ExternalLocation {
         tensor: String,
         location: String,

@@ -25,7 +25,7 @@ pub enum QuantizeError {
         kept: Vec<String>,
     },
     /// A name that is no weight's.
-    #[error("keep={pattern}: no weight is called so")]
+    #[error("keep={pattern}: no weight matches")]
     NoSuchWeight {
         /// As it was given.
         pattern: String,
@@ -36,7 +36,7 @@ pub enum QuantizeError {
     #[error(transparent)]
     Text(#[from] TextError),
     /// A text was given, and nothing that makes tokens of it.
-    #[error("calibrating on a text needs the model's tokenizer, and none is beside the export")]
+    #[error("calibrating on a text needs the model's tokenizer, and there is none in the export's folder")]
     NoTokenizer,
     /// The model cannot be run over the text.
     #[error("the activations cannot be measured: {reason}")]

@@ -134,7 +134,7 @@ pub fn missing(input: &Input) -> Vec<String> {
         for r in text.results.iter().filter(|r| decode(input, &r.of).is_none()) {
             let name = &r.of.model.name;
             out.push(format!(
-                "{name}: no bench result of the same weights, so the time of a token is not shown{}",
+                "{name}: no bench result of the same weights, so the time per output token is not shown{}",
                 cite(r.source)
             ));
         }

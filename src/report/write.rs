@@ -257,10 +257,12 @@ fn tidy(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    /// Figures come from files: the prose has none.
+    use crate::terms::TOP1;
+
+    /// Figures come from files: the prose has none, apart from the name of a term.
     #[test]
     fn the_prose_has_no_figures() {
-        let text = include_str!("text/report.md");
+        let text = include_str!("text/report.md").replace(TOP1.name, "");
         let numbers: Vec<&str> = text
             .split(|c: char| !c.is_alphanumeric())
             .filter(|word| word.starts_with(|c: char| c.is_ascii_digit()))

@@ -4,7 +4,7 @@ use crate::help::{Fault, Help};
 
 /// A constraint that cannot go on, as one whose limits on time or memory are met.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the form that the text must have cannot be followed further: {0}")]
+#[error("structured output cannot continue: {0}")]
 pub struct ConstraintError(pub String);
 
 impl Help for ConstraintError {

@@ -81,7 +81,7 @@ pub enum RequestError {
     #[error(transparent)]
     Settings(#[from] SettingsError),
     /// Its deadline passed.
-    #[error("the request took longer than it may: {generated} tokens were generated")]
+    #[error("the request exceeded its time limit after {generated} tokens")]
     Deadline {
         /// Until then.
         generated: usize,

@@ -61,7 +61,7 @@ pub enum SubmitError {
     #[error("stop strings need a tokenizer, and the package has none")]
     NoTokenizer,
     /// As many wait as may.
-    #[error("{waiting} requests are waiting, as many as the queue takes")]
+    #[error("the queue is full: {waiting} requests are waiting")]
     Full {
         /// How many.
         waiting: usize,

@@ -19,7 +19,7 @@ pub struct Allowed {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum BadNumbers {
     /// NaN or infinity that the source had.
-    #[error("{count} of its {len} numbers are NaN or infinite in the source{}", within(tensor))]
+    #[error("{count} of {len} values are NaN or infinite in the source{}", within(tensor))]
     NonFinite {
         /// How many.
         count: usize,
@@ -29,7 +29,7 @@ pub enum BadNumbers {
         tensor: Option<String>,
     },
     #[error(
-        "{count} of its {len} numbers are too large for {dtype}: the largest is {largest:e}{}",
+        "{count} of {len} values are too large for {dtype}: the largest is {largest:e}{}",
         within(tensor)
     )]
     /// Finite numbers of the source that became infinite in the dtype of the package.
@@ -167,14 +167,11 @@ mod tests {
         let made = half.materialize().unwrap();
         let found = |nonfinite, overflow| check(&half, &made, Allowed { nonfinite, overflow }).unwrap();
         let message = found(false, false).unwrap().to_string();
-        assert_eq!(
-            message,
-            "1 of its 4 numbers are NaN or infinite in the source, in \"w\""
-        );
+        assert_eq!(message, "1 of 4 values are NaN or infinite in the source, in \"w\"");
         assert_eq!(found(false, true).unwrap().to_string(), message);
         assert_eq!(
             found(true, false).unwrap().to_string(),
-            "2 of its 4 numbers are too large for f16: the largest is 1e6, in \"w\""
+            "2 of 4 values are too large for f16: the largest is 1e6, in \"w\""
         );
         assert_eq!(found(true, true), None);
     }

@@ -61,7 +61,7 @@ pub enum ExportError {
         why: Irreversible,
     },
     /// Two weights are the same module and hold different numbers.
-    #[error("{} are all {module} and hold different numbers", weights.join(", "))]
+    #[error("{} are all {module} and have different values", weights.join(", "))]
     Ambiguous {
         /// The module.
         module: String,

@@ -138,7 +138,7 @@ pub(super) enum MetadataError {
         key: &'static str,
         source: serde_json::Error,
     },
-    #[error("its metadata name the tensor {tensor:?}, a part of {weight:?}, which is not there")]
+    #[error("its metadata refer to the tensor {tensor:?}, a part of {weight:?}, which is missing")]
     Missing { weight: String, tensor: String },
     #[error("{tensor:?}, a part of {weight:?}: {source}")]
     Size {
@@ -259,7 +259,7 @@ mod tests {
         );
         assert_eq!(
             refused(PACKED, r#"{"x": {"dtype": "u4", "shape": [8]}}"#),
-            "its metadata name the tensor \"x\", a part of \"x\", which is not there"
+            "its metadata refer to the tensor \"x\", a part of \"x\", which is missing"
         );
         assert_eq!(
             refused(PACKED, r#"{"w.codes": {"dtype": "u4", "shape": [4, 4]}}"#),

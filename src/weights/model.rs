@@ -60,7 +60,7 @@ pub enum LeafError {
         why: Irreversible,
     },
     /// Several weights have the name, and hold different numbers.
-    #[error("{} have its name and hold different numbers", weights.join(" and "))]
+    #[error("{} have its name and different values", weights.join(" and "))]
     Ambiguous {
         /// In the graph.
         weights: Vec<String>,

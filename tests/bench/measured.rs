@@ -306,7 +306,7 @@ fn outputs_are_compared_with_a_reference() {
     ];
     let (message, help) = lapidary(&args).refused();
     assert!(
-        message.ends_with("reference.json: the outputs in it are of other prompts"),
+        message.ends_with("reference.json: its outputs are for other prompts"),
         "{message}"
     );
     assert!(help.contains("--prompts"), "{help}");

@@ -27,7 +27,11 @@ fn what_cannot_be_measured_is_refused_first() {
     assert!(refused(&["--end-to-end", "60:6"]).0.contains("needs a cache of 65"));
     assert!(refused(&["--end-to-end", "0:6"]).0.contains("nothing to measure"));
     assert!(refused(&["--decode", "0"]).0.contains("nothing to measure"));
-    assert!(refused(&["-o", "/nowhere/at/all.json"]).0.contains("no such folder"));
+    assert!(
+        refused(&["-o", "/nowhere/at/all.json"])
+            .0
+            .contains("the folder does not exist")
+    );
     assert!(refused(&["--csv", text(folder.path())]).0.contains("is a folder"));
     assert!(refused(&["--dry-multiplier", "-1"]).0.contains("dry"));
 

@@ -520,7 +520,7 @@ fn a_real_result_becomes_a_report() {
     let report = folder.path().join("R.md");
     let args = ["report", text(&file), "--package", text(llama()), "-o", text(&report)];
     let said = lapidary(args).ok().stdout;
-    assert!(said.contains("things are missing"), "{said}");
+    assert!(said.contains("measurements are missing"), "{said}");
     let markdown = std::fs::read_to_string(report).unwrap();
     assert!(
         markdown.contains("| rms_norm | finds RMSNorm in its parts | 5 |"),
@@ -653,7 +653,7 @@ fn quality_stands_beside_bytes_and_times() {
     );
     let missing = markdown.split("## Missing").nth(1).unwrap();
     assert!(
-        missing.contains("- small: no bench result of the same weights, so the time of a token is not shown[^1]"),
+        missing.contains("- small: no bench result of the same weights, so the time per output token is not shown[^1]"),
         "{missing}"
     );
     assert!(!missing.contains("lapidary perplexity"), "{missing}");

@@ -33,6 +33,8 @@ fn help_lists_the_commands_that_exist() {
             "evaluate",
             "report",
             "doctor",
+            "completions",
+            "man",
             "help"
         ]
     );

@@ -232,7 +232,7 @@ fn tuning_needs_a_gpu() {
     };
     let (printed, help) = convert(&[]).refused();
     assert!(
-        printed.contains("none are asked for") && help.contains("--target tensorrt-rtx"),
+        printed.contains("needs a target with engines") && help.contains("--target tensorrt-rtx"),
         "{printed} {help}"
     );
     if lapidary::backend::tensorrt::probe(Some(library.path())).run.possible {

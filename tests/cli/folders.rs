@@ -110,7 +110,7 @@ fn several_of_which_none_is_plain_are_listed() {
     let folder = folder(root.path(), &["onnx/model_q4.onnx", "onnx/model_fp16.onnx"]);
     std::fs::write(folder.join("onnx/model_q4.onnx_data"), vec![0; 2_000_000]).unwrap();
     let (message, help) = lapidary(["convert", text(&folder), "-o", "never"]).refused();
-    assert!(message.contains("several exports are in the folder"), "{message}");
+    assert!(message.contains("the folder contains several exports"), "{message}");
     assert!(
         message.contains("fp16 (onnx/model_fp16.onnx, 10.4 kB)") || message.contains("fp16 (onnx/model_fp16.onnx"),
         "{message}"
@@ -167,10 +167,7 @@ fn the_model_builders_configuration_names_the_export() {
     let (_, manifest) = converted(&folder, &["--variant", "gpu/int4"]);
     assert_eq!(manifest["source"]["file"], "model.onnx");
     for (contents, expected) in [
-        (
-            config("none.onnx"),
-            "names the decoder \"none.onnx\", which is not there",
-        ),
+        (config("none.onnx"), "names the decoder \"none.onnx\", which is missing"),
         ("{}".to_string(), "names no file of a decoder"),
         ("{".to_string(), "EOF"),
         (
@@ -192,7 +189,10 @@ fn the_model_builders_configuration_names_the_export() {
 fn folders_without_an_export_and_variants_of_files() {
     let root = tempfile::tempdir().unwrap();
     let (message, help) = lapidary(["convert", text(root.path()), "-o", "never"]).refused();
-    assert!(message.contains("no export of a decoder is in the folder"), "{message}");
+    assert!(
+        message.contains("the folder contains no export of a decoder"),
+        "{message}"
+    );
     assert!(help.contains("model.onnx"), "{help}");
     let file = fixture("bad/good.onnx");
     let (message, _) = lapidary(["convert", text(&file), "-o", "never", "--variant", "q4"]).refused();

@@ -368,5 +368,5 @@ fn generate_takes_the_models_wishes_and_flags_over_them() {
 
     let pkg = generation_config("{}");
     let (message, _) = run(&pkg, &["--logit-bias", "97=1"]).refused();
-    assert_eq!(message, "--logit-bias 97=1: the model has the token ids 0 to 96");
+    assert_eq!(message, "--logit-bias 97=1: the model's token ids are 0 to 96");
 }

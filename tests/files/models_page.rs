@@ -13,7 +13,7 @@ const HEAD: &str = "\
 # Exporters and families
 
 Every export that the tests convert and run, as it is recognised. Written by `UPDATE_FILES=1 cargo nextest run --test files`; do not
-edit. All of them are random weights of two or three layers; [exporting.md](exporting.md) says how to make such exports of a model
+edit. All of them are random weights of two or three layers; [exporting.md](../guides/exporting.md) says how to make such exports of a model
 of your own, and what does not work.
 
 - *Exporter*: as the file shows it, with its opset and the domain of contrib operators.

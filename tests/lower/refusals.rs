@@ -53,7 +53,7 @@ fn interfaces_that_are_not_canonical() {
     let errors = graph.canonical_interface().unwrap_err();
     assert_eq!(
         errors.to_string(),
-        "the input \"attention_mask\" is none of a canonical model"
+        "the canonical graph has no input \"attention_mask\""
     );
 }
 

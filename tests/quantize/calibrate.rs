@@ -248,7 +248,7 @@ fn texts_that_cannot_be_calibrated_on() {
     let words = words(folder.path(), 300);
     let (error, help) = refused(&format!("quantize: int4\ncalibrate: {words:?}"));
     assert!(
-        error.contains("needs the model's tokenizer, and none is beside the export"),
+        error.contains("needs the model's tokenizer, and there is none in the export's folder"),
         "{error}"
     );
     assert!(help.contains("--tokenizer"), "{help}");

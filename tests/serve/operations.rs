@@ -26,7 +26,7 @@ fn bad_requests_are_refused_by_name() {
         ("/v1/completions", body)
     };
     let cases = [
-        (chat("bogus", json!(1)), 400, "bogus: there is no such field"),
+        (chat("bogus", json!(1)), 400, "bogus: unknown field"),
         (chat("messages", json!([])), 400, "messages: there is none"),
         (chat("messages", json!("hi")), 400, "messages: invalid type: string"),
         (

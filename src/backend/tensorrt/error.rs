@@ -23,7 +23,7 @@ pub enum EngineBuildError {
     },
 
     /// A weight that must lie in the plan has no bytes.
-    #[error("the weight {weight:?} goes into the plan of {network:?}, and the package was stripped of it")]
+    #[error("the plan of {network:?} embeds the weight {weight:?}, which this stripped package does not contain")]
     Weight {
         /// The network's name.
         network: String,
@@ -56,7 +56,7 @@ pub enum EngineBuildError {
     },
 
     /// TensorRT took the layer but gives its output another type or shape than the network says. A bug of the lowering.
-    #[error("TensorRT infers {inferred} for the tensor {tensor:?} of layer {layer}, the network says {declared}")]
+    #[error("layer {layer}, tensor {tensor:?}: declared {declared}, TensorRT infers {inferred}")]
     Inference {
         /// The layer.
         layer: Box<LayerContext>,

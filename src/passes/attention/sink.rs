@@ -51,7 +51,7 @@ fn constant_of(evaluator: &PartialEvaluator<'_>, column: ValueId) -> Result<Valu
         });
         at = movement
             .and_then(|node| node.input(0))
-            .ok_or_else(|| format!("the column {name} beside its scores is no constant"))?;
+            .ok_or_else(|| format!("the column {name} beside its scores is not constant"))?;
     }
     let numbers = graph.constant(at).expect("found").materialize();
     let numbers = numbers.map_err(|error| error.to_string())?.to_f32();

@@ -55,7 +55,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         .map(|r| width_of(&r.of.system.label, 12.5))
         .fold(80.0, f64::max)
         .min(330.0);
-    let subtitle = format!("{}; output tokens a second, more is better", group.title());
+    let subtitle = format!("{}; output tokens per second, higher is better", group.title());
     let svg = sheet(WIDTH, height.ceil() as u32, "Throughput", &subtitle, |canvas| {
         let (left, right) = (40.0 + labels, canvas.width - 140.0);
         let mut y = HEAD;
@@ -97,7 +97,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
     sources.dedup();
     Some(Figure {
         name: format!("{}-throughput", slug(group)),
-        caption: format!("Output tokens a second, {}", group.title()),
+        caption: format!("Output tokens per second, {}", group.title()),
         svg,
         sources,
     })

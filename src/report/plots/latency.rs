@@ -28,106 +28,112 @@ pub fn figure(group: &Group) -> Option<Figure> {
         false => ", hollow where unstable",
     };
     let subtitle = format!(
-        "{}; median ms a token{note}, bars to the 90th percentile{rings}",
+        "{}; median ms/token{note}, bars to the 90th percentile{rings}",
         group.title()
     );
-    let svg = sheet(SIZE.0, SIZE.1, "Time of a token by live length", &subtitle, |canvas| {
-        let (left, right) = (74.0, canvas.width - labels.min(300.0) - 84.0);
-        let (top, bottom) = (HEAD + 8.0, canvas.height - 62.0);
-        let y = match log {
-            true => Scale::log(lowest * 0.75, highest * 1.2, bottom, top),
-            false => Scale::linear(0.0, highest * 1.08, bottom, top),
-        };
-        let x = match first == last {
-            true => Scale::log(first as f64 * 0.5, first as f64 * 2.0, left, right),
-            false => Scale::log(first as f64 * 0.85, last as f64 * 1.12, left, right),
-        };
-        canvas.levels(&y, left, right);
-        canvas.line(&[(left, bottom), (right, bottom)], AXIS, 1);
-        let mut lengths: Vec<usize> = points().map(|d| d.live).collect();
-        lengths.sort_unstable();
-        lengths.dedup();
-        let mut free = f64::NEG_INFINITY;
-        for n in lengths {
-            let at = x.at(n as f64);
-            canvas.line(&[(at, bottom), (at, bottom + 5.0)], AXIS, 1);
-            if at - width_of(&n.to_string(), 12.0) / 2.0 > free {
-                canvas.write(
-                    (at, bottom + 18.0),
-                    &n.to_string(),
-                    12.0,
-                    FAINT_INK,
-                    Side::Middle,
-                    false,
-                );
-                free = at + width_of(&n.to_string(), 12.0) / 2.0 + 6.0;
-            }
-        }
-        let below = "context length (logarithmic)";
-        canvas.write(
-            ((left + right) / 2.0, bottom + 42.0),
-            below,
-            12.5,
-            INK,
-            Side::Middle,
-            false,
-        );
-        let end = |r: &ResultFile| {
-            let last = r.of.decode.iter().max_by_key(|d| d.live).expect("filtered");
-            (x.at(last.live as f64), y.at(last.ms.median), last.ms.median)
-        };
-        let sorted = |r: &ResultFile| {
-            let mut decode = r.of.decode.clone();
-            decode.sort_by_key(|d| d.live);
-            decode
-        };
-        let path_of = |r: &ResultFile| -> Vec<(f64, f64)> {
-            let place = |d: &Decode| (x.at(d.live as f64), y.at(d.ms.median));
-            sorted(r).iter().map(place).collect()
-        };
-        // Ours comes first in the list, and is drawn last, above the others.
-        for (r, colour) in lines.iter().rev() {
-            let (ours, path) = (is_ours(group, r), path_of(r));
-            canvas.line(&path, *colour, if ours { 3 } else { 2 });
-            for (d, at) in sorted(r).iter().zip(path) {
-                canvas.line(&[at, (at.0, y.at(d.ms.p90))], *colour, 1);
-                let size = if ours { 5 } else { 4 };
-                match d.stable {
-                    true => canvas.dot(at, size, *colour),
-                    false => canvas.ring(at, size, *colour),
+    let svg = sheet(
+        SIZE.0,
+        SIZE.1,
+        "Time per output token by context length",
+        &subtitle,
+        |canvas| {
+            let (left, right) = (74.0, canvas.width - labels.min(300.0) - 84.0);
+            let (top, bottom) = (HEAD + 8.0, canvas.height - 62.0);
+            let y = match log {
+                true => Scale::log(lowest * 0.75, highest * 1.2, bottom, top),
+                false => Scale::linear(0.0, highest * 1.08, bottom, top),
+            };
+            let x = match first == last {
+                true => Scale::log(first as f64 * 0.5, first as f64 * 2.0, left, right),
+                false => Scale::log(first as f64 * 0.85, last as f64 * 1.12, left, right),
+            };
+            canvas.levels(&y, left, right);
+            canvas.line(&[(left, bottom), (right, bottom)], AXIS, 1);
+            let mut lengths: Vec<usize> = points().map(|d| d.live).collect();
+            lengths.sort_unstable();
+            lengths.dedup();
+            let mut free = f64::NEG_INFINITY;
+            for n in lengths {
+                let at = x.at(n as f64);
+                canvas.line(&[(at, bottom), (at, bottom + 5.0)], AXIS, 1);
+                if at - width_of(&n.to_string(), 12.0) / 2.0 > free {
+                    canvas.write(
+                        (at, bottom + 18.0),
+                        &n.to_string(),
+                        12.0,
+                        FAINT_INK,
+                        Side::Middle,
+                        false,
+                    );
+                    free = at + width_of(&n.to_string(), 12.0) / 2.0 + 6.0;
                 }
             }
-        }
-        // A system's name is beside its last point: outside where that is the last of all, else within, where no line is.
-        let name = |r: &ResultFile| format!("{}: {}", r.of.system.label, ms(end(r).2));
-        let pointed = |at: (f64, f64), to: (f64, f64)| {
-            if (at.1 - to.1).abs() > 3.0 {
-                canvas.line(&[(at.0 + 8.0, at.1), (to.0 - 4.0, to.1)], GRID, 1);
+            let below = "context length (logarithmic)";
+            canvas.write(
+                ((left + right) / 2.0, bottom + 42.0),
+                below,
+                12.5,
+                INK,
+                Side::Middle,
+                false,
+            );
+            let end = |r: &ResultFile| {
+                let last = r.of.decode.iter().max_by_key(|d| d.live).expect("filtered");
+                (x.at(last.live as f64), y.at(last.ms.median), last.ms.median)
+            };
+            let sorted = |r: &ResultFile| {
+                let mut decode = r.of.decode.clone();
+                decode.sort_by_key(|d| d.live);
+                decode
+            };
+            let path_of = |r: &ResultFile| -> Vec<(f64, f64)> {
+                let place = |d: &Decode| (x.at(d.live as f64), y.at(d.ms.median));
+                sorted(r).iter().map(place).collect()
+            };
+            // Ours comes first in the list, and is drawn last, above the others.
+            for (r, colour) in lines.iter().rev() {
+                let (ours, path) = (is_ours(group, r), path_of(r));
+                canvas.line(&path, *colour, if ours { 3 } else { 2 });
+                for (d, at) in sorted(r).iter().zip(path) {
+                    canvas.line(&[at, (at.0, y.at(d.ms.p90))], *colour, 1);
+                    let size = if ours { 5 } else { 4 };
+                    match d.stable {
+                        true => canvas.dot(at, size, *colour),
+                        false => canvas.ring(at, size, *colour),
+                    }
+                }
             }
-        };
-        let at_edge = |r: &ResultFile| end(r).0 >= x.at(last as f64);
-        let (outside, mut within): (Vec<_>, Vec<_>) = lines.iter().copied().partition(|(r, _)| at_edge(r));
-        within.sort_by(|(a, _), (b, _)| end(a).1.total_cmp(&end(b).1));
-        let wanted: Vec<f64> = outside.iter().map(|(r, _)| end(r).1).collect();
-        for ((r, colour), place) in outside.iter().zip(spread(&wanted, 18.0, bottom - 4.0)) {
-            let to = (right + 12.0, place);
-            pointed((end(r).0, end(r).1), to);
-            canvas.write(to, &name(r), 12.5, *colour, Side::Start, is_ours(group, r));
-        }
-        let paths: Vec<Vec<(f64, f64)>> = lines.iter().map(|(r, _)| path_of(r)).collect();
-        let mut taken = Vec::new();
-        for (r, colour) in within {
-            let (at, height, _) = end(r);
-            let span = (at + 16.0, at + 16.0 + width_of(&name(r), 12.5));
-            let place = clear(height, 9.0, span, (top, bottom - 10.0), &paths, &taken);
-            taken.push(place);
-            pointed((at, height), (span.0, place));
-            canvas.write((span.0, place), &name(r), 12.5, colour, Side::Start, is_ours(group, r));
-        }
-    });
+            // A system's name is beside its last point: outside where that is the last of all, else within, where no line is.
+            let name = |r: &ResultFile| format!("{}: {}", r.of.system.label, ms(end(r).2));
+            let pointed = |at: (f64, f64), to: (f64, f64)| {
+                if (at.1 - to.1).abs() > 3.0 {
+                    canvas.line(&[(at.0 + 8.0, at.1), (to.0 - 4.0, to.1)], GRID, 1);
+                }
+            };
+            let at_edge = |r: &ResultFile| end(r).0 >= x.at(last as f64);
+            let (outside, mut within): (Vec<_>, Vec<_>) = lines.iter().copied().partition(|(r, _)| at_edge(r));
+            within.sort_by(|(a, _), (b, _)| end(a).1.total_cmp(&end(b).1));
+            let wanted: Vec<f64> = outside.iter().map(|(r, _)| end(r).1).collect();
+            for ((r, colour), place) in outside.iter().zip(spread(&wanted, 18.0, bottom - 4.0)) {
+                let to = (right + 12.0, place);
+                pointed((end(r).0, end(r).1), to);
+                canvas.write(to, &name(r), 12.5, *colour, Side::Start, is_ours(group, r));
+            }
+            let paths: Vec<Vec<(f64, f64)>> = lines.iter().map(|(r, _)| path_of(r)).collect();
+            let mut taken = Vec::new();
+            for (r, colour) in within {
+                let (at, height, _) = end(r);
+                let span = (at + 16.0, at + 16.0 + width_of(&name(r), 12.5));
+                let place = clear(height, 9.0, span, (top, bottom - 10.0), &paths, &taken);
+                taken.push(place);
+                pointed((at, height), (span.0, place));
+                canvas.write((span.0, place), &name(r), 12.5, colour, Side::Start, is_ours(group, r));
+            }
+        },
+    );
     Some(Figure {
         name: format!("{}-latency", slug(group)),
-        caption: format!("Time of a token by live length, {}", group.title()),
+        caption: format!("Time per output token by context length, {}", group.title()),
         svg,
         sources: lines.iter().map(|(r, _)| r.source).collect(),
     })

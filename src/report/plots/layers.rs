@@ -36,7 +36,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         }
         let mut y = HEAD + 34.0;
         for (name, profile) in profiles {
-            let title = format!("{name}, {} tokens live", profile.live);
+            let title = format!("{name}, context {}", profile.live);
             canvas.write((left, y + 9.0), &title, 13.0, INK, Side::Start, true);
             // Counted again, by one rule for files of every version.
             let groups = grouped(profile.live, profile.layers.clone()).groups;

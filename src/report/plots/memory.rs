@@ -53,7 +53,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         .min(330.0);
     let what = match group.on_gpu {
         true => "peak device memory, lower is better",
-        false => "peak resident memory of the process, mapped files included, less is better",
+        false => "peak resident memory of the process, with mapped files, lower is better",
     };
     let svg = sheet(
         WIDTH,

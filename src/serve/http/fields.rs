@@ -126,7 +126,7 @@ pub fn read<T: DeserializeOwned>(body: &[u8], names: &[&str]) -> Result<(Common,
             known if Common::NAMES.contains(&known) => drop(common.insert(name, value)),
             known if names.contains(&known) => drop(own.insert(name, value)),
             known if IGNORED.contains(&known) => {}
-            _ => return Err(ApiError::field(&name, "there is no such field").code("unknown_field")),
+            _ => return Err(ApiError::field(&name, "unknown field").code("unknown_field")),
         }
     }
     Ok((of_object(common)?, of_object(own)?))

@@ -62,7 +62,7 @@ pub enum ConfigError {
         source: serde_json::Error,
     },
     /// It describes another model.
-    #[error("{}: the weights are for another model than this package{}", path.display(), list(differences))]
+    #[error("{}: the weights are for a different model than the package's{}", path.display(), list(differences))]
     Contradiction {
         /// Of the file.
         path: PathBuf,
