@@ -114,7 +114,7 @@ fn pages_that_sources_name_exist() {
     for folder in ["src", "scripts", "tests", "examples", "benches"] {
         files(
             &root().join(folder),
-            &[".rs", ".py", ".sh", ".md", ".mjs"],
+            &[".rs", ".py", ".sh", ".cu", ".md", ".mjs"],
             &mut sources,
         );
     }
