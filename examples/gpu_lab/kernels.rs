@@ -46,8 +46,8 @@ fn forms() -> [(&'static str, Option<Codes>); 6] {
 }
 
 /// One line a case: ms of a step at each context, and the bytes of weights that it reads over its time. `only` keeps the
-/// cases whose name contains it.
-pub fn kernels(only: &str) -> Outcome<()> {
+/// cases whose name contains it. `rows`: how many sequences a step has, a case for each; all have the same context.
+pub fn kernels(only: &str, rows: &[usize]) -> Outcome<()> {
     let library = Library::load(None)?;
     let mut cases = Vec::new();
     for (model, decoder) in decoders() {
@@ -60,21 +60,26 @@ pub fn kernels(only: &str) -> Outcome<()> {
             codes.is_none_or(|Codes(_, size, _)| size == 0 || decoder.hidden.is_multiple_of(size))
         };
         for (form, codes) in forms().into_iter().filter(|(_, codes)| divides(codes)) {
-            for kernels in [true, false] {
-                let name = format!("{model}, {form}, {}", if kernels { "kernels" } else { "TensorRT" });
-                cases.push((name, decoder.clone(), codes, kernels));
+            for (kernels, rows) in [true, false].into_iter().flat_map(|k| rows.iter().map(move |rows| (k, *rows))) {
+                let layers = if kernels { "kernels" } else { "TensorRT" };
+                let name = format!("{model}, {form}, {rows} rows, {layers}");
+                cases.push((name, decoder.clone(), codes, kernels, rows));
             }
         }
     }
     cases.retain(|(name, ..)| name.contains(only));
     let gpu = Mutex::new(());
-    each(8, cases, |(name, decoder, codes, kernels)| {
+    each(8, cases, |(name, decoder, codes, kernels, rows)| {
         let run = || -> Outcome<String> {
             let options = LowerOptions {
                 kernels,
                 ..LowerOptions::for_engines()
             };
-            let network = lower(&quantized(&decoder, codes, false), &Profile::decode(CAPACITY), &options)?;
+            let profile = Profile {
+                batch: rows,
+                ..Profile::decode(CAPACITY)
+            };
+            let network = lower(&quantized(&decoder, codes, false), &profile, &options)?;
             let plans = tensorrt::build_all(&library, &network, &BuildOptions::default())?;
             let built: f64 = plans.iter().map(|plan| plan.elapsed().as_secs_f64()).sum();
             let plans: Vec<&[u8]> = plans.iter().map(|plan| plan.bytes()).collect();
@@ -87,8 +92,8 @@ pub fn kernels(only: &str) -> Outcome<()> {
             Ok(format!("{line} built in {built:.1} s, {} plans", plans.len()))
         };
         match run() {
-            Ok(line) => format!("{name:<45}{line}"),
-            Err(error) => format!("{name:<45} {error}"),
+            Ok(line) => format!("{name:<52}{line}"),
+            Err(error) => format!("{name:<52} {error}"),
         }
     });
     Ok(())

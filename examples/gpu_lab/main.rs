@@ -99,6 +99,9 @@ enum Command {
         /// Only cases whose name holds this.
         #[arg(default_value = "")]
         only: String,
+        /// Sequences of a step.
+        #[arg(long, value_delimiter = ',', default_value = "1")]
+        rows: Vec<usize>,
     },
     /// What chunks of a prompt cost by their rows.
     Prefill {
@@ -142,7 +145,7 @@ fn main() -> ExitCode {
         Command::Moves { package, steps } => moves::moves(&package, steps).map(|v| println!("{v:#}")),
         Command::Forms { only } => forms::forms(&only),
         Command::Choices { large, layers, only } => choices::choices(large, layers, &only),
-        Command::Kernels { only } => kernels::kernels(&only),
+        Command::Kernels { only, rows } => kernels::kernels(&only, &rows),
         Command::Prefill { large } => prefill::prefill(large),
         Command::Accuracy => accuracy::accuracy(),
     };

@@ -55,8 +55,10 @@ def choices(results, *arguments):
 
 
 def decode_steps(results):
-    """Whole decode steps with made-up weights, with kernels and without; STEPS keeps the cases whose names hold it."""
-    steps = lambda: run(BIN / "gpu_lab", "kernels", os.environ.get("STEPS", ""), timeout=500).splitlines()
+    """Whole decode steps with synthetic weights, with kernels and without. STEPS keeps the cases whose names contain it; ROWS has
+    the numbers of sequences of a step (1,4,8,16)."""
+    steps = lambda: run(BIN / "gpu_lab", "kernels", os.environ.get("STEPS", ""), "--rows", os.environ.get("ROWS", "1"),
+                        timeout=500).splitlines()  # fmt: skip
     results.attempt("decode_steps", steps)
 
 
