@@ -60,7 +60,10 @@ pub fn kernels(only: &str, rows: &[usize]) -> Outcome<()> {
             codes.is_none_or(|Codes(_, size, _)| size == 0 || decoder.hidden.is_multiple_of(size))
         };
         for (form, codes) in forms().into_iter().filter(|(_, codes)| divides(codes)) {
-            for (kernels, rows) in [true, false].into_iter().flat_map(|k| rows.iter().map(move |rows| (k, *rows))) {
+            for (kernels, rows) in [true, false]
+                .into_iter()
+                .flat_map(|k| rows.iter().map(move |rows| (k, *rows)))
+            {
                 let layers = if kernels { "kernels" } else { "TensorRT" };
                 let name = format!("{model}, {form}, {rows} rows, {layers}");
                 cases.push((name, decoder.clone(), codes, kernels, rows));

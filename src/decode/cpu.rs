@@ -177,9 +177,9 @@ impl Device for CpuDevice {
         }
     }
 
-    fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError> {
+    fn reserve(&mut self, capacity: usize, used: usize) -> Result<(), DeviceError> {
         match &mut self.caches {
-            Some(caches) => caches.grow(capacity, live),
+            Some(caches) => caches.grow(capacity, used),
             // The first program brings caches of its capacity.
             None => self.prepare(Profile::decode(capacity))?,
         }

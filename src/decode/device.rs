@@ -30,9 +30,9 @@ pub trait Device {
     /// `tokens <= waiting` and `position + rows <= capacity` must hold; the caller ensures that one token fits.
     fn chunk(&self, waiting: usize, position: usize, capacity: usize) -> Chunk;
 
-    /// Moves to a cache of `capacity` slots, keeping the first `live` of the present one: allocate, copy, switch.
-    /// Also the first call, with `live` 0.
-    fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError>;
+    /// Moves to a cache of `capacity` slots, keeping the first `used` of the present one: allocate, copy, switch.
+    /// Also the first call, with `used` 0.
+    fn reserve(&mut self, capacity: usize, used: usize) -> Result<(), DeviceError>;
 
     /// Runs one chunk: `tokens` at `position..`, padded to `chunk.rows`. Writes the logits of the last token,
     /// `[vocabulary]`, to `logits`, replacing what was there.

@@ -248,7 +248,7 @@ pub fn stream_prompt(
         if added.end.is_some() {
             break;
         }
-        if session.room() == 0 {
+        if session.remaining() == 0 {
             finish_reason = FinishReason::Capacity;
             break;
         }

@@ -44,13 +44,13 @@ impl CacheRows {
         self.rows * self.pitch(capacity)
     }
 
-    /// What moves when a cache of `from` slots becomes one of `to`: the first `live` slots of every row, as many as both
+    /// What moves when a cache of `from` slots becomes one of `to`: the first `used` slots of every row, as many as both
     /// have.
-    pub fn resize(&self, from: usize, to: usize, live: usize) -> RowCopy {
+    pub fn resize(&self, from: usize, to: usize, used: usize) -> RowCopy {
         RowCopy {
             from_pitch: self.pitch(from),
             to_pitch: self.pitch(to),
-            bytes: self.pitch(live.min(from).min(to)),
+            bytes: self.pitch(used.min(from).min(to)),
             rows: self.rows,
         }
     }

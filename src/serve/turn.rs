@@ -313,7 +313,7 @@ impl Running<'_> {
             let generated = self.transcript.tokens().len();
             return Err(RequestError::Cancelled { generated });
         }
-        let is_full = decoder.room(self.id) == 0;
+        let is_full = decoder.remaining(self.id) == 0;
         let end = match is_complete {
             true => Some(FinishReason::Stop),
             false => added.end.or(is_full.then_some(FinishReason::Capacity)),

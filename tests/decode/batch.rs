@@ -406,7 +406,7 @@ fn what_cannot_be_fed_is_refused_and_the_others_go_on() {
     assert!(refused(&mut batch, &[1]).starts_with("2 sequences are running"));
     fed(&mut batch, a);
     fed(&mut batch, b);
-    assert_eq!((batch.room(a), batch.room(b)), (0, 94));
+    assert_eq!((batch.remaining(a), batch.remaining(b)), (0, 94));
     let results = batch.step(&[(a, 1), (b, 4)]);
     assert!(matches!(
         &results[0],

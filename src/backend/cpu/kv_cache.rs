@@ -110,17 +110,17 @@ impl KvCaches {
         self.entries.iter().map(|c| c.memory.len()).sum()
     }
 
-    /// More slots, keeping the first `live` slots of every cache; the others are zero. KvCaches are moved one at a time,
-    /// so at most one is held twice. `capacity` may also be smaller, if it still holds `live`.
-    pub fn grow(&mut self, capacity: usize, live: usize) {
+    /// More slots, keeping the first `used` slots of every cache; the others are zero. KvCaches are moved one at a time,
+    /// so at most one is held twice. `capacity` may also be smaller, if it still holds `used`.
+    pub fn grow(&mut self, capacity: usize, used: usize) {
         for cache in &mut self.entries {
-            *cache = cache.copy(capacity, live);
+            *cache = cache.copy(capacity, used);
         }
     }
 
-    /// Caches of their own of `capacity` slots, of which the first `live` are copies of these; the others are zero.
-    pub fn copy(&self, capacity: usize, live: usize) -> KvCaches {
-        let copies = self.entries.iter().map(|cache| cache.copy(capacity, live));
+    /// Caches of their own of `capacity` slots, of which the first `used` are copies of these; the others are zero.
+    pub fn copy(&self, capacity: usize, used: usize) -> KvCaches {
+        let copies = self.entries.iter().map(|cache| cache.copy(capacity, used));
         KvCaches {
             entries: copies.collect(),
         }
@@ -135,15 +135,15 @@ impl KvCaches {
 }
 
 impl KvCache {
-    fn copy(&self, capacity: usize, live: usize) -> KvCache {
+    fn copy(&self, capacity: usize, used: usize) -> KvCache {
         let [batch, heads, old, dim] = self.shape;
         let rows = CacheRows {
             rows: batch * heads,
             slot_bytes: self.dtype.byte_len(dim),
         };
         let mut next = KvCache::zeroed(self.name.clone(), self.dtype, [batch, heads, capacity, dim]);
-        if live > 0 {
-            rows.resize(old, capacity, live).run(self.bytes(), next.bytes_mut());
+        if used > 0 {
+            rows.resize(old, capacity, used).run(self.bytes(), next.bytes_mut());
         }
         next
     }

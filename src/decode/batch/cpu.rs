@@ -154,7 +154,7 @@ impl BatchDevice for CpuBatchDevice {
     fn open(&mut self, slot: usize, capacity: usize, prefix: Option<(usize, usize)>) -> Result<(), DeviceError> {
         self.prepare_decode(capacity)?;
         let caches = match prefix {
-            Some((from, live)) => self.caches(from).copy(capacity, live),
+            Some((from, used)) => self.caches(from).copy(capacity, used),
             None => self
                 .empty
                 .as_ref()
@@ -168,10 +168,10 @@ impl BatchDevice for CpuBatchDevice {
         Ok(())
     }
 
-    fn resize(&mut self, slot: usize, capacity: usize, live: usize) -> Result<(), DeviceError> {
+    fn resize(&mut self, slot: usize, capacity: usize, used: usize) -> Result<(), DeviceError> {
         self.prepare_decode(capacity)?;
         let caches = self.caches[slot].as_mut().expect("an open slot");
-        caches.grow(capacity, live);
+        caches.grow(capacity, used);
         Ok(())
     }
 

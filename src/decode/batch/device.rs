@@ -50,8 +50,8 @@ pub trait BatchDevice {
     /// copied.
     fn open(&mut self, slot: usize, capacity: usize, prefix: Option<(usize, usize)>) -> Result<(), DeviceError>;
 
-    /// Gives a slot another capacity and keeps the first `live` places. On an error the cache is what it was.
-    fn resize(&mut self, slot: usize, capacity: usize, live: usize) -> Result<(), DeviceError>;
+    /// Gives a slot another capacity and keeps the first `used` places. On an error the cache is what it was.
+    fn resize(&mut self, slot: usize, capacity: usize, used: usize) -> Result<(), DeviceError>;
 
     /// Forgets the cache of a slot.
     fn close(&mut self, slot: usize);

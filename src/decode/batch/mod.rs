@@ -307,7 +307,7 @@ impl BatchDecoder {
         });
         let opened = self
             .device
-            .open(slot, capacity, prefix.map(|(live, from)| (from, live)));
+            .open(slot, capacity, prefix.map(|(used, from)| (from, used)));
         if let Err(error) = opened {
             self.free.push(slot);
             return Err(SessionError::from(error).into());
@@ -387,14 +387,14 @@ impl BatchDecoder {
         let sequence = self.get(id);
         assert!(!sequence.logits.is_empty(), "the prompt is not fed, or a step failed");
         let cached = sequence.cached.as_ref().expect("the prompt is fed");
-        let (slot, live, old) = (cached.slot, cached.tokens.len(), cached.capacity);
-        check_tokens(live, &[token], self.vocabulary, self.largest_capacity())?;
-        if live < old {
+        let (slot, used, old) = (cached.slot, cached.tokens.len(), cached.capacity);
+        check_tokens(used, &[token], self.vocabulary, self.largest_capacity())?;
+        if used < old {
             return Ok(());
         }
-        let capacity = self.fitting(live + 1);
+        let capacity = self.fitting(used + 1);
         self.make_room(capacity, old, None)?;
-        self.device.resize(slot, capacity, live).map_err(SessionError::from)?;
+        self.device.resize(slot, capacity, used).map_err(SessionError::from)?;
         let sequence = self.sequences.get_mut(&id).expect("looked at above");
         sequence.cached.as_mut().expect("the prompt is fed").capacity = capacity;
         Ok(())
@@ -439,7 +439,7 @@ impl BatchDecoder {
     }
 
     /// Tokens that a sequence can still be fed, its prompt counted as fed.
-    pub fn room(&self, id: SequenceId) -> usize {
+    pub fn remaining(&self, id: SequenceId) -> usize {
         let sequence = self.get(id);
         let fed = sequence.cached.as_ref().map_or(0, |cached| cached.tokens.len());
         self.largest_capacity() - fed.max(sequence.prompt.len())

@@ -73,11 +73,11 @@ impl KvCache {
         self.buffer.clear(stream)
     }
 
-    /// A cache of another capacity with the first `live` slots of this one. Queued.
-    pub fn grown(&self, cuda: &Rc<Cuda>, stream: &Stream, capacity: usize, live: usize) -> Result<Self, RunError> {
+    /// A cache of another capacity with the first `used` slots of this one. Queued.
+    pub fn grown(&self, cuda: &Rc<Cuda>, stream: &Stream, capacity: usize, used: usize) -> Result<Self, RunError> {
         let grown = KvCache::allocated(cuda, stream, self.tensors.clone(), capacity)?;
         for (first, count) in runs(&self.tensors, [self.capacity, capacity]) {
-            let copy = self.tensors[first].rows.resize(self.capacity, capacity, live);
+            let copy = self.tensors[first].rows.resize(self.capacity, capacity, used);
             let from = Rows {
                 buffer: &self.buffer,
                 at: offset(&self.tensors, first, self.capacity),
@@ -196,12 +196,12 @@ mod tests {
             // Gaps behind tensors in the smaller capacity, and one of another shape.
             vec![tensor(2, 16), tensor(2, 16), tensor(1, 16), tensor(2, 16)],
         ] {
-            let (small, large, live) = (3, 8, 2);
+            let (small, large, used) = (3, 8, 2);
             let bytes = |capacity| offset(&tensors, tensors.len(), capacity);
             let from: Vec<u8> = (0..bytes(small)).map(|i| (i % 251) as u8 + 1).collect();
             let mut to = vec![0u8; bytes(large)];
             for (first, count) in runs(&tensors, [small, large]) {
-                let mut copy = tensors[first].rows.resize(small, large, live);
+                let mut copy = tensors[first].rows.resize(small, large, used);
                 copy.rows *= count;
                 let (a, b) = (offset(&tensors, first, small), offset(&tensors, first, large));
                 copy.run(&from[a..], &mut to[b..]);
@@ -212,7 +212,7 @@ mod tests {
                     let slot = tensor.rows.slot_bytes;
                     let a = offset(&tensors, i, small) + row * small * slot;
                     let b = offset(&tensors, i, large) + row * large * slot;
-                    expected[b..b + live * slot].copy_from_slice(&from[a..a + live * slot]);
+                    expected[b..b + used * slot].copy_from_slice(&from[a..a + used * slot]);
                 }
             }
             assert!(to == expected, "{tensors:?}");

@@ -391,13 +391,13 @@ impl Device for CudaDevice {
         Chunk { tokens, rows, end }
     }
 
-    fn reserve(&mut self, capacity: usize, live: usize) -> Result<(), DeviceError> {
+    fn reserve(&mut self, capacity: usize, used: usize) -> Result<(), DeviceError> {
         let known = self.slot(1, capacity).is_some_and(|at| self.slots[at].loaded.is_some());
         let at = self.ready(1, capacity)?;
-        if live == 0 && self.cache.is_some() && self.capacity == capacity {
+        if used == 0 && self.cache.is_some() && self.capacity == capacity {
             return Ok(());
         }
-        if live == 0 && self.cache.is_some() {
+        if used == 0 && self.cache.is_some() {
             // Nothing to keep: two caches at once could need more memory than is free.
             self.stream.wait().map_err(|error| self.failed(error))?;
             (self.cache, self.capacity) = (None, 0);
@@ -406,7 +406,7 @@ impl Device for CudaDevice {
         let cuda = self.runtime.cuda();
         let moved = match &self.cache {
             None => KvCache::new(cuda, &self.stream, &self.interface, batch, capacity),
-            Some(cache) => cache.grown(cuda, &self.stream, capacity, live),
+            Some(cache) => cache.grown(cuda, &self.stream, capacity, used),
         };
         let moved = moved.and_then(|cache| {
             self.stream.wait()?;

@@ -345,9 +345,9 @@ impl BatchDevice for CudaBatchDevice {
         Ok(())
     }
 
-    fn resize(&mut self, slot: usize, capacity: usize, live: usize) -> Result<(), DeviceError> {
+    fn resize(&mut self, slot: usize, capacity: usize, used: usize) -> Result<(), DeviceError> {
         let cache = self.caches[slot].as_ref().expect("an open slot");
-        let moved = self.allocated(capacity, Some((cache, live)))?;
+        let moved = self.allocated(capacity, Some((cache, used)))?;
         self.caches[slot] = Some(moved);
         Ok(())
     }
