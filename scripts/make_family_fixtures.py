@@ -88,7 +88,22 @@ FAMILIES = {
     "opt": ("opt", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 32}),
     "smollm3": ("smollm3", {**USUAL, "no_rope_layers": [1, 0]}),
     "exaone4": ("exaone4", {**USUAL, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    # Capped scores; partial rotations, interleaved and by halves; one matrix for queries, keys and values.
+    "gemma2": ("gemma2", {**USUAL, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "gptj": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
+    "gptneox": ("gpt_neox", {**PLAIN, "rotary_pct": 0.25}),
+    "phi3": ("phi3", PLAIN),
+    # Mixtures of experts.
+    "qwen2moe": ("qwen2_moe", {**USUAL, **EXPERTS, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1}),
+    "qwen3moe": ("qwen3_moe", {**USUAL, **EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True}),
+    "mixtral": ("mixtral", {**USUAL, **EXPERTS}),
+    "granitemoe": ("granitemoe", {**PLAIN, **EXPERTS}),
+    "olmoe": ("olmoe", {**PLAIN, **EXPERTS}),
+    # A number of sequences that the export fixes.
+    "llama-batch2": ("llama", USUAL),
 }
+# Sequences of the families that are exported for one number of them.
+FIXED_BATCH = {"llama-batch2": 2}
 
 
 def build(family):
@@ -96,6 +111,9 @@ def build(family):
     config = transformers.AutoConfig.for_model(kind, vocab_size=VOCABULARY, **settings)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    if "num_experts" in settings and hasattr(model, "set_experts_implementation"):
+        # The loop over experts, transformers 5's own, is refused by the exporter.
+        model.set_experts_implementation("batched_mm")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -125,32 +143,59 @@ class FlatPast(torch.nn.Module):
         return (result.logits, *(part for layer in result.past_key_values.layers for part in (layer.keys, layer.values)))
 
 
-def dynamo(model, folder, opset):
+def example_of(model, batch):
+    """Inputs of FlatPast for so many sequences, and names of the caches."""
     with torch.no_grad():
-        cached = model(input_ids=torch.ones(2, 5, dtype=torch.int64), use_cache=True).past_key_values
+        cached = model(input_ids=torch.ones(batch, 5, dtype=torch.int64), use_cache=True).past_key_values
     past = [torch.randn_like(part) for layer in cached.layers for part in (layer.keys, layer.values)]
     names = [f"past_key_values.{i}.{part}" for i in range(len(past) // 2) for part in ("key", "value")]
     example = (
-        torch.ones(2, 3, dtype=torch.int64),
-        torch.ones(2, 8, dtype=torch.int64),
-        torch.arange(5, 8).expand(2, 3).contiguous(),
+        torch.ones(batch, 3, dtype=torch.int64),
+        torch.ones(batch, 8, dtype=torch.int64),
+        torch.arange(5, 8).expand(batch, 3).contiguous(),
         past,
     )
-    rows = {0: "batch", 1: "sequence_length"}
+    return example, names
+
+
+def names_of(caches):
+    return {
+        "input_names": ["input_ids", "attention_mask", "position_ids", *caches],
+        "output_names": ["logits", *(name.replace("past_key_values", "present") for name in caches)],
+    }
+
+
+def dynamo(model, folder, opset, batch):
+    example, caches = example_of(model, batch or 2)
+    free = {} if batch else {0: "batch"}
+    rows = {**free, 1: "sequence_length"}
     program = torch.onnx.export(
         FlatPast(model).eval(),
         example,
         dynamo=True,
         opset_version=opset,
         verbose=False,
-        input_names=["input_ids", "attention_mask", "position_ids", *names],
-        output_names=["logits", *(name.replace("past_key_values", "present") for name in names)],
-        dynamic_shapes=(rows, {0: "batch", 1: "total_length"}, rows, [{0: "batch", 2: "past_length"} for _ in past]),
+        **names_of(caches),
+        dynamic_shapes=(rows, {**free, 1: "total_length"}, rows, [{**free, 2: "past_length"} for _ in caches]),
     )
     for node in program.model_proto.graph.node:
         del node.metadata_props[:]
     folder.mkdir(parents=True)
     onnx.save(program.model_proto, folder / "model.onnx")
+
+
+def torchscript(model, folder, opset, batch):
+    example, caches = example_of(model, batch or 2)
+    free = {} if batch else {0: "batch"}
+    rows = {**free, 1: "sequence_length"}
+    names = names_of(caches)
+    axes = {"input_ids": rows, "attention_mask": {**free, 1: "total_length"}, "position_ids": rows, "logits": rows}
+    axes |= {name: {**free, 2: "past_length"} for name in caches}
+    axes |= {name: {**free, 2: "total_length"} for name in names["output_names"][1:]}
+    folder.mkdir(parents=True)
+    torch.onnx.export(
+        FlatPast(model).eval(), example, folder / "model.onnx", dynamo=False, opset_version=opset, **names, dynamic_axes=axes
+    )
 
 
 def optimum(model, folder):
@@ -176,10 +221,15 @@ def reference(path):
     runs = []
     for prompt in PROMPTS:
         ids, length, tokens, top = list(prompt), 0, [], []
+        # Other sequences beside the prompt where the export fixes their number.
+        batch = next(value.shape[0] for value in inputs if value.name == "input_ids")
+        batch = batch if isinstance(batch, int) else 1
+        others = [[(7 * token + 13 * row) % 94 + 3 for token in prompt] for row in range(1, batch)]
         cache = {value.name: np.zeros([dim if isinstance(dim, int) else int("batch" in dim) for dim in value.shape], np.float32) for value in caches}
         for _ in range(STEPS):
-            positions = np.arange(length, length + len(ids), dtype=np.int64)[None]
-            feed = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, length + len(ids)), np.int64), "position_ids": positions}
+            positions = np.tile(np.arange(length, length + len(ids), dtype=np.int64), (batch, 1))
+            rows = np.array([ids, *(other[: len(ids)] for other in others)], np.int64)
+            feed = {"input_ids": rows, "attention_mask": np.ones((batch, length + len(ids)), np.int64), "position_ids": positions}
             feed = {value.name: feed[value.name] for value in inputs if value.name in feed} | cache
             found = dict(zip(outputs, session.run(None, feed)))
             cache = {name: found[name.replace("past_key_values", "present")] for name in cache}
@@ -197,7 +247,7 @@ def reference(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("target", type=Path)
-    parser.add_argument("exporter", help="optimum, or dynamo and an opset")
+    parser.add_argument("exporter", help="optimum, or dynamo or torchscript and an opset")
     parser.add_argument("family", nargs="*")
     arguments = parser.parse_args()
     for family in arguments.family or FAMILIES:
@@ -208,7 +258,9 @@ def main():
             if arguments.exporter == "optimum":
                 optimum(model, folder)
             else:
-                dynamo(model, folder, int(arguments.exporter.removeprefix("dynamo")))
+                export = dynamo if arguments.exporter.startswith("dynamo") else torchscript
+                opset = int(arguments.exporter.removeprefix(export.__name__))
+                export(model, folder, opset, FIXED_BATCH.get(family))
             runs = reference(folder / "model.onnx")
         except Exception as error:  # noqa: BLE001 - an exporter that refuses a family is a finding, not the end
             shutil.rmtree(folder, ignore_errors=True)

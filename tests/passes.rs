@@ -12,6 +12,8 @@ mod chosen_rows;
 mod decoder;
 #[path = "passes/experts.rs"]
 mod experts;
+#[path = "passes/fixed_batch.rs"]
+mod fixed_batch;
 #[path = "passes/given_masks.rs"]
 mod given_masks;
 #[path = "passes/grouped.rs"]

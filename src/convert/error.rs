@@ -63,6 +63,16 @@ pub enum ConvertError {
         /// What is wrong, at which size.
         reason: String,
     },
+    /// A merged decoder whose two branches are not one model.
+    #[error("{}: {}", path.display(), branches(switch, reason))]
+    Branches {
+        /// The export.
+        path: PathBuf,
+        /// The input that chooses the branch.
+        switch: String,
+        /// Where they differ.
+        reason: String,
+    },
     /// TensorRT is known to compute something else than the graph says.
     #[error(
         "{}: {} {} rows whose rotation by position is written out in single layers: engines of such a model are wrong on a GPU", path.display(), nodes.join(", "), if nodes.len() == 1 { "normalizes" } else { "normalize" })]
@@ -157,6 +167,11 @@ pub enum ConvertError {
     Stopped,
 }
 
+/// What keeps a merged decoder from being converted.
+pub(super) fn branches(switch: &str, reason: &str) -> String {
+    format!("the branches that {switch} chooses between are not one model: for the same prompt, {reason}")
+}
+
 fn list(faults: &[String]) -> String {
     match faults {
         [one] => one.clone(),
@@ -212,6 +227,10 @@ impl Help for ConvertError {
                     .to_string(),
             ),
             ConvertError::BatchOfEmbeddings { .. } => Some("leave --batch out; sequences then take turns".to_string()),
+            ConvertError::Branches { .. } => Some(
+                "convert decoder_with_past_model.onnx, which is one model (`optimum-cli export onnx --no-post-process` writes it)"
+                    .to_string(),
+            ),
             ConvertError::Numbers { source, .. } => source.help(),
             ConvertError::Capacity { limit, .. } => Some(format!("use a --capacity of at most {limit}")),
             ConvertError::Emit { source, .. } => source.help(),

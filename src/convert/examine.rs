@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use super::{ConvertError, ModelFiles, capacities, check, faults, masks, trained_context};
+use super::{ConvertError, ModelFiles, branches, capacities, check, faults, masks, trained_context};
 use crate::graph::{Graph, ValueId, infer};
 use crate::help::Help;
 use crate::lower::{self, LowerOptions};
@@ -52,11 +52,12 @@ pub fn examine(files: &ModelFiles, graph: &Graph, conversion: &Conversion) -> Ex
     }
     if reasons.is_empty()
         && let Some(canonical) = &canonical
-        && let Err(error) = runnable(model, canonical)
+        && let Err(error) = runnable(model, canonical).and_then(|()| branches::check(model))
     {
         help = error.help();
         reasons.extend(match error {
             ConvertError::Unrunnable { reason, .. } => Some(reason),
+            ConvertError::Branches { switch, reason, .. } => Some(super::error::branches(&switch, &reason)),
             other => Some(other.to_string()),
         });
     }

@@ -5,6 +5,7 @@
 //! [`Spec`](crate::spec::Spec)) and reports to a [`Progress`]. [`examine()`] says beforehand whether that can be done, and why
 //! not. [`engines`] builds engines for a refit, too. Flags and printing belong to the command line.
 
+mod branches;
 pub mod engines;
 mod error;
 mod examine;
@@ -167,6 +168,9 @@ pub fn convert(
     progress.step("rewriting");
     examine::mask_windows(&files, &graph, &mut conversion);
     let mut canonical = examine::canonical(&files, graph, &conversion, options.allowed.overflow)?;
+    if !options.without_weights {
+        branches::check(model)?;
+    }
     let no_table = embeddings(model, &mut canonical, options)?;
     let limit = canonical.architecture.max_positions;
     let capacities = capacities(model, &conversion, limit, trained_context(configs))?;

@@ -38,7 +38,7 @@
 //! `is_causal = 0`; grouped heads are native (heads a multiple of kv_heads). Rotary positions are `RotaryEmbedding` with
 //! tables `[max_position, rotary_dim/2]` and `position_ids`. Linear weights are constants `[out, in]` read through
 //! `Transpose(perm = [1, 0])` by `MatMul`; a bias is an `Add` after it. `batch` is the constant 1 where the export
-//! fixed it.
+//! fixed that.
 
 mod attention;
 mod constant;

@@ -21,7 +21,7 @@ mod write;
 
 pub use error::{ReadError, ReadErrorKind};
 pub use exporter::{Exporter, exporter};
-pub use read::{read, read_stripped};
+pub use read::{read, read_prompt_branch, read_stripped};
 pub use write::{INLINE_LIMIT, Layout, Placement, WriteError, encode, write, write_with_data};
 
 /// The opsets [`read`] takes.

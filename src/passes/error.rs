@@ -218,7 +218,7 @@ impl Help for PassError {
             PassError::Cycle(error) => error.help(),
             PassError::Constant(error) => error.help(),
             PassError::FixedDims { .. } => Some(
-                "export with dynamic axes for the batch (or a batch of 1), the new tokens, the past and the mask's length: \
+                "export with dynamic axes for the batch (or one number for all inputs, up to 64), the new tokens, the past and the mask's length: \
                  optimum does so by itself, torch.onnx.export with dynamic_shapes (dynamic_axes for TorchScript)"
                     .to_string(),
             ),

@@ -1,8 +1,9 @@
 //! Dims of the inputs that the export fixed and a decoder session needs free.
 //!
-//! A session feeds one sequence, any number of new tokens and a cache that grows. An export for two sequences, or for one
-//! token a call, or with a mask of 128 columns beside a growing cache, computes something else or nothing. All such dims are
-//! refused together, with what they count and how to free them; a batch of 1 is what a session feeds.
+//! A session feeds one sequence, any number of new tokens and a cache that grows. An export for one token a call, or with a
+//! mask of 128 columns beside a growing cache, computes something else or nothing. All such dims are refused together, with
+//! what they count and how to free them. A batch of 1 is what a session feeds, and one that is the same everywhere is freed
+//! later ([`batch`](super::batch)).
 
 use std::collections::HashMap;
 
@@ -11,32 +12,76 @@ use super::roles::InputRole;
 use crate::dim::Dim;
 use crate::graph::{Graph, ValueId};
 
-/// Every dim that has to be free: `input_ids [2, tokens]: batch is 2 (axis 0)`. `growing`: caches grow by concatenation.
-pub fn find(graph: &Graph, of: &HashMap<ValueId, InputRole>, growing: bool) -> Vec<String> {
+/// More sequences make every proof by execution larger.
+const MOST_SEQUENCES: i64 = 64;
+
+/// The axis that counts sequences of an input.
+fn batch_axis(role: InputRole, rank: usize) -> Option<usize> {
+    let named = match role {
+        InputRole::InputIds
+        | InputRole::Embeddings
+        | InputRole::PastLength
+        | InputRole::TotalLength
+        | InputRole::LastPosition => true,
+        InputRole::PaddingMask => rank == 2,
+        InputRole::FullMask => rank == 4,
+        InputRole::Cache => rank == 3 || rank == 4,
+        InputRole::Positions if rank > 1 => return Some(rank - 2),
+        _ => false,
+    };
+    (named && rank > 0).then_some(0)
+}
+
+/// The number of sequences that the export fixed, if it is greater than 1 and the only one. Inputs of positions alone may
+/// have one row for all of them.
+pub fn batch(graph: &Graph, of: &HashMap<ValueId, InputRole>) -> Option<usize> {
+    let mut number = None;
+    for id in &graph.inputs {
+        let (Some(role), Some(shape)) = (of.get(id), graph.shape(*id)) else {
+            continue;
+        };
+        let Some(fixed) = batch_axis(*role, shape.len()).and_then(|axis| shape[axis].as_const()) else {
+            continue;
+        };
+        let one_for_all = fixed == 1 && role.is_positional();
+        if !one_for_all && *number.get_or_insert(fixed) != fixed {
+            return None;
+        }
+    }
+    let number = number.filter(|number| (2..=MOST_SEQUENCES).contains(number))?;
+    usize::try_from(number).ok()
+}
+
+/// Every dim that has to be free: `input_ids [2, tokens]: batch is 2 (axis 0)`. `growing`: caches grow by concatenation;
+/// `batch`: see there.
+pub fn find(
+    graph: &Graph,
+    of: &HashMap<ValueId, InputRole>,
+    growing: bool,
+    batch: Option<usize>,
+) -> Vec<String> {
     let (mut found, mut caches) = (Vec::new(), Vec::new());
     for id in &graph.inputs {
         let (Some(role), Some(shape)) = (of.get(id), graph.shape(*id)) else {
             continue;
         };
         let last = shape.len().wrapping_sub(1);
-        let before = shape.len().wrapping_sub(2);
         // What each axis counts, and the numbers that are as good as a free dim.
         let one: &[i64] = &[1];
-        let axes: Vec<(usize, &str, &[i64])> = match role {
-            InputRole::InputIds | InputRole::Embeddings => {
-                vec![(0, "batch", one), (1, "the number of new tokens", &[])]
-            }
+        let sequences = [1, batch.map_or(1, |number| number as i64)];
+        let mut axes: Vec<(usize, &str, &[i64])> = Vec::new();
+        axes.extend(batch_axis(*role, shape.len()).map(|axis| (axis, "batch", &sequences[..])));
+        match role {
+            InputRole::InputIds | InputRole::Embeddings => axes.push((1, "the number of new tokens", &[])),
             // One position may be that of the first token.
-            InputRole::Positions if shape.len() == 1 => vec![(last, "the number of new tokens", one)],
-            InputRole::Positions => vec![(before, "batch", one), (last, "the number of new tokens", &[])],
-            InputRole::PaddingMask if shape.len() == 2 => vec![(0, "batch", one), (1, TOTAL, &[])],
+            InputRole::Positions if shape.len() == 1 => axes.push((last, "the number of new tokens", one)),
+            InputRole::Positions => axes.push((last, "the number of new tokens", &[])),
+            InputRole::PaddingMask if shape.len() == 2 => axes.push((1, TOTAL, &[])),
             InputRole::FullMask if shape.len() == 4 => {
-                vec![(0, "batch", one), (2, "the number of new tokens", one), (3, TOTAL, &[])]
+                axes.extend([(2, "the number of new tokens", one), (3, TOTAL, &[][..])]);
             }
-            InputRole::PastLength | InputRole::TotalLength | InputRole::LastPosition => vec![(0, "batch", one)],
-            InputRole::Cache if shape.len() == 3 || shape.len() == 4 => vec![(0, "batch", one)],
-            _ => Vec::new(),
-        };
+            _ => {}
+        }
         for (axis, what, good) in axes {
             let fixed = shape.get(axis).and_then(Dim::as_const);
             let Some(number) = fixed.filter(|number| !good.contains(number)) else {

@@ -22,6 +22,7 @@
 //! | [`activation`] | SiLU and GELU from their parts, proven by execution |
 //! | `experts` | mixtures of experts, proven by execution |
 //! | `emit` | recognised attention as canonical operators |
+//! | `batch` | any number of sequences where the export fixed one |
 //! | `reshapes` | reshapes with constant targets |
 //! | `positions` | embeddings of positions by `position_ids` |
 //! | `tied` | a head that repeats the embedding's bytes reads the embedding |
@@ -34,6 +35,7 @@
 pub mod activation;
 mod architecture;
 mod attention;
+mod batch;
 mod chosen_rows;
 pub mod cleanup;
 mod contract;
@@ -49,7 +51,7 @@ mod kind;
 pub mod layer_norm;
 mod lengths;
 pub mod linear;
-mod partial_eval;
+pub(crate) mod partial_eval;
 mod pattern;
 mod positions;
 mod quantized;
@@ -385,7 +387,7 @@ pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canon
     let (analysed, kind) = analyse(graph, options, &mut report)?;
     let Analysed {
         mut graph,
-        roles,
+        mut roles,
         analysis,
         activations,
     } = analysed;
@@ -434,6 +436,16 @@ pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canon
         Ok(found)
     })?;
     timed(&mut graph, &mut report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    // One sequence is what a session feeds.
+    if let Some(number) = roles.batch.filter(|number| *number > 1) {
+        timed(&mut graph, &mut report, &table::BATCH, |graph| {
+            let values = batch::run(graph, number).map_err(refuse)?;
+            graph.remove_dead_nodes();
+            Ok((values, ()))
+        })?;
+        roles.batch = None;
+        timed(&mut graph, &mut report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    }
     for (info, pass) in FINISH {
         timed(&mut graph, &mut report, info, |graph| Ok((pass(graph)?, ())))?;
     }

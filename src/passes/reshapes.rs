@@ -69,7 +69,8 @@ pub fn reshape_to(graph: &mut Graph, input_ids: ValueId, x: ValueId, to: &[Dim],
     Some(output)
 }
 
-fn target(graph: &mut Graph, input_ids: ValueId, from: &[Dim], to: &[Dim], name: &str) -> Option<ValueId> {
+/// The target of a reshape from one shape to another. `None` if it cannot be expressed.
+pub fn target(graph: &mut Graph, input_ids: ValueId, from: &[Dim], to: &[Dim], name: &str) -> Option<ValueId> {
     let entries = entries(from, to)?;
     let name = format!("{name}.shape");
     let constant = |entry: &Entry| match entry {

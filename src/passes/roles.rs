@@ -66,7 +66,7 @@ pub struct Roles {
     pub growing: bool,
     /// Of masks that the caller fills and a window was given for: how many positions they let a query attend to.
     pub windows: HashMap<ValueId, Option<usize>>,
-    /// 1 where the export fixed the batch size; others are refused.
+    /// Sequences of a call, where the export fixed them.
     pub batch: Option<usize>,
     /// Slots of a static cache, where the export fixed them.
     pub capacity: Option<usize>,
@@ -129,7 +129,8 @@ pub fn assign(graph: &mut Graph, mask_windows: &MaskWindows) -> Result<Roles, Pa
         });
     }
     let growing = caches.iter().any(|id| grows(graph, *id, &uses));
-    let fixed = fixed_dims::find(graph, &of, growing);
+    let fixed_batch = fixed_dims::batch(graph, &of);
+    let fixed = fixed_dims::find(graph, &of, growing, fixed_batch);
     if !fixed.is_empty() {
         errors.push(PassError::FixedDims { dims: fixed });
     }
@@ -170,10 +171,10 @@ pub fn assign(graph: &mut Graph, mask_windows: &MaskWindows) -> Result<Roles, Pa
             found: format!("{:?}", graph.shape(several).cloned().unwrap_or_default()),
         });
     }
-    // One input with a batch of 1 fixes it for all.
+    // One input with a batch of 1, or of another number, fixes it for all.
     let padding = with(InputRole::PaddingMask);
     let batches = caches.iter().chain(&padding).map(|id| graph.shape(*id)?.first());
-    let batch = batches.fold(constant(Some(&ids_shape[0])), |known, dim| known.or(constant(dim)));
+    let batch = fixed_batch.or_else(|| batches.fold(constant(Some(&ids_shape[0])), |known, dim| known.or(constant(dim))));
     let batch_dim = batch.map_or_else(|| Dim::sym(Sym::batch()), Dim::from);
     let tokens_dim = Dim::sym(Sym::tokens());
     let total = &Dim::sym(Sym::past()) + &tokens_dim;

@@ -54,6 +54,7 @@ passes! {
     EMIT = "emit": "writes attention, rotary embedding and a static cache in place of what was understood";
     RESHAPES = "reshapes": "gives reshapes constant targets";
     POSITIONS = "positions": "looks embeddings of positions up by position";
+    BATCH = "batch": "takes any number of sequences where the export fixed one";
     TIED = "tied": "lets a head that repeats the embedding read the embedding";
     LINEAR = "linear": "writes every linear layer as a product with a weight stored output by input";
     DTYPE = "dtype": "changes the float type of the whole graph";

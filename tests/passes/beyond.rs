@@ -429,7 +429,7 @@ fn fix(graph: &mut Graph, name: &str, number: usize) -> usize {
 #[test]
 fn dims_that_the_export_fixes_are_refused_with_what_they_count() {
     for (dim, number, expected) in [
-        ("batch_size", 2, "input_ids [2, sequence_length]: batch is 2 (axis 0)"),
+        ("batch_size", 99, "input_ids [99, sequence_length]: batch is 99 (axis 0)"),
         ("sequence_length", 1, "the number of new tokens is 1 (axis 1)"),
         ("sequence_length", 7, "the number of new tokens is 7 (axis 1)"),
         ("past_sequence_length", 5, "past_key_values.0.key"),
@@ -444,12 +444,12 @@ fn dims_that_the_export_fixes_are_refused_with_what_they_count() {
         says(&refusal_at(graph, 64), &[expected]);
     }
     let mut graph = export("llama-optimum");
-    fix(&mut graph, "batch_size", 2);
+    fix(&mut graph, "batch_size", 99);
     fix(&mut graph, "sequence_length", 7);
     says(
         &refusal_at(graph, 64),
         &[
-            "batch is 2",
+            "batch is 99",
             "new tokens is 7",
             "as of 3 other caches",
             "export with dynamic axes",

@@ -8,7 +8,9 @@ use lapidary::onnx::proto::{
     TypeProto, ValueInfoProto,
 };
 use lapidary::onnx::{self, Exporter};
+use lapidary::help::Help;
 use lapidary::passes::{CanonicalizeOptions, canonicalize};
+use lapidary::{ConvertOptions, Spec, convert};
 use prost::Message;
 
 const BOOL: i32 = 9;
@@ -251,6 +253,68 @@ fn a_merged_decoder_is_its_branch_with_past_keys_and_values() {
     let mut by_optimum = merged(model("exports/llama-optimum/model.onnx"), plain);
     by_optimum.producer_name = Some("optimum-onnx".into());
     assert_eq!(onnx::exporter(&read(&by_optimum).unwrap()), Exporter::Optimum);
+}
+
+/// Converts a model from a file of its own.
+fn converted(model: &ModelProto) -> Result<(), String> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.onnx");
+    std::fs::write(&path, model.encode_to_vec()).unwrap();
+    let conversion = Spec::default().resolve().unwrap();
+    let made = convert(&path, &folder.path().join("package"), conversion, &ConvertOptions::default());
+    let files = std::fs::read_dir(folder.path()).unwrap().count();
+    assert_eq!(files, if made.is_ok() { 2 } else { 1 }, "nothing is half written");
+    made.map(drop)
+        .map_err(|error| format!("{error}; {}", error.help().unwrap_or_default()))
+}
+
+#[test]
+fn branches_of_a_merged_decoder_that_are_not_one_model_are_refused() {
+    let plain = Merge {
+        rank: 1,
+        swapped: false,
+        negated: false,
+        prefixed: true,
+        copied: false,
+    };
+    let with = |edit: &dyn Fn(&mut GraphProto), merge: Merge, name: &str| {
+        let mut model = merged(model(&format!("exports/{name}/model.onnx")), merge);
+        let nodes = &mut model.graph.as_mut().unwrap().node;
+        let choose = nodes.iter_mut().find(|n| n.op_type.as_deref() == Some("If")).unwrap();
+        let prompt = if merge.swapped { "then_branch" } else { "else_branch" };
+        let branch = choose.attribute.iter_mut().find(|a| a.name.as_deref() == Some(prompt)).unwrap();
+        edit(branch.g.as_mut().unwrap());
+        converted(&model)
+    };
+    let nothing = |_: &mut GraphProto| {};
+    for (name, merge) in [
+        ("llama-optimum", plain),
+        ("llama-optimum", Merge { swapped: true, copied: true, ..plain }),
+        ("qwen3-optimum-fp16", plain),
+        ("mistral-dynamo-opset18", plain),
+    ] {
+        assert_eq!(with(&nothing, merge, name), Ok(()), "{name}");
+    }
+    let replaced = |from: &'static str, to: &'static str| {
+        move |branch: &mut GraphProto| {
+            let node = branch.node.iter_mut().find(|n| n.op_type.as_deref() == Some(from)).unwrap();
+            node.op_type = Some(to.to_string());
+        }
+    };
+    for (edit, part) in [
+        // Another activation, and a mask that lets tokens see what follows.
+        (&replaced("Sigmoid", "Tanh") as &dyn Fn(&mut GraphProto), "logits differs by"),
+        (&replaced("LessOrEqual", "GreaterOrEqual"), "logits differs by"),
+        // Queries and keys of another rotation: keys differ at once.
+        (&replaced("Cos", "Sin"), "present.0.key differs by"),
+    ] {
+        for merge in [plain, Merge { swapped: true, ..plain }] {
+            let refusal = with(edit, merge, "llama-optimum").unwrap_err();
+            for part in ["use_cache_branch", "not one model", part, "decoder_with_past_model.onnx"] {
+                assert!(refusal.contains(part), "{part:?} is not in: {refusal}");
+            }
+        }
+    }
 }
 
 /// `good.onnx` with an `If` between its attention and its residual sum: `then` and `otherwise` are the operators of the

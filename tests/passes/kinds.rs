@@ -51,9 +51,9 @@ fn past_inputs(graph: &Graph) -> Vec<ValueId> {
 fn an_unknown_operator_hides_nothing_else() {
     let mut graph = export("llama-optimum");
     let names = unknown(&mut graph, |op| matches!(op, Op::Unary(Unary::Sigmoid)));
-    // A fixed batch, and an input for which there is no role.
+    // A batch of more than can be proved, and an input for which there is no role.
     let ids = graph.find("input_ids").unwrap();
-    graph.value_mut(ids).shape.as_mut().unwrap()[0] = Dim::from(2usize);
+    graph.value_mut(ids).shape.as_mut().unwrap()[0] = Dim::from(99usize);
     let odd = graph.add_input("temperature", DType::F32, vec![]);
     let logits = graph.outputs[0];
     graph.outputs[0] = graph.add_node("scaled", Op::Binary(lapidary::graph::op::Binary::Mul), &[logits, odd]);
@@ -64,7 +64,7 @@ fn an_unknown_operator_hides_nothing_else() {
             "ai.example::Swoosh",
             &names[0],
             "not clear what these inputs are for: temperature",
-            "batch is 2",
+            "batch is 99",
             "export it again with operators of ONNX",
             "dynamic axes",
         ],

@@ -4,7 +4,8 @@
 //! input that switches between a decoder without past keys and values, for the prompt, and one with them, for what follows
 //! (optimum's merged decoders, `use_cache_branch`). Of these two the one that reads the past is taken: with a past of no
 //! tokens it computes the prompt, too, as the passes prove of every export, and it must know every weight that the other
-//! reads. Names say nothing; which branch reads the past is seen from what its outputs are computed from.
+//! reads. Names say nothing; which branch reads the past is seen from what its outputs are computed from. Whether both are one
+//! model is found by execution, where a package is made (`convert`).
 //!
 //! Branches that are constants become a choice between them (`chosen_constants`). Any other `If` stays in the graph as an operator that is not supported, with the reason.
 
@@ -59,13 +60,13 @@ impl<'m> Reader<'m> {
             Condition::Pending => return Ok(false),
             Condition::Known(value) => Ok(branches.at(value)),
             Condition::Input { id, at } => match self.switches.get(&id) {
-                Some(value) => Ok(branches.at(at[usize::from(*value)])),
+                Some(value) => Ok(branches.at(at[usize::from(*value != self.prompt_branch)])),
                 None => {
                     let found = self.with_past(&branches, at, scope);
                     if let Ok(value) = found {
                         self.switches.insert(id, value);
                     }
-                    found.map(|value| branches.at(at[usize::from(value)]))
+                    found.map(|value| branches.at(at[usize::from(value != self.prompt_branch)]))
                 }
             },
             Condition::Open(reason) => Err(reason),

@@ -31,17 +31,24 @@ const MAX_NODES: usize = 4_000_000;
 /// only. Only inputs and constants have types; run `graph::infer` for the rest.
 pub fn read(path: impl AsRef<Path>) -> Result<Graph, ReadError> {
     let path = path.as_ref();
-    read_file(path, false).map_err(|kind| kind.at(path))
+    read_file(path, false, false).map_err(|kind| kind.at(path))
 }
 
 /// Reads a model whose weights were left out, as in a stripped package: those whose external file is not there are
 /// constants of which only dtype and shape are known.
 pub fn read_stripped(path: impl AsRef<Path>) -> Result<Graph, ReadError> {
     let path = path.as_ref();
-    read_file(path, true).map_err(|kind| kind.at(path))
+    read_file(path, true, false).map_err(|kind| kind.at(path))
 }
 
-fn read_file(path: &Path, stripped: bool) -> Result<Graph, ReadErrorKind> {
+/// Reads a merged decoder with the branch that [`read`] leaves out, the one for a prompt without past keys and values. Of
+/// another model the same as [`read`].
+pub fn read_prompt_branch(path: impl AsRef<Path>) -> Result<Graph, ReadError> {
+    let path = path.as_ref();
+    read_file(path, false, true).map_err(|kind| kind.at(path))
+}
+
+fn read_file(path: &Path, stripped: bool, prompt_branch: bool) -> Result<Graph, ReadErrorKind> {
     if path.is_dir() {
         return Err(ReadErrorKind::Folder);
     }
@@ -53,6 +60,7 @@ fn read_file(path: &Path, stripped: bool) -> Result<Graph, ReadErrorKind> {
         functions: &functions(&model)?,
         made: 0,
         switches: HashMap::new(),
+        prompt_branch,
     };
     reader.model(&model)?;
     Ok(reader.graph)
@@ -154,6 +162,8 @@ struct Reader<'m> {
     made: usize,
     /// Inputs that choose the branch of an `If`, with the value at which past keys and values are read.
     switches: HashMap<ValueId, bool>,
+    /// The other branch is taken.
+    prompt_branch: bool,
 }
 
 impl<'m> Reader<'m> {

@@ -343,7 +343,7 @@ fn read(
     }
     let repeat = heads / cache.heads;
     let values = tensor.to_f32();
-    let mut pairs = Vec::with_capacity(values.len());
+    let (mut pairs, mut held) = (Vec::with_capacity(values.len()), Vec::new());
     for (i, value) in values.iter().enumerate() {
         let (row, inside) = (i / (slots * dim), i % (slots * dim));
         let (s, d) = if operand.transposed {
@@ -352,19 +352,16 @@ fn read(
             (inside / dim, inside % dim)
         };
         let (b, h) = (row / heads, row % heads / repeat);
-        pairs.push((
-            scene.expected[((b * cache.heads + h) * scene.slots + s) * dim + d],
-            *value,
-        ));
+        let expected = scene.expected[((b * cache.heads + h) * scene.slots + s) * dim + d];
+        pairs.push((expected, *value));
+        if s < trial.sizes.past {
+            held.push((expected, *value));
+        }
     }
-    let (largest, answer) =
-        pairs.iter().copied().fold(
-            (0.0f32, 0.0f32),
-            |best, pair| {
-                if pair.0.abs() > best.0.abs() { pair } else { best }
-            },
-        );
-    let mut factor = answer / largest;
+    // New rows bring the rounding of their rotation along; those that the cache held are multiplied and nothing else.
+    let exact = if held.is_empty() { &pairs } else { &held };
+    let sum = |of: fn(f64, f64) -> f64| -> f64 { exact.iter().map(|(e, v)| of(f64::from(*e), f64::from(*v))).sum() };
+    let mut factor = (sum(|e, v| e * v) / sum(|e, _| e * e)) as f32;
     let limit = 4.0
         * coarsest(evaluator, cache.sources.iter().chain([&cache.input, &operand.value]))
         * factor.abs().max(f32::MIN_POSITIVE);

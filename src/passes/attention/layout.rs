@@ -32,7 +32,13 @@ impl TokenLayout {
             let factor = dim.div_exact(of)?.as_const()?;
             usize::try_from(factor).ok().filter(|n| *n > 0)
         };
-        if fixed_batch.is_none()
+        // One sequence needs no axis of its own; of several, tokens and sequences are one axis only where it is the first.
+        let merged = match fixed_batch {
+            None => true,
+            Some(1) => false,
+            Some(_) => !shape.contains(&tokens) && shape.first().is_some_and(|dim| times(dim, &both).is_some()),
+        };
+        if merged
             && let Some((axis, inner)) = shape.iter().enumerate().find_map(|(i, d)| Some((i, times(d, &both)?)))
         {
             return Some(TokenLayout {

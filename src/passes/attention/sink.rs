@@ -57,6 +57,8 @@ fn constant_of(evaluator: &PartialEvaluator<'_>, column: ValueId) -> Result<Valu
     let numbers = numbers.map_err(|error| error.to_string())?.to_f32();
     for (batch, past, tokens) in [(2, 3, 2), (1, 0, 4)] {
         let trial = evaluator.trial(batch, past, tokens);
+        // As many sequences as the export fixed.
+        let batch = trial.sizes.batch;
         let seen = evaluator.eval(&trial, column).map_err(|stuck| stuck.to_string())?;
         let shape = seen.shape();
         let rows = shape.len() >= 2 && shape[shape.len() - 2..] == [tokens, 1];

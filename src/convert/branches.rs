@@ -1,0 +1,168 @@
+//! Merged decoders: of their two branches the one that reads past keys and values is converted, and the other has to be the
+//! same model.
+//!
+//! Both are executed for one short prompt, with the export's own weights: the logits and the keys and values that they give
+//! must agree. That a prompt without a past is a case of what the converted branch computes is what the passes prove.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use super::ConvertError;
+use crate::graph::eval::eval_node;
+use crate::graph::{Graph, NodeId, ValueId};
+use crate::onnx;
+use crate::passes::partial_eval::tensor_of;
+use crate::passes::roles::{self, InputRole};
+use crate::tensor::{DType, Tensor};
+
+/// Token ids that every vocabulary has.
+const PROMPT: [i64; 3] = [1, 3, 2];
+
+/// Refuses a merged decoder whose branches give different answers. Any other model passes.
+pub(super) fn check(model: &Path) -> Result<(), ConvertError> {
+    let mut kept = onnx::read(model)?;
+    let Some(switch) = kept.producer.switch.clone() else {
+        return Ok(());
+    };
+    let mut left_out = onnx::read_prompt_branch(model)?;
+    kept.remove_dead_nodes();
+    left_out.remove_dead_nodes();
+    compare(&kept, &left_out).map_err(|reason| ConvertError::Branches {
+        path: model.to_path_buf(),
+        switch: switch.name,
+        reason,
+    })
+}
+
+fn compare(kept: &Graph, left_out: &Graph) -> Result<(), String> {
+    let (of, _) = roles::guess(kept);
+    let roles: HashMap<&str, InputRole> = of
+        .iter()
+        .map(|(id, role)| (kept.value(*id).name.as_str(), *role))
+        .collect();
+    let answers = [kept, left_out].map(|graph| answers(graph, &roles));
+    let [with_past, without] = answers;
+    let (with_past, without) = (with_past?, without?);
+    for ((id, a), b) in kept.outputs.iter().zip(&with_past).zip(&without) {
+        let name = &kept.value(*id).name;
+        if a.shape() != b.shape() || a.dtype() != b.dtype() {
+            return Err(format!(
+                "{name} is {}{:?} with past keys and values and {}{:?} without",
+                a.dtype(),
+                a.shape(),
+                b.dtype(),
+                b.shape()
+            ));
+        }
+        let (x, y) = (a.to_f64(), b.to_f64());
+        let largest = x.iter().fold(1.0, |most: f64, v| most.max(v.abs()));
+        let limit = tolerance(a.dtype()) * largest;
+        let pairs = x.iter().zip(&y);
+        let worst = pairs
+            .map(|(x, y)| if x == y { 0.0 } else { (x - y).abs() })
+            .fold(0.0, |worst: f64, d| if d.is_nan() { f64::INFINITY } else { worst.max(d) });
+        if worst > limit {
+            return Err(format!("{name} differs by {worst:.3}, of numbers up to {largest:.3}"));
+        }
+    }
+    Ok(())
+}
+
+/// What rounding may leave, of the largest number: the branches round in another order at most.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => 2e-2,
+        DType::Bf16 => 1e-1,
+        _ => 1e-3,
+    }
+}
+
+/// The outputs for the prompt, without a past.
+fn answers(graph: &Graph, roles: &HashMap<&str, InputRole>) -> Result<Vec<Tensor>, String> {
+    let uses = graph.uses();
+    let mut bindings = HashMap::new();
+    for id in graph.inputs.iter().filter(|id| uses.contains_key(id)) {
+        let name = graph.value(*id).name.as_str();
+        let tensor = roles.get(name).and_then(|role| input(graph, *id, *role));
+        let tensor = tensor.ok_or_else(|| format!("they cannot be compared: it is not known what to give {name}"))?;
+        bindings.insert(*id, tensor);
+    }
+    executed(graph, bindings).map_err(|(at, error)| format!("they cannot be compared: {at}: {error}"))
+}
+
+/// The outputs. A tensor is dropped behind its last reader, and a weight is in memory for one node.
+fn executed(graph: &Graph, mut known: HashMap<ValueId, Tensor>) -> Result<Vec<Tensor>, (String, String)> {
+    let mut readers: HashMap<ValueId, usize> = HashMap::new();
+    let nodes: Vec<NodeId> = graph.node_ids().collect();
+    let read = nodes.iter().flat_map(|id| graph.node(*id).inputs.iter().flatten());
+    for id in read.chain(&graph.outputs) {
+        *readers.entry(*id).or_default() += 1;
+    }
+    let tensor = |known: &HashMap<ValueId, Tensor>, id: ValueId| -> Result<Tensor, (String, String)> {
+        if let Some(tensor) = known.get(&id) {
+            return Ok(tensor.clone());
+        }
+        let name = || graph.value(id).name.clone();
+        let constant = graph.constant(id).ok_or_else(|| (name(), "it is not computed".to_string()))?;
+        constant.materialize().map_err(|error| (name(), error.to_string()))
+    };
+    for id in nodes {
+        let node = graph.node(id);
+        let inputs = node.inputs.iter().map(|input| input.map(|v| tensor(&known, v)).transpose());
+        let inputs: Vec<Option<Tensor>> = inputs.collect::<Result<_, _>>()?;
+        let results = eval_node(&node.op, &inputs, node.outputs.len());
+        let results = results.map_err(|error| (node.name.clone(), error.to_string()))?;
+        for (output, result) in node.outputs.iter().zip(results) {
+            if let (Some(output), Some(result)) = (output, result)
+                && readers.contains_key(output)
+            {
+                known.insert(*output, result);
+            }
+        }
+        for input in node.inputs.iter().flatten() {
+            let left = readers.entry(*input).or_default();
+            *left = left.saturating_sub(1);
+            if *left == 0 {
+                known.remove(input);
+            }
+        }
+    }
+    graph.outputs.iter().map(|id| tensor(&known, *id)).collect()
+}
+
+/// What a caller gives an input for the prompt.
+fn input(graph: &Graph, id: ValueId, role: InputRole) -> Option<Tensor> {
+    let value = graph.value(id);
+    let (dtype, shape) = (value.dtype?, value.shape.as_ref()?);
+    let tokens = PROMPT.len();
+    let rank = shape.len();
+    // Lengths by axis where they are free: one sequence, the prompt, nothing before it.
+    let dims = |free: &dyn Fn(usize) -> usize| -> Option<Vec<usize>> {
+        let dims = shape.iter().enumerate();
+        dims.map(|(axis, dim)| match dim.as_const() {
+            Some(size) => usize::try_from(size).ok(),
+            None => Some(free(axis)),
+        })
+        .collect()
+    };
+    let of_tokens = |axis: usize| if axis + 1 == rank { tokens } else { 1 };
+    let filled = |dims: Vec<usize>, element: &dyn Fn(usize) -> f64| -> Tensor {
+        let values: Vec<f64> = (0..dims.iter().product()).map(element).collect();
+        tensor_of(dtype, dims, &values)
+    };
+    let constant = |number: f64| Some(filled(dims(&|_| 1)?, &|_| number));
+    match role {
+        InputRole::InputIds => Some(filled(dims(&of_tokens)?, &|i| PROMPT[i % tokens] as f64)),
+        InputRole::Embeddings => {
+            let dims = dims(&|axis| if axis == 1 { tokens } else { 1 })?;
+            Some(filled(dims, &|i| (i * 37 % 101) as f64 / 50.0 - 1.0))
+        }
+        InputRole::PaddingMask => Some(filled(dims(&of_tokens)?, &|_| 1.0)),
+        InputRole::Positions => Some(filled(dims(&of_tokens)?, &|i| (i % tokens) as f64)),
+        InputRole::PastLength | InputRole::ChosenRows => constant(0.0),
+        InputRole::TotalLength => constant(tokens as f64),
+        InputRole::LastPosition => constant(tokens as f64 - 1.0),
+        InputRole::Cache => Some(filled(dims(&|axis| usize::from(axis == 0))?, &|_| 0.0)),
+        InputRole::FullMask | InputRole::Unread => None,
+    }
+}
