@@ -13,6 +13,7 @@ versions give the same files. Only for those who add a fixture; the environments
 """
 
 import argparse
+import contextlib
 import inspect
 import json
 import os
@@ -32,6 +33,7 @@ import torch
 import transformers
 from transformers import cache_utils
 
+from exportkit.exporters import masks_without_vmap
 from exportkit.families import Shape, save
 
 VOCABULARY = 97
@@ -193,9 +195,18 @@ def torchscript(model, folder, opset, batch):
     axes |= {name: {**free, 2: "past_length"} for name in caches}
     axes |= {name: {**free, 2: "total_length"} for name in names["output_names"][1:]}
     folder.mkdir(parents=True)
-    torch.onnx.export(
-        FlatPast(model).eval(), example, folder / "model.onnx", dynamo=False, opset_version=opset, **names, dynamic_axes=axes
-    )
+    # transformers 5 builds masks that TorchScript can trace by itself.
+    masks = contextlib.nullcontext() if transformers.__version__.startswith("5") else masks_without_vmap()
+    with masks:
+        torch.onnx.export(
+            FlatPast(model).eval(),
+            example,
+            folder / "model.onnx",
+            dynamo=False,
+            opset_version=opset,
+            **names,
+            dynamic_axes=axes,
+        )
 
 
 def optimum(model, folder):

@@ -52,7 +52,10 @@ pub fn examine(files: &ModelFiles, graph: &Graph, conversion: &Conversion) -> Ex
     }
     if reasons.is_empty()
         && let Some(canonical) = &canonical
-        && let Err(error) = runnable(model, canonical).and_then(|()| branches::check(model))
+        && let Err(error) = runnable(model, canonical).and_then(|()| match &graph.producer.switch {
+            Some(switch) => branches::check(model, switch),
+            None => Ok(()),
+        })
     {
         help = error.help();
         reasons.extend(match error {

@@ -164,12 +164,14 @@ pub fn convert(
         false => onnx::read(model)?,
     };
     let source = source(model, &graph)?;
+    let switch = graph.producer.switch.clone();
 
     progress.step("rewriting");
     examine::mask_windows(&files, &graph, &mut conversion);
     let mut canonical = examine::canonical(&files, graph, &conversion, options.allowed.overflow)?;
-    if !options.without_weights {
-        branches::check(model)?;
+    if let Some(switch) = switch.filter(|_| !options.without_weights) {
+        progress.step("comparing branches");
+        branches::check(model, &switch)?;
     }
     let no_table = embeddings(model, &mut canonical, options)?;
     let limit = canonical.architecture.max_positions;

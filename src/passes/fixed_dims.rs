@@ -54,12 +54,7 @@ pub fn batch(graph: &Graph, of: &HashMap<ValueId, InputRole>) -> Option<usize> {
 
 /// Every dim that has to be free: `input_ids [2, tokens]: batch is 2 (axis 0)`. `growing`: caches grow by concatenation;
 /// `batch`: see there.
-pub fn find(
-    graph: &Graph,
-    of: &HashMap<ValueId, InputRole>,
-    growing: bool,
-    batch: Option<usize>,
-) -> Vec<String> {
+pub fn find(graph: &Graph, of: &HashMap<ValueId, InputRole>, growing: bool, batch: Option<usize>) -> Vec<String> {
     let (mut found, mut caches) = (Vec::new(), Vec::new());
     for id in &graph.inputs {
         let (Some(role), Some(shape)) = (of.get(id), graph.shape(*id)) else {

@@ -174,7 +174,8 @@ pub fn assign(graph: &mut Graph, mask_windows: &MaskWindows) -> Result<Roles, Pa
     // One input with a batch of 1, or of another number, fixes it for all.
     let padding = with(InputRole::PaddingMask);
     let batches = caches.iter().chain(&padding).map(|id| graph.shape(*id)?.first());
-    let batch = fixed_batch.or_else(|| batches.fold(constant(Some(&ids_shape[0])), |known, dim| known.or(constant(dim))));
+    let batch =
+        fixed_batch.or_else(|| batches.fold(constant(Some(&ids_shape[0])), |known, dim| known.or(constant(dim))));
     let batch_dim = batch.map_or_else(|| Dim::sym(Sym::batch()), Dim::from);
     let tokens_dim = Dim::sym(Sym::tokens());
     let total = &Dim::sym(Sym::past()) + &tokens_dim;

@@ -429,7 +429,11 @@ fn fix(graph: &mut Graph, name: &str, number: usize) -> usize {
 #[test]
 fn dims_that_the_export_fixes_are_refused_with_what_they_count() {
     for (dim, number, expected) in [
-        ("batch_size", 99, "input_ids [99, sequence_length]: batch is 99 (axis 0)"),
+        (
+            "batch_size",
+            99,
+            "input_ids [99, sequence_length]: batch is 99 (axis 0)",
+        ),
         ("sequence_length", 1, "the number of new tokens is 1 (axis 1)"),
         ("sequence_length", 7, "the number of new tokens is 7 (axis 1)"),
         ("past_sequence_length", 5, "past_key_values.0.key"),

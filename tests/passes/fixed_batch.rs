@@ -40,7 +40,9 @@ fn canonical(graph: Graph) -> Graph {
 /// Logits of three sequences, which the export was not made for, behind a prompt and a token.
 fn logits(graph: &Graph) -> Vec<Vec<f64>> {
     let mut decoder = Decoder::new(graph, 3, 12);
-    let prompt: Vec<Vec<i64>> = (0..3).map(|row| (0..5).map(|t| 3 + 7 * row + 2 * t).collect()).collect();
+    let prompt: Vec<Vec<i64>> = (0..3)
+        .map(|row| (0..5).map(|t| 3 + 7 * row + 2 * t).collect())
+        .collect();
     let mut all = decoder.step(&prompt);
     all.extend(decoder.step(&[vec![4], vec![9], vec![30]]));
     all
@@ -117,7 +119,11 @@ fn sequences_that_meet_are_refused_by_the_operator() {
     // Rows of their own.
     says(
         &refusal(with(added(&[2, 1, 32], |i| i as f32 / 16.0))),
-        &["shifted", "fixes a batch of 2", "shift is not the same for all sequences"],
+        &[
+            "shifted",
+            "fixes a batch of 2",
+            "shift is not the same for all sequences",
+        ],
     );
     let less_the_mean = |graph: &mut Graph, x: ValueId| {
         let axis = graph.add_i64("axis", &[0]);
@@ -153,7 +159,10 @@ fn numbers_of_sequences_that_disagree_are_refused() {
     let mut graph = fixed(export("llama-optimum"), 2, "");
     let cache = graph.find("past_key_values.1.key").unwrap();
     graph.value_mut(cache).shape.as_mut().unwrap()[0] = Dim::from(4usize);
-    says(&refusal_at(graph, 64), &["input_ids [2, sequence_length]: batch is 2 (axis 0)"]);
+    says(
+        &refusal_at(graph, 64),
+        &["input_ids [2, sequence_length]: batch is 2 (axis 0)"],
+    );
     says(
         &refusal_at(fixed(export("llama-optimum"), 65, ""), 64),
         &["batch is 65 (axis 0)", "one number for all inputs, up to 64"],

@@ -38,9 +38,7 @@ impl TokenLayout {
             Some(1) => false,
             Some(_) => !shape.contains(&tokens) && shape.first().is_some_and(|dim| times(dim, &both).is_some()),
         };
-        if merged
-            && let Some((axis, inner)) = shape.iter().enumerate().find_map(|(i, d)| Some((i, times(d, &both)?)))
-        {
+        if merged && let Some((axis, inner)) = shape.iter().enumerate().find_map(|(i, d)| Some((i, times(d, &both)?))) {
             return Some(TokenLayout {
                 batch: None,
                 tokens: axis,

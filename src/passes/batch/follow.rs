@@ -52,7 +52,10 @@ pub fn follow(graph: &Graph, number: usize) -> Result<Followed, Vec<Obstacle>> {
             }
             Err(reason) => obstacles.push(obstacle(
                 &node.name,
-                format!("the export fixes a batch of {number}, and here ({}) {reason}", node.op.name()),
+                format!(
+                    "the export fixes a batch of {number}, and here ({}) {reason}",
+                    node.op.name()
+                ),
             )),
         }
         // What is behind an obstacle says nothing.
@@ -153,7 +156,10 @@ impl Follower<'_> {
             Op::LayerNormalization { axis, .. } | Op::RmsNormalization { axis, .. } => {
                 let from = absolute(*axis);
                 beside(from)?;
-                first.filter(|first| *first < from).map(Some).ok_or_else(|| "sequences meet".into())
+                first
+                    .filter(|first| *first < from)
+                    .map(Some)
+                    .ok_or_else(|| "sequences meet".into())
             }
             Op::Reduce { keepdims, .. } => {
                 let axes: Vec<usize> = self.ints(node.input(1))?.into_iter().map(absolute).collect();
@@ -162,7 +168,9 @@ impl Follower<'_> {
                 let gone = axes.iter().filter(|axis| **axis < kept && !keepdims).count();
                 Ok(Some(kept - gone))
             }
-            Op::CumSum { .. } => beside(absolute(self.ints(node.input(1))?.first().copied().ok_or("it has no axis")?)),
+            Op::CumSum { .. } => beside(absolute(
+                self.ints(node.input(1))?.first().copied().ok_or("it has no axis")?,
+            )),
             Op::Transpose { perm } => {
                 let reversed: Vec<usize> = (0..rank).rev().collect();
                 let perm = perm.as_ref().unwrap_or(&reversed);
@@ -207,7 +215,9 @@ impl Follower<'_> {
             Op::Trilu { .. } => beside(rank - 1).and(beside(rank.saturating_sub(2))),
             Op::TensorScatter { axis, .. } => {
                 let apart = absolute(*axis) != 0 && (0..inputs.len()).all(|i| axis_of(i) == Some(0));
-                apart.then_some(Some(0)).ok_or_else(|| "not every operand has a row for each sequence".into())
+                apart
+                    .then_some(Some(0))
+                    .ok_or_else(|| "not every operand has a row for each sequence".into())
             }
             Op::RotaryEmbedding { .. } => {
                 let tables_common = axis_of(1).is_none() && axis_of(2).is_none();
@@ -328,11 +338,19 @@ impl Follower<'_> {
     fn repeats(&self, value: ValueId, axis: usize) -> bool {
         if let Some(constant) = self.graph.constant(value) {
             let rows = constant.shape()[axis];
-            let row = |i: usize| constant.sliced(axis, i, i + 1).materialize().ok().map(|t| t.data().to_vec());
+            let row = |i: usize| {
+                constant
+                    .sliced(axis, i, i + 1)
+                    .materialize()
+                    .ok()
+                    .map(|t| t.data().to_vec())
+            };
             let first = row(0);
             return first.is_some() && (1..rows).all(|i| row(i) == first);
         }
-        let Some((_, node)) = self.graph.def(value) else { return false };
+        let Some((_, node)) = self.graph.def(value) else {
+            return false;
+        };
         match node.op {
             Op::ConstantOfShape { .. } => true,
             Op::Expand => {

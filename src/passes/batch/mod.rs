@@ -26,7 +26,11 @@ pub fn run(graph: &mut Graph, number: usize) -> Result<usize, Vec<Obstacle>> {
     } = follow(graph, number)?;
     let (number, batch) = (Dim::from(number), Dim::sym(Sym::batch()));
     for (value, axis) in &axes {
-        if let Some(dim) = graph.value_mut(*value).shape.as_mut().and_then(|shape| shape.get_mut(*axis))
+        if let Some(dim) = graph
+            .value_mut(*value)
+            .shape
+            .as_mut()
+            .and_then(|shape| shape.get_mut(*axis))
             && let Some(times) = dim.div_exact(&number)
         {
             *dim = &times * &batch;
