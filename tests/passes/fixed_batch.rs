@@ -136,7 +136,7 @@ fn sequences_that_meet_are_refused_by_the_operator() {
         graph.add_node("less", Op::Binary(Binary::Sub), &[x, mean])
     };
     says(&refusal(with(less_the_mean)), &["mean_of_all", "sequences meet"]);
-    let of_all = |graph: &mut Graph, x: ValueId| graph.add_node("of_all", Op::Softmax { axis: 0 }, &[x]);
+    let of_all = |graph: &mut Graph, x: ValueId| graph.add_node("of_all", Op::LogSoftmax { axis: 0 }, &[x]);
     says(&refusal(with(of_all)), &["of_all", "sequences meet"]);
     let first_row = |graph: &mut Graph, x: ValueId| {
         let index = graph.add_constant("first", Tensor::from_i64(vec![1], &[0]));

@@ -2,6 +2,7 @@
 
 use lapidary::graph::dump;
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use lapidary::passes::{CanonicalizeOptions, PASSES, canonicalize, recognise};
 use lapidary::tensor::DType;
@@ -24,7 +25,6 @@ fn canonical_dumps() {
 /// The table of passes, which reports take their descriptions from, has every pass that runs and no other.
 #[test]
 fn the_table_of_passes_is_what_runs() {
-    let export = exports().into_iter().find(|e| e.name == "llama-optimum");
     let options = CanonicalizeOptions {
         max_positions: 64,
         dtype: Some(DType::F16),
@@ -32,8 +32,15 @@ fn the_table_of_passes_is_what_runs() {
         activations: Default::default(),
         mask_windows: Default::default(),
     };
-    let canonical = canonicalize(export.expect("the fixture is there").read(), &options).unwrap();
-    let ran: BTreeSet<&str> = canonical.report.iter().map(|pass| pass.name).collect();
+    // With as many sequences as a call may have, and with two.
+    let batched = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families/torchscript17-llama-batch2/model.onnx");
+    let free = exports().into_iter().find(|e| e.name == "llama-optimum");
+    let graphs = [
+        free.expect("the fixture is there").read(),
+        lapidary::onnx::read(batched).unwrap(),
+    ];
+    let reports: Vec<_> = graphs.map(|graph| canonicalize(graph, &options).unwrap().report).into();
+    let ran: BTreeSet<&str> = reports.iter().flatten().map(|pass| pass.name).collect();
     let listed: BTreeSet<&str> = PASSES.iter().map(|info| info.name).collect();
     assert_eq!(ran, listed);
 }

@@ -103,6 +103,7 @@ fn on_edited_exports() {
         ("nothing", Box::new(|_| {})),
         ("batch 1", Box::new(dims("batch_size", Dim::from(1usize)))),
         ("batch 2", Box::new(dims("batch_size", Dim::from(2usize)))),
+        ("batch 99", Box::new(dims("batch_size", Dim::from(99usize)))),
         ("one token", Box::new(dims("sequence_length", Dim::from(1usize)))),
         ("seven tokens", Box::new(dims("sequence_length", Dim::from(7usize)))),
         ("fixed past", Box::new(dims("past_sequence_length", Dim::from(7usize)))),
