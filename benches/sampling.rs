@@ -134,6 +134,7 @@ fn everything() -> Settings {
         temperature: 0.8,
         mirostat: None,
         seed: 1,
+        by_position: false,
     }
 }
 

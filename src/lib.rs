@@ -80,6 +80,7 @@
 //! - `tract`: run exports in tract, for `lapidary verify`.
 //! - `cli` (default): the command line with benchmarks and their report. Without it the library alone is compiled.
 //! - `serve` (default): `lapidary serve`, the OpenAI-compatible server.
+//! - `structured`: texts that follow a JSON schema or a grammar, for other servers; `serve` has it.
 
 #![deny(missing_docs)]
 

@@ -1,11 +1,15 @@
 //! Many requests on one device: the scheduler, and the server in front of it, on the CPU.
 
+#[path = "serve/adapters.rs"]
+mod adapters;
 #[path = "serve/answers.rs"]
 mod answers;
 #[path = "serve/bench.rs"]
 mod bench;
 #[path = "serve/client.rs"]
 mod client;
+#[path = "serve/faults.rs"]
+mod faults;
 #[path = "serve/models.rs"]
 mod models;
 #[path = "serve/operations.rs"]

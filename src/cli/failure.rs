@@ -41,6 +41,14 @@ impl Failure {
         self
     }
 
+    /// The same of what a flag gave, for errors that do not know it.
+    pub fn of(self, flag: &str) -> Self {
+        Failure {
+            message: format!("{flag}: {}", self.message),
+            ..self
+        }
+    }
+
     /// The same of the file at `path`, for errors that do not know it.
     pub fn at(self, path: &Path) -> Self {
         Failure {

@@ -14,6 +14,7 @@ use crate::decode::batch::{BatchDecoder, BatchOptions};
 use crate::package::Package;
 use crate::serve::http::{Keys, Limits, Model, Server};
 use crate::serve::{Scheduler, SchedulerOptions};
+use crate::weights::lora::Adapter;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -31,11 +32,15 @@ pub struct Args {
     api_key_file: Option<PathBuf>,
     #[command(flatten)]
     place: Place,
+    /// Also serve a package with a LoRA adapter (a PEFT folder), under the model name NAME; repeatable. With several
+    /// packages PACKAGE:NAME=DIR
+    #[arg(long, value_name = "NAME=DIR", value_parser = adapter)]
+    adapter: Vec<NamedAdapter>,
 
     /// Concurrent sequences of each package
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1, 1024))]
     max_sequences: usize,
-    /// Queue length of each package; further requests are refused with status 429
+    /// Queue length of each package, 0 for none; further requests are refused with status 429
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = count(0, 1 << 20))]
     queue: usize,
     /// Prompt tokens that are computed between two decode steps of other requests
@@ -66,6 +71,33 @@ pub struct Args {
 
     #[command(flatten)]
     sampler: SamplerArgs,
+}
+
+/// What `--adapter` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct NamedAdapter {
+    /// Needed where there are several.
+    package: Option<String>,
+    name: String,
+    folder: PathBuf,
+}
+
+/// `NAME=DIR` or `PACKAGE:NAME=DIR`.
+fn adapter(text: &str) -> Result<NamedAdapter, String> {
+    let refusal = || "not NAME=DIR or PACKAGE:NAME=DIR".to_string();
+    let (name, folder) = text.split_once('=').ok_or_else(refusal)?;
+    let (package, name) = match name.split_once(':') {
+        Some((package, name)) => (Some(package.to_string()), name),
+        None => (None, name),
+    };
+    if name.is_empty() || folder.is_empty() || package.as_deref() == Some("") {
+        return Err(refusal());
+    }
+    Ok(NamedAdapter {
+        package,
+        name: name.to_string(),
+        folder: folder.into(),
+    })
 }
 
 /// A number in a range.
@@ -100,10 +132,17 @@ pub fn run(args: Args) -> Result<(), Failure> {
         Some(path) => read_keys(path)?,
         None => Keys::default(),
     };
-    let names = names(&args.packages)?;
+    let mut names = names(&args.packages)?;
+    let parents = parents(&args.adapter, &names)?;
     let mut models = Vec::new();
     for (name, path) in names.iter().zip(&args.packages) {
-        models.push(open(&args, name, path)?);
+        models.push(open(&args, name, path, None)?);
+    }
+    for (own, parent) in args.adapter.iter().zip(parents) {
+        let opened = open(&args, &own.name, &args.packages[parent], Some(&own.folder));
+        let flag = format!("--adapter {}={}", own.name, own.folder.display());
+        models.push(opened.map_err(|failure| failure.of(&flag))?.of(&names[parent]));
+        names.push(own.name.clone());
     }
     let limits = Limits {
         body: args.max_body,
@@ -118,6 +157,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         ));
     }
     let server = Server::new(models, limits, keys, args.log_requests);
+    allow_connections();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -148,6 +188,15 @@ pub fn run(args: Args) -> Result<(), Failure> {
     done
 }
 
+/// Each connection is an open file: as many as the system lets a process ask for.
+fn allow_connections() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // What was allowed before stays.
+    let _ = setrlimit(Resource::Nofile, limit);
+}
+
 /// What requests call each package: the name of its folder.
 fn names(packages: &[PathBuf]) -> Result<Vec<String>, Failure> {
     let mut seen = BTreeSet::new();
@@ -170,6 +219,36 @@ fn names(packages: &[PathBuf]) -> Result<Vec<String>, Failure> {
     Ok(names)
 }
 
+/// For each adapter, its package. Names must differ from those of packages and of each other.
+fn parents(adapters: &[NamedAdapter], packages: &[String]) -> Result<Vec<usize>, Failure> {
+    let mut parents = Vec::new();
+    for (i, adapter) in adapters.iter().enumerate() {
+        let flag = format!("--adapter {}={}", adapter.name, adapter.folder.display());
+        let mut others = packages.iter().chain(adapters[..i].iter().map(|other| &other.name));
+        if others.any(|other| *other == adapter.name) {
+            return Err(Failure::input(format!(
+                "{flag}: requests name models, and another one is called {:?}, too",
+                adapter.name
+            ))
+            .help("choose another name"));
+        }
+        parents.push(match (&adapter.package, packages) {
+            (None, [_]) => 0,
+            (None, _) => {
+                return Err(Failure::input(format!("{flag}: there are several packages"))
+                    .help(format!("say which: --adapter {}:{}=DIR", packages[0], adapter.name)));
+            }
+            (Some(package), _) => packages.iter().position(|name| name == package).ok_or_else(|| {
+                Failure::input(format!(
+                    "{flag}: there is no package {package:?}; there are {}",
+                    packages.join(", ")
+                ))
+            })?,
+        });
+    }
+    Ok(parents)
+}
+
 fn read_keys(path: &Path) -> Result<Keys, Failure> {
     let text = std::fs::read_to_string(path).map_err(|error| Failure::input(format!("{}: {error}", path.display())))?;
     let keys = Keys::of_lines(&text);
@@ -180,8 +259,10 @@ fn read_keys(path: &Path) -> Result<Keys, Failure> {
     }
 }
 
-fn open(args: &Args, name: &str, path: &Path) -> Result<Model, Failure> {
+/// A package as a model of this name, perhaps with an adapter.
+fn open(args: &Args, name: &str, path: &Path, adapter: Option<&Path>) -> Result<Model, Failure> {
     let package = Package::open(path)?;
+    let adapter = adapter.map(Adapter::open).transpose()?;
     let tokenizer = package.tokenizer()?.map(Arc::new);
     let defaults = args
         .sampler
@@ -198,7 +279,10 @@ fn open(args: &Args, name: &str, path: &Path) -> Result<Model, Failure> {
         ..SchedulerOptions::default()
     };
     let place = args.place.clone();
-    let open = move || BatchDecoder::open(&package, &place.options(1, 1), batch);
+    let open = move || match &adapter {
+        None => BatchDecoder::open(&package, &place.options(1, 1), batch),
+        Some(adapter) => BatchDecoder::open_adapted(&package, adapter, &place.options(1, 1), batch),
+    };
     let scheduler = Scheduler::start(open, tokenizer.clone(), options)?;
     let seed = args.sampler.seed;
     Ok(Model::new(
@@ -214,6 +298,20 @@ fn open(args: &Args, name: &str, path: &Path) -> Result<Model, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn adapters_have_a_name_and_a_folder() {
+        let named = |package: Option<&str>, name: &str, folder: &str| NamedAdapter {
+            package: package.map(String::from),
+            name: name.into(),
+            folder: folder.into(),
+        };
+        assert_eq!(adapter("a=b/c"), Ok(named(None, "a", "b/c")));
+        assert_eq!(adapter("p:a=x=y:z"), Ok(named(Some("p"), "a", "x=y:z")));
+        for wrong in ["", "a", "=b", "a=", ":a=b", "p:=b"] {
+            assert!(adapter(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn bytes_have_units() {

@@ -14,7 +14,8 @@ use crate::backend::tensorrt::LibraryError;
 use crate::backend::tensorrt::run::RunError;
 use crate::graph::Graph;
 use crate::help::{Fault, Help};
-use crate::package::{Package, PackageError};
+use crate::package::{Package, PackageError, RefitError};
+use crate::weights::lora::Adapter;
 
 /// Where a package runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -88,6 +89,12 @@ pub enum SessionOpenError {
     /// Embeddings are all that the model takes, and the package has none for its tokens.
     #[error(transparent)]
     Session(#[from] SessionError),
+    /// The adapter does not fit the package, or changes quantized weights.
+    #[error(transparent)]
+    Adapter(#[from] Box<RefitError>),
+    /// An adapter for a package that is to run on a GPU.
+    #[error("adapters are served on the CPU only, so far")]
+    AdapterOnGpu,
 }
 
 impl SessionOpenError {
@@ -121,6 +128,8 @@ impl Help for SessionOpenError {
             SessionOpenError::Device(error) => error.fault(),
             SessionOpenError::BatchOnGpu => Fault::Input,
             SessionOpenError::Session(error) => error.fault(),
+            SessionOpenError::Adapter(error) => error.fault(),
+            SessionOpenError::AdapterOnGpu => Fault::Input,
         }
     }
 
@@ -133,6 +142,10 @@ impl Help for SessionOpenError {
             SessionOpenError::Device(error) => error.help(),
             SessionOpenError::BatchOnGpu => Some("use --device cpu".into()),
             SessionOpenError::Session(error) => error.help(),
+            SessionOpenError::Adapter(error) => error.help(),
+            SessionOpenError::AdapterOnGpu => {
+                Some("use --device cpu, or make a package of it with `lapidary refit PKG --from PKG --lora DIR`".into())
+            }
         }
     }
 }
@@ -170,10 +183,7 @@ impl BatchDecoder {
         if options.device == DeviceChoice::Auto && !package.manifest.engines.is_empty() {
             (options.note)("several sequences at a time run there only, so far");
         }
-        let graph = package.graph()?;
-        let embeddings = table(package, &graph)?;
-        let device = CpuBatchDevice::new(graph, package.vocabulary()?, options.threads, embeddings);
-        decoder(Box::new(device), package, batch)
+        several_on_cpu(package, package.graph()?, options.threads, batch)
     }
 
     /// The same on the GPU. No GPU has run it yet, so [`BatchDecoder::open`] does not. Without [`BatchOptions::cache_bytes`]
@@ -197,6 +207,24 @@ impl BatchDecoder {
         };
         decoder(Box::new(device), package, batch)
     }
+
+    /// On the CPU with an adapter merged into the weights that it changes ([`Package::adapted`]). Weights that it leaves alone
+    /// are shared with the package's other decoders.
+    pub fn open_adapted(
+        package: &Package,
+        adapter: &Adapter,
+        options: &SessionOptions<'_>,
+        batch: BatchOptions,
+    ) -> Result<BatchDecoder, SessionOpenError> {
+        if options.device == DeviceChoice::Cuda {
+            return Err(SessionOpenError::AdapterOnGpu);
+        }
+        if options.device == DeviceChoice::Auto && !package.manifest.engines.is_empty() {
+            (options.note)("adapters are served there only, so far");
+        }
+        let adapted = package.adapted(adapter).map_err(Box::new)?;
+        several_on_cpu(package, adapted.graph, options.threads, batch)
+    }
 }
 
 fn decoder(
@@ -215,6 +243,18 @@ fn table(package: &Package, graph: &Graph) -> Result<Option<Embeddings>, Session
         Some(table) if table.tokens().is_none() => Err(SessionError::NoTable.into()),
         _ => Ok(embeddings),
     }
+}
+
+/// Several sequences of a package with this graph.
+fn several_on_cpu(
+    package: &Package,
+    graph: Graph,
+    threads: Option<usize>,
+    batch: BatchOptions,
+) -> Result<BatchDecoder, SessionOpenError> {
+    let embeddings = table(package, &graph)?;
+    let device = CpuBatchDevice::new(graph, package.vocabulary()?, threads, embeddings);
+    decoder(Box::new(device), package, batch)
 }
 
 fn session(device: Box<dyn Device>, package: &Package, vocabulary: usize) -> Session {

@@ -11,10 +11,12 @@
 //!
 //! `write` makes a package in a temporary sibling that is renamed at the end, so a package is whole or not there.
 //! [`Package::open`] checks version and sizes, [`Package::check_hashes`] every byte; [`Package::graph`] maps the weights
-//! and gives the canonical graph. [`refit()`] puts other weights into a package, [`strip`] takes them out. Any ONNX runtime can
+//! and gives the canonical graph. [`refit()`] puts other weights into a package, [`strip`] takes them out,
+//! [`Package::adapted`] merges an adapter in memory. Any ONNX runtime can
 //! run `graph.onnx` as it lies there. Lowering, engines and sessions are other modules'; so is what the weights mean
 //! ([`crate::weights`]).
 
+mod adapted;
 mod error;
 pub mod manifest;
 mod plans;
@@ -26,6 +28,7 @@ mod write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+pub use adapted::Adapted;
 pub use error::PackageError;
 pub use manifest::Manifest;
 use manifest::QuantizedEntry;

@@ -34,6 +34,11 @@ pub fn rng(seed: u64, stream: u64) -> ChaCha8Rng {
     rng
 }
 
+/// Goes to the number that [`uniform`] gives after `position` others: each is two words.
+pub fn move_to(rng: &mut ChaCha8Rng, position: usize) {
+    rng.set_word_pos(2 * position as u128);
+}
+
 /// In [0, 1), from 53 random bits: every double on an even grid.
 pub fn uniform(rng: &mut ChaCha8Rng) -> f64 {
     (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
@@ -47,6 +52,13 @@ impl Draw {
     /// A draw from the softmax.
     pub fn seeded(seed: u64) -> Self {
         Draw::Seeded(Box::new(rng(seed, DRAW_STREAM)))
+    }
+
+    /// Goes to the random number of a position.
+    pub fn move_to(&mut self, position: usize) {
+        if let Draw::Seeded(rng) = self {
+            move_to(rng, position);
+        }
     }
 
     /// The token drawn. Of equal logits, greedy takes the lowest id. `weights` is working space.

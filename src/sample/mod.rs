@@ -54,6 +54,9 @@ pub trait Sampler: Send {
 
     /// Forgets what it learned from draws.
     fn reset(&mut self) {}
+
+    /// Goes to the random numbers of a position, if it has any.
+    fn move_to(&mut self, _position: usize) {}
 }
 
 /// Logits that nothing can be drawn from.
@@ -88,6 +91,7 @@ pub struct Chain {
     candidates: Candidates,
     weights: Vec<f32>,
     is_argmax: bool,
+    by_position: bool,
 }
 
 impl Chain {
@@ -112,6 +116,7 @@ impl Chain {
             && on.iter().all(|stage| harmless.contains(stage));
         Ok(Chain {
             is_argmax,
+            by_position: settings.by_position,
             stages,
             draw: match settings.is_greedy() {
                 true => Draw::greedy(),
@@ -165,6 +170,10 @@ impl Chain {
 
     fn apply(&mut self, logits: &[f32], history: &[u32]) -> Result<(), BadLogits> {
         self.candidates.fill(logits)?;
+        if self.by_position {
+            self.draw.move_to(history.len());
+            self.stages.iter_mut().for_each(|stage| stage.move_to(history.len()));
+        }
         for stage in &mut self.stages {
             stage.apply(&mut self.candidates, history);
         }

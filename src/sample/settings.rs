@@ -118,6 +118,9 @@ pub struct Settings {
     pub mirostat: Option<MirostatSettings>,
     /// Of the draw and of XTC.
     pub seed: u64,
+    /// The random numbers of a token follow from the seed and the token's position, not from how many were drawn: a text that
+    /// another run goes on with, its tokens so far given as a prompt, gets what it would have got.
+    pub by_position: bool,
 }
 
 /// Below this a temperature counts as 0: logits divided by it could leave the range of f32.
@@ -157,6 +160,7 @@ impl Settings {
             temperature: 1.0,
             mirostat: None,
             seed: 0,
+            by_position: false,
         }
     }
 

@@ -461,3 +461,40 @@ fn penalties_beyond_the_range_of_f32_make_no_nan() {
         assert!((sum - 1.0).abs() < 1e-6, "{sum}");
     }
 }
+
+#[test]
+fn draws_by_position_go_on_where_another_run_ended() {
+    let settings = Settings {
+        seed: 11,
+        by_position: true,
+        xtc_probability: 0.5,
+        xtc_threshold: 0.05,
+        ..neutral()
+    };
+    let logits: Vec<f32> = (0..50).map(|i| (i as f32 * 0.7).sin()).collect();
+    let mut whole = Chain::new(&settings).unwrap();
+    let mut history = vec![1, 2, 3];
+    for _ in 0..40 {
+        let token = whole.sample(&logits, &history).unwrap();
+        history.push(token);
+    }
+    let mut continued = history[..23].to_vec();
+    let mut second = Chain::new(&settings).unwrap();
+    while continued.len() < history.len() {
+        let token = second.sample(&logits, &continued).unwrap();
+        continued.push(token);
+    }
+    assert_eq!(continued, history);
+    // By draws, the second run begins with the first random number.
+    let by_draws = Settings {
+        by_position: false,
+        ..settings
+    };
+    let mut third = Chain::new(&by_draws).unwrap();
+    let mut other = history[..23].to_vec();
+    while other.len() < history.len() {
+        let token = third.sample(&logits, &other).unwrap();
+        other.push(token);
+    }
+    assert_ne!(other, history);
+}

@@ -3,7 +3,7 @@
 
 use rand_chacha::ChaCha8Rng;
 
-use super::draw::uniform;
+use super::draw::{move_to, uniform};
 use super::softmax::weigh;
 use super::vectors::{BLOCK, block_with, vectors};
 use super::{Candidates, Sampler};
@@ -54,5 +54,9 @@ impl Sampler for Xtc {
         if choices > 1 {
             candidates.retain_indexed(|i, _| self.weights[i] < reached || i == least);
         }
+    }
+
+    fn move_to(&mut self, position: usize) {
+        move_to(&mut self.rng, position);
     }
 }

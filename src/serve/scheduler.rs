@@ -18,7 +18,7 @@ use crate::text::Tokenizer;
 /// How much a scheduler takes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SchedulerOptions {
-    /// Requests that may wait for a place.
+    /// Requests that may wait for a place, besides those that find one at once.
     pub queue: usize,
     /// Chunks of prompts between two steps of those that generate, at least 1.
     pub chunks_a_step: usize,
@@ -113,6 +113,8 @@ enum Phase {
 
 struct Queue {
     waiting: VecDeque<Waiting>,
+    /// Requests that had a sequence when the thread last looked.
+    running: usize,
     phase: Phase,
 }
 
@@ -153,6 +155,7 @@ impl Scheduler {
         let shared = Arc::new(Shared {
             queue: Mutex::new(Queue {
                 waiting: VecDeque::new(),
+                running: 0,
                 phase: Phase::Open,
             }),
             changed: Condvar::new(),
@@ -209,8 +212,10 @@ impl Scheduler {
         if queue.phase > Phase::Open {
             return Err(SubmitError::Stopping);
         }
+        // Those that find a place at the next turn do not wait for one.
+        let places = self.facts.sequences.saturating_sub(queue.running);
         let waiting = queue.waiting.len();
-        if waiting >= self.shared.options.queue {
+        if waiting >= self.shared.options.queue.saturating_add(places) {
             drop(queue);
             self.shared.metrics.reject();
             return Err(SubmitError::Full { waiting });
@@ -301,6 +306,7 @@ fn serve(shared: &Shared, decoder: BatchDecoder, tokenizer: Option<&Tokenizer>) 
                 }
             }
             queue.waiting = left;
+            queue.running = turn.running() + newcomers.len();
             let waiting = queue.waiting.len() as u64;
             shared.metrics.count(|now| now.waiting = waiting);
             if newcomers.is_empty() && gone.is_empty() && turn.is_idle() && queue.phase >= Phase::Draining {

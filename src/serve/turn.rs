@@ -77,6 +77,11 @@ impl<'t> Turn<'t> {
         self.running.is_empty()
     }
 
+    /// Requests that have a sequence.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
     /// Requests that can be admitted.
     pub fn places(&self) -> usize {
         self.decoder.options().sequences - self.decoder.len()

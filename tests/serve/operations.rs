@@ -361,15 +361,6 @@ fn slow_and_idle_clients_hold_nobody_up() {
     let unfinished = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 100\r\n\r\n{";
     assert_eq!(read(raw(unfinished)).error().0, 408);
     assert!(start.elapsed() < Duration::from_secs(20));
-
-    // Many connections that ask nothing, and requests between them.
-    let server = Server::start("64", &[]);
-    let idle: Vec<TcpStream> = (0..900).map(|_| server.connect()).collect();
-    for _ in 0..5 {
-        server.post("/v1/completions", &json!({"prompt": [5]})).ok();
-    }
-    drop(idle);
-    server.post("/v1/completions", &json!({"prompt": [5]})).ok();
 }
 
 #[test]

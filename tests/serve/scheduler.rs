@@ -193,6 +193,18 @@ fn requests_get_what_generate_gives_however_many_there_are() {
 }
 
 #[test]
+fn without_a_queue_a_request_is_taken_where_a_place_is_free() {
+    let scheduler = scheduler(1, 0);
+    let (first, first_events, is_held, let_go) = holding(&prompt(1, 4), 3);
+    let _first = scheduler.submit(first).unwrap();
+    is_held.recv_timeout(Duration::from_secs(60)).unwrap();
+    let refused = scheduler.submit(request(&prompt(2, 4), 3).0).unwrap_err();
+    assert!(matches!(refused, SubmitError::Full { waiting: 0 }), "{refused}");
+    let_go.send(()).unwrap();
+    assert_eq!(Given::all(&first_events).tokens.len(), 3);
+}
+
+#[test]
 fn a_full_queue_refuses_and_the_first_to_come_is_served_first() {
     let scheduler = scheduler(1, 2);
     let (first, first_events, is_held, let_go) = holding(&prompt(1, 4), 3);

@@ -7,10 +7,11 @@ use serde_json::Value;
 use super::Limits as ServerLimits;
 use super::error::ApiError;
 use super::fields::{self, fields};
-use super::grammar::{self, Limited};
+use super::forms;
 use super::model::Model;
 use super::reply::Asked;
 use super::shapes::{Shape, Tools};
+use crate::serve::Limited;
 use crate::text::jinja::Variable;
 use crate::text::tools::ToolFormat;
 use crate::text::{Tokenizer, chat};
@@ -78,7 +79,7 @@ pub fn parse(
         n: common.choices(limits.choices)?,
         limits: common.limits(&model, own.max_completion_tokens, most, logprobs)?,
         sampling: common.settings(&model)?,
-        constraint: match (grammar::of(&mut common, &model)?, offered.forced) {
+        constraint: match (forms::of(&mut common, &model)?, offered.forced) {
             (Some(_), Some(_)) => return Err(ApiError::field("tool_choice", "the text cannot have another form, too")),
             (form, forced) => form.or(forced),
         },
@@ -147,7 +148,7 @@ fn tools(model: &Model, own: &Own) -> Result<Offered, ApiError> {
         }
     };
     Ok(Offered {
-        forced: forced.map(|tools| grammar::call(model, format, &tools)).transpose()?,
+        forced: forced.map(|tools| forms::call(model, format, &tools)).transpose()?,
         descriptions: Some(Variable::List(descriptions.iter().map(Variable::from).collect())),
         tools: Some(Tools { format, names }),
     })

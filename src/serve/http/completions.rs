@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Limits as ServerLimits;
 use super::error::ApiError;
 use super::fields::{self, fields};
-use super::grammar;
+use super::forms;
 use super::model::Model;
 use super::reply::Asked;
 use super::shapes::Shape;
@@ -75,7 +75,7 @@ pub fn parse(
         n,
         limits: common.limits(&model, None, DEFAULT_TOKENS, own.logprobs)?,
         sampling: common.settings(&model)?,
-        constraint: grammar::of(&mut common, &model)?,
+        constraint: forms::of(&mut common, &model)?,
         streams: common.streams(),
         includes_usage: common.includes_usage(),
         token_ids: common.return_token_ids.unwrap_or(false),

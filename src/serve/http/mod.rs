@@ -1,19 +1,17 @@
 //! The server: OpenAI's endpoints over HTTP, in front of schedulers.
 //!
 //! Takes bodies as bytes and gives JSON or server-sent events. `chat` and `completions` say what a body asks for, `fields`
-//! what both have in common, `reply` submits it and writes the answer in one of the `shapes`, `grammar`
-//! the form that a text must have, `tokens` is the tokenizer alone,
-//! `prometheus` the metrics, `error` every refusal, `log` a line for each request,
+//! what both have in common, `forms` the form that a text must have, `reply` submits it and writes the answer in one of the
+//! `shapes`, `tokens` is the tokenizer alone, `error` every refusal, `log` a line for each request,
 //! `page.html` a chat in a browser. A request names a model and holds text: it can name no file.
 
 mod chat;
 mod completions;
 mod error;
 mod fields;
-mod grammar;
+mod forms;
 mod log;
 mod model;
-mod prometheus;
 mod reply;
 mod shapes;
 mod tokens;
@@ -34,12 +32,13 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use serde_json::{Value, json};
+use tokio_io_timeout::TimeoutStream;
 
 use error::ApiError;
 pub use model::Model;
 use reply::{Asked, json_response, respond};
 
-use crate::serve::SubmitError;
+use crate::serve::{SubmitError, prometheus};
 
 /// What one request may take.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +55,8 @@ pub struct Limits {
     pub header_timeout: Duration,
     /// For a body to arrive.
     pub body_timeout: Duration,
+    /// For a client to take something of what is written to it; one that does not is disconnected, and its requests end.
+    pub write_timeout: Duration,
 }
 
 impl Default for Limits {
@@ -67,6 +68,7 @@ impl Default for Limits {
             timeout: None,
             header_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_secs(30),
+            write_timeout: Duration::from_secs(30),
         }
     }
 }
@@ -150,7 +152,9 @@ impl Server {
                     Ok((stream, _)) => {
                         // Each token is on its way at once, however small.
                         let _ = stream.set_nodelay(true);
-                        let connection = http.serve_connection(TokioIo::new(stream), service.clone());
+                        let mut stream = TimeoutStream::new(stream);
+                        stream.set_write_timeout(Some(self.limits.write_timeout));
+                        let connection = http.serve_connection(TokioIo::new(Box::pin(stream)), service.clone());
                         let connection = connections.watch(connection);
                         // What goes wrong with one connection is its client's to see.
                         tokio::spawn(async move { drop(connection.await) });
@@ -202,12 +206,15 @@ impl Server {
             .with_state(self)
     }
 
-    /// The model of a name; the only one if there is no name.
+    /// The model of a name; the only package if there is no name.
     fn find(&self, name: Option<&str>) -> Result<Arc<Model>, ApiError> {
-        let found = match (name.filter(|name| !name.is_empty()), &self.models[..]) {
-            (None, [only]) => Some(only),
-            (None, _) => return Err(ApiError::field("model", "there are several; name one")),
-            (Some(name), models) => models.iter().find(|model| model.name == name),
+        let mut packages = self.models.iter().filter(|model| model.parent.is_none());
+        let found = match name.filter(|name| !name.is_empty()) {
+            Some(name) => self.models.iter().find(|model| model.name == name),
+            None => match (packages.next(), packages.next()) {
+                (only, None) => only,
+                _ => return Err(ApiError::field("model", "there are several; name one")),
+            },
         };
         found.cloned().ok_or_else(|| {
             let names: Vec<&str> = self.models.iter().map(|model| &model.name[..]).collect();
@@ -303,13 +310,17 @@ async fn detokenize(State(server): Shared, body: Body) -> Result<Response, ApiEr
 }
 
 fn model_document(server: &Server, model: &Model) -> Value {
-    json!({
+    let mut document = json!({
         "id": model.name,
         "object": "model",
         "created": server.started,
         "owned_by": "lapidary",
         "max_model_len": model.capacity(),
-    })
+    });
+    if let Some(parent) = &model.parent {
+        document["parent"] = json!(parent);
+    }
+    document
 }
 
 async fn list_models(State(server): Shared) -> Response {
@@ -355,7 +366,9 @@ async fn page() -> Response {
 
 async fn metrics(State(server): Shared) -> Response {
     let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
-    (kind, prometheus::text(&server.models)).into_response()
+    let models = server.models.iter();
+    let text = prometheus(models.map(|model| (&model.name[..], model.scheduler.metrics().snapshot())));
+    (kind, text).into_response()
 }
 
 /// Reads the body, whatever becomes of the request: a connection with an unread one could not be used again, and its client

@@ -3,15 +3,16 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, OnceLock};
 
-use super::grammar::Grammars;
 use crate::sample::{Breakers, DEFAULT_BREAKERS, Settings};
-use crate::serve::Scheduler;
+use crate::serve::{Grammars, Scheduler};
 use crate::text::{Tokenizer, TokenizerError};
 
 /// See the module's head.
 pub struct Model {
     /// What requests call it.
     pub name: String,
+    /// For one with an adapter, the name of its package.
+    pub parent: Option<String>,
     /// What runs it.
     pub scheduler: Scheduler,
     /// If its package has one.
@@ -40,6 +41,7 @@ impl Model {
     ) -> Self {
         Model {
             name,
+            parent: None,
             scheduler,
             tokenizer,
             defaults,
@@ -47,6 +49,14 @@ impl Model {
             eos_ids,
             breakers: OnceLock::new(),
             grammars: OnceLock::new(),
+        }
+    }
+
+    /// The same, known as one of `parent` with an adapter.
+    pub fn of(self, parent: &str) -> Self {
+        Model {
+            parent: Some(parent.to_string()),
+            ..self
         }
     }
 

@@ -12,13 +12,12 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::error::ApiError;
 use super::fields::{fresh_id, now};
-use super::grammar::Limited;
 use super::log::Record;
 use super::model::Model;
 use super::shapes::{Choice, Head, Reader, Shape};
 use crate::decode::Limits;
 use crate::sample::{Constraint, Settings};
-use crate::serve::{Event, Finished, Request, SubmitError, Ticket};
+use crate::serve::{Event, Finished, Limited, Request, SubmitError, Ticket};
 use crate::text::tools::ToolPart;
 
 /// Everything that is wanted.

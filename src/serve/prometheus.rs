@@ -1,19 +1,16 @@
-//! `/metrics`: what schedulers count, in Prometheus' text format.
+//! What schedulers count, in Prometheus' text format.
 //!
 //! Queue, running requests, cache use, tokens and latencies have vLLM's names, which inference gateways read (the Gateway
 //! API's inference extension asks for `vllm:num_requests_waiting` and `vllm:kv_cache_usage_perc` by default).
 
 use std::fmt::Write;
 
-use super::model::Model;
-use crate::serve::{Histogram, Snapshot, metric_ends};
+use super::metrics::{Histogram, Snapshot, metric_ends};
 
-/// All metrics of all models.
-pub fn text(models: &[std::sync::Arc<Model>]) -> String {
-    let all: Vec<(String, Snapshot)> = models
-        .iter()
-        .map(|model| (escaped(&model.name), model.scheduler.metrics().snapshot()))
-        .collect();
+/// All metrics of these models, by their names.
+pub fn prometheus<'a>(models: impl IntoIterator<Item = (&'a str, Snapshot)>) -> String {
+    let models = models.into_iter();
+    let all: Vec<(String, Snapshot)> = models.map(|(name, snapshot)| (escaped(name), snapshot)).collect();
     let mut page = Page {
         text: String::new(),
         all: &all,
@@ -105,7 +102,7 @@ pub fn text(models: &[std::sync::Arc<Model>]) -> String {
 
 struct Page<'a> {
     text: String,
-    /// Each model's name, as a label holds it, and its numbers.
+    /// Each model's name, as a label holds it, and its counts.
     all: &'a [(String, Snapshot)],
 }
 

@@ -1,0 +1,160 @@
+//! Structured output: JSON schemas and grammars, followed by llguidance.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use llguidance::api::TopLevelGrammar;
+use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
+use llguidance::{Matcher, ParserFactory};
+use serde_json::{Value, json};
+
+use crate::sample::{Constraint, ConstraintError};
+use crate::text::Tokenizer;
+
+/// What a text must be like.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Form {
+    /// JSON of this schema.
+    Schema(Value),
+    /// A text of this grammar, in the form of Lark that llguidance takes.
+    Lark(String),
+    /// A text that this pattern matches as a whole.
+    Regex(String),
+    /// One of these texts.
+    Choice(Vec<String>),
+}
+
+/// White space between the parts of JSON: some, and not so much that a model goes on with it to its end.
+pub(crate) const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,24}";
+
+/// Why a form is not followed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FormError {
+    /// llama.cpp's form of grammars.
+    #[error(
+        "GBNF is not read: write the grammar in Lark's form, with `start:` for `root ::=`, `name:` for `name ::=`, names of \
+         patterns in upper case, and patterns as /[a-z]+/"
+    )]
+    Gbnf,
+    /// llguidance's reason.
+    #[error("it cannot be followed: {0}")]
+    Refused(String),
+}
+
+/// What a model's tokens are, for grammars; made once a model, when first asked for.
+pub struct Grammars {
+    factory: ParserFactory,
+    end: BTreeSet<u32>,
+}
+
+impl Grammars {
+    /// Of a model with so many tokens, which these end.
+    pub fn new(tokenizer: &Tokenizer, vocabulary: usize, end: &BTreeSet<u32>) -> Result<Self, String> {
+        let bytes = tokenizer.token_bytes();
+        let word = |id: usize| {
+            let bytes = bytes.get(id).map_or(&[][..], Vec::as_slice);
+            // Special tokens are none of the text.
+            match !bytes.is_empty() && tokenizer.is_special(id as u32) {
+                true => [&[TokTrie::SPECIAL_TOKEN_MARKER], bytes].concat(),
+                false => bytes.to_vec(),
+            }
+        };
+        let mut words: Vec<Vec<u8>> = (0..vocabulary).map(word).collect();
+        let first = end.iter().copied().find(|id| (*id as usize) < vocabulary);
+        // A model that no token ends gets one that it cannot draw.
+        let first = first.unwrap_or_else(|| {
+            words.push([&[TokTrie::SPECIAL_TOKEN_MARKER], &b"<end>"[..]].concat());
+            vocabulary as u32
+        });
+        let trie = TokTrie::from(&TokRxInfo::new(words.len() as u32, first), &words);
+        let tokens: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+        let mut factory = ParserFactory::new_simple(&tokens).map_err(|error| error.to_string())?;
+        factory.quiet();
+        factory.limits_mut().verbose_errors = false;
+        let mut end = end.clone();
+        end.insert(first);
+        Ok(Grammars { factory, end })
+    }
+
+    /// Follows a form from its beginning.
+    pub fn follow(&self, form: Form) -> Result<Limited, FormError> {
+        let grammar = match form {
+            Form::Schema(schema) => of_schema(schema),
+            Form::Lark(text) if text.contains("::=") => return Err(FormError::Gbnf),
+            Form::Lark(text) => TopLevelGrammar::from_lark(text),
+            Form::Regex(pattern) => TopLevelGrammar::from_regex(&pattern),
+            Form::Choice(texts) if texts.is_empty() => {
+                return Err(FormError::Refused("there is nothing to choose from".into()));
+            }
+            Form::Choice(texts) => {
+                let texts: Vec<String> = texts.into_iter().map(|text| Value::from(text).to_string()).collect();
+                TopLevelGrammar::from_lark(format!("start: {}", texts.join(" | ")))
+            }
+        };
+        let parser = self
+            .factory
+            .create_parser(grammar)
+            .map_err(|error| FormError::Refused(format!("{error:#}")))?;
+        let matcher = Matcher::new(Ok(parser));
+        match matcher.get_error() {
+            Some(error) => Err(FormError::Refused(error)),
+            None => Ok(Limited {
+                matcher,
+                end: self.end.clone(),
+            }),
+        }
+    }
+}
+
+/// A text of a certain form, as far as it is written.
+pub struct Limited {
+    matcher: Matcher,
+    /// Tokens that end a text: allowed where the form is complete.
+    end: BTreeSet<u32>,
+}
+
+impl Limited {
+    /// The same for another text.
+    pub fn again(&self) -> Self {
+        Limited {
+            matcher: self.matcher.deep_clone(),
+            end: self.end.clone(),
+        }
+    }
+}
+
+impl Constraint for Limited {
+    fn limit(&mut self, logits: &mut [f32]) -> Result<(), ConstraintError> {
+        let mask = self.matcher.compute_mask_or_eos();
+        let mask = mask.map_err(|error| ConstraintError(error.to_string()))?;
+        let may_end = self.end.iter().any(|id| mask.is_allowed(*id));
+        for (id, logit) in logits.iter_mut().enumerate() {
+            let id = id as u32;
+            let allowed = match self.end.contains(&id) {
+                true => may_end,
+                false => (id as usize) < mask.len() && mask.is_allowed(id),
+            };
+            if !allowed {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        Ok(())
+    }
+
+    fn accept(&mut self, token: u32) -> Result<bool, ConstraintError> {
+        if self.end.contains(&token) {
+            return Ok(true);
+        }
+        let taken = self.matcher.consume_token(token);
+        taken.map_err(|error| ConstraintError(error.to_string()))?;
+        Ok(self.matcher.is_stopped())
+    }
+}
+
+fn of_schema(mut schema: Value) -> TopLevelGrammar {
+    if let Some(object) = schema.as_object_mut() {
+        let own = || json!({"whitespace_pattern": WHITE_SPACE});
+        object.entry("x-guidance").or_insert_with(own);
+    }
+    TopLevelGrammar::from_json_schema(schema)
+}
