@@ -1,4 +1,4 @@
-//! What an error says besides what is wrong: where its cause lies, and what to do about it.
+//! What an error states besides the problem: its cause, and what to do about it.
 //!
 //! Every error that reaches a user implements [`Help`]. Its `Display` says what is wrong and names file, node or tensor;
 //! [`Help::help`] says what to do, and [`Help::fault`] whether the input, the machine or Lapidary has to change. The command

@@ -1,4 +1,4 @@
-//! The words in which a conversion is asked for and a package described: target, precision, prefill, refit.
+//! Settings of conversions and packages: target, precision, prefill, refit.
 //!
 //! Plain data with serde, shared by specs, manifests and the back ends. The names are part of the spec and package formats.
 

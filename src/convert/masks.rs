@@ -1,7 +1,7 @@
 //! What masks that the caller fills hide, where the export does not compute it.
 //!
 //! Some exports take a mask of `[batch, 1, tokens, total]` for each kind of layer, full and sliding. Which layers read which is
-//! in the graph; how far each looks back is not. A `config.json` beside the export has both, the window and the kind of every
+//! in the graph; how far each looks back is not. A `config.json` in the export's folder has both, the window and the kind of every
 //! layer: if giving a window to one mask and none to the other makes the layers of the graph those of the configuration, that is
 //! what the masks are. Names of inputs are not looked at.
 

@@ -1,7 +1,7 @@
 //! Constants that are quantized when their bytes are needed: [`Constant::quantized_as`].
 //!
 //! Codes, scales and zero points are three constants over one of floats; they are computed when a package is written.
-//! The search for scales runs once for all three; its result is kept with them, codes are computed anew each time.
+//! The search for scales runs once for all three; its result is kept with them, codes are computed again each time.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};

@@ -1,6 +1,6 @@
 //! Reads the text form of a network, as its `Display` writes it.
 //!
-//! What the text leaves out is made up: weights are absent, and constants of more than eight elements have made-up ones.
+//! What the text omits is synthetic: weights are absent, and constants of more than eight elements have synthetic ones.
 //! The layer of a weight stands before the first layer that reads it. So the text of a parsed network is the text that was
 //! parsed. The network is not verified: [`verify`](super::verify()) does that.
 

@@ -1,4 +1,4 @@
-//! Removes layers, tensors and weights that no output of a network depends on, and numbers the rest anew.
+//! Removes layers, tensors and weights that no output of a network depends on, and renumbers the rest.
 
 use std::collections::HashMap;
 

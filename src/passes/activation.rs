@@ -1,6 +1,6 @@
 //! SiLU, quick GELU and both GELUs in their parts become `Swish` and `Gelu`.
 //!
-//! There are too many spellings to list, so none is: a `Sigmoid`, `Erf` or `Tanh` is the anchor, every pair of a value
+//! There are too many forms to list, so none is: a `Sigmoid`, `Erf` or `Tanh` is the anchor, every pair of a value
 //! `x` shortly before it and a value `y` shortly after it that is computed from `x` and scalars alone is a candidate, and
 //! a candidate is what its values on a grid of samples say it is.
 

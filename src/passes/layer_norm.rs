@@ -1,6 +1,6 @@
 //! `(x - mean(x)) / sqrt(mean((x - mean(x))²) + ε) · w + b` in its parts becomes `LayerNormalization`.
 //!
-//! The division is spelled in the ways `rms_norm` knows; scale and bias may each be missing.
+//! The division has the forms that `rms_norm` recognizes; scale and bias may each be missing.
 
 use super::PassError;
 use super::pattern::{before_widening, binary, finish, last_dim, only_reader, redefine, vector_weight};

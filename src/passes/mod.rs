@@ -5,7 +5,7 @@
 //! norms and activations); the middle ones recognise the model: which input is what (`roles`), which values depend on
 //! positions alone (`dependence`), what every attention reads and writes ([`attention`]). They match by structure only as
 //! far as they must and prove by execution (`partial_eval`): a mask, a rotation, a cache update or a head repetition is
-//! what it computes, however an exporter spells it. The last passes write the result (`emit`), check it against the
+//! what it computes, however an exporter writes it. The last passes write the result (`emit`), check it against the
 //! contract (`contract`) and bring weights into the layout and dtype that the lowering takes.
 //!
 //! Each plain rewrite is `run(&mut Graph, ..) -> Result<usize, PassError>`, gives the number of rewrites it made (0: the

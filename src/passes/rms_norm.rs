@@ -1,6 +1,6 @@
 //! `x / sqrt(mean(x²) + ε) · w` in its parts becomes `RMSNormalization`.
 //!
-//! Spellings: the square as `Pow` or a product with itself; the root as `Sqrt` and a division, `Sqrt` and `Reciprocal` or
+//! Forms: the square as `Pow` or a product with itself; the root as `Sqrt` and a division, `Sqrt` and `Reciprocal` or
 //! `Div(1, ·)`, or `Pow(·, -0.5)`; the weight on either side of its product, before or after a cast back to a half type,
 //! plain or with 1 added (Gemma), or not there at all, which gives a scale of ones. Statistics in fp32 around an fp16 `x`
 //! become part of the operator, which computes them so.

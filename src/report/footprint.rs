@@ -1,4 +1,4 @@
-//! Tables of a group beside its times: loading and building, and memory.
+//! Tables of a group besides its times: loading and building, and memory.
 
 use super::input::{Group, ResultFile};
 use super::markdown::{cite, ms, or_missing, table};

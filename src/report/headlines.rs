@@ -1,4 +1,4 @@
-//! What a reader wants first: ours beside each other system, and where ours is slower.
+//! Headlines: Lapidary compared with each other system, and where Lapidary is slower.
 
 use super::benchmarks::{Verdict, decode_at, prefill_of, text_of};
 use super::input::{Group, ResultFile};

@@ -1,4 +1,4 @@
-//! What models say of a text, beside what they take: perplexity and divergence by format, one table a text.
+//! Quality and size: perplexity and divergence by format, one table per text.
 //!
 //! Results stand in one table if they scored the same tokens in the same windows. Times come from bench results of the
 //! same weights.

@@ -1,7 +1,7 @@
 //! From a row of logits to the next token: a chain of samplers, one a file, and a draw at its end.
 //!
 //! Takes the model's logits and the tokens so far, gives a token id. Each [`Sampler`] rewrites the list of
-//! [`Candidates`] (changes logits, drops candidates) and knows nothing of the others. [`Settings`] say what is on and in
+//! [`Candidates`] (changes logits, drops candidates) and is independent of the others. [`Settings`] say what is on and in
 //! which order; [`Chain::new`] builds it. What a sampler means is what it means in llama.cpp, whose order is the default:
 //! logit bias, penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC, temperature, mirostat, draw. `logprobs`
 //! reports the model's own distribution, before any sampler. A [`Constraint`] says which tokens may come at all. Text, stop conditions and the generation loop belong to

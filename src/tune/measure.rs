@@ -1,7 +1,7 @@
 //! Every alternative built, loaded and timed.
 //!
 //! Takes a canonical graph and profiles, asks the questions of [`super::questions`] one after the other, builds every
-//! alternative and runs it with made-up numbers; gives the winner of each profile with everything that was tried. Weights
+//! alternative and runs it with synthetic values; gives the winner of each profile with everything that was tried. Weights
 //! are carried as the package will carry them: TensorRT plans other kernels around constants than around inputs. Nothing
 //! here decides what a package is; `convert` and specs do.
 

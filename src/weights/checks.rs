@@ -1,4 +1,4 @@
-//! What must be true of a weight's numbers before they go into a package: no NaN, no infinity, nothing that overflowed
+//! What must be true of a weight's values before they go into a package: no NaN, no infinity, nothing that overflowed
 //! when it was converted.
 
 use super::WriteError;

@@ -1,7 +1,7 @@
 //! Tensors by what they hold.
 //!
 //! A weight that has no name of use, because its exporter lost it and the graph does not show what it is, can still be known
-//! by its numbers: a checkpoint that the package was made from has the same somewhere, perhaps transposed, perhaps in
+//! by its values: a checkpoint that the package was made from has the same somewhere, perhaps transposed, perhaps in
 //! another dtype. Found once, the name serves for every later checkpoint of the same kind.
 
 use std::collections::{BTreeMap, HashMap};

@@ -1,9 +1,9 @@
-//! One hash over the numbers of a model, in any file and any dtype: what makes benchmarks of different
+//! One hash over the values of a model, in any file and any dtype: what makes benchmarks of different
 //! programs comparable.
 //!
 //! Tensors are those of a Hugging Face checkpoint ([`super::export`]): its names, its shapes. Each is narrowed first to
-//! the smallest of f16, bf16 and f32 that holds all its numbers exactly, so an fp32 package of fp16 numbers has the hash of
-//! the fp16 one. A head with the very numbers of the embedding is left out: tied. Then BLAKE3 over the lines
+//! the smallest of f16, bf16 and f32 that holds all its values exactly, so an fp32 package of fp16 values has the hash of
+//! the fp16 one. A head with the same values as the embedding is left out: tied. Then BLAKE3 over the lines
 //! `name \t dtype \t dims joined by commas \t hex(BLAKE3 of the little-endian bytes) \n`, sorted by name.
 
 use std::sync::atomic::{AtomicUsize, Ordering};

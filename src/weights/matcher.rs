@@ -1,5 +1,5 @@
 //! The search for the tensors of each weight: by the same graph, by modules, by learned names, by names in the export, and
-//! at last by numbers.
+//! at last by values.
 
 use std::collections::{BTreeSet, HashMap};
 

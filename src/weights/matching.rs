@@ -1,4 +1,4 @@
-//! Which tensors of a [`WeightSource`] make which weights of a package: every one is found, with the right shape and numbers
+//! Which tensors of a [`WeightSource`] make which weights of a package: every one is found, with the right shape and values
 //! that can be converted, or the one message says what all the obstacles are.
 
 use std::collections::HashMap;

@@ -1,7 +1,7 @@
 //! Weights: on disk, by name, and from elsewhere.
 //!
 //! Takes constants whose bytes may not exist yet (see [`crate::graph::Constant`]), quantized ones among them, and gives a
-//! safetensors file and a [`StoredWeight`] record for each: where it lies, and its BLAKE3. At no time are more than a few
+//! safetensors file and a [`StoredWeight`] record for each: its place, and its BLAKE3. At no time are more than a few
 //! tensors in memory. For weights that come later:
 //!
 //! - [`recipe`] says how each weight is made of an export's initializers;
@@ -10,12 +10,12 @@
 //!   checkpoints hold of norms;
 //! - [`form`] says how each is stored, as floats or as codes of some kind, and keeps that;
 //! - `quantized_checkpoint` puts weights together that other programs pack in their own ways;
-//! - [`source`] opens an export, a checkpoint or a package; [`matching`] finds every weight in it, by its numbers where
+//! - [`source`] opens an export, a checkpoint or a package; [`matching`] finds every weight in it, by its values where
 //!   neither recipe nor module does, and [`lora`] changes them on the way;
 //! - [`embeddings`] reads a table of token embeddings for a model that takes embeddings;
 //! - [`config`] refuses a checkpoint whose `config.json` describes another model;
-//! - [`checks`] refuses numbers that no model can use, [`export`] writes checkpoints for other programs, and
-//!   [`fingerprint`] is one hash over all numbers.
+//! - [`checks`] refuses values that no model can use, [`export`] writes checkpoints for other programs, and
+//!   [`fingerprint`] is one hash over all values.
 //!
 //! What a package's manifest says of weights is `package`'s.
 

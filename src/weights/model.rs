@@ -1,6 +1,6 @@
 //! The weights of one model, each with everything that says what it is: what a package keeps in its manifest, and what is
 //! read off an export in the same way when it is converted. Other packages, checkpoints for other programs and hashes of
-//! weights are made of these records, never of a graph that was read anew, so they cannot differ from the conversion's.
+//! weights are made of these records, never of a graph that was read again, so they cannot differ from the conversion's.
 
 use std::collections::HashMap;
 

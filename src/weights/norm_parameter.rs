@@ -4,7 +4,7 @@
 //! `Gemma2RMSNorm`, `Gemma3RMSNorm`). An exporter may leave the addition in the graph, where the weight's recipe shows it,
 //! or put `1 + w` into the initializer, under the very name that the checkpoint has for `w`. Then other evidence must
 //! decide: the `model_type` in the checkpoint's `config.json`, that the graph multiplies embeddings by the square root of the
-//! hidden size as these models do, or numbers that the package had.
+//! hidden size as these models do, or values that the package had.
 
 use std::fs;
 use std::path::Path;

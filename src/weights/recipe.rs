@@ -1,7 +1,7 @@
 //! How a weight is made from named tensors: the part of a [`Constant`]'s derivation that outlives the export.
 //!
 //! Exporters transpose, fuse and rename. A [`Recipe`] is what is left of that when the bytes are gone: a small tree over
-//! named tensors, kept in the manifest, from which the same weight is made again of other numbers. The names at its leaves
+//! named tensors, kept in the manifest, from which the same weight is made again of other values. The names at its leaves
 //! are whatever its keeper says: initializers of the export, or modules of the model (see [`super::modules`]).
 
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! How good a model's answers are, as numbers: perplexity and divergence over a text, scores over a task.
+//! Quality of a model's answers: perplexity and divergence over a text, scores over a task.
 //!
 //! `perplexity` takes sessions and tokens and gives sums over their log-probabilities; `task` takes texts and gives the
 //! scores of [`rouge`] and exact matches. `result` is what both commands write, and what `report` reads back. What the

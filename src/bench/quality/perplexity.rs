@@ -5,7 +5,7 @@
 //!
 //! - mean NLL = −(1/n) Σ ln p(xᵢ | before), perplexity = e^NLL,
 //! - KL = (1/n) Σᵢ Σᵥ q(v) ln(q(v) / p(v)), the divergence of the other model's distribution q from this one's p: what it
-//!   costs, in nats a token, to take p for q (S. Kullback and R. Leibler, "On Information and Sufficiency", 1951),
+//!   costs, in nats per token, to take p for q (S. Kullback and R. Leibler, "On Information and Sufficiency", 1951),
 //! - the share of equal best tokens: of positions at which both models' most probable token is the same.
 //!
 //! A standard error is s / √n of the scored tokens' values, as if these were independent; that of the perplexity is the

@@ -1,6 +1,6 @@
 //! A task: prompts with the answers that are right, and scores of what a model answers.
 //!
-//! A file has a JSON object a line: `prompt`, `reference`, and if wanted `max_new_tokens` and an `id`, which is passed
+//! A file has one JSON object per line: `prompt`, `reference`, optionally `max_new_tokens` and an `id`, which is passed
 //! on. Scores of the file are means over lines.
 
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! What a session will need, loaded and run before it is asked for.
+//! What a session will need, loaded and run before the first request.
 
 use super::CudaDevice;
 use crate::decode::device::{Chunk, Device, DeviceError};

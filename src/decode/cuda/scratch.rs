@@ -1,4 +1,4 @@
-//! Working memory: one buffer for all engines, of which only the running one makes use, as large as the largest asks for.
+//! Scratch memory: one buffer for all engines, since only one runs at a time, as large as the largest needs.
 
 use super::CudaDevice;
 use super::chunks::covers;

@@ -1,6 +1,6 @@
 //! Other weights under engines that stay: what a server does between two fine-tunes.
 //!
-//! Bound weights are bytes at addresses that every engine knows, so they are written over and no engine notices. Stripped
+//! Bound weights are bytes at addresses that every engine has, so they are overwritten and no engine changes. Stripped
 //! engines are refitted where they are. Engines that hold their weights cannot change; they are refused, as is whatever
 //! would make an engine compute something else than the other package says.
 

@@ -1,4 +1,4 @@
-//! The original export, run by an engine that shares nothing with ours: the reference of `lapidary verify`.
+//! The original export, run by an engine that shares no code with Lapidary's: the reference of `lapidary verify`.
 //!
 //! Takes the `.onnx` file a package was made from and whole sequences of tokens, gives the logits of every position. Each
 //! sequence is run at once from an empty cache, so that it checks our cache, our chunks and our masks too, and not only

@@ -1,4 +1,4 @@
-//! Words in the attributes of the operators of a mixture of experts.
+//! Names in the attributes of the operators of a mixture of experts.
 
 use super::attributes::Words;
 

@@ -2,7 +2,7 @@
 //!
 //! Rotation is linear in the row: fed a row that is 1 in one element, it answers with that pair's cosine and sine. So the
 //! kind (rotate-half or interleaved), the rotated width and the table itself are read off an execution, whichever way
-//! the export spells the arithmetic. The table is then required to be a function of the position alone, or to be one of two
+//! the export writes the arithmetic. The table is then required to be a function of the position alone, or to be one of two
 //! such tables, which LongRoPE chooses between by the length of the run; other dynamic scalings are refused. Gives [`Rope`] uses and the distinct [`Table`]s; leaves writing `RotaryEmbedding` to `emit`.
 
 /// Cosines and sines per position, `[positions, half]` each, in fp32.

@@ -1,6 +1,6 @@
 //! Sinks of an attention that is written out: a column of scores joined to the others before the softmax, and left out behind it.
 //!
-//! gpt-oss's spelling: `Concat(scores, sinks)`, perhaps less the largest of each row, `Softmax`, `Slice` of all columns but the
+//! gpt-oss's form: `Concat(scores, sinks)`, perhaps less the largest of each row, `Softmax`, `Slice` of all columns but the
 //! last. The column has to be, when run, one constant number for each head.
 
 use super::find::{Uses, is_largest_of};

@@ -1,6 +1,6 @@
 //! Mixtures of experts become `Routing` and `Experts`.
 //!
-//! Exporters spell them in many ways: matrices gathered for every token, a loop over experts with `NonZero` and scatters, all
+//! Exporters write them in many ways: matrices gathered for every token, a loop over experts with `NonZero` and scatters, all
 //! experts times weights that are mostly 0. None is listed here. A choice of the greatest (`TopK`) is the anchor; the block is
 //! what lies between the value that everything is computed from and the one in which everything has come together (`region`);
 //! and what the block does is found by running it with tensors that stand in for tokens, logits and results of products

@@ -1,4 +1,4 @@
-//! Tokens a second: a bar a system, the longest first, for each live length and each text.
+//! Tokens per second: one bar per system, the longest first, for each context length and each text.
 
 use super::canvas::{HEAD, Side, sheet, width_of};
 use super::{FAINT_INK, Figure, INK, MUTED, OURS, OURS_TOO, is_ours, slug};

@@ -1,4 +1,4 @@
-//! Time of a token against the live length: a line a system.
+//! Time per output token by context length: one line per system.
 
 use super::axes::{Scale, clear, spread};
 use super::canvas::{HEAD, Side, sheet, width_of};

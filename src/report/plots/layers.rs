@@ -1,4 +1,4 @@
-//! Where a step's time goes: one bar a profile, cut into groups of layers.
+//! Time of a step by group of layers: one bar per profile.
 
 use plotters::style::RGBColor;
 

@@ -1,6 +1,6 @@
 //! The server: OpenAI's endpoints over HTTP, in front of schedulers.
 //!
-//! Takes bodies as bytes and gives JSON or server-sent events. `chat` and `completions` say what a body asks for, `fields`
+//! Takes bodies as bytes and gives JSON or server-sent events. `chat` and `completions` define request bodies, `fields`
 //! what both have in common, `forms` the form that a text must have, `reply` submits it and writes the answer in one of the
 //! `shapes`, `tokens` is the tokenizer alone, `error` every refusal, `log` a line for each request,
 //! `page.html` a chat in a browser. A request names a model and holds text: it can name no file.

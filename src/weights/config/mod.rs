@@ -1,4 +1,4 @@
-//! What the `config.json` beside a checkpoint says of the model, against what a package computes.
+//! The `config.json` of a checkpoint, compared with what a package computes.
 //!
 //! Names and shapes cannot tell whether weights were trained for another rotary base, epsilon, activation or window: two
 //! versions of Mistral 7B have equal tensors and differ in both. The configuration says it, so [`check`] compares it with the
