@@ -60,7 +60,7 @@ pub enum ResultError {
         wall: f64,
         why: &'static str,
     },
-    #[error("{}: {field}: {group:?} is no group of layers; those are {}", path.display(), GROUPS.join(", "))]
+    #[error("{}: {field}: {group:?} is not a group of layers; those are {}", path.display(), GROUPS.join(", "))]
     LayerGroup {
         path: PathBuf,
         field: String,
@@ -323,7 +323,7 @@ impl Checker<'_> {
     fn summary(&self, at: &str, found: &Summary, samples: &[f64]) -> Checked {
         match Summary::of(samples) {
             Some(expected) => self.summaries(at, found, &expected),
-            None => Err(self.field(at, "has no samples, or one that is no number")),
+            None => Err(self.field(at, "has no samples, or one that is not a number")),
         }
     }
 

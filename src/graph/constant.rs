@@ -463,7 +463,7 @@ impl Constant {
             DType::I8 => DType::U8,
             DType::I4 => DType::U4,
             DType::I2 => DType::U2,
-            other => panic!("{other} is no type of integer codes"),
+            other => panic!("{other} is not a type of integer codes"),
         };
         // Moved back, they are what they were.
         if let ConstantSource::Derived(derived) = &self.source

@@ -128,7 +128,7 @@ pub fn missing(input: &Input) -> Vec<String> {
         if text.results.iter().all(|r| r.of.against.is_none()) && text.results.len() > 1 {
             let file = &text.results[0].of.text.file;
             out.push(format!(
-                "{file}: no result has another model beside it (`--against`), so no divergence is shown"
+                "{file}: no result compares with another model (`--against`), so no divergence is shown"
             ));
         }
         for r in text.results.iter().filter(|r| decode(input, &r.of).is_none()) {

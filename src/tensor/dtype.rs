@@ -364,7 +364,7 @@ impl fmt::Display for DType {
 
 /// A name that is none of [`DType::name`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{name:?} is no element type; there are {}", DType::all().map(DType::name).collect::<Vec<_>>().join(", "))]
+#[error("{name:?} is not an element type; there are {}", DType::all().map(DType::name).collect::<Vec<_>>().join(", "))]
 pub struct UnknownDType {
     /// What was there instead.
     pub name: String,

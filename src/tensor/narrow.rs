@@ -8,7 +8,7 @@ use super::dtype::{DType, FloatFormat, Numbers, Specials};
 fn format(dtype: DType) -> FloatFormat {
     match dtype.numbers() {
         Numbers::Float(format) => format,
-        _ => panic!("bug: {dtype} is no float type"),
+        _ => panic!("bug: {dtype} is not a float type"),
     }
 }
 

@@ -43,7 +43,7 @@ impl EndTokens {
                     }
                 }
                 None => self.warnings.push(format!(
-                    "{file}: eos_token_id is {value}, which is no token id; it ends nothing"
+                    "{file}: eos_token_id is {value}, which is not a token id; it is ignored"
                 )),
             }
         }
@@ -60,7 +60,7 @@ impl EndTokens {
         for id in beyond {
             self.ids.remove(&id);
             self.warnings.push(format!(
-                "the end token {id} (eos_token_id or eos_token) is beyond the model's {vocabulary} tokens; it ends nothing"
+                "the end token {id} (eos_token_id or eos_token) is beyond the model's {vocabulary} tokens; it is ignored"
             ));
         }
     }
@@ -109,7 +109,7 @@ mod tests {
         );
         assert_eq!(
             warnings[1],
-            "generation_config.json: eos_token_id is \"</s>\", which is no token id; it ends nothing"
+            "generation_config.json: eos_token_id is \"</s>\", which is not a token id; it is ignored"
         );
         assert_eq!(warnings.len(), 5);
         // What one file says in vain, the other may say well.

@@ -139,7 +139,7 @@ impl Tokenizer {
                 None => warnings.push(format!(
                     "{name} is {token:?}, and tokenizer.json has no such token; {}",
                     match name {
-                        "eos_token" => "it ends nothing",
+                        "eos_token" => "it is ignored",
                         _ => "text that holds it is cut into other tokens",
                     }
                 )),

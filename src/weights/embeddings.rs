@@ -30,7 +30,7 @@ pub enum EmbeddingError {
     #[error(transparent)]
     Source(#[from] SourceError),
     /// An export that computes something else.
-    #[error("{}: it is no table of token embeddings: {reason}", path.display())]
+    #[error("{}: it is not a table of token embeddings: {reason}", path.display())]
     NoTable {
         /// The file.
         path: PathBuf,

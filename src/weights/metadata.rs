@@ -303,6 +303,6 @@ mod tests {
             r#""dtype": "f8e4m3", "shape": [4]"#,
             scales,
         );
-        assert!(unknown.contains("is no element type"), "{unknown}");
+        assert!(unknown.contains("is not an element type"), "{unknown}");
     }
 }

@@ -188,7 +188,7 @@ impl WeightSource {
                     path,
                     format!("holds several files and no {INDEX}: {}", files.join(", ")),
                 )
-                .with_help("give the one that is meant"))
+                .with_help("name one of them"))
             }
         }
     }

@@ -142,7 +142,7 @@ fn end_tokens_are_found_or_named() {
     assert_eq!(found, [0; 0]);
     assert_eq!(
         warnings,
-        ["tokenizer_config.json: eos_token is \"<|nope|>\", and tokenizer.json has no such token; it ends nothing"]
+        ["tokenizer_config.json: eos_token is \"<|nope|>\", and tokenizer.json has no such token; it is ignored"]
     );
     let (found, warnings) = end(json!({}), json!({"eos_token_id": ["2", 41]}));
     assert_eq!(found, [2]);

@@ -40,7 +40,7 @@ impl Case {
         let (input, output) = rest.split_once("--- output\n").unwrap_or((rest, ""));
         let mut options = BTreeMap::new();
         for line in head.lines().filter(|l| !l.starts_with('#') && !l.is_empty()) {
-            let (name, value) = line.split_once(": ").ok_or(format!("{line:?} is no option"))?;
+            let (name, value) = line.split_once(": ").ok_or(format!("{line:?} is not an option"))?;
             options.insert(name.to_string(), value.to_string());
         }
         if !head.starts_with('#') {

@@ -576,7 +576,7 @@ fn what_does_not_belong_together_is_refused() {
     assert!(message(bits).contains("bits=3"));
     let mut fractions = good();
     fractions.initializers[2] = floats("zeros", &[4, 4], &[7.5; 16]);
-    assert!(message(fractions).contains("zero points that are no whole numbers"));
+    assert!(message(fractions).contains("zero points that are not integers"));
     let mut outside = good();
     outside.initializers[2] = floats("zeros", &[4, 4], &[16.0; 16]);
     assert!(message(outside).contains("the zero point 16 at index 0 is out of range"));

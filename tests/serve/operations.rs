@@ -37,12 +37,12 @@ fn bad_requests_are_refused_by_name() {
         (
             chat("messages", json!([{"role": "wizard", "content": "x"}])),
             400,
-            "messages[0]: there is no role \"wizard\"",
+            "messages[0]: unknown role \"wizard\"",
         ),
         (
             chat("messages", json!([{"role": "user"}])),
             400,
-            "messages[0]: there is no content",
+            "messages[0]: the message has no content",
         ),
         (
             chat(
@@ -56,7 +56,7 @@ fn bad_requests_are_refused_by_name() {
         (
             chat("tool_choice", json!("required")),
             400,
-            "tool_choice: there are no tools",
+            "tool_choice: the request has no tools",
         ),
         (
             chat("top_logprobs", json!(3)),
@@ -73,7 +73,7 @@ fn bad_requests_are_refused_by_name() {
         (
             chat("model", json!("other")),
             404,
-            "there is no model \"other\"; there are pkg",
+            "unknown model \"other\"; the models are pkg",
         ),
         (
             completion("temperature", json!(-1)),
@@ -109,9 +109,13 @@ fn bad_requests_are_refused_by_name() {
         (
             completion("logit_bias", json!({"x": 1})),
             400,
-            "logit_bias: \"x\": 1 is no number for a token id",
+            "logit_bias: \"x\": 1 is not a number for a token id",
         ),
-        (completion("logit_bias", json!(3)), 400, "logit_bias: 3 is no object"),
+        (
+            completion("logit_bias", json!(3)),
+            400,
+            "logit_bias: 3 is not an object",
+        ),
         (
             completion("logprobs", json!(21)),
             400,
@@ -475,7 +479,10 @@ fn what_cannot_be_served_is_refused_at_the_start() {
     let (message, _) = refused(&[text(&folder.path().join("none"))]);
     assert!(message.contains("none"), "{message}");
     let (message, help) = refused(&[text(&package), text(&package)]);
-    assert!(message.contains("\"pkg\", too") && help.contains("rename"), "{message}");
+    assert!(
+        message.contains("two packages are named \"pkg\"") && help.contains("rename"),
+        "{message}"
+    );
     let empty = folder.path().join("keys");
     std::fs::write(&empty, "# no key\n").unwrap();
     let (message, _) = refused(&[text(&package), "--api-key-file", text(&empty)]);

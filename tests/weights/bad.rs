@@ -184,7 +184,12 @@ fn numbers_no_model_can_use_do_not_get_into_a_package() {
         lapidary(args)
     };
     for (numbers, flags, said, remedy) in [
-        ([f32::NAN, f32::NEG_INFINITY], &[][..], "2 of its", "--allow-nonfinite"),
+        (
+            [f32::NAN, f32::NEG_INFINITY],
+            &[][..],
+            "2 of 3104 values",
+            "--allow-nonfinite",
+        ),
         (
             [f32::NAN, f32::INFINITY],
             &["--dtype", "fp16"],
@@ -200,7 +205,7 @@ fn numbers_no_model_can_use_do_not_get_into_a_package() {
         (
             [f32::NAN, 1e6],
             &["--dtype", "fp16", "--allow-overflow"],
-            "1 of its",
+            "1 of 3104 values",
             "--allow-nonfinite",
         ),
         (
@@ -261,7 +266,7 @@ fn a_bfloat16_checkpoint_that_fp16_has_no_room_for() {
     let (message, help) = half.refused(&path, &[]);
     assert!(message.contains("layers.1.mlp.down_proj"), "{message}");
     assert!(
-        message.contains("1 of its") && message.contains("too large for f16"),
+        message.contains("1 of 1536 values") && message.contains("too large for f16"),
         "{message}"
     );
     assert!(help.contains("--allow-overflow"), "{help}");

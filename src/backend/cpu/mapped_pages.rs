@@ -76,7 +76,7 @@ mod tests {
             own.clone(),
             bytes::Bytes::new(),
         ]);
-        assert_eq!(own, values, "memory that is no file's is left alone");
+        assert_eq!(own, values, "memory that is not a file's is left alone");
         assert_eq!(mapped, values);
         std::fs::remove_file(path).unwrap();
     }

@@ -82,7 +82,7 @@ impl NodeInference<'_> {
                     None => return Err(self.error(format!("its shape copies dimension {i} of {}", self.operand(0)))),
                 },
                 Some((dim, Some(size))) if size < 0 => {
-                    return Err(self.error(format!("it reshapes to {target:?}, where {dim} is no size")));
+                    return Err(self.error(format!("it reshapes to {target:?}, where {dim} is not a size")));
                 }
                 Some((dim, _)) => dim.clone(),
             });

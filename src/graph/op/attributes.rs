@@ -255,7 +255,7 @@ spec! {
     value(v) v.map(Attribute::DType);
     is_default(v) v.is_none();
     read(source) match source.dtype(_this.name)? {
-        Some(dtype) if !dtype.is_float() => malformed(format!("its {} is {dtype}, which is no float type", _this.name)),
+        Some(dtype) if !dtype.is_float() => malformed(format!("its {} is {dtype}, which is not a float type", _this.name)),
         dtype => Ok(dtype),
     };
 }

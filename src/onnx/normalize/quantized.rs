@@ -88,7 +88,7 @@ impl SourceNode<'_> {
     /// The constant that an input is; `None` if the input is left out.
     pub(super) fn optional_constant(&self, i: usize, what: &str) -> Result<Option<Constant>, Failure> {
         match (self.constant_input(i), self.input(i)) {
-            (None, Some(_)) => Err(Failure::Unsupported(format!("{what} that are no constant"))),
+            (None, Some(_)) => Err(Failure::Unsupported(format!("{what} that are not constant"))),
             (constant, _) => Ok(constant),
         }
     }
@@ -205,7 +205,7 @@ impl SourceNode<'_> {
         let order = match self.constant_input(4) {
             Some(groups) => self.group_order(&groups, depth, size)?,
             None if self.input(4).is_some() => {
-                return Err(Failure::Unsupported("g_idx that is no constant".to_string()));
+                return Err(Failure::Unsupported("g_idx that is not constant".to_string()));
             }
             None => None,
         };
@@ -250,9 +250,7 @@ impl SourceNode<'_> {
             };
             let whole: Vec<i64> = tensor.to_f64().into_iter().map(|v| v as i64).collect();
             if tensor.to_f64().iter().zip(&whole).any(|(v, w)| *v != *w as f64) {
-                return Err(Failure::Unsupported(
-                    "zero points that are no whole numbers".to_string(),
-                ));
+                return Err(Failure::Unsupported("zero points that are not integers".to_string()));
             }
             let whole = Tensor::from_i64(tensor.shape().to_vec(), &whole);
             return Ok(zero_points_as(codes, &whole)?.into());

@@ -284,7 +284,7 @@ fn left_packed(graph: &Graph) -> impl Iterator<Item = Obstacle> {
                 [.., Some(_), None] => "it has a q_norm_weight and no k_norm_weight".into(),
                 [.., None, Some(_)] => "it has a k_norm_weight and no q_norm_weight".into(),
                 [Some(sinks), ..] => {
-                    format!("its head_sink {sinks} is no constant of one number for each head, or other inputs are not understood")
+                    format!("its head_sink {sinks} is not a constant of one number per head, or other inputs are not recognized")
                 }
                 _ => "its inputs have shapes or dtypes that are not understood".into(),
             },

@@ -113,7 +113,7 @@ fn tools(model: &Model, own: &Own) -> Result<Offered, ApiError> {
     let descriptions = match &own.tools {
         Some(tools) if !tools.is_empty() => tools,
         _ if choice.is_none() || is("auto") || is("none") => return Ok(Offered::default()),
-        _ => return Err(ApiError::field("tool_choice", "there are no tools")),
+        _ => return Err(ApiError::field("tool_choice", "the request has no tools")),
     };
     if is("none") {
         return Ok(Offered::default());
@@ -195,7 +195,7 @@ impl Turn {
             "developer" => "system".to_string(),
             role => {
                 return Err(wrong(format!(
-                    "there is no role {role:?}; there are system, user, assistant and tool"
+                    "unknown role {role:?}; the roles are system, user, assistant and tool"
                 )));
             }
         };
@@ -212,7 +212,7 @@ impl Turn {
                 })
                 .collect::<Result<String, _>>()?,
             Content::Nothing if !calls.is_empty() => String::new(),
-            Content::Nothing => return Err(wrong("there is no content".to_string())),
+            Content::Nothing => return Err(wrong("the message has no content".to_string())),
         };
         let text = |text: String| Variable::Text(text);
         let mut message = vec![("role".to_string(), text(role)), ("content".to_string(), text(content))];

@@ -318,12 +318,12 @@ fn logit_bias(value: &Value, vocabulary: usize) -> Result<Vec<(u32, f32)>, ApiEr
         Value::Array(list) => {
             let pair = |pair: &'_ Value| match pair.as_array().map(Vec::as_slice) {
                 Some([_, _]) => Ok(()),
-                _ => Err(wrong(&format!("{pair} is no pair of a token id and a number"))),
+                _ => Err(wrong(&format!("{pair} is not a pair of a token id and a number"))),
             };
             list.iter().try_for_each(pair)?;
             list.iter().map(|pair| (pair[0].clone(), &pair[1])).collect()
         }
-        other => return Err(wrong(&format!("{other} is no object of token ids and numbers"))),
+        other => return Err(wrong(&format!("{other} is not an object of token ids and numbers"))),
     };
     let mut found = Vec::with_capacity(pairs.len());
     for (token, value) in pairs {
@@ -335,7 +335,7 @@ fn logit_bias(value: &Value, vocabulary: usize) -> Result<Vec<(u32, f32)>, ApiEr
                     vocabulary - 1
                 )));
             }
-            _ => return Err(wrong(&format!("{token}: {value} is no number for a token id"))),
+            _ => return Err(wrong(&format!("{token}: {value} is not a number for a token id"))),
         }
     }
     Ok(found)

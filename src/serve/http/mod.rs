@@ -219,7 +219,7 @@ impl Server {
         found.cloned().ok_or_else(|| {
             let names: Vec<&str> = self.models.iter().map(|model| &model.name[..]).collect();
             let message = format!(
-                "there is no model {:?}; there are {}",
+                "unknown model {:?}; the models are {}",
                 name.unwrap_or(""),
                 names.join(", ")
             );
@@ -293,7 +293,7 @@ async fn text_completions(State(server): Shared, body: Body) -> Result<Response,
 }
 
 async fn no_embeddings() -> ApiError {
-    let message = "there are no embeddings: these models generate text";
+    let message = "embeddings are not supported: these models generate text";
     ApiError::new(StatusCode::NOT_IMPLEMENTED, message).code("unsupported")
 }
 

@@ -125,7 +125,7 @@ pub(super) fn function(name: &'static str, args: Args) -> Result<Value, Error> {
             let mut values = Vec::new();
             for (key, value) in entries(name, args)?.0 {
                 let Some(key) = key.as_str() else {
-                    return Err(Error::unsupported("a namespace whose names are no text"));
+                    return Err(Error::unsupported("a namespace whose names are not text"));
                 };
                 check_namespace_name(key)?;
                 values.push((key.to_string(), value));

@@ -216,12 +216,12 @@ impl Run {
             Target::Attribute(name, attribute) => {
                 let Value::Object(object) = self.name(name, frame)? else {
                     return Err(Error::failed(format!(
-                        "{name:?} is no namespace, and {attribute:?} of it cannot be set"
+                        "{name:?} is not a namespace, and {attribute:?} of it cannot be set"
                     )));
                 };
                 let Object::Namespace(values) = &*object else {
                     return Err(Error::failed(format!(
-                        "{name:?} is no namespace, and {attribute:?} of it cannot be set"
+                        "{name:?} is not a namespace, and {attribute:?} of it cannot be set"
                     )));
                 };
                 call::check_namespace_name(attribute)?;
@@ -407,11 +407,11 @@ impl Run {
         }
         if let Some(dict) = &arguments.dict {
             let Value::Dict(dict) = self.value(dict, frame)? else {
-                return Err(Error::failed("the argument after ** is no dict"));
+                return Err(Error::failed("the argument after ** is not a dict"));
             };
             for (name, value) in &dict.0 {
                 let Some(name) = name.as_str() else {
-                    return Err(Error::failed("the names of arguments are no text"));
+                    return Err(Error::failed("the names of arguments are not text"));
                 };
                 args.add_named(name, value.clone())?;
             }

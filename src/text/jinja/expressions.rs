@@ -139,7 +139,7 @@ impl Parser {
             && matches!(&**base, Expr::Unary("-", number) if matches!(**number, Expr::Literal(_)))
             && !matches!(**exponent, Expr::Literal(_))
         {
-            return Err(Error::unsupported("a negative number to a power that is no number"));
+            return Err(Error::unsupported("a negative number to a power that is not a number"));
         }
         Ok(power)
     }

@@ -149,7 +149,7 @@ fn sorted_dicts(value: &Value) -> Result<Value, Error> {
         Value::Dict(dict) => {
             let mut dict = (**dict).clone();
             if dict.0.iter().any(|(key, _)| key.as_str().is_none()) && dict.0.len() > 1 {
-                return Err(Error::unsupported("the filter \"pprint\" on keys that are no text"));
+                return Err(Error::unsupported("the filter \"pprint\" on keys that are not text"));
             }
             dict.0.sort_by_key(|(key, _)| key.as_str().cloned());
             for (_, value) in &mut dict.0 {
@@ -387,7 +387,7 @@ fn xml_attributes(value: &Value, args: Args) -> Result<Value, Error> {
         }
         let name = text(key, "the filter \"xmlattr\"")?;
         if name.contains(|c: char| is_space(c) || "/>=".contains(c)) {
-            return Err(Error::failed(format!("{name:?} is no name of an attribute")));
+            return Err(Error::failed(format!("{name:?} is not an attribute name")));
         }
         out.push(format!("{}=\"{}\"", html::escape(key)?, html::escape(value)?));
     }

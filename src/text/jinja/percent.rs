@@ -64,7 +64,7 @@ pub(super) fn format(format: &str, value: &Value) -> Result<String, Error> {
                 return value
                     .as_int()
                     .map(Some)
-                    .ok_or_else(|| bad("a width that is no integer"));
+                    .ok_or_else(|| bad("a width that is not an integer"));
             }
             let mut number = None;
             while let Some(digit) = chars.next_if(char::is_ascii_digit) {
@@ -165,7 +165,7 @@ impl Spec {
                 }
             }
             'a' => return Err(Error::unsupported("the conversion %a")),
-            kind => return Err(Error::failed(format!("{kind:?} is no conversion"))),
+            kind => return Err(Error::failed(format!("{kind:?} is not a conversion"))),
         };
         let mut digits = digits;
         if "diuxXo".contains(kind)

@@ -150,7 +150,7 @@ struct Spec {
 }
 
 fn parse(text: &str) -> Result<Spec, Error> {
-    let bad = || Error::failed(format!("{text:?} is no format"));
+    let bad = || Error::failed(format!("{text:?} is not a format"));
     let chars: Vec<char> = text.chars().collect();
     let is_align = |c: Option<&char>| c.is_some_and(|c| "<>=^".contains(*c));
     let mut spec = Spec::default();

@@ -122,7 +122,7 @@ const FIELDS: &[(&str, Meaning)] = &[
     ("monteclora_config", Unsupported("it samples its matrices")),
     (
         "target_parameters",
-        Unsupported("it changes parameters that are no layers"),
+        Unsupported("it changes parameters that are not layers"),
     ),
     (
         "trainable_token_indices",
@@ -166,7 +166,7 @@ impl Config {
             && kind != "LORA"
         {
             return Err(Refusal {
-                message: format!("is an adapter of type {}", kind.as_str().unwrap_or("that is no text")),
+                message: format!("is an adapter of type {}", kind.as_str().unwrap_or("that is not text")),
                 help: "only LORA can be merged",
             });
         }

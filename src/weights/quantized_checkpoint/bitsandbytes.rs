@@ -71,7 +71,7 @@ fn read_8bit(tensors: &mut Tensors, layer: &str) -> Result<(), String> {
     }
     let [out, _] = codes.shape()[..] else {
         return Err(format!(
-            "{layer}: weight has the shape {:?}, which is no matrix",
+            "{layer}: weight has the shape {:?}, which is not a matrix",
             codes.shape()
         ));
     };

@@ -136,7 +136,7 @@ fn read_packed(tensors: &mut Tensors, layer: &str) -> Result<(), String> {
     let scales = taken(tensors, layer, ".weight_scale")?;
     if tensors.contains_key(&format!("{layer}.weight_g_idx")) {
         return Err(format!(
-            "{layer}: weight_g_idx: groups that are no runs of inputs (actorder group) are not read"
+            "{layer}: weight_g_idx: groups that are not runs of inputs (actorder group) are not read"
         ));
     }
     let shape = shape.materialize().map_err(|e| e.to_string())?.to_i64();
@@ -222,7 +222,7 @@ fn read_plain(tensors: &mut Tensors, layer: &str) -> Result<(), String> {
     }
     let [out, depth] = codes.shape()[..] else {
         return Err(format!(
-            "{layer}: weight has the shape {:?}, which is no matrix",
+            "{layer}: weight has the shape {:?}, which is not a matrix",
             codes.shape()
         ));
     };

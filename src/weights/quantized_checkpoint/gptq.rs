@@ -222,7 +222,9 @@ fn parts(tensors: &mut Tensors, layer: &str) -> Result<[Constant; 3], String> {
 fn matrix(constant: &Constant, layer: &str) -> Result<[usize; 2], String> {
     match constant.shape() {
         [rows, columns] => Ok([*rows, *columns]),
-        other => Err(format!("{layer}: qweight has the shape {other:?}, which is no matrix")),
+        other => Err(format!(
+            "{layer}: qweight has the shape {other:?}, which is not a matrix"
+        )),
     }
 }
 

@@ -91,7 +91,7 @@ pub fn assemble(path: &Path, tensors: &mut Tensors) -> Result<Option<Assembled>,
     match tensors.keys().find(mark) {
         None => Ok(Some(assembled)),
         Some(name) => Err(refused(format!(
-            "{name:?} is no part of a layer that {} makes",
+            "{name:?} is not part of a layer that {} makes",
             assembled.method
         ))),
     }

@@ -246,7 +246,7 @@ impl Compiler<'_> {
                 step: *step,
                 to: NOWHERE,
             },
-            other => unreachable!("{other:?} is no row layer"),
+            other => unreachable!("{other:?} is not a row layer"),
         };
         builder.ops.push((op, arguments.to_vec(), Some(result)));
         builder.registers.insert(output, result);

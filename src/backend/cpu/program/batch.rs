@@ -371,7 +371,7 @@ impl Pass<'_> {
                     scratch: self.kept[thread].cast(),
                     scope,
                 }),
-                other => unreachable!("{} is no product of weights", other.name()),
+                other => unreachable!("{} is not a product of weights", other.name()),
             }
         }
     }

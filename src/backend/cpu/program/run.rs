@@ -150,7 +150,7 @@ impl<'a> Run<'a> {
                 rows,
                 ..
             } => (left, out, rows, right.rows(), *place),
-            other => unreachable!("{} is no product of a few rows", other.name()),
+            other => unreachable!("{} is not a product of a few rows", other.name()),
         };
         let x = self.matrix(left, matrix);
         let y = self.base(*out).cast::<f32>().wrapping_add(result * rows * columns);
