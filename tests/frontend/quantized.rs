@@ -292,6 +292,16 @@ fn groups_in_any_order() {
         .node_ids()
         .filter(|id| matches!(graph.node(*id).op, Op::Gather { .. }));
     assert_eq!(gathers.count(), 0, "groups in order need no other order of columns");
+    // The last group is short where blocks do not divide the depth; another is not.
+    let short: Vec<usize> = (0..40).map(|k| (k * 3) % 40 / 16).collect();
+    let case = NBits::of(40, 4, 16, 4, false, Some(&short));
+    let x = row(40);
+    let found = run(&case.read().unwrap(), Tensor::from_f32(vec![1, 40], &x));
+    close(
+        &found,
+        &times(&x, &case.weight),
+        "g_idx of a depth that ends within a block",
+    );
     let mut wrong = plain.clone();
     wrong[63] = 4;
     let mut case = NBits::of(64, 4, 16, 4, false, Some(&plain));
@@ -485,6 +495,114 @@ fn dequantize_linear_of_constants_is_a_quantized_weight() {
             &format!("{scale_dims:?}"),
         );
     }
+}
+
+/// Products of codes in one operator, by the formula of each: `Σ (a − zero) · scale · (b − zero) · scale`.
+#[test]
+fn products_of_codes_in_one_operator() {
+    let codes: Vec<u8> = (0..32).map(|i| (i * 37 + 11) as u8).collect();
+    let scales: Vec<f32> = (0..4).map(|n| 0.01 + 0.003 * n as f32).collect();
+    let weight =
+        |n: usize, k: usize, zero: f64, scale: f32| (f64::from(codes[k * 4 + n] as i8) - zero) * f64::from(scale);
+    let by_column: Vec<Vec<f64>> = (0..4)
+        .map(|n| (0..8).map(|k| weight(n, k, -3.0, scales[n])).collect())
+        .collect();
+    let bias = [0.5f32, -1.0, 0.25, 2.0];
+    let constants = || {
+        vec![
+            raw("codes", INT8, &[8, 4], codes.clone()),
+            floats("scales", &[4], &scales),
+            // One for all columns, though each has its own scale.
+            raw("zero", INT8, &[], vec![-3i8 as u8]),
+            floats("bias", &[4], &bias),
+        ]
+    };
+    let x: Vec<f32> = (0..8).map(|k| (k as f32 - 2.6) * 0.37).collect();
+    let row = || Tensor::from_f32(vec![1, 8], &x);
+    // The range of x and 0 in 255 steps, as DynamicQuantizeLinear has it.
+    let (low, high) = (x[0].min(0.0), x[7].max(0.0));
+    let step = (high - low) / 255.0;
+    let offset = (-low / step).round_ties_even();
+    let near: Vec<f32> = x
+        .iter()
+        .map(|v| ((v / step).round_ties_even() + offset).clamp(0.0, 255.0))
+        .map(|code| (code - offset) * step)
+        .collect();
+    let biased: Vec<f64> = times(&near, &by_column)
+        .into_iter()
+        .zip(bias)
+        .map(|(v, b)| v + f64::from(b))
+        .collect();
+    let one = node(
+        "com.microsoft",
+        "DynamicQuantizeMatMul",
+        &["x", "codes", "scales", "zero", "bias"],
+        &["y"],
+        &[],
+    );
+    let graph = read((FLOAT, &[1, 8]), vec![one], constants()).unwrap();
+    assert_eq!(codes_of(&graph), DType::I8);
+    close(&run(&graph, row()), &biased, "DynamicQuantizeMatMul");
+    let two = vec![
+        node("", "DynamicQuantizeLinear", &["x"], &["a", "a_scale", "a_zero"], &[]),
+        node(
+            "com.microsoft",
+            "MatMulIntegerToFloat",
+            &["a", "codes", "a_scale", "scales", "a_zero", "zero", "bias"],
+            &["y"],
+            &[],
+        ),
+    ];
+    let graph = read((FLOAT, &[1, 8]), two, constants()).unwrap();
+    assert_eq!(codes_of(&graph), DType::I8);
+    close(&run(&graph, row()), &biased, "MatMulIntegerToFloat");
+
+    // Static: codes of x, of the product, and floats of these.
+    let number = |name: &str, value: f32| floats(name, &[], &[value]);
+    let three = vec![
+        node("", "QuantizeLinear", &["x", "x_scale", "x_zero"], &["a"], &[]),
+        node(
+            "",
+            "QLinearMatMul",
+            &["a", "x_scale", "x_zero", "codes", "scale", "zero", "y_scale", "y_zero"],
+            &["c"],
+            &[],
+        ),
+        node("", "DequantizeLinear", &["c", "y_scale", "y_zero"], &["y"], &[]),
+    ];
+    let mut initializers = constants();
+    initializers.extend([
+        number("x_scale", 0.02),
+        number("scale", 0.015),
+        number("y_scale", 0.4703),
+        raw("x_zero", UINT8, &[], vec![100]),
+        raw("y_zero", UINT8, &[], vec![120]),
+    ]);
+    let graph = read((FLOAT, &[1, 8]), three.clone(), initializers.clone()).unwrap();
+    let of_all: Vec<Vec<f64>> = (0..4)
+        .map(|n| (0..8).map(|k| weight(n, k, -3.0, 0.015)).collect())
+        .collect();
+    let near: Vec<f32> = x
+        .iter()
+        .map(|v| ((v / 0.02).round_ties_even() + 100.0).clamp(0.0, 255.0))
+        .map(|code| (code - 100.0) * 0.02)
+        .collect();
+    let expected: Vec<f64> = times(&near, &of_all)
+        .iter()
+        .map(|v| (v / 0.4703).round_ties_even() + 120.0)
+        .map(|code| (code.clamp(0.0, 255.0) - 120.0) * 0.4703)
+        .collect();
+    assert!(expected.iter().any(|v| *v != 0.0), "{expected:?}");
+    close(&run(&graph, row()), &expected, "QLinearMatMul");
+
+    // Scales that do not belong to the codes are named.
+    let mut wrong = initializers;
+    wrong[5] = floats("scale", &[3], &[0.1; 3]);
+    let message = read((FLOAT, &[1, 8]), three, wrong).unwrap_err().to_string();
+    assert!(
+        message.contains("QLinearMatMul_node") && message.contains("[3]"),
+        "{message}"
+    );
 }
 
 /// ModelOpt's own spelling, before ONNX had the types: codes' types are in the operators' names.

@@ -32,7 +32,7 @@ pub fn converted(model: &Path, folder: &Path, name: &str, spec: &str) -> Package
 }
 
 /// Weights that are quantized, by name, each with its form.
-fn forms(manifest: &Manifest) -> Vec<(&str, String)> {
+pub fn forms(manifest: &Manifest) -> Vec<(&str, String)> {
     let weights = manifest.weights.tensors.iter();
     weights
         .filter_map(|w| Some((w.name.as_str(), w.quantized.as_ref()?.to_string())))
@@ -40,7 +40,7 @@ fn forms(manifest: &Manifest) -> Vec<(&str, String)> {
 }
 
 /// Largest difference of logits of one prefill, and the size of the largest logit.
-fn difference(a: &Package, b: &Package) -> (f32, f32) {
+pub fn difference(a: &Package, b: &Package) -> (f32, f32) {
     let logits = |package: &Package| {
         let mut session = ::lapidary::Session::open(package, &::lapidary::SessionOptions::default()).unwrap();
         session.feed(&[1, 20, 5, 33, 71, 2, 60]).unwrap().to_vec()

@@ -24,6 +24,8 @@ impl SourceNode<'_> {
             "MoE" => return self.mixture(),
             "QMoE" => return self.quantized_mixture(),
             "MatMulBnb4" => return self.matmul_bnb4(),
+            "MatMulIntegerToFloat" => return self.mat_mul_integer_to_float(),
+            "DynamicQuantizeMatMul" => return self.dynamic_quantize_mat_mul(),
             "GatherBlockQuantized" => return self.gather_block_quantized(),
             // ONNX Runtime's own spellings of the standard operators, from before those took every type.
             "QuantizeLinear" => return self.quantize_linear(),

@@ -6,6 +6,7 @@
 //! dtypes; the verifier does.
 
 mod experts;
+mod integer_products;
 mod microsoft;
 mod older;
 mod quantized;
@@ -52,6 +53,8 @@ enum Replacement {
     Constant(Constant),
     /// A product with a quantized weight.
     Linear(quantized::QuantizedLinear),
+    /// A product whose operands are codes.
+    ProductOfCodes(Box<integer_products::ProductOfCodes>),
     /// `Gather` of a constant.
     Lookup {
         table: Constant,
@@ -208,6 +211,7 @@ impl SourceNode<'_> {
                 }
             }
             Replacement::Linear(linear) => self.linear(linear, outputs),
+            Replacement::ProductOfCodes(product) => self.product_of_codes(*product, outputs),
             Replacement::Lookup { table, indices, axis } => {
                 let name = table.origin().unwrap_or(&self.name).to_string();
                 let table = self.graph.add_constant(&format!("{name}.table"), table);

@@ -56,7 +56,7 @@ impl SourceNode<'_> {
         Ok(Replacement::Constant(constant))
     }
 
-    fn input(&self, i: usize) -> Option<ValueId> {
+    pub(super) fn input(&self, i: usize) -> Option<ValueId> {
         self.inputs.get(i).copied().flatten()
     }
 
@@ -291,9 +291,11 @@ impl SourceNode<'_> {
             };
             *count += 1;
         }
-        match counts.iter().position(|count| *count != size) {
+        // The last group is short where blocks do not divide the depth.
+        let columns = |group: usize| size.min(depth - group * size);
+        match (0..counts.len()).find(|group| counts[*group] != columns(*group)) {
             Some(group) => Err(Failure::Unsupported(format!(
-                "g_idx with {} columns in group {group}, where block_size is {size}",
+                "g_idx with {} columns in group {group}, where block_size is {size} and K is {depth}",
                 counts[group]
             ))),
             None => Ok(Some(groups.order())),
@@ -390,7 +392,7 @@ impl SourceNode<'_> {
 }
 
 /// Zero points without effect, of types that have none: exporters write zeros beside codes of floats.
-fn is_idle(zero_points: &Constant, codes: DType) -> bool {
+pub(super) fn is_idle(zero_points: &Constant, codes: DType) -> bool {
     let has_none = codes.is_float_format() || codes == DType::I32;
     has_none
         && zero_points

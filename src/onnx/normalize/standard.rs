@@ -20,6 +20,7 @@ impl SourceNode<'_> {
             "Constant" => return self.constant(),
             "DequantizeLinear" => return self.dequantize_linear(),
             "QuantizeLinear" => return self.quantize_linear(),
+            "QLinearMatMul" => return self.q_linear_mat_mul(),
             "Dropout" => return self.dropout(),
             "Split" => self.check_split()?,
             "Attention" => self.pass_over_scores(),
