@@ -123,6 +123,8 @@ struct Merge {
     prefixed: bool,
     /// The prompt's branch has its own copies of the weights.
     copied: bool,
+    /// Both branches call their values and nodes as the decoders did, so results have the names of the node's outputs.
+    alike: bool,
 }
 
 /// The export as the branch with past keys and values, and the same with empty ones as the branch for the prompt.
@@ -155,8 +157,11 @@ fn merged(mut model: ModelProto, merge: Merge) -> ModelProto {
         output: graph.output.iter().map(|o| named(o.name.as_deref().unwrap())).collect(),
         ..GraphProto::default()
     };
+    let names = inner.node.iter().flat_map(|n| n.output.iter().chain(&n.name));
+    let alike: Vec<String> = names.filter(|_| merge.alike).cloned().collect();
     let (mut past, mut prompt) = (inner.clone(), inner);
-    prefix(&mut past, if merge.prefixed { "with_past/" } else { "p:" }, &around);
+    let kept = [&around[..], &alike].concat();
+    prefix(&mut past, if merge.prefixed { "with_past/" } else { "p:" }, &kept);
     // The prompt's branch knows no cache: constants without a row are in its place.
     let caches: Vec<&ValueInfoProto> = graph
         .input
@@ -183,6 +188,7 @@ fn merged(mut model: ModelProto, merge: Merge) -> ModelProto {
         prompt.initializer.extend(graph.initializer.iter().cloned());
         kept.retain(|name| graph.initializer.iter().all(|t| t.name.as_ref() != Some(name)));
     }
+    kept.extend(alike);
     prefix(&mut prompt, if merge.prefixed { "no_past/" } else { "n:" }, &kept);
 
     graph.input.push(info("use_cache_branch", BOOL, &vec![1; merge.rank]));
@@ -206,6 +212,7 @@ fn a_merged_decoder_is_its_branch_with_past_keys_and_values() {
         negated: false,
         prefixed: true,
         copied: false,
+        alike: false,
     };
     let merges = [
         plain,
@@ -221,6 +228,7 @@ fn a_merged_decoder_is_its_branch_with_past_keys_and_values() {
             ..plain
         },
         Merge { copied: true, ..plain },
+        Merge { alike: true, ..plain },
     ];
     for (name, merges) in [
         ("llama-optimum", &merges[..]),
@@ -281,6 +289,7 @@ fn branches_of_a_merged_decoder_that_are_not_one_model_are_refused() {
         negated: false,
         prefixed: true,
         copied: false,
+        alike: false,
     };
     let with = |edit: &dyn Fn(&mut GraphProto), merge: Merge, name: &str| {
         let mut model = merged(model(&format!("exports/{name}/model.onnx")), merge);
@@ -323,8 +332,13 @@ fn branches_of_a_merged_decoder_that_are_not_one_model_are_refused() {
     };
     // Another activation; a mask that lets tokens see what follows; another rotation.
     for (from, to) in [("Sigmoid", "Tanh"), ("LessOrEqual", "GreaterOrEqual"), ("Cos", "Sin")] {
-        let swapped = from == "Cos";
-        let refusal = with(&replaced(from, to), Merge { swapped, ..plain }, "llama-optimum").unwrap_err();
+        let (swapped, alike) = (from == "Cos", from == "Cos");
+        let merge = Merge {
+            swapped,
+            alike,
+            ..plain
+        };
+        let refusal = with(&replaced(from, to), merge, "llama-optimum").unwrap_err();
         for part in [
             "use_cache_branch",
             "not one model",
@@ -566,6 +580,7 @@ fn branches_that_are_not_one_model_are_refused() {
         negated: false,
         prefixed: true,
         copied: true,
+        alike: false,
     };
     let refused = |edit: &dyn Fn(&mut GraphProto, &mut GraphProto), parts: &[&str]| {
         let mut model = merged(model("exports/llama-optimum/model.onnx"), plain);

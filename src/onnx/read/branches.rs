@@ -147,7 +147,13 @@ impl<'m> Reader<'m> {
                 let (found, expected) = (graph.output.len(), node.output.len());
                 return Err(refuse(format!("has {found} outputs, and the node has {expected}")));
             }
-            if let Some(name) = defined_in(graph).find(|name| scope.values.contains_key(name)) {
+            // Nothing inside reads what the node gives, so a branch may call its own results the same, as optimum does.
+            let own = |name: &str| {
+                let result = graph.node.iter().any(|n| n.output.iter().any(|o| o == name));
+                result && node.output.iter().any(|o| o == name) && graph.output.iter().any(|o| o.name() == name)
+            };
+            let again = |name: &&str| scope.values.contains_key(name) && !own(name);
+            if let Some(name) = defined_in(graph).find(again) {
                 return Err(refuse(format!(
                     "defines {name:?} again, which is defined around the node"
                 )));
@@ -174,8 +180,6 @@ impl<'m> Reader<'m> {
         if frame.depth >= MAX_DEPTH {
             return Err(broken(node, frame, format!("it is nested more than {MAX_DEPTH} deep")));
         }
-        // The branch defines no name again, so its names can be among those around it for as long as it is read.
-        self.initializers(branch, scope)?;
         // Values around the node get the results. One that is no result of a node of the branch is copied.
         let of_nodes: HashSet<&str> = branch.node.iter().flat_map(|n| &n.output).map(String::as_str).collect();
         let mut results: HashMap<&str, ValueId> = HashMap::new();
@@ -192,6 +196,10 @@ impl<'m> Reader<'m> {
                 false => copies.push((given, wanted)),
             }
         }
+        // Apart from the node's own outputs the branch defines no name again, so its names can be among those around it for as
+        // long as it is read.
+        let outputs: Vec<_> = node.output.iter().map(|name| scope.take(name)).collect();
+        self.initializers(branch, scope)?;
         let frame = Frame {
             opsets: frame.opsets,
             prefix: frame.prefix.clone(),
@@ -212,8 +220,11 @@ impl<'m> Reader<'m> {
         }
         self.declared_types(branch, scope);
         for name in defined_in(branch) {
-            scope.values.remove(name);
-            scope.origin.remove(name);
+            scope.take(name);
+        }
+        for (name, (value, origin)) in node.output.iter().zip(outputs) {
+            scope.values.extend(value.map(|value| (name.as_str(), value)));
+            scope.origin.extend(origin.map(|origin| (name.as_str(), origin)));
         }
         Ok(())
     }

@@ -104,6 +104,11 @@ struct Scope<'m> {
 }
 
 impl<'m> Scope<'m> {
+    /// Forgets a name. Gives what it stood for.
+    fn take(&mut self, name: &str) -> (Option<Option<ValueId>>, Option<Origin>) {
+        (self.values.remove(name), self.origin.remove(name))
+    }
+
     /// Notes who defines a name, which must have no definition yet. `nodes` are those of the scope.
     fn claim(&mut self, name: &'m str, origin: Origin, nodes: &[NodeProto]) -> Result<(), ReadErrorKind> {
         let describe = |origin: Origin| match origin {
