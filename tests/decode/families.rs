@@ -99,6 +99,17 @@ fn tokens_and_probabilities_are_those_of_onnx_runtime() {
     }
 }
 
+/// Torch's answers for the same weights in fp32, which differ by the rounding of bf16.
+#[test]
+fn an_export_in_bf16_is_as_far_from_fp32_as_its_rounding() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/bf16/dynamo18-qwen3moe-bf16");
+    let mut session = session(&folder);
+    for run in runs(&folder) {
+        let worst = worst(&mut session, &run, "qwen3moe in bf16");
+        assert!(worst < 5e-2, "a prompt of {}: {worst:e}", run.prompt.len());
+    }
+}
+
 /// What a session keeps of an earlier sequence is what a new one would compute, on both sides of a switch of rotary tables.
 #[test]
 fn resumed_sequences_are_as_new_ones_where_tables_switch() {
