@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs all of them: formatting, lints, unit and integration tests, real TensorRT builds,
-# canonical graphs in ONNX Runtime, `verify` against tract, AddressSanitizer, loom, fuzzing, the benchmark's scripts and notebook.
+# canonical graphs in ONNX Runtime, `verify` against tract, AddressSanitizer, loom, fuzzing, the documentation's site, the benchmark's scripts and notebook.
 # About 21 minutes on two cores from nothing; docs/contributing/build-time.md says where they go.
 # Usage: scripts/test.sh [cargo nextest arguments]
 set -euo pipefail
@@ -54,6 +54,8 @@ stage env -u RUSTC_WORKSPACE_WRAPPER LAPIDARY_FUZZ_PROFILE=quick scripts/fuzz.sh
 # The systemd unit and the container image, with the binary that was just built. Other users and chroot are root's.
 [ "$(id -u)" != 0 ] || stage scripts/test_deployment.py "${CARGO_TARGET_DIR:-target}/debug/lapidary"
 
+# docs/ as a site: a warning of mdBook fails.
+stage scripts/book.sh
 stage .venv/bin/python -m unittest discover -q -s scripts/baselines
 # With the binary that was just built; fails if its answers are not ONNX Runtime's.
 stage .venv/bin/jupyter-execute --timeout=300 docs/benchmark.ipynb
