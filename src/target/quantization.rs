@@ -133,7 +133,7 @@ impl FromStr for Quantization {
             "int4" => CodeType::Int4,
             "int8" => CodeType::Int8,
             "fp8" => CodeType::Fp8,
-            other => return Err(format!("{other:?} is no format: use int4, int8 or fp8")),
+            other => return Err(format!("{other:?} is not a format: use int4, int8 or fp8")),
         };
         let mut made = Quantization::new(codes);
         for word in words {
@@ -149,7 +149,7 @@ impl FromStr for Quantization {
                     Ok(size) if size > 1 => made.group = Group::Depth(size),
                     _ => {
                         return Err(format!(
-                            "group={size} is no group: use a number above 1, channel or auto"
+                            "group={size} is not a group: use a number above 1, channel or auto"
                         ));
                     }
                 },
@@ -159,7 +159,7 @@ impl FromStr for Quantization {
                 ("keep", name) => made.keep.push(name.to_string()),
                 _ => {
                     return Err(format!(
-                        "{word:?} is no option: use group=N, group=channel, group=auto, symmetric, asymmetric, keep=NAME, keep=none"
+                        "{word:?} is not an option: use group=N, group=channel, group=auto, symmetric, asymmetric, keep=NAME, keep=none"
                     ));
                 }
             }
@@ -226,12 +226,12 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         let error = |text: &str| text.parse::<Quantization>().unwrap_err();
-        assert_eq!(error("int5"), "\"int5\" is no format: use int4, int8 or fp8");
+        assert_eq!(error("int5"), "\"int5\" is not a format: use int4, int8 or fp8");
         assert!(error("").contains("int4, int8 or fp8"));
         assert!(error("int4,group=0").contains("group=0"));
         assert!(error("int4,group=many").contains("above 1"));
-        assert!(error("int4,sym").contains("\"sym\" is no option"));
-        assert!(error("int4,symmetric=no").contains("is no option"));
+        assert!(error("int4,sym").contains("\"sym\" is not an option"));
+        assert!(error("int4,symmetric=no").contains("is not an option"));
         assert!(error("fp8,asymmetric").contains("fp8 is symmetric"));
         assert!(error("int4,keep=").contains("needs a name"));
     }

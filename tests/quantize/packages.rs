@@ -365,7 +365,7 @@ fn what_cannot_be_quantized_is_refused_by_name() {
     );
     let (message, _) = lapidary(["convert", text(&model), "-o", "/nowhere/pkg", "--quantize", "int3"]).refused();
     assert!(
-        message.contains("\"int3\" is no format: use int4, int8 or fp8"),
+        message.contains("\"int3\" is not a format: use int4, int8 or fp8"),
         "{message}"
     );
     let (message, _) = lapidary([

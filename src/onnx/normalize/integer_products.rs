@@ -101,7 +101,7 @@ impl SourceNode<'_> {
             return Err(Failure::Unsupported(format!("a constant of shape {:?}", codes.shape())));
         };
         if zeros.is_none() && self.input(inputs[2]).is_some() {
-            return Err(Failure::Unsupported("zero points that are no constant".to_string()));
+            return Err(Failure::Unsupported("zero points that are not constant".to_string()));
         }
         let of_all = scales.len() == 1 && zeros.as_ref().is_none_or(|zeros| zeros.len() == 1);
         let spread = |part: Constant| match part.len() {
