@@ -5,7 +5,7 @@
 # Usage: scripts/test.sh [cargo nextest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/setup.sh build tensorrt onnx notebook deployment
+source scripts/setup.sh build tensorrt onnx notebook
 command -v cargo-nextest >/dev/null || cargo install --locked cargo-nextest
 
 # Lints run in the compilation that the tests need anyway.
@@ -50,9 +50,6 @@ stage scripts/sanitize.sh
 stage env -u RUSTC_WORKSPACE_WRAPPER scripts/loom.sh
 # Every corpus is replayed, then 20 seconds a target.
 stage env -u RUSTC_WORKSPACE_WRAPPER LAPIDARY_FUZZ_PROFILE=quick scripts/fuzz.sh 20
-
-# The systemd unit and the container image, with the binary that was just built. Other users and chroot are root's.
-[ "$(id -u)" != 0 ] || stage scripts/test_deployment.py "${CARGO_TARGET_DIR:-target}/debug/lapidary"
 
 # docs/ as a site: a warning of mdBook fails.
 stage scripts/book.sh
