@@ -48,8 +48,8 @@ stage cargo nextest run "${full[@]}" --test tensorrt
 # The library alone (no command line, no TensorRT), linted and under AddressSanitizer.
 stage scripts/sanitize.sh
 stage env -u RUSTC_WORKSPACE_WRAPPER scripts/loom.sh
-# Every corpus is replayed, then 20 seconds a target.
-stage env -u RUSTC_WORKSPACE_WRAPPER LAPIDARY_FUZZ_PROFILE=quick scripts/fuzz.sh 20
+# Every corpus is replayed, then 10 seconds a target.
+stage env -u RUSTC_WORKSPACE_WRAPPER LAPIDARY_FUZZ_PROFILE=quick scripts/fuzz.sh 10
 
 # docs/ as a site: a warning of mdBook fails.
 stage scripts/book.sh

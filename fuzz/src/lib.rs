@@ -303,7 +303,10 @@ pub fn sampler(data: &[u8]) {
         temperature: n.float(),
         mirostat: None,
         seed: u64::from(n.byte()),
+        by_position: false,
     };
+    // Of a byte that is read anyway, so that the corpus keeps its meaning.
+    settings.by_position = !settings.seed.is_multiple_of(2);
     if n.byte() % 4 == 0 {
         settings.mirostat = Some(MirostatSettings {
             tau: n.float(),
