@@ -31,7 +31,7 @@ UNIT = ROOT / "packaging/lapidary.service"
 DOCKERFILE = ROOT / "packaging/Dockerfile"
 # What `systemd-analyze security` may give at most, of 100.
 EXPOSURE = 25
-NOBODY = 65534
+UNPRIVILEGED_ID = 65534
 
 
 class Checks:
@@ -123,7 +123,7 @@ def test_unit(binary, package, folder):
     for word in command[1:]:
         words += environment[word[1:]].split() if word.startswith("$") else [word]
     process = subprocess.Popen(
-        ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs", str(binary), *words],
+        ["setpriv", f"--reuid={UNPRIVILEGED_ID}", f"--regid={UNPRIVILEGED_ID}", "--clear-groups", "--no-new-privs", str(binary), *words],
         env={"PATH": "/usr/bin:/bin"},
         cwd="/",
         stderr=subprocess.DEVNULL,

@@ -82,6 +82,13 @@ struct NamedAdapter {
     folder: PathBuf,
 }
 
+impl NamedAdapter {
+    /// The flag, as errors name it.
+    fn flag(&self) -> String {
+        format!("--adapter {}={}", self.name, self.folder.display())
+    }
+}
+
 /// `NAME=DIR` or `PACKAGE:NAME=DIR`.
 fn adapter(text: &str) -> Result<NamedAdapter, String> {
     let refusal = || "not NAME=DIR or PACKAGE:NAME=DIR".to_string();
@@ -140,8 +147,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
     for (own, parent) in args.adapter.iter().zip(parents) {
         let opened = open(&args, &own.name, &args.packages[parent], Some(&own.folder));
-        let flag = format!("--adapter {}={}", own.name, own.folder.display());
-        models.push(opened.map_err(|failure| failure.of(&flag))?.of(&names[parent]));
+        models.push(opened.map_err(|failure| failure.of(&own.flag()))?.of(&names[parent]));
         names.push(own.name.clone());
     }
     let limits = Limits {
@@ -223,7 +229,7 @@ fn names(packages: &[PathBuf]) -> Result<Vec<String>, Failure> {
 fn parents(adapters: &[NamedAdapter], packages: &[String]) -> Result<Vec<usize>, Failure> {
     let mut parents = Vec::new();
     for (i, adapter) in adapters.iter().enumerate() {
-        let flag = format!("--adapter {}={}", adapter.name, adapter.folder.display());
+        let flag = adapter.flag();
         let mut others = packages.iter().chain(adapters[..i].iter().map(|other| &other.name));
         if others.any(|other| *other == adapter.name) {
             return Err(Failure::input(format!(

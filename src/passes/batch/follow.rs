@@ -132,6 +132,11 @@ impl Follower<'_> {
         let first = axis_of(0);
         let others_common = (1..inputs.len()).all(|i| axis_of(i).is_none());
         let absolute = |axis: i64| if axis < 0 { axis + rank as i64 } else { axis } as usize;
+        // The rule of an operator that takes the sequences along the first axis.
+        let rows_apart = |apart: bool| match apart {
+            true => Ok(Some(0)),
+            false => Err("not every operand has a row for each sequence".to_string()),
+        };
         // The rule of an operator that works along one axis of its first operand.
         let beside = |axis: usize| match first {
             Some(first) if others_common && first != axis => Ok(Some(first)),
@@ -214,17 +219,11 @@ impl Follower<'_> {
             },
             Op::Trilu { .. } => beside(rank - 1).and(beside(rank.saturating_sub(2))),
             Op::TensorScatter { axis, .. } => {
-                let apart = absolute(*axis) != 0 && (0..inputs.len()).all(|i| axis_of(i) == Some(0));
-                apart
-                    .then_some(Some(0))
-                    .ok_or_else(|| "not every operand has a row for each sequence".into())
+                rows_apart(absolute(*axis) != 0 && (0..inputs.len()).all(|i| axis_of(i) == Some(0)))
             }
             Op::RotaryEmbedding { .. } => {
                 let tables_common = axis_of(1).is_none() && axis_of(2).is_none();
-                match first == Some(0) && axis_of(3) == Some(0) && tables_common {
-                    true => Ok(Some(0)),
-                    false => Err("not every operand has a row for each sequence".into()),
-                }
+                rows_apart(first == Some(0) && axis_of(3) == Some(0) && tables_common)
             }
             op if op.is_attention() => {
                 let own = (0..3).all(|i| axis_of(i) == Some(0));
@@ -232,10 +231,7 @@ impl Follower<'_> {
                 if let (Some(mask), None) = (inputs.get(3).copied().flatten(), axis_of(3)) {
                     self.common_along(id, 3, mask, 0, 4)?;
                 }
-                match own && matches!(axis_of(3), None | Some(0)) {
-                    true => Ok(Some(0)),
-                    false => Err("not every operand has a row for each sequence".into()),
-                }
+                rows_apart(own && matches!(axis_of(3), None | Some(0)))
             }
             Op::Experts(_) => match first {
                 Some(first) if first + 1 < rank && (1..3).all(|i| axis_of(i) == Some(first)) => Ok(Some(first)),

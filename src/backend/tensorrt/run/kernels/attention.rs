@@ -3,8 +3,7 @@
 use super::arguments::Arguments;
 use super::launch::Launch;
 use super::module::Modules;
-use crate::backend::tensorrt::run::Caches;
-use crate::backend::tensorrt::run::{Buffer, RunError};
+use crate::backend::tensorrt::run::{Buffer, Caches, RunError};
 use crate::network::{AttentionInputs, DecodeAttention, Layer, Network, TensorId};
 use crate::tensor::DType;
 

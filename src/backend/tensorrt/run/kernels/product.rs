@@ -32,14 +32,11 @@ const EPSILON: usize = 196;
 const NO_TILE: usize = 1 << 30;
 
 /// What decides the launch of a product.
-#[derive(Clone)]
 struct Sizes {
     /// Of each matrix.
     rows: Vec<usize>,
     depth: usize,
     norm: bool,
-    /// Rows of x.
-    x_rows: usize,
 }
 
 pub(super) fn launch(
@@ -64,35 +61,25 @@ pub(super) fn launch(
         rows: inputs.parts.iter().map(|part| extent(part.weights, 0)).collect(),
         depth: extent(matrix, 1),
         norm: product.norm.is_some(),
-        x_rows: (0..network.tensor(inputs.x).shape.len() - 1)
-            .map(|axis| extent(inputs.x, axis))
-            .product(),
     };
+    let x_rows = (0..network.tensor(inputs.x).shape.len() - 1)
+        .map(|axis| extent(inputs.x, axis))
+        .product();
     let all_rows = sizes.rows.iter().sum();
     let too_large = || RunError::SharedMemory {
         layer: layer.name.clone(),
         available: limits.shared,
     };
-    let bytes = |shape: Shape, taken: RowsOfX| shared_bytes(form, shape, taken, &sizes);
-    let of_one = |shape: Shape| {
-        shared_bytes(
-            form,
-            shape,
-            RowsOfX::ONE,
-            &Sizes {
-                x_rows: 1,
-                ..sizes.clone()
-            },
-        )
-    };
+    let bytes = |shape: Shape, taken: RowsOfX| shared_bytes(form, shape, (x_rows, taken), &sizes);
+    let of_one = |shape: Shape| shared_bytes(form, shape, (1, RowsOfX::ONE), &sizes);
     let chosen = choose(form, (all_rows, sizes.depth), product.gated, limits, of_one);
     let (one, blocks) = chosen.ok_or_else(too_large)?;
-    let (shape, taken) = match sizes.x_rows {
+    let (shape, taken) = match x_rows {
         1 => (one, RowsOfX::ONE),
         rows => choose_for_rows(form, one, rows, sizes.norm, limits, bytes).ok_or_else(too_large)?,
     };
     let shared = bytes(shape, taken);
-    let blocks = match sizes.x_rows {
+    let blocks = match x_rows {
         1 => blocks,
         _ => blocks.min((limits.shared / shared) as u32).max(1),
     };
@@ -127,7 +114,7 @@ pub(super) fn launch(
     }
     for (field, value) in [
         (DEPTH, sizes.depth),
-        (ROWS, sizes.x_rows),
+        (ROWS, x_rows),
         (X_STRIDE, sizes.depth),
         (Y_STRIDE, width),
         (RESIDUAL_STRIDE, width),
@@ -160,10 +147,10 @@ fn activation(activation: RowActivation) -> usize {
     }
 }
 
-/// Dynamic shared memory of a block, bytes: weights (and streamed x) in flight, sums of warps, offsets of codes, the norm's
+/// Dynamic shared memory of a block for so many rows of x, bytes: weights (and streamed x) in flight, sums of warps, offsets of codes, the norm's
 /// sums and weights, and x if it is not streamed.
-fn shared_bytes(form: Form, shape: Shape, taken: RowsOfX, sizes: &Sizes) -> usize {
-    let (bits, rows, Shape { warps, tiles, stages }) = (form.bits(), sizes.x_rows, shape);
+fn shared_bytes(form: Form, shape: Shape, (rows, taken): (usize, RowsOfX), sizes: &Sizes) -> usize {
+    let (bits, Shape { warps, tiles, stages }) = (form.bits(), shape);
     let depth = CodeLayout::depth(bits);
     let layout = form.layout.filter(|layout| layout.group.is_some());
     let zeros = layout.is_some_and(|layout| layout.zero_points);
@@ -213,17 +200,16 @@ mod tests {
             rows: vec![4096, 1024, 1024],
             depth: 4096,
             norm: true,
-            x_rows: 1,
         };
         let shape = |warps, tiles, stages| Shape { warps, tiles, stages };
-        let of_one = |form, shape| shared_bytes(form, shape, RowsOfX::ONE, &sizes);
+        let of_one = |form, shape| shared_bytes(form, shape, (1, RowsOfX::ONE), &sizes);
         assert_eq!(of_one(form(DType::F16, None), shape(16, 2, 6)), 116_816);
         assert_eq!(of_one(form(DType::I8, None), shape(8, 4, 3)), 67_680);
         assert_eq!(of_one(form(DType::I4, Some(32)), shape(8, 4, 2)), 55_904);
-        let rows = |x_rows, norm| Sizes {
-            x_rows,
-            norm,
-            ..sizes.clone()
+        let without_norm = Sizes {
+            rows: sizes.rows.clone(),
+            norm: false,
+            ..sizes
         };
         let whole = RowsOfX {
             most: 16,
@@ -233,21 +219,20 @@ mod tests {
             most: 8,
             streamed: true,
         };
-        let of_rows = |form, shape, taken, sizes| shared_bytes(form, shape, taken, &sizes);
         assert_eq!(
-            of_rows(form(DType::F16, None), shape(16, 2, 3), whole, rows(16, true)),
+            shared_bytes(form(DType::F16, None), shape(16, 2, 3), (16, whole), &sizes),
             222_464
         );
         assert_eq!(
-            of_rows(form(DType::I4, Some(32)), shape(8, 4, 2), whole, rows(9, true)),
+            shared_bytes(form(DType::I4, Some(32)), shape(8, 4, 2), (9, whole), &sizes),
             146_272
         );
         assert_eq!(
-            of_rows(form(DType::F16, None), shape(8, 2, 6), streamed, rows(4, false)),
+            shared_bytes(form(DType::F16, None), shape(8, 2, 6), (4, streamed), &without_norm),
             77_824
         );
         assert_eq!(
-            of_rows(form(DType::I4, Some(32)), shape(8, 4, 2), streamed, rows(8, false)),
+            shared_bytes(form(DType::I4, Some(32)), shape(8, 4, 2), (8, streamed), &without_norm),
             86_016
         );
     }
