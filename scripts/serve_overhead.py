@@ -53,7 +53,7 @@ def main():
     arguments = parser.parse_args()
     threads = ["--threads", str(arguments.threads)] if arguments.threads else []
     ids = [100 + i * 7 % 4000 for i in range(arguments.prompt)]
-    server = Server(arguments.lapidary, arguments.package, "--max-sequences", "1", "--kept-prefixes", "0", *threads)
+    server = Server(arguments.lapidary, arguments.package, "--device", "cpu", "--max-sequences", "1", "--kept-prefixes", "0", *threads)
     rounds = {"serve": [], "generate": []}
     try:
         served(server, ids, arguments.tokens)

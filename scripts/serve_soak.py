@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Random clients on a server for a while: no wrong token, no leak, nothing left running.
 
-Usage: scripts/serve_soak.py LAPIDARY PKG [--seconds 1800] [--clients 12] [--seed 1]
+Usage: scripts/serve_soak.py LAPIDARY PKG [--device cpu] [--seconds 1800] [--clients 12] [--seed 1]
 
 Starts two servers of the package: one for many clients, one that takes one request at a time and keeps no prefix. Clients ask for
 completions of token ids: random lengths, many with a prefix in common, greedy and seeded, streamed and whole, one or two choices; some go away
@@ -21,7 +21,7 @@ import time
 
 class Server:
     def __init__(self, program, package, *flags):
-        command = [program, "serve", package, "--port", "0", "--device", "cpu", *flags]
+        command = [program, "serve", package, "--port", "0", *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         line = self.process.stdout.readline()
         if not line.startswith("listening on http://"):
@@ -69,9 +69,10 @@ def tokens(document_or_events, choices):
 
 class Soak:
     def __init__(self, arguments):
-        self.crowd = Server(arguments.program, arguments.package, "--max-sequences", "6", "--prefill-chunk", "16")
+        device = ["--device", arguments.device]
+        self.crowd = Server(arguments.program, arguments.package, *device, "--max-sequences", "6", "--prefill-chunk", "16")
         self.lone = Server(
-            arguments.program, arguments.package, "--max-sequences", "1", "--prefill-chunk", "16", "--kept-prefixes", "0"
+            arguments.program, arguments.package, *device, "--max-sequences", "1", "--prefill-chunk", "16", "--kept-prefixes", "0"
         )
         models = json.loads(self.crowd.get("/v1/models"))
         self.longest = models["data"][0]["max_model_len"]
@@ -176,6 +177,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program")
     parser.add_argument("package")
+    parser.add_argument("--device", default="cpu", help="of both servers [default: cpu]")
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)

@@ -83,9 +83,6 @@ pub enum SessionOpenError {
     /// The device failed while it made itself ready.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// Several sequences on a device that runs one.
-    #[error("several sequences at a time run on the CPU only, so far")]
-    BatchOnGpu,
     /// Embeddings are all that the model takes, and the package has none for its tokens.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -126,7 +123,6 @@ impl Help for SessionOpenError {
             #[cfg(feature = "engines")]
             SessionOpenError::Cuda(error) => error.fault(),
             SessionOpenError::Device(error) => error.fault(),
-            SessionOpenError::BatchOnGpu => Fault::Input,
             SessionOpenError::Session(error) => error.fault(),
             SessionOpenError::Adapter(error) => error.fault(),
             SessionOpenError::AdapterOnGpu => Fault::Input,
@@ -140,7 +136,6 @@ impl Help for SessionOpenError {
             #[cfg(feature = "engines")]
             SessionOpenError::Cuda(error) => error.help(),
             SessionOpenError::Device(error) => error.help(),
-            SessionOpenError::BatchOnGpu => Some("use --device cpu".into()),
             SessionOpenError::Session(error) => error.help(),
             SessionOpenError::Adapter(error) => error.help(),
             SessionOpenError::AdapterOnGpu => {
@@ -153,59 +148,52 @@ impl Help for SessionOpenError {
 impl Session {
     /// A session of a package on the device asked for.
     pub fn open(package: &Package, options: &SessionOptions<'_>) -> Result<Session, SessionOpenError> {
-        match options.device {
-            DeviceChoice::Cpu => on_cpu(package, options.threads),
-            DeviceChoice::Cuda => on_gpu(package, options),
-            DeviceChoice::Auto if package.manifest.engines.is_empty() => on_cpu(package, options.threads),
-            DeviceChoice::Auto => match on_gpu(package, options) {
-                Err(refusal) if refusal.is_absence() => {
-                    if let Some(why) = refusal.surprise() {
-                        (options.note)(&why);
-                    }
-                    on_cpu(package, options.threads)
+        choose(
+            package,
+            options,
+            || on_cpu(package, options.threads),
+            || on_gpu(package, options),
+        )
+    }
+}
+
+/// Opens a package on the device asked for. A GPU that cannot run it is passed over where the choice is free.
+fn choose<T>(
+    package: &Package,
+    options: &SessionOptions<'_>,
+    cpu: impl FnOnce() -> Result<T, SessionOpenError>,
+    gpu: impl FnOnce() -> Result<T, SessionOpenError>,
+) -> Result<T, SessionOpenError> {
+    match options.device {
+        DeviceChoice::Cpu => cpu(),
+        DeviceChoice::Cuda => gpu(),
+        DeviceChoice::Auto if package.manifest.engines.is_empty() => cpu(),
+        DeviceChoice::Auto => match gpu() {
+            Err(refusal) if refusal.is_absence() => {
+                if let Some(why) = refusal.surprise() {
+                    (options.note)(&why);
                 }
-                opened => opened,
-            },
-        }
+                cpu()
+            }
+            opened => opened,
+        },
     }
 }
 
 impl BatchDecoder {
-    /// Several sequences of a package at a time, on the device asked for.
+    /// Several sequences of a package at a time, on the device asked for. On the GPU, without [`BatchOptions::cache_bytes`],
+    /// caches may take nine tenths of the memory that is free once everything else is loaded.
     pub fn open(
         package: &Package,
         options: &SessionOptions<'_>,
         batch: BatchOptions,
     ) -> Result<BatchDecoder, SessionOpenError> {
-        if options.device == DeviceChoice::Cuda {
-            return Err(SessionOpenError::BatchOnGpu);
-        }
-        if options.device == DeviceChoice::Auto && !package.manifest.engines.is_empty() {
-            (options.note)("several sequences at a time run there only, so far");
-        }
-        several_on_cpu(package, package.graph()?, options.threads, batch)
-    }
-
-    /// The same on the GPU. No GPU has run it yet, so [`BatchDecoder::open`] does not. Without [`BatchOptions::cache_bytes`]
-    /// caches may take nine tenths of the memory that is free once everything else is loaded.
-    #[cfg(feature = "engines")]
-    pub fn open_on_gpu(
-        package: &Package,
-        options: &SessionOptions<'_>,
-        batch: BatchOptions,
-    ) -> Result<BatchDecoder, SessionOpenError> {
-        let (library, cuda) = library_and_options(package, options)?;
-        let embeddings = match package.takes_embeddings() {
-            true => table(package, &package.graph()?)?,
-            false => None,
-        };
-        let device = CudaBatchDevice::open(package, &library, cuda, batch.chunk, embeddings)?;
-        let free = device.free_memory()?;
-        let batch = BatchOptions {
-            cache_bytes: batch.cache_bytes.or(Some((free / 10 * 9) as usize)),
-            ..batch
-        };
-        decoder(Box::new(device), package, batch)
+        choose(
+            package,
+            options,
+            || several_on_cpu(package, package.graph()?, options.threads, batch),
+            || several_on_gpu(package, options, batch),
+        )
     }
 
     /// On the CPU with an adapter merged into the weights that it changes ([`Package::adapted`]). Weights that it leaves alone
@@ -225,6 +213,31 @@ impl BatchDecoder {
         let adapted = package.adapted(adapter).map_err(Box::new)?;
         several_on_cpu(package, adapted.graph, options.threads, batch)
     }
+}
+
+#[cfg(feature = "engines")]
+fn several_on_gpu(
+    package: &Package,
+    options: &SessionOptions<'_>,
+    batch: BatchOptions,
+) -> Result<BatchDecoder, SessionOpenError> {
+    let (library, cuda) = library_and_options(package, options)?;
+    let embeddings = match package.takes_embeddings() {
+        true => table(package, &package.graph()?)?,
+        false => None,
+    };
+    let device = CudaBatchDevice::open(package, &library, cuda, batch.chunk, embeddings)?;
+    let free = device.free_memory()?;
+    let batch = BatchOptions {
+        cache_bytes: batch.cache_bytes.or(Some((free / 10 * 9) as usize)),
+        ..batch
+    };
+    decoder(Box::new(device), package, batch)
+}
+
+#[cfg(not(feature = "engines"))]
+fn several_on_gpu(_: &Package, _: &SessionOptions<'_>, _: BatchOptions) -> Result<BatchDecoder, SessionOpenError> {
+    Err(LibraryError::NotCompiled.into())
 }
 
 fn decoder(

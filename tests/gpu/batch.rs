@@ -40,11 +40,7 @@ fn decoder(package: &Package, device: DeviceChoice, sequences: usize) -> BatchDe
         kept: 4,
         cache_bytes: None,
     };
-    let opened = match device {
-        DeviceChoice::Cuda => BatchDecoder::open_on_gpu(package, &options, batch),
-        _ => BatchDecoder::open(package, &options, batch),
-    };
-    opened.unwrap_or_else(|error| panic!("{error}"))
+    BatchDecoder::open(package, &options, batch).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Tokens, and the logits that each was drawn from.
