@@ -3,6 +3,8 @@
 # back, and only what a call that ended left under $OUT is safe.
 #   host.sh keep N       in the call that carries .gpu/pN: copies it to where later calls find it
 #   host.sh start        starts what needs torch alone (exports, references) in a session of its own; wants part 3's wheels
+#   host.sh start-peers  the same for scripts/gpu/peers.py; wants the wheel of onnxruntime-genai-cuda among part 3's
+#   host.sh peers        with onnxruntime-gpu's wheel there (ort-gpu.*, cut into pieces): installs it
 #   host.sh setup        with all parts there: TensorRT, binaries, wheels, plans, SmolLM2
 #   host.sh run STAGE…   stages of scripts/gpu/run.py; BENCH_SECONDS bounds those of the benchmark, which go on in the next call
 set -uo pipefail
@@ -17,11 +19,17 @@ wheels() { [ -d /tmp/lapidary-site ] || python3 -m pip install -q --no-index --n
 
 case ${1:-} in
   keep) cp -r ".gpu/p$2/." "$kept/" ;;
-  start)
+  start | start-peers)
     wheels
+    stage=prepare && [ "$1" = start ] || stage=peers-prepare
     # From a copy: the next call lays this tree anew.
     mkdir -p /tmp/lapidary-tree && cp -r scripts fixtures /tmp/lapidary-tree/ && cd /tmp/lapidary-tree
-    OUT=$kept BENCH_SECONDS=600 setsid nohup python3 scripts/gpu/run.py prepare > "$kept/prepare.log" 2>&1 < /dev/null &
+    OUT=$kept BENCH_SECONDS=900 setsid nohup python3 scripts/gpu/run.py $stage > "$kept/prepare.log" 2>&1 < /dev/null &
+    ;;
+  peers)
+    wheel=/tmp/onnxruntime_gpu-1.31.1-cp312-cp312-manylinux_2_28_x86_64.whl
+    cat "$kept"/ort-gpu.* > $wheel && rm "$kept"/ort-gpu.*
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/lapidary-site $wheel && rm $wheel
     ;;
   setup)
     cat "$kept"/gguf.[1245] > $SMOLLM2_GGUF
@@ -55,5 +63,5 @@ case ${1:-} in
     mkdir -p .gpu && cp "$kept/commit" .gpu/ && LAPIDARY_COMMIT=$(cat "$kept/commit") && export LAPIDARY_COMMIT
     exec python3 scripts/gpu/run.py "$@"
     ;;
-  *) sed -n '2,9p' "$0"; exit 2 ;;
+  *) sed -n '2,11p' "$0"; exit 2 ;;
 esac

@@ -43,6 +43,9 @@ STAGES = {
     "refit-tiny": lambda results: refit.stage("tiny", results),
     # The same without the package that takes back only its own weights.
     "refit-1b-brief": lambda results: refit.stage("1b", results, modes=("bind", "general")),
+    "peers-prepare": lambda results: peers("peers-prepare", results),
+    "peers": lambda results: peers("peers", results),
+    "peers-serve": lambda results: peers("peers-serve", results),
     "1b-thorough": lambda results: models.stage("1b", results, thorough=True),
     **bench.STAGES,
 }
@@ -60,6 +63,13 @@ def decode_steps(results):
     steps = lambda: run(BIN / "gpu_lab", "kernels", os.environ.get("STEPS", ""), "--rows", os.environ.get("ROWS", "1"),
                         timeout=500).splitlines()  # fmt: skip
     results.attempt("decode_steps", steps)
+
+
+def peers(stage, results):
+    """Needs torch, which the other stages import late."""
+    import peers
+
+    peers.STAGES[stage](results)
 
 
 def main():

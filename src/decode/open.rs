@@ -7,11 +7,11 @@ use super::cpu::CpuDevice;
 #[cfg(feature = "engines")]
 use super::cuda::{CudaBatchDevice, CudaDevice, CudaOptions, OpenError};
 use super::{Device, DeviceError, Embeddings, Session, SessionError};
-#[cfg(feature = "engines")]
-use crate::backend::tensorrt::Library;
 use crate::backend::tensorrt::LibraryError;
 #[cfg(feature = "engines")]
 use crate::backend::tensorrt::run::RunError;
+#[cfg(feature = "engines")]
+use crate::backend::tensorrt::{FLAVOUR, Library};
 use crate::graph::Graph;
 use crate::help::{Fault, Help};
 use crate::package::{Package, PackageError, RefitError};
@@ -310,6 +310,13 @@ fn on_gpu(package: &Package, options: &SessionOptions<'_>) -> Result<Session, Se
 
 #[cfg(feature = "engines")]
 fn library_and_options(package: &Package, options: &SessionOptions<'_>) -> Result<(Library, CudaOptions), OpenError> {
+    // Said before a library is asked for that would be of no use.
+    let mut engines = package.manifest.engines.iter();
+    if !engines.any(|entry| entry.target == FLAVOUR.target) {
+        return Err(OpenError::NoEngines {
+            package: package.folder.clone(),
+        });
+    }
     let library = Library::load(options.tensorrt_lib).map_err(|e| OpenError::Run(e.into()))?;
     let mut cuda = CudaOptions::of(package);
     cuda.graphs &= !options.no_graphs;

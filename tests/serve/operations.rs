@@ -491,7 +491,7 @@ fn what_cannot_be_served_is_refused_at_the_start() {
     assert!(message.starts_with("/nowhere/keys: "), "{message}");
     let (message, help) = refused(&[text(&package), "--device", "cuda"]);
     assert!(
-        message.contains("on the CPU only") && help.contains("--device cpu"),
+        message.contains("has no TensorRT-RTX engines") && help.contains("--device cpu"),
         "{message}"
     );
     let (message, _) = refused(&[text(&package), "--top-p", "3"]);
