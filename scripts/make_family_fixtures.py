@@ -95,6 +95,10 @@ FAMILIES = {
     "gptj": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
     "gptneox": ("gpt_neox", {**PLAIN, "rotary_pct": 0.25}),
     "phi3": ("phi3", PLAIN),
+    # LayerNorm by 1 + w, squared ReLU.
+    "nemotron": ("nemotron", USUAL),
+    # Norms of each head of queries and keys, each with a weight of its own.
+    "stablelm-norms": ("stablelm", {**PLAIN, "partial_rotary_factor": 0.5, "use_qkv_bias": True, "qk_layernorm": True, "use_parallel_residual": True}),
     # Mixtures of experts.
     "qwen2moe": ("qwen2_moe", {**USUAL, **EXPERTS, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1}),
     "qwen3moe": ("qwen3_moe", {**USUAL, **EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True}),

@@ -47,6 +47,7 @@ mod error;
 mod experts;
 mod fixed_dims;
 pub mod fold;
+pub mod head_norms;
 mod kind;
 pub mod layer_norm;
 mod lengths;
@@ -165,6 +166,7 @@ const TIDY: &[(&PassInfo, Pass)] = &[
     (&table::DECOMPOSE_CONTRIB, decompose::contrib::run),
     (&table::LAYER_NORM, layer_norm::run),
     (&table::RMS_NORM, rms_norm::run),
+    (&table::HEAD_NORMS, head_norms::run),
     (&table::ACTIVATION, activation::run),
 ];
 

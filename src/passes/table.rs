@@ -44,6 +44,7 @@ passes! {
     DECOMPOSE_CONTRIB = "decompose_contrib" formerly "decompose": "takes contributed operators apart into plain ones";
     LAYER_NORM = "layer_norm": "finds LayerNorm in its parts";
     RMS_NORM = "rms_norm": "finds RMSNorm in its parts";
+    HEAD_NORMS = "head_norms": "joins norms of single heads into one";
     ACTIVATION = "activation": "finds SiLU and GELU, proven by running them";
     EXPERTS = "experts": "understands each mixture of experts: its routing, matrices and sum, proven by running them";
     CHOSEN_ROWS = "chosen_rows": "gives all tokens logits where the export keeps the last ones";

@@ -22,7 +22,7 @@ use lapidary::graph::{Constant, Graph, ValueId, dump, infer, made_up, parse_with
 use lapidary::help::Help;
 use lapidary::lower::{LowerOptions, lower, lower_graph};
 use lapidary::network::{self, Network, Profile, Tokens};
-use lapidary::passes::{activation, cleanup, decompose, dtype, fold, layer_norm, linear, rms_norm};
+use lapidary::passes::{activation, cleanup, decompose, dtype, fold, head_norms, layer_norm, linear, rms_norm};
 use lapidary::tensor::{DType, Tensor};
 
 struct Case {
@@ -164,6 +164,7 @@ fn rewrite(case: &Case, input: &str) -> Result<String, String> {
             "decompose_contrib" => decompose::contrib::run(&mut graph),
             "layer_norm" => layer_norm::run(&mut graph),
             "rms_norm" => rms_norm::run(&mut graph),
+            "head_norms" => head_norms::run(&mut graph),
             "activation" => activation::run(&mut graph),
             "linear" => linear::run(&mut graph),
             "dtype f16" => dtype::run(&mut graph, DType::F16, false),

@@ -1,7 +1,12 @@
-//! Inputs whose names say nothing are matched by what the graph does with them.
+//! Names of inputs and labels of dims say nothing: inputs are matched by what the graph does with them.
+
+use std::collections::HashMap;
 
 use lapidary::graph::{Graph, dump};
+use lapidary::onnx::proto::ModelProto;
 use lapidary::passes::{CanonicalizeOptions, canonicalize};
+
+use prost::Message;
 
 use crate::canonical::exports;
 
@@ -50,4 +55,29 @@ fn names_of_inputs_change_nothing() {
     }
     assert!(count >= 10, "{count}");
     assert!(failed.is_empty(), "{}", failed.join("\n"));
+}
+
+/// A label is free in ONNX, even one that reads as a number or a formula: the same graph comes out.
+#[test]
+fn labels_that_look_like_numbers_are_labels() {
+    let export = exports().into_iter().find(|export| export.name == "llama-optimum");
+    let export = export.expect("the fixture is there");
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/exports/llama-optimum/model.onnx");
+    let mut model = ModelProto::decode(&std::fs::read(path).unwrap()[..]).unwrap();
+    let odd = ["7", "x.1", "2*3", "dim 2", "-1"];
+    let mut renamed: HashMap<String, &str> = HashMap::new();
+    for input in &mut model.graph.as_mut().unwrap().input {
+        let tensor = input.r#type.as_mut().unwrap().tensor_type.as_mut().unwrap();
+        for dim in tensor.shape.iter_mut().flat_map(|shape| &mut shape.dim) {
+            let Some(label) = dim.dim_param.clone() else { continue };
+            let next = odd[renamed.len() % odd.len()];
+            dim.dim_param = Some((*renamed.entry(label).or_insert(next)).to_string());
+        }
+    }
+    assert!(renamed.len() >= 4, "{renamed:?}");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.onnx");
+    std::fs::write(&path, model.encode_to_vec()).unwrap();
+    let found = canonical(lapidary::onnx::read(&path).unwrap());
+    assert_eq!(found, canonical(export.read()));
 }

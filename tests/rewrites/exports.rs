@@ -5,19 +5,22 @@ use std::path::Path;
 
 use lapidary::graph::infer;
 use lapidary::graph::{Graph, Op};
-use lapidary::passes::{PassError, activation, cleanup, decompose, dtype, fold, layer_norm, linear, rms_norm};
+use lapidary::passes::{
+    PassError, activation, cleanup, decompose, dtype, fold, head_norms, layer_norm, linear, rms_norm,
+};
 use lapidary::tensor::DType;
 
 use super::replay::{exports, layers, replay, replay_within, unknown_op};
 
 type Pass = fn(&mut Graph) -> Result<usize, PassError>;
 
-const PASSES: [(&str, Pass); 7] = [
+const PASSES: [(&str, Pass); 8] = [
     ("cleanup", cleanup::run),
     ("fold", fold::run),
     ("decompose", decompose::contrib::run),
     ("layer_norm", layer_norm::run),
     ("rms_norm", rms_norm::run),
+    ("head_norms", head_norms::run),
     ("activation", activation::run),
     ("linear", linear::run),
 ];

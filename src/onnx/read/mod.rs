@@ -468,7 +468,14 @@ fn tensor_type(info: &ValueInfoProto, name: &str) -> Result<(DType, Option<Shape
     })?;
     let dim = |(i, dim): (usize, &super::proto::DimensionProto)| match (dim.dim_value, dim.dim_param.as_deref()) {
         (Some(value), _) if value >= 0 => Dim::constant(value),
-        (None, Some(text)) if !text.trim().is_empty() => Dim::parse(text),
+        (None, Some(text)) if !text.trim().is_empty() => match Dim::parse(text).as_const() {
+            None => Dim::parse(text),
+            // A label is a symbol even where it looks like a number; `7` as a dim would be read back as the number.
+            Some(_) if text.trim().bytes().all(|byte| byte.is_ascii_digit()) => {
+                Dim::named(format!("dim_{}", text.trim()))
+            }
+            Some(_) => Dim::named(format!("{name}.{i}")),
+        },
         _ => Dim::named(format!("{name}.{i}")),
     };
     let shape = tensor.shape.as_ref();
