@@ -10,6 +10,8 @@ mod bench;
 mod client;
 #[path = "serve/faults.rs"]
 mod faults;
+#[path = "serve/gbnf.rs"]
+mod gbnf;
 #[path = "serve/models.rs"]
 mod models;
 #[path = "serve/operations.rs"]

@@ -1,4 +1,4 @@
-//! Structured output: JSON schemas and grammars, followed by llguidance.
+//! Structured output: JSON schemas and grammars, followed by llguidance. Grammars of llama.cpp's form are translated first (`gbnf`).
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::{Value, json};
 
+use super::gbnf::{self, GbnfError};
 use crate::sample::{Constraint, ConstraintError};
 use crate::text::Tokenizer;
 
@@ -18,11 +19,27 @@ pub enum Form {
     Schema(Value),
     /// A text of this grammar, in the form of Lark that llguidance takes.
     Lark(String),
+    /// A text of this grammar, in llama.cpp's form.
+    Gbnf(String),
     /// A text that this pattern matches as a whole.
     Regex(String),
     /// One of these texts.
     Choice(Vec<String>),
 }
+
+impl Form {
+    /// A text of this grammar, which is in one of both forms: GBNF has `::=` in its first rule.
+    pub fn grammar(text: String) -> Form {
+        match gbnf::is_gbnf(&text) {
+            true => Form::Gbnf(text),
+            false => Form::Lark(text),
+        }
+    }
+}
+
+/// Stack of the thread that reads a grammar: reading follows names of rules, as deep as they go.
+/// [`gbnf::LONGEST`] limits that. The system gives memory to what is used alone.
+const STACK: usize = 256 << 20;
 
 /// White space between the parts of JSON: some, and not so much that a model goes on with it to its end.
 pub(crate) const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,24}";
@@ -30,12 +47,12 @@ pub(crate) const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,24}";
 /// Why a form is not followed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FormError {
-    /// llama.cpp's form of grammars.
-    #[error(
-        "GBNF is not read: write the grammar in Lark's form, with `start:` for `root ::=`, `name:` for `name ::=`, names of \
-         patterns in upper case, and patterns as /[a-z]+/"
-    )]
-    Gbnf,
+    /// A grammar in llama.cpp's form that cannot be read.
+    #[error("{0}")]
+    Gbnf(#[from] GbnfError),
+    /// A grammar longer than [`gbnf::LONGEST`], with its bytes.
+    #[error("the grammar has {0} bytes; {most} are the most", most = gbnf::LONGEST)]
+    TooLong(usize),
     /// llguidance's reason.
     #[error("it cannot be followed: {0}")]
     Refused(String),
@@ -78,10 +95,26 @@ impl Grammars {
 
     /// Follows a form from its beginning.
     pub fn follow(&self, form: Form) -> Result<Limited, FormError> {
+        let failed = |why: &str| FormError::Refused(why.to_string());
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("grammar".into()).stack_size(STACK);
+            let reading = thread.spawn_scoped(scope, || self.read(form));
+            let reading =
+                reading.map_err(|error| failed(&format!("the system gives no thread to read it: {error}")))?;
+            reading.join().unwrap_or_else(|_| Err(failed("reading it failed")))
+        })
+    }
+
+    fn read(&self, form: Form) -> Result<Limited, FormError> {
+        if let Form::Lark(text) | Form::Gbnf(text) = &form
+            && text.len() > gbnf::LONGEST
+        {
+            return Err(FormError::TooLong(text.len()));
+        }
         let grammar = match form {
             Form::Schema(schema) => of_schema(schema),
-            Form::Lark(text) if text.contains("::=") => return Err(FormError::Gbnf),
             Form::Lark(text) => TopLevelGrammar::from_lark(text),
+            Form::Gbnf(text) => TopLevelGrammar::from_lark(gbnf::to_lark(&text)?),
             Form::Regex(pattern) => TopLevelGrammar::from_regex(&pattern),
             Form::Choice(texts) if texts.is_empty() => {
                 return Err(FormError::Refused("there is nothing to choose from".into()));

@@ -5,8 +5,10 @@
 //! [`Transcript`](crate::decode::Transcript) a request, and reports [`Event`]s. [`Metrics`] count what it does,
 //! [`prometheus()`] writes them for scrapers. It knows nothing of networks: `http`, with the cargo feature `serve`, is an
 //! OpenAI-compatible server in front of it, and `dynamo/` a worker of NVIDIA Dynamo. `grammar`, with the feature
-//! `structured`, is the form that a text must have.
+//! `structured`, is the form that a text must have, and `gbnf` reads the forms of llama.cpp.
 
+#[cfg(feature = "structured")]
+pub mod gbnf;
 #[cfg(feature = "structured")]
 mod grammar;
 #[cfg(feature = "serve")]

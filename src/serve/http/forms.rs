@@ -6,7 +6,7 @@ use super::error::ApiError;
 use super::fields::Common;
 use super::model::Model;
 use crate::serve::grammar::WHITE_SPACE;
-use crate::serve::{Form, FormError, Limited};
+use crate::serve::{Form, Limited};
 use crate::text::tools::{CallPart, ToolFormat};
 
 /// The form that a request asks for, if any.
@@ -33,7 +33,7 @@ pub fn of(common: &mut Common, model: &Model) -> Result<Option<Limited>, ApiErro
             .json_schema
             .take()
             .map(|schema| ("json_schema", Form::Schema(schema))),
-        common.grammar.take().map(|text| ("grammar", Form::Lark(text))),
+        common.grammar.take().map(|text| ("grammar", Form::grammar(text))),
     ]
     .into_iter()
     .flatten()
@@ -49,13 +49,10 @@ pub fn of(common: &mut Common, model: &Model) -> Result<Option<Limited>, ApiErro
         let message = format!("the model's tokens cannot be used for a grammar: {message}");
         ApiError::new(axum::http::StatusCode::INTERNAL_SERVER_ERROR, message)
     })?;
-    grammars.follow(form).map(Some).map_err(|error| {
-        let code = match error {
-            FormError::Gbnf => "unsupported",
-            FormError::Refused(_) => "invalid_schema",
-        };
-        ApiError::field(name, error).code(code)
-    })
+    let limited = grammars.follow(form);
+    limited
+        .map(Some)
+        .map_err(|error| ApiError::field(name, error).code("invalid_schema"))
 }
 
 /// The form of one call of one of these tools, which are descriptions of functions.

@@ -1,0 +1,555 @@
+//! Terminals that llguidance's lexer takes as the grammar means them.
+//!
+//! The lexer follows all terminals that the parser allows, takes the longest text that is one of them, and never goes back. It gives
+//! the parser all terminals that have that text. So it errs exactly where a terminal has ended for the grammar, and goes on for the lexer: where
+//! `p` and `q` are allowed together, `w` is a text of `p`, a byte `b` may come after `p`, and `wb` begins a text of `q`. [`plan`]
+//! splits such a `q` until there is none. A terminal of one character is never such a `q`, so that ends.
+
+use std::collections::{HashMap, HashSet};
+
+use super::Grammar;
+use super::chars::{Bytes, CharSet};
+use super::plan::{Node, Place, Plan, cut};
+use super::regular::{Id, Regular, Regulars};
+
+/// Rounds of splitting. After those everything is split.
+const ROUNDS: usize = 40;
+/// Occurrences of terminals that are compared. With more, everything is split.
+const MOST_PLACES: usize = 1000;
+/// States of a terminal that is compared with others. A larger one is split.
+const MOST_STATES: usize = 5000;
+/// Steps between those states.
+const MOST_STEPS: usize = 200_000;
+/// Pairs of states that are looked at. After those terminals are taken as in each other's way.
+const MOST_PAIRS: usize = 2_000_000;
+
+/// Cuts a grammar into terminals that the lexer takes rightly.
+pub fn plan(grammar: &Grammar, known: &[Option<Id>], regulars: &mut Regulars) -> Plan {
+    let mut split = HashSet::new();
+    let mut automata = Automata {
+        pairs: MOST_PAIRS,
+        ..Automata::default()
+    };
+    for _ in 0..ROUNDS {
+        let plan = cut(grammar, known, regulars, Some(&split));
+        if plan.places.len() > MOST_PLACES {
+            break;
+        }
+        let before = split.len();
+        split.extend(too_long(&plan, regulars, &mut automata));
+        if split.len() == before {
+            return plan;
+        }
+    }
+    cut(grammar, known, regulars, None)
+}
+
+/// Terminals that the lexer would follow where another one has ended.
+fn too_long(plan: &Plan, regulars: &Regulars, automata: &mut Automata) -> HashSet<Id> {
+    let next = Following::of(plan);
+    let ids: Vec<Option<Id>> = plan
+        .places
+        .iter()
+        .map(|place| match place {
+            Place::Terminal(id) => Some(*id),
+            Place::Token => None,
+        })
+        .collect();
+    let lead: Vec<Bytes> = ids
+        .iter()
+        .map(|id| id.map_or(Bytes::default(), |id| automata.get(id, regulars).lead))
+        .collect();
+    let after: Vec<Bytes> = next
+        .after
+        .iter()
+        .map(|places| {
+            let mut bytes = Bytes::default();
+            places.each(|place| bytes.add(lead[place]));
+            bytes
+        })
+        .collect();
+    let mut found = HashSet::new();
+    for (p, q) in next.together(plan, regulars, automata) {
+        let (Some(p_id), Some(q_id)) = (ids[p], ids[q]) else {
+            continue;
+        };
+        for ((place, id), other) in [((p, p_id), q_id), ((q, q_id), p_id)] {
+            let is_one_character = matches!(regulars.get(other), Regular::Chars(_));
+            if !is_one_character && automata.compare(id, other, regulars).more.meets(after[place]) {
+                found.insert(other);
+            }
+        }
+    }
+    found
+}
+
+/// A set of occurrences.
+#[derive(Clone, Default, PartialEq)]
+struct Places(Vec<u64>);
+
+impl Places {
+    fn insert(&mut self, place: usize) {
+        if self.0.len() <= place / 64 {
+            self.0.resize(place / 64 + 1, 0);
+        }
+        self.0[place / 64] |= 1 << (place % 64);
+    }
+
+    fn has(&self, place: usize) -> bool {
+        self.0
+            .get(place / 64)
+            .is_some_and(|word| word & (1 << (place % 64)) != 0)
+    }
+
+    /// True if one is new.
+    fn add(&mut self, other: &Places) -> bool {
+        if self.0.len() < other.0.len() {
+            self.0.resize(other.0.len(), 0);
+        }
+        let mut is_changed = false;
+        for (word, more) in self.0.iter_mut().zip(&other.0) {
+            is_changed |= *more & !*word != 0;
+            *word |= more;
+        }
+        is_changed
+    }
+
+    fn each(&self, mut f: impl FnMut(usize)) {
+        for (index, word) in self.0.iter().enumerate() {
+            let mut word = *word;
+            while word != 0 {
+                f(index * 64 + word.trailing_zeros() as usize);
+                word &= word - 1;
+            }
+        }
+    }
+}
+
+/// Rules to look at, each once.
+struct Queue {
+    waiting: Vec<usize>,
+    is_waiting: Vec<bool>,
+}
+
+impl Queue {
+    fn of(waiting: Vec<usize>, count: usize) -> Self {
+        let mut is_waiting = vec![false; count];
+        waiting.iter().for_each(|index| is_waiting[*index] = true);
+        Queue { waiting, is_waiting }
+    }
+
+    fn add(&mut self, more: &[usize]) {
+        for index in more {
+            if !std::mem::replace(&mut self.is_waiting[*index], true) {
+                self.waiting.push(*index);
+            }
+        }
+    }
+
+    fn next(&mut self) -> Option<usize> {
+        let index = self.waiting.pop()?;
+        self.is_waiting[index] = false;
+        Some(index)
+    }
+}
+
+/// What comes first in a node, and whether it has the empty text.
+#[derive(Clone, Default, PartialEq)]
+struct First {
+    places: Places,
+    is_nullable: bool,
+}
+
+/// Which occurrences may follow one.
+struct Following {
+    first: Places,
+    after: Vec<Places>,
+}
+
+impl Following {
+    fn of(plan: &Plan) -> Self {
+        let count = plan.rules.len();
+        let nodes = || {
+            plan.rules
+                .iter()
+                .enumerate()
+                .filter_map(|(index, node)| Some((index, node.as_ref()?)))
+        };
+        let mut named = vec![Vec::new(); count];
+        let mut naming = vec![Vec::new(); count];
+        for (index, node) in nodes() {
+            node.names(&mut named[index]);
+            named[index].sort_unstable();
+            named[index].dedup();
+            named[index].iter().for_each(|other: &usize| naming[*other].push(index));
+        }
+        let mut first = vec![First::default(); count];
+        let mut queue = Queue::of(nodes().map(|(index, _)| index).collect(), count);
+        while let Some(index) = queue.next() {
+            let Some(node) = &plan.rules[index] else { continue };
+            let now = first_of(node, &first);
+            if now != first[index] {
+                first[index] = now;
+                queue.add(&naming[index]);
+            }
+        }
+        let mut walk = Walk {
+            first: &first,
+            after: vec![Places::default(); plan.places.len()],
+            after_rule: vec![Places::default(); count],
+            changed: Vec::new(),
+        };
+        let mut queue = Queue::of(nodes().map(|(index, _)| index).collect(), count);
+        while let Some(index) = queue.next() {
+            let Some(node) = &plan.rules[index] else { continue };
+            let after = walk.after_rule[index].clone();
+            walk.node(node, &after);
+            queue.add(&std::mem::take(&mut walk.changed));
+        }
+        let after = walk.after;
+        Following {
+            first: std::mem::take(&mut first[plan.root]).places,
+            after,
+        }
+    }
+
+    /// Pairs of occurrences that the parser may allow at once, each once.
+    fn together(&self, plan: &Plan, regulars: &Regulars, automata: &mut Automata) -> Vec<(usize, usize)> {
+        let count = self.after.len();
+        let mut with = vec![Places::default(); count];
+        let mut new = Vec::new();
+        let add = |a: &Places, b: &Places, with: &mut Vec<Places>, new: &mut Vec<(usize, usize)>| {
+            a.each(|p| {
+                b.each(|q| {
+                    if !with[p].has(q) {
+                        with[p].insert(q);
+                        with[q].insert(p);
+                        new.push((p.min(q), p.max(q)));
+                    }
+                });
+            });
+        };
+        add(&self.first, &self.first, &mut with, &mut new);
+        let mut found = Vec::new();
+        while let Some((p, q)) = new.pop() {
+            found.push((p, q));
+            let have_one_text = match (&plan.places[p], &plan.places[q]) {
+                (Place::Terminal(p), Place::Terminal(q)) => p == q || automata.compare(*p, *q, regulars).is_common,
+                // A name and a number may be one token.
+                (Place::Token, Place::Token) => true,
+                _ => false,
+            };
+            if have_one_text {
+                add(&self.after[p], &self.after[q], &mut with, &mut new);
+            }
+        }
+        found
+    }
+}
+
+fn first_of(node: &Node, rules: &[First]) -> First {
+    let mut found = First::default();
+    match node {
+        Node::Terminal(_, place) | Node::Token(_, place) => found.places.insert(*place),
+        Node::Rule(index) => found = rules[*index].clone(),
+        Node::Seq(parts) => {
+            found.is_nullable = true;
+            for part in parts {
+                let part = first_of(part, rules);
+                found.places.add(&part.places);
+                if !part.is_nullable {
+                    found.is_nullable = false;
+                    break;
+                }
+            }
+        }
+        Node::Any(parts) => {
+            for part in parts {
+                let part = first_of(part, rules);
+                found.places.add(&part.places);
+                found.is_nullable |= part.is_nullable;
+            }
+        }
+        Node::Repeat(part, least, most) => {
+            if *most != Some(0) {
+                found = first_of(part, rules);
+            }
+            found.is_nullable |= *least == 0 || *most == Some(0);
+        }
+    }
+    found
+}
+
+struct Walk<'a> {
+    first: &'a [First],
+    after: Vec<Places>,
+    after_rule: Vec<Places>,
+    /// Rules after which more may come than before.
+    changed: Vec<usize>,
+}
+
+impl Walk<'_> {
+    fn node(&mut self, node: &Node, after: &Places) {
+        match node {
+            Node::Terminal(_, place) | Node::Token(_, place) => {
+                self.after[*place].add(after);
+            }
+            Node::Rule(index) => {
+                if self.after_rule[*index].add(after) {
+                    self.changed.push(*index);
+                }
+            }
+            Node::Seq(parts) => {
+                let mut after = after.clone();
+                for part in parts.iter().rev() {
+                    self.node(part, &after);
+                    let first = first_of(part, self.first);
+                    match first.is_nullable {
+                        true => {
+                            after.add(&first.places);
+                        }
+                        false => after = first.places,
+                    }
+                }
+            }
+            Node::Any(parts) => parts.iter().for_each(|part| self.node(part, after)),
+            Node::Repeat(part, _, most) => {
+                let mut after = after.clone();
+                if *most != Some(1) {
+                    after.add(&first_of(part, self.first).places);
+                }
+                self.node(part, &after);
+            }
+        }
+    }
+}
+
+/// The states of a terminal: its characters (Glushkov's construction).
+#[derive(Default)]
+struct Automaton {
+    chars: Vec<CharSet>,
+    first: Vec<u32>,
+    next: Vec<Vec<u32>>,
+    /// All of `next`.
+    steps: usize,
+    ends: Vec<bool>,
+    /// First bytes of its texts.
+    lead: Bytes,
+    is_too_large: bool,
+}
+
+/// What two terminals have in common.
+#[derive(Clone, Copy)]
+struct Common {
+    /// A text.
+    is_common: bool,
+    /// Bytes that go on with a text of the first one in the second one.
+    more: Bytes,
+}
+
+#[derive(Default)]
+struct Automata {
+    all: HashMap<Id, Automaton>,
+    compared: HashMap<(Id, Id), Common>,
+    /// That may still be looked at.
+    pairs: usize,
+}
+
+impl Automata {
+    fn get(&mut self, id: Id, regulars: &Regulars) -> &Automaton {
+        self.all.entry(id).or_insert_with(|| Automaton::of(id, regulars))
+    }
+
+    fn compare(&mut self, a: Id, b: Id, regulars: &Regulars) -> Common {
+        if let Some(common) = self.compared.get(&(a, b)) {
+            return *common;
+        }
+        self.get(a, regulars);
+        self.get(b, regulars);
+        let (one, other) = (&self.all[&a], &self.all[&b]);
+        let common = match one.is_too_large || other.is_too_large {
+            true => None,
+            false => one.compare(other, &mut self.pairs),
+        };
+        let common = common.unwrap_or(Common {
+            is_common: true,
+            more: Bytes::ALL,
+        });
+        self.compared.insert((a, b), common);
+        common
+    }
+}
+
+/// A part of an automaton: where it begins and ends.
+struct Part {
+    first: Vec<u32>,
+    last: Vec<u32>,
+    is_nullable: bool,
+}
+
+impl Automaton {
+    fn of(id: Id, regulars: &Regulars) -> Self {
+        let mut made = Automaton::default();
+        let part = made.part(id, regulars);
+        made.ends = vec![false; made.chars.len()];
+        for state in part.last {
+            made.ends[state as usize] = true;
+        }
+        for state in &part.first {
+            made.lead.add(made.chars[*state as usize].lead_bytes());
+        }
+        made.first = part.first;
+        for next in &mut made.next {
+            next.sort_unstable();
+            next.dedup();
+        }
+        if made.is_too_large {
+            made.lead = Bytes::ALL;
+        }
+        made
+    }
+
+    fn part(&mut self, id: Id, regulars: &Regulars) -> Part {
+        if self.is_too_large || self.chars.len() > MOST_STATES {
+            self.is_too_large = true;
+            return Part::empty();
+        }
+        match regulars.get(id) {
+            Regular::Chars(set) => {
+                let state = self.chars.len() as u32;
+                self.chars.push(set.clone());
+                self.next.push(Vec::new());
+                Part {
+                    first: vec![state],
+                    last: vec![state],
+                    is_nullable: false,
+                }
+            }
+            Regular::Seq(parts) => {
+                let mut whole = Part::empty();
+                for part in parts.iter().rev() {
+                    let part = self.part(*part, regulars);
+                    whole = self.join(part, whole);
+                }
+                whole
+            }
+            Regular::Any(parts) => {
+                let mut whole = Part {
+                    is_nullable: false,
+                    ..Part::empty()
+                };
+                for part in parts {
+                    let part = self.part(*part, regulars);
+                    whole.first.extend(part.first);
+                    whole.last.extend(part.last);
+                    whole.is_nullable |= part.is_nullable;
+                }
+                whole
+            }
+            Regular::Repeat(id, least, most) => {
+                let mut whole = Part::empty();
+                match most {
+                    None => {
+                        whole = self.part(*id, regulars);
+                        self.link(&whole.last, &whole.first);
+                        whole.is_nullable |= *least == 0;
+                    }
+                    // x{0,3} is (x (x x?)?)?.
+                    Some(most) => {
+                        for _ in *least..*most {
+                            let part = self.part(*id, regulars);
+                            whole = self.join(part, whole);
+                            whole.is_nullable = true;
+                        }
+                    }
+                }
+                let again = match most {
+                    None => least.saturating_sub(1),
+                    Some(_) => *least,
+                };
+                for _ in 0..again {
+                    let part = self.part(*id, regulars);
+                    whole = self.join(part, whole);
+                }
+                whole
+            }
+        }
+    }
+
+    fn link(&mut self, from: &[u32], to: &[u32]) {
+        // Large alternatives repeated: each state goes on with each.
+        self.steps = self.steps.saturating_add(from.len() * to.len());
+        if self.steps > MOST_STEPS {
+            self.is_too_large = true;
+            return;
+        }
+        for state in from {
+            self.next[*state as usize].extend(to);
+        }
+    }
+
+    fn join(&mut self, mut a: Part, mut b: Part) -> Part {
+        self.link(&a.last, &b.first);
+        if a.is_nullable {
+            a.first.append(&mut b.first);
+        }
+        if b.is_nullable {
+            // The longer one keeps its place: repeated optional parts have long ends.
+            match a.last.len() < b.last.len() {
+                true => b.last.append(&mut a.last),
+                false => {
+                    a.last.append(&mut b.last);
+                    b.last = a.last;
+                }
+            }
+        }
+        Part {
+            first: a.first,
+            last: b.last,
+            is_nullable: a.is_nullable && b.is_nullable,
+        }
+    }
+
+    /// Follows both with all texts. None: `budget` is used up.
+    fn compare(&self, other: &Automaton, budget: &mut usize) -> Option<Common> {
+        let mut common = Common {
+            is_common: false,
+            more: Bytes::default(),
+        };
+        let mut seen = HashSet::new();
+        let mut new = Vec::new();
+        let mut pairs = |a: &[u32], b: &[u32], new: &mut Vec<(u32, u32)>, budget: &mut usize| {
+            for one in a {
+                for two in b {
+                    *budget = budget.checked_sub(1)?;
+                    if self.chars[*one as usize].meets(&other.chars[*two as usize]) && seen.insert((*one, *two)) {
+                        new.push((*one, *two));
+                    }
+                }
+            }
+            Some(())
+        };
+        pairs(&self.first, &other.first, &mut new, budget)?;
+        while let Some((one, two)) = new.pop() {
+            let next = &other.next[two as usize];
+            if self.ends[one as usize] {
+                common.is_common |= other.ends[two as usize];
+                for state in next {
+                    common.more.add(other.chars[*state as usize].lead_bytes());
+                }
+            }
+            pairs(&self.next[one as usize], next, &mut new, budget)?;
+        }
+        Some(common)
+    }
+}
+
+impl Part {
+    fn empty() -> Part {
+        Part {
+            first: Vec::new(),
+            last: Vec::new(),
+            is_nullable: true,
+        }
+    }
+}
