@@ -6,8 +6,8 @@
         [--rounds 5] [--output benches/results/quantized-smollm2.json]
 
 All systems compute with the same weights (see quantized_models.py), with as many threads, a prompt of 128 tokens and 64
-new ones, greedy. Each round starts every system once, in a process of its own that first runs the text once and then
---runs times; so a slow minute of the machine falls on everybody. Reported are medians over all rounds: milliseconds to the
+new ones, greedy. Each round starts every system once, in its own process, which first runs the text once and then
+--runs times; so a slow minute of the machine affects all systems. Reported are medians over all rounds: milliseconds to the
 first token (of a prompt of 128), milliseconds a token, and the peak of resident memory.
 
     lapidary      exact fp32: activations are not rounded
@@ -168,8 +168,8 @@ def main():
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     cpu = next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    found = {"model": "SmolLM2-135M", "prompt": len(PROMPT), "new": NEW, "threads": given.threads, "rounds": given.rounds,
-             "runs": given.runs, "cpu": cpu, "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
+    found = {"schema": "lapidary-side-by-side/1", "model": "SmolLM2-135M", "prompt": len(PROMPT), "new": NEW,
+             "threads": given.threads, "rounds": given.rounds, "runs": given.runs, "cpu": cpu, "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(),
              "forms": {}}  # fmt: skip
     for form in given.forms.split(","):
         systems = {"lapidary": Lapidary(given, form)}

@@ -1,4 +1,4 @@
-//! Reads results and refuses those that do not hold together: unknown schemas, missing fields, summaries that do not follow
+//! Reads results and refuses inconsistent ones: unknown schemas, missing fields, summaries that do not follow
 //! from their samples.
 
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use super::summary::{STABLE_WITHIN, Summary, stable};
 use crate::help::Help;
 
 /// How far a number may be from what its samples give, relative to it: what text and another order of additions lose.
-const TOLERANCE: f64 = 1e-6;
+pub(super) const TOLERANCE: f64 = 1e-6;
 
 /// What every measured document has, though a reader could do without.
 const NEEDED: [&str; 5] = ["prefill", "decode", "end_to_end", "memory", "versions"];
@@ -79,7 +79,7 @@ impl Help for ResultError {
             | ResultError::Edited { .. }
             | ResultError::DeviceTime { .. }
             | ResultError::LayerGroup { .. } => {
-                "measure again; docs/reference/benchmarks.md tells every field and how it follows from samples"
+                "measure again; docs/reference/benchmarks.md describes every field and how it follows from samples"
             }
         };
         Some(help.to_string())
@@ -132,6 +132,16 @@ pub fn parse(path: &Path, text: &str) -> Result<Document, ResultError> {
     }
     .all()?;
     Ok(document)
+}
+
+/// A JSON document whose schema is known already; errors name the field.
+pub(super) fn document<T: serde::de::DeserializeOwned>(path: &Path, text: &str) -> Result<T, ResultError> {
+    let mut source = serde_json::Deserializer::from_str(text);
+    serde_path_to_error::deserialize(&mut source).map_err(|e| ResultError::Field {
+        path: path.to_path_buf(),
+        field: e.path().to_string(),
+        message: e.inner().to_string(),
+    })
 }
 
 struct Checker<'a> {

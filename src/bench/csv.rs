@@ -1,4 +1,4 @@
-//! A result as a table for spreadsheets: one row a summary.
+//! A result as a table for spreadsheets: one row per summary.
 
 use std::io;
 use std::path::Path;

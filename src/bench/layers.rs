@@ -1,8 +1,8 @@
 //! Time by layer, in three groups that a reader of the network would expect: attention, products with weights, the rest.
 //!
 //! TensorRT fuses layers and names what it made after the operations in it (`__myl_ReshCastConcMulReshCastMulSum_myl0_14`),
-//! where the scores of attention and a linear layer of one row look alike. So the order decides, in which they run:
-//! attention is what lies between the projections before it and the one after it.
+//! where the scores of attention and a linear layer of one row look alike. So the order of execution decides:
+//! attention is everything between the projections before it and the one after it.
 
 use std::collections::BTreeMap;
 
@@ -100,7 +100,7 @@ fn groups_of(names: &[&str]) -> Vec<&'static str> {
     groups
 }
 
-/// The layers on the way to the next product with weights, after so many `products` of attention itself. One that is named
+/// The layers on the way to the next product with weights, after this many `products` of attention itself. One that is named
 /// as attention's is no other than those.
 fn reach(kinds: &[LayerRole], way: impl Iterator<Item = usize>, mut products: usize) -> Vec<usize> {
     let mut reached = Vec::new();

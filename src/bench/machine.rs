@@ -1,4 +1,4 @@
-//! On what it was measured: processor, memory, system, GPU, commit, copy bandwidth, peak arithmetic.
+//! The machine of a measurement: processor, memory, system, GPU, commit, copy bandwidth, peak arithmetic.
 
 use std::fs;
 use std::path::Path;

@@ -1,6 +1,7 @@
-//! Runs a session as users do and times it: prefill by length, decode by live length, end to end, and what it answers.
+//! Runs a session as users do and times it: prefill by prompt length, decode by context length, end to end; and records its
+//! answers.
 //!
-//! Everything goes through [`decode::stream`], so whatever a user waits for is in the times: the sampler, the copy of the
+//! Everything goes through [`decode::stream`], so times include everything that a user waits for: the sampler, the copy of the
 //! logits, the moves of the cache. No end token ends a run. Every part starts with a session that was restarted, in the
 //! smallest capacity that fits; what is allocated or compiled then happens in the warm-up.
 
@@ -15,7 +16,7 @@ use crate::decode::{self, DeviceError, GenerateError, Limits, Session, SessionEr
 use crate::help::{Fault, Help};
 use crate::sample::{Chain, Settings, SettingsError};
 
-/// Tokens of one run of a decode measurement: the live length drifts by no more.
+/// Tokens of one run of a decode measurement: the context length grows by no more.
 pub const DECODE_RUN: usize = 16;
 /// Logits recorded of a row.
 const TOP: usize = 32;
@@ -29,7 +30,7 @@ const PROFILE_RUNS: usize = 10;
 pub struct Plan {
     /// Prompt lengths.
     pub prefill: Vec<usize>,
-    /// Live lengths.
+    /// Context lengths.
     pub decode: Vec<usize>,
     /// Prompt and new tokens.
     pub end_to_end: Vec<(usize, usize)>,
@@ -37,7 +38,7 @@ pub struct Plan {
     pub warmup: usize,
     /// Samples of each prefill length.
     pub repetitions: usize,
-    /// Samples, at least, of each live length.
+    /// Samples, at least, of each context length.
     pub decode_samples: usize,
     /// End-to-end runs.
     pub runs: usize,

@@ -1,9 +1,9 @@
 //! Measurements of a package, and results of any system, as data.
 //!
-//! `measure` runs a [`crate::decode::Session`] as users do and times it; `machine`, `model` and `workload` say on what, of
-//! what and with what. All of it becomes one [`Document`], in the same form in which the baselines write theirs. [`read`]
-//! takes such files back and refuses those that do not hold together. What the numbers mean is in `docs/reference/benchmarks.md`;
-//! what is made of them is `report`'s.
+//! `measure` runs a [`crate::decode::Session`] as users do and times it; `machine`, `model` and `workload` describe the
+//! machine, the model and the prompts. All of it becomes one [`Document`], in the form that the baselines write too. [`read`]
+//! reads such files and refuses inconsistent ones. `docs/reference/benchmarks.md` defines the numbers; `report` presents
+//! them.
 
 mod check;
 pub mod compare;
@@ -14,6 +14,8 @@ pub mod measure;
 pub mod model;
 pub mod quality;
 pub mod result;
+pub mod serving;
+pub mod side_by_side;
 pub mod summary;
 pub mod workload;
 

@@ -1,7 +1,7 @@
-//! The result file: one JSON document a system and model. `docs/reference/benchmarks.md` explains every field.
+//! The result file: one JSON document per system and model. `docs/reference/benchmarks.md` explains every field.
 //!
 //! `lapidary bench` writes it and so do the baselines in `scripts/baselines/`; `lapidary report` reads it. Units are in the
-//! names. Summaries follow from samples of the same document, which [`super::check`] sees to.
+//! names. Summaries follow from samples of the same document; [`super::check`] checks that.
 
 use std::collections::BTreeMap;
 

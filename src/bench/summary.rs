@@ -1,4 +1,4 @@
-//! What is said of a list of samples: mean, median, spread, percentiles, and whether they are stable.
+//! Summary of a list of samples: mean, median, spread, percentiles, stability.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! What is fed: prompts from a file that all systems share, or made of a seed.
+//! Prompts of a benchmark: from a file that all systems share, or from a seed.
 
 use std::path::{Path, PathBuf};
 

@@ -1,17 +1,18 @@
-//! One switch at a time: runs that say so, and runs of Lapidary whose settings differ in one key.
+//! One setting at a time: runs that are tagged as an ablation, and runs of Lapidary whose settings differ in one key.
 
-use crate::terms;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
 
-use super::benchmarks::{Verdict, decode_at, prefill_of, text_of, unstable};
+use super::benchmarks::Verdict;
 use super::input::{Group, ResultFile, SourceId};
-use super::markdown::{cite, ms, table, times};
+use super::markdown::{ms, times};
+use super::matrix::{Cell, matrix};
+use super::measure::Measure;
 use crate::bench::Document;
 
-/// What one switch does: a baseline, and runs with the switch in other positions. Runs that are like another baseline are
-/// another ablation of the same name.
+/// What one setting does: a baseline, and runs with other values of it. Runs that are like another baseline are another ablation
+/// of the same name.
 #[derive(Clone, Debug)]
 pub struct Ablation<'a> {
     /// What the switch is called.
@@ -45,44 +46,10 @@ fn add<'a>(found: &mut Found<'a>, name: &str, baseline: &'a ResultFile, position
     ablation.runs.push((position, run));
 }
 
-/// Something that two runs measured.
-struct Shared {
-    what: String,
-    usual_ms: f64,
-    switched_ms: f64,
-    /// Both of them.
-    stable: bool,
-}
-
-fn common(a: &Document, b: &Document) -> Vec<Shared> {
-    let decode = b.decode.iter().filter_map(|d| {
-        let usual = decode_at(a, d.live)?;
-        Some(Shared {
-            what: terms::token_at(d.live),
-            usual_ms: usual.ms.median,
-            switched_ms: d.ms.median,
-            stable: usual.stable && d.stable,
-        })
-    });
-    let prefill = b.prefill.iter().filter_map(|p| {
-        let usual = prefill_of(a, p.tokens)?;
-        Some(Shared {
-            what: terms::first_token_of(p.tokens),
-            usual_ms: usual.ms.median,
-            switched_ms: p.ms.median,
-            stable: usual.stable && p.stable,
-        })
-    });
-    let whole = b.end_to_end.iter().filter_map(|e| {
-        let usual = text_of(a, (e.prompt, e.new_tokens))?;
-        Some(Shared {
-            what: format!("{} + {}, all of it", e.prompt, e.new_tokens),
-            usual_ms: usual.latency_ms.median,
-            switched_ms: e.latency_ms.median,
-            stable: usual.stable && e.stable,
-        })
-    });
-    decode.chain(prefill).chain(whole).collect()
+/// What two runs both measured.
+fn common(a: &Document, b: &Document) -> Vec<Measure> {
+    let measured = Measure::all(b).into_iter();
+    measured.filter(|m| m.of(a).is_some()).collect()
 }
 
 /// All ablations of a group, by name.
@@ -181,32 +148,46 @@ impl Ablation<'_> {
             .map(plain)
     }
 
-    /// Everything that the baseline and a run both measured.
+    /// A row for the default and each other value, a column for everything that the baseline and a run both measured.
     pub fn table(&self, group: &Group) -> String {
-        let mut rows = Vec::new();
-        for (position, run) in &self.runs {
-            for shared in common(&self.baseline.of, &run.of) {
-                rows.push(vec![
-                    Verdict::of(run, group).word(),
-                    shared.what,
-                    position.clone(),
-                    ms(shared.usual_ms),
-                    ms(shared.switched_ms),
-                    times(shared.switched_ms / shared.usual_ms),
-                    unstable(shared.stable) + &cite(self.baseline.source) + &cite(run.source),
-                ]);
-            }
-        }
-        let header = [
-            "outputs",
-            "what",
-            "switch",
-            "default ms",
-            "switched ms",
-            "switched / default",
-            "",
-        ];
-        table(&header, &rows)
+        let all = self.runs.iter().flat_map(|(_, run)| common(&self.baseline.of, &run.of));
+        let mut measures: Vec<Measure> = all.collect();
+        measures.sort_unstable();
+        measures.dedup();
+        let row = |position: String, r: &ResultFile| {
+            let cell = |m: &Measure| -> Cell {
+                let (default, default_stable) = m.of(&self.baseline.of)?;
+                let (took, stable) = m.of(&r.of)?;
+                let is_default = r.source == self.baseline.source;
+                let mut notes: Vec<String> = (!is_default).then(|| times(took / default)).into_iter().collect();
+                notes.extend((!stable || !default_stable).then(|| "unstable".to_string()));
+                let text = match notes.is_empty() {
+                    true => ms(took),
+                    false => format!("{} ({})", ms(took), notes.join(", ")),
+                };
+                Some((text, vec![r.source]))
+            };
+            let keys = vec![position, Verdict::of(r, group).word()];
+            (keys, measures.iter().map(cell).collect())
+        };
+        let default = format!("default{}", self.usual().map(|u| format!(" ({u})")).unwrap_or_default());
+        let rows = std::iter::once(row(default, self.baseline));
+        let rows = rows.chain(self.runs.iter().map(|(position, run)| row(position.clone(), run)));
+        let heads: Vec<String> = measures.iter().map(|m| m.what()).collect();
+        matrix(&[&self.name, "outputs"], &heads, rows.collect())
+    }
+
+    /// A sentence: the value that changes the time of the first measurement most.
+    pub fn outcome(&self) -> String {
+        let ratios = self.runs.iter().filter_map(|(position, run)| {
+            let m = *common(&self.baseline.of, &run.of).first()?;
+            let ratio = m.of(&run.of)?.0 / m.of(&self.baseline.of)?.0;
+            Some((position, m, ratio))
+        });
+        let most = ratios.max_by(|a, b| (a.2.ln().abs()).total_cmp(&b.2.ln().abs()));
+        most.map_or(String::new(), |(position, m, ratio)| {
+            format!("With *{position}*, {} is {} the default's.", m.what(), times(ratio))
+        })
     }
 }
 
@@ -217,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn choices_of_the_lowering_count_one_by_one_where_both_tell() {
+    fn choices_of_the_lowering_count_one_by_one_where_both_have_them() {
         let of = |value: Value| value.as_object().unwrap().clone();
         let usual = of(json!({"weights": "bind", "lowering": {"attention": "by_capacity", "fold_groups": true}}));
         let layer = of(json!({"weights": "bind", "lowering": {"attention": "layer", "fold_groups": true}}));

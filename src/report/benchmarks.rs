@@ -1,13 +1,14 @@
-//! The tables of a group: what systems answered, then how fast they were, side by side.
+//! Answers and times of the groups of one machine: tables with a column for each model.
 
 use super::ceilings::Ceilings;
 use super::input::{Group, ResultFile};
-use super::markdown::{MISSING, cite, flops, ms, or_missing, percent, rate, table, times, tiny};
+use super::markdown::{cite, flops, ms, or_missing, percent, rate, table, times, tiny};
+use super::matrix::{Cell, heads, labeled, labels, matrix};
+use super::measure::{Measure, Time};
 use crate::bench::compare::{CompareError, Comparison, compare};
-use crate::bench::result::{Decode, Document, EndToEnd, Prefill};
+use crate::bench::result::Document;
 use crate::terms::{
-    CAPACITY, CONTEXT_LENGTH, COPY_BANDWIDTH, GPU_TIME, LATENCY, MBU, MFU, OUTPUT_RATE, PREFILL, PREFILL_RATE, TOP1,
-    TPOT, TTFT,
+    CAPACITY, CONTEXT_LENGTH, GPU_TIME, HOST_OVERHEAD, MBU, MFU, OUTPUT_RATE, PREFILL, PREFILL_RATE, TPOT, TTFT,
 };
 use crate::units::bytes;
 
@@ -42,7 +43,7 @@ impl Verdict {
         }
     }
 
-    /// For the first column of tables: the verdict, and over how many rows of logits.
+    /// The verdict, and over how many rows of logits.
     pub fn word(&self) -> String {
         let (found, note) = match self {
             Verdict::Compared(found) => (found, ""),
@@ -58,263 +59,298 @@ pub fn unstable(stable: bool) -> String {
     if stable { "" } else { "unstable" }.to_string()
 }
 
-/// How many times as long as ours it takes.
-fn ratio(value: f64, ours: Option<f64>, is_ours: bool) -> String {
-    match ours {
-        _ if is_ours => "1".to_string(),
-        Some(ours) if ours > 0.0 => times(value / ours),
-        _ => MISSING.to_string(),
+/// Each system, each model: the verdict, the worst row of logits, how often both rank the same token first.
+pub fn answers(groups: &[&Group]) -> String {
+    let cell = |group: &Group, label: &str| -> Cell {
+        let r = labeled(group, label)?;
+        let verdict = Verdict::of(r, group);
+        let numbers = verdict.comparison().map_or(String::new(), |c| {
+            let error = tiny(c.worst_relative_logit_error);
+            let clear = match c.differing_though_clear {
+                0 => String::new(),
+                n => format!(", clear disagreements: {n}"),
+            };
+            format!(": {error} of {}, {} of {}{clear}", c.limit, c.same_best, c.rows)
+        });
+        let sources = [r.source].into_iter().chain(group.reference.iter().map(|r| r.source));
+        Some((verdict.word() + &numbers, sources.collect()))
+    };
+    let row = |label: &str| (vec![label.to_string()], groups.iter().map(|g| cell(g, label)).collect());
+    matrix(
+        &["system"],
+        &heads(groups),
+        labels(groups).into_iter().map(row).collect(),
+    )
+}
+
+/// Each measurement of one kind and each system, for each model.
+fn side_by_side(
+    groups: &[&Group],
+    first: [&str; 2],
+    key: impl Fn(Measure) -> Option<String>,
+) -> (String, Vec<(Measure, String)>) {
+    let all = Measure::union(groups.iter().flat_map(|g| &g.results));
+    let kind: Vec<(Measure, String)> = all.into_iter().filter_map(|m| Some((m, key(m)?))).collect();
+    let mut rows = Vec::new();
+    for (m, key) in &kind {
+        for label in labels(groups) {
+            let cell = |group: &&Group| -> Cell {
+                let r = labeled(group, label)?;
+                Some((Time::of(*m, r, group)?.cell(), vec![r.source]))
+            };
+            let keys = vec![key.clone(), label.to_string()];
+            rows.push((keys, groups.iter().map(cell).collect()));
+        }
+    }
+    (matrix(&first, &heads(groups), rows), kind)
+}
+
+/// A table below a sentence that says what is in it; empty without measurements.
+fn introduced(sentence: &str, groups: &[&Group], (table, kind): (String, Vec<(Measure, String)>)) -> String {
+    match table.is_empty() {
+        true => String::new(),
+        false => format!("{sentence}{}\n\n{table}", outcome(groups, &kind)),
     }
 }
 
-/// Every system once: what it is, and what it answered.
-pub fn outputs(group: &Group) -> String {
-    let rows = group.results.iter().chain(&group.ablations).map(|r| {
-        let verdict = Verdict::of(r, group);
-        let of_comparison = |of: fn(&Comparison) -> String| or_missing(verdict.comparison().map(of));
-        vec![
-            verdict.word(),
-            r.of.system.label.clone(),
-            of_comparison(|c| tiny(c.worst_relative_logit_error)),
-            of_comparison(|c| c.limit.to_string()),
-            of_comparison(|c| format!("{} of {}", c.same_best, c.rows)),
-            of_comparison(|c| c.differing_though_clear.to_string()),
-            of_comparison(|c| {
-                let steps: Vec<String> = c.greedy_equal_up_to.iter().map(usize::to_string).collect();
-                steps.join(", ")
-            }),
-            cite(r.source),
-        ]
-    });
-    let header = [
-        "outputs",
-        "system",
-        "worst relative logit error",
-        "limit",
-        TOP1.column,
-        "clear disagreements",
-        "greedy tokens equal up to",
-        "",
-    ];
-    table(&header, &rows.collect::<Vec<_>>())
+/// How Lapidary compares with the fastest other system in each model and measurement.
+fn outcome(groups: &[&Group], kind: &[(Measure, String)]) -> String {
+    let mut factors: Vec<f64> = Vec::new();
+    for group in groups {
+        for (m, _) in kind {
+            let others = group.results.iter().filter(|r| r.of.system.name != "lapidary");
+            let found = others.filter_map(|r| Time::of(*m, r, group)?.factor);
+            factors.extend(found.min_by(f64::total_cmp));
+        }
+    }
+    if factors.is_empty() {
+        return String::new();
+    }
+    let faster = factors.iter().filter(|f| **f >= 1.0).count();
+    let least = factors.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = factors.iter().copied().fold(0.0, f64::max);
+    let range = match factors.len() {
+        1 => times(least),
+        _ => format!("{} to {}", times(least), times(most)),
+    };
+    format!(
+        " Lapidary is the fastest in {faster} of {} comparisons; the fastest other system takes {range} its time.",
+        factors.len()
+    )
 }
 
-/// All values that a list of results has for something, ascending.
-fn values<'a, T: Ord>(results: impl IntoIterator<Item = &'a ResultFile>, of: impl Fn(&Document) -> Vec<T>) -> Vec<T> {
-    let mut all: Vec<T> = results.into_iter().flat_map(|r| of(&r.of)).collect();
-    all.sort_unstable();
-    all.dedup();
-    all
+/// Median time per output token by context length.
+pub fn decode(groups: &[&Group]) -> String {
+    let first = [CONTEXT_LENGTH.column, "system"];
+    let key = |m| match m {
+        Measure::Token(live) => Some(live.to_string()),
+        _ => None,
+    };
+    let sentence = "Time per output token in ms: compare the systems of one context.";
+    introduced(sentence, groups, side_by_side(groups, first, key))
 }
 
-pub fn live_lengths<'a>(results: impl IntoIterator<Item = &'a ResultFile>) -> Vec<usize> {
-    values(results, |d| d.decode.iter().map(|p| p.live).collect())
+/// Median time to first token by prompt length.
+pub fn prefill(groups: &[&Group]) -> String {
+    let key = |m| match m {
+        Measure::Prompt(tokens) => Some(tokens.to_string()),
+        _ => None,
+    };
+    let sentence = "Time to first token in ms, by tokens of the prompt.";
+    introduced(sentence, groups, side_by_side(groups, [PREFILL.column, "system"], key))
 }
 
-pub fn prompt_lengths<'a>(results: impl IntoIterator<Item = &'a ResultFile>) -> Vec<usize> {
-    values(results, |d| d.prefill.iter().map(|p| p.tokens).collect())
+/// Median latency of whole texts.
+pub fn end_to_end(groups: &[&Group]) -> String {
+    let key = |m| match m {
+        Measure::Text(prompt, new) => Some(format!("{prompt} + {new}")),
+        _ => None,
+    };
+    let sentence = "Latency in ms of a whole text: a prompt, then greedy tokens.";
+    introduced(
+        sentence,
+        groups,
+        side_by_side(groups, ["prompt + output", "system"], key),
+    )
 }
 
-pub fn texts<'a>(results: impl IntoIterator<Item = &'a ResultFile>) -> Vec<(usize, usize)> {
-    values(results, |d| {
-        d.end_to_end.iter().map(|e| (e.prompt, e.new_tokens)).collect()
-    })
-}
-
-pub fn decode_at(d: &Document, live: usize) -> Option<&Decode> {
-    d.decode.iter().find(|p| p.live == live)
-}
-
-pub fn prefill_of(d: &Document, tokens: usize) -> Option<&Prefill> {
-    d.prefill.iter().find(|p| p.tokens == tokens)
-}
-
-pub fn text_of(d: &Document, (prompt, new): (usize, usize)) -> Option<&EndToEnd> {
-    d.end_to_end.iter().find(|e| (e.prompt, e.new_tokens) == (prompt, new))
-}
-
-/// Each live length, each system.
-pub fn decode(group: &Group) -> String {
-    let ceilings = Ceilings::of(group);
-    let mut rows = Vec::new();
-    for live in live_lengths(&group.results) {
-        let ours = group.ours().and_then(|r| decode_at(&r.of, live)).map(|d| d.ms.median);
-        for r in &group.results {
-            let Some(d) = decode_at(&r.of, live) else { continue };
+/// Lapidary's decode steps: tail latency, the host's part, the share of the bandwidth.
+pub fn decode_of_ours(groups: &[&Group]) -> String {
+    let (mut rows, mut notes) = (Vec::new(), Vec::new());
+    for (group, head) in groups.iter().zip(heads(groups)) {
+        let Some(r) = group.ours() else { continue };
+        let ceilings = Ceilings::of(group);
+        for d in &r.of.decode {
             rows.push(vec![
-                Verdict::of(r, group).word(),
-                live.to_string(),
-                r.of.system.label.clone(),
+                head.clone(),
+                d.live.to_string(),
                 ms(d.ms.median),
                 ms(d.ms.p90),
                 ms(d.ms.p99),
                 or_missing(d.gpu_ms.map(ms)),
+                or_missing(d.gpu_ms.map(|gpu| ms((d.ms.median - gpu).max(0.0)))),
                 rate(d.output_tokens_per_s),
-                ratio(d.ms.median, ours, is_ours(group, r)),
                 or_missing(ceilings.mbu(&r.of, d).map(percent)),
                 or_missing(d.capacity.map(|c| c.to_string())),
                 unstable(d.stable) + &cite(r.source),
             ]);
+            if ceilings.mbu(&r.of, d).is_some() {
+                notes.push(format!("{head}: {}", ceilings.bandwidth_note()));
+            }
         }
     }
     let header = [
-        "outputs",
+        "model",
         CONTEXT_LENGTH.column,
-        "system",
         TPOT.column,
         "p90",
         "p99",
         GPU_TIME.column,
+        HOST_OVERHEAD.column,
         OUTPUT_RATE.column,
-        "relative to Lapidary",
         MBU.column,
         CAPACITY.column,
         "",
     ];
-    let shares = rows.iter().any(|row| row[9] != MISSING);
-    with_note(table(&header, &rows), shares, &ceilings.bandwidth_note())
+    with_notes(table(&header, &rows), notes)
 }
 
-/// A sentence below a table that has shares to speak of.
-fn with_note(table: String, shares: bool, note: &str) -> String {
-    match shares {
-        true => format!("{table}\n{note}\n"),
-        false => table,
-    }
-}
-
-fn is_ours(group: &Group, r: &ResultFile) -> bool {
-    group.ours().is_some_and(|ours| ours.source == r.source)
-}
-
-/// Each prompt length, each system.
-pub fn prefill(group: &Group) -> String {
-    let ceilings = Ceilings::of(group);
-    let mut rows = Vec::new();
-    for tokens in prompt_lengths(&group.results) {
-        let ours = group
-            .ours()
-            .and_then(|r| prefill_of(&r.of, tokens))
-            .map(|p| p.ms.median);
-        for r in &group.results {
-            let Some(p) = prefill_of(&r.of, tokens) else { continue };
+/// Lapidary's prefill: tail latency, and the share of the peak.
+pub fn prefill_of_ours(groups: &[&Group]) -> String {
+    let (mut rows, mut notes) = (Vec::new(), Vec::new());
+    for (group, head) in groups.iter().zip(heads(groups)) {
+        let Some(r) = group.ours() else { continue };
+        let ceilings = Ceilings::of(group);
+        for p in &r.of.prefill {
             rows.push(vec![
-                Verdict::of(r, group).word(),
-                tokens.to_string(),
-                r.of.system.label.clone(),
+                head.clone(),
+                p.tokens.to_string(),
                 ms(p.ms.median),
                 ms(p.ms.p90),
                 ms(p.ms.p99),
                 rate(p.prefill_tokens_per_s),
-                ratio(p.ms.median, ours, is_ours(group, r)),
                 or_missing(ceilings.mfu(&r.of, p).map(percent)),
                 unstable(p.stable) + &cite(r.source),
             ]);
+            if ceilings.mfu(&r.of, p).is_some() {
+                notes.push(format!("{head}: {}", ceilings.peak_note()));
+            }
         }
     }
     let header = [
-        "outputs",
+        "model",
         PREFILL.column,
-        "system",
         TTFT.column,
         "p90",
         "p99",
         PREFILL_RATE.column,
-        "relative to Lapidary",
         MFU.column,
         "",
     ];
-    let shares = rows.iter().any(|row| row[8] != MISSING);
-    with_note(table(&header, &rows), shares, &ceilings.peak_note())
+    with_notes(table(&header, &rows), notes)
 }
 
-/// Each text, each system.
-pub fn end_to_end(group: &Group) -> String {
-    let mut rows = Vec::new();
-    for text in texts(&group.results) {
-        let ours = group
-            .ours()
-            .and_then(|r| text_of(&r.of, text))
-            .map(|e| e.latency_ms.median);
-        for r in &group.results {
-            let Some(e) = text_of(&r.of, text) else { continue };
-            rows.push(vec![
-                Verdict::of(r, group).word(),
-                format!("{} + {}", e.prompt, e.new_tokens),
-                r.of.system.label.clone(),
-                ms(e.ttft_ms.median),
-                ms(e.tpot_ms.median),
-                ms(e.itl_ms.median),
-                ms(e.latency_ms.median),
-                rate(e.output_tokens_per_s),
-                ratio(e.latency_ms.median, ours, is_ours(group, r)),
-                unstable(e.stable) + &cite(r.source),
-            ]);
+/// Sentences below a table, each once.
+fn with_notes(table: String, mut notes: Vec<String>) -> String {
+    notes.dedup();
+    match notes.is_empty() {
+        true => table,
+        false => format!("{table}\n{}\n", notes.join(" ")),
+    }
+}
+
+/// What was run when, with which versions.
+pub fn conditions(groups: &[&Group]) -> String {
+    let all = |group: &'_ Group| -> Vec<ResultFile> {
+        let measured = group.reference.iter().chain(&group.results).chain(&group.ablations);
+        measured.cloned().collect()
+    };
+    let runs: Vec<Vec<ResultFile>> = groups.iter().map(|g| all(g)).collect();
+    let mut labels: Vec<&str> = Vec::new();
+    for r in runs.iter().flatten() {
+        if !labels.contains(&r.of.system.label.as_str()) {
+            labels.push(&r.of.system.label);
         }
     }
-    let header = [
-        "outputs",
-        "prompt + output",
-        "system",
-        "TTFT ms",
-        "TPOT ms",
-        "ITL ms",
-        LATENCY.column,
-        OUTPUT_RATE.column,
-        "relative to Lapidary",
-        "",
-    ];
-    table(&header, &rows)
+    let row = |label: &str| {
+        let found: Vec<Option<&ResultFile>> = runs
+            .iter()
+            .map(|runs| runs.iter().find(|r| r.of.system.label == label))
+            .collect();
+        let cell = |r: &Option<&ResultFile>| -> Cell {
+            let r = (*r)?;
+            Some((format!("{}, {}", day(&r.of), commit(&r.of)), vec![r.source]))
+        };
+        let mut versions: Vec<String> = found.iter().flatten().flat_map(|r| versions(&r.of)).collect();
+        versions.sort_unstable();
+        versions.dedup();
+        (
+            vec![label.to_string(), versions.join(", ")],
+            found.iter().map(cell).collect(),
+        )
+    };
+    let table = matrix(
+        &["run", "versions"],
+        &heads(groups),
+        labels.into_iter().map(row).collect(),
+    );
+    format!("{table}\n{}\n", machines(groups))
 }
 
-/// What ran where, once a result.
-pub fn machines(group: &Group) -> String {
-    let all = group.reference.iter().chain(&group.results).chain(&group.ablations);
-    let rows = all.map(|r| {
-        let d = &r.of;
-        let versions: Vec<String> = d
-            .versions
+pub fn day(d: &Document) -> &str {
+    d.date.split('T').next().unwrap_or(&d.date)
+}
+
+/// Twelve digits, and `+` where there were uncommitted changes.
+pub fn commit(d: &Document) -> String {
+    d.commit.chars().take(12).collect::<String>() + if d.commit.ends_with("+changes") { "+" } else { "" }
+}
+
+pub fn versions(d: &Document) -> Vec<String> {
+    let driver = d.machine.gpu.as_ref().and_then(|gpu| gpu.driver.as_ref());
+    let known = d
+        .versions
+        .iter()
+        .filter_map(|(name, version)| Some((name.as_str(), version.as_ref()?)));
+    let all = known.chain(driver.map(|driver| ("driver", driver)));
+    all.map(|(name, version)| format!("{name} {version}")).collect()
+}
+
+/// A sentence for each model: what its runs measured of their machine.
+fn machines(groups: &[&Group]) -> String {
+    let range = |values: Vec<f64>, show: &dyn Fn(f64) -> String| -> Option<String> {
+        let least = values.iter().copied().min_by(f64::total_cmp)?;
+        let most = values.iter().copied().max_by(f64::total_cmp)?;
+        let (least, most) = (show(least), show(most));
+        Some(if least == most {
+            least
+        } else {
+            format!("{least} to {most}")
+        })
+    };
+    let sentence = |group: &&Group| {
+        let all: Vec<&ResultFile> = group
+            .reference
             .iter()
-            .filter_map(|(name, version)| Some(format!("{name} {}", version.as_ref()?)))
+            .chain(&group.results)
+            .chain(&group.ablations)
             .collect();
-        let driver = d.machine.gpu.as_ref().and_then(|gpu| gpu.driver.clone());
-        vec![
-            d.system.label.clone(),
-            d.date.split('T').next().unwrap_or(&d.date).to_string(),
-            d.commit.chars().take(12).collect::<String>() + if d.commit.ends_with("+changes") { "+" } else { "" },
-            or_missing(driver),
-            or_missing(
-                d.machine
-                    .copy_bandwidth_bytes_per_s
-                    .map(|b| format!("{}/s", bytes(b as u64))),
-            ),
-            or_missing(d.machine.peak_flops.as_ref().map(|p| {
-                let how = p.source.split(':').next().unwrap_or_default();
-                format!("{}, {how}", flops(p.flops))
-            })),
-            versions.join(", "),
-            cite(r.source),
-        ]
-    });
-    let header = [
-        "run",
-        "date",
-        "commit",
-        "driver",
-        COPY_BANDWIDTH.column,
-        "peak",
-        "versions",
-        "",
-    ];
-    let mut out = table(&header, &rows.collect::<Vec<_>>());
-    let measured = group.results.iter().chain(&group.ablations);
-    let mut peaks: Vec<&str> = measured
-        .filter_map(|r| Some(r.of.machine.peak_flops.as_ref()?.source.as_str()))
-        .collect();
-    peaks.sort_unstable();
-    peaks.dedup();
-    if !peaks.is_empty() {
-        out += &format!("\nThe peak is {}.\n", peaks.join("; "));
-    }
-    out
+        let bandwidths = all.iter().filter_map(|r| r.of.machine.copy_bandwidth_bytes_per_s);
+        let peaks = all.iter().filter_map(|r| Some(r.of.machine.peak_flops.as_ref()?.flops));
+        let mut sources: Vec<&str> = all
+            .iter()
+            .filter_map(|r| Some(r.of.machine.peak_flops.as_ref()?.source.as_str()))
+            .collect();
+        sources.sort_unstable();
+        sources.dedup();
+        let bandwidth = range(bandwidths.collect(), &|b| format!("{}/s", bytes(b as u64)));
+        let peak = range(peaks.collect(), &flops).map(|peak| format!("peak {peak} ({})", sources.join("; ")));
+        let found: Vec<String> = bandwidth
+            .map(|b| format!("copy bandwidth {b}"))
+            .into_iter()
+            .chain(peak)
+            .collect();
+        format!("{} {}: {}.", group.model, group.dtype, found.join(", "))
+    };
+    groups.iter().map(sentence).collect::<Vec<_>>().join(" ")
 }

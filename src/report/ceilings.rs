@@ -2,7 +2,7 @@
 //!
 //! Every file has shares of what its own process measured, which differs by a few percent from run to run of one machine.
 //! Side by side they are of what the reference's run measured, which is of the same model and machine. The bandwidth of a
-//! CPU is shared with neighbours who come and go: there it is the highest that any run of the group saw, and a product in
+//! CPU is shared with neighbors who come and go: there it is the highest that any run of the group saw, and a product in
 //! torch, which systems here outran, is no peak.
 
 use super::input::{Group, ResultFile, SourceId};

@@ -1,38 +1,46 @@
-//! Tables of a group besides its times: loading and building, and memory.
+//! Tables besides times: loading and building, and memory; a column for each model.
 
 use super::input::{Group, ResultFile};
-use super::markdown::{cite, ms, or_missing, table};
+use super::markdown::ms;
+use super::matrix::{Cell, heads, labeled, labels, matrix};
 use crate::bench::result::{Build, Document};
-use crate::terms::{COLD_LOAD, CUDA_CONTEXT, ENGINE, KV_CACHE, PLAN, SCRATCH, WARM_LOAD};
+use crate::terms::{COLD_LOAD, ENGINE, PLAN, WARM_LOAD};
 use crate::units::bytes;
 
-/// From nothing to a session, and what engines are.
-pub fn loading(group: &Group) -> String {
-    let rows = group.results.iter().map(|r| {
-        let d = &r.of;
-        let (cold, warm) = loads(d, group.on_gpu);
-        let built = d.build.as_ref().filter(|b| !b.engines.is_empty());
-        let plans = d.sizes.as_ref().and_then(|s| s.plans_bytes).filter(|n| *n > 0);
-        vec![
-            d.system.label.clone(),
-            or_missing(cold),
-            or_missing(warm),
-            or_missing(built.map(|b| b.engines.len().to_string())),
-            or_missing(plans.map(bytes)),
-            or_missing(built.map(build_time)),
-            cite(r.source),
-        ]
-    });
-    let header = [
-        "system",
-        COLD_LOAD.column,
-        WARM_LOAD.column,
-        ENGINE.column,
-        PLAN.column,
-        "build s",
-        "",
+/// From nothing to a session, and what engines are: a row for each system and fact.
+pub fn loading(groups: &[&Group]) -> String {
+    type Fact = fn(&Document, bool) -> Option<String>;
+    let facts: [(&str, Fact); 5] = [
+        (COLD_LOAD.column, |d, on_gpu| loads(d, on_gpu).0),
+        (WARM_LOAD.column, |d, on_gpu| loads(d, on_gpu).1),
+        (ENGINE.column, |d, _| Some(built(d)?.engines.len().to_string())),
+        (PLAN.column, |d, _| {
+            let plans = d.sizes.as_ref().and_then(|s| s.plans_bytes);
+            plans.filter(|n| *n > 0).map(bytes)
+        }),
+        ("build s", |d, _| built(d).map(build_time)),
     ];
-    table(&header, &rows.collect::<Vec<_>>())
+    by_system(groups, &facts)
+}
+
+fn built(d: &Document) -> Option<&Build> {
+    d.build.as_ref().filter(|b| !b.engines.is_empty())
+}
+
+/// A row for each system and fact that some model has.
+fn by_system<F: Fn(&Document, bool) -> Option<String>>(groups: &[&Group], facts: &[(&str, F)]) -> String {
+    let mut rows = Vec::new();
+    for label in labels(groups) {
+        for (what, fact) in facts {
+            let cell = |group: &&Group| -> Cell {
+                let r = labeled(group, label)?;
+                Some((fact(&r.of, group.on_gpu)?, vec![r.source]))
+            };
+            let keys = vec![label.to_string(), what.to_string()];
+            rows.push((keys, groups.iter().map(cell).collect()));
+        }
+    }
+    matrix(&["system", "what"], &heads(groups), rows)
 }
 
 /// The load without and with kernels kept from an earlier one. Only Lapidary keeps any, on a GPU: every load of others is without.
@@ -69,56 +77,56 @@ fn build_time(build: &Build) -> String {
     }
 }
 
-/// At its peak.
-pub fn memory(group: &Group) -> String {
-    let rows = group.results.iter().map(|r| {
-        let memory = r.of.memory.as_ref();
-        let device = memory.and_then(|m| m.device);
-        let of_device = |part: Option<u64>| or_missing(part.map(bytes));
-        let mut row = vec![
-            r.of.system.label.clone(),
-            or_missing(memory.and_then(|m| m.peak_host_bytes).map(bytes)),
-            or_missing(memory.and_then(|m| m.peak_anonymous_host_bytes).map(bytes)),
-        ];
-        if group.on_gpu {
-            row.extend([
-                of_device(device.map(|m| m.total)),
-                of_device(device.and_then(|m| m.weights)),
-                of_device(device.and_then(|m| m.cache)),
-                of_device(device.and_then(|m| m.scratch)),
-                of_device(device.and_then(|m| m.context)),
-            ]);
-        }
-        row.push(cite(r.source));
-        row
-    });
-    let mut header = vec!["system", "host, with mapped files", "host, without"];
-    if group.on_gpu {
-        header.extend([
-            "device",
-            "weights",
-            KV_CACHE.column,
-            SCRATCH.column,
-            CUDA_CONTEXT.column,
-        ]);
+/// At its peak: a row for each system and part.
+pub fn memory(groups: &[&Group]) -> String {
+    type Fact = fn(&Document, bool) -> Option<String>;
+    fn device(d: &Document) -> Option<crate::bench::result::DeviceMemory> {
+        d.memory.as_ref()?.device
     }
-    header.push("");
-    let mut out = table(&header, &rows.collect::<Vec<_>>());
-    let without: Vec<String> = group
-        .results
+    let facts: [(&str, Fact); 7] = [
+        ("device", |d, on_gpu| {
+            device(d).filter(|_| on_gpu).map(|m| bytes(m.total))
+        }),
+        ("device: weights", |d, on_gpu| {
+            device(d).filter(|_| on_gpu)?.weights.map(bytes)
+        }),
+        (DEVICE_CACHE, |d, on_gpu| device(d).filter(|_| on_gpu)?.cache.map(bytes)),
+        (DEVICE_SCRATCH, |d, on_gpu| {
+            device(d).filter(|_| on_gpu)?.scratch.map(bytes)
+        }),
+        (DEVICE_CONTEXT, |d, on_gpu| {
+            device(d).filter(|_| on_gpu)?.context.map(bytes)
+        }),
+        ("host, with mapped files", |d, _| {
+            d.memory.as_ref()?.peak_host_bytes.map(bytes)
+        }),
+        ("host, without", |d, _| {
+            d.memory.as_ref()?.peak_anonymous_host_bytes.map(bytes)
+        }),
+    ];
+    let mut out = by_system(groups, &facts);
+    let mut without: Vec<&str> = groups
         .iter()
+        .filter(|g| g.on_gpu)
+        .flat_map(|g| &g.results)
         .filter(|r| lacks_context(r))
-        .map(|r| r.of.system.label.clone())
+        .map(|r| r.of.system.label.as_str())
         .collect();
-    if group.on_gpu && !without.is_empty() {
+    without.sort_unstable();
+    without.dedup();
+    if !without.is_empty() {
         out += &format!(
-            "\nIn the files of {}, which are older than the field for the context, the device's memory is without it, and Lapidary's is \
+            "\nFiles of {} are older than the field for the context: their device memory does not include it, and Lapidary's is that \
              of the end.\n",
             without.join("; ")
         );
     }
     out
 }
+
+const DEVICE_CACHE: &str = "device: cache";
+const DEVICE_SCRATCH: &str = "device: scratch";
+const DEVICE_CONTEXT: &str = "device: CUDA context";
 
 /// Whether the total of its device memory leaves CUDA's own out: transformers' files always had it in.
 fn lacks_context(r: &ResultFile) -> bool {
@@ -130,6 +138,18 @@ fn lacks_context(r: &ResultFile) -> bool {
 mod tests {
     use super::*;
     use crate::bench::result::BuiltEngine;
+    use crate::terms::{CUDA_CONTEXT, KV_CACHE, SCRATCH};
+
+    #[test]
+    fn rows_have_the_names_of_the_glossary() {
+        for (row, term) in [
+            (DEVICE_CACHE, KV_CACHE),
+            (DEVICE_SCRATCH, SCRATCH),
+            (DEVICE_CONTEXT, CUDA_CONTEXT),
+        ] {
+            assert_eq!(row, format!("device: {}", term.column));
+        }
+    }
 
     #[test]
     fn plans_from_a_cache_took_no_time() {

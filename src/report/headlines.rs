@@ -1,139 +1,221 @@
-//! Headlines: Lapidary compared with each other system, and where Lapidary is slower.
+//! The first page: one table with a column for each peer, and where Lapidary is slower.
 
-use super::benchmarks::{Verdict, decode_at, prefill_of, text_of};
-use super::input::{Group, ResultFile};
-use super::markdown::{cite, ms, or_missing, table, times};
-use crate::bench::result::Document;
-use crate::terms;
+use super::benchmarks::day;
+use super::input::{Group, Input, ResultFile, format};
+use super::markdown::{cite, ms, times};
+use super::matrix::{Cell, matrix};
+use super::measure::{Measure, Time, objection};
 
-/// One thing that is measured of a system.
-#[derive(Clone, Copy)]
-enum Measure {
-    /// Live tokens.
-    Token(usize),
-    /// Tokens of the prompt.
-    Prompt(usize),
-    /// Tokens of the prompt, and new ones.
-    Text(usize, usize),
+/// Systems in the order of their columns: name in results, name in tables.
+const SYSTEMS: [(&str, &str); 7] = [
+    ("lapidary", "Lapidary"),
+    ("onnxruntime-genai", "ONNX Runtime GenAI"),
+    ("transformers", "transformers"),
+    ("tensorrt-onnx-parser", "TensorRT's ONNX parser"),
+    ("onnxruntime", "ONNX Runtime"),
+    ("llama.cpp", "llama.cpp"),
+    ("tract", "tract"),
+];
+
+/// A system's name in tables.
+pub fn system(name: &str) -> &str {
+    let known = SYSTEMS.iter().find(|(system, _)| *system == name);
+    known.map_or(name, |(_, shown)| shown)
 }
 
-impl Measure {
-    /// All of a system.
-    fn all(of: &Document) -> Vec<Measure> {
-        let tokens = of.decode.iter().map(|d| Measure::Token(d.live));
-        let prompts = of.prefill.iter().map(|p| Measure::Prompt(p.tokens));
-        let texts = of.end_to_end.iter().map(|e| Measure::Text(e.prompt, e.new_tokens));
-        tokens.chain(prompts).chain(texts).collect()
-    }
+/// All systems of the groups, in the order of their columns.
+pub fn systems<'a>(groups: &[&'a Group]) -> Vec<&'a str> {
+    let mut names: Vec<&str> = groups
+        .iter()
+        .flat_map(|g| &g.results)
+        .map(|r| r.of.system.name.as_str())
+        .collect();
+    let place = |name: &str| {
+        SYSTEMS
+            .iter()
+            .position(|(known, _)| *known == name)
+            .unwrap_or(SYSTEMS.len())
+    };
+    names.sort_by_key(|name| (place(name), *name));
+    names.dedup();
+    names
+}
 
-    fn what(self) -> String {
-        match self {
-            Measure::Token(live) => terms::token_at(live),
-            Measure::Prompt(tokens) => terms::first_token_of(tokens),
-            Measure::Text(prompt, new) => format!("latency ms, {prompt} + {new} tokens"),
+/// What the first page is about: all groups with a result of Lapidary. GPUs first, the largest model first, and of one model
+/// the session with peers first.
+pub fn leading(input: &Input) -> Vec<&Group> {
+    let all = input.peers.iter().chain(&input.groups);
+    let mut all: Vec<&Group> = all.filter(|g| g.ours().is_some()).collect();
+    all.sort_by_key(|g| (!g.on_gpu, std::cmp::Reverse(g.parameters()), !g.peers));
+    all
+}
+
+/// Those with another system.
+fn compared(input: &Input) -> Vec<&Group> {
+    let all = leading(input).into_iter();
+    all.filter(|g| systems(&[*g]).len() > 1).collect()
+}
+
+/// A column for each system, in its fastest mode; a row for each model and measurement. Empty where no model has a peer.
+pub fn headlines(input: &Input) -> String {
+    let groups = compared(input);
+    let names = systems(&groups);
+    let heads: Vec<String> = names.iter().map(|name| format!("{} ms", system(name))).collect();
+    let mut rows = Vec::new();
+    for group in &groups {
+        for (of, ours) in formats(group) {
+            for m in chosen(ours, group.peers) {
+                let cells: Vec<Cell> = names.iter().map(|name| fastest(group, &of, name, m)).collect();
+                let mut model = format!("{} {of}, {}", group.model, group.device);
+                // Measured on another day than the session with peers above it.
+                if !group.peers
+                    && groups
+                        .iter()
+                        .any(|g| g.peers && (&g.model, &g.device) == (&group.model, &group.device))
+                {
+                    model += &format!(", {}", day(&ours.of));
+                }
+                rows.push((vec![model, m.what()], cells));
+            }
         }
     }
+    matrix(&["model", "measurement"], &heads, rows)
+}
 
-    /// Milliseconds, and whether they held still.
-    fn of(self, d: &Document) -> Option<(f64, bool)> {
-        match self {
-            Measure::Token(live) => decode_at(d, live).map(|d| (d.ms.median, d.stable)),
-            Measure::Prompt(tokens) => prefill_of(d, tokens).map(|p| (p.ms.median, p.stable)),
-            Measure::Text(prompt, new) => text_of(d, (prompt, new)).map(|e| (e.latency_ms.median, e.stable)),
+/// Formats of Lapidary's weights, with the first result of each.
+pub fn formats(group: &Group) -> Vec<(String, &ResultFile)> {
+    let mut found: Vec<(String, &ResultFile)> = Vec::new();
+    for r in group.results.iter().filter(|r| r.of.system.name == "lapidary") {
+        let of = format_in(group, r);
+        if !found.iter().any(|(known, _)| *known == of) {
+            found.push((of, r));
         }
     }
+    // The dtype of the arithmetic first.
+    found.sort_by_key(|(of, _)| *of != group.dtype);
+    found
+}
 
-    /// The same, with the times of `base` that they are.
-    fn beside(self, d: &Document, base: &Document) -> Option<(f64, bool, f64)> {
-        let (mine, _) = self.of(base)?;
-        let (took, stable) = self.of(d)?;
-        Some((took, stable, took / mine))
+/// A group that is not a session with peers has one format: its dtype.
+pub fn format_in(group: &Group, r: &ResultFile) -> String {
+    match group.peers {
+        true => format(&r.of),
+        false => group.dtype.clone(),
     }
 }
 
-/// The group's other systems.
-fn others(group: &Group) -> impl Iterator<Item = &ResultFile> {
-    group.results.iter().filter(|r| r.of.system.name != "lapidary")
+/// A prompt of this length is neither short nor long; the first page has the longest up to it.
+const PROMPT: usize = 512;
+
+/// What the first page shows of a group: the shortest context and a prompt; of a session with peers the longest context too.
+fn chosen(ours: &ResultFile, is_session: bool) -> Vec<Measure> {
+    let all = Measure::union([ours]);
+    let tokens: Vec<Measure> = all.iter().copied().filter(|m| matches!(m, Measure::Token(_))).collect();
+    let prompts: Vec<Measure> = all
+        .iter()
+        .copied()
+        .filter(|m| matches!(m, Measure::Prompt(_)))
+        .collect();
+    let fitting = prompts
+        .iter()
+        .rev()
+        .find(|m| matches!(m, Measure::Prompt(n) if *n <= PROMPT));
+    let mut chosen: Vec<Measure> = tokens.first().into_iter().copied().collect();
+    chosen.extend(tokens.last().filter(|_| is_session));
+    chosen.extend(fitting.or(prompts.first()));
+    chosen.dedup();
+    chosen
 }
 
-/// What there is against comparing a system's times: its answers are not the reference's, or were not compared.
-fn objection(r: &ResultFile, group: &Group) -> Option<String> {
-    let verdict = Verdict::of(r, group);
-    match verdict.comparison() {
-        Some(found) if found.equal => None,
-        _ => Some(verdict.word()),
-    }
-}
-
-/// A column for each thing measured, a row for each system: milliseconds, and how many times ours they are where both answer
-/// as the reference does. Nothing without another system.
-pub fn headlines(group: &Group) -> String {
-    let Some(ours) = group.ours() else {
-        return String::new();
+/// The fastest result of a system: of those whose answers equal the reference's where there is one, else of all.
+fn fastest(group: &Group, of: &str, name: &str, m: Measure) -> Cell {
+    let ours = group.ours().map(|r| r.source);
+    let candidates = group
+        .results
+        .iter()
+        .filter(|r| r.of.system.name == name && format_in(group, r) == of);
+    // Other runs of Lapidary show what a setting does.
+    let candidates = candidates.filter(|r| name != "lapidary" || group.peers || Some(r.source) == ours);
+    let timed = candidates.filter_map(|r| Some((r, Time::of(m, r, group)?)));
+    let (r, time) = timed.min_by(|(_, a), (_, b)| {
+        let key = |t: &Time| (t.objection.is_some(), t.ms);
+        let ((a_bad, a), (b_bad, b)) = (key(a), key(b));
+        a_bad.cmp(&b_bad).then(a.total_cmp(&b))
+    })?;
+    let text = match name {
+        "lapidary" => format!("**{}**{}", ms(time.ms), if time.stable { "" } else { " (unstable)" }),
+        _ => time.cell(),
     };
-    let measures = Measure::all(&ours.of);
-    let row = |r: &ResultFile| -> Vec<String> {
-        let (is_ours, against) = (r.source == ours.source, objection(r, group));
-        let comparable = !is_ours && against.is_none() && objection(ours, group).is_none();
-        let label = match is_ours {
-            true => format!("**{}**", r.of.system.label),
-            false => r.of.system.label.clone(),
-        };
-        let label = label + &against.map_or(String::new(), |word| format!(" (outputs: {word})"));
-        let cells = measures.iter().map(|m| {
-            let (took, stable, factor) = m.beside(&r.of, &ours.of)?;
-            let mut notes = Vec::new();
-            notes.extend(comparable.then(|| times(factor)));
-            notes.extend((!stable).then(|| "unstable".to_string()));
-            Some(match notes.is_empty() {
-                true => ms(took),
-                false => format!("{} ({})", ms(took), notes.join(", ")),
-            })
-        });
-        let cells = cells.map(or_missing);
-        std::iter::once(label).chain(cells).chain([cite(r.source)]).collect()
-    };
-    let rows: Vec<Vec<String>> = std::iter::once(ours).chain(others(group)).map(row).collect();
-    if rows.len() == 1 {
-        return String::new();
+    Some((text, vec![r.source]))
+}
+
+/// A sentence: where Lapidary is the fastest.
+pub fn verdict(input: &Input) -> String {
+    let (mut rows, mut fastest) = (0, 0);
+    let (mut least, mut most) = (f64::INFINITY, 0.0f64);
+    let groups = compared(input);
+    if groups.is_empty() {
+        return "No file has results of another system.".to_string();
     }
-    let what: Vec<String> = measures.iter().map(|m| m.what()).collect();
-    let header = std::iter::once("system (factor: relative to Lapidary)")
-        .chain(what.iter().map(String::as_str))
-        .chain([""]);
-    table(&header.collect::<Vec<_>>(), &rows)
+    for group in groups {
+        for (of, ours) in formats(group) {
+            for m in chosen(ours, group.peers) {
+                let others = group.results.iter().filter(|r| r.of.system.name != "lapidary");
+                let like = others.filter(|r| format_in(group, r) == of);
+                let factors = like.filter_map(|r| Time::of(m, r, group)?.factor);
+                let Some(factor) = factors.min_by(f64::total_cmp) else {
+                    continue;
+                };
+                rows += 1;
+                fastest += usize::from(factor >= 1.0);
+                (least, most) = (least.min(factor), most.max(factor));
+            }
+        }
+    }
+    match rows {
+        0 => "No row could be compared: no other system gave the same answers.".to_string(),
+        1 => format!("The fastest peer takes {} the time of Lapidary.", times(least)),
+        _ => format!(
+            "Lapidary is the fastest in {fastest} of {rows} rows; the fastest peer takes {} to {} its time.",
+            times(least),
+            times(most)
+        ),
+    }
 }
 
 /// What others did in less time, a line for each.
 pub fn slower(group: &Group) -> Vec<String> {
-    let Some(ours) = group.ours() else {
-        return Vec::new();
-    };
     let mut lines = Vec::new();
-    for m in Measure::all(&ours.of) {
-        let slower: Vec<String> = others(group)
-            .filter_map(|r| {
-                let (took, stable, factor) = m.beside(&r.of, &ours.of).filter(|(.., factor)| *factor < 1.0)?;
-                let mut doubt = String::from(if stable { "" } else { ", unstable" });
-                if let Some(word) = objection(r, group) {
-                    doubt += &format!(", outputs: {word}");
-                }
-                let (label, factor) = (&r.of.system.label, times(1.0 / factor));
-                Some(format!(
-                    "{factor} the time of {label} ({} ms{doubt}){}",
-                    ms(took),
-                    cite(r.source)
-                ))
-            })
-            .collect();
-        if let (Some((mine, _)), false) = (m.of(&ours.of), slower.is_empty()) {
-            lines.push(format!(
-                "{}: {} ms{}, {}",
-                m.what(),
-                ms(mine),
-                cite(ours.source),
-                slower.join(", ")
-            ));
+    for (of, ours) in formats(group) {
+        for m in Measure::union([ours]) {
+            let others = group.results.iter().filter(|r| r.of.system.name != "lapidary");
+            let slower: Vec<String> = others
+                .filter(|r| format_in(group, r) == of)
+                .filter_map(|r| {
+                    let (mine, _) = m.of(&ours.of)?;
+                    let (took, stable) = m.of(&r.of).filter(|(took, _)| *took < mine)?;
+                    let mut doubt = String::from(if stable { "" } else { ", unstable" });
+                    // Quantized weights are not those of the reference.
+                    if let Some(word) = objection(r, group).filter(|_| !group.peers || of == group.dtype) {
+                        doubt += &format!(", outputs: {word}");
+                    }
+                    let (label, factor) = (&r.of.system.label, times(mine / took));
+                    Some(format!(
+                        "{factor} the time of {label} ({} ms{doubt}){}",
+                        ms(took),
+                        cite(r.source)
+                    ))
+                })
+                .collect();
+            if let (Some((mine, _)), false) = (m.of(&ours.of), slower.is_empty()) {
+                let format = if group.peers { format!("{of}, ") } else { String::new() };
+                let (what, mine) = (m.what(), ms(mine));
+                lines.push(format!(
+                    "{format}{what}: {mine} ms{}, {}",
+                    cite(ours.source),
+                    slower.join(", ")
+                ));
+            }
         }
     }
     lines

@@ -1,7 +1,8 @@
-//! What a report is made of: results, sorted into groups that may stand in one table, conversions, and files of other forms.
+//! What a report is made of: results, sorted into groups that can be compared, conversions, and files of other forms.
 //!
-//! A group is one model in one dtype on one machine. Within it everything must be of the same weights and the same prompts,
-//! and labels must be different; otherwise nothing is reported at all.
+//! A group is one model in one dtype on one machine. All its results must have the same weights and prompts, and different
+//! labels; otherwise nothing is reported. Results of a session that compares Lapidary with its peers (`peer` in the file name,
+//! or the setting `comparison: peers`) form groups of their own, one a model and machine, with weights in several formats.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,8 @@ use serde_json::Value;
 
 use super::conversion::{self, Conversion};
 use crate::bench::quality::result::{self as quality, Perplexity, PerplexityResultError};
+use crate::bench::serving::{self, Serving};
+use crate::bench::side_by_side::{self, SideBySide};
 use crate::bench::{self, Document, ResultError};
 use crate::help::{Fault, Help};
 use crate::package::Package;
@@ -36,15 +39,18 @@ pub struct Sourced<T> {
 
 pub type ResultFile = Sourced<Document>;
 
-/// Results of one model in one dtype on one machine.
+/// Results of one model on one machine that can be compared: in one dtype, or of one session with peers.
 #[derive(Clone, Debug)]
 pub struct Group {
     pub model: String,
+    /// Of the arithmetic.
     pub dtype: String,
+    /// Of a session with peers: weights may be in several formats.
+    pub peers: bool,
     /// GPU, or CPU for what ran there.
     pub device: String,
     pub on_gpu: bool,
-    /// In one table, Lapidary first, then by label.
+    /// Lapidary first, then by label.
     pub results: Vec<ResultFile>,
     /// Runs of ablations.
     pub ablations: Vec<ResultFile>,
@@ -57,6 +63,11 @@ pub struct Group {
 pub struct Input {
     pub sources: Vec<SourceFile>,
     pub groups: Vec<Group>,
+    /// Sessions with peers.
+    pub peers: Vec<Group>,
+    /// Quantized forms in several systems on the CPU.
+    pub side_by_side: Vec<Sourced<SideBySide>>,
+    pub serving: Vec<Sourced<Serving>>,
     pub conversions: Vec<Sourced<Conversion>>,
     pub quality: Vec<Sourced<Perplexity>>,
     /// JSON of other forms, which other pages use.
@@ -108,7 +119,7 @@ impl Help for InputError {
             InputError::Quality(error) => return error.help(),
             InputError::File { .. } => return None,
             InputError::Different { .. } => {
-                "report them apart, give them different --model-name, or measure again with the same"
+                "report them separately, give them different --model-name, or measure again with the same"
             }
             InputError::SameLabel { .. } => "measure again with another --label, or leave one of them out",
         };
@@ -140,6 +151,18 @@ impl Input {
                 }
                 Err(ResultError::Schema { found, .. }) if found == conversion::SCHEMA => {
                     input.conversion(path, &text)?;
+                }
+                Err(ResultError::Schema { found, .. }) if found == serving::SCHEMA => {
+                    let of = serving::parse(path, &text)?;
+                    let what = format!("serving {} on {}", of.package, of.device);
+                    let source = input.source(path, text.as_bytes(), what);
+                    input.serving.push(Sourced { source, of });
+                }
+                Err(ResultError::Schema { found, .. }) if found == side_by_side::SCHEMA => {
+                    let of = side_by_side::parse(path, &text)?;
+                    let what = format!("quantized {} in several systems, threads: {}", of.model, of.threads);
+                    let source = input.source(path, text.as_bytes(), what);
+                    input.side_by_side.push(Sourced { source, of });
                 }
                 Err(ResultError::Schema { found, .. }) if found == quality::PERPLEXITY => {
                     let value = serde_json::from_str(&text).map_err(|e| file_error(path, e))?;
@@ -204,22 +227,44 @@ impl Input {
 
     fn group(&mut self, documents: Vec<ResultFile>) -> Result<(), InputError> {
         let (references, measured): (Vec<_>, Vec<_>) = documents.into_iter().partition(|r| is_reference(&r.of));
+        let (peers, usual): (Vec<_>, Vec<_>) = measured.into_iter().partition(|r| self.is_of_peers(r));
+        self.groups = self.groups_of(usual, &references, false)?;
+        self.peers = self.groups_of(peers, &references, true)?;
+        Ok(())
+    }
+
+    /// Whether a result is of a session that compares Lapidary with its peers.
+    fn is_of_peers(&self, r: &ResultFile) -> bool {
+        let stem = self.path(r.source).file_stem().unwrap_or_default().to_string_lossy();
+        let comparison = r.of.system.settings.get("comparison");
+        comparison.is_some_and(|c| c == "peers") || stem.split('-').any(|word| word == "peer" || word == "peers")
+    }
+
+    fn groups_of(
+        &self,
+        measured: Vec<ResultFile>,
+        references: &[ResultFile],
+        peers: bool,
+    ) -> Result<Vec<Group>, InputError> {
         let mut groups: BTreeMap<(String, String, String), Group> = BTreeMap::new();
         for result in measured {
             let d = &result.of;
             let gpu = d.machine.gpu.as_ref().map(|gpu| gpu.name.clone()).filter(|_| on_gpu(d));
             let device = gpu.clone().unwrap_or_else(|| d.machine.cpu.clone());
-            let key = (d.model.name.clone(), d.model.dtype.clone(), device.clone());
-            let group = groups.entry(key).or_insert_with(|| Group {
-                model: d.model.name.clone(),
-                dtype: d.model.dtype.clone(),
-                device,
-                on_gpu: gpu.is_some(),
-                results: Vec::new(),
-                ablations: Vec::new(),
-                failed: Vec::new(),
-                reference: None,
-            });
+            let dtype = if peers { String::new() } else { d.model.dtype.clone() };
+            let group = groups
+                .entry((d.model.name.clone(), dtype, device.clone()))
+                .or_insert_with(|| Group {
+                    model: d.model.name.clone(),
+                    dtype: d.model.dtype.clone(),
+                    peers,
+                    device,
+                    on_gpu: gpu.is_some(),
+                    results: Vec::new(),
+                    ablations: Vec::new(),
+                    failed: Vec::new(),
+                    reference: None,
+                });
             let list = match (&d.error, d.system.settings.get("ablation")) {
                 (Some(_), _) => &mut group.failed,
                 (None, Some(_)) => &mut group.ablations,
@@ -229,19 +274,25 @@ impl Input {
         }
         let mut groups = with_failures_at_home(groups.into_values().collect());
         for group in &mut groups {
-            let of_model = references.iter().filter(|r| r.of.model.name == group.model);
             // A model measured on two machines can have a reference of each one's prompts. One that does not fit is refused
-            // below.
-            let fits = |r: &ResultFile| group.all().all(|measured| difference(&r.of, &measured.of).is_none());
-            group.reference = of_model.max_by_key(|r| (fits(r), &r.of.date)).cloned();
+            // below; a session with peers may have none.
+            let fits = |r: &ResultFile| {
+                group
+                    .all()
+                    .all(|measured| group.difference(&r.of, &measured.of).is_none())
+            };
+            let of_model = references
+                .iter()
+                .filter(|r| r.of.model.name == group.model && (!peers || fits(r)));
+            let reference = of_model.max_by_key(|r| (fits(r), &r.of.date)).cloned();
+            group.reference = reference;
             let order = |r: &ResultFile| (r.of.system.name != "lapidary", r.of.system.label.clone());
             group.results.sort_by_key(order);
             group.ablations.sort_by_key(order);
             group.failed.sort_by_key(order);
             self.check(group)?;
         }
-        self.groups = groups;
-        Ok(())
+        Ok(groups)
     }
 
     /// That everything in the group may be compared.
@@ -252,7 +303,7 @@ impl Input {
         };
         let path = |r: &ResultFile| self.path(r.source).to_path_buf();
         for other in &all {
-            let Some(what) = difference(&first.of, &other.of) else {
+            let Some(what) = group.difference(&first.of, &other.of) else {
                 continue;
             };
             return Err(InputError::Different {
@@ -300,25 +351,72 @@ impl Group {
 
     /// `llama-1b in fp16 on NVIDIA H200`
     pub fn title(&self) -> String {
-        format!("{} in {} on {}", self.model, self.dtype, self.device)
+        match self.peers {
+            true => format!("{} beside its peers on {}", self.model, self.device),
+            false => format!("{} in {} on {}", self.model, self.dtype, self.device),
+        }
     }
 
     /// What others are compared with.
     pub fn ours(&self) -> Option<&ResultFile> {
         self.results.iter().find(|r| r.of.system.name == "lapidary")
     }
+
+    /// What `r` is compared with: the first result of Lapidary with weights in the same format.
+    pub fn ours_beside(&self, r: &ResultFile) -> Option<&ResultFile> {
+        let same = |other: &&ResultFile| !self.peers || format(&other.of) == format(&r.of);
+        self.results
+            .iter()
+            .filter(|r| r.of.system.name == "lapidary")
+            .find(same)
+    }
+
+    /// Parameters of the model.
+    pub fn parameters(&self) -> u64 {
+        self.all().map(|r| r.of.model.parameters).max().unwrap_or(0)
+    }
+
+    /// What keeps the two from being compared. Each system quantizes the weights of a session with peers by its own rule, so
+    /// their hashes differ.
+    fn difference(&self, a: &Document, b: &Document) -> Option<&'static str> {
+        let quantized = |d: &Document| self.peers && format(d) != d.model.dtype;
+        if a.model.weights_hash != b.model.weights_hash && !quantized(a) && !quantized(b) {
+            Some("weights")
+        } else if a.workload.prompts != b.workload.prompts {
+            Some("prompts")
+        } else if a.workload.batch != b.workload.batch {
+            Some("batch size")
+        } else {
+            None
+        }
+    }
 }
 
-/// What keeps the two from standing side by side.
-fn difference(a: &Document, b: &Document) -> Option<&'static str> {
-    if a.model.weights_hash != b.model.weights_hash {
-        Some("weights")
-    } else if a.workload.prompts != b.workload.prompts {
-        Some("prompts")
-    } else if a.workload.batch != b.workload.batch {
-        Some("batch size")
-    } else {
-        None
+/// Format of the weights: `int4`, `int8`, `fp8`, or the dtype of the arithmetic. By the setting `weight_bits`, the system's name
+/// in tables, or the bytes that a token reads, whichever says it first.
+pub fn format(d: &Document) -> String {
+    let bits = d.system.settings.get("weight_bits").and_then(Value::as_u64);
+    if let Some(bits) = bits {
+        return if bits < 16 {
+            format!("int{bits}")
+        } else {
+            d.model.dtype.clone()
+        };
+    }
+    let words = format!("{} {}", d.system.label, d.system.variant);
+    if let Some(named) = ["int4", "int8", "fp8", "fp4"].into_iter().find(|f| words.contains(f)) {
+        return named.to_string();
+    }
+    // Scales and tables that stay wide are in the bytes. A token reads the layers' matrices and the head.
+    let head = (d.model.hidden * d.model.vocabulary) as u64;
+    let read = d
+        .model
+        .matrix_parameters
+        .map_or(d.model.parameters, |layers| layers + head);
+    match 8.0 * d.model.weight_bytes_per_token as f64 / read.max(1) as f64 {
+        bits if bits < 6.5 => "int4".to_string(),
+        bits if bits < 11.0 => "int8".to_string(),
+        _ => d.model.dtype.clone(),
     }
 }
 

@@ -34,7 +34,8 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
             .iter()
             .map(|row| row[column].as_str())
             .filter(|c| !c.is_empty() && *c != MISSING);
-        filled.clone().next().is_some() && filled.all(|cell| cell.starts_with(|c: char| c.is_ascii_digit()))
+        filled.clone().next().is_some()
+            && filled.all(|cell| cell.trim_start_matches('*').starts_with(|c: char| c.is_ascii_digit()))
     };
     let header: Vec<String> = header.iter().map(|h| h.to_string()).collect();
     let mut out = line(&header);

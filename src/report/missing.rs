@@ -1,10 +1,11 @@
 //! What a full report would have and these files do not: named, never filled in.
 
 use super::ablations::ablations;
-use super::benchmarks::{decode_at, live_lengths, prefill_of, prompt_lengths, text_of, texts};
 use super::ceilings::Ceilings;
+use super::headlines::system;
 use super::input::{Group, Input};
 use super::markdown::cite;
+use super::measure::Measure;
 use super::quality;
 
 /// Switches that are to be tried, by the names of their ablations: what each is, and other names of it.
@@ -44,9 +45,31 @@ pub fn missing(input: &Input) -> Vec<String> {
         let title = group.title();
         of_group(group, &mut |what| out.push(format!("{title}: {what}")));
     }
-    let gpu: Vec<&Group> = input.groups.iter().filter(|g| g.on_gpu).collect();
-    if gpu.is_empty() {
+    if !input.groups.iter().chain(&input.peers).any(|g| g.on_gpu) {
         out.push("no result of a GPU was given".to_string());
+    }
+    if !input
+        .peers
+        .iter()
+        .any(|g| g.results.iter().any(|r| r.of.system.name == "onnxruntime-genai"))
+    {
+        out.push("no session with ONNX Runtime GenAI was given".to_string());
+    }
+    if input.serving.is_empty() {
+        out.push(
+            "no result of `lapidary bench --serve` was given: throughput against concurrency is not shown".to_string(),
+        );
+    }
+    for group in &input.peers {
+        for r in &group.failed {
+            let why = r.of.error.as_deref().unwrap_or_default();
+            let label = &r.of.system.label;
+            out.push(format!(
+                "{}: {label} did not run: {why}{}",
+                group.title(),
+                cite(r.source)
+            ));
+        }
     }
     let tried: Vec<String> = input
         .groups
@@ -72,10 +95,10 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
         true => &["transformers", "tensorrt-onnx-parser"],
         false => &["transformers", "onnxruntime", "tract"],
     };
-    for system in systems {
-        let there = |r: &super::input::ResultFile| r.of.system.name == *system;
+    for name in systems {
+        let there = |r: &super::input::ResultFile| r.of.system.name == *name;
         if !group.results.iter().any(there) && !group.failed.iter().any(there) {
-            say(format!("no result of {system}"));
+            say(format!("no result of {}", system(name)));
         }
     }
     if group.on_gpu && group.results.iter().any(|r| r.of.system.name == "transformers") {
@@ -94,16 +117,17 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
     let is_whole = |r: &&super::input::ResultFile| r.of.system.name != "lapidary" || Some(r.source) == ours;
     let whole = || group.results.iter().filter(is_whole);
     let ceilings = Ceilings::of(group);
-    let lengths = (live_lengths(whole()), prompt_lengths(whole()), texts(whole()));
+    let measures = Measure::union(whole());
     for r in whole() {
         let (d, label) = (&r.of, &r.of.system.label);
-        let mut gaps = Vec::new();
-        let live = lengths.0.iter().filter(|n| decode_at(d, **n).is_none());
-        gaps.extend(live.map(|n| format!("decode at context {n}")));
-        let prompts = lengths.1.iter().filter(|n| prefill_of(d, **n).is_none());
-        gaps.extend(prompts.map(|n| format!("prefill of {n} tokens")));
-        let whole = lengths.2.iter().filter(|text| text_of(d, **text).is_none());
-        gaps.extend(whole.map(|(n, new)| format!("{n} + {new} tokens end to end")));
+        let lacking = measures.iter().filter(|m| m.of(d).is_none());
+        let mut gaps: Vec<String> = lacking
+            .map(|m| match m {
+                Measure::Token(n) => format!("decode at context {n}"),
+                Measure::Prompt(n) => format!("prefill of {n} tokens"),
+                Measure::Text(n, new) => format!("{n} + {new} tokens end to end"),
+            })
+            .collect();
         if ceilings.bandwidth(d).is_none() {
             gaps.push("copy bandwidth, and so MBU".to_string());
         }
@@ -137,38 +161,12 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
     }
 }
 
-/// Measurements that did not hold still.
-pub fn unstable(input: &Input) -> Vec<String> {
-    let mut out = Vec::new();
-    for group in &input.groups {
-        for r in group.results.iter().chain(&group.ablations) {
-            let d = &r.of;
-            let prefill = d
-                .prefill
-                .iter()
-                .filter(|p| !p.stable)
-                .map(|p| format!("prefill of {}", p.tokens));
-            let decode = d
-                .decode
-                .iter()
-                .filter(|p| !p.stable)
-                .map(|p| format!("decode at context {}", p.live));
-            let whole = d
-                .end_to_end
-                .iter()
-                .filter(|e| !e.stable)
-                .map(|e| format!("{} + {}", e.prompt, e.new_tokens));
-            let all: Vec<String> = prefill.chain(decode).chain(whole).collect();
-            if !all.is_empty() {
-                let label = &d.system.label;
-                out.push(format!(
-                    "{}, {label}: {}{}",
-                    group.title(),
-                    all.join(", "),
-                    cite(r.source)
-                ));
-            }
-        }
-    }
-    out
+/// Measurements that are not stable, and all of them.
+pub fn unstable(input: &Input) -> (usize, usize) {
+    let groups = input.groups.iter().chain(&input.peers);
+    let results = groups.flat_map(|g| g.results.iter().chain(&g.ablations));
+    let all = results.flat_map(|r| Measure::all(&r.of).into_iter().filter_map(|m| m.of(&r.of)));
+    all.fold((0, 0), |(unstable, all), (_, stable)| {
+        (unstable + usize::from(!stable), all + 1)
+    })
 }

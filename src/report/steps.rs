@@ -1,162 +1,186 @@
-//! The conversion of one model, step by step: what each pass did, which layers were built, what became of the weights.
+//! Conversions, step by step: what each pass did, which layers were built, what became of the weights. A column for each model.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use super::conversion::{Conversion, LoweredProfile};
 use super::input::Sourced;
 use super::markdown::{MISSING, cite, or_missing, percent, table};
+use super::matrix::{Cell, matrix};
 use crate::passes;
 use crate::target::Prefill;
 use crate::units::bytes;
 
-/// Everything about one conversion, as sections below a heading of its own.
-pub fn section(conversion: &Sourced<Conversion>) -> String {
-    let c = &conversion.of;
-    let cited = cite(conversion.source);
-    let opsets: Vec<String> = c
-        .source
-        .opsets
-        .iter()
-        .map(|(domain, version)| format!("{domain} {version}"))
-        .collect();
-    // Exporters that the passes do not know by their habits still sign what they write.
-    let writer = match c.source.exporter.as_str() {
-        "unknown" if !c.source.producer.trim().is_empty() => c.source.producer.trim(),
-        exporter => exporter,
-    };
-    let mut out = format!(
-        "### {} ({})\n\nFrom `{}`, written by {} (opsets {}): {}.{cited}\n\n",
-        c.name,
-        c.dtype,
-        c.source.file,
-        writer,
-        opsets.join(", "),
-        c.architecture,
-    );
-    out += &passes(c, &cited);
-    out += &layers(c, &cited);
-    out += &engines(c, &cited);
-    out
+/// `llama-1b fp16`
+fn heads(conversions: &[Sourced<Conversion>]) -> Vec<String> {
+    let head = |c: &Sourced<Conversion>| format!("{} {}", c.of.name, c.of.dtype);
+    conversions.iter().map(head).collect()
 }
 
-fn passes(c: &Conversion, cited: &str) -> String {
-    let (Some(first), Some(last)) = (c.passes.first(), c.passes.last()) else {
-        return format!("The package does not say what its passes did.{cited}\n\n");
-    };
-    let changed = c
-        .passes
-        .iter()
-        .filter(|p| p.rewrites > 0 || p.nodes_before != p.nodes_after);
-    let rows: Vec<Vec<String>> = changed
-        .map(|p| {
-            vec![
-                p.name.clone(),
-                passes::info(&p.name).map_or("", |info| info.description).to_string(),
-                p.rewrites.to_string(),
-                p.nodes_before.to_string(),
-                p.nodes_after.to_string(),
-            ]
-        })
-        .collect();
-    let mut idle: Vec<&str> = Vec::new();
-    for p in c
-        .passes
-        .iter()
-        .filter(|p| p.rewrites == 0 && p.nodes_before == p.nodes_after)
-    {
-        if !idle.contains(&p.name.as_str()) {
-            idle.push(&p.name);
-        }
-    }
-    let share = last.nodes_after as f64 / first.nodes_before.max(1) as f64;
-    format!(
-        "The export has {} nodes, the canonical graph {}, {} of them.{cited} The passes that changed it, in their order:\n\n\
-         {}\nPasses that looked and had nothing to change: {}.\n\n",
-        first.nodes_before,
-        last.nodes_after,
-        percent(share),
-        table(
-            &["pass", "what it does", "rewrites", "nodes before", "nodes after"],
-            &rows
-        ),
-        if idle.is_empty() {
-            "none".to_string()
-        } else {
-            idle.join(", ")
-        },
+/// A row of something that each conversion may have.
+fn row(
+    keys: &[&str],
+    conversions: &[Sourced<Conversion>],
+    of: impl Fn(&Conversion) -> Option<String>,
+) -> (Vec<String>, Vec<Cell>) {
+    let cell = |c: &Sourced<Conversion>| -> Cell { Some((of(&c.of)?, vec![c.source])) };
+    (
+        keys.iter().map(|key| key.to_string()).collect(),
+        conversions.iter().map(cell).collect(),
     )
 }
 
-/// Kinds of layers in each profile; profiles with the same layers share a column.
-fn layers(c: &Conversion, cited: &str) -> String {
-    let mut columns: Vec<(Vec<&str>, &LoweredProfile)> = Vec::new();
-    for profile in &c.profiles {
-        match columns.iter_mut().find(|(_, first)| first.layers == profile.layers) {
-            Some((names, _)) => names.push(&profile.profile),
-            None => columns.push((vec![&profile.profile], profile)),
-        }
-    }
-    let kinds: BTreeMap<&String, ()> = columns
-        .iter()
-        .flat_map(|(_, p)| p.layers.keys())
-        .map(|k| (k, ()))
-        .collect();
-    let mut rows: Vec<Vec<String>> = Vec::new();
-    for kind in kinds.keys() {
-        let counts = columns
+/// What was converted: exporter, architecture, nodes before and after.
+pub fn exports(conversions: &[Sourced<Conversion>]) -> String {
+    let writer = |c: &Conversion| match c.source.exporter.as_str() {
+        // Exporters whose habits the passes do not know still sign what they write.
+        "unknown" if !c.source.producer.trim().is_empty() => c.source.producer.trim().to_string(),
+        exporter => exporter.to_string(),
+    };
+    let opsets = |c: &Conversion| {
+        let opsets = c
+            .source
+            .opsets
             .iter()
-            .map(|(_, p)| p.layers.get(*kind).map_or(MISSING.to_string(), usize::to_string));
-        rows.push(std::iter::once(kind.to_string()).chain(counts).collect());
-    }
-    let totals = columns.iter().map(|(_, p)| p.total().to_string());
-    rows.push(std::iter::once("all".to_string()).chain(totals).collect());
-    let mut header = vec!["layer".to_string()];
-    header.extend(columns.iter().map(|(names, _)| names.join(", ")));
-    let header: Vec<&str> = header.iter().map(String::as_str).collect();
-    format!(
-        "Lowered for its profiles (batch, tokens of a call, slots of the cache), it has these TensorRT layers, weights not \
-         counted:{cited}\n\n{}\n",
-        table(&header, &rows)
-    )
+            .map(|(domain, version)| format!("{domain} {version}"));
+        opsets.collect::<Vec<_>>().join(", ")
+    };
+    let nodes = |c: &Conversion| Some((c.passes.first()?.nodes_before, c.passes.last()?.nodes_after));
+    let tensorrt = |c: &Conversion| {
+        let engines = c.profiles.iter().filter_map(|p| p.engine.as_ref());
+        let versions: BTreeSet<&str> = engines.map(|e| e.tensorrt.as_str()).collect();
+        Some(versions.into_iter().collect::<Vec<_>>().join(", ")).filter(|v| !v.is_empty())
+    };
+    let rows = vec![
+        row(&["written by"], conversions, |c| Some(writer(c))),
+        row(&["opsets"], conversions, |c| Some(opsets(c))),
+        row(&["architecture"], conversions, |c| Some(c.architecture.to_string())),
+        row(&["nodes of the export"], conversions, |c| Some(nodes(c)?.0.to_string())),
+        row(&["nodes of the canonical graph"], conversions, |c| {
+            let (before, after) = nodes(c)?;
+            Some(format!("{after} ({})", percent(after as f64 / before.max(1) as f64)))
+        }),
+        row(&["TensorRT-RTX"], conversions, tensorrt),
+    ];
+    matrix(&["export"], &heads(conversions), rows)
 }
 
-fn engines(c: &Conversion, cited: &str) -> String {
-    let rows: Vec<Vec<String>> = c
-        .profiles
-        .iter()
-        .filter_map(|p| {
-            let e = p.engine.as_ref()?;
-            let word = |value: serde_json::Value| value.as_str().unwrap_or_default().to_string();
-            let built = (e.build_ms > 0).then(|| format!("{:.1}", e.build_ms as f64 / 1e3));
-            Some(vec![
-                p.profile.clone(),
-                word(serde_json::json!(e.weight_mode)),
-                word(serde_json::json!(e.refit)),
-                bytes(e.bytes),
-                built.unwrap_or_else(|| "from a cache".to_string()),
-                p.weights.to_string(),
-                e.tensorrt.clone(),
-            ])
-        })
-        .collect();
-    if rows.is_empty() {
-        return format!(
-            "The package has no engines: it runs on the CPU executor, which reads the same layers.{cited}\n\n"
-        );
+/// Rewrites and nodes of each pass that changed a graph.
+pub fn passes(conversions: &[Sourced<Conversion>]) -> String {
+    let changed = |c: &Conversion| -> Vec<(String, usize)> {
+        // A pass that runs several times is a row for each.
+        let mut seen = Vec::new();
+        let all = c.passes.iter().map(|p| {
+            seen.push(p.name.clone());
+            let nth = seen.iter().filter(|name| **name == p.name).count();
+            (p, nth)
+        });
+        let all = all.filter(|(p, _)| p.rewrites > 0 || p.nodes_before != p.nodes_after);
+        all.map(|(p, nth)| (p.name.clone(), nth)).collect()
+    };
+    // In the order of the passes of the conversion that ran most.
+    let mut keys: Vec<(String, usize)> = Vec::new();
+    let mut longest: Vec<&Sourced<Conversion>> = conversions.iter().collect();
+    longest.sort_by_key(|c| std::cmp::Reverse(changed(&c.of).len()));
+    for key in longest.iter().flat_map(|c| changed(&c.of)) {
+        if !keys.contains(&key) {
+            keys.push(key);
+        }
     }
-    let header = [
-        "profile",
-        "weights",
-        "refit",
-        "plan",
-        "build s",
-        "weights of the network",
-        "TensorRT-RTX",
-    ];
-    format!(
-        "Engines, built without a GPU unless weights can be refitted:{cited}\n\n{}\n",
-        table(&header, &rows)
-    )
+    let rows = keys.iter().map(|(name, nth)| {
+        let cell = |c: &Conversion| {
+            let p = c.passes.iter().filter(|p| p.name == *name).nth(nth - 1)?;
+            Some(format!("{}: {} → {}", p.rewrites, p.nodes_before, p.nodes_after))
+        };
+        let does = passes::info(name).map_or("", |info| info.description);
+        row(&[name.as_str(), does], conversions, cell)
+    });
+    matrix(&["pass", "what it does"], &heads(conversions), rows.collect())
+}
+
+/// Batch, tokens and capacity of `b1-t128-c1024`.
+fn shape(profile: &str) -> Option<[usize; 3]> {
+    let mut parts = profile.split('-').map(|part| part.get(1..)?.parse().ok());
+    Some([parts.next()??, parts.next()??, parts.next()??])
+}
+
+/// `decode, capacity 256, 1024`, or `prefill`, of profiles with the same layers.
+fn kind(profiles: &[&LoweredProfile]) -> String {
+    let shapes: Option<Vec<[usize; 3]>> = profiles.iter().map(|p| shape(&p.profile)).collect();
+    let Some(shapes) = shapes else {
+        return profiles
+            .iter()
+            .map(|p| p.profile.as_str())
+            .collect::<Vec<_>>()
+            .join(", ");
+    };
+    let capacities: BTreeSet<usize> = shapes.iter().map(|[.., capacity]| *capacity).collect();
+    let capacities: Vec<String> = capacities.iter().map(usize::to_string).collect();
+    let what = match shapes.iter().all(|[_, tokens, _]| *tokens == 1) {
+        true => "decode",
+        false => "prefill",
+    };
+    format!("{what}, capacity {}", capacities.join(", "))
+}
+
+/// Kinds of layers, for each model and each set of profiles with the same layers.
+pub fn layers(conversions: &[Sourced<Conversion>]) -> String {
+    let mut columns: Vec<(&Sourced<Conversion>, Vec<&LoweredProfile>)> = Vec::new();
+    for conversion in conversions {
+        let first = columns.len();
+        for profile in &conversion.of.profiles {
+            match columns[first..].iter_mut().find(|(_, p)| p[0].layers == profile.layers) {
+                Some((_, profiles)) => profiles.push(profile),
+                None => columns.push((conversion, vec![profile])),
+            }
+        }
+    }
+    let heads: Vec<String> = columns
+        .iter()
+        .map(|(c, profiles)| format!("{}: {}", c.of.name, kind(profiles)))
+        .collect();
+    let kinds: BTreeSet<&String> = columns.iter().flat_map(|(_, p)| p[0].layers.keys()).collect();
+    let counts = |of: &dyn Fn(&LoweredProfile) -> Option<usize>| -> Vec<Cell> {
+        let cell = |(c, p): &(&Sourced<Conversion>, Vec<&LoweredProfile>)| -> Cell {
+            Some((of(p[0])?.to_string(), vec![c.source]))
+        };
+        columns.iter().map(cell).collect()
+    };
+    let mut rows: Vec<(Vec<String>, Vec<Cell>)> = kinds
+        .into_iter()
+        .map(|kind| (vec![kind.clone()], counts(&|p| p.layers.get(kind).copied())))
+        .collect();
+    rows.push((vec!["all".to_string()], counts(&|p| Some(p.total()))));
+    matrix(&["layer"], &heads, rows)
+}
+
+/// Size and build time of each engine.
+pub fn engines(conversions: &[Sourced<Conversion>]) -> String {
+    let mut names: Vec<&str> = conversions
+        .iter()
+        .flat_map(|c| &c.of.profiles)
+        .filter(|p| p.engine.is_some())
+        .map(|p| p.profile.as_str())
+        .collect();
+    names.sort_by_key(|name| {
+        (
+            shape(name).map(|[batch, tokens, capacity]| (capacity, batch, tokens)),
+            *name,
+        )
+    });
+    names.dedup();
+    let rows = names.iter().map(|name| {
+        let cell = |c: &Conversion| {
+            let p = c.profiles.iter().find(|p| p.profile == *name)?;
+            let e = p.engine.as_ref()?;
+            let built = match e.build_ms {
+                0 => "from a cache".to_string(),
+                ms => format!("{:.1} s", ms as f64 / 1e3),
+            };
+            Some(format!("{}, {built}", bytes(e.bytes)))
+        };
+        row(&[*name], conversions, cell)
+    });
+    matrix(&["engine"], &heads(conversions), rows.collect())
 }
 
 /// Shapes that each package has engines for.

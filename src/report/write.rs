@@ -6,11 +6,11 @@ use minijinja::{Environment, Value, context};
 use serde::Serialize;
 
 use super::ablations::{Ablation, ablations};
-use super::benchmarks::{self, Verdict};
 use super::input::{Group, Input};
-use super::markdown::{cite, cite_all, tiny};
-use super::plots::{Figure, figures};
-use super::{footprint, headlines, missing, quality, steps};
+use super::markdown::cite_all;
+use super::matrix::by_machine;
+use super::plots::{self, Figure};
+use super::{benchmarks, footprint, headlines, missing, peers, quality, serving, steps};
 
 /// A figure, and where the report will find its files.
 #[derive(Serialize)]
@@ -21,30 +21,38 @@ struct Shown {
     cites: String,
 }
 
+/// Tables of one machine.
 #[derive(Serialize)]
-struct ShownGroup {
-    title: String,
-    machines: String,
-    outputs: String,
+struct Machine {
+    name: String,
+    answers: String,
     decode: String,
+    decode_of_ours: String,
     prefill: String,
+    prefill_of_ours: String,
     end_to_end: String,
     loading: String,
     memory: String,
-    figures: Vec<Shown>,
-}
-
-#[derive(Serialize)]
-struct ShownAblation {
-    name: String,
-    title: String,
-    table: String,
+    conditions: String,
+    /// Times by context and by prompt.
+    times: Vec<Shown>,
+    /// Where time and memory go.
+    parts: Vec<Shown>,
 }
 
 /// A table below its title.
 #[derive(Serialize)]
-struct Headline {
+struct Titled {
     title: String,
+    table: String,
+}
+
+/// An ablation.
+#[derive(Serialize)]
+struct ShownAblation {
+    name: String,
+    title: String,
+    outcome: String,
     table: String,
 }
 
@@ -65,25 +73,75 @@ pub struct Report {
 
 /// Writes the report. `plots` is the folder of the plots as the report is to refer to it.
 pub fn report(input: &Input, plots: &str) -> Report {
-    let mut drawn = Vec::new();
-    let mut groups = Vec::new();
-    for group in &input.groups {
-        let figures = figures(group);
-        groups.push(shown(group, &figures, plots));
+    let mut drawn: Vec<Figure> = Vec::new();
+    let mut show = |figures: Vec<Figure>| -> Vec<Shown> {
+        let file = |f: &Figure, ending: &str| match plots.is_empty() {
+            true => format!("{}.{ending}", f.name),
+            false => format!("{plots}/{}.{ending}", f.name),
+        };
+        let shown = |f: &Figure| Shown {
+            caption: f.caption.clone(),
+            svg: file(f, "svg"),
+            png: file(f, "png"),
+            cites: cite_all(f.sources.iter().copied()),
+        };
+        let all = figures.iter().map(shown).collect();
         drawn.extend(figures);
+        all
+    };
+    let leading = headlines::leading(input).into_iter().next();
+    let first_plots = show(leading.map(plots::times).unwrap_or_default());
+    let is_leading = |g: &Group| leading.is_some_and(|l| l.title() == g.title());
+    let of_peers: Vec<Vec<Figure>> = input
+        .peers
+        .iter()
+        .filter(|g| !is_leading(g))
+        .map(plots::times)
+        .collect();
+    let peer_plots = show(of_peers.into_iter().flatten().collect());
+    let mut switches = Vec::new();
+    let mut machines = Vec::new();
+    for groups in by_machine(input) {
+        let times = groups
+            .iter()
+            .filter(|g| !is_leading(g))
+            .flat_map(|g| plots::times(g))
+            .collect();
+        let parts = groups.iter().flat_map(|g| plots::parts(g)).collect();
+        switches.extend(groups.iter().filter_map(|g| plots::switches(g)));
+        machines.push(Machine {
+            name: groups[0].device.clone(),
+            answers: benchmarks::answers(&groups),
+            decode: benchmarks::decode(&groups),
+            decode_of_ours: benchmarks::decode_of_ours(&groups),
+            prefill: benchmarks::prefill(&groups),
+            prefill_of_ours: benchmarks::prefill_of_ours(&groups),
+            end_to_end: benchmarks::end_to_end(&groups),
+            loading: footprint::loading(&groups),
+            memory: footprint::memory(&groups),
+            conditions: benchmarks::conditions(&groups),
+            times: show(times),
+            parts: show(parts),
+        });
     }
+    let switch_plots = show(switches);
+    let serving_plots = show(plots::serving(input).into_iter().collect());
+
     let all: Vec<(&Group, Ablation<'_>)> = input
         .groups
         .iter()
         .flat_map(|group| ablations(group).into_iter().map(move |a| (group, a)))
         .collect();
     let tables = |name: &str| -> String {
-        let wanted = all.iter().filter(|(_, a)| a.name == name);
-        let tables: Vec<String> = wanted
-            .map(|(group, a)| format!("{}: {}.\n\n{}", group.title(), a.title(), a.table(group)))
+        let named = all.iter().filter(|(_, a)| a.name == name);
+        let tables: Vec<String> = named
+            .map(|(group, a)| {
+                let (title, outcome) = (a.title(), a.outcome());
+                format!("{}: {title}. {outcome}\n\n{}", group.title(), a.table(group))
+            })
             .collect();
         match tables.is_empty() {
-            true => "No run here has this switch in another position.\n".to_string(),
+            true => "No run here has another value of this setting.\n".to_string(),
             false => tables.join("\n"),
         }
     };
@@ -94,31 +152,27 @@ pub fn report(input: &Input, plots: &str) -> Report {
         .map(|(group, a)| ShownAblation {
             name: a.title(),
             title: group.title(),
+            outcome: a.outcome(),
             table: a.table(group),
         })
         .collect();
-    let (mut headlines, mut slower) = (Vec::new(), Vec::new());
-    for group in &input.groups {
-        let title = group.title();
-        let (table, lines) = (headlines::headlines(group), headlines::slower(group));
-        if !table.is_empty() {
-            headlines.push(Headline {
-                title: title.clone(),
-                table,
-            });
-        }
-        if !lines.is_empty() {
-            slower.push(Lines { title, lines });
-        }
-    }
-    let quality: Vec<Headline> = quality::texts(input)
-        .iter()
-        .map(|text| Headline {
-            title: text.title(),
-            table: text.table(input),
+    let groups = || input.peers.iter().chain(&input.groups);
+    let slower: Vec<Lines> = groups()
+        .map(|g| Lines {
+            title: g.title(),
+            lines: headlines::slower(g),
         })
+        .filter(|lines| !lines.lines.is_empty())
         .collect();
+    let titled = |(title, table)| Titled { title, table };
+    let quality = quality::texts(input);
+    let quality: Vec<Titled> = quality
+        .iter()
+        .map(|text| titled((text.title(), text.table(input))))
+        .collect();
+    let sessions: Vec<Titled> = peers::sessions(input).into_iter().map(titled).collect();
     let missing = missing::missing(input);
+    let (unstable, measured) = missing::unstable(input);
     let footnotes: Vec<String> = input
         .sources
         .iter()
@@ -129,13 +183,8 @@ pub fn report(input: &Input, plots: &str) -> Report {
     let others: Vec<String> = input
         .others
         .iter()
-        .map(|id| {
-            format!(
-                "`{}` ({})",
-                input.sources[id.0].path.display(),
-                input.sources[id.0].hash
-            )
-        })
+        .map(|id| &input.sources[id.0])
+        .map(|s| format!("`{}` ({})", s.path.display(), s.hash))
         .collect();
     let mut environment = Environment::new();
     environment.set_syntax(
@@ -147,22 +196,38 @@ pub fn report(input: &Input, plots: &str) -> Report {
     );
     let template = include_str!("text/report.md");
     environment.add_template("report", template).expect("a fixed template");
+    let conversions = &input.conversions[..];
     let rendered = environment.get_template("report").and_then(|t| {
         t.render(context! {
-            headlines => Value::from(Serde(&headlines)),
+            headlines => headlines::headlines(input),
+            verdict => headlines::verdict(input),
+            first_plots => Value::from(Serde(&first_plots)),
             slower => Value::from(Serde(&slower)),
-            groups => Value::from(Serde(&groups)),
-            conversions => input.conversions.iter().map(steps::section).collect::<Vec<_>>(),
-            shapes_table => steps::shapes(&input.conversions),
-            weights_table => steps::weights(&input.conversions),
+            sessions => Value::from(Serde(&sessions)),
+            peer_plots => Value::from(Serde(&peer_plots)),
+            quantized_title => peers::quantized_title(input),
+            quantized_tokens => peers::quantized_tokens(input),
+            quantized_prompts => peers::quantized_prompts(input),
+            quantized_memory => peers::quantized_memory(input),
+            machines => Value::from(Serde(&machines)),
+            serving => serving::serving(input),
+            serving_titles => serving::titles(input),
+            serving_plots => Value::from(Serde(&serving_plots)),
+            exports => steps::exports(conversions),
+            passes => steps::passes(conversions),
+            layers => steps::layers(conversions),
+            engines => steps::engines(conversions),
+            shapes_table => steps::shapes(conversions),
+            weights_table => steps::weights(conversions),
             ablation_shapes => tables("shapes"),
             ablation_cache => tables("cache"),
             ablation_weights => tables("weights"),
             ablations_elsewhere => all.iter().any(|(_, a)| elsewhere(a)),
             ablations => Value::from(Serde(&shown_ablations)),
-            verdicts => verdicts(input),
+            switch_plots => Value::from(Serde(&switch_plots)),
             quality => Value::from(Serde(&quality)),
-            unstable => missing::unstable(input),
+            unstable,
+            measured,
             missing => &missing,
             footnotes,
             others,
@@ -173,67 +238,6 @@ pub fn report(input: &Input, plots: &str) -> Report {
         figures: drawn,
         missing,
     }
-}
-
-fn shown(group: &Group, figures: &[Figure], plots: &str) -> ShownGroup {
-    let file = |f: &Figure, ending: &str| match plots.is_empty() {
-        true => format!("{}.{ending}", f.name),
-        false => format!("{plots}/{}.{ending}", f.name),
-    };
-    ShownGroup {
-        title: group.title(),
-        machines: benchmarks::machines(group),
-        outputs: benchmarks::outputs(group),
-        decode: benchmarks::decode(group),
-        prefill: benchmarks::prefill(group),
-        end_to_end: benchmarks::end_to_end(group),
-        loading: footprint::loading(group),
-        memory: footprint::memory(group),
-        figures: figures
-            .iter()
-            .map(|f| Shown {
-                caption: f.caption.clone(),
-                svg: file(f, "svg"),
-                png: file(f, "png"),
-                cites: cite_all(f.sources.iter().copied()),
-            })
-            .collect(),
-    }
-}
-
-/// A line for each system that was compared.
-fn verdicts(input: &Input) -> Vec<String> {
-    let mut lines = Vec::new();
-    for group in &input.groups {
-        for r in &group.results {
-            let Some(found) = Verdict::of(r, group).comparison().cloned() else {
-                continue;
-            };
-            let verdict = if found.equal {
-                "agrees with"
-            } else {
-                "does **not** agree with"
-            };
-            let with = group
-                .reference
-                .as_ref()
-                .map(|reference| cite(reference.source))
-                .unwrap_or_default();
-            lines.push(format!(
-                "{}: {} {verdict} {} within the limit of its dtype. Of {} rows of logits, {} rank another token first where the \
-                 reference was undecided and {} where it was not; root mean square error of a logit: {}.{}{with}",
-                group.title(),
-                r.of.system.label,
-                found.system,
-                found.rows,
-                found.differing_within_error,
-                found.differing_though_clear,
-                tiny(found.rms_logit_error),
-                cite(r.source),
-            ));
-        }
-    }
-    lines
 }
 
 /// One empty line where the template leaves several, and one before headings and images where it leaves none.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Result files for the report's tests: the bench schema, with made-up times.
 
-    python3 tests/bench/make_results.py [FOLDER]     # tests/bench/results by default
+    python3 tests/bench/make_results.py [FOLDER [PEERS]]     # tests/bench/results and tests/bench/peers by default
 
 Nothing here was measured. Numbers are drawn once, from a fixed seed, and summaries computed as docs/reference/benchmarks.md says.
 """
@@ -121,7 +121,7 @@ def document(folder, file, system, variant, label, error=0.004, drift=0.0, setti
         "system": {"name": system, "variant": variant, "label": label, "settings": settings or {}},
         "date": "2026-11-24T14:00:00+00:00", "command": f"measure {file}", "commit": "0123456789abcdef0123",
         "machine": MACHINE | parts.get("machine", {}), "versions": {system: "1.0", "cuda": "13.0"},
-        "model": MODEL | {"dtype": parts.get("dtype", "fp16")},
+        "model": MODEL | {"dtype": parts.get("dtype", "fp16")} | parts.get("model", {}),
         "workload": {"batch": 1, "seed": 0, "prompts": PROMPTS},
         "prefill": [prefill(n, t, drift) for n, t in parts.get("prefill", {}).items()],
         "decode": [decode(n, t, c, drift, system == "lapidary") for n, (t, c) in parts.get("decode", {}).items()],
@@ -172,6 +172,47 @@ def main():
           machine={"copy_bandwidth_bytes_per_s": 4.0e12, "peak_flops": {"flops": 700e12, "source": "measured: of fp16, for a test"}})  # fmt: skip
     write("parser", "tensorrt-onnx-parser", "engine", "TensorRT ONNX parser",
           error_text="the parser has no importer for Attention")  # fmt: skip
+    peers(Path(sys.argv[2]) if len(sys.argv) > 2 else here / "peers", usual)
+
+
+def peers(folder, usual):
+    """A session with a peer, with weights in two formats; a server's result; quantized forms on the CPU."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write = lambda *names, **parts: document(folder, *names, **parts)
+    genai = {"capacity": 4096, "cuda_graph": True}
+    write("llama-1b-peer-lapidary", "lapidary", "bind, growing cache", "Lapidary", settings=usual,
+          decode={300: (0.75, 1024), 4080: (0.82, 4096)}, prefill={37: 1.1, 512: 2.9})  # fmt: skip
+    write("llama-1b-peer-onnxruntime-genai", "onnxruntime-genai", "ONNX Runtime GenAI, CUDA graph",
+          "ONNX Runtime GenAI", settings=genai | {"weight_bits": 16},
+          decode={300: (0.9, 4096), 4080: (1.1, 4096)}, prefill={37: 2.0, 512: 2.8})  # fmt: skip
+    write("llama-1b-peer-lapidary-int4", "lapidary", "bind, growing cache", "Lapidary int4", settings=usual, error=0.05,
+          model={"weights_hash": "cd" * 32}, decode={300: (0.5, 1024)}, prefill={37: 1.2})  # fmt: skip
+    write("llama-1b-peer-onnxruntime-genai-int4", "onnxruntime-genai", "ONNX Runtime GenAI, CUDA graph, int4 weights",
+          "ONNX Runtime GenAI int4", settings=genai | {"weight_bits": 4}, error=0.06,
+          decode={300: (0.8, 4096)}, prefill={37: 2.4})  # fmt: skip
+    levels = []
+    for clients, rate in ((1, 200.0), (4, 700.0), (16, 1800.0)):
+        requests, new = 4 * clients, 64
+        times = lambda base: summary(samples(base, 8))  # noqa: E731
+        seconds = requests * new / rate
+        levels.append({"clients": clients, "requests": requests, "seconds": seconds, "tokens_per_s": requests * new / seconds,
+                       "requests_per_s": requests / seconds, "tokens_per_step": clients * 0.9, "ttft_ms": times(9.0 * clients),
+                       "itl_ms": times(4.0 + clients / 4), "e2e_ms": times(300.0 + clients)})  # fmt: skip
+    serving = {"schema": "lapidary.bench.serve/1", "date": "2026-11-24T14:00:00+00:00", "command": "bench", "commit": "0123",
+               "package": "llama-1b", "device": "NVIDIA H200", "engine": "TensorRT", "cores": 16, "prompt_tokens": 128,
+               "new_tokens": 64, "prefill_chunk": 128, "levels": levels}  # fmt: skip
+    (folder / "serve.json").write_text(json.dumps(serving, indent=1) + "\n")
+
+    def row(tpot, ttft, memory, equal):
+        every = {"tpot_ms": samples(tpot, 4), "ttft_ms": samples(ttft, 4)}
+        return {name: percentile(values, 50) for name, values in every.items()} | {
+            "peak_memory_mb": memory, "tokens_equal_to_lapidary": equal, "samples": every}  # fmt: skip
+
+    forms = {"int4": {"lapidary": row(6.0, 150.0, 116.0, 64), "onnxruntime level 4": row(16.0, 190.0, 324.0, 56),
+                      "llama.cpp": row(8.0, 140.0, 334.0, 64)}}  # fmt: skip
+    quantized = {"schema": "lapidary-side-by-side/1", "model": "SmolLM2-135M", "prompt": 128, "new": 64, "threads": 2,
+                 "rounds": 2, "runs": 2, "cpu": "AMD EPYC", "date": "2026-11-24", "python": "3", "forms": forms}  # fmt: skip
+    (folder / "side-by-side.json").write_text(json.dumps(quantized, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 //! `lapidary report` of committed results: what it says, that every figure leads to a file, and what it refuses.
 //!
-//! `results/` is made by `make_results.py`: made-up times in the bench schema. `results/conversion.json` is what
+//! `results/` and `peers/` are made by `make_results.py`: made-up times in the bench schema. `results/conversion.json` is what
 //! `lapidary info --conversion` said of the Llama fixture.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use lapidary::report::plots::Figure;
+use lapidary::report::{Input, report};
 use serde_json::{Value, json};
 
 use crate::measured::{llama, quick};
@@ -25,6 +27,7 @@ fn names() -> Vec<String> {
     names
 }
 
+/// A run of the program, which draws PNGs: for refusals, and for the files that it writes.
 struct Reported {
     folder: tempfile::TempDir,
     run: Run,
@@ -54,13 +57,40 @@ impl Reported {
     }
 }
 
-/// A copy of a result with something changed, in a folder of its own.
+/// The report without the program, and so without the time that PNGs take.
+struct Made {
+    markdown: String,
+    figures: Vec<Figure>,
+}
+
+impl Made {
+    fn svg(&self, name: &str) -> &str {
+        let figure = self.figures.iter().find(|f| f.name == name);
+        &figure.unwrap_or_else(|| panic!("no figure {name}")).svg
+    }
+}
+
+fn made(files: &[String], packages: &[&str]) -> Made {
+    let path = |name: &str| results().join(name);
+    let files: Vec<PathBuf> = files.iter().map(|name| path(name)).collect();
+    let packages: Vec<PathBuf> = packages.iter().map(|name| path(name)).collect();
+    let input = Input::read(&files, &packages).unwrap_or_else(|e| panic!("{e}"));
+    let report = report(&input, "docs/plots");
+    Made {
+        // Files are named as they are in their folder.
+        markdown: report.markdown.replace(&format!("{}/", results().display()), ""),
+        figures: report.figures,
+    }
+}
+
+/// A copy of a result with something changed, in its own folder.
 fn changed(name: &str, change: impl FnOnce(&mut Value)) -> (tempfile::TempDir, String) {
     let text_of = std::fs::read_to_string(results().join(name)).unwrap();
     let mut value: Value = serde_json::from_str(&text_of).unwrap();
     change(&mut value);
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join(format!("changed-{name}"));
+    let file = Path::new(name).file_name().unwrap().to_str().unwrap();
+    let path = folder.path().join(format!("changed-{file}"));
     std::fs::write(&path, value.to_string()).unwrap();
     let path = text(&path).to_string();
     (folder, path)
@@ -68,7 +98,7 @@ fn changed(name: &str, change: impl FnOnce(&mut Value)) -> (tempfile::TempDir, S
 
 #[test]
 fn the_whole_report() {
-    let markdown = Reported::of(&names(), &["--package", "conversion.json"]).markdown();
+    let markdown = made(&names(), &["conversion.json"]).markdown;
     insta::with_settings!({ snapshot_path => "snapshots", prepend_module_to_snapshot => false, omit_expression => true }, {
         insta::assert_snapshot!("report", markdown);
     });
@@ -77,7 +107,7 @@ fn the_whole_report() {
 /// Tables end in a footnote, but for those of a conversion, whose introduction has it; every footnote is a file.
 #[test]
 fn every_figure_leads_to_a_file() {
-    let markdown = Reported::of(&names(), &["--package", "conversion.json"]).markdown();
+    let markdown = made(&names(), &["conversion.json"]).markdown;
     let (body, sources) = markdown.split_once("## Sources").unwrap();
     let (_, sources) = sources.split_once("\n[^").unwrap();
     let mut defined = BTreeSet::new();
@@ -120,7 +150,7 @@ fn every_figure_leads_to_a_file() {
 /// Numbers of the tables are those of the files, computed here once more.
 #[test]
 fn figures_are_those_of_the_files() {
-    let markdown = Reported::of(&names(), &[]).markdown();
+    let markdown = made(&names(), &[]).markdown;
     for name in ["lapidary", "eager", "compiled"] {
         let value: Value =
             serde_json::from_str(&std::fs::read_to_string(results().join(format!("{name}.json"))).unwrap()).unwrap();
@@ -140,28 +170,42 @@ fn figures_are_those_of_the_files() {
             } else {
                 format!("{median:.3}")
             };
-            let start = format!("| equal (4 rows) | {} | {label} | {printed} |", decode["live"]);
+            let factor = if name == "lapidary" { " |" } else { " (" };
+            let start = format!("| {} | {label} | {printed}{factor}", decode["live"]);
             assert!(markdown.contains(&start), "{start}");
         }
+        assert!(markdown.contains(&format!("| {label} | equal (4 rows): ")), "{label}");
     }
-    let loading = |label: &str| {
+    let loading = |label: &str| -> Vec<String> {
+        let section = markdown.split("### Loading on NVIDIA H200").nth(1).unwrap();
+        let section = section.split("\n###").next().unwrap();
         let start = format!("| {label} | ");
-        let tables = markdown.split(": loading and memory").nth(1).unwrap();
-        tables
-            .lines()
-            .find_map(|l| l.strip_prefix(&start)?.rsplit_once(" | "))
-            .unwrap()
-            .0
-            .to_string()
+        let rows = section.lines().filter_map(|l| l.strip_prefix(&start));
+        rows.map(|row| row.rsplit_once(" | ").unwrap().0.replace(" | ", ": "))
+            .collect()
     };
-    assert_eq!(loading("lapidary"), "4200 | 900.0 | 2 | 16.0 MB | 7.0");
+    assert_eq!(
+        loading("lapidary"),
+        [
+            "cold load ms: 4200",
+            "warm load ms: 900.0",
+            "engines: 2",
+            "plans: 16.0 MB",
+            "build s: 7.0"
+        ]
+    );
     assert_eq!(
         loading("lapidary without CUDA graphs"),
-        "4100 | — | 2 | 16.0 MB | from the cache"
+        [
+            "cold load ms: 4100",
+            "engines: 2",
+            "plans: 16.0 MB",
+            "build s: from the cache"
+        ]
     );
-    assert_eq!(loading("transformers eager"), "900.0 | — | — | — | —");
+    assert_eq!(loading("transformers eager"), ["cold load ms: 900.0"]);
     // Ours is slower in one thing, and the report says so itself.
-    let slower = markdown.split("### Where it falls short").nth(1).unwrap();
+    let slower = markdown.split("### Where Lapidary is slower").nth(1).unwrap();
     let slower = slower.split("\n## ").next().unwrap();
     assert!(slower.contains("TTFT ms, prompt 512"), "{slower}");
     assert!(slower.contains("the time of transformers static + compile"), "{slower}");
@@ -184,24 +228,23 @@ fn shares_are_of_one_bandwidth_and_one_peak() {
     let [own_bandwidth, own_peak] =
         [&machine["copy_bandwidth_bytes_per_s"], &machine["peak_flops"]["flops"]].map(|n| n.as_f64().unwrap());
     assert!(bandwidth != own_bandwidth && peak != own_peak);
-    let with = Reported::of(&names(), &[]).markdown();
+    let with = made(&names(), &[]).markdown;
     let alone: Vec<String> = names().into_iter().filter(|n| n != "reference.json").collect();
-    let alone = Reported::of(&alone, &[]).markdown();
-    let printed = |markdown: &str, label: &str, at: usize, what: &str| {
-        let section = markdown.split(&format!("H200: {what}\n")).nth(1).unwrap();
-        let cell = format!("| {at} | {label} |");
-        section.lines().find(|l| l.contains(&cell)).unwrap().to_string()
+    let alone = made(&alone, &[]).markdown;
+    let printed = |markdown: &str, at: usize, what: &str| {
+        let section = markdown.split(&format!("### {what} on NVIDIA H200\n")).nth(1).unwrap();
+        let start = format!("| llama-1b fp16 | {at} | ");
+        section.lines().find(|l| l.starts_with(&start)).unwrap().to_string()
     };
-    for name in ["lapidary", "eager"] {
-        let value = value(name);
-        let label = value["system"]["label"].as_str().unwrap();
+    {
+        let value = value("lapidary");
         let mbu = value["decode"][1]["mbu"].as_f64().unwrap() * 100.0;
         let mfu = value["prefill"][1]["mfu"].as_f64().unwrap() * 100.0;
         for (markdown, of_bandwidth, of_peak) in [(&with, bandwidth, peak), (&alone, own_bandwidth, own_peak)] {
             let (mbu, mfu) = (mbu * own_bandwidth / of_bandwidth, mfu * own_peak / of_peak);
-            let row = printed(markdown, label, 300, "decode");
+            let row = printed(markdown, 300, "Decode");
             assert!(row.contains(&format!("| {mbu:.1} % |")), "{mbu}: {row}");
-            let row = printed(markdown, label, 512, "prefill");
+            let row = printed(markdown, 512, "Prefill");
             assert!(row.contains(&format!("| {mfu:.1} % |")), "{mfu}: {row}");
         }
     }
@@ -211,10 +254,10 @@ fn shares_are_of_one_bandwidth_and_one_peak() {
     assert!(with.contains("MFU is of 700.0 TFLOP/s for every system"));
     assert!(alone.contains("MBU is of the copy bandwidth that each run measured itself."));
 
-    // On a CPU a reference may have had busier neighbours, and its product is no peak.
+    // On a CPU a reference may have had busier neighbors, and its product is no peak.
     let on_cpu = |name: &str| changed(name, |v| v["system"]["settings"]["device"] = json!("cpu"));
     let ((_one, ours), (_two, reference)) = (on_cpu("lapidary.json"), on_cpu("reference.json"));
-    let markdown = Reported::of(&[ours, reference], &[]).markdown();
+    let markdown = made(&[ours, reference], &[]).markdown;
     assert!(
         markdown
             .contains("MBU is of 4.2 TB/s for every system: the highest copy bandwidth that a run here measured.[^1]"),
@@ -231,27 +274,18 @@ fn layers_are_grouped_by_one_rule() {
         let attention = groups.remove("attention").unwrap().as_f64().unwrap();
         groups["rest"] = json!(groups["rest"].as_f64().unwrap() + attention);
     });
-    let drawn = |file: String| {
-        let reported = Reported::of(&[file], &[]);
-        let name = "docs/plots/llama-1b-fp16-nvidia-h200-layers.svg";
-        std::fs::read_to_string(reported.folder.path().join(name)).unwrap()
-    };
+    let drawn = |file: String| made(&[file], &[]).svg("llama-1b-fp16-nvidia-h200-layers").to_string();
     let now = drawn("lapidary.json".into());
     assert!(now.contains("0.410 ms, 28 %"), "{now}");
     assert_eq!(drawn(before), now);
 }
 
 #[test]
-fn what_did_not_hold_still_is_marked_in_plots() {
-    let reported = Reported::of(&names(), &[]);
-    let svg = |kind: &str| {
-        let name = format!("docs/plots/llama-1b-fp16-nvidia-h200-{kind}.svg");
-        std::fs::read_to_string(reported.folder.path().join(name)).unwrap()
-    };
-    for kind in ["throughput", "ablations"] {
-        assert!(svg(kind).contains(", unstable"), "{kind}");
-    }
-    for kind in ["latency", "roofline"] {
+fn unstable_measurements_are_marked_in_plots() {
+    let report = made(&names(), &[]);
+    let svg = |kind: &str| report.svg(&format!("llama-1b-fp16-nvidia-h200-{kind}"));
+    assert!(svg("ablations").contains(", unstable"));
+    for kind in ["latency", "prefill", "roofline"] {
         assert!(svg(kind).contains("unstable"), "{kind}");
     }
     // A system that was measured at one length is named there, and not where it never was.
@@ -277,7 +311,7 @@ fn plots_come_in_two_forms() {
     let reported = Reported::of(&names(), &[]);
     let plots = reported.folder.path().join("docs/plots");
     let name = |kind: &str| format!("llama-1b-fp16-nvidia-h200-{kind}");
-    for kind in ["latency", "throughput", "roofline", "layers", "memory", "ablations"] {
+    for kind in ["latency", "prefill", "roofline", "layers", "memory", "ablations"] {
         let svg = std::fs::read_to_string(plots.join(name(kind) + ".svg")).unwrap();
         assert!(svg.starts_with("<svg") && svg.contains("llama-1b in fp16"), "{kind}");
         let png = std::fs::read(plots.join(name(kind) + ".png")).unwrap();
@@ -291,7 +325,7 @@ fn plots_come_in_two_forms() {
 
     let elsewhere = tempfile::tempdir().unwrap();
     let there = elsewhere.path().join("p");
-    let markdown = Reported::of(&names(), &["--plots", text(&there)]).markdown();
+    let markdown = Reported::of(&["eager.json".into()], &["--plots", text(&there)]).markdown();
     assert!(there.join(name("memory") + ".png").is_file());
     assert!(markdown.contains(&format!("]({}/llama", text(&there))));
 }
@@ -314,29 +348,31 @@ fn an_ablation_finds_its_baseline() {
         settings["ablation"] = json!({"group": "chunk", "switch": "128"});
     });
     let files = ["lapidary.json".into(), "one-capacity.json".into(), small, chunk];
-    let markdown = Reported::of(&files, &[]).markdown();
+    let markdown = made(&files, &[]).markdown;
     let titles: Vec<&str> = markdown
         .lines()
         .filter(|l| !l.starts_with('|') && l.contains(", against "))
         .collect();
     let device = "llama-1b in fp16 on NVIDIA H200";
-    // The second untagged run differs from the first in its cache alone, so it is one too. What has a section of its own
+    // The second untagged run differs from the first in its cache alone, so it is one too. What has its own section
     // stands there, and nowhere again.
     assert_eq!(
-        titles,
+        titles
+            .iter()
+            .map(|title| title.split(". ").next().unwrap())
+            .collect::<Vec<_>>(),
         [
-            format!("{device}: cache, against lapidary (growing)."),
-            format!("{device}: cache, against lapidary, 1024 slots (one capacity)."),
-            format!("### chunk, against lapidary, 1024 slots: {device}"),
+            format!("{device}: cache, against lapidary (growing)"),
+            format!("{device}: cache, against lapidary, 1024 slots (one capacity)"),
+            format!("#### chunk, against lapidary, 1024 slots: {device}"),
         ]
     );
-    assert!(markdown.contains("[static cache](#static-cache)"));
     // Its times drift.
     let row = |part: &str| markdown.lines().find(|l| l.contains(part)).unwrap();
-    let drifting = row("ms/token at context 300 | 128 |");
-    assert!(drifting.contains("| unstable[^"), "{drifting}");
+    let drifting = row("| 128 | no reference |");
+    assert!(drifting.contains(" ×, unstable) | "), "{drifting}");
     let steady = row("| 4096 slots |");
-    assert!(steady.contains("| [^"), "{steady}");
+    assert!(!steady.contains("unstable"), "{steady}");
     let missing = markdown.split("## Missing").nth(1).unwrap();
     assert!(
         !missing.contains("prefill chunk size") && !missing.contains("a growing cache"),
@@ -348,35 +384,47 @@ fn an_ablation_finds_its_baseline() {
 #[test]
 fn what_is_missing_is_named() {
     let only = ["lapidary.json".to_string()];
-    let markdown = Reported::of(&only, &[]).markdown();
+    let markdown = made(&only, &[]).markdown;
     let missing = markdown.split("## Missing").nth(1).unwrap();
     let missing = missing.split("\n## ").next().unwrap();
     for part in [
         "no package was given",
         "no fp32 reference",
         "no result of transformers",
-        "no result of tensorrt-onnx-parser",
+        "no result of TensorRT's ONNX parser",
+        "no session with ONNX Runtime GenAI",
+        "no result of `lapidary bench --serve`",
         "the ablation of DRY was not run",
         "the ablation of CUDA graphs was not run",
         "bind, embed and strip",
     ] {
         assert!(missing.contains(part), "{part}: {missing}");
     }
-    assert!(markdown.contains("| no reference | 300 | lapidary |"));
+    assert!(markdown.contains("| lapidary | no reference | "));
     assert!(markdown.contains("No package was given, so the steps cannot be shown for a model."));
-    assert!(!markdown.contains("### In short"), "there is nothing to compare with");
+    assert!(
+        !markdown.contains("| model | measurement |"),
+        "there is nothing to compare with"
+    );
 
-    let whole = Reported::of(&names(), &["--package", "conversion.json"]).markdown();
+    let whole = made(&names(), &["conversion.json"]).markdown;
     let missing = whole.split("## Missing").nth(1).unwrap();
     assert!(missing.contains("TensorRT ONNX parser did not run: the parser has no importer for Attention"));
     assert!(missing.contains("transformers static cache lacks decode at context 64"));
-    assert!(whole.contains("transformers static cache: prefill of 512, decode at context 300, decode at context 4080"));
+    let wrong = whole
+        .lines()
+        .find(|l| l.starts_with("| 300 | transformers static cache | "))
+        .unwrap();
+    assert!(
+        wrong.contains("(outputs: **not equal** (4 rows), unstable) |"),
+        "{wrong}"
+    );
 
     // What could not run has no dtype of its own, so it stands where the model was measured.
     let (_folder, other_dtype) = changed("parser.json", |v| v["model"]["dtype"] = json!("fp32"));
     let mut files: Vec<String> = names().into_iter().filter(|n| n != "parser.json").collect();
     files.push(other_dtype);
-    let whole = Reported::of(&files, &[]).markdown();
+    let whole = made(&files, &[]).markdown;
     assert!(
         whole.contains("in fp16 on NVIDIA H200: TensorRT ONNX parser did not run"),
         "{whole}"
@@ -390,8 +438,8 @@ fn what_is_missing_is_named() {
     });
     let mut files: Vec<String> = names().into_iter().filter(|n| n != "one-capacity.json").collect();
     files.push(another);
-    let whole = Reported::of(&files, &[]).markdown();
-    assert!(whole.contains("| equal (4 rows) | 4000 | one capacity"), "{whole}");
+    let whole = made(&files, &[]).markdown;
+    assert!(whole.contains("| 4000 | one capacity |"), "{whole}");
     assert!(!whole.contains("decode at context 4000"), "{whole}");
 
     // Less measured, fewer plots, and it says why.
@@ -403,12 +451,9 @@ fn what_is_missing_is_named() {
         v["prefill"] = json!([]);
         v["machine"]["peak_flops"] = Value::Null;
     });
-    let reported = Reported::of(&[bare], &[]);
-    let drawn = std::fs::read_dir(reported.folder.path().join("docs/plots"))
-        .unwrap()
-        .count();
-    assert_eq!(drawn, 2, "memory alone");
-    let markdown = reported.markdown();
+    let report = made(&[bare], &[]);
+    assert_eq!(report.figures.len(), 1, "memory alone");
+    let markdown = report.markdown;
     assert!(markdown.contains("lapidary lacks a peak of arithmetic"), "{markdown}");
     assert!(markdown.contains("time by layer (`lapidary bench --profile`)"));
 }
@@ -418,8 +463,8 @@ fn other_json_is_listed_and_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     let other = folder.path().join("h200-old.json");
     std::fs::write(&other, json!({"decode": {"wall_ms": 1.24}}).to_string()).unwrap();
-    let markdown = Reported::of(&["lapidary.json".into(), text(&other).into()], &[]).markdown();
-    let list = markdown.split("not in the bench schema").nth(1).unwrap();
+    let markdown = made(&["lapidary.json".into(), text(&other).into()], &[]).markdown;
+    let list = markdown.split("Files in other forms").nth(1).unwrap();
     assert!(list.contains("h200-old.json"));
     assert!(!markdown.contains("[^2]"), "no figure is cited from it");
 }
@@ -460,12 +505,16 @@ fn what_must_not_stand_side_by_side_is_refused() {
     // Another dtype, model or machine is another table.
     let apart = |change: &dyn Fn(&mut Value)| {
         let (_folder, path) = changed("eager.json", |v| change(v));
-        Reported::of(&["lapidary.json".into(), path], &[]).markdown()
+        made(&["lapidary.json".into(), path], &[]).markdown
     };
     let markdown = apart(&|v| v["model"]["dtype"] = json!("bf16"));
-    assert!(markdown.contains("llama-1b in bf16 on NVIDIA H200: decode") && !markdown.contains("### In short"));
+    assert!(
+        markdown.contains("| context | system | llama-1b bf16 | llama-1b fp16 |"),
+        "{markdown}"
+    );
+    assert!(!markdown.contains("| model | measurement |"));
     let markdown = apart(&|v| v["machine"]["gpu"]["name"] = json!("NVIDIA H100"));
-    assert!(markdown.contains("llama-1b in fp16 on NVIDIA H100: decode"));
+    assert!(markdown.contains("### Decode on NVIDIA H100"));
 }
 
 #[test]
@@ -523,10 +572,10 @@ fn a_real_result_becomes_a_report() {
     assert!(said.contains("measurements are missing"), "{said}");
     let markdown = std::fs::read_to_string(report).unwrap();
     assert!(
-        markdown.contains("| rms_norm | finds RMSNorm in its parts | 5 |"),
+        markdown.contains("| rms_norm | finds RMSNorm in its parts | 5: "),
         "{markdown}"
     );
-    assert!(markdown.contains("| KvCacheUpdate | 4 |"), "{markdown}");
+    assert!(markdown.contains("| KvCacheUpdate | 4 | "), "{markdown}");
     assert!(markdown.contains("tiny in fp32 on "), "{markdown}");
     // Kept facts of the package say the same.
     let kept = folder.path().join("kept.json");
@@ -534,7 +583,7 @@ fn a_real_result_becomes_a_report() {
     let again = folder.path().join("S.md");
     lapidary(["report", "--package", text(&kept), "-o", text(&again)]).ok();
     let tables = |markdown: &str| {
-        let part = markdown.split("The passes that changed it").nth(1).unwrap();
+        let part = markdown.split("What each pass did").nth(1).unwrap();
         part.split("\n## ")
             .next()
             .unwrap()
@@ -560,14 +609,11 @@ fn engines_are_listed_with_their_layers() {
     let markdown = std::fs::read_to_string(report).unwrap();
     // Profiles with the same layers share a column.
     assert!(
-        markdown.contains("| layer | b1-t1-c16, b1-t1-c32 | b1-t8-c16, b1-t8-c32 |"),
+        markdown.contains(": decode, capacity 16, 32 | ") && markdown.contains(": prefill, capacity 16, 32 |"),
         "{markdown}"
     );
     for profile in ["b1-t1-c16", "b1-t8-c32"] {
-        assert!(
-            markdown.contains(&format!("| {profile} | bind | none | ")),
-            "{markdown}"
-        );
+        assert!(markdown.contains(&format!("| {profile} | ")), "{markdown}");
     }
     assert!(markdown.contains("| chunks of 8 | 16, 32 | 4 |"), "{markdown}");
     // The same package measured: build times and plan sizes are in the result.
@@ -625,9 +671,9 @@ fn quality_stands_beside_bytes_and_times() {
         write("window.json", elsewhere),
         "lapidary.json".to_string(),
     ];
-    let markdown = Reported::of(&files, &[]).markdown();
+    let markdown = made(&files, &[]).markdown;
     let section = markdown
-        .split("\n## Quality\n")
+        .split("\n## Quality of quantized models\n")
         .nth(1)
         .unwrap()
         .split("\n## ")
@@ -668,4 +714,132 @@ fn quality_stands_beside_bytes_and_times() {
     assert!(refused(|v| v["against"]["same_best"] = json!(1.5)).contains("against.same_best"));
     assert!(refused(|v| v["against"]["kl"]["mean"] = json!(-0.1)).contains("against.kl"));
     assert!(refused(|v| drop(v["model"].as_object_mut().unwrap().remove("format"))).contains("missing field `format`"));
+}
+
+/// A file of a session with peers.
+fn peer(name: &str) -> String {
+    format!("../peers/{name}.json")
+}
+
+fn session() -> Vec<String> {
+    let systems = [
+        "lapidary",
+        "onnxruntime-genai",
+        "lapidary-int4",
+        "onnxruntime-genai-int4",
+    ];
+    systems.map(|name| peer(&format!("llama-1b-peer-{name}"))).to_vec()
+}
+
+fn median(file: &str, at: usize) -> f64 {
+    let value: Value = serde_json::from_str(&std::fs::read_to_string(results().join(file)).unwrap()).unwrap();
+    value["decode"][at]["ms"]["median"].as_f64().unwrap()
+}
+
+/// A session has its own table, leads the first page, and compares weights of one format.
+#[test]
+fn peers_stand_in_one_table() {
+    let mut files = names();
+    files.extend(session());
+    let markdown = made(&files, &["conversion.json"]).markdown;
+    let section = markdown.split("### One session, NVIDIA H200").nth(1).unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    assert!(
+        section.contains("| model | measurement | Lapidary ms | ONNX Runtime GenAI ms |  |"),
+        "{section}"
+    );
+    let pairs = [
+        ("fp16", "lapidary", "onnxruntime-genai"),
+        ("int4", "lapidary-int4", "onnxruntime-genai-int4"),
+    ];
+    for (format, ours, theirs) in pairs {
+        let [ours, theirs] = [ours, theirs].map(|name| median(&peer(&format!("llama-1b-peer-{name}")), 0));
+        let cells = format!("{ours:.3} | {theirs:.3} ({:.2} ×) |", theirs / ours);
+        let row = format!("| llama-1b {format} | ms/token at context 300 | {cells}");
+        assert!(section.contains(&row), "{row}: {section}");
+        let (first_page, _) = markdown.split_once("## Beside the peers").unwrap();
+        let row = format!("| llama-1b {format}, NVIDIA H200 | ms/token at context 300 | **{ours:.3}** | {theirs:.3} (");
+        assert!(first_page.contains(&row), "{row}: {first_page}");
+    }
+    // Answers of quantized weights are not those of the reference: how often both rank the same token first is what counts.
+    assert!(
+        section.contains("| llama-1b fp16 | answers | equal (4 rows) | equal (4 rows) |"),
+        "{section}"
+    );
+    assert!(section.contains("| llama-1b int4 | answers | top-1 "), "{section}");
+    assert!(section.contains("; of Lapidary's: "), "{section}");
+    assert!(
+        section.contains("Runs: Lapidary (2026-11-24, 0123456789ab, "),
+        "{section}"
+    );
+    let slower = section.split("### Where Lapidary is slower").nth(1).unwrap();
+    assert!(slower.contains("- fp16, TTFT ms, prompt 512: "), "{slower}");
+    assert!(!markdown.contains("no session with ONNX Runtime GenAI"));
+
+    // The rules of every comparison hold: the same prompts, and where weights are not quantized the same weights.
+    let refused = |name: &str, change: &dyn Fn(&mut Value)| {
+        let (_folder, path) = changed(&peer(&format!("llama-1b-peer-{name}")), |v| change(v));
+        Reported::of(&[session()[0].clone(), path], &[]).run.refused().0
+    };
+    let weights = |v: &mut Value| v["model"]["weights_hash"] = json!("ef");
+    assert!(refused("onnxruntime-genai", &weights).contains("not of the same weights"));
+    let prompts = |v: &mut Value| v["workload"]["prompts"][1]["sha256"] = json!("00");
+    assert!(refused("onnxruntime-genai-int4", &prompts).contains("not of the same prompts"));
+    // Other weights in the file of quantized ones are its own.
+    let (_folder, path) = changed(&session()[3], |v| v["model"]["weights_hash"] = json!("ef"));
+    made(&[session()[0].clone(), path], &[]);
+}
+
+#[test]
+fn a_server_is_shown_by_clients() {
+    let report = made(&["lapidary.json".into(), peer("serve")], &[]);
+    assert!(report.svg("serving-throughput").contains("llama-1b: 1800"));
+    let markdown = report.markdown;
+    assert!(
+        markdown.contains("| llama-1b | 16 | 1800 | 9.00 × | 14.4 | "),
+        "{markdown}"
+    );
+    assert!(!markdown.contains("no result of `lapidary bench --serve`"));
+    let refused = |change: &dyn Fn(&mut Value)| {
+        let (_folder, path) = changed(&peer("serve"), |v| change(v));
+        Reported::of(&[path], &[]).run.refused().0
+    };
+    let message = refused(&|v| v["levels"][1]["tokens_per_s"] = json!(900.0));
+    assert!(
+        message.contains("levels[1].tokens_per_s is 900, and its samples give 700"),
+        "{message}"
+    );
+    assert!(
+        refused(&|v| drop(v["levels"][0].as_object_mut().unwrap().remove("clients")))
+            .contains("levels[0]: missing field")
+    );
+    assert!(refused(&|v| v["levels"] = json!([])).contains("levels: there are none"));
+}
+
+#[test]
+fn quantized_forms_have_a_column_for_each_system() {
+    let value: Value =
+        serde_json::from_str(&std::fs::read_to_string(results().join(peer("side-by-side"))).unwrap()).unwrap();
+    let of = |system: &str| value["forms"]["int4"][system]["tpot_ms"].as_f64().unwrap();
+    let markdown = made(&[peer("side-by-side")], &[]).markdown;
+    let (ours, llama) = (of("lapidary"), of("llama.cpp"));
+    let head = "| model | form | threads | Lapidary | llama.cpp | ONNX Runtime level 4 |  |";
+    assert!(markdown.contains(head), "{markdown}");
+    let row = format!(
+        "| SmolLM2-135M | int4 | 2 | {ours:.3} | {llama:.3} ({:.2} ×) | ",
+        llama / ours
+    );
+    assert!(markdown.contains(&row), "{row}: {markdown}");
+    assert!(
+        markdown.contains("| 116 MB | 334 MB, 64 tokens equal | 324 MB, 56 tokens equal |"),
+        "{markdown}"
+    );
+    let (_folder, path) = changed(&peer("side-by-side"), |v| {
+        v["forms"]["int4"]["llama.cpp"]["tpot_ms"] = json!(1.0)
+    });
+    let message = Reported::of(&[path], &[]).run.refused().0;
+    assert!(
+        message.contains("forms.int4.llama.cpp.tpot_ms is 1, and its samples give "),
+        "{message}"
+    );
 }

@@ -1,4 +1,4 @@
-//! What `lapidary perplexity` and `lapidary evaluate` write with `--json`: one document a run.
+//! The documents of `lapidary perplexity` and `lapidary evaluate` with `--json`: one per run.
 //!
 //! `report` makes its table of quality of [`Perplexity`] documents. Units are in the names; shares are 0 to 1.
 

@@ -20,7 +20,7 @@ pub struct Score {
 }
 
 impl Score {
-    /// `hits` of so many in the text and so many in the reference.
+    /// `hits` of this many in the text and this many in the reference.
     fn of(hits: usize, in_text: usize, in_reference: usize) -> Score {
         let share = |of: usize| hits as f64 / of.max(1) as f64;
         let (precision, recall) = (share(in_text), share(in_reference));

@@ -1,4 +1,4 @@
-//! A task: prompts with the answers that are right, and scores of what a model answers.
+//! A task: prompts with reference answers, and scores of a model's answers.
 //!
 //! A file has one JSON object per line: `prompt`, `reference`, optionally `max_new_tokens` and an `id`, which is passed
 //! on. Scores of the file are means over lines.

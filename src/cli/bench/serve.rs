@@ -1,17 +1,16 @@
 //! `lapidary bench --serve`: throughput and latencies of a scheduler against the number of clients.
 //!
-//! Every client asks for one text after another and waits for it. Prompts are random token ids, different for each request, so
-//! no prefix is shared; tokens are greedy, and each text has exactly as many. Time is taken where a server would send: from
-//! submission to each token. There is no HTTP in it.
+//! Every client requests one text after another and waits for it. Prompts are random token ids, different for each request, so
+//! no prefix is shared. Tokens are greedy, and each text has exactly the requested number. Times are from submission to the
+//! moment at which a server would send a token. HTTP is not involved.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-
 use super::{Args, writable};
 use crate::bench::machine;
+use crate::bench::serving::{Level, SCHEMA, Serving};
 use crate::bench::summary::Summary;
 use crate::cli::progress::Progress;
 use crate::cli::table::Table;
@@ -21,40 +20,6 @@ use crate::decode::batch::{BatchDecoder, BatchOptions};
 use crate::package::Package;
 use crate::sample::Settings;
 use crate::serve::{Event, Request, Scheduler, SchedulerOptions};
-
-/// What was measured; times in milliseconds.
-#[derive(Serialize)]
-struct Document {
-    schema: &'static str,
-    date: String,
-    command: String,
-    commit: String,
-    package: String,
-    device: String,
-    engine: String,
-    cores: usize,
-    prompt_tokens: usize,
-    new_tokens: usize,
-    prefill_chunk: usize,
-    levels: Vec<Level>,
-}
-
-/// With so many clients.
-#[derive(Serialize)]
-struct Level {
-    clients: usize,
-    requests: usize,
-    seconds: f64,
-    /// Generated, of all clients together.
-    tokens_per_s: f64,
-    requests_per_s: f64,
-    /// Tokens of one step, on average.
-    tokens_per_step: f64,
-    ttft_ms: Summary,
-    /// From one token of a request to its next.
-    itl_ms: Option<Summary>,
-    e2e_ms: Summary,
-}
 
 /// Times of one request.
 struct Times {
@@ -94,15 +59,15 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let mut seed = args.sampler.seed.unwrap_or(0);
     for clients in &args.serve {
         progress.step(format!("{clients} clients"));
-        // Programs are compiled and pages are read before time is taken.
+        // Warm-up: programs are compiled and pages are read.
         measure(&scheduler, *clients, *clients, [prompt, new], &mut seed)?;
         let requests = args.serve_requests.unwrap_or(4 * clients).max(*clients);
         levels.push(measure(&scheduler, *clients, requests, [prompt, new], &mut seed)?);
     }
     drop(progress);
     let facts = scheduler.facts();
-    let document = Document {
-        schema: "lapidary.bench.serve/1",
+    let document = Serving {
+        schema: SCHEMA.to_string(),
         date: chrono::Local::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, false),
         command: std::env::args().collect::<Vec<_>>().join(" "),
         commit: machine::commit(),
@@ -125,7 +90,7 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     }
 }
 
-fn table(document: &Document) -> String {
+fn table(document: &Serving) -> String {
     let header = [
         "clients", "tokens/s", "× one", "a step", "TTFT p50", "p99", "ITL p50", "p99",
     ];
@@ -155,7 +120,7 @@ fn table(document: &Document) -> String {
     )
 }
 
-/// So many clients, which have so many requests together.
+/// Measures this many clients, which send this many requests together.
 fn measure(
     scheduler: &Scheduler,
     clients: usize,

@@ -5,7 +5,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::axes::{Scale, mark};
-use super::{FAINT_INK, GRID, INK};
+use super::{FAINT_INK, GRID, INK, Mark, Style};
 
 const FONT: &str = "DejaVu Sans, Verdana, sans-serif";
 
@@ -87,31 +87,99 @@ impl Canvas<'_> {
         self.root.draw(&bar).expect("text takes everything");
     }
 
-    pub fn dot(&self, at: (f64, f64), size: i32, ink: RGBColor) {
-        self.root
-            .draw(&Circle::new(place(at), size + 2, WHITE.filled()))
-            .expect("text takes everything");
-        self.root
-            .draw(&Circle::new(place(at), size, ink.filled()))
-            .expect("text takes everything");
+    /// A bar with white stripes, so that parts of bars differ in gray; `pattern` 0 has none.
+    pub fn hatched(&self, from: (f64, f64), to: (f64, f64), ink: RGBColor, pattern: usize) {
+        self.bar(from, to, ink);
+        let (width, height) = (to.0 - from.0, to.1 - from.1);
+        let step = 8.0;
+        match pattern {
+            0 => {}
+            1 | 2 => {
+                // Diagonals, cut at the bar's edges.
+                let mut start = step;
+                while start < width + height {
+                    let (x1, y1) = (start.min(width), (start - width).max(0.0));
+                    let (x2, y2) = ((start - height).max(0.0), start.min(height));
+                    let place = |x: f64, y: f64| match pattern {
+                        1 => (from.0 + x, from.1 + y),
+                        _ => (to.0 - x, from.1 + y),
+                    };
+                    self.line(&[place(x1, y1), place(x2, y2)], WHITE, 1);
+                    start += step;
+                }
+            }
+            3 => {
+                let lines = (height / step) as usize;
+                for i in 1..=lines {
+                    let y = from.1 + step * i as f64 - step / 2.0;
+                    self.line(&[(from.0, y), (to.0, y)], WHITE, 1);
+                }
+            }
+            _ => {
+                let lines = (width / step) as usize;
+                for i in 1..=lines {
+                    let x = from.0 + step * i as f64 - step / 2.0;
+                    self.line(&[(x, from.1), (x, to.1)], WHITE, 1);
+                }
+            }
+        }
     }
 
-    /// A dot that says that what it stands for did not hold still.
-    pub fn ring(&self, at: (f64, f64), size: i32, ink: RGBColor) {
-        self.dot(at, size, ink);
-        self.root
-            .draw(&Circle::new(place(at), size - 2, WHITE.filled()))
-            .expect("text takes everything");
+    /// A line in a style's dashes.
+    pub fn dashed(&self, points: &[(f64, f64)], style: Style, width: u32) {
+        if style.dash.is_empty() {
+            return self.line(points, style.ink, width);
+        }
+        // Where in the pattern the line is, and how much is left of that part.
+        let (mut part, mut left) = (0, style.dash[0]);
+        for pair in points.windows(2) {
+            let [(x1, y1), (x2, y2)] = [pair[0], pair[1]];
+            let length = (x2 - x1).hypot(y2 - y1);
+            let at = |done: f64| (x1 + (x2 - x1) * done / length, y1 + (y2 - y1) * done / length);
+            let mut done = 0.0;
+            while done < length {
+                let to = (done + left).min(length);
+                if part % 2 == 0 {
+                    self.line(&[at(done), at(to)], style.ink, width);
+                }
+                left -= to - done;
+                done = to;
+                // Below what moves `done`, rounding would keep it where it is.
+                if left < 1e-6 {
+                    part = (part + 1) % style.dash.len();
+                    left = style.dash[part];
+                }
+            }
+        }
     }
 
-    /// The same of a square.
-    pub fn frame(&self, at: (f64, f64), size: f64, ink: RGBColor) {
-        self.square(at, size, ink);
-        self.bar(
-            (at.0 - size + 2.0, at.1 - size + 2.0),
-            (at.0 + size - 2.0, at.1 + size - 2.0),
-            WHITE,
-        );
+    /// A system's marker, hollow where what it stands for is not stable.
+    pub fn mark(&self, at: (f64, f64), size: f64, style: Style, hollow: bool) {
+        self.shape(at, size + 2.0, WHITE, style.mark);
+        self.shape(at, size, style.ink, style.mark);
+        if hollow {
+            self.shape(at, size - 2.0, WHITE, style.mark);
+        }
+    }
+
+    fn shape(&self, (x, y): (f64, f64), size: f64, ink: RGBColor, mark: Mark) {
+        let corners: &[(f64, f64)] = match mark {
+            Mark::Circle => {
+                let circle = Circle::new(place((x, y)), size.round() as i32, ink.filled());
+                return self.root.draw(&circle).expect("text takes everything");
+            }
+            Mark::Square => &[(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
+            Mark::Triangle => &[(0.0, -1.2), (1.1, 0.8), (-1.1, 0.8)],
+            Mark::Inverted => &[(0.0, 1.2), (1.1, -0.8), (-1.1, -0.8)],
+            Mark::Diamond => &[(0.0, -1.3), (1.1, 0.0), (0.0, 1.3), (-1.1, 0.0)],
+            Mark::Bar => &[(-0.5, -1.3), (0.5, -1.3), (0.5, 1.3), (-0.5, 1.3)],
+        };
+        let corners: Vec<(i32, i32)> = corners
+            .iter()
+            .map(|(dx, dy)| place((x + dx * size, y + dy * size)))
+            .collect();
+        let polygon = Polygon::new(corners, ink.filled());
+        self.root.draw(&polygon).expect("text takes everything");
     }
 
     /// Text with a background, over lines.
@@ -128,15 +196,6 @@ impl Canvas<'_> {
             WHITE,
         );
         self.write(at, text, size, ink, side, bold);
-    }
-
-    pub fn square(&self, (x, y): (f64, f64), size: f64, ink: RGBColor) {
-        self.bar(
-            (x - size - 2.0, y - size - 2.0),
-            (x + size + 2.0, y + size + 2.0),
-            WHITE,
-        );
-        self.bar((x - size, y - size), (x + size, y + size), ink);
     }
 }
 

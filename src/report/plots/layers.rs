@@ -29,8 +29,8 @@ pub fn figure(group: &Group) -> Option<Figure> {
     let svg = sheet(WIDTH, height.ceil() as u32, "Time by layer", &subtitle, |canvas| {
         let (left, right) = (28.0, canvas.width - 110.0);
         let mut x = left;
-        for (name, colour) in GROUPS {
-            canvas.bar((x, HEAD), (x + 14.0, HEAD + 14.0), colour);
+        for (pattern, (name, color)) in GROUPS.into_iter().enumerate() {
+            canvas.hatched((x, HEAD), (x + 14.0, HEAD + 14.0), color, pattern);
             canvas.write((x + 21.0, HEAD + 7.0), name, 12.5, INK, Side::Start, false);
             x += width_of(name, 12.5) + 58.0;
         }
@@ -42,31 +42,24 @@ pub fn figure(group: &Group) -> Option<Figure> {
             let groups = grouped(profile.live, profile.layers.clone()).groups;
             let top = y + 22.0;
             let mut from = left;
-            for (name, colour) in GROUPS {
+            for (pattern, (name, color)) in GROUPS.into_iter().enumerate() {
                 let time = groups.get(name).copied().unwrap_or(0.0);
                 let to = from + (right - left) * time / longest;
-                canvas.bar((from, top), (to, top + BAR), colour);
+                canvas.hatched((from, top), (to, top + BAR), color, pattern);
                 let share = format!("{:.0} %", 100.0 * time / profile.total_ms);
                 let label = format!("{} ms, {share}", ms(time));
-                let ink = if colour == OURS { plotters::style::WHITE } else { INK };
-                if width_of(&label, 12.5) < to - from {
-                    canvas.write(
-                        ((from + to) / 2.0, top + BAR / 2.0),
-                        &label,
-                        12.5,
-                        ink,
-                        Side::Middle,
-                        false,
-                    );
-                } else if width_of(&share, 11.0) < to - from {
-                    canvas.write(
-                        ((from + to) / 2.0, top + BAR / 2.0),
-                        &share,
-                        11.0,
-                        ink,
-                        Side::Middle,
-                        false,
-                    );
+                let middle = ((from + to) / 2.0, top + BAR / 2.0);
+                let fitting = [(&label, 12.5), (&share, 11.0)];
+                let fitting = fitting
+                    .into_iter()
+                    .find(|(text, size)| width_of(text, *size) < to - from);
+                match fitting {
+                    // Stripes would cross the letters.
+                    Some((text, size)) if pattern > 0 => canvas.label(middle, text, size, INK, Side::Middle, false),
+                    Some((text, size)) => {
+                        canvas.write(middle, text, size, plotters::style::WHITE, Side::Middle, false);
+                    }
+                    None => {}
                 }
                 from = to;
             }

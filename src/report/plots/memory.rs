@@ -65,8 +65,8 @@ pub fn figure(group: &Group) -> Option<Figure> {
             if group.on_gpu {
                 let mut x = 28.0;
                 let shown = |i: &usize| bars.iter().any(|(_, parts)| parts[*i] > 0);
-                for (name, colour) in (0..PARTS.len()).filter(shown).map(|i| PARTS[i]) {
-                    canvas.bar((x, HEAD), (x + 14.0, HEAD + 14.0), colour);
+                for (i, (name, color)) in (0..PARTS.len()).filter(shown).map(|i| (i, PARTS[i])) {
+                    canvas.hatched((x, HEAD), (x + 14.0, HEAD + 14.0), color, i);
                     canvas.write((x + 21.0, HEAD + 7.0), name, 12.5, INK, Side::Start, false);
                     x += width_of(name, 12.5) + 42.0;
                 }
@@ -83,11 +83,11 @@ pub fn figure(group: &Group) -> Option<Figure> {
                     ours,
                 );
                 let mut from = left;
-                for (part, (_, colour)) in parts.iter().zip(PARTS) {
+                for (i, (part, (_, color))) in parts.iter().zip(PARTS).enumerate() {
                     let to = from + (right - left) * *part as f64 / most;
-                    let colour = if !group.on_gpu && ours { OURS } else { colour };
+                    let color = if !group.on_gpu && ours { OURS } else { color };
                     if *part > 0 {
-                        canvas.bar((from, y), (to, y + BAR), colour);
+                        canvas.hatched((from, y), (to, y + BAR), color, if group.on_gpu { i } else { 0 });
                     }
                     from = to;
                 }

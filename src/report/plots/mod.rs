@@ -1,20 +1,20 @@
 //! Figures of a group of results, each as SVG and PNG.
 //!
-//! `canvas` draws, `axes` maps numbers to places; one file a figure. A figure that its results do not have is left out,
-//! and `missing` says why. Colours are of Okabe and Ito's palette, which colour-blind readers tell apart.
+//! `canvas` draws, `axes` maps numbers to places; one file for each kind of figure. A figure that its results do not have is
+//! left out, and `missing` says why. Colors are of Okabe and Ito's palette, which color-blind readers can distinguish; line
+//! styles, markers and hatches differ too, for prints in gray.
 
 mod axes;
-mod bars;
 mod canvas;
-mod latency;
 mod layers;
+mod lines;
 mod memory;
 mod roofline;
 mod switches;
 
 use plotters::style::RGBColor;
 
-use super::input::{Group, ResultFile, SourceId};
+use super::input::{Group, Input, ResultFile, SourceId};
 use crate::help::{Fault, Help};
 
 /// Two pixels a unit, for screens that have them.
@@ -68,22 +68,34 @@ impl Figure {
     }
 }
 
-/// Everything that can be drawn of a group.
-pub fn figures(group: &Group) -> Vec<Figure> {
-    let drawn = [
-        latency::figure(group),
-        bars::figure(group),
-        roofline::figure(group),
-        layers::figure(group),
-        memory::figure(group),
-        switches::figure(group),
-    ];
+/// Times of a group by context and by prompt.
+pub fn times(group: &Group) -> Vec<Figure> {
+    [lines::decode(group), lines::prefill(group)]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// Where time and memory of a group go.
+pub fn parts(group: &Group) -> Vec<Figure> {
+    let drawn = [roofline::figure(group), layers::figure(group), memory::figure(group)];
     drawn.into_iter().flatten().collect()
+}
+
+/// Ablations of a group.
+pub fn switches(group: &Group) -> Option<Figure> {
+    switches::figure(group)
+}
+
+/// Throughput of the scheduler.
+pub fn serving(input: &Input) -> Option<Figure> {
+    lines::serving(input)
 }
 
 /// `llama-1b-fp16-nvidia-h200`: what file names begin with.
 pub fn slug(group: &Group) -> String {
-    let name = format!("{}-{}-{}", group.model, group.dtype, group.device).to_lowercase();
+    let dtype = if group.peers { "peers" } else { &group.dtype };
+    let name = format!("{}-{dtype}-{}", group.model, group.device).to_lowercase();
     let name: String = name
         .chars()
         .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
@@ -105,21 +117,85 @@ const INK: RGBColor = RGBColor(34, 34, 34);
 const FAINT_INK: RGBColor = RGBColor(105, 105, 105);
 const GRID: RGBColor = RGBColor(228, 228, 228);
 const AXIS: RGBColor = RGBColor(150, 150, 150);
-/// Other runs of Lapidary, where colours do not stand for systems.
-const OURS_TOO: RGBColor = RGBColor(120, 178, 214);
 const MUTED: RGBColor = RGBColor(176, 186, 196);
+
+/// Shape of a marker.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Mark {
+    Circle,
+    Square,
+    Triangle,
+    Diamond,
+    Inverted,
+    Bar,
+}
+
+/// Color, line style and marker of a system: each of them alone identifies it.
+#[derive(Clone, Copy, Debug)]
+struct Style {
+    ink: RGBColor,
+    /// Lengths drawn and left out, in turn; a solid line without any.
+    dash: &'static [f64],
+    mark: Mark,
+}
+
+/// Others, in turn.
+const STYLES: [(&[f64], Mark); 6] = [
+    (&[9.0, 4.0], Mark::Square),
+    (&[2.0, 4.0], Mark::Triangle),
+    (&[12.0, 4.0, 2.0, 4.0], Mark::Diamond),
+    (&[5.0, 3.0], Mark::Inverted),
+    (&[16.0, 6.0], Mark::Bar),
+    (&[9.0, 3.0, 2.0, 3.0, 2.0, 3.0], Mark::Square),
+];
+
+/// The `index`-th style; the first is Lapidary's.
+fn style(index: usize) -> Style {
+    if index == 0 {
+        return Style {
+            ink: OURS,
+            dash: &[],
+            mark: Mark::Circle,
+        };
+    }
+    let (dash, mark) = STYLES[(index - 1) % STYLES.len()];
+    Style {
+        ink: OTHERS[(index - 1) % OTHERS.len()],
+        dash,
+        mark,
+    }
+}
 
 /// The run of Lapidary that others are compared with.
 fn is_ours(group: &Group, r: &ResultFile) -> bool {
     group.ours().is_some_and(|ours| ours.source == r.source)
 }
 
-/// Results with their colours: ours always in ours.
-fn coloured(group: &Group) -> Vec<(&ResultFile, RGBColor)> {
-    let mut others = OTHERS.iter().cycle();
-    let mut colour = |r: &ResultFile| match is_ours(group, r) {
-        true => OURS,
-        false => *others.next().expect("a cycle has no end"),
+/// Results with their styles: ours always has the first.
+fn styled(group: &Group) -> Vec<(&ResultFile, Style)> {
+    let mut others = 0;
+    let mut next = |r: &ResultFile| match is_ours(group, r) {
+        true => style(0),
+        false => {
+            others += 1;
+            style(others)
+        }
     };
-    group.results.iter().map(|r| (r, colour(r))).collect()
+    group.results.iter().map(|r| (r, next(r))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As many systems as one plot has are distinct without their colors.
+    #[test]
+    fn styles_differ_in_gray() {
+        let styles: Vec<Style> = (0..7).map(style).collect();
+        for (i, a) in styles.iter().enumerate() {
+            for b in &styles[i + 1..] {
+                assert!(a.dash != b.dash, "{a:?} {b:?}");
+            }
+        }
+    }
 }

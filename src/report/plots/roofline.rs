@@ -6,7 +6,7 @@
 
 use super::axes::{Scale, mark};
 use super::canvas::{HEAD, Side, sheet, width_of};
-use super::{AXIS, FAINT_INK, Figure, INK, coloured, slug};
+use super::{AXIS, FAINT_INK, Figure, INK, Mark, Style, slug, styled};
 use crate::bench::model::{decode_bytes, decode_flop, prefill_flop};
 use crate::bench::result::Document;
 use crate::report::ceilings::Ceilings;
@@ -49,7 +49,7 @@ fn points(d: &Document) -> Vec<Point> {
     decode.chain(prefill).collect()
 }
 
-/// Points of a kind that lie close together, labelled as one.
+/// Points of a kind that lie close together, labeled as one.
 struct Label {
     at: (f64, f64),
     is_prefill: bool,
@@ -96,9 +96,9 @@ pub fn figure(group: &Group) -> Option<Figure> {
     let ours = group.ours()?;
     let ceilings = Ceilings::of(group);
     let (bandwidth, peak) = (ceilings.bandwidth(&ours.of)?, ceilings.peak(&ours.of));
-    let results: Vec<_> = coloured(group)
+    let results: Vec<_> = styled(group)
         .into_iter()
-        .map(|(r, colour)| (r, colour, points(&r.of)))
+        .map(|(r, style)| (r, style, points(&r.of)))
         .filter(|(.., points)| !points.is_empty())
         .collect();
     let all = || results.iter().flat_map(|(.., points)| points);
@@ -173,63 +173,41 @@ pub fn figure(group: &Group) -> Option<Figure> {
             let label = format!("peak, {} {}", mark((peak / unit.0 * 10.0).round() / 10.0), unit.1);
             canvas.label((right, height(peak) - 13.0), &label, 12.0, INK, Side::End, false);
         }
-        for (r, colour, points) in results.iter().rev() {
+        for (r, style, points) in results.iter().rev() {
             let is_ours = r.source == ours.source;
             for p in points {
                 let at = (x.at(p.intensity), height(p.reached));
-                match (p.is_prefill, p.stable) {
-                    (true, true) => canvas.square(at, 5.0, *colour),
-                    (true, false) => canvas.frame(at, 5.0, *colour),
-                    (false, true) => canvas.dot(at, 6, *colour),
-                    (false, false) => canvas.ring(at, 6, *colour),
-                }
+                canvas.mark(at, 6.0, *style, !p.stable);
             }
             if is_ours {
                 for label in labels_of(points, |p| (x.at(p.intensity), height(p.reached))) {
                     let (at, text) = (label.at, label.text());
                     match label.is_prefill {
-                        true => canvas.write((at.0, at.1 - 17.0), &text, 12.0, *colour, Side::Middle, true),
-                        false => canvas.write((at.0 + 13.0, at.1), &text, 12.0, *colour, Side::Start, true),
+                        true => canvas.write((at.0, at.1 - 17.0), &text, 12.0, style.ink, Side::Middle, true),
+                        false => canvas.write((at.0 + 13.0, at.1), &text, 12.0, style.ink, Side::Start, true),
                     }
                 }
             }
         }
-        for (i, (r, colour, _)) in results.iter().enumerate() {
-            let at = (right + 26.0, top + 14.0 + 22.0 * i as f64);
-            canvas.dot(at, 5, *colour);
-            canvas.write(
-                (at.0 + 12.0, at.1),
-                &r.of.system.label,
-                12.5,
-                *colour,
-                Side::Start,
-                i == 0,
-            );
+        let mut at = (right + 26.0, top + 14.0);
+        let mut entry = |style: Style, hollow: bool, label: &str, bold: bool| {
+            canvas.mark(at, 5.0, style, hollow);
+            canvas.write((at.0 + 12.0, at.1), label, 12.5, style.ink, Side::Start, bold);
+            at.1 += 22.0;
+        };
+        for (i, (r, style, _)) in results.iter().enumerate() {
+            entry(*style, false, &r.of.system.label, i == 0);
         }
-        let shapes = top + 14.0 + 22.0 * (results.len() as f64 + 0.6);
-        canvas.dot((right + 26.0, shapes), 5, AXIS);
-        canvas.write((right + 38.0, shapes), "decode", 12.0, FAINT_INK, Side::Start, false);
-        canvas.square((right + 26.0, shapes + 20.0), 4.0, AXIS);
-        canvas.write(
-            (right + 38.0, shapes + 20.0),
-            "prefill",
-            12.0,
-            FAINT_INK,
-            Side::Start,
-            false,
-        );
         if all().any(|p| !p.stable) {
-            canvas.ring((right + 26.0, shapes + 40.0), 5, AXIS);
-            let label = "unstable";
-            canvas.write(
-                (right + 38.0, shapes + 40.0),
-                label,
-                12.0,
-                FAINT_INK,
-                Side::Start,
-                false,
-            );
+            let style = Style {
+                ink: FAINT_INK,
+                dash: &[],
+                mark: Mark::Circle,
+            };
+            entry(style, true, "unstable", false);
         }
+        let note = "decode is at the left, prefill at the right";
+        canvas.write((right, bottom + 42.0), note, 12.0, FAINT_INK, Side::Start, false);
     });
     Some(Figure {
         name: format!("{}-roofline", slug(group)),

@@ -1,17 +1,17 @@
-//! Ablations: what each switch does to decode and to prefill, as a share of the usual time.
+//! Ablations: what each setting does to decode and to prefill, as a share of the default's time.
 
 use super::canvas::{HEAD, Side, sheet, width_of};
 use super::{AXIS, FAINT_INK, Figure, INK, MUTED, OTHERS, OURS, slug};
 use crate::report::ablations::{Ablation, ablations};
-use crate::report::benchmarks::{decode_at, prefill_of};
 use crate::report::input::{Group, ResultFile, SourceId};
+use crate::report::measure::{decode_at, prefill_of};
 
 const WIDTH: u32 = 960;
 const BAR: f64 = 22.0;
 const GAP: f64 = 8.0;
 const PANEL_HEAD: f64 = 38.0;
 
-/// One switch in one position: what it is called, the share, what it was measured at.
+/// One setting with one value: its name, the share, what it was measured at.
 struct Bar {
     name: String,
     share: f64,
@@ -19,7 +19,7 @@ struct Bar {
     stable: bool,
 }
 
-/// The share of a run, at what, and whether both held still, if its baseline has the same measurement.
+/// The share of a run, at what, and whether both are stable, if its baseline has the same measurement.
 type Measure = dyn Fn(&Ablation<'_>, &ResultFile) -> Option<(f64, String, bool)>;
 
 pub fn figure(group: &Group) -> Option<Figure> {
@@ -32,7 +32,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         let bar = |(a, position, run): (&Ablation<'_>, &String, &&ResultFile)| {
             let (share, at, stable) = of(a, run)?;
             let mut name = format!("{}: {position}", a.name);
-            // A switch with two usual positions says which it is compared with.
+            // A setting with two defaults says which it is compared with.
             if let (true, Some(usual)) = (all.iter().filter(|b| b.name == a.name).count() > 1, a.usual()) {
                 name += &format!(", against {usual}");
             }
@@ -77,14 +77,11 @@ pub fn figure(group: &Group) -> Option<Figure> {
         .map(|b| width_of(&b.name, 12.5))
         .fold(120.0, f64::max)
         .min(360.0);
-    let subtitle = format!(
-        "{}; time with a switch in another position, usual time = 1",
-        group.title()
-    );
+    let subtitle = format!("{}; time with another value of one setting, default = 1", group.title());
     let svg = sheet(
         WIDTH,
         height.ceil() as u32,
-        "One switch at a time",
+        "One setting at a time",
         &subtitle,
         |canvas| {
             let (left, right) = (40.0 + labels, canvas.width - if steady { 190.0 } else { 240.0 });
@@ -97,13 +94,13 @@ pub fn figure(group: &Group) -> Option<Figure> {
                 for bar in bars {
                     let middle = y + BAR / 2.0;
                     canvas.write((left - 10.0, middle), &bar.name, 12.5, INK, Side::End, false);
-                    // Longer than usual speaks for the usual position, and a hundredth for neither.
-                    let colour = match bar.share {
+                    // Longer than the default speaks for the default; a difference of a hundredth speaks for neither.
+                    let color = match bar.share {
                         share if (share - 1.0).abs() < 0.01 => MUTED,
                         share if share > 1.0 => OURS,
                         _ => OTHERS[3],
                     };
-                    canvas.bar((left, y), (at(bar.share), y + BAR), colour);
+                    canvas.bar((left, y), (at(bar.share), y + BAR), color);
                     let doubt = if bar.stable { "" } else { ", unstable" };
                     let label = format!("{:.2}, {}{doubt}", bar.share, bar.at);
                     let end = at(bar.share).max(at(1.0));
@@ -120,7 +117,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
     sources.dedup();
     Some(Figure {
         name: format!("{}-ablations", slug(group)),
-        caption: format!("One switch at a time, {}", group.title()),
+        caption: format!("One setting at a time, {}", group.title()),
         svg,
         sources,
     })
