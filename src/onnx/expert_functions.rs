@@ -1,5 +1,5 @@
-//! Routing and experts as functions of standard operators. What they compute depends on more than attributes that a function's
-//! nodes can refer to (which operators, which inputs), so each form is an overload of its own.
+//! Routing and experts as functions of standard operators. Their operators and inputs vary, which the attributes of a function
+//! cannot express, so each form is its own overload.
 
 use super::functions::{function_of, int, ints, node, scalar, tensor};
 use super::proto::{FunctionProto, NodeProto};

@@ -1,5 +1,5 @@
-//! Operators of our own ([`LAPIDARY`]) as functions of standard operators, which a written model brings along, so that every
-//! runtime can execute it. Our reader knows the operators and passes over the functions.
+//! Lapidary's operators ([`LAPIDARY`]) as functions of standard operators. A written model contains these functions, so that every
+//! runtime can execute it. Lapidary's reader knows the operators and skips the functions.
 
 use super::proto::{AttributeProto, FunctionProto, NodeProto, OperatorSetIdProto, attribute_type};
 use super::write::{OPSET, attribute_proto};
@@ -205,7 +205,7 @@ fn scores_of_heads() -> Vec<NodeProto> {
     ]
 }
 
-/// `bounded` from the scores of that name: behind the soft cap, where there is one.
+/// `bounded` from the scores of that name: after the soft cap, where there is one.
 fn capped(scores: &str) -> [NodeProto; 6] {
     [
         real_of("cap", "softcap"),

@@ -1,10 +1,10 @@
 //! ONNX files in and out.
 //!
-//! Owns the protobuf messages ([`proto`]), the encodings of tensors, external data, and what the opsets 11 to 24 and the
-//! contrib operators of ONNX Runtime call things. [`read`] maps a file and gives a [`Graph`](crate::graph::Graph): weights
-//! are slices of the mapped files, nodes are in their opset-24 form (`graph::op`), model-local functions are inlined,
-//! operators it does not know are kept as `Op::Unknown`. [`write()`] and [`write_with_data`] give opset 24 and IR 11 back.
-//! [`exporter`] says who made an export.
+//! Owns the protobuf messages ([`proto`]), the encodings of tensors, external data, and the operators of opsets 11 to 24 and of
+//! ONNX Runtime's contrib domain. [`read`] maps a file and returns a [`Graph`](crate::graph::Graph): weights
+//! are slices of the mapped files, nodes are in their opset-24 form (`graph::op`), model-local functions are inlined, and
+//! unknown operators are kept as `Op::Unknown`. [`write()`] and [`write_with_data`] write opset 24 and IR 11.
+//! [`exporter`] identifies the exporter of a file.
 //!
 //! Left to others: dtypes and shapes (`graph::infer`), the rules of a graph (`graph::verify`), patterns (`passes`).
 

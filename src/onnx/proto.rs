@@ -178,7 +178,7 @@ pub struct ValueInfoProto {
     pub r#type: Option<TypeProto>,
 }
 
-/// A type that is no tensor (sequence, map, optional, sparse) decodes with no `tensor_type`.
+/// A type that is not a tensor (sequence, map, optional, sparse) decodes with no `tensor_type`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct TypeProto {
     #[prost(message, optional, tag = "1")]

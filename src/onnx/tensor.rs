@@ -1,7 +1,7 @@
 //! Tensors of a model file: every encoding ONNX has for one, and external data.
 //!
-//! Which element types there are is [`DType`]'s. `raw_data` and external data stay slices of the mapped files. Typed fields (`float_data` and the like) are
-//! converted, and so owned. External files are looked for inside the model's folder and nowhere else.
+//! [`DType`] lists the element types. `raw_data` and external data stay slices of the mapped files. Typed fields (such as
+//! `float_data`) are converted to owned memory. External files must lie inside the model's folder.
 
 use std::cell::RefCell;
 use std::collections::HashMap;

@@ -169,7 +169,7 @@ fn write_atomically(
         std::fs::rename(&temporary, path)
     })();
     result.map_err(|source| {
-        // Half a file is worse than none; if it cannot be removed, the first error is still the one to tell.
+        // Half a file is worse than none. If it cannot be removed, the first error is still the one to report.
         let _ = std::fs::remove_file(&temporary);
         WriteError::Io {
             path: path.to_path_buf(),

@@ -1,4 +1,4 @@
-//! ONNX Runtime's mixtures of experts, `MoE` and `QMoE`, as routing and experts of our own:
+//! ONNX Runtime's mixtures of experts, `MoE` and `QMoE`, as Lapidary's operators for routing and experts:
 //! <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>. Both take the softmax of all logits, and
 //! divide the weights of the chosen experts by their sum where `normalize_routing_weights` is set.
 

@@ -1,9 +1,9 @@
-//! Products of codes in one operator: what ONNX Runtime's quantizers write, and its optimizer where it puts nodes together. They
-//! become `DequantizeLinear` of both operands, `MatMul`, and what the operator does to the result, which is their definition:
+//! Products of codes in one operator, as ONNX Runtime's quantizers and its optimizer write them. By definition, they
+//! become `DequantizeLinear` of both operands, `MatMul`, and the operator's treatment of the result:
 //!
 //! - `QLinearMatMul` gives codes, by `QuantizeLinear` (<https://onnx.ai/onnx/operators/onnx__QLinearMatMul.html>);
 //! - `com.microsoft::MatMulIntegerToFloat` gives floats, with a bias;
-//! - `com.microsoft::DynamicQuantizeMatMul` takes floats on the left, which `DynamicQuantizeLinear` makes codes of.
+//! - `com.microsoft::DynamicQuantizeMatMul` takes floats on the left, which `DynamicQuantizeLinear` quantizes.
 
 use super::{Failure, Replacement, SourceNode};
 use crate::graph::op::{Binary, Op};

@@ -1,6 +1,6 @@
 //! The contrib operators of ONNX Runtime, domain `com.microsoft`:
-//! <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>. Those with an equal among ONNX's own
-//! operators become that.
+//! <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>. Those that equal one of ONNX's own
+//! operators become that operator.
 
 use super::{Failure, Replacement, SourceNode};
 use crate::graph::op::{Attention, AttributeSource, Binary, MICROSOFT, Op, Unary};
@@ -55,7 +55,7 @@ impl SourceNode<'_> {
         })
     }
 
-    /// `Gemm` with an activation behind it.
+    /// `Gemm` with an activation after it.
     fn fused_gemm(&self) -> Result<Replacement, Failure> {
         let Some(gemm) = Op::read("", "Gemm", self)? else {
             return Ok(Replacement::Unknown(None));

@@ -1,9 +1,8 @@
 //! One ONNX node of any opset from 11 to 24 becomes nodes of the graph, in their opset-24 form.
 //!
-//! Takes a node with its values looked up; gives nodes (or a constant) in the graph. What it does not know becomes
-//! [`Op::Unknown`], so that every obstacle of a model is reported at once: operators, and also known operators with an
-//! attribute that changes their meaning, as `Cast(to=string)`. Malformed nodes are errors. It does not check arity or
-//! dtypes; the verifier does.
+//! Takes a node whose values are resolved; adds nodes (or a constant) to the graph. Unknown operators become
+//! [`Op::Unknown`], and so do known operators with an unsupported attribute, such as `Cast(to=string)`. So all obstacles of a
+//! model are reported at once. Malformed nodes are errors. Arity and dtypes are checked by the verifier.
 
 mod experts;
 mod integer_products;

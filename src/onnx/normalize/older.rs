@@ -1,9 +1,9 @@
-//! What opsets 11 to 13 say otherwise than opset 14: the softmax of several axes at once, and `Dropout` with its ratio as an
+//! Differences of opsets 11 to 13 from opset 14: the softmax over several axes at once, and `Dropout` with its ratio as an
 //! attribute. Lists that became inputs (axes of `Squeeze`, `Unsqueeze` and reductions, sizes of `Split`) are read here for
 //! all opsets.
 //!
-//! Other operators changed between 11 and 14 in the types they take alone, or got attributes whose defaults are what they
-//! did before. An operator of a later opset is read as that says: ONNX Runtime's optimizer writes `LayerNormalization` into
+//! Other operators changed between 11 and 14 only in the types that they accept, or got attributes whose defaults keep the old
+//! behavior. An operator of a later opset is read by its own definition: ONNX Runtime's optimizer writes `LayerNormalization` into
 //! models of any opset.
 
 use super::{Failure, Replacement, SourceNode};

@@ -1,8 +1,8 @@
 //! Quantized weights: every exporter's form becomes a constant of codes, scales and zero points in the meaning of ONNX's
 //! `DequantizeLinear` ([`Constant::quantized`]), under ordinary `MatMul` and `Gather` nodes.
 //!
-//! Codes stay the bytes of the file: another element type is another view of them, and whatever has to be computed is
-//! deferred. Symmetric integer codes are signed ones without zero points, whichever way an exporter writes them.
+//! Codes stay the bytes of the file: another element type is another view of them, and computations are
+//! deferred. Symmetric integer codes become signed codes without zero points, however an exporter writes them.
 
 use super::{Failure, Replacement, SourceNode};
 use crate::graph::eval::reshape_target;
@@ -400,7 +400,7 @@ pub(super) fn is_idle(zero_points: &Constant, codes: DType) -> bool {
             .is_ok_and(|tensor| tensor.to_f32().iter().all(|v| *v == 0.0))
 }
 
-/// The unsigned type of so many bits.
+/// The unsigned type of this many bits.
 pub(super) fn code_type(bits: usize) -> Result<DType, Failure> {
     match bits {
         2 => Ok(DType::U2),

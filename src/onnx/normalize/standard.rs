@@ -1,5 +1,5 @@
-//! ONNX's own operators: what each node of opset 11 to 24 is in opset 24, where the table of operators (`graph::op`) does
-//! not say so by itself. What opsets before 14 say otherwise is in `older`.
+//! ONNX's own operators: the opset-24 form of each node of opset 11 to 24, where the table of operators (`graph::op`) does
+//! not define it. Differences of opsets before 14 are in `older`.
 
 use super::{Failure, Replacement, SourceNode};
 use crate::graph::ValueId;

@@ -1,7 +1,7 @@
 //! Operators that TensorRT's ONNX parser knows and ModelOpt writes, domain `trt`: quantization to codes for which ONNX had no
 //! types then. Their meaning is that of ONNX's `QuantizeLinear` and `DequantizeLinear` without zero points
 //! (`QuantDequantLinearHelper` in <https://github.com/onnx/onnx-tensorrt/blob/main/onnxOpImporters.cpp>); the codes' type is in
-//! the operator's name, and a block is what the shapes of codes and scales say.
+//! the operator's name, and the shapes of codes and scales give the block.
 
 use super::quantized::viewed;
 use super::{Failure, Replacement, SourceNode};
@@ -75,7 +75,7 @@ impl SourceNode<'_> {
     }
 }
 
-/// The operator on what is no constant.
+/// The operator on a value that is not a constant.
 fn of_activations(size: usize, op: Op) -> Result<Replacement, Failure> {
     match size {
         0 => Ok(Replacement::Op(op)),

@@ -1,13 +1,14 @@
-//! `If`: one of its branches takes its place while the model is read.
+//! `If`: one of its branches replaces it while the model is read.
 //!
-//! A branch is known where the condition is the same in every call (`condition`), and where it is computed from one boolean
-//! input that switches between a decoder without past keys and values, for the prompt, and one with them, for what follows
-//! (optimum's merged decoders, `use_cache_branch`). Of these two the one that reads the past is taken: with a past of no
-//! tokens it computes the prompt, too, as the passes prove of every export, and it must know every weight that the other
-//! reads. Names say nothing; which branch reads the past is seen from what its outputs are computed from. Whether both are one
-//! model is found by execution, where a package is made (`convert`).
+//! The branch is known in two cases. The condition is the same in every call (`condition`). Or it is computed from one boolean
+//! input that switches between a decoder without past keys and values, for the prompt, and one with them, for the following
+//! tokens (optimum's merged decoders, `use_cache_branch`). Then the branch that reads the past is taken: with an empty past
+//! it also computes the prompt, as the passes prove of every export, and it must have every weight that the other branch
+//! reads. The branch that reads the past is identified by the inputs of its outputs, not by names. Whether both branches are
+//! the same model is tested by execution when a package is made (`convert`).
 //!
-//! Branches that are constants become a choice between them (`chosen_constants`). Any other `If` stays in the graph as an operator that is not supported, with the reason.
+//! Branches that are constants become a choice between them (`chosen_constants`). Any other `If` stays in the graph as an
+//! unsupported operator, with the reason.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -180,7 +181,7 @@ impl<'m> Reader<'m> {
         if frame.depth >= MAX_DEPTH {
             return Err(broken(node, frame, format!("it is nested more than {MAX_DEPTH} deep")));
         }
-        // Values around the node get the results. One that is no result of a node of the branch is copied.
+        // Values outside the node get the results. A result that no node of the branch computes is copied.
         let of_nodes: HashSet<&str> = branch.node.iter().flat_map(|n| &n.output).map(String::as_str).collect();
         let mut results: HashMap<&str, ValueId> = HashMap::new();
         let mut copies = Vec::new();
@@ -278,7 +279,7 @@ impl<'m> Reader<'m> {
             if id.is_some_and(|id| known.iter().any(|(known, _)| *known == Some(id))) {
                 continue;
             }
-            // Exporters fold a transposition in one branch and not in the other, so the order of elements says nothing.
+            // Exporters fold a transposition in one branch and not in the other, so the order of elements cannot be compared.
             let prints = prints.get_or_insert_with(|| known.drain(..).map(|(_, (_, c))| fingerprint(&c)).collect());
             if !prints.contains(&fingerprint(&constant)) {
                 return Some(name);
@@ -308,7 +309,7 @@ impl<'m> Reader<'m> {
         outer.chain(own).filter(|(_, (_, c))| is_matrix(c)).collect()
     }
 
-    /// Inputs that chose a branch and that nothing else reads are none of the graph's.
+    /// Removes inputs that only chose a branch.
     pub(super) fn drop_switches(&mut self) {
         let uses = self.graph.uses();
         let mut switches: Vec<(ValueId, bool)> = self.switches.iter().map(|(id, value)| (*id, *value)).collect();

@@ -1,4 +1,4 @@
-//! What is known of the condition of an `If` while the model is read.
+//! What is known about the condition of an `If` while the model is read.
 
 use std::collections::{HashMap, HashSet};
 
@@ -25,7 +25,7 @@ pub(super) enum Condition {
 }
 
 /// Looks at a condition: executes it where it depends on constants or on one boolean input, and infers it from the fixed
-/// dims of inputs otherwise. Names of dims say nothing here: exporters give one name to different lengths.
+/// dims of inputs otherwise. Names of dims are ignored: exporters give one name to different lengths.
 pub(super) fn condition(graph: &Graph, id: ValueId) -> Condition {
     let Some((mut part, wanted)) = part(graph, id) else {
         return Condition::Pending;
@@ -74,7 +74,7 @@ fn is_flag(graph: &Graph, id: ValueId) -> bool {
     value.dtype == Some(DType::Bool) && value.shape.as_ref().is_some_and(one)
 }
 
-/// The nodes that compute a value, as a graph of its own, whose inputs have a name of their own for each dim that is not
+/// The nodes that compute a value, as its own graph, whose inputs have their own name for each dim that is not
 /// fixed. `None`: it reads a value that is not defined yet.
 fn part(graph: &Graph, id: ValueId) -> Option<(Graph, ValueId)> {
     let (values, whole) = computed_from(graph, &[id], |_| true);

@@ -1,4 +1,4 @@
-//! From bytes to protobuf messages, and what the bytes are if they are no model.
+//! From bytes to protobuf messages, and a diagnosis of bytes that are not a model.
 
 use bytes::Bytes;
 use prost::Message;
@@ -31,7 +31,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<ModelProto, ReadErrorKind> {
 }
 
 /// If the top-level fields are those of a model and the last one reaches beyond the end: how many bytes there should be.
-/// Told apart from garbage because the cure is another one.
+/// Distinguished from garbage because the remedy differs.
 fn promised_length(bytes: &[u8]) -> Option<u64> {
     let mut rest = bytes;
     let varint = |rest: &mut &[u8]| prost::encoding::decode_varint(rest).ok();

@@ -1,6 +1,7 @@
-//! From a file to a graph: definitions and uses of values, node by node. `decode` says what a file is that is no ONNX
-//! model, `functions` puts the bodies of model-local functions where they are called, `branches` a branch of every `If`
-//! whose condition (`condition`) is known; single nodes are `normalize`'s, tensors are `tensor`'s.
+//! From a file to a graph: definitions and uses of values, node by node.
+//!
+//! `decode` reports what a file is if it is not an ONNX model. `functions` inlines model-local functions, `branches` replaces
+//! every `If` with a known condition (`condition`) by one branch. `normalize` reads single nodes, `tensor` tensors.
 
 mod branches;
 mod chosen_constants;
@@ -392,7 +393,7 @@ impl<'m> Reader<'m> {
         })
     }
 
-    /// The export's own word on the outputs of unknown operators, so that inference can go on behind them.
+    /// Types that the export declares for the outputs of unknown operators, so that inference can continue after them.
     fn declared_types(&mut self, graph: &'m GraphProto, scope: &Scope<'m>) {
         let unknown = |graph: &Graph, value: ValueId| {
             let op = graph.def(value).map(|(_, node)| &node.op);
