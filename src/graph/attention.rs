@@ -1,4 +1,4 @@
-//! What an attention does with its scores, written once for passes, operators, lowering and reports.
+//! How an attention computes its scores, defined once for passes, operators, lowering and reports.
 
 use serde::Serialize;
 

@@ -1,7 +1,7 @@
-//! Constants of a graph: bytes in a mapped file, or a recipe that turns such bytes into what a pass wants.
+//! Constants of a graph: bytes in a mapped file, or a recipe that computes a constant from such bytes.
 //!
 //! A pass that transposes, slices or converts a weight must not touch hundreds of megabytes: it records a
-//! [`Transform`], and the bytes are made once, when the package is written. Shape and dtype are always known at once.
+//! [`Transform`], and the bytes are computed once, when the package is written. Shape and dtype are always known.
 //!
 //! A quantized weight is a recipe too, [`Transform::Dequantize`] over codes, scales and zero points, and has the dtype and
 //! shape of its values; [`Constant::as_quantized`] gives the parts. Movements keep it quantized where blocks stay whole
@@ -61,7 +61,7 @@ pub enum Transform {
         axis: usize,
         /// First index.
         start: usize,
-        /// Behind the last index.
+        /// After the last index.
         end: usize,
     },
     /// All inputs joined on one axis.
@@ -118,7 +118,7 @@ pub struct Decode {
     read: Arc<DecodeFn>,
 }
 
-/// The elements of the result from the materialised inputs; as many bytes as its dtype and shape take.
+/// The elements of the result from the materialized inputs; as many bytes as its dtype and shape take.
 type DecodeFn = dyn Fn(&[Tensor]) -> Bytes + Send + Sync;
 
 impl Decode {
@@ -140,7 +140,7 @@ impl fmt::Debug for Decode {
     }
 }
 
-/// Why a constant's bytes cannot be had.
+/// Why a constant's bytes are not available.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConstantError {
     /// A weight of a stripped package.
@@ -275,7 +275,7 @@ impl Constant {
         }
     }
 
-    /// Whether the bytes can be had: nothing it is made of was left out.
+    /// Whether the bytes are available: none of its sources was left out.
     pub fn is_present(&self) -> bool {
         match &self.source {
             ConstantSource::Tensor(_) => true,

@@ -1,4 +1,4 @@
-//! The text form of a graph: one line a node, for people, snapshots and test files. [`parse`](super::parse) reads it back.
+//! The text form of a graph: one line per node, for people, snapshots and test files. [`parse`](super::parse) reads it back.
 //!
 //! ```text
 //! graph main (pytorch 2.15.0, opset 18)
@@ -14,10 +14,10 @@
 //! ```
 //!
 //! The order of lines is that of the graph and names are those of its values, so equal graphs give equal text. A node's
-//! own name stands behind `#` where it says more than its output's name. Constants that nothing reads are left out, and so
-//! are the elements of those larger than eight elements. A quantized weight has what it is in parentheses, `(quantized: u4
-//! in blocks of 32 on axis 1)`; the parser asks for it as for other constants without elements. `?` stands for a type that is not known. A name with spaces or
-//! punctuation in it is in quotes.
+//! own name follows after `#` if it differs from its output's name. Unread constants are left out, and so
+//! are the elements of constants with more than eight. A quantized weight has its format in parentheses, `(quantized: u4
+//! in blocks of 32 on axis 1)`; the parser treats it like other constants without elements. `?` is an unknown type. A name with
+//! spaces or punctuation is in quotes.
 
 use std::collections::HashSet;
 use std::fmt::{self, Display, Write};

@@ -3,7 +3,7 @@
 //! A [`Graph`] is an arena of [`Value`]s and [`Node`]s. A value is a graph input, a constant or the output of one node;
 //! it has a name (unique in the graph), and, after inference, a dtype and a shape of [`Dim`]s. Nodes are in static
 //! single assignment form: each value has one definition, no node comes before what it reads once
-//! [`Graph::sort`] has run. Nodes hold an [`Op`], normalised to opset 24.
+//! [`Graph::sort`] has run. Nodes hold an [`Op`], normalized to opset 24.
 //!
 //! The front end (`onnx`) makes graphs, `passes` rewrite them, `lower` reads the canonical one. Its modules:
 //! `op` the operators, `constant` and `transform` tensors with deferred work, `infer` dtypes and shapes,

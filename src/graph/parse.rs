@@ -1,9 +1,9 @@
 //! Reads the text form of a graph, as [`dump`](super::dump()) writes it.
 //!
-//! What a dump leaves out is made up: the bytes of constants larger than eight elements ([`parse_with`] asks for them,
+//! The parser fills in what a dump leaves out: the bytes of constants larger than eight elements ([`parse_with`] asks for them,
 //! [`parse`] leaves them absent), the origins of constants, and the name of a node whose output is named after it. So
-//! `dump(parse(dump(graph)))` is `dump(graph)`. A canonical graph gets the interface that its names give. For graphs written by hand a constant may also be `= random(7)`, made-up
-//! elements by that seed, or `= full(0.5)`; and `from a.name` at the end of its line names its origin, which makes it a
+//! `dump(parse(dump(graph)))` is `dump(graph)`. A canonical graph gets the interface that its names give. In a graph written by hand, a constant can also be `= random(7)`, random
+//! elements with that seed, or `= full(0.5)`; `from a.name` at the end of its line names its origin, which makes it a
 //! weight. A node's output and an output of the graph may stand without their types, which inference finds.
 
 use std::cell::RefCell;

@@ -1,11 +1,11 @@
 //! Quantized weights as constants: codes, scales and zero points that move together.
 //!
 //! [`Quantized`] is a view of the parts of a [`Constant`] that is quantized ([`Constant::as_quantized`]). Its movements
-//! give the constant whose values are those of the movement on the values, made of moved codes: nothing is computed, and
-//! nothing is widened. A movement that takes blocks apart is a [`QuantizedError`]. The same movements on the [`Constant`]
-//! itself fall back to one on the values, which are exact but as wide as floats are.
+//! move the codes, so that the result has the moved values: nothing is computed, and
+//! nothing is widened. A movement that would split blocks is a [`QuantizedError`]. The same movements on the [`Constant`]
+//! itself fall back to moving the values, which is exact but needs the memory of floats.
 //!
-//! What the numbers mean is in [`crate::tensor::quantized`]. Scales can be quantized themselves (NVFP4 has blocks whose
+//! [`crate::tensor::quantized`] defines the values. Scales can be quantized themselves (NVFP4 has blocks whose
 //! scales are fp8 with one scale for all).
 
 use std::fmt;
@@ -28,7 +28,7 @@ pub struct Quantized<'a> {
 }
 
 impl<'a> Quantized<'a> {
-    /// What the parts are called, behind the weight's name and a dot.
+    /// What the parts are called, after the weight's name and a dot.
     pub const PARTS: [&'static str; 3] = ["codes", "scales", "zero_points"];
 
     /// The parts that are there, with what they are called: see [`Quantized::PARTS`].
@@ -112,7 +112,7 @@ impl<'a> Quantized<'a> {
     }
 
     /// Another shape of the same volume, if in it every channel, or block, is still what it was: it has an axis with the
-    /// same number of elements behind it and the same channels, or a whole number of blocks.
+    /// same number of elements after it and the same channels, or a whole number of blocks.
     pub fn reshaped(self, shape: &[usize]) -> Result<Constant, QuantizedError> {
         let old = self.codes.shape();
         let inner = |shape: &[usize], axis: usize| shape[axis + 1..].iter().product::<usize>();
@@ -257,7 +257,7 @@ mod tests {
         Constant::tensor(Tensor::from_f32(shape.to_vec(), &values))
     }
 
-    /// Codes of `shape` with a scale and a zero point of its own for every block or channel.
+    /// Codes of `shape` with a scale and a zero point for every block or channel.
     fn weight(shape: &[usize], granularity: Granularity) -> Constant {
         let of = granularity.scale_shape(shape).unwrap();
         let codes = ints(DType::U4, shape, (0..).map(|i| i * 7 % 16));

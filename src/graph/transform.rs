@@ -69,7 +69,7 @@ fn half_range_moved(input: &Tensor) -> Bytes {
         _ => 0b1000_0000,
     };
     let mut bytes: Vec<u8> = input.data().iter().map(|byte| byte ^ flip).collect();
-    // Bits behind the last element stay 0.
+    // Bits after the last element stay 0.
     let (bits, used) = (input.dtype().bits(), input.len() * input.dtype().bits() % 8);
     if let (true, Some(last)) = (bits < 8 && used > 0, bytes.last_mut()) {
         *last &= (1 << used) - 1;

@@ -2,7 +2,7 @@
 //!
 //! Takes a graph after inference; gives every obstacle in it: values without a definition, nodes out of order, operators
 //! Lapidary does not know (each with the names of all its nodes), missing or surplus inputs, element types that an
-//! operator does not take or that differ where they must be equal. Shapes are inference's to check.
+//! operator does not take or that differ where they must be equal. Inference checks shapes.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -106,7 +106,7 @@ pub fn verify(graph: &Graph) -> Result<(), Obstacles> {
             dtypes(graph, node, &mut obstacles);
         }
     }
-    // Behind an unknown operator nothing is typed, which is no obstacle of its own.
+    // After an unknown operator nothing is typed; that is not an additional obstacle.
     if unknown.is_empty() {
         untyped(graph, &mut obstacles);
     }

@@ -52,7 +52,7 @@ pub(super) fn store(dtype: DType, shape: Vec<usize>, data: Data) -> Tensor {
     }
 }
 
-/// Number of elements of a shape made up by an operator.
+/// Number of elements of a shape that an operator computed.
 pub(super) fn volume(shape: &[usize]) -> Result<usize> {
     shape
         .iter()

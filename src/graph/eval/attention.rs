@@ -1,5 +1,5 @@
-//! ONNX `Attention`, opset 23 and 24 (<https://onnx.ai/onnx/operators/onnx__Attention.html>), and which file evaluates
-//! the other operators of its family.
+//! ONNX `Attention`, opset 23 and 24 (<https://onnx.ai/onnx/operators/onnx__Attention.html>), and the dispatch
+//! of the other operators of its family.
 
 use super::array::{Result, broadcast, broadcast_offsets};
 use super::error::{EvalError, invalid, shape_error};

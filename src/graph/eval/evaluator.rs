@@ -9,7 +9,7 @@ use crate::tensor::Tensor;
 /// Computes values of a graph from bindings, each at most once.
 ///
 /// Any value may be bound, not only graph inputs: a binding hides the value's definition, so a part of a graph can be
-/// run by itself. Only what a wanted value depends on is computed, so inputs it does not depend on may stay unbound.
+/// run alone. Only the dependencies of the requested value are computed, so other inputs may stay unbound.
 pub struct Evaluator<'g> {
     graph: &'g Graph,
     known: HashMap<ValueId, Tensor>,

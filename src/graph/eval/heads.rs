@@ -119,7 +119,7 @@ impl Heads {
 
 /// Softmax attention. `bias(b, h, i, j)` is added to the score of query `i` and key `j` after the softcap; a query
 /// whose keys are all at minus infinity gives zeros. `sink[h]` adds a score that takes weight and gives nothing.
-/// The roundings are those of scores before and behind the softcap, and of probabilities.
+/// The roundings are those of scores before and after the softcap, and of probabilities.
 /// Gives the output `[batch, heads, queries, v_dim]` and the scores (softcapped, without the bias).
 pub(super) fn attend(
     [q, k, v]: [&Heads; 3],

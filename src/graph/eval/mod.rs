@@ -1,10 +1,10 @@
-//! What every operator means: ONNX semantics on concrete tensors.
+//! The meaning of every operator: ONNX semantics on concrete tensors.
 //!
 //! [`eval_op`] computes one operator, [`Evaluator`] values of a [`Graph`](super::Graph) from bindings. Folding runs it on
-//! constants; recognition runs masks, positions and rotary tables through it and compares with what they should be;
-//! tests use it as the oracle for every rewrite. It is written to be right and plain: floats of every type compute in f64
-//! and are rounded once per operator, so results differ from an fp32 engine by that engine's rounding. Speed belongs to
-//! `backend::cpu`.
+//! constants. Recognition executes masks, positions and rotary tables with it and compares the results with the definition.
+//! Tests use it as the oracle for every rewrite. It favors correctness and simplicity over speed: floats of every type compute in f64
+//! and are rounded once per operator, so results differ from an fp32 engine by that engine's rounding. `backend::cpu` is the
+//! fast executor.
 //!
 //! Nothing here panics on bad operands: shapes, dtypes and indices come from untrusted files, and each failure is an
 //! [`EvalError`] that names the node.

@@ -2,16 +2,16 @@
 //!
 //! Takes a graph whose inputs and constants have types; [`infer`] fills in the rest and gives [`InferenceFacts`]. Exporters compute
 //! shapes in the graph (`Shape` → `Gather` → `Concat` → `Reshape`), name one length many times and take equal lengths
-//! from different tensors. So elements of small tensors are followed as dims, and every equation an operator implies
-//! (two operands of a broadcast, the other axes of a `Concat`, the inner dims of a `MatMul`) goes to a [`Unifier`]. What
-//! is learned late may decide what was open before, so inference runs again until nothing new is learned.
+//! from different tensors. So elements of small tensors are tracked as dims, and every equation that an operator implies
+//! (two operands of a broadcast, the other axes of a `Concat`, the inner dims of a `MatMul`) goes to a [`Unifier`]. A
+//! later equation can decide an earlier question, so inference repeats until nothing new is learned.
 //!
-//! Dtypes are propagated, not checked: mixed operands are the verifier's to find. Values behind an unknown operator
+//! Dtypes are propagated, not checked: the verifier finds mixed operands. Values after an unknown operator
 //! without declared types stay untyped.
 //!
-//! Modules: `node` holds one node and which rule it takes, `elements` the arithmetic on elements of small tensors; the
-//! rules are in `elementwise`, `movement` (reshape, concat, slice …), `indexing` (gather, scatter), `selection` (top-k, one-hot), `experts`, `linear` (products,
-//! reductions, normalizations) and `attention`.
+//! Modules: `node` selects the rule of a node, `elements` has the arithmetic on elements of small tensors. The
+//! rules are in `elementwise`, `movement` (reshape, concat, slice …), `indexing` (gather, scatter), `selection` (top-k, one-hot),
+//! `experts`, `linear` (products, reductions, normalizations) and `attention`.
 
 mod attention;
 mod elements;
@@ -271,7 +271,7 @@ impl Tables {
                 None => None,
                 Some(value) => match self.resolved(*value) {
                     Some(fact) => Some(fact),
-                    // Behind an unknown operator.
+                    // After an unknown operator.
                     None => return Ok(()),
                 },
             });

@@ -1,4 +1,4 @@
-//! The macros behind the operator tables. Both expand to plain enums and exhaustive matches.
+//! The macros of the operator tables. Both expand to plain enums and exhaustive matches.
 
 /// Declares an enum of operators that differ in nothing but their name and operands: for each variant ONNX's name, the
 /// opsets that define a version of it, and its operand. The closure at the end makes the rest of its `OperatorInfo`.
@@ -68,7 +68,7 @@ macro_rules! operators {
             }
         )*
 
-        /// An operator with its attributes; the head of the module says what is normalised.
+        /// An operator with its attributes; the head of the module says what is normalized.
         #[derive(Clone, PartialEq, Debug)]
         #[allow(missing_docs, reason = "variants and attributes are ONNX's of the same name")]
         pub enum Op {

@@ -200,7 +200,7 @@ pub struct OperatorInfo {
     pub canonical: bool,
 }
 
-/// An operator of ONNX's own domain with one output and a rule of its own, until the methods below say otherwise.
+/// An operator of ONNX's own domain with one output and its own rule, until the methods below say otherwise.
 pub(super) const fn onnx(op_type: &'static str, versions: &'static [i64], inputs: &'static [Input]) -> OperatorInfo {
     OperatorInfo {
         domain: "",

@@ -1,4 +1,4 @@
-//! The operators of the graph level: ONNX operators as data, normalised to their opset-24 form.
+//! The operators of the graph level: ONNX operators as data, normalized to their opset-24 form.
 //!
 //! Attributes that became inputs in later opsets (axes of `ReduceMean`, `Squeeze`; sizes of `Split`) are always inputs
 //! here, and variadic `Max`, `Min`, `Sum` are chains of two-operand nodes; the reader does this once. Inputs keep ONNX's

@@ -202,7 +202,7 @@ operators! {
         MatMulInteger => onnx("MatMulInteger", &[10], &[number(), number(), number().optional(), number().optional()])
             .family(Family::Quantization).not_canonical();
         /// Every element as the number its nearest code stands for: `QuantizeLinear` with one scale for all and
-        /// `DequantizeLinear` behind it, in fp32.
+        /// `DequantizeLinear` after it, in fp32.
         RoundToCodes {
             to: DType = element_type("to"),
             scale: f32 = real("scale", 1.0),
@@ -210,7 +210,7 @@ operators! {
         } => own("RoundToCodes", &[float()])
             .family(Family::Quantization).like_input().row_wise(RowWise::Always);
         /// Every element as the number that the nearest of u8 codes over the range of all of x, and 0, stands for:
-        /// `DynamicQuantizeLinear` and `DequantizeLinear` behind it, in fp32.
+        /// `DynamicQuantizeLinear` and `DequantizeLinear` after it, in fp32.
         DynamicRoundToCodes => own("DynamicRoundToCodes", &[float()]).family(Family::Quantization).like_input();
 
         // Contrib operators of ONNX Runtime
@@ -281,7 +281,7 @@ operators! {
             .outputs(4).family(Family::Attention);
         /// Attention whose scores or probabilities are rounded to codes. Inputs: q `[batch, heads, tokens, head_dim]`, k and v
         /// `[batch, kv_heads, slots, ..]`, mask (bool, true where a token attends to a slot). The scaled products of queries
-        /// and keys are rounded before the soft cap or behind it and before the mask, the probabilities before their product with
+        /// and keys are rounded before the soft cap or after it and before the mask, the probabilities before their product with
         /// the values; all in fp32.
         RoundedAttention {
             /// Factor of the products of queries and keys.
@@ -290,7 +290,7 @@ operators! {
             softcap: f32 = real("softcap", 0.0),
             /// Of the scaled scores.
             scores: Option<Rounding> = rounding("scores_to", "scores_scale", "scores_zero_point"),
-            /// Of the scores behind the soft cap, before the mask.
+            /// Of the scores after the soft cap, before the mask.
             capped: Option<Rounding> = rounding("capped_to", "capped_scale", "capped_zero_point"),
             /// Of the softmax's result.
             probabilities: Option<Rounding>
@@ -298,7 +298,7 @@ operators! {
         } => own("RoundedAttention", &[float().same(), float().same(), float().same(), boolean()])
             .family(Family::Attention);
         /// Attention in which each head has a bias and a sink. Inputs: q, k, v and mask as those of [`RoundedAttention`] (the
-        /// mask may also be added), slopes and sinks, both f32 `[heads]`. `slopes[head] * slot` is added to the scores behind
+        /// mask may also be added), slopes and sinks, both f32 `[heads]`. `slopes[head] * slot` is added to the scores after
         /// the soft cap (ALiBi; 0: no bias), and `sinks[head]` is the score of one more slot, which takes a share of the softmax
         /// and has no value (minus infinity: no sink). All in fp32.
         BiasedAttention {
