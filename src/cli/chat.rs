@@ -1,4 +1,4 @@
-//! `lapidary chat`: a conversation. On a terminal with line editing and a history; otherwise every line of standard input
+//! `lapidary chat`: a conversation, with line editing and a history on a terminal. Otherwise every line of standard input
 //! is a message, for scripts.
 //!
 //! One session serves all turns, so each turn computes only what its prompt adds to the cache.

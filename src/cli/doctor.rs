@@ -1,4 +1,4 @@
-//! `lapidary doctor`: what this machine can build and run, and how to fix what it cannot.
+//! `lapidary doctor`: what this machine can build and run, and how to fix problems.
 
 use std::fmt::Write;
 use std::path::PathBuf;

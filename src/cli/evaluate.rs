@@ -1,4 +1,4 @@
-//! `lapidary evaluate`: what a package answers to a task's prompts, scored against the answers that are right.
+//! `lapidary evaluate`: answers of a package to a task's prompts, scored against references.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;

@@ -1,7 +1,7 @@
-//! What a generation looks like to a script: one JSON document at its end, or a JSON line for each event as it comes.
+//! A generation as JSON for scripts: one document at its end, or one line for each event.
 //!
-//! Events: `prompt` (once, before anything is computed), `token` (each, with the text that became certain with it), `text`
-//! (what was held back until the end, if anything), `done` (once; what the document has, without steps).
+//! Events: `prompt` (once, before anything is computed), `token` (each, with the text that it completes), `text`
+//! (the text that was held back until the end, if any), `done` (once; the document without steps).
 
 use std::io::{self, Write};
 use std::time::Duration;

@@ -1,6 +1,6 @@
-//! What a command ends with when it does not end well: an exit status, one message, and what to do.
+//! Command errors: exit status, message, help.
 //!
-//! Errors of the library state their cause and what to do ([`Help`]); this turns them into an exit
+//! Errors of the library state their cause and a remedy ([`Help`]). This module derives the exit
 //! status (2: the input or the usage, 1: anything else) and prints them.
 
 use std::fmt;

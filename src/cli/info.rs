@@ -1,4 +1,4 @@
-//! `lapidary info`: what is in a package, as text or as the manifest itself.
+//! `lapidary info`: the contents of a package, as text or as the manifest itself.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;

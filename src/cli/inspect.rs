@@ -1,4 +1,4 @@
-//! `lapidary inspect`: what an export is, and why it can or cannot be converted.
+//! `lapidary inspect`: describes an export, and whether it can be converted.
 
 mod formats;
 
@@ -257,7 +257,7 @@ fn summary(facts: &Inspection, verbose: bool) -> String {
     }
     let patterns: Vec<String> = r.patterns.iter().map(|(name, n)| format!("{n} {name}")).collect();
     line(
-        "recognised",
+        "recognized",
         if patterns.is_empty() {
             "nothing".into()
         } else {

@@ -1,8 +1,8 @@
-//! Ctrl-C: ends the program, except while a [`Listener`] lives.
+//! Ctrl-C: ends the program, except while a [`Listener`] exists.
 //!
-//! A command that can stop in an orderly way has a listener and ends with [`Failure::interrupted`](super::Failure); whatever it
-//! was writing is dropped, and so removed. Everywhere else, and at the second Ctrl-C, the program ends at once; an
-//! unfinished package is removed here too. The exit status is 130 in either case, as in shells.
+//! A command that can stop cleanly has a listener and ends with [`Failure::interrupted`](super::Failure); its unfinished
+//! output is dropped, and so removed. Otherwise, and at the second Ctrl-C, the program ends immediately; an
+//! unfinished package is also removed. The exit status is 130 in both cases, as in shells.
 
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;

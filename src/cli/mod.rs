@@ -1,8 +1,8 @@
-//! The command line: one file a command, parsing and printing only.
+//! The command line: one file per command, parsing and printing only.
 //!
-//! Exit status: 0 done; 2 wrong usage or unusable input, with one message on stderr that says what is wrong and what to
-//! do; 130 interrupted by Ctrl-C (a server stops in order, with 0); 1 anything else. `--json` prints one document on stdout
-//! and nothing else there. Notes and warnings go to stderr, progress too if it is a terminal; `--quiet` turns them off.
+//! Exit status: 0 done; 2 wrong usage or unusable input, with one message on stderr that states the problem and the
+//! remedy; 130 interrupted by Ctrl-C (a server stops cleanly, with 0); 1 anything else. `--json` prints one document on stdout
+//! and nothing else there. Notes and warnings go to stderr, and progress if stderr is a terminal; `--quiet` turns them off.
 
 mod bench;
 mod chat;

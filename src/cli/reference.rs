@@ -13,7 +13,7 @@ pub fn page() -> String {
          files`; do not edit.\n\n\
          Exit status: 0 done; 1 failed; 2 wrong usage or unusable input; 130 interrupted by Ctrl-C. With `--json` one document \
          goes to stdout and nothing else; progress, notes and warnings go to stderr. Progress needs a terminal there; \
-         `--quiet` turns off all three. Colours follow `NO_COLOR`.\n\n",
+         `--quiet` turns off all three. Colors follow `NO_COLOR`.\n\n",
     );
     let commands: Vec<&Command> = root.get_subcommands().filter(|c| c.get_name() != "help").collect();
     out += "| command | |\n|---|---|\n";

@@ -1,4 +1,4 @@
-//! `lapidary refit`: other weights into a package.
+//! `lapidary refit`: replaces the weights of a package.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! `lapidary sample`: a sampler chain on one distribution, to see what it does.
+//! `lapidary sample`: shows the effect of a sampler chain on one distribution.
 
 use std::path::PathBuf;
 use std::sync::Arc;

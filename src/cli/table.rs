@@ -1,4 +1,4 @@
-//! Aligned columns for people.
+//! Aligned columns of text.
 
 /// Rows of cells under a header, columns padded to their widest cell; numbers to the right.
 pub struct Table {

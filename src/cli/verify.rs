@@ -1,8 +1,8 @@
-//! `lapidary verify`: a package against the export it was made from, which another engine runs.
+//! `lapidary verify`: compares a package with its export, which another engine runs.
 //!
-//! The package generates greedily, with its cache, its chunks and its fp16 where it has them; the reference then runs
+//! The package generates greedily, with its cache, chunks and precision. The reference then runs
 //! each whole sequence at once, and both must agree on the logits of every step and on the tokens. The longest prompt goes
-//! beyond every window and table that could matter ([`reach`]), and what it does not reach is printed.
+//! beyond every window and table that could matter ([`reach`]); the command prints what it does not reach.
 
 mod reach;
 

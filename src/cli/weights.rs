@@ -1,4 +1,4 @@
-//! `lapidary weights`: every weight of a package, and whether others would fit.
+//! `lapidary weights`: lists every weight of a package, and checks whether other weights fit.
 
 use std::path::{Path, PathBuf};
 

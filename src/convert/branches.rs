@@ -1,8 +1,8 @@
-//! Merged decoders: of their two branches the one that reads past keys and values is converted, and the other has to be the
+//! Merged decoders: the branch that reads past keys and values is converted, and the other branch must be the
 //! same model.
 //!
 //! Both are executed for one short prompt, with the export's own weights: the logits and the keys and values that they give
-//! must agree. That a prompt without a past is a case of what the converted branch computes is what the passes prove.
+//! must agree. The passes prove that the converted branch also computes a prompt without a past.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -92,7 +92,7 @@ fn answers(graph: &Graph, roles: &HashMap<&str, InputRole>) -> Result<Vec<Tensor
     executed(graph, bindings).map_err(|(at, error)| format!("they cannot be compared: {at}: {error}"))
 }
 
-/// The outputs. A tensor is dropped behind its last reader, and a weight is in memory for one node.
+/// The outputs. A tensor is dropped after its last reader, and a weight is in memory for one node.
 fn executed(graph: &Graph, mut known: HashMap<ValueId, Tensor>) -> Result<Vec<Tensor>, (String, String)> {
     let mut readers: HashMap<ValueId, usize> = HashMap::new();
     let nodes: Vec<NodeId> = graph.node_ids().collect();

@@ -1,4 +1,4 @@
-//! The engines of a package, for a conversion and a refit: which there are, and building them side by side, with a cache of
+//! The engines of a package, for a conversion and a refit: the list, and building them in parallel, with a cache of
 //! plans.
 
 use std::borrow::Cow;

@@ -1,4 +1,4 @@
-//! Why an export does not become a package.
+//! Why an export cannot become a package.
 
 use std::path::PathBuf;
 
@@ -79,7 +79,7 @@ pub enum ConvertError {
     WrongEngines {
         /// The export.
         path: PathBuf,
-        /// Norms behind such a rotation.
+        /// Norms after such a rotation.
         nodes: Vec<String>,
     },
     /// A step of several sequences would not be computed by kernels alone.
@@ -218,7 +218,7 @@ impl Help for ConvertError {
                     .to_string(),
             ),
             ConvertError::WrongEngines { .. } => Some(
-                "convert it for the CPU alone (--target cpu), and please report the export: its rotation is one that is not recognised"
+                "convert it for the CPU alone (--target cpu), and please report the export: its rotation is one that is not recognized"
                     .to_string(),
             ),
             ConvertError::Batch { .. } => Some(

@@ -1,8 +1,8 @@
 //! Whether an export can be converted, before anything is written: one answer for `convert` and `inspect`.
 //!
-//! An export can be converted if its operators are well formed, the passes make it canonical, and what comes out lowers to
-//! networks for one token and for several. The last is seldom in question, but sizes of the example that an exporter baked
-//! into a reshape show there only.
+//! An export can be converted if its operators are well formed, the passes make it canonical, and the result lowers to
+//! networks for one token and for several. The last rarely fails, but only lowering finds sizes of the exporter's example
+//! in a reshape.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ use crate::target::Precision;
 
 /// What is known of an export, and what keeps it from being converted.
 pub struct Examination {
-    /// What the passes recognised, and what they did not.
+    /// What the passes recognized, and what they did not.
     pub recognition: Recognition,
     /// `None` if the passes cannot make it.
     pub canonical: Option<Graph>,
@@ -40,7 +40,7 @@ pub fn examine(files: &ModelFiles, graph: &Graph, conversion: &Conversion) -> Ex
         Ok(_) => faults(&typed),
         Err(_) => Vec::new(),
     };
-    let (recognition, canonical) = passes::recognise(graph, &options);
+    let (recognition, canonical) = passes::recognize(graph, &options);
     // What is wrong in itself comes first: the passes stumble over it, too.
     let mut reasons = match faults.is_empty() {
         true => recognition.obstacles.iter().map(|o| o.to_string()).collect(),

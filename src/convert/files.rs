@@ -1,4 +1,4 @@
-//! Which file of a folder is the export, and where its configurations lie.
+//! Finds the export in a folder, and its configuration files.
 //!
 //! Models are published as folders: `config.json`, `tokenizer.json` and others at the top, exports of one model in several
 //! precisions in `onnx/` (transformers.js, optimum), or one export with a `genai_config.json` that names it. [`find`] takes the

@@ -1,9 +1,9 @@
-//! What masks that the caller fills hide, where the export does not compute it.
+//! The meaning of masks that the caller fills, if the export does not compute it.
 //!
-//! Some exports take a mask of `[batch, 1, tokens, total]` for each kind of layer, full and sliding. Which layers read which is
-//! in the graph; how far each looks back is not. A `config.json` in the export's folder has both, the window and the kind of every
-//! layer: if giving a window to one mask and none to the other makes the layers of the graph those of the configuration, that is
-//! what the masks are. Names of inputs are not looked at.
+//! Some exports take a mask of `[batch, 1, tokens, total]` for each kind of layer, full and sliding. The graph shows which layers read
+//! which mask, but not the window of each. A `config.json` in the export's folder has both, the window and the kind of every
+//! layer: if giving a window to one mask and none to the other makes the layers of the graph equal those of the configuration, the
+//! masks have this meaning. Names of inputs are ignored.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -49,7 +49,7 @@ pub(super) fn of_config(
 }
 
 /// The window, and whether each layer has it, as Hugging Face's configurations say it: `layer_types`, or a
-/// `sliding_window_pattern` of so many layers whose last is full.
+/// `sliding_window_pattern` of this many layers whose last is full.
 fn layers(configs: &Path) -> Option<(usize, Vec<bool>)> {
     let text = std::fs::read_to_string(configs.join("config.json")).ok()?;
     let config: Value = serde_json::from_str(&text).ok()?;

@@ -1,9 +1,9 @@
-//! From an export to a package: everything between, in order.
+//! From an export to a package: all steps in order.
 //!
 //! [`convert()`] reads an export, makes it canonical, writes weights and graph, adds the tokenizer, builds the engines of the
-//! targets and puts the package in its place, whole or not at all. It takes a [`Conversion`] (a resolved
-//! [`Spec`](crate::spec::Spec)) and reports to a [`Progress`]. [`examine()`] says beforehand whether that can be done, and why
-//! not. [`engines`] builds engines for a refit, too. Flags and printing belong to the command line.
+//! targets and puts the package in its place, completely or not at all. It takes a [`Conversion`] (a resolved
+//! [`Spec`](crate::spec::Spec)) and reports to a [`Progress`]. [`examine()`] reports beforehand whether that is possible, and why
+//! not. [`engines`] also builds engines for a refit. Flags and printing belong to the command line.
 
 mod branches;
 pub mod engines;
@@ -39,30 +39,30 @@ use crate::weights::checks::Allowed;
 use crate::weights::embeddings::{self, EmbeddingError};
 use crate::weights::norm_parameter;
 
-/// Hears what a conversion does. Every method has a default that ignores it; `()` hears nothing.
+/// Receives the progress of a conversion. Every method has a default that ignores it, as `()` does.
 pub trait Progress: Send + Sync {
     /// Work of unknown length began: `reading`, `rewriting`, `tuning`, `engines`.
     fn step(&self, what: &str) {
         let _ = what;
     }
 
-    /// Of work that is counted in bytes.
+    /// Progress in bytes.
     fn bytes(&self, what: &'static str, done: u64, total: u64) {
         let _ = (what, done, total);
     }
 
-    /// Of work that is done by a share, 0 to 1.
+    /// Progress as a share, 0 to 1.
     fn share(&self, what: &str, share: f32) {
         let _ = (what, share);
     }
 
-    /// A line worth keeping.
+    /// A note to print.
     fn note(&self, line: &str) {
         let _ = line;
     }
 
-    /// Called before engines are built. What it gives is asked, often and from several threads, whether to stop; it is dropped
-    /// when they are built.
+    /// Called before engines are built. The result is asked often, from several threads, whether to stop; it is dropped
+    /// when all engines are built.
     fn stop_signal(&self) -> Arc<dyn Fn() -> bool + Send + Sync> {
         Arc::new(|| false)
     }
@@ -70,7 +70,7 @@ pub trait Progress: Send + Sync {
 
 impl Progress for () {}
 
-/// How to convert, besides what the package is to be.
+/// Options of a conversion that do not change the package's contents.
 #[derive(Clone)]
 pub struct ConvertOptions<'a> {
     /// Replace an existing package.
@@ -82,9 +82,9 @@ pub struct ConvertOptions<'a> {
     pub embeddings: Option<&'a Path>,
     /// Which tensor of a checkpoint it is, where its names do not say it.
     pub embeddings_tensor: Option<&'a str>,
-    /// Numbers that no model can use, to be taken all the same.
+    /// Values that no model can use, to be accepted nevertheless.
     pub allowed: Allowed,
-    /// Convert an export whose external data is not there, to a stripped package.
+    /// Convert an export without its external data to a stripped package.
     pub without_weights: bool,
     /// Write the canonical graph here too, as ONNX with its weights beside it.
     pub emit_onnx: Option<&'a Path>,
@@ -94,7 +94,7 @@ pub struct ConvertOptions<'a> {
     pub tune: bool,
     /// Keep plans here, and take from here those that were built before.
     pub engine_cache: Option<&'a Path>,
-    /// Hears of everything.
+    /// Receives the progress.
     pub progress: Arc<dyn Progress>,
 }
 
@@ -116,7 +116,7 @@ impl Default for ConvertOptions<'_> {
     }
 }
 
-/// What a conversion made.
+/// Result of a conversion.
 pub struct Converted {
     /// The export that was converted, and what else is in its folder.
     pub files: ModelFiles,
@@ -126,7 +126,7 @@ pub struct Converted {
     pub conversion: Conversion,
     /// Tokens of the tokenizer; `None` if there is none, and the package takes token ids only.
     pub tokenizer_ids: Option<usize>,
-    /// What is not in the package, or not in its engines, as the model's files say it: one line each.
+    /// Properties of the model's files that the package or its engines do not have: one line each.
     pub warnings: Vec<String>,
 }
 
@@ -137,7 +137,7 @@ pub fn convert(
     mut conversion: Conversion,
     options: &ConvertOptions<'_>,
 ) -> Result<Converted, ConvertError> {
-    // What can fail without work fails first.
+    // Cheap checks come first.
     package::check_target(output, options.force)?;
     let library = engines::library(&conversion.targets, options.tensorrt_lib)?;
     if options.tune {
@@ -280,7 +280,7 @@ pub fn convert(
             activations.left_out.len()
         ));
     }
-    // What was made, and not what was asked for.
+    // The result, not the request.
     conversion.capacities = capacities;
     Ok(Converted {
         files,
@@ -359,7 +359,7 @@ fn quantized(
     quantize::quantize(&mut canonical.graph, quantization, calibration.as_ref())
 }
 
-/// Refuses what no pass should have to look at.
+/// Refuses graphs that no pass can handle.
 fn check(model: &Path, graph: &Graph) -> Result<(), ConvertError> {
     let mut typed = graph.clone();
     // The passes report what keeps the graph from being sorted or typed.
@@ -434,7 +434,7 @@ fn trained_context(configs: &Path) -> Option<usize> {
     usize::try_from(context).ok().filter(|n| *n > 0)
 }
 
-/// The capacities asked for, or the defaults cut to the model's context. `limit`: the graph has tables for so many
+/// The capacities asked for, or the defaults cut to the model's context. `limit`: the graph has tables for this many
 /// positions and no more. `trained`: what the model was trained for, which an explicit capacity may exceed.
 fn capacities(
     model: &Path,

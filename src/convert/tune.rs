@@ -1,4 +1,4 @@
-//! The lowering of every engine chosen by what was measured on the GPU of this machine.
+//! Chooses the lowering of every engine by measurements on the GPU of this machine.
 
 use super::{ConvertError, Progress, engines};
 use crate::backend::tensorrt::Library;

@@ -24,7 +24,7 @@ pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
         let Op::Unary(anchor @ (Unary::Sigmoid | Unary::Erf | Unary::Tanh)) = graph.node(id).op else {
             continue;
         };
-        if let Some((node, x, op)) = recognise(graph, &uses, id, anchor) {
+        if let Some((node, x, op)) = recognize(graph, &uses, id, anchor) {
             redefine(graph, node, op, vec![Some(x)]);
             rewrites += 1;
         }
@@ -32,7 +32,7 @@ pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     finish(graph, rewrites)
 }
 
-fn recognise(
+fn recognize(
     graph: &Graph,
     uses: &HashMap<ValueId, Vec<(NodeId, usize)>>,
     anchor_id: NodeId,

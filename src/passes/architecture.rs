@@ -95,7 +95,7 @@ impl fmt::Display for Architecture {
 /// Rotary position embedding of the first rotated layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rotary {
-    /// Pairs are neighbours; otherwise an element is paired with the one half a rotation away.
+    /// Pairs are neighbors; otherwise an element is paired with the one half a rotation away.
     pub interleaved: bool,
     /// Leading elements of a head that are rotated.
     pub rotary_dim: usize,

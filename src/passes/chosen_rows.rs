@@ -1,9 +1,9 @@
-//! Logits of all tokens, where the export chooses rows of them by itself.
+//! Logits of all tokens, if the export selects some of them.
 //!
-//! An export for generation may keep the last token before its head, behind it, or as many as an input says. The canonical
-//! graph has logits of every token: the runtime chooses rows. So what chooses them goes, if everything between it and the
-//! logits works on each token alone, and if executing it shows that it gives the last rows, as many as there are, or those
-//! that the input names. What is not proven is an [`Obstacle`].
+//! An export for generation may keep the last token before its head, after it, or as many as an input says. The canonical
+//! graph has logits of every token: the runtime chooses rows. So the selection is removed if everything between it and the
+//! logits works on each token separately, and if its execution gives all rows, the last ones, or those
+//! that the input names. Anything else is an [`Obstacle`].
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -24,7 +24,7 @@ struct Choice {
     node: NodeId,
     /// `[batch, tokens, n]`
     rows: ValueId,
-    /// Behind it: axes of one token that are put in where the choice has dropped the axis of tokens.
+    /// After it: axes of one token that are put in where the choice has dropped the axis of tokens.
     unsqueezed: Vec<NodeId>,
     /// Values from it to the logits, whose shapes change.
     behind: Vec<ValueId>,
@@ -95,7 +95,7 @@ fn choice(evaluator: &PartialEvaluator<'_>, id: NodeId) -> Option<Choice> {
     if !picks || *tokens != Dim::sym(Sym::tokens()) {
         return None;
     }
-    // Values behind it that have lost the axis of tokens, and those that have it.
+    // Values after it that have lost the axis of tokens, and those that have it.
     let mut flat: HashSet<ValueId> = HashSet::new();
     let mut behind = vec![chosen];
     flat.extend((to.len() == 2).then_some(chosen));
@@ -227,7 +227,7 @@ fn listed(rows: &[usize]) -> String {
 
 /// What an input that says which tokens get logits is given.
 enum Given {
-    /// So many, the last ones.
+    /// This many, the last ones.
     Count(usize),
     /// These.
     Rows(Vec<usize>),

@@ -1,6 +1,6 @@
 //! Operators that change nothing disappear; equal nodes, and constants with equal bytes, become one.
 //!
-//! Whether a broadcast or a reshape changes nothing is seen from inferred shapes; without them it stays. An operator whose
+//! Inferred shapes show whether a broadcast or a reshape has an effect; without them it stays. An operator whose
 //! result is a graph output stays too, because the output's name is part of the export's interface.
 
 use std::collections::HashMap;
@@ -99,7 +99,7 @@ fn merge_chains(graph: &mut Graph) -> usize {
     count
 }
 
-/// A softmax of a tensor whose leading axes were made one is that of the tensor itself, flattened behind it.
+/// A softmax of a tensor whose leading axes were made one is that of the tensor itself, flattened after it.
 fn softmax_before_flatten(graph: &mut Graph) -> usize {
     let mut count = 0;
     for id in graph.node_ids().collect::<Vec<_>>() {
@@ -303,7 +303,7 @@ fn merge_constants(graph: &mut Graph) -> usize {
     replacements.len()
 }
 
-/// A hash of some of the bytes: weights of one shape are many, and reading them all to tell them apart would read the
+/// A hash of some of the bytes: many weights have one shape, and reading them all to distinguish them would read the
 /// whole model.
 fn fingerprint(constant: &Constant) -> u64 {
     use std::hash::{DefaultHasher, Hash, Hasher};

@@ -2,7 +2,7 @@
 //!
 //! Everything an export computes from its masks, positions, lengths and shapes alone is *positional*: it can be executed
 //! for any (batch, past, tokens) without weights or tokens, which is how masks, rotary tables and index arithmetic are
-//! recognised. Taken: an inferred graph and its [`Roles`]. Given: a [`Dependence`] for each value.
+//! recognized. Takes an inferred graph and its [`Roles`]; gives a [`Dependence`] for each value.
 
 use std::collections::HashMap;
 

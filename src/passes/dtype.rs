@@ -1,9 +1,9 @@
 //! The whole graph in another float type, for `convert --dtype`.
 //!
 //! Weights, tables and scalars are cast (by recipe, no bytes are touched), float inputs such as caches are retyped, casts
-//! between float types go to the new type and, where they became idle, away. Statistics of normalizations are fp32 inside
-//! their operators whatever the type. A finite number that fp16 cannot hold must not turn into an infinity unseen: the
-//! fill value of a mask becomes the lowest finite number, anything else is an error that names the constants.
+//! between float types go to the new type, and are removed if they have no effect. Statistics of normalizations are fp32 inside
+//! their operators for every type. A finite value that fp16 cannot represent must not silently become an infinity: the
+//! fill value of a mask becomes the lowest finite value, anything else is an error that names the constants.
 
 use std::collections::HashSet;
 

@@ -1,4 +1,4 @@
-//! Why an export cannot become canonical: one error, several at once, or what kind of model it is instead.
+//! Why an export cannot become canonical: one error, several at once, or another kind of model.
 
 use super::attention::Obstacle;
 use super::{ModelKind, contract};
@@ -76,7 +76,7 @@ pub enum PassError {
         /// Their names alone.
         inputs: Vec<String>,
     },
-    /// A window for an input that is no mask of `[.., tokens, slots]`.
+    /// A window for an input that is not a mask of `[.., tokens, slots]`.
     #[error(
         "a window is given for {name:?}, and {}", if .masks.is_empty() {
             "no input of the export is a mask of [.., tokens, slots]".to_string()
@@ -108,7 +108,7 @@ pub enum PassError {
         /// In the export, each with its scale.
         values: Vec<String>,
     },
-    /// What was not recognised.
+    /// What was not recognized.
     #[error("{}", list(.obstacles))]
     Obstacles {
         /// All of it.

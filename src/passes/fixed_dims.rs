@@ -1,9 +1,9 @@
-//! Dims of the inputs that the export fixed and a decoder session needs free.
+//! Input dims that the export fixed and that a decoder session needs to vary.
 //!
-//! A session feeds one sequence, any number of new tokens and a cache that grows. An export for one token a call, or with a
-//! mask of 128 columns beside a growing cache, computes something else or nothing. All such dims are refused together, with
-//! what they count and how to free them. A batch of 1 is what a session feeds, and one that is the same everywhere is freed
-//! later ([`batch`](super::batch)).
+//! A session feeds one sequence, any number of new tokens and a cache that grows. An export for one token per call, or with a
+//! mask of 128 columns and a growing cache, computes something else. All such dims are refused together, with
+//! their meaning and how to export them as symbolic dims. A batch of 1 fits a session, and a batch that is the same everywhere is made
+//! symbolic later ([`batch`](super::batch)).
 
 use std::collections::HashMap;
 
@@ -105,7 +105,7 @@ pub fn find(graph: &Graph, of: &HashMap<ValueId, InputRole>, growing: bool, batc
 
 const TOTAL: &str = "the length of past and new tokens";
 
-/// Inputs that mask attention, `name [shape]`, if there are several, or one whose name says that it is no causal one; and
+/// Inputs that mask attention, `name [shape]`, if there are several, or one whose name says that it is not a causal one; and
 /// their names alone. Those that a window is given for are known.
 pub fn unknown_masks(
     graph: &Graph,

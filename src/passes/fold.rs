@@ -1,11 +1,11 @@
-//! Constants are computed, and what inference knows of shape arithmetic becomes constant.
+//! Computes constants, and replaces shape arithmetic that inference knows by constants.
 //!
-//! A node whose inputs are all constants becomes a constant if the result is small or no larger than what it is made of.
-//! Of weights no byte is touched: what moves, converts, scales or shifts one becomes a recipe ([`Constant`]). Integer
+//! A node whose inputs are all constants becomes a constant if the result is small or no larger than its inputs.
+//! The bytes of weights are not touched: moving, converting, scaling or shifting a weight becomes a recipe ([`Constant`]). Integer
 //! values whose elements inference knows as numbers become constants; a `Reshape` whose target is known as dims gets a
-//! constant target with at most one -1, and 0 for dims that it copies. Then `cleanup` removes what has become idle.
+//! constant target with at most one -1, and 0 for dims that it copies. Then `cleanup` removes operators without effect.
 //!
-//! A transposed matrix that a `MatMul` reads is left alone: that is how the canonical graph reads weights.
+//! A transposed matrix that a `MatMul` reads stays: the canonical graph reads weights in this form.
 
 use std::collections::HashMap;
 
@@ -101,7 +101,7 @@ fn fold(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Option<Vec<O
         .map(|c| c.as_ref().map(Constant::materialize).transpose())
         .collect::<Result<_, _>>()
         .ok()?;
-    // What cannot be computed is the verifier's or the user's to see, as it stands.
+    // A node that cannot be computed stays unchanged, for the verifier or the user.
     let results = eval_node(&node.op, &tensors, node.outputs.len()).ok()?;
     Some(results.into_iter().map(|t| t.map(Constant::from)).collect())
 }
@@ -340,7 +340,7 @@ fn settle_reshapes(graph: &mut Graph, facts: &InferenceFacts) -> usize {
         if graph.constant(target).is_some() {
             continue;
         }
-        // The result's shape says more than the target's elements, which may hold a -1 of their own.
+        // The result's shape says more than the target's elements, which may hold their own -1.
         let from = graph.shape(x).cloned();
         let to = node.output(0).and_then(|y| graph.shape(y).cloned());
         let known = facts.contents(target).is_some();

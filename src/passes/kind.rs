@@ -1,8 +1,8 @@
-//! What a model is that is no decoder with a cache of keys and values, so that its refusal can say so.
+//! The kind of a model that is not a decoder with a cache of keys and values, for the message that refuses it.
 //!
-//! Taken: an export as it was read, with the roles of its inputs as far as they are known. Given: its [`ModelKind`], if that
-//! keeps it from being converted whatever its operators are. What inputs and outputs are is read off their shapes and what is
-//! done with them; only the inputs of an encoder are known by name.
+//! Takes an export as it was read, with the known roles of its inputs. Gives its [`ModelKind`] if models of that kind
+//! cannot be converted, whatever their operators. Inputs and outputs are identified by their shapes and uses; only the inputs of an
+//! encoder are identified by name.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;

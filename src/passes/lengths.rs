@@ -1,7 +1,7 @@
-//! Lengths at which what an export computes from positions can change.
+//! Lengths at which the values that an export computes from positions can change.
 //!
-//! A proof by execution sees the sizes that it is run at and no others. A window, the end of a table or a rotary scaling
-//! that switches shows only beyond it, but an export has to write each of them down: as a number in its arithmetic or as
+//! A proof by execution covers only the sizes at which it runs. A window, the end of a table or a switch of the rotary scaling
+//! has an effect only beyond its length, but that length must be in the export: as a constant of its arithmetic or as
 //! a dim of a table. [`lengths`] collects these, so that every proof runs below, at and beyond each of them. What the
 //! arithmetic makes of them (a block of 64 times 16 blocks) is covered by proofs that run at the last position, too.
 

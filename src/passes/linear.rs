@@ -1,8 +1,8 @@
 //! Every linear layer becomes `MatMul(x, Transpose(weight))` with a constant weight `[out, in]`, and `Add(·, bias)`.
 //!
-//! That is how PyTorch stores weights and how engines want to read them at one token (see docs of `lower`). Spellings:
+//! PyTorch stores weights in this order, and engines read them fastest in it at one token (see the docs of `lower`). Forms:
 //! `MatMul` with a constant `[in, out]`, `Gemm` of either orientation with its factors, and either of them on an input
-//! flattened to two axes and unflattened afterwards (GPT-2's `Conv1D`), whose reshapes move behind the layer, where they meet
+//! flattened to two axes and unflattened afterwards (GPT-2's `Conv1D`), whose reshapes move after the layer, where they meet
 //! the unflattening and cancel (`cleanup`). No weight's bytes are touched.
 
 use std::collections::HashMap;

@@ -1,16 +1,15 @@
-//! | `chosen_rows` | logits of all tokens where the export keeps some |
 //! Rewrites of an export into the canonical graph (see [`graph`](crate::graph)'s head).
 //!
 //! [`canonicalize`] runs a named list of passes ([`PASSES`]) and reports on each. The first passes tidy up (folding, fused
-//! norms and activations); the middle ones recognise the model: which input is what (`roles`), which values depend on
-//! positions alone (`dependence`), what every attention reads and writes ([`attention`]). They match by structure only as
-//! far as they must and prove by execution (`partial_eval`): a mask, a rotation, a cache update or a head repetition is
-//! what it computes, however an exporter writes it. The last passes write the result (`emit`), check it against the
+//! norms and activations); the middle ones recognize the model: the role of each input (`roles`), the values that depend on
+//! positions alone (`dependence`), the operands and caches of every attention ([`attention`]). They match structure only as
+//! far as necessary and prove the rest by execution (`partial_eval`): a mask, a rotation, a cache update or a head repetition is
+//! identified by what it computes, however an exporter writes it. The last passes write the result (`emit`), check it against the
 //! contract (`contract`) and bring weights into the layout and dtype that the lowering takes.
 //!
-//! Each plain rewrite is `run(&mut Graph, ..) -> Result<usize, PassError>`, gives the number of rewrites it made (0: the
-//! graph is as it was), leaves the graph sorted and without dead nodes, and can be run alone, in any order and again. A
-//! rewrite that is not sure leaves the graph as it is. Passes read dtypes and shapes that `graph::infer` left on values
+//! Each plain rewrite is `run(&mut Graph, ..) -> Result<usize, PassError>`, returns the number of rewrites (0: the
+//! graph is unchanged), leaves the graph sorted and without dead nodes, and can be run alone, in any order and repeatedly. A
+//! pass leaves everything unchanged that it cannot prove. Passes read dtypes and shapes that `graph::infer` left on values
 //! and keep those of values they keep; values they add may be untyped, so infer again after a pass.
 //!
 //! | module | rewrite |
@@ -21,7 +20,7 @@
 //! | [`layer_norm`], [`rms_norm`] | normalizations from their parts |
 //! | [`activation`] | SiLU and GELU from their parts, proven by execution |
 //! | `experts` | mixtures of experts, proven by execution |
-//! | `emit` | recognised attention as canonical operators |
+//! | `emit` | recognized attention as canonical operators |
 //! | `batch` | any number of sequences where the export fixed one |
 //! | `reshapes` | reshapes with constant targets |
 //! | `positions` | embeddings of positions by `position_ids` |
@@ -56,7 +55,7 @@ pub(crate) mod partial_eval;
 mod pattern;
 mod positions;
 mod quantized;
-mod recognise;
+mod recognize;
 mod reshapes;
 pub mod rms_norm;
 pub(crate) mod roles;
@@ -74,7 +73,7 @@ pub use contract::is_canonical;
 pub use error::PassError;
 pub use kind::ModelKind;
 pub use quantized::{ActivationPolicy, Activations};
-pub use recognise::{LayerReport, Recognition, recognise};
+pub use recognize::{LayerReport, Recognition, recognize};
 pub use table::{PASSES, PassInfo, info};
 
 use crate::graph::infer::infer;
@@ -144,8 +143,8 @@ pub struct PassReport {
     pub seconds: f64,
 }
 
-/// An export with its attention recognised, before anything is written.
-pub(crate) struct Analysed {
+/// An export with its attention recognized, before anything is written.
+pub(crate) struct Analyzed {
     /// Tidied up and typed.
     pub graph: Graph,
     /// Of its inputs.
@@ -226,21 +225,21 @@ pub fn unknown_masks(graph: &Graph) -> Option<Vec<String>> {
 pub(crate) struct Look {
     /// As far as they are known.
     pub roles: HashMap<ValueId, roles::InputRole>,
-    /// What it is, if it is no decoder with a cache.
+    /// What it is, if it is not a decoder with a cache.
     pub kind: Option<ModelKind>,
     /// `None` if something kept its attention from being looked at.
-    pub analysed: Option<Analysed>,
+    pub analyzed: Option<Analyzed>,
     /// None if it can be rewritten, as far as this shows.
     pub errors: Vec<PassError>,
 }
 
 /// The first half of the pipeline: everything up to the analysis. Goes on after an operator that is not known, as far as
-/// what is behind it does not matter.
+/// later nodes do not matter.
 pub(crate) fn look(mut graph: Graph, options: &CanonicalizeOptions, report: &mut Vec<PassReport>) -> Look {
     let mut look = Look {
         roles: HashMap::new(),
         kind: None,
-        analysed: None,
+        analyzed: None,
         errors: Vec::new(),
     };
     if let Err(cycle) = graph.sort() {
@@ -271,16 +270,16 @@ pub(crate) fn look(mut graph: Graph, options: &CanonicalizeOptions, report: &mut
             return look;
         }
     };
-    match analysed(graph, roles, all_known, options, report) {
-        Ok(mut analysed) => {
-            // What is wrong behind an operator that is not known may be its doing.
-            let obstacles = &mut analysed.analysis.obstacles;
+    match analyzed(graph, roles, all_known, options, report) {
+        Ok(mut analyzed) => {
+            // An error after an unknown operator may be a consequence of it.
+            let obstacles = &mut analyzed.analysis.obstacles;
             obstacles.retain(|obstacle| !behind.contains(&obstacle.at));
             if !all_known && !obstacles.is_empty() {
                 let obstacles = std::mem::take(obstacles);
                 look.errors.push(PassError::Obstacles { obstacles });
             }
-            look.analysed = Some(analysed);
+            look.analyzed = Some(analyzed);
         }
         Err(error) => {
             let reported = |error: &PassError| match error {
@@ -296,13 +295,13 @@ pub(crate) fn look(mut graph: Graph, options: &CanonicalizeOptions, report: &mut
 }
 
 /// The analysis of a graph whose inputs have roles. `all_known`: it has no operator that is not known.
-fn analysed(
+fn analyzed(
     mut graph: Graph,
     mut roles: Roles,
     all_known: bool,
     options: &CanonicalizeOptions,
     report: &mut Vec<PassReport>,
-) -> Result<Analysed, PassError> {
+) -> Result<Analyzed, PassError> {
     timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
     if let Err(Obstacles(mut obstacles)) = verify(&graph) {
         obstacles.retain(|o| all_known || !matches!(o, crate::graph::Obstacle::UnknownOp { .. }));
@@ -334,10 +333,10 @@ fn analysed(
         Ok((attention::latent::run(graph, &mut roles)?, ()))
     })?;
     let analysis = timed(&mut graph, report, &table::ATTENTION, |graph| {
-        let analysis = attention::analyse(graph, &roles, options.max_positions);
+        let analysis = attention::analyze(graph, &roles, options.max_positions);
         Ok((analysis.layers.len(), analysis))
     })?;
-    Ok(Analysed {
+    Ok(Analyzed {
         graph,
         roles,
         analysis,
@@ -346,14 +345,14 @@ fn analysed(
 }
 
 /// [`look`], where only an export that can be rewritten is of use.
-pub(crate) fn analyse(
+pub(crate) fn analyze(
     graph: Graph,
     options: &CanonicalizeOptions,
     report: &mut Vec<PassReport>,
-) -> Result<(Analysed, Option<ModelKind>), PassError> {
+) -> Result<(Analyzed, Option<ModelKind>), PassError> {
     let look = look(graph, options, report);
-    match (look.analysed, look.errors.is_empty()) {
-        (Some(analysed), true) => Ok((analysed, look.kind)),
+    match (look.analyzed, look.errors.is_empty()) {
+        (Some(analyzed), true) => Ok((analyzed, look.kind)),
         _ => Err(PassError::of_kind(look.kind, look.errors)),
     }
 }
@@ -367,10 +366,10 @@ pub fn lengths_of(export: Graph, max_positions: usize) -> Result<BTreeMap<usize,
         activations: ActivationPolicy::Partial,
         ..CanonicalizeOptions::default()
     };
-    Ok(analyse(export, &options, &mut Vec::new())?.0.analysis.lengths)
+    Ok(analyze(export, &options, &mut Vec::new())?.0.analysis.lengths)
 }
 
-/// Nodes of roundings inside attention that the recognised attentions do not do, with what they round.
+/// Nodes of roundings inside attention that the recognized attentions do not do, with what they round.
 fn rounded_inside(graph: &Graph, analysis: &Analysis) -> Vec<(NodeId, String)> {
     let roundings = &analysis.roundings;
     let others = roundings.all.difference(&roundings.placed);
@@ -386,13 +385,13 @@ fn rounded_inside(graph: &Graph, analysis: &Analysis) -> Vec<(NodeId, String)> {
 /// Makes an export canonical.
 pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canonical, PassError> {
     let mut report = Vec::new();
-    let (analysed, kind) = analyse(graph, options, &mut report)?;
-    let Analysed {
+    let (analyzed, kind) = analyze(graph, options, &mut report)?;
+    let Analyzed {
         mut graph,
         mut roles,
         analysis,
         activations,
-    } = analysed;
+    } = analyzed;
     if !analysis.obstacles.is_empty() {
         let obstacles = analysis.obstacles;
         return Err(PassError::of_kind(kind, vec![PassError::Obstacles { obstacles }]));

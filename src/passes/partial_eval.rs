@@ -63,7 +63,7 @@ pub struct Stuck {
     pub reason: String,
 }
 
-/// Slots beyond the live ones in trials of static caches whose capacity is symbolic.
+/// Unused slots in trials of static caches whose capacity is symbolic.
 const SPARE_SLOTS: usize = 3;
 
 impl<'g> PartialEvaluator<'g> {

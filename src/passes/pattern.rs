@@ -1,4 +1,4 @@
-//! Small questions that patterns ask of a graph.
+//! Small queries on a graph, for patterns.
 
 use crate::graph::Constant;
 use crate::graph::op::{Binary, Op, Reduction, Unary};

@@ -1,8 +1,8 @@
-//! What is left of the export's positions after its attention is canonical: embeddings of positions.
+//! The remaining uses of the export's positions once its attention is canonical: embeddings of positions.
 //!
 //! A positional value that data still reads is either a row of a table per position (GPT-2's `wpe`), which becomes a
-//! `Gather` by the canonical `position_ids`, or the operand of a shape operator that nothing needs. Whether it is a
-//! function of the position alone is found by executing it. Anything else is an obstacle.
+//! `Gather` by the canonical `position_ids`, or the operand of a shape operator that nothing needs. Executing it
+//! shows whether it is a function of the position alone. Anything else is an obstacle.
 
 use std::collections::{HashMap, HashSet};
 
@@ -124,7 +124,7 @@ fn stale(graph: &Graph) -> HashSet<ValueId> {
     stale
 }
 
-/// Live values that still depend on the export's own inputs, as obstacles.
+/// Used values that still depend on the export's own inputs, as obstacles.
 pub fn stale_inputs(graph: &Graph) -> Vec<Obstacle> {
     let inputs: HashSet<ValueId> = graph.inputs.iter().copied().collect();
     let mut readers: HashMap<ValueId, &str> = HashMap::new();

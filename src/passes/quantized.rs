@@ -1,10 +1,10 @@
-//! Quantized activations and what is left of quantized weights, in the forms that the rest of the pipeline knows.
+//! Quantized activations and the remaining forms of quantized weights, in the forms that the rest of the pipeline knows.
 //!
 //! - `DequantizeLinear` of a constant is a constant; of a `Gather` of a constant, a `Gather` of one.
 //! - `QuantizeLinear` and `DequantizeLinear` of one scale become [`Op::RoundToCodes`]; `DynamicQuantizeLinear` and
-//!   `DequantizeLinear`, [`Op::DynamicRoundToCodes`]. Its range is that of all tokens of a run, as ONNX says it, so answers
-//!   depend a little on how a prompt is cut into runs.
-//! - `MatMulInteger`, with the conversion and the scales behind it, becomes a product of rounded activations with a
+//!   `DequantizeLinear`, [`Op::DynamicRoundToCodes`]. Its range covers all tokens of a run, as in ONNX, so answers
+//!   depend slightly on how a prompt is cut into runs.
+//! - `MatMulInteger`, with the conversion and the scales after it, becomes a product of rounded activations with a
 //!   quantized weight.
 //!
 //! Rounding inside attention and its rotary embedding (of scores, probabilities, rotated keys) is left in the graph for
@@ -319,7 +319,7 @@ pub(super) fn before_attention(graph: &Graph) -> HashSet<ValueId> {
     let constant = constants(graph);
     for id in graph.node_ids().rev() {
         let node = graph.node(id);
-        // Shapes and the like say nothing of elements.
+        // Shape operators do not read elements.
         let info = node.op.info();
         let is_parameter = |i: usize| info.inputs.get(i).is_some_and(|input| input.parameter);
         let read = node.inputs.iter().enumerate().filter(move |(i, _)| !is_parameter(*i));
@@ -353,7 +353,7 @@ fn constants(graph: &Graph) -> HashSet<ValueId> {
     known
 }
 
-/// Rounds behind the movements that follow, where the result of attention is recognised by them.
+/// Rounds after the movements that follow, where the result of attention is recognized by them.
 fn after_movements(graph: &mut Graph, id: NodeId) {
     let node = graph.node(id);
     let (Some(x), Some(y)) = (node.input(0), node.output(0)) else {

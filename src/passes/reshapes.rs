@@ -1,7 +1,7 @@
-//! Reshapes whose target is written down instead of computed.
+//! Reshapes with a constant target instead of a computed one.
 //!
-//! Exporters compute the target of a reshape from the shapes of whatever tensor is at hand, caches included. Once dims
-//! are symbolic the target is known; here it becomes a constant with at most one -1, or, where two symbolic dims appear
+//! Exporters compute the target of a reshape from the shape of any tensor, even of caches. Once dims
+//! are symbolic, the target is known; here it becomes a constant with at most one -1, or, where two symbolic dims appear
 //! from nowhere (`[batch * tokens, n]` to `[batch, tokens, n]`), a computation on the shape of `input_ids`.
 
 use crate::dim::{Dim, Sym};

@@ -122,7 +122,7 @@ pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
         let Some(found) = normalized(graph, start) else {
             continue;
         };
-        // That is a LayerNormalization, which has a pass of its own.
+        // That is a LayerNormalization, which has its own pass.
         if is_centered(graph, found.x) {
             continue;
         }

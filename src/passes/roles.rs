@@ -1,9 +1,9 @@
-//! What each graph input is for, and the symbolic dims that follow from it.
+//! The role of each graph input, and the symbolic dims that follow from it.
 //!
-//! Takes an inferred export and gives every input a [`InputRole`]: by its name where the name is one that exporters use, by
-//! how it is used otherwise. Binds the dims of the inputs to `batch`, `tokens`, `past` and `capacity`, so that every
-//! later pass reads one name for one length. What an input is *claimed* to be here is proven later, when `projection` and
-//! `mask` execute the graph; this module only has to be right for models that a proof will accept.
+//! Takes an inferred export and gives every input a [`InputRole`]: by its name if exporters use that name, else by
+//! its use. Binds the dims of the inputs to `batch`, `tokens`, `past` and `capacity`, so that every
+//! later pass reads one name for one length. A role is only a *claim* here. `projection` and
+//! `mask` prove it later by executing the graph; this module only has to be right for models that pass the proof.
 
 mod by_use;
 
@@ -23,7 +23,7 @@ pub enum InputRole {
     InputIds,
     /// A row of floats for each token, `[batch, tokens, hidden]`.
     Embeddings,
-    /// 1 for every live position, `[batch, past + tokens]`; further columns, if any, are 0.
+    /// 1 for every used position, `[batch, past + tokens]`; further columns, if any, are 0.
     PaddingMask,
     /// The whole causal mask made by the caller: `[.., tokens, slots]`, bool, integer or additive.
     FullMask,

@@ -1,6 +1,6 @@
-//! The passes by name: what reports and manifests call them, and what each is for.
+//! The passes by name, as in reports and manifests, with a description.
 //!
-//! A pass runs under an entry of this table, so that none can be without a description.
+//! A pass runs under an entry of this table, so each has a description.
 
 /// A pass as reports and manifests name it.
 #[derive(Debug, PartialEq, Eq)]

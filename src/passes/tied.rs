@@ -1,8 +1,8 @@
 //! A language-model head whose weight repeats the embedding becomes a reader of the embedding.
 //!
-//! Exporters that transpose weights while exporting store a tied embedding twice. Both are looked at in a few places and,
-//! if those agree, compared whole; only bytes that are equal throughout make one weight of two. Recipes and absent weights
-//! are left alone.
+//! Exporters that transpose weights while exporting store a tied embedding twice. Both are sampled in a few places and,
+//! if those agree, compared completely; only equal bytes become one weight. Recipes and absent weights
+//! stay unchanged.
 
 use super::PassError;
 use crate::graph::op::Op;

@@ -1,4 +1,4 @@
-//! A result as a table for a person.
+//! A result as a readable table.
 
 use std::fmt::Write;
 

@@ -1,4 +1,4 @@
-//! What a run says of itself: which system it is, and everything that was chosen.
+//! Describes a run: the system, and all its settings.
 
 use serde_json::{Map, Value, json};
 
@@ -9,7 +9,7 @@ use crate::package::manifest::EngineEntry;
 use crate::sample::Settings;
 use crate::target::{Prefill, Refit};
 
-/// Settings come from the package, the flags and `--setting`, the last of which may overrule.
+/// Settings come from the package, the flags and `--setting`, which takes precedence.
 pub fn system(args: &Args, package: &Package, sampler: &Settings, on_gpu: bool, threads: usize) -> System {
     let manifest = &package.manifest;
     let mode = json!(manifest.weight_mode);

@@ -1,8 +1,8 @@
-//! How long the prompts of `lapidary verify` have to be, and what they leave uncovered.
+//! The required prompt lengths of `lapidary verify`, and what they do not cover.
 //!
 //! Two models that differ only beyond a window, at the end of a table or where a rotary scaling switches agree on every
-//! shorter prompt. So the lengths that the export's masks and tables name, and the windows of the package, decide how long
-//! the longest prompt is, as far as cache, context and engine reach.
+//! shorter prompt. So the lengths in the export's masks and tables, and the windows of the package, determine the length of
+//! the longest prompt, within the limits of cache, context and engine.
 
 use std::collections::BTreeMap;
 

@@ -1,9 +1,9 @@
 //! Proofs at lengths that small trials do not reach.
 //!
-//! `projection` and `cache` find out what rows are at a few small sizes. A scaling that begins at position 8192, a rotary
-//! table that is another one for long prompts, a cache that keeps its last 128 slots only: all of these look harmless there.
-//! Here the same is proven around each length that the computation names, and at the last position of a package; and what
-//! the rows read from positions is proven to be one row for each position, however many tokens come at once.
+//! `projection` and `cache` identify rows at a few small sizes. A scaling that begins at position 8192, another rotary
+//! table for long prompts, a cache that keeps only its last 128 slots: small sizes do not show any of these.
+//! So the same is proven around each length that the computation contains, and at the last position of a package. It is also
+//! proven that the rows read one table row for each position, however many tokens one run has.
 
 use std::collections::{BTreeMap, HashSet};
 

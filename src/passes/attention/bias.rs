@@ -1,7 +1,7 @@
-//! Biases of scores that are no masks: ALiBi (<https://arxiv.org/abs/2108.12409>), a slope of each head times the distance.
+//! Biases of scores that are not masks: ALiBi (<https://arxiv.org/abs/2108.12409>), a slope of each head times the distance.
 //!
-//! A softmax does not change with what a whole row has added, so it is enough that between the slots of a row the bias grows by
-//! `slope * distance`: exporters count the distance from the first slot, from the token, or from the end.
+//! Adding a constant to a whole row does not change its softmax. So it is enough that the bias grows by `slope * distance` between the
+//! slots of a row: exporters count the distance from the first slot, from the token, or from the end.
 
 use crate::tensor::DType;
 

@@ -1,8 +1,8 @@
 //! Caches: which output is the update of which input, in which layout, and that reading and writing mean what the
 //! canonical graph means by them.
 //!
-//! Takes the key or value operand of an attention. Nothing here knows how a cache is written: concatenation, scatters,
-//! selects and operators with a past all have to give, when run, a cache whose live slots are the old ones followed by
+//! Takes the key or value operand of an attention. How a cache is written does not matter: concatenation, scatters,
+//! selects and operators with a past must all give, when executed, a cache whose used slots are the old ones followed by
 //! the new rows, and an operand that repeats its heads over the query heads.
 
 use std::collections::HashMap;
@@ -48,7 +48,7 @@ pub struct Operand {
     pub heads: Option<usize>,
 }
 
-/// The cache behind an operand, and the factor by which the operand is scaled on the way from it.
+/// The cache that an operand reads, and the factor by which the operand is scaled on the way from it.
 pub fn solve(
     trace: &Trace<'_, '_>,
     evaluator: &PartialEvaluator<'_>,

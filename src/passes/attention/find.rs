@@ -1,8 +1,8 @@
 //! Finds the attentions of an export: each `Softmax` over scores, and each `Attention` operator.
 //!
 //! Walks from the softmax back to the matrix product of queries and keys, through scales, soft caps, masks and casts in
-//! any order that has a meaning, and forward to the product with the values, through guards against rows of NaN. Gives a
-//! [`FoundAttention`] for each. What the operands are made of is left to `trace` and `projection`, what the masks say to `mask`.
+//! any meaningful order, and forward to the product with the values, through guards against rows of NaN. Gives a
+//! [`FoundAttention`] for each. `trace` and `projection` analyze the operands, `mask` the masks.
 
 use std::collections::HashMap;
 
@@ -36,7 +36,7 @@ pub struct FoundAttention {
     pub softcap: Option<f64>,
     /// Roundings of the scores, in units of the scaled ones, the last one first.
     pub rounded_scores: Vec<RoundedValue>,
-    /// Those behind a soft cap.
+    /// Those after a soft cap.
     pub rounded_capped: Vec<RoundedValue>,
     /// Roundings of the softmax's result, the first one first.
     pub rounded_probabilities: Vec<RoundedValue>,
@@ -87,18 +87,18 @@ impl Factor {
     }
 }
 
-/// A softmax that is no attention this module knows.
+/// A softmax that does not belong to an attention in a known form.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unrecognised {
+pub struct Unrecognized {
     pub node: String,
     pub reason: String,
 }
 
 /// All attentions in order of execution, and what could not be read as one.
-pub fn find(evaluator: &PartialEvaluator<'_>) -> (Vec<FoundAttention>, Vec<Unrecognised>) {
+pub fn find(evaluator: &PartialEvaluator<'_>) -> (Vec<FoundAttention>, Vec<Unrecognized>) {
     let graph = evaluator.graph;
     let uses = graph.uses();
-    let (mut found, mut unrecognised) = (Vec::new(), Vec::new());
+    let (mut found, mut unrecognized) = (Vec::new(), Vec::new());
     for id in graph.node_ids() {
         let node = graph.node(id);
         let result = match &node.op {
@@ -109,13 +109,13 @@ pub fn find(evaluator: &PartialEvaluator<'_>) -> (Vec<FoundAttention>, Vec<Unrec
         };
         match result {
             Ok(attention) => found.push(attention),
-            Err(reason) => unrecognised.push(Unrecognised {
+            Err(reason) => unrecognized.push(Unrecognized {
                 node: node.name.clone(),
                 reason,
             }),
         }
     }
-    (found, unrecognised)
+    (found, unrecognized)
 }
 
 /// `decompose::attention` has brought the operator to four dimensions, without past and without causality of its own. The first

@@ -1,8 +1,8 @@
-//! Layers are copies of one another: what was proven of one layer holds for the next if that is the same computation.
+//! Layers repeat one another: a proof for one layer holds for the next if both are the same computation.
 //!
 //! A [`fingerprint`] covers everything that a value computed from given leaves depends on: operators with their attributes,
 //! the dtypes and shapes of the leaves, and which constants and positional values are read. Equal fingerprints mean equal
-//! computations, so `projection` and `cache` execute one layer and recognise the others; with a static cache of thousands of
+//! computations, so `projection` and `cache` execute one layer and recognize the others; with a static cache of thousands of
 //! slots and dozens of layers that is the difference between milliseconds and minutes.
 
 use std::collections::HashMap;

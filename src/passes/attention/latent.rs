@@ -2,9 +2,9 @@
 //!
 //! Where an export appends rows to caches and computes keys and values from the whole caches (a product with a weight lies
 //! between), the graph is rewritten to what exports of other models do: keys and values of the new tokens are computed, and
-//! appended to caches of keys and values. That is the same if what lies between works slot by slot, which is proven by
-//! running it: all slots at once, and the first and the last slots by themselves. What is not proven stays as it is, for the
-//! analysis to refuse.
+//! appended to caches of keys and values. Both are equal if the computation between them works slot by slot. Execution
+//! proves that: with all slots at once, and with the first and the last slots alone. Without a proof the graph stays unchanged, and the
+//! analysis refuses it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 

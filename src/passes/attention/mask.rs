@@ -69,7 +69,7 @@ impl From<Fault> for String {
     }
 }
 
-/// Recognises masks, each distinct one once.
+/// Recognizes masks, each distinct one once.
 #[derive(Default)]
 pub struct Masks {
     known: RefCell<HashMap<Vec<MaskTerm>, Result<ProvenMask, String>>>,

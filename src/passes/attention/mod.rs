@@ -1,6 +1,6 @@
-//! The attention of an export, recognised: one [`AttentionLayer`] for each, with its projections, caches and window.
+//! The attention of an export, recognized: one [`AttentionLayer`] for each, with its projections, caches and window.
 //!
-//! | module | what it recognises |
+//! | module | what it recognizes |
 //! |---|---|
 //! | [`find`] | each attention: its operands, mask terms, scale and soft cap |
 //! | [`sink`] | sinks beside its scores |
@@ -17,8 +17,8 @@
 //! | [`beyond`] | the same at lengths that small trials do not reach |
 //! | [`fingerprint`] | equal computations, so that one layer is executed and the others compared with it |
 //!
-//! [`analyse`] puts them together into an [`Analysis`], which `emit` turns into canonical operators and `recognise`
-//! reports. Nothing is rewritten here. Everything that was not recognised becomes an [`Obstacle`], so that a user sees all
+//! [`analyze`] puts them together into an [`Analysis`], which `emit` turns into canonical operators and `recognize`
+//! reports. Nothing is rewritten here. Everything that was not recognized becomes an [`Obstacle`], so that a user sees all
 //! of them at once.
 
 mod beyond;
@@ -78,7 +78,7 @@ pub struct Obstacle {
     pub layer: Option<usize>,
     /// Node or value of the export.
     pub at: String,
-    /// What was not recognised there, and why.
+    /// What was not recognized there, and why.
     pub reason: String,
 }
 
@@ -96,7 +96,7 @@ impl fmt::Display for Obstacle {
 pub struct Analysis {
     pub layers: Vec<AttentionLayer>,
     pub caches: HashMap<ValueId, ExportCache>,
-    /// Rotated rows that are no operands themselves, such as those that a norm of heads reads, `[batch, heads, tokens, head_dim]`.
+    /// Rotated rows that are not operands themselves, such as those that a norm of heads reads, `[batch, heads, tokens, head_dim]`.
     pub rotated: Vec<(ValueId, Projection)>,
     pub tables: Tables,
     /// The output that is neither a cache nor read by another of these.
@@ -117,13 +117,13 @@ pub struct Analysis {
 pub struct Roundings {
     /// All that the outputs depend on.
     pub all: HashSet<ValueId>,
-    /// Those that a recognised attention does.
+    /// Those that a recognized attention does.
     pub placed: HashSet<ValueId>,
 }
 
-/// Recognises every attention of a sorted, inferred graph. Rotary tables get `max_positions` rows, fewer where the
+/// Recognizes every attention of a sorted, inferred graph. Rotary tables get `max_positions` rows, fewer where the
 /// export's own tables are shorter.
-pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
+pub fn analyze(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
     let mut analysis = Analysis::default();
     let (skeleton, dynamic) = rounding::skeleton(graph, roles);
     analysis.unplaced = dynamic;
@@ -136,11 +136,11 @@ pub fn analyse(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
     }
     let graph = evaluator.graph;
     let trace = Trace::new(&evaluator);
-    let (found, unrecognised) = find::find(&evaluator);
+    let (found, unrecognized) = find::find(&evaluator);
     let masks = prove_masks(&evaluator, &found, max_positions, &mut analysis);
     let last = analysis.position_limit.unwrap_or(usize::MAX).min(max_positions);
     analysis.tables.positions = last.max(8);
-    for softmax in unrecognised {
+    for softmax in unrecognized {
         analysis.obstacles.push(Obstacle {
             layer: None,
             at: softmax.node,
@@ -213,7 +213,7 @@ fn slopes(graph: &Graph, attention: &FoundAttention, mut of_mask: Vec<f32>, head
     of_mask
 }
 
-/// Rotations behind which heads are normalized (HunYuan). What is not understood stays as the export has it.
+/// Rotations after which heads are normalized (HunYuan). Unrecognized ones stay as the export has them.
 fn rotated_before_norms(trace: &Trace<'_, '_>, evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
     let graph = evaluator.graph;
     for node in graph.node_ids().map(|id| graph.node(id)) {
@@ -310,7 +310,7 @@ fn encoder(graph: &Graph, roles: &Roles) -> Option<Obstacle> {
 }
 
 /// The mask of each attention. Sets the position limit, and notes the lengths of everything positional whether it is
-/// recognised or not.
+/// recognized or not.
 fn prove_masks(
     evaluator: &PartialEvaluator<'_>,
     found: &[FoundAttention],
@@ -551,7 +551,7 @@ fn rotary_tables(evaluator: &PartialEvaluator<'_>) -> Vec<ValueId> {
 }
 
 /// Tables of positions bound how far positions may go: the largest total length, if it is less than `last`, at which
-/// every one of these numbers can be computed. Masks have a limit of their own.
+/// every one of these numbers can be computed. Masks have their own limit.
 fn position_limit(
     evaluator: &PartialEvaluator<'_>,
     numbers: &[ValueId],

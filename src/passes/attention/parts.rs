@@ -1,4 +1,4 @@
-//! Heads that are joined of parts: of several projections, or of one part that is rotated behind one that is not.
+//! Heads that are concatenated from parts: from several projections, or from an unrotated and a rotated part.
 //!
 //! Multi-head latent attention has keys like that: a part of each head from the latent projection, and a rotated part that
 //! all heads share.

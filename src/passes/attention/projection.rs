@@ -1,10 +1,10 @@
 //! What the rows of queries, keys and values are: which columns of a projection, scaled and rotated how.
 //!
 //! Takes a value of the export that `trace` found to be made of projections, and finds the [`Projection`] that
-//! computes the same by feeding them with chosen numbers: ones give the scale, digits of the column number
-//! give the columns, unit rows give the rotary table. Where heads are joined of parts, such as those of multi-head latent
-//! attention of one part that is rotated and one that is not, each part is found by itself (`parts`). The result is then
-//! proven on random rows at other positions; what is not proven is an error that says so.
+//! computes the same, by feeding them with chosen values: ones give the scale, digits of the column number
+//! give the columns, unit rows give the rotary table. If heads are concatenated from parts, as in multi-head latent
+//! attention from a rotated and an unrotated part, each part is found separately (`parts`). The result is then
+//! proven on random rows at other positions; a failed proof is an error.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -131,7 +131,7 @@ pub fn noise(count: usize, seed: u64) -> Vec<f64> {
     (0..count).map(|_| next()).collect()
 }
 
-/// Relative error that arithmetic in this type may leave behind.
+/// Relative error that arithmetic in this type may have.
 pub fn tolerance(dtype: DType) -> f32 {
     match dtype {
         DType::F16 => 6e-3,
@@ -400,7 +400,7 @@ impl<'a, 'g> Rows<'a, 'g> {
                 let answer = unit(&|d| d % 2 == 0)?;
                 let pairs = (0..self.dim / 2).take_while(|i| answer[2 * i + 1] != 0.0).count();
                 if pairs == 0 {
-                    return Err("it pairs neighbours, but is no rotation".into());
+                    return Err("it pairs neighbors, but is no rotation".into());
                 }
                 Ok(Some((true, 2 * pairs)))
             }

@@ -1,9 +1,10 @@
-//! Rotary position embedding, recognised by what it does.
+//! Rotary position embedding, recognized by its effect.
 //!
-//! Rotation is linear in the row: fed a row that is 1 in one element, it answers with that pair's cosine and sine. So the
-//! kind (rotate-half or interleaved), the rotated width and the table itself are read off an execution, whichever way
-//! the export writes the arithmetic. The table is then required to be a function of the position alone, or to be one of two
-//! such tables, which LongRoPE chooses between by the length of the run; other dynamic scalings are refused. Gives [`Rope`] uses and the distinct [`Table`]s; leaves writing `RotaryEmbedding` to `emit`.
+//! Rotation is linear in the row: for a row that is 1 in one element, it returns that pair's cosine and sine. So an execution shows the
+//! kind (rotate-half or interleaved), the rotated width and the table itself, however
+//! the export writes the arithmetic. The table must be a function of the position alone, or one of two
+//! such tables, between which LongRoPE chooses by the length of the run; other dynamic scalings are refused. Gives [`Rope`] uses and
+//! the distinct [`Table`]s; `emit` writes `RotaryEmbedding`.
 
 /// Cosines and sines per position, `[positions, half]` each, in fp32.
 #[derive(Clone, PartialEq, Debug)]
@@ -61,7 +62,7 @@ impl Table {
 pub struct Rope {
     /// Which of the model's tables.
     pub table: usize,
-    /// Pairs are neighbours; otherwise element `i` pairs with `i + rotary_dim / 2`.
+    /// Pairs are neighbors; otherwise element `i` pairs with `i + rotary_dim / 2`.
     pub interleaved: bool,
     /// Leading elements of a head that are rotated.
     pub rotary_dim: usize,

@@ -1,4 +1,4 @@
-//! Sinks of an attention that is written out: a column of scores joined to the others before the softmax, and left out behind it.
+//! Sinks of an attention that is written out: a column of scores joined to the others before the softmax, and left out after it.
 //!
 //! gpt-oss's form: `Concat(scores, sinks)`, perhaps less the largest of each row, `Softmax`, `Slice` of all columns but the
 //! last. The column has to be, when run, one constant number for each head.
@@ -77,7 +77,7 @@ fn constant_of(evaluator: &PartialEvaluator<'_>, column: ValueId) -> Result<Valu
     Ok(at)
 }
 
-/// Behind the softmax: the probabilities without those of the sinks.
+/// After the softmax: the probabilities without those of the sinks.
 pub fn without(
     evaluator: &PartialEvaluator<'_>,
     uses: &Uses,

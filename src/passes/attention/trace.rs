@@ -1,9 +1,9 @@
-//! From an attention operand back to what it is made of.
+//! From an attention operand back to its sources.
 //!
 //! Between a projection and the attention that uses it lies only movement (reshapes, transposes, slices, head
-//! repetition), rotation and the cache: operators that are linear in the data and know nothing of its meaning. [`Trace`]
+//! repetition), rotation and the cache: operators that are linear in the data and independent of its meaning. [`Trace`]
 //! walks back through them and stops at their *sources*: projections (or a norm or bias after one) and cache inputs.
-//! It does not say what the operators in between compute; `projection` finds that out by running them.
+//! `projection` finds out what the operators in between compute, by executing them.
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
@@ -74,7 +74,7 @@ impl<'b, 'g> Trace<'b, 'g> {
             .collect()
     }
 
-    /// Sources behind a node, or `None` if it is where walking stops.
+    /// Sources of a node, or `None` if it is where walking stops.
     fn through(&self, node: &Node) -> Option<Sources> {
         let data = self.data(node);
         match &node.op {

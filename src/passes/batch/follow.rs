@@ -1,4 +1,4 @@
-//! Where the sequences are: the axis of each value that counts them, and what has to change for another number of them.
+//! The axis of each value that counts the sequences, and the changes that another number of them needs.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use crate::passes::attention::Obstacle;
 /// What [`follow`] finds.
 #[derive(Default)]
 pub struct Followed {
-    /// The axis of each value that has one. Each of the sequences has an equal part of it, one behind the other.
+    /// The axis of each value that has one. Each of the sequences has an equal part of it, one after the other.
     pub axes: HashMap<ValueId, usize>,
     /// Inputs of nodes that repeat one row for each sequence along an axis.
     pub cut: Vec<(NodeId, usize, usize)>,
@@ -58,7 +58,7 @@ pub fn follow(graph: &Graph, number: usize) -> Result<Followed, Vec<Obstacle>> {
                 ),
             )),
         }
-        // What is behind an obstacle says nothing.
+        // Values after an obstacle are not checked.
         if !obstacles.is_empty() {
             return Err(obstacles);
         }
@@ -243,8 +243,8 @@ impl Follower<'_> {
         }
     }
 
-    /// Behind an operator that changes the shape and not the order of elements. The sequences are the outermost of what lies
-    /// behind the axes before theirs, and stay so.
+    /// After an operator that changes the shape and not the order of elements. The sequences are the outermost of what lies
+    /// after the axes before theirs, and stay so.
     fn reshaped(&self, x: ValueId, out: ValueId) -> Result<usize, String> {
         let axis = self.axis(x).ok_or("its target depends on the sequences")?;
         let one = Dim::from(1usize);

@@ -1,9 +1,9 @@
 //! An export for a fixed number of sequences becomes one for any number.
 //!
-//! Such an export holds a row for each sequence in its tensors, and the number in the targets of its reshapes. [`follow`]
-//! finds the axis that counts the sequences behind each operator of the canonical graph, and refuses an operator that mixes
+//! The tensors of such an export have a row for each sequence, and its reshape targets contain the number. [`follow`]
+//! finds the axis that counts the sequences after each operator of the canonical graph, and refuses an operator that mixes
 //! sequences or treats one unlike another. Then the number is `batch` in every shape and target. What the export computes
-//! from masks, positions and caches was recognised by execution with all its sequences before this.
+//! from masks, positions and caches was recognized by execution with all its sequences before this.
 
 mod follow;
 

@@ -1,8 +1,8 @@
 //! Contrib operators become plain ones: normalizations with a residual, scaled and transposing products, the contrib
 //! rotary embedding; and `CastLike` becomes `Cast`.
 //!
-//! What needs a rank, a dtype or a width that is not known stays as it is. `GroupQueryAttention` is for the attention
-//! passes, which know what its cache is.
+//! An operator whose rank, dtype or width is needed but unknown stays unchanged. The attention passes handle
+//! `GroupQueryAttention`, because they know its cache.
 
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, NodeId, ValueId};

@@ -1,8 +1,8 @@
-//! Writes the recognised attention as canonical operators, and gives the graph its canonical [`Interface`].
+//! Writes the recognized attention as canonical operators, and gives the graph its canonical [`Interface`].
 //!
 //! Takes an [`Analysis`] without obstacles. Each attention becomes `TensorScatter` on two caches and `Attention`, after
-//! the picks and rotations of its projections; masks are written once per window. The export's own masks, caches and
-//! positions are then read by nothing and fall away. [`rows`] writes picks and rotations.
+//! the picks and rotations of its projections; masks are written once per window. Then nothing reads the export's own masks, caches and
+//! positions, and they are removed. [`rows`] writes picks and rotations.
 
 mod rows;
 

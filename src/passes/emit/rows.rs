@@ -117,7 +117,7 @@ impl Emitter<'_> {
         self.typed(name, op, &[x, cos, sin, rows], dtype, shape)
     }
 
-    /// The row of a table for each token, `[batch, tokens]`: its position, behind the rows for short runs where the run is a
+    /// The row of a table for each token, `[batch, tokens]`: its position, after the rows for short runs where the run is a
     /// long one.
     fn table_rows(&mut self, table: &Table) -> ValueId {
         let (Some(long), Some(total_lengths)) = (&table.long, self.total_lengths) else {
@@ -156,7 +156,7 @@ impl Emitter<'_> {
     }
 
     /// The sum of two rotations, of which one has cosines alone and one sines alone: their results are rounded. Elements that
-    /// are not rotated come behind.
+    /// are not rotated come after.
     fn rotated_in_parts(
         &mut self,
         x: ValueId,
@@ -376,7 +376,7 @@ impl Emitter<'_> {
                 .expect("the table is at hand");
             self.graph.add_constant(&name, tensor)
         };
-        // Rows of long runs come behind those of short ones.
+        // Rows of long runs come after those of short ones.
         let (mut cos, mut sin) = (table.cos.clone(), table.sin.clone());
         if let Some(long) = &table.long {
             cos.extend_from_slice(&long.table.cos);

@@ -3,7 +3,7 @@
 //! Random tensors stand in for the tokens, the logits and the results of all products. Then every row that enters a product
 //! must be a token's own row, what enters the second products must be a known function of the first ones' results, row by row,
 //! and the block's result must be the sum of the second ones' results, each times the weight that the routing gives its expert
-//! for its token. With the products' constants, which the graph names, that is all that a mixture of experts does.
+//! for its token. Together with the products' constants, which the graph names, that defines a mixture of experts.
 
 use std::collections::{HashMap, HashSet};
 
@@ -19,7 +19,7 @@ use crate::graph::{Constant, NodeId, ValueId};
 use crate::passes::roles::Roles;
 use crate::tensor::{DType, Tensor};
 
-/// A mixture of experts as it was recognised.
+/// A mixture of experts as it was recognized.
 #[derive(Clone, Debug)]
 pub struct Block {
     pub found: Found,
@@ -36,7 +36,7 @@ pub struct Block {
     pub biases: [Option<Constant>; 3],
 }
 
-/// A product of the first layer, or two, and the one behind them.
+/// A product of the first layer, or two, and the one after them.
 pub(super) struct Instance {
     pub first: Vec<Product>,
     pub down: Product,
@@ -45,8 +45,8 @@ pub(super) struct Instance {
 /// Which token a row of products belongs to, and which expert if the row says it.
 pub(super) type Rows = Vec<(usize, Option<usize>)>;
 
-/// Recognises what lies between `x` and `y`; the reason if it is no mixture of experts that is known.
-pub fn recognise(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [ValueId; 2]) -> Result<Block, String> {
+/// Recognizes what lies between `x` and `y`; the reason if it is not a mixture of experts that is known.
+pub fn recognize(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [ValueId; 2]) -> Result<Block, String> {
     let graph = flow.graph;
     let logits = candidates[0].logits;
     let (experts, top_k) = (candidates[0].experts, candidates[0].routing.top_k);
@@ -115,7 +115,7 @@ pub fn recognise(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [
             let known = gatings.as_ref();
             let cone = activation_cone(flow, instance);
             let scalars = gating::scalars(graph, &cone);
-            let found = gating::recognise(known, &ends, &hidden.to_f64(), &scalars, tolerance, rows.len())
+            let found = gating::recognize(known, &ends, &hidden.to_f64(), &scalars, tolerance, rows.len())
                 .ok_or("the function between the matrices of its experts is not known")?;
             if gatings.get_or_insert(found.clone()) != &found {
                 return Err("its experts have different functions between their matrices".to_string());
@@ -353,7 +353,7 @@ fn rows_into(trial: &mut Trial<'_>, product: &Product, tokens: &[&[f64]]) -> Res
     }
 }
 
-/// A stand-in for the result of a product of so many rows.
+/// A stand-in for the result of a product of this many rows.
 fn bind_result(
     [trial, bound]: [&mut Trial<'_>; 2],
     random: &mut Random,

@@ -1,4 +1,4 @@
-//! The function between the matrices of an expert, found by its values.
+//! The function between the matrices of an expert, identified by its values.
 
 use super::trial::agree;
 use crate::graph::eval::gated;
@@ -38,9 +38,9 @@ pub fn scalars(graph: &Graph, nodes: &[NodeId]) -> Vec<f64> {
     found
 }
 
-/// The function and layout by which `hidden` follows from the results of the first products, all of so many rows. One that is
+/// The function and layout by which `hidden` follows from the results of the first products, all of this many rows. One that is
 /// `known` is tried first.
-pub fn recognise(
+pub fn recognize(
     known: Option<&(Gating, Layout)>,
     ends: &[Vec<f64>],
     hidden: &[f64],

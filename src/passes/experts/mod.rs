@@ -1,13 +1,14 @@
 //! Mixtures of experts become `Routing` and `Experts`.
 //!
 //! Exporters write them in many ways: matrices gathered for every token, a loop over experts with `NonZero` and scatters, all
-//! experts times weights that are mostly 0. None is listed here. A choice of the greatest (`TopK`) is the anchor; the block is
-//! what lies between the value that everything is computed from and the one in which everything has come together (`region`);
-//! and what the block does is found by running it with tensors that stand in for tokens, logits and results of products
-//! (`trial`): `routing` finds how experts are chosen, `products` the constants they multiply with, `gating` the function between
-//! them, `sums` whose result is whose, `body` proves the whole, and `weights` brings matrices into the canonical form. What does not agree is refused and named.
+//! experts times weights that are mostly 0. There is no list of forms here. A choice of the greatest (`TopK`) is the anchor. The block lies
+//! between the value from which everything is computed and the value in which everything is combined (`region`).
+//! Executing it with substitutes for tokens, logits and results of products shows what it does
+//! (`trial`): `routing` finds how experts are chosen, `products` the constants of the products, `gating` the function between
+//! them, `sums` which result belongs to which expert. `body` proves the whole, and `weights` brings matrices into the canonical
+//! form. A block that does not match is refused, with the reason.
 //!
-//! Blocks of one structure are alike in all layers, but each is proven by itself: only products are left out, and those are
+//! The blocks of all layers have the same structure, but each is proven separately. Only products are left out, and they are
 //! nearly all of the work.
 
 mod body;
@@ -29,7 +30,7 @@ use crate::graph::{Constant, Graph, NodeId, ValueId};
 use body::Block;
 use region::Flow;
 
-/// Values behind a choice that may be the result of its experts.
+/// Values after a choice that may be the result of its experts.
 const REACH: usize = 8;
 
 /// Writes every mixture of experts as canonical operators. Gives the number of blocks, and every choice that was not
@@ -79,7 +80,7 @@ fn choices(flow: &Flow<'_>) -> Vec<NodeId> {
     all.iter().copied().filter(|id| !is_ahead(*id)).collect()
 }
 
-/// Whether scores depend on a choice before everything behind the choice has come together.
+/// Whether scores depend on a choice before everything after that choice is combined.
 fn depends_closely(flow: &Flow<'_>, behind: &HashSet<ValueId>, scores: ValueId) -> bool {
     // A linear layer between them means that the choice is of an earlier layer.
     let linear = |value: &ValueId| {
@@ -118,7 +119,7 @@ fn block(flow: &Flow<'_>, roles: &Roles, id: NodeId) -> Result<Block, String> {
                     .to_string(),
             );
         }
-        match body::recognise(flow, roles, &candidates, [x, y]) {
+        match body::recognize(flow, roles, &candidates, [x, y]) {
             Ok(block) => return Ok(block),
             // Of the nearest value, which a block that differs in one thing ends in.
             Err(why) => drop(reason.get_or_insert(why)),
@@ -147,7 +148,7 @@ fn as_tokens(flow: &Flow<'_>, mut x: ValueId) -> ValueId {
     x
 }
 
-/// A result behind reshapes that give it the shape of the tokens.
+/// A result after reshapes that give it the shape of the tokens.
 fn as_result(flow: &Flow<'_>, end: ValueId, x: ValueId) -> ValueId {
     let graph = flow.graph;
     let x = as_tokens(flow, x);

@@ -1,4 +1,4 @@
-//! The matrix products of a mixture of experts: which constants they multiply with, and the biases behind them.
+//! The matrix products of a mixture of experts: which constants they multiply with, and the biases after them.
 
 use super::region::Flow;
 use crate::graph::op::{Binary, Op};

@@ -1,7 +1,7 @@
-//! Which part of a graph is a mixture of experts: from the choice of experts to where all of it has come together, and back
-//! to the value that all of it is computed from.
+//! The part of a graph that is a mixture of experts: from the choice of experts forward to the value in which everything is
+//! combined, and back to the value from which everything is computed.
 //!
-//! Only data counts: what a node reads to know a shape ties nothing together.
+//! Only data counts: reading the shape of a value is not a dependency.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 

@@ -1,5 +1,5 @@
-//! How a graph chooses experts, found by trying: what it computes from logits is compared with what every known way of
-//! routing computes. Which weights the experts have is seen where their results come together (`body`).
+//! How a graph chooses experts: its results from trial logits are compared with those of every known kind of
+//! routing. The weights of the experts are found where their results are combined (`body`).
 
 use super::region::Flow;
 use super::trial::{Random, Trial, agree};
@@ -9,7 +9,7 @@ use crate::graph::{Graph, NodeId, ValueId};
 use crate::passes::roles::Roles;
 use crate::tensor::{DType, Tensor};
 
-/// A choice of experts as it was recognised.
+/// A choice of experts as it was recognized.
 #[derive(Clone, Debug)]
 pub struct Found {
     /// How it is made of the logits.

@@ -1,4 +1,4 @@
-//! Values of a mixture of experts at concrete sizes, from tensors that stand in for some of them.
+//! Values of a mixture of experts at concrete sizes, with substitutes for some of them.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -18,7 +18,7 @@ pub struct Trial<'g> {
 }
 
 impl<'g> Trial<'g> {
-    /// Of so many tokens, of one sequence unless the export fixes more.
+    /// Of this many tokens, of one sequence unless the export fixes more.
     pub fn new(graph: &'g Graph, roles: &Roles, tokens: usize) -> Self {
         let batch = roles.batch.unwrap_or(1);
         let symbols = BTreeMap::from([

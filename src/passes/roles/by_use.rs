@@ -1,9 +1,9 @@
-//! Roles of inputs whose names say nothing: `arg1`, `input.3`.
+//! Roles of inputs whose names are not known: `arg1`, `input.3`.
 //!
-//! An input is followed forward, through casts and other operators that only carry integers along, to what reads it: rows of a
-//! table of floats are looked up by token ids or by positions, angles are computed from positions, comparisons and sums are
-//! made of masks, and operators of attention take lengths. What fits nothing, or two things, has no role here, and the export is
-//! refused by the input's name. A role that is wrong all the same makes a later proof fail.
+//! An input is followed forward, through casts and other operators that only carry integers along, to its readers: rows of a
+//! table of floats are looked up by token ids or by positions, angles are computed from positions, comparisons and sums
+//! read masks, and operators of attention read lengths. An input that fits no role, or two, gets none, and the export is
+//! refused with the input's name. If a role is wrong, a later proof fails.
 
 use std::collections::{HashMap, HashSet};
 
@@ -96,7 +96,7 @@ pub(super) fn float_mask(graph: &Graph, id: ValueId, uses: &Uses) -> Option<Inpu
     added.then_some(InputRole::FullMask)
 }
 
-/// Whether a table with so many rows is that of the tokens: it has as many as the logits, or it is the only one, or the
+/// Whether a table with this many rows is that of the tokens: it has as many as the logits, or it is the only one, or the
 /// largest.
 fn is_vocabulary(graph: &Graph, tables: &[usize], uses: &Uses) -> bool {
     let rows = tables.iter().copied().max().unwrap_or(0);
@@ -201,7 +201,7 @@ fn readers(graph: &Graph, id: ValueId, uses: &Uses) -> Readers {
     found
 }
 
-/// Whether cosines or sines are taken of a value, behind operators that change angles at most.
+/// Whether cosines or sines are taken of a value, after operators that change angles at most.
 fn reaches_angle(graph: &Graph, from: ValueId, uses: &Uses) -> bool {
     reaches(graph, from, uses, |node| {
         matches!(node.op, Op::Unary(Unary::Cos | Unary::Sin))
@@ -230,7 +230,7 @@ fn is_rotary(graph: &Graph, from: ValueId, uses: &Uses) -> bool {
     })
 }
 
-/// Whether what reads a value first, behind operators that move elements, is one of `wanted`.
+/// Whether what reads a value first, after operators that move elements, is one of `wanted`.
 fn reaches(graph: &Graph, from: ValueId, uses: &Uses, wanted: impl Fn(&Node) -> bool) -> bool {
     let mut seen: HashSet<ValueId> = HashSet::from([from]);
     let mut stack = vec![from];

@@ -1,11 +1,11 @@
-//! Roundings to codes inside attention: where they are, and that the canonical operators round there too.
+//! Roundings to codes inside attention: where they are, and the proof that the canonical operators round there too.
 //!
-//! Attention is recognised on a *skeleton*, the export with these roundings taken out ([`skeleton`]), since what moves and
+//! Attention is recognized on a *skeleton*, the export with these roundings taken out ([`skeleton`]), since what moves and
 //! rotates rows is linear only without them. Where each rounding lies is found here, walking from an operand back to its
 //! projection or cache; what it rounds is proven by execution on the skeleton, up to a factor, which goes into the
 //! rounding's scale. A rounding with one scale for all elements commutes with every movement, so that it can be applied to
 //! the rows before they are written to a cache, or to the whole cache when it is read. Gives the [`RowRounding`] of
-//! projections and the roundings of caches, scores and probabilities; [`Unplaced`] names what has no such place.
+//! projections and the roundings of caches, scores and probabilities; [`Unplaced`] names the others.
 
 mod caches;
 mod rows;
@@ -76,7 +76,7 @@ pub struct LayerRounding {
     pub value: CacheRounding,
     /// Of the scaled scores before soft cap and mask.
     pub scores: Option<Rounding>,
-    /// Of the scores behind the soft cap, before the mask.
+    /// Of the scores after the soft cap, before the mask.
     pub capped: Option<Rounding>,
     /// Of the softmax's result.
     pub probabilities: Option<Rounding>,
@@ -151,7 +151,7 @@ pub fn effective(graph: &Graph, roundings: &HashMap<ValueId, Rounding>) -> HashS
     roundings.keys().copied().filter(matters).collect()
 }
 
-/// Whether a value has no elements, such as those of a head that is rotated as a whole behind its rotated ones.
+/// Whether a value has no elements, such as those of a head that is rotated as a whole after its rotated ones.
 fn is_empty(graph: &Graph, value: ValueId) -> bool {
     let shape = graph.shape(value);
     shape.is_some_and(|shape| shape.iter().any(|dim| dim.as_const() == Some(0)))

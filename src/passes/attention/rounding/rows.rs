@@ -370,7 +370,7 @@ fn of_kind(kind: Kind, projection: &Projection, tables: &Tables) -> Option<(Tabl
         return Some((own, of));
     }
     let rope = of.rope.as_mut()?;
-    // Where neighbours are paired, no half is turned.
+    // Where neighbors are paired, no half is turned.
     if matches!(kind, Kind::TurnedHalf(_)) && rope.interleaved {
         return None;
     }

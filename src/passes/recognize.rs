@@ -1,4 +1,4 @@
-//! What `lapidary inspect` reports of an export: everything that was recognised, and everything that was not.
+//! What `lapidary inspect` reports of an export: everything that was recognized, and everything that was not.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::attention::Obstacle;
 use super::attention::layout::CacheLayout;
 use super::roles::InputRole;
-use super::{ActivationPolicy, Activations, Analysed, Canonical, CanonicalizeOptions, ModelKind, PassError};
+use super::{ActivationPolicy, Activations, Analyzed, Canonical, CanonicalizeOptions, ModelKind, PassError};
 use crate::graph::op::Op;
 use crate::graph::{AttentionScores, Graph, Shape, ValueId, infer};
 use crate::help::Help;
@@ -22,18 +22,18 @@ pub struct Recognition {
     pub capacity: Option<usize>,
     /// Role of each input, in the export's order.
     pub inputs: Vec<Input>,
-    /// Attentions that were recognised, in order of execution.
+    /// Attentions that were recognized, in order of execution.
     pub layers: Vec<LayerReport>,
     /// How often each operator occurs in the export.
     pub operators: BTreeMap<String, usize>,
-    /// Fused operators and others that matter, found or recognised, by name.
+    /// Fused operators and others that matter, found or recognized, by name.
     pub patterns: BTreeMap<String, usize>,
     /// Activations that the export rounds to codes, and those of them that are to be left in floating point.
     #[serde(skip_serializing_if = "Activations::is_empty")]
     pub activations: Activations,
     /// Operators that Lapidary does not know, with the nodes.
     pub unsupported: BTreeMap<String, Vec<String>>,
-    /// What it is, if it is no decoder with a cache of keys and values: `encoder_decoder`, `hybrid`, `state_space`,
+    /// What it is, if it is not a decoder with a cache of keys and values: `encoder_decoder`, `hybrid`, `state_space`,
     /// `no_cache`, `encoder`, `classifier_or_embedding` or `no_tokens`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kind: Option<&'static str>,
@@ -51,7 +51,7 @@ pub struct Recognition {
 /// Sizes of a model as far as they are known.
 #[derive(Clone, Debug, Serialize)]
 pub struct Outline {
-    /// Attentions that were recognised.
+    /// Attentions that were recognized.
     pub attentions: usize,
     /// Softmaxes and attention operators of the export: what may be attention.
     pub candidates: usize,
@@ -117,7 +117,7 @@ pub struct LayerReport {
 
 /// Looks at an export as read, without changing it. Never fails: what went wrong is in the report. Gives the canonical graph,
 /// too, if nothing did.
-pub fn recognise(export: &Graph, options: &CanonicalizeOptions) -> (Recognition, Option<Canonical>) {
+pub fn recognize(export: &Graph, options: &CanonicalizeOptions) -> (Recognition, Option<Canonical>) {
     let mut report = Recognition {
         cache: cache_form(export).to_string(),
         capacity: None,
@@ -157,8 +157,8 @@ pub fn recognise(export: &Graph, options: &CanonicalizeOptions) -> (Recognition,
     };
     let look = super::look(export.clone(), &lenient, &mut Vec::new());
     roles(&mut report, export, &look.roles);
-    if let Some(analysed) = &look.analysed {
-        fill(&mut report, analysed);
+    if let Some(analyzed) = &look.analyzed {
+        fill(&mut report, analyzed);
     }
     let kind = look.kind.as_ref().map(ModelKind::name);
     let errors = match look.errors.is_empty() && report.obstacles.is_empty() {
@@ -259,9 +259,9 @@ fn outline(export: &Graph, report: &Recognition) -> Outline {
     }
 }
 
-fn fill(report: &mut Recognition, analysed: &Analysed) {
-    let (roles, analysis) = (&analysed.roles, &analysed.analysis);
-    report.activations = analysed.activations.clone();
+fn fill(report: &mut Recognition, analyzed: &Analyzed) {
+    let (roles, analysis) = (&analyzed.roles, &analyzed.analysis);
+    report.activations = analyzed.activations.clone();
     report.capacity = roles.capacity;
     report.obstacles = analysis.obstacles.clone();
     for layer in &analysis.layers {
@@ -301,8 +301,8 @@ fn fill(report: &mut Recognition, analysed: &Analysed) {
         "sliding_window",
         analysis.layers.iter().filter(|l| l.scores.window.is_some()).count(),
     );
-    for id in analysed.graph.node_ids() {
-        match analysed.graph.node(id).op {
+    for id in analyzed.graph.node_ids() {
+        match analyzed.graph.node(id).op {
             Op::RmsNormalization { .. } => count("rms_norm", 1),
             Op::LayerNormalization { .. } => count("layer_norm", 1),
             Op::Experts(_) => count("experts", 1),
