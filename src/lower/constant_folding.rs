@@ -1,5 +1,5 @@
-//! What TensorRT must be kept from folding while it builds: `docs/explanation/tensorrt-notes.md`, "What TensorRT folds", has both
-//! workarounds of this kind and why. The other, a mask for each attention layer, needs no layer of the network and is made
+//! Prevents TensorRT from folding certain constants while it builds. `docs/explanation/tensorrt-notes.md`, "What TensorRT folds", explains
+//! both workarounds of this kind. The other, a mask for each attention layer, needs no layer of the network and is made
 //! where layers are emitted for TensorRT.
 
 use super::context::{Lowered, Lowering, one};
@@ -7,7 +7,7 @@ use crate::network::{Elementwise, LayerKind, TensorId, WeightMode};
 use crate::tensor::DType;
 
 impl Lowering<'_> {
-    /// A weight in front of a cast. TensorRT would widen a constant while it builds, and its plan would hold and read four
+    /// A weight before a cast. TensorRT would widen a constant while it builds, and its plan would hold and read four
     /// bytes a number instead of two (measured: decode of 1.1 B took 1.6 ms instead of 1.2); so it is multiplied with a one
     /// that is known only at run time. The product is part of the same kernel.
     pub(super) fn kept_narrow(&mut self, name: &str, weight: TensorId) -> Lowered {
@@ -18,7 +18,7 @@ impl Lowering<'_> {
         self.kept_apart(name, weight)
     }
 
-    /// A matrix in front of a layer that TensorRT is not to join with the one before: multiplied with the same one.
+    /// A matrix before a layer that TensorRT must not fuse with the previous one: multiplied with the same one.
     pub(super) fn kept_apart(&mut self, name: &str, matrix: TensorId) -> Lowered {
         match self.one_at_run_time(self.b.dtype(matrix))? {
             Some(one) => {

@@ -1,4 +1,4 @@
-//! What is lowered so far: the state of a lowering, the network's interface at its start and its outputs at its end.
+//! The state of a lowering: the layers so far, the network's interface at its start and its outputs at its end.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -29,7 +29,7 @@ pub(super) struct Lowering<'a> {
     pub rows: HashSet<NodeId>,
     pub fusions: Fusions,
     pub kernels: KernelPlan,
-    /// What groups of kernels give that is no value of the graph, by the group.
+    /// Results of groups of kernels that are not values of the graph, by group.
     pub packed: HashMap<usize, TensorId>,
     /// Whether the node being lowered is one of them.
     pub in_rows: bool,

@@ -1,4 +1,4 @@
-//! Which file lowers which operator: that of its family; and what is reported of operators without a lowering.
+//! Dispatches each operator to the file of its family, and reports operators without a lowering.
 
 use super::context::{Lowered, Lowering};
 use super::error::Reason;
@@ -53,6 +53,6 @@ pub(super) fn no_lowering<T>(node: &Node) -> Lowered<T> {
         return Reason::unsupported("the passes rewrite this contrib operator, so the graph is not canonical");
     }
     Reason::unsupported(
-        "this operator is lowered only as part of a mask, a rotary table or a cache that the passes recognise",
+        "this operator is lowered only as part of a mask, a rotary table or a cache that the passes recognize",
     )
 }

@@ -1,7 +1,7 @@
 //! Operators on each element, softmax and reductions.
 //!
-//! ONNX broadcasts ranks, TensorRT does not: operands get leading 1s. ONNX compares and selects booleans, TensorRT's
-//! layers take numbers: that is logic here. Swish is `x * sigmoid(x)`; powers with small whole exponents are products,
+//! ONNX broadcasts ranks, TensorRT does not: operands get leading 1s. ONNX compares and selects booleans; TensorRT's
+//! layers take numbers, so these become logic layers. Swish is `x * sigmoid(x)`; powers with small whole exponents are products,
 //! which are exact for negative bases.
 
 use super::context::{Lowered, Lowering, network_dtype};

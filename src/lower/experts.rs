@@ -1,8 +1,8 @@
 //! Routing and mixtures of experts.
 //!
-//! Routing is the same layers everywhere. Experts are one layer for an executor that reads the chosen ones by itself. TensorRT's
-//! layer for them (`IMoELayer`) is for newer GPUs than these engines are for, and no other layer runs on as many rows as an
-//! index says, so engines compute one of two forms ([`ExpertsForm`]): every token through every expert, times weights that are
+//! Routing becomes the same layers for all back ends. Experts are one layer for an executor that reads only the chosen ones. TensorRT's
+//! layer for them (`IMoELayer`) needs newer GPUs than these engines support, and no other layer takes its number of rows from an
+//! index. So engines compute one of two forms ([`ExpertsForm`]): every token through every expert, times weights that are
 //! 0 for those not chosen; or products with matrices that are gathered for each token.
 
 use super::ExpertsForm;

@@ -1,8 +1,8 @@
 //! Linear layers that read the same activation, as one product: q, k and v; gate and up.
 //!
-//! One product of many rows of weights uses the memory better than several of few, and there are fewer kernels. The
-//! weights stand one below the other in a weight of their own, named by its parts: `q_proj.weight+k_proj.weight`. Whoever
-//! binds it can put the parts next to each other instead of copying ([`parts`]).
+//! One product of many rows of weights uses the memory bandwidth better than several of few rows, and needs fewer kernels. The
+//! weights are stacked in one weight, named by its parts: `q_proj.weight+k_proj.weight`. A caller that
+//! binds it can place the parts next to each other instead of copying them ([`parts`]).
 
 use std::collections::HashMap;
 

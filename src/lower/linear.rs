@@ -1,7 +1,7 @@
 //! Matrix products: `MatMul`, `Gemm`, `FusedMatMul`.
 //!
-//! A linear layer is `MatMul(x, Transpose(weight [out, in]))`; the transpose becomes the product's own and the weight is
-//! read as it is stored. A bias is an `Add` of its own.
+//! A linear layer is `MatMul(x, Transpose(weight [out, in]))`; the transpose becomes a flag of the product, and the weight is
+//! read as it is stored. A bias is a separate `Add`.
 
 use super::LinearForm;
 use super::context::{Lowered, Lowering, one};

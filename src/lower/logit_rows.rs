@@ -1,9 +1,9 @@
-//! Where tokens without logits drop out.
+//! Where tokens without logits are dropped.
 //!
-//! With [`Logits::Rows`] one token a row gets logits. Everything between the last operator that mixes tokens (the last
+//! With [`Logits::Rows`], one token per sequence gets logits. Everything between the last operator that mixes tokens (the last
 //! attention) and the logits works on each token alone, so one token is gathered there and the rest computes on it: the
 //! output weight (a quarter of a small model) and the last layer's feed-forward run on one row instead of a whole
-//! prefill chunk. With one token to begin with the gather is only for the interface's sake, and sits at the output
+//! prefill chunk. If there is only one token, the gather exists only for the interface, and stands at the output
 //! weight's activation.
 
 use std::collections::{HashMap, HashSet};
@@ -30,7 +30,7 @@ pub(super) fn row_wise(graph: &Graph, demand: &Demand, profile: &Profile) -> Has
     let Some(logits) = logits(graph).filter(|_| profile.logits == Logits::Rows) else {
         return rows;
     };
-    // Reads by nodes that are live, as data: shapes do not tie a value to all of its tokens.
+    // Reads of data by used nodes: reading a shape does not need all tokens of a value.
     let mut readers: HashMap<ValueId, Vec<NodeId>> = HashMap::new();
     for id in graph.node_ids().filter(|id| demand.nodes.contains(id)) {
         for value in data_inputs(graph, graph.node(id)) {

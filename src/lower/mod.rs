@@ -2,15 +2,15 @@
 //!
 //! Takes the canonical graph (head of [`graph`](crate::graph)), gives the [`Network`] whose interface is in the head of
 //! [`network`](crate::network). `batch` and `capacity` become numbers, `tokens` too in a static profile; in a dynamic one
-//! it stays as the only symbol. i64 becomes i32 throughout. Every choice that does not change what is computed is in
-//! [`LowerOptions`], so that a tuner can try them. What cannot be lowered is reported all at once, in [`LowerError`].
+//! it stays as the only symbol. i64 becomes i32 throughout. All choices that do not change the result are in
+//! [`LowerOptions`], so that a tuner can try them. [`LowerError`] reports everything that cannot be lowered at once.
 //!
-//! One file a family: `linear`, `elementwise`, `normalization`, `attention` (and the cache), `rotary`, `movement`,
-//! `positions` (ranges, comparisons, masks), `gather`, `experts`, `fuse` (products of one activation), `quantized_weights`, `kernels` (layers of our own); `dispatch` says which
-//! file lowers which operator. Around them: `weights` says which constants are weights and what they are called, `demand` which
-//! values are needed as data at all, `logit_rows` where the tokens without logits drop out,
-//! `constant_folding` what TensorRT must not fold. `context` holds what is lowered so
-//! far, `values` turns the graph's values into tensors, `shuffles` joins reshapes and transposes.
+//! One file per family: `linear`, `elementwise`, `normalization`, `attention` (and the cache), `rotary`, `movement`,
+//! `positions` (ranges, comparisons, masks), `gather`, `experts`, `fuse` (products of one activation),
+//! `quantized_weights`, `kernels` (Lapidary's own layers). `dispatch` selects the file of an operator. Around them: `weights` decides
+//! which constants are weights and names them, `demand` finds the values that are needed as data, `logit_rows` drops tokens without
+//! logits, `constant_folding` prevents TensorRT from folding. `context` holds the state of a lowering, `values` turns the graph's
+//! values into tensors, `shuffles` joins reshapes and transposes.
 //!
 //! # What is a weight
 //!
@@ -70,12 +70,12 @@ use crate::network::{Network, Profile, Tokens, WeightMode, verify_interface};
 use attention::{PARTS, SHORT};
 use context::Lowering;
 
-/// The shape in which linear layers multiply. Their inputs are `[batch, tokens, in]`, their weights `[out, in]`, and
+/// The form of linear layers. Their inputs are `[batch, tokens, in]`, their weights `[out, in]`, and
 /// TensorRT multiplies equal ranks only.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LinearForm {
-    /// The activation becomes `[batch * tokens, in]`: one matrix product whatever the batch, and the weight is read as it
+    /// The activation becomes `[batch * tokens, in]`: one matrix product for every batch, and the weight is read as it
     /// is stored.
     #[default]
     FlattenActivation,
@@ -90,23 +90,23 @@ pub enum LinearForm {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AttentionForm {
-    /// One Attention layer. Attention with a softcap is decomposed all the same: the layer has none.
+    /// One Attention layer. Attention with a softcap is still decomposed, because the layer has none.
     #[default]
     Layer,
     /// Matrix products and a softmax in fp32, the query heads of a group always folded into rows.
     Decomposed,
-    /// With one token: the same, over so many parts of the cache side by side. Otherwise [`AttentionForm::Layer`].
+    /// With one token: the same, over this many parts of the cache side by side. Otherwise [`AttentionForm::Layer`].
     Split(usize),
     /// With one token: scores as sums over products of query and keys, the rest as [`AttentionForm::Decomposed`]. Otherwise
     /// [`AttentionForm::Layer`].
     ReducedScores,
-    /// What measured best: with one token [`AttentionForm::ReducedScores`] up to 1024 slots and sixteen parts beyond, with
+    /// The fastest in measurements: with one token [`AttentionForm::ReducedScores`] up to 1024 slots and sixteen parts beyond, with
     /// several one Attention layer.
     ByCapacity,
 }
 
 impl AttentionForm {
-    /// What [`AttentionForm::ByCapacity`] is for a profile; others are what they are.
+    /// Resolves [`AttentionForm::ByCapacity`] for a profile; other forms stay the same.
     pub fn at(self, profile: &Profile) -> AttentionForm {
         match self {
             AttentionForm::ByCapacity if profile.tokens != Tokens::Static(1) => AttentionForm::Layer,
@@ -117,19 +117,19 @@ impl AttentionForm {
     }
 }
 
-/// How quantized weights enter a network. What a form has no layers for is a weight of floats, or of the elementwise form.
+/// How quantized weights enter a network. A format without layers in a form becomes a weight of floats, or uses the elementwise form.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QuantizedForm {
-    /// Each is one weight, whose constant says that it is quantized, for an executor that reads codes itself.
+    /// Each is one weight with a quantized constant, for an executor that reads codes itself.
     #[default]
     Whole,
-    /// Codes and scales are weights of their own, which TensorRT's Dequantize layer reads in front of a product.
+    /// Codes and scales are weights of their own, which TensorRT's Dequantize layer reads before a product.
     Dequantize,
     /// The same with something between that TensorRT cannot join with the product: its products of codes and several rows are
     /// slow, or fail when an engine is loaded.
     DequantizeApart,
-    /// Bound codes become numbers and are scaled by elementwise layers; in a product of one row, in its sums where
+    /// Elementwise layers convert and scale bound codes; in a product of one row, in its sums where
     /// [`LowerOptions::reduce_depth`] allows them.
     Elementwise,
 }
@@ -144,7 +144,7 @@ impl QuantizedForm {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExpertsForm {
-    /// One layer, for an executor that computes the chosen experts alone.
+    /// One layer, for an executor that computes only the chosen experts.
     #[default]
     Layer,
     /// Every token through every expert, times weights that are 0 for those not chosen: `experts / top_k` times the
@@ -161,7 +161,7 @@ impl ExpertsForm {
     }
 }
 
-/// Choices of a lowering. None changes what is computed, beyond rounding.
+/// Choices of a lowering. None changes the result, except for rounding.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LowerOptions {
@@ -170,18 +170,18 @@ pub struct LowerOptions {
     /// With one token, the query heads of a KV group become query rows:
     /// `[batch, heads, 1, d]` → `[batch, kv_heads, heads/kv_heads, d]`.
     pub fold_groups: bool,
-    /// Of products of one row, and of all where `prefill_linear` says nothing.
+    /// Of products of one row, and of all others unless `prefill_linear` is set.
     pub linear: LinearForm,
     /// Of products of several rows.
     pub prefill_linear: Option<LinearForm>,
-    /// [`LinearForm::ReduceRow`] only for weights of at most so many columns: what comes before a product is computed
-    /// again for each of its rows, which costs more the wider it is.
+    /// [`LinearForm::ReduceRow`] only for weights of at most this many columns: the input of a product is computed
+    /// again for each of its rows, which costs more for wider weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reduce_depth: Option<usize>,
-    /// Linear layers that read the same activation become one product (see [`parts`] for what its weight is).
+    /// Linear layers that read the same activation become one product (see [`parts`] for its weight).
     pub fuse_linear: bool,
-    /// Also where they are two, as gate and up are. Apart, the second can take the activation and the product with the first
-    /// along.
+    /// Also if they are two, such as gate and up. As separate products, the second can include the activation and the product
+    /// with the first.
     pub fuse_pairs: bool,
     /// As `fold_groups`, with several tokens and at this capacity or beyond:
     /// `[batch, heads, tokens, d]` → `[batch, kv_heads, heads/kv_heads * tokens, d]`. TensorRT's attention kernel repeats
@@ -190,19 +190,19 @@ pub struct LowerOptions {
     pub fold_prefill: Option<usize>,
     /// How attention is written.
     pub attention: AttentionForm,
-    /// How quantized weights enter the network: in one of one row, and in all where `prefill_quantized` says nothing.
+    /// How quantized weights enter the network: with one row, and with more unless `prefill_quantized` is set.
     #[serde(skip_serializing_if = "QuantizedForm::is_whole")]
     pub quantized: QuantizedForm,
     /// In networks of several rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_quantized: Option<QuantizedForm>,
-    /// How mixtures of experts are written: with one row, and with all where `prefill_experts` says nothing.
+    /// How mixtures of experts are written: with one row, and with more unless `prefill_experts` is set.
     #[serde(skip_serializing_if = "ExpertsForm::is_layer")]
     pub experts: ExpertsForm,
     /// With several rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_experts: Option<ExpertsForm>,
-    /// With one row and bound weights in 16 bits, or codes of them: what kernels of ours can compute becomes layers of our own
+    /// With one row and bound weights in 16 bits, or codes of them: parts that Lapidary's kernels can compute become its own layers
     /// ([`LayerKind::RowProduct`](crate::network::LayerKind::RowProduct),
     /// [`LayerKind::DecodeAttention`](crate::network::LayerKind::DecodeAttention)).
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -238,7 +238,7 @@ const WIDEST_REDUCED: usize = 8192;
 const LONG: usize = 32768;
 
 impl LowerOptions {
-    /// How products of so many rows are written.
+    /// How products of this many rows are written.
     pub(crate) fn form(&self, rows: &Dim) -> LinearForm {
         match self.prefill_linear {
             Some(form) if !rows.is_one() => form,
@@ -246,7 +246,7 @@ impl LowerOptions {
         }
     }
 
-    /// How experts of so many rows are written.
+    /// How experts of this many rows are written.
     pub(crate) fn experts_form(&self, rows: &Dim) -> ExpertsForm {
         match self.prefill_experts {
             Some(form) if !rows.is_one() => form,
@@ -283,8 +283,8 @@ pub fn lower(canonical: &Graph, profile: &Profile, options: &LowerOptions) -> Re
 
 /// Lowers any graph of operators that have a lowering: no cache or logits are asked for. For tests of single operators.
 pub fn lower_graph(graph: &Graph, profile: &Profile, options: &LowerOptions) -> Result<Network, LowerError> {
-    // The canonical graphs of our own passes come typed, and a session lowers one for every prompt length: inference runs
-    // only where a type is missing, or where shape arithmetic that it would follow is in the way.
+    // Canonical graphs of the passes are typed, and a session lowers one for every prompt length. So inference runs
+    // only if a type is missing, or if the graph contains shape arithmetic.
     if is_typed(graph) {
         match lower_typed(graph, &InferenceFacts::default(), profile, options) {
             Err(LowerError::Unsupported(_)) => {}

@@ -1,6 +1,6 @@
 //! Operators that move elements: Shuffle, Slice and Concatenation layers.
 //!
-//! Neighbouring reshapes and transposes join into one Shuffle where they can (`context`), and a transpose that only moves
+//! Neighboring reshapes and transposes join into one Shuffle where they can (`context`), and a transpose that only moves
 //! dims of 1, as every head split in decode does, is a reshape.
 
 use super::context::{Lowered, Lowering, one};

@@ -1,6 +1,6 @@
 //! RMSNorm and LayerNorm, both in fp32 whatever the model's dtype.
 //!
-//! TensorRT has no RMSNorm layer; it fuses this chain into one kernel, and the CPU executor recognises it:
+//! TensorRT has no RMSNorm layer; it fuses this chain into one kernel, and the CPU executor recognizes it:
 //! Cast(f32) → Prod(x, x) → Reduce(Avg) → Sum(ε) → Sqrt → Div(x, ·) → Cast(back) → Prod(scale). The casts are left out
 //! where the model is fp32.
 

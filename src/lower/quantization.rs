@@ -1,7 +1,7 @@
-//! Activations as the numbers that codes stand for: [`Op::RoundToCodes`] and [`Op::DynamicRoundToCodes`], in fp32.
+//! Activations rounded to the values of codes: [`Op::RoundToCodes`] and [`Op::DynamicRoundToCodes`], in fp32.
 //!
-//! Integer codes are rounded and clamped by elementwise layers; a product on them follows in floating point, as the graph
-//! says it. Codes of floats are a conversion of their own.
+//! Elementwise layers round and clamp to integer codes; a product of them follows in floating point, as in the graph.
+//! Rounding to float codes is a conversion.
 
 use super::context::{Lowered, Lowering};
 use super::dispatch::no_lowering;

@@ -1,4 +1,4 @@
-//! Reshapes and transposes, joined with each other where TensorRT's one Shuffle has room for both.
+//! Reshapes and transposes, joined where one Shuffle layer of TensorRT can do both.
 
 use super::context::{Lowered, Lowering};
 use crate::network::{LayerKind, Shape, TensorId};

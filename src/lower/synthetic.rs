@@ -1,7 +1,7 @@
 //! Canonical graphs made from a model's dimensions.
 //!
-//! For builds of models whose weights are not at hand (a bound engine needs only their shapes) and for tests, which give
-//! random weights. The graph is what the passes make of a Llama: RMSNorm, rotary positions, grouped attention over a
+//! For builds of models without their weights (a bound engine needs only their shapes) and for tests, which use
+//! random weights. The graph equals that of a Llama after the passes: RMSNorm, rotary positions, grouped attention over a
 //! static cache, SwiGLU, with the variations of its relatives.
 
 use crate::dim::{Dim, Sym};

@@ -1,4 +1,4 @@
-//! Which constants are weights, what they are called, and which are one and the same. The rule is in the head of [`lower`](super).
+//! Decides which constants are weights, names them, and finds equal ones. The rule is in the head of [`lower`](super).
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,9 +1,9 @@
-//! Computations that TensorRT gets wrong, found in a canonical graph before anything is built of it.
+//! Computations that TensorRT gets wrong, found in a canonical graph before an engine is built.
 //!
 //! A rotation by position that is written out in single layers (products with rows of cosines and sines, half of the elements
 //! negated and swapped) and followed by a norm: engines of such a model gave other logits than the CPU on an H200 with
 //! TensorRT-RTX 1.6.1, fp32 and fp16, weights bound, embedded and stripped (HunYuan; benches/results/h200-families.json). Rotations that
-//! are recognised become `RotaryEmbedding` and are not meant.
+//! are recognized become `RotaryEmbedding` and are not affected.
 
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, Node, ValueId};

@@ -1,9 +1,9 @@
 //! The text form of a [`Network`], for `inspect --dump network`, snapshots and test files. [`parse`](super::parse()) reads it
 //! back.
 //!
-//! One line a layer: the tensor, its type, `=`, the layer and what it reads. The layer's own name is not repeated where
-//! it is the tensor's, and a name with spaces or punctuation in it is in quotes. Stable: a change of this text is a change
-//! of every snapshot and of every key of the plan cache.
+//! One line per layer: the tensor, its type, `=`, the layer and its inputs. The layer's own name is left out if
+//! it equals the tensor's; a name with spaces or punctuation is in quotes. The text is stable: changing it changes
+//! every snapshot and every key of the plan cache.
 //!
 //! ```text
 //! network "mlp" for b1-t1-c16

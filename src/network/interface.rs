@@ -1,4 +1,4 @@
-//! The interface of a network: derived from its names where a format keeps nothing else, and checked against its tensors.
+//! The interface of a network: derived from its names if a format stores nothing else, and checked against its tensors.
 
 use super::verify::VerifyError;
 use super::{Logits, Network, Tensor, TensorId, Tokens};
@@ -178,7 +178,7 @@ mod tests {
         verify_interface(&network).unwrap_err()
     }
 
-    /// The network's interface as its names tell it, whatever it had.
+    /// Sets the network's interface to the one that its names give.
     fn by_names(network: &mut Network) -> Result<(), InterfaceErrors> {
         network.interface = Some(network.canonical_interface()?);
         Ok(())

@@ -1,6 +1,6 @@
-//! The kinds of layers: what each means and what it is called. `text` has their text form.
+//! The kinds of layers: meaning and name. `text` has their text form.
 //!
-//! A kind's rule is in `infer`; what runs it is in the back ends' files named `layers`.
+//! A kind's rule is in `infer`; the back ends implement it in their files named `layers`.
 //! docs/contributing/adding-an-operator.md shows how to add one.
 
 mod text;
@@ -345,7 +345,7 @@ impl LayerKind {
         }
     }
 
-    /// Whether it computes rows apart from one another, so that a back end may run it with its neighbours row by row.
+    /// Whether it computes rows apart from one another, so that a back end may run it with its neighbors row by row.
     pub(crate) fn row_layer(&self) -> RowLayer {
         match self {
             LayerKind::Elementwise(_)

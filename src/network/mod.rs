@@ -6,9 +6,9 @@
 //! every dim is a number, with a dynamic one the only symbol is `tokens`.
 //!
 //! Two back ends read this: `backend::tensorrt` builds engines, `backend::cpu` executes. Both match exhaustively on
-//! [`LayerKind`]. `kind` says what each layer is, `infer` holds its rule, [`builder`] makes networks by them and
-//! [`verify()`] checks whole ones; `dump` has the text form (`Display`) and [`parse()`] reads it back. `lower` makes the networks of models; nothing here knows of graphs, except
-//! that a weight's bytes come from a graph [`Constant`].
+//! [`LayerKind`]. `kind` defines the layers, `infer` their rules; [`builder`] makes networks by these rules and
+//! [`verify()`] checks whole networks. `dump` has the text form (`Display`) and [`parse()`] reads it. `lower` makes the networks of
+//! models. This module does not depend on graphs, except that a weight's bytes come from a graph [`Constant`].
 //!
 //! A *sequence* is one entry of the batch. A *row* is a vector along the last axis: of an activation
 //! `[batch, tokens, n]` the values of one token, of a weight `[out, in]` those of one output.
@@ -125,7 +125,7 @@ pub struct Weight {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tokens {
-    /// Always so many.
+    /// Always this many.
     Static(usize),
     /// An optimization profile over the symbol `tokens`.
     Dynamic {

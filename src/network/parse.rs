@@ -145,7 +145,7 @@ impl Parser {
     }
 
     fn layer(&mut self, mut line: Cursor) -> Parsed<()> {
-        // The inputs come behind the outputs, and a weight among them brings a layer that goes first.
+        // The inputs come after the outputs, and a weight among them brings a layer that goes first.
         let mut outputs = Vec::new();
         loop {
             let start = line.position();

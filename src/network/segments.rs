@@ -1,4 +1,4 @@
-//! A network cut at the layers of our own: what TensorRT builds, and what kernels run between.
+//! A network cut at Lapidary's own layers: the parts that TensorRT builds, and the kernels between them.
 //!
 //! [`Steps::of`] orders a network into engine segments and kernel layers. A segment is as large as the order allows: a
 //! layer is in segment n if n changes from kernels to TensorRT's layers lie on the longest way to it. Segments of equal
@@ -112,7 +112,7 @@ fn is_source(layer: &Layer) -> bool {
     matches!(layer.kind, LayerKind::Weight(_) | LayerKind::Constant(_))
 }
 
-/// These layers, with the weights and constants they read, as a network of their own.
+/// These layers, with the weights and constants they read, as their own network.
 fn part(whole: &Network, layers: &[usize]) -> Network {
     let mut part = Part {
         whole,

@@ -1,5 +1,5 @@
 //! The rules of a whole [`Network`]. `builder` checks them when it finishes, `package` when it reads a network, the back
-//! ends before they trust one.
+//! ends before they use one.
 //!
 //! [`verify`] holds for any network, [`verify_interface`](super::verify_interface) for one that a decoder session can run.
 

@@ -18,7 +18,7 @@ use crate::graph::{Node, Op};
 use crate::network::{Activation, Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId, UnaryOp};
 use crate::tensor::{DType, Tensor};
 
-/// Up to so many slots one piece a KV head reads the cache as fast as several.
+/// Up to this many slots one piece a KV head reads the cache as fast as several.
 pub(in crate::lower) const SHORT: usize = 1024;
 /// Pieces for longer caches.
 pub(in crate::lower) const PARTS: usize = 16;
@@ -34,11 +34,11 @@ const MASKED: f64 = -1e30;
 /// What attention in single layers does beside scale, soft cap and mask.
 #[derive(Default)]
 struct Extras {
-    /// Roundings of the products, of the scores behind the cap, and of the softmax's result.
+    /// Roundings of the products, of the scores after the cap, and of the softmax's result.
     scores: Option<Rounding>,
     capped: Option<Rounding>,
     shares: Option<Rounding>,
-    /// Added to the scores behind the cap: fp32 `[1, heads, 1, slots]`.
+    /// Added to the scores after the cap: fp32 `[1, heads, 1, slots]`.
     bias: Option<TensorId>,
     /// fp32 `[1, heads, 1, 1]`.
     sinks: Option<TensorId>,

@@ -1,7 +1,7 @@
 //! Attention of one token whose scores are reductions.
 //!
-//! As a matrix product TensorRT turns the keys over before it multiplies, which is a copy of the cache in every layer; as
-//! `sum(q * k)` over the head dim they are read as they lie. The same with the values, `sum(p * v)` over the slots, was slower
+//! For a matrix product TensorRT transposes the keys first, which copies the cache in every layer. As
+//! `sum(q * k)` over the head dim, the keys are read in place. The same for the values, `sum(p * v)` over the slots, was slower
 //! than the product and its copy at every capacity (docs/explanation/gpu.md).
 
 use super::MASKED;

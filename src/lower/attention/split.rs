@@ -1,6 +1,6 @@
 //! Attention of one token over a long cache, with the cache cut into parts that are read side by side.
 //!
-//! TensorRT's attention kernel gives one token's work to as many processors as there are KV heads, a few of a hundred. As
+//! TensorRT's attention kernel uses one processor per KV head for one token: a few of a hundred. As
 //! single layers over `[kv_heads, parts, slots / parts, d]` there are `parts` times as many pieces. The softmax is over all
 //! parts at once, in fp32, so no part's sum has to be corrected.
 

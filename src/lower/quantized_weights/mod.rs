@@ -1,16 +1,16 @@
-//! Quantized weights in networks of an engine: codes, scales and zero points as weights of their own, called as a file calls
-//! them (`NAME.codes`, `NAME.scales`, `NAME.zero_points`), and layers that make values of them or multiply with them.
+//! Quantized weights in networks of an engine: codes, scales and zero points as separate weights, named as in a file
+//! (`NAME.codes`, `NAME.scales`, `NAME.zero_points`), and layers that dequantize them or multiply with them.
 //!
-//! [`QuantizedForm`] says how; a value is always `(code - zero point) * scale`. What no layers can read stays one weight of
+//! [`QuantizedForm`] lists the forms; a value is always `(code - zero point) * scale`. Formats that no layers can read stay one weight of
 //! floats ([`widened_formats`]): codes of nf4, fp4, f4e2m1 and f8e5m2, scales that are quantized themselves, rows of packed
 //! codes that do not fill their bytes, and of constants what TensorRT fails on (docs/explanation/tensorrt-notes.md).
 //!
-//! `parts` says how the constants enter, `values` makes numbers of them, `products` multiplies.
+//! `parts` adds the constants, `values` dequantizes them, `products` multiplies.
 //!
-//! # Codes of less than a byte as numbers
+//! # Codes of less than a byte as values
 //!
 //! No arithmetic of TensorRT takes i4, but an i8 input can be gathered, reshaped and cast. So packed codes enter as their
-//! bytes, and come apart in floating point, exactly. Of two's complement codes of b bits in a byte `s`, the last is `floor(s /
+//! bytes, and layers unpack them in floating point, exactly. Of two's complement codes of b bits in a byte `s`, the last is `floor(s /
 //! 2^(8-b))`; the first is `s - 2^b * floor((s + 2^(b-1)) / 2^b)`, and the rest is `floor(s / 2^b)`.
 
 mod parts;

@@ -14,7 +14,7 @@ pub(super) enum Coding {
     Scaled,
     /// Integers of 8 bits.
     Integers,
-    /// Bytes of so many integers each.
+    /// Bytes of this many integers each.
     Bytes(usize),
     /// f8e4m3fn.
     Floats,
@@ -164,7 +164,7 @@ fn in_blocks(shape: &[usize], granularity: Granularity) -> Option<(Granularity, 
 }
 
 impl<T> Parts<T> {
-    /// Each part with what it is called behind the weight's name.
+    /// Each part with what it is called after the weight's name.
     pub fn map<U, E>(self, mut with: impl FnMut(&str, T) -> Result<U, E>) -> Result<Parts<U>, E> {
         Ok(Parts {
             granularity: self.granularity,

@@ -1,4 +1,4 @@
-//! Values of quantized weights by layers: codes as numbers, zero points and scales, rows of tables.
+//! Layers that dequantize: codes as values, zero points and scales, rows of tables.
 
 use super::super::context::{Lowered, Lowering, one};
 use super::QuantizedWeight;
@@ -8,7 +8,7 @@ use crate::network::{Elementwise, LayerKind, Shape, TensorId, UnaryOp};
 use crate::tensor::DType;
 use crate::tensor::quantized::Granularity;
 
-/// How codes lie when those that share a scale have an axis of their own: the values' shape with that axis, and the scales'.
+/// How codes lie when those that share a scale have their own axis: the values' shape with that axis, and the scales'.
 fn blocks(shape: &[Dim], granularity: Granularity) -> (Shape, Shape) {
     let mut scales = vec![one(); shape.len()];
     match granularity {

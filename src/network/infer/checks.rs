@@ -1,4 +1,4 @@
-//! What several rules ask of a layer's inputs, each with its own fault.
+//! Checks of a layer's inputs that several rules share, each with its own error.
 
 use super::{LayerFault, Typed};
 use crate::dim::Dim;

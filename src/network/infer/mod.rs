@@ -1,8 +1,8 @@
-//! The rules of each layer: which inputs it takes, and the dtype and shape of what it gives.
+//! The rules of each layer: its inputs, and the dtype and shape of its outputs.
 //!
 //! One place for what TensorRT documents (`NvInfer.h` of TensorRT-RTX 1.6 and the operator pages): equal ranks, only
 //! dims of size 1 broadcast, no implicit conversion. `builder` asks for every layer it adds, `verify` again for a whole
-//! network, so that neither back end meets a layer that means nothing. Where the documentation leaves a dtype open
+//! network, so that no back end gets an invalid layer. Where the documentation leaves a dtype open
 //! (booleans in comparisons, integers in unary layers) the rule here is the narrow one; lowering works around it.
 
 mod checks;
