@@ -1,4 +1,4 @@
-//! What runs or compiles a [`Network`](crate::network::Network). The two back ends do not use each other.
+//! The back ends: they execute or compile a [`Network`](crate::network::Network), and do not use each other.
 
 pub mod cpu;
 pub mod tensorrt;

@@ -17,7 +17,7 @@ unsafe impl Sync for AlignedBytes {}
 const ALIGNMENT: usize = 64;
 
 impl AlignedBytes {
-    /// So many bytes, all 0. Aborts where the system has not so many.
+    /// This many bytes, all 0. Aborts if the system has not enough.
     pub fn zeroed(bytes: usize) -> AlignedBytes {
         let layout = Self::layout(bytes);
         // SAFETY: the layout's size is at least `ALIGNMENT`, not 0.
@@ -38,7 +38,7 @@ impl AlignedBytes {
     }
     /// The bytes.
     pub fn as_bytes(&self) -> &[u8] {
-        // SAFETY: allocated with at least `bytes` bytes, all initialised since they were zeroed, and nothing writes them
+        // SAFETY: allocated with at least `bytes` bytes, all initialized since they were zeroed, and nothing writes them
         // while self is borrowed: a program's run, which writes through `address`, borrows it mutably.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }

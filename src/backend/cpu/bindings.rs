@@ -1,4 +1,4 @@
-//! What the caller gives a run: inputs and outputs by role or name, and caches.
+//! The arguments of a run: inputs and outputs by role or name, and caches.
 
 use super::error::CpuError;
 use super::kv_cache::KvCaches;
@@ -72,7 +72,7 @@ macro_rules! from_slices {
 }
 from_slices!(F32 f32, I32 i32, I64 i64, I8 i8, U8 u8, Bool bool);
 
-/// Which input or output is meant: by what it is for, or, in networks that are no model's, by its name.
+/// Which input or output is meant: by what it is for, or, in networks that are not a model's, by its name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PortKey<'a> {
     /// By role.

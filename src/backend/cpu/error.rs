@@ -1,4 +1,4 @@
-//! What can be wrong with a network, with what a caller binds, and with the indices in it.
+//! Errors of a network, of a caller's bindings, and of the indices in them.
 
 use std::fmt;
 

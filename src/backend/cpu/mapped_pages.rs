@@ -1,8 +1,8 @@
-//! Pages of mapped files that were read once, to make something else of them, and are given back.
+//! Releases pages of mapped files that were read once for a conversion.
 
 use std::ops::Range;
 
-/// Tells the system that these bytes are not needed for now, as far as they are pages of a file that is mapped to be read.
+/// Advises the system that these bytes are not needed for now, if they are pages of a read-only mapping.
 /// They stay readable: what is read again comes from the file again. Bytes of other memory are left alone.
 pub fn release(all: &[bytes::Bytes]) {
     #[cfg(target_os = "linux")]

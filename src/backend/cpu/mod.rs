@@ -1,8 +1,8 @@
 //! Runs a [`Network`](crate::network::Network) on the CPU.
 //!
-//! The embedded default on a machine without a GPU, and the oracle by which lowerings are tested. It takes a network of
-//! static shapes ([`bind_tokens`] makes one of a dynamic profile), gives each layer TensorRT's documented meaning, and
-//! leaves sampling, the session and the choice of shapes to `decode`.
+//! This is the default on a machine without a GPU, and the oracle of the lowerings' tests. It takes a network of
+//! static shapes ([`bind_tokens`] makes one from a dynamic profile) and implements TensorRT's documented meaning of each layer.
+//! `decode` does sampling, sessions and the choice of shapes.
 //!
 //! ```text
 //! let program = Program::compile(&network, &CompileOptions::default())?;      // a few ms; weights stay mapped

@@ -2,8 +2,8 @@
 //!
 //! Takes a quantized [`Constant`] of two axes, `[out, in]`, and gives a [`QuantizedMatrix`]: codes where they lie (in a
 //! mapped file, if they are stored in this order there), scales where they lie unless they are quantized themselves, zero
-//! points as one byte each. [`QuantizedWeights`] keeps what was made, so that programs of one device share it, and a weight
-//! that is embedding and head is there once.
+//! points as one byte each. [`QuantizedWeights`] caches them, so that programs of one device share them, and a weight
+//! that is both embedding and head is stored once.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -103,7 +103,7 @@ impl QuantizedMatrix {
         let zeros = self.zeros.as_ref().map_or(0, Vec::len);
         (self.codes.data().len() + self.scales.data().len() + zeros).div_ceil(self.rows().max(1))
     }
-    /// Whether rows from a multiple of `count` on are a matrix of their own: codes begin with a byte, blocks with a row.
+    /// Whether rows from a multiple of `count` on are their own matrix: codes begin with a byte, blocks with a row.
     pub fn starts_at_multiples_of(&self, count: usize) -> bool {
         let bits = self.depth() * self.format.bits();
         bits.is_multiple_of(8) && count.is_multiple_of(self.block[0])

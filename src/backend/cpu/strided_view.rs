@@ -1,4 +1,4 @@
-//! Strided views of buffers: how a transpose, a slice, a broadcast or a reshape costs nothing.
+//! Strided views of buffers: transposes, slices, broadcasts and reshapes without copies.
 
 use crate::tensor::DType;
 

@@ -1,4 +1,4 @@
-//! One build: TensorRT's objects in the order in which they must be made and dropped, flags, profile, errors.
+//! One build: TensorRT's objects in their order of creation and destruction, flags, profile, errors.
 
 use std::time::Instant;
 

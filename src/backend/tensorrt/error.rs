@@ -1,4 +1,4 @@
-//! What can go wrong between a [`Network`](crate::network::Network) and a plan, and what to do about it.
+//! Errors between a [`Network`](crate::network::Network) and a plan, and their remedies.
 
 use std::path::PathBuf;
 
@@ -33,7 +33,7 @@ pub enum EngineBuildError {
         source: ConstantError,
     },
 
-    /// The layer list breaks a rule of its own or names a type that TensorRT does not have. A bug of the lowering.
+    /// The layer list breaks its own rule or names a type that TensorRT does not have. A bug of the lowering.
     #[error("the network {network:?} is not well formed at layer {layer:?}: {reason}")]
     Malformed {
         /// The network's name.
@@ -68,7 +68,7 @@ pub enum EngineBuildError {
         declared: String,
     },
 
-    /// TensorRT failed while it optimised the whole network.
+    /// TensorRT failed while it optimized the whole network.
     #[error("TensorRT {version} cannot build the network {network:?}: {message}{hint}")]
     Build {
         /// The library's version.
@@ -88,7 +88,7 @@ pub enum EngineBuildError {
         network: String,
         /// The fewest tokens.
         min: usize,
-        /// The tokens that it is optimised for.
+        /// The tokens that it is optimized for.
         opt: usize,
         /// The most tokens.
         max: usize,

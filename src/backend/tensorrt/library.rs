@@ -1,7 +1,7 @@
-//! Finding the TensorRT library and making sure of its version before anything else touches it.
+//! Finds the TensorRT library and checks its version before anything else uses it.
 //!
 //! The binding calls a C++ interface by virtual-table offset: against a library older than its headers that is undefined
-//! behaviour (TensorRT-RTX 1.5: a segmentation fault). So the library is opened here first, asked for its version through
+//! behavior (TensorRT-RTX 1.5: a segmentation fault). So the library is opened here first, asked for its version through
 //! a plain C function, and only then handed to the binding.
 
 use std::fmt;

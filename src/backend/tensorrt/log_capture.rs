@@ -1,4 +1,4 @@
-//! TensorRT's log, kept for our own errors instead of printed.
+//! TensorRT's log, kept for error messages instead of printed.
 
 use std::sync::{Arc, Mutex};
 

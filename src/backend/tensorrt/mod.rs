@@ -1,10 +1,10 @@
 //! TensorRT engines from a [`Network`].
 //!
-//! Owns everything that is particular to TensorRT: finding and checking its library, the order in which its objects are dropped,
-//! shape tensors for symbolic extents, optimization profiles, refit marks, its error text. Nothing else in the crate
-//! knows of these. Takes a network that `lower` made; gives a [`Plan`]: the bytes of a serialized engine. With TensorRT-RTX
+//! Owns everything that is specific to TensorRT: finding and checking its library, the order in which its objects are dropped,
+//! shape tensors for symbolic extents, optimization profiles, refit marks, its error text. No other module
+//! depends on these. Takes a network that `lower` made; gives a [`Plan`]: the bytes of a serialized engine. With TensorRT-RTX
 //! no GPU and no driver are needed, except for weights that can be refitted. `run` loads plans and runs them. A binary is
-//! for TensorRT-RTX or for full TensorRT; `flavour` has all in which they differ.
+//! for TensorRT-RTX or for full TensorRT; `flavour` has their differences.
 //!
 //! ```no_run
 //! use lapidary::backend::tensorrt::{self, BuildOptions, Library};

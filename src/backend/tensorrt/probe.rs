@@ -13,7 +13,7 @@ use crate::help::Help;
 /// The CUDA that both TensorRTs are made for, or a later one.
 pub(super) const OLDEST_CUDA: u32 = 12;
 
-/// The facts, and what follows from them. Serialises to the object that `doctor --json` prints.
+/// The facts, and what follows from them. Serializes to the object that `doctor --json` prints.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct ProbeReport {
     /// Whether this binary has the TensorRT back end at all.
@@ -141,7 +141,7 @@ fn runs_on_with(flavour: &Flavour, version: Version, compute_capability: (u32, u
         return Ability::yes();
     }
     let gpu = format!("SM {major}.{minor} is not on {product}'s list");
-    // Measured on an H200: 1.4 to 1.6 run, 1.7 refuses to deserialise.
+    // Measured on an H200: 1.4 to 1.6 run, 1.7 refuses to deserialize.
     match (major, version.minor) {
         (9, ..=6) => Ability::yes_but(format!("{gpu}, but version {version} runs on Hopper")),
         (9, _) => Ability::no(format!(

@@ -1,7 +1,7 @@
 //! Which layers run together as one row program, and the operation that each becomes.
 //!
 //! A group is grown backwards from the layer whose result is needed: a producer joins if it was not computed yet and
-//! iterates over the same rows. Results that others need as well are stored on the way. RMSNorm spelt out, SiLU times
+//! iterates over the same rows. Results that others also need are stored. RMSNorm in its parts, SiLU times
 //! the up projection, a residual sum with the norm that follows, a mask made of comparisons: each becomes one step.
 
 use std::collections::BTreeSet;
@@ -253,7 +253,7 @@ impl Compiler<'_> {
         builder.finish_result(result, class, to.as_ref());
     }
 
-    /// A reduction, softmax or normalisation over other axes than the last: the same program over permuted views.
+    /// A reduction, softmax or normalization over other axes than the last: the same program over permuted views.
     pub(super) fn across_axes(&mut self, index: usize) -> Result<(), CpuError> {
         let network = self.network;
         let layer = &network.layers[index];

@@ -1,10 +1,10 @@
 //! From a static network to a [`Program`].
 //!
 //! Layers are visited in order. Transposes, slices, broadcasts and most reshapes become views of the buffers they read;
-//! elementwise layers, casts and reductions over the last axis wait until somebody needs their result and are then
-//! emitted together as one row program (`fusion`); everything else becomes steps at once. At the end steps are put into
+//! elementwise layers, casts and reductions over the last axis wait until their result is needed and are then
+//! emitted together as one row program (`fusion`); everything else becomes steps immediately. At the end steps are put into
 //! phases and activations into one arena (`schedule`). The kernels trust shapes with raw pointers, so every network is
-//! verified first, wherever it comes from.
+//! verified first.
 
 mod experts;
 mod fusion;

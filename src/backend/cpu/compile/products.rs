@@ -1,4 +1,4 @@
-//! Steps of matrix products: a few rows stream the right side, more of them meet it packed.
+//! Steps of matrix products: with few rows the right side is streamed, with more it is packed.
 
 use super::super::kernels::gemv;
 use super::super::program::{MatrixView, Work};

@@ -1,5 +1,5 @@
-//! Quantized weights: what moves them moves codes, products and gathers read codes. Anything else that reads one gets its
-//! values as floats ([`Compiler::demand`](super::Compiler::demand)), which only small weights should.
+//! Quantized weights: movements move codes, products and gathers read codes. Other layers get the
+//! values as floats ([`Compiler::demand`](super::Compiler::demand)), which is meant for small weights only.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Which steps run side by side, and where activations lie in the arena.
+//! Which steps run in parallel, and where activations lie in the arena.
 
 use std::collections::BTreeSet;
 

@@ -1,12 +1,12 @@
-//! Codes of quantized weights as they become f32 in registers.
+//! Conversion of quantized weights' codes to f32 in registers.
 //!
 //! Codes are read as words of 32 bits, a vector at a time: lane `i` of the word vector holds the codes `i * PER_WORD ..`
-//! of the piece read, the first in its lowest bits, and [`Code::decode`] gives the `k`-th code of every word. So nothing is
-//! interleaved in the inner loop: what the codes meet is put into the same order before ([`super::quantized_gemv`]), or
-//! the order is undone by a transpose that is there anyway ([`super::quantized_gemm`]).
+//! of the piece read, the first in its lowest bits, and [`Code::decode`] gives the `k`-th code of every word. So the inner loop
+//! interleaves nothing: the other operand is put into the same order first ([`super::quantized_gemv`]), or
+//! an existing transpose restores the order ([`super::quantized_gemm`]).
 //!
 //! Integers take no conversion instruction: `(w & mask) ^ bits` puts the code into the mantissa of a float whose
-//! exponent makes it `2^e + code`, and one subtraction takes off `2^e` and what codes are relative to. Both are exact.
+//! exponent makes it `2^e + code`, and one subtraction removes `2^e` and the codes' offset. Both are exact.
 
 use super::super::simd::Simd;
 

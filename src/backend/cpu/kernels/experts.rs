@@ -1,7 +1,7 @@
-//! A mixture of experts around its products: rows sorted by expert, what stands between the matrices, the weighted sum.
+//! A mixture of experts without its products: sorting rows by expert, the function between the matrices, the weighted sum.
 //!
-//! A *pair* is a token and one of its experts, numbered `token * top_k + i`. A [`plan`] says which experts have pairs at all
-//! (they are *active*) and puts pairs of one expert next to one another, so that products see matrices of rows.
+//! A *pair* is a token and one of its experts, numbered `token * top_k + i`. A [`plan`] lists the experts that have pairs
+//! (the *active* ones) and groups the pairs of each, so that products get matrices of rows.
 
 use super::super::simd::{Kernel, Simd};
 use super::math;
@@ -76,7 +76,7 @@ impl Plan {
     /// plan can be followed all the same.
     ///
     /// # Safety
-    /// There are so many indices, and [`plan_len`] i32 behind `base` that nothing else uses.
+    /// There are this many indices, and [`plan_len`] i32 behind `base` that nothing else uses.
     pub unsafe fn make(&self, indices: *const u8, storage: DType) -> Result<(), BadIndex> {
         let mut result = Ok(());
         // SAFETY: pairs number the indices; places in the plan are within `plan_len`. Until the end the list of rows holds
@@ -277,7 +277,7 @@ impl Kernel for ExpertSum {
     unsafe fn run<S: Simd>(self) {
         let n = self.columns;
         for token in self.items.clone() {
-            // SAFETY: the token has `top_k` pairs, each with a row of results; an index that is no expert was reported when
+            // SAFETY: the token has `top_k` pairs, each with a row of results; an index that is not an expert was reported when
             // the plan was made, and has no bias here. Each token is one item's.
             unsafe {
                 let out = self.out.add(token * n);

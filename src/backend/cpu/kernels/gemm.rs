@@ -1,8 +1,8 @@
-//! PrefillPanel rows times anything: packed panels and register tiles.
+//! Products of many rows: packed panels and register tiles.
 //!
-//! The left matrix is packed once a step into tiles of `[depth, rows]`; the right one, of whatever storage and order,
+//! The left matrix is packed once per step into tiles of `[depth, rows]`. The right one, of any storage and order,
 //! is converted and packed panel by panel (`2 * LANES` columns by at most [`DEPTH`]) into the first-level cache and
-//! meets every tile there. A panel is one item of work, so results do not depend on who computes it; each element sums
+//! multiplied with every tile there. A panel is one item of work, so results do not depend on the thread; each element sums
 //! over depth in order.
 
 use super::super::simd::{Bf16, Element, F16, F32, Isa, Kernel, Simd, TileArgs};
@@ -173,7 +173,7 @@ impl Tiles {
         let width = 2 * S::LANES;
         let accumulate = first > 0;
         // SAFETY: tiles partition the rows, so `left` is read inside the packed matrix. A full tile writes `rows` rows of
-        // `width` columns: to `out` only where the panel has so many, else to the tile behind the panel, of which the
+        // `width` columns: to `out` only where the panel has this many, else to the tile behind the panel, of which the
         // panel's columns are copied.
         unsafe {
             let edge = self.scratch.add(DEPTH * width);

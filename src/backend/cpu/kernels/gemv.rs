@@ -1,7 +1,7 @@
 //! A few rows times `[out, in]` weights: dot products that stream the weights once.
 //!
-//! This is the whole cost of decode: every weight is read once a token, so what counts is that no byte is read twice
-//! and that the reads run ahead. Weights are converted to f32 in registers.
+//! These products are nearly the whole cost of decode. Every weight is read once per token, so no byte may be read twice,
+//! and reads must be prefetched. Weights are converted to f32 in registers.
 
 use super::super::simd::{Bf16, Element, F16, F32, Kernel, Simd};
 use crate::tensor::DType;

@@ -1,4 +1,4 @@
-//! Elementary functions in fp32, free of branches so that loops over them vectorise.
+//! Elementary functions in fp32, free of branches so that loops over them vectorize.
 //!
 //! All are generic over [`Simd`] only for `mul_add`; they stay within a few units in the last place of the true value
 //! and treat NaN and the infinities as IEEE 754 and C do.
@@ -143,7 +143,7 @@ mod tests {
     use super::super::super::simd::{Isa, Kernel};
     use super::*;
 
-    /// Every number of the float, its neighbours in f32, and the middle between two, against the table of codes.
+    /// Every number of the float, its neighbors in f32, and the middle between two, against the table of codes.
     #[test]
     fn floats_of_eight_bits_are_the_nearest_codes() {
         use crate::tensor::{DType, Tensor};

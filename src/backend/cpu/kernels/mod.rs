@@ -1,5 +1,5 @@
 //! The inner loops. Each takes raw pointers, does its share of a step (an *item*), and neither allocates nor
-//! synchronises. They run through [`Isa::run`](super::simd::Isa::run), under the contract of
+//! synchronizes. They run through [`Isa::run`](super::simd::Isa::run), under the contract of
 //! [`Kernel`](super::simd::Kernel).
 //!
 //! # Why their pointers are valid

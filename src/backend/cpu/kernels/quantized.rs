@@ -1,5 +1,5 @@
-//! Quantized matrices as kernels see them: rows of codes, where their scales and zero points are, and how to get at any
-//! element. The general path is here, which takes every form of blocks; forms whose blocks are whole words of codes along
+//! Quantized matrices as kernels read them: rows of codes, the place of their scales and zero points, and access to single
+//! elements. The general path for every form of blocks is here; forms whose blocks are whole words of codes along
 //! a row have faster kernels in [`super::quantized_gemv`] and [`super::quantized_gemm`].
 
 use super::super::simd::{Bf16, Element, F16, F32, Kernel, Simd};
@@ -66,7 +66,7 @@ impl QuantizedRows {
     /// Scale number `i`.
     ///
     /// # Safety
-    /// There are so many scales.
+    /// There are this many scales.
     #[inline(always)]
     pub unsafe fn scale(&self, i: usize) -> f32 {
         // SAFETY: scale `i` is there, and of that storage.
@@ -82,7 +82,7 @@ impl QuantizedRows {
     /// Scales `i..i + n`, the other lanes 0.
     ///
     /// # Safety
-    /// There are so many scales; `n <= LANES`; `S` is available.
+    /// There are this many scales; `n <= LANES`; `S` is available.
     #[inline(always)]
     pub unsafe fn first_scales<S: Simd>(&self, i: usize, n: usize) -> S::V {
         // SAFETY: scales `i..i + n` are there, and of that storage.
@@ -98,7 +98,7 @@ impl QuantizedRows {
     /// Zero point number `i`.
     ///
     /// # Safety
-    /// There are so many.
+    /// There are this many.
     #[inline(always)]
     unsafe fn zero(&self, i: usize) -> f32 {
         match self.zeros.is_null() {

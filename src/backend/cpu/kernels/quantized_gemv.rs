@@ -1,10 +1,10 @@
 //! A few rows times quantized `[out, in]` weights: the codes are streamed once and become f32 in registers.
 //!
-//! A word of codes holds neighbouring elements of a row, so x is put into the order of [`super::codes`] before: its part
-//! that meets the `k`-th codes of a vector of words becomes a vector. That is done once a step and thread, in scratch that
-//! a thread keeps ([`Prepared`]). Products of a vector of words are summed, and the sum, which lies within one block for
+//! A word of codes holds neighboring elements of a row, so x is first put into the order of [`super::codes`]: its part
+//! for the `k`-th codes of a vector of words becomes a vector. Each thread does that once per step, in its own
+//! scratch ([`Prepared`]). Products of a vector of words are summed, and the sum, which lies within one block for
 //! each lane, takes zero point and scale: `sum(x * (code - zero)) = sum(x * code) - zero * sum(x)`. Both sums are over the
-//! codes of a word alone, so their difference loses nothing that a sum of products in another order would keep.
+//! codes of one word, so their difference is as exact as a sum of products in another order.
 
 use super::super::simd::{Kernel, Simd};
 use super::codes::{Code, Float8, Integer, Mixed, Numbered};
@@ -44,7 +44,7 @@ pub fn is_fast(format: Format, depth: usize, block: [usize; 2]) -> bool {
 /// Words of the tag at the head of the scratch, in u64.
 const TAG: usize = 8;
 
-/// f32 of scratch that a [`QuantizedGemv`] needs on an instruction set of so many lanes.
+/// f32 of scratch that a [`QuantizedGemv`] needs on an instruction set of this many lanes.
 pub fn scratch_len(lanes: usize, format: Format, rows: usize, depth: usize) -> usize {
     let chunks = depth.div_ceil(lanes * format.per_word());
     // Indices and blocks of every chunk; sums and x of every row. The general path keeps a row of weights.

@@ -1,8 +1,8 @@
 //! Threads that run one closure together, with a barrier inside it.
 //!
-//! A decode step is some three hundred short phases. Handing each to a general task pool costs more than the phase, so
-//! the pool wakes its threads once for a whole run of a program and the phases are separated by a spinning
-//! [`Team::barrier`]. Between runs the threads spin for a moment (the next token comes soon), then sleep. Dropping the
+//! A decode step has about three hundred short phases. Submitting each to a general task pool would cost more than the phase, so
+//! the pool wakes its threads once for a whole run of a program, and a spinning [`Team::barrier`] separates the phases.
+//! Between runs the threads spin briefly (the next token comes soon), then sleep. Dropping the
 //! pool ends its threads.
 //!
 //! The protocol is checked under [loom](https://docs.rs/loom) by the crate in `tests/loom`, which includes this file: so it
@@ -10,10 +10,10 @@
 //!
 //! 1. *Start*: the caller writes `unfinished` and the job under the lock and moves `run`; a worker that sees `run` moved
 //!    takes the job under the same lock.
-//! 2. *Pieces*: threads take numbers from a [`Pieces`] until none is left. Which thread takes which decides nothing.
+//! 2. *Pieces*: threads take numbers from a [`Pieces`] until none is left. The result does not depend on which thread takes which.
 //! 3. *Barrier*: what any thread wrote before it is visible to every thread after it.
 //! 4. *Completion*: each worker lowers `unfinished` when it is done with the job; the caller returns when it is 0, and
-//!    only then may the closure and what it borrows go.
+//!    only then the closure and its borrows may be dropped.
 //! 5. *Panic*: a thread that panics breaks the barrier, so that no thread waits for it; the caller still waits for all and
 //!    then panics itself.
 

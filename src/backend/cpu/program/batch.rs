@@ -1,9 +1,9 @@
-//! One step of several sequences at once: every sequence has a run of its own, and all go through the phases together.
+//! One step of several sequences at once: every sequence has its own run, and all go through the phases together.
 //!
-//! What reads weights, which is nearly all of a decode step, is done for all of them in one pass: a product reads each
+//! Reading weights is nearly all of a decode step, and is done for all sequences in one pass: a product reads each
 //! weight once and multiplies it with the rows of all sequences. Everything else (attention over a sequence's own cache,
-//! sums over its own activations) is exactly what the sequence's program does alone. So a sequence gets the same numbers,
-//! bit for bit, whichever others there are: no kernel sees rows of two sequences, products aside, and an element of those
+//! sums over its own activations) is exactly what the sequence's program does alone. So a sequence gets the same values,
+//! bit for bit, with any other sequences: no kernel sees rows of two sequences, products aside, and an element of those
 //! depends on its own row alone ([`Rows`]).
 //!
 //! Programs of one model for different capacities go together: compiled
@@ -66,7 +66,7 @@ impl Batch {
         let mut results: Vec<Result<(), CpuError>> = members.iter().map(|_| Ok(())).collect();
         let mut left: Vec<usize> = (0..members.len()).collect();
         while let [first, ..] = left[..] {
-            // Those that can go with the first; a program of another model takes a pass of its own.
+            // Those that can go with the first; a program of another model takes its own pass.
             let leader = members[first].program;
             let (together, others): (Vec<usize>, Vec<usize>) =
                 left.iter().partition(|i| alike(leader, members[**i].program));
@@ -118,7 +118,7 @@ impl Batch {
         };
         for ((program, (_, addresses)), failure) in programs.iter().zip(&runs).zip(&failures) {
             let memory = [each(scratch), each(kept)];
-            // SAFETY: each run has an arena of its own, of its program's bytes at least, which nothing else uses while self
+            // SAFETY: each run has its own arena, of its program's bytes at least, which nothing else uses while self
             // is borrowed mutably. The rest is memory that its bindings borrow until `Batch::run` returns, compared with the
             // ports; outputs and caches are borrowed mutably, so those of two members differ. `make_room` made scratch for
             // every thread, and a thread works on one item at a time. Scopes of runs of a pass differ (`Pass::scope`).

@@ -1,5 +1,5 @@
-//! A compiled network: what it must be given, and the run over it. [`steps`] is the program as data, [`run`] what each
-//! thread does with it.
+//! A compiled network: its ports, and its execution. [`steps`] is the program as data, [`run`] the work of each
+//! thread.
 
 mod batch;
 mod experts;

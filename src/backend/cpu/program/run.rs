@@ -35,7 +35,7 @@ impl<'a> Run<'a> {
     /// `failure` takes the first index found outside its axis. No other run that uses this scratch has the `number`.
     ///
     /// # Safety
-    /// For as long as the run lives: `addresses` holds, for each of the program's buffers, the address of so many bytes,
+    /// For as long as the run lives: `addresses` holds, for each of the program's buffers, the address of this many bytes,
     /// which nothing else uses (or writes, if the program only reads them), aligned for its elements if it writes them;
     /// addresses of buffers that it writes are of different memory. `scratch` holds, for each thread of the pool, the
     /// address of the scratch that the program's steps need, which nothing else uses; and the same of what they keep.

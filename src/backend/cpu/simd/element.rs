@@ -1,4 +1,4 @@
-//! Floats as they are stored: what a vector of each is loaded from and stored to.
+//! Floats as they are stored: loading and storing vectors of each type.
 
 use half::{bf16, f16};
 
@@ -11,22 +11,22 @@ pub trait Element: Copy + Send + Sync + 'static {
     /// `LANES` elements from element `i` on.
     ///
     /// # Safety
-    /// Elements `i..i + LANES` behind `p` can be read, and `S` is available.
+    /// Elements `i..i + LANES` from `p` on can be read, and `S` is available.
     unsafe fn load<S: Simd>(p: *const u8, i: usize) -> S::V;
     /// Element `i`.
     ///
     /// # Safety
-    /// Element `i` behind `p` can be read.
+    /// Element `i` from `p` on can be read.
     unsafe fn get(p: *const u8, i: usize) -> f32;
     /// `LANES` elements written from element `i` on, rounded to nearest even.
     ///
     /// # Safety
-    /// Elements `i..i + LANES` behind `p` can be written, and `S` is available.
+    /// Elements `i..i + LANES` from `p` on can be written, and `S` is available.
     unsafe fn store<S: Simd>(p: *mut u8, i: usize, v: S::V);
     /// Element `i` written, rounded to nearest even.
     ///
     /// # Safety
-    /// Element `i` behind `p` can be written.
+    /// Element `i` from `p` on can be written.
     unsafe fn set(p: *mut u8, i: usize, x: f32);
 }
 
@@ -104,7 +104,7 @@ impl Element for Bf16 {
     unsafe fn store<S: Simd>(p: *mut u8, i: usize, v: S::V) {
         // Rounding in integer arithmetic, one lane at a time: bf16 caches are written a few rows a token.
         let mut lanes = [0f32; 16];
-        // SAFETY: `lanes` has 16 elements and no instruction set more lanes; the caller promises those behind `p`.
+        // SAFETY: `lanes` has 16 elements and no instruction set more lanes; the caller promises those from `p` on.
         unsafe {
             S::store(lanes.as_mut_ptr(), v);
             for (j, x) in lanes[..S::LANES].iter().enumerate() {

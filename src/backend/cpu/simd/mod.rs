@@ -173,7 +173,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn prefetch(p: *const u8);
     /// Sum of the lanes.
     unsafe fn sum(v: Self::V) -> f32;
-    /// `a * b + c` of scalars, in the form that vectorises.
+    /// `a * b + c` of scalars, in the form that vectorizes.
     fn mul_add(a: f32, b: f32, c: f32) -> f32;
     /// A square block of `LANES` rows transposed in registers; `load(row)` gives a row.
     unsafe fn transpose(load: impl Fn(usize) -> Self::V, store: impl FnMut(usize, Self::V));
@@ -200,7 +200,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn as_floats(w: Self::W) -> Self::V;
     /// Floats read as words.
     unsafe fn as_words(v: Self::V) -> Self::W;
-    /// A table of the 16 elements behind `p`.
+    /// A table of the 16 elements from `p` on.
     unsafe fn table(p: *const f32) -> Self::Table;
     /// The elements that the lowest four bits of each word number.
     unsafe fn lookup(table: Self::Table, w: Self::W) -> Self::V;
@@ -208,7 +208,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn permute(v: Self::V, index: Self::W) -> Self::V;
     /// Of the elements `a[0], a[1], .. b[0], b[1], ..`, those at even places and those at odd places.
     unsafe fn deinterleave(a: Self::V, b: Self::V) -> (Self::V, Self::V);
-    /// The first `n <= LANES` of the elements behind `p`, of which no others are read; the other lanes are 0.
+    /// The first `n <= LANES` of the elements from `p` on, of which no others are read; the other lanes are 0.
     unsafe fn first_f32(p: *const f32, n: usize) -> Self::V;
     /// As [`Simd::first_f32`], of halves.
     unsafe fn first_f16(p: *const u16, n: usize) -> Self::V;

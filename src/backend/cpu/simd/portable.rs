@@ -1,4 +1,4 @@
-//! What the compile target guarantees.
+//! The instruction set that the compile target guarantees.
 
 use half::f16;
 

@@ -482,7 +482,7 @@ impl Simd for Avx2 {
     }
 }
 
-/// The first `n <= 8` of the halves behind `p`, of which no others are read; the rest is 0.
+/// The first `n <= 8` of the halves from `p` on, of which no others are read; the rest is 0.
 ///
 /// # Safety
 /// `p` has `n` halves, of any alignment.

@@ -28,7 +28,7 @@ impl Cuda {
         }
         result::init().map_err(failed("cuInit"))?;
         let device = result::device::get(0).map_err(failed("cuDeviceGet"))?;
-        // SAFETY: a device of this driver, which was initialised; released in `drop`.
+        // SAFETY: a device of this driver, which was initialized; released in `drop`.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
         let buffers = Cell::default();
         let cuda = Cuda { device, facts, buffers };
@@ -50,7 +50,7 @@ impl Cuda {
 
     /// A number that the driver knows of the GPU.
     pub fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32, RunError> {
-        // SAFETY: a device of this driver, which was initialised.
+        // SAFETY: a device of this driver, which was initialized.
         unsafe { result::device::get_attribute(self.device, attribute) }.map_err(failed("cuDeviceGetAttribute"))
     }
 

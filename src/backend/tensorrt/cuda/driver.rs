@@ -1,6 +1,6 @@
 //! Whether there is a CUDA driver, and which GPUs it has: seven plain C functions of `libcuda.so.1`.
 //!
-//! `cudarc` would panic where there is no driver and wants a context to say anything; these questions need neither.
+//! `cudarc` panics without a driver and needs a context for any query; these functions need neither.
 
 use serde::Serialize;
 
@@ -53,7 +53,7 @@ pub enum DriverError {
     NoGpu,
 }
 
-/// Asks the driver. Loads it and, where there are GPUs, initialises CUDA: some 100 ms on such machines.
+/// Asks the driver. Loads it and, where there are GPUs, initializes CUDA: some 100 ms on such machines.
 pub(in super::super) fn driver() -> Result<Driver, DriverError> {
     imp::driver()
 }

@@ -1,7 +1,7 @@
-//! CUDA graphs: what was queued once, launched again as one piece.
+//! CUDA graphs: work that was queued once, launched again as a whole.
 //!
-//! TensorRT can capture a network by itself (`kWHOLE_GRAPH_CAPTURE`), but then looks at every input's address before each
-//! launch, and a model with bound weights has hundreds. A graph of our own costs one call of the driver.
+//! TensorRT can capture a network itself (`kWHOLE_GRAPH_CAPTURE`), but then it checks every input's address before each
+//! launch, and a model with bound weights has hundreds of inputs. Lapidary's own graph costs one driver call.
 
 use std::rc::Rc;
 

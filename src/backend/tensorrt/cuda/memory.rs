@@ -1,8 +1,8 @@
 //! Device memory, and host memory that the GPU reads and writes directly.
 //!
-//! Both are safe to use whatever is still queued. Device memory is out of Rust's reach, so all there is to keep is that a
-//! copy stays inside its buffers and that a buffer is freed after the work that uses it. Host memory is in reach: a
-//! [`Pinned`] remembers the last copy that was queued from or to it, and waits for that where it matters.
+//! Both are safe to use while work is queued. Rust cannot access device memory, so it is enough that a
+//! copy stays inside its buffers and that a buffer is freed after the work that uses it. Rust can access host memory: a
+//! [`Pinned`] remembers the last copy that was queued from or to it, and waits for it where necessary.
 
 use std::cell::RefCell;
 use std::ffi::c_void;
@@ -112,7 +112,7 @@ fn assert_inside(at: usize, bytes: usize, size: usize) {
 pub struct Rows<'b> {
     /// Where they lie.
     pub buffer: &'b Buffer,
-    /// Bytes in front of the first row.
+    /// Bytes before the first row.
     pub at: usize,
     /// Bytes from the start of a row to the start of the next.
     pub pitch: usize,
@@ -142,7 +142,7 @@ pub struct Pinned {
 }
 
 impl Pinned {
-    /// So many bytes.
+    /// This many bytes.
     pub fn new(cuda: &Rc<Cuda>, bytes: usize) -> Result<Self, RunError> {
         // SAFETY: the context is current as long as `cuda` lives, and the size is not 0, which the driver refuses.
         let pointer = unsafe { result::malloc_host(bytes.max(1), 0) }.map_err(failed("cuMemHostAlloc"))?;
@@ -163,7 +163,7 @@ impl Pinned {
     pub fn slice<T: bytemuck::Pod>(&self, at: usize, n: usize) -> Result<&[T], RunError> {
         let pointer = self.elements::<T>(at, n);
         settle(&self.written)?;
-        // SAFETY: within the allocation, aligned and initialised (`elements`). The GPU writes nothing here now, and cannot
+        // SAFETY: within the allocation, aligned and initialized (`elements`). The GPU writes nothing here now, and cannot
         // be made to while self is borrowed: `Stream::download` borrows it mutably.
         Ok(unsafe { std::slice::from_raw_parts(pointer, n) })
     }
@@ -206,7 +206,7 @@ impl Pinned {
     }
 }
 
-/// The copy behind the later ticket of one stream ends after the earlier one; of two streams both must be awaited.
+/// The copy of the later ticket of one stream ends after the earlier one; of two streams both must be awaited.
 fn replace(pending: &RefCell<Option<Ticket>>, ticket: Ticket) {
     let mut pending = pending.borrow_mut();
     if let Some(earlier) = pending.as_ref().filter(|earlier| !earlier.same_stream(&ticket)) {

@@ -1,4 +1,4 @@
-//! Queues of work on the GPU, and marks in them.
+//! CUDA streams and events.
 
 use std::cell::Cell;
 use std::ffi::c_void;
@@ -187,7 +187,7 @@ impl Event {
         })
     }
 
-    /// Puts it behind what is queued.
+    /// Puts it after what is queued.
     pub fn record(&self, stream: &Stream) -> Result<(), RunError> {
         // SAFETY: the event is self's and the stream is borrowed: both are alive.
         unsafe { result::event::record(self.raw, stream.handle()) }.map_err(failed("cuEventRecord"))

@@ -1,5 +1,5 @@
-//! What TensorRT must be kept from folding while it builds: `docs/explanation/tensorrt-notes.md`, "What TensorRT folds", has both
-//! workarounds of this kind and why. The other is in `lower::constant_folding`, because it is layers of the network.
+//! Prevents TensorRT from folding certain constants while it builds. `docs/explanation/tensorrt-notes.md`, "What TensorRT folds", explains
+//! both workarounds of this kind. The other is in `lower::constant_folding`, because it is layers of the network.
 
 use trtx::ElementWiseOperation;
 

@@ -1,4 +1,4 @@
-//! One arm a layer kind.
+//! One arm per layer kind.
 
 use trtx::network::Layer as TrtLayer;
 use trtx::trtx_sys::AsLayer;

@@ -1,7 +1,8 @@
 //! Writes a [`Network`] into TensorRT's network definition, layer by layer, and checks each as it goes.
 //!
-//! `layers` has one arm a layer kind, `shapes` the extents that hold `tokens`, `constants` weights and small tables,
-//! `constant_folding` what TensorRT must not fold. This file owns the order, the names, and the comparison of what TensorRT infers with what the network declares.
+//! `layers` has one arm per layer kind, `shapes` the extents that depend on `tokens`, `constants` weights and small tables;
+//! `constant_folding` prevents folding. This file owns the order, the names, and the comparison of the types that TensorRT infers
+//! with those that the network declares.
 
 mod constant_folding;
 mod constants;
@@ -300,7 +301,7 @@ fn names(text: &str, name: &str) -> bool {
         && text.match_indices(name).any(|(at, _)| {
             let before = text[..at].chars().next_back();
             let mut after = text[at + name.len()..].chars();
-            // A full stop ends a sentence unless the name goes on behind it.
+            // A full stop ends a sentence unless the name goes on after it.
             let goes_on = match after.next() {
                 Some('.') => after.next().is_some_and(in_name),
                 next => next.is_some_and(in_name),

@@ -1,4 +1,4 @@
-//! Extents that hold `tokens`: -1 where TensorRT infers them, shape tensors where it cannot.
+//! Extents that depend on `tokens`: -1 where TensorRT infers them, shape tensors where it cannot.
 
 use trtx::ElementWiseOperation;
 

@@ -1,10 +1,10 @@
-//! Full TensorRT in place of what only TensorRT-RTX has: plans hold compiled kernels, and there is nothing to configure.
+//! Full TensorRT's counterpart of `rtx`: plans contain compiled kernels, and there is nothing to configure.
 
 use crate::backend::tensorrt::cuda::driver::Driver;
 use crate::backend::tensorrt::library::Version;
 use crate::backend::tensorrt::run::Objection;
 
-/// No verdict before the plan is deserialised; what is wrong with it TensorRT logs then.
+/// No verdict before the plan is deserialized; what is wrong with it TensorRT logs then.
 pub(in super::super) fn judge(
     _runtime: &trtx::Runtime<'_>,
     _plan: &[u8],

@@ -1,4 +1,4 @@
-//! TensorRT-RTX or full ("enterprise") TensorRT: all in which the two differ.
+//! TensorRT-RTX or full ("enterprise") TensorRT: all differences.
 //!
 //! They share an API and nearly all of its meaning, but the binding is compiled against one set of headers, so a binary is
 //! for one of them: the cargo feature `tensorrt-rtx` makes it RTX, `tensorrt` full TensorRT, and where both are on (cargo
@@ -10,11 +10,11 @@
 //! | builds without a GPU | yes, unless weights are stripped or refittable | never: it times kernels |
 //! | a plan runs on | every GPU of the library's list | the kind of GPU that it was built on |
 //! | kernels compiled at first load | yes, kept in a runtime cache | no, they are in the plan |
-//! | says what is wrong with a plan's header | `getEngineValidity` | no; deserialising says it |
+//! | reports errors in a plan's header | `getEngineValidity` | no; deserializing reports them |
 //!
-//! The two are alike in what one might not expect: networks are strongly typed without a flag, TF32 is a builder flag that
-//! is on, refit and strip flags have the same names, and Lapidary captures CUDA graphs itself. What of full TensorRT was
-//! never run is in `docs/explanation/tensorrt-notes.md`.
+//! Perhaps unexpectedly, both agree in these points: networks are strongly typed without a flag, TF32 is a builder flag that
+//! is on, refit and strip flags have the same names, and Lapidary captures CUDA graphs itself. `docs/explanation/tensorrt-notes.md` lists
+//! the parts of full TensorRT that were never run.
 
 use super::error::LibraryError;
 use super::library::Version;

@@ -1,4 +1,4 @@
-//! What only TensorRT-RTX has.
+//! Features of TensorRT-RTX only.
 
 use std::sync::Arc;
 

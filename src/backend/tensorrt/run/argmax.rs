@@ -1,4 +1,4 @@
-//! The largest logit, found where the logits are: eight bytes come to the host instead of a row of the vocabulary.
+//! The largest logit, found on the device: eight bytes are copied to the host instead of a row of logits.
 
 use std::ffi::{CString, c_void};
 use std::rc::Rc;

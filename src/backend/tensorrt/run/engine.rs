@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use super::{Buffer, LoadedPlan, Port, RunError, Stream};
 
-/// A plan that is ready to run, with a context of its own. Its working memory is the caller's ([`Engine::scratch_bytes`]),
+/// A plan that is ready to run, with its own context. Its working memory is the caller's ([`Engine::scratch_bytes`]),
 /// so that engines that never run at once can share it. [`Program`](super::Program) runs it.
 pub struct Engine {
     context: trtx::ExecutionContext<'static>,
@@ -126,7 +126,7 @@ impl Engine {
     pub unsafe fn set_scratch(&mut self, scratch: &Buffer) {
         self.scratch_given = scratch.bytes();
         let address = scratch.address() as *mut std::ffi::c_void;
-        // SAFETY: an allocation of so many bytes, which the caller promises to keep for this engine.
+        // SAFETY: an allocation of this many bytes, which the caller promises to keep for this engine.
         unsafe { self.context.set_device_memory_v2(address, scratch.bytes() as i64) };
     }
 

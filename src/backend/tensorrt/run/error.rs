@@ -1,4 +1,4 @@
-//! What can go wrong between a plan on disk and a token, and what to do about it.
+//! Errors between a plan on disk and a token, and their remedies.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! One network, built, loaded, run once and thrown away: how tests compare TensorRT with the CPU executor.
+//! Builds, loads and runs one network once: tests compare TensorRT with the CPU executor in this way.
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -1,7 +1,7 @@
-//! KernelCache that TensorRT compiled when it loaded a plan, kept for the next process.
+//! Kernels that TensorRT compiled when it loaded a plan, kept for the next process.
 //!
-//! One file a plan, GPU, driver and library version; a file under another key is never looked at, one that TensorRT does
-//! not take is ignored and replaced. Nothing here can fail a load: without the file it only takes longer.
+//! There is one file per plan, GPU, driver and library version. A file under another key is never read; a file that TensorRT
+//! rejects is ignored and replaced. Cache errors never fail a load: without the file it only takes longer.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

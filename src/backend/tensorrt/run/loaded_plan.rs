@@ -1,4 +1,4 @@
-//! A plan in memory: deserialised, refitted where its weights were stripped, with the kernels kept from before.
+//! A plan in memory: deserialized, refitted where its weights were stripped, with the cached kernels.
 
 use std::cell::RefCell;
 use std::path::Path;

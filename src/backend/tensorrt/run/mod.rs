@@ -2,17 +2,17 @@
 //!
 //! Takes plans that `build` made; gives [`Program`]s over a [`Runtime`], whose inputs and outputs are bound by device
 //! address. The CUDA driver's objects are in `cuda`, beside
-//! this module. `loaded_plan` deserializes a plan, `engine` adds a context, `kernels` has what runs between engines, `program`
-//! runs both, `refit` puts weights into plans that
-//! were built without, `kernel_cache` keeps what TensorRT compiled when it first loaded a plan, `execute` runs one network
-//! once, `timing` measures an engine, over synthetic inputs if it has no others. Which engines there are and what
-//! is fed to them is `decode`'s business.
+//! this module. `loaded_plan` deserializes a plan, `engine` adds a context, `kernels` has the kernels between engines, `program`
+//! runs both, `refit` adds weights to plans that
+//! were built without, `kernel_cache` keeps the kernels that TensorRT compiled when it first loaded a plan, `execute` runs one network
+//! once, `timing` measures an engine, with synthetic inputs if it has no others. `decode` chooses engines and
+//! feeds them.
 //!
 //! # Order of dropping
 //!
 //! A context is dropped before its engine, an engine before the runtime, the runtime before its logger, and all of them before
 //! the CUDA context. An [`Engine`] holds the runtime, a runtime the CUDA context, and fields are declared in that order;
-//! so memory is given back also if making one fails half way.
+//! so memory is also released if creating one fails half way.
 
 mod argmax;
 mod engine;
@@ -48,7 +48,7 @@ use kernels::Modules;
 /// TensorRT's runtime on the first GPU.
 pub struct Runtime {
     inner: RefCell<trtx::Runtime<'static>>,
-    /// Behind the runtime, which points to it.
+    /// After the runtime, which points to it.
     logger: Rc<trtx::Logger>,
     capture: LogCapture,
     /// Kernels of ours, loaded when they are needed.
@@ -109,7 +109,7 @@ impl Runtime {
         }
     }
 
-    /// TensorRT's verdict on a plan's header, where it has one; `tried`: deserialising it has failed.
+    /// TensorRT's verdict on a plan's header, where it has one; `tried`: deserializing it has failed.
     fn check(&self, plan: &[u8], tried: bool) -> Result<(), Objection> {
         flavour::judge(&self.inner.borrow(), plan, tried, self.version, self.cuda.facts())
     }

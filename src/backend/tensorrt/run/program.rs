@@ -1,8 +1,8 @@
-//! What runs for one profile: engines and the kernels between them, launched as one CUDA graph.
+//! The program of one profile: engines and the kernels between them, launched as one CUDA graph.
 //!
-//! Mostly one engine. A network with layers of our own is a sequence ([`Steps`]): its segments' engines, contexts of plans
-//! that several may share, and a launch for each kernel layer. What one step computes for another lies in memory of the
-//! program.
+//! Usually that is one engine. A network with Lapidary's own layers is a sequence ([`Steps`]): the engines of its segments (contexts of
+//! plans that several may share) and a launch for each kernel layer. The program owns the memory for values between
+//! steps.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -150,7 +150,7 @@ impl Program {
         Ok(program)
     }
 
-    /// Memory for what steps compute that is no output of the network.
+    /// Memory for what steps compute that is not an output of the network.
     fn provide_between(&mut self, network: &Network, steps: &Steps) -> Result<(), RunError> {
         let outputs: Vec<&Tensor> = network.outputs.iter().map(|id| network.tensor(*id)).collect();
         let computed = steps.steps.iter().flat_map(|step| -> Vec<&Tensor> {

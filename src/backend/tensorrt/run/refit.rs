@@ -1,7 +1,7 @@
-//! Weights into an engine that was built without them.
+//! Gives an engine the weights that it was built without.
 //!
-//! Takes a freshly deserialised engine and the network it was built from. Every weight that TensorRT asks for must be
-//! there: an engine that lacks one would compute with zeros.
+//! Takes a freshly deserialized engine and the network it was built from. Every weight that TensorRT requires must be
+//! present: with a missing weight the engine would compute with zeros.
 
 use std::rc::Rc;
 
@@ -82,7 +82,7 @@ fn aligned(tensor: Tensor) -> Tensor {
     Tensor::new(tensor.dtype(), tensor.shape().to_vec(), copy).expect("as many bytes as before")
 }
 
-/// What TensorRT puts behind a layer's name to name a constant that has no name of its own.
+/// What TensorRT puts after a layer's name to name a constant that has no name of its own.
 const UNNAMED: &str = " CONSTANT";
 
 /// The bytes of a weight, if they are there, or of a constant layer: an engine whose weights are all refittable asks for

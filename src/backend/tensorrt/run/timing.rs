@@ -1,5 +1,5 @@
-//! How long a program takes, with synthetic numbers in every input: for tuners and experiments, which have engines but no
-//! session. Times of matrix products and attention do not depend on the numbers as long as they are finite.
+//! Times a program with synthetic values in every input: for tuners and experiments, which have engines but no
+//! session. Times of matrix products and attention do not depend on the values as long as they are finite.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,7 +15,7 @@ pub struct SyntheticProgram {
     /// Dropped before the memory that it is bound to, and never lent to be run by others.
     program: Program,
     buffers: BTreeMap<String, Buffer>,
-    /// Names of the inputs that are no weights.
+    /// Names of the inputs that are not weights.
     roles: BTreeMap<Role, String>,
     scratch: Buffer,
 }

@@ -1,4 +1,4 @@
-//! Attention of few query rows, as in decode: chunks of slots by themselves, then joined.
+//! Attention of few query rows, as in decode: chunks of slots separately, then merged.
 
 use super::super::math;
 use super::super::moves::Heads;

@@ -1,4 +1,4 @@
-//! The mask as attention reads it, and the scan that says which blocks of slots are attended to at all.
+//! The mask as attention reads it, and the scan that finds the blocks of slots that are attended to.
 
 use super::{ALL, BLOCK, NONE, SOME};
 use crate::backend::cpu::simd::{Kernel, Simd};

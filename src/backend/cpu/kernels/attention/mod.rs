@@ -1,9 +1,9 @@
-//! Attention over the live slots: online softmax by blocks of slots, in fp32.
+//! Attention over the used slots: online softmax by blocks of slots, in fp32.
 //!
-//! What is attended to is decided by the mask's content alone. [`MaskScan`] looks at each mask once a run and says of every
-//! block of [`BLOCK`] slots whether a query attends to none, some or all of it; blocks attended to by no query of an
-//! item are never touched, so cost follows the live length and not the capacity. A query that attends to nothing gives
-//! zeros. Values in slots that are masked out must be finite; keys may be anything.
+//! The content of the mask alone decides which slots are read. [`MaskScan`] scans each mask once per run and records for every
+//! block of [`BLOCK`] slots whether a query attends to none, some or all of it. Blocks without an attending query in an
+//! item are never read, so the cost depends on the context length and not on the capacity. A query that attends to nothing gives
+//! zeros. Values in masked slots must be finite; keys may be anything.
 //!
 //! Query heads that share a KV head are taken together. [`DecodeChunk`] is for few query rows (decode): items are chunks of
 //! slots, merged by [`MergeChunks`]. [`PrefillPanel`] takes as many query rows as a GEMM tile has columns and computes scores and

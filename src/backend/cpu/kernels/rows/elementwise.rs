@@ -1,4 +1,4 @@
-//! Operations on each element by itself: arithmetic, activations, selections and casts.
+//! Operations on single elements: arithmetic, activations, selections and casts.
 
 use super::super::math;
 use super::frame::Frame;
@@ -23,7 +23,7 @@ impl Frame<'_> {
                 Elementwise::Sub => zip(n, a, b, y, |a, b| a - b),
                 Elementwise::Prod => zip(n, a, b, y, |a, b| a * b),
                 Elementwise::Div => zip(n, a, b, y, |a, b| a / b),
-                // Squares and cubes are what normalisation and GELU spell as powers.
+                // Squares and cubes are what normalization and GELU spell as powers.
                 Elementwise::Pow if b.1 && b.0.read_unaligned() == 2.0 => zip(n, a, b, y, |a, _| a * a),
                 Elementwise::Pow if b.1 && b.0.read_unaligned() == 3.0 => zip(n, a, b, y, |a, _| a * a * a),
                 Elementwise::Pow => zip(n, a, b, y, f32::powf),

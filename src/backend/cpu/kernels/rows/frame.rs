@@ -1,7 +1,7 @@
-//! One chunk of one row: where its registers are, and which loop each operation is.
+//! One chunk of one row: its registers, and the loop of each operation.
 //!
 //! Arithmetic of integers and bools (masks, positions) is out of line: it is compiled once, for the compile target's
-//! baseline, and not for each instruction set. It is a vanishing part of a run and was a quarter of the code.
+//! baseline, and not for each instruction set. Its share of the run time is negligible, and it was a quarter of the code.
 
 use super::integers::wrapped;
 use super::loops::map;

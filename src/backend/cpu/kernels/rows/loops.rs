@@ -1,6 +1,6 @@
 //! Loops over a row: element by element, and folds in a fixed order.
 //!
-//! Pointers need not be aligned. Everything is inlined into the kernel of each instruction set, which vectorises it.
+//! Pointers need not be aligned. Everything is inlined into the kernel of each instruction set, which vectorizes it.
 //!
 //! Safety of all: each pointer has `n` elements, or one where it stands for one value. `a`, `b` and `to` may be the same
 //! register: element `i` is read before it is written.

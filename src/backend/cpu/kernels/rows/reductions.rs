@@ -1,4 +1,4 @@
-//! Operations that need a whole row: reductions, softmax and normalisation. Sums have a fixed number of partial sums.
+//! Operations that need a whole row: reductions, softmax and normalization. Sums have a fixed number of partial sums.
 
 use super::super::math;
 use super::Register;
