@@ -1,7 +1,7 @@
 //! The executor as a [`Device`]: exact chunk lengths, programs compiled when first needed.
 //!
 //! Takes a package's graph, whose weights stay in their mapped file. A program is compiled for each (tokens, capacity)
-//! that comes up; programs share the weights and differ in little else, so decode programs are kept for good and prefill
+//! that is used. Programs share the weights and are small otherwise, so decode programs are kept permanently and prefill
 //! programs for the last few lengths.
 
 use super::device::{Chunk, Device, DeviceError};

@@ -1,4 +1,4 @@
-//! What a session asks of a machine.
+//! The operations that a session needs from a device.
 
 use super::instruments::Instruments;
 use crate::help::{Fault, Help};
@@ -6,7 +6,7 @@ use crate::help::{Fault, Help};
 /// One call of a lowered network.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Chunk {
-    /// Tokens taken from the front of what is to be fed.
+    /// Number of waiting tokens that the call takes.
     pub tokens: usize,
     /// Rows the network has: `tokens`, or more where only fixed lengths exist; the rest is padding.
     pub rows: usize,
@@ -14,12 +14,12 @@ pub struct Chunk {
     pub end: usize,
 }
 
-/// What a machine must offer to run one sequence. Capacities are slots of the cache, positions count from 0.
+/// The operations of a machine that runs one sequence. Capacities are slots of the cache, positions count from 0.
 ///
 /// The device owns one cache at a time. It writes the keys and values of the token at position `p` to slot `p`, and a
 /// query at `p` sees slots `0..=p`: slots beyond may hold anything finite, so padding needs no cleaning up.
 pub trait Device {
-    /// For people: `cpu`, or a GPU's name.
+    /// Readable: `cpu`, or a GPU's name.
     fn name(&self) -> &str;
 
     /// What ran last, for example the profile `b1-t1-c256`, or an engine's file.
@@ -30,7 +30,7 @@ pub trait Device {
     /// `tokens <= waiting` and `position + rows <= capacity` must hold; the caller ensures that one token fits.
     fn chunk(&self, waiting: usize, position: usize, capacity: usize) -> Chunk;
 
-    /// Moves to a cache of `capacity` slots, keeping the first `used` of the present one: allocate, copy, switch.
+    /// Moves to a cache of `capacity` slots, keeping the first `used` slots of the current one: allocate, copy, switch.
     /// Also the first call, with `used` 0.
     fn reserve(&mut self, capacity: usize, used: usize) -> Result<(), DeviceError>;
 
@@ -100,7 +100,7 @@ pub trait Device {
         })
     }
 
-    /// What it can tell benchmarks of itself.
+    /// Instruments for benchmarks, if it has any.
     fn instruments(&mut self) -> Option<&mut dyn Instruments> {
         None
     }

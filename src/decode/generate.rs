@@ -20,7 +20,7 @@ pub struct Limits {
     pub eos_ids: BTreeSet<u32>,
     /// Strings that end the text; they need a tokenizer. One may hold special tokens.
     pub stop: Vec<String>,
-    /// Record a [`Step`] a token, with this many of the most probable tokens.
+    /// Record a [`Step`] per token, with this many of the most probable tokens.
     pub logprobs: Option<usize>,
 }
 
@@ -80,7 +80,7 @@ impl Timing {
     }
 }
 
-/// What a run gave.
+/// Result of a generation.
 #[derive(Clone, Debug)]
 pub struct Generation {
     /// Prompt tokens whose cache the session had already.
@@ -91,7 +91,7 @@ pub struct Generation {
     pub text: String,
     /// Why it ended.
     pub finish_reason: FinishReason,
-    /// One a token, if they were asked for.
+    /// One per token, if requested.
     pub steps: Vec<Step>,
     /// How long it took.
     pub timing: Timing,
@@ -141,18 +141,18 @@ impl Help for GenerateError {
     }
 }
 
-/// What is reported as it comes: a token, and the text that became certain with it.
+/// A streamed event: a token, and the text that it completes.
 #[derive(Clone, Copy, Debug)]
 pub struct Piece<'a> {
-    /// `None` for text that was held back and became certain only at the end.
+    /// `None` for text that was held back until the end.
     pub token: Option<u32>,
-    /// If log-probabilities were asked for.
+    /// If log-probabilities were requested.
     pub step: Option<&'a Step>,
     /// Often one word; empty inside a character, inside what may be a stop string, and without a tokenizer.
     pub text: &'a str,
 }
 
-/// What a generation begins with.
+/// The prompt of a generation.
 #[derive(Clone, Copy, Debug)]
 pub enum Prompt<'a> {
     /// Token ids, which become the session's whole sequence.
@@ -161,7 +161,7 @@ pub enum Prompt<'a> {
     Embeddings(&'a [f32]),
 }
 
-/// As [`stream`], for those who only want text: `on_text` gets it as it becomes certain, never empty.
+/// As [`stream`], for text only: `on_text` gets each piece as soon as it is final, never empty.
 pub fn generate(
     session: &mut Session,
     tokenizer: Option<&Tokenizer>,

@@ -1,4 +1,4 @@
-//! What benchmarks measure of a device beyond running it. A device without such instruments gives none.
+//! Measurements of a device for benchmarks, besides running it. They are optional.
 
 use std::time::Duration;
 

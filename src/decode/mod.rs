@@ -1,7 +1,7 @@
 //! From a package to tokens and text: sessions over a growing cache and the generation loop.
 //!
 //! Takes a loaded [`crate::package::Package`] and prompts, gives tokens, log-probabilities and text. A [`Session`] keeps
-//! one sequence's cache in step with its tokens and knows nothing of hardware: it drives a [`Device`], which is the few
+//! one sequence's cache consistent with its tokens and does not depend on hardware: it drives a [`Device`], the few
 //! operations that a machine must offer (`cpu` is one over the executor, `cuda` one over TensorRT engines). [`generate()`]
 //! draws tokens with a [`crate::sample::Chain`] and reports them as they come, with their text if [`crate::text`] has the
 //! model's tokenizer. [`batch`] does what a session does for many sequences at once. Flags and printing belong to the

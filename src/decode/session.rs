@@ -1,7 +1,7 @@
-//! One sequence on one device: its tokens, its cache, and the capacity the cache has at the moment.
+//! One sequence on one device: its tokens, its cache, and the cache's current capacity.
 //!
-//! The cache grows like a `Vec`: a session starts in the smallest of the package's capacities that holds what it is
-//! given and moves to the next when full. The cost of a step then follows the context length, not the largest capacity.
+//! The cache grows like a `Vec`: a session starts in the smallest of the package's capacities that holds its
+//! prompt and moves to the next when full. So the cost of a step depends on the context length, not on the largest capacity.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -22,9 +22,9 @@ pub enum SessionError {
     OutsideVocabulary {
         /// The token.
         id: u32,
-        /// Where it stands, from 0.
+        /// Its place among the tokens, from 0.
         position: usize,
-        /// How many tokens the model has.
+        /// Number of tokens that the model has.
         vocabulary: usize,
     },
     /// Token ids for a model that takes embeddings and has no table of them.
@@ -36,15 +36,15 @@ pub enum SessionError {
     /// Embeddings after tokens.
     #[error("embeddings are fed before any token, and {tokens} tokens were fed")]
     EmbeddingsAfterTokens {
-        /// How many.
+        /// Number of them.
         tokens: usize,
     },
-    /// Numbers that are no rows of embeddings.
+    /// Values whose number is not a multiple of the row length.
     #[error("{found} elements of embeddings are no rows of {width}, which the model takes for each token")]
     EmbeddingWidth {
-        /// How many there are.
+        /// Number of values.
         found: usize,
-        /// How many each token has.
+        /// Values of each token.
         width: usize,
     },
     /// More tokens than the largest cache has slots.
@@ -145,7 +145,7 @@ impl Session {
         self
     }
 
-    /// What it runs on.
+    /// Name of the device.
     pub fn device(&self) -> &dyn Device {
         &*self.device
     }
@@ -153,11 +153,11 @@ impl Session {
     pub fn instruments(&mut self) -> Option<&mut dyn Instruments> {
         self.device.instruments()
     }
-    /// What it knows of embeddings; `None` if the model takes token ids.
+    /// Its embeddings; `None` if the model takes token ids.
     pub fn embeddings(&self) -> Option<&Embeddings> {
         self.embeddings.as_ref()
     }
-    /// Positions that are taken: embeddings and tokens fed so far.
+    /// Used positions: embeddings and tokens fed so far.
     pub fn len(&self) -> usize {
         self.embedded + self.tokens.len()
     }
@@ -178,7 +178,7 @@ impl Session {
     pub fn vocabulary(&self) -> usize {
         self.vocabulary
     }
-    /// Slots of the present cache; 0 before the first token.
+    /// Slots of the current cache; 0 before the first token.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
@@ -202,8 +202,8 @@ impl Session {
         self.logits.clear();
     }
 
-    /// Forgets all tokens and the cache with them: the next ones start in the smallest capacity that fits, as in a new
-    /// session, while everything loaded stays loaded.
+    /// Forgets all tokens and releases the cache: the next tokens start in the smallest capacity that fits, as in a new
+    /// session. Everything loaded stays loaded.
     pub fn restart(&mut self) {
         self.clear();
         self.capacity = 0;
@@ -224,7 +224,7 @@ impl Session {
     }
 
     /// As [`Session::feed`], with the logits after every token: they replace what is in `logits`, `[tokens, vocabulary]`.
-    /// What a whole vocabulary takes for each token is the caller's to bound.
+    /// The caller must bound the memory for a whole vocabulary per token.
     pub fn feed_all(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<(), SessionError> {
         logits.clear();
         self.check(tokens)?;
@@ -373,7 +373,7 @@ impl Session {
         if shared == tokens.len() && shared == self.tokens.len() && !self.logits.is_empty() {
             return Ok(shared);
         }
-        // Logits are known after the last token only, so at least one is fed. What the cache holds beyond is never seen.
+        // Logits are known only after the last token, so at least one is fed. Later slots of the cache are never read.
         let kept = shared.min(tokens.len() - 1);
         self.tokens.truncate(kept);
         self.logits.clear();
@@ -422,7 +422,7 @@ impl fmt::Debug for Session {
     }
 }
 
-/// Whether a model of so many tokens, with so many slots at most, can be fed these tokens from position `first` on.
+/// Whether a model of this many tokens, with this many slots at most, can be fed these tokens from position `first` on.
 pub(crate) fn check_tokens(
     first: usize,
     tokens: &[u32],

@@ -1,6 +1,6 @@
-//! The small inputs of one call: token ids or embeddings, positions, where to write, which row gets logits.
+//! The small inputs of one call: token ids or embeddings, positions, write indices, rows with logits.
 //!
-//! Written here once for all devices. A device asks for each input that its network has, by [`Role`], and provides the
+//! They are computed here for all devices. A device asks for each input that its network has, by [`Role`], and provides the
 //! memory.
 
 use crate::help::{Fault, Help};
@@ -67,7 +67,7 @@ impl StepInputs<'_> {
         Self::len_of(role, self.rows)
     }
 
-    /// Elements of an input for a network of so many rows.
+    /// Elements of an input for a network of this many rows.
     pub fn len_of(role: Role, rows: usize) -> Result<usize, NoStepInput> {
         match role {
             Role::TokenIds | Role::PositionIds => Ok(rows),

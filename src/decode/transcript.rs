@@ -1,4 +1,4 @@
-//! What is made of tokens as they are drawn: text, log-probabilities, and the end.
+//! The output of drawn tokens: text, log-probabilities, and the reason of the end.
 
 use super::generate::{FinishReason, Limits, Step};
 use crate::sample::logprobs::Logprobs;

@@ -1,4 +1,4 @@
-//! What can be wrong with a package, or with writing one.
+//! Errors of reading and writing packages.
 
 use std::io;
 use std::path::{Path, PathBuf};

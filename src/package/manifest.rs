@@ -1,7 +1,7 @@
 //! `manifest.json`: everything about a package that can be known without running it.
 //!
-//! Plain data with serde on both sides. Field names are part of the package format: a change that older readers cannot
-//! bear raises [`FORMAT_VERSION`]. Unknown fields are let through, so newer minor additions do not lock out older readers.
+//! Plain data, read and written with serde. Field names are part of the package format: an incompatible change
+//! raises [`FORMAT_VERSION`]. Unknown fields are ignored, so older readers accept newer minor additions.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -413,7 +413,7 @@ impl EngineEntry {
         self.weight_mode == WeightMode::Strip && self.refit != Refit::General
     }
 
-    /// Whether it may run with this weight set. Packages of before do not tell what theirs was.
+    /// Whether it may run with this weight set. Older packages do not record theirs.
     pub fn takes(&self, set_hash: &str) -> bool {
         !self.takes_only_its_own_weights() || self.built_with.as_deref().is_none_or(|own| own == set_hash)
     }

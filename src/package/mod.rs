@@ -1,19 +1,19 @@
-//! What is on disk: a directory with everything needed to run a model, and to know what is inside before running it.
+//! Packages on disk: a directory with everything needed to run a model, and to describe it without running it.
 //!
 //! ```text
 //! PKG/manifest.json         see `manifest`
 //! PKG/graph.onnx            the canonical graph; its weights are external data that points into the next file
 //! PKG/weights.safetensors   every weight once, aligned, readable by anything that reads safetensors; absent if stripped
 //! PKG/constants.safetensors tables that passes computed, rotary angles for example; absent if there are none
-//! PKG/engines/*.plan        TensorRT engines, one a profile
+//! PKG/engines/*.plan        TensorRT engines, one per profile
 //! PKG/tokenizer/            the model's own tokenizer files
 //! ```
 //!
-//! `write` makes a package in a temporary sibling that is renamed at the end, so a package is whole or not there.
+//! `write` makes a package in a temporary sibling that is renamed at the end, so a package is complete or absent.
 //! [`Package::open`] checks version and sizes, [`Package::check_hashes`] every byte; [`Package::graph`] maps the weights
-//! and gives the canonical graph. [`refit()`] puts other weights into a package, [`strip`] takes them out,
+//! and gives the canonical graph. [`refit()`] replaces the weights of a package, [`strip`] removes them,
 //! [`Package::adapted`] merges an adapter in memory. Any ONNX runtime can
-//! run `graph.onnx` as it lies there. Lowering, engines and sessions are other modules'; so is what the weights mean
+//! run `graph.onnx` in place. Other modules own lowering, engines, sessions and the meaning of weights
 //! ([`crate::weights`]).
 
 mod adapted;
@@ -54,7 +54,7 @@ pub(crate) const GRAPH: &str = "graph.onnx";
 pub(crate) const WEIGHTS: &str = "weights.safetensors";
 pub(crate) const CONSTANTS: &str = "constants.safetensors";
 pub(crate) const ENGINES: &str = "engines";
-/// In [`ENGINES`]: what TensorRT compiled when it loaded them, kept for the next process. No part of the package proper.
+/// In [`ENGINES`]: kernels that TensorRT compiled at load, kept for the next process. Not part of the package itself.
 pub(crate) const KERNELS: &str = "kernels";
 pub(crate) const TOKENIZER: &str = "tokenizer";
 
@@ -62,17 +62,17 @@ pub(crate) fn manifest_path(folder: &Path) -> PathBuf {
     folder.join(MANIFEST)
 }
 
-/// A package on disk whose manifest was read and whose files are there in the right sizes.
+/// A package on disk whose manifest was read and whose files exist in the right sizes.
 #[derive(Clone, Debug)]
 pub struct Package {
-    /// Where it lies.
+    /// Its folder.
     pub folder: PathBuf,
     /// As it was read.
     pub manifest: Manifest,
 }
 
 impl Package {
-    /// Reads the manifest, and checks its version and the sizes of all files; no hash.
+    /// Reads the manifest, and checks its version and the sizes of all files, but no hashes.
     pub fn open(folder: &Path) -> Result<Self, PackageError> {
         let path = manifest_path(folder);
         if !path.is_file() {
@@ -87,7 +87,7 @@ impl Package {
             path: path.clone(),
             message,
         };
-        // The version first and alone: a newer manifest may not have our shape at all.
+        // The version first and alone: a newer manifest may have another structure.
         let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
         let version = value["format_version"]
             .as_u64()
@@ -134,14 +134,14 @@ impl Package {
             .chain(tokenizer.map(|f| (f.file.as_str(), f.bytes)))
     }
 
-    /// What its folder is called.
+    /// The name of its folder.
     pub fn name(&self) -> String {
         let folder = self.folder.canonicalize().unwrap_or_else(|_| self.folder.clone());
         let name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
         name.unwrap_or_else(|| "package".to_string())
     }
 
-    /// Bytes of all files named in the manifest. What was kept beside them later, compiled kernels for example, is not in it.
+    /// Bytes of all files named in the manifest, without later additions such as compiled kernels.
     pub fn bytes(&self) -> u64 {
         self.files().map(|(_, bytes)| bytes).sum()
     }
@@ -217,7 +217,7 @@ impl Package {
         }
     }
 
-    /// Every weight with what the manifest says of it. The bytes of a stripped package's are absent.
+    /// Every weight with its entry in the manifest. In a stripped package the bytes are absent.
     pub fn model_weights(&self) -> Result<ModelWeights, PackageError> {
         self.weights_of(&self.architecture()?)
     }

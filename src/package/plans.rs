@@ -1,10 +1,10 @@
-//! Plans kept from earlier conversions: an engine that is the same in all that TensorRT sees is not built twice.
+//! Plans kept from earlier conversions: an engine with the same input for TensorRT is not built twice.
 //!
 //! The key is a hash over the network (every layer, shape, name and small constant), how its weights enter, the refit
-//! mode, the code that makes a plan of it and the library's version, with full TensorRT the GPU too. Where the plan depends
+//! mode, the code that builds the plan, the library's version, and with full TensorRT the GPU. Where the plan depends
 //! on the weights' values, because it holds them or may be refitted with nothing else, their hash is part of the key too:
-//! so an identical refit never meets a plan made for other weights, and a general or bound one is found again for every
-//! fine-tune.
+//! so an identical refit never gets a plan of other weights, and a general or bound plan is reused for every
+//! fine-tuned model.
 
 use std::fs;
 use std::io::{self, Write};
@@ -72,7 +72,7 @@ impl PlanCache {
         (blake3::hash(plan).as_bytes() == hash).then(|| plan.to_vec())
     }
 
-    /// Keeps a plan. Others may write the same one meanwhile: each writes a file of its own and renames it.
+    /// Keeps a plan. Others may write the same one meanwhile: each writes its own file and renames it.
     pub fn put(&self, key: &str, plan: &[u8]) -> io::Result<()> {
         fs::create_dir_all(&self.folder)?;
         let temporary = temporary_name(key);

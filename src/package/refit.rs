@@ -1,5 +1,5 @@
-//! Other weights into a package: all of them are found first, then a new package is written beside the old one and put in
-//! its place in one step. Killed at any moment, the old package or the new one is there.
+//! Replaces the weights of a package: all weights are found first, then a new package is written beside the old one and replaces
+//! it in one step. If the process is killed at any moment, the old package or the new one exists.
 
 use std::collections::HashMap;
 
@@ -18,17 +18,17 @@ use crate::weights::matching::{Found, Matched, Mismatch, matched};
 use crate::weights::source::WeightSource;
 use crate::weights::{WriteError, content_hash, set_hash};
 
-/// What to put into a package, and what to allow.
+/// The new weights of a package, and what to allow.
 pub struct RefitRequest<'a> {
     /// Where the weights come from.
     pub source: &'a WeightSource,
     /// With the name of its folder.
     pub adapter: Option<(&'a str, &'a Adapter)>,
-    /// Refuse a weight set that is not the one the package had. `None`: as the package was converted for.
+    /// Refuse a weight set other than the package's. `None`: as the conversion chose.
     pub identical: Option<bool>,
-    /// Numbers that are allowed.
+    /// Values that are allowed although no model can use them.
     pub allowed: Allowed,
-    /// Tensors of the source that no weight is made of are no obstacle.
+    /// Accept tensors of the source that no weight uses.
     pub extra_allowed: bool,
 }
 
@@ -38,7 +38,7 @@ pub enum RefitError {
     /// The package cannot be read, or the new one written.
     #[error(transparent)]
     Package(#[from] PackageError),
-    /// Weights that are missing, do not fit or are too many.
+    /// Weights that are missing, do not fit or are surplus.
     #[error("{0}")]
     Mismatch(#[from] Box<Mismatch>),
     /// Weights whose `config.json` describes another model.
@@ -63,7 +63,7 @@ pub enum RefitError {
         /// Of the weights.
         source_path: String,
     },
-    /// Other weights were asked for. Such an engine takes any numbers at load and computes with them what it was not planned for.
+    /// Other weights were requested. Such an engine accepts any values at load, but was optimized for the old ones.
     #[error(
         "{path}: its engines were stripped for an identical refit and take back only the weights that they were built with"
     )]
@@ -79,9 +79,9 @@ pub enum RefitError {
     NotIdentical {
         /// Of the weights.
         source_path: String,
-        /// Weights with other numbers than the package had; at least one.
+        /// Weights with other values than the package had; at least one.
         different: Vec<DifferingWeight>,
-        /// Weights there are.
+        /// Number of weights.
         of: usize,
     },
 }
@@ -109,8 +109,8 @@ impl Help for RefitError {
 
 /// Finds every weight of a package in a source whose `config.json`, if it has one, describes no other model.
 ///
-/// What is only known of the models of a `model_type` is no contradiction where all numbers are those that the package had:
-/// it was made of this checkpoint, and its export computes what it computes.
+/// A property that only follows from the `model_type` is no contradiction if all values equal the package's:
+/// then the package was made from this checkpoint.
 pub fn find_weights(
     package: &Package,
     source: &WeightSource,
@@ -139,7 +139,7 @@ pub fn find_weights(
         return Ok(find(adapter)?);
     };
     if source.is_graph() {
-        // Weights of another architecture are named first: they say more.
+        // Weights of another architecture are named first: that message is more useful.
         find(adapter)?;
     } else if error.is_of_the_model_type()
         && let Ok(found) = find(None)
@@ -182,7 +182,7 @@ pub fn differing_weights(weights: &WeightFile, matched: &[Matched]) -> Result<Ve
     Ok(different)
 }
 
-/// What to say of weights that are only transposed; nothing if none is.
+/// The message about weights that are only transposed; empty if none is.
 pub(crate) fn transposed_note(different: &[DifferingWeight]) -> String {
     let transposed: Vec<&str> = different
         .iter()

@@ -1,11 +1,11 @@
-//! A folder that appears whole or not at all.
+//! A folder that appears completely or not at all.
 //!
 //! Everything is written to a hidden sibling of the target, which is renamed at the end. Dropping a [`Staging`] without
-//! committing removes what was written, and so does [`remove_unfinished`], for a signal handler. A sibling that a killed process
-//! left behind is swept when the same target is written again. Before the rename everything is synced to the disk: a
-//! package that is there after a power failure is whole, too.
+//! committing removes what was written, and so does [`remove_unfinished`], for a signal handler. The sibling of a killed process is
+//! removed when the same target is written again. Everything is synced to the disk before the rename, so a
+//! package is also complete after a power failure.
 //!
-//! A symbolic link given as the target means what it leads to: that is replaced, beside where it lies, and the link stays.
+//! If the target is a symbolic link, its destination is replaced and the link stays.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -249,7 +249,7 @@ pub(super) fn temporary_name(name: &str) -> String {
     format!(".{name}.lapidary-{}", std::process::id())
 }
 
-/// Removes what processes that are gone left behind under such a `temporary` name.
+/// Removes stale temporary files of ended processes, by their `temporary` name.
 pub(super) fn sweep(parent: &Path, temporary: &str) {
     let prefix = temporary.trim_end_matches(|c: char| c.is_ascii_digit());
     let Ok(entries) = fs::read_dir(parent) else { return };

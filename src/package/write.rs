@@ -1,4 +1,4 @@
-//! Makes a package: weights first, as they are computed, then the graph that points to them, the rest as it comes, and
+//! Writes a package: weights first, as they are computed, then the graph that refers to them, other files, and
 //! the manifest last.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -48,7 +48,7 @@ pub struct ManifestHeader {
     pub activations: Activations,
 }
 
-/// A package being written. Dropping it leaves nothing behind.
+/// A package being written. Dropping it removes all its files.
 pub struct Writer {
     staging: Staging,
     force: bool,
@@ -210,7 +210,7 @@ impl Writer {
     /// Writes the manifest and puts the package in its place.
     pub fn finish(self) -> Result<Manifest, PackageError> {
         let path = self.staging.folder().join(MANIFEST);
-        let mut text = serde_json::to_string_pretty(&self.manifest).expect("plain data serialises");
+        let mut text = serde_json::to_string_pretty(&self.manifest).expect("plain data serializes");
         text.push('\n');
         fs::write(&path, text).map_err(PackageError::io(&path))?;
         self.staging.commit(self.force)?;
@@ -230,7 +230,7 @@ pub(super) fn stored(folder: &Path, file: &str) -> Result<StoredFile, PackageErr
 /// Where a weight comes from.
 pub(super) struct Provenance {
     pub source_name: Option<String>,
-    /// `None`: a pass computed it, so it is no weight of the model.
+    /// `None`: a pass computed it, so it is not a weight of the model.
     pub recipe: Option<Recipe>,
     pub modules: Option<Recipe>,
     pub learned: Option<Recipe>,

@@ -1,10 +1,10 @@
-//! Sequence breakers: tokens at which DRY stops matching, so that what always repeats (a chat template's turns, a list's
-//! marks) may.
+//! Sequence breakers: tokens at which DRY stops matching, so that expected repetitions (turns of a chat template, list
+//! markers) are allowed.
 //!
 //! A breaker is a sequence of tokens, kept as its first token, the *head*, and the rest, the *tail*. A breaker *string*
 //! becomes many such sequences, because a tokenizer can write it across token borders in many ways: every token of the
 //! vocabulary that contains the string is a head without a tail, and every token that ends with a beginning of it is a
-//! head whose tail is the tokens of what is missing. As in llama.cpp (`get_overlapping_token_sequences`).
+//! head whose tail is the tokens of the rest. As in llama.cpp (`get_overlapping_token_sequences`).
 
 use std::collections::HashMap;
 

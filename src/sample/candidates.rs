@@ -1,13 +1,13 @@
-//! The tokens that may still be drawn, with their present logits: what every sampler rewrites.
+//! The tokens that may still be drawn, with their current logits. Every sampler rewrites this list.
 //!
-//! Logits and ids lie in vectors of their own, so that passes over a whole vocabulary are passes over plain `f32`s; ids
-//! are not even written down until the first token is dropped. Every logit is finite, and the list is never empty.
+//! Logits and ids are separate vectors, so that passes over a whole vocabulary are passes over plain `f32`s; ids
+//! are not stored until the first token is dropped. Every logit is finite, and the list is never empty.
 
 use super::BadLogits;
 use super::tally::Tally;
 use super::vectors::{BLOCK, all_finite, block_with, compress_from, max, vectors};
 
-/// A token that may still be drawn, with its present logit (natural-log scale, not normalised).
+/// A token that may still be drawn, with its present logit (natural-log scale, not normalized).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
     /// Token id.

@@ -1,4 +1,4 @@
-//! What a text must be like: which tokens may come next.
+//! Constraints on a text: which tokens may come next.
 
 use crate::help::{Fault, Help};
 

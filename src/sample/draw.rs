@@ -1,4 +1,4 @@
-//! The end of every chain: the largest logit, or a seeded draw from the softmax of what is left.
+//! The end of every chain: the largest logit, or a seeded draw from the softmax of the candidates.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};

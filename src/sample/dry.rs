@@ -1,9 +1,9 @@
 //! DRY, "don't repeat yourself" (p-e-w, text-generation-webui PR 5677), with the semantics of llama.cpp.
 //!
-//! Wherever the last `n` tokens occurred before, the token that followed them then would now continue the repetition: its
+//! If the last `n` tokens occurred before, the token that followed them would continue the repetition: its
 //! logit loses `multiplier * base^(n - allowed_length)`, from `n = allowed_length` on, for the longest such `n`. Matches
 //! do not reach back over a sequence breaker ([`Breakers`]). The lengths come from the Z-algorithm over the reversed
-//! window (D. Gusfield, *Algorithms on Strings, Trees and Sequences*, 1.3), whose time is linear whatever repeats.
+//! window (D. Gusfield, *Algorithms on Strings, Trees and Sequences*, 1.3), whose time is linear for every input.
 
 use std::sync::Arc;
 

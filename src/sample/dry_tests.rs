@@ -86,7 +86,7 @@ fn breakers_end_a_match_and_are_never_penalised() {
     let history = [7, 1, 2, 3, 7, 1, 2];
     let lost = |breakers: &[Vec<u32>]| losses(8, &history, &settings(1.0, 2.0, 2, None, breakers))[3];
     assert_eq!(lost(&[]), 2.0);
-    // 7 ends the match after "1 2"; behind a breaker at 1 too little is left.
+    // 7 ends the match after "1 2"; after a breaker at 1 too little is left.
     assert_eq!(lost(&[vec![7]]), 1.0);
     assert_eq!(lost(&[vec![1]]), 0.0);
     // A breaker of several tokens: "7 1" leaves one token; "7 2" is not there. 3 is exempt alone, not as a head.

@@ -1,4 +1,4 @@
-//! A model's `generation_config.json`: what of it becomes [`Settings`], and what of it is not used.
+//! A model's `generation_config.json`: the fields that become [`Settings`], and those that are not used.
 
 use serde_json::Value;
 

@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn normalised_and_sorted() {
+    fn normalized_and_sorted() {
         let logits = [1000.0, 1000.0 + 2f32.ln(), f32::NAN, 1000.0];
         let logprobs = Logprobs::new(&logits);
         assert!((logprobs.of(0).exp() - 0.25).abs() < 1e-4);

@@ -1,7 +1,7 @@
-//! Mirostat 2 (Basu et al., 2020): holds the surprise of the text near a target by feedback.
+//! Mirostat 2 (Basu et al., 2020): keeps the surprise of the text near a target by feedback.
 //!
-//! Keeps the candidates whose surprise is at most `mu` bits; after each draw `mu` moves against the error. It stands
-//! where the truncating samplers would, which it replaces, and begins at twice the target.
+//! Keeps the candidates whose surprise is at most `mu` bits; after each draw `mu` moves against the error. It replaces
+//! the truncating samplers and begins at twice the target.
 
 use super::softmax::weigh;
 use super::{Candidates, Sampler};

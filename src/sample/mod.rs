@@ -1,11 +1,11 @@
-//! From a row of logits to the next token: a chain of samplers, one a file, and a draw at its end.
+//! From a row of logits to the next token: a chain of samplers, one per file, and a draw at its end.
 //!
 //! Takes the model's logits and the tokens so far, gives a token id. Each [`Sampler`] rewrites the list of
-//! [`Candidates`] (changes logits, drops candidates) and is independent of the others. [`Settings`] say what is on and in
-//! which order; [`Chain::new`] builds it. What a sampler means is what it means in llama.cpp, whose order is the default:
+//! [`Candidates`] (changes logits, drops candidates) and is independent of the others. [`Settings`] select samplers and their
+//! order; [`Chain::new`] builds the chain. Samplers have the meaning of llama.cpp's, whose order is the default:
 //! logit bias, penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC, temperature, mirostat, draw. `logprobs`
-//! reports the model's own distribution, before any sampler. A [`Constraint`] says which tokens may come at all. Text, stop conditions and the generation loop belong to
-//! `decode`.
+//! reports the model's own distribution, before any sampler. A [`Constraint`] limits the tokens that may come. Text, stop
+//! conditions and the generation loop belong to `decode`.
 
 mod bias;
 mod breakers;

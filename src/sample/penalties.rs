@@ -1,8 +1,8 @@
 //! Repetition, frequency and presence penalties, over the last tokens.
 //!
 //! The repetition penalty (Keskar et al., CTRL, 2019) divides positive logits and multiplies the others, so that both
-//! fall; then `count * frequency + presence` is subtracted. Each token of the window is penalised once, whatever its
-//! count does to the second part.
+//! fall; then `count * frequency + presence` is subtracted. Each token of the window is divided or multiplied once, whatever its
+//! count.
 
 use super::tally::Tally;
 use super::{Candidates, Sampler, window};

@@ -1,4 +1,4 @@
-//! What can be said about sampling: by the command line, by a model's `generation_config.json`, or by a caller.
+//! Sampling settings: from the command line, a model's `generation_config.json`, or a caller.
 
 use super::dry::DrySettings;
 use crate::help::Help;

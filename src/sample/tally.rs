@@ -1,7 +1,7 @@
 //! A number for some of the tokens: a table over ids, and the list of those that have one.
 //!
-//! Clearing costs what was written, not the size of the table, and a look-up is one load. Ids beyond the vocabulary are
-//! let drop: no logit could ever be theirs.
+//! Clearing takes time for the entries written, not for the size of the table; a lookup is one load. Ids beyond the vocabulary are
+//! ignored: they have no logit.
 
 /// See the module's head.
 #[derive(Debug, Default)]

@@ -105,7 +105,7 @@ fn top_n_sigma() {
     assert_after(with(0.0), &[], &FOUR, &FOUR);
     assert_after(with(3.0), &[], &FOUR, &FOUR);
     assert_after(with(1.0), &[], &[1.0], &[1.0]);
-    // With a top-k behind it, whichever is stricter decides.
+    // With a top-k after it, whichever is stricter decides.
     let both = |top_n_sigma, top_k| Settings {
         top_k,
         ..with(top_n_sigma)

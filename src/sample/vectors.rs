@@ -1,6 +1,6 @@
-//! Passes over a whole vocabulary, compiled for wider vectors where the machine has them.
+//! Passes over a whole vocabulary, compiled for the machine's widest vectors.
 //!
-//! The results do not depend on it: nothing is fused or reordered, every lane computes what it would compute alone.
+//! The results do not depend on the width: nothing is fused or reordered, and every lane computes the same as scalar code.
 
 /// Floats looked at together.
 pub const BLOCK: usize = 32;

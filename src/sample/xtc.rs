@@ -1,5 +1,5 @@
 //! XTC, "exclude top choices" (p-e-w, text-generation-webui PR 6335): with some probability, drops all but the least
-//! probable of the candidates that reach a threshold, so that the text leaves its beaten track.
+//! probable of the candidates that reach a threshold, so that the text becomes less predictable.
 
 use rand_chacha::ChaCha8Rng;
 

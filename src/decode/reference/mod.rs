@@ -1,10 +1,10 @@
 //! The original export, run by an engine that shares no code with Lapidary's: the reference of `lapidary verify`.
 //!
 //! Takes the `.onnx` file a package was made from and whole sequences of tokens, gives the logits of every position. Each
-//! sequence is run at once from an empty cache, so that it checks our cache, our chunks and our masks too, and not only
-//! our arithmetic. Engines: `tract` (cargo feature of that name), and `eval`, the evaluator of `graph::eval`, which is
-//! slow and ours, but interprets the export as it is, without passes, lowering or executor. What the inputs of an export
-//! are for comes from `passes::roles`.
+//! sequence runs at once from an empty cache, so that it checks not only the arithmetic but also the cache, chunks and
+//! masks. Engines: `tract` (cargo feature of that name), and `eval`, the evaluator of `graph::eval`. The latter is
+//! slow and part of Lapidary, but interprets the unchanged export, without passes, lowering or executor. `passes::roles` gives the
+//! roles of an export's inputs.
 
 mod eval;
 #[cfg(feature = "tract")]
