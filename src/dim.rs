@@ -1,7 +1,7 @@
 //! Symbolic dimensions: integer polynomials over named symbols, such as `past + tokens` or `2*batch*tokens`.
 //!
 //! Owns the algebra (add, subtract, multiply, exact division, substitution), the parser for ONNX `dim_param` strings and
-//! the [`Unifier`] that learns equalities between symbols. Knows nothing of tensors or operators; shape inference and
+//! the [`Unifier`] that learns equalities between symbols. It does not depend on tensors or operators; shape inference and
 //! the layer network build on it.
 
 use std::collections::{BTreeMap, BTreeSet};

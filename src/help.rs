@@ -1,8 +1,8 @@
-//! What an error states besides the problem: its cause, and what to do about it.
+//! The fault and the remedy of an error.
 //!
-//! Every error that reaches a user implements [`Help`]. Its `Display` says what is wrong and names file, node or tensor;
-//! [`Help::help`] says what to do, and [`Help::fault`] whether the input, the machine or Lapidary has to change. The command
-//! line prints the one below the other and takes its exit status from the third.
+//! Every error that reaches a user implements [`Help`]. Its `Display` states the problem and names file, node or tensor.
+//! [`Help::help`] gives the remedy, and [`Help::fault`] whether the input, the machine or Lapidary has to change. The command
+//! line prints the first two and derives its exit status from the third.
 
 /// Where the cause of a failure lies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,6 +1,6 @@
-//! What the text forms of graphs and networks share: names, dims, dtypes, elements, and a cursor that reads them.
+//! Common parts of the text forms of graphs and networks: names, dims, dtypes, elements, and a cursor that reads them.
 //!
-//! A name or symbol stands as it is where nothing in it could be taken for punctuation, in quotes otherwise.
+//! A name or symbol is in quotes if it contains punctuation.
 
 use std::fmt::{self, Write};
 
@@ -10,7 +10,7 @@ use crate::tensor::{DType, Tensor};
 /// Constants up to this many elements are shown with their values.
 pub(crate) const MAX_SHOWN: usize = 8;
 
-/// A text that is no graph or network.
+/// A text that is not a graph or network.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}, column {column}: expected {expected}, found {found}")]
 pub struct ParseError {

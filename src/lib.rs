@@ -28,9 +28,8 @@
 //! # }
 //! ```
 //!
-//! With a tokenizer ([`Package::tokenizer`]) prompts are text, and so is what `generate` gives. `examples/convert.rs` and
-//! `examples/generate.rs` are these two halves as programs, the command line (`lapidary --help`) is the same with every
-//! option.
+//! With a tokenizer ([`Package::tokenizer`]), prompts and results are text. `examples/convert.rs` and `examples/generate.rs` show
+//! the two halves as programs; the command line (`lapidary --help`) has every option.
 //!
 //! # From an export to a token
 //!
@@ -45,19 +44,18 @@
 //!
 //! # Levels
 //!
-//! A module uses modules of lower levels and none of its own level or above. `tests/levels.rs` reads this table and checks
-//! the sources against it.
+//! A module uses only modules of lower levels. `tests/levels.rs` reads this table and checks the sources against it.
 //!
 //! | level | modules | what they own |
 //! |---|---|---|
-//! | 1 | `dim`, `help`, `terms`, `units` | symbolic sizes; what errors advise; names in tables and plots; quantities for people |
+//! | 1 | `dim`, `help`, `terms`, `units` | symbolic sizes; advice of errors; names in tables and plots; readable quantities |
 //! | 2 | `tensor` | element types, bytes with a shape |
-//! | 3 | `interface`, `ir_text` | what a model takes and gives, by role; names, dims and numbers in the text forms of graphs and networks |
+//! | 3 | `interface`, `ir_text` | inputs and outputs of a model, by role; names, dims and numbers in the text forms of graphs and networks |
 //! | 4 | `graph` | typed ONNX, inference, evaluation |
 //! | 5 | `onnx` | ONNX files |
-//! | 6 | `passes` | from an export's graph to the canonical one |
+//! | 6 | `passes` | from an export's graph to the canonical graph |
 //! | 7 | `network` | TensorRT layers as data |
-//! | 8 | `target` | what a conversion is for: target, precision, prefill, refit |
+//! | 8 | `target` | settings of a conversion: target, precision, prefill, refit |
 //! | 9 | `lower` | from the canonical graph to a network |
 //! | 10 | `spec` | conversion specs |
 //! | 11 | `backend::cpu`, `backend::tensorrt` | executor, engines |
@@ -66,7 +64,7 @@
 //! | 14 | `text` | tokenizer, chat template, text from tokens |
 //! | 15 | `tune` | which lowering is fastest on a GPU |
 //! | 16 | `package` | packages on disk |
-//! | 17 | `quantize` | weights in floating point become codes |
+//! | 17 | `quantize` | quantization of floating-point weights |
 //! | 18 | `convert` | from an export to a package |
 //! | 19 | `decode` | sessions, generation, reference engines |
 //! | 20 | `bench` | measurements |
@@ -80,12 +78,12 @@
 //! - `tract`: run exports in tract, for `lapidary verify`.
 //! - `cli` (default): the command line with benchmarks and their report. Without it the library alone is compiled.
 //! - `serve` (default): `lapidary serve`, the OpenAI-compatible server.
-//! - `structured`: texts that follow a JSON schema or a grammar, for other servers; `serve` has it.
+//! - `structured`: texts that follow a JSON schema or a grammar, for other servers; `serve` includes it.
 
 #![deny(missing_docs)]
 
 pub mod backend;
-// The command line's, and public for the binary and the tests alone.
+// For the command line; public only for the binary and the tests.
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod bench;

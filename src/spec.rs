@@ -1,8 +1,8 @@
-//! Conversion specs: what `lapidary convert` makes of an export, as YAML or as flags.
+//! Conversion specs: settings of `lapidary convert`, as YAML or as flags.
 //!
-//! A [`Spec`] is a file of `specs/*.yaml`, every key optional; [`Spec::or`] lays one over another, so flags go over a file
-//! and a file over the defaults, and [`Spec::resolve`] gives the [`Conversion`] with nothing left open but what only the
-//! model can say (its dtype, its longest context). Unknown keys are refused: a misspelt one would silently do nothing.
+//! A [`Spec`] is a file of `specs/*.yaml`; every key is optional. [`Spec::or`] combines two, so flags override a file
+//! and a file the defaults. [`Spec::resolve`] gives the [`Conversion`], in which only values that depend on the
+//! model are open (its dtype, its longest context). Unknown keys are refused, because a misspelled one would have no effect.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use crate::target::{Precision, Prefill, Quantization, Refit, Target};
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Spec {
-    /// For people; nothing reads it.
+    /// A description; nothing reads it.
     pub description: Option<String>,
     /// What the package runs on.
     pub targets: Option<Vec<Target>>,
@@ -29,8 +29,8 @@ pub struct Spec {
     pub refit: Option<Refit>,
     /// Element type of weights and caches; the export's if not given.
     pub dtype: Option<Precision>,
-    /// What becomes of activations that the export quantizes: rounded to what their codes stand for (`quantized`, the
-    /// default), so outside attention alone (`partial`), or left in floating point (`float`).
+    /// Treatment of activations that the export quantizes: rounded to the values of their codes (`quantized`, the
+    /// default), rounded outside attention only (`partial`), or left in floating point (`float`).
     pub activations: Option<ActivationPolicy>,
     /// For an export whose masks of `[.., tokens, slots]` the caller fills: how many positions each lets a query attend to, by
     /// the name of its input; 0 for all.
@@ -43,16 +43,16 @@ pub struct Spec {
     pub capacity: Option<Vec<usize>>,
     /// How a prompt is cut for engines.
     pub prefill: Option<Prefill>,
-    /// One engine a capacity, with an optimization profile for decoding and one for the prefill range. Slower than engines of
+    /// One engine per capacity, with an optimization profile for decoding and one for the prefill range. Slower than engines of
     /// fixed shapes, and smaller where weights are embedded.
     pub one_engine: Option<bool>,
     /// A folder or a `tokenizer.json`; relative to the spec's own folder.
     pub tokenizer: Option<PathBuf>,
-    /// Whether decode engines leave to kernels of ours what those compute faster. With bound weights, if not given.
+    /// Whether decode engines use Lapidary's kernels where these are faster. Default: with bound weights.
     pub kernels: Option<bool>,
-    /// Also engines that decode so many sequences in one step, 2 to 16.
+    /// Also engines that decode this many sequences in one step, 2 to 16.
     pub batch: Option<Vec<usize>>,
-    /// How engines are lowered; `weight_mode` in it is not looked at.
+    /// How engines are lowered; its `weight_mode` is ignored.
     pub lowering: Option<LowerOptions>,
     /// The same for single profiles, as `convert --tune` found it best.
     pub tuned: Option<Vec<Tuned>>,
@@ -64,7 +64,7 @@ pub struct Spec {
 pub struct Tuned {
     /// As engines are called, for example `b1-t1-c1024`.
     pub profile: String,
-    /// How its engine is lowered; `weight_mode` in it is not looked at.
+    /// How its engine is lowered; its `weight_mode` is ignored.
     pub lowering: LowerOptions,
 }
 
@@ -75,19 +75,19 @@ pub enum SpecError {
     /// The file cannot be read.
     #[error("{}: {source}", path.display())]
     Read { path: PathBuf, source: std::io::Error },
-    /// It is not YAML, or has other keys or values than a spec has.
+    /// It is not YAML, or has invalid keys or values.
     #[error("{}: {message}", path.display())]
     Yaml { path: PathBuf, message: String },
-    /// Its values do not go together.
+    /// Its values are inconsistent.
     #[error("{0}")]
     Value(String),
 }
 
 impl Help for SpecError {}
 
-/// Capacities made by default, as far as the model's context reaches.
+/// Default capacities, up to the model's context.
 pub const DEFAULT_CAPACITIES: [usize; 3] = [256, 1024, 4096];
-/// Prefill chunks made by default.
+/// Default prefill chunks.
 pub const DEFAULT_CHUNKS: [usize; 4] = [128, 256, 512, 2048];
 
 impl Spec {
@@ -109,22 +109,22 @@ impl Spec {
         Ok(spec)
     }
 
-    /// From the text of a spec; an empty one says nothing.
+    /// From the text of a spec; an empty one sets nothing.
     pub fn parse(text: &str) -> Result<Self, String> {
         let spec: Option<Spec> = yaml_serde::from_str(text).map_err(|e| e.to_string())?;
         Ok(spec.unwrap_or_default())
     }
 
-    /// As YAML, without what is left open.
+    /// As YAML, without open values.
     pub fn to_yaml(&self) -> String {
-        let mut value = yaml_serde::to_value(self).expect("plain data serialises");
+        let mut value = yaml_serde::to_value(self).expect("plain data serializes");
         if let yaml_serde::Value::Mapping(map) = &mut value {
             map.retain(|_, value| !value.is_null());
         }
-        yaml_serde::to_string(&value).expect("plain data serialises")
+        yaml_serde::to_string(&value).expect("plain data serializes")
     }
 
-    /// This spec, with what it leaves open taken from `below`.
+    /// This spec, with its open values taken from `below`.
     pub fn or(self, below: Spec) -> Spec {
         Spec {
             description: self.description.or(below.description),
@@ -147,7 +147,7 @@ impl Spec {
         }
     }
 
-    /// Fills in the defaults and checks that what is asked for can be had.
+    /// Fills in the defaults and checks that the combination is possible.
     pub fn resolve(self) -> Result<Conversion, SpecError> {
         let bad = |message: String| Err(SpecError::Value(message));
         let mut targets = self.targets.unwrap_or_else(|| vec![Target::Cpu]);
@@ -242,7 +242,7 @@ impl Spec {
     }
 }
 
-/// What to make, decided.
+/// The resolved settings of a conversion.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Conversion {
     /// Sorted, without repetition, not empty.
@@ -253,11 +253,11 @@ pub struct Conversion {
     pub refit: Refit,
     /// `None`: as the export has it.
     pub dtype: Option<Precision>,
-    /// What becomes of activations that the export quantizes.
+    /// Treatment of activations that the export quantizes.
     pub activations: ActivationPolicy,
     /// Windows of masks that the caller fills, by the names of their inputs; 0 for none.
     pub mask_windows: BTreeMap<String, usize>,
-    /// `None`: weights stay what they are.
+    /// `None`: weights are not quantized.
     pub quantize: Option<Quantization>,
     /// Only with a quantization.
     pub calibrate: Option<PathBuf>,
@@ -271,7 +271,7 @@ pub struct Conversion {
     pub one_engine: bool,
     /// A folder or a `tokenizer.json`; the one beside the model if not given.
     pub tokenizer: Option<PathBuf>,
-    /// Whether decode engines use kernels of ours, whatever the lowerings say.
+    /// Whether decode engines use Lapidary's kernels; overrides the lowerings.
     pub kernels: Option<bool>,
     /// Numbers of sequences that engines decode in one step, besides 1; ascending.
     pub batch: Vec<usize>,

@@ -14,7 +14,7 @@ pub use quantization::{CodeType, Group, Quantization};
 use crate::network::Tokens;
 use crate::tensor::DType;
 
-/// What a package is made to run on.
+/// Where a package runs.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
@@ -46,7 +46,7 @@ pub enum Refit {
     None,
     /// Every embedded and stripped weight, by any values.
     General,
-    /// The same, but only by the values seen at build time: TensorRT may have optimised for them.
+    /// The same, but only by the values of the build: TensorRT may have optimized for them.
     Identical,
 }
 

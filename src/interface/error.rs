@@ -1,4 +1,4 @@
-//! What keeps inputs and outputs from being the interface of a model.
+//! Why inputs and outputs are not a valid interface of a model.
 
 use std::fmt;
 

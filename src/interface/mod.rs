@@ -3,10 +3,10 @@
 //! An [`Interface`] lists the inputs and outputs of a model by [`Role`], and its caches with the shape of their rows.
 //! `passes` makes it for the canonical graph, the lowering carries it over to the network (and adds the choice of rows
 //! that get logits), the package's manifest holds it without ids ([`Signature`]), and sessions bind by role. So no level
-//! finds an input again by its name or shape. Names exist where a format has nothing else: in ONNX files, text dumps and
+//! identifies an input by its name or shape. Names exist only where a format has nothing else: in ONNX files, text dumps and
 //! TensorRT plans. [`Role`]'s `Display` and `FromStr` are the only place that defines these names.
 //!
-//! [`Interface::new`] refuses what no session can run: a role that is missing, occurs twice, or stands on the wrong side.
+//! [`Interface::new`] refuses interfaces that no session can run: a role is missing, occurs twice, or is on the wrong side.
 //! Dtypes and dims are checked by the levels that have them, [`Graph`](crate::graph::Graph::canonical_interface) and
 //! [`Network`](crate::network::verify_interface).
 //!

@@ -1,4 +1,4 @@
-//! What one input or output is for, and its canonical name.
+//! The role of an input or output, and its canonical name.
 
 use std::fmt;
 use std::str::FromStr;
@@ -62,7 +62,7 @@ impl CachePart {
     }
 }
 
-/// A name that is no role's.
+/// A name that is not a role's.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the canonical graph has no input or output {0:?}")]
 pub struct UnknownName(

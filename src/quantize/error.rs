@@ -1,4 +1,4 @@
-//! Why weights are not quantized.
+//! Why weights cannot be quantized.
 
 use std::path::PathBuf;
 
@@ -24,7 +24,7 @@ pub enum QuantizeError {
         /// Weights that were to stay in floating point.
         kept: Vec<String>,
     },
-    /// A name that is no weight's.
+    /// A name that is not a weight's.
     #[error("keep={pattern}: no weight matches")]
     NoSuchWeight {
         /// As it was given.

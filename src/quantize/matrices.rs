@@ -1,4 +1,4 @@
-//! The matrices of a canonical graph: what each is called, what reads it, and whether it may be quantized.
+//! The matrices of a canonical graph: their names, their readers, and whether they may be quantized.
 
 use std::collections::HashMap;
 
@@ -88,7 +88,7 @@ pub fn matrices(graph: &Graph) -> Vec<Matrix> {
         let node = graph.node(id);
         for (i, input) in node.inputs.iter().enumerate() {
             let Some(input) = *input else { continue };
-            // A weight behind its transpose is met where the transpose is read.
+            // A weight after its transpose is met where the transpose is read.
             if let (Op::Transpose { .. }, Some(output)) = (&node.op, node.output(0))
                 && let Some(readers) = uses.get(&output)
                 && is_turn(&node.op)
@@ -136,7 +136,7 @@ fn is_turn(op: &Op) -> bool {
     matches!(op, Op::Transpose { perm } if perm.as_deref().is_none_or(|perm| perm == [1, 0]))
 }
 
-/// The weight of the product that gives the logits, behind caps, casts and the choice of rows.
+/// The weight of the product that gives the logits, after caps, casts and the choice of rows.
 fn head(graph: &Graph) -> Option<ValueId> {
     let mut at = match &graph.interface {
         Some(interface) => interface.logits(),
@@ -199,7 +199,7 @@ mod tests {
                 "{pattern}"
             );
         }
-        // The end is looked for behind what was matched.
+        // The end is looked for after what was matched.
         assert!(!matches_pattern("ab", "ab*b"));
         assert!(matches_pattern("abb", "ab*b"));
     }

@@ -1,14 +1,14 @@
-//! Weights in floating point become codes: `convert --quantize`.
+//! Quantizes floating-point weights: `convert --quantize`.
 //!
 //! [`quantize()`] takes a canonical graph and a [`Quantization`], and replaces the constants of linear layers, and of the table
 //! of tokens if requested, by quantized ones. Nothing is computed: codes and scales are made when the package is
 //! written, one weight at a time ([`Constant::quantized_as`](crate::graph::Constant::quantized_as)), and the recipe of each
-//! says how, so that a refit from a checkpoint in floating point makes them again. What stays in floating point is decided
-//! here ([`matrices`]); how values are rounded belongs to [`crate::tensor::quantize`].
+//! records how, so that a refit from a floating-point checkpoint repeats it. This module decides what stays in floating point
+//! ([`matrices`]); [`crate::tensor::quantize`] rounds values.
 //!
-//! With a [`Text`] the model reads it first ([`statistics`]), channels are scaled where that changes nothing but what rounding
-//! does ([`sites`], [`scaling`]), and the errors of columns count by how large their inputs are. Such weights belong together:
-//! their recipes say that they were calibrated, and do not apply to other values.
+//! With a [`Text`], the model reads it first ([`statistics`]), channels are scaled where only rounding is affected
+//! ([`sites`], [`scaling`]), and the errors of columns are weighted by their inputs. Such weights belong together:
+//! their recipes record that they were calibrated, and do not apply to other values.
 
 mod error;
 pub mod matrices;

@@ -1,7 +1,7 @@
-//! Activation-aware scaling (AWQ, <https://arxiv.org/abs/2306.00978>): channels that are given large values are quantized
+//! Activation-aware scaling (AWQ, <https://arxiv.org/abs/2306.00978>): channels with large inputs are quantized
 //! more finely than others.
 //!
-//! At each [site](super::sites) the factors are `s = mean|x| ^ alpha` for one alpha of a grid, normalised so that the largest
+//! At each [site](super::sites) the factors are `s = mean|x| ^ alpha` for one alpha of a grid, normalized so that the largest
 //! and the smallest lie equally far from 1. The alpha is the one of the least expected error of the products,
 //! `Σ_j mean(x_j²) / s_j² · Σ_i (W·s − Q(W·s))_ij²`: rounding errors of different columns are independent of each other, so
 //! their mixed terms vanish on average. No scaling, alpha 0, is on the grid. Rows of large matrices are sampled.

@@ -1,14 +1,14 @@
-//! Where the channels between two operators can be scaled without changing what a model computes.
+//! Places at which the channels between two operators can be scaled without changing the model.
 //!
 //! A *site* is the input `x` of linear layers. If its channels are divided by factors `s` and the columns of every matrix
-//! that reads `x` are multiplied by them, products stay what they are: `(x / s) · (W · s)ᵀ = x · Wᵀ`. The division has to
-//! be folded into constants, and is where that is exact but for rounding:
+//! that reads `x` are multiplied by them, products do not change: `(x / s) · (W · s)ᵀ = x · Wᵀ`. The division has to
+//! be folded into constants. That is exact up to rounding in these cases:
 //!
 //! - `x` is a norm's result, or that times a vector: the norm's weight and bias, or the vector, are divided;
 //! - `x` is another linear layer's result, perhaps times something that is not constant (`act(gate) * up`), or through a
 //!   `Relu` (which keeps positive factors): the rows of that layer's matrix and its bias are divided.
 //!
-//! Everything else that reads `x`, or a matrix that is read elsewhere too, rules a site out.
+//! Any other reader of `x`, or another reader of a matrix, excludes a site.
 
 use std::collections::HashMap;
 
@@ -83,7 +83,7 @@ impl Finder<'_> {
         self.uses.get(&value).map_or(&[], Vec::as_slice)
     }
 
-    /// The only node that reads a value, which is no output of the graph.
+    /// The only node that reads a value, which is not an output of the graph.
     fn only_reader(&self, value: ValueId) -> Option<NodeId> {
         match self.readers(value) {
             [(reader, _)] if !self.graph.outputs.contains(&value) => Some(*reader),

@@ -1,4 +1,4 @@
-//! What linear layers are given while a model reads a text: the channels of their inputs, measured by the CPU executor.
+//! Statistics of the inputs of linear layers while a model reads a text, by channel, measured with the CPU executor.
 //!
 //! The graph is lowered with the inputs as outputs, and run on windows of the text, each from the first position on with an
 //! empty cache. Only sums are kept, so memory is that of one window.
@@ -43,7 +43,7 @@ impl Text {
         };
         let bytes = std::fs::read(path).map_err(|e| failed(e.to_string()))?;
         let text = String::from_utf8(bytes).map_err(|_| failed("it is not UTF-8".to_string()))?;
-        // A token has rarely more than a dozen bytes: what lies behind would not be read.
+        // A token has rarely more than a dozen bytes: what lies after would not be read.
         let most = WINDOW * WINDOWS;
         let end = (most * 64).min(text.len());
         let end = (end..=text.len())

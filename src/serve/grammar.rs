@@ -65,7 +65,7 @@ pub struct Grammars {
 }
 
 impl Grammars {
-    /// Of a model with so many tokens, which these end.
+    /// Of a model with this many tokens, which these end.
     pub fn new(tokenizer: &Tokenizer, vocabulary: usize, end: &BTreeSet<u32>) -> Result<Self, String> {
         let bytes = tokenizer.token_bytes();
         let word = |id: usize| {

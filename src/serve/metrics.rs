@@ -1,4 +1,4 @@
-//! What a scheduler counts, readable at any time from any thread.
+//! Counters of a scheduler, readable at any time from any thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};

@@ -1,9 +1,9 @@
-//! Many requests on one device: who waits, who is fed, who gets the next token.
+//! Many requests on one device: the queue, prefill, and the next token of each.
 //!
 //! A [`Scheduler`] takes [`Request`]s from any thread and owns a [`BatchDecoder`](crate::decode::batch::BatchDecoder) on a
 //! thread of its own. It knows prompts as token ids, draws with a [`Chain`](crate::sample::Chain) a request, makes text with a
 //! [`Transcript`](crate::decode::Transcript) a request, and reports [`Event`]s. [`Metrics`] count what it does,
-//! [`prometheus()`] writes them for scrapers. It knows nothing of networks: `http`, with the cargo feature `serve`, is an
+//! [`prometheus()`] writes them for scrapers. It does not use the network: `http`, with the cargo feature `serve`, is an
 //! OpenAI-compatible server in front of it, and `dynamo/` a worker of NVIDIA Dynamo. `grammar`, with the feature
 //! `structured`, is the form that a text must have, and `gbnf` reads the forms of llama.cpp.
 

@@ -1,4 +1,4 @@
-//! What schedulers count, in Prometheus' text format.
+//! Counters of schedulers in Prometheus' text format.
 //!
 //! Queue, running requests, cache use, tokens and latencies have vLLM's names, which inference gateways read (the Gateway
 //! API's inference extension asks for `vllm:num_requests_waiting` and `vllm:kv_cache_usage_perc` by default).

@@ -1,4 +1,4 @@
-//! One request: what it asks, what it is given, and how it is stopped.
+//! One request: its prompt and settings, its events, and its cancellation.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,10 +9,10 @@ use crate::decode::{FinishReason, GenerateError, Limits, Step};
 use crate::help::{Fault, Help};
 use crate::sample::{Constraint, ConstraintError, Settings, SettingsError};
 
-/// Where a request's events go, in order. `false`: nobody reads them any more, and the request ends.
+/// Where a request's events go, in order. `false`: the receiver is gone, and the request ends.
 pub type Sink = Box<dyn FnMut(Event) -> bool + Send>;
 
-/// A prompt, and what is wanted after it.
+/// A prompt, and the settings of its continuation.
 pub struct Request {
     /// Token ids of the model.
     pub prompt: Vec<u32>,
@@ -86,7 +86,7 @@ pub enum RequestError {
         /// Until then.
         generated: usize,
     },
-    /// It was stopped from outside, or nobody reads its events.
+    /// It was cancelled, or the receiver of its events is gone.
     #[error("the request was cancelled after {generated} tokens")]
     Cancelled {
         /// Until then.

@@ -1,4 +1,4 @@
-//! The thread that owns a decoder: requests come in through a queue with a limit, a [`Turn`] after another is taken.
+//! The thread that owns a decoder: requests arrive through a bounded queue, and one [`Turn`] follows another.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};

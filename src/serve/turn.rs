@@ -1,4 +1,4 @@
-//! One turn of a scheduler: chunks of prompts that are not fed yet, a token for each sequence that is, a step of all.
+//! One turn of a scheduler: chunks of new prompts, a token for each complete one, one step of all sequences.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -165,7 +165,7 @@ impl<'t> Turn<'t> {
             };
             let one = &mut self.running[at];
             match self.decoder.prefill(one.id) {
-                // Others will give theirs back; those who came later wait behind it.
+                // Other requests will release memory; later ones wait for this one.
                 Err(BatchError::Memory { taken, .. }) if taken > 0 => return,
                 Err(error) => self.end(at, Err(error.into())),
                 Ok(progress) => {

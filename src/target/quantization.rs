@@ -25,7 +25,7 @@ pub enum CodeType {
 pub enum Group {
     /// Those of an output channel, which is a row.
     Channel,
-    /// So many of a row, one behind the other.
+    /// This many of a row, one after the other.
     Depth(usize),
     /// 32 of a row, or where that does not divide it, the largest number from 16 on below that does, or the smallest above.
     Auto,

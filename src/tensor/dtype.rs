@@ -244,7 +244,7 @@ impl DType {
         self.bits() < 8
     }
 
-    /// Bytes of so many elements, packed: see the module's head. Saturates.
+    /// Bytes of this many elements, packed: see the module's head. Saturates.
     pub fn byte_len(self, elements: usize) -> usize {
         self.checked_byte_len(elements).unwrap_or(usize::MAX)
     }

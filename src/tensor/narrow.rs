@@ -167,7 +167,7 @@ mod tests {
         }
     }
 
-    /// Between two neighbours: below the middle the lower one, above it the upper one, in the middle the even code.
+    /// Between two neighbors: below the middle the lower one, above it the upper one, in the middle the even code.
     #[test]
     fn rounding_is_to_nearest_even() {
         for dtype in ALL {

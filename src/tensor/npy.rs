@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::{DType, Tensor};
 use crate::help::Help;
 
-/// A file that is no array of floats.
+/// A file that is not an array of floats.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {reason}", path.display())]
 pub struct NpyError {

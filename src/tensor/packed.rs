@@ -21,7 +21,7 @@ pub(crate) fn pack(codes: &[u8], bits: usize) -> Vec<u8> {
     codes.chunks(8 / bits).map(byte).collect()
 }
 
-/// The integer of a code in two's complement of so many bits.
+/// The integer of a code in two's complement of this many bits.
 pub(crate) fn sign_extend(code: u8, bits: usize) -> i64 {
     i64::from((code << (8 - bits)) as i8 >> (8 - bits))
 }

@@ -47,7 +47,7 @@ impl fmt::Display for Format {
 
 impl Format {
     /// Whether values of a shape can have this format, and in the order in which they lie: a run is a whole number of
-    /// elements one behind the other.
+    /// elements one after the other.
     pub fn check(self, shape: &[usize]) -> Result<(), QuantizedError> {
         let (codes, numbers) = (self.codes, self.codes.numbers());
         let known = match numbers {
@@ -62,7 +62,7 @@ impl Format {
         self.granularity.scale_shape(shape).map(|_| ())
     }
 
-    /// Whether the values of a run lie one behind the other in a tensor of this shape.
+    /// Whether the values of a run lie one after the other in a tensor of this shape.
     pub fn has_contiguous_runs(self, shape: &[usize]) -> bool {
         match self.granularity {
             Granularity::Tensor => true,
@@ -229,7 +229,7 @@ enum Code {
 }
 
 /// Added to a float of magnitude below 2^22 and taken away again, it leaves the nearest whole number, ties to even. That is
-/// vectorised on every machine, and `round_ties_even` is a call on some.
+/// vectorized on every machine, and `round_ties_even` is a call on some.
 const ROUND: f32 = 12_582_912.0;
 
 impl Code {
@@ -275,7 +275,7 @@ fn nearest_float(value: f32, format: FloatFormat) -> f32 {
     let most = format.max() as f32;
     let value = if value > most { most } else { value };
     let value = if value < -most { -most } else { value };
-    // The power of two below the value, or that of the subnormal numbers; the distance of neighbours is a part of it.
+    // The power of two below the value, or that of the subnormal numbers; the distance of neighbors is a part of it.
     let smallest = ((1 - format.bias() + 127) as u32) << 23;
     let power = f32::from_bits((value.to_bits() & 0x7f80_0000).max(smallest));
     let unit = power / (1u32 << format.mantissa) as f32;
@@ -346,7 +346,7 @@ impl Search<'_> {
                 }
             }
             Code::Int { high: last, .. } => {
-                // The lowest code reaches one further than the highest: half of it is a candidate of its own.
+                // The lowest code reaches one further than the highest: half of it is its own candidate.
                 let steps = (0..17u8).map(|k| last * (1.0 + 0.04 * f32::from(k)));
                 for divisor in steps.chain([last + 0.5, last + 1.0]) {
                     self.consider(&mut best, self.stored(most / divisor), 0.0);

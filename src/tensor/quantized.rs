@@ -34,7 +34,7 @@ pub enum Granularity {
 }
 
 impl Granularity {
-    /// As `QuantizeLinear` and `DequantizeLinear` say it of a tensor of so many axes: `axis` counts from the end if it is
+    /// As `QuantizeLinear` and `DequantizeLinear` say it of a tensor of this many axes: `axis` counts from the end if it is
     /// negative, a `block_size` of 0 is none, and scales of shape `[]` or `[1]` are one for all. `None`: there is no such axis.
     pub fn of_attributes(rank: usize, axis: i64, block_size: usize, scales: &[usize]) -> Option<Granularity> {
         if block_size == 0 && (scales.is_empty() || scales == [1]) {
@@ -75,7 +75,7 @@ impl Granularity {
         }
     }
 
-    /// Of codes at the flat index `at`: the flat index of their scale. `inner`: the product of the extents behind the axis.
+    /// Of codes at the flat index `at`: the flat index of their scale. `inner`: the product of the extents after the axis.
     fn scale_of(self, at: usize, inner: usize, extent: usize) -> usize {
         match self {
             Granularity::Tensor => 0,
@@ -105,7 +105,7 @@ pub enum QuantizedError {
         /// Of the codes.
         dtype: DType,
     },
-    /// Scales that are no floats.
+    /// Scales that are not floats.
     #[error("scales cannot be {dtype}; they are f32, f16 or bf16")]
     Scales {
         /// Of the scales.
@@ -279,7 +279,7 @@ pub fn zero_points_as(codes: DType, zero_points: &Tensor) -> Result<Tensor, Quan
     }
 }
 
-/// Extent of the axis and product of those behind it; `(1, 1)` per tensor.
+/// Extent of the axis and product of those after it; `(1, 1)` per tensor.
 fn axis_of(shape: &[usize], granularity: Granularity) -> (usize, usize) {
     match granularity {
         Granularity::Tensor => (1, 1),
@@ -290,7 +290,7 @@ fn axis_of(shape: &[usize], granularity: Granularity) -> (usize, usize) {
 }
 
 /// Refuses values that no model can use: scales that are NaN or infinite, scales of 0 over codes that are not all the zero
-/// point (exporters give blocks of zeros a scale of 0), codes that are no numbers, zero points where there can be none.
+/// point (exporters give blocks of zeros a scale of 0), codes that are not numbers, zero points where there can be none.
 pub fn check_values(
     codes: &Tensor,
     scales: &Tensor,

@@ -1,8 +1,8 @@
-//! The decoder of a tokenizer as a stream: tokens go in one after another, text comes out as soon as no later token can
+//! The decoder of a tokenizer as a stream: it takes one token after another, and returns text as soon as no later token can
 //! change it.
 //!
 //! A decoder of the `tokenizers` library takes all tokens of a text and rewrites them in steps. [`Decoding`] holds a stage for
-//! each step with what that step must remember: whether a token was the first, bytes that are no character yet, a suffix
+//! each step with what that step must remember: whether a token was the first, bytes that are not a character yet, a suffix
 //! that only the last token loses. All pieces together are exactly what the library gives for all tokens at once, with one
 //! exception ([`LONGEST_RUN`]). A step that could change text at any distance holds everything until the end.
 
@@ -16,7 +16,7 @@ use super::token_bytes::byte_letters;
 
 type Result<T> = std::result::Result<T, tokenizers::Error>;
 
-/// What a decoder writes for bytes that are no character.
+/// What a decoder writes for bytes that are not a character.
 const REPLACEMENT: &str = "\u{FFFD}";
 
 /// Tokens of single bytes (`<0xE4>`) that are held back at most. The library rewrites every byte of a run of such tokens as

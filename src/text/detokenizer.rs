@@ -1,7 +1,7 @@
-//! Tokens to text as they come: [`Detokenizer`] never gives half a character.
+//! Streams tokens to text: [`Detokenizer`] never returns half a character.
 //!
-//! It gives pieces of valid UTF-8 and keeps back what may still change. It only ever appends, so what it gave can be printed
-//! at once, and all pieces together are the text of all tokens decoded at once. How long a piece is kept back depends on the
+//! It returns pieces of valid UTF-8 and holds back text that may still change. It only appends, so a piece can be printed
+//! immediately, and all pieces together are the text of all tokens decoded at once. How long a piece is kept back depends on the
 //! tokenizer's decoder: inside a character always, up to the next token where only the last one loses its suffix or where
 //! bytes have tokens of their own, and to the end for a decoder that may rewrite text at any distance.
 

@@ -1,4 +1,4 @@
-//! Which tokens end a text, and what the model's files say of them that cannot be used.
+//! The tokens that end a text, and entries of the model's files about them that cannot be used.
 
 use std::collections::BTreeSet;
 use std::path::Path;

@@ -2,7 +2,7 @@
 //!
 //! `\n`, `\r`, `\t`, `\\`, `\'`, `\"` and `\xHH`, a byte by two hexadecimal digits; any other backslash stays as it is.
 
-/// Bytes given by `\xHH` that are no text.
+/// Bytes given by `\xHH` that are not text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the bytes that \\x gives in {text:?} are not UTF-8")]
 pub struct EscapeError {

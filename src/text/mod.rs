@@ -2,7 +2,8 @@
 //!
 //! Takes a tokenizer folder as Hugging Face lays it out, and text, messages or token ids; gives ids or text. [`chat`]
 //! renders the model's chat template by [`jinja`], [`conversation`] makes the prompt of each turn, [`TextStream`] ([`Detokenizer`] and
-//! [`StopMatcher`]) turns tokens into text as they come, [`tools`] finds calls of tools in it, [`escapes`] are those of the command line. Computing tokens belongs to `decode`, files of a package to `package`.
+//! [`StopMatcher`]) turns tokens into text as they come, [`tools`] finds tool calls in it,
+//! [`escapes`] are those of the command line. `decode` computes tokens; `package` owns the files.
 
 pub mod chat;
 pub mod conversation;

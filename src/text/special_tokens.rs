@@ -1,7 +1,7 @@
 //! Special and added tokens that `tokenizer_config.json` names beside those of `tokenizer.json`.
 //!
-//! transformers adds them when it opens a tokenizer; so does this, as far as each keeps the id that the file gives it. What is
-//! left out, and what the two files contradict each other about, is said in warnings.
+//! transformers adds them when it opens a tokenizer; so does this module, if each keeps the id that the file gives it. Warnings
+//! name omitted tokens and contradictions of the two files.
 
 use serde_json::Value;
 use tokenizers::{AddedToken, Model};

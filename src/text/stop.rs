@@ -1,8 +1,8 @@
-//! Stop strings: [`StopMatcher`] never gives part of one.
+//! Stop strings: [`StopMatcher`] never returns a part of one.
 //!
 //! It watches text that arrives in pieces, with the special tokens between them, which have no text that is shown. A stop
-//! string may straddle pieces, and may hold special tokens. The matcher only ever appends, so what it gave can be printed at
-//! once, and it gives the same however the text is cut into pieces.
+//! string may span pieces, and may contain special tokens. The matcher only appends, so its output can be printed
+//! immediately, and does not depend on how the text is cut into pieces.
 
 use super::tokenizer::Tokenizer;
 

@@ -1,8 +1,8 @@
-//! The bytes that each token of a tokenizer stands for.
+//! The bytes of each token of a tokenizer.
 //!
-//! Vocabularies write bytes in letters of their own: byte-level BPE has a letter for every byte (GPT-2's table), sentence
+//! Vocabularies encode bytes as letters: byte-level BPE has a letter for every byte (GPT-2's table), sentence
 //! pieces write a space as `▁` and lone bytes as `<0x0A>`, word pieces mark a continuation with `##`. Decoding a token
-//! alone would lose what is no whole character, so this reads the vocabulary instead.
+//! alone would lose what is not a whole character, so this reads the vocabulary instead.
 
 use std::collections::HashMap;
 

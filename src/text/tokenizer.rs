@@ -3,7 +3,7 @@
 //!
 //! Works on a folder as Hugging Face lays it out; only `tokenizer.json` must be there. `chat` renders the chat template,
 //! `detokenizer` turns a stream of tokens into text. What a training run left in `tokenizer.json` (truncation, padding,
-//! dropout of merges) is not used: a prompt is encoded whole and always alike.
+//! dropout of merges) is not used: a prompt is encoded completely and deterministically.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -131,7 +131,7 @@ impl Tokenizer {
         let mut end = EndTokens::of_configs(&generation, &model);
         for (name, token) in [("bos_token", &bos_token), ("eos_token", &eos_token)] {
             let Some(token) = token else { continue };
-            // An id of its own that no other token has is as good as a token of tokenizer.json.
+            // An id that no other token has is as good as a token of tokenizer.json.
             let free = names.declared_id(token).filter(|id| inner.id_to_token(*id).is_none());
             match inner.token_to_id(token).or(free) {
                 Some(id) if name == "eos_token" => drop(end.ids.insert(id)),

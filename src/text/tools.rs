@@ -1,7 +1,7 @@
-//! Calls of tools in what a model writes: how a template's family writes them, and reading them out of text as it comes.
+//! Tool calls in a model's output: the forms of template families, and parsing them from streamed text.
 //!
-//! Takes pieces of text and the tokens between them, gives text that is none of a call, and calls. What looks like a call
-//! and cannot be read stays text: nothing that the model wrote is lost.
+//! Takes pieces of text and the tokens between them; gives text outside of calls, and calls. A call that cannot be parsed
+//! stays text, so nothing that the model wrote is lost.
 
 use serde_json::Value;
 
@@ -310,7 +310,7 @@ mod tests {
         }
     }
 
-    /// Parts with neighbouring text joined.
+    /// Parts with neighboring text joined.
     fn joined(parts: impl IntoIterator<Item = ToolPart>) -> Vec<ToolPart> {
         let mut all: Vec<ToolPart> = Vec::new();
         for part in parts {

@@ -1,4 +1,4 @@
-//! Every alternative built, loaded and timed.
+//! Builds, loads and times every alternative.
 //!
 //! Takes a canonical graph and profiles, asks the questions of [`super::questions`] one after the other, builds every
 //! alternative and runs it with synthetic values; gives the winner of each profile with everything that was tried. Weights

@@ -1,4 +1,4 @@
-//! Which lowering is fastest on a GPU: what was tried, and what won.
+//! Finds the fastest lowering on a GPU, and records all alternatives.
 //!
 //! [`measure`] tries; the types here are what it gives, what a package's manifest keeps and what a spec takes from it. Good
 //! choices where nothing was measured are [`LowerOptions::for_engines`].

@@ -16,7 +16,7 @@ pub struct Convention {
     pub name: &'static str,
     /// In groups, which conventions may share.
     entries: &'static [&'static [Entry]],
-    /// What saving a part of a model may leave out in front of every name.
+    /// What saving a part of a model may leave out before every name.
     prefix: &'static str,
 }
 
@@ -181,7 +181,7 @@ pub const LLAMA: Convention = Convention {
     ],
 };
 
-/// Gemma 2 and 3, OLMo 2: a norm behind each block, and `post_attention_layernorm` is one of these.
+/// Gemma 2 and 3, OLMo 2: a norm after each block, and `post_attention_layernorm` is one of these.
 pub const HUGGING_FACE_OUTPUT_NORMS: Convention = Convention {
     name: "Hugging Face, Gemma-like",
     prefix: "model.",

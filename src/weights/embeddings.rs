@@ -1,4 +1,4 @@
-//! The table of token embeddings of a model that takes embeddings: from a file of its own, because its export has none.
+//! The table of token embeddings of a model that takes embeddings: from its own file, because its export has none.
 //!
 //! Multimodal models are exported in parts: a decoder that takes `inputs_embeds`, and `embed_tokens.onnx`, which gives the row
 //! of each token. [`read`] gives the rows of all tokens, `[vocabulary, hidden]`: of such an export if it is a table whose rows
@@ -111,7 +111,7 @@ pub fn read(path: &Path, tensor: Option<&str>) -> Result<Constant, EmbeddingErro
     }
 }
 
-/// As [`read`], for a model of so many tokens and elements, in the dtype of its embeddings.
+/// As [`read`], for a model of this many tokens and elements, in the dtype of its embeddings.
 pub fn read_for(
     path: &Path,
     tensor: Option<&str>,

@@ -47,7 +47,7 @@ pub enum ExportError {
     NoName {
         /// Its name.
         convention: &'static str,
-        /// Modules, or weights that are no module.
+        /// Modules, or weights that belong to no module.
         names: Vec<String>,
     },
     /// A weight that holds a module in a form that cannot be undone.

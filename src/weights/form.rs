@@ -89,7 +89,7 @@ pub fn conformed(constant: &Constant, form: Option<&Form>) -> Result<Constant, S
         Some(regrouped) => regrouped.as_quantized().expect("made of parts"),
         None => parts,
     };
-    match recentred(regrouped, form) {
+    match recentered(regrouped, form) {
         Ok(Some(made)) if Form::of(&made).as_ref() == Some(form) => Ok(made),
         Ok(_) => refused(""),
         Err(why) => refused(&why),
@@ -126,7 +126,7 @@ fn regrouped(parts: Quantized<'_>, granularity: Granularity) -> Option<Option<Co
 }
 
 /// With codes of the form's signedness and zero points where it has them. `None`: the codes are of another kind.
-fn recentred(parts: Quantized<'_>, form: &Form) -> Result<Option<Constant>, String> {
+fn recentered(parts: Quantized<'_>, form: &Form) -> Result<Option<Constant>, String> {
     let to = form.codes;
     let moved = match parts.codes.dtype() {
         from if from == to => false,

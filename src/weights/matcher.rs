@@ -453,7 +453,7 @@ impl<'a> Matcher<'a> {
         Ok(tensor.map(|constant| (name.to_string(), constant.clone())))
     }
 
-    /// With an adapter's change, given with its layer. One of another shape stays unused, which is an obstacle of its own.
+    /// With an adapter's change, given with its layer. One of another shape stays unused, which is its own obstacle.
     fn changed(&mut self, constant: &Constant, change: Option<(String, Change)>) -> Constant {
         match change {
             Some((target, change)) if constant.shape() == change.shape() => {
@@ -499,7 +499,7 @@ impl<'a> Matcher<'a> {
         self.without_tied_head(unused.map(|(name, c)| (name.clone(), c.clone())))
     }
 
-    /// A head of its own may stand beside a tied embedding if it holds the same numbers.
+    /// A separate head may stand beside a tied embedding if it holds the same numbers.
     fn without_tied_head(&self, unused: impl Iterator<Item = (String, Constant)>) -> Vec<String> {
         let embedding = self.source.module("embedding.weight", &self.rows).ok().flatten();
         let same = |head: &Constant| {

@@ -49,7 +49,7 @@ pub struct Required<'a> {
     pub scales_embeddings: bool,
     /// What checkpoints of the model hold of norms, where the package knows.
     pub norms: Option<NormParameter>,
-    /// Of modules whose layers take their inputs in an order of their own ([`super::modules::orders`]).
+    /// Of modules whose layers take their inputs in their own order ([`super::modules::orders`]).
     pub orders: HashMap<String, Vec<i64>>,
 }
 

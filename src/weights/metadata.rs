@@ -100,7 +100,7 @@ pub(super) fn of<'a>(
         }
     }
     let mut metadata = extra.clone();
-    let text = |value: serde_json::Result<String>| value.expect("plain data serialises");
+    let text = |value: serde_json::Result<String>| value.expect("plain data serializes");
     if !packed.is_empty() {
         metadata.insert(PACKED.to_string(), text(serde_json::to_string(&packed)));
     }

@@ -1,4 +1,4 @@
-//! What a checkpoint holds of a norm: the factor that normalised values are multiplied by, or that factor minus 1.
+//! What a checkpoint holds of a norm: the factor that normalized values are multiplied by, or that factor minus 1.
 //!
 //! Gemma's models compute `norm(x) * (1 + w)` and their checkpoints hold `w` (transformers, `GemmaRMSNorm`,
 //! `Gemma2RMSNorm`, `Gemma3RMSNorm`). An exporter may leave the addition in the graph, where the weight's recipe shows it,

@@ -52,7 +52,7 @@ pub enum Recipe {
         axis: usize,
         /// First index.
         start: usize,
-        /// Behind the last index.
+        /// After the last index.
         end: usize,
         /// What is cut.
         of: Box<Recipe>,
@@ -157,7 +157,7 @@ pub struct Leaf<'a> {
 }
 
 impl Recipe {
-    /// The recipe behind a constant, over the names its sources had in the export; `None` if any of them has no name,
+    /// The recipe of a constant, over the names its sources had in the export; `None` if any of them has no name,
     /// which means that a pass computed it.
     pub fn of(constant: &Constant) -> Option<Recipe> {
         let derived = match constant.source() {

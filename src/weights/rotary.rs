@@ -89,7 +89,7 @@ fn of_tables(cos: &Constant, sin: &Constant) -> Result<f64, String> {
     Ok(base)
 }
 
-/// To so many significant digits.
+/// To this many significant digits.
 fn rounded(value: f64, digits: i32) -> f64 {
     let unit = 10f64.powi(value.log10().floor() as i32 + 1 - digits);
     (value / unit).round() * unit

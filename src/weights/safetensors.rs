@@ -394,7 +394,7 @@ pub fn write(
 
 /// Of a text in JSON in a JSON text, as metadata have names.
 fn json_len(text: &str) -> usize {
-    let quoted = |text: &str| serde_json::to_string(text).expect("strings serialise");
+    let quoted = |text: &str| serde_json::to_string(text).expect("strings serialize");
     quoted(&quoted(text)).len()
 }
 
@@ -436,7 +436,7 @@ fn header(
         });
         map.insert(piece.name.clone(), entry);
     }
-    serde_json::to_vec(&map).expect("strings and numbers serialise")
+    serde_json::to_vec(&map).expect("strings and numbers serialize")
 }
 
 #[cfg(test)]

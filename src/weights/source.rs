@@ -33,7 +33,7 @@ pub struct WeightSource {
     pub kind: String,
     /// By the names in the source.
     pub tensors: BTreeMap<String, Constant>,
-    /// Of tensors of a quantized checkpoint whose columns are in an order of their own.
+    /// Of tensors of a quantized checkpoint whose columns are in their own order.
     orders: HashMap<String, Vec<i64>>,
     /// What the `config.json` beside a checkpoint says of its norms.
     pub norms: Option<NormParameter>,

@@ -84,7 +84,7 @@ fn gpt(modules: &HashMap<String, Constant>, reasons: &mut Vec<String>) -> Fields
     ]
 }
 
-/// GPT-J: blocks side by side, neighbouring elements of a head rotated, biases in the feed-forward block and the head alone.
+/// GPT-J: blocks side by side, neighboring elements of a head rotated, biases in the feed-forward block and the head alone.
 fn gpt_j(graph: &Graph, a: &Architecture, modules: &HashMap<String, Constant>, reasons: &mut Vec<String>) -> Fields {
     let has = |part: &str| modules.contains_key(part);
     for part in [
@@ -106,7 +106,7 @@ fn gpt_j(graph: &Graph, a: &Architecture, modules: &HashMap<String, Constant>, r
     match &a.rotary {
         Some(rotary) if rotary.interleaved => rotary_dim = json!(rotary.rotary_dim),
         _ => {
-            reasons.push("GPTJForCausalLM rotates neighbouring elements of a head, and this graph does not".to_string())
+            reasons.push("GPTJForCausalLM rotates neighboring elements of a head, and this graph does not".to_string())
         }
     }
     match rotary::base(graph) {

@@ -11,7 +11,7 @@ use crate::help::{Fault, Help};
 use crate::sample::SettingsError;
 use crate::serve::{RequestError, SubmitError};
 
-/// What a client is told when it gets nothing else.
+/// The message of errors without details.
 #[derive(Debug)]
 pub struct ApiError {
     pub status: StatusCode,

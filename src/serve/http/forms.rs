@@ -1,4 +1,4 @@
-//! The forms that requests ask for, by their fields, and the form of a call of a tool.
+//! The forms that requests ask for by their fields, and the form of a tool call.
 
 use serde_json::{Value, json};
 

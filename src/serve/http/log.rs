@@ -1,4 +1,4 @@
-//! One JSON object a line on standard error, for each request that ran and each that was refused. Texts are in none of them.
+//! One JSON object per line on standard error, for each request that ran and each that was refused. Texts are not logged.
 
 use std::time::{Duration, Instant};
 

@@ -3,7 +3,7 @@
 //! Takes bodies as bytes and gives JSON or server-sent events. `chat` and `completions` define request bodies, `fields`
 //! what both have in common, `forms` the form that a text must have, `reply` submits it and writes the answer in one of the
 //! `shapes`, `tokens` is the tokenizer alone, `error` every refusal, `log` a line for each request,
-//! `page.html` a chat in a browser. A request names a model and holds text: it can name no file.
+//! `page.html` a chat in a browser. A request cannot name a file.
 
 mod chat;
 mod completions;
@@ -85,7 +85,7 @@ impl Limits {
     }
 }
 
-/// Keys that clients give, by their hashes: comparing those says nothing of how much of a key was right.
+/// Keys that clients give, by their hashes: comparing hashes does not reveal how much of a key was right.
 #[derive(Clone, Debug, Default)]
 pub struct Keys(Vec<blake3::Hash>);
 
@@ -350,7 +350,7 @@ async fn health(State(server): Shared) -> Result<Response, ApiError> {
     }
 }
 
-/// A page to chat in a browser. It may load nothing but itself, and talk to nobody but this server.
+/// The chat page for a browser. It loads nothing else, and may connect only to this server.
 async fn page() -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/html; charset=utf-8"),

@@ -20,7 +20,7 @@ use crate::sample::{Constraint, Settings};
 use crate::serve::{Event, Finished, Limited, Request, SubmitError, Ticket};
 use crate::text::tools::ToolPart;
 
-/// Everything that is wanted.
+/// A request in full.
 pub struct Asked {
     pub model: Arc<Model>,
     /// Token ids. Each gets `n` choices.
@@ -142,7 +142,7 @@ pub async fn respond(asked: Asked) -> Result<Response, ApiError> {
         Err(error)
     };
     if asked.streams {
-        // A failure before the first token still has a status of its own.
+        // A failure before the first token still has its own status.
         let first = match events.recv().await {
             None => return failed(&mut record, broken()),
             Some((_, Event::Failed(error))) => return failed(&mut record, ApiError::from(&error)),

@@ -122,7 +122,7 @@ fn object_attribute(value: &Value, object: &Rc<Object>, name: &str) -> Result<Op
             .map(|(_, value)| value.clone()),
         Object::Loop(state) => {
             let (index, length) = (state.index.get() as i128, state.items.len() as i128);
-            let neighbour = |index: i128| {
+            let neighbor = |index: i128| {
                 let item = usize::try_from(index).ok().and_then(|i| state.items.get(i));
                 item.cloned()
                     .unwrap_or_else(|| Value::undefined("an item outside of the loop"))
@@ -137,8 +137,8 @@ fn object_attribute(value: &Value, object: &Rc<Object>, name: &str) -> Result<Op
                 "length" => Value::Int(length),
                 "depth" => Value::Int(state.depth as i128 + 1),
                 "depth0" => Value::Int(state.depth as i128),
-                "previtem" => neighbour(index - 1),
-                "nextitem" => neighbour(index + 1),
+                "previtem" => neighbor(index - 1),
+                "nextitem" => neighbor(index + 1),
                 "cycle" => return Ok(method("cycle")),
                 "changed" => return Ok(method("changed")),
                 _ => return Ok(None),

@@ -1,4 +1,4 @@
-//! Tests: what stands behind `is`.
+//! Tests: what stands after `is`.
 
 use super::Error;
 use super::call::{Args, int, need};

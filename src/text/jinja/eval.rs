@@ -235,7 +235,7 @@ impl Run {
     fn for_loop(&self, item: &Rc<For>, over: Value, frame: &Rc<Frame>, out: &mut String) -> Result<(), Error> {
         let mut items = Vec::new();
         for value in over.iterate()? {
-            // A scope of its own costs more than an expression.
+            // A separate scope costs more than an expression.
             self.steps(20)?;
             if let Some(condition) = &item.only {
                 let inner = Frame::child(frame);

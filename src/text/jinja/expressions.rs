@@ -341,7 +341,7 @@ impl Parser {
         Ok(name)
     }
 
-    /// The filter behind a `|`.
+    /// The filter after a `|`.
     pub(super) fn filter(&mut self) -> Parsed<Filter> {
         let name = self.dotted_name()?;
         if self.branches == 0 && !names::FILTERS.contains(&name.as_str()) {
@@ -354,7 +354,7 @@ impl Parser {
         Ok(Filter { name, arguments })
     }
 
-    /// The test behind an `is`.
+    /// The test after an `is`.
     fn test(&mut self, value: Expr) -> Parsed<Expr> {
         let negated = self.skip_name("not");
         let name = self.dotted_name()?;

@@ -1,4 +1,4 @@
-//! Filters: what stands behind `|`.
+//! Filters: what stands after `|`.
 
 use std::rc::Rc;
 
@@ -341,7 +341,7 @@ fn textual(name: &str, value: &Value, args: Args) -> Result<Value, Error> {
     Ok(Value::str(result))
 }
 
-/// Jinja's own: words begin behind hyphens, whitespace and opening brackets.
+/// Jinja's own: words begin after hyphens, whitespace and opening brackets.
 fn title(text: &str) -> String {
     let is_border = |c: char| "-({[<".contains(c) || is_space(c);
     let mut out = String::new();

@@ -188,7 +188,7 @@ impl<'a> Lexer<'a> {
         self.fail("missing end of comment tag")
     }
 
-    /// A `raw` block, behind its `{%` and sign.
+    /// A `raw` block, after its `{%` and sign.
     fn raw(&mut self) -> Result<bool, Error> {
         let start = self.at;
         self.skip_space();

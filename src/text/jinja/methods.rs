@@ -136,7 +136,7 @@ pub(super) fn replace(text: &str, old: &str, new: &str, count: i128) -> Result<S
     })
 }
 
-/// A part of a text by character positions as `find`, `count` and `startswith` take them; `None` if it begins behind the end.
+/// A part of a text by character positions as `find`, `count` and `startswith` take them; `None` if it begins after the end.
 fn part<'a>(
     text: &'a str,
     start: Option<Value>,

@@ -13,7 +13,7 @@ pub(super) fn rstrip(text: &str) -> &str {
 
 /// `str.isprintable` of one character. The library's own table is of the same categories.
 pub(super) fn is_printable(c: char) -> bool {
-    // Behind a letter, so that a combining mark is not escaped for standing alone.
+    // After a letter, so that a combining mark is not escaped for standing alone.
     matches!(c, '"' | '\\' | '\'') || !format!("{:?}", format!("a{c}")).contains('\\')
 }
 
@@ -51,7 +51,7 @@ pub(super) fn is_cased(c: char) -> bool {
     c.is_uppercase() || c.is_lowercase() || is_title_case(c)
 }
 
-/// A character at the beginning of a word. Few have a form of their own there, which the standard library does not know.
+/// A character at the beginning of a word. Few have their own form there, which the standard library does not know.
 fn title_case(c: char) -> Result<String, Error> {
     let upper: String = c.to_uppercase().collect();
     let has_own =
@@ -81,7 +81,7 @@ pub(super) fn capitalize(text: &str) -> Result<String, Error> {
     }
 }
 
-/// `str.title`: a word begins behind every character without case.
+/// `str.title`: a word begins after every character without case.
 pub(super) fn title(text: &str) -> Result<String, Error> {
     let mut out = String::new();
     let mut in_word = false;

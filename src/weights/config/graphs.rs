@@ -14,7 +14,7 @@ pub fn compare(theirs: &Facts, ours: &Facts) -> Vec<Difference> {
         (&theirs.rms_epsilons, &ours.rms_epsilons),
         (&theirs.layer_epsilons, &ours.layer_epsilons),
     ] {
-        // A graph whose norms were not recognised says nothing.
+        // A graph whose norms were not recognized says nothing.
         let known = !file.is_empty() && !package.is_empty();
         let same = |a: &f64| package.iter().any(|b| is_close(*a, *b));
         if known && !file.iter().all(same) {
@@ -68,7 +68,7 @@ pub fn compare(theirs: &Facts, ours: &Facts) -> Vec<Difference> {
 fn rotate_alike(a: &Layer, b: &Layer) -> bool {
     match (&a.rotary, &b.rotary) {
         (Some(a), Some(b)) => a.agrees(b),
-        // Rotation that was not recognised as one says nothing.
+        // Rotation that was not recognized as one says nothing.
         _ => true,
     }
 }

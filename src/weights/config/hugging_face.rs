@@ -452,7 +452,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Compares a function's name with what the graph applies; nothing where the graph's function was not recognised.
+/// Compares a function's name with what the graph applies; nothing where the graph's function was not recognized.
 pub(super) fn activation(compared: &mut Comparison<'_>, facts: &Facts, field: &str, name: &str, known: &[Activation]) {
     let found = &facts.activations;
     if !found.is_empty() && !known.iter().any(|a| found.contains(a)) {

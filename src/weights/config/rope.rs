@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use crate::tensor::{DType, Tensor};
 
-/// The frequencies behind a package's tables.
+/// The frequencies of a package's tables.
 pub struct Table {
     dtype: DType,
     rows: usize,

@@ -15,7 +15,7 @@ pub struct Config {
     rank_pattern: Vec<(Pattern, usize)>,
     alpha_pattern: Vec<(Pattern, f64)>,
     rank_stabilised: bool,
-    /// Each row of the merged matrix gets a length of its own.
+    /// Each row of the merged matrix gets its own length.
     pub dora: bool,
     /// The base model keeps the matrices it changes as `[in, out]`.
     pub fan_in_fan_out: bool,

@@ -26,7 +26,7 @@ use crate::graph::Constant;
 pub const CONFIG: &str = "adapter_config.json";
 /// The file of its matrices.
 pub const TENSORS: &str = "adapter_model.safetensors";
-/// What PEFT puts in front of the base model's own names.
+/// What PEFT puts before the base model's own names.
 const PREFIX: &str = "base_model.model.";
 
 /// An opened adapter.

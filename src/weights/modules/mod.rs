@@ -16,7 +16,7 @@
 //! ```
 //!
 //! An output norm stands between a block's last matrix and the residual addition, as in Gemma 2 and 3 and OLMo 2. A norm's
-//! weight is the vector that normalised values are multiplied by; its recipe shows an addend only where the graph does
+//! weight is the vector that normalized values are multiplied by; its recipe shows an addend only where the graph does
 //! ([`super::norm_parameter`] says what checkpoints hold).
 //!
 //! A quantized weight is a module as any other: the recipe says nothing of its codes, whose form a package keeps apart
@@ -195,7 +195,7 @@ impl Reader<'_> {
         Some(())
     }
 
-    /// A feed-forward block that takes what the attention takes: after the same norm (GPT-J), or a norm of its own
+    /// A feed-forward block that takes what the attention takes: after the same norm (GPT-J), or its own norm
     /// (GPT-NeoX).
     fn block_beside(&mut self, prefix: &str, attention: NodeId) -> Option<()> {
         let node = self.graph.node(attention);

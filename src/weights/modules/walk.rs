@@ -26,7 +26,7 @@ impl Reader<'_> {
     pub(super) fn norm_before(&self, value: ValueId) -> Option<NodeId> {
         let (id, node) = self.graph.def(self.plain(value))?;
         match node.op {
-            // The rows whose logits are computed may be picked behind the norm.
+            // The rows whose logits are computed may be picked after the norm.
             Op::Gather { .. } => self.norm_before(node.input(0)?),
             Op::Binary(Binary::Mul) => self.norm_before(self.scaled(id)?),
             _ => is_norm(&node.op).then_some(id),
@@ -154,7 +154,7 @@ impl Reader<'_> {
         let weight = self.matrix(node.input(1)?)?;
         let mut end = node.output(0)?;
         let mut bias = None;
-        // A bias may come behind the unflattening of the result.
+        // A bias may come after the unflattening of the result.
         let mut at = end;
         while bias.is_none() {
             let Some([(user, input)]) = self.uses.get(&at).map(Vec::as_slice) else {

@@ -43,7 +43,7 @@ const MARKS: [&str; 6] = [
 pub struct Assembled {
     /// For people: `GPTQ`.
     pub method: String,
-    /// Weights whose columns are in an order of their own, with the input that each is of: see [`gptq`].
+    /// Weights whose columns are in their own order, with the input that each is of: see [`gptq`].
     pub orders: HashMap<String, Vec<i64>>,
 }
 

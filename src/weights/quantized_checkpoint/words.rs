@@ -14,7 +14,7 @@ pub enum Order {
     Interleaved,
 }
 
-/// The unsigned type of so many bits.
+/// The unsigned type of this many bits.
 pub fn code_type(bits: i64) -> Option<DType> {
     match bits {
         2 => Some(DType::U2),
