@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write fixtures/bad/: ONNX files that must be refused with exit status 2 and one clear message.
 
-All but a few are good.onnx, a one-layer decoder that ONNX Runtime runs, with one defect; so that it is the defect
-which is found. Deterministic. Needs onnx and numpy:
+Nearly all are good.onnx, a one-layer decoder that ONNX Runtime runs, with one defect, so that
+only the defect can be found. Deterministic. Needs onnx and numpy:
 
     python scripts/bad_models.py fixtures/bad
 """

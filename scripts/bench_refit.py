@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What strip and refit cost for SmolLM2: bytes left, seconds beside `cp` of the same bytes, peak memory; with a LoRA adapter too.
+"""Cost of strip and refit for SmolLM2: remaining bytes, seconds compared with `cp` of the same bytes, peak memory; also with a
+LoRA adapter.
 
     scripts/bench_refit.py [--binary target/release/lapidary] [--rounds 5] [-o benches/results/refit-smollm2.json]
 
-`cp` copies the weights file and syncs it, as `refit` does; both read from the page cache and write to the same disk, in
-turns. Peak memory is anonymous pages only (RssAnon), sampled: mapped files are not counted. Needs the built weights
+`cp` copies the weights file and syncs it, as `refit` does; both read from the page cache and write to the same disk,
+alternating. Peak memory is anonymous pages only (RssAnon), sampled: mapped files are not counted. Needs the built weights
 (scripts/smollm2_weights.py) and only Python.
 """
 

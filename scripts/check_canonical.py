@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check a canonical graph with other people's tools: onnx.checker, then ONNX Runtime against reference.json.
+"""Check a canonical graph with third-party tools: onnx.checker, then ONNX Runtime against reference.json.
 
     python scripts/check_canonical.py EXPORT_DIR CANONICAL.onnx [--tolerance 1e-4] [--chunk N] [--no-check] [--unoptimized]
 

@@ -5,7 +5,7 @@
 
 Greedy tokens must be those of the reference, and the eight log-probabilities of every step within 1e-3 of it. Exports
 in fp16 are compared with the same weights in fp32 arithmetic, to 2e-2; those in bf16, whose caches keep three bits
-less, to 1e-1. Prints a line an export and a summary;
+less, to 1e-1. Prints a line per export and a summary;
 `--json FILE` writes the findings. Exit status 1 if any differs. Needs only Python.
 """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The library alone needs nothing that only a program or a report needs.
+# Checks that the library alone does not depend on crates of the command line, the server or the report.
 # Usage: scripts/check_features.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

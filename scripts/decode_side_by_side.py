@@ -4,7 +4,7 @@
     python scripts/decode_side_by_side.py OLD NEW PACKAGE_OF_OLD PACKAGE_OF_NEW [--runs 15] [--output FILE]
 
 Each run is a process that generates 64 tokens after a prompt of 128. Prints the medians and the median of the ratios
-NEW/OLD of neighbouring runs as JSON. Needs only Python.
+NEW/OLD of neighboring runs as JSON. Needs only Python.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks licences, banned crates and sources of all dependencies with cargo-deny (deny.toml). Needs no network but for the
+# Checks licenses, banned crates and sources of all dependencies with cargo-deny (deny.toml). Needs no network except for the
 # crates themselves. Advisories need the RustSec database: `scripts/deny.sh advisories`.
 # Usage: scripts/deny.sh [cargo-deny checks]     (default: bans licenses sources)
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""What DRY does to SmolLM2-135M's long texts, and what it costs: generations of several prompts and seeds with and
-without it, measured and drawn.
+"""Effect and cost of DRY on SmolLM2-135M's long texts: generations of several prompts and seeds with and
+without it, as a table and a plot.
 
     scripts/dry_experiment.py --package .models/smollm2-cpu              # generates, measures, writes everything
     scripts/dry_experiment.py --package .models/smollm2-cpu --cost       # only times, into the results that are there
@@ -181,14 +181,14 @@ def plot(results):
             out.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle" fill="#666">{tick}</text>')
         for i, setting in enumerate(settings):
             y = top + row * (i + 0.5)
-            colour = "#1b7837" if "DRY" in setting else "#b2182b"
+            color = "#1b7837" if "DRY" in setting else "#b2182b"
             values = of(results, setting, field)
             for j, value in enumerate(values):
                 jitter = (j % 5 - 2) * 3
-                out.append(f'<circle cx="{x0 + width * scale(value):.1f}" cy="{y + jitter}" r="3" fill="{colour}" '
+                out.append(f'<circle cx="{x0 + width * scale(value):.1f}" cy="{y + jitter}" r="3" fill="{color}" '
                            f'fill-opacity="0.45"/>')
             x = x0 + width * scale(statistics.median(values))
-            out.append(f'<line x1="{x:.1f}" y1="{y - 12}" x2="{x:.1f}" y2="{y + 12}" stroke="{colour}" '
+            out.append(f'<line x1="{x:.1f}" y1="{y - 12}" x2="{x:.1f}" y2="{y + 12}" stroke="{color}" '
                        f'stroke-width="3"/>')
     out.append(f'<text x="{left}" y="{height - 8}" fill="#666">a dot a text, a bar at the median; five prompts, two '
                f"seeds (greedy: one text a prompt)</text>")

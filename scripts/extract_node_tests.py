@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write fixtures/onnx-node-tests/: the ONNX project's own test vectors for the ops a decoder LLM is made of.
+"""Write fixtures/onnx-node-tests/: the ONNX project's own test vectors for the operators of a decoder LLM.
 
 The `onnx` package carries the cases as Python (onnx.backend.test.case.node) and generates the data. This script
 takes those whose ops and dtypes are in the lists below and writes them in the layout of ONNX's backend tests:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fuzzes the readers of files that others make, and the sampler chain. docs/contributing/fuzzing.md says what the targets are.
+# Fuzzes the readers of untrusted files, and the sampler chain. docs/contributing/fuzzing.md describes the targets.
 #
 #   [LAPIDARY_FUZZ_PROFILE=quick] scripts/fuzz.sh [SECONDS] [TARGET...]
 #
@@ -24,7 +24,7 @@ RUSTFLAGS="${flags[*]}" cargo build --quiet --profile "$profile" --manifest-path
     $(printf -- '--bin %s ' "${targets[@]}")
 
 # A hostile file must not take memory that its size does not explain, nor time.
-# Unoptimised code takes about ten times as long.
+# Unoptimized code takes about ten times as long.
 timeout=10
 [ "$profile" != quick ] || timeout=100
 limits=(-rss_limit_mb=2048 -malloc_limit_mb=512 "-timeout=$timeout" -print_final_stats=1 -verbosity=1)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Make exports that were not looked at while the passes were written: other sizes, other options, same families.
+"""Make held-out exports, which were not used to write the passes: other sizes, other options, same families.
 
     EXPORTKIT_T5_PYTHON=t5/bin/python export/bin/python scripts/held_out_exports.py /work/heldout
     t5/bin/python scripts/held_out_exports.py /work/heldout          # those made with transformers 5
 
 The two environments are those of make_fixtures.py; each run makes the exports that belong to its version of
-transformers. Folders hold model.onnx and reference.json as in fixtures/exports; failures.json names what an exporter
+transformers. Folders hold model.onnx and reference.json as in fixtures/exports; failures.json lists the models that an exporter
 refused. `--only TEXT` makes just the folders whose name contains TEXT.
 """
 

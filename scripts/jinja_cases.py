@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes fixtures/jinja/cases.json: templates with what transformers' Jinja environment makes of them.
+"""Writes fixtures/jinja/cases.json: templates and their results in transformers' Jinja environment.
 
     pip install jinja2==3.1.6
     python scripts/jinja_cases.py

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Kills `convert`, `strip`, `refit` and the cache of plans at random moments and looks at what is left.
+"""Kills `convert`, `strip`, `refit` and the cache of plans at random moments and checks the files that remain.
 
     scripts/kill.py [KILLS] [LAPIDARY]
 
-After every kill the package must be the old one or the new one, whole: `weights` says one of the two set hashes, every hash in
-the manifest is that of its file, and it generates the tokens of that weight set. What a killed process left beside it must be
-gone once the same command has run again. With TENSORRT_RTX_LIB, engines are built through a cache of plans as well. Exits with 1
+After every kill the package must be the complete old one or the complete new one: `weights` says one of the two set hashes, every hash in
+the manifest is that of its file, and it generates the tokens of that weight set. Stale temporary files must be
+removed when the same command has run again. With TENSORRT_RTX_LIB, engines are built through a cache of plans as well. Exits with 1
 otherwise. Needs no more than Python.
 """
 import json, os, pathlib, random, shutil, signal, subprocess, sys, tempfile, time

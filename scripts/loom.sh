@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The thread pool under loom: every order in which its threads can run. A crate of its own (tests/loom) that compiles in
+# The thread pool under loom: every order in which its threads can run. It is a separate crate (tests/loom) that compiles in
 # seconds.
 # Usage: scripts/loom.sh [cargo test arguments]
 set -euo pipefail

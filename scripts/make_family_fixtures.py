@@ -107,7 +107,7 @@ FAMILIES = {
     "olmoe": ("olmoe", {**PLAIN, **EXPERTS}),
     # A number of sequences that the export fixes.
     "llama-batch2": ("llama", USUAL),
-    # In bf16; for a folder of its own, fixtures/bf16.
+    # In bf16, for the separate folder fixtures/bf16.
     "qwen3moe-bf16": ("qwen3_moe", {**USUAL, **EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True}),
 }
 # Sequences of the families that are exported for one number of them.
@@ -198,7 +198,7 @@ def torchscript(model, folder, opset, batch):
     axes |= {name: {**free, 2: "past_length"} for name in caches}
     axes |= {name: {**free, 2: "total_length"} for name in names["output_names"][1:]}
     folder.mkdir(parents=True)
-    # transformers 5 builds masks that TorchScript can trace by itself.
+    # Without help, TorchScript can trace the masks of transformers 5.
     masks = contextlib.nullcontext() if transformers.__version__.startswith("5") else masks_without_vmap()
     with masks:
         torch.onnx.export(

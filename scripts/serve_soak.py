@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Random clients on a server for a while: no wrong token, no leak, nothing left running.
+"""Random clients on a server: checks for wrong tokens, memory leaks and requests that do not end.
 
 Usage: scripts/serve_soak.py LAPIDARY PKG [--device cpu] [--seconds 1800] [--clients 12] [--seed 1]
 
 Starts two servers of the package: one for many clients, one that takes one request at a time and keeps no prefix. Clients ask for
-completions of token ids: random lengths, many with a prefix in common, greedy and seeded, streamed and whole, one or two choices; some go away
-in the middle. Every answer that comes to its end is compared, token by token, with the second server's. Memory is read once a second: after the
-first tenth of the time it may grow by a tenth. Needs Python's own library alone, and Linux.
+completions of token ids: random lengths, many with a prefix in common, greedy and seeded, streamed and whole, one or two choices; some disconnect
+early. Every complete answer is compared, token by token, with the second server's. Memory is read once per second: after the
+first tenth of the time it may grow by a tenth. Needs only Python's standard library, and Linux.
 """
 
 import argparse

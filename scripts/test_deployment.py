@@ -119,7 +119,7 @@ def test_unit(binary, package, folder):
     check("unit: serve.env has the default port", "--port 8080" in flags, flags)
     environment["LAPIDARY_FLAGS"] = flags.replace("--port 8080", f"--port {port}")
     words = []
-    # As systemd: a variable that is a word by itself gives words.
+    # As in systemd: a variable that is a whole word expands to words.
     for word in command[1:]:
         words += environment[word[1:]].split() if word.startswith("$") else [word]
     process = subprocess.Popen(
@@ -240,7 +240,7 @@ def test_image(binary, package, folder, builds):
     page = run(inside([*entry, "--help"], user=user), env=environment)
     check("image: its help", "--max-sequences" in page, page)
     port = free_port()
-    # The port of the image is the host's here, where there is no network of its own.
+    # The image's port is the host's port here: there is no separate network.
     moved = [word if word != "8080" else str(port) for word in entry]
     health = [word.replace("/8080", f"/{port}") for word in health]
     check("image: the entry point and the health check have one port", str(port) in moved and str(port) in health[-1])

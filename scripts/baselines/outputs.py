@@ -19,7 +19,7 @@ TOP = 32
 # Relative error of the logits (see `compare`) up to which outputs count as equal.
 LIMITS = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.2}
 # A difference of two logits is within the error if it is below this many root mean squares of the error of one: of all
-# rows, or of its own where that is larger, since errors grow with the context. The two logits in question have no say in
+# rows, or of its own row where that is larger, since errors grow with the context. The two compared logits are left out of
 # their row's, so one that is far off among good ones does not excuse itself.
 CLEAR = 4.0
 

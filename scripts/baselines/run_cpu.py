@@ -126,7 +126,7 @@ class Run:
 
     @staticmethod
     def one_bandwidth(documents):
-        """Shares of one bandwidth: the best that any process saw of the machine, whose neighbours come and go."""
+        """Shares of one bandwidth: the best that any process saw of the machine, whose neighbors come and go."""
         best = max(document["machine"]["copy_bandwidth_bytes_per_s"] for document in documents)
         for document in documents:
             before = document["machine"]["copy_bandwidth_bytes_per_s"]

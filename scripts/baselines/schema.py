@@ -33,7 +33,7 @@ def rounded(samples):
 
 
 def percentile(ordered, fraction):
-    """Linear interpolation between neighbours, as numpy's default does."""
+    """Linear interpolation between neighbors, as numpy's default does."""
     at = fraction * (len(ordered) - 1)
     low = math.floor(at)
     high = min(low + 1, len(ordered) - 1)

@@ -91,7 +91,7 @@ def measure(given, open_decoder, name, variant, version_facts, machine=cpu, sett
     except Refused as refused:
         schema.failed(given.output, name, variant, given.label or variant, str(refused), settings, given.reference, refused.dtype)
         return 0
-    # One that runs in a process of its own has timed itself.
+    # A decoder in a separate process has timed itself.
     load_ms = getattr(decoder, "load_ms", (time.perf_counter() - start) * 1e3)
     model = schema.Model(given.model_name or given.model.parent.name, config, known["parameters"], known["tied"],
                          decoder.dtype, known["hash"])  # fmt: skip

@@ -7,7 +7,7 @@
 The export keeps its growing caches. One engine with two optimization profiles, a prompt behind an empty cache and one
 token behind a cache of any length; past and present lie in two sets of device buffers that change places after each token,
 bound by address. Each token has other shapes, so there is nothing to capture in a CUDA graph; how the kernels of dynamic
-shapes are specialised is --specialization. An export that the parser or the builder refuses gives a result file with the
+shapes are specialized is --specialization. An export that the parser or the builder refuses gives a result file with the
 words. Needs torch, the wheel tensorrt-rtx-cu12-bindings, and both libraries of tensorrt-rtx-cu12-libs: TENSORRT_RTX_LIB
 names the one, the other lies beside it.
 """

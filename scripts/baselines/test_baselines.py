@@ -334,7 +334,7 @@ class MadeModels(unittest.TestCase):
                 make_model.export(model, path.parent, 64, form)
                 hashes.append(weights_hash.of_file(path))
                 decoder = onnxruntime_baseline.Decoder(path, 1)
-                # A prompt, then more behind the cache.
+                # A prompt, then more tokens after the cache.
                 rows.append(np.stack([decoder.feed(prompt), decoder.feed([8]), decoder.feed([9, 10])]))
         self.assertLess(np.abs(rows[0] - rows[1]).max(), 1e-4 * np.abs(rows[0]).max())
         self.assertEqual(hashes[0], hashes[1])

@@ -500,7 +500,7 @@ def run(given):
     except Unusable:
         raise
     except Exception as error:  # noqa: BLE001 - what cannot run is a result, and the words are in it
-        # Half a system is none: what was measured before stays in the log.
+        # An incomplete result is not written: earlier measurements stay in the log.
         result.values |= {"prefill": [], "decode": [], "end_to_end": [], "outputs": None}
         result["error"] = f"{type(error).__name__}: {error}"[:2000]
         note(label, "broke off:", result.values["error"])
