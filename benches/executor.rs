@@ -222,7 +222,7 @@ fn decode(bencher: Bencher, dtype: DType) {
     run(bencher.counter(BytesCount::new(bytes)), &network, 37);
 }
 
-/// One token of each of so many sequences of SmolLM2-135M's shape in fp16, after 37 others; items are tokens.
+/// One token of each of this many sequences of SmolLM2-135M's shape in fp16, after 37 others; items are tokens.
 #[divan::bench(args = [1, 2, 4, 8, 16], sample_count = 20)]
 fn decode_of_sequences(bencher: Bencher, sequences: usize) {
     let (_, graph, _) = smollm2(DType::F16);

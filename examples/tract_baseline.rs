@@ -3,7 +3,7 @@
 //! `tract_baseline MODEL.onnx --threads 2` first prints `{"version", "load_ms"}`. Then each line of standard input is a
 //! question, `{"reset": true}` or `{"feed": [ids], "row": bool}`, and is answered by a line: nothing but `{}`, or
 //! `{"ms", "token"}` with the time to the next token and its id, and with `row` the logits it was chosen from. Needs the
-//! cargo feature `tract`. Lengths stay symbolic, so one optimised plan serves prefill and decode.
+//! cargo feature `tract`. Lengths stay symbolic, so one optimized plan serves prefill and decode.
 
 use std::io::{BufRead, Write};
 use std::path::PathBuf;

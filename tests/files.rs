@@ -1,4 +1,4 @@
-//! Text forms, and behaviour described by them.
+//! Text forms, and behavior described by them.
 //!
 //! `tests/files/*/*.txt` are cases: a graph, what is done with it, and the graph, network or refusal that comes of it. The
 //! folder says what is done: `passes` rewrites, `lower` lowers, `infer` types and verifies, `parse` reads. A case looks like

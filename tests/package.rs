@@ -166,7 +166,7 @@ fn what_was_written_is_read_back_without_a_copy() {
         let network = lower::lower(&graph, &Profile::decode(16), &lower::LowerOptions::default()).unwrap();
         assert!(!network.weights.is_empty());
         for weight in &network.weights {
-            // Tables that passes computed lie in a file of their own.
+            // Tables that passes computed lie in their own file.
             let files = std::iter::once(&manifest.weights).chain(&manifest.constants);
             let mut entries = files.flat_map(|w| w.tensors.iter().map(move |t| (&w.file, t)));
             let entry = entries.find(|(_, t)| t.name == weight.name);

@@ -1,5 +1,5 @@
 //! Passes on real exports: the rewritten graph computes what ONNX Runtime computed from the original, and what should have
-//! been recognised was. Passes on small graphs: every spelling, and what must stay.
+//! been recognized was. Passes on small graphs: every spelling, and what must stay.
 
 #[path = "rewrites/exports.rs"]
 mod exports;

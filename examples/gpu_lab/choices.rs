@@ -224,7 +224,7 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
     Ok(())
 }
 
-/// Seconds that a run takes on the GPU with so many tokens in the cache, with synthetic weights and activations: the mean of
+/// Seconds that a run takes on the GPU with this many tokens in the cache, with synthetic weights and activations: the mean of
 /// `times` runs.
 pub fn measure(
     library: &Library,

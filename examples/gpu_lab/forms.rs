@@ -23,7 +23,7 @@ enum Form {
     Swapped,
     /// `sum(w * x)` in fp32
     Reduced,
-    /// `[g, n/g, k]`, each part a product of its own
+    /// `[g, n/g, k]`, each part its own product
     Parts(i64),
     /// The row repeated, one row of the result kept
     Repeated(i64),

@@ -154,7 +154,7 @@ fn another_dtype_is_what_the_package_holds_and_stays_close() {
     }
 }
 
-/// So many greedy tokens after a prompt of ids, with log-probabilities.
+/// This many greedy tokens after a prompt of ids, with log-probabilities.
 fn greedy(pkg: &Path, prompt: &str, tokens: usize) -> Value {
     let n = tokens.to_string();
     let flags = [

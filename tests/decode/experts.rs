@@ -7,7 +7,7 @@ use lapidary::decode::cpu::CpuDevice;
 use lapidary::{onnx, passes};
 use serde_json::Value;
 
-/// Log-probabilities of these tokens after the prompt and so many of the tokens that follow.
+/// Log-probabilities of these tokens after the prompt and this many of the tokens that follow.
 fn check(name: &str, model: &Path, cases: &Value) {
     let options = passes::CanonicalizeOptions {
         max_positions: 64,

@@ -72,6 +72,6 @@ fn node_tests_pass() {
     println!("{passed} passed, {} out of scope: {}", skipped.len(), skipped.join(" "));
     let count = failed.len();
     assert!(failed.is_empty(), "{count} of {all} failed:\n{}", failed.join("\n"));
-    // A case that stops being recognised must not go unnoticed.
+    // A case that stops being recognized must not go unnoticed.
     assert!(passed >= 400, "only {passed} cases were run");
 }

@@ -37,7 +37,7 @@ impl Cases {
     }
 
     /// On the CPU a layer is a network, on every instruction set. On TensorRT a build takes most of a second, of one layer or
-    /// of many, so many stand side by side in one network; the CPU has that once as well.
+    /// of many, this many stand side by side in one network; the CPU has that once as well.
     pub fn check(self) {
         if !on_tensorrt() {
             for (kind, inputs) in &self.0 {

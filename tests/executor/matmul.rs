@@ -39,7 +39,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(60) })]
     #[test]
     fn linear_layers(
-        // Beyond every tile and block, but not all at once in every case: unoptimised kernels take seconds for that.
+        // Beyond every tile and block, but not all at once in every case: unoptimized kernels take seconds for that.
         rows in prop_oneof![3 => 1usize..10, 2 => 10usize..40, 1 => 40usize..70],
         depth in prop_oneof![3 => 1usize..20, 3 => 60usize..70, 1 => 250usize..270, 1 => 500usize..530],
         columns in prop_oneof![3 => 1usize..40, 1 => 40usize..140],

@@ -51,7 +51,7 @@ enum Reader {
     Rows,
 }
 
-/// All weights in one graph, each with a reader and an output of its own.
+/// All weights in one graph, each with a reader and its own output.
 fn graph(reader: Reader, weights: &[(String, Weight)], x: &Tensor) -> Graph {
     let mut graph = Graph::new("quantized");
     let shape = |tensor: &Tensor| tensor.shape().iter().map(|d| Dim::from(*d)).collect();

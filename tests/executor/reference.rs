@@ -288,11 +288,11 @@ pub fn evaluate(kind: &LayerKind, inputs: &[Value]) -> Value {
         }),
         LayerKind::Normalization { axes, epsilon } => {
             let mean = evaluate(&reduce_avg(axes), std::slice::from_ref(x));
-            let centred = Value::make(x.dtype, x.shape.clone(), |i| x.at(i) - mean.spread(i));
-            let squares = Value::make(x.dtype, x.shape.clone(), |i| centred.at(i).powi(2));
+            let centered = Value::make(x.dtype, x.shape.clone(), |i| x.at(i) - mean.spread(i));
+            let squares = Value::make(x.dtype, x.shape.clone(), |i| centered.at(i).powi(2));
             let variance = evaluate(&reduce_avg(axes), &[squares]);
             Value::make(x.dtype, x.shape.clone(), |i| {
-                centred.at(i) / (variance.spread(i) + f64::from(*epsilon)).sqrt() * inputs[1].spread(i)
+                centered.at(i) / (variance.spread(i) + f64::from(*epsilon)).sqrt() * inputs[1].spread(i)
                     + inputs[2].spread(i)
             })
         }

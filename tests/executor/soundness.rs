@@ -51,7 +51,7 @@ fn every_operand_may_be_a_constant_at_an_odd_address() {
     };
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
         let mut floats = |shape: &[usize]| random.floats(dtype, shape, 1.0);
-        // A few rows are streamed, many packed; 37 leaves a tail behind every vector.
+        // A few rows are streamed, many packed; 37 leaves a tail after every vector.
         for rows in [1, 3, 8, 30] {
             let (x, w) = (floats(&[rows, 37]), floats(&[50, 37]));
             cases.push((product(MatrixOp::Transpose), vec![x, w]));

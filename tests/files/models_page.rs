@@ -5,14 +5,14 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use lapidary::onnx;
-use lapidary::passes::{CanonicalizeOptions, LayerReport, Recognition, recognise};
+use lapidary::passes::{CanonicalizeOptions, LayerReport, Recognition, recognize};
 
 use crate::runner::check_page;
 
 const HEAD: &str = "\
 # Exporters and families
 
-Every export that the tests convert and run, as it is recognised. Written by `UPDATE_FILES=1 cargo nextest run --test files`; do not
+Every export that the tests convert and run, as it is recognized. Written by `UPDATE_FILES=1 cargo nextest run --test files`; do not
 edit. All of them are random weights of two or three layers; [exporting.md](../guides/exporting.md) says how to make such exports of a model
 of your own, and what does not work.
 
@@ -48,7 +48,7 @@ fn folders(set: &str) -> Vec<String> {
     names
 }
 
-/// Those whose answers are ONNX Runtime's: with a reference of their own, or one in the set's.
+/// Those whose answers are ONNX Runtime's: with their own reference, or one in the set's.
 fn with_answers(set: &str) -> BTreeSet<String> {
     let of_set = std::fs::read_to_string(fixtures(set).join("reference.json")).unwrap_or_else(|_| "{}".into());
     let of_set: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&of_set).unwrap();
@@ -98,7 +98,7 @@ fn page() -> String {
                 max_positions: 64,
                 ..CanonicalizeOptions::default()
             };
-            let (found, canonical) = recognise(&graph, &options);
+            let (found, canonical) = recognize(&graph, &options);
             let obstacles: Vec<String> = found.obstacles.iter().map(|o| o.to_string()).collect();
             assert!(
                 canonical.is_some(),

@@ -88,7 +88,7 @@ fn types_need_no_symbol_that_the_inputs_do_not_have() {
 }
 
 #[test]
-fn the_exporter_is_recognised() {
+fn the_exporter_is_recognized() {
     for_each_export(|name, path| {
         let found = onnx::exporter(&onnx::read(path).map_err(|e| e.to_string())?);
         let expected = [

@@ -1,4 +1,4 @@
-//! What opsets before 14 say otherwise than later ones, each by a formula of its own.
+//! What opsets before 14 say otherwise than later ones, each by its own formula.
 
 use std::collections::HashMap;
 

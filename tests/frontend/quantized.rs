@@ -1,4 +1,4 @@
-//! Quantized operators of exporters: what each form means, by a formula of its own, and what is refused.
+//! Quantized operators of exporters: what each form means, by its own formula, and what is refused.
 
 use std::collections::HashMap;
 

@@ -9,7 +9,7 @@ use lapidary::package::Package;
 use lapidary::spec::Spec;
 use lapidary::target::{Precision, Prefill, Target};
 
-/// A package with engines for steps of so many sequences, at capacities of 16, 32 and 96.
+/// A package with engines for steps of this many sequences, at capacities of 16, 32 and 96.
 fn package(folder: &Path, export: &str, batch: &[usize]) -> Package {
     let spec = Spec {
         targets: Some(vec![Target::Cpu, Target::TensorrtRtx]),

@@ -1,6 +1,6 @@
 //! Rust source to the paths that it uses: enough of the language to find them, and no more.
 
-/// What a file uses of its own crate.
+/// What a file uses of its crate.
 pub struct Paths {
     /// Line, and the path from the crate's root. A `use` of a group counts once for each of its leaves.
     pub used: Vec<(usize, Vec<String>)>,
@@ -89,7 +89,7 @@ impl Walk {
         }
     }
 
-    /// Attributes, and the item behind them if it is only for tests or documentation.
+    /// Attributes, and the item after them if it is only for tests or documentation.
     fn attributes(&mut self) {
         let (mut skipped, mut file) = (false, None);
         while self.is(0, '#') && self.is(1, '[') {

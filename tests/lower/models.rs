@@ -215,7 +215,7 @@ pub fn gpt2() -> Graph {
 /// One call of a model: values by input name. i64 as the graph wants them; the network's i32 are made of these.
 pub type Call = BTreeMap<String, Tensor>;
 
-/// `tokens` tokens a row behind `past` ones (row `b` has `past - b`, so that rows differ), in caches full of noise.
+/// `tokens` tokens a row after `past` ones (row `b` has `past - b`, so that rows differ), in caches full of noise.
 pub fn call(graph: &Graph, seed: u64, batch: usize, past: usize, tokens: usize, capacity: usize) -> Call {
     let mut random = Random::new(seed);
     let start = |b: usize| past.saturating_sub(b) as i64;

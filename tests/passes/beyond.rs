@@ -1,5 +1,5 @@
 //! What shows only at lengths beyond a small trial: windows in tables, blocks and chunks, rotary tables and scales that
-//! switch, caches that forget. Recognised for what it is, or refused with a name; and dims that an export fixed.
+//! switch, caches that forget. Recognized for what it is, or refused with a name; and dims that an export fixed.
 
 use lapidary::dim::Dim;
 use lapidary::graph::eval::Evaluator;
@@ -87,7 +87,7 @@ fn sliced_table(graph: &mut Graph, rows: usize, keep: impl Fn(usize, usize) -> b
 }
 
 #[test]
-fn a_window_in_a_table_is_recognised_and_the_table_bounds_positions() {
+fn a_window_in_a_table_is_recognized_and_the_table_bounds_positions() {
     for (window, max_positions) in [
         (20, POSITIONS),
         (20, 64),
@@ -286,7 +286,7 @@ fn a_rotation_that_switches_computes_what_the_export_does() {
     assert!(distance(&logits, &export_logits(&graph, &tokens)) > 1e-3);
 }
 
-/// Multiplies every query behind position `limit` by 1.25.
+/// Multiplies every query after position `limit` by 1.25.
 fn scale_late_queries(graph: &mut Graph, limit: i64) {
     let counts = counts(graph);
     let (query, _) = grid(graph, &counts);
@@ -308,7 +308,7 @@ fn scale_late_queries(graph: &mut Graph, limit: i64) {
 fn a_scale_of_late_positions_is_not_lost() {
     let mut graph = export("llama-dynamo-opset18");
     scale_late_queries(&mut graph, 300);
-    // Queries with a table of their own are a table like any other: the scale is in it, and nothing is lost.
+    // Queries with their own table are a table like any other: the scale is in it, and nothing is lost.
     let options = CanonicalizeOptions {
         max_positions: POSITIONS,
         ..CanonicalizeOptions::default()
@@ -481,15 +481,15 @@ fn names_of_dims_are_not_taken_at_their_word() {
     let mask = graph.find("attention_mask").unwrap();
     let label = &Dim::named("past_sequence_length") + &Dim::from(1usize);
     graph.value_mut(mask).shape = Some(vec![Dim::named("batch_size"), label]);
-    let labelled = architecture(graph, 64);
+    let labeled = architecture(graph, 64);
     let mut graph = export("llama-optimum");
     for id in graph.inputs.clone() {
         let shape = graph.shape(id).cloned().unwrap().into_iter();
         let named = |dim: Dim| if dim.as_const().is_some() { dim } else { Dim::named("N") };
         graph.value_mut(id).shape = Some(shape.map(named).collect());
     }
-    assert_eq!(architecture(graph, 64), labelled);
-    assert_eq!((labelled.batch, labelled.windows), (None, vec![None, None]));
+    assert_eq!(architecture(graph, 64), labeled);
+    assert_eq!((labeled.batch, labeled.windows), (None, vec![None, None]));
 }
 
 /// Of an encoder's decoder there is one thing to say, and not one for each layer.

@@ -25,7 +25,7 @@ fn model(path: &str) -> ModelProto {
     ModelProto::decode(&bytes[..]).unwrap()
 }
 
-/// Reads a model from a file of its own.
+/// Reads a model from its own file.
 fn read(model: &ModelProto) -> Result<lapidary::graph::Graph, String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.onnx");
@@ -263,7 +263,7 @@ fn a_merged_decoder_is_its_branch_with_past_keys_and_values() {
     assert_eq!(onnx::exporter(&read(&by_optimum).unwrap()), Exporter::Optimum);
 }
 
-/// Converts a model from a file of its own.
+/// Converts a model from its own file.
 fn converted(model: &ModelProto) -> Result<(), String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.onnx");
@@ -443,7 +443,7 @@ fn a_constant_condition_chooses_its_branch() {
     // Computed by nodes that come later in the list.
     let mut late = by_shape("q_proj", 0, 16);
     late.late = std::mem::take(&mut late.nodes);
-    // A branch that gives a value from around it, and one that gives a constant of its own.
+    // A branch that gives a value from around it, and one that gives its own constant.
     let mut passed = case().constant("condition", BOOL, &[], &[1]);
     passed.then = GraphProto {
         output: vec![named("ao")],

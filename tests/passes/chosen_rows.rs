@@ -1,4 +1,4 @@
-//! Exports that keep some tokens before their head or behind it: all tokens get logits, or the choice is named.
+//! Exports that keep some tokens before their head or after it: all tokens get logits, or the choice is named.
 
 use lapidary::dim::Dim;
 use lapidary::graph::op::{Binary, Op, Reduction, Unary};
@@ -18,7 +18,7 @@ enum Place {
 
 const PLACES: [Place; 2] = [Place::Hidden, Place::Logits];
 
-/// The export with an operator on `[batch, tokens, n]` before its head or behind it.
+/// The export with an operator on `[batch, tokens, n]` before its head or after it.
 fn with(place: Place, choose: impl Fn(&mut Graph, ValueId) -> ValueId) -> Graph {
     let mut graph = export("llama-optimum");
     let logits = graph.outputs[0];

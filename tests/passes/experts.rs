@@ -1,4 +1,4 @@
-//! Mixtures of experts: what is recognised of each spelling, and what is refused because it is another computation.
+//! Mixtures of experts: what is recognized of each spelling, and what is refused because it is another computation.
 
 use std::path::Path;
 
@@ -190,7 +190,7 @@ fn rows_that_are_not_the_tokens_are_refused() {
 #[test]
 fn an_activation_of_its_own_is_refused() {
     let mut graph = fixture("dynamo18-granitemoe");
-    // Behind the gate: the sigmoid of twice the gate, times the gate and three.
+    // After the gate: the sigmoid of twice the gate, times the gate and three.
     let sigmoids = nodes(&graph, |op| *op == Op::Unary(lapidary::graph::op::Unary::Sigmoid));
     rewire(&mut graph, sigmoids[0], 0, |graph, old| {
         graph.add_node("bent", Op::Unary(lapidary::graph::op::Unary::Tanh), &[old])

@@ -37,7 +37,7 @@ fn canonical(graph: Graph) -> Graph {
     canonical.graph
 }
 
-/// Logits of three sequences, which the export was not made for, behind a prompt and a token.
+/// Logits of three sequences, which the export was not made for, after a prompt and a token.
 fn logits(graph: &Graph) -> Vec<Vec<f64>> {
     let mut decoder = Decoder::new(graph, 3, 12);
     let prompt: Vec<Vec<i64>> = (0..3)

@@ -4,7 +4,7 @@ use lapidary::dim::Dim;
 use lapidary::graph::op::{Op, Unary};
 use lapidary::graph::{Graph, ValueId};
 use lapidary::help::Help;
-use lapidary::passes::{CanonicalizeOptions, Recognition, canonicalize, recognise};
+use lapidary::passes::{CanonicalizeOptions, Recognition, canonicalize, recognize};
 use lapidary::tensor::DType;
 
 use crate::refusals::{export, nodes, says};
@@ -20,7 +20,7 @@ fn options() -> CanonicalizeOptions {
 fn refused(graph: Graph) -> (String, Recognition) {
     let error = canonicalize(graph.clone(), &options()).map(|_| ()).unwrap_err();
     let text = format!("{error}; {}", error.help().unwrap_or_default());
-    let (found, canonical) = recognise(&graph, &options());
+    let (found, canonical) = recognize(&graph, &options());
     assert!(canonical.is_none() && !found.obstacles.is_empty());
     for text in found.obstacles.iter().map(|o| o.to_string()).chain([text.clone()]) {
         for debug in ["Some(", "None", "Sym(", "ValueId", "NodeId", "DType", "{ "] {
@@ -88,13 +88,13 @@ fn an_unknown_operator_hides_nothing_else() {
 }
 
 #[test]
-fn what_stands_before_an_unknown_operator_is_recognised() {
+fn what_stands_before_an_unknown_operator_is_recognized() {
     let mut graph = export("llama-optimum");
     let names = unknown(&mut graph, |op| matches!(op, Op::Unary(Unary::Sigmoid)));
     let (text, found) = refused(graph);
     says(&text, &["ai.example::Swoosh", &names[0], &names[1]]);
     assert_eq!(found.obstacles.len(), 1, "{:?}", found.obstacles);
-    // The second is behind the operator, and has no types there.
+    // The second is after the operator, and has no types there.
     assert_eq!(found.layers.len(), 1);
     assert_eq!(found.outline.unwrap().heads, Some((4, 2, 16)));
     assert_eq!(found.kind, None);

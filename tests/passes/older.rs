@@ -94,7 +94,7 @@ fn exports_of_opset_11_become_the_same_graph() {
     }
 }
 
-/// OPT's scores have a floor behind the mask. One that only hides what is hidden changes nothing.
+/// OPT's scores have a floor after the mask. One that only hides what is hidden changes nothing.
 #[test]
 fn a_floor_under_masked_scores() {
     use lapidary::graph::op::{Binary, Op};

@@ -17,7 +17,7 @@ fn refusal(graph: Graph) -> String {
     refusal_at(graph, 64)
 }
 
-/// Why the export is refused for packages of so many positions.
+/// Why the export is refused for packages of this many positions.
 pub fn refusal_at(graph: Graph, max_positions: usize) -> String {
     let options = CanonicalizeOptions {
         max_positions,

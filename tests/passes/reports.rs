@@ -4,7 +4,7 @@ use lapidary::graph::dump;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use lapidary::passes::{CanonicalizeOptions, PASSES, canonicalize, recognise};
+use lapidary::passes::{CanonicalizeOptions, PASSES, canonicalize, recognize};
 use lapidary::tensor::DType;
 
 use crate::canonical::{canonical, exports, for_each};
@@ -46,13 +46,13 @@ fn the_table_of_passes_is_what_runs() {
 }
 
 #[test]
-fn inspection_recognises_every_export() {
+fn inspection_recognizes_every_export() {
     for_each(|export| {
         let options = CanonicalizeOptions {
             max_positions: 64,
             ..CanonicalizeOptions::default()
         };
-        let (report, _) = recognise(&export.read(), &options);
+        let (report, _) = recognize(&export.read(), &options);
         let expected = match export.reference.exporter.as_str() {
             "ort-genai" if export.reference.dtype == "fp32" => &["group_query_attention"][..],
             "mobius" => &["attention_past"],

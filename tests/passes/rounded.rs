@@ -275,7 +275,7 @@ fn named(graph: &Graph, name: &str) -> ValueId {
     graph.find(name).unwrap_or_else(|| panic!("{name} is there"))
 }
 
-/// A cache whose past, new rows and result are rounded, each by a node of its own: to the same codes, or to others, so that a
+/// A cache whose past, new rows and result are rounded, each by its own node: to the same codes, or to others, so that a
 /// row is another one from the second call on.
 #[test]
 fn caches_that_are_stored_rounded() {

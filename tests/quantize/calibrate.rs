@@ -44,7 +44,7 @@ fn every_fold_is_exact() {
         (export("llama-optimum"), (5, 2)),
         // Biases of queries, keys and values. The tied head's matrix is read as a table, too.
         (export("qwen2-dynamo-opset18"), (4, 2)),
-        // Norms of queries and keys, which are no sites.
+        // Norms of queries and keys, which are not sites.
         (export("qwen3-optimum"), (5, 2)),
         // LayerNorm with biases, and an activation that no factor passes through.
         (export("gpt2-optimum"), (4, 0)),
@@ -86,7 +86,7 @@ fn every_fold_is_exact() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// A tokenizer of the words `w0` to `w96`, in a folder of its own.
+/// A tokenizer of the words `w0` to `w96`, in its own folder.
 fn tokenizer(folder: &Path, words: usize) -> PathBuf {
     let vocabulary: serde_json::Map<String, serde_json::Value> =
         (0..words).map(|i| (format!("w{i}"), json!(i))).collect();
@@ -100,7 +100,7 @@ fn tokenizer(folder: &Path, words: usize) -> PathBuf {
     path
 }
 
-/// A text of so many words.
+/// A text of this many words.
 fn words(folder: &Path, count: usize) -> PathBuf {
     let text: Vec<String> = (0..count)
         .map(|i| format!("w{}", (i * i * 31 + i * 7 + 3) % 97))

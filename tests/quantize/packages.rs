@@ -89,7 +89,7 @@ fn every_format_of_every_family_becomes_a_package() {
                 "{what}: {found:?}"
             );
             assert_eq!(found.len(), record.weights, "{what}");
-            // Head and embeddings stay by default, as does everything that is no matrix.
+            // Head and embeddings stay by default, as does everything that is not a matrix.
             for weight in manifest.weights.tensors.iter().filter(|w| w.quantized.is_none()) {
                 let matrix = weight.shape.len() == 2;
                 let vocabulary = weight.shape[0] == 97 || weight.name.contains("wpe");

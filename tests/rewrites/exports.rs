@@ -72,7 +72,7 @@ fn each_pass_alone_keeps_the_meaning() {
 }
 
 #[test]
-fn norms_and_activations_are_recognised() {
+fn norms_and_activations_are_recognized() {
     let mut failed = Vec::new();
     for folder in exports() {
         let Some(mut graph) = load(&folder) else { continue };

@@ -57,7 +57,7 @@ impl<'g> Run<'g> {
         run
     }
 
-    /// Zeros; a dim that is not a number is the batch in front, the width behind, the length in between.
+    /// Zeros; a dim that is not a number is the batch in front, the width after, the length in between.
     fn empty_cache(&self, id: ValueId) -> Tensor {
         let value = self.graph.value(id);
         let dims = value.shape.as_ref().expect("a typed input");
@@ -78,7 +78,7 @@ impl<'g> Run<'g> {
         Tensor::from_f64_as(value.dtype.unwrap(), shape, &zeros)
     }
 
-    /// The tensor of an input that is no cache, by what exporters call it.
+    /// The tensor of an input that is not a cache, by what exporters call it.
     fn other_input(&self, id: ValueId, tokens: &[i64]) -> Tensor {
         let value = self.graph.value(id);
         let rank = value.shape.as_ref().expect("a typed input").len();

@@ -161,7 +161,7 @@ fn a_length_that_no_input_has_is_named() {
 
 #[test]
 fn layers_share_a_dynamic_mask() {
-    // In fp16, where TensorRT-RTX 1.6.1 fails unless every layer has a mask of its own.
+    // In fp16, where TensorRT-RTX 1.6.1 fails unless every layer has its own mask.
     let mut net = Net::new(DYNAMIC);
     let mask = net.input("mask", DType::Bool, shape(["1", "1", "tokens", "32"]));
     let mut x = net.input("x", DType::F16, shape(["1", "4", "tokens", "16"]));

@@ -89,7 +89,7 @@ fn a_library_that_is_not_tensorrt() {
     );
 }
 
-/// Not a test of its own: says on stdout how a fresh process finds the library. Tests run it as a child.
+/// Not a test itself: prints how a fresh process finds the library. Tests run it as a child.
 #[test]
 #[ignore = "run by the tests of the search, each in its own environment"]
 fn child_that_searches() {

@@ -1,4 +1,4 @@
-//! Weights that are no good: each is refused with one message that names every obstacle, and nothing has changed.
+//! Weights that are not good: each is refused with one message that names every obstacle, and nothing has changed.
 
 use std::path::{Path, PathBuf};
 

@@ -246,7 +246,7 @@ fn built_with_the_weights_absent() {
             folder.path().join(format!("{name}-bare")),
         );
         lapidary(["convert", text(&export(name)), "-o", text(&whole), "--capacity", "32"]).ok();
-        // The export with its weights in a file of their own, and then without it.
+        // The export with its weights in their own file, and then without it.
         let model = folder.path().join(format!("{name}.onnx"));
         let mut graph = ::lapidary::onnx::read(export(name)).unwrap();
         ::lapidary::graph::infer(&mut graph).unwrap();

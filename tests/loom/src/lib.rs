@@ -14,7 +14,7 @@ mod pool;
 use loom::cell::UnsafeCell;
 use pool::{Pieces, Pool};
 
-/// Explores every order with so many preemptions, of which two or three find nearly all faults (Musuvathi and Qadeer,
+/// Explores every order with this many preemptions, of which two or three find nearly all faults (Musuvathi and Qadeer,
 /// "Iterative context bounding for systematic testing of multithreaded programs", 2007).
 fn explore(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
