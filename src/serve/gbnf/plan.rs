@@ -103,7 +103,7 @@ impl Cutter<'_> {
             }
             Expr::Seq(parts) => {
                 let mut nodes = Vec::new();
-                // Regular neighbours are one terminal.
+                // Regular neighbors are one terminal.
                 let mut run = Vec::new();
                 for part in parts {
                     match self.regulars.of(part, self.known) {
