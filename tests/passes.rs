@@ -20,6 +20,8 @@ mod given_masks;
 mod grouped;
 #[path = "passes/kinds.rs"]
 mod kinds;
+#[path = "passes/moved_codes.rs"]
+mod moved_codes;
 #[path = "passes/older.rs"]
 mod older;
 #[path = "passes/onnx.rs"]

@@ -13,6 +13,7 @@ use std::fmt;
 use super::constant::{Constant, ConstantError};
 use crate::tensor::quantize::Format;
 use crate::tensor::quantized::{Granularity, QuantizedError, check_types, check_values};
+use crate::tensor::{DType, Tensor};
 
 /// The parts of a quantized constant.
 #[derive(Clone, Copy)]
@@ -214,6 +215,20 @@ impl<'a> Quantized<'a> {
 }
 
 impl Constant {
+    /// Powers of two, f8e8m0, as the scales of blocks in a dtype that arithmetic knows (the microscaling formats MXFP8 and
+    /// MXFP4, <https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf>): codes with one scale,
+    /// 1, so that a file keeps their bytes.
+    pub fn microscales(&self, dtype: DType) -> Result<Constant, QuantizedError> {
+        let one = Tensor::from_f64_as(dtype, Vec::new(), &[1.0]);
+        Constant::quantized(self.clone(), Constant::tensor(one), None, Granularity::Tensor)
+    }
+
+    /// The powers of two that scales are, if [`Constant::microscales`] made them.
+    pub fn as_microscales(&self) -> Option<&Constant> {
+        let parts = self.as_quantized()?;
+        (parts.codes.dtype() == DType::F8E8M0).then_some(parts.codes)
+    }
+
     /// The tensors that a file keeps of a constant called `name`, with their names: itself, or of a quantized weight its
     /// codes, scales and zero points, `name.codes` and so on.
     pub fn stored_parts(&self, name: &str) -> Vec<(String, &Constant)> {
@@ -244,7 +259,6 @@ impl fmt::Display for Quantized<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::{DType, Tensor};
 
     fn ints(dtype: DType, shape: &[usize], values: impl IntoIterator<Item = i64>) -> Constant {
         let values: Vec<i64> = values.into_iter().take(shape.iter().product()).collect();

@@ -202,7 +202,10 @@ pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, Write
                 None => tensor(&part.materialize()?),
             };
             proto.name = Some(name);
-            initializer.push(proto);
+            // ONNX takes powers of two as scales as they are, without the scale 1 of their own.
+            if !proto.name.as_deref().is_some_and(|part| is_unit(constant, part)) {
+                initializer.push(proto);
+            }
         }
         dequantize(name, constant, &mut node)?;
     }
@@ -285,6 +288,12 @@ pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, Write
     Ok(model.encode_to_vec())
 }
 
+/// Whether a part of a quantized weight, by its name, is the scale 1 of powers of two.
+fn is_unit(constant: &Constant, part: &str) -> bool {
+    let of_scales = constant.as_quantized().and_then(|parts| parts.scales.as_microscales());
+    of_scales.is_some() && part.ends_with(".scales.scales")
+}
+
 /// The nodes that make a quantized weight of its parts: a `DequantizeLinear`, and before it those of its scales.
 fn dequantize(name: &str, constant: &Constant, nodes: &mut Vec<NodeProto>) -> Result<(), WriteError> {
     let Some(parts) = constant.as_quantized() else {
@@ -293,15 +302,23 @@ fn dequantize(name: &str, constant: &Constant, nodes: &mut Vec<NodeProto>) -> Re
     let mut input = Vec::new();
     for (part, constant) in parts.each() {
         let part = format!("{name}.{part}");
+        if constant.as_microscales().is_some() {
+            input.push(format!("{part}.codes"));
+            continue;
+        }
         dequantize(&part, constant, nodes)?;
         input.push(part);
     }
     let int = |name, value: usize| attribute_proto((name, Attribute::Int(value as i64)));
-    let attribute = match parts.granularity {
+    let mut attribute = match parts.granularity {
         Granularity::Tensor => Vec::new(),
         Granularity::Channel { axis } => vec![int("axis", axis)],
         Granularity::Block { axis, size } => vec![int("axis", axis), int("block_size", size)],
     };
+    if parts.scales.as_microscales().is_some() {
+        let dtype = constant.dtype().onnx_code().expect("ONNX has every type of arithmetic");
+        attribute.push(int("output_dtype", dtype as usize));
+    }
     let last = constant.shape().len().saturating_sub(1);
     let (operator, attribute) = match (functions::table_operator(parts.codes.dtype()), parts.granularity) {
         (None, _) => ("DequantizeLinear", attribute),

@@ -85,6 +85,13 @@ pub fn is_unknown_operator(obstacle: &Obstacle) -> bool {
     obstacle.reason.starts_with("the operator ") && obstacle.reason.ends_with(" is not supported")
 }
 
+/// Whether an obstacle is an operator of ONNX Runtime on codes, `QAttention` for example.
+pub fn is_unknown_on_codes(obstacle: &Obstacle) -> bool {
+    let name = obstacle.reason.strip_prefix("the operator com.microsoft::");
+    let known = ["QLinear", "QAttention", "QGemm", "QEmbed", "QOrdered", "QConv", "QSkip"];
+    name.is_some_and(|name| known.iter().any(|start| name.starts_with(start)))
+}
+
 fn operators(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
     refused(graph, |op| !is_canonical(op), obstacles);
 }

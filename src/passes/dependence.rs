@@ -4,7 +4,7 @@
 //! for any (batch, past, tokens) without weights or tokens, which is how masks, rotary tables and index arithmetic are
 //! recognized. Takes an inferred graph and its [`Roles`]; gives a [`Dependence`] for each value.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::roles::Roles;
 use crate::graph::op::Op;
@@ -58,4 +58,18 @@ pub fn classify(graph: &Graph, roles: &Roles) -> HashMap<ValueId, Dependence> {
         }
     }
     dependences
+}
+
+/// Values on which the outputs depend other than by shapes.
+pub fn reaching_outputs(graph: &Graph) -> HashSet<ValueId> {
+    let mut stack: Vec<ValueId> = graph.outputs.clone();
+    let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
+    while let Some(id) = stack.pop() {
+        if let Some((_, node)) = graph.def(id)
+            && !matches!(node.op, Op::Shape { .. } | Op::Size)
+        {
+            stack.extend(node.inputs.iter().flatten().filter(|v| seen.insert(**v)));
+        }
+    }
+    seen
 }

@@ -1,7 +1,7 @@
 //! Why an export cannot become canonical: one error, several at once, or another kind of model.
 
 use super::attention::Obstacle;
-use super::{ModelKind, contract};
+use super::{ModelKind, contract, moved_codes};
 use crate::graph::eval::EvalError;
 use crate::graph::infer::InferError;
 use crate::graph::{ConstantError, CycleError, Obstacles};
@@ -247,6 +247,16 @@ impl Help for PassError {
                  onnx --no-post-process` writes it), and of a scaling that switches with the length export one side"
                     .to_string(),
             ),
+            PassError::Obstacles { obstacles }
+                if obstacles.iter().any(|o| moved_codes::is_left(o) || contract::is_unknown_on_codes(o)) =>
+            {
+                Some(
+                    "give the file that the quantizer wrote, before an optimizer joined its operators (a session saves one \
+                     with optimized_model_filepath; ORT_ENABLE_BASIC keeps them apart), with one constant scale for each \
+                     activation; or the export in floating point: `convert --quantize` makes codes of its weights"
+                        .to_string(),
+                )
+            }
             PassError::Obstacles { obstacles } if obstacles.iter().any(contract::is_unknown_operator) => Some(
                 "export it again with operators of ONNX: `optimum-cli export onnx --model MODEL --task text-generation-with-past \
                  OUT`, or torch.onnx.export as in docs/guides/exporting.md, in fp32 or fp16; `convert --quantize` makes codes of its \

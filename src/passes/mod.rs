@@ -51,6 +51,7 @@ mod kind;
 pub mod layer_norm;
 mod lengths;
 pub mod linear;
+mod moved_codes;
 pub(crate) mod partial_eval;
 mod pattern;
 mod positions;
@@ -313,34 +314,60 @@ fn analyzed(
     let activations = timed(&mut graph, report, &table::QUANTIZED, |graph| {
         quantized::run(graph, options.activations)
     })?;
-    for (info, pass) in TIDY {
-        timed(&mut graph, report, info, |graph| Ok((pass(graph)?, ())))?;
-    }
-    timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
-    let obstacles = timed(&mut graph, report, &table::EXPERTS, |graph| experts::run(graph, &roles))?;
-    if !obstacles.is_empty() {
-        return Err(PassError::Obstacles { obstacles });
-    }
-    timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
-    timed(&mut graph, report, &table::CHOSEN_ROWS, |graph| {
-        Ok((chosen_rows::run(graph, &roles)?, ()))
-    })?;
-    timed(&mut graph, report, &table::DECOMPOSE_ATTENTION, |graph| {
-        Ok((decompose::attention::run(graph), ()))
-    })?;
-    timed(&mut graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
-    timed(&mut graph, report, &table::LATENT, |graph| {
-        Ok((attention::latent::run(graph, &mut roles)?, ()))
-    })?;
-    let analysis = timed(&mut graph, report, &table::ATTENTION, |graph| {
-        let analysis = attention::analyze(graph, &roles, options.max_positions);
-        Ok((analysis.layers.len(), analysis))
-    })?;
+    let left = moved_codes::left(&graph, &roles);
+    let recognized = recognized(&mut graph, &mut roles, options, report);
+    let analysis = match recognized {
+        Ok(analysis) if left.obstacles.is_empty() => analysis,
+        // What codes prevent is not the cause.
+        Ok(mut analysis) => {
+            analysis.obstacles.retain(|obstacle| !left.behind.contains(&obstacle.at));
+            analysis.obstacles.splice(0..0, left.obstacles);
+            analysis
+        }
+        Err(_) if !left.obstacles.is_empty() => {
+            return Err(PassError::Obstacles {
+                obstacles: left.obstacles,
+            });
+        }
+        Err(error) => return Err(error),
+    };
     Ok(Analyzed {
         graph,
         roles,
         analysis,
         activations,
+    })
+}
+
+/// Tidies up and recognizes experts and attention.
+fn recognized(
+    graph: &mut Graph,
+    roles: &mut Roles,
+    options: &CanonicalizeOptions,
+    report: &mut Vec<PassReport>,
+) -> Result<Analysis, PassError> {
+    for (info, pass) in TIDY {
+        timed(graph, report, info, |graph| Ok((pass(graph)?, ())))?;
+    }
+    timed(graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    let obstacles = timed(graph, report, &table::EXPERTS, |graph| experts::run(graph, roles))?;
+    if !obstacles.is_empty() {
+        return Err(PassError::Obstacles { obstacles });
+    }
+    timed(graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    timed(graph, report, &table::CHOSEN_ROWS, |graph| {
+        Ok((chosen_rows::run(graph, roles)?, ()))
+    })?;
+    timed(graph, report, &table::DECOMPOSE_ATTENTION, |graph| {
+        Ok((decompose::attention::run(graph), ()))
+    })?;
+    timed(graph, report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
+    timed(graph, report, &table::LATENT, |graph| {
+        Ok((attention::latent::run(graph, roles)?, ()))
+    })?;
+    timed(graph, report, &table::ATTENTION, |graph| {
+        let analysis = attention::analyze(graph, roles, options.max_positions);
+        Ok((analysis.layers.len(), analysis))
     })
 }
 

@@ -1,6 +1,7 @@
 //! Quantized activations and the remaining forms of quantized weights, in the forms that the rest of the pipeline knows.
 //!
-//! - `DequantizeLinear` of a constant is a constant; of a `Gather` of a constant, a `Gather` of one.
+//! - `DequantizeLinear` of a constant is a constant; of a `Gather` of a constant, a `Gather` of one; of other codes that were
+//!   moved, it comes before the movement (`moved_codes`).
 //! - `QuantizeLinear` and `DequantizeLinear` of one scale become [`Op::RoundToCodes`]; `DynamicQuantizeLinear` and
 //!   `DequantizeLinear`, [`Op::DynamicRoundToCodes`]. Its range covers all tokens of a run, as in ONNX, so answers
 //!   depend slightly on how a prompt is cut into runs.
@@ -67,7 +68,7 @@ impl fmt::Display for Activations {
 
 /// Rewrites quantization. Gives the number of rewrites and what is to be known of activations.
 pub fn run(graph: &mut Graph, policy: ActivationPolicy) -> Result<(usize, Activations), PassError> {
-    let mut rewrites = 0;
+    let mut rewrites = super::moved_codes::dequantize_first(graph)?;
     let mut rounded = Vec::new();
     for id in graph.node_ids().collect::<Vec<_>>() {
         if !graph.contains(id) {

@@ -227,7 +227,9 @@ pub fn check_types(
     let (dtype, shape) = codes;
     let is_code = match dtype.numbers() {
         Numbers::Signed | Numbers::Unsigned => dtype.bits() <= 8 || dtype == DType::I32,
-        Numbers::Float(_) => dtype.is_storage_only() && dtype != DType::F8E8M0,
+        // Powers of two are the scales of others, which are codes themselves: see `Constant::microscales`.
+        Numbers::Float(_) if dtype == DType::F8E8M0 => granularity == Granularity::Tensor,
+        Numbers::Float(_) => dtype.is_storage_only(),
         Numbers::Table(_) => true,
         Numbers::Bool => false,
     };

@@ -245,6 +245,45 @@ fn in_fp32(model: &Path, folder: &Path) -> PathBuf {
     path
 }
 
+/// Static QDQ exports as ONNX Runtime's extended optimizations save them (`QLinear..`, `QGemm`, codes that are moved), and weights
+/// in microscaling formats and 2 bits, as opset 25 has them: scripts/make_quantized_fixtures.py.
+#[test]
+fn quantized_exports_of_other_forms() {
+    let mut failures = Vec::new();
+    for (name, tolerance) in [
+        ("llama-products", 1e-4),
+        ("llama-many", 1e-4),
+        ("gpt2-many", 1e-4),
+        ("llama-mxfp8", 1e-4),
+        ("llama-mxfp4", 1e-4),
+        ("llama-int2", 1e-4),
+    ] {
+        match check(&fixture("quantized").join(name), &[], tolerance) {
+            Ok(worst) => println!("{name}: {worst:.1e}"),
+            Err(problem) => failures.push(format!("{name}: {problem}")),
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// What `inspect` says of them, and a package of microscales written as ONNX and converted again.
+#[test]
+fn microscales_are_described_and_written_again() {
+    let export = fixture("quantized/llama-mxfp4/model.onnx");
+    let said = lapidary(["inspect", text(&export)]);
+    let said = said.ok();
+    for part in ["f4e2m1 in blocks of 32 on axis", "with scales of f8e8m0"] {
+        assert!(said.stdout.contains(part), "{}", said.stdout);
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let written = scratch.path().join("written.onnx");
+    let target = scratch.path().join("first");
+    let arguments = ["convert", text(&export), "-o", text(&target), "--emit-onnx", text(&written)];
+    lapidary(arguments).ok();
+    let again = package(scratch.path(), &written, &[]);
+    compare(&again, &fixture("quantized/llama-mxfp4"), 1e-4).unwrap();
+}
+
 /// Quantized exports in the folder beside the project's, where there is one, against what ONNX Runtime answers with basic
 /// optimizations (`quantized_references.json`, by scripts/quantized_references.py). The `reference.json` beside the exports was
 /// made with all optimizations, which round activations to 8 bits where files do not say so; docs/guides/quantization.md has the

@@ -14,16 +14,16 @@ use lapidary::tensor::{DType, Tensor};
 
 use crate::nf4::NF4;
 
-const FLOAT: i32 = 1;
-const UINT8: i32 = 2;
-const INT8: i32 = 3;
-const INT32: i32 = 6;
-const INT64: i32 = 7;
+pub const FLOAT: i32 = 1;
+pub const UINT8: i32 = 2;
+pub const INT8: i32 = 3;
+pub const INT32: i32 = 6;
+pub const INT64: i32 = 7;
 const UINT4: i32 = 21;
 const INT4: i32 = 22;
 
 /// An initializer of raw bytes.
-fn raw(name: &str, code: i32, dims: &[i64], bytes: Vec<u8>) -> TensorProto {
+pub fn raw(name: &str, code: i32, dims: &[i64], bytes: Vec<u8>) -> TensorProto {
     TensorProto {
         name: Some(name.to_string()),
         data_type: Some(code),
@@ -33,7 +33,7 @@ fn raw(name: &str, code: i32, dims: &[i64], bytes: Vec<u8>) -> TensorProto {
     }
 }
 
-fn floats(name: &str, dims: &[i64], values: &[f32]) -> TensorProto {
+pub fn floats(name: &str, dims: &[i64], values: &[f32]) -> TensorProto {
     raw(name, FLOAT, dims, values.iter().flat_map(|v| v.to_le_bytes()).collect())
 }
 
@@ -46,7 +46,7 @@ fn int(name: &str, value: i64) -> AttributeProto {
     }
 }
 
-fn node(domain: &str, op: &str, inputs: &[&str], outputs: &[&str], attributes: &[(&str, i64)]) -> NodeProto {
+pub fn node(domain: &str, op: &str, inputs: &[&str], outputs: &[&str], attributes: &[(&str, i64)]) -> NodeProto {
     NodeProto {
         input: inputs.iter().map(|s| s.to_string()).collect(),
         output: outputs.iter().map(|s| s.to_string()).collect(),
@@ -75,14 +75,24 @@ fn info(name: &str, code: i32, dims: &[i64]) -> ValueInfoProto {
 }
 
 /// A graph from `x` to `y`, read from a file.
-fn read(x: (i32, &[i64]), nodes: Vec<NodeProto>, initializers: Vec<TensorProto>) -> Result<Graph, ReadError> {
+pub fn read(x: (i32, &[i64]), nodes: Vec<NodeProto>, initializers: Vec<TensorProto>) -> Result<Graph, ReadError> {
+    read_at(21, x, nodes, initializers)
+}
+
+/// The same of an opset.
+pub fn read_at(
+    version: i64,
+    x: (i32, &[i64]),
+    nodes: Vec<NodeProto>,
+    initializers: Vec<TensorProto>,
+) -> Result<Graph, ReadError> {
     let opset = |domain: &str, version| OperatorSetIdProto {
         domain: Some(domain.to_string()),
         version: Some(version),
     };
     let model = ModelProto {
         ir_version: Some(10),
-        opset_import: vec![opset("", 21), opset("com.microsoft", 1)],
+        opset_import: vec![opset("", version), opset("com.microsoft", 1)],
         graph: Some(GraphProto {
             name: Some("quantized".to_string()),
             node: nodes,
@@ -99,7 +109,7 @@ fn read(x: (i32, &[i64]), nodes: Vec<NodeProto>, initializers: Vec<TensorProto>)
     onnx::read(&path)
 }
 
-fn run(graph: &Graph, x: Tensor) -> Vec<f32> {
+pub fn run(graph: &Graph, x: Tensor) -> Vec<f32> {
     let bindings = HashMap::from([(graph.inputs[0], x)]);
     Evaluator::new(graph, bindings)
         .value(graph.outputs[0])
@@ -108,7 +118,7 @@ fn run(graph: &Graph, x: Tensor) -> Vec<f32> {
 }
 
 /// Packed as ONNX Runtime packs codes of fewer than 8 bits: the first in the lowest bits, rows padded to bytes.
-fn packed(rows: &[Vec<u8>], bits: usize) -> Vec<u8> {
+pub fn packed(rows: &[Vec<u8>], bits: usize) -> Vec<u8> {
     let each = 8 / bits;
     let byte = |codes: &[u8]| {
         codes
@@ -211,16 +221,16 @@ impl NBits {
     }
 }
 
-fn row(depth: usize) -> Vec<f32> {
+pub fn row(depth: usize) -> Vec<f32> {
     (0..depth).map(|k| ((k * 11) % 17) as f32 / 8.0 - 1.0).collect()
 }
 
-fn times(x: &[f32], weight: &[Vec<f64>]) -> Vec<f64> {
+pub fn times(x: &[f32], weight: &[Vec<f64>]) -> Vec<f64> {
     let dot = |row: &Vec<f64>| row.iter().zip(x).map(|(w, x)| w * f64::from(*x)).sum();
     weight.iter().map(dot).collect()
 }
 
-fn close(found: &[f32], expected: &[f64], what: &str) {
+pub fn close(found: &[f32], expected: &[f64], what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (found, expected) in found.iter().zip(expected) {
         let difference = (f64::from(*found) - expected).abs();
@@ -232,7 +242,7 @@ fn close(found: &[f32], expected: &[f64], what: &str) {
 }
 
 /// The type of the codes of the one quantized weight.
-fn codes_of(graph: &Graph) -> DType {
+pub fn codes_of(graph: &Graph) -> DType {
     let quantized = graph.value_ids().find_map(|id| graph.constant(id)?.as_quantized());
     quantized.expect("a quantized weight").codes.dtype()
 }

@@ -17,10 +17,10 @@ const NEXT: [i64; 3] = [12, 80, 33];
 
 /// Codes of a type, a scale and a zero point.
 #[derive(Clone, Copy, Debug)]
-struct Codes(DType, f32, i64);
+pub struct Codes(pub DType, pub f32, pub i64);
 
 /// Rounds a value to codes, for everything that reads it, as ONNX writes it.
-fn round(graph: &mut Graph, value: ValueId, Codes(to, scale, zero): Codes) {
+pub fn round(graph: &mut Graph, value: ValueId, Codes(to, scale, zero): Codes) {
     let name = graph.value(value).name.clone();
     let scale = graph.add_constant(&format!("{name}.scale"), Tensor::from_f32(vec![], &[scale]));
     let zero = match to.is_float_format() {
@@ -100,7 +100,7 @@ impl<'g> Run<'g> {
     }
 }
 
-fn canonical(graph: Graph) -> Result<Graph, PassError> {
+pub fn canonical(graph: Graph) -> Result<Graph, PassError> {
     let options = CanonicalizeOptions {
         max_positions: 32,
         ..CanonicalizeOptions::default()
@@ -111,7 +111,7 @@ fn canonical(graph: Graph) -> Result<Graph, PassError> {
 }
 
 /// The largest difference of logits between an export and its canonical graph, over a prompt and single tokens.
-fn difference(export: &Graph, canonical: &Graph) -> f64 {
+pub fn difference(export: &Graph, canonical: &Graph) -> f64 {
     let (mut run, mut decoder) = (Run::new(export), Decoder::new(canonical, 1, 16));
     let calls = std::iter::once(PROMPT.to_vec()).chain(NEXT.map(|token| vec![token]));
     let worst = calls.map(|tokens| distance(&run.step(&tokens), &decoder.step(&[tokens])[0]));
@@ -120,7 +120,7 @@ fn difference(export: &Graph, canonical: &Graph) -> f64 {
 
 /// Floats inside attention: all that products of two computed tensors are made of, back to linear layers, and the results of
 /// softmax. Each with its largest number in a prompt.
-fn inside_attention(graph: &Graph) -> Vec<(ValueId, f64)> {
+pub fn inside_attention(graph: &Graph) -> Vec<(ValueId, f64)> {
     let constant = |id: Option<ValueId>| id.is_some_and(|id| graph.constant(id).is_some());
     let is_linear = |id: ValueId| {
         let (_, node) = graph.def(id)?;
@@ -152,10 +152,10 @@ fn inside_attention(graph: &Graph) -> Vec<(ValueId, f64)> {
     sized.collect()
 }
 
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, n: usize) -> usize {
+    pub fn below(&mut self, n: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -164,7 +164,7 @@ impl Random {
 }
 
 /// Some codes that hold these numbers, most of the time all of them.
-fn codes(random: &mut Random, largest: f64) -> Codes {
+pub fn codes(random: &mut Random, largest: f64) -> Codes {
     let most = largest as f32 * [0.8, 1.0, 1.0, 1.3][random.below(4)];
     match random.below(4) {
         0 => Codes(DType::I8, most / 127.0, 0),
@@ -222,7 +222,7 @@ fn family(name: &str) -> Graph {
     graph
 }
 
-fn of_exporter(name: &str) -> Graph {
+pub fn of_exporter(name: &str) -> Graph {
     let mut graph = export(name);
     graph.sort().unwrap();
     infer(&mut graph).unwrap();

@@ -1,4 +1,5 @@
-//! Releases pages of mapped files that were read once for a conversion.
+//! Releases pages of mapped files that were read once: of weights, for a conversion, and of this program's own code, most of
+//! which reads and compiles models.
 
 use std::ops::Range;
 
@@ -26,6 +27,36 @@ pub fn release(all: &[bytes::Bytes]) {
     }
     #[cfg(not(target_os = "linux"))]
     let _ = all;
+}
+
+/// Tells the system that this program's code is not needed for now: what reads and compiles a model is most of it, and what
+/// runs one comes back from the file when it is next executed. Nothing is done under a debugger, whose breakpoints are in it.
+pub fn release_code() {
+    #[cfg(target_os = "linux")]
+    {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let status = read("/proc/self/status");
+        let is_traced = status.lines().any(|line| {
+            let tracer = line.strip_prefix("TracerPid:");
+            tracer.is_some_and(|tracer| tracer.trim() != "0")
+        });
+        let own = release_code as fn() as usize;
+        let code = |line: &str| executable_file(line).filter(|range| range.contains(&own));
+        if let (false, Some(range)) = (is_traced, read("/proc/self/maps").lines().find_map(code)) {
+            let pages = range.start as *mut std::ffi::c_void;
+            // SAFETY: the mapping of this very code, which is of a file, private, and not writable, so that every page is as
+            // the file has it (a program that runs cannot be written). The system reads it from there when it is next
+            // executed. Failing does nothing.
+            let _ = unsafe { rustix::mm::madvise(pages, range.len(), rustix::mm::Advice::LinuxDontNeed) };
+        }
+    }
+}
+
+/// The addresses of a line of `/proc/self/maps`, if it is code of a file and cannot be written.
+#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+fn executable_file(line: &str) -> Option<Range<usize>> {
+    let rights = line.split_ascii_whitespace().nth(1)?;
+    read_only_file(line).filter(|_| rights == "r-xp")
 }
 
 /// The addresses of a line of `/proc/self/maps`, if it is of a file and not writable
@@ -57,6 +88,50 @@ mod tests {
         ] {
             assert_eq!(read_only_file(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn only_code_that_cannot_be_written() {
+        let line = "55d0a000-55d2b000 r-xp 0090a000 fe:00 917507    /usr/bin/lapidary";
+        assert_eq!(executable_file(line), Some(0x55d0_a000..0x55d2_b000));
+        for other in [
+            "55d0a000-55d2b000 r--p 0090a000 fe:00 917507    /usr/bin/lapidary",
+            "55d0a000-55d2b000 rwxp 0090a000 fe:00 917507    /usr/bin/lapidary",
+            "7ffd0000-7ffd2000 r-xp 00000000 00:00 0         [vdso]",
+        ] {
+            assert_eq!(executable_file(other), None, "{other}");
+        }
+    }
+
+    /// Resident pages of the code of this program, in KiB.
+    #[cfg(target_os = "linux")]
+    fn resident_code() -> usize {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let own = release_code as fn() as usize;
+        let mut inside = false;
+        let mut resident = 0;
+        for line in maps.lines() {
+            match line.strip_prefix("Rss:") {
+                Some(rest) if inside => resident += rest.trim().trim_end_matches(" kB").parse::<usize>().unwrap(),
+                Some(_) => {}
+                None if line.contains('-') && line.contains(" r") => {
+                    inside = executable_file(line).is_some_and(|range| range.contains(&own));
+                }
+                None => {}
+            }
+        }
+        resident
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn code_that_is_released_comes_back() {
+        // Touches code all over.
+        let text = format!("{:?} {:e} {}", std::env::vars().collect::<Vec<_>>(), 1.5e300, f64::MAX);
+        let (before, words) = (resident_code(), text.split_whitespace().count());
+        release_code();
+        assert!(resident_code() < before, "{before} KiB");
+        assert_eq!(text.split_whitespace().count(), words);
     }
 
     #[test]

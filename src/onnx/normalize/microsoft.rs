@@ -24,8 +24,6 @@ impl SourceNode<'_> {
             "MoE" => return self.mixture(),
             "QMoE" => return self.quantized_mixture(),
             "MatMulBnb4" => return self.matmul_bnb4(),
-            "MatMulIntegerToFloat" => return self.mat_mul_integer_to_float(),
-            "DynamicQuantizeMatMul" => return self.dynamic_quantize_mat_mul(),
             "GatherBlockQuantized" => return self.gather_block_quantized(),
             // ONNX Runtime's own spellings of the standard operators, from before those took every type.
             "QuantizeLinear" => return self.quantize_linear(),
@@ -43,7 +41,11 @@ impl SourceNode<'_> {
                 self.pass_over_idle();
                 self.pass_over_eviction();
             }
-            _ => {}
+            _ => {
+                if let Some(replacement) = self.on_codes()? {
+                    return Ok(replacement);
+                }
+            }
         }
         self.read_as(MICROSOFT, self.op_type)
     }

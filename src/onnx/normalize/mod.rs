@@ -1,13 +1,13 @@
-//! One ONNX node of any opset from 11 to 24 becomes nodes of the graph, in their opset-24 form.
+//! One ONNX node of any opset from 11 to 25 becomes nodes of the graph, in their opset-24 form.
 //!
 //! Takes a node whose values are resolved; adds nodes (or a constant) to the graph. Unknown operators become
 //! [`Op::Unknown`], and so do known operators with an unsupported attribute, such as `Cast(to=string)`. So all obstacles of a
 //! model are reported at once. Malformed nodes are errors. Arity and dtypes are checked by the verifier.
 
 mod experts;
-mod integer_products;
 mod microsoft;
 mod older;
+mod on_codes;
 mod quantized;
 mod standard;
 mod tensorrt;
@@ -52,8 +52,8 @@ enum Replacement {
     Constant(Constant),
     /// A product with a quantized weight.
     Linear(quantized::QuantizedLinear),
-    /// A product whose operands are codes.
-    ProductOfCodes(Box<integer_products::ProductOfCodes>),
+    /// An operator whose operands are codes.
+    OnCodes(Box<on_codes::OnCodes>),
     /// `Gather` of a constant.
     Lookup {
         table: Constant,
@@ -210,7 +210,7 @@ impl SourceNode<'_> {
                 }
             }
             Replacement::Linear(linear) => self.linear(linear, outputs),
-            Replacement::ProductOfCodes(product) => self.product_of_codes(*product, outputs),
+            Replacement::OnCodes(operator) => self.emit_on_codes(*operator, outputs),
             Replacement::Lookup { table, indices, axis } => {
                 let name = table.origin().unwrap_or(&self.name).to_string();
                 let table = self.graph.add_constant(&format!("{name}.table"), table);

@@ -118,8 +118,21 @@ impl SourceNode<'_> {
         if self.input(2).is_some() && self.constant_input(2).is_none() {
             return Ok(Replacement::Op(Op::DequantizeLinear { axis, block_size }));
         }
+        if codes.dtype() == DType::F8E8M0 {
+            return Err(problem(format!("its codes are {}, which only scales can be", codes.dtype())));
+        }
         let zero_points = self.zero_points(2, codes.dtype())?;
         let granularity = granularity(codes.shape(), &scales, axis, block_size)?;
+        let (scales, output) = match (scales.dtype(), output) {
+            (DType::F8E8M0, None) => {
+                return Err(problem(
+                    "its scales are f8e8m0, and it has no output_dtype to say what it gives".to_string(),
+                ));
+            }
+            // The product is of the output's type, in which the powers of two are exact.
+            (DType::F8E8M0, Some(dtype)) => (scales.microscales(dtype)?, None),
+            (_, output) => (scales, output),
+        };
         let constant = Constant::quantized(codes, scales, zero_points, granularity)?;
         Ok(Replacement::Constant(match output {
             Some(dtype) => constant.cast(dtype),

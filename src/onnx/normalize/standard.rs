@@ -1,4 +1,4 @@
-//! ONNX's own operators: the opset-24 form of each node of opset 11 to 24, where the table of operators (`graph::op`) does
+//! ONNX's own operators: the opset-24 form of each node of opset 11 to 25, where the table of operators (`graph::op`) does
 //! not define it. Differences of opsets before 14 are in `older`.
 
 use super::{Failure, Replacement, SourceNode};
@@ -23,7 +23,15 @@ impl SourceNode<'_> {
             "QLinearMatMul" => return self.q_linear_mat_mul(),
             "Dropout" => return self.dropout(),
             "Split" => self.check_split()?,
-            "Attention" => self.pass_over_scores(),
+            "Attention" => {
+                self.pass_over_scores();
+                // Of opset 25: bounds of a window, -1 where there is none.
+                for name in ["left_window_size", "right_window_size"] {
+                    if self.attributes.is_int(name, -1) {
+                        self.attributes.ignore(&[name]);
+                    }
+                }
+            }
             // What ONNX Runtime's optimizer writes into the standard domain.
             "SimplifiedLayerNormalization" => return self.read_as("", "RMSNormalization"),
             _ => {}

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use super::aligned_bytes::AlignedBytes;
 use super::error::CpuError;
 use super::kernels::rows::Class;
+use super::mapped_pages;
 use super::pool::Pool;
 use super::program::{Buffer, Memory, Port, Program, Step, Work};
 use super::quantized::QuantizedWeights;
@@ -28,6 +29,9 @@ use super::strided_view::{BufferId, View};
 use crate::graph::Constant;
 use crate::network::{LayerKind, Network, TensorId, verify};
 use crate::tensor::{DType, Tensor};
+
+/// Layers of a network from which on the code that compiles it is given back afterwards: of a smaller one everything is small.
+const WORTH_RELEASING: usize = 256;
 
 /// What a program runs on: its threads and its instruction set. Only instruction sets that this machine has get in,
 /// so every program compiled with these options can run here.
@@ -106,6 +110,9 @@ impl Program {
         }
         compiler.finish_outputs()?;
         options.weights.settle();
+        if network.layers.len() >= WORTH_RELEASING {
+            mapped_pages::release_code();
+        }
         let Compiler {
             steps,
             mut buffers,

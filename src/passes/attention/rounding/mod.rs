@@ -18,7 +18,7 @@ use super::projection::{Projection, Tables};
 use super::trace::{Trace, moves_elements};
 use crate::graph::op::{Op, Rounding};
 use crate::graph::{Graph, NodeId, ValueId};
-use crate::passes::dependence::{Dependence, classify};
+use crate::passes::dependence::{Dependence, classify, reaching_outputs};
 use crate::passes::partial_eval::PartialEvaluator;
 use crate::passes::quantized::before_attention;
 use crate::passes::roles::Roles;
@@ -138,15 +138,7 @@ pub fn name_of_rounded(graph: &Graph, output: ValueId) -> String {
 
 /// Roundings that the outputs depend on other than by shapes.
 pub fn effective(graph: &Graph, roundings: &HashMap<ValueId, Rounding>) -> HashSet<ValueId> {
-    let mut stack: Vec<ValueId> = graph.outputs.clone();
-    let mut seen: HashSet<ValueId> = stack.iter().copied().collect();
-    while let Some(id) = stack.pop() {
-        if let Some((_, node)) = graph.def(id)
-            && !matches!(node.op, Op::Shape { .. } | Op::Size)
-        {
-            stack.extend(node.inputs.iter().flatten().filter(|v| seen.insert(**v)));
-        }
-    }
+    let seen = reaching_outputs(graph);
     let matters = |id: &ValueId| seen.contains(id) && !is_empty(graph, *id);
     roundings.keys().copied().filter(matters).collect()
 }
