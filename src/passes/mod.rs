@@ -320,7 +320,9 @@ fn analyzed(
         Ok(analysis) if left.obstacles.is_empty() => analysis,
         // What codes prevent is not the cause.
         Ok(mut analysis) => {
-            analysis.obstacles.retain(|obstacle| !left.behind.contains(&obstacle.at));
+            analysis
+                .obstacles
+                .retain(|obstacle| !left.behind.contains(&obstacle.at));
             analysis.obstacles.splice(0..0, left.obstacles);
             analysis
         }

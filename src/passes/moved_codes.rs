@@ -203,7 +203,11 @@ pub(super) fn left(graph: &Graph, roles: &Roles) -> Left {
         if let Op::DequantizeLinear { axis, block_size } = node.op
             && let Some(reason) = of_dequantize(graph, node, axis, block_size)
         {
-            causes.extend(node.input(0).and_then(|codes| graph.producer_of(codes)).map(|(id, _)| id));
+            causes.extend(
+                node.input(0)
+                    .and_then(|codes| graph.producer_of(codes))
+                    .map(|(id, _)| id),
+            );
             reasons.push((id, reason));
         }
     }
@@ -242,7 +246,8 @@ pub(super) fn left(graph: &Graph, roles: &Roles) -> Left {
             left.behind.insert(node.name.clone());
             // Recognition names values, too.
             let outputs = node.outputs.iter().flatten();
-            left.behind.extend(outputs.map(|output| graph.value(*output).name.clone()));
+            left.behind
+                .extend(outputs.map(|output| graph.value(*output).name.clone()));
         }
     }
     left
@@ -250,12 +255,17 @@ pub(super) fn left(graph: &Graph, roles: &Roles) -> Left {
 
 /// How a reason of [`left`] begins.
 fn of_codes(op: &Op) -> String {
-    format!("the operator {} does not round activations in a way that is understood: ", op.name())
+    format!(
+        "the operator {} does not round activations in a way that is understood: ",
+        op.name()
+    )
 }
 
 /// Whether an obstacle is one of [`left`].
 pub(super) fn is_left(obstacle: &Obstacle) -> bool {
-    obstacle.reason.contains(" does not round activations in a way that is understood: ")
+    obstacle
+        .reason
+        .contains(" does not round activations in a way that is understood: ")
 }
 
 /// Why a `DequantizeLinear` has no pair; `None` where an operator that is not known is the cause, which is named by itself.
@@ -285,6 +295,10 @@ fn of_dequantize(graph: &Graph, node: &Node, axis: i64, block_size: usize) -> Op
         }),
         Op::QuantizeLinear { block_size, .. } => Some(format!("activations are quantized in blocks of {block_size}")),
         Op::DynamicQuantizeLinear => Some(format!("codes of {} are read with another scale", source.name)),
-        op => Some(format!("its codes come from {} ({}), which computes on them", op.name(), source.name)),
+        op => Some(format!(
+            "its codes come from {} ({}), which computes on them",
+            op.name(),
+            source.name
+        )),
     }
 }

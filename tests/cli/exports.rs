@@ -278,7 +278,14 @@ fn microscales_are_described_and_written_again() {
     let scratch = tempfile::tempdir().unwrap();
     let written = scratch.path().join("written.onnx");
     let target = scratch.path().join("first");
-    let arguments = ["convert", text(&export), "-o", text(&target), "--emit-onnx", text(&written)];
+    let arguments = [
+        "convert",
+        text(&export),
+        "-o",
+        text(&target),
+        "--emit-onnx",
+        text(&written),
+    ];
     lapidary(arguments).ok();
     let again = package(scratch.path(), &written, &[]);
     compare(&again, &fixture("quantized/llama-mxfp4"), 1e-4).unwrap();

@@ -2,8 +2,8 @@
 //! spell them: what they mean, that they are written as they were, and what is refused.
 
 use lapidary::graph::{Constant, Graph, infer};
-use lapidary::onnx::{self, ReadError};
 use lapidary::onnx::proto::TensorProto;
+use lapidary::onnx::{self, ReadError};
 use lapidary::tensor::{DType, Tensor};
 
 use crate::quantized::{FLOAT, close, codes_of, floats, node, packed, raw, read_at, row, run, times};
@@ -59,10 +59,16 @@ fn mx(code: i32, exponent: u32, mantissa: u32) -> Mx {
     let mask = (1u32 << bits) - 1;
     // No NaN and no infinities, which fp8 has.
     let finite = |code: u8| number(code, exponent, mantissa).abs() < 300.0;
-    let all = (0u32..).map(|i| (i * 37 + i / 7 & mask) as u8).filter(|code| finite(*code));
+    let all = (0u32..)
+        .map(|i| (i * 37 + i / 7 & mask) as u8)
+        .filter(|code| finite(*code));
     let codes: Vec<u8> = all.take(depth * columns).collect();
     let scales: Vec<u8> = (0..9).map(|i| 120 + i * 5 % 11).collect();
-    let packed = if bits == 4 { packed(std::slice::from_ref(&codes), 4) } else { codes.clone() };
+    let packed = if bits == 4 {
+        packed(std::slice::from_ref(&codes), 4)
+    } else {
+        codes.clone()
+    };
     let tensors = vec![
         raw("codes", code, &[depth as i64, columns as i64], packed),
         raw("scales", FLOAT8E8M0, &[3, columns as i64], scales.clone()),
@@ -70,7 +76,9 @@ fn mx(code: i32, exponent: u32, mantissa: u32) -> Mx {
     let graph = product(depth as i64, columns as i64, 32, tensors, Some(i64::from(FLOAT))).unwrap();
     let scale = |k: usize, n: usize| 2f64.powi(i32::from(scales[k / 32 * columns + n]) - 127);
     let entry = |n: usize, k: usize| number(codes[k * columns + n], exponent, mantissa) * scale(k, n);
-    let weight = (0..columns).map(|n| (0..depth).map(|k| entry(n, k)).collect()).collect();
+    let weight = (0..columns)
+        .map(|n| (0..depth).map(|k| entry(n, k)).collect())
+        .collect();
     Mx { graph, weight }
 }
 
@@ -87,10 +95,16 @@ fn blocks_with_powers_of_two_as_scales() {
         (FLOAT8E5M2, 5, 2, DType::F8E5M2),
         (FLOAT4E2M1, 2, 1, DType::F4E2M1),
     ] {
-        let Mx { mut graph, weight: means } = mx(code, exponent, mantissa);
+        let Mx {
+            mut graph,
+            weight: means,
+        } = mx(code, exponent, mantissa);
         assert_eq!(codes_of(&graph), dtype);
         let parts = weight(&graph).as_quantized().unwrap().to_string();
-        assert_eq!(parts, format!("{dtype} in blocks of 32 on axis 0 with scales of f8e8m0 per tensor"));
+        assert_eq!(
+            parts,
+            format!("{dtype} in blocks of 32 on axis 0 with scales of f8e8m0 per tensor")
+        );
         let x = row(96);
         let found = run(&graph, Tensor::from_f32(vec![1, 96], &x));
         close(&found, &times(&x, &means), dtype.name());
@@ -107,7 +121,11 @@ fn blocks_with_powers_of_two_as_scales() {
         let written = model.graph.unwrap();
         let kinds: Vec<i32> = written.initializer.iter().map(|t| t.data_type()).collect();
         assert_eq!(kinds.iter().filter(|kind| **kind == FLOAT8E8M0).count(), 1);
-        let nodes: Vec<_> = written.node.iter().filter(|n| n.op_type() == "DequantizeLinear").collect();
+        let nodes: Vec<_> = written
+            .node
+            .iter()
+            .filter(|n| n.op_type() == "DequantizeLinear")
+            .collect();
         assert_eq!(nodes.len(), 1);
         let attributes: Vec<&str> = nodes[0].attribute.iter().map(|a| a.name()).collect();
         assert_eq!(attributes, ["axis", "block_size", "output_dtype"]);
@@ -139,7 +157,9 @@ fn codes_of_two_bits() {
         let at = |k: usize, n: usize| k / 16 * columns + n;
         let zero = |k: usize, n: usize| if signed { 0.0 } else { f64::from(zeros[at(k, n)]) };
         let entry = |n: usize, k: usize| (value(codes[k * columns + n]) - zero(k, n)) * f64::from(scales[at(k, n)]);
-        let weight: Vec<Vec<f64>> = (0..columns).map(|n| (0..depth).map(|k| entry(n, k)).collect()).collect();
+        let weight: Vec<Vec<f64>> = (0..columns)
+            .map(|n| (0..depth).map(|k| entry(n, k)).collect())
+            .collect();
         let x = row(depth);
         let found = run(&graph, Tensor::from_f32(vec![1, depth], &x));
         close(&found, &times(&x, &weight), kind.to_string().as_str());
@@ -153,13 +173,40 @@ fn microscales_that_mean_nothing() {
     let text = |found: Result<Graph, ReadError>| found.map(drop).unwrap_err().to_string();
     let two = || scales(&[1, 2], vec![127; 2]);
     let found = text(product(32, 2, 32, vec![codes(), two()], None));
-    assert!(found.contains("DequantizeLinear_node") && found.contains("no output_dtype"), "{found}");
-    let found = text(product(32, 2, 32, vec![codes(), scales(&[2, 2], vec![127; 4])], Some(1)));
+    assert!(
+        found.contains("DequantizeLinear_node") && found.contains("no output_dtype"),
+        "{found}"
+    );
+    let found = text(product(
+        32,
+        2,
+        32,
+        vec![codes(), scales(&[2, 2], vec![127; 4])],
+        Some(1),
+    ));
     assert!(found.contains("[2, 2]") && found.contains("[1, 2]"), "{found}");
     let powers = raw("codes", FLOAT8E8M0, &[32, 2], vec![127; 64]);
-    let found = text(product(32, 2, 32, vec![powers, floats("scales", &[1, 2], &[1.0; 2])], None));
-    assert!(found.contains("its codes are f8e8m0, which only scales can be"), "{found}");
-    let found = text(product(40, 2, 32, vec![raw("codes", FLOAT8E4M3FN, &[40, 2], vec![0x38; 80]), scales(&[2, 2], vec![127; 4])], Some(1)));
+    let found = text(product(
+        32,
+        2,
+        32,
+        vec![powers, floats("scales", &[1, 2], &[1.0; 2])],
+        None,
+    ));
+    assert!(
+        found.contains("its codes are f8e8m0, which only scales can be"),
+        "{found}"
+    );
+    let found = text(product(
+        40,
+        2,
+        32,
+        vec![
+            raw("codes", FLOAT8E4M3FN, &[40, 2], vec![0x38; 80]),
+            scales(&[2, 2], vec![127; 4]),
+        ],
+        Some(1),
+    ));
     assert!(found.contains("blocks of 32 do not divide axis 0"), "{found}");
     // 255 is NaN.
     let graph = product(32, 2, 32, vec![codes(), scales(&[1, 2], vec![127, 255])], Some(1)).unwrap();

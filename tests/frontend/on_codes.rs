@@ -42,7 +42,9 @@ fn constants() -> Vec<TensorProto> {
 }
 
 fn b() -> Vec<f64> {
-    (0..8).map(|i| (f64::from(i * 9 % 17) - B.1) * f64::from(B.0 as f32)).collect()
+    (0..8)
+        .map(|i| (f64::from(i * 9 % 17) - B.1) * f64::from(B.0 as f32))
+        .collect()
 }
 
 /// `operator` between `QuantizeLinear` and `DequantizeLinear`.
@@ -72,7 +74,12 @@ fn elementwise_operators_give_codes() {
     let cases: [(&str, Vec<&str>, &[(&str, i64)], Vec<f64>); 5] = [
         ("QLinearAdd", both.to_vec(), &[], with_b(|a, b| a + b)),
         ("QLinearMul", both.to_vec(), &[], with_b(|a, b| a * b)),
-        ("QLinearSigmoid", alone.to_vec(), &[], near.iter().map(|v| 1.0 / (1.0 + (-v).exp())).collect()),
+        (
+            "QLinearSigmoid",
+            alone.to_vec(),
+            &[],
+            near.iter().map(|v| 1.0 / (1.0 + (-v).exp())).collect(),
+        ),
         (
             "QLinearSoftmax",
             alone.to_vec(),
@@ -121,7 +128,13 @@ fn a_product_with_an_integer_bias() {
         }
         let dims: &[i64] = if columns == 1 { &[] } else { &[4] };
         let shape: &[i64] = if transposed { &[4, 8] } else { &[8, 4] };
-        let mut alpha_attribute = node("com.microsoft", "QGemm", &[], &["c"], &[("transB", i64::from(transposed))]);
+        let mut alpha_attribute = node(
+            "com.microsoft",
+            "QGemm",
+            &[],
+            &["c"],
+            &[("transB", i64::from(transposed))],
+        );
         alpha_attribute.attribute.push(lapidary::onnx::proto::AttributeProto {
             name: Some("alpha".to_string()),
             r#type: Some(lapidary::onnx::proto::attribute_type::FLOAT),
@@ -153,9 +166,17 @@ fn a_product_with_an_integer_bias() {
 
 #[test]
 fn operators_on_codes_that_are_malformed_or_not_known() {
-    let concat = |inputs: &[&str]| between(node("com.microsoft", "QLinearConcat", inputs, &["c"], &[("axis", 1)]), vec![]);
+    let concat = |inputs: &[&str]| {
+        between(
+            node("com.microsoft", "QLinearConcat", inputs, &["c"], &[("axis", 1)]),
+            vec![],
+        )
+    };
     let text = concat(&["ys", "yz", "a", "xs"]).unwrap_err().to_string();
-    assert!(text.contains("QLinearConcat_node") && text.contains("it has 4 inputs"), "{text}");
+    assert!(
+        text.contains("QLinearConcat_node") && text.contains("it has 4 inputs"),
+        "{text}"
+    );
     let gemm = |bias: TensorProto| {
         let inputs = ["a", "xs", "xz", "w", "ws", "wz", "bias", "ys", "yz"];
         let more = vec![
@@ -167,21 +188,36 @@ fn operators_on_codes_that_are_malformed_or_not_known() {
         between(node("com.microsoft", "QGemm", &inputs, &["c"], &[]), more)
     };
     let text = gemm(floats("bias", &[4], &[0.0; 4])).unwrap_err().to_string();
-    assert!(text.contains("QGemm_node") && text.contains("its bias is f32"), "{text}");
+    assert!(
+        text.contains("QGemm_node") && text.contains("its bias is f32"),
+        "{text}"
+    );
     let text = gemm(raw("bias", INT32, &[3], vec![0; 12])).unwrap_err().to_string();
-    assert!(text.contains("its bias has the shape [3], and b has 4 scales"), "{text}");
+    assert!(
+        text.contains("its bias has the shape [3], and b has 4 scales"),
+        "{text}"
+    );
     // Before opset 13 a softmax joined axes; others are named as they are.
     let alone = ["a", "xs", "xz", "ys", "yz"];
     for (operator, name) in [
         (
-            node("com.microsoft", "QLinearSoftmax", &alone, &["c"], &[("axis", 0), ("opset", 11)]),
+            node(
+                "com.microsoft",
+                "QLinearSoftmax",
+                &alone,
+                &["c"],
+                &[("axis", 0), ("opset", 11)],
+            ),
             "com.microsoft::QLinearSoftmax(opset=11, axis=0)",
         ),
         (
             node("com.microsoft", "QLinearLeakyRelu", &alone, &["c"], &[]),
             "com.microsoft::QLinearLeakyRelu",
         ),
-        (node("com.microsoft", "QAttention", &alone, &["c"], &[]), "com.microsoft::QAttention"),
+        (
+            node("com.microsoft", "QAttention", &alone, &["c"], &[]),
+            "com.microsoft::QAttention",
+        ),
     ] {
         let graph = between(operator, Vec::new()).unwrap();
         let names: Vec<String> = graph.node_ids().map(|id| graph.node(id).op.name()).collect();

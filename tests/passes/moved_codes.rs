@@ -139,7 +139,9 @@ fn codes_that_are_no_roundings_are_named_all_at_once() {
     assert!(!text.contains("cache"), "{text}");
     // A scale for each channel, and blocks.
     let mut other = rounded();
-    let all = of(&other, |op| matches!(op, Op::DequantizeLinear { .. } | Op::QuantizeLinear { .. }));
+    let all = of(&other, |op| {
+        matches!(op, Op::DequantizeLinear { .. } | Op::QuantizeLinear { .. })
+    });
     let width = 32;
     let scales = other.add_constant("scales", Tensor::from_f32(vec![width], &vec![0.05; width]));
     let zeros = other.add_constant("zeros", Tensor::from_i64_as(DType::U8, vec![width], &vec![120; width]));

@@ -94,7 +94,10 @@ mod tests {
             if let Some(last) = made.as_bytes_mut().last_mut() {
                 *last = 7;
             }
-            assert_eq!(made.as_bytes().iter().map(|b| usize::from(*b)).sum::<usize>(), 7 * bytes.min(1));
+            assert_eq!(
+                made.as_bytes().iter().map(|b| usize::from(*b)).sum::<usize>(),
+                7 * bytes.min(1)
+            );
         }
     }
 

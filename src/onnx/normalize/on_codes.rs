@@ -90,7 +90,9 @@ impl SourceNode<'_> {
         let granularity = Granularity::of_attributes(codes.shape().len(), axis, 0, scales.shape());
         let Some(granularity) = granularity else {
             let shape = codes.shape();
-            return Err(Failure::Problem(format!("its axis is {axis}, of a constant of {shape:?}")));
+            return Err(Failure::Problem(format!(
+                "its axis is {axis}, of a constant of {shape:?}"
+            )));
         };
         let zeros = zeros.filter(|zeros| !is_idle(zeros, codes.dtype()));
         Ok(Operand::Constant(Constant::quantized(
@@ -136,7 +138,10 @@ impl SourceNode<'_> {
     fn softmax_axis(&self) -> Result<i64, Failure> {
         let axis = self.attributes.int_or("axis", -1)?;
         let opset = self.attributes.int_or("opset", 13)?;
-        let rank = self.input(0).and_then(|x| self.graph.shape(x)).map(|shape| shape.len() as i64);
+        let rank = self
+            .input(0)
+            .and_then(|x| self.graph.shape(x))
+            .map(|shape| shape.len() as i64);
         let is_last = axis == -1 || rank.is_some_and(|rank| axis == rank - 1);
         match opset < 13 && !is_last {
             true => Err(Failure::Unsupported(format!("opset={opset}, axis={axis}"))),
@@ -314,7 +319,10 @@ impl SourceNode<'_> {
 /// A bias of i32 as floats: in units of `alpha` times the scale of a times that of b, or of each of its columns.
 fn integer_bias(bias: Constant, a: &Constant, b: &Constant, alpha: f32) -> Result<Constant, Failure> {
     if bias.dtype() != DType::I32 {
-        return Err(Failure::Problem(format!("its bias is {}, and must be i32", bias.dtype())));
+        return Err(Failure::Problem(format!(
+            "its bias is {}, and must be i32",
+            bias.dtype()
+        )));
     }
     let (Ok(a), Ok(b)) = (a.materialize(), b.materialize()) else {
         return Err(Failure::Unsupported("scales that are not there".to_string()));
@@ -334,7 +342,9 @@ fn integer_bias(bias: Constant, a: &Constant, b: &Constant, alpha: f32) -> Resul
         ),
         n => {
             let shape = bias.shape();
-            return Err(Failure::Problem(format!("its bias has the shape {shape:?}, and b has {n} scales")));
+            return Err(Failure::Problem(format!(
+                "its bias has the shape {shape:?}, and b has {n} scales"
+            )));
         }
     };
     let units = Tensor::from_f32(shape, &units);

@@ -119,7 +119,10 @@ impl SourceNode<'_> {
             return Ok(Replacement::Op(Op::DequantizeLinear { axis, block_size }));
         }
         if codes.dtype() == DType::F8E8M0 {
-            return Err(problem(format!("its codes are {}, which only scales can be", codes.dtype())));
+            return Err(problem(format!(
+                "its codes are {}, which only scales can be",
+                codes.dtype()
+            )));
         }
         let zero_points = self.zero_points(2, codes.dtype())?;
         let granularity = granularity(codes.shape(), &scales, axis, block_size)?;
