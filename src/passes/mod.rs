@@ -275,7 +275,7 @@ pub(crate) fn look(mut graph: Graph, options: &CanonicalizeOptions, report: &mut
         Ok(mut analyzed) => {
             // An error after an unknown operator may be a consequence of it.
             let obstacles = &mut analyzed.analysis.obstacles;
-            obstacles.retain(|obstacle| !behind.contains(&obstacle.at));
+            obstacles.retain(|obstacle| !behind.contains(&obstacle.at) || moved_codes::is_left(obstacle));
             if !all_known && !obstacles.is_empty() {
                 let obstacles = std::mem::take(obstacles);
                 look.errors.push(PassError::Obstacles { obstacles });
@@ -284,7 +284,9 @@ pub(crate) fn look(mut graph: Graph, options: &CanonicalizeOptions, report: &mut
         }
         Err(error) => {
             let reported = |error: &PassError| match error {
-                PassError::Obstacles { obstacles } => obstacles.iter().all(|o| behind.contains(&o.at)),
+                PassError::Obstacles { obstacles } => obstacles
+                    .iter()
+                    .all(|o| behind.contains(&o.at) && !moved_codes::is_left(o)),
                 PassError::Infer(_) => true,
                 _ => false,
             };
