@@ -106,7 +106,31 @@ CASES = [
     ("dynamo18", "bitnet", "bitnet", PLAIN, {}),
     ("dynamo23", "mistral-no-positions", "mistral", {**USUAL, "sliding_window": 7}, {"positions": False}),
     ("dynamo18", "qwen2-last-windows", "qwen2", {**PLAIN, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, {}),
+    ("dynamo23", "glm4", "glm4", {**USUAL, "attention_bias": True, "partial_rotary_factor": 0.5, "head_dim": 24}, {}),
+    ("dynamo21", "ernie-bias", "ernie4_5", {**USUAL, "use_bias": True}, {}),
+    ("dynamo23", "cohere2-fp16", "cohere2", {**USUAL, "sliding_window": 5, "layer_types": SLIDING, "logit_scale": 0.3}, {"dtype": "fp16"}),
+    ("dynamo18", "gemma3-linear", "gemma3_text", {**USUAL, "sliding_window": 5, "layer_types": SLIDING, "query_pre_attn_scalar": 20, "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0}}}, {}),
+    ("dynamo18", "granite-windows", "granite_swa", {**USUAL, "sliding_window": 5, "layer_types": SLIDING}, {}),
+    ("dynamo18", "granitemoe-windows", "granitemoe_swa", {**USUAL, **EXPERTS, "sliding_window": 5, "layer_types": SLIDING}, {}),
+    ("dynamo18", "mimo-v2", "mimo_v2_flash", {**USUAL, **EXPERTS, "sliding_window": 5, "layer_types": SLIDING}, {}),
+    ("dynamo18", "glm4-moe-lite", "glm4_moe_lite", {**USUAL, **LATENT, **EXPERTS, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}, {}),
+    ("dynamo18", "deepseek-v2-yarn", "deepseek_v2", {**USUAL, **LATENT, **EXPERTS, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, **scaling({**YARN, "mscale": 0.7, "mscale_all_dim": 0.7})}, {}),
+    ("dynamo18", "phimoe", "phimoe", {**USUAL, **EXPERTS, "attention_bias": True, "lm_head_bias": True}, {}),
+    ("dynamo18", "hunyuan-moe", "hunyuan_v1_moe", {**USUAL, **EXPERTS, "moe_topk": 2}, {}),
+    ("dynamo18", "minimax-m2", "minimax_m2", {**USUAL, **EXPERTS, "rotary_dim": 10, "use_qk_norm": True}, {}),
+    ("dynamo18", "solar-open", "solar_open", {**USUAL, **EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}, {}),
+    ("dynamo18", "jetmoe", "jetmoe", {**USUAL, **EXPERTS, "kv_channels": 20}, {}),
+    ("dynamo18", "doge", "doge", PLAIN, {}),
+    ("dynamo18", "cwm", "cwm", {**USUAL, "sliding_window": 6, "layer_types": SLIDING}, {}),
+    ("dynamo18", "llama4", "llama4_text", {**USUAL, **EXPERTS, "intermediate_size_mlp": 56, "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 8}, {}),
+    ("dynamo18", "modernbert-decoder", "modernbert-decoder", {**PLAIN, "sliding_window": 8, "local_attention": 8}, {}),
+    ("dynamo18", "gemma3n", "gemma3n_text", {**USUAL, "sliding_window": 6, "layer_types": SLIDING, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "laurel_rank": 8}, {}),
+    ("dynamo18", "whisper-decoder", "whisper", {"d_model": 48, "decoder_layers": 2, "encoder_layers": 1, "decoder_attention_heads": 4, "encoder_attention_heads": 4, "decoder_ffn_dim": 40, "encoder_ffn_dim": 40}, {}),
     # torch.onnx, TorchScript.
+    ("torchscript12", "stablelm-eager", "stablelm", {**PLAIN, "partial_rotary_factor": 0.5, "use_qkv_bias": True}, {"eager": True}),
+    ("torchscript13", "gptj-eager", "gptj", {**GPT, "n_embd": 80, "rotary_dim": 12}, {"eager": True}),
+    ("torchscript11", "xglm-eager", "xglm", {"d_model": 60, "num_layers": 2, "attention_heads": 5, "ffn_dim": 44, "max_position_embeddings": 64}, {"eager": True}),
+    ("torchscript13", "gemma2-eager", "gemma2", {**USUAL, "sliding_window": 6, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 30.0}, {"eager": True}),
     ("torchscript17", "starcoder2", "starcoder2", {**PLAIN, "sliding_window": 7, "use_bias": True, "tie_word_embeddings": True}, {}),
     ("torchscript17", "glm4", "glm4", {**USUAL, "attention_bias": True, "partial_rotary_factor": 0.5, "head_dim": 24}, {}),
     ("torchscript17", "gemma3-window", "gemma3_text", {**USUAL, "sliding_window": 5, "layer_types": SLIDING, "query_pre_attn_scalar": 20}, {}),
@@ -127,8 +151,11 @@ CASES = [
     ("optimum15", "opt-after", "opt", {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 40, "max_position_embeddings": 64, "word_embed_proj_dim": 28, "do_layer_norm_before": False}, {}),
     ("optimum18", "arcee", "arcee", {**USUAL, "mlp_bias": True}, {}),
     ("optimum18", "helium", "helium", {**USUAL, "hidden_size": 120}, {}),
-    ("optimum18", "bart-decoder", "bart", {"d_model": 48, "decoder_layers": 2, "encoder_layers": 1, "decoder_attention_heads": 4, "encoder_attention_heads": 4, "decoder_ffn_dim": 40, "encoder_ffn_dim": 40, "max_position_embeddings": 64}, {"refused": True}),
+    ("optimum18", "bart-decoder", "bart", {"d_model": 48, "decoder_layers": 2, "encoder_layers": 1, "decoder_attention_heads": 4, "encoder_attention_heads": 4, "decoder_ffn_dim": 40, "encoder_ffn_dim": 40, "max_position_embeddings": 64}, {}),
     ("optimum18", "gpt-bigcode", "gpt_bigcode", {**GPT, "multi_query": True}, {}),
+    ("optimum13", "codegen", "codegen", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 12, "n_positions": 64, "n_ctx": 64}, {}),
+    ("optimum18", "qwen3-window", "qwen3", {**USUAL, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, {}),
+    ("optimum18", "mistral-nemo", "mistral", {**USUAL, "sliding_window": None, "head_dim": 12}, {}),
     # onnxruntime-genai's builder.
     ("genai", "smollm3", "smollm3", {**PLAIN, "num_hidden_layers": 3, "no_rope_layers": [1, 1, 0]}, {}),
     ("genai", "gemma2", "gemma2", {**USUAL, "head_dim": 32, "sliding_window": 6, "query_pre_attn_scalar": 32}, {}),
@@ -144,10 +171,20 @@ CASES = [
     ("mobius", "olmo2", "olmo2", PLAIN, {}),
     ("mobius", "cohere", "cohere", PLAIN, {}),
     ("mobius", "opt", "opt", {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 40, "max_position_embeddings": 64, "word_embed_proj_dim": 48}, {}),
-    ("mobius", "persimmon", "persimmon", {**PLAIN, "partial_rotary_factor": 0.5}, {}),
-    ("mobius", "gpt-neox", "gpt_neox", {**PLAIN, "rotary_pct": 0.25}, {}),
+    ("mobius", "persimmon", "persimmon", {**PLAIN, "num_key_value_heads": 6, "partial_rotary_factor": 0.5}, {}),
+    ("mobius", "gpt-neox", "gpt_neox", {**PLAIN, "rotary_pct": 0.5, "num_key_value_heads": 6}, {}),
     ("mobius", "nanochat", "nanochat", PLAIN, {}),
     ("mobius", "llama-gqa", "llama", {**USUAL, "head_dim": 32}, {"extra": ["--optimize=group_query_attention,skip_norm"]}),
+    ("mobius", "starcoder2-static", "starcoder2", {**PLAIN, "sliding_window": None, "use_bias": True}, {"extra": ["--static-cache", "--max-seq-len", "64"], "reference": False}),
+    ("mobius", "gptj", "gptj", {**GPT, "n_embd": 80, "rotary_dim": 12}, {}),
+    ("mobius", "falcon", "falcon", {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False}, {}),
+    ("mobius", "bloom", "bloom", {"hidden_size": 60, "n_layer": 2, "n_head": 5}, {}),
+    ("mobius", "phi", "phi", {**PLAIN, "num_key_value_heads": 6, "partial_rotary_factor": 0.5}, {}),
+    ("mobius", "granite", "granite", {**PLAIN, "attention_multiplier": 0.13, "embedding_multiplier": 3.7, "logits_scaling": 5.1, "residual_multiplier": 0.31}, {}),
+    ("mobius", "gemma2", "gemma2", {**USUAL, "sliding_window": 6, "query_pre_attn_scalar": 20}, {}),
+    ("mobius", "exaone4", "exaone4", {**USUAL, "sliding_window": 6, "layer_types": SLIDING}, {}),
+    ("mobius", "hunyuan", "hunyuan_v1_dense", USUAL, {}),
+    ("mobius", "apertus", "apertus", USUAL, {}),
     ("mobius", "qwen3-cuda", "qwen3", {**USUAL, "head_dim": 32}, {"extra": ["--ep", "cuda"]}),
 ]  # fmt: skip
 
@@ -212,13 +249,15 @@ def flat(model, positions):
     return (Flat() if positions else WithoutPositions()).eval()
 
 
-def torch_export(model, folder, opset, script, batch=None, positions=True, axes=(), dtype="fp32"):
+def torch_export(model, folder, opset, script, batch=None, positions=True, axes=(), dtype="fp32", eager=False):
     import torch
     from exportkit.exporters import save_dynamo
 
     axes = dict(axes)
     dims = {name: axes.get(name, name) for name in ("batch", "sequence_length", "past_length", "total_length")}
     model = model.half() if dtype == "fp16" else model
+    if eager:
+        model.set_attn_implementation("eager")
     rows = batch or 2
     with torch.no_grad():
         cached = model(input_ids=torch.ones(rows, 4, dtype=torch.int64), use_cache=True).past_key_values
@@ -340,7 +379,7 @@ def make(target, exporters, only):
         shutil.rmtree(folder, ignore_errors=True)
         try:
             model = build(kind, settings)
-            given = {name: value for name, value in options.items() if name not in ("refused", "reference")}
+            given = {name: value for name, value in options.items() if name != "reference"}
             if tool == "optimum":
                 by_optimum(model, folder, int(opset))
             elif tool in ("genai", "mobius"):
@@ -348,7 +387,7 @@ def make(target, exporters, only):
             else:
                 torch_export(model, folder, int(opset), tool == "torchscript", **given)
             model.config.save_pretrained(folder)
-            if options.get("refused") or not options.get("reference", True):
+            if not options.get("reference", True):
                 print(f"{label}: made, no reference", file=sys.stderr, flush=True)
                 continue
             heads = getattr(model.config, "num_attention_heads", 1)

@@ -3,8 +3,11 @@
 //!
 //! Both are executed for one short prompt, with the export's own weights: the logits and the keys and values that they give
 //! must agree. The passes prove that the converted branch also computes a prompt without a past.
+//!
+//! Memory: weights stay in the mapped file. Casts of weights and dequantized codes are computed right before the node that reads
+//! them and dropped after it, in whatever order the export lists the nodes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use super::ConvertError;
@@ -92,10 +95,33 @@ fn answers(graph: &Graph, roles: &HashMap<&str, InputRole>) -> Result<Vec<Tensor
     executed(graph, bindings).map_err(|(at, error)| format!("they cannot be compared: {at}: {error}"))
 }
 
+/// Nodes in the order of a depth-first walk from the outputs: what one node alone reads comes right before it.
+fn by_reader(graph: &Graph) -> Vec<NodeId> {
+    let mut seen: HashSet<NodeId> = HashSet::new();
+    let mut order = Vec::new();
+    for output in &graph.outputs {
+        let mut stack: Vec<(NodeId, usize)> = graph.producer_of(*output).map(|(id, _)| (id, 0)).into_iter().collect();
+        while let Some((id, next)) = stack.pop() {
+            if next == 0 && !seen.insert(id) {
+                continue;
+            }
+            match graph.node(id).inputs.get(next) {
+                None => order.push(id),
+                Some(input) => {
+                    stack.push((id, next + 1));
+                    let producer = input.and_then(|value| graph.producer_of(value));
+                    stack.extend(producer.map(|(id, _)| (id, 0)));
+                }
+            }
+        }
+    }
+    order
+}
+
 /// The outputs. A tensor is dropped after its last reader, and a weight is in memory for one node.
 fn executed(graph: &Graph, mut known: HashMap<ValueId, Tensor>) -> Result<Vec<Tensor>, (String, String)> {
     let mut readers: HashMap<ValueId, usize> = HashMap::new();
-    let nodes: Vec<NodeId> = graph.node_ids().collect();
+    let nodes = by_reader(graph);
     let read = nodes.iter().flat_map(|id| graph.node(*id).inputs.iter().flatten());
     for id in read.chain(&graph.outputs) {
         *readers.entry(*id).or_default() += 1;
@@ -171,5 +197,40 @@ fn input(graph: &Graph, id: ValueId, role: InputRole) -> Option<Tensor> {
         InputRole::LastPosition => constant(tokens as f64 - 1.0),
         InputRole::Cache => Some(filled(dims(&|axis| usize::from(axis == 0))?, &|_| 0.0)),
         InputRole::FullMask | InputRole::Unread => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dim::Dim;
+    use crate::graph::op::Op;
+
+    /// An exporter that lists all casts of weights first would have all of them in memory.
+    #[test]
+    fn what_is_computed_from_weights_stands_before_its_reader() {
+        let mut graph = Graph::new("layers");
+        let mut x = graph.add_input("x", DType::F32, vec![Dim::constant(1), Dim::constant(2)]);
+        let weights: Vec<ValueId> = (0..4)
+            .map(|i| {
+                let half = Tensor::from_f64_as(DType::F16, vec![2, 2], &[1.0, 2.0, 3.0, 4.0]);
+                let half = graph.add_constant(&format!("half{i}"), half);
+                graph.add_node(&format!("weight{i}"), Op::Cast { to: DType::F32 }, &[half])
+            })
+            .collect();
+        for (i, weight) in weights.into_iter().enumerate() {
+            x = graph.add_node(&format!("product{i}"), Op::MatMul, &[x, weight]);
+        }
+        graph.outputs.push(x);
+        let names: Vec<&str> = by_reader(&graph)
+            .iter()
+            .map(|id| graph.node(*id).name.as_str())
+            .collect();
+        let expected = (0..4).flat_map(|i| [format!("weight{i}"), format!("product{i}")]);
+        assert_eq!(names, expected.collect::<Vec<_>>());
+        let given = HashMap::from([(graph.inputs[0], Tensor::from_f32(vec![1, 2], &[1.0, -1.0]))]);
+        let found = executed(&graph, given).unwrap();
+        // (1, -1) times [[1, 2], [3, 4]] is (-2, -2); each further product adds columns of it.
+        assert_eq!(found[0].to_f32(), [-236.0, -344.0]);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! `Concat(norm(x₀) · w₀, norm(x₁) · w₁, …)` of the pieces of one split, each a single row of an axis and each with parameters of its
 //! own (queries and keys of StableLM 2 with `qk_layernorm`), becomes `norm(x) · w`, with the parameters stacked along that axis.
-//! Runs behind `layer_norm` and `rms_norm`.
+//! Runs after `layer_norm` and `rms_norm`.
 
 use super::PassError;
 use super::pattern::{finish, redefine};

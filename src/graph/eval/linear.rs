@@ -49,9 +49,18 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
     Ok(vec![Some(result)])
 }
 
+/// Elements of a right operand that are widened at a time: a large weight is never in memory in f64.
+const PANEL: usize = 1 << 20;
+
 /// NumPy's `matmul`: the last two axes are matrices, those before broadcast; a vector operand is a row on the left, a
 /// column on the right, and its axis is dropped from the result.
 pub(super) fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (shape, data) = product(a, b)?;
+    Ok(store(a.dtype(), shape, data))
+}
+
+/// [`matmul`], before it is rounded to the dtype of the operands.
+fn product(a: &Tensor, b: &Tensor) -> Result<(Vec<usize>, Data)> {
     if a.dtype() != b.dtype() {
         return Err(invalid(format!(
             "operands of two dtypes, {} and {}",
@@ -92,12 +101,32 @@ pub(super) fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         m,
         k,
         n,
-        total,
     };
-    let data = match (Data::of(a), Data::of(b)) {
-        (Data::Float(x), Data::Float(y)) => Data::Float(plan.run(&x, &y, 0.0)),
-        (Data::Int(x), Data::Int(y)) => Data::Int(plan.run(&x, &y, 0)),
-        _ => unreachable!("one dtype"),
+    // One matrix for all rows, as weights are; several are small.
+    let rows = match right_batch.is_empty() && n > 0 {
+        true => (PANEL / n).clamp(1, k.max(1)),
+        false => k,
+    };
+    let panel = |from: usize| match rows < k {
+        true => rows_of(b, from, rows.min(k - from), n),
+        false => b.clone(),
+    };
+    let panels = (0..k).step_by(rows.max(1)).map(|from| (from, panel(from)));
+    let data = match Data::of(a) {
+        Data::Float(x) => {
+            let mut out = vec![0.0; total];
+            for (from, panel) in panels {
+                plan.add(&x, from, &panel.to_f64(), &mut out);
+            }
+            Data::Float(out)
+        }
+        Data::Int(x) => {
+            let mut out = vec![0; total];
+            for (from, panel) in panels {
+                plan.add(&x, from, &panel.to_i64(), &mut out);
+            }
+            Data::Int(out)
+        }
     };
     if column {
         shape.pop();
@@ -105,7 +134,14 @@ pub(super) fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if row {
         shape.remove(batch.len());
     }
-    Ok(store(a.dtype(), shape, data))
+    Ok((shape, data))
+}
+
+/// Rows of a matrix with `n` columns; its bytes are not copied.
+fn rows_of(x: &Tensor, from: usize, rows: usize, n: usize) -> Tensor {
+    let run = n * x.dtype().element_bytes();
+    let bytes = x.data().slice(from * run..(from + rows) * run);
+    Tensor::new(x.dtype(), vec![rows, n], bytes).expect("whole rows")
 }
 
 /// Which matrices to multiply: `[m, k]` by `[k, n]`, by matrix number on either side.
@@ -114,28 +150,30 @@ struct Plan {
     m: usize,
     k: usize,
     n: usize,
-    total: usize,
 }
 
 impl Plan {
-    /// Rows of `b` are the inner loop, so that both matrices are read in order.
-    fn run<T: Copy + Add<Output = T> + Mul<Output = T>>(&self, a: &[T], b: &[T], zero: T) -> Vec<T> {
+    /// Adds the products with the rows of `b` from row `from` on, or with all of several matrices. Rows of `b` are the inner
+    /// loop, so that both matrices are read in order.
+    fn add<T: Copy + Add<Output = T> + Mul<Output = T>>(&self, a: &[T], from: usize, b: &[T], out: &mut [T]) {
         let Plan { m, k, n, .. } = *self;
-        let mut out = vec![zero; self.total];
         if n == 0 || k == 0 || m == 0 {
-            return out;
+            return;
         }
+        let rows = match self.pairs.iter().all(|(_, j)| *j == 0) {
+            true => (b.len() / n).min(k),
+            false => k,
+        };
         for (c, (i, j)) in out.chunks_exact_mut(m * n).zip(&self.pairs) {
-            let (a, b) = (&a[i * m * k..][..m * k], &b[j * k * n..][..k * n]);
+            let (a, b) = (&a[i * m * k..][..m * k], &b[j * rows * n..][..rows * n]);
             for (c_row, a_row) in c.chunks_exact_mut(n).zip(a.chunks_exact(k)) {
-                for (x, b_row) in a_row.iter().zip(b.chunks_exact(n)) {
+                for (x, b_row) in a_row[from..].iter().zip(b.chunks_exact(n)) {
                     for (c, y) in c_row.iter_mut().zip(b_row) {
                         *c = *c + *x * *y;
                     }
                 }
             }
         }
-        out
     }
 }
 
@@ -176,10 +214,10 @@ pub(super) fn gemm(how: &Scaled, a: &Tensor, b: &Tensor, c: Option<&Tensor>) -> 
         };
     }
     // Kept in f64 until the bias is in.
-    let (a, b) = (wide(&a), wide(&b));
-    let product = matmul(&a, &b)?;
-    let shape = product.shape().to_vec();
-    let mut values: Vec<f64> = product.to_f64().iter().map(|v| v * f64::from(how.alpha)).collect();
+    let (shape, Data::Float(mut values)) = product(&a, &b)? else {
+        return Err(invalid(format!("a scaled product of {dtype}")));
+    };
+    values.iter_mut().for_each(|v| *v *= f64::from(how.alpha));
     if let Some(c) = c {
         if broadcast(&[c.shape(), &shape])? != shape {
             return Err(shape_error(format!(
@@ -193,8 +231,4 @@ pub(super) fn gemm(how: &Scaled, a: &Tensor, b: &Tensor, c: Option<&Tensor>) -> 
         }
     }
     Ok(floats(dtype, shape, &values))
-}
-
-pub(super) fn wide(x: &Tensor) -> Tensor {
-    super::elementwise::cast(x, crate::tensor::DType::F64)
 }

@@ -266,3 +266,27 @@ fn evaluator_runs_only_what_is_asked_and_names_what_fails() {
         "{error}"
     );
 }
+
+/// Weights beyond a million elements are multiplied in panels of rows.
+#[test]
+fn products_in_panels_are_products() {
+    let (k, n) = (1300, 1000);
+    let b: Vec<f32> = (0..k * n).map(|i| (i % 7) as f32 - 3.0).collect();
+    let a: Vec<f32> = (0..2 * k).map(|i| (i % 5) as f32 - 2.0).collect();
+    let expected = |m: usize, j: usize| -> f32 { (0..k).map(|i| a[m * k + i] * b[i * n + j]).sum() };
+    let (x, w) = (Tensor::from_f32(vec![1, 2, k], &a), Tensor::from_f32(vec![k, n], &b));
+    let product = one(Op::MatMul, &[x, w.clone()]);
+    assert_eq!(product.shape(), [1, 2, n]);
+    let bias = Tensor::from_f32(vec![n], &vec![0.5; n]);
+    let gemm = Op::Gemm {
+        alpha: 2.0,
+        beta: 1.0,
+        trans_a: false,
+        trans_b: false,
+    };
+    let scaled = one(gemm, &[Tensor::from_f32(vec![2, k], &a), w, bias]);
+    for (at, (plain, scaled)) in product.to_f32().iter().zip(scaled.to_f32()).enumerate() {
+        let sum = expected(at / n, at % n);
+        assert_eq!((*plain, scaled), (sum, 2.0 * sum + 0.5), "element {at}");
+    }
+}
