@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::help::Help;
-use crate::lower::LowerOptions;
-use crate::network::{Profile, RowProduct, WeightMode};
+use crate::lower::{LowerOptions, QuantizedForm};
+use crate::network::{Profile, RowProduct, Tokens, WeightMode};
 use crate::passes::ActivationPolicy;
 use crate::target::{Precision, Prefill, Quantization, Refit, Target};
 
@@ -46,6 +46,8 @@ pub struct Spec {
     /// One engine per capacity, with an optimization profile for decoding and one for the prefill range. Slower than engines of
     /// fixed shapes, and smaller where weights are embedded.
     pub one_engine: Option<bool>,
+    /// Engines for prompts read a copy of quantized weights in floating point, which the GPU holds beside their codes.
+    pub prefill_copy: Option<bool>,
     /// A folder or a `tokenizer.json`; relative to the spec's own folder.
     pub tokenizer: Option<PathBuf>,
     /// Whether decode engines use Lapidary's kernels where these are faster. Default: with bound weights.
@@ -137,6 +139,7 @@ impl Spec {
             capacity: self.capacity.or(below.capacity),
             prefill: self.prefill.or(below.prefill),
             one_engine: self.one_engine.or(below.one_engine),
+            prefill_copy: self.prefill_copy.or(below.prefill_copy),
             activations: self.activations.or(below.activations),
             mask_windows: self.mask_windows.or(below.mask_windows),
             tokenizer: self.tokenizer.or(below.tokenizer),
@@ -212,6 +215,10 @@ impl Spec {
         if !batch.is_empty() && (weights != WeightMode::Bind || self.kernels == Some(false)) {
             return bad("several sequences in one step need kernels, and so bound weights".into());
         }
+        let prefill_copy = self.prefill_copy.unwrap_or(false);
+        if prefill_copy && weights != WeightMode::Bind {
+            return bad("a copy of the weights for prompts is bound beside their codes: use bound weights".into());
+        }
         if self.calibrate.is_some() && self.quantize.is_none() {
             return bad(
                 "a text to calibrate on needs a quantization to calibrate: --quantize int4, int8 or fp8".into(),
@@ -230,6 +237,7 @@ impl Spec {
             capacities,
             explicit_capacities,
             prefill,
+            prefill_copy,
             tokenizer: self.tokenizer,
             kernels: self.kernels,
             batch,
@@ -269,6 +277,8 @@ pub struct Conversion {
     pub prefill: Prefill,
     /// Decode and prefill of a capacity in one engine.
     pub one_engine: bool,
+    /// Engines for prompts read a copy of quantized weights in floating point.
+    pub prefill_copy: bool,
     /// A folder or a `tokenizer.json`; the one beside the model if not given.
     pub tokenizer: Option<PathBuf>,
     /// Whether decode engines use Lapidary's kernels; overrides the lowerings.
@@ -287,9 +297,14 @@ impl Conversion {
         let name = profile.to_string();
         let tuned = self.tuned.iter().find(|tuned| tuned.profile == name);
         let lowering = tuned.map_or(&self.lowering, |tuned| &tuned.lowering);
+        let prefill_quantized = match self.prefill_copy && profile.tokens != Tokens::Static(1) {
+            true => Some(QuantizedForm::Whole),
+            false => lowering.prefill_quantized,
+        };
         LowerOptions {
             weight_mode: self.weights,
             kernels: self.kernels.unwrap_or(lowering.kernels),
+            prefill_quantized,
             ..lowering.clone()
         }
     }
@@ -344,6 +359,7 @@ mod tests {
         assert!(resolve("batch: [32]").contains("2 to 16"));
         assert!(resolve("{batch: [4], weights: embed}").contains("bound weights"));
         assert!(resolve("{batch: [4], kernels: false}").contains("need kernels"));
+        assert!(resolve("{prefill_copy: true, weights: embed}").contains("use bound weights"));
         assert!(resolve("one_engine: true").contains("needs a prefill range"));
         assert!(resolve("{one_engine: true, prefill: {min: 1, opt: 2, max: 4}, weights: strip}").contains("no refit"));
     }

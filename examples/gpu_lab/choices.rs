@@ -10,7 +10,7 @@ use lapidary::graph::{Constant, Graph};
 use lapidary::interface::Role;
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{LowerOptions, QuantizedForm, lower};
-use lapidary::network::{Network, Profile, WeightMode};
+use lapidary::network::{LayerKind, Network, Profile, WeightMode};
 use lapidary::tensor::quantized::Granularity;
 use lapidary::tensor::{DType, Tensor};
 
@@ -82,10 +82,10 @@ fn tensor(name: &str, dtype: DType, shape: Vec<usize>, embed: bool) -> Constant 
     Constant::tensor(Tensor::new(dtype, shape, bytes.into()).expect("as many bytes as the shape takes"))
 }
 
-/// The decoder's graph, its linear layers quantized.
-pub fn quantized(decoder: &Decoder, codes: Option<Codes>, embed: bool) -> Graph {
+/// The decoder's graph, its linear layers quantized, and the head too if `head`.
+pub fn quantized(decoder: &Decoder, codes: Option<Codes>, embed: bool, head: bool) -> Graph {
     decoder.graph_with(|name, dtype, shape| match codes {
-        Some(Codes(code, block, zeros)) if name.contains("proj") => {
+        Some(Codes(code, block, zeros)) if name.contains("proj") || head && name.contains("lm_head") => {
             let granularity = match block {
                 0 => Granularity::Channel { axis: 0 },
                 size => Granularity::Block { axis: 1, size },
@@ -143,6 +143,17 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
                 }
             }
         }
+    }
+    for form in [
+        QuantizedForm::Dequantize,
+        QuantizedForm::DequantizeApart,
+        QuantizedForm::Elementwise,
+        QuantizedForm::Whole,
+    ] {
+        let change = |o: &mut LowerOptions| o.prefill_quantized = Some(form);
+        let label = format!("head quantized too, {form:?}");
+        let codes = Some(Codes(DType::I4, 32, false));
+        cases.push((label, Profile::prefill(128, 1024), with(&change), codes));
     }
     for profile in [Profile::decode(1024), Profile::prefill(512, 1024)] {
         cases.push(("quantized not at all".to_string(), profile, with(&|_| {}), None));
@@ -202,7 +213,8 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
     each(10, cases, |(label, profile, options, codes)| {
         let run = || -> Outcome<(f64, f64, usize)> {
             let embed = options.weight_mode != WeightMode::Bind;
-            let network = lower(&quantized(&decoder, codes, embed), &profile, &options)?;
+            let head = label.starts_with("head quantized");
+            let network = lower(&quantized(&decoder, codes, embed, head), &profile, &options)?;
             let plans = tensorrt::build_all(&library, &network, &BuildOptions::default())?;
             let built: f64 = plans.iter().map(|plan| plan.elapsed().as_secs_f64()).sum();
             let bytes: Vec<&[u8]> = plans.iter().map(|plan| plan.bytes()).collect();
@@ -234,14 +246,22 @@ pub fn measure(
     (context, times): (i32, u32),
 ) -> Outcome<f64> {
     let runtime = Runtime::new(library)?;
+    let attends_by_kernels = network
+        .layers
+        .iter()
+        .any(|layer| matches!(layer.kind, LayerKind::DecodeAttention(_)));
     let loading = LoadOptions {
         graphs: true,
         kernels: None,
-        caches: Caches::Tensors,
+        // Of several sequences each has a cache of its own, as where they are served.
+        caches: match network.profile.batch > 1 && attends_by_kernels {
+            true => Caches::Tables,
+            false => Caches::Tensors,
+        },
     };
     let program = Program::load(&runtime, Path::new("synthetic"), plans, network, loading)?;
     let _alone = gpu.lock().expect("no panic");
-    let mut program = SyntheticProgram::new(program, network)?;
+    let mut program = SyntheticProgram::new(program, network, loading.caches)?;
     for role in [Role::PositionIds, Role::WriteIndices] {
         program.set(role, context)?;
     }

@@ -82,7 +82,7 @@ pub fn kernels(only: &str, rows: &[usize]) -> Outcome<()> {
                 batch: rows,
                 ..Profile::decode(CAPACITY)
             };
-            let network = lower(&quantized(&decoder, codes, false), &profile, &options)?;
+            let network = lower(&quantized(&decoder, codes, false, false), &profile, &options)?;
             let plans = tensorrt::build_all(&library, &network, &BuildOptions::default())?;
             let built: f64 = plans.iter().map(|plan| plan.elapsed().as_secs_f64()).sum();
             let plans: Vec<&[u8]> = plans.iter().map(|plan| plan.bytes()).collect();

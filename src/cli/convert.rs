@@ -105,11 +105,15 @@ pub struct Args {
     /// One engine per capacity for decode and prefill, with two optimization profiles (needs a range as --prefill)
     #[arg(long, help_heading = "Engines")]
     one_engine: bool,
+    /// Let prompts of a quantized package run on a floating-point copy of its weights, which the GPU holds beside the codes:
+    /// prompts are read faster
+    #[arg(long, help_heading = "Engines")]
+    prefill_copy: bool,
     /// Lapidary's decode kernels between TensorRT engines, for bound weights in 16 bits, int8 or int4 [default: on where
     /// supported]
     #[arg(long, value_enum, help_heading = "Engines")]
     kernels: Option<Kernels>,
-    /// Also build engines that decode N sequences in one step (2 to 16); no command uses them yet, `serve` runs on the CPU
+    /// Also build engines that decode N sequences in one step (2 to 16), for `serve`
     #[arg(long, value_name = "N,N", value_delimiter = ',', help_heading = "Engines")]
     batch: Option<Vec<usize>>,
     /// Measure the ways to lower each engine on this machine's GPU and keep the fastest
@@ -229,6 +233,7 @@ fn save_spec(path: &Path, conversion: &Conversion) -> Result<(), Failure> {
         capacity: Some(conversion.capacities.clone()),
         prefill: Some(conversion.prefill.clone()),
         one_engine: conversion.one_engine.then_some(true),
+        prefill_copy: conversion.prefill_copy.then_some(true),
         tokenizer: None,
         kernels: conversion.kernels,
         batch: Some(conversion.batch.clone()).filter(|batch| !batch.is_empty()),
@@ -253,6 +258,7 @@ fn conversion(args: &Args) -> Result<Conversion, Failure> {
         capacity: args.capacity.clone(),
         prefill: args.prefill.clone(),
         one_engine: args.one_engine.then_some(true),
+        prefill_copy: args.prefill_copy.then_some(true),
         tokenizer: args.tokenizer.clone(),
         kernels: args.kernels.map(|kernels| kernels == Kernels::On),
         batch: args.batch.clone(),

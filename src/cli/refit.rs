@@ -94,6 +94,8 @@ pub fn run(args: Args) -> Result<(), Failure> {
             explicit_capacities: true,
             prefill: manifest.prefill.clone(),
             one_engine: manifest.engines.iter().any(|engine| engine.built_as.is_some()),
+            // Each engine's lowering has it.
+            prefill_copy: false,
             tokenizer: None,
             kernels: None,
             batch: manifest

@@ -121,7 +121,7 @@ impl AttentionForm {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QuantizedForm {
-    /// Each is one weight with a quantized constant, for an executor that reads codes itself.
+    /// Each is one weight with a quantized constant, for an executor that reads codes itself. Engines get its values.
     #[default]
     Whole,
     /// Codes and scales are weights of their own, which TensorRT's Dequantize layer reads before a product.

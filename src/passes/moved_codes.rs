@@ -5,6 +5,7 @@
 //! before: what is moved are floats, as in the file that the quantizer wrote, and the pass `quantized` finds its pairs.
 //! [`left`] names what no pair was found for, each with its operator and the cause.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 
 use super::attention::Obstacle;
@@ -113,7 +114,7 @@ pub(super) fn dequantize_first(graph: &mut Graph) -> Result<usize, super::PassEr
         };
         let (of_scale, of_zero) = parts(graph, scale, zero);
         let key = (from, of_scale, of_zero);
-        if !in_floats.contains_key(&key) {
+        if let Entry::Vacant(entry) = in_floats.entry(key) {
             let dtype = graph.value(scale).dtype;
             let typed_as = |graph: &mut Graph, made: ValueId, like: ValueId| {
                 let shape = graph.value(like).shape.clone();
@@ -151,7 +152,7 @@ pub(super) fn dequantize_first(graph: &mut Graph) -> Result<usize, super::PassEr
                 }));
             }
             graph.add_node_with_outputs(&source.name, source.op, inputs, outputs.clone());
-            in_floats.insert(key, outputs);
+            entry.insert(outputs);
         }
         if let Some(floats) = in_floats[&key].get(place).copied().flatten() {
             redefine(graph, id, Op::Identity, vec![Some(floats)]);

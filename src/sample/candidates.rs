@@ -27,6 +27,34 @@ pub struct Candidates {
     keys: Vec<Key>,
 }
 
+/// The token of the largest logit of a row, the lowest of equals: [`Candidates::best`] of a new row, without a copy of it.
+pub(super) fn best_of(logits: &[f32]) -> Result<u32, BadLogits> {
+    are_finite(logits)?;
+    let best = vectors(|| {
+        let max = max(logits);
+        let block = block_with(logits, 0, max)?;
+        let start = block * BLOCK;
+        let at = logits[start..].iter().position(|logit| *logit == max)?;
+        Some(start + at)
+    });
+    Ok(best.expect("never empty, and the maximum is one of them") as u32)
+}
+
+/// Whether every logit of a row is finite; otherwise some are minus infinity, and others are not.
+fn are_finite(logits: &[f32]) -> Result<bool, BadLogits> {
+    if vectors(|| all_finite(logits)) && !logits.is_empty() {
+        return Ok(true);
+    }
+    if let Some(id) = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY) {
+        let value = logits[id];
+        return Err(BadLogits::NotFinite { id: id as u32, value });
+    }
+    match logits.iter().all(|l| *l == f32::NEG_INFINITY) {
+        true => Err(BadLogits::Nothing),
+        false => Ok(false),
+    }
+}
+
 impl Candidates {
     /// Takes a new row of logits, `[vocabulary]`. Negative infinity is a probability of zero: such a token is no
     /// candidate. NaN and positive infinity are refused.
@@ -35,17 +63,9 @@ impl Candidates {
         self.logits.clear();
         self.logits.extend_from_slice(logits);
         self.vocabulary = logits.len();
-        if vectors(|| all_finite(logits)) && !logits.is_empty() {
-            return Ok(());
+        if !are_finite(logits)? {
+            self.retain(|c| c.logit != f32::NEG_INFINITY);
         }
-        if let Some(id) = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY) {
-            let value = logits[id];
-            return Err(BadLogits::NotFinite { id: id as u32, value });
-        }
-        if logits.iter().all(|l| *l == f32::NEG_INFINITY) {
-            return Err(BadLogits::Nothing);
-        }
-        self.retain(|c| c.logit != f32::NEG_INFINITY);
         Ok(())
     }
 

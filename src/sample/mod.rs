@@ -135,6 +135,9 @@ impl Chain {
 
     /// The next token, from `logits` `[vocabulary]` and the tokens so far, prompt included.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, BadLogits> {
+        if self.is_argmax {
+            return candidates::best_of(logits);
+        }
         self.apply(logits, history)?;
         let drawn = self.draw.pick(&self.candidates, &mut self.weights);
         for stage in &mut self.stages {

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rayon::prelude::*;
+
 use super::metrics::{ENDS, Metrics, end_of};
 use super::request::{Event, Finished, RequestError, Sink};
 use super::scheduler::Waiting;
@@ -42,6 +44,30 @@ struct Running<'t> {
     first: Option<Instant>,
     last: Option<Instant>,
 }
+
+/// What a token is drawn from. The decoder belongs to the thread of its device; this does not.
+struct Given<'d> {
+    logits: &'d [f32],
+    history: &'d [u32],
+    /// Tokens that the sequence can still be fed.
+    remaining: usize,
+}
+
+impl<'d> Given<'d> {
+    fn of(decoder: &'d BatchDecoder, id: SequenceId) -> Self {
+        Given {
+            logits: decoder.logits(id),
+            history: decoder.tokens(id),
+            remaining: decoder.remaining(id),
+        }
+    }
+}
+
+/// The token drawn, and the reason if it is the last.
+type Drawn = Result<(u32, Option<FinishReason>), RequestError>;
+
+/// From this many logits on, sequences are drawn for by several threads: passes over fewer take less time than waking them.
+const SHARED: usize = 1 << 18;
 
 /// How a running request ends.
 type End = Result<FinishReason, RequestError>;
@@ -189,14 +215,26 @@ impl<'t> Turn<'t> {
 
     /// Draws a token for each sequence that has logits, and ends those that are done. Gives what is to be fed.
     fn draw(&mut self) -> Vec<(SequenceId, u32)> {
-        let mut tokens = Vec::with_capacity(self.running.len());
+        let (decoder, metrics) = (&self.decoder, self.metrics);
+        let running = self.running.iter_mut().enumerate();
+        let drawing = running.filter(|(_, one)| one.state == State::Drawing);
+        let drawing: Vec<(usize, &mut Running<'_>, Given<'_>)> = drawing
+            .map(|(at, one)| {
+                let given = Given::of(decoder, one.id);
+                (at, one, given)
+            })
+            .collect();
+        let logits: usize = drawing.iter().map(|(.., given)| given.logits.len()).sum();
+        let draw = |(at, one, given): (usize, &mut Running<'_>, Given<'_>)| (at, one.id, one.draw(given, metrics));
+        let drawn: Vec<(usize, SequenceId, Drawn)> = match drawing.len() > 1 && logits >= SHARED {
+            true => drawing.into_par_iter().map(draw).collect(),
+            false => drawing.into_iter().map(draw).collect(),
+        };
+        let mut tokens = Vec::with_capacity(drawn.len());
         let mut ended: Vec<(usize, End)> = Vec::new();
-        for (at, one) in self.running.iter_mut().enumerate() {
-            if one.state == State::Feeding {
-                continue;
-            }
-            match one.draw(&self.decoder, self.metrics) {
-                Ok((token, None)) => tokens.push((one.id, token)),
+        for (at, id, drawn) in drawn {
+            match drawn {
+                Ok((token, None)) => tokens.push((id, token)),
                 Ok((_, Some(end))) => ended.push((at, Ok(end))),
                 Err(error) => ended.push((at, Err(error))),
             }
@@ -273,8 +311,12 @@ impl<'t> Turn<'t> {
 
 impl Running<'_> {
     /// Draws the next token and reports it; with the reason if it is the last.
-    fn draw(&mut self, decoder: &BatchDecoder, metrics: &Metrics) -> Result<(u32, Option<FinishReason>), RequestError> {
-        let (logits, history) = (decoder.logits(self.id), decoder.tokens(self.id));
+    fn draw(&mut self, given: Given<'_>, metrics: &Metrics) -> Drawn {
+        let Given {
+            logits,
+            history,
+            remaining,
+        } = given;
         let allowed = match &mut self.constraint {
             None => logits,
             Some(constraint) => {
@@ -318,7 +360,7 @@ impl Running<'_> {
             let generated = self.transcript.tokens().len();
             return Err(RequestError::Cancelled { generated });
         }
-        let is_full = decoder.remaining(self.id) == 0;
+        let is_full = remaining == 0;
         let end = match is_complete {
             true => Some(FinishReason::Stop),
             false => added.end.or(is_full.then_some(FinishReason::Capacity)),

@@ -181,7 +181,7 @@ impl Bench<'_> {
         attempt.scratch_bytes = Some(program.scratch_bytes() as u64);
         let stream = Stream::new(runtime.cuda())?;
         let _alone = self.gpu.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let mut program = SyntheticProgram::new(program, &network)?;
+        let mut program = SyntheticProgram::new(program, &network, Caches::Tensors)?;
         // As if the cache were full: what is masked is read all the same.
         for role in [Role::PositionIds, Role::WriteIndices] {
             program.set(role, profile.capacity as i32 - 1)?;

@@ -60,7 +60,7 @@ fn mx(code: i32, exponent: u32, mantissa: u32) -> Mx {
     // No NaN and no infinities, which fp8 has.
     let finite = |code: u8| number(code, exponent, mantissa).abs() < 300.0;
     let all = (0u32..)
-        .map(|i| (i * 37 + i / 7 & mask) as u8)
+        .map(|i| ((i * 37 + i / 7) & mask) as u8)
         .filter(|code| finite(*code));
     let codes: Vec<u8> = all.take(depth * columns).collect();
     let scales: Vec<u8> = (0..9).map(|i| 120 + i * 5 % 11).collect();

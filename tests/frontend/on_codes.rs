@@ -61,6 +61,14 @@ fn found(graph: &Graph) -> Vec<f32> {
     run(graph, Tensor::from_f32(vec![1, 8], &x()))
 }
 
+/// Operator, inputs, integer attributes, output.
+type Case = (
+    &'static str,
+    Vec<&'static str>,
+    &'static [(&'static str, i64)],
+    Vec<f64>,
+);
+
 #[test]
 fn elementwise_operators_give_codes() {
     let near = rounded(&wide(&x()), X);
@@ -71,7 +79,7 @@ fn elementwise_operators_give_codes() {
     let with_b = |f: fn(f64, f64) -> f64| near.iter().zip(b()).map(|(a, b)| f(*a, b)).collect::<Vec<f64>>();
     let of_mask = near.iter().zip(b()).enumerate();
     let chosen: Vec<f64> = of_mask.map(|(i, (a, b))| if i % 3 == 2 { *a } else { b }).collect();
-    let cases: [(&str, Vec<&str>, &[(&str, i64)], Vec<f64>); 5] = [
+    let cases: [Case; 5] = [
         ("QLinearAdd", both.to_vec(), &[], with_b(|a, b| a + b)),
         ("QLinearMul", both.to_vec(), &[], with_b(|a, b| a * b)),
         (

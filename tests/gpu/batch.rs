@@ -9,12 +9,12 @@ use lapidary::package::Package;
 use lapidary::spec::Spec;
 use lapidary::target::{Precision, Prefill, Target};
 
-/// A package with engines for steps of this many sequences, at capacities of 16, 32 and 96.
+/// A package with engines for steps of this many sequences, at capacities of 16, 32 and 64.
 fn package(folder: &Path, export: &str, batch: &[usize]) -> Package {
     let spec = Spec {
         targets: Some(vec![Target::Cpu, Target::TensorrtRtx]),
         dtype: Some(Precision::Fp16),
-        capacity: Some(vec![16, 32, 96]),
+        capacity: Some(vec![16, 32, 64]),
         prefill: Some(Prefill::Chunks(vec![16])),
         batch: Some(batch.to_vec()).filter(|batch| !batch.is_empty()),
         ..Spec::default()

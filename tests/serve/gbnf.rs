@@ -277,7 +277,7 @@ name ::= [a-z]+"#;
     );
     check(
         "root ::= a\na ::= b \"1\" | \"x\"\nb ::= a \"2\" | \"y\"",
-        &["x", "y1", "x21", "y1212121"][..3].as_ref(),
+        &["x", "y1", "x21"],
         &["y", "x2", "x1", "1"],
     );
     // Names as Lark's words, and comments in odd places.

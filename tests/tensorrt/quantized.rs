@@ -5,6 +5,7 @@ use lapidary::graph::{Constant, Graph};
 use lapidary::lower::synthetic::Decoder;
 use lapidary::lower::{LowerOptions, QuantizedForm, lower};
 use lapidary::network::{Profile, WeightMode};
+use lapidary::spec::Spec;
 use lapidary::tensor::DType;
 use lapidary::tensor::quantized::Granularity;
 
@@ -101,6 +102,40 @@ fn every_format_builds_bound() {
         plan(&graph, &one, WeightMode::Bind, QuantizedForm::Dequantize);
         plan(&graph, &many, WeightMode::Bind, QuantizedForm::DequantizeApart);
         plan(&graph, &one, WeightMode::Bind, QuantizedForm::Elementwise);
+    }
+}
+
+#[test]
+fn a_copy_for_prompts_is_of_floats_and_computes_what_codes_do() {
+    for codes in formats() {
+        let graph = decoder(Some(codes));
+        let spec = |prefill_copy| Spec {
+            prefill_copy: Some(prefill_copy),
+            ..Spec::default()
+        };
+        let network = |prefill_copy, profile: &Profile| {
+            let conversion = spec(prefill_copy).resolve().unwrap();
+            lower(&graph, profile, &conversion.lowering_of(profile)).unwrap()
+        };
+        let prompt = Profile::prefill(8, 64);
+        let copy = network(true, &prompt);
+        let names: Vec<&str> = copy.weights.iter().map(|weight| weight.name.as_str()).collect();
+        assert!(
+            !names.iter().any(|name| name.ends_with(".codes")),
+            "{codes:?}: {names:?}"
+        );
+        assert!(
+            copy.weights
+                .iter()
+                .filter(|w| w.constant.as_quantized().is_some())
+                .all(|w| w.constant.dtype() == DType::F16)
+        );
+        // Decode engines are the same with it and without.
+        let decode = Profile::decode(64);
+        let layers = |prefill_copy| format!("{:?}", network(prefill_copy, &decode).layers);
+        assert_eq!(layers(true), layers(false), "{codes:?}");
+        let plan = tensorrt::build(&library(), &copy, &BuildOptions::default());
+        plan.unwrap_or_else(|error| panic!("{codes:?}: {error}"));
     }
 }
 

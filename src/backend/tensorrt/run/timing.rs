@@ -2,9 +2,10 @@
 //! session. Times of matrix products and attention do not depend on the values as long as they are finite.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::time::Duration;
 
-use super::{Buffer, Event, Program, Rows, RunError, Stream};
+use super::{Buffer, CachePlace, Caches, Cuda, Event, Program, Rows, RunError, Stream};
 use crate::interface::Role;
 use crate::network::{Network, TensorId, WeightMode};
 use crate::tensor::{DType, Tensor};
@@ -21,11 +22,17 @@ pub struct SyntheticProgram {
 }
 
 impl SyntheticProgram {
-    /// `network` is the one that the program runs, which knows whose memory an updated cache is in.
-    pub fn new(mut program: Program, network: &Network) -> Result<Self, RunError> {
+    /// `network` is the one that the program runs, which knows whose memory an updated cache is in; `caches_are` is what the
+    /// program was loaded for.
+    pub fn new(mut program: Program, network: &Network, caches_are: Caches) -> Result<Self, RunError> {
         let cuda = program.runtime().cuda().clone();
         let stream = Stream::new(&cuda)?;
         let name = |id| network.tensor(id).name.clone();
+        let interface = network.interface.iter();
+        let roles: BTreeMap<String, Role> = interface
+            .flat_map(|interface| interface.inputs().iter().chain(interface.outputs()))
+            .map(|port| (name(port.id), port.role))
+            .collect();
         let caches: BTreeMap<String, String> = network.aliases().map(|(from, to)| (name(to), name(from))).collect();
         let mut buffers: BTreeMap<String, Buffer> = BTreeMap::new();
         for (port, dtype, bytes) in ports(network, program.tokens()) {
@@ -39,6 +46,17 @@ impl SyntheticProgram {
                     buffers.insert(port.clone(), buffer);
                     address
                 }
+            };
+            let address = match roles.get(&port) {
+                Some(Role::Cache(_)) if caches_are == Caches::Tables => {
+                    let table = places(&cuda, network, &port, address)?;
+                    let address = table.address();
+                    buffers.insert(format!("{port}, table"), table);
+                    address
+                }
+                // Written through the table.
+                Some(Role::UpdatedCache(_)) if caches_are == Caches::Tables => continue,
+                _ => address,
             };
             // SAFETY: of the tensor's size for the tokens that are set, which stay: the program ends up in the struct below,
             // which keeps the memory until the program is dropped and sets no others. If a later line fails, the program is
@@ -100,6 +118,27 @@ pub(super) fn ports(network: &Network, tokens: usize) -> Vec<(String, DType, usi
         .chain(weights)
         .chain(network.outputs.iter().map(tensor))
         .collect()
+}
+
+/// The table of a cache `[sequences, kv_heads, capacity, head_dim]` that lies at this address.
+fn places(cuda: &Rc<Cuda>, network: &Network, cache: &str, address: u64) -> Result<Buffer, RunError> {
+    let tensor = network.inputs.iter().map(|id| network.tensor(*id));
+    let tensor = tensor
+        .into_iter()
+        .find(|tensor| tensor.name == cache)
+        .expect("an input");
+    let dims = tensor.shape.iter().filter_map(|dim| Some(dim.as_const()? as usize));
+    let dims: Vec<usize> = dims.collect();
+    let bytes = tensor.dtype.byte_len(dims[1..].iter().product());
+    let places: Vec<CachePlace> = (0..dims[0])
+        .map(|sequence| CachePlace {
+            address: address + (sequence * bytes) as u64,
+            capacity: dims[2] as u64,
+        })
+        .collect();
+    let table = Buffer::new(cuda, size_of_val(places.as_slice()), cache)?;
+    table.write(0, bytemuck::cast_slice(&places))?;
+    Ok(table)
 }
 
 /// GPU time of one run: the mean of `runs` in a row, after some to warm up.

@@ -138,12 +138,9 @@ impl RowMemory {
         }
     }
 
-    /// The logits of a row, in place of what is in `to`.
-    pub fn logits(&self, row: usize, to: &mut Vec<f32>) -> Result<(), RunError> {
-        let at = row * self.vocabulary * size_of::<f32>();
-        to.clear();
-        to.extend_from_slice(self.pinned_logits.slice::<f32>(at, self.vocabulary)?);
-        Ok(())
+    /// The logits of the first rows, `[rows, vocabulary]`.
+    pub fn logits(&self, rows: usize) -> Result<&[f32], RunError> {
+        self.pinned_logits.slice::<f32>(0, rows * self.vocabulary)
     }
 }
 
