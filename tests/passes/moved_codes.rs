@@ -7,7 +7,7 @@ use lapidary::graph::op::{Op, Unary};
 use lapidary::graph::{Graph, ValueId, infer};
 use lapidary::tensor::{DType, Tensor};
 
-use crate::refusals::{nodes, refusal_at, says};
+use crate::refusals::{nodes, refusal_at, rewire, says};
 use crate::rounded::{Codes, Random, canonical, codes, difference, inside_attention, of_exporter, round};
 
 /// Puts movements before the `DequantizeLinear` in front of them, as often as there are any. Gives how often that was.
@@ -137,7 +137,28 @@ fn codes_that_are_no_roundings_are_named_all_at_once() {
         ],
     );
     assert!(!text.contains("cache"), "{text}");
-    // A scale for each channel, and blocks.
+    // With an operator that is not known before them, both are named.
+    let mut behind = rounded();
+    let quantize = of(&behind, |op| matches!(op, Op::QuantizeLinear { .. }));
+    rewire(&mut behind, quantize[0], 0, |graph, x| {
+        let op_type = "QAttention".to_string();
+        let domain = "com.microsoft".to_string();
+        graph.add_node("attend", Op::Unknown { domain, op_type }, &[x])
+    });
+    let last = of(&behind, |op| matches!(op, Op::DequantizeLinear { .. }));
+    let scale = behind.add_constant("other", Tensor::from_f32(vec![], &[0.5]));
+    behind.node_mut(last[1]).inputs[1] = Some(scale);
+    behind.sort().unwrap();
+    let text = refusal_at(behind, 32);
+    says(
+        &text,
+        &[
+            "the operator com.microsoft::QAttention is not supported",
+            "are read with scale 0.5",
+            "give the file that the quantizer wrote",
+        ],
+    );
+    // A scale for each channel.
     let mut other = rounded();
     let all = of(&other, |op| {
         matches!(op, Op::DequantizeLinear { .. } | Op::QuantizeLinear { .. })
