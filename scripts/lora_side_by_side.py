@@ -6,7 +6,8 @@
 
 "Run time" is the export with two thin products and an addition beside each of the 210 linear modules, x W + (x A) B, converted like any
 other. "Merged" is the package of the plain export with the same adapter merged by `refit --lora`. Both have fp16 weights; the
-script stops if their greedy tokens differ early. Each round runs every package once, in turn: a prompt of 128 tokens, 64 new ones.
+script stops if their greedy tokens differ early. Each round runs every package once, in turn: a prompt of 128 tokens, 64 new ones. Processor
+time (of a token: a run with 64 tokens less a run with one) says more than the clock on a machine that does other things, too.
 
 Then --clients clients at a time ask a server for 128:32 tokens each: of as many merged adapters (`serve --adapter`; each has steps of its
 own), and of one package with thin products in it, which is what requests of several adapters that share their steps would cost at best.
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -34,6 +36,7 @@ from serve_soak import Server, events
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURE = ROOT / "fixtures" / "smollm2"
 PROMPT, NEW, SERVED = 128, 64, 32
+MEASURES = ["ttft_ms", "tpot_ms", "processor_first_ms", "processor_ms"]
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -112,30 +115,37 @@ def run(*command):
 
 
 def generated(program, package, ids, threads):
-    answer = json.loads(run(program, "generate", package, "--prompt-ids", ",".join(map(str, ids)), "--max-new-tokens", NEW, "--ignore-eos",
-                            "--temperature", 0, "--device", "cpu", "--json", "--quiet", *threads))  # fmt: skip
-    return answer["tokens"], answer["timing"]["ttft_ms"], answer["timing"]["tpot_ms"]
+    """Tokens, milliseconds to the first, milliseconds a token, and the same of processor time, the first with the load."""
+    def once(count):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        answer = run(program, "generate", package, "--prompt-ids", ",".join(map(str, ids)), "--max-new-tokens", count, "--ignore-eos",
+                     "--temperature", 0, "--device", "cpu", "--json", "--quiet", *threads)  # fmt: skip
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return json.loads(answer), 1e3 * (after.ru_utime - before.ru_utime)
+
+    (answer, whole), (_, short) = once(NEW), once(1)
+    return answer["tokens"], answer["timing"]["ttft_ms"], answer["timing"]["tpot_ms"], short, (whole - short) / (NEW - 1)
 
 
 def together(server, models):
-    """Seconds until as many clients as models have their tokens."""
+    """Seconds until as many clients as models have their tokens, and milliseconds of processor time a token."""
+    def spent():
+        fields = Path(f"/proc/{server.process.pid}/stat").read_text().rsplit(") ", 1)[1].split()
+        return 1e3 * int(fields[11]) / os.sysconf("SC_CLK_TCK")
+
     def ask(i, model):
         ids = [100 + (i * 31 + j * 7) % 4000 for j in range(PROMPT)]
         body = {"model": model, "prompt": ids, "max_tokens": SERVED, "temperature": 0, "stream": True, "ignore_eos": True,
                 "return_token_ids": True}  # fmt: skip
         _, response = server.post(body)
-        times, found = [], 0
+        found = 0
         for event in events(response):
-            new = sum(len(choice.get("token_ids") or []) for choice in event.get("choices", []))
-            if new:
-                found += new
-                times.append(time.perf_counter())
+            found += sum(len(choice.get("token_ids") or []) for choice in event.get("choices", []))
         if found != SERVED:
             failed.append(f"{model}: {found} tokens of {SERVED}")
-        first.append(times[0])
 
-    failed, first = [], []
-    start = time.perf_counter()
+    failed = []
+    start, before = time.perf_counter(), spent()
     threads = [threading.Thread(target=ask, args=pair) for pair in enumerate(models)]
     for thread in threads:
         thread.start()
@@ -143,7 +153,7 @@ def together(server, models):
         thread.join()
     if failed:
         sys.exit("\n".join(failed))
-    return time.perf_counter() - start
+    return time.perf_counter() - start, (spent() - before) / (SERVED * len(models))
 
 
 def main():
@@ -200,9 +210,9 @@ def main():
         try:
             for turn in range(given.rounds + 1):
                 for name, (server, models) in servers.items():
-                    seconds = together(server, models)
+                    seconds, processor = together(server, models)
                     if turn:
-                        served[name].append(given.clients * SERVED / seconds)
+                        served[name].append((given.clients * SERVED / seconds, processor))
             memory = {name: server.resident() for name, (server, _) in servers.items()}
         finally:
             for server, _ in servers.values():
@@ -212,15 +222,16 @@ def main():
     for each in ranks:
         entry = {"adapter_mb": sizes[each] / 1e6, "first_tokens_equal": agreed[each]}
         for kind in ("merged", "run time"):
-            for i, name in enumerate(("ttft_ms", "tpot_ms")):
+            for i, name in enumerate(MEASURES):
                 entry.setdefault(name, {})[kind] = statistics.median(sample[i] for sample in samples[kind, each])
-        for name in ("ttft_ms", "tpot_ms"):
+        for name in MEASURES:
             entry[name]["ratio"] = entry[name]["run time"] / entry[name]["merged"]
         entry["samples"] = {kind: samples[kind, each] for kind in ("merged", "run time")}
         result["ranks"][each] = entry
     result["served"] = {"clients": given.clients, "rank": rank, "prompt": PROMPT, "tokens": SERVED,
-                        "tokens_per_s": {name: statistics.median(values) for name, values in served.items()},
-                        "tokens_per_s_samples": served, "resident_mb": memory}  # fmt: skip
+                        "tokens_per_s": {name: statistics.median(one for one, _ in values) for name, values in served.items()},
+                        "processor_ms": {name: statistics.median(one for _, one in values) for name, values in served.items()},
+                        "samples": served, "resident_mb": memory}  # fmt: skip
     text = json.dumps(result, indent=1)
     print(text)
     if given.output:

@@ -276,7 +276,10 @@ fn form(asked: &GuidedDecodingOptions) -> Result<Option<(&'static str, Form)>, D
             .clone()
             .map(|pattern| ("guided_regex", Form::Regex(pattern))),
         choice.map(|texts| ("guided_choice", Form::Choice(texts))),
-        asked.grammar.clone().map(|text| ("guided_grammar", Form::grammar(text))),
+        asked
+            .grammar
+            .clone()
+            .map(|text| ("guided_grammar", Form::grammar(text))),
     ];
     let mut forms = forms.into_iter().flatten();
     let first = forms.next();

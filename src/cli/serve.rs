@@ -27,18 +27,25 @@ pub struct Args {
     /// Port to listen on; 0: any free port
     #[arg(long, value_name = "N", default_value_t = 8080)]
     port: u16,
+    /// Name of the package in requests, in place of its folder's; with several packages one for each, in their order
+    #[arg(long, visible_alias = "alias", value_name = "NAME", value_delimiter = ',')]
+    served_model_name: Vec<String>,
     /// Accept only requests with one of the API keys in this file (one per line)
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
+    /// Accept requests with this API key, too; repeatable. Other users of the machine can read it in the list of
+    /// processes, unlike those of --api-key-file
+    #[arg(long, value_name = "KEY")]
+    api_key: Vec<String>,
     #[command(flatten)]
     place: Place,
     /// Also serve a package with a LoRA adapter (a PEFT folder), under the model name NAME; repeatable. With several
     /// packages PACKAGE:NAME=DIR
-    #[arg(long, value_name = "NAME=DIR", value_parser = adapter)]
+    #[arg(long, visible_alias = "lora-modules", value_name = "NAME=DIR", value_parser = adapter)]
     adapter: Vec<NamedAdapter>,
 
     /// Concurrent sequences of each package
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = count(1, 1024))]
+    #[arg(long, visible_aliases = ["max-num-seqs", "parallel"], value_name = "N", default_value_t = 8, value_parser = count(1, 1024))]
     max_sequences: usize,
     /// Queue length of each package, 0 for none; further requests are refused with status 429
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = count(0, 1 << 20))]
@@ -135,11 +142,17 @@ fn byte_count(text: &str) -> Result<usize, String> {
 }
 
 pub fn run(args: Args) -> Result<(), Failure> {
-    let keys = match &args.api_key_file {
+    let mut keys = match &args.api_key_file {
         Some(path) => read_keys(path)?,
         None => Keys::default(),
     };
-    let mut names = names(&args.packages)?;
+    for key in &args.api_key {
+        if key.trim().is_empty() {
+            return Err(Failure::input("--api-key: the key is empty").help("write a key, or leave the flag out"));
+        }
+        keys.add(key.trim());
+    }
+    let mut names = names(&args.packages, &args.served_model_name)?;
     let parents = parents(&args.adapter, &names)?;
     let mut models = Vec::new();
     for (name, path) in names.iter().zip(&args.packages) {
@@ -203,8 +216,21 @@ fn allow_connections() {
     let _ = setrlimit(Resource::Nofile, limit);
 }
 
-/// What requests call each package: the name of its folder.
-fn names(packages: &[PathBuf]) -> Result<Vec<String>, Failure> {
+/// What requests call each package: the name that was given, or that of its folder.
+fn names(packages: &[PathBuf], given: &[String]) -> Result<Vec<String>, Failure> {
+    if !given.is_empty() {
+        let flag = format!("--served-model-name {}", given.join(","));
+        if given.len() != packages.len() {
+            let message = format!("{flag}: names: {}, packages: {}", given.len(), packages.len());
+            return Err(Failure::input(message).help("give one name for each package, in their order"));
+        }
+        let different: BTreeSet<&String> = given.iter().collect();
+        if different.len() < given.len() || given.iter().any(|name| name.trim().is_empty()) {
+            return Err(Failure::input(format!("{flag}: two names are equal, or one is empty"))
+                .help("give each package another name"));
+        }
+        return Ok(given.to_vec());
+    }
     let mut seen = BTreeSet::new();
     let mut names = Vec::new();
     for path in packages {
@@ -218,7 +244,7 @@ fn names(packages: &[PathBuf]) -> Result<Vec<String>, Failure> {
                 "{}: two packages are named {name:?}; the folder's name identifies a package in requests",
                 path.display()
             ))
-            .help("rename one of the folders"));
+            .help("rename one of the folders, or give names with --served-model-name"));
         }
         names.push(name);
     }

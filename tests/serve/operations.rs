@@ -276,6 +276,37 @@ fn keys_are_asked_for() {
 }
 
 #[test]
+fn names_and_keys_of_the_command_line() {
+    let flags = [
+        "--served-model-name",
+        "org/tiny",
+        "--api-key",
+        "one",
+        "--api-key",
+        " two ",
+        "--max-num-seqs",
+        "2",
+    ];
+    let server = Server::start("64", &flags);
+    let get = |path: &str, key: &str| server.request("GET", path, &[&format!("Authorization: Bearer {key}")], "");
+    let models = get("/v1/models", "one").ok();
+    assert_eq!(models["data"][0]["id"], "org/tiny");
+    assert_eq!(get("/v1/models/org/tiny", "two").ok()["id"], "org/tiny");
+    assert_eq!(get("/v1/models/tiny", "two").status, 404);
+    assert_eq!(get("/v1/models", "three").status, 401);
+    let body = json!({"model": "org/tiny", "prompt": [5], "max_tokens": 2}).to_string();
+    let reply = server.request("POST", "/v1/completions", &["Authorization: Bearer one"], &body);
+    assert_eq!(reply.ok()["model"], "org/tiny");
+    for path in ["/health", "/v1/health", "/ping"] {
+        assert_eq!(server.get(path).ok(), json!({"status": "ok"}), "{path}");
+    }
+    assert_eq!(
+        server.get("/version").ok(),
+        json!({"version": env!("CARGO_PKG_VERSION")})
+    );
+}
+
+#[test]
 fn a_page_to_chat_is_there_and_loads_nothing_else() {
     let server = Server::start("64", &[]);
     let page = server.get("/");
@@ -483,6 +514,15 @@ fn what_cannot_be_served_is_refused_at_the_start() {
         message.contains("two packages are named \"pkg\"") && help.contains("rename"),
         "{message}"
     );
+    let (message, help) = refused(&[text(&package), "--served-model-name", "a", "--alias", "b"]);
+    assert!(
+        message == "--served-model-name a,b: names: 2, packages: 1" && help.contains("one name for each"),
+        "{message}"
+    );
+    let (message, _) = refused(&[text(&package), text(&package), "--served-model-name", "a,a"]);
+    assert!(message.contains("two names are equal"), "{message}");
+    let (message, _) = refused(&[text(&package), "--api-key", " "]);
+    assert!(message.starts_with("--api-key: "), "{message}");
     let empty = folder.path().join("keys");
     std::fs::write(&empty, "# no key\n").unwrap();
     let (message, _) = refused(&[text(&package), "--api-key-file", text(&empty)]);

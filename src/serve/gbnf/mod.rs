@@ -8,13 +8,14 @@
 //! - `parse` reads the text: [`Expr`] for each rule.
 //! - `regular` finds the rules that are regular expressions, direct recursion at an end of a rule included, and is their algebra.
 //! - `plan` cuts all rules into terminals, the largest parts that are regular, and what is around them.
-//! - `lexing` finds terminals that the lexer would take too long. Those are split into their parts, and planned again: at the end of
+//! - `automaton` compares terminals, and `lexing` finds those that the lexer would take too long. They are split into their parts, and planned again: at the end of
 //!   that there are single characters, where the lexer cannot go wrong.
 //! - `lark` writes the text.
 //!
 //! GBNF's syntax is that of llama.cpp's `grammars/README.md` and `src/llama-grammar.cpp`. Beyond it, names may have `_`, an alternative
 //! may begin with `|` on a new line, and rules may be left-recursive.
 
+mod automaton;
 mod chars;
 mod lark;
 mod lexing;

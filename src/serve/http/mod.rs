@@ -99,6 +99,11 @@ impl Keys {
         Keys(keys.map(|key| blake3::hash(key.as_bytes())).collect())
     }
 
+    /// One more.
+    pub fn add(&mut self, key: &str) {
+        self.0.push(blake3::hash(key.as_bytes()));
+    }
+
     /// Without any, every client is served.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -183,13 +188,18 @@ impl Server {
             .route("/v1/completions", post(text_completions))
             .route("/v1/embeddings", post(no_embeddings))
             .route("/v1/models", get(list_models))
-            .route("/v1/models/{name}", get(one_model))
+            // A name may have slashes.
+            .route("/v1/models/{*name}", get(one_model))
             .route("/tokenize", post(tokenize))
             .route("/detokenize", post(detokenize))
             .layer(middleware::from_fn_with_state(self.clone(), check_key));
         let open = Router::new()
             .route("/", get(page))
+            // Names that probes of vLLM and of llama.cpp's server use, too.
             .route("/health", get(health))
+            .route("/v1/health", get(health))
+            .route("/ping", get(health))
+            .route("/version", get(version))
             .route("/metrics", get(metrics));
         guarded
             .merge(open)
@@ -348,6 +358,10 @@ async fn health(State(server): Shared) -> Result<Response, ApiError> {
             Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message))
         }
     }
+}
+
+async fn version() -> Response {
+    json_response(&json!({"version": env!("CARGO_PKG_VERSION")}))
 }
 
 /// The chat page for a browser. It loads nothing else, and may connect only to this server.
