@@ -1,5 +1,5 @@
-//! Releases pages of mapped files that were read once: of weights, for a conversion, and of this program's own code, most of
-//! which reads and compiles models.
+//! Releases memory that was needed once: pages of mapped files (weights, for a conversion; this program's own code, most of which
+//! reads and compiles models), and free pages of the heap.
 
 use std::ops::Range;
 
@@ -49,6 +49,19 @@ pub fn release_code() {
             // executed. Failing does nothing.
             let _ = unsafe { rustix::mm::madvise(pages, range.len(), rustix::mm::Advice::LinuxDontNeed) };
         }
+    }
+}
+
+/// Gives free pages of the heap back to the system: reading and compiling a model leaves many. Only glibc keeps them.
+pub fn release_heap() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        unsafe extern "C" {
+            /// Keeps `pad` free bytes at the heap's end; 1 if memory was given back.
+            fn malloc_trim(pad: usize) -> std::ffi::c_int;
+        }
+        // SAFETY: as glibc declares it (malloc.h); it may be called at any time and from any thread.
+        let _ = unsafe { malloc_trim(0) };
     }
 }
 

@@ -112,6 +112,7 @@ impl Program {
         options.weights.settle();
         if network.layers.len() >= WORTH_RELEASING {
             mapped_pages::release_code();
+            mapped_pages::release_heap();
         }
         let Compiler {
             steps,
