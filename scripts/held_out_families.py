@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Exports of families and options that nobody looked at while the passes were written, with ONNX Runtime's answers.
+"""Held-out exports: families and options that were not used while the passes were written, with ONNX Runtime's answers.
 
     export/bin/python scripts/held_out_families.py make /work/held-out optimum
     t5/bin/python scripts/held_out_families.py make /work/held-out dynamo torchscript genai mobius
@@ -196,6 +196,7 @@ def build(kind, settings):
     """A model with weights that spread, and the same on every run."""
     import torch
     import transformers
+    from exportkit.families import spread_weights
 
     config = transformers.AutoConfig.for_model(kind, vocab_size=VOCABULARY, **settings)
     torch.manual_seed(0)
@@ -204,15 +205,7 @@ def build(kind, settings):
         # The loop over experts, transformers 5's own, is refused by the exporter.
         with contextlib.suppress(Exception):
             model.set_experts_implementation("batched_mm")
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            spread = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
-                parameter.copy_(0.2 * spread + (1 if name.endswith("weight") else 0))
-            else:
-                wide = any(part in name for part in ("embed", "wte", "lm_head"))
-                parameter.copy_(spread * (2.0 if wide else 1.1) * parameter.shape[-1] ** -0.5)
+    spread_weights(model, 5, 1.1)
     return model
 
 

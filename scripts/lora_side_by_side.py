@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from serve_soak import Server, events
+from serve_soak import Server, events, give
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURE = ROOT / "fixtures" / "smollm2"
@@ -232,11 +232,7 @@ def main():
                         "tokens_per_s": {name: statistics.median(one for one, _ in values) for name, values in served.items()},
                         "processor_ms": {name: statistics.median(one for _, one in values) for name, values in served.items()},
                         "samples": served, "resident_mb": memory}  # fmt: skip
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.output:
-        Path(given.output).write_text(text + "\n")
-
+    give(result, given.output)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import transformers
 from transformers import cache_utils
 
 from exportkit.exporters import masks_without_vmap, save_dynamo
-from exportkit.families import Shape, save
+from exportkit.families import Shape, save, spread_weights
 
 VOCABULARY = 97
 STEPS = 8
@@ -122,15 +122,7 @@ def build(family):
     if "num_experts" in settings and hasattr(model, "set_experts_implementation"):
         # The loop over experts, transformers 5's own, is refused by the exporter.
         model.set_experts_implementation("batched_mm")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            spread = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
-                parameter.copy_(0.2 * spread + (1 if name.endswith("weight") else 0))
-            else:
-                wide = any(part in name for part in ("embed", "wte", "lm_head"))
-                parameter.copy_(spread * (2.0 if wide else 1.2) * parameter.shape[-1] ** -0.5)
+    spread_weights(model, 1, 1.2)
     return model.bfloat16() if family.endswith("-bf16") else model
 
 

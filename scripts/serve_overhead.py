@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-from serve_soak import Server, events
+from serve_soak import Server, events, give
 
 
 def served(server, ids, count):
@@ -71,11 +71,7 @@ def main():
         medians = {system: statistics.median(entry[i] for entry in entries) for system, entries in rounds.items()}
         result[name] = medians | {"ratio": medians["serve"] / medians["generate"]}
         result[f"{name}_samples"] = {system: [entry[i] for entry in entries] for system, entries in rounds.items()}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            file.write(text + "\n")
+    give(result, arguments.output)
 
 
 if __name__ == "__main__":

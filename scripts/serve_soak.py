@@ -57,6 +57,15 @@ def events(response):
             yield json.loads(line.removeprefix("data: "))
 
 
+def give(result, output):
+    """Prints a result as JSON and writes it to a file, if one is named."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if output:
+        with open(output, "w") as file:
+            file.write(text + "\n")
+
+
 def tokens(document_or_events, choices):
     found = [[] for _ in range(choices)]
     for document in document_or_events:

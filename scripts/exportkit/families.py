@@ -76,6 +76,19 @@ def prompt_of(vocabulary):
     return [1] + [(17 + 29 * i) % (vocabulary - 3) + 3 for i in range(PROMPT_LENGTH - 1)]
 
 
+def spread_weights(model, seed, scale):
+    """Weights of a model from a config, about unit size after each product; embeddings and the head are wider, so that logits differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(0.2 * spread + (1 if name.endswith("weight") else 0))
+            else:
+                wide = any(part in name for part in ("embed", "wte", "lm_head"))
+                parameter.copy_(spread * (2.0 if wide else scale) * parameter.shape[-1] ** -0.5)
+
+
 def draw_weights(model, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

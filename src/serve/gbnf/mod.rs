@@ -111,7 +111,7 @@ struct Grammar {
 pub fn is_gbnf(text: &str) -> bool {
     let lines = text.lines().map(str::trim_start);
     let mut lines = lines.skip_while(|line| line.is_empty() || line.starts_with('#'));
-    // `::=` may be on the line after the name's comment, which nobody writes.
+    // A `::=` on the line after the name's comment is valid GBNF and is not recognized here: it is unusual.
     let rest = lines.next().unwrap_or_default().trim_start_matches(parse::is_of_name);
     rest.trim_start().starts_with("::=")
 }
