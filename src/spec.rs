@@ -46,7 +46,8 @@ pub struct Spec {
     /// One engine per capacity, with an optimization profile for decoding and one for the prefill range. Slower than engines of
     /// fixed shapes, and smaller where weights are embedded.
     pub one_engine: Option<bool>,
-    /// Engines for prompts read a copy of quantized weights in floating point, which the GPU holds beside their codes.
+    /// Engines for prompts read a copy of quantized weights in floating point, which the GPU holds beside their codes. Default:
+    /// with bound weights, unless `one_engine` or `lowering` is set.
     pub prefill_copy: Option<bool>,
     /// A folder or a `tokenizer.json`; relative to the spec's own folder.
     pub tokenizer: Option<PathBuf>,
@@ -215,7 +216,9 @@ impl Spec {
         if !batch.is_empty() && (weights != WeightMode::Bind || self.kernels == Some(false)) {
             return bad("several sequences in one step need kernels, and so bound weights".into());
         }
-        let prefill_copy = self.prefill_copy.unwrap_or(false);
+        // One engine would read the copy for decode too, and a lowering says how prompts read weights.
+        let by_default = weights == WeightMode::Bind && !one_engine && self.lowering.is_none();
+        let prefill_copy = self.prefill_copy.unwrap_or(by_default);
         if prefill_copy && weights != WeightMode::Bind {
             return bad("a copy of the weights for prompts is bound beside their codes: use bound weights".into());
         }
@@ -297,7 +300,9 @@ impl Conversion {
         let name = profile.to_string();
         let tuned = self.tuned.iter().find(|tuned| tuned.profile == name);
         let lowering = tuned.map_or(&self.lowering, |tuned| &tuned.lowering);
-        let prefill_quantized = match self.prefill_copy && profile.tokens != Tokens::Static(1) {
+        // A tuned engine has what was measured for it.
+        let copies = self.prefill_copy && tuned.is_none() && profile.tokens != Tokens::Static(1);
+        let prefill_quantized = match copies {
             true => Some(QuantizedForm::Whole),
             false => lowering.prefill_quantized,
         };
@@ -362,6 +367,28 @@ mod tests {
         assert!(resolve("{prefill_copy: true, weights: embed}").contains("use bound weights"));
         assert!(resolve("one_engine: true").contains("needs a prefill range"));
         assert!(resolve("{one_engine: true, prefill: {min: 1, opt: 2, max: 4}, weights: strip}").contains("no refit"));
+    }
+
+    /// How prompts read quantized weights: from a copy, unless the package has no place for one or something else was chosen.
+    #[test]
+    fn prompts_of_bound_weights_read_a_copy() {
+        let of = |text: &str, profile: Profile| {
+            let conversion = Spec::parse(text).unwrap().resolve().unwrap();
+            conversion.lowering_of(&profile).prefill_quantized
+        };
+        let prefill = Profile::prefill(128, 256);
+        let apart = LowerOptions::for_engines().prefill_quantized;
+        assert_eq!(of("{}", prefill), Some(QuantizedForm::Whole));
+        assert_eq!(of("prefill_copy: true", prefill), Some(QuantizedForm::Whole));
+        for other in [
+            "prefill_copy: false",
+            "weights: embed",
+            "{one_engine: true, prefill: {min: 1, opt: 64, max: 128}}",
+            "lowering: {prefill_quantized: dequantize_apart}",
+        ] {
+            assert_eq!(of(other, prefill), apart, "{other}");
+        }
+        assert_eq!(of("{}", Profile::decode(256)), apart, "decode does not use it");
     }
 
     #[test]

@@ -39,7 +39,7 @@ fn read(buffer: &Buffer) -> Vec<f32> {
 fn the_best_token_on_the_device_is_that_of_the_host() {
     let runtime = runtime();
     let stream = Stream::new(runtime.cuda()).unwrap();
-    let mut argmax = Argmax::new(runtime.cuda(), &stream).unwrap();
+    let mut argmax = Argmax::new(runtime.cuda(), &stream, 8).unwrap();
     let mut state = 88_172_645_463_325_252_u64;
     let mut bits = || {
         state ^= state << 13;
@@ -48,6 +48,7 @@ fn the_best_token_on_the_device_is_that_of_the_host() {
         state
     };
     for n in [1, 2, 31, 256, 257, 320, 32_000, 49_152, 128_256] {
+        let mut rows = Vec::new();
         for kind in 0..8 {
             let mut logits: Vec<f32> = (0..n)
                 .map(|_| match kind {
@@ -70,9 +71,15 @@ fn the_best_token_on_the_device_is_that_of_the_host() {
                 _ => {}
             }
             let on_device = buffer(&runtime, &logits);
-            argmax.enqueue(&stream, &on_device, n).unwrap();
+            argmax.enqueue(&stream, &on_device, 1, n).unwrap();
             stream.wait().unwrap();
-            assert_eq!(argmax.result().unwrap(), best(&logits), "{n} logits of kind {kind}");
+            assert_eq!(argmax.result(0).unwrap(), best(&logits), "{n} logits of kind {kind}");
+            rows.extend(logits);
+        }
+        argmax.enqueue(&stream, &buffer(&runtime, &rows), 8, n).unwrap();
+        stream.wait().unwrap();
+        for (row, logits) in rows.chunks_exact(n).enumerate() {
+            assert_eq!(argmax.result(row).unwrap(), best(logits), "row {row} of {n} logits");
         }
     }
 }

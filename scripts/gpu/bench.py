@@ -39,8 +39,9 @@ DEVICE = "cpu" if TARGET == "cpu" else "cuda"
 class Stage:
     """The jobs of one model: where their files are, what is done, how much time is left."""
 
-    def __init__(self, model, results):
-        self.model, self.results = model, results
+    def __init__(self, model, results, timed=4096):
+        """`timed`: tokens of the workload that prompts and contexts are cut from."""
+        self.model, self.results, self.timed = model, results, timed
         self.lock = threading.Lock()
         self.folder = WORK / "bench" / model
         self.files = self.folder / "results"
@@ -96,7 +97,7 @@ class Stage:
         """Workload and reference; the hash all weights must have."""
         if source.startswith("made:"):
             vocabulary = make_model.SIZES[source.removeprefix("made:")]["vocab_size"]
-            arguments = ["--vocabulary", vocabulary]
+            arguments = ["--vocabulary", vocabulary, "--timed", self.timed]
         else:
             arguments = ["--ids-from", ROOT / "fixtures/smollm2/reference.json"]
         if not self.workload.exists():  # also where results of an earlier machine were carried back

@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI beside Lapidary on one GPU in one run: the same weights in fp16, and the int4 codes of GenAI's model builder in both.
+"""ONNX Runtime GenAI and transformers beside Lapidary on one GPU in one run: the same weights in fp16, and the int4 codes of GenAI's model builder.
 
 `prepare` needs torch and the builder alone, so it can run while the rest is carried: it writes the checkpoint of a made model, GenAI's two
 folders and the fp32 reference. `compare` converts and measures. Lapidary's fp16 package is of make_model.py's export, whose weights hash to
@@ -23,13 +23,16 @@ from common import ROOT, WORK, lapidary, note
 sys.path.insert(0, str(ROOT / "scripts" / "baselines"))
 import outputs  # noqa: E402
 
-CASES = ["--prefill", "37,128,300,512,1000,4040", "--live", "300,4080", "--end-to-end", "300:128"]
+CASES = ["--prefill", "37,128,300,512,1000,4040", "--live", "64,300,1000,4080,8064", "--end-to-end", "300:128"]
+# Each length of a cache is another compilation of transformers' step.
+COMPILED_CASES = ["--prefill", "128,512", "--live", "300,4080", "--end-to-end", "300:128", "--runs", "1"]
+TRANSFORMERS = ["frozen-flash", "static-compile", "eager"]
 OURS = ["--decode-samples", "64", "--repetitions", "8"]
-# Slots of GenAI's shared cache: beyond 4080 tokens and those that follow.
-SLOTS = 4224
+# Slots of GenAI's shared cache. Its step takes as long with 4224 (llama-8b, 300 tokens: 5.27 ms).
+SLOTS = 8192
 # Large files that are read once; WORK may be memory.
 DISK = Path(os.environ.get("PEERS", "/tmp/lapidary-peers"))
-CAPACITIES = [1024, 4096]
+CAPACITIES = [1024, 4096, 8192]
 BATCH = ["--batch", "2,4,8,16"]
 # Imports the builder without the package's native library.
 BUILDER = (
@@ -79,7 +82,7 @@ def built(stage, size, precision):
 
 
 def prepare(size, results):
-    stage = Stage(f"llama-{size}", results)
+    stage = Stage(f"llama-{size}", results, timed=SLOTS)
     exported(stage, size)
     stage.prepare(f"made:{size}")
     stage.job(f"checkpoint {size}", lambda: checkpoint(size) and None)
@@ -96,7 +99,7 @@ def package(stage, size, precision, source):
 
 def compare(size, results):
     """One after the other, ours and theirs; for int4 how far each of them is from the other too."""
-    stage = Stage(f"llama-{size}", results)
+    stage = Stage(f"llama-{size}", results, timed=SLOTS)
     stage.prepare(f"made:{size}")
     file = lambda name: stage.files / f"{stage.model}-peer-{name}.json"
     theirs = functools.partial(genai, stage, size)
@@ -113,6 +116,10 @@ def compare(size, results):
                                    timeout=max(15, stage.left())) and None  # fmt: skip
         stage.job(f"{size} Lapidary int4", measure, ours4)
     theirs("int4", file("onnxruntime-genai-int4"))
+    for mode in TRANSFORMERS:
+        result = file(f"transformers-{mode}")
+        measure = functools.partial(stage.transformers, mode, f"made:{size}", result, cases=COMPILED_CASES)
+        stage.job(f"{size} transformers {mode}", measure, result)
     stage.job(f"{size} int4 agreement", lambda: agreement(ours4, file("onnxruntime-genai-int4")))
 
 
@@ -135,7 +142,7 @@ def agreement(ours, theirs):
 
 def serve(size, results):
     """Throughput of the server's scheduler against concurrency, over the package of `compare`."""
-    stage = Stage(f"llama-{size}", results)
+    stage = Stage(f"llama-{size}", results, timed=SLOTS)
     for precision, source in ((half(), lambda: exported(stage, size)), ("int4", lambda: built(stage, size, "int4") / "model.onnx")):
         if precision == "int4" and not (DISK / size / "int4" / "complete").exists():
             continue

@@ -105,14 +105,14 @@ pub struct Args {
     /// One engine per capacity for decode and prefill, with two optimization profiles (needs a range as --prefill)
     #[arg(long, help_heading = "Engines")]
     one_engine: bool,
-    /// Let prompts of a quantized package run on a floating-point copy of its weights, which the GPU holds beside the codes:
-    /// prompts are read faster
-    #[arg(long, help_heading = "Engines")]
-    prefill_copy: bool,
+    /// Prompts of a quantized package run on a floating-point copy of its weights, which the GPU holds beside the codes
+    /// [default: on for bound weights; off is slower and needs as much scratch memory]
+    #[arg(long, value_enum, help_heading = "Engines")]
+    prefill_copy: Option<Switch>,
     /// Lapidary's decode kernels between TensorRT engines, for bound weights in 16 bits, int8 or int4 [default: on where
     /// supported]
     #[arg(long, value_enum, help_heading = "Engines")]
-    kernels: Option<Kernels>,
+    kernels: Option<Switch>,
     /// Also build engines that decode N sequences in one step (2 to 16), for `serve`
     #[arg(long, value_name = "N,N", value_delimiter = ',', help_heading = "Engines")]
     batch: Option<Vec<usize>>,
@@ -128,7 +128,7 @@ pub struct Args {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
-enum Kernels {
+enum Switch {
     On,
     Off,
 }
@@ -233,7 +233,7 @@ fn save_spec(path: &Path, conversion: &Conversion) -> Result<(), Failure> {
         capacity: Some(conversion.capacities.clone()),
         prefill: Some(conversion.prefill.clone()),
         one_engine: conversion.one_engine.then_some(true),
-        prefill_copy: conversion.prefill_copy.then_some(true),
+        prefill_copy: Some(conversion.prefill_copy),
         tokenizer: None,
         kernels: conversion.kernels,
         batch: Some(conversion.batch.clone()).filter(|batch| !batch.is_empty()),
@@ -258,9 +258,9 @@ fn conversion(args: &Args) -> Result<Conversion, Failure> {
         capacity: args.capacity.clone(),
         prefill: args.prefill.clone(),
         one_engine: args.one_engine.then_some(true),
-        prefill_copy: args.prefill_copy.then_some(true),
+        prefill_copy: args.prefill_copy.map(|copy| copy == Switch::On),
         tokenizer: args.tokenizer.clone(),
-        kernels: args.kernels.map(|kernels| kernels == Kernels::On),
+        kernels: args.kernels.map(|kernels| kernels == Switch::On),
         batch: args.batch.clone(),
         lowering: None,
         tuned: None,

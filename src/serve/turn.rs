@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::metrics::{ENDS, Metrics, end_of};
 use super::request::{Event, Finished, RequestError, Sink};
 use super::scheduler::Waiting;
-use crate::decode::batch::{BatchDecoder, BatchError, SequenceId};
+use crate::decode::batch::{BatchDecoder, BatchError, NextToken, SequenceId};
 use crate::decode::{FinishReason, GenerateError, Transcript};
 use crate::sample::{Chain, Constraint};
 use crate::text::Tokenizer;
@@ -47,7 +47,9 @@ struct Running<'t> {
 
 /// What a token is drawn from. The decoder belongs to the thread of its device; this does not.
 struct Given<'d> {
+    /// Empty where the device found the best token.
     logits: &'d [f32],
+    best: Option<u32>,
     history: &'d [u32],
     /// Tokens that the sequence can still be fed.
     remaining: usize,
@@ -57,6 +59,7 @@ impl<'d> Given<'d> {
     fn of(decoder: &'d BatchDecoder, id: SequenceId) -> Self {
         Given {
             logits: decoder.logits(id),
+            best: decoder.best(id),
             history: decoder.tokens(id),
             remaining: decoder.remaining(id),
         }
@@ -214,7 +217,7 @@ impl<'t> Turn<'t> {
     }
 
     /// Draws a token for each sequence that has logits, and ends those that are done. Gives what is to be fed.
-    fn draw(&mut self) -> Vec<(SequenceId, u32)> {
+    fn draw(&mut self) -> Vec<NextToken> {
         let (decoder, metrics) = (&self.decoder, self.metrics);
         let running = self.running.iter_mut().enumerate();
         let drawing = running.filter(|(_, one)| one.state == State::Drawing);
@@ -225,16 +228,20 @@ impl<'t> Turn<'t> {
             })
             .collect();
         let logits: usize = drawing.iter().map(|(.., given)| given.logits.len()).sum();
-        let draw = |(at, one, given): (usize, &mut Running<'_>, Given<'_>)| (at, one.id, one.draw(given, metrics));
-        let drawn: Vec<(usize, SequenceId, Drawn)> = match drawing.len() > 1 && logits >= SHARED {
+        let draw = |(at, one, given): (usize, &mut Running<'_>, Given<'_>)| (at, one.draw(given, metrics));
+        let drawn: Vec<(usize, Drawn)> = match drawing.len() > 1 && logits >= SHARED {
             true => drawing.into_par_iter().map(draw).collect(),
             false => drawing.into_iter().map(draw).collect(),
         };
         let mut tokens = Vec::with_capacity(drawn.len());
         let mut ended: Vec<(usize, End)> = Vec::new();
-        for (at, id, drawn) in drawn {
+        for (at, drawn) in drawn {
             match drawn {
-                Ok((token, None)) => tokens.push((id, token)),
+                Ok((token, None)) => tokens.push(NextToken {
+                    sequence: self.running[at].id,
+                    token,
+                    only_best: self.running[at].needs_only_best(),
+                }),
                 Ok((_, Some(end))) => ended.push((at, Ok(end))),
                 Err(error) => ended.push((at, Err(error))),
             }
@@ -245,15 +252,15 @@ impl<'t> Turn<'t> {
         tokens
     }
 
-    fn step(&mut self, tokens: &[(SequenceId, u32)]) {
+    fn step(&mut self, tokens: &[NextToken]) {
         if tokens.is_empty() {
             return;
         }
-        let results = self.decoder.step(tokens);
+        let results = self.decoder.advance(tokens);
         self.metrics.count(|now| now.steps += 1);
-        for ((id, _), result) in tokens.iter().zip(results) {
+        for (next, result) in tokens.iter().zip(results) {
             if let Err(error) = result {
-                let at = self.running.iter().position(|one| one.id == *id);
+                let at = self.running.iter().position(|one| one.id == next.sequence);
                 self.end(at.expect("it was fed a token"), Err(error.into()));
             }
         }
@@ -310,10 +317,16 @@ impl<'t> Turn<'t> {
 }
 
 impl Running<'_> {
+    /// The next token follows from the largest logit, and no other logit is reported.
+    fn needs_only_best(&self) -> bool {
+        self.chain.is_argmax() && self.constraint.is_none() && self.transcript.limits().logprobs.is_none()
+    }
+
     /// Draws the next token and reports it; with the reason if it is the last.
     fn draw(&mut self, given: Given<'_>, metrics: &Metrics) -> Drawn {
         let Given {
             logits,
+            best,
             history,
             remaining,
         } = given;
@@ -326,7 +339,10 @@ impl Running<'_> {
                 &self.limited
             }
         };
-        let drawn = self.chain.sample(allowed, history);
+        let drawn = match best {
+            Some(best) => Ok(best),
+            None => self.chain.sample(allowed, history),
+        };
         let token = drawn.map_err(|source| GenerateError::Draw {
             step: self.transcript.tokens().len() + 1,
             position: history.len(),

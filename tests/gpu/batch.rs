@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use lapidary::convert::{ConvertOptions, convert};
-use lapidary::decode::batch::{BatchDecoder, BatchOptions, SequenceId};
+use lapidary::decode::batch::{BatchDecoder, BatchOptions, NextToken, SequenceId};
 use lapidary::decode::{DeviceChoice, SessionOptions, best};
 use lapidary::package::Package;
 use lapidary::spec::Spec;
@@ -156,5 +156,56 @@ fn sequences_on_the_gpu_get_what_they_get_alone() {
         let differences = pairs.flat_map(|((_, a), (_, b))| a.iter().zip(b).map(|(a, b)| (a - b).abs()));
         let worst = differences.fold(0.0, |worst, d| if d > worst || d.is_nan() { d } else { worst });
         assert!(worst < 5e-2, "{export} {batch:?}: {worst:e} from the CPU");
+    }
+}
+
+/// Some rows of a step need the best token alone, others their logits.
+#[test]
+#[ignore = "needs a GPU"]
+fn best_tokens_found_on_the_gpu_are_those_of_the_logits() {
+    let folder = tempfile::tempdir().unwrap();
+    let package = package(folder.path(), "exports/llama-optimum", &[2, 4, 8]);
+    let vocabulary = package.vocabulary().unwrap() as u32;
+    let prompts: Vec<Vec<u32>> = (0..6u32)
+        .map(|i| (0..4 + i).map(|j| (j * 37 + i * 11 + 5) % vocabulary).collect())
+        .collect();
+    let expected = run(
+        &mut decoder(&package, DeviceChoice::Cuda, 6),
+        &prompts,
+        &[24; 6],
+        0,
+        None,
+    );
+
+    let mut batch = decoder(&package, DeviceChoice::Cuda, 6);
+    let ids: Vec<SequenceId> = prompts
+        .iter()
+        .map(|prompt| batch.join(prompt.clone()).unwrap())
+        .collect();
+    for id in &ids {
+        while batch.prefill(*id).unwrap().left > 0 {}
+    }
+    for round in 0..24 {
+        let mut next = Vec::new();
+        for (i, id) in ids.iter().enumerate() {
+            let (token, logits) = &expected[i][round];
+            match batch.best(*id) {
+                Some(best) => {
+                    assert_eq!(best, *token, "sequence {i}, token {round}");
+                    assert!(batch.logits(*id).is_empty());
+                }
+                None => assert!(batch.logits(*id) == logits, "sequence {i}, token {round}"),
+            }
+            let only_best = (i + round) % 3 > 0;
+            assert_eq!(batch.best(*id).is_some(), round > 0 && (i + round - 1) % 3 > 0);
+            next.push(NextToken {
+                sequence: *id,
+                token: *token,
+                only_best,
+            });
+        }
+        for result in batch.advance(&next) {
+            result.unwrap_or_else(|error| panic!("{error}"));
+        }
     }
 }

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use lapidary::decode::batch::{BatchDecoder, BatchDevice, BatchError, BatchOptions, BatchRow};
+use lapidary::decode::batch::{BatchDecoder, BatchDevice, BatchError, BatchOptions, BatchRow, RowOutput};
 use lapidary::decode::{self, DeviceChoice, DeviceError, FinishReason, Limits, Session, SessionOptions, Step};
 use lapidary::package::Package;
-use lapidary::sample::{Chain, Settings};
+use lapidary::sample::{Chain, Constraint, ConstraintError, Settings};
 use lapidary::serve::{Event, Finished, Request, RequestError, Scheduler, SchedulerOptions, SubmitError, Ticket};
 use lapidary::text::Tokenizer;
 
@@ -384,6 +384,8 @@ fn draining_finishes_and_stopping_does_not() {
 struct Faulty {
     at: usize,
     panics: bool,
+    /// The best token as it finds it: another one, so that it is seen.
+    finds: Option<u32>,
 }
 
 impl Faulty {
@@ -441,7 +443,10 @@ impl BatchDevice for Faulty {
     fn decode(&mut self, rows: &mut [BatchRow<'_>]) -> Vec<Result<(), DeviceError>> {
         assert!(rows.len() <= 2);
         let decode = |row: &mut BatchRow<'_>| {
-            *row.logits = vec![0.0, 0.0, 0.0, 0.0, 0.0, 9.0];
+            *row.output = match self.finds {
+                Some(best) if row.only_best => RowOutput::Best(best),
+                _ => RowOutput::Logits(vec![0.0, 0.0, 0.0, 0.0, 0.0, 9.0]),
+            };
             assert!(!self.panics || row.position < self.at, "the device panics");
             match row.position >= self.at {
                 true => Err(self.fault()),
@@ -454,7 +459,16 @@ impl BatchDevice for Faulty {
 
 fn on_faulty(at: usize, panics: bool) -> Scheduler {
     let open = move || -> Result<BatchDecoder, DeviceError> {
-        Ok(BatchDecoder::new(Box::new(Faulty { at, panics }), &[64], 6, batch(4)))
+        Ok(BatchDecoder::new(
+            Box::new(Faulty {
+                at,
+                panics,
+                finds: None,
+            }),
+            &[64],
+            6,
+            batch(4),
+        ))
     };
     Scheduler::start(open, None::<Arc<Tokenizer>>, SchedulerOptions::default()).unwrap()
 }
@@ -489,12 +503,47 @@ fn a_request_that_fails_on_the_device_is_the_only_one() {
     assert_eq!(scheduler.metrics().snapshot().ended_by("error"), 3);
 }
 
+/// Logits stay on a device that finds the best token, unless the request needs them.
+#[test]
+fn the_device_finds_the_best_token_for_requests_that_need_no_logits() {
+    let open = move || -> Result<BatchDecoder, DeviceError> {
+        let device = Faulty {
+            at: 1000,
+            panics: false,
+            finds: Some(4),
+        };
+        Ok(BatchDecoder::new(Box::new(device), &[64], 6, batch(4)))
+    };
+    let scheduler = Scheduler::start(open, None::<Arc<Tokenizer>>, SchedulerOptions::default()).unwrap();
+    let with = |change: fn(&mut Request)| {
+        let (mut request, events) = request(&[3, 3], 4);
+        change(&mut request);
+        let _ticket = scheduler.submit(request).unwrap();
+        Given::all(&events).tokens
+    };
+    assert_eq!(with(|_| ()), [5, 4, 4, 4]);
+    assert_eq!(with(|request| request.limits.logprobs = Some(2)), [5; 4]);
+    assert_eq!(with(|request| request.sampling.repetition_penalty = 1.01), [5; 4]);
+    assert_eq!(with(|request| request.sampling.temperature = 0.1), [5; 4]);
+    struct Any;
+    impl Constraint for Any {
+        fn limit(&mut self, _: &mut [f32]) -> Result<(), ConstraintError> {
+            Ok(())
+        }
+        fn accept(&mut self, _: u32) -> Result<bool, ConstraintError> {
+            Ok(false)
+        }
+    }
+    assert_eq!(with(|request| request.constraint = Some(Box::new(Any))), [5; 4]);
+}
+
 #[test]
 fn requests_wait_for_memory_and_end_where_there_is_none() {
     let open = move || -> Result<BatchDecoder, DeviceError> {
         let device = Faulty {
             at: 1000,
             panics: false,
+            finds: None,
         };
         let options = BatchOptions {
             cache_bytes: Some(20),

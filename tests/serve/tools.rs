@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lapidary::decode::DeviceError;
-use lapidary::decode::batch::{BatchDecoder, BatchDevice, BatchOptions, BatchRow};
+use lapidary::decode::batch::{BatchDecoder, BatchDevice, BatchOptions, BatchRow, RowOutput};
 use lapidary::sample::Settings;
 use lapidary::serve::http::{self, Keys, Limits, Model};
 use lapidary::serve::{Scheduler, SchedulerOptions};
@@ -70,7 +70,7 @@ impl BatchDevice for Script {
     }
     fn decode(&mut self, rows: &mut [BatchRow<'_>]) -> Vec<Result<(), DeviceError>> {
         for row in rows.iter_mut() {
-            *row.logits = self.logits(row.slot, row.position + 1);
+            *row.output = RowOutput::Logits(self.logits(row.slot, row.position + 1));
         }
         rows.iter().map(|_| Ok(())).collect()
     }

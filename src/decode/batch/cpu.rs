@@ -119,8 +119,9 @@ impl CpuBatchDevice {
             rows: 1,
         };
         let caches = self.caches[row.slot].as_mut().expect("an open slot");
-        row.logits.resize(self.vocabulary, 0.0);
-        run(&mut self.lone_decodes[at].1, step, caches, row.logits)
+        let logits = row.output.logits_mut();
+        logits.resize(self.vocabulary, 0.0);
+        run(&mut self.lone_decodes[at].1, step, caches, logits)
     }
 
     fn caches(&self, slot: usize) -> &KvCaches {
@@ -233,11 +234,12 @@ impl BatchDevice for CpuBatchDevice {
             if results[i].is_err() {
                 continue;
             }
-            row.logits.resize(self.vocabulary, 0.0);
+            let logits = row.output.logits_mut();
+            logits.resize(self.vocabulary, 0.0);
             let program = program(&self.decodes, caches.capacity());
             let mut bindings = Bindings::new();
             self.inputs[i].bind(&mut bindings);
-            bindings.output(Role::Logits, &mut row.logits[..]).caches(caches);
+            bindings.output(Role::Logits, &mut logits[..]).caches(caches);
             members.push(Member { program, bindings });
             of_row.push(i);
         }

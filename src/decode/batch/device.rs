@@ -11,8 +11,42 @@ pub struct BatchRow<'l> {
     pub token: u32,
     /// Its position, and the slot of the cache that its key goes to.
     pub position: usize,
-    /// Gets the logits after it, `[vocabulary]`, in place of what is there.
-    pub logits: &'l mut Vec<f32>,
+    /// Only the id of the largest logit is needed.
+    pub only_best: bool,
+    /// What comes after it replaces what is there.
+    pub output: &'l mut RowOutput,
+}
+
+/// What a step gives for a row.
+#[derive(Clone, PartialEq, Debug)]
+pub enum RowOutput {
+    /// `[vocabulary]`.
+    Logits(Vec<f32>),
+    /// The id of the largest logit, the lowest of equals; the logits stayed on the device. Only where a row asks for
+    /// [`BatchRow::only_best`], every logit is below infinity, and one is above minus infinity.
+    Best(u32),
+}
+
+impl RowOutput {
+    /// Memory for logits, empty: that of earlier logits if there is any.
+    pub fn logits_mut(&mut self) -> &mut Vec<f32> {
+        if let RowOutput::Best(_) = self {
+            *self = RowOutput::Logits(Vec::new());
+        }
+        let RowOutput::Logits(logits) = self else {
+            unreachable!("set above");
+        };
+        logits.clear();
+        logits
+    }
+
+    /// The logits; empty if they stayed on the device.
+    pub fn logits(&self) -> &[f32] {
+        match self {
+            RowOutput::Logits(logits) => logits,
+            RowOutput::Best(_) => &[],
+        }
+    }
 }
 
 /// What a machine must offer to run several sequences. Each has a cache of its own, at a *slot*: a small number that the

@@ -24,7 +24,7 @@ mod device;
 mod prefix;
 
 pub use cpu::CpuBatchDevice;
-pub use device::{BatchDevice, BatchRow};
+pub use device::{BatchDevice, BatchRow, RowOutput};
 
 use std::collections::BTreeMap;
 
@@ -108,6 +108,17 @@ impl Help for BatchError {
     }
 }
 
+/// A token to feed to a sequence.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NextToken {
+    /// Whose prompt is fed.
+    pub sequence: SequenceId,
+    /// Its id.
+    pub token: u32,
+    /// Only the id of the largest logit after it is needed. A device that finds it where the logits are does not copy them.
+    pub only_best: bool,
+}
+
 /// How far a prompt is fed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Progress {
@@ -135,8 +146,8 @@ struct Sequence {
     /// Once the first chunk was asked for.
     cached: Option<Cached>,
     reused: usize,
-    /// After the last token fed, `[vocabulary]`; empty before the prompt is fed.
-    logits: Vec<f32>,
+    /// What the model gave after the last token fed; none before the prompt is fed and after a failed step.
+    output: Option<RowOutput>,
     /// Its cache may hold anything.
     failed: bool,
 }
@@ -236,7 +247,7 @@ impl BatchDecoder {
             prompt,
             cached: None,
             reused: 0,
-            logits: Vec::new(),
+            output: None,
             failed: false,
         };
         self.sequences.insert(id, sequence);
@@ -248,7 +259,7 @@ impl BatchDecoder {
     /// can only leave. Panics if the prompt is fed already or the sequence has left.
     pub fn prefill(&mut self, id: SequenceId) -> Result<Progress, BatchError> {
         let sequence = self.get(id);
-        assert!(sequence.logits.is_empty(), "the prompt is fed");
+        assert!(sequence.output.is_none(), "the prompt is fed");
         if sequence.cached.is_none() {
             self.begin(id)?;
         }
@@ -269,7 +280,7 @@ impl BatchDecoder {
             cached.exact = next;
         }
         if next == end {
-            sequence.logits = logits;
+            sequence.output = Some(RowOutput::Logits(logits));
         }
         Ok(Progress {
             fed: next - position,
@@ -331,46 +342,59 @@ impl BatchDecoder {
         Ok(())
     }
 
-    /// Feeds one token to each of these sequences, whose prompts are fed, and gives what became of each. A sequence whose
-    /// step failed can only leave. Panics if one is given twice or has left.
+    /// Feeds one token to each of these sequences, whose prompts are fed, computes the logits after each, and gives what
+    /// became of each. A sequence whose step failed can only leave. Panics if one is given twice or has left.
     pub fn step(&mut self, tokens: &[(SequenceId, u32)]) -> Vec<Result<(), BatchError>> {
+        let tokens = tokens.iter().map(|(sequence, token)| NextToken {
+            sequence: *sequence,
+            token: *token,
+            only_best: false,
+        });
+        self.advance(&tokens.collect::<Vec<_>>())
+    }
+
+    /// As [`BatchDecoder::step`], for callers of whom some need no logits.
+    pub fn advance(&mut self, tokens: &[NextToken]) -> Vec<Result<(), BatchError>> {
         let mut results: Vec<Result<(), BatchError>> = Vec::with_capacity(tokens.len());
-        let mut going: Vec<(usize, SequenceId, u32)> = Vec::with_capacity(tokens.len());
-        for (i, (id, token)) in tokens.iter().enumerate() {
+        let mut going: Vec<(usize, NextToken)> = Vec::with_capacity(tokens.len());
+        for (i, next) in tokens.iter().enumerate() {
+            let id = next.sequence;
             assert!(
-                !tokens[..i].iter().any(|(other, _)| other == id),
+                !tokens[..i].iter().any(|other| other.sequence == id),
                 "one token a sequence"
             );
-            let ready = self.make_ready(*id, *token);
+            let ready = self.make_ready(id, next.token);
             match &ready {
-                Ok(()) => going.push((i, *id, *token)),
+                Ok(()) => going.push((i, *next)),
                 // A failed growth leaves the cache as it was.
-                Err(_) => self.sequences.get_mut(id).expect("looked at").logits.clear(),
+                Err(_) => self.sequences.get_mut(&id).expect("looked at").output = None,
             }
             results.push(ready);
         }
         for some in going.chunks(self.device.most_rows().max(1)) {
-            let mut logits: Vec<Vec<f32>> = Vec::with_capacity(some.len());
-            for (_, id, _) in some {
-                logits.push(std::mem::take(&mut self.sequences.get_mut(id).expect("ready").logits));
+            let mut outputs: Vec<RowOutput> = Vec::with_capacity(some.len());
+            for (_, next) in some {
+                let sequence = self.sequences.get_mut(&next.sequence).expect("ready");
+                outputs.push(sequence.output.take().expect("ready"));
             }
-            let rows = some.iter().zip(&mut logits).map(|((_, id, token), logits)| {
-                let cached = self.sequences[id].cached.as_ref().expect("ready");
+            let rows = some.iter().zip(&mut outputs).map(|((_, next), output)| {
+                let cached = self.sequences[&next.sequence].cached.as_ref().expect("ready");
                 BatchRow {
                     slot: cached.slot,
-                    token: *token,
+                    token: next.token,
                     position: cached.tokens.len(),
-                    logits,
+                    only_best: next.only_best,
+                    output,
                 }
             });
             let mut rows: Vec<BatchRow<'_>> = rows.collect();
             let done = self.device.decode(&mut rows);
-            for (((i, id, token), done), logits) in some.iter().zip(done).zip(logits) {
-                let sequence = self.sequences.get_mut(id).expect("ready");
+            for (((i, next), done), output) in some.iter().zip(done).zip(outputs) {
+                let sequence = self.sequences.get_mut(&next.sequence).expect("ready");
                 match done {
                     Ok(()) => {
-                        sequence.cached.as_mut().expect("ready").tokens.push(*token);
-                        sequence.logits = logits;
+                        sequence.cached.as_mut().expect("ready").tokens.push(next.token);
+                        sequence.output = Some(output);
                     }
                     Err(error) => {
                         sequence.failed = true;
@@ -385,7 +409,7 @@ impl BatchDecoder {
     /// Checks a token and makes room for it.
     fn make_ready(&mut self, id: SequenceId, token: u32) -> Result<(), BatchError> {
         let sequence = self.get(id);
-        assert!(!sequence.logits.is_empty(), "the prompt is not fed, or a step failed");
+        assert!(sequence.output.is_some(), "the prompt is not fed, or a step failed");
         let cached = sequence.cached.as_ref().expect("the prompt is fed");
         let (slot, used, old) = (cached.slot, cached.tokens.len(), cached.capacity);
         check_tokens(used, &[token], self.vocabulary, self.largest_capacity())?;
@@ -433,9 +457,19 @@ impl BatchDecoder {
         self.get(id).cached.as_ref().map_or(&[], |cached| &cached.tokens)
     }
 
-    /// Logits after a sequence's last token, `[vocabulary]`; empty before its prompt is fed.
+    /// Logits after a sequence's last token, `[vocabulary]`; empty before its prompt is fed, and where they stayed on the
+    /// device.
     pub fn logits(&self, id: SequenceId) -> &[f32] {
-        &self.get(id).logits
+        self.get(id).output.as_ref().map_or(&[], RowOutput::logits)
+    }
+
+    /// The id of the largest logit after a sequence's last token, if the device found it ([`NextToken::only_best`]); else the
+    /// logits are here.
+    pub fn best(&self, id: SequenceId) -> Option<u32> {
+        match self.get(id).output {
+            Some(RowOutput::Best(best)) => Some(best),
+            _ => None,
+        }
     }
 
     /// Tokens that a sequence can still be fed, its prompt counted as fed.

@@ -199,7 +199,7 @@ impl CudaDevice {
             inputs: InputBuffers::new(cuda, rows, embedded)?,
             logits: Buffer::new(cuda, vocabulary * size_of::<f32>(), "one row of logits")?,
             pinned_logits: Pinned::new(cuda, vocabulary * size_of::<f32>())?,
-            argmax: Argmax::new(cuda, &stream)?,
+            argmax: Argmax::new(cuda, &stream, 1)?,
             stream,
             capacities: package.manifest.capacities.clone(),
             vocabulary,
@@ -470,13 +470,13 @@ impl Device for CudaDevice {
     ) -> Result<Option<u32>, DeviceError> {
         let start = Instant::now();
         let queued = self.start(chunk, Fed::Ids(tokens), position).and_then(|()| {
-            let queued = self.argmax.enqueue(&self.stream, &self.logits, self.vocabulary);
+            let queued = self.argmax.enqueue(&self.stream, &self.logits, 1, self.vocabulary);
             queued.map_err(|error| self.failed(error))
         });
         self.settled(queued)?;
         self.wait(start)?;
         logits.clear();
-        let best = self.argmax.result().map_err(|error| self.failed(error))?;
+        let best = self.argmax.result(0).map_err(|error| self.failed(error))?;
         if best.is_none() {
             self.download()?;
             self.stream.wait().map_err(|error| self.failed(error))?;

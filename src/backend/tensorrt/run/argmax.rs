@@ -1,4 +1,4 @@
-//! The largest logit, found on the device: eight bytes are copied to the host instead of a row of logits.
+//! The largest logit of each row, found on the device: eight bytes are copied to the host instead of a row of logits.
 
 use std::ffi::{CString, c_void};
 use std::rc::Rc;
@@ -17,41 +17,49 @@ const BLOCKS: u32 = 64;
 pub struct Argmax {
     module: sys::CUmodule,
     function: sys::CUfunction,
-    /// What blocks share; zero between runs.
+    /// What the blocks of each row share; zero between runs.
     state: Buffer,
     result: Buffer,
     host: Pinned,
+    most: usize,
     cuda: Rc<Cuda>,
 }
 
+/// Bytes of `State` in `argmax.cu`.
+const STATE: usize = 16;
+/// Bytes of a row's result: the id, and whether there is none.
+const RESULT: usize = 8;
+
 impl Argmax {
-    /// `stream` is the one that it will run in.
-    pub fn new(cuda: &Rc<Cuda>, stream: &Stream) -> Result<Self, RunError> {
+    /// For up to `most` rows. `stream` is the one that it will run in.
+    pub fn new(cuda: &Rc<Cuda>, stream: &Stream, most: usize) -> Result<Self, RunError> {
         let text = CString::new(PTX).expect("PTX is text");
         // SAFETY: text that ends in a zero, alive during the call, after which the driver has copied what it needs.
         let module = unsafe { result::module::load_data(text.as_ptr().cast()) }.map_err(failed("cuModuleLoadData"))?;
         let name = CString::new("argmax").expect("a name");
         // SAFETY: just loaded, and unloaded in `drop`, when the function is not used any more.
         let function = unsafe { result::module::get_function(module, name) }.map_err(failed("cuModuleGetFunction"))?;
-        let state = Buffer::new(cuda, 16, "the search for the best token")?;
+        let state = Buffer::new(cuda, most * STATE, "the search for the best token")?;
         state.clear(stream)?;
         Ok(Argmax {
             module,
             function,
             state,
-            result: Buffer::new(cuda, 8, "the best token")?,
-            host: Pinned::new(cuda, 8)?,
+            result: Buffer::new(cuda, most * RESULT, "the best token")?,
+            host: Pinned::new(cuda, most * RESULT)?,
+            most,
             cuda: cuda.clone(),
         })
     }
 
-    /// Queues the search among the first `n` floats of `logits` (`[n]`, f32).
-    pub fn enqueue(&mut self, stream: &Stream, logits: &Buffer, n: usize) -> Result<(), RunError> {
+    /// Queues the search in each of the first `rows` rows of `logits` (`[rows, n]`, f32).
+    pub fn enqueue(&mut self, stream: &Stream, logits: &Buffer, rows: usize, n: usize) -> Result<(), RunError> {
         assert!(
-            n <= logits.bytes() / size_of::<f32>(),
-            "{n} logits in {} bytes",
+            rows * n <= logits.bytes() / size_of::<f32>(),
+            "{rows} rows of {n} logits in {} bytes",
             logits.bytes()
         );
+        assert!((1..=self.most).contains(&rows), "{rows} of {} rows", self.most);
         let mut logits = logits.address();
         let mut count = i32::try_from(n).expect("a vocabulary fits 31 bits");
         let (mut state, mut result_at) = (self.state.address(), self.result.address());
@@ -62,14 +70,14 @@ impl Argmax {
             (&raw mut result_at).cast(),
         ];
         let blocks = (n as u32).div_ceil(THREADS).clamp(1, BLOCKS);
-        // SAFETY: the kernel's own parameters in order, which the driver copies before it returns. The kernel reads `n` floats
-        // of `logits`, as many as there are, and writes the 16 and 8 bytes that `new` allocated; each buffer is freed after
-        // what is queued. Nothing else uses state and result: self is borrowed mutably, and runs of one stream follow one
+        // SAFETY: the kernel's own parameters in order, which the driver copies before it returns. The kernel reads `rows` times
+        // `n` floats of `logits`, which has them, and writes the states and results of `rows` rows, for which `new` allocated
+        // memory; each buffer is freed after what is queued. Nothing else uses state and result: self is borrowed mutably, and runs of one stream follow one
         // another.
         unsafe {
             result::launch_kernel(
                 self.function,
-                (blocks, 1, 1),
+                (blocks, rows as u32, 1),
                 (THREADS, 1, 1),
                 0,
                 stream.handle(),
@@ -77,13 +85,13 @@ impl Argmax {
             )
         }
         .map_err(failed("cuLaunchKernel"))?;
-        stream.download(&self.result, 0..8, &mut self.host, 0)
+        stream.download(&self.result, 0..rows * RESULT, &mut self.host, 0)
     }
 
-    /// What the last run found, for which it waits; `None` where a logit is not a number or infinite, or none
+    /// What the last run found in a row, for which it waits; `None` where a logit is not a number or infinite, or none
     /// is above minus infinity.
-    pub fn result(&self) -> Result<Option<u32>, RunError> {
-        let found = self.host.slice::<i32>(0, 2)?;
+    pub fn result(&self, row: usize) -> Result<Option<u32>, RunError> {
+        let found = self.host.slice::<i32>(row * RESULT, 2)?;
         Ok((found[1] == 0).then_some(found[0] as u32))
     }
 }

@@ -21,7 +21,7 @@ use super::{CudaDevice, CudaOptions, EngineSlot};
 use crate::backend::tensorrt::run::{Buffer, Caches, LoadOptions, Program, RunError};
 use crate::backend::tensorrt::{FLAVOUR, Library};
 use crate::decode::Embeddings;
-use crate::decode::batch::{BatchDevice, BatchRow};
+use crate::decode::batch::{BatchDevice, BatchRow, RowOutput};
 use crate::decode::device::{Chunk, Device, DeviceError};
 use crate::decode::step::Fed;
 use crate::interface::Role;
@@ -118,7 +118,13 @@ impl CudaBatchDevice {
                 Some(memory) => memory,
                 None => {
                     let device = &self.device;
-                    let made = RowMemory::new(device.runtime.cuda(), most, device.vocabulary, &device.interface);
+                    let made = RowMemory::new(
+                        device.runtime.cuda(),
+                        &device.stream,
+                        most,
+                        device.vocabulary,
+                        &device.interface,
+                    );
                     self.memory.insert(made.map_err(|error| self.device.failed(error))?)
                 }
             };
@@ -173,7 +179,8 @@ impl CudaBatchDevice {
         Ok(())
     }
 
-    /// One step of these sequences in the program `at`, and waits. The logits are in the memory of rows then.
+    /// One step of these sequences in the program `at`, and waits. The memory of rows has the best token of each row then if
+    /// a row needs only that, and the logits of the rows that need them.
     fn run(&mut self, at: usize, rows: &[BatchRow<'_>]) -> Result<(), RunError> {
         let RowProgram { rows: all, program } = &mut self.programs[at];
         let memory = self.memory.as_mut().expect("made with the programs");
@@ -184,7 +191,21 @@ impl CudaBatchDevice {
         });
         memory.write(steps, *all)?;
         let queued = memory.upload(stream).and_then(|()| program.enqueue(stream));
-        let queued = queued.and_then(|()| memory.download(stream, rows.len()));
+        let queued = queued.and_then(|()| match rows.iter().any(|row| row.only_best) {
+            true => memory.find_best(stream, rows.len()),
+            false => Ok(()),
+        });
+        let mut ends = 0..0;
+        let queued = queued.and_then(|()| {
+            // Rows beside one another in one copy.
+            rows.chunk_by(|a, b| a.only_best == b.only_best).try_for_each(|same| {
+                ends = ends.end..ends.end + same.len();
+                match same[0].only_best {
+                    true => Ok(()),
+                    false => memory.download(stream, ends.clone()),
+                }
+            })
+        });
         // What was queued before an error still reads the inputs.
         let waited = stream.wait();
         queued.and(waited)
@@ -193,19 +214,32 @@ impl CudaBatchDevice {
     /// A step of up to as many sequences as the largest program takes.
     fn step(&mut self, rows: &mut [BatchRow<'_>]) -> Result<(), DeviceError> {
         let at = self.programs.partition_point(|program| program.rows < rows.len());
-        let run = self.run(at, rows).and_then(|()| {
-            let memory = self.memory.as_ref().expect("made with the programs");
-            let all = memory.logits(rows.len())?;
-            // 16 rows of a large vocabulary are 8 MB: one thread would copy them for a fifth of a step's time.
-            let vocabulary = all.len() / rows.len();
-            let copies = rows.par_iter_mut().zip(all.par_chunks_exact(vocabulary));
-            copies.for_each(|(row, logits)| {
-                row.logits.clear();
-                row.logits.extend_from_slice(logits);
-            });
-            Ok(())
-        });
+        let run = self.run(at, rows).and_then(|()| self.collect(rows));
         run.map_err(|error| self.device.failed(error))
+    }
+
+    /// Gives each row what the step before computed for it.
+    fn collect(&mut self, rows: &mut [BatchRow<'_>]) -> Result<(), RunError> {
+        let memory = self.memory.as_mut().expect("made with the programs");
+        let mut copies = Vec::new();
+        for (at, row) in rows.iter_mut().enumerate() {
+            if row.only_best {
+                if let Some(best) = memory.best(at)? {
+                    *row.output = RowOutput::Best(best);
+                    continue;
+                }
+                // Its logits tell why there is none.
+                memory.download(&self.device.stream, at..at + 1)?;
+            }
+            copies.push((at, row.output.logits_mut()));
+        }
+        let copies: Vec<(&[f32], &mut Vec<f32>)> = copies
+            .into_iter()
+            .map(|(at, to)| memory.logits(at).map(|from| (from, to)))
+            .collect::<Result<_, _>>()?;
+        // 16 rows of a large vocabulary are 8 MB: one thread would copy them for a fifth of a step's time.
+        copies.into_par_iter().for_each(|(from, to)| to.extend_from_slice(from));
+        Ok(())
     }
 
     /// Gives the session's device the cache of a sequence while `call` runs.
@@ -380,7 +414,7 @@ impl BatchDevice for CudaBatchDevice {
         if self.programs.is_empty() {
             let steps = rows.iter_mut().map(|row| {
                 let (token, end) = ([row.token], row.position + 1);
-                self.feed(row.slot, &token, row.position, end, row.logits)
+                self.feed(row.slot, &token, row.position, end, row.output.logits_mut())
             });
             return steps.collect();
         }

@@ -1,8 +1,9 @@
 //! Memory of a step of several sequences, on both sides: small inputs, tables of caches, logits.
 
+use std::ops::Range;
 use std::rc::Rc;
 
-use crate::backend::tensorrt::run::{Buffer, CachePlace, Cuda, Pinned, RunError, Stream};
+use crate::backend::tensorrt::run::{Argmax, Buffer, CachePlace, Cuda, Pinned, RunError, Stream};
 use crate::decode::cuda::aligned;
 use crate::decode::cuda::kv_cache::KvCache;
 use crate::interface::{CacheId, Role, Signature};
@@ -53,6 +54,7 @@ pub(super) struct RowMemory {
     /// `[most, vocabulary]` on both sides.
     logits: Buffer,
     pinned_logits: Pinned,
+    argmax: Argmax,
     vocabulary: usize,
 }
 
@@ -60,8 +62,14 @@ pub(super) struct RowMemory {
 pub(super) type Step<'c> = (u32, usize, &'c KvCache);
 
 impl RowMemory {
-    /// For up to `most` sequences of a model of this interface.
-    pub fn new(cuda: &Rc<Cuda>, most: usize, vocabulary: usize, interface: &Signature) -> Result<Self, RunError> {
+    /// For up to `most` sequences of a model of this interface. `stream` is the one that steps run in.
+    pub fn new(
+        cuda: &Rc<Cuda>,
+        stream: &Stream,
+        most: usize,
+        vocabulary: usize,
+        interface: &Signature,
+    ) -> Result<Self, RunError> {
         let caches = interface.caches.iter().map(|shape| shape.cache).collect();
         let layout = Layout { most, caches };
         let logits = most * vocabulary * size_of::<f32>();
@@ -70,6 +78,7 @@ impl RowMemory {
             device: Buffer::new(cuda, layout.bytes(), "the inputs of a step")?,
             logits: Buffer::new(cuda, logits, "the logits of a step")?,
             pinned_logits: Pinned::new(cuda, logits)?,
+            argmax: Argmax::new(cuda, stream, most)?,
             layout,
             vocabulary,
         })
@@ -129,18 +138,30 @@ impl RowMemory {
         stream.upload(&self.host, 0..self.layout.bytes(), &self.device, 0)
     }
 
-    /// Queues the copy of the first rows of the logits.
-    pub fn download(&mut self, stream: &Stream, rows: usize) -> Result<(), RunError> {
-        let bytes = rows * self.vocabulary * size_of::<f32>();
-        match bytes {
-            0 => Ok(()),
-            bytes => stream.download(&self.logits, 0..bytes, &mut self.pinned_logits, 0),
+    /// Queues the search for the largest logit of each of the first rows.
+    pub fn find_best(&mut self, stream: &Stream, rows: usize) -> Result<(), RunError> {
+        self.argmax.enqueue(stream, &self.logits, rows, self.vocabulary)
+    }
+
+    /// What the search found in a row, see [`Argmax::result`].
+    pub fn best(&self, row: usize) -> Result<Option<u32>, RunError> {
+        self.argmax.result(row)
+    }
+
+    /// Queues the copy of the logits of these rows.
+    pub fn download(&mut self, stream: &Stream, rows: Range<usize>) -> Result<(), RunError> {
+        let row = self.vocabulary * size_of::<f32>();
+        let bytes = rows.start * row..rows.end * row;
+        match bytes.is_empty() {
+            true => Ok(()),
+            false => stream.download(&self.logits, bytes.clone(), &mut self.pinned_logits, bytes.start),
         }
     }
 
-    /// The logits of the first rows, `[rows, vocabulary]`.
-    pub fn logits(&self, rows: usize) -> Result<&[f32], RunError> {
-        self.pinned_logits.slice::<f32>(0, rows * self.vocabulary)
+    /// The logits of a row that was copied, `[vocabulary]`.
+    pub fn logits(&self, row: usize) -> Result<&[f32], RunError> {
+        self.pinned_logits
+            .slice::<f32>(row * self.vocabulary * size_of::<f32>(), self.vocabulary)
     }
 }
 

@@ -1,6 +1,6 @@
-// The largest of n logits and the lowest id that has it. Blocks meet in `state`, which must be zero before the first run
-// and is left zero; the last block to come writes `result` = {id, 1 if there is no answer}: a NaN, an infinity above,
-// nothing but infinities below.
+// The largest of n logits and the lowest id that has it, for each row of `logits` [gridDim.y, n]. The blocks of a row meet in
+// its `state`, which must be zero before the first run and is left zero; the last of them writes the row's `result` = {id, 1 if
+// there is no answer}: a NaN, an infinity above, nothing but infinities below.
 //
 // Compiled to argmax.ptx by scripts/gpu/compile_kernels.py; the driver makes machine code of that.
 struct State {
@@ -11,6 +11,9 @@ struct State {
 
 extern "C" __global__ void argmax(const float* logits, int n, State* state, int* result) {
     const unsigned int infinity = 0x7f800000u;
+    logits += (size_t)blockIdx.y * n;
+    state += blockIdx.y;
+    result += 2 * blockIdx.y;
     unsigned long long best = 0;
     unsigned int bad = 0;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
