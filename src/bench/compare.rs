@@ -24,7 +24,7 @@ pub struct Comparison {
     /// highest and the system lists too.
     pub worst_relative_logit_error: f64,
     pub mean_relative_logit_error: f64,
-    /// Of one logit.
+    /// Root mean square error of one logit.
     pub rms_logit_error: f64,
     /// Up to which `worst_relative_logit_error` counts as equal: 1e-3 in fp32, 0.03 in fp16, 0.2 in bf16.
     pub limit: f64,

@@ -8,7 +8,7 @@ pub struct Summary {
     pub count: usize,
     pub mean: f64,
     pub median: f64,
-    /// Of the sample: divided by `count - 1`; 0 for a single one.
+    /// Standard deviation of the sample: divided by `count - 1`; 0 for a single one.
     pub stddev: f64,
     pub p50: f64,
     pub p90: f64,

@@ -32,7 +32,7 @@ pub struct Variant {
     pub name: String,
     /// The file, from the folder on.
     pub file: PathBuf,
-    /// Of the file and its external data.
+    /// Bytes of the file and its external data.
     pub bytes: u64,
 }
 
@@ -51,7 +51,7 @@ pub enum FilesError {
     /// The system refused.
     #[error("{}: {source}", path.display())]
     Io {
-        /// Of the file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
         /// What it said.
         source: std::io::Error,
@@ -63,7 +63,7 @@ pub enum FilesError {
         format!(": {}", others.join(", "))
     })]
     None {
-        /// Of the folder.
+        /// Path of the folder.
         path: PathBuf,
         /// Exports of other parts of a model.
         others: Vec<String>,
@@ -71,7 +71,7 @@ pub enum FilesError {
     /// Several could be meant.
     #[error("{}: the folder contains several exports:\n  {}", path.display(), list(variants))]
     Several {
-        /// Of the folder.
+        /// Path of the folder.
         path: PathBuf,
         /// All of them.
         variants: Vec<Variant>,
@@ -79,7 +79,7 @@ pub enum FilesError {
     /// A variant that is not there.
     #[error("{}: the folder contains no variant {name:?}; it contains:\n  {}", path.display(), list(variants))]
     Unknown {
-        /// Of the folder.
+        /// Path of the folder.
         path: PathBuf,
         /// What was asked for.
         name: String,
@@ -89,13 +89,13 @@ pub enum FilesError {
     /// A variant of a file.
     #[error("{}: a variant is chosen from a folder, and this is a file", path.display())]
     OfFile {
-        /// Of the file.
+        /// Path of the file.
         path: PathBuf,
     },
     /// A `genai_config.json` that names a file that is not there, or none.
     #[error("{}: {message}", path.display())]
     GenAi {
-        /// Of the file.
+        /// Path of the file.
         path: PathBuf,
         /// What is wrong with it.
         message: String,

@@ -120,7 +120,7 @@ impl Default for ConvertOptions<'_> {
 pub struct Converted {
     /// The export that was converted, and what else is in its folder.
     pub files: ModelFiles,
-    /// Of the package.
+    /// The manifest of the package.
     pub manifest: Manifest,
     /// As it was carried out, with the choices of tuning.
     pub conversion: Conversion,

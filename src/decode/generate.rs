@@ -54,7 +54,7 @@ impl FinishReason {
 pub struct Step {
     /// Its id.
     pub token: u32,
-    /// Of this token.
+    /// Log-probability of this token.
     pub logprob: f64,
     /// Ids of the most probable tokens with theirs, the largest first.
     pub top_logprobs: Vec<(u32, f64)>,

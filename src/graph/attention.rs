@@ -24,7 +24,7 @@ impl AttentionScores {
         1.0 / (head_dim as f32).sqrt()
     }
 
-    /// The canonical operator, its mask an input; `softmax_precision` as ONNX has it.
+    /// The canonical operator, with the mask as an input; `softmax_precision` as in ONNX.
     pub fn operator(&self, softmax_precision: Option<DType>) -> Attention {
         Attention {
             is_causal: false,
@@ -37,13 +37,13 @@ impl AttentionScores {
     }
 }
 
-/// 0 stands for none in ONNX.
+/// In ONNX 0 means none.
 fn softcap(attribute: f32) -> Option<f32> {
     (attribute != 0.0).then_some(attribute)
 }
 
 impl Attention {
-    /// What the attributes say of the scores of heads so wide. Windows are in the mask.
+    /// The scores that the attributes define for heads of this width. Windows are in the mask.
     pub fn scores(&self, head_dim: usize) -> AttentionScores {
         AttentionScores {
             scale: self.scale.unwrap_or_else(|| AttentionScores::usual_scale(head_dim)),
@@ -78,7 +78,7 @@ impl BiasedAttention {
 }
 
 impl Op {
-    /// The attributes of an attention, but for its roundings, slopes and sinks.
+    /// The attributes of an attention, except its roundings, slopes and sinks.
     pub fn attention(&self) -> Option<Attention> {
         match self {
             Op::Attention(attention) => Some(attention.clone()),
@@ -90,10 +90,10 @@ impl Op {
 }
 
 impl GroupQueryAttention {
-    /// What the attributes say of the scores of heads so wide.
+    /// The scores that the attributes define for heads of this width.
     pub fn scores(&self, head_dim: usize) -> AttentionScores {
         AttentionScores {
-            // 0 stands for the usual one, too.
+            // 0 means the usual one, too.
             scale: self
                 .scale
                 .filter(|scale| *scale != 0.0)

@@ -1,11 +1,11 @@
 //! Constants of a graph: bytes in a mapped file, or a recipe that computes a constant from such bytes.
 //!
-//! A pass that transposes, slices or converts a weight must not touch hundreds of megabytes: it records a
+//! A pass that transposes, slices or converts a weight must not process hundreds of megabytes: it records a
 //! [`Transform`], and the bytes are computed once, when the package is written. Shape and dtype are always known.
 //!
-//! A quantized weight is a recipe too, [`Transform::Dequantize`] over codes, scales and zero points, and has the dtype and
-//! shape of its values; [`Constant::as_quantized`] gives the parts. Movements keep it quantized where blocks stay whole
-//! (see [`super::quantized`]).
+//! A quantized weight is a recipe too, [`Transform::Dequantize`] over codes, scales and zero points, and has the dtype
+//! and shape of its values; [`Constant::as_quantized`] gives the parts. Movements keep it quantized if blocks stay
+//! whole (see [`super::quantized`]).
 
 use std::fmt::{self, Write};
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::help::Help;
 use crate::tensor::quantized::{Granularity, QuantizedError, check_types};
 use crate::tensor::{DType, Tensor};
 
-/// A constant tensor, perhaps not computed yet. Cloning is cheap.
+/// A constant tensor, possibly not computed yet. Cloning is cheap.
 #[derive(Clone)]
 pub struct Constant {
     dtype: DType,
@@ -30,19 +30,19 @@ pub struct Constant {
 /// Where a constant's bytes come from.
 #[derive(Clone)]
 pub enum ConstantSource {
-    /// Bytes at hand: mapped from a file, or small and owned.
+    /// Available bytes: mapped from a file, or small and owned.
     Tensor(Tensor),
     /// To be computed from other constants when the bytes are needed.
     Derived(Arc<Derived>),
-    /// Left out of a stripped package; only dtype and shape are known.
+    /// Absent from a stripped package; only dtype and shape are known.
     Absent,
 }
 
 /// A deferred computation on constants.
 pub struct Derived {
-    /// What is computed.
+    /// The computation.
     pub transform: Transform,
-    /// Of what, in the transform's order.
+    /// Its inputs, in the transform's order.
     pub inputs: Vec<Constant>,
 }
 
@@ -57,60 +57,60 @@ pub enum Transform {
     Cast,
     /// `input[.., start..end, ..]` on one axis.
     Slice {
-        /// Of the input.
+        /// Axis of the input.
         axis: usize,
         /// First index.
         start: usize,
         /// After the last index.
         end: usize,
     },
-    /// All inputs joined on one axis.
+    /// All inputs concatenated on one axis.
     Concat {
-        /// Of all inputs.
+        /// Axis of all inputs.
         axis: usize,
     },
     /// Every element multiplied by a number in fp32, as when a scale is folded into a weight.
     Scale(f64),
     /// Every element plus a number in fp32.
     Offset(f64),
-    /// Of codes, scales and, if there are three inputs, zero points: ONNX's `DequantizeLinear`, to the scales' dtype.
+    /// Inputs: codes, scales and optionally zero points. ONNX's `DequantizeLinear`, to the scales' dtype.
     Dequantize(Granularity),
-    /// Of tensors in a packing of another program's: see [`Constant::decoded`].
+    /// Tensors in another program's packing: see [`Constant::decoded`].
     Decode(Decode),
-    /// Of floats, scales and, if there are three inputs, zero points: the codes of the result's dtype, as ONNX's
-    /// `QuantizeLinear` makes them.
+    /// Inputs: floats, scales and optionally zero points. Codes of the result's dtype, as ONNX's `QuantizeLinear`
+    /// defines them.
     Quantize(Granularity),
-    /// Of unsigned codes of b bits: two's complement codes of the same width, each less by 2^(b-1), so that the middle of the
-    /// range becomes 0; of two's complement codes the reverse.
+    /// Unsigned codes of b bits to two's complement codes of the same width, each minus 2^(b-1), so that the middle of
+    /// the range becomes 0; two's complement codes to unsigned ones.
     HalfRange,
-    /// Of packed 4-bit codes: the two halves of every byte exchanged, for files whose first code is in the high half.
+    /// Packed 4-bit codes with the two halves of every byte swapped, for files whose first code is in the high half.
     SwapHalves,
-    /// Of packed codes: their bytes as i8. The last axis is shorter by as many codes as are in a byte.
+    /// The bytes of packed codes as i8. The last axis is shorter by the number of codes per byte.
     Bytes,
-    /// Of a tensor and indices `[n]`: the slices of an axis in the order of the indices, as ONNX's `Gather` takes them.
+    /// Inputs: a tensor and indices `[n]`. The slices of an axis in the order of the indices, as in ONNX's `Gather`.
     Take {
-        /// Of the first input.
+        /// Axis of the first input.
         axis: usize,
     },
-    /// Of a vector of integers: the indices that sort it, equal ones in their order; i64.
+    /// The indices that stably sort a vector of integers; i64.
     Order,
-    /// Of floats and perhaps the importance of their columns: codes, scales or zero points.
+    /// Inputs: floats and optionally the importance of their columns. Codes, scales or zero points.
     RoundToNearest(RoundToNearest),
-    /// Of a tensor and a vector: every element times that of its index on the axis, in fp32.
+    /// Inputs: a tensor and a vector. Every element times the vector's element at its index on the axis, in fp32.
     Factors {
-        /// Of the tensor.
+        /// Axis of the tensor.
         axis: usize,
     },
-    /// Of three matrices `w` `[out, in]`, `b` `[out, rank]`, `a` `[rank, in]`: `w + scale * b a`, in fp32.
+    /// Inputs: matrices `w` `[out, in]`, `b` `[out, rank]`, `a` `[rank, in]`. `w + scale * b a`, in fp32.
     PlusProduct {
-        /// Of the product.
+        /// Scale of the product.
         scale: f64,
     },
-    /// Of a matrix `[out, in]` and lengths `[out]`: every row scaled to its length (the Euclidean norm), in fp32.
+    /// Inputs: a matrix `[out, in]` and lengths `[out]`. Every row scaled to its length (Euclidean norm), in fp32.
     RowLengths,
 }
 
-/// How tensors of a file are read that another program packed in its own way.
+/// How tensors in another program's packing are decoded.
 #[derive(Clone)]
 pub struct Decode {
     /// For dumps.
@@ -118,7 +118,7 @@ pub struct Decode {
     read: Arc<DecodeFn>,
 }
 
-/// The elements of the result from the materialized inputs; as many bytes as its dtype and shape take.
+/// The elements of the result from the materialized inputs; as many bytes as its dtype and shape require.
 type DecodeFn = dyn Fn(&[Tensor]) -> Bytes + Send + Sync;
 
 impl Decode {
@@ -149,7 +149,7 @@ pub enum ConstantError {
         /// In the export, or `unnamed`.
         name: String,
     },
-    /// A weight that is to be quantized.
+    /// A weight to be quantized.
     #[error("{name:?} cannot be quantized: {count} of {len} values are NaN or infinite")]
     NotFinite {
         /// In the export, or `unnamed`.
@@ -173,7 +173,7 @@ impl Help for ConstantError {
 }
 
 impl Constant {
-    /// Bytes that are at hand.
+    /// Available bytes.
     pub fn tensor(tensor: Tensor) -> Self {
         Constant {
             dtype: tensor.dtype(),
@@ -193,7 +193,7 @@ impl Constant {
         }
     }
 
-    /// A quantized weight: [`Transform::Dequantize`] over parts that belong together, by dtype and shape.
+    /// A quantized weight: [`Transform::Dequantize`] over parts whose dtypes and shapes match.
     pub fn quantized(
         codes: Constant,
         scales: Constant,
@@ -212,7 +212,7 @@ impl Constant {
         Ok(Self::derive(inputs, Transform::Dequantize(granularity), dtype, shape))
     }
 
-    /// The parts of a quantized weight; `None` if it is stored as what it is.
+    /// The parts of a quantized weight; `None` if it is stored as plain values.
     pub fn as_quantized(&self) -> Option<Quantized<'_>> {
         match &self.source {
             ConstantSource::Derived(derived) => match (&derived.transform, &derived.inputs[..]) {
@@ -228,7 +228,7 @@ impl Constant {
         }
     }
 
-    /// A movement of a quantized weight, with its name; `None` if it is not quantized, or takes blocks apart.
+    /// A movement of a quantized weight, with its name; `None` if it is not quantized, or splits blocks.
     fn moved(&self, movement: impl FnOnce(Quantized<'_>) -> Result<Constant, QuantizedError>) -> Option<Self> {
         let moved = movement(self.as_quantized()?).ok()?;
         Some(Constant {
@@ -237,13 +237,13 @@ impl Constant {
         })
     }
 
-    /// Remembers the name the tensor had in the export, which the manifest reports as its source name.
+    /// Records the tensor's name in the export, which the manifest reports as its source name.
     pub fn with_origin(mut self, name: &str) -> Self {
         self.origin = Some(Arc::from(name));
         self
     }
 
-    /// Of the elements; of a quantized weight, of its values.
+    /// Element type; for a quantized weight, of its values.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
@@ -263,11 +263,11 @@ impl Constant {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-    /// Bytes of the tensor that [`Constant::materialize`] gives.
+    /// Bytes of the tensor that [`Constant::materialize`] returns.
     pub fn byte_len(&self) -> usize {
         self.dtype.byte_len(self.len())
     }
-    /// Bytes that a file keeps of it: of a quantized weight, of its parts.
+    /// Bytes stored in a file; for a quantized weight, of its parts.
     pub fn stored_byte_len(&self) -> usize {
         match self.as_quantized() {
             Some(parts) => parts.each().map(|(_, part)| part.stored_byte_len()).sum(),
@@ -275,7 +275,7 @@ impl Constant {
         }
     }
 
-    /// Whether the bytes are available: none of its sources was left out.
+    /// Whether the bytes are available: none of its sources is absent.
     pub fn is_present(&self) -> bool {
         match &self.source {
             ConstantSource::Tensor(_) => true,
@@ -284,7 +284,7 @@ impl Constant {
         }
     }
 
-    /// The initializer this constant was made from; of the first input where several were joined.
+    /// The initializer this constant was made from; that of the first input if several were joined.
     pub fn origin(&self) -> Option<&str> {
         match (&self.origin, &self.source) {
             (Some(name), _) => Some(name),
@@ -293,8 +293,8 @@ impl Constant {
         }
     }
 
-    /// Equal for constants that are the same bytes in the same shape by construction: a clone, or the same recipe over the
-    /// same source. (Two tensors that happen to be equal are not compared.) Holds as long as the sources are in memory.
+    /// Equal for constants with the same bytes and shape by construction: a clone, or the same recipe over the same
+    /// source. (Contents are not compared.) Valid as long as the sources are in memory.
     pub fn identity(&self) -> String {
         let mut text = String::new();
         self.describe(&mut text);
@@ -360,7 +360,7 @@ impl Constant {
         Self::derive(vec![self.clone()], Transform::Reshape, self.dtype, shape)
     }
 
-    /// Elements converted, rounded to nearest even. Of a quantized weight that is to become another float the scales are
+    /// Elements converted, rounded to nearest even. For a quantized weight with another float type, the scales are
     /// converted: the values are those of the new scales.
     pub fn cast(&self, dtype: DType) -> Self {
         if dtype == self.dtype {
@@ -373,7 +373,7 @@ impl Constant {
         Self::derive(vec![self.clone()], Transform::Cast, dtype, self.shape.clone())
     }
 
-    /// `start..end` of an axis. Panics if the range lies outside the axis.
+    /// `start..end` of an axis. Panics if the range is outside the axis.
     pub fn sliced(&self, axis: usize, start: usize, end: usize) -> Self {
         assert!(start <= end && end <= self.shape[axis], "slice outside the axis");
         if let Some(moved) = self.moved(|parts| parts.sliced(axis, start, end)) {
@@ -389,8 +389,8 @@ impl Constant {
         )
     }
 
-    /// Of rows in `groups` equal parts, those of one half of each part: the first or the second half, or with `interleaved`
-    /// every other row from the first or the second on. Panics unless the parts have an even number of rows.
+    /// Rows in `groups` equal parts: the first or the second half of each part, or with `interleaved` every other row,
+    /// starting with the first or the second. Panics unless the parts have an even number of rows.
     pub fn half_of_rows(&self, groups: usize, interleaved: bool, which: usize) -> Self {
         let (rows, rest) = self.shape.split_first().expect("rows");
         let half = rows / groups / 2;
@@ -404,7 +404,7 @@ impl Constant {
         self.reshaped(split).sliced(axis, which, which + 1).reshaped(whole)
     }
 
-    /// Joined on an axis. Panics on an empty list, or on parts whose dtype or other axes differ.
+    /// Concatenated on an axis. Panics on an empty list, or on parts whose dtype or other axes differ.
     pub fn concat(parts: &[Constant], axis: usize) -> Self {
         let mut shape = parts[0].shape.clone();
         shape[axis] = parts.iter().map(|p| p.shape[axis]).sum();
@@ -419,8 +419,8 @@ impl Constant {
         Self::derive(parts.to_vec(), Transform::Concat { axis }, parts[0].dtype, shape)
     }
 
-    /// What `read` makes of tensors that another program packed in its own way, when the bytes are needed. `name` says which
-    /// way; `read` must give the bytes that `dtype` and `shape` take.
+    /// Tensors in another program's packing, decoded by `read` when the bytes are needed. `name` names the packing;
+    /// `read` must return as many bytes as `dtype` and `shape` require.
     pub fn decoded(
         name: &'static str,
         inputs: Vec<Constant>,
@@ -465,7 +465,7 @@ impl Constant {
             DType::I2 => DType::U2,
             other => panic!("{other} is not a type of integer codes"),
         };
-        // Moved back, they are what they were.
+        // Moved back, they are the original codes.
         if let ConstantSource::Derived(derived) = &self.source
             && derived.transform == Transform::HalfRange
         {
@@ -474,8 +474,8 @@ impl Constant {
         Self::derive(vec![self.clone()], Transform::HalfRange, dtype, self.shape.clone())
     }
 
-    /// The halves of every byte exchanged: see [`Transform::SwapHalves`]. Panics unless the codes have 4 bits and fill their
-    /// bytes.
+    /// The halves of every byte swapped: see [`Transform::SwapHalves`]. Panics unless the codes have 4 bits and fill
+    /// their bytes.
     pub fn halves_swapped(&self) -> Self {
         assert!(
             self.dtype.bits() == 4 && self.len().is_multiple_of(2),
@@ -506,7 +506,7 @@ impl Constant {
         Some(Self::derive(vec![self.clone()], Transform::Bytes, DType::I8, shape))
     }
 
-    /// Slices of an axis in another order: see [`Transform::Take`]. Panics unless the indices are a vector.
+    /// Slices of an axis in the order of indices: see [`Transform::Take`]. Panics unless the indices are a vector.
     pub fn taken(&self, axis: usize, indices: &Constant) -> Self {
         let [count] = indices.shape[..] else {
             panic!("no vector of indices: {:?}", indices.shape);

@@ -1,4 +1,5 @@
-//! The text form of a graph: one line per node, for people, snapshots and test files. [`parse`](super::parse) reads it back.
+//! The text form of a graph: one line per node, for readers, snapshots and test files. [`parse`](super::parse) reads it
+//! back.
 //!
 //! ```text
 //! graph main (pytorch 2.15.0, opset 18)
@@ -14,10 +15,10 @@
 //! ```
 //!
 //! The order of lines is that of the graph and names are those of its values, so equal graphs give equal text. A node's
-//! own name follows after `#` if it differs from its output's name. Unread constants are left out, and so
-//! are the elements of constants with more than eight. A quantized weight has its format in parentheses, `(quantized: u4
-//! in blocks of 32 on axis 1)`; the parser treats it like other constants without elements. `?` is an unknown type. A name with
-//! spaces or punctuation is in quotes.
+//! own name follows after `#` if it differs from its output's name. Unread constants are omitted, and so are the
+//! elements of constants with more than eight elements. A quantized weight has its format in parentheses, `(quantized:
+//! u4 in blocks of 32 on axis 1)`; the parser treats it like other constants without elements. `?` is an unknown type.
+//! A name with spaces or punctuation is in quotes.
 
 use std::collections::HashSet;
 use std::fmt::{self, Display, Write};
@@ -36,8 +37,8 @@ pub struct Dump<'a> {
 enum Style {
     /// Can be parsed back.
     Text,
-    /// What architecture hashes are taken of; as [`Style::Text`], but no name is in quotes, no operator's domain is named
-    /// and numbers have the precision of f32.
+    /// The input of architecture hashes: like [`Style::Text`], but without quotes around names and domains of
+    /// operators, and with numbers in the precision of f32.
     Identity,
 }
 
@@ -48,8 +49,8 @@ pub fn dump(graph: &Graph) -> Dump<'_> {
 }
 
 /// The text whose BLAKE3 hash is the `architecture_hash` of a package. It must never change for a graph: packages are
-/// compared by it. It differs from [`dump`] only in graphs with names that need quotes, f64 constants, or operators of
-/// which two domains have one name.
+/// compared by it. It differs from [`dump`] only in graphs with names that need quotes, f64 constants, or an operator
+/// name that occurs in two domains.
 pub fn identity_text(graph: &Graph) -> Dump<'_> {
     let style = Style::Identity;
     Dump { graph, style }
@@ -131,7 +132,7 @@ impl Dump<'_> {
         Ok(())
     }
 
-    /// `name: dtype[shape]`, with `?` for what is not known.
+    /// `name: dtype[shape]`, with `?` for what is unknown.
     fn typed(&self, value: ValueId) -> String {
         let value = self.graph.value(value);
         let name = self.name(&value.name);

@@ -1,4 +1,4 @@
-//! The interface of a canonical graph, derived from the names that ONNX keeps.
+//! The interface of a canonical graph, derived from names in ONNX.
 
 use super::{Constant, EMBEDDING_TABLE, Graph, ValueId};
 use crate::dim::{Dim, Sym};
@@ -6,12 +6,11 @@ use crate::interface::{CacheId, CacheShape, Interface, InterfaceError, Interface
 use crate::tensor::DType;
 
 impl Graph {
-    /// The interface that the names, dtypes and shapes of the inputs and outputs give: for graphs that come from a file or
-    /// a text dump, and for graphs made by hand. Passes know the roles of what they write, and set
-    /// [`Graph::interface`] themselves.
+    /// The interface that follows from the names, dtypes and shapes of the inputs and outputs: for graphs from a file
+    /// or a text dump, and for graphs written by hand. Passes know the roles, and set [`Graph::interface`] themselves.
     ///
-    /// Errors: a name that no role has, a role that is missing, occurs twice or stands out of order, a dtype or shape that
-    /// does not go with the role. Outputs may be untyped, as before inference.
+    /// Errors: a name without a role, a role that is missing, duplicated or out of order, a dtype or shape that does
+    /// not match the role. Outputs may be untyped, as before inference.
     pub fn canonical_interface(&self) -> Result<Interface<ValueId>, InterfaceErrors> {
         let names = |ids: &[ValueId]| -> Vec<(&str, ValueId)> {
             ids.iter().map(|id| (self.value(*id).name.as_str(), *id)).collect()
@@ -37,13 +36,13 @@ impl Graph {
         Ok(())
     }
 
-    /// Elements of one embedding, where the graph takes embeddings.
+    /// Elements of one embedding, if the graph takes embeddings.
     pub fn embedding_width(&self) -> Option<usize> {
         let id = self.interface.as_ref()?.input(Role::Embeddings)?;
         usize::try_from(self.shape(id)?.last()?.as_const()?).ok()
     }
 
-    /// Gives a graph that takes embeddings the table of them, `[vocabulary, hidden]`, in the dtype of its input.
+    /// Adds the embedding table to a graph that takes embeddings: `[vocabulary, hidden]`, in the dtype of its input.
     pub fn set_embedding(&mut self, table: Constant) {
         let id = self.add_constant(EMBEDDING_TABLE, table);
         self.embedding = Some(id);
@@ -72,7 +71,7 @@ impl Graph {
         }
     }
 
-    /// Ports whose dtype or shape is not the one of the table at the head of `graph`.
+    /// Ports whose dtype or shape differs from the table at the head of `graph`.
     fn wrong_shapes(&self, interface: &Interface<ValueId>) -> Vec<InterfaceError> {
         let ids = self.shape(interface.token_input()).cloned().unwrap_or_default();
         let row = match &ids[..] {

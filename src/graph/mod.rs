@@ -5,15 +5,14 @@
 //! single assignment form: each value has one definition, no node comes before what it reads once
 //! [`Graph::sort`] has run. Nodes hold an [`Op`], normalized to opset 24.
 //!
-//! The front end (`onnx`) makes graphs, `passes` rewrite them, `lower` reads the canonical one. Its modules:
-//! `op` the operators, `constant` and `transform` tensors with deferred work, `infer` dtypes and shapes,
-//! `eval` operator semantics on concrete tensors, `verify` the rules, `dump` the text form
-//! and `parse` the way back.
+//! The front end (`onnx`) builds graphs, `passes` rewrite them, `lower` reads the canonical one. Its modules: `op` the
+//! operators, `constant` and `transform` tensors with deferred work, `infer` dtypes and shapes, `eval` operator
+//! semantics on concrete tensors, `verify` the rules, `dump` the text form and `parse` the way back.
 //!
 //! # The canonical graph
 //!
-//! What the passes give and the lowering takes; valid ONNX at opset 24. [`Graph::interface`] says which value is which;
-//! the names are those of [`Role`](crate::interface::Role). With `i` counting layers:
+//! The output of the passes and the input of the lowering; valid ONNX at opset 24. [`Graph::interface`] gives the role
+//! of each value; the names are those of [`Role`](crate::interface::Role). With `i` counting layers:
 //!
 //! | inputs | dtype | shape |
 //! |---|---|---|
@@ -29,16 +28,16 @@
 //! | `logits` | float | `[batch, tokens, vocabulary]` |
 //! | `updated_key_cache.i`, `updated_value_cache.i` | as the cache | as the cache |
 //!
-//! Slot `s` of a sequence holds the token at position `s`; a query at position `p` attends to slots `0..=p`, or to the last
-//! `window` of them. Its mask is computed in the graph from `position_ids` and nothing else, once per distinct window:
-//! a bool `[batch, 1, tokens, capacity]` made of `Range`, comparisons and `And`, true where attended to. Slots beyond
-//! `p` may hold anything finite.
+//! Slot `s` of a sequence holds the token at position `s`; a query at position `p` attends to slots `0..=p`, or to the
+//! last `window` of them. Its mask is computed in the graph from `position_ids` alone, once per distinct window: a bool
+//! `[batch, 1, tokens, capacity]` from `Range`, comparisons and `And`, true where attended to. Slots beyond `p` may
+//! hold any finite values.
 //!
-//! Every cache is written by `TensorScatter(axis = 2)` and read by `Attention` with four-dimensional q, k, v, a mask and
-//! `is_causal = 0`; grouped heads are native (heads a multiple of kv_heads). Rotary positions are `RotaryEmbedding` with
-//! tables `[max_position, rotary_dim/2]` and `position_ids`. Linear weights are constants `[out, in]` read through
-//! `Transpose(perm = [1, 0])` by `MatMul`; a bias is an `Add` after it. `batch` is the constant 1 where the export
-//! fixed that.
+//! Every cache is written by `TensorScatter(axis = 2)` and read by `Attention` with four-dimensional q, k, v, a mask
+//! and `is_causal = 0`; grouped heads are native (heads a multiple of kv_heads). Rotary positions are `RotaryEmbedding`
+//! with tables `[max_position, rotary_dim/2]` and `position_ids`. Linear weights are constants `[out, in]` read through
+//! `Transpose(perm = [1, 0])` by `MatMul`; a bias is an `Add` after it. `batch` is the constant 1 if the export fixed
+//! it.
 
 mod attention;
 mod constant;
@@ -88,9 +87,9 @@ pub struct NodeId(u32);
 /// What defines a value.
 #[derive(Clone, Debug)]
 pub enum Definition {
-    /// It is an input of the graph.
+    /// An input of the graph.
     Input,
-    /// It is constant.
+    /// A constant.
     Constant(Constant),
     /// Output number `output` of `node`.
     Node {
@@ -112,7 +111,7 @@ pub struct Value {
     pub dtype: Option<DType>,
     /// `None`: not inferred yet.
     pub shape: Option<Shape>,
-    /// Where it comes from.
+    /// Its definition.
     pub definition: Definition,
 }
 
@@ -123,18 +122,18 @@ pub struct Node {
     pub name: String,
     /// What it computes.
     pub op: Op,
-    /// `None` where an optional input is left out.
+    /// `None` for an omitted optional input.
     pub inputs: Vec<Option<ValueId>>,
-    /// `None` where an optional output is left out.
+    /// `None` for an omitted optional output.
     pub outputs: Vec<Option<ValueId>>,
 }
 
 impl Node {
-    /// Input `i` if it is there.
+    /// Input `i` if present.
     pub fn input(&self, i: usize) -> Option<ValueId> {
         self.inputs.get(i).copied().flatten()
     }
-    /// Output `i` if it is there.
+    /// Output `i` if present.
     pub fn output(&self, i: usize) -> Option<ValueId> {
         self.outputs.get(i).copied().flatten()
     }
@@ -143,24 +142,24 @@ impl Node {
 /// Who wrote the export.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Producer {
-    /// The exporter's name; empty if the file does not say it.
+    /// The exporter's name; empty if unknown.
     pub name: String,
     /// The exporter's version.
     pub version: String,
-    /// Of the file format.
+    /// IR version of the file format.
     pub ir_version: i64,
     /// Domain (`""` for ai.onnx) and version, sorted.
     pub opsets: Vec<(String, i64)>,
-    /// The input that switched between the branches of a merged decoder, and is not an input of the graph.
+    /// The input that switched between the branches of a merged decoder; it is not an input of the graph.
     pub switch: Option<Switch>,
 }
 
 /// An input that a merged decoder chooses its branch by. The graph is the branch that reads past keys and values.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Switch {
-    /// In the export.
+    /// Its name in the export.
     pub name: String,
-    /// Its value where the graph is computed.
+    /// Its value for the branch of the graph.
     pub value: bool,
     /// 0 or 1; every dim is 1.
     pub rank: usize,
@@ -177,9 +176,9 @@ pub struct Graph {
     pub inputs: Vec<ValueId>,
     /// In the export's order.
     pub outputs: Vec<ValueId>,
-    /// What the inputs and outputs are for, in a canonical graph; `None` in an export.
+    /// The roles of inputs and outputs in a canonical graph; `None` in an export.
     pub interface: Option<Interface<ValueId>>,
-    /// In a canonical graph that takes embeddings: the table that gives them for token ids, `[vocabulary, hidden]`, named
+    /// In a canonical graph that takes embeddings: the embedding table, `[vocabulary, hidden]`, named
     /// [`EMBEDDING_TABLE`]. No node reads it; a session does.
     pub embedding: Option<ValueId>,
     values: Vec<Value>,
@@ -188,7 +187,7 @@ pub struct Graph {
     names: HashMap<String, ValueId>,
 }
 
-/// A node reads what depends on its own output; the names are of nodes on one cycle.
+/// A node depends on its own output; the names are those of nodes on one cycle.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the graph has a cycle through {}", .nodes.join(" -> "))]
 pub struct CycleError {
@@ -217,11 +216,11 @@ impl Graph {
     pub fn value(&self, id: ValueId) -> &Value {
         &self.values[id.0 as usize]
     }
-    /// The value, to change its name-independent parts; [`Graph::rename`] changes its name.
+    /// The value, mutable; use [`Graph::rename`] to change its name.
     pub fn value_mut(&mut self, id: ValueId) -> &mut Value {
         &mut self.values[id.0 as usize]
     }
-    /// Every value ever added, in order, those without a definition included.
+    /// Every value ever added, in order, including those without a definition.
     pub fn value_ids(&self) -> impl Iterator<Item = ValueId> + use<> {
         (0..self.values.len() as u32).map(ValueId)
     }
@@ -241,7 +240,7 @@ impl Graph {
         }
     }
 
-    /// `base` if no value has that name yet, else `base` with the first free number.
+    /// `base` if the name is free, else `base` with the first free number.
     pub fn fresh_name(&self, base: &str) -> String {
         if !base.is_empty() && !self.names.contains_key(base) {
             return base.to_string();
@@ -286,7 +285,8 @@ impl Graph {
         id
     }
 
-    /// Makes an existing value a constant, as when a node is folded. The node that defined it loses that output.
+    /// Turns an existing value into a constant, for example when a node is folded. The node that defined it loses that
+    /// output.
     pub fn set_constant(&mut self, id: ValueId, constant: Constant) {
         self.detach(id);
         let value = self.value_mut(id);
@@ -314,7 +314,7 @@ impl Graph {
     pub fn node(&self, id: NodeId) -> &Node {
         self.nodes[id.0 as usize].as_ref().expect("the node was removed")
     }
-    /// The node, to change it. Panics if it was removed.
+    /// The node, mutable. Panics if it was removed.
     pub fn node_mut(&mut self, id: NodeId) -> &mut Node {
         self.nodes[id.0 as usize].as_mut().expect("the node was removed")
     }
@@ -325,7 +325,7 @@ impl Graph {
             .copied()
             .filter(|id| self.nodes[id.0 as usize].is_some())
     }
-    /// Whether the node is still there.
+    /// Whether the node still exists.
     pub fn contains(&self, id: NodeId) -> bool {
         self.nodes[id.0 as usize].is_some()
     }
@@ -341,7 +341,7 @@ impl Graph {
         self.producer_of(id).map(|(node, _)| (node, self.node(node)))
     }
 
-    /// Adds a node that computes existing values, as the reader does.
+    /// Adds a node that computes existing values; for the reader.
     pub fn add_node_with_outputs(
         &mut self,
         name: &str,
@@ -366,7 +366,7 @@ impl Graph {
         id
     }
 
-    /// Adds a node with one output and gives that output, named after the node, its type left to inference.
+    /// Adds a node with one output and returns that output, named after the node; its type is left to inference.
     pub fn add_node(&mut self, name: &str, op: Op, inputs: &[ValueId]) -> ValueId {
         let output = self.add_value(name);
         let inputs = inputs.iter().map(|v| Some(*v)).collect();
@@ -382,7 +382,7 @@ impl Graph {
         }
     }
 
-    /// Takes a value away from the node that defines it, if any.
+    /// Detaches a value from the node that defines it, if any.
     fn detach(&mut self, id: ValueId) {
         if let Definition::Node { node, output } = self.value(id).definition {
             if let Some(node) = self.nodes[node.0 as usize].as_mut() {
@@ -392,7 +392,7 @@ impl Graph {
         }
     }
 
-    /// Every reader of `old`, graph outputs included, reads `new` instead. An output keeps its place, not its name.
+    /// Every reader of `old`, graph outputs included, reads `new` instead. An output keeps its position, not its name.
     pub fn replace_uses(&mut self, old: ValueId, new: ValueId) {
         for node in self.nodes.iter_mut().flatten() {
             for input in node.inputs.iter_mut().filter(|i| **i == Some(old)) {
@@ -407,7 +407,7 @@ impl Graph {
         }
     }
 
-    /// Who reads each value: (node, input number). Graph outputs are not in it.
+    /// Who reads each value: (node, input number). Graph outputs are not included.
     pub fn uses(&self) -> HashMap<ValueId, Vec<(NodeId, usize)>> {
         let mut uses: HashMap<ValueId, Vec<(NodeId, usize)>> = HashMap::new();
         for id in self.node_ids() {
@@ -437,7 +437,7 @@ impl Graph {
         }
     }
 
-    /// Puts the nodes in an order in which each comes after what it reads, as close to the present one as possible.
+    /// Sorts the nodes so that each comes after its inputs, as close to the current order as possible.
     pub fn sort(&mut self) -> Result<(), CycleError> {
         #[derive(Clone, Copy, PartialEq)]
         enum Mark {
@@ -449,7 +449,7 @@ impl Graph {
         let mut sorted = Vec::with_capacity(self.nodes.len());
         let present: Vec<NodeId> = self.node_ids().collect();
         for root in present {
-            // Depth first without recursion: graphs of deep models are thousands of nodes long.
+            // Depth first without recursion: graphs of deep models have thousands of nodes.
             let mut stack = vec![(root, 0usize)];
             while let Some((id, next)) = stack.pop() {
                 if next == 0 {

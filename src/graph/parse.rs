@@ -1,10 +1,11 @@
 //! Reads the text form of a graph, as [`dump`](super::dump()) writes it.
 //!
-//! The parser fills in what a dump leaves out: the bytes of constants larger than eight elements ([`parse_with`] asks for them,
-//! [`parse`] leaves them absent), the origins of constants, and the name of a node whose output is named after it. So
-//! `dump(parse(dump(graph)))` is `dump(graph)`. A canonical graph gets the interface that its names give. In a graph written by hand, a constant can also be `= random(7)`, random
-//! elements with that seed, or `= full(0.5)`; `from a.name` at the end of its line names its origin, which makes it a
-//! weight. A node's output and an output of the graph may stand without their types, which inference finds.
+//! The parser restores what a dump omits: the bytes of constants with more than eight elements ([`parse_with`] requests
+//! them, [`parse`] leaves them absent), the origins of constants, and the name of a node whose output is named after
+//! it. So `dump(parse(dump(graph)))` is `dump(graph)`. A canonical graph gets the interface that follows from its
+//! names. In a graph written by hand, a constant can also be `= random(7)`, random elements with that seed, or `=
+//! full(0.5)`; `from a.name` at the end of its line names its origin, which makes it a weight. The types of a node's
+//! output and of a graph output can be omitted; inference finds them.
 
 use std::cell::RefCell;
 
@@ -19,7 +20,7 @@ pub fn parse(text: &str) -> Result<Graph, ParseError> {
     parse_with(text, |_, dtype, shape| Constant::absent(dtype, shape.to_vec()))
 }
 
-/// The graph of a dump. `fill` is asked by name, dtype and shape for constants whose elements the text does not show.
+/// The graph of a dump. `fill` provides constants whose elements the text does not show, by name, dtype and shape.
 pub fn parse_with(text: &str, fill: impl FnMut(&str, DType, &[usize]) -> Constant) -> Result<Graph, ParseError> {
     let mut lines = Lines::of(text);
     let mut parser = Parser {
@@ -54,8 +55,7 @@ pub fn parse_with(text: &str, fill: impl FnMut(&str, DType, &[usize]) -> Constan
         Some((_, error)) => Err(error),
         None => {
             let mut graph = parser.graph;
-            // A text has nothing but names. Graphs that are not canonical have no interface.
-            // A graph that is not canonical has none.
+            // A text has only names. A graph that is not canonical has no interface.
             let _ = graph.set_canonical_interface();
             Ok(graph)
         }
@@ -69,7 +69,7 @@ fn is_dead(graph: &Graph, value: ValueId) -> bool {
 struct Parser<F> {
     graph: Graph,
     fill: F,
-    /// Values that were read before anything defined them, with the error if nothing does.
+    /// Values that were read before their definition, with the error if there is none.
     awaited: Vec<(ValueId, ParseError)>,
 }
 
@@ -138,7 +138,7 @@ impl<F: FnMut(&str, DType, &[usize]) -> Constant> Parser<F> {
         line.expect_end()
     }
 
-    /// The first entry in brackets: who made the export, or an opset.
+    /// The first entry in brackets: the producer, or an opset.
     fn producer(&mut self, line: &mut Cursor) -> Parsed<()> {
         if line.rest().starts_with("opset ") {
             return self.opset(line);
@@ -221,7 +221,7 @@ impl<F: FnMut(&str, DType, &[usize]) -> Constant> Parser<F> {
         } else if line.eat(" (absent)") {
             Constant::absent(dtype, shape)
         } else {
-            // How it is quantized is of no use without the codes.
+            // The quantization format is useless without the codes.
             if line.eat(" (quantized: ") {
                 line.take(|c| c != ')');
                 line.expect(")")?;
@@ -311,7 +311,7 @@ impl<F: FnMut(&str, DType, &[usize]) -> Constant> Parser<F> {
             if given && (value.dtype, &value.shape) != (typed.dtype, &typed.shape) {
                 return Err(line.error_at(typed.at, "the type that the value has where it is defined"));
             }
-            // A constant's elements stand here again.
+            // A constant's elements are repeated here.
             line.take_rest();
             self.graph.outputs.push(id);
             return Ok(());
@@ -360,11 +360,11 @@ fn operator(line: &mut Cursor) -> Parsed<Op> {
     }
 }
 
-/// Attributes in brackets, read when the operator asks for them.
+/// Attributes in brackets, read on demand.
 struct Listed<'a> {
     list: Vec<Item<'a>>,
     read: RefCell<Vec<String>>,
-    /// Of the line; for errors.
+    /// The line, for errors.
     line: Cursor<'a>,
 }
 
@@ -436,9 +436,9 @@ impl<'a> Listed<'a> {
 
 /// Why an operator's attributes do not fit.
 enum Misfit {
-    /// The text of one.
+    /// The text of an attribute.
     Text(ParseError),
-    /// What they say.
+    /// The reason.
     Attribute(AttributeError),
 }
 
@@ -476,7 +476,7 @@ impl AttributeSource for Listed<'_> {
         Ok(self.get(name, |c| {
             let dtype = c.dtype()?;
             c.expect(" ")?;
-            // The text has no shape: one number stands for a scalar, a list for a vector.
+            // The text has no shape: a single number is a scalar, a list is a vector.
             match c.rest().starts_with('[') {
                 false => c.elements(dtype, &[]),
                 true => {

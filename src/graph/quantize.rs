@@ -1,7 +1,7 @@
 //! Constants that are quantized when their bytes are needed: [`Constant::quantized_as`].
 //!
 //! Codes, scales and zero points are three constants over one of floats; they are computed when a package is written.
-//! The search for scales runs once for all three; its result is kept with them, codes are computed again each time.
+//! The search for scales runs once for all three, and its result is kept; codes are computed again each time.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -11,7 +11,7 @@ use crate::tensor::quantize::{self, Format, Scales};
 use crate::tensor::quantized::{Granularity, QuantizedError};
 use crate::tensor::{DType, Tensor};
 
-/// A part of what a constant of floats becomes.
+/// A part of a quantized constant.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Part {
     /// In the values' shape.
@@ -22,15 +22,15 @@ pub enum Part {
     ZeroPoints,
 }
 
-/// How [`Transform::RoundToNearest`] quantizes, and which part it gives. Inputs are the values, with contiguous runs, and perhaps
-/// the importance of each column (see [`quantize::scales`]).
+/// How [`Transform::RoundToNearest`] quantizes, and which part it returns. Inputs are the values, with contiguous runs,
+/// and optionally the importance of each column (see [`quantize::scales`]).
 #[derive(Clone)]
 pub struct RoundToNearest {
-    /// Of the codes.
+    /// Format of the codes.
     pub format: Format,
     /// Which part.
     pub part: Part,
-    /// The scales, once they were searched for.
+    /// The scales, once found.
     scales: Arc<OnceLock<Scales>>,
 }
 
@@ -80,7 +80,7 @@ impl Constant {
         )
     }
 
-    /// The same where runs are not contiguous: by way of the axis that is.
+    /// The same if runs are not contiguous: swaps axes to make them so.
     fn quantized_across(&self, format: Format, importance: Option<&Constant>) -> Result<Constant, QuantizedError> {
         let rank = self.shape().len();
         let mut perm: Vec<usize> = (0..rank).collect();
@@ -95,17 +95,17 @@ impl Constant {
             }
             Granularity::Tensor => unreachable!("its run is all of it"),
         };
-        // Columns are others when the axes are.
+        // Swapped axes change the columns.
         debug_assert!(importance.is_none(), "importance is of the last axis");
         let turned = self
             .transposed(&perm)
             .quantized_as(Format { granularity, ..format }, None)?;
-        // A swap undoes itself.
+        // A swap is its own inverse.
         Ok(turned.transposed(&perm))
     }
 
-    /// The floats and the format that this quantized constant is made of, and whether columns were weighted; `None` if its
-    /// codes were given.
+    /// The floats and the format of this quantized constant, and whether columns were weighted; `None` if its codes
+    /// were given.
     pub fn quantized_from(&self) -> Option<(&Constant, Format, bool)> {
         let ConstantSource::Derived(derived) = self.as_quantized()?.codes.source() else {
             return None;
@@ -211,7 +211,7 @@ mod tests {
         // The largest ones may be clipped; on average the error is that of sixteen codes.
         let error: f32 = values.iter().zip(&given).map(|(a, b)| (a - b).powi(2)).sum();
         assert!(error / 512.0 < 0.06f32.powi(2), "{error}");
-        // Nothing is known of weights that are not there but what they will be.
+        // For absent weights only the resulting types and shapes are known.
         let absent = Constant::absent(DType::F16, vec![8, 64]).with_origin("w");
         let made = absent.quantized_as(format, None).unwrap();
         assert!(!made.is_present());

@@ -20,7 +20,7 @@ use crate::tensor::{DType, Tensor};
 pub struct Quantized<'a> {
     /// In the shape of the values.
     pub codes: &'a Constant,
-    /// In the shape that the granularity says.
+    /// In the shape that the granularity defines.
     pub scales: &'a Constant,
     /// In the scales' shape and the codes' dtype; 0 if there are none.
     pub zero_points: Option<&'a Constant>,
@@ -29,10 +29,10 @@ pub struct Quantized<'a> {
 }
 
 impl<'a> Quantized<'a> {
-    /// What the parts are called, after the weight's name and a dot.
+    /// The names of the parts, appended to the weight's name after a dot.
     pub const PARTS: [&'static str; 3] = ["codes", "scales", "zero_points"];
 
-    /// The parts that are there, with what they are called: see [`Quantized::PARTS`].
+    /// The existing parts, with their names: see [`Quantized::PARTS`].
     pub fn each(self) -> impl Iterator<Item = (&'static str, &'a Constant)> {
         let parts = [Some(self.codes), Some(self.scales), self.zero_points];
         Self::PARTS
@@ -41,7 +41,7 @@ impl<'a> Quantized<'a> {
             .filter_map(|(name, part)| Some((name, part?)))
     }
 
-    /// The format, for other values to be quantized in the same way; `None` if the scales are quantized themselves.
+    /// The format, for quantizing other values in the same way; `None` if the scales are quantized themselves.
     pub fn format(self) -> Option<Format> {
         self.scales.as_quantized().is_none().then(|| Format {
             codes: self.codes.dtype(),
@@ -50,7 +50,7 @@ impl<'a> Quantized<'a> {
         })
     }
 
-    /// Whether dtypes and shapes belong together.
+    /// Checks that dtypes and shapes fit together.
     pub fn check_types(self) -> Result<(), QuantizedError> {
         fn of(part: &Constant) -> (crate::tensor::DType, &[usize]) {
             (part.dtype(), part.shape())
@@ -63,7 +63,7 @@ impl<'a> Quantized<'a> {
         )
     }
 
-    /// Refuses values that no model can use; reads all parts. The outer result is of reading them.
+    /// Refuses values that no model can use; reads all parts. The outer result is that of reading them.
     pub fn check_values(self) -> Result<Result<(), QuantizedError>, ConstantError> {
         if let Some(scales) = self.scales.as_quantized()
             && let Err(error) = scales.check_values()?
@@ -112,8 +112,8 @@ impl<'a> Quantized<'a> {
         }
     }
 
-    /// Another shape of the same volume, if in it every channel, or block, is still what it was: it has an axis with the
-    /// same number of elements after it and the same channels, or a whole number of blocks.
+    /// Another shape of the same volume, if it preserves every channel or block: it has an axis with the same number of
+    /// elements after it and the same channels, or a whole number of blocks.
     pub fn reshaped(self, shape: &[usize]) -> Result<Constant, QuantizedError> {
         let old = self.codes.shape();
         let inner = |shape: &[usize], axis: usize| shape[axis + 1..].iter().product::<usize>();
@@ -138,7 +138,7 @@ impl<'a> Quantized<'a> {
         }
     }
 
-    /// `start..end` of an axis, if it begins and ends between blocks. Panics if the range lies outside the axis.
+    /// `start..end` of an axis, if it begins and ends between blocks. Panics if the range is outside the axis.
     pub fn sliced(self, on: usize, start: usize, end: usize) -> Result<Constant, QuantizedError> {
         let codes = self.codes.sliced(on, start, end);
         match self.granularity {
@@ -158,7 +158,7 @@ impl<'a> Quantized<'a> {
         }
     }
 
-    /// Joined on an axis, if all are quantized in the same way; where they share scales across it, those must be equal.
+    /// Concatenated on an axis, if all are quantized in the same way; scales shared across the axis must be equal.
     /// Panics on an empty list, or on parts whose other axes differ.
     pub fn concat(parts: &[Quantized<'_>], on: usize) -> Result<Constant, QuantizedError> {
         let first = parts[0];
@@ -190,7 +190,8 @@ impl<'a> Quantized<'a> {
             let zero_points = zero_points.as_deref().map(joined);
             return Constant::quantized(codes, joined(&scales), zero_points, first.granularity);
         }
-        // Small tensors, at hand unless the package is stripped; what cannot be compared is not known to be equal.
+        // Small tensors, available unless the package is stripped; if they cannot be compared, they do not count as
+        // equal.
         let equal = |left: &Constant, right: &Constant| match (left.materialize(), right.materialize()) {
             (Ok(left), Ok(right)) => left.data() == right.data(),
             _ => false,
@@ -215,21 +216,20 @@ impl<'a> Quantized<'a> {
 }
 
 impl Constant {
-    /// Powers of two, f8e8m0, as the scales of blocks in a dtype that arithmetic knows (the microscaling formats MXFP8 and
-    /// MXFP4, <https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf>): codes with one scale,
-    /// 1, so that a file keeps their bytes.
+    /// Powers of two, f8e8m0, as block scales in an arithmetic dtype (the microscaling formats MXFP8 and MXFP4,
+    /// <https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf>): codes with a single scale of 1, so that a file keeps their bytes.
     pub fn microscales(&self, dtype: DType) -> Result<Constant, QuantizedError> {
         let one = Tensor::from_f64_as(dtype, Vec::new(), &[1.0]);
         Constant::quantized(self.clone(), Constant::tensor(one), None, Granularity::Tensor)
     }
 
-    /// The powers of two that scales are, if [`Constant::microscales`] made them.
+    /// The scales as powers of two, if [`Constant::microscales`] created them.
     pub fn as_microscales(&self) -> Option<&Constant> {
         let parts = self.as_quantized()?;
         (parts.codes.dtype() == DType::F8E8M0).then_some(parts.codes)
     }
 
-    /// The tensors that a file keeps of a constant called `name`, with their names: itself, or of a quantized weight its
+    /// The tensors that a file stores for a constant `name`, with their names: itself, or for a quantized weight its
     /// codes, scales and zero points, `name.codes` and so on.
     pub fn stored_parts(&self, name: &str) -> Vec<(String, &Constant)> {
         match self.as_quantized() {
@@ -283,7 +283,7 @@ mod tests {
         constant.materialize().unwrap().to_f32()
     }
 
-    /// The values as plain floats, whose movements say what those of the quantized constant must give.
+    /// The values as plain floats; their movements are the expected result for the quantized constant.
     fn plain(constant: &Constant) -> Constant {
         Constant::tensor(constant.materialize().unwrap())
     }
@@ -341,7 +341,7 @@ mod tests {
         let parts = w.as_quantized().unwrap();
         assert_eq!(
             parts.sliced(1, 2, 6).err().unwrap().to_string(),
-            "a slice of 2 to 6 takes apart what is quantized in blocks of 4 on axis 1"
+            "a slice of 2 to 6 splits what is quantized in blocks of 4 on axis 1"
         );
         assert!(matches!(parts.reshaped(&[8, 6]), Err(QuantizedError::Blocks { .. })));
         let cut = w.sliced(1, 2, 6);

@@ -1,5 +1,5 @@
-//! Computes the bytes of a derived constant. Movements work on raw elements of any dtype, packed ones too; arithmetic goes
-//! through fp32.
+//! Computes the bytes of a derived constant. Movements work on raw elements of any dtype, including packed ones;
+//! arithmetic uses fp32.
 
 use bytes::Bytes;
 
@@ -61,7 +61,7 @@ pub(super) fn apply(derived: &Derived, dtype: DType, shape: &[usize]) -> Result<
     Ok(Tensor::new(dtype, shape.to_vec(), bytes).expect("a transform keeps its promised size"))
 }
 
-/// Two's complement of a code less half the range differs from it in the highest bit alone.
+/// The two's complement of a code minus half the range differs from it only in the highest bit.
 fn half_range_moved(input: &Tensor) -> Bytes {
     let flip: u8 = match input.dtype().bits() {
         2 => 0b1010_1010,
@@ -87,7 +87,7 @@ fn take(input: &Tensor, axis: usize, indices: &Tensor) -> Bytes {
     let mut out = Vec::with_capacity(outer * indices.len() * run);
     for row in 0..outer {
         for index in &indices {
-            // An index that no slice has is refused where the constant is made; here it takes the last.
+            // An index out of range is refused when the constant is created; here it selects the last slice.
             let at = usize::try_from(*index).unwrap_or(0).min(extent.saturating_sub(1));
             let start = (row * extent + at) * run;
             out.extend_from_slice(&elements.data[start..start + run]);
@@ -119,7 +119,7 @@ fn plus_product(w: &Tensor, b: &Tensor, a: &Tensor, scale: f64) -> Bytes {
     Tensor::from_f32(w.shape().to_vec(), &sum).data().clone()
 }
 
-/// Every row scaled to its length. A row of zeros has no direction: it becomes NaN, as it does by the formula.
+/// Every row scaled to its length. A row of zeros has no direction: it becomes NaN, as the formula gives.
 fn row_lengths(matrix: &Tensor, lengths: &Tensor) -> Bytes {
     let width = matrix.shape()[1].max(1);
     let mut rows = matrix.to_f32();
@@ -157,11 +157,11 @@ fn convert<A: FloatElement, B: FloatElement>(data: &[u8]) -> Bytes {
     Bytes::from(out)
 }
 
-/// The elements of a tensor as runs of whole bytes, which movements then move: one element of an ordinary dtype, or one
-/// of a packed one spread to a byte.
+/// The elements of a tensor as runs of whole bytes for movements: one element of an ordinary dtype, or one packed
+/// element expanded to a byte.
 struct Elements {
     data: Bytes,
-    /// Bytes of one.
+    /// Bytes per element.
     size: usize,
     dtype: DType,
 }
@@ -183,7 +183,7 @@ impl Elements {
         }
     }
 
-    /// Moved elements as the dtype stores them.
+    /// Moved elements in the dtype's storage format.
     fn stored(&self, moved: Vec<u8>) -> Bytes {
         Bytes::from(match self.dtype.is_packed() {
             true => packed::pack(&moved, self.dtype.bits()),
@@ -203,7 +203,7 @@ fn transpose(input: &Tensor, perm: &[usize]) -> Bytes {
     elements.stored(moved)
 }
 
-/// Weights of `[in, out]` become `[out, in]`: blocked, so that both sides stay within cache lines.
+/// Transposes `[in, out]` to `[out, in]` in blocks, so that both sides stay within cache lines.
 fn transpose_2d<const N: usize>(shape: &[usize], data: &[u8]) -> Vec<u8> {
     const BLOCK: usize = 32;
     let (rows, columns) = (shape[0], shape[1]);
@@ -249,7 +249,7 @@ fn slice(input: &Tensor, axis: usize, start: usize, end: usize) -> Bytes {
     let shape = input.shape();
     let behind = shape[axis + 1..].iter().product::<usize>();
     let outer: usize = shape[..axis].iter().product();
-    // Packed elements are cut where they lie if every cut is between bytes.
+    // Packed elements are cut in place if every cut is between bytes.
     let whole = input.dtype().bits() * behind;
     if whole.is_multiple_of(8) {
         return Bytes::from(cut(input.data(), outer, shape[axis], start..end, whole / 8));
@@ -349,7 +349,7 @@ mod tests {
         assert!(scaled[4].is_nan());
     }
 
-    /// Codes less half their range and back, with a rest in the last byte.
+    /// Codes minus half their range and back, with a partial last byte.
     #[test]
     fn unsigned_codes_become_signed() {
         for dtype in [DType::U8, DType::U4, DType::U2] {
@@ -380,7 +380,7 @@ mod tests {
         }
     }
 
-    /// Codes of floats and what they stand for, by hand.
+    /// Codes of floats and their values, computed by hand.
     #[test]
     fn floats_become_codes() {
         let values = Constant::tensor(Tensor::from_f32(vec![2, 2], &[0.5, -1.3, 2.5, 1000.0]));
@@ -408,7 +408,7 @@ mod tests {
 
     type Movement<'a> = &'a dyn Fn(&Constant, &Constant) -> Constant;
 
-    /// Every movement of packed elements does what it does to the same numbers as i8.
+    /// Every movement of packed elements gives the same result as on the same numbers in i8.
     #[test]
     fn movements_of_packed_elements() {
         for (dtype, low) in [
@@ -421,7 +421,7 @@ mod tests {
             let plain = |shape: &[usize]| {
                 let n: usize = shape.iter().product();
                 let span = 1 << dtype.bits();
-                // Codes of a float are moved as they are: halves of whole numbers up to 3.
+                // Codes of a float are moved unchanged: halves of whole numbers up to 3.
                 let values: Vec<f64> = match dtype {
                     DType::F4E2M1 => (0..n).map(|i| [0.0, 0.5, 1.0, -1.5, 2.0][i * 3 % 5]).collect(),
                     _ => (0..n).map(|i| (low + (i as i64 * 5) % span) as f64).collect(),

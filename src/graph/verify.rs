@@ -1,8 +1,8 @@
 //! The rules of a graph, checked all at once.
 //!
-//! Takes a graph after inference; gives every obstacle in it: values without a definition, nodes out of order, operators
-//! Lapidary does not know (each with the names of all its nodes), missing or surplus inputs, element types that an
-//! operator does not take or that differ where they must be equal. Inference checks shapes.
+//! Input: a graph after inference. Output: every obstacle in it: values without a definition, nodes out of order,
+//! unknown operators (each with the names of all its nodes), missing or surplus inputs, element types that an operator
+//! does not accept or that differ where they must be equal. Inference checks shapes.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -11,16 +11,16 @@ use super::op::Op;
 use super::{Definition, Graph, Node, ValueId};
 use crate::tensor::DType;
 
-/// Something that keeps a graph from being compiled.
+/// Something that prevents a graph from being compiled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 #[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum Obstacle {
-    /// An operator, or an attribute of one, that Lapidary does not know, with all nodes that have it.
+    /// An unknown operator or attribute, with all nodes that have it.
     UnknownOp { op: String, nodes: Vec<String> },
     /// A node has too many or too few inputs or outputs.
     Arity { node: String, op: String, reason: String },
-    /// An operand's element type is not among those the operator takes.
+    /// An operand has an element type that the operator does not accept.
     DType {
         node: String,
         op: String,
@@ -28,7 +28,7 @@ pub enum Obstacle {
         dtype: DType,
         wanted: &'static str,
     },
-    /// Two operands must have one element type.
+    /// Two operands must have the same element type.
     MixedDTypes {
         node: String,
         op: String,
@@ -37,7 +37,7 @@ pub enum Obstacle {
     },
     /// Inference could not type a value.
     Untyped { value: String, node: String },
-    /// The graph's own bookkeeping is broken: a bug of the pass that left it so, not an error of the export.
+    /// The graph's internal structure is inconsistent: a bug in a pass, not an error of the export.
     Structure { reason: String },
 }
 
@@ -63,10 +63,10 @@ impl fmt::Display for Obstacle {
                 operand,
                 dtype,
                 wanted,
-            } => write!(f, "node {node:?} ({op}): {operand:?} is {dtype}, and must be {wanted}"),
+            } => write!(f, "node {node:?} ({op}): {operand:?} is {dtype} but must be {wanted}"),
             Obstacle::MixedDTypes { node, op, left, right } => write!(
                 f,
-                "node {node:?} ({op}): {:?} is {} and {:?} is {}, and they must be of one type",
+                "node {node:?} ({op}): {:?} is {} and {:?} is {}, but they must be of one type",
                 left.0, left.1, right.0, right.1
             ),
             Obstacle::Untyped { value, node } => {
@@ -80,7 +80,7 @@ impl fmt::Display for Obstacle {
     }
 }
 
-/// All obstacles of a graph, one a line.
+/// All obstacles of a graph, one per line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct Obstacles(pub Vec<Obstacle>);
 
@@ -93,7 +93,8 @@ impl fmt::Display for Obstacles {
     }
 }
 
-/// Checks every rule. A graph that passes can be lowered or written as far as operators and element types go.
+/// Checks every rule. As far as operators and element types are concerned, a graph that passes can be lowered or
+/// written.
 pub fn verify(graph: &Graph) -> Result<(), Obstacles> {
     let mut obstacles = Vec::new();
     structure(graph, &mut obstacles);
@@ -180,7 +181,7 @@ fn untyped(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
     }
 }
 
-/// Whether inputs and outputs are as many as the operator has.
+/// Checks the number of inputs and outputs.
 fn arity(node: &Node, obstacles: &mut Vec<Obstacle>) -> bool {
     let info = node.op.info();
     let mut wrong = |reason: String| {
@@ -196,15 +197,15 @@ fn arity(node: &Node, obstacles: &mut Vec<Obstacle>) -> bool {
         return wrong(format!("has no input {missing}, which it needs"));
     }
     if info.variadic && node.inputs.iter().any(Option::is_none) {
-        return wrong("leaves out one of its inputs".to_string());
+        return wrong("omits one of its inputs".to_string());
     }
     let (inputs, most) = (node.inputs.len(), info.inputs.len());
     if inputs > most && !info.variadic {
-        return wrong(format!("has {inputs} inputs, and takes {most} at most"));
+        return wrong(format!("has {inputs} inputs, but takes at most {most}"));
     }
     let outputs = node.outputs.len();
     if outputs > info.outputs {
-        return wrong(format!("has {outputs} outputs, and gives {} at most", info.outputs));
+        return wrong(format!("has {outputs} outputs, but gives at most {}", info.outputs));
     }
     true
 }

@@ -7,9 +7,9 @@ use super::Role;
 /// Inputs or outputs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Side {
-    /// What a call takes.
+    /// Inputs of a call.
     Input,
-    /// What a call gives.
+    /// Outputs of a call.
     Output,
 }
 
@@ -28,25 +28,25 @@ pub enum InterfaceError {
     /// A name that [`Role`] does not have.
     #[error("the canonical graph has no {side} {name:?}")]
     Unknown {
-        /// Where it stands.
+        /// Its side.
         side: Side,
         /// Its name.
         name: String,
     },
-    /// A port that every model has, or that belongs to a cache of which other ports are there.
+    /// A port that every model has, or that belongs to a cache with other ports.
     #[error("the {} {role} is missing", role.side())]
     Missing {
         /// What is missing.
         role: Role,
     },
-    /// Token ids and embeddings.
+    /// Both token ids and embeddings.
     #[error(
-        "the inputs {} and {} are both there, and a model takes one of them",
+        "the inputs {} and {} are both present, but a model takes one of them",
         Role::TokenIds,
         Role::Embeddings
     )]
     TwoTokenInputs,
-    /// Two ports of one role, or one value in two roles.
+    /// Two ports with one role, or one value with two roles.
     #[error("the {} {role} occurs twice", role.side())]
     Duplicate {
         /// The second of them.
@@ -58,7 +58,7 @@ pub enum InterfaceError {
         /// The port.
         role: Role,
     },
-    /// Ports in another order than that of [`Role`].
+    /// Ports in an order other than that of [`Role`].
     #[error("the {side}s are {}, which is not the canonical order", list(found))]
     Order {
         /// Which ports.
@@ -66,19 +66,19 @@ pub enum InterfaceError {
         /// Their order.
         found: Vec<Role>,
     },
-    /// A dtype or shape that does not go with the role.
+    /// A dtype or shape that does not match the role.
     #[error("the {} {role} is {found}, expected {expected}", role.side())]
     Shape {
         /// The port.
         role: Role,
-        /// dtype and shape by its role.
+        /// The role's dtype and shape.
         expected: String,
-        /// dtype and shape that it has.
+        /// The port's dtype and shape.
         found: String,
     },
 }
 
-/// Every fault of an interface; never empty.
+/// All faults of an interface; never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InterfaceErrors(
     /// In the order in which they were found.

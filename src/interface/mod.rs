@@ -1,14 +1,14 @@
 //! Inputs and outputs of a model, as one typed description that every level carries.
 //!
 //! An [`Interface`] lists the inputs and outputs of a model by [`Role`], and its caches with the shape of their rows.
-//! `passes` makes it for the canonical graph, the lowering carries it over to the network (and adds the choice of rows
-//! that get logits), the package's manifest holds it without ids ([`Signature`]), and sessions bind by role. So no level
-//! identifies an input by its name or shape. Names exist only where a format has nothing else: in ONNX files, text dumps and
-//! TensorRT plans. [`Role`]'s `Display` and `FromStr` are the only place that defines these names.
+//! `passes` build it for the canonical graph, the lowering copies it to the network (and adds the choice of rows that
+//! get logits), the package's manifest stores it without ids ([`Signature`]), and sessions bind by role. So no level
+//! identifies an input by its name or shape. Names exist only in formats that have nothing else: ONNX files, text dumps
+//! and TensorRT plans. Only [`Role`]'s `Display` and `FromStr` define these names.
 //!
-//! [`Interface::new`] refuses interfaces that no session can run: a role is missing, occurs twice, or is on the wrong side.
-//! Dtypes and dims are checked by the levels that have them, [`Graph`](crate::graph::Graph::canonical_interface) and
-//! [`Network`](crate::network::verify_interface).
+//! [`Interface::new`] refuses interfaces that no session can run: a role that is missing, duplicated, or on the wrong
+//! side. Dtypes and dims are checked by the levels that have them, [`Graph`](crate::graph::Graph::canonical_interface)
+//! and [`Network`](crate::network::verify_interface).
 //!
 //! [`CacheRows`] is the arithmetic that all devices share when a cache grows.
 
@@ -26,17 +26,17 @@ pub use rows::{CacheRows, RowCopy};
 
 use crate::tensor::DType;
 
-/// One input or output: what it is for, and which value of a graph or tensor of a network it is.
+/// One input or output: its role, and its value in a graph or tensor in a network.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Port<Id> {
-    /// What it is for.
+    /// Its role.
     pub role: Role,
     /// The value or tensor.
     pub id: Id,
 }
 
-/// The shape of a cache, `[batch, kv_heads, capacity, head_dim]`, as far as the model sets it: batch and capacity belong
-/// to a profile.
+/// The shape of a cache, `[batch, kv_heads, capacity, head_dim]`, as far as the model defines it: batch and capacity
+/// belong to a profile.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct CacheShape {
     /// Which cache.
@@ -46,7 +46,7 @@ pub struct CacheShape {
     pub kv_heads: usize,
     /// Elements of one head of one token.
     pub head_dim: usize,
-    /// Of the elements; a float.
+    /// Element type; a float.
     pub dtype: DType,
 }
 
@@ -65,15 +65,15 @@ impl fmt::Display for CacheShape {
 /// A cache: an input, and the output that is its update.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct CachePair<Id> {
-    /// Which cache, and what its rows are.
+    /// Which cache, and the shape of its rows.
     pub shape: CacheShape,
-    /// The cache as a call finds it.
+    /// The cache before a call.
     pub input: Id,
-    /// The cache with the call's rows in it; in a network, in the memory of the input.
+    /// The cache with the call's rows; in a network, in the memory of the input.
     pub output: Id,
 }
 
-/// What a model takes and gives. See the module's head.
+/// Inputs and outputs of a model. See the module's head.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Interface<Id> {
     inputs: Vec<Port<Id>>,
@@ -81,8 +81,8 @@ pub struct Interface<Id> {
     caches: Vec<CachePair<Id>>,
 }
 
-/// An [`Interface`] without ids, which is the same for the canonical graph, its manifest and, but for the choice of rows,
-/// every network lowered from it.
+/// An [`Interface`] without ids, which is the same for the canonical graph, its manifest and, except for the choice of
+/// rows, every network lowered from it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Signature {
     /// In order.
@@ -93,7 +93,7 @@ pub struct Signature {
     pub caches: Vec<CacheShape>,
 }
 
-/// What no model can do without, besides token ids or embeddings.
+/// Inputs that every model needs, besides token ids or embeddings.
 const REQUIRED_INPUTS: [Role; 2] = [Role::PositionIds, Role::WriteIndices];
 const REQUIRED_OUTPUTS: [Role; 1] = [Role::Logits];
 
@@ -116,7 +116,7 @@ impl<Id: Copy + PartialEq> Interface<Id> {
         }
         let required = REQUIRED_INPUTS.map(|role| (&inputs, role)).into_iter();
         let required = required.chain(REQUIRED_OUTPUTS.map(|role| (&outputs, role)));
-        // A layer with any of its four ports has all of them, and so have the layers before it.
+        // A layer with any of its four ports has all of them, and so do the layers before it.
         let layers = inputs.iter().chain(&outputs).filter_map(|port| port.role.cache());
         let layers = layers.map(|cache| cache.layer.saturating_add(1)).max().unwrap_or(0);
         let caches: Vec<CacheId> = (0..layers.min(inputs.len() + outputs.len()))
@@ -151,7 +151,7 @@ impl<Id: Copy + PartialEq> Interface<Id> {
         }
     }
 
-    /// The interface of ports that a format knows by name only, as [`Interface::new`] makes it. A name that is none of
+    /// The interface of ports that a format knows only by name; see [`Interface::new`]. A name that is not one of
     /// [`Role`]'s is an error too.
     pub fn from_names<'n>(
         inputs: impl IntoIterator<Item = (&'n str, Id)>,
@@ -201,13 +201,13 @@ impl<Id: Copy + PartialEq> Interface<Id> {
         self.inputs.iter().find(|port| port.role == role).map(|port| port.id)
     }
 
-    /// The input that has an element or a row for each token: token ids or embeddings.
+    /// The input with an element or a row per token: token ids or embeddings.
     pub fn token_input(&self) -> Id {
         let found = self.input(Role::TokenIds).or_else(|| self.input(Role::Embeddings));
         found.expect("an interface has one of them")
     }
 
-    /// Whether it takes embeddings and not token ids.
+    /// Whether it takes embeddings instead of token ids.
     pub fn takes_embeddings(&self) -> bool {
         self.input(Role::Embeddings).is_some()
     }
@@ -222,7 +222,7 @@ impl<Id: Copy + PartialEq> Interface<Id> {
         self.output(Role::Logits).expect("an interface has logits")
     }
 
-    /// What an input or output is for.
+    /// The role of an input or output.
     pub fn role_of(&self, id: Id) -> Option<Role> {
         let mut ports = self.inputs.iter().chain(&self.outputs);
         ports.find(|port| port.id == id).map(|port| port.role)
@@ -261,7 +261,7 @@ impl<Id: Copy + PartialEq> Interface<Id> {
         }
     }
 
-    /// Another value becomes the output that `old` was.
+    /// Replaces the output `old` by another value.
     pub(crate) fn replace_output(&mut self, old: Id, new: Id) {
         let ports = self.outputs.iter_mut().map(|port| &mut port.id);
         let pairs = self.caches.iter_mut().map(|pair| &mut pair.output);
@@ -270,7 +270,7 @@ impl<Id: Copy + PartialEq> Interface<Id> {
         }
     }
 
-    /// The caches are of this dtype from now on.
+    /// Changes the dtype of the caches.
     pub(crate) fn set_cache_dtypes(&mut self, mut of: impl FnMut(Id) -> Option<DType>) {
         for pair in &mut self.caches {
             pair.shape.dtype = of(pair.input).unwrap_or(pair.shape.dtype);
@@ -279,7 +279,7 @@ impl<Id: Copy + PartialEq> Interface<Id> {
 }
 
 impl Signature {
-    /// Without the choice of rows that get logits, which networks have and graphs have not.
+    /// Without the choice of rows that get logits, which only networks have.
     pub fn of_graph(mut self) -> Self {
         self.inputs.retain(|role| *role != Role::LogitRows);
         self

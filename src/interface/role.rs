@@ -7,25 +7,25 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::Side;
 
-/// What one input or output of a model is for. The order of the variants is the order of ports.
+/// The role of one input or output of a model. The order of the variants is the order of ports.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Role {
     /// `input_ids`: token ids, `[batch, tokens]`.
     TokenIds,
-    /// `inputs_embeds`: a row of floats for each token, `[batch, tokens, hidden]`, of models that take no token ids.
+    /// `inputs_embeds`: a row of floats per token, `[batch, tokens, hidden]`, for models that do not take token ids.
     Embeddings,
-    /// `position_ids`: the position, and so the cache slot, of each token, `[batch, tokens]`.
+    /// `position_ids`: the position, and thus the cache slot, of each token, `[batch, tokens]`.
     PositionIds,
     /// `write_indices`: the slot of each row's first token, `[batch]`.
     WriteIndices,
-    /// `total_lengths`: the position after the last token of each row's run, `[batch]`; a run is a prompt, in however many
-    /// calls, or one token. Where something depends on the length of the run.
+    /// `total_lengths`: the position after the last token of each row's run, `[batch]`; a run is a prompt, in any
+    /// number of calls, or one token. Only if the model depends on the length of the run.
     TotalLengths,
-    /// `logit_rows`: which token of each row gets logits, `[batch]`. In networks only.
+    /// `logit_rows`: which token of each row gets logits, `[batch]`. Only in networks.
     LogitRows,
     /// `key_cache.i`, `value_cache.i`: keys or values of earlier calls, `[batch, kv_heads, capacity, head_dim]`.
     Cache(CacheId),
-    /// `logits`: `[batch, tokens, vocabulary]`, or `[batch, 1, vocabulary]` where rows are chosen.
+    /// `logits`: `[batch, tokens, vocabulary]`, or `[batch, 1, vocabulary]` if rows are chosen.
     Logits,
     /// `updated_key_cache.i`, `updated_value_cache.i`: a cache with the rows of this call.
     UpdatedCache(CacheId),
@@ -34,13 +34,13 @@ pub enum Role {
 /// One cache of a model.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct CacheId {
-    /// Counted in the order in which attentions first read a cache; attentions that share one count once.
+    /// Counted in the order in which attention layers first read a cache; layers that share a cache count once.
     pub layer: usize,
     /// Keys or values.
     pub part: CachePart,
 }
 
-/// What a cache holds.
+/// The content of a cache.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CachePart {
@@ -81,7 +81,7 @@ const UPDATED: &str = "updated_";
 const CACHE: &str = "_cache.";
 
 impl Role {
-    /// Where ports of this role stand.
+    /// The side of ports with this role.
     pub fn side(self) -> Side {
         match self {
             Role::TokenIds
@@ -133,7 +133,7 @@ impl FromStr for Role {
         let cache = |name: &str| {
             let (part, layer) = name.split_once(CACHE)?;
             let part = CachePart::ALL.into_iter().find(|known| known.name() == part)?;
-            // `+1` and `01` parse as numbers too, and are no names.
+            // `+1` and `01` parse as numbers too, but are not valid names.
             let canonical = layer == "0" || layer.starts_with(|c: char| ('1'..='9').contains(&c));
             let layer = layer.parse().ok().filter(|_| canonical)?;
             Some(CacheId { layer, part })

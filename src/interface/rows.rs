@@ -1,9 +1,9 @@
-//! Where the slots of a cache lie in memory, and how they move when it grows.
+//! The layout of a cache in memory, and how slots move when it grows.
 
 use super::CacheShape;
 
-/// A cache `[batch, kv_heads, capacity, head_dim]` as rows of slots: a row for each head of each batch row, `capacity`
-/// slots in it, one for each position. Only the number of slots differs between capacities.
+/// A cache `[batch, kv_heads, capacity, head_dim]` as rows of slots: one row per head of each batch row, with
+/// `capacity` slots, one per position. Only the number of slots differs between capacities.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct CacheRows {
     /// `batch * kv_heads`.
@@ -15,11 +15,11 @@ pub struct CacheRows {
 /// A copy of the front of many rows from one pitch to another, all in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RowCopy {
-    /// From the start of one row to the start of the next, where they are.
+    /// From the start of one row to the start of the next, in the source.
     pub from_pitch: usize,
-    /// The same, where they go.
+    /// The same, in the destination.
     pub to_pitch: usize,
-    /// Copied of each row.
+    /// Bytes copied per row.
     pub bytes: usize,
     /// How many rows.
     pub rows: usize,
@@ -44,7 +44,7 @@ impl CacheRows {
         self.rows * self.pitch(capacity)
     }
 
-    /// What moves when a cache of `from` slots becomes one of `to`: the first `used` slots of every row, as many as both
+    /// The copy when a cache of `from` slots becomes one of `to`: the first `used` slots of every row, as many as both
     /// have.
     pub fn resize(&self, from: usize, to: usize, used: usize) -> RowCopy {
         RowCopy {

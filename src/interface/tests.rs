@@ -143,7 +143,7 @@ fn a_gap_between_layers_is_missing_its_caches() {
     assert_eq!(errors, missing.map(|role| InterfaceError::Missing { role }));
 }
 
-/// A number of layers from an untrusted file costs no memory.
+/// The number of layers in an untrusted file costs no memory.
 #[test]
 fn a_huge_layer_number_is_refused_at_once() {
     let inputs = [

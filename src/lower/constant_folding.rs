@@ -1,15 +1,15 @@
-//! Prevents TensorRT from folding certain constants while it builds. `docs/explanation/tensorrt-notes.md`, "What TensorRT folds", explains
-//! both workarounds of this kind. The other, a mask for each attention layer, needs no layer of the network and is made
-//! where layers are emitted for TensorRT.
+//! Prevents TensorRT from folding certain constants while it builds. `docs/explanation/tensorrt-notes.md`, "What
+//! TensorRT folds", explains both workarounds of this kind. The other, a mask for each attention layer, needs no layer
+//! of the network and is added where layers are emitted for TensorRT.
 
 use super::context::{Lowered, Lowering, one};
 use crate::network::{Elementwise, LayerKind, TensorId, WeightMode};
 use crate::tensor::DType;
 
 impl Lowering<'_> {
-    /// A weight before a cast. TensorRT would widen a constant while it builds, and its plan would hold and read four
-    /// bytes a number instead of two (measured: decode of 1.1 B took 1.6 ms instead of 1.2); so it is multiplied with a one
-    /// that is known only at run time. The product is part of the same kernel.
+    /// A weight before a cast. TensorRT would widen a constant while it builds, and its plan would store and read four
+    /// bytes per weight instead of two (measured: decode of 1.1 B took 1.6 ms instead of 1.2); so it is multiplied by a
+    /// 1 that is known only at run time. The product is part of the same kernel.
     pub(super) fn kept_narrow(&mut self, name: &str, weight: TensorId) -> Lowered {
         let dtype = self.b.dtype(weight);
         if self.options.weight_mode == WeightMode::Bind || dtype == DType::F32 {
@@ -18,7 +18,7 @@ impl Lowering<'_> {
         self.kept_apart(name, weight)
     }
 
-    /// A matrix before a layer that TensorRT must not fuse with the previous one: multiplied with the same one.
+    /// A matrix before a layer that TensorRT must not fuse with the previous one: multiplied by the same 1.
     pub(super) fn kept_apart(&mut self, name: &str, matrix: TensorId) -> Lowered {
         match self.one_at_run_time(self.b.dtype(matrix))? {
             Some(one) => {
@@ -30,7 +30,7 @@ impl Lowering<'_> {
         }
     }
 
-    /// `[1, 1]`: whether the first number of an integer input is above 0 or below 1. None where there is no such input.
+    /// `[1, 1]`: whether the first number of an integer input is above 0 or below 1. `None` if there is no such input.
     fn one_at_run_time(&mut self, dtype: DType) -> Lowered<Option<TensorId>> {
         if let Some(one) = self.ones.get(&dtype) {
             return Ok(Some(*one));

@@ -29,14 +29,14 @@ pub(super) struct Lowering<'a> {
     pub rows: HashSet<NodeId>,
     pub fusions: Fusions,
     pub kernels: KernelPlan,
-    /// Results of groups of kernels that are not values of the graph, by group.
+    /// Results of kernel groups that are not values of the graph, by group.
     pub packed: HashMap<usize, TensorId>,
     /// Whether the node being lowered is one of them.
     pub in_rows: bool,
     pub logit_rows: Option<TensorId>,
     pub chosen: HashMap<TensorId, TensorId>,
     pub values: HashMap<ValueId, TensorId>,
-    /// Constants in the rank that a reader needs.
+    /// Constants in the rank required by a reader.
     pub raised: HashMap<(ValueId, usize), TensorId>,
     pub numbers: HashMap<(DType, usize, u64), TensorId>,
     /// Ones that TensorRT cannot fold.
@@ -52,7 +52,7 @@ pub(super) struct Lowering<'a> {
     pub symbols: BTreeMap<Sym, Dim>,
 }
 
-/// The dtype that a graph's dtype has in a network.
+/// The network's dtype for a graph's dtype.
 pub(super) fn network_dtype(dtype: DType) -> DType {
     match dtype {
         DType::I64 => DType::I32,
@@ -127,7 +127,7 @@ impl<'a> Lowering<'a> {
         Ok(())
     }
 
-    /// The input that chooses rows, if the profile asks for it.
+    /// The input that chooses rows, if the profile has one.
     fn logit_rows(&mut self) -> Result<(), LowerError> {
         if self.profile.logits == Logits::Rows {
             let (name, batch) = (Role::LogitRows.name(), Dim::from(self.profile.batch));
@@ -164,7 +164,7 @@ impl<'a> Lowering<'a> {
         self.values.insert(value, tensor);
     }
 
-    /// The node's name, or its output's where it has none.
+    /// The node's name, or its output's if it has none.
     pub fn base_name(&self, node: &Node) -> String {
         match (&node.name, node.outputs.iter().flatten().next()) {
             (name, Some(output)) if name.is_empty() => self.graph.value(*output).name.clone(),

@@ -6,7 +6,7 @@ use crate::graph::{Graph, Node, NodeId, Op, ValueId};
 
 pub(super) struct Demand {
     pub nodes: HashSet<NodeId>,
-    /// Constants in order of first use by the nodes in order, then by the outputs.
+    /// Constants in order of first use, by the nodes, then by the outputs.
     pub constants: Vec<ValueId>,
 }
 
@@ -50,7 +50,7 @@ pub(super) fn data_inputs(graph: &Graph, node: &Node) -> Vec<ValueId> {
     }
 }
 
-/// The value under a `Transpose` that swaps the last two axes and nothing else, and whether there was one.
+/// The value under a `Transpose` that swaps only the last two axes, and whether there was one.
 pub(crate) fn through_transpose(graph: &Graph, value: ValueId) -> (ValueId, bool) {
     if let Some((_, node)) = graph.def(value)
         && let Op::Transpose { perm } = &node.op

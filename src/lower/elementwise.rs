@@ -1,8 +1,8 @@
 //! Operators on each element, softmax and reductions.
 //!
 //! ONNX broadcasts ranks, TensorRT does not: operands get leading 1s. ONNX compares and selects booleans; TensorRT's
-//! layers take numbers, so these become logic layers. Swish is `x * sigmoid(x)`; powers with small whole exponents are products,
-//! which are exact for negative bases.
+//! layers only accept numbers, so these become logic layers. Swish is `x * sigmoid(x)`; powers with small whole
+//! exponents are products, which are exact for negative bases.
 
 use super::context::{Lowered, Lowering, network_dtype};
 use super::dispatch::no_lowering;
@@ -52,7 +52,7 @@ impl Lowering<'_> {
             Unary::Sigmoid => return Ok(self.b.activation(name, Activation::Sigmoid, x)?),
             Unary::Softplus => return Ok(self.b.activation(name, Activation::Softplus, x)?),
             Unary::Tanh => return Ok(self.b.activation(name, Activation::Tanh, x)?),
-            // TensorRT's unary layers take floats.
+            // TensorRT's unary layers accept only floats.
             Unary::Neg | Unary::Abs if whole => {
                 let zero = self.number(self.b.dtype(x), self.b.rank(x), 0.0)?;
                 if op == Unary::Neg {
@@ -106,7 +106,7 @@ impl Lowering<'_> {
             Binary::LessOrEqual => return self.at_most(name, a, b),
             Binary::GreaterOrEqual => return self.at_most(name, b, a),
             Binary::Mod if dtype.is_float() => return Reason::unsupported("the modulus of floats"),
-            // The sign of the divisor, as floor division gives it.
+            // The sign of the divisor, from floor division.
             Binary::Mod => {
                 let quotient = self
                     .b

@@ -14,7 +14,7 @@ pub struct Obstacle {
     pub node: String,
     /// Its operator.
     pub op: String,
-    /// What is in the way.
+    /// The reason.
     pub reason: String,
 }
 
@@ -23,7 +23,7 @@ pub struct Obstacle {
 #[non_exhaustive]
 #[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum LowerError {
-    /// Every such node, in order of execution. Nodes that only depend on one of them are not listed.
+    /// All such nodes, in order of execution. Nodes that only depend on one of them are not listed.
     #[error("{}", list(.0))]
     Unsupported(Vec<Obstacle>),
     /// Types or shapes contradict each other.
@@ -38,12 +38,12 @@ pub enum LowerError {
     /// An output of the graph has no counterpart in a network.
     #[error("output {name:?} cannot be lowered: {reason}")]
     Output { name: String, reason: String },
-    /// The graph is not canonical, or (for rules of layers) the lowering has a mistake.
+    /// The graph is not canonical, or (for rules of layers) the lowering has a bug.
     #[error("the lowered network breaks a rule: {0}")]
     Network(#[from] Box<VerifyError>),
 }
 
-/// What the passes call canonical can be lowered: anything else is a bug of one or the other.
+/// Every graph that the passes call canonical can be lowered; otherwise one of the two has a bug.
 impl Help for LowerError {
     fn fault(&self) -> Fault {
         Fault::Bug
@@ -70,7 +70,7 @@ pub(super) enum Reason {
     Constant(#[from] ConstantError),
     #[error("{0}")]
     Unsupported(String),
-    /// A node before this one failed and is listed already.
+    /// A previous node failed and is already listed.
     #[error("depends on a node that has no lowering")]
     Upstream,
 }

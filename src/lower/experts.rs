@@ -1,9 +1,10 @@
 //! Routing and mixtures of experts.
 //!
-//! Routing becomes the same layers for all back ends. Experts are one layer for an executor that reads only the chosen ones. TensorRT's
-//! layer for them (`IMoELayer`) needs newer GPUs than these engines support, and no other layer takes its number of rows from an
-//! index. So engines compute one of two forms ([`ExpertsForm`]): every token through every expert, times weights that are
-//! 0 for those not chosen; or products with matrices that are gathered for each token.
+//! Routing becomes the same layers for all back ends. Experts are one layer for an executor that reads only the chosen
+//! ones. TensorRT's layer for them (`IMoELayer`) needs newer GPUs than these engines support, and no other layer has a
+//! number of rows that depends on data. So engines compute one of two forms ([`ExpertsForm`]): every token through
+//! every expert, times weights that are 0 for those not chosen; or products with matrices that are gathered for each
+//! token.
 
 use super::ExpertsForm;
 use super::context::{Lowered, Lowering, one};
@@ -15,7 +16,7 @@ use crate::graph::{Node, ValueId};
 use crate::network::{Activation, Elementwise, Greatest, LayerKind, MatrixOp, ReduceOp, Shape, TensorId};
 use crate::tensor::{DType, Tensor};
 
-/// The operands of a node of experts.
+/// The operands of an `Experts` node.
 struct Operands {
     x: TensorId,
     /// f32.
@@ -24,7 +25,7 @@ struct Operands {
     gate: TensorId,
     up: Option<TensorId>,
     down: TensorId,
-    /// Of gate, up and down.
+    /// Biases of gate, up and down.
     biases: [Option<TensorId>; 3],
 }
 
@@ -102,7 +103,7 @@ impl Lowering<'_> {
         Ok(())
     }
 
-    /// The choice scores, 0 outside of the best groups.
+    /// The scores for the choice, 0 outside the best groups.
     fn best_groups(&mut self, name: &str, choice: TensorId, how: &Routing) -> Lowered {
         let part = |part: &str| format!("{name}/{part}");
         let shape = self.b.shape(choice).clone();
@@ -133,7 +134,7 @@ impl Lowering<'_> {
         self.reshape(&part("in_groups"), inside, shape)
     }
 
-    /// `[.., k]` of indices as `[.., k, depth]` of bools.
+    /// One-hot: indices `[.., k]` to bools `[.., k, depth]`.
     fn one_hot(&mut self, name: &str, indices: TensorId, depth: Dim) -> Lowered {
         let mut to = self.b.shape(indices).clone();
         to.push(one());
@@ -173,7 +174,7 @@ impl Lowering<'_> {
         }
     }
 
-    /// The biases, those that are missing beside others as zeros.
+    /// The biases; a missing one is zeros if others exist.
     fn biases(&mut self, node: &Node) -> Lowered<[Option<TensorId>; 3]> {
         let mut biases = [None; 3];
         if (6..9).all(|i| node.input(i).is_none()) {
@@ -272,8 +273,7 @@ impl Lowering<'_> {
         self.weighted(name, results, weights, (1, shape))
     }
 
-    /// The matrices of all experts, which stand one below the other, as `[experts, out, in]`, and their biases as
-    /// `[experts, 1, out]`.
+    /// The concatenated matrices of all experts as `[experts, out, in]`, and their biases as `[experts, 1, out]`.
     fn stacked(
         &mut self,
         name: &str,
@@ -337,7 +337,7 @@ impl Lowering<'_> {
         self.reshape(name, sum, to)
     }
 
-    /// What stands before the second matrix.
+    /// The input of the second matrix.
     fn gated(&mut self, name: &str, how: &Gating, gate: TensorId, up: Option<TensorId>) -> Lowered {
         let part = |part: &str| format!("{name}/{part}");
         let (dtype, rank) = (self.b.dtype(gate), self.b.rank(gate));

@@ -18,7 +18,7 @@ use crate::network::{LayerKind, MatrixOp, Shape};
 
 pub(super) const SEPARATOR: char = '+';
 
-/// The weights that a weight of a network is made of, one below the other; itself if it is not fused.
+/// The weights that a fused weight of a network consists of, in order; itself if it is not fused.
 pub fn parts(name: &str) -> impl Iterator<Item = &str> {
     name.split(SEPARATOR)
 }
@@ -46,7 +46,7 @@ pub(super) struct Fusions {
 }
 
 impl Fusions {
-    /// `rows` says which nodes compute on chosen rows only, which cannot be joined with others.
+    /// `rows` are the nodes that compute only on chosen rows, which cannot be joined with others.
     pub fn find(
         graph: &Graph,
         demand: &Demand,
@@ -95,7 +95,7 @@ impl Fusions {
     }
 }
 
-/// What a node multiplies, if it is a linear layer with a weight `[out, in]` over tokens.
+/// The operands of a node, if it is a linear layer with a weight `[out, in]` over tokens.
 pub(super) fn member(graph: &Graph, table: &Table, id: NodeId) -> Option<(ValueId, Member)> {
     let node = graph.node(id);
     let (Op::MatMul, Some(x), [Some(output)]) = (&node.op, node.input(0), &node.outputs[..]) else {

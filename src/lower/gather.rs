@@ -27,7 +27,7 @@ impl Lowering<'_> {
             .constant(indices)
             .filter(|c| c.byte_len() <= super::LITERAL_BYTES);
         let indices = match (constant, shape[axis].as_const()) {
-            // TensorRT leaves negative indices undefined where the axis is dynamic; elsewhere they are made plain.
+            // TensorRT leaves negative indices undefined on a dynamic axis; on others they are converted.
             (Some(constant), Some(length)) => {
                 let tensor = constant.materialize()?;
                 let plain = |i: i64| (if i < 0 { i + length } else { i }) as i32;

@@ -1,7 +1,7 @@
 //! Matrix products: `MatMul`, `Gemm`, `FusedMatMul`.
 //!
-//! A linear layer is `MatMul(x, Transpose(weight [out, in]))`; the transpose becomes a flag of the product, and the weight is
-//! read as it is stored. A bias is a separate `Add`.
+//! A linear layer is `MatMul(x, Transpose(weight [out, in]))`; the transpose becomes a flag of the product, and the
+//! weight is read as stored. A bias is a separate `Add`.
 
 use super::LinearForm;
 use super::context::{Lowered, Lowering, one};
@@ -115,7 +115,8 @@ impl Lowering<'_> {
         Ok(self.b.add(name, kind, &[a, b])?)
     }
 
-    /// `[1, k] · [n, k]ᵀ` as sums over products, in fp32 whatever the dtype: TensorRT makes one kernel of the four layers.
+    /// `[1, k] · [n, k]ᵀ` as sums over products, in fp32 whatever the dtype: TensorRT fuses the four layers into one
+    /// kernel.
     fn reduced_product(&mut self, name: &str, a: TensorId, b: TensorId) -> Lowered {
         let part = |part: &str| format!("{name}/{part}");
         let dtype = self.b.dtype(a);
@@ -134,7 +135,7 @@ impl Lowering<'_> {
         self.reshape(name, sums, to)
     }
 
-    /// `[.., m, k]` as `[.. * m, k]`; made once for all that read it, as q, k and v do.
+    /// `[.., m, k]` as `[.. * m, k]`; shared by all readers, such as q, k and v.
     pub(super) fn flattened(&mut self, a: TensorId) -> Lowered {
         if let Some(flat) = self.flat.get(&a) {
             return Ok(*flat);

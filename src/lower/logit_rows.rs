@@ -1,10 +1,10 @@
-//! Where tokens without logits are dropped.
+//! Drops tokens without logits.
 //!
-//! With [`Logits::Rows`], one token per sequence gets logits. Everything between the last operator that mixes tokens (the last
-//! attention) and the logits works on each token alone, so one token is gathered there and the rest computes on it: the
-//! output weight (a quarter of a small model) and the last layer's feed-forward run on one row instead of a whole
-//! prefill chunk. If there is only one token, the gather exists only for the interface, and stands at the output
-//! weight's activation.
+//! With [`Logits::Rows`], one token per sequence gets logits. Everything between the last operator that mixes tokens
+//! (the last attention) and the logits works on each token independently, so one token is gathered there and the rest
+//! computes on it: the output weight (a quarter of a small model) and the last layer's feed-forward run on one row
+//! instead of a whole prefill chunk. If there is only one token, the gather exists only for the interface, and is
+//! placed at the output weight's activation.
 
 use std::collections::{HashMap, HashSet};
 
@@ -24,7 +24,7 @@ pub(super) fn logits(graph: &Graph) -> Option<ValueId> {
     graph.interface.as_ref().map(Interface::logits)
 }
 
-/// The nodes that compute on the chosen rows only. Empty unless the profile asks for rows.
+/// The nodes that compute only on the chosen rows. Empty unless the profile has chosen rows.
 pub(super) fn row_wise(graph: &Graph, demand: &Demand, profile: &Profile) -> HashSet<NodeId> {
     let mut rows = HashSet::new();
     let Some(logits) = logits(graph).filter(|_| profile.logits == Logits::Rows) else {
@@ -103,7 +103,7 @@ fn is_constant_row(graph: &Graph, value: ValueId) -> bool {
 }
 
 impl Lowering<'_> {
-    /// The chosen row of each batch row: `[batch, tokens, n]` → `[batch, 1, n]`.
+    /// The chosen row per sequence: `[batch, tokens, n]` → `[batch, 1, n]`.
     pub(super) fn chosen_rows(&mut self, x: TensorId) -> Lowered {
         if let Some(chosen) = self.chosen.get(&x) {
             return Ok(*chosen);
@@ -111,7 +111,7 @@ impl Lowering<'_> {
         let Some(rows) = self.logit_rows else {
             return Reason::unsupported("the profile has no input that chooses rows");
         };
-        // Of one token there is no choice, and a gather would be done again for every row of a reduced product.
+        // With one token there is no choice, and a gather would be recomputed for every row of a reduced product.
         let one_token = self.profile.tokens == Tokens::Static(1);
         if one_token && (self.options.linear == LinearForm::ReduceRow || !self.kernels.is_empty()) {
             return Ok(x);
@@ -121,7 +121,7 @@ impl Lowering<'_> {
         let chosen = if batch == 1 {
             self.b.add(&name, LayerKind::Gather { axis: 1 }, &[x, rows])?
         } else {
-            // One product with a one-hot row for each batch row; Gather would take the same tokens of every row.
+            // One product with a one-hot row per sequence; Gather would select the same tokens of every sequence.
             let one_hot = self.one_hot_rows(rows, self.b.dtype(x))?;
             let kind = LayerKind::MatrixMultiply {
                 op_a: MatrixOp::None,

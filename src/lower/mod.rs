@@ -1,9 +1,9 @@
 //! The canonical graph to TensorRT layers, for one [`Profile`].
 //!
-//! Takes the canonical graph (head of [`graph`](crate::graph)), gives the [`Network`] whose interface is in the head of
-//! [`network`](crate::network). `batch` and `capacity` become numbers, `tokens` too in a static profile; in a dynamic one
-//! it stays as the only symbol. i64 becomes i32 throughout. All choices that do not change the result are in
-//! [`LowerOptions`], so that a tuner can try them. [`LowerError`] reports everything that cannot be lowered at once.
+//! Input: the canonical graph (head of [`graph`](crate::graph)). Output: the [`Network`] whose interface is in the head
+//! of [`network`](crate::network). `batch` and `capacity` become numbers; so does `tokens` in a static profile, while
+//! in a dynamic one it is the only symbol. i64 becomes i32 throughout. Choices that do not change the result are in
+//! [`LowerOptions`], so that a tuner can try them. [`LowerError`] reports at once everything that cannot be lowered.
 //!
 //! One file per family: `linear`, `elementwise`, `normalization`, `attention` (and the cache), `rotary`, `movement`,
 //! `positions` (ranges, comparisons, masks), `gather`, `experts`, `fuse` (products of one activation),
@@ -16,17 +16,17 @@
 //!
 //! A constant is a weight of the network if its bytes are elsewhere ([`ConstantSource::Absent`]), if it is larger than
 //! [`LITERAL_BYTES`], or if it is a float tensor of two elements or more that came from the export (it has an
-//! [`origin`](crate::graph::Constant::origin)): linear weights, embeddings, norm scales, biases, rotary tables. Everything
-//! else (an epsilon, a scale, index vectors) is a constant layer and part of the plan. The rule reads the graph alone,
-//! so all profiles of one graph have the same weights under the same names; [`weights`] lists them, and [`stored_weights`]
-//! those of the graph once it was written to a package and read back. One constant read in several places, as tied
-//! embedding and output weights are, is one weight. A quantized weight is one too, or in networks of an engine its parts:
-//! [`QuantizedForm`].
+//! [`origin`](crate::graph::Constant::origin)): linear weights, embeddings, norm scales, biases, rotary tables.
+//! Everything else (an epsilon, a scale, index vectors) is a constant layer and part of the plan. The rule reads the
+//! graph alone, so all profiles of one graph have the same weights under the same names; [`weights`] lists them, and
+//! [`stored_weights`] those of the graph after it was written to a package and read back. One constant with several
+//! readers, such as tied embedding and output weights, is one weight. A quantized weight is one weight too, or in
+//! networks of an engine its parts: [`QuantizedForm`].
 //!
-//! # A model made from its dimensions
+//! # A synthetic model
 //!
-//! [`synthetic`] makes the canonical graph of a Llama of any size with weights absent, for build benchmarks:
-//! `cargo run --release --example llama_shape -- 8b` lowers it and builds its bound engine (target: under 30 s).
+//! [`synthetic`] builds the canonical graph of a Llama of any size with absent weights, for build benchmarks: `cargo
+//! run --release --example llama_shape -- 8b` lowers it and builds its bound engine (target: under 30 s).
 
 mod attention;
 mod constant_folding;
@@ -75,18 +75,18 @@ use context::Lowering;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LinearForm {
-    /// The activation becomes `[batch * tokens, in]`: one matrix product for every batch, and the weight is read as it
-    /// is stored.
+    /// The activation becomes `[batch * tokens, in]`: one matrix product for the whole batch, and the weight is read as
+    /// stored.
     #[default]
     FlattenActivation,
     /// The weight becomes `[1, out, in]`.
     RaiseWeight,
-    /// As [`LinearForm::FlattenActivation`], but a single row is multiplied with every row of the weight and summed, in
-    /// fp32: TensorRT's fused reduction reads weights faster than its matrix product of one row does.
+    /// Like [`LinearForm::FlattenActivation`], but a single row is multiplied with every row of the weight and summed,
+    /// in fp32: TensorRT's fused reduction reads weights faster than its matrix product of one row does.
     ReduceRow,
 }
 
-/// How attention is written.
+/// The form of attention.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AttentionForm {
@@ -95,10 +95,10 @@ pub enum AttentionForm {
     Layer,
     /// Matrix products and a softmax in fp32, the query heads of a group always folded into rows.
     Decomposed,
-    /// With one token: the same, over this many parts of the cache side by side. Otherwise [`AttentionForm::Layer`].
+    /// With one token: the same, over this many parts of the cache in parallel. Otherwise [`AttentionForm::Layer`].
     Split(usize),
-    /// With one token: scores as sums over products of query and keys, the rest as [`AttentionForm::Decomposed`]. Otherwise
-    /// [`AttentionForm::Layer`].
+    /// With one token: scores as sums over products of query and keys, the rest like [`AttentionForm::Decomposed`].
+    /// Otherwise [`AttentionForm::Layer`].
     ReducedScores,
     /// The fastest in measurements: with one token [`AttentionForm::ReducedScores`] up to 1024 slots and sixteen parts beyond, with
     /// several one Attention layer.
@@ -117,19 +117,21 @@ impl AttentionForm {
     }
 }
 
-/// How quantized weights enter a network. A format without layers in a form becomes a weight of floats, or uses the elementwise form.
+/// How quantized weights enter a network. A format that a form does not support becomes a weight of floats, or uses the
+/// elementwise form.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QuantizedForm {
-    /// Each is one weight with a quantized constant, for an executor that reads codes itself. Engines get its values.
+    /// Each is one weight with a quantized constant, for an executor that reads codes itself. Engines get dequantized
+    /// values.
     #[default]
     Whole,
-    /// Codes and scales are weights of their own, which TensorRT's Dequantize layer reads before a product.
+    /// Codes and scales are separate weights, which TensorRT's Dequantize layer reads before a product.
     Dequantize,
-    /// The same with something between that TensorRT cannot join with the product: its products of codes and several rows are
-    /// slow, or fail when an engine is loaded.
+    /// The same with a value in between that prevents TensorRT from fusing it with the product: fused products of codes
+    /// and several rows are slow, or fail when an engine is loaded.
     DequantizeApart,
-    /// Elementwise layers convert and scale bound codes; in a product of one row, in its sums where
+    /// Elementwise layers convert and scale bound codes; for one row as part of the sums, if
     /// [`LowerOptions::reduce_depth`] allows them.
     Elementwise,
 }
@@ -140,7 +142,7 @@ impl QuantizedForm {
     }
 }
 
-/// How a mixture of experts is written.
+/// The form of a mixture of experts.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExpertsForm {
@@ -148,10 +150,10 @@ pub enum ExpertsForm {
     #[default]
     Layer,
     /// Every token through every expert, times weights that are 0 for those not chosen: `experts / top_k` times the
-    /// multiplications, and every weight read once whatever the number of tokens.
+    /// multiplications, and every weight is read once whatever the number of tokens.
     All,
-    /// The matrices of the chosen experts gathered for each token, where there are few rows: `top_k` experts are read (and
-    /// written and read again, unless the gather becomes part of the product) for each of them.
+    /// The matrices of the chosen experts gathered for each token, for few rows: `top_k` experts are read for each row
+    /// (and written and read again, unless the gather is fused into the product).
     Chosen,
 }
 
@@ -170,40 +172,40 @@ pub struct LowerOptions {
     /// With one token, the query heads of a KV group become query rows:
     /// `[batch, heads, 1, d]` → `[batch, kv_heads, heads/kv_heads, d]`.
     pub fold_groups: bool,
-    /// Of products of one row, and of all others unless `prefill_linear` is set.
+    /// Form of products of one row, and of all others unless `prefill_linear` is set.
     pub linear: LinearForm,
-    /// Of products of several rows.
+    /// Form of products of several rows.
     pub prefill_linear: Option<LinearForm>,
-    /// [`LinearForm::ReduceRow`] only for weights of at most this many columns: the input of a product is computed
-    /// again for each of its rows, which costs more for wider weights.
+    /// [`LinearForm::ReduceRow`] only for weights of at most this many columns: the input of a product is recomputed
+    /// for each of its rows, which costs more for wider weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reduce_depth: Option<usize>,
     /// Linear layers that read the same activation become one product (see [`parts`] for its weight).
     pub fuse_linear: bool,
-    /// Also if they are two, such as gate and up. As separate products, the second can include the activation and the product
+    /// Also for pairs, such as gate and up. As separate products, the second can include the activation and the product
     /// with the first.
     pub fuse_pairs: bool,
-    /// As `fold_groups`, with several tokens and at this capacity or beyond:
-    /// `[batch, heads, tokens, d]` → `[batch, kv_heads, heads/kv_heads * tokens, d]`. TensorRT's attention kernel repeats
-    /// keys and values for every query head otherwise, which is a little faster and takes `4 * heads * d` bytes a slot.
+    /// Like `fold_groups`, for several tokens and from this capacity on: `[batch, heads, tokens, d]` → `[batch,
+    /// kv_heads, heads/kv_heads * tokens, d]`. TensorRT's attention kernel repeats keys and values for every query head
+    /// otherwise, which is a little faster and takes `4 * heads * d` bytes per slot.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fold_prefill: Option<usize>,
     /// How attention is written.
     pub attention: AttentionForm,
-    /// How quantized weights enter the network: with one row, and with more unless `prefill_quantized` is set.
+    /// How quantized weights enter the network: for one row, and for more unless `prefill_quantized` is set.
     #[serde(skip_serializing_if = "QuantizedForm::is_whole")]
     pub quantized: QuantizedForm,
-    /// In networks of several rows.
+    /// The same for several rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_quantized: Option<QuantizedForm>,
-    /// How mixtures of experts are written: with one row, and with more unless `prefill_experts` is set.
+    /// The form of mixtures of experts: for one row, and for more unless `prefill_experts` is set.
     #[serde(skip_serializing_if = "ExpertsForm::is_layer")]
     pub experts: ExpertsForm,
-    /// With several rows.
+    /// The same for several rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_experts: Option<ExpertsForm>,
-    /// With one row and bound weights in 16 bits, or codes of them: parts that Lapidary's kernels can compute become its own layers
-    /// ([`LayerKind::RowProduct`](crate::network::LayerKind::RowProduct),
+    /// With one row and bound weights in 16 bits or quantized: parts that Lapidary's kernels support become its own
+    /// layers ([`LayerKind::RowProduct`](crate::network::LayerKind::RowProduct),
     /// [`LayerKind::DecodeAttention`](crate::network::LayerKind::DecodeAttention)).
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub kernels: bool,
@@ -230,15 +232,15 @@ impl Default for LowerOptions {
     }
 }
 
-/// Rows deeper than this are read faster as matrix products: 14336 columns at 2.95 TB/s against 2.15 reduced, 5632 at 1.9
-/// against 2.8 (docs/explanation/gpu.md).
+/// Deeper rows are read faster as matrix products: 14336 columns at 2.95 TB/s against 2.15 reduced, 5632 at 1.9 against
+/// 2.8 (docs/explanation/gpu.md).
 const WIDEST_REDUCED: usize = 8192;
 
 /// From this many slots on, keys and values repeated for each query head would take more than a few hundred megabytes.
 const LONG: usize = 32768;
 
 impl LowerOptions {
-    /// How products of this many rows are written.
+    /// The form of products of this many rows.
     pub(crate) fn form(&self, rows: &Dim) -> LinearForm {
         match self.prefill_linear {
             Some(form) if !rows.is_one() => form,
@@ -246,7 +248,7 @@ impl LowerOptions {
         }
     }
 
-    /// How experts of this many rows are written.
+    /// The form of experts of this many rows.
     pub(crate) fn experts_form(&self, rows: &Dim) -> ExpertsForm {
         match self.prefill_experts {
             Some(form) if !rows.is_one() => form,
@@ -254,7 +256,7 @@ impl LowerOptions {
         }
     }
 
-    /// Good choices for TensorRT engines where nothing was tuned: docs/explanation/gpu.md has the figures.
+    /// Good choices for TensorRT engines without tuning: docs/explanation/gpu.md has the figures.
     pub fn for_engines() -> Self {
         LowerOptions {
             linear: LinearForm::ReduceRow,
@@ -281,10 +283,11 @@ pub fn lower(canonical: &Graph, profile: &Profile, options: &LowerOptions) -> Re
     Ok(network)
 }
 
-/// Lowers any graph of operators that have a lowering: no cache or logits are asked for. For tests of single operators.
+/// Lowers any graph of operators that have a lowering, without requiring a cache or logits. For tests of single
+/// operators.
 pub fn lower_graph(graph: &Graph, profile: &Profile, options: &LowerOptions) -> Result<Network, LowerError> {
     // Canonical graphs of the passes are typed, and a session lowers one for every prompt length. So inference runs
-    // only if a type is missing, or if the graph contains shape arithmetic.
+    // only if a type is missing or the graph contains shape arithmetic.
     if is_typed(graph) {
         match lower_typed(graph, &InferenceFacts::default(), profile, options) {
             Err(LowerError::Unsupported(_)) => {}

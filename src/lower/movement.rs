@@ -1,7 +1,7 @@
 //! Operators that move elements: Shuffle, Slice and Concatenation layers.
 //!
-//! Neighboring reshapes and transposes join into one Shuffle where they can (`context`), and a transpose that only moves
-//! dims of 1, as every head split in decode does, is a reshape.
+//! Adjacent reshapes and transposes are merged into one Shuffle where possible (`context`), and a transpose that only
+//! moves dims of 1, such as every head split in decode, is a reshape.
 
 use super::context::{Lowered, Lowering, one};
 use super::dispatch::no_lowering;
@@ -37,7 +37,7 @@ impl Lowering<'_> {
     pub(super) fn reshape_node(&mut self, node: &Node, name: &str, allow_zero: bool) -> Lowered {
         let x = self.data(node, 0)?;
         let from = self.b.shape(x).clone();
-        // Inference knows shapes that are computed; a constant is as good and needs no inference.
+        // Inference resolves computed shapes; a constant needs no inference.
         let wanted = match self.parameter(node, 1) {
             Ok(wanted) => wanted,
             Err(reason) => match node.output(0).and_then(|v| self.inferred_shape(v)) {
@@ -138,7 +138,7 @@ impl Lowering<'_> {
         let mut to = self.b.shape(x).clone();
         let skip = rank - wanted.len();
         for (dim, wanted) in to.iter_mut().skip(skip).zip(wanted) {
-            // Expand broadcasts both ways: a 1 in the wanted shape keeps the dim.
+            // Expand broadcasts both ways: a 1 in the target shape keeps the dim.
             if dim.is_one() {
                 *dim = wanted;
             }
@@ -250,7 +250,7 @@ impl Lowering<'_> {
         Ok(self.b.add(name, LayerKind::Slice { start, size, stride }, &[x])?)
     }
 
-    /// Start and count where `tokens` is in the dim or the ends.
+    /// Start and count if the dim or the ends contain `tokens`.
     fn symbolic_range(&self, length: &Dim, from: &Dim, to: &Dim, step: i64) -> Lowered<(i64, Dim)> {
         let refuse = || Reason::unsupported(format!("{from}..{to} by {step} of {length} depends on the tokens"));
         let (Some(from), 1) = (from.as_const().filter(|f| *f >= 0), step) else {

@@ -1,8 +1,8 @@
 //! RMSNorm and LayerNorm, both in fp32 whatever the model's dtype.
 //!
-//! TensorRT has no RMSNorm layer; it fuses this chain into one kernel, and the CPU executor recognizes it:
-//! Cast(f32) → Prod(x, x) → Reduce(Avg) → Sum(ε) → Sqrt → Div(x, ·) → Cast(back) → Prod(scale). The casts are left out
-//! where the model is fp32.
+//! TensorRT has no RMSNorm layer; it fuses this chain into one kernel, and the CPU executor recognizes it: Cast(f32) →
+//! Prod(x, x) → Reduce(Avg) → Sum(ε) → Sqrt → Div(x, ·) → Cast(back) → Prod(scale). The casts are omitted if the model
+//! is fp32.
 
 use super::context::{Lowered, Lowering, one};
 use super::dispatch::no_lowering;
@@ -52,7 +52,7 @@ impl Lowering<'_> {
         let axis = self.axis(axis, rank)?;
         let axes: Vec<usize> = (axis..rank).collect();
         let wide = self.b.cast(&part("wide"), DType::F32, x)?;
-        // The layer wants scale and bias in full, with 1 on every other axis.
+        // The layer requires scale and bias in full, with 1 on every other axis.
         let mut full = vec![one(); axis];
         full.extend(shape[axis..].iter().cloned());
         let scale = self.norm_parameter(node, 1, &part("scale"), &full, 1.0)?;

@@ -1,7 +1,7 @@
-//! Ranges and order comparisons, of which masks are made.
+//! Ranges and order comparisons, the building blocks of masks.
 //!
-//! A mask is `slot <= position` (and `slot > position - window`) over an iota of the slots. TensorRT compares with
-//! Greater and Less only; of integers, `a <= b` is `a < b + 1`, the 1 added on the smaller side: one number in decode.
+//! A mask is `slot <= position` (and `slot > position - window`) over an iota of the slots. TensorRT has only Greater
+//! and Less; for integers, `a <= b` is `a < b + 1`, with the 1 added on the smaller side: one number in decode.
 
 use super::context::{Lowered, Lowering, network_dtype};
 use super::error::Reason;
@@ -29,14 +29,14 @@ impl Lowering<'_> {
         Ok(self.b.elementwise(name, Elementwise::Greater, b, below)?)
     }
 
-    /// How many elements, for comparing sizes; a dynamic token dim counts as 128.
+    /// Number of elements, for comparing sizes; a dynamic token dim counts as 128.
     fn elements(&self, x: TensorId) -> i64 {
         let values = [(Sym::tokens(), 128)].into();
         let sizes = self.b.shape(x).iter().map(|d| d.eval(&values).unwrap_or(128));
         sizes.fold(1, i64::saturating_mul)
     }
 
-    /// `Range(start, limit, delta)`: a Fill, moved by the start where that is data.
+    /// `Range(start, limit, delta)`: a Fill, shifted by the start if that is data.
     pub(super) fn range(&mut self, node: &Node, name: &str) -> Lowered {
         let output = self.input_or_output_dtype(node)?;
         let Some(delta) = self.scalar(node, 2) else {

@@ -25,7 +25,7 @@ impl Lowering<'_> {
         }
     }
 
-    /// Every element as the number its nearest code stands for, in x's type.
+    /// Every element rounded to the value of its nearest code, in x's type.
     pub(super) fn rounded(&mut self, name: &str, x: TensorId, how: Rounding) -> Lowered {
         let Rounding { to, scale, zero_point } = how;
         let part = |part: &str| format!("{name}/{part}");
@@ -44,7 +44,7 @@ impl Lowering<'_> {
             return Ok(self.b.cast(name, dtype, product)?);
         }
         let whole = self.b.unary(&part("whole"), UnaryOp::Round, quotient)?;
-        // Clamped without the zero point, which moves the range instead.
+        // Clamped without the zero point, which shifts the range instead.
         let (low, high) = to.int_range();
         let low = self.number(DType::F32, rank, (low - zero_point) as f64)?;
         let high = self.number(DType::F32, rank, (high - zero_point) as f64)?;
@@ -61,7 +61,7 @@ impl Lowering<'_> {
         let wide = self.b.cast(&part("wide"), DType::F32, x)?;
         let number = |lowering: &mut Self, value: f64| lowering.number(DType::F32, rank, value);
         let (zero, largest) = (number(self, 0.0)?, number(self, 255.0)?);
-        // Zeros alone have the range 0; any scale serves them.
+        // If all are zero, the range is 0 and any scale works.
         let least = number(self, f64::from(f32::MIN_POSITIVE))?;
         let end = |lowering: &mut Self, which: &str, op: ReduceOp, side: Elementwise| -> Lowered<TensorId> {
             let kind = LayerKind::Reduce {

@@ -48,7 +48,7 @@ impl Lowering<'_> {
         }
     }
 
-    /// Tables `[batch, tokens, n]` that are already by token: token number i of all has position i.
+    /// Tables `[batch, tokens, n]` that are already per token: token number i overall has position i.
     fn own_rows(&mut self, name: &str, tables: &mut [TensorId; 2]) -> Lowered {
         let shape = self.b.shape(tables[0]).clone();
         let [batch, tokens, half] = &shape[..] else {

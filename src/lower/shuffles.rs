@@ -1,16 +1,16 @@
-//! Reshapes and transposes, joined where one Shuffle layer of TensorRT can do both.
+//! Reshapes and transposes, merged where one Shuffle layer of TensorRT can do both.
 
 use super::context::{Lowered, Lowering};
 use crate::network::{LayerKind, Shape, TensorId};
 
 impl Lowering<'_> {
-    /// Reshapes, joined with the shuffle that gave `x` where there is one.
+    /// Reshapes, merged with the shuffle that computed `x` if there is one.
     pub fn reshape(&mut self, name: &str, x: TensorId, to: Shape) -> Lowered {
         self.shuffle(name, x, None, Some(to), None)
     }
 
     pub fn transpose(&mut self, name: &str, x: TensorId, order: &[usize]) -> Lowered {
-        // Moving only dims of 1 moves no element: a reshape, which joins with others and costs nothing.
+        // Moving only dims of 1 moves no element: a reshape, which merges with others and costs nothing.
         let shape = self.b.shape(x);
         let valid = order.len() == shape.len() && order.iter().all(|a| *a < shape.len());
         if valid && order.iter().filter(|a| !shape[**a].is_one()).is_sorted() {
@@ -20,7 +20,7 @@ impl Lowering<'_> {
         self.shuffle(name, x, Some(order.to_vec()), None, None)
     }
 
-    /// One Shuffle for this one and the one before it, if TensorRT's transpose-reshape-transpose has room for both.
+    /// One Shuffle for this one and the previous one, if TensorRT's transpose-reshape-transpose can express both.
     fn shuffle(
         &mut self,
         name: &str,

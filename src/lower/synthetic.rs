@@ -1,8 +1,8 @@
-//! Canonical graphs made from a model's dimensions.
+//! Canonical graphs built from a model's dimensions.
 //!
-//! For builds of models without their weights (a bound engine needs only their shapes) and for tests, which use
-//! random weights. The graph equals that of a Llama after the passes: RMSNorm, rotary positions, grouped attention over a
-//! static cache, SwiGLU, with the variations of its relatives.
+//! For builds of models without their weights (a bound engine needs only their shapes) and for tests, which use random
+//! weights. The graph equals that of a Llama after the passes: RMSNorm, rotary positions, grouped attention over a
+//! static cache, SwiGLU, with the variations of related models.
 
 use crate::dim::{Dim, Sym};
 use crate::graph::op::{Attention, Binary, Op};
@@ -31,7 +31,7 @@ pub struct Decoder {
     pub positions: usize,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
-    /// Of weights and caches.
+    /// Element type of weights and caches.
     pub dtype: DType,
     /// Embedding and output weight are one constant.
     pub tied: bool,
@@ -39,9 +39,9 @@ pub struct Decoder {
     pub qkv_bias: bool,
     /// RMSNorm of each head's q and k (Qwen3).
     pub qk_norm: bool,
-    /// How many positions a query sees, itself included (Mistral).
+    /// How many positions a query attends to, itself included (Mistral).
     pub window: Option<usize>,
-    /// Of the attention scores (Gemma 2); 0 for none.
+    /// Soft cap of the attention scores (Gemma 2); 0 for none.
     pub softcap: f32,
 }
 
@@ -121,7 +121,8 @@ impl Decoder {
         self.graph_with(|_, dtype, shape| Constant::absent(dtype, shape))
     }
 
-    /// The canonical graph; `weight(name, dtype, shape)` gives each weight but the rotary tables, which are computed.
+    /// The canonical graph; `weight(name, dtype, shape)` provides each weight except the rotary tables, which are
+    /// computed.
     pub fn graph_with(&self, weight: impl FnMut(&str, DType, Vec<usize>) -> Constant) -> Graph {
         let mut maker = Maker {
             graph: Graph::new("decoder"),

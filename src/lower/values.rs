@@ -35,7 +35,7 @@ impl Lowering<'_> {
             }
             None => return Err(Reason::Upstream),
         };
-        // A row-wise node reads all tokens' values through the gather, and those of other row-wise nodes as they are.
+        // A row-wise node reads values of all tokens through the gather, and values of other row-wise nodes directly.
         let of_rows = |id| {
             self.graph
                 .producer_of(id)
@@ -74,7 +74,7 @@ impl Lowering<'_> {
         }
     }
 
-    /// The value with leading 1s up to `rank`. Small constants get their rank where they are made.
+    /// The value with leading 1s up to `rank`. Small constants are created with that rank.
     pub fn value_of_rank(&mut self, id: ValueId, rank: usize) -> Lowered {
         let literal = self.graph.constant(id).is_some() && !self.table.by_value.contains_key(&id);
         if let Some(tensor) = self.raised.get(&(id, rank)) {
@@ -132,7 +132,7 @@ impl Lowering<'_> {
         }
     }
 
-    /// One number in the given rank; made once.
+    /// One number in the given rank; created once.
     pub fn number(&mut self, dtype: DType, rank: usize, value: f64) -> Lowered {
         let key = (dtype, rank, value.to_bits());
         if let Some(tensor) = self.numbers.get(&key) {
@@ -157,7 +157,7 @@ impl Lowering<'_> {
         shape.iter().map(|d| d.substitute(&self.symbols)).collect()
     }
 
-    /// The shape inference gave a value, for this profile.
+    /// The shape that inference found for a value, for this profile.
     pub fn inferred_shape(&self, id: ValueId) -> Option<Shape> {
         self.graph.shape(id).map(|shape| self.substituted(shape))
     }
@@ -170,7 +170,7 @@ impl Lowering<'_> {
             .flatten()
     }
 
-    /// The elements of a parameter (a shape, axes, ends), as dims of this profile; `None` if it is left out.
+    /// The elements of a parameter (a shape, axes, ends), as dims of this profile; `None` if it is omitted.
     pub fn parameter(&self, node: &Node, i: usize) -> Lowered<Option<Vec<Dim>>> {
         let Some(id) = node.input(i) else {
             return Ok(None);

@@ -7,29 +7,29 @@ use crate::graph::{Constant, ConstantSource, Graph, Op, ValueId};
 use crate::interface::Role;
 use crate::tensor::DType;
 
-/// Constants up to this size may be part of a plan; larger ones are always weights.
+/// Constants up to this size can be part of a plan; larger ones are always weights.
 pub const LITERAL_BYTES: usize = 64 << 10;
 
 /// A weight of the graph, for the package's manifest.
 #[derive(Clone, Debug)]
 pub struct NamedWeight {
-    /// As in every network lowered from the graph: the initializer's name where there is one.
+    /// The name in every network lowered from the graph: the initializer's name if there is one.
     pub name: String,
-    /// Its numbers, or how they are made.
+    /// Its values or their recipe.
     pub constant: Constant,
-    /// Whether rows of it are gathered, as those of an embedding are.
+    /// Whether its rows are gathered, as in an embedding.
     pub is_table: bool,
 }
 
-/// The weights of networks that are lowered from a file of this graph, in order of first use: what such a file keeps
-/// outside the graph. Every constant of a file is an initializer, so each has its own name here and its own dtype; what
-/// is no weight is single numbers, and index vectors that runtimes want to see in place to infer shapes.
+/// The weights of networks that are lowered from a file of this graph, in order of first use: what such a file stores
+/// outside the graph. Every constant of a file is an initializer, so each has its own name here and its own dtype. Only
+/// single numbers are not weights, and index vectors that runtimes need in place to infer shapes.
 pub fn stored_weights(graph: &Graph) -> Vec<(ValueId, NamedWeight)> {
     let mut seen = HashSet::new();
     let read = graph
         .node_ids()
         .flat_map(|node| graph.node(node).inputs.iter().flatten());
-    // No network reads the table of embeddings, and a package keeps it all the same.
+    // No network reads the embedding table, but a package stores it.
     let read = read.chain(&graph.embedding);
     let constants = read.filter_map(|id| graph.constant(*id).map(|constant| (*id, constant)));
     let weights = constants.filter(|(id, constant)| is_weight(constant, true) && seen.insert(*id));
@@ -51,7 +51,7 @@ pub(super) struct Table {
     pub list: Vec<NamedWeight>,
 }
 
-/// Every weight that networks of this graph have, whatever the profile, in order of first use.
+/// Every weight in networks of this graph, for any profile, in order of first use.
 pub fn weights(graph: &Graph) -> Vec<NamedWeight> {
     table(graph, &demand(graph)).list
 }

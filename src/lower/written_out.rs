@@ -1,15 +1,15 @@
 //! Computations that TensorRT gets wrong, found in a canonical graph before an engine is built.
 //!
-//! A rotation by position that is written out in single layers (products with rows of cosines and sines, half of the elements
-//! negated and swapped) and followed by a norm: engines of such a model gave other logits than the CPU on an H200 with
-//! TensorRT-RTX 1.6.1, fp32 and fp16, weights bound, embedded and stripped (HunYuan; benches/results/h200-families.json). Rotations that
-//! are recognized become `RotaryEmbedding` and are not affected.
+//! A rotary embedding in single layers (products with rows of cosines and sines, half of the elements negated and
+//! swapped) that is followed by a norm: engines of such a model gave logits that differed from the CPU's on an H200
+//! with TensorRT-RTX 1.6.1, in fp32 and fp16, with weights bound, embedded and stripped (HunYuan;
+//! benches/results/h200-families.json). Rotations that are recognized become `RotaryEmbedding` and are not affected.
 
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, Node, ValueId};
 use crate::interface::Role;
 
-/// Nodes that normalize the sum of two products with rows that are looked up by position.
+/// Nodes that normalize the sum of two products with rows looked up by position.
 pub fn rotations_before_norms(graph: &Graph) -> Vec<String> {
     let Some(positions) = graph.interface.as_ref().and_then(|of| of.input(Role::PositionIds)) else {
         return Vec::new();
@@ -66,7 +66,7 @@ mod tests {
     #[test]
     fn products_with_rows_of_positions_before_a_norm() {
         let mut graph = Decoder::tiny().graph();
-        // Its own norms and rotations are not meant.
+        // Recognized norms and rotations do not count.
         assert!(rotations_before_norms(&graph).is_empty());
         let positions = graph.find(&Role::PositionIds.name()).unwrap();
         let table = graph.add_constant("table", Tensor::from_f32(vec![4, 8], &[0.5; 32]));

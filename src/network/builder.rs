@@ -1,6 +1,6 @@
-//! Makes a [`Network`] layer by layer.
+//! Builds a [`Network`] layer by layer.
 //!
-//! Takes layers, gives tensors: dtype and shape of every output are inferred at once by the rules of `infer`, so a
+//! Adds layers and returns tensors: dtype and shape of every output are inferred at once by the rules of `infer`, so a
 //! mistake is an error at its own layer. Names of tensors and layers are made unique here. `lower` is the main user;
 //! tests of the back ends build small networks by hand:
 //!
@@ -35,16 +35,16 @@ use super::{
     WeightId, WeightMode,
 };
 
-/// A layer that means nothing in TensorRT: a bug of the code that built the network, with all that is needed to find it.
+/// A layer that is invalid in TensorRT: a bug of the code that built the network, with the details needed to find it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerError {
     /// Its name.
     pub layer: String,
     /// What it computes, [`LayerKind::name`].
     pub kind: &'static str,
-    /// What it reads.
+    /// Its inputs.
     pub inputs: Vec<Tensor>,
-    /// The rule that it breaks.
+    /// The rule that it violates.
     pub fault: LayerFault,
 }
 
@@ -73,7 +73,7 @@ pub enum BuildError {
     Layer(Box<LayerError>),
     #[error("the name {0:?} of an input, output or weight is already taken")]
     Name(String),
-    #[error("the input {name:?} would have rank {rank}; TensorRT has 8 axes at most")]
+    #[error("the input {name:?} would have rank {rank}; TensorRT has at most 8 axes")]
     Rank { name: String, rank: usize },
     #[error(
         "{tensor:?} cannot become the output {output:?}: it is an input or a weight, or is an output already; put an empty Shuffle between"
@@ -89,9 +89,9 @@ pub struct NetworkBuilder {
     /// Next number to try for a base name, so that unique names cost no search.
     numbers: HashMap<String, usize>,
     weights: HashMap<String, (WeightId, TensorId)>,
-    /// Inputs, outputs and weights: their names are given, not made.
+    /// Inputs, outputs and weights: their names are fixed.
     fixed: HashSet<TensorId>,
-    /// The layer that gives each tensor; none for inputs.
+    /// The layer that computes each tensor; none for inputs.
     producers: Vec<Option<u32>>,
 }
 
@@ -109,7 +109,7 @@ impl NetworkBuilder {
         }
     }
 
-    /// What has been added so far.
+    /// The network so far.
     pub fn network(&self) -> &Network {
         &self.network
     }
@@ -153,7 +153,7 @@ impl NetworkBuilder {
         id
     }
 
-    /// Frees `name` for an input, output or weight: a tensor that merely came by it gets another.
+    /// Frees `name` for an input, output or weight: another tensor with this name is renamed.
     fn claim(&mut self, name: &str) -> Result<(), BuildError> {
         let Some(holder) = self.names.get(name).copied() else {
             return Ok(());
@@ -181,7 +181,7 @@ impl NetworkBuilder {
         Ok(id)
     }
 
-    /// Makes a tensor a network output and gives it that name.
+    /// Makes a tensor a network output with that name.
     pub fn output(&mut self, name: &str, id: TensorId) -> Result<(), BuildError> {
         if self.fixed.contains(&id) {
             return Err(BuildError::Output {
@@ -198,12 +198,12 @@ impl NetworkBuilder {
         Ok(())
     }
 
-    /// Says what the inputs and outputs are for.
+    /// Sets the roles of inputs and outputs.
     pub fn interface(&mut self, interface: Interface<TensorId>) {
         self.network.interface = Some(interface);
     }
 
-    /// The weight as a tensor. One layer a name: asking again gives the same tensor.
+    /// The weight as a tensor. One layer per name: a repeated call returns the same tensor.
     pub fn weight(&mut self, name: &str, constant: Constant, mode: WeightMode) -> Result<TensorId, BuildError> {
         if let Some((_, tensor)) = self.weights.get(name) {
             return Ok(*tensor);
@@ -233,7 +233,7 @@ impl NetworkBuilder {
             DType::I32 => tensor::Tensor::from_i32(shape, &[value as i32]),
             DType::I64 => tensor::Tensor::from_i64(shape, &[value as i64]),
             DType::Bool => tensor::Tensor::from_bool(shape, &[value != 0.0]),
-            // No layer computes in these: the rule of the layer that reads the number will say so.
+            // No layer computes in these: the rule of the layer that reads the number reports it.
             DType::I8 | DType::U8 => {
                 let byte = bytes::Bytes::from(vec![value as i64 as u8]);
                 tensor::Tensor::new(dtype, shape, byte).expect("one element of one byte")
@@ -255,12 +255,12 @@ impl NetworkBuilder {
         self.add_typed(name, LayerKind::Fill { length, start, step }, &[], Some(dtype))
     }
 
-    /// Adds a layer and gives its output; both get the layer's name, made unique.
+    /// Adds a layer and returns its output; both get the layer's name, made unique.
     pub fn add(&mut self, name: &str, kind: LayerKind, inputs: &[TensorId]) -> Result<TensorId, BuildError> {
         self.add_typed(name, kind, inputs, None)
     }
 
-    /// The same; a fill gets the dtype, others have theirs by their rule.
+    /// The same; `dtype` is that of a fill, others have theirs by their rule.
     pub(super) fn add_as(
         &mut self,
         name: &str,
@@ -281,7 +281,7 @@ impl NetworkBuilder {
         Ok(self.add_layer(name, kind, inputs, fill)?[0])
     }
 
-    /// Adds a layer and gives all its outputs: the first has the layer's name, others are numbered.
+    /// Adds a layer and returns all its outputs: the first has the layer's name, others are numbered.
     pub fn add_with_outputs(
         &mut self,
         name: &str,
@@ -348,7 +348,7 @@ impl NetworkBuilder {
         self.add(name, LayerKind::Activation(op), &[x])
     }
 
-    /// `x` itself if it has that dtype already.
+    /// `x` itself if it already has that dtype.
     pub fn cast(&mut self, name: &str, to: DType, x: TensorId) -> Result<TensorId, BuildError> {
         match self.dtype(x) == to {
             true => Ok(x),

@@ -171,7 +171,7 @@ fn pruning_removes_what_no_output_needs() {
     );
 }
 
-/// A network with a cache, that each case below spoils in one way.
+/// A network with a cache; each case below breaks it in one way.
 fn cached() -> Network {
     let mut b = decode();
     let cache = b.input("key_cache.0", DType::F32, &dims("1 2 8 4")).unwrap();

@@ -1,9 +1,9 @@
 //! The text form of a [`Network`], for `inspect --dump network`, snapshots and test files. [`parse`](super::parse()) reads it
 //! back.
 //!
-//! One line per layer: the tensor, its type, `=`, the layer and its inputs. The layer's own name is left out if
-//! it equals the tensor's; a name with spaces or punctuation is in quotes. The text is stable: changing it changes
-//! every snapshot and every key of the plan cache.
+//! One line per layer: the tensor, its type, `=`, the layer and its inputs. The layer's own name is omitted if it
+//! equals the tensor's; a name with spaces or punctuation is in quotes. The text is stable: changing it changes every
+//! snapshot and every key of the plan cache.
 //!
 //! ```text
 //! network "mlp" for b1-t1-c16
@@ -24,7 +24,7 @@ use super::{LayerKind, Network, TensorId, WeightMode};
 use crate::ir_text::{name, shape};
 
 impl WeightMode {
-    /// As dumps write it.
+    /// The name in dumps.
     pub(super) fn word(self) -> &'static str {
         match self {
             WeightMode::Bind => "bind",
@@ -66,7 +66,7 @@ impl fmt::Display for Network {
         f.write_str("layers\n")?;
         for layer in &self.layers {
             let Some(output) = layer.outputs.first() else { continue };
-            // A weight is its own definition: the list above has it.
+            // A weight is its own definition, listed above.
             if matches!(layer.kind, LayerKind::Weight(_)) {
                 continue;
             }

@@ -1,4 +1,4 @@
-//! The interface of a network: derived from its names if a format stores nothing else, and checked against its tensors.
+//! The interface of a network: derived from its names if a format stores only names, and checked against its tensors.
 
 use super::verify::VerifyError;
 use super::{Logits, Network, Tensor, TensorId, Tokens};
@@ -7,8 +7,8 @@ use crate::interface::{CacheId, CacheShape, Interface, InterfaceError, Interface
 use crate::tensor::DType;
 
 impl Network {
-    /// The interface that the names of the inputs and outputs give: for networks that come from a text dump or are made by
-    /// hand. The lowering knows the roles of what it writes, and sets [`Network::interface`] itself.
+    /// The interface that follows from the names of the inputs and outputs: for networks from a text dump or written by
+    /// hand. The lowering knows the roles, and sets [`Network::interface`] itself.
     pub fn canonical_interface(&self) -> Result<Interface<TensorId>, InterfaceErrors> {
         let names = |ids: &[TensorId]| -> Vec<(&str, TensorId)> {
             ids.iter().map(|id| (self.tensor(*id).name.as_str(), *id)).collect()
@@ -110,7 +110,7 @@ pub fn verify_interface(network: &Network) -> Result<(), VerifyError> {
     }
 }
 
-/// The dtype and shape that a port has by its role; `None` where the interface lacks what it follows from.
+/// The dtype and shape that a port must have by its role; `None` if the interface lacks what they follow from.
 fn expected(network: &Network, interface: &Interface<TensorId>, port: Port<TensorId>) -> Option<(DType, Vec<Dim>)> {
     let profile = network.profile;
     let batch = Dim::from(profile.batch);
@@ -170,7 +170,7 @@ mod tests {
         lower(&graph, &Profile::prefill(3, 16), &LowerOptions::default()).unwrap()
     }
 
-    /// The refusal of a network after a change to it.
+    /// The error for a changed network.
     fn refused(change: impl FnOnce(&mut Network)) -> VerifyError {
         let mut network = network();
         verify_interface(&network).unwrap();
@@ -178,7 +178,7 @@ mod tests {
         verify_interface(&network).unwrap_err()
     }
 
-    /// Sets the network's interface to the one that its names give.
+    /// Sets the network's interface to the one that follows from its names.
     fn by_names(network: &mut Network) -> Result<(), InterfaceErrors> {
         network.interface = Some(network.canonical_interface()?);
         Ok(())
@@ -204,7 +204,7 @@ mod tests {
             network.outputs.retain(|output| *output != id);
             let errors = by_names(&mut network).unwrap_err().0;
             assert_eq!(errors, [InterfaceError::Missing { role }]);
-            // Nor does the one that it had fit any longer.
+            // Its previous interface does not fit either.
             let error = verify_interface(&network).unwrap_err();
             assert!(matches!(error, VerifyError::Interface { .. }), "{error}");
         }

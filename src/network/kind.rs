@@ -12,7 +12,7 @@ use crate::graph::op::Gating;
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{self, DType};
 
-/// An enum without fields, with the list of its variants and their names as dumps write them.
+/// An enum without fields, with the list of its variants and their names in dumps.
 macro_rules! words {
     ($(#[$meta:meta])* $name:ident { $( $(#[$doc:meta])* $variant:ident, )* }) => {
         $(#[$meta])*
@@ -30,7 +30,7 @@ macro_rules! words {
     };
 }
 
-/// What a matrix product does to an operand first.
+/// What a matrix product first applies to an operand.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum MatrixOp {
     /// Nothing.
@@ -40,7 +40,7 @@ pub enum MatrixOp {
 }
 
 words! {
-    /// `IElementWiseLayer` operations. Comparisons and logic give bool.
+    /// `IElementWiseLayer` operations. Comparisons and logic return bool.
     Elementwise {
         Sum,
         Sub,
@@ -61,8 +61,8 @@ words! {
 }
 
 words! {
-    /// `IUnaryLayer` operations, and rounding to the nearest number of a float of 8 bits, saturated, which TensorRT does by
-    /// quantizing and dequantizing.
+    /// `IUnaryLayer` operations, and rounding to the nearest 8-bit float, saturated, which TensorRT does by quantizing
+    /// and dequantizing.
     UnaryOp {
         Abs,
         Ceil,
@@ -108,19 +108,19 @@ words! {
 }
 
 words! {
-    /// What a TopK layer gives.
+    /// The output of a TopK layer.
     Greatest {
         /// The elements.
         Values,
-        /// Where they are along the axis, i32.
+        /// Their indices along the axis, i32.
         Indices,
     }
 }
 
-/// One layer. Inputs and outputs in the order given; axes count from 0.
+/// One layer. Inputs and outputs are in the order given; axes count from 0.
 #[derive(Clone, Debug)]
 pub enum LayerKind {
-    /// No input; gives the weight. A constant layer, or a network input when the weight is bound.
+    /// No input; returns the weight. A constant layer, or a network input when the weight is bound.
     Weight(WeightId),
     /// No input; a small constant that is part of the lowering (an epsilon, a table), always in the plan.
     Constant(tensor::Tensor),
@@ -143,7 +143,7 @@ pub enum LayerKind {
         op: ReduceOp,
         /// Which axes.
         axes: Vec<usize>,
-        /// Whether they stay, with size 1.
+        /// Whether they are kept, with size 1.
         keep_dims: bool,
     },
     /// Over one axis.
@@ -170,14 +170,14 @@ pub enum LayerKind {
         /// The step between elements, for each axis.
         stride: Vec<i64>,
     },
-    /// All inputs, of one dtype, joined along one axis.
+    /// All inputs, of one dtype, concatenated along one axis.
     Concatenation {
         /// Which axis.
         axis: usize,
     },
     /// Inputs data, indices (i32 or i64); the output's shape is `data[..axis] + indices + data[axis+1..]`. Every index
-    /// lies in `0..data[axis]`: another one is an error of the caller. The CPU executor refuses it and names it;
-    /// TensorRT does not check and promises nothing about the result, so sessions check token ids before they run.
+    /// must be in `0..data[axis]`; any other is the caller's error. The CPU executor refuses and names it; TensorRT
+    /// does not check and guarantees nothing about the result, so sessions check token ids before they run.
     Gather {
         /// Which axis of the data.
         axis: usize,
@@ -219,36 +219,36 @@ pub enum LayerKind {
     /// broadcasts it over batch and heads only). **Does not scale**: the lowering scales q. heads is a multiple of
     /// kv_heads; query head h reads KV head `h / (heads / kv_heads)`.
     Attention,
-    /// Inputs codes (i8, i4 or f8e4m3fn) and scales of the shape that [`Granularity::scale_shape`] gives: `code * scale` in the
-    /// scales' dtype. TensorRT takes channels and blocks of constants only.
+    /// Inputs codes (i8, i4 or f8e4m3fn) and scales of the shape that [`Granularity::scale_shape`] gives: `code *
+    /// scale` in the scales' dtype. TensorRT accepts channels and blocks only for constants.
     Dequantize(Granularity),
-    /// The `k` greatest elements of the last axis of one float input, in falling order.
+    /// The `k` greatest elements of the last axis of one float input, in descending order.
     TopK {
         /// How many.
         k: usize,
-        /// Which output of TensorRT's layer.
+        /// The output of TensorRT's layer.
         part: Greatest,
     },
-    /// What [`Op::Experts`](crate::graph::op::Op::Experts) computes, for an executor that computes the chosen experts alone;
-    /// TensorRT gets other layers. Inputs x, weights (f32), experts (i32), gate, up?, down, then gate_bias, up_bias? and
-    /// down_bias together or not at all; there is an up_bias where there is an up, so the number of inputs says what they are
-    /// ([`ExpertInputs`]).
+    /// What [`Op::Experts`](crate::graph::op::Op::Experts) computes, for an executor that computes only the chosen
+    /// experts; TensorRT gets other layers. Inputs x, weights (f32), experts (i32), gate, up?, down, then gate_bias,
+    /// up_bias? and down_bias together or not at all; there is an up_bias if there is an up, so the number of inputs
+    /// identifies them ([`ExpertInputs`]).
     Experts {
-        /// How many there are.
+        /// Number of experts.
         experts: usize,
-        /// What stands before `down`.
+        /// The function before `down`.
         gating: Gating,
     },
     /// Inputs cache `[batch, heads, capacity, d]` (a network input), update `[batch, heads, tokens, d]`, write_indices
     /// `[batch]` i32. Writes in place; the output is a network output in the cache's memory.
     KvCacheUpdate,
-    /// See [`RowProduct`]; a kernel of ours.
+    /// See [`RowProduct`]; one of Lapidary's kernels.
     RowProduct(RowProduct),
-    /// See [`DecodeAttention`]; a kernel of ours, and the only kind with several outputs.
+    /// See [`DecodeAttention`]; one of Lapidary's kernels, and the only kind with several outputs.
     DecodeAttention(DecodeAttention),
 }
 
-/// The inputs of a [`LayerKind::Experts`] by what they are.
+/// The inputs of a [`LayerKind::Experts`] by name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ExpertInputs<T> {
     /// `[.., in]`.
@@ -263,12 +263,12 @@ pub struct ExpertInputs<T> {
     pub up: Option<T>,
     /// `[experts * out, hidden]`.
     pub down: T,
-    /// Of gate, `up` and down, each with an element a row.
+    /// Biases of gate, `up` and down, each with one element per row.
     pub biases: Option<(T, Option<T>, T)>,
 }
 
 impl<T: Copy> ExpertInputs<T> {
-    /// Of a layer's inputs; `None` if they are too many or too few.
+    /// From a layer's inputs; `None` if there are too many or too few.
     pub fn of(inputs: &[T]) -> Option<Self> {
         let (first, up, down, biases) = match *inputs {
             [x, w, e, gate, down] => ([x, w, e, gate], None, down, None),
@@ -290,19 +290,19 @@ impl<T: Copy> ExpertInputs<T> {
     }
 }
 
-/// Which axis a layer works along, if it computes rows apart from one another.
+/// Which axis a layer works along, if it computes rows independently.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum RowLayer {
-    /// Each element by itself.
+    /// Each element independently.
     Elements,
-    /// Along this axis of input 0, which keeps its place.
+    /// Along this axis of input 0, which keeps its position.
     Along(usize),
-    /// Not of this kind.
+    /// It does not compute rows independently.
     No,
 }
 
 impl LayerKind {
-    /// The layer's name in TensorRT's terms, as errors and dumps say it.
+    /// The layer's name in TensorRT's terms, for errors and dumps.
     pub fn name(&self) -> &'static str {
         match self {
             LayerKind::Weight(_) => "Weight",
@@ -332,12 +332,12 @@ impl LayerKind {
         }
     }
 
-    /// Whether it is one of ours, which TensorRT does not have: see [`kernel_layers`](super::kernel_layers).
+    /// Whether it is one of Lapidary's own, which TensorRT does not have: see [`kernel_layers`](super::kernel_layers).
     pub fn is_kernel_layer(&self) -> bool {
         matches!(self, LayerKind::RowProduct(_) | LayerKind::DecodeAttention(_))
     }
 
-    /// How many tensors it gives.
+    /// Number of outputs.
     pub(super) fn output_count(&self) -> usize {
         match self {
             LayerKind::DecodeAttention(_) => 3,
@@ -345,7 +345,7 @@ impl LayerKind {
         }
     }
 
-    /// Whether it computes rows apart from one another, so that a back end may run it with its neighbors row by row.
+    /// Whether it computes rows independently, so that a back end can run it with its neighbors row by row.
     pub(crate) fn row_layer(&self) -> RowLayer {
         match self {
             LayerKind::Elementwise(_)

@@ -6,22 +6,23 @@
 //! every dim is a number, with a dynamic one the only symbol is `tokens`.
 //!
 //! Two back ends read this: `backend::tensorrt` builds engines, `backend::cpu` executes. Both match exhaustively on
-//! [`LayerKind`]. `kind` defines the layers, `infer` their rules; [`builder`] makes networks by these rules and
-//! [`verify()`] checks whole networks. `dump` has the text form (`Display`) and [`parse()`] reads it. `lower` makes the networks of
-//! models. This module does not depend on graphs, except that a weight's bytes come from a graph [`Constant`].
+//! [`LayerKind`]. `kind` defines the layers, `infer` their rules; [`builder`] builds networks by these rules and
+//! [`verify()`] checks whole networks. `dump` has the text form (`Display`) and [`parse()`] reads it. `lower` builds
+//! the networks of models. This module does not depend on graphs, except that a weight's bytes come from a graph
+//! [`Constant`].
 //!
 //! A *sequence* is one entry of the batch. A *row* is a vector along the last axis: of an activation
 //! `[batch, tokens, n]` the values of one token, of a weight `[out, in]` those of one output.
 //!
 //! # Interface of a lowered network
 //!
-//! [`Network::interface`] says which tensor is which; the names are those of [`Role`](crate::interface::Role).
+//! [`Network::interface`] gives the role of each tensor; the names are those of [`Role`](crate::interface::Role).
 //!
 //! | inputs | dtype | shape |
 //! |---|---|---|
 //! | `input_ids`, `position_ids` | i32 | `[batch, tokens]` |
 //! | `write_indices` | i32 | `[batch]` |
-//! | `total_lengths` | i32 | `[batch]`, where the graph has it |
+//! | `total_lengths` | i32 | `[batch]`, if the graph has it |
 //! | `logit_rows` (only with [`Logits::Rows`]) | i32 | `[batch]`: which row (token) of each sequence gets logits |
 //! | `key_cache.i`, `value_cache.i` | the cache dtype | `[batch, kv_heads, capacity, head_dim]` |
 //!
@@ -80,20 +81,20 @@ pub struct Tensor {
     pub name: String,
     /// Its element type.
     pub dtype: DType,
-    /// Numbers, or with a dynamic profile also dims with the symbol `tokens`.
+    /// Numbers; with a dynamic profile also dims with the symbol `tokens`.
     pub shape: Shape,
 }
 
-/// One layer with what it reads and gives.
+/// One layer with its inputs and outputs.
 #[derive(Clone, Debug)]
 pub struct Layer {
-    /// The graph node it was lowered from, with a suffix where a node became several layers. Unique.
+    /// The graph node it was lowered from, with a suffix if a node became several layers. Unique.
     pub name: String,
     /// What it computes.
     pub kind: LayerKind,
-    /// In the order that the kind documents.
+    /// In the kind's documented order.
     pub inputs: Vec<TensorId>,
-    /// One tensor; of a [`LayerKind::DecodeAttention`] three.
+    /// One tensor; three for a [`LayerKind::DecodeAttention`].
     pub outputs: Vec<TensorId>,
 }
 
@@ -106,7 +107,7 @@ pub enum WeightMode {
     Bind,
     /// A constant stored in the plan.
     Embed,
-    /// A refittable constant left out of the plan.
+    /// A refittable constant that the plan omits.
     Strip,
 }
 
@@ -129,11 +130,11 @@ pub enum Tokens {
     Static(usize),
     /// An optimization profile over the symbol `tokens`.
     Dynamic {
-        /// The fewest.
+        /// The minimum.
         min: usize,
-        /// What engines are tuned for.
+        /// The number that engines are tuned for.
         opt: usize,
-        /// The most.
+        /// The maximum.
         max: usize,
     },
 }
@@ -197,7 +198,7 @@ impl fmt::Display for Profile {
 /// See the module's head.
 #[derive(Clone, Debug)]
 pub struct Network {
-    /// The model's, for messages.
+    /// The model's name, for messages.
     pub name: String,
     /// The shapes it was lowered for.
     pub profile: Profile,
@@ -205,11 +206,11 @@ pub struct Network {
     pub tensors: Vec<Tensor>,
     /// In order of execution.
     pub layers: Vec<Layer>,
-    /// What a session binds to be read.
+    /// What a session binds for reading.
     pub inputs: Vec<TensorId>,
-    /// What a session binds to be written.
+    /// What a session binds for writing.
     pub outputs: Vec<TensorId>,
-    /// What the inputs and outputs are for, in the network of a model; `None` in other networks.
+    /// The roles of inputs and outputs, in the network of a model; `None` in other networks.
     pub interface: Option<Interface<TensorId>>,
     /// All weights; ids are indices.
     pub weights: Vec<Weight>,
@@ -249,7 +250,7 @@ impl Network {
         self.cache_updates().map(|(_, cache, updated)| (cache, updated))
     }
 
-    /// Every update of a cache: the layer, the cache it reads, the output that it gives.
+    /// Every update of a cache: the layer, the cache that it reads, the output that it writes.
     pub(crate) fn cache_updates(&self) -> impl Iterator<Item = (&Layer, TensorId, TensorId)> {
         self.layers.iter().flat_map(|layer| {
             let pairs: Vec<(TensorId, TensorId)> = match &layer.kind {

@@ -1,8 +1,8 @@
 //! Reads the text form of a network, as its `Display` writes it.
 //!
 //! What the text omits is synthetic: weights are absent, and constants of more than eight elements have synthetic ones.
-//! The layer of a weight stands before the first layer that reads it. So the text of a parsed network is the text that was
-//! parsed. The network is not verified: [`verify`](super::verify()) does that.
+//! The layer of a weight precedes the first layer that reads it. So the text of a parsed network is equal to the parsed
+//! text. The network is not verified: [`verify`](super::verify()) does that.
 
 use std::collections::HashMap;
 
@@ -45,7 +45,7 @@ pub fn parse(text: &str) -> Result<Network, ParseError> {
     }
     lines.end()?;
     let mut network = parser.network;
-    // A text has nothing but names.
+    // A text has only names.
     network.interface = network.canonical_interface().ok();
     Ok(network)
 }
@@ -80,7 +80,7 @@ fn profile(line: &mut Cursor) -> Parsed<Profile> {
     })
 }
 
-/// A number without a sign, for `-` separates the parts of a profile.
+/// A number without a sign, since `-` separates the parts of a profile.
 fn number(line: &mut Cursor) -> Parsed<usize> {
     let start = line.position();
     let digits = line.take(|c| c.is_ascii_digit());
@@ -145,7 +145,7 @@ impl Parser {
     }
 
     fn layer(&mut self, mut line: Cursor) -> Parsed<()> {
-        // The inputs come after the outputs, and a weight among them brings a layer that goes first.
+        // The inputs come after the outputs, and a weight among them adds a layer that goes first.
         let mut outputs = Vec::new();
         loop {
             let start = line.position();
@@ -185,7 +185,7 @@ impl Parser {
         Ok(())
     }
 
-    /// A tensor that is defined above, or a weight.
+    /// A tensor that was defined earlier, or a weight.
     fn read(&mut self, line: &mut Cursor) -> Parsed<TensorId> {
         let start = line.position();
         let name = line.name(&[')', '^'])?;

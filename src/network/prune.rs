@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::{LayerKind, Network, TensorId, WeightId};
 
-/// Inputs stay, read or not: they are the interface.
+/// Inputs stay, whether read or not: they are the interface.
 pub(super) fn prune(network: &mut Network) {
     let mut live = vec![false; network.tensors.len()];
     for id in network.outputs.iter().chain(&network.inputs) {

@@ -1,15 +1,15 @@
 //! A network cut at Lapidary's own layers: the parts that TensorRT builds, and the kernels between them.
 //!
 //! [`Steps::of`] orders a network into engine segments and kernel layers. A segment is as large as the order allows: a
-//! layer is in segment n if n changes from kernels to TensorRT's layers lie on the longest way to it. Segments of equal
-//! layers over other tensors, as those of a model's layers are, share one plan.
+//! layer is in segment n if the longest path to it changes n times from kernels to TensorRT's layers. Segments of equal
+//! layers over different tensors, such as those of a model's layers, share one plan.
 
 use std::collections::{HashMap, HashSet};
 
 use super::{Layer, LayerKind, Network, Tensor, TensorId, Weight, WeightId, WeightMode};
 use crate::graph::Constant;
 
-/// What a network does, step by step.
+/// The steps of a network.
 #[derive(Clone, Debug)]
 pub struct Steps {
     /// In order of execution.
@@ -23,23 +23,23 @@ pub struct Steps {
 pub enum Step {
     /// The segment of this number.
     Engine(usize),
-    /// The layer of this number, one of our own.
+    /// The layer of this number, one of Lapidary's own.
     Kernel(usize),
 }
 
-/// A part of a network without layers of our own.
+/// A part of a network without Lapidary's own layers.
 #[derive(Clone, Debug)]
 pub struct Segment {
-    /// Its tensors and weights have the names that they have in the whole; inputs and outputs are those of the whole, and what
-    /// other steps compute or read. It has no interface.
+    /// Its tensors and weights have the same names as in the whole network; its inputs and outputs are those of the
+    /// whole, and what other steps compute or read. It has no interface.
     pub network: Network,
     /// Which of the plans runs it: segments of equal layers share one.
     pub plan: usize,
 }
 
 impl Segment {
-    /// Inputs, bound weights and outputs by name. Segments that share a plan have the same ones at the same places, under
-    /// other names.
+    /// Inputs, bound weights and outputs by name. Segments that share a plan have corresponding ones in the same order,
+    /// under other names.
     pub fn ports(&self) -> Vec<&str> {
         let network = &self.network;
         let name = |id: &TensorId| network.tensor(*id).name.as_str();
@@ -74,7 +74,7 @@ impl Steps {
         Steps { steps, segments }
     }
 
-    /// The networks of the plans: of those that share one, the first.
+    /// The networks of the plans: the first of those that share one.
     pub fn plans(&self) -> Vec<&Network> {
         let mut plans: Vec<&Network> = Vec::new();
         for segment in &self.segments {
@@ -86,8 +86,8 @@ impl Steps {
     }
 }
 
-/// Where each layer runs: kernels at odd levels, others at even ones. Weights and constants, which every reader has for
-/// itself, are at none.
+/// Where each layer runs: kernels at odd levels, others at even ones. Weights and constants have no level: every reader
+/// has its own copy.
 fn levels(network: &Network) -> Vec<Option<usize>> {
     let mut of_tensor: Vec<Option<usize>> = vec![None; network.tensors.len()];
     let mut levels = Vec::with_capacity(network.layers.len());
@@ -149,7 +149,7 @@ struct Part<'n> {
     whole: &'n Network,
     network: Network,
     ids: HashMap<TensorId, TensorId>,
-    /// Layers of weights and constants by what they give.
+    /// Layers of weights and constants, by their outputs.
     sources: HashMap<TensorId, usize>,
 }
 
@@ -188,8 +188,8 @@ impl Part<'_> {
     }
 }
 
-/// Equal for networks that TensorRT builds the same plan for, but for names: their text with numbers for names, and the
-/// elements of constants.
+/// Equal for networks with the same plan except for names: their text with numbers instead of names, and the elements
+/// of constants.
 fn signature(network: &Network) -> String {
     let mut network = network.clone();
     network.name.clear();
@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(steps.plans().len(), 1);
     }
 
-    /// Every tensor is computed by one step before it is read, in a network that verifies.
+    /// Every tensor is computed by one step before it is read, in a valid network.
     #[test]
     fn steps_are_in_order() {
         let softcap = Decoder {

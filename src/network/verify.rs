@@ -1,7 +1,7 @@
 //! The rules of a whole [`Network`]. `builder` checks them when it finishes, `package` when it reads a network, the back
 //! ends before they use one.
 //!
-//! [`verify`] holds for any network, [`verify_interface`](super::verify_interface) for one that a decoder session can run.
+//! [`verify`] is for any network, [`verify_interface`](super::verify_interface) for one that a decoder session can run.
 
 use std::collections::HashSet;
 
@@ -12,7 +12,7 @@ use super::builder::LayerError;
 use super::infer::infer;
 use super::{LayerKind, Network, Tensor, TensorId, Tokens};
 
-/// The first broken rule of a network: a bug of the code that made the network.
+/// The first violated rule of a network: a bug of the code that built the network.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum VerifyError {
@@ -204,7 +204,7 @@ fn verify_names(network: &Network) -> Result<(), VerifyError> {
 fn verify_caches(network: &Network) -> Result<(), VerifyError> {
     let mut seen = HashSet::new();
     for (layer, cache, output) in network.cache_updates() {
-        // Rows of the update are copied over rows of the cache; of one tensor they would overlap.
+        // Rows of the update are copied over rows of the cache; in one tensor they would overlap.
         if layer.inputs.iter().filter(|input| **input == cache).count() > 1 {
             return Err(VerifyError::SelfUpdate {
                 layer: layer.name.clone(),

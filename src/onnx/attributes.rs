@@ -1,7 +1,7 @@
 //! Attributes of one node, read by name with their defaults.
 //!
-//! Remembers which attributes were read: one that was not may change what the operator means, and the reader then must
-//! not pretend to know the operator.
+//! Records which attributes were read: an attribute that was not read may change the operator's meaning, so the
+//! operator then counts as unknown.
 
 use std::cell::Cell;
 
@@ -27,14 +27,14 @@ impl Attributes {
         Some(attribute)
     }
 
-    /// Marks attributes as known to be without effect here.
+    /// Marks attributes that have no effect here as read.
     pub(super) fn ignore(&self, names: &[&str]) {
         for name in names {
             self.find(name);
         }
     }
 
-    /// Whether an integer attribute is there with this value; does not count as reading it.
+    /// Whether an integer attribute has this value; does not count as reading it.
     pub(super) fn is_int(&self, name: &str, value: i64) -> bool {
         let attribute = self.list.iter().find(|(a, _)| a.name.as_deref() == Some(name));
         attribute.is_some_and(|(a, _)| {
@@ -77,7 +77,7 @@ impl Attributes {
         };
         match value(attribute) {
             Some(value) => Ok(Some(value)),
-            // A writer of proto3 leaves zeros out.
+            // proto3 writers omit zeros.
             None if attribute.r#type == Some(kind) && default.is_some() => Ok(default),
             None => Err(format!("its attribute {name:?} is not {kind_name}")),
         }
@@ -95,7 +95,7 @@ impl Attributes {
         Ok(self.int_or(name, i64::from(default))? != 0)
     }
 
-    /// A count that ONNX leaves out or writes as 0 when it does not apply.
+    /// A count that is omitted or 0 when it does not apply.
     pub(super) fn count(&self, name: &str) -> Result<Option<usize>, Problem> {
         match self.int_or(name, 0)? {
             0 => Ok(None),

@@ -27,15 +27,15 @@ pub enum ReadErrorKind {
     Folder,
     #[error("is empty")]
     Empty,
-    #[error("is a Git LFS pointer and not the model itself")]
+    #[error("is a Git LFS pointer, not the model itself")]
     LfsPointer,
     #[error("is not an ONNX model: {reason}")]
     NotOnnx { reason: String },
     #[error("is truncated: it has {found} of at least {needed} bytes")]
     Truncated { needed: u64, found: u64 },
-    #[error("does not say which opset it uses (no opset_import for the domain \"\")")]
+    #[error("does not state its opset (no opset_import for the domain \"\")")]
     NoOpset,
-    #[error("uses opset {version}{place}, and Lapidary reads {} to {}", super::OPSETS.start(), super::OPSETS.end())]
+    #[error("uses opset {version}{place}; Lapidary reads opsets {} to {}", super::OPSETS.start(), super::OPSETS.end())]
     Opset { version: i64, place: String },
     #[error(
         "tensor {tensor:?} has the element type {dtype}, which Lapidary does not read (it reads {})",
@@ -94,7 +94,7 @@ pub enum ReadErrorKind {
 }
 
 impl ReadErrorKind {
-    /// The same error with the file it was met in.
+    /// The same error with the file where it occurred.
     pub(super) fn at(self, path: &std::path::Path) -> ReadError {
         ReadError {
             path: path.to_path_buf(),

@@ -20,7 +20,7 @@ const INPUTS: [&str; 9] = [
     "down_bias",
 ];
 
-/// The overload of a node's operator; `None` of an operator whose function has no overloads.
+/// The overload of a node's operator; `None` for an operator whose function has no overloads.
 pub(super) fn overload(node: &Node) -> Option<String> {
     let present = || -> String {
         let each = node.inputs.iter().map(|input| if input.is_some() { '1' } else { '0' });
@@ -57,7 +57,7 @@ pub(super) fn function(of: &Node) -> Option<FunctionProto> {
         Op::Experts(how) => (&INPUTS[..of.inputs.len().min(9)], &["y"], experts(how, of)),
         _ => return None,
     };
-    // Their values are in the function's nodes; a caller's attributes must be declared all the same.
+    // Their values are in the function's nodes, but a caller's attributes must still be declared.
     let attributes = of.op.attributes().into_iter().map(|(name, _)| name.to_string());
     Some(FunctionProto {
         overload: overload(of),

@@ -18,7 +18,7 @@ pub enum Exporter {
     OrtGenAi,
     /// mobius.
     Mobius,
-    /// Any other, or a file that does not say.
+    /// Any other, or unknown.
     Other,
 }
 
@@ -40,12 +40,12 @@ pub fn exporter(graph: &Graph) -> Exporter {
     match graph.producer.name.as_str() {
         "onnxruntime-genai" => return Exporter::OrtGenAi,
         "mobius" => return Exporter::Mobius,
-        // What merges a decoder without past keys and values and one with them.
+        // Merges a decoder without past keys and values with one that has them.
         "optimum-onnx" => return Exporter::Optimum,
         _ => {}
     }
-    // Optimizers and converters put their own name in, so the structure decides among torch's exporters: TorchScript
-    // names nodes by module path ("/model/layers.0/..."), dynamo "node_add_3".
+    // Optimizers and converters replace the producer's name, so the structure decides among torch's exporters:
+    // TorchScript names nodes by module path ("/model/layers.0/..."), dynamo "node_add_3".
     let (mut paths, mut numbered, mut nodes) = (0usize, 0usize, 0usize);
     for id in graph.node_ids() {
         let name = &graph.node(id).name;

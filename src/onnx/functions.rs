@@ -23,7 +23,7 @@ pub(super) fn table_of(operator: &str) -> Option<DType> {
         .find(|dtype| table_operator(*dtype) == Some(operator))
 }
 
-/// The function of an operator of our own; `None` if there is no such operator.
+/// The function of one of Lapidary's operators; `None` if there is no such operator.
 pub(super) fn function(operator: &str) -> Option<FunctionProto> {
     let (inputs, attributes, nodes): (&[&str], &[&str], Vec<NodeProto>) = match operator {
         "RoundToCodes" => (&["x"], &["to"], round_to_codes()),
@@ -40,11 +40,11 @@ pub(super) fn function(operator: &str) -> Option<FunctionProto> {
             dequantize_table(table_of(operator)?),
         ),
     };
-    // What the writer leaves out where it is the operator's default.
+    // The writer omits an attribute that has the operator's default.
     let real = |name| attribute_proto((name, Attribute::Float(0.0)));
     let defaults = match operator {
         "RoundToCodes" => vec![attribute_proto(("scale", Attribute::Float(1.0))), int("zero_point", 0)],
-        // A scale of 0 stands for no rounding.
+        // A scale of 0 means no rounding.
         "RoundedAttention" => {
             let rounding = |[to, scale, zero]: [&'static str; 3]| [int(to, INT8), real(scale), int(zero, 0)];
             let mut all = vec![real("softcap")];
@@ -65,7 +65,7 @@ fn owned(names: &[&str]) -> Vec<String> {
     names.iter().map(|n| n.to_string()).collect()
 }
 
-/// A function of our domain without attributes, its nodes those of the opset that is written.
+/// A function of Lapidary's domain without attributes; its nodes have the opset that is written.
 pub(super) fn function_of(name: &str, inputs: &[&str], outputs: &[&str], nodes: Vec<NodeProto>) -> FunctionProto {
     FunctionProto {
         name: Some(name.to_string()),
@@ -81,7 +81,7 @@ pub(super) fn function_of(name: &str, inputs: &[&str], outputs: &[&str], nodes: 
     }
 }
 
-/// Numbers by their codes, block by block times their scale.
+/// The numbers of the codes, times the scale of their block.
 fn dequantize_table(table: DType) -> Vec<NodeProto> {
     let codes: Vec<i64> = (0..16).collect();
     let codes = Tensor::from_i64_as(DType::U4, vec![16], &codes);
@@ -141,7 +141,7 @@ fn round_to_codes() -> Vec<NodeProto> {
 /// ONNX's number of int8.
 const INT8: i64 = 3;
 
-/// What a `RoundedAttention` rounds, each with its attributes.
+/// The values that a `RoundedAttention` rounds, with their attributes.
 const ROUNDED: [(&str, [&str; 3]); 3] = [
     ("scores", ["scores_to", "scores_scale", "scores_zero_point"]),
     ("bounded", ["capped_to", "capped_scale", "capped_zero_point"]),
@@ -205,7 +205,7 @@ fn scores_of_heads() -> Vec<NodeProto> {
     ]
 }
 
-/// `bounded` from the scores of that name: after the soft cap, where there is one.
+/// `bounded` from the scores of that name: after the soft cap, if there is one.
 fn capped(scores: &str) -> [NodeProto; 6] {
     [
         real_of("cap", "softcap"),
@@ -241,7 +241,7 @@ fn rounded_attention() -> Vec<NodeProto> {
     nodes
 }
 
-/// The sink of a head is the score of one more slot, after the others.
+/// The sink of a head is the score of an additional slot after the others.
 fn biased_attention() -> Vec<NodeProto> {
     let whole = |name: &str, value: i64| tensor(name, &Tensor::from_i64(vec![], &[value]));
     let mut nodes = scores_of_heads();
@@ -279,7 +279,7 @@ fn biased_attention() -> Vec<NodeProto> {
     nodes
 }
 
-/// `NAME_near` from `NAME`: rounded, or as it is where the scale is 0.
+/// `NAME_near` from `NAME`: rounded, or unchanged if the scale is 0.
 fn rounded_or_not((name, [to, scale, zero_point]): (&str, [&str; 3])) -> Vec<NodeProto> {
     let part = |part: &str| format!("{name}_{part}");
     let (step, whole, zero) = (part("step"), part("whole"), part("zero"));
@@ -338,7 +338,7 @@ pub(super) fn int(name: &'static str, value: i64) -> AttributeProto {
     attribute_proto((name, Attribute::Int(value)))
 }
 
-/// An attribute that has the value of one of the caller's.
+/// An attribute with the value of one of the caller's attributes.
 fn reference(name: &str, caller: &str, kind: i32) -> AttributeProto {
     AttributeProto {
         name: Some(name.to_string()),

@@ -24,5 +24,5 @@ pub use exporter::{Exporter, exporter};
 pub use read::{read, read_prompt_branch, read_stripped};
 pub use write::{INLINE_LIMIT, Layout, Placement, WriteError, encode, write, write_with_data};
 
-/// The opsets [`read`] takes.
+/// The opsets that [`read`] accepts.
 pub const OPSETS: std::ops::RangeInclusive<i64> = 11..=25;

@@ -6,8 +6,8 @@
 //! <https://github.com/onnx/onnx/blob/main/onnx/onnx-ml.proto>. Only the fields that Lapidary reads or writes are here;
 //! prost skips the rest (documentation strings, stack traces in `metadata_props`, training information).
 //!
-//! Binary payloads are `Bytes`: decoded from a mapped file they are slices of it, not copies. Sparse tensors are kept as
-//! undecoded bytes, because all that matters is that they are there.
+//! Binary payloads are `Bytes`: decoded from a mapped file they are slices of it, not copies. Sparse tensors are kept
+//! as undecoded bytes, because only their presence matters.
 
 use bytes::Bytes;
 
@@ -117,7 +117,7 @@ pub struct AttributeProto {
     pub ints: Vec<i64>,
     #[prost(bytes = "bytes", repeated, tag = "9")]
     pub strings: Vec<Bytes>,
-    /// Which field above holds the value: see [`attribute_type`]. Some writers leave it out.
+    /// Which field above holds the value: see [`attribute_type`]. Some writers omit it.
     #[prost(int32, optional, tag = "20")]
     pub r#type: Option<i32>,
     /// In a function's body: the caller's attribute to take the value from.

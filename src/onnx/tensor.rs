@@ -22,15 +22,15 @@ pub(super) fn map(path: &Path) -> std::io::Result<Bytes> {
     if file.metadata()?.len() == 0 {
         return Ok(Bytes::new());
     }
-    // Safety: the bytes change under us only if another process writes to the file meanwhile, which no reader of model
-    // files guards against; they are plain numbers, checked where they are used.
+    // Safety: the bytes can change only if another process writes to the file at the same time, which no reader of
+    // model files guards against; they are plain numbers, checked where they are used.
     let map = unsafe { memmap2::Mmap::map(&file)? };
     Ok(Bytes::from_owner(map))
 }
 
 /// ONNX's own name of an element type, for messages.
 pub(super) fn code_name(code: i32) -> String {
-    // Those that no tensor here has.
+    // Types that Lapidary does not have.
     const OTHERS: [(i32, &str); 10] = [
         (0, "undefined"),
         (4, "uint16"),
@@ -48,7 +48,7 @@ pub(super) fn code_name(code: i32) -> String {
     name.map_or_else(|| format!("number {code}"), str::to_string)
 }
 
-/// The folder of a model, and the external files in it mapped so far.
+/// The folder of a model, and its external files mapped so far.
 pub(super) struct Folder {
     path: PathBuf,
     /// External files may be missing.
@@ -66,7 +66,7 @@ impl Folder {
         }
     }
 
-    /// The constant a message describes: in a stripped model, absent where its file is.
+    /// The constant a message describes: in a stripped model, absent if its file is missing.
     pub(super) fn constant(&self, proto: &TensorProto, name: &str) -> Result<Constant, ReadErrorKind> {
         match self.tensor(proto, name) {
             Err(ReadErrorKind::ExternalOpen { source, .. })
@@ -167,7 +167,7 @@ impl Folder {
             file: file.clone(),
             source,
         };
-        // The path is harmless as text; a symbolic link on the way may still lead out.
+        // The path itself stays inside; a symbolic link in it may still lead out.
         let folder = self.path.canonicalize().map_err(cannot_open)?;
         let real = file.canonicalize().map_err(cannot_open)?;
         if !real.starts_with(&folder) {
@@ -199,8 +199,8 @@ fn described(proto: &TensorProto, name: &str) -> Result<(DType, Vec<usize>), Rea
     Ok((dtype, shape))
 }
 
-/// Bytes of a tensor in the typed fields. What is no wider than 32 bits and no f32 is in `int32_data`: one element each,
-/// or of packed types the elements of one byte each (`int32_data` in
+/// Bytes of a tensor in the typed fields. Types of at most 32 bits other than f32 are in `int32_data`: one element
+/// each, or for packed types the elements of one byte each (`int32_data` in
 /// <https://github.com/onnx/onnx/blob/main/onnx/onnx.proto>).
 fn typed(proto: &TensorProto, dtype: DType) -> Bytes {
     let ints = &proto.int32_data;

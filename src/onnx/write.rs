@@ -1,9 +1,9 @@
 //! From a graph to a file: ONNX opset 24, IR version 11.
 //!
-//! Weights are written beside the model as external data, where the caller says ([`write()`], [`encode`]) or in one new
-//! file ([`write_with_data`]). A quantized weight is its codes, scales and zero points, and a `DequantizeLinear` that has the
-//! weight's name. Symbolic dims become `dim_param` text. Files are written under a temporary name and
-//! renamed when they are complete.
+//! Weights are written beside the model as external data, where the caller places them ([`write()`], [`encode`]) or in
+//! one new file ([`write_with_data`]). A quantized weight is its codes, scales and zero points, and a
+//! `DequantizeLinear` that has the weight's name. Symbolic dims become `dim_param` text. Files are written under a
+//! temporary name and renamed when they are complete.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
@@ -29,26 +29,26 @@ pub const OPSET: i64 = 24;
 pub const IR_VERSION: i64 = 11;
 /// The `producer_name` of what is written.
 pub const PRODUCER: &str = "lapidary";
-/// Constants of more bytes go to the data file in [`write_with_data`], and are what a [`Layout`] should place.
+/// Constants of more bytes go to the data file in [`write_with_data`], and a [`Layout`] should place them.
 pub const INLINE_LIMIT: usize = 1024;
-/// Start of each tensor in a data file, so that readers can use its elements where they lie.
+/// Alignment of each tensor in a data file, so that readers can use its elements in place.
 const ALIGNMENT: u64 = 64;
 /// Protobuf's own limit on a message.
 const MESSAGE_LIMIT: usize = i32::MAX as usize;
 
-/// Where the bytes of a constant lie: little-endian, row-major, as its dtype and shape say.
+/// Where the bytes of a constant are: little-endian, row-major, of its dtype and shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placement {
     /// Relative to the model's folder, with `/` between its parts.
     pub file: String,
-    /// Of the first byte.
+    /// Offset of the first byte.
     pub offset: u64,
     /// In bytes.
     pub length: u64,
 }
 
-/// Constants whose bytes are elsewhere; one placement a tensor that is stored of it
-/// ([`Constant::stored_parts`]), which of a quantized weight are several.
+/// Constants whose bytes are elsewhere; one placement per stored tensor ([`Constant::stored_parts`]); a quantized
+/// weight has several.
 pub type Layout = HashMap<ValueId, Vec<Placement>>;
 
 /// Why a graph cannot be written.
@@ -97,7 +97,7 @@ impl Help for WriteError {
     }
 }
 
-/// Writes a model whose constants lie where `external` says; those it does not name are in the model file itself.
+/// Writes a model whose constants are where `external` places them; all others are in the model file itself.
 pub fn write(graph: &Graph, path: impl AsRef<Path>, external: Option<&Layout>) -> Result<(), WriteError> {
     let bytes = encode(graph, external)?;
     write_atomically(path.as_ref(), |file| file.write_all(&bytes))
@@ -169,7 +169,7 @@ fn write_atomically(
         std::fs::rename(&temporary, path)
     })();
     result.map_err(|source| {
-        // Half a file is worse than none. If it cannot be removed, the first error is still the one to report.
+        // Do not leave half a file. If it cannot be removed, report the first error.
         let _ = std::fs::remove_file(&temporary);
         WriteError::Io {
             path: path.to_path_buf(),
@@ -178,7 +178,7 @@ fn write_atomically(
     })
 }
 
-/// The constants that are read, in the order of the graph's values.
+/// The constants in use, in the order of the graph's values.
 fn constants(graph: &Graph) -> impl Iterator<Item = (ValueId, &Constant)> {
     let mut read: HashSet<ValueId> = graph.outputs.iter().copied().chain(graph.embedding).collect();
     for id in graph.node_ids() {
@@ -202,14 +202,14 @@ pub fn encode(graph: &Graph, external: Option<&Layout>) -> Result<Vec<u8>, Write
                 None => tensor(&part.materialize()?),
             };
             proto.name = Some(name);
-            // ONNX takes powers of two as scales as they are, without the scale 1 of their own.
+            // ONNX accepts powers of two as scales directly, without their own scale of 1.
             if !proto.name.as_deref().is_some_and(|part| is_unit(constant, part)) {
                 initializer.push(proto);
             }
         }
         dequantize(name, constant, &mut node)?;
     }
-    // Parts of quantized weights were given names here.
+    // Parts of quantized weights are named here.
     let defined = graph.node_ids().flat_map(|id| graph.node(id).outputs.iter().flatten());
     let mut named: HashSet<&str> = graph
         .inputs
@@ -294,7 +294,7 @@ fn is_unit(constant: &Constant, part: &str) -> bool {
     of_scales.is_some() && part.ends_with(".scales.scales")
 }
 
-/// The nodes that make a quantized weight of its parts: a `DequantizeLinear`, and before it those of its scales.
+/// The nodes that compute a quantized weight from its parts: a `DequantizeLinear`, and before it those of its scales.
 fn dequantize(name: &str, constant: &Constant, nodes: &mut Vec<NodeProto>) -> Result<(), WriteError> {
     let Some(parts) = constant.as_quantized() else {
         return Ok(());

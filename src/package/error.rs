@@ -13,13 +13,13 @@ pub enum PackageError {
     /// A folder without a manifest.
     #[error("{}: not a package: there is no manifest.json in it", path.display())]
     NotAPackage {
-        /// Of the folder.
+        /// Path of the folder.
         path: PathBuf,
     },
     /// Written by a later Lapidary, in a format that this one does not read.
     #[error("{}: the package has format version {found}, this Lapidary reads up to {FORMAT_VERSION}", path.display())]
     Newer {
-        /// Of the package.
+        /// Path of the package.
         path: PathBuf,
         /// Its format version.
         found: u64,
@@ -27,7 +27,7 @@ pub enum PackageError {
     /// A manifest, or a file that it speaks of, says what cannot be.
     #[error("{}: not a valid manifest: {message}", path.display())]
     Manifest {
-        /// Of the file.
+        /// Path of the file.
         path: PathBuf,
         /// What is wrong with it.
         message: String,
@@ -35,13 +35,13 @@ pub enum PackageError {
     /// A file of the manifest is not there.
     #[error("{}: named in the manifest but missing from the package", path.display())]
     Missing {
-        /// Of the file.
+        /// Path of the file.
         path: PathBuf,
     },
     /// A file has another size than the manifest says.
     #[error("{}: has {found} bytes, the manifest says {expected}", path.display())]
     Size {
-        /// Of the file.
+        /// Path of the file.
         path: PathBuf,
         /// Bytes, as the manifest says.
         expected: u64,
@@ -51,7 +51,7 @@ pub enum PackageError {
     /// Contents that are not those that were written.
     #[error("{}: the contents of {what} do not have the hash in the manifest", path.display())]
     Hash {
-        /// Of the file.
+        /// Path of the file.
         path: PathBuf,
         /// The file, or a weight in it.
         what: String,
@@ -59,25 +59,25 @@ pub enum PackageError {
     /// Something is where the package is to be written.
     #[error("{}: exists already", path.display())]
     Exists {
-        /// Of the target.
+        /// Path of the target.
         path: PathBuf,
     },
     /// What is there is not a package, so it is never replaced.
     #[error("{}: exists and is not a package, so it will not be replaced", path.display())]
     NotReplaced {
-        /// Of the target.
+        /// Path of the target.
         path: PathBuf,
     },
     /// A path such as `.` or `..`: a package is written beside its name and then takes it.
     #[error("{}: has no name that a package could be put under", path.display())]
     NoName {
-        /// Of the target.
+        /// Path of the target.
         path: PathBuf,
     },
     /// The system refused.
     #[error("{}: {source}", path.display())]
     Io {
-        /// Of the file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
         /// What the system said.
         source: io::Error,
@@ -85,7 +85,7 @@ pub enum PackageError {
     /// Weights were needed.
     #[error("{}: a stripped package: its weights were left out", path.display())]
     Stripped {
-        /// Of the package.
+        /// Path of the package.
         path: PathBuf,
     },
     /// The graph cannot be read.
@@ -97,7 +97,7 @@ pub enum PackageError {
     /// The graph cannot be written.
     #[error("{}: {source}", path.display())]
     Graph {
-        /// Of the graph's file.
+        /// Path of the graph's file.
         path: PathBuf,
         /// Why.
         source: onnx::WriteError,

@@ -187,15 +187,15 @@ pub struct WeightEntry {
     /// Kept where modules do not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub learned: Option<Recipe>,
-    /// Of its values.
+    /// Element type of its values.
     pub dtype: DType,
-    /// Of its values.
+    /// Shape of its values.
     pub shape: Vec<usize>,
-    /// Of its bytes; of a quantized weight, see [`crate::weights::StoredWeight::blake3`].
+    /// BLAKE3 of its bytes; for a quantized weight, see [`crate::weights::StoredWeight::blake3`].
     pub blake3: String,
     /// From the beginning of the weights file; of a quantized weight, where its codes begin.
     pub offset: u64,
-    /// Of a quantized weight, those of codes, scales and zero points.
+    /// Size in bytes; for a quantized weight, of codes, scales and zero points.
     pub bytes: u64,
     /// What a quantized weight is stored as.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -237,11 +237,11 @@ pub enum ScalesEntry {
 pub struct PartEntry {
     /// In the graph's file, and in the weights file unless `same_as` is there.
     pub name: String,
-    /// Of its elements.
+    /// Element type.
     pub dtype: DType,
-    /// Of the tensor.
+    /// Shape of the tensor.
     pub shape: Vec<usize>,
-    /// Of its bytes.
+    /// BLAKE3 of its bytes.
     pub blake3: String,
     /// From the beginning of the weights file.
     pub offset: u64,
@@ -431,7 +431,7 @@ pub struct TokenizerFiles {
 /// One pass of the pipeline.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PassRecord {
-    /// Of the pass.
+    /// Name of the pass.
     pub name: String,
     /// How often it changed something.
     pub rewrites: usize,

@@ -47,7 +47,7 @@ pub enum RefitError {
     /// An identical refit of a package that never had weights.
     #[error("{path}: made without weights, so none can be identical to those it had")]
     NeverHad {
-        /// Of the package.
+        /// Path of the package.
         path: String,
     },
     /// Other weights for a package that was calibrated.
@@ -56,11 +56,11 @@ pub enum RefitError {
          others"
     )]
     Calibrated {
-        /// Of the package.
+        /// Path of the package.
         path: String,
         /// File that was calibrated with.
         text: String,
-        /// Of the weights.
+        /// Path of the weights.
         source_path: String,
     },
     /// Other weights were requested. Such an engine accepts any values at load, but was optimized for the old ones.
@@ -68,7 +68,7 @@ pub enum RefitError {
         "{path}: its engines were stripped for an identical refit and take back only the weights that they were built with"
     )]
     OnlyItsOwn {
-        /// Of the package.
+        /// Path of the package.
         path: String,
     },
     /// Of an identical refit.
@@ -77,7 +77,7 @@ pub enum RefitError {
         different.len(), different[0].name, transposed_note(different)
     )]
     NotIdentical {
-        /// Of the weights.
+        /// Path of the weights.
         source_path: String,
         /// Weights with other values than the package had; at least one.
         different: Vec<DifferingWeight>,

@@ -24,9 +24,9 @@ pub struct Architecture {
     pub heads: usize,
     /// Key and value heads of the first layer.
     pub kv_heads: usize,
-    /// Of keys and queries.
+    /// Head dim of keys and queries.
     pub head_dim: usize,
-    /// Of values, where it differs from `head_dim` too.
+    /// Head dim of values, if it differs from `head_dim`.
     pub value_dim: usize,
     /// Width of the feed-forward block: the widest weight of a layer that is neither hidden nor heads wide.
     pub intermediate: Option<usize>,
@@ -48,7 +48,7 @@ pub struct Architecture {
     pub tokens: Option<usize>,
     /// The language-model head multiplies the embedding.
     pub tied_embeddings: Option<bool>,
-    /// Of the caches.
+    /// Element type of the caches.
     pub cache_dtype: DType,
     /// Experts of the first layer that is a mixture of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -148,9 +148,9 @@ pub struct PassReport {
 pub(crate) struct Analyzed {
     /// Tidied up and typed.
     pub graph: Graph,
-    /// Of its inputs.
+    /// Roles of its inputs.
     pub roles: Roles,
-    /// Of its attention.
+    /// Analysis of its attention.
     pub analysis: Analysis,
     /// Of what it quantizes.
     pub activations: Activations,

@@ -76,7 +76,7 @@ fn kept_note(kept: &[String]) -> String {
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {message}", path.display())]
 pub struct TextError {
-    /// Of the file.
+    /// Path of the file.
     pub path: PathBuf,
     /// What is wrong with it.
     pub message: String,

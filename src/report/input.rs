@@ -43,7 +43,7 @@ pub type ResultFile = Sourced<Document>;
 #[derive(Clone, Debug)]
 pub struct Group {
     pub model: String,
-    /// Of the arithmetic.
+    /// Element type of the arithmetic.
     pub dtype: String,
     /// Of a session with peers: weights may be in several formats.
     pub peers: bool,

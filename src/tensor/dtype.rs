@@ -1,4 +1,4 @@
-//! Element types, and the one table of what is known of each.
+//! Element types, and the table of their properties.
 //!
 //! A new element type is one variant and one row of [`TABLE`]; conversions come with the row where the type is an integer
 //! or one of the narrow floats of [`super::narrow`]. Nothing else in the crate lists all types, except where a library has
@@ -7,15 +7,15 @@
 //! # Types that are only stored
 //!
 //! Integers below a byte and floats of 8 bits and less hold quantized weights. ONNX gives them to `DequantizeLinear`,
-//! `QuantizeLinear`, `Cast` and operators that move elements, and to no arithmetic
+//! `QuantizeLinear`, `Cast` and operators that move elements, and not to arithmetic
 //! (<https://onnx.ai/onnx/technical/float8.html>, [int4](https://onnx.ai/onnx/technical/int4.html),
 //! [int2](https://onnx.ai/onnx/technical/int2.html), [float4](https://onnx.ai/onnx/technical/float4.html)).
-//! [`DType::is_storage_only`] tells them, and [`DType::is_float`] and [`DType::is_int`], which mean arithmetic, are false
-//! for them: code that asks for a float or an integer to compute with refuses them without listing them.
+//! [`DType::is_storage_only`] is true for them, and [`DType::is_float`] and [`DType::is_int`], which mean arithmetic
+//! types, are false: code that computes with floats or integers refuses them without listing them.
 //!
 //! # Packing
 //!
-//! Types below a byte are packed as ONNX packs them: the first element lies in the lowest bits of the first byte, the
+//! Types below a byte are packed as ONNX packs them: the first element is in the lowest bits of the first byte, the
 //! last byte is padded with zeros, and rows are not padded: a tensor of n elements of b bits takes ⌈n·b/8⌉ bytes
 //! (`TensorProto.raw_data` in <https://github.com/onnx/onnx/blob/main/onnx/onnx.proto>).
 
@@ -131,7 +131,7 @@ pub(crate) struct FloatFormat {
     pub specials: Specials,
 }
 
-/// Which codes of a float are no numbers.
+/// Which codes of a float are not numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Specials {
     /// An exponent of all ones: infinity if the mantissa is 0, else NaN.
@@ -152,7 +152,7 @@ impl FloatFormat {
         let ulp = 0.5f64.powi(self.mantissa as i32);
         match self.specials {
             Specials::Ieee => (2.0 - ulp) * 2f64.powi(self.bias()),
-            // Of the highest exponent only the highest mantissa is taken; if there is no mantissa, all of it.
+            // Of the highest exponent only the highest mantissa is special; without a mantissa, all of it.
             Specials::NanOnly if self.mantissa == 0 => 2f64.powi(self.bias()),
             Specials::NanOnly => (2.0 - 2.0 * ulp) * 2f64.powi(self.bias() + 1),
             Specials::Finite => (2.0 - ulp) * 2f64.powi(self.bias() + 1),
@@ -160,7 +160,7 @@ impl FloatFormat {
     }
 }
 
-/// What is known of an element type.
+/// Properties of an element type.
 struct Row {
     dtype: DType,
     /// In dumps, manifests and messages.
@@ -183,7 +183,7 @@ const fn float(exponent: u32, mantissa: u32, specials: Specials) -> Numbers {
     })
 }
 
-/// One row a type, in the order of the variants.
+/// One row per type, in the order of the variants.
 #[rustfmt::skip]
 const TABLE: [Row; 19] = {
     use Numbers::{Bool, Signed, Table, Unsigned};
@@ -244,7 +244,7 @@ impl DType {
         self.bits() < 8
     }
 
-    /// Bytes of this many elements, packed: see the module's head. Saturates.
+    /// Bytes of this many elements, packed (see the module's head). Saturates.
     pub fn byte_len(self, elements: usize) -> usize {
         self.checked_byte_len(elements).unwrap_or(usize::MAX)
     }
@@ -261,8 +261,8 @@ impl DType {
         self.checked_byte_len(elements)
     }
 
-    /// Bytes of one element, for code that addresses elements of types that no two share a byte: all that arithmetic
-    /// knows. Panics if the type is packed, which is a bug: what cannot compute with a type refuses it first.
+    /// Bytes of one element, for code that addresses elements; not for packed types. Panics if the type is packed,
+    /// which is a bug: callers refuse such types first.
     #[inline]
     pub fn element_bytes(self) -> usize {
         let bits = self.bits();
@@ -270,18 +270,18 @@ impl DType {
         bits / 8
     }
 
-    /// Whether it is a float that arithmetic knows: f16, bf16, f32 and f64, and not the narrow ones that are only stored.
+    /// Whether it is an arithmetic float: f16, bf16, f32 or f64, not a narrow float, which is only stored.
     #[inline]
     pub fn is_float(self) -> bool {
         matches!(self.numbers(), Numbers::Float(_)) && !self.is_storage_only()
     }
 
-    /// Whether its codes are floats of any width or from a table, those that are only stored too.
+    /// Whether its codes are floats of any width or from a table, including storage-only types.
     pub fn is_float_format(self) -> bool {
         matches!(self.numbers(), Numbers::Float(_) | Numbers::Table(_))
     }
 
-    /// Whether it is an integer that arithmetic knows, bool excepted.
+    /// Whether it is an arithmetic integer; false for bool.
     pub fn is_int(self) -> bool {
         matches!(self.numbers(), Numbers::Signed | Numbers::Unsigned) && !self.is_storage_only()
     }
@@ -297,7 +297,7 @@ impl DType {
         self.row().storage_only
     }
 
-    /// The largest finite number, of integers too.
+    /// The largest finite number, also for integers.
     pub fn max(self) -> f64 {
         match self.numbers() {
             Numbers::Bool => 1.0,
@@ -307,8 +307,8 @@ impl DType {
         }
     }
 
-    /// The smallest and the largest integer of an integer type or bool; of a float, the range in which it holds every
-    /// integer exactly (as far as an i64 goes).
+    /// The smallest and the largest integer of an integer type or bool; for a float, the range in which every integer
+    /// is exact (as far as an i64 goes).
     pub fn int_range(self) -> (i64, i64) {
         match self.numbers() {
             Numbers::Bool => (0, 1),
@@ -333,7 +333,7 @@ impl DType {
         self.row().onnx.map(|(code, _)| code)
     }
 
-    /// ONNX's own name, `float16`; ours if ONNX has no such type.
+    /// ONNX's name, `float16`; Lapidary's if ONNX has no such type.
     pub(crate) fn onnx_name(self) -> &'static str {
         self.row().onnx.map_or(self.name(), |(_, name)| name)
     }
@@ -362,11 +362,11 @@ impl fmt::Display for DType {
     }
 }
 
-/// A name that is none of [`DType::name`].
+/// A name that is not a [`DType::name`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{name:?} is not an element type; there are {}", DType::all().map(DType::name).collect::<Vec<_>>().join(", "))]
 pub struct UnknownDType {
-    /// What was there instead.
+    /// The name found.
     pub name: String,
 }
 

@@ -1,4 +1,4 @@
-//! The floats of at most 32 bits that arithmetic knows, as Rust types: one place that says which they are.
+//! The arithmetic floats of at most 32 bits as Rust types, in one place.
 
 use half::{bf16, f16};
 
@@ -78,7 +78,7 @@ macro_rules! with_float {
 }
 pub(crate) use with_float;
 
-/// The elements of little-endian bytes; `None` if the dtype is no float of at most 32 bits.
+/// The elements of little-endian bytes; `None` if the dtype is not a float of at most 32 bits.
 pub(crate) fn widened(dtype: crate::tensor::DType, bytes: &[u8]) -> Option<Vec<f32>> {
     with_float!(dtype, F => Some(bytes.chunks_exact(size_of::<F>()).map(|b| F::read(b).to_f32()).collect()), else None)
 }

@@ -1,9 +1,9 @@
 //! Element types, tensors as bytes, and quantized blocks.
 //!
-//! A [`Tensor`] is a [`DType`], a shape and little-endian bytes. The bytes are [`Bytes`], so a tensor that lies in a mapped
-//! file costs no memory and clones are free. Everything that computes on elements converts with the typed accessors; the
-//! only arithmetic here is that of codes: [`quantized::dequantize`] says what they mean with their scales, [`mod@quantize`]
-//! finds them.
+//! A [`Tensor`] is a [`DType`], a shape and little-endian bytes. The bytes are [`Bytes`], so a tensor in a mapped file
+//! takes no memory and clones are free. Everything that computes on elements converts with the typed accessors; the
+//! only arithmetic here is that of codes: [`quantized::dequantize`] computes their values, [`mod@quantize`] finds
+//! codes.
 
 mod dtype;
 pub(crate) mod element;
@@ -25,17 +25,17 @@ use element::{FloatElement, with_float};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{dtype} {shape:?} needs {expected} bytes, found {found}")]
 pub struct SizeMismatch {
-    /// Of the elements.
+    /// Element type.
     pub dtype: DType,
-    /// Of the tensor.
+    /// Shape of the tensor.
     pub shape: Vec<usize>,
-    /// Bytes that dtype and shape take.
+    /// Bytes that dtype and shape require.
     pub expected: usize,
-    /// Bytes there are.
+    /// Bytes found.
     pub found: usize,
 }
 
-/// A dense row-major tensor. Bytes are little-endian and carry no alignment promise: they may lie anywhere in a file.
+/// A dense row-major tensor. Bytes are little-endian and carry no alignment promise: they can be anywhere in a file.
 /// Elements below a byte are packed as ONNX packs them, the first in the lowest bits, without gaps between rows.
 #[derive(Clone, PartialEq)]
 pub struct Tensor {
@@ -45,9 +45,9 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A tensor over bytes, which must be exactly as many as [`DType::byte_len`] says.
+    /// A tensor over bytes, exactly as many as [`DType::byte_len`] returns.
     pub fn new(dtype: DType, shape: Vec<usize>, data: Bytes) -> Result<Self, SizeMismatch> {
-        // Shapes come from untrusted files: a product that overflows can never match the bytes that are there.
+        // Shapes come from untrusted files: a product that overflows never matches the number of bytes.
         let expected = dtype.byte_len_of(&shape).unwrap_or(usize::MAX);
         if expected != data.len() {
             return Err(SizeMismatch {
@@ -60,7 +60,7 @@ impl Tensor {
         Ok(Tensor { dtype, shape, data })
     }
 
-    /// Of the elements.
+    /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype
     }

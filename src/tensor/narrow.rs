@@ -1,6 +1,6 @@
 //! Floats of 8 bits and less, and tables of numbers: every code as an f32, and the nearest code of a number.
 //!
-//! Rounding is to nearest, ties to the even code. Numbers beyond the largest finite one, infinity too, become that one,
+//! Rounding is to nearest, ties to the even code. Numbers beyond the largest finite one, and infinity, become that one,
 //! as ONNX's `Cast` and `QuantizeLinear` saturate by default (<https://onnx.ai/onnx/technical/float8.html>).
 
 use super::dtype::{DType, FloatFormat, Numbers, Specials};
@@ -12,7 +12,7 @@ fn format(dtype: DType) -> FloatFormat {
     }
 }
 
-/// The number that a code of a narrow float stands for. Bits above the type's are not looked at.
+/// The number that a code of a narrow float stands for. Bits above the type's are ignored.
 pub(crate) fn decode(dtype: DType, code: u8) -> f32 {
     if let Numbers::Table(numbers) = dtype.numbers() {
         return numbers[usize::from(code & 15)];
@@ -34,7 +34,7 @@ pub(crate) fn decode(dtype: DType, code: u8) -> f32 {
         (true, Specials::Ieee) => f32::NAN,
         (true, Specials::NanOnly) if mantissa + 1 == 1 << format.mantissa => f32::NAN,
         _ => {
-            // Numbers of exponent field 0 have no implied one, and the exponent of field 1.
+            // Numbers with exponent field 0 have no implied one, and the exponent of field 1.
             let significand = if exponent == 0 {
                 mantissa
             } else {
@@ -48,8 +48,8 @@ pub(crate) fn decode(dtype: DType, code: u8) -> f32 {
 }
 
 /// The code nearest to a number: see the module's head. NaN becomes NaN where the type has it, else the largest number,
-/// as ONNX says of `float4e2m1`. For `F8E8M0`, which has neither sign nor zero, negative numbers become NaN, zero the
-/// smallest power.
+/// as ONNX defines for `float4e2m1`. For `F8E8M0`, which has neither sign nor zero, negative numbers become NaN, zero
+/// the smallest power.
 pub(crate) fn encode(dtype: DType, value: f64) -> u8 {
     if let Numbers::Table(numbers) = dtype.numbers() {
         return nearest(numbers, value);
@@ -68,13 +68,13 @@ pub(crate) fn encode(dtype: DType, value: f64) -> u8 {
         let exponent = exponent_of(value).max(1 - format.bias());
         let unit = exponent - format.mantissa as i32;
         let significand = (value * 2f64.powi(-unit)).round_ties_even() as u32;
-        // A significand that rounds up to the next power carries into the exponent field by itself.
+        // A significand that rounds up to the next power carries into the exponent field.
         (((exponent + format.bias()) as u32 - 1) << format.mantissa) + significand
     };
     (sign | magnitude) as u8
 }
 
-/// The code of the number nearest to a value, the lower code at a tie; of NaN, code 0.
+/// The code of the number nearest to a value, the lower code at a tie; code 0 for NaN.
 fn nearest(numbers: &[f32; 16], value: f64) -> u8 {
     let distance = |code: &u8| (f64::from(numbers[usize::from(*code)]) - value).abs();
     let codes = (0..16u8).min_by(|a, b| distance(a).total_cmp(&distance(b)));
@@ -89,7 +89,7 @@ fn encode_power(value: f64) -> u8 {
     let value = value.clamp(2f64.powi(-bias), 2f64.powi(bias));
     let below = exponent_of(value);
     let quotient = value * 2f64.powi(-below);
-    // Halfway lies 1.5; the even code is the one with an even exponent field.
+    // The midpoint is 1.5; the even code is the one with an even exponent field.
     let up = quotient > 1.5 || quotient == 1.5 && (below + bias) % 2 == 1;
     (below + bias + i32::from(up)).min(0xfe) as u8
 }
@@ -109,7 +109,7 @@ mod tests {
         0..=((1u16 << dtype.bits()) - 1) as u8
     }
 
-    /// The formulas of ONNX's pages, written out: sign, exponent and mantissa of one code.
+    /// The formulas of ONNX's specification: sign, exponent and mantissa of one code.
     #[test]
     fn all_codes_are_what_the_specification_says() {
         for code in codes(DType::F8E4M3Fn) {
@@ -167,7 +167,7 @@ mod tests {
         }
     }
 
-    /// Between two neighbors: below the middle the lower one, above it the upper one, in the middle the even code.
+    /// Between two neighbors: the lower one below the middle, the upper one above it, the even code at the middle.
     #[test]
     fn rounding_is_to_nearest_even() {
         for dtype in ALL {

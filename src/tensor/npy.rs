@@ -1,8 +1,8 @@
 //! NumPy's `.npy` files: one array with its element type and shape.
 //!
-//! The format is that of `numpy.lib.format`, versions 1 to 3
-//! (<https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html>). Floats in row-major order are read; all others
-//! are refused by name.
+//! The format is `numpy.lib.format`, versions 1 to 3
+//! (<https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html>). Floats in row-major order are read;
+//! everything else is refused by name.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ use crate::help::Help;
 pub struct NpyError {
     /// The file.
     pub path: PathBuf,
-    /// What is wrong with it.
+    /// The problem.
     pub reason: String,
 }
 
@@ -53,7 +53,7 @@ fn parse(bytes: &[u8]) -> Result<Tensor, String> {
             let (length, body) = sized.split_first_chunk::<4>().ok_or_else(short)?;
             (u32::from_le_bytes(*length) as usize, body)
         }
-        other => return Err(format!("has version {other} of the format, and 1 to 3 are read")),
+        other => return Err(format!("has version {other} of the format; versions 1 to 3 are read")),
     };
     let header = body.get(..length).ok_or_else(short)?;
     let data = &body[length..];
@@ -92,7 +92,7 @@ fn parse(bytes: &[u8]) -> Result<Tensor, String> {
         return Err(format!(
             "has {} bytes of elements, and its shape {shape:?} of {dtype} needs {}",
             data.len(),
-            expected.map_or_else(|| "more than there can be".to_string(), |n| n.to_string())
+            expected.map_or_else(|| "more than memory can hold".to_string(), |n| n.to_string())
         ));
     }
     Tensor::new(dtype, shape, Bytes::copy_from_slice(data)).map_err(|error| error.to_string())
@@ -148,7 +148,7 @@ mod tests {
             ),
             (
                 file(1, &HEADER.replace("(2, 3)", "(18446744073709551615, 9)"), &data),
-                "more than there can be",
+                "more than memory can hold",
             ),
             (file(1, &HEADER.replace("'shape'", "'size'"), &data), "no \"shape\""),
         ] {

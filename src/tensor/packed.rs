@@ -1,6 +1,6 @@
-//! Elements of less than a byte: out of packed bytes and into them, in the order that [`super::dtype`] states.
+//! Unpacks and packs elements of less than a byte, in the order that [`super::dtype`] defines.
 
-/// One code a byte, in the low bits.
+/// One code per byte, in the low bits.
 pub(crate) fn unpack(bytes: &[u8], bits: usize, len: usize) -> Vec<u8> {
     let mut codes = Vec::with_capacity(len.next_multiple_of(8 / bits));
     let mask = ((1u16 << bits) - 1) as u8;
@@ -11,7 +11,7 @@ pub(crate) fn unpack(bytes: &[u8], bits: usize, len: usize) -> Vec<u8> {
     codes
 }
 
-/// The packed bytes of codes in the low bits of theirs; higher bits are dropped.
+/// Packs codes from the low bits of their bytes; higher bits are dropped.
 pub(crate) fn pack(codes: &[u8], bits: usize) -> Vec<u8> {
     let mask = ((1u16 << bits) - 1) as u8;
     let byte = |codes: &[u8]| {

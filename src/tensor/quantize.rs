@@ -1,15 +1,15 @@
 //! From floats to codes: round to nearest, with the scale of every run of codes searched for the least squared error.
 //!
-//! A run is what shares a scale: a block, a channel, a tensor. The search tries the scale that just holds the largest
-//! magnitude (what is called *absmax*), smaller ones, which clip a few numbers and are finer for the others, and then the
-//! least-squares scale of the codes found: `Σ h·w·c / Σ h·c²` for values `w`, codes `c` and weights `h` of the error. The
-//! absmax scale is among the candidates, so nothing is worse than it. Scales are compared as they will be stored, rounded to
-//! the scales' dtype. They are positive, also where all values are 0: back ends refuse others.
+//! A run is a set of values that share a scale: a block, a channel, a tensor. The search tries the scale that just fits
+//! the largest magnitude (*absmax*), smaller ones, which clip a few numbers and are finer for the others, and then the
+//! least-squares scale of the codes found: `Σ h·w·c / Σ h·c²` for values `w`, codes `c` and weights `h` of the error.
+//! The absmax scale is a candidate, so the result is never worse. Scales are compared as they will be stored, rounded
+//! to the scales' dtype. They are positive, even if all values are 0: back ends refuse others.
 //!
-//! The error of a value can be weighted by the importance of its column, which is how much the values that it multiplies
-//! vary ([`crate::quantize`] measures that on a text).
+//! The error of a value can be weighted by the importance of its column: how much the values that it multiplies vary
+//! ([`crate::quantize`] measures that on a text).
 //!
-//! Runs are worked on in parallel; the result depends on nothing but the values.
+//! Runs are processed in parallel; the result depends only on the values.
 
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -22,7 +22,7 @@ use super::element::{FloatElement, with_float};
 use super::quantized::{Granularity, QuantizedError};
 use super::{Tensor, coded, narrow};
 
-/// What codes a tensor is to have.
+/// The format of a tensor's codes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Format {
     /// An integer of at most 8 bits, or a float of 4 or 8.
@@ -46,8 +46,7 @@ impl fmt::Display for Format {
 }
 
 impl Format {
-    /// Whether values of a shape can have this format, and in the order in which they lie: a run is a whole number of
-    /// elements one after the other.
+    /// Whether values of a shape can have this format with contiguous runs.
     pub fn check(self, shape: &[usize]) -> Result<(), QuantizedError> {
         let (codes, numbers) = (self.codes, self.codes.numbers());
         let known = match numbers {
@@ -62,7 +61,7 @@ impl Format {
         self.granularity.scale_shape(shape).map(|_| ())
     }
 
-    /// Whether the values of a run lie one after the other in a tensor of this shape.
+    /// Whether runs are contiguous in a tensor of this shape.
     pub fn has_contiguous_runs(self, shape: &[usize]) -> bool {
         match self.granularity {
             Granularity::Tensor => true,
@@ -82,7 +81,7 @@ impl Format {
     }
 }
 
-/// The scales, and zero points if the format has them, in the shape that [`Granularity::scale_shape`] says.
+/// The scales, and zero points if the format has them, in the shape of [`Granularity::scale_shape`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Scales {
     /// In the values' dtype.
@@ -91,16 +90,16 @@ pub struct Scales {
     pub zero_points: Option<Tensor>,
 }
 
-/// Values that have no codes: they are NaN or infinite.
+/// Values without codes: NaN or infinite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotFinite {
     /// How many.
     pub count: usize,
 }
 
-/// The scales of least squared error. `importance`: one number for each index of the last axis, at least 0, by which the
-/// squared error of its values counts; each 1 if not given. Panics unless [`Format::check`] accepts the shape, runs are
-/// contiguous and values are f32, f16 or bf16.
+/// The scales of least squared error. `importance`: one number for each index of the last axis, at least 0, the weight
+/// of its squared error; 1 if not given. Panics unless [`Format::check`] accepts the shape, runs are contiguous and
+/// values are f32, f16 or bf16.
 pub fn scales(values: &Tensor, importance: Option<&[f32]>, format: Format) -> Result<Scales, NotFinite> {
     let columns = values.shape().last().copied().unwrap_or(1);
     assert!(
@@ -145,7 +144,7 @@ pub fn scales(values: &Tensor, importance: Option<&[f32]>, format: Format) -> Re
     })
 }
 
-/// The nearest codes under scales that [`scales`] gave for the same values and format.
+/// The nearest codes for scales that [`scales`] returned for the same values and format.
 pub fn codes(values: &Tensor, scales: &Scales, format: Format) -> Tensor {
     let factors = scales.scales.to_f32();
     let zeros = scales.zero_points.as_ref().map(Tensor::to_f32);
@@ -178,9 +177,9 @@ impl<'a> Runs<'a> {
         Runs { values, length }
     }
 
-    /// What `of` makes of the first index and the values of each run, in their order.
+    /// The results of `of` for the first index and the values of each run, in order.
     fn map<T: Send>(&self, of: impl Fn(usize, &[f32]) -> T + Sync) -> Vec<T> {
-        /// Elements that are worth a thread.
+        /// Elements per thread.
         const SHARE: usize = 1 << 16;
         let count = self.values.len() / self.length;
         let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
@@ -228,8 +227,8 @@ enum Code {
     Float { dtype: DType, format: FloatFormat },
 }
 
-/// Added to a float of magnitude below 2^22 and taken away again, it leaves the nearest whole number, ties to even. That is
-/// vectorized on every machine, and `round_ties_even` is a call on some.
+/// Adding it to a float of magnitude below 2^22 and subtracting it again rounds to the nearest whole number, ties to
+/// even. That vectorizes on every machine; `round_ties_even` is a call on some.
 const ROUND: f32 = 12_582_912.0;
 
 impl Code {
@@ -269,13 +268,14 @@ impl Code {
     }
 }
 
-/// The nearest number of a narrow float, ties to even; what is beyond the largest becomes the largest.
+/// The nearest number of a narrow float, ties to even, saturating.
 #[inline]
 fn nearest_float(value: f32, format: FloatFormat) -> f32 {
     let most = format.max() as f32;
     let value = if value > most { most } else { value };
     let value = if value < -most { -most } else { value };
-    // The power of two below the value, or that of the subnormal numbers; the distance of neighbors is a part of it.
+    // The power of two below the value, or that of the subnormal numbers; the distance of neighbors is a fraction of
+    // it.
     let smallest = ((1 - format.bias() + 127) as u32) << 23;
     let power = f32::from_bits((value.to_bits() & 0x7f80_0000).max(smallest));
     let unit = power / (1u32 << format.mantissa) as f32;
@@ -288,7 +288,7 @@ struct Search<'a> {
     code: Code,
     values: &'a [f32],
     weights: Option<&'a [f32]>,
-    /// Of the scales.
+    /// Element type of the scales.
     dtype: DType,
 }
 
@@ -329,7 +329,7 @@ impl Search<'_> {
                 high: last,
                 zeros: true,
             } => {
-                // Both ends of the range are drawn in, each on its own where there are few codes.
+                // Both ends of the range shrink, separately if there are few codes.
                 let few = last - first <= 15.0;
                 let steps = |n: u8| (0..n).map(|k| 1.0 - 0.05 * f32::from(k));
                 for below in steps(8) {
@@ -337,7 +337,7 @@ impl Search<'_> {
                         let (low, high) = (low * below, high * above);
                         let exact = (high - low) / (last - first);
                         let scale = self.stored(exact);
-                        // Of the scale as it is stored, or as it was before: which is better depends on the values.
+                        // With the scale as stored, or as computed: which is better depends on the values.
                         for of in [scale, exact] {
                             let zero = ((first - low / of).clamp(first, last) + ROUND) - ROUND;
                             self.consider(&mut best, scale, zero);
@@ -346,14 +346,14 @@ impl Search<'_> {
                 }
             }
             Code::Int { high: last, .. } => {
-                // The lowest code reaches one further than the highest: half of it is its own candidate.
+                // The magnitude of the lowest code exceeds the highest by 1: half of that is another candidate.
                 let steps = (0..17u8).map(|k| last * (1.0 + 0.04 * f32::from(k)));
                 for divisor in steps.chain([last + 0.5, last + 1.0]) {
                     self.consider(&mut best, self.stored(most / divisor), 0.0);
                 }
             }
             Code::Float { format, .. } => {
-                // Powers of two change nothing but the range, so candidates are parts of one.
+                // Powers of two change only the range, so candidates are fractions of an octave.
                 for k in -2..8i8 {
                     let factor = 2f32.powf(f32::from(k) / 8.0);
                     self.consider(&mut best, self.stored(most / format.max() as f32 * factor), 0.0);
@@ -407,7 +407,7 @@ impl Search<'_> {
     /// The weighted sum of squared errors.
     fn error(&self, scale: f32, zero: f32) -> f64 {
         const LANES: usize = 8;
-        // Sums of a few dozen terms in f32, and those in f64: long rows lose no digits, short ones no time.
+        // Sums of a few dozen terms in f32, summed in f64: precise for long rows, fast for short ones.
         const SPAN: usize = 64;
         let mut total = 0f64;
         for (i, values) in self.values.chunks(SPAN).enumerate() {
@@ -449,7 +449,7 @@ mod tests {
     use super::*;
     use crate::tensor::quantized::{check_values, dequantize};
 
-    /// Numbers with no pattern, more of them near 0, and now and then a large one.
+    /// Random numbers, more of them near 0, with an occasional large one.
     fn numbers(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut next = || {
@@ -500,7 +500,7 @@ mod tests {
         let codes = codes(values, scales, format);
         let zeros = scales.zero_points.as_ref();
         assert_eq!(check_values(&codes, &scales.scales, zeros, format.granularity), Ok(()));
-        // In f32, so that what is compared is not how values are rounded afterwards.
+        // In f32, so that rounding of the values does not affect the comparison.
         let wide = Tensor::from_f32(scales.scales.shape().to_vec(), &scales.scales.to_f32());
         dequantize(&codes, &wide, zeros, format.granularity).to_f32()
     }
@@ -510,7 +510,7 @@ mod tests {
         terms.map(|((v, f), h)| f64::from(*h) * f64::from(v - f).powi(2)).sum()
     }
 
-    /// The scales that just hold the largest magnitudes: what everybody does, written down again.
+    /// The absmax scales, computed independently.
     fn absmax(values: &Tensor, format: Format) -> Scales {
         let numbers = values.to_f32();
         let (mut scales, mut zeros) = (Vec::new(), Vec::new());
@@ -548,7 +548,7 @@ mod tests {
         let found = scales(&values, None, int4).unwrap();
         assert_eq!(found.scales.to_f32(), [1.0]);
         assert_eq!(codes(&values, &found, int4).to_i64(), [-8, 7, 1, 0]);
-        // From 1 to 16 in fifteen steps needs a zero point, which is below all of them: 0 is held, too.
+        // From 1 to 16 in fifteen steps needs a zero point, which is below all of them: 0 is included, too.
         let values = Tensor::from_f32(vec![1, 4], &[0.0, 3.0, 30.0, -15.0]);
         let found = scales(&values, None, format(DType::U4, Granularity::Tensor, true)).unwrap();
         assert_eq!(found.scales.to_f32(), [3.0]);
@@ -586,7 +586,7 @@ mod tests {
                     let is_int = !format.codes.is_float_format();
                     if is_int && weights.len() == 1 && dtype == DType::F32 {
                         let bound: f64 = plain.scales.to_f64().iter().map(|s| run * (s / 2.0).powi(2)).sum();
-                        // A zero point that was rounded leaves the ends of the range up to half a step outside.
+                        // With a rounded zero point, the ends of the range are up to half a step outside.
                         let bound = if format.zero_points { bound * 4.0 } else { bound };
                         assert!(ours <= bound, "{format}: {ours} > {bound}");
                     }
@@ -656,7 +656,7 @@ mod tests {
         assert!(at_column(Some(&importance)) < at_column(None) / 4.0);
     }
 
-    /// Of many threads and of one, and again.
+    /// With many threads, with one, and repeated.
     #[test]
     fn the_same_values_give_the_same_bytes() {
         let values = Tensor::from_f32(vec![1024, 256], &numbers(1 << 18, 2));
@@ -694,7 +694,7 @@ mod tests {
         let tensor = Granularity::Tensor;
         assert_eq!(
             message(format(DType::U4, tensor, false)),
-            "nothing can be quantized to u4 per tensor: unsigned codes need zero points, and codes that are floats have none"
+            "nothing can be quantized to u4 per tensor: unsigned codes need zero points, and float codes have none"
         );
         assert!(format(DType::F8E4M3Fn, tensor, true).check(&[4, 6]).is_err());
         assert!(format(DType::F16, tensor, false).check(&[4, 6]).is_err());

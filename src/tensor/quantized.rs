@@ -1,11 +1,11 @@
-//! Quantized tensors: codes, scales and zero points, as ONNX's `DequantizeLinear` takes them.
+//! Quantized tensors: codes, scales and zero points, as for ONNX's `DequantizeLinear`.
 //!
 //! `value = (code - zero point) * scale`, where [`Granularity`] says which codes share a scale: all, those of a channel,
 //! or a run of codes on one axis (<https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html>, opset 21 and later). The
 //! result has the scales' dtype. Codes are integers of at most 8 bits, i32 without zero points, or narrow floats.
 //!
-//! This module holds the rules and the reference arithmetic; [`crate::graph::quantized`] is the same over constants whose
-//! bytes may not be there yet, and moves blocks about.
+//! This module has the rules and the reference arithmetic; [`crate::graph::quantized`] does the same for constants
+//! whose bytes may be absent, and moves blocks.
 
 use std::fmt;
 
@@ -23,21 +23,22 @@ pub enum Granularity {
     Tensor,
     /// Those with the same index on `axis`: the scales are `[extent of axis]`.
     Channel {
-        /// Of the codes.
+        /// Axis of the codes.
         axis: usize,
     },
     /// Runs of `size` along `axis`: the scales have the codes' shape with `axis` divided by `size`.
     Block {
-        /// Of the codes.
+        /// Axis of the codes.
         axis: usize,
-        /// Codes of a run; divides the extent of the axis.
+        /// Codes per run; divides the extent of the axis.
         size: usize,
     },
 }
 
 impl Granularity {
-    /// As `QuantizeLinear` and `DequantizeLinear` say it of a tensor of this many axes: `axis` counts from the end if it is
-    /// negative, a `block_size` of 0 is none, and scales of shape `[]` or `[1]` are one for all. `None`: there is no such axis.
+    /// From the attributes of `QuantizeLinear` and `DequantizeLinear`, for a tensor of this many axes: `axis` counts
+    /// from the end if it is negative, a `block_size` of 0 is none, and scales of shape `[]` or `[1]` are one for all.
+    /// `None`: there is no such axis.
     pub fn of_attributes(rank: usize, axis: i64, block_size: usize, scales: &[usize]) -> Option<Granularity> {
         if block_size == 0 && (scales.is_empty() || scales == [1]) {
             return Some(Granularity::Tensor);
@@ -77,7 +78,8 @@ impl Granularity {
         }
     }
 
-    /// Of codes at the flat index `at`: the flat index of their scale. `inner`: the product of the extents after the axis.
+    /// The flat index of the scale of the code at the flat index `at`. `inner`: the product of the extents after the
+    /// axis.
     fn scale_of(self, at: usize, inner: usize, extent: usize) -> usize {
         match self {
             Granularity::Tensor => 0,
@@ -97,20 +99,20 @@ impl fmt::Display for Granularity {
     }
 }
 
-/// Codes, scales and zero points that do not belong together, or that no model can use.
+/// Codes, scales and zero points that do not fit together, or that no model can use.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum QuantizedError {
-    /// Codes of a type that `DequantizeLinear` does not take.
+    /// Codes of a type that `DequantizeLinear` does not accept.
     #[error("codes cannot be {dtype}; they are integers of at most 8 bits, i32, floats of 4 or 8 bits, nf4 or fp4")]
     Codes {
-        /// Of the codes.
+        /// Element type of the codes.
         dtype: DType,
     },
     /// Scales that are not floats.
     #[error("scales cannot be {dtype}; they are f32, f16 or bf16")]
     Scales {
-        /// Of the scales.
+        /// Element type of the scales.
         dtype: DType,
     },
     /// An axis that the codes do not have.
@@ -121,12 +123,12 @@ pub enum QuantizedError {
         /// Their shape.
         codes: Vec<usize>,
     },
-    /// Blocks that leave a rest, or are empty.
+    /// Blocks that do not divide the axis, or are empty.
     #[error("blocks of {size} do not divide axis {axis} of codes of shape {codes:?}")]
     BlockSize {
-        /// Codes of a block.
+        /// Codes per block.
         size: usize,
-        /// Of the codes.
+        /// Axis of the codes.
         axis: usize,
         /// Their shape.
         codes: Vec<usize>,
@@ -136,37 +138,37 @@ pub enum QuantizedError {
     Shape {
         /// `scales` or `zero points`.
         part: &'static str,
-        /// Of the codes.
+        /// Shape of the codes.
         codes: Vec<usize>,
-        /// Of scales and zero points.
+        /// Granularity of scales and zero points.
         granularity: Granularity,
         /// What they must have.
         expected: Vec<usize>,
         /// What they have.
         found: Vec<usize>,
     },
-    /// Zero points of another type than the codes'.
-    #[error("the zero points are {found}, and must be {codes} as the codes are")]
+    /// Zero points whose type differs from the codes'.
+    #[error("the zero points are {found} but must be {codes}, like the codes")]
     ZeroPoints {
-        /// Of the codes.
+        /// Element type of the codes.
         codes: DType,
-        /// Of the zero points.
+        /// Element type of the zero points.
         found: DType,
     },
-    /// A zero point that no code could be.
+    /// A zero point outside the range of codes.
     #[error("the zero point {value} at index {index} is out of range: codes of {codes} go from {} to {}", codes.int_range().0, codes.int_range().1)]
     ZeroPointRange {
-        /// Of the codes.
+        /// Element type of the codes.
         codes: DType,
         /// Flat, in the zero points.
         index: usize,
         /// What it is.
         value: i64,
     },
-    /// A zero point of i32 or float codes, whose zero is 0.
+    /// A nonzero zero point of i32 or float codes.
     #[error("the zero point at index {index} is not 0, as it must be for codes of {codes}")]
     ZeroPointNotZero {
-        /// Of the codes.
+        /// Element type of the codes.
         codes: DType,
         /// Flat, in the zero points.
         index: usize,
@@ -179,7 +181,7 @@ pub enum QuantizedError {
         /// What it is.
         value: f32,
     },
-    /// A scale of 0 whose codes are not all the zero point: they would all mean 0.
+    /// A scale of 0 whose codes are not all the zero point: all their values would be 0.
     #[error("the scale at index {index} is 0, and its codes are not all zero")]
     ZeroScale {
         /// Flat, in the scales.
@@ -190,23 +192,23 @@ pub enum QuantizedError {
     BadCode {
         /// Flat, in the codes.
         index: usize,
-        /// What it stands for.
+        /// Its value.
         value: f32,
     },
-    /// A movement that would take blocks apart.
-    #[error("{what} takes apart what is quantized {granularity}")]
+    /// A movement that would split blocks.
+    #[error("{what} splits what is quantized {granularity}")]
     Blocks {
-        /// What was asked for.
+        /// The movement.
         what: String,
-        /// Of the tensor.
+        /// Granularity of the tensor.
         granularity: Granularity,
     },
-    /// Codes that values cannot be given.
+    /// A format that values cannot be quantized to.
     #[error(
-        "nothing can be quantized to {format}: unsigned codes need zero points, and codes that are floats have none"
+        "nothing can be quantized to {format}: unsigned codes need zero points, and float codes have none"
     )]
     Format {
-        /// As asked for.
+        /// The requested format.
         format: super::quantize::Format,
     },
     /// Tensors to be joined that are not quantized in the same way.
@@ -219,7 +221,7 @@ pub enum QuantizedError {
     },
 }
 
-/// Whether dtypes and shapes of codes, scales and zero points belong together. Looks at no element.
+/// Checks that dtypes and shapes of codes, scales and zero points fit together. Reads no elements.
 pub fn check_types(
     codes: (DType, &[usize]),
     scales: (DType, &[usize]),
@@ -229,7 +231,7 @@ pub fn check_types(
     let (dtype, shape) = codes;
     let is_code = match dtype.numbers() {
         Numbers::Signed | Numbers::Unsigned => dtype.bits() <= 8 || dtype == DType::I32,
-        // Powers of two are the scales of others, which are codes themselves: see `Constant::microscales`.
+        // Powers of two are scales that are codes themselves: see `Constant::microscales`.
         Numbers::Float(_) if dtype == DType::F8E8M0 => granularity == Granularity::Tensor,
         Numbers::Float(_) => dtype.is_storage_only(),
         Numbers::Table(_) => true,
@@ -261,7 +263,7 @@ pub fn check_types(
     }
 }
 
-/// Zero points in the codes' type, of the integer type that an exporter gave them: each must be one that a code can be.
+/// Converts zero points from the exporter's integer type to the codes' type; each must be in the range of codes.
 pub fn zero_points_as(codes: DType, zero_points: &Tensor) -> Result<Tensor, QuantizedError> {
     let found = zero_points.dtype();
     if found == codes {
@@ -293,8 +295,9 @@ fn axis_of(shape: &[usize], granularity: Granularity) -> (usize, usize) {
     }
 }
 
-/// Refuses values that no model can use: scales that are NaN or infinite, scales of 0 over codes that are not all the zero
-/// point (exporters give blocks of zeros a scale of 0), codes that are not numbers, zero points where there can be none.
+/// Refuses values that no model can use: scales that are NaN or infinite, scales of 0 over codes that are not all the
+/// zero point (exporters give blocks of zeros a scale of 0), codes that are not numbers, zero points for types without
+/// them.
 pub fn check_values(
     codes: &Tensor,
     scales: &Tensor,
@@ -338,10 +341,10 @@ pub fn check_values(
     Ok(())
 }
 
-/// Elements that a thread takes at a time; a multiple of the codes of a byte.
+/// Elements that a thread processes at a time; a multiple of the codes per byte.
 const PIECE: usize = 1 << 16;
 
-/// The floats that codes stand for, in the scales' dtype: the difference is exact, the product is rounded once. Panics if
+/// The values of codes, in the scales' dtype: the difference is exact, the product is rounded once. Panics if
 /// [`check_types`] refuses the parts.
 pub fn dequantize(codes: &Tensor, scales: &Tensor, zero_points: Option<&Tensor>, granularity: Granularity) -> Tensor {
     let checked = check_types(
@@ -355,7 +358,7 @@ pub fn dequantize(codes: &Tensor, scales: &Tensor, zero_points: Option<&Tensor>,
     }
     let (extent, inner) = axis_of(codes.shape(), granularity);
     let (factors, zeros) = (scales.to_f32(), zero_points.map(Tensor::to_f32));
-    // Neighbours that share a scale.
+    // Neighbors that share a scale.
     let run = match granularity {
         Granularity::Tensor => codes.len().max(1),
         Granularity::Channel { .. } => inner,
@@ -365,7 +368,7 @@ pub fn dequantize(codes: &Tensor, scales: &Tensor, zero_points: Option<&Tensor>,
     let (dtype, bits) = (scales.dtype(), codes.dtype().bits());
     let element = dtype.byte_len(1);
     let mut values = vec![0; dtype.byte_len(codes.len())];
-    // Threads take pieces that end with a byte of codes.
+    // Pieces for threads end at byte boundaries of codes.
     let pieces = values.par_chunks_mut(PIECE * element).enumerate();
     pieces.for_each(|(i, values)| {
         let (start, len) = (i * PIECE, values.len() / element);
@@ -393,8 +396,8 @@ pub fn dequantize(codes: &Tensor, scales: &Tensor, zero_points: Option<&Tensor>,
     Tensor::new(dtype, shape, values.into()).expect("as many bytes as the shape takes")
 }
 
-/// The codes of floats, as ONNX's `QuantizeLinear` makes them: `x / scale` rounded to nearest even, plus the zero point,
-/// saturated to the range of `dtype`. Panics if [`check_types`] refuses the parts.
+/// The codes of floats, as ONNX's `QuantizeLinear` defines them: `x / scale` rounded to nearest even, plus the zero
+/// point, saturated to the range of `dtype`. Panics if [`check_types`] refuses the parts.
 pub fn quantize(
     dtype: DType,
     values: &Tensor,
@@ -481,7 +484,7 @@ mod tests {
         );
     }
 
-    /// Of more codes than a thread takes at a time, in every granularity, against the formula for each element.
+    /// More codes than a thread processes at a time, in every granularity, against the formula for each element.
     #[test]
     fn pieces_change_nothing() {
         let (rows, depth) = (37, 3 * 1776);
@@ -580,7 +583,7 @@ mod tests {
         );
         assert_eq!(
             refused(&codes, &scales, Some(&ints(DType::U8, &[4, 2], &[0; 8])), block(1, 3)),
-            "the zero points are u8, and must be u4 as the codes are"
+            "the zero points are u8 but must be u4, like the codes"
         );
         assert_eq!(check_values(&codes, &scales, None, block(1, 3)), Ok(()));
     }

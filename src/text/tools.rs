@@ -75,7 +75,7 @@ impl ToolFormat {
 /// A call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ToolCall {
-    /// Of the tool.
+    /// Name of the tool.
     pub name: String,
     /// JSON, as the model gives it.
     pub arguments: String,

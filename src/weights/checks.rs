@@ -38,7 +38,7 @@ pub enum BadNumbers {
         count: usize,
         /// Elements of the weight.
         len: usize,
-        /// Of the package.
+        /// Element type of the package.
         dtype: DType,
         /// The largest magnitude in the source.
         largest: f64,

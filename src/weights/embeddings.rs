@@ -52,7 +52,7 @@ pub enum EmbeddingError {
     Size {
         /// The file.
         path: PathBuf,
-        /// Of the table.
+        /// Shape of the table.
         found: Vec<usize>,
         /// Tokens that the model gives logits for.
         vocabulary: usize,

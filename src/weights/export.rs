@@ -34,7 +34,7 @@ pub enum ExportError {
     /// The system refused.
     #[error("{}: {source}", path.display())]
     Io {
-        /// Of the file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
         /// What it said.
         source: std::io::Error,
@@ -74,7 +74,7 @@ pub enum ExportError {
     /// Quantized weights, for a format whose quantization is another.
     #[error("{name:?} is quantized ({form}), and a checkpoint for TensorRT-LLM is written of floats alone")]
     Quantized {
-        /// Of the weight.
+        /// Name of the weight.
         name: String,
         /// How.
         form: Form,

@@ -15,11 +15,11 @@ use crate::tensor::{DType, Tensor};
 /// The form of a quantized weight, without the type of its scales.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Form {
-    /// Of the codes.
+    /// Element type of the codes.
     pub codes: DType,
     /// Which codes share a scale.
     pub granularity: Granularity,
-    /// Of the scales, if these are quantized themselves.
+    /// Scales of the scales, if these are quantized themselves.
     pub scales: Option<Box<Form>>,
     /// Whether there are zero points.
     pub zero_points: bool,

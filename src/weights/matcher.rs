@@ -564,5 +564,5 @@ fn why_not(leaf: Leaf<'_>, constant: &Constant, of_codes: bool) -> Option<String
         return Some(format!("its shape is {shape:?}{hint}, it must be {:?}", leaf.shape));
     }
     unlike_dtypes(leaf.dtype, constant.dtype(), of_codes)
-        .then(|| format!("its numbers are {}, and must be {}", constant.dtype(), leaf.dtype))
+        .then(|| format!("its numbers are {} but must be {}", constant.dtype(), leaf.dtype))
 }

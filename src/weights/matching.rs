@@ -21,9 +21,9 @@ use crate::tensor::DType;
 pub struct RequiredWeight<'a> {
     /// In the package.
     pub name: &'a str,
-    /// Of its values.
+    /// Element type of its values.
     pub dtype: DType,
-    /// Of its values.
+    /// Shape of its values.
     pub shape: &'a [usize],
     /// Over initializers of the export.
     pub recipe: Option<&'a Recipe>,
@@ -31,7 +31,7 @@ pub struct RequiredWeight<'a> {
     pub modules: Option<&'a Recipe>,
     /// Over the names of a checkpoint that held the same numbers once.
     pub learned: Option<&'a Recipe>,
-    /// Of the bytes it had, in hexadecimal; empty if it never had any.
+    /// BLAKE3 of the bytes it had, in hexadecimal; empty if it never had any.
     pub blake3: &'a str,
     /// How its codes are stored; `None` if it is not quantized.
     pub form: Option<Form>,
@@ -41,7 +41,7 @@ pub struct RequiredWeight<'a> {
 pub struct Required<'a> {
     /// Every one.
     pub weights: Vec<RequiredWeight<'a>>,
-    /// Of the package: a graph with the same hash has weights of the same names.
+    /// Architecture hash of the package: a graph with the same hash has weights of the same names.
     pub architecture_hash: &'a str,
     /// BLAKE3 of the export that the package was made of: the same file has the same initializers.
     pub export_hash: &'a str,
@@ -49,7 +49,7 @@ pub struct Required<'a> {
     pub scales_embeddings: bool,
     /// What checkpoints of the model hold of norms, where the package knows.
     pub norms: Option<NormParameter>,
-    /// Of modules whose layers take their inputs in their own order ([`super::modules::orders`]).
+    /// Orders of modules whose layers take their inputs in their own order ([`super::modules::orders`]).
     pub orders: HashMap<String, Vec<i64>>,
 }
 
@@ -76,7 +76,7 @@ pub struct Found {
 /// A tensor that is there and does not fit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Misfit {
-    /// Of the package.
+    /// Name of the package.
     pub weight: String,
     /// In the source.
     pub tensor: String,

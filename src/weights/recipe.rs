@@ -18,7 +18,7 @@ use crate::tensor::quantized::Granularity;
 pub enum Recipe {
     /// A named tensor as it is.
     Tensor {
-        /// Of an initializer, a module or a tensor of a checkpoint.
+        /// Name of an initializer, a module or a tensor of a checkpoint.
         name: String,
         /// What it had when the recipe was made.
         dtype: DType,
@@ -34,21 +34,21 @@ pub enum Recipe {
     },
     /// The same elements under another shape.
     Reshape {
-        /// Of the result.
+        /// Shape of the result.
         shape: Vec<usize>,
         /// What is reshaped.
         of: Box<Recipe>,
     },
     /// Rounded to nearest even.
     Cast {
-        /// Of the result.
+        /// Element type of the result.
         dtype: DType,
         /// What is converted.
         of: Box<Recipe>,
     },
     /// `start..end` of an axis.
     Slice {
-        /// Of the input.
+        /// Axis of the input.
         axis: usize,
         /// First index.
         start: usize,
@@ -59,7 +59,7 @@ pub enum Recipe {
     },
     /// Joined on an axis.
     Concat {
-        /// Of all parts.
+        /// Axis of all parts.
         axis: usize,
         /// In order.
         of: Vec<Recipe>,
@@ -92,7 +92,7 @@ pub enum Recipe {
     },
     /// The codes of a floating-point tensor: ONNX's `QuantizeLinear`.
     Quantize {
-        /// Of the codes.
+        /// Element type of the codes.
         dtype: DType,
         /// Which codes share a scale.
         granularity: Granularity,
@@ -106,7 +106,7 @@ pub enum Recipe {
     },
     /// Unsigned codes of b bits less 2^(b-1), as signed ones; signed codes plus as much, as unsigned ones.
     HalfRange {
-        /// Of the result.
+        /// Element type of the result.
         dtype: DType,
         /// Codes.
         of: Box<Recipe>,
@@ -118,7 +118,7 @@ pub enum Recipe {
     },
     /// Slices of an axis in the order of indices.
     Take {
-        /// Of the tensor.
+        /// Axis of the tensor.
         axis: usize,
         /// The tensor.
         of: Box<Recipe>,
@@ -132,7 +132,7 @@ pub enum Recipe {
     },
     /// The nearest quantized weight ([`crate::tensor::quantize`]); one that has the format already stays as it is.
     RoundToNearest {
-        /// Of the codes.
+        /// Format of the codes.
         format: Format,
         /// What is quantized.
         of: Box<Recipe>,

@@ -33,11 +33,11 @@ const PAGE: usize = 4096;
 /// Where a tensor lies in the file and what it holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredTensor {
-    /// Of the tensor.
+    /// Name of the tensor.
     pub name: String,
-    /// Of the tensor's elements.
+    /// Element type of the tensor's elements.
     pub dtype: DType,
-    /// Of the tensor.
+    /// Shape of the tensor.
     pub shape: Vec<usize>,
     /// From the beginning of the file, header included: what ONNX external data and a map of the file need.
     pub offset: u64,
@@ -124,7 +124,7 @@ pub enum WriteError {
     /// The system refused.
     #[error("{}: {source}", path.display())]
     Io {
-        /// Of the weights.
+        /// Path of the weights.
         path: PathBuf,
         /// What it said.
         source: io::Error,
@@ -132,7 +132,7 @@ pub enum WriteError {
     /// The bytes are not there.
     #[error("the weight {name:?} cannot be computed: {source}")]
     Constant {
-        /// Of the weight.
+        /// Name of the weight.
         name: String,
         /// Why.
         source: ConstantError,
@@ -140,7 +140,7 @@ pub enum WriteError {
     /// It holds numbers that no model can use.
     #[error("the weight {name:?}: {source}")]
     Numbers {
-        /// Of the weight.
+        /// Name of the weight.
         name: String,
         /// Which.
         source: BadNumbers,
@@ -148,13 +148,13 @@ pub enum WriteError {
     /// A weight has the name that a part of a quantized one would get.
     #[error("two tensors would be called {name:?}, one of them a part of a quantized weight; rename the other")]
     NameTaken {
-        /// Of both.
+        /// Name of both.
         name: String,
     },
     /// It is quantized, and scales or zero points are no good.
     #[error("the quantized weight {name:?}: {source}")]
     Quantized {
-        /// Of the weight.
+        /// Name of the weight.
         name: String,
         /// What is wrong.
         source: QuantizedError,

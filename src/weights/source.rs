@@ -33,7 +33,7 @@ pub struct WeightSource {
     pub kind: String,
     /// By the names in the source.
     pub tensors: BTreeMap<String, Constant>,
-    /// Of tensors of a quantized checkpoint whose columns are in their own order.
+    /// Orders of tensors of a quantized checkpoint whose columns are in their own order.
     orders: HashMap<String, Vec<i64>>,
     /// What the `config.json` beside a checkpoint says of its norms.
     pub norms: Option<NormParameter>,
@@ -45,9 +45,9 @@ pub struct WeightSource {
 pub struct SourceContext {
     /// Rows that tables of positions are cut to.
     pub positions: usize,
-    /// Of the package.
+    /// Element type of the package.
     pub dtype: DType,
-    /// Of the package ([`ModelWeights::architecture_hash`]).
+    /// Architecture hash of the package ([`ModelWeights::architecture_hash`]).
     pub architecture_hash: String,
     /// Of the package.
     pub activations: ActivationPolicy,
@@ -80,7 +80,7 @@ pub enum SourceError {
     /// The system refused.
     #[error("{}: {source}", path.display())]
     Io {
-        /// Of the file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
         /// What it said.
         source: std::io::Error,
@@ -88,7 +88,7 @@ pub enum SourceError {
     /// Contents that cannot be weights.
     #[error("{}: {message}", path.display())]
     Invalid {
-        /// Of the file.
+        /// Path of the file.
         path: PathBuf,
         /// What is wrong with it.
         message: String,

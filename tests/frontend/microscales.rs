@@ -194,7 +194,7 @@ fn microscales_that_mean_nothing() {
         None,
     ));
     assert!(
-        found.contains("its codes are f8e8m0, which only scales can be"),
+        found.contains("its codes are f8e8m0, a type for scales only"),
         "{found}"
     );
     let found = text(product(

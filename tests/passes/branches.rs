@@ -486,7 +486,7 @@ fn what_is_wrong_with_an_if_is_named() {
         ),
         (
             edited(&|c| c.otherwise.output.clear()),
-            &["choose", "else_branch has 0 outputs, and the node has 1"],
+            &["choose", "else_branch has 0 outputs, but the node has 1"],
         ),
         (
             edited(&|c| c.then.output[0] = named("missing")),
@@ -608,7 +608,7 @@ fn branches_that_are_not_one_model_are_refused() {
         },
         &[
             "choose",
-            "the one without past keys and values has weights that the other has not",
+            "the one without past keys and values has weights that the other does not have",
         ],
     );
     // Neither reads the past.

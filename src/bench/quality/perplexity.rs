@@ -163,7 +163,7 @@ impl Mean {
 /// What was found.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Measured {
-    /// Of the scored tokens, in nats.
+    /// Negative log-likelihood of the scored tokens, in nats.
     pub nll: Mean,
     pub against: Option<Against>,
 }
@@ -172,7 +172,7 @@ pub struct Measured {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Against {
     pub nll: Mean,
-    /// Of the other's distribution from this one's, in nats.
+    /// KL divergence of the other's distribution from this one's, in nats.
     pub kl: Mean,
     pub same_best: usize,
 }

@@ -161,7 +161,7 @@ pub struct Against {
     pub model: Model,
     #[serde(flatten)]
     pub surprise: Surprise,
-    /// Of the other's distribution from this one's, in nats a token.
+    /// KL divergence of the other's distribution from this one's, in nats a token.
     pub kl: Estimate,
     /// Of one token.
     pub kl_largest: f64,

@@ -15,7 +15,7 @@ pub(super) struct Format {
     format: String,
     /// Element type of the codes.
     codes: String,
-    /// Of one code.
+    /// Bits of one code.
     bits: usize,
     /// Element type of the scales.
     scales: String,

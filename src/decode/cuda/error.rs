@@ -56,7 +56,7 @@ pub enum OpenError {
     OtherWeights {
         /// Its folder.
         package: PathBuf,
-        /// Of the engine.
+        /// Profile of the engine.
         profile: Profile,
     },
     /// Of the driver, the library or the GPU.

@@ -35,7 +35,7 @@ fn layout(rows: usize) -> ([usize; 5], usize) {
 pub(super) struct Embedded {
     /// Elements of one.
     pub width: usize,
-    /// Of the engine's input: a float of at most 32 bits.
+    /// Element type of the engine's input: a float of at most 32 bits.
     pub dtype: DType,
 }
 

@@ -67,7 +67,7 @@ pub enum SwapError {
     Embedded {
         /// The folder of the other package.
         package: PathBuf,
-        /// Of the engine.
+        /// Profile of the engine.
         profile: Profile,
     },
     /// An engine stripped for an identical refit.
@@ -77,7 +77,7 @@ pub enum SwapError {
     Identical {
         /// The folder of the other package.
         package: PathBuf,
-        /// Of the engine.
+        /// Profile of the engine.
         profile: Profile,
     },
     /// The other package cannot be read.

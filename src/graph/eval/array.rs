@@ -1,6 +1,6 @@
 //! Shapes, strides and element vectors shared by the operator families.
 //!
-//! Arithmetic happens in two classes only: every float type in f64 (rounded to the dtype when the result is stored, which
+//! There are two classes of arithmetic: every float type in f64 (rounded to the dtype when the result is stored, which
 //! for f32 and the halves is at least as exact as arithmetic in the type itself), every integer type and bool in i64
 //! (wrapped to the dtype). Operators that only move elements work on bytes of any dtype through [`take`].
 
@@ -128,7 +128,7 @@ pub(super) fn walk(shape: &[usize], steps: &[isize], base: isize) -> Vec<usize> 
     offsets
 }
 
-/// Offset in a tensor of shape `from` of each element of its broadcast to `to`.
+/// For each element of a broadcast to shape `to`, the offset in the tensor of shape `from`.
 pub(super) fn broadcast_offsets(from: &[usize], to: &[usize]) -> Vec<usize> {
     let own = strides(from);
     let skip = to.len() - from.len();
@@ -144,7 +144,7 @@ pub(super) fn broadcast_offsets(from: &[usize], to: &[usize]) -> Vec<usize> {
     walk(to, &steps, 0)
 }
 
-/// Elements picked from a tensor of any dtype, in order.
+/// Elements selected from a tensor of any dtype, in order.
 pub(super) fn take(tensor: &Tensor, shape: Vec<usize>, offsets: &[usize]) -> Tensor {
     let data = tensor.data();
     let bytes: Vec<u8> = match tensor.dtype().element_bytes() {
@@ -161,7 +161,7 @@ fn pick<const N: usize>(data: &[u8], offsets: &[usize]) -> Vec<u8> {
     offsets.iter().flat_map(|o| elements[*o]).collect()
 }
 
-/// The tensor broadcast to a shape it is known to broadcast to.
+/// The tensor broadcast to a compatible shape.
 pub(super) fn expand(tensor: &Tensor, to: &[usize]) -> Tensor {
     if tensor.shape() == to {
         return tensor.clone();

@@ -39,7 +39,7 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
                 num_heads: *num_heads,
                 rotary_dim: *rotary_dim,
             };
-            // The same operator twice, with the inputs in another order and other shapes of tables.
+            // The same operator in two forms, with different input orders and table shapes.
             let y = match op {
                 Op::RotaryEmbedding { .. } => rotary_embedding(&how, need(0)?, need(1)?, need(2)?, maybe(3))?,
                 _ => contrib_rotary_embedding(&how, need(0)?, need(1)?, need(2)?, need(3)?)?,
@@ -52,19 +52,19 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
 
 /// Outputs `[y, present_key, present_value, scores]`.
 ///
-/// Query `i` stands at position `i + offset` among the keys, where the offset is the length of the past, or with
-/// `nonpad_kv_seqlen` that row's length less the number of queries, or 0.
+/// Query `i` is at position `i + offset` among the keys, where the offset is the length of the past, or with
+/// `nonpad_kv_seqlen` that row's length minus the number of queries, or 0.
 pub(super) fn attention(how: &Attention, input: impl Fn(usize) -> Option<Tensor>) -> Result<[Tensor; 4]> {
     attention_with(how, input, None, [None; 3])
 }
 
-/// As [`attention`], its scores and probabilities rounded.
+/// Like [`attention`], with rounded scores and probabilities.
 fn rounded_attention(how: &RoundedAttention, input: impl Fn(usize) -> Option<Tensor>) -> Result<[Tensor; 4]> {
     let roundings = [how.scores, how.capped, how.probabilities];
     attention_with(&how.unrounded(), input, None, roundings)
 }
 
-/// As [`attention`], with slopes and sinks of its heads.
+/// Like [`attention`], with slopes and sinks per head.
 fn biased_attention(how: &BiasedAttention, input: impl Fn(usize) -> Option<Tensor>) -> Result<[Tensor; 4]> {
     let of_heads = |i: usize| match input(i) {
         Some(numbers) => Ok(numbers.to_f64()),
@@ -145,8 +145,8 @@ fn attention_with(
     ])
 }
 
-/// A mask as numbers to add, broadcast to `[batch, heads, queries, keys]`. One shorter than the keys is extended with
-/// "masked out".
+/// A mask as numbers to add, broadcast to `[batch, heads, queries, keys]`. A mask shorter than the keys is extended
+/// with "masked out".
 struct Mask {
     additive: Vec<f64>,
     offsets: Vec<usize>,

@@ -80,7 +80,7 @@ pub(super) fn sigmoid(x: f64) -> f64 {
 }
 
 /// The error function by the series `2/√π e^(-x²) Σ 2ⁿ x^(2n+1) / (2n+1)!!` (Abramowitz and Stegun 7.1.6), whose terms
-/// all have one sign, so that nothing cancels. Beyond 6 the result is ±1 in f64.
+/// all have one sign, so nothing cancels. Beyond 6 the result is ±1 in f64.
 pub(super) fn erf(x: f64) -> f64 {
     if x.is_nan() {
         return x;
@@ -241,7 +241,7 @@ fn int_pow(base: i64, exponent: i64) -> i64 {
     }
 }
 
-/// `min(max(x, low), high)`: where the bounds cross, the high one wins, as ONNX says.
+/// `min(max(x, low), high)`: if the bounds cross, the high one wins, as in ONNX.
 pub(super) fn clip(x: &Tensor, low: Option<&Tensor>, high: Option<&Tensor>) -> Result<Tensor> {
     let mut result = x.clone();
     for (op, bound) in [(Binary::Max, low), (Binary::Min, high)] {

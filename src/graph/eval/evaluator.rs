@@ -8,15 +8,15 @@ use crate::tensor::Tensor;
 
 /// Computes values of a graph from bindings, each at most once.
 ///
-/// Any value may be bound, not only graph inputs: a binding hides the value's definition, so a part of a graph can be
-/// run alone. Only the dependencies of the requested value are computed, so other inputs may stay unbound.
+/// Any value can be bound, not only graph inputs: a binding hides the value's definition, so a part of a graph can run
+/// alone. Only the dependencies of the requested value are computed, so other inputs may stay unbound.
 pub struct Evaluator<'g> {
     graph: &'g Graph,
     known: HashMap<ValueId, Tensor>,
 }
 
 impl<'g> Evaluator<'g> {
-    /// An evaluator in which these values are known.
+    /// An evaluator with these bindings.
     pub fn new(graph: &'g Graph, bindings: HashMap<ValueId, Tensor>) -> Self {
         Evaluator { graph, known: bindings }
     }

@@ -1,4 +1,4 @@
-//! Routing to experts, and what the experts compute.
+//! Routing to experts, and the computation of the experts.
 
 use super::array::{Result, floats};
 use super::elementwise;
@@ -28,7 +28,7 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
     })
 }
 
-/// What makes scores of the logits of all experts.
+/// Scores from the logits of all experts.
 fn scores(how: RouterScores, logits: &[f64]) -> Vec<f64> {
     match how {
         RouterScores::Logits => logits.to_vec(),
@@ -122,7 +122,7 @@ pub(crate) fn gated(how: &Gating, gate: f64, up: Option<f64>) -> f64 {
     }
 }
 
-/// The operands beside `x`.
+/// The operands except `x`.
 struct Parts<'a> {
     weights: &'a Tensor,
     experts: &'a Tensor,
@@ -132,7 +132,7 @@ struct Parts<'a> {
     biases: [Option<&'a Tensor>; 3],
 }
 
-/// The matrices of all experts, one below the other.
+/// The concatenated matrices of all experts.
 struct Stacked {
     rows: usize,
     depth: usize,

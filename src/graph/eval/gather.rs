@@ -1,4 +1,4 @@
-//! Operators that read or write elements at places given by an index tensor.
+//! Operators that read or write elements at positions from an index tensor.
 
 use super::array::{Data, Result, around, axis, index, store, strides, take, volume};
 use super::error::{invalid, shape_error};
@@ -44,7 +44,7 @@ pub(super) fn gather(x: &Tensor, indices: &Tensor, at: i64) -> Result<Tensor> {
     Ok(Tensor::new(x.dtype(), shape, bytes.into()).expect("one row per index"))
 }
 
-/// Offsets into a tensor of shape `shape` that an element-wise gather or scatter touches, one per index.
+/// Offsets in a tensor of shape `shape` that an element-wise gather or scatter accesses, one per index.
 fn element_offsets(shape: &[usize], indices: &Tensor, at: usize) -> Result<Vec<usize>> {
     let fits =
         indices.shape().len() == shape.len() && (0..shape.len()).all(|k| k == at || indices.shape()[k] <= shape[k]);
@@ -75,8 +75,8 @@ pub(super) fn gather_elements(x: &Tensor, indices: &Tensor, at: i64) -> Result<T
     Ok(take(x, indices.shape().to_vec(), &offsets))
 }
 
-/// Offsets of the blocks that index tuples `[.., depth]` name in the axes of `shape` from `batch_dims` on.
-/// Gives one offset per tuple and the length of a block.
+/// Offsets of the blocks that index tuples `[.., depth]` name in the axes of `shape` from `batch_dims` on. Returns one
+/// offset per tuple and the length of a block.
 fn tuple_offsets(shape: &[usize], indices: &Tensor, batch_dims: usize) -> Result<(Vec<usize>, usize)> {
     let bad = || {
         shape_error(format!(

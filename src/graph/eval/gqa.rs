@@ -10,8 +10,8 @@ use crate::tensor::Tensor;
 /// Outputs `[y, present_key, present_value]`: y `[batch, tokens, heads*head_dim]`, the others
 /// `[batch, kv_heads, slots, head_dim]` with as many slots as the past has, or the total length if that is more.
 ///
-/// `seqlens_k[b] + 1` is the live length of row `b`, this call included; its first new key goes to that less the number
-/// of tokens (0 in the first call, where shorter rows are padded on the right).
+/// `seqlens_k[b] + 1` is the live length of row `b`, this call included; its first new key goes to that length minus
+/// the number of tokens (0 in the first call, where shorter rows are padded on the right).
 pub(super) fn group_query_attention(
     how: &GroupQueryAttention,
     input: impl Fn(usize) -> Option<Tensor>,
@@ -99,7 +99,7 @@ pub(super) fn group_query_attention(
             extra.as_ref().map_or(0.0, |e| e.at(b, h, i, j))
         }
     };
-    // ONNX Runtime takes a scale of 0 as "not given".
+    // ONNX Runtime treats a scale of 0 as "not given".
     let scale = match how.scale {
         Some(scale) if scale != 0.0 => f64::from(scale),
         _ => 1.0 / (q.dim as f64).sqrt(),

@@ -1,4 +1,4 @@
-//! Tensors split into heads, and the attention both attention operators share.
+//! Tensors split into heads, and the attention that both attention operators share.
 
 use super::array::{Result, floats};
 use super::error::shape_error;
@@ -118,9 +118,9 @@ impl Heads {
 }
 
 /// Softmax attention. `bias(b, h, i, j)` is added to the score of query `i` and key `j` after the softcap; a query
-/// whose keys are all at minus infinity gives zeros. `sink[h]` adds a score that takes weight and gives nothing.
-/// The roundings are those of scores before and after the softcap, and of probabilities.
-/// Gives the output `[batch, heads, queries, v_dim]` and the scores (softcapped, without the bias).
+/// whose keys are all at minus infinity gives zeros. `sink[h]` adds a score that takes weight but has no value. The
+/// roundings are those of scores before and after the softcap, and of probabilities. Returns the output `[batch, heads,
+/// queries, v_dim]` and the scores (softcapped, without the bias).
 pub(super) fn attend(
     [q, k, v]: [&Heads; 3],
     scale: f64,
@@ -194,7 +194,7 @@ pub(super) fn attend(
     Ok((out, scores))
 }
 
-/// Numbers as their codes stand for, in place.
+/// Rounds numbers to the values of their codes, in place.
 fn rounded(values: &mut [f64], rounding: Option<Rounding>) {
     if let Some(how) = rounding {
         let row = floats(DType::F32, vec![values.len()], values);

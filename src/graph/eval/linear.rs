@@ -102,7 +102,7 @@ fn product(a: &Tensor, b: &Tensor) -> Result<(Vec<usize>, Data)> {
         k,
         n,
     };
-    // One matrix for all rows, as weights are; several are small.
+    // One matrix for all rows, like a weight; several are small.
     let rows = match right_batch.is_empty() && n > 0 {
         true => (PANEL / n).clamp(1, k.max(1)),
         false => k,
@@ -144,7 +144,7 @@ fn rows_of(x: &Tensor, from: usize, rows: usize, n: usize) -> Tensor {
     Tensor::new(x.dtype(), vec![rows, n], bytes).expect("whole rows")
 }
 
-/// Which matrices to multiply: `[m, k]` by `[k, n]`, by matrix number on either side.
+/// Which matrices to multiply, by number on each side: `[m, k]` by `[k, n]`.
 struct Plan {
     pairs: Vec<(usize, usize)>,
     m: usize,
@@ -213,7 +213,7 @@ pub(super) fn gemm(how: &Scaled, a: &Tensor, b: &Tensor, c: Option<&Tensor>) -> 
             None => Ok(product),
         };
     }
-    // Kept in f64 until the bias is in.
+    // Kept in f64 until the bias is added.
     let (shape, Data::Float(mut values)) = product(&a, &b)? else {
         return Err(invalid(format!("a scaled product of {dtype}")));
     };

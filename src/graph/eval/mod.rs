@@ -34,8 +34,8 @@ pub(crate) use movement::{reshape_target, slice_range};
 use crate::graph::op::{Family, Op};
 use crate::tensor::Tensor;
 
-/// Computes one operator. Outputs the operator can give are all given, whether read or not. `Split` without sizes needs
-/// [`eval_node`], which knows how many outputs there are.
+/// Computes one operator, with all of its outputs, whether read or not. `Split` without sizes needs [`eval_node`],
+/// which has the number of outputs.
 pub fn eval_op(op: &Op, inputs: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>, EvalError> {
     if matches!(op, Op::Split { .. }) && inputs.get(1).is_none_or(Option::is_none) {
         return Err(EvalError::MissingInput { input: 1 });
@@ -45,7 +45,7 @@ pub fn eval_op(op: &Op, inputs: &[Option<Tensor>]) -> Result<Vec<Option<Tensor>>
 
 /// [`eval_op`] for a node with `outputs` outputs.
 pub fn eval_node(op: &Op, inputs: &[Option<Tensor>], outputs: usize) -> Result<Vec<Option<Tensor>>, EvalError> {
-    // Elements that are only stored are converted, dequantized or given another shape; nothing computes on them or picks them.
+    // Storage-only elements can be converted, dequantized or reshaped; nothing else operates on them.
     let keeps_elements = matches!(
         op,
         Op::Cast { .. }
@@ -86,19 +86,19 @@ fn no_evaluator(op: &Op) -> Result<Vec<Option<Tensor>>, EvalError> {
     Err(EvalError::Unknown(op.name()))
 }
 
-/// The operands of one node, and how many outputs it has.
+/// The operands of one node, and its number of outputs.
 struct Operands<'a> {
     inputs: &'a [Option<Tensor>],
     outputs: usize,
 }
 
 impl<'a> Operands<'a> {
-    /// Input `i` if it is there.
+    /// Input `i` if present.
     fn maybe(&self, i: usize) -> Option<&'a Tensor> {
         self.inputs.get(i).and_then(Option::as_ref)
     }
 
-    /// Input `i`, which the operator needs.
+    /// Input `i`, which the operator requires.
     fn need(&self, i: usize) -> Result<&'a Tensor, EvalError> {
         self.maybe(i).ok_or(EvalError::MissingInput { input: i })
     }

@@ -1,4 +1,4 @@
-//! Operators that move, repeat or make up elements without arithmetic on them.
+//! Operators that move, repeat or generate elements without arithmetic on them.
 
 use super::array::{Data, Result, around, axis, broadcast, expand, ints, reshape, store, strides, take, volume, walk};
 use super::error::{invalid, shape_error};
@@ -45,7 +45,7 @@ pub(super) fn shape_of(x: &Tensor, start: i64, end: Option<i64>) -> Tensor {
     Tensor::from_i64(vec![dims.len()], &dims)
 }
 
-/// Target of `Reshape`: 0 copies a dim unless `allowzero`, one -1 takes what is left.
+/// Target of `Reshape`: 0 copies a dim unless `allowzero`, and one -1 is inferred.
 pub(crate) fn reshape_target(from: &[usize], target: &[i64], allowzero: bool) -> Result<Vec<usize>> {
     let bad = || shape_error(format!("a tensor of shape {from:?} cannot be reshaped to {target:?}"));
     let mut shape = Vec::with_capacity(target.len());
@@ -66,7 +66,7 @@ pub(crate) fn reshape_target(from: &[usize], target: &[i64], allowzero: bool) ->
             .try_fold(1usize, |n, d| n.checked_mul(*d))
             .ok_or_else(bad)?;
         let total: usize = from.iter().product();
-        // With a zero-size rest the -1 is undetermined; 0 keeps the volume, as NumPy and ONNX Runtime do.
+        // If the other dims have size zero, the -1 is undetermined; 0 keeps the volume, as NumPy and ONNX Runtime do.
         shape[i] = match total.checked_div(known) {
             Some(rest) if rest * known == total => rest,
             None if total == 0 => 0,
@@ -156,7 +156,7 @@ pub(super) fn sizes(tensor: &Tensor) -> Result<Vec<usize>> {
         .collect()
 }
 
-/// Two-way broadcast: where the target has a 1, the input's dim stays.
+/// Two-way broadcast: if the target has a 1, the input's dim stays.
 pub(super) fn expand_to(x: &Tensor, target: &Tensor) -> Result<Tensor> {
     let shape = broadcast(&[x.shape(), &sizes(target)?])?;
     Ok(expand(x, &shape))
@@ -203,7 +203,7 @@ pub(super) fn concat(parts: &[&Tensor], at: i64) -> Result<Tensor> {
     Ok(Tensor::new(first.dtype(), shape, bytes.into()).expect("the parts' bytes"))
 }
 
-/// `sizes` on the axis, or `outputs` parts as equal as can be, the last one smaller.
+/// `sizes` on the axis, or `outputs` equal parts, the last one possibly smaller.
 pub(super) fn split(x: &Tensor, at: i64, sizes_given: Option<&Tensor>, outputs: usize) -> Result<Vec<Tensor>> {
     let at = axis(at, x.shape().len())?;
     let length = x.shape()[at];
@@ -294,7 +294,7 @@ pub(super) fn slice(
             slice_range(x.shape()[a], starts[i], ends[i], steps[i]).ok_or_else(|| invalid("a slice step of 0"))?;
         shape[a] = count;
         base += start as isize * own[a] as isize;
-        // A single element is never stepped from; this keeps a huge step from overflowing.
+        // A single element needs no step; this keeps a huge step from overflowing.
         walk_steps[a] = if count > 1 { step as isize * own[a] as isize } else { 0 };
     }
     let offsets = walk(&shape, &walk_steps, base);

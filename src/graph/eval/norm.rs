@@ -40,11 +40,11 @@ pub(super) fn eval(op: &Op, operands: &Operands) -> Result<Vec<Option<Tensor>>> 
     })
 }
 
-/// What a normalization divides by, and the rest it is given.
+/// The settings of a normalization.
 pub(super) struct Norm<'a> {
     pub axis: i64,
     pub epsilon: f32,
-    /// Subtract the mean, as LayerNormalization does and RMSNormalization does not.
+    /// Subtract the mean: LayerNormalization does, RMSNormalization does not.
     pub center: bool,
     pub scale: &'a Tensor,
     pub bias: Option<&'a Tensor>,

@@ -1,5 +1,5 @@
-//! Codes of floats, and floats of codes: <https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html> and the operators that
-//! belong to it. The arithmetic is that of [`crate::tensor::quantized`].
+//! Quantization and dequantization: <https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html> and related operators.
+//! The arithmetic is that of [`crate::tensor::quantized`].
 
 use super::array::{Result, floats};
 use super::elementwise::{binary, cast};
@@ -84,7 +84,7 @@ fn checked(codes: DType, shape: &[usize], scales: &Tensor, zeros: Option<&Tensor
         .map_err(|error| shape_error(error.to_string()))
 }
 
-/// Scale and zero point of u8 codes over the range of some numbers, which always has 0 in it.
+/// Scale and zero point of u8 codes over the range of some numbers, extended to include 0.
 struct Range {
     scale: f32,
     zero_point: i64,
@@ -117,7 +117,7 @@ fn code(value: f32, scale: f32, zero_point: i64) -> i64 {
         .clamp(0, 255)
 }
 
-/// What [`Op::RoundToCodes`] means.
+/// The semantics of [`Op::RoundToCodes`].
 pub(super) fn round_to_codes(x: &Tensor, how: Rounding) -> Tensor {
     let Rounding { to, scale, zero_point } = how;
     let scales = Tensor::from_f32(Vec::new(), &[scale]);

@@ -46,7 +46,7 @@ pub(super) fn softmax(x: &Tensor, at: i64, log: bool) -> Result<Tensor> {
     Ok(floats(x.dtype(), x.shape().to_vec(), &values))
 }
 
-/// Sum, product, extreme or mean over `axes`. Over no elements: 0, 1, the worst value of the dtype, NaN.
+/// Sum, product, extreme or mean over `axes`. Without elements: 0, 1, the extreme of the dtype, NaN.
 pub(super) fn reduce(
     reduction: Reduction,
     keepdims: bool,
@@ -109,7 +109,7 @@ fn fold_floats(reduction: Reduction, values: impl ExactSizeIterator<Item = f64>)
     }
 }
 
-/// `None`: the mean of nothing.
+/// `None`: the mean of no elements.
 fn fold_ints(reduction: Reduction, dtype: DType, values: impl ExactSizeIterator<Item = i64>) -> Option<i64> {
     let count = values.len() as i64;
     let (least, greatest) = match dtype {

@@ -1,4 +1,4 @@
-//! Rotary position embedding: ONNX `RotaryEmbedding` and its contrib relative.
+//! Rotary position embedding: ONNX `RotaryEmbedding` and the contrib operator.
 
 use super::array::Result;
 use super::error::shape_error;
@@ -6,7 +6,7 @@ use super::gather::gather;
 use super::heads::Heads;
 use crate::tensor::Tensor;
 
-/// cos and sin per row and token: `[batch or 1, tokens, rotary_dim/2]`, looked up by position or given so.
+/// cos and sin per row and token: `[batch or 1, tokens, rotary_dim/2]`, looked up by position or given directly.
 pub(super) struct Tables {
     cos: Vec<f64>,
     sin: Vec<f64>,
@@ -19,7 +19,7 @@ impl Tables {
         let (&[_, half], true) = (cos.shape(), cos.shape() == sin.shape()) else {
             return Err(bad_tables(cos, sin));
         };
-        // Gathered before they are widened: a table of 131072 positions is 64 MB in f64, for every node that looks into it.
+        // Gathered before they are widened: a table of 131072 positions is 64 MB in f64, for every node that reads it.
         let positions = Tensor::from_i64(vec![positions.len()], positions);
         Ok(Tables {
             cos: gather(cos, &positions, 0)?.to_f64(),
@@ -140,7 +140,7 @@ pub(super) fn contrib_rotary_embedding(
     cos: &Tensor,
     sin: &Tensor,
 ) -> Result<Tensor> {
-    // Without a head count the tables' width tells the size of a head.
+    // Without a head count, the tables' width determines the size of a head.
     let width = cos.shape().last().copied().unwrap_or(0) * 2;
     let from_width = (width > 0).then(|| x.shape().last().copied().unwrap_or(0) / width);
     let mut heads = Heads::of(x, how.num_heads.or(from_width))?;

@@ -94,7 +94,7 @@ fn non_zero(x: &Tensor) -> Tensor {
         Data::Int(values) => (0..values.len()).filter(|i| values[*i] != 0).collect(),
     };
     let shape = x.shape();
-    // A scalar has one place, which has no index.
+    // A scalar has one element, which has no index.
     let own = strides(shape);
     let mut indices = Vec::with_capacity(shape.len() * places.len());
     for (stride, dim) in own.iter().zip(shape) {
@@ -117,7 +117,7 @@ fn one_hot(indices: &Tensor, depth: &Tensor, values: &Tensor, at: i64) -> Result
     let mut hot = vec![0usize; total];
     for (n, pick) in picks.iter().enumerate() {
         let pick = *pick as i64;
-        // Outside of the axis nothing is hot.
+        // An index outside the axis sets nothing.
         let pick = if pick < 0 { pick + depth } else { pick };
         if (0..depth).contains(&pick) {
             hot[(n / inner.max(1) * depth as usize + pick as usize) * inner + n % inner.max(1)] = 1;

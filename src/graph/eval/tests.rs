@@ -258,7 +258,7 @@ fn evaluator_runs_only_what_is_asked_and_names_what_fails() {
     let mut run = Evaluator::new(&graph, HashMap::from([(x, iota(&[2]))]));
     assert_eq!(run.value(y).unwrap().to_f32(), [1.0, 0.63]);
     assert!(run.value(z).unwrap_err().to_string().contains("mask"));
-    // A binding inside the graph hides what defines it.
+    // A binding inside the graph hides the definition.
     let mut cut = Evaluator::new(&graph, HashMap::from([(y, iota(&[3])), (unbound, iota(&[2]))]));
     let error = cut.value(z).unwrap_err().to_string();
     assert!(

@@ -24,7 +24,7 @@ impl NodeInference<'_> {
                     };
                     self.unify(&heads, length, 0, i)?;
                 }
-                // What follows the mask are no caches, which the plain operator has there.
+                // The inputs after the mask are not caches, unlike those of the plain operator.
                 self.inputs.truncate(4);
                 let mut facts = self.attention(&biased.unbiased())?;
                 facts.truncate(1);
@@ -43,7 +43,7 @@ impl NodeInference<'_> {
             (3, Some(_)) => 1,
             _ => return Err(self.error(format!("{} needs 4 dimensions, or 3 and num_heads", self.operand(0)))),
         };
-        // `[batch, tokens]` of the positions, or of the tables where there are no positions.
+        // `[batch, tokens]` of the positions, or of the tables without positions.
         let i = if self.optional(3).is_some() { 3 } else { 1 };
         let other = self.input(i)?.clone();
         if let [batch, length, ..] = other.shape.as_slice() {
@@ -90,7 +90,7 @@ impl NodeInference<'_> {
                 && length.as_const().is_none()
                 && total.as_const().is_none()
             {
-                // Refusing to learn is no error: it may be shorter by a symbol as well.
+                // A conflict is not an error: the mask may be shorter by a symbol as well.
                 let _ = self.unifier.unify(length, &total);
             }
         }
@@ -111,7 +111,7 @@ impl NodeInference<'_> {
         ])
     }
 
-    /// Input `i` as `[batch, heads, tokens, head_dim]`, whichever way it is laid out.
+    /// Input `i` as `[batch, heads, tokens, head_dim]`, in either layout.
     fn heads(&self, i: usize, heads: Option<usize>) -> Result<[Dim; 4], InferError> {
         match (self.input(i)?.shape.as_slice(), heads) {
             ([batch, heads, tokens, size], _) => Ok([batch.clone(), heads.clone(), tokens.clone(), size.clone()]),
@@ -129,7 +129,7 @@ impl NodeInference<'_> {
     }
 
     /// Query (or packed qkv), key?, value?, past_key?, past_value?, seqlens_k, total_sequence_length, cos?, sin?, ….
-    /// Outputs: y, present_key, present_value. The cache is taken to grow: `past + tokens`.
+    /// Outputs: y, present_key, present_value. The cache is assumed to grow: `past + tokens`.
     pub(super) fn group_query_attention(&mut self, attributes: &GroupQueryAttention) -> Result<Outputs, InferError> {
         let q = self.input(0)?.clone();
         let [batch, tokens, hidden] = q.shape.as_slice() else {
@@ -173,7 +173,7 @@ impl NodeInference<'_> {
             if past.as_const().is_none()
                 && let Some(total) = self.optional(6).and_then(Fact::single).cloned()
             {
-                // `total_sequence_length` is what the model's own arithmetic says; it decides nothing if it disagrees.
+                // `total_sequence_length` comes from the model's own arithmetic; it is ignored if it disagrees.
                 let _ = self.unifier.unify(&total, &present[2]);
             }
         }

@@ -1,4 +1,4 @@
-//! Arithmetic on the elements of small tensors: dims where they are lengths, numbers where they are constant.
+//! Arithmetic on the elements of small tensors, as dims (lengths) or numbers (constants).
 
 use super::Elements;
 use super::MAX_CONTENTS;
@@ -7,7 +7,7 @@ use crate::graph::op::{Binary, Unary};
 use crate::graph::{Constant, ConstantSource};
 use crate::tensor::DType;
 
-/// Beyond this a whole number may not survive a conversion to fp32.
+/// Beyond this, fp32 does not represent every whole number.
 const MAX_EXACT: f64 = 16_777_216.0;
 
 /// The elements of a constant, if it is small.
@@ -71,7 +71,7 @@ pub(super) fn unary(op: Unary, x: &Dim, dtype: DType) -> Option<Dim> {
             _ => None,
         },
         Unary::Not => Some(Dim::constant(i64::from(x.as_const()? == 0))),
-        // Whole numbers are their own floor.
+        // The floor of a whole number is itself.
         Unary::Floor | Unary::Ceil | Unary::Round => Some(x.clone()),
         Unary::Relu => x.lower_bound().filter(|low| *low >= 0).map(|_| x.clone()),
         Unary::Sign => match (x.lower_bound(), x.upper_bound()) {
@@ -88,7 +88,7 @@ pub(super) fn unary(op: Unary, x: &Dim, dtype: DType) -> Option<Dim> {
     }
 }
 
-/// Whether `a < b`, where that can be decided.
+/// Whether `a < b`, if that can be decided.
 fn less(a: &Dim, b: &Dim) -> Option<bool> {
     let difference = b - a;
     match (difference.lower_bound(), difference.upper_bound()) {
@@ -132,7 +132,7 @@ pub(super) fn binary(op: Binary, a: &Dim, b: &Dim, dtype: DType) -> Option<Dim> 
             _ if a == b => Some(a.clone()),
             Some(true) => Some(b.clone()),
             Some(false) => Some(a.clone()),
-            // b < a decides as well where a < b does not, as for `past` and 0: not less, perhaps equal.
+            // If a < b is undecided, b <= a may be decidable, as for `past` and 0: not less, possibly equal.
             None => less(b, a).map(|b_less| if b_less { a.clone() } else { b.clone() }),
         },
         Binary::Min => match less(a, b) {
@@ -153,7 +153,7 @@ pub(super) fn binary(op: Binary, a: &Dim, b: &Dim, dtype: DType) -> Option<Dim> 
     }
 }
 
-/// Integers round toward zero; floats are known only where the division is exact.
+/// Integers round toward zero; floats are known only if the division is exact.
 fn divide(a: &Dim, b: &Dim, dtype: DType) -> Option<Dim> {
     if let Some(exact) = a.div_exact(b) {
         return Some(exact);
@@ -167,13 +167,13 @@ pub(super) fn cast(x: &Dim, to: DType) -> Option<Dim> {
     let within = |low: i64, high: i64| x.as_const().filter(|v| (low..=high).contains(v)).map(Dim::constant);
     match to {
         DType::I64 | DType::F64 | DType::F32 => Some(x.clone()),
-        // A length that does not fit an i32 does not fit into memory either.
+        // A length that exceeds an i32 does not fit into memory either.
         DType::I32 => match x.as_const() {
             Some(_) => within(i64::from(i32::MIN), i64::from(i32::MAX)),
             None => Some(x.clone()),
         },
         DType::Bool => equal(x, &Dim::default()).map(|zero| Dim::constant(i64::from(!zero))),
-        // Of floats, what they hold exactly.
+        // For floats, only what they represent exactly.
         narrow => {
             let (low, high) = narrow.int_range();
             within(low, high)
@@ -181,7 +181,7 @@ pub(super) fn cast(x: &Dim, to: DType) -> Option<Dim> {
     }
 }
 
-/// Elements picked by index; unknown where the index is out of range.
+/// Elements selected by index; unknown if the index is out of range.
 pub(super) fn pick(elements: &[Option<Dim>], indices: impl IntoIterator<Item = usize>) -> Elements {
     let at = |i: usize| elements.get(i).cloned().flatten();
     indices.into_iter().map(at).collect()

@@ -60,7 +60,7 @@ impl NodeInference<'_> {
         let shape = self.broadcast(&yes.shape, &no.shape, 1, 2)?;
         let shape = self.broadcast(&condition.shape, &shape, 0, 1)?;
         let elements = || -> Option<Elements> {
-            // Either branch may be unknown where the other is taken.
+            // A branch may be unknown where the other is selected.
             let unknown = |fact: &Fact| spread(fact, &shape).or_else(|| Some(vec![None; elements::volume(&shape)?]));
             let (c, y, n) = (unknown(&condition)?, unknown(&yes)?, unknown(&no)?);
             let pick = |i: usize| match c[i].as_ref().and_then(Dim::as_const) {
@@ -90,7 +90,7 @@ impl NodeInference<'_> {
     }
 }
 
-/// The elements of a fact as they broadcast to a shape.
+/// The elements of a fact, broadcast to a shape.
 pub(super) fn spread(fact: &Fact, shape: &[Dim]) -> Option<Elements> {
     let elements = fact.elements.as_ref()?;
     Some(elements::pick(

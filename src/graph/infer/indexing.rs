@@ -1,4 +1,4 @@
-//! Operators that read or write where an index says.
+//! Operators that read or write at given indices.
 
 use super::elements;
 use super::node::{NodeInference, Outputs, one};
@@ -76,7 +76,8 @@ impl NodeInference<'_> {
             .and_then(|d| usize::try_from(d).ok())
             .filter(|d| *d <= x.shape.len());
         if let Some(depth) = depth {
-            // Updates: the index's shape without its last dim, then what an index leaves of the data's.
+            // Updates: the indices' shape without its last dim, then the dims of the data that an index does not
+            // address.
             let mut wanted = index.shape[..index.shape.len() - 1].to_vec();
             wanted.extend(x.shape[depth..].iter().cloned());
             if wanted.len() != update.shape.len() {
@@ -104,7 +105,7 @@ impl NodeInference<'_> {
         one(Fact::new(x.dtype, x.shape).with(elements))
     }
 
-    /// Writes into a vector, as TorchScript does to put a length into a shape.
+    /// Writes into a vector, as TorchScript does to set a length in a shape.
     fn scattered(&self, x: &Fact, index: &Fact, update: &Fact, mode: ScatterMode) -> Option<Elements> {
         let mut elements = x
             .elements
@@ -120,7 +121,7 @@ impl NodeInference<'_> {
         Some(elements)
     }
 
-    /// The update fits the cache on every axis but the one it is written along.
+    /// The update matches the cache on every axis except the one it is written along.
     pub(super) fn tensor_scatter(&mut self, axis: i64) -> Result<Outputs, InferError> {
         let (cache, update) = (self.input(0)?.clone(), self.input(1)?.clone());
         let axis = self.axis_of(0, axis)?;

@@ -49,7 +49,7 @@ impl NodeInference<'_> {
         self.require_rank(1, 1)?;
         let (a, b) = (self.input(0)?.clone(), self.input(1)?.clone());
         let (mut left, mut right) = (a.shape, b.shape);
-        // A vector is a row on the left and a column on the right; its 1 is taken out again below.
+        // A vector is a row on the left and a column on the right; its 1 is removed again below.
         let (row, column) = (left.len() == 1, right.len() == 1);
         if row {
             left.insert(0, Dim::constant(1));
@@ -132,7 +132,7 @@ impl NodeInference<'_> {
         one(Fact::new(x.dtype, x.shape.clone()).with(elements))
     }
 
-    /// The scale must fit the normalized axes. Beside the result: mean and inverse deviation, in fp32.
+    /// The scale must fit the normalized axes. In addition to the result: mean and inverse deviation, in fp32.
     pub(super) fn normalization(&mut self, axis: i64) -> Result<Outputs, InferError> {
         let (x, scale) = (self.input(0)?.clone(), self.input(1)?.clone());
         let axis = self.axis_of(0, axis)?;

@@ -1,10 +1,11 @@
-//! Types of every value of a graph: dtypes, shapes of symbolic dims, and what small integer tensors hold.
+//! Types of every value of a graph: dtypes, shapes of symbolic dims, and the elements of small integer tensors.
 //!
-//! Takes a graph whose inputs and constants have types; [`infer`] fills in the rest and gives [`InferenceFacts`]. Exporters compute
-//! shapes in the graph (`Shape` → `Gather` → `Concat` → `Reshape`), name one length many times and take equal lengths
-//! from different tensors. So elements of small tensors are tracked as dims, and every equation that an operator implies
-//! (two operands of a broadcast, the other axes of a `Concat`, the inner dims of a `MatMul`) goes to a [`Unifier`]. A
-//! later equation can decide an earlier question, so inference repeats until nothing new is learned.
+//! Input: a graph whose inputs and constants have types; [`infer`] fills in the rest and returns [`InferenceFacts`].
+//! Exporters compute shapes in the graph (`Shape` → `Gather` → `Concat` → `Reshape`), give one length several names and
+//! read equal lengths from different tensors. So elements of small tensors are tracked as dims, and every equation that
+//! an operator implies (two operands of a broadcast, the other axes of a `Concat`, the inner dims of a `MatMul`) goes
+//! to a [`Unifier`]. A later equation can decide an earlier question, so inference repeats until nothing new is
+//! learned.
 //!
 //! Dtypes are propagated, not checked: the verifier finds mixed operands. Values after an unknown operator
 //! without declared types stay untyped.
@@ -37,12 +38,12 @@ use super::{Definition, Graph, NodeId, Shape, ValueId};
 use crate::dim::{Dim, DimConflict, Sym, Unifier};
 use crate::tensor::DType;
 
-/// Larger tensors are data, not shapes: their elements are not followed.
+/// Larger tensors are data, not shapes: their elements are not tracked.
 const MAX_CONTENTS: usize = 128;
 /// Rounds until nothing new is learned; real exports need two.
 const MAX_ROUNDS: usize = 8;
 
-/// What a node's operand is, for messages.
+/// A description of a node's operand, for messages.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Operand {
     pub name: String,
@@ -83,7 +84,7 @@ pub enum InferError {
 /// The elements of a small tensor, in row-major order; the tensor's shape and dtype are in the graph.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Contents {
-    /// False and true are 0 and 1. Of a float tensor the elements are known only if they are whole numbers.
+    /// False and true are 0 and 1. The elements of a float tensor are known only if they are whole numbers.
     pub elements: Vec<Dim>,
     /// The tensor has rank 0.
     pub scalar: bool,
@@ -104,7 +105,7 @@ impl Contents {
     }
 }
 
-/// What inference found beside the types, which are in the graph.
+/// What inference found in addition to the types, which are in the graph.
 #[derive(Clone, Debug, Default)]
 pub struct InferenceFacts {
     contents: HashMap<ValueId, Contents>,
@@ -148,7 +149,7 @@ pub fn infer(graph: &mut Graph) -> Result<InferenceFacts, InferError> {
 /// `(attention_mask, 1, past + tokens)`. Each declared symbol that a role solves is replaced in all inputs; a declared
 /// number stays, and a symbol of the role becomes that number.
 pub fn bind_input_dims(graph: &mut Graph, roles: &[(ValueId, usize, Dim)]) -> Result<(), InferError> {
-    // The export's own "past" need not be ours.
+    // The export's "past" may mean something else.
     let canonical = [Sym::batch(), Sym::tokens(), Sym::past(), Sym::capacity()];
     let set_aside: BTreeMap<Sym, Dim> = canonical
         .iter()
@@ -180,7 +181,7 @@ pub fn bind_input_dims(graph: &mut Graph, roles: &[(ValueId, usize, Dim)]) -> Re
 /// Elements of a small tensor; `None` where one is not known.
 type Elements = Vec<Option<Dim>>;
 
-/// What is known of one value.
+/// What is known about one value.
 #[derive(Clone, Debug)]
 struct Fact {
     dtype: DType,
@@ -203,7 +204,7 @@ impl Fact {
         self
     }
 
-    /// The elements if all are numbers, as of an `axes` input.
+    /// The elements if all are numbers, for example of an `axes` input.
     fn consts(&self) -> Option<Vec<i64>> {
         let elements = self.elements.as_ref()?;
         elements.iter().map(|e| e.as_ref()?.as_const()).collect()
@@ -234,7 +235,7 @@ impl Tables {
                     let shape = constant.shape().iter().map(|d| Dim::from(*d)).collect();
                     Some(Fact::new(constant.dtype(), shape).with(elements::of_constant(constant)))
                 }
-                // Only an unknown operator's declared types are believed.
+                // Declared types are used only for unknown operators.
                 Definition::Node { node, .. } if matches!(graph.node(*node).op, Op::Unknown { .. }) => {
                     Some(Fact::new(value.dtype?, value.shape.clone()?))
                 }

@@ -1,4 +1,4 @@
-//! Operators that move elements: shapes of tensors, and the little tensors that shapes are made of.
+//! Operators that move elements: shapes of tensors, and elements of small tensors that hold shapes.
 
 use super::elements;
 use super::elementwise::spread;
@@ -48,7 +48,7 @@ impl NodeInference<'_> {
         one(Fact::new(DType::I64, vec![]).with(Some(vec![Some(size)])))
     }
 
-    /// What a shape input holds: one entry a dim. The number of dims must be known, the dims need not be.
+    /// The content of a shape input: one entry per dim. The number of dims must be known, the dims may be unknown.
     fn target(&self, i: usize) -> Result<Elements, InferError> {
         let target = self.input(i)?;
         let rank = match target.shape.as_slice() {
@@ -88,7 +88,7 @@ impl NodeInference<'_> {
             });
         }
         let volume = product(&x.shape);
-        // One dim that is not known follows from the volume, whether it is written as -1 or computed.
+        // One unknown dim follows from the volume, whether it is -1 or computed.
         let solve = match (open, unknown.as_slice()) {
             (Some(axis), []) => Some(axis),
             (None, [axis]) => Some(*axis),
@@ -108,7 +108,7 @@ impl NodeInference<'_> {
         } else if unknown.is_empty() {
             let wanted = product(&shape);
             let constant = volume.as_const().is_some() && wanted.as_const().is_some();
-            // An equation of products may have no single solution and still hold.
+            // An equation of products may hold without a unique solution.
             if self.unifier.unify(&volume, &wanted).is_err() && constant {
                 return Err(self.error(format!("{} does not fit into {shape:?}", self.operand(0))));
             }
@@ -124,10 +124,10 @@ impl NodeInference<'_> {
         let reversed: Vec<usize> = (0..rank).rev().collect();
         let perm = perm.unwrap_or(&reversed);
         if perm.len() != rank || perm.iter().any(|p| *p >= rank) {
-            return Err(self.error(format!("perm {perm:?} is none of {}", self.operand(0))));
+            return Err(self.error(format!("perm {perm:?} is not a permutation of {}", self.operand(0))));
         }
         let shape = perm.iter().map(|p| x.shape[*p].clone()).collect();
-        // Where at most one dim is longer than 1, no element moves.
+        // If at most one dim is longer than 1, no element moves.
         let long = x.shape.iter().filter(|d| !d.is_one()).count();
         let elements = x.elements.clone().filter(|_| long <= 1);
         one(Fact::new(x.dtype, shape).with(elements))
@@ -236,7 +236,7 @@ impl NodeInference<'_> {
             if i > 0 {
                 shape[axis] = &shape[axis] + &part.shape[axis];
             }
-            // Along axis 0 the elements of the parts simply follow one another.
+            // Along axis 0 the elements of the parts are concatenated.
             elements = match (elements, elements::volume(&part.shape)) {
                 (Some(mut all), Some(volume)) if axis == 0 && all.len() + volume <= MAX_CONTENTS => {
                     all.extend(part.elements.unwrap_or_else(|| vec![None; volume]));
@@ -285,7 +285,7 @@ impl NodeInference<'_> {
         Ok(outputs)
     }
 
-    /// Equal parts; the last one is smaller where the number does not divide the length.
+    /// Equal parts; the last one is smaller if the number does not divide the length.
     fn equal_parts(&self, dim: &Dim, count: usize, axis: usize) -> Vec<Dim> {
         if let Some(part) = dim.div_exact(&Dim::from(count)) {
             return vec![part; count];
@@ -314,7 +314,7 @@ impl NodeInference<'_> {
         };
         let count = axes.len();
         if starts.len() != count || ends.len() != count || steps.len() != count || steps.contains(&0) {
-            return Err(self.error("its starts, ends, axes and steps do not belong together"));
+            return Err(self.error("its starts, ends, axes and steps do not match"));
         }
         self.axes_in(&axes, rank)?;
         let mut shape = x.shape.clone();
@@ -389,8 +389,8 @@ fn product(dims: &[Dim]) -> Dim {
     dims.iter().fold(Dim::constant(1), |product, d| &product * d)
 }
 
-/// The length of `start..end` by `step` on an axis of length `dim`, with ONNX's clamping. Where a symbolic bound cannot
-/// be compared with the length it is taken to lie within, as exporters that slice tables by a length rely on.
+/// The length of `start..end` by `step` on an axis of length `dim`, with ONNX's clamping. A symbolic bound that cannot
+/// be compared with the length is assumed to be within it: exporters that slice tables by a length rely on that.
 fn slice_length(dim: &Dim, start: &Dim, end: &Dim, step: i64) -> Option<Dim> {
     if step < 0 {
         return reversed_length(dim, start, end, step);
@@ -430,7 +430,7 @@ fn clamp(dim: &Dim, bound: &Dim) -> Option<Dim> {
         (Some(b), Some(d)) => Some(Dim::constant((if b < 0 { b + d } else { b }).clamp(0, d))),
         (Some(0), None) => Some(Dim::default()),
         (Some(b), None) if b < 0 => Some(dim + bound),
-        // The lesser of a number and a length.
+        // The minimum of a number and a length.
         (Some(b), None) => dim.lower_bound().filter(|low| *low >= b).map(|_| bound.clone()),
         (None, _) => Some(match (bound.upper_bound(), (bound - dim).lower_bound()) {
             (Some(high), _) if high < 0 => dim + bound,

@@ -1,4 +1,4 @@
-//! One node: the family whose rule it takes, and what rules need to look at operands and to learn equations.
+//! One node: selects the rule of its family, and gives rules access to operands and equations.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use crate::graph::op::{Family, TypeRule};
 use crate::graph::{Graph, Node, Shape};
 use crate::tensor::DType;
 
-/// One node with what is known of its inputs.
+/// One node with what is known about its inputs.
 pub(super) struct NodeInference<'a> {
     pub(super) graph: &'a Graph,
     pub(super) node: &'a Node,
@@ -23,11 +23,11 @@ pub(super) fn one(fact: Fact) -> Result<Outputs, InferError> {
     Ok(vec![Some(fact)])
 }
 
-/// What `no_rule` says; a test looks for operators of which inference says so.
+/// The message of `no_rule`; a test looks for operators with this message.
 pub(in crate::graph) const NO_RULE: &str = "its types have no rule; this is a bug in Lapidary";
 
 impl NodeInference<'_> {
-    /// The types of the outputs, by the rule that the operator's table entry or its family has.
+    /// The types of the outputs, by the rule in the operator's table entry or of its family.
     pub(super) fn rule(&mut self) -> Result<Outputs, InferError> {
         let info = self.node.op.info();
         if info.types == TypeRule::LikeInput {
@@ -95,10 +95,10 @@ impl NodeInference<'_> {
         }
     }
 
-    /// Two dims of a broadcast: 1 gives way, anything else is equal.
+    /// Two dims of a broadcast: equal, unless one of them is 1.
     ///
-    /// `tokens` against `past + tokens` is no equation, which would say that `past` is 0: an export that does this works
-    /// for one token or for no past, and the result is the greater of the two either way.
+    /// `tokens` with `past + tokens` is not an equation (it would make `past` 0): such an export works for one token or
+    /// for no past, and the result is the greater of the two in both cases.
     pub(super) fn broadcast_dim(&mut self, left: &Dim, right: &Dim, i: usize, j: usize) -> Result<Dim, InferError> {
         let difference = left - right;
         match (left.is_one(), right.is_one(), difference.as_const()) {
@@ -148,7 +148,7 @@ impl NodeInference<'_> {
         Ok(found)
     }
 
-    /// Numbers that must be known, as axes must.
+    /// Numbers that must be known, such as axes.
     pub(super) fn required_consts(&self, i: usize, what: &str) -> Result<Vec<i64>, InferError> {
         let found = self.input(i)?.consts();
         found.ok_or_else(|| {

@@ -1,4 +1,4 @@
-//! Codes of floats, and floats of codes.
+//! Quantization and dequantization.
 
 use super::node::{NodeInference, Outputs, one};
 use super::{Fact, InferError};
@@ -30,7 +30,7 @@ impl NodeInference<'_> {
         }
     }
 
-    /// The shape of input 0 with another dtype; its elements are not known.
+    /// The shape of input 0 with another dtype; its elements are unknown.
     fn like_input_as(&self, dtype: DType) -> Result<Outputs, InferError> {
         one(Fact::new(dtype, self.input(0)?.shape.clone()))
     }

@@ -1,4 +1,4 @@
-//! What no text shows: equations and roles of dims. tests/files/infer has the rest.
+//! Equations and roles of dims, which text cases cannot show. tests/files/infer has the rest.
 
 use super::*;
 
@@ -28,7 +28,7 @@ fn equations_solve_other_dims() {
 #[test]
 fn roles_are_given_to_the_inputs_dims() {
     let mut graph = Graph::new("g");
-    // The export's own "past" is the whole length, and its batch is fixed.
+    // The export's "past" is the total length, and its batch is fixed.
     let ids = graph.add_input("input_ids", DType::I64, dims("1, s"));
     let mask = graph.add_input("mask", DType::I64, dims("1, past"));
     let key = graph.add_input("key", DType::F32, dims("1, 2, p, 16"));

@@ -1,8 +1,8 @@
 //! Attributes of operators: their values, and how the table describes them.
 //!
-//! A field of an operator is declared with one of the descriptions below, which knows ONNX's name and default and turns
-//! the field into an [`Attribute`] and back. The same description serves the ONNX reader and writer, the dump and its
-//! parser: the two readers are [`AttributeSource`]s.
+//! A field of an operator is declared with one of the descriptions below, which has ONNX's name and default and
+//! converts the field into an [`Attribute`] and back. The same description serves the ONNX reader and writer, the dump
+//! and its parser: the two readers are [`AttributeSource`]s.
 
 use super::{Rounding, ScatterMode};
 use crate::tensor::{DType, Tensor};
@@ -27,15 +27,15 @@ pub(crate) enum Attribute {
 /// Why an attribute cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum AttributeError {
-    /// It breaks ONNX's rules: the reason, as in "its attribute "axis" is missing".
+    /// It violates ONNX's rules: the reason, as in "its attribute "axis" is missing".
     Malformed(String),
-    /// A value that ONNX allows and Lapidary does not know, as `name=value`.
+    /// A value that ONNX allows and Lapidary does not support, as `name=value`.
     Unsupported(String),
 }
 
-/// Where the attributes of one node come from. A name that is absent gives `None`; a value of another kind is an error.
+/// The source of one node's attributes. An absent name gives `None`; a value of another kind is an error.
 pub(crate) trait AttributeSource {
-    /// What the source fails with.
+    /// The source's error.
     type Error: From<AttributeError>;
     /// An integer.
     fn int(&self, name: &str) -> Result<Option<i64>, Self::Error>;
@@ -57,15 +57,15 @@ fn malformed<T, E: From<AttributeError>>(reason: String) -> Result<T, E> {
     Err(AttributeError::Malformed(reason).into())
 }
 
-/// How one field is spelled as an attribute.
+/// How one field is written as an attribute.
 pub(super) trait AttributeSpec {
     type Field;
     fn name(&self) -> &'static str;
-    /// The field where the attribute is left out; something valid where it must not be.
+    /// The field's value for an omitted attribute; any valid value if it is required.
     fn default(&self) -> Self::Field;
-    /// `None`: the attribute is left out.
+    /// `None`: the attribute is omitted.
     fn value(&self, field: &Self::Field) -> Option<Attribute>;
-    /// Whether writing the attribute is idle.
+    /// Whether writing the attribute is redundant.
     fn is_default(&self, field: &Self::Field) -> bool;
     fn read<S: AttributeSource>(&self, source: &S) -> Result<Self::Field, S::Error>;
 
@@ -127,7 +127,7 @@ spec! {
 }
 
 spec! {
-    /// An integer that must be there.
+    /// A required integer.
     required_int -> RequiredInt {} for i64;
     default(_this) 0;
     value(v) Some(Attribute::Int(*v));
@@ -157,7 +157,7 @@ spec! {
 }
 
 spec! {
-    /// A count that ONNX leaves out or writes as 0 when it does not apply.
+    /// A count that is omitted or 0 when it does not apply.
     count -> Count {} for Option<usize>;
     default(_this) None;
     value(v) v.map(|n| Attribute::Int(n as i64));
@@ -175,7 +175,7 @@ spec! {
 }
 
 spec! {
-    /// A size that must be there and not 0.
+    /// A required size, not 0.
     required_size -> RequiredSize {} for usize;
     default(_this) 1;
     value(v) Some(Attribute::Int(*v as i64));
@@ -214,7 +214,7 @@ spec! {
 }
 
 spec! {
-    /// A float that is left out or 0 when it does not apply.
+    /// A float that is omitted or 0 when it does not apply.
     nonzero_real -> NonzeroReal {} for Option<f32>;
     default(_this) None;
     value(v) v.map(Attribute::Float);
@@ -237,7 +237,7 @@ spec! {
 }
 
 spec! {
-    /// An element type that must be there.
+    /// A required element type.
     element_type -> ElementType {} for DType;
     default(_this) DType::F32;
     value(v) Some(Attribute::DType(*v));
@@ -261,7 +261,7 @@ spec! {
 }
 
 spec! {
-    /// A permutation of the axes; left out, they are reversed.
+    /// A permutation of the axes; reversed if omitted.
     permutation -> Permutation {} for Option<Vec<usize>>;
     default(_this) None;
     value(v) v.as_ref().map(|perm| Attribute::Ints(perm.iter().map(|axis| *axis as i64).collect()));
@@ -316,7 +316,7 @@ spec! {
     };
 }
 
-/// An enum whose variants attributes spell as words.
+/// An enum whose variants are words in attributes.
 pub(super) trait Words: Copy + PartialEq + 'static {
     /// Every variant with its word.
     const WORDS: &'static [(Self, &'static str)];
@@ -358,7 +358,7 @@ impl<W: Words> AttributeSpec for WordSpec<W> {
     }
 }
 
-/// A rounding to codes in three attributes, all left out where there is none.
+/// A rounding to codes in three attributes, all omitted if there is none.
 pub(super) struct RoundingSpec {
     to: &'static str,
     scale: &'static str,

@@ -1,7 +1,7 @@
 //! The macros of the operator tables. Both expand to plain enums and exhaustive matches.
 
-/// Declares an enum of operators that differ in nothing but their name and operands: for each variant ONNX's name, the
-/// opsets that define a version of it, and its operand. The closure at the end makes the rest of its `OperatorInfo`.
+/// Declares an enum of operators that differ only in name and operands: for each variant ONNX's name, the opsets that
+/// define a version of it, and its operand. The closure at the end builds the rest of its `OperatorInfo`.
 macro_rules! named {
     (
         $(#[$meta:meta])*
@@ -45,8 +45,8 @@ macro_rules! named {
     };
 }
 
-/// Declares [`Op`](super::Op): `plain` variants with their attributes as fields, `records` whose attributes are a struct
-/// of their own. A field is `name: type = how ONNX spells it`, see `attributes`.
+/// Declares [`Op`](super::Op): `plain` variants with their attributes as fields, `records` whose attributes are a
+/// separate struct. A field is `name: type = how ONNX writes it`, see `attributes`.
 macro_rules! operators {
     (
         plain {
@@ -68,7 +68,7 @@ macro_rules! operators {
             }
         )*
 
-        /// An operator with its attributes; the head of the module says what is normalized.
+        /// An operator with its attributes; the head of the module describes the normalized form.
         #[derive(Clone, PartialEq, Debug)]
         #[allow(missing_docs, reason = "variants and attributes are ONNX's of the same name")]
         pub enum Op {
@@ -82,8 +82,8 @@ macro_rules! operators {
             },
             $( $(#[$doc])* $variant $({ $( $(#[$fdoc])* $field: $type ),* })?, )*
             $( $(#[$rdoc])* $record($record), )*
-            /// An operator Lapidary does not know. Kept so that `inspect` can show the whole graph and so that every
-            /// obstacle is named at once; the verifier refuses graphs that still hold one.
+            /// An unknown operator. Kept so that `inspect` can show the whole graph and every obstacle is reported at
+            /// once; the verifier refuses graphs that contain one.
             Unknown {
                 domain: String,
                 op_type: String,
@@ -91,7 +91,7 @@ macro_rules! operators {
         }
 
         impl Op {
-            /// What the table says about the operator.
+            /// The operator's entry in the table.
             pub fn info(&self) -> OperatorInfo {
                 match self {
                     Op::Unary(op) => op.info(),
@@ -103,8 +103,8 @@ macro_rules! operators {
                 }
             }
 
-            /// One operator of every name, attributes as ONNX has them by default; 0 or f32 where it has no default.
-            /// [`Op::Unknown`] is not among them.
+            /// One operator of every name, with ONNX's default attributes; 0 or f32 without a default. [`Op::Unknown`]
+            /// is not included.
             pub fn all() -> Vec<Op> {
                 let mut all: Vec<Op> = Vec::new();
                 all.extend(Unary::ALL.iter().map(|op| Op::Unary(*op)));
@@ -119,7 +119,8 @@ macro_rules! operators {
                 all
             }
 
-            /// Calls back with the name and value (`None`: left out) of each attribute, and whether that is ONNX's default.
+            /// Calls back with the name and value (`None`: omitted) of each attribute, and whether that is ONNX's
+            /// default.
             pub(super) fn each_attribute(&self, mut each: impl FnMut(&'static str, Option<Attribute>, bool)) {
                 match self {
                     Op::Unary(_) | Op::Binary(_) | Op::Unknown { .. } => {}

@@ -2,7 +2,7 @@
 
 use super::attributes::Words;
 
-/// What a router makes of its logits, of all experts.
+/// How a router computes scores from the logits of all experts.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum RouterScores {
     /// Their softmax.
@@ -21,10 +21,10 @@ impl Words for RouterScores {
     ];
 }
 
-/// How the weights of a token's experts follow from the scores of those that were chosen.
+/// How the weights of a token's experts follow from the scores of the chosen ones.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum ChosenWeights {
-    /// They are the scores.
+    /// The scores.
     Scores,
     /// The scores divided by their sum.
     Normalized,
@@ -66,7 +66,7 @@ impl Words for ExpertActivation {
 }
 
 impl ExpertActivation {
-    /// As attributes and dumps say it.
+    /// The word in attributes and dumps.
     pub fn word(self) -> &'static str {
         let word = Self::WORDS.iter().find(|(variant, _)| *variant == self);
         word.map_or("", |(_, word)| word)
@@ -81,21 +81,21 @@ impl ExpertActivation {
     }
 }
 
-/// What stands before the second matrix of an expert, as [`Op::Experts`](super::Op::Experts) says it.
+/// The function before the second matrix of an expert; see [`Op::Experts`](super::Op::Experts).
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Gating {
     /// The function.
     pub activation: ExpertActivation,
-    /// Of [`ExpertActivation::Swish`].
+    /// Alpha of [`ExpertActivation::Swish`].
     pub alpha: f32,
     /// Added to `up`.
     pub beta: f32,
-    /// The bound of what the function takes from above, and of `up` from both sides; 0: none.
+    /// Upper bound of the function's argument, and bound of `up` on both sides; 0: none.
     pub limit: f32,
 }
 
 impl super::Experts {
-    /// What stands before the second matrix.
+    /// The input of the second matrix.
     pub fn gating(&self) -> Gating {
         Gating {
             activation: self.activation,

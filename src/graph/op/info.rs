@@ -1,21 +1,21 @@
-//! What other levels must know of an operator, as plain data.
+//! Properties of an operator for other levels, as plain data.
 
 use crate::tensor::DType;
 
 /// The domain of ONNX Runtime's contrib operators.
 pub const MICROSOFT: &str = "com.microsoft";
 
-/// The domain of operators of our own: what no operator of ONNX says in one node.
+/// The domain of Lapidary's own operators, which ONNX cannot express in one node.
 pub const LAPIDARY: &str = "lapidary";
 
-/// Element types an operand may have.
+/// Element types that an operand may have.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ElementTypes {
     /// Every type.
     Any,
     /// f16, bf16, f32, f64.
     Float,
-    /// Everything but bool.
+    /// Every type except bool.
     Number,
     /// i32 or i64.
     Index,
@@ -41,7 +41,7 @@ impl ElementTypes {
         }
     }
 
-    /// As messages say it: "must be a float type".
+    /// As in messages: "must be a float type".
     pub fn name(self) -> &'static str {
         match self {
             ElementTypes::Any => "anything",
@@ -58,13 +58,13 @@ impl ElementTypes {
 /// One input of an operator.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Input {
-    /// Element types it may have.
+    /// Element types that it may have.
     pub types: ElementTypes,
     /// All inputs marked so must have one element type.
     pub same: bool,
-    /// It may be left out.
+    /// It may be omitted.
     pub optional: bool,
-    /// It is read while the network is made (a shape, axes), or only its type is: no layer needs its elements.
+    /// It, or only its type, is read while the network is built (a shape, axes): no layer needs its elements.
     pub parameter: bool,
 }
 
@@ -113,10 +113,10 @@ pub(super) const fn boolean() -> Input {
     Input::of(ElementTypes::Bool)
 }
 
-/// Which file of `graph::infer`, `graph::eval` and `lower` knows the operator.
+/// Which file of `graph::infer`, `graph::eval` and `lower` handles the operator.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Family {
-    /// Each element from the elements at the same place, with broadcasting.
+    /// Each element from the elements at the same position, with broadcasting.
     Elementwise,
     /// Softmax, reductions and cumulative sums.
     Reduction,
@@ -126,15 +126,15 @@ pub enum Family {
     Normalization,
     /// Shapes, and elements in another order or another shape.
     Movement,
-    /// Elements read or written where an index says.
+    /// Elements read or written at given indices.
     Indexing,
-    /// Elements chosen by their value, and where they are.
+    /// Elements chosen by value, and their indices.
     Selection,
     /// Attention and rotary embeddings.
     Attention,
     /// A mixture of experts.
     Experts,
-    /// Codes of floats, and floats of codes.
+    /// Quantization and dequantization.
     Quantization,
     /// [`Op::Unknown`](super::Op::Unknown).
     Unknown,
@@ -151,14 +151,14 @@ pub enum RowWise {
     Never,
 }
 
-/// What an operator does to elements besides computing.
+/// Whether an operator only moves elements.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Moves {
     /// It computes.
     No,
-    /// The same elements in the same order under another shape: all that it does.
+    /// It only changes the shape; elements keep their order.
     InOrder,
-    /// Elements at other places, repeated or left out: all that it does.
+    /// It only moves, repeats or drops elements.
     Elsewhere,
 }
 
@@ -171,7 +171,7 @@ pub enum TypeRule {
     Own,
 }
 
-/// What the table says about one operator.
+/// The table's entry of one operator.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct OperatorInfo {
     /// `""` for ai.onnx.
@@ -184,23 +184,23 @@ pub struct OperatorInfo {
     pub inputs: &'static [Input],
     /// The last input may be repeated.
     pub variadic: bool,
-    /// The most outputs it has; `usize::MAX` where their number has a meaning.
+    /// The maximum number of outputs; `usize::MAX` if their number has a meaning.
     pub outputs: usize,
-    /// Attributes without effect here, which the reader passes over.
+    /// Attributes without effect here, which the reader skips.
     pub ignored: &'static [&'static str],
-    /// Which file knows what it means.
+    /// Which file defines its meaning.
     pub family: Family,
     /// How its outputs are typed.
     pub types: TypeRule,
-    /// Whether tokens stay apart.
+    /// Whether tokens stay independent.
     pub row_wise: RowWise,
     /// Whether it only moves elements.
     pub moves: Moves,
-    /// Whether a canonical graph may hold it, attributes permitting.
+    /// Whether a canonical graph may contain it, subject to its attributes.
     pub canonical: bool,
 }
 
-/// An operator of ONNX's own domain with one output and its own rule, until the methods below say otherwise.
+/// An operator of ONNX's own domain with one output and its own rule; the methods below change that.
 pub(super) const fn onnx(op_type: &'static str, versions: &'static [i64], inputs: &'static [Input]) -> OperatorInfo {
     OperatorInfo {
         domain: "",
@@ -218,7 +218,7 @@ pub(super) const fn onnx(op_type: &'static str, versions: &'static [i64], inputs
     }
 }
 
-/// A contrib operator of ONNX Runtime: the passes rewrite it, so canonical graphs hold none.
+/// A contrib operator of ONNX Runtime: the passes rewrite it, so canonical graphs contain none.
 pub(super) const fn contrib(op_type: &'static str, inputs: &'static [Input]) -> OperatorInfo {
     OperatorInfo {
         domain: MICROSOFT,
@@ -227,7 +227,7 @@ pub(super) const fn contrib(op_type: &'static str, inputs: &'static [Input]) -> 
     }
 }
 
-/// An operator of Lapidary's own, in files a function of standard operators.
+/// One of Lapidary's own operators; in files it is a function of standard operators.
 pub(super) const fn own(op_type: &'static str, inputs: &'static [Input]) -> OperatorInfo {
     OperatorInfo {
         domain: LAPIDARY,

@@ -6,8 +6,8 @@
 //! operators <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>.
 //!
 //! `table` declares every operator once: its variant of [`Op`], its attributes with ONNX's names and defaults, its
-//! operands, and what other levels must know of it ([`OperatorInfo`]). The reader, the writer, the dump and its parser,
-//! the verifier and inference of the common cases follow from that. What an operator means is in the file of its
+//! operands, and properties for other levels ([`OperatorInfo`]). The reader, the writer, the dump and its parser, the
+//! verifier and inference of the common cases are derived from it. The meaning of an operator is in the file of its
 //! [`Family`] in `graph::infer`, `graph::eval` and `lower`. docs/contributing/adding-an-operator.md walks through one.
 
 mod attributes;
@@ -77,7 +77,7 @@ named! {
 }
 
 named! {
-    /// What a [`Op::Reduce`] computes.
+    /// The function of an [`Op::Reduce`].
     Reduction {
         Mean => "ReduceMean", [1, 11, 13, 18], number();
         Sum => "ReduceSum", [1, 11, 13], number();
@@ -90,7 +90,7 @@ named! {
 }
 
 impl Binary {
-    /// Whether the result is bool whatever the operands are.
+    /// Whether the result is bool regardless of the operands.
     pub fn is_predicate(self) -> bool {
         matches!(
             self,
@@ -117,23 +117,23 @@ pub enum ScatterMode {
     Mul,
     /// The greater.
     Max,
-    /// The lesser.
+    /// The smaller.
     Min,
 }
 
-/// Every element as the number its nearest code stands for, as [`Op::RoundToCodes`] does it.
+/// Rounding of every element to the value of its nearest code; see [`Op::RoundToCodes`].
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Rounding {
     /// The codes' type.
     pub to: DType,
-    /// What a step of the codes stands for.
+    /// The value of one step of the codes.
     pub scale: f32,
     /// The code of 0; 0 for codes of floats.
     pub zero_point: i64,
 }
 
 impl Rounding {
-    /// What a [`Op::RoundToCodes`] does; `None` of another operator.
+    /// The rounding of an [`Op::RoundToCodes`]; `None` for another operator.
     pub fn of(op: &Op) -> Option<Rounding> {
         match *op {
             Op::RoundToCodes { to, scale, zero_point } => Some(Rounding { to, scale, zero_point }),
@@ -141,14 +141,14 @@ impl Rounding {
         }
     }
 
-    /// The operator that does it.
+    /// The operator for it.
     pub fn operator(self) -> Op {
         let Rounding { to, scale, zero_point } = self;
         Op::RoundToCodes { to, scale, zero_point }
     }
 
-    /// The rounding of `factor * x` that is `factor` times this one of `x`. The factor is not 0; a negative one turns the
-    /// range of integer codes round.
+    /// The rounding of `factor * x` that is `factor` times this one of `x`. The factor is not 0; a negative one
+    /// reverses the range of integer codes.
     pub fn scaled(self, factor: f64) -> Rounding {
         let zero_point = match factor < 0.0 && !self.to.is_float_format() {
             true => {
@@ -164,7 +164,7 @@ impl Rounding {
         }
     }
 
-    /// The smallest number that a code stands for.
+    /// The smallest value of a code.
     pub fn lowest(self) -> f64 {
         let code = match self.to.is_float_format() {
             true => -self.to.max(),
@@ -175,7 +175,7 @@ impl Rounding {
 }
 
 impl Op {
-    /// Whether it is an attention of queries, keys and values in the form of the canonical graph's.
+    /// Whether it is an attention over queries, keys and values in the canonical form.
     pub fn is_attention(&self) -> bool {
         matches!(
             self,
@@ -183,7 +183,7 @@ impl Op {
         )
     }
 
-    /// The operator type as ONNX writes it, `Add` for example. Of an unknown operator, with its domain if it has one.
+    /// The operator type as ONNX writes it, `Add` for example. For an unknown operator, with its domain if it has one.
     pub fn name(&self) -> String {
         match self {
             Op::Unknown { domain, op_type } if !domain.is_empty() => format!("{domain}::{op_type}"),
@@ -219,7 +219,7 @@ impl Op {
         list
     }
 
-    /// The axis attribute, ONNX's default where the node leaves it out; `None` of an operator without one.
+    /// The axis attribute, ONNX's default if omitted; `None` for an operator without one.
     pub(crate) fn axis(&self) -> Option<i64> {
         let mut axis = None;
         self.each_attribute(|name, value, _| {

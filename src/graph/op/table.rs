@@ -1,4 +1,4 @@
-//! The table of operators: one entry each, in the form `Variant { field: type = how ONNX spells it } => facts;`.
+//! The table of operators: one entry each, in the form `Variant { field: type = how ONNX writes it } => facts;`.
 //!
 //! The comment names the inputs. `onnx` takes the name, the opsets that define a version, and the inputs; `contrib` the
 //! name and the inputs.
@@ -90,7 +90,7 @@ operators! {
         Concat { axis: i64 = required_int("axis") }
             => onnx("Concat", &[1, 4, 11, 13], &[any().same()]).variadic()
             .family(Family::Movement).moves(Moves::Elsewhere);
-        /// Inputs: x, sizes?; without sizes as many equal parts as there are outputs.
+        /// Inputs: x, sizes?; without sizes, one equal part per output.
         Split { axis: i64 = int("axis", 0) }
             => onnx("Split", &[1, 2, 11, 13, 18], &[any(), int64().optional().parameter()]).outputs(usize::MAX)
             .family(Family::Movement).moves(Moves::Elsewhere);
@@ -156,8 +156,8 @@ operators! {
             .family(Family::Selection).not_canonical();
 
         // Normalizations
-        /// Inputs: x, scale, bias?. Statistics in fp32. ONNX Runtime's scale and bias may have another float type than x,
-        /// which the statistics in fp32 allow.
+        /// Inputs: x, scale, bias?. Statistics in fp32. In ONNX Runtime, scale and bias may have another float type
+        /// than x.
         LayerNormalization { axis: i64 = int("axis", -1), epsilon: f32 = real("epsilon", 1e-5) }
             => onnx("LayerNormalization", &[17], &[float(), float(), float().optional()]).outputs(3)
             .ignores(&["stash_type"]).family(Family::Normalization).row_wise(RowWise::OverLastAxis);
@@ -201,16 +201,16 @@ operators! {
         /// Inputs: a, b, zero point of a?, zero point of b?. The i32 product of 8-bit codes less their zero points.
         MatMulInteger => onnx("MatMulInteger", &[10], &[number(), number(), number().optional(), number().optional()])
             .family(Family::Quantization).not_canonical();
-        /// Every element as the number its nearest code stands for: `QuantizeLinear` with one scale for all and
-        /// `DequantizeLinear` after it, in fp32.
+        /// Every element rounded to the value of its nearest code: `QuantizeLinear` with one scale for all, followed by
+        /// `DequantizeLinear`, in fp32.
         RoundToCodes {
             to: DType = element_type("to"),
             scale: f32 = real("scale", 1.0),
             zero_point: i64 = int("zero_point", 0),
         } => own("RoundToCodes", &[float()])
             .family(Family::Quantization).like_input().row_wise(RowWise::Always);
-        /// Every element as the number that the nearest of u8 codes over the range of all of x, and 0, stands for:
-        /// `DynamicQuantizeLinear` and `DequantizeLinear` after it, in fp32.
+        /// Every element rounded to the value of its nearest u8 code, over the range of x and 0:
+        /// `DynamicQuantizeLinear` followed by `DequantizeLinear`, in fp32.
         DynamicRoundToCodes => own("DynamicRoundToCodes", &[float()]).family(Family::Quantization).like_input();
 
         // Contrib operators of ONNX Runtime
@@ -261,7 +261,7 @@ operators! {
             softcap: f32 = real("softcap", 0.0),
             /// Set when q, k, v are three-dimensional.
             q_num_heads: Option<usize> = count("q_num_heads"),
-            /// As `q_num_heads`, of keys and values.
+            /// Like `q_num_heads`, for keys and values.
             kv_num_heads: Option<usize> = count("kv_num_heads"),
             /// `None`: the dtype of q.
             softmax_precision: Option<DType> = float_type("softmax_precision"),
@@ -279,28 +279,28 @@ operators! {
                 ],
             )
             .outputs(4).family(Family::Attention);
-        /// Attention whose scores or probabilities are rounded to codes. Inputs: q `[batch, heads, tokens, head_dim]`, k and v
-        /// `[batch, kv_heads, slots, ..]`, mask (bool, true where a token attends to a slot). The scaled products of queries
-        /// and keys are rounded before the soft cap or after it and before the mask, the probabilities before their product with
-        /// the values; all in fp32.
+        /// Attention whose scores or probabilities are rounded to codes. Inputs: q `[batch, heads, tokens, head_dim]`,
+        /// k and v `[batch, kv_heads, slots, ..]`, mask (bool, true where a token attends to a slot). The scaled
+        /// products of queries and keys are rounded before the soft cap, or after it and before the mask; the
+        /// probabilities are rounded before their product with the values. All in fp32.
         RoundedAttention {
             /// Factor of the products of queries and keys.
             scale: f32 = written_real("scale", 1.0),
             /// 0: none.
             softcap: f32 = real("softcap", 0.0),
-            /// Of the scaled scores.
+            /// Rounding of the scaled scores.
             scores: Option<Rounding> = rounding("scores_to", "scores_scale", "scores_zero_point"),
-            /// Of the scores after the soft cap, before the mask.
+            /// Rounding of the scores after the soft cap, before the mask.
             capped: Option<Rounding> = rounding("capped_to", "capped_scale", "capped_zero_point"),
-            /// Of the softmax's result.
+            /// Rounding of the softmax's result.
             probabilities: Option<Rounding>
                 = rounding("probabilities_to", "probabilities_scale", "probabilities_zero_point"),
         } => own("RoundedAttention", &[float().same(), float().same(), float().same(), boolean()])
             .family(Family::Attention);
-        /// Attention in which each head has a bias and a sink. Inputs: q, k, v and mask as those of [`RoundedAttention`] (the
-        /// mask may also be added), slopes and sinks, both f32 `[heads]`. `slopes[head] * slot` is added to the scores after
-        /// the soft cap (ALiBi; 0: no bias), and `sinks[head]` is the score of one more slot, which takes a share of the softmax
-        /// and has no value (minus infinity: no sink). All in fp32.
+        /// Attention in which each head has a bias and a sink. Inputs: q, k, v and mask as in [`RoundedAttention`] (the
+        /// mask can also be additive), slopes and sinks, both f32 `[heads]`. `slopes[head] * slot` is added to the
+        /// scores after the soft cap (ALiBi; 0: no bias), and `sinks[head]` is the score of an additional slot, which
+        /// takes a share of the softmax but has no value (minus infinity: no sink). All in fp32.
         BiasedAttention {
             /// Factor of the products of queries and keys.
             scale: f32 = written_real("scale", 1.0),
@@ -324,15 +324,15 @@ operators! {
             scale: Option<f32> = nonzero_real("scale"),
             /// 0: none.
             softcap: f32 = real("softcap", 0.0),
-            /// −1: no window. Otherwise the number of positions a query may look back, itself included.
+            /// −1: no window. Otherwise the number of positions that a query attends to, itself included.
             local_window_size: i64 = int("local_window_size", -1),
             /// Rotates query and key by the tables.
             do_rotary: bool = flag("do_rotary", false),
             /// Pairs of the rotation are (2i, 2i + 1).
             rotary_interleaved: bool = flag("rotary_interleaved", false),
-            /// 1: the softmax has one more slot with the score 0, which takes its share. Other values: it has not.
+            /// 1: the softmax has an additional slot with the score 0, which takes a share. Other values: no such slot.
             smooth_softmax: i64 = int("smooth_softmax", 0),
-            /// Of the norm of every query and key head, where it has weights.
+            /// Epsilon of the norm of every query and key head, where it has weights.
             qk_norm_epsilon: f32 = real("qk_norm_epsilon", 1e-6),
         } => contrib(
                 "GroupQueryAttention",
@@ -356,47 +356,48 @@ operators! {
                 ],
             )
             .outputs(3).family(Family::Attention);
-        /// The experts of every token and their weights. Inputs: logits `[.., experts]`, correction? `[experts]`. Outputs:
-        /// weights `[.., top_k]` (typed like the logits), experts `[.., top_k]` (i64), in falling order of choice.
+        /// The experts of every token and their weights. Inputs: logits `[.., experts]`, correction? `[experts]`.
+        /// Outputs: weights `[.., top_k]` (typed like the logits), experts `[.., top_k]` (i64), in descending order of
+        /// score.
         ///
-        /// Every expert has a score. The `top_k` greatest of score plus correction are chosen, the lower number first where
-        /// they are equal; the correction has no part in the weights. With groups, experts next to one another form groups of
-        /// equal size, and outside of the `top_groups` best of them the sum counts as 0. A group is as good as the sum of its
+        /// Every expert has a score. The `top_k` greatest of score plus correction are chosen, the lower number first
+        /// among equals; the correction does not affect the weights. With groups, adjacent experts form groups of equal
+        /// size, and outside of the `top_groups` best groups the sum counts as 0. A group's rank is the sum of its
         /// `group_best` greatest. Computed in fp32.
         Routing {
-            /// Experts of a token.
+            /// Experts per token.
             top_k: usize = required_size("top_k"),
-            /// What makes scores of logits.
+            /// How scores follow from logits.
             scores: RouterScores = word("scores", RouterScores::Softmax),
-            /// What makes weights of the scores that were chosen.
+            /// How weights follow from the chosen scores.
             weights: ChosenWeights = word("weights", ChosenWeights::Scores),
             /// Factor of the weights.
             scale: f32 = real("scale", 1.0),
             /// 0: none.
             groups: usize = size("groups"),
-            /// Groups that experts are chosen from.
+            /// Number of groups that experts are chosen from.
             top_groups: usize = size("top_groups"),
-            /// Experts that say how good a group is.
+            /// Number of experts that rank a group.
             group_best: usize = size("group_best"),
         } => own("Routing", &[float(), float().optional()]).outputs(2)
             .family(Family::Experts).row_wise(RowWise::Always);
-        /// Feed-forward layers of which every token passes through a few. Inputs: x `[.., in]`, weights and experts
-        /// `[.., top_k]` (see [`Routing`]), gate `[experts * hidden, in]`, up? (as gate), down `[experts * out, hidden]`,
-        /// gate_bias? `[experts * hidden]`, up_bias? (as gate_bias), down_bias? `[experts * out]`. The matrices of the experts
-        /// stand one below the other.
+        /// A mixture of feed-forward layers; every token passes through a few. Inputs: x `[.., in]`, weights and
+        /// experts `[.., top_k]` (see [`Routing`]), gate `[experts * hidden, in]`, up? (as gate), down `[experts * out,
+        /// hidden]`, gate_bias? `[experts * hidden]`, up_bias? (as gate_bias), down_bias? `[experts * out]`. The
+        /// matrices of the experts are concatenated.
         ///
         /// The sum over a token's experts `e` of its weight times `down[e] h + down_bias[e]`, where `h` is
-        /// `activation(gate[e] x + gate_bias[e])`, times `up[e] x + up_bias[e] + beta` where there is an `up`.
+        /// `activation(gate[e] x + gate_bias[e])`, times `up[e] x + up_bias[e] + beta` if there is an `up`.
         Experts {
-            /// How many there are.
+            /// Number of experts.
             experts: usize = required_size("experts"),
             /// The function.
             activation: ExpertActivation = word("activation", ExpertActivation::Swish),
-            /// Of the function `swish`.
+            /// Alpha of the function `swish`.
             alpha: f32 = real("alpha", 1.0),
             /// Added to `up`.
             beta: f32 = real("beta", 0.0),
-            /// 0: none. Otherwise the function takes at most this, and `up` is clamped to it from both sides.
+            /// 0: none. Otherwise the function's argument is at most this, and `up` is clamped to it on both sides.
             limit: f32 = real("limit", 0.0),
         } => own(
                 "Experts",

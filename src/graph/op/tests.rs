@@ -6,7 +6,7 @@ use crate::graph::eval::{EvalError, eval_op};
 use crate::graph::{Graph, infer};
 use crate::tensor::{DType, Tensor};
 
-/// Attributes as a dump or a file would give them.
+/// Attributes as from a dump or a file.
 struct Listed(Vec<(&'static str, Attribute)>);
 
 impl Listed {
@@ -93,7 +93,7 @@ fn node_of(op: &Op) -> Graph {
     graph
 }
 
-/// The families' files match on operators with a fallback, so the compiler does not list what a new operator still lacks.
+/// The families' files match on operators with a fallback, so the compiler does not list what a new operator lacks.
 /// This test does.
 #[test]
 fn every_operator_has_a_rule_and_an_evaluator() {

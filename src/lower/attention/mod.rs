@@ -2,7 +2,8 @@
 //!
 //! TensorRT's layer does not scale, so the query is scaled before it. In decode the query heads of a KV group become
 //! query rows (measured: twice as fast over a long cache); the mask, which TensorRT does not broadcast over rows, is
-//! repeated for them once. Softcap and [`AttentionForm::Decomposed`] write the products and the softmax out.
+//! repeated for them once. For a soft cap and for [`AttentionForm::Decomposed`], the products and the softmax are
+//! separate layers.
 
 mod reduced_scores;
 mod split;
@@ -18,20 +19,20 @@ use crate::graph::{Node, Op};
 use crate::network::{Activation, Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId, UnaryOp};
 use crate::tensor::{DType, Tensor};
 
-/// Up to this many slots one piece a KV head reads the cache as fast as several.
+/// Up to this many slots, one piece per KV head reads the cache as fast as several.
 pub(in crate::lower) const SHORT: usize = 1024;
 /// Pieces for longer caches.
 pub(in crate::lower) const PARTS: usize = 16;
 
-/// Query rows of one Attention layer at most, where the heads of a group are folded into the rows of several tokens. Its mask
-/// takes 4 bytes a row and slot (2048 rows over 131072 slots were 1.07 GB of scratch), and 8 KV heads of 1024 rows are work
-/// for as many processors as there are.
+/// Maximum query rows of one Attention layer when the heads of a group are folded into the rows of several tokens. Its
+/// mask takes 4 bytes per row and slot (2048 rows over 131072 slots took 1.07 GB of scratch memory), and 8 KV heads of
+/// 1024 rows occupy all multiprocessors.
 const FOLDED_ROWS: usize = 1024;
 
-/// Added to a score that must not be attended to; finite, so that a row without any is not NaN.
+/// Added to a masked score; finite, so that a fully masked row is not NaN.
 const MASKED: f64 = -1e30;
 
-/// What attention in single layers does beside scale, soft cap and mask.
+/// What attention in single layers does in addition to scale, soft cap and mask.
 #[derive(Default)]
 struct Extras {
     /// Roundings of the products, of the scores after the cap, and of the softmax's result.
@@ -111,7 +112,7 @@ impl Lowering<'_> {
             || form == AttentionForm::Decomposed
             || self.b.shape(v)[3] != self.b.shape(q)[3]
         {
-            // The layer takes no values of another width than the keys'.
+            // The layer requires values of the same width as the keys.
             self.decomposed(name, [q, k, v], mask, scores.softcap, &Extras::default())?
         } else {
             self.attention_layer(name, [q, k, v], mask)?
@@ -122,7 +123,7 @@ impl Lowering<'_> {
         }
     }
 
-    /// In single layers: no fused one rounds its scores.
+    /// In single layers: no fused layer rounds its scores.
     fn rounded_attention(&mut self, node: &Node, name: &str, how: &RoundedAttention) -> Lowered {
         let (operands, mask) = self.scaled_operands(node, name, how.scale)?;
         let softcap = how.unrounded().scores(1).softcap;
@@ -135,11 +136,11 @@ impl Lowering<'_> {
         self.decomposed(name, operands, Some(mask), softcap, &extras)
     }
 
-    /// In single layers: no fused one takes a bias that depends on the head and not on the token, or a sink.
+    /// In single layers: no fused layer accepts a bias by head and slot, or a sink.
     fn biased_attention(&mut self, node: &Node, name: &str, how: &BiasedAttention) -> Lowered {
         let (operands, mask) = self.scaled_operands(node, name, how.scale)?;
         let softcap = how.unbiased().scores(1).softcap;
-        // A constant that is not at hand, as in a stripped package, may have an effect.
+        // A constant that is absent, as in a stripped package, may have an effect.
         let idle = |i: usize, number: f32| {
             let constant = node.input(i).and_then(|v| self.graph.constant(v));
             let numbers = constant.and_then(|c| c.materialize().ok());
@@ -156,7 +157,7 @@ impl Lowering<'_> {
         self.decomposed(name, operands, Some(mask), softcap, &extras)
     }
 
-    /// Query, scaled, key and value; and the mask.
+    /// The scaled query, key and value, and the mask.
     fn scaled_operands(&mut self, node: &Node, name: &str, scale: f32) -> Lowered<([TensorId; 3], TensorId)> {
         let operands = [self.data(node, 0)?, self.data(node, 1)?, self.data(node, 2)?];
         let mask = self.operand(node, 3, 4)?;
@@ -168,7 +169,8 @@ impl Lowering<'_> {
         Ok(([q, k, v], mask))
     }
 
-    /// In the query's dtype where that holds the scale exactly, in fp32 otherwise: a rounded scale is a wrong temperature.
+    /// In the query's dtype if it represents the scale exactly, otherwise in fp32: a rounded scale is a wrong
+    /// temperature.
     fn scaled_query(&mut self, name: &str, q: TensorId, scale: f32) -> Lowered {
         let dtype = self.b.dtype(q);
         if scale == 1.0 || dtype == DType::F32 || is_exact(dtype, scale) {
@@ -244,7 +246,7 @@ impl Lowering<'_> {
         self.reshape(&format!("{name}/joined_groups"), attended, shape)
     }
 
-    /// The mask of several tokens for the rows that they become with the heads of a group: once for each head.
+    /// The mask of several tokens for folded rows: repeated once per head of a group.
     fn mask_of_groups(
         &mut self,
         name: &str,
@@ -270,7 +272,7 @@ impl Lowering<'_> {
         Ok(repeated)
     }
 
-    /// KV heads, and query heads to each, if they are numbers that divide.
+    /// KV heads, and query heads per KV head, if they are numbers that divide.
     pub(in crate::lower) fn groups(&self, q: &Shape, k: TensorId) -> Option<(usize, usize)> {
         let (heads, kv) = (q[1].as_const()?, self.b.shape(k)[1].as_const()?);
         (kv > 0 && heads % kv == 0).then_some((kv as usize, (heads / kv) as usize))
@@ -286,7 +288,7 @@ impl Lowering<'_> {
         self.expanded(&format!("{name}/mask"), mask, &to)
     }
 
-    /// The mask of one token for the `group` rows that its heads become. A mask by head follows its heads.
+    /// The mask of one token for the `group` rows of its heads. A mask by head is rearranged with its heads.
     fn mask_of_rows(&mut self, name: &str, mask: TensorId, kv_heads: usize, group: usize) -> Lowered {
         let shape = self.b.shape(mask).clone();
         if !shape[1].is_one() {
@@ -296,7 +298,7 @@ impl Lowering<'_> {
         if let Some(repeated) = self.repeated_masks.get(&(mask, group)) {
             return Ok(*repeated);
         }
-        // By an elementwise layer, which fuses with the comparison that made the mask.
+        // By an elementwise layer, which fuses with the comparison that computes the mask.
         let name = format!("{}/rows{group}", self.b.network().tensor(mask).name);
         let (dtype, rows) = (self.b.dtype(mask), vec![1, 1, group, 1]);
         let (op, neutral) = match dtype {
@@ -381,7 +383,7 @@ impl Lowering<'_> {
         self.reshape(&part("unfolded"), attended, to)
     }
 
-    /// Input `i`, a number for each head, as `[1, heads, 1, 1]` in fp32.
+    /// Input `i`, one number per head, as `[1, heads, 1, 1]` in fp32.
     fn column_of_heads(&mut self, node: &Node, i: usize, name: &str) -> Lowered {
         let numbers = self.data(node, i)?;
         let numbers = self.b.cast(&format!("{name}/wide"), DType::F32, numbers)?;
@@ -389,7 +391,7 @@ impl Lowering<'_> {
         self.reshape(name, numbers, vec![1usize.into(), heads, 1usize.into(), 1usize.into()])
     }
 
-    /// `slope * slot` in fp32, `[1, heads, 1, slots]`; once for all layers that have the same slopes.
+    /// `slope * slot` in fp32, `[1, heads, 1, slots]`; shared by all layers with the same slopes.
     fn bias_of_slots(&mut self, node: &Node, name: &str, slots: &Dim) -> Lowered {
         let slopes = self.input_id(node, 4)?;
         if let Some(known) = self.biases.get(&slopes) {
@@ -407,7 +409,8 @@ impl Lowering<'_> {
         Ok(bias)
     }
 
-    /// The softmax over scores `[batch, heads, tokens, slots]` and one more of each head, which takes its share.
+    /// The softmax over scores `[batch, heads, tokens, slots]` and one additional score per head, which takes its
+    /// share.
     fn softmax_with_sinks(&mut self, name: &str, scores: TensorId, sinks: TensorId) -> Lowered {
         let part = |part: &str| format!("{name}/{part}");
         let reduced = |op| LayerKind::Reduce {
@@ -445,8 +448,8 @@ impl Lowering<'_> {
     }
 }
 
-/// The number of layers that the heads of a group are divided among, so that none has more than [`FOLDED_ROWS`] rows if
-/// possible.
+/// The number of layers among which the heads of a group are divided, so that none has more than [`FOLDED_ROWS`] rows
+/// if possible.
 fn pieces(group: usize, tokens: usize) -> usize {
     let fits = |pieces: &usize| group.is_multiple_of(*pieces) && group / pieces * tokens <= FOLDED_ROWS;
     (1..=group).find(fits).unwrap_or(group)

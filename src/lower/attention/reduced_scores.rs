@@ -10,7 +10,7 @@ use crate::network::{Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId
 use crate::tensor::DType;
 
 impl Lowering<'_> {
-    /// The layers, or `None` where this form does not fit: several tokens or sequences, a mask by head.
+    /// The layers, or `None` if this form does not apply: several tokens or sequences, a mask by head.
     pub(in crate::lower) fn reduced_attention(
         &mut self,
         name: &str,

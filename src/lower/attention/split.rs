@@ -1,8 +1,8 @@
-//! Attention of one token over a long cache, with the cache cut into parts that are read side by side.
+//! Attention of one token over a long cache, with the cache cut into parts that are read in parallel.
 //!
-//! TensorRT's attention kernel uses one processor per KV head for one token: a few of a hundred. As
-//! single layers over `[kv_heads, parts, slots / parts, d]` there are `parts` times as many pieces. The softmax is over all
-//! parts at once, in fp32, so no part's sum has to be corrected.
+//! TensorRT's attention kernel uses one multiprocessor per KV head for one token: a few of more than a hundred. As
+//! single layers over `[kv_heads, parts, slots / parts, d]` there are `parts` times as many pieces. The softmax is over
+//! all parts at once, in fp32, so partial sums need no correction.
 
 use super::MASKED;
 use crate::dim::Dim;
@@ -11,7 +11,7 @@ use crate::network::{Elementwise, LayerKind, MatrixOp, ReduceOp, Shape, TensorId
 use crate::tensor::DType;
 
 impl Lowering<'_> {
-    /// The layers, or `None` where this form does not fit: several tokens, a mask by head, slots that do not divide.
+    /// The layers, or `None` if this form does not apply: several tokens, a mask by head, slots that do not divide.
     pub(in crate::lower) fn split_attention(
         &mut self,
         name: &str,
@@ -31,7 +31,7 @@ impl Lowering<'_> {
             let shape = self.b.shape(mask);
             self.b.dtype(mask) == DType::Bool && shape[1].is_one() && shape[2].is_one() && shape[0].is_one()
         });
-        // Fewer parts where there are not enough slots for all.
+        // Fewer parts if there are not enough slots for all.
         let parts = (1..=parts).rev().find(|p| slots.is_multiple_of(*p) && slots / p >= 32);
         let (Some(parts), true, true) = (parts, shape[2].is_one(), mask_fits) else {
             return Ok(None);

@@ -10,9 +10,9 @@ use crate::network::{DecodeAttention, Rotation};
 #[derive(Clone, Debug)]
 pub(super) struct AttentionGroup {
     pub layer: DecodeAttention,
-    /// `[batch, tokens, heads * head_dim]`, or `[batch, heads, tokens, head_dim]`, which of one token is the same.
+    /// `[batch, tokens, heads * head_dim]`, or `[batch, heads, tokens, head_dim]`, which is the same for one token.
     pub qkv: [ValueId; 3],
-    /// The group that gives query, key and value side by side.
+    /// The group that computes query, key and value concatenated.
     pub packed: Option<usize>,
     pub caches: [ValueId; 2],
     pub write_indices: ValueId,
@@ -118,7 +118,7 @@ impl Finder<'_> {
         })
     }
 
-    /// The attributes of an attention, and its sinks. Slopes and roundings have no kernel.
+    /// The attributes of an attention, and its sinks. There is no kernel for slopes and roundings.
     fn scores(&self, node: &Node) -> Option<(Attention, Option<ValueId>)> {
         match &node.op {
             Op::Attention(attention) if (4..7).all(|i| node.input(i).is_none()) => Some((attention.clone(), None)),
@@ -143,7 +143,7 @@ impl Finder<'_> {
         constant.is_some_and(|c| c.dtype().is_float() && c.shape() == [heads])
     }
 
-    /// Heads and their size, of `[batch, heads, tokens or slots, head_dim]`.
+    /// Heads and their size, from `[batch, heads, tokens or slots, head_dim]`.
     fn heads(&self, value: ValueId) -> Option<[usize; 2]> {
         let number = |dim: &crate::dim::Dim| usize::try_from(dim.as_const()?).ok();
         match self.graph.shape(value).map(Vec::as_slice) {
@@ -180,7 +180,8 @@ impl Finder<'_> {
         fits.then_some((rows, cache, value))
     }
 
-    /// The rows of a query or key: what is rotated, normalized and cut into heads, as far as only the next node reads it.
+    /// The rows of a query or key: the value before rotation, normalization and splitting into heads, as far as each
+    /// result has a single reader.
     fn rows(&self, value: ValueId, reader: NodeId, head_dim: usize) -> Rows {
         let mut rows = Rows {
             source: value,
@@ -214,7 +215,7 @@ impl Finder<'_> {
         rows
     }
 
-    /// What a rotation by position reads, if only `reader` reads its result.
+    /// The inputs of a rotation by position, if only `reader` reads its result.
     #[allow(clippy::type_complexity, reason = "one use")]
     fn rotated(
         &self,
@@ -246,7 +247,8 @@ impl Finder<'_> {
         fits.then_some((id, x, (rotation, [positions, cosines, sines])))
     }
 
-    /// What becomes `[batch, heads, tokens, head_dim]` by a reshape and a transpose, with a norm of heads between them.
+    /// The value that becomes `[batch, heads, tokens, head_dim]` by a reshape and a transpose, with an optional
+    /// per-head norm between them.
     fn heads_of(&self, value: ValueId, reader: NodeId) -> Rows {
         let as_it_is = Rows {
             source: value,
@@ -290,7 +292,7 @@ impl Finder<'_> {
         found().unwrap_or(as_it_is)
     }
 
-    /// `heads * head_dim` of `[batch, tokens, heads, head_dim]`.
+    /// `heads * head_dim`, from `[batch, tokens, heads, head_dim]`.
     fn volume_of_heads(&self, value: ValueId) -> Option<usize> {
         match self.graph.shape(value).map(Vec::as_slice) {
             Some([_, _, heads, width]) => usize::try_from(heads.as_const()? * width.as_const()?).ok(),
@@ -298,7 +300,7 @@ impl Finder<'_> {
         }
     }
 
-    /// Query and key as one kernel treats both: rotated alike, or as they are where only one would be.
+    /// Query and key as one kernel treats both: both rotated the same way, or unchanged if only one would be.
     fn alike(&self, query: Rows, key: Rows, [q, k]: [(ValueId, NodeId); 2]) -> Option<(Rows, Rows)> {
         if query.rotation == key.rotation {
             return Some((query, key));
@@ -312,7 +314,7 @@ impl Finder<'_> {
         Some((whole(q), whole(k)))
     }
 
-    /// The result with its heads side by side.
+    /// The result with its heads concatenated.
     fn joined(&self, value: ValueId, attention: NodeId, width: usize, nodes: &mut Vec<NodeId>) -> Option<ValueId> {
         let (transpose, node) = self.reader(value)?;
         if node.op

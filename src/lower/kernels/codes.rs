@@ -1,4 +1,5 @@
-//! Quantized matrices as kernels read them: codes as stored, scales and zero points in the order of [`CodeLayout`].
+//! Quantized matrices in the form of the kernels: codes as stored, scales and zero points in the order of
+//! [`CodeLayout`].
 
 use crate::graph::Constant;
 use crate::graph::quantized::Quantized;
@@ -21,7 +22,7 @@ pub(super) fn layout(matrix: &Constant, activations: DType) -> Option<CodeLayout
     if scales.as_quantized().is_some() || scales.dtype() != activations {
         return None;
     }
-    // Unsigned codes without zero points count from 0, for which there is no kernel.
+    // Unsigned codes without zero points start at 0; there is no kernel for them.
     if !signed && (zero_points.is_none() || !matches!(codes.dtype(), DType::U4 | DType::U8)) {
         return None;
     }
@@ -44,7 +45,7 @@ pub(super) struct Codes {
     pub zero_points: Option<Constant>,
 }
 
-/// The parts of a matrix for which [`layout`] gave this one.
+/// The parts of a matrix for which [`layout`] returned this one.
 pub(super) fn codes(matrix: &Constant, layout: CodeLayout) -> Option<Codes> {
     let parts = matrix.as_quantized()?;
     let [n, k] = *parts.codes.shape() else {
@@ -67,7 +68,7 @@ pub(super) fn codes(matrix: &Constant, layout: CodeLayout) -> Option<Codes> {
     })
 }
 
-/// `[n, groups]` as `[n / 8, columns, 8, groups of a column]`, with zeros up to full columns; `[n]` as it is.
+/// `[n, groups]` as `[n / 8, columns, 8, groups of a column]`, padded with zeros to full columns; `[n]` unchanged.
 fn in_columns(part: &Constant, shape: &[usize]) -> Constant {
     let (&[eighths, columns, eight, groups], &[n, all]) = (shape, part.shape()) else {
         return part.clone();

@@ -134,7 +134,8 @@ impl Lowering<'_> {
         self.reshape(&format!("{name}/{base}/row"), x, to)
     }
 
-    /// A constant where a kernel can read it: as a weight, also if it is so small that other layers have it in the plan.
+    /// A constant as a weight, which a kernel can read, even if it is so small that it would otherwise be part of the
+    /// plan.
     fn kernel_weight(&mut self, value: ValueId) -> Lowered {
         let (name, constant) = self.named_constant(value);
         Ok(self.b.weight(&name, constant, self.options.weight_mode)?)

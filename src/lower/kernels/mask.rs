@@ -1,4 +1,4 @@
-//! Which slots a mask of the canonical graph lets a token see.
+//! Which slots a mask of the canonical graph makes visible to a token.
 
 use super::Finder;
 use crate::dim::{Dim, Sym};
@@ -7,8 +7,8 @@ use crate::graph::{Node, ValueId};
 use crate::interface::Role;
 
 impl Finder<'_> {
-    /// The window of a mask that the passes wrote (head of [`graph`](crate::graph)): `Some(None)` if all slots up to the token
-    /// are seen, `None` if the mask is another.
+    /// The window of a mask that the passes wrote (head of [`graph`](crate::graph)): `Some(None)` if all slots up to
+    /// the token are visible, `None` for any other mask.
     pub(super) fn window(&self, mask: ValueId) -> Option<Option<usize>> {
         let (_, node) = self.graph.def(mask)?;
         match node.op {

@@ -1,10 +1,12 @@
-//! Layers of our own in place of operators, for networks of one token a sequence: what decode kernels compute at once.
+//! Lapidary's own layers in place of operators, for networks of one token per sequence: the parts that decode kernels
+//! compute.
 //!
-//! Takes the canonical graph, before it is lowered; gives a [`KernelPlan`]: groups of nodes, each of which becomes one
-//! [`RowProduct`] or [`DecodeAttention`]. `attention` finds the attentions, with the rotation, norms and cache updates
-//! before them and the join of heads behind; `products` the linear layers, with the norm before and the bias, activation,
-//! gate and residual behind; `mask` says which slots a mask lets a token see; `emit` writes the layers. A node is part of
-//! a group only if nothing else reads what it computes in between. What no group covers is lowered as ever.
+//! Input: the canonical graph, before it is lowered. Output: a [`KernelPlan`], groups of nodes, each of which becomes
+//! one [`RowProduct`] or [`DecodeAttention`]. `attention` finds the attentions, with the rotation, norms and cache
+//! updates before them and the join of heads after them; `products` the linear layers, with the norm before and the
+//! bias, activation, gate and residual after them; `mask` determines the slots that a token attends to; `emit` writes
+//! the layers. A node is part of a group only if nothing else reads its intermediate results. The remaining nodes are
+//! lowered as usual.
 //!
 //! [`DecodeAttention`]: crate::network::DecodeAttention
 
@@ -28,7 +30,7 @@ use products::ProductGroup;
 
 /// Whether kernels can run networks of this profile and these options.
 pub fn apply(profile: &Profile, options: &LowerOptions) -> bool {
-    // Kernels read weights where they are bound.
+    // Kernels read bound weights in place.
     options.kernels
         && options.weight_mode == WeightMode::Bind
         && profile.tokens == Tokens::Static(1)
@@ -43,7 +45,7 @@ enum Group {
 }
 
 impl Group {
-    /// The nodes that it stands for.
+    /// The nodes that it replaces.
     fn nodes(&self) -> &[NodeId] {
         match self {
             Group::Product(product) => &product.nodes,
@@ -68,16 +70,16 @@ impl Group {
     }
 }
 
-/// Which nodes are lowered to layers of our own. Empty where kernels do not apply.
+/// Which nodes are lowered to Lapidary's own layers. Empty if kernels do not apply.
 #[derive(Default)]
 pub(super) struct KernelPlan {
     groups: Vec<Group>,
-    /// The last node of each group in the graph's order: where its layer is written.
+    /// The last node of each group in the graph's order, where its layer is written.
     at: HashMap<NodeId, usize>,
 }
 
 impl KernelPlan {
-    /// Finds all groups, and leaves in `demand` the nodes that others than groups need.
+    /// Finds all groups, and keeps in `demand` only the nodes that are needed outside of groups.
     pub fn find(graph: &Graph, demand: &mut Demand, table: &Table) -> Self {
         let finder = Finder::new(graph, demand, table);
         let mut groups = Vec::new();
@@ -99,7 +101,7 @@ impl KernelPlan {
         plan
     }
 
-    /// Whether there is nothing for kernels.
+    /// Whether there are no groups.
     pub fn is_empty(&self) -> bool {
         self.groups.is_empty()
     }
@@ -109,7 +111,7 @@ impl KernelPlan {
         self.at.contains_key(&node)
     }
 
-    /// The nodes that the outputs depend on when groups are taken as one.
+    /// The nodes that the outputs depend on, with each group as one node.
     fn needed(&self, graph: &Graph, demand: &Demand) -> HashSet<NodeId> {
         let mut by_output = HashMap::new();
         for (i, group) in self.groups.iter().enumerate() {
@@ -141,12 +143,12 @@ impl KernelPlan {
     }
 }
 
-/// What groups are looked for in.
+/// The graph in which groups are searched.
 struct Finder<'g> {
     graph: &'g Graph,
     demand: &'g Demand,
     table: &'g Table,
-    /// Nodes that read a value as data, each as often as it reads it.
+    /// Nodes that read a value as data, once per read.
     readers: HashMap<ValueId, Vec<NodeId>>,
 }
 
@@ -166,7 +168,7 @@ impl<'g> Finder<'g> {
         }
     }
 
-    /// The only node that reads a value, once, if it is no output of the graph.
+    /// The only reader of a value, if it reads the value once and the value is not an output of the graph.
     fn reader(&self, value: ValueId) -> Option<(NodeId, &'g Node)> {
         match self.readers.get(&value).map(Vec::as_slice) {
             Some([only]) if !self.graph.outputs.contains(&value) => Some((*only, self.graph.node(*only))),
@@ -187,7 +189,7 @@ impl<'g> Finder<'g> {
         matches!(dtype, DType::F16 | DType::Bf16).then_some(dtype)
     }
 
-    /// Whether the value is a constant of this dtype and shape, and not quantized.
+    /// Whether the value is a constant of this dtype and shape that is not quantized.
     fn is_weight(&self, value: ValueId, dtype: DType, shape: &[usize]) -> bool {
         let constant = self.graph.constant(value);
         constant.is_some_and(|c| c.dtype() == dtype && c.shape() == shape && c.as_quantized().is_none())
@@ -203,7 +205,7 @@ impl<'g> Finder<'g> {
         self.graph.interface.as_ref().map(Interface::logits)
     }
 
-    /// The last dim of a value `[batch, tokens, n]`.
+    /// `n` of a value `[batch, tokens, n]`.
     fn width(&self, value: ValueId) -> Option<usize> {
         match self.graph.shape(value).map(Vec::as_slice) {
             Some([_, _, width]) => usize::try_from(width.as_const()?).ok(),

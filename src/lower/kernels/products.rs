@@ -1,4 +1,4 @@
-//! Linear layers with what stands before and behind them.
+//! Linear layers with the operators before and after them.
 
 use std::collections::{HashMap, HashSet};
 
@@ -16,7 +16,7 @@ pub(super) struct Matrix {
     pub weight: ValueId,
     pub bias: Option<ValueId>,
     pub part: ProductPart,
-    /// Of its codes; of its elements if it has none.
+    /// Element type of its codes; of its elements if it has none.
     pub dtype: DType,
 }
 
@@ -30,7 +30,7 @@ pub(super) struct ProductGroup {
     pub activation: RowActivation,
     pub gated: bool,
     pub residual: Option<ValueId>,
-    /// `None`: an attention reads it, as query, key and value side by side.
+    /// `None`: an attention reads it, as concatenated query, key and value.
     pub output: Option<ValueId>,
     pub to_f32: bool,
     pub nodes: Vec<NodeId>,
@@ -67,7 +67,7 @@ impl Chain {
 }
 
 impl Finder<'_> {
-    /// All products, and which of them gives an attention its query, key and value: by the attention's number.
+    /// All products, and by the number of an attention, the one that computes its query, key and value.
     pub(super) fn products(&self, attentions: &[AttentionGroup]) -> (Vec<ProductGroup>, HashMap<usize, usize>) {
         let nodes = self.graph.node_ids().filter(|id| self.demand.nodes.contains(id));
         let chains: Vec<Chain> = nodes.filter_map(|node| self.chain(node)).collect();
@@ -138,7 +138,7 @@ impl Finder<'_> {
         }
     }
 
-    /// The linear layer of a node, if a kernel can multiply with it, as far as only the next node reads each result.
+    /// The linear layer of a node, if a kernel supports it, extended as long as each result has a single reader.
     fn chain(&self, node: NodeId) -> Option<Chain> {
         let (x, member) = member(self.graph, self.table, node)?;
         let dtype = self.half(x)?;
@@ -206,7 +206,7 @@ impl Finder<'_> {
         (first == second && product && !self.graph.outputs.contains(&value)).then_some(first)
     }
 
-    /// Products of two linear layers of one activation: gate, up, and the node that multiplies them.
+    /// Gated products: gate, up, and the node that multiplies them.
     fn gates(&self, chains: &[Chain], by_output: &HashMap<ValueId, usize>) -> Vec<(usize, usize, NodeId)> {
         let products = self
             .graph
@@ -227,7 +227,7 @@ impl Finder<'_> {
         pairs.collect()
     }
 
-    /// Takes in the sum with a value of the same shape.
+    /// Includes the sum with a value of the same shape.
     fn add_residual(&self, group: &mut ProductGroup, claimed: &mut HashSet<NodeId>) {
         let Some(output) = group.output else { return };
         let Some((id, node)) = self.reader(output) else {
@@ -247,13 +247,13 @@ impl Finder<'_> {
         }
     }
 
-    /// What a norm of the last axis reads, with its weight and epsilon; the value itself if there is no norm.
+    /// The input of a norm of the last axis, with its weight and epsilon; the value itself if there is no norm.
     fn before_norm(&self, value: ValueId) -> (ValueId, Option<(ValueId, f32)>) {
         self.norm(value)
             .map_or((value, None), |(x, weight, epsilon)| (x, Some((weight, epsilon))))
     }
 
-    /// Input, weight and epsilon of the norm of the last axis that gives a value.
+    /// Input, weight and epsilon of the norm of the last axis that computes a value.
     pub(super) fn norm(&self, value: ValueId) -> Option<(ValueId, ValueId, f32)> {
         let (_, node) = self.graph.def(value)?;
         let Op::RmsNormalization { axis, epsilon } = node.op else {

@@ -1,17 +1,19 @@
 //! Quantized weights in networks of an engine: codes, scales and zero points as separate weights, named as in a file
 //! (`NAME.codes`, `NAME.scales`, `NAME.zero_points`), and layers that dequantize them or multiply with them.
 //!
-//! [`QuantizedForm`] lists the forms; a value is always `(code - zero point) * scale`. Formats that no layers can read stay one weight of
-//! floats ([`widened_formats`]): codes of nf4, fp4, f4e2m1 and f8e5m2, scales that are quantized themselves, rows of packed
-//! codes that do not fill their bytes, and of constants what TensorRT fails on (docs/explanation/tensorrt-notes.md).
+//! [`QuantizedForm`] lists the forms; a value is always `(code - zero point) * scale`. Formats that no layers can read
+//! stay a single weight of floats ([`widened_formats`]): codes of nf4, fp4, f4e2m1 and f8e5m2, scales that are
+//! quantized themselves, rows of packed codes that do not fill their bytes, and constants that TensorRT fails on
+//! (docs/explanation/tensorrt-notes.md).
 //!
 //! `parts` adds the constants, `values` dequantizes them, `products` multiplies.
 //!
 //! # Codes of less than a byte as values
 //!
-//! No arithmetic of TensorRT takes i4, but an i8 input can be gathered, reshaped and cast. So packed codes enter as their
-//! bytes, and layers unpack them in floating point, exactly. Of two's complement codes of b bits in a byte `s`, the last is `floor(s /
-//! 2^(8-b))`; the first is `s - 2^b * floor((s + 2^(b-1)) / 2^b)`, and the rest is `floor(s / 2^b)`.
+//! No arithmetic of TensorRT takes i4, but an i8 input can be gathered, reshaped and cast. So packed codes enter as
+//! their bytes, and layers unpack them in floating point, exactly. For two's complement codes of b bits in a byte `s`,
+//! the last is `floor(s / 2^(8-b))`; the first is `s - 2^b * floor((s + 2^(b-1)) / 2^b)`, and the rest is `floor(s /
+//! 2^b)`.
 
 mod parts;
 mod products;
@@ -27,17 +29,17 @@ use crate::network::{TensorId, Tokens};
 use crate::tensor::quantized::Granularity;
 use parts::{Parts, columns, parts};
 
-/// A quantized weight whose parts stand in the network.
+/// A quantized weight whose parts are in the network.
 #[derive(Clone, Debug)]
 pub(super) struct QuantizedWeight {
     parts: Parts<TensorId>,
-    /// Of the values.
+    /// Shape of the values.
     shape: Vec<usize>,
     /// Whether products read the Dequantize layer itself.
     before_products: bool,
 }
 
-/// Whether weights can be one below the other: a row keeps its scales.
+/// Whether weights can be concatenated: a row keeps its scales.
 pub(super) fn stacks(constant: &Constant) -> bool {
     constant.as_quantized().is_none_or(|parts| {
         matches!(
@@ -47,7 +49,7 @@ pub(super) fn stacks(constant: &Constant) -> bool {
     })
 }
 
-/// Quantized weights that enter networks of an engine as floats, since no layers can read their codes: how many of each
+/// Quantized weights that enter networks of an engine as floats, since no layers can read their codes: the number per
 /// format.
 pub fn widened_formats(graph: &Graph, options: &LowerOptions) -> BTreeMap<String, usize> {
     let mut formats = BTreeMap::new();
@@ -68,7 +70,7 @@ pub fn widened_formats(graph: &Graph, options: &LowerOptions) -> BTreeMap<String
 }
 
 impl Lowering<'_> {
-    /// Weights, one below the other if they are several, as a tensor of their values. Layers that multiply with it or gather
+    /// Weights, concatenated if there are several, as a tensor of their values. Layers that multiply with it or gather
     /// from it may read its codes instead.
     pub(super) fn weights(&mut self, weights: &[(String, Constant)], is_table: bool) -> Lowered {
         let mode = self.options.weight_mode;
@@ -81,7 +83,7 @@ impl Lowering<'_> {
             several => Constant::concat(several, 0),
         };
         let constants: Vec<Constant> = weights.iter().map(|(_, constant)| constant.clone()).collect();
-        // Weights that stand one below the other are equally deep.
+        // Concatenated weights are equally deep.
         let form = self.quantized_form(&constants[0]);
         let all = constants.iter().map(|constant| parts(constant, form, mode, is_table));
         let Some(all) = all.collect::<Option<Vec<_>>>() else {
@@ -108,7 +110,7 @@ impl Lowering<'_> {
             Some(form) if !one_row => form,
             _ => options.quantized,
         };
-        // Numbers of codes that no sum reads would be written and read again.
+        // Dequantized values that no sum reads would be written and read again.
         let depth = constant.shape().last().copied().unwrap_or(1);
         let deep = options.reduce_depth.is_some_and(|limit| depth > limit);
         match form {

@@ -7,26 +7,26 @@ use crate::network::WeightMode;
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Tensor};
 
-/// What the elements of `codes` are.
+/// The encoding of `codes`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Coding {
     /// Codes that a Dequantize layer reads together with their scales.
     Scaled,
     /// Integers of 8 bits.
     Integers,
-    /// Bytes of this many integers each.
+    /// Bytes with this many integers each.
     Bytes(usize),
     /// f8e4m3fn.
     Floats,
 }
 
-/// What is taken from codes before they are scaled.
+/// What is subtracted from codes before they are scaled.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(super) enum Zero<T> {
     Number(i64),
     /// In the scales' shape, integers of 8 bits.
     Points(T),
-    /// Zero points times scales, in the scales' shape and dtype: taken from values.
+    /// Zero points times scales, in the scales' shape and dtype: subtracted from values.
     Scaled(T),
 }
 
@@ -55,11 +55,11 @@ pub(super) fn parts(
     let four_bits = matches!(quantized.codes.dtype(), DType::I4 | DType::U4);
     match form {
         QuantizedForm::Whole => None,
-        // Rows of a table are gathered, for which no Dequantize layer gives its codes.
+        // Rows of a table are gathered, which is not possible behind a Dequantize layer.
         _ if bound && is_table => for_elementwise(quantized),
         QuantizedForm::Elementwise if bound => for_elementwise(quantized),
         _ if bound => for_dequantize(quantized).or_else(|| for_elementwise(quantized)),
-        // Constants of 8 bits are slower than floats are (docs/explanation/gpu.md), and plans without them are not built.
+        // Constants of 8 bits are slower than floats (docs/explanation/gpu.md), and stripping them fails.
         _ if is_table || !four_bits => None,
         _ => for_dequantize(quantized),
     }
@@ -73,7 +73,7 @@ fn signed(codes: &Constant) -> Constant {
     }
 }
 
-/// What an unsigned code of 0 is in two's complement.
+/// The two's complement of an unsigned code of 0.
 fn lowest(codes: DType) -> i64 {
     match codes {
         DType::U8 | DType::U4 | DType::U2 => -(1 << (codes.bits() - 1)),
@@ -139,9 +139,9 @@ fn for_dequantize(quantized: Quantized<'_>) -> Option<Parts<Constant>> {
     })
 }
 
-/// A granularity as blocks, and what makes scales or zero points those of blocks. Of an input with a scale a channel TensorRT's
-/// Dequantize gives wrong values; constants of f8 it widens then, or takes for a product of f8 whose other side must have
-/// the same type of scale. `None` for columns that share a scale.
+/// A granularity as blocks, and the conversion of scales or zero points to blocks. With a scale per channel, TensorRT's
+/// Dequantize of an input gives wrong values; constants of f8 are widened, or become part of an f8 product whose other
+/// side must have the same type of scale. `None` for columns that share a scale.
 fn in_blocks(shape: &[usize], granularity: Granularity) -> Option<(Granularity, impl Fn(&Constant) -> Constant)> {
     let (rows, depth) = match (granularity, shape) {
         (Granularity::Block { .. }, _) => (0, 0),
@@ -164,7 +164,7 @@ fn in_blocks(shape: &[usize], granularity: Granularity) -> Option<(Granularity, 
 }
 
 impl<T> Parts<T> {
-    /// Each part with what it is called after the weight's name.
+    /// Each part with the suffix of its name.
     pub fn map<U, E>(self, mut with: impl FnMut(&str, T) -> Result<U, E>) -> Result<Parts<U>, E> {
         Ok(Parts {
             granularity: self.granularity,
@@ -180,7 +180,7 @@ impl<T> Parts<T> {
     }
 }
 
-/// The part of each weight, which are made of the same parts.
+/// The same part of each weight; all weights have the same parts.
 pub(super) fn columns(all: Vec<Parts<Constant>>) -> Parts<Vec<Constant>> {
     let first = all[0].clone();
     let zero_of = |parts: &Parts<Constant>| match &parts.zero {

@@ -54,8 +54,8 @@ impl Lowering<'_> {
         Ok(Some(self.reshape(&format!("{name}/unflat"), product, to)?))
     }
 
-    /// `x · (codes * scales)ᵀ - sums of x by block · offsetsᵀ`: offsets taken from values would come between codes and the
-    /// product. `None` unless blocks lie along rows.
+    /// `x · (codes * scales)ᵀ - sums of x by block · offsetsᵀ`: offsets subtracted from values would come between codes
+    /// and the product. `None` unless blocks are along rows.
     fn centered_product(
         &mut self,
         name: &str,
@@ -86,7 +86,7 @@ impl Lowering<'_> {
         Ok(Some(centered))
     }
 
-    /// `[1, k] · [n, k]ᵀ` as sums over products with codes, in fp32. `None` if scales do not belong to rows.
+    /// `[1, k] · [n, k]ᵀ` as sums over products with codes, in fp32. `None` if scales are not per row.
     fn reduced_codes(&mut self, name: &str, x: TensorId, weight: &QuantizedWeight) -> Lowered<Option<TensorId>> {
         let part = |part: &str| format!("{name}/{part}");
         let (rows, depth) = (weight.shape[0], weight.shape[1]);

@@ -8,7 +8,7 @@ use crate::network::{Elementwise, LayerKind, Shape, TensorId, UnaryOp};
 use crate::tensor::DType;
 use crate::tensor::quantized::Granularity;
 
-/// How codes lie when those that share a scale have their own axis: the values' shape with that axis, and the scales'.
+/// The shapes when codes that share a scale get their own axis: the values' shape with that axis, and the scales'.
 fn blocks(shape: &[Dim], granularity: Granularity) -> (Shape, Shape) {
     let mut scales = vec![one(); shape.len()];
     match granularity {
@@ -62,7 +62,7 @@ impl Lowering<'_> {
         self.scaled_codes(name, numbers, (scales, zero), layout, shape)
     }
 
-    /// `(number - zero) * scale`, of numbers of any shape with the volume of `view`, as `to`.
+    /// `(number - zero) * scale` for numbers of any shape with the volume of `view`, as `to`.
     fn scaled_codes(
         &mut self,
         name: &str,
@@ -95,7 +95,7 @@ impl Lowering<'_> {
         self.reshape(&part("weight"), values, to)
     }
 
-    /// Codes in floating point, in the shape of the values; those of bytes count from their least.
+    /// Codes in floating point, in the shape of the values; packed ones are relative to their minimum.
     pub(super) fn codes_as_numbers(&mut self, name: &str, codes: TensorId, coding: Coding, dtype: DType) -> Lowered {
         let part = |part: &str| format!("{name}/{part}");
         match coding {
@@ -124,7 +124,7 @@ impl Lowering<'_> {
         }
     }
 
-    /// The codes of bytes, from the one in the lowest bits, as the head of the file says.
+    /// The codes of bytes, starting with the lowest bits; see the head of the module.
     pub(super) fn digits(&mut self, name: &str, bytes: TensorId, each: usize, dtype: DType) -> Lowered<Vec<TensorId>> {
         let part = |part: &str| format!("{name}/{part}");
         let rank = self.b.rank(bytes);
@@ -147,7 +147,7 @@ impl Lowering<'_> {
         Ok(digits)
     }
 
-    /// Rows of a quantized table, as values; `None` if `table` is none, or rows are not by themselves.
+    /// Rows of a quantized table, as values; `None` if `table` is not quantized, or rows share scales or bytes.
     pub(in crate::lower) fn quantized_rows(
         &mut self,
         name: &str,
@@ -155,14 +155,14 @@ impl Lowering<'_> {
         indices: TensorId,
     ) -> Lowered<Option<TensorId>> {
         let weight = match self.quantized.get(&table) {
-            // No layer gathers codes of floats.
+            // No layer gathers float codes.
             Some(weight) if !matches!(weight.parts.coding, Coding::Scaled | Coding::Floats) => weight.clone(),
             _ => return Ok(None),
         };
         if matches!(weight.parts.granularity, Granularity::Block { axis: 0, .. }) {
             return Ok(None);
         }
-        // Scales of other axes than that of the rows are the same for all.
+        // Scales on axes other than the rows' are the same for all rows.
         let by_row = !matches!(
             weight.parts.granularity,
             Granularity::Tensor | Granularity::Channel { axis: 1.. }

@@ -13,12 +13,12 @@ pub(super) fn is_number(dtype: DType) -> bool {
     dtype.is_float() || is_index(dtype)
 }
 
-/// Whether layers compute with it: TensorRT has no f64, and no arithmetic on what is only stored.
+/// Whether layers compute with it: TensorRT has no f64, and no arithmetic on storage-only types.
 pub(super) fn is_computed(dtype: DType) -> bool {
     dtype != DType::F64 && !dtype.is_storage_only()
 }
 
-/// Whether a Dequantize layer takes codes of it.
+/// Whether a Dequantize layer accepts codes of it.
 pub(super) fn is_code(dtype: DType) -> bool {
     matches!(dtype, DType::I8 | DType::I4 | DType::F8E4M3Fn)
 }

@@ -83,8 +83,8 @@ pub(super) fn slice(start: &[i64], size: &Shape, stride: &[i64], inputs: &[&Tens
             size: size[axis].clone(),
             dim: dim.clone(),
         };
-        // The first and the last element read. With `tokens` in them they are linear, so that the two ends of any range
-        // of tokens decide; 1 and a large number stand for them.
+        // The first and the last element read. If they depend on `tokens` they are linear, so the two ends of any range
+        // of tokens decide; 1 and a large number are used.
         let ends = |tokens: i64| {
             let at = |d: &Dim| d.eval(&[(Sym::tokens(), tokens)].into());
             let (dim, size) = (at(dim)?, at(&size[axis])?);

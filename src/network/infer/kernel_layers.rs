@@ -1,4 +1,4 @@
-//! The rules of layers whose meaning is ours.
+//! The rules of Lapidary's own layers.
 
 use super::checks::{check_dtype, check_extent};
 use super::{LayerFault, Typed};
@@ -7,7 +7,7 @@ use crate::network::Tensor;
 use crate::network::kernel_layers::{AttentionInputs, CodeLayout, DecodeAttention, ProductInputs, RowProduct};
 use crate::tensor::DType;
 
-/// More than any model has; a text may say anything.
+/// More than any model has; a text can contain any number.
 const MOST_HEADS: usize = 1 << 16;
 
 fn is_half(dtype: DType) -> bool {
@@ -18,7 +18,7 @@ fn wrong(reason: impl Into<String>) -> LayerFault {
     LayerFault::Parameter(reason.into())
 }
 
-/// That input `at` has this dtype and shape.
+/// Checks that input `at` has this dtype and shape.
 fn check_input(inputs: &[&Tensor], at: usize, dtype: DType, shape: &[Dim]) -> Result<(), LayerFault> {
     let input = inputs[at];
     if input.dtype != dtype || input.shape != shape {

@@ -1,9 +1,9 @@
 //! The rules of each layer: its inputs, and the dtype and shape of its outputs.
 //!
-//! One place for what TensorRT documents (`NvInfer.h` of TensorRT-RTX 1.6 and the operator pages): equal ranks, only
-//! dims of size 1 broadcast, no implicit conversion. `builder` asks for every layer it adds, `verify` again for a whole
-//! network, so that no back end gets an invalid layer. Where the documentation leaves a dtype open
-//! (booleans in comparisons, integers in unary layers) the rule here is the narrow one; lowering works around it.
+//! The one place for TensorRT's documented rules (`NvInfer.h` of TensorRT-RTX 1.6 and the operator pages): equal ranks,
+//! only dims of size 1 broadcast, no implicit conversion. `builder` applies them to every layer it adds, `verify` again
+//! to a whole network, so that no back end gets an invalid layer. Where the documentation leaves a dtype open (booleans
+//! in comparisons, integers in unary layers) the rule here is the strict one; lowering works around it.
 
 mod checks;
 mod compute;
@@ -23,7 +23,7 @@ use compute::{dequantize, elementwise, matrix_multiply, slice, unary};
 use experts::{expert_layer, top_k};
 use transformer::{attention, kv_cache_update, normalization, rotary};
 
-/// TensorRT has at most eight dims.
+/// TensorRT supports at most eight dims.
 pub const MAX_RANK: usize = 8;
 
 /// What is wrong with one layer. [`LayerError`](super::LayerError) adds the layer and its inputs.
@@ -38,7 +38,7 @@ pub enum LayerFault {
         found: DType,
         wanted: &'static str,
     },
-    #[error("inputs {left} and {right} differ in dtype; TensorRT converts nothing by itself, so one needs a Cast")]
+    #[error("inputs {left} and {right} differ in dtype; TensorRT has no implicit conversion, so one needs a Cast")]
     UnlikeDTypes { left: usize, right: usize },
     #[error("inputs {left} and {right} differ in rank; the smaller needs a Shuffle that adds leading 1s")]
     UnlikeRanks { left: usize, right: usize },
@@ -60,7 +60,7 @@ pub enum LayerFault {
     Permutation { order: Vec<usize>, rank: usize },
     #[error("the volume of {from:?} is not that of {to:?}")]
     Volume { from: Shape, to: Shape },
-    #[error("the slice of axis {axis} from {start} with stride {stride} to {size} elements leaves its {dim}")]
+    #[error("the slice of axis {axis} from {start} with stride {stride} to {size} elements exceeds its {dim}")]
     Slice {
         axis: usize,
         start: i64,
@@ -68,7 +68,7 @@ pub enum LayerFault {
         size: Dim,
         dim: Dim,
     },
-    #[error("the result would have {0} axes; TensorRT has 8 at most")]
+    #[error("the result would have {0} axes; TensorRT has at most 8")]
     TooManyAxes(usize),
     #[error("{0}")]
     Parameter(String),
@@ -77,8 +77,8 @@ pub enum LayerFault {
 /// Dtype and shape of one output.
 pub type Typed = (DType, Shape);
 
-/// The outputs of a layer over these inputs. `fill` is the dtype wanted of a [`LayerKind::Fill`], which has no input
-/// to take it from.
+/// The outputs of a layer over these inputs. `fill` is the dtype of a [`LayerKind::Fill`], which has no input that
+/// determines it.
 pub(super) fn infer(
     kind: &LayerKind,
     inputs: &[&Tensor],

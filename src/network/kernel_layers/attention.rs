@@ -1,29 +1,29 @@
-//! Attention of one token a sequence, with rotation and cache write.
+//! Attention of one token per sequence, with rotation and cache write.
 
 use crate::ir_text::{Cursor, Parsed};
 use crate::tensor::DType;
 
 /// Attention of one new token of each sequence over its cache.
 ///
-/// Each head of the query and the key is normalized (`x * rsqrt(mean(x²) + epsilon) * weight`) if it has a norm, rotated if
-/// there is a rotation, and rounded; key and value go to the slot `write_indices[sequence]` of the caches; then
-/// `softmax(cap(scale * q kᵀ)) v` over the slots that are seen: those up to the new one, of a window the last
-/// `window` of them, the new one included. `cap(s)` is `soft_cap * tanh(s / soft_cap)`. A sink is one more score of
-/// each head that takes part in the softmax and has no value. All in fp32, but for the rounded operands.
+/// Each head of the query and the key is normalized (`x * rsqrt(mean(x²) + epsilon) * weight`) if it has a norm,
+/// rotated if there is a rotation, and rounded; key and value go to the slot `write_indices[sequence]` of the caches;
+/// then `softmax(cap(scale * q kᵀ)) v` over the visible slots: those up to and including the new one, or with a window
+/// the last `window` of them. `cap(s)` is `soft_cap * tanh(s / soft_cap)`. A sink is an additional score of each head
+/// that takes part in the softmax but has no value. All in fp32, except the rounded operands.
 ///
 /// | input | |
 /// |---|---|
-/// | query, key, value | `[batch, 1, heads * head_dim]`, `[batch, 1, kv_heads * head_dim]` twice, in fp16 or bf16; or one tensor with the three side by side, if `packed` |
+/// | query, key, value | `[batch, 1, heads * head_dim]`, `[batch, 1, kv_heads * head_dim]` twice, in fp16 or bf16; or one tensor with the three concatenated, if `packed` |
 /// | caches of keys and values | `[batch, kv_heads, capacity, head_dim]`, network inputs |
 /// | write_indices | `[batch]` i32 |
 /// | positions, cosines, sines | `[batch, 1]` i32; `[positions, rotary_dim / 2]` fp32; if there is a rotation |
-/// | norms of query and key | `[head_dim]`, in the query's dtype; each if there is one |
+/// | norms of query and key | `[head_dim]`, in the query's dtype; each optional |
 /// | sinks | `[heads]` fp32, if there are any |
 ///
 /// | output | |
 /// |---|---|
 /// | the result | `[batch, 1, heads * head_dim]` |
-/// | updated caches of keys and values | as the caches, in their memory; network outputs |
+/// | updated caches of keys and values | like the caches, in their memory; network outputs |
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct DecodeAttention {
     /// Query heads.
@@ -38,9 +38,9 @@ pub struct DecodeAttention {
     pub query_norm: bool,
     /// Whether each head of the key is normalized.
     pub key_norm: bool,
-    /// Of both norms.
+    /// Epsilon of both norms.
     pub epsilon: f32,
-    /// Slots that are seen; `None` for all.
+    /// Visible slots; `None` for all.
     pub window: Option<usize>,
     /// Factor of the scores.
     pub scale: f32,
@@ -53,13 +53,13 @@ pub struct DecodeAttention {
 /// A rotation by position.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Rotation {
-    /// Elements of a head that rotate, the first ones; even.
+    /// Number of elements of a head that rotate, from the first; even.
     pub rotary_dim: usize,
     /// Which pairs: (2i, 2i + 1), or (i, i + rotary_dim / 2).
     pub interleaved: bool,
 }
 
-/// The inputs of a [`DecodeAttention`] by what they are.
+/// The inputs of a [`DecodeAttention`] by name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct AttentionInputs<T> {
     /// Query, key and value; the same tensor three times if packed.
@@ -74,12 +74,12 @@ pub struct AttentionInputs<T> {
     pub query_norm: Option<T>,
     /// The norm of the key.
     pub key_norm: Option<T>,
-    /// One number a head.
+    /// One number per head.
     pub sinks: Option<T>,
 }
 
 impl<T: Copy> AttentionInputs<T> {
-    /// Of a layer's inputs; `None` if they are too many or too few.
+    /// From a layer's inputs; `None` if there are too many or too few.
     pub fn of(attention: &DecodeAttention, inputs: &[T]) -> Option<Self> {
         let mut inputs = inputs.iter().copied();
         let qkv = match attention.packed {
@@ -123,10 +123,10 @@ impl<T: Copy> AttentionInputs<T> {
 }
 
 impl DecodeAttention {
-    /// The head sizes that there are kernels for.
+    /// The head sizes with kernels.
     pub const HEAD_SIZES: [usize; 11] = [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256];
 
-    /// `heads: 32, kv_heads: 8, ...`: what the layer's text says besides its inputs.
+    /// `heads: 32, kv_heads: 8, ...`: the layer's text without its inputs.
     pub(in crate::network) fn parameters(&self) -> Vec<String> {
         let mut text = vec![format!("heads: {}, kv_heads: {}", self.heads, self.kv_heads)];
         if let Some(rotation) = self.rotation {
@@ -153,7 +153,7 @@ impl DecodeAttention {
         text
     }
 
-    /// Reads what [`DecodeAttention::parameters`] writes, from the number of heads on. `parameter` passes over the name of a
+    /// Reads what [`DecodeAttention::parameters`] writes, from the number of heads on. `parameter` skips the name of a
     /// parameter if it comes next.
     pub(in crate::network) fn parse(
         line: &mut Cursor,

@@ -1,4 +1,4 @@
-//! Our layers written out in TensorRT's: what they mean, and how the CPU executor runs them.
+//! Lapidary's layers expanded into TensorRT's: this defines their meaning, and the CPU executor runs it.
 
 use std::collections::HashMap;
 
@@ -15,7 +15,7 @@ use crate::tensor::{DType, Tensor};
 
 type Added = Result<TensorId, BuildError>;
 
-/// What is added to a score that does not count.
+/// Added to a score that is masked out.
 const MASKED: f64 = -1e30;
 
 impl Network {
@@ -24,7 +24,7 @@ impl Network {
         self.layers.iter().any(|layer| layer.kind.is_kernel_layer())
     }
 
-    /// The same network with our own layers written out. Inputs, outputs and weights keep their names and order.
+    /// The same network with Lapidary's own layers expanded. Inputs, outputs and weights keep their names and order.
     pub fn expanded(&self) -> Result<Network, VerifyError> {
         Expansion::new(self)
             .and_then(Expansion::layers)
@@ -178,7 +178,7 @@ impl<'n> Expansion<'n> {
         }
     }
 
-    /// A matrix of floats as it is, or of codes `(code - zero point) * scale`; fp32.
+    /// A matrix of floats unchanged, or of codes as `(code - zero point) * scale`; fp32.
     fn matrix(&mut self, name: &str, part: &ProductPart, inputs: &PartInputs<TensorId>) -> Added {
         let (Some(layout), Some(scales)) = (part.codes, inputs.scales) else {
             return self.wide(name, inputs.weights);
@@ -187,7 +187,7 @@ impl<'n> Expansion<'n> {
         let size = |dim: &Dim| dim.as_const().expect("weights have numbers") as usize;
         let [n, k] = [size(&dims[0]), size(&dims[1])];
         let group = layout.group.unwrap_or(k);
-        // A scale of 1 makes numbers of codes.
+        // A scale of 1 converts codes to numbers.
         let one = self.number(&format!("{name}/one"), 0, 1.0)?;
         let numbers = LayerKind::Dequantize(Granularity::Tensor);
         let numbers = self
@@ -222,7 +222,7 @@ impl<'n> Expansion<'n> {
         self.b.reshape(name, x, vec![n.into(), groups.into(), 1usize.into()])
     }
 
-    /// Numbers of groups from the order of kernels, `[rows / 8, columns, 8, groups]`, to `[rows, groups]`.
+    /// Values per group from the kernels' order, `[rows / 8, columns, 8, groups]`, to `[rows, groups]`.
     fn by_row(&mut self, name: &str, x: TensorId, [n, groups]: [usize; 2]) -> Added {
         let dims = self.dims(x);
         let padded = [&dims[0] * &dims[2], &dims[1] * &dims[3]].to_vec();
@@ -400,7 +400,7 @@ impl<'n> Expansion<'n> {
         self.b.cast(name, dtype, rows)
     }
 
-    /// `[batch, 1, 1, capacity]`, true for the slots that are seen.
+    /// `[batch, 1, 1, capacity]`, true for visible slots.
     fn seen(&mut self, name: &str, attention: &DecodeAttention, write_indices: TensorId, capacity: &Dim) -> Added {
         let part = |part: &str| format!("{name}/{part}");
         let batch = self.dims(write_indices)[0].clone();

@@ -1,16 +1,16 @@
-//! Whether the sequences of a batch are computed apart, bit for bit.
+//! Whether the sequences of a batch are computed independently, bit for bit.
 
 use std::collections::HashSet;
 
 use crate::network::{Layer, LayerKind, Network, TensorId};
 
 impl Network {
-    /// A layer because of which a sequence could get other bits beside other sequences than alone, or whose cache must be one
+    /// A layer because of which a sequence could get different bits in a batch than alone, or whose cache must be one
     /// tensor for all sequences: `None` if there is none.
     ///
-    /// Our kernels compute a row in the same order whatever the rows beside it are. Of TensorRT's layers this is so where each
-    /// element is moved or computed by itself. For products, sums, softmax and attention TensorRT chooses the order by the
-    /// shape.
+    /// Lapidary's kernels compute a row in the same order whatever the other rows are. This holds for TensorRT's layers
+    /// that move or compute each element independently. For products, sums, softmax and attention TensorRT chooses the
+    /// order by the shape.
     pub fn layer_across_sequences(&self) -> Option<&Layer> {
         let interface = self.interface.as_ref();
         let caches = interface.into_iter().flat_map(|interface| interface.inputs());

@@ -1,11 +1,11 @@
-//! Layers whose meaning is ours: what a decoder does with one token of a sequence, in kernels of our own.
+//! Lapidary's own layers: the parts of a decode step that run in its own kernels.
 //!
-//! TensorRT has no such layers. Networks of an engine are cut at them ([`segments`](super::segments)): what lies between is
-//! built by TensorRT, and the kernels run between its engines. What each means is said by layers of TensorRT's:
-//! [`Network::expanded`](super::Network::expanded) writes them out, and the CPU executor runs those.
+//! TensorRT has no such layers. Networks of an engine are cut at them ([`segments`](super::segments)): TensorRT builds
+//! what lies between, and the kernels run between its engines. Their meaning is defined in TensorRT's layers:
+//! [`Network::expanded`](super::Network::expanded) expands them, and the CPU executor runs those.
 //!
-//! Both compute in fp32 over 16-bit operands and round each output once, so they may differ from layers that round in
-//! between by the last bit of the 16-bit type.
+//! Both compute in fp32 over 16-bit operands and round each output once, so they can differ in the last bit of the
+//! 16-bit type from layers that round in between.
 
 mod attention;
 mod expand;
@@ -17,7 +17,7 @@ pub use product::{CodeLayout, PartInputs, ProductInputs, ProductPart, RowActivat
 
 use crate::ir_text::{Cursor, Parsed};
 
-/// `word` of letters, digits and the signs that parameters of these layers have.
+/// A `word` of letters, digits and the punctuation in parameters of these layers.
 fn word<'a>(line: &mut Cursor<'a>) -> &'a str {
     line.take(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '+' | '-' | '.'))
 }

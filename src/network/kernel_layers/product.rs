@@ -3,28 +3,28 @@
 use super::one_of;
 use crate::ir_text::{Cursor, Parsed};
 
-/// `y = residual + activation(bias + norm(x) Wᵀ)`; gated, with two matrices: `y = residual + activation(gate) * up`, where gate
-/// and up are `bias + norm(x) Wᵀ` each. Several matrices that are not gated give their outputs side by side.
+/// `y = residual + activation(bias + norm(x) Wᵀ)`; gated, with two matrices: `y = residual + activation(gate) * up`,
+/// where gate and up are `bias + norm(x) Wᵀ` each. Several matrices that are not gated have concatenated outputs.
 ///
-/// x is `[.., k]` in fp16 or bf16; each matrix `[n, k]` in x's dtype, or codes of it; `norm` `[k]`, biases `[n]` and the
-/// residual `[.., outputs]` in x's dtype. The output is `[.., outputs]` in x's dtype, or fp32. `norm(x)` is
-/// `x * rsqrt(mean(x²) + epsilon) * norm`, rounded to x's dtype; all else is fp32 until the output is rounded.
+/// x is `[.., k]` in fp16 or bf16; each matrix `[n, k]` in x's dtype, or codes of it; `norm` `[k]`, biases `[n]` and
+/// the residual `[.., outputs]` in x's dtype. The output is `[.., outputs]` in x's dtype, or fp32. `norm(x)` is `x *
+/// rsqrt(mean(x²) + epsilon) * norm`, rounded to x's dtype; everything else is fp32 until the output is rounded.
 ///
-/// Codes are two's complement i8 or i4 in ONNX's order, `(code - zero point) * scale`. The scales of rows are `[n]`, those of
-/// groups and their zero points in the order of [`CodeLayout`].
+/// Codes are two's complement i8 or i4 in ONNX's order, `(code - zero point) * scale`. The scales of rows are `[n]`;
+/// those of groups and their zero points are in the order of [`CodeLayout`].
 #[derive(Clone, PartialEq, Debug)]
 pub struct RowProduct {
     /// The matrices; two if gated, gate before up.
     pub parts: Vec<ProductPart>,
     /// The epsilon of the norm, if there is one.
     pub norm: Option<f32>,
-    /// Of the sum with the bias; of the gate, if gated.
+    /// Activation of the sum with the bias; of the gate, if gated.
     pub activation: RowActivation,
     /// Whether the first matrix gates the second.
     pub gated: bool,
     /// Whether something is added to the result.
     pub residual: bool,
-    /// Whether the output is fp32 and not x's dtype.
+    /// Whether the output is fp32 instead of x's dtype.
     pub to_f32: bool,
 }
 
@@ -39,20 +39,20 @@ pub struct ProductPart {
 
 /// Which codes share a scale, and the order of the scales.
 ///
-/// A scale for each group of `group` codes along a row, with zero points or without. A *column* is what 64 bytes of a row
-/// hold: 64 codes of i8, 128 of i4. Scales are `[ceil(n / 8), columns, 8, groups of a column]`, or where a group is longer
-/// than a column `[ceil(n / 8), k / group, 8, 1]`, zeros where there is no row or group. Zero points are in the same order, a
-/// byte (u8) each: the zero point plus 8 (i4) or 128 (i8).
+/// One scale per group of `group` codes along a row, with or without zero points. A *column* is 64 bytes of a row: 64
+/// codes of i8, 128 of i4. Scales are `[ceil(n / 8), columns, 8, groups of a column]`, or if a group is longer than a
+/// column `[ceil(n / 8), k / group, 8, 1]`, with zeros where there is no row or group. Zero points are in the same
+/// order, one byte (u8) each: the zero point plus 8 (i4) or 128 (i8).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct CodeLayout {
-    /// Codes of a group; `None` for one scale a row, `[n]`.
+    /// Codes per group; `None` for one scale per row, `[n]`.
     pub group: Option<usize>,
     /// Whether groups have zero points.
     pub zero_points: bool,
 }
 
 impl CodeLayout {
-    /// Codes of a row in 64 bytes.
+    /// Codes in 64 bytes of a row.
     pub fn depth(bits: usize) -> usize {
         512 / bits
     }
@@ -67,7 +67,7 @@ impl CodeLayout {
         }
     }
 
-    /// Whether there are kernels for such codes in rows of `k`, which must end with a group and with 16 bytes.
+    /// Whether there are kernels for such codes in rows of `k`, which must be a multiple of the group and of 16 bytes.
     pub fn fits(self, bits: usize, k: usize) -> bool {
         let row = k.is_multiple_of(128 / bits);
         let groups: &[usize] = match bits {
@@ -81,7 +81,7 @@ impl CodeLayout {
         }
     }
 
-    /// `rows`, `g32`, `g128z`: as the text of a network and the kernels' variants say it.
+    /// `rows`, `g32`, `g128z`: the form in a network's text and in names of kernel variants.
     pub(crate) fn word(self) -> String {
         match self.group {
             None => "rows".to_string(),
@@ -124,7 +124,7 @@ impl ProductPart {
     }
 }
 
-/// What a [`RowProduct`] does with its sums.
+/// The activation of a [`RowProduct`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum RowActivation {
     /// Nothing.
@@ -157,37 +157,37 @@ impl RowActivation {
     }
 }
 
-/// The inputs of a [`RowProduct`] by what they are.
+/// The inputs of a [`RowProduct`] by name.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ProductInputs<T> {
     /// The rows.
     pub x: T,
     /// The norm's weight.
     pub norm: Option<T>,
-    /// What is added to the result.
+    /// Added to the result.
     pub residual: Option<T>,
-    /// Of each matrix.
+    /// The inputs of each matrix.
     pub parts: Vec<PartInputs<T>>,
 }
 
-/// What one matrix of a [`RowProduct`] reads.
+/// The inputs of one matrix of a [`RowProduct`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PartInputs<T> {
     /// The matrix or its codes.
     pub weights: T,
-    /// Of codes.
+    /// Scales of codes.
     pub scales: Option<T>,
-    /// Of codes, if they have any.
+    /// Zero points of codes, if they have any.
     pub zero_points: Option<T>,
-    /// Of the outputs.
+    /// Bias of the outputs.
     pub bias: Option<T>,
 }
 
 impl<T: Copy> ProductInputs<T> {
-    /// Of a layer's inputs; `None` if they are too many or too few.
+    /// From a layer's inputs; `None` if there are too many or too few.
     pub fn of(product: &RowProduct, inputs: &[T]) -> Option<Self> {
         let mut inputs = inputs.iter().copied();
-        // An input that the layer does not have is `Some(None)`, one that is missing `None`.
+        // An input that the layer does not have is `Some(None)`, a missing one `None`.
         let mut next_if = |there: bool| match there {
             true => inputs.next().map(Some),
             false => Some(None),
@@ -227,10 +227,10 @@ impl<T: Copy> ProductInputs<T> {
 }
 
 impl RowProduct {
-    /// The most rows that kernels take.
+    /// The maximum number of rows for kernels.
     pub const MOST_ROWS: usize = 16;
 
-    /// `parts: floats floats+bias, norm: 1e-5, ...`: what the layer's text says besides its inputs.
+    /// `parts: floats floats+bias, norm: 1e-5, ...`: the layer's text without its inputs.
     pub(in crate::network) fn parameters(&self) -> Vec<String> {
         let parts: Vec<String> = self.parts.iter().map(|part| part.word()).collect();
         let mut text = vec![format!("parts: {}", parts.join(" "))];
@@ -246,7 +246,7 @@ impl RowProduct {
         text
     }
 
-    /// Reads what [`RowProduct::parameters`] writes, from the first word after `parts: ` on. `parameter` passes over the name
+    /// Reads what [`RowProduct::parameters`] writes, from the first word after `parts: ` on. `parameter` skips the name
     /// of a parameter if it comes next.
     pub(in crate::network) fn parse(
         line: &mut Cursor,

@@ -9,8 +9,8 @@ use crate::tensor::quantized::Granularity;
 use crate::tensor::{self, DType};
 
 impl LayerKind {
-    /// `Layer(inputs, parameter: value)`, the text of the layer over inputs of these names. What the output's type says
-    /// (a fill's length) is not in it.
+    /// `Layer(inputs, parameter: value)`, the text of the layer over inputs of these names. Facts that follow from the
+    /// output's type (a fill's length) are omitted.
     pub(in crate::network) fn expression(&self, inputs: Vec<String>) -> String {
         let mut arguments = inputs;
         let mut head = self.name().to_string();
@@ -38,7 +38,7 @@ impl LayerKind {
                 arguments.push(format!("axis: {axis}"));
             }
             LayerKind::Shuffle { first, reshape, second } => {
-                // In the order in which they happen.
+                // In the order of application.
                 arguments.extend(first.as_ref().map(|o| format!("transpose: {o:?}")));
                 arguments.extend(reshape.as_ref().map(|to| format!("reshape: {}", ir_text::shape(to))));
                 arguments.extend(second.as_ref().map(|o| format!("transpose: {o:?}")));
@@ -98,9 +98,9 @@ impl LayerKind {
         let head = line.take(char::is_alphanumeric);
         line.expect("(")?;
         let mut arguments = Arguments { first: true };
-        // Of the product: whether each operand is transposed.
+        // For a product: whether each operand is transposed.
         let mut transposed = Vec::new();
-        // Inputs come first; a constant and a cast have a word that is none.
+        // Inputs come first; a constant and a cast start with a word that is not an input.
         let count = match head {
             "Constant" | "Fill" => 0,
             "Cast" => 1,
@@ -228,13 +228,13 @@ impl LayerKind {
     }
 }
 
-/// Where in a list of arguments the reader is.
+/// The position in a list of arguments.
 struct Arguments {
     first: bool,
 }
 
 impl Arguments {
-    /// Passes over the comma before an input. A parameter is `name: value`, or the word `interleaved` or `keep_dims`.
+    /// Skips the comma before an input. A parameter is `name: value`, or the word `interleaved` or `keep_dims`.
     fn next_is_input(&mut self, line: &mut Cursor) -> Parsed<bool> {
         let mut ahead = line.clone();
         if !self.first {
@@ -269,7 +269,7 @@ impl Arguments {
         }
     }
 
-    /// Passes over the name of a parameter if it comes next.
+    /// Skips the name of a parameter if it comes next.
     fn passes(&mut self, line: &mut Cursor, name: &str) -> bool {
         let separator = if self.first { "" } else { ", " };
         let there = line.eat(&format!("{separator}{name}: "));
@@ -277,7 +277,7 @@ impl Arguments {
         there
     }
 
-    /// Passes over the name of a parameter that must come next.
+    /// Skips the name of a parameter, which must come next.
     fn next(&mut self, line: &mut Cursor, name: &str) -> Parsed<()> {
         match self.passes(line, name) {
             true => Ok(()),
@@ -302,7 +302,7 @@ fn float(line: &mut Cursor) -> Parsed<f64> {
     Ok(line.number(DType::F64)?.float)
 }
 
-/// The elements of a constant; of a large one their number.
+/// The elements of a constant, or their number if it is large.
 fn elements(tensor: &tensor::Tensor) -> String {
     if tensor.len() > MAX_SHOWN {
         return format!("{} elements", tensor.len());
@@ -323,10 +323,11 @@ fn elements(tensor: &tensor::Tensor) -> String {
     text[1..text.len() - 1].to_string()
 }
 
-/// Constants of a network are tables of positions and masks; no real one has more elements.
+/// Constants of a network are tables of positions and masks; no real one is larger.
 const MAX_MADE_UP: usize = 1 << 28;
 
-/// The tensor of a constant's text. Of a large one only the number of elements is there: they are made up.
+/// The tensor of a constant's text. For a large one only the number of elements is given, and the elements are
+/// synthetic.
 fn constant(line: &mut Cursor, dtype: DType, shape: &Shape) -> Parsed<tensor::Tensor> {
     let sizes: Option<Vec<usize>> = shape.iter().map(|d| usize::try_from(d.as_const()?).ok()).collect();
     let sized = sizes.and_then(|sizes| Some((ir_text::volume(&sizes)?, sizes)));

@@ -8,7 +8,7 @@ use crate::graph::op::{AttributeSource, ChosenWeights, ExpertActivation, Experts
 use crate::graph::{Constant, ValueId};
 use crate::tensor::quantized::Granularity;
 
-/// What becomes of one node.
+/// The result for one node.
 pub(super) struct ExpertNodes {
     /// `[.., hidden]`.
     pub x: Option<ValueId>,
@@ -16,23 +16,23 @@ pub(super) struct ExpertNodes {
     pub logits: Option<ValueId>,
     pub routing: Routing,
     pub experts: Experts,
-    /// Elements of a token.
+    /// Elements per token.
     pub hidden: usize,
     pub gate: Constant,
     pub up: Option<Constant>,
     pub down: Constant,
-    /// Of gate, up and down.
+    /// Biases of gate, up and down.
     pub biases: [Option<Constant>; 3],
 }
 
-/// A layer of all experts, their matrices `[out, in]` one below the other.
+/// One layer of all experts, with their matrices `[out, in]` concatenated.
 struct Layer {
     matrix: Constant,
     experts: usize,
     bias: Option<Constant>,
 }
 
-/// Places of a layer's inputs.
+/// Indices of a layer's inputs.
 struct Places {
     weight: usize,
     scales: Option<usize>,
@@ -56,7 +56,7 @@ impl SourceNode<'_> {
     /// `com.microsoft::QMoE` with integer codes.
     pub(super) fn quantized_mixture(&self) -> Result<Replacement, Failure> {
         let a = &self.attributes;
-        // How exact a runtime computes.
+        // The precision of a runtime's arithmetic.
         a.ignore(&["accuracy_level"]);
         if let Some(kind) = self.text("quant_type")?.filter(|kind| kind != "int") {
             return Ok(Replacement::Unknown(Some(format!("quant_type={kind}"))));
@@ -73,8 +73,8 @@ impl SourceNode<'_> {
         let scales = self.constant_input(3).map(|scales| scales.dtype());
         match a.int("weights_prepacked")?.unwrap_or(-1) {
             0 => {}
-            // Left to the execution provider. Those of CPUs and of WebGPU keep codes as they are; CUDA's, whose scales are
-            // halves, reorders them, and the file does not say so.
+            // Left to the execution provider. Those of CPUs and of WebGPU do not change codes; CUDA's, whose scales are
+            // fp16, reorders them, and the file does not record it.
             -1 if scales.is_some_and(|dtype| dtype.is_half()) => {
                 return Ok(Replacement::Unknown(Some(
                     "weights_prepacked=-1 with scales of 16 bits: codes may be in the order of a GPU's kernels"
@@ -186,7 +186,7 @@ impl SourceNode<'_> {
         let activation = match name.as_str() {
             "swiglu" | "silu" => ExpertActivation::Swish,
             "relu" => ExpertActivation::Relu,
-            // As its kernels compute it.
+            // As its kernels do.
             "gelu" => ExpertActivation::GeluTanh,
             other => return unknown(format!("activation_type={other}")),
         };
@@ -220,7 +220,7 @@ impl SourceNode<'_> {
             && up.as_ref().is_none_or(|up| up.matrix.shape() == gate.matrix.shape());
         if !fits {
             return Err(Failure::Problem(format!(
-                "layers of {:?} and {:?} do not follow one another",
+                "the layers' shapes {:?} and {:?} do not match",
                 gate.matrix.shape(),
                 second.matrix.shape()
             )));

@@ -25,7 +25,7 @@ impl SourceNode<'_> {
             "QMoE" => return self.quantized_mixture(),
             "MatMulBnb4" => return self.matmul_bnb4(),
             "GatherBlockQuantized" => return self.gather_block_quantized(),
-            // ONNX Runtime's own spellings of the standard operators, from before those took every type.
+            // ONNX Runtime's variants of standard operators, from before those accepted every type.
             "QuantizeLinear" => return self.quantize_linear(),
             "DequantizeLinear" => return self.dequantize_linear(),
             "FusedMatMul" => self.expect_zero(&["transBatchA", "transBatchB"]),
@@ -57,7 +57,7 @@ impl SourceNode<'_> {
         })
     }
 
-    /// `Gemm` with an activation after it.
+    /// `Gemm` followed by an activation.
     fn fused_gemm(&self) -> Result<Replacement, Failure> {
         let Some(gemm) = Op::read("", "Gemm", self)? else {
             return Ok(Replacement::Unknown(None));
@@ -68,13 +68,13 @@ impl SourceNode<'_> {
             _ if name.is_empty() => return Ok(Replacement::Op(gemm)),
             _ => return Ok(Replacement::Unknown(Some(format!("activation={name}")))),
         };
-        // Of activations that have parameters, which these have not.
+        // For activations with parameters, which these do not have.
         self.attributes
             .ignore(&["activation_alpha", "activation_beta", "activation_gamma"]);
         Ok(Replacement::Pipe(gemm, Op::Unary(activation)))
     }
 
-    /// Quantized caches and extra outputs are not known.
+    /// Quantized caches and extra outputs are not supported.
     fn pass_over_idle(&self) {
         let a = &self.attributes;
         self.expect_zero(&["qk_output", "kv_cache_bit_width"]);
@@ -85,8 +85,8 @@ impl SourceNode<'_> {
         }
     }
 
-    /// A cache that drops rows out of the window holds nothing else that attention reads. That of an export with a fixed
-    /// number of slots would have to drop rows here, too.
+    /// Attention reads nothing but the window, so a cache may drop rows outside it. In an export with a fixed number of
+    /// slots, rows would have to be dropped here, too.
     fn pass_over_eviction(&self) {
         let window = self.attributes.int("local_window_size").ok().flatten().unwrap_or(-1);
         let past = self
@@ -104,12 +104,12 @@ impl SourceNode<'_> {
         self.expect_zero(&["sliding_window_cache"]);
     }
 
-    /// Inputs: q, k, v, bias?, key_padding_mask?, attention_bias?, past_key?, past_value?, …, all of q, k, v
+    /// Inputs: q, k, v, bias?, key_padding_mask?, attention_bias?, past_key?, past_value?, …, all of q, k, v are
     /// `[batch, tokens, heads*head_dim]`: ONNX's own attention with as many key heads as query heads.
     fn multi_head_attention(&self) -> Result<Replacement, Failure> {
         let a = &self.attributes;
         self.expect_zero(&["unidirectional"]);
-        // What the padding mask writes, which must not be there.
+        // The value that the padding mask writes; there must be no padding mask.
         a.ignore(&["mask_filter_value"]);
         let heads = a.required_count("num_heads")?;
         let input = |i: usize| self.inputs.get(i).copied().flatten();

@@ -1,8 +1,8 @@
 //! One ONNX node of any opset from 11 to 25 becomes nodes of the graph, in their opset-24 form.
 //!
-//! Takes a node whose values are resolved; adds nodes (or a constant) to the graph. Unknown operators become
-//! [`Op::Unknown`], and so do known operators with an unsupported attribute, such as `Cast(to=string)`. So all obstacles of a
-//! model are reported at once. Malformed nodes are errors. Arity and dtypes are checked by the verifier.
+//! Input: a node whose values are resolved. Output: nodes (or a constant) in the graph. Unknown operators become
+//! [`Op::Unknown`], and so do known operators with an unsupported attribute, such as `Cast(to=string)`. So all
+//! obstacles of a model are reported at once. Malformed nodes are errors. Arity and dtypes are checked by the verifier.
 
 mod experts;
 mod microsoft;
@@ -19,29 +19,29 @@ use crate::graph::op::{AttributeError, AttributeSource, Binary, LAPIDARY, MICROS
 use crate::graph::{Constant, Graph, ValueId};
 use crate::tensor::{DType, Tensor};
 
-/// A node with its values looked up.
+/// A node with resolved values.
 pub(super) struct SourceNode<'a> {
     pub graph: &'a mut Graph,
     pub folder: &'a Folder,
     pub name: String,
     pub domain: &'a str,
     pub op_type: &'a str,
-    /// Of the node's domain, in the graph or function the node is in.
+    /// Opset of the node's domain, in the graph or function the node is in.
     pub opset: i64,
     pub inputs: Vec<Option<ValueId>>,
     pub outputs: Vec<Option<ValueId>>,
     pub attributes: Attributes,
 }
 
-/// What becomes of a node.
+/// What replaces a node.
 enum Replacement {
     /// One operator with the node's inputs and outputs.
     Op(Op),
     /// One operator with other inputs.
     Rewired(Op, Vec<Option<ValueId>>),
-    /// One operator with the node's inputs and outputs, with a list that used to be an attribute of that name as input 1.
+    /// One operator with the node's inputs and outputs, with a list that was an attribute of that name as input 1.
     WithList(Op, &'static str, Vec<i64>),
-    /// An operator over the last axis, of the node's input with the axes from this one on taken as one.
+    /// An operator over the last axis of the node's input, in which the axes from this one on are merged.
     Flattened(Op, i64),
     /// The first operator with the node's inputs, the second on its result.
     Pipe(Op, Op),
@@ -62,14 +62,14 @@ enum Replacement {
     },
     /// A mixture of experts.
     Experts(Box<experts::ExpertNodes>),
-    /// Not known; with what is not known about it in brackets.
+    /// Unknown, with the reason in brackets.
     Unknown(Option<String>),
 }
 
 pub(super) enum Failure {
     /// The node is malformed.
     Problem(Problem),
-    /// An attribute has a value that is not known, `name=value`.
+    /// An attribute has an unknown value, `name=value`.
     Unsupported(String),
     /// A tensor in an attribute cannot be read.
     Tensor(ReadErrorKind),
@@ -118,7 +118,8 @@ impl AttributeSource for SourceNode<'_> {
         };
         let code = i32::try_from(code).unwrap_or(-1);
         match DType::of_onnx_code(code) {
-            // No operator of others gives a type that is only stored: that is quantization, which more than a dtype describes.
+            // Other operators must not produce a storage-only type: that is quantization, which a dtype does not
+            // describe.
             Some(dtype) if !dtype.is_storage_only() || self.domain == LAPIDARY => Ok(Some(dtype)),
             _ => Err(Failure::Unsupported(format!("{name}={}", code_name(code)))),
         }
@@ -252,7 +253,7 @@ impl SourceNode<'_> {
         self.emit(Op::Binary(Binary::Add), vec![Some(product), Some(bias)], outputs);
     }
 
-    /// Routing and experts over rows of tokens, in the shape of the input again.
+    /// Routing and experts over rows of tokens, reshaped to the shape of the input.
     fn experts(&mut self, nodes: experts::ExpertNodes, outputs: Vec<Option<ValueId>>) {
         let mut value = |part: &str| Some(self.graph.add_value(&format!("{}.{part}", self.name)));
         let [shape, rows, weights, chosen, result] = ["shape", "rows", "weights", "experts", "result"].map(&mut value);

@@ -2,9 +2,9 @@
 //! attribute. Lists that became inputs (axes of `Squeeze`, `Unsqueeze` and reductions, sizes of `Split`) are read here for
 //! all opsets.
 //!
-//! Other operators changed between 11 and 14 only in the types that they accept, or got attributes whose defaults keep the old
-//! behavior. An operator of a later opset is read by its own definition: ONNX Runtime's optimizer writes `LayerNormalization` into
-//! models of any opset.
+//! Other operators changed between 11 and 14 only in the types that they accept, or have new attributes whose defaults
+//! keep the old behavior. An operator of a later opset is read by its own definition: ONNX Runtime's optimizer writes
+//! `LayerNormalization` into models of any opset.
 
 use super::{Failure, Replacement, SourceNode};
 use crate::graph::op::{AttributeSource, Op, Reduction};
@@ -14,7 +14,7 @@ use crate::graph::op::{AttributeSource, Op, Reduction};
 const INPUTS: i64 = 13;
 
 impl SourceNode<'_> {
-    /// What the node is if its opset gives it another meaning than later ones.
+    /// The node's replacement if its opset defines it differently from later ones.
     pub(super) fn older_meaning(&self) -> Result<Option<Replacement>, Failure> {
         match self.op_type {
             "Softmax" | "LogSoftmax" if self.opset < INPUTS => self.flattened_softmax().map(Some),
@@ -26,7 +26,7 @@ impl SourceNode<'_> {
         }
     }
 
-    /// Before opset 13 the axes from `axis` on, 1 where it is left out, are one.
+    /// Before opset 13 the axes from `axis` on (default 1) count as one.
     fn flattened_softmax(&self) -> Result<Replacement, Failure> {
         let axis = self.attributes.int_or("axis", 1)?;
         let op = match self.op_type {
@@ -39,7 +39,7 @@ impl SourceNode<'_> {
         })
     }
 
-    /// A list that is an attribute in this opset and an input in later ones, with its name. `None` where it is left out or
+    /// A list that is an attribute in this opset and an input in later ones, with its name. `None` if it is omitted or
     /// an input.
     pub(super) fn listed(&self, op: &Op) -> Result<Option<(&'static str, Vec<i64>)>, Failure> {
         let (name, since) = match op {

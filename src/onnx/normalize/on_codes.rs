@@ -1,12 +1,13 @@
-//! Operators on codes in one node: what ONNX Runtime's quantizers write, and its optimizer where it puts nodes together. They
-//! become `DequantizeLinear` of each operand, the operator on floats, and `QuantizeLinear` of the result, which is their
+//! Operators on codes in one node, as ONNX Runtime's quantizers and its optimizer write them. They become
+//! `DequantizeLinear` of each operand, the operator on floats, and `QuantizeLinear` of the result, which is their
 //! definition (<https://onnx.ai/onnx/operators/onnx__QLinearMatMul.html> and
 //! <https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md>):
 //!
-//! - `QLinearMatMul`, `QLinearAdd`, `QLinearMul`, `QLinearSigmoid`, `QLinearSoftmax`, `QLinearConcat`, `QLinearWhere` give codes;
-//! - `QGemm` gives codes, or floats where it has no scale for its result; its bias is i32, in units of both scales;
-//! - `MatMulIntegerToFloat` gives floats, with a bias;
-//! - `DynamicQuantizeMatMul` takes floats on the left, which `DynamicQuantizeLinear` makes codes of.
+//! - `QLinearMatMul`, `QLinearAdd`, `QLinearMul`, `QLinearSigmoid`, `QLinearSoftmax`, `QLinearConcat`, `QLinearWhere`
+//!   return codes;
+//! - `QGemm` returns codes, or floats if it has no scale for its result; its bias is i32, in units of both scales;
+//! - `MatMulIntegerToFloat` returns floats, with a bias;
+//! - `DynamicQuantizeMatMul` takes floats on the left, which `DynamicQuantizeLinear` turns into codes.
 
 use super::quantized::is_idle;
 use super::{Failure, Replacement, SourceNode};
@@ -15,7 +16,7 @@ use crate::graph::{Constant, ValueId};
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Tensor};
 
-/// Values that belong to codes.
+/// The parameters of codes.
 #[derive(Clone, Copy)]
 struct Parts {
     codes: Option<ValueId>,
@@ -25,9 +26,9 @@ struct Parts {
 
 /// An operand of the operator on floats.
 enum Operand {
-    /// Codes, with the axis of their scales where there are several.
+    /// Codes, with the axis of their scales if there are several.
     Codes(Parts, i64),
-    /// Codes are made of it as it comes.
+    /// Floats that are quantized dynamically.
     Dynamic(Option<ValueId>),
     Constant(Constant),
     /// No codes.
@@ -103,7 +104,7 @@ impl SourceNode<'_> {
         )?))
     }
 
-    /// An operator on codes; `None` if it is none.
+    /// An operator on codes; `None` for any other.
     pub(super) fn on_codes(&self) -> Result<Option<Replacement>, Failure> {
         let unary = |op: Op| OnCodes::replacement(op, vec![self.operand([0, 1, 2], 1)?], self.result([3, 4], 0)?);
         let binary = |op: Binary| {
@@ -134,7 +135,7 @@ impl SourceNode<'_> {
         .map(Some)
     }
 
-    /// The axis of a softmax, by the opset that the node names: before 13 all axes from it on are one.
+    /// The axis of a softmax, by the node's opset: before 13 all axes from it on count as one.
     fn softmax_axis(&self) -> Result<i64, Failure> {
         let axis = self.attributes.int_or("axis", -1)?;
         let opset = self.attributes.int_or("opset", 13)?;
@@ -224,8 +225,7 @@ impl SourceNode<'_> {
         })))
     }
 
-    /// A matrix of one scale, or of one for each output, which are on this axis of `[in, out]`. Its zero point may be one for
-    /// all outputs.
+    /// A matrix with one scale, or one per output on this axis of `[in, out]`. All outputs may share a zero point.
     fn right(&self, inputs: [usize; 3], axis: usize) -> Result<Operand, Failure> {
         let [codes, scales, zeros] = inputs.map(|i| self.constant_input(i));
         let (Some(codes), Some(scales)) = (codes, scales) else {
@@ -243,7 +243,7 @@ impl SourceNode<'_> {
             1 if of_all => part.reshaped(Vec::new()),
             1 => Constant::concat(&vec![part.reshaped(vec![1]); outputs], 0),
             n if n == outputs => part.reshaped(vec![outputs]),
-            // Named by what is to be checked of all quantized constants.
+            // The check of all quantized constants reports any other number.
             _ => part,
         };
         let granularity = match of_all {
@@ -320,12 +320,12 @@ impl SourceNode<'_> {
 fn integer_bias(bias: Constant, a: &Constant, b: &Constant, alpha: f32) -> Result<Constant, Failure> {
     if bias.dtype() != DType::I32 {
         return Err(Failure::Problem(format!(
-            "its bias is {}, and must be i32",
+            "its bias is {} but must be i32",
             bias.dtype()
         )));
     }
     let (Ok(a), Ok(b)) = (a.materialize(), b.materialize()) else {
-        return Err(Failure::Unsupported("scales that are not there".to_string()));
+        return Err(Failure::Unsupported("absent scales".to_string()));
     };
     let Some(a) = a.scalar() else {
         return Err(Failure::Unsupported(format!("scales of a of shape {:?}", a.shape())));

@@ -1,8 +1,8 @@
-//! Quantized weights: every exporter's form becomes a constant of codes, scales and zero points in the meaning of ONNX's
-//! `DequantizeLinear` ([`Constant::quantized`]), under ordinary `MatMul` and `Gather` nodes.
+//! Quantized weights: every exporter's form becomes a constant of codes, scales and zero points with the semantics of
+//! ONNX's `DequantizeLinear` ([`Constant::quantized`]), under ordinary `MatMul` and `Gather` nodes.
 //!
-//! Codes stay the bytes of the file: another element type is another view of them, and computations are
-//! deferred. Symmetric integer codes become signed codes without zero points, however an exporter writes them.
+//! Codes stay the bytes of the file: another element type is another view of them, and computations are deferred.
+//! Symmetric integer codes become signed codes without zero points, whatever form the exporter uses.
 
 use super::{Failure, Replacement, SourceNode};
 use crate::graph::eval::reshape_target;
@@ -19,7 +19,7 @@ pub(super) struct QuantizedLinear {
     pub x: Option<ValueId>,
     /// `[in, out]`.
     pub weight: Constant,
-    /// `[in]`, i64: the order in which the weight's rows have the columns of x.
+    /// `[in]`, i64: the column of x for each row of the weight.
     pub order: Option<Constant>,
     /// `[out]`.
     pub bias: Option<ValueId>,
@@ -36,7 +36,7 @@ fn problem(text: String) -> Failure {
 }
 
 impl SourceNode<'_> {
-    /// Operators of our own, which only files of ours hold.
+    /// Lapidary's operators, which only its own files contain.
     pub(super) fn own_operator(&self) -> Result<Replacement, Failure> {
         match table_of(self.op_type) {
             Some(dtype) => self.dequantize_table(dtype),
@@ -44,7 +44,7 @@ impl SourceNode<'_> {
         }
     }
 
-    /// Codes of a table of numbers, which ONNX has as uint4: see [`crate::onnx::functions`].
+    /// Codes of a table of numbers, stored as uint4 in ONNX: see [`crate::onnx::functions`].
     fn dequantize_table(&self, dtype: DType) -> Result<Replacement, Failure> {
         let size = self.attributes.required_count("block_size")?;
         let codes = self.required_constant(0, "codes")?;
@@ -85,7 +85,7 @@ impl SourceNode<'_> {
         }
     }
 
-    /// The constant that an input is; `None` if the input is left out.
+    /// The constant that an input is; `None` if the input is omitted.
     pub(super) fn optional_constant(&self, i: usize, what: &str) -> Result<Option<Constant>, Failure> {
         match (self.constant_input(i), self.input(i)) {
             (None, Some(_)) => Err(Failure::Unsupported(format!("{what} that are not constant"))),
@@ -104,7 +104,7 @@ impl SourceNode<'_> {
         Ok(constant.filter(|constant| !is_idle(constant, codes)))
     }
 
-    /// `DequantizeLinear`: a constant where codes and scales are constants, the operator otherwise.
+    /// `DequantizeLinear`: a constant if codes and scales are constants, the operator otherwise.
     pub(super) fn dequantize_linear(&self) -> Result<Replacement, Failure> {
         let axis = self.attributes.int("axis")?.unwrap_or(1);
         let block_size = self.block_size()?;
@@ -120,7 +120,7 @@ impl SourceNode<'_> {
         }
         if codes.dtype() == DType::F8E8M0 {
             return Err(problem(format!(
-                "its codes are {}, which only scales can be",
+                "its codes are {}, a type for scales only",
                 codes.dtype()
             )));
         }
@@ -129,10 +129,10 @@ impl SourceNode<'_> {
         let (scales, output) = match (scales.dtype(), output) {
             (DType::F8E8M0, None) => {
                 return Err(problem(
-                    "its scales are f8e8m0, and it has no output_dtype to say what it gives".to_string(),
+                    "its scales are f8e8m0, and it has no output_dtype".to_string(),
                 ));
             }
-            // The product is of the output's type, in which the powers of two are exact.
+            // The product has the output's type, in which powers of two are exact.
             (DType::F8E8M0, Some(dtype)) => (scales.microscales(dtype)?, None),
             (_, output) => (scales, output),
         };
@@ -143,11 +143,12 @@ impl SourceNode<'_> {
         }))
     }
 
-    /// `QuantizeLinear`: codes to be computed where all inputs are constants, the operator otherwise.
+    /// `QuantizeLinear`: deferred codes if all inputs are constants, the operator otherwise.
     pub(super) fn quantize_linear(&self) -> Result<Replacement, Failure> {
         let axis = self.attributes.int("axis")?.unwrap_or(1);
         let block_size = self.block_size()?;
-        // The quotient's type, which matters for half floats alone; and what floats too large become, which all saturate.
+        // `precision`: the quotient's type, which matters only for half floats. `saturate`: out-of-range floats, which
+        // saturate in every case here.
         self.attributes.ignore(&["precision"]);
         if self.attributes.is_int("saturate", 1) {
             self.attributes.ignore(&["saturate"]);
@@ -197,7 +198,7 @@ impl SourceNode<'_> {
         let a = &self.attributes;
         let (depth, columns) = (a.required_count("K")?, a.required_count("N")?);
         let (bits, size) = (a.count("bits")?.unwrap_or(4), a.required_count("block_size")?);
-        // How exact a runtime computes; we always compute with the numbers that the codes stand for.
+        // The precision of a runtime's arithmetic; Lapidary always computes with the dequantized values.
         a.ignore(&["accuracy_level"]);
         self.expect_zero(&["weight_prepacked"]);
         let dtype = code_type(bits)?;
@@ -230,7 +231,7 @@ impl SourceNode<'_> {
         }
         let mut size = size;
         if depth != padded {
-            // Blocks that the depth ends within, as smaller ones that divide it.
+            // If the depth is not a multiple of the block size: smaller blocks that divide it.
             let divisor = gcd(depth, size);
             let finer = |part: &Constant| {
                 let apart = part.reshaped(vec![columns, blocks, 1]);
@@ -261,7 +262,7 @@ impl SourceNode<'_> {
             let zeros = of_shape(zeros, &[columns, blocks], "zero points")?;
             let Ok(tensor) = zeros.materialize() else {
                 return Err(Failure::Unsupported(
-                    "floating-point zero points that are not there".to_string(),
+                    "absent floating-point zero points".to_string(),
                 ));
             };
             let whole: Vec<i64> = tensor.to_f64().into_iter().map(|v| v as i64).collect();
@@ -279,9 +280,9 @@ impl SourceNode<'_> {
         Ok(viewed(zeros, codes, vec![columns, padded], "zero points")?.sliced(1, 0, blocks))
     }
 
-    /// The order of columns that brings those of a group together; `None` if they are so already.
+    /// The order of columns that makes each group contiguous; `None` if groups already are.
     fn group_order(&self, groups: &Constant, depth: usize, size: usize) -> Result<Option<Constant>, Failure> {
-        // Some exporters pad it to whole blocks.
+        // Some exporters pad to whole blocks.
         if groups.shape().len() != 1 || groups.len() < depth {
             return Err(problem(format!(
                 "its g_idx has the shape {:?}, and K is {depth}",
@@ -290,7 +291,7 @@ impl SourceNode<'_> {
         }
         let groups = groups.sliced(0, 0, depth);
         let Ok(tensor) = groups.materialize() else {
-            return Err(Failure::Unsupported("g_idx that is not there".to_string()));
+            return Err(Failure::Unsupported("an absent g_idx".to_string()));
         };
         let found = tensor.to_i64();
         if found.iter().enumerate().all(|(k, group)| *group == (k / size) as i64) {
@@ -307,7 +308,7 @@ impl SourceNode<'_> {
             };
             *count += 1;
         }
-        // The last group is short where blocks do not divide the depth.
+        // The last group is short if blocks do not divide the depth.
         let columns = |group: usize| size.min(depth - group * size);
         match (0..counts.len()).find(|group| counts[*group] != columns(*group)) {
             Some(group) => Err(Failure::Unsupported(format!(
@@ -348,8 +349,8 @@ impl SourceNode<'_> {
         }))
     }
 
-    /// `com.microsoft::GatherBlockQuantized`. Inputs: data, indices, scales, zero points. Data of u8 holds `bits` a code and has
-    /// the zero point 2^(bits-1) by default; int4 and uint4 have 0.
+    /// `com.microsoft::GatherBlockQuantized`. Inputs: data, indices, scales, zero points. Data of u8 has `bits` per
+    /// code and the zero point 2^(bits-1) by default; int4 and uint4 have 0.
     pub(super) fn gather_block_quantized(&self) -> Result<Replacement, Failure> {
         let a = &self.attributes;
         let data = self.required_constant(0, "codes")?;
@@ -407,7 +408,7 @@ impl SourceNode<'_> {
     }
 }
 
-/// Zero points without effect, of types that have none: exporters write zeros beside codes of floats.
+/// Zero points without effect, for types that have none: exporters write zeros for float codes.
 pub(super) fn is_idle(zero_points: &Constant, codes: DType) -> bool {
     let has_none = codes.is_float_format() || codes == DType::I32;
     has_none
@@ -436,7 +437,7 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Bytes seen as packed elements of another type; nothing is copied.
+/// Bytes viewed as packed elements of another type; nothing is copied.
 pub(super) fn viewed(bytes: &Constant, dtype: DType, shape: Vec<usize>, what: &str) -> Result<Constant, Failure> {
     let found = (bytes.dtype(), bytes.byte_len());
     let expected = dtype.byte_len_of(&shape);
@@ -451,7 +452,7 @@ pub(super) fn viewed(bytes: &Constant, dtype: DType, shape: Vec<usize>, what: &s
     if bytes.dtype() == dtype {
         return Ok(bytes.reshaped(shape));
     }
-    // Reshapes on the way do not matter to bytes.
+    // Reshapes in between do not change the bytes.
     let mut source = bytes;
     while let ConstantSource::Derived(derived) = source.source()
         && derived.transform == crate::graph::Transform::Reshape
@@ -473,7 +474,7 @@ pub(super) fn viewed(bytes: &Constant, dtype: DType, shape: Vec<usize>, what: &s
     })
 }
 
-/// A constant of this shape, flat ones too.
+/// A constant of this shape, or flat with as many elements.
 pub(super) fn of_shape(constant: &Constant, shape: &[usize], what: &str) -> Result<Constant, Failure> {
     let volume = shape.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
     if volume == Some(constant.len()) {

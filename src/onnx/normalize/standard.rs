@@ -32,7 +32,7 @@ impl SourceNode<'_> {
                     }
                 }
             }
-            // What ONNX Runtime's optimizer writes into the standard domain.
+            // Operators that ONNX Runtime's optimizer writes into the standard domain.
             "SimplifiedLayerNormalization" => return self.read_as("", "RMSNormalization"),
             _ => {}
         }
@@ -61,7 +61,7 @@ impl SourceNode<'_> {
         }
     }
 
-    /// `qk_matmul_output_mode` says what output 3 holds: without effect where that is left out or the mode is 0.
+    /// `qk_matmul_output_mode` selects the content of output 3: without effect if that is omitted or the mode is 0.
     fn pass_over_scores(&self) {
         if self.outputs.get(3).copied().flatten().is_none() {
             self.attributes.ignore(&["qk_matmul_output_mode"]);
@@ -73,7 +73,7 @@ impl SourceNode<'_> {
         if !self.attributes.flag("fmod", false)? {
             return Ok(Replacement::Op(Op::Binary(Binary::Mod)));
         }
-        // fmod on integers takes the sign of the dividend; our `Mod` does so for floats alone.
+        // fmod on integers takes the sign of the dividend; our `Mod` does so only for floats.
         let float = |v: &Option<ValueId>| v.and_then(|v| self.graph.value(v).dtype).is_some_and(DType::is_float);
         Ok(if self.inputs.iter().any(float) {
             Replacement::Op(Op::Binary(Binary::Mod))
@@ -132,7 +132,7 @@ impl SourceNode<'_> {
         })
     }
 
-    /// Attributes that change the meaning unless 0 are left over, and so reported, unless they are 0.
+    /// Attributes that change the meaning unless they are 0 stay unread, and are therefore reported, unless they are 0.
     pub(super) fn expect_zero(&self, names: &[&str]) {
         for name in names {
             if self.attributes.is_zero(name) {

@@ -1,7 +1,7 @@
-//! Operators that TensorRT's ONNX parser knows and ModelOpt writes, domain `trt`: quantization to codes for which ONNX had no
-//! types then. Their meaning is that of ONNX's `QuantizeLinear` and `DequantizeLinear` without zero points
-//! (`QuantDequantLinearHelper` in <https://github.com/onnx/onnx-tensorrt/blob/main/onnxOpImporters.cpp>); the codes' type is in
-//! the operator's name, and the shapes of codes and scales give the block.
+//! Operators that TensorRT's ONNX parser supports and ModelOpt writes, domain `trt`: quantization to codes whose types
+//! ONNX did not have at that time. Their meaning is that of ONNX's `QuantizeLinear` and `DequantizeLinear` without zero
+//! points (`QuantDequantLinearHelper` in <https://github.com/onnx/onnx-tensorrt/blob/main/onnxOpImporters.cpp>); the
+//! codes' type is in the operator's name, and the shapes of codes and scales give the block.
 
 use super::quantized::viewed;
 use super::{Failure, Replacement, SourceNode};
@@ -53,7 +53,7 @@ impl SourceNode<'_> {
         Ok(Replacement::Constant(constant))
     }
 
-    /// What both kinds have: the axis, the size of a block or 0, and no zero points.
+    /// Common to both kinds: the axis, the size of a block or 0, and no zero points.
     fn axis_and_block(&self) -> Result<(i64, usize), Failure> {
         self.without_zero_points()?;
         let axis = self.attributes.int("axis")?.unwrap_or(1);
@@ -83,20 +83,20 @@ fn of_activations(size: usize, op: Op) -> Result<Replacement, Failure> {
     }
 }
 
-/// Scales with as many axes as the codes are those of blocks, on the axis on which the two differ; `size` is 0, or what the node
-/// says of it.
+/// Scales with as many axes as the codes have are block scales, on the axis on which the two differ; `size` is the
+/// node's block size, or 0.
 fn granularity_of(shape: &[usize], scales: &Constant, axis: i64, size: usize) -> Result<Granularity, Failure> {
     let of = scales.shape();
     let problem = |what: &str| Failure::Problem(format!("{what}: codes are {shape:?}, scales {of:?}"));
     if of.len() != shape.len() || shape.len() < 2 {
         if size != 0 {
-            return Err(problem("it has a block_size, and its scales are not those of blocks"));
+            return Err(problem("it has a block_size, but its scales are not block scales"));
         }
         return Granularity::of_attributes(shape.len(), axis, 0, of).ok_or_else(|| problem("its axis does not exist"));
     }
     let mut differing = (0..shape.len()).filter(|i| shape[*i] != of[*i]);
     let (Some(axis), None) = (differing.next(), differing.next()) else {
-        return Err(problem("its scales are those of blocks along one axis in no way"));
+        return Err(problem("its scales do not match blocks along one axis"));
     };
     match shape[axis].checked_div(of[axis]) {
         Some(found) if found * of[axis] == shape[axis] && (size == 0 || size == found) => {

@@ -1,11 +1,11 @@
 //! `If`: one of its branches replaces it while the model is read.
 //!
-//! The branch is known in two cases. The condition is the same in every call (`condition`). Or it is computed from one boolean
-//! input that switches between a decoder without past keys and values, for the prompt, and one with them, for the following
-//! tokens (optimum's merged decoders, `use_cache_branch`). Then the branch that reads the past is taken: with an empty past
-//! it also computes the prompt, as the passes prove of every export, and it must have every weight that the other branch
-//! reads. The branch that reads the past is identified by the inputs of its outputs, not by names. Whether both branches are
-//! the same model is tested by execution when a package is made (`convert`).
+//! The branch is known in two cases. The condition is the same in every call (`condition`). Or it is computed from one
+//! boolean input that switches between a decoder without past keys and values, for the prompt, and one with them, for
+//! the following tokens (optimum's merged decoders, `use_cache_branch`). Then the branch that reads the past is taken:
+//! with an empty past it also computes the prompt, as the passes prove for every export, and it must have every weight
+//! that the other branch reads. The branch that reads the past is identified by the inputs of its outputs, not by
+//! names. Whether both branches are the same model is tested by execution when a package is written (`convert`).
 //!
 //! Branches that are constants become a choice between them (`chosen_constants`). Any other `If` stays in the graph as an
 //! unsupported operator, with the reason.
@@ -39,7 +39,8 @@ impl<'m> Branches<'m> {
 }
 
 impl<'m> Reader<'m> {
-    /// Puts a branch in the place of an `If`, or the `If` itself if none is known. False: read more nodes first.
+    /// Replaces an `If` by a branch, or keeps the `If` if no branch is known. Returns false if more nodes must be read
+    /// first.
     pub(super) fn branch(
         &mut self,
         node: &'m NodeProto,
@@ -85,7 +86,7 @@ impl<'m> Reader<'m> {
         Ok(true)
     }
 
-    /// An `If` of which no branch is known, as an operator that is not supported.
+    /// An `If` without a known branch, as an unsupported operator.
     pub(super) fn keep_if(
         &mut self,
         node: &'m NodeProto,
@@ -128,7 +129,7 @@ impl<'m> Reader<'m> {
         names.iter().map(of).collect()
     }
 
-    /// The branches, with what they need: as many outputs as the node, no inputs, and names of their own.
+    /// The branches, after checking that they have as many outputs as the node, no inputs, and their own names.
     fn checked_branches(
         &self,
         node: &'m NodeProto,
@@ -146,9 +147,10 @@ impl<'m> Reader<'m> {
             }
             if graph.output.len() != node.output.len() {
                 let (found, expected) = (graph.output.len(), node.output.len());
-                return Err(refuse(format!("has {found} outputs, and the node has {expected}")));
+                return Err(refuse(format!("has {found} outputs, but the node has {expected}")));
             }
-            // Nothing inside reads what the node gives, so a branch may call its own results the same, as optimum does.
+            // Nothing inside reads the node's outputs, so a branch may use the same names for its results, as optimum
+            // does.
             let own = |name: &str| {
                 let result = graph.node.iter().any(|n| n.output.iter().any(|o| o == name));
                 result && node.output.iter().any(|o| o == name) && graph.output.iter().any(|o| o.name() == name)
@@ -165,12 +167,12 @@ impl<'m> Reader<'m> {
             then: branch("then_branch")?,
             otherwise: branch("else_branch")?,
         };
-        // Of both, though only one of them is read.
+        // Check both, though only one of them is read.
         self.captured(node, scope, &frame.name(node))?;
         Ok(branches)
     }
 
-    /// Reads a branch in the place of its node.
+    /// Reads a branch in place of its node.
     fn put(
         &mut self,
         branch: &'m GraphProto,
@@ -181,7 +183,7 @@ impl<'m> Reader<'m> {
         if frame.depth >= MAX_DEPTH {
             return Err(broken(node, frame, format!("it is nested more than {MAX_DEPTH} deep")));
         }
-        // Values outside the node get the results. A result that no node of the branch computes is copied.
+        // The node's output values receive the results. A result that no node of the branch computes is copied.
         let of_nodes: HashSet<&str> = branch.node.iter().flat_map(|n| &n.output).map(String::as_str).collect();
         let mut results: HashMap<&str, ValueId> = HashMap::new();
         let mut copies = Vec::new();
@@ -197,8 +199,8 @@ impl<'m> Reader<'m> {
                 false => copies.push((given, wanted)),
             }
         }
-        // Apart from the node's own outputs the branch defines no name again, so its names can be among those around it for as
-        // long as it is read.
+        // Apart from the node's outputs, the branch redefines no name, so its names can be added to the enclosing scope
+        // while it is read.
         let outputs: Vec<_> = node.output.iter().map(|name| scope.take(name)).collect();
         self.initializers(branch, scope)?;
         let frame = Frame {
@@ -236,24 +238,24 @@ impl<'m> Reader<'m> {
         let pasts = [false, true].map(|value| self.pasts(branches.at(at[usize::from(value)]), scope));
         let value = match (pasts[0].is_subset(&pasts[1]), pasts[1].is_subset(&pasts[0])) {
             _ if pasts.iter().all(HashSet::is_empty) => {
-                return Err("an input chooses the branch, and none of them reads past keys and values".into());
+                return Err("an input chooses the branch, but no branch reads past keys and values".into());
             }
-            // Where both do, true stands for the past.
+            // If both do, true selects the past.
             (true, _) => true,
             (false, true) => false,
-            (false, false) => return Err("an input chooses the branch, and each reads other past states".into()),
+            (false, false) => return Err("an input chooses the branch, but the branches read different past states".into()),
         };
         let [kept, dropped] = [value, !value].map(|value| branches.at(at[usize::from(value)]));
         match self.unshared_weight(kept, dropped, scope) {
             Some(name) => Err(format!(
-                "an input chooses the branch, and the one without past keys and values has weights that the other has not \
+                "an input chooses the branch, but the one without past keys and values has weights that the other does not have \
                  ({name})"
             )),
             None => Ok(value),
         }
     }
 
-    /// Inputs that can hold a state and that the outputs of a branch are computed from.
+    /// Inputs that can be a state and from which the outputs of a branch are computed.
     fn pasts(&self, branch: &'m GraphProto, scope: &Scope<'m>) -> HashSet<ValueId> {
         let outputs = branch.output.iter().filter_map(|o| o.name.as_deref());
         let around = needed_from_around(branch, outputs.collect());
@@ -271,7 +273,7 @@ impl<'m> Reader<'m> {
         read.into_iter().filter(state).collect()
     }
 
-    /// A weight of the branch that is dropped which the kept one has not: the two are not one model.
+    /// A weight of the dropped branch that the kept one does not have: the two are different models.
     fn unshared_weight(&self, kept: &'m GraphProto, dropped: &'m GraphProto, scope: &Scope<'m>) -> Option<String> {
         let (mut known, other) = (self.weights(kept, scope), self.weights(dropped, scope));
         let mut prints: Option<HashSet<_>> = None;
@@ -279,7 +281,7 @@ impl<'m> Reader<'m> {
             if id.is_some_and(|id| known.iter().any(|(known, _)| *known == Some(id))) {
                 continue;
             }
-            // Exporters fold a transposition in one branch and not in the other, so the order of elements cannot be compared.
+            // Exporters may fold a transposition in only one branch, so the order of elements cannot be compared.
             let prints = prints.get_or_insert_with(|| known.drain(..).map(|(_, (_, c))| fingerprint(&c)).collect());
             if !prints.contains(&fingerprint(&constant)) {
                 return Some(name);
@@ -288,7 +290,7 @@ impl<'m> Reader<'m> {
         None
     }
 
-    /// Matrices that a branch reads: constants around it, and its own.
+    /// Matrices that a branch reads: constants of the enclosing graph, and its own.
     fn weights(&self, branch: &'m GraphProto, scope: &Scope<'m>) -> Vec<(Option<ValueId>, (String, Constant))> {
         let around = read_from_around(branch);
         let around: Vec<ValueId> = around
@@ -314,7 +316,7 @@ impl<'m> Reader<'m> {
         let uses = self.graph.uses();
         let mut switches: Vec<(ValueId, bool)> = self.switches.iter().map(|(id, value)| (*id, *value)).collect();
         switches.sort_unstable();
-        // What computes the condition reads it still.
+        // The nodes that compute the condition still read it.
         let outputs = self.graph.outputs.clone();
         let (needed, _) = computed_from(&self.graph, &outputs, |_| true);
         for (id, value) in switches {
@@ -354,7 +356,8 @@ fn name_of(graph: &Graph, id: ValueId) -> String {
     origin.unwrap_or(&graph.value(id).name).to_string()
 }
 
-/// What a merge put before the path of every node of a branch: `with_past/` of `with_past//model/layers.0/mlp/Mul`.
+/// The prefix that a merge put before the path of every node of a branch: `with_past/` of
+/// `with_past//model/layers.0/mlp/Mul`.
 fn common_prefix(branch: &GraphProto) -> Option<&str> {
     let mut names = branch.node.iter().map(node_name);
     let path = names.clone().find(|name| name.contains("//"))?;
@@ -373,7 +376,7 @@ fn defined_in(graph: &GraphProto) -> impl Iterator<Item = &str> {
         .filter(|name| !name.is_empty())
 }
 
-/// Names that a node reads: its inputs, and what its subgraphs read from around them.
+/// Names that a node reads: its inputs, and what its subgraphs read from enclosing scopes.
 fn read_by(node: &NodeProto) -> Vec<&str> {
     let inputs = node.input.iter().map(String::as_str).filter(|name| !name.is_empty());
     let graphs = node.attribute.iter().filter_map(|a| a.g.as_deref());
@@ -390,8 +393,7 @@ fn read_from_around(graph: &GraphProto) -> Vec<&str> {
         .collect()
 }
 
-/// Of what a subgraph reads from around it, what the values of these names are computed from; not what only gives its
-/// shape.
+/// The outer values that these names of a subgraph are computed from, except those of which only the shape is used.
 fn needed_from_around<'m>(graph: &'m GraphProto, names: Vec<&'m str>) -> Vec<&'m str> {
     let mut producers: HashMap<&str, &NodeProto> = HashMap::new();
     for node in &graph.node {
@@ -431,8 +433,8 @@ fn tensors(graph: &GraphProto) -> Vec<(&str, &TensorProto)> {
     found
 }
 
-/// Equal for matrices of the same elements in whatever order: dtype, sorted dims, and the sum of a hash of each element.
-/// `None` for the sum if the elements are not there.
+/// Equal for matrices with the same elements in any order: dtype, sorted dims, and the sum of the elements' hashes. The
+/// sum is `None` if the elements are absent.
 fn fingerprint(constant: &Constant) -> (DType, Vec<usize>, Option<u64>) {
     let dtype = constant.dtype();
     let mut dims: Vec<usize> = constant.shape().to_vec();

@@ -1,7 +1,7 @@
 //! An `If` whose branches are constants: a choice between tables, as ORT-GenAI's builder writes LongRoPE.
 //!
-//! It becomes a `Where` of the constants. Tables of different lengths get the length of the longer one: rows of zeros stand where
-//! the shorter one has none, which no row of the original can have been read from.
+//! It becomes a `Where` of the constants. The shorter of two tables is padded with rows of zeros, which the original
+//! cannot have read.
 
 use super::Reader;
 use super::branches::Branches;
@@ -70,7 +70,8 @@ impl<'m> Reader<'m> {
     }
 }
 
-/// Two tensors of one shape, made so by rows of zeros. `None`: they differ in more than their first axis, or in their dtype.
+/// Two tensors of one shape, padded with rows of zeros. `None`: they differ in more than their first axis, or in their
+/// dtype.
 fn same_length(a: Constant, b: Constant) -> Option<[Constant; 2]> {
     let (left, right) = (a.shape().to_vec(), b.shape().to_vec());
     if a.dtype() != b.dtype() || left.len() != right.len() {
@@ -79,7 +80,7 @@ fn same_length(a: Constant, b: Constant) -> Option<[Constant; 2]> {
     if left == right {
         return Some([a, b]);
     }
-    // Tables that are looked up by row.
+    // Lookup tables by row.
     if left.len() != 2 || left[1..] != right[1..] || !a.dtype().is_float() {
         return None;
     }

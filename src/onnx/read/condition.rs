@@ -15,7 +15,7 @@ pub(super) enum Condition {
     Input {
         /// The input.
         id: ValueId,
-        /// The condition where the input is false, and where it is true.
+        /// The condition for a false and for a true input.
         at: [bool; 2],
     },
     /// Something that it is computed from has not been read yet.
@@ -24,7 +24,7 @@ pub(super) enum Condition {
     Open(String),
 }
 
-/// Looks at a condition: executes it where it depends on constants or on one boolean input, and infers it from the fixed
+/// Examines a condition: executes it if it depends on constants or on one boolean input, and infers it from the fixed
 /// dims of inputs otherwise. Names of dims are ignored: exporters give one name to different lengths.
 pub(super) fn condition(graph: &Graph, id: ValueId) -> Condition {
     let Some((mut part, wanted)) = part(graph, id) else {
@@ -109,7 +109,7 @@ fn part(graph: &Graph, id: ValueId) -> Option<(Graph, ValueId)> {
     for id in nodes {
         let node = graph.node(id);
         let inputs = node.inputs.iter().map(|v| v.map(|v| copies[&v])).collect();
-        // Outputs that the condition does not need are left out where that does not change the others.
+        // Outputs that the condition does not need are omitted if that does not change the others.
         let mut outputs = Vec::new();
         for output in &node.outputs {
             outputs.push(output.map(|v| {
@@ -150,7 +150,7 @@ pub(super) fn computed_from(graph: &Graph, from: &[ValueId], follow: impl Fn(&Op
     (found, whole)
 }
 
-/// Follows values, but not into what reads only their shape.
+/// Follows values, but not into nodes that read only a shape.
 pub(super) fn by_value(op: &Op) -> bool {
     !matches!(op, Op::Shape { .. } | Op::Size)
 }

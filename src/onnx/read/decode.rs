@@ -30,7 +30,7 @@ pub(super) fn decode(bytes: Bytes) -> Result<ModelProto, ReadErrorKind> {
     Ok(model)
 }
 
-/// If the top-level fields are those of a model and the last one reaches beyond the end: how many bytes there should be.
+/// If the top-level fields are those of a model and the last one reaches beyond the end: the expected number of bytes.
 /// Distinguished from garbage because the remedy differs.
 fn promised_length(bytes: &[u8]) -> Option<u64> {
     let mut rest = bytes;
@@ -38,11 +38,11 @@ fn promised_length(bytes: &[u8]) -> Option<u64> {
     while !rest.is_empty() {
         let at = (bytes.len() - rest.len()) as u64;
         let Some(key) = varint(&mut rest) else {
-            // A cut within a key; without a valid field before it this is garbage.
+            // Truncated within a key; without a valid field before it this is garbage.
             return (at > 0).then_some(bytes.len() as u64 + 1);
         };
         match (key >> 3, key & 7) {
-            // ir_version comes first from every writer; a file that starts otherwise is judged by the decoder.
+            // Every writer puts ir_version first; a file that starts differently is left to the decoder.
             (1 | 5, 0) => {
                 varint(&mut rest)?;
             }

@@ -7,7 +7,7 @@ use crate::graph::{Op, ValueId};
 use crate::onnx::error::ReadErrorKind;
 use crate::onnx::proto::{AttributeProto, FunctionProto, ModelProto};
 
-/// Functions may call functions; more levels than this can only be recursion.
+/// Functions may call functions; more levels than this mean recursion.
 const MAX_CALL_DEPTH: usize = 64;
 
 /// Domain, name and overload.
@@ -122,7 +122,8 @@ impl<'m> Reader<'m> {
     }
 }
 
-/// Attributes of a node in a function's body, with the caller's values put in; one the caller leaves out is left out.
+/// Attributes of a node in a function's body, with the caller's values substituted; omitted where the caller omits
+/// them.
 pub(super) fn resolve_references(
     attributes: &[AttributeProto],
     caller: Option<&HashMap<&str, AttributeProto>>,

@@ -1,7 +1,8 @@
 //! From a file to a graph: definitions and uses of values, node by node.
 //!
-//! `decode` reports what a file is if it is not an ONNX model. `functions` inlines model-local functions, `branches` replaces
-//! every `If` with a known condition (`condition`) by one branch. `normalize` reads single nodes, `tensor` tensors.
+//! `decode` decodes a file, or reports what it is if it is not an ONNX model. `functions` inlines model-local
+//! functions, `branches` replaces every `If` with a known condition (`condition`) by one branch. `normalize` reads
+//! single nodes, `tensor` tensors.
 
 mod branches;
 mod chosen_constants;
@@ -23,7 +24,7 @@ use crate::dim::Dim;
 use crate::graph::{Definition, Graph, LAPIDARY, Op, Producer, Shape, ValueId};
 use crate::tensor::DType;
 
-/// Functions that call functions twice grow exponentially; no real model comes near this many nodes.
+/// Functions that call functions twice grow exponentially; no real model has nearly this many nodes.
 const MAX_NODES: usize = 4_000_000;
 
 /// Reads a model. Weights stay in the mapped files, so this takes no memory for them.
@@ -35,15 +36,15 @@ pub fn read(path: impl AsRef<Path>) -> Result<Graph, ReadError> {
     read_file(path, false, false).map_err(|kind| kind.at(path))
 }
 
-/// Reads a model whose weights were left out, as in a stripped package: those whose external file is not there are
-/// constants of which only dtype and shape are known.
+/// Reads a model without its weights, as in a stripped package: constants whose external file is missing have only a
+/// dtype and a shape.
 pub fn read_stripped(path: impl AsRef<Path>) -> Result<Graph, ReadError> {
     let path = path.as_ref();
     read_file(path, true, false).map_err(|kind| kind.at(path))
 }
 
-/// Reads a merged decoder with the branch that [`read`] leaves out, the one for a prompt without past keys and values. Of
-/// another model the same as [`read`].
+/// Reads a merged decoder with the branch that [`read`] leaves out, the one for a prompt without past keys and values.
+/// For any other model the same as [`read`].
 pub fn read_prompt_branch(path: impl AsRef<Path>) -> Result<Graph, ReadError> {
     let path = path.as_ref();
     read_file(path, false, true).map_err(|kind| kind.at(path))
@@ -96,7 +97,7 @@ impl Opsets {
     }
 }
 
-/// Names that nodes can read, and what they stand for: `None` for an optional input of a function that was left out.
+/// Names that nodes can read, and their values: `None` for an omitted optional input of a function.
 #[derive(Default)]
 struct Scope<'m> {
     values: HashMap<&'m str, Option<ValueId>>,
@@ -105,12 +106,12 @@ struct Scope<'m> {
 }
 
 impl<'m> Scope<'m> {
-    /// Forgets a name. Gives what it stood for.
+    /// Removes a name and returns its value.
     fn take(&mut self, name: &str) -> (Option<Option<ValueId>>, Option<Origin>) {
         (self.values.remove(name), self.origin.remove(name))
     }
 
-    /// Notes who defines a name, which must have no definition yet. `nodes` are those of the scope.
+    /// Records the definition of a name, which must not be defined yet. `nodes` are those of the scope.
     fn claim(&mut self, name: &'m str, origin: Origin, nodes: &[NodeProto]) -> Result<(), ReadErrorKind> {
         let describe = |origin: Origin| match origin {
             Origin::Input => "an input".to_string(),
@@ -136,12 +137,12 @@ enum Origin {
     Node(usize),
 }
 
-/// What a list of nodes is read within.
+/// The scope in which a list of nodes is read.
 struct Frame<'f> {
     opsets: &'f Opsets,
     /// Prefix of values and nodes: empty in the graph, `caller/` in a function.
     prefix: String,
-    /// What a merge put before names of nodes and values, and is left out.
+    /// The prefix that a merge put before names of nodes and values; it is removed.
     added: &'f str,
     /// The caller's attributes; `None` in the graph.
     attributes: Option<HashMap<&'f str, AttributeProto>>,
@@ -149,12 +150,12 @@ struct Frame<'f> {
 }
 
 impl Frame<'_> {
-    /// What a node is called.
+    /// The name of a node.
     fn name(&self, node: &NodeProto) -> String {
         self.value(node_name(node))
     }
 
-    /// What a value is called.
+    /// The name of a value.
     fn value(&self, name: &str) -> String {
         format!("{}{}", self.prefix, name.strip_prefix(self.added).unwrap_or(name))
     }
@@ -245,7 +246,7 @@ impl<'m> Reader<'m> {
         Ok(())
     }
 
-    /// A new value of that name, which must have no definition yet.
+    /// A new value of that name, which must not be defined yet.
     fn define(
         &mut self,
         graph: &GraphProto,
@@ -271,8 +272,8 @@ impl<'m> Reader<'m> {
         Ok(value)
     }
 
-    /// Reads nodes in any order: first what they define, then what they read. `results` are values that names of this
-    /// scope must define, as the outputs of a function.
+    /// Reads nodes in any order: first their outputs, then their inputs. `results` are values that names of this scope
+    /// must define, as the outputs of a function.
     fn nodes(
         &mut self,
         nodes: &'m [NodeProto],
@@ -357,7 +358,7 @@ impl<'m> Reader<'m> {
         };
         let output = |n: &String| named(n).flatten();
         let mut outputs: Vec<Option<ValueId>> = node.output.iter().map(output).collect();
-        // What is left out at the end is as good as absent.
+        // Omitted trailing outputs count as absent.
         for list in [&mut inputs, &mut outputs] {
             while list.last() == Some(&None) {
                 list.pop();
@@ -366,7 +367,7 @@ impl<'m> Reader<'m> {
         let attributes = functions::resolve_references(&node.attribute, frame.attributes.as_ref());
         let domain = domain_of(node.domain.as_deref());
         let overload = node.overload.as_deref().unwrap_or_default();
-        // The functions of our own operators are for other readers.
+        // The functions of Lapidary's own operators are for other readers.
         if domain != LAPIDARY && self.functions.contains_key(&(domain, op_type, overload)) {
             return self.inline(
                 (domain, op_type, overload),
@@ -413,8 +414,8 @@ impl<'m> Reader<'m> {
         }
     }
 
-    /// Optional outputs that nothing reads (the mask of a dropout, the mean of a normalization) are left out. Where
-    /// the number of outputs has a meaning, as that of `Split`, they stay.
+    /// Optional outputs that nothing reads (the mask of a dropout, the mean of a normalization) are omitted. They are
+    /// kept if the number of outputs has a meaning, as for `Split`.
     fn drop_unread_outputs(&mut self) {
         let mut read: std::collections::HashSet<ValueId> = self.graph.outputs.iter().copied().collect();
         let nodes: Vec<_> = self.graph.node_ids().collect();
@@ -471,7 +472,7 @@ fn tensor_type(info: &ValueInfoProto, name: &str) -> Result<(DType, Option<Shape
         (Some(value), _) if value >= 0 => Dim::constant(value),
         (None, Some(text)) if !text.trim().is_empty() => match Dim::parse(text).as_const() {
             None => Dim::parse(text),
-            // A label is a symbol even where it looks like a number; `7` as a dim would be read back as the number.
+            // A label is a symbol even if it looks like a number; `7` as a dim would be read back as the number.
             Some(_) if text.trim().bytes().all(|byte| byte.is_ascii_digit()) => {
                 Dim::named(format!("dim_{}", text.trim()))
             }

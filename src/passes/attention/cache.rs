@@ -30,7 +30,7 @@ pub struct ExportCache {
     pub sources: Vec<ValueId>,
     /// The rows written in each call.
     pub rows: Projection,
-    /// Of those rows.
+    /// Rounding of those rows.
     pub rounding: RowRounding,
 }
 

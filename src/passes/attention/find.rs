@@ -19,7 +19,7 @@ pub type RoundedValue = (ValueId, Rounding);
 /// One attention of the export.
 #[derive(Clone, Debug)]
 pub struct FoundAttention {
-    /// Of the `Softmax` or `Attention` node.
+    /// Name of the `Softmax` or `Attention` node.
     pub name: String,
     /// `[.., tokens, head_dim]`; the leading axes count batch and query heads.
     pub query: ValueId,

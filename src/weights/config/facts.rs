@@ -9,13 +9,13 @@ use crate::passes::Architecture;
 
 /// The facts that a configuration may contradict.
 pub struct Facts {
-    /// Of the manifest.
+    /// Architecture of the manifest.
     pub architecture: Architecture,
     /// In the order of the model.
     pub layers: Vec<Layer>,
     /// Epsilons of the norms over the residual stream, each once.
     pub rms_epsilons: Vec<f64>,
-    /// Of those that also subtract the mean.
+    /// Epsilons of those that also subtract the mean.
     pub layer_epsilons: Vec<f64>,
     /// Activation functions, each once.
     pub activations: BTreeSet<Activation>,
@@ -35,7 +35,7 @@ pub struct Facts {
 pub struct Layer {
     /// What the scores are multiplied by.
     pub scale: f64,
-    /// Of the scores.
+    /// Soft cap of the scores.
     pub softcap: Option<f64>,
     /// Positions a query attends to, itself included, where that is fewer than the package can hold.
     pub window: Option<usize>,

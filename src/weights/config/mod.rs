@@ -48,7 +48,7 @@ pub enum ConfigError {
     /// The system refused.
     #[error("{}: {source}", path.display())]
     Io {
-        /// Of the file.
+        /// Path of the file.
         path: PathBuf,
         /// What it said.
         source: std::io::Error,
@@ -56,7 +56,7 @@ pub enum ConfigError {
     /// It is not a JSON object.
     #[error("{}: not a valid configuration: {source}", path.display())]
     Invalid {
-        /// Of the file.
+        /// Path of the file.
         path: PathBuf,
         /// Where.
         source: serde_json::Error,
@@ -64,7 +64,7 @@ pub enum ConfigError {
     /// It describes another model.
     #[error("{}: the weights are for a different model than the package's{}", path.display(), list(differences))]
     Contradiction {
-        /// Of the file.
+        /// Path of the file.
         path: PathBuf,
         /// At least one.
         differences: Vec<Difference>,

@@ -150,7 +150,7 @@ impl Kernel for Gemm {
 /// Every tile of the packed left matrix, to meet one panel of a right one that lies in scratch.
 pub struct Tiles {
     pub rows: usize,
-    /// Of the whole product.
+    /// Depth of the whole product.
     pub depth: usize,
     /// From [`PackLeft`].
     pub left: *const f32,

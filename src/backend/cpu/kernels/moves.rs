@@ -92,7 +92,7 @@ unsafe fn widen<S: Simd, E: Element>(from: *const u8, to: *mut u8, n: usize) {
 pub struct Heads {
     pub base: *mut u8,
     pub storage: DType,
-    /// Of batch, heads and tokens, in elements.
+    /// Strides of batch, heads and tokens, in elements.
     pub strides: [isize; 3],
 }
 

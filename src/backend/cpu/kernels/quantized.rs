@@ -11,7 +11,7 @@ use crate::tensor::DType;
 pub enum Format {
     /// Integers; two's complement if `signed`.
     Integer {
-        /// Of a code.
+        /// Bits of a code.
         bits: usize,
         /// Whether the highest bit is a sign.
         signed: bool,

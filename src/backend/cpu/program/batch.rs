@@ -38,7 +38,7 @@ pub struct Batch {
     arenas: Vec<AlignedBytes>,
     /// Of each thread: for one item, and what it keeps between items.
     scratch: [Vec<AlignedBytes>; 2],
-    /// Of each phase.
+    /// Pieces of each phase.
     pieces: Vec<Pieces>,
     /// Passes begun.
     passes: u64,

@@ -58,7 +58,7 @@ pub struct Program {
     pub(super) kept: Vec<AlignedBytes>,
     /// Runs begun.
     pub(super) runs: u64,
-    /// Of each phase.
+    /// Pieces of each phase.
     pub(super) pieces: Vec<Pieces>,
 }
 

@@ -26,11 +26,11 @@ use crate::passes::roles::Roles;
 /// Roundings of rows `rotate(scale * pick(source))`, in units of the rows at each place.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RowRounding {
-    /// Of what is picked of the projection.
+    /// Rounding of what is picked of the projection.
     pub before: Vec<Rounding>,
     /// Inside the rotation; `None` where it rounds nothing.
     pub rotation: Option<RotationRounding>,
-    /// Of the rows.
+    /// Rounding of the rows.
     pub after: Vec<Rounding>,
 }
 
@@ -38,47 +38,47 @@ pub struct RowRounding {
 /// are not rotated.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RotationRounding {
-    /// Of what is multiplied by cosines, and of what is turned, where that is not the same.
+    /// Rounding of what is multiplied by cosines, and of what is turned, where that is not the same.
     pub apart: [Vec<Rounding>; 2],
-    /// Of the products with cosines.
+    /// Rounding of the products with cosines.
     pub cos: Vec<Rounding>,
-    /// Of the first and the second half of the turned rows, before [`Self::turned`].
+    /// Rounding of the first and the second half of the turned rows, before [`Self::turned`].
     pub halves: [Vec<Rounding>; 2],
-    /// Of the turned rows.
+    /// Rounding of the turned rows.
     pub turned: Vec<Rounding>,
-    /// Of the products with sines.
+    /// Rounding of the products with sines.
     pub sin: Vec<Rounding>,
     /// Where a head has elements that are not rotated: of those that are, before the rotation.
     pub first: Vec<Rounding>,
-    /// Of the sum, where a head has elements that are not rotated.
+    /// Rounding of the sum, where a head has elements that are not rotated.
     pub rotated: Vec<Rounding>,
-    /// Of those.
+    /// Rounding of those.
     pub passed: Vec<Rounding>,
 }
 
 /// Roundings of a cache's elements as they are read, the first one first.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct CacheRounding {
-    /// Of rows that the same call wrote.
+    /// Rounding of rows that the same call wrote.
     pub new: Vec<Rounding>,
-    /// Of rows of earlier calls, where that is not the same: each call rounds the past before it uses it.
+    /// Rounding of rows of earlier calls, where that is not the same: each call rounds the past before it uses it.
     pub older: Option<Vec<Rounding>>,
 }
 
 /// All roundings of one attention.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerRounding {
-    /// Of the query's rows, which are not scaled.
+    /// Rounding of the query's rows, which are not scaled.
     pub query: RowRounding,
-    /// Of the elements of the key cache, as it is read.
+    /// Rounding of the elements of the key cache, as it is read.
     pub key: CacheRounding,
-    /// Of the elements of the value cache, as it is read.
+    /// Rounding of the elements of the value cache, as it is read.
     pub value: CacheRounding,
-    /// Of the scaled scores before soft cap and mask.
+    /// Rounding of the scaled scores before soft cap and mask.
     pub scores: Option<Rounding>,
-    /// Of the scores after the soft cap, before the mask.
+    /// Rounding of the scores after the soft cap, before the mask.
     pub capped: Option<Rounding>,
-    /// Of the softmax's result.
+    /// Rounding of the softmax's result.
     pub probabilities: Option<Rounding>,
 }
 

@@ -58,7 +58,7 @@ impl RowsOfX {
 /// What the weights of a product are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Form {
-    /// Of activations: fp16 or bf16.
+    /// Element type of activations: fp16 or bf16.
     pub dtype: DType,
     /// i4, i8, or as the activations.
     pub weights: DType,
