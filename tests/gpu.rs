@@ -181,7 +181,7 @@ fn an_engine_without_enough_working_memory_is_refused() {
     }
     let stream = Stream::new(runtime.cuda()).unwrap();
     let error = engine.enqueue(&stream).unwrap_err().to_string();
-    assert!(error.contains("working memory"), "{error}");
+    assert!(error.contains("scratch memory"), "{error}");
 }
 
 #[test]
@@ -201,7 +201,7 @@ fn a_captured_engine_reads_new_inputs_and_follows_its_buffers() {
     };
     let mut engine = Program::load(&runtime, Path::new("squares"), &[plan.bytes()], &network, loading).unwrap();
     let stream = Stream::new(runtime.cuda()).unwrap();
-    let scratch = Buffer::new(runtime.cuda(), engine.scratch_bytes(), "working memory").unwrap();
+    let scratch = Buffer::new(runtime.cuda(), engine.scratch_bytes(), "scratch memory").unwrap();
     // SAFETY: held to the end.
     unsafe { engine.set_scratch(&scratch) };
     let mut kept = Vec::new();

@@ -99,7 +99,7 @@ impl Batch {
             // SAFETY: of the port's size; held by the batch or the part, which end together.
             unsafe { engine.bind([(port.name.as_str(), address)])? };
         }
-        let scratch = Buffer::new(&cuda, engine.scratch_bytes(), "working memory")?;
+        let scratch = Buffer::new(&cuda, engine.scratch_bytes(), "scratch memory")?;
         // SAFETY: held by the part.
         unsafe { engine.set_scratch(&scratch) };
         Ok(Part {

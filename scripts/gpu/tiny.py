@@ -54,7 +54,7 @@ def check(name, mode):
     half = "fp16" in name or "fp16" in mode
     right = gpu["tokens"] == (cpu["tokens"] if half else reference["greedy_tokens"]) and worst < (0.05 if half else 2e-3)
     if mode == "bind" and right:
-        # Sequence after sequence in one device: caches come and go, working memory grows under engines that ran.
+        # Sequence after sequence in one device: caches come and go, scratch memory grows under engines that ran.
         listed, rows = WORK / "tiny" / f"{name}.json", WORK / "tiny" / f"{name}.f32"
         listed.write_text(json.dumps([{"prompt": prompt[:k], "forced": prompt[k:]} for k in (1, 3, 11, 2)]))
         lab("logits", package, "--cases", listed, "--output", rows)

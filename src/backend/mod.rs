@@ -1,4 +1,4 @@
-//! The back ends: they execute or compile a [`Network`](crate::network::Network), and do not use each other.
+//! The back ends: they execute or compile a [`Network`](crate::network::Network), and are independent of each other.
 
 pub mod cpu;
 pub mod tensorrt;

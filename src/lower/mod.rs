@@ -190,7 +190,7 @@ pub struct LowerOptions {
     /// otherwise, which is a little faster and takes `4 * heads * d` bytes per slot.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fold_prefill: Option<usize>,
-    /// How attention is written.
+    /// The form of attention.
     pub attention: AttentionForm,
     /// How quantized weights enter the network: for one row, and for more unless `prefill_quantized` is set.
     #[serde(skip_serializing_if = "QuantizedForm::is_whole")]

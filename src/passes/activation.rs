@@ -1,8 +1,8 @@
-//! SiLU, quick GELU and both GELUs in their parts become `Swish` and `Gelu`.
+//! SiLU, quick GELU and both GELUs, written as several operators, become `Swish` and `Gelu`.
 //!
-//! There are too many forms to list, so none is: a `Sigmoid`, `Erf` or `Tanh` is the anchor, every pair of a value
-//! `x` shortly before it and a value `y` shortly after it that is computed from `x` and scalars alone is a candidate, and
-//! a candidate is what its values on a grid of samples say it is.
+//! There are too many forms to list them. A `Sigmoid`, `Erf` or `Tanh` is the anchor; every pair of a value `x` shortly
+//! before it and a value `y` shortly after it that is computed from `x` and scalars alone is a candidate; and the
+//! candidate's values on a grid of samples identify the function.
 
 use std::collections::{HashMap, HashSet};
 
@@ -13,10 +13,11 @@ use crate::graph::op::{Binary, Op, Unary};
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::tensor::{DType, Tensor};
 
-/// How many operators an activation has on either side of its anchor, at most; `gelu_new` has five before it.
+/// Maximum number of operators of an activation on either side of its anchor; `gelu_new` has five before it.
 const REACH: usize = 7;
 
-/// Writes `Swish`, `Gelu` and their kin in place of the operators that compute them. Gives the number of rewrites.
+/// Writes `Swish`, `Gelu` and related functions in place of the operators that compute them. Returns the number of
+/// rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let uses = graph.uses();
     let mut rewrites = 0;
@@ -50,7 +51,7 @@ fn recognize(
             .filter(|n| is_elementwise(&n.op));
         outputs.filter_map(|n| n.output(0)).collect()
     });
-    // The activation ends in a product; the farthest one that fits is the whole of it.
+    // The activation ends in a product; the farthest one that matches is the complete activation.
     for y in after.into_iter().rev() {
         let (node, definition) = graph.def(y)?;
         if !matches!(definition.op, Op::Binary(Binary::Mul | Binary::Div)) {
@@ -96,7 +97,7 @@ fn is_elementwise(op: &Op) -> bool {
     }
 }
 
-/// Whether `y` is computed element by element from `x` and scalar constants, and nothing else.
+/// Whether `y` is computed element by element from `x` and scalar constants alone.
 fn is_function_of(graph: &Graph, y: ValueId, x: ValueId) -> bool {
     let mut seen = HashSet::from([y]);
     let mut stack = vec![y];
@@ -121,7 +122,7 @@ fn is_function_of(graph: &Graph, y: ValueId, x: ValueId) -> bool {
 
 fn by_values(graph: &Graph, x: ValueId, y: ValueId, anchor: Unary) -> Option<Op> {
     let dtype = graph.value(x).dtype.unwrap_or(DType::F32);
-    // 1 comes first: there the value of x · sigmoid(αx) gives α. Eighths are exact in every float type.
+    // 1 comes first: at 1, the value of x · sigmoid(αx) gives α. Eighths are exact in every float type.
     let samples: Vec<f64> = std::iter::once(1.0)
         .chain((-64..=64).map(|i| f64::from(i) / 8.0))
         .collect();
@@ -150,8 +151,8 @@ fn by_values(graph: &Graph, x: ValueId, y: ValueId, anchor: Unary) -> Option<Op>
     )
     .ok()?;
     let wanted = wanted.into_iter().next()??.to_f64();
-    // Constants are rounded to the dtype and each operator rounds once. The two GELUs differ by 4e-4 and are distinguished
-    // by their anchors where the halves cannot.
+    // Constants are rounded to the dtype and each operator rounds once. The two GELUs differ by 4e-4; where half types
+    // cannot show that, their anchors distinguish them.
     let tolerance = match dtype {
         DType::F16 => 4e-3,
         DType::Bf16 => 3e-2,

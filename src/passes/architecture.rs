@@ -1,4 +1,4 @@
-//! Facts about the model, read off the canonical graph and its analysis; they go into the package's manifest.
+//! Facts about the model, from the canonical graph and its analysis, for the package's manifest.
 
 use std::fmt;
 
@@ -11,10 +11,10 @@ use crate::graph::op::Op;
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::tensor::DType;
 
-/// Sizes of a decoder-only model. Optional facts are `None` where the graph does not show them.
+/// Sizes of a decoder-only model. Optional facts are `None` if the graph does not show them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Architecture {
-    /// Attentions.
+    /// Attention layers.
     pub layers: usize,
     /// Pairs of a key and a value cache; fewer than layers where layers share caches.
     pub caches: usize,
@@ -32,35 +32,36 @@ pub struct Architecture {
     pub intermediate: Option<usize>,
     /// Row length of the logits.
     pub vocabulary: Option<usize>,
-    /// Positions beyond this one have no rotary or position-embedding row, or were not proven: no capacity may be larger.
+    /// Positions beyond this one have no rotary or position-embedding row, or were not proved: no capacity may be
+    /// larger.
     pub max_positions: Option<usize>,
     /// Sliding window of each layer: how many positions a query attends to, itself included; `None` for all.
     pub windows: Vec<Option<usize>>,
     /// Soft cap of the first layer's scores.
     pub attention_softcap: Option<f32>,
-    /// `None` where no layer is rotated.
+    /// `None` if no layer is rotated.
     pub rotary: Option<Rotary>,
     /// `rms_norm` or `layer_norm`.
     pub norm: Option<String>,
     /// Batch size that the export fixed.
     pub batch: Option<usize>,
-    /// Token count of one call that the export fixed: only of packages made before such exports were refused.
+    /// Token count of one call that the export fixed: only in packages made before such exports were refused.
     pub tokens: Option<usize>,
     /// The language-model head multiplies the embedding.
     pub tied_embeddings: Option<bool>,
     /// Element type of the caches.
     pub cache_dtype: DType,
-    /// Experts of the first layer that is a mixture of them.
+    /// Experts of the first mixture-of-experts layer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub experts: Option<ExpertCounts>,
 }
 
-/// How many experts a layer has, and how many of them a token passes through.
+/// Number of experts of a layer, and per token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExpertCounts {
-    /// All of them.
+    /// All experts.
     pub experts: usize,
-    /// Of a token.
+    /// Experts per token.
     pub top_k: usize,
 }
 
@@ -95,14 +96,14 @@ impl fmt::Display for Architecture {
 /// Rotary position embedding of the first rotated layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rotary {
-    /// Pairs are neighbors; otherwise an element is paired with the one half a rotation away.
+    /// Pairs are neighbors; otherwise an element is paired with the one half the rotary width away.
     pub interleaved: bool,
     /// Leading elements of a head that are rotated.
     pub rotary_dim: usize,
     /// Distinct tables in the model.
     pub tables: usize,
-    /// The longest run, in positions, for which they are those of short runs; longer ones have tables of their own (LongRoPE).
-    /// `None` where all runs have the same.
+    /// The longest run, in positions, with the tables for short runs; longer runs have their own tables (LongRoPE).
+    /// `None` if all runs have the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub longest_short_run: Option<usize>,
 }
@@ -120,7 +121,7 @@ fn experts(graph: &Graph) -> Option<ExpertCounts> {
     })
 }
 
-/// Reads the facts. `limit` bounds positions where an embedding table does.
+/// Reads the facts. `limit` is the bound from a table of position embeddings.
 pub fn describe(graph: &Graph, roles: &Roles, analysis: &Analysis, limit: Option<usize>) -> Option<Architecture> {
     let first = analysis.layers.first()?;
     let (key, value) = (&analysis.caches[&first.key_cache], &analysis.caches[&first.value_cache]);
@@ -172,7 +173,7 @@ pub fn describe(graph: &Graph, roles: &Roles, analysis: &Analysis, limit: Option
     })
 }
 
-/// The table that token ids index, and its `[vocabulary, hidden]`.
+/// The table that token ids index, with its shape `[vocabulary, hidden]`.
 fn embedding(graph: &Graph) -> Option<(ValueId, (usize, Option<usize>))> {
     let ids = *graph.inputs.first()?;
     let uses = graph.uses();
@@ -223,7 +224,7 @@ fn intermediate(graph: &Graph, hidden: Option<usize>, heads: usize, vocabulary: 
         .map(|(width, _)| width)
         .collect();
     let others = down.iter().copied().filter(|w| *w != heads && Some(*w) != vocabulary);
-    // The first, but keys and values can be as wide as the residual stream, so what reads that comes last.
+    // The first one, but keys and values can be as wide as the residual stream, so readers of the stream come last.
     others.min_by_key(|w| *w == hidden).or(down.first().copied())
 }
 
@@ -235,7 +236,7 @@ fn norm(graph: &Graph) -> Option<String> {
     })
 }
 
-/// Whether the head's weight is the embedding, perhaps transposed.
+/// Whether the head's weight is the embedding, possibly transposed.
 fn tied(graph: &Graph, table: ValueId) -> Option<bool> {
     let embedding = graph.constant(table)?;
     let mut at = *graph.outputs.first()?;

@@ -1,9 +1,9 @@
 //! Logits of all tokens, if the export selects some of them.
 //!
-//! An export for generation may keep the last token before its head, after it, or as many as an input says. The canonical
-//! graph has logits of every token: the runtime chooses rows. So the selection is removed if everything between it and the
-//! logits works on each token separately, and if its execution gives all rows, the last ones, or those
-//! that the input names. Anything else is an [`Obstacle`].
+//! An export for generation may keep only the last token before or after its head, or as many as an input specifies.
+//! The canonical graph has logits of every token: the runtime chooses rows. So the selection is removed if everything
+//! between it and the logits works on each token separately, and if its execution gives all rows, the last ones, or
+//! those that the input names. Anything else is an [`Obstacle`].
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -19,21 +19,21 @@ use crate::graph::op::{Op, RowWise};
 use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::tensor::{DType, Tensor};
 
-/// A node that chooses rows, and what becomes of it.
+/// A node that chooses rows, and its replacement.
 struct Choice {
     node: NodeId,
     /// `[batch, tokens, n]`
     rows: ValueId,
-    /// After it: axes of one token that are put in where the choice has dropped the axis of tokens.
+    /// After it: axes of one token, inserted where the choice has dropped the token axis.
     unsqueezed: Vec<NodeId>,
-    /// Values from it to the logits, whose shapes change.
+    /// Values between it and the logits, whose shapes change.
     behind: Vec<ValueId>,
 }
 
 /// The longest length that a choice is executed at.
 const LONGEST: usize = 1 << 16;
 
-/// Takes choices of rows out. Gives their number. The graph must be inferred and sorted; infer again.
+/// Removes choices of rows and returns their number. The graph must be inferred and sorted; infer again.
 pub fn run(graph: &mut Graph, roles: &Roles) -> Result<usize, PassError> {
     let mut count = 0;
     loop {
@@ -56,7 +56,7 @@ pub fn run(graph: &mut Graph, roles: &Roles) -> Result<usize, PassError> {
         }
         count += 1;
         finish(graph, count)?;
-        // Another choice before this one is seen by the shapes.
+        // The shapes show whether another choice precedes this one.
         super::infer(graph)?;
     }
     let uses = graph.uses();
@@ -95,7 +95,7 @@ fn choice(evaluator: &PartialEvaluator<'_>, id: NodeId) -> Option<Choice> {
     if !picks || *tokens != Dim::sym(Sym::tokens()) {
         return None;
     }
-    // Values after it that have lost the axis of tokens, and those that have it.
+    // Values after it without the token axis, and those with it.
     let mut flat: HashSet<ValueId> = HashSet::new();
     let mut behind = vec![chosen];
     flat.extend((to.len() == 2).then_some(chosen));
@@ -130,8 +130,8 @@ fn choice(evaluator: &PartialEvaluator<'_>, id: NodeId) -> Option<Choice> {
     })
 }
 
-/// Whether each token of the result is computed from that token of the values `behind` the choice alone, and stays so with
-/// more tokens. `flat`: those without an axis of tokens, if the node reads one of them.
+/// Whether each token of the result is computed only from the same token of the values after the choice (`behind`),
+/// also with more tokens. `flat`: values without a token axis, if the node reads one of them.
 fn on_single_tokens(
     evaluator: &PartialEvaluator<'_>,
     node: &Node,
@@ -225,11 +225,11 @@ fn listed(rows: &[usize]) -> String {
     }
 }
 
-/// What an input that says which tokens get logits is given.
+/// The value of an input that selects the tokens with logits.
 enum Given {
-    /// This many, the last ones.
+    /// This many, from the end.
     Count(usize),
-    /// These.
+    /// These tokens.
     Rows(Vec<usize>),
 }
 
@@ -256,7 +256,7 @@ fn feeds(graph: &Graph, input: ValueId, values: &[ValueId]) -> bool {
     false
 }
 
-/// Values of the input to try: a count, or a list of tokens where its length is free.
+/// Values of the input to test: a count, or a list of tokens if its length is free.
 fn samples(
     evaluator: &PartialEvaluator<'_>,
     trial: &Trial,

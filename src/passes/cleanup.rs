@@ -1,4 +1,4 @@
-//! Operators that change nothing disappear; equal nodes, and constants with equal bytes, become one.
+//! Removes operators that change nothing, and merges equal nodes and constants with equal bytes.
 //!
 //! Inferred shapes show whether a broadcast or a reshape has an effect; without them it stays. An operator whose
 //! result is a graph output stays too, because the output's name is part of the export's interface.
@@ -12,7 +12,7 @@ use crate::graph::{Constant, ConstantSource};
 use crate::graph::{Graph, Node, ValueId};
 use crate::tensor::DType;
 
-/// Removes operators that change nothing and merges equal ones. Gives the number of rewrites.
+/// Removes operators that change nothing and merges equal ones. Returns the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let mut rewrites = 0;
     loop {
@@ -48,7 +48,7 @@ pub(super) fn remove_noops(graph: &mut Graph) -> usize {
     count
 }
 
-/// The value before a chain of reshapes that gives it back as it was.
+/// The value before a chain of reshapes that restores its shape.
 fn undone(graph: &Graph, output: ValueId) -> Option<ValueId> {
     let mut at = output;
     loop {
@@ -78,7 +78,7 @@ fn merge_chains(graph: &mut Graph) -> usize {
                 // A 0 copies a dim of the operand, which another operand does not have.
                 let target = node.input(1).and_then(|t| ints(graph, t));
                 let absolute = target.is_some_and(|t| *allowzero || !t.contains(&0));
-                // It must not reach for what its own result is the undoing of; `undone` takes those.
+                // It must not read a value that its own result restores; `undone` handles those.
                 if absolute && source != x {
                     graph.node_mut(id).inputs[0] = Some(source);
                     count += 1;
@@ -99,7 +99,7 @@ fn merge_chains(graph: &mut Graph) -> usize {
     count
 }
 
-/// A softmax of a tensor whose leading axes were made one is that of the tensor itself, flattened after it.
+/// A softmax of a tensor with merged leading axes is the softmax of the tensor itself, flattened afterwards.
 fn softmax_before_flatten(graph: &mut Graph) -> usize {
     let mut count = 0;
     for id in graph.node_ids().collect::<Vec<_>>() {
@@ -130,7 +130,7 @@ fn softmax_before_flatten(graph: &mut Graph) -> usize {
     count
 }
 
-/// What is known of the type of `from` holds for `to`, where that has none yet.
+/// Copies the type of `from` to `to`, if `to` has none yet.
 fn keep_type(graph: &mut Graph, from: ValueId, to: ValueId) {
     let (dtype, shape) = (graph.value(from).dtype, graph.value(from).shape.clone());
     let value = graph.value_mut(to);
@@ -138,7 +138,7 @@ fn keep_type(graph: &mut Graph, from: ValueId, to: ValueId) {
     value.shape = value.shape.take().or(shape);
 }
 
-/// The input that the node gives back as it is.
+/// The input that the node returns unchanged.
 fn unchanged(graph: &Graph, node: &Node, output: ValueId) -> Option<ValueId> {
     let x = node.input(0)?;
     let dtype = |v: ValueId| graph.value(v).dtype;
@@ -174,7 +174,7 @@ fn is_whole_slice(graph: &Graph, node: &Node, x: ValueId, output: ValueId) -> bo
             Some(steps) => ints(graph, steps)?,
             None => vec![1; starts.len()],
         };
-        // Ends that are dims of the tensor itself are seen from the shapes below.
+        // Ends that are dims of the tensor itself are handled by the shapes below.
         let far = starts.iter().all(|s| *s == 0 || *s == i64::MIN) && ends.iter().all(|e| *e >= i64::from(i32::MAX));
         Some(far && steps.iter().all(|s| *s == 1))
     };
@@ -184,7 +184,7 @@ fn is_whole_slice(graph: &Graph, node: &Node, x: ValueId, output: ValueId) -> bo
             Some(steps) => ints(graph, steps).is_some_and(|s| s.iter().all(|s| *s > 0)),
         }
     };
-    // A forward slice that is as long as the axis has all of it.
+    // A forward slice as long as the axis is the whole axis.
     whole() == Some(true) || (forward() && same_shape(graph, x, output))
 }
 
@@ -239,9 +239,9 @@ fn uniform(graph: &Graph, value: ValueId) -> Option<f64> {
     values.iter().all(|v| *v == values[0]).then(|| values[0])
 }
 
-/// Nodes that compute the same from the same.
+/// Nodes that compute the same from the same inputs.
 fn merge_nodes(graph: &mut Graph) -> usize {
-    // Operators hold floats and so have no hash; their text is a good bucket, equality decides.
+    // Operators contain floats and so have no hash; their text selects a bucket, equality decides.
     let mut seen: HashMap<(String, Vec<Option<ValueId>>), Vec<crate::graph::NodeId>> = HashMap::new();
     let mut count = 0;
     for id in graph.node_ids().collect::<Vec<_>>() {
@@ -253,7 +253,7 @@ fn merge_nodes(graph: &mut Graph) -> usize {
         let bucket = seen.entry((format!("{:?}", node.op), node.inputs.clone())).or_default();
         let twin = bucket.iter().copied().find(|other| {
             let other = graph.node(*other);
-            // An output only one of the two gives would have to be moved.
+            // An output that only one of the two has would have to be moved.
             let covers = (0..node.outputs.len()).all(|i| node.output(i).is_none() || other.output(i).is_some());
             other.op == node.op && other.outputs.len() == node.outputs.len() && covers
         });
@@ -303,8 +303,7 @@ fn merge_constants(graph: &mut Graph) -> usize {
     replacements.len()
 }
 
-/// A hash of some of the bytes: many weights have one shape, and reading them all to distinguish them would read the
-/// whole model.
+/// A hash of some of the bytes: many weights have the same shape, and comparing all bytes would read the whole model.
 fn fingerprint(constant: &Constant) -> u64 {
     use std::hash::{DefaultHasher, Hash, Hasher};
     const RUN: usize = 64;

@@ -1,4 +1,4 @@
-//! Whether a graph is canonical: the interface and the operators that `graph`'s head promises to the lowering.
+//! Checks that a graph is canonical: the interface and operators that the head of `graph` defines for the lowering.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -7,7 +7,7 @@ use crate::graph::Graph;
 use crate::graph::op::Op;
 use crate::interface::InterfaceErrors;
 
-/// Everything that keeps the graph from being canonical; empty if it is.
+/// Everything that prevents the graph from being canonical; empty if it is.
 pub fn check(graph: &Graph) -> Vec<Obstacle> {
     let mut obstacles = super::positions::stale_inputs(graph);
     interface(graph, &mut obstacles);
@@ -23,8 +23,8 @@ fn obstacle(at: &str, reason: String) -> Obstacle {
     }
 }
 
-/// The interface that `emit` gave the graph must be the one that its names, dtypes and shapes say: what reads the graph
-/// from a file has nothing else.
+/// The interface that `emit` set must agree with the names, dtypes and shapes: readers of the graph's file have only
+/// those.
 fn interface(graph: &Graph, obstacles: &mut Vec<Obstacle>) {
     match graph.canonical_interface() {
         Err(errors) => obstacles.extend(interface_obstacles(errors)),
@@ -73,7 +73,7 @@ pub fn is_canonical(op: &Op) -> bool {
     }
 }
 
-/// Operators that Lapidary does not know at all, each with its nodes.
+/// Unknown operators, each with its nodes.
 pub fn unknown(graph: &Graph) -> Vec<Obstacle> {
     let mut obstacles = Vec::new();
     refused(graph, |op| matches!(op, Op::Unknown { .. }), &mut obstacles);

@@ -1,8 +1,8 @@
 //! Which values depend on token ids and caches, and which on positions alone.
 //!
-//! Everything an export computes from its masks, positions, lengths and shapes alone is *positional*: it can be executed
-//! for any (batch, past, tokens) without weights or tokens, which is how masks, rotary tables and index arithmetic are
-//! recognized. Takes an inferred graph and its [`Roles`]; gives a [`Dependence`] for each value.
+//! Everything an export computes from its masks, positions, lengths and shapes alone is *positional*: it can be
+//! executed for any (batch, past, tokens) without weights or tokens, which is how masks, rotary tables and index
+//! arithmetic are recognized. Input: an inferred graph and its [`Roles`]. Output: a [`Dependence`] for each value.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,7 +10,7 @@ use super::roles::Roles;
 use crate::graph::op::Op;
 use crate::graph::{Definition, Graph, ValueId};
 
-/// What a value depends on; the larger one wins where values meet.
+/// What a value depends on; the larger one wins when values are combined.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Dependence {
     /// Depends on nothing.
@@ -45,7 +45,7 @@ pub fn classify(graph: &Graph, roles: &Roles) -> HashMap<ValueId, Dependence> {
         let node = graph.node(id);
         let inputs = node.inputs.iter().flatten();
         let dependence = match node.op {
-            // A shape is known from the dims, whatever the elements are.
+            // A shape follows from the dims, whatever the elements are.
             Op::Shape { .. } | Op::Size => Dependence::Positional,
             Op::Unknown { .. } => Dependence::Data,
             _ => inputs
@@ -60,7 +60,7 @@ pub fn classify(graph: &Graph, roles: &Roles) -> HashMap<ValueId, Dependence> {
     dependences
 }
 
-/// Values on which the outputs depend other than by shapes.
+/// Values whose elements affect the outputs.
 pub fn reaching_outputs(graph: &Graph) -> HashSet<ValueId> {
     let mut stack: Vec<ValueId> = graph.outputs.clone();
     let mut seen: HashSet<ValueId> = stack.iter().copied().collect();

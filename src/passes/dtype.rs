@@ -1,9 +1,10 @@
 //! The whole graph in another float type, for `convert --dtype`.
 //!
-//! Weights, tables and scalars are cast (by recipe, no bytes are touched), float inputs such as caches are retyped, casts
-//! between float types go to the new type, and are removed if they have no effect. Statistics of normalizations are fp32 inside
-//! their operators for every type. A finite value that fp16 cannot represent must not silently become an infinity: the
-//! fill value of a mask becomes the lowest finite value, anything else is an error that names the constants.
+//! Weights, tables and scalars are cast (by recipe, without reading bytes), float inputs such as caches are retyped,
+//! and casts between float types become casts to the new type, or are removed if they have no effect. Statistics of
+//! normalizations are fp32 inside their operators for every type. A finite value that fp16 cannot represent must not
+//! silently become an infinity: the fill value of a mask becomes the lowest finite value, anything else is an error
+//! that names the constants.
 
 use std::collections::HashSet;
 
@@ -20,9 +21,9 @@ const F16_OVERFLOW: f64 = 65520.0;
 /// The largest number that rounds to zero in fp16: half its smallest subnormal.
 const F16_UNDERFLOW: f64 = 1.0 / 33_554_432.0;
 
-/// Converts every float value to `to`; the number of constants, inputs and operators changed. Tensors with numbers too large
-/// are an error unless `allow_overflow`; single numbers always are, since a formula hangs on them. Panics unless `to` is F32,
-/// F16 or Bf16.
+/// Converts every float value to `to`; returns the number of changed constants, inputs and operators. Tensors with
+/// numbers too large are an error unless `allow_overflow`; single numbers always are, since a formula depends on them.
+/// Panics unless `to` is F32, F16 or Bf16.
 pub fn run(graph: &mut Graph, to: DType, allow_overflow: bool) -> Result<usize, PassError> {
     assert!(to.is_float() && to != DType::F64, "{to} is no type for a model");
     let wrong = |dtype: Option<DType>| dtype.is_some_and(|d| d.is_float() && d != to);
@@ -41,7 +42,7 @@ pub fn run(graph: &mut Graph, to: DType, allow_overflow: bool) -> Result<usize, 
                     Some(cast) => graph.set_constant(id, cast),
                     None if allow_overflow && constant.len() > 1 => graph.set_constant(id, constant.cast(to)),
                     None => {
-                        // A weight and its transpose are one to a reader.
+                        // A weight and its transpose count as one.
                         let what = described(graph, id, &constant);
                         if !unfit.contains(&what) {
                             unfit.push(what);
@@ -84,7 +85,7 @@ pub fn run(graph: &mut Graph, to: DType, allow_overflow: bool) -> Result<usize, 
     Ok(changes)
 }
 
-/// Slopes and sinks of attention: a rounded slope is a bias that is wrong by more with every position.
+/// Slopes and sinks of attention: the error of a rounded slope grows with the position.
 fn of_attention_in_fp32(graph: &Graph) -> HashSet<ValueId> {
     let nodes = graph.node_ids().map(|id| graph.node(id));
     let biased = nodes.filter(|node| matches!(node.op, Op::BiasedAttention(_)));
@@ -109,7 +110,7 @@ fn described(graph: &Graph, id: ValueId, constant: &Constant) -> String {
     format!("{name:?} ({largest:e})")
 }
 
-/// `None`: it holds a finite number that `to` cannot.
+/// `None`: it has a finite number that `to` cannot represent.
 fn converted(constant: &Constant, to: DType) -> Result<Option<Constant>, ConstantError> {
     let cast = constant.cast(to);
     if to != DType::F16 {
@@ -129,7 +130,7 @@ fn converted(constant: &Constant, to: DType) -> Result<Option<Constant>, Constan
     if largest(constant) < F16_OVERFLOW {
         return Ok(Some(cast));
     }
-    // The bound may be too high for a part of a tensor or a scaled one; the bytes decide.
+    // The bound may be too high for a part of a tensor or a scaled tensor; the bytes decide.
     let values = constant.materialize()?.to_f32();
     let too_large = |v: &f32| v.is_finite() && f64::from(v.abs()) >= F16_OVERFLOW;
     if !values.iter().any(too_large) {
@@ -159,8 +160,8 @@ fn fill(constant: &Constant, shape: &[usize]) -> Constant {
     }
 }
 
-/// A bound on the magnitude of the finite elements, from the bytes that lie in the file; nothing is computed. What is
-/// not there, in a stripped package, counts as fitting.
+/// A bound on the magnitude of the finite elements, from the bytes in the file; nothing is computed. Absent weights of
+/// a stripped package count as fitting.
 fn largest(constant: &Constant) -> f64 {
     match constant.source() {
         ConstantSource::Tensor(tensor) => largest_element(tensor),

@@ -8,24 +8,24 @@ use crate::graph::{ConstantError, CycleError, Obstacles};
 use crate::help::{Fault, Help, REPORT_BUG};
 use crate::tensor::DType;
 
-/// Why an export cannot become canonical. All but [`PassError::Broken`] are the export's doing.
+/// Why an export cannot become canonical. All but [`PassError::Broken`] are caused by the export.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PassError {
     /// A node reads its own result.
     #[error(transparent)]
     Cycle(#[from] CycleError),
-    /// dtypes or shapes do not go together.
+    /// dtypes or shapes do not match.
     // Boxed: it holds whole operands, and every pass returns this type.
     #[error(transparent)]
     Infer(Box<InferError>),
-    /// A constant has no bytes, or bytes that do not make it.
+    /// A constant has no bytes, or invalid ones.
     #[error(transparent)]
     Constant(#[from] ConstantError),
-    /// Constants that an operator cannot compute on.
+    /// Constants that an operator cannot process.
     #[error("folding constants: {0}")]
     Eval(#[from] EvalError),
-    /// The export breaks rules of a graph.
+    /// The export violates rules of a graph.
     #[error(transparent)]
     Invalid(#[from] Obstacles),
     /// Inputs without a role.
@@ -43,13 +43,13 @@ pub enum PassError {
         if .found.is_empty() { "none".to_string() } else { .found.join(", ") }
     )]
     TokenInput {
-        /// Inputs that look like them.
+        /// Inputs that look like one.
         found: Vec<String>,
     },
-    /// Exported without its cache.
+    /// Exported without a cache.
     #[error("the model takes no past keys and values")]
     NoCache,
-    /// An input whose shape is not that of its role.
+    /// An input whose shape does not match its role.
     #[error("the input {name:?} has the shape {found}, expected {expected}")]
     InputRank {
         /// In the export.
@@ -59,13 +59,13 @@ pub enum PassError {
         /// Its shape.
         found: String,
     },
-    /// Dims of inputs that a session needs free.
+    /// Fixed dims of inputs that a session needs to vary.
     #[error("the export fixes dims that a decoder needs free: {}", .dims.join("; "))]
     FixedDims {
-        /// Each with its input and what it counts.
+        /// Each with its input and its meaning.
         dims: Vec<String>,
     },
-    /// Masks that the caller makes, which cannot all be the causal one.
+    /// Masks that the caller fills, which cannot all be causal.
     #[error(
         "the caller fills the masks {}, so nothing in the export says which slots they hide: several, or one for a window, \
          cannot be taken for causal", .names.join(" and ")
@@ -73,7 +73,7 @@ pub enum PassError {
     UnknownMasks {
         /// Inputs, with their shapes.
         names: Vec<String>,
-        /// Their names alone.
+        /// Only their names.
         inputs: Vec<String>,
     },
     /// A window for an input that is not a mask of `[.., tokens, slots]`.
@@ -90,7 +90,7 @@ pub enum PassError {
         /// Inputs that are.
         masks: Vec<String>,
     },
-    /// Activations rounded to codes where no operator here can round them.
+    /// Activations rounded to codes at places where no operator here can round them.
     #[error(
         "it rounds activations to codes inside attention or its rotary embedding where that cannot be kept: {}{}",
         .values[..values.len().min(4)].join("; "), if values.len() > 4 { "; .." } else { "" }
@@ -99,7 +99,7 @@ pub enum PassError {
         /// In the export, each with the reason.
         values: Vec<String>,
     },
-    /// Activations that codes of their scale cannot stand for.
+    /// Activations with an invalid scale.
     #[error(
         "it rounds activations to codes whose scale is no positive number: {}{}",
         .values[..values.len().min(4)].join(", "), if values.len() > 4 { ", .." } else { "" }
@@ -111,15 +111,15 @@ pub enum PassError {
     /// What was not recognized.
     #[error("{}", list(.obstacles))]
     Obstacles {
-        /// All of it.
+        /// All obstacles.
         obstacles: Vec<Obstacle>,
     },
-    /// It is no decoder with a cache.
+    /// It is not a decoder with a cache.
     #[error("{kind}{}", besides(.errors))]
     Kind {
-        /// What it is.
+        /// Its kind.
         kind: ModelKind,
-        /// What else is in the way.
+        /// Other obstacles.
         errors: Vec<PassError>,
     },
     /// Several of these at once.
@@ -128,10 +128,10 @@ pub enum PassError {
         /// All of them.
         errors: Vec<PassError>,
     },
-    /// Numbers that the dtype asked for cannot hold.
+    /// Numbers that the requested dtype cannot represent.
     #[error("{dtype} cannot hold these constants: {}", .constants.join(", "))]
     Range {
-        /// Asked for.
+        /// The requested dtype.
         dtype: DType,
         /// Names, each with its largest number.
         constants: Vec<String>,
@@ -139,9 +139,9 @@ pub enum PassError {
     /// A bug of a pass.
     #[error("after the pass {pass:?} the graph is broken: {reason}")]
     Broken {
-        /// After which the graph was checked.
+        /// The pass after which the graph was checked.
         pass: &'static str,
-        /// The rule that it breaks.
+        /// The violated rule.
         reason: String,
     },
 }
@@ -155,7 +155,7 @@ impl PassError {
         }
     }
 
-    /// The errors that this one holds.
+    /// The errors that this one contains.
     pub(crate) fn each(self) -> Vec<PassError> {
         match self {
             PassError::Several { errors } => errors,
@@ -163,7 +163,7 @@ impl PassError {
         }
     }
 
-    /// The refusal of a model of some kind, with what else there is to say. What follows from the kind alone is left out.
+    /// The refusal of a model by kind, with other obstacles. Obstacles that follow from the kind are omitted.
     pub(crate) fn of_kind(kind: Option<ModelKind>, mut errors: Vec<PassError>) -> PassError {
         let Some(kind) = kind else {
             return PassError::together(errors);
@@ -288,7 +288,7 @@ impl From<InferError> for PassError {
     }
 }
 
-/// A few obstacles in full, the rest counted: thirty layers often share one.
+/// A few obstacles in full and the number of others: thirty layers often share one.
 fn list(obstacles: &[Obstacle]) -> String {
     const SHOWN: usize = 8;
     let mut text = match obstacles.len() {

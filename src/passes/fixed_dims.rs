@@ -1,9 +1,9 @@
 //! Input dims that the export fixed and that a decoder session needs to vary.
 //!
-//! A session feeds one sequence, any number of new tokens and a cache that grows. An export for one token per call, or with a
-//! mask of 128 columns and a growing cache, computes something else. All such dims are refused together, with
-//! their meaning and how to export them as symbolic dims. A batch of 1 fits a session, and a batch that is the same everywhere is made
-//! symbolic later ([`batch`](super::batch)).
+//! A session feeds one sequence, any number of new tokens and a cache that grows. An export for one token per call, or
+//! with a mask of 128 columns and a growing cache, does not support this. All such dims are refused together, with
+//! their meaning and how to export them as symbolic dims. A batch of 1 is fine, and a batch that is the same everywhere
+//! is made symbolic later ([`batch`](super::batch)).
 
 use std::collections::HashMap;
 
@@ -12,7 +12,7 @@ use super::roles::InputRole;
 use crate::dim::Dim;
 use crate::graph::{Graph, ValueId};
 
-/// More sequences make every proof by execution larger.
+/// Limits the size of proofs by execution.
 const MOST_SEQUENCES: i64 = 64;
 
 /// The axis that counts sequences of an input.
@@ -32,7 +32,7 @@ fn batch_axis(role: InputRole, rank: usize) -> Option<usize> {
     (named && rank > 0).then_some(0)
 }
 
-/// The number of sequences that the export fixed, if it is greater than 1 and the only one. Inputs of positions alone may
+/// The number of sequences that the export fixed, if it is greater than 1 and the only one. Inputs of positions may
 /// have one row for all of them.
 pub fn batch(graph: &Graph, of: &HashMap<ValueId, InputRole>) -> Option<usize> {
     let mut number = None;
@@ -52,7 +52,7 @@ pub fn batch(graph: &Graph, of: &HashMap<ValueId, InputRole>) -> Option<usize> {
     usize::try_from(number).ok()
 }
 
-/// Every dim that has to be free: `input_ids [2, tokens]: batch is 2 (axis 0)`. `growing`: caches grow by concatenation;
+/// Every dim that must vary: `input_ids [2, tokens]: batch is 2 (axis 0)`. `growing`: caches grow by concatenation;
 /// `batch`: see there.
 pub fn find(graph: &Graph, of: &HashMap<ValueId, InputRole>, growing: bool, batch: Option<usize>) -> Vec<String> {
     let (mut found, mut caches) = (Vec::new(), Vec::new());
@@ -61,14 +61,14 @@ pub fn find(graph: &Graph, of: &HashMap<ValueId, InputRole>, growing: bool, batc
             continue;
         };
         let last = shape.len().wrapping_sub(1);
-        // What each axis counts, and the numbers that are as good as a free dim.
+        // What each axis counts, and the accepted fixed numbers.
         let one: &[i64] = &[1];
         let sequences = [1, batch.map_or(1, |number| number as i64)];
         let mut axes: Vec<(usize, &str, &[i64])> = Vec::new();
         axes.extend(batch_axis(*role, shape.len()).map(|axis| (axis, "batch", &sequences[..])));
         match role {
             InputRole::InputIds | InputRole::Embeddings => axes.push((1, "the number of new tokens", &[])),
-            // One position may be that of the first token.
+            // A single position may be that of the first token.
             InputRole::Positions if shape.len() == 1 => axes.push((last, "the number of new tokens", one)),
             InputRole::Positions => axes.push((last, "the number of new tokens", &[])),
             InputRole::PaddingMask if shape.len() == 2 => axes.push((1, TOTAL, &[])),
@@ -89,7 +89,7 @@ pub fn find(graph: &Graph, of: &HashMap<ValueId, InputRole>, growing: bool, batc
             let name = &graph.value(*id).name;
             let text = format!("{name} {shape:?}: {what} is {number} (axis {axis})");
             match role {
-                // Of thirty layers one is enough.
+                // For thirty layers one is enough.
                 InputRole::Cache => caches.push(text),
                 _ => found.push(text),
             }
@@ -105,8 +105,8 @@ pub fn find(graph: &Graph, of: &HashMap<ValueId, InputRole>, growing: bool, batc
 
 const TOTAL: &str = "the length of past and new tokens";
 
-/// Inputs that mask attention, `name [shape]`, if there are several, or one whose name says that it is not a causal one; and
-/// their names alone. Those that a window is given for are known.
+/// Inputs that mask attention, `name [shape]`, if there are several, or one whose name indicates that it is not causal;
+/// and only their names. Masks with a given window are known.
 pub fn unknown_masks(
     graph: &Graph,
     of: &HashMap<ValueId, InputRole>,

@@ -1,8 +1,8 @@
-//! Computes constants, and replaces shape arithmetic that inference knows by constants.
+//! Computes constants, and replaces shape arithmetic with known results by constants.
 //!
-//! A node whose inputs are all constants becomes a constant if the result is small or no larger than its inputs.
-//! The bytes of weights are not touched: moving, converting, scaling or shifting a weight becomes a recipe ([`Constant`]). Integer
-//! values whose elements inference knows as numbers become constants; a `Reshape` whose target is known as dims gets a
+//! A node whose inputs are all constants becomes a constant if the result is small or no larger than its inputs. The
+//! bytes of weights are not read: moving, converting, scaling or shifting a weight becomes a recipe ([`Constant`]).
+//! Integer values whose elements inference knows become constants; a `Reshape` whose target is known as dims gets a
 //! constant target with at most one -1, and 0 for dims that it copies. Then `cleanup` removes operators without effect.
 //!
 //! A transposed matrix that a `MatMul` reads stays: the canonical graph reads weights in this form.
@@ -19,10 +19,10 @@ use crate::graph::op::{Binary, Op};
 use crate::graph::{Definition, Graph, Node, NodeId, ValueId};
 use crate::tensor::{DType, Tensor};
 
-/// Results up to this many bytes are always kept; inputs above it are weights.
+/// Results up to this many bytes are always stored; larger inputs are weights.
 const SMALL: usize = 64 << 10;
 
-/// Computes constants, moves weights by recipe and writes shape arithmetic down. Gives the number of rewrites.
+/// Computes constants, moves weights by recipe and resolves shape arithmetic. Returns the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let mut rewrites = 0;
     loop {
@@ -37,7 +37,7 @@ pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     }
 }
 
-/// Nodes of constants become constants, in order, so that one pass folds whole chains.
+/// Nodes of constants become constants, in order, so that one run folds whole chains.
 pub(super) fn fold_nodes(graph: &mut Graph) -> usize {
     let uses = graph.uses();
     let mut count = 0;
@@ -79,7 +79,7 @@ fn is_weight_read(graph: &Graph, uses: &HashMap<ValueId, Vec<(NodeId, usize)>>, 
         })
 }
 
-/// The outputs of a node of constants, if they are worth keeping.
+/// The outputs of a node of constants, if they are worth storing.
 fn fold(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Option<Vec<Option<Constant>>> {
     let present = || inputs.iter().flatten();
     if present().any(is_weight)
@@ -87,7 +87,7 @@ fn fold(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Option<Vec<O
     {
         return Some(results.into_iter().map(Some).collect());
     }
-    // Shapes are known without a look at the bytes.
+    // Shapes are known without reading bytes.
     if matches!(node.op, Op::Shape { .. } | Op::Size) {
         let hollow = inputs[0].as_ref()?;
         return shape_result(&node.op, hollow).map(|c| vec![Some(c)]);
@@ -127,7 +127,7 @@ fn shape_result(op: &Op, of: &Constant) -> Option<Constant> {
     Some(tensor.into())
 }
 
-/// Bytes of the largest output, from inference or from what the operator makes of its inputs; `None` if neither says.
+/// Bytes of the largest output, from inference or the operator's inputs; `None` if neither determines them.
 fn result_bytes(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Option<usize> {
     let inferred = |value: &ValueId| -> Option<usize> {
         let value = graph.value(*value);
@@ -141,7 +141,7 @@ fn result_bytes(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Opti
     if let Some(bytes) = outputs.and_then(|o| o.into_iter().max()) {
         return Some(bytes);
     }
-    // Operators that make more of less than the product of their inputs' volumes are those that read a shape.
+    // Only operators that read a shape can produce more elements than the product of their inputs' volumes.
     if matches!(node.op, Op::Expand | Op::ConstantOfShape { .. } | Op::Range | Op::Tile) {
         return None;
     }
@@ -151,7 +151,7 @@ fn result_bytes(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Opti
         .try_fold(8usize, |n, c| n.checked_mul(c.len().max(1)))
 }
 
-/// What a large constant becomes without touching its bytes, one constant per output.
+/// The results for a large constant without reading its bytes, one constant per output.
 fn deferred(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Option<Vec<Constant>> {
     let x = inputs.first()?.as_ref()?;
     let rank = x.shape().len();
@@ -235,7 +235,7 @@ fn deferred(graph: &Graph, node: &Node, inputs: &[Option<Constant>]) -> Option<V
     Some(vec![result])
 }
 
-/// A weight times, divided by, plus or minus a number.
+/// A weight multiplied by, divided by, plus or minus a number.
 fn scaled(graph: &Graph, node: &Node, op: Binary, inputs: &[Option<Constant>]) -> Option<Constant> {
     let [Some(a), Some(b)] = inputs else { return None };
     let keeps = |x: &Constant, number: &Constant| x.dtype().is_float() && x.shape().len() >= number.shape().len();
@@ -251,11 +251,11 @@ fn scaled(graph: &Graph, node: &Node, op: Binary, inputs: &[Option<Constant>]) -
     }
 }
 
-/// A constant of which only the shape is looked at.
+/// A constant of which only the shape is used.
 struct Hollow<'a>(&'a Constant);
 
 impl Hollow<'_> {
-    /// The shape that an operator of the reshaping kind gives it. The evaluator would want the bytes.
+    /// The result shape of a reshaping operator. The evaluator would need the bytes.
     fn reshaped(&self, node: &Node, list: impl Fn(usize) -> Option<Vec<i64>>) -> Option<Vec<usize>> {
         let from = self.0.shape();
         let resolve = |axis: i64, rank: usize| {
@@ -326,7 +326,7 @@ fn fold_contents(graph: &mut Graph, facts: &InferenceFacts) -> usize {
     count
 }
 
-/// Reshapes to computed targets that one constant target expresses for all sizes.
+/// Reshapes to computed targets that a constant target can express for all sizes.
 fn settle_reshapes(graph: &mut Graph, facts: &InferenceFacts) -> usize {
     let mut count = 0;
     for id in graph.node_ids().collect::<Vec<_>>() {
@@ -340,7 +340,7 @@ fn settle_reshapes(graph: &mut Graph, facts: &InferenceFacts) -> usize {
         if graph.constant(target).is_some() {
             continue;
         }
-        // The result's shape says more than the target's elements, which may hold their own -1.
+        // The result's shape is more precise than the target's elements, which may contain a -1.
         let from = graph.shape(x).cloned();
         let to = node.output(0).and_then(|y| graph.shape(y).cloned());
         let known = facts.contents(target).is_some();
@@ -358,13 +358,13 @@ fn settle_reshapes(graph: &mut Graph, facts: &InferenceFacts) -> usize {
     count
 }
 
-/// A constant target from one shape to another: numbers as they are, 0 where the dim stays in its place, one -1.
+/// A constant target from one shape to another: numbers unchanged, 0 where the dim keeps its position, one -1.
 fn target_of(from: &[Dim], to: &[Dim]) -> Option<Vec<i64>> {
     let mut wild = false;
     to.iter()
         .enumerate()
         .map(|(i, dim)| match dim.as_const() {
-            // A constant 0 would be read as a copy.
+            // A constant 0 would mean a copy.
             Some(0) => None,
             Some(number) => Some(number),
             None if from.get(i) == Some(dim) => Some(0),

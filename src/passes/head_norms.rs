@@ -1,8 +1,8 @@
-//! Norms of single heads that are joined again become one norm of all heads.
+//! Joins norms of single heads into one norm of all heads.
 //!
-//! `Concat(norm(x₀) · w₀, norm(x₁) · w₁, …)` of the pieces of one split, each a single row of an axis and each with parameters of its
-//! own (queries and keys of StableLM 2 with `qk_layernorm`), becomes `norm(x) · w`, with the parameters stacked along that axis.
-//! Runs after `layer_norm` and `rms_norm`.
+//! `Concat(norm(x₀) · w₀, norm(x₁) · w₁, …)` of the pieces of one split, each a single row of an axis with its own
+//! parameters (queries and keys of StableLM 2 with `qk_layernorm`), becomes `norm(x) · w`, with the parameters stacked
+//! along that axis. Runs after `layer_norm` and `rms_norm`.
 
 use super::PassError;
 use super::pattern::{finish, redefine};
@@ -10,7 +10,7 @@ use crate::graph::op::{Binary, Op};
 use crate::graph::{Constant, Graph, Node, NodeId, ValueId};
 use crate::tensor::Tensor;
 
-/// Writes one norm in place of those of single heads. Gives the number of rewrites.
+/// Writes one norm in place of those of single heads. Returns the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let mut rewrites = 0;
     for id in graph.node_ids().collect::<Vec<_>>() {
@@ -21,15 +21,15 @@ pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     finish(graph, rewrites)
 }
 
-/// What a `Concat` of norms computes.
+/// A `Concat` of norms.
 struct Joined {
     /// The norm of each piece.
     op: Op,
-    /// What was split.
+    /// The input of the split.
     x: ValueId,
     /// `[pieces, 1.., last]`
     scale: Constant,
-    /// The same, if the norms add any.
+    /// The same for biases, if there are any.
     bias: Option<Constant>,
 }
 

@@ -1,8 +1,8 @@
 //! The kind of a model that is not a decoder with a cache of keys and values, for the message that refuses it.
 //!
-//! Takes an export as it was read, with the known roles of its inputs. Gives its [`ModelKind`] if models of that kind
-//! cannot be converted, whatever their operators. Inputs and outputs are identified by their shapes and uses; only the inputs of an
-//! encoder are identified by name.
+//! Input: an export as it was read, with the known roles of its inputs. Returns its [`ModelKind`] if models of that
+//! kind cannot be converted, whatever their operators. Inputs and outputs are identified by shape and use; only inputs
+//! from an encoder are identified by name.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -21,28 +21,28 @@ pub enum ModelKind {
         /// Inputs that come from the encoder.
         inputs: Vec<String>,
     },
-    /// Some or all layers keep a state of fixed size.
+    /// Some or all layers have a state of fixed size.
     States {
-        /// Inputs that hold states, with their shapes and what reads them.
+        /// Inputs with states, with their shapes and readers.
         states: Vec<String>,
         /// Whether other layers are attention with a cache.
         hybrid: bool,
     },
-    /// It gives logits of a vocabulary for every token, and takes no past keys and values.
+    /// It returns logits of a vocabulary for every token, and takes no past keys and values.
     NoCache,
-    /// It gives hidden states of every token.
+    /// It returns hidden states of every token.
     HiddenStates {
         /// The output.
         output: String,
     },
-    /// It gives one row for each sequence: a class, a score, an embedding of the text.
+    /// It returns one row per sequence: a class, a score, an embedding of the text.
     OneRow {
         /// The output.
         output: String,
     },
     /// It takes neither token ids nor embeddings.
     NoTokens {
-        /// What it takes.
+        /// Its inputs.
         inputs: Vec<String>,
     },
 }
@@ -61,20 +61,20 @@ impl ModelKind {
         }
     }
 
-    /// What to use or to export instead.
+    /// What to use or export instead.
     pub fn help(&self) -> String {
         const EXPORT: &str = "`optimum-cli export onnx --model MODEL --task text-generation-with-past OUT`, `python -m \
                               onnxruntime_genai.models.builder -m MODEL -o OUT -p fp16 -e cpu`, or torch.onnx.export with \
                               past_key_values among inputs and outputs (docs/guides/exporting.md)";
         match self {
             ModelKind::EncoderDecoder { .. } => {
-                "run it in ONNX Runtime, as with optimum's ORTModelForSeq2SeqLM; models that are a \
-                                                 decoder alone are converted, such as Llama, Qwen3, Gemma 3 or GPT-2"
+                "run it in ONNX Runtime, as with optimum's ORTModelForSeq2SeqLM; decoder-only models are converted, \
+                such as Llama, Qwen3, Gemma 3 or GPT-2"
                     .to_string()
             }
             ModelKind::States { .. } => {
-                "run it in ONNX Runtime (onnxruntime-genai) or transformers; models all of whose layers are \
-                                         attention are converted, such as Llama, Qwen3, Gemma 3 or Granite 3"
+                "run it in ONNX Runtime (onnxruntime-genai) or transformers; models with only attention layers are \
+                converted, such as Llama, Qwen3, Gemma 3 or Granite 3"
                     .to_string()
             }
             ModelKind::NoCache => format!("export it with its cache (a task ending in -with-past): {EXPORT}"),
@@ -92,20 +92,20 @@ impl fmt::Display for ModelKind {
         match self {
             ModelKind::EncoderDecoder { inputs } => write!(
                 f,
-                "this is the decoder of an encoder-decoder model: the inputs {} come from an encoder, and only models that are a \
-                 decoder are converted",
+                "this is the decoder of an encoder-decoder model: the inputs {} come from an encoder, and only \
+                decoder-only models are converted",
                 some(inputs)
             ),
             ModelKind::States { states, hybrid: true } => write!(
                 f,
                 "this is a hybrid of attention and of layers with states of fixed size, convolutions or linear attention: {}; \
-                 sessions keep keys and values of each token, and no such states",
+                 sessions keep keys and values of each token, but no such states",
                 some(states)
             ),
             ModelKind::States { states, hybrid: false } => write!(
                 f,
                 "this is a model of states of fixed size, as Mamba or RWKV: {}; sessions keep keys and values of each token, \
-                 and no such states",
+                 but no such states",
                 some(states)
             ),
             ModelKind::NoCache => write!(
@@ -116,7 +116,7 @@ impl fmt::Display for ModelKind {
             ModelKind::HiddenStates { output } => write!(
                 f,
                 "this is an encoder or an embedding model: the model takes no past keys and values, and its output {output} \
-                 holds hidden states and no logits of a vocabulary"
+                 holds hidden states, not logits of a vocabulary"
             ),
             ModelKind::OneRow { output } => write!(
                 f,
@@ -125,7 +125,7 @@ impl fmt::Display for ModelKind {
             ),
             ModelKind::NoTokens { inputs } => write!(
                 f,
-                "this is no decoder of text, such as an encoder of images or sound: it takes neither token ids nor embeddings, \
+                "this is not a text decoder but, for example, an encoder of images or sound: it takes neither token ids nor embeddings, \
                  but {}",
                 some(inputs)
             ),
@@ -143,7 +143,7 @@ fn some(names: &[String]) -> String {
     text
 }
 
-/// The kind of an export whose inputs have these roles; `None` if nothing speaks against a decoder with a cache.
+/// The kind of an export whose inputs have these roles; `None` if it may be a decoder with a cache.
 pub fn of(graph: &Graph, of: &HashMap<ValueId, InputRole>) -> Option<ModelKind> {
     let read: Vec<ValueId> = graph
         .inputs
@@ -158,7 +158,7 @@ pub fn of(graph: &Graph, of: &HashMap<ValueId, InputRole>) -> Option<ModelKind> 
     };
     let caches = with(InputRole::Cache);
     let uses = graph.uses();
-    // Keys and values that are read and never appended to, while others are.
+    // Keys and values that are read but never appended to, while others are.
     let grows = |id: &ValueId| roles::grows(graph, *id, &uses);
     let free = |id: &ValueId| {
         graph
@@ -197,7 +197,7 @@ pub fn of(graph: &Graph, of: &HashMap<ValueId, InputRole>) -> Option<ModelKind> 
         });
     }
     let tokens = [with(InputRole::InputIds), with(InputRole::Embeddings)].concat();
-    // Pictures have as many axes as a cache.
+    // Images have as many axes as a cache.
     let any_grows = caches.iter().any(grows);
     if !caches.is_empty() && (any_grows || !tokens.is_empty()) {
         return None;
@@ -212,7 +212,7 @@ pub fn of(graph: &Graph, of: &HashMap<ValueId, InputRole>) -> Option<ModelKind> 
     Some(without_cache(graph, tokens[0]))
 }
 
-/// By the first output of floats: logits have more elements than an embedding.
+/// By the first float output: logits have more elements than an embedding.
 fn without_cache(graph: &Graph, tokens: ValueId) -> ModelKind {
     let mut typed = graph.clone();
     let _ = infer(&mut typed);
@@ -250,7 +250,7 @@ fn described(graph: &Graph, id: ValueId) -> String {
     }
 }
 
-/// Values that are computed from the results of operators that are not known.
+/// Values computed from the results of unknown operators.
 pub fn behind_unknown(graph: &Graph) -> HashSet<ValueId> {
     let mut behind: HashSet<ValueId> = HashSet::new();
     for id in graph.node_ids() {

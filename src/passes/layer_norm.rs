@@ -1,4 +1,4 @@
-//! `(x - mean(x)) / sqrt(mean((x - mean(x))²) + ε) · w + b` in its parts becomes `LayerNormalization`.
+//! `(x - mean(x)) / sqrt(mean((x - mean(x))²) + ε) · w + b` in separate operators becomes `LayerNormalization`.
 //!
 //! The division has the forms that `rms_norm` recognizes; scale and bias may each be missing.
 
@@ -8,7 +8,7 @@ use super::rms_norm::{fuse, is_centered, normalized, source_of_dtype};
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, ValueId};
 
-/// Writes `LayerNormalization` in place of its parts. Gives the number of rewrites.
+/// Writes `LayerNormalization` in place of its parts. Returns the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let uses = graph.uses();
     let mut rewrites = 0;

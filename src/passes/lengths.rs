@@ -1,9 +1,9 @@
 //! Lengths at which the values that an export computes from positions can change.
 //!
-//! A proof by execution covers only the sizes at which it runs. A window, the end of a table or a switch of the rotary scaling
-//! has an effect only beyond its length, but that length must be in the export: as a constant of its arithmetic or as
-//! a dim of a table. [`lengths`] collects these, so that every proof runs below, at and beyond each of them. What the
-//! arithmetic makes of them (a block of 64 times 16 blocks) is covered by proofs that run at the last position, too.
+//! A proof by execution covers only the sizes at which it runs. A window, the end of a table or a switch of the rotary
+//! scaling has an effect only beyond its length, but that length must occur in the export: as a constant of its
+//! arithmetic or as a dim of a table. [`lengths`] collects these, so that every proof runs below, at and beyond each of
+//! them. Lengths computed from them (a block of 64 times 16 blocks) are covered by proofs at the last position.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,14 +11,14 @@ use crate::graph::op::Op;
 use crate::graph::{Constant, Graph, ValueId};
 use crate::tensor::DType;
 
-/// Numbers above this one are "to the end" of a slice or other sentinels, and no length of a model.
+/// Larger numbers are "to the end" of a slice or other sentinels, not lengths of a model.
 const LONGEST: f64 = (1 << 20) as f64;
 
-/// Constants with more elements are tables: their dims are lengths, and not their elements.
+/// Constants with more elements are tables: their dims are lengths, their elements are not.
 const SMALL: usize = 16;
 
-/// Lengths that the computation of `of` names, each with a constant that it comes from. The walk back through the graph
-/// does not go past values for which `stop` holds.
+/// Lengths in the computation of `of`, each with a constant that it comes from. The walk back through the graph stops
+/// at values for which `stop` holds.
 pub fn lengths(
     graph: &Graph,
     of: impl IntoIterator<Item = ValueId>,
@@ -33,8 +33,8 @@ pub fn lengths(
     found
 }
 
-/// All values that the elements of `of` are computed from, themselves included, up to those for which `stop` holds. Lengths
-/// come from shapes: what the shapes are of has no part in the arithmetic.
+/// All values that the elements of `of` are computed from, themselves included, up to those for which `stop` holds.
+/// Lengths come from shapes; the elements of the tensors with these shapes do not matter.
 fn computed_from(
     graph: &Graph,
     of: impl IntoIterator<Item = ValueId>,
@@ -67,7 +67,7 @@ fn of_constant(graph: &Graph, id: ValueId) -> Vec<usize> {
     };
     let float = constant.dtype().is_float();
     let numbers = tensor.to_f64().into_iter();
-    // A float this small is what masked scores are filled with.
+    // A float this small is the fill value of masked scores.
     let numbers = numbers.filter(|v| !(float && *v <= super::attention::MASKED));
     let lengths = numbers
         .map(f64::abs)
@@ -75,14 +75,14 @@ fn of_constant(graph: &Graph, id: ValueId) -> Vec<usize> {
     lengths.map(|v| v as usize).collect()
 }
 
-/// Whether a table of two long axes is read, such as a mask of `[positions, positions]`.
+/// Whether a table with two long axes is read, such as a mask of `[positions, positions]`.
 pub fn reads_matrix(graph: &Graph, of: impl IntoIterator<Item = ValueId>) -> bool {
     let long = |constant: &Constant| constant.shape().iter().filter(|dim| **dim >= SMALL).count() > 1;
     let values = computed_from(graph, of, |_| false);
     values.into_iter().any(|id| graph.constant(id).is_some_and(long))
 }
 
-/// Positions to prove something at, below `end`: around each length, after each power of two, and the last one.
+/// Positions for proofs, below `end`: around each length, after each power of two, and the last one.
 pub fn positions(lengths: &BTreeMap<usize, String>, end: usize) -> BTreeSet<usize> {
     let around = lengths.keys().flat_map(|length| [length - 1, *length, length + 1]);
     let powers = (3..usize::BITS - 1).map(|power| (1 << power) + 1);

@@ -1,9 +1,9 @@
 //! Every linear layer becomes `MatMul(x, Transpose(weight))` with a constant weight `[out, in]`, and `Add(·, bias)`.
 //!
-//! PyTorch stores weights in this order, and engines read them fastest in it at one token (see the docs of `lower`). Forms:
+//! PyTorch stores weights in this order, and engines read it fastest for one token (see the docs of `lower`). Forms:
 //! `MatMul` with a constant `[in, out]`, `Gemm` of either orientation with its factors, and either of them on an input
-//! flattened to two axes and unflattened afterwards (GPT-2's `Conv1D`), whose reshapes move after the layer, where they meet
-//! the unflattening and cancel (`cleanup`). No weight's bytes are touched.
+//! flattened to two axes and unflattened afterwards (GPT-2's `Conv1D`), whose reshapes move after the layer, where they
+//! cancel with the unflattening (`cleanup`). No weight's bytes are read.
 
 use std::collections::HashMap;
 
@@ -15,7 +15,7 @@ use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::tensor::Tensor;
 
-/// Brings every linear layer into the canonical form. Gives the number of rewrites.
+/// Brings every linear layer into the canonical form. Returns the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let mut rewrites = 0;
     let mut weights = Weights::default();
@@ -40,7 +40,7 @@ pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     finish(graph, rewrites)
 }
 
-/// Transposed reads of weights made so far, so that a weight used twice stays one.
+/// Transposed reads of weights so far, so that a weight used twice stays one.
 #[derive(Default)]
 struct Weights {
     /// By the constant, whether it is `[out, in]`, and the factor's bits.
@@ -116,7 +116,7 @@ fn gemm(
     let (mut a, mut b) = (node.input(0)?, node.input(1)?);
     let c = node.input(2).filter(|_| beta != 0.0);
     let dtype = graph.value(y).dtype.or(graph.value(a).dtype)?;
-    // Integers take no factors.
+    // Integers have no factors.
     if !dtype.is_float() {
         return None;
     }
@@ -130,7 +130,7 @@ fn gemm(
     } else if trans_b {
         b = transpose(graph, &format!("{}.b", node.name), b);
     }
-    // What comes after the product, the last of which gives the node's own output.
+    // The operators after the product; the last one computes the node's output.
     let mut steps: Vec<(Op, ValueId)> = Vec::new();
     let number = |graph: &mut Graph, what: &str, value: f32| {
         let tensor = Tensor::from_f64_as(dtype, vec![], &[f64::from(value)]);

@@ -1,11 +1,12 @@
 //! Rewrites of an export into the canonical graph (see [`graph`](crate::graph)'s head).
 //!
-//! [`canonicalize`] runs a named list of passes ([`PASSES`]) and reports on each. The first passes tidy up (folding, fused
-//! norms and activations); the middle ones recognize the model: the role of each input (`roles`), the values that depend on
-//! positions alone (`dependence`), the operands and caches of every attention ([`attention`]). They match structure only as
-//! far as necessary and prove the rest by execution (`partial_eval`): a mask, a rotation, a cache update or a head repetition is
-//! identified by what it computes, however an exporter writes it. The last passes write the result (`emit`), check it against the
-//! contract (`contract`) and bring weights into the layout and dtype that the lowering takes.
+//! [`canonicalize`] runs a named list of passes ([`PASSES`]) and reports on each. The first passes tidy up (folding,
+//! fused norms and activations); the middle ones recognize the model: the role of each input (`roles`), the values that
+//! depend on positions alone (`dependence`), the operands and caches of every attention ([`attention`]). They match
+//! structure only as far as necessary and prove the rest by execution (`partial_eval`): a mask, a rotation, a cache
+//! update or a head repetition is identified by what it computes, whatever form an exporter uses. The last passes write
+//! the result (`emit`), check it against the contract (`contract`) and bring weights into the layout and dtype that the
+//! lowering requires.
 //!
 //! Each plain rewrite is `run(&mut Graph, ..) -> Result<usize, PassError>`, returns the number of rewrites (0: the
 //! graph is unchanged), leaves the graph sorted and without dead nodes, and can be run alone, in any order and repeatedly. A
@@ -16,19 +17,19 @@
 //! |---|---|
 //! | [`fold`] | constants computed; weights moved by recipe; shape arithmetic by symbolic contents |
 //! | [`cleanup`] | operators that change nothing; equal nodes and equal constants merged |
-//! | [`decompose`] | contrib operators and attention operators taken apart into plain ones |
-//! | [`layer_norm`], [`rms_norm`] | normalizations from their parts |
-//! | [`activation`] | SiLU and GELU from their parts, proven by execution |
-//! | `experts` | mixtures of experts, proven by execution |
+//! | [`decompose`] | contrib operators and attention operators decomposed into plain ones |
+//! | [`layer_norm`], [`rms_norm`] | normalizations fused from their parts |
+//! | [`activation`] | SiLU and GELU fused from their parts, proved by execution |
+//! | `experts` | mixtures of experts, proved by execution |
 //! | `emit` | recognized attention as canonical operators |
-//! | `batch` | any number of sequences where the export fixed one |
+//! | `batch` | any number of sequences if the export fixed it |
 //! | `reshapes` | reshapes with constant targets |
 //! | `positions` | embeddings of positions by `position_ids` |
 //! | `tied` | a head that repeats the embedding's bytes reads the embedding |
 //! | [`linear`] | every linear layer as `MatMul(x, Transpose(weight))` and `Add` |
 //! | [`dtype`] | another float type for the whole graph |
 //!
-//! Everything that keeps an export from being canonical is collected into one [`PassError::Obstacles`], which names
+//! Everything that prevents an export from being canonical is collected into one [`PassError::Obstacles`], which names
 //! layers and nodes.
 
 pub mod activation;
@@ -85,16 +86,16 @@ use crate::tensor::DType;
 use attention::Analysis;
 use roles::Roles;
 
-/// How [`canonicalize`] makes the canonical graph.
+/// Options of [`canonicalize`].
 #[derive(Clone, Debug)]
 pub struct CanonicalizeOptions {
-    /// Rows of rotary tables: the largest capacity that will be asked for. Tables the export brings may be shorter.
+    /// Rows of rotary tables: the largest capacity that will be needed. Tables of the export may be shorter.
     pub max_positions: usize,
     /// Element type of weights, activations and caches; `None` keeps the export's.
     pub dtype: Option<DType>,
     /// Weights too large for `dtype` become infinite instead of being refused.
     pub allow_overflow: bool,
-    /// What becomes of activations that the export quantizes.
+    /// Treatment of activations that the export quantizes.
     pub activations: ActivationPolicy,
     /// How many positions the masks that the caller fills let a query attend to, by the names of their inputs.
     pub mask_windows: MaskWindows,
@@ -116,14 +117,14 @@ impl Default for CanonicalizeOptions {
     }
 }
 
-/// The canonical graph, the facts of the model, and what the passes did.
+/// The canonical graph, facts about the model, and reports of the passes.
 #[derive(Clone, Debug)]
 pub struct Canonical {
     /// Canonical and verified.
     pub graph: Graph,
     /// Sizes of the model.
     pub architecture: Architecture,
-    /// Which activations are rounded to codes.
+    /// The activations that are rounded to codes.
     pub activations: Activations,
     /// One entry for each pass, in order; passes that run several times occur several times.
     pub report: Vec<PassReport>,
@@ -152,11 +153,11 @@ pub(crate) struct Analyzed {
     pub roles: Roles,
     /// Analysis of its attention.
     pub analysis: Analysis,
-    /// Of what it quantizes.
+    /// Its quantized activations.
     pub activations: Activations,
 }
 
-/// A simple pass: rewrites in place, gives the number of rewrites.
+/// A simple pass: rewrites in place and returns the number of rewrites.
 type Pass = fn(&mut Graph) -> Result<usize, PassError>;
 
 /// Passes on the export's own dialect, in order.
@@ -222,20 +223,20 @@ pub fn unknown_masks(graph: &Graph) -> Option<Vec<String>> {
     fixed_dims::unknown_masks(graph, &of, &MaskWindows::new()).map(|(_, inputs)| inputs)
 }
 
-/// What was found of an export, and everything that keeps it from being converted.
+/// The findings about an export, and everything that prevents its conversion.
 pub(crate) struct Look {
     /// As far as they are known.
     pub roles: HashMap<ValueId, roles::InputRole>,
-    /// What it is, if it is not a decoder with a cache.
+    /// Its kind, if it is not a decoder with a cache.
     pub kind: Option<ModelKind>,
-    /// `None` if something kept its attention from being looked at.
+    /// `None` if its attention could not be analyzed.
     pub analyzed: Option<Analyzed>,
-    /// None if it can be rewritten, as far as this shows.
+    /// `None` if no obstacle was found.
     pub errors: Vec<PassError>,
 }
 
-/// The first half of the pipeline: everything up to the analysis. Goes on after an operator that is not known, as far as
-/// later nodes do not matter.
+/// The first half of the pipeline: everything up to the analysis. Continues after an unknown operator, as far as its
+/// consequences allow.
 pub(crate) fn look(mut graph: Graph, options: &CanonicalizeOptions, report: &mut Vec<PassReport>) -> Look {
     let mut look = Look {
         roles: HashMap::new(),
@@ -297,7 +298,7 @@ pub(crate) fn look(mut graph: Graph, options: &CanonicalizeOptions, report: &mut
     look
 }
 
-/// The analysis of a graph whose inputs have roles. `all_known`: it has no operator that is not known.
+/// The analysis of a graph whose inputs have roles. `all_known`: it has no unknown operator.
 fn analyzed(
     mut graph: Graph,
     mut roles: Roles,
@@ -312,7 +313,7 @@ fn analyzed(
             return Err(Obstacles(obstacles).into());
         }
     }
-    // Before all others, whose patterns know nothing of codes.
+    // Before all others, whose patterns do not handle codes.
     let activations = timed(&mut graph, report, &table::QUANTIZED, |graph| {
         quantized::run(graph, options.activations)
     })?;
@@ -320,7 +321,7 @@ fn analyzed(
     let recognized = recognized(&mut graph, &mut roles, options, report);
     let analysis = match recognized {
         Ok(analysis) if left.obstacles.is_empty() => analysis,
-        // What codes prevent is not the cause.
+        // Failures caused by codes are not reported.
         Ok(mut analysis) => {
             analysis
                 .obstacles
@@ -375,7 +376,7 @@ fn recognized(
     })
 }
 
-/// [`look`], where only an export that can be rewritten is of use.
+/// [`look`], for callers that only need exports that can be rewritten.
 pub(crate) fn analyze(
     graph: Graph,
     options: &CanonicalizeOptions,
@@ -388,19 +389,19 @@ pub(crate) fn analyze(
     }
 }
 
-/// Lengths at which what the export computes from positions may change, each with a constant that names it: windows, ends of
-/// tables, switches of a scaling.
+/// Lengths at which the export's positional values may change, each with a constant that it comes from: windows, ends
+/// of tables, switches of a scaling.
 pub fn lengths_of(export: Graph, max_positions: usize) -> Result<BTreeMap<usize, String>, PassError> {
     let options = CanonicalizeOptions {
         max_positions,
-        // Positions are the same whatever is rounded.
+        // Rounding does not affect positions.
         activations: ActivationPolicy::Partial,
         ..CanonicalizeOptions::default()
     };
     Ok(analyze(export, &options, &mut Vec::new())?.0.analysis.lengths)
 }
 
-/// Nodes of roundings inside attention that the recognized attentions do not do, with what they round.
+/// Roundings inside attention that the recognized attention layers do not include, with their inputs.
 fn rounded_inside(graph: &Graph, analysis: &Analysis) -> Vec<(NodeId, String)> {
     let roundings = &analysis.roundings;
     let others = roundings.all.difference(&roundings.placed);
@@ -443,7 +444,7 @@ pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canon
         graph.remove_dead_nodes();
         Ok((analysis.layers.len(), ()))
     })?;
-    // None is dropped: the attentions round there, or the operator is still in the graph.
+    // None is lost: the attention layers include it, or the operator is still in the graph.
     let lost = inside.into_iter().filter(|(id, _)| !graph.contains(*id));
     let lost: Vec<String> = lost
         .map(|(_, name)| format!("{name} (its place is not known)"))
@@ -468,7 +469,7 @@ pub fn canonicalize(graph: Graph, options: &CanonicalizeOptions) -> Result<Canon
         Ok(found)
     })?;
     timed(&mut graph, &mut report, &table::INFER, |graph| Ok((0, infer(graph)?)))?;
-    // One sequence is what a session feeds.
+    // A session feeds one sequence.
     if let Some(number) = roles.batch.filter(|number| *number > 1) {
         timed(&mut graph, &mut report, &table::BATCH, |graph| {
             let values = batch::run(graph, number).map_err(refuse)?;

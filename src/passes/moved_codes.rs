@@ -1,9 +1,9 @@
-//! Codes of activations that are not made floats again where they were made: moved, joined or put into other operators between
-//! `QuantizeLinear` and `DequantizeLinear`, as ONNX Runtime's optimizer leaves a static QDQ export.
+//! Codes of activations that are moved, joined or processed by other operators between `QuantizeLinear` and
+//! `DequantizeLinear`, as in a static QDQ export after ONNX Runtime's optimizer.
 //!
-//! With one scale for all elements `DequantizeLinear` may come before or after every movement, so [`dequantize_first`] puts it
-//! before: what is moved are floats, as in the file that the quantizer wrote, and the pass `quantized` finds its pairs.
-//! [`left`] names what no pair was found for, each with its operator and the cause.
+//! With one scale for all elements `DequantizeLinear` commutes with every movement, so [`dequantize_first`] puts it
+//! first: floats are moved, as in the quantizer's own file, and the pass `quantized` finds its pairs. [`left`] names
+//! the codes without a pair, each with its operator and the cause.
 
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
@@ -15,7 +15,7 @@ use super::roles::Roles;
 use crate::graph::op::{Op, ScatterMode};
 use crate::graph::{Graph, Node, NodeId, ValueId};
 
-/// Inputs whose elements an operator gives unchanged; `None` of operators that compute.
+/// Inputs whose elements an operator returns unchanged; `None` for operators that compute.
 fn moved(node: &Node) -> Option<Vec<usize>> {
     Some(match &node.op {
         Op::Identity
@@ -51,14 +51,14 @@ fn is_one(graph: &Graph, scale: ValueId) -> bool {
     graph.shape(scale).is_some_and(ones)
 }
 
-/// A scale or zero point: the number of a constant, so that equal ones are the same, or the value that it is.
+/// A scale or zero point: the number of a constant, so that equal ones are the same, or a value.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Part {
     Number(u64),
     Value(ValueId),
 }
 
-/// Codes as a `DequantizeLinear` of one scale reads them, or a movement as several do.
+/// Codes as read by a `DequantizeLinear` with one scale, or by a movement.
 type Reading<T> = (T, Part, Part);
 
 fn parts(graph: &Graph, scale: ValueId, zero: Option<ValueId>) -> (Part, Part) {
@@ -69,12 +69,12 @@ fn parts(graph: &Graph, scale: ValueId, zero: Option<ValueId>) -> (Part, Part) {
     (part(scale), zero.map_or(Part::Number(0), part))
 }
 
-/// Puts `DequantizeLinear` before the movements of its codes. Gives the number of rewrites.
+/// Puts `DequantizeLinear` before the movements of its codes. Returns the number of rewrites.
 pub(super) fn dequantize_first(graph: &mut Graph) -> Result<usize, super::PassError> {
     let is_last = |id: &NodeId| matches!(graph.node(*id).op, Op::DequantizeLinear { block_size: 0, .. });
     let mut work: Vec<NodeId> = graph.node_ids().filter(is_last).collect();
     let mut rewrites = 0;
-    // One for all that read the same codes alike: what gives an output of the graph, where there is one.
+    // One for all that read the same codes the same way, preferably one that computes an output of the graph.
     let mut known: HashMap<Reading<ValueId>, ValueId> = HashMap::new();
     for id in &work {
         let node = graph.node(*id);
@@ -162,8 +162,8 @@ pub(super) fn dequantize_first(graph: &mut Graph) -> Result<usize, super::PassEr
     super::pattern::finish(graph, rewrites)
 }
 
-/// Codes of activations that the pass `quantized` could not make roundings of, each node with the cause, and the names of the
-/// nodes behind them.
+/// Codes of activations that the pass `quantized` could not turn into roundings, each node with the cause, and the
+/// names of the nodes after them.
 #[derive(Default)]
 pub(super) struct Left {
     /// Empty if there are none.
@@ -172,7 +172,7 @@ pub(super) struct Left {
     pub behind: HashSet<String>,
 }
 
-/// What is left of codes on the way to the model's outputs. Those of positions, masks and shapes are executed.
+/// Remaining codes that affect the model's outputs. Those of positions, masks and shapes are executed.
 pub(super) fn left(graph: &Graph, roles: &Roles) -> Left {
     let is_of_codes = |op: &Op| {
         matches!(
@@ -245,7 +245,7 @@ pub(super) fn left(graph: &Graph, roles: &Roles) -> Left {
         if follows || node.outputs.iter().flatten().any(|output| behind.contains(output)) {
             behind.extend(node.outputs.iter().flatten());
             left.behind.insert(node.name.clone());
-            // Recognition names values, too.
+            // Recognition reports names of values, too.
             let outputs = node.outputs.iter().flatten();
             left.behind
                 .extend(outputs.map(|output| graph.value(*output).name.clone()));
@@ -254,7 +254,7 @@ pub(super) fn left(graph: &Graph, roles: &Roles) -> Left {
     left
 }
 
-/// How a reason of [`left`] begins.
+/// The start of a reason from [`left`].
 fn of_codes(op: &Op) -> String {
     format!(
         "the operator {} does not round activations in a way that is understood: ",
@@ -269,7 +269,7 @@ pub(super) fn is_left(obstacle: &Obstacle) -> bool {
         .contains(" does not round activations in a way that is understood: ")
 }
 
-/// Why a `DequantizeLinear` has no pair; `None` where an operator that is not known is the cause, which is named by itself.
+/// Why a `DequantizeLinear` has no pair; `None` if an unknown operator is the cause, which is reported separately.
 fn of_dequantize(graph: &Graph, node: &Node, axis: i64, block_size: usize) -> Option<String> {
     let (codes, scale) = (node.input(0)?, node.input(1)?);
     if block_size != 0 {

@@ -1,8 +1,8 @@
 //! Execution of parts of an export at concrete sizes.
 //!
 //! A [`Trial`] fixes (batch, past, tokens) and computes values on demand: positional values from the definition of the
-//! inputs' [`InputRole`]s, data values from tensors that the caller feeds in place of projections and caches. All proofs of
-//! the passes run through it. Operator semantics are `graph::eval`'s.
+//! inputs' [`InputRole`]s, data values from tensors that the caller feeds in place of projections and caches. All
+//! proofs of the passes use it. Operator semantics are those of `graph::eval`.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -17,12 +17,12 @@ use crate::graph::op::{Op, Rounding};
 use crate::graph::{Definition, Graph, Node, ValueId};
 use crate::tensor::{DType, Tensor};
 
-/// A graph with what is known of its inputs; the basis of trials.
+/// A graph with the roles of its inputs; the basis of trials.
 pub struct PartialEvaluator<'g> {
     pub graph: &'g Graph,
     pub roles: &'g Roles,
     pub dependences: HashMap<ValueId, Dependence>,
-    /// Roundings that were taken out of the graph, by the value that they gave.
+    /// Roundings removed from the graph, by their results.
     roundings: HashMap<ValueId, Rounding>,
     trials: RefCell<HashMap<Sizes, Rc<Trial>>>,
 }
@@ -77,7 +77,7 @@ impl<'g> PartialEvaluator<'g> {
         }
     }
 
-    /// Of a graph from which these roundings were taken out.
+    /// For a graph from which these roundings were removed.
     pub fn without(roundings: HashMap<ValueId, Rounding>, graph: &'g Graph, roles: &'g Roles) -> Self {
         PartialEvaluator {
             roundings,
@@ -85,7 +85,7 @@ impl<'g> PartialEvaluator<'g> {
         }
     }
 
-    /// The rounding that gave this value, if it was taken out of the graph.
+    /// The rounding with this result, if it was removed from the graph.
     pub fn rounding(&self, id: ValueId) -> Option<Rounding> {
         self.roundings.get(&id).copied()
     }
@@ -94,7 +94,7 @@ impl<'g> PartialEvaluator<'g> {
         self.dependences.get(&id).copied().unwrap_or(Dependence::Data)
     }
 
-    /// The trial at these sizes, as far as the export leaves them free: a fixed batch wins.
+    /// The trial at these sizes; a batch fixed by the export takes precedence.
     pub fn trial(&self, batch: usize, past: usize, tokens: usize) -> Rc<Trial> {
         let sizes = Sizes {
             batch: self.roles.batch.unwrap_or(batch),
@@ -130,7 +130,7 @@ impl<'g> PartialEvaluator<'g> {
             Ok(size as usize)
         };
         let sizes: Vec<usize> = shape.iter().map(size).collect::<Result<_, Stuck>>()?;
-        // So that every product of some of them can be computed.
+        // So that every partial product can be computed.
         let volume = sizes.iter().try_fold(1usize, |n, size| n.checked_mul((*size).max(1)));
         match volume {
             Some(_) => Ok(sizes),
@@ -197,7 +197,7 @@ impl<'g> PartialEvaluator<'g> {
         Ok(tensor)
     }
 
-    /// Values computed from `feeds`, which stand for data values. Every path from a target has to end in a feed or in
+    /// Values computed from `feeds`, which replace data values. Every path back from a target must end in a feed or in
     /// a positional value.
     pub fn run(
         &self,
@@ -237,7 +237,7 @@ impl<'g> PartialEvaluator<'g> {
         Ok(tensor)
     }
 
-    /// What a caller would pass for this input.
+    /// The value that a caller would pass for this input.
     fn input(&self, trial: &Trial, id: ValueId) -> Result<Tensor, Stuck> {
         let value = self.graph.value(id);
         let dims = self.dims(trial, id)?;

@@ -5,7 +5,7 @@ use crate::graph::op::{Binary, Op, Reduction, Unary};
 use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::tensor::DType;
 
-/// Constants above this many elements are weights, whose values no pattern asks for.
+/// Constants with more elements are weights, whose values patterns ignore.
 const MAX_ASKED: usize = 64;
 
 /// The value of a constant of exactly one element.
@@ -14,7 +14,7 @@ pub(super) fn scalar(graph: &Graph, value: ValueId) -> Option<f64> {
     constant.materialize().ok()?.scalar()
 }
 
-/// Whether a constant holds this number, as its dtype rounds it.
+/// Whether a constant is this number, rounded to its dtype.
 pub(super) fn is_scalar(graph: &Graph, value: ValueId, wanted: f64) -> bool {
     scalar(graph, value).is_some_and(|found| (found - wanted).abs() <= 1e-3 * wanted.abs())
 }
@@ -67,7 +67,7 @@ pub(super) fn same_shape(graph: &Graph, a: ValueId, b: ValueId) -> bool {
     graph.shape(a).is_some() && graph.shape(a) == graph.shape(b)
 }
 
-/// The operand of a mean over the last axis alone that keeps the axis.
+/// The operand of a mean over only the last axis that keeps the axis.
 pub(super) fn mean_of_last(graph: &Graph, value: ValueId) -> Option<ValueId> {
     let node = node_of(graph, value)?;
     let Op::Reduce {
@@ -86,7 +86,7 @@ pub(super) fn mean_of_last(graph: &Graph, value: ValueId) -> Option<ValueId> {
     last.then_some(x)
 }
 
-/// The value before casts that lose nothing: from a narrower float type, or to the same.
+/// The value before lossless casts: from a narrower float type, or to the same.
 pub(super) fn before_widening(graph: &Graph, mut value: ValueId) -> ValueId {
     while let Some(Node {
         op: Op::Cast { to },
@@ -106,7 +106,7 @@ fn is_widening(from: DType, to: DType) -> bool {
     from == to || (from.is_float() && to.is_float() && from.bits() < to.bits())
 }
 
-/// A value that is a constant, or a cast or the sum with a scalar of one that is not folded yet. No bytes are touched.
+/// A value that is a constant, or a cast of one or its sum with a scalar that is not folded yet. No bytes are read.
 pub(super) fn weight(graph: &Graph, value: ValueId) -> Option<Constant> {
     if let Some(constant) = graph.constant(value) {
         return Some(constant.clone());
@@ -134,14 +134,14 @@ pub(super) fn vector_weight(graph: &Graph, value: ValueId, length: Option<usize>
     (fits && (length == Some(last) || (length.is_none() && last > 1))).then(|| constant.reshaped(vec![last]))
 }
 
-/// Makes a node compute its first output another way; its name, and the output's name and type stay.
+/// Replaces the computation of a node's first output; the node's name and the output's name and type stay.
 pub(super) fn redefine(graph: &mut Graph, node: NodeId, op: Op, inputs: Vec<Option<ValueId>>) {
     let node = graph.node_mut(node);
     node.op = op;
     node.inputs = inputs;
 }
 
-/// The one reader of a value that is read once and is no graph output.
+/// The only reader of a value that is read once and is not a graph output.
 pub(super) fn only_reader(
     graph: &Graph,
     uses: &std::collections::HashMap<ValueId, Vec<(NodeId, usize)>>,
@@ -153,7 +153,7 @@ pub(super) fn only_reader(
     }
 }
 
-/// What every pass does last.
+/// The last step of every pass.
 pub(super) fn finish(graph: &mut Graph, rewrites: usize) -> Result<usize, super::PassError> {
     if rewrites > 0 {
         graph.sort()?;

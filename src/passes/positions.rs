@@ -1,8 +1,8 @@
 //! The remaining uses of the export's positions once its attention is canonical: embeddings of positions.
 //!
-//! A positional value that data still reads is either a row of a table per position (GPT-2's `wpe`), which becomes a
-//! `Gather` by the canonical `position_ids`, or the operand of a shape operator that nothing needs. Executing it
-//! shows whether it is a function of the position alone. Anything else is an obstacle.
+//! A positional value that data still reads is either one table row per position (GPT-2's `wpe`), which becomes a
+//! `Gather` by the canonical `position_ids`, or the operand of a shape operator that nothing needs. Executing it shows
+//! whether it is a function of the position alone. Anything else is an obstacle.
 
 use std::collections::{HashMap, HashSet};
 
@@ -23,7 +23,7 @@ struct Rows {
     name: String,
 }
 
-/// Rewrites them. Gives the number of rewrites and the rows of the shortest table.
+/// Rewrites them. Returns the number of rewrites and the rows of the shortest table.
 pub fn run(
     graph: &mut Graph,
     roles: &Roles,
@@ -110,7 +110,7 @@ pub fn run(
     Ok((rewrites, limit))
 }
 
-/// Values that depend on an input that the canonical graph does not have, be it only on its shape.
+/// Values that depend, even if only by shape, on an input that the canonical graph does not have.
 fn stale(graph: &Graph) -> HashSet<ValueId> {
     let inputs: HashSet<ValueId> = graph.inputs.iter().copied().collect();
     let is_old = |id: &ValueId| matches!(graph.value(*id).definition, Definition::Input) && !inputs.contains(id);
@@ -200,7 +200,7 @@ fn table(evaluator: &PartialEvaluator<'_>, id: ValueId, max_positions: usize) ->
         let width = *tensor.shape().last().ok_or("it is a scalar")?;
         let mut numbers = tensor.to_f32();
         let row = trial.sizes.tokens * width;
-        // A batch that the export fixed has the same rows for each sequence.
+        // With a fixed batch, every sequence has the same rows.
         if row > 0 && numbers.len() > row && numbers.chunks(row).all(|other| *other == numbers[..row]) {
             numbers.truncate(row);
         }

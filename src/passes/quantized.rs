@@ -1,17 +1,18 @@
-//! Quantized activations and the remaining forms of quantized weights, in the forms that the rest of the pipeline knows.
+//! Converts quantized activations and the remaining forms of quantized weights to the forms that the rest of the
+//! pipeline supports.
 //!
-//! - `DequantizeLinear` of a constant is a constant; of a `Gather` of a constant, a `Gather` of one; of other codes that were
-//!   moved, it comes before the movement (`moved_codes`).
-//! - `QuantizeLinear` and `DequantizeLinear` of one scale become [`Op::RoundToCodes`]; `DynamicQuantizeLinear` and
+//! - `DequantizeLinear` of a constant becomes a constant; of a `Gather` of a constant, a `Gather` of one; of other
+//!   moved codes, it moves before the movement (`moved_codes`).
+//! - `QuantizeLinear` and `DequantizeLinear` with one scale become [`Op::RoundToCodes`]; `DynamicQuantizeLinear` and
 //!   `DequantizeLinear`, [`Op::DynamicRoundToCodes`]. Its range covers all tokens of a run, as in ONNX, so answers
 //!   depend slightly on how a prompt is cut into runs.
 //! - `MatMulInteger`, with the conversion and the scales after it, becomes a product of rounded activations with a
 //!   quantized weight.
 //!
-//! Rounding inside attention and its rotary embedding (of scores, probabilities, rotated keys) is left in the graph for
-//! `attention`, which gives it a place in the canonical operators or refuses it by name, unless
-//! [`ActivationPolicy::Partial`] leaves that out or [`ActivationPolicy::Float`] all of it. [`Activations::left_out`] names
-//! what is left out.
+//! Rounding inside attention and its rotary embedding (of scores, probabilities, rotated keys) stays in the graph for
+//! `attention`, which finds its place in the canonical operators or refuses it by name, unless
+//! [`ActivationPolicy::Partial`] drops it or [`ActivationPolicy::Float`] drops all rounding. [`Activations::left_out`]
+//! names what is dropped.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -22,34 +23,34 @@ use crate::graph::op::{Binary, Op, Rounding};
 use crate::graph::{Constant, Graph, NodeId, ValueId};
 use crate::tensor::quantized::Granularity;
 
-/// What becomes of activations that an export quantizes.
+/// Treatment of activations that an export quantizes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ActivationPolicy {
-    /// They are rounded to what their codes stand for; an export that rounds inside attention where that cannot be kept is
+    /// They are rounded to the values of their codes; an export with a rounding inside attention that cannot be kept is
     /// refused.
     #[default]
     Quantized,
-    /// They are rounded outside attention and its rotary embedding, and floating point inside.
+    /// They are rounded outside attention and its rotary embedding, and stay in floating point inside.
     Partial,
-    /// They stay floating point.
+    /// They stay in floating point.
     Float,
 }
 
-/// What the pass found of quantized activations.
+/// What the pass found about quantized activations.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Activations {
-    /// What was asked for.
+    /// The requested policy.
     pub policy: ActivationPolicy,
-    /// Places where activations are rounded to codes, by the names that their values have.
+    /// Places where activations are rounded to codes, by the names of the values.
     pub rounded: Vec<String>,
-    /// Places of the export where they are not, because of the policy or because they are inside attention.
+    /// Places in the export where rounding was dropped, because of the policy or because they are inside attention.
     pub left_out: Vec<String>,
 }
 
 impl Activations {
-    /// Whether there is nothing to say: the export quantizes none.
+    /// Whether the export quantizes no activations.
     pub fn is_empty(&self) -> bool {
         self.rounded.is_empty() && self.left_out.is_empty()
     }
@@ -66,7 +67,7 @@ impl fmt::Display for Activations {
     }
 }
 
-/// Rewrites quantization. Gives the number of rewrites and what is to be known of activations.
+/// Rewrites quantization. Returns the number of rewrites and the findings about activations.
 pub fn run(graph: &mut Graph, policy: ActivationPolicy) -> Result<(usize, Activations), PassError> {
     let mut rewrites = super::moved_codes::dequantize_first(graph)?;
     let mut rounded = Vec::new();
@@ -127,7 +128,7 @@ pub fn run(graph: &mut Graph, policy: ActivationPolicy) -> Result<(usize, Activa
             redefine(graph, id, Op::Identity, vec![Some(input)]);
             found.left_out.push(name);
         } else {
-            // Those inside are the attention's, wherever they are among movements.
+            // Those inside belong to the attention, wherever they are among movements.
             if !inside {
                 after_movements(graph, id);
             }
@@ -142,7 +143,7 @@ fn is_output(graph: &Graph, value: Option<ValueId>, node: NodeId, i: usize) -> b
     value.and_then(|value| graph.producer_of(value)) == Some((node, i))
 }
 
-/// A scale and the zero point with it, 0 if there is none; `None` unless both are single constants.
+/// A scale and its zero point, 0 if there is none; `None` unless both are single constants.
 fn scale_and_zero(graph: &Graph, scale: Option<ValueId>, zero: Option<ValueId>) -> Option<(f64, f64)> {
     let zero = match zero {
         Some(zero) => scalar(graph, zero)?,
@@ -151,7 +152,7 @@ fn scale_and_zero(graph: &Graph, scale: Option<ValueId>, zero: Option<ValueId>) 
     Some((scalar(graph, scale?)?, zero))
 }
 
-/// A new node of one operand, typed as it.
+/// A new node with one operand and the operand's type.
 fn typed_like(graph: &mut Graph, name: &str, op: Op, x: ValueId) -> ValueId {
     let made = graph.add_node(name, op, &[x]);
     let like = graph.value(x);
@@ -193,7 +194,7 @@ fn dequantize(graph: &mut Graph, id: NodeId, axis: i64, block_size: usize, round
             redefine(graph, id, Op::DynamicRoundToCodes, vec![Some(x)]);
             rounded.push(id);
         }
-        // Codes looked up in a table of codes.
+        // Codes from a lookup in a table of codes.
         Op::Gather { axis: 0 } => {
             let (table, indices) = (source.input(0)?, source.input(1)?);
             let name = graph.value(table).name.clone();
@@ -206,7 +207,7 @@ fn dequantize(graph: &mut Graph, id: NodeId, axis: i64, block_size: usize, round
     Some(())
 }
 
-/// The constant that codes, scale and zero point make; `None` unless all are constants that belong together.
+/// The constant of codes, scale and zero point; `None` unless all are constants that fit together.
 fn quantized(
     graph: &Graph,
     codes: ValueId,
@@ -224,7 +225,7 @@ fn quantized(
     Constant::quantized(codes, scales, zeros, granularity).ok()
 }
 
-/// A table of codes whose rows are looked up and then dequantized, as a quantized table: with one scale, or one for each
+/// A table of codes whose rows are looked up and then dequantized, as a quantized table: with one scale, or one per
 /// column.
 fn looked_up(
     graph: &Graph,
@@ -243,7 +244,7 @@ fn looked_up(
     if scales.len() == 1 {
         return quantized(graph, table, scale, zero, 0, 0);
     }
-    // The axis counts from the end alike.
+    // The axis counted from the end is the same.
     let from_end = if axis < 0 { -axis } else { rank as i64 - axis };
     let on = width as i64 - from_end;
     (on >= 1).then(|| quantized(graph, table, scale, zero, on, 0)).flatten()
@@ -301,7 +302,7 @@ fn integer_weight(graph: &Graph, codes: ValueId, scale: ValueId, zero: Option<Va
         let flat = |part: Constant| part.reshaped(Vec::new());
         return Constant::quantized(codes, flat(scales), zeros.map(flat), Granularity::Tensor).ok();
     }
-    // One of the two may be for all columns.
+    // One of the two may be shared by all columns.
     let spread = |part: Constant| match part.len() {
         1 => Some(Constant::concat(&vec![part.reshaped(vec![1]); columns], 0)),
         n if n == columns => Some(part.reshaped(vec![columns])),
@@ -314,7 +315,7 @@ fn integer_weight(graph: &Graph, codes: ValueId, scale: ValueId, zero: Option<Va
     Constant::quantized(codes, spread(scales)?, zeros, Granularity::Channel { axis: 1 }).ok()
 }
 
-/// Values from which a product of two activations, or an attention operator, is reached without a linear layer between.
+/// Values that reach a product of two activations, or an attention operator, without a linear layer in between.
 pub(super) fn before_attention(graph: &Graph) -> HashSet<ValueId> {
     let mut found: HashSet<ValueId> = HashSet::new();
     let constant = constants(graph);
@@ -342,7 +343,7 @@ pub(super) fn before_attention(graph: &Graph) -> HashSet<ValueId> {
     found
 }
 
-/// Values made of constants alone.
+/// Values computed from constants alone.
 fn constants(graph: &Graph) -> HashSet<ValueId> {
     let mut known: HashSet<ValueId> = graph.value_ids().filter(|v| graph.constant(*v).is_some()).collect();
     for id in graph.node_ids() {
@@ -354,7 +355,7 @@ fn constants(graph: &Graph) -> HashSet<ValueId> {
     known
 }
 
-/// Rounds after the movements that follow, where the result of attention is recognized by them.
+/// Moves the rounding after the movements that follow, by which the result of attention is recognized.
 fn after_movements(graph: &mut Graph, id: NodeId) {
     let node = graph.node(id);
     let (Some(x), Some(y)) = (node.input(0), node.output(0)) else {

@@ -1,4 +1,4 @@
-//! What `lapidary inspect` reports of an export: everything that was recognized, and everything that was not.
+//! The report of `lapidary inspect`: everything that was recognized in an export, and everything that was not.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -18,29 +18,29 @@ pub struct Recognition {
     /// `concat`, `scatter_nd`, `scatter_elements`, `tensor_scatter`, `group_query_attention`, `attention_past`, or
     /// `none`; of the first cache.
     pub cache: String,
-    /// Slots of a static cache, where the export fixed them.
+    /// Slots of a static cache, if the export fixed them.
     pub capacity: Option<usize>,
     /// Role of each input, in the export's order.
     pub inputs: Vec<Input>,
-    /// Attentions that were recognized, in order of execution.
+    /// Recognized attention layers, in order of execution.
     pub layers: Vec<LayerReport>,
     /// How often each operator occurs in the export.
     pub operators: BTreeMap<String, usize>,
-    /// Fused operators and others that matter, found or recognized, by name.
+    /// Number of fused and other notable operators, found or recognized, by name.
     pub patterns: BTreeMap<String, usize>,
-    /// Activations that the export rounds to codes, and those of them that are to be left in floating point.
+    /// Activations that the export rounds to codes, and those that will be left in floating point.
     #[serde(skip_serializing_if = "Activations::is_empty")]
     pub activations: Activations,
-    /// Operators that Lapidary does not know, with the nodes.
+    /// Unknown operators, with their nodes.
     pub unsupported: BTreeMap<String, Vec<String>>,
-    /// What it is, if it is not a decoder with a cache of keys and values: `encoder_decoder`, `hybrid`, `state_space`,
+    /// Its kind, if it is not a decoder with a cache of keys and values: `encoder_decoder`, `hybrid`, `state_space`,
     /// `no_cache`, `encoder`, `classifier_or_embedding` or `no_tokens`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kind: Option<&'static str>,
-    /// What is known of the model's sizes where there are obstacles.
+    /// The known sizes of the model if there are obstacles.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub outline: Option<Outline>,
-    /// What keeps the export from being converted.
+    /// What prevents the export from being converted.
     pub obstacles: Vec<Obstacle>,
     /// What to do about them.
     pub help: Option<String>,
@@ -48,18 +48,18 @@ pub struct Recognition {
     pub architecture: Option<super::Architecture>,
 }
 
-/// Sizes of a model as far as they are known.
+/// Sizes of a model as far as known.
 #[derive(Clone, Debug, Serialize)]
 pub struct Outline {
-    /// Attentions that were recognized.
+    /// Recognized attention layers.
     pub attentions: usize,
-    /// Softmaxes and attention operators of the export: what may be attention.
+    /// Softmaxes and attention operators of the export: candidates for attention.
     pub candidates: usize,
     /// Width of an embedding.
     pub hidden: Option<usize>,
     /// Row length of the logits.
     pub vocabulary: Option<usize>,
-    /// Heads of queries, heads of keys and values, and elements of a head of the first attention.
+    /// Query heads, KV heads and head dim of the first attention.
     pub heads: Option<(usize, usize, usize)>,
 }
 
@@ -89,7 +89,7 @@ impl std::fmt::Display for Outline {
 pub struct Input {
     /// In the export.
     pub name: String,
-    /// What it is for, in snake case; `?` where that is not known.
+    /// Its role, in snake case; `?` if unknown.
     pub role: String,
 }
 
@@ -104,7 +104,7 @@ pub struct LayerReport {
     pub kv_heads: usize,
     /// Elements of one head of keys and queries.
     pub head_dim: usize,
-    /// Scale, soft cap and window, as fields of their own in JSON.
+    /// Scale, soft cap and window, as separate fields in JSON.
     #[serde(flatten)]
     pub scores: AttentionScores,
     /// `half`, `interleaved` or `none`.
@@ -115,8 +115,8 @@ pub struct LayerReport {
     pub cache_layout: String,
 }
 
-/// Looks at an export as read, without changing it. Never fails: what went wrong is in the report. Gives the canonical graph,
-/// too, if nothing did.
+/// Analyzes an export as read, without changing it. Never fails: errors are in the report. Also returns the canonical
+/// graph if there are none.
 pub fn recognize(export: &Graph, options: &CanonicalizeOptions) -> (Recognition, Option<Canonical>) {
     let mut report = Recognition {
         cache: cache_form(export).to_string(),
@@ -147,7 +147,7 @@ pub fn recognize(export: &Graph, options: &CanonicalizeOptions) -> (Recognition,
         report.help = error.help();
         report.obstacles = obstacles(error);
     };
-    // The rest of the model is looked at whatever becomes of its activations.
+    // The rest of the model is analyzed regardless of its activations.
     let lenient = CanonicalizeOptions {
         activations: match options.activations {
             ActivationPolicy::Quantized => ActivationPolicy::Partial,
@@ -223,7 +223,7 @@ fn roles(report: &mut Recognition, export: &Graph, of: &HashMap<ValueId, InputRo
     report.inputs = inputs.collect();
 }
 
-/// What is known of sizes although there are obstacles.
+/// The known sizes despite obstacles.
 fn outline(export: &Graph, report: &Recognition) -> Outline {
     let mut typed = export.clone();
     let _ = typed.sort().map(|()| infer(&mut typed));
@@ -324,7 +324,7 @@ fn snake(name: &str) -> String {
     out
 }
 
-/// How the export writes its cache, from the operators that touch float inputs of rank 3 and more.
+/// How the export writes its cache, from the operators that read float inputs of rank 3 and more.
 fn cache_form(graph: &Graph) -> &'static str {
     let mut form = "none";
     let uses = graph.uses();

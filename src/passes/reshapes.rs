@@ -1,8 +1,8 @@
 //! Reshapes with a constant target instead of a computed one.
 //!
-//! Exporters compute the target of a reshape from the shape of any tensor, even of caches. Once dims
-//! are symbolic, the target is known; here it becomes a constant with at most one -1, or, where two symbolic dims appear
-//! from nowhere (`[batch * tokens, n]` to `[batch, tokens, n]`), a computation on the shape of `input_ids`.
+//! Exporters compute the target of a reshape from the shape of any tensor, even of caches. Once dims are symbolic, the
+//! target is known; here it becomes a constant with at most one -1, or, if two symbolic dims cannot be copied or
+//! inferred (`[batch * tokens, n]` to `[batch, tokens, n]`), a computation on the shape of `input_ids`.
 
 use crate::dim::{Dim, Sym};
 use crate::graph::op::{Binary, Op};
@@ -30,11 +30,11 @@ fn product(dim: &Dim) -> Option<Entry> {
     })
 }
 
-/// The entries of the target, if ONNX `Reshape` (with `allowzero = 0`) and `input_ids` can express it.
+/// The entries of the target, if ONNX `Reshape` (with `allowzero = 0`) and the shape of `input_ids` can express it.
 fn entries(from: &[Dim], to: &[Dim]) -> Option<Vec<Entry>> {
     let mut entries = Vec::with_capacity(to.len());
     let mut inferred = false;
-    // A dim that stands at the same place is copied with 0; the last of the others is inferred with -1.
+    // A dim at the same position is copied with 0; the last of the others is inferred with -1.
     let copied = |i: usize| from.get(i) == Some(&to[i]);
     let solve_for = (0..to.len()).rev().find(|i| to[*i].as_const().is_none() && !copied(*i));
     for (i, dim) in to.iter().enumerate() {
@@ -105,8 +105,8 @@ pub fn target(graph: &mut Graph, input_ids: ValueId, from: &[Dim], to: &[Dim], n
     Some(graph.add_node(&name, Op::Concat { axis: 0 }, &parts))
 }
 
-/// Gives every reshape whose result has a known shape a constant target where one exists, and removes reshapes that do
-/// nothing. Gives the number of rewrites.
+/// Gives every reshape whose result has a known shape a constant target if possible, and removes reshapes that do
+/// nothing. Returns the number of rewrites.
 pub fn run(graph: &mut Graph, input_ids: ValueId) -> usize {
     let ids: Vec<NodeId> = graph.node_ids().collect();
     let mut rewrites = 0;

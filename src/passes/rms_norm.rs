@@ -1,9 +1,9 @@
-//! `x / sqrt(mean(x²) + ε) · w` in its parts becomes `RMSNormalization`.
+//! `x / sqrt(mean(x²) + ε) · w` in separate operators becomes `RMSNormalization`.
 //!
 //! Forms: the square as `Pow` or a product with itself; the root as `Sqrt` and a division, `Sqrt` and `Reciprocal` or
-//! `Div(1, ·)`, or `Pow(·, -0.5)`; the weight on either side of its product, before or after a cast back to a half type,
-//! plain or with 1 added (Gemma), or not there at all, which gives a scale of ones. Statistics in fp32 around an fp16 `x`
-//! become part of the operator, which computes them so.
+//! `Div(1, ·)`, or `Pow(·, -0.5)`; the weight on either side of its product, before or after a cast back to a half
+//! type, plain or with 1 added (Gemma), or absent, which gives a scale of ones. Statistics in fp32 around an fp16 `x`
+//! become part of the operator, which also uses fp32.
 
 use std::collections::HashMap;
 
@@ -19,12 +19,12 @@ use crate::tensor::{DType, Tensor};
 
 /// A value found to be `x / sqrt(mean(x²) + epsilon)` over the last axis.
 pub(super) struct Normalized {
-    /// As the division reads it, after any cast to fp32.
+    /// The input of the division, after any cast to fp32.
     pub x: ValueId,
     pub epsilon: f32,
 }
 
-/// Takes apart what `value` is computed from.
+/// Matches the computation of `value`.
 pub(super) fn normalized(graph: &Graph, value: ValueId) -> Option<Normalized> {
     let candidates: Vec<(ValueId, ValueId)> = if let Some([x, root]) = binary(graph, value, Binary::Div) {
         vec![(x, unary(graph, root, Unary::Sqrt)?)]
@@ -67,7 +67,7 @@ fn square_of(graph: &Graph, value: ValueId) -> Option<ValueId> {
     (a == b).then_some(a)
 }
 
-/// What follows a normalized value: casts to a narrower float and at most one product with a weight.
+/// The operators after a normalized value: casts to a narrower float and at most one product with a weight.
 pub(super) struct Tail {
     /// The last value that belongs to the normalization.
     pub end: ValueId,
@@ -111,7 +111,7 @@ pub(super) fn source_of_dtype(graph: &Graph, x: ValueId, end: ValueId) -> Option
     [source, x].into_iter().find(|v| graph.value(*v).dtype == wanted)
 }
 
-/// Writes `RMSNormalization` in place of its parts. Gives the number of rewrites.
+/// Writes `RMSNormalization` in place of its parts. Returns the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let uses = graph.uses();
     let mut rewrites = 0;
@@ -155,7 +155,8 @@ pub(super) struct Fused {
     pub scale: ValueId,
 }
 
-/// Follows the tail of a normalized value and makes the scale. The longest tail is taken whose dtype some form of `x` has.
+/// Follows the tail of a normalized value and builds the scale. Chooses the longest tail whose dtype matches some form
+/// of `x`.
 pub(super) fn fuse(
     graph: &mut Graph,
     uses: &HashMap<ValueId, Vec<(NodeId, usize)>>,

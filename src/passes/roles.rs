@@ -1,9 +1,9 @@
 //! The role of each graph input, and the symbolic dims that follow from it.
 //!
-//! Takes an inferred export and gives every input a [`InputRole`]: by its name if exporters use that name, else by
-//! its use. Binds the dims of the inputs to `batch`, `tokens`, `past` and `capacity`, so that every
-//! later pass reads one name for one length. A role is only a *claim* here. `projection` and
-//! `mask` prove it later by executing the graph; this module only has to be right for models that pass the proof.
+//! Assigns every input of an inferred export an [`InputRole`]: by its name if exporters use that name, else by its use.
+//! Binds the dims of the inputs to `batch`, `tokens`, `past` and `capacity`, so that every later pass sees one name per
+//! length. A role is only a *claim* here. `projection` and `mask` prove it later by executing the graph; this module
+//! only has to be right for models that pass the proof.
 
 mod by_use;
 
@@ -16,16 +16,16 @@ use crate::graph::op::Op;
 use crate::graph::{Graph, ValueId};
 use crate::tensor::DType;
 
-/// What a graph input carries, as a function of (batch, past, tokens).
+/// The content of a graph input, as a function of (batch, past, tokens).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum InputRole {
     /// Token ids, `[batch, tokens]`.
     InputIds,
-    /// A row of floats for each token, `[batch, tokens, hidden]`.
+    /// A row of floats per token, `[batch, tokens, hidden]`.
     Embeddings,
     /// 1 for every used position, `[batch, past + tokens]`; further columns, if any, are 0.
     PaddingMask,
-    /// The whole causal mask made by the caller: `[.., tokens, slots]`, bool, integer or additive.
+    /// The whole mask, filled by the caller: `[.., tokens, slots]`, bool, integer or additive.
     FullMask,
     /// `past + t` for token `t`, along the last axis.
     Positions,
@@ -37,14 +37,14 @@ pub enum InputRole {
     LastPosition,
     /// Keys or values of earlier calls.
     Cache,
-    /// How many tokens get logits, counted from the last, or which ones: in any export only ahead of the logits.
+    /// How many tokens get logits, counted from the last, or which ones; used only before the logits.
     ChosenRows,
     /// Read by nothing.
     Unread,
 }
 
 impl InputRole {
-    /// Known from the counts of tokens alone, without any token id.
+    /// Determined by token counts alone, without token ids.
     pub fn is_positional(self) -> bool {
         !matches!(
             self,
@@ -64,9 +64,9 @@ pub struct Roles {
     pub caches: Vec<ValueId>,
     /// Caches grow by concatenation; otherwise they have a fixed number of slots.
     pub growing: bool,
-    /// Of masks that the caller fills and a window was given for: how many positions they let a query attend to.
+    /// For masks that the caller fills and whose window was given: how many positions a query attends to.
     pub windows: HashMap<ValueId, Option<usize>>,
-    /// Sequences of a call, where the export fixed them.
+    /// Sequences per call, if the export fixed them.
     pub batch: Option<usize>,
     /// Slots of a static cache, where the export fixed them.
     pub capacity: Option<usize>,
@@ -97,8 +97,8 @@ pub fn guess(graph: &Graph) -> (HashMap<ValueId, InputRole>, Vec<String>) {
     (of, unmatched)
 }
 
-/// Assigns roles and rewrites the dims of all values in terms of `batch`, `tokens`, `past` and `capacity`. All that is wrong
-/// with the inputs is reported at once.
+/// Assigns roles and rewrites the dims of all values in terms of `batch`, `tokens`, `past` and `capacity`. All problems
+/// of the inputs are reported at once.
 pub fn assign(graph: &mut Graph, mask_windows: &MaskWindows) -> Result<Roles, PassError> {
     let uses = graph.uses();
     let (of, unmatched) = guess(graph);
@@ -171,7 +171,7 @@ pub fn assign(graph: &mut Graph, mask_windows: &MaskWindows) -> Result<Roles, Pa
             found: format!("{:?}", graph.shape(several).cloned().unwrap_or_default()),
         });
     }
-    // One input with a batch of 1, or of another number, fixes it for all.
+    // One input with a fixed batch fixes it for all.
     let padding = with(InputRole::PaddingMask);
     let batches = caches.iter().chain(&padding).map(|id| graph.shape(*id)?.first());
     let batch =
@@ -255,8 +255,8 @@ pub fn assign(graph: &mut Graph, mask_windows: &MaskWindows) -> Result<Roles, Pa
     })
 }
 
-/// Exporters may call all dims by one name, and a mask's length `past_sequence_length + 1`. A name that stands for different
-/// lengths says nothing, a sum may say what is wrong: they go, and what the dims count by their roles stays.
+/// Exporters may use one name for all dims, and name a mask's length `past_sequence_length + 1`. A name for different
+/// lengths carries no information, and a sum may be wrong: they are dropped, and the roles of the dims decide.
 fn rename_shared_dims(graph: &mut Graph, bindings: &[(ValueId, usize, Dim)]) {
     let symbol = |graph: &Graph, id: ValueId, axis: usize| graph.shape(id)?.get(axis)?.as_sym().cloned();
     let mut meanings: HashMap<Sym, Vec<&Dim>> = HashMap::new();
@@ -276,7 +276,7 @@ fn rename_shared_dims(graph: &mut Graph, bindings: &[(ValueId, usize, Dim)]) {
     }
 }
 
-/// An input whose fixed dims are 0 where something must be, or larger than memory: shapes come from untrusted files.
+/// An input with a fixed dim of 0 or a size larger than memory: shapes come from untrusted files.
 fn oversized(graph: &Graph) -> Option<ValueId> {
     const LARGEST: i64 = 1 << 31;
     graph.inputs.iter().copied().find(|id| {
@@ -339,8 +339,8 @@ fn has_axes(graph: &Graph, id: ValueId) -> bool {
     shape.len() > 2 && shape[0].as_const().is_none_or(|axes| axes > 1)
 }
 
-/// Floats `[batch, tokens, hidden]` that every output is computed from: keys and values of a layer are not computed from
-/// the cache of their own layer.
+/// Floats `[batch, tokens, hidden]` that every output is computed from: keys and values of a layer are not computed
+/// from their own layer's cache.
 fn embeddings(
     graph: &Graph,
     id: ValueId,
@@ -348,7 +348,7 @@ fn embeddings(
 ) -> Option<InputRole> {
     let value = graph.value(id);
     let width = value.shape.as_ref().filter(|shape| shape.len() == 3)?[2].as_const()?;
-    // A state of fixed size can be as wide, and stand before everything; its length is no number of tokens.
+    // A state of fixed size can have the same width and affect everything; its length is not a number of tokens.
     let counts = value.shape.as_ref().is_some_and(|shape| shape[1].as_const().is_none());
     let named = value.name.to_lowercase().contains("embed");
     if !value.dtype.is_some_and(DType::is_float) || width < 1 || graph.outputs.len() < 2 || !(counts || named) {
@@ -371,7 +371,7 @@ fn embeddings(
         .then_some(InputRole::Embeddings)
 }
 
-/// Whether the first operator that is not mere movement appends to the cache.
+/// Whether the first operator other than movement appends to the cache.
 pub fn grows(graph: &Graph, cache: ValueId, uses: &HashMap<ValueId, Vec<(crate::graph::NodeId, usize)>>) -> bool {
     let mut stack = vec![cache];
     let mut seen = HashSet::new();

@@ -1,11 +1,11 @@
-//! The passes by name, as in reports and manifests, with a description.
+//! The passes by name, as in reports and manifests, with descriptions.
 //!
 //! A pass runs under an entry of this table, so each has a description.
 
-/// A pass as reports and manifests name it.
+/// A pass, by its name in reports and manifests.
 #[derive(Debug, PartialEq, Eq)]
 pub struct PassInfo {
-    /// Its name in [`PassReport`](super::PassReport), manifests and results: the module that holds it.
+    /// Its name in [`PassReport`](super::PassReport), manifests and results: its module.
     pub name: &'static str,
     /// Its name in packages written before it was renamed.
     pub formerly: Option<&'static str>,
@@ -36,27 +36,27 @@ macro_rules! passes {
 }
 
 passes! {
-    ROLES = "roles": "finds which input is what: ids, masks, positions, past keys and values";
-    INFER = "infer": "gives every value its dtype and its shape of symbolic dims";
+    ROLES = "roles": "finds the role of each input: ids, masks, positions, past keys and values";
+    INFER = "infer": "infers every value's dtype and shape of symbolic dims";
     QUANTIZED = "quantized": "brings quantized weights and activations of all exporters into one form";
-    FOLD = "fold": "computes constants ahead, moves shape arithmetic out of the graph";
-    CLEANUP = "cleanup": "drops operators that change nothing, merges equal ones";
-    DECOMPOSE_CONTRIB = "decompose_contrib" formerly "decompose": "takes contributed operators apart into plain ones";
-    LAYER_NORM = "layer_norm": "finds LayerNorm in its parts";
-    RMS_NORM = "rms_norm": "finds RMSNorm in its parts";
+    FOLD = "fold": "folds constants and shape arithmetic";
+    CLEANUP = "cleanup": "removes operators that change nothing, merges equal ones";
+    DECOMPOSE_CONTRIB = "decompose_contrib" formerly "decompose": "decomposes contrib operators into plain ones";
+    LAYER_NORM = "layer_norm": "fuses LayerNorm from its parts";
+    RMS_NORM = "rms_norm": "fuses RMSNorm from its parts";
     HEAD_NORMS = "head_norms": "joins norms of single heads into one";
-    ACTIVATION = "activation": "finds SiLU and GELU, proven by running them";
-    EXPERTS = "experts": "understands each mixture of experts: its routing, matrices and sum, proven by running them";
-    CHOSEN_ROWS = "chosen_rows": "gives all tokens logits where the export keeps the last ones";
+    ACTIVATION = "activation": "fuses SiLU and GELU, proved by execution";
+    EXPERTS = "experts": "recognizes each mixture of experts: its routing, matrices and sum, proved by execution";
+    CHOSEN_ROWS = "chosen_rows": "computes logits of all tokens where the export keeps the last ones";
     DECOMPOSE_ATTENTION = "decompose_attention" formerly "expand":
         "brings attention operators of all exporters into one plain form";
-    LATENT = "latent": "caches keys and values where the export caches what they are computed from";
-    ATTENTION = "attention": "understands each attention: its mask, rotation, heads and cache, proven by running them";
-    EMIT = "emit": "writes attention, rotary embedding and a static cache in place of what was understood";
+    LATENT = "latent": "caches keys and values where the export caches latent rows";
+    ATTENTION = "attention": "recognizes each attention: its mask, rotation, heads and cache, proved by execution";
+    EMIT = "emit": "writes recognized attention as Attention, RotaryEmbedding and a static cache";
     RESHAPES = "reshapes": "gives reshapes constant targets";
-    POSITIONS = "positions": "looks embeddings of positions up by position";
-    BATCH = "batch": "takes any number of sequences where the export fixed one";
-    TIED = "tied": "lets a head that repeats the embedding read the embedding";
+    POSITIONS = "positions": "looks up position embeddings by position_ids";
+    BATCH = "batch": "makes a fixed number of sequences symbolic";
+    TIED = "tied": "ties a head that repeats the embedding to it";
     LINEAR = "linear": "writes every linear layer as a product with a weight stored output by input";
     DTYPE = "dtype": "changes the float type of the whole graph";
 }

@@ -1,8 +1,7 @@
 //! A language-model head whose weight repeats the embedding becomes a reader of the embedding.
 //!
-//! Exporters that transpose weights while exporting store a tied embedding twice. Both are sampled in a few places and,
-//! if those agree, compared completely; only equal bytes become one weight. Recipes and absent weights
-//! stay unchanged.
+//! Exporters that transpose weights store a tied embedding twice. Both are sampled in a few places and, if those agree,
+//! compared completely; only equal bytes become one weight. Recipes and absent weights stay unchanged.
 
 use super::PassError;
 use crate::graph::op::Op;
@@ -10,7 +9,7 @@ use crate::graph::{Constant, ConstantSource};
 use crate::graph::{Graph, ValueId};
 use crate::tensor::Tensor;
 
-/// Gives the number of weights that were found to be the embedding.
+/// Returns the number of weights that are the embedding.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let tables: Vec<ValueId> = graph
         .node_ids()
@@ -54,7 +53,7 @@ pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     Ok(count)
 }
 
-/// A matrix whose bytes are at hand.
+/// A matrix whose bytes are available.
 fn plain(graph: &Graph, id: ValueId) -> Option<Tensor> {
     let constant: &Constant = graph.constant(id)?;
     match constant.source() {
@@ -75,7 +74,7 @@ fn is_transpose(a: &Tensor, b: &Tensor) -> bool {
         let (x, y) = ((r * columns + c) * size, (c * rows + r) * size);
         a.data()[x..x + size] == b.data()[y..y + size]
     };
-    // Coprime strides touch rows and columns all over.
+    // Coprime strides sample rows and columns everywhere.
     if !(0..512).all(|i| same(i * 7919 % rows, i * 104_729 % columns)) {
         return false;
     }

@@ -204,9 +204,7 @@ pub enum QuantizedError {
         granularity: Granularity,
     },
     /// A format that values cannot be quantized to.
-    #[error(
-        "nothing can be quantized to {format}: unsigned codes need zero points, and float codes have none"
-    )]
+    #[error("nothing can be quantized to {format}: unsigned codes need zero points, and float codes have none")]
     Format {
         /// The requested format.
         format: super::quantize::Format,

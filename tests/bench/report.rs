@@ -572,7 +572,7 @@ fn a_real_result_becomes_a_report() {
     assert!(said.contains("measurements are missing"), "{said}");
     let markdown = std::fs::read_to_string(report).unwrap();
     assert!(
-        markdown.contains("| rms_norm | finds RMSNorm in its parts | 5: "),
+        markdown.contains("| rms_norm | fuses RMSNorm from its parts | 5: "),
         "{markdown}"
     );
     assert!(markdown.contains("| KvCacheUpdate | 4 | "), "{markdown}");

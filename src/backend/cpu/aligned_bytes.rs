@@ -5,12 +5,12 @@ use std::ptr::NonNull;
 
 use memmap2::MmapMut;
 
-/// Bytes aligned for any vector load, zeroed. Many bytes are pages of their own: those that are never touched cost no memory,
-/// and all are given back to the system at once.
+/// Bytes aligned for any vector load, zeroed. Large allocations are separate pages: untouched pages take no memory, and
+/// all are returned to the system when freed.
 pub struct AlignedBytes {
     address: NonNull<u8>,
     bytes: usize,
-    /// Owns the bytes if they are pages; else the allocator does.
+    /// The mapping, if the bytes are pages; otherwise they belong to the allocator.
     pages: Option<MmapMut>,
 }
 
@@ -21,11 +21,11 @@ unsafe impl Sync for AlignedBytes {}
 
 const ALIGNMENT: usize = 64;
 
-/// From so many bytes on they are pages of their own. The allocator would zero aligned bytes by writing them.
+/// From this size on, memory is mapped as separate pages. The allocator would zero aligned bytes by writing them.
 const PAGES: usize = 128 << 10;
 
 impl AlignedBytes {
-    /// This many bytes, all 0. Aborts if the system has not enough.
+    /// This many zero bytes. Aborts if there is not enough memory.
     pub fn zeroed(bytes: usize) -> AlignedBytes {
         if bytes >= PAGES
             && let Ok(mut pages) = MmapMut::map_anon(bytes)
@@ -64,7 +64,7 @@ impl AlignedBytes {
         // while self is borrowed: a program's run, which writes through `address`, borrows it mutably.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }
-    /// The bytes, to write.
+    /// The bytes, mutable.
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.address.as_ptr(), self.bytes) }
@@ -101,7 +101,7 @@ mod tests {
         }
     }
 
-    /// Pages of which only the first is written: the others are not in memory.
+    /// Only the first page is written: the others are not in memory.
     #[test]
     #[cfg(target_os = "linux")]
     fn what_is_not_touched_is_not_there() {

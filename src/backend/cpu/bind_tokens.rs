@@ -5,7 +5,7 @@ use crate::dim::{Dim, Sym};
 use crate::network::{LayerKind, Network, Shape, Tokens};
 
 /// A network of a dynamic profile with `tokens` bound to a number, so that every shape is static. A network that is
-/// static already is returned as it is if its tokens agree. Cheap: weights are shared.
+/// already static is returned unchanged if its tokens agree. Cheap: weights are shared.
 pub fn bind_tokens(network: &Network, tokens: usize) -> Result<Network, CpuError> {
     let (min, max) = match network.profile.tokens {
         Tokens::Static(n) => (n, n),

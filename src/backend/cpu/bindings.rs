@@ -19,7 +19,7 @@ pub enum Input<'a> {
     I8(&'a [i8]),
     /// Unsigned bytes.
     U8(&'a [u8]),
-    /// Truth values.
+    /// Booleans.
     Bool(&'a [bool]),
 }
 
@@ -36,7 +36,7 @@ pub enum Output<'a> {
     I8(&'a mut [i8]),
     /// Unsigned bytes.
     U8(&'a mut [u8]),
-    /// Truth values.
+    /// Booleans.
     Bool(&'a mut [bool]),
 }
 
@@ -72,7 +72,7 @@ macro_rules! from_slices {
 }
 from_slices!(F32 f32, I32 i32, I64 i64, I8 i8, U8 u8, Bool bool);
 
-/// Which input or output is meant: by what it is for, or, in networks that are not a model's, by its name.
+/// Identifies an input or output: by role, or by name in networks that are not a model's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PortKey<'a> {
     /// By role.
@@ -115,7 +115,7 @@ impl PortKey<'_> {
     }
 }
 
-/// Everything one run reads and writes. Each input and output of the program is bound once, and nothing else is.
+/// Everything one run reads and writes. Each input and output of the program is bound exactly once, and nothing else.
 #[derive(Default)]
 pub struct Bindings<'a> {
     inputs: Vec<(PortKey<'a>, Input<'a>)>,
@@ -144,7 +144,7 @@ impl<'a> Bindings<'a> {
         self
     }
 
-    /// That every binding is one of these ports, and no port is bound twice.
+    /// Checks that every binding is one of these ports, and no port is bound twice.
     pub(super) fn check(&self, inputs: &[Port], outputs: &[Port]) -> Result<(), CpuError> {
         let keys = self.inputs.iter().map(|(key, _)| *key);
         check_side("input", keys, inputs)?;
@@ -169,8 +169,8 @@ impl<'a> Bindings<'a> {
         Ok(address)
     }
 
-    /// The addresses of the caches for these ports. Caches and ports are in the order of the updates in their network, which
-    /// is one order for all networks of a model.
+    /// The addresses of the caches for these ports. Caches and ports are in the order of the updates in their network,
+    /// which is the same for all networks of a model.
     pub(super) fn cache_addresses(&mut self, ports: &[Port]) -> Result<Vec<*mut u8>, CpuError> {
         let entries = match &mut self.caches {
             Some(caches) => caches.entries.as_mut_slice(),
@@ -207,7 +207,7 @@ fn check_side<'k>(
         match ports.iter().filter(|port| key.is(port)).count() {
             0 => return Err(unknown(what, key.text(), ports)),
             1 => {}
-            // The same memory for two outputs would be written by two threads at once.
+            // Two threads would write the same memory at once.
             count => {
                 let (name, reason) = (key.text(), format!("{count} {what}s have this role"));
                 return Err(CpuError::Binding { name, reason });
@@ -236,7 +236,7 @@ fn unknown(what: &'static str, name: String, ports: &[Port]) -> CpuError {
     }
 }
 
-/// The dtype a port is bound as.
+/// The dtype with which a port is bound.
 pub(super) fn bound_dtype(dtype: DType) -> DType {
     if dtype.is_float() { DType::F32 } else { dtype }
 }

@@ -10,44 +10,44 @@ use crate::network::VerifyError;
 /// Why a network cannot be compiled for the CPU or run.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum CpuError {
-    /// The network breaks a rule of its level: an error of what made it.
+    /// The network violates a rule of its level: an error of the code that built it.
     #[error(transparent)]
     Network(#[from] VerifyError),
-    /// The network keeps the rules, but asks for what the executor does not do.
+    /// The network is valid, but needs something that the executor does not support.
     #[error("layer {layer:?} ({kind}): {reason}")]
     Layer {
         /// The layer.
         layer: String,
-        /// Its kind, as dumps call it.
+        /// Its kind, as in dumps.
         kind: &'static str,
-        /// What is wrong, in words.
+        /// What is wrong.
         reason: String,
     },
-    /// A shape still holds a symbol. The executor runs static shapes; see [`bind_tokens`](super::bind_tokens).
+    /// A shape still contains a symbol. The executor runs static shapes; see [`bind_tokens`](super::bind_tokens).
     #[error("tensor {tensor:?} has the dynamic shape {shape}: bind its tokens to a number first")]
     Dynamic {
         /// The tensor's name.
         tensor: String,
-        /// Its shape, as dumps write it.
+        /// Its shape, as in dumps.
         shape: String,
     },
-    /// Tokens that the profile does not allow.
+    /// A number of tokens that the profile does not allow.
     #[error("{tokens} tokens are outside the profile's {min} to {max}")]
     Tokens {
-        /// Tokens asked for.
+        /// Requested tokens.
         tokens: usize,
-        /// The fewest tokens.
+        /// Minimum tokens.
         min: usize,
-        /// The most tokens.
+        /// Maximum tokens.
         max: usize,
     },
     /// The network's activations would need more bytes than an address can number.
     #[error("the activations of the network are larger than memory can be")]
     TooLarge,
-    /// A program was asked for that this machine cannot run.
+    /// A requested program cannot run on this machine.
     #[error("this machine does not have the instruction set {isa}; it has {}", available())]
     Isa {
-        /// What was asked for.
+        /// The requested instruction set.
         isa: Isa,
     },
     /// A weight has no bytes.
@@ -68,10 +68,10 @@ pub enum CpuError {
         what: &'static str,
         /// Its name.
         name: String,
-        /// The names that there are.
+        /// The existing names.
         known: Vec<String>,
     },
-    /// By role and by name, or by the same one twice.
+    /// Bound by role and by name, or twice by the same one.
     #[error("{name:?}: the {what} is bound twice")]
     BoundTwice {
         /// Input, output or cache.
@@ -79,20 +79,20 @@ pub enum CpuError {
         /// Its name.
         name: String,
     },
-    /// What the caller bound does not fit the network.
+    /// A binding does not match the network.
     #[error("{name:?}: {reason}")]
     Binding {
         /// Its name.
         name: String,
-        /// What is wrong, in words.
+        /// What is wrong.
         reason: String,
     },
-    /// An index computed from the caller's inputs lies outside what it indexes.
+    /// An index computed from the caller's inputs is out of range.
     #[error("layer {layer:?}: {what} {index} is outside 0..{bound}")]
     Index {
         /// The layer.
         layer: String,
-        /// What the index stands for.
+        /// What the index means.
         what: Indexed,
         /// The index.
         index: i64,
@@ -125,10 +125,10 @@ impl Help for CpuError {
     }
 }
 
-/// What an index stood for.
+/// The meaning of an index.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Indexed {
-    /// Of a gather: a token id, when the table is the embedding.
+    /// An index of a gather: a token id, if the table is the embedding.
     Index,
     /// A position in the rotary tables.
     Position,

@@ -1,4 +1,4 @@
-//! The KV caches that a session owns: made for a network, bound to each run, grown when they are full.
+//! The KV caches that a session owns: created for a network, bound to each run, grown when they are full.
 
 use super::aligned_bytes::AlignedBytes;
 use super::error::CpuError;
@@ -32,7 +32,7 @@ impl KvCache {
     pub fn bytes(&self) -> &[u8] {
         self.memory.as_bytes()
     }
-    /// The elements, to write. What is masked out must stay finite.
+    /// The elements, mutable. Masked elements must stay finite.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         self.memory.as_bytes_mut()
     }
@@ -88,7 +88,7 @@ impl KvCaches {
     pub fn iter(&self) -> impl Iterator<Item = &KvCache> {
         self.entries.iter()
     }
-    /// The same, to write.
+    /// The same, mutable.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut KvCache> {
         self.entries.iter_mut()
     }
@@ -110,15 +110,15 @@ impl KvCaches {
         self.entries.iter().map(|c| c.memory.len()).sum()
     }
 
-    /// More slots, keeping the first `used` slots of every cache; the others are zero. KvCaches are moved one at a time,
-    /// so at most one is held twice. `capacity` may also be smaller, if it still holds `used`.
+    /// More slots, keeping the first `used` slots of every cache; the others are zero. Caches are moved one at a time,
+    /// so at most one exists twice. `capacity` may also be smaller, if it still holds `used`.
     pub fn grow(&mut self, capacity: usize, used: usize) {
         for cache in &mut self.entries {
             *cache = cache.copy(capacity, used);
         }
     }
 
-    /// Caches of their own of `capacity` slots, of which the first `used` are copies of these; the others are zero.
+    /// New caches of `capacity` slots, of which the first `used` are copies of these; the others are zero.
     pub fn copy(&self, capacity: usize, used: usize) -> KvCaches {
         let copies = self.entries.iter().map(|cache| cache.copy(capacity, used));
         KvCaches {

@@ -1,10 +1,10 @@
-//! Releases memory that was needed once: pages of mapped files (weights, for a conversion; this program's own code, most of which
-//! reads and compiles models), and free pages of the heap.
+//! Releases memory that is no longer needed: pages of mapped files (weights, in a conversion; this program's own code,
+//! most of which reads and compiles models), and free pages of the heap.
 
 use std::ops::Range;
 
-/// Advises the system that these bytes are not needed for now, if they are pages of a read-only mapping.
-/// They stay readable: what is read again comes from the file again. Bytes of other memory are left alone.
+/// Advises the system that these bytes are not needed for now, if they are pages of a read-only mapping. They stay
+/// readable: later reads load them from the file again. Other memory is not changed.
 pub fn release(all: &[bytes::Bytes]) {
     #[cfg(target_os = "linux")]
     {
@@ -29,8 +29,9 @@ pub fn release(all: &[bytes::Bytes]) {
     let _ = all;
 }
 
-/// Tells the system that this program's code is not needed for now: what reads and compiles a model is most of it, and what
-/// runs one comes back from the file when it is next executed. Nothing is done under a debugger, whose breakpoints are in it.
+/// Tells the system that this program's code is not needed for now: most of it reads and compiles models, and the rest
+/// is reloaded from the file when it is next executed. Does nothing under a debugger, whose breakpoints are in the
+/// code.
 pub fn release_code() {
     #[cfg(target_os = "linux")]
     {
@@ -52,12 +53,12 @@ pub fn release_code() {
     }
 }
 
-/// Gives free pages of the heap back to the system: reading and compiling a model leaves many. Only glibc keeps them.
+/// Returns free pages of the heap to the system: reading and compiling a model leaves many. Only glibc keeps them.
 pub fn release_heap() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
         unsafe extern "C" {
-            /// Keeps `pad` free bytes at the heap's end; 1 if memory was given back.
+            /// Keeps `pad` free bytes at the heap's end; returns 1 if memory was released.
             fn malloc_trim(pad: usize) -> std::ffi::c_int;
         }
         // SAFETY: as glibc declares it (malloc.h); it may be called at any time and from any thread.
@@ -139,7 +140,7 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn code_that_is_released_comes_back() {
-        // Touches code all over.
+        // Executes code everywhere.
         let text = format!("{:?} {:e} {}", std::env::vars().collect::<Vec<_>>(), 1.5e300, f64::MAX);
         let (before, words) = (resident_code(), text.split_whitespace().count());
         release_code();

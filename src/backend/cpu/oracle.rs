@@ -6,10 +6,10 @@ use super::program::{Port, Program};
 use crate::network::Network;
 use crate::tensor::{DType, Tensor};
 
-/// Runs a static network once on whole tensors, for tests and callers that need values and not speed.
+/// Runs a static network once on whole tensors, for tests and callers that need values, not speed.
 ///
-/// Inputs are found by name and must have the dtype and shape of the network's inputs; caches may be left out and are
-/// then zero. Gives every output of the network, updated caches included, by name, in the network's dtypes.
+/// Inputs are found by name and must have the dtype and shape of the network's inputs; caches may be omitted and are
+/// then zero. Returns every output of the network, including updated caches, by name, in the network's dtypes.
 pub fn execute(
     network: &Network,
     inputs: &[(&str, Tensor)],
@@ -92,7 +92,7 @@ fn problem(port: &Port, reason: String) -> CpuError {
     }
 }
 
-/// Elements in the form in which they are bound.
+/// Elements in their bound form.
 enum Values {
     F32(Vec<f32>),
     I32(Vec<i32>),

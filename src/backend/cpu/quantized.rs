@@ -1,9 +1,9 @@
-//! Quantized weights as kernels read them.
+//! Quantized weights in the form of the kernels.
 //!
-//! Takes a quantized [`Constant`] of two axes, `[out, in]`, and gives a [`QuantizedMatrix`]: codes where they lie (in a
-//! mapped file, if they are stored in this order there), scales where they lie unless they are quantized themselves, zero
-//! points as one byte each. [`QuantizedWeights`] caches them, so that programs of one device share them, and a weight
-//! that is both embedding and head is stored once.
+//! Input: a quantized [`Constant`] of two axes, `[out, in]`. Output: a [`QuantizedMatrix`]: codes in place (in a mapped
+//! file, if stored in this order), scales in place unless they are quantized themselves, zero points as one byte each.
+//! [`QuantizedWeights`] caches them, so that programs of one device share them, and a weight that is both embedding and
+//! head is stored once.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -18,10 +18,10 @@ use crate::graph::{Constant, ConstantError, ConstantSource};
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Numbers, Tensor, packed};
 
-/// Fewer scales are left as they are.
+/// Fewer scales are not converted.
 const WORTH_NARROWING: usize = 1024;
 
-/// A matrix `[rows, depth]` of codes. What the fields mean is said in [`QuantizedRows`].
+/// A matrix `[rows, depth]` of codes. [`QuantizedRows`] documents the fields.
 pub struct QuantizedMatrix {
     codes: Tensor,
     scales: Tensor,
@@ -34,7 +34,7 @@ pub struct QuantizedMatrix {
 }
 
 impl QuantizedMatrix {
-    /// Whether a constant is quantized with codes that kernels read: all but i32.
+    /// Whether a constant is quantized with codes that kernels support: all but i32.
     pub fn takes(constant: &Constant) -> bool {
         let parts = constant.as_quantized();
         parts.is_some_and(|parts| format(parts.codes.dtype()).is_some())
@@ -56,7 +56,7 @@ impl QuantizedMatrix {
             Granularity::Block { size, .. } => ([1, size], [depth / size, 1]),
         };
         let Centered { center, zeros } = centered(format, zero_points.as_ref());
-        // Every code there is, of the dtype's own meaning.
+        // All codes, with the dtype's values.
         let count = 1usize << format.bits();
         let all: Vec<u8> = (0..count).map(|code| code as u8).collect();
         let all = match format.bits() {
@@ -80,17 +80,17 @@ impl QuantizedMatrix {
             format,
             center,
             numbers,
-            // A block of all rows is one of each row by itself whose scales lie 0 apart.
+            // A block over all rows is treated as a block per row with a scale stride of 0.
             block: [if strides[0] == 0 { 1 } else { block[0] }, block[1]].map(|size| size.max(1)),
             strides,
         })
     }
 
-    /// Rows: of a linear layer, its outputs.
+    /// Rows: the outputs of a linear layer.
     pub fn rows(&self) -> usize {
         self.codes.shape()[0]
     }
-    /// Elements of a row.
+    /// Elements per row.
     pub fn depth(&self) -> usize {
         self.codes.shape()[1]
     }
@@ -98,17 +98,17 @@ impl QuantizedMatrix {
     pub fn format(&self) -> Format {
         self.format
     }
-    /// Bytes that a row takes, its scales and zero points included.
+    /// Bytes per row, including its scales and zero points.
     pub fn row_bytes(&self) -> usize {
         let zeros = self.zeros.as_ref().map_or(0, Vec::len);
         (self.codes.data().len() + self.scales.data().len() + zeros).div_ceil(self.rows().max(1))
     }
-    /// Whether rows from a multiple of `count` on are their own matrix: codes begin with a byte, blocks with a row.
+    /// Whether rows from a multiple of `count` on form a matrix: codes start at a byte, blocks at a row.
     pub fn starts_at_multiples_of(&self, count: usize) -> bool {
         let bits = self.depth() * self.format.bits();
         bits.is_multiple_of(8) && count.is_multiple_of(self.block[0])
     }
-    /// The matrix from a row on, which [`QuantizedMatrix::starts_at_multiples_of`] allows.
+    /// The matrix from a row on, where [`QuantizedMatrix::starts_at_multiples_of`] allows it.
     pub fn kernel_from(&self, row: usize) -> QuantizedRows {
         let all = self.kernel();
         let block = row / self.block[0] * self.strides[0];
@@ -123,7 +123,7 @@ impl QuantizedMatrix {
             ..all
         }
     }
-    /// The matrix for kernels, which is valid for as long as this is.
+    /// The matrix for kernels, valid as long as `self`.
     pub fn kernel(&self) -> QuantizedRows {
         QuantizedRows {
             codes: self.codes.data().as_ptr(),
@@ -150,7 +150,7 @@ impl fmt::Debug for QuantizedMatrix {
     }
 }
 
-/// How codes of a dtype are read; `None` if kernels do not read them.
+/// The encoding of a dtype's codes; `None` if kernels do not support them.
 fn format(dtype: DType) -> Option<Format> {
     match (dtype, dtype.numbers(), dtype.bits()) {
         (DType::F8E4M3Fn, ..) => Some(Format::F8E4M3Fn),
@@ -163,8 +163,8 @@ fn format(dtype: DType) -> Option<Format> {
     }
 }
 
-/// Scales that f16 has as well, as f16: what is read a token is codes and scales, and of codes of 4 bits in groups of 32 f32
-/// scales are a fifth.
+/// Scales that f16 represents exactly, as f16: each token reads codes and scales, and for 4-bit codes in groups of 32,
+/// f32 scales are a fifth of that.
 fn narrowed(scales: Tensor) -> Tensor {
     let half = |bytes: &[u8; 4]| {
         let value = f32::from_le_bytes(*bytes);
@@ -186,13 +186,13 @@ fn narrowed(scales: Tensor) -> Tensor {
 }
 
 struct Centered {
-    /// What codes are relative to, in the order of their numbers from 0 on.
+    /// What codes are relative to, in ascending order from 0.
     center: f32,
-    /// Of every block, its zero point minus the center; `None` if all are 0.
+    /// For every block, its zero point minus the center; `None` if all are 0.
     zeros: Option<Vec<i8>>,
 }
 
-/// Zero points that are all the same are the center.
+/// If all zero points are equal, that is the center.
 fn centered(format: Format, zero_points: Option<&Tensor>) -> Centered {
     let Format::Integer { bits, signed } = format else {
         return Centered {
@@ -215,10 +215,10 @@ fn centered(format: Format, zero_points: Option<&Tensor>) -> Centered {
     }
 }
 
-/// The matrices made so far. What a matrix is made of is known by where its bytes lie, and kept with it.
+/// The matrices so far. The sources of a matrix are identified by their addresses, and stored with it.
 #[derive(Default)]
 pub struct QuantizedWeights {
-    /// Bytes that a matrix was made of and does not read: pages of files among them can go.
+    /// Source bytes that the matrix does not read: their file pages can be released.
     spent: Mutex<Vec<Bytes>>,
     made: Mutex<HashMap<String, (Constant, Arc<QuantizedMatrix>)>>,
 }
@@ -246,7 +246,7 @@ impl QuantizedWeights {
 }
 
 impl QuantizedWeights {
-    /// Lets the memory go that is left over from making matrices.
+    /// Releases memory that was only needed to build matrices.
     pub fn settle(&self) {
         let spent = std::mem::take(&mut *self.spent.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
         if !spent.is_empty() {
@@ -255,7 +255,7 @@ impl QuantizedWeights {
     }
 }
 
-/// The tensors that a constant is made of.
+/// The source tensors of a constant.
 fn sources_of(constant: &Constant, sources: &mut Vec<Bytes>) {
     match constant.source() {
         ConstantSource::Tensor(tensor) => sources.push(tensor.data().clone()),
@@ -292,7 +292,7 @@ mod tests {
         let address = |part: &Constant| part.materialize().unwrap().data().as_ptr();
         assert_eq!(matrix.codes.data().as_ptr(), address(parts.codes));
         assert_eq!(matrix.scales.data().as_ptr(), address(parts.scales));
-        // The same movement twice gives one copy.
+        // Applying the same movement twice gives one copy.
         let turned = constant.transposed(&[1, 0]);
         let again = constant.transposed(&[1, 0]);
         assert!(Arc::ptr_eq(&weights.get(&constant.clone()).unwrap(), &matrix));

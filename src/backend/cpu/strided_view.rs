@@ -10,7 +10,7 @@ pub struct BufferId(pub u32);
 #[derive(Clone, Debug, PartialEq)]
 pub struct View {
     pub buffer: BufferId,
-    /// How the elements are stored: floats the executor computed are f32 whatever the network calls them; weights and
+    /// How the elements are stored: floats that the executor computed are f32 whatever the network's dtype; weights and
     /// caches keep their own dtype.
     pub storage: DType,
     /// In elements.
@@ -72,7 +72,7 @@ impl View {
         }
     }
 
-    /// The same elements in the same order under another shape, if strides can say that.
+    /// The same elements in the same order under another shape, if strides can express it.
     pub fn reshaped(&self, shape: &[usize]) -> Option<View> {
         if shape.iter().product::<usize>() != self.len() {
             return None;
@@ -84,8 +84,8 @@ impl View {
                 ..self.clone()
             });
         }
-        // Axes of size 1 have no stride worth keeping. What is left is matched in runs of equal volume: a run of old
-        // axes must be contiguous among itself, and then any split of it is as well.
+        // Axes of size 1 are dropped. The rest is matched in runs of equal volume: a run of old axes must be
+        // contiguous, and then any split of it is as well.
         let old: Vec<(usize, isize)> = self
             .shape
             .iter()
@@ -199,7 +199,7 @@ mod tests {
             let rank = perm.len();
             perm.swap(seed as usize % rank, (seed >> 8) as usize % rank);
             let view = base.permuted(&perm);
-            // A few target shapes of the same volume: merged at `cut`, with a 1 put in.
+            // A few target shapes of the same volume: merged at `cut`, with an axis of 1 inserted.
             let cut = cut.min(rank - 1);
             let mut shape: Vec<usize> = view.shape[..cut].to_vec();
             shape.push(1);

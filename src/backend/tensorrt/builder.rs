@@ -29,7 +29,7 @@ pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions
     }
     let weights = weight_bytes(network)?;
 
-    // Locals are dropped in reverse order of declaration, and TensorRT demands just that: config and network before the builder,
+    // Locals are dropped in reverse order of declaration, as TensorRT requires: config and network before the builder,
     // the builder before its logger, and all of them before the weights, which they point to.
     let capture = LogCapture::default();
     let start = |message: trtx::Error| EngineBuildError::Start {
@@ -38,9 +38,9 @@ pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions
     let logger = trtx::Logger::new(capture.clone()).map_err(start)?;
     let mut builder = trtx::Builder::new(&logger).map_err(start)?;
     let mut config = builder.create_config().map_err(start)?;
-    // Strongly typed is not a flag any more but the only mode there is.
+    // Strongly typed is no longer a flag but the only mode.
     let mut definition = builder.create_network(0).map_err(start)?;
-    // What the builder says on a machine without a driver is not an error of the network.
+    // The builder's errors on a machine without a driver are not errors of the network.
     capture.take_errors();
 
     emit::emit(network, &mut definition, &weights, refits, &capture, library.version())?;
@@ -59,7 +59,7 @@ pub(super) fn build(library: &Library, network: &Network, options: &BuildOptions
             added.map_err(|e| fail(own_words(e)))?;
         }
     }
-    // On by default, and with it fp32 products are only as good as fp16's.
+    // On by default, and with it fp32 products are only as precise as fp16.
     config.clear_flag(BuilderFlag::kTF32);
     for flag in refits.flags() {
         config.set_flag(*flag);
@@ -105,7 +105,7 @@ fn check_profile(network: &Network) -> Result<(), EngineBuildError> {
     }
 }
 
-/// The bytes of every weight that becomes a constant, by weight id. Bound weights are not touched.
+/// The bytes of every weight that becomes a constant, by weight id. Bound weights are not read.
 fn weight_bytes(network: &Network) -> Result<Vec<Option<Tensor>>, EngineBuildError> {
     let mut bytes = vec![None; network.weights.len()];
     for layer in &network.layers {
@@ -169,10 +169,10 @@ fn profile<'b>(
     Ok(Some(profile))
 }
 
-/// How the constants of a build may change later.
+/// How the constants of an engine can change later.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Refits {
-    /// Leave refittable weights out of the plan.
+    /// Omit refittable weights from the plan.
     strip: bool,
     /// Mark every weight refittable by any values.
     pub(super) mark: bool,
@@ -181,7 +181,7 @@ pub(super) struct Refits {
 }
 
 impl Refits {
-    /// What the weights of a network and the caller's `refit` ask of TensorRT.
+    /// What the weights of a network and the caller's `refit` require of TensorRT.
     fn of(network: &Network, refit: Refit) -> Refits {
         let has = |mode| network.weights.iter().any(|weight| weight.mode == mode);
         let strip = has(WeightMode::Strip);

@@ -1,4 +1,4 @@
-//! Errors between a [`Network`](crate::network::Network) and a plan, and their remedies.
+//! Errors between a [`Network`](crate::network::Network) and a plan, with help.
 
 use std::path::PathBuf;
 
@@ -6,14 +6,14 @@ use super::flavour::{FLAVOUR, Flavour};
 use crate::graph::ConstantError;
 use crate::help::{Fault, Help, REPORT_BUG};
 
-/// Errors of the TensorRT back end. [`Help`] says what to do.
+/// Errors of the TensorRT back end. [`Help`] has the advice.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineBuildError {
-    /// The machine's set-up: no library, or none that fits.
+    /// The machine's setup: no library, or no suitable one.
     #[error(transparent)]
     Library(#[from] LibraryError),
 
-    /// Refittable and stripped engines need a CUDA driver at build time, and all those of full TensorRT.
+    /// Refittable and stripped engines need a CUDA driver at build time, and so do all engines of full TensorRT.
     #[error("{what} needs a CUDA driver and GPU at build time, and {reason}")]
     NeedsGpu {
         /// The kind of engine.
@@ -22,7 +22,7 @@ pub enum EngineBuildError {
         reason: String,
     },
 
-    /// A weight that must lie in the plan has no bytes.
+    /// A weight that must be embedded in the plan has no bytes.
     #[error("the plan of {network:?} embeds the weight {weight:?}, which this stripped package does not contain")]
     Weight {
         /// The network's name.
@@ -33,7 +33,7 @@ pub enum EngineBuildError {
         source: ConstantError,
     },
 
-    /// The layer list breaks its own rule or names a type that TensorRT does not have. A bug of the lowering.
+    /// The layer list violates its own rules or names a type that TensorRT does not have. A bug in the lowering.
     #[error("the network {network:?} is not well formed at layer {layer:?}: {reason}")]
     Malformed {
         /// The network's name.
@@ -44,27 +44,28 @@ pub enum EngineBuildError {
         reason: String,
     },
 
-    /// TensorRT did not take a layer.
+    /// TensorRT refused a layer.
     #[error("TensorRT {version} refuses layer {layer}: {message}")]
     Layer {
         /// The library's version.
         version: super::Version,
         /// The layer.
         layer: Box<LayerContext>,
-        /// The words of the library, one line an error.
+        /// The library's messages, one error per line.
         message: String,
     },
 
-    /// TensorRT took the layer but gives its output another type or shape than the network says. A bug of the lowering.
+    /// TensorRT accepted the layer, but infers another type or shape for its output than the network. A bug in the
+    /// lowering.
     #[error("layer {layer}, tensor {tensor:?}: declared {declared}, TensorRT infers {inferred}")]
     Inference {
         /// The layer.
         layer: Box<LayerContext>,
         /// The tensor's name.
         tensor: String,
-        /// What TensorRT says.
+        /// TensorRT's type and shape.
         inferred: String,
-        /// What the network says.
+        /// The network's type and shape.
         declared: String,
     },
 
@@ -75,13 +76,13 @@ pub enum EngineBuildError {
         version: super::Version,
         /// The network's name.
         network: String,
-        /// TensorRT's own words, one line an error.
+        /// TensorRT's messages, one error per line.
         message: String,
         /// The layer that the message names, if it names one; starts with a separator, or is empty.
         hint: String,
     },
 
-    /// The token counts do not make an optimization profile.
+    /// The token counts do not form an optimization profile.
     #[error("token counts {min}:{opt}:{max} do not make an optimization profile for {network:?}")]
     Profile {
         /// The network's name.
@@ -101,10 +102,10 @@ pub enum EngineBuildError {
         network: String,
     },
 
-    /// TensorRT's C++ objects could not be made at all.
+    /// TensorRT's C++ objects could not be created.
     #[error("TensorRT could not be started: {message}")]
     Start {
-        /// The words of the library, one line an error.
+        /// The library's messages, one error per line.
         message: String,
     },
 }
@@ -141,21 +142,21 @@ impl Help for EngineBuildError {
     }
 }
 
-/// Which library, and why it cannot be used. [`Help`] says what to do.
+/// Which library, and why it cannot be used. [`Help`] has the advice.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LibraryError {
     /// The feature is off.
     #[error("this lapidary was compiled without TensorRT")]
     NotCompiled,
 
-    /// Engines of the other TensorRT were asked for.
+    /// Engines of the other TensorRT were requested.
     #[error("this lapidary was compiled for {}, not for {}", FLAVOUR.product, asked.product)]
     OtherFlavour {
-        /// The TensorRT asked for.
+        /// The requested TensorRT.
         asked: &'static Flavour,
     },
 
-    /// Nowhere it was looked for.
+    /// Not found in any searched location.
     #[error(
         "no {} library found (looked for the Python package {} and for {} on the loader's path)",
         FLAVOUR.product,
@@ -164,12 +165,12 @@ pub enum LibraryError {
     )]
     NotFound,
 
-    /// Nothing is at the path given.
+    /// The given path does not exist.
     #[error("the TensorRT library {path:?} given by {by} does not exist")]
     Missing {
         /// The file or folder.
         path: PathBuf,
-        /// Who gave it.
+        /// The flag or variable that gave it.
         by: super::LibrarySource,
     },
 
@@ -181,7 +182,7 @@ pub enum LibraryError {
     NotInFolder {
         /// The file or folder.
         path: PathBuf,
-        /// Who gave it.
+        /// The flag or variable that gave it.
         by: super::LibrarySource,
     },
 
@@ -190,7 +191,7 @@ pub enum LibraryError {
     NotALibrary {
         /// The file or folder.
         path: PathBuf,
-        /// The loader's own words.
+        /// The loader's message.
         reason: String,
     },
 
@@ -199,11 +200,11 @@ pub enum LibraryError {
     NotTensorRt {
         /// The file or folder.
         path: PathBuf,
-        /// The function that it lacks.
+        /// The missing function.
         symbol: &'static str,
     },
 
-    /// A version that this was not compiled for.
+    /// A version for which this binary was not compiled.
     #[error(
         "{path:?} is TensorRT {version}, and this lapidary needs {} {}.x from {} on",
         FLAVOUR.product,
@@ -222,7 +223,7 @@ pub enum LibraryError {
     AnotherLoaded {
         /// The library in use.
         loaded: PathBuf,
-        /// The library asked for.
+        /// The requested library.
         asked: PathBuf,
     },
 }
@@ -255,7 +256,7 @@ impl Help for LibraryError {
     }
 }
 
-/// A layer as error messages show it.
+/// A layer, as shown in error messages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LayerContext {
     /// As in the network.

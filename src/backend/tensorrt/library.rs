@@ -1,8 +1,8 @@
 //! Finds the TensorRT library and checks its version before anything else uses it.
 //!
-//! The binding calls a C++ interface by virtual-table offset: against a library older than its headers that is undefined
-//! behavior (TensorRT-RTX 1.5: a segmentation fault). So the library is opened here first, asked for its version through
-//! a plain C function, and only then handed to the binding.
+//! The binding calls a C++ interface by virtual-table offset: against a library older than its headers that is
+//! undefined behavior (TensorRT-RTX 1.5: a segmentation fault). So the library is opened here first, its version is
+//! queried through a plain C function, and only then is it passed to the binding.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -14,11 +14,11 @@ use super::flavour::{FLAVOUR, Flavour};
 /// A version as `getInferLibVersion` encodes it: `major * 10000 + minor * 100 + patch`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Version {
-    /// Of which the binding serves one.
+    /// The binding supports one major version.
     pub major: u32,
-    /// Later ones have all that earlier ones have.
+    /// Later versions include earlier ones.
     pub minor: u32,
-    /// Corrections.
+    /// Fixes.
     pub patch: u32,
 }
 
@@ -33,8 +33,8 @@ impl Version {
         }
     }
 
-    /// Whether the binding may call a library of this version. RTX (1.x) and full TensorRT (10, 11 …) count on in numbers
-    /// of their own, so neither is taken for the other.
+    /// Whether the binding may call a library of this version. RTX (1.x) and full TensorRT (10, 11 …) have different
+    /// major versions, so they cannot be confused.
     pub fn is_supported_by(self, flavour: &Flavour) -> bool {
         self >= flavour.headers && self.major == flavour.headers.major
     }
@@ -72,13 +72,13 @@ impl fmt::Display for LibrarySource {
     }
 }
 
-/// What CUDA's libraries read when they are loaded. TensorRT-RTX 1.6.1 computes fp32 products in TF32 (errors of 1e-3)
-/// whatever the builder's flag says, and obeys this variable: "0" means fp32.
+/// A variable that CUDA's libraries read when they are loaded. TensorRT-RTX 1.6.1 computes fp32 products in TF32
+/// (errors of 1e-3) regardless of the builder's flag, but obeys this variable: "0" means fp32.
 const TF32: &str = "NVIDIA_TF32_OVERRIDE";
 
-/// Makes TensorRT compute fp32 products in fp32, by an environment variable that it reads when its library is loaded. A
-/// value that is set already is kept. A program calls this first, or is started with `NVIDIA_TF32_OVERRIDE=0`; without
-/// either, [`Plan::warnings`](super::Plan::warnings) says that products may be TF32.
+/// Makes TensorRT compute fp32 products in fp32, by an environment variable that it reads when its library is loaded.
+/// An existing value is kept. A program calls this first, or is started with `NVIDIA_TF32_OVERRIDE=0`; without either,
+/// [`Plan::warnings`](super::Plan::warnings) says that products may be TF32.
 ///
 /// # Safety
 /// No other thread may be running: it could read the environment meanwhile, in C code without a lock.
@@ -95,7 +95,7 @@ pub(super) fn may_use_tf32() -> bool {
     std::env::var_os(TF32).is_none_or(|value| value != "0")
 }
 
-/// A TensorRT library of a fitting version, loaded into this process for good.
+/// A TensorRT library of a suitable version, loaded for the lifetime of the process.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Library {
     path: PathBuf,
@@ -107,8 +107,8 @@ impl Library {
     /// Finds, checks and loads the library: `explicit` (the flag `--tensorrt-lib`), then the environment variable, then an
     /// installed Python package, then the loader's path; names are those of [`FLAVOUR`].
     ///
-    /// A path given by flag or environment is used or refused, never passed over. A process loads one library: asking
-    /// for the same one again is free, asking for another is an error.
+    /// A path given by flag or environment is used or refused, never skipped. A process loads one library: requesting
+    /// the same one again is free, requesting another is an error.
     pub fn load(explicit: Option<&Path>) -> Result<Library, LibraryError> {
         imp::load(explicit)
     }
@@ -126,7 +126,7 @@ impl Library {
         self.version
     }
 
-    /// What a plan built here fits, in words, for telling kept plans apart: this version, and with full TensorRT this
+    /// What a plan built here is valid for, to distinguish cached plans: this version, and with full TensorRT this
     /// machine's GPU.
     pub fn fits(&self) -> String {
         let version = format!("{} {}", FLAVOUR.product, self.version);
@@ -160,7 +160,7 @@ mod imp {
     static LOADED: Mutex<Option<Library>> = Mutex::new(None);
 
     pub fn load(explicit: Option<&Path>) -> Result<Library, LibraryError> {
-        // A panic while loading leaves nothing half done: the slot is written last.
+        // A panic while loading leaves no partial state: the slot is written last.
         let mut loaded = LOADED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // Once loaded, the search is not repeated: it may start a Python interpreter.
         if explicit.is_none()
@@ -172,7 +172,7 @@ mod imp {
         if let Some(library) = loaded.as_ref().filter(|library| same_file(&library.path, &path)) {
             return Ok(library.clone());
         }
-        // What is wrong with the file itself is said first, even where another library is in use already.
+        // Problems of the file are reported first, even if another library is already in use.
         let (version, opened) = open(&path)?;
         if !version.is_supported_by(&FLAVOUR) {
             return Err(LibraryError::Version { path, version });
@@ -201,15 +201,15 @@ mod imp {
         let given = explicit
             .map(|path| (path.to_path_buf(), LibrarySource::Flag))
             .or_else(|| {
-                // An empty variable is how shells switch one off.
+                // An empty variable counts as unset.
                 let value = std::env::var_os(FLAVOUR.variable).filter(|value| !value.is_empty())?;
                 Some((PathBuf::from(value), LibrarySource::Environment))
             });
         if let Some((path, by)) = given {
-            // The loader searches its own path for a bare file name, and would pass over the file that was meant.
+            // For a bare file name the loader searches its own path, and would miss the intended file.
             let path = std::path::absolute(&path).unwrap_or(path);
             return if path.is_dir() {
-                // A folder is what other tools call the SDK root; take the library in it.
+                // A folder may be an SDK root; use the library in it.
                 let found = library_in(&path).or_else(|| library_in(&path.join("lib")));
                 found.map(|p| (p, by)).ok_or(LibraryError::NotInFolder { path, by })
             } else if path.exists() {
@@ -221,7 +221,7 @@ mod imp {
         if let Some(path) = python_package() {
             return Ok((path, LibrarySource::PythonPackage));
         }
-        // The loader's path is the loader's own to search.
+        // Only the loader can search its path.
         let known = |name: &&&str| mapped(Path::new(name)).is_ok();
         let name = FLAVOUR.libraries.iter().find(known).ok_or(LibraryError::NotFound)?;
         Ok((PathBuf::from(name), LibrarySource::Loader))
@@ -236,9 +236,9 @@ mod imp {
             .find(|path| path.is_file())
     }
 
-    /// The library inside its Python package: of the environment that this program is installed in (`pip install` puts it
-    /// into `bin` beside `lib`), of the active virtual or conda environment, else of the `python3` on the path, which is
-    /// asked because only it knows where it keeps packages.
+    /// The library inside its Python package: of the environment that this program is installed in (`pip install` puts
+    /// it into `bin` beside `lib`), of the active virtual or conda environment, else of the `python3` on the path,
+    /// which is run because only it knows its package folders.
     fn python_package() -> Option<PathBuf> {
         let own = std::env::current_exe().and_then(|path| path.canonicalize()).ok();
         let own = own.and_then(|path| path.parent()?.parent().map(Path::to_path_buf));
@@ -247,7 +247,7 @@ mod imp {
         if let Some(library) = own.into_iter().chain(active).find_map(|root| in_environment(&root)) {
             return Some(library);
         }
-        // Without the empty entry, a folder of that name in the working directory is not taken for the package.
+        // Without the empty entry, a folder of that name in the working directory does not count as the package.
         let script = "import sys\nsys.path = [p for p in sys.path if p]\nimport importlib.util as u\n\
                       s = u.find_spec(sys.argv[1])\n\
                       print(*(s.submodule_search_locations if s else []), sep='\\n')";
@@ -269,7 +269,7 @@ mod imp {
         folders.find_map(|folder| library_in(&folder.join(FLAVOUR.python_package)))
     }
 
-    /// Maps the library and asks its version, without a call into its C++.
+    /// Maps the library and queries its version, without a call into its C++.
     fn open(path: &Path) -> Result<(Version, libloading::Library), LibraryError> {
         let library = mapped(path).map_err(|error| LibraryError::NotALibrary {
             path: path.to_path_buf(),
@@ -296,7 +296,7 @@ mod imp {
         unsafe { libloading::Library::new(path) }
     }
 
-    /// The loader's own words without libloading's wrapping.
+    /// The loader's message without libloading's wrapping.
     fn reason_of(error: &libloading::Error) -> String {
         std::error::Error::source(error).map_or_else(|| error.to_string(), |source| source.to_string())
     }
@@ -305,7 +305,7 @@ mod imp {
         left == right || matches!((left.canonicalize(), right.canonicalize()), (Ok(l), Ok(r)) if l == r)
     }
 
-    /// Where the loader found the library; known only from the process's own memory map.
+    /// Where the loader found the library, from the process's memory map.
     fn mapped_path() -> Option<PathBuf> {
         let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
         let path = maps

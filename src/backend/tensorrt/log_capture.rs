@@ -1,4 +1,4 @@
-//! TensorRT's log, kept for error messages instead of printed.
+//! TensorRT's log, stored for error messages instead of printed.
 
 use std::sync::{Arc, Mutex};
 
@@ -30,11 +30,12 @@ impl LogCapture {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// The errors since the last call, in TensorRT's words, each once, without those that only follow from others.
+    /// The errors since the last call, in TensorRT's words, without duplicates and consequences of others.
     pub(super) fn take_errors(&self) -> Option<String> {
         let mut errors = std::mem::take(&mut self.lock().errors);
         let consequence = |message: &str| message.contains("Output shape can not be computed for node");
-        // Every builder on a machine without a driver starts by logging CUDA error 35; it says nothing of the network.
+        // Every builder on a machine without a driver starts by logging CUDA error 35, which is unrelated to the
+        // network.
         let no_driver = |message: &str| message.contains("cudaError 35");
         for of_no_use in [&no_driver as &dyn Fn(&str) -> bool, &consequence] {
             if errors.iter().any(|message| !of_no_use(message)) {

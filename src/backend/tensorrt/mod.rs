@@ -1,10 +1,10 @@
 //! TensorRT engines from a [`Network`].
 //!
-//! Owns everything that is specific to TensorRT: finding and checking its library, the order in which its objects are dropped,
-//! shape tensors for symbolic extents, optimization profiles, refit marks, its error text. No other module
-//! depends on these. Takes a network that `lower` made; gives a [`Plan`]: the bytes of a serialized engine. With TensorRT-RTX
-//! no GPU and no driver are needed, except for weights that can be refitted. `run` loads plans and runs them. A binary is
-//! for TensorRT-RTX or for full TensorRT; `flavour` has their differences.
+//! Owns everything that is specific to TensorRT: finding and checking its library, the order in which its objects are
+//! dropped, shape tensors for symbolic extents, optimization profiles, refit marks, its error text. No other module
+//! depends on these. Input: a network from `lower`. Output: a [`Plan`], the bytes of a serialized engine. With
+//! TensorRT-RTX no GPU and no driver are needed, except for weights that can be refitted. `run` loads plans and runs
+//! them. A binary is for TensorRT-RTX or for full TensorRT; `flavour` has their differences.
 //!
 //! ```no_run
 //! use lapidary::backend::tensorrt::{self, BuildOptions, Library};
@@ -20,14 +20,15 @@
 //! - Inputs and outputs keep the network's names. A bound weight ([`WeightMode::Bind`]) becomes an input of the weight's
 //!   own name, whatever the tensor is called; its bytes are never read. A cache and its update are two names for one
 //!   address ([`Network::aliases`]).
-//! - Dims that hold the symbol `tokens` are -1, with one optimization profile from [`Tokens::Dynamic`], or two
+//! - Dims that contain the symbol `tokens` are -1, with one optimization profile from [`Tokens::Dynamic`], or two
 //!   ([`BuildOptions::decode_profile`]).
-//! - Embedded weights lie in the plan; TensorRT reads them where they are mapped, and needs about twice their size beside
-//!   them while it builds.
+//! - Embedded weights are in the plan; TensorRT reads them from the mapped file, and needs about twice their size in
+//!   addition while it builds.
 //! - After every layer TensorRT's inferred type and shape are compared with the network's, so a wrong lowering fails at
-//!   its own layer and by name.
+//!   its own layer, by name.
 //!
-//! With the cargo features `tensorrt-rtx` and `tensorrt` off, everything here still exists and says [`LibraryError::NotCompiled`].
+//! With the cargo features `tensorrt-rtx` and `tensorrt` off, everything here still exists and returns
+//! [`LibraryError::NotCompiled`].
 
 mod cuda;
 mod error;
@@ -61,18 +62,18 @@ use crate::network::segments::Steps;
 use crate::network::{Tokens, WeightMode};
 use crate::target::Refit;
 
-/// Digest of the sources that turn a network into a plan (`build.rs`): for caches of plans.
+/// Hash of the sources that turn a network into a plan (`build.rs`), for plan caches.
 pub const EMITTER: &str = env!("LAPIDARY_EMITTER");
 
-/// How to build.
+/// Build options.
 #[derive(Clone, Default)]
 pub struct BuildOptions {
     /// Which weights can be replaced later.
     pub refit: Refit,
-    /// A dynamic network gets a first optimization profile of one token beside its range, so that one engine decodes and
-    /// prefills. Not for refittable engines, which TensorRT-RTX wants with one profile.
+    /// A dynamic network gets an additional first optimization profile of one token, so that one engine decodes and
+    /// prefills. Not for refittable engines, for which TensorRT-RTX allows one profile.
     pub decode_profile: bool,
-    /// Is called with progress and may cancel.
+    /// Called with progress; may cancel.
     pub observer: Option<Arc<dyn BuildObserver>>,
 }
 
@@ -97,7 +98,7 @@ impl Plan {
     pub fn elapsed(&self) -> Duration {
         self.elapsed
     }
-    /// What TensorRT warned of, in its own words.
+    /// TensorRT's warnings.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
@@ -124,14 +125,14 @@ pub fn build(library: &Library, network: &Network, options: &BuildOptions) -> Re
     return builder::build(library, network, options);
     #[cfg(not(feature = "engines"))]
     {
-        // A Library cannot exist without the feature: `load` is its only maker.
+        // A Library cannot exist without the feature: only `load` creates one.
         let _ = (library, network, options);
         Err(LibraryError::NotCompiled.into())
     }
 }
 
-/// Builds what a network needs: one engine, or where it has layers of our own one for each different segment between them,
-/// in the order of [`Steps::plans`]. None if kernels compute everything.
+/// Builds the engines of a network: one engine, or with Lapidary's own layers one per distinct segment between them, in
+/// the order of [`Steps::plans`]. Empty if kernels compute everything.
 pub fn build_all(library: &Library, network: &Network, options: &BuildOptions) -> Result<Vec<Plan>, EngineBuildError> {
     if !network.has_kernel_layers() {
         return Ok(vec![build(library, network, options)?]);

@@ -5,13 +5,13 @@ use std::ops::ControlFlow;
 /// One report of a running build.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct BuildProgress<'a> {
-    /// TensorRT's name of what it is doing, such as `Optimizing graph`.
+    /// TensorRT's name of the current phase, such as `Optimizing graph`.
     pub phase: &'a str,
-    /// Share of TensorRT's steps that are done, 0 to 1; never falls. Steps differ much in length.
+    /// Share of TensorRT's completed steps, 0 to 1; never decreases. Steps differ greatly in length.
     pub fraction: f32,
 }
 
-/// Is called with a build's progress, on any thread, and may stop the build.
+/// Called with a build's progress, on any thread; may stop the build.
 pub trait BuildObserver: Send + Sync {
     /// `Break` cancels: [`build`](super::build) then returns [`EngineBuildError::Cancelled`](super::EngineBuildError::Cancelled) soon after.
     fn progress(&self, progress: BuildProgress<'_>) -> ControlFlow<()>;
@@ -62,7 +62,7 @@ mod adapter {
             }
         }
 
-        /// Whether the observer stopped the build; a panic of the observer goes on from here.
+        /// Whether the observer stopped the build; resumes a panic of the observer.
         pub(in super::super) fn cancelled(&self) -> bool {
             let mut state = self.lock();
             if let Some(panic) = state.panic.take() {
@@ -82,7 +82,7 @@ mod adapter {
                 if state.cancelled {
                     return ControlFlow::Break(());
                 }
-                // The innermost phase is a part of one step of the phase around it.
+                // The innermost phase is a part of one step of the enclosing phase.
                 let fraction = state.open.iter().rev().fold(0.0, |inner, phase| {
                     let steps = phase.steps.max(1) as f32;
                     ((phase.done as f32 + inner) / steps).min(1.0)
@@ -105,7 +105,7 @@ mod adapter {
     }
 
     impl trtx::interfaces::MonitorProgress for Monitor {
-        // trtx passes the phase's own name as its parent, so nesting is read off the order of events instead.
+        // trtx passes the phase's own name as its parent, so nesting is derived from the order of events.
         fn phase_start(&self, phase_name: &str, _parent: Option<&str>, num_steps: i32) {
             self.lock().open.push(Phase {
                 name: phase_name.to_string(),

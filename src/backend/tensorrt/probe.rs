@@ -10,23 +10,23 @@ use super::flavour::{FLAVOUR, Flavour};
 use super::library::{Library, LibrarySource, Version};
 use crate::help::Help;
 
-/// The CUDA that both TensorRTs are made for, or a later one.
+/// The CUDA version that both TensorRTs need, or a later one.
 pub(super) const OLDEST_CUDA: u32 = 12;
 
-/// The facts, and what follows from them. Serializes to the object that `doctor --json` prints.
+/// Facts about the machine, and their consequences. Serializes to the object that `doctor --json` prints.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct ProbeReport {
-    /// Whether this binary has the TensorRT back end at all.
+    /// Whether this binary has the TensorRT back end.
     pub compiled: bool,
     /// Which TensorRT it is for: `TensorRT-RTX` or `TensorRT`.
     pub product: &'static str,
-    /// The library that would be used.
+    /// The library in use.
     pub library: Option<LibraryFacts>,
-    /// Why there is no library to use, with what to do.
+    /// Why there is no usable library, with advice.
     pub library_problem: Option<String>,
     /// The CUDA driver and its GPUs.
     pub driver: Option<Driver>,
-    /// Why there is none to use.
+    /// Why there is no usable driver.
     pub driver_problem: Option<String>,
     /// Engines with bound or embedded weights.
     pub build: Ability,
@@ -43,12 +43,12 @@ pub struct LibraryFacts {
     pub source: LibrarySource,
 }
 
-/// Something that works here, or why not and what to do about it.
+/// An ability of this machine, or why it is missing and what to do.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Ability {
     /// Whether it works.
     pub possible: bool,
-    /// Why not, or what to know.
+    /// The reason, or a note.
     pub note: Option<String>,
 }
 
@@ -73,7 +73,7 @@ impl Ability {
     }
 }
 
-/// Looks at the machine. `explicit` is `--tensorrt-lib`. Loads the library and the driver but starts neither.
+/// Examines the machine. `explicit` is `--tensorrt-lib`. Loads the library and the driver but starts neither.
 pub fn probe(explicit: Option<&Path>) -> ProbeReport {
     let library = Library::load(explicit);
     let driver = driver::driver();
@@ -125,7 +125,7 @@ pub(super) fn runs_on(version: Version, compute_capability: (u32, u32)) -> Abili
     runs_on_with(&FLAVOUR, version, compute_capability)
 }
 
-/// By the list in the library's headers, if they have one, and by what was measured of other GPUs.
+/// By the list in the library's headers, if there is one, and by tests on other GPUs.
 fn runs_on_with(flavour: &Flavour, version: Version, compute_capability: (u32, u32)) -> Ability {
     let ((major, minor), product) = (compute_capability, flavour.product);
     if compute_capability < flavour.oldest_gpu {

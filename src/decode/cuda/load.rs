@@ -65,10 +65,10 @@ impl CudaDevice {
         self.ready_to_run(at, program, network)
     }
 
-    /// Bound to everything but the cache, with working memory.
+    /// Bound to everything but the cache, with scratch memory.
     fn ready_to_run(&mut self, at: usize, mut program: Program, network: &Network) -> Result<Loaded, DeviceError> {
         let slot = &self.slots[at];
-        // A dynamic engine's working memory is for the most that it will ever be asked for.
+        // A dynamic engine's scratch memory is for the most that it will ever be asked for.
         let tokens = largest(slot.profile.tokens);
         if matches!(slot.entry.lowered_for().tokens, Tokens::Dynamic { .. }) {
             program.set_tokens(tokens).map_err(|error| self.failed(error))?;

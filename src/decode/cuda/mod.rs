@@ -1,7 +1,7 @@
 //! TensorRT engines as a [`Device`]: fixed chunk lengths, one engine for each (tokens, capacity) of the package.
 //!
 //! Takes a package with engines and a TensorRT library. Weights that are bound lie in device memory once, shared by all
-//! engines; so do the working memory, of which only the running engine makes use, and the small inputs. The cache moves to
+//! engines; so do the scratch memory, of which only the running engine makes use, and the small inputs. The cache moves to
 //! a larger capacity by one copy on the device. Logits come back through pinned memory; where only the best token is needed
 //! it is found on the device. Engines are loaded when first needed, or ahead by [`CudaDevice::prepare`].
 

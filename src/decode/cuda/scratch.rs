@@ -5,7 +5,7 @@ use super::chunks::covers;
 use crate::backend::tensorrt::run::{Buffer, Program, RunError};
 
 impl CudaDevice {
-    /// Gives the program the common working memory, first made larger for all if need be.
+    /// Gives the program the common scratch memory, first made larger for all if need be.
     pub(super) fn share_scratch(&mut self, program: &mut Program) -> Result<(), RunError> {
         self.provide_scratch(program.scratch_bytes())?;
         // SAFETY: kept in self until every loaded engine has another one or is dropped (`allocate_scratch`, `unload`); the
@@ -26,7 +26,7 @@ impl CudaDevice {
         self.allocate_scratch(bytes).map_err(|error| {
             let fits = self.loaded_capacity();
             if had.is_some_and(|had| self.allocate_scratch(had).is_err()) {
-                // Somebody else took what was free for a moment. Without working memory nothing can run.
+                // Somebody else took what was free for a moment. Without scratch memory nothing can run.
                 self.unload();
             }
             match error {
@@ -58,7 +58,7 @@ impl CudaDevice {
     }
 
     fn allocate_scratch(&mut self, bytes: usize) -> Result<(), RunError> {
-        let buffer = Buffer::new(self.runtime.cuda(), bytes, "the engines' working memory")?;
+        let buffer = Buffer::new(self.runtime.cuda(), bytes, "the engines' scratch memory")?;
         for loaded in self.slots.iter_mut().filter_map(|slot| slot.loaded.as_mut()) {
             // SAFETY: as in `share_scratch`: it goes into `self.scratch` below.
             unsafe { loaded.program.set_scratch(&buffer) };

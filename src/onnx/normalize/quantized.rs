@@ -128,9 +128,7 @@ impl SourceNode<'_> {
         let granularity = granularity(codes.shape(), &scales, axis, block_size)?;
         let (scales, output) = match (scales.dtype(), output) {
             (DType::F8E8M0, None) => {
-                return Err(problem(
-                    "its scales are f8e8m0, and it has no output_dtype".to_string(),
-                ));
+                return Err(problem("its scales are f8e8m0, and it has no output_dtype".to_string()));
             }
             // The product has the output's type, in which powers of two are exact.
             (DType::F8E8M0, Some(dtype)) => (scales.microscales(dtype)?, None),
@@ -261,9 +259,7 @@ impl SourceNode<'_> {
         if zeros.dtype().is_float() {
             let zeros = of_shape(zeros, &[columns, blocks], "zero points")?;
             let Ok(tensor) = zeros.materialize() else {
-                return Err(Failure::Unsupported(
-                    "absent floating-point zero points".to_string(),
-                ));
+                return Err(Failure::Unsupported("absent floating-point zero points".to_string()));
             };
             let whole: Vec<i64> = tensor.to_f64().into_iter().map(|v| v as i64).collect();
             if tensor.to_f64().iter().zip(&whole).any(|(v, w)| *v != *w as f64) {

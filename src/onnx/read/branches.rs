@@ -243,7 +243,9 @@ impl<'m> Reader<'m> {
             // If both do, true selects the past.
             (true, _) => true,
             (false, true) => false,
-            (false, false) => return Err("an input chooses the branch, but the branches read different past states".into()),
+            (false, false) => {
+                return Err("an input chooses the branch, but the branches read different past states".into());
+            }
         };
         let [kept, dropped] = [value, !value].map(|value| branches.at(at[usize::from(value)]));
         match self.unshared_weight(kept, dropped, scope) {

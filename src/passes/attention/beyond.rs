@@ -1,9 +1,9 @@
 //! Proofs at lengths that small trials do not reach.
 //!
 //! `projection` and `cache` identify rows at a few small sizes. A scaling that begins at position 8192, another rotary
-//! table for long prompts, a cache that keeps only its last 128 slots: small sizes do not show any of these.
-//! So the same is proven around each length that the computation contains, and at the last position of a package. It is also
-//! proven that the rows read one table row for each position, however many tokens one run has.
+//! table for long prompts, a cache that keeps only its last 128 slots: small sizes do not show any of these. So the
+//! same is proved around each length that the computation contains, and at the last position of a package. It is also
+//! proved that the rows read one table row per position, however many tokens one run has.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -23,7 +23,7 @@ impl Rows<'_, '_> {
     /// Proves a projection, found at small sizes, at all others that its computation distinguishes.
     pub(super) fn prove_beyond(&self, projection: &Projection, tables: &Tables) -> Result<(), String> {
         let named = lengths(self.evaluator.graph, [self.value], |id| self.sources.contains(&id));
-        // As far as the tables have rows.
+        // Limited by the rows of the tables.
         for (seed, past) in positions(&named, tables.positions).into_iter().enumerate() {
             let trial = self.evaluator.trial(1, past, 1);
             self.prove(projection, tables, &trial, 101 + seed as u64)?;
@@ -31,7 +31,7 @@ impl Rows<'_, '_> {
         Ok(())
     }
 
-    /// Proves, once for each, that the numbers which the rows read from positions are functions of the position alone.
+    /// Proves, once for each, that the positional values that the rows read are functions of the position alone.
     pub(super) fn prove_positional(&self, tables: &mut Tables) -> Result<(), String> {
         for id in self.positional_numbers() {
             if tables.proven.positional.contains(&id) {
@@ -54,11 +54,11 @@ impl Rows<'_, '_> {
         Ok(())
     }
 
-    /// Positional numbers that meet the data on the way from the source, such as cosines.
+    /// Positional values that are combined with the data between the source and the rows, such as cosines.
     pub(super) fn positional_numbers(&self) -> Vec<ValueId> {
         let evaluator = self.evaluator;
         let graph = evaluator.graph;
-        // Rows that are the source itself, such as norms of heads without a rotation, read nothing on the way from it.
+        // Rows that are the source itself, such as per-head norms without a rotation, read none.
         let mut stack = vec![self.value];
         stack.retain(|value| !self.sources.contains(value));
         let mut seen: HashSet<ValueId> = self.sources.iter().copied().chain([self.value]).collect();
@@ -82,8 +82,9 @@ impl Rows<'_, '_> {
     }
 }
 
-/// Compares whole prompts with shorter ones and with single tokens. What has no axis of tokens has to be the same for all. Gives
-/// the longest run after which the rows are others, if there is one: they have to be functions of the position on both sides.
+/// Compares whole prompts with shorter ones and with single tokens. A value without a token axis must be the same for
+/// all. Returns the longest run after which the rows differ, if there is one: they must be functions of the position on
+/// both sides.
 fn one_row_a_position(
     evaluator: &PartialEvaluator<'_>,
     id: ValueId,
@@ -112,7 +113,7 @@ fn one_row_a_position(
     let slack = 2.0 * super::projection::tolerance(value.dtype.unwrap_or(DType::F32));
     let same = |whole: &Tensor, past: usize, part: &Tensor| match axis {
         Some(axis) => agrees(whole, part, axis, past, slack),
-        // Not comparable, and left to the proofs of rows.
+        // Not comparable; left to the proofs of rows.
         None if whole.shape() != part.shape() => true,
         None => near(&whole.to_f32(), &part.to_f32(), slack),
     };
@@ -146,7 +147,7 @@ fn one_row_a_position(
             ));
         }
     }
-    // Without an axis of tokens it is a factor of the whole run, which no table can hold, if it is not a table itself.
+    // Without a token axis, and unless it is a table itself, it is a factor of the whole run, which no table can hold.
     match (switch, axis) {
         (Some(last), None) if !is_table(evaluator, id) => Err(format!(
             "{} is another number in runs of more than {last} tokens (see --capacity); export with a fixed scaling",
@@ -156,7 +157,7 @@ fn one_row_a_position(
     }
 }
 
-/// Whether all that reads a value are operators that look its rows up by position.
+/// Whether all readers of a value look up its rows by position.
 fn is_table(evaluator: &PartialEvaluator<'_>, id: ValueId) -> bool {
     let graph = evaluator.graph;
     let looks_up = |node: &crate::graph::Node| match node.op {
@@ -189,8 +190,8 @@ fn near(a: &[f32], b: &[f32], slack: f32) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() <= slack * a.abs().max(1.0))
 }
 
-/// A past beyond each length that the computation of `value` from `leaves` names, if it has to be tried: up to what a cache
-/// may hold.
+/// A past beyond each length in the computation of `value` from `leaves`, if it has to be tested: up to the capacity of
+/// a cache.
 pub(super) fn far_past(
     evaluator: &PartialEvaluator<'_>,
     value: ValueId,

@@ -1,15 +1,16 @@
-//! Biases of scores that are not masks: ALiBi (<https://arxiv.org/abs/2108.12409>), a slope of each head times the distance.
+//! Biases of scores that are not masks: ALiBi (<https://arxiv.org/abs/2108.12409>), a slope per head times the
+//! distance.
 //!
-//! Adding a constant to a whole row does not change its softmax. So it is enough that the bias grows by `slope * distance` between the
-//! slots of a row: exporters count the distance from the first slot, from the token, or from the end.
+//! Adding a constant to a whole row does not change its softmax. So the bias only needs to grow by `slope * distance`
+//! between the slots of a row: exporters count the distance from the first slot, from the token, or from the end.
 
 use crate::tensor::DType;
 
-/// Most by which a bias may differ from its slope where the export's own arithmetic is of a half type: what it adds to a score
-/// is wrong by as much.
+/// Maximum deviation of a bias from its slope if the export computes it in a half type: the error of a score is the
+/// same.
 const LARGEST_ROUNDING: f32 = 0.01;
 
-/// What is added to scores: `[batch, heads, tokens, slots]`.
+/// Added to scores: `[batch, heads, tokens, slots]`.
 pub(super) struct Bias {
     heads: usize,
     /// Batch, tokens, slots.
@@ -20,7 +21,7 @@ pub(super) struct Bias {
 }
 
 impl Bias {
-    /// Reads each number by head and `[batch, token, slot]`.
+    /// Returns the number for a head and `[batch, token, slot]`.
     pub fn new(heads: usize, sizes: [usize; 3], at: impl Fn(usize, [usize; 3]) -> f32) -> Bias {
         let [batch, tokens, slots] = sizes;
         let mut values = Vec::with_capacity(batch * heads * tokens * slots);
@@ -39,7 +40,7 @@ impl Bias {
         }
     }
 
-    /// The same, computed by the export in this type.
+    /// The same, if the export computes it in this type.
     pub fn in_type(mut self, dtype: DType) -> Bias {
         if dtype.is_half() {
             self.dtype = dtype;
@@ -64,15 +65,15 @@ impl Bias {
         &self.values[((b * self.heads + h) * tokens + t) * slots..][..slots]
     }
 
-    /// Whether each head's bias grows about as these slopes say: far less than a table that ends or an origin that moves would
-    /// change it.
+    /// Whether each head's bias grows approximately by these slopes: the tolerance is far below the effect of a table
+    /// that ends or an origin that moves.
     pub fn is_about(&self, open: &[bool], slopes: &[f32]) -> bool {
         let found = self.slopes(open);
         let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-3 * b.abs();
         found.len() == slopes.len() && found.iter().zip(slopes).all(near)
     }
 
-    /// Of each head, from the last row: the slots that are attended to are those where `open` is true.
+    /// The slope of each head, from the last row; `open` marks the slots that are attended to.
     pub fn slopes(&self, open: &[bool]) -> Vec<f32> {
         let [_, tokens, slots] = self.sizes;
         let open = &open[(tokens - 1) * slots..tokens * slots];
@@ -93,8 +94,8 @@ impl Bias {
     }
 }
 
-/// The number with the fewest bits within what rounding of a bias so large leaves open. Slopes are powers of two or of its
-/// roots, computed in fp32: a quotient of differences is off by a little.
+/// The number with the fewest bits within the rounding error of a bias of this size. Slopes are powers of two or of its
+/// roots, computed in fp32; a quotient of differences has a small error.
 fn simplest(slope: f64, magnitude: f32, distance: usize) -> f32 {
     let slack = f64::from(magnitude) * f64::from(f32::EPSILON) / distance.max(1) as f64;
     let bits = slope as f32;
@@ -108,7 +109,8 @@ fn simplest(slope: f64, magnitude: f32, distance: usize) -> f32 {
     bits
 }
 
-/// Compares with the definition: in each row, `bias(s) - bias(s') = slope * (s - s')` of all slots that are attended to.
+/// Compares with the definition: in each row, `bias(s) - bias(s') = slope * (s - s')` for all slots that are attended
+/// to.
 pub(super) fn check(bias: &Option<Bias>, open: &[bool], slots: usize, slopes: &[f32]) -> Result<(), String> {
     let Some(bias) = bias else {
         // Every row with one slot has the same bias.
@@ -191,7 +193,7 @@ mod tests {
         check(&Some(bent), &open, 100, &slopes).unwrap_err();
         check(&None, &open, 100, &[0.5]).unwrap_err();
         check(&None, &open, 100, &[]).unwrap();
-        // A half type at 300 * 0.7, where its numbers are an eighth apart.
+        // A half type at 300 * 0.7, where adjacent numbers differ by an eighth.
         let rounded = |x: f32| half::f16::from_f32(x).to_f32();
         let coarse = of(|_, s| rounded(0.7 * s as f32), 1, 300);
         let open = vec![true; 2 * 300];

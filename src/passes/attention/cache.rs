@@ -1,9 +1,9 @@
-//! Caches: which output is the update of which input, in which layout, and that reading and writing mean what the
-//! canonical graph means by them.
+//! Caches: which output is the update of which input, in which layout, with proof that reading and writing have the
+//! canonical semantics.
 //!
-//! Takes the key or value operand of an attention. How a cache is written does not matter: concatenation, scatters,
-//! selects and operators with a past must all give, when executed, a cache whose used slots are the old ones followed by
-//! the new rows, and an operand that repeats its heads over the query heads.
+//! Input: the key or value operand of an attention. How a cache is written does not matter: when executed,
+//! concatenation, scatters, selects and operators with a past must all give a cache whose used slots are the old ones
+//! followed by the new rows, and an operand that repeats its heads over the query heads.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -18,7 +18,7 @@ use crate::graph::ValueId;
 use crate::passes::partial_eval::{PartialEvaluator, Trial, tensor_of};
 use crate::tensor::{DType, Tensor};
 
-/// A cache of the export, understood.
+/// A recognized cache of the export.
 #[derive(Clone, Debug)]
 pub struct ExportCache {
     pub input: ValueId,
@@ -26,11 +26,11 @@ pub struct ExportCache {
     pub layout: CacheLayout,
     pub heads: usize,
     pub dim: usize,
-    /// What the rows are made of.
+    /// The projections of the rows.
     pub sources: Vec<ValueId>,
     /// The rows written in each call.
     pub rows: Projection,
-    /// Rounding of those rows.
+    /// Rounding of these rows.
     pub rounding: RowRounding,
 }
 
@@ -40,15 +40,15 @@ pub struct Operand {
     /// `[.., head_dim, slots]`
     pub transposed: bool,
     pub query_heads: usize,
-    /// It may have as many heads as the cache has.
+    /// It may have as many heads as the cache.
     pub grouped: bool,
-    /// Known for keys.
+    /// Known only for keys.
     pub dim: Option<usize>,
-    /// Known for values of flat caches: those of the keys.
+    /// Known for values of flat caches: the number of the keys.
     pub heads: Option<usize>,
 }
 
-/// The cache that an operand reads, and the factor by which the operand is scaled on the way from it.
+/// The cache that an operand reads, and the factor between the two.
 pub fn solve(
     trace: &Trace<'_, '_>,
     evaluator: &PartialEvaluator<'_>,
@@ -196,12 +196,12 @@ fn find(
     Err(format!("the cache {name}: {reason}"))
 }
 
-/// Sizes that a small static cache can hold.
+/// Sizes that fit a small static cache.
 fn proving_trial(evaluator: &PartialEvaluator<'_>, past: usize, tokens: usize) -> std::rc::Rc<Trial> {
     evaluator.trial(2, past, tokens)
 }
 
-/// What a cache and its source were fed with, and what the cache must then hold.
+/// The values fed to a cache and its source, and the expected cache.
 struct Scene {
     feeds: HashMap<ValueId, Tensor>,
     /// `[batch, heads, slots, dim]` after the call.
@@ -296,7 +296,7 @@ fn write(evaluator: &PartialEvaluator<'_>, cache: &ExportCache, tables: &Tables,
     ))
 }
 
-/// Proves that the operand is the written cache, its heads repeated over the query heads, and gives its scale.
+/// Proves that the operand is the written cache with its heads repeated over the query heads, and returns its scale.
 fn read(
     evaluator: &PartialEvaluator<'_>,
     operand: &Operand,
@@ -328,7 +328,7 @@ fn read(
     };
     let lead: usize = shape[..rank - 2].iter().product();
     let heads = lead / batch.max(1);
-    // A product broadcasts a single head over all.
+    // A product broadcasts a single head.
     let grouped = heads == cache.heads && (operand.grouped || rank > 4 || heads == 1);
     let live = trial.sizes.past + trial.sizes.tokens;
     if width != dim
@@ -358,7 +358,7 @@ fn read(
             held.push((expected, *value));
         }
     }
-    // New rows bring the rounding of their rotation along; those that the cache held are multiplied and nothing else.
+    // New rows include the rounding of their rotation; cached rows are only multiplied.
     let exact = if held.is_empty() { &pairs } else { &held };
     let sum = |of: fn(f64, f64) -> f64| -> f64 { exact.iter().map(|(e, v)| of(f64::from(*e), f64::from(*v))).sum() };
     let mut factor = (sum(|e, v| e * v) / sum(|e, _| e * e)) as f32;
@@ -371,7 +371,7 @@ fn read(
             evaluator.graph.value(cache.input).name
         ));
     }
-    // Rounding in the export's own arithmetic must not leave a scale of 0.99999994.
+    // Rounding in the export's arithmetic must not result in a scale of 0.99999994.
     if (factor - 1.0).abs() < 1e-3 {
         factor = 1.0;
     }

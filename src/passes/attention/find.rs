@@ -1,7 +1,7 @@
-//! Finds the attentions of an export: each `Softmax` over scores, and each `Attention` operator.
+//! Finds the attention layers of an export: each `Softmax` over scores, and each `Attention` operator.
 //!
 //! Walks from the softmax back to the matrix product of queries and keys, through scales, soft caps, masks and casts in
-//! any meaningful order, and forward to the product with the values, through guards against rows of NaN. Gives a
+//! any meaningful order, and forward to the product with the values, through guards against rows of NaN. Returns a
 //! [`FoundAttention`] for each. `trace` and `projection` analyze the operands, `mask` the masks.
 
 use std::collections::HashMap;
@@ -13,7 +13,7 @@ use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::passes::dependence::Dependence;
 use crate::passes::partial_eval::PartialEvaluator;
 
-/// A rounding, with the value that it gives.
+/// A rounding, with its result.
 pub type RoundedValue = (ValueId, Rounding);
 
 /// One attention of the export.
@@ -31,20 +31,20 @@ pub struct FoundAttention {
     /// `[.., tokens, slots]`: the scores, or a value of the same shape.
     pub scores: Option<ValueId>,
     pub mask: Vec<MaskTerm>,
-    /// Factor of the scores, apart from those in the operands.
+    /// Factor of the scores, without those in the operands.
     pub scale: f64,
     pub softcap: Option<f64>,
-    /// Roundings of the scores, in units of the scaled ones, the last one first.
+    /// Roundings of the scores, in units of the scaled scores, the last one first.
     pub rounded_scores: Vec<RoundedValue>,
     /// Those after a soft cap.
     pub rounded_capped: Vec<RoundedValue>,
     /// Roundings of the softmax's result, the first one first.
     pub rounded_probabilities: Vec<RoundedValue>,
-    /// Roundings of scores that have no place there.
+    /// Other roundings of scores, which have no place in the canonical operators.
     pub unplaced: Vec<Unplaced>,
-    /// A constant with a number for each query head: the score of one more slot, which has no value.
+    /// A constant with a number per query head: the score of an additional slot, which has no value.
     pub sinks: Option<ValueId>,
-    /// A constant `[heads]`: what the score of each slot has added, by slot number.
+    /// A constant `[heads]`: times the slot number, it is added to the score of each slot.
     pub slopes: Option<ValueId>,
     /// Key and value may have fewer heads than the query.
     pub grouped: bool,
@@ -57,8 +57,8 @@ pub struct FoundAttention {
 pub struct MaskTerm {
     pub value: ValueId,
     pub effect: MaskEffect,
-    /// Axes of the scores there, with which those of the value are aligned from the last one on: `[batch, heads, tokens,
-    /// slots]`, with batch and heads as one, or with heads as several.
+    /// Axes of the scores at that place, with which the axes of the value are aligned from the last one: `[batch,
+    /// heads, tokens, slots]`, possibly with batch and heads merged, or with heads split.
     pub rank: usize,
 }
 
@@ -73,7 +73,7 @@ pub enum MaskEffect {
     Drop,
 }
 
-/// A number that can be a part of a key: equal if its bits are.
+/// A number as a part of a key: equal if its bits are.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Factor(u64);
 
@@ -87,14 +87,14 @@ impl Factor {
     }
 }
 
-/// A softmax that does not belong to an attention in a known form.
+/// A softmax that does not belong to a known form of attention.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unrecognized {
     pub node: String,
     pub reason: String,
 }
 
-/// All attentions in order of execution, and what could not be read as one.
+/// All attention layers in order of execution, and softmaxes that are not recognized.
 pub fn find(evaluator: &PartialEvaluator<'_>) -> (Vec<FoundAttention>, Vec<Unrecognized>) {
     let graph = evaluator.graph;
     let uses = graph.uses();
@@ -118,8 +118,8 @@ pub fn find(evaluator: &PartialEvaluator<'_>) -> (Vec<FoundAttention>, Vec<Unrec
     (found, unrecognized)
 }
 
-/// `decompose::attention` has brought the operator to four dimensions, without past and without causality of its own. The first
-/// `inputs` of its inputs are those of ONNX.
+/// `decompose::attention` has converted the operator to four dimensions, without a past and without its own causality.
+/// The first `inputs` of its inputs are those of ONNX.
 fn from_operator(graph: &Graph, node: &Node, how: &Attention, inputs: usize) -> Result<FoundAttention, String> {
     let input = |i: usize| node.input(i).ok_or_else(|| format!("its input {i} is missing"));
     if how.is_causal || how.q_num_heads.is_some() || (4..inputs).any(|i| node.input(i).is_some()) {
@@ -163,7 +163,7 @@ fn from_operator(graph: &Graph, node: &Node, how: &Attention, inputs: usize) -> 
     })
 }
 
-/// Our own operator, from `decompose::attention` or from a graph that Lapidary wrote.
+/// Lapidary's own operator, from `decompose::attention` or from a graph that Lapidary wrote.
 fn from_biased_operator(graph: &Graph, node: &Node, how: &BiasedAttention) -> Result<FoundAttention, String> {
     let mut found = from_operator(graph, node, &how.unbiased(), 4)?;
     let constant = |i: usize| {
@@ -254,7 +254,7 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
     };
     let mut masks = 0;
     for _ in 0..64 {
-        // Rounded with the mask in them, hidden slots still have to be hidden.
+        // If masked scores are rounded, masked slots must stay masked.
         if mask.len() > masks {
             masks = mask.len();
             rounded.retain(|(output, rounding)| {
@@ -313,7 +313,7 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
                 });
             }
             (Op::Identity | Op::Cast { .. } | Op::CastLike, [0, ..]) => at = node.input(0).expect("data input"),
-            // A softmax does not change with what its whole row has less.
+            // Subtracting a constant from a row does not change its softmax.
             (Op::Binary(Binary::Sub), [0, 1]) if outer == 1.0 && is_largest_of(graph, at) => {
                 at = node.input(0).expect("data input");
             }
@@ -327,7 +327,7 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
                 mask.push(term(other(*i), added));
                 at = node.input(*i).expect("data input");
             }
-            // A mask made of token ids: taken for one, so that `mask` can say what is wrong with it.
+            // A mask computed from token ids: accepted as a mask here, so that `mask` can report the reason.
             (Op::Binary(Binary::Add), [0, 1]) => {
                 let i = usize::from(!leads_to_product(graph, node.input(0)));
                 mask.push(term(other(i), added));
@@ -347,7 +347,7 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
                 mask.push(term(condition, chosen(*i)));
                 at = node.input(*i).expect("data input");
             }
-            // A floor so low that what it lifts is hidden all the same.
+            // A floor so low that the raised scores are still masked.
             (Op::Binary(Binary::Max), [i])
                 if cap.is_none() && scalar(other(*i)).is_some_and(|floor| floor * outer <= super::mask::MASKED) =>
             {
@@ -390,7 +390,7 @@ fn back_to_product(evaluator: &PartialEvaluator<'_>, scores: ValueId) -> Result<
     Err("its scores come from too long a chain".into())
 }
 
-/// Whether a value is another less the largest of its last axis.
+/// Whether a value is another one minus the maximum of its last axis.
 pub(super) fn is_largest_of(graph: &Graph, id: ValueId) -> bool {
     let Some((_, node)) = graph.def(id).filter(|(_, n)| matches!(n.op, Op::Binary(Binary::Sub))) else {
         return false;
@@ -414,7 +414,7 @@ pub(super) fn is_largest_of(graph: &Graph, id: ValueId) -> bool {
         && reduce.input(0) == node.input(0)
 }
 
-/// The value before roundings that were taken out.
+/// The value before removed roundings.
 fn before_roundings(evaluator: &PartialEvaluator<'_>, mut at: ValueId) -> ValueId {
     while let (Some(_), Some((_, node))) = (evaluator.rounding(at), evaluator.graph.def(at)) {
         at = node.input(0).unwrap_or(at);
@@ -422,7 +422,7 @@ fn before_roundings(evaluator: &PartialEvaluator<'_>, mut at: ValueId) -> ValueI
     at
 }
 
-/// Whether a value is a product of two computed tensors, but for scales and casts.
+/// Whether a value is a product of two computed tensors, ignoring scales and casts.
 fn leads_to_product(graph: &Graph, mut id: Option<ValueId>) -> bool {
     for _ in 0..8 {
         let Some((_, node)) = id.and_then(|id| graph.def(id)) else {
@@ -447,7 +447,7 @@ fn keeps_last_two(graph: &Graph, node: &Node) -> bool {
     }
 }
 
-/// The product of the probabilities with the values, the values, and the roundings between.
+/// The product of the probabilities with the values, the values, and the roundings in between.
 fn forward_to_product(
     evaluator: &PartialEvaluator<'_>,
     uses: &Uses,

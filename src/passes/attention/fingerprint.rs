@@ -1,9 +1,9 @@
-//! Layers repeat one another: a proof for one layer holds for the next if both are the same computation.
+//! Layers repeat: a proof for one layer holds for another if both are the same computation.
 //!
-//! A [`fingerprint`] covers everything that a value computed from given leaves depends on: operators with their attributes,
-//! the dtypes and shapes of the leaves, and which constants and positional values are read. Equal fingerprints mean equal
-//! computations, so `projection` and `cache` execute one layer and recognize the others; with a static cache of thousands of
-//! slots and dozens of layers that is the difference between milliseconds and minutes.
+//! A [`fingerprint`] covers everything that a value computed from given leaves depends on: operators with their
+//! attributes, the dtypes and shapes of the leaves, and which constants and positional values are read. Equal
+//! fingerprints mean equal computations, so `projection` and `cache` execute one layer and recognize the others; with a
+//! static cache of thousands of slots and dozens of layers this takes milliseconds instead of minutes.
 
 use std::collections::HashMap;
 
@@ -47,7 +47,7 @@ fn walk(
             };
         }
     } else {
-        // Constants and positional values are the same only if they are one value; `cleanup` has merged equal ones.
+        // Constants and positional values are equal only if they are the same value; `cleanup` has merged equal ones.
         hasher.update(format!("value {id:?}").as_bytes());
     }
     let found = hasher.finalize();

@@ -1,10 +1,10 @@
-//! Caches of what keys and values are computed from, as multi-head latent attention keeps them.
+//! Caches of latent rows, from which keys and values are computed (multi-head latent attention).
 //!
-//! Where an export appends rows to caches and computes keys and values from the whole caches (a product with a weight lies
-//! between), the graph is rewritten to what exports of other models do: keys and values of the new tokens are computed, and
-//! appended to caches of keys and values. Both are equal if the computation between them works slot by slot. Execution
-//! proves that: with all slots at once, and with the first and the last slots alone. Without a proof the graph stays unchanged, and the
-//! analysis refuses it.
+//! Where an export appends rows to caches and computes keys and values from the whole caches (a product with a weight
+//! lies between), the graph is rewritten to the form of other models: keys and values of the new tokens are computed,
+//! and appended to caches of keys and values. Both are equal if the computation between them works slot by slot.
+//! Execution proves this: with all slots at once, and with only the first and only the last slots. Without a proof the
+//! graph stays unchanged, and the analysis refuses it.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -34,11 +34,11 @@ struct Append {
 /// One attention to rewrite.
 struct Plan {
     attention: FoundAttention,
-    /// Its caches, those of no other attention.
+    /// Its caches, which no other attention reads.
     caches: Vec<Append>,
 }
 
-/// Rewrites what it can prove. Gives the number of attentions rewritten; the graph is inferred afterwards.
+/// Rewrites what it can prove. Returns the number of rewritten attention layers; the graph is inferred afterwards.
 pub fn run(graph: &mut Graph, roles: &mut Roles) -> Result<usize, PassError> {
     if !roles.growing {
         return Ok(0);
@@ -46,7 +46,7 @@ pub fn run(graph: &mut Graph, roles: &mut Roles) -> Result<usize, PassError> {
     let plans = plans(graph, roles);
     let mut rewrites = 0;
     for plan in plans {
-        // On a copy: what is not proven leaves no trace.
+        // On a copy, so that a failed proof leaves the graph unchanged.
         let mut copy = graph.clone();
         let Some(operands) = copied(&mut copy, &roles.caches, &plan)? else {
             continue;
@@ -96,8 +96,8 @@ fn plans(graph: &Graph, roles: &Roles) -> Vec<Plan> {
     plans
 }
 
-/// The cache inputs that data values are computed from, no further than where rows are appended to caches; and whether a
-/// product is on the way.
+/// The cache inputs that data values are computed from, up to where rows are appended to caches; and whether there is a
+/// product in between.
 fn caches_behind<const N: usize>(evaluator: &PartialEvaluator<'_>, of: [ValueId; N]) -> (BTreeSet<ValueId>, bool) {
     let graph = evaluator.graph;
     let mut stack = of.to_vec();
@@ -111,7 +111,7 @@ fn caches_behind<const N: usize>(evaluator: &PartialEvaluator<'_>, of: [ValueId;
         let Some((_, node)) = graph.def(id) else { continue };
         by_product |= matches!(node.op, Op::MatMul | Op::Gemm { .. });
         let mut inputs: Vec<ValueId> = node.inputs.iter().flatten().copied().collect();
-        // Rows appended to a cache come from the layer's input, and with it from all layers before.
+        // Rows appended to a cache come from the layer's input, and so from all previous layers.
         if matches!(node.op, Op::Concat { .. })
             && inputs
                 .iter()
@@ -156,7 +156,8 @@ struct NewRows {
     value: ValueId,
 }
 
-/// Computes key and value from the new rows alone, as if nothing were cached. `None`: they have no shape of keys and values.
+/// Computes key and value from the new rows alone, as if nothing were cached. `None`: they do not have the shape of
+/// keys and values.
 fn copied(graph: &mut Graph, caches: &[ValueId], plan: &Plan) -> Result<Option<NewRows>, PassError> {
     let mut made: HashMap<ValueId, ValueId> = plan.caches.iter().map(|c| (c.all, c.new)).collect();
     for cache in caches {
@@ -177,7 +178,7 @@ fn copied(graph: &mut Graph, caches: &[ValueId], plan: &Plan) -> Result<Option<N
     Ok(fit.then_some(NewRows { key, value }))
 }
 
-/// A cache without slots: what shapes are computed from.
+/// A cache without slots, for shape computations.
 fn empty_cache(graph: &mut Graph, cache: ValueId) -> Option<ValueId> {
     let past = Dim::sym(Sym::past());
     let axis = graph.shape(cache)?.iter().position(|dim| *dim == past)?;
@@ -187,7 +188,8 @@ fn empty_cache(graph: &mut Graph, cache: ValueId) -> Option<ValueId> {
     Some(graph.add_node(&name, Op::Slice, &[cache, zero, zero, axis]))
 }
 
-/// A copy of everything that a value is computed from, down to what is in `made`. Constants and inputs are not copied.
+/// A copy of everything that a value is computed from, down to the values in `made`. Constants and inputs are not
+/// copied.
 fn copy(graph: &mut Graph, id: ValueId, made: &mut HashMap<ValueId, ValueId>) -> ValueId {
     let mut stack = vec![id];
     while let Some(at) = stack.last().copied() {
@@ -254,7 +256,7 @@ fn proven(graph: &Graph, roles: &Roles, plan: &Plan, rows: &NewRows) -> Result<(
             caches.insert(cache.all, tensor_of(dtype, dims, &values));
         }
         let whole = evaluator.run(&trial, &caches, &operands.map(|(old, ..)| old))?;
-        // The last slots, after the others; and those, as the first of a sequence.
+        // The last slots after the others, and the same slots as the first of a sequence.
         for (start, end) in [(past, total), (0, past)] {
             let trial = evaluator.trial(batch, start, end - start);
             let mut parts = HashMap::new();
@@ -289,7 +291,7 @@ fn columns(values: &[f64], shape: &[usize], axis: usize, part: std::ops::Range<u
     values.chunks((shape[axis] * inner).max(1)).flat_map(of_one).collect()
 }
 
-/// Caches of keys and values in the place of the others.
+/// Replaces the caches by caches of keys and values.
 fn rewrite(graph: &mut Graph, roles: &mut Roles, plan: &Plan, rows: &NewRows) -> Result<(), PassError> {
     let attention = &plan.attention;
     let mut names: Vec<[String; 2]> = Vec::new();
@@ -338,7 +340,7 @@ fn rewrite(graph: &mut Graph, roles: &mut Roles, plan: &Plan, rows: &NewRows) ->
         inputs.push(past);
         outputs.push(all);
     }
-    // Sizes are read of the new ones: of batch and slots, which are the same.
+    // Sizes are read from the new caches: batch and slots are the same.
     for cache in &plan.caches {
         graph.replace_uses(cache.input, inputs[0]);
     }

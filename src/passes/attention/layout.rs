@@ -1,19 +1,19 @@
-//! How tensors of rows are laid out: where batch, tokens, heads and head_dim lie among the axes.
+//! The layout of tensors of rows: which axes are batch, tokens, heads and head_dim.
 //!
-//! Canonical row order is `[batch, heads, tokens, head_dim]`. Exports arrive in others; the types here convert between
-//! flat element lists, and say which columns of a projection become which head.
+//! Canonical row order is `[batch, heads, tokens, head_dim]`. Exports use others; the types here convert between flat
+//! element lists, and map columns of a projection to heads.
 
 use crate::dim::{Dim, Sym};
 use crate::passes::roles::Roles;
 
-/// Where the tokens of a data value lie: any order of axes, with batch and tokens perhaps merged into one.
+/// Where the tokens of a data value are: any order of axes, with batch and tokens possibly merged.
 #[derive(Clone, Debug)]
 pub struct TokenLayout {
     batch: Option<usize>,
     tokens: usize,
     /// One axis counts `batch * tokens`.
     merged: bool,
-    /// The token axis counts this many columns of each token, too.
+    /// The token axis also counts this many columns of each token.
     inner: usize,
 }
 
@@ -32,7 +32,7 @@ impl TokenLayout {
             let factor = dim.div_exact(of)?.as_const()?;
             usize::try_from(factor).ok().filter(|n| *n > 0)
         };
-        // One sequence needs no axis of its own; of several, tokens and sequences are one axis only where it is the first.
+        // A single sequence needs no axis; with several, tokens and sequences can share only the first axis.
         let merged = match fixed_batch {
             None => true,
             Some(1) => false,
@@ -48,7 +48,7 @@ impl TokenLayout {
         }
         let exact = (0..shape.len()).find(|i| shape[*i] == tokens).map(|axis| (axis, 1));
         let (axis, inner) = exact.or_else(|| {
-            // `[batch, tokens * heads, head_dim]`, as when a norm per head runs on three axes.
+            // `[batch, tokens * heads, head_dim]`, for example when a per-head norm runs on three axes.
             let mut found = shape.iter().enumerate().take(2);
             found.find_map(|(i, d)| Some((i, times(d, &tokens)?)))
         })?;
@@ -74,7 +74,7 @@ impl TokenLayout {
         self.tokens
     }
 
-    /// For each (sequence, token, column), in this order, the place of the element in a tensor of these dims.
+    /// For each (sequence, token, column), in this order, the index of the element in a tensor of these dims.
     pub fn places(&self, dims: &[usize], batch: usize, tokens: usize) -> Vec<usize> {
         let mut strides = vec![1usize; dims.len()];
         for i in (0..dims.len().saturating_sub(1)).rev() {
@@ -129,7 +129,7 @@ impl CacheLayout {
         }
     }
 
-    /// `(kv_heads, slots, head_dim)` of a cache of these dims; a flat one takes `heads` on trust.
+    /// `(kv_heads, slots, head_dim)` of a cache of these dims; a flat one uses `heads` unchecked.
     pub fn split(self, dims: &[usize], heads: Option<usize>, dim: Option<usize>) -> Option<(usize, usize, usize)> {
         match (self, dims) {
             (CacheLayout::HeadsFirst, [_, h, s, d]) => Some((*h, *s, *d)),
@@ -142,7 +142,7 @@ impl CacheLayout {
         }
     }
 
-    /// The place in a canonical `[batch, heads, slots, dim]` list of each element of this layout, in order.
+    /// For each element of this layout, in order, its index in a canonical `[batch, heads, slots, dim]` list.
     pub fn places(self, batch: usize, heads: usize, slots: usize, dim: usize) -> Vec<usize> {
         let mut places = Vec::with_capacity(batch * heads * slots * dim);
         let at = |b: usize, h: usize, s: usize, d: usize| ((b * heads + h) * slots + s) * dim + d;
@@ -162,9 +162,9 @@ impl CacheLayout {
     }
 }
 
-/// Which columns of a projection are the heads: `groups` groups of `stride` columns, of each the `per_group * head_dim`
-/// columns from `offset` on. Separate projections have one group and offset 0; a projection of queries, keys and values
-/// together has one group and three offsets, or as many groups as heads when it is interleaved by head.
+/// Which columns of a projection are the heads: from each of `groups` groups of `stride` columns, the `per_group *
+/// head_dim` columns from `offset` on. Separate projections have one group and offset 0; a projection of queries, keys
+/// and values together has one group and three offsets, or as many groups as heads if it is interleaved by head.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Pick {
     pub offset: usize,
@@ -174,11 +174,11 @@ pub struct Pick {
 }
 
 impl Pick {
-    /// From the column that each (head, element) was found to be, among `columns`.
+    /// From the column found for each (head, element), among `columns`.
     pub fn from_columns(found: &[usize], heads: usize, dim: usize, columns: usize) -> Option<Pick> {
         let start = |h: usize| found[h * dim];
         let contiguous = |h: usize| (0..dim).all(|d| found[h * dim + d] == start(h) + d);
-        // Columns that were read off numbers of the file may be any; sums of those that are there do not overflow.
+        // Columns derived from numbers in the file can have any value; sums of valid ones do not overflow.
         if heads * dim == 0 || found.iter().any(|column| *column >= columns) || !(0..heads).all(contiguous) {
             return None;
         }
@@ -211,17 +211,17 @@ impl Pick {
     }
 }
 
-/// The columns of a projection that the elements of heads are.
+/// The columns of a projection for the elements of heads.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Columns {
     /// Evenly spaced.
     Even(Pick),
-    /// Each by itself, `[heads, dim]`: heads that share columns, or have them in another order.
+    /// Individually, `[heads, dim]`: heads that share columns, or have them in another order.
     Listed(Vec<usize>),
 }
 
 impl Columns {
-    /// From the column that each (head, element) was found to be, among `columns`.
+    /// From the column found for each (head, element), among `columns`.
     pub fn of(found: Vec<usize>, heads: usize, dim: usize, columns: usize) -> Columns {
         match Pick::from_columns(&found, heads, dim, columns) {
             Some(pick) => Columns::Even(pick),
@@ -282,7 +282,7 @@ mod tests {
         }
         let shuffled: Vec<usize> = (0..16).map(|i| i ^ 1).collect();
         assert_eq!(Pick::from_columns(&shuffled, 2, 8, 16), None);
-        // A table of a damaged file, and heads without elements.
+        // A damaged file, and heads without elements.
         assert_eq!(Pick::from_columns(&[usize::MAX; 16], 2, 8, 16), None);
         assert_eq!(Pick::from_columns(&[], 2, 0, 16), None);
         assert_eq!(Pick::from_columns(&[0, 1 << 62], 2, 1, usize::MAX), None);

@@ -1,10 +1,9 @@
-//! What a mask lets each token attend to, and what it adds to the scores of those, found by executing it.
+//! Finds the slots that a mask lets each token attend to, and what it adds to their scores, by executing it.
 //!
-//! Exporters build masks from ranges, comparisons, gathers, padding, sentinels and tables in many ways; all that counts is
-//! which slots of which rows end up masked. A mask is accepted if it is causal, perhaps with a sliding window, at every size
-//! tried: below, at and beyond each length that its own arithmetic names ([`lengths`]), at the last position that a package
-//! can have, and over the whole of a table. What a mask is beyond the end of its tables is unknown: they bound how far
-//! positions go.
+//! Exporters build masks from ranges, comparisons, gathers, padding, sentinels and tables in many ways; only the masked
+//! slots of each row matter. A mask is accepted if it is causal, optionally with a sliding window, at every size
+//! tested: below, at and beyond each length in its own arithmetic ([`lengths`]), at the last position that a package
+//! can have, and over whole tables. Beyond the end of its tables a mask is unknown, so the tables limit the positions.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -17,8 +16,8 @@ use crate::passes::lengths::{last_where, lengths, positions, reads_matrix};
 use crate::passes::partial_eval::{PartialEvaluator, Stuck, Trial};
 use crate::tensor::DType;
 
-/// An added value, or one put in place of a score, from which on nothing is left after the softmax. Sentinels seen:
-/// -inf, the smallest f32 and f16 numbers, -1e9, -1e4.
+/// A score with this value added, or replaced by it, has no weight after the softmax. Sentinels in exports: -inf, the
+/// smallest f32 and f16 numbers, -1e9, -1e4.
 pub const MASKED: f64 = -9000.0;
 
 /// Elements of the largest value that a proof may compute: a few hundred megabytes.
@@ -31,26 +30,26 @@ const BLOCK: usize = 256;
 struct Allowed {
     slots: usize,
     bits: Vec<bool>,
-    /// What is added to the scores of those.
+    /// Added to the scores of those slots.
     bias: Option<Bias>,
 }
 
-/// What a mask was proven to be.
+/// A proved mask.
 #[derive(Clone, Debug)]
 pub struct ProvenMask {
     /// How many positions a query attends to, itself included; `None` is plain causal.
     pub window: Option<usize>,
-    /// Positions that its tables have rows for, where they have fewer than were tried.
+    /// Positions for which its tables have rows, if fewer than tested.
     pub limit: Option<usize>,
-    /// What each head adds to a score for each slot, up to a number that the whole row has; empty for nothing.
+    /// Slope per head: what is added to a score per slot, up to a constant for the whole row; empty for none.
     pub slopes: Vec<f32>,
 }
 
-/// A mask without meaning at some size.
+/// A mask that is invalid at some size.
 enum Fault {
-    /// It cannot be computed there, as beyond the end of a table.
+    /// It cannot be computed, for example beyond the end of a table.
     Stuck(Stuck),
-    /// It is computed, and no mask.
+    /// It can be computed, but is not a valid mask.
     NoMask(String),
 }
 
@@ -69,14 +68,14 @@ impl From<Fault> for String {
     }
 }
 
-/// Recognizes masks, each distinct one once.
+/// Recognizes masks, each distinct mask once.
 #[derive(Default)]
 pub struct Masks {
     known: RefCell<HashMap<Vec<MaskTerm>, Result<ProvenMask, String>>>,
 }
 
 impl Masks {
-    /// What the mask of an attention is, for a package of at most `last` positions. An error says what is wrong with it.
+    /// The mask of an attention, for a package of at most `last` positions. An error gives the reason.
     pub fn prove(
         &self,
         evaluator: &PartialEvaluator<'_>,
@@ -98,7 +97,7 @@ struct Mask<'a, 'g> {
     attention: &'a FoundAttention,
 }
 
-/// How many new tokens a mask takes after a past one.
+/// How many new tokens a mask supports after a past one.
 const SEVERAL: usize = 3;
 
 impl Mask<'_, '_> {
@@ -117,8 +116,8 @@ impl Mask<'_, '_> {
         let capacity = evaluator.roles.capacity.unwrap_or(usize::MAX);
         let mut end = ((longest + 2).max(last) + SEVERAL).min(capacity).max(SEVERAL);
 
-        // Some exports can take a prompt or one token after it, but no second part of a prompt: their mask has no meaning
-        // for several tokens after a past, and nothing is lost by giving it the causal one.
+        // Some exports can take a prompt or one token after it, but no second part of a prompt: their mask is undefined
+        // for several tokens after a past, and using the causal one loses nothing.
         let mut step = SEVERAL;
         let past = 2.min(end - SEVERAL);
         let near = match self.at(1, past, SEVERAL) {
@@ -131,9 +130,9 @@ impl Mask<'_, '_> {
         };
         let near_slopes = near.bias.as_ref().map(|bias| bias.slopes(&near.bits));
         end = self.affordable(end, last, step)?;
-        // A static cache shows no window that is longer than it.
+        // A static cache does not show a window that is longer than the cache.
         let mut limit = (longest > capacity).then_some(capacity);
-        // Beyond the end of a table of biases, one that is left may be broadcast.
+        // Beyond the end of a table of biases, a single remaining one may be broadcast.
         let computed = |total: usize| match (self.at(1, total - step, step), &near_slopes) {
             (Err(Fault::Stuck(_)), _) => false,
             (Ok(seen), Some(slopes)) => seen.bias.is_some_and(|bias| bias.is_about(&seen.bits, slopes)),
@@ -161,7 +160,7 @@ impl Mask<'_, '_> {
         Ok(ProvenMask { window, limit, slopes })
     }
 
-    /// The total length up to `end` at which the mask can still be computed in memory. Some exporters compute it of all
+    /// The longest total length up to `end` at which the mask fits in memory. Some exporters compute it for all
     /// positions by all positions.
     fn affordable(&self, end: usize, last: usize, step: usize) -> Result<usize, String> {
         let fits = |total: usize| {
@@ -180,7 +179,7 @@ impl Mask<'_, '_> {
         }
     }
 
-    /// `(batch, past, tokens)` to compare at, besides the end itself.
+    /// `(batch, past, tokens)` to compare, besides the end itself.
     fn sizes(
         &self,
         lengths: &BTreeMap<usize, String>,
@@ -205,7 +204,7 @@ impl Mask<'_, '_> {
             self.evaluator.largest(&trial, self.terms())
         };
         if largest(rows - 1, 1) > 3 * largest(rows / 2, 1) {
-            // All rows are computed for each one: they are had at once for the price.
+            // One row costs as much as all rows: compare all at once.
             sizes.retain(|(_, past, tokens)| past + tokens <= 1024);
             let affordable = |rows: usize| largest(0, rows) <= LARGEST;
             let rows = if affordable(rows) {
@@ -227,7 +226,7 @@ impl Mask<'_, '_> {
     fn at(&self, batch: usize, past: usize, tokens: usize) -> Result<Allowed, Fault> {
         let trial = self.evaluator.trial(batch, past, tokens);
         let seen = allowed(self.evaluator, self.attention, &trial);
-        // Masks of long sequences are large, and few sizes are asked for twice.
+        // Masks of long sequences are large, and few sizes are needed twice.
         if past + tokens > 64 {
             self.evaluator.forget(&trial);
         }
@@ -277,7 +276,7 @@ fn allowed(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention, trial: 
         let no_mask = |reason: String| Fault::NoMask(stuck(reason).to_string());
         let shape = tensor.shape();
         let fits = |have: usize, want: usize| have == 1 || have == want;
-        // As the scores have their axes there: batch and heads are one axis of three.
+        // With the axes that the scores have at this place: with three axes, batch and heads are merged.
         let mut aligned = vec![1; term.rank.saturating_sub(shape.len())];
         aligned.extend(shape);
         let (batches, heads, rows, columns) = match aligned[..] {

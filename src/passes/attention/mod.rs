@@ -1,25 +1,26 @@
-//! The attention of an export, recognized: one [`AttentionLayer`] for each, with its projections, caches and window.
+//! Recognizes the attention layers of an export: an [`AttentionLayer`] for each, with its projections, caches and
+//! window.
 //!
 //! | module | what it recognizes |
 //! |---|---|
 //! | [`find`] | each attention: its operands, mask terms, scale and soft cap |
-//! | [`sink`] | sinks beside its scores |
-//! | [`latent`] | caches of what keys and values are computed from, rewritten before the analysis |
-//! | [`trace`] | the projections and caches that an operand is made of |
-//! | [`layout`] | where batch, tokens, heads and slots lie among the axes |
-//! | [`projection`] | which columns of a projection the rows are, scaled and rotated how |
-//! | [`parts`] | heads that are joined of parts |
+//! | [`sink`] | attention sinks |
+//! | [`latent`] | caches of latent rows, rewritten before the analysis |
+//! | [`trace`] | the projections and caches that an operand is computed from |
+//! | [`layout`] | which axes are batch, tokens, heads and slots |
+//! | [`projection`] | the columns of a projection that form the rows, with scale and rotation |
+//! | [`parts`] | heads that are concatenated from parts |
 //! | [`rope`] | rotary tables |
-//! | [`rounding`] | roundings to codes, and where the canonical operators do them |
+//! | [`rounding`] | roundings to codes, and their places in the canonical operators |
 //! | [`cache`] | which output is the update of which input, and that it appends rows |
-//! | [`bias`] | slopes of heads (ALiBi) beside the mask |
+//! | [`bias`] | slopes of heads (ALiBi) |
 //! | [`mask`] | causal, with or without a sliding window |
 //! | [`beyond`] | the same at lengths that small trials do not reach |
-//! | [`fingerprint`] | equal computations, so that one layer is executed and the others compared with it |
+//! | [`fingerprint`] | equal computations, so that one layer is executed and others are compared with it |
 //!
 //! [`analyze`] puts them together into an [`Analysis`], which `emit` turns into canonical operators and `recognize`
-//! reports. Nothing is rewritten here. Everything that was not recognized becomes an [`Obstacle`], so that a user sees all
-//! of them at once.
+//! reports. Nothing is rewritten here. Everything that was not recognized becomes an [`Obstacle`], so that users see
+//! all obstacles at once.
 
 mod beyond;
 mod bias;
@@ -57,28 +58,28 @@ use trace::Trace;
 /// One attention, in terms of the canonical graph.
 #[derive(Clone, Debug)]
 pub struct AttentionLayer {
-    /// What `find` saw in the export.
+    /// What `find` found in the export.
     pub found: FoundAttention,
     pub query: Projection,
     pub key_cache: ValueId,
     pub value_cache: ValueId,
-    /// Factor of the key operand over what the cache holds; part of the scale.
+    /// Factor of the key operand relative to the cache; part of the scale.
     pub key_factor: f32,
     /// Scale, all parts together, soft cap and window.
     pub scores: AttentionScores,
-    /// What each head adds to a score for each slot; empty for nothing.
+    /// Slope per head: what is added to a score per slot; empty for none.
     pub slopes: Vec<f32>,
     pub rounding: LayerRounding,
 }
 
-/// Something that keeps the graph from becoming canonical.
+/// Something that prevents the graph from becoming canonical.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Obstacle {
     /// Which attention, counted from 0 in order of execution.
     pub layer: Option<usize>,
     /// Node or value of the export.
     pub at: String,
-    /// What was not recognized there, and why.
+    /// What was not recognized, and why.
     pub reason: String,
 }
 
@@ -91,37 +92,38 @@ impl fmt::Display for Obstacle {
     }
 }
 
-/// What is known of an export's attention.
+/// The analysis of an export's attention.
 #[derive(Debug, Default)]
 pub struct Analysis {
     pub layers: Vec<AttentionLayer>,
     pub caches: HashMap<ValueId, ExportCache>,
-    /// Rotated rows that are not operands themselves, such as those that a norm of heads reads, `[batch, heads, tokens, head_dim]`.
+    /// Rotated rows that are not operands themselves, such as the inputs of per-head norms, `[batch, heads, tokens,
+    /// head_dim]`.
     pub rotated: Vec<(ValueId, Projection)>,
     pub tables: Tables,
-    /// The output that is neither a cache nor read by another of these.
+    /// The output that is neither a cache nor input of another such output.
     pub logits: Option<ValueId>,
     pub obstacles: Vec<Obstacle>,
-    /// Positions that the shortest table of the export has something for.
+    /// Positions covered by the shortest table of the export.
     pub position_limit: Option<usize>,
-    /// Lengths at which masks and tables of positions may change, each with the constant that names it.
+    /// Lengths at which masks and tables of positions may change, each with the constant that it comes from.
     pub lengths: BTreeMap<usize, String>,
-    /// Roundings inside attention that have no place in the canonical operators.
+    /// Roundings inside attention without a place in the canonical operators.
     pub unplaced: Vec<Unplaced>,
-    /// Values of roundings that the attentions take over, or that have to stay in the graph.
+    /// Values of roundings that the attention layers include, or that must stay in the graph.
     pub roundings: Roundings,
 }
 
-/// Roundings inside attention, by the values that they give.
+/// Roundings inside attention, by their results.
 #[derive(Debug, Default)]
 pub struct Roundings {
-    /// All that the outputs depend on.
+    /// All that affect the outputs.
     pub all: HashSet<ValueId>,
-    /// Those that a recognized attention does.
+    /// Those that a recognized attention includes.
     pub placed: HashSet<ValueId>,
 }
 
-/// Recognizes every attention of a sorted, inferred graph. Rotary tables get `max_positions` rows, fewer where the
+/// Recognizes every attention of a sorted, inferred graph. Rotary tables get `max_positions` rows, or fewer if the
 /// export's own tables are shorter.
 pub fn analyze(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
     let mut analysis = Analysis::default();
@@ -144,7 +146,7 @@ pub fn analyze(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
         analysis.obstacles.push(Obstacle {
             layer: None,
             at: softmax.node,
-            reason: format!("this softmax is no attention that Lapidary knows: {}", softmax.reason),
+            reason: format!("this softmax belongs to no known form of attention: {}", softmax.reason),
         });
     }
     analysis.obstacles.extend(left_packed(graph));
@@ -199,7 +201,7 @@ pub fn analyze(graph: &Graph, roles: &Roles, max_positions: usize) -> Analysis {
     analysis
 }
 
-/// Those of the mask, and those that an operator has.
+/// Slopes from the mask, and those of an operator.
 fn slopes(graph: &Graph, attention: &FoundAttention, mut of_mask: Vec<f32>, heads: usize) -> Vec<f32> {
     if let [of_all] = of_mask[..] {
         of_mask = vec![of_all; heads];
@@ -213,7 +215,7 @@ fn slopes(graph: &Graph, attention: &FoundAttention, mut of_mask: Vec<f32>, head
     of_mask
 }
 
-/// Rotations after which heads are normalized (HunYuan). Unrecognized ones stay as the export has them.
+/// Rotations that are followed by per-head norms (HunYuan). Unrecognized ones stay unchanged.
 fn rotated_before_norms(trace: &Trace<'_, '_>, evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
     let graph = evaluator.graph;
     for node in graph.node_ids().map(|id| graph.node(id)) {
@@ -231,7 +233,7 @@ fn rotated_before_norms(trace: &Trace<'_, '_>, evaluator: &PartialEvaluator<'_>,
             continue;
         };
         let rows = Rows::new(evaluator, value, RowOrder::Canonical, &sources, [heads, dim]);
-        // Where nothing is read of positions, nothing is rotated.
+        // Without positional values there is no rotation.
         if !rows.positional_numbers().is_empty()
             && let Ok(projection) = rows.solve(&mut analysis.tables)
             && projection.rotated().is_some()
@@ -241,7 +243,7 @@ fn rotated_before_norms(trace: &Trace<'_, '_>, evaluator: &PartialEvaluator<'_>,
     }
 }
 
-/// Where the roundings of every layer are.
+/// Finds the roundings of every layer.
 fn place_roundings(trace: &Trace<'_, '_>, evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
     let mut places = rounding::Places {
         trace,
@@ -269,7 +271,7 @@ fn place_roundings(trace: &Trace<'_, '_>, evaluator: &PartialEvaluator<'_>, anal
     analysis.roundings.placed = places.placed;
 }
 
-/// Attentions that `decompose` did not take apart.
+/// Attention operators that `decompose` did not decompose.
 fn left_packed(graph: &Graph) -> impl Iterator<Item = Obstacle> {
     let nodes = graph.node_ids().map(|id| graph.node(id));
     nodes
@@ -291,7 +293,7 @@ fn left_packed(graph: &Graph) -> impl Iterator<Item = Obstacle> {
         })
 }
 
-/// The one thing to say of the decoder of an encoder–decoder model, if this is one: what it attends to is not its own text.
+/// The message for the decoder of an encoder–decoder model, if this is one: it attends to text that is not its own.
 fn encoder(graph: &Graph, roles: &Roles) -> Option<Obstacle> {
     let inputs = graph
         .inputs
@@ -302,15 +304,14 @@ fn encoder(graph: &Graph, roles: &Roles) -> Option<Obstacle> {
     (!of_encoder.is_empty()).then(|| Obstacle {
         layer: None,
         at: of_encoder.join(", "),
-        reason:
-            "these inputs come from an encoder: the decoder of an encoder-decoder model is not supported, only models \
-                 that are a decoder"
-                .into(),
+        reason: "these inputs come from an encoder: the decoder of an encoder-decoder model is not supported, only \
+            decoder-only models"
+            .into(),
     })
 }
 
-/// The mask of each attention. Sets the position limit, and notes the lengths of everything positional whether it is
-/// recognized or not.
+/// The mask of each attention. Sets the position limit, and records the lengths of everything positional, recognized or
+/// not.
 fn prove_masks(
     evaluator: &PartialEvaluator<'_>,
     found: &[FoundAttention],
@@ -331,8 +332,8 @@ fn prove_masks(
     for mask in proven.iter().flatten() {
         analysis.position_limit = analysis.position_limit.into_iter().chain(mask.limit).min();
     }
-    // A mask that the caller makes is causal at best by custom. Where only some layers read it, the others have a mask that
-    // differs from it, so it is not clear which of them the custom is for.
+    // A mask that the caller fills is causal only by convention. If only some layers read it, the others have a
+    // different mask, so it is unclear which of them is the causal one.
     let given = |a: &FoundAttention| given_mask(evaluator, a);
     if found.iter().any(|a| given(a).is_some()) {
         for (attention, mask) in found.iter().zip(&mut proven) {
@@ -346,7 +347,7 @@ fn prove_masks(
     proven
 }
 
-/// The mask of `[.., tokens, slots]` that the caller makes, if the attention reads one.
+/// The mask of `[.., tokens, slots]` that the caller fills, if the attention reads one.
 fn given_mask(evaluator: &PartialEvaluator<'_>, attention: &FoundAttention) -> Option<ValueId> {
     let graph = evaluator.graph;
     let mut stack: Vec<ValueId> = attention.mask.iter().map(|term| term.value).collect();
@@ -424,7 +425,7 @@ fn operands(
     Ok((query, key_cache, value_cache, key_factor))
 }
 
-/// The usual `1/sqrt(head_dim)` where the measured factor is that up to rounding of the export's own arithmetic.
+/// The usual `1/sqrt(head_dim)` if the measured factor equals it up to rounding in the export's arithmetic.
 fn snapped(scale: f32, evaluator: &PartialEvaluator<'_>, attention: &FoundAttention) -> f32 {
     let dim = evaluator
         .graph
@@ -443,7 +444,7 @@ fn snapped(scale: f32, evaluator: &PartialEvaluator<'_>, attention: &FoundAttent
     }
 }
 
-/// Every cache must have been read, and every output but one must be a cache.
+/// Every cache must have a reader, and every output but one must be a cache.
 fn unmatched(evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
     let graph = evaluator.graph;
     let name = |id: ValueId| graph.value(id).name.clone();
@@ -456,7 +457,7 @@ fn unmatched(evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
         .map(|c| name(*c))
         .collect();
     let others: Vec<ValueId> = graph.outputs.iter().copied().filter(|o| !written.contains(o)).collect();
-    // Hidden states beside the logits are what those are computed from.
+    // Additional outputs of hidden states are those that the logits are computed from.
     let last: Vec<ValueId> = match others.len() {
         0 | 1 => others.clone(),
         _ => others
@@ -492,8 +493,8 @@ fn unmatched(evaluator: &PartialEvaluator<'_>, analysis: &mut Analysis) {
     }
 }
 
-/// Whether this is what other outputs are computed from, and a product lies between: hidden states before the head. Of an output
-/// and a function of it, such as probabilities, either could be meant.
+/// Whether other outputs are computed from this one through a product: hidden states before the head. Without a product
+/// (for example probabilities) it is unclear which output is meant.
 fn is_before_head(graph: &Graph, id: ValueId, others: &[ValueId]) -> bool {
     let is_product = |op: &Op| matches!(op, Op::MatMul | Op::Gemm { .. });
     let reached = |through_products: bool| {
@@ -516,7 +517,7 @@ fn is_before_head(graph: &Graph, id: ValueId, others: &[ValueId]) -> bool {
     reached(true) && !reached(false)
 }
 
-/// Every number that data reads from positions, but for those in `masks`.
+/// Every positional value that data reads, except those in `masks`.
 fn positional_numbers(evaluator: &PartialEvaluator<'_>, masks: &HashSet<ValueId>) -> Vec<ValueId> {
     let graph = evaluator.graph;
     let is = |id: ValueId, dependence| evaluator.dependence(id) == dependence;
@@ -534,7 +535,7 @@ fn positional_numbers(evaluator: &PartialEvaluator<'_>, masks: &HashSet<ValueId>
     numbers
 }
 
-/// Tables in which operators look rows up by position themselves.
+/// Tables in which operators themselves look up rows by position.
 fn rotary_tables(evaluator: &PartialEvaluator<'_>) -> Vec<ValueId> {
     let graph = evaluator.graph;
     let table = |id| {
@@ -550,8 +551,8 @@ fn rotary_tables(evaluator: &PartialEvaluator<'_>) -> Vec<ValueId> {
     graph.node_ids().filter_map(table).collect()
 }
 
-/// Tables of positions bound how far positions may go: the largest total length, if it is less than `last`, at which
-/// every one of these numbers can be computed. Masks have their own limit.
+/// Tables of positions limit the positions: the largest total length, if less than `last`, at which all these values
+/// can be computed. Masks have their own limit.
 fn position_limit(
     evaluator: &PartialEvaluator<'_>,
     numbers: &[ValueId],
@@ -571,7 +572,7 @@ fn position_limit(
         let computed = |total: usize| {
             let trial = evaluator.trial(1, total - 1, 1);
             let value = evaluator.eval(&trial, *number);
-            // A slice beyond the end of a table is computed, and too short.
+            // A slice beyond the end of a table succeeds, but is too short.
             value.is_ok_and(|value| evaluator.dims(&trial, *number).is_ok_and(|dims| dims == value.shape()))
         };
         let end = limit.unwrap_or(usize::MAX).min(last);

@@ -1,15 +1,15 @@
 //! Heads that are concatenated from parts: from several projections, or from an unrotated and a rotated part.
 //!
-//! Multi-head latent attention has keys like that: a part of each head from the latent projection, and a rotated part that
+//! Multi-head latent attention has such keys: a part of each head from the latent projection, and a rotated part that
 //! all heads share.
 
 use super::projection::{Projection, Rows, Seen, Tables, noise};
 
-/// Most parts of a head.
+/// Maximum number of parts of a head.
 const MOST: usize = 8;
 
 impl Rows<'_, '_> {
-    /// The parts, each found like whole rows. `None`: there is one part only.
+    /// The parts, each found like whole rows. `None`: there is only one part.
     pub(super) fn in_parts(&self, seen: &Seen, tables: &mut Tables) -> Result<Option<Projection>, String> {
         let starts = self.starts(seen)?;
         if starts.len() < 2 || starts.len() > MOST {
@@ -28,7 +28,7 @@ impl Rows<'_, '_> {
         Ok(parts.into_iter().rev().fold(None, join))
     }
 
-    /// Where parts of a head begin: where another source does, and at the first element of a source that is rotated.
+    /// Where parts of a head begin: at the start of another source, and at the first rotated element of a source.
     fn starts(&self, seen: &Seen) -> Result<Vec<usize>, String> {
         let text = |stuck: crate::passes::partial_eval::Stuck| stuck.to_string();
         let sizes = self.columns_of_sources().map_err(text)?;
@@ -74,7 +74,7 @@ impl Rows<'_, '_> {
     }
 }
 
-/// A position that is far enough for slow rotations to show.
+/// A position that is large enough for slow rotations to be visible.
 fn tables_end(rows: &Rows<'_, '_>) -> usize {
     rows.evaluator
         .roles

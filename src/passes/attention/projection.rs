@@ -1,10 +1,10 @@
-//! What the rows of queries, keys and values are: which columns of a projection, scaled and rotated how.
+//! Identifies rows of queries, keys and values: which columns of a projection, with which scale and rotation.
 //!
-//! Takes a value of the export that `trace` found to be made of projections, and finds the [`Projection`] that
-//! computes the same, by feeding them with chosen values: ones give the scale, digits of the column number
-//! give the columns, unit rows give the rotary table. If heads are concatenated from parts, as in multi-head latent
-//! attention from a rotated and an unrotated part, each part is found separately (`parts`). The result is then
-//! proven on random rows at other positions; a failed proof is an error.
+//! Input: a value of the export that `trace` found to be computed from projections. Finds the [`Projection`] that
+//! computes the same by feeding chosen values: ones give the scale, digits of the column number give the columns, unit
+//! rows give the rotary table. If heads are concatenated from parts, as in multi-head latent attention from a rotated
+//! and an unrotated part, each part is found separately (`parts`). The result is then proved on random rows at other
+//! positions; a failed proof is an error.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -20,9 +20,9 @@ use crate::tensor::{DType, Tensor};
 #[derive(Clone, Debug)]
 pub struct Projection {
     pub source: ValueId,
-    /// Which of the sources of the rows that is.
+    /// The index of the source.
     pub index: usize,
-    /// Columns of the sources before.
+    /// Columns of the previous sources.
     pub base: usize,
     pub heads: usize,
     pub dim: usize,
@@ -32,19 +32,19 @@ pub struct Projection {
     pub rest: Option<Box<Projection>>,
 }
 
-/// The distinct rotary tables found so far, and how long they have to be.
+/// The distinct rotary tables found so far, and their required length.
 #[derive(Debug, Default)]
 pub struct Tables {
     pub tables: Vec<Table>,
     pub positions: usize,
-    /// The longest run with the first of two tables, where the export has two. See [`LongTable`].
+    /// The longest run with the first of two tables, if the export has two. See [`LongTable`].
     pub switch: Option<usize>,
-    /// What was found for computations, for those of later layers that are the same.
+    /// Results by computation, for equal computations in later layers.
     pub proven: Proven,
 }
 
 impl Tables {
-    /// Where some table has another one for longer runs.
+    /// Where a table switches to another one for longer runs.
     pub fn longest_short_run(&self) -> Option<usize> {
         self.tables.iter().find_map(|table| Some(table.long.as_ref()?.after))
     }
@@ -55,16 +55,16 @@ impl Tables {
 pub struct Proven {
     projections: HashMap<Fingerprint, Projection>,
     pub writes: HashSet<Fingerprint>,
-    /// The factor of an operand.
+    /// Factors of operands.
     pub reads: HashMap<Fingerprint, f32>,
-    /// Positional numbers with one row for each position.
+    /// Positional values with one row per position.
     pub positional: HashSet<ValueId>,
 }
 
-/// A value made of rows: where its elements belong in `[batch, heads, tokens, head_dim]`.
+/// The layout of a value of rows relative to `[batch, heads, tokens, head_dim]`.
 #[derive(Clone, Debug)]
 pub enum RowOrder {
-    /// Already in that order, up to how leading axes are merged.
+    /// Already in that order, possibly with merged leading axes.
     Canonical,
     /// Some other order of axes.
     Tokens(TokenLayout),
@@ -75,19 +75,19 @@ pub struct Rows<'a, 'g> {
     pub evaluator: &'a PartialEvaluator<'g>,
     pub value: ValueId,
     pub order: RowOrder,
-    /// Whose columns, one source after the other, are numbered from 0.
+    /// The sources, whose columns are numbered consecutively from 0.
     pub sources: Vec<ValueId>,
     pub heads: usize,
     pub dim: usize,
-    /// Where these elements begin in heads of `width`.
+    /// Offset of these elements in heads of `width`.
     pub start: usize,
     pub width: usize,
 }
 
-/// Tensors in the place of sources.
+/// Tensors in place of sources.
 pub type Feeds = HashMap<ValueId, Tensor>;
 
-/// What probing showed of each element of each head, `[heads, dim]`: at position 0 it is a column times a factor.
+/// Result of probing for each element of each head, `[heads, dim]`: at position 0 it is a column times a factor.
 pub(super) struct Seen {
     /// Among the columns of all sources.
     pub columns: Vec<usize>,
@@ -105,7 +105,7 @@ impl Seen {
         }
     }
 
-    /// The one source that all columns are of, and the columns before it.
+    /// The single source of all columns, and the number of columns before it.
     fn source(&self, sizes: &[usize]) -> Option<(usize, usize)> {
         let mut base = 0;
         for (index, size) in sizes.iter().enumerate() {
@@ -119,7 +119,7 @@ impl Seen {
     }
 }
 
-/// Fed numbers are small multiples of 1/64, so that they are exact in every float type.
+/// Fed values are small multiples of 1/64, exact in every float type.
 pub fn noise(count: usize, seed: u64) -> Vec<f64> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let mut next = || {
@@ -131,7 +131,7 @@ pub fn noise(count: usize, seed: u64) -> Vec<f64> {
     (0..count).map(|_| next()).collect()
 }
 
-/// Relative error that arithmetic in this type may have.
+/// Tolerated relative error of arithmetic in this type.
 pub fn tolerance(dtype: DType) -> f32 {
     match dtype {
         DType::F16 => 6e-3,
@@ -172,7 +172,7 @@ impl<'a, 'g> Rows<'a, 'g> {
         }
     }
 
-    /// Rounding of the coarsest type on the way.
+    /// Rounding error of the coarsest type in between.
     pub(super) fn tolerance(&self) -> f32 {
         let of = |id: &ValueId| tolerance(self.evaluator.graph.value(*id).dtype.unwrap_or(DType::F32));
         self.sources.iter().map(of).fold(of(&self.value), f32::max)
@@ -268,7 +268,7 @@ impl<'a, 'g> Rows<'a, 'g> {
         Ok(self.columns_of_sources()?.iter().sum())
     }
 
-    /// Finds and proves the projection. New rotary tables go into `tables`; one that is there already is used again.
+    /// Finds and proves the projection. New rotary tables are added to `tables`; existing ones are reused.
     pub fn solve(&self, tables: &mut Tables) -> Result<Projection, String> {
         let context = format!("rows {} {} {:?}", self.heads, self.dim, self.order);
         let print = fingerprint(self.evaluator, self.value, &self.sources, &context);
@@ -300,7 +300,7 @@ impl<'a, 'g> Rows<'a, 'g> {
             let x = self.feed(&first, |_, _, c| element(c)).map_err(text)?;
             Ok(at_first(&self.run(&first, x).map_err(text)?))
         };
-        // At position 0 a rotation does nothing but perhaps scale.
+        // At position 0 a rotation does nothing except possibly scale.
         let factors = probe(&|_| 1.0)?;
         if factors.iter().any(|f| !f.is_finite() || *f == 0.0) {
             return Err("its rows are not columns of the projection".into());
@@ -319,7 +319,7 @@ impl<'a, 'g> Rows<'a, 'g> {
             }
             unit *= base;
         }
-        // Numbers that a damaged file computes may be anything.
+        // A damaged file can compute any number.
         if found.iter().any(|column| *column >= columns) {
             return Err("its rows are not columns of the projection".into());
         }
@@ -339,7 +339,8 @@ impl<'a, 'g> Rows<'a, 'g> {
         Ok(projection)
     }
 
-    /// The projection of rows that are evenly spaced columns of one source, rotated from their first element on if at all.
+    /// The projection of rows that are evenly spaced columns of one source, optionally rotated from their first element
+    /// on.
     pub(super) fn projection(&self, seen: &Seen, tables: &mut Tables) -> Result<Projection, String> {
         let sizes = self.columns_of_sources().map_err(|stuck| stuck.to_string())?;
         let (index, base) = seen
@@ -423,7 +424,7 @@ impl<'a, 'g> Rows<'a, 'g> {
             let divided = |values: &[f32]| values.iter().map(|v| v / by).collect();
             Table::new(half, divided(&table.cos), divided(&table.sin))
         };
-        // Elements that are not rotated show the scale; else a table that is known already does.
+        // Elements that are not rotated show the scale; otherwise a known table does.
         let shown = (rotary_dim < self.dim).then(|| factors[rotary_dim]);
         let near = read(1, 4)?;
         let last = tables.positions.saturating_sub(2).max(1);
@@ -448,7 +449,7 @@ impl<'a, 'g> Rows<'a, 'g> {
         let by = shown.unwrap_or(1.0);
         let columns = self.columns().map_err(|stuck| stuck.to_string())?;
         let chunk = ((1 << 22) / columns.max(1)).clamp(1, tables.positions);
-        // Rows from 0 on, of runs that end before or at `end`, but those of a first part no shorter than `first`.
+        // Rows from 0 on, from runs that end before or at `end`, whose first part is no shorter than `first`.
         let whole = |first: usize, end: usize| -> Result<Table, String> {
             let mut table = Table::new(half, Vec::new(), Vec::new());
             let mut start = 0;
@@ -552,7 +553,7 @@ impl<'a, 'g> Rows<'a, 'g> {
     }
 }
 
-/// Random numbers by (sequence, token, column).
+/// Random numbers for (sequence, token, column).
 pub struct Noise {
     values: Vec<f64>,
 }
@@ -569,7 +570,7 @@ impl Noise {
 }
 
 impl Projection {
-    /// Elements of a head, those of all parts.
+    /// Elements of a head, in all parts.
     pub fn width(&self) -> usize {
         self.dim + self.rest.as_ref().map_or(0, |rest| rest.width())
     }
@@ -581,7 +582,7 @@ impl Projection {
         }
     }
 
-    /// The greatest magnitude of the factors of its parts.
+    /// The greatest magnitude among the factors of its parts.
     pub fn largest_scale(&self) -> f32 {
         let rest = self.rest.as_ref().map_or(0.0, |rest| rest.largest_scale());
         self.scale.abs().max(rest)
@@ -593,7 +594,7 @@ impl Projection {
         self.rope.map(|rope| (self, rope)).or_else(rest)
     }
 
-    /// The factor that all parts have, which becomes 1; 1 where they have several.
+    /// The common factor of all parts, which is then set to 1; 1 if factors differ.
     pub fn take_scale(&mut self) -> f32 {
         let scale = self.scale;
         let mut same = true;
@@ -610,7 +611,7 @@ impl Projection {
         self.base + self.pick.column(head, element, self.dim)
     }
 
-    /// The definition: rows `[batch, heads, tokens, width]` of sources with these elements.
+    /// The definition: rows `[batch, heads, tokens, width]` computed from sources with these elements.
     pub fn rows(&self, tables: &Tables, trial: &Trial, x: impl Fn(usize, usize, usize) -> f32) -> Vec<f32> {
         let (batch, tokens) = (trial.sizes.batch, trial.sizes.tokens);
         let mut rows = Vec::with_capacity(batch * self.heads * tokens * self.width());

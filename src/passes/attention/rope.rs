@@ -1,10 +1,10 @@
 //! Rotary position embedding, recognized by its effect.
 //!
-//! Rotation is linear in the row: for a row that is 1 in one element, it returns that pair's cosine and sine. So an execution shows the
-//! kind (rotate-half or interleaved), the rotated width and the table itself, however
-//! the export writes the arithmetic. The table must be a function of the position alone, or one of two
-//! such tables, between which LongRoPE chooses by the length of the run; other dynamic scalings are refused. Gives [`Rope`] uses and
-//! the distinct [`Table`]s; `emit` writes `RotaryEmbedding`.
+//! Rotation is linear in the row: for a row that is 1 in one element, it returns that pair's cosine and sine. So an
+//! execution shows the kind (rotate-half or interleaved), the rotated width and the table itself, whatever form the
+//! export uses. The table must be a function of the position alone, or one of two such tables, between which LongRoPE
+//! chooses by the length of the run; other dynamic scalings are refused. Returns [`Rope`] uses and the distinct
+//! [`Table`]s; `emit` writes `RotaryEmbedding`.
 
 /// Cosines and sines per position, `[positions, half]` each, in fp32.
 #[derive(Clone, PartialEq, Debug)]
@@ -12,33 +12,33 @@ pub struct Table {
     pub half: usize,
     pub cos: Vec<f32>,
     pub sin: Vec<f32>,
-    /// What long runs have in its place.
+    /// The table for long runs, if it differs.
     pub long: Option<LongTable>,
 }
 
-/// The table of runs that are longer than the table before it serves.
+/// The table for runs that are too long for the first table.
 #[derive(Clone, PartialEq, Debug)]
 pub struct LongTable {
-    /// The longest run of the other table, in positions from the first of the sequence to the last of the run.
+    /// The longest run of the first table, in positions from the start of the sequence to the end of the run.
     pub after: usize,
-    /// It has rows for all positions.
+    /// The table, with rows for all positions.
     pub table: Box<Table>,
 }
 
 impl Table {
-    /// Of one kind for all runs.
+    /// A table that is the same for all runs.
     pub fn new(half: usize, cos: Vec<f32>, sin: Vec<f32>) -> Self {
         let long = None;
         Table { half, cos, sin, long }
     }
 
-    /// Positions that a run may have.
+    /// Number of positions.
     pub fn positions(&self) -> usize {
         let table = self.long.as_ref().map_or(self, |long| &long.table);
         table.cos.len() / self.half.max(1)
     }
 
-    /// The table of a run that ends before position `end`.
+    /// The table for a run that ends before position `end`.
     pub fn of_run(&self, end: usize) -> &Table {
         match &self.long {
             Some(long) if end > long.after => &long.table,
@@ -46,7 +46,7 @@ impl Table {
         }
     }
 
-    /// Whether the rows from `start` on are those of `other`, up to the rounding of their computation.
+    /// Whether the rows from `start` on equal those of `other`, up to rounding in their computation.
     pub fn agrees(&self, start: usize, other: &Table, tolerance: f32) -> bool {
         let near = |mine: &[f32], theirs: &[f32]| {
             let at = start * self.half;
@@ -57,10 +57,10 @@ impl Table {
     }
 }
 
-/// How rows are rotated.
+/// The rotation of rows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Rope {
-    /// Which of the model's tables.
+    /// Index of the model's table.
     pub table: usize,
     /// Pairs are neighbors; otherwise element `i` pairs with `i + rotary_dim / 2`.
     pub interleaved: bool,

@@ -1,7 +1,7 @@
-//! Sinks of an attention that is written out: a column of scores joined to the others before the softmax, and left out after it.
+//! Sinks of an attention in single operators: a column of scores appended before the softmax and removed after it.
 //!
-//! gpt-oss's form: `Concat(scores, sinks)`, perhaps less the largest of each row, `Softmax`, `Slice` of all columns but the
-//! last. The column has to be, when run, one constant number for each head.
+//! gpt-oss's form: `Concat(scores, sinks)`, optionally minus the maximum of each row, `Softmax`, `Slice` of all columns
+//! but the last. When executed, the column must be one constant number per head.
 
 use super::find::{Uses, is_largest_of};
 use crate::graph::ValueId;
@@ -9,8 +9,8 @@ use crate::graph::op::{Binary, Op};
 use crate::passes::dependence::Dependence;
 use crate::passes::partial_eval::PartialEvaluator;
 
-/// What a softmax over scores and sinks is over: the scores, and the constant with a number for each head. `None`: nothing
-/// is joined to the scores.
+/// The operands of a softmax over scores and sinks: the scores, and the constant with a number per head. `None`:
+/// nothing is appended to the scores.
 pub fn of_scores(evaluator: &PartialEvaluator<'_>, mut at: ValueId) -> Result<Option<(ValueId, ValueId)>, String> {
     let graph = evaluator.graph;
     for _ in 0..8 {
@@ -36,7 +36,7 @@ pub fn of_scores(evaluator: &PartialEvaluator<'_>, mut at: ValueId) -> Result<Op
     Ok(None)
 }
 
-/// The constant whose numbers a column has, head by head.
+/// The constant with the numbers of a column, head by head.
 fn constant_of(evaluator: &PartialEvaluator<'_>, column: ValueId) -> Result<ValueId, String> {
     let graph = evaluator.graph;
     let name = &graph.value(column).name;
@@ -57,7 +57,7 @@ fn constant_of(evaluator: &PartialEvaluator<'_>, column: ValueId) -> Result<Valu
     let numbers = numbers.map_err(|error| error.to_string())?.to_f32();
     for (batch, past, tokens) in [(2, 3, 2), (1, 0, 4)] {
         let trial = evaluator.trial(batch, past, tokens);
-        // As many sequences as the export fixed.
+        // The number of sequences that the export fixed.
         let batch = trial.sizes.batch;
         let seen = evaluator.eval(&trial, column).map_err(|stuck| stuck.to_string())?;
         let shape = seen.shape();

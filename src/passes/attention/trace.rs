@@ -1,9 +1,9 @@
 //! From an attention operand back to its sources.
 //!
 //! Between a projection and the attention that uses it lies only movement (reshapes, transposes, slices, head
-//! repetition), rotation and the cache: operators that are linear in the data and independent of its meaning. [`Trace`]
-//! walks back through them and stops at their *sources*: projections (or a norm or bias after one) and cache inputs.
-//! `projection` finds out what the operators in between compute, by executing them.
+//! repetition), rotation and the cache: operators that are linear in the data. [`Trace`] walks back through them and
+//! stops at their *sources*: projections (or a norm or bias after one) and cache inputs. `projection` finds out what
+//! the operators in between compute, by executing them.
 
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
@@ -17,7 +17,7 @@ use crate::passes::roles::InputRole;
 
 pub type Sources = Rc<BTreeSet<ValueId>>;
 
-/// Sources of values, remembered.
+/// Sources of values, cached.
 pub struct Trace<'b, 'g> {
     evaluator: &'b PartialEvaluator<'g>,
     memo: RefCell<HashMap<ValueId, Sources>>,
@@ -35,7 +35,7 @@ impl<'b, 'g> Trace<'b, 'g> {
         self.evaluator.roles.of.get(&id) == Some(&InputRole::Cache)
     }
 
-    /// The data values that `id` is made of by movement and rotation alone.
+    /// The data values from which `id` is computed by movement and rotation alone.
     pub fn sources(&self, id: ValueId) -> Sources {
         if let Some(sources) = self.memo.borrow().get(&id) {
             return sources.clone();
@@ -54,7 +54,7 @@ impl<'b, 'g> Trace<'b, 'g> {
         self.sources(id).iter().copied().partition(|v| self.is_cache(*v))
     }
 
-    /// The largest value on the way from `id` that is made of these sources alone: the rows about to be written to a cache.
+    /// The first value from `id` back that is computed from these sources alone: the rows to be written to a cache.
     pub fn rows_before_cache(&self, id: ValueId, of: &[ValueId]) -> Option<ValueId> {
         let sources = self.sources(id);
         if !of.iter().all(|source| sources.contains(source)) {
@@ -74,17 +74,17 @@ impl<'b, 'g> Trace<'b, 'g> {
             .collect()
     }
 
-    /// Sources of a node, or `None` if it is where walking stops.
+    /// Sources of a node, or `None` if the walk stops there.
     fn through(&self, node: &Node) -> Option<Sources> {
         let data = self.data(node);
         match &node.op {
-            // Heads may be joined of parts.
+            // Heads may be concatenated from parts.
             Op::Concat { .. } | Op::ScatterNd { .. } | Op::ScatterElements { .. } => Some(self.union(&data)),
             op if moves_elements(op) => self.merged(&data),
             Op::RotaryEmbedding { .. } | Op::ContribRotaryEmbedding { .. } | Op::Unary(Unary::Neg) => {
                 self.merged(&data)
             }
-            // Rows of a table picked by token ids are an embedding, not movement.
+            // Rows of a table selected by token ids are an embedding, not movement.
             Op::Gather { .. } if node.input(0).is_some_and(|x| data == [x]) => self.merged(&data),
             Op::Binary(Binary::Add | Binary::Sub) if data.len() == 2 => self.merged(&data),
             Op::Binary(Binary::Add | Binary::Sub | Binary::Mul) if data.len() == 1 => {
@@ -117,8 +117,8 @@ impl<'b, 'g> Trace<'b, 'g> {
         Rc::new(each.flat_map(|s| s.iter().copied().collect::<Vec<_>>()).collect())
     }
 
-    /// Operands may meet where a cache is written or where they have the same sources; a sum of two projections, such
-    /// as an adapter's, is itself a source.
+    /// Operands may be combined where a cache is written or where they have the same sources; a sum of two projections,
+    /// such as an adapter's, is itself a source.
     fn merged(&self, data: &[ValueId]) -> Option<Sources> {
         let each: Vec<Sources> = data.iter().map(|v| self.sources(*v)).collect();
         let (first, rest) = each.split_first()?;
@@ -130,8 +130,8 @@ impl<'b, 'g> Trace<'b, 'g> {
     }
 }
 
-/// Whether an operator gives elements of its operands unchanged. `Gather` is none of these: rows of a table picked by token ids
-/// are an embedding.
+/// Whether an operator returns elements of its operands unchanged. `Gather` does not count: rows of a table selected by
+/// token ids are an embedding.
 pub(super) fn moves_elements(op: &Op) -> bool {
     matches!(
         op,

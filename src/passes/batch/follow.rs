@@ -1,4 +1,4 @@
-//! The axis of each value that counts the sequences, and the changes that another number of them needs.
+//! The axis of each value that counts the sequences, and the changes needed for another number of sequences.
 
 use std::collections::HashMap;
 
@@ -7,16 +7,16 @@ use crate::graph::op::{Moves, Op, RowWise};
 use crate::graph::{Graph, Node, NodeId, ValueId};
 use crate::passes::attention::Obstacle;
 
-/// What [`follow`] finds.
+/// The result of [`follow`].
 #[derive(Default)]
 pub struct Followed {
-    /// The axis of each value that has one. Each of the sequences has an equal part of it, one after the other.
+    /// The axis of each value that has one. Each sequence has an equal, contiguous part of it.
     pub axes: HashMap<ValueId, usize>,
-    /// Inputs of nodes that repeat one row for each sequence along an axis.
+    /// Inputs of nodes that repeat one row per sequence along an axis.
     pub cut: Vec<(NodeId, usize, usize)>,
     /// Reshapes of values that have the axis.
     pub reshapes: Vec<NodeId>,
-    /// `Expand`s of values that have it, with its number in the result.
+    /// `Expand`s of values that have it, with the index of the axis in the result.
     pub expands: Vec<(NodeId, usize)>,
 }
 
@@ -96,7 +96,7 @@ impl Follower<'_> {
         shape.ok_or_else(|| format!("the shape of {} is not known", self.graph.value(value).name))
     }
 
-    /// Whether the axis of a value can be parted among the sequences.
+    /// Whether the axis of a value can be divided among the sequences.
     fn is_divided(&self, value: ValueId) -> bool {
         let dim = self.axis(value).and_then(|axis| self.graph.shape(value)?.get(axis));
         dim.is_some_and(|dim| dim.div_exact(&self.number).is_some())
@@ -113,7 +113,7 @@ impl Follower<'_> {
     /// The axis of a node's results. The error is the reason why there is none.
     fn behind(&mut self, id: NodeId, node: &Node) -> Axis {
         let info = node.op.info();
-        // Shapes and axes are no data; what they say of the batch is rewritten.
+        // Shapes and axes are not data; the batch in them is rewritten.
         let data = |i: usize| {
             let declared = info.inputs.get(i).or(info.inputs.last());
             node.input(i).filter(|_| !declared.is_some_and(|input| input.parameter))
@@ -132,7 +132,7 @@ impl Follower<'_> {
         let first = axis_of(0);
         let others_common = (1..inputs.len()).all(|i| axis_of(i).is_none());
         let absolute = |axis: i64| if axis < 0 { axis + rank as i64 } else { axis } as usize;
-        // The rule of an operator that takes the sequences along the first axis.
+        // The rule of an operator with the sequences along the first axis.
         let rows_apart = |apart: bool| match apart {
             true => Ok(Some(0)),
             false => Err("not every operand has a row for each sequence".to_string()),
@@ -227,7 +227,7 @@ impl Follower<'_> {
             }
             op if op.is_attention() => {
                 let own = (0..3).all(|i| axis_of(i) == Some(0));
-                // The mask may be one for all.
+                // The mask may be shared by all.
                 if let (Some(mask), None) = (inputs.get(3).copied().flatten(), axis_of(3)) {
                     self.common_along(id, 3, mask, 0, 4)?;
                 }
@@ -243,8 +243,8 @@ impl Follower<'_> {
         }
     }
 
-    /// After an operator that changes the shape and not the order of elements. The sequences are the outermost of what lies
-    /// after the axes before theirs, and stay so.
+    /// After an operator that changes the shape but not the order of elements. The sequences are outermost after the
+    /// axes before theirs, and stay so.
     fn reshaped(&self, x: ValueId, out: ValueId) -> Result<usize, String> {
         let axis = self.axis(x).ok_or("its target depends on the sequences")?;
         let one = Dim::from(1usize);
@@ -305,8 +305,8 @@ impl Follower<'_> {
         Ok(Some(axis))
     }
 
-    /// An operand that is the same for all sequences, beside one of this rank that has them on this axis: it has 1 there, or
-    /// repeats itself and is cut.
+    /// An operand that is the same for all sequences, combined with one of this rank that has them on this axis: its
+    /// dim is 1, or it repeats and is cut.
     fn common_along(
         &mut self,
         id: NodeId,
@@ -330,7 +330,7 @@ impl Follower<'_> {
         Ok(())
     }
 
-    /// Whether a value that no input has a part in is the same all along an axis.
+    /// Whether a value that depends on no input is constant along an axis.
     fn repeats(&self, value: ValueId, axis: usize) -> bool {
         if let Some(constant) = self.graph.constant(value) {
             let rows = constant.shape()[axis];

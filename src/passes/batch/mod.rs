@@ -1,9 +1,9 @@
 //! An export for a fixed number of sequences becomes one for any number.
 //!
-//! The tensors of such an export have a row for each sequence, and its reshape targets contain the number. [`follow`]
-//! finds the axis that counts the sequences after each operator of the canonical graph, and refuses an operator that mixes
-//! sequences or treats one unlike another. Then the number is `batch` in every shape and target. What the export computes
-//! from masks, positions and caches was recognized by execution with all its sequences before this.
+//! The tensors of such an export have one row per sequence, and its reshape targets contain the number. [`follow`]
+//! finds the axis that counts the sequences after each operator of the canonical graph, and refuses an operator that
+//! mixes sequences or treats them differently. Then the number becomes `batch` in every shape and target. Masks,
+//! positions and caches were recognized earlier by execution with all sequences.
 
 mod follow;
 
@@ -15,7 +15,7 @@ use crate::graph::{Graph, NodeId, ValueId};
 use crate::tensor::Tensor;
 use follow::{Followed, follow};
 
-/// Rewrites a graph with a canonical interface whose `number` of sequences is fixed. Gives the number of values that have
+/// Rewrites a graph with a canonical interface whose `number` of sequences is fixed. Returns the number of values with
 /// an axis for them.
 pub fn run(graph: &mut Graph, number: usize) -> Result<usize, Vec<Obstacle>> {
     let Followed {
@@ -75,7 +75,7 @@ pub fn run(graph: &mut Graph, number: usize) -> Result<usize, Vec<Obstacle>> {
     Ok(axes.len())
 }
 
-/// Of an operand that repeats one row for each sequence, the first.
+/// Cuts an operand that repeats one row per sequence to the first row.
 fn cut_to_one(graph: &mut Graph, node: NodeId, input: usize, axis: usize) {
     let Some(x) = graph.node(node).input(input) else { return };
     let name = format!("{}.row", graph.value(x).name);
@@ -91,7 +91,7 @@ fn slice(graph: &mut Graph, x: ValueId, axis: usize, start: i64, end: i64, name:
     graph.add_node(name, Op::Slice, &[x, operands[0], operands[1], operands[2]])
 }
 
-/// The target of an `Expand` says 1, which keeps the dim, for this axis.
+/// Sets this axis in the target of an `Expand` to 1, which keeps the dim.
 fn keep_axis(graph: &mut Graph, id: NodeId, axis: usize) {
     let node = graph.node(id);
     let Some((old, name)) = node.input(1).map(|old| (old, format!("{}.shape", node.name))) else {

@@ -1,7 +1,7 @@
-//! Attention operators with conveniences, written out as operators without.
+//! Decomposes attention operators with additional features into plain operators.
 //!
 //! `GroupQueryAttention` packs projections, rotates and keeps a cache; ONNX `Attention` may take three-dimensional
-//! operands, append to a past and be causal by itself. Here each becomes reshapes, `RotaryEmbedding`, `Concat` or
+//! operands, append to a past and be causal. Here each becomes reshapes, `RotaryEmbedding`, `Concat` or
 //! `TensorScatter`, a mask computed from positions, and an `Attention` on four dimensions. The recognition that follows
 //! sees one dialect, and proves it like any other.
 
@@ -10,7 +10,7 @@ use crate::graph::op::{self, BiasedAttention, Binary, Op};
 use crate::graph::{Graph, NodeId, ValueId};
 use crate::tensor::{DType, Tensor};
 
-/// Expands what it can; what it cannot stays for the contract to report. Gives the number of rewrites.
+/// Expands what it can; the contract reports the rest. Returns the number of rewrites.
 pub fn run(graph: &mut Graph) -> usize {
     let ids: Vec<NodeId> = graph.node_ids().collect();
     let mut rewrites = 0;
@@ -75,7 +75,7 @@ impl Writer<'_> {
         let normalized = self.op("norm", norm, &[split, weight]);
         self.swap(suffix, normalized)
     }
-    /// The reverse.
+    /// The inverse.
     fn flat(&mut self, x: ValueId, width: usize) -> ValueId {
         let rows = self.swap("rows", x);
         self.reshape("flat", rows, &[0, 0, width as i64])
@@ -118,7 +118,7 @@ impl Writer<'_> {
     }
 }
 
-/// Puts `new` in the place of the outputs of a node and removes it. Outputs that are the model's keep their names.
+/// Replaces the outputs of a node by `new` and removes the node. Outputs of the model keep their names.
 fn replace(graph: &mut Graph, id: NodeId, new: &[(usize, ValueId)]) {
     for (output, value) in new {
         if let Some(old) = graph.node(id).output(*output) {
@@ -136,13 +136,13 @@ fn width(graph: &Graph, id: ValueId, axis_from_end: usize) -> Option<usize> {
         .map(|n| n as usize)
 }
 
-/// A mask is of booleans, or added to scores.
+/// A mask is boolean, or added to scores.
 fn is_mask(graph: &Graph, mask: Option<ValueId>) -> bool {
     let dtype = mask.and_then(|mask| graph.value(mask).dtype);
     dtype.is_none_or(|dtype| dtype == DType::Bool || dtype.is_float())
 }
 
-/// Attributes are whatever the file says.
+/// Attributes come unchecked from the file.
 fn is_no_count(heads: usize) -> bool {
     !(1..1 << 16).contains(&heads)
 }
@@ -160,7 +160,7 @@ fn group_query(graph: &mut Graph, id: NodeId, how: &op::GroupQueryAttention) -> 
     }
     let sinks = match (node.input(11), how.smooth_softmax) {
         (Some(sinks), _) => Some(graph.constant(sinks).filter(|c| c.shape() == [heads])?.cast(DType::F32)),
-        // The softmax's denominator has one more term of exp(0).
+        // The softmax's denominator has an additional term exp(0).
         (None, 1) => Some(Tensor::from_f32(vec![heads], &vec![0.0; heads]).into()),
         (None, _) => None,
     };
@@ -323,7 +323,7 @@ fn attention(graph: &mut Graph, id: NodeId, how: &op::Attention) -> Option<()> {
             let tokens = w.dim(query, if flat { 1 } else { 2 });
             let steps = w.range(tokens);
             let steps = w.unsqueeze(steps, &[1]);
-            // As the operator defines it: aligned with the end of what is stored.
+            // As the operator defines it: aligned with the end of the stored slots.
             let rows = match (ends, past) {
                 (Some(ends), _) => {
                     let first = w.binary("first", Binary::Sub, ends, tokens);

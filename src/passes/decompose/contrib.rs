@@ -1,5 +1,5 @@
-//! Contrib operators become plain ones: normalizations with a residual, scaled and transposing products, the contrib
-//! rotary embedding; and `CastLike` becomes `Cast`.
+//! Decomposes contrib operators into plain ones: normalizations with a residual, scaled and transposing products, the
+//! contrib rotary embedding; and `CastLike` becomes `Cast`.
 //!
 //! An operator whose rank, dtype or width is needed but unknown stays unchanged. The attention passes handle
 //! `GroupQueryAttention`, because they know its cache.
@@ -10,7 +10,7 @@ use crate::passes::PassError;
 use crate::passes::pattern::{finish, rank, redefine};
 use crate::tensor::{DType, Tensor};
 
-/// Takes apart what it can. Gives the number of rewrites.
+/// Decomposes what it can. Returns the number of rewrites.
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let mut rewrites = 0;
     for id in graph.node_ids().collect::<Vec<_>>() {
@@ -41,11 +41,11 @@ pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     finish(graph, rewrites)
 }
 
-/// `norm(x + skip + bias)`, with the sum as output 3. `weights` are the inputs that go on to the norm.
+/// `norm(x + skip + bias)`, with the sum as output 3. `weights` are the inputs for the norm.
 fn skip_norm(graph: &mut Graph, id: NodeId, op: Op, weights: &[usize], bias: usize) -> Option<()> {
     let node = graph.node(id).clone();
     let used = |v: ValueId| graph.outputs.contains(&v) || graph.uses().contains_key(&v);
-    // Statistics for training; no plain operator gives them.
+    // Statistics for training; no plain operator returns them.
     if [node.output(1), node.output(2)].into_iter().flatten().any(used) {
         return None;
     }

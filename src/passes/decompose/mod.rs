@@ -1,4 +1,4 @@
-//! Operators with conveniences, written out as plain operators.
+//! Decomposes operators with additional features into plain operators.
 //!
 //! [`contrib`] decomposes contrib operators (normalizations with a residual, scaled products, the contrib rotary
 //! embedding), [`attention`] the attention operators with caches, causality and packed operands. Others

@@ -1,8 +1,8 @@
-//! Writes the recognized attention as canonical operators, and gives the graph its canonical [`Interface`].
+//! Writes the recognized attention as canonical operators, and sets the graph's canonical [`Interface`].
 //!
-//! Takes an [`Analysis`] without obstacles. Each attention becomes `TensorScatter` on two caches and `Attention`, after
-//! the picks and rotations of its projections; masks are written once per window. Then nothing reads the export's own masks, caches and
-//! positions, and they are removed. [`rows`] writes picks and rotations.
+//! Input: an [`Analysis`] without obstacles. Each attention becomes `TensorScatter` on two caches and `Attention`,
+//! after the picks and rotations of its projections; masks are written once per window. Nothing reads the export's own
+//! masks, caches and positions afterwards, and they are removed. [`rows`] writes picks and rotations.
 
 mod rows;
 
@@ -24,9 +24,9 @@ struct Emitter<'g> {
     token_input: ValueId,
     position_ids: ValueId,
     write_indices: ValueId,
-    /// Where tables depend on the length of the run.
+    /// Set if tables depend on the length of the run.
     total_lengths: Option<ValueId>,
-    /// Rows of tables that do: all switch at one length.
+    /// Rows of such tables: all switch at one length.
     table_rows: Option<ValueId>,
     batch: Dim,
     tokens: Dim,
@@ -36,23 +36,23 @@ struct Emitter<'g> {
     counters: Option<(ValueId, ValueId)>,
     /// Cosine and sine by table and dtype.
     tables: HashMap<(usize, DType), (ValueId, ValueId)>,
-    /// Tables of one number, by the cosines whose shape and dtype they have and the number's name.
+    /// Constant tables, by the cosines with the same shape and dtype and by the number's name.
     filled: HashMap<(ValueId, &'static str), ValueId>,
-    /// Slopes and sinks by what they are.
+    /// Slopes and sinks by value.
     of_heads: HashMap<(&'static str, String), ValueId>,
     /// See [`Emitter::is_older`].
     older: Option<ValueId>,
     /// New caches by the export's: input, and output once written.
     caches: HashMap<ValueId, (ValueId, Option<ValueId>)>,
-    /// The first of the new caches, which shows the capacity.
+    /// The first of the new caches, for the capacity.
     first_cache: Option<ValueId>,
 }
 
-/// Rewrites the graph and sets its [`Graph::interface`]. Fails where rows or an output have a shape that no reshape can
-/// give.
+/// Rewrites the graph and sets its [`Graph::interface`]. Fails if rows or an output have a shape that no reshape can
+/// produce.
 pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), Vec<Obstacle>> {
     let logits = analysis.logits.expect("an analysis without obstacles has found them");
-    // The canonical order: pairs as the attentions come.
+    // The canonical order: pairs in the order of the attention layers.
     let mut pairs: Vec<[ValueId; 2]> = Vec::new();
     for layer in &analysis.layers {
         if !pairs.contains(&[layer.key_cache, layer.value_cache]) {
@@ -120,7 +120,7 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
     };
     let mut obstacles = Vec::new();
     for (index, (value, projection)) in analysis.rotated.iter().enumerate() {
-        // Left as the export has it where no rows can be written.
+        // Unchanged if no rows can be written.
         let (name, dtype) = (format!("rotated.{index}"), emitter.graph.value(*value).dtype);
         let dtype = dtype.unwrap_or(DType::F32);
         if let Ok(rows) = emitter.rows(projection, &RowRounding::default(), &name, dtype, analysis) {
@@ -158,7 +158,7 @@ pub fn run(graph: &mut Graph, roles: &Roles, analysis: &Analysis) -> Result<(), 
     Ok(())
 }
 
-/// Moves values of the export that have canonical names out of the way.
+/// Renames values of the export that have canonical names.
 fn free_names(graph: &mut Graph, caches: &[(CacheId, ValueId)], tokens: (Role, ValueId), logits: ValueId) {
     let mut roles = vec![
         Role::TokenIds,
@@ -189,7 +189,7 @@ fn free_names(graph: &mut Graph, caches: &[(CacheId, ValueId)], tokens: (Role, V
     }
 }
 
-/// The token ids as i64, whatever the export takes; embeddings as they are.
+/// The token ids as i64, whatever the export's type; embeddings unchanged.
 fn token_input(graph: &mut Graph, old: ValueId, role: Role, shape: Shape) -> ValueId {
     let name = role.name();
     if role == Role::Embeddings || graph.value(old).dtype == Some(DType::I64) {
@@ -301,7 +301,7 @@ impl Emitter<'_> {
         Ok(())
     }
 
-    /// Both f32 `[heads]`, with numbers that do nothing where a layer has none.
+    /// Both f32 `[heads]`, with neutral numbers if a layer has none.
     fn slopes_and_sinks(&mut self, layer: &AttentionLayer, name: &str) -> Result<[ValueId; 2], String> {
         let heads = layer.query.heads;
         let filled = |value: f32| Constant::tensor(Tensor::from_f32(vec![heads], &vec![value; heads]));
@@ -331,7 +331,7 @@ impl Emitter<'_> {
         }))
     }
 
-    /// The cache with this call's rows in it.
+    /// The cache with this call's rows.
     fn write(&mut self, old: ValueId, name: &str, analysis: &Analysis) -> Result<ValueId, String> {
         let (input, written) = self.caches[&old];
         if let Some(written) = written {
@@ -354,7 +354,7 @@ impl Emitter<'_> {
         Ok(updated)
     }
 
-    /// A cache as it is read.
+    /// A cache as it is read, with its roundings.
     fn read(&mut self, cache: ValueId, how: &CacheRounding, name: &str) -> ValueId {
         let new = self.rounded(cache, &how.new, name);
         let Some(older) = &how.older else { return new };

@@ -1,4 +1,4 @@
-//! Rows of queries, keys and values: picked of a projection, rotated, and rounded where the export rounds them.
+//! Rows of queries, keys and values: picked from a projection, rotated, and rounded where the export rounds them.
 
 use std::ops::Range;
 
@@ -14,10 +14,10 @@ use crate::passes::attention::rounding::{RotationRounding, RowRounding};
 use crate::passes::reshapes::reshape_to;
 use crate::tensor::{DType, Tensor};
 
-/// What a part of a rotation has in place of a table.
+/// The table of a part of a rotation.
 #[derive(Clone, Copy)]
 enum Part {
-    /// The table of its own.
+    /// Its own table.
     Table,
     /// The table of sines.
     Sine,
@@ -26,7 +26,7 @@ enum Part {
 }
 
 impl Emitter<'_> {
-    /// Every element rounded, in this order.
+    /// Rounds every element, in this order.
     pub(super) fn rounded(&mut self, mut x: ValueId, roundings: &[Rounding], name: &str) -> ValueId {
         for rounding in roundings {
             let (dtype, shape) = self.type_of(x);
@@ -35,7 +35,7 @@ impl Emitter<'_> {
         x
     }
 
-    /// `[batch, heads, tokens, head_dim]`, of all parts.
+    /// `[batch, heads, tokens, head_dim]`, from all parts.
     pub(super) fn rows(
         &mut self,
         p: &Projection,
@@ -55,7 +55,7 @@ impl Emitter<'_> {
         Ok(rows)
     }
 
-    /// `[batch, heads, tokens, dim]` of one part.
+    /// `[batch, heads, tokens, dim]`, from one part.
     fn part_of_rows(
         &mut self,
         p: &Projection,
@@ -117,8 +117,8 @@ impl Emitter<'_> {
         self.typed(name, op, &[x, cos, sin, rows], dtype, shape)
     }
 
-    /// The row of a table for each token, `[batch, tokens]`: its position, after the rows for short runs where the run is a
-    /// long one.
+    /// The row of a table for each token, `[batch, tokens]`: its position, plus the number of rows for short runs if
+    /// the run is long.
     fn table_rows(&mut self, table: &Table) -> ValueId {
         let (Some(long), Some(total_lengths)) = (&table.long, self.total_lengths) else {
             return self.position_ids;
@@ -155,8 +155,8 @@ impl Emitter<'_> {
         *self.table_rows.insert(rows)
     }
 
-    /// The sum of two rotations, of which one has cosines alone and one sines alone: their results are rounded. Elements that
-    /// are not rotated come after.
+    /// The sum of two rotations, one with only cosines and one with only sines, whose results are rounded. Elements
+    /// that are not rotated follow.
     fn rotated_in_parts(
         &mut self,
         x: ValueId,
@@ -222,7 +222,7 @@ impl Emitter<'_> {
         )
     }
 
-    /// Elements of the last of four axes.
+    /// A slice of the last of four axes.
     fn columns(&mut self, x: ValueId, columns: Range<usize>, name: &str) -> ValueId {
         let (dtype, mut shape) = self.type_of(x);
         let mut ints = |value: usize| self.graph.add_i64(&format!("{name}.slice"), &[value as i64]);
@@ -233,7 +233,7 @@ impl Emitter<'_> {
         self.typed(name, Op::Slice, &inputs, dtype, shape)
     }
 
-    /// One after the other on the last of four axes.
+    /// Concatenated on the last of four axes.
     fn joined(&mut self, parts: [ValueId; 2], name: &str) -> ValueId {
         let (dtype, mut shape) = self.type_of(parts[0]);
         let (_, other) = self.type_of(parts[1]);
@@ -322,7 +322,7 @@ impl Emitter<'_> {
         Ok(self.typed(&format!("{name}.rows"), Op::Transpose { perm }, &[x], dtype, heads))
     }
 
-    /// Elements that are columns of a projection, one by one.
+    /// Elements that are individually selected columns of a projection.
     fn listed(&mut self, p: &Projection, columns: &[usize], name: &str) -> Result<ValueId, String> {
         let (dtype, shape) = self.type_of(p.source);
         let fixed = self.batch.as_const().map(|n| n as usize);
@@ -369,14 +369,14 @@ impl Emitter<'_> {
             } else {
                 format!("rotary.{index}.{part}")
             };
-            // In the model's own type: the operator takes one type for rows and tables.
+            // In the model's type: the operator requires one type for rows and tables.
             let tensor = Constant::tensor(tensor)
                 .cast(dtype)
                 .materialize()
                 .expect("the table is at hand");
             self.graph.add_constant(&name, tensor)
         };
-        // Rows of long runs come after those of short ones.
+        // Rows for long runs follow those for short ones.
         let (mut cos, mut sin) = (table.cos.clone(), table.sin.clone());
         if let Some(long) = &table.long {
             cos.extend_from_slice(&long.table.cos);

@@ -1,9 +1,10 @@
-//! What the experts compute, proven by execution of everything but the products.
+//! The computation of the experts, proved by executing everything except the products.
 //!
-//! Random tensors stand in for the tokens, the logits and the results of all products. Then every row that enters a product
-//! must be a token's own row, what enters the second products must be a known function of the first ones' results, row by row,
-//! and the block's result must be the sum of the second ones' results, each times the weight that the routing gives its expert
-//! for its token. Together with the products' constants, which the graph names, that defines a mixture of experts.
+//! Random tensors stand in for the tokens, the logits and the results of all products. Then every input row of a
+//! product must be a token's row, the inputs of the second products must be a known function of the first products'
+//! results, row by row, and the block's result must be the sum of the second products' results, each times the routing
+//! weight of its expert and token. Together with the products' constants, which the graph contains, this defines a
+//! mixture of experts.
 
 use std::collections::{HashMap, HashSet};
 
@@ -19,33 +20,33 @@ use crate::graph::{Constant, NodeId, ValueId};
 use crate::passes::roles::Roles;
 use crate::tensor::{DType, Tensor};
 
-/// A mixture of experts as it was recognized.
+/// A recognized mixture of experts.
 #[derive(Clone, Debug)]
 pub struct Block {
     pub found: Found,
-    /// What every token brings, `[.., in]`.
+    /// Its input per token, `[.., in]`.
     pub x: ValueId,
-    /// What comes out.
+    /// Its result.
     pub y: ValueId,
     pub gating: Gating,
     /// Matrices `[experts * hidden, in]`, `[experts * out, hidden]`.
     pub gate: Constant,
     pub up: Option<Constant>,
     pub down: Constant,
-    /// Of each, a vector.
+    /// The bias of each.
     pub biases: [Option<Constant>; 3],
 }
 
-/// A product of the first layer, or two, and the one after them.
+/// One or two products of the first layer, and the product after them.
 pub(super) struct Instance {
     pub first: Vec<Product>,
     pub down: Product,
 }
 
-/// Which token a row of products belongs to, and which expert if the row says it.
+/// The token of a row of products, and its expert if the row determines it.
 pub(super) type Rows = Vec<(usize, Option<usize>)>;
 
-/// Recognizes what lies between `x` and `y`; the reason if it is not a mixture of experts that is known.
+/// Recognizes the computation between `x` and `y`; the reason if it is not a known form of a mixture of experts.
 pub fn recognize(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [ValueId; 2]) -> Result<Block, String> {
     let graph = flow.graph;
     let logits = candidates[0].logits;
@@ -83,9 +84,9 @@ pub fn recognize(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [
         if chosen.len() != count * top_k {
             return Err("its tokens and its choices are not equally many".to_string());
         }
-        // What stands in for others, without what follows from it.
+        // The substitutes, without values computed from them.
         let mut bound = trial.clone();
-        // What goes into the first products, and stand-ins for what comes out.
+        // The inputs of the first products, and substitutes for their results.
         let mut rows_of: Vec<Rows> = Vec::new();
         let mut stands: Vec<Vec<f64>> = Vec::new();
         let tolerance = tolerance(dtype);
@@ -150,7 +151,7 @@ pub fn recognize(flow: &Flow<'_>, roles: &Roles, candidates: &[Found], [x, y]: [
                     .any(|sum| routing::factor(&result, &sum, tolerance).is_some())
             };
             let found = match instances.len() > 1 && !fits(&in_place) {
-                // Another order than the graph's: that in which their results come to weights.
+                // Not the graph's order, but the order in which results meet their weights.
                 true => {
                     let measured = shares(&bound, &instances, y, &sums);
                     let mut orders = routed
@@ -219,7 +220,7 @@ fn bind_random(
 fn instances(flow: &Flow<'_>, nodes: &[NodeId]) -> Result<Vec<Instance>, String> {
     let graph = flow.graph;
     let mut products: Vec<Product> = Vec::new();
-    // Which products a value is computed from, without another product between.
+    // Which products a value is computed from, without another product in between.
     let mut behind: HashMap<ValueId, Vec<usize>> = HashMap::new();
     let mut before: Vec<Vec<usize>> = Vec::new();
     for id in nodes {
@@ -268,7 +269,7 @@ fn instances(flow: &Flow<'_>, nodes: &[NodeId]) -> Result<Vec<Instance>, String>
     }
 }
 
-/// Matrices of all experts where there is one instance, of one each where there are several, all alike.
+/// The matrices of all experts if there is one instance, or of one expert each if there are several equal instances.
 fn check_counts(instances: &[Instance], experts: usize) -> Result<(), String> {
     let of = |instance: &Instance| -> Vec<Product> {
         let all = instance.first.iter().chain([&instance.down]);
@@ -296,7 +297,7 @@ fn check_counts(instances: &[Instance], experts: usize) -> Result<(), String> {
     Ok(())
 }
 
-/// The tokens and experts of the rows that enter a product.
+/// The tokens and experts of the input rows of a product.
 fn rows_into(trial: &mut Trial<'_>, product: &Product, tokens: &[&[f64]]) -> Result<Rows, String> {
     let x = trial
         .value(product.x)
@@ -338,7 +339,7 @@ fn rows_into(trial: &mut Trial<'_>, product: &Product, tokens: &[&[f64]]) -> Res
             Ok(pairs.map(|(token, expert)| (token, Some(expert as usize))).collect())
         }
         None => {
-            // Every expert's rows one after another, or the same rows for all.
+            // The rows of all experts in order, or the same rows for all.
             let each = match rows.len() {
                 n if shape.len() == 3 && shape[0] == experts => n / experts,
                 n => n,
@@ -353,7 +354,7 @@ fn rows_into(trial: &mut Trial<'_>, product: &Product, tokens: &[&[f64]]) -> Res
     }
 }
 
-/// A stand-in for the result of a product of this many rows.
+/// A substitute for the result of a product of this many rows.
 fn bind_result(
     [trial, bound]: [&mut Trial<'_>; 2],
     random: &mut Random,
@@ -369,7 +370,7 @@ fn bind_result(
     let along = if product.from_right { rank - 2 } else { rank - 1 };
     shape[along] = columns;
     if let (Some(experts), None) = (product.stacked(), product.weight.index) {
-        // Leading axes broadcast against that of the experts.
+        // Leading axes broadcast with the experts' axis.
         match rank {
             2 => shape.insert(0, experts),
             _ => shape[rank - 3] = experts,
@@ -392,7 +393,7 @@ fn bind_result(
     Ok(())
 }
 
-/// Whether what is added to the result of a product is the bias of each row's expert.
+/// Checks that the addend of a product's result is the bias of each row's expert.
 fn check_bias(trial: &mut Trial<'_>, product: &Product, rows: &Rows, tolerance: f64) -> Result<(), String> {
     let Some(bias) = product.bias.as_ref().filter(|_| product.end != product.result) else {
         return Ok(());

@@ -5,18 +5,18 @@ use crate::graph::eval::gated;
 use crate::graph::op::{ExpertActivation, Gating, Op};
 use crate::graph::{Graph, NodeId};
 
-/// Where gate and up are among the results of the first products.
+/// The places of gate and up in the results of the first products.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Layout {
     /// There is no up.
     Alone,
-    /// Two products, the gate being this one.
+    /// Two products; the gate is this one.
     Apart { gate: usize },
-    /// One product of both: halves, or in turn if `interleaved`; the gate is this one of them.
+    /// One product of both, as halves or `interleaved`; the gate is this one of them.
     Joined { interleaved: bool, gate: usize },
 }
 
-/// Numbers that nodes have as constants and attributes: factors, addends and bounds of the function, perhaps.
+/// Constants and attributes of nodes: possible factors, addends and bounds of the function.
 pub fn scalars(graph: &Graph, nodes: &[NodeId]) -> Vec<f64> {
     let mut found = Vec::new();
     for id in nodes {
@@ -38,8 +38,8 @@ pub fn scalars(graph: &Graph, nodes: &[NodeId]) -> Vec<f64> {
     found
 }
 
-/// The function and layout by which `hidden` follows from the results of the first products, all of this many rows. One that is
-/// `known` is tried first.
+/// The function and layout by which `hidden` follows from the results of the first products, all with this many rows.
+/// The `known` one is tested first.
 pub fn recognize(
     known: Option<&(Gating, Layout)>,
     ends: &[Vec<f64>],

@@ -1,15 +1,15 @@
 //! Mixtures of experts become `Routing` and `Experts`.
 //!
-//! Exporters write them in many ways: matrices gathered for every token, a loop over experts with `NonZero` and scatters, all
-//! experts times weights that are mostly 0. There is no list of forms here. A choice of the greatest (`TopK`) is the anchor. The block lies
-//! between the value from which everything is computed and the value in which everything is combined (`region`).
-//! Executing it with substitutes for tokens, logits and results of products shows what it does
-//! (`trial`): `routing` finds how experts are chosen, `products` the constants of the products, `gating` the function between
-//! them, `sums` which result belongs to which expert. `body` proves the whole, and `weights` brings matrices into the canonical
-//! form. A block that does not match is refused, with the reason.
+//! Exporters write them in many ways: matrices gathered for every token, a loop over experts with `NonZero` and
+//! scatters, all experts times weights that are mostly 0. There is no list of forms here. A `TopK` is the anchor. The
+//! block is between the value from which everything is computed and the value in which everything is combined
+//! (`region`). Executing it with substitutes for tokens, logits and results of products shows what it does (`trial`):
+//! `routing` finds how experts are chosen, `products` the constants of the products, `gating` the function between
+//! them, `sums` which result belongs to which expert. `body` proves the whole, and `weights` brings matrices into the
+//! canonical form. A block that does not match is refused, with the reason.
 //!
-//! The blocks of all layers have the same structure, but each is proven separately. Only products are left out, and they are
-//! nearly all of the work.
+//! The blocks of all layers have the same structure, but each is proved separately. Products, nearly all of the work,
+//! are not executed.
 
 mod body;
 mod gating;
@@ -30,11 +30,11 @@ use crate::graph::{Constant, Graph, NodeId, ValueId};
 use body::Block;
 use region::Flow;
 
-/// Values after a choice that may be the result of its experts.
+/// Number of values after a choice that are considered as the result of its experts.
 const REACH: usize = 8;
 
-/// Writes every mixture of experts as canonical operators. Gives the number of blocks, and every choice that was not
-/// understood.
+/// Writes every mixture of experts as canonical operators. Returns the number of blocks, and every choice that was not
+/// recognized.
 pub fn run(graph: &mut Graph, roles: &Roles) -> Result<(usize, Vec<Obstacle>), PassError> {
     graph.sort()?;
     let mut blocks = Vec::new();
@@ -62,7 +62,7 @@ pub fn run(graph: &mut Graph, roles: &Roles) -> Result<(usize, Vec<Obstacle>), P
     Ok((count, obstacles))
 }
 
-/// Choices of experts: of the greatest along the last axis, and no other choice depends on them.
+/// Choices of experts: a top-k along the last axis on which no other choice depends.
 fn choices(flow: &Flow<'_>) -> Vec<NodeId> {
     let graph = flow.graph;
     let all: Vec<NodeId> = graph
@@ -70,7 +70,7 @@ fn choices(flow: &Flow<'_>) -> Vec<NodeId> {
         .filter(|id| routing::choice(graph, *id).is_some_and(|choice| flow.carries.contains(&choice.scores)))
         .collect();
     let is_ahead = |id: NodeId| {
-        // Groups of experts are chosen ahead of the experts, close by.
+        // Groups of experts are chosen shortly before the experts.
         let behind = flow.descendants(id);
         all.iter().any(|other| {
             let choice = routing::choice(graph, *other).expect("it is one");
@@ -82,7 +82,7 @@ fn choices(flow: &Flow<'_>) -> Vec<NodeId> {
 
 /// Whether scores depend on a choice before everything after that choice is combined.
 fn depends_closely(flow: &Flow<'_>, behind: &HashSet<ValueId>, scores: ValueId) -> bool {
-    // A linear layer between them means that the choice is of an earlier layer.
+    // With a linear layer in between, the choice belongs to an earlier layer.
     let linear = |value: &ValueId| {
         let producer = flow.graph.def(*value).map(|(_, node)| &node.op);
         matches!(producer, Some(Op::MatMul | Op::Gemm { .. } | Op::FusedMatMul { .. }))
@@ -97,7 +97,7 @@ fn block(flow: &Flow<'_>, roles: &Roles, id: NodeId) -> Result<Block, String> {
     let candidates = routing::candidates(flow, roles, &choice)?;
     let before_logits: HashSet<ValueId> = flow.dominators(candidates[0].logits).collect();
     let ends = flow.postdominators(id, REACH);
-    // The first value with as many elements as tokens bring is where experts have come together.
+    // The experts are combined at the first value with as many elements as the tokens.
     let mut reason = None;
     for end in &ends {
         let mut dominators = flow.dominators(*end);
@@ -121,7 +121,7 @@ fn block(flow: &Flow<'_>, roles: &Roles, id: NodeId) -> Result<Block, String> {
         }
         match body::recognize(flow, roles, &candidates, [x, y]) {
             Ok(block) => return Ok(block),
-            // Of the nearest value, which a block that differs in one thing ends in.
+            // Report the nearest value, where a block with a small difference ends.
             Err(why) => drop(reason.get_or_insert(why)),
         }
     }
@@ -133,7 +133,7 @@ fn volume(graph: &Graph, value: ValueId) -> Option<crate::dim::Dim> {
     Some(shape.iter().fold(crate::dim::Dim::constant(1), |n, dim| &n * dim))
 }
 
-/// A value before reshapes that only join leading axes.
+/// A value before reshapes that only merge leading axes.
 fn as_tokens(flow: &Flow<'_>, mut x: ValueId) -> ValueId {
     let graph = flow.graph;
     while let Some((_, node)) = graph.def(x)
@@ -148,7 +148,7 @@ fn as_tokens(flow: &Flow<'_>, mut x: ValueId) -> ValueId {
     x
 }
 
-/// A result after reshapes that give it the shape of the tokens.
+/// A result after reshapes to the shape of the tokens.
 fn as_result(flow: &Flow<'_>, end: ValueId, x: ValueId) -> ValueId {
     let graph = flow.graph;
     let x = as_tokens(flow, x);
@@ -173,7 +173,7 @@ fn is_reshape(op: &Op) -> bool {
     )
 }
 
-/// A weight of all experts, called as those of one were without its number.
+/// A weight of all experts, named like those of one without its number.
 fn named(constant: Constant) -> Constant {
     const NUMBER: &str = "experts.0.";
     let name = constant.origin().filter(|name| name.contains(NUMBER));
@@ -257,7 +257,7 @@ fn write(graph: &mut Graph, block: Block) {
     (graph.value_mut(y).dtype, graph.value_mut(y).shape) = (dtype, shape);
 }
 
-/// Experts of tokens whose leading axes were joined, as ONNX Runtime's operators take them, get the tokens as they were.
+/// Experts of tokens with merged leading axes (the form of ONNX Runtime's operators) get the original tokens.
 fn raise(graph: &mut Graph) -> usize {
     let flow = Flow::new(graph);
     let mut found = Vec::new();
@@ -301,7 +301,7 @@ fn raise(graph: &mut Graph) -> usize {
     count
 }
 
-/// Makes a value the first output of another node.
+/// Makes another node define a value as its first output.
 fn redirect(graph: &mut Graph, node: NodeId, value: ValueId) {
     let fresh = graph.node(node).clone();
     graph.remove_node(node);

@@ -1,15 +1,15 @@
-//! The matrix products of a mixture of experts: which constants they multiply with, and the biases after them.
+//! The matrix products of a mixture of experts, with their constants and biases.
 
 use super::region::Flow;
 use crate::graph::op::{Binary, Op};
 use crate::graph::{Constant, Graph, NodeId, ValueId};
 
-/// A constant as it enters a product or a sum.
+/// A constant operand of a product or a sum.
 #[derive(Clone, Debug)]
 pub struct Weight {
     /// With its movements so far.
     pub constant: Constant,
-    /// Experts whose slices of the first axis are taken, in that order; `None`: it enters as it is.
+    /// Experts whose slices of the first axis are selected, in order; `None`: unchanged.
     pub index: Option<ValueId>,
 }
 
@@ -17,22 +17,22 @@ pub struct Weight {
 #[derive(Clone, Debug)]
 pub struct Product {
     pub node: NodeId,
-    /// The other operand: rows of `depth` elements each.
+    /// The other operand, with rows of `depth` elements.
     pub x: ValueId,
     /// The result of the product itself.
     pub result: ValueId,
-    /// With its bias.
+    /// The result with its bias.
     pub end: ValueId,
     /// Matrices `[out, in]`, stacked on a first axis if there are three.
     pub weight: Weight,
-    /// One element for each of its outputs, for each expert if they are stacked.
+    /// One element per output, for each expert if they are stacked.
     pub bias: Option<Weight>,
-    /// The product takes x from the right, so rows are columns of the operands.
+    /// x is the right operand, so rows are columns of the operands.
     pub from_right: bool,
 }
 
 impl Product {
-    /// Of a row of x.
+    /// Elements of a row of x.
     pub fn depth(&self) -> usize {
         self.weight.constant.shape().last().copied().unwrap_or(0)
     }
@@ -41,7 +41,7 @@ impl Product {
         let shape = self.weight.constant.shape();
         shape.len().checked_sub(2).map_or(0, |axis| shape[axis])
     }
-    /// Matrices on the first axis; `None` if there is one alone.
+    /// Matrices on the first axis; `None` if there is only one.
     pub fn stacked(&self) -> Option<usize> {
         match self.weight.constant.shape() {
             [count, _, _] => Some(*count),
@@ -50,7 +50,7 @@ impl Product {
     }
 }
 
-/// A value as a constant, followed through movements that leave what an expert has together.
+/// A value as a constant, followed through movements that keep each expert's elements together.
 pub fn weight(graph: &Graph, value: ValueId) -> Option<Weight> {
     if let Some(constant) = graph.constant(value) {
         return constant.dtype().is_float().then(|| Weight {
@@ -81,7 +81,7 @@ pub fn weight(graph: &Graph, value: ValueId) -> Option<Weight> {
                 ..weight
             })
         }
-        // One matrix of several, by a number.
+        // One of several matrices, by index.
         Op::Gather { axis: 0 } if graph.constant(node.input(1)?).is_some() => {
             let weight = input().filter(|weight| weight.index.is_none())?;
             let at = graph.constant(node.input(1)?)?;
@@ -111,7 +111,7 @@ pub fn weight(graph: &Graph, value: ValueId) -> Option<Weight> {
             })
         }
         Op::Squeeze | Op::Unsqueeze | Op::Reshape { .. } => {
-            // Of what is gathered the movement would have to be known for each slice.
+            // A movement after the gather would have to be applied to each slice.
             let weight = input().filter(|weight| weight.index.is_none())?;
             let shape = graph.shape(value)?.iter().map(|d| usize::try_from(d.as_const()?).ok());
             let shape = shape.collect::<Option<Vec<_>>>()?;
@@ -193,7 +193,7 @@ pub fn product(flow: &Flow<'_>, id: NodeId) -> Option<Product> {
     })
 }
 
-/// The sum with a constant that follows a product, over what only changes its shape.
+/// The sum with a constant after a product, across operators that only change its shape.
 fn bias_behind(flow: &Flow<'_>, result: ValueId) -> Option<(ValueId, Weight)> {
     let graph = flow.graph;
     let mut at = result;

@@ -50,7 +50,7 @@ impl<'g> Flow<'g> {
         }
     }
 
-    /// Values through which everything goes that `value` is computed from, the nearest first; found as they are asked for.
+    /// The dominators of `value`: values through which all of its inputs pass, nearest first, found lazily.
     pub fn dominators(&self, value: ValueId) -> impl Iterator<Item = ValueId> + use<'_, 'g> {
         let graph = self.graph;
         let at = move |v: ValueId| graph.producer_of(v).map_or(0, |(node, _)| self.place[&node] + 1);
@@ -70,7 +70,7 @@ impl<'g> Flow<'g> {
         })
     }
 
-    /// The first `count` values that everything goes through that is computed from the outputs of a node, the nearest first.
+    /// The first `count` post-dominators of a node's outputs, nearest first.
     pub fn postdominators(&self, node: NodeId, count: usize) -> Vec<ValueId> {
         let graph = self.graph;
         let mut waiting: HashMap<ValueId, usize> = HashMap::new();
@@ -125,7 +125,7 @@ impl<'g> Flow<'g> {
         found
     }
 
-    /// The nodes that `value` is computed by, up to these values, in the graph's order.
+    /// The nodes that compute `value` from these values, in the graph's order.
     pub fn cone(&self, value: ValueId, ends: &[ValueId]) -> Vec<NodeId> {
         let graph = self.graph;
         let mut seen: HashSet<ValueId> = ends.iter().copied().collect();

@@ -1,4 +1,4 @@
-//! How a graph chooses experts: its results from trial logits are compared with those of every known kind of
+//! Recognizes how a graph chooses experts: its results for trial logits are compared with those of every known kind of
 //! routing. The weights of the experts are found where their results are combined (`body`).
 
 use super::region::Flow;
@@ -9,31 +9,31 @@ use crate::graph::{Graph, NodeId, ValueId};
 use crate::passes::roles::Roles;
 use crate::tensor::{DType, Tensor};
 
-/// A choice of experts as it was recognized.
+/// A recognized choice of experts.
 #[derive(Clone, Debug)]
 pub struct Found {
-    /// How it is made of the logits.
+    /// How it follows from the logits.
     pub routing: Routing,
     /// `[.., experts]`.
     pub logits: ValueId,
-    /// Added to the scores for the choice alone.
+    /// Added to the scores only for the choice.
     pub correction: Option<ValueId>,
-    /// How many there are.
+    /// Number of experts.
     pub experts: usize,
 }
 
-/// A node that chooses experts for every token, and how many of how many.
+/// A node that chooses experts for every token, with the numbers of chosen and of all experts.
 pub struct Choice {
     pub node: NodeId,
-    /// What the greatest elements are taken of.
+    /// The scores.
     pub scores: ValueId,
-    /// The indices, if something reads them.
+    /// The indices, if they have a reader.
     pub chosen: Option<ValueId>,
     pub top_k: usize,
     pub experts: usize,
 }
 
-/// What a node chooses along the last axis, if it does.
+/// The choice of a node along the last axis, if it is one.
 pub fn choice(graph: &Graph, id: NodeId) -> Option<Choice> {
     let node = graph.node(id);
     let scores = node.input(0)?;
@@ -60,7 +60,7 @@ pub fn choice(graph: &Graph, id: NodeId) -> Option<Choice> {
     })
 }
 
-/// Logits for `tokens` tokens, such that every expert is chosen by some token where `covering`.
+/// Logits for `tokens` tokens, such that, if `covering`, every expert is chosen by some token.
 pub fn logits(dtype: DType, shape: Vec<usize>, top_k: usize, covering: bool, seed: u64) -> Tensor {
     let mut random = Random::new(seed);
     let experts = shape.last().copied().unwrap_or(1).max(1);
@@ -104,7 +104,8 @@ fn is_linear(graph: &Graph, value: ValueId) -> bool {
     }
 }
 
-/// The ways to route that choose the experts which the graph chooses; the reason if there is none. They differ in the weights.
+/// All kinds of routing that choose the same experts as the graph, which differ in the weights; the reason if there is
+/// none.
 pub fn candidates(flow: &Flow<'_>, roles: &Roles, choice: &Choice) -> Result<Vec<Found>, String> {
     let graph = flow.graph;
     let Choice { top_k, experts, .. } = *choice;
@@ -114,7 +115,7 @@ pub fn candidates(flow: &Flow<'_>, roles: &Roles, choice: &Choice) -> Result<Vec
     let logits_id = logits_of(flow, choice).ok_or("its scores do not come from a linear layer")?;
     let dtype = graph.value(logits_id).dtype.unwrap_or(DType::F32);
     let cone = flow.cone(choice.scores, &[logits_id]);
-    // Numbers that may be added to scores, and choices of groups ahead of this one.
+    // Possible corrections of the scores, and preceding choices of groups.
     let mut corrections: Vec<Option<ValueId>> = vec![None];
     let mut groups: Vec<[usize; 3]> = Vec::new();
     for id in &cone {
@@ -178,7 +179,7 @@ pub fn candidates(flow: &Flow<'_>, roles: &Roles, choice: &Choice) -> Result<Vec
 }
 
 impl Found {
-    /// Weights and experts of these logits.
+    /// Weights and experts for these logits.
     pub fn route(&self, graph: &Graph, logits: &Tensor) -> Option<[Tensor; 2]> {
         let correction = match self.correction {
             Some(value) => {
@@ -194,7 +195,7 @@ impl Found {
     }
 }
 
-/// The number that `found` is `wanted` times.
+/// The factor of `found` relative to `wanted`.
 pub fn factor(f: &[f64], w: &[f64], tolerance: f64) -> Option<f64> {
     if f.len() != w.len() || f.is_empty() {
         return None;
@@ -215,8 +216,8 @@ pub fn factor(f: &[f64], w: &[f64], tolerance: f64) -> Option<f64> {
     (factor.is_finite() && factor != 0.0 && agree(&relative, &scaled, tolerance)).then_some(factor)
 }
 
-/// Groups of experts that choices ahead of the last one choose from: their number, how many are chosen, how many experts
-/// say how good one is.
+/// Groups of experts in choices before the last one: their number, how many are chosen, and how many experts rank a
+/// group.
 fn groups_of(graph: &Graph, cone: &[NodeId], experts: usize) -> Vec<[usize; 3]> {
     let mut found = Vec::new();
     let choices: Vec<Choice> = cone.iter().filter_map(|id| choice(graph, *id)).collect();

@@ -1,11 +1,12 @@
-//! Which expert each of several feed-forward networks is, and the sum that a mixture of experts has to be.
+//! Identifies the expert of each feed-forward network, and checks the sum of a mixture of experts.
 
 use super::body::{Instance, Rows};
 use super::trial::Trial;
 use crate::graph::ValueId;
 use crate::tensor::Tensor;
 
-/// The expert of each instance that has one alone: the one that has been chosen by just its rows, else in the graph's order.
+/// The expert of each instance with a single expert: the one chosen by exactly its rows, otherwise in the graph's
+/// order.
 pub(super) fn order(rows_of: &[Rows], chosen: &[i64], top_k: usize, experts: usize) -> Vec<usize> {
     let choosers = |expert: usize| -> Vec<usize> {
         let rows = chosen.chunks_exact(top_k).enumerate();
@@ -29,7 +30,8 @@ pub(super) fn order(rows_of: &[Rows], chosen: &[i64], top_k: usize, experts: usi
     rows_of.iter().enumerate().map(find).collect()
 }
 
-/// How much of each instance's result is in each token's, with the others' results 0. Empty if that cannot be computed.
+/// The share of each instance's result in each token's result, with the other results set to 0. Empty if that cannot be
+/// computed.
 pub(super) fn shares(bound: &Trial<'_>, instances: &[Instance], y: ValueId, sums: &Sums<'_>) -> Vec<Vec<f64>> {
     let run = |kept: Option<usize>| -> Option<Vec<f64>> {
         let mut trial = bound.clone();
@@ -60,7 +62,7 @@ pub(super) fn shares(bound: &Trial<'_>, instances: &[Instance], y: ValueId, sums
     all.unwrap_or_default()
 }
 
-/// The expert of each instance whose weights are its shares but for a factor; `None` if two have one, or one none.
+/// The expert of each instance, whose weights equal the shares up to a factor; `None` if the assignment is not unique.
 pub(super) fn by_shares(
     shares: &[Vec<f64>],
     [weights, chosen]: &[Tensor; 2],
@@ -89,7 +91,7 @@ pub(super) fn by_shares(
         .filter(|order| order.len() == experts)
 }
 
-/// Results of experts, and whose they are.
+/// Results of experts, with their owners.
 pub(super) struct Sums<'a> {
     pub rows_of: &'a [Rows],
     pub stands: &'a [Vec<f64>],

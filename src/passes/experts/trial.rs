@@ -1,4 +1,4 @@
-//! Values of a mixture of experts at concrete sizes, with substitutes for some of them.
+//! Values of a mixture of experts at concrete sizes, with substitutes for some values.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -18,7 +18,7 @@ pub struct Trial<'g> {
 }
 
 impl<'g> Trial<'g> {
-    /// Of this many tokens, of one sequence unless the export fixes more.
+    /// For this many tokens of one sequence, unless the export fixes more sequences.
     pub fn new(graph: &'g Graph, roles: &Roles, tokens: usize) -> Self {
         let batch = roles.batch.unwrap_or(1);
         let symbols = BTreeMap::from([
@@ -39,13 +39,13 @@ impl<'g> Trial<'g> {
         self.known.insert(value, tensor);
     }
 
-    /// The dims of a value, as far as inference and the sizes say.
+    /// The dims of a value, as far as they follow from inference and the sizes.
     pub fn dims(&self, value: ValueId) -> Option<Vec<usize>> {
         let size = |dim: &Dim| usize::try_from(dim.eval(&self.symbols)?).ok();
         self.graph.shape(value)?.iter().map(size).collect()
     }
 
-    /// The tensor of a value; `None` if it depends on what nothing stands in for.
+    /// The tensor of a value; `None` if it depends on a value without a substitute.
     pub fn value(&mut self, value: ValueId) -> Option<Tensor> {
         if let Some(tensor) = self.known.get(&value) {
             return Some(tensor.clone());
@@ -99,7 +99,7 @@ fn shape_of(dims: &[usize], start: i64, end: Option<i64>) -> Tensor {
     Tensor::from_i64(vec![part.len()], &part)
 }
 
-/// Numbers that look like any: the same for the same seed.
+/// Pseudorandom numbers, the same for the same seed.
 pub struct Random(u64);
 
 impl Random {
@@ -115,7 +115,7 @@ impl Random {
         (self.0 >> 11) as f64 / (1u64 << 52) as f64 - 1.0
     }
 
-    /// Of a float type, from `-scale` to `scale`.
+    /// A tensor of a float type, from `-scale` to `scale`.
     pub fn tensor(&mut self, dtype: DType, shape: Vec<usize>, scale: f64) -> Tensor {
         let count = shape.iter().product::<usize>();
         let values: Vec<f64> = (0..count).map(|_| self.next() * scale).collect();
@@ -123,7 +123,7 @@ impl Random {
     }
 }
 
-/// How far results of operators of this type may lie apart, of numbers around 1.
+/// Tolerance for results of operators of this type, for numbers around 1.
 pub fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F16 => 1e-2,
@@ -132,7 +132,7 @@ pub fn tolerance(dtype: DType) -> f64 {
     }
 }
 
-/// Whether numbers are the same but for rounding.
+/// Whether numbers are equal up to rounding.
 pub fn agree(found: &[f64], wanted: &[f64], tolerance: f64) -> bool {
     found.len() == wanted.len()
         && found

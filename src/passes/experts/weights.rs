@@ -5,7 +5,7 @@ use super::gating::Layout;
 use super::products::Weight;
 use crate::graph::Constant;
 
-/// The matrices gate, up and down of all experts, one below the other, and their biases.
+/// The concatenated matrices gate, up and down of all experts, and their biases.
 #[allow(clippy::type_complexity, reason = "matrices and biases, each of three")]
 pub(super) fn collect(
     instances: &[Instance],

@@ -1,9 +1,9 @@
-//! Roles of inputs whose names are not known: `arg1`, `input.3`.
+//! Roles of inputs with unknown names: `arg1`, `input.3`.
 //!
-//! An input is followed forward, through casts and other operators that only carry integers along, to its readers: rows of a
-//! table of floats are looked up by token ids or by positions, angles are computed from positions, comparisons and sums
-//! read masks, and operators of attention read lengths. An input that fits no role, or two, gets none, and the export is
-//! refused with the input's name. If a role is wrong, a later proof fails.
+//! An input is followed forward, through casts and other operators that only pass integers on, to its readers: rows of
+//! a table of floats are looked up by token ids or by positions, angles are computed from positions, comparisons and
+//! sums read masks, and operators of attention read lengths. An input that matches no role, or two, gets none, and the
+//! export is refused with the input's name. If a role is wrong, a later proof fails.
 
 use std::collections::{HashMap, HashSet};
 
@@ -15,7 +15,7 @@ use crate::tensor::DType;
 /// Readers of each value.
 pub(super) type Uses = HashMap<ValueId, Vec<(NodeId, usize)>>;
 
-/// What reads an input.
+/// The readers of an input, by kind.
 #[derive(Default)]
 struct Readers {
     /// Rows of tables of floats that are looked up.
@@ -24,7 +24,7 @@ struct Readers {
     angles: bool,
     /// Comparisons, selections, sums.
     mask: bool,
-    /// Places where a cache is written, one for each token.
+    /// Positions where a cache is written, one per token.
     writes: bool,
     /// The first of them.
     first: bool,
@@ -96,8 +96,8 @@ pub(super) fn float_mask(graph: &Graph, id: ValueId, uses: &Uses) -> Option<Inpu
     added.then_some(InputRole::FullMask)
 }
 
-/// Whether a table with this many rows is that of the tokens: it has as many as the logits, or it is the only one, or the
-/// largest.
+/// Whether a table with this many rows is the token embedding: it has as many rows as the logits, or it is the only or
+/// the largest table.
 fn is_vocabulary(graph: &Graph, tables: &[usize], uses: &Uses) -> bool {
     let rows = tables.iter().copied().max().unwrap_or(0);
     let all = graph.inputs.iter().map(|id| readers(graph, *id, uses).tables);
@@ -201,18 +201,18 @@ fn readers(graph: &Graph, id: ValueId, uses: &Uses) -> Readers {
     found
 }
 
-/// Whether cosines or sines are taken of a value, after operators that change angles at most.
+/// Whether cosines or sines are computed from a value, with at most operators on angles in between.
 fn reaches_angle(graph: &Graph, from: ValueId, uses: &Uses) -> bool {
     reaches(graph, from, uses, |node| {
         matches!(node.op, Op::Unary(Unary::Cos | Unary::Sin))
     })
 }
 
-/// Whether rows of a table are cosines or sines: they multiply, and are normalized or added to nothing before.
+/// Whether rows of a table are cosines or sines: they are multiplied before they are normalized or added.
 fn is_rotary(graph: &Graph, from: ValueId, uses: &Uses) -> bool {
     let constant = |node: &Node| node.inputs.iter().flatten().any(|v| graph.constant(*v).is_some());
     reaches(graph, from, uses, |node| match node.op {
-        // A factor of the whole table is no rotation.
+        // A factor of the whole table is not a rotation.
         Op::Binary(Binary::Mul) => !constant(node),
         Op::RotaryEmbedding { .. } => true,
         _ => false,
@@ -230,7 +230,7 @@ fn is_rotary(graph: &Graph, from: ValueId, uses: &Uses) -> bool {
     })
 }
 
-/// Whether what reads a value first, after operators that move elements, is one of `wanted`.
+/// Whether the first reader of a value, after operators that move elements, is one of `wanted`.
 fn reaches(graph: &Graph, from: ValueId, uses: &Uses, wanted: impl Fn(&Node) -> bool) -> bool {
     let mut seen: HashSet<ValueId> = HashSet::from([from]);
     let mut stack = vec![from];

@@ -1,4 +1,4 @@
-//! Steps of a mixture of experts: a plan of which token goes where, then products of the active experts alone.
+//! Steps of a mixture of experts: a plan that assigns tokens to experts, then products of only the active experts.
 
 use super::super::error::CpuError;
 use super::super::kernels::{experts as kernels, gemv};
@@ -41,7 +41,7 @@ impl Compiler<'_> {
         Ok(())
     }
 
-    /// All of a mixture of experts.
+    /// A whole mixture of experts.
     pub(super) fn experts(&mut self, index: usize, experts: usize, gating: Gating) -> Result<(), CpuError> {
         let layer = &self.network.layers[index];
         let (name, output) = (layer.name.as_str(), layer.outputs[0]);
@@ -217,7 +217,7 @@ impl Compiler<'_> {
         Ok(out)
     }
 
-    /// Biases as f32, those of weights converted once.
+    /// Biases as f32; those from weights are converted once.
     fn bias(&mut self, id: TensorId, name: &str) -> Result<View, CpuError> {
         let producer = self.producer[id.0 as usize].map(|layer| &self.network.layers[layer].kind);
         if let Some(LayerKind::Weight(weight)) = producer {

@@ -1,8 +1,8 @@
 //! Which layers run together as one row program, and the operation that each becomes.
 //!
 //! A group is grown backwards from the layer whose result is needed: a producer joins if it was not computed yet and
-//! iterates over the same rows. Results that others also need are stored. RMSNorm in its parts, SiLU times
-//! the up projection, a residual sum with the norm that follows, a mask made of comparisons: each becomes one step.
+//! iterates over the same rows. Results with other readers are stored. The layers of an RMSNorm, SiLU times the up
+//! projection, a residual sum with the norm that follows, a mask from comparisons: each becomes one step.
 
 use std::collections::BTreeSet;
 
@@ -19,7 +19,7 @@ const SIMPLE: f64 = 0.04;
 const HEAVY: f64 = 0.5;
 const PER_OP: f64 = 8.0;
 
-/// Layers in a group, so that operands and registers stay few.
+/// Maximum number of layers in a group, to limit operands and registers.
 const MAX_LAYERS: usize = 16;
 
 impl Compiler<'_> {
@@ -105,7 +105,7 @@ impl Compiler<'_> {
                 return Ok(());
             }
         }
-        // Computing what the group reads may compute some of the group: grow it again until nothing is missing.
+        // Computing the group's inputs may compute some of the group: grow it again until nothing is missing.
         let group = loop {
             let group = self.collect(root);
             let missing = group
@@ -158,7 +158,7 @@ impl Compiler<'_> {
         Ok(())
     }
 
-    /// Adds one layer's operation to a row program; stores its result in `to` if that is given.
+    /// Adds one layer's operation to a row program; stores its result in `to` if given.
     fn translate(&self, builder: &mut RowProgramBuilder, index: usize, arguments: &[Virtual], to: Option<View>) {
         let network = self.network;
         let layer = &network.layers[index];
@@ -253,7 +253,7 @@ impl Compiler<'_> {
         builder.finish_result(result, class, to.as_ref());
     }
 
-    /// A reduction, softmax or normalization over other axes than the last: the same program over permuted views.
+    /// A reduction, softmax or normalization over axes other than the last: the same program over permuted views.
     pub(super) fn across_axes(&mut self, index: usize) -> Result<(), CpuError> {
         let network = self.network;
         let layer = &network.layers[index];

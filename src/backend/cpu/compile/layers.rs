@@ -1,4 +1,4 @@
-//! Steps of the layers that are not elementwise, and the views of those that only rearrange.
+//! Steps of layers that are not elementwise, and views of layers that only rearrange elements.
 
 use super::super::error::CpuError;
 use super::super::kernels::attention;
@@ -13,7 +13,7 @@ use crate::tensor::DType;
 pub(super) const MOVE: f64 = 0.3;
 
 impl Compiler<'_> {
-    /// Emits one layer now: its inputs are demanded, its output gets a view.
+    /// Emits one layer now: computes its inputs, and gives its output a view.
     pub(super) fn emit(&mut self, index: usize) -> Result<(), CpuError> {
         let network = self.network;
         let layer = &network.layers[index];
@@ -23,7 +23,7 @@ impl Compiler<'_> {
                 let constant = &network.weight(*id).constant;
                 let declared = (network.tensor(output).dtype, &self.shapes[output.0 as usize][..]);
                 if (constant.dtype(), constant.shape()) != declared {
-                    // Every pointer into it is computed from what was declared.
+                    // Every pointer into it is computed from the declared shape.
                     return Err(CpuError::Layer {
                         layer: name.to_string(),
                         kind: layer.kind.name(),
@@ -270,7 +270,7 @@ impl Compiler<'_> {
         to
     }
 
-    /// The table of live blocks of a mask, `[mask's own dims, blocks]`.
+    /// The table of live blocks of a mask, `[mask's dims, blocks]`.
     fn scan(&mut self, mask: &View, slots: usize, name: &str) -> View {
         let blocks = slots.div_ceil(attention::BLOCK);
         let shape = vec![mask.shape[0], mask.shape[1], mask.shape[2], blocks];
@@ -300,8 +300,8 @@ impl Compiler<'_> {
         live
     }
 
-    /// Copies what so far is a view of the cache and is still to be read: it must be the cache as it was, and the update
-    /// writes over that. Also what this update writes: rows are copied into the cache as memory that does not overlap.
+    /// Copies views of the cache that are still to be read: they must see the old cache, which the update overwrites.
+    /// Also copies the new rows if they are such a view, since source and destination must not overlap.
     fn copy_views_of(&mut self, cache: TensorId, update: usize) {
         let Some(buffer) = self.views[cache.0 as usize].as_ref().map(|view| view.buffer) else {
             return;
@@ -315,7 +315,7 @@ impl Compiler<'_> {
                 let output = self.network.layers[*reader].outputs[0];
                 *reader >= update || self.views[output.0 as usize].is_none()
             };
-            // The cache itself is read by this update, which writes to it where it is, and by no later layer.
+            // The cache itself is read only by this update, which writes it in place, and by no later layer.
             let read = id != cache && self.consumers[at].iter().any(waits);
             if read || self.output_of.contains_key(&id) {
                 let (view, network) = (view.clone(), self.network);
@@ -329,7 +329,7 @@ impl Compiler<'_> {
         let network = self.network;
         let layer = &network.layers[index];
         let name = layer.name.as_str();
-        // Layers that wait and read the cache as it was must run before it changes; none may read it so afterwards.
+        // Pending layers that read the old cache must run before it changes; none may read it afterwards.
         for reader in self.consumers[layer.inputs[0].0 as usize].clone() {
             if reader < index {
                 self.demand(network.layers[reader].outputs[0])?;

@@ -1,10 +1,10 @@
 //! From a static network to a [`Program`].
 //!
 //! Layers are visited in order. Transposes, slices, broadcasts and most reshapes become views of the buffers they read;
-//! elementwise layers, casts and reductions over the last axis wait until their result is needed and are then
-//! emitted together as one row program (`fusion`); everything else becomes steps immediately. At the end steps are put into
-//! phases and activations into one arena (`schedule`). The kernels trust shapes with raw pointers, so every network is
-//! verified first.
+//! elementwise layers, casts and reductions over the last axis wait until their result is needed and are then emitted
+//! together as one row program (`fusion`); everything else becomes steps immediately. At the end, steps are grouped
+//! into phases and activations are placed in one arena (`schedule`). The kernels use raw pointers and trust shapes, so
+//! every network is verified first.
 
 mod experts;
 mod fusion;
@@ -30,22 +30,23 @@ use crate::graph::Constant;
 use crate::network::{LayerKind, Network, TensorId, verify};
 use crate::tensor::{DType, Tensor};
 
-/// Layers of a network from which on the code that compiles it is given back afterwards: of a smaller one everything is small.
+/// From this number of layers on, the code that compiles a network is released afterwards; for smaller networks it is
+/// not worth it.
 const WORTH_RELEASING: usize = 256;
 
-/// What a program runs on: its threads and its instruction set. Only instruction sets that this machine has get in,
-/// so every program compiled with these options can run here.
+/// What a program runs on: its threads and its instruction set. Only instruction sets of this machine are accepted, so
+/// every program compiled with these options can run here.
 #[derive(Clone, Debug)]
 pub struct CompileOptions {
     pool: Arc<Pool>,
     isa: Isa,
-    /// Quantized weights as kernels read them: programs compiled with clones of these options share them.
+    /// Quantized weights in the kernels' form, shared by programs compiled with clones of these options.
     weights: Arc<QuantizedWeights>,
     in_batches: bool,
 }
 
 impl Default for CompileOptions {
-    /// A thread for every core, and the best instruction set of this machine.
+    /// One thread per core, and the best instruction set of this machine.
     fn default() -> Self {
         CompileOptions::on(Pool::global())
     }
@@ -62,7 +63,7 @@ impl CompileOptions {
         }
     }
 
-    /// `threads` threads of their own, the calling one included, and the best instruction set of this machine.
+    /// A new pool of `threads` threads, including the calling one, and the best instruction set of this machine.
     pub fn with_threads(threads: usize) -> Self {
         CompileOptions::on(Arc::new(Pool::new(threads)))
     }
@@ -158,19 +159,19 @@ pub(super) struct Compiler<'n> {
     consumers: Vec<Vec<usize>>,
     /// Whether a layer contributes to an output or a cache.
     live: Vec<bool>,
-    /// Where a tensor is, once it is computed.
+    /// The location of a computed tensor.
     views: Vec<Option<View>>,
-    /// Quantized weights, and what moves their codes: no memory until something other than a product or a gather reads
+    /// Quantized weights, and movements of their codes: no memory until a layer other than a product or a gather reads
     /// them.
     quantized: HashMap<TensorId, Constant>,
-    /// Place in [`Program::outputs`] of a tensor that is a network output.
+    /// Index in [`Program::outputs`] of a network output.
     output_of: HashMap<TensorId, usize>,
     steps: Vec<Step>,
     buffers: Vec<Buffer>,
     inputs: Vec<Port>,
     outputs: Vec<Port>,
     caches: Vec<Port>,
-    /// Dense copies, packed left matrices and mask tables already made.
+    /// Dense copies, packed left matrices and mask tables so far.
     dense: Vec<(View, View)>,
     packed: Vec<(View, BufferId)>,
     scanned: Vec<(View, usize, BufferId)>,
@@ -178,7 +179,7 @@ pub(super) struct Compiler<'n> {
 
 impl<'n> Compiler<'n> {
     fn new(network: &'n Network, options: &'n CompileOptions) -> Result<Self, CpuError> {
-        // Codes of a weight are read by the layer that says what they stand for, and by no kernel.
+        // Only the Dequantize layer reads the codes of a weight, and no kernel.
         let codes: HashSet<TensorId> = network
             .layers
             .iter()
@@ -315,7 +316,7 @@ impl<'n> Compiler<'n> {
 
     fn new_buffer(&mut self, memory: Memory, storage: DType, shape: Vec<usize>) -> View {
         let id = BufferId(self.buffers.len() as u32);
-        // Kernels trust this number; what overflows is more than there is memory, and refused when the arena is planned.
+        // Kernels trust this number; an overflow exceeds all memory and is refused when the arena is planned.
         let bytes = storage.byte_len(shape.iter().fold(1, |n: usize, dim| n.saturating_mul(*dim)));
         let view = View::dense(id, storage, shape);
         self.buffers.push(Buffer { memory, bytes });
@@ -326,8 +327,8 @@ impl<'n> Compiler<'n> {
         self.new_buffer(Memory::Arena { offset: 0 }, storage, shape)
     }
 
-    /// A weight or constant, where it lies. Bools are 0 or 1 everywhere in a program, so that kernels may copy them to
-    /// the caller's `bool`s as they are; a file may say "true" by any other byte.
+    /// A weight or constant, in place. Bools are 0 or 1 everywhere in a program, so that kernels can copy them to the
+    /// caller's `bool`s; a file may contain other bytes for true.
     fn constant(&mut self, tensor: Tensor) -> View {
         let other = |byte: &u8| *byte > 1;
         let tensor = match tensor.dtype() {
@@ -341,7 +342,7 @@ impl<'n> Compiler<'n> {
         self.new_buffer(Memory::Tensor(tensor), dtype, shape)
     }
 
-    /// Dense memory for a tensor about to be computed, which becomes its view: the caller's, if it is an output.
+    /// Dense memory for a tensor about to be computed, and its view; the caller's memory if it is an output.
     fn allocate(&mut self, id: TensorId) -> View {
         let storage = super::bindings::bound_dtype(self.network.tensor(id).dtype);
         let shape = self.shapes[id.0 as usize].clone();
@@ -354,12 +355,12 @@ impl<'n> Compiler<'n> {
         view
     }
 
-    /// As [`Compiler::allocate`], but laid out so that the transpose of the only reader gives a dense tensor.
+    /// Like [`Compiler::allocate`], but laid out so that the transpose of the only reader is dense.
     fn allocate_for_reader(&mut self, id: TensorId) -> View {
         let readers = &self.consumers[id.0 as usize];
         if let ([reader], false) = (readers.as_slice(), self.output_of.contains_key(&id))
             && let LayerKind::Shuffle { first: Some(perm), .. } = &self.network.layers[*reader].kind
-            // The last axis stays contiguous for the kernel.
+            // The kernel needs a contiguous last axis.
             && perm.last() == Some(&(perm.len() - 1))
         {
             let permuted: Vec<usize> = perm.iter().map(|p| self.shapes[id.0 as usize][*p]).collect();
@@ -372,7 +373,7 @@ impl<'n> Compiler<'n> {
         self.allocate(id)
     }
 
-    /// The view of a tensor, computed now if it was waiting.
+    /// The view of a tensor, computed now if it was pending.
     fn demand(&mut self, id: TensorId) -> Result<View, CpuError> {
         if let Some(view) = &self.views[id.0 as usize] {
             return Ok(view.clone());
@@ -391,7 +392,7 @@ impl<'n> Compiler<'n> {
             .expect("emitting a layer sets its output"))
     }
 
-    /// The elements of a view in row-major order, copied unless they are; floats become f32 if `widen`.
+    /// The elements of a view in row-major order, copied if necessary; floats become f32 if `widen`.
     fn densify(&mut self, view: &View, widen: bool, layer: &str) -> View {
         let storage = if widen {
             super::bindings::bound_dtype(view.storage)
@@ -439,7 +440,7 @@ impl<'n> Compiler<'n> {
         });
     }
 
-    /// Computes network outputs that are still waiting, and copies those that are views of something else.
+    /// Computes pending network outputs, and copies those that are views of other buffers.
     fn finish_outputs(&mut self) -> Result<(), CpuError> {
         for id in self.network.outputs.clone() {
             let view = self.demand(id)?;
@@ -476,7 +477,7 @@ fn inverse(perm: &[usize]) -> Vec<usize> {
     inverse
 }
 
-/// Items of `unit` nanoseconds each, gathered so that taking one is worth it.
+/// Items of `unit` nanoseconds each, grouped so that scheduling one is worthwhile.
 fn per_item(total: usize, nanoseconds: f64) -> usize {
     const WORTH: f64 = 4_000.0;
     ((WORTH / nanoseconds.max(0.1)) as usize).clamp(1, total.max(1))

@@ -28,7 +28,7 @@ impl Compiler<'_> {
         let out = self.allocate(output);
         let depth = a.shape[rank - 1];
         let columns = b.shape[rank - 1];
-        // One right matrix for the whole batch, as a weight is: the batch's rows are rows of one left matrix.
+        // One right matrix for the whole batch, like a weight: the batch's rows are rows of one left matrix.
         let one_right = b.shape[..rank - 2].iter().all(|d| *d == 1);
         if one_right {
             let rows: usize = a.shape[..rank - 1].iter().product();
@@ -98,7 +98,7 @@ impl Compiler<'_> {
         self.push(name, work, count * panels, time, reads, writes);
     }
 
-    /// The matrices of a left side as one of `rows` rows.
+    /// The matrices of a left side as one matrix of `rows` rows.
     pub(super) fn flat_rows(&mut self, a: &View, rows: usize, depth: usize, name: &str) -> View {
         a.reshaped(&[rows, depth]).unwrap_or_else(|| {
             let dense = self.densify(a, rows <= gemv::MAX_ROWS, name);
@@ -106,7 +106,7 @@ impl Compiler<'_> {
         })
     }
 
-    /// The packed matrices of a left side: packed once for each of its own matrices; a batch may repeat them.
+    /// The packed matrices of a left side: each distinct matrix is packed once; a batch may repeat them.
     pub(super) fn packed_left(&mut self, a: &View, name: &str) -> BufferId {
         if let Some((_, packed)) = self.packed.iter().find(|(view, _)| view == a) {
             return *packed;
@@ -129,7 +129,7 @@ impl Compiler<'_> {
     }
 }
 
-/// A matrix as its product takes it.
+/// A matrix in the form of its product.
 pub(super) fn oriented(view: View, op: MatrixOp) -> View {
     match op {
         MatrixOp::None => view,

@@ -1,5 +1,5 @@
-//! Quantized weights: movements move codes, products and gathers read codes. Other layers get the
-//! values as floats ([`Compiler::demand`](super::Compiler::demand)), which is meant for small weights only.
+//! Quantized weights: movements move codes, products and gathers read codes. Other layers get the values as floats
+//! ([`Compiler::demand`](super::Compiler::demand)), which is acceptable only for small weights.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::tensor::DType;
 use crate::tensor::quantized::Granularity;
 
 impl Compiler<'_> {
-    /// Whether a constant is kept as codes: true once it is noted as what `id` holds.
+    /// Keeps a constant as codes if possible: returns true if it was recorded for `id`.
     pub(super) fn stays_quantized(&mut self, id: TensorId, constant: &Constant) -> bool {
         let stays = QuantizedMatrix::takes(constant);
         if stays {
@@ -26,7 +26,7 @@ impl Compiler<'_> {
         stays
     }
 
-    /// Codes and scales that are weights or constants, as one quantized weight.
+    /// Codes and scales from weights or constants, as one quantized weight.
     pub(super) fn dequantize(&mut self, index: usize, granularity: Granularity) -> Result<(), CpuError> {
         let layer = &self.network.layers[index];
         let refused = |reason: String| CpuError::Layer {
@@ -54,7 +54,7 @@ impl Compiler<'_> {
         Ok(())
     }
 
-    /// The quantized weight that a tensor is.
+    /// The quantized weight of a tensor.
     pub(super) fn quantized_of(&mut self, id: TensorId) -> Result<Option<Constant>, CpuError> {
         let known = self.quantized.contains_key(&id) || self.views[id.0 as usize].is_some();
         if !known && let Some(layer) = self.producer[id.0 as usize] {
@@ -69,7 +69,7 @@ impl Compiler<'_> {
         Ok(self.quantized.get(&id).cloned())
     }
 
-    /// A shuffle or slice of a quantized weight, as one of its codes: false if it is not one, or takes blocks apart.
+    /// A shuffle or slice of a quantized weight, applied to its codes; false if it is not one, or splits blocks.
     pub(super) fn moves_codes(&mut self, index: usize) -> Result<bool, CpuError> {
         let layer = &self.network.layers[index];
         let Some(from) = self.quantized_of(layer.inputs[0])? else {
@@ -120,7 +120,7 @@ impl Compiler<'_> {
             return Ok(false);
         };
         let rank = b.shape().len();
-        // As kernels read it: `[out, in]`.
+        // In the kernels' order: `[out, in]`.
         let b = match op_b {
             MatrixOp::Transpose => b,
             MatrixOp::None => {
@@ -161,7 +161,7 @@ impl Compiler<'_> {
             self.quantized_product(name, &a, &matrices[0], out.buffer, 0);
             return Ok(true);
         }
-        // A matrix for each of a batch, which either side may repeat.
+        // One matrix per batch entry; either side may repeat.
         let batch = out.shape[..rank - 2].to_vec();
         let numbers = View::dense(out.buffer, DType::F32, leading);
         let starts = View {
@@ -219,7 +219,7 @@ impl Compiler<'_> {
         self.push(name, work, items, one * columns as f64, vec![a.buffer], vec![out]);
     }
 
-    /// Rows of a quantized weight by index: false if the layer reads something else.
+    /// Rows of a quantized weight by index; false if the layer reads something else.
     pub(super) fn quantized_gather(&mut self, index: usize, axis: usize) -> Result<bool, CpuError> {
         let layer = &self.network.layers[index];
         if axis != 0 {

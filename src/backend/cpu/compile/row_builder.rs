@@ -1,4 +1,5 @@
-//! A row program under construction: virtual registers over broadcast views, then merged axes and assigned scratch.
+//! A row program under construction: virtual registers over broadcast views, then with merged axes and assigned
+//! scratch.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -10,7 +11,7 @@ use crate::network::{Elementwise, TensorId, UnaryOp};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Virtual(usize);
 
-/// Stands in an operation until [`RowProgramBuilder::build`] knows its registers.
+/// A placeholder in an operation until [`RowProgramBuilder::build`] assigns registers.
 pub(super) const NOWHERE: Register = Register {
     place: Place::Scratch(u16::MAX),
     scalar: false,
@@ -21,16 +22,16 @@ pub(super) struct RowProgramBuilder {
     space: Vec<usize>,
     /// Whether some operation needs whole rows, or some register is one value per row.
     whole: bool,
-    /// What an operand is, its strides for each axis of `space`, and whether the program writes it.
+    /// An operand, its strides for each axis of `space`, and whether the program writes it.
     operands: Vec<(View, bool)>,
-    /// Where a register lives if not in scratch, and whether it is scalar.
+    /// The location of a register if not in scratch, and whether it is scalar.
     virtuals: Vec<(Option<u16>, bool)>,
     pub(super) ops: Vec<(Op, Vec<Virtual>, Option<Virtual>)>,
     pub(super) registers: HashMap<TensorId, Virtual>,
 }
 
 impl RowProgramBuilder {
-    /// Axes of size 1 are dropped where rows may be rearranged, so that the last axis is one that matters.
+    /// Axes of size 1 are dropped if rows can be rearranged, so that the last axis is significant.
     pub(super) fn new(space: Vec<usize>, whole: bool) -> RowProgramBuilder {
         RowProgramBuilder {
             space,
@@ -42,7 +43,7 @@ impl RowProgramBuilder {
         }
     }
 
-    /// The stride along the row: of the last axis that matters.
+    /// The stride along the row: that of the last significant axis.
     fn row_stride(&self, view: &View) -> isize {
         let strides = self.strides(view);
         match self.row_axis() {
@@ -84,11 +85,11 @@ impl RowProgramBuilder {
         self.virtuals[register.0].1
     }
 
-    /// A register holding what a view holds: its own memory if the kernel can read that as it is.
+    /// A register for a view: the view's memory if the kernel can read it in place.
     pub(super) fn read(&mut self, view: &View, class: Class) -> Virtual {
         let stride = self.row_stride(view);
         let operand = self.operand(view, false);
-        // An element repeated along a whole row, as an expanding slice does, is a row to what reduces over it.
+        // An element repeated along a whole row, as by an expanding slice, counts as a row for reductions.
         let repeated = match self.row_axis() {
             Some(axis) => self.whole && stride == 0 && view.shape[axis] != 1,
             None => false,
@@ -110,12 +111,12 @@ impl RowProgramBuilder {
 
     fn writes_in_place(&self, view: &View, class: Class, scalar: bool) -> bool {
         let stride = self.row_stride(view);
-        // One value per row goes where the operand has one value per row; a row of length 1 is both.
+        // One value per row is stored where the operand has one value per row; a row of length 1 is both.
         let length_one = self.row_axis().is_none_or(|axis| self.space[axis] == 1);
         view.storage == class.native() && (stride == isize::from(!scalar) || (length_one && stride.abs() <= 1))
     }
 
-    /// The register for a result, in its own memory if it is stored and the kernel can write that as it is.
+    /// The register for a result, in the operand's memory if it is stored and the kernel can write it in place.
     pub(super) fn result(&mut self, class: Class, scalar: bool, to: Option<&View>) -> Virtual {
         match to {
             Some(view) if self.writes_in_place(view, class, scalar) => {
@@ -150,7 +151,7 @@ impl RowProgramBuilder {
         (of(false), of(true))
     }
 
-    /// Axes merged, scratch assigned. Also the number of operations with an exponential or the like.
+    /// Merges axes and assigns scratch. Also returns the number of operations with an exponential or similar cost.
     pub(super) fn build(self) -> (RowProgram, usize) {
         debug_assert!(self.operands.len() <= MAX_OPERANDS);
         let strides: Vec<Vec<isize>> = self.operands.iter().map(|(view, _)| self.strides(view)).collect();

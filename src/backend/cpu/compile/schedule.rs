@@ -1,10 +1,10 @@
-//! Which steps run in parallel, and where activations lie in the arena.
+//! Which steps run in parallel, and the placement of activations in the arena.
 
 use std::collections::BTreeSet;
 
 use super::super::program::{Buffer, Memory, Phase, Step};
 
-/// A phase that takes less than this is left to one thread: a barrier and a cold cache cost as much.
+/// A shorter phase runs on one thread: a barrier and a cold cache cost as much.
 const WORTH_SHARING: f64 = 6_000.0;
 
 pub(super) struct Schedule {
@@ -12,14 +12,14 @@ pub(super) struct Schedule {
     pub arena_bytes: usize,
 }
 
-/// Steps in topological order become phases of independent steps; arena buffers get offsets. `None` if the arena would be
-/// larger than memory can be.
+/// Steps in topological order become phases of independent steps; arena buffers get offsets. `None` if the arena would
+/// be larger than any memory.
 ///
-/// Kernels rely on two things: steps of one shared phase write different elements (of one buffer only where several fill it,
-/// as a concatenation does) and read no buffer that another of them writes; and buffers whose uses overlap in time have no
-/// bytes of the arena in common.
+/// Kernels rely on two things: steps of one shared phase write different elements (of the same buffer only if several
+/// fill it, as in a concatenation) and read no buffer that another of them writes; and buffers whose uses overlap in
+/// time have no bytes of the arena in common.
 ///
-/// In a batch, what is shared does not depend on shapes: programs of one model have the same phases for every capacity.
+/// In a batch, sharing does not depend on shapes: programs of one model have the same phases for every capacity.
 pub(super) fn schedule(steps: &[Step], buffers: &mut [Buffer], threads: usize, in_batches: bool) -> Option<Schedule> {
     let phases = phases(steps, buffers, threads, in_batches);
     let arena_bytes = place(steps, buffers, &phases)?;
@@ -27,7 +27,7 @@ pub(super) fn schedule(steps: &[Step], buffers: &mut [Buffer], threads: usize, i
 }
 
 fn phases(steps: &[Step], buffers: &[Buffer], threads: usize, in_batches: bool) -> Vec<Phase> {
-    // Each step as early as what it reads allows. A cache is also read by steps that must not see a later write.
+    // Each step as early as its inputs allow. A cache is also read by steps that must not see a later write.
     let mut written = vec![None::<usize>; buffers.len()];
     let mut read = vec![None::<usize>; buffers.len()];
     let mut levels: Vec<Vec<usize>> = Vec::new();
@@ -72,10 +72,10 @@ fn phases(steps: &[Step], buffers: &[Buffer], threads: usize, in_batches: bool) 
     phases
 }
 
-/// First fit by offset, longest-lived... in order of first write: simple, and within a few per cent of the peak for
-/// networks that are mostly a chain.
+/// First fit by offset, in order of first write: simple, and within a few percent of the peak for networks that are
+/// mostly a chain.
 fn place(steps: &[Step], buffers: &mut [Buffer], phases: &[Phase]) -> Option<usize> {
-    // Steps of a shared phase are alive together; those of a serial phase come one after the other.
+    // Steps of a shared phase are alive at the same time; those of a serial phase run one after the other.
     let mut spans = vec![None::<(usize, usize)>; buffers.len()];
     let mut time = 0;
     for phase in phases {
@@ -92,7 +92,7 @@ fn place(steps: &[Step], buffers: &mut [Buffer], phases: &[Phase]) -> Option<usi
         .filter(|b| spans[*b].is_some() && matches!(buffers[*b].memory, Memory::Arena { .. }))
         .collect();
     order.sort_by_key(|b| (spans[*b], *b));
-    // (last use, offset, end) of the buffers alive.
+    // (last use, offset, end) of live buffers.
     let mut alive: BTreeSet<(usize, usize, usize)> = BTreeSet::new();
     let mut total = 0;
     for buffer in order {
@@ -100,7 +100,7 @@ fn place(steps: &[Step], buffers: &mut [Buffer], phases: &[Phase]) -> Option<usi
         alive.retain(|(until, _, _)| *until >= first);
         let mut taken: Vec<(usize, usize)> = alive.iter().map(|(_, start, end)| (*start, *end)).collect();
         taken.sort_unstable();
-        // A guard of one vector: kernels may load, never use, what lies just beyond a buffer.
+        // A guard of one vector: kernels may load (but never use) bytes just beyond a buffer.
         let bytes = buffers[buffer].bytes.checked_add(64)?.checked_next_multiple_of(64)?;
         let mut offset = 0;
         for (start, end) in taken {
@@ -114,6 +114,6 @@ fn place(steps: &[Step], buffers: &mut [Buffer], phases: &[Phase]) -> Option<usi
         total = total.max(end);
         buffers[buffer].memory = Memory::Arena { offset };
     }
-    // The most that an allocation may have, its alignment included.
+    // The maximum size of an allocation, including its alignment.
     (total < isize::MAX as usize - 64).then_some(total)
 }

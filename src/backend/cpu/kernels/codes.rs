@@ -1,18 +1,18 @@
-//! Conversion of quantized weights' codes to f32 in registers.
+//! Converts codes of quantized weights to f32 in registers.
 //!
-//! Codes are read as words of 32 bits, a vector at a time: lane `i` of the word vector holds the codes `i * PER_WORD ..`
-//! of the piece read, the first in its lowest bits, and [`Code::decode`] gives the `k`-th code of every word. So the inner loop
-//! interleaves nothing: the other operand is put into the same order first ([`super::quantized_gemv`]), or
-//! an existing transpose restores the order ([`super::quantized_gemm`]).
+//! Codes are read as words of 32 bits, a vector at a time: lane `i` of the word vector holds the codes `i * PER_WORD
+//! ..` of the piece read, the first in its lowest bits, and [`Code::decode`] returns the `k`-th code of every word. So
+//! the inner loop does not interleave: the other operand is rearranged into the same order first
+//! ([`super::quantized_gemv`]), or an existing transpose restores the order ([`super::quantized_gemm`]).
 //!
-//! Integers take no conversion instruction: `(w & mask) ^ bits` puts the code into the mantissa of a float whose
+//! Integers need no conversion instruction: `(w & mask) ^ bits` puts the code into the mantissa of a float whose
 //! exponent makes it `2^e + code`, and one subtraction removes `2^e` and the codes' offset. Both are exact.
 
 use super::super::simd::Simd;
 
 /// A kind of codes, ready for an instruction set.
 pub trait Code<S: Simd>: Copy {
-    /// Codes of a word.
+    /// Codes per word.
     const PER_WORD: usize;
     /// Code `k < PER_WORD` of every word as f32.
     ///
@@ -24,14 +24,14 @@ pub trait Code<S: Simd>: Copy {
 /// Integers of `BITS` bits, minus a number.
 #[derive(Clone, Copy)]
 pub struct Integer<const BITS: usize> {
-    /// The sign bit of a code if it is two's complement, else 0: flipped, codes are in the order of their numbers.
+    /// The sign bit of a code if it is two's complement, else 0: flipping it puts codes in the order of their values.
     pub flip: u32,
     /// What codes are relative to, among flipped codes.
     pub center: f32,
 }
 
 impl<const BITS: usize> Integer<BITS> {
-    /// Codes of a word that lie within the mantissa, 23 bits, where they are; the others are shifted down first.
+    /// Codes of a word that are within the mantissa (23 bits) in place; the others are shifted down first.
     const LOW: usize = 23 / BITS;
 }
 
@@ -47,7 +47,7 @@ impl<S: Simd, const BITS: usize> Code<S> for Integer<BITS> {
             };
             let at = (k * BITS) as u32;
             let mask = ((1u32 << BITS) - 1) << at;
-            // A mantissa bit at `at` is worth 1 under the exponent 23 - at.
+            // A mantissa bit at `at` has the value 1 with the exponent 23 - at.
             let exponent = 23 - at;
             let whole = S::as_floats(S::select_bits(w, mask, (127 + exponent) << 23 | self.flip << at));
             S::sub(whole, S::splat((1u32 << exponent) as f32 + self.center))
@@ -55,7 +55,7 @@ impl<S: Simd, const BITS: usize> Code<S> for Integer<BITS> {
     }
 }
 
-/// Codes of four bits that number the values of a table.
+/// 4-bit codes that index a table of values.
 #[derive(Clone, Copy)]
 pub struct Numbered<T>(pub T);
 
@@ -68,12 +68,12 @@ impl<S: Simd> Code<S> for Numbered<S::Table> {
     }
 }
 
-/// Integers of four bits, half of them by arithmetic and half by a table, where vectors have 16 lanes: on Zen 4 a lookup and
-/// the shift before it keep two of four vector units busy and arithmetic the others, so that the two together are faster
+/// 4-bit integers, half of them by arithmetic and half by a table, if vectors have 16 lanes: on Zen 4 a lookup and the
+/// shift before it keep two of four vector units busy and arithmetic the others, so that the two together are faster
 /// than either.
 #[derive(Clone, Copy)]
 pub struct Mixed<T> {
-    /// The numbers of the codes.
+    /// The values of the codes.
     pub table: T,
     /// The same by arithmetic.
     pub integer: Integer<4>,
@@ -93,7 +93,7 @@ impl<S: Simd> Code<S> for Mixed<S::Table> {
     }
 }
 
-/// Floats of 8 bits with `EXPONENT` bits of exponent: fp8 e4m3fn and e5m2.
+/// 8-bit floats with `EXPONENT` bits of exponent: fp8 e4m3fn and e5m2.
 #[derive(Clone, Copy)]
 pub struct Float8<const EXPONENT: u32>;
 
@@ -109,8 +109,8 @@ impl<S: Simd, const EXPONENT: u32> Code<S> for Float8<EXPONENT> {
         unsafe {
             let byte = S::shift_right(w, 8 * k as u32);
             let magnitude = S::select_bits(byte, 0x7f, 0);
-            // Exponent and mantissa where f32 has them; the biases differ, which a product makes good, of subnormal codes
-            // too: they are subnormal f32 until then.
+            // Exponent and mantissa where f32 has them; a product corrects the difference of the biases, also for
+            // subnormal codes, which are subnormal f32 until then.
             let shifted = S::as_floats(S::shift_left(magnitude, 23 - mantissa));
             let value = S::mul(shifted, S::splat(f32::from_bits((127 + 127 - bias) << 23)));
             let sign = S::shift_left(S::select_bits(byte, 0x80, 0), 24);

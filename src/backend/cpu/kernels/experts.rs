@@ -1,7 +1,8 @@
-//! A mixture of experts without its products: sorting rows by expert, the function between the matrices, the weighted sum.
+//! The parts of a mixture of experts other than products: sorting rows by expert, the function between the matrices,
+//! the weighted sum.
 //!
-//! A *pair* is a token and one of its experts, numbered `token * top_k + i`. A [`plan`] lists the experts that have pairs
-//! (the *active* ones) and groups the pairs of each, so that products get matrices of rows.
+//! A *pair* is a token and one of its experts, numbered `token * top_k + i`. A [`plan`] lists the experts that have
+//! pairs (the *active* ones) and groups the pairs of each, so that products operate on matrices of rows.
 
 use super::super::simd::{Kernel, Simd};
 use super::math;
@@ -9,22 +10,22 @@ use super::moves::{BadIndex, index_at};
 use crate::graph::op::{ExpertActivation, Gating};
 use crate::tensor::DType;
 
-/// Where a plan is, and for how much it is.
+/// The location and sizes of a plan.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// [`plan_len`] i32: the number of active experts; these; where the rows of each begin, and their end; the row of every
-    /// pair.
+    /// [`plan_len`] i32: the number of active experts; the active experts; the start of each expert's rows, and the end
+    /// of all; the row of every pair.
     pub base: *mut i32,
     pub pairs: usize,
     pub experts: usize,
 }
 
-/// Experts that can be active at once.
+/// Maximum number of active experts.
 pub fn most_active(pairs: usize, experts: usize) -> usize {
     pairs.min(experts)
 }
 
-/// i32 of a plan.
+/// Number of i32 in a plan.
 pub fn plan_len(pairs: usize, experts: usize) -> usize {
     2 + 2 * most_active(pairs, experts) + pairs
 }
@@ -72,8 +73,8 @@ impl Plan {
         unsafe { self.get(self.rows_at() + pair) }
     }
 
-    /// Makes the plan of these experts, one a pair, dense. What is no expert counts as the first one, and is reported: the
-    /// plan can be followed all the same.
+    /// Builds the plan of these experts, one per pair, dense. An invalid index counts as the first expert and is
+    /// reported; the plan stays usable.
     ///
     /// # Safety
     /// There are this many indices, and [`plan_len`] i32 behind `base` that nothing else uses.
@@ -108,7 +109,7 @@ impl Plan {
                     active += 1;
                 }
                 *counts.add(at) += 1;
-                // The place in the list from now on.
+                // From here on, the index in the list.
                 *rows.add(pair) = at as i32;
             }
             let mut next = 0;
@@ -120,7 +121,7 @@ impl Plan {
                 *rows.add(pair) = *start;
                 *start += 1;
             }
-            // Every start has become the end of its rows.
+            // Every start is now the end of its rows.
             for at in (0..active).rev() {
                 *counts.add(at + 1) = *counts.add(at);
             }
@@ -131,7 +132,7 @@ impl Plan {
     }
 }
 
-/// Rows of tokens at the places of the pairs in `items`.
+/// Copies rows of tokens to the places of the pairs in `items`.
 pub struct ExpertRows {
     pub plan: Plan,
     pub top_k: usize,
@@ -158,13 +159,13 @@ impl Kernel for ExpertRows {
     }
 }
 
-/// What stands before the second matrix, for the rows in `items`, in place of the products with the first.
+/// The input of the second matrix for the rows in `items`, in place of the products with the first.
 pub struct ExpertGate {
     pub plan: Plan,
     pub gating: Gating,
     /// `[pairs, columns]`.
     pub gate: *mut f32,
-    /// As `gate`; null if there is none.
+    /// Like `gate`; null if there is none.
     pub up: *const f32,
     /// `[experts, columns]` for gate and up, no alignment; null if there are none.
     pub biases: [*const f32; 2],
@@ -196,7 +197,7 @@ fn positive(x: f32) -> f32 {
     if x < 0.0 { 0.0 } else { x }
 }
 
-/// The lesser, which keeps NaN.
+/// The smaller, which keeps NaN.
 #[inline(always)]
 fn at_most(x: f32, most: f32) -> f32 {
     if x > most { most } else { x }
@@ -323,7 +324,7 @@ impl Kernel for TopK {
             // SAFETY: the row has `n` elements and `k` results, and is one item's.
             unsafe {
                 let x = self.x.add(row * self.n);
-                // What was given last: the next is behind it in value, or in place where they are equal.
+                // The last result: the next one is smaller, or equal with a larger index.
                 let mut last: Option<(f32, usize)> = None;
                 for i in 0..self.k {
                     let mut best: Option<(f32, usize)> = None;

@@ -8,10 +8,10 @@
 use super::super::simd::{Bf16, Element, F16, F32, Isa, Kernel, Simd, TileArgs};
 use crate::tensor::DType;
 
-/// Longest piece of the sums packed at once: a panel of it fills two thirds of a 48 KiB first-level cache.
+/// Maximum depth packed at once: a panel of it fills two thirds of a 48 KiB first-level cache.
 pub const DEPTH: usize = 256;
 
-/// A matrix of strided elements. Strides are in elements.
+/// A strided matrix. Strides are in elements.
 #[derive(Clone, Copy, Debug)]
 pub struct Matrix {
     pub base: *const u8,
@@ -20,7 +20,7 @@ pub struct Matrix {
     pub column_stride: isize,
 }
 
-/// Start and length of piece `i` when `total` is cut into the fewest nearly equal pieces of at most `most`.
+/// Start and length of piece `i` of the fewest nearly equal pieces of `total` that have at most `most`.
 pub fn piece(total: usize, most: usize, i: usize) -> (usize, usize) {
     let count = total.div_ceil(most).max(1);
     let (base, longer) = (total / count, total % count);
@@ -53,8 +53,8 @@ impl Kernel for PackLeft {
             let mut p = 0;
             if matrix.storage == DType::F32 && matrix.column_stride == 1 && rows <= S::LANES {
                 let from = from.cast::<f32>();
-                // A store writes a whole vector of a block's row; what it writes beyond the tile's rows, the next store
-                // overwrites. The last rows are left to the scalar loop, so that nothing lands beyond the tile.
+                // A store writes a whole vector of a block's row; the next store overwrites what exceeds the tile's
+                // rows. The scalar loop handles the last rows, so that nothing is written beyond the tile.
                 let mut block = [0f32; 16 * 16];
                 while p + 2 * S::LANES <= self.depth {
                     let block = block.as_mut_ptr();
@@ -105,7 +105,7 @@ pub struct Gemm {
     pub panel: usize,
 }
 
-/// Elements of scratch that a [`Gemm`] needs.
+/// Number of scratch elements that a [`Gemm`] needs.
 pub fn scratch_len(isa: Isa) -> usize {
     (DEPTH + isa.tile_rows()) * isa.tile_columns()
 }
@@ -147,7 +147,7 @@ impl Kernel for Gemm {
     }
 }
 
-/// Every tile of the packed left matrix, to meet one panel of a right one that lies in scratch.
+/// Every tile of the packed left matrix, for one panel of a right matrix in scratch.
 pub struct Tiles {
     pub rows: usize,
     /// Depth of the whole product.
@@ -157,14 +157,14 @@ pub struct Tiles {
     /// `[rows, columns]`, rows `out_stride` apart.
     pub out: *mut f32,
     pub out_stride: usize,
-    /// [`scratch_len`] elements: `[depth, width]` of the panel, and behind [`DEPTH`] such rows one tile.
+    /// [`scratch_len`] elements: `[depth, width]` of the panel, and after [`DEPTH`] such rows one tile.
     pub scratch: *mut f32,
-    /// Of the panel, at most its width.
+    /// Columns of the panel, at most its width.
     pub columns: usize,
 }
 
 impl Tiles {
-    /// The products over `depth` inputs from `first` on, which are the panel's; added to what is there if `first` is not 0.
+    /// The products over the panel's `depth` inputs from `first` on; added to the output if `first` is not 0.
     ///
     /// # Safety
     /// As [`Kernel::run`]; `first + depth` is at most the product's depth, and `depth` at most [`DEPTH`].
@@ -194,7 +194,7 @@ impl Tiles {
                     S::tile(rows, args);
                     continue;
                 }
-                // The last, narrower panel: through a full tile of scratch.
+                // The last, narrower panel uses a full tile of scratch.
                 (args.c, args.c_stride, args.accumulate) = (edge, width, false);
                 S::tile(rows, args);
                 for r in 0..rows {
@@ -268,7 +268,7 @@ unsafe fn pack<S: Simd, E: Element>(panel: Panel, to: *mut f32, width: usize) {
         let lanes = S::LANES;
         if matrix.row_stride == 1 && width.is_multiple_of(lanes) {
             // A column is contiguous, as in `[out, in]` weights: square blocks are transposed in registers. They store
-            // whole vectors, which a row of another width could not take.
+            // whole vectors, which requires rows of the full width.
             let mut column = 0;
             while column < width {
                 let live = columns.saturating_sub(column).min(lanes);

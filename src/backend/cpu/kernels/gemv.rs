@@ -1,26 +1,26 @@
 //! A few rows times `[out, in]` weights: dot products that stream the weights once.
 //!
-//! These products are nearly the whole cost of decode. Every weight is read once per token, so no byte may be read twice,
-//! and reads must be prefetched. Weights are converted to f32 in registers.
+//! These products are nearly the whole cost of decode. Every weight is read once per token, so no byte should be read
+//! twice, and reads must be prefetched. Weights are converted to f32 in registers.
 
 use super::super::simd::{Bf16, Element, F16, F32, Kernel, Simd};
 use crate::tensor::DType;
 
-/// Most rows of x for which streaming the weights beats packing them.
+/// Maximum rows of x for which streaming the weights is faster than packing them.
 pub const MAX_ROWS: usize = 8;
 
-/// How far ahead of a row's reads its cache lines are asked for. Weight rows lie one after another, so this reaches the
-/// next rows. Of 2, 4, 8, 9 and 16 KiB the best on a Xeon (Emerald Rapids): f32 decode of SmolLM2
-/// 20.0 ms against 22 at two whole blocks, f16 the same.
+/// How far ahead of a row's reads its cache lines are prefetched. Weight rows are adjacent, so this reaches the next
+/// rows. The best of 2, 4, 8, 9 and 16 KiB on a Xeon (Emerald Rapids): f32 decode of SmolLM2 20.0 ms against 22 at two
+/// whole blocks, f16 the same.
 const PREFETCH_BYTES: usize = 8192;
 
 /// Rows of a left side and of a result.
 ///
-/// An element of the result depends on its own row alone, bit for bit, however many rows there are and wherever they lie:
-/// sequences that decode together rely on it.
+/// An element of the result depends only on its own row, bit for bit, however many rows there are and wherever they
+/// are: sequences that decode together rely on it.
 #[derive(Clone, Copy)]
 pub enum Rows {
-    /// At equal distances.
+    /// At regular distances.
     Even {
         /// `[rows, depth]`, rows `x_stride` elements apart, no alignment: it may be a constant in a mapped file.
         x: *const f32,
@@ -29,7 +29,7 @@ pub enum Rows {
         y: *mut f32,
         y_stride: usize,
     },
-    /// Each where its pair of addresses says: of its x, and of its y.
+    /// Each at its own pair of addresses: its x, and its y.
     Apart(*const (*const f32, *mut f32)),
 }
 

@@ -27,7 +27,7 @@ pub fn exp<S: Simd>(x: f32) -> f32 {
     let shifter = 12_582_912.0f32;
     let rounded = S::mul_add(clamped, std::f32::consts::LOG2_E, shifter);
     let n = rounded - shifter;
-    // ln 2 in two pieces, so that r is exact to more than an f32.
+    // ln 2 in two pieces, so that r is more precise than one f32 allows.
     let r = S::mul_add(n, -0.693_359_4, clamped);
     let r = S::mul_add(n, 2.121_944_4e-4, r);
     let mut p = EXP[0];
@@ -63,7 +63,7 @@ pub fn tanh<S: Simd>(x: f32) -> f32 {
     if x.is_nan() { x } else { magnitude.copysign(x) }
 }
 
-/// After N. Juffa's `erff`: two minimax polynomials, under 1 ulp off.
+/// After N. Juffa's `erff`: two minimax polynomials, error below 1 ulp.
 #[inline(always)]
 pub fn erf<S: Simd>(x: f32) -> f32 {
     let t = x.abs();
@@ -88,7 +88,7 @@ pub fn erf<S: Simd>(x: f32) -> f32 {
         p = f(p, s, c);
     }
     let small = f(p, x, x);
-    // Beyond 9.5 the first polynomial overflows its range, and the result is ±1 long since.
+    // Beyond 9.5 the first polynomial overflows its range; the result is ±1 there.
     let saturated = if t > 9.5 { 1f32.copysign(x) } else { large };
     if t > 0.927_734_4 { saturated } else { small }
 }
@@ -126,8 +126,8 @@ pub fn round_e5m2(x: f32) -> f32 {
     round_float8(x, 57344.0, 2, -14)
 }
 
-/// A multiple of the distance between the numbers of the float near x, which is a power of two, so both the quotient and the
-/// product are exact.
+/// Rounds to a multiple of the float's spacing near x, which is a power of two, so both the quotient and the product
+/// are exact.
 #[inline(always)]
 fn round_float8(x: f32, max: f32, mantissa: i32, least_exponent: i32) -> f32 {
     let x = if x > max { max } else { x };
@@ -143,7 +143,7 @@ mod tests {
     use super::super::super::simd::{Isa, Kernel};
     use super::*;
 
-    /// Every number of the float, its neighbors in f32, and the middle between two, against the table of codes.
+    /// Every number of the float, its neighbors in f32, and the midpoints, against the table of codes.
     #[test]
     fn floats_of_eight_bits_are_the_nearest_codes() {
         use crate::tensor::{DType, Tensor};

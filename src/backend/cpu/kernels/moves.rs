@@ -1,6 +1,6 @@
 //! Layers that move data by index: gather, rotary embedding, cache update.
 //!
-//! Indices come from the caller at run time, so each is checked; an item with a bad one stops and reports it.
+//! Indices come from the caller at run time, so each is checked; an item with an invalid index stops and reports it.
 
 use super::super::simd::{Bf16, Element, F16, F32, Kernel, Simd};
 use crate::tensor::DType;

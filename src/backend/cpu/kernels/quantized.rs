@@ -1,12 +1,12 @@
-//! Quantized matrices as kernels read them: rows of codes, the place of their scales and zero points, and access to single
-//! elements. The general path for every form of blocks is here; forms whose blocks are whole words of codes along
-//! a row have faster kernels in [`super::quantized_gemv`] and [`super::quantized_gemm`].
+//! Quantized matrices in the form of the kernels: rows of codes, the location of their scales and zero points, and
+//! access to single elements. The general path for every form of blocks is here; forms whose blocks are whole words of
+//! codes along a row have faster kernels in [`super::quantized_gemv`] and [`super::quantized_gemm`].
 
 use super::super::simd::{Bf16, Element, F16, F32, Kernel, Simd};
 use super::moves::{BadIndex, index_at};
 use crate::tensor::DType;
 
-/// How codes are read.
+/// The encoding of codes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Format {
     /// Integers; two's complement if `signed`.
@@ -16,7 +16,7 @@ pub enum Format {
         /// Whether the highest bit is a sign.
         signed: bool,
     },
-    /// Codes of four bits that number values.
+    /// 4-bit codes that index a table of values.
     Numbered,
     /// fp8 e4m3fn.
     F8E4M3Fn,
@@ -25,7 +25,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// Of a code.
+    /// Bits per code.
     pub fn bits(self) -> usize {
         match self {
             Format::Integer { bits, .. } => bits,
@@ -33,7 +33,7 @@ impl Format {
             Format::F8E4M3Fn | Format::F8E5M2 => 8,
         }
     }
-    /// Codes of a word of 32 bits.
+    /// Codes per 32-bit word.
     pub fn per_word(self) -> usize {
         32 / self.bits()
     }
@@ -49,16 +49,16 @@ pub struct QuantizedRows {
     pub depth: usize,
     /// What codes are relative to, among codes whose sign bit is flipped ([`super::codes::Integer`]).
     pub center: f32,
-    /// Of each code, `number - center`: 256 f32, of which those that `format` has are used.
+    /// `number - center` for each code: 256 f32, of which those of `format` are used.
     pub numbers: *const f32,
     /// Rows and columns of a block.
     pub block: [usize; 2],
-    /// Scales, `strides` elements apart for the next block of rows and of columns. No alignment.
+    /// Scales; `strides` are the distances to the next block of rows and of columns, in elements. No alignment.
     pub scales: *const u8,
     /// f32, f16 or bf16.
     pub scale_storage: DType,
     pub strides: [usize; 2],
-    /// Where the scales are, minus `center`; null if all are 0.
+    /// Zero points minus `center`, in the same order as the scales; null if all are 0.
     pub zeros: *const i8,
 }
 
@@ -108,7 +108,7 @@ impl QuantizedRows {
         }
     }
 
-    /// The elements `first..first + n` of row `o`, each given to `put` with its place from 0 on.
+    /// Calls `put` with the elements `first..first + n` of row `o`, each with its index from 0 on.
     ///
     /// # Safety
     /// They are elements of the matrix.

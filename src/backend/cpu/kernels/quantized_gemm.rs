@@ -1,8 +1,8 @@
-//! Many rows times quantized `[out, in]` weights: panels of the weights become f32 in the first-level cache and are multiplied
-//! with every tile of the packed left matrix there, as in [`super::gemm`].
+//! Many rows times quantized `[out, in]` weights: panels of the weights are converted to f32 in the first-level cache
+//! and multiplied there with every tile of the packed left matrix, as in [`super::gemm`].
 //!
-//! Of a panel, as many rows of codes as a vector has lanes are decoded at a time: code `k` of every word of a row is a
-//! vector, and the square of such vectors is transposed, which gives the rows of the panel.
+//! As many rows of codes as a vector has lanes are decoded at a time: code `k` of every word of a row is a vector, and
+//! transposing the square of such vectors gives the rows of the panel.
 
 use super::super::simd::{Kernel, Simd};
 use super::codes::{Code, Float8, Integer, Numbered};

@@ -1,25 +1,25 @@
-//! A few rows times quantized `[out, in]` weights: the codes are streamed once and become f32 in registers.
+//! A few rows times quantized `[out, in]` weights: the codes are streamed once and converted to f32 in registers.
 //!
-//! A word of codes holds neighboring elements of a row, so x is first put into the order of [`super::codes`]: its part
-//! for the `k`-th codes of a vector of words becomes a vector. Each thread does that once per step, in its own
-//! scratch ([`Prepared`]). Products of a vector of words are summed, and the sum, which lies within one block for
-//! each lane, takes zero point and scale: `sum(x * (code - zero)) = sum(x * code) - zero * sum(x)`. Both sums are over the
-//! codes of one word, so their difference is as exact as a sum of products in another order.
+//! A word of codes holds neighboring elements of a row, so x is first rearranged into the order of [`super::codes`]:
+//! its elements for the `k`-th codes of a vector of words become a vector. Each thread does that once per step, in its
+//! own scratch ([`Prepared`]). Products of a vector of words are summed, and zero point and scale are applied to the
+//! sum, which is within one block for each lane: `sum(x * (code - zero)) = sum(x * code) - zero * sum(x)`. Both sums
+//! are over the codes of one word, so their difference is as exact as a sum of products in another order.
 
 use super::super::simd::{Kernel, Simd};
 use super::codes::{Code, Float8, Integer, Mixed, Numbered};
 use super::gemv::Rows;
 use super::quantized::{Format, QuantizedRows};
 
-/// How far ahead of a row's reads its cache lines are asked for, as in [`super::gemv`].
+/// How far ahead of a row's reads its cache lines are prefetched, as in [`super::gemv`].
 const PREFETCH_BYTES: usize = 4096;
 
-/// Where a piece of work lies in a program's runs: what a thread has prepared for another is not used.
+/// Identifies a piece of work in a program's runs: data that a thread prepared for another piece is not reused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Scope {
     /// Of the program.
     pub run: u64,
-    /// A phase whose steps write nothing that they read, or a step.
+    /// A phase whose steps do not write their inputs, or a step.
     pub part: u64,
 }
 
@@ -30,18 +30,18 @@ pub struct QuantizedGemv {
     pub places: Rows,
     pub w: QuantizedRows,
     pub columns: std::ops::Range<usize>,
-    /// [`scratch_len`] f32 that this thread keeps from one item to the next, aligned for u64.
+    /// [`scratch_len`] f32 that this thread keeps between items, aligned for u64.
     pub scratch: *mut f32,
     pub scope: Scope,
 }
 
-/// Whether a matrix has the form that the fast kernels take: blocks along rows alone and of whole words, rows of whole bytes.
+/// Whether a matrix has the form of the fast kernels: blocks only along rows and of whole words, rows of whole bytes.
 pub fn is_fast(format: Format, depth: usize, block: [usize; 2]) -> bool {
     let whole = (depth * format.bits()).is_multiple_of(8);
     whole && block[0] == 1 && (block[1] >= depth || block[1].is_multiple_of(format.per_word()))
 }
 
-/// Words of the tag at the head of the scratch, in u64.
+/// Size of the tag at the start of the scratch, in u64.
 const TAG: usize = 8;
 
 /// f32 of scratch that a [`QuantizedGemv`] needs on an instruction set of this many lanes.
@@ -51,13 +51,13 @@ pub fn scratch_len(lanes: usize, format: Format, rows: usize, depth: usize) -> u
     2 * TAG + (chunks * (lanes + 2) + rows * chunks * lanes * (1 + format.per_word())).max(depth)
 }
 
-/// What the kernel reads beside codes and scales, in the thread's scratch.
+/// The kernel's other inputs besides codes and scales, in the thread's scratch.
 #[derive(Clone, Copy)]
 struct Prepared {
     chunks: usize,
     /// `[chunks, LANES]` words: which of a chunk's scales belongs to a lane.
     lanes: *mut u32,
-    /// `[chunks, 2]`: the first block of a chunk and how many it has.
+    /// `[chunks, 2]`: the first block of a chunk and its number of blocks.
     blocks: *mut u32,
     /// `[rows, chunks, LANES]`: minus the sums of `x` over the codes of a word.
     sums: *mut f32,
@@ -102,7 +102,7 @@ impl Kernel for QuantizedGemv {
 }
 
 impl QuantizedGemv {
-    /// Any form: a row of weights is made in scratch and multiplied.
+    /// Any form: a row of weights is computed in scratch and multiplied.
     ///
     /// # Safety
     /// As [`Kernel::run`].
@@ -160,7 +160,7 @@ impl QuantizedGemv {
         // SAFETY: every block ends at or before the last row.
         unsafe {
             if let Rows::Apart(_) = self.places {
-                // Rows of sequences, each of which has to get what it gets by itself.
+                // Rows of different sequences, each of which must get the same result as alone.
                 while row + 2 <= self.rows {
                     self.block::<S, K, C, 2, true>(code, prepared, row, column);
                     row += 2;
@@ -176,8 +176,8 @@ impl QuantizedGemv {
         }
     }
 
-    /// `C` columns by `R` rows of y. Where they are `IN_TURN`, a row has two sums in turn, whose additions do not wait for
-    /// each other: for few rows.
+    /// `C` columns by `R` rows of y. With `IN_TURN`, a row has two alternating sums, whose additions are independent:
+    /// for few rows.
     ///
     /// # Safety
     /// As [`QuantizedGemv::rows_of`]; rows `row..row + R` are there.
@@ -254,7 +254,7 @@ impl QuantizedGemv {
         }
     }
 
-    /// x and the places of scales in the order of the codes, unless this thread has them from another item.
+    /// x and the indices of scales in the order of the codes, unless this thread has them from another item.
     ///
     /// # Safety
     /// As [`QuantizedGemv::columns`].
@@ -276,7 +276,7 @@ impl QuantizedGemv {
             };
             let (x, x_stride) = match self.places {
                 Rows::Even { x, x_stride, .. } => (x, x_stride),
-                // Those of one scope that begin alike are alike.
+                // Within one scope, equal beginnings mean equal data.
                 Rows::Apart(places) => ((*places).0, usize::MAX),
             };
             let tag = [
@@ -300,7 +300,7 @@ impl QuantizedGemv {
                 *prepared.blocks.add(2 * chunk) = first_block as u32;
                 *prepared.blocks.add(2 * chunk + 1) = (last_block - first_block + 1) as u32;
                 for lane in 0..lanes {
-                    // Lanes beyond the depth meet zeros.
+                    // Lanes beyond the depth are multiplied by zeros.
                     let of = ((first + lane * per_word) / block).min(last_block);
                     *prepared.lanes.add(chunk * lanes + lane) = (of - first_block) as u32;
                 }

@@ -5,17 +5,18 @@
 //! Between runs the threads spin briefly (the next token comes soon), then sleep. Dropping the
 //! pool ends its threads.
 //!
-//! The protocol is checked under [loom](https://docs.rs/loom) by the crate in `tests/loom`, which includes this file: so it
-//! uses nothing of the crate, and atomics, locks and threads through [`sync`] alone.
+//! The protocol is checked under [loom](https://docs.rs/loom) by the crate in `tests/loom`, which includes this file:
+//! so it uses nothing else of the crate, and atomics, locks and threads only through [`sync`].
 //!
-//! 1. *Start*: the caller writes `unfinished` and the job under the lock and moves `run`; a worker that sees `run` moved
-//!    takes the job under the same lock.
-//! 2. *Pieces*: threads take numbers from a [`Pieces`] until none is left. The result does not depend on which thread takes which.
-//! 3. *Barrier*: what any thread wrote before it is visible to every thread after it.
-//! 4. *Completion*: each worker lowers `unfinished` when it is done with the job; the caller returns when it is 0, and
-//!    only then the closure and its borrows may be dropped.
-//! 5. *Panic*: a thread that panics breaks the barrier, so that no thread waits for it; the caller still waits for all and
-//!    then panics itself.
+//! 1. *Start*: the caller writes `unfinished` and the job under the lock and increments `run`; a worker that sees the
+//!    change takes the job under the same lock.
+//! 2. *Pieces*: threads take numbers from [`Pieces`] until none is left. The result does not depend on which thread
+//!    takes which.
+//! 3. *Barrier*: writes of any thread before it are visible to every thread after it.
+//! 4. *Completion*: each worker decrements `unfinished` when it is done with the job; the caller returns when it is 0,
+//!    and only then may the closure and its borrows be dropped.
+//! 5. *Panic*: a thread that panics breaks the barrier, so that no thread waits for it; the caller still waits for all
+//!    and then panics too.
 
 mod sync;
 
@@ -42,7 +43,7 @@ struct Shared {
     threads: u32,
     /// The closure of the current run; valid while `unfinished` is not 0.
     job: Mutex<Option<JobPointer>>,
-    /// Counts runs; workers wait for it to move.
+    /// Counts runs; workers wait for it to change.
     run: AtomicU64,
     wake: Condvar,
     stop: AtomicBool,
@@ -67,7 +68,7 @@ struct Barrier {
 #[derive(Clone, Copy)]
 pub(crate) struct Team<'a> {
     shared: &'a Shared,
-    /// Private, because threads find their scratch memory by it.
+    /// Private, because it selects a thread's scratch memory.
     thread: usize,
 }
 
@@ -82,7 +83,7 @@ impl Team<'_> {
         self.shared.threads as usize
     }
 
-    /// Waits until every thread of the run is here; what they wrote before is then visible to all.
+    /// Waits until every thread of the run is here; their earlier writes are then visible to all.
     pub fn barrier(&self) {
         let barrier = &self.shared.barrier;
         if self.shared.threads == 1 {
@@ -144,19 +145,19 @@ impl Pool {
         }
     }
 
-    /// The pool of the process, with a thread for each core it may use. Made when first asked for.
+    /// The pool of the process, with one thread per available core. Created on first use.
     #[cfg(not(loom))]
     pub fn global() -> Arc<Pool> {
         static GLOBAL: std::sync::OnceLock<Arc<Pool>> = std::sync::OnceLock::new();
         GLOBAL.get_or_init(|| Arc::new(Pool::new(available_threads()))).clone()
     }
 
-    /// Threads, the caller's included.
+    /// Number of threads, including the caller's.
     pub fn threads(&self) -> usize {
         self.shared.threads as usize
     }
 
-    /// Runs `job` once on each thread and returns when all are done. A panic in any of them is raised here.
+    /// Runs `job` once on each thread and returns when all are done. A panic in any of them is propagated.
     pub(crate) fn run(&self, job: impl Fn(Team<'_>) + Sync) {
         let turn = self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let shared = &*self.shared;
@@ -184,7 +185,7 @@ impl Pool {
             relax(&mut spins, SPINS);
         }
         let broken = barrier.broken.load(Ordering::Relaxed);
-        // The pool is as it was before: a panic of the job poisons nothing.
+        // The pool stays usable: a panic of the job does not poison it.
         drop(turn);
         if let Err(panic) = result {
             std::panic::resume_unwind(panic);
@@ -200,20 +201,20 @@ pub(crate) struct Pieces {
 }
 
 impl Pieces {
-    /// The next piece that no thread has taken, of `total`.
+    /// The next free piece of `total`.
     pub fn take(&self, total: usize) -> Option<usize> {
         // Relaxed: the number alone is shared. What pieces read and write is ordered by the start, barriers and end of a run.
         let piece = self.next.fetch_add(1, Ordering::Relaxed);
         (piece < total).then_some(piece)
     }
 
-    /// All pieces are there again.
+    /// Makes all pieces available again.
     pub fn reset(&mut self) {
         sync::set(&mut self.next, 0);
     }
 }
 
-/// Cores this process may use; 1 where the system does not say.
+/// Cores available to this process; 1 if unknown.
 pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
 }

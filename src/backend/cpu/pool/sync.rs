@@ -1,5 +1,5 @@
-//! The atomics, locks and threads of the pool: the standard library's, or loom's under `--cfg loom`, which runs every
-//! order in which threads can see each other's writes.
+//! The atomics, locks and threads of the pool: the standard library's, or loom's under `--cfg loom`, which explores
+//! every order in which threads can see each other's writes.
 
 #[cfg(loom)]
 pub(super) use loom::{
@@ -20,7 +20,7 @@ pub(super) use std::{
     thread::{JoinHandle, yield_now},
 };
 
-/// A thread of this name. Panics where the system refuses another.
+/// A thread with this name. Panics if the system refuses another.
 pub(super) fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
     #[cfg(loom)]
     use loom::thread::Builder;
@@ -31,7 +31,7 @@ pub(super) fn spawn(name: String, work: impl FnOnce() + Send + 'static) -> JoinH
     spawned.expect("the system refuses another thread")
 }
 
-/// Sets what no other thread sees now.
+/// Sets a value that no other thread can see yet.
 pub(super) fn set(atomic: &mut AtomicUsize, value: usize) {
     #[cfg(loom)]
     atomic.with_mut(|number| *number = value);

@@ -1,12 +1,12 @@
 //! One step of several sequences at once: every sequence has its own run, and all go through the phases together.
 //!
 //! Reading weights is nearly all of a decode step, and is done for all sequences in one pass: a product reads each
-//! weight once and multiplies it with the rows of all sequences. Everything else (attention over a sequence's own cache,
-//! sums over its own activations) is exactly what the sequence's program does alone. So a sequence gets the same values,
-//! bit for bit, with any other sequences: no kernel sees rows of two sequences, products aside, and an element of those
-//! depends on its own row alone ([`Rows`]).
+//! weight once and multiplies it with the rows of all sequences. Everything else (attention over a sequence's own
+//! cache, sums over its own activations) is exactly what the sequence's program does alone. So a sequence gets the same
+//! values, bit for bit, with any other sequences: except for products, no kernel sees rows of two sequences, and an
+//! element of a product depends only on its own row ([`Rows`]).
 //!
-//! Programs of one model for different capacities go together: compiled
+//! Programs of one model for different capacities can be combined: compiled
 //! [`in_batches`](crate::backend::cpu::CompileOptions::in_batches), they have the same steps in the same phases.
 
 use std::mem::discriminant;
@@ -27,28 +27,29 @@ use super::steps::{MatrixView, Memory, Work};
 pub struct Member<'p, 'b> {
     /// Compiled in batches, on the threads of the [`Batch`].
     pub program: &'p Program,
-    /// As [`Program::run`] takes them.
+    /// Bindings as for [`Program::run`].
     pub bindings: Bindings<'b>,
 }
 
-/// The threads and the memory for steps of several sequences. A step allocates little once the batch has seen as many.
+/// The threads and the memory for steps of several sequences. A step allocates little once the batch has had as many
+/// sequences.
 pub struct Batch {
     pool: Arc<Pool>,
     /// Activations of each member.
     arenas: Vec<AlignedBytes>,
-    /// Of each thread: for one item, and what it keeps between items.
+    /// Scratch per thread: for one item, and kept between items.
     scratch: [Vec<AlignedBytes>; 2],
     /// Pieces of each phase.
     pieces: Vec<Pieces>,
-    /// Passes begun.
+    /// Number of passes so far.
     passes: u64,
 }
 
-/// Where rows are that a product reads and writes.
+/// Locations of the rows that a product reads and writes.
 type Places = Vec<(*const f32, *mut f32)>;
 
 impl Batch {
-    /// Of programs that were compiled for the threads of this pool.
+    /// A batch for programs compiled for the threads of this pool.
     pub fn new(pool: Arc<Pool>) -> Self {
         let each = || (0..pool.threads()).map(|_| AlignedBytes::zeroed(0)).collect();
         Batch {
@@ -60,13 +61,13 @@ impl Batch {
         }
     }
 
-    /// Runs every member once, as [`Program::run`] would, and gives what became of each. The failure of one changes nothing
-    /// for the others. Panics if a program was compiled for other threads.
+    /// Runs every member once, as [`Program::run`] would, and returns the result of each. The failure of one does not
+    /// affect the others. Panics if a program was compiled for other threads.
     pub fn run(&mut self, members: &mut [Member<'_, '_>]) -> Vec<Result<(), CpuError>> {
         let mut results: Vec<Result<(), CpuError>> = members.iter().map(|_| Ok(())).collect();
         let mut left: Vec<usize> = (0..members.len()).collect();
         while let [first, ..] = left[..] {
-            // Those that can go with the first; a program of another model takes its own pass.
+            // Those that can run with the first; a program of another model needs its own pass.
             let leader = members[first].program;
             let (together, others): (Vec<usize>, Vec<usize>) =
                 left.iter().partition(|i| alike(leader, members[**i].program));
@@ -76,7 +77,7 @@ impl Batch {
         results
     }
 
-    /// Runs these members, which are alike.
+    /// Runs these members, which have the same steps.
     fn pass(&mut self, members: &mut [Member<'_, '_>], which: &[usize], results: &mut [Result<(), CpuError>]) {
         while self.arenas.len() < which.len() {
             self.arenas.push(AlignedBytes::zeroed(0));
@@ -173,7 +174,7 @@ fn alike(a: &Program, b: &Program) -> bool {
             && kinds().all(|(a, b)| discriminant(&a.work) == discriminant(&b.work)))
 }
 
-/// Of each step: whether it is a product with one weight that all programs have in common.
+/// For each step: whether it is a product with a weight that all programs share.
 fn joint_products(programs: &[&Program]) -> Vec<bool> {
     let (first, others) = programs.split_first().expect("at least one");
     let same = |step: usize| {
@@ -250,15 +251,15 @@ fn same_product(a: &Program, b: &Program, step: usize) -> bool {
     }
 }
 
-/// A pass at work.
+/// The execution of a pass.
 struct Pass<'a> {
-    /// Whose phases and weights are those of all.
+    /// The first member, whose phases and weights are those of all.
     leader: &'a Program,
-    /// Of each member.
+    /// The run of each member.
     runs: Vec<Run<'a>>,
-    /// For each step: of each matrix of its batch, the rows of all members; empty where members do the step apart.
+    /// For each step and each matrix of its batch, the rows of all members; empty if members run the step separately.
     places: Vec<Vec<Places>>,
-    /// Of each thread.
+    /// Kept scratch of each thread.
     kept: Vec<*mut u8>,
     number: u64,
     pieces: &'a [Pieces],
@@ -268,8 +269,8 @@ struct Pass<'a> {
 unsafe impl Sync for Pass<'_> {}
 
 impl Pass<'_> {
-    /// What a thread has prepared for one member or step is not used for another: the parts of a pass have numbers of their
-    /// own for every member, and for all together.
+    /// Data that a thread prepared for one member or step is not used for another: the parts of a pass have distinct
+    /// numbers for every member, and for all together.
     fn scope(&self, part: usize, member: Option<usize>) -> Scope {
         let whose = member.map_or(0, |member| member as u64 + 1);
         Scope {
@@ -376,7 +377,7 @@ impl Pass<'_> {
         }
     }
 
-    /// The rows that all members have in a product: for each matrix of its batch.
+    /// The rows of all members in a product, for each matrix of its batch.
     fn places_of(&self, step: usize) -> Vec<Places> {
         let matrices = match &self.leader.steps[step].work {
             Work::Gemv { right, .. } => right.offsets.len(),

@@ -15,7 +15,7 @@ use super::super::strided_view::{BufferId, View};
 use super::run::Run;
 use crate::graph::op::Gating;
 
-/// Which tokens go through which experts, and how many there are.
+/// The assignment of tokens to experts, with the counts.
 #[derive(Clone, Copy, Debug)]
 pub struct ExpertShape {
     pub plan: BufferId,
@@ -38,7 +38,7 @@ pub enum ExpertMatrix {
     Codes(Arc<QuantizedMatrix>),
 }
 
-/// What a step of experts does; see the kernels.
+/// The work of an experts step; see the kernels.
 #[derive(Clone, Debug)]
 pub enum ExpertWork {
     Plan {
@@ -50,13 +50,13 @@ pub enum ExpertWork {
         to: BufferId,
         per_item: usize,
     },
-    /// Rows of each active expert as the left side of many rows.
+    /// Rows of each active expert, packed as the left side of a product of many rows.
     Pack {
         from: BufferId,
         depth: usize,
         to: BufferId,
     },
-    /// Of each active expert, the product of its rows with its matrix.
+    /// For each active expert, the product of its rows with its matrix.
     Product {
         rows: BufferId,
         packed: Option<BufferId>,

@@ -26,23 +26,23 @@ use crate::tensor::DType;
 pub struct Port {
     /// As in the network.
     pub name: String,
-    /// What it is for, where the network is that of a model.
+    /// Its role, if the network is a model's.
     pub role: Option<Role>,
-    /// As in the network. Float inputs and outputs that are not caches are bound as f32 whatever is said here.
+    /// As in the network. Float inputs and outputs that are not caches are bound as f32 regardless.
     pub dtype: DType,
     /// Row-major.
     pub shape: Vec<usize>,
 }
 
-/// What a run took, by layer kind or by layer.
+/// Time of a run, by layer kind or by layer.
 #[derive(Clone, Debug, Default)]
 pub struct StepTimes {
     /// Layer name, kind of step, nanoseconds on the first thread.
     pub steps: Vec<(String, &'static str, u64)>,
 }
 
-/// A network compiled for one static shape. Holds its weights where they lie (mapped files stay mapped) and an arena
-/// for activations; a run allocates nothing.
+/// A network compiled for one static shape. References its weights in place (mapped files stay mapped) and owns an
+/// arena for activations; a run allocates nothing.
 pub struct Program {
     pub(super) isa: Isa,
     pub(super) pool: Arc<Pool>,
@@ -54,33 +54,33 @@ pub struct Program {
     pub(super) caches: Vec<Port>,
     pub(super) arena: AlignedBytes,
     pub(super) scratch: Vec<AlignedBytes>,
-    /// Of each thread, for what it keeps between items.
+    /// Scratch of each thread that is kept between items.
     pub(super) kept: Vec<AlignedBytes>,
-    /// Runs begun.
+    /// Number of runs so far.
     pub(super) runs: u64,
     /// Pieces of each phase.
     pub(super) pieces: Vec<Pieces>,
 }
 
 impl Program {
-    /// Inputs to bind, caches left out, in the network's order.
+    /// Inputs to bind, without caches, in the network's order.
     pub fn inputs(&self) -> &[Port] {
         &self.inputs
     }
-    /// Outputs to bind, caches left out, in the network's order.
+    /// Outputs to bind, without caches, in the network's order.
     pub fn outputs(&self) -> &[Port] {
         &self.outputs
     }
-    /// The cache inputs, in the order of their updates in the network: what [`KvCaches`](super::KvCaches) must hold.
+    /// The cache inputs, in the order of their updates in the network: what [`KvCaches`](super::KvCaches) must contain.
     pub fn caches(&self) -> &[Port] {
         &self.caches
     }
-    /// Bytes of activations and scratch that the program holds.
+    /// Bytes of the program's activations and scratch.
     pub fn arena_bytes(&self) -> usize {
         let scratch = self.scratch.iter().chain(&self.kept);
         self.arena.len() + scratch.map(AlignedBytes::len).sum::<usize>()
     }
-    /// The instruction set that it is compiled for.
+    /// The instruction set for which it is compiled.
     pub fn isa(&self) -> Isa {
         self.isa
     }
@@ -89,11 +89,12 @@ impl Program {
         self.pool.threads()
     }
 
-    /// Runs the network once. Caches are updated in place; outputs are written to the memory bound.
+    /// Runs the network once. Caches are updated in place; outputs are written to the bound memory.
     ///
-    /// Fails before doing anything if a binding is missing, unknown, given twice or of the wrong type or size. An index
+    /// Fails before doing anything if a binding is missing, unknown, duplicated or of the wrong type or size. An index
     /// outside its axis (a token id outside the vocabulary, a position outside the rotary tables, a write beyond the
-    /// capacity) is reported after the run; the outputs are then meaningless and the caches may hold the tokens' entries.
+    /// capacity) is reported after the run; the outputs are then meaningless and the caches may hold the tokens'
+    /// entries.
     pub fn run(&mut self, bindings: &mut Bindings<'_>) -> Result<(), CpuError> {
         let addresses = self.addresses(bindings, self.arena.address())?;
         self.pieces.iter_mut().for_each(Pieces::reset);
@@ -134,7 +135,7 @@ impl Program {
         result.map(|()| profile)
     }
 
-    /// Of each buffer, with activations in that arena.
+    /// The address of each buffer, with activations in that arena.
     fn addresses(&self, bindings: &mut Bindings<'_>, arena: *mut u8) -> Result<Vec<*mut u8>, CpuError> {
         bindings.check(&self.inputs, &self.outputs)?;
         let inputs = self

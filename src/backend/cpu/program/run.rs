@@ -1,4 +1,4 @@
-//! One run: every thread walks the phases, takes items and hands each to its kernel.
+//! One run: every thread goes through the phases, takes items and passes each to its kernel.
 
 use std::sync::Mutex;
 
@@ -16,12 +16,12 @@ use super::super::strided_view::{BufferId, View};
 use super::Program;
 use super::steps::{AttentionStep, MatrixView, Step, Work};
 
-/// A program at work on the memory of one call.
+/// The execution of a program on the memory of one call.
 pub(super) struct Run<'a> {
     program: &'a Program,
-    /// Number of the run, for what threads keep.
+    /// Number of the run, to validate data that threads keep.
     number: u64,
-    /// Of each of the program's buffers.
+    /// Address of each of the program's buffers.
     addresses: Vec<*mut u8>,
     /// Of each thread: for one item, and what it keeps between items.
     scratch: [Vec<*mut u8>; 2],
@@ -32,13 +32,15 @@ pub(super) struct Run<'a> {
 unsafe impl Sync for Run<'_> {}
 
 impl<'a> Run<'a> {
-    /// `failure` takes the first index found outside its axis. No other run that uses this scratch has the `number`.
+    /// `failure` receives the first index found outside its axis. No other run that uses this scratch has the same
+    /// `number`.
     ///
     /// # Safety
-    /// For as long as the run lives: `addresses` holds, for each of the program's buffers, the address of this many bytes,
-    /// which nothing else uses (or writes, if the program only reads them), aligned for its elements if it writes them;
-    /// addresses of buffers that it writes are of different memory. `scratch` holds, for each thread of the pool, the
-    /// address of the scratch that the program's steps need, which nothing else uses; and the same of what they keep.
+    /// During the lifetime of the run: `addresses` holds, for each of the program's buffers, the address of this many
+    /// bytes, which nothing else uses (or writes, if the program only reads them), aligned for its elements if it
+    /// writes them; addresses of buffers that it writes are of different memory. `scratch` holds, for each thread of
+    /// the pool, the address of the scratch that the program's steps need, which nothing else uses; and the same for
+    /// kept scratch.
     pub(super) unsafe fn new(
         program: &'a Program,
         number: u64,
@@ -132,7 +134,7 @@ impl<'a> Run<'a> {
         &self.program.steps[step]
     }
 
-    /// Where the rows of x and y are that a product of a few rows has, for one matrix of its batch.
+    /// Locations of the rows of x and y in a product of a few rows, for one matrix of its batch.
     pub(super) fn product_rows(&self, step: usize, matrix: usize) -> Vec<(*const f32, *mut f32)> {
         let (left, out, rows, columns, result) = match &self.program.steps[step].work {
             Work::Gemv {
@@ -183,7 +185,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Runs one item of a step of the phase at hand.
+    /// Runs one item of a step of the current phase.
     ///
     /// # Safety
     /// `item < step.items`, and no other thread runs it; `thread` is the calling thread's own number. Nothing that the

@@ -9,19 +9,19 @@ use super::experts::{ExpertShape, ExpertWork, TopKWork};
 use crate::tensor::{DType, Tensor};
 use std::sync::Arc;
 
-/// Where a buffer's memory is.
+/// The location of a buffer's memory.
 #[derive(Clone, Debug)]
 pub enum Memory {
     /// In the program's arena. The offset, in bytes, is planned last.
     Arena {
         offset: usize,
     },
-    /// A weight or constant, used where it lies.
+    /// A weight or constant, used in place.
     Tensor(Tensor),
-    /// Network input, by its place in [`Program::inputs`].
+    /// Network input, by its index in [`Program::inputs`].
     Input(usize),
     Output(usize),
-    /// By its place in [`Program::caches`].
+    /// By its index in [`Program::caches`].
     Cache(usize),
 }
 
@@ -36,7 +36,7 @@ pub struct Buffer {
 pub struct MatrixView {
     pub buffer: BufferId,
     pub storage: DType,
-    /// Of each matrix of the batch, in elements.
+    /// Offset of each matrix of the batch, in elements.
     pub offsets: Vec<isize>,
     pub row_stride: isize,
     pub column_stride: isize,
@@ -54,7 +54,7 @@ pub struct AttentionStep {
     pub partial: Option<BufferId>,
 }
 
-/// What a step does; see the kernels.
+/// The work of a step; see the kernels.
 #[derive(Clone, Debug)]
 pub enum Work {
     Rows {
@@ -69,7 +69,7 @@ pub enum Work {
     },
     Gemm {
         packed: BufferId,
-        /// For each matrix of the batch, which packed one is its left side.
+        /// For each matrix of the batch, the index of its packed left side.
         left: Vec<usize>,
         right: MatrixView,
         out: BufferId,
@@ -139,7 +139,7 @@ pub enum Work {
         per_item: usize,
     },
     MaskScan {
-        /// Rank 4, with its own dims.
+        /// Rank 4, with the mask's dims.
         mask: View,
         slots: usize,
         live: BufferId,
@@ -157,7 +157,7 @@ pub struct Step {
     /// Name of the layer whose output it computes.
     pub layer: String,
     pub work: Work,
-    /// Pieces that threads may take.
+    /// Pieces for threads.
     pub items: usize,
     /// Estimate of one thread's time.
     pub nanoseconds: f64,
@@ -169,7 +169,7 @@ pub struct Step {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Phase {
     pub steps: Vec<usize>,
-    /// Too little work to share: the first thread does all of it, in order. Otherwise steps are independent.
+    /// Too little work to share: the first thread does it all, in order. Otherwise steps are independent.
     pub serial: bool,
 }
 
@@ -195,8 +195,8 @@ impl Work {
         }
     }
 
-    /// Whether it is worth sharing among threads in a batch of sequences, whatever the shapes. The rest is little work, which
-    /// a thread does for one sequence while others do it for others.
+    /// Whether it is worth sharing among threads in a batch of sequences, for any shapes. The rest is little work,
+    /// which each thread does for a different sequence.
     pub fn is_large(&self) -> bool {
         match self {
             Work::PackLeft { .. }

@@ -1,10 +1,10 @@
-//! Floats as they are stored: loading and storing vectors of each type.
+//! Stored floats: loading and storing vectors of each type.
 
 use half::{bf16, f16};
 
 use super::Simd;
 
-/// How a weight or cache stores its floats. No pointer need be aligned.
+/// The storage of floats in a weight or cache. Pointers need no alignment.
 pub trait Element: Copy + Send + Sync + 'static {
     /// Bytes of one element.
     const SIZE: usize;
@@ -102,7 +102,7 @@ impl Element for Bf16 {
     }
     #[inline(always)]
     unsafe fn store<S: Simd>(p: *mut u8, i: usize, v: S::V) {
-        // Rounding in integer arithmetic, one lane at a time: bf16 caches are written a few rows a token.
+        // Rounding in integer arithmetic, one lane at a time: only a few rows of bf16 caches are written per token.
         let mut lanes = [0f32; 16];
         // SAFETY: `lanes` has 16 elements and no instruction set more lanes; the caller promises those from `p` on.
         unsafe {

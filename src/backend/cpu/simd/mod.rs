@@ -30,7 +30,7 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The best this machine has. `LAPIDARY_CPU_ISA=avx512|avx2|portable` asks for less.
+    /// The best of this machine. `LAPIDARY_CPU_ISA=avx512|avx2|portable` selects a lower one.
     pub fn detect() -> Isa {
         let best = Isa::available()[0];
         let asked = match std::env::var("LAPIDARY_CPU_ISA").as_deref() {
@@ -47,7 +47,7 @@ impl Isa {
         all.into_iter().filter(|isa| isa.is_available()).collect()
     }
 
-    /// Whether this machine can run it.
+    /// Whether this machine supports it.
     pub fn is_available(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         {
@@ -76,7 +76,7 @@ impl Isa {
         }
     }
 
-    /// Most rows of a GEMM tile.
+    /// Maximum rows of a GEMM tile.
     pub fn tile_rows(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -137,8 +137,9 @@ impl fmt::Display for Isa {
 pub trait Kernel {
     type Output;
     /// # Safety
-    /// The pointers that the kernel holds are valid for the shapes that it states, no other thread touches what its item
-    /// writes or writes what it reads, and the instruction set of `S` is available. `kernels` says how steps keep this.
+    /// The pointers that the kernel holds are valid for the shapes that it states, no other thread touches what its
+    /// item writes or writes what it reads, and the instruction set of `S` is available. `kernels` explains how steps
+    /// ensure this.
     unsafe fn run<S: Simd>(self) -> Self::Output;
 }
 
@@ -149,9 +150,9 @@ pub trait Kernel {
 #[allow(clippy::missing_safety_doc)] // one contract for all, above
 pub trait Simd: Copy + Send + Sync + 'static {
     type V: Copy;
-    /// `LANES` words of 32 bits, into which codes of quantized weights are loaded.
+    /// `LANES` 32-bit words, into which codes of quantized weights are loaded.
     type W: Copy;
-    /// Sixteen f32 to look up.
+    /// A lookup table of sixteen f32.
     type Table: Copy;
     const LANES: usize;
     /// Rows of the largest GEMM tile whose `2 * TILE_ROWS` accumulators stay in registers.
@@ -167,15 +168,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
-    /// `a * b + c`, fused where the hardware does.
+    /// `a * b + c`, fused if the hardware supports it.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// Asks for the cache line at `p`, which need not be mapped.
+    /// Prefetches the cache line at `p`, which need not be mapped.
     fn prefetch(p: *const u8);
     /// Sum of the lanes.
     unsafe fn sum(v: Self::V) -> f32;
     /// `a * b + c` of scalars, in the form that vectorizes.
     fn mul_add(a: f32, b: f32, c: f32) -> f32;
-    /// A square block of `LANES` rows transposed in registers; `load(row)` gives a row.
+    /// A square block of `LANES` rows transposed in registers; `load(row)` returns a row.
     unsafe fn transpose(load: impl Fn(usize) -> Self::V, store: impl FnMut(usize, Self::V));
     /// A GEMM tile out of line: `c[i][j] (+)= sum_p a[p*a_stride + i] * b[p*2*LANES + j]` for `i < rows`, `j < 2*LANES`.
     unsafe fn tile(rows: usize, args: TileArgs);
@@ -184,7 +185,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// `4 * LANES` bytes.
     unsafe fn words(p: *const u8) -> Self::W;
-    /// The first `bytes` of `4 * LANES` bytes, of which no others are read; the rest is 0.
+    /// The first `bytes` of `4 * LANES` bytes; no others are read, and the rest is 0.
     unsafe fn first_words(p: *const u8, bytes: usize) -> Self::W;
     /// `(w & mask) ^ bits` of every word.
     unsafe fn select_bits(w: Self::W, mask: u32, bits: u32) -> Self::W;
@@ -202,18 +203,18 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn as_words(v: Self::V) -> Self::W;
     /// A table of the 16 elements from `p` on.
     unsafe fn table(p: *const f32) -> Self::Table;
-    /// The elements that the lowest four bits of each word number.
+    /// The elements indexed by the lowest four bits of each word.
     unsafe fn lookup(table: Self::Table, w: Self::W) -> Self::V;
     /// Lane `i` of the result is lane `index[i]` of `v`, for indices below `LANES`.
     unsafe fn permute(v: Self::V, index: Self::W) -> Self::V;
-    /// Of the elements `a[0], a[1], .. b[0], b[1], ..`, those at even places and those at odd places.
+    /// The even and the odd elements of `a[0], a[1], .. b[0], b[1], ..`.
     unsafe fn deinterleave(a: Self::V, b: Self::V) -> (Self::V, Self::V);
-    /// The first `n <= LANES` of the elements from `p` on, of which no others are read; the other lanes are 0.
+    /// The first `n <= LANES` elements from `p` on; no others are read, and the other lanes are 0.
     unsafe fn first_f32(p: *const f32, n: usize) -> Self::V;
-    /// As [`Simd::first_f32`], of halves.
+    /// Like [`Simd::first_f32`], for halves.
     unsafe fn first_f16(p: *const u16, n: usize) -> Self::V;
-    /// As [`Simd::first_f32`], of the upper halves of f32.
+    /// Like [`Simd::first_f32`], for bf16.
     unsafe fn first_bf16(p: *const u16, n: usize) -> Self::V;
-    /// As [`Simd::first_f32`], of integers.
+    /// Like [`Simd::first_f32`], for signed bytes.
     unsafe fn first_i8(p: *const i8, n: usize) -> Self::V;
 }

@@ -5,7 +5,7 @@ use half::f16;
 use super::Simd;
 use super::tile::{TileArgs, tile_body, tile_by_rows};
 
-/// Four lanes in plain Rust, which the compiler turns into whatever the target has.
+/// Four lanes in plain Rust, which the compiler vectorizes for the target.
 #[derive(Clone, Copy)]
 pub struct Portable;
 

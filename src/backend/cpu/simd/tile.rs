@@ -16,11 +16,11 @@ pub struct TileArgs {
     /// `[rows, c_stride]`.
     pub c: *mut f32,
     pub c_stride: usize,
-    /// Add to `c` and not overwrite it.
+    /// Add to `c` instead of overwriting it.
     pub accumulate: bool,
 }
 
-/// The tile for a number of rows known at compile time, so that the accumulators live in registers.
+/// The tile for a number of rows known at compile time, so that the accumulators stay in registers.
 ///
 /// # Safety
 /// As [`Simd::tile`], for `M` rows.

@@ -412,7 +412,7 @@ impl Simd for Avx2 {
     unsafe fn lookup(table: [__m256; 2], w: __m256i) -> __m256 {
         // SAFETY: registers only, and AVX2 is there.
         unsafe {
-            // Each half by the lowest three bits; the fourth, moved to the sign, chooses.
+            // Look up both halves by the lowest three bits; the fourth bit, moved to the sign, selects.
             let [low, high] = table.map(|half| _mm256_permutevar8x32_ps(half, w));
             _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(w)))
         }
@@ -482,7 +482,7 @@ impl Simd for Avx2 {
     }
 }
 
-/// The first `n <= 8` of the halves from `p` on, of which no others are read; the rest is 0.
+/// The first `n <= 8` halves from `p` on; no others are read, and the rest is 0.
 ///
 /// # Safety
 /// `p` has `n` halves, of any alignment.

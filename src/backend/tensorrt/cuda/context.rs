@@ -9,17 +9,17 @@ use cudarc::driver::sys;
 use super::driver::{self, Driver};
 use crate::backend::tensorrt::run::RunError;
 
-/// The primary context of the first GPU, which TensorRT uses as well. It is current in the thread that opened it, which it
-/// does not leave.
+/// The primary context of the first GPU, which TensorRT uses as well. It is current in the thread that opened it and
+/// stays there.
 pub struct Cuda {
     device: sys::CUdevice,
     facts: Driver,
-    /// Bytes of all [`Buffer`]s, now and at most.
+    /// Bytes of all [`Buffer`]s, now and at their peak.
     buffers: Cell<(u64, u64)>,
 }
 
 impl Cuda {
-    /// Asks for a driver before anything that would panic without one.
+    /// Checks for a driver before anything that would panic without one.
     pub fn open() -> Result<Rc<Self>, RunError> {
         let facts = driver::driver()?;
         // SAFETY: looks for the library and loads it, which `driver` above has done as well.
@@ -42,13 +42,13 @@ impl Cuda {
         &self.facts
     }
 
-    /// Bytes of device memory that are free, and that there are.
+    /// Free and total bytes of device memory.
     pub fn memory(&self) -> Result<(u64, u64), RunError> {
         let (free, total) = result::mem_get_info().map_err(failed("cuMemGetInfo"))?;
         Ok((free as u64, total as u64))
     }
 
-    /// A number that the driver knows of the GPU.
+    /// An attribute of the GPU.
     pub fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32, RunError> {
         // SAFETY: a device of this driver, which was initialized.
         unsafe { result::device::get_attribute(self.device, attribute) }.map_err(failed("cuDeviceGetAttribute"))
@@ -59,8 +59,8 @@ impl Cuda {
         result::ctx::synchronize().map_err(failed("cuCtxSynchronize"))
     }
 
-    /// Bytes that buffers hold, and the most that they held at once: caches and working memory are two for the time of a
-    /// move, which the free memory before and after does not show.
+    /// Bytes of buffers, now and at their peak: during a move, caches and scratch memory exist twice, which the free
+    /// memory before and after does not show.
     pub fn buffers(&self) -> (u64, u64) {
         self.buffers.get()
     }

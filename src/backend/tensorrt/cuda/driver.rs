@@ -7,16 +7,16 @@ use serde::Serialize;
 /// A working CUDA driver.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Driver {
-    /// The newest CUDA that the driver runs, such as `13.0`.
+    /// The newest CUDA version that the driver supports, such as `13.0`.
     pub cuda_version: String,
-    /// The driver's own version, such as `580.159.04`, where the kernel module states it.
+    /// The driver's version, such as `580.159.04`, if the kernel module states it.
     pub driver_version: Option<String>,
     /// At least one.
     pub gpus: Vec<Gpu>,
 }
 
 impl Driver {
-    /// Whether it runs programs made for this major version of CUDA.
+    /// Whether it runs programs built for this major version of CUDA.
     pub fn runs_cuda(&self, major: u32) -> bool {
         let newest = self.cuda_version.split('.').next().and_then(|n| n.parse::<u32>().ok());
         newest.is_none_or(|newest| newest >= major)
@@ -30,7 +30,7 @@ pub struct Gpu {
     pub name: String,
     /// Compute capability: `(9, 0)` is SM 9.0.
     pub compute_capability: (u32, u32),
-    /// All of it, free or not.
+    /// Total memory, free or not.
     pub memory_bytes: u64,
 }
 
@@ -48,12 +48,12 @@ pub enum DriverError {
         /// The driver's error.
         code: i32,
     },
-    /// It works and has none.
+    /// It works but has no GPU.
     #[error("the NVIDIA driver reports no GPU")]
     NoGpu,
 }
 
-/// Asks the driver. Loads it and, where there are GPUs, initializes CUDA: some 100 ms on such machines.
+/// Queries the driver. Loads it and, if there are GPUs, initializes CUDA, which takes about 100 ms.
 pub(in super::super) fn driver() -> Result<Driver, DriverError> {
     imp::driver()
 }
@@ -85,7 +85,7 @@ mod imp {
         of(Path::new(if cfg!(windows) { "nvcuda.dll" } else { "libcuda.so.1" }))
     }
 
-    /// The driver whose library this is.
+    /// The driver of this library.
     fn of(library: &Path) -> Result<Driver, DriverError> {
         // SAFETY: the driver's own library, whose constructors every CUDA program runs.
         let library = unsafe { libloading::Library::new(library) }.map_err(|_| DriverError::NoDriver)?;
@@ -146,8 +146,7 @@ mod imp {
         library: &'l libloading::Library,
         name: &'static [u8],
     ) -> Result<libloading::Symbol<'l, T>, DriverError> {
-        // A libcuda without these is a stub, as toolkits ship it for linking.
-        // SAFETY: this function's own contract.
+        // A libcuda without these is a stub that toolkits ship for linking. SAFETY: this function's own contract.
         unsafe { library.get(name) }.map_err(|_| DriverError::NoDriver)
     }
 

@@ -1,4 +1,4 @@
-//! CUDA graphs: work that was queued once, launched again as a whole.
+//! CUDA graphs: work that was queued once and is launched again as a whole.
 //!
 //! TensorRT can capture a network itself (`kWHOLE_GRAPH_CAPTURE`), but then it checks every input's address before each
 //! launch, and a model with bound weights has hundreds of inputs. Lapidary's own graph costs one driver call.
@@ -11,14 +11,13 @@ use super::context::{Cuda, failed};
 use super::stream::Stream;
 use crate::backend::tensorrt::run::RunError;
 
-/// A captured piece of work. It holds the addresses that it was captured with: drop the graph
-/// before that memory is freed or moved.
+/// Captured work. It contains the addresses at capture time: drop the graph before that memory is freed or moved.
 pub(in super::super) struct Graph {
     exec: sys::CUgraphExec,
     _cuda: Rc<Cuda>,
 }
 
-/// What was captured, from which executable graphs are made: they are copies of it.
+/// The captured graph; executable graphs are copies of it.
 struct Template(sys::CUgraph);
 
 impl Drop for Template {
@@ -29,7 +28,7 @@ impl Drop for Template {
 }
 
 impl Graph {
-    /// Captures what `queue` puts into the stream, without running it. Panics if that has copies of pinned memory.
+    /// Captures what `queue` puts into the stream, without running it. Panics on copies of pinned memory.
     pub fn capture(
         cuda: &Rc<Cuda>,
         stream: &Stream,
@@ -54,7 +53,7 @@ impl Graph {
         })
     }
 
-    /// Queues one run of all of it.
+    /// Queues one run of the whole graph.
     pub fn launch(&self, stream: &Stream) -> Result<(), RunError> {
         // SAFETY: both are borrowed, so alive. What it touches is device memory, which the type's contract keeps.
         unsafe { result::graph::launch(self.exec, stream.handle()) }.map_err(failed("cuGraphLaunch"))

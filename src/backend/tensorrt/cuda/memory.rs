@@ -1,8 +1,8 @@
 //! Device memory, and host memory that the GPU reads and writes directly.
 //!
-//! Both are safe to use while work is queued. Rust cannot access device memory, so it is enough that a
-//! copy stays inside its buffers and that a buffer is freed after the work that uses it. Rust can access host memory: a
-//! [`Pinned`] remembers the last copy that was queued from or to it, and waits for it where necessary.
+//! Both are safe to use while work is queued. Rust cannot access device memory, so a copy only has to stay inside its
+//! buffers, and a buffer only has to be freed after the work that uses it. Rust can access host memory: a [`Pinned`]
+//! records the last copy queued from or to it, and waits for it where necessary.
 
 use std::cell::RefCell;
 use std::ffi::c_void;
@@ -15,7 +15,7 @@ use super::context::{Cuda, failed};
 use super::stream::{Stream, Ticket};
 use crate::backend::tensorrt::run::RunError;
 
-/// Device memory. Its bytes are whatever was there before, unless cleared.
+/// Device memory, uninitialized unless cleared.
 pub struct Buffer {
     address: sys::CUdeviceptr,
     bytes: usize,
@@ -46,7 +46,7 @@ impl Buffer {
         })
     }
 
-    /// Where it is on the device: a multiple of 256.
+    /// Its address on the device: a multiple of 256.
     pub fn address(&self) -> u64 {
         self.address
     }
@@ -55,14 +55,14 @@ impl Buffer {
         self.bytes
     }
 
-    /// Queues zeros for all of it.
+    /// Queues zeroing the whole buffer.
     pub fn clear(&self, stream: &Stream) -> Result<(), RunError> {
         // SAFETY: the whole of this allocation, which is freed after what is queued (`drop`).
         unsafe { result::memset_d8_async(self.address, 0, self.bytes, stream.handle()) }
             .map_err(failed("cuMemsetD8Async"))
     }
 
-    /// Copies from ordinary memory to `at` and on, and waits. Panics if that is not inside.
+    /// Copies from ordinary memory to the buffer from `at` on, and waits. Panics if that is out of bounds.
     pub fn write(&self, at: usize, bytes: &[u8]) -> Result<(), RunError> {
         let to = self.place(at, bytes.len());
         if bytes.is_empty() {
@@ -74,7 +74,7 @@ impl Buffer {
         self.cuda.synchronize()
     }
 
-    /// Copies from `at` and on to ordinary memory, and waits. Panics if that is not inside.
+    /// Copies from the buffer from `at` on to ordinary memory, and waits. Panics if that is out of bounds.
     pub fn read(&self, at: usize, bytes: &mut [u8]) -> Result<(), RunError> {
         let from = self.place(at, bytes.len());
         if bytes.is_empty() {
@@ -84,7 +84,7 @@ impl Buffer {
         unsafe { result::memcpy_dtoh_sync(bytes, from) }.map_err(failed("cuMemcpyDtoH"))
     }
 
-    /// The address of `bytes` bytes at `at`. Panics if they are not inside.
+    /// The address of `bytes` bytes at `at`. Panics if they are out of bounds.
     pub(super) fn place(&self, at: usize, bytes: usize) -> sys::CUdeviceptr {
         assert_inside(at, bytes, self.bytes);
         self.address + at as u64
@@ -93,7 +93,7 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // Whatever is queued may use it. Freeing waits as well, by all that is known; this does not rely on it.
+        // Queued work may use it. Freeing appears to wait as well, but this does not rely on it.
         let _ = self.cuda.synchronize();
         // SAFETY: allocated in `new` and freed once; no queued work is left that could use it, or the context is broken and
         // runs none.
@@ -110,7 +110,7 @@ fn assert_inside(at: usize, bytes: usize, size: usize) {
 /// Rows of equal distance in device memory, the first at `at`: see [`Stream::copy_rows`].
 #[derive(Clone, Copy)]
 pub struct Rows<'b> {
-    /// Where they lie.
+    /// The buffer.
     pub buffer: &'b Buffer,
     /// Bytes before the first row.
     pub at: usize,
@@ -119,7 +119,8 @@ pub struct Rows<'b> {
 }
 
 impl Rows<'_> {
-    /// The address of the first of `rows` rows of `width` bytes, both above 0. Panics if they overlap or are not inside.
+    /// The address of the first of `rows` rows of `width` bytes, both above 0. Panics if they overlap or are out of
+    /// bounds.
     pub(super) fn place(&self, width: usize, rows: usize) -> sys::CUdeviceptr {
         let pitch = self.pitch;
         assert!(
@@ -135,7 +136,7 @@ impl Rows<'_> {
 pub struct Pinned {
     pointer: *mut u8,
     bytes: usize,
-    /// The last copy from here that was queued, and the last to here.
+    /// The last queued copy from here, and the last to here.
     read: RefCell<Option<Ticket>>,
     written: RefCell<Option<Ticket>>,
     _cuda: Rc<Cuda>,
@@ -158,8 +159,8 @@ impl Pinned {
         })
     }
 
-    /// `n` elements from byte `at` on, once no copy to this memory is under way. Panics if they are not inside or `at` is
-    /// not aligned.
+    /// `n` elements from byte `at` on, once no copy to this memory is in progress. Panics if they are out of bounds or
+    /// `at` is not aligned.
     pub fn slice<T: bytemuck::Pod>(&self, at: usize, n: usize) -> Result<&[T], RunError> {
         let pointer = self.elements::<T>(at, n);
         settle(&self.written)?;
@@ -168,7 +169,7 @@ impl Pinned {
         Ok(unsafe { std::slice::from_raw_parts(pointer, n) })
     }
 
-    /// The same, to write: once no copy from this memory or to it is under way.
+    /// The same, mutable: once no copy from or to this memory is in progress.
     pub fn slice_mut<T: bytemuck::Pod>(&mut self, at: usize, n: usize) -> Result<&mut [T], RunError> {
         let pointer = self.elements::<T>(at, n);
         settle(&self.written)?;
@@ -177,7 +178,7 @@ impl Pinned {
         Ok(unsafe { std::slice::from_raw_parts_mut(pointer, n) })
     }
 
-    /// Where `n` elements are. Any bytes are elements of a `Pod`, and all were written in `new`.
+    /// The address of `n` elements. Any bytes are valid elements of a `Pod`, and all were initialized in `new`.
     fn elements<T: bytemuck::Pod>(&self, at: usize, n: usize) -> *mut T {
         // Allocations are aligned to pages.
         assert!(
@@ -188,25 +189,25 @@ impl Pinned {
         self.pointer.wrapping_add(at).cast()
     }
 
-    /// The bytes of a range, as the source or target of a copy. Panics if they are not inside.
+    /// The bytes of a range, as the source or target of a copy. Panics if they are out of bounds.
     pub(super) fn part(&self, range: &Range<usize>) -> *mut u8 {
         assert!(range.start <= range.end, "{range:?}");
         assert_inside(range.start, range.len(), self.bytes);
         self.pointer.wrapping_add(range.start)
     }
 
-    /// A copy from here was queued.
+    /// Records a queued copy from here.
     pub(super) fn is_read_by(&self, ticket: Ticket) {
         replace(&self.read, ticket);
     }
 
-    /// A copy to here was queued.
+    /// Records a queued copy to here.
     pub(super) fn is_written_by(&mut self, ticket: Ticket) {
         replace(&self.written, ticket);
     }
 }
 
-/// The copy of the later ticket of one stream ends after the earlier one; of two streams both must be awaited.
+/// In one stream, the copy of the later ticket ends after the earlier one; with two streams both must be awaited.
 fn replace(pending: &RefCell<Option<Ticket>>, ticket: Ticket) {
     let mut pending = pending.borrow_mut();
     if let Some(earlier) = pending.as_ref().filter(|earlier| !earlier.same_stream(&ticket)) {
@@ -216,7 +217,7 @@ fn replace(pending: &RefCell<Option<Ticket>>, ticket: Ticket) {
     *pending = Some(ticket);
 }
 
-/// Waits for the copy, if there is one under way.
+/// Waits for the copy, if one is in progress.
 fn settle(pending: &RefCell<Option<Ticket>>) -> Result<(), RunError> {
     let waited = pending.borrow().as_ref().map(Ticket::wait);
     waited.transpose()?;

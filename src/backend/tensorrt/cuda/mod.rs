@@ -1,9 +1,10 @@
 //! The CUDA driver, libcuda: its GPUs, and its objects, which are released when they are dropped.
 //!
-//! `driver` asks whether there is a driver and what GPUs it has; it works without a context and is compiled into every
-//! binary. `context` opens the first GPU, `memory` allocates on it and in page-locked host memory, `stream` queues copies
-//! and marks time, `graph` records queued work and launches it again as one piece. Everything belongs to the first GPU and
-//! to one thread, because TensorRT's engines cannot move between threads. `run` decides what is computed.
+//! `driver` checks whether there is a driver and which GPUs it has; it works without a context and is compiled into
+//! every binary. `context` opens the first GPU, `memory` allocates on it and in page-locked host memory, `stream`
+//! queues copies and marks time, `graph` records queued work and launches it again as a whole. Everything belongs to
+//! the first GPU and to one thread, because TensorRT's engines cannot move between threads. `run` decides what is
+//! computed.
 
 #[cfg(feature = "engines")]
 mod context;

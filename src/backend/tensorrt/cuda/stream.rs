@@ -20,10 +20,10 @@ pub struct Stream {
 /// The driver's stream, alive as long as anything may wait for it.
 struct Queue {
     raw: sys::CUstream,
-    /// Copies from and to pinned memory that were queued so far, and how many of them are known to be done.
+    /// Numbers of copies from and to pinned memory: queued so far, and known to be done.
     queued: Cell<u64>,
     done: Cell<u64>,
-    /// What is queued now is recorded and not run.
+    /// Queued work is currently recorded, not run.
     capturing: Cell<bool>,
     _cuda: Rc<Cuda>,
 }
@@ -40,19 +40,19 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        // SAFETY: made in `Stream::new` and destroyed once. The driver lets queued work end.
+        // SAFETY: made in `Stream::new` and destroyed once. The driver lets queued work finish.
         let _ = unsafe { result::stream::destroy(self.raw) };
     }
 }
 
-/// A copy that was queued from or to pinned memory.
+/// A queued copy from or to pinned memory.
 pub(super) struct Ticket {
     queue: Rc<Queue>,
     number: u64,
 }
 
 impl Ticket {
-    /// Waits for the copy; costs nothing where the stream was waited for since.
+    /// Waits for the copy; costs nothing if the stream was synchronized since.
     pub(super) fn wait(&self) -> Result<(), RunError> {
         match self.queue.done.get() >= self.number {
             true => Ok(()),
@@ -66,7 +66,7 @@ impl Ticket {
 }
 
 impl Stream {
-    /// An empty one, which does not wait for the default stream.
+    /// An empty stream, which does not wait for the default stream.
     pub fn new(cuda: &Rc<Cuda>) -> Result<Self, RunError> {
         let raw = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("cuStreamCreate"))?;
         Ok(Stream {
@@ -87,7 +87,7 @@ impl Stream {
         self.queue.raw
     }
 
-    /// While this is so, copies from and to pinned memory are refused: it would be unknown when they run.
+    /// During a capture, copies from and to pinned memory are refused: it would be unknown when they run.
     pub(super) fn set_capturing(&self, capturing: bool) {
         self.queue.capturing.set(capturing);
     }
@@ -109,8 +109,8 @@ impl Stream {
         Ticket { queue, number }
     }
 
-    /// Queues a copy of a range of pinned memory to `at` in device memory. Writing to the pinned memory later waits for it.
-    /// Panics if either is not inside.
+    /// Queues a copy of a range of pinned memory to `at` in device memory. Writing to the pinned memory later waits for
+    /// it. Panics if either is out of bounds.
     pub fn upload(&self, from: &Pinned, range: Range<usize>, to: &Buffer, at: usize) -> Result<(), RunError> {
         let (source, target) = (from.part(&range), to.place(at, range.len()));
         // Also if it fails: the driver may have begun.
@@ -141,8 +141,8 @@ impl Stream {
         unsafe { result::memcpy_dtod_async(target, source, bytes, self.queue.raw) }.map_err(failed("cuMemcpyDtoDAsync"))
     }
 
-    /// Queues one copy of `rows` rows of `width` bytes between device memories with different distances between rows. What
-    /// is read must not overlap what is written. Panics if a row is not inside, or longer than the distance to the next.
+    /// Queues one copy of `rows` rows of `width` bytes between device buffers with different row pitches. Source and
+    /// target must not overlap. Panics if a row is out of bounds, or longer than the pitch.
     pub fn copy_rows(&self, from: Rows<'_>, to: Rows<'_>, width: usize, rows: usize) -> Result<(), RunError> {
         if width == 0 || rows == 0 {
             return Ok(());
@@ -187,7 +187,7 @@ impl Event {
         })
     }
 
-    /// Puts it after what is queued.
+    /// Records it after the queued work.
     pub fn record(&self, stream: &Stream) -> Result<(), RunError> {
         // SAFETY: the event is self's and the stream is borrowed: both are alive.
         unsafe { result::event::record(self.raw, stream.handle()) }.map_err(failed("cuEventRecord"))
@@ -199,7 +199,7 @@ impl Event {
         unsafe { result::event::synchronize(self.raw) }.map_err(failed("cuEventSynchronize"))
     }
 
-    /// From `earlier` to this, both recorded and reached.
+    /// The time from `earlier` to this event, both recorded and reached.
     pub fn since(&self, earlier: &Event) -> Result<Duration, RunError> {
         // SAFETY: both events are borrowed, so alive; what is not reached is an error of the driver.
         let ms = unsafe { result::event::elapsed(earlier.raw, self.raw) }.map_err(failed("cuEventElapsedTime"))?;

@@ -1,5 +1,6 @@
-//! Prevents TensorRT from folding certain constants while it builds. `docs/explanation/tensorrt-notes.md`, "What TensorRT folds", explains
-//! both workarounds of this kind. The other is in `lower::constant_folding`, because it is layers of the network.
+//! Prevents TensorRT from folding certain constants while it builds. `docs/explanation/tensorrt-notes.md`, "What
+//! TensorRT folds", explains both workarounds of this kind. The other is in `lower::constant_folding`, because it
+//! consists of network layers.
 
 use trtx::ElementWiseOperation;
 
@@ -8,8 +9,8 @@ use crate::network::Layer;
 use crate::tensor::{DType, Tensor};
 
 impl<'b> Emitter<'b, '_> {
-    /// The attention layer's mask, and where fp16 layers could not share it (bool, a token dim that is dynamic), `mask and
-    /// true` for this layer alone.
+    /// The attention layer's mask; if fp16 layers cannot share it (bool, with a dynamic token dim), `mask and true` for
+    /// this layer alone.
     pub(super) fn mask_of_its_own(&mut self, layer: &Layer, mask: Handle<'b>) -> Emitted<'b> {
         let declared = self.declared(layer.inputs[3])?;
         let dynamic = declared.shape.iter().any(|dim| dim.as_const().is_none());

@@ -1,4 +1,4 @@
-//! Weights as inputs or constants, and the small tables of a lowering.
+//! Weights as inputs or constants, and small tables of a lowering.
 
 use trtx::DataType;
 
@@ -41,7 +41,7 @@ impl<'b> Emitter<'b, '_> {
         }
     }
 
-    /// A constant layer over the tensor's own bytes, which are not copied. `refit_name` makes it known to a refitter.
+    /// A constant layer over the tensor's own bytes, which are not copied. `refit_name` registers it for refitting.
     pub(super) fn constant(&mut self, layer: &str, tensor: &'b Tensor, refit_name: Option<&String>) -> Emitted<'b> {
         if tensor.is_empty() {
             return Err(EmitError::Malformed(format!("{tensor:?} is an empty constant")));
@@ -49,7 +49,7 @@ impl<'b> Emitter<'b, '_> {
         let dims: Vec<i64> = tensor.shape().iter().map(|d| *d as i64).collect();
         let (dtype, data) = (data_type(tensor.dtype())?, tensor.data());
         let name = refit_name.map(String::as_str);
-        // Bytes of a mapped file may start anywhere; TensorRT reads elements, so those get an aligned copy.
+        // Bytes of a mapped file may be unaligned; TensorRT reads elements, so those get an aligned copy.
         let constant = if (data.as_ptr() as usize).is_multiple_of(tensor.dtype().bits().div_ceil(8)) {
             self.definition.add_constant(&dims, data, dtype, name)?
         } else {
@@ -78,7 +78,7 @@ impl<'b> Emitter<'b, '_> {
         Ok(constant.output(self.definition, 0)?)
     }
 
-    /// Codes as what they stand for. A block is given by its extent on every axis.
+    /// Dequantizes codes. A block is given by its extent on every axis.
     pub(super) fn dequantize(&mut self, layer: &Layer, granularity: Granularity) -> Emitted<'b> {
         let [codes, scales] = self.inputs(layer)?;
         let (declared, scale) = (self.declared(layer.inputs[0])?, self.declared(layer.inputs[1])?);
@@ -88,7 +88,7 @@ impl<'b> Emitter<'b, '_> {
         match granularity {
             Granularity::Tensor => {}
             Granularity::Channel { axis } => added.set_axis(self.definition, axis_number(axis)?),
-            // Of i4 TensorRT infers the block from the scales' shape, and refuses it when given.
+            // For i4, TensorRT infers the block from the scales' shape, and refuses an explicit one.
             Granularity::Block { .. } if declared.dtype == DType::I4 => {}
             Granularity::Block { axis, size } => {
                 let mut block = vec![1; declared.shape.len()];
@@ -99,7 +99,7 @@ impl<'b> Emitter<'b, '_> {
         self.named(added, &layer.name)
     }
 
-    /// Quantized with the scale 1 and dequantized. TensorRT has one float of 8 bits.
+    /// Quantizes with the scale 1 and dequantizes. TensorRT has only one 8-bit float.
     pub(super) fn rounded_to_float8(&mut self, layer: &Layer, op: UnaryOp, x: Handle<'b>) -> Emitted<'b> {
         if op != UnaryOp::RoundE4M3 {
             return Err(EmitError::Malformed(

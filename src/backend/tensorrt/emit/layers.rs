@@ -13,7 +13,7 @@ use crate::dim::Dim;
 use crate::network::{Activation, Elementwise, Greatest, Layer, LayerKind, MatrixOp, ReduceOp, Shape, UnaryOp};
 use crate::tensor::{DType, Tensor};
 
-/// Adds the layer (and what little it needs beside it) and gives its output.
+/// Adds the layer (and the few layers that it needs in addition) and returns its output.
 pub(super) fn emit<'b>(e: &mut Emitter<'b, '_>, layer: &'b Layer) -> Emitted<'b> {
     let name = layer.name.as_str();
     match &layer.kind {
@@ -124,7 +124,7 @@ pub(super) fn emit<'b>(e: &mut Emitter<'b, '_>, layer: &'b Layer) -> Emitted<'b>
             "a layer of experts is for the CPU executor; lower it with all experts or the chosen ones".to_string(),
         )),
         LayerKind::RowProduct(_) | LayerKind::DecodeAttention(_) => Err(EmitError::Malformed(
-            "a kernel of ours runs it, between the engines of the network's segments".to_string(),
+            "a kernel of Lapidary runs it, between the engines of the network's segments".to_string(),
         )),
         LayerKind::KvCacheUpdate => {
             let [cache, update, write_indices] = e.inputs(layer)?;
@@ -149,12 +149,12 @@ impl<'b> Emitter<'b, '_> {
             .map_err(|_| EmitError::Malformed(format!("it has {found} inputs and needs {N}")))
     }
 
-    /// Names a layer just added, and gives its output.
+    /// Names a layer just added, and returns its output.
     pub(super) fn named<L: AsLayer>(&mut self, layer: TrtLayer<'b, L>, name: &str) -> Emitted<'b> {
         self.named_output(layer, name, 0)
     }
 
-    /// As [`Emitter::named`], of a layer with several outputs.
+    /// Like [`Emitter::named`], for a layer with several outputs.
     fn named_output<L: AsLayer>(&mut self, mut layer: TrtLayer<'b, L>, name: &str, output: i32) -> Emitted<'b> {
         layer.set_name(self.definition, name)?;
         Ok(layer.output(self.definition, output)?)
@@ -174,7 +174,7 @@ impl<'b> Emitter<'b, '_> {
     }
 
     /// `max(x, 0) + ln(1 + exp(-|x|))`. TensorRT's own softplus has two factors that the binding cannot set, and
-    /// overflows where this does not.
+    /// overflows; this form does not.
     fn softplus(&mut self, layer: &Layer, x: Handle<'b>) -> Emitted<'b> {
         let input = self.declared(layer.inputs[0])?;
         if !input.dtype.is_float() {
@@ -244,7 +244,7 @@ impl<'b> Emitter<'b, '_> {
                 self.named(added, name)
             }
             Extents::Tensor(shape) => {
-                // The size given here is a placeholder: input 2 replaces it.
+                // This size is a placeholder: input 2 replaces it.
                 let mut added = self.definition.add_slice(x, start, &vec![0; size.len()], stride)?;
                 added.set_input(self.definition, 2, &shape)?;
                 self.named(added, name)
@@ -309,7 +309,7 @@ impl<'b> Emitter<'b, '_> {
         if let Some(mask) = mask {
             added.set_mask(self.definition, &mask)?;
         }
-        // Without this TensorRT fails where it has no fused kernel, instead of using several.
+        // Without this TensorRT fails if it has no fused kernel, instead of using several.
         added.set_decomposable(self.definition, true)?;
         added.set_name(self.definition, &layer.name)?;
         Ok(added.output(self.definition, 0)?)
@@ -321,7 +321,7 @@ pub(super) fn axis_number(axis: usize) -> Result<i32, EmitError> {
 }
 
 fn axes_mask(axes: &[usize]) -> Result<Axes, EmitError> {
-    // TensorRT has eight dims at most; a shift past the mask would wrap around to a wrong axis.
+    // TensorRT has at most eight dims; a larger shift would wrap around to a wrong axis.
     let bits = axes.iter().try_fold(0u32, |bits, axis| {
         let bit = u32::try_from(*axis)
             .ok()

@@ -1,4 +1,4 @@
-//! Writes a [`Network`] into TensorRT's network definition, layer by layer, and checks each as it goes.
+//! Writes a [`Network`] into TensorRT's network definition, layer by layer, and checks each layer.
 //!
 //! `layers` has one arm per layer kind, `shapes` the extents that depend on `tokens`, `constants` weights and small tables;
 //! `constant_folding` prevents folding. This file owns the order, the names, and the comparison of the types that TensorRT infers
@@ -55,7 +55,8 @@ pub(super) fn emit<'b>(
             reason,
         },
     };
-    // Some calls of the binding report success while TensorRT only logs that it refused, so the log is asked each time.
+    // Some calls of the binding report success while TensorRT only logs that it refused, so the log is checked each
+    // time.
     let heard = |layer: &LayerContext| match capture.take_errors() {
         Some(message) => Err(EngineBuildError::Layer {
             version,
@@ -108,7 +109,7 @@ pub(super) fn emit<'b>(
     Ok(())
 }
 
-/// What keeps a layer out of the definition.
+/// Why a layer cannot be added to the definition.
 enum EmitError {
     TensorRt(trtx::Error),
     Malformed(String),
@@ -128,11 +129,11 @@ struct Emitter<'b, 'd> {
     definition: &'d mut NetworkDefinition<'b>,
     weights: &'b [Option<tensor::Tensor>],
     refits: Refits,
-    /// TensorRT's tensor for each of ours that is written already.
+    /// TensorRT's tensor for each network tensor written so far.
     handles: Vec<Option<Handle<'b>>>,
-    /// The input of each bound weight, which several layers may name.
+    /// The input of each bound weight, which several layers may read.
     bound: HashMap<WeightId, Handle<'b>>,
-    /// The count of tokens as a shape tensor `[1]` i64, made when first needed.
+    /// The number of tokens as a shape tensor `[1]` i64, created when first needed.
     tokens: Option<Handle<'b>>,
 }
 
@@ -146,7 +147,7 @@ impl<'b> Emitter<'b, '_> {
         )?;
         for (axis, dim) in tensor.shape.iter().enumerate() {
             if dim.as_const().is_none() {
-                // Equal names are equal extents: TensorRT may then fold what depends on them.
+                // Equal names mean equal extents, which lets TensorRT fold what depends on them.
                 handle.set_dimension_name(self.definition, axis as i32, &dim.to_string())?;
             }
         }
@@ -154,10 +155,10 @@ impl<'b> Emitter<'b, '_> {
         Ok(())
     }
 
-    /// Adds the layer and gives its output, named as the network names it.
+    /// Adds the layer and returns its output, with the network's name.
     fn layer(&mut self, layer: &'b Layer) -> Emitted<'b> {
         let output = layers::emit(self, layer)?;
-        // A bound weight is known by the weight's name, at load and in the manifest.
+        // A bound weight has the weight's name, at load and in the manifest.
         let is_input = output.is_network_input(self.definition);
         if let (false, Some(id)) = (is_input, layer.outputs.first()) {
             let name = &self.declared(*id)?.name;
@@ -185,15 +186,15 @@ impl<'b> Emitter<'b, '_> {
     }
 }
 
-/// What TensorRT says of a tensor.
+/// What TensorRT reports about a tensor.
 struct Inferred {
     data_type: DataType,
-    /// -1 where it depends on the call.
+    /// -1 if it depends on the call.
     dims: Vec<i64>,
 }
 
 impl Inferred {
-    /// `None` where the binding cannot tell (rank 8) or TensorRT failed, which its log then says.
+    /// `None` if the binding cannot tell (rank 8) or TensorRT failed, which its log then reports.
     fn of(definition: &NetworkDefinition<'_>, handle: &Handle<'_>) -> Option<Self> {
         Some(Inferred {
             data_type: handle.data_type(definition),
@@ -204,7 +205,7 @@ impl Inferred {
     fn agrees_with(&self, declared: &Tensor, tokens: &Tokens) -> bool {
         let same_dim = |(inferred, declared): (&i64, &Dim)| match (inferred, declared.as_const()) {
             (inferred, Some(declared)) if *inferred == declared => true,
-            // TensorRT does not fold all that it could.
+            // TensorRT does not fold everything it could.
             (-1, _) => matches!(tokens, Tokens::Dynamic { .. }),
             _ => false,
         };
@@ -284,24 +285,24 @@ fn typed_shape(dtype: DType, shape: &[Dim]) -> String {
     format!("{dtype}{shape:?}")
 }
 
-/// The layer that TensorRT's message names, described for the end of our own; empty if it names none.
+/// A description of the layer that TensorRT's message names, appended to Lapidary's message; empty if it names none.
 pub(super) fn hint(network: &Network, message: &str) -> String {
     let named = network.layers.iter().filter(|layer| names(message, &layer.name));
-    // Of `attn` and `attn/scale` the longer is meant.
+    // Between `attn` and `attn/scale`, the longer one is meant.
     match named.max_by_key(|layer| layer.name.len()) {
         Some(layer) => format!("\nin layer {}", layer_context(network, layer)),
         None => String::new(),
     }
 }
 
-/// Whether the name stands in the text by itself, not as a part of a longer name or word.
+/// Whether the text contains the name as a whole word, not as a part of a longer name.
 fn names(text: &str, name: &str) -> bool {
     let in_name = |c: char| c.is_alphanumeric() || matches!(c, '_' | '.' | '/');
     !name.is_empty()
         && text.match_indices(name).any(|(at, _)| {
             let before = text[..at].chars().next_back();
             let mut after = text[at + name.len()..].chars();
-            // A full stop ends a sentence unless the name goes on after it.
+            // A period ends a sentence unless the name continues after it.
             let goes_on = match after.next() {
                 Some('.') => after.next().is_some_and(in_name),
                 next => next.is_some_and(in_name),

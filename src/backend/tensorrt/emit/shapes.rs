@@ -5,7 +5,7 @@ use trtx::ElementWiseOperation;
 use super::{EmitError, Emitted, Emitter, Handle};
 use crate::dim::{Dim, Sym};
 
-/// The dim as a network input states it: -1 if it is known only at run time.
+/// The dim for a network input: -1 if it is known only at run time.
 pub(super) fn runtime_dims(shape: &[Dim]) -> Vec<i64> {
     shape.iter().map(|dim| dim.as_const().unwrap_or(-1)).collect()
 }
@@ -15,10 +15,10 @@ pub(in super::super) fn at_tokens(dim: &Dim, tokens: usize) -> i64 {
     dim.eval(&[(Sym::tokens(), tokens as i64)].into()).unwrap_or(-1)
 }
 
-/// How to state a shape to a layer.
+/// How a layer gets a shape.
 pub(super) enum Extents<'b> {
     Static(Vec<i64>),
-    /// One dim is -1; the volume gives it.
+    /// One dim is -1, inferred from the volume.
     Inferred(Vec<i64>),
     /// A shape tensor `[rank]` i64.
     Tensor(Handle<'b>),
@@ -28,7 +28,7 @@ impl<'b> Emitter<'b, '_> {
     /// For a reshape, whose volume is known: at most one symbolic dim needs no shape tensor.
     pub(super) fn reshape_extents(&mut self, layer: &str, shape: &[Dim]) -> Result<Extents<'b>, EmitError> {
         if shape.iter().any(|dim| dim.as_const() == Some(0)) {
-            // TensorRT reads 0 as "keep this dim"; nothing of a decoder is empty.
+            // TensorRT reads 0 as "keep this dim"; a decoder has no empty tensors.
             return Err(EmitError::Malformed(format!("a reshape to {shape:?}, which is empty")));
         }
         match shape.iter().filter(|dim| dim.as_const().is_none()).count() {
@@ -38,7 +38,7 @@ impl<'b> Emitter<'b, '_> {
         }
     }
 
-    /// For slices and fills, where every symbolic dim must be stated.
+    /// For slices and fills, where every symbolic dim must be given.
     pub(super) fn extents(&mut self, layer: &str, shape: &[Dim]) -> Result<Extents<'b>, EmitError> {
         if shape.iter().all(|dim| dim.as_const().is_some()) {
             Ok(Extents::Static(runtime_dims(shape)))
@@ -65,7 +65,7 @@ impl<'b> Emitter<'b, '_> {
         self.named(sum, &format!("{layer}/extents"))
     }
 
-    /// The number of tokens in this call, `[1]` i64, read off the first input that has such a dim.
+    /// The number of tokens in this call, `[1]` i64, from the first input with such a dim.
     fn tokens(&mut self) -> Emitted<'b> {
         if let Some(tokens) = self.tokens {
             return Ok(tokens);

@@ -4,7 +4,7 @@ use crate::backend::tensorrt::cuda::driver::Driver;
 use crate::backend::tensorrt::library::Version;
 use crate::backend::tensorrt::run::Objection;
 
-/// No verdict before the plan is deserialized; what is wrong with it TensorRT logs then.
+/// No check before the plan is deserialized; TensorRT logs problems at that time.
 pub(in super::super) fn judge(
     _runtime: &trtx::Runtime<'_>,
     _plan: &[u8],
@@ -17,7 +17,7 @@ pub(in super::super) fn judge(
 
 pub(in super::super) fn configure(_config: &mut trtx::RuntimeConfig<'_>) {}
 
-/// Never made: nothing is compiled at load.
+/// Never created: nothing is compiled at load.
 pub(in super::super) enum KernelStore {}
 
 impl KernelStore {

@@ -1,8 +1,8 @@
 //! TensorRT-RTX or full ("enterprise") TensorRT: all differences.
 //!
-//! They share an API and nearly all of its meaning, but the binding is compiled against one set of headers, so a binary is
-//! for one of them: the cargo feature `tensorrt-rtx` makes it RTX, `tensorrt` full TensorRT, and where both are on (cargo
-//! adds features up) `tensorrt` wins. Everything else in the crate asks [`FLAVOUR`] or calls the functions here.
+//! They share an API and nearly all semantics, but the binding is compiled against one set of headers, so a binary is
+//! for one of them: the cargo feature `tensorrt-rtx` makes it RTX, `tensorrt` full TensorRT, and if both are on (cargo
+//! merges features), `tensorrt` wins. Everything else in the crate asks [`FLAVOUR`] or calls the functions here.
 //!
 //! | | TensorRT-RTX | full TensorRT |
 //! |---|---|---|
@@ -12,9 +12,9 @@
 //! | kernels compiled at first load | yes, kept in a runtime cache | no, they are in the plan |
 //! | reports errors in a plan's header | `getEngineValidity` | no; deserializing reports them |
 //!
-//! Perhaps unexpectedly, both agree in these points: networks are strongly typed without a flag, TF32 is a builder flag that
-//! is on, refit and strip flags have the same names, and Lapidary captures CUDA graphs itself. `docs/explanation/tensorrt-notes.md` lists
-//! the parts of full TensorRT that were never run.
+//! Both agree in these points: networks are strongly typed without a flag, TF32 is a builder flag that is on by
+//! default, refit and strip flags have the same names, and Lapidary captures CUDA graphs itself.
+//! `docs/explanation/tensorrt-notes.md` lists the parts of full TensorRT that were never run.
 
 use super::error::LibraryError;
 use super::library::Version;
@@ -30,16 +30,16 @@ pub(super) use enterprise::{KernelStore, configure, judge};
 #[cfg(all(feature = "engines", not(feature = "tensorrt")))]
 pub(super) use rtx::{KernelStore, configure, judge};
 
-/// What is to be known of a TensorRT before its library is loaded.
+/// Properties of a TensorRT before its library is loaded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Flavour {
-    /// What its engines are called in specs and manifests.
+    /// The name of its engines in specs and manifests.
     pub target: Target,
-    /// Its name, for people.
+    /// Its display name.
     pub product: &'static str,
-    /// The cargo feature, which is what `--target` calls its engines too.
+    /// The cargo feature, which is also the `--target` of its engines.
     pub feature: &'static str,
-    /// Names of the library's file, the likeliest first: what packages ship, and what the loader is asked for.
+    /// Names of the library's file, most likely first: as shipped in packages, and as requested from the loader.
     pub libraries: &'static [&'static str],
     /// The environment variable that gives the library's path.
     pub variable: &'static str,
@@ -51,9 +51,10 @@ pub struct Flavour {
     pub headers: Version,
     /// Whether engines can be built on a machine without a GPU.
     pub builds_without_gpu: bool,
-    /// What to do where engines cannot be built for want of a GPU.
+    /// What to do if engines cannot be built without a GPU.
     pub without_gpu: &'static str,
-    /// Compute capabilities that the headers list; `None`: they list none, and everything from the oldest on will do.
+    /// Compute capabilities that the headers list; `None`: they list none, and everything from the oldest on is
+    /// accepted.
     pub listed_gpus: Option<&'static [(u32, u32)]>,
     /// The oldest GPUs that it runs on.
     pub oldest_gpu: (u32, u32),
@@ -111,7 +112,7 @@ pub const ENTERPRISE: Flavour = Flavour {
 };
 
 impl Flavour {
-    /// The TensorRT whose engines a target means; `None` for the CPU, which needs none.
+    /// The TensorRT of a target; `None` for the CPU.
     pub fn of(target: Target) -> Option<&'static Flavour> {
         match target {
             Target::Cpu => None,
@@ -120,7 +121,7 @@ impl Flavour {
         }
     }
 
-    /// Refuses the one that this binary is not for.
+    /// Refuses a target that this binary was not compiled for.
     pub fn check(&'static self) -> Result<(), LibraryError> {
         if cfg!(not(feature = "engines")) {
             return Err(LibraryError::NotCompiled);
@@ -132,7 +133,7 @@ impl Flavour {
     }
 }
 
-/// The one that this binary is compiled for; without either feature, the one that it would be by default.
+/// The TensorRT that this binary was compiled for; without either feature, the default one.
 pub const FLAVOUR: Flavour = if cfg!(feature = "tensorrt") { ENTERPRISE } else { RTX };
 
 #[cfg(test)]

@@ -8,8 +8,8 @@ use crate::backend::tensorrt::cuda::driver::Driver;
 use crate::backend::tensorrt::library::Version;
 use crate::backend::tensorrt::run::{Objection, ObjectionKind};
 
-/// TensorRT's verdict on a plan's header. It calls every plan invalid on GPUs that are not on its list, though some run
-/// there (`probe::runs_on`), so that alone is no reason before the plan was `tried`.
+/// TensorRT's check of a plan's header. It reports every plan as invalid on GPUs that are not on its list, though some
+/// run there (`probe::runs_on`), so it is not a reason before the plan was `tried`.
 pub(in super::super) fn judge(
     runtime: &trtx::Runtime<'_>,
     plan: &[u8],
@@ -18,7 +18,7 @@ pub(in super::super) fn judge(
     facts: &Driver,
 ) -> Result<(), Objection> {
     let verdict = runtime.engine_validity(plan);
-    // The binding refuses what is shorter than a header.
+    // The binding refuses data shorter than a header.
     let (validity, why) = verdict.map_err(|e| Objection {
         kind: ObjectionKind::Plan,
         reason: format!("the file is damaged: {e}"),
@@ -33,7 +33,7 @@ pub(in super::super) fn judge(
     })
 }
 
-/// What must change first: another plan helps against nothing that the machine lacks.
+/// The machine's problems come first: another plan would not solve them.
 fn kind(why: Why) -> ObjectionKind {
     let faults = [
         (Why::CUDA_ERROR, ObjectionKind::Cuda),
@@ -88,13 +88,13 @@ fn reason(why: Why, version: Version, facts: &Driver) -> String {
     }
 }
 
-/// What every context wants besides its memory.
+/// What every context needs besides its memory.
 pub(in super::super) fn configure(config: &mut trtx::RuntimeConfig<'_>) {
     use trtx::DynamicShapesKernelSpecializationStrategy::kEAGER;
     config.set_dynamic_shapes_kernel_specialization_strategy(kEAGER);
 }
 
-/// What TensorRT compiled when it loaded plans.
+/// Kernels that TensorRT compiled when it loaded plans.
 pub(in super::super) struct KernelStore(Arc<trtx::RuntimeCache>);
 
 impl KernelStore {
@@ -103,12 +103,12 @@ impl KernelStore {
         Ok(Some(KernelStore(Arc::new(config.create_runtime_cache()?))))
     }
 
-    /// Takes what [`KernelStore::bytes`] gave before; whether TensorRT likes it.
+    /// Loads bytes from [`KernelStore::bytes`]; returns whether TensorRT accepts them.
     pub fn fill(&self, bytes: &[u8]) -> bool {
         self.0.deserialize(bytes).is_ok()
     }
 
-    /// Contexts of this configuration take kernels from here, and add theirs.
+    /// Contexts of this configuration use kernels from here, and add theirs.
     pub fn give_to(&self, config: &mut trtx::RuntimeConfig<'_>) -> Result<(), trtx::Error> {
         config.set_runtime_cache(self.0.clone())
     }

@@ -13,7 +13,7 @@ const PTX: &str = include_str!("device/argmax.ptx");
 const THREADS: u32 = 256;
 const BLOCKS: u32 = 64;
 
-/// The kernel with its working memory; one run at a time.
+/// The kernel with its memory; one run at a time.
 pub struct Argmax {
     module: sys::CUmodule,
     function: sys::CUfunction,
@@ -31,7 +31,7 @@ const STATE: usize = 16;
 const RESULT: usize = 8;
 
 impl Argmax {
-    /// For up to `most` rows. `stream` is the one that it will run in.
+    /// For up to `most` rows. `stream` is the stream in which it will run.
     pub fn new(cuda: &Rc<Cuda>, stream: &Stream, most: usize) -> Result<Self, RunError> {
         let text = CString::new(PTX).expect("PTX is text");
         // SAFETY: text that ends in a zero, alive during the call, after which the driver has copied what it needs.
@@ -88,8 +88,8 @@ impl Argmax {
         stream.download(&self.result, 0..rows * RESULT, &mut self.host, 0)
     }
 
-    /// What the last run found in a row, for which it waits; `None` where a logit is not a number or infinite, or none
-    /// is above minus infinity.
+    /// Waits for the last run and returns its result for a row; `None` if a logit is NaN or plus infinity, or none is
+    /// above minus infinity.
     pub fn result(&self, row: usize) -> Result<Option<u32>, RunError> {
         let found = self.host.slice::<i32>(row * RESULT, 2)?;
         Ok((found[1] == 0).then_some(found[0] as u32))

@@ -1,26 +1,27 @@
-//! A plan with a context: bound and queued.
+//! A plan with an execution context, which can be bound and queued.
 
 use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::{Buffer, LoadedPlan, Port, RunError, Stream};
 
-/// A plan that is ready to run, with its own context. Its working memory is the caller's ([`Engine::scratch_bytes`]),
-/// so that engines that never run at once can share it. [`Program`](super::Program) runs it.
+/// A plan that is ready to run, with its own context. The caller provides its scratch memory
+/// ([`Engine::scratch_bytes`]), so that engines that never run at the same time can share it.
+/// [`Program`](super::Program) runs it.
 pub struct Engine {
     context: trtx::ExecutionContext<'static>,
     plan: Rc<LoadedPlan>,
     scratch_bytes: usize,
-    /// Bytes of the working memory that it was given.
+    /// Bytes of its scratch memory.
     scratch_given: usize,
-    /// The addresses that the context was given.
+    /// The bound addresses.
     bound: HashMap<String, u64>,
-    /// What dims that depend on the call are set to.
+    /// The value of dims that depend on the call.
     tokens: usize,
 }
 
 impl Engine {
-    /// A context for one optimization profile of a plan (0 where there is one, or none).
+    /// A context for one optimization profile of a plan (0 if there is at most one).
     pub fn of(plan: &Rc<LoadedPlan>, profile: usize) -> Result<Self, RunError> {
         let failed = |error: trtx::Error| plan.runtime.load_error(&plan.name, &error);
         let created = plan
@@ -56,11 +57,11 @@ impl Engine {
         })
     }
 
-    /// What other contexts of the same plan can be made from.
+    /// The plan, for creating other contexts.
     pub fn plan(&self) -> &Rc<LoadedPlan> {
         &self.plan
     }
-    /// The profile it was built for.
+    /// The profile for which it was built.
     pub fn name(&self) -> &str {
         &self.plan.name
     }
@@ -72,11 +73,11 @@ impl Engine {
     pub fn port(&self, name: &str) -> Option<&Port> {
         self.plan.ports.iter().find(|port| port.name == name)
     }
-    /// Tokens that a dynamic engine is set to; 1 for a static one.
+    /// Current number of tokens of a dynamic engine; 1 for a static one.
     pub fn tokens(&self) -> usize {
         self.tokens
     }
-    /// Working memory that a run needs, for the shapes set.
+    /// Scratch memory that a run needs, for the current shapes.
     pub fn scratch_bytes(&self) -> usize {
         self.scratch_bytes
     }
@@ -86,7 +87,7 @@ impl Engine {
         self.plan.keep_kernels();
     }
 
-    /// Sets every dim that depends on the call to `tokens`, and learns the working memory that takes.
+    /// Sets every dim that depends on the call to `tokens`, and updates the required scratch memory.
     pub fn set_tokens(&mut self, tokens: usize) -> Result<(), RunError> {
         for port in self
             .plan
@@ -119,10 +120,11 @@ impl Engine {
         })
     }
 
-    /// Gives it working memory: at least [`Engine::scratch_bytes`], or runs are refused.
+    /// Sets its scratch memory: at least [`Engine::scratch_bytes`], or runs are refused.
     ///
     /// # Safety
-    /// The buffer must live until the last run has ended or others are given, and no other run may use it at the same time.
+    /// The buffer must live until the last run has ended or another buffer is set, and no other run may use it at the
+    /// same time.
     pub unsafe fn set_scratch(&mut self, scratch: &Buffer) {
         self.scratch_given = scratch.bytes();
         let address = scratch.address() as *mut std::ffi::c_void;
@@ -133,9 +135,9 @@ impl Engine {
     /// Binds inputs and outputs to device memory.
     ///
     /// # Safety
-    /// Each address must be of device memory that holds the port's tensor ([`Port::bytes`] of every number of tokens that is
-    /// set from now on), and that lives until the last run has ended or the port is bound to another. Outputs must not
-    /// overlap other ports, except an updated cache, which lies where its input does.
+    /// Each address must be of device memory that holds the port's tensor ([`Port::bytes`] of every number of tokens
+    /// that is set from now on), and that lives until the last run has ended or the port is bound to another. Outputs
+    /// must not overlap other ports, except an updated cache, which has the address of its input.
     pub unsafe fn bind<'n>(&mut self, ports: impl IntoIterator<Item = (&'n str, u64)>) -> Result<(), RunError> {
         for (name, address) in ports {
             if self.bound.get(name) != Some(&address) {
@@ -147,18 +149,18 @@ impl Engine {
         Ok(())
     }
 
-    /// Queues one run. Refused where a port is not bound or there is less working memory than it needs.
+    /// Queues one run. Refused if a port is not bound or there is less scratch memory than it needs.
     pub fn enqueue(&mut self, stream: &Stream) -> Result<(), RunError> {
         if self.scratch_bytes > self.scratch_given {
             return Err(RunError::Execute {
                 engine: self.plan.name.clone(),
                 message: format!(
-                    "it needs {} bytes of working memory and was given {}",
+                    "it needs {} bytes of scratch memory and was given {}",
                     self.scratch_bytes, self.scratch_given
                 ),
             });
         }
-        // SAFETY: the stream is borrowed, so alive; the addresses of ports and working memory are by the promises of `bind`
+        // SAFETY: the stream is borrowed, so alive; the addresses of ports and scratch memory are by the promises of `bind`
         // and `set_scratch`, and TensorRT refuses ports without one.
         let queued = unsafe { self.context.enqueue_v3(stream.raw()) };
         queued.map_err(|error| RunError::Execute {
@@ -167,7 +169,7 @@ impl Engine {
         })
     }
 
-    /// Reports the time of each of TensorRT's layers after every run. CUDA graphs must be off; once for an engine.
+    /// Reports the time of each of TensorRT's layers after every run. CUDA graphs must be off; call once per engine.
     pub fn profile(&mut self, report: Box<dyn trtx::interfaces::ReportLayerTime>) -> Result<(), RunError> {
         let set = self.context.set_profiler(report);
         set.map_err(|error| self.plan.runtime.load_error(&self.plan.name, &error))
@@ -186,7 +188,7 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // A run that is queued uses the context. If waiting fails, nothing runs any more.
+        // A queued run uses the context. If waiting fails, nothing is running anymore.
         let _ = self.plan.runtime.cuda.synchronize();
     }
 }

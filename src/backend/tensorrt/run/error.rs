@@ -1,4 +1,4 @@
-//! Errors between a plan on disk and a token, and their remedies.
+//! Errors between a plan on disk and a token, with help.
 
 use std::path::PathBuf;
 
@@ -8,10 +8,10 @@ use super::super::flavour::FLAVOUR;
 use super::super::probe::OLDEST_CUDA;
 use crate::help::Help;
 
-/// Errors of loading and running engines. [`Help`] says what to do.
+/// Errors of loading and running engines. [`Help`] has the advice.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// No library, or none that fits.
+    /// No library, or no suitable one.
     #[error(transparent)]
     Library(#[from] LibraryError),
 
@@ -24,11 +24,11 @@ pub enum RunError {
     DriverTooOld {
         /// The driver's version.
         driver: String,
-        /// The newest CUDA that it runs.
+        /// The newest CUDA version that it supports.
         cuda: String,
     },
 
-    /// TensorRT does not run on this kind of GPU.
+    /// TensorRT does not support this GPU.
     #[error("{} {version} does not run on {gpu}: {reason}", FLAVOUR.product)]
     Gpu {
         /// The library's version.
@@ -54,7 +54,7 @@ pub enum RunError {
         fits: Option<usize>,
     },
 
-    /// The plan is not for this machine, or not a plan.
+    /// The plan is not for this machine, or is not a plan.
     #[error("the engine {} cannot be loaded: {objection}", path.display())]
     Plan {
         /// The file or folder.
@@ -72,12 +72,12 @@ pub enum RunError {
         source: std::io::Error,
     },
 
-    /// TensorRT failed while it made the engine ready.
+    /// TensorRT failed while loading the engine.
     #[error("the engine {engine} failed to load ({} of GPU memory were free): {message}", gigabytes(*free))]
     Load {
         /// The engine's profile.
         engine: String,
-        /// The words of the library, one line an error.
+        /// The library's messages, one error per line.
         message: String,
         /// Bytes free.
         free: u64,
@@ -88,16 +88,16 @@ pub enum RunError {
     Weights {
         /// The engine's profile.
         engine: String,
-        /// The weights that are missing.
+        /// The missing weights.
         names: Vec<String>,
     },
 
-    /// Engine and network disagree: the package was changed by hand, or a bug.
+    /// Engine and network disagree: the package was edited, or there is a bug.
     #[error("the engine {engine} and the package disagree: {reason}")]
     Mismatch {
         /// The engine's profile.
         engine: String,
-        /// What is wrong, in words.
+        /// What is wrong.
         reason: String,
     },
 
@@ -106,22 +106,22 @@ pub enum RunError {
     Execute {
         /// The engine's profile.
         engine: String,
-        /// The words of the library, one line an error.
+        /// The library's messages, one error per line.
         message: String,
     },
 
-    /// The GPU is older than our kernels need.
+    /// The GPU is too old for Lapidary's kernels.
     #[error("the decode kernels of this package need SM {}.{}, and {gpu} has SM {}.{}", needed.0, needed.1, found.0, found.1)]
     OldGpu {
         /// The GPU's name.
         gpu: String,
-        /// What it has.
+        /// Its compute capability.
         found: (u32, u32),
-        /// What kernels need.
+        /// The required compute capability.
         needed: (u32, u32),
     },
 
-    /// A kernel that takes more shared memory than the GPU has.
+    /// A kernel needs more shared memory than the GPU has.
     #[error("no kernel for the layer {layer:?} fits the {} KiB of shared memory that a block has on this GPU", available >> 10)]
     SharedMemory {
         /// The network's layer.
@@ -130,7 +130,7 @@ pub enum RunError {
         available: usize,
     },
 
-    /// A kernel that this program does not have: of a package that another version made, or a bug.
+    /// A kernel is missing in this program: another version wrote the package, or there is a bug.
     #[error("this version has no kernel {name}")]
     NoKernel {
         /// The variant.
@@ -149,19 +149,19 @@ pub enum RunError {
     },
 }
 
-/// What TensorRT has against a plan: its own reasons, and whose fault they are together.
+/// TensorRT's objections to a plan, and the fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Objection {
-    /// Whose fault it is.
+    /// The fault.
     pub kind: ObjectionKind,
-    /// In words, every reason.
+    /// All reasons, as text.
     pub reason: String,
 }
 
 /// What must change before the plan loads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ObjectionKind {
-    /// Of another version or GPU, or damaged: it must be built again.
+    /// The plan: for another version or GPU, or damaged. It must be built again.
     Plan,
     /// The driver is older than the plan's builder.
     Driver,

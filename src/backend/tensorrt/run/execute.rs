@@ -1,4 +1,4 @@
-//! Builds, loads and runs one network once: tests compare TensorRT with the CPU executor in this way.
+//! Builds, loads and runs one network once, for tests that compare TensorRT with the CPU executor.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -11,8 +11,8 @@ use crate::backend::tensorrt::{self, BuildOptions, Library};
 use crate::network::{Network, WeightMode};
 use crate::tensor::Tensor;
 
-/// Builds the engine of a static network and runs it. `inputs` are by name, of the network's dtypes, caches included;
-/// gives every output in the network's order. Bound weights are bound to their own bytes.
+/// Builds the engine of a static network and runs it. `inputs` are by name, with the network's dtypes, including
+/// caches. Returns every output in the network's order. Bound weights are bound to their bytes.
 pub fn execute(
     library: &Library,
     runtime: &Rc<Runtime>,
@@ -64,14 +64,14 @@ pub fn execute(
             }
             buffer.write(0, value.data())?;
         } else if !aliases.contains_key(port.as_str()) {
-            // Whatever is not written shows.
+            // Makes unwritten outputs visible.
             buffer.write(0, &vec![0xff; buffer.bytes()])?;
         }
         // SAFETY: of the tensor's size, and held until the run is over.
         unsafe { program.bind([(port.as_str(), buffer.address())])? };
         memory.insert(port, buffer);
     }
-    let scratch = Buffer::new(cuda, program.scratch_bytes(), "working memory")?;
+    let scratch = Buffer::new(cuda, program.scratch_bytes(), "scratch memory")?;
     // SAFETY: held until the run is over.
     unsafe { program.set_scratch(&scratch) };
     program.enqueue(&stream)?;

@@ -1,4 +1,4 @@
-//! Kernels that TensorRT compiled when it loaded a plan, kept for the next process.
+//! Kernels that TensorRT compiled when it loaded a plan, stored for the next process.
 //!
 //! There is one file per plan, GPU, driver and library version. A file under another key is never read; a file that TensorRT
 //! rejects is ignored and replaced. Cache errors never fail a load: without the file it only takes longer.
@@ -17,7 +17,7 @@ pub(super) struct KernelCache {
 }
 
 impl KernelCache {
-    /// Gives TensorRT what was kept for this plan, if anything.
+    /// Loads the cached kernels of this plan into TensorRT, if there are any.
     pub fn open(folder: &Path, plan: &[u8], runtime: &Runtime, store: KernelStore) -> Self {
         let facts = runtime.cuda().facts();
         let mut key = blake3::Hasher::new();
@@ -41,7 +41,7 @@ impl KernelCache {
         &self.store
     }
 
-    /// Writes the file if there is anything new.
+    /// Writes the file if there are new kernels.
     pub fn keep(&mut self) {
         let Some(memory) = self.store.bytes() else { return };
         let bytes = memory.as_ref();
@@ -55,12 +55,12 @@ impl KernelCache {
     }
 }
 
-/// What the name of an unfinished file ends with.
+/// Suffix of an unfinished file.
 const UNFINISHED: &str = "part";
-/// No file takes so long to write: its process has ended.
+/// No file takes this long to write: its process has ended.
 const ABANDONED: Duration = Duration::from_secs(3600);
 
-/// Whole or not at all: two processes may write the same file.
+/// Writes atomically: two processes may write the same file.
 fn write(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let folder = file.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder)?;
@@ -99,7 +99,7 @@ mod tests {
         write(&path("a.kernels"), b"two").unwrap();
         assert_eq!(std::fs::read(path("a.kernels")).unwrap(), b"two");
         assert!(!path("b.1.part").exists() && path("c.2.part").exists());
-        // A folder of the file's name: nothing is left beside it.
+        // A folder with the file's name: no temporary file remains.
         std::fs::create_dir_all(path("d.kernels/e")).unwrap();
         write(&path("d.kernels"), b"three").unwrap_err();
         assert_eq!(std::fs::read_dir(folder.path().join("kernels")).unwrap().count(), 3);

@@ -1,4 +1,4 @@
-//! A plan in memory: deserialized, refitted where its weights were stripped, with the cached kernels.
+//! A plan in memory: deserialized, refitted if its weights were stripped, with cached kernels.
 
 use std::cell::RefCell;
 use std::path::Path;
@@ -12,20 +12,21 @@ use super::{Objection, ObjectionKind, Port, RunError, Runtime, refit};
 use crate::network::{Network, WeightMode};
 use crate::tensor::DType;
 
-/// What contexts of one plan share. They hold it: TensorRT wants contexts to be dropped before their engine.
+/// The part that contexts of one plan share. They own it together: TensorRT requires contexts to be dropped before
+/// their engine.
 pub struct LoadedPlan {
     pub(super) config: Rc<trtx::RuntimeConfig<'static>>,
     pub(super) inner: RefCell<trtx::CudaEngine<'static>>,
     kernels: RefCell<Option<KernelCache>>,
     pub(super) runtime: Rc<Runtime>,
-    /// The profile it was built for.
+    /// The profile for which it was built.
     pub(super) name: String,
     pub(super) ports: Vec<Port>,
 }
 
 impl LoadedPlan {
-    /// `network` is the one that the plan was built from: the source of stripped weights. `path` is for messages, `kernels`
-    /// where compiled kernels are kept.
+    /// `network` is the one from which the plan was built: the source of stripped weights. `path` is for messages,
+    /// `kernels` is the folder of the kernel cache.
     pub fn new(
         runtime: &Rc<Runtime>,
         path: &Path,
@@ -34,7 +35,7 @@ impl LoadedPlan {
         kernels: Option<&Path>,
     ) -> Result<Self, RunError> {
         let name = network.profile.to_string();
-        // What the engine holds itself comes on top of what is bound.
+        // The engine's own memory is in addition to bound weights.
         let own = network.weights.iter().filter(|w| w.mode != WeightMode::Bind);
         let needed: u64 = own.map(|w| w.constant.byte_len() as u64).sum();
         let (free, _) = runtime.cuda.memory()?;
@@ -77,7 +78,7 @@ impl LoadedPlan {
         let mut config = inner.create_runtime_config().map_err(failed)?;
         config.set_execution_context_allocation_strategy(ExecutionContextAllocationStrategy::kUSER_MANAGED);
         flavour::configure(&mut config);
-        // Without a store loading takes longer, and that is all.
+        // Without a store, loading only takes longer.
         let store = kernels.and_then(|folder| Some((folder, KernelStore::new(&config).ok().flatten()?)));
         let kept = store.and_then(|(folder, store)| {
             let kernels = KernelCache::open(folder, plan, runtime, store);
@@ -95,14 +96,14 @@ impl LoadedPlan {
         })
     }
 
-    /// Other weights into a plan whose weights were stripped; `network` has them. Nothing may be running, and contexts are to
-    /// be made anew. After an error the plan is of no use.
+    /// Refits a plan whose weights were stripped with the weights of `network`. Nothing may be running, and contexts
+    /// must be created again. After an error the plan is unusable.
     pub fn refit(&self, network: &Network) -> Result<(), RunError> {
         self.runtime.capture.take_errors();
         refit::refit(&self.runtime, &mut self.inner.borrow_mut(), network, &self.name)
     }
 
-    /// Writes what TensorRT compiled since the last call, if anything, for the next process.
+    /// Writes the kernels that TensorRT compiled since the last call, if any, for the next process.
     pub fn keep_kernels(&self) {
         if let Some(kernels) = &mut *self.kernels.borrow_mut() {
             kernels.keep();

@@ -1,18 +1,16 @@
 //! Engines that run: plans from disk to results in device memory.
 //!
-//! Takes plans that `build` made; gives [`Program`]s over a [`Runtime`], whose inputs and outputs are bound by device
-//! address. The CUDA driver's objects are in `cuda`, beside
-//! this module. `loaded_plan` deserializes a plan, `engine` adds a context, `kernels` has the kernels between engines, `program`
-//! runs both, `refit` adds weights to plans that
-//! were built without, `kernel_cache` keeps the kernels that TensorRT compiled when it first loaded a plan, `execute` runs one network
-//! once, `timing` measures an engine, with synthetic inputs if it has no others. `decode` chooses engines and
-//! feeds them.
+//! Input: plans from `build`. Output: [`Program`]s over a [`Runtime`], whose inputs and outputs are bound by device
+//! address. The CUDA driver's objects are in the module `cuda`. `loaded_plan` deserializes a plan, `engine` adds a
+//! context, `kernels` has the kernels between engines, `program` runs both, `refit` adds weights to stripped plans,
+//! `kernel_cache` stores the kernels that TensorRT compiled when it first loaded a plan, `execute` runs one network
+//! once, `timing` measures an engine, with synthetic inputs if necessary. `decode` chooses engines and feeds them.
 //!
 //! # Order of dropping
 //!
-//! A context is dropped before its engine, an engine before the runtime, the runtime before its logger, and all of them before
-//! the CUDA context. An [`Engine`] holds the runtime, a runtime the CUDA context, and fields are declared in that order;
-//! so memory is also released if creating one fails half way.
+//! A context is dropped before its engine, an engine before the runtime, the runtime before its logger, and all of them
+//! before the CUDA context. An [`Engine`] holds the runtime, a runtime the CUDA context, and fields are declared in
+//! that order, so memory is also released if construction fails halfway.
 
 mod argmax;
 mod engine;
@@ -48,10 +46,10 @@ use kernels::Modules;
 /// TensorRT's runtime on the first GPU.
 pub struct Runtime {
     inner: RefCell<trtx::Runtime<'static>>,
-    /// After the runtime, which points to it.
+    /// Declared after the runtime, which points to it.
     logger: Rc<trtx::Logger>,
     capture: LogCapture,
-    /// Kernels of ours, loaded when they are needed.
+    /// Lapidary's kernels, loaded on demand.
     modules: Modules,
     cuda: Rc<Cuda>,
     version: Version,
@@ -84,7 +82,7 @@ impl Runtime {
         }))
     }
 
-    /// The CUDA context that it runs in.
+    /// Its CUDA context.
     pub fn cuda(&self) -> &Rc<Cuda> {
         &self.cuda
     }
@@ -109,13 +107,13 @@ impl Runtime {
         }
     }
 
-    /// TensorRT's verdict on a plan's header, where it has one; `tried`: deserializing it has failed.
+    /// TensorRT's check of a plan's header, if it has one; `tried`: deserializing it has failed.
     fn check(&self, plan: &[u8], tried: bool) -> Result<(), Objection> {
         flavour::judge(&self.inner.borrow(), plan, tried, self.version, self.cuda.facts())
     }
 }
 
-/// Refuses a driver that is too old, and a GPU that the library does not run on.
+/// Refuses a driver that is too old, and a GPU that the library does not support.
 fn check(driver: &Driver, version: Version) -> Result<(), RunError> {
     if !driver.runs_cuda(probe::OLDEST_CUDA) {
         return Err(RunError::DriverTooOld {
@@ -133,25 +131,25 @@ fn check(driver: &Driver, version: Version) -> Result<(), RunError> {
     Ok(())
 }
 
-/// How an engine is made ready.
+/// How an engine is loaded.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions<'a> {
-    /// Launch the network as one CUDA graph from its second run on. Worth it where shapes and addresses stay.
+    /// Launch the network as one CUDA graph from its second run on. Worthwhile if shapes and addresses stay the same.
     pub graphs: bool,
-    /// Where compiled kernels are kept; `None` keeps none.
+    /// Folder of the kernel cache; `None` for no cache.
     pub kernels: Option<&'a Path>,
     /// Where the caches of a network's sequences are.
     pub caches: Caches,
 }
 
-/// What is bound as the caches of a network that has attention kernels.
+/// How the caches of a network with attention kernels are bound.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Caches {
-    /// Tensors `[batch, kv_heads, capacity, head_dim]`, as the network has them.
+    /// Tensors `[batch, kv_heads, capacity, head_dim]`, as in the network.
     #[default]
     Tensors,
-    /// Each sequence has caches of its own, with as many slots as they have. What is bound under the name of a cache is
-    /// an array of a [`CachePlace`] for each sequence. The network's layers of attention must all be kernels.
+    /// Each sequence has its own caches, with any number of slots. The binding under the name of a cache is an array
+    /// with a [`CachePlace`] per sequence. The network's attention layers must all be kernels.
     Tables,
 }
 
@@ -161,32 +159,32 @@ pub enum Caches {
 pub struct CachePlace {
     /// In device memory.
     pub address: u64,
-    /// Slots. Where there are none, what the sequence computes is not written, and its address is not used.
+    /// Number of slots. If 0, the sequence's rows are not written, and its address is not used.
     pub capacity: u64,
 }
 
 /// An input or output.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Port {
-    /// As in the network; a bound weight has the weight's name.
+    /// Its name in the network; a bound weight has the weight's name.
     pub name: String,
-    /// As TensorRT has it.
+    /// TensorRT's type.
     pub dtype: DType,
     /// -1 where it depends on the call.
     pub shape: Vec<i64>,
-    /// Whether a run reads it.
+    /// Whether it is an input.
     pub is_input: bool,
 }
 
 impl Port {
-    /// With `tokens` in place of what depends on the call.
+    /// Its size with `tokens` in place of dims that depend on the call.
     pub fn bytes(&self, tokens: usize) -> usize {
         let dim = |d: &i64| usize::try_from(*d).unwrap_or(tokens);
         self.dtype.byte_len(self.shape.iter().map(dim).product())
     }
 }
 
-/// What a profiler implements: see [`Engine::profile`].
+/// Implemented by profilers: see [`Engine::profile`].
 pub mod layer_times {
     pub use trtx::interfaces::ReportLayerTime;
 }

@@ -15,19 +15,19 @@ use super::{Buffer, Caches, Engine, Event, LoadOptions, LoadedPlan, Port, RunErr
 use crate::network::segments::{Step, Steps};
 use crate::network::{Network, Tensor};
 
-/// Addresses of tensors: what kernels copy in 16 bytes, and TensorRT asks for.
+/// Alignment of tensors: kernels copy 16 bytes at a time, and TensorRT requires it.
 const ALIGNMENT: usize = 256;
 
-/// Engines and kernels in order. Its working memory is the caller's ([`Program::scratch_bytes`]), so that programs that never
-/// run at once can share it.
+/// Engines and kernels in order. The caller provides its scratch memory ([`Program::scratch_bytes`]), so that programs
+/// that never run at the same time can share it.
 pub struct Program {
-    /// Dropped before the memory that they are bound to.
+    /// Dropped before the memory to which they are bound.
     steps: Vec<ProgramStep>,
-    /// What steps compute for one another.
+    /// Memory for values between steps.
     between: Option<Buffer>,
     name: String,
     launching: Launching,
-    /// Hears of the time of every kernel.
+    /// Receives the time of every kernel.
     report: Option<Box<dyn ReportLayerTime>>,
     runtime: Rc<Runtime>,
 }
@@ -35,7 +35,7 @@ pub struct Program {
 enum ProgramStep {
     Engine {
         engine: Engine,
-        /// The network's name for each name that the plan has, where segments share plans.
+        /// The network's name for each name in the plan, since segments can share plans.
         names: Option<HashMap<String, String>>,
     },
     Kernel(Launch),
@@ -45,7 +45,7 @@ enum ProgramStep {
 enum Launching {
     /// Kernel by kernel, always.
     Kernels,
-    /// Kernel by kernel this once, since TensorRT prepares things in its first run that must not be captured.
+    /// Kernel by kernel once, since TensorRT's first run does setup work that must not be captured.
     First,
     /// Captured, then launched.
     Capture,
@@ -54,7 +54,7 @@ enum Launching {
 }
 
 impl Program {
-    /// Unpacks the plans of a network, as [`build_all`](super::super::build_all) gives them. `path` is for messages.
+    /// Unpacks the plans of a network from [`build_all`](super::super::build_all). `path` is for messages.
     pub fn load(
         runtime: &Rc<Runtime>,
         path: &Path,
@@ -96,7 +96,7 @@ impl Program {
         }
     }
 
-    /// A network that is one engine. `graphs`: see [`LoadOptions`].
+    /// A network with a single engine. `graphs`: see [`LoadOptions`].
     pub fn of_engine(engine: Engine, graphs: bool) -> Self {
         let runtime = engine.plan().runtime.clone();
         Program {
@@ -180,7 +180,7 @@ impl Program {
         Ok(())
     }
 
-    /// What it runs in.
+    /// The runtime.
     pub fn runtime(&self) -> &Rc<Runtime> {
         &self.runtime
     }
@@ -204,7 +204,7 @@ impl Program {
         })
     }
 
-    /// The engine of a program that is one, for what only engines have.
+    /// The engine of a program with a single engine, for functions that only engines have.
     pub fn engine(&self) -> Option<&Engine> {
         match &self.steps[..] {
             [ProgramStep::Engine { engine, .. }] => Some(engine),
@@ -212,13 +212,13 @@ impl Program {
         }
     }
 
-    /// Plans of its engines, one for each engine.
+    /// The plan of each of its engines.
     pub fn plans(&self) -> impl Iterator<Item = &Rc<LoadedPlan>> {
         self.engines().map(Engine::plan)
     }
 
-    /// Inputs and outputs of its engines, by the network's names; of one engine, of the program. What kernels alone read and
-    /// write is not among them.
+    /// Inputs and outputs of its engines, by the network's names. Tensors that only kernels read or write are not
+    /// included.
     pub fn ports(&self) -> Vec<Port> {
         let named = self.steps.iter().filter_map(|step| match step {
             ProgramStep::Engine { engine, names } => Some((engine, names)),
@@ -233,17 +233,18 @@ impl Program {
         ports.collect()
     }
 
-    /// Tokens that a dynamic engine is set to; 1 for a static one.
+    /// Current number of tokens of a dynamic engine; 1 for a static one.
     pub fn tokens(&self) -> usize {
         self.engines().map(Engine::tokens).next().unwrap_or(1)
     }
 
-    /// Working memory that a run needs, for the shapes set: its engines run one after the other.
+    /// Scratch memory that a run needs for the current shapes: the maximum of its engines, which run one after the
+    /// other.
     pub fn scratch_bytes(&self) -> usize {
         self.engines().map(Engine::scratch_bytes).max().unwrap_or(0)
     }
 
-    /// Device memory of its own, bytes.
+    /// Its own device memory, in bytes.
     pub fn bytes(&self) -> usize {
         let kernels = self.steps.iter().map(|step| match step {
             ProgramStep::Kernel(launch) => launch.bytes(),
@@ -257,13 +258,13 @@ impl Program {
         self.engines().for_each(Engine::keep_kernels);
     }
 
-    /// Sets every dim that depends on the call to `tokens`, and learns the working memory that takes.
+    /// Sets every dim that depends on the call to `tokens`, and updates the required scratch memory.
     pub fn set_tokens(&mut self, tokens: usize) -> Result<(), RunError> {
         self.launching.recapture();
         self.engines_mut().try_for_each(|engine| engine.set_tokens(tokens))
     }
 
-    /// Gives it working memory: at least [`Program::scratch_bytes`], or runs are refused.
+    /// Sets its scratch memory: at least [`Program::scratch_bytes`], or runs are refused.
     ///
     /// # Safety
     /// As [`Engine::set_scratch`].
@@ -306,7 +307,7 @@ impl Program {
         Ok(())
     }
 
-    /// Queues one run. Refused where something is not bound or there is less working memory than it needs.
+    /// Queues one run. Refused if something is not bound or there is less scratch memory than it needs.
     pub fn enqueue(&mut self, stream: &Stream) -> Result<(), RunError> {
         match &self.launching {
             Launching::Again(graph) => return graph.launch(stream),
@@ -324,7 +325,7 @@ impl Program {
                 self.launching = Launching::Again(graph);
                 Ok(())
             }
-            // TensorRT may have layers that cannot be captured: slower, but no error.
+            // TensorRT may have layers that cannot be captured: slower, but not an error.
             Err(_) => {
                 self.runtime.capture.take_errors();
                 self.launching = Launching::Kernels;
@@ -333,15 +334,15 @@ impl Program {
         }
     }
 
-    /// Reports the time of each layer after every run: see [`Engine::profile`]. Each kernel counts as a layer, timed between
-    /// events, so without what dependent launch gives.
+    /// Reports the time of each layer after every run: see [`Engine::profile`]. Each kernel counts as a layer and is
+    /// timed between events, without the benefit of dependent launch.
     pub fn profile(&mut self, report: impl Fn() -> Box<dyn ReportLayerTime>) -> Result<(), RunError> {
         self.engines_mut().try_for_each(|engine| engine.profile(report()))?;
         self.report = Some(report());
         Ok(())
     }
 
-    /// Whether runs are launched as one CUDA graph by now.
+    /// Whether runs are currently launched as one CUDA graph.
     pub fn is_captured(&self) -> bool {
         matches!(self.launching, Launching::Again(_))
     }
@@ -371,7 +372,7 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // A run that is queued uses the steps and their memory. If waiting fails, nothing runs any more.
+        // A queued run uses the steps and their memory. If waiting fails, nothing is running anymore.
         let _ = self.runtime.cuda.synchronize();
     }
 }
@@ -381,7 +382,7 @@ impl Launching {
         if graphs { Launching::First } else { Launching::Kernels }
     }
 
-    /// What is bound changed: a captured graph holds what was before.
+    /// Bindings changed, and a captured graph contains the old ones.
     fn recapture(&mut self) {
         if let Launching::Again(_) = self {
             *self = Launching::Capture;

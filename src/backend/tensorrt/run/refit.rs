@@ -1,6 +1,6 @@
-//! Gives an engine the weights that it was built without.
+//! Adds the weights to an engine that was built without them.
 //!
-//! Takes a freshly deserialized engine and the network it was built from. Every weight that TensorRT requires must be
+//! Input: a freshly deserialized engine and the network it was built from. Every weight that TensorRT requires must be
 //! present: with a missing weight the engine would compute with zeros.
 
 use std::rc::Rc;
@@ -47,7 +47,7 @@ pub(super) fn refit(
         held.push(tensor);
     }
     if missing.is_empty() {
-        // What has no name of ours but is stripped all the same.
+        // Unnamed constants, which are stripped too.
         missing = refitter.missing_weights(ALL).map_err(failed)?;
         let by_layer = refitter.missing(ALL).map_err(failed)?;
         missing.extend(by_layer.into_iter().map(|(layer, _)| layer));
@@ -59,8 +59,8 @@ pub(super) fn refit(
     refitter.refit_cuda_engine().map_err(failed)
 }
 
-/// The tensor at an address that is a multiple of its element's size: TensorRT reads elements, and bytes of a mapped file
-/// may start anywhere.
+/// The tensor at an address that is a multiple of its element's size: TensorRT reads elements, and bytes of a mapped
+/// file may be unaligned.
 fn aligned(tensor: Tensor) -> Tensor {
     let size = tensor.dtype().bits().div_ceil(8);
     if (tensor.data().as_ptr() as usize).is_multiple_of(size) {
@@ -82,10 +82,10 @@ fn aligned(tensor: Tensor) -> Tensor {
     Tensor::new(tensor.dtype(), tensor.shape().to_vec(), copy).expect("as many bytes as before")
 }
 
-/// What TensorRT puts after a layer's name to name a constant that has no name of its own.
+/// TensorRT's suffix to a layer's name for an unnamed constant.
 const UNNAMED: &str = " CONSTANT";
 
-/// The bytes of a weight, if they are there, or of a constant layer: an engine whose weights are all refittable asks for
+/// The bytes of a weight, if available, or of a constant layer: an engine whose weights are all refittable requires
 /// every constant.
 fn bytes(network: &Network, name: &str) -> Option<Tensor> {
     if let Some(weight) = network.weights.iter().find(|weight| weight.name == name) {
@@ -97,7 +97,7 @@ fn bytes(network: &Network, name: &str) -> Option<Tensor> {
     })
 }
 
-/// `None`: TensorRT has no such numbers.
+/// `None`: TensorRT has no such type.
 fn data_type(dtype: DType) -> Option<trtx::DataType> {
     Some(match dtype {
         DType::Bool => trtx::DataType::kBOOL,

@@ -1,5 +1,5 @@
-//! Times a program with synthetic values in every input: for tuners and experiments, which have engines but no
-//! session. Times of matrix products and attention do not depend on the values as long as they are finite.
+//! Times a program with synthetic values in every input: for tuners and experiments, which have engines but no session.
+//! The time of matrix products and attention does not depend on the values as long as they are finite.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -10,10 +10,10 @@ use crate::interface::Role;
 use crate::network::{Network, TensorId, WeightMode};
 use crate::tensor::{DType, Tensor};
 
-/// A program with memory of its own for everything that it reads and writes. Weights and caches hold numbers about 0.03 in
-/// size, so that long chains neither vanish nor overflow; integers are 0.
+/// A program with its own memory for everything that it reads and writes. Weights and caches contain numbers of
+/// magnitude 0.03, so that long chains neither vanish nor overflow; integers are 0.
 pub struct SyntheticProgram {
-    /// Dropped before the memory that it is bound to, and never lent to be run by others.
+    /// Dropped before the memory to which it is bound, and never exposed.
     program: Program,
     buffers: BTreeMap<String, Buffer>,
     /// Names of the inputs that are not weights.
@@ -22,8 +22,8 @@ pub struct SyntheticProgram {
 }
 
 impl SyntheticProgram {
-    /// `network` is the one that the program runs, which knows whose memory an updated cache is in; `caches_are` is what the
-    /// program was loaded for.
+    /// `network` is the program's network, which defines the memory of updated caches; `caches_are` is the form for
+    /// which the program was loaded.
     pub fn new(mut program: Program, network: &Network, caches_are: Caches) -> Result<Self, RunError> {
         let cuda = program.runtime().cuda().clone();
         let stream = Stream::new(&cuda)?;
@@ -63,7 +63,7 @@ impl SyntheticProgram {
             // dropped without a run.
             unsafe { program.bind([(port.as_str(), address)])? };
         }
-        let scratch = Buffer::new(&cuda, program.scratch_bytes(), "working memory")?;
+        let scratch = Buffer::new(&cuda, program.scratch_bytes(), "scratch memory")?;
         // SAFETY: as above; nothing else is given this memory.
         unsafe { program.set_scratch(&scratch) };
         let ports = network.interface.iter().flat_map(|interface| interface.inputs());
@@ -76,8 +76,8 @@ impl SyntheticProgram {
         })
     }
 
-    /// Sets every element of an i32 input, for example all positions to the last live slot. Nothing, where the engine does
-    /// not have it.
+    /// Sets every element of an i32 input, for example all positions to the last live slot. Does nothing if the engine
+    /// does not have it.
     pub fn set(&self, input: Role, value: i32) -> Result<(), RunError> {
         match self.roles.get(&input).and_then(|name| self.buffers.get(name)) {
             Some(buffer) => buffer.write(0, bytemuck::cast_slice(&vec![value; buffer.bytes() / size_of::<i32>()])),
@@ -85,7 +85,7 @@ impl SyntheticProgram {
         }
     }
 
-    /// Device memory held.
+    /// Bytes of device memory.
     pub fn bytes(&self) -> u64 {
         let ports: usize = self.buffers.values().map(Buffer::bytes).sum();
         (ports + self.scratch.bytes() + self.program.bytes()) as u64
@@ -97,8 +97,8 @@ impl SyntheticProgram {
     }
 }
 
-/// Name, dtype and bytes of everything that is bound to a program: inputs, bound weights, and then outputs, so that a cache
-/// comes before its update. Dims that depend on the call are `tokens`.
+/// Name, dtype and bytes of everything that is bound to a program: inputs, bound weights, then outputs, so that a cache
+/// precedes its update. Dims that depend on the call are `tokens`.
 pub(super) fn ports(network: &Network, tokens: usize) -> Vec<(String, DType, usize)> {
     let tensor = |id: &TensorId| {
         let tensor = network.tensor(*id);
@@ -120,7 +120,7 @@ pub(super) fn ports(network: &Network, tokens: usize) -> Vec<(String, DType, usi
         .collect()
 }
 
-/// The table of a cache `[sequences, kv_heads, capacity, head_dim]` that lies at this address.
+/// The table of a cache `[sequences, kv_heads, capacity, head_dim]` at this address.
 fn places(cuda: &Rc<Cuda>, network: &Network, cache: &str, address: u64) -> Result<Buffer, RunError> {
     let tensor = network.inputs.iter().map(|id| network.tensor(*id));
     let tensor = tensor
@@ -141,7 +141,7 @@ fn places(cuda: &Rc<Cuda>, network: &Network, cache: &str, address: u64) -> Resu
     Ok(table)
 }
 
-/// GPU time of one run: the mean of `runs` in a row, after some to warm up.
+/// GPU time of one run: the mean of `runs` in a row, after warm-up runs.
 pub fn time(program: &mut Program, stream: &Stream, runs: u32) -> Result<Duration, RunError> {
     let cuda = program.runtime().cuda().clone();
     let (start, end) = (Event::new(&cuda)?, Event::new(&cuda)?);

@@ -170,7 +170,7 @@ impl CudaBatchDevice {
     fn provide_scratch(&mut self) -> Result<(), RunError> {
         let bytes = self.programs.iter().map(|p| p.program.scratch_bytes()).max();
         let Some(bytes) = bytes else { return Ok(()) };
-        let scratch = Buffer::new(self.device.runtime.cuda(), bytes, "the engines' working memory")?;
+        let scratch = Buffer::new(self.device.runtime.cuda(), bytes, "the engines' scratch memory")?;
         for RowProgram { program, .. } in &mut self.programs {
             // SAFETY: kept in self, which drops programs first; they run one at a time.
             unsafe { program.set_scratch(&scratch) };
@@ -322,7 +322,7 @@ impl CudaBatchDevice {
     }
 }
 
-/// The program of a step for several sequences, bound to everything but working memory.
+/// The program of a step for several sequences, bound to everything but scratch memory.
 fn program(device: &CudaDevice, memory: &RowMemory, slot: &EngineSlot, network: &Network) -> Result<Program, RunError> {
     let options = LoadOptions {
         graphs: device.options.graphs,

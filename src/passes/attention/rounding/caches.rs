@@ -1,4 +1,4 @@
-//! Roundings of a cache: of what is stored, of the past, of what is read.
+//! Roundings of a cache: of stored rows, of the past, and of rows as they are read.
 
 use super::{CacheRounding, Places, Unplaced, moves};
 use crate::graph::eval::eval_node;
@@ -8,7 +8,7 @@ use crate::passes::attention::cache::ExportCache;
 use crate::tensor::{DType, Tensor};
 
 impl Places<'_, '_, '_> {
-    /// Of a cache's elements as an operand reads them. `factor` is that of the operand.
+    /// Rounding of a cache's elements as an operand reads them. `factor` is the operand's factor.
     pub(super) fn reads(
         &mut self,
         operand: ValueId,
@@ -23,7 +23,7 @@ impl Places<'_, '_, '_> {
             if !before.is_finite() || before == 0.0 {
                 return self.unplaced(*output, format!("it is scaled by {before} before"));
             }
-            // A factor of the export's arithmetic that is 1 up to its own error.
+            // A factor of the export's arithmetic that is 1 up to rounding.
             let before = if (before - 1.0).abs() < 1e-3 { 1.0 } else { before };
             roundings.push(rounding.scaled(1.0 / before));
             self.placed.insert(*output);
@@ -36,7 +36,7 @@ impl Places<'_, '_, '_> {
                 older: None,
             });
         }
-        // What a call stores is rounded: the next one reads it rounded, as this one reads it.
+        // Stored rows are rounded: the next call reads them rounded, as this one does.
         let mut written: Vec<Rounding> = stored.roundings.iter().map(|(_, rounding, _)| *rounding).collect();
         written.dedup();
         let first = stored
@@ -63,7 +63,7 @@ impl Places<'_, '_, '_> {
             .and_then(|held| numbers(*held));
         let again: Vec<Rounding> = past.iter().chain(&written).copied().collect();
         let once = held.as_ref().and_then(|held| applied(&again, held));
-        // A row is read as it was stored, or as it is from the second call on for good.
+        // A row is read as it was stored, or as it stays from the second call on.
         let mut older = None;
         if !past.is_empty() && once != held {
             let twice = once.as_ref().and_then(|once| applied(&again, once));
@@ -152,7 +152,7 @@ impl Places<'_, '_, '_> {
         }
     }
 
-    /// A number that does not depend on the data.
+    /// A value that does not depend on the data.
     fn scalar(&self, value: ValueId) -> Option<f64> {
         let trial = self.evaluator.trial(1, 2, 3);
         let tensor = self.evaluator.eval(&trial, value).ok()?;
@@ -160,18 +160,18 @@ impl Places<'_, '_, '_> {
     }
 }
 
-/// What is between a value and where past and new rows meet.
+/// The steps between a value and the point where past and new rows are joined.
 #[derive(Default)]
 struct Read {
-    /// Outermost first: the value given, the rounding, and the factor of what follows.
+    /// Outermost first: the result, the rounding, and the factor after it.
     roundings: Vec<(ValueId, Rounding, f64)>,
-    /// Where they meet.
+    /// The point where they are joined.
     write: Option<NodeId>,
-    /// Roundings of the past alone.
+    /// Roundings of only the past.
     past: Vec<(ValueId, Rounding)>,
 }
 
-/// Every number that codes of 8 bits stand for.
+/// All values of 8-bit codes.
 fn numbers(how: Rounding) -> Option<Vec<f32>> {
     if !matches!(how.to, DType::I8 | DType::U8 | DType::F8E4M3Fn | DType::F8E5M2) {
         return None;
@@ -186,7 +186,7 @@ fn numbers(how: Rounding) -> Option<Vec<f32>> {
     )
 }
 
-/// Numbers rounded, in this order.
+/// Rounds numbers, in this order.
 fn applied(roundings: &[Rounding], numbers: &[f32]) -> Option<Vec<f32>> {
     let mut x = Tensor::from_f32(vec![numbers.len()], numbers);
     for rounding in roundings {

@@ -1,10 +1,10 @@
-//! Roundings to codes inside attention: where they are, and the proof that the canonical operators round there too.
+//! Roundings to codes inside attention: finds them, and proves that the canonical operators round at the same places.
 //!
-//! Attention is recognized on a *skeleton*, the export with these roundings taken out ([`skeleton`]), since what moves and
-//! rotates rows is linear only without them. Where each rounding lies is found here, walking from an operand back to its
-//! projection or cache; what it rounds is proven by execution on the skeleton, up to a factor, which goes into the
-//! rounding's scale. A rounding with one scale for all elements commutes with every movement, so that it can be applied to
-//! the rows before they are written to a cache, or to the whole cache when it is read. Gives the [`RowRounding`] of
+//! Attention is recognized on a *skeleton*, the export without these roundings ([`skeleton`]), since movement and
+//! rotation of rows are linear only without them. This module locates each rounding, walking from an operand back to
+//! its projection or cache. What it rounds is proved by execution on the skeleton, up to a factor, which goes into the
+//! rounding's scale. A rounding with one scale for all elements commutes with every movement, so it can be applied to
+//! the rows before they are written to a cache, or to the whole cache when it is read. Returns the [`RowRounding`] of
 //! projections and the roundings of caches, scores and probabilities; [`Unplaced`] names the others.
 
 mod caches;
@@ -23,22 +23,22 @@ use crate::passes::partial_eval::PartialEvaluator;
 use crate::passes::quantized::before_attention;
 use crate::passes::roles::Roles;
 
-/// Roundings of rows `rotate(scale * pick(source))`, in units of the rows at each place.
+/// Roundings of rows `rotate(scale * pick(source))`, each in the units at its place.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RowRounding {
-    /// Rounding of what is picked of the projection.
+    /// Rounding of the columns picked from the projection.
     pub before: Vec<Rounding>,
-    /// Inside the rotation; `None` where it rounds nothing.
+    /// Roundings inside the rotation; `None` if there are none.
     pub rotation: Option<RotationRounding>,
     /// Rounding of the rows.
     pub after: Vec<Rounding>,
 }
 
-/// Roundings of `cos * x + sin * turned(x)`, where `turned` gives each pair `(a, b)` as `(-b, a)`, and of the elements that
-/// are not rotated.
+/// Roundings of `cos * x + sin * turned(x)`, where `turned` maps each pair `(a, b)` to `(-b, a)`, and of the elements
+/// that are not rotated.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RotationRounding {
-    /// Rounding of what is multiplied by cosines, and of what is turned, where that is not the same.
+    /// Rounding of the factor of the cosines, and of the elements before they are turned, if the two differ.
     pub apart: [Vec<Rounding>; 2],
     /// Rounding of the products with cosines.
     pub cos: Vec<Rounding>,
@@ -48,20 +48,20 @@ pub struct RotationRounding {
     pub turned: Vec<Rounding>,
     /// Rounding of the products with sines.
     pub sin: Vec<Rounding>,
-    /// Where a head has elements that are not rotated: of those that are, before the rotation.
+    /// If a head has elements that are not rotated: rounding of the rotated ones, before the rotation.
     pub first: Vec<Rounding>,
-    /// Rounding of the sum, where a head has elements that are not rotated.
+    /// Rounding of the sum, if a head has elements that are not rotated.
     pub rotated: Vec<Rounding>,
-    /// Rounding of those.
+    /// Rounding of the elements that are not rotated.
     pub passed: Vec<Rounding>,
 }
 
-/// Roundings of a cache's elements as they are read, the first one first.
+/// Roundings of a cache's elements as they are read, in order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct CacheRounding {
     /// Rounding of rows that the same call wrote.
     pub new: Vec<Rounding>,
-    /// Rounding of rows of earlier calls, where that is not the same: each call rounds the past before it uses it.
+    /// Rounding of rows of earlier calls, if it differs: each call rounds the past before it uses it.
     pub older: Option<Vec<Rounding>>,
 }
 
@@ -85,21 +85,21 @@ pub struct LayerRounding {
 /// A rounding that the canonical operators cannot do.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Unplaced {
-    /// What is rounded, in the export.
+    /// The rounded value in the export.
     pub value: String,
-    /// Why it is not understood.
+    /// Why it has no place.
     pub reason: String,
 }
 
 /// A graph without the roundings inside its attention.
 pub struct Skeleton {
     pub graph: Graph,
-    /// Those taken out, by the value that they give.
+    /// The removed roundings, by their results.
     pub roundings: HashMap<ValueId, Rounding>,
 }
 
-/// The skeleton of a graph with roundings of data inside attention; `None` if there are none. Roundings of what depends on
-/// positions alone stay: they are executed. Those over the range of all of a tensor have no fixed scale, so no place.
+/// The skeleton of a graph with roundings of data inside attention; `None` if there are none. Roundings of positional
+/// values stay: they are executed. Roundings over the range of a whole tensor have no fixed scale and so no place.
 pub fn skeleton(graph: &Graph, roles: &Roles) -> (Option<Skeleton>, Vec<Unplaced>) {
     let rounds = |id: &NodeId| matches!(graph.node(*id).op, Op::RoundToCodes { .. } | Op::DynamicRoundToCodes);
     let all: Vec<NodeId> = graph.node_ids().filter(rounds).collect();
@@ -130,20 +130,20 @@ pub fn skeleton(graph: &Graph, roles: &Roles) -> (Option<Skeleton>, Vec<Unplaced
     (found.then_some(Skeleton { graph: bare, roundings }), dynamic)
 }
 
-/// The name of what a rounding rounds.
+/// The name of a rounding's input.
 pub fn name_of_rounded(graph: &Graph, output: ValueId) -> String {
     let input = graph.def(output).and_then(|(_, node)| node.input(0));
     graph.value(input.unwrap_or(output)).name.clone()
 }
 
-/// Roundings that the outputs depend on other than by shapes.
+/// Roundings that affect the outputs, not only their shapes.
 pub fn effective(graph: &Graph, roundings: &HashMap<ValueId, Rounding>) -> HashSet<ValueId> {
     let seen = reaching_outputs(graph);
     let matters = |id: &ValueId| seen.contains(id) && !is_empty(graph, *id);
     roundings.keys().copied().filter(matters).collect()
 }
 
-/// Whether a value has no elements, such as those of a head that is rotated as a whole after its rotated ones.
+/// Whether a value has no elements, such as the rest of a head that is rotated as a whole.
 fn is_empty(graph: &Graph, value: ValueId) -> bool {
     let shape = graph.shape(value);
     shape.is_some_and(|shape| shape.iter().any(|dim| dim.as_const() == Some(0)))
@@ -154,7 +154,7 @@ pub struct Places<'a, 'b, 'g> {
     pub trace: &'a Trace<'b, 'g>,
     pub evaluator: &'b PartialEvaluator<'g>,
     pub tables: &'a Tables,
-    /// Values of roundings whose place is known.
+    /// Results of roundings with a known place.
     pub placed: HashSet<ValueId>,
 }
 
@@ -166,7 +166,7 @@ impl Places<'_, '_, '_> {
         })
     }
 
-    /// Of scores or probabilities, the first one first: as many as there are places.
+    /// Roundings of scores or probabilities, in order: as many as there are places.
     fn few<const N: usize>(&mut self, found: &[(ValueId, Rounding)]) -> Result<[Option<Rounding>; N], Unplaced> {
         let mut places = Vec::new();
         for (output, rounding) in found {
@@ -191,12 +191,12 @@ impl Places<'_, '_, '_> {
     }
 }
 
-/// Whether an operator gives elements of its operands unchanged.
+/// Whether an operator returns elements of its operands unchanged.
 fn moves(op: &Op) -> bool {
     matches!(op, Op::Gather { .. }) || moves_elements(op)
 }
 
-/// The roundings of an attention whose operands are known.
+/// Finds the roundings of an attention with known operands.
 pub fn of_layer(
     places: &mut Places<'_, '_, '_>,
     found: &FoundAttention,
@@ -211,7 +211,7 @@ pub fn of_layer(
     let behind: Vec<_> = found.rounded_capped.iter().rev().copied().collect();
     let (scores, capped) = match found.softcap {
         Some(_) => (places.few::<1>(&before)?[0], places.few::<1>(&behind)?[0]),
-        // Without a cap the two places are one after the other.
+        // Without a soft cap the two places are adjacent.
         None => places.few::<2>(&before)?.into(),
     };
     Ok(LayerRounding {

@@ -1,4 +1,4 @@
-//! Roundings of rows: of what is picked of a projection, of the terms of its rotation, of the result.
+//! Roundings of rows: of the columns picked from a projection, of the terms of its rotation, of the result.
 
 use std::ops::Range;
 
@@ -12,18 +12,18 @@ use crate::tensor::DType;
 
 const NO_ROTATION: &str = "it is a part of a rotary embedding that is not understood";
 
-/// How a value is made of a projection: roundings, and linear arithmetic between them.
+/// How a value is computed from a projection: roundings, and linear arithmetic between them.
 #[derive(Clone, PartialEq, Debug)]
 enum Tree {
     /// The projection.
     Source,
-    /// A rounding with the value that it gives and the one that it rounds.
+    /// A rounding with its result and its input.
     Round(Rounding, ValueId, ValueId, Box<Tree>),
     /// Arithmetic without roundings.
     Linear(Box<Tree>),
-    /// The sum of two values, rounded otherwise.
+    /// The sum of two values with different roundings.
     Sum([(ValueId, Box<Tree>); 2]),
-    /// Two values one after the other, rounded otherwise.
+    /// Two concatenated values with different roundings.
     Parts([(ValueId, Box<Tree>); 2]),
 }
 
@@ -45,12 +45,12 @@ impl Tree {
     }
 }
 
-/// What a value of a row's computation is, times a factor.
+/// The kinds of values in a row's computation, up to a factor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
-    /// What is picked of the projection.
+    /// The columns picked from the projection.
     Picked,
-    /// The part of it that is not rotated.
+    /// The part that is not rotated.
     Passed,
     /// The rows.
     Rotated,
@@ -60,7 +60,7 @@ enum Kind {
     SinPart,
     /// The rotated part, each pair `(a, b)` as `(-b, a)`.
     Turned,
-    /// The first or the second half of that.
+    /// The first or the second half of the turned part.
     TurnedHalf(usize),
 }
 
@@ -77,16 +77,16 @@ impl Kind {
     }
 }
 
-/// Roundings one after the other.
+/// A chain of roundings.
 struct Stages {
-    /// Outermost first: what is rounded, times which factor.
+    /// Outermost first: the input of the rounding, and its factor.
     roundings: Vec<(Kind, f64, Rounding)>,
-    /// What is rounded first.
+    /// The input of the innermost rounding.
     end: Tree,
 }
 
 impl Stages {
-    /// The roundings of this kind, innermost first, where its values are to have the factor `scale`.
+    /// The roundings of this kind, innermost first, for values with the factor `scale`.
     fn of(&self, kind: Kind, scale: f32) -> Vec<Rounding> {
         let these = self.roundings.iter().rev().filter(|(of, ..)| *of == kind);
         let mut found: Vec<Rounding> = these
@@ -98,7 +98,7 @@ impl Stages {
 }
 
 impl Places<'_, '_, '_> {
-    /// Of rows with this projection. `scale` is the factor with which they are written.
+    /// Roundings of rows with this projection. `scale` is the factor with which they are written.
     pub fn rows(&mut self, value: ValueId, projection: &Projection, scale: f32) -> Result<RowRounding, Unplaced> {
         if projection.rest.is_some() {
             return Err(Unplaced {
@@ -165,7 +165,7 @@ impl Places<'_, '_, '_> {
         Ok(found)
     }
 
-    /// The roundings on top of a tree, each of one of these kinds.
+    /// The roundings at the top of a tree, each of one of these kinds.
     fn stages(&mut self, mut tree: Tree, projection: &Projection, kinds: &[Kind]) -> Result<Stages, Unplaced> {
         let mut roundings = Vec::new();
         loop {
@@ -174,7 +174,7 @@ impl Places<'_, '_, '_> {
                 Tree::Round(rounding, output, at, inner) => {
                     let mut known = kinds.iter();
                     let known = match *inner {
-                        // Elements of the projection, be it more of them than these heads pick.
+                        // Elements of the projection, possibly more than these heads pick.
                         Tree::Source if kinds.contains(&Kind::Picked) => Some((Kind::Picked, 1.0)),
                         _ => known.find_map(|kind| Some((*kind, self.factor(at, *kind, projection)?))),
                     };
@@ -190,7 +190,7 @@ impl Places<'_, '_, '_> {
         }
     }
 
-    /// Inside a rotation, and of what is rotated.
+    /// Roundings inside a rotation, and of its input.
     fn rotation(
         &mut self,
         [a, b]: [(ValueId, Box<Tree>); 2],
@@ -248,7 +248,7 @@ impl Places<'_, '_, '_> {
         if is_whole {
             found.apart[1] = others.into_iter().flat_map(|other| scaled(other, 1.0)).collect();
         } else {
-            // The first half is what is turned, with the other sign.
+            // The first half has the opposite sign.
             for ((half, other), sign) in found.halves.iter_mut().zip(others).zip([-1.0, 1.0]) {
                 *half = scaled(other, sign).chain(half.drain(..)).collect();
             }
@@ -309,7 +309,7 @@ impl Places<'_, '_, '_> {
         )
     }
 
-    /// The factor of a value that is of this kind, if it is; proven at small positions and at the last ones.
+    /// The factor of a value if it is of this kind; proved at small positions and at the last ones.
     fn factor(&self, value: ValueId, kind: Kind, projection: &Projection) -> Option<f64> {
         let evaluator = self.evaluator;
         let shape = evaluator.graph.shape(value)?;
@@ -342,13 +342,13 @@ impl Places<'_, '_, '_> {
                 return None;
             }
         }
-        // The export's own arithmetic must not leave a factor of 0.99999994.
+        // Rounding in the export's arithmetic must not result in a factor of 0.99999994.
         let whole = |by: f32| if (by.abs() - 1.0).abs() < 1e-3 { by.signum() } else { by };
         factor.map(|by| f64::from(whole(by)))
     }
 }
 
-/// Equal but for which of several equal roundings are meant.
+/// Equal, ignoring which of several equal roundings are meant.
 fn same(a: &Tree, b: &Tree) -> bool {
     match (a, b) {
         (Tree::Source, Tree::Source) => true,
@@ -358,7 +358,7 @@ fn same(a: &Tree, b: &Tree) -> bool {
     }
 }
 
-/// The heads that have the elements of this kind, with the table that makes them.
+/// The heads with the elements of this kind, and the table that computes them.
 fn of_kind(kind: Kind, projection: &Projection, tables: &Tables) -> Option<(Tables, Projection)> {
     let mut of = Projection {
         scale: 1.0,
@@ -370,7 +370,7 @@ fn of_kind(kind: Kind, projection: &Projection, tables: &Tables) -> Option<(Tabl
         return Some((own, of));
     }
     let rope = of.rope.as_mut()?;
-    // Where neighbors are paired, no half is turned.
+    // If neighbors are paired, no half is turned.
     if matches!(kind, Kind::TurnedHalf(_)) && rope.interleaved {
         return None;
     }

@@ -9,7 +9,7 @@ use crate::tensor::DType;
 /// Blocks in one item of [`DecodeChunk`].
 pub const CHUNK_BLOCKS: usize = 8;
 
-/// Most query rows of a KV head for [`DecodeChunk`].
+/// Maximum query rows of a KV head for [`DecodeChunk`].
 pub const MAX_DECODE_ROWS: usize = 8;
 
 /// A chunk of slots for all query rows of one KV head; `group_rows() <= MAX_DECODE_ROWS`.
@@ -17,12 +17,12 @@ pub struct DecodeChunk {
     pub attention: Attention,
     /// `(batch * kv_heads + kv_head) * chunks + chunk`
     pub item: usize,
-    /// Of each item: `[decode_rows, 2 + dim]`: the maximum, the sum of exponentials, the weighted values.
+    /// For each item, `[decode_rows, 2 + dim]`: the maximum, the sum of exponentials, the weighted values.
     pub partial: *mut f32,
 }
 
-/// Rows of a partial result of [`DecodeChunk`]: those it computes, some perhaps twice. There are few such numbers, so that the
-/// code stays small.
+/// Rows of a partial result of [`DecodeChunk`]: the rows that it computes, some possibly twice. There are few such
+/// numbers, which keeps the code small.
 pub fn decode_rows(group_rows: usize) -> usize {
     if group_rows <= 4 { group_rows } else { MAX_DECODE_ROWS }
 }
@@ -41,7 +41,7 @@ impl Kernel for DecodeChunk {
         let (pair, chunk) = (self.item / chunks, self.item % chunks);
         let (b, g) = (pair / a.kv_heads, pair % a.kv_heads);
         let rows = decode_rows(a.group_rows());
-        // Of rows that are computed and not there, the last one's.
+        // Rows beyond the last repeat the last one.
         let places: [(usize, usize); MAX_DECODE_ROWS] = std::array::from_fn(|r| a.place(g, r.min(a.group_rows() - 1)));
         let q: [*const f32; MAX_DECODE_ROWS] = places.map(|(h, t)| a.q.row(b, h, t).cast_const().cast());
         let width = 2 + a.dim;
@@ -103,11 +103,11 @@ impl Kernel for DecodeChunk {
     }
 }
 
-/// Scores become exponentials; the row's running maximum and sum (`out[0]`, `out[1]`) are brought to the new base. Gives
-/// the factor that does so for what was summed before.
+/// Scores become exponentials; the row's running maximum and sum (`out[0]`, `out[1]`) are rescaled to the new base.
+/// Returns the factor that rescales earlier sums.
 ///
 /// # Safety
-/// `out` has two elements, which nothing else uses meanwhile.
+/// `out` has two elements, which nothing else uses at the same time.
 #[inline(always)]
 unsafe fn exponentials<S: Simd>(p: &mut [f32; BLOCK], out: *mut f32) -> f32 {
     // SAFETY: this function's contract.
@@ -152,8 +152,8 @@ impl Stream {
     }
 }
 
-/// A walk over keys or values with a number of rows known at compile time, so that the rows' sums live in registers.
-/// Only this much is compiled for every dtype and number of rows.
+/// A pass over keys or values with a number of rows known at compile time, so that the rows' sums stay in registers.
+/// Only this code is compiled for every dtype and number of rows.
 trait Pass {
     /// # Safety
     /// The pointers are valid for `R` rows and for the stream's slots, which are stored as `E`; `S` is available.
@@ -271,7 +271,8 @@ impl Pass for Outputs<'_> {
     }
 }
 
-/// Joins the chunks of [`DecodeChunk`] for the query rows `(batch * kv_heads + kv_head) * group_rows + row` in `items`.
+/// Merges the chunks of [`DecodeChunk`] for the query rows `(batch * kv_heads + kv_head) * group_rows + row` in
+/// `items`.
 pub struct MergeChunks {
     pub attention: Attention,
     pub partial: *const f32,
@@ -309,7 +310,7 @@ impl Kernel for MergeChunks {
                     if *part.add(1) == 0.0 {
                         continue;
                     }
-                    // A chunk whose scores are not numbers never raised its maximum; its sum is not a number.
+                    // A chunk with NaN scores never raised its maximum; its sum is NaN.
                     let weight = if *part == f32::NEG_INFINITY {
                         1.0
                     } else {

@@ -1,4 +1,4 @@
-//! The mask as attention reads it, and the scan that finds the blocks of slots that are attended to.
+//! The mask of an attention, and the scan that finds the blocks of slots that are attended to.
 
 use super::{ALL, BLOCK, NONE, SOME};
 use crate::backend::cpu::simd::{Kernel, Simd};
@@ -17,7 +17,7 @@ pub struct Mask {
 }
 
 impl Mask {
-    /// What query `t` of head `h` attends to in a block.
+    /// Which slots query `t` of head `h` attends to in a block.
     ///
     /// # Safety
     /// The indices are inside `[batch, heads, tokens, blocks]`, and [`MaskScan`] has filled the table.
@@ -52,7 +52,7 @@ impl Mask {
 pub struct MaskScan {
     pub base: *const u8,
     pub storage: DType,
-    /// The mask's own dims and strides; the last axis is the slots (or 1).
+    /// The mask's dims and strides; the last axis is the slots (or 1).
     pub dims: [usize; 4],
     pub strides: [isize; 4],
     /// Slots of the cache; the mask's last axis may be 1 and is then broadcast.

@@ -1,13 +1,13 @@
 //! Attention over the used slots: online softmax by blocks of slots, in fp32.
 //!
-//! The content of the mask alone decides which slots are read. [`MaskScan`] scans each mask once per run and records for every
-//! block of [`BLOCK`] slots whether a query attends to none, some or all of it. Blocks without an attending query in an
-//! item are never read, so the cost depends on the context length and not on the capacity. A query that attends to nothing gives
-//! zeros. Values in masked slots must be finite; keys may be anything.
+//! Only the mask's content decides which slots are read. [`MaskScan`] scans each mask once per run and records for
+//! every block of [`BLOCK`] slots whether a query attends to none, some or all of it. Blocks without an attending query
+//! in an item are never read, so the cost depends on the context length, not on the capacity. A query that attends to
+//! nothing gives zeros. Values in masked slots must be finite; keys can be anything.
 //!
-//! Query heads that share a KV head are taken together. [`DecodeChunk`] is for few query rows (decode): items are chunks of
-//! slots, merged by [`MergeChunks`]. [`PrefillPanel`] takes as many query rows as a GEMM tile has columns and computes scores and
-//! outputs transposed, so that the softmax runs across lanes.
+//! Query heads that share a KV head are processed together. [`DecodeChunk`] is for few query rows (decode): items are
+//! chunks of slots, merged by [`MergeChunks`]. [`PrefillPanel`] processes as many query rows as a GEMM tile has columns
+//! and computes scores and outputs transposed, so that the softmax runs across lanes.
 
 mod decode;
 mod mask;
@@ -19,10 +19,10 @@ pub use prefill::{PrefillPanel, prefill_panels, prefill_scratch};
 
 use super::moves::Heads;
 
-/// Slots that are judged and computed together.
+/// Slots that are checked and computed together.
 pub const BLOCK: usize = 32;
 
-// What a query attends to in a block.
+// How much of a block a query attends to.
 const NONE: u8 = 0;
 const SOME: u8 = 1;
 const ALL: u8 = 2;
@@ -36,7 +36,7 @@ pub struct Attention {
     pub k: Heads,
     pub v: Heads,
     pub mask: Option<Mask>,
-    /// As q.
+    /// Like q.
     pub out: Heads,
     pub heads: usize,
     pub kv_heads: usize,

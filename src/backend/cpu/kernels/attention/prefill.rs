@@ -175,11 +175,11 @@ unsafe fn tiles<S: Simd>(rows: usize, product: TileArgs) {
     }
 }
 
-/// Scores `[count, width]` become exponentials; the running maximum, sum and outputs `[dim, width]` are brought to the new
-/// base.
+/// Scores `[count, width]` become exponentials; the running maximum, sum and outputs `[dim, width]` are rescaled to the
+/// new base.
 ///
 /// # Safety
-/// Both tables have those elements, aligned; nothing else uses them meanwhile.
+/// Both tables have those elements, aligned; nothing else uses them at the same time.
 #[inline(always)]
 unsafe fn softmax_block<S: Simd>(
     scores: *mut f32,

@@ -23,7 +23,7 @@ impl Frame<'_> {
                 Elementwise::Sub => zip(n, a, b, y, |a, b| a - b),
                 Elementwise::Prod => zip(n, a, b, y, |a, b| a * b),
                 Elementwise::Div => zip(n, a, b, y, |a, b| a / b),
-                // Squares and cubes are what normalization and GELU spell as powers.
+                // Normalization and GELU write squares and cubes as powers.
                 Elementwise::Pow if b.1 && b.0.read_unaligned() == 2.0 => zip(n, a, b, y, |a, _| a * a),
                 Elementwise::Pow if b.1 && b.0.read_unaligned() == 3.0 => zip(n, a, b, y, |a, _| a * a * a),
                 Elementwise::Pow => zip(n, a, b, y, f32::powf),
@@ -50,7 +50,7 @@ impl Frame<'_> {
                 Elementwise::Sum => zip(n, a, b, y, |a: i64, b| wrapped(a.wrapping_add(b), wrap)),
                 Elementwise::Sub => zip(n, a, b, y, |a: i64, b| wrapped(a.wrapping_sub(b), wrap)),
                 Elementwise::Prod => zip(n, a, b, y, |a: i64, b| wrapped(a.wrapping_mul(b), wrap)),
-                // A quotient by 0 is 0: no exception reaches the model's user.
+                // A quotient by 0 is 0: there is no exception.
                 Elementwise::Div => zip(n, a, b, y, |a: i64, b| wrapped(quotient(a, b), wrap)),
                 Elementwise::FloorDiv => zip(n, a, b, y, |a: i64, b| wrapped(floor_quotient(a, b), wrap)),
                 Elementwise::Pow => zip(n, a, b, y, |a: i64, b| wrapped(power(a, b), wrap)),

@@ -1,19 +1,20 @@
 //! One chunk of one row: its registers, and the loop of each operation.
 //!
 //! Arithmetic of integers and bools (masks, positions) is out of line: it is compiled once, for the compile target's
-//! baseline, and not for each instruction set. Its share of the run time is negligible, and it was a quarter of the code.
+//! baseline, instead of for each instruction set. Its share of the run time is negligible, but it was a quarter of the
+//! code.
 
 use super::integers::wrapped;
 use super::loops::map;
 use super::{Class, MAX_OPERANDS, Op, Place, Register, RowProgram};
 use crate::backend::cpu::simd::Simd;
 
-/// A chunk of a row at work.
+/// The execution of one chunk of a row.
 ///
-/// Its methods are unsafe because a frame is only as good as its pointers: for all of them, `rows` holds the address of
-/// element `first` of the row for each operand, with `n` elements from there on by the operand's stride, and `scratch` has
-/// `slot_bytes` bytes for each register of the program, enough for `n` elements of any class. The registers given are the
-/// program's own, of the classes that the operation says.
+/// Its methods are unsafe because they trust the frame's pointers. For all of them, `rows` holds the address of element
+/// `first` of the row for each operand, with `n` elements from there on by the operand's stride, and `scratch` has
+/// `slot_bytes` bytes for each register of the program, enough for `n` elements of any class. The registers are the
+/// program's own, of the classes that the operation requires.
 pub(super) struct Frame<'a> {
     pub(super) program: &'a RowProgram,
     pub(super) rows: &'a [*mut u8; MAX_OPERANDS],

@@ -1,8 +1,8 @@
-//! Integer arithmetic of row programs: computed in i64, brought back to what the dtype holds.
+//! Integer arithmetic of row programs: computed in i64, then wrapped to the dtype.
 
 use crate::tensor::DType;
 
-/// The integer as `dtype` would hold it.
+/// The integer wrapped to `dtype`.
 #[inline(always)]
 pub(super) fn wrapped(x: i64, dtype: DType) -> i64 {
     match dtype {
@@ -13,7 +13,7 @@ pub(super) fn wrapped(x: i64, dtype: DType) -> i64 {
     }
 }
 
-/// Truncating; saturating at what `dtype` holds; NaN gives 0.
+/// Truncates, saturates at the range of `dtype`; NaN gives 0.
 #[inline(always)]
 pub(super) fn float_to_int(x: f32, dtype: DType) -> i64 {
     match dtype {

@@ -2,7 +2,7 @@
 //!
 //! Pointers need not be aligned. Everything is inlined into the kernel of each instruction set, which vectorizes it.
 //!
-//! Safety of all: each pointer has `n` elements, or one where it stands for one value. `a`, `b` and `to` may be the same
+//! Safety of all: each pointer has `n` elements, or one if it is a single value. `a`, `b` and `to` may be the same
 //! register: element `i` is read before it is written.
 
 /// `to[i] = f(a[i])`
@@ -17,7 +17,7 @@ pub(super) unsafe fn map<A: Copy, T>(n: usize, a: *const A, to: *mut T, f: impl 
     }
 }
 
-/// `to[i] = f(a[i], b[i])`, where either may be one value.
+/// `to[i] = f(a[i], b[i])`, where either may be a single value.
 ///
 /// # Safety
 /// See the module's head.

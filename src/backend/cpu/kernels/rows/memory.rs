@@ -1,4 +1,4 @@
-//! Loads and stores: between an operand's storage and the registers' classes.
+//! Loads and stores between an operand's storage and the registers' classes.
 
 use super::frame::Frame;
 use super::loops::map;
@@ -6,7 +6,7 @@ use super::{Class, Register};
 use crate::tensor::DType;
 
 impl Frame<'_> {
-    /// The operand's elements into a register.
+    /// Loads the operand's elements into a register.
     ///
     /// # Safety
     /// See [`Frame`].
@@ -45,7 +45,7 @@ impl Frame<'_> {
         }
     }
 
-    /// A register's values into the operand's elements.
+    /// Stores a register's values into the operand's elements.
     ///
     /// # Safety
     /// See [`Frame`].
@@ -54,7 +54,7 @@ impl Frame<'_> {
         let stride = self.program.operands[operand as usize].stride;
         let storage = self.program.operands[operand as usize].storage;
         let to = self.rows[operand as usize];
-        // A value per row is written once, unless the operand wants it along the whole row.
+        // A value per row is written once, unless the operand has it along the whole row.
         let n = if stride == 0 { 1 } else { self.n };
         macro_rules! scatter {
             ($register:ty, $stored:ty, $convert:expr) => {{

@@ -5,8 +5,8 @@
 //! classes: f32 for every float dtype, i64 for every integer dtype, u8 for bool. Results do not depend on how rows are
 //! shared among threads: sums have a fixed number of partial sums.
 //!
-//! This module owns the program as data and the walk over its rows; [`frame`] takes one chunk of a row through the
-//! operations, which are in [`memory`], [`elementwise`] and [`reductions`].
+//! This module owns the program as data and the loop over its rows; [`frame`] applies the operations to one chunk of a
+//! row, which are in [`memory`], [`elementwise`] and [`reductions`].
 
 mod elementwise;
 mod frame;
@@ -22,7 +22,7 @@ use super::super::strided_view::BufferId;
 use crate::network::{Activation, Elementwise, ReduceOp, UnaryOp};
 use crate::tensor::DType;
 
-/// Elements of a row handled at once where no operation needs the whole row: registers then stay in the first-level
+/// Elements of a row processed at once if no operation needs the whole row: registers then stay in the first-level
 /// cache.
 pub const CHUNK: usize = 1024;
 
@@ -69,7 +69,7 @@ pub struct Operand {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Place {
     Scratch(u16),
-    /// In the operand's own memory: its storage is native to the class and its stride 1 (or 0 for a scalar).
+    /// In the operand's memory: its storage is native to the class and its stride 1 (or 0 for a scalar).
     Operand(u16),
 }
 
@@ -160,7 +160,7 @@ pub enum Op {
 pub struct RowProgram {
     pub outer: Vec<usize>,
     pub length: usize,
-    /// Elements handled at once: `length` if an operation needs the whole row.
+    /// Elements processed at once: `length` if an operation needs the whole row.
     pub chunk: usize,
     pub operands: Vec<Operand>,
     pub ops: Vec<Op>,

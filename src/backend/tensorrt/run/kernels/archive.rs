@@ -1,4 +1,4 @@
-//! The PTX of all variants of the decode kernels, as `scripts/gpu/compile_kernels.py` packs it.
+//! The PTX of all variants of the decode kernels, packed by `scripts/gpu/compile_kernels.py`.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -23,8 +23,8 @@ const ARCHIVES: [(&str, &[u8]); 8] = [
     ("product-bf16-i4", include_bytes!("../device/decode/product-bf16-i4.xz")),
 ];
 
-/// The PTX of every variant in an archive, by the variant's name. Panics if the archive, which is part of this program, is
-/// not one.
+/// The PTX of every variant in an archive, by the variant's name. Panics if the archive, which is part of this program,
+/// is invalid.
 pub(super) fn variants(archive: &str) -> HashMap<String, String> {
     let (_, packed) = ARCHIVES
         .iter()
@@ -54,7 +54,7 @@ mod tests {
 
     use super::*;
 
-    /// The archives are of the sources beside them, as far as hashes tell; `compile_kernels.py --check` compiles them again.
+    /// By their hashes, the archives match the sources beside them; `compile_kernels.py --check` compiles them again.
     #[test]
     fn archives_are_of_their_sources() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/backend/tensorrt/run/device/decode");

@@ -1,6 +1,6 @@
 //! The argument of a kernel, one struct by value, as bytes.
 
-/// A struct in the making. Fields are written at their offsets, little-endian as the device has them.
+/// A struct under construction. Fields are written at their offsets, little-endian as on the device.
 #[derive(Clone, Debug)]
 pub(super) struct Arguments {
     /// In words, so that the struct is aligned to 8 bytes.
@@ -8,19 +8,19 @@ pub(super) struct Arguments {
     operands: Vec<Operand>,
 }
 
-/// A field that takes an address.
+/// A field for an address.
 #[derive(Clone, Debug)]
 pub(super) struct Operand {
-    /// Where the field is.
+    /// Offset of the field.
     pub at: usize,
     /// The tensor or weight.
     pub name: String,
-    /// Bytes from its beginning.
+    /// Offset in the tensor or weight, in bytes.
     pub offset: u64,
 }
 
 impl Arguments {
-    /// All zeros: no pointer, nothing wanted.
+    /// All zeros: null pointers, features off.
     pub fn new(bytes: usize) -> Self {
         Arguments {
             words: vec![0; bytes.div_ceil(8)],
@@ -36,7 +36,7 @@ impl Arguments {
     pub fn operand(&mut self, at: usize, name: &str) {
         self.operand_from(at, name, 0);
     }
-    /// The same, so many bytes after its beginning.
+    /// The same, at an offset in bytes.
     pub fn operand_from(&mut self, at: usize, name: &str, offset: usize) {
         self.operands.push(Operand {
             at,
@@ -48,12 +48,12 @@ impl Arguments {
     pub fn address(&mut self, at: usize, address: u64) {
         self.write(at, &address.to_le_bytes());
     }
-    /// A count, which fits 31 bits: sizes of layers do.
+    /// A count of at most 31 bits; sizes of layers fit.
     pub fn int(&mut self, at: usize, value: usize) {
         let value = i32::try_from(value).expect("sizes of layers fit 31 bits");
         self.write(at, &value.to_le_bytes());
     }
-    /// A number of 64 bits.
+    /// A 64-bit number.
     pub fn long(&mut self, at: usize, value: usize) {
         self.write(at, &(value as u64).to_le_bytes());
     }
@@ -62,7 +62,7 @@ impl Arguments {
         self.write(at, &value.to_le_bytes());
     }
 
-    /// Where each operand's address goes.
+    /// The fields for operand addresses.
     pub fn operands(&self) -> &[Operand] {
         &self.operands
     }

@@ -7,7 +7,7 @@ use crate::backend::tensorrt::run::{Buffer, Caches, RunError};
 use crate::network::{AttentionInputs, DecodeAttention, Layer, Network, TensorId};
 use crate::tensor::DType;
 
-/// Bytes of the struct, and where its fields are.
+/// Size of the struct, and offsets of its fields.
 const BYTES: usize = 176;
 const QUERY: usize = 0;
 const KEY: usize = 8;
@@ -36,9 +36,10 @@ const SCALE: usize = 164;
 const SOFT_CAP: usize = 168;
 const EPSILON: usize = 172;
 
-/// Parts that the slots of a head are divided among, each by a block: of a cluster, or of blocks that meet in a workspace.
+/// Number of parts into which the slots of a head are divided, one block each: blocks of a cluster, or blocks that
+/// combine results in a workspace.
 const SPLITS: usize = 8;
-/// Query heads of a block.
+/// Query heads per block.
 const HEADS: usize = 8;
 
 /// A kernel of `compile_kernels.py`.
@@ -50,18 +51,18 @@ struct Variant {
 }
 
 impl Variant {
-    /// Warps of a block and tiles in flight for each.
+    /// Warps per block, and tiles in flight for each.
     fn shape(self) -> (usize, usize) {
         match self.head_dim {
             129.. => (4, 1),
-            // So that it fits every GPU of that target.
+            // Small enough for every GPU of that target.
             81.. if self.target == 80 => (8, 1),
             _ if self.is_many() => (8, 1),
             _ => (8, 2),
         }
     }
 
-    /// Whether a block can do the work of several.
+    /// Whether one block can do the work of several.
     fn is_many(self) -> bool {
         self.caches == Caches::Tables && self.is_clustered()
     }
@@ -76,8 +77,8 @@ impl Variant {
         format!("attention-{dtype}-d{}{rows}", self.head_dim)
     }
 
-    /// Blocks that the slots of a head are divided among, where so many heads (of a kv head, eight at most) are to be computed:
-    /// as many as leave no multiprocessor with two while another has none.
+    /// Number of blocks per head for this many heads (at most eight per KV head): chosen so that no multiprocessor has
+    /// two blocks while another has none.
     fn blocks(self, heads: usize, multiprocessors: u32) -> usize {
         if !self.is_many() {
             return SPLITS;
@@ -86,8 +87,8 @@ impl Variant {
         1 << fit.ilog2()
     }
 
-    /// Dynamic shared memory of a block, bytes: tiles of every warp, queries, the new key and value; outputs of warps, where
-    /// these do not take the place of tiles; and in a cluster the block's share of the results of every split.
+    /// Dynamic shared memory per block, in bytes: tiles of every warp, queries, the new key and value; outputs of
+    /// warps, unless they reuse the tiles; and in a cluster the block's share of the results of every split.
     fn shared_bytes(self, blocks: usize) -> usize {
         let (warps, stages) = self.shape();
         let row = 2 * self.head_dim + 16;
@@ -141,7 +142,7 @@ pub(super) fn launch(
         (KEYS, Some(inputs.caches[0])),
         (VALUES, Some(inputs.caches[1])),
         (LENGTHS, Some(inputs.write_indices)),
-        // Without a rotation no kernel looks at it, but it is read.
+        // Without a rotation kernels ignore it, but still read it.
         (
             POSITIONS,
             Some(
@@ -179,7 +180,7 @@ pub(super) fn launch(
     arguments.float(SOFT_CAP, attention.soft_cap.unwrap_or(0.0));
     arguments.float(EPSILON, attention.epsilon);
     let places = kv_heads * group.div_ceil(HEADS);
-    // A GPU may have clusters and little shared memory.
+    // A GPU with clusters may have little shared memory.
     let variants = [90, 80].into_iter().filter(|target| *target <= limits.target);
     let mut variants = variants.map(|target| {
         let variant = Variant {
@@ -199,7 +200,7 @@ pub(super) fn launch(
     let memory = match clustered {
         true => None,
         false => {
-            // Counters after the workspace. They must be zero, and are zero again after each run.
+            // Counters follow the workspace. They must be zero, and are zero again after each run.
             let workspace = sequences * places * SPLITS * (HEADS * head_dim + 16) * size_of::<f32>();
             let counters = sequences * places * size_of::<u32>();
             let memory = Buffer::new(modules.cuda(), workspace + counters, "the workspace of attention")?;
@@ -254,7 +255,7 @@ mod tests {
         }
     }
 
-    /// What `harness/kernels.py` gives.
+    /// Values from `harness/kernels.py`.
     #[test]
     fn shared_memory_is_that_of_the_harness() {
         let variant = |head_dim, caches| Variant {

@@ -16,21 +16,21 @@ pub(in super::super) struct Launch {
     layer: String,
     grid: [u32; 3],
     threads: u32,
-    /// Dynamic shared memory of a block, bytes.
+    /// Dynamic shared memory per block, in bytes.
     shared: usize,
-    /// Blocks of a cluster; 0 for none.
+    /// Blocks per cluster; 0 for none.
     cluster: u32,
-    /// Whether it may start while the kernel before still runs.
+    /// Whether it may start while the previous kernel is still running.
     dependent: bool,
     arguments: Arguments,
-    /// Memory of its own that the arguments point to.
+    /// Its own memory, referenced by the arguments.
     memory: Option<Buffer>,
     /// Operands without an address.
     missing: usize,
 }
 
 impl Launch {
-    /// A launch whose operands are not bound yet. `memory`: what other fields of the arguments point to.
+    /// A launch whose operands are not bound yet. `memory` is referenced by other fields of the arguments.
     pub(super) fn new(
         layer: &str,
         module: Rc<Module>,
@@ -55,7 +55,8 @@ impl Launch {
         })
     }
 
-    /// The same, by clusters of so many blocks (0 for none), and if `dependent` started while the kernel before still runs.
+    /// The same, with clusters of this many blocks (0 for none), and if `dependent` started while the previous kernel
+    /// is still running.
     pub(super) fn with(self, cluster: u32, dependent: bool) -> Self {
         Launch {
             cluster,
@@ -64,17 +65,17 @@ impl Launch {
         }
     }
 
-    /// The layer, as profiles call it.
+    /// The layer's name in profiles.
     pub fn name(&self) -> &str {
         &self.layer
     }
 
-    /// Device memory of its own, bytes.
+    /// Its own device memory, in bytes.
     pub fn bytes(&self) -> usize {
         self.memory.as_ref().map_or(0, Buffer::bytes)
     }
 
-    /// `name` is bound to this address from now on. False if the kernel does not use it.
+    /// Binds `name` to this address. Returns false if the kernel does not use it.
     ///
     /// # Safety
     /// The address must be of device memory that holds the tensor or weight of that name until the last run has ended or
@@ -93,7 +94,7 @@ impl Launch {
         !places.is_empty()
     }
 
-    /// Queues one run. `after_kernel`: what is queued before it in this stream is a kernel of ours.
+    /// Queues one run. `after_kernel`: the previous work in this stream is one of Lapidary's kernels.
     pub fn enqueue(&mut self, stream: &Stream, after_kernel: bool) -> Result<(), RunError> {
         if self.missing > 0 {
             return Err(RunError::Execute {

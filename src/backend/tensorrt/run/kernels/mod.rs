@@ -1,16 +1,17 @@
-//! Kernels of ours that run between engines: the layers of [`network`](crate::network) that TensorRT does not have.
+//! Lapidary's kernels, which run between engines: the layers of [`network`](crate::network) that TensorRT does not
+//! have.
 //!
-//! Takes a layer; gives a [`Launch`]: a kernel with its grid and its arguments, in which addresses are filled in when tensors
-//! are bound. `archive` has the kernels' PTX, `variant` chooses among them, `product` and `attention` write the arguments of
-//! each, `module` loads them and `launch` queues them. The kernels' sources, and what each argument is, are in
-//! `../device/decode`.
+//! Input: a layer. Output: a [`Launch`], a kernel with its grid and its arguments, whose addresses are filled in when
+//! tensors are bound. `archive` has the kernels' PTX, `variant` chooses among them, `product` and `attention` write the
+//! arguments of each, `module` loads them and `launch` queues them. The kernels' sources, with the meaning of each
+//! argument, are in `../device/decode`.
 //!
 //! # Dependent launch
 //!
-//! From SM 9.0 on a kernel may start while the one before it still runs: it reads what no kernel writes (weights, tables,
-//! positions, cache slots of earlier tokens) and then waits until the other is complete. So whatever writes those must be
-//! complete before the *first* kernel of such a chain starts. A kernel after an engine or a copy is launched in the
-//! ordinary way, which waits for it ([`Launch::enqueue`]).
+//! From SM 9.0 on a kernel may start while the previous one is still running: it reads what no kernel writes (weights,
+//! tables, positions, cache slots of earlier tokens) and then waits until the other is complete. So writes to these
+//! must be complete before the *first* kernel of such a chain starts. A kernel after an engine or a copy is launched in
+//! the ordinary way, which waits for it ([`Launch::enqueue`]).
 
 mod archive;
 mod arguments;
@@ -26,17 +27,17 @@ pub(super) use module::Modules;
 use super::{Caches, RunError};
 use crate::network::{LayerKind, Network};
 
-/// What a GPU gives kernels.
+/// Properties of a GPU for kernels.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
-    /// 80 or 90: which variants it runs.
+    /// 80 or 90: the variants that it runs.
     target: u32,
     multiprocessors: u32,
-    /// Shared memory of one block, bytes.
+    /// Shared memory per block, in bytes.
     shared: usize,
 }
 
-/// The launch of a layer of our own.
+/// The launch of one of Lapidary's own layers.
 pub(super) fn launch(modules: &Modules, network: &Network, layer: usize, caches: Caches) -> Result<Launch, RunError> {
     let layer = &network.layers[layer];
     match &layer.kind {

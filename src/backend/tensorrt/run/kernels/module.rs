@@ -1,4 +1,4 @@
-//! Variants of kernels in the GPU's memory.
+//! Kernel variants loaded on the GPU.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -16,7 +16,7 @@ const OLDEST: (u32, u32) = (8, 0);
 /// From here on there are clusters and dependent launch.
 const WITH_CLUSTERS: (u32, u32) = (9, 0);
 
-/// What kernels were loaded, each once.
+/// The loaded kernels, each once.
 pub(in super::super) struct Modules {
     loaded: RefCell<HashMap<String, Rc<Module>>>,
     archives: RefCell<HashMap<String, HashMap<String, String>>>,
@@ -33,7 +33,7 @@ pub(super) struct Module {
 }
 
 impl Modules {
-    /// Nothing is loaded yet. `LAPIDARY_KERNEL_TARGET=80` keeps a newer GPU to the variants for SM 8.0.
+    /// Nothing is loaded yet. `LAPIDARY_KERNEL_TARGET=80` makes a newer GPU use the variants for SM 8.0.
     pub fn new(cuda: &Rc<Cuda>) -> Result<Self, RunError> {
         Ok(Modules {
             loaded: RefCell::default(),
@@ -43,7 +43,7 @@ impl Modules {
         })
     }
 
-    /// What the GPU gives kernels; refuses one that is too old for them.
+    /// The GPU's properties for kernels; refuses a GPU that is too old.
     pub(super) fn limits(&self) -> Result<Limits, RunError> {
         self.limits.ok_or_else(|| {
             let gpu = &self.cuda.facts().gpus[0];
@@ -73,7 +73,7 @@ impl Modules {
         Ok(module)
     }
 
-    /// Forgets the texts, which are some megabytes, until another variant is needed.
+    /// Drops the PTX texts, a few megabytes, until another variant is needed.
     pub fn settle(&self) {
         self.archives.borrow_mut().clear();
     }
@@ -125,7 +125,7 @@ impl Module {
         })
     }
 
-    /// Lets blocks have so much dynamic shared memory, and what other launches of this variant were allowed.
+    /// Allows blocks this much dynamic shared memory, or what other launches of this variant need if that is more.
     pub fn allow_shared(&self, bytes: usize) -> Result<(), RunError> {
         use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
         // SAFETY: a function of a module that is loaded as long as self lives.

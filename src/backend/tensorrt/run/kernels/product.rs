@@ -8,7 +8,7 @@ use crate::backend::tensorrt::run::RunError;
 use crate::network::{CodeLayout, Layer, Network, ProductInputs, RowActivation, RowProduct, TensorId};
 use crate::tensor::DType;
 
-/// Bytes of the struct, and where its fields are. A part has 40 bytes.
+/// Size of the struct, and offsets of its fields. A part has 40 bytes.
 const BYTES: usize = 200;
 const PART: usize = 40;
 const X: usize = 120;
@@ -31,9 +31,9 @@ const EPSILON: usize = 196;
 /// More than any tile, for parts that do not exist.
 const NO_TILE: usize = 1 << 30;
 
-/// What decides the launch of a product.
+/// What determines the launch of a product.
 struct Sizes {
-    /// Of each matrix.
+    /// Rows of each matrix.
     rows: Vec<usize>,
     depth: usize,
     norm: bool,
@@ -135,7 +135,7 @@ pub(super) fn launch(
     Ok(launch.with(0, limits.target >= 90))
 }
 
-/// As `activate` of the kernel counts them.
+/// The numbers in the kernel's `activate`.
 fn activation(activation: RowActivation) -> usize {
     match activation {
         RowActivation::None => 0,
@@ -147,8 +147,8 @@ fn activation(activation: RowActivation) -> usize {
     }
 }
 
-/// Dynamic shared memory of a block for so many rows of x, bytes: weights (and streamed x) in flight, sums of warps, offsets of codes, the norm's
-/// sums and weights, and x if it is not streamed.
+/// Dynamic shared memory per block for this many rows of x, in bytes: weights (and streamed x) in flight, sums of
+/// warps, offsets of codes, the norm's sums and weights, and x if it is not streamed.
 fn shared_bytes(form: Form, shape: Shape, (rows, taken): (usize, RowsOfX), sizes: &Sizes) -> usize {
     let (bits, Shape { warps, tiles, stages }) = (form.bits(), shape);
     let depth = CodeLayout::depth(bits);
@@ -185,7 +185,7 @@ fn shared_bytes(form: Form, shape: Shape, (rows, taken): (usize, RowsOfX), sizes
 mod tests {
     use super::*;
 
-    /// Of q, k and v at 8 B: what `harness/kernels.py` gives.
+    /// q, k and v at 8 B: values from `harness/kernels.py`.
     #[test]
     fn shared_memory_is_that_of_the_harness() {
         let form = |weights, group| Form {

@@ -1,13 +1,13 @@
-//! Which variant of the product computes a layer: the one that was fastest for the nearest matrix that was measured.
+//! Which variant of the product computes a layer: the fastest one for the nearest measured matrix.
 //!
-//! The sums of a row are taken in an order that depends on the form of the weights and the number of warps and on nothing
-//! else, so a variant changes a result in the last bit at most.
+//! The order of a row's sums depends only on the form of the weights and the number of warps, so a variant changes at
+//! most the last bit of a result.
 
 use super::Limits;
 use crate::network::CodeLayout;
 use crate::tensor::DType;
 
-/// Warps of a block, tiles of 8 rows of weights that it works on at a time, and columns of 64 bytes in flight for each warp.
+/// Warps per block, tiles of 8 rows of weights that it processes at a time, and columns of 64 bytes in flight per warp.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Shape {
     pub warps: usize,
@@ -21,22 +21,22 @@ impl Shape {
     }
 }
 
-/// How a variant takes the rows of x.
+/// How a variant reads the rows of x.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct RowsOfX {
-    /// How many at most: 1, 8 or 16.
+    /// Maximum number: 1, 8 or 16.
     pub most: usize,
-    /// Whether they travel with the weights; else they lie in shared memory as a whole.
+    /// Whether they are streamed with the weights; otherwise they are in shared memory as a whole.
     pub streamed: bool,
 }
 
 impl RowsOfX {
-    /// One, in shared memory.
+    /// One row, in shared memory.
     pub const ONE: RowsOfX = RowsOfX {
         most: 1,
         streamed: false,
     };
-    /// The most that any variant takes.
+    /// The maximum of any variant.
     pub const MOST: usize = crate::network::RowProduct::MOST_ROWS;
 
     fn of(rows: usize, streamed: bool) -> Self {
@@ -46,7 +46,7 @@ impl RowsOfX {
         }
     }
 
-    /// As names of variants say it.
+    /// The form in names of variants.
     fn word(self) -> String {
         match self.most {
             1 => String::new(),
@@ -55,12 +55,12 @@ impl RowsOfX {
     }
 }
 
-/// What the weights of a product are.
+/// The weights of a product.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Form {
     /// Element type of activations: fp16 or bf16.
     pub dtype: DType,
-    /// i4, i8, or as the activations.
+    /// i4, i8, or the activations' type.
     pub weights: DType,
     pub layout: Option<CodeLayout>,
 }
@@ -75,7 +75,7 @@ impl Form {
         }
     }
 
-    /// The archive that has the variants.
+    /// The archive with the variants.
     pub fn archive(self) -> String {
         format!("product-{}-{}", self.dtype, self.weights())
     }
@@ -105,7 +105,7 @@ impl Form {
         }
     }
 
-    /// The shapes for several rows that have so many warps, the preferred one first.
+    /// The shapes for several rows with this many warps, preferred one first.
     fn of_rows(self, warps: usize, streamed: bool) -> impl Iterator<Item = Shape> {
         let lists = self.tables().1.iter().filter(move |of_rows| of_rows.warps == warps);
         let shapes = lists.flat_map(move |lists| if streamed { lists.streamed } else { lists.whole });
@@ -117,13 +117,13 @@ impl Form {
     }
 }
 
-/// A product that was measured in a whole token, and what was fastest.
+/// A product measured in a whole decode step, with its fastest variant.
 struct Measured {
-    /// Rows of all matrices together, and their depth.
+    /// Total rows of all matrices, and their depth.
     matrix: (usize, usize),
     gated: bool,
     shape: Shape,
-    /// Blocks for each multiprocessor.
+    /// Blocks per multiprocessor.
     blocks: u32,
 }
 
@@ -137,7 +137,7 @@ const fn measured(matrix: (usize, usize), gated: bool, [warps, tiles, stages]: [
 }
 
 // q, k and v; output; gate and up; down; logits: of models of 8 B and 1.1 B parameters and of SmolLM2-135M, on one H200
-// (benches/kernels/configurations.json). Of what the last two of 8 B have in common with the archive's shapes.
+// (benches/kernels/configurations.json). For the last two of 8 B, among the shapes in the archive.
 const FLOATS: &[Measured] = &[
     measured((6144, 4096), false, [16, 2, 6], 1),
     measured((4096, 4096), false, [8, 4, 6], 1),
@@ -191,8 +191,8 @@ const I4_SHORT: &[Measured] = &[
     measured((576, 1536), false, [8, 2, 6], 1),
 ];
 
-/// The shapes for several rows of x of one number of warps, as (tiles, stages), the preferred one first: by whether x lies in
-/// shared memory as a whole or is streamed. `compile_kernels.py` has the same lists.
+/// The shapes for several rows of x with one number of warps, as (tiles, stages), preferred one first: for x in shared
+/// memory as a whole, and for streamed x. `compile_kernels.py` has the same lists.
 struct OfRows {
     warps: usize,
     whole: &'static [(usize, usize)],
@@ -213,9 +213,9 @@ const I8_ROWS: &[OfRows] = &[of_rows(16, &[(2, 3)], &[(2, 3)]), of_rows(8, &[(4,
 const I4_LONG_ROWS: &[OfRows] = &[of_rows(8, &[(4, 2)], &[(4, 2)])];
 const I4_SHORT_ROWS: &[OfRows] = &[of_rows(8, &[(4, 2)], &[(4, 2)]), of_rows(4, &[(4, 2)], &[(4, 2)])];
 
-/// The shape for `rows` rows of x of a product that is computed by `one` where x has one row: of as many warps, so that a row
-/// has the same bits. x lies in shared memory as a whole if there is a norm, and else is streamed. `shared` gives what a
-/// block takes. `None` if none fits.
+/// The shape for `rows` rows of x of a product that uses `one` for a single row: with as many warps, so that a row has
+/// the same bits. x is in shared memory as a whole if there is a norm, otherwise streamed. `shared` returns the shared
+/// memory of a block. `None` if none fits.
 pub(super) fn choose_for_rows(
     form: Form,
     one: Shape,
@@ -230,8 +230,8 @@ pub(super) fn choose_for_rows(
     Some((fitting, taken))
 }
 
-/// Shape and blocks for each multiprocessor: those of the nearest matrix whose shape fits the GPU's shared memory. `shared`
-/// gives what a block takes. `None` if none fits.
+/// Shape and blocks per multiprocessor: those of the nearest matrix whose shape fits the GPU's shared memory. `shared`
+/// returns the shared memory of a block. `None` if none fits.
 pub(super) fn choose(
     form: Form,
     matrix: (usize, usize),
@@ -244,7 +244,7 @@ pub(super) fn choose(
     Some((nearest.shape, nearest.blocks))
 }
 
-/// In powers of e of rows and depth, and one more for the other kind of product.
+/// Distance in logarithms of rows and depth, plus one for the other kind of product.
 fn distance(measured: &Measured, (rows, depth): (usize, usize), gated: bool) -> f64 {
     let ratio = |a: usize, b: usize| (a as f64 / b.max(1) as f64).ln().abs();
     let kind = f64::from(u8::from(measured.gated != gated));
@@ -262,7 +262,7 @@ mod tests {
         shared: 227 << 10,
     };
 
-    /// Every form that the network's layers allow, as the rules of the layer have it.
+    /// Every form that the rules of the network's layers allow.
     fn forms() -> Vec<Form> {
         let mut forms = Vec::new();
         for dtype in [DType::F16, DType::Bf16] {
@@ -275,7 +275,7 @@ mod tests {
                 let groups = [None].into_iter().chain((1..=1024).map(Some));
                 for (group, zero_points) in groups.flat_map(|group| [(group, false), (group, true)]) {
                     let layout = CodeLayout { group, zero_points };
-                    // A depth that every group divides ends with one.
+                    // A depth that is a multiple of every group.
                     if layout.fits(weights.bits(), group.unwrap_or(1) * 128) {
                         let layout = Some(layout);
                         forms.push(Form { dtype, weights, layout });
