@@ -14,6 +14,9 @@ class SlicedCache(Cache):
         self.layers, self.layer_class_to_replicate, self.offloading = [], None, False
         empty = lambda: torch.zeros((1, heads, capacity, width), device=device, dtype=dtype)  # noqa: E731
         self.slots = [(empty(), empty()) for _ in range(config.num_hidden_layers)]
+        # A compiled step writes to them: torch captures that in a CUDA graph only where they stay.
+        for slots in (slots for pair in self.slots for slots in pair):
+            torch._dynamo.mark_static_address(slots)
         self.length = 0
 
     def update(self, keys, values, layer, *_arguments, **_keywords):

@@ -251,6 +251,14 @@ class FrozenFlash(Frozen):
 
     grows = False
 
+    def __init__(self, model, *arguments):
+        super().__init__(model, *arguments)
+        # One token sees the whole cache and a prompt is causal, but while a step is compiled transformers makes a mask for both.
+        module = sys.modules[type(model.model).__module__]
+        if not hasattr(module, "create_causal_mask"):
+            raise Unusable(f"{module.__name__} makes its mask in another way than frozen-flash knows")
+        module.create_causal_mask = lambda *_, **__: None
+
     def make_room(self, tokens):
         import sliced_cache
 
@@ -506,6 +514,11 @@ def run(given):
         note(label, "broke off:", result.values["error"])
         result.finish()
         return 0
+    if device == "cuda" and mode.compiled and torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]:
+        system = result.values["system"]
+        system["settings"]["cuda_graphs"] = False
+        for key in ("variant", "label"):
+            system[key] = system[key].replace("CUDA graphs", "torch skipped CUDA graphs")
     if device == "cuda":
         longest = max([*(n + RUN for n in given.live), *(p + n for p, n in given.end_to_end)], default=0)
         result.values["memory"]["device"] = hugging_face.device_memory(model, mode.cache_bytes(longest), context)

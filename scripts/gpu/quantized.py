@@ -24,7 +24,7 @@ OWN = ["llama-optimum", "qwen3-ort-genai", "gpt2-optimum"]
 OF_OWN = ["bind", "bind-fp16", "embed", "embed-fp16", "strip-general", "strip-general-fp16", "bind-one-engine"]
 OF_EXPORTS = ["bind", "embed", "strip-identical", "strip-general", "bind-fp16"]
 # Where activations are rounded to codes, what fp16 rounds differently falls on another code now and then: compared in fp32.
-ROUNDED = ["mo_fp8", "post_static", "post_quantized"]
+ROUNDED = ["mo_fp8", "post_static", "post_quantized", "gpt2-many", "llama-many", "llama-products"]
 MODES = tiny.MODES | {f"{mode}-fp32": [*tiny.MODES[mode], "--dtype", "fp32"] for mode in OF_EXPORTS[:4]}
 
 

@@ -1,5 +1,7 @@
 //! The first page: one table with a column for each peer, and where Lapidary is slower.
 
+use std::collections::HashSet;
+
 use super::benchmarks::day;
 use super::input::{Group, Input, ResultFile, format};
 use super::markdown::{cite, ms, times};
@@ -50,10 +52,19 @@ pub fn leading(input: &Input) -> Vec<&Group> {
     all
 }
 
-/// Those with another system.
+/// Those with another system. Not those of which a session with peers has every system.
 fn compared(input: &Input) -> Vec<&Group> {
     let all = leading(input).into_iter();
-    all.filter(|g| systems(&[*g]).len() > 1).collect()
+    let is_covered = |g: &Group| {
+        let session = input
+            .peers
+            .iter()
+            .find(|peers| (&peers.model, &peers.device) == (&g.model, &g.device));
+        let named = session.map(|session| systems(&[session]));
+        named.is_some_and(|named| systems(&[g]).iter().all(|name| named.contains(name)))
+    };
+    all.filter(|g| systems(&[*g]).len() > 1 && (g.peers || !is_covered(g)))
+        .collect()
 }
 
 /// A column for each system, in its fastest mode; a row for each model and measurement. Empty where no model has a peer.
@@ -64,7 +75,7 @@ pub fn headlines(input: &Input) -> String {
     let mut rows = Vec::new();
     for group in &groups {
         for (of, ours) in formats(group) {
-            for m in chosen(ours, group.peers) {
+            for m in chosen(ours, group) {
                 let cells: Vec<Cell> = names.iter().map(|name| fastest(group, &of, name, m)).collect();
                 let mut model = format!("{} {of}, {}", group.model, group.device);
                 // Measured on another day than the session with peers above it.
@@ -108,9 +119,20 @@ pub fn format_in(group: &Group, r: &ResultFile) -> String {
 const PROMPT: usize = 512;
 
 /// What the first page shows of a group: the shortest context and a prompt; of a session with peers the longest context too.
-fn chosen(ours: &ResultFile, is_session: bool) -> Vec<Measure> {
+/// Contexts that the most systems have.
+fn chosen(ours: &ResultFile, group: &Group) -> Vec<Measure> {
     let all = Measure::union([ours]);
-    let tokens: Vec<Measure> = all.iter().copied().filter(|m| matches!(m, Measure::Token(_))).collect();
+    let tokens = all.iter().copied().filter(|m| matches!(m, Measure::Token(_)));
+    let measured = |m: Measure| {
+        let those = group.results.iter().filter(|r| Time::of(m, r, group).is_some());
+        those.map(|r| &r.of.system.name).collect::<HashSet<_>>().len()
+    };
+    let tokens: Vec<(usize, Measure)> = tokens.map(|m| (measured(m), m)).collect();
+    let most = tokens.iter().map(|(systems, _)| *systems).max();
+    let tokens: Vec<Measure> = tokens
+        .into_iter()
+        .filter_map(|(systems, m)| (Some(systems) == most).then_some(m))
+        .collect();
     let prompts: Vec<Measure> = all
         .iter()
         .copied()
@@ -121,7 +143,7 @@ fn chosen(ours: &ResultFile, is_session: bool) -> Vec<Measure> {
         .rev()
         .find(|m| matches!(m, Measure::Prompt(n) if *n <= PROMPT));
     let mut chosen: Vec<Measure> = tokens.first().into_iter().copied().collect();
-    chosen.extend(tokens.last().filter(|_| is_session));
+    chosen.extend(tokens.last().filter(|_| group.peers));
     chosen.extend(fitting.or(prompts.first()));
     chosen.dedup();
     chosen
@@ -159,7 +181,7 @@ pub fn verdict(input: &Input) -> String {
     }
     for group in groups {
         for (of, ours) in formats(group) {
-            for m in chosen(ours, group.peers) {
+            for m in chosen(ours, group) {
                 let others = group.results.iter().filter(|r| r.of.system.name != "lapidary");
                 let like = others.filter(|r| format_in(group, r) == of);
                 let factors = like.filter_map(|r| Time::of(m, r, group)?.factor);
