@@ -11,10 +11,10 @@ use super::result::{Decode, Document, EndToEnd, LayerTimes, LogitRow, Prefill, S
 use super::summary::{STABLE_WITHIN, Summary, stable};
 use crate::help::Help;
 
-/// How far a number may be from what its samples give, relative to it: what text and another order of additions lose.
+/// Relative tolerance between a number and its samples: rounding in text and by another order of additions.
 pub(super) const TOLERANCE: f64 = 1e-6;
 
-/// What every measured document has, though a reader could do without.
+/// Fields that every measured document has, even if readers do not need them.
 const NEEDED: [&str; 5] = ["prefill", "decode", "end_to_end", "memory", "versions"];
 
 #[derive(Debug, thiserror::Error)]
@@ -23,7 +23,7 @@ pub enum ResultError {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{}: is not JSON: {message}", path.display())]
     Json { path: PathBuf, message: String },
-    /// JSON of something else, a script's own format for example.
+    /// JSON in another format, such as a script's own.
     #[error("{}: is not a bench result: it has no `schema`", path.display())]
     NoSchema { path: PathBuf },
     #[error("{}: the schema is {found:?}, and this version reads {SCHEMA:?}", path.display())]
@@ -86,7 +86,7 @@ impl Help for ResultError {
     }
 }
 
-/// A result file, checked.
+/// A checked result file.
 pub fn read(path: &Path) -> Result<Document, ResultError> {
     let text = std::fs::read_to_string(path).map_err(|source| ResultError::Io {
         path: path.to_path_buf(),
@@ -95,7 +95,7 @@ pub fn read(path: &Path) -> Result<Document, ResultError> {
     parse(path, &text)
 }
 
-/// The same of a text; `path` is for messages.
+/// The same for a text; `path` is for messages.
 pub fn parse(path: &Path, text: &str) -> Result<Document, ResultError> {
     let file = || path.to_path_buf();
     let value: Value = serde_json::from_str(text).map_err(|e| ResultError::Json {
@@ -134,7 +134,7 @@ pub fn parse(path: &Path, text: &str) -> Result<Document, ResultError> {
     Ok(document)
 }
 
-/// A JSON document whose schema is known already; errors name the field.
+/// A JSON document with a known schema; errors name the field.
 pub(super) fn document<T: serde::de::DeserializeOwned>(path: &Path, text: &str) -> Result<T, ResultError> {
     let mut source = serde_json::Deserializer::from_str(text);
     serde_path_to_error::deserialize(&mut source).map_err(|e| ResultError::Field {
@@ -188,7 +188,7 @@ impl Checker<'_> {
         }
     }
 
-    /// Which layer is of which group was decided by another rule in older files; groups were all of the layers there too.
+    /// Older files assign layers to groups by another rule; their groups also cover all layers.
     fn profile(&self, at: &str, times: &LayerTimes) -> Checked {
         if let Some((layer, _)) = times.layers.iter().find(|(_, ms)| !ms.is_finite() || *ms < 0.0) {
             return Err(self.field(format!("{at}.layers"), format!("{layer} took a time that is none")));
@@ -243,8 +243,8 @@ impl Checker<'_> {
         self.stable(at, d.stable, &d.samples_ms)
     }
 
-    /// A step on the GPU is part of what a token took. It is timed after the samples, so the two may differ as stable samples
-    /// may.
+    /// The GPU time of a step is part of a token's time. It is measured after the samples, so the two may differ like
+    /// stable samples.
     fn device_time(&self, at: &str, d: &Decode) -> Checked {
         let why = match d.gpu_ms {
             Some(ms) if !ms.is_finite() || ms <= 0.0 => "a step takes some time",
@@ -323,7 +323,7 @@ impl Checker<'_> {
             return Ok(());
         };
         let expected = first.1 - second.1;
-        // A small difference of large numbers has lost digits to both.
+        // A small difference of large numbers has lost precision.
         if (margin - expected).abs() <= TOLERANCE * first.1.abs().max(second.1.abs()) {
             return Ok(());
         }
@@ -339,7 +339,7 @@ impl Checker<'_> {
 
     fn summaries(&self, at: &str, found: &Summary, expected: &Summary) -> Checked {
         self.number(&format!("{at}.count"), found.count as f64, expected.count as f64)?;
-        // A spread that is only rounding has no digits to agree in.
+        // A spread that is only rounding has no significant digits.
         let slack = expected.mean.abs() * 1e-12;
         for ((name, found), (_, expected)) in found.numbers().into_iter().zip(expected.numbers()) {
             if (found - expected).abs() > slack {
@@ -350,7 +350,7 @@ impl Checker<'_> {
     }
 
     fn number(&self, field: &str, found: f64, expected: f64) -> Checked {
-        // A NaN agrees with nothing.
+        // NaN is never equal.
         if (found - expected).abs() <= TOLERANCE * expected.abs() {
             return Ok(());
         }

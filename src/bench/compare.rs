@@ -1,7 +1,7 @@
-//! Whether a system answers as the reference does, which comes before any comparison of speed.
+//! Whether a system's answers equal the reference's, which is checked before any comparison of speed.
 //!
-//! The reference is transformers in fp32. Logits are compared where both had the same context: after each prompt, and after
-//! each token of the reference's own greedy continuation. `scripts/baselines/outputs.py` computes the same.
+//! The reference is transformers in fp32. Logits are compared where both have the same context: after each prompt, and
+//! after each token of the reference's own greedy continuation. `scripts/baselines/outputs.py` computes the same.
 
 use std::collections::HashMap;
 
@@ -10,42 +10,42 @@ use serde::{Deserialize, Serialize};
 use super::result::{Document, LogitRow, Outputs};
 use crate::help::Help;
 
-/// A difference of two logits is within the error if it is below this many root mean squares of the error of one: of all
-/// rows, or of its own where that is larger, since errors grow with the context. The two logits in question have no say in
-/// their row's, so one that is far off among good ones does not excuse itself.
+/// A difference of two logits is within the error if it is below this many root mean squares of the error of one: of
+/// all rows, or of its own row if that is larger, since errors grow with the context. The two logits in question are
+/// excluded from their row's error, so that a single large error does not hide itself.
 const CLEAR: f64 = 4.0;
 
-/// How far a system's outputs are from the reference's.
+/// The difference between a system's outputs and the reference's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Comparison {
     /// The reference.
     pub system: String,
-    /// Of a row: the norm of the difference over the norm of the reference, both over the ids that the reference ranks
-    /// highest and the system lists too.
+    /// The worst row's norm of the difference over the norm of the reference, both over the ids that the reference
+    /// ranks highest and the system also lists.
     pub worst_relative_logit_error: f64,
     pub mean_relative_logit_error: f64,
     /// Root mean square error of one logit.
     pub rms_logit_error: f64,
-    /// Up to which `worst_relative_logit_error` counts as equal: 1e-3 in fp32, 0.03 in fp16, 0.2 in bf16.
+    /// Limit up to which `worst_relative_logit_error` counts as equal: 1e-3 in fp32, 0.03 in fp16, 0.2 in bf16.
     pub limit: f64,
-    /// Compared.
+    /// Number of compared rows.
     pub rows: usize,
     /// Rows whose best token is the reference's.
     pub same_best: usize,
-    /// Rows whose best token is another, while the reference's margin is below the error.
+    /// Rows with another best token where the reference's margin is below the error.
     pub differing_within_error: usize,
     pub differing_though_clear: usize,
     /// For each prompt, greedy tokens before the first difference.
     pub greedy_equal_up_to: Vec<usize>,
     pub first_difference: Vec<Option<Difference>>,
-    /// Within the limit, and different tokens only where the reference itself was undecided.
+    /// Within the limit, and different tokens only where the reference's margin is below the error.
     pub equal: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Difference {
     pub step: usize,
-    /// The reference's, if its logits there are known.
+    /// The reference's margin, if its logits are known.
     pub margin: Option<f64>,
     pub within_error: bool,
 }
@@ -60,7 +60,7 @@ pub enum CompareError {
     NoRows,
 }
 
-/// What to do where outputs are of other prompts.
+/// Advice for outputs of other prompts.
 pub const OTHER_PROMPTS: &str = "give both runs the same --prompts file";
 impl Help for CompareError {
     fn help(&self) -> Option<String> {
@@ -108,7 +108,7 @@ pub fn compare(result: &Document, reference: &Document) -> Result<Comparison, Co
             .filter_map(|(id, e)| Some((*id, *ours.get(id)?, *e)))
             .collect();
         if shared.len() < expected.top.len() / 4 || shared.is_empty() {
-            // Hardly one likely token in common: there is no smaller number to give.
+            // There are hardly any likely tokens in common: report the maximum error.
             errors.push(1.0);
             continue;
         }

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::result::Document;
 use super::summary::Summary;
 
-/// Columns of the measurement itself.
+/// Columns of the measurement.
 const NUMBERS: [&str; 18] = [
     "measurement",
     "tokens",
@@ -28,10 +28,10 @@ const NUMBERS: [&str; 18] = [
     "stable",
 ];
 
-/// What every row repeats of its document, before and after the measurement.
+/// The document's columns, repeated in every row, before and after the measurement.
 type Columns = Vec<(&'static str, String)>;
 
-/// What a row says besides its document.
+/// A row's own values.
 struct Row<'a> {
     measurement: &'a str,
     tokens: usize,
@@ -45,8 +45,8 @@ struct Row<'a> {
     stable: bool,
 }
 
-/// Writes `prefill`, `decode`, `ttft`, `tpot`, `itl` and `latency` rows to a file, each with what the document says of the
-/// system, the machine, loading and memory, so that rows of many files can stand in one sheet.
+/// Writes `prefill`, `decode`, `ttft`, `tpot`, `itl` and `latency` rows to a file, each with the document's data on the
+/// system, the machine, loading and memory, so that rows of many files fit in one sheet.
 pub fn write(path: &Path, document: &Document) -> io::Result<()> {
     let mut out = csv::Writer::from_path(path)?;
     let (before, after) = (identity(document), circumstances(document));
@@ -59,7 +59,7 @@ pub fn write(path: &Path, document: &Document) -> io::Result<()> {
     out.flush()
 }
 
-/// Empty where there is none.
+/// Empty if missing.
 fn text(value: Option<impl ToString>) -> String {
     value.map_or(String::new(), |value| value.to_string())
 }
@@ -127,7 +127,7 @@ fn circumstances(d: &Document) -> Columns {
         ("load_ms", text(load.and_then(|l| l.load_ms))),
         ("first_load_ms", text(load.and_then(|l| l.first_load_ms))),
         ("kernels_kept", text(load.and_then(|l| l.kernels_kept))),
-        // Of the engines that were built for this: none where all came from a cache.
+        // For the engines that were built: none if all came from a cache.
         ("build_ms", text((!built.is_empty()).then(|| built.iter().sum::<f64>()))),
         ("package_bytes", text(sizes.and_then(|s| s.package_bytes))),
         ("plans_bytes", text(sizes.and_then(|s| s.plans_bytes))),

@@ -1,8 +1,8 @@
-//! Time by layer, in three groups that a reader of the network would expect: attention, products with weights, the rest.
+//! Time by layer, in three groups: attention, products with weights, the rest.
 //!
-//! TensorRT fuses layers and names what it made after the operations in it (`__myl_ReshCastConcMulReshCastMulSum_myl0_14`),
-//! where the scores of attention and a linear layer of one row look alike. So the order of execution decides:
-//! attention is everything between the projections before it and the one after it.
+//! TensorRT fuses layers and names the result after its operations (`__myl_ReshCastConcMulReshCastMulSum_myl0_14`),
+//! where the scores of attention and a linear layer of one row look alike. So the order of execution decides: attention
+//! is everything between the projections before it and the one after it.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ pub const PRODUCTS: &str = "matrix products";
 pub const REST: &str = "rest";
 pub const GROUPS: [&str; 3] = [ATTENTION, PRODUCTS, REST];
 
-/// Sums of milliseconds by group, of layers in the order in which they run.
+/// Milliseconds by group, from layers in execution order.
 pub fn grouped(live: usize, layers: Vec<(String, f64)>) -> LayerTimes {
     let names: Vec<&str> = layers.iter().map(|(name, _)| name.as_str()).collect();
     let mut groups = BTreeMap::new();
@@ -28,15 +28,15 @@ pub fn grouped(live: usize, layers: Vec<(String, f64)>) -> LayerTimes {
     }
 }
 
-/// What a name alone says.
+/// The information in a layer's name.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum LayerRole {
-    /// The weights of attention over keys: the product before it is the scores', unless they are in it, and the one after
-    /// it the values'.
+    /// The attention probabilities: the product before it computes the scores, unless it is included, and the one after
+    /// it uses the values.
     Softmax {
         with_scores: bool,
     },
-    /// A layer that can only be attention's.
+    /// A layer that only occurs in attention.
     Attention,
     /// An update of the cache.
     Scatter,
@@ -62,7 +62,7 @@ fn kind(layer: &str) -> LayerRole {
     }
 }
 
-/// `layers.3.attention` and its parts, as our passes call it whatever the export did.
+/// `layers.3.attention` and its parts, the passes' name, whatever the export.
 fn is_lowered_attention(layer: &str) -> bool {
     let index = layer.strip_prefix("layers.");
     let after = index.and_then(|rest| {
@@ -100,8 +100,8 @@ fn groups_of(names: &[&str]) -> Vec<&'static str> {
     groups
 }
 
-/// The layers on the way to the next product with weights, after this many `products` of attention itself. One that is named
-/// as attention's is no other than those.
+/// The layers before the next product with weights, after this many `products` of attention itself. A product named as
+/// attention's is one of those.
 fn reach(kinds: &[LayerRole], way: impl Iterator<Item = usize>, mut products: usize) -> Vec<usize> {
     let mut reached = Vec::new();
     for at in way {
@@ -217,7 +217,7 @@ mod tests {
             ("model.layers.1.mlp.gate_proj/out/MatMul_U99_myl0_31", PRODUCTS),
             ("model.layers.1.mlp.up_proj/out/MatMul_U98_myl0_32", PRODUCTS),
             ("__myl_SiluMul_myl0_33", REST),
-            // The last layer, where only one row goes on.
+            // The last layer, where only one row continues.
             (
                 "model.layers.21.self_attn.q_proj/out/MatMul/fused_U893_myl0_321",
                 PRODUCTS,

@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::result::{Gpu, Machine, Peak};
 use crate::decode::DeviceFacts;
 
-/// Facts of this machine; the bandwidth and the peak are still to be filled in.
+/// Facts about this machine; bandwidth and peak are filled in later.
 pub fn machine(device: Option<&DeviceFacts>) -> Machine {
     Machine {
         cpu: cpu_model().unwrap_or_else(|| std::env::consts::ARCH.to_string()),
@@ -33,7 +33,7 @@ fn gpu(facts: &DeviceFacts) -> Gpu {
     }
 }
 
-/// The value after `name:` in a file of the kernel's.
+/// The value after `name:` in a kernel file.
 fn field(path: &str, name: &str) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     let line = text.lines().find(|line| line.starts_with(name))?;
@@ -45,8 +45,8 @@ fn kilobytes(path: &str, name: &str) -> Option<u64> {
     Some(field(path, name)?.split(' ').next()?.parse::<u64>().ok()? * 1024)
 }
 
-/// Cores that processes keep busy now, this one apart: a mean over a third of a second, from `/proc/stat`. `None` where
-/// there is no such file.
+/// Number of cores that other processes keep busy: a mean over a third of a second, from `/proc/stat`. `None` if there
+/// is no such file.
 pub fn busy_cores() -> Option<f64> {
     // user, nice, system, idle, iowait, irq, softirq, steal: ticks since boot, of all cores together
     let ticks = || -> Option<(u64, u64)> {
@@ -80,7 +80,7 @@ pub fn peak_host_bytes() -> Option<u64> {
     kilobytes("/proc/self/status", "VmHWM")
 }
 
-/// What of the resident set is no file's, now: the system keeps no peak of it.
+/// Current anonymous memory of the resident set: the system records no peak of it.
 pub fn anonymous_host_bytes() -> Option<u64> {
     kilobytes("/proc/self/status", "RssAnon")
 }
@@ -102,8 +102,8 @@ fn os() -> String {
     }
 }
 
-/// The commit of the program that runs: `LAPIDARY_COMMIT`, else that of the checkout which its file lies in, else what a
-/// file `.gpu/commit` says where sources were carried without their history. A tree with changes has `+changes` after it.
+/// The commit of the running program: `LAPIDARY_COMMIT`, else that of the checkout that contains its file, else the
+/// content of `.gpu/commit` for sources without history. `+changes` marks uncommitted changes.
 pub fn commit() -> String {
     let nonempty = |text: String| Some(text.trim().to_string()).filter(|t| !t.is_empty());
     let unknown = || "unknown".to_string();
@@ -137,14 +137,14 @@ fn commit_of(folder: &Path) -> Option<String> {
     })
 }
 
-/// Bytes that each copy of [`copy_bandwidth`] reads: far more than caches hold.
+/// Bytes that each copy of [`copy_bandwidth`] reads: far more than fits in caches.
 const COPY_BYTES: usize = 512 << 20;
 /// Copies timed; the fastest counts.
 const COPY_RUNS: usize = 7;
 
-/// Bytes read plus bytes written a second when `threads` threads copy memory side by side, each its own part: the Copy of
-/// STREAM (McCalpin, <https://www.cs.virginia.edu/stream/ref.html>), the best of several runs. What caches read before
-/// they write is not counted.
+/// Bytes read plus bytes written per second when `threads` threads copy memory in parallel, each its own part: the Copy
+/// of STREAM (McCalpin, <https://www.cs.virginia.edu/stream/ref.html>), the best of several runs. Reads for write
+/// allocation are not counted.
 pub fn copy_bandwidth(threads: usize) -> f64 {
     let threads = threads.max(1);
     let share = COPY_BYTES / threads;
@@ -153,7 +153,7 @@ pub fn copy_bandwidth(threads: usize) -> f64 {
         let workers: Vec<_> = (0..threads)
             .map(|_| {
                 scope.spawn(|| {
-                    // Written once by the thread that uses it: pages exist, and lie near it.
+                    // Written once by the thread that uses it, so that its pages exist and are local.
                     let from = vec![1u8; share];
                     let mut to = vec![2u8; share];
                     let mut spans = Vec::new();
@@ -182,9 +182,9 @@ pub fn copy_bandwidth(threads: usize) -> f64 {
     2.0 * (share * threads) as f64 / fastest
 }
 
-/// Dense matrix products as NVIDIA's data sheets state them, in operations a second: name, half precision, and single
-/// precision without TF32. The sheets give half precision with sparsity, which is twice the dense rate. Of several
-/// entries that fit a name the first counts.
+/// Dense matrix products from NVIDIA's data sheets, in operations per second: name, half precision, and single
+/// precision without TF32. The sheets give half precision with sparsity, which is twice the dense rate. The first entry
+/// that matches a name applies.
 const PEAKS: [(&str, f64, f64); 5] = [
     ("H200 NVL", 835.5e12, 60e12),
     ("H200", 989.5e12, 67e12),
@@ -193,7 +193,7 @@ const PEAKS: [(&str, f64, f64); 5] = [
     ("A100", 312e12, 19.5e12),
 ];
 
-/// What the GPU's maker states for a dtype, for the models known here.
+/// The data sheet's value for a dtype, for known GPUs.
 pub fn stated_peak(gpu: &str, dtype: &str) -> Option<Peak> {
     let (model, half, single) = PEAKS.into_iter().find(|(model, ..)| gpu.contains(model))?;
     let flops = match dtype {

@@ -1,9 +1,9 @@
 //! Runs a session as users do and times it: prefill by prompt length, decode by context length, end to end; and records its
 //! answers.
 //!
-//! Everything goes through [`decode::stream`], so times include everything that a user waits for: the sampler, the copy of the
-//! logits, the moves of the cache. No end token ends a run. Every part starts with a session that was restarted, in the
-//! smallest capacity that fits; what is allocated or compiled then happens in the warm-up.
+//! Everything goes through [`decode::stream`], so times include everything that users wait for: the sampler, the copy
+//! of the logits, the moves of the cache. End tokens are ignored. Every part starts with a session that was restarted,
+//! in the smallest capacity that fits; what is allocated or compiled then happens in the warm-up.
 
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -18,9 +18,9 @@ use crate::sample::{Chain, Settings, SettingsError};
 
 /// Tokens of one run of a decode measurement: the context length grows by no more.
 pub const DECODE_RUN: usize = 16;
-/// Logits recorded of a row.
+/// Logits recorded per row.
 const TOP: usize = 32;
-/// Times the last step is run again for the device's clock.
+/// Repetitions of the last step for device timing.
 const DEVICE_RUNS: usize = 50;
 /// Runs of a profile.
 const PROFILE_RUNS: usize = 10;
@@ -34,28 +34,28 @@ pub struct Plan {
     pub decode: Vec<usize>,
     /// Prompt and new tokens.
     pub end_to_end: Vec<(usize, usize)>,
-    /// Runs of each before samples are taken.
+    /// Warm-up runs of each.
     pub warmup: usize,
     /// Samples of each prefill length.
     pub repetitions: usize,
-    /// Samples, at least, of each context length.
+    /// Minimum samples of each context length.
     pub decode_samples: usize,
     /// End-to-end runs.
     pub runs: usize,
     /// Greedy tokens of each prompt; 0: no outputs.
     pub outputs: usize,
-    /// Time by layer, where the device measures it.
+    /// Time by layer, if the device supports it.
     pub profile: bool,
 }
 
-/// What was measured, without shares of anything that is not known yet.
+/// The measurements, without shares of values that are not known yet.
 #[derive(Clone, Debug, Default)]
 pub struct Measured {
     pub prefill: Vec<Prefill>,
     pub decode: Vec<Decode>,
     pub end_to_end: Vec<EndToEnd>,
     pub outputs: Option<Outputs>,
-    /// Of everything above; engines that are loaded to time layers are not in it.
+    /// Memory of everything above, without engines loaded to time layers.
     pub memory: Memory,
     pub profile: Vec<(String, LayerTimes)>,
 }
@@ -110,7 +110,7 @@ impl Help for MeasureError {
 }
 
 impl Plan {
-    /// Refuses what could not be run, before anything is.
+    /// Refuses impossible measurements before anything runs.
     pub fn check(&self, workload: &Workload, capacity: usize) -> Result<(), MeasureError> {
         let mut needs = Vec::new();
         for n in &self.prefill {
@@ -146,7 +146,7 @@ impl Plan {
         Ok(())
     }
 
-    /// The longest prompt and the longest text, for what is loaded ahead.
+    /// The longest prompt and the longest text, to load everything in advance.
     pub fn extent(&self, workload: &Workload) -> (usize, usize) {
         let outputs = match self.outputs {
             0 => &[][..],
@@ -161,14 +161,15 @@ impl Plan {
         (prompt, texts.max().unwrap_or(1).max(prompt))
     }
 
-    /// Parts in which progress is reported.
+    /// Number of parts for progress reports.
     fn parts(&self) -> usize {
         let others = usize::from(self.outputs > 0) + usize::from(self.profile);
         (self.prefill.len() + self.decode.len() + self.end_to_end.len() + others).max(1)
     }
 }
 
-/// Runs the whole plan. `settings` are the sampler's; `on_part` hears what begins, and the share of parts that are done.
+/// Runs the whole plan. `settings` are the sampler's; `on_part` gets the name of each part as it begins, and the
+/// completed share.
 pub fn measure(
     session: &mut Session,
     plan: &Plan,
@@ -213,7 +214,7 @@ pub fn measure(
 }
 
 impl Measured {
-    /// Puts in the shares of the copy bandwidth and of the peak.
+    /// Fills in the shares of the copy bandwidth and of the peak.
     pub fn relate(&mut self, model: &Model, bandwidth: Option<f64>, peak: Option<&Peak>) {
         for prefill in &mut self.prefill {
             let flop = model::prefill_flop(model, prefill.tokens);
@@ -228,7 +229,7 @@ impl Measured {
     }
 }
 
-/// When each token of a run came.
+/// The time of each token of a run.
 struct Stamps {
     start: Instant,
     tokens: Vec<Instant>,
@@ -253,7 +254,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Draws `new` tokens after the prompt; what the session shares with it is reused.
+    /// Draws `new` tokens after the prompt; a cached prefix is reused.
     fn run(&mut self, prompt: &[u32], new: usize, settings: &Settings) -> Result<(Vec<u32>, Stamps), MeasureError> {
         let mut chain = Chain::new(settings)?;
         let limits = Limits {
@@ -293,7 +294,7 @@ impl Bench<'_> {
 
     fn decode(&mut self, prompt: &[u32], plan: &Plan) -> Result<Decode, MeasureError> {
         self.session.restart();
-        // Of the tokens drawn the first comes from the prompt, and the last is not fed.
+        // The first drawn token comes from the prompt, and the last is not fed.
         let steps = self.steps(prompt);
         let mut samples_ms = Vec::new();
         let mut runs = 0;
@@ -369,7 +370,7 @@ impl Bench<'_> {
         Ok(outputs)
     }
 
-    /// Tokens of a decode run after a prompt: as many as fit.
+    /// Tokens of a decode run after a prompt, limited by the capacity.
     fn steps(&self, prompt: &[u32]) -> usize {
         DECODE_RUN.min(self.session.largest_capacity() - prompt.len())
     }
@@ -382,7 +383,7 @@ impl Bench<'_> {
         }
         let prefills = plan.prefill.iter().map(|n| (format!("prefill {n}"), *n, false));
         let decodes = plan.decode.iter().enumerate().map(|(i, n)| match i {
-            // The one that reports draw.
+            // Reporting draws.
             0 => ("decode".to_string(), *n, true),
             _ => (format!("decode {n}"), *n, true),
         });
@@ -398,11 +399,11 @@ impl Bench<'_> {
         Ok(found)
     }
 
-    /// Keeps the most that the process and the device have used.
+    /// Records the peak memory of the process and the device.
     fn note_memory(&mut self, memory: &mut Memory) {
         memory.peak_host_bytes = machine::peak_host_bytes();
         memory.peak_anonymous_host_bytes = memory.peak_anonymous_host_bytes.max(machine::anonymous_host_bytes());
-        // The device keeps its own.
+        // The device records its own.
         memory.device = self.session.instruments().map(|device| {
             let used = device.memory();
             DeviceMemory {
@@ -449,7 +450,7 @@ impl Run {
         self.itl_samples_ms.iter().sum::<f64>() / self.later()
     }
 
-    /// What the latency leaves after the first token, over the tokens after the first.
+    /// Latency minus time to first token, over the tokens after the first.
     pub fn itl_ms(&self) -> f64 {
         match self.tokens {
             0 | 1 => 0.0,

@@ -1,4 +1,4 @@
-//! What was measured, from a package: sizes of the model, bytes that a token reads, floating-point operations of a prompt.
+//! The measured model, from a package: its sizes, bytes that a token reads, floating-point operations of a prompt.
 
 use super::result::{Build, BuiltEngine, Model, Sizes};
 use crate::package::manifest::WeightEntry;
@@ -12,14 +12,14 @@ pub fn model(package: &Package, name: &str) -> Result<Model, PackageError> {
     let a = &manifest.architecture;
     let weights = &manifest.weights.tensors;
     let elements = |w: &WeightEntry| w.shape.iter().product::<usize>() as u64;
-    // One copy of what is stored once.
+    // Tensors that are stored once count once.
     let distinct = || weights.iter().filter(|w| w.same_as.is_none());
     let has_head = weights.iter().any(|w| is(w, "head.weight"));
-    // One row of a table is read for a token; of the embedding all rows where the head multiplies it.
+    // A token reads one row of a table, but all rows of the embedding if the head multiplies it.
     let table = |w: &WeightEntry| is(w, "positions.weight") || has_head && is(w, "embedding.weight");
     let read = weights.iter().filter(|w| w.same_as.is_none() || is(w, "head.weight"));
     let row = |w: &WeightEntry| w.bytes / w.shape.first().copied().unwrap_or(1).max(1) as u64;
-    // A token reads the experts that are chosen for it.
+    // A token reads only its chosen experts.
     let chosen = |w: &WeightEntry, n: u64| match a.experts {
         Some(counts) if modules(w).any(|module| module.contains(".experts.")) => {
             n * counts.top_k as u64 / counts.experts.max(1) as u64
@@ -56,7 +56,7 @@ fn is(weight: &WeightEntry, module: &str) -> bool {
     modules(weight).any(|name| name == module)
 }
 
-/// As models' own files and flags call it.
+/// The name in models' files and flags.
 pub fn dtype(dtype: DType) -> &'static str {
     match dtype {
         DType::F16 => "fp16",
@@ -66,7 +66,7 @@ pub fn dtype(dtype: DType) -> &'static str {
     }
 }
 
-/// The fingerprint, or where some weight has no name in a checkpoint a hash that only packages share, marked as such.
+/// The fingerprint, or if some weight has no checkpoint name, a hash that only packages share, marked as such.
 pub fn weights_hash(package: &Package) -> Result<String, PackageError> {
     let manifest = &package.manifest;
     match fingerprint(&package.model_weights()?, manifest.norms) {
@@ -77,8 +77,9 @@ pub fn weights_hash(package: &Package) -> Result<String, PackageError> {
 }
 
 /// Floating-point operations that the model needs for a prompt, a multiplication and an addition being two: the layers'
-/// matrices for every token, the head for the last, and causal attention, whose query at position p meets p + 1 keys and
-/// values. (Twice the parameters a token: Kaplan et al., "Scaling Laws for Neural Language Models", 2020, section 2.1.)
+/// matrices for every token, the head for the last, and causal attention, whose query at position p meets p + 1 keys
+/// and values. (Twice the parameters per token: Kaplan et al., "Scaling Laws for Neural Language Models", 2020, section
+/// 2.1.)
 pub fn prefill_flop(model: &Model, tokens: usize) -> Option<f64> {
     let tokens = tokens as f64;
     let linear = 2.0 * model.matrix_parameters? as f64 * tokens;
@@ -99,7 +100,7 @@ pub fn decode_bytes(model: &Model, live: usize) -> f64 {
     model.weight_bytes_per_token as f64 + model.kv_bytes_per_token_slot as f64 * live as f64
 }
 
-/// Sizes of the package's parts, as its manifest has them.
+/// Sizes of the package's parts, from its manifest.
 pub fn sizes(package: &Package) -> Sizes {
     let manifest = &package.manifest;
     let weights = match manifest.weights.stripped {
@@ -113,14 +114,14 @@ pub fn sizes(package: &Package) -> Sizes {
     }
 }
 
-/// How long the engines took to build; `None` for a package without.
+/// Build times of the engines; `None` for a package without engines.
 pub fn build(package: &Package) -> Option<Build> {
     let engines = package.manifest.engines.iter();
     let engines: Vec<BuiltEngine> = engines
         .map(|e| BuiltEngine {
             profile: e.profile.to_string(),
             bytes: e.bytes,
-            // None was built in less than a millisecond.
+            // No engine builds in less than a millisecond.
             build_ms: (e.build_ms > 0).then_some(e.build_ms as f64),
         })
         .collect();

@@ -1,6 +1,6 @@
 //! The result file: one JSON document per system and model. `docs/reference/benchmarks.md` explains every field.
 //!
-//! `lapidary bench` writes it and so do the baselines in `scripts/baselines/`; `lapidary report` reads it. Units are in the
+//! `lapidary bench` and the baselines in `scripts/baselines/` write it; `lapidary report` reads it. Units are in the
 //! names. Summaries follow from samples of the same document; [`super::check`] checks that.
 
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use super::compare::Comparison;
 use super::summary::Summary;
 
-/// What `schema` says.
+/// The value of `schema`.
 pub const SCHEMA: &str = "lapidary-bench/1";
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -21,7 +21,7 @@ pub struct Document {
     /// RFC 3339, when it was run.
     pub date: String,
     pub command: String,
-    /// Of the program that measured, `+changes` after it if the tree had any; `unknown` where nothing says it.
+    /// Commit of the measuring program, with `+changes` for uncommitted ones; `unknown` if not available.
     pub commit: String,
     /// Why nothing was measured: a system that could not run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -58,7 +58,7 @@ pub struct System {
     pub variant: String,
     /// Short, for tables; unique among the results that are compared.
     pub label: String,
-    /// Whatever was chosen, by free names. `ablation: {group, switch}` marks a run of one.
+    /// All settings, by free names. `ablation: {group, switch}` marks a run of an ablation.
     #[serde(default)]
     pub settings: Map<String, Value>,
 }
@@ -66,14 +66,14 @@ pub struct System {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
     pub cpu: String,
-    /// That can run at once.
+    /// Threads that can run at once.
     pub cores: usize,
     pub memory_bytes: Option<u64>,
     pub os: String,
     pub gpu: Option<Gpu>,
     /// Bytes read plus bytes written, of a large copy within the memory that the weights are read from.
     pub copy_bandwidth_bytes_per_s: Option<f64>,
-    /// What `mfu` is a share of.
+    /// The denominator of `mfu`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_flops: Option<Peak>,
 }
@@ -88,7 +88,7 @@ pub struct Gpu {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Peak {
-    /// Floating-point operations a second in the dtype of the run.
+    /// Floating-point operations per second in the dtype of the run.
     pub flops: f64,
     /// `stated: …` or `measured: …`.
     pub source: String,
@@ -108,7 +108,8 @@ pub struct Model {
     pub kv_heads: usize,
     pub head_dim: usize,
     pub vocabulary: usize,
-    /// Weights read for one token: all but the embedding's other rows, unless the head multiplies the embedding.
+    /// Bytes of weights read for one token: all, except the embedding's other rows unless the head multiplies the
+    /// embedding.
     pub weight_bytes_per_token: u64,
     /// `2 * layers * kv_heads * head_dim * bytes of an element`.
     pub kv_bytes_per_token_slot: u64,
@@ -121,7 +122,7 @@ pub struct Model {
 pub struct Workload {
     pub batch: usize,
     pub seed: u64,
-    /// The prompt that speed was measured with, then those that outputs were recorded of.
+    /// The prompt of speed measurements, then those of recorded outputs.
     pub prompts: Vec<PromptHash>,
 }
 
@@ -148,13 +149,13 @@ pub struct Prefill {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Decode {
     pub live: usize,
-    /// Slots of the cache meanwhile, where there is such a thing.
+    /// Slots of the cache, if it is static.
     #[serde(default)]
     pub capacity: Option<usize>,
     /// Wall-clock time of each token.
     pub samples_ms: Vec<f64>,
     pub ms: Summary,
-    /// By device events, without what the host does.
+    /// Measured by device events, without the host.
     #[serde(default)]
     pub gpu_ms: Option<f64>,
     /// `batch` over the median.
@@ -170,15 +171,15 @@ pub struct EndToEnd {
     pub runs: Vec<Run>,
     /// Over runs.
     pub ttft_ms: Summary,
-    /// Over runs, of `sum of itl_samples_ms / (tokens - 1)`.
+    /// Over runs, `sum of itl_samples_ms / (tokens - 1)`.
     pub tpot_ms: Summary,
-    /// Over runs, of `(latency_ms - ttft_ms) / (tokens - 1)`.
+    /// Over runs, `(latency_ms - ttft_ms) / (tokens - 1)`.
     pub itl_ms: Summary,
     /// Over runs.
     pub latency_ms: Summary,
     /// All tokens of all runs over the sum of their latencies.
     pub output_tokens_per_s: f64,
-    /// Of the latencies.
+    /// Stability of the latencies.
     pub stable: bool,
 }
 
@@ -195,11 +196,11 @@ pub struct Run {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Load {
-    /// From nothing to a session that takes tokens, with whatever caches the system keeps on disk.
+    /// From nothing to a session that accepts tokens, with the system's caches on disk.
     pub load_ms: Option<f64>,
     /// The same without these caches.
     pub first_load_ms: Option<f64>,
-    /// Whether `load_ms` found all kernels that it needed compiled before; none where a system keeps no kernels.
+    /// Whether all kernels for `load_ms` were in the kernel cache; none if a system has no kernel cache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernels_kept: Option<bool>,
 }
@@ -213,7 +214,7 @@ pub struct Build {
 pub struct BuiltEngine {
     pub profile: String,
     pub bytes: u64,
-    /// None where the plan came from a cache.
+    /// None if the plan came from a cache.
     #[serde(default)]
     pub build_ms: Option<f64>,
 }
@@ -229,13 +230,13 @@ pub struct Sizes {
 pub struct Memory {
     /// Peak resident set of the process, mapped files included.
     pub peak_host_bytes: Option<u64>,
-    /// The most that was no file's, of samples after loading and after each part.
+    /// Peak anonymous memory, of samples after loading and after each part.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_anonymous_host_bytes: Option<u64>,
     pub device: Option<DeviceMemory>,
 }
 
-/// Bytes of device memory by what they are for, each at its peak.
+/// Bytes of device memory by purpose, each at its peak.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceMemory {
     #[serde(default)]
@@ -244,32 +245,32 @@ pub struct DeviceMemory {
     pub cache: Option<u64>,
     #[serde(default)]
     pub scratch: Option<u64>,
-    /// In use before the model was loaded: the CUDA context, and what other processes held.
+    /// In use before the model was loaded: the CUDA context and other processes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context: Option<u64>,
-    /// Everything in use, `context` included where it is known.
+    /// Everything in use, including `context` if known.
     pub total: u64,
 }
 
-/// What the system answers, to be compared before any speed is.
+/// The system's answers, which are compared before any speed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Outputs {
     pub prompts: Vec<Vec<u32>>,
     /// For each prompt.
     pub greedy_tokens: Vec<Vec<u32>>,
     pub logits: Vec<LogitRow>,
-    /// A comparison that the writer made; readers who have the reference make their own.
+    /// A comparison by the writer; readers with the reference make their own.
     #[serde(default)]
     pub reference: Option<Comparison>,
 }
 
-/// Raw logits after prompt `prompt` and `step` tokens more.
+/// Raw logits after prompt `prompt` and `step` more tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LogitRow {
     pub prompt: usize,
     /// 0: after the prompt; s: after s forced tokens.
     pub step: usize,
-    /// Ids with the largest logits, falling.
+    /// Ids with the largest logits, in descending order.
     pub top: Vec<(u32, f64)>,
     /// L2 norm of the whole row.
     #[serde(default)]

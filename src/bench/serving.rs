@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::check::{ResultError, TOLERANCE};
 use super::summary::Summary;
 
-/// What `schema` says.
+/// The value of `schema`.
 pub const SCHEMA: &str = "lapidary.bench.serve/1";
 
 /// One run; times in milliseconds.
@@ -20,11 +20,11 @@ pub struct Serving {
     pub commit: String,
     /// The package's name.
     pub package: String,
-    /// What computed it.
+    /// The device.
     pub device: String,
     pub engine: String,
     pub cores: usize,
-    /// Of each request.
+    /// Prompt tokens of each request.
     pub prompt_tokens: usize,
     pub new_tokens: usize,
     pub prefill_chunk: usize,
@@ -37,10 +37,10 @@ pub struct Level {
     pub clients: usize,
     pub requests: usize,
     pub seconds: f64,
-    /// Generated, of all clients together.
+    /// Generated tokens of all clients.
     pub tokens_per_s: f64,
     pub requests_per_s: f64,
-    /// Tokens of one step, on average.
+    /// Mean number of tokens per step.
     pub tokens_per_step: f64,
     pub ttft_ms: Summary,
     /// From one token of a request to its next.

@@ -1,5 +1,5 @@
-//! The result of `scripts/quantized_side_by_side.py`: quantized forms of one model in several systems on the CPU, in turn, in
-//! one run.
+//! The result of `scripts/quantized_side_by_side.py`: quantized forms of one model in several systems on the CPU,
+//! alternating in one run.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::check::{ResultError, TOLERANCE};
 use super::summary::Summary;
 
-/// What `schema` says.
+/// The value of `schema`.
 pub const SCHEMA: &str = "lapidary-side-by-side/1";
 
 /// One run of the script.
@@ -22,9 +22,9 @@ pub struct SideBySide {
     /// Tokens generated.
     pub new: usize,
     pub threads: usize,
-    /// How often all systems took their turn.
+    /// Number of rounds over all systems.
     pub rounds: usize,
-    /// Of a system in its turn.
+    /// Runs of a system in each round.
     pub runs: usize,
     pub cpu: String,
     pub date: String,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Of samples in one unit, which the field that holds it names.
+/// A summary of samples in one unit, which is named by the field.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     pub count: usize,
@@ -21,7 +21,7 @@ pub struct Summary {
 pub const STABLE_WITHIN: f64 = 1.05;
 
 impl Summary {
-    /// `None` without samples, or where one is not a finite number.
+    /// `None` without samples, or if one is not a finite number.
     pub fn of(samples: &[f64]) -> Option<Summary> {
         if samples.is_empty() || samples.iter().any(|s| !s.is_finite()) {
             return None;
@@ -72,8 +72,8 @@ pub fn percentile(sorted: &[f64], percent: f64) -> f64 {
     sorted[below] + (sorted[above] - sorted[below]) * (rank - below as f64)
 }
 
-/// Whether the means of the first and the last quarter of the samples agree within 5 %. Fewer than four samples have no
-/// quarters and are never called stable.
+/// Whether the means of the first and the last quarter of the samples agree within 5 %. Fewer than four samples are
+/// never stable.
 pub fn stable(samples: &[f64]) -> bool {
     let quarter = samples.len() / 4;
     if quarter == 0 {

@@ -10,16 +10,16 @@ use crate::help::Help;
 
 /// Lengths of the prompts whose outputs are recorded, if no file says otherwise.
 const LENGTHS: [usize; 3] = [1, 17, 128];
-/// Length of the timed prompt, if no file says otherwise; more where more is asked for.
+/// Length of the timed prompt, if no file says otherwise; more if required.
 const TIMED: usize = 8192;
 
 /// Prompts of a benchmark.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Workload {
     pub seed: u64,
-    /// Prefill, decode and end-to-end runs take the front of it.
+    /// Prefill, decode and end-to-end runs use the beginning of it.
     pub timed: Vec<u32>,
-    /// Outputs are recorded of these.
+    /// Prompts for recorded outputs.
     pub prompts: Vec<Vec<u32>>,
     /// For each prompt, tokens to feed after it while logits are recorded: a reference's, so that all systems see the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -49,7 +49,7 @@ impl Help for WorkloadError {
 }
 
 impl Workload {
-    /// Prompts of a seed, [`ids`] of it: `longest` tokens at least to be timed, and a few lengths that leave `room` of
+    /// Prompts from the [`ids`] of a seed: at least `longest` tokens for timing, and a few lengths that leave `room` of
     /// `capacity` for outputs.
     pub fn of_seed(seed: u64, vocabulary: usize, longest: usize, capacity: usize, room: usize) -> Self {
         let fitting = LENGTHS.into_iter().filter(|n| n + room <= capacity);
@@ -61,7 +61,7 @@ impl Workload {
         }
     }
 
-    /// `{"seed": s, "timed": [ids], "prompts": [[ids], …], "forced": [[ids], …]}`, as `scripts/baselines/` writes it.
+    /// `{"seed": s, "timed": [ids], "prompts": [[ids], …], "forced": [[ids], …]}`, as written by `scripts/baselines/`.
     pub fn read(path: &Path, vocabulary: usize) -> Result<Self, WorkloadError> {
         let invalid = |message: String| WorkloadError::Invalid {
             path: path.to_path_buf(),
@@ -99,16 +99,16 @@ impl Workload {
         })
     }
 
-    /// What a result says of the prompts.
+    /// The prompts' description in a result.
     pub fn hashes(&self) -> Vec<PromptHash> {
         let all = std::iter::once(&self.timed).chain(&self.prompts);
         all.map(|ids| prompt_hash(ids)).collect()
     }
 }
 
-/// Token ids of a seed, the shorter lists being the front of the longer: the i-th is `3 + z % (vocabulary - 3)`, `z` being
+/// Token ids of a seed; shorter lists are prefixes of longer ones: the i-th is `3 + z % (vocabulary - 3)`, `z` being
 /// output `seed * 2^32 + i` of SplitMix64 from state 0 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
-/// Generators", 2014). The first three ids, often special tokens, do not come up where there are more.
+/// Generators", 2014). The first three ids, often special tokens, are not used if there are more.
 pub fn ids(seed: u64, vocabulary: usize, n: usize) -> Vec<u32> {
     let first = if vocabulary > 3 { 3 } else { 0 };
     let range = (vocabulary - first) as u64;
@@ -123,7 +123,7 @@ pub fn ids(seed: u64, vocabulary: usize, n: usize) -> Vec<u32> {
     (0..n).map(id).collect()
 }
 
-/// How a result names a prompt.
+/// A prompt's identification in a result.
 pub fn prompt_hash(ids: &[u32]) -> PromptHash {
     let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
     let digest = Sha256::digest(&bytes);

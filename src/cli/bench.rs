@@ -190,7 +190,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     let threads = args.place.threads().unwrap_or_else(machine::cores);
     let (machine, versions) = surroundings(&mut session, &args, &package, threads)?;
     drop(session);
-    // The session wrote to it until now.
+    // Until now the session wrote to it.
     drop(kernels);
     progress.step("hashing the weights");
     let name = args.model_name.clone().unwrap_or_else(|| package.name());
@@ -284,7 +284,7 @@ fn workload(args: &Args, package: &Package) -> Result<Workload, Failure> {
                 .chain(args.end_to_end.iter().map(|(n, _)| *n))
                 .max()
                 .unwrap_or(0);
-            // A length that no cache holds is refused later, and better.
+            // A length that exceeds every cache is refused later, with a better message.
             let longest = longest.min(largest);
             Workload::of_seed(
                 args.sampler.seed.unwrap_or(0),
@@ -297,7 +297,7 @@ fn workload(args: &Args, package: &Package) -> Result<Workload, Failure> {
     })
 }
 
-/// The document to compare outputs with, refused now rather than after measuring.
+/// The document to compare outputs with; refused before measuring.
 fn reference(path: &Path, workload: &Workload) -> Result<Document, Failure> {
     let document = bench::read(path)?;
     match &document.outputs {
@@ -309,8 +309,8 @@ fn reference(path: &Path, workload: &Workload) -> Result<Document, Failure> {
     }
 }
 
-/// A session with everything loaded that the plan needs, and how long that took. With `--first-load` it is opened twice
-/// over the same folder for kernels, which is empty at first and must outlive the session.
+/// A session with everything loaded that the plan needs, and the load time. With `--first-load` it is opened twice with
+/// the same kernel cache, which is empty at first and must outlive the session.
 fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Option<TempDir>, Session, Load), Failure> {
     let (prompt, total) = plan.extent(workload);
     let timed = |kernels: Option<&Path>| -> Result<(Session, f64), Failure> {
@@ -339,7 +339,7 @@ fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Option<TempDir
     }
     let folder = tempfile::tempdir()?;
     let (mut session, first) = timed(Some(folder.path()))?;
-    // The CPU keeps nothing: its loads are all alike.
+    // The CPU has no cache: all its loads are the same.
     let on_gpu = session.instruments().is_some();
     drop(session);
     let (session, load_ms) = timed(Some(folder.path()))?;
@@ -351,7 +351,7 @@ fn open(args: &Args, plan: &Plan, workload: &Workload) -> Result<(Option<TempDir
     Ok((Some(folder), session, load))
 }
 
-/// Names in the folder for kernels: a load that compiles adds some.
+/// Names in the kernel cache: a load that compiles adds some.
 fn files(folder: Option<&Path>) -> BTreeSet<OsString> {
     let files = folder.and_then(|folder| std::fs::read_dir(folder).ok());
     files
@@ -371,7 +371,7 @@ fn kernels_folder(_: &Package) -> Option<PathBuf> {
 
 type Versions = std::collections::BTreeMap<String, Option<String>>;
 
-/// Machine and versions, the bandwidth measured where the weights lie.
+/// Machine and versions, with the bandwidth of the memory that holds the weights.
 fn surroundings(
     session: &mut Session,
     args: &Args,

@@ -94,7 +94,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
 }
 
-/// What one line asks for.
+/// The command of one line.
 #[derive(Debug, PartialEq, Eq)]
 enum Input<'a> {
     Say(&'a str),
@@ -137,7 +137,7 @@ struct Talk<'a> {
     chain: Chain,
     limits: Limits,
     conversation: Conversation,
-    /// Exchanges that the prompt does not hold any more, as far as the user knows.
+    /// Number of dropped exchanges that the user was informed about.
     left_out: usize,
     seed: u64,
 }
@@ -148,7 +148,7 @@ impl Talk<'_> {
         let mut editor = DefaultEditor::new().map_err(terminal)?;
         let history = self.history_file();
         if let Some(path) = &history {
-            // None yet is no error.
+            // A missing file is not an error.
             let _ = editor.load_history(path);
         }
         println!("Ctrl-C stops an answer, Ctrl-D ends the conversation, /help lists the commands.");
@@ -171,14 +171,14 @@ impl Talk<'_> {
             }
             let _ = editor.add_history_entry(line.as_str());
             if let Some(path) = &history {
-                // A history that cannot be kept is not worth ending a conversation for.
+                // A history that cannot be saved must not end the conversation.
                 let _ = path.parent().map(std::fs::create_dir_all);
                 let _ = editor.save_history(path);
             }
             match self.obey(&line) {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => return Ok(()),
-                // What one message was wrong about, the next need not be.
+                // An invalid message does not affect the next.
                 Err(failure) if failure.status == 2 => drop(failure.report()),
                 Err(failure) => return Err(failure),
             }
@@ -229,7 +229,7 @@ impl Talk<'_> {
     /// A message and its answer.
     fn turn(&mut self, text: &str) -> Result<(), Failure> {
         let capacity = self.session.largest_capacity();
-        // Old turns make place for a good answer, but not for the longest one allowed.
+        // Old turns are dropped to make room for a typical answer, not for the longest allowed one.
         let room = self.limits.max_new_tokens.min(capacity / 4);
         let prompt = self.conversation.ask(self.tokenizer, text, capacity, room)?;
         let ids = match fitting(prompt.ids, self.vocabulary, &self.args.package) {
@@ -293,7 +293,7 @@ impl Talk<'_> {
             FinishReason::Length => " [--max-new-tokens]",
             FinishReason::Capacity => " [the cache is full]",
         };
-        // Marks of ours are for a person; a script gets the model's words.
+        // Lapidary's marks are for terminals; a script gets only the model's text.
         let is_person = stdout.is_terminal();
         writeln!(stdout, "{}", if is_person { end } else { "" })?;
         stdout.flush()?;

@@ -208,13 +208,13 @@ pub fn mask_window(text: &str) -> Result<(String, usize), String> {
     Ok((name.to_string(), window))
 }
 
-/// As the passes take them.
+/// In the form of the passes.
 pub fn mask_windows(windows: impl IntoIterator<Item = (String, usize)>) -> MaskWindows {
     let window = |(name, window): (String, usize)| (name, Some(window).filter(|w| *w > 0));
     windows.into_iter().map(window).collect()
 }
 
-/// The conversion as a spec that makes it again, with or without a GPU.
+/// The conversion as a spec that repeats it, with or without a GPU.
 fn save_spec(path: &Path, conversion: &Conversion) -> Result<(), Failure> {
     let spec = Spec {
         description: None,
@@ -225,7 +225,7 @@ fn save_spec(path: &Path, conversion: &Conversion) -> Result<(), Failure> {
         mask_windows: Some(conversion.mask_windows.clone()).filter(|windows| !windows.is_empty()),
         activations: Some(conversion.activations).filter(|policy| *policy != ActivationPolicy::default()),
         quantize: conversion.quantize.clone(),
-        // A spec may lie anywhere, and the text stays where it is.
+        // The spec can be in any folder, and the text does not move.
         calibrate: conversion
             .calibrate
             .as_ref()

@@ -25,7 +25,7 @@ impl Place {
         self.threads.map(usize::from)
     }
 
-    /// Options of a session whose prompt has this many tokens, and whose whole text at most `total`.
+    /// Options of a session whose prompt has this many tokens and whose whole text has at most `total`.
     pub fn options(&self, prompt: usize, total: usize) -> SessionOptions<'_> {
         SessionOptions {
             device: self.device,

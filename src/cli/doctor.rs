@@ -24,7 +24,7 @@ struct MachineReport {
     lapidary: &'static str,
     cpu: Cpu,
     tensorrt: tensorrt::ProbeReport,
-    /// `verify` can run exports in tract.
+    /// Whether `verify` can run exports in tract.
     tract: bool,
 }
 
@@ -169,7 +169,7 @@ fn summary(facts: &MachineReport) -> String {
     }
 
     out.push('\n');
-    // One reason often stands behind several answers: it is printed once.
+    // One reason often explains several answers: it is printed once.
     let mut given: Vec<String> = [&t.library_problem, &t.driver_problem]
         .into_iter()
         .flatten()

@@ -72,7 +72,7 @@ fn threshold(text: &str) -> Result<(Metric, f64), String> {
     ))
 }
 
-/// A line, ready to be fed.
+/// An encoded line.
 struct Prompt {
     example: Example,
     ids: Vec<u32>,
@@ -115,7 +115,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             stop: stop.clone(),
             logprobs: None,
         };
-        // Each line for itself: what was fed before, and drawn, must not matter.
+        // Lines are independent: earlier ones must have no effect.
         session.clear();
         let mut chain = Chain::new(&settings)?;
         lines.push(answer(&mut session, tokenizer, prompt, &mut chain, &limits)?);
@@ -171,7 +171,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     }
 }
 
-/// Every line encoded, so that one that cannot be fed is refused before any is.
+/// Encodes all lines, so that an invalid one is refused before any is run.
 fn prompts(
     args: &Args,
     package: &Package,

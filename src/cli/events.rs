@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::decode::{Generation, Piece, Session, Step};
 
 /// Milliseconds. `ttft_ms` counts from the first prompt token fed, `tpot_ms` is the mean of all tokens but the first,
-/// `sampling_ms` the mean a token of what the sampler chain took of it.
+/// `sampling_ms` is the mean time of the sampler chain per token.
 #[derive(Serialize)]
 struct Timing {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -37,12 +37,12 @@ impl Timing {
     }
 }
 
-/// What is known at the end.
+/// The result at the end.
 #[derive(Serialize)]
 pub struct Summary<'a> {
     text: &'a str,
     finish_reason: &'static str,
-    /// Prompt tokens whose cache was there already.
+    /// Prompt tokens that were already cached.
     cached_tokens: usize,
     device: &'a str,
     engine: String,
@@ -138,7 +138,7 @@ impl<'a> From<Piece<'a>> for Event<'a> {
 }
 
 impl Event<'_> {
-    /// Writes it as one line, at once.
+    /// Writes it as one line and flushes.
     pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
         serde_json::to_writer(&mut *out, self)?;
         writeln!(out)?;
@@ -146,7 +146,7 @@ impl Event<'_> {
     }
 }
 
-/// One line for a person, after the text.
+/// A summary line for users, after the text.
 pub fn summary_line(prompt: usize, generation: &Generation) -> String {
     let t = &generation.timing;
     let rate = t.tpot().map(|tpot| {

@@ -1,7 +1,7 @@
 //! Command errors: exit status, message, help.
 //!
-//! Errors of the library state their cause and a remedy ([`Help`]). This module derives the exit
-//! status (2: the input or the usage, 1: anything else) and prints them.
+//! Errors of the library state the problem and advice ([`Help`]). This module derives the exit status (2: the input or
+//! the usage, 1: anything else) and prints them.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -41,7 +41,7 @@ impl Failure {
         self
     }
 
-    /// The same of what a flag gave, for errors that do not know it.
+    /// The same with the flag, for errors that do not contain it.
     pub fn of(self, flag: &str) -> Self {
         Failure {
             message: format!("{flag}: {}", self.message),
@@ -49,7 +49,7 @@ impl Failure {
         }
     }
 
-    /// The same of the file at `path`, for errors that do not know it.
+    /// The same with the file's `path`, for errors that do not contain it.
     pub fn at(self, path: &Path) -> Self {
         Failure {
             message: format!("{}: {}", path.display(), self.message),
@@ -57,7 +57,7 @@ impl Failure {
         }
     }
 
-    /// The user stopped it, and nothing is left of what was begun; [`interrupt::say`] has the words.
+    /// The user stopped it, and the unfinished output was removed; [`interrupt::say`] prints the message.
     pub fn interrupted() -> Self {
         Failure {
             status: interrupt::STATUS,
@@ -65,10 +65,10 @@ impl Failure {
         }
     }
 
-    /// Prints to stderr. A reader of our output that went away is no error worth a message.
+    /// Prints to stderr. A closed output pipe causes no message.
     pub fn report(&self) -> ExitCode {
         if self.status == interrupt::STATUS {
-            // Stopping when asked to is no error.
+            // A requested stop is not an error.
             interrupt::say("");
         } else if !self.message.is_empty() {
             let mut stderr = io::stderr().lock();
@@ -81,7 +81,7 @@ impl Failure {
     }
 }
 
-/// Our own output could not be written.
+/// The output could not be written.
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         match is_closed_pipe(&error) {
@@ -91,7 +91,7 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// The reader of our output went away.
+/// The reader of the output has closed the pipe.
 fn is_closed_pipe(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut chain = std::iter::successors(Some(error), |error| error.source());
     chain.any(|error| {

@@ -220,7 +220,7 @@ fn prompt_ids(args: &Args, tokenizer: Option<&Tokenizer>, vocabulary: usize) -> 
     fitting(tokenizer.encode(&text, true)?, vocabulary, &args.package)
 }
 
-/// The ids, if the model knows all of them: a tokenizer of another model is best noticed here.
+/// The ids, if all are in the model's vocabulary: this detects the tokenizer of another model.
 pub fn fitting(ids: Vec<u32>, vocabulary: usize, package: &Path) -> Result<Vec<u32>, Failure> {
     match ids.iter().find(|id| **id as usize >= vocabulary) {
         None => Ok(ids),

@@ -43,7 +43,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     print(&text)
 }
 
-/// What quantized weights are stored as, and how many are each.
+/// The formats of quantized weights, with the number of each.
 fn forms(m: &Manifest) -> BTreeMap<String, usize> {
     let mut forms = BTreeMap::new();
     for quantized in m.weights.tensors.iter().filter_map(|w| w.quantized.as_ref()) {

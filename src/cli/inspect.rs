@@ -73,7 +73,7 @@ fn positive(text: &str) -> Result<usize, String> {
 #[derive(Serialize)]
 struct Inspection {
     file: PathBuf,
-    /// Exports in the folder that was given, this one among them; left out for a file.
+    /// Exports in the given folder, including this one; omitted for a file.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     variants: Vec<Variant>,
     exporter: Exporter,
@@ -87,14 +87,14 @@ struct Inspection {
     /// Bytes of all constants that something reads, each counted once.
     weight_bytes: u64,
     weight_bytes_by_dtype: BTreeMap<String, u64>,
-    /// How weights are quantized; left out if none is.
+    /// How weights are quantized; omitted if none is.
     #[serde(skip_serializing_if = "Option::is_none")]
     quantization: Option<Formats>,
     #[serde(flatten)]
     recognition: Recognition,
-    /// Operators and operands that are wrong in themselves, whatever the model means.
+    /// Invalid operators and operands.
     faults: Vec<String>,
-    /// Everything that keeps the export from being converted, in words.
+    /// All reasons that prevent a conversion, as text.
     reasons: Vec<String>,
     convertible: bool,
 }
@@ -112,7 +112,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     if let Some(dump) = args.dump {
         return print(&dumped(graph, dump, &args, &files.model)?);
     }
-    // A cyclic graph has no order to show anything in.
+    // A cyclic graph cannot be sorted.
     graph.sort().map_err(|e| Failure::from(e).at(&files.model))?;
     let spec = Spec {
         mask_windows: Some(args.mask_window.iter().cloned().collect()),
@@ -120,7 +120,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     };
     let examination = examine(&files, &graph, &spec.resolve()?);
     let (weight_bytes, weight_bytes_by_dtype) = weights(&graph);
-    // Exporters need not say what the outputs are.
+    // Exporters need not declare the outputs' types.
     let mut typed = graph.clone();
     let _ = graph::infer::infer(&mut typed);
     let tensors = |ids: &[ValueId]| ids.iter().map(|id| tensor(&typed, *id)).collect();
@@ -300,8 +300,8 @@ fn summary(facts: &Inspection, verbose: bool) -> String {
     out
 }
 
-/// A row for each tensor. Unless `verbose`, tensors that differ only in the numbers of their names, as caches of the layers
-/// do, become one row where there are more than two.
+/// A row for each tensor. Unless `verbose`, tensors that differ only in the numbers of their names, such as caches of
+/// the layers, become one row if there are more than two.
 fn rows<'a>(table: &mut Table, tensors: &'a [Tensor], role: impl Fn(&'a Tensor) -> &'a str, verbose: bool) {
     let key = |tensor: &Tensor| (pattern(&tensor.name), tensor.dtype.clone(), tensor.shape.clone());
     let mut shown = BTreeSet::new();
@@ -317,7 +317,7 @@ fn rows<'a>(table: &mut Table, tensors: &'a [Tensor], role: impl Fn(&'a Tensor) 
     }
 }
 
-/// A name with each run of digits as `#`.
+/// A name with each run of digits replaced by `#`.
 fn pattern(name: &str) -> String {
     let mut out = String::new();
     for c in name.chars() {

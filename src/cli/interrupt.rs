@@ -1,8 +1,8 @@
 //! Ctrl-C: ends the program, except while a [`Listener`] exists.
 //!
-//! A command that can stop cleanly has a listener and ends with [`Failure::interrupted`](super::Failure); its unfinished
-//! output is dropped, and so removed. Otherwise, and at the second Ctrl-C, the program ends immediately; an
-//! unfinished package is also removed. The exit status is 130 in both cases, as in shells.
+//! A command that can stop cleanly has a listener and ends with [`Failure::interrupted`](super::Failure); its
+//! unfinished output is dropped and thereby removed. Otherwise, and at the second Ctrl-C, the program ends immediately;
+//! an unfinished package is also removed. The exit status is 130 in both cases, as in shells.
 
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
@@ -11,12 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// `128 + SIGINT`.
 pub const STATUS: u8 = 130;
 
-/// What there is to say if a package was being made.
+/// The message if a package was being written.
 const NOTHING_LEFT: &str = "interrupted: the unfinished package is removed";
 
 static LISTENING: AtomicBool = AtomicBool::new(false);
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-/// Whether [`NOTHING_LEFT`] was said. Two threads may want to: of the one that stops in order, and of the second Ctrl-C.
+/// Whether [`NOTHING_LEFT`] was printed. Two threads may try: the one that stops cleanly, and the one of the second
+/// Ctrl-C.
 static SAID: Mutex<bool> = Mutex::new(false);
 
 /// Installs the handler; once, by `main`.
@@ -27,7 +28,7 @@ pub fn install() {
         }
         // Also at the second Ctrl-C, if the listener's thread is too busy to see the first.
         if crate::package::remove_unfinished() {
-            // A bar may stand on the line.
+            // A progress bar may be on the line.
             say(if std::io::stderr().is_terminal() { "\n" } else { "" });
         }
         end();
@@ -35,7 +36,7 @@ pub fn install() {
     debug_assert!(handler.is_ok(), "set once");
 }
 
-/// Says once that nothing is left. A line that is begun is ended before the process is.
+/// Prints the message once. An unfinished line is completed before the process ends.
 pub fn say(before: &str) {
     let mut said = SAID.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     if !std::mem::replace(&mut *said, true) {
@@ -43,7 +44,7 @@ pub fn say(before: &str) {
     }
 }
 
-/// Without the destructors of C++ libraries, which may be at work in other threads.
+/// Skips the destructors of C++ libraries, which may be in use in other threads.
 fn end() -> ! {
     #[cfg(unix)]
     // SAFETY: ends the process; nothing runs after it.
@@ -54,7 +55,7 @@ fn end() -> ! {
     std::process::exit(i32::from(STATUS))
 }
 
-/// While this lives, Ctrl-C is only noted.
+/// While this exists, Ctrl-C is only recorded.
 pub struct Listener(());
 
 impl Listener {

@@ -1,8 +1,9 @@
 //! The command line: one file per command, parsing and printing only.
 //!
-//! Exit status: 0 done; 2 wrong usage or unusable input, with one message on stderr that states the problem and the
-//! remedy; 130 interrupted by Ctrl-C (a server stops cleanly, with 0); 1 anything else. `--json` prints one document on stdout
-//! and nothing else there. Notes and warnings go to stderr, and progress if stderr is a terminal; `--quiet` turns them off.
+//! Exit status: 0 done; 2 wrong usage or unusable input, with one message on stderr that states the problem and advice;
+//! 130 interrupted by Ctrl-C (a server stops cleanly, with 0); 1 anything else. `--json` prints one document on stdout
+//! and nothing else there. Notes and warnings go to stderr, and progress if stderr is a terminal; `--quiet` turns them
+//! off.
 
 mod bench;
 mod chat;
@@ -96,7 +97,7 @@ enum Command {
 /// The whole program.
 pub fn main() -> ExitCode {
     let started = std::time::Instant::now();
-    // clap exits by itself: with 0 after --help and --version, with 2 on wrong usage.
+    // clap exits the process: with 0 after --help and --version, with 2 on wrong usage.
     let cli = Cli::parse();
     interrupt::install();
     if cli.quiet {
@@ -129,7 +130,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// A `value_parser` for a type that serde reads from one of these words.
+/// A `value_parser` for a type that serde parses from one of these words.
 fn words<T>(words: &'static [&'static str]) -> impl clap::builder::TypedValueParser<Value = T>
 where
     T: serde::de::DeserializeOwned + Clone + Send + Sync + 'static,

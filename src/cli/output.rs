@@ -1,4 +1,4 @@
-//! What commands print: documents and text on stdout; notes and warnings on stderr, which `--quiet` turns off.
+//! Output of commands: documents and text on stdout; notes and warnings on stderr, which `--quiet` turns off.
 
 use std::fmt::Display;
 use std::io::Write;
@@ -26,14 +26,14 @@ pub fn warning(text: impl Display) {
     }
 }
 
-/// A line after `note: `: a choice that the user did not make.
+/// A line after `note: `: a choice made for the user.
 pub fn note(text: impl Display) {
     if !is_quiet() {
         eprintln!("note: {text}");
     }
 }
 
-/// How `--json` prints its document.
+/// The form of a `--json` document.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub enum JsonForm {
     /// Indented

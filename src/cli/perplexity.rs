@@ -123,7 +123,7 @@ pub fn now() -> String {
     chrono::Local::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, false)
 }
 
-/// What documents say of a run that began at `date`.
+/// The metadata of a run that began at `date`.
 pub fn described(date: String, session: &Session) -> Run {
     Run {
         date,
@@ -137,7 +137,7 @@ pub fn described(date: String, session: &Session) -> Run {
     }
 }
 
-/// Probabilities are compared token by token, so ids must mean the same.
+/// Probabilities are compared token by token, so the vocabularies must be equal.
 fn same_vocabulary(package: &Package, other: &Package) -> Result<(), Failure> {
     let (ours, theirs) = (package.vocabulary()?, other.vocabulary()?);
     match ours == theirs {
@@ -151,7 +151,7 @@ fn same_vocabulary(package: &Package, other: &Package) -> Result<(), Failure> {
     }
 }
 
-/// Tokens to score, after those that begin every window.
+/// Tokens to score, without those that begin every window.
 struct Text {
     prefix: Vec<u32>,
     ids: Vec<u32>,
@@ -182,7 +182,7 @@ fn read_text(path: &Path, package: &Package, against: Option<&Package>) -> Resul
     Ok((file, Text { prefix, ids }))
 }
 
-/// What the tokenizer puts before every text, which is seen on a short one.
+/// The tokens that the tokenizer puts before every text, determined with a short one.
 fn prefix(tokenizer: &Tokenizer) -> Result<Vec<u32>, Failure> {
     let (bare, whole) = (tokenizer.encode("a", false)?, tokenizer.encode("a", true)?);
     let begin = whole.windows(bare.len().max(1)).position(|part| part == bare);
@@ -218,7 +218,7 @@ fn read_ids(path: &Path, package: &Package) -> Result<(File, Text), Failure> {
     ))
 }
 
-/// A file of text, not an empty one.
+/// A nonempty text file.
 pub fn read(path: &Path) -> Result<(File, String), Failure> {
     let refuse = |why: String| Failure::input(format!("{}: {why}", path.display()));
     let contents = std::fs::read(path).map_err(|e| refuse(e.to_string()))?;

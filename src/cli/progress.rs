@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::interrupt::Listener;
 use crate::convert;
 
-/// A line that says what is being done. Vanishes when dropped.
+/// A line that shows the current work. Disappears when dropped.
 pub struct Progress(Handle);
 
 impl Progress {
@@ -41,7 +41,7 @@ impl Drop for Progress {
     }
 }
 
-/// The same line for a closure that reports from another thread, without the right to end it.
+/// The same line for a closure that reports from another thread and cannot end it.
 #[derive(Clone)]
 pub struct Handle(ProgressBar);
 
@@ -55,7 +55,7 @@ impl Handle {
         self.0.enable_steady_tick(std::time::Duration::from_millis(100));
     }
 
-    /// Work counted in bytes.
+    /// Work measured in bytes.
     pub fn bytes(&self, message: &'static str, done: u64, total: u64) {
         if self.0.length() != Some(total) || self.0.message() != message {
             let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes} of {total_bytes}, {eta} left");
@@ -66,7 +66,7 @@ impl Handle {
         self.0.set_position(done);
     }
 
-    /// Work of which a share is done, 0 to 1.
+    /// Work measured as a share, 0 to 1.
     pub fn fraction(&self, message: &str, fraction: f32) {
         if self.0.length() != Some(1000) || self.0.message() != message {
             let style = ProgressStyle::with_template("{msg} {wide_bar} {percent}%, {eta} left");
@@ -91,7 +91,7 @@ impl convert::Progress for Handle {
         Handle::fraction(self, what, share);
     }
 
-    /// A line that stays, printed above the bar; lost where stderr is no terminal.
+    /// A permanent line, printed above the bar; dropped if stderr is not a terminal.
     fn note(&self, line: &str) {
         self.0.println(line);
     }

@@ -103,7 +103,7 @@ fn meaning(arg: &Arg) -> String {
     cell(&text)
 }
 
-/// Without a full stop at its end.
+/// Without a period at its end.
 fn sentence(text: &str) -> &str {
     text.trim().trim_end_matches('.')
 }

@@ -94,7 +94,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             explicit_capacities: true,
             prefill: manifest.prefill.clone(),
             one_engine: manifest.engines.iter().any(|engine| engine.built_as.is_some()),
-            // Each engine's lowering has it.
+            // Each engine's lowering contains it.
             prefill_copy: false,
             tokenizer: None,
             kernels: None,
@@ -142,7 +142,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     ))
 }
 
-/// Opens what weights come from, for a package. A folder with a manifest is a package.
+/// Opens the source of weights for a package. A folder with a manifest is a package.
 pub fn open(path: &Path, target: &Package) -> Result<WeightSource, Failure> {
     if path.join(MANIFEST).is_file() {
         let package = Package::open(path)?;

@@ -1,4 +1,4 @@
-//! `lapidary report`: result files in, REPORT.md and its plots out.
+//! `lapidary report`: writes a report and its plots from result files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -57,7 +57,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     print(&text)
 }
 
-/// The plots' folder as a report in `home` refers to it: relative where it lies below, else as it was given.
+/// The plots' folder as written in a report in `home`: relative if it is below, otherwise as given.
 fn link(folder: &Path, home: &Path) -> String {
     let below = folder.strip_prefix(home).unwrap_or(folder);
     below.to_string_lossy().replace('\\', "/")

@@ -11,7 +11,7 @@ use super::{Failure, JsonForm, print, print_json};
 use crate::sample::{Breakers, Chain, Settings};
 use crate::text::Tokenizer;
 
-/// Everything is off unless a flag asks for it, the temperature is 1 and the seed 0.
+/// Everything is off unless a flag enables it; the temperature is 1 and the seed 0.
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("distribution").required(true).multiple(false))]
 pub struct Args {
@@ -51,9 +51,9 @@ pub struct Args {
 
 #[derive(Serialize)]
 struct Document {
-    /// By token id, after the chain; 0 for what was dropped.
+    /// By token id, after the chain; 0 for dropped tokens.
     probs: Vec<f64>,
-    /// Ids and probabilities of what is left, the most probable first.
+    /// Ids and probabilities of the remaining tokens, most probable first.
     candidates: Vec<(usize, f64)>,
     /// A draw from them.
     token: u32,
@@ -65,7 +65,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     args.sampler.apply(&mut settings)?;
     settings.dry.breakers = Arc::new(breakers(&args)?);
     let logits = logits(&args)?;
-    // A token id typed wrong would only do nothing, without a word.
+    // A mistyped token id would have no effect, without an error.
     if let Some((id, bias)) = settings.logit_bias.iter().find(|(id, _)| *id as usize >= logits.len()) {
         return Err(Failure::input(format!(
             "--logit-bias {id}={bias}: the distribution has the token ids 0 to {}",

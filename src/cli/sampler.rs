@@ -88,7 +88,7 @@ pub struct SamplerArgs {
     pub no_escape: bool,
 }
 
-/// As in llama.cpp -1 is a random one.
+/// As in llama.cpp, -1 is a random seed.
 fn seed(text: &str) -> Result<u64, String> {
     match text.trim() {
         "-1" => Ok(fresh_seed()),
@@ -112,7 +112,7 @@ fn stage(name: &str) -> Result<Stage, String> {
     })
 }
 
-/// -1: everything.
+/// -1: all tokens.
 fn last_n(flag: &str, n: i64) -> Result<Option<usize>, Failure> {
     match n {
         -1 => Ok(None),
@@ -123,7 +123,7 @@ fn last_n(flag: &str, n: i64) -> Result<Option<usize>, Failure> {
 }
 
 impl SamplerArgs {
-    /// The usual defaults, then what the model asks for, then the flags; a fresh seed if none is given.
+    /// The usual defaults, then the model's settings, then the flags; a new seed if none is given.
     pub fn settings(
         &self,
         package: &Path,
@@ -136,7 +136,7 @@ impl SamplerArgs {
         };
         let errors = tokenizer.map(|tokenizer| settings.take_generation_config(&tokenizer.generation));
         self.apply(&mut settings)?;
-        // What a flag overrides, and what the settings do not use, may be as it is.
+        // Values that a flag overrides or that have no effect may be invalid.
         let matters = |e: &SettingsError| !self.overrides(e.parameter) && settings.uses(e.parameter);
         if let Some(e) = errors.into_iter().flatten().find(matters) {
             let file = package.join(crate::package::TOKENIZER).join(FILES[5]);
@@ -163,8 +163,8 @@ impl SamplerArgs {
         Ok(settings)
     }
 
-    /// For measurements: greedy unless flags say otherwise, and the same seed each time. The model's own
-    /// `generation_config.json` has no say in what is measured.
+    /// For measurements: greedy unless flags say otherwise, and the same seed each time. The model's
+    /// `generation_config.json` is ignored.
     pub fn measuring(&self, package: &Package) -> Result<Settings, Failure> {
         let mut settings = Settings {
             temperature: 0.0,
@@ -180,7 +180,7 @@ impl SamplerArgs {
         Ok(settings)
     }
 
-    /// Whether a flag says what the field of `generation_config.json` would.
+    /// Whether a flag overrides the field of `generation_config.json`.
     fn overrides(&self, parameter: &str) -> bool {
         match parameter {
             "temperature" | "do_sample" => self.temperature.is_some(),
@@ -193,7 +193,7 @@ impl SamplerArgs {
         }
     }
 
-    /// The flags alone, without breakers, which need a tokenizer. Everything is checked.
+    /// Only the flags, without breakers, which need a tokenizer. Everything is checked.
     pub fn apply(&self, settings: &mut Settings) -> Result<(), Failure> {
         let s = settings;
         for (flag, place) in [
@@ -231,7 +231,7 @@ impl SamplerArgs {
             tau: self.mirostat_tau.unwrap_or(mirostat.tau),
             eta: self.mirostat_eta.unwrap_or(mirostat.eta),
         };
-        // Checked even where it is not used, so that a mistake shows at once.
+        // Checked even if unused, so that mistakes are reported.
         s.mirostat = Some(mirostat);
         s.logit_bias.clone_from(&self.logit_bias);
         if let Some(order) = &self.samplers {
@@ -256,14 +256,14 @@ impl SamplerArgs {
         })
     }
 
-    /// The breaker strings asked for, or the default ones, over the tokenizer's vocabulary.
+    /// The requested breaker strings, or the default ones, over the tokenizer's vocabulary.
     pub fn breakers(&self, tokenizer: Option<&Tokenizer>) -> Result<Breakers, Failure> {
         let asked = &self.dry_sequence_breaker;
         let after_none = asked.iter().rposition(|b| b == "none").map_or(0, |at| at + 1);
         let own = &self.texts("--dry-sequence-breaker", &asked[after_none..])?[..];
         let Some(tokenizer) = tokenizer else {
             return match own {
-                // Token ids alone: the default strings mean nothing.
+                // With token ids only, the default strings have no meaning.
                 [] => Ok(Breakers::default()),
                 [first, ..] => Err(Failure::input(format!(
                     "--dry-sequence-breaker {first:?} needs a tokenizer, and the package has none"
@@ -272,7 +272,7 @@ impl SamplerArgs {
             };
         };
         if asked.is_empty() {
-            // A tokenizer that cannot write one of the defaults just has one less.
+            // A default that the tokenizer cannot produce is skipped.
             return Ok(tokenizer.breakers(&DEFAULT_BREAKERS)?.0);
         }
         let (breakers, without_tokens) = tokenizer.breakers(own)?;
@@ -286,7 +286,7 @@ impl SamplerArgs {
     }
 }
 
-/// Different in every run. Small enough to be exact in a JSON reader that knows only doubles.
+/// Different in every run. Small enough to be exact in JSON readers that use doubles.
 fn fresh_seed() -> u64 {
     use std::hash::{BuildHasher, RandomState};
     RandomState::new().hash_one(std::process::id()) >> 11

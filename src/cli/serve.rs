@@ -80,17 +80,17 @@ pub struct Args {
     sampler: SamplerArgs,
 }
 
-/// What `--adapter` says.
+/// The value of `--adapter`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct NamedAdapter {
-    /// Needed where there are several.
+    /// The package; required if there are several.
     package: Option<String>,
     name: String,
     folder: PathBuf,
 }
 
 impl NamedAdapter {
-    /// The flag, as errors name it.
+    /// The flag, for errors.
     fn flag(&self) -> String {
         format!("--adapter {}={}", self.name, self.folder.display())
     }
@@ -207,16 +207,16 @@ pub fn run(args: Args) -> Result<(), Failure> {
     done
 }
 
-/// Each connection is an open file: as many as the system lets a process ask for.
+/// Raises the limit of open files to the system's maximum: each connection is an open file.
 fn allow_connections() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    // What was allowed before stays.
+    // Otherwise the previous limit stays.
     let _ = setrlimit(Resource::Nofile, limit);
 }
 
-/// What requests call each package: the name that was given, or that of its folder.
+/// The model name of each package in requests: the given name, or that of its folder.
 fn names(packages: &[PathBuf], given: &[String]) -> Result<Vec<String>, Failure> {
     if !given.is_empty() {
         let flag = format!("--served-model-name {}", given.join(","));
@@ -234,7 +234,7 @@ fn names(packages: &[PathBuf], given: &[String]) -> Result<Vec<String>, Failure>
     let mut seen = BTreeSet::new();
     let mut names = Vec::new();
     for path in packages {
-        // Of `.` and of what ends in `..`, too.
+        // Also for `.` and for paths that end in `..`.
         let whole = path.canonicalize().unwrap_or_else(|_| path.clone());
         let name = whole
             .file_name()
@@ -291,7 +291,7 @@ fn read_keys(path: &Path) -> Result<Keys, Failure> {
     }
 }
 
-/// A package as a model of this name, perhaps with an adapter.
+/// A package as a model of this name, possibly with an adapter.
 fn open(args: &Args, name: &str, path: &Path, adapter: Option<&Path>) -> Result<Model, Failure> {
     let package = Package::open(path)?;
     let adapter = adapter.map(Adapter::open).transpose()?;

@@ -1,6 +1,6 @@
 //! Aligned columns of text.
 
-/// Rows of cells under a header, columns padded to their widest cell; numbers to the right.
+/// Rows of cells under a header, columns padded to their widest cell; numbers are right-aligned.
 pub struct Table {
     rows: Vec<Vec<String>>,
 }

@@ -1,4 +1,4 @@
-//! The flags that take weights with values that no model can use: NaN, infinity, overflow.
+//! The flags that allow invalid values in weights: NaN, infinity, overflow.
 
 use crate::weights::checks::Allowed;
 

@@ -1,8 +1,8 @@
 //! `lapidary verify`: compares a package with its export, which another engine runs.
 //!
-//! The package generates greedily, with its cache, chunks and precision. The reference then runs
-//! each whole sequence at once, and both must agree on the logits of every step and on the tokens. The longest prompt goes
-//! beyond every window and table that could matter ([`reach`]); the command prints what it does not reach.
+//! The package generates greedily, with its cache, chunks and precision. The reference then runs each whole sequence at
+//! once, and both must agree on the logits of every step and on the tokens. The longest prompt exceeds every window and
+//! table that could matter ([`reach`]); the command prints what it does not cover.
 
 mod reach;
 
@@ -82,15 +82,15 @@ struct Report {
 struct Comparison {
     prompt: String,
     prompt_tokens: usize,
-    /// What the package generated.
+    /// The package's tokens.
     tokens: Vec<u32>,
-    /// What the reference would have drawn at each step, after the same tokens.
+    /// The reference's choice at each step, after the same tokens.
     reference_tokens: Vec<u32>,
     /// Largest difference of a logit, over all steps and the whole vocabulary.
     max_difference: f64,
     /// Largest magnitude of a reference logit.
     largest_logit: f64,
-    /// Steps whose tokens differ although the reference's two best logits lie further apart than the tolerance.
+    /// Steps whose tokens differ although the reference's two best logits differ by more than the tolerance.
     wrong_tokens: usize,
     passed: bool,
 }
@@ -185,8 +185,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
     .help("check that the package was made from this export; if it was, please report a bug"))
 }
 
-/// The lengths that the export's own masks and tables of positions name. An export that is not understood, which may be
-/// another one than the package was made from, names none.
+/// The lengths in the export's masks and tables of positions; none for an unrecognized export.
 fn critical_lengths(export: &Path, capacity: usize) -> BTreeMap<usize, String> {
     let lengths = onnx::read(export).ok().map(|graph| passes::lengths_of(graph, capacity));
     lengths.and_then(Result::ok).unwrap_or_default()
@@ -197,7 +196,7 @@ fn critical_lengths(export: &Path, capacity: usize) -> BTreeMap<usize, String> {
 fn prompts(package: &Package, wanted: usize, room: usize) -> Result<Vec<(String, Vec<u32>)>, Failure> {
     let vocabulary = package.vocabulary()? as u64;
     let spread = |n: u64| -> Vec<u32> {
-        // A multiplicative walk visits the whole vocabulary without a pattern that the positions share.
+        // A multiplicative walk visits the whole vocabulary without a pattern related to positions.
         (0..n)
             .map(|i| ((i * i * 7919 + i * 104_729 + 3 * n) % vocabulary) as u32)
             .collect()
@@ -252,7 +251,7 @@ fn compare(
         if a.len() != b.len() {
             return f64::INFINITY;
         }
-        // NaN must not pass, and max would drop it.
+        // NaN must not pass, but max would drop it.
         let each = a.iter().zip(b).map(|(x, y)| f64::from((x - y).abs()));
         each.map(|d| if d.is_nan() { f64::INFINITY } else { d })
             .fold(0.0, f64::max)

@@ -114,7 +114,7 @@ fn names(recipe: &Recipe) -> Vec<String> {
     recipe.leaves().iter().map(|leaf| leaf.name.to_string()).collect()
 }
 
-/// Names in one line; those of all experts, which differ in the number, as one.
+/// Names in one line; those of experts, which differ in a number, as one.
 fn joined(recipe: &Recipe) -> String {
     const EXPERTS: &str = ".experts.";
     let names = names(recipe);
@@ -131,7 +131,7 @@ fn joined(recipe: &Recipe) -> String {
     }
 }
 
-/// Its modules, or the name that was found by its numbers.
+/// Its modules, or the name found by its values.
 fn called(weight: &WeightEntry) -> String {
     match (&weight.modules, &weight.learned) {
         (None, Some(learned)) => format!("({})", joined(learned)),
@@ -159,7 +159,7 @@ fn document(weight: &WeightEntry, manifest: &Manifest) -> serde_json::Value {
     })
 }
 
-/// Exit status 0: they fit; the text says whether they are the same.
+/// Exit status 0: they fit; the text states whether they are the same.
 fn check(args: &Args, package: &Package, from: &Path) -> Result<(), Failure> {
     let source = refit::open(from, package)?;
     let adapter = args.lora.as_deref().map(Adapter::open).transpose()?;

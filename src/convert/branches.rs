@@ -1,8 +1,8 @@
 //! Merged decoders: the branch that reads past keys and values is converted, and the other branch must be the
 //! same model.
 //!
-//! Both are executed for one short prompt, with the export's own weights: the logits and the keys and values that they give
-//! must agree. The passes prove that the converted branch also computes a prompt without a past.
+//! Both are executed for one short prompt, with the export's weights: their logits, keys and values must agree. The
+//! passes prove that the converted branch also computes a prompt without a past.
 //!
 //! Memory: weights stay in the mapped file. Casts of weights and dequantized codes are computed right before the node that reads
 //! them and dropped after it, in whatever order the export lists the nodes.
@@ -22,7 +22,7 @@ use crate::tensor::{DType, Tensor};
 /// Token ids that every vocabulary has.
 const PROMPT: [i64; 3] = [1, 3, 2];
 
-/// Refuses a merged decoder, whose branches `switch` chooses between, if they give different answers.
+/// Refuses a merged decoder, whose branch `switch` selects, if the branches give different answers.
 pub(super) fn check(model: &Path, switch: &Switch) -> Result<(), ConvertError> {
     let (mut kept, mut left_out) = (onnx::read(model)?, onnx::read_prompt_branch(model)?);
     kept.remove_dead_nodes();
@@ -71,8 +71,8 @@ fn compare(kept: &Graph, left_out: &Graph) -> Result<(), String> {
     Ok(())
 }
 
-/// What rounding may leave, of the largest number: the branches round in another order at most. Activations that are rounded
-/// to few codes may come out at the next one.
+/// Tolerance relative to the largest number: the branches may only differ in the order of rounding. Activations that
+/// are rounded to few codes may differ by one code.
 fn tolerance(dtype: DType, quantized: bool) -> f64 {
     match dtype {
         DType::Bf16 => 1e-1,
@@ -95,7 +95,7 @@ fn answers(graph: &Graph, roles: &HashMap<&str, InputRole>) -> Result<Vec<Tensor
     executed(graph, bindings).map_err(|(at, error)| format!("they cannot be compared: {at}: {error}"))
 }
 
-/// Nodes in the order of a depth-first walk from the outputs: what one node alone reads comes right before it.
+/// Nodes in the order of a depth-first walk from the outputs: a value with a single reader is computed right before it.
 fn by_reader(graph: &Graph) -> Vec<NodeId> {
     let mut seen: HashSet<NodeId> = HashSet::new();
     let mut order = Vec::new();
@@ -163,13 +163,13 @@ fn executed(graph: &Graph, mut known: HashMap<ValueId, Tensor>) -> Result<Vec<Te
     graph.outputs.iter().map(|id| tensor(&known, *id)).collect()
 }
 
-/// What a caller gives an input for the prompt.
+/// The value of an input for the prompt.
 fn input(graph: &Graph, id: ValueId, role: InputRole) -> Option<Tensor> {
     let value = graph.value(id);
     let (dtype, shape) = (value.dtype?, value.shape.as_ref()?);
     let tokens = PROMPT.len();
     let rank = shape.len();
-    // Lengths by axis where they are free: one sequence, the prompt, nothing before it.
+    // Lengths by axis, if free: one sequence, the prompt, no past.
     let dims = |free: &dyn Fn(usize) -> usize| -> Option<Vec<usize>> {
         let dims = shape.iter().enumerate();
         dims.map(|(axis, dim)| match dim.as_const() {

@@ -20,7 +20,7 @@ use crate::spec::Conversion;
 use crate::target::Target;
 use crate::units::bytes;
 
-/// The library that builds the engines of these targets, if any asks for engines.
+/// The library that builds the engines of these targets, if any needs engines.
 pub fn library(targets: &[Target], explicit: Option<&Path>) -> Result<Option<Library>, LibraryError> {
     let mut flavours = targets.iter().filter_map(|target| Flavour::of(*target)).peekable();
     if flavours.peek().is_none() {
@@ -32,17 +32,17 @@ pub fn library(targets: &[Target], explicit: Option<&Path>) -> Result<Option<Lib
     Ok(Some(Library::load(explicit)?))
 }
 
-/// What builds engines, besides the library.
+/// The context for building engines.
 pub struct EngineOptions<'a> {
-    /// Whose engines they are, for errors.
+    /// The path of the export or package, for errors.
     pub model: &'a Path,
-    /// Where plans are kept.
+    /// The plan cache.
     pub cache: Option<PlanCache>,
-    /// Hears of every engine.
+    /// Receives progress.
     pub progress: Arc<dyn Progress>,
 }
 
-/// A plan that was built now, or kept from before.
+/// A plan, built or from the cache.
 enum Built {
     New(tensorrt::Plan),
     Kept(Vec<u8>),
@@ -56,7 +56,7 @@ impl Built {
         }
     }
 
-    /// How long it took to build; `None` if it was kept.
+    /// Build time; `None` if it came from the cache.
     fn elapsed(&self) -> Option<Duration> {
         match self {
             Built::New(plan) => Some(plan.elapsed()),
@@ -65,12 +65,12 @@ impl Built {
     }
 }
 
-/// What was built for one profile.
+/// The result for one profile.
 struct BuiltProfile {
-    /// One, or where the network has layers of our own one for each different segment between them.
+    /// One plan, or if the network has Lapidary's own layers one per distinct segment between them.
     plans: Vec<Built>,
     in_steps: bool,
-    /// The weights it takes, by name.
+    /// The names of its weights.
     weights: HashSet<String>,
 }
 
@@ -143,7 +143,7 @@ pub fn build(
                 },
             })?;
             if let (Some(cache), Some(key)) = (cache, &key) {
-                // What cannot be kept is built again next time.
+                // A plan that cannot be stored is built again next time.
                 if let Err(error) = cache.put(key, plan.bytes()) {
                     progress.note(&format!("{}: the plan was not kept: {error}", profiles[i]));
                 }
@@ -212,7 +212,8 @@ pub fn build(
     }
 }
 
-/// What engines are lowered from, without the weights' bytes where they come at load and only their shapes matter.
+/// The graph from which engines are lowered, without the weights' bytes if they are bound at load and only their shapes
+/// matter.
 pub(super) fn graph(package: &Package, conversion: &Conversion) -> Result<Graph, PackageError> {
     match package.manifest.weights.stripped && conversion.weights == WeightMode::Bind {
         true => package.architecture(),
@@ -220,7 +221,7 @@ pub(super) fn graph(package: &Package, conversion: &Conversion) -> Result<Graph,
     }
 }
 
-/// Engines that are built at once: a build keeps one core busy, and loading one another.
+/// Number of engines built at once: a build keeps one core busy, and loading keeps another busy.
 pub(super) fn at_once(weights: WeightMode) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     match weights {
@@ -230,7 +231,7 @@ pub(super) fn at_once(weights: WeightMode) -> usize {
     }
 }
 
-/// Refuses a graph whose engines for several sequences would not compute each of them apart.
+/// Refuses a graph whose engines for several sequences would not compute each sequence independently.
 pub(super) fn check_batch(graph: &Graph, conversion: &Conversion, model: &Path) -> Result<(), ConvertError> {
     let Some(batch) = conversion.batch.first().copied() else {
         return Ok(());
@@ -255,7 +256,7 @@ pub(super) fn check_batch(graph: &Graph, conversion: &Conversion, model: &Path) 
     }
 }
 
-/// What engines of this graph do otherwise than its package: one line for each format of codes that they hold as floats.
+/// Differences of this graph's engines from its package: one line per format of codes that they store as floats.
 pub(super) fn warnings(graph: &Graph, conversion: &Conversion) -> Vec<String> {
     let lowering = conversion.lowering_of(&Profile::decode(1));
     let formats = lower::widened_formats(graph, &lowering).into_iter();
@@ -267,8 +268,8 @@ pub(super) fn warnings(graph: &Graph, conversion: &Conversion) -> Vec<String> {
     lines.collect()
 }
 
-/// What is built: decode at every capacity, prefill wherever a chunk fits; or one engine for both where a chunk fits. Of steps of
-/// several sequences one engine each, whatever the capacities of their caches.
+/// The list of engines: decode at every capacity, and prefill wherever a chunk fits; or one engine for both where a
+/// chunk fits. For steps of several sequences one engine per number, whatever the capacities of their caches.
 pub(super) fn profiles(conversion: &Conversion, capacities: &[usize]) -> Vec<Profile> {
     let mut profiles = Vec::new();
     for capacity in capacities {
@@ -349,7 +350,7 @@ mod tests {
             names("{capacity: [16, 256], prefill: [128], batch: [8, 2]}"),
             ["b1-t1-c16", "b1-t1-c256", "b1-t128-c256", "b2-t1-c256", "b8-t1-c256"]
         );
-        // Where no chunk fits there is still something to decode with.
+        // If no chunk fits, decode still needs an engine.
         assert_eq!(
             names("{capacity: [16, 32], prefill: {min: 24, opt: 24, max: 24}, one_engine: true}"),
             ["b1-t1-c16", "b1-t24_24_24-c32"]

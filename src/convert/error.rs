@@ -30,16 +30,16 @@ pub enum ConvertError {
     /// The tokenizer's files cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// A folder of which no export can be taken.
+    /// A folder in which no export can be chosen.
     #[error(transparent)]
     Files(#[from] FilesError),
     /// The table of token embeddings cannot be used.
     #[error(transparent)]
     Embeddings(#[from] EmbeddingError),
-    /// There is no TensorRT library to build engines with.
+    /// There is no TensorRT library for building engines.
     #[error(transparent)]
     Library(#[from] LibraryError),
-    /// Operators that do not exist, or operands of wrong number or type.
+    /// Unknown operators, or operands of the wrong number or type.
     #[error("{}: {}", path.display(), list(faults))]
     Invalid {
         /// The export.
@@ -55,25 +55,25 @@ pub enum ConvertError {
         /// Why.
         source: PassError,
     },
-    /// The canonical graph is none that runs.
+    /// The canonical graph cannot run.
     #[error("{}: {reason}", path.display())]
     Unrunnable {
         /// The export.
         path: PathBuf,
-        /// What is wrong, at which size.
+        /// The problem, with the size.
         reason: String,
     },
-    /// A merged decoder whose two branches are not one model.
+    /// A merged decoder whose two branches are different models.
     #[error("{}: {}", path.display(), branches(switch, reason))]
     Branches {
         /// The export.
         path: PathBuf,
         /// The input that chooses the branch.
         switch: String,
-        /// Where they differ.
+        /// The difference.
         reason: String,
     },
-    /// TensorRT is known to compute something else than the graph says.
+    /// TensorRT is known to compute this graph incorrectly.
     #[error(
         "{}: {} {} rows whose rotation by position is written out in single layers: engines of such a model are wrong on a GPU", path.display(), nodes.join(", "), if nodes.len() == 1 { "normalizes" } else { "normalize" })]
     WrongEngines {
@@ -82,7 +82,7 @@ pub enum ConvertError {
         /// Norms after such a rotation.
         nodes: Vec<String>,
     },
-    /// A step of several sequences would not be computed by kernels alone.
+    /// A step of several sequences would not run only in kernels.
     #[error(
         "{}: --batch cannot be built: the layer {layer:?} ({kind}) has no kernel, so the tokens of a sequence could depend \
          on the other sequences of its step", path.display()
@@ -95,13 +95,13 @@ pub enum ConvertError {
         /// Its kind.
         kind: &'static str,
     },
-    /// The same of a model that takes embeddings.
+    /// The same for a model that takes embeddings.
     #[error("{}: --batch cannot be built for a model that takes embeddings", path.display())]
     BatchOfEmbeddings {
         /// The export.
         path: PathBuf,
     },
-    /// Weights hold numbers that no model can use.
+    /// Weights have invalid values.
     #[error("{}: {source}", path.display())]
     Numbers {
         /// The export.
@@ -109,17 +109,17 @@ pub enum ConvertError {
         /// Which.
         source: PackageError,
     },
-    /// A cache was asked for that is larger than the export's tables of positions.
+    /// A requested capacity exceeds the export's tables of positions.
     #[error("{}: capacity {capacity} is larger than the {limit} positions that the export has tables for", path.display())]
     Capacity {
         /// The export.
         path: PathBuf,
-        /// What was asked for.
+        /// The requested capacity.
         capacity: usize,
-        /// What there is.
+        /// The limit.
         limit: usize,
     },
-    /// Its weights cannot be quantized as asked for.
+    /// Its weights cannot be quantized as requested.
     #[error("{}: {source}", path.display())]
     Quantize {
         /// The export.
@@ -151,10 +151,10 @@ pub enum ConvertError {
         /// Why.
         source: tensorrt::EngineBuildError,
     },
-    /// Tuning was asked for without engines.
+    /// Tuning without engines.
     #[error("--tune needs a target with engines")]
     NothingToTune,
-    /// There is no GPU to tune on.
+    /// There is no GPU for tuning.
     #[cfg(feature = "engines")]
     #[error("--tune measures on the GPU of this machine: {0}")]
     TuneGpu(RunError),
@@ -167,7 +167,7 @@ pub enum ConvertError {
     Stopped,
 }
 
-/// What keeps a merged decoder from being converted.
+/// Why a merged decoder cannot be converted.
 pub(super) fn branches(switch: &str, reason: &str) -> String {
     format!("the branches that {switch} chooses between are not one model: for the same prompt, {reason}")
 }
@@ -238,7 +238,7 @@ impl Help for ConvertError {
             ConvertError::Lower { source, .. } => source.help(),
             ConvertError::Engine { source, .. } => source.help(),
             ConvertError::NothingToTune => Some("use it with --target tensorrt-rtx".to_string()),
-            // What the error itself advises is for running, not for tuning.
+            // The error's own advice is for running, not for tuning.
             #[cfg(feature = "engines")]
             ConvertError::TuneGpu(_) => Some(
                 "leave --tune out for the choices that were best elsewhere, or take them from a machine with such a GPU: \

@@ -1,8 +1,8 @@
 //! Whether an export can be converted, before anything is written: one answer for `convert` and `inspect`.
 //!
 //! An export can be converted if its operators are well formed, the passes make it canonical, and the result lowers to
-//! networks for one token and for several. The last rarely fails, but only lowering finds sizes of the exporter's example
-//! in a reshape.
+//! networks for one token and for several. Lowering rarely fails, but only it finds sizes of the exporter's example in
+//! a reshape.
 
 use std::path::Path;
 
@@ -15,21 +15,21 @@ use crate::passes::{self, Canonical, CanonicalizeOptions, Recognition};
 use crate::spec::Conversion;
 use crate::target::Precision;
 
-/// What is known of an export, and what keeps it from being converted.
+/// The findings about an export, and what prevents its conversion.
 pub struct Examination {
-    /// What the passes recognized, and what they did not.
+    /// What the passes recognized and did not recognize.
     pub recognition: Recognition,
-    /// `None` if the passes cannot make it.
+    /// The canonical graph; `None` if the passes fail.
     pub canonical: Option<Graph>,
-    /// Operators and operands that are wrong in themselves, whatever the model means.
+    /// Invalid operators and operands.
     pub faults: Vec<String>,
-    /// Every reason in words; none if the export can be converted.
+    /// All reasons as text; empty if the export can be converted.
     pub reasons: Vec<String>,
-    /// What to do about them.
+    /// Advice.
     pub help: Option<String>,
 }
 
-/// Looks at an export as `convert` would with `conversion`, and goes on after the first obstacle. `graph` is sorted.
+/// Examines an export as `convert` would with `conversion`, and continues after the first obstacle. `graph` is sorted.
 pub fn examine(files: &ModelFiles, graph: &Graph, conversion: &Conversion) -> Examination {
     let model = files.model.as_path();
     let mut conversion = conversion.clone();
@@ -41,7 +41,7 @@ pub fn examine(files: &ModelFiles, graph: &Graph, conversion: &Conversion) -> Ex
         Err(_) => Vec::new(),
     };
     let (recognition, canonical) = passes::recognize(graph, &options);
-    // What is wrong in itself comes first: the passes stumble over it, too.
+    // Invalid operators come first: they also cause failures in the passes.
     let mut reasons = match faults.is_empty() {
         true => recognition.obstacles.iter().map(|o| o.to_string()).collect(),
         false => faults.clone(),
@@ -96,8 +96,8 @@ pub(super) fn canonical(
     Ok(canonical)
 }
 
-/// Quantized weights with numbers that no model can use: scales that are NaN, infinite, or zero over codes that are not.
-/// Weights that are not there have none.
+/// Quantized weights with numbers that no model can use: scales that are NaN, infinite, or zero over codes that are
+/// not. Absent weights are not checked.
 fn quantized_faults(graph: &Graph) -> Vec<String> {
     let uses = graph.uses();
     let constants = graph.value_ids().filter(|id| uses.contains_key(id));
@@ -110,7 +110,7 @@ fn quantized_faults(graph: &Graph) -> Vec<String> {
     constants.filter_map(fault).collect()
 }
 
-/// Where nothing was asked for: what the configuration says of masks that the caller fills.
+/// Without flags: the configuration's windows for masks that the caller fills.
 pub(super) fn mask_windows(files: &ModelFiles, graph: &Graph, conversion: &mut Conversion) {
     if conversion.mask_windows.is_empty() {
         let options = pass_options(files, conversion, true);
@@ -119,7 +119,7 @@ pub(super) fn mask_windows(files: &ModelFiles, graph: &Graph, conversion: &mut C
 }
 
 fn pass_options(files: &ModelFiles, conversion: &Conversion, allow_overflow: bool) -> CanonicalizeOptions {
-    // Without tables nothing is too large.
+    // Without tables there is no limit.
     let capacities = capacities(&files.model, conversion, None, trained_context(&files.configs)).unwrap_or_default();
     let last = capacities.last().copied();
     let windows = conversion.mask_windows.iter();

@@ -1,9 +1,9 @@
 //! Finds the export in a folder, and its configuration files.
 //!
-//! Models are published as folders: `config.json`, `tokenizer.json` and others at the top, exports of one model in several
-//! precisions in `onnx/` (transformers.js, optimum), or one export with a `genai_config.json` that names it. [`find`] takes the
-//! path that a user gives, a file or a folder, and gives the export, the folder of its configurations, and the other exports
-//! that could be meant.
+//! Models are published as folders: `config.json`, `tokenizer.json` and others at the top, exports of one model in
+//! several precisions in `onnx/` (transformers.js, optimum), or one export with a `genai_config.json` that names it.
+//! [`find`] takes a user's path, a file or a folder, and returns the export, the folder of its configurations, and the
+//! other candidates.
 
 use std::fmt;
 use std::fs;
@@ -12,25 +12,25 @@ use std::path::{Path, PathBuf};
 use crate::help::Help;
 use crate::units;
 
-/// What a path stands for.
+/// The files for a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelFiles {
     /// The export.
     pub model: PathBuf,
-    /// Where `config.json` and `generation_config.json` are looked for.
+    /// The folder searched for `config.json` and `generation_config.json`.
     pub configs: PathBuf,
     /// `tokenizer.json`, if there is one.
     pub tokenizer: Option<PathBuf>,
-    /// Every export of the folder that can be chosen, the one that is taken included; none if the path is a file.
+    /// All exports in the folder that can be chosen, including the chosen one; empty if the path is a file.
     pub variants: Vec<Variant>,
 }
 
 /// One export of a folder.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Variant {
-    /// What chooses it: its precision (`q4f16`), or the name of its file where that says none (`model`).
+    /// Its variant: its precision (`q4f16`), or its file name if that has none (`model`).
     pub name: String,
-    /// The file, from the folder on.
+    /// The file, relative to the folder.
     pub file: PathBuf,
     /// Bytes of the file and its external data.
     pub bytes: u64,
@@ -44,7 +44,7 @@ impl fmt::Display for Variant {
     }
 }
 
-/// No export can be taken.
+/// No export can be chosen.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FilesError {
@@ -68,7 +68,7 @@ pub enum FilesError {
         /// Exports of other parts of a model.
         others: Vec<String>,
     },
-    /// Several could be meant.
+    /// Several candidates.
     #[error("{}: the folder contains several exports:\n  {}", path.display(), list(variants))]
     Several {
         /// Path of the folder.
@@ -76,23 +76,23 @@ pub enum FilesError {
         /// All of them.
         variants: Vec<Variant>,
     },
-    /// A variant that is not there.
+    /// A missing variant.
     #[error("{}: the folder contains no variant {name:?}; it contains:\n  {}", path.display(), list(variants))]
     Unknown {
         /// Path of the folder.
         path: PathBuf,
-        /// What was asked for.
+        /// The requested variant.
         name: String,
         /// All of them.
         variants: Vec<Variant>,
     },
-    /// A variant of a file.
+    /// A variant with a file instead of a folder.
     #[error("{}: a variant is chosen from a folder, and this is a file", path.display())]
     OfFile {
         /// Path of the file.
         path: PathBuf,
     },
-    /// A `genai_config.json` that names a file that is not there, or none.
+    /// A `genai_config.json` that names a missing file, or none.
     #[error("{}: {message}", path.display())]
     GenAi {
         /// Path of the file.
@@ -123,7 +123,7 @@ fn list(variants: &[Variant]) -> String {
     texts.join("\n  ")
 }
 
-/// What exporters call decoders, the ones to prefer first. `decoder_model` alone has no cache.
+/// Exporters' names of decoders, preferred ones first. `decoder_model` alone has no cache.
 const DECODERS: [&str; 4] = [
     "model",
     "decoder_model_merged",
@@ -131,7 +131,7 @@ const DECODERS: [&str; 4] = [
     "decoder_model",
 ];
 
-/// Beginnings of what they call other parts of a model.
+/// Prefixes of their names of other parts of a model.
 const PARTS: [&str; 9] = [
     "embed_tokens",
     "encoder",
@@ -144,10 +144,10 @@ const PARTS: [&str; 9] = [
     "tokenizer",
 ];
 
-/// The names that transformers.js gives to what the files call otherwise.
+/// transformers.js's names that differ from the files'.
 const ALIASES: [(&str, &str); 2] = [("q8", "quantized"), ("fp32", "")];
 
-/// Folders below the one that is given, in which exports are looked for.
+/// Depth of subfolders that are searched for exports.
 const DEPTH: usize = 3;
 
 const GENAI: &str = "genai_config.json";
@@ -155,7 +155,7 @@ const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "config.json";
 const GENERATION: &str = "generation_config.json";
 
-/// The export that a path stands for, and the files that belong to it. `variant` chooses one of a folder.
+/// The export for a path, and the files that belong to it. `variant` chooses one of a folder.
 pub fn find(path: &Path, variant: Option<&str>) -> Result<ModelFiles, FilesError> {
     if !path.is_dir() {
         return match variant {
@@ -212,9 +212,9 @@ pub fn find(path: &Path, variant: Option<&str>) -> Result<ModelFiles, FilesError
 
 struct Export {
     variant: Variant,
-    /// Place in the order of preference.
+    /// Index in the order of preference.
     rank: usize,
-    /// What follows the decoder's name in the file's: `q4f16`; empty for the plain one.
+    /// The suffix after the decoder's name: `q4f16`; empty for the plain one.
     suffix: String,
 }
 
@@ -260,7 +260,7 @@ fn exports(folder: &Path) -> Result<(Vec<Export>, Vec<String>), FilesError> {
         let mut suffix = base
             .map_or("", |base| stem[base.len()..].trim_start_matches('_'))
             .to_string();
-        // Folders of a precision each are variants by their names.
+        // Folders with one precision each are variants by name.
         let nested = !inside.as_os_str().is_empty() && inside != Path::new("onnx");
         let name = match (nested, suffix.is_empty()) {
             (true, true) => inside.display().to_string(),
@@ -281,7 +281,7 @@ fn exports(folder: &Path) -> Result<(Vec<Export>, Vec<String>), FilesError> {
             },
         });
     }
-    // Two of one name, in the folder and in `onnx/`, differ in their paths.
+    // Two with the same name, in the folder and in `onnx/`, differ in their paths.
     let names: Vec<String> = found.iter().map(|e| e.variant.name.clone()).collect();
     for export in &mut found {
         if names.iter().filter(|name| **name == export.variant.name).count() > 1 {
@@ -291,7 +291,7 @@ fn exports(folder: &Path) -> Result<(Vec<Export>, Vec<String>), FilesError> {
     Ok((found, parts))
 }
 
-/// `.onnx` files in a folder, and in folders in it, from the first folder on.
+/// `.onnx` files in a folder and its subfolders, relative to the first folder.
 fn collect(root: &Path, inside: &Path, depth: usize, files: &mut Vec<PathBuf>) -> Result<(), FilesError> {
     let folder = root.join(inside);
     let io = |source| FilesError::Io {
@@ -316,7 +316,7 @@ fn collect(root: &Path, inside: &Path, depth: usize, files: &mut Vec<PathBuf>) -
     Ok(())
 }
 
-/// The decoder's file, as ORT-GenAI's configuration names it.
+/// The decoder's file, from ORT-GenAI's configuration.
 fn decoder_of(config: &Path) -> Result<String, FilesError> {
     let refuse = |message: String| FilesError::GenAi {
         path: config.to_path_buf(),
@@ -341,7 +341,8 @@ fn decoder_of(config: &Path) -> Result<String, FilesError> {
     }
 }
 
-/// Of an export and its external data, as exporters name that: `model.onnx_data`, `model.onnx.data`, `model.onnx_data_1`.
+/// Bytes of an export and its external data, by exporters' names: `model.onnx_data`, `model.onnx.data`,
+/// `model.onnx_data_1`.
 fn bytes(model: &Path) -> Result<u64, FilesError> {
     let io = |source| FilesError::Io {
         path: model.to_path_buf(),
@@ -362,7 +363,7 @@ fn bytes(model: &Path) -> Result<u64, FilesError> {
     Ok(bytes)
 }
 
-/// Configurations and tokenizer lie beside the export, above `onnx/`, or at the top of the folder that was given.
+/// Configurations and tokenizer are beside the export, above `onnx/`, or at the top of the given folder.
 fn with_configs(model: PathBuf, given: Option<&Path>, variants: Vec<Variant>) -> ModelFiles {
     let beside = model.parent().filter(|folder| !folder.as_os_str().is_empty());
     let beside = beside.unwrap_or(Path::new(".")).to_path_buf();
@@ -394,7 +395,7 @@ fn with_configs(model: PathBuf, given: Option<&Path>, variants: Vec<Variant>) ->
     }
 }
 
-/// The export of the token embeddings that belongs to a decoder's file: of the same variant (`embed_tokens_q4f16.onnx` beside
+/// The export of the token embeddings for a decoder's file: of the same variant (`embed_tokens_q4f16.onnx` beside
 /// `decoder_model_merged_q4f16.onnx`) if there is one, or the plain one.
 pub(super) fn embed_tokens(model: &Path) -> Option<PathBuf> {
     let stem = model.file_stem()?.to_string_lossy();

@@ -13,10 +13,11 @@ use serde_json::Value;
 use crate::graph::Graph;
 use crate::passes::{self, CanonicalizeOptions, MaskWindows};
 
-/// Most masks that are tried one way and the other.
+/// Maximum number of masks whose assignments are tested.
 const MOST: usize = 3;
 
-/// Windows for the masks of an export, if it has several and the configuration in `configs` says what they are; 0 for none.
+/// Windows for the masks of an export, if it has several and the configuration in `configs` determines them; 0 for
+/// none.
 pub(super) fn of_config(
     graph: &Graph,
     configs: &Path,
@@ -24,7 +25,7 @@ pub(super) fn of_config(
 ) -> Option<BTreeMap<String, usize>> {
     let inputs = passes::unknown_masks(graph).filter(|inputs| inputs.len() <= MOST)?;
     let (window, layers) = layers(configs)?;
-    // Within what is converted a longer window is none.
+    // A window longer than the conversion's limit has no effect.
     let expected: Vec<Option<usize>> = layers.iter().map(|sliding| sliding.then_some(window)).collect();
     let seen = |windows: &[Option<usize>], limit: usize| -> Vec<Option<usize>> {
         windows.iter().map(|w| w.filter(|w| *w < limit)).collect()
@@ -48,7 +49,7 @@ pub(super) fn of_config(
     })
 }
 
-/// The window, and whether each layer has it, as Hugging Face's configurations say it: `layer_types`, or a
+/// The window, and whether each layer has it, from Hugging Face's configurations: `layer_types`, or a
 /// `sliding_window_pattern` of this many layers whose last is full.
 fn layers(configs: &Path) -> Option<(usize, Vec<bool>)> {
     let text = std::fs::read_to_string(configs.join("config.json")).ok()?;

@@ -1,9 +1,10 @@
 //! From an export to a package: all steps in order.
 //!
-//! [`convert()`] reads an export, makes it canonical, writes weights and graph, adds the tokenizer, builds the engines of the
-//! targets and puts the package in its place, completely or not at all. It takes a [`Conversion`] (a resolved
-//! [`Spec`](crate::spec::Spec)) and reports to a [`Progress`]. [`examine()`] reports beforehand whether that is possible, and why
-//! not. [`engines`] also builds engines for a refit. Flags and printing belong to the command line.
+//! [`convert()`] reads an export, makes it canonical, writes weights and graph, adds the tokenizer, builds the engines
+//! of the targets and moves the package to its final location, completely or not at all. It takes a [`Conversion`] (a
+//! resolved [`Spec`](crate::spec::Spec)) and reports to a [`Progress`]. [`examine()`] reports beforehand whether that
+//! is possible, and why not. [`engines`] also builds engines for a refit. Flags and printing belong to the command
+//! line.
 
 mod branches;
 pub mod engines;
@@ -39,7 +40,7 @@ use crate::weights::checks::Allowed;
 use crate::weights::embeddings::{self, EmbeddingError};
 use crate::weights::norm_parameter;
 
-/// Receives the progress of a conversion. Every method has a default that ignores it, as `()` does.
+/// Receives the progress of a conversion. Every method has a default that does nothing; so does `()`.
 pub trait Progress: Send + Sync {
     /// Work of unknown length began: `reading`, `rewriting`, `tuning`, `engines`.
     fn step(&self, what: &str) {
@@ -61,8 +62,8 @@ pub trait Progress: Send + Sync {
         let _ = line;
     }
 
-    /// Called before engines are built. The result is asked often, from several threads, whether to stop; it is dropped
-    /// when all engines are built.
+    /// Called before engines are built. The result is queried often, from several threads, whether to stop; it is
+    /// dropped when all engines are built.
     fn stop_signal(&self) -> Arc<dyn Fn() -> bool + Send + Sync> {
         Arc::new(|| false)
     }
@@ -80,19 +81,19 @@ pub struct ConvertOptions<'a> {
     /// The table of token embeddings, for an export that takes embeddings: `embed_tokens.onnx`, `.npy`, or a checkpoint.
     /// Looked for beside the export if not given.
     pub embeddings: Option<&'a Path>,
-    /// Which tensor of a checkpoint it is, where its names do not say it.
+    /// The table's tensor in a checkpoint, if its name is ambiguous.
     pub embeddings_tensor: Option<&'a str>,
-    /// Values that no model can use, to be accepted nevertheless.
+    /// Invalid values to accept.
     pub allowed: Allowed,
     /// Convert an export without its external data to a stripped package.
     pub without_weights: bool,
     /// Write the canonical graph here too, as ONNX with its weights beside it.
     pub emit_onnx: Option<&'a Path>,
-    /// The TensorRT library; looked for if not given.
+    /// The TensorRT library; searched if not given.
     pub tensorrt_lib: Option<&'a Path>,
-    /// Time the ways to lower each engine on the GPU of this machine and take the fastest.
+    /// Measure the lowerings of each engine on this machine's GPU and use the fastest.
     pub tune: bool,
-    /// Keep plans here, and take from here those that were built before.
+    /// Folder of the plan cache.
     pub engine_cache: Option<&'a Path>,
     /// Receives the progress.
     pub progress: Arc<dyn Progress>,
@@ -118,19 +119,19 @@ impl Default for ConvertOptions<'_> {
 
 /// Result of a conversion.
 pub struct Converted {
-    /// The export that was converted, and what else is in its folder.
+    /// The converted export, and the other files in its folder.
     pub files: ModelFiles,
     /// The manifest of the package.
     pub manifest: Manifest,
-    /// As it was carried out, with the choices of tuning.
+    /// The conversion as executed, with the choices of tuning.
     pub conversion: Conversion,
     /// Tokens of the tokenizer; `None` if there is none, and the package takes token ids only.
     pub tokenizer_ids: Option<usize>,
-    /// Properties of the model's files that the package or its engines do not have: one line each.
+    /// Properties of the model's files that the package or its engines lack: one line each.
     pub warnings: Vec<String>,
 }
 
-/// Makes the package `output` of an export: `path` is its file, or a folder as [`find_model`] reads it.
+/// Converts an export to the package `output`: `path` is its file, or a folder for [`find_model`].
 pub fn convert(
     path: &Path,
     output: &Path,
@@ -291,8 +292,8 @@ pub fn convert(
     })
 }
 
-/// Gives a model that takes embeddings the table of them: the one asked for, or `embed_tokens.onnx` beside it. A warning if
-/// there is none.
+/// Adds the embedding table to a model that takes embeddings: the requested one, or `embed_tokens.onnx` beside it.
+/// Returns a warning if there is none.
 fn embeddings(
     model: &Path,
     canonical: &mut passes::Canonical,
@@ -362,7 +363,7 @@ fn quantized(
 /// Refuses graphs that no pass can handle.
 fn check(model: &Path, graph: &Graph) -> Result<(), ConvertError> {
     let mut typed = graph.clone();
-    // The passes report what keeps the graph from being sorted or typed.
+    // The passes report why the graph cannot be sorted or typed.
     if typed.sort().is_err() || infer(&mut typed).is_err() {
         return Ok(());
     }
@@ -376,8 +377,8 @@ fn check(model: &Path, graph: &Graph) -> Result<(), ConvertError> {
     }
 }
 
-/// Operands of wrong number or type, all at once, of a graph that inference has typed. The passes report operators that are
-/// not known, and what keeps a graph from being typed.
+/// All operands of the wrong number or type in a typed graph. The passes report unknown operators, and why a graph
+/// cannot be typed.
 pub fn faults(typed: &Graph) -> Vec<String> {
     let Err(Obstacles(obstacles)) = verify(typed) else {
         return Vec::new();
@@ -423,7 +424,8 @@ fn pass(report: &passes::PassReport) -> PassRecord {
     }
 }
 
-/// The context the model was trained for, if the `config.json` in this folder says. A multimodal model's is that of its text.
+/// The context length of the model's training, from the `config.json` in this folder. For a multimodal model, that of
+/// its text.
 fn trained_context(configs: &Path) -> Option<usize> {
     let text = std::fs::read_to_string(configs.join("config.json")).ok()?;
     let config: serde_json::Value = serde_json::from_str(&text).ok()?;
@@ -434,8 +436,8 @@ fn trained_context(configs: &Path) -> Option<usize> {
     usize::try_from(context).ok().filter(|n| *n > 0)
 }
 
-/// The capacities asked for, or the defaults cut to the model's context. `limit`: the graph has tables for this many
-/// positions and no more. `trained`: what the model was trained for, which an explicit capacity may exceed.
+/// The requested capacities, or the defaults limited to the model's context. `limit`: the positions in the graph's
+/// tables. `trained`: the context length of the training, which an explicit capacity may exceed.
 fn capacities(
     model: &Path,
     conversion: &Conversion,

@@ -14,7 +14,7 @@ pub(super) fn check(library: &Library) -> Result<(), ConvertError> {
     Runtime::new(library).map(|_| ()).map_err(ConvertError::TuneGpu)
 }
 
-/// Measures, and puts the winners into the conversion and the figures into the package.
+/// Measures, and stores the winners in the conversion and the figures in the package.
 pub(super) fn tune(
     writer: &mut Writer,
     library: &Library,
@@ -24,10 +24,10 @@ pub(super) fn tune(
 ) -> Result<(), ConvertError> {
     let graph = engines::graph(&writer.package(), conversion)?;
     let mut profiles = engines::profiles(conversion, capacities);
-    // Steps of several sequences are kernels: there is nothing to choose.
+    // Steps of several sequences use only kernels: there is nothing to choose.
     profiles.retain(|profile| profile.batch == 1);
     progress.step("tuning");
-    // Attempts are few, and each takes long: every one gets a line.
+    // There are few attempts, and each takes long: every one gets a line.
     let note = |profile: &Profile, attempt: &Attempt| {
         let result = match (&attempt.ms, &attempt.error) {
             (Some(ms), _) => format!("{ms:.3} ms"),

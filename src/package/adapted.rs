@@ -21,9 +21,9 @@ pub struct Adapted {
 }
 
 impl Package {
-    /// The canonical graph with an adapter merged into the weights that it changes. Those are held in memory, in the
-    /// package's dtype; all others stay mapped from the package. Nothing is written. Refused as by a refit: an adapter
-    /// that does not fit, or that changes quantized weights.
+    /// The canonical graph with an adapter merged into the weights that it changes. Changed weights are in memory, in
+    /// the package's dtype; all others stay mapped from the package. Nothing is written. As in a refit, an adapter that
+    /// does not fit, or that changes quantized weights, is refused.
     pub fn adapted(&self, adapter: &Adapter) -> Result<Adapted, RefitError> {
         let source = self.weight_source()?;
         let found = find_weights(self, &source, Some(adapter), false)?;
@@ -51,7 +51,7 @@ impl Package {
                 Ok(Some(source)) => return Err(failed(WriteError::Numbers { name, source }).into()),
                 Err(source) => return Err(failed(WriteError::Constant { name, source }).into()),
             }
-            // Some are computed and come out as they were.
+            // Some are computed but unchanged.
             let own = graph.constant(id).and_then(|own| own.materialize().ok());
             if own.is_some_and(|own| own.data() == computed.data()) {
                 continue;

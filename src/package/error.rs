@@ -16,7 +16,7 @@ pub enum PackageError {
         /// Path of the folder.
         path: PathBuf,
     },
-    /// Written by a later Lapidary, in a format that this one does not read.
+    /// Written by a later Lapidary, in an unsupported format.
     #[error("{}: the package has format version {found}, this Lapidary reads up to {FORMAT_VERSION}", path.display())]
     Newer {
         /// Path of the package.
@@ -24,7 +24,7 @@ pub enum PackageError {
         /// Its format version.
         found: u64,
     },
-    /// A manifest, or a file that it speaks of, says what cannot be.
+    /// A manifest, or a file that it names, is invalid.
     #[error("{}: not a valid manifest: {message}", path.display())]
     Manifest {
         /// Path of the file.
@@ -32,23 +32,23 @@ pub enum PackageError {
         /// What is wrong with it.
         message: String,
     },
-    /// A file of the manifest is not there.
+    /// A file in the manifest is missing.
     #[error("{}: named in the manifest but missing from the package", path.display())]
     Missing {
         /// Path of the file.
         path: PathBuf,
     },
-    /// A file has another size than the manifest says.
+    /// A file's size differs from the manifest.
     #[error("{}: has {found} bytes, the manifest says {expected}", path.display())]
     Size {
         /// Path of the file.
         path: PathBuf,
-        /// Bytes, as the manifest says.
+        /// Bytes in the manifest.
         expected: u64,
-        /// Bytes there are.
+        /// Bytes found.
         found: u64,
     },
-    /// Contents that are not those that were written.
+    /// Contents that differ from those that were written.
     #[error("{}: the contents of {what} do not have the hash in the manifest", path.display())]
     Hash {
         /// Path of the file.
@@ -56,13 +56,13 @@ pub enum PackageError {
         /// The file, or a weight in it.
         what: String,
     },
-    /// Something is where the package is to be written.
+    /// The target exists.
     #[error("{}: exists already", path.display())]
     Exists {
         /// Path of the target.
         path: PathBuf,
     },
-    /// What is there is not a package, so it is never replaced.
+    /// The target is not a package, so it is never replaced.
     #[error("{}: exists and is not a package, so it will not be replaced", path.display())]
     NotReplaced {
         /// Path of the target.
@@ -115,7 +115,7 @@ impl PackageError {
         }
     }
 
-    /// What the system said, if it was the system.
+    /// The system's error, if there is one.
     fn kind(&self) -> Option<io::ErrorKind> {
         match self {
             PackageError::Io { source, .. }

@@ -1,4 +1,4 @@
-//! `manifest.json`: everything about a package that can be known without running it.
+//! `manifest.json`: everything that is known about a package without running it.
 //!
 //! Plain data, read and written with serde. Field names are part of the package format: an incompatible change
 //! raises [`FORMAT_VERSION`]. Unknown fields are ignored, so older readers accept newer minor additions.
@@ -22,26 +22,27 @@ use crate::weights::{StoredParts, StoredTensor, StoredWeight};
 /// Raised when a package can no longer be read by the previous version of this code.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// Everything about a package but the bytes.
+/// Everything about a package except the bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// [`FORMAT_VERSION`] of the writer. Always the first thing read.
     pub format_version: u32,
     /// Version of Lapidary that wrote the package.
     pub lapidary_version: String,
-    /// What it was made from.
+    /// The export.
     pub source: ExportFile,
     /// Sizes of the model.
     pub architecture: Architecture,
     /// Element type of weights and caches.
     pub dtype: DType,
-    /// What it was converted for.
+    /// Targets of the conversion.
     pub targets: Vec<Target>,
     /// How weights enter its engines.
     pub weight_mode: WeightMode,
-    /// Which weights its engines take later.
+    /// Which weights of its engines can be replaced.
     pub refit: Refit,
-    /// What the graph takes and gives. Packages of versions without it have the same in the names of their graph.
+    /// Inputs and outputs of the graph. In packages of versions without this field they follow from the names in the
+    /// graph.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interface: Option<Signature>,
     /// Slots a cache can have, ascending.
@@ -50,24 +51,25 @@ pub struct Manifest {
     pub prefill: Prefill,
     /// The canonical graph.
     pub graph: StoredFile,
-    /// BLAKE3 of the canonical graph's text, which has every operator, name and shape and no weight: packages with the
-    /// same hash can take each other's weights.
+    /// BLAKE3 of the canonical graph's text, with every operator, name and shape but no weights: packages with the same
+    /// hash can exchange weights.
     pub architecture_hash: String,
     /// The weights of the model.
     pub weights: WeightFile,
-    /// Tables that a pass computed, such as rotary angles. They belong to the architecture, and stay when weights go.
+    /// Tables that a pass computed, such as rotary angles. They belong to the architecture, and stay when weights are
+    /// removed.
     pub constants: Option<WeightFile>,
-    /// What checkpoints of this model hold of norms, where a configuration or a refit said so.
+    /// How checkpoints of this model store norms, if known from a configuration or a refit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub norms: Option<NormParameter>,
     /// How many positions masks that are inputs of the export let a query attend to, by their names; 0 for all. The package
     /// computes its own masks: this is for runs of the export.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub mask_windows: BTreeMap<String, usize>,
-    /// Which activations are rounded to codes, as the export does it, and which are not.
+    /// Which activations are rounded to codes, as in the export, and which are not.
     #[serde(default, skip_serializing_if = "Activations::is_empty")]
     pub activations: Activations,
-    /// What `convert --quantize` did. Weights that an export brought quantized are not in it.
+    /// What `convert --quantize` did. Weights that were already quantized in the export are not included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantization: Option<QuantizationRecord>,
     /// Empty if the package only runs on the CPU.
@@ -75,30 +77,30 @@ pub struct Manifest {
     /// What `convert --tune` measured to choose the engines' lowerings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tuning: Option<Tuning>,
-    /// `None`: the package takes and gives token ids alone.
+    /// `None`: the package handles only token ids.
     pub tokenizer: Option<TokenizerFiles>,
     /// Tokens that end a text.
     pub eos_token_ids: BTreeSet<u32>,
-    /// What each pass did, in order.
+    /// Report of each pass, in order.
     pub passes: Vec<PassRecord>,
 }
 
-/// How weights in floating point were quantized. What each became is in its entry: the parts in `quantized`, the format in
-/// `recipe`.
+/// How weights in floating point were quantized. Each weight's entry has the result: the parts in `quantized`, the
+/// format in `recipe`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QuantizationRecord {
-    /// As it was asked for, defaults filled in.
+    /// As requested, with defaults filled in.
     pub format: Quantization,
     /// Weights that were quantized.
     pub weights: usize,
     /// Matrices that stayed in floating point, by the graph's names.
     pub kept: Vec<String>,
-    /// What was measured on a text.
+    /// The calibration on a text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibration: Option<CalibrationRecord>,
 }
 
-/// A text that activations were measured on.
+/// A text on which activations were measured.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CalibrationRecord {
     /// Its file, without the folder.
@@ -120,9 +122,9 @@ pub struct ExportFile {
     pub blake3: String,
     /// Size of that file.
     pub bytes: u64,
-    /// Which exporter wrote it, as far as the graph shows.
+    /// The exporter, as far as the graph shows.
     pub exporter: String,
-    /// Name and version in the file, as it has them.
+    /// Name and version in the file.
     pub producer: String,
     /// Domain (`ai.onnx` for the default) and version.
     pub opsets: Vec<(String, i64)>,
@@ -139,20 +141,19 @@ pub struct StoredFile {
     pub blake3: String,
 }
 
-/// A safetensors file of the package, and what is in it.
+/// A safetensors file of the package, and its contents.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WeightFile {
     /// Path inside the package.
     pub file: String,
-    /// Size; of a stripped package, of the weights that were left out.
+    /// Size; for a stripped package, of the removed weights.
     pub bytes: u64,
-    /// See [`crate::weights::set_hash`]. In a stripped package, of the weights it had; empty if it
-    /// never had any.
+    /// See [`crate::weights::set_hash`]. In a stripped package, for the weights it had; empty if it never had any.
     pub set_hash: String,
-    /// The file is not there: a stripped package.
+    /// The file is absent: a stripped package.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stripped: bool,
-    /// Where the numbers came from, if not from the export.
+    /// Source of the values, if not the export.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refit: Option<RefitRecord>,
     /// Every constant of the graph that is stored in this file, in the graph's order.
@@ -162,9 +163,9 @@ pub struct WeightFile {
 /// What a package was refitted with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RefitRecord {
-    /// File or folder, without what leads to it.
+    /// Name of the file or folder, without its parent folders.
     pub source: String,
-    /// For people: `Hugging Face, Llama-like`.
+    /// Display name: `Hugging Face, Llama-like`.
     pub kind: String,
     /// The adapter's folder.
     pub lora: Option<String>,
@@ -173,18 +174,18 @@ pub struct RefitRecord {
 /// A weight, or a table that a pass computed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WeightEntry {
-    /// In the canonical graph and in every network lowered from it.
+    /// Its name in the canonical graph and in every network lowered from it.
     pub name: String,
-    /// In the export, or in what the package was refitted with; `null` if it was computed.
+    /// Its name in the export or in the source of a refit; `null` if it was computed.
     pub source_name: Option<String>,
-    /// Made of initializers of the export in this way.
+    /// Recipe over initializers of the export.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recipe: Option<Recipe>,
-    /// Made of modules of the model in this way (see [`crate::weights::modules`]).
+    /// Recipe over modules of the model (see [`crate::weights::modules`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<Recipe>,
-    /// Made of tensors of a checkpoint in this way: one that held the same numbers showed what such checkpoints call them.
-    /// Kept where modules do not say it.
+    /// Recipe over tensors of a checkpoint, learned from a checkpoint with the same values. Stored if there are no
+    /// modules.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub learned: Option<Recipe>,
     /// Element type of its values.
@@ -193,17 +194,17 @@ pub struct WeightEntry {
     pub shape: Vec<usize>,
     /// BLAKE3 of its bytes; for a quantized weight, see [`crate::weights::StoredWeight::blake3`].
     pub blake3: String,
-    /// From the beginning of the weights file; of a quantized weight, where its codes begin.
+    /// Offset in the weights file; for a quantized weight, of its codes.
     pub offset: u64,
     /// Size in bytes; for a quantized weight, of codes, scales and zero points.
     pub bytes: u64,
-    /// What a quantized weight is stored as.
+    /// The parts of a quantized weight.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantized: Option<QuantizedEntry>,
-    /// The tensor that is stored in this place, if another one has the same bytes.
+    /// The tensor stored at this location, if it is another one with the same bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub same_as: Option<String>,
-    /// Profiles of the engines that take it.
+    /// Profiles of the engines that read it.
     #[serde(default)]
     pub engines: Vec<String>,
 }
@@ -226,16 +227,16 @@ pub struct QuantizedEntry {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum ScalesEntry {
-    /// As they are.
+    /// Plain scales.
     Plain(PartEntry),
-    /// Codes with scales of their own.
+    /// Codes with their own scales.
     Quantized(Box<QuantizedEntry>),
 }
 
 /// A tensor of a weights file that is a part of a quantized weight.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PartEntry {
-    /// In the graph's file, and in the weights file unless `same_as` is there.
+    /// Its name in the graph's file, and in the weights file unless `same_as` is present.
     pub name: String,
     /// Element type.
     pub dtype: DType,
@@ -243,17 +244,17 @@ pub struct PartEntry {
     pub shape: Vec<usize>,
     /// BLAKE3 of its bytes.
     pub blake3: String,
-    /// From the beginning of the weights file.
+    /// Offset in the weights file.
     pub offset: u64,
-    /// How many, packed.
+    /// Number of bytes, packed.
     pub bytes: u64,
-    /// The tensor that is stored in this place, if another one has the same bytes.
+    /// The tensor stored at this location, if it is another one with the same bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub same_as: Option<String>,
 }
 
 impl QuantizedEntry {
-    /// Every tensor of the file that it is made of.
+    /// Every tensor of the file that belongs to it.
     pub fn parts(&self) -> Vec<&PartEntry> {
         let mut parts = vec![&self.codes];
         match &self.scales {
@@ -264,7 +265,7 @@ impl QuantizedEntry {
         parts
     }
 
-    /// What weights from elsewhere must be stored as.
+    /// The required form of weights from other sources.
     pub fn form(&self) -> Form {
         Form {
             codes: self.codes.dtype,
@@ -311,7 +312,7 @@ impl PartEntry {
     }
 }
 
-/// Where a weight was stored, as its entry says it.
+/// Where a weight was stored, from its entry.
 pub(super) struct Place {
     pub blake3: String,
     pub offset: u64,
@@ -351,15 +352,16 @@ pub struct EngineEntry {
     pub bytes: u64,
     /// BLAKE3 of the plan.
     pub blake3: String,
-    /// Where the network has layers of our own: the size of the plan of each segment between them, in the file one after the
-    /// other.
+    /// If the network has Lapidary's own layers: the sizes of the plans of the segments between them, which are
+    /// concatenated in the file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plans: Option<Vec<u64>>,
     /// What it runs on.
     pub target: Target,
     /// What it runs.
     pub profile: Profile,
-    /// What it was lowered for, if it runs other profiles as well; those have entries of their own with the same file.
+    /// The profile it was lowered for, if it runs other profiles as well; those have separate entries with the same
+    /// file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub built_as: Option<Profile>,
     /// Which of the plan's optimization profiles this is.
@@ -367,18 +369,18 @@ pub struct EngineEntry {
     pub optimization_profile: usize,
     /// How weights enter it.
     pub weight_mode: WeightMode,
-    /// Which weights it takes later.
+    /// Which of its weights can be replaced.
     pub refit: Refit,
-    /// The choices of its lowering, which say what its weights are.
+    /// The choices of its lowering, which determine its weights.
     #[serde(default)]
     pub lowering: crate::lower::LowerOptions,
-    /// The weight set that TensorRT planned it with, where it must get the same one at load
+    /// The weight set that it was built with, if it must get the same one at load
     /// ([`EngineEntry::takes_only_its_own_weights`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub built_with: Option<String>,
     /// Version of the library that built it, for example `1.6.1`.
     pub tensorrt_version: String,
-    /// Wall-clock time; 0 for a plan that an engine cache had.
+    /// Wall-clock time; 0 for a plan from an engine cache.
     pub build_ms: u64,
 }
 
@@ -407,13 +409,13 @@ impl EngineEntry {
         self.built_as.as_ref().unwrap_or(&self.profile)
     }
 
-    /// Whether it was stripped for an identical refit: TensorRT planned it with the numbers it had, and takes others at load
-    /// without a word.
+    /// Whether it was stripped for an identical refit: TensorRT optimized it for its values, but accepts others at load
+    /// without an error.
     pub fn takes_only_its_own_weights(&self) -> bool {
         self.weight_mode == WeightMode::Strip && self.refit != Refit::General
     }
 
-    /// Whether it may run with this weight set. Older packages do not record theirs.
+    /// Whether it may run with this weight set. Older packages do not record it.
     pub fn takes(&self, set_hash: &str) -> bool {
         !self.takes_only_its_own_weights() || self.built_with.as_deref().is_none_or(|own| own == set_hash)
     }
@@ -424,7 +426,7 @@ impl EngineEntry {
 pub struct TokenizerFiles {
     /// `tokenizer.json` first.
     pub files: Vec<StoredFile>,
-    /// Whether a conversation can be made a prompt.
+    /// Whether it has a chat template.
     pub chat_template: bool,
 }
 
@@ -433,11 +435,11 @@ pub struct TokenizerFiles {
 pub struct PassRecord {
     /// Name of the pass.
     pub name: String,
-    /// How often it changed something.
+    /// Number of rewrites.
     pub rewrites: usize,
-    /// Nodes of the graph it was given.
+    /// Nodes of the graph before the pass.
     pub nodes_before: usize,
-    /// Nodes of the graph it gave.
+    /// Nodes of the graph after the pass.
     pub nodes_after: usize,
 }
 
@@ -455,7 +457,7 @@ impl WeightEntry {
         }
     }
 
-    /// What [`crate::weights::set_hash`] takes of it.
+    /// Its input to [`crate::weights::set_hash`].
     pub(crate) fn line(&self) -> (&str, DType, &[usize], &str) {
         (&self.name, self.dtype, &self.shape, &self.blake3)
     }

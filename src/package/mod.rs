@@ -9,12 +9,11 @@
 //! PKG/tokenizer/            the model's own tokenizer files
 //! ```
 //!
-//! `write` makes a package in a temporary sibling that is renamed at the end, so a package is complete or absent.
-//! [`Package::open`] checks version and sizes, [`Package::check_hashes`] every byte; [`Package::graph`] maps the weights
-//! and gives the canonical graph. [`refit()`] replaces the weights of a package, [`strip`] removes them,
-//! [`Package::adapted`] merges an adapter in memory. Any ONNX runtime can
-//! run `graph.onnx` in place. Other modules own lowering, engines, sessions and the meaning of weights
-//! ([`crate::weights`]).
+//! `write` builds a package in a temporary sibling folder that is renamed at the end, so a package is complete or
+//! absent. [`Package::open`] checks version and sizes, [`Package::check_hashes`] every byte; [`Package::graph`] maps
+//! the weights and returns the canonical graph. [`refit()`] replaces the weights of a package, [`strip`] removes them,
+//! [`Package::adapted`] merges an adapter in memory. Any ONNX runtime can run `graph.onnx` in place. Other modules own
+//! lowering, engines, sessions and the meaning of weights ([`crate::weights`]).
 
 mod adapted;
 mod error;
@@ -54,7 +53,8 @@ pub(crate) const GRAPH: &str = "graph.onnx";
 pub(crate) const WEIGHTS: &str = "weights.safetensors";
 pub(crate) const CONSTANTS: &str = "constants.safetensors";
 pub(crate) const ENGINES: &str = "engines";
-/// In [`ENGINES`]: kernels that TensorRT compiled at load, kept for the next process. Not part of the package itself.
+/// Subfolder of [`ENGINES`] for kernels that TensorRT compiled at load, stored for the next process. Not part of the
+/// package itself.
 pub(crate) const KERNELS: &str = "kernels";
 pub(crate) const TOKENIZER: &str = "tokenizer";
 
@@ -62,12 +62,12 @@ pub(crate) fn manifest_path(folder: &Path) -> PathBuf {
     folder.join(MANIFEST)
 }
 
-/// A package on disk whose manifest was read and whose files exist in the right sizes.
+/// A package on disk whose manifest was read and whose files exist with the right sizes.
 #[derive(Clone, Debug)]
 pub struct Package {
     /// Its folder.
     pub folder: PathBuf,
-    /// As it was read.
+    /// The manifest as read.
     pub manifest: Manifest,
 }
 
@@ -87,7 +87,7 @@ impl Package {
             path: path.clone(),
             message,
         };
-        // The version first and alone: a newer manifest may have another structure.
+        // Only the version first: a newer manifest may have another structure.
         let value: serde_json::Value = serde_json::from_str(&text).map_err(|e| damaged(e.to_string()))?;
         let version = value["format_version"]
             .as_u64()
@@ -173,7 +173,7 @@ impl Package {
         self.with_interface(onnx::read(&path)?, &path)
     }
 
-    /// The graph with its interface, which ONNX keeps by names alone; it must be the one of the manifest.
+    /// The graph with its interface, which ONNX stores only as names; it must agree with the manifest.
     fn with_interface(&self, mut graph: Graph, path: &Path) -> Result<Graph, PackageError> {
         let fault = |message: String| PackageError::Manifest {
             path: path.to_path_buf(),
@@ -222,7 +222,7 @@ impl Package {
         self.weights_of(&self.architecture()?)
     }
 
-    /// The same where the graph of [`Package::architecture`] is at hand.
+    /// The same, if the graph of [`Package::architecture`] is available.
     pub(crate) fn weights_of(&self, graph: &Graph) -> Result<ModelWeights, PackageError> {
         let m = &self.manifest;
         let mut weights = Vec::with_capacity(m.weights.tensors.len());
@@ -255,12 +255,12 @@ impl Package {
         Ok(WeightSource::package(&self.folder, weights, graph, architecture))
     }
 
-    /// The weights that a refit must find, and what decides which tensors they are.
+    /// The weights that a refit must find, and the properties that determine their tensors.
     pub fn required(&self) -> Result<Required<'_>, PackageError> {
         Ok(self.required_for(&self.architecture()?))
     }
 
-    /// The same where the graph of [`Package::architecture`] is at hand.
+    /// The same, if the graph of [`Package::architecture`] is available.
     fn required_for(&self, graph: &Graph) -> Required<'_> {
         let m = &self.manifest;
         let weights = m.weights.tensors.iter().map(|w| RequiredWeight {
@@ -283,10 +283,10 @@ impl Package {
         }
     }
 
-    /// How weights from elsewhere are read for this package.
+    /// How weights from other sources are read for this package.
     pub fn source_context(&self) -> SourceContext {
         let m = &self.manifest;
-        // Tables of positions are cut to what the package was converted for.
+        // Tables of positions are cut to the package's capacity.
         let positions = m.architecture.max_positions.or(m.capacities.last().copied());
         let windows = m.mask_windows.iter();
         let windows = windows.map(|(name, window)| (name.clone(), Some(*window).filter(|w| *w > 0)));
@@ -310,7 +310,7 @@ impl Package {
             })
     }
 
-    /// Whether its model takes embeddings and not token ids.
+    /// Whether its model takes embeddings instead of token ids.
     pub fn takes_embeddings(&self) -> bool {
         let interface = self.manifest.interface.as_ref();
         interface.is_some_and(|interface| interface.inputs.contains(&Role::Embeddings))

@@ -1,10 +1,10 @@
-//! Plans kept from earlier conversions: an engine with the same input for TensorRT is not built twice.
+//! A cache of plans from earlier conversions: an engine with the same input for TensorRT is not built twice.
 //!
 //! The key is a hash over the network (every layer, shape, name and small constant), how its weights enter, the refit
-//! mode, the code that builds the plan, the library's version, and with full TensorRT the GPU. Where the plan depends
-//! on the weights' values, because it holds them or may be refitted with nothing else, their hash is part of the key too:
-//! so an identical refit never gets a plan of other weights, and a general or bound plan is reused for every
-//! fine-tuned model.
+//! mode, the code that builds the plan, the library's version, and with full TensorRT the GPU. If the plan depends on
+//! the weights' values, because it contains them or accepts no others in a refit, their hash is part of the key too. So
+//! an identical refit never gets a plan for other weights, and a general or bound plan is reused for every fine-tuned
+//! model.
 
 use std::fs;
 use std::io::{self, Write};
@@ -28,8 +28,8 @@ impl PlanCache {
         }
     }
 
-    /// `fits`: what the plan would fit, as [`Library::fits`](crate::backend::tensorrt::Library::fits) says. `weights`: a hash
-    /// of all weights and tables of the package.
+    /// `fits`: see [`Library::fits`](crate::backend::tensorrt::Library::fits). `weights`: a hash of all weights and
+    /// tables of the package.
     pub fn key(network: &Network, options: &BuildOptions, fits: &str, weights: &str) -> String {
         let mut hasher = blake3::Hasher::new();
         let mut part = |bytes: &[u8]| {
@@ -38,7 +38,7 @@ impl PlanCache {
         };
         part(EMITTER.as_bytes());
         part(network.to_string().as_bytes());
-        // The text leaves long constants out.
+        // The text omits long constants.
         for layer in &network.layers {
             if let LayerKind::Constant(tensor) = &layer.kind {
                 part(tensor.data());
@@ -65,14 +65,14 @@ impl PlanCache {
         self.folder.join(format!("{key}.plan"))
     }
 
-    /// A plan that was kept, whole: a damaged one is as none.
+    /// A cached plan; a damaged one counts as missing.
     pub fn get(&self, key: &str) -> Option<Vec<u8>> {
         let bytes = fs::read(self.path(key)).ok()?;
         let (hash, plan) = bytes.split_at_checked(blake3::OUT_LEN)?;
         (blake3::hash(plan).as_bytes() == hash).then(|| plan.to_vec())
     }
 
-    /// Keeps a plan. Others may write the same one meanwhile: each writes its own file and renames it.
+    /// Stores a plan. Others may write the same one at the same time: each writes its own file and renames it.
     pub fn put(&self, key: &str, plan: &[u8]) -> io::Result<()> {
         fs::create_dir_all(&self.folder)?;
         let temporary = temporary_name(key);
@@ -143,7 +143,7 @@ mod tests {
         bytes.pop();
         fs::write(&path, &bytes).unwrap();
         assert_eq!(cache.get("k"), None);
-        // What a killed process left half written goes when the same plan is kept: no process has this id.
+        // An unfinished file of a killed process is removed when the same plan is stored: no process has this id.
         fs::write(folder.path().join("plans/.k.lapidary-4194305"), "half").unwrap();
         cache.put("k", b"a plan").unwrap();
         assert_eq!(fs::read_dir(folder.path().join("plans")).unwrap().count(), 1);

@@ -1,5 +1,5 @@
-//! Replaces the weights of a package: all weights are found first, then a new package is written beside the old one and replaces
-//! it in one step. If the process is killed at any moment, the old package or the new one exists.
+//! Replaces the weights of a package: all weights are found first, then a new package is written beside the old one and
+//! replaces it atomically. If the process is killed, either the old package or the new one exists.
 
 use std::collections::HashMap;
 
@@ -18,21 +18,21 @@ use crate::weights::matching::{Found, Matched, Mismatch, matched};
 use crate::weights::source::WeightSource;
 use crate::weights::{WriteError, content_hash, set_hash};
 
-/// The new weights of a package, and what to allow.
+/// The new weights of a package, and options.
 pub struct RefitRequest<'a> {
     /// Where the weights come from.
     pub source: &'a WeightSource,
-    /// With the name of its folder.
+    /// The adapter, with the name of its folder.
     pub adapter: Option<(&'a str, &'a Adapter)>,
-    /// Refuse a weight set other than the package's. `None`: as the conversion chose.
+    /// Refuse a weight set other than the package's. `None`: the conversion's choice.
     pub identical: Option<bool>,
-    /// Values that are allowed although no model can use them.
+    /// Invalid values that are allowed.
     pub allowed: Allowed,
     /// Accept tensors of the source that no weight uses.
     pub extra_allowed: bool,
 }
 
-/// Weights that a package cannot take.
+/// Weights that do not fit a package.
 #[derive(Debug, thiserror::Error)]
 pub enum RefitError {
     /// The package cannot be read, or the new one written.
@@ -58,7 +58,7 @@ pub enum RefitError {
     Calibrated {
         /// Path of the package.
         path: String,
-        /// File that was calibrated with.
+        /// File used for calibration.
         text: String,
         /// Path of the weights.
         source_path: String,
@@ -71,7 +71,7 @@ pub enum RefitError {
         /// Path of the package.
         path: String,
     },
-    /// Of an identical refit.
+    /// Weights differ in an identical refit.
     #[error(
         "{source_path}: another weight set than this package had: {} of {of} weights differ, the first is {:?}{}",
         different.len(), different[0].name, transposed_note(different)
@@ -79,7 +79,7 @@ pub enum RefitError {
     NotIdentical {
         /// Path of the weights.
         source_path: String,
-        /// Weights with other values than the package had; at least one.
+        /// Weights with other values than the package's; at least one.
         different: Vec<DifferingWeight>,
         /// Number of weights.
         of: usize,
@@ -109,8 +109,8 @@ impl Help for RefitError {
 
 /// Finds every weight of a package in a source whose `config.json`, if it has one, describes no other model.
 ///
-/// A property that only follows from the `model_type` is no contradiction if all values equal the package's:
-/// then the package was made from this checkpoint.
+/// A property that only follows from the `model_type` is not a contradiction if all values equal the package's: then
+/// the package was made from this checkpoint.
 pub fn find_weights(
     package: &Package,
     source: &WeightSource,
@@ -150,16 +150,16 @@ pub fn find_weights(
     Err(error.into())
 }
 
-/// A weight whose bytes would not be those the package had.
+/// A weight whose bytes would differ from the package's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DifferingWeight {
     /// In the package.
     pub name: String,
-    /// Its transpose has them: the source is transposed once too often, or once too rarely.
+    /// Its transpose is equal: the source has one transpose too many or too few.
     pub transposed: bool,
 }
 
-/// The weights that would not be what the package had.
+/// The weights that would differ from the package's.
 pub fn differing_weights(weights: &WeightFile, matched: &[Matched]) -> Result<Vec<DifferingWeight>, PackageError> {
     let mut different = Vec::new();
     for (weight, matched) in weights.tensors.iter().zip(matched) {
@@ -172,7 +172,7 @@ pub fn differing_weights(weights: &WeightFile, matched: &[Matched]) -> Result<Ve
         if hash(&matched.constant)? == weight.blake3 {
             continue;
         }
-        // Shapes tell the others.
+        // For others, shapes differ.
         let square = matches!(weight.shape[..], [rows, columns] if rows == columns);
         different.push(DifferingWeight {
             name: weight.name.clone(),
@@ -199,8 +199,8 @@ pub(crate) fn transposed_note(different: &[DifferingWeight]) -> String {
     }
 }
 
-/// Finds, checks and writes the new weights, and carries everything else over. The writer's package has the engines that
-/// hold no weights; those that do are gone, and to be built again before it is finished.
+/// Finds, checks and writes the new weights, and copies everything else. The writer's package has the engines without
+/// weights; engines with weights are missing, and must be built again before it is finished.
 pub fn refit(
     package: &Package,
     refit: &RefitRequest<'_>,
@@ -276,7 +276,7 @@ pub fn refit(
     new.graph = stored.graph;
     new.constants = stored.constants;
     new.weights = stored.weights;
-    // Which engines take a weight or a table does not change.
+    // The engines that read a weight or a table do not change.
     let files = std::iter::once(&manifest.weights).chain(&manifest.constants);
     let engines: HashMap<&str, &Vec<String>> = files
         .flat_map(|w| &w.tensors)

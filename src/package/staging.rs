@@ -30,7 +30,7 @@ pub struct Staging {
 }
 
 impl Staging {
-    /// Refuses an existing target unless `force` is given and it is a package or an empty folder.
+    /// Refuses an existing target unless it is an empty folder, or `force` is given and it is a package.
     pub fn new(target: &Path, force: bool) -> Result<Self, PackageError> {
         let target = destination(target, force)?;
         let name = target
@@ -50,17 +50,17 @@ impl Staging {
         })
     }
 
-    /// Where to write.
+    /// The folder to write to.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Puts the folder in the target's place. An existing target is swapped out in one step, then removed.
+    /// Moves the folder to the target. An existing target is swapped atomically, then removed.
     pub fn commit(mut self, force: bool) -> Result<(), PackageError> {
-        // Somebody may have made the target in the meantime.
+        // Another process may have created the target.
         check_target(&self.target, force)?;
         sync(&self.folder)?;
-        // While this is held nothing is removed: what gets the target's name is whole.
+        // While this is held nothing is removed: the folder that gets the target's name is complete.
         let mut open = OPEN.lock().expect("no panic while held");
         let replaces = self.target.exists();
         if replaces {
@@ -79,8 +79,8 @@ impl Staging {
     }
 }
 
-/// Puts the engines and tokenizer files that `manifest` names into the staged package: as links where the file system
-/// has them, since packages are never changed in place.
+/// Puts the engines and tokenizer files that `manifest` names into the staged package: as hard links if the file system
+/// supports them, since packages are never changed in place.
 pub fn carry_over(from: &Package, to: &Staging, manifest: &Manifest) -> Result<(), PackageError> {
     // Several engines may be profiles of one file.
     let engines: BTreeSet<&String> = manifest.engines.iter().map(|engine| &engine.file).collect();
@@ -95,15 +95,15 @@ pub fn carry_over(from: &Package, to: &Staging, manifest: &Manifest) -> Result<(
     Ok(())
 }
 
-/// A hard link, where the file system has them. A symbolic link would mean something else in another folder, so what it leads
-/// to is linked.
+/// A hard link, if the file system supports them. A symbolic link could have another meaning in another folder, so its
+/// target is linked.
 fn link(source: &Path, target: &Path) -> io::Result<()> {
     let source = fs::canonicalize(source)?;
     fs::hard_link(&source, target).or_else(|_| fs::copy(source, target).map(|_| ()))
 }
 
-/// The kernels that were kept for a package's engines too: they are found by the plan's bytes, which may be the same. Without
-/// them the next load only takes longer.
+/// Also links the cached kernels of a package's engines: they are found by the plan's bytes, which may be the same.
+/// Without them the next load only takes longer.
 pub fn carry_kernels(from: &Package, to: &Staging) {
     let kept = Path::new(ENGINES).join(KERNELS);
     let (from, to) = (from.folder.join(&kept), to.folder().join(&kept));
@@ -127,9 +127,9 @@ impl Drop for Staging {
     }
 }
 
-/// Removes every package that this process has not finished writing; gives whether there was one, removed now or before.
-/// For a signal handler's thread, right before the process ends: from here on every other thread that begins, finishes or
-/// drops the writing of a package waits for that end.
+/// Removes every package that this process has not finished writing; returns whether there was one, removed now or
+/// before. For a signal handler's thread, right before the process ends: afterwards every other thread that begins,
+/// finishes or drops the writing of a package blocks until then.
 pub fn remove_unfinished() -> bool {
     let open = OPEN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     for folder in open.iter() {
@@ -148,11 +148,11 @@ pub fn check_target(target: &Path, force: bool) -> Result<(), PackageError> {
     destination(target, force).map(drop)
 }
 
-/// Where a package for `target` is to be put: where its link leads, if it is one.
+/// The actual location of a package for `target`: the destination if it is a symbolic link.
 fn destination(target: &Path, force: bool) -> Result<PathBuf, PackageError> {
     // A slash at the end would hide that it is a link.
     let target: PathBuf = target.components().collect();
-    // A dangling link counts as something that is there.
+    // A dangling link counts as existing.
     if fs::symlink_metadata(&target).is_err() {
         return Ok(target);
     }
@@ -173,9 +173,9 @@ fn destination(target: &Path, force: bool) -> Result<PathBuf, PackageError> {
     }
 }
 
-/// The end of a chain of symbolic links, there or not; the path itself if it is none.
+/// The end of a chain of symbolic links, existing or not; the path itself if it is not a link.
 fn followed(path: &Path) -> Result<PathBuf, PackageError> {
-    // As many as Linux follows.
+    // The same limit as Linux.
     const LINKS: usize = 40;
     let mut at = path.to_path_buf();
     for _ in 0..LINKS {
@@ -196,8 +196,8 @@ fn parent(target: &Path) -> &Path {
 }
 
 /// Waits until a folder's files and entries are on the disk. Without this a rename may reach the disk before the bytes
-/// it publishes. The price is to write out now what would have stayed in the page cache for a while: 0.14 s for 270 MB
-/// on a virtual disk that caches, where it was measured; on a plain disk, as long as the disk takes for the weights.
+/// it publishes. The cost is writing out data that would otherwise stay in the page cache for a while: measured 0.14 s
+/// for 270 MB on a caching virtual disk; on a plain disk, as long as the disk needs for the weights.
 fn sync(folder: &Path) -> Result<(), PackageError> {
     for entry in fs::read_dir(folder).map_err(PackageError::io(folder))? {
         let path = entry.map_err(PackageError::io(folder))?.path();
@@ -211,13 +211,13 @@ fn sync(folder: &Path) -> Result<(), PackageError> {
     sync_entries(folder)
 }
 
-/// Syncs the names in a folder, not what they name. Elsewhere than on Unix a folder cannot be opened as a file.
+/// Syncs the names in a folder, not what they name. Outside Unix a folder cannot be opened as a file.
 fn sync_entries(folder: &Path) -> Result<(), PackageError> {
     if !cfg!(unix) {
         return Ok(());
     }
     match fs::File::open(folder).and_then(|folder| folder.sync_all()) {
-        // Some network file systems do not sync folders, and say so.
+        // Some network file systems do not sync folders and return an error.
         Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => Ok(()),
         result => result.map_err(PackageError::io(folder)),
     }
@@ -244,7 +244,7 @@ fn exchange(folder: &Path, target: &Path) -> Result<(), PackageError> {
     result.map_err(failed)
 }
 
-/// A hidden name for what will be called `name`, of this process alone.
+/// A hidden temporary name for `name`, unique to this process.
 pub(super) fn temporary_name(name: &str) -> String {
     format!(".{name}.lapidary-{}", std::process::id())
 }
@@ -295,7 +295,7 @@ mod tests {
         let package = tempfile::tempdir().unwrap();
         fs::write(manifest_path(package.path()), "{}").unwrap();
         fs::create_dir(package.path().join(ENGINES)).unwrap();
-        // From inside of the package `..` or `.` is the package.
+        // From inside the package, `..` or `.` is the package.
         let refused = Staging::new(&package.path().join(ENGINES).join(".."), true).err();
         assert!(
             matches!(refused, Some(PackageError::NoName { .. })),

@@ -7,9 +7,9 @@ use super::staging::{Staging, carry_over};
 use super::{Package, PackageError, Writer};
 use crate::network::WeightMode;
 
-/// Makes a copy of a package that has everything but weights: no weights file, no engines that hold weights. The manifest
-/// still says what the weights were, so that only the right ones, or right kinds, are taken back. Gives the manifest of
-/// the copy.
+/// Makes a copy of a package without weights: no weights file, no engines that contain weights. The manifest still
+/// records the weights, so that only the same ones, or the same kind, are accepted later. Returns the manifest of the
+/// copy.
 pub fn strip(package: &Package, target: &Path, force: bool) -> Result<Manifest, PackageError> {
     let mut manifest = package.manifest.clone();
     manifest.weights.stripped = true;

@@ -23,26 +23,26 @@ use crate::weights::norm_parameter::NormParameter;
 use crate::weights::recipe::Recipe;
 use crate::{lower, onnx, weights};
 
-/// What the manifest says besides the files.
+/// The manifest's contents besides the files.
 #[derive(Clone, Debug)]
 pub struct ManifestHeader {
-    /// What it is made from.
+    /// The export.
     pub source: ExportFile,
     /// Sizes of the model.
     pub architecture: Architecture,
     /// Element type of weights and caches.
     pub dtype: DType,
-    /// What it is converted for.
+    /// Targets of the conversion.
     pub targets: Vec<Target>,
     /// How weights enter engines.
     pub weight_mode: WeightMode,
-    /// Which weights engines take later.
+    /// Which weights of engines can be replaced.
     pub refit: Refit,
     /// Slots a cache can have, ascending.
     pub capacities: Vec<usize>,
     /// How prompts are cut for engines.
     pub prefill: Prefill,
-    /// What each pass did, in order.
+    /// Report of each pass, in order.
     pub passes: Vec<PassRecord>,
     /// Which activations are rounded to codes.
     pub activations: Activations,
@@ -56,8 +56,8 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Writes weights and graph; numbers that no model can use are refused unless `allowed`. `progress` gets the bytes of
-    /// weights done so far and in all.
+    /// Writes weights and graph; invalid values are refused unless `allowed`. `progress` gets the bytes of weights
+    /// written so far and in total.
     pub fn new(
         target: &Path,
         force: bool,
@@ -113,7 +113,7 @@ impl Writer {
         })
     }
 
-    /// Goes on with a package that is staged but for the manifest.
+    /// Continues with a package that is staged except for the manifest.
     pub(super) fn resume(staging: Staging, force: bool, manifest: Manifest) -> Self {
         Writer {
             staging,
@@ -122,7 +122,7 @@ impl Writer {
         }
     }
 
-    /// The package so far, for example to lower its graph with the weights mapped from where they will stay.
+    /// The package so far, for example to lower its graph with the weights mapped from their final file.
     pub fn package(&self) -> Package {
         Package {
             folder: self.staging.folder().to_path_buf(),
@@ -136,7 +136,7 @@ impl Writer {
         fs::create_dir(&folder).map_err(PackageError::io(&folder))?;
         let mut files = Vec::new();
         for (i, from) in tokenizer.files.iter().enumerate() {
-            // The first may have another name where it was given as a file; the folder follows the usual names.
+            // The first may have another name if it was given as a file; in the package it gets the usual name.
             let name = match i {
                 0 => Path::new(text::FILES[0]),
                 _ => Path::new(from.file_name().expect("opened as a file")),
@@ -156,17 +156,17 @@ impl Writer {
         Ok(())
     }
 
-    /// Tokens that end a text, where there is no tokenizer that says so.
+    /// Tokens that end a text, if no tokenizer defines them.
     pub fn eos_token_ids(&mut self, ids: BTreeSet<u32>) {
         self.manifest.eos_token_ids = ids;
     }
 
-    /// What the export's masks that the caller fills hide.
+    /// The windows of the export's masks that the caller fills.
     pub fn mask_windows(&mut self, windows: BTreeMap<String, usize>) {
         self.manifest.mask_windows = windows;
     }
 
-    /// What checkpoints of this model hold of norms, where that is known.
+    /// How checkpoints of this model store norms, if known.
     pub fn norms(&mut self, norms: Option<NormParameter>) {
         self.manifest.norms = norms;
     }
@@ -176,13 +176,13 @@ impl Writer {
         self.manifest.quantization = Some(quantization);
     }
 
-    /// What the choices of the engines' lowerings rest on.
+    /// The measurements behind the choices of the engines' lowerings.
     pub fn tuning(&mut self, tuning: crate::tune::Tuning) {
         self.manifest.tuning = Some(tuning);
     }
 
-    /// Adds a plan, or another profile of the same. `engine.file`, `bytes` and `blake3` are filled in here; `weights` are
-    /// the names it takes.
+    /// Adds a plan, or another profile of the same. `engine.file`, `bytes` and `blake3` are filled in here; `weights`
+    /// are the names of its weights.
     pub fn engine(
         &mut self,
         mut engine: EngineEntry,
@@ -207,7 +207,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes the manifest and puts the package in its place.
+    /// Writes the manifest and moves the package to its final location.
     pub fn finish(self) -> Result<Manifest, PackageError> {
         let path = self.staging.folder().join(MANIFEST);
         let mut text = serde_json::to_string_pretty(&self.manifest).expect("plain data serializes");
@@ -227,7 +227,7 @@ pub(super) fn stored(folder: &Path, file: &str) -> Result<StoredFile, PackageErr
     })
 }
 
-/// Where a weight comes from.
+/// The source of a weight.
 pub(super) struct Provenance {
     pub source_name: Option<String>,
     /// `None`: a pass computed it, so it is not a weight of the model.
@@ -236,15 +236,15 @@ pub(super) struct Provenance {
     pub learned: Option<Recipe>,
 }
 
-/// The files of a graph and what is in them.
+/// The files of a graph and their contents.
 pub(super) struct StoredGraph {
     pub graph: StoredFile,
     pub weights: manifest::WeightFile,
     pub constants: Option<manifest::WeightFile>,
 }
 
-/// Writes the weights of a graph, the tables that passes computed, and the graph that points to both. `inspect` sees every
-/// weight before it is written.
+/// Writes the weights of a graph, the tables that passes computed, and the graph that refers to both. `inspect` is
+/// called with every weight before it is written.
 pub(super) fn write_graph(
     staging: &Staging,
     graph: &Graph,
@@ -306,7 +306,7 @@ fn write_weights(
     let total: u64 = tensors.iter().map(|(_, c)| c.stored_byte_len() as u64).sum();
     let metadata = BTreeMap::from([("format".to_string(), "lapidary".to_string())]);
     let path = folder.join(file);
-    // A model whose weights were left out gives a stripped package, for a refit to fill.
+    // A model without its weights gives a stripped package for a later refit.
     let stripped = tensors.iter().any(|(_, constant)| !constant.is_present());
     let stored = match stripped {
         true => weights::placements(&tensors),

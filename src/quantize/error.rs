@@ -6,11 +6,11 @@ use crate::graph::ConstantError;
 use crate::help::Help;
 use crate::tensor::quantized::QuantizedError;
 
-/// Weights that cannot be quantized as asked for.
+/// Weights that cannot be quantized as requested.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum QuantizeError {
-    /// The export has quantized weights already.
+    /// The export already has quantized weights.
     #[error("its weights are quantized already: {weight:?} is {form}")]
     Quantized {
         /// One of them, in the export.
@@ -18,33 +18,33 @@ pub enum QuantizeError {
         /// How.
         form: String,
     },
-    /// Nothing is left to be quantized.
+    /// There is nothing to quantize.
     #[error("no weight is left to be quantized{}", kept_note(kept))]
     Nothing {
-        /// Weights that were to stay in floating point.
+        /// Weights that stay in floating point.
         kept: Vec<String>,
     },
     /// A name that is not a weight's.
     #[error("keep={pattern}: no weight matches")]
     NoSuchWeight {
-        /// As it was given.
+        /// The given pattern.
         pattern: String,
-        /// What weights are called.
+        /// Names of weights.
         known: Vec<String>,
     },
-    /// A text that cannot be calibrated on.
+    /// An unusable calibration text.
     #[error(transparent)]
     Text(#[from] TextError),
-    /// A text was given, and nothing that makes tokens of it.
+    /// A text without a tokenizer.
     #[error("calibrating on a text needs the model's tokenizer, and there is none in the export's folder")]
     NoTokenizer,
-    /// The model cannot be run over the text.
+    /// The model cannot be run on the text.
     #[error("the activations cannot be measured: {reason}")]
     Measure {
         /// What went wrong.
         reason: String,
     },
-    /// A weight whose numbers cannot be had.
+    /// A weight whose values are unavailable.
     #[error("{weight:?}: {source}")]
     Constant {
         /// In the graph.
@@ -72,7 +72,7 @@ fn kept_note(kept: &[String]) -> String {
     }
 }
 
-/// A text that cannot be calibrated on.
+/// An unusable calibration text.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {message}", path.display())]
 pub struct TextError {

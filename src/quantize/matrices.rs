@@ -8,29 +8,29 @@ use crate::interface::Role;
 use crate::target::Quantization;
 use crate::weights::modules;
 
-/// A constant matrix `[out, in]` of linear layers, or a table that rows are looked up in.
+/// A constant matrix `[out, in]` of linear layers, or a lookup table.
 #[derive(Clone, Debug)]
 pub struct Matrix {
     /// The constant.
     pub value: ValueId,
     /// In the graph.
     pub name: String,
-    /// In the export, if it has a name there.
+    /// Its name in the export, if it has one.
     pub origin: Option<String>,
-    /// The modules that it is, in the words of [`crate::weights::modules`]; several if it is fused.
+    /// Its modules ([`crate::weights::modules`]); several if it is fused.
     pub modules: Vec<String>,
     /// Products with its transpose.
     pub products: Vec<NodeId>,
     /// Rows of it are looked up by token ids.
     pub is_embedding: bool,
-    /// It makes the logits.
+    /// It computes the logits.
     pub is_head: bool,
-    /// It is read in a way that leaves it no choice: rows by other numbers than token ids, or arithmetic.
+    /// It has a reader that requires floating point: a lookup by other numbers than token ids, or arithmetic.
     pub is_fixed: bool,
 }
 
 impl Matrix {
-    /// Every name it has, the best known first.
+    /// All its names, best known first.
     pub fn names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.modules.clone();
         names.extend(self.origin.clone());
@@ -38,8 +38,8 @@ impl Matrix {
         names
     }
 
-    /// Whether a word of [`Quantization::keep`] means it: `lm_head`, `embeddings`, a name, the beginning of one up to a
-    /// dot, or a pattern in which `*` stands for anything.
+    /// Whether a word of [`Quantization::keep`] matches it: `lm_head`, `embeddings`, a name, a prefix up to a dot, or a
+    /// pattern with `*` for any text.
     pub fn is_called(&self, word: &str) -> bool {
         let named = |name: &String| match word.contains('*') {
             true => matches_pattern(name, word),
@@ -53,7 +53,7 @@ impl Matrix {
     }
 }
 
-/// All matrices in floating point that are read by linear layers or looked up, in the graph's order.
+/// All floating-point matrices that linear layers read or that are lookup tables, in the graph's order.
 pub fn matrices(graph: &Graph) -> Vec<Matrix> {
     let modules = modules::modules(graph);
     let head = head(graph);
@@ -88,7 +88,7 @@ pub fn matrices(graph: &Graph) -> Vec<Matrix> {
         let node = graph.node(id);
         for (i, input) in node.inputs.iter().enumerate() {
             let Some(input) = *input else { continue };
-            // A weight after its transpose is met where the transpose is read.
+            // A transposed weight is found at the reader of the transpose.
             if let (Op::Transpose { .. }, Some(output)) = (&node.op, node.output(0))
                 && let Some(readers) = uses.get(&output)
                 && is_turn(&node.op)
@@ -106,9 +106,9 @@ pub fn matrices(graph: &Graph) -> Vec<Matrix> {
                 continue;
             };
             match node.op {
-                // Matrices of all experts, one below the other.
+                // Concatenated matrices of all experts.
                 Op::Experts(_) if (3..=5).contains(&i) => found[index].products.push(id),
-                // Ids may be cast or reshaped before they are looked up: the module says what they are.
+                // Ids may be cast or reshaped before the lookup: the module identifies the table.
                 Op::Gather { axis: 0 }
                     if i == 0 && (node.input(1) == ids || found[index].modules == ["embedding.weight"]) =>
                 {
@@ -118,7 +118,7 @@ pub fn matrices(graph: &Graph) -> Vec<Matrix> {
             }
         }
     }
-    // Tables of positions, masks and other constants of two axes are no matrices of this kind.
+    // Tables of positions, masks and other two-dimensional constants are not such matrices.
     found.retain(|matrix| !matrix.products.is_empty() || matrix.is_embedding);
     found
 }
@@ -136,7 +136,7 @@ fn is_turn(op: &Op) -> bool {
     matches!(op, Op::Transpose { perm } if perm.as_deref().is_none_or(|perm| perm == [1, 0]))
 }
 
-/// The weight of the product that gives the logits, after caps, casts and the choice of rows.
+/// The weight of the product that computes the logits, before caps, casts and the choice of rows.
 fn head(graph: &Graph) -> Option<ValueId> {
     let mut at = match &graph.interface {
         Some(interface) => interface.logits(),
@@ -156,7 +156,7 @@ fn head(graph: &Graph) -> Option<ValueId> {
     }
 }
 
-/// Whether a name has the form of a pattern, `*` being any text.
+/// Whether a name matches a pattern, where `*` is any text.
 fn matches_pattern(name: &str, pattern: &str) -> bool {
     let mut parts = pattern.split('*');
     let Some(mut rest) = name.strip_prefix(parts.next().unwrap_or_default()) else {
@@ -199,7 +199,7 @@ mod tests {
                 "{pattern}"
             );
         }
-        // The end is looked for after what was matched.
+        // The end is searched after the matched part.
         assert!(!matches_pattern("ab", "ab*b"));
         assert!(matches_pattern("abb", "ab*b"));
     }

@@ -1,10 +1,10 @@
 //! Quantizes floating-point weights: `convert --quantize`.
 //!
-//! [`quantize()`] takes a canonical graph and a [`Quantization`], and replaces the constants of linear layers, and of the table
-//! of tokens if requested, by quantized ones. Nothing is computed: codes and scales are made when the package is
-//! written, one weight at a time ([`Constant::quantized_as`](crate::graph::Constant::quantized_as)), and the recipe of each
-//! records how, so that a refit from a floating-point checkpoint repeats it. This module decides what stays in floating point
-//! ([`matrices`]); [`crate::tensor::quantize`] rounds values.
+//! [`quantize()`] takes a canonical graph and a [`Quantization`], and replaces the constants of linear layers, and the
+//! token embedding if requested, by quantized ones. Nothing is computed here: codes and scales are computed when the
+//! package is written, one weight at a time ([`Constant::quantized_as`](crate::graph::Constant::quantized_as)), and the
+//! recipe of each records how, so that a refit from a floating-point checkpoint repeats it. This module decides what
+//! stays in floating point ([`matrices`]); [`crate::tensor::quantize`] rounds values.
 //!
 //! With a [`Text`], the model reads it first ([`statistics`]), channels are scaled where only rounding is affected
 //! ([`sites`], [`scaling`]), and the errors of columns are weighted by their inputs. Such weights belong together:
@@ -28,13 +28,13 @@ use crate::package::manifest::{CalibrationRecord, QuantizationRecord};
 use crate::target::Quantization;
 use crate::tensor::Tensor;
 
-/// A text to calibrate on, and what the model allows.
+/// A calibration text, and the model's limits.
 pub struct Calibration<'a> {
-    /// What the model reads.
+    /// The text.
     pub text: &'a Text,
-    /// Positions that it has, if there is a limit.
+    /// Maximum positions, if limited.
     pub longest: Option<usize>,
-    /// Hears the share that is done, 0 to 1.
+    /// Receives progress, 0 to 1.
     pub progress: &'a dyn Fn(f32),
 }
 
@@ -70,10 +70,10 @@ pub fn quantize(
     Ok(record)
 }
 
-/// What a calibration found.
+/// The result of a calibration.
 #[derive(Default)]
 struct Calibrated {
-    /// How much the error of each column of a matrix counts.
+    /// The weight of each column's error of a matrix.
     importance: HashMap<ValueId, Constant>,
     /// Sites whose channels were scaled.
     scaled: usize,
@@ -86,7 +86,7 @@ fn calibrate(
     chosen: &Chosen,
     calibration: &Calibration<'_>,
 ) -> Result<Calibrated, QuantizeError> {
-    /// Of the time, about.
+    /// Approximate share of the time.
     const MEASURING: f32 = 0.7;
     let quantized: HashSet<ValueId> = chosen.quantized.iter().map(|matrix| matrix.value).collect();
     let mut sites = sites::sites(graph);
@@ -96,7 +96,7 @@ fn calibrate(
         (calibration.progress)(share * MEASURING);
     })?;
     let mut found = Calibrated::default();
-    // What several sites read has the errors of all.
+    // A matrix of several sites sums their errors.
     let mut importance: HashMap<ValueId, Vec<f32>> = HashMap::new();
     for (i, site) in sites.iter().enumerate() {
         let channels = &measured[&site.input];
@@ -148,7 +148,7 @@ impl Chosen {
     }
 }
 
-/// Decides what is quantized, and checks that all of it can be.
+/// Selects the matrices to quantize, and checks that all can be.
 fn choose(graph: &Graph, quantization: &Quantization) -> Result<Chosen, QuantizeError> {
     for (_, weight) in lower::stored_weights(graph) {
         if let Some(parts) = weight.constant.as_quantized() {

@@ -1,9 +1,9 @@
 //! Activation-aware scaling (AWQ, <https://arxiv.org/abs/2306.00978>): channels with large inputs are quantized
 //! more finely than others.
 //!
-//! At each [site](super::sites) the factors are `s = mean|x| ^ alpha` for one alpha of a grid, normalized so that the largest
-//! and the smallest lie equally far from 1. The alpha is the one of the least expected error of the products,
-//! `Σ_j mean(x_j²) / s_j² · Σ_i (W·s − Q(W·s))_ij²`: rounding errors of different columns are independent of each other, so
+//! At each [site](super::sites) the factors are `s = mean|x| ^ alpha` for one alpha of a grid, normalized so that the
+//! largest and the smallest are equally far from 1. The alpha minimizes the expected error of the products, `Σ_j
+//! mean(x_j²) / s_j² · Σ_i (W·s − Q(W·s))_ij²`: rounding errors of different columns are independent of each other, so
 //! their mixed terms vanish on average. No scaling, alpha 0, is on the grid. Rows of large matrices are sampled.
 
 use std::collections::HashSet;
@@ -20,9 +20,9 @@ use super::statistics::Channels;
 
 /// Steps of alpha from 0 to 1.
 const STEPS: u8 = 10;
-/// Rows of a matrix that alpha is searched with.
+/// Rows of a matrix for the search of alpha.
 const ROWS: usize = 256;
-/// Factors are between the inverse of this and it: what is beyond would cost fp16 its digits.
+/// Factors are between the inverse of this and this: larger ones would lose precision in fp16.
 const LARGEST: f32 = 64.0;
 
 /// Factors of one alpha, each positive.
@@ -31,7 +31,7 @@ pub fn factors(channels: &Channels, alpha: f32) -> Vec<f32> {
     if mean <= 0.0 || !mean.is_finite() {
         return vec![1.0; channels.magnitude.len()];
     }
-    // A channel that is always 0 is as unimportant as a very small one.
+    // A channel that is always 0 counts like a very small one.
     let raw = channels.magnitude.iter().map(|m| (m / mean).max(1e-4).powf(alpha));
     let raw: Vec<f32> = raw.collect();
     let most = raw.iter().copied().fold(0f32, f32::max);
@@ -41,7 +41,7 @@ pub fn factors(channels: &Channels, alpha: f32) -> Vec<f32> {
 }
 
 /// How much the squared error of each column of a matrix counts, after its channels were divided by factors. No column
-/// counts nothing: a text does not show everything.
+/// has weight 0: a text does not show everything.
 pub fn importance(channels: &Channels, factors: Option<&[f32]>) -> Vec<f32> {
     let floor = channels.square.iter().sum::<f32>() / channels.square.len().max(1) as f32 * 1e-4;
     let floor = if floor > 0.0 && floor.is_finite() { floor } else { 1.0 };
@@ -88,7 +88,7 @@ pub fn best(
                 },
             })?;
         }
-        // A little better is not worth another norm.
+        // A small improvement is not worth another norm.
         if error < least * 0.999 {
             (best, least) = ((step > 0).then_some(factors), error);
         }
@@ -96,7 +96,7 @@ pub fn best(
     Ok(best)
 }
 
-/// Rows from all over a matrix, in fp32.
+/// Rows sampled across a matrix, in fp32.
 fn sample(matrix: &Tensor) -> Tensor {
     let (rows, columns) = (matrix.shape()[0], matrix.shape()[1]);
     let count = rows.min(ROWS);
@@ -156,7 +156,7 @@ mod tests {
             (full[0] * full[2] - 1.0).abs() < 1e-6 && (full[2] / full[1] - 4.0).abs() < 1e-5,
             "{full:?}"
         );
-        // Channels of nothing, or of one, are bounded.
+        // Empty channels are bounded.
         let wild = factors(&channels(&[0.0, 1e9, 1.0]), 1.0);
         assert!(wild.iter().all(|s| (1.0 / LARGEST..=LARGEST).contains(s)), "{wild:?}");
         assert_eq!(factors(&channels(&[0.0, 0.0]), 0.7), [1.0, 1.0]);

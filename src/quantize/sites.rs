@@ -5,10 +5,10 @@
 //! be folded into constants. That is exact up to rounding in these cases:
 //!
 //! - `x` is a norm's result, or that times a vector: the norm's weight and bias, or the vector, are divided;
-//! - `x` is another linear layer's result, perhaps times something that is not constant (`act(gate) * up`), or through a
+//! - `x` is another linear layer's result, possibly times a value that is not constant (`act(gate) * up`), or through a
 //!   `Relu` (which keeps positive factors): the rows of that layer's matrix and its bias are divided.
 //!
-//! Any other reader of `x`, or another reader of a matrix, excludes a site.
+//! Any other reader of `x` or of a matrix excludes a site.
 
 use std::collections::HashMap;
 
@@ -25,20 +25,20 @@ pub struct Site {
     pub input: ValueId,
     /// Matrices `[out, channels]` whose products read it.
     pub weights: Vec<ValueId>,
-    /// Where a division of its channels goes; `None` if it cannot go anywhere.
+    /// The constants that absorb a division of its channels; `None` if there are none.
     pub fold: Option<Fold>,
 }
 
-/// Constants that take a division of channels.
+/// Constants that absorb a division of channels.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Fold {
-    /// A vector each, read by a node at an operand: the last axis has the channels.
+    /// Vectors, each an operand of a node; the last axis has the channels.
     Vectors(Vec<(NodeId, usize)>),
-    /// The rows of a matrix `[channels, in]`, and perhaps a bias, read as above.
+    /// The rows of a matrix `[channels, in]`, and optionally a bias, as above.
     Rows {
         /// The matrix.
         weight: ValueId,
-        /// Where its bias is read.
+        /// The operand with its bias.
         bias: Option<(NodeId, usize)>,
     },
 }
@@ -127,7 +127,7 @@ impl Finder<'_> {
                 let vector = [(id, 0), (id, 1)].into_iter().find(|at| self.is_vector(*at, channels));
                 match vector {
                     Some(vector) => Some(Fold::Vectors(vec![vector])),
-                    // What is linear in its matrix; the other factor may be anything.
+                    // The result is linear in its matrix; the other factor can be anything.
                     None => [1, 0]
                         .into_iter()
                         .find_map(|operand| self.rows(node.input(operand)?, id, channels)),
@@ -138,7 +138,7 @@ impl Finder<'_> {
         }
     }
 
-    /// Whether a matrix is read by products of one input alone.
+    /// Whether all readers of a matrix are products with one input.
     fn is_read_at(&self, weight: ValueId, input: ValueId) -> bool {
         let graph = self.graph;
         self.readers(weight).iter().all(|(turn, _)| {
@@ -154,7 +154,7 @@ impl Finder<'_> {
         })
     }
 
-    /// The rows of the linear layer that a value is the result of, read by `reader` alone.
+    /// The rows of the linear layer that computes a value, if `reader` is its only reader.
     fn rows(&self, value: ValueId, reader: NodeId, channels: usize) -> Option<Fold> {
         let graph = self.graph;
         if self.only_reader(value)? != reader {
@@ -178,7 +178,7 @@ impl Finder<'_> {
         (fits && self.is_read_at(weight, node.input(0)?)).then_some(Fold::Rows { weight, bias })
     }
 
-    /// Whether a node reads a constant of one number a channel, all other axes 1.
+    /// Whether a node reads a constant with one number per channel, all other axes 1.
     fn is_vector(&self, (node, operand): (NodeId, usize), channels: usize) -> bool {
         let constant = self
             .graph
@@ -194,8 +194,8 @@ fn channels(graph: &Graph, value: ValueId) -> Option<usize> {
     usize::try_from(last).ok()
 }
 
-/// Divides the channels of a site by `factors`, which must be positive, and multiplies the columns of its matrices by them.
-/// Panics if the site has no fold, or other channels.
+/// Divides the channels of a site by `factors`, which must be positive, and multiplies the columns of its matrices by
+/// them. Panics if the site has no fold, or a different number of channels.
 pub fn scale(graph: &mut Graph, site: &Site, factors: &[f32]) {
     let vector = |values: &[f32]| Constant::tensor(Tensor::from_f32(vec![values.len()], values));
     let inverse: Vec<f32> = factors.iter().map(|s| 1.0 / s).collect();
@@ -220,7 +220,7 @@ pub fn scale(graph: &mut Graph, site: &Site, factors: &[f32]) {
     }
 }
 
-/// A vector times factors, for one reader: equal vectors may be one constant of the graph.
+/// A vector times factors, for one reader, since equal vectors may be one constant of the graph.
 fn rescaled(graph: &mut Graph, (node, operand): (NodeId, usize), factors: &Constant) {
     let value = graph.node(node).input(operand).expect("it was looked at");
     let constant = graph.constant(value).expect("a vector");

@@ -1,7 +1,7 @@
 //! Statistics of the inputs of linear layers while a model reads a text, by channel, measured with the CPU executor.
 //!
-//! The graph is lowered with the inputs as outputs, and run on windows of the text, each from the first position on with an
-//! empty cache. Only sums are kept, so memory is that of one window.
+//! The graph is lowered with the inputs as outputs, and run on windows of the text, each starting at the first position
+//! with an empty cache. Only sums are stored, so memory is that of one window.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -16,21 +16,21 @@ use crate::text::Tokenizer;
 
 use super::error::{QuantizeError, TextError};
 
-/// Tokens of a window.
+/// Tokens per window.
 const WINDOW: usize = 256;
-/// Windows that are read: more change the figures little, and cost time on large models.
+/// Maximum number of windows: more change the figures little, and take time on large models.
 const WINDOWS: usize = 16;
-/// Fewer tokens do not show how channels differ.
+/// Fewer tokens do not show the differences between channels.
 const FEWEST: usize = 16;
 
-/// A text to calibrate on.
+/// A calibration text.
 #[derive(Clone, Debug)]
 pub struct Text {
     /// File name, without its folder.
     pub file: String,
     /// BLAKE3 of the file, in hexadecimal.
     pub blake3: String,
-    /// The first tokens of it, at most as many as are read.
+    /// Its first tokens, up to the limit.
     pub tokens: Vec<u32>,
 }
 
@@ -43,7 +43,7 @@ impl Text {
         };
         let bytes = std::fs::read(path).map_err(|e| failed(e.to_string()))?;
         let text = String::from_utf8(bytes).map_err(|_| failed("it is not UTF-8".to_string()))?;
-        // A token has rarely more than a dozen bytes: what lies after would not be read.
+        // A token rarely has more than a dozen bytes: the rest would not be read.
         let most = WINDOW * WINDOWS;
         let end = (most * 64).min(text.len());
         let end = (end..=text.len())
@@ -66,7 +66,7 @@ impl Text {
         })
     }
 
-    /// Refuses tokens that a model does not know. `vocabulary`: how many it knows.
+    /// Refuses tokens beyond the model's `vocabulary`.
     pub fn check_ids(&self, vocabulary: usize) -> Result<(), TextError> {
         match self.tokens.iter().max() {
             Some(id) if *id as usize >= vocabulary => Err(TextError {
@@ -119,7 +119,7 @@ impl Sums {
 }
 
 /// Runs a canonical graph over a text and measures the channels of `inputs`, `[batch, tokens, width]` each. `longest`:
-/// positions that the model has. `progress` gets the share that is done.
+/// maximum positions of the model. `progress` gets the completed share.
 pub fn measure(
     graph: &Graph,
     inputs: &[ValueId],
@@ -173,7 +173,7 @@ pub fn measure(
     Ok(sums.into_iter().map(|(value, sums)| (value, sums.channels())).collect())
 }
 
-/// One window from the first position on: every output but the caches, by name.
+/// One window, starting at the first position: every output except the caches, by name.
 fn run(network: &Network, program: &mut Program, tokens: &[u32]) -> Result<HashMap<String, Vec<f32>>, QuantizeError> {
     let mut caches = KvCaches::new(network).map_err(failed)?;
     let count = i32::try_from(tokens.len()).expect("windows are short");

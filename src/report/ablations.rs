@@ -1,4 +1,4 @@
-//! One setting at a time: runs that are tagged as an ablation, and runs of Lapidary whose settings differ in one key.
+//! Ablations: runs that are tagged as one, and runs of Lapidary whose settings differ in one key.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,18 +11,18 @@ use super::matrix::{Cell, matrix};
 use super::measure::Measure;
 use crate::bench::Document;
 
-/// What one setting does: a baseline, and runs with other values of it. Runs that are like another baseline are another ablation
+/// One setting: a baseline, and runs with other values of it. Runs that resemble another baseline form another ablation
 /// of the same name.
 #[derive(Clone, Debug)]
 pub struct Ablation<'a> {
-    /// What the switch is called.
+    /// Name of the switch.
     pub name: String,
     pub baseline: &'a ResultFile,
     /// Position and run.
     pub runs: Vec<(String, &'a ResultFile)>,
 }
 
-/// Settings that only repeat what another one says: the first follows from the second.
+/// Redundant settings: the first follows from the second.
 const FOLLOWS: [(&str, &str); 4] = [
     ("refit", "weights"),
     ("capacities", "cache"),
@@ -32,7 +32,7 @@ const FOLLOWS: [(&str, &str); 4] = [
 
 type Found<'a> = BTreeMap<(String, SourceId), Ablation<'a>>;
 
-/// Where the two have something in common.
+/// If the two have something in common.
 fn add<'a>(found: &mut Found<'a>, name: &str, baseline: &'a ResultFile, position: String, run: &'a ResultFile) {
     if common(&baseline.of, &run.of).is_empty() {
         return;
@@ -46,7 +46,7 @@ fn add<'a>(found: &mut Found<'a>, name: &str, baseline: &'a ResultFile, position
     ablation.runs.push((position, run));
 }
 
-/// What two runs both measured.
+/// Measurements that two runs share.
 fn common(a: &Document, b: &Document) -> Vec<Measure> {
     let measured = Measure::all(b).into_iter();
     measured.filter(|m| m.of(a).is_some()).collect()
@@ -64,7 +64,7 @@ pub fn ablations(group: &Group) -> Vec<Ablation<'_>> {
         let tag = &run.of.system.settings["ablation"];
         let text = |key: &str| tag.get(key).map(plain);
         let (name, position) = (text("group").unwrap_or_default(), text("switch").unwrap_or_default());
-        // The untagged runs that are most like it; several where each differs in one thing.
+        // The untagged runs that are most similar; several if each differs in one setting.
         let like = group.results.iter().filter(|r| r.of.system.name == run.of.system.name);
         let near = |r: &ResultFile| differing(&r.of.system.settings, &run.of.system.settings).len();
         let nearest = like.clone().map(near).min();
@@ -89,8 +89,8 @@ fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_string)
 }
 
-/// Keys with different values, without those that follow from another that is among them, and without the tag itself. Of
-/// the lowering each choice counts, where both have it: older files do not.
+/// Keys with different values, without those that follow from another one, and without the tag itself. The lowering's
+/// choices count individually if both files have them; older files do not.
 fn differing(a: &Map<String, Value>, b: &Map<String, Value>) -> Vec<String> {
     let (a, b) = (choices(a), choices(b));
     let lowered = |side: &BTreeMap<String, &Value>| side.keys().any(|key| is_lowering(key));
@@ -140,7 +140,7 @@ impl Ablation<'_> {
         format!("{}, against {}{usual}", self.name, self.baseline.of.system.label)
     }
 
-    /// The switch's position in the baseline, where its settings have it.
+    /// The switch's position in the baseline, if its settings have it.
     pub fn usual(&self) -> Option<String> {
         choices(&self.baseline.of.system.settings)
             .get(&self.name)
@@ -148,7 +148,7 @@ impl Ablation<'_> {
             .map(plain)
     }
 
-    /// A row for the default and each other value, a column for everything that the baseline and a run both measured.
+    /// A row for the default and each other value, a column for each measurement that the baseline shares with a run.
     pub fn table(&self, group: &Group) -> String {
         let all = self.runs.iter().flat_map(|(_, run)| common(&self.baseline.of, &run.of));
         let mut measures: Vec<Measure> = all.collect();

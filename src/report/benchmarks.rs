@@ -12,12 +12,12 @@ use crate::terms::{
 };
 use crate::units::bytes;
 
-/// Whether a system answers as the reference does.
+/// Whether a system's answers equal the reference's.
 #[derive(Clone, Debug)]
 pub enum Verdict {
-    /// Computed here, of both files.
+    /// Computed here from both files.
     Compared(Comparison),
-    /// By the program that wrote the result; the reference is not among the files.
+    /// By the program that wrote the result, if the reference is not among the files.
     Recorded(Comparison),
     None(&'static str),
 }
@@ -43,7 +43,7 @@ impl Verdict {
         }
     }
 
-    /// The verdict, and over how many rows of logits.
+    /// The verdict, with the number of rows of logits.
     pub fn word(&self) -> String {
         let (found, note) = match self {
             Verdict::Compared(found) => (found, ""),
@@ -105,7 +105,7 @@ fn side_by_side(
     (matrix(&first, &heads(groups), rows), kind)
 }
 
-/// A table below a sentence that says what is in it; empty without measurements.
+/// A table below a descriptive sentence; empty without measurements.
 fn introduced(sentence: &str, groups: &[&Group], (table, kind): (String, Vec<(Measure, String)>)) -> String {
     match table.is_empty() {
         true => String::new(),
@@ -250,7 +250,7 @@ pub fn prefill_of_ours(groups: &[&Group]) -> String {
     with_notes(table(&header, &rows), notes)
 }
 
-/// Sentences below a table, each once.
+/// Distinct sentences below a table.
 fn with_notes(table: String, mut notes: Vec<String>) -> String {
     notes.dedup();
     match notes.is_empty() {
@@ -301,7 +301,7 @@ pub fn day(d: &Document) -> &str {
     d.date.split('T').next().unwrap_or(&d.date)
 }
 
-/// Twelve digits, and `+` where there were uncommitted changes.
+/// Twelve digits, and `+` for uncommitted changes.
 pub fn commit(d: &Document) -> String {
     d.commit.chars().take(12).collect::<String>() + if d.commit.ends_with("+changes") { "+" } else { "" }
 }
@@ -316,7 +316,7 @@ pub fn versions(d: &Document) -> Vec<String> {
     all.map(|(name, version)| format!("{name} {version}")).collect()
 }
 
-/// A sentence for each model: what its runs measured of their machine.
+/// A sentence for each model: the machine's properties measured by its runs.
 fn machines(groups: &[&Group]) -> String {
     let range = |values: Vec<f64>, show: &dyn Fn(f64) -> String| -> Option<String> {
         let least = values.iter().copied().min_by(f64::total_cmp)?;

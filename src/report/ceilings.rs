@@ -1,9 +1,9 @@
-//! What MBU and MFU are shares of: one bandwidth and one peak for all systems of a group.
+//! The denominators of MBU and MFU: one bandwidth and one peak for all systems of a group.
 //!
-//! Every file has shares of what its own process measured, which differs by a few percent from run to run of one machine.
-//! Side by side they are of what the reference's run measured, which is of the same model and machine. The bandwidth of a
-//! CPU is shared with neighbors who come and go: there it is the highest that any run of the group saw, and a product in
-//! torch, which systems here outran, is no peak.
+//! Every file has shares relative to its own process's measurements, which vary by a few percent between runs on one
+//! machine. For comparison they are relative to the measurements of the reference's run, for the same model and
+//! machine. On a CPU, other processes share the bandwidth, so the highest of any run in the group is used; torch's
+//! product is not a peak there, since systems exceed it.
 
 use super::input::{Group, ResultFile, SourceId};
 use super::markdown::{cite, flops};
@@ -13,7 +13,7 @@ use crate::units::bytes;
 
 pub struct Ceilings<'a> {
     on_gpu: bool,
-    /// For all, where there is one, and who measured it.
+    /// The common value, if there is one, and its source.
     bandwidth: Option<(f64, SourceId)>,
     peak: Option<(&'a Peak, SourceId)>,
 }
@@ -23,7 +23,7 @@ impl<'a> Ceilings<'a> {
         let bandwidth = |r: &ResultFile| Some((r.of.machine.copy_bandwidth_bytes_per_s?, r.source));
         let of_reference = group.reference.as_ref().and_then(bandwidth);
         let all = group.results.iter().chain(&group.ablations).chain(&group.reference);
-        // The peak is another in another dtype, and a reference may have been made for several.
+        // The peak depends on the dtype, and a reference may be for several.
         let fits = |(peak, _): &(&Peak, SourceId)| group.on_gpu && peak.source.contains(&group.dtype);
         let peak = |r: &'a ResultFile| Some((r.of.machine.peak_flops.as_ref()?, r.source));
         Ceilings {
@@ -57,7 +57,7 @@ impl<'a> Ceilings<'a> {
         Some(done / (m.ms.median / 1e3) / self.peak(d)?)
     }
 
-    /// A sentence for below a table with MBU.
+    /// The sentence below a table with MBU.
     pub fn bandwidth_note(&self) -> String {
         let Some((n, source)) = self.bandwidth else {
             return "MBU is of the copy bandwidth that each run measured itself.".to_string();
@@ -73,7 +73,7 @@ impl<'a> Ceilings<'a> {
         )
     }
 
-    /// A sentence for below a table with MFU.
+    /// The sentence below a table with MFU.
     pub fn peak_note(&self) -> String {
         match self.peak {
             Some((peak, source)) => format!(

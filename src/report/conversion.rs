@@ -1,4 +1,4 @@
-//! What the conversion did to one model, as data: from a package, or from a file that keeps it where the package is not.
+//! The conversion of one model, as data: from a package, or from a file if the package is not available.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use crate::package::{Package, PackageError};
 use crate::passes::Architecture;
 use crate::target::{Prefill, Refit};
 
-/// What `schema` says.
+/// The value of `schema`.
 pub const SCHEMA: &str = "lapidary-conversion/1";
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,7 +31,7 @@ pub struct Conversion {
     /// In order.
     pub passes: Vec<PassRecord>,
     pub weights: WeightFacts,
-    /// One for each engine; without engines, for decode and for a first prefill as the CPU runs them.
+    /// One per engine; without engines, for decode and for a first prefill on the CPU.
     pub profiles: Vec<LoweredProfile>,
 }
 
@@ -42,18 +42,18 @@ pub struct WeightFacts {
     pub set_hash: String,
     /// Stored with another tensor of the same bytes.
     pub shared: usize,
-    /// Whose axes are in another order than in the export.
+    /// Weights whose axes are in another order than in the export.
     pub transposed: usize,
-    /// Whose place in the model is known.
+    /// Weights whose place in the model is known.
     pub named: usize,
     pub stripped: bool,
 }
 
-/// A network lowered for one profile, and the engine built of it.
+/// A network lowered for one profile, and its engine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoweredProfile {
     pub profile: String,
-    /// Layers by kind; weights are counted apart.
+    /// Layers by kind; weights are counted separately.
     pub layers: BTreeMap<String, usize>,
     pub weights: usize,
     pub engine: Option<EngineFacts>,
@@ -98,7 +98,7 @@ impl Help for ConversionError {
     }
 }
 
-/// The facts of a package, its networks lowered again to be counted. Needs no weights.
+/// The facts of a package; its networks are lowered again to be counted. Needs no weights.
 pub fn conversion(package: &Package) -> Result<Conversion, ConversionError> {
     let manifest = &package.manifest;
     let graph = package.architecture()?;

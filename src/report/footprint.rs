@@ -1,4 +1,4 @@
-//! Tables besides times: loading and building, and memory; a column for each model.
+//! Tables of loading, building and memory, with a column per model.
 
 use super::input::{Group, ResultFile};
 use super::markdown::ms;
@@ -7,7 +7,7 @@ use crate::bench::result::{Build, Document};
 use crate::terms::{COLD_LOAD, ENGINE, PLAN, WARM_LOAD};
 use crate::units::bytes;
 
-/// From nothing to a session, and what engines are: a row for each system and fact.
+/// Loading and building: a row for each system and fact.
 pub fn loading(groups: &[&Group]) -> String {
     type Fact = fn(&Document, bool) -> Option<String>;
     let facts: [(&str, Fact); 5] = [
@@ -27,7 +27,7 @@ fn built(d: &Document) -> Option<&Build> {
     d.build.as_ref().filter(|b| !b.engines.is_empty())
 }
 
-/// A row for each system and fact that some model has.
+/// A row for each system and fact of at least one model.
 fn by_system<F: Fn(&Document, bool) -> Option<String>>(groups: &[&Group], facts: &[(&str, F)]) -> String {
     let mut rows = Vec::new();
     for label in labels(groups) {
@@ -43,7 +43,7 @@ fn by_system<F: Fn(&Document, bool) -> Option<String>>(groups: &[&Group], facts:
     matrix(&["system", "what"], &heads(groups), rows)
 }
 
-/// The load without and with kernels kept from an earlier one. Only Lapidary keeps any, on a GPU: every load of others is without.
+/// The load without and with a kernel cache. Only Lapidary has one, on a GPU: other systems' loads are without.
 fn loads(d: &Document, on_gpu: bool) -> (Option<String>, Option<String>) {
     let Some(load) = &d.load else {
         return (None, None);
@@ -62,7 +62,7 @@ fn loads(d: &Document, on_gpu: bool) -> (Option<String>, Option<String>) {
 
 /// Seconds of all engines, one after the other.
 fn build_time(build: &Build) -> String {
-    // Older files have 0 for what came from a cache.
+    // Older files have 0 for cached engines.
     let built: Vec<f64> = build
         .engines
         .iter()
@@ -128,7 +128,7 @@ const DEVICE_CACHE: &str = "device: cache";
 const DEVICE_SCRATCH: &str = "device: scratch";
 const DEVICE_CONTEXT: &str = "device: CUDA context";
 
-/// Whether the total of its device memory leaves CUDA's own out: transformers' files always had it in.
+/// Whether its device memory excludes CUDA's own; transformers' files always include it.
 fn lacks_context(r: &ResultFile) -> bool {
     let device = r.of.memory.as_ref().and_then(|m| m.device);
     r.of.system.name != "transformers" && device.is_some_and(|m| m.context.is_none())

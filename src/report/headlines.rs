@@ -43,8 +43,8 @@ pub fn systems<'a>(groups: &[&'a Group]) -> Vec<&'a str> {
     names
 }
 
-/// What the first page is about: all groups with a result of Lapidary. GPUs first, the largest model first, and of one model
-/// the session with peers first.
+/// The groups for the first page: all with a result of Lapidary. GPUs first, largest model first, and the session with
+/// peers first for each model.
 pub fn leading(input: &Input) -> Vec<&Group> {
     let all = input.peers.iter().chain(&input.groups);
     let mut all: Vec<&Group> = all.filter(|g| g.ours().is_some()).collect();
@@ -67,7 +67,7 @@ fn compared(input: &Input) -> Vec<&Group> {
         .collect()
 }
 
-/// A column for each system, in its fastest mode; a row for each model and measurement. Empty where no model has a peer.
+/// A column for each system in its fastest mode, a row for each model and measurement. Empty if no model has a peer.
 pub fn headlines(input: &Input) -> String {
     let groups = compared(input);
     let names = systems(&groups);
@@ -78,7 +78,7 @@ pub fn headlines(input: &Input) -> String {
             for m in chosen(ours, group) {
                 let cells: Vec<Cell> = names.iter().map(|name| fastest(group, &of, name, m)).collect();
                 let mut model = format!("{} {of}, {}", group.model, group.device);
-                // Measured on another day than the session with peers above it.
+                // Measured on another day than the session with peers.
                 if !group.peers
                     && groups
                         .iter()
@@ -102,7 +102,7 @@ pub fn formats(group: &Group) -> Vec<(String, &ResultFile)> {
             found.push((of, r));
         }
     }
-    // The dtype of the arithmetic first.
+    // The dtype of the arithmetic comes first.
     found.sort_by_key(|(of, _)| *of != group.dtype);
     found
 }
@@ -115,7 +115,7 @@ pub fn format_in(group: &Group, r: &ResultFile) -> String {
     }
 }
 
-/// A prompt of this length is neither short nor long; the first page has the longest up to it.
+/// A medium prompt length; the first page has the longest up to this.
 const PROMPT: usize = 512;
 
 /// What the first page shows of a group: the shortest context and a prompt; of a session with peers the longest context too.
@@ -149,14 +149,14 @@ fn chosen(ours: &ResultFile, group: &Group) -> Vec<Measure> {
     chosen
 }
 
-/// The fastest result of a system: of those whose answers equal the reference's where there is one, else of all.
+/// The fastest result of a system: among those whose answers equal the reference's if any, else among all.
 fn fastest(group: &Group, of: &str, name: &str, m: Measure) -> Cell {
     let ours = group.ours().map(|r| r.source);
     let candidates = group
         .results
         .iter()
         .filter(|r| r.of.system.name == name && format_in(group, r) == of);
-    // Other runs of Lapidary show what a setting does.
+    // Other runs of Lapidary show the effect of a setting.
     let candidates = candidates.filter(|r| name != "lapidary" || group.peers || Some(r.source) == ours);
     let timed = candidates.filter_map(|r| Some((r, Time::of(m, r, group)?)));
     let (r, time) = timed.min_by(|(_, a), (_, b)| {
@@ -205,7 +205,7 @@ pub fn verdict(input: &Input) -> String {
     }
 }
 
-/// What others did in less time, a line for each.
+/// Measurements in which others are faster, one line each.
 pub fn slower(group: &Group) -> Vec<String> {
     let mut lines = Vec::new();
     for (of, ours) in formats(group) {
@@ -217,7 +217,7 @@ pub fn slower(group: &Group) -> Vec<String> {
                     let (mine, _) = m.of(&ours.of)?;
                     let (took, stable) = m.of(&r.of).filter(|(took, _)| *took < mine)?;
                     let mut doubt = String::from(if stable { "" } else { ", unstable" });
-                    // Quantized weights are not those of the reference.
+                    // Quantized weights differ from the reference's.
                     if let Some(word) = objection(r, group).filter(|_| !group.peers || of == group.dtype) {
                         doubt += &format!(", outputs: {word}");
                     }

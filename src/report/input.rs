@@ -1,4 +1,4 @@
-//! What a report is made of: results, sorted into groups that can be compared, conversions, and files of other forms.
+//! The input of a report: results in comparable groups, conversions, and files of other forms.
 //!
 //! A group is one model in one dtype on one machine. All its results must have the same weights and prompts, and different
 //! labels; otherwise nothing is reported. Results of a session that compares Lapidary with its peers (`peer` in the file name,
@@ -18,16 +18,16 @@ use crate::help::{Fault, Help};
 use crate::package::Package;
 use crate::report::conversion::ConversionError;
 
-/// A file, by the number that the report cites it with.
+/// A file, with its citation number.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct SourceId(pub usize);
 
 #[derive(Clone, Debug)]
 pub struct SourceFile {
     pub path: PathBuf,
-    /// First digits of BLAKE3 of its bytes.
+    /// First digits of the BLAKE3 of its bytes.
     pub hash: String,
-    /// For people: what it is.
+    /// Description.
     pub what: String,
 }
 
@@ -39,15 +39,15 @@ pub struct Sourced<T> {
 
 pub type ResultFile = Sourced<Document>;
 
-/// Results of one model on one machine that can be compared: in one dtype, or of one session with peers.
+/// Results of one model on one machine that can be compared: in one dtype, or from one session with peers.
 #[derive(Clone, Debug)]
 pub struct Group {
     pub model: String,
     /// Element type of the arithmetic.
     pub dtype: String,
-    /// Of a session with peers: weights may be in several formats.
+    /// Whether it is a session with peers, with weights in several formats.
     pub peers: bool,
-    /// GPU, or CPU for what ran there.
+    /// GPU, or CPU for runs on it.
     pub device: String,
     pub on_gpu: bool,
     /// Lapidary first, then by label.
@@ -70,7 +70,7 @@ pub struct Input {
     pub serving: Vec<Sourced<Serving>>,
     pub conversions: Vec<Sourced<Conversion>>,
     pub quality: Vec<Sourced<Perplexity>>,
-    /// JSON of other forms, which other pages use.
+    /// JSON of other forms, for other pages.
     pub others: Vec<SourceId>,
 }
 
@@ -84,7 +84,7 @@ pub enum InputError {
     Quality(#[from] PerplexityResultError),
     #[error("{}: {message}", path.display())]
     File { path: PathBuf, message: String },
-    /// Figures that must not stand side by side.
+    /// Figures that must not be compared.
     #[error(
         "{} and {} are both of {model} in {dtype}, but not of the same {what}: they cannot be compared",
         first.display(), second.display()
@@ -128,7 +128,7 @@ impl Help for InputError {
 }
 
 impl Input {
-    /// Reads everything. `packages` are folders, or files that keep a conversion.
+    /// Reads everything. `packages` are folders, or files with a conversion.
     pub fn read(results: &[PathBuf], packages: &[PathBuf]) -> Result<Input, InputError> {
         let mut input = Input::default();
         let mut documents = Vec::new();
@@ -233,7 +233,7 @@ impl Input {
         Ok(())
     }
 
-    /// Whether a result is of a session that compares Lapidary with its peers.
+    /// Whether a result is from a session that compares Lapidary with its peers.
     fn is_of_peers(&self, r: &ResultFile) -> bool {
         let stem = self.path(r.source).file_stem().unwrap_or_default().to_string_lossy();
         let comparison = r.of.system.settings.get("comparison");
@@ -274,8 +274,8 @@ impl Input {
         }
         let mut groups = with_failures_at_home(groups.into_values().collect());
         for group in &mut groups {
-            // A model measured on two machines can have a reference of each one's prompts. One that does not fit is refused
-            // below; a session with peers may have none.
+            // A model measured on two machines can have a reference of each one's prompts. A mismatch is refused below;
+            // a session with peers may have none.
             let fits = |r: &ResultFile| {
                 group
                     .all()
@@ -295,7 +295,7 @@ impl Input {
         Ok(groups)
     }
 
-    /// That everything in the group may be compared.
+    /// Checks that everything in the group is comparable.
     fn check(&self, group: &Group) -> Result<(), InputError> {
         let all: Vec<&ResultFile> = group.all().collect();
         let Some(first) = all.first() else {
@@ -328,7 +328,7 @@ impl Input {
     }
 }
 
-/// A system that could not run has no dtype of its own: it belongs where the model was measured.
+/// A system that could not run has no dtype: it belongs to the groups of its model.
 fn with_failures_at_home(groups: Vec<Group>) -> Vec<Group> {
     let measured = |group: &Group| !group.results.is_empty() || !group.ablations.is_empty();
     let (mut homes, strays): (Vec<_>, Vec<_>) = groups.into_iter().partition(measured);
@@ -343,7 +343,7 @@ fn with_failures_at_home(groups: Vec<Group>) -> Vec<Group> {
 }
 
 impl Group {
-    /// What is of the group's weights and prompts.
+    /// The group's results, with the same weights and prompts.
     fn all(&self) -> impl Iterator<Item = &ResultFile> {
         let measured = self.results.iter().chain(&self.ablations);
         measured.chain(&self.reference)
@@ -357,12 +357,12 @@ impl Group {
         }
     }
 
-    /// What others are compared with.
+    /// The result with which others are compared.
     pub fn ours(&self) -> Option<&ResultFile> {
         self.results.iter().find(|r| r.of.system.name == "lapidary")
     }
 
-    /// What `r` is compared with: the first result of Lapidary with weights in the same format.
+    /// The result with which `r` is compared: the first one of Lapidary with weights in the same format.
     pub fn ours_beside(&self, r: &ResultFile) -> Option<&ResultFile> {
         let same = |other: &&ResultFile| !self.peers || format(&other.of) == format(&r.of);
         self.results
@@ -376,8 +376,8 @@ impl Group {
         self.all().map(|r| r.of.model.parameters).max().unwrap_or(0)
     }
 
-    /// What keeps the two from being compared. Each system quantizes the weights of a session with peers by its own rule, so
-    /// their hashes differ.
+    /// Why the two cannot be compared. In a session with peers each system quantizes the weights itself, so their
+    /// hashes differ.
     fn difference(&self, a: &Document, b: &Document) -> Option<&'static str> {
         let quantized = |d: &Document| self.peers && format(d) != d.model.dtype;
         if a.model.weights_hash != b.model.weights_hash && !quantized(a) && !quantized(b) {
@@ -392,8 +392,8 @@ impl Group {
     }
 }
 
-/// Format of the weights: `int4`, `int8`, `fp8`, or the dtype of the arithmetic. By the setting `weight_bits`, the system's name
-/// in tables, or the bytes that a token reads, whichever says it first.
+/// Format of the weights: `int4`, `int8`, `fp8`, or the dtype of the arithmetic. By the setting `weight_bits`, the
+/// system's name in tables, or the bytes that a token reads, in this order.
 pub fn format(d: &Document) -> String {
     let bits = d.system.settings.get("weight_bits").and_then(Value::as_u64);
     if let Some(bits) = bits {
@@ -407,7 +407,7 @@ pub fn format(d: &Document) -> String {
     if let Some(named) = ["int4", "int8", "fp8", "fp4"].into_iter().find(|f| words.contains(f)) {
         return named.to_string();
     }
-    // Scales and tables that stay wide are in the bytes. A token reads the layers' matrices and the head.
+    // The bytes include scales and tables that stay wide. A token reads the layers' matrices and the head.
     let head = (d.model.hidden * d.model.vocabulary) as u64;
     let read = d
         .model
@@ -420,7 +420,7 @@ pub fn format(d: &Document) -> String {
     }
 }
 
-/// transformers in fp32, run for its outputs alone.
+/// transformers in fp32, run only for its outputs.
 fn is_reference(d: &Document) -> bool {
     d.system.name == "transformers" && d.system.variant.starts_with("fp32 reference")
 }

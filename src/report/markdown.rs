@@ -9,7 +9,7 @@ pub fn cite(source: SourceId) -> String {
     format!("[^{}]", source.0 + 1)
 }
 
-/// Footnotes to several, each once.
+/// Footnotes to several files, without duplicates.
 pub fn cite_all(sources: impl IntoIterator<Item = SourceId>) -> String {
     let mut sources: Vec<SourceId> = sources.into_iter().collect();
     sources.sort_unstable();
@@ -17,7 +17,7 @@ pub fn cite_all(sources: impl IntoIterator<Item = SourceId>) -> String {
     sources.into_iter().map(cite).collect()
 }
 
-/// A table; empty text without rows. Columns of numbers are set to the right.
+/// A table; empty text without rows. Columns of numbers are right-aligned.
 pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     if rows.is_empty() {
         return String::new();
@@ -50,10 +50,10 @@ pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     out
 }
 
-/// In place of a figure that no file has.
+/// The mark for a missing figure.
 pub const MISSING: &str = "—";
 
-/// Milliseconds, with as many decimals as mean something.
+/// Milliseconds, with significant decimals only.
 pub fn ms(value: f64) -> String {
     match value.abs() {
         v if v >= 1000.0 => format!("{value:.0}"),
@@ -70,7 +70,7 @@ pub fn rate(value: f64) -> String {
     }
 }
 
-/// An error, by its first digits.
+/// An error, with its first digits.
 pub fn tiny(value: f64) -> String {
     match value {
         0.0 => "0".to_string(),
@@ -94,7 +94,7 @@ pub fn flops(n: f64) -> String {
     }
 }
 
-/// An option's text, or the sign for nothing.
+/// An option's text, or the mark for a missing figure.
 pub fn or_missing(text: Option<String>) -> String {
     text.unwrap_or_else(|| MISSING.to_string())
 }

@@ -1,9 +1,9 @@
-//! Tables with a column for each model, of groups on one machine.
+//! Tables with a column per model, for groups on one machine.
 
 use super::input::{Group, Input, ResultFile, SourceId};
 use super::markdown::{MISSING, cite_all, table};
 
-/// Text of a cell, and the files that it is from.
+/// Text of a cell, and its source files.
 pub type Cell = Option<(String, Vec<SourceId>)>;
 
 /// Groups of each machine, GPUs first; the largest model first.
@@ -44,8 +44,7 @@ pub fn labeled<'a>(group: &'a Group, label: &str) -> Option<&'a ResultFile> {
     group.results.iter().find(|r| r.of.system.label == label)
 }
 
-/// A table whose first columns are `first` and whose others are `heads`, with footnotes in the last. Rows and columns without
-/// any cell are left out.
+/// A table with the columns `first` and `heads`, and footnotes in the last. Empty rows and columns are left out.
 pub fn matrix(first: &[&str], heads: &[String], rows: Vec<(Vec<String>, Vec<Cell>)>) -> String {
     let rows: Vec<_> = rows
         .into_iter()

@@ -1,4 +1,4 @@
-//! Things that are measured of a system, and how a cell of a table shows one.
+//! Measurements of a system, and their form in a table cell.
 
 use super::benchmarks::Verdict;
 use super::input::{Group, ResultFile};
@@ -6,7 +6,7 @@ use super::markdown::{ms, times};
 use crate::bench::result::{Decode, Document, EndToEnd, Prefill};
 use crate::terms;
 
-/// One thing that is measured of a system.
+/// One measurement of a system.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Measure {
     /// Time per output token, by context length.
@@ -18,7 +18,7 @@ pub enum Measure {
 }
 
 impl Measure {
-    /// All of a system.
+    /// All measurements of a system.
     pub fn all(of: &Document) -> Vec<Measure> {
         let tokens = of.decode.iter().map(|d| Measure::Token(d.live));
         let prompts = of.prefill.iter().map(|p| Measure::Prompt(p.tokens));
@@ -26,7 +26,7 @@ impl Measure {
         tokens.chain(prompts).chain(texts).collect()
     }
 
-    /// All that any result has, in order.
+    /// All measurements of any result, in order.
     pub fn union<'a>(results: impl IntoIterator<Item = &'a ResultFile>) -> Vec<Measure> {
         let mut all: Vec<Measure> = results.into_iter().flat_map(|r| Measure::all(&r.of)).collect();
         all.sort_unstable();
@@ -65,13 +65,13 @@ pub fn text_of(d: &Document, (prompt, new): (usize, usize)) -> Option<&EndToEnd>
     d.end_to_end.iter().find(|e| (e.prompt, e.new_tokens) == (prompt, new))
 }
 
-/// A system's time, and how it compares with Lapidary's.
+/// A system's time, compared with Lapidary's.
 pub struct Time {
     pub ms: f64,
     pub stable: bool,
-    /// Over Lapidary's, where Lapidary measured the same and the answers of both may be compared.
+    /// Factor over Lapidary's, if Lapidary measured the same and the answers of both are comparable.
     pub factor: Option<f64>,
-    /// Why there is no factor although Lapidary measured the same.
+    /// Why there is no factor even though Lapidary measured the same.
     pub objection: Option<String>,
 }
 
@@ -80,7 +80,7 @@ impl Time {
         let (ms, stable) = m.of(&r.of)?;
         let ours = group.ours_beside(r).filter(|ours| ours.source != r.source);
         let both = ours.and_then(|ours| Some((ours, m.of(&ours.of)?.0)));
-        // A session with peers has a row of answers of its own, and quantized weights answer differently by design.
+        // A session with peers has its own row of answers, and answers with quantized weights differ by design.
         let against = match group.peers {
             true => None,
             false => both.and_then(|(ours, _)| objection(r, group).or_else(|| objection(ours, group))),
@@ -105,7 +105,7 @@ impl Time {
     }
 }
 
-/// What speaks against comparing a system's times: its answers are not the reference's, or were not compared.
+/// Why a system's times are not comparable: its answers differ from the reference's, or were not compared.
 pub fn objection(r: &ResultFile, group: &Group) -> Option<String> {
     let verdict = Verdict::of(r, group);
     match verdict.comparison() {

@@ -1,4 +1,4 @@
-//! What a full report would have and these files do not: named, never filled in.
+//! Contents of a full report that these files lack: listed, never filled in.
 
 use super::ablations::ablations;
 use super::ceilings::Ceilings;
@@ -8,7 +8,7 @@ use super::markdown::cite;
 use super::measure::Measure;
 use super::quality;
 
-/// Switches that are to be tried, by the names of their ablations: what each is, and other names of it.
+/// Expected ablations by name: their descriptions and other names.
 const SWITCHES: [(&str, &[&str]); 7] = [
     ("static against dynamic shapes", &["shapes"]),
     ("bind, embed and strip", &["weights"]),
@@ -22,7 +22,7 @@ const SWITCHES: [(&str, &[&str]); 7] = [
     ("DRY", &["dry", "sampler"]),
 ];
 
-/// The ways to run transformers on a GPU, as `scripts/baselines/transformers_baseline.py` calls them.
+/// transformers' modes on a GPU, as named in `scripts/baselines/transformers_baseline.py`.
 const TRANSFORMERS: [&str; 5] = [
     "eager, SDPA",
     "eager, FlashAttention 2",
@@ -31,7 +31,7 @@ const TRANSFORMERS: [&str; 5] = [
     "bare compiled step, CUDA graphs",
 ];
 
-/// Whole things that are missing.
+/// Missing parts.
 pub fn missing(input: &Input) -> Vec<String> {
     let mut out = Vec::new();
     if input.groups.is_empty() {
@@ -113,7 +113,7 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
         say(format!("{} did not run: {why}{}", r.of.system.label, cite(r.source)));
     }
     let ours = group.ours().map(|r| r.source);
-    // Other runs of Lapidary show one thing: they need not show all, and no other system must show what they show.
+    // Other runs of Lapidary show one setting: they need not be complete, and other systems need not match them.
     let is_whole = |r: &&super::input::ResultFile| r.of.system.name != "lapidary" || Some(r.source) == ours;
     let whole = || group.results.iter().filter(is_whole);
     let ceilings = Ceilings::of(group);
@@ -161,7 +161,7 @@ fn of_group(group: &Group, say: &mut dyn FnMut(String)) {
     }
 }
 
-/// Measurements that are not stable, and all of them.
+/// Numbers of unstable and of all measurements.
 pub fn unstable(input: &Input) -> (usize, usize) {
     let groups = input.groups.iter().chain(&input.peers);
     let results = groups.flat_map(|g| g.results.iter().chain(&g.ablations));

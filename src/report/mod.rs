@@ -1,10 +1,10 @@
-//! Results become a report: tables, plots and prose, every figure with the file that it comes from.
+//! Turns results into a report: tables, plots and prose, every figure with its source file.
 //!
-//! Takes result files, packages and the records of conversions ([`Input`]); gives Markdown and [`plots::Figure`]s. `measure` and
-//! `matrix` are what tables share: a time beside Lapidary's, and a column for each model. `headlines` is the first page; `peers`,
-//! `benchmarks`, `footprint`, `serving`, `quality`, `ablations` and `steps` are the chapters' tables; `missing` lists what no file
-//! has. `write` puts them into `text/report.md`, whose prose holds no figures. What results mean and whether they are consistent
-//! belongs to `bench`; the command line writes the files.
+//! Input: result files, packages and records of conversions ([`Input`]). Output: Markdown and [`plots::Figure`]s.
+//! Tables share `measure` and `matrix`: a time compared with Lapidary's, and a column per model. `headlines` is the
+//! first page; `peers`, `benchmarks`, `footprint`, `serving`, `quality`, `ablations` and `steps` are the chapters'
+//! tables; `missing` lists what no file has. `write` inserts them into `text/report.md`, whose prose has no figures.
+//! The meaning and consistency of results belong to `bench`; the command line writes the files.
 
 mod ablations;
 mod benchmarks;

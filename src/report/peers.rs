@@ -9,14 +9,14 @@ use super::measure::{Measure, Time};
 use crate::bench::compare::compare;
 use crate::bench::side_by_side::{Row, SideBySide};
 
-/// A column: what it is called, and which results are its.
+/// A column: its name and its results.
 struct Column<'a> {
     head: String,
     name: &'a str,
     variant: Option<&'a str>,
 }
 
-/// One column for each system; one for each mode of a system that was measured in several.
+/// One column per system, or per mode if a system was measured in several.
 fn columns<'a>(groups: &[&'a Group]) -> Vec<Column<'a>> {
     let mut columns = Vec::new();
     for name in systems(groups) {
@@ -84,8 +84,8 @@ fn session(groups: &[&Group]) -> String {
     matrix(&["model", "measurement"], &heads, rows)
 }
 
-/// The verdict. Quantized weights are not those of the reference: how often both rank the same token first, and how far the
-/// logits are from Lapidary's, which may have the same codes.
+/// The verdict. Quantized weights differ from the reference's, so for them: top-1 agreement, and the distance of the
+/// logits from Lapidary's, which may have the same codes.
 fn answers(r: &ResultFile, group: &Group, quantized: bool) -> String {
     let verdict = Verdict::of(r, group);
     if !quantized {
@@ -106,7 +106,7 @@ fn answers(r: &ResultFile, group: &Group, quantized: bool) -> String {
     found
 }
 
-/// What ran when, in a sentence.
+/// A sentence about the runs and their dates.
 fn runs(groups: &[&Group]) -> String {
     let mut runs: Vec<String> = Vec::new();
     for r in groups.iter().flat_map(|g| &g.results) {
@@ -144,7 +144,7 @@ pub fn sessions(input: &Input) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Quantized forms: a row for each form and number of threads, a column for each system. `of` is what a cell shows.
+/// Quantized forms: a row for each form and number of threads, a column for each system. `of` returns a cell.
 fn forms(results: &[Sourced<SideBySide>], of: impl Fn(&Row, Option<&Row>) -> String) -> String {
     let mut names: Vec<&str> = results
         .iter()

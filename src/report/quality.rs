@@ -1,6 +1,6 @@
 //! Quality and size: perplexity and divergence by format, one table per text.
 //!
-//! Results stand in one table if they scored the same tokens in the same windows. Times come from bench results of the
+//! Results are in one table if they scored the same tokens in the same windows. Times come from bench results of the
 //! same weights.
 
 use super::input::{Input, ResultFile, Sourced};
@@ -9,7 +9,7 @@ use crate::bench::quality::result::Perplexity;
 use crate::terms::{KL, PERPLEXITY, TOP1, TPOT};
 use crate::units::bytes;
 
-/// Results over one text, cut in one way.
+/// Results for one text with the same windows.
 pub struct Text<'i> {
     pub results: Vec<&'i Sourced<Perplexity>>,
 }
@@ -25,7 +25,7 @@ pub fn texts(input: &Input) -> Vec<Text<'_>> {
         }
     }
     for text in &mut texts {
-        // Most bytes first: what the others were made of.
+        // Most bytes first: the source of the others.
         text.results
             .sort_by_key(|r| (std::cmp::Reverse(r.of.model.weight_bytes), r.of.model.name.clone()));
     }
@@ -101,8 +101,7 @@ impl Text<'_> {
     }
 }
 
-/// A bench result of these weights by Lapidary, with the time of a token and how many were in the cache; the fewest that
-/// was measured.
+/// Lapidary's bench result for these weights, with the time per output token at the smallest measured context.
 fn decode<'i>(input: &'i Input, d: &Perplexity) -> Option<(&'i ResultFile, f64, usize)> {
     let results = input.groups.iter().flat_map(|group| &group.results);
     // One hash for all precisions of the same weights.
@@ -116,7 +115,7 @@ fn decode<'i>(input: &'i Input, d: &Perplexity) -> Option<(&'i ResultFile, f64, 
     timed.min_by(|a, b| a.1.total_cmp(&b.1))
 }
 
-/// What the tables lack.
+/// Missing data of the tables.
 pub fn missing(input: &Input) -> Vec<String> {
     if input.quality.is_empty() {
         return vec![

@@ -13,7 +13,7 @@ pub fn title(s: &Serving) -> String {
     )
 }
 
-/// The package's name, or the file's where several packages have one name.
+/// The package's name, or the file's if several packages have the same name.
 pub fn name(input: &Input, s: &Sourced<Serving>) -> String {
     let same = input.serving.iter().filter(|other| other.of.package == s.of.package);
     match same.count() {
@@ -25,7 +25,7 @@ pub fn name(input: &Input, s: &Sourced<Serving>) -> String {
     }
 }
 
-/// How many times the tokens per second of one client; by clients of the first level where one was not measured.
+/// Factor over the tokens per second of one client, or of the first level if one client was not measured.
 pub fn scale(s: &Serving, tokens_per_s: f64) -> f64 {
     let first = &s.levels[0];
     tokens_per_s / (first.tokens_per_s / first.clients as f64)
@@ -69,7 +69,7 @@ pub fn serving(input: &Input) -> String {
     table(&header, &rows.collect::<Vec<_>>())
 }
 
-/// What was run: a sentence for all results with the same requests on the same device.
+/// A sentence for all results with the same requests on the same device.
 pub fn titles(input: &Input) -> String {
     let mut found: Vec<(String, Vec<String>)> = Vec::new();
     for s in &input.serving {

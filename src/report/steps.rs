@@ -1,4 +1,4 @@
-//! Conversions, step by step: what each pass did, which layers were built, what became of the weights. A column for each model.
+//! Conversions, step by step: passes, layers and weights, with a column per model.
 
 use std::collections::BTreeSet;
 
@@ -16,7 +16,7 @@ fn heads(conversions: &[Sourced<Conversion>]) -> Vec<String> {
     conversions.iter().map(head).collect()
 }
 
-/// A row of something that each conversion may have.
+/// A row of an optional fact of each conversion.
 fn row(
     keys: &[&str],
     conversions: &[Sourced<Conversion>],
@@ -29,10 +29,10 @@ fn row(
     )
 }
 
-/// What was converted: exporter, architecture, nodes before and after.
+/// The exports: exporter, architecture, nodes before and after.
 pub fn exports(conversions: &[Sourced<Conversion>]) -> String {
     let writer = |c: &Conversion| match c.source.exporter.as_str() {
-        // Exporters whose habits the passes do not know still sign what they write.
+        // Unknown exporters still write their name into the file.
         "unknown" if !c.source.producer.trim().is_empty() => c.source.producer.trim().to_string(),
         exporter => exporter.to_string(),
     };
@@ -67,7 +67,7 @@ pub fn exports(conversions: &[Sourced<Conversion>]) -> String {
 /// Rewrites and nodes of each pass that changed a graph.
 pub fn passes(conversions: &[Sourced<Conversion>]) -> String {
     let changed = |c: &Conversion| -> Vec<(String, usize)> {
-        // A pass that runs several times is a row for each.
+        // A pass that runs several times has a row for each run.
         let mut seen = Vec::new();
         let all = c.passes.iter().map(|p| {
             seen.push(p.name.clone());
@@ -183,7 +183,7 @@ pub fn engines(conversions: &[Sourced<Conversion>]) -> String {
     matrix(&["engine"], &heads(conversions), rows.collect())
 }
 
-/// Shapes that each package has engines for.
+/// Shapes of each package's engines.
 pub fn shapes(conversions: &[Sourced<Conversion>]) -> String {
     let list = |n: &[usize]| n.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
     let rows = conversions.iter().map(|conversion| {
@@ -211,7 +211,7 @@ pub fn shapes(conversions: &[Sourced<Conversion>]) -> String {
     )
 }
 
-/// What became of the weights of each package.
+/// The weights of each package.
 pub fn weights(conversions: &[Sourced<Conversion>]) -> String {
     let rows = conversions.iter().map(|conversion| {
         let c = &conversion.of;

@@ -12,7 +12,7 @@ use super::matrix::by_machine;
 use super::plots::{self, Figure};
 use super::{benchmarks, footprint, headlines, missing, peers, quality, serving, steps};
 
-/// A figure, and where the report will find its files.
+/// A figure, and the path of its files in the report.
 #[derive(Serialize)]
 struct Shown {
     caption: String,
@@ -36,7 +36,7 @@ struct Machine {
     conditions: String,
     /// Times by context and by prompt.
     times: Vec<Shown>,
-    /// Where time and memory go.
+    /// Time and memory by part.
     parts: Vec<Shown>,
 }
 
@@ -63,15 +63,15 @@ struct Lines {
     lines: Vec<String>,
 }
 
-/// What was made of the input.
+/// The parts of the report.
 pub struct Report {
     pub markdown: String,
     pub figures: Vec<Figure>,
-    /// What is missing, as the report says it.
+    /// The list of missing data.
     pub missing: Vec<String>,
 }
 
-/// Writes the report. `plots` is the folder of the plots as the report is to refer to it.
+/// Writes the report. `plots` is the folder of the plots as written in the report.
 pub fn report(input: &Input, plots: &str) -> Report {
     let mut drawn: Vec<Figure> = Vec::new();
     let mut show = |figures: Vec<Figure>| -> Vec<Shown> {
@@ -240,7 +240,7 @@ pub fn report(input: &Input, plots: &str) -> Report {
     }
 }
 
-/// One empty line where the template leaves several, and one before headings and images where it leaves none.
+/// Collapses several empty lines to one, and inserts one before headings and images.
 fn tidy(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut empty = 1;
@@ -263,7 +263,7 @@ fn tidy(text: &str) -> String {
 mod tests {
     use crate::terms::TOP1;
 
-    /// Figures come from files: the prose has none, apart from the name of a term.
+    /// Figures come from files: the prose has none, except in the name of a term.
     #[test]
     fn the_prose_has_no_figures() {
         let text = include_str!("text/report.md").replace(TOP1.name, "");

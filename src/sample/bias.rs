@@ -8,7 +8,7 @@ pub struct LogitBias {
 }
 
 impl LogitBias {
-    /// Of several biases for one token the last counts. None may be NaN or plus infinity.
+    /// The last of several biases for one token applies. NaN and plus infinity are not allowed.
     pub fn new(biases: &[(u32, f32)]) -> Self {
         let by_id: std::collections::BTreeMap<u32, f32> = biases.iter().copied().collect();
         LogitBias {

@@ -2,28 +2,28 @@
 //! markers) are allowed.
 //!
 //! A breaker is a sequence of tokens, kept as its first token, the *head*, and the rest, the *tail*. A breaker *string*
-//! becomes many such sequences, because a tokenizer can write it across token borders in many ways: every token of the
-//! vocabulary that contains the string is a head without a tail, and every token that ends with a beginning of it is a
-//! head whose tail is the tokens of the rest. As in llama.cpp (`get_overlapping_token_sequences`).
+//! becomes many such sequences, because a tokenizer can split it into tokens in many ways: every token of the
+//! vocabulary that contains the string is a head without a tail, and every token that ends with a prefix of it is a
+//! head whose tail is the tokens of the rest, as in llama.cpp (`get_overlapping_token_sequences`).
 
 use std::collections::HashMap;
 
-/// Longer strings are cut, as llama.cpp does; bytes, cut back to a whole character.
+/// Maximum length in bytes; longer strings are truncated, as in llama.cpp, at a character boundary.
 const LONGEST_STRING: usize = 40;
-/// Tokens of a tail; what is beyond is not looked at.
+/// Maximum tokens of a tail; the rest is ignored.
 const LONGEST_TAIL: usize = 20;
 
 /// See the module's head.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Breakers {
     heads: IdSet,
-    /// Heads that are a breaker by themselves.
+    /// Heads that are a complete breaker.
     single: IdSet,
     tails: HashMap<u32, Vec<Vec<u32>>>,
 }
 
 impl Breakers {
-    /// Breakers given as token ids. Empty ones are passed over.
+    /// Breakers given as token ids. Empty ones are ignored.
     pub fn from_ids<S: AsRef<[u32]>>(breakers: impl IntoIterator<Item = S>) -> Self {
         let mut out = Breakers::default();
         for breaker in breakers {
@@ -39,10 +39,10 @@ impl Breakers {
         }
     }
 
-    /// Adds the breakers that a string stands for, and says of how many tokens (a token that can begin it in two ways
-    /// counts twice). `token_bytes` are the bytes of every token by id, and
-    /// `encode` gives the tokens of the rest of the string, which may begin inside a character. 0: the string cannot occur
-    /// in text made of these tokens, or is empty.
+    /// Adds the breakers of a string, and returns the number of heads (a token that can begin it in two ways counts
+    /// twice). `token_bytes` are the bytes of every token by id, and `encode` gives the tokens of the rest of the
+    /// string, which may begin inside a character. 0: the string cannot occur in text made of these tokens, or is
+    /// empty.
     pub fn add_string<E>(
         &mut self,
         breaker: &str,
@@ -54,7 +54,7 @@ impl Breakers {
             return Ok(0);
         };
         let mut added = 0;
-        // Many tokens end alike, and encoding is slow.
+        // Many tokens have the same end, and encoding is slow.
         let mut tails: HashMap<usize, Vec<u32>> = HashMap::new();
         for (id, bytes) in token_bytes.iter().enumerate() {
             let id = id as u32;
@@ -123,7 +123,7 @@ impl Breakers {
     }
 }
 
-/// Ids, as bits where they are of a usual size: asked once a token of the history.
+/// A set of ids, as bits for usual sizes: queried once per token of the history.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct IdSet {
     bits: Vec<u64>,
@@ -229,7 +229,7 @@ mod tests {
     fn strings_are_cut_and_what_cannot_occur_adds_nothing() {
         assert_eq!(of("").1, 0);
         assert_eq!(of("zzz").1, 0);
-        // Forty times "a", whatever follows; a head has 39 of them left, of which 20 are looked at.
+        // Forty times "a", whatever follows; a head leaves 39 of them, of which 20 are used.
         let (breakers, _) = of(&("a".repeat(40) + "zzz"));
         assert_eq!(breakers.tails[&0], [vec![0; 20]]);
         // 39 letters and a character of two bytes: cut before it.

@@ -7,7 +7,7 @@ use super::BadLogits;
 use super::tally::Tally;
 use super::vectors::{BLOCK, all_finite, block_with, compress_from, max, vectors};
 
-/// A token that may still be drawn, with its present logit (natural-log scale, not normalized).
+/// A token that may still be drawn, with its current logit (natural-log scale, not normalized).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
     /// Token id.
@@ -20,14 +20,15 @@ pub struct Candidate {
 #[derive(Debug, Default)]
 pub struct Candidates {
     logits: Vec<f32>,
-    /// Ids of `logits`; empty while the whole vocabulary is there, in the order of its ids.
+    /// Ids of `logits`; empty while all tokens are candidates, in the order of ids.
     ids: Vec<u32>,
     vocabulary: usize,
-    /// Of [`Candidates::top`]; kept for its memory.
+    /// Buffer of [`Candidates::top`].
     keys: Vec<Key>,
 }
 
-/// The token of the largest logit of a row, the lowest of equals: [`Candidates::best`] of a new row, without a copy of it.
+/// The token with the largest logit of a row, the lowest id among equals: [`Candidates::best`] of a new row, without a
+/// copy of it.
 pub(super) fn best_of(logits: &[f32]) -> Result<u32, BadLogits> {
     are_finite(logits)?;
     let best = vectors(|| {
@@ -40,7 +41,7 @@ pub(super) fn best_of(logits: &[f32]) -> Result<u32, BadLogits> {
     Ok(best.expect("never empty, and the maximum is one of them") as u32)
 }
 
-/// Whether every logit of a row is finite; otherwise some are minus infinity, and others are not.
+/// Whether every logit of a row is finite, or some are minus infinity.
 fn are_finite(logits: &[f32]) -> Result<bool, BadLogits> {
     if vectors(|| all_finite(logits)) && !logits.is_empty() {
         return Ok(true);
@@ -56,7 +57,7 @@ fn are_finite(logits: &[f32]) -> Result<bool, BadLogits> {
 }
 
 impl Candidates {
-    /// Takes a new row of logits, `[vocabulary]`. Negative infinity is a probability of zero: such a token is no
+    /// Takes a new row of logits, `[vocabulary]`. Negative infinity is a probability of zero: such a token is not a
     /// candidate. NaN and positive infinity are refused.
     pub fn fill(&mut self, logits: &[f32]) -> Result<(), BadLogits> {
         self.ids.clear();
@@ -82,7 +83,7 @@ impl Candidates {
     pub fn logits(&self) -> &[f32] {
         &self.logits
     }
-    /// One of them; `index` is below [`Candidates::len`].
+    /// One candidate; `index` is below [`Candidates::len`].
     pub fn get(&self, index: usize) -> Candidate {
         Candidate {
             id: self.id(index),
@@ -109,7 +110,7 @@ impl Candidates {
         vectors(|| max(&self.logits))
     }
 
-    /// The most probable candidate; of equals the lowest id.
+    /// The most probable candidate; the lowest id among equals.
     pub fn best(&self) -> Candidate {
         let max = self.max();
         let mut best: Option<u32> = None;
@@ -129,15 +130,15 @@ impl Candidates {
         (start..(start + BLOCK).min(self.len())).map(|i| self.get(i))
     }
 
-    /// Rewrites every logit. What is no longer finite becomes the nearest finite number.
+    /// Rewrites every logit. Results that are not finite become the nearest finite number.
     pub fn map(&mut self, f: impl Fn(f32) -> f32) {
         for logit in &mut self.logits {
             *logit = finite(f(*logit));
         }
     }
 
-    /// Rewrites the logits of tokens that are in the tally; `f` takes id, tallied value and logit. What is no longer
-    /// finite becomes the nearest finite number. Costs a look at each tallied token while no candidate was dropped.
+    /// Rewrites the logits of tokens that are in the tally; `f` gets id, tallied value and logit. Results that are not
+    /// finite become the nearest finite number. While no candidate was dropped, it visits only the tallied tokens.
     pub fn rewrite(&mut self, tally: &Tally, mut f: impl FnMut(u32, u32, f32) -> f32) {
         if self.is_whole() {
             for (id, value) in tally.iter() {
@@ -154,8 +155,8 @@ impl Candidates {
         }
     }
 
-    /// Adds to the logits of some tokens, each named once, sorted by id. What is no longer finite becomes the nearest finite
-    /// number.
+    /// Adds to the logits of some tokens, unique and sorted by id. Results that are not finite become the nearest
+    /// finite number.
     pub fn add(&mut self, amounts: impl Iterator<Item = (u32, f32)>) {
         if self.is_whole() {
             for (id, amount) in amounts {
@@ -173,14 +174,14 @@ impl Candidates {
         }
     }
 
-    /// Keeps what `keep` says; if that is nothing, the most probable candidate stays.
+    /// Keeps the candidates for which `keep` is true; if there is none, the most probable one stays.
     pub fn retain(&mut self, keep: impl Fn(Candidate) -> bool) {
         self.retain_indexed(|_, candidate| keep(candidate));
     }
 
-    /// As [`Candidates::retain`], with the index that a candidate has now.
+    /// Like [`Candidates::retain`], with the current index of a candidate.
     pub fn retain_indexed(&mut self, keep: impl Fn(usize, Candidate) -> bool) {
-        // Found now, because the list is overwritten from its beginning; wanted only if nothing else is kept.
+        // Found first, because the list is overwritten from the start; needed only if nothing else is kept.
         let mut kept = 0;
         let mut ids = std::mem::take(&mut self.ids);
         let whole = ids.is_empty();
@@ -239,14 +240,15 @@ impl Candidates {
         self.ids.push(candidate.id);
     }
 
-    /// The `k` most probable candidates, falling; of equals the lower id first. All of them if there are fewer.
+    /// The `k` most probable candidates, in descending order; the lower id first among equals. All of them if there are
+    /// fewer.
     pub fn top(&mut self, k: usize) -> impl ExactSizeIterator<Item = Candidate> + '_ {
         self.collect_top(k);
         self.keys.iter().map(|key| key.candidate())
     }
 
-    /// Keeps the first `n` (at least 1) of the candidates that [`Candidates::top`] gave last, in that order. Nothing may
-    /// have been changed in between.
+    /// Keeps the first `n` (at least 1) candidates of the last [`Candidates::top`], in that order. Nothing may have
+    /// changed in between.
     pub fn keep_top(&mut self, n: usize) {
         debug_assert!(n >= 1);
         self.keys.truncate(n.max(1));
@@ -258,7 +260,7 @@ impl Candidates {
 
     fn collect_top(&mut self, k: usize) {
         let k = k.clamp(1, self.len());
-        // Room to collect in before the best k are chosen again: that choice is then paid for by what was collected.
+        // Space for candidates before the best k are selected again, which amortizes the selection.
         let room = (4 * k).max(1024);
         let mut keys = std::mem::take(&mut self.keys);
         keys.clear();
@@ -287,13 +289,13 @@ impl Candidates {
 
 fn finite(logit: f32) -> f32 {
     match logit.is_nan() {
-        // An infinite bonus less an infinite penalty: no sampler may make a token likelier by being given nonsense.
+        // An infinite bonus minus an infinite penalty: invalid settings must not make a token more likely.
         true => f32::MIN,
         false => logit.clamp(f32::MIN, f32::MAX),
     }
 }
 
-/// A candidate as one integer that sorts by logit, and of equal logits puts the lower id higher.
+/// A candidate as one integer that sorts by logit, and by lower id among equal logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Key(u64);
 

@@ -2,7 +2,7 @@
 
 use crate::help::{Fault, Help};
 
-/// A constraint that cannot go on, as one whose limits on time or memory are met.
+/// A constraint that cannot continue, for example because it reached a limit on time or memory.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("structured output cannot continue: {0}")]
 pub struct ConstraintError(pub String);
@@ -17,11 +17,11 @@ impl Help for ConstraintError {
     }
 }
 
-/// Follows a text token by token, and says what may come next: a grammar, for example.
+/// Follows a text token by token, and determines what may come next: a grammar, for example.
 pub trait Constraint: Send {
-    /// Makes the logits, `[vocabulary]`, of tokens that may not come next minus infinity.
+    /// Sets the logits, `[vocabulary]`, of tokens that must not come next to minus infinity.
     fn limit(&mut self, logits: &mut [f32]) -> Result<(), ConstraintError>;
 
-    /// Takes the token that was drawn. True if the text is complete and nothing may follow.
+    /// Adds the token that was drawn. Returns true if the text is complete and nothing may follow.
     fn accept(&mut self, token: u32) -> Result<bool, ConstraintError>;
 }

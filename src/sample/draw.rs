@@ -10,7 +10,7 @@ use super::softmax::{Weighed, weigh};
 pub enum Draw {
     /// The largest logit.
     Greedy,
-    /// ChaCha8 is specified bit for bit, so a seed means the same on every machine and in every version.
+    /// ChaCha8 is specified bit for bit, so a seed gives the same numbers on every machine and in every version.
     Seeded(Box<ChaCha8Rng>),
 }
 
@@ -19,7 +19,7 @@ pub enum Draw {
 pub struct Drawn {
     /// Token id.
     pub id: u32,
-    /// Its share among the candidates that were left.
+    /// Its probability among the remaining candidates.
     pub probability: f64,
 }
 
@@ -34,7 +34,7 @@ pub fn rng(seed: u64, stream: u64) -> ChaCha8Rng {
     rng
 }
 
-/// Goes to the number that [`uniform`] gives after `position` others: each is two words.
+/// Moves to the number that [`uniform`] returns after `position` others; each is two words.
 pub fn move_to(rng: &mut ChaCha8Rng, position: usize) {
     rng.set_word_pos(2 * position as u128);
 }
@@ -54,14 +54,14 @@ impl Draw {
         Draw::Seeded(Box::new(rng(seed, DRAW_STREAM)))
     }
 
-    /// Goes to the random number of a position.
+    /// Moves to the random number of a position.
     pub fn move_to(&mut self, position: usize) {
         if let Draw::Seeded(rng) = self {
             move_to(rng, position);
         }
     }
 
-    /// The token drawn. Of equal logits, greedy takes the lowest id. `weights` is working space.
+    /// The token drawn. Among equal logits, greedy takes the lowest id. `weights` is a buffer.
     pub fn pick(&mut self, candidates: &Candidates, weights: &mut Vec<f32>) -> Drawn {
         let Draw::Seeded(rng) = self else {
             return Drawn {
@@ -73,7 +73,7 @@ impl Draw {
         let mut left = uniform(rng) * total;
         let mut at = None;
         for (i, weight) in weights.iter().enumerate() {
-            // A weight of zero cannot be drawn, whatever rounding does.
+            // A weight of zero cannot be drawn, regardless of rounding.
             if *weight > 0.0 {
                 at = Some(i);
                 left -= f64::from(*weight);

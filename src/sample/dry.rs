@@ -18,11 +18,11 @@ pub struct DrySettings {
     pub multiplier: f32,
     /// Below 1 is off.
     pub base: f32,
-    /// Repetitions shorter than this cost nothing.
+    /// Shorter repetitions have no penalty.
     pub allowed_length: usize,
-    /// Tokens looked back at; `None`: all. 0 is off.
+    /// Number of last tokens that are searched; `None`: all. 0 is off.
     pub penalty_last_n: Option<usize>,
-    /// Tokens at which a repetition ends.
+    /// Tokens that end a repetition.
     pub breakers: Arc<Breakers>,
 }
 
@@ -45,16 +45,16 @@ impl DrySettings {
         self.multiplier != 0.0 && self.base >= 1.0 && self.penalty_last_n != Some(0)
     }
 
-    /// The largest exponent whose power is finite; `None` where no power of the base can grow too large.
+    /// The largest exponent whose power is finite; `None` if no power of the base can be too large.
     fn largest_exponent(&self) -> Option<u32> {
-        /// ln of the largest f32, as llama.cpp writes it.
+        /// ln of the largest f32, as in llama.cpp.
         const LN_MAX: f32 = 88.722_84;
         (self.base > 1.000_001).then(|| (LN_MAX / self.base.ln()) as u32)
     }
 
-    /// What a repetition costs that is `excess` tokens longer than the allowed length.
+    /// The penalty of a repetition that is `excess` tokens longer than the allowed length.
     fn penalty(&self, excess: u32) -> f32 {
-        // A base so large that not even its first power is finite is not clamped, as in llama.cpp.
+        // As in llama.cpp, a base whose first power is already infinite is not clamped.
         let exponent = match self.largest_exponent() {
             Some(largest) if largest > 0 => excess.min(largest),
             _ => excess,
@@ -66,7 +66,7 @@ impl DrySettings {
 /// See the module's head.
 pub struct Dry {
     settings: DrySettings,
-    /// Penalties of the shortest repetitions, by excess: a power costs more than all the rest of a token's treatment.
+    /// Penalties of the shortest repetitions, by excess: computing a power costs more than everything else per token.
     penalties: Vec<f32>,
     matches: Vec<u32>,
     /// The longest repetition that each token would continue.
@@ -126,17 +126,17 @@ impl Sampler for Dry {
     }
 }
 
-/// `matches[k]`: how many of the last tokens, `limit` at most, also stand before the last `k`: the Z-function of the
-/// reversed window. `matches[0]` means nothing.
+/// `matches[k]`: how many of the last tokens, at most `limit`, also precede the last `k`: the Z-function of the
+/// reversed window. `matches[0]` is unused.
 fn suffix_matches(window: &[u32], limit: usize, matches: &mut Vec<u32>) {
     let n = window.len();
     matches.clear();
     matches.resize(n, 0);
-    // Of the matches seen, the one that reaches furthest back: it began `start` before the end and is known up to `end`.
+    // The match that reaches furthest back so far: it begins `start` before the end and is known up to `end`.
     let (mut start, mut end) = (0, 0);
     let newest = window[n - 1];
     for k in 1..n {
-        // By far the most common case, and the only one in ordinary text that is worth being quick about.
+        // By far the most common case, and the only one that matters for speed in ordinary text.
         if k >= end && window[n - 1 - k] != newest {
             continue;
         }
@@ -145,7 +145,7 @@ fn suffix_matches(window: &[u32], limit: usize, matches: &mut Vec<u32>) {
             true => (matches[k - start] as usize).min(end - k),
             false => 0,
         };
-        // Only what lies beyond `end` is compared, and every agreement moves `end`: linear in all.
+        // Only tokens beyond `end` are compared, and every match moves `end`: linear overall.
         if k + length >= end && length < most {
             let (new, old) = (&window[..n - length], &window[..n - k - length]);
             let pairs = new.iter().rev().zip(old.iter().rev()).take(most - length);

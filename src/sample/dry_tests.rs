@@ -1,4 +1,4 @@
-//! DRY: the published vectors, the cases they miss, and a quadratic version that follows the definition word by word.
+//! DRY: the published vectors, the cases they miss, and a quadratic version that follows the definition.
 
 use proptest::prelude::*;
 
@@ -27,7 +27,7 @@ fn probabilities(vocabulary: usize, history: &[u32], dry: DrySettings) -> Vec<f6
     chain.probabilities(&logits, history).unwrap()
 }
 
-/// How much each token's logit loses.
+/// The penalty of each token's logit.
 fn losses(vocabulary: usize, history: &[u32], dry: &DrySettings) -> Vec<f32> {
     let mut candidates = Candidates::default();
     candidates.fill(&vec![0.0; vocabulary]).unwrap();
@@ -132,7 +132,7 @@ fn off_is_off_and_what_is_unknown_does_no_harm() {
         let lost = losses(4, &history, &settings(multiplier, base, allowed, None, &[]));
         assert_eq!(lost, [0.0; 4], "{multiplier} {base} {allowed}");
     }
-    // Ids beyond the vocabulary are matched over, and never penalised.
+    // Ids beyond the vocabulary take part in matches, but are never penalized.
     let history = [900, u32::MAX, 1, 900, u32::MAX];
     assert_eq!(losses(2, &history, &settings(1.0, 2.0, 2, None, &[])), [0.0, 1.0]);
     let history = [0, 1, 900, 0, 1];
@@ -150,7 +150,7 @@ fn dropped_candidates_change_nothing_for_the_others() {
     assert_eq!(candidates.logits(), [-1.0, 0.0, 0.0]);
 }
 
-/// The definition, word by word, in quadratic time.
+/// The definition, in quadratic time.
 fn naive(vocabulary: usize, history: &[u32], dry: &DrySettings, breakers: &[Vec<u32>]) -> Vec<f32> {
     let mut lost = vec![0.0; vocabulary];
     let last_n = dry.penalty_last_n.unwrap_or(history.len()).min(history.len());

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::settings::{Settings, SettingsError, Stage};
 
-/// Ways to generate of transformers that change tokens, with the number that means off.
+/// Generation settings of transformers that change tokens, with the number that means off.
 const OTHER_WAYS: [(&str, f64); 19] = [
     ("num_beams", 1.0),
     ("num_beam_groups", 1.0),
@@ -28,9 +28,8 @@ const OTHER_WAYS: [(&str, f64); 19] = [
 ];
 
 impl Settings {
-    /// Takes what a model's `generation_config.json` asks for. What it does not say, or is null there, stays as it is;
-    /// `do_sample: false` is greedy, and a `top_k` of -1 is off, as in vLLM. What makes no sense stays as it is, too, with an
-    /// error each.
+    /// Applies a model's `generation_config.json`. Missing or null fields keep their value; `do_sample: false` is
+    /// greedy, and a `top_k` of -1 is off, as in vLLM. Invalid fields keep their value too, with an error each.
     pub fn take_generation_config(&mut self, config: &Value) -> Vec<SettingsError> {
         let mut errors = Vec::new();
         let mut take = |parameter: &'static str, wanted: &'static str, read: &dyn Fn(&Value, &mut Settings) -> bool| {
@@ -83,8 +82,8 @@ impl Settings {
         errors
     }
 
-    /// What a `generation_config.json` asks for and does not get, one line each with the field: values that make no sense,
-    /// and ways to generate that there are not here.
+    /// Fields of a `generation_config.json` that are not applied, one line each: invalid values, and unsupported
+    /// generation settings.
     pub fn generation_config_warnings(config: &Value) -> Vec<String> {
         let errors = Settings::default().take_generation_config(config);
         let nonsense = errors.iter().map(|e| {
@@ -114,7 +113,7 @@ impl Settings {
         nonsense.chain(other).collect()
     }
 
-    /// Whether a value of `generation_config.json` changes what these settings do, if no flag overrides it.
+    /// Whether a value of `generation_config.json` has an effect with these settings, if no flag overrides it.
     pub fn uses(&self, parameter: &str) -> bool {
         let stage = match parameter {
             "top_k" => Stage::TopK,
@@ -125,7 +124,7 @@ impl Settings {
             _ => return true,
         };
         let in_chain = self.order.contains(&stage) && (self.mirostat.is_none() || !stage.truncates());
-        // These three never drop the most probable token, which is the one that is taken.
+        // These three never drop the most probable token, which greedy decoding takes.
         let without_effect = self.is_greedy() && matches!(stage, Stage::TopK | Stage::TopP | Stage::MinP);
         in_chain && !without_effect
     }
@@ -203,7 +202,7 @@ mod tests {
                 "{warning}"
             );
         }
-        // What is good beside it is taken.
+        // Valid fields beside it are applied.
         let mut settings = Settings::default();
         let config = json!({"top_p": 1.5, "temperature": 0.5, "top_k": "x", "min_p": 0.25});
         assert_eq!(settings.take_generation_config(&config).len(), 2);

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-/// The distribution of one step, asked for some ids.
+/// The distribution of one step, queried for some ids.
 pub struct Logprobs<'a> {
     logits: &'a [f32],
     log_sum: f64,
@@ -22,7 +22,7 @@ impl<'a> Logprobs<'a> {
         f64::from(self.logits[id as usize]) - self.log_sum
     }
 
-    /// The `n` most probable ids with their log-probabilities, falling; of equals the lower id first.
+    /// The `n` most probable ids with their log-probabilities, in descending order; the lower id first among equals.
     pub fn top(&self, n: usize) -> Vec<(u32, f64)> {
         let n = n.min(self.logits.len());
         if n == 0 {

@@ -14,7 +14,7 @@ pub struct Mirostat {
 }
 
 impl Mirostat {
-    /// `tau`: the surprise aimed at, in bits. `eta`: how fast `mu` is corrected.
+    /// `tau`: the target surprise, in bits. `eta`: how fast `mu` is corrected.
     pub fn new(tau: f32, eta: f32) -> Self {
         Mirostat {
             tau,

@@ -1,11 +1,11 @@
 //! From a row of logits to the next token: a chain of samplers, one per file, and a draw at its end.
 //!
-//! Takes the model's logits and the tokens so far, gives a token id. Each [`Sampler`] rewrites the list of
-//! [`Candidates`] (changes logits, drops candidates) and is independent of the others. [`Settings`] select samplers and their
-//! order; [`Chain::new`] builds the chain. Samplers have the meaning of llama.cpp's, whose order is the default:
+//! Input: the model's logits and the tokens so far. Output: a token id. Each [`Sampler`] rewrites the list of
+//! [`Candidates`] (changes logits, drops candidates) and is independent of the others. [`Settings`] select samplers and
+//! their order; [`Chain::new`] builds the chain. Samplers have llama.cpp's semantics, and its order is the default:
 //! logit bias, penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC, temperature, mirostat, draw. `logprobs`
-//! reports the model's own distribution, before any sampler. A [`Constraint`] limits the tokens that may come. Text, stop
-//! conditions and the generation loop belong to `decode`.
+//! reports the model's own distribution, before any sampler. A [`Constraint`] limits the tokens that may come. Text,
+//! stop conditions and the generation loop belong to `decode`.
 
 mod bias;
 mod breakers;
@@ -38,28 +38,28 @@ pub use settings::{MirostatSettings, Settings, SettingsError, Stage};
 
 use crate::help::{Fault, Help};
 
-/// Strings at which DRY stops matching unless one says otherwise.
+/// Default strings at which DRY stops matching.
 pub const DEFAULT_BREAKERS: [&str; 4] = ["\n", ":", "\"", "*"];
 
-/// Sums of probabilities are compared with a limit that may be one of them: what differs by less is equal.
+/// Sums of probabilities are compared with a limit that may be one of them: smaller differences count as equal.
 const ROUNDING: f64 = 1e-6;
 
 /// One stage of the chain.
 pub trait Sampler: Send {
-    /// Rewrites the candidates; at least one is left. `history` is the prompt and every token generated so far.
+    /// Rewrites the candidates; at least one remains. `history` is the prompt and every token generated so far.
     fn apply(&mut self, candidates: &mut Candidates, history: &[u32]);
 
     /// Called after a draw with the probability that the drawn token had among the candidates.
     fn drawn(&mut self, _probability: f64) {}
 
-    /// Forgets what it learned from draws.
+    /// Resets state learned from draws.
     fn reset(&mut self) {}
 
-    /// Goes to the random numbers of a position, if it has any.
+    /// Moves to the random numbers of a position, if it has any.
     fn move_to(&mut self, _position: usize) {}
 }
 
-/// Logits that nothing can be drawn from.
+/// Logits from which nothing can be drawn.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 #[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum BadLogits {
@@ -84,7 +84,7 @@ impl Help for BadLogits {
     }
 }
 
-/// Samplers in order, then a draw. The same settings and logits give the same tokens on every machine.
+/// A chain: samplers in order, then a draw. The same settings and logits give the same tokens on every machine.
 pub struct Chain {
     stages: Vec<Box<dyn Sampler>>,
     draw: Draw,
@@ -108,7 +108,7 @@ impl Chain {
         if let Some(m) = &settings.mirostat {
             stages.push(Box::new(mirostat::Mirostat::new(m.tau, m.eta)));
         }
-        // These keep the most probable token where it is.
+        // These do not change the most probable token.
         let harmless = [Stage::TopNSigma, Stage::TopK, Stage::TopP, Stage::MinP];
         let is_argmax = settings.is_greedy()
             && settings.logit_bias.is_empty()
@@ -127,8 +127,8 @@ impl Chain {
         })
     }
 
-    /// Whether the next token is always the one of the largest logit, the lowest of equals, whatever came before: then a
-    /// device can find it.
+    /// Whether the next token is always the one with the largest logit (the lowest id among equals), whatever the
+    /// history: then a device can find it.
     pub fn is_argmax(&self) -> bool {
         self.is_argmax
     }
@@ -146,8 +146,8 @@ impl Chain {
         Ok(drawn.id)
     }
 
-    /// What the draw would choose from: the probability of every token, `[vocabulary]`, 0 for those dropped. Greedy gives
-    /// the most probable one everything.
+    /// The distribution of the draw: the probability of every token, `[vocabulary]`, 0 for dropped ones. Greedy gives
+    /// the most probable token probability 1.
     pub fn probabilities(&mut self, logits: &[f32], history: &[u32]) -> Result<Vec<f64>, BadLogits> {
         self.apply(logits, history)?;
         let mut probabilities = vec![0.0; logits.len()];
@@ -164,7 +164,7 @@ impl Chain {
         Ok(probabilities)
     }
 
-    /// Forgets what stages learned from draws, as before the first token. Random numbers go on.
+    /// Resets state that stages learned from draws, as before the first token. Random numbers continue.
     pub fn reset(&mut self) {
         for stage in &mut self.stages {
             stage.reset();

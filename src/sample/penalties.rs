@@ -1,8 +1,8 @@
 //! Repetition, frequency and presence penalties, over the last tokens.
 //!
 //! The repetition penalty (Keskar et al., CTRL, 2019) divides positive logits and multiplies the others, so that both
-//! fall; then `count * frequency + presence` is subtracted. Each token of the window is divided or multiplied once, whatever its
-//! count.
+//! decrease; then `count * frequency + presence` is subtracted. Each token of the window is divided or multiplied once,
+//! whatever its count.
 
 use super::tally::Tally;
 use super::{Candidates, Sampler, window};
@@ -16,7 +16,7 @@ pub struct Penalties {
 }
 
 impl Penalties {
-    /// `repetition` above 0, 1 is off; the others of 0 or more, 0 is off. `last_n`: tokens looked back at, or all.
+    /// `repetition` above 0, 1 is off; the others of 0 or more, 0 is off. `last_n`: number of last tokens, or all.
     pub fn new(repetition: f32, frequency: f32, presence: f32, last_n: Option<usize>) -> Self {
         Penalties {
             repetition,

@@ -3,7 +3,7 @@
 use super::dry::DrySettings;
 use crate::help::Help;
 
-/// A sampler whose place in the chain can be chosen. Logit bias always comes first, mirostat and the draw last.
+/// A sampler whose position in the chain can be chosen. Logit bias always comes first, mirostat and the draw last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
     /// Repetition, frequency and presence.
@@ -20,7 +20,7 @@ pub enum Stage {
     TopP,
     /// Tokens of at least a share of the largest probability.
     MinP,
-    /// XTC: drops all but the least probable of the likely tokens, now and then.
+    /// XTC: with some probability, drops all but the least probable of the likely tokens.
     Xtc,
     /// Divides logits.
     Temperature,
@@ -40,7 +40,7 @@ impl Stage {
         Stage::Temperature,
     ];
 
-    /// As `--samplers` and reports call it.
+    /// Its name in `--samplers` and reports.
     pub fn name(self) -> &'static str {
         match self {
             Stage::Penalties => "penalties",
@@ -55,7 +55,7 @@ impl Stage {
         }
     }
 
-    /// The stage of a name that [`Stage::name`] gives.
+    /// The stage with this [`Stage::name`].
     pub fn from_name(name: &str) -> Option<Stage> {
         Stage::ORDER.into_iter().find(|stage| stage.name() == name)
     }
@@ -69,7 +69,7 @@ impl Stage {
 /// Mirostat 2.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MirostatSettings {
-    /// Surprise aimed at, in bits.
+    /// Target surprise, in bits.
     pub tau: f32,
     /// Learning rate.
     pub eta: f32,
@@ -81,7 +81,7 @@ impl Default for MirostatSettings {
     }
 }
 
-/// See the module's head. Numbers mean what they mean in llama.cpp.
+/// See the module's head. Numbers have llama.cpp's meaning.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     /// Samplers in order; those left out are off.
@@ -94,7 +94,7 @@ pub struct Settings {
     pub frequency_penalty: f32,
     /// 0 is off.
     pub presence_penalty: f32,
-    /// Tokens that the three penalties look back at; `None`: all.
+    /// Number of last tokens for the three penalties; `None`: all.
     pub penalty_last_n: Option<usize>,
     /// See [`DrySettings`].
     pub dry: DrySettings,
@@ -116,10 +116,10 @@ pub struct Settings {
     pub temperature: f32,
     /// Replaces the truncating samplers.
     pub mirostat: Option<MirostatSettings>,
-    /// Of the draw and of XTC.
+    /// Seed of the draw and of XTC.
     pub seed: u64,
-    /// The random numbers of a token follow from the seed and the token's position, not from how many were drawn: a text that
-    /// another run goes on with, its tokens so far given as a prompt, gets what it would have got.
+    /// The random numbers of a token follow from the seed and the token's position, not from how many were drawn:
+    /// another run that continues a text, with its tokens so far as a prompt, gives the same result.
     pub by_position: bool,
 }
 
@@ -127,7 +127,7 @@ pub struct Settings {
 const COLDEST: f32 = 1e-6;
 
 impl Default for Settings {
-    /// What is usual where neither a model nor a person says anything: top-k 40, top-p 0.95, min-p 0.05, temperature 0.8.
+    /// Usual defaults without settings from model or user: top-k 40, top-p 0.95, min-p 0.05, temperature 0.8.
     fn default() -> Self {
         Settings {
             top_k: 40,
@@ -172,12 +172,12 @@ impl Settings {
         }
     }
 
-    /// Whether the token of the largest logit is taken.
+    /// Whether decoding is greedy.
     pub fn is_greedy(&self) -> bool {
         self.temperature < COLDEST
     }
 
-    /// Refuses what makes no sense, naming the parameter.
+    /// Refuses invalid settings, naming the parameter.
     pub fn check(&self) -> Result<(), SettingsError> {
         let check = |parameter: &'static str, value: f32, good: bool, wanted: &'static str| match good {
             true => Ok(()),
@@ -244,15 +244,15 @@ impl Settings {
     }
 }
 
-/// Settings that make no sense.
+/// Invalid settings.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("--{}: {value} is not {wanted}", self.flag())]
 pub struct SettingsError {
     /// As in `generation_config.json`, for example `top_p`.
     pub parameter: &'static str,
-    /// What was given.
+    /// The given value.
     pub value: String,
-    /// What it has to be.
+    /// The requirement.
     pub wanted: &'static str,
 }
 

@@ -1,8 +1,8 @@
-//! Probabilities of candidates: exponentials that are the same bits on every machine.
+//! Probabilities of candidates: exponentials with the same bits on every machine.
 //!
 //! The exponential of the C library differs between systems in its last bit, which is enough to let one seed draw
-//! different tokens. This one is made of additions and multiplications only, whose results IEEE 754 fixes, and the
-//! compiler can turn a loop of it into vector operations.
+//! different tokens. This one consists only of additions and multiplications, whose results IEEE 754 defines, and the
+//! compiler can vectorize a loop over it.
 
 use super::vectors::{BLOCK, vectors};
 

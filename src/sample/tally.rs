@@ -14,7 +14,7 @@ pub struct Tally {
 const NONE: u32 = u32::MAX;
 
 impl Tally {
-    /// Forgets everything; ids below `vocabulary` can be tallied from now on.
+    /// Clears everything; ids below `vocabulary` can be tallied from now on.
     pub fn clear(&mut self, vocabulary: usize) {
         for id in self.tallied.drain(..) {
             self.values[id as usize] = NONE;
@@ -26,7 +26,7 @@ impl Tally {
         self.values.get(id as usize).copied().filter(|v| *v != NONE)
     }
 
-    /// One more of this token.
+    /// Counts this token once more.
     pub fn count(&mut self, id: u32) {
         let Some(slot) = self.values.get_mut(id as usize) else {
             return;
@@ -38,7 +38,7 @@ impl Tally {
         *slot += 1;
     }
 
-    /// The larger of `value` and what the token had.
+    /// Sets the larger of `value` and the token's value.
     pub fn raise(&mut self, id: u32, value: u32) {
         let Some(slot) = self.values.get_mut(id as usize) else {
             return;
@@ -47,7 +47,8 @@ impl Tally {
             self.tallied.push(id);
             *slot = value;
         } else if *slot < value {
-            // Written only if it changes: in a history of one token each write would wait for the one before.
+            // Written only if it changes: in a history of one repeated token each write would wait for the previous
+            // one.
             *slot = value;
         }
     }

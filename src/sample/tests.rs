@@ -44,7 +44,7 @@ fn top_k() {
     assert_after(with(3), &[], &FOUR, &[0.0, 0.22222, 0.33333, 0.44444]);
     assert_after(with(4), &[], &FOUR, &FOUR);
     assert_after(with(0), &[], &FOUR, &FOUR);
-    // Of equals the lower ids stay.
+    // Among equals the lower ids stay.
     assert_after(with(2), &[], &[0.25; 4], &[0.5, 0.5, 0.0, 0.0]);
 }
 
@@ -114,7 +114,7 @@ fn top_n_sigma() {
     assert_after(both(1.0, 1), &[], &FOUR, &[0.0, 0.0, 0.0, 1.0]);
     assert_after(both(3.0, 3), &[], &FOUR, &[0.0, 0.222222, 0.333333, 0.444444]);
     assert_after(both(1.0, 9), &[], &FOUR, &[0.0, 0.0, 0.428571, 0.571429]);
-    // Penalties beyond what has a square in f32 stretch the deviation, and drop nobody else.
+    // Penalties whose square exceeds f32 stretch the deviation, but drop no other token.
     let mut chain = Chain::new(&with(1.0)).unwrap();
     let mut logits = vec![1.0; 200];
     logits[3..40].fill(-2e38);
@@ -278,9 +278,9 @@ fn the_order_can_be_chosen() {
     assert_eq!(sharp.iter().filter(|p| **p > 0.0).count(), 2);
     let flat = after(&FOUR, &[], &settings(&[Stage::Temperature, Stage::MinP]));
     assert_eq!(flat.iter().filter(|p| **p > 0.0).count(), 4);
-    // What is left out is off.
+    // Omitted samplers are off.
     assert_eq!(after(&FOUR, &[], &settings(&[Stage::Temperature])), flat);
-    // Penalties after a filter see the candidates that are left.
+    // Penalties after a filter see the remaining candidates.
     let late = Settings {
         order: vec![Stage::TopK, Stage::Penalties],
         top_k: 2,
@@ -367,7 +367,7 @@ fn a_seed_decides_everything() {
     };
     assert_eq!(with(1), with(1));
     assert_ne!(with(1), with(2));
-    // These very tokens, on every machine and in every version.
+    // Exactly these tokens, on every machine and in every version.
     let plain = draws(Settings { seed: 42, ..neutral() }, &logits, 8);
     assert_eq!(plain, [67, 94, 43, 62, 28, 16, 31, 81]);
 }
@@ -422,7 +422,7 @@ fn a_chain_knows_when_it_is_only_an_argmax() {
     for (settings, expected) in cases {
         let mut chain = Chain::new(&settings).unwrap();
         assert_eq!(chain.is_argmax(), expected, "{settings:?}");
-        // Then it is what a device finds, ties included.
+        // Then it equals a device's result, including ties.
         for _ in 0..if expected { 50 } else { 0 } {
             let mut bits = || {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -454,7 +454,7 @@ fn penalties_beyond_the_range_of_f32_make_no_nan() {
             [1, 3].contains(&chain.sample(&logits, &history).unwrap()),
             "{temperature}"
         );
-        // Every token is penalised: the answer is any of them.
+        // Every token is penalized: the answer is any of them.
         let all = [0, 1, 2, 3];
         assert!(chain.sample(&logits, &all).unwrap() < 4);
         let sum: f64 = chain.probabilities(&logits, &all).unwrap().iter().sum();

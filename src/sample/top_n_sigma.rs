@@ -1,7 +1,6 @@
 //! Top-nσ (Tang et al., 2024): keeps logits within `n` standard deviations of the largest one.
 //!
-//! Mean and deviation are those of the logits as they come, before any temperature, so the set kept does not depend on
-//! it.
+//! Mean and deviation are those of the logits before any temperature, so the kept set does not depend on it.
 
 use super::vectors::{Spread, spread, vectors};
 use super::{Candidates, Sampler};
@@ -12,8 +11,8 @@ pub struct TopNSigma {
 }
 
 impl TopNSigma {
-    /// `n` above 0. `at_most`: keeps no more than this many, which a top-k right after it would do. Both keep the largest
-    /// logits, so doing it at once changes nothing, and saves a list of what only one of them drops.
+    /// `n` above 0. `at_most`: keeps no more than this many, which a top-k right after it would do. Both keep the
+    /// largest logits, so combining them changes nothing and is faster.
     pub fn new(n: f32, at_most: Option<usize>) -> Self {
         TopNSigma { n, at_most }
     }
@@ -22,7 +21,7 @@ impl TopNSigma {
 impl Sampler for TopNSigma {
     fn apply(&mut self, candidates: &mut Candidates, _history: &[u32]) {
         let Spread { min, max, variance } = vectors(|| spread(candidates.logits()));
-        // A penalty can be so large that its square is no f32: then everything is near.
+        // A penalty can be so large that its square exceeds f32: then everything is near.
         let deviation = if variance.is_finite() {
             variance.max(0.0).sqrt() as f32
         } else {

@@ -7,7 +7,7 @@ use super::{Candidates, ROUNDING, Sampler};
 pub struct Typical {
     p: f32,
     weights: Vec<f32>,
-    /// How far from typical, and the index, as one integer that sorts by them.
+    /// The distance from typical, and the index, as one sortable integer.
     order: Vec<u64>,
     kept: Vec<bool>,
 }
@@ -52,7 +52,7 @@ impl Sampler for Typical {
         self.kept.clear();
         self.kept.resize(candidates.len(), false);
         let (mut sum, mut sorted, mut next) = (0.0, 0, FIRST);
-        // Sorted as far as it turns out to be needed.
+        // Sorted only as far as needed.
         'enough: while sorted < self.order.len() {
             let rest = &mut self.order[sorted..];
             let now = next.min(rest.len());

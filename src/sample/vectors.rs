@@ -2,7 +2,7 @@
 //!
 //! The results do not depend on the width: nothing is fused or reordered, and every lane computes the same as scalar code.
 
-/// Floats looked at together.
+/// Floats processed together.
 pub const BLOCK: usize = 32;
 
 /// Runs `pass`, which must be a closure around `#[inline(always)]` code, compiled for AVX2 if the machine has it.
@@ -25,7 +25,7 @@ pub fn vectors<R>(pass: impl FnOnce() -> R) -> R {
 /// Whether there is no NaN and no infinity.
 #[inline(always)]
 pub fn all_finite(logits: &[f32]) -> bool {
-    // Zero times a finite number is zero, times anything else it is NaN, which no sum loses again.
+    // Zero times a finite number is zero, times anything else it is NaN, which stays in every sum.
     let mut lanes = [0.0; BLOCK];
     let blocks = logits.chunks_exact(BLOCK);
     let rest = blocks.remainder();
@@ -76,15 +76,15 @@ pub fn block_with(logits: &[f32], block: usize, floor: f32) -> Option<usize> {
     has(tail, floor).then_some(block + whole)
 }
 
-/// Keeps those that are at least `floor`, and puts their places into `ids`, which is empty.
+/// Keeps those that are at least `floor`, and stores their indices in `ids`, which must be empty.
 #[inline(always)]
 pub fn compress_from(logits: &mut Vec<f32>, ids: &mut Vec<u32>, floor: f32) {
-    // Nothing is below it: what fills up the last step would be kept as well.
+    // Nothing is below it: padding of the last step would be kept as well.
     if floor == f32::NEG_INFINITY {
         ids.extend(0..logits.len() as u32);
         return;
     }
-    // Small enough that one logit kept does not make many others be looked at one by one.
+    // Small enough that one kept logit does not force many others to be checked individually.
     const STEP: usize = 8;
     let mut kept = 0;
     let mut from = 0;
@@ -104,7 +104,7 @@ pub fn compress_from(logits: &mut Vec<f32>, ids: &mut Vec<u32>, floor: f32) {
             if !any {
                 continue;
             }
-            // Every logit is written and the place moves on only for those kept: no branch to guess wrong.
+            // Every logit is written and the position advances only for kept ones: no branch misprediction.
             let mut places = [0; STEP];
             let mut n = 0;
             for i in 0..STEP {
@@ -121,7 +121,7 @@ pub fn compress_from(logits: &mut Vec<f32>, ids: &mut Vec<u32>, floor: f32) {
     logits.truncate(kept);
 }
 
-/// What one pass over all logits finds.
+/// Results of one pass over all logits.
 #[derive(Clone, Copy, Debug)]
 pub struct Spread {
     pub min: f32,
@@ -136,7 +136,7 @@ pub fn spread(logits: &[f32]) -> Spread {
     // Distances from a middling logit, so that squares do not cancel.
     let (a, b, c) = (logits[0], logits[logits.len() / 2], logits[logits.len() - 1]);
     let around = a.max(b).min(c).max(a.min(b));
-    // Short runs in f32, added up in f64: as exact as it matters, and as fast as f32.
+    // Short runs in f32, summed in f64: precise enough, and as fast as f32.
     const RUN: usize = 16 * BLOCK;
     let (mut sum, mut squares) = (0.0, 0.0);
     let (mut low, mut high) = ([f32::MAX; LANES], [f32::MIN; LANES]);

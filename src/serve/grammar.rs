@@ -1,4 +1,5 @@
-//! Structured output: JSON schemas and grammars, followed by llguidance. Grammars of llama.cpp's form are translated first (`gbnf`).
+//! Structured output: JSON schemas and grammars, followed by llguidance. llama.cpp's grammars are translated first
+//! (`gbnf`).
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -12,14 +13,14 @@ use super::gbnf::{self, GbnfError};
 use crate::sample::{Constraint, ConstraintError};
 use crate::text::Tokenizer;
 
-/// What a text must be like.
+/// The required form of a text.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Form {
-    /// JSON of this schema.
+    /// JSON that follows this schema.
     Schema(Value),
-    /// A text of this grammar, in the form of Lark that llguidance takes.
+    /// A text of this grammar, in llguidance's variant of Lark.
     Lark(String),
-    /// A text of this grammar, in llama.cpp's form.
+    /// A text of this grammar, in GBNF.
     Gbnf(String),
     /// A text that this pattern matches as a whole.
     Regex(String),
@@ -28,7 +29,7 @@ pub enum Form {
 }
 
 impl Form {
-    /// A text of this grammar, which is in one of both forms: GBNF has `::=` in its first rule.
+    /// A text of this grammar in either syntax: GBNF has `::=` in its first rule.
     pub fn grammar(text: String) -> Form {
         match gbnf::is_gbnf(&text) {
             true => Form::Gbnf(text),
@@ -37,14 +38,14 @@ impl Form {
     }
 }
 
-/// Stack of the thread that reads a grammar: reading follows names of rules, as deep as they go.
-/// [`gbnf::LONGEST`] limits that. The system gives memory to what is used alone.
+/// Stack of the thread that reads a grammar: reading recurses through references to rules. [`gbnf::LONGEST`] limits the
+/// depth. Only used stack takes memory.
 const STACK: usize = 256 << 20;
 
-/// White space between the parts of JSON: some, and not so much that a model goes on with it to its end.
+/// White space between the parts of JSON: limited, so that a model cannot continue with it forever.
 pub(crate) const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,24}";
 
-/// Why a form is not followed.
+/// Why a form cannot be followed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FormError {
     /// A grammar in llama.cpp's form that cannot be read.
@@ -58,19 +59,19 @@ pub enum FormError {
     Refused(String),
 }
 
-/// What a model's tokens are, for grammars; made once a model, when first asked for.
+/// A model's tokens, for grammars; built once per model, on first use.
 pub struct Grammars {
     factory: ParserFactory,
     end: BTreeSet<u32>,
 }
 
 impl Grammars {
-    /// Of a model with this many tokens, which these end.
+    /// For a model with this many tokens, with these end tokens.
     pub fn new(tokenizer: &Tokenizer, vocabulary: usize, end: &BTreeSet<u32>) -> Result<Self, String> {
         let bytes = tokenizer.token_bytes();
         let word = |id: usize| {
             let bytes = bytes.get(id).map_or(&[][..], Vec::as_slice);
-            // Special tokens are none of the text.
+            // Special tokens are not part of the text.
             match !bytes.is_empty() && tokenizer.is_special(id as u32) {
                 true => [&[TokTrie::SPECIAL_TOKEN_MARKER], bytes].concat(),
                 false => bytes.to_vec(),
@@ -78,7 +79,7 @@ impl Grammars {
         };
         let mut words: Vec<Vec<u8>> = (0..vocabulary).map(word).collect();
         let first = end.iter().copied().find(|id| (*id as usize) < vocabulary);
-        // A model that no token ends gets one that it cannot draw.
+        // A model without end tokens gets one that it cannot draw.
         let first = first.unwrap_or_else(|| {
             words.push([&[TokTrie::SPECIAL_TOKEN_MARKER], &b"<end>"[..]].concat());
             vocabulary as u32
@@ -93,7 +94,7 @@ impl Grammars {
         Ok(Grammars { factory, end })
     }
 
-    /// Follows a form from its beginning.
+    /// Follows a form from the start.
     pub fn follow(&self, form: Form) -> Result<Limited, FormError> {
         let failed = |why: &str| FormError::Refused(why.to_string());
         std::thread::scope(|scope| {
@@ -139,7 +140,7 @@ impl Grammars {
     }
 }
 
-/// A text of a certain form, as far as it is written.
+/// A text that follows a form, as far as it is written.
 pub struct Limited {
     matcher: Matcher,
     /// Tokens that end a text: allowed where the form is complete.
@@ -147,7 +148,7 @@ pub struct Limited {
 }
 
 impl Limited {
-    /// The same for another text.
+    /// The same form for another text.
     pub fn again(&self) -> Self {
         Limited {
             matcher: self.matcher.deep_clone(),

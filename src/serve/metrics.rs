@@ -6,19 +6,19 @@ use std::time::Duration;
 
 use crate::decode::FinishReason;
 
-/// Counts of durations up to bounds, as Prometheus has them.
+/// A histogram of durations, as in Prometheus.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Histogram {
     /// Upper bounds in seconds, ascending.
     pub bounds: &'static [f64],
-    /// For each bound, the durations up to it and above the one before; the last is for longer ones.
+    /// For each bound, the durations up to it and above the previous one; the last is for longer ones.
     pub counts: Vec<u64>,
-    /// Of all, in seconds.
+    /// Sum of all durations, in seconds.
     pub sum: f64,
 }
 
 impl Histogram {
-    /// Nothing counted.
+    /// An empty histogram.
     pub fn new(bounds: &'static [f64]) -> Self {
         Histogram {
             bounds,
@@ -27,7 +27,7 @@ impl Histogram {
         }
     }
 
-    /// Counts one.
+    /// Adds one duration.
     pub fn observe(&mut self, duration: Duration) {
         let seconds = duration.as_secs_f64();
         let at = self.bounds.partition_point(|bound| *bound < seconds);
@@ -35,7 +35,7 @@ impl Histogram {
         self.sum += seconds;
     }
 
-    /// Durations counted.
+    /// Number of durations.
     pub fn count(&self) -> u64 {
         self.counts.iter().sum()
     }
@@ -51,7 +51,7 @@ const WHOLE: &[f64] = &[
     0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0,
 ];
 
-/// Why requests ended, in the order of [`Snapshot::ended`].
+/// Reasons for the end of requests, in the order of [`Snapshot::ended`].
 pub(super) const ENDS: [&str; 7] = [
     "stop",
     "length",
@@ -62,26 +62,26 @@ pub(super) const ENDS: [&str; 7] = [
     "error",
 ];
 
-/// All numbers at one moment.
+/// All metrics at one moment.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Snapshot {
-    /// Requests that wait for a place.
+    /// Waiting requests.
     pub waiting: u64,
-    /// Requests that have one.
+    /// Running requests.
     pub running: u64,
-    /// Share of the slots of all caches that running sequences have tokens in, 0 to 1.
+    /// Share of all cache slots that running sequences use, 0 to 1.
     pub cache_use: f64,
-    /// Bytes of caches of running sequences, and of those kept for their prefixes.
+    /// Bytes of caches of running sequences, and of those kept for prefix reuse.
     pub cache_bytes: [u64; 2],
     /// Prompt tokens fed or reused.
     pub prompt_tokens: u64,
-    /// Of these, tokens whose keys another request had computed.
+    /// Reused tokens among them, which another request had computed.
     pub reused_tokens: u64,
     /// Tokens drawn.
     pub generated_tokens: u64,
-    /// Decode steps, each of one token of some sequences.
+    /// Decode steps, each with one token of some sequences.
     pub steps: u64,
-    /// Requests that found the queue full.
+    /// Requests refused because the queue was full.
     pub rejected: u64,
     /// Requests ended: by stop, length, capacity, interruption, cancellation, deadline, error.
     pub ended: [u64; ENDS.len()],
@@ -122,10 +122,10 @@ impl Snapshot {
     }
 }
 
-/// What a scheduler has done and is doing.
+/// The metrics of a scheduler.
 #[derive(Debug)]
 pub struct Metrics {
-    /// All but what other threads count.
+    /// All except those that other threads count.
     counted: Mutex<Snapshot>,
     rejected: AtomicU64,
 }
@@ -140,7 +140,7 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// The numbers now.
+    /// The current metrics.
     pub fn snapshot(&self) -> Snapshot {
         let counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         Snapshot {
@@ -163,7 +163,7 @@ pub fn metric_ends() -> &'static [&'static str] {
     &ENDS
 }
 
-/// The name of an end of a request that went well.
+/// The name of a successful end of a request.
 pub(super) fn end_of(reason: FinishReason) -> &'static str {
     reason.name()
 }

@@ -1,11 +1,11 @@
-//! Many requests on one device: the queue, prefill, and the next token of each.
+//! Many requests on one device: queue, prefill and decode.
 //!
-//! A [`Scheduler`] takes [`Request`]s from any thread and owns a [`BatchDecoder`](crate::decode::batch::BatchDecoder) on a
-//! thread of its own. It knows prompts as token ids, draws with a [`Chain`](crate::sample::Chain) a request, makes text with a
-//! [`Transcript`](crate::decode::Transcript) a request, and reports [`Event`]s. [`Metrics`] count what it does,
-//! [`prometheus()`] writes them for scrapers. It does not use the network: `http`, with the cargo feature `serve`, is an
-//! OpenAI-compatible server in front of it, and `dynamo/` a worker of NVIDIA Dynamo. `grammar`, with the feature
-//! `structured`, is the form that a text must have, and `gbnf` reads the forms of llama.cpp.
+//! A [`Scheduler`] takes [`Request`]s from any thread and owns a [`BatchDecoder`](crate::decode::batch::BatchDecoder)
+//! on its own thread. Prompts are token ids; each request has a [`Chain`](crate::sample::Chain) for sampling and a
+//! [`Transcript`](crate::decode::Transcript) for its text, and gets [`Event`]s. [`Metrics`] count requests and tokens,
+//! [`prometheus()`] writes them for scrapers. It does not use the network: `http`, with the cargo feature `serve`, is
+//! an OpenAI-compatible server in front of it, and `dynamo/` a worker of NVIDIA Dynamo. `grammar`, with the feature
+//! `structured`, constrains texts to a form, and `gbnf` reads llama.cpp's grammars.
 
 #[cfg(feature = "structured")]
 pub mod gbnf;

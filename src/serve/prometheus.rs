@@ -7,7 +7,7 @@ use std::fmt::Write;
 
 use super::metrics::{Histogram, Snapshot, metric_ends};
 
-/// All metrics of these models, by their names.
+/// All metrics of these models, by model name.
 pub fn prometheus<'a>(models: impl IntoIterator<Item = (&'a str, Snapshot)>) -> String {
     let models = models.into_iter();
     let all: Vec<(String, Snapshot)> = models.map(|(name, snapshot)| (escaped(name), snapshot)).collect();
@@ -102,7 +102,7 @@ pub fn prometheus<'a>(models: impl IntoIterator<Item = (&'a str, Snapshot)>) -> 
 
 struct Page<'a> {
     text: String,
-    /// Each model's name, as a label holds it, and its counts.
+    /// Each model's name, as a label, and its counts.
     all: &'a [(String, Snapshot)],
 }
 

@@ -9,7 +9,7 @@ use crate::decode::{FinishReason, GenerateError, Limits, Step};
 use crate::help::{Fault, Help};
 use crate::sample::{Constraint, ConstraintError, Settings, SettingsError};
 
-/// Where a request's events go, in order. `false`: the receiver is gone, and the request ends.
+/// Receives a request's events, in order. Returning `false` means that the receiver is gone, which ends the request.
 pub type Sink = Box<dyn FnMut(Event) -> bool + Send>;
 
 /// A prompt, and the settings of its continuation.
@@ -18,31 +18,31 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// How tokens are drawn.
     pub sampling: Settings,
-    /// The form that its text must have.
+    /// The form of its text.
     pub constraint: Option<Box<dyn Constraint>>,
     /// When to end.
     pub limits: Limits,
-    /// When it is of no use any more, whether it runs or waits.
+    /// Its deadline, whether it runs or waits.
     pub deadline: Option<Instant>,
-    /// What it is given.
+    /// Receiver of its events.
     pub events: Sink,
 }
 
-/// What a request is given.
+/// Events of a request.
 #[derive(Debug)]
 pub enum Event {
-    /// A token was drawn, or text that was held back became certain.
+    /// A token was drawn, or held-back text became final.
     Piece {
         /// `None` for text that was held back to the end.
         token: Option<u32>,
-        /// If log-probabilities were asked for.
+        /// If log-probabilities were requested.
         step: Option<Step>,
         /// Often one word; empty inside a character, inside what may be a stop string, and without a tokenizer.
         text: String,
     },
-    /// The last event of a request that went well.
+    /// The last event of a successful request.
     Finished(Finished),
-    /// The last event of one that did not.
+    /// The last event of a failed request.
     Failed(RequestError),
 }
 
@@ -53,9 +53,9 @@ pub struct Finished {
     pub reason: FinishReason,
     /// Tokens of its prompt.
     pub prompt: usize,
-    /// Of these, tokens whose keys another request had computed.
+    /// Reused tokens among them, which another request had computed.
     pub reused: usize,
-    /// Tokens drawn, an end token included.
+    /// Tokens drawn, including an end token.
     pub generated: usize,
     /// From submission to the first chunk of its prompt.
     pub queued: Duration,
@@ -65,7 +65,7 @@ pub struct Finished {
     pub total: Duration,
 }
 
-/// Why a request failed; others go on.
+/// Why a request failed; others continue.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
     /// Its sequence cannot be fed.
@@ -77,22 +77,22 @@ pub enum RequestError {
     /// The form that its text must have cannot be followed.
     #[error(transparent)]
     Constraint(#[from] ConstraintError),
-    /// It cannot be drawn in such a way.
+    /// Its sampler settings are invalid.
     #[error(transparent)]
     Settings(#[from] SettingsError),
     /// Its deadline passed.
     #[error("the request exceeded its time limit after {generated} tokens")]
     Deadline {
-        /// Until then.
+        /// Tokens until then.
         generated: usize,
     },
     /// It was cancelled, or the receiver of its events is gone.
     #[error("the request was cancelled after {generated} tokens")]
     Cancelled {
-        /// Until then.
+        /// Tokens until then.
         generated: usize,
     },
-    /// The server stops.
+    /// The server is stopping.
     #[error("the server is stopping")]
     Stopping,
 }
@@ -121,7 +121,7 @@ impl Help for RequestError {
     }
 }
 
-/// A request that was taken. Dropping it cancels the request, if it is not done.
+/// An accepted request. Dropping it cancels the request if it is not done.
 #[derive(Debug)]
 pub struct Ticket(pub(super) Arc<AtomicBool>);
 

@@ -15,12 +15,12 @@ use crate::help::{Fault, Help};
 use crate::sample::Chain;
 use crate::text::Tokenizer;
 
-/// How much a scheduler takes.
+/// Limits of a scheduler.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SchedulerOptions {
-    /// Requests that may wait for a place, besides those that find one at once.
+    /// Maximum waiting requests, besides those that start at once.
     pub queue: usize,
-    /// Chunks of prompts between two steps of those that generate, at least 1.
+    /// Prompt chunks between two decode steps, at least 1.
     pub chunks_a_step: usize,
 }
 
@@ -33,40 +33,40 @@ impl Default for SchedulerOptions {
     }
 }
 
-/// What a scheduler's decoder is.
+/// Properties of a scheduler's decoder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Facts {
     /// Its device.
     pub device: String,
-    /// What runs there.
+    /// Its engine.
     pub engine: String,
-    /// Tokens that the model has.
+    /// Size of the model's vocabulary.
     pub vocabulary: usize,
-    /// Tokens of the longest sequence, its prompt included.
+    /// Tokens of the longest sequence, including its prompt.
     pub capacity: usize,
-    /// Sequences at a time.
+    /// Concurrent sequences.
     pub sequences: usize,
 }
 
-/// Why a request is not taken.
+/// Why a request is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum SubmitError {
-    /// Its prompt cannot be fed, whatever there is room for.
+    /// Its prompt can never be fed.
     #[error(transparent)]
     Prompt(#[from] SessionError),
-    /// Its settings make no sense, or its stop strings need a tokenizer that the package does not have.
+    /// Its settings are invalid, or its stop strings need a tokenizer that the package does not have.
     #[error(transparent)]
     Request(#[from] RequestError),
     /// Stop strings without a tokenizer.
     #[error("stop strings need a tokenizer, and the package has none")]
     NoTokenizer,
-    /// As many wait as may.
+    /// The queue is full.
     #[error("the queue is full: {waiting} requests are waiting")]
     Full {
-        /// How many.
+        /// Number of waiting requests.
         waiting: usize,
     },
-    /// It takes no more requests.
+    /// It accepts no more requests.
     #[error("the server is stopping")]
     Stopping,
 }
@@ -103,9 +103,9 @@ pub(super) struct Waiting {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Phase {
     Open,
-    /// What is there is finished, nothing more is taken.
+    /// Accepted requests are finished, and no more are accepted.
     Draining,
-    /// What is there is stopped.
+    /// Accepted requests are stopped.
     Stopping,
     /// The thread has ended.
     Over,
@@ -113,7 +113,7 @@ enum Phase {
 
 struct Queue {
     waiting: VecDeque<Waiting>,
-    /// Requests that had a sequence when the thread last looked.
+    /// Running requests at the thread's last update.
     running: usize,
     phase: Phase,
 }
@@ -137,7 +137,7 @@ impl Shared {
     }
 }
 
-/// See the module's head. Dropping it stops what runs.
+/// See the module's head. Dropping it stops all requests.
 pub struct Scheduler {
     shared: Arc<Shared>,
     facts: Facts,
@@ -146,7 +146,7 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// Starts the thread, which opens the decoder by `open` and owns it.
+    /// Starts the thread, which opens the decoder with `open` and owns it.
     pub fn start<E: Send + 'static>(
         open: impl FnOnce() -> Result<BatchDecoder, E> + Send + 'static,
         tokenizer: Option<Arc<Tokenizer>>,
@@ -167,7 +167,7 @@ impl Scheduler {
         let of_thread = shared.clone();
         let thread = std::thread::Builder::new().name("lapidary-scheduler".into());
         let work = move || {
-            // Also where a panic ends the thread: requests that come then are refused.
+            // Also if a panic ends the thread: later requests are refused.
             let _over = Over(of_thread.clone());
             match open() {
                 Err(error) => drop(opened.send(Err(error))),
@@ -194,17 +194,17 @@ impl Scheduler {
         })
     }
 
-    /// What its decoder is.
+    /// Properties of its decoder.
     pub fn facts(&self) -> &Facts {
         &self.facts
     }
 
-    /// What it counts.
+    /// Its metrics.
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics
     }
 
-    /// Takes a request, which then waits for its turn. One that cannot run is refused at once.
+    /// Accepts a request, which then waits for its turn. One that cannot run is refused at once.
     pub fn submit(&self, request: Request) -> Result<Ticket, SubmitError> {
         self.check(&request)?;
         let chain = Chain::new(&request.sampling).map_err(RequestError::from)?;
@@ -212,7 +212,7 @@ impl Scheduler {
         if queue.phase > Phase::Open {
             return Err(SubmitError::Stopping);
         }
-        // Those that find a place at the next turn do not wait for one.
+        // Requests that start in the next turn do not count as waiting.
         let places = self.facts.sequences.saturating_sub(queue.running);
         let waiting = queue.waiting.len();
         if waiting >= self.shared.options.queue.saturating_add(places) {
@@ -240,18 +240,18 @@ impl Scheduler {
         }
     }
 
-    /// Takes no more requests; those that are there are finished.
+    /// Accepts no more requests; accepted ones are finished.
     pub fn drain(&self) {
         self.shared.enter(Phase::Draining);
     }
 
-    /// Takes no more requests and stops those that are there.
+    /// Accepts no more requests and stops accepted ones.
     pub fn stop(&self) {
         self.shared.enter(Phase::Stopping);
     }
 
-    /// Whether the thread has ended, which it does when nothing is left to do after [`Scheduler::drain`], or after
-    /// [`Scheduler::stop`], or if the device panicked.
+    /// Whether the thread has ended: when all work is done after [`Scheduler::drain`], or after [`Scheduler::stop`], or
+    /// if the device panicked.
     pub fn is_over(&self) -> bool {
         self.shared.lock().phase == Phase::Over
     }
@@ -261,25 +261,25 @@ impl Drop for Scheduler {
     fn drop(&mut self) {
         self.stop();
         if let Some(thread) = self.thread.take() {
-            // A panic was seen by the requests that it ended.
+            // The requests that it ended have seen a panic.
             let _ = thread.join();
         }
     }
 }
 
-/// Marks the end of the thread, however it comes.
+/// Marks the end of the thread in every case.
 struct Over(Arc<Shared>);
 
 impl Drop for Over {
     fn drop(&mut self) {
         let mut queue = self.0.lock();
         queue.phase = Phase::Over;
-        // Their receivers see that nothing comes.
+        // Their receivers see the end.
         queue.waiting.clear();
     }
 }
 
-/// The thread's work: until it is to stop, or to drain and nothing is left.
+/// The thread's loop: runs until it must stop, or drains and nothing is left.
 fn serve(shared: &Shared, decoder: BatchDecoder, tokenizer: Option<&Tokenizer>) {
     let mut turn = Turn::new(decoder, tokenizer, &shared.metrics, shared.options.chunks_a_step);
     loop {

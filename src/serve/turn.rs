@@ -14,12 +14,12 @@ use crate::decode::{FinishReason, GenerateError, Transcript};
 use crate::sample::{Chain, Constraint};
 use crate::text::Tokenizer;
 
-/// What a sequence does next.
+/// The state of a sequence.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Its prompt is fed.
+    /// Its prompt is being fed.
     Feeding,
-    /// A token is drawn.
+    /// A token is drawn in each turn.
     Drawing,
 }
 
@@ -29,7 +29,7 @@ struct Running<'t> {
     state: State,
     chain: Chain,
     constraint: Option<Box<dyn Constraint>>,
-    /// Logits without those of tokens that may not come.
+    /// Logits masked by the constraint.
     limited: Vec<f32>,
     transcript: Transcript<'t>,
     events: Sink,
@@ -45,7 +45,7 @@ struct Running<'t> {
     last: Option<Instant>,
 }
 
-/// What a token is drawn from. The decoder belongs to the thread of its device; this does not.
+/// The data for drawing a token. The decoder is bound to its device's thread; this is not.
 struct Given<'d> {
     /// Empty where the device found the best token.
     logits: &'d [f32],
@@ -69,7 +69,7 @@ impl<'d> Given<'d> {
 /// The token drawn, and the reason if it is the last.
 type Drawn = Result<(u32, Option<FinishReason>), RequestError>;
 
-/// From this many logits on, sequences are drawn for by several threads: passes over fewer take less time than waking them.
+/// From this many logits on, several threads draw for the sequences; for fewer, waking them takes longer.
 const SHARED: usize = 1 << 18;
 
 /// How a running request ends.
@@ -81,7 +81,7 @@ pub(super) struct Turn<'t> {
     tokenizer: Option<&'t Tokenizer>,
     metrics: &'t Metrics,
     chunks: usize,
-    /// In the order in which they came.
+    /// In order of arrival.
     running: Vec<Running<'t>>,
 }
 
@@ -101,17 +101,17 @@ impl<'t> Turn<'t> {
         }
     }
 
-    /// Nothing runs.
+    /// No running requests.
     pub fn is_idle(&self) -> bool {
         self.running.is_empty()
     }
 
-    /// Requests that have a sequence.
+    /// Number of running requests.
     pub fn running(&self) -> usize {
         self.running.len()
     }
 
-    /// Requests that can be admitted.
+    /// Number of requests that can be admitted.
     pub fn places(&self) -> usize {
         self.decoder.options().sequences - self.decoder.len()
     }
@@ -122,7 +122,7 @@ impl<'t> Turn<'t> {
         (waiting.request.events)(Event::Failed(error));
     }
 
-    /// Gives a request a sequence.
+    /// Assigns a sequence to a request.
     pub fn admit(&mut self, waiting: Waiting) {
         let Waiting {
             mut request,
@@ -157,14 +157,14 @@ impl<'t> Turn<'t> {
         }
     }
 
-    /// Ends everything that runs, because the server stops.
+    /// Ends all running requests, because the server stops.
     pub fn stop_all(&mut self) {
         while !self.running.is_empty() {
             self.end(0, Err(RequestError::Stopping));
         }
     }
 
-    /// One turn.
+    /// Runs one turn.
     pub fn take(&mut self) {
         self.drop_cancelled();
         self.feed();
@@ -186,7 +186,7 @@ impl<'t> Turn<'t> {
         }
     }
 
-    /// Feeds some chunks of the prompts that came first.
+    /// Feeds some chunks of the oldest prompts.
     fn feed(&mut self) {
         for _ in 0..self.chunks {
             let Some(at) = self.running.iter().position(|one| one.state == State::Feeding) else {
@@ -216,7 +216,7 @@ impl<'t> Turn<'t> {
         }
     }
 
-    /// Draws a token for each sequence that has logits, and ends those that are done. Gives what is to be fed.
+    /// Draws a token for each sequence that has logits, and ends those that are done. Returns the tokens to feed.
     fn draw(&mut self) -> Vec<NextToken> {
         let (decoder, metrics) = (&self.decoder, self.metrics);
         let running = self.running.iter_mut().enumerate();
@@ -266,7 +266,7 @@ impl<'t> Turn<'t> {
         }
     }
 
-    /// Brings the gauges up to date.
+    /// Updates the gauges.
     fn note(&mut self) {
         let used = self.decoder.cache_use();
         let fed: usize = self.running.iter().map(|one| self.decoder.tokens(one.id).len()).sum();
@@ -279,7 +279,7 @@ impl<'t> Turn<'t> {
         });
     }
 
-    /// Takes a request out and reports why.
+    /// Removes a request and reports the reason.
     fn end(&mut self, at: usize, end: End) {
         let mut one = self.running.remove(at);
         self.decoder.leave(one.id);
@@ -322,7 +322,7 @@ impl Running<'_> {
         self.chain.is_argmax() && self.constraint.is_none() && self.transcript.limits().logprobs.is_none()
     }
 
-    /// Draws the next token and reports it; with the reason if it is the last.
+    /// Draws the next token and reports it, with the reason if it is the last.
     fn draw(&mut self, given: Given<'_>, metrics: &Metrics) -> Drawn {
         let Given {
             logits,
@@ -384,7 +384,7 @@ impl Running<'_> {
         Ok((token, end))
     }
 
-    /// Reports what was held back. A stop string may be completed by it.
+    /// Reports held-back text, which may complete a stop string.
     fn finish(&mut self, reason: FinishReason) -> Result<FinishReason, RequestError> {
         let added = self.transcript.finish().map_err(GenerateError::from)?;
         if !added.text.is_empty() {

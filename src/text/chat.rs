@@ -1,7 +1,7 @@
 //! Chat templates: the model's own Jinja, rendered as `transformers` renders it.
 //!
-//! Takes the template's source, messages and special tokens, gives the prompt's text. [`jinja`](super::jinja) is the language
-//! and its environment; this gives it the variables that templates are written against.
+//! Input: the template's source, messages and special tokens. Output: the prompt's text. [`jinja`](super::jinja) is the
+//! language and its environment; this module provides the variables of templates.
 
 use super::jinja::{self, Variable};
 use super::tokenizer::Tokenizer;
@@ -17,7 +17,7 @@ pub struct Message {
 }
 
 impl Message {
-    /// What the user says.
+    /// A user message.
     pub fn user(content: impl Into<String>) -> Self {
         Message {
             role: "user".into(),
@@ -31,7 +31,7 @@ impl Message {
             content: content.into(),
         }
     }
-    /// What the model said.
+    /// An assistant message.
     pub fn assistant(content: impl Into<String>) -> Self {
         Message {
             role: "assistant".into(),
@@ -40,7 +40,7 @@ impl Message {
     }
 }
 
-/// Why messages do not become a prompt.
+/// Why messages cannot be rendered.
 #[derive(Debug, thiserror::Error)]
 pub enum ChatError {
     /// The model has no chat template.
@@ -49,7 +49,7 @@ pub enum ChatError {
     /// The template raised an exception, with this message.
     #[error("the model's chat template refuses these messages: {0}")]
     Refused(String),
-    /// The template is wrong, or uses what this renderer does not have.
+    /// The template is invalid, or uses an unsupported feature.
     #[error("the model's chat template does not render: {0}")]
     Template(jinja::Error),
 }
@@ -72,7 +72,7 @@ pub fn render(tokenizer: &Tokenizer, messages: &[Message]) -> Result<String, Cha
     render_turns(tokenizer, turns(messages), Variable::None)
 }
 
-/// As [`render`], from messages as templates see them, with calls of tools and their results, and from descriptions of
+/// Like [`render`], from messages in the templates' form, with tool calls and their results, and from descriptions of
 /// tools: none, or a list.
 pub fn render_turns(tokenizer: &Tokenizer, messages: Vec<Variable>, tools: Variable) -> Result<String, ChatError> {
     let source = tokenizer.chat_template.as_deref().ok_or(ChatError::NoTemplate)?;
@@ -97,7 +97,7 @@ fn turns(messages: &[Message]) -> Vec<Variable> {
     messages.iter().map(turn).collect()
 }
 
-/// As [`render`], from the template's source and its special tokens by name.
+/// Like [`render`], from the template's source and its special tokens by name.
 pub fn render_source(source: &str, messages: &[Message], special: &[(&str, &str)]) -> Result<String, ChatError> {
     render_variables(source, turns(messages), Variable::None, special)
 }

@@ -1,8 +1,8 @@
 //! A conversation of several turns, as the prompt of its next one.
 //!
-//! Keeps the messages; the model's own chat template renders the prompt from all of them each time. A template repeats the
-//! earlier turns as they were, so a [`super::Session`] that is given the new prompt finds most of it in its cache. When
-//! the conversation outgrows the cache its oldest exchanges are left out, the system message never.
+//! Keeps the messages; the model's own chat template renders the prompt from all of them each time. A template repeats
+//! earlier turns unchanged, so a [`super::Session`] finds most of the new prompt in its cache. When the conversation
+//! outgrows the cache, its oldest exchanges are left out, but never the system message.
 
 use super::chat::{self, ChatError, Message};
 use super::tokenizer::{Tokenizer, TokenizerError};
@@ -39,9 +39,9 @@ impl Help for ConversationError {
 #[derive(Clone, Debug, Default)]
 pub struct Conversation {
     system: Option<Message>,
-    /// User and assistant by turns; the last is the user's while an answer is due.
+    /// User and assistant alternating; the last is the user's while an answer is pending.
     turns: Vec<Message>,
-    /// Turns at the beginning that did not fit any more.
+    /// Turns at the beginning that no longer fit.
     left_out: usize,
 }
 
@@ -50,7 +50,7 @@ pub struct Conversation {
 pub struct Prompt {
     /// Token ids.
     pub ids: Vec<u32>,
-    /// Exchanges left out, in all.
+    /// Total number of exchanges left out.
     pub left_out: usize,
 }
 
@@ -63,13 +63,13 @@ impl Conversation {
         }
     }
 
-    /// Every message, those left out of the prompt included.
+    /// Every message, including those left out of the prompt.
     pub fn messages(&self) -> impl Iterator<Item = &Message> {
         self.system.iter().chain(&self.turns)
     }
 
-    /// Adds what the user says and gives the prompt that asks for an answer: at most `capacity - room` tokens, if leaving
-    /// out old turns can bring that about, and less than `capacity` always. On an error the message is not added.
+    /// Adds the user's message and returns the prompt for an answer: at most `capacity - room` tokens, if leaving out
+    /// old turns achieves that, and always less than `capacity`. On an error the message is not added.
     pub fn ask(
         &mut self,
         tokenizer: &Tokenizer,
@@ -106,13 +106,13 @@ impl Conversation {
         }
     }
 
-    /// Adds the model's answer, whole or as far as it came.
+    /// Adds the model's answer, complete or partial.
     pub fn answer(&mut self, text: &str) {
         debug_assert_eq!(self.turns.len() % 2, 1, "after a question");
         self.turns.push(Message::assistant(text));
     }
 
-    /// Takes back the last exchange, or the question that has no answer yet, and gives what the user said.
+    /// Removes the last exchange, or the question without an answer, and returns the user's message.
     pub fn take_back(&mut self) -> Option<String> {
         if self.turns.len().is_multiple_of(2) {
             self.turns.pop();
@@ -122,7 +122,7 @@ impl Conversation {
         Some(question.content)
     }
 
-    /// Forgets everything but the system message.
+    /// Removes everything except the system message.
     pub fn clear(&mut self) {
         self.turns.clear();
         self.left_out = 0;

@@ -1,10 +1,10 @@
 //! The decoder of a tokenizer as a stream: it takes one token after another, and returns text as soon as no later token can
 //! change it.
 //!
-//! A decoder of the `tokenizers` library takes all tokens of a text and rewrites them in steps. [`Decoding`] holds a stage for
-//! each step with what that step must remember: whether a token was the first, bytes that are not a character yet, a suffix
-//! that only the last token loses. All pieces together are exactly what the library gives for all tokens at once, with one
-//! exception ([`LONGEST_RUN`]). A step that could change text at any distance holds everything until the end.
+//! A decoder of the `tokenizers` library takes all tokens of a text and rewrites them in steps. [`Decoding`] has a
+//! stage for each step, with that step's state: whether a token was the first, bytes that are not a character yet, a
+//! suffix that only the last token loses. All pieces together are exactly the library's result for all tokens at once,
+//! with one exception ([`LONGEST_RUN`]). A step that could change text at any distance holds everything until the end.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,12 +16,12 @@ use super::token_bytes::byte_letters;
 
 type Result<T> = std::result::Result<T, tokenizers::Error>;
 
-/// What a decoder writes for bytes that are not a character.
+/// The replacement for bytes that are not a character.
 const REPLACEMENT: &str = "\u{FFFD}";
 
-/// Tokens of single bytes (`<0xE4>`) that are held back at most. The library rewrites every byte of a run of such tokens as
-/// soon as one of them does not fit, so a run is certain only at its end; but a text written in such tokens alone must not
-/// wait for ever. Characters of a longer run are given out, and stay if a byte that does not fit follows after all.
+/// Maximum number of single-byte tokens (`<0xE4>`) that are held back. The library rewrites every byte of a run of such
+/// tokens if one of them is invalid, so a run is final only at its end; but a text of such tokens alone must not wait
+/// forever. Characters of a longer run are output, and stay even if an invalid byte follows.
 const LONGEST_RUN: usize = 64;
 
 /// See the module's head.
@@ -31,7 +31,7 @@ pub(super) struct Decoding {
 }
 
 impl Decoding {
-    /// The steps of a tokenizer's decoder, at the beginning of a text.
+    /// The steps of a tokenizer's decoder, at the start of a text.
     pub fn new(decoder: Option<&DecoderWrapper>) -> Self {
         let mut stages = Vec::new();
         match decoder {
@@ -41,7 +41,7 @@ impl Decoding {
         Decoding { stages }
     }
 
-    /// The text that became certain with this token.
+    /// The text that this token makes final.
     pub fn push(&mut self, token: String) -> Result<String> {
         let mut pieces = vec![token];
         for stage in &mut self.stages {
@@ -54,7 +54,7 @@ impl Decoding {
         Ok(pieces.concat())
     }
 
-    /// The text that no token follows.
+    /// The rest of the text, after the last token.
     pub fn finish(&mut self) -> Result<String> {
         let mut pieces = Vec::new();
         for stage in &mut self.stages {
@@ -69,22 +69,22 @@ impl Decoding {
     }
 }
 
-/// One step. Before tokens are joined into one (`Fuse`, `ByteLevel`) a piece is a token; afterwards it is a part of the one
-/// token that there is then.
+/// One step. Before tokens are joined into one (`Fuse`, `ByteLevel`) a piece is a token; afterwards it is a part of the
+/// single token.
 #[derive(Clone)]
 enum Stage {
     /// No decoder: a space between tokens.
     Spaced { first: bool },
-    /// Each token by itself, the first in another way.
+    /// Each token separately, the first differently.
     Indexed { decoder: Arc<DecoderWrapper>, first: bool },
-    /// Each token, or each character, by itself.
+    /// Each token or character separately.
     Each(Arc<DecoderWrapper>),
-    /// All but the last in another way: one is held back.
+    /// The last one differently: one is held back.
     Last {
         decoder: Arc<DecoderWrapper>,
         held: Option<String>,
     },
-    /// Repeated tokens are one.
+    /// Repeated tokens are merged.
     Ctc {
         decoder: Arc<DecoderWrapper>,
         last: Option<String>,
@@ -93,7 +93,7 @@ enum Stage {
     StripEach { content: char, start: usize, stop: usize },
     /// Tokens of single bytes.
     ByteRun(ByteRun),
-    /// Bytes in GPT-2's letters.
+    /// Bytes encoded as GPT-2's letters.
     Letters {
         letters: Arc<HashMap<char, u8>>,
         bytes: Vec<u8>,
@@ -101,10 +101,10 @@ enum Stage {
     /// Characters at both ends of the text.
     StripEnds {
         content: char,
-        /// To remove yet; 0 after the first other character.
+        /// Number still to remove; 0 after the first other character.
         start: usize,
         stop: usize,
-        /// At the end so far, which may have to go.
+        /// At the end so far; possibly to be removed.
         held: usize,
     },
     /// A string, anywhere in the text.
@@ -121,7 +121,7 @@ enum Stage {
     },
 }
 
-/// `fused`: whether there is one token by now.
+/// `fused`: whether there is a single token.
 fn add_stages(decoder: &DecoderWrapper, stages: &mut Vec<Stage>, fused: &mut bool) {
     let shared = || Arc::new(decoder.clone());
     let stage = match decoder {
@@ -151,7 +151,7 @@ fn add_stages(decoder: &DecoderWrapper, stages: &mut Vec<Stage>, fused: &mut boo
             decoder: shared(),
             first: true,
         },
-        // The first token is all there is, and each of its characters is rewritten by itself.
+        // There is only the first token, and each of its characters is rewritten separately.
         DecoderWrapper::Metaspace(_) => Stage::Each(shared()),
         DecoderWrapper::BPE(_) if !*fused => Stage::Last {
             decoder: shared(),
@@ -191,14 +191,14 @@ fn add_stages(decoder: &DecoderWrapper, stages: &mut Vec<Stage>, fused: &mut boo
     stages.push(stage);
 }
 
-/// The pattern of a `Replace` that is a string and not a regular expression. The library does not give it otherwise.
+/// The pattern of a `Replace` that is a string, not a regular expression. The library does not expose it otherwise.
 fn string_pattern(decoder: &DecoderWrapper) -> Option<String> {
     let written = serde_json::to_value(decoder).ok()?;
     let pattern = written["pattern"]["String"].as_str()?;
     (!pattern.is_empty()).then(|| pattern.to_string())
 }
 
-/// What a decoder makes of one token among others. Only decoders that give as many tokens as they take are asked.
+/// A decoder's result for one token among others. Only for decoders that return as many tokens as they take.
 fn one_of(decoder: &DecoderWrapper, tokens: Vec<String>, at: usize) -> Result<String> {
     Ok(decoder.decode_chain(tokens)?.into_iter().nth(at).unwrap_or_default())
 }
@@ -301,7 +301,7 @@ impl Stage {
             }
             Stage::StripEnds { held, .. } => *held = 0,
             Stage::Replace { held, .. } => out.push(std::mem::take(held)),
-            // The library's decoders need not bear a text without tokens.
+            // The library's decoders may fail on a text without tokens.
             Stage::Whole { held, .. } if held.is_empty() => {}
             Stage::Whole { decoder, held, .. } => out.extend(decoder.decode_chain(std::mem::take(held))?),
             Stage::Spaced { .. }
@@ -314,7 +314,7 @@ impl Stage {
     }
 }
 
-/// Takes what is complete from the front: characters, and a replacement for what can be none whatever follows.
+/// Removes complete parts from the front: characters, and a replacement for bytes that cannot become one.
 fn take_characters(bytes: &mut Vec<u8>) -> String {
     let mut text = String::new();
     let mut taken = 0;
@@ -347,11 +347,11 @@ pub(super) fn overlap(text: &str, pattern: &str) -> usize {
     borders.filter(|i| text.ends_with(&pattern[..*i])).max().unwrap_or(0)
 }
 
-/// Tokens of single bytes in a row: a text if all of them together are one, else a replacement for each.
+/// A run of single-byte tokens: text if they are valid together, else a replacement for each.
 #[derive(Clone, Default)]
 struct ByteRun {
     bytes: Vec<u8>,
-    /// One of them did not fit, so none does.
+    /// One of them was invalid, so all are replaced.
     is_broken: bool,
 }
 
@@ -398,7 +398,7 @@ impl ByteRun {
     }
 }
 
-/// Of `<0xE4>`; a token of this form that holds no number is no byte.
+/// The byte of `<0xE4>`; a token of this form without a number is not a byte.
 fn byte_of(token: &str) -> Option<u8> {
     let hex = token.strip_prefix("<0x")?.strip_suffix('>')?;
     (token.len() == 6).then(|| u8::from_str_radix(hex, 16).ok()).flatten()

@@ -1,9 +1,9 @@
 //! Streams tokens to text: [`Detokenizer`] never returns half a character.
 //!
-//! It returns pieces of valid UTF-8 and holds back text that may still change. It only appends, so a piece can be printed
-//! immediately, and all pieces together are the text of all tokens decoded at once. How long a piece is kept back depends on the
-//! tokenizer's decoder: inside a character always, up to the next token where only the last one loses its suffix or where
-//! bytes have tokens of their own, and to the end for a decoder that may rewrite text at any distance.
+//! It returns pieces of valid UTF-8 and holds back text that may still change. It only appends, so a piece can be
+//! printed immediately, and all pieces together are the text of all tokens decoded at once. How long a piece is held
+//! back depends on the tokenizer's decoder: always inside a character, until the next token if only the last one loses
+//! its suffix or if bytes have their own tokens, and until the end for a decoder that may rewrite text at any distance.
 
 use super::decoding::Decoding;
 use super::guarded::guarded;
@@ -25,8 +25,8 @@ impl<'a> Detokenizer<'a> {
         }
     }
 
-    /// The text that became certain with this token; often one word, empty inside a character. Special tokens and ids that
-    /// the tokenizer does not know have none, and change nothing for those after them.
+    /// The text that this token makes final: often one word, empty inside a character. Special tokens and unknown ids
+    /// have none, and do not affect those after them.
     pub fn push(&mut self, token: u32) -> Result<String, TokenizerError> {
         match self.tokenizer.visible(token) {
             Some(token) => guarded(|| self.decoding.push(token)).map_err(decode),

@@ -1,4 +1,4 @@
-//! The tokens that end a text, and entries of the model's files about them that cannot be used.
+//! The tokens that end a text, and unusable entries about them in the model's files.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -12,12 +12,12 @@ use super::tokenizer::{TokenizerError, json_file};
 pub struct EndTokens {
     /// Their ids.
     pub ids: BTreeSet<u32>,
-    /// What a file says that was not understood, with the file and the field.
+    /// Invalid entries, with the file and the field.
     pub warnings: Vec<String>,
 }
 
 impl EndTokens {
-    /// `eos_token_id` of `generation_config.json`, and where that names none, of `config.json`.
+    /// `eos_token_id` of `generation_config.json`, or if that names none, of `config.json`.
     pub(super) fn of_configs(generation: &Value, config: &Value) -> Self {
         let mut found = EndTokens::default();
         for (file, value) in [("generation_config.json", generation), ("config.json", config)] {
@@ -112,7 +112,7 @@ mod tests {
             "generation_config.json: eos_token_id is \"</s>\", which is not a token id; it is ignored"
         );
         assert_eq!(warnings.len(), 5);
-        // What one file says in vain, the other may say well.
+        // If one file's entry is invalid, the other's may be valid.
         let (ids, warnings) = of(json!("</s>"), json!(7));
         assert_eq!((ids, warnings.len()), (vec![7], 1));
     }

@@ -6,7 +6,7 @@
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the bytes that \\x gives in {text:?} are not UTF-8")]
 pub struct EscapeError {
-    /// As it was given.
+    /// The text as given.
     pub text: String,
 }
 
@@ -51,7 +51,7 @@ mod tests {
             (r#"\\n \" \'"#, r#"\n " '"#),
             (r"\x41\x0a", "A\n"),
             (r"\xF0\x9f\x98\x80!", "😀!"),
-            // No escapes of llama.cpp's: they stay.
+            // Not escapes in llama.cpp: unchanged.
             (r"\d \0 \u0041 \é", r"\d \0 \u0041 \é"),
             (r"\x4", r"\x4"),
             (r"\xg1 \x+1", r"\xg1 \x+1"),

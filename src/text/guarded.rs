@@ -1,9 +1,10 @@
-//! Calls into the `tokenizers` library, which panics on some damaged files: a panic of it becomes an error of the file or text.
+//! Calls into the `tokenizers` library, which panics on some damaged files: its panics become errors of the file or
+//! text.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// What the library gives, or its panic as an error. What `call` changes is not to be used after one.
+/// The library's result, or its panic as an error. Do not use anything that `call` changed after a panic.
 pub(super) fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|panic| Err(said(&*panic).into()))
 }

@@ -1,9 +1,9 @@
 //! Text to token ids and back: the tokenizer of the model, its chat template, text from a stream of tokens.
 //!
-//! Takes a tokenizer folder as Hugging Face lays it out, and text, messages or token ids; gives ids or text. [`chat`]
-//! renders the model's chat template by [`jinja`], [`conversation`] makes the prompt of each turn, [`TextStream`] ([`Detokenizer`] and
-//! [`StopMatcher`]) turns tokens into text as they come, [`tools`] finds tool calls in it,
-//! [`escapes`] are those of the command line. `decode` computes tokens; `package` owns the files.
+//! Input: a tokenizer folder in Hugging Face's layout, and text, messages or token ids. Output: ids or text. [`chat`]
+//! renders the model's chat template with [`jinja`], [`conversation`] builds the prompt of each turn, [`TextStream`]
+//! ([`Detokenizer`] and [`StopMatcher`]) turns tokens into text as they come, [`tools`] finds tool calls in it,
+//! [`escapes`] handles those of the command line. `decode` computes tokens; `package` owns the files.
 
 pub mod chat;
 pub mod conversation;

@@ -1,7 +1,7 @@
-//! Special and added tokens that `tokenizer_config.json` names beside those of `tokenizer.json`.
+//! Special and added tokens in `tokenizer_config.json`, in addition to those of `tokenizer.json`.
 //!
-//! transformers adds them when it opens a tokenizer; so does this module, if each keeps the id that the file gives it. Warnings
-//! name omitted tokens and contradictions of the two files.
+//! transformers adds them when it opens a tokenizer; so does this module, if each keeps the id in the file. Warnings
+//! name omitted tokens and contradictions between the two files.
 
 use serde_json::Value;
 use tokenizers::{AddedToken, Model};
@@ -19,7 +19,7 @@ const NAMES: [&str; 7] = [
     "mask_token",
 ];
 
-/// The two files, each null if it is not there.
+/// The two files, null if missing.
 pub(super) struct SpecialTokens<'a> {
     pub config: &'a Value,
     pub map: &'a Value,
@@ -41,7 +41,7 @@ impl SpecialTokens<'_> {
         declared.iter().find_map(of_token)
     }
 
-    /// Every token that is special by its name.
+    /// Every token that is special by its field.
     fn named(&self) -> Vec<Value> {
         let mut all: Vec<Value> = Vec::new();
         for name in NAMES {
@@ -60,7 +60,7 @@ impl SpecialTokens<'_> {
         all
     }
 
-    /// Adds what the files define to the tokenizer; gives warnings, each without the file's name, which is that of
+    /// Adds what the files define to the tokenizer; returns warnings without the file's name, which is
     /// `tokenizer_config.json`.
     pub fn add_to(&self, tokenizer: &mut tokenizers::Tokenizer) -> Vec<String> {
         let mut warnings = Vec::new();
@@ -84,7 +84,7 @@ impl SpecialTokens<'_> {
         warnings
     }
 
-    /// Tokens of `added_tokens_decoder` that get the id they have there.
+    /// Tokens of `added_tokens_decoder` that get the same id.
     fn declared(&self, tokenizer: &tokenizers::Tokenizer, warnings: &mut Vec<String>) -> Vec<AddedToken> {
         let field = &self.config["added_tokens_decoder"];
         let Some(declared) = field.as_object() else {
@@ -134,7 +134,7 @@ impl SpecialTokens<'_> {
         to_add
     }
 
-    /// Warnings where `add_bos_token` or `add_eos_token` says something else than `tokenizer.json` does, which is followed.
+    /// Warnings where `add_bos_token` or `add_eos_token` contradicts `tokenizer.json`, which takes precedence.
     pub fn check_text_marks(&self, tokenizer: &tokenizers::Tokenizer) -> Vec<String> {
         let ids = |special| guarded(|| tokenizer.encode_fast("a", special)).map(|e| e.get_ids().to_vec());
         let (Ok(with), Ok(without)) = (ids(true), ids(false)) else {
@@ -164,7 +164,7 @@ impl SpecialTokens<'_> {
     }
 }
 
-/// The id that the library gives to the next token it does not know.
+/// The id that the library assigns to the next unknown token.
 fn next_id(tokenizer: &tokenizers::Tokenizer) -> u32 {
     let model = tokenizer.get_model().get_vocab_size() as u32;
     let added = tokenizer.get_added_tokens_decoder();
@@ -177,7 +177,7 @@ pub(super) fn token_text(value: &Value) -> Option<String> {
     text.map(str::to_string)
 }
 
-/// As transformers reads it; `special` if the object does not say.
+/// As in transformers; `special` if the object has no such field.
 fn added_token(value: &Value, special: bool) -> Option<AddedToken> {
     let content = token_text(value).filter(|content| !content.is_empty())?;
     let setting = |name: &str| value[name].as_bool();

@@ -1,8 +1,8 @@
 //! Stop strings: [`StopMatcher`] never returns a part of one.
 //!
-//! It watches text that arrives in pieces, with the special tokens between them, which have no text that is shown. A stop
-//! string may span pieces, and may contain special tokens. The matcher only appends, so its output can be printed
-//! immediately, and does not depend on how the text is cut into pieces.
+//! It searches text that arrives in pieces, with special tokens between them, which have no visible text. A stop string
+//! may span pieces, and may contain special tokens. The matcher only appends, so its output can be printed immediately,
+//! and does not depend on how the text is cut into pieces.
 
 use super::tokenizer::Tokenizer;
 
@@ -13,16 +13,16 @@ pub struct StopMatcher {
     held: String,
 }
 
-/// What may be shown now.
+/// Text that can be shown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shown {
-    /// What nothing can take back.
+    /// Final text.
     pub text: String,
-    /// A stop string was met: `text` ends right before it, and nothing may follow.
+    /// A stop string was found: `text` ends right before it, and nothing may follow.
     pub stopped: bool,
 }
 
-/// Of what a stop string is made, and the text it is looked for in.
+/// The units of stop strings and of the searched text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unit {
     Char(char),
@@ -34,7 +34,7 @@ enum Unit {
 #[derive(Clone, Debug)]
 struct Pattern {
     units: Vec<Unit>,
-    /// By the number of matched units: the next shorter beginning that the matched ones end with.
+    /// By the number of matched units: the next shorter prefix that is a suffix of the matched ones.
     shorter: Vec<usize>,
     /// By the number of matched units: bytes of shown text among them.
     bytes: Vec<usize>,
@@ -71,7 +71,7 @@ impl Pattern {
         }
     }
 
-    /// Whether the text with this unit ends with the whole pattern. Shown text runs across special tokens.
+    /// Whether the text with this unit ends with the whole pattern. Visible text continues across special tokens.
     fn step(&mut self, unit: Unit) -> bool {
         if matches!(unit, Unit::Special(_)) && !self.has_special {
             return false;
@@ -111,8 +111,8 @@ impl StopMatcher {
         self.patterns.iter().any(|pattern| pattern.has_special)
     }
 
-    /// Adds a piece; keeps back the longest tail that could still become a stop string. Of several stop strings the one that
-    /// is complete first ends the text, and of those that end together the longest.
+    /// Adds a piece; holds back the longest tail that could still become a stop string. The stop string that is
+    /// complete first ends the text; among those that end together, the longest.
     pub fn push(&mut self, piece: &str) -> Shown {
         for c in piece.chars() {
             self.held.push(c);
@@ -161,7 +161,7 @@ impl StopMatcher {
         }
     }
 
-    /// The tail kept back, once nothing can follow it.
+    /// The tail held back, once nothing can follow.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
@@ -171,7 +171,7 @@ fn literal(text: &str) -> Vec<Unit> {
     text.chars().map(Unit::Char).collect()
 }
 
-/// A stop string with its special tokens as such; of several that begin at one place the longest.
+/// A stop string with its special tokens as units; the longest of several that begin at one position.
 fn units(mut stop: &str, special: &[(u32, String)]) -> Vec<Unit> {
     let mut units = Vec::new();
     while let Some(c) = stop.chars().next() {
@@ -270,7 +270,7 @@ mod tests {
             ("\n<ab>\n<a>", &[Ok("hi\n"), Err(2), Ok("\n"), Err(1)], "hi", true),
             ("x<a><ab>", &[Ok("xx"), Err(1), Err(2)], "x", true),
             ("x<a><ab>", &[Ok("xx"), Err(1), Err(1), Err(2)], "xx", false),
-            // Written with other tokens it is text like any other, and it runs across special tokens.
+            // Written with other tokens it is ordinary text, and it continues across special tokens.
             ("<a>", &[Ok("hi <"), Ok("a> x")], "hi ", true),
             ("<a>", &[Ok("hi <"), Err(2), Ok("a> x")], "hi ", true),
         ] {

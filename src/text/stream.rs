@@ -1,4 +1,4 @@
-//! From tokens to what may be shown: [`TextStream`] is a [`Detokenizer`] and a [`StopMatcher`] together.
+//! From tokens to visible text: [`TextStream`] is a [`Detokenizer`] and a [`StopMatcher`] together.
 
 use super::detokenizer::Detokenizer;
 use super::stop::{Shown, StopMatcher};
@@ -6,8 +6,8 @@ use super::tokenizer::{Tokenizer, TokenizerError};
 
 /// Text of tokens as they come, up to a stop string.
 ///
-/// Special tokens have no text, but a stop string may hold them. Where such a token stands in the text is clear at once,
-/// unless the detokenizer keeps back text of tokens before it; then the token waits until that text comes.
+/// Special tokens have no text, but a stop string may contain them. The position of such a token in the text is known
+/// at once, unless the detokenizer holds back text of earlier tokens; then the token waits for that text.
 pub struct TextStream<'a> {
     detokenizer: Detokenizer<'a>,
     stops: StopMatcher,
@@ -15,7 +15,7 @@ pub struct TextStream<'a> {
     waiting: Option<Waiting>,
 }
 
-/// Special tokens after text that is not certain yet.
+/// Special tokens after text that is not final yet.
 struct Waiting {
     /// That text, if no token followed.
     before: String,
@@ -33,7 +33,7 @@ impl<'a> TextStream<'a> {
         }
     }
 
-    /// What this token makes certain. Nothing may be pushed after a stop.
+    /// The text that this token makes final. Nothing may be pushed after a stop.
     pub fn push(&mut self, token: u32) -> Result<Shown, TokenizerError> {
         if self.tokenizer.is_special(token) {
             return self.push_special(token);
@@ -58,7 +58,7 @@ impl<'a> TextStream<'a> {
             }
         };
         waiting.ids.push(id);
-        // If this completes a stop string, no token follows, and the text before it is certain.
+        // If this completes a stop string, no token follows, and the text before it is final.
         let mut stops = self.stops.clone();
         let shown = with_waiting(&mut stops, waiting, "");
         match shown.stopped {
@@ -88,8 +88,8 @@ impl<'a> TextStream<'a> {
     }
 }
 
-/// The text that special tokens waited for, these tokens, and the rest of the piece. A piece that does not begin with that
-/// text has rewritten it (a character that goes on after the special token), and stands after the tokens.
+/// The text that special tokens waited for, these tokens, and the rest of the piece. A piece that does not begin with
+/// that text has rewritten it (a character that continues after the special token), and goes after the tokens.
 fn with_waiting(stops: &mut StopMatcher, waiting: &Waiting, piece: &str) -> Shown {
     let (before, after) = match piece.strip_prefix(waiting.before.as_str()) {
         Some(after) => (waiting.before.as_str(), after),

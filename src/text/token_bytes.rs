@@ -1,8 +1,8 @@
 //! The bytes of each token of a tokenizer.
 //!
-//! Vocabularies encode bytes as letters: byte-level BPE has a letter for every byte (GPT-2's table), sentence
-//! pieces write a space as `▁` and lone bytes as `<0x0A>`, word pieces mark a continuation with `##`. Decoding a token
-//! alone would lose what is not a whole character, so this reads the vocabulary instead.
+//! Vocabularies encode bytes as letters: byte-level BPE has a letter for every byte (GPT-2's table), sentence pieces
+//! write a space as `▁` and lone bytes as `<0x0A>`, word pieces mark a continuation with `##`. Decoding a single token
+//! would lose partial characters, so this reads the vocabulary instead.
 
 use std::collections::HashMap;
 
@@ -30,7 +30,7 @@ enum Spelling {
 }
 
 impl Spelling {
-    /// Found in the decoder, which undoes it.
+    /// Determined from the decoder, which reverses it.
     fn of(tokenizer: &tokenizers::Tokenizer) -> Self {
         let decoder = tokenizer.get_decoder().and_then(|d| serde_json::to_string(d).ok());
         let decoder = decoder.unwrap_or_default();

@@ -1,9 +1,9 @@
 //! The model's own tokenizer: `tokenizer.json` for the ids, and from the files beside it the special tokens, the chat
-//! template and which tokens end a text.
+//! template and the end tokens.
 //!
-//! Works on a folder as Hugging Face lays it out; only `tokenizer.json` must be there. `chat` renders the chat template,
-//! `detokenizer` turns a stream of tokens into text. What a training run left in `tokenizer.json` (truncation, padding,
-//! dropout of merges) is not used: a prompt is encoded completely and deterministically.
+//! Works on a folder in Hugging Face's layout; only `tokenizer.json` is required. `chat` renders the chat template,
+//! `detokenizer` turns a stream of tokens into text. Training settings in `tokenizer.json` (truncation, padding,
+//! dropout of merges) are not used: a prompt is encoded completely and deterministically.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ pub const FILES: [&str; 7] = [
     "config.json",
 ];
 
-/// What is wrong with a tokenizer's files, or with a text.
+/// Errors in a tokenizer's files, or in a text.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the message says what the fields are")]
 pub enum TokenizerError {
@@ -58,7 +58,7 @@ impl Help for TokenizerError {}
 /// See the module's head.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// At the beginning of a text.
+    /// The decoder at the start of a text.
     decoding: Decoding,
     token_bytes: OnceLock<Vec<Vec<u8>>>,
     /// The files it was read from, all of them of [`FILES`].
@@ -75,7 +75,7 @@ pub struct Tokenizer {
     pub special: Vec<(String, String)>,
     /// `generation_config.json`, or null.
     pub generation: Value,
-    /// What the files say that is not used as it stands, one line each with the file and the field.
+    /// Entries of the files that are ignored or changed, one line each with the file and the field.
     pub warnings: Vec<String>,
 }
 
@@ -131,7 +131,7 @@ impl Tokenizer {
         let mut end = EndTokens::of_configs(&generation, &model);
         for (name, token) in [("bos_token", &bos_token), ("eos_token", &eos_token)] {
             let Some(token) = token else { continue };
-            // An id that no other token has is as good as a token of tokenizer.json.
+            // An id that no other token has is as valid as one of tokenizer.json.
             let free = names.declared_id(token).filter(|id| inner.id_to_token(*id).is_none());
             match inner.token_to_id(token).or(free) {
                 Some(id) if name == "eos_token" => drop(end.ids.insert(id)),
@@ -178,14 +178,14 @@ impl Tokenizer {
     }
 
     /// Ids of a text. `add_special_tokens` lets the tokenizer's post-processor add its own (usually a first token);
-    /// text that came out of a chat template has them already.
+    /// text from a chat template already has them.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
         let encoding = guarded(|| self.inner.encode_fast(text, add_special_tokens));
         let encoding = encoding.map_err(|e| TokenizerError::Encode(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Text of tokens, without special ones. Ids that the tokenizer does not know are left out.
+    /// Text of tokens, without special ones and unknown ids.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, TokenizerError> {
         let mut detokenizer = Detokenizer::new(self);
         let mut text = String::new();
@@ -205,7 +205,7 @@ impl Tokenizer {
         token.is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
     }
 
-    /// The token as the vocabulary writes it, unless it is special or there is none.
+    /// The token's form in the vocabulary, unless it is special or unknown.
     pub(super) fn visible(&self, id: u32) -> Option<String> {
         let token = self.inner.id_to_token(id)?;
         (!self.inner.get_added_vocabulary().is_special_token(&token)).then_some(token)
@@ -219,13 +219,13 @@ impl Tokenizer {
         special.map(|(id, token)| (*id, token.content.clone())).collect()
     }
 
-    /// The bytes of every token by id, read out of the vocabulary once.
+    /// The bytes of every token by id, read from the vocabulary once.
     pub fn token_bytes(&self) -> &[Vec<u8>] {
         self.token_bytes.get_or_init(|| token_bytes(&self.inner))
     }
 
-    /// Sequence breakers for DRY, from strings, over the whole vocabulary; and those strings that no token contains or
-    /// begins, or that are empty, so that they could never break anything.
+    /// Sequence breakers for DRY, from strings, over the whole vocabulary; and strings without effect, because they are
+    /// empty or no token contains or begins them.
     pub fn breakers<S: AsRef<str>>(&self, strings: &[S]) -> Result<(Breakers, Vec<String>), TokenizerError> {
         let mut breakers = Breakers::default();
         let mut without_tokens = Vec::new();
@@ -237,7 +237,7 @@ impl Tokenizer {
         Ok((breakers, without_tokens))
     }
 
-    /// Tokens of the end of a text, which may begin inside a character: such bytes get the tokens of single bytes.
+    /// Tokens of the end of a text, which may begin inside a character: partial characters get single-byte tokens.
     fn encode_bytes(&self, bytes: &[u8]) -> Result<Vec<u32>, TokenizerError> {
         let is_inside = |b: &u8| b & 0xC0 == 0x80;
         let inside = bytes.iter().take_while(|b| is_inside(b)).count();
@@ -270,8 +270,8 @@ impl Tokenizer {
     }
 }
 
-/// Undoes what a training run left in the file. Its own library sets truncation and padding anew at every call (transformers,
-/// `set_truncation_and_padding`), and dropout of merges makes the same text other tokens each time.
+/// Removes training settings from the file. transformers resets truncation and padding at every call
+/// (`set_truncation_and_padding`), and dropout of merges would encode the same text differently each time.
 fn without_training_settings(tokenizer: &mut tokenizers::Tokenizer) -> Result<(), tokenizers::Error> {
     tokenizer.with_truncation(None)?;
     tokenizer.with_padding(None);
@@ -285,7 +285,7 @@ fn without_training_settings(tokenizer: &mut tokenizers::Tokenizer) -> Result<()
     Ok(())
 }
 
-/// Null if there is no such file.
+/// Null if the file does not exist.
 pub(super) fn json_file(path: &Path) -> Result<Value, TokenizerError> {
     if !path.is_file() {
         return Ok(Value::Null);
@@ -301,7 +301,7 @@ fn read(path: &Path) -> Result<String, TokenizerError> {
     })
 }
 
-/// One template, or a list of named ones of which `default` is meant.
+/// One template, or a list of named ones, of which `default` is used.
 fn template_text(value: &Value) -> Option<String> {
     if let Some(text) = value.as_str() {
         return Some(text.to_string());

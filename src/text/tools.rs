@@ -1,7 +1,7 @@
 //! Tool calls in a model's output: the forms of template families, and parsing them from streamed text.
 //!
-//! Takes pieces of text and the tokens between them; gives text outside of calls, and calls. A call that cannot be parsed
-//! stays text, so nothing that the model wrote is lost.
+//! Input: pieces of text and the tokens between them. Output: text outside of calls, and calls. A call that cannot be
+//! parsed stays text, so no output of the model is lost.
 
 use serde_json::Value;
 
@@ -26,14 +26,14 @@ const ARGS: &str = "[ARGS]";
 const PYTHON: &str = "<|python_tag|>";
 
 impl ToolFormat {
-    /// How the models of this chat template write calls; `None` if it takes no tools, or writes them in another way.
+    /// How the models of this chat template write calls; `None` if it has no tools or an unknown format.
     pub fn of_template(source: &str) -> Option<ToolFormat> {
         if !source.contains("tools") {
             return None;
         }
         let bare = source.contains(PYTHON) || (source.contains("\"parameters\"") && source.contains("ipython"));
         match () {
-            // Some write elements of XML in the tags.
+            // Some write XML elements in the tags.
             () if source.contains(OPEN) && !source.contains("<function=") => Some(ToolFormat::Tagged),
             () if source.contains(CALLS) => Some(ToolFormat::List),
             () if bare => Some(ToolFormat::Bare),
@@ -42,7 +42,7 @@ impl ToolFormat {
     }
 }
 
-/// What one call is written with.
+/// The parts of a call's syntax.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum CallPart {
     /// A special token.
@@ -56,7 +56,7 @@ pub enum CallPart {
 }
 
 impl ToolFormat {
-    /// How one call is written, and nothing else.
+    /// The syntax of one call.
     pub fn one_call(self, tokenizer: &Tokenizer) -> Vec<CallPart> {
         let special = tokenizer.special_tokens();
         let mark = |mark: &'static str| match special.iter().find(|(_, text)| text == mark) {
@@ -77,11 +77,11 @@ impl ToolFormat {
 pub struct ToolCall {
     /// Name of the tool.
     pub name: String,
-    /// JSON, as the model gives it.
+    /// JSON, as written by the model.
     pub arguments: String,
 }
 
-/// What a model wrote.
+/// A part of a model's output.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ToolPart {
     /// Never empty.
@@ -93,11 +93,11 @@ pub enum ToolPart {
 /// Reads calls out of one text.
 pub struct ToolReader {
     format: ToolFormat,
-    /// Tools that may be called: an object with another name is no call.
+    /// Tools that may be called: an object with another name is not a call.
     names: Vec<String>,
-    /// Special tokens that the format is made of: they have no text of their own.
+    /// Special tokens of the format, which have no text.
     marks: Vec<(u32, &'static str)>,
-    /// What is not certain yet.
+    /// Text that is not final yet.
     held: String,
     state: State,
 }
@@ -108,14 +108,14 @@ enum State {
     Start,
     /// Text.
     Text,
-    /// In a call, whose beginning is not in `held`.
+    /// In a call, whose start is not in `held`.
     Call,
-    /// After a call: white space before another one is none of the text.
+    /// After a call: white space before another one does not count as text.
     After,
 }
 
 impl ToolReader {
-    /// For one text of a model that may call these tools.
+    /// For one text of a model with these tools.
     pub fn new(format: ToolFormat, names: Vec<String>, tokenizer: &Tokenizer) -> Self {
         let special = tokenizer.special_tokens();
         let of = |mark: &'static str| special.iter().find(|(_, text)| text == mark).map(|(id, _)| (*id, mark));
@@ -128,7 +128,7 @@ impl ToolReader {
         }
     }
 
-    /// Takes a token, if one was drawn, and the text that became certain with it.
+    /// Adds a token, if one was drawn, and the text that it made final.
     pub fn push(&mut self, token: Option<u32>, text: &str) -> Vec<ToolPart> {
         self.held.push_str(text);
         if let Some((_, mark)) = self.marks.iter().find(|(id, _)| Some(*id) == token) {
@@ -141,7 +141,7 @@ impl ToolReader {
         parts
     }
 
-    /// What is left when nothing follows. A call whose end mark is missing is a call.
+    /// The rest at the end of the text. A call without its end mark is a call.
     pub fn finish(&mut self) -> Vec<ToolPart> {
         let held = std::mem::take(&mut self.held);
         let calls = match (self.state, self.format) {
@@ -161,7 +161,7 @@ impl ToolReader {
         }
     }
 
-    /// The mark that begins calls, which is taken off them.
+    /// The mark that begins calls, which is removed.
     fn begun(&self) -> Option<&'static str> {
         match self.format {
             ToolFormat::Tagged => Some(OPEN),
@@ -170,7 +170,7 @@ impl ToolReader {
         }
     }
 
-    /// One step over what is held; `None` if more has to come.
+    /// One step over the held text; `None` if more text is needed.
     fn advance(&mut self) -> Option<Option<ToolPart>> {
         match (self.state, self.format) {
             (State::Call, ToolFormat::Tagged) => {
@@ -183,7 +183,7 @@ impl ToolReader {
                     None => ToolPart::Text(format!("{OPEN}{inside}{CLOSE}")),
                 }))
             }
-            // Read as a whole at the end.
+            // Parsed as a whole at the end.
             (State::Call, ToolFormat::List | ToolFormat::Bare) => None,
             (State::Start, ToolFormat::Bare) => {
                 let text = self.held.trim_start();
@@ -207,7 +207,7 @@ impl ToolReader {
                 };
                 let before: String = self.held.drain(..at + mark.len()).collect();
                 let before = &before[..at];
-                // White space between the parts of an answer is none of its text.
+                // White space between the parts of an answer does not count as text.
                 let is_blank = state != State::Text && before.trim().is_empty();
                 self.state = State::Call;
                 Some((!before.is_empty() && !is_blank).then(|| ToolPart::Text(before.to_string())))
@@ -310,7 +310,7 @@ mod tests {
         }
     }
 
-    /// Parts with neighboring text joined.
+    /// Parts, with adjacent text merged.
     fn joined(parts: impl IntoIterator<Item = ToolPart>) -> Vec<ToolPart> {
         let mut all: Vec<ToolPart> = Vec::new();
         for part in parts {
@@ -322,7 +322,7 @@ mod tests {
         all
     }
 
-    /// What is read, the same however the text is cut.
+    /// Parses a text; the result must not depend on how it is cut.
     fn read(format: ToolFormat, text: &str) -> Vec<ToolPart> {
         let pieces = |size: usize| {
             let mut reader = reader(format);

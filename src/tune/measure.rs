@@ -1,9 +1,9 @@
 //! Builds, loads and times every alternative.
 //!
-//! Takes a canonical graph and profiles, asks the questions of [`super::questions`] one after the other, builds every
-//! alternative and runs it with synthetic values; gives the winner of each profile with everything that was tried. Weights
-//! are carried as the package will carry them: TensorRT plans other kernels around constants than around inputs. Nothing
-//! here decides what a package is; `convert` and specs do.
+//! Input: a canonical graph and profiles. For each of the [`super::questions`] in order, it builds every alternative
+//! and runs it with synthetic values. Output: the winner of each profile with all attempts. Weights enter engines as in
+//! the package, since TensorRT chooses different kernels for constants and for inputs. The package's settings are
+//! decided by `convert` and specs.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -22,9 +22,9 @@ use crate::lower::{self, LowerError, LowerOptions};
 use crate::network::{Profile, Tokens};
 use crate::target::Refit;
 
-/// Alternatives have to be better by this much to be chosen: below it is noise.
+/// Alternatives must be faster by this factor to be chosen; smaller differences are noise.
 const WORTH: f64 = 0.005;
-/// Runs of which a time is the mean.
+/// Number of runs per measurement.
 const RUNS: u32 = 30;
 
 /// Why nothing could be tuned.
@@ -37,7 +37,7 @@ pub enum TuneError {
     /// The graph cannot be lowered: a bug.
     #[error(transparent)]
     Lower(#[from] LowerError),
-    /// Not even what packages get without tuning could be built and run.
+    /// Even the lowering without tuning could not be built and run.
     #[error("{profile}: {message}")]
     Nothing { profile: String, message: String },
 }
@@ -52,8 +52,8 @@ impl Help for TuneError {
     }
 }
 
-/// Tunes every profile, several builds at a time, one measurement at a time. `graph` has the weights' bytes unless `base`
-/// binds them; `refit` is what engines are built for. `note` is called with every attempt.
+/// Tunes every profile, several builds at a time, one measurement at a time. `graph` has the weights' bytes unless
+/// `base` binds them; `refit` is that of the engines. `note` is called with every attempt.
 pub fn tune(
     library: &Library,
     graph: &Graph,
@@ -132,7 +132,7 @@ struct Bench<'a> {
     library: &'a Library,
     graph: &'a Graph,
     refit: Refit,
-    /// Held while something is measured: memory and time of the GPU are for one at a time.
+    /// Held during a measurement: only one at a time uses the GPU's memory and time.
     gpu: Mutex<()>,
 }
 
@@ -182,19 +182,19 @@ impl Bench<'_> {
         let stream = Stream::new(runtime.cuda())?;
         let _alone = self.gpu.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut program = SyntheticProgram::new(program, &network, Caches::Tensors)?;
-        // As if the cache were full: what is masked is read all the same.
+        // As if the cache were full: masked slots are read as well.
         for role in [Role::PositionIds, Role::WriteIndices] {
             program.set(role, profile.capacity as i32 - 1)?;
         }
         let took = program.time(&stream, RUNS)?;
         attempt.ms = Some(took.as_secs_f64() * 1e3);
-        // Its memory goes back before the next one measures.
+        // Its memory is released before the next measurement.
         drop(program);
         Ok(())
     }
 }
 
-/// The function on every item, on several threads, results in order.
+/// Applies the function to every item on several threads; results are in order.
 fn in_parallel<T: Sync, R: Send>(threads: usize, items: &[T], function: impl Fn(&T) -> R + Sync) -> Vec<R> {
     let next = AtomicUsize::new(0);
     let done: Vec<Mutex<Option<R>>> = items.iter().map(|_| Mutex::new(None)).collect();

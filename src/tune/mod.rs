@@ -1,7 +1,7 @@
 //! Finds the fastest lowering on a GPU, and records all alternatives.
 //!
-//! [`measure`] tries; the types here are what it gives, what a package's manifest keeps and what a spec takes from it. Good
-//! choices where nothing was measured are [`LowerOptions::for_engines`].
+//! [`measure`] does the work; the types here are its results, which a package's manifest stores and a spec uses.
+//! Without measurements, [`LowerOptions::for_engines`] has good choices.
 
 #[cfg(feature = "engines")]
 pub mod measure;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::lower::LowerOptions;
 use crate::spec::Tuned;
 
-/// What was measured, and on what.
+/// The measurements, and the machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Tuning {
     /// Name of the GPU.
@@ -21,44 +21,44 @@ pub struct Tuning {
     pub driver: Option<String>,
     /// Version of the library.
     pub tensorrt: String,
-    /// One entry a profile.
+    /// One entry per profile.
     pub profiles: Vec<ProfileTuning>,
 }
 
-/// One profile's winner and everything tried on the way.
+/// One profile's winner and all attempts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ProfileTuning {
-    /// As engines are called, for example `b1-t1-c1024`.
+    /// The engine's name, for example `b1-t1-c1024`.
     pub profile: String,
     /// The fastest lowering.
     pub lowering: LowerOptions,
     /// GPU time of one run.
     pub ms: f64,
-    /// Of what would have been taken without tuning.
+    /// GPU time without tuning.
     pub untuned_ms: f64,
     /// Every build, in order.
     pub tried: Vec<Attempt>,
 }
 
-/// One build that was timed, or why it was not.
+/// One build with its time, or why it failed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Attempt {
-    /// Which question it answers, for example `attention`.
+    /// Its question, for example `attention`.
     pub about: String,
-    /// Which answer it tries.
+    /// Its answer.
     pub what: String,
     /// GPU time of one run.
     pub ms: Option<f64>,
     /// Time of the build.
     pub build_s: Option<f64>,
-    /// Working memory of the engine on the GPU.
+    /// Scratch memory of the engine on the GPU.
     pub scratch_bytes: Option<u64>,
     /// Why there is no time.
     pub error: Option<String>,
 }
 
 impl Tuning {
-    /// As a spec keeps it.
+    /// Its form in a spec.
     pub fn tuned(&self) -> Vec<Tuned> {
         let of = |t: &ProfileTuning| Tuned {
             profile: t.profile.clone(),

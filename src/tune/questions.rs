@@ -1,27 +1,27 @@
-//! What a tuner can choose between: for each profile a few questions, each with the options that answer it otherwise.
+//! The choices of a tuner: for each profile a few questions, each with alternative options.
 //!
-//! Only what was seen to matter on some GPU is asked (docs/explanation/gpu.md has the figures), since every answer costs a build and a
-//! load. The questions are independent enough to be answered one after the other.
+//! There are questions only for choices that mattered on some GPU (docs/explanation/gpu.md has the figures), since
+//! every answer takes a build and a load. The questions are independent enough to be answered one after the other.
 
 use crate::graph::Graph;
 use crate::graph::op::Op;
 use crate::lower::{self, AttentionForm, LinearForm, LowerOptions, QuantizedForm, through_transpose, weights};
 use crate::network::{Profile, Tokens, WeightMode};
 
-/// A choice and its alternatives to what is chosen already.
+/// A choice and the alternatives to the current one.
 #[derive(Clone, Debug)]
 pub struct Question {
     /// One of [`QUESTIONS`].
     pub about: &'static str,
-    /// What each alternative changes, in a few words, and the options with it changed.
+    /// A short description of each alternative, and the changed options.
     pub alternatives: Vec<(String, LowerOptions)>,
 }
 
 /// The questions for a profile, in the order in which they should be answered.
 pub const QUESTIONS: [&str; 5] = ["kernels", "products", "attention", "fusion", "quantized weights"];
 
-/// A question of [`QUESTIONS`] for a profile of this graph, with `now` as what is chosen so far. Alternatives equal to
-/// `now` in effect are left out.
+/// A question of [`QUESTIONS`] for a profile of this graph, with `now` as the current choices. Alternatives that are
+/// equivalent to `now` are left out.
 pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &LowerOptions) -> Question {
     let one_token = profile.tokens == Tokens::Static(1);
     let with = |change: &dyn Fn(&mut LowerOptions)| {
@@ -42,7 +42,7 @@ pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Low
             ));
             let reduced = |depth: Option<usize>| with(&|o| (o.linear, o.reduce_depth) = (LinearForm::ReduceRow, depth));
             alternatives.push(("reductions".into(), reduced(None)));
-            // Where only the narrow ones are reduced: one step below the widest.
+            // Reductions only for narrow weights: one step below the widest.
             let mut depths = depths(graph);
             depths.pop();
             if let Some(depth) = depths.pop() {
@@ -113,7 +113,7 @@ pub fn question(about: &'static str, graph: &Graph, profile: &Profile, now: &Low
     Question { about, alternatives }
 }
 
-/// The options with everything resolved that depends on the profile, so that equal lowerings are equal.
+/// The options with everything resolved that depends on the profile, so that equivalent options are equal.
 fn effective(graph: &Graph, options: &LowerOptions, profile: &Profile) -> LowerOptions {
     let mut options = options.clone();
     options.attention = options.attention.at(profile);
@@ -153,7 +153,7 @@ fn effective(graph: &Graph, options: &LowerOptions, profile: &Profile) -> LowerO
     options
 }
 
-/// Widths of what linear layers multiply, ascending.
+/// Widths of linear layers' inputs, ascending.
 fn depths(graph: &Graph) -> Vec<usize> {
     let mut depths: Vec<usize> = graph
         .node_ids()

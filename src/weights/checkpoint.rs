@@ -1,29 +1,29 @@
-//! What checkpoints call the modules of [`super::modules`]: Hugging Face's Llama-like models and GPT-2, TensorRT-LLM.
+//! Checkpoint names of the modules in [`super::modules`]: Hugging Face's Llama-like models and GPT-2, TensorRT-LLM.
 //!
 //! A [`Convention`] is a table from modules to tensors. Tensors may hold several modules (`c_attn`, `qkv`), and GPT-2's
-//! `Conv1D` keeps its matrices `[in, out]`. Names and layouts were read off the models' own `state_dict`s and, for
-//! TensorRT-LLM, its documentation of the checkpoint format
+//! `Conv1D` keeps its matrices `[in, out]`. Names and layouts are from the models' own `state_dict`s and, for
+//! TensorRT-LLM, from its documentation of the checkpoint format
 //! (<https://nvidia.github.io/TensorRT-LLM/legacy/architecture/checkpoint.html>).
 
 use std::collections::HashMap;
 
 use crate::graph::Constant;
 
-/// A way of naming.
+/// A naming convention.
 #[derive(Debug)]
 pub struct Convention {
-    /// For people.
+    /// Display name.
     pub name: &'static str,
-    /// In groups, which conventions may share.
+    /// Entries in groups, which conventions may share.
     entries: &'static [&'static [Entry]],
-    /// What saving a part of a model may leave out before every name.
+    /// A prefix of every name that may be missing if only a part of a model was saved.
     prefix: &'static str,
 }
 
-/// Modules and the tensor that holds them, `N` being the layer.
+/// Modules and the tensor that holds them; `N` is the layer.
 #[derive(Debug)]
 struct Entry {
-    /// Joined on their rows.
+    /// The modules, joined on their rows.
     modules: &'static [&'static str],
     tensor: &'static str,
     /// Matrices are `[in, out]`.
@@ -52,7 +52,7 @@ const QKV: &[&str] = &[
     "layers.N.attention.value",
 ];
 
-/// What Llama-like models have in common in Hugging Face's form.
+/// The common part of Llama-like models in Hugging Face's format.
 const LLAMA_PARTS: &[Entry] = &[
     one(&["embedding"], "model.embed_tokens"),
     one(&["norm"], "model.norm"),
@@ -81,7 +81,7 @@ const LLAMA_PARTS: &[Entry] = &[
     one(&["layers.N.feed_forward.down"], "model.layers.N.mlp.down_proj"),
 ];
 
-/// Mixtures of experts, `M` being the expert: Qwen, DeepSeek, GLM, OLMoE and others; gpt-oss; Mixtral.
+/// Mixtures of experts, where `M` is the expert: Qwen, DeepSeek, GLM, OLMoE and others; gpt-oss; Mixtral.
 const MIXTURES: &[Entry] = &[
     one(&["layers.N.feed_forward.router"], "model.layers.N.mlp.gate"),
     one(&["layers.N.feed_forward.router"], "model.layers.N.mlp.router"),
@@ -151,7 +151,7 @@ const MIXTURES: &[Entry] = &[
     ),
 ];
 
-/// Where gate and up, and down, of a layer's experts are in tensors of all of them; Granite's names come last.
+/// Names of tensors with gate and up, and with down, of all experts of a layer; Granite's names come last.
 const STACKED_EXPERTS: [[&str; 2]; 3] = [
     [
         "model.layers.N.mlp.experts.gate_up_proj",
@@ -167,7 +167,7 @@ const STACKED_EXPERTS: [[&str; 2]; 3] = [
     ],
 ];
 
-/// Llama, Qwen, Mistral and those built like them; Phi-3's fused matrices too.
+/// Llama, Qwen, Mistral and similar models; Phi-3's fused matrices too.
 pub const LLAMA: Convention = Convention {
     name: "Hugging Face, Llama-like",
     prefix: "model.",
@@ -222,7 +222,7 @@ pub const GPT2: Convention = Convention {
     ]],
 };
 
-/// GPT-J, whose blocks stand side by side after one norm.
+/// GPT-J, with parallel blocks after one norm.
 pub const GPT_J: Convention = Convention {
     name: "Hugging Face, GPT-J",
     prefix: "transformer.",
@@ -265,7 +265,7 @@ pub const TENSORRT_LLM: Convention = Convention {
         ),
         one(&["layers.N.attention.output"], "transformer.layers.N.attention.dense"),
         one(&["layers.N.feed_forward_norm"], "transformer.layers.N.post_layernorm"),
-        // With a gate, `fc` is what the activation is applied to, and `gate` what that is multiplied by.
+        // With a gate, the activation is applied to `fc`, and the result is multiplied by `gate`.
         one(&["layers.N.feed_forward.gate"], "transformer.layers.N.mlp.fc"),
         one(&["layers.N.feed_forward.up"], "transformer.layers.N.mlp.gate"),
         one(&["layers.N.feed_forward.down"], "transformer.layers.N.mlp.proj"),
@@ -275,32 +275,33 @@ pub const TENSORRT_LLM: Convention = Convention {
 /// Names of a TensorRT-LLM checkpoint whose feed-forward blocks have no gate.
 const TENSORRT_LLM_PLAIN_UP: Entry = one(&["layers.N.feed_forward.up"], "transformer.layers.N.mlp.fc");
 
-/// Whether a model of these modules, by name, has gated feed-forwards.
+/// Whether a model with these module names has gated feed-forward blocks.
 pub fn has_gate<T>(modules: &HashMap<String, T>) -> bool {
     modules.contains_key("layers.0.feed_forward.gate.weight")
 }
 
-/// All that are known. Where two know as many names of a checkpoint, the later one is meant.
+/// All known conventions. If two match equally many names of a checkpoint, the later one applies.
 pub const CONVENTIONS: [&Convention; 5] = [&LLAMA, &HUGGING_FACE_OUTPUT_NORMS, &GPT_J, &GPT2, &TENSORRT_LLM];
 
-/// A tensor of a checkpoint that holds a module, perhaps with others.
+/// A tensor of a checkpoint that holds a module, possibly with others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// Names it may have, the likeliest first.
+    /// Possible names, most likely first.
     pub names: Vec<String>,
-    /// The modules it holds, joined on their rows; the one asked for among them.
+    /// The modules in the tensor, joined on their rows, including the requested one.
     pub modules: Vec<String>,
     /// `[in, out]`.
     pub transposed: bool,
 }
 
 impl Convention {
-    /// Where a module such as `layers.3.attention.query.weight` may be. `has_gate`: the model has gated feed-forwards.
+    /// Possible tensors of a module such as `layers.3.attention.query.weight`. `has_gate`: the model has gated
+    /// feed-forwards.
     pub fn places(&self, module: &str, has_gate: bool) -> Vec<Place> {
         let Some((path, what)) = module.rsplit_once('.') else {
             return Vec::new();
         };
-        // What DeepSeek adds to its routers' scores.
+        // DeepSeek's correction of router scores.
         let what = if what == "correction" {
             "e_score_correction_bias"
         } else {
@@ -333,7 +334,7 @@ impl Convention {
     }
 
     /// The module among tensors of a checkpoint, in our orientation: `tensor` finds one by name, `rows` has the rows of
-    /// modules that share a tensor. Gives the tensor's name too.
+    /// modules that share a tensor. Also returns the tensor's name.
     pub fn find(
         &self,
         module: &str,
@@ -355,8 +356,9 @@ impl Convention {
         apart.or_else(|| self.find_stacked(module, tensor, rows))
     }
 
-    /// An expert's matrix or bias among those of all experts: `gate_up_proj` `[experts, 2 * hidden, in]`, gate above up, and
-    /// `down_proj` `[experts, out, hidden]`; gpt-oss, which alone has biases, keeps both turned and gate and up in turn.
+    /// An expert's matrix or bias among those of all experts: `gate_up_proj` `[experts, 2 * hidden, in]`, gate above
+    /// up, and `down_proj` `[experts, out, hidden]`; gpt-oss, the only one with biases, stores both transposed, with
+    /// gate and up interleaved.
     fn find_stacked(
         &self,
         module: &str,
@@ -405,7 +407,7 @@ impl Convention {
         let fits = rows
             .get(module)
             .is_some_and(|rows| one.shape().first() == Some(&(2 * rows)));
-        // What has other rows is not cut: the caller sees its shape and says what is wrong.
+        // A tensor with a different number of rows is not cut: the caller reports the shape.
         Some((
             name,
             if fits {
@@ -418,8 +420,8 @@ impl Convention {
 }
 
 impl Place {
-    /// The rows of a module in the matrix or vector of all modules here, `[rows, ..]`; `rows` says how many each has. What
-    /// has other rows in all is not cut: the caller sees its shape and says what is wrong.
+    /// The rows of a module in the matrix or vector of all modules here, `[rows, ..]`; `rows` has the number of rows of
+    /// each. A tensor with a different total is not cut: the caller reports the shape.
     pub fn part(&self, module: &str, whole: Constant, rows: &HashMap<String, usize>) -> Option<Constant> {
         if let [_] = self.modules[..] {
             return Some(whole);
@@ -507,7 +509,7 @@ mod tests {
             }
             assert!(GPT2.find(&modules[0], true, tensor, &rows).is_none());
         }
-        // One by one they come first, and Mixtral calls them otherwise.
+        // Individual tensors come first; Mixtral uses different names.
         let places = LLAMA.places(&modules[1], true);
         assert_eq!(places[0].names[0], "model.layers.4.mlp.experts.1.up_proj.weight");
         assert_eq!(

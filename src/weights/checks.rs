@@ -1,4 +1,4 @@
-//! What must be true of a weight's values before they go into a package: no NaN, no infinity, nothing that overflowed
+//! Conditions on a weight's values before they are stored in a package: no NaN, no infinity, nothing that overflowed
 //! when it was converted.
 
 use super::WriteError;
@@ -6,7 +6,7 @@ use crate::graph::ConstantSource;
 use crate::graph::{Constant, ConstantError};
 use crate::tensor::{DType, Tensor};
 
-/// What the user said is all right.
+/// What the user allowed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Allowed {
     /// NaN and infinity in the source.
@@ -15,10 +15,10 @@ pub struct Allowed {
     pub overflow: bool,
 }
 
-/// Numbers that a model cannot use. `tensor`: where in the source they are, if that has a name.
+/// Numbers that a model cannot use. `tensor`: their tensor in the source, if it has a name.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum BadNumbers {
-    /// NaN or infinity that the source had.
+    /// NaN or infinity in the source.
     #[error("{count} of {len} values are NaN or infinite in the source{}", within(tensor))]
     NonFinite {
         /// How many.
@@ -53,7 +53,7 @@ fn within(tensor: &Option<String>) -> String {
 
 /// Elements that are NaN or infinite.
 pub fn nonfinite(tensor: &Tensor) -> usize {
-    // An exponent of all ones is what both have in IEEE's formats, and nothing else.
+    // In IEEE's formats, exactly NaN and infinity have an exponent of all ones.
     let data = tensor.data();
     match tensor.dtype() {
         DType::F16 => count(data, |b| u16::from_le_bytes(b) & 0x7c00, 0x7c00),
@@ -65,8 +65,8 @@ pub fn nonfinite(tensor: &Tensor) -> usize {
     }
 }
 
-/// Elements whose exponent is `worst`. Every weight passes here on its way to the disk, so what is good must go fast: a
-/// block is counted only if the largest exponent in it is that.
+/// Elements whose exponent is `worst`. Every weight is checked here before it is written, so valid blocks must be fast:
+/// a block is counted only if its largest exponent is `worst`.
 fn count<const N: usize, T: Copy + Ord + Default>(bytes: &[u8], exponent: impl Fn([u8; N]) -> T, worst: T) -> usize {
     let elements = bytes.as_chunks::<N>().0;
     let blocks = elements.chunks(4096);
@@ -76,7 +76,7 @@ fn count<const N: usize, T: Copy + Ord + Default>(bytes: &[u8], exponent: impl F
         .sum()
 }
 
-/// Checks a computed weight. `constant` is how it was computed, and looked into only if something is wrong.
+/// Checks a computed weight. `constant` is its derivation, which is examined only on failure.
 pub fn check(constant: &Constant, tensor: &Tensor, allowed: Allowed) -> Result<Option<BadNumbers>, ConstantError> {
     if allowed.nonfinite && allowed.overflow {
         return Ok(None);
@@ -104,7 +104,7 @@ pub fn check(constant: &Constant, tensor: &Tensor, allowed: Allowed) -> Result<O
             (largest, holder) = (most, name());
         }
     }
-    // What the source had was allowed; the rest came of converting.
+    // Values from the source are allowed; the others are from the conversion.
     let count = count.saturating_sub(came_so);
     Ok((count > 0 && !allowed.overflow).then_some(BadNumbers::Overflow {
         count,
@@ -154,7 +154,7 @@ mod tests {
                 "{dtype}"
             );
         }
-        // The largest finite number of each is none of them.
+        // The largest finite number of each type does not count.
         let largest = Tensor::from_f64_as(DType::F16, vec![2], &[65504.0, -65504.0]);
         assert_eq!(nonfinite(&largest), 0);
     }

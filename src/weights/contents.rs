@@ -1,8 +1,8 @@
-//! Tensors by what they hold.
+//! Tensors by content.
 //!
-//! A weight that has no name of use, because its exporter lost it and the graph does not show what it is, can still be known
-//! by its values: a checkpoint that the package was made from has the same somewhere, perhaps transposed, perhaps in
-//! another dtype. Found once, the name serves for every later checkpoint of the same kind.
+//! A weight without a useful name, because its exporter lost it and the graph does not show its role, can still be
+//! identified by its values: the checkpoint that the package was made from contains them, possibly transposed or in
+//! another dtype. Once found, the name works for every later checkpoint of the same kind.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -11,18 +11,18 @@ use super::recipe::Recipe;
 use crate::graph::Constant;
 use crate::tensor::DType;
 
-/// Hashes of a source's tensors, made as they are asked for: only tensors of the requested shape are read.
+/// Hashes of a source's tensors, computed on demand: only tensors of the requested shape are read.
 pub struct Contents<'a> {
     tensors: &'a BTreeMap<String, Constant>,
-    /// By dtype and shape: hash to what holds it.
+    /// By dtype and shape: hash to tensors.
     hashed: HashMap<(DType, Vec<usize>), HashMap<String, Vec<Holder>>>,
 }
 
-/// A tensor of the source that holds what was looked for.
+/// A tensor of the source with the requested contents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holder {
     pub name: String,
-    /// It is a matrix, and holds it transposed.
+    /// It is a matrix and contains the values transposed.
     pub transposed: bool,
 }
 
@@ -34,7 +34,7 @@ impl<'a> Contents<'a> {
         }
     }
 
-    /// The tensors whose contents in this dtype and shape have the hash, as [`content_hash`] has it.
+    /// The tensors whose contents in this dtype and shape have this [`content_hash`].
     pub fn holding(&mut self, dtype: DType, shape: &[usize], blake3: &str) -> Vec<Holder> {
         let tensors = self.tensors;
         let hashed = self
@@ -44,7 +44,7 @@ impl<'a> Contents<'a> {
         hashed.get(blake3).cloned().unwrap_or_default()
     }
 
-    /// How the weight is made of it.
+    /// How the weight is computed from it.
     pub fn recipe(&self, held: &Holder) -> Recipe {
         let constant = &self.tensors[&held.name];
         let tensor = Recipe::Tensor {
@@ -79,7 +79,7 @@ fn hashes(tensors: &BTreeMap<String, Constant>, dtype: DType, shape: &[usize]) -
             if candidate.shape() != shape {
                 continue;
             }
-            // What cannot be read is not found, and so reported as missing.
+            // An unreadable tensor counts as not found and is reported as missing.
             let Ok(hash) = content_hash(&candidate.cast(dtype)) else {
                 continue;
             };

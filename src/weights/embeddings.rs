@@ -1,8 +1,9 @@
 //! The table of token embeddings of a model that takes embeddings: from its own file, because its export has none.
 //!
-//! Multimodal models are exported in parts: a decoder that takes `inputs_embeds`, and `embed_tokens.onnx`, which gives the row
-//! of each token. [`read`] gives the rows of all tokens, `[vocabulary, hidden]`: of such an export if it is a table whose rows
-//! are scaled at most, of a checkpoint, or of a `.npy` file. What such an export computes besides is refused.
+//! Multimodal models are exported in parts: a decoder that takes `inputs_embeds`, and `embed_tokens.onnx`, which
+//! returns the row of each token. [`read`] returns the rows of all tokens, `[vocabulary, hidden]`: from such an export
+//! if it is a table whose rows are at most scaled, from a checkpoint, or from a `.npy` file. An export that computes
+//! anything else is refused.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -16,17 +17,17 @@ use crate::passes::{self, ActivationPolicy, MaskWindows};
 use crate::tensor::npy::{self, NpyError};
 use crate::tensor::{DType, Tensor};
 
-/// A file that gives no table of embeddings for a model.
+/// A file without a usable table of embeddings.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EmbeddingError {
-    /// No array of floats.
+    /// Not an array of floats.
     #[error(transparent)]
     Npy(#[from] NpyError),
-    /// No export that can be read.
+    /// Not a readable export.
     #[error(transparent)]
     Onnx(#[from] onnx::ReadError),
-    /// No checkpoint that can be read.
+    /// Not a readable checkpoint.
     #[error(transparent)]
     Source(#[from] SourceError),
     /// An export that computes something else.
@@ -34,15 +35,15 @@ pub enum EmbeddingError {
     NoTable {
         /// The file.
         path: PathBuf,
-        /// What it is instead.
+        /// The reason.
         reason: String,
     },
-    /// A checkpoint in which no tensor, or several, can be meant.
+    /// A checkpoint in which no tensor, or more than one, matches.
     #[error("{}: {reason}", path.display())]
     Tensor {
         /// The file.
         path: PathBuf,
-        /// Which tensors there are.
+        /// The candidates.
         reason: String,
     },
     /// A table of another size.
@@ -54,7 +55,7 @@ pub enum EmbeddingError {
         path: PathBuf,
         /// Shape of the table.
         found: Vec<usize>,
-        /// Tokens that the model gives logits for.
+        /// Size of the model's vocabulary.
         vocabulary: usize,
         /// Elements of an embedding.
         width: usize,
@@ -85,7 +86,7 @@ impl Help for EmbeddingError {
     }
 }
 
-/// Ends of what checkpoints call the table.
+/// Suffixes of the table's name in checkpoints.
 const NAMES: [&str; 6] = [
     "embed_tokens.weight",
     "word_embeddings.weight",
@@ -95,8 +96,8 @@ const NAMES: [&str; 6] = [
     "wte.weight",
 ];
 
-/// The table in a file: `.npy`, an export that gives embeddings for token ids, or a checkpoint (file or folder), of which
-/// `tensor` names the one that is meant.
+/// The table in a file: `.npy`, an export that returns embeddings for token ids, or a checkpoint (file or folder), in
+/// which `tensor` names the table.
 pub fn read(path: &Path, tensor: Option<&str>) -> Result<Constant, EmbeddingError> {
     match path.extension().and_then(|e| e.to_str()) {
         Some("npy") => Ok(Constant::tensor(npy::read(path)?).with_origin("embeddings")),
@@ -111,7 +112,7 @@ pub fn read(path: &Path, tensor: Option<&str>) -> Result<Constant, EmbeddingErro
     }
 }
 
-/// As [`read`], for a model of this many tokens and elements, in the dtype of its embeddings.
+/// Like [`read`], for a model with this many tokens and elements, in the dtype of its embeddings.
 pub fn read_for(
     path: &Path,
     tensor: Option<&str>,
@@ -136,7 +137,7 @@ fn of_checkpoint(path: &Path, tensor: Option<&str>) -> Result<Constant, Embeddin
         path: path.to_path_buf(),
         reason,
     };
-    // What only exports are read with.
+    // Passes for exports only.
     let context = SourceContext {
         positions: 1,
         dtype: DType::F32,
@@ -177,7 +178,7 @@ fn of_checkpoint(path: &Path, tensor: Option<&str>) -> Result<Constant, Embeddin
     }
 }
 
-/// Gemma 3 multiplies inside its embedding module, so decoders of it take scaled rows.
+/// Gemma 3 multiplies inside its embedding module, so its decoders expect scaled rows.
 fn scaled_family(path: &Path) -> Option<String> {
     let folder = if path.is_dir() { path } else { path.parent()? };
     let text = std::fs::read_to_string(folder.join("config.json")).ok()?;
@@ -233,7 +234,7 @@ fn of_graph(mut graph: Graph) -> Result<Constant, String> {
 }
 
 fn of_table(table: &Constant, factor: f64) -> Result<Constant, crate::graph::ConstantError> {
-    // Codes are for products; a session reads rows.
+    // Quantized codes are for products; a session reads rows.
     let plain = match table.as_quantized() {
         Some(_) => {
             let tensor: Tensor = table.materialize()?;
@@ -248,7 +249,7 @@ fn of_table(table: &Constant, factor: f64) -> Result<Constant, crate::graph::Con
     Ok(if factor == 1.0 { plain } else { plain.scaled(factor) })
 }
 
-/// Whether a value is the only input of the graph, integers, perhaps cast.
+/// Whether a value is the graph's only input, integers, possibly cast.
 fn are_ids(graph: &Graph, mut id: ValueId) -> bool {
     while let Some((_, node)) = graph.def(id) {
         match (&node.op, node.input(0)) {

@@ -1,5 +1,5 @@
 //! Weights of a model as a checkpoint of another program: `model.safetensors` under Hugging Face's names, or
-//! TensorRT-LLM's `config.json` and `rank0.safetensors`. All weights are in it, or nothing is written.
+//! TensorRT-LLM's `config.json` and `rank0.safetensors`. It has all weights, or nothing is written.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -17,10 +17,10 @@ use crate::graph::{Constant, Graph};
 use crate::help::Help;
 use crate::passes::Architecture;
 
-/// What a checkpoint is written for.
+/// The format of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Llama and those built like it, Gemma and OLMo 2 too.
+    /// Llama and similar models, also Gemma and OLMo 2.
     HuggingFace,
     /// Hugging Face's GPT-2.
     Gpt2,
@@ -42,25 +42,25 @@ pub enum ExportError {
     /// The tensors cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// Weights or modules that the convention has no name for.
+    /// Weights or modules without a name in the convention.
     #[error("{convention} has no name for {}", names.join(", "))]
     NoName {
         /// Its name.
         convention: &'static str,
-        /// Modules, or weights that belong to no module.
+        /// Modules, or weights without a module.
         names: Vec<String>,
     },
-    /// A weight that holds a module in a form that cannot be undone.
+    /// A weight that holds a module in a form that cannot be inverted.
     #[error("{weight:?} cannot be written as {}: {why}", modules.join(", "))]
     Irreversible {
         /// In the package.
         weight: String,
-        /// What it is made of.
+        /// Its modules.
         modules: Vec<String>,
         /// Why.
         why: Irreversible,
     },
-    /// Two weights are the same module and hold different numbers.
+    /// Two weights are the same module but have different values.
     #[error("{} are all {module} and have different values", weights.join(", "))]
     Ambiguous {
         /// The module.
@@ -68,24 +68,24 @@ pub enum ExportError {
         /// In the package.
         weights: Vec<String>,
     },
-    /// Norms of a model whose checkpoints may hold their factor minus 1.
+    /// Norms of a model whose checkpoints may store their factor minus 1.
     #[error("whether a checkpoint of this model holds a norm's factor or the factor minus 1 is not known")]
     UnknownNorms,
-    /// Quantized weights, for a format whose quantization is another.
+    /// Quantized weights, for a format with a different quantization.
     #[error("{name:?} is quantized ({form}), and a checkpoint for TensorRT-LLM is written of floats alone")]
     Quantized {
         /// Name of the weight.
         name: String,
-        /// How.
+        /// Its form.
         form: Form,
     },
-    /// What the graph computes and the format's models do not.
+    /// Computations of the graph that the format's models lack.
     #[error("TensorRT-LLM has no model for this graph: {}", reasons.join("; "))]
     NoArchitecture {
-        /// Everything that stands against it.
+        /// All reasons.
         reasons: Vec<String>,
     },
-    /// No weight of the graph is known for what it is.
+    /// No weight of the graph has a known module.
     #[error("the modules of this model are not known, so they cannot be named")]
     NoModules,
 }
@@ -111,8 +111,8 @@ impl Help for ExportError {
     }
 }
 
-/// Writes a checkpoint into `folder`, which is made if it is not there; files of the same names must not be. `norms`: what
-/// Hugging Face's checkpoints of this model hold of norms, if that is known. Gives the number of tensors.
+/// Writes a checkpoint into `folder`, which is created if necessary and must not contain files with the same names.
+/// `norms`: how Hugging Face's checkpoints of this model store norms, if known. Returns the number of tensors.
 pub fn export(
     model: &ModelWeights,
     graph: &Graph,
@@ -155,7 +155,7 @@ pub fn export(
     Ok(tensors.len())
 }
 
-/// The names that a format has for the modules of a model.
+/// A format's names for the modules of a model.
 fn convention(format: Format, modules: &HashMap<String, Constant>) -> &'static Convention {
     let output_norm = |name: &String| name.ends_with("output_norm.weight");
     match format {
@@ -176,7 +176,7 @@ pub(super) fn is_gpt_j(modules: &HashMap<String, Constant>) -> bool {
         && !has("positions.weight")
 }
 
-/// Every tensor of a checkpoint, made of the model's modules, under its name.
+/// Every tensor of a checkpoint, built from the model's modules, by name.
 pub fn tensors(
     model: &ModelWeights,
     norms: Option<NormParameter>,
@@ -191,7 +191,7 @@ fn named((modules, learned): &Modules, format: Format) -> Result<Vec<(String, Co
     let mut unnamed = Vec::new();
     for module in modules.keys() {
         let places = convention.places(module, has_gate(modules));
-        // A fused tensor only where all its parts are there and no tensor of its own is known.
+        // A fused tensor only if all its parts exist and there are no separate tensors.
         let place = places
             .iter()
             .find(|p| p.modules.iter().all(|m| modules.contains_key(m)));
@@ -221,7 +221,7 @@ fn named((modules, learned): &Modules, format: Format) -> Result<Vec<(String, Co
     }
 }
 
-/// The modules that all weights hold, and tensors that are known by a learned name only.
+/// The modules of all weights, and tensors that have only a learned name.
 type Modules = (HashMap<String, Constant>, BTreeMap<String, Constant>);
 
 fn modules(model: &ModelWeights, format: Format, norms: Option<NormParameter>) -> Result<Modules, ExportError> {
@@ -229,7 +229,7 @@ fn modules(model: &ModelWeights, format: Format, norms: Option<NormParameter>) -
     let mut learned = BTreeMap::new();
     let mut unnamed = Vec::new();
     for weight in model.iter() {
-        // Names are learned from Hugging Face's checkpoints, if from any.
+        // Names are learned only from Hugging Face's checkpoints.
         let recipe = match (&weight.modules, &weight.learned) {
             (Some(recipe), _) => recipe,
             (None, Some(recipe)) if format != Format::TensorRtLlm => recipe,
@@ -266,7 +266,7 @@ fn modules(model: &ModelWeights, format: Format, norms: Option<NormParameter>) -
     }
 }
 
-/// What a weight holds of modules, as checkpoints have it.
+/// The modules of a weight, in the form of checkpoints.
 fn parts(
     weight: &ModelWeight,
     recipe: &Recipe,

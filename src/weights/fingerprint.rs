@@ -1,10 +1,10 @@
-//! One hash over the values of a model, in any file and any dtype: what makes benchmarks of different
-//! programs comparable.
+//! One hash over the values of a model, in any file and any dtype, so that benchmarks of different programs are
+//! comparable.
 //!
 //! Tensors are those of a Hugging Face checkpoint ([`super::export`]): its names, its shapes. Each is narrowed first to
-//! the smallest of f16, bf16 and f32 that holds all its values exactly, so an fp32 package of fp16 values has the hash of
-//! the fp16 one. A head with the same values as the embedding is left out: tied. Then BLAKE3 over the lines
-//! `name \t dtype \t dims joined by commas \t hex(BLAKE3 of the little-endian bytes) \n`, sorted by name.
+//! the smallest of f16, bf16 and f32 that holds all its values exactly, so an fp32 package of fp16 values has the hash
+//! of the fp16 one. A (tied) head with the same values as the embedding is left out. Then BLAKE3 over the lines `name
+//! \t dtype \t dims joined by commas \t hex(BLAKE3 of the little-endian bytes) \n`, sorted by name.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -20,10 +20,10 @@ use crate::tensor::{DType, Tensor};
 /// Weights that have no hash.
 #[derive(Debug, thiserror::Error)]
 pub enum FingerprintError {
-    /// They have no names.
+    /// They have no checkpoint names.
     #[error(transparent)]
     Names(#[from] ExportError),
-    /// One that cannot be read, or holds no numbers.
+    /// One that cannot be read, or has no numbers.
     #[error("{name:?}: {message}")]
     Tensor {
         /// In a checkpoint.
@@ -42,10 +42,10 @@ impl Help for FingerprintError {
     }
 }
 
-/// Each holds a tensor at a time, in fp32 where it is not in half precision already.
+/// Threads; each holds one tensor at a time, in fp32 unless it is in half precision.
 const MOST_THREADS: usize = 16;
 
-/// The hash, in hexadecimal, of a model's weights, all of which must have a name. Reads every byte of them, a tensor a
+/// The hash, in hexadecimal, of a model's weights, all of which must have a name. Reads every byte, one tensor per
 /// thread. `norms` as for [`export::export`].
 pub fn fingerprint(model: &ModelWeights, norms: Option<NormParameter>) -> Result<String, FingerprintError> {
     let tensors = match export::tensors(model, norms, Format::HuggingFace) {
@@ -88,7 +88,7 @@ fn of(tensors: Vec<(String, Constant)>) -> Result<String, FingerprintError> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-/// All of a line but the name.
+/// A line without the name.
 fn line(name: &str, constant: &Constant) -> Result<String, FingerprintError> {
     let failed = |message: String| FingerprintError::Tensor {
         name: name.to_string(),
@@ -100,7 +100,7 @@ fn line(name: &str, constant: &Constant) -> Result<String, FingerprintError> {
     Ok(format!("{dtype}\t{}\t{}", dims.join(","), hash.to_hex()))
 }
 
-/// The smallest dtype that holds all numbers, and the hash of the bytes in it.
+/// The smallest dtype that represents all numbers exactly, and the hash of the bytes in it.
 fn narrowed(tensor: &Tensor) -> Result<(DType, blake3::Hash), String> {
     if tensor.dtype() == DType::F16 {
         let nan = |pair: &[u8]| u16::from_le_bytes([pair[0], pair[1]]) & 0x7fff > 0x7c00;

@@ -1,10 +1,10 @@
-//! How a weight is stored: as floats, or as codes of some type whose scales belong to channels or blocks.
+//! The form of a stored weight: floats, or codes of some type with scales per channel or block.
 //!
-//! A package keeps the form of each of its weights, since engines and kernels are made for it. Weights from elsewhere must
-//! have the same ([`conformed`]): the same bits, the same runs of codes that share a scale, zero points where the package has
-//! them. Exporters write one meaning in several ways, and these differences are undone without touching a value: signed
-//! codes, or unsigned ones around the middle of their range; a zero point for every run, or none where all are the middle;
-//! one run for a whole row, or a scale for each channel.
+//! A package keeps the form of each of its weights, since engines and kernels are built for it. Weights from other
+//! sources must have the same form ([`conformed`]): the same bits, the same runs of codes that share a scale, zero
+//! points if the package has them. Exporters write equivalent forms in several ways, and these differences are
+//! converted without changing a value: signed codes, or unsigned ones around the middle of their range; a zero point
+//! for every run, or none where all are the middle; one run per row, or one scale per channel.
 
 use std::fmt;
 
@@ -26,7 +26,7 @@ pub struct Form {
 }
 
 impl Form {
-    /// Of a quantized constant; `None` if it is stored as what it is.
+    /// The form of a quantized constant; `None` if it is not quantized.
     pub fn of(constant: &Constant) -> Option<Form> {
         let parts = constant.as_quantized()?;
         Some(Form {
@@ -60,7 +60,7 @@ pub(super) fn described(constant: &Constant) -> String {
     }
 }
 
-/// A weight in the form that a package has it in, its values unchanged. An error names both forms.
+/// A weight in the package's form, with unchanged values. An error names both forms.
 pub fn conformed(constant: &Constant, form: Option<&Form>) -> Result<Constant, String> {
     let found = Form::of(constant);
     if found.as_ref() == form {
@@ -96,8 +96,7 @@ pub fn conformed(constant: &Constant, form: Option<&Form>) -> Result<Constant, S
     }
 }
 
-/// With a scale for each channel in place of one block a row, or the reverse. `Some(None)`: nothing is to be done; `None`:
-/// the runs are other ones.
+/// Converts between a scale per channel and one block per row. `Some(None)`: nothing to do; `None`: the runs differ.
 fn regrouped(parts: Quantized<'_>, granularity: Granularity) -> Option<Option<Constant>> {
     let shape = parts.codes.shape();
     // Without a zero extent: a block has at least one code.
@@ -125,7 +124,7 @@ fn regrouped(parts: Quantized<'_>, granularity: Granularity) -> Option<Option<Co
     Some(Some(made.ok()?))
 }
 
-/// With codes of the form's signedness and zero points where it has them. `None`: the codes are of another kind.
+/// With codes of the form's signedness and with zero points if it has them. `None`: the codes are of another kind.
 fn recentered(parts: Quantized<'_>, form: &Form) -> Result<Option<Constant>, String> {
     let to = form.codes;
     let moved = match parts.codes.dtype() {
@@ -135,7 +134,7 @@ fn recentered(parts: Quantized<'_>, form: &Form) -> Result<Option<Constant>, Str
     };
     let turned = |codes: &Constant| if moved { codes.half_range_moved() } else { codes.clone() };
     let codes = turned(parts.codes);
-    // What no zero point means in the new type: 0 of the old one.
+    // A missing zero point in the new type corresponds to 0 in the old one.
     let idle = match moved {
         true => half_range(to),
         false => 0,
@@ -172,7 +171,7 @@ fn is_reverse(a: DType, b: DType) -> bool {
     PAIRS.contains(&(a, b)) || PAIRS.contains(&(b, a))
 }
 
-/// Where codes of the other signedness have their 0.
+/// The 0 of codes of the other signedness.
 fn half_range(dtype: DType) -> i64 {
     let (low, high) = dtype.int_range();
     match low {
@@ -241,7 +240,7 @@ mod tests {
                 assert_eq!(bytes(&made), bytes(to), "{from:?} as {to:?}");
             }
         }
-        // Zero points of their own can be signed or not, but not be left out.
+        // Individual zero points can be signed or unsigned, but cannot be dropped.
         let skewed = weight(DType::U4, &unsigned, Some(&[8, 3]), ROW);
         let made = conformed(&skewed, Some(&form(DType::I4, ROW, true))).unwrap();
         assert_eq!(values(&made), values(&skewed));
@@ -250,7 +249,7 @@ mod tests {
             "it is f32 of u4 in blocks of 4 on axis 1 with zero points, and the package's is i4 in blocks of 4 on axis 1: its \
              zero points are not all the middle of their range (at 1: -5 from it)"
         );
-        // Unsigned codes without zero points mean 0 at 0.
+        // For unsigned codes without zero points, code 0 means 0.
         let bare = weight(DType::U4, &unsigned, None, ROW);
         assert!(conformed(&bare, Some(&form(DType::I4, ROW, false))).is_err());
         let made = conformed(&bare, Some(&form(DType::I4, ROW, true))).unwrap();

@@ -1,13 +1,13 @@
-//! A weight taken apart into the tensors that its recipe names: what a package or an export holds of a module.
+//! Inverts recipes: splits a weight into the tensors that its recipe names.
 //!
-//! Movements and concatenations are undone exactly. A factor or an addend is undone only where doing it again gives the
-//! same bytes; a slice says nothing of what was cut off, so it is refused.
+//! Movements and concatenations are undone exactly. A factor or an addend is undone only if applying it again gives the
+//! same bytes; a slice does not contain the rest of the tensor, so it is refused.
 
 use super::recipe::Recipe;
 use crate::graph::Constant;
 use crate::tensor::DType;
 
-/// Why a weight cannot be taken apart.
+/// Why a recipe cannot be inverted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Irreversible {
     /// It holds a part of the tensor.
@@ -19,10 +19,10 @@ pub enum Irreversible {
     /// Codes in another form than the recipe's.
     #[error("it holds the tensor in another quantized form")]
     Quantized,
-    /// Columns in an order that its recipe computes.
+    /// Columns in a computed order.
     #[error("it holds the tensor in another order")]
     Order,
-    /// Rows or columns that calibration multiplied.
+    /// Rows or columns that calibration scaled.
     #[error("it holds the tensor as a calibration changed it")]
     Calibrated,
     /// Numbers that cannot be read.
@@ -31,7 +31,7 @@ pub enum Irreversible {
 }
 
 impl Recipe {
-    /// The named tensors of a weight that this recipe made, in the order of [`Recipe::leaves`] and in the weight's dtype
+    /// The named tensors of a weight built by this recipe, in the order of [`Recipe::leaves`] and in the weight's dtype
     /// (fp32 where only that undoes an addend exactly).
     pub fn take_apart(&self, made: &Constant) -> Result<Vec<(String, Constant)>, Irreversible> {
         let mut parts = Vec::new();
@@ -92,13 +92,13 @@ impl Recipe {
             }
             Recipe::HalfRange { dtype, of } if made.dtype() == *dtype => of.walk_back(&made.half_range_moved(), parts),
             Recipe::SwapHalves { of } => of.walk_back(&made.halves_swapped(), parts),
-            // Codes do not say what was rounded.
+            // Codes do not contain the values before rounding.
             Recipe::HalfRange { .. } | Recipe::Quantize { .. } => Err(Irreversible::Quantized),
             Recipe::Take { .. } | Recipe::Order { .. } => Err(Irreversible::Order),
         }
     }
 
-    /// Of the tensor that it makes.
+    /// Shape or dtype of the result.
     pub fn shape(&self) -> Vec<usize> {
         match self {
             Recipe::Tensor { shape, .. } | Recipe::Reshape { shape, .. } => shape.clone(),
@@ -138,7 +138,7 @@ impl Recipe {
         }
     }
 
-    /// Whether both make the same weight of the same tensors, whatever floats these are stored in.
+    /// Whether both build the same weight from the same tensors, whatever their float types.
     pub fn is_like(&self, other: &Recipe) -> bool {
         match (self, other) {
             (Recipe::Cast { of, dtype }, other) | (other, Recipe::Cast { of, dtype }) if dtype.is_float() => {
@@ -210,7 +210,7 @@ impl Recipe {
         }
     }
 
-    /// Without factors, addends and casts on the way to its only tensor: the same tensor in the place of what is made.
+    /// The recipe without factors, addends and casts above its only tensor.
     pub fn is_arithmetic(&self) -> bool {
         match self {
             Recipe::Scale { .. } | Recipe::Offset { .. } => true,
@@ -220,7 +220,8 @@ impl Recipe {
     }
 }
 
-/// What `forward` made this of, `back` being its inverse: in its own dtype if that gives the same bytes again, else in fp32 if that does.
+/// The input of `forward` with this result, where `back` is its inverse: in the same dtype if that reproduces the
+/// bytes, else in fp32 if that does.
 pub(super) fn undone(
     made: &Constant,
     back: impl Fn(&Constant) -> Constant,
@@ -270,12 +271,12 @@ mod tests {
     #[test]
     fn what_was_rounded_or_cut_is_refused() {
         let vector = |values: &[f32]| Constant::tensor(Tensor::from_f32(vec![values.len()], values)).with_origin("v");
-        // 1 + w loses bits of a small w, but what comes back gives the same sum.
+        // 1 + w loses bits of a small w, but the inverse gives the same sum.
         let small = vector(&[1e-5, 0.3, -0.9, 7.25]);
         let made = small.offset(1.0);
         let back = &Recipe::of(&made).unwrap().take_apart(&made).unwrap()[0].1;
         assert_eq!(numbers(&back.offset(1.0)), numbers(&made));
-        // In half precision a number below one half has no w of half precision; fp32 has one.
+        // A number below one half has no w in half precision, but one in fp32.
         let half = vector(&[0.3]).offset(0.0).cast(DType::F16);
         let recipe = Recipe::Offset {
             addend: 1.0,

@@ -1,5 +1,5 @@
-//! The search for the tensors of each weight: by the same graph, by modules, by learned names, by names in the export, and
-//! at last by values.
+//! The search for the tensors of each weight: by the same graph, by modules, by learned names, by names in the export,
+//! and finally by values.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -22,20 +22,20 @@ pub(super) struct Matcher<'a> {
     adapter: Option<&'a Adapter>,
     rows: HashMap<String, usize>,
     norms: NormParameter,
-    /// What was found out of them, if anything says so.
+    /// How the source stores norms, if known.
     known_norms: Option<NormParameter>,
-    /// Names of tensors, of weights where the source is a graph.
+    /// Names of tensors, or of weights if the source is a graph.
     used: BTreeSet<String>,
     by_contents: BTreeSet<String>,
     used_modules: BTreeSet<String>,
-    /// Weights of a graph that were taken.
+    /// Weights of a graph that were used.
     used_weights: BTreeSet<String>,
     changed: BTreeSet<String>,
-    /// The tensor that was looked up last is the right one, and must not be replaced by one of another name.
+    /// The last tensor is the right one, and must not be replaced by one with another name.
     is_final: bool,
 }
 
-/// A tensor of the source, or why there is none that could be used.
+/// A tensor of the source, or why none is usable.
 type Found = Result<Option<(String, Constant)>, (String, String)>;
 
 impl<'a> Matcher<'a> {
@@ -61,7 +61,7 @@ impl<'a> Matcher<'a> {
         &self.rows
     }
 
-    /// Finds out what the source holds of norms whose recipe shows no addend. An error says why that cannot be known.
+    /// Determines how the source stores norms whose recipe shows no addend. An error explains why that is unknown.
     pub fn decide_norms(&mut self) -> Result<(), String> {
         let factors: Vec<(&RequiredWeight<'_>, &Recipe)> = self
             .required
@@ -106,12 +106,12 @@ impl<'a> Matcher<'a> {
         Ok(())
     }
 
-    /// What checkpoints hold of norms, as far as it is known now.
+    /// How checkpoints store norms, as far as known.
     pub fn known_norms(&self) -> Option<NormParameter> {
         self.known_norms.or(self.required.norms)
     }
 
-    /// What the source holds, if one of its norms has the very numbers that the package had.
+    /// How the source stores norms, if one of them has the same numbers as the package's.
     fn norms_by_contents(&self, factors: &[(&RequiredWeight<'_>, &Recipe)]) -> Option<NormParameter> {
         factors.iter().find_map(|(weight, recipe)| {
             let module = recipe.leaves().first()?.name.to_string();
@@ -126,14 +126,14 @@ impl<'a> Matcher<'a> {
         })
     }
 
-    /// The weight, or what does not fit; nothing if there is nothing.
+    /// The weight, or what does not fit; `None` if there is no tensor.
     pub fn find(&mut self, weight: &RequiredWeight<'_>) -> Result<Matched, Vec<Misfit>> {
         if let Some(matched) = self.find_in_the_same_graph(weight) {
             return Ok(matched);
         }
         let mut misfits = Vec::new();
-        // What a tensor does in a model is surer than what it is called: two exporters can give one name to a matrix and
-        // to its transpose.
+        // A tensor's role in a model is more reliable than its name: two exporters can use one name for a matrix and
+        // for its transpose.
         let ways = [
             (NameKind::Module, weight.modules),
             (NameKind::Learned, weight.learned),
@@ -167,12 +167,12 @@ impl<'a> Matcher<'a> {
         match kind {
             NameKind::Module => adapter.change(name, &self.rows),
             NameKind::Learned => adapter.change_of(name),
-            // A matrix of an export may be the transpose of what an adapter calls so.
+            // A matrix of an export may be the transpose of the matrix that the adapter means.
             NameKind::Initializer => None,
         }
     }
 
-    /// Graphs that are the same give each weight the same name.
+    /// Equal graphs have equal names for each weight.
     fn find_in_the_same_graph(&mut self, weight: &RequiredWeight<'_>) -> Option<Matched> {
         let model = self.source.model()?;
         let is_same = model.architecture_hash == self.required.architecture_hash;
@@ -185,7 +185,7 @@ impl<'a> Matcher<'a> {
         self.taken_whole(weight, found)
     }
 
-    /// The weight of another graph that is made in the same way, so that nothing need be undone.
+    /// The weight of another graph with the same recipe, so that nothing needs to be inverted.
     fn find_alike(&mut self, weight: &RequiredWeight<'_>, kind: NameKind, recipe: &Recipe) -> Option<Matched> {
         let found = self.source.model()?.alike(kind, recipe)?;
         if self.is_changed(kind, recipe) || kind == NameKind::Initializer && !self.means_the_same(recipe) {
@@ -217,8 +217,8 @@ impl<'a> Matcher<'a> {
         })
     }
 
-    /// Whether names of initializers mean in the source what they mean in the package: names that exporters number
-    /// (`onnx::MatMul_733`, `val_84`) are another matrix's in another export.
+    /// Whether names of initializers mean the same in the source and in the package: numbered names
+    /// (`onnx::MatMul_733`, `val_84`) belong to different matrices in different exports.
     fn means_the_same(&self, recipe: &Recipe) -> bool {
         let Some(model) = self.source.model() else {
             return true;
@@ -301,13 +301,13 @@ impl<'a> Matcher<'a> {
         }))
     }
 
-    /// The weight of the tensor that holds its numbers, if there is one and no more.
+    /// The weight from the tensor with the same values, if exactly one exists.
     pub fn find_by_contents(
         &mut self,
         weight: &RequiredWeight<'_>,
         contents: &mut Contents<'_>,
     ) -> Result<Matched, Vec<Misfit>> {
-        // What ought to be there by its name is missing, even if the same numbers are there under another.
+        // A tensor that should exist by name is missing, even if the same values exist under another name.
         if weight.blake3.is_empty() || weight.modules.is_some() && self.source.knows_modules() {
             return Err(Vec::new());
         }
@@ -315,7 +315,7 @@ impl<'a> Matcher<'a> {
         held.retain(|held| !self.used.contains(&held.name) || self.by_contents.contains(&held.name));
         let [held] = &held[..] else {
             let names: Vec<&str> = held.iter().map(|held| held.name.as_str()).collect();
-            // Two tensors of the same numbers will not stay the same in a fine-tune: nothing is guessed.
+            // Two tensors with the same values may differ in a fine-tune, so nothing is guessed.
             let ambiguous = (!names.is_empty()).then(|| Misfit {
                 weight: weight.name.to_string(),
                 tensor: names.join(", "),
@@ -352,13 +352,13 @@ impl<'a> Matcher<'a> {
         Ok(Matched {
             constant: constant.cast(weight.dtype),
             from: vec![held.name.clone()],
-            // Names in a graph are its own; those of a checkpoint are those of the next.
+            // Names in a graph are specific to it; names in a checkpoint also apply to the next one.
             learned: (!self.source.is_graph()).then_some(recipe),
         })
     }
 
-    /// A change of a square matrix of a checkpoint that lies the other way round than the adapter says: shapes do not show it,
-    /// but matrices of a canonical graph are `[out, in]`, so the recipe does.
+    /// A change of a square matrix whose orientation in the checkpoint differs from the adapter's: shapes do not show
+    /// it, but matrices of a canonical graph are `[out, in]`, so the recipe does.
     fn turned_change(&self, weight: &RequiredWeight<'_>, recipe: &Recipe) -> Option<Misfit> {
         let adapter = self.adapter?;
         let leaves = recipe.leaves();
@@ -405,7 +405,7 @@ impl<'a> Matcher<'a> {
         }
     }
 
-    /// Why a matrix does not fit that has its columns in another order of inputs than the package's layer takes them in.
+    /// Why a matrix does not fit whose columns are in another order than the inputs of the package's layer.
     fn other_order(&self, module: &str, tensor: &str) -> Option<String> {
         let why = match (self.source.order(module, tensor), self.required.orders.get(module)) {
             (None, None) => return None,
@@ -426,7 +426,7 @@ impl<'a> Matcher<'a> {
     fn module(&mut self, module: &str) -> Found {
         let failed = |error: LeafError| (module.to_string(), error.to_string());
         let mut found = self.source.module(module, &self.rows).map_err(failed)?;
-        // A head that is not there is the embedding: that is how tied models are saved.
+        // A missing head is the embedding: tied models are saved this way.
         if found.is_none() && module == "head.weight" {
             found = self.source.module("embedding.weight", &self.rows).map_err(failed)?;
         }
@@ -436,7 +436,7 @@ impl<'a> Matcher<'a> {
         Ok(found)
     }
 
-    /// A tensor of a checkpoint or an export by its own name, or of a package by the name that was kept for it.
+    /// A tensor of a checkpoint or an export by its own name, or of a package by its recorded name.
     fn named(&mut self, kind: NameKind, name: &str) -> Found {
         if let Some(model) = self.source.model() {
             let found = model
@@ -453,7 +453,8 @@ impl<'a> Matcher<'a> {
         Ok(tensor.map(|constant| (name.to_string(), constant.clone())))
     }
 
-    /// With an adapter's change, given with its layer. One of another shape stays unused, which is its own obstacle.
+    /// With an adapter's change, given with its layer. A change with another shape stays unused, which is a separate
+    /// obstacle.
     fn changed(&mut self, constant: &Constant, change: Option<(String, Change)>) -> Constant {
         match change {
             Some((target, change)) if constant.shape() == change.shape() => {
@@ -471,7 +472,7 @@ impl<'a> Matcher<'a> {
         constant.as_quantized().is_none() || again && requantized(constant, constant).is_some()
     }
 
-    /// What the source has and no weight is made of.
+    /// Tensors of the source that no weight uses.
     pub fn extra(&self) -> Vec<String> {
         if let Some(model) = self.source.model() {
             let modules = model.names(NameKind::Module).into_iter();
@@ -489,7 +490,7 @@ impl<'a> Matcher<'a> {
             return Vec::new();
         }
         let unused = self.source.tensors.iter().filter(|(name, c)| {
-            // Buffers that checkpoints carry and no model needs: rotary frequencies, causal masks, position numbers.
+            // Buffers in checkpoints that no model needs: rotary frequencies, causal masks, position numbers.
             let buffer = ["rotary_emb.inv_freq", ".attn.masked_bias", ".position_ids"];
             let is_buffer = !c.dtype().is_float()
                 || buffer.iter().any(|suffix| name.ends_with(suffix))
@@ -499,7 +500,7 @@ impl<'a> Matcher<'a> {
         self.without_tied_head(unused.map(|(name, c)| (name.clone(), c.clone())))
     }
 
-    /// A separate head may stand beside a tied embedding if it holds the same numbers.
+    /// A separate head is allowed beside a tied embedding if it has the same values.
     fn without_tied_head(&self, unused: impl Iterator<Item = (String, Constant)>) -> Vec<String> {
         let embedding = self.source.module("embedding.weight", &self.rows).ok().flatten();
         let same = |head: &Constant| {
@@ -513,14 +514,14 @@ impl<'a> Matcher<'a> {
             .collect()
     }
 
-    /// Changes of the adapter that went into no weight.
+    /// Changes of the adapter that no weight uses.
     pub fn unused_changes(&self) -> Vec<String> {
         let targets = self.adapter.map(Adapter::targets).unwrap_or_default();
         targets.into_iter().filter(|t| !self.changed.contains(t)).collect()
     }
 }
 
-/// In fp32, as exporters add it.
+/// In fp32, like exporters.
 fn plus_one(constant: &Constant) -> Constant {
     constant.cast(DType::F32).offset(1.0)
 }
@@ -534,20 +535,20 @@ fn quantized_base(constant: &Constant, target: &str) -> String {
     )
 }
 
-/// Floats in the format of a quantized tensor. `None` if it is not quantized, or in a way that is only read.
+/// Floats in the format of a quantized tensor. `None` if it is not quantized, or in a format that is only read.
 fn requantized(values: &Constant, like: &Constant) -> Option<Constant> {
     let format = like.as_quantized()?.format()?;
     values.cast(like.dtype()).quantized_as(format, None).ok()
 }
 
-/// Whether an exporter numbered a value that it had no name for.
+/// Whether a name is an exporter's numbering of an unnamed value.
 fn is_numbered(name: &str) -> bool {
     let end = name.rsplit(['/', ':', '.', '_']).next().unwrap_or(name);
     name.starts_with("onnx::") || name.starts_with("val_") || end == name && end.bytes().all(|b| b.is_ascii_digit())
 }
 
 fn unlike_dtypes(wanted: DType, found: DType, of_codes: bool) -> bool {
-    // Floats convert among themselves, and integers; codes mean nothing in another type.
+    // Floats convert among themselves, and integers; codes are meaningless in another type.
     let stored_only = wanted.is_storage_only() || found.is_storage_only();
     match stored_only || of_codes && !wanted.is_float() {
         true => wanted != found,

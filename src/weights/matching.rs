@@ -1,5 +1,5 @@
-//! Which tensors of a [`WeightSource`] make which weights of a package: every one is found, with the right shape and values
-//! that can be converted, or the one message says what all the obstacles are.
+//! Finds the tensors of a [`WeightSource`] for the weights of a package: either all are found, with the right shapes
+//! and convertible values, or one message lists all obstacles.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -16,7 +16,7 @@ use crate::graph::Constant;
 use crate::help::Help;
 use crate::tensor::DType;
 
-/// A weight of a package, as far as it matters here.
+/// A weight of a package, as far as needed here.
 #[derive(Clone, Debug)]
 pub struct RequiredWeight<'a> {
     /// In the package.
@@ -29,51 +29,51 @@ pub struct RequiredWeight<'a> {
     pub recipe: Option<&'a Recipe>,
     /// Over modules.
     pub modules: Option<&'a Recipe>,
-    /// Over the names of a checkpoint that held the same numbers once.
+    /// Over the names of a checkpoint that had the same values.
     pub learned: Option<&'a Recipe>,
     /// BLAKE3 of the bytes it had, in hexadecimal; empty if it never had any.
     pub blake3: &'a str,
-    /// How its codes are stored; `None` if it is not quantized.
+    /// The form of its codes; `None` if it is not quantized.
     pub form: Option<Form>,
 }
 
-/// The weights of a package, and what else of it decides which tensors they are.
+/// The weights of a package, and its other properties that determine their tensors.
 pub struct Required<'a> {
-    /// Every one.
+    /// All weights.
     pub weights: Vec<RequiredWeight<'a>>,
     /// Architecture hash of the package: a graph with the same hash has weights of the same names.
     pub architecture_hash: &'a str,
-    /// BLAKE3 of the export that the package was made of: the same file has the same initializers.
+    /// BLAKE3 of the export that the package was made from: the same file has the same initializers.
     pub export_hash: &'a str,
-    /// Its graph multiplies embeddings as Gemma does ([`super::norm_parameter`]).
+    /// Its graph scales embeddings like Gemma's ([`super::norm_parameter`]).
     pub scales_embeddings: bool,
-    /// What checkpoints of the model hold of norms, where the package knows.
+    /// How checkpoints of the model store norms, if the package records it.
     pub norms: Option<NormParameter>,
     /// Orders of modules whose layers take their inputs in their own order ([`super::modules::orders`]).
     pub orders: HashMap<String, Vec<i64>>,
 }
 
-/// A weight made of tensors of the source.
+/// A weight built from tensors of the source.
 #[derive(Clone, Debug)]
 pub struct Matched {
     /// In the weight's dtype and shape.
     pub constant: Constant,
     /// Names in the source.
     pub from: Vec<String>,
-    /// The names that checkpoints of this kind have for it, where its numbers showed them.
+    /// Its names in checkpoints of this kind, if its values showed them.
     pub learned: Option<Recipe>,
 }
 
-/// Every weight of a package, found.
+/// All weights of a package, found.
 #[derive(Clone, Debug)]
 pub struct Found {
     /// In the package's order.
     pub weights: Vec<Matched>,
-    /// What checkpoints of the model hold of norms, as far as it is known now.
+    /// How checkpoints of the model store norms, as far as known.
     pub norms: Option<NormParameter>,
 }
 
-/// A tensor that is there and does not fit.
+/// A tensor that exists but does not fit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Misfit {
     /// Name of the package.
@@ -84,22 +84,22 @@ pub struct Misfit {
     pub why: String,
 }
 
-/// Everything that keeps a source from being the weights of a package.
+/// All obstacles to using a source as the weights of a package.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mismatch {
     /// Its path.
     pub source: String,
-    /// Weights, with what the source would call them.
+    /// Missing weights, with their names in the source.
     pub missing: Vec<(String, Option<String>)>,
     /// Tensors that do not fit.
     pub misfits: Vec<Misfit>,
-    /// Tensors of the source that no weight is made of.
+    /// Tensors of the source that no weight uses.
     pub extra: Vec<String>,
-    /// Changes of an adapter that no weight takes.
+    /// Changes of an adapter that no weight uses.
     pub unused_changes: Vec<String>,
-    /// Why it cannot be known what the source holds of norms.
+    /// Why it is unknown how the source stores norms.
     pub norms: Option<String>,
-    /// What else is known.
+    /// Additional information.
     pub note: Option<String>,
 }
 
@@ -158,7 +158,7 @@ impl Help for Mismatch {
     }
 }
 
-/// Finds every weight. `extra_allowed`: tensors that no weight needs are no obstacle.
+/// Finds every weight. `extra_allowed`: tensors that no weight needs are not an obstacle.
 pub fn matched(
     required: &Required<'_>,
     source: &WeightSource,
@@ -173,7 +173,7 @@ pub fn matched(
         ..Mismatch::default()
     };
     let known: Vec<Result<Matched, Vec<Misfit>>> = required.weights.iter().map(|w| matcher.find(w)).collect();
-    // What is known otherwise is no candidate for what is known by its numbers alone.
+    // Tensors identified otherwise are not candidates for weights identified only by values.
     let mut contents = Contents::new(&source.tensors);
     let mut found = Vec::with_capacity(required.weights.len());
     for (weight, known) in required.weights.iter().zip(known) {
@@ -212,7 +212,7 @@ pub fn matched(
     }
 }
 
-/// Rows of every module that weights are made of.
+/// Rows of every module in the weights.
 pub(super) fn rows_of_modules(weights: &[RequiredWeight<'_>]) -> HashMap<String, usize> {
     let leaves = weights.iter().filter_map(|w| w.modules).flat_map(Recipe::leaves);
     leaves

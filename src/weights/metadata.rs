@@ -1,7 +1,7 @@
-//! What a safetensors header cannot say of tensors, in the file's metadata: element types that the format does not have,
-//! and which tensors are the parts of a quantized weight.
+//! Metadata for what a safetensors header cannot express: element types that the format does not have, and which
+//! tensors are the parts of a quantized weight.
 //!
-//! Two entries of `__metadata__`, each the text of a JSON object; neither is there if there is nothing to say.
+//! Two entries of `__metadata__`, each the text of a JSON object; both are omitted if empty.
 //!
 //! ```text
 //! "lapidary.packed"     {"table": {"dtype": "u4", "shape": [64, 128]}}
@@ -10,9 +10,9 @@
 //!                                      "scales": {"tensor": "up.weight.scales", "dtype": "f32", "shape": [64, 4]}}}
 //! ```
 //!
-//! In the header itself a type that the format lacks is `U8`, with the last axis divided by the elements of a byte where
-//! that leaves no rest, and flat otherwise. `tensor` is the name in the header, which is another weight's where the bytes
-//! are the same.
+//! In the header, a type that the format lacks is `U8`, with the last axis divided by the elements per byte if that
+//! divides it, and flat otherwise. `tensor` is the name in the header, which is another weight's if the bytes are the
+//! same.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -27,7 +27,7 @@ use crate::tensor::{DType, SizeMismatch, Tensor};
 const PACKED: &str = "lapidary.packed";
 const QUANTIZED: &str = "lapidary.quantized";
 
-/// A tensor as it is, where the header says `U8`.
+/// The actual type and shape of a tensor that is `U8` in the header.
 #[derive(Serialize, Deserialize)]
 struct Packed {
     dtype: DType,
@@ -78,7 +78,7 @@ pub(super) fn in_header(dtype: DType, shape: &[usize]) -> (&'static str, Vec<usi
     (DType::U8.safetensors_name().expect("the format has bytes"), bytes)
 }
 
-/// The metadata of a file of these weights, with what the caller wants to say besides.
+/// The metadata of a file of these weights, with the caller's entries.
 pub(super) fn of<'a>(
     weights: impl Iterator<Item = (&'a str, &'a StoredWeight)>,
     extra: &BTreeMap<String, String>,
@@ -130,7 +130,7 @@ fn described(weight: &StoredWeight) -> Scales {
     }
 }
 
-/// Metadata that do not fit the file.
+/// Metadata that do not match the file.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum MetadataError {
     #[error("its metadata {key:?} cannot be read: {source}")]
@@ -150,8 +150,8 @@ pub(super) enum MetadataError {
     Parts { weight: String, source: QuantizedError },
 }
 
-/// Puts what metadata say into effect: packed tensors get their types, and parts become the weights that they make.
-/// `tensors` holds those of the header, by its names.
+/// Applies metadata: packed tensors get their types, and parts become quantized weights. `tensors` holds those of the
+/// header, by its names.
 pub(super) fn apply(
     metadata: &HashMap<String, String>,
     tensors: &mut BTreeMap<String, Tensor>,
@@ -189,7 +189,7 @@ fn parsed<T: serde::de::DeserializeOwned>(
     serde_json::from_str(text).map_err(|source| MetadataError::Json { key, source })
 }
 
-/// The bytes of a tensor under the type that metadata give it.
+/// The bytes of a tensor with the type from the metadata.
 fn found(weight: &str, part: &Part, tensors: &BTreeMap<String, Tensor>) -> Result<Tensor, MetadataError> {
     let (weight, tensor) = (weight.to_string(), part.tensor.clone());
     let Some(stored) = tensors.get(&tensor) else {
@@ -207,7 +207,7 @@ fn rebuilt(
 ) -> Result<Constant, MetadataError> {
     let mut constant = |part: &Part| -> Result<Constant, MetadataError> {
         let constant = Constant::tensor(found(weight, part, tensors)?).with_origin(&part.tensor);
-        // A plain weight with the same bytes stays what it is.
+        // A plain weight with the same bytes stays unchanged.
         if part.tensor.starts_with(&format!("{weight}.")) {
             taken.push(part.tensor.clone());
         }
@@ -241,7 +241,7 @@ mod tests {
         assert_eq!(in_header(DType::F8E4M3Fn, &[3]), ("F8_E4M3", vec![3]));
     }
 
-    /// What `apply` says of metadata over a `w.codes` of four bytes and a `w.scales` of one f32 a row.
+    /// The result of `apply` for metadata over a `w.codes` of four bytes and a `w.scales` of one f32 per row.
     fn refused(key: &str, text: &str) -> String {
         let codes = Tensor::from_i64_as(DType::U8, vec![4, 1], &[1, 2, 3, 4]);
         let scales = Tensor::from_f32(vec![4], &[1.0; 4]);

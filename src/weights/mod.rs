@@ -1,23 +1,23 @@
-//! Weights: on disk, by name, and from elsewhere.
+//! Weights: on disk, by name, and from other sources.
 //!
-//! Takes constants whose bytes may not exist yet (see [`crate::graph::Constant`]), quantized ones among them, and gives a
-//! safetensors file and a [`StoredWeight`] record for each: its place, and its BLAKE3. At no time are more than a few
-//! tensors in memory. For weights that come later:
+//! Input: constants whose bytes may not exist yet (see [`crate::graph::Constant`]), including quantized ones. Output: a
+//! safetensors file and a [`StoredWeight`] record for each, with its location and its BLAKE3. At most a few tensors are
+//! in memory at a time. For weights that come later:
 //!
-//! - [`recipe`] says how each weight is made of an export's initializers;
-//! - [`modules`] says what each is in the model, whatever it is called, and [`checkpoint`] what others call that;
-//! - [`model`] keeps these recipes with the weights of a model, and takes weights apart again; [`norm_parameter`] says what
-//!   checkpoints hold of norms;
-//! - [`form`] says how each is stored, as floats or as codes of some kind, and keeps that;
-//! - `quantized_checkpoint` puts weights together that other programs pack in their own ways;
-//! - [`source`] opens an export, a checkpoint or a package; [`matching`] finds every weight in it, by its values where
-//!   neither recipe nor module does, and [`lora`] changes them on the way;
+//! - [`recipe`] describes how each weight is computed from an export's initializers;
+//! - [`modules`] gives the role of each in the model, whatever its name, and [`checkpoint`] the names in checkpoints;
+//! - [`model`] stores these recipes with the weights of a model, and inverts them; [`norm_parameter`] determines how
+//!   checkpoints store norms;
+//! - [`form`] is the stored form of each, floats or codes of some kind;
+//! - `quantized_checkpoint` reads weights that other programs pack in their own formats;
+//! - [`source`] opens an export, a checkpoint or a package; [`matching`] finds every weight in it, by its values if
+//!   neither recipe nor module does, and [`lora`] merges adapters;
 //! - [`embeddings`] reads a table of token embeddings for a model that takes embeddings;
 //! - [`config`] refuses a checkpoint whose `config.json` describes another model;
 //! - [`checks`] refuses values that no model can use, [`export`] writes checkpoints for other programs, and
 //!   [`fingerprint`] is one hash over all values.
 //!
-//! What a package's manifest says of weights is `package`'s.
+//! The weights' entries in a package's manifest belong to `package`.
 
 pub mod checkpoint;
 pub mod checks;
@@ -47,8 +47,8 @@ pub use safetensors::{Inspect, StoredParts, StoredTensor, StoredWeight, WriteErr
 
 use crate::tensor::DType;
 
-/// The hash of a whole set of weights: BLAKE3 over name, dtype, shape and hash of each, sorted by name. Two packages with
-/// the same set hash hold the same numbers under the same names, wherever in the file they lie.
+/// The hash of a whole set of weights: BLAKE3 over name, dtype, shape and hash of each, sorted by name. Two packages
+/// with the same set hash have the same values under the same names, wherever they are in the file.
 pub fn set_hash<'a>(weights: impl IntoIterator<Item = (&'a str, DType, &'a [usize], &'a str)>) -> String {
     let mut lines: Vec<String> = weights
         .into_iter()

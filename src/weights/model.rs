@@ -1,6 +1,6 @@
-//! The weights of one model, each with everything that says what it is: what a package keeps in its manifest, and what is
-//! read off an export in the same way when it is converted. Other packages, checkpoints for other programs and hashes of
-//! weights are made of these records, never of a graph that was read again, so they cannot differ from the conversion's.
+//! The weights of one model, each with its identity: the records that a package stores in its manifest and that are
+//! derived from an export at conversion. Other packages, checkpoints for other programs and hashes of weights use these
+//! records, never a graph that is analyzed again, so they cannot differ from the conversion.
 
 use std::collections::HashMap;
 
@@ -16,7 +16,7 @@ use crate::lower::stored_weights;
 pub struct ModelWeight {
     /// In the canonical graph.
     pub name: String,
-    /// As the graph reads it.
+    /// The constant in the graph.
     pub constant: Constant,
     /// Over initializers of the export.
     pub recipe: Option<Recipe>,
@@ -26,7 +26,7 @@ pub struct ModelWeight {
     pub learned: Option<Recipe>,
 }
 
-/// What the names of a recipe are.
+/// The kind of names in a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum NameKind {
     /// Modules of the model.
@@ -38,7 +38,7 @@ pub enum NameKind {
 }
 
 impl ModelWeight {
-    /// The recipe over names of a kind.
+    /// The recipe over names of this kind.
     pub fn recipe_over(&self, kind: NameKind) -> Option<&Recipe> {
         match kind {
             NameKind::Module => self.modules.as_ref(),
@@ -48,10 +48,10 @@ impl ModelWeight {
     }
 }
 
-/// A named tensor that the weights of a model do not give.
+/// A named tensor that cannot be extracted from the weights of a model.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LeafError {
-    /// The weight that holds it cannot be taken apart.
+    /// The recipe of its weight cannot be inverted.
     #[error("{weight:?}: {why}")]
     Irreversible {
         /// In the graph.
@@ -59,7 +59,7 @@ pub enum LeafError {
         /// Why.
         why: Irreversible,
     },
-    /// Several weights have the name, and hold different numbers.
+    /// Several weights have the name but different values.
     #[error("{} have its name and different values", weights.join(" and "))]
     Ambiguous {
         /// In the graph.
@@ -67,13 +67,13 @@ pub enum LeafError {
     },
 }
 
-/// All weights of a model; constants that passes computed are none of them.
+/// All weights of a model, without constants that passes computed.
 pub struct ModelWeights {
     /// BLAKE3 of the graph's identity text, in hexadecimal: weights of graphs that share it have the same names.
     pub architecture_hash: String,
     /// BLAKE3 of the export's file, in hexadecimal: initializers of equal files have the same names.
     pub export_hash: String,
-    /// The graph multiplies embeddings as Gemma does, whose checkpoints hold a norm's factor minus 1
+    /// The graph scales embeddings like Gemma's, whose checkpoints store a norm's factor minus 1
     /// ([`super::norm_parameter`]).
     pub scales_embeddings: bool,
     weights: Vec<ModelWeight>,
@@ -83,7 +83,7 @@ pub struct ModelWeights {
 }
 
 impl ModelWeights {
-    /// Of a typed canonical graph as passes made it, whose constants still know the initializers that they come from.
+    /// From a typed canonical graph of the passes, whose constants still have the names of their initializers.
     pub fn of_graph(graph: &Graph, export_hash: String) -> ModelWeights {
         let modules = modules(graph);
         let described = stored_weights(graph).into_iter().map(|(id, weight)| ModelWeight {
@@ -97,7 +97,7 @@ impl ModelWeights {
         ModelWeights::new(weights, graph, architecture_hash(graph), export_hash)
     }
 
-    /// Of records that were kept, and the graph that they are for.
+    /// From stored records, and their graph.
     pub fn new(
         weights: Vec<ModelWeight>,
         graph: &Graph,
@@ -142,8 +142,8 @@ impl ModelWeights {
         holders.into_iter().flatten().map(|i| &self.weights[*i])
     }
 
-    /// The weight that the same recipe made, as it is. A norm's factor is the same vector in every graph, whether an addend
-    /// is part of its recipe or was put into the initializer by the exporter.
+    /// The weight with the same recipe, unchanged. A norm's factor is the same vector in every graph, whether an addend
+    /// is part of its recipe or the exporter put it into the initializer.
     pub fn alike(&self, kind: NameKind, recipe: &Recipe) -> Option<&ModelWeight> {
         let leaves = recipe.leaves();
         let first = leaves.first()?;
@@ -153,11 +153,11 @@ impl ModelWeights {
             other.is_like(recipe) || is_factor && is_norm_factor(other) && other.shape() == recipe.shape()
         });
         let found = alike.next()?;
-        // Two of the same name: `tensor` compares their numbers.
+        // Two with the same name: `tensor` compares their values.
         alike.next().is_none().then_some(found)
     }
 
-    /// The tensor of a name and the weight that it was taken from.
+    /// The tensor of a name and the weight that it comes from.
     pub fn tensor(&self, kind: NameKind, name: &str) -> Result<Option<(&ModelWeight, Constant)>, LeafError> {
         let mut found: Option<(&ModelWeight, Constant)> = None;
         for weight in self.holders(kind, name) {
@@ -196,8 +196,8 @@ pub fn architecture_hash(graph: &Graph) -> String {
     blake3::hash(text.as_bytes()).to_hex().to_string()
 }
 
-/// Whether two tensors are equal in shape, dtype and bytes, quantized ones in codes and scales; what cannot be read equals
-/// nothing.
+/// Whether two tensors are equal in shape, dtype and bytes, quantized ones in codes and scales; unreadable tensors are
+/// never equal.
 pub(super) fn holds_the_same(a: &Constant, b: &Constant) -> bool {
     if (a.shape(), a.dtype()) != (b.shape(), b.dtype()) {
         return false;

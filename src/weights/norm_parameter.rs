@@ -1,9 +1,9 @@
-//! What a checkpoint holds of a norm: the factor that normalized values are multiplied by, or that factor minus 1.
+//! How a checkpoint stores a norm: the factor of normalized values, or that factor minus 1.
 //!
 //! Gemma's models compute `norm(x) * (1 + w)` and their checkpoints hold `w` (transformers, `GemmaRMSNorm`,
-//! `Gemma2RMSNorm`, `Gemma3RMSNorm`). An exporter may leave the addition in the graph, where the weight's recipe shows it,
-//! or put `1 + w` into the initializer, under the very name that the checkpoint has for `w`. Then other evidence must
-//! decide: the `model_type` in the checkpoint's `config.json`, that the graph multiplies embeddings by the square root of the
+//! `Gemma2RMSNorm`, `Gemma3RMSNorm`). An exporter may leave the addition in the graph, where the weight's recipe shows
+//! it, or put `1 + w` into the initializer, under the checkpoint's name for `w`. Then other evidence must decide: the
+//! `model_type` in the checkpoint's `config.json`, that the graph multiplies embeddings by the square root of the
 //! hidden size as these models do, or values that the package had.
 
 use std::fs;
@@ -16,7 +16,7 @@ use crate::graph::op::{Binary, Op};
 use crate::graph::{Graph, ValueId};
 use crate::interface::Role;
 
-/// What checkpoints hold of a norm's factor.
+/// How checkpoints store a norm's factor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NormParameter {
@@ -26,8 +26,8 @@ pub enum NormParameter {
     FactorMinusOne,
 }
 
-/// Values of `model_type` in `config.json`, without a trailing `_text`, whose norms are `1 + w`: the models of transformers
-/// 5.13 whose norm adds 1 to its weight, and those that hold one of them.
+/// Values of `model_type` in `config.json`, without a trailing `_text`, whose norms are `1 + w`: the models of
+/// transformers 5.13 whose norm adds 1 to its weight, and models that contain one of them.
 const MINUS_ONE: [&str; 17] = [
     "gemma",
     "gemma2",
@@ -48,8 +48,8 @@ const MINUS_ONE: [&str; 17] = [
     "vaultgemma",
 ];
 
-/// What the `config.json` of a checkpoint says, or the `genai_config.json` of an ONNX Runtime GenAI model; `None` where
-/// neither names a model type.
+/// From the `config.json` of a checkpoint, or the `genai_config.json` of an ONNX Runtime GenAI model; `None` if neither
+/// names a model type.
 pub fn of_config(folder: &Path) -> Option<NormParameter> {
     let read =
         |file: &str| -> Option<Value> { serde_json::from_str(&fs::read_to_string(folder.join(file)).ok()?).ok() };
@@ -63,7 +63,7 @@ pub fn of_config(folder: &Path) -> Option<NormParameter> {
                 .flatten()
                 .filter_map(|part| text(part.get("model_type"))),
         );
-        // TensorRT-LLM's own checkpoints hold the factor, whatever the model.
+        // TensorRT-LLM's checkpoints store the factor for every model.
         if types.is_empty() && config.get("architecture").is_some() {
             return Some(NormParameter::Factor);
         }
@@ -130,7 +130,7 @@ fn behind_casts(graph: &Graph, mut value: ValueId) -> ValueId {
     value
 }
 
-/// Whether an exporter lost the name of an initializer, and may have computed it.
+/// Whether an exporter lost the name of an initializer, and so may have computed it.
 pub fn is_lost(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     !["norm", "ln_", "ln1", "ln2", "ln."]

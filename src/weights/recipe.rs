@@ -1,8 +1,8 @@
 //! How a weight is made from named tensors: the part of a [`Constant`]'s derivation that outlives the export.
 //!
-//! Exporters transpose, fuse and rename. A [`Recipe`] is what is left of that when the bytes are gone: a small tree over
-//! named tensors, kept in the manifest, from which the same weight is made again of other values. The names at its leaves
-//! are whatever its keeper says: initializers of the export, or modules of the model (see [`super::modules`]).
+//! Exporters transpose, fuse and rename. A [`Recipe`] records this without the bytes: a small tree over named tensors,
+//! stored in the manifest, from which the same weight is built again with other values. The names at its leaves depend
+//! on its owner: initializers of the export, or modules of the model (see [`super::modules`]).
 
 use serde::{Deserialize, Serialize};
 
@@ -16,34 +16,34 @@ use crate::tensor::quantized::Granularity;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Recipe {
-    /// A named tensor as it is.
+    /// A named tensor, unchanged.
     Tensor {
         /// Name of an initializer, a module or a tensor of a checkpoint.
         name: String,
-        /// What it had when the recipe was made.
+        /// Its dtype when the recipe was created.
         dtype: DType,
-        /// What it must have.
+        /// Its required shape.
         shape: Vec<usize>,
     },
     /// Axes permuted as in ONNX `Transpose`.
     Transpose {
         /// The input's axis for each axis of the result.
         perm: Vec<usize>,
-        /// What is permuted.
+        /// The input.
         of: Box<Recipe>,
     },
     /// The same elements under another shape.
     Reshape {
         /// Shape of the result.
         shape: Vec<usize>,
-        /// What is reshaped.
+        /// The input.
         of: Box<Recipe>,
     },
     /// Rounded to nearest even.
     Cast {
         /// Element type of the result.
         dtype: DType,
-        /// What is converted.
+        /// The input.
         of: Box<Recipe>,
     },
     /// `start..end` of an axis.
@@ -54,10 +54,10 @@ pub enum Recipe {
         start: usize,
         /// After the last index.
         end: usize,
-        /// What is cut.
+        /// The input.
         of: Box<Recipe>,
     },
-    /// Joined on an axis.
+    /// Concatenated on an axis.
     Concat {
         /// Axis of all parts.
         axis: usize,
@@ -68,14 +68,14 @@ pub enum Recipe {
     Scale {
         /// The number.
         factor: f64,
-        /// What is scaled.
+        /// The input.
         of: Box<Recipe>,
     },
     /// Every element plus a number, in fp32.
     Offset {
         /// The number.
         addend: f64,
-        /// What is added to.
+        /// The input.
         of: Box<Recipe>,
     },
     /// A quantized weight: ONNX's `DequantizeLinear` of its parts.
@@ -98,20 +98,20 @@ pub enum Recipe {
         granularity: Granularity,
         /// In the shape of the result.
         of: Box<Recipe>,
-        /// One for each group of codes.
+        /// One per group of codes.
         scales: Box<Recipe>,
         /// In the dtype of the codes; 0 if there are none.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         zero_points: Option<Box<Recipe>>,
     },
-    /// Unsigned codes of b bits less 2^(b-1), as signed ones; signed codes plus as much, as unsigned ones.
+    /// Unsigned codes of b bits minus 2^(b-1), as signed ones; signed codes plus the same, as unsigned ones.
     HalfRange {
         /// Element type of the result.
         dtype: DType,
         /// Codes.
         of: Box<Recipe>,
     },
-    /// The halves of every byte of 4-bit codes exchanged.
+    /// 4-bit codes with the halves of every byte swapped.
     SwapHalves {
         /// Codes.
         of: Box<Recipe>,
@@ -134,25 +134,25 @@ pub enum Recipe {
     RoundToNearest {
         /// Format of the codes.
         format: Format,
-        /// What is quantized.
+        /// The input.
         of: Box<Recipe>,
     },
-    /// Changed by what was measured on a text: multiplied by factors of rows or columns, or quantized with some columns
-    /// more important than others. It is made of the numbers that were measured with, and of no others.
+    /// Changed by calibration on a text: scaled by factors of rows or columns, or quantized with column importance. It
+    /// applies only to the values that were used in the calibration.
     Calibrated {
-        /// What was changed.
+        /// The recipe without calibration.
         of: Box<Recipe>,
     },
 }
 
-/// A named tensor a recipe needs.
+/// A named tensor that a recipe needs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Leaf<'a> {
-    /// Whose tensor it is.
+    /// Its name.
     pub name: &'a str,
-    /// What it had when the recipe was made.
+    /// Its dtype when the recipe was created.
     pub dtype: DType,
-    /// What it must have.
+    /// Its required shape.
     pub shape: &'a [usize],
 }
 
@@ -241,15 +241,15 @@ impl Recipe {
             Transform::Factors { .. } => Recipe::of(&derived.inputs[0])?.calibrated(),
             // Codes alone, without their scales, are no weight.
             Transform::RoundToNearest(_) => return None,
-            // Adapters are merged, and checkpoints decoded, on the way into a package, bytes of codes are read by engines; no pass
-            // makes such a constant.
+            // Adapters are merged and checkpoints decoded when a package is written, and bytes of codes are for
+            // engines; no pass creates such a constant.
             Transform::PlusProduct { .. } | Transform::RowLengths | Transform::Decode(_) | Transform::Bytes => {
                 return None;
             }
         })
     }
 
-    /// The recipe of what calibration changed; changed twice, it is changed.
+    /// The recipe of a calibrated weight; applying it twice is the same as once.
     fn calibrated(self) -> Recipe {
         match self {
             Recipe::Calibrated { .. } => self,
@@ -257,8 +257,8 @@ impl Recipe {
         }
     }
 
-    /// This recipe of a weight's values with what `whole`, a recipe of the same weight, does to them at the end:
-    /// quantizes them, or changes them by a calibration.
+    /// This recipe of a weight's values with the last steps of `whole`, a recipe of the same weight: quantization or
+    /// calibration.
     pub fn stored_as(self, whole: Option<&Recipe>) -> Recipe {
         match whole {
             Some(Recipe::RoundToNearest { format, of }) => Recipe::RoundToNearest {
@@ -279,12 +279,12 @@ impl Recipe {
         }
     }
 
-    /// Whether it was changed by what was measured on a text.
+    /// Whether it is calibrated.
     pub fn is_calibrated(&self) -> bool {
         match self {
             Recipe::Calibrated { .. } => true,
             Recipe::Dequantize { .. } => false,
-            // What an export quantized, no calibration of ours has touched.
+            // Codes of an export are not calibrated by Lapidary.
             Recipe::Quantize { .. }
             | Recipe::HalfRange { .. }
             | Recipe::SwapHalves { .. }
@@ -348,8 +348,9 @@ impl Recipe {
         }
     }
 
-    /// The weight made of other tensors: `tensor` gives the one for a leaf, whose shape must be the leaf's; its dtype may
-    /// differ, so what comes out has the dtype of the last cast, or that of the tensors. `None` if `tensor` had none.
+    /// The weight built from other tensors: `tensor` returns the one for a leaf, whose shape must be the leaf's; its
+    /// dtype may differ, so the result has the dtype of the last cast, or that of the tensors. `None` if `tensor` had
+    /// none.
     pub fn apply(&self, tensor: &mut dyn FnMut(Leaf<'_>) -> Option<Constant>) -> Option<Constant> {
         Some(match self {
             Recipe::Tensor { name, dtype, shape } => {
@@ -377,10 +378,10 @@ impl Recipe {
                 scales,
                 zero_points,
             } => {
-                // Scales of another float type become what they were, so that the weight does.
+                // Scales are converted to their original float type, so that the weight has the same type.
                 let (codes, scales) = (codes.apply(tensor)?, scales.apply(tensor)?.cast(scales.dtype()));
                 let zero_points = made_of(zero_points.as_deref(), tensor)?;
-                // The code that finds tensors for leaves checks their shapes and dtypes, so the parts fit as those did.
+                // The code that finds tensors for leaves checks their shapes and dtypes, so the parts fit.
                 Constant::quantized(codes, scales, zero_points, *granularity).ok()?
             }
             Recipe::Quantize {
@@ -397,7 +398,7 @@ impl Recipe {
             Recipe::HalfRange { dtype, of } => {
                 let codes = of.apply(tensor)?;
                 match codes.dtype() == *dtype {
-                    // The same format from a file that keeps codes as the package does.
+                    // The same format, from a file that stores codes like the package.
                     true => codes,
                     false => codes.half_range_moved(),
                 }
@@ -408,9 +409,9 @@ impl Recipe {
             Recipe::RoundToNearest { format, of } => {
                 let made = of.apply(tensor)?;
                 match made.as_quantized() {
-                    // In this format, or in one that the caller compares with it and names.
+                    // In this format, or in one that the caller reports.
                     Some(_) => made,
-                    // Values of another float type become what they were, so that the scales do.
+                    // Values are converted to their original float type, so that the scales have the same type.
                     None => made.cast(of.dtype()).quantized_as(*format, None).ok()?,
                 }
             }
@@ -444,7 +445,7 @@ impl Recipe {
     pub fn has_codes(&self) -> bool {
         match self {
             Recipe::Dequantize { .. } => true,
-            // Its floats, and its integers, are no codes yet.
+            // Its floats and its integers are not codes yet.
             Recipe::Quantize { .. } | Recipe::Order { .. } => false,
             _ => self.parts().into_iter().any(Recipe::has_codes),
         }
@@ -471,7 +472,7 @@ impl Recipe {
     }
 }
 
-/// What a part that may be left out makes; the outer `None` as of [`Recipe::apply`].
+/// An optional part; the outer `None` as in [`Recipe::apply`].
 fn made_of(part: Option<&Recipe>, tensor: &mut dyn FnMut(Leaf<'_>) -> Option<Constant>) -> Option<Option<Constant>> {
     match part {
         Some(part) => part.apply(tensor).map(Some),

@@ -1,20 +1,20 @@
-//! The base of rotary position embeddings, read off the tables that a canonical graph multiplies by.
+//! The base of rotary position embeddings, derived from the tables of a canonical graph.
 
 use crate::graph::op::Op;
 use crate::graph::{Constant, Graph};
 use crate::tensor::DType;
 
-/// What the rotary tables of a graph are.
+/// The kind of rotary tables in a graph.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RotaryBase {
     /// Pair `i` of `n` turns by `base^(-i/n)` radians from one position to the next, in every table.
     Plain(f64),
-    /// Anything else, and what.
+    /// Anything else, with a description.
     Other(String),
 }
 
 /// The base of a graph whose tables are `cos` and `sin` of `position * base^(-i/n)`, in every row (RoFormer,
-/// <https://arxiv.org/abs/2104.09864>, section 3.2.2). Bases are found to six digits, of half-precision tables to two.
+/// <https://arxiv.org/abs/2104.09864>, section 3.2.2). Bases are found to six digits, or two for half-precision tables.
 pub fn base(graph: &Graph) -> RotaryBase {
     let mut found: Option<f64> = None;
     for node in graph.node_ids().map(|id| graph.node(id)) {
@@ -89,7 +89,7 @@ fn of_tables(cos: &Constant, sin: &Constant) -> Result<f64, String> {
     Ok(base)
 }
 
-/// To this many significant digits.
+/// Rounds to this many significant digits.
 fn rounded(value: f64, digits: i32) -> f64 {
     let unit = 10f64.powi(value.log10().floor() as i32 + 1 - digits);
     (value / unit).round() * unit

@@ -1,16 +1,16 @@
-//! Writes safetensors (<https://huggingface.co/docs/safetensors>): eight bytes of header length, a JSON header, then the
-//! tensors without holes.
+//! Writes safetensors (<https://huggingface.co/docs/safetensors>): eight bytes of header length, a JSON header, then
+//! the tensors without gaps.
 //!
 //! The format allows no gaps, so alignment is a matter of order: the header is padded to a whole page and tensors come
 //! with the sizes that keep alignment first. In a file whose tensors are all multiples of 64 bytes, as almost all are,
-//! every tensor begins on a 64-byte border.
+//! every tensor begins at a 64-byte boundary.
 //!
 //! Header and order depend on sizes only, which are known before any byte is computed. Identical tensors are stored once:
 //! the second becomes a record that points to the first, and since safetensors forbids two names for one range, only the
 //! first is in the header. The header is therefore written last, into space reserved for the longest it could be.
 //!
-//! A quantized weight is stored as its parts, `NAME.codes`, `NAME.scales` and `NAME.zero_points`; the metadata say what
-//! they make together (see [`super::metadata`]).
+//! A quantized weight is stored as its parts, `NAME.codes`, `NAME.scales` and `NAME.zero_points`; the metadata describe
+//! the weight (see [`super::metadata`]).
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
@@ -30,7 +30,7 @@ use crate::tensor::{DType, Tensor};
 /// Tensor data begins at a multiple of this.
 const PAGE: usize = 4096;
 
-/// Where a tensor lies in the file and what it holds.
+/// The location and contents of a tensor in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredTensor {
     /// Name of the tensor.
@@ -41,18 +41,18 @@ pub struct StoredTensor {
     pub shape: Vec<usize>,
     /// From the beginning of the file, header included: what ONNX external data and a map of the file need.
     pub offset: u64,
-    /// How many, from there.
+    /// Number of bytes.
     pub bytes: u64,
-    /// BLAKE3 of the bytes, in hexadecimal; empty if they are not there.
+    /// BLAKE3 of the bytes, in hexadecimal; empty if they are absent.
     pub blake3: String,
-    /// The tensor with the same bytes that is stored in this place, if it is another one.
+    /// The tensor stored at this location, if it is another one with the same bytes.
     pub same_as: Option<String>,
 }
 
-/// How a weight is stored: as one tensor, or a quantized one as its parts.
+/// A stored weight: one tensor, or the parts of a quantized one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StoredWeight {
-    /// Of a weight's own dtype and shape.
+    /// One tensor with the weight's dtype and shape.
     Plain(StoredTensor),
     /// Codes, scales and zero points.
     Quantized(StoredParts),
@@ -65,7 +65,7 @@ pub struct StoredParts {
     pub granularity: Granularity,
     /// In the weight's shape.
     pub codes: StoredTensor,
-    /// In the shape that the granularity says.
+    /// In the shape that the granularity defines.
     pub scales: Box<StoredWeight>,
     /// In the scales' shape.
     pub zero_points: Option<StoredTensor>,
@@ -90,10 +90,9 @@ impl StoredWeight {
         self.tensors().iter().map(|tensor| tensor.bytes).sum()
     }
 
-    /// What its contents are known by: of a plain weight, BLAKE3 of its bytes. Of a quantized one, BLAKE3 of a line for the
-    /// granularity and one for each part, `dtype \0 shape \0 hash \n`: over the codes in ONNX's order, the scales (which may
-    /// be quantized themselves) and the zero points, whatever they are called and wherever they lie. Empty if the bytes are
-    /// not there.
+    /// The hash of its contents: for a plain weight, BLAKE3 of its bytes; for a quantized one, BLAKE3 of a line for the
+    /// granularity and one per part, `dtype \0 shape \0 hash \n`: over the codes in ONNX's order, the scales (which may
+    /// be quantized themselves) and the zero points, regardless of names and locations. Empty if the bytes are absent.
     pub fn blake3(&self) -> String {
         let parts = match self {
             StoredWeight::Plain(tensor) => return tensor.blake3.clone(),
@@ -114,8 +113,8 @@ impl StoredWeight {
     }
 }
 
-/// Looks at a weight that was computed, before it is written: its name, how it was computed, the tensor. An error ends the
-/// writing. Of a quantized weight it sees codes, scales and zero points, each with the weight's name.
+/// Inspects a computed weight before it is written: its name, its derivation, the tensor. An error stops the writing.
+/// For a quantized weight it is called with codes, scales and zero points, each with the weight's name.
 pub type Inspect<'a> = &'a mut (dyn FnMut(&str, &Constant, &Tensor) -> Result<(), WriteError> + Send);
 
 /// Weights that cannot be written.
@@ -129,7 +128,7 @@ pub enum WriteError {
         /// What it said.
         source: io::Error,
     },
-    /// The bytes are not there.
+    /// The bytes are absent.
     #[error("the weight {name:?} cannot be computed: {source}")]
     Constant {
         /// Name of the weight.
@@ -137,7 +136,7 @@ pub enum WriteError {
         /// Why.
         source: ConstantError,
     },
-    /// It holds numbers that no model can use.
+    /// It has values that no model can use.
     #[error("the weight {name:?}: {source}")]
     Numbers {
         /// Name of the weight.
@@ -151,7 +150,7 @@ pub enum WriteError {
         /// Name of both.
         name: String,
     },
-    /// It is quantized, and scales or zero points are no good.
+    /// It is quantized, and scales or zero points are invalid.
     #[error("the quantized weight {name:?}: {source}")]
     Quantized {
         /// Name of the weight.
@@ -180,7 +179,7 @@ struct Piece<'a> {
     constant: &'a Constant,
     /// The weight it belongs to, among those given.
     weight: usize,
-    /// It is the first of its weight.
+    /// Whether it is the first of its weight.
     first: bool,
 }
 
@@ -234,8 +233,7 @@ pub fn content_hash(constant: &Constant) -> Result<String, ConstantError> {
     Ok(records(&weights, tensors.into_iter())[0].blake3())
 }
 
-/// Places for weights that are not there yet, in the order given: what a graph that points to them needs. They have no
-/// hash.
+/// Locations for weights that do not exist yet, in the given order, for a graph that refers to them. They have no hash.
 pub fn placements(weights: &[(String, Constant)]) -> Vec<StoredWeight> {
     let mut end = PAGE as u64;
     let next = |piece: Piece<'_>| {
@@ -247,7 +245,7 @@ pub fn placements(weights: &[(String, Constant)]) -> Vec<StoredWeight> {
     records(weights, placed.into_iter())
 }
 
-/// One tensor on its way to the file.
+/// One tensor to be written.
 struct Ready {
     index: usize,
     data: Bytes,
@@ -286,8 +284,8 @@ fn ready(
     })
 }
 
-/// Writes `weights` (unique names) to a new file at `path`. `inspect` sees each before it is written, `progress` is called
-/// with the bytes done so far. Gives one record a weight, in the order given.
+/// Writes `weights` (unique names) to a new file at `path`. `inspect` is called with each before it is written,
+/// `progress` with the bytes written so far. Returns one record per weight, in the given order.
 ///
 /// Tensors are computed and hashed on a second thread, at most two ahead of the one being written.
 pub fn write(
@@ -314,7 +312,7 @@ pub fn write(
     order.sort_by_key(|i| std::cmp::Reverse(alignment(pieces[*i].constant)));
 
     let total: u64 = pieces.iter().map(|piece| piece.constant.byte_len() as u64).sum();
-    // Which tensors will be stored once for several is not known yet: each could take the longest name.
+    // It is not known yet which tensors will share storage: each could need the longest name.
     let longest_name = pieces
         .iter()
         .map(|piece| piece.name.as_str())
@@ -349,7 +347,7 @@ pub fn write(
             for index in order.iter().copied() {
                 let ready = ready(weights, pieces, index, inspect);
                 let last = ready.is_err();
-                // The writer hangs up when it fails, and then needs no more.
+                // The writer closes the channel when it fails, and then needs no more.
                 if sender.send(ready).is_err() || last {
                     return;
                 }
@@ -392,14 +390,14 @@ pub fn write(
     Ok(records)
 }
 
-/// Of a text in JSON in a JSON text, as metadata have names.
+/// Length of a JSON string inside JSON text, for names in metadata.
 fn json_len(text: &str) -> usize {
     let quoted = |text: &str| serde_json::to_string(text).expect("strings serialize");
     quoted(&quoted(text)).len()
 }
 
 impl Piece<'_> {
-    /// Its record but for the hash.
+    /// Its record without the hash.
     fn stored(&self, offset: u64, bytes: u64, same_as: Option<&str>) -> StoredTensor {
         StoredTensor {
             name: self.name.clone(),

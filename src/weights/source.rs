@@ -1,6 +1,7 @@
-//! Where new weights come from: an ONNX export, a safetensors file, a folder of Hugging Face's or TensorRT-LLM's, a package.
+//! Sources of new weights: an ONNX export, a safetensors file, a Hugging Face or TensorRT-LLM folder, a package.
 //!
-//! A [`WeightSource`] gives tensors by name and, where it can, by module (see [`super::modules`]). All bytes stay in mapped files.
+//! A [`WeightSource`] returns tensors by name and, if possible, by module (see [`super::modules`]). All bytes stay in
+//! mapped files.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
@@ -25,43 +26,43 @@ use crate::{onnx, passes};
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
 
-/// Opened weights.
+/// An opened source.
 pub struct WeightSource {
     /// File or folder.
     pub path: PathBuf,
-    /// For people: `an ONNX export`, `Hugging Face, Llama-like`.
+    /// Display name: `an ONNX export`, `Hugging Face, Llama-like`.
     pub kind: String,
-    /// By the names in the source.
+    /// Tensors by their names in the source.
     pub tensors: BTreeMap<String, Constant>,
-    /// Orders of tensors of a quantized checkpoint whose columns are in their own order.
+    /// Orders of tensors of a quantized checkpoint whose columns are reordered.
     orders: HashMap<String, Vec<i64>>,
-    /// What the `config.json` beside a checkpoint says of its norms.
+    /// How a checkpoint stores norms, by its `config.json`.
     pub norms: Option<NormParameter>,
     names: Names,
 }
 
-/// The package that weights are opened for: an export is read as it was when the package was made.
+/// The package for which weights are opened: an export is converted with the package's settings.
 #[derive(Clone, Debug)]
 pub struct SourceContext {
-    /// Rows that tables of positions are cut to.
+    /// Maximum rows of tables of positions.
     pub positions: usize,
     /// Element type of the package.
     pub dtype: DType,
     /// Architecture hash of the package ([`ModelWeights::architecture_hash`]).
     pub architecture_hash: String,
-    /// Of the package.
+    /// Treatment of activations in the package.
     pub activations: ActivationPolicy,
-    /// Of the package: windows of masks that are inputs of the export.
+    /// The package's windows of masks that are inputs of the export.
     pub mask_windows: MaskWindows,
 }
 
 /// How modules are found.
 enum Names {
-    /// By what the tensors are called.
+    /// By the tensors' names.
     Checkpoint(&'static Convention),
-    /// By what they do in a graph.
+    /// By their role in a graph.
     Model(Box<Model>),
-    /// Not at all, and why, if there is more to say.
+    /// Not at all, with the reason if there is one.
     None(Option<String>),
 }
 
@@ -85,7 +86,7 @@ pub enum SourceError {
         /// What it said.
         source: std::io::Error,
     },
-    /// Contents that cannot be weights.
+    /// Contents that are not valid weights.
     #[error("{}: {message}", path.display())]
     Invalid {
         /// Path of the file.
@@ -248,13 +249,13 @@ impl WeightSource {
             }
         }
         let hash = export_hash(path)?;
-        // As it is, or as the package was converted, whichever gives the package's graph.
+        // Unchanged, or with the package's settings, whichever gives the package's graph.
         let mut names = Names::None(None);
         for dtype in [None, Some(context.dtype)] {
             let options = passes::CanonicalizeOptions {
                 dtype,
                 max_positions: context.positions,
-                // What overflows is refused where the weights are written.
+                // Overflow is refused when the weights are written.
                 allow_overflow: true,
                 activations: context.activations,
                 mask_windows: context.mask_windows.clone(),
@@ -309,7 +310,7 @@ impl WeightSource {
         }
     }
 
-    /// The weights of a graph, where the source is one.
+    /// The weights of a graph, if the source is one.
     pub fn model(&self) -> Option<&ModelWeights> {
         match &self.names {
             Names::Model(model) => Some(&model.weights),
@@ -317,7 +318,7 @@ impl WeightSource {
         }
     }
 
-    /// The canonical graph, where the source is one.
+    /// The canonical graph, if the source is one.
     pub fn graph(&self) -> Option<(&Graph, &Architecture)> {
         match &self.names {
             Names::Model(model) => Some((&model.graph, &model.architecture)),
@@ -325,8 +326,7 @@ impl WeightSource {
         }
     }
 
-    /// A module's tensor, in our orientation, and what it is called in the source. `rows` has the rows of all modules of
-    /// the model.
+    /// A module's tensor, as `[out, in]`, and its name in the source. `rows` has the rows of all modules of the model.
     pub fn module(&self, module: &str, rows: &HashMap<String, usize>) -> Result<Option<(String, Constant)>, LeafError> {
         match &self.names {
             Names::Model(model) => {
@@ -344,8 +344,7 @@ impl WeightSource {
         }
     }
 
-    /// The order of inputs that a matrix has its columns in, if it is another than theirs; `tensor` is what holds the module
-    /// here.
+    /// The order of a matrix's columns, if it differs from that of the inputs; `tensor` holds the module here.
     pub fn order(&self, module: &str, tensor: &str) -> Option<&Vec<i64>> {
         match &self.names {
             Names::Model(model) => model.orders.get(module),
@@ -353,17 +352,17 @@ impl WeightSource {
         }
     }
 
-    /// Whether its tensors are known by what they do in a graph, which no name can get wrong.
+    /// Whether its tensors are identified by their role in a graph, which is more reliable than names.
     pub fn is_graph(&self) -> bool {
         matches!(self.names, Names::Model(_))
     }
 
-    /// Whether it is known what a tensor is in the model: from a graph, or from names.
+    /// Whether the roles of tensors are known: from a graph, or from names.
     pub fn knows_modules(&self) -> bool {
         !matches!(self.names, Names::None(_))
     }
 
-    /// What a module would be called in this source, for messages.
+    /// The name of a module in this source, for messages.
     pub fn expected_name(&self, module: &str, has_gate: bool) -> Option<String> {
         match &self.names {
             Names::Checkpoint(convention) => convention.places(module, has_gate).first()?.names.first().cloned(),
@@ -371,7 +370,7 @@ impl WeightSource {
         }
     }
 
-    /// Why modules could not be found, if there is something to say.
+    /// Why modules could not be found, if there is a reason.
     pub fn trouble(&self) -> Option<&str> {
         match &self.names {
             Names::None(why) => why.as_deref(),
@@ -386,16 +385,16 @@ fn export_hash(path: &Path) -> Result<String, SourceError> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-/// The tensors of one file, mapped; quantized weights of a file of ours are put together again. Header, offsets and lengths
-/// are checked before any byte is used.
+/// The tensors of one file, mapped; quantized weights in Lapidary's own files are assembled. Header, offsets and
+/// lengths are checked before any byte is used.
 pub(super) fn safetensors(path: &Path) -> Result<BTreeMap<String, Constant>, SourceError> {
     let invalid = |message: String| SourceError::invalid(path, message);
     let file = fs::File::open(path).map_err(SourceError::io(path))?;
     if file.metadata().map_err(SourceError::io(path))?.len() < 8 {
         return Err(invalid("is not a safetensors file: it has fewer than 8 bytes".into()));
     }
-    // SAFETY: as for every model file: numbers that are checked where they are used; only another process that writes to
-    // the file meanwhile could change them.
+    // SAFETY: as for every model file: numbers that are checked where they are used; only another process that writes
+    // to the file could change them.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(SourceError::io(path))?;
     let bytes = Bytes::from_owner(map);
     let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"));
@@ -414,7 +413,7 @@ pub(super) fn safetensors(path: &Path) -> Result<BTreeMap<String, Constant>, Sou
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| invalid(e.to_string()))?;
     let mut stored = BTreeMap::new();
     for (name, view) in parsed.iter() {
-        // Kinds of numbers no model weight of ours has are left out, and so missed by name if they are needed.
+        // Unsupported types are left out, and are reported as missing if needed.
         let Some(dtype) = DType::of_safetensors_name(&view.dtype().to_string()) else {
             continue;
         };
@@ -436,7 +435,7 @@ pub(super) fn safetensors(path: &Path) -> Result<BTreeMap<String, Constant>, Sou
     Ok(tensors)
 }
 
-/// The keys of a JSON object, repeated ones too, which maps lose.
+/// The keys of a JSON object, including duplicates, which maps lose.
 fn names_of(header: &[u8]) -> Result<Vec<String>, serde_json::Error> {
     struct Names;
     impl<'de> Visitor<'de> for Names {

@@ -1,8 +1,8 @@
-//! `config.json` of a TensorRT-LLM checkpoint: everything that its reader would otherwise take a default for, or the reasons
-//! why none of its models computes what the graph computes.
+//! `config.json` of a TensorRT-LLM checkpoint: every field that would otherwise have a default, or the reasons why none
+//! of its models matches the graph.
 //!
 //! Fields and defaults are those of `LLaMAConfig`, `QWenConfig` and `GPTConfig` in TensorRT-LLM
-//! (`tensorrt_llm/models/{llama,qwen,gpt}/config.py`); what each model computes was read off `model.py` beside them.
+//! (`tensorrt_llm/models/{llama,qwen,gpt}/config.py`); each model's computation is from `model.py` beside them.
 
 use std::collections::HashMap;
 
@@ -15,7 +15,7 @@ use crate::graph::{Constant, Graph, Node};
 use crate::passes::Architecture;
 use crate::tensor::DType;
 
-/// The fields, or everything that stands against writing them. `modules` are those that the checkpoint is made of.
+/// The fields, or all reasons against writing them. `modules` are those of the checkpoint.
 pub(super) fn config(
     graph: &Graph,
     architecture: &Architecture,
@@ -84,7 +84,7 @@ fn gpt(modules: &HashMap<String, Constant>, reasons: &mut Vec<String>) -> Fields
     ]
 }
 
-/// GPT-J: blocks side by side, neighboring elements of a head rotated, biases in the feed-forward block and the head alone.
+/// GPT-J: parallel blocks, neighboring elements of a head rotated, biases only in the feed-forward block and the head.
 fn gpt_j(graph: &Graph, a: &Architecture, modules: &HashMap<String, Constant>, reasons: &mut Vec<String>) -> Fields {
     let has = |part: &str| modules.contains_key(part);
     for part in [
@@ -110,7 +110,7 @@ fn gpt_j(graph: &Graph, a: &Architecture, modules: &HashMap<String, Constant>, r
         }
     }
     match rotary::base(graph) {
-        // Its configuration has no field for another.
+        // Its configuration has no field for another base.
         RotaryBase::Plain(10000.0) => {}
         RotaryBase::Plain(base) => reasons.push(format!("GPTJForCausalLM's rotary base is 10000, and not {base}")),
         RotaryBase::Other(why) => reasons.push(why),
@@ -187,7 +187,7 @@ fn llama(graph: &Graph, a: &Architecture, modules: &HashMap<String, Constant>, r
     fields
 }
 
-/// What no model of the format computes.
+/// Features that no model of the format has.
 fn foreign(graph: &Graph, a: &Architecture) -> Vec<String> {
     let mut reasons = Vec::new();
     let windows = a.windows.iter().flatten().count();
@@ -244,7 +244,7 @@ fn activation(graph: &Graph) -> Option<&'static str> {
     })
 }
 
-/// Of all norms.
+/// The common epsilon of all norms.
 fn epsilon(graph: &Graph, reasons: &mut Vec<String>) -> Option<f32> {
     let mut found = graph.node_ids().filter_map(|id| match graph.node(id).op {
         Op::RmsNormalization { epsilon, .. } | Op::LayerNormalization { epsilon, .. } => Some(epsilon),

@@ -9,18 +9,18 @@ use crate::runner::check_page;
 const HEAD: &str = "\
 # Chat templates
 
-A model's chat template is a Jinja template, and transformers says in which environment it runs: Jinja's immutable sandbox with
-`trim_blocks` and `lstrip_blocks`, loop controls, `{% generation %}` blocks, its own `tojson`, `raise_exception` and
-`strftime_now`. Lapidary renders it by an interpreter of its own (`src/text/jinja`), because the prompt must be the same to the
-letter: values are Python's, so they print, compare, sort and slice as there.
+A model's chat template is a Jinja template, and transformers defines the environment that it runs in: Jinja's immutable
+sandbox with `trim_blocks` and `lstrip_blocks`, loop controls, `{% generation %}` blocks, its own `tojson`, `raise_exception`
+and `strftime_now`. Lapidary has its own interpreter (`src/text/jinja`), because the prompt must be identical: values are
+Python's, so they print, compare, sort and slice as in Python.
 
-What is rendered is what Jinja renders. Everything else is refused by name, and so is what Jinja itself refuses. That is checked
+Rendered text is equal to Jinja's. Everything else is refused by name, including what Jinja itself refuses. This is checked
 against Jinja on more than 1400 templates (`fixtures/jinja/cases.json`, written by `scripts/jinja_cases.py`).
 
-- Line ends in a template (`\\r\\n`, `\\r`) become `\\n`, and one at its end goes; those of messages stay.
+- Line ends in a template (`\\r\\n`, `\\r`) become `\\n`, and one at its end is removed; those of messages stay.
 - The template sees `messages`, `add_generation_prompt` (true), `tools` (those of a request to `lapidary serve`, none otherwise) and `documents` (none), and the special tokens of
   `tokenizer_config.json` by name.
-- Refused beside what the table says: printing what only Python can print (functions, generators, addresses), attributes that
+- Refused in addition to the table: printing what only Python can print (functions, generators, addresses), attributes that
   begin with `__`, integers of more than 127 bits, `\\N{…}` and half surrogates in text, methods of escaped text, and templates
   that would take more than 5 million steps, 16 MiB or 200 levels.
 

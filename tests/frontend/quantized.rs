@@ -653,7 +653,7 @@ fn operators_of_tensorrt() {
         (&[2, 4][..], &[("block_size", 2)][..], "its blocks do not divide"),
         (&[8, 1], &[("block_size", 8)], "its blocks do not divide"),
         (&[2, 2], &[], "do not match blocks along one axis"),
-        (&[4], &[("block_size", 4)], "not those of blocks"),
+        (&[4], &[("block_size", 4)], "its scales are not block scales"),
     ] {
         let error = read_with(dims, attributes).unwrap_err().to_string();
         assert!(error.contains(reason), "{dims:?}: {error}");

@@ -1,29 +1,30 @@
 //! Perplexity of a text, and how far one model's distributions are from another's.
 //!
-//! Takes sessions and the tokens of a text. A text longer than a window is cut into windows; each token after the first
-//! is scored once, with what its window has before it. For the n scored tokens x:
+//! Input: sessions and the tokens of a text. A text longer than a window is cut into windows; each token after the
+//! first is scored once, with the preceding tokens of its window as context. For the n scored tokens x:
 //!
 //! - mean NLL = −(1/n) Σ ln p(xᵢ | before), perplexity = e^NLL,
-//! - KL = (1/n) Σᵢ Σᵥ q(v) ln(q(v) / p(v)), the divergence of the other model's distribution q from this one's p: what it
-//!   costs, in nats per token, to take p for q (S. Kullback and R. Leibler, "On Information and Sufficiency", 1951),
-//! - the share of equal best tokens: of positions at which both models' most probable token is the same.
+//! - KL = (1/n) Σᵢ Σᵥ q(v) ln(q(v) / p(v)), the divergence of the other model's distribution q from this one's p: the
+//!   cost, in nats per token, of using p instead of q (S. Kullback and R. Leibler, "On Information and Sufficiency",
+//!   1951),
+//! - top-1 agreement: the share of positions at which both models' most probable token is the same.
 //!
-//! A standard error is s / √n of the scored tokens' values, as if these were independent; that of the perplexity is the
+//! A standard error is s / √n of the scored tokens' values, assuming independence; that of the perplexity is the
 //! perplexity times the NLL's (the delta method).
 
 use crate::decode::{Session, SessionError};
 use crate::help::{Fault, Help};
 use crate::sample::softmax::weigh;
 
-/// Logits that are held of one model at a time: 64 MiB.
+/// Maximum logits in memory per model: 64 MiB.
 const MOST_LOGITS: usize = 1 << 24;
 
-/// How a text is cut.
+/// How a text is cut into windows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Windows {
-    /// Tokens that begin every window, a first token of the tokenizer's; may be empty.
+    /// Tokens that begin every window, such as the tokenizer's first token; may be empty.
     pub prefix: Vec<u32>,
-    /// Tokens that a window feeds, the prefix among them.
+    /// Tokens that a window feeds, including the prefix.
     pub window: usize,
     /// Tokens between the beginnings of two windows.
     pub stride: usize,
@@ -90,17 +91,18 @@ impl Windows {
         }
     }
 
-    /// The index of the first token that is scored: nothing is before the first without a prefix.
+    /// The index of the first scored token: without a prefix, the first token has no context.
     fn first(&self) -> usize {
         usize::from(self.prefix.is_empty())
     }
 
-    /// Tokens of a text of `tokens` that are scored.
+    /// Number of scored tokens in a text of `tokens`.
     pub fn scored(&self, tokens: usize) -> usize {
         tokens.saturating_sub(self.first())
     }
 
-    /// What each window feeds, and from which of its rows on targets are scored: `targets[i]` is predicted by row `skip + i`.
+    /// The tokens that each window feeds, and the first row with a scored target: `targets[i]` is predicted by row
+    /// `skip + i`.
     fn cut<'t>(&self, text: &'t [u32]) -> Result<Vec<Cut<'t>>, PerplexityError> {
         let most = self.targets()?;
         let mut cuts = Vec::new();
@@ -151,7 +153,7 @@ impl Mean {
         self.squares += off * (value - self.mean);
     }
 
-    /// Of the mean; 0 for less than two values.
+    /// Standard error of the mean; 0 for fewer than two values.
     pub fn error(&self) -> f64 {
         match self.count {
             0 | 1 => 0.0,
@@ -160,7 +162,7 @@ impl Mean {
     }
 }
 
-/// What was found.
+/// The result.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Measured {
     /// Negative log-likelihood of the scored tokens, in nats.
@@ -168,7 +170,7 @@ pub struct Measured {
     pub against: Option<Against>,
 }
 
-/// The same of another model, and its distributions beside this one's.
+/// The same for another model, and the comparison of its distributions with this one's.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Against {
     pub nll: Mean,
@@ -177,7 +179,8 @@ pub struct Against {
     pub same_best: usize,
 }
 
-/// Scores every token of a text; both sessions have one vocabulary. `progress` gets what was found so far and the share of tokens that is done.
+/// Scores every token of a text; both sessions have one vocabulary. `progress` gets the result so far and the completed
+/// share of tokens.
 pub fn perplexity(
     session: &mut Session,
     mut against: Option<&mut Session>,
@@ -258,7 +261,7 @@ impl Scorer {
         let sum: f64 = pairs
             .map(|((w, q), p)| f64::from(*w) * (f64::from(*q) - f64::from(*p)))
             .sum();
-        // It is never negative; rounding can make it so by less than the last digit that counts.
+        // It is never negative; rounding can make it negative by an insignificant amount.
         let kl = sum / theirs.total + own.log_sum - theirs.log_sum;
         against.kl.add(kl.max(0.0));
         against.same_best += usize::from(own.best == theirs.best);
@@ -302,7 +305,7 @@ mod tests {
         }
     }
 
-    /// What is fed, and each row that scores a target.
+    /// The fed tokens, and each row that scores a target.
     type Scored = (Vec<u32>, Vec<(usize, u32)>);
 
     fn cuts(windows: &Windows, n: u32) -> Vec<Scored> {
@@ -382,7 +385,7 @@ mod tests {
         assert!((against.nll.mean + 0.3f64.ln()).abs() < 1e-6, "{measured:?}");
         assert!((against.kl.mean - expected).abs() < 1e-6, "{measured:?}");
         assert_eq!(against.same_best, 0);
-        // From itself nothing diverges, whatever the rounding.
+        // The divergence from itself is zero, despite rounding.
         scorer.score(&mut measured, &ours, Some(&ours), 0, 1).unwrap();
         let against = measured.against.as_ref().unwrap();
         assert!((against.kl.mean - expected / 2.0).abs() < 1e-6);

@@ -1,6 +1,6 @@
 //! The documents of `lapidary perplexity` and `lapidary evaluate` with `--json`: one per run.
 //!
-//! `report` makes its table of quality of [`Perplexity`] documents. Units are in the names; shares are 0 to 1.
+//! `report` builds its quality table from [`Perplexity`] documents. Units are in the names; shares are 0 to 1.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,19 +16,19 @@ use crate::help::Help;
 use crate::package::manifest::WeightEntry;
 use crate::package::{Package, PackageError};
 
-/// What `schema` says of a [`Perplexity`].
+/// The `schema` of a [`Perplexity`].
 pub const PERPLEXITY: &str = "lapidary-perplexity/1";
-/// What `schema` says of a [`Task`].
+/// The `schema` of a [`Task`].
 pub const TASK: &str = "lapidary-task/1";
 
-/// A model of which something was found.
+/// A measured model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Model {
     /// The package's folder.
     pub name: String,
-    /// `fp32`, `fp16` or `bf16`: of what is not quantized, and of what is computed.
+    /// `fp32`, `fp16` or `bf16`: the type of the arithmetic and of weights that are not quantized.
     pub dtype: String,
-    /// How its weights are stored, the most bytes first: `u4 in blocks of 32 on axis 1; f32`.
+    /// The formats of its weights, most bytes first: `u4 in blocks of 32 on axis 1; f32`.
     pub format: String,
     pub weight_bytes: u64,
     /// As in a bench result.
@@ -63,7 +63,7 @@ fn format(weights: &[WeightEntry]) -> String {
     forms.into_iter().map(|(form, _)| form).collect::<Vec<_>>().join("; ")
 }
 
-/// A file that was read, by its contents.
+/// An input file, identified by its contents.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct File {
     /// Without the folder.
@@ -83,7 +83,7 @@ impl File {
     }
 }
 
-/// What both documents say of their run.
+/// Common fields of both documents.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Run {
     /// RFC 3339, when it was run.
@@ -91,7 +91,7 @@ pub struct Run {
     pub command: String,
     pub commit: String,
     pub lapidary: String,
-    /// What computed it.
+    /// The device.
     pub device: String,
 }
 
@@ -111,7 +111,7 @@ impl From<Mean> for Estimate {
     }
 }
 
-/// Perplexity with what it is made of.
+/// Perplexity and its components.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Surprise {
     pub perplexity: f64,
@@ -131,7 +131,7 @@ impl From<Mean> for Surprise {
     }
 }
 
-/// Of one package over one text.
+/// The result of one package for one text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
     pub schema: String,
@@ -139,31 +139,32 @@ pub struct Perplexity {
     pub run: Run,
     pub model: Model,
     pub text: File,
-    /// Of the text, without the prefix.
+    /// Tokens of the text, without the prefix.
     pub tokens: usize,
-    /// Of these, how many were scored.
+    /// Scored tokens among them.
     pub scored: usize,
-    /// Tokens that begin every window and are not of the text.
+    /// Tokens that begin every window and are not part of the text.
     pub prefix: Vec<u32>,
     pub window: usize,
     pub stride: usize,
     #[serde(flatten)]
     pub surprise: Surprise,
-    /// Wall-clock time of a scored token, prompts of overlapping windows included; both models where there are two.
+    /// Wall-clock time per scored token, including the context of overlapping windows; for both models if there are
+    /// two.
     pub ms_per_token: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub against: Option<Against>,
 }
 
-/// The other model, and how far this one is from it.
+/// The other model, and the divergence from it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Against {
     pub model: Model,
     #[serde(flatten)]
     pub surprise: Surprise,
-    /// KL divergence of the other's distribution from this one's, in nats a token.
+    /// KL divergence of the other's distribution from this one's, in nats per token.
     pub kl: Estimate,
-    /// Of one token.
+    /// Largest KL divergence of one token.
     pub kl_largest: f64,
     /// Share of tokens at which both have the same most probable one.
     pub same_best: f64,
@@ -182,7 +183,7 @@ impl Against {
     }
 }
 
-/// Of one package over the lines of a task.
+/// The result of one package for the lines of a task.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Task {
     pub schema: String,
@@ -190,7 +191,7 @@ pub struct Task {
     pub run: Run,
     pub model: Model,
     pub task: File,
-    /// The sampler's settings that matter, and limits.
+    /// Relevant sampler settings, and limits.
     pub settings: Map<String, Value>,
     /// Over all lines.
     pub scores: Scores,
@@ -212,7 +213,7 @@ pub struct Threshold {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Line {
-    /// In the file, from 1.
+    /// Line in the file, from 1.
     pub line: usize,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<Value>,
@@ -224,7 +225,7 @@ pub struct Line {
     pub scores: Scores,
 }
 
-/// A document of `lapidary perplexity`; `path` is for messages. Numbers that do not follow from others are refused.
+/// A document of `lapidary perplexity`; `path` is for messages. Inconsistent numbers are refused.
 pub fn parse(path: &Path, value: &Value) -> Result<Perplexity, PerplexityResultError> {
     let field = |field: String, message: String| {
         PerplexityResultError(ResultError::Field {
@@ -263,7 +264,7 @@ pub fn parse(path: &Path, value: &Value) -> Result<Perplexity, PerplexityResultE
     Ok(document)
 }
 
-/// A file of `lapidary perplexity` that does not hold together.
+/// An inconsistent file of `lapidary perplexity`.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct PerplexityResultError(#[from] ResultError);

@@ -11,16 +11,16 @@ use serde::{Deserialize, Serialize};
 /// Shares, 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Score {
-    /// Of what the text has.
+    /// Share of the text's items that match.
     pub precision: f64,
-    /// Of what the reference has.
+    /// Share of the reference's items that match.
     pub recall: f64,
-    /// Their harmonic mean; 0 where both are 0.
+    /// Their harmonic mean; 0 if both are 0.
     pub f1: f64,
 }
 
 impl Score {
-    /// `hits` of this many in the text and this many in the reference.
+    /// From `hits` and the numbers of items in text and reference.
     fn of(hits: usize, in_text: usize, in_reference: usize) -> Score {
         let share = |of: usize| hits as f64 / of.max(1) as f64;
         let (precision, recall) = (share(in_text), share(in_reference));
@@ -32,7 +32,7 @@ impl Score {
     }
 }
 
-/// A text in its tokens: runs of ASCII letters and digits of its lower case. What else it holds separates them.
+/// The tokens of a text: runs of ASCII letters and digits in lower case. Everything else separates them.
 pub fn tokens(text: &str) -> Vec<String> {
     let lower = text.to_lowercase();
     let is_in = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
@@ -40,7 +40,7 @@ pub fn tokens(text: &str) -> Vec<String> {
     words.map(str::to_string).collect()
 }
 
-/// ROUGE-N: runs of `n` tokens that both have, each counted at most as often as in either.
+/// ROUGE-N: common runs of `n` tokens, each counted at most as often as in either text.
 pub fn rouge_n(text: &[String], reference: &[String], n: usize) -> Score {
     let count = |tokens: &[String]| tokens.len().saturating_sub(n - 1);
     let mut there: HashMap<&[String], usize> = HashMap::new();
@@ -82,7 +82,7 @@ mod tests {
     /// Precision, recall and F1 of ROUGE-1, -2 and -L.
     type Expected = [[f64; 3]; 3];
 
-    /// Reference, text, and what `rouge_score` 0.1.2 gives.
+    /// Reference, text, and the values of `rouge_score` 0.1.2.
     const CASES: [(&str, &str, Expected); 12] = [
         (
             "The quick brown fox jumps over the lazy dog",

@@ -27,7 +27,7 @@ pub struct Example {
     pub max_new_tokens: Option<usize>,
 }
 
-/// Why a file is no task.
+/// Why a file is not a valid task.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
     #[error("{}: {source}", path.display())]
@@ -55,7 +55,7 @@ impl Help for TaskError {
     }
 }
 
-/// The lines of a task; empty ones do not count. `path` is for messages.
+/// The lines of a task; empty lines are ignored. `path` is for messages.
 pub fn parse(path: &Path, text: &str) -> Result<Vec<Example>, TaskError> {
     let mut examples = Vec::new();
     for (i, text) in text.lines().enumerate().filter(|(_, text)| !text.trim().is_empty()) {
@@ -66,7 +66,7 @@ pub fn parse(path: &Path, text: &str) -> Result<Vec<Example>, TaskError> {
             message,
         };
         let example: Example = serde_json::from_str(text).map_err(|e| {
-            // Its own line is always 1.
+            // serde's line is always 1.
             let message = e.to_string();
             refuse(message.split(" at line ").next().unwrap_or(&message).to_string())
         })?;
@@ -86,7 +86,7 @@ pub fn parse(path: &Path, text: &str) -> Result<Vec<Example>, TaskError> {
     }
 }
 
-/// What a threshold can be set on.
+/// Metrics for thresholds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Metric {
     #[serde(rename = "rouge1")]
@@ -119,7 +119,7 @@ pub struct Scores {
     pub rouge2: Score,
     #[serde(rename = "rougeL")]
     pub rouge_l: Score,
-    /// 1 where text and reference are the same but for white space at their ends, else 0.
+    /// 1 if text and reference are equal except for white space at their ends, else 0.
     pub exact_match: f64,
 }
 

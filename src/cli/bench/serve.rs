@@ -120,7 +120,7 @@ fn table(document: &Serving) -> String {
     )
 }
 
-/// Measures this many clients, which send this many requests together.
+/// Measures this many clients, which send this many requests in total.
 fn measure(
     scheduler: &Scheduler,
     clients: usize,
@@ -176,7 +176,7 @@ fn measure(
     })
 }
 
-/// One request, to its end.
+/// Runs one request to its end.
 fn ask(scheduler: &Scheduler, prompt: Vec<u32>, new: usize) -> Result<Times, Failure> {
     let (sender, events) = mpsc::channel();
     let request = Request {

@@ -62,8 +62,7 @@ pub fn system(args: &Args, package: &Package, sampler: &Settings, on_gpu: bool, 
     }
 }
 
-/// What engines were lowered with, as a spec writes it; by profile where a tuner chose for each. Weights are a setting of
-/// their own.
+/// The engines' lowering, as in a spec; by profile if a tuner chose for each. Weights are a separate setting.
 fn lowering(engines: &[EngineEntry]) -> Value {
     let choices_of = |engine: &EngineEntry| {
         let mut choices = json!(engine.lowering);
@@ -76,7 +75,7 @@ fn lowering(engines: &[EngineEntry]) -> Value {
     }
 }
 
-/// `greedy`, or every setting of what is on.
+/// `greedy`, or the settings of all active samplers.
 fn sampler_settings(s: &Settings) -> Value {
     let mut settings = Map::new();
     if s.temperature > 0.0 {

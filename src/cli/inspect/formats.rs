@@ -11,7 +11,7 @@ use crate::graph::{Constant, Graph, Op, Quantized};
 /// The weights of one format.
 #[derive(Serialize)]
 pub(super) struct Format {
-    /// As `i4 in blocks of 32 on axis 0 with zero points`.
+    /// For example `i4 in blocks of 32 on axis 0 with zero points`.
     format: String,
     /// Element type of the codes.
     codes: String,
@@ -21,15 +21,15 @@ pub(super) struct Format {
     scales: String,
     /// Whether there are zero points.
     zero_points: bool,
-    /// How many weights have it.
+    /// Number of weights.
     weights: usize,
     /// Bytes of codes, scales and zero points.
     bytes: u64,
-    /// Of scales and zero points too.
+    /// Bits per weight, including scales and zero points.
     bits_per_weight: f64,
 }
 
-/// Formats and what stays in floating point.
+/// Formats, and weights that stay in floating point.
 #[derive(Serialize)]
 pub(super) struct Formats {
     /// Most bytes first.
@@ -100,7 +100,7 @@ fn add(found: &mut BTreeMap<String, (Format, usize)>, constant: &Constant, parts
 }
 
 impl Formats {
-    /// Lines of a summary: a format each, and what is not quantized.
+    /// Lines of a summary: one per format, and one for weights that are not quantized.
     pub fn lines(&self) -> Vec<String> {
         let line = |format: &Format| {
             let mut text = String::new();

@@ -11,13 +11,13 @@ use serde::Serialize;
 use crate::decode::reference::EngineKind;
 use crate::package::manifest::Manifest;
 
-/// Tokens of the longest built-in prompt where nothing asks for more.
+/// Tokens of the longest built-in prompt if nothing requires more.
 pub const USUAL: usize = 48;
 
-/// Smaller numbers of an export are not listed.
+/// Smaller numbers in an export are not listed.
 const SMALLEST: usize = 8;
 
-/// Tokens beyond a length, so that it matters to several rows.
+/// Tokens beyond a length, so that it affects several rows.
 const BEYOND: usize = 8;
 
 /// A length at which package and export could begin to differ.
@@ -28,23 +28,24 @@ pub struct Mark {
     pub what: String,
     /// A sequence longer than it (or as long as the context, if it is the context's end) was compared.
     pub covered: bool,
-    /// Why not.
+    /// Why it was not compared.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
-/// What bounds a sequence to be compared, besides its tokens after the prompt.
+/// Limits of a compared sequence, besides its tokens after the prompt.
 pub struct Bounds {
     /// Slots of the package's largest cache.
     pub capacity: usize,
-    /// Slots of the export's cache, where it is static.
+    /// Slots of the export's cache, if it is static.
     pub export: Option<usize>,
-    /// What the engine does in a reasonable time.
+    /// The engine's limit in a reasonable time.
     pub affordable: usize,
 }
 
 impl Bounds {
-    /// The bounds of a package and an engine. `longest` is asked for by the user and stands above the engine's speed.
+    /// The bounds of a package and an engine. `longest` is the user's value and overrides the limit by the engine's
+    /// speed.
     pub fn new(
         manifest: &Manifest,
         capacity: usize,
@@ -67,8 +68,8 @@ impl Bounds {
     }
 }
 
-/// Multiply-adds that each engine does in about half a minute on a slow machine, and the elements of scores that fit into
-/// a few gigabytes.
+/// Multiply-adds of each engine in about half a minute on a slow machine, and the number of scores that fit into a few
+/// gigabytes.
 fn affordable(manifest: &Manifest, kind: EngineKind) -> usize {
     const SCORES: usize = 1 << 28;
     let work: u64 = match kind {
@@ -86,9 +87,10 @@ fn affordable(manifest: &Manifest, kind: EngineKind) -> usize {
         .max(USUAL)
 }
 
-/// The lengths that matter, ascending, and the tokens that the longest sequence should have to pass all within bounds.
+/// The relevant lengths, ascending, and the number of tokens of the longest sequence that exceeds all of them within
+/// the limits.
 pub fn marks(windows: &[Option<usize>], export: &BTreeMap<usize, String>, bounds: &Bounds) -> (Vec<Mark>, usize) {
-    // Every set of prompts is longer than the smallest numbers, few of which are lengths.
+    // Every set of prompts exceeds the smallest numbers, few of which are lengths.
     let mut lengths = export.clone().split_off(&SMALLEST);
     for (layer, window) in windows.iter().enumerate().rev() {
         if let Some(window) = window {
@@ -98,7 +100,7 @@ pub fn marks(windows: &[Option<usize>], export: &BTreeMap<usize, String>, bounds
     let longest = lengths.keys().next_back().map_or(USUAL, |length| length + BEYOND);
     let tokens = longest.max(USUAL).min(bounds.most());
     let mark = |(length, what): (usize, String)| {
-        // The last position of the context has nothing beyond it.
+        // Nothing follows the last position of the context.
         let covered = tokens > length || (tokens == length && length == bounds.capacity);
         let reason = match covered {
             true => None,
@@ -118,7 +120,7 @@ pub fn marks(windows: &[Option<usize>], export: &BTreeMap<usize, String>, bounds
     (lengths.into_iter().map(mark).collect(), tokens)
 }
 
-/// What was covered and what not, in lines.
+/// Lines about covered and uncovered lengths.
 pub fn describe(marks: &[Mark], compared: usize) -> String {
     let list = |covered: bool| -> Vec<String> {
         let chosen = marks.iter().filter(|mark| mark.covered == covered);
@@ -132,7 +134,7 @@ pub fn describe(marks: &[Mark], compared: usize) -> String {
     let mut text = format!("longest sequence compared: {compared} tokens");
     let passed = list(true);
     if !passed.is_empty() {
-        // The longest ones say it all.
+        // The longest ones are enough.
         let shown = &passed[passed.len().saturating_sub(4)..];
         text += &format!("; it covers {}", shown.join(", "));
     }

@@ -1,11 +1,11 @@
-//! Numbers to places, and the places worth a mark.
+//! Maps numbers to positions, and chooses tick marks.
 
 /// A range of numbers over a range of pixels.
 #[derive(Clone, Copy, Debug)]
 pub struct Scale {
     pub min: f64,
     pub max: f64,
-    /// Where `min` and `max` are.
+    /// The positions of `min` and `max`.
     pub from: f64,
     pub to: f64,
     pub log: bool,
@@ -41,8 +41,8 @@ impl Scale {
         self.from + (self.to - self.from) * share
     }
 
-    /// Round numbers within the range: some `wanted` of them, or with a logarithm 1, 2 and 5 of each decade (1 alone over
-    /// many).
+    /// Round numbers within the range: about `wanted` of them, or on a logarithmic axis 1, 2 and 5 of each decade (only
+    /// 1 if there are many).
     pub fn ticks(&self, wanted: usize) -> Vec<f64> {
         if self.log {
             let decades = (self.max / self.min).log10();
@@ -67,7 +67,7 @@ impl Scale {
     }
 }
 
-/// As few digits as a mark needs.
+/// A tick label with as few digits as necessary.
 pub fn mark(value: f64) -> String {
     let text = match value.abs() {
         0.0 => return "0".to_string(),
@@ -81,7 +81,7 @@ pub fn mark(value: f64) -> String {
     text.trim_end_matches('.').to_string()
 }
 
-/// Places for labels that want to be at `wanted`, moved apart to `gap`, none beyond `last`; the order is kept.
+/// Positions for labels near `wanted`, moved apart by at least `gap`, none beyond `last`, in the same order.
 pub fn spread(wanted: &[f64], gap: f64, last: f64) -> Vec<f64> {
     let mut order: Vec<usize> = (0..wanted.len()).collect();
     order.sort_by(|a, b| wanted[*a].total_cmp(&wanted[*b]));
@@ -99,8 +99,8 @@ pub fn spread(wanted: &[f64], gap: f64, last: f64) -> Vec<f64> {
     places
 }
 
-/// A place near `wanted` for a label from `left` to `right` and `reach` up and down that no path crosses and no label in
-/// `taken` is at, between `first` and `last`; `wanted` if there is none.
+/// A position near `wanted`, between `first` and `last`, for a label from `left` to `right` and `reach` up and down
+/// that no path crosses and that overlaps no label in `taken`; `wanted` if there is none.
 pub fn clear(
     wanted: f64,
     reach: f64,

@@ -1,4 +1,4 @@
-//! A white sheet with a title, and the few strokes that the figures are made of. Places are in pixels from the top left.
+//! A white sheet with a title, and the drawing primitives of the figures. Positions are in pixels from the top left.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -9,13 +9,13 @@ use super::{FAINT_INK, GRID, INK, Mark, Style};
 
 const FONT: &str = "DejaVu Sans, Verdana, sans-serif";
 
-/// Where a text stands to its place.
+/// The alignment of a text.
 #[derive(Clone, Copy, Debug)]
 pub enum Side {
-    /// It begins there.
+    /// It begins at the position.
     Start,
     Middle,
-    /// It ends there.
+    /// It ends at the position.
     End,
 }
 
@@ -25,11 +25,11 @@ pub struct Canvas<'a> {
     pub height: f64,
 }
 
-/// Space that the title takes.
+/// Height of the title.
 pub const HEAD: f64 = 84.0;
 const MARGIN: f64 = 28.0;
 
-/// Draws a sheet and gives its SVG. Drawing into text does not fail.
+/// Draws a sheet and returns its SVG. Drawing into text does not fail.
 pub fn sheet(width: u32, height: u32, title: &str, subtitle: &str, draw: impl FnOnce(&Canvas<'_>)) -> String {
     let mut svg = String::new();
     {
@@ -66,7 +66,7 @@ impl Canvas<'_> {
         self.root.draw(&text).expect("text takes everything");
     }
 
-    /// Lines across at the marks of `y`, from `left` to `right`, with their numbers.
+    /// Horizontal grid lines at the marks of `y`, from `left` to `right`, with their numbers.
     pub fn levels(&self, y: &Scale, left: f64, right: f64) {
         for tick in y.ticks(6) {
             let at = y.at(tick);
@@ -130,7 +130,7 @@ impl Canvas<'_> {
         if style.dash.is_empty() {
             return self.line(points, style.ink, width);
         }
-        // Where in the pattern the line is, and how much is left of that part.
+        // The position in the dash pattern, and the rest of the current part.
         let (mut part, mut left) = (0, style.dash[0]);
         for pair in points.windows(2) {
             let [(x1, y1), (x2, y2)] = [pair[0], pair[1]];
@@ -144,7 +144,7 @@ impl Canvas<'_> {
                 }
                 left -= to - done;
                 done = to;
-                // Below what moves `done`, rounding would keep it where it is.
+                // Smaller steps would not change `done` because of rounding.
                 if left < 1e-6 {
                     part = (part + 1) % style.dash.len();
                     left = style.dash[part];
@@ -153,7 +153,7 @@ impl Canvas<'_> {
         }
     }
 
-    /// A system's marker, hollow where what it stands for is not stable.
+    /// A system's marker, hollow if the measurement is not stable.
     pub fn mark(&self, at: (f64, f64), size: f64, style: Style, hollow: bool) {
         self.shape(at, size + 2.0, WHITE, style.mark);
         self.shape(at, size, style.ink, style.mark);
@@ -199,7 +199,7 @@ impl Canvas<'_> {
     }
 }
 
-/// About as wide as a text is; there are no font metrics where a figure is laid out.
+/// The approximate width of a text; there are no font metrics during layout.
 pub fn width_of(text: &str, size: f64) -> f64 {
     text.chars().count() as f64 * size * 0.6
 }

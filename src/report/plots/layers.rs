@@ -38,7 +38,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         for (name, profile) in profiles {
             let title = format!("{name}, context {}", profile.live);
             canvas.write((left, y + 9.0), &title, 13.0, INK, Side::Start, true);
-            // Counted again, by one rule for files of every version.
+            // Recomputed, by one rule for files of every version.
             let groups = grouped(profile.live, profile.layers.clone()).groups;
             let top = y + 22.0;
             let mut from = left;

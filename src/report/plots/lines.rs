@@ -30,7 +30,7 @@ struct Series {
     source: SourceId,
 }
 
-/// What a plot is of.
+/// The quantity of a plot.
 struct Chart {
     title: &'static str,
     subtitle: String,
@@ -183,7 +183,7 @@ fn figure(name: String, caption: String, chart: Chart, mut series: Vec<Series>) 
 
         let place = |p: &Point| (x.at(p.x as f64), y.at(p.value));
         let path_of = |s: &Series| -> Vec<(f64, f64)> { s.points.iter().map(place).collect() };
-        // Ours comes first in the list, and is drawn last, above the others.
+        // Lapidary is first in the list, and is drawn last, above the others.
         for s in series.iter().rev() {
             let path = path_of(s);
             canvas.dashed(&path, s.style, if s.is_ours { 3 } else { 2 });
@@ -194,7 +194,8 @@ fn figure(name: String, caption: String, chart: Chart, mut series: Vec<Series>) 
                 canvas.mark(at, if s.is_ours { 6.0 } else { 5.0 }, s.style, !p.stable);
             }
         }
-        // A system's name is beside its last point: outside where that is the last of all, else within, where no line is.
+        // A system's name is beside its last point: outside if that is the last of all, else inside, where there is no
+        // line.
         let end = |s: &Series| place(&s.points[s.points.len() - 1]);
         let pointed = |at: (f64, f64), to: (f64, f64)| {
             if (at.1 - to.1).abs() > 3.0 {

@@ -1,4 +1,4 @@
-//! Memory: on a GPU what was taken from it, by what it is for where that is known; on a CPU the peak of the process.
+//! Memory: on a GPU the memory in use, by purpose if known; on a CPU the peak of the process.
 
 use crate::terms::{CUDA_CONTEXT, SCRATCH};
 use plotters::style::RGBColor;
@@ -20,7 +20,7 @@ const PARTS: [(&str, RGBColor); 5] = [
     ("other, or not measured separately", MUTED),
 ];
 
-/// Bytes of each part; the last is all where parts are not measured.
+/// Bytes of each part; only the last is set if parts are not measured.
 fn parts(d: &Document, on_gpu: bool) -> Option<[u64; 5]> {
     let memory = d.memory.as_ref()?;
     if !on_gpu {

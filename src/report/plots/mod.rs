@@ -1,8 +1,8 @@
 //! Figures of a group of results, each as SVG and PNG.
 //!
-//! `canvas` draws, `axes` maps numbers to places; one file for each kind of figure. A figure that its results do not have is
-//! left out, and `missing` says why. Colors are of Okabe and Ito's palette, which color-blind readers can distinguish; line
-//! styles, markers and hatches differ too, for prints in gray.
+//! `canvas` draws, `axes` maps numbers to positions; one file per kind of figure. A figure without results is left out,
+//! and `missing` gives the reason. Colors are of Okabe and Ito's palette, which color-blind readers can distinguish;
+//! line styles, markers and hatches differ too, for prints in gray.
 
 mod axes;
 mod canvas;
@@ -17,7 +17,7 @@ use plotters::style::RGBColor;
 use super::input::{Group, Input, ResultFile, SourceId};
 use crate::help::{Fault, Help};
 
-/// Two pixels a unit, for screens that have them.
+/// Two pixels per unit, for high-resolution screens.
 const PNG_SCALE: f32 = 2.0;
 
 /// A drawn figure.
@@ -25,10 +25,10 @@ const PNG_SCALE: f32 = 2.0;
 pub struct Figure {
     /// File name without its ending.
     pub name: String,
-    /// For those who cannot see it, and below it.
+    /// Alternative text and caption.
     pub caption: String,
     pub svg: String,
-    /// Whose figures are in it.
+    /// The source files.
     pub sources: Vec<SourceId>,
 }
 
@@ -46,7 +46,7 @@ impl Help for PlotError {
 }
 
 impl Figure {
-    /// The same as pixels, with the font that is in this program.
+    /// The same as PNG, with the embedded font.
     pub fn png(&self) -> Result<Vec<u8>, PlotError> {
         let failed = |message: String| PlotError {
             name: self.name.clone(),
@@ -76,7 +76,7 @@ pub fn times(group: &Group) -> Vec<Figure> {
         .collect()
 }
 
-/// Where time and memory of a group go.
+/// Time and memory of a group by part.
 pub fn parts(group: &Group) -> Vec<Figure> {
     let drawn = [roofline::figure(group), layers::figure(group), memory::figure(group)];
     drawn.into_iter().flatten().collect()
@@ -92,7 +92,7 @@ pub fn serving(input: &Input) -> Option<Figure> {
     lines::serving(input)
 }
 
-/// `llama-1b-fp16-nvidia-h200`: what file names begin with.
+/// `llama-1b-fp16-nvidia-h200`: the prefix of file names.
 pub fn slug(group: &Group) -> String {
     let dtype = if group.peers { "peers" } else { &group.dtype };
     let name = format!("{}-{dtype}-{}", group.model, group.device).to_lowercase();
@@ -134,12 +134,12 @@ enum Mark {
 #[derive(Clone, Copy, Debug)]
 struct Style {
     ink: RGBColor,
-    /// Lengths drawn and left out, in turn; a solid line without any.
+    /// Lengths of dashes and gaps, alternating; a solid line if empty.
     dash: &'static [f64],
     mark: Mark,
 }
 
-/// Others, in turn.
+/// The other systems, in order.
 const STYLES: [(&[f64], Mark); 6] = [
     (&[9.0, 4.0], Mark::Square),
     (&[2.0, 4.0], Mark::Triangle),
@@ -166,12 +166,12 @@ fn style(index: usize) -> Style {
     }
 }
 
-/// The run of Lapidary that others are compared with.
+/// The run of Lapidary with which others are compared.
 fn is_ours(group: &Group, r: &ResultFile) -> bool {
     group.ours().is_some_and(|ours| ours.source == r.source)
 }
 
-/// Results with their styles: ours always has the first.
+/// Results with their styles; Lapidary always has the first.
 fn styled(group: &Group) -> Vec<(&ResultFile, Style)> {
     let mut others = 0;
     let mut next = |r: &ResultFile| match is_ours(group, r) {
@@ -188,7 +188,7 @@ fn styled(group: &Group) -> Vec<(&ResultFile, Style)> {
 mod tests {
     use super::*;
 
-    /// As many systems as one plot has are distinct without their colors.
+    /// Enough systems for one plot are distinct without colors.
     #[test]
     fn styles_differ_in_gray() {
         let styles: Vec<Style> = (0..7).map(style).collect();

@@ -1,8 +1,8 @@
-//! Work against the two ceilings: arithmetic a byte, and what is reached of bandwidth and peak. (Williams, Waterman and
-//! Patterson, "Roofline: An Insightful Visual Performance Model for Multicore Architectures", 2009.)
+//! Roofline: arithmetic intensity and the achieved share of bandwidth and peak. (Williams, Waterman and Patterson,
+//! "Roofline: An Insightful Visual Performance Model for Multicore Architectures", 2009.)
 //!
-//! Floating-point operations and bytes are those that the model needs, so a system that does more than needed shows as
-//! slower, not as more efficient.
+//! Floating-point operations and bytes are those that the model needs, so a system that does more than necessary
+//! appears slower, not more efficient.
 
 use super::axes::{Scale, mark};
 use super::canvas::{HEAD, Side, sheet, width_of};
@@ -15,9 +15,9 @@ use crate::report::input::Group;
 const SIZE: (u32, u32) = (960, 560);
 
 struct Point {
-    /// FLOP a byte.
+    /// FLOP per byte.
     intensity: f64,
-    /// FLOP a second.
+    /// FLOP per second.
     reached: f64,
     tokens: usize,
     is_prefill: bool,
@@ -36,7 +36,7 @@ fn points(d: &Document) -> Vec<Point> {
         })
     });
     let prefill = d.prefill.iter().filter_map(|m| {
-        // Weights are read once for all tokens; keys and values are written, and read again.
+        // Weights are read once for all tokens; keys and values are written and read again.
         let (flop, bytes) = (prefill_flop(&d.model, m.tokens)?, decode_bytes(&d.model, m.tokens));
         Some(Point {
             intensity: flop / bytes,
@@ -49,7 +49,7 @@ fn points(d: &Document) -> Vec<Point> {
     decode.chain(prefill).collect()
 }
 
-/// Points of a kind that lie close together, labeled as one.
+/// Nearby points of a kind with a common label.
 struct Label {
     at: (f64, f64),
     is_prefill: bool,
@@ -160,7 +160,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         let slope = [(x.at(x_min), height(roof(x_min))), (x.at(corner), height(roof(corner)))];
         canvas.line(&slope, INK, 2);
         let label = format!("measured copy bandwidth, {} GB/s", mark((bandwidth / 1e9).round()));
-        // Above the roof, where nothing is, as far up as the text needs to the left.
+        // Above the roof, in free space, high enough for the text.
         let share = (width_of(&label, 12.0) + 22.0) / (slope[1].0 - slope[0].0).max(1.0);
         let along = |from: f64, to: f64| from + (to - from) * share.clamp(0.5, 1.0);
         let above = (

@@ -1,4 +1,4 @@
-//! Ablations: what each setting does to decode and to prefill, as a share of the default's time.
+//! Ablations: the effect of each setting on decode and prefill, as a share of the default's time.
 
 use super::canvas::{HEAD, Side, sheet, width_of};
 use super::{AXIS, FAINT_INK, Figure, INK, MUTED, OTHERS, OURS, slug};
@@ -11,7 +11,7 @@ const BAR: f64 = 22.0;
 const GAP: f64 = 8.0;
 const PANEL_HEAD: f64 = 38.0;
 
-/// One setting with one value: its name, the share, what it was measured at.
+/// One setting with one value: its name, the share, the measurement.
 struct Bar {
     name: String,
     share: f64,
@@ -19,7 +19,7 @@ struct Bar {
     stable: bool,
 }
 
-/// The share of a run, at what, and whether both are stable, if its baseline has the same measurement.
+/// The share of a run, its measurement, and whether both are stable, if its baseline has the same measurement.
 type Measure = dyn Fn(&Ablation<'_>, &ResultFile) -> Option<(f64, String, bool)>;
 
 pub fn figure(group: &Group) -> Option<Figure> {
@@ -32,7 +32,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
         let bar = |(a, position, run): (&Ablation<'_>, &String, &&ResultFile)| {
             let (share, at, stable) = of(a, run)?;
             let mut name = format!("{}: {position}", a.name);
-            // A setting with two defaults says which it is compared with.
+            // A setting with two defaults names the one used for comparison.
             if let (true, Some(usual)) = (all.iter().filter(|b| b.name == a.name).count() > 1, a.usual()) {
                 name += &format!(", against {usual}");
             }
@@ -94,7 +94,7 @@ pub fn figure(group: &Group) -> Option<Figure> {
                 for bar in bars {
                     let middle = y + BAR / 2.0;
                     canvas.write((left - 10.0, middle), &bar.name, 12.5, INK, Side::End, false);
-                    // Longer than the default speaks for the default; a difference of a hundredth speaks for neither.
+                    // Longer than the default favors the default; a difference of a hundredth favors neither.
                     let color = match bar.share {
                         share if (share - 1.0).abs() < 0.01 => MUTED,
                         share if share > 1.0 => OURS,

@@ -1,15 +1,15 @@
-//! Terminals as automata of characters, and what two of them have in common.
+//! Terminals as automata over characters, and the overlap of two of them.
 
 use std::collections::{HashMap, HashSet};
 
 use super::chars::{Bytes, CharSet};
 use super::regular::{Id, Regular, Regulars};
 
-/// States of a terminal that is compared with others. A larger one is split.
+/// Maximum states of a terminal that is compared with others. A larger one is split.
 const MOST_STATES: usize = 5000;
-/// Steps between those states.
+/// Maximum transitions between those states.
 const MOST_STEPS: usize = 200_000;
-/// Pairs of states that are looked at. After those terminals are taken as in each other's way.
+/// Maximum pairs of states that are examined. Beyond that, terminals count as conflicting.
 const MOST_PAIRS: usize = 2_000_000;
 
 /// The states of a terminal: its characters (Glushkov's construction).
@@ -18,7 +18,7 @@ struct Automaton {
     chars: Vec<CharSet>,
     first: Vec<u32>,
     next: Vec<Vec<u32>>,
-    /// All of `next`.
+    /// The total size of `next`.
     steps: usize,
     ends: Vec<bool>,
     /// First bytes of its texts.
@@ -26,20 +26,20 @@ struct Automaton {
     is_too_large: bool,
 }
 
-/// What two terminals have in common.
+/// The overlap of two terminals.
 #[derive(Clone, Copy)]
 pub struct Common {
-    /// A text.
+    /// Whether they share a text.
     pub is_common: bool,
-    /// Bytes that go on with a text of the first one in the second one.
+    /// Bytes that continue a text of the first one in the second one.
     pub more: Bytes,
 }
 
-/// The automata of a grammar's terminals, and what was found of pairs of them.
+/// The automata of a grammar's terminals, and results for pairs of them.
 pub struct Automata {
     all: HashMap<Id, Automaton>,
     compared: HashMap<(Id, Id), Common>,
-    /// That may still be looked at.
+    /// Remaining budget of pairs.
     pairs: usize,
 }
 
@@ -63,7 +63,7 @@ impl Automata {
         self.all.entry(id).or_insert_with(|| Automaton::of(id, regulars))
     }
 
-    /// What two terminals have in common. Where that is too much work, everything.
+    /// The overlap of two terminals. If that is too much work, everything overlaps.
     pub fn compare(&mut self, a: Id, b: Id, regulars: &Regulars) -> Common {
         if let Some(common) = self.compared.get(&(a, b)) {
             return *common;
@@ -84,7 +84,7 @@ impl Automata {
     }
 }
 
-/// A part of an automaton: where it begins and ends.
+/// A part of an automaton: its first and last states.
 struct Part {
     first: Vec<u32>,
     last: Vec<u32>,
@@ -181,7 +181,7 @@ impl Automaton {
     }
 
     fn link(&mut self, from: &[u32], to: &[u32]) {
-        // Large alternatives repeated: each state goes on with each.
+        // Repeated large alternatives: each state is followed by each.
         self.steps = self.steps.saturating_add(from.len() * to.len());
         if self.steps > MOST_STEPS {
             self.is_too_large = true;
@@ -198,7 +198,7 @@ impl Automaton {
             a.first.append(&mut b.first);
         }
         if b.is_nullable {
-            // The longer one keeps its place: repeated optional parts have long ends.
+            // The longer list is reused: repeated optional parts have long lists of last states.
             match a.last.len() < b.last.len() {
                 true => b.last.append(&mut a.last),
                 false => {
@@ -214,7 +214,7 @@ impl Automaton {
         }
     }
 
-    /// Follows both with all texts. None: `budget` is used up.
+    /// Follows both with all texts. `None`: the `budget` is exhausted.
     fn compare(&self, other: &Automaton, budget: &mut usize) -> Option<Common> {
         let mut common = Common {
             is_common: false,

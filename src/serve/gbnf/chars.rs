@@ -1,6 +1,6 @@
 //! Sets of characters, and the bytes that they begin with in UTF-8.
 
-/// A set of Unicode scalar values: sorted ranges, both ends included, that neither overlap nor touch.
+/// A set of Unicode scalar values: sorted ranges, both ends included, that neither overlap nor are adjacent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct CharSet(Vec<(u32, u32)>);
 
@@ -41,7 +41,7 @@ impl CharSet {
         CharSet(kept)
     }
 
-    /// All characters but these.
+    /// All other characters.
     pub fn complement(&self) -> Self {
         let mut ranges = Vec::with_capacity(self.0.len() + 1);
         let mut next = 0;
@@ -109,7 +109,7 @@ impl CharSet {
 }
 
 fn lead(code: u32) -> u8 {
-    // `CharSet::of` leaves scalar values alone.
+    // `CharSet::of` keeps only scalar values.
     let c = char::from_u32(code).unwrap_or('\0');
     let mut buffer = [0; 4];
     c.encode_utf8(&mut buffer).as_bytes()[0]
@@ -123,7 +123,7 @@ impl Bytes {
     /// All bytes.
     pub const ALL: Bytes = Bytes([u64::MAX; 4]);
 
-    /// Adds those of another set.
+    /// Adds the bytes of another set.
     pub fn add(&mut self, other: Bytes) {
         for (word, more) in self.0.iter_mut().zip(other.0) {
             *word |= more;

@@ -1,5 +1,5 @@
-//! The text in Lark's form. Each regular expression is a terminal of its own, which others name: shared parts are written once, and
-//! groups are not nested.
+//! Writes the grammar in Lark's syntax. Each regular expression is a separate terminal, which others refer to: shared
+//! parts are written once, and groups are not nested.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -9,7 +9,7 @@ use super::chars::CharSet;
 use super::plan::{Node, Place, Plan};
 use super::regular::{Id, Regular, Regulars};
 
-/// Of a grammar that is one regular expression.
+/// The text of a grammar that is one regular expression.
 pub fn of_regular(regulars: &mut Regulars, root: Id) -> String {
     if regulars.is_empty(root) {
         return "start: \"\"\n".to_string();
@@ -24,7 +24,7 @@ pub fn of_regular(regulars: &mut Regulars, root: Id) -> String {
     text
 }
 
-/// Of a grammar with recursion.
+/// The text of a grammar with recursion.
 pub fn of_plan(grammar: &Grammar, plan: &Plan, regulars: &Regulars) -> String {
     let mut writer = Writer {
         grammar,
@@ -123,7 +123,7 @@ fn times(least: u32, most: Option<u32>) -> String {
     }
 }
 
-/// Definitions of these, and of all that they are made of.
+/// Definitions of these, and of all their parts.
 fn terminals(regulars: &Regulars, used: impl IntoIterator<Item = Id>, text: &mut String) {
     let mut waiting: Vec<Id> = used.into_iter().collect();
     let mut written = BTreeSet::new();
@@ -149,7 +149,7 @@ fn terminals(regulars: &Regulars, used: impl IntoIterator<Item = Id>, text: &mut
     }
 }
 
-/// Single characters are written where they are.
+/// Single characters are written inline.
 fn sequence(regulars: &Regulars, parts: &[Id], waiting: &mut Vec<Id>) -> String {
     let mut items: Vec<String> = Vec::new();
     let mut literal = String::new();
@@ -175,7 +175,7 @@ fn sequence(regulars: &Regulars, parts: &[Id], waiting: &mut Vec<Id>) -> String 
     items.join(" ")
 }
 
-/// As JSON, with DEL escaped, too, as llguidance's lexer asks for.
+/// As JSON, with DEL escaped too, which llguidance's lexer requires.
 fn quoted(text: &str) -> String {
     let mut quoted = String::from('"');
     for c in text.chars() {

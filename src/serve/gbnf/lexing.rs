@@ -1,9 +1,10 @@
-//! Terminals that llguidance's lexer takes as the grammar means them.
+//! Terminals that llguidance's lexer handles correctly.
 //!
-//! The lexer follows all terminals that the parser allows, takes the longest text that is one of them, and never goes back. It gives
-//! the parser all terminals that have that text. So it errs exactly where a terminal has ended for the grammar, and goes on for the lexer: where
-//! `p` and `q` are allowed together, `w` is a text of `p`, a byte `b` may come after `p`, and `wb` begins a text of `q`. [`plan`]
-//! splits such a `q` until there is none. A terminal of one character is never such a `q`, so that ends.
+//! The lexer follows all terminals that the parser allows, takes the longest text that is one of them, and never
+//! backtracks. It passes to the parser all terminals that match that text. So it fails exactly where a terminal has
+//! ended for the grammar but continues for the lexer: where `p` and `q` are allowed together, `w` is a text of `p`, a
+//! byte `b` may come after `p`, and `wb` begins a text of `q`. [`plan`] splits such a `q` until there is none. A
+//! terminal of one character is never such a `q`, so this terminates.
 
 use std::collections::HashSet;
 
@@ -13,12 +14,12 @@ use super::chars::Bytes;
 use super::plan::{Node, Place, Plan, cut};
 use super::regular::{Id, Regular, Regulars};
 
-/// Rounds of splitting. After those everything is split.
+/// Maximum rounds of splitting. After them everything is split.
 const ROUNDS: usize = 40;
-/// Occurrences of terminals that are compared. With more, everything is split.
+/// Maximum occurrences of terminals that are compared. With more, everything is split.
 const MOST_PLACES: usize = 1000;
 
-/// Cuts a grammar into terminals that the lexer takes rightly.
+/// Cuts a grammar into terminals that the lexer handles correctly.
 pub fn plan(grammar: &Grammar, known: &[Option<Id>], regulars: &mut Regulars) -> Plan {
     let mut split = HashSet::new();
     let mut automata = Automata::default();
@@ -36,7 +37,7 @@ pub fn plan(grammar: &Grammar, known: &[Option<Id>], regulars: &mut Regulars) ->
     cut(grammar, known, regulars, None)
 }
 
-/// Terminals that the lexer would follow where another one has ended.
+/// Terminals that the lexer would continue where another one has ended.
 fn too_long(plan: &Plan, regulars: &Regulars, automata: &mut Automata) -> HashSet<Id> {
     let next = Following::of(plan);
     let ids: Vec<Option<Id>> = plan
@@ -93,7 +94,7 @@ impl Places {
             .is_some_and(|word| word & (1 << (place % 64)) != 0)
     }
 
-    /// True if one is new.
+    /// Returns true if one is new.
     fn add(&mut self, other: &Places) -> bool {
         if self.0.len() < other.0.len() {
             self.0.resize(other.0.len(), 0);
@@ -117,7 +118,7 @@ impl Places {
     }
 }
 
-/// Rules to look at, each once.
+/// Rules to process, without duplicates.
 struct Queue {
     waiting: Vec<usize>,
     is_waiting: Vec<bool>,
@@ -145,14 +146,14 @@ impl Queue {
     }
 }
 
-/// What comes first in a node, and whether it has the empty text.
+/// The first occurrences of a node, and whether it matches the empty text.
 #[derive(Clone, Default, PartialEq)]
 struct First {
     places: Places,
     is_nullable: bool,
 }
 
-/// Which occurrences may follow one.
+/// The occurrences that may follow one.
 struct Following {
     first: Places,
     after: Vec<Places>,
@@ -205,7 +206,7 @@ impl Following {
         }
     }
 
-    /// Pairs of occurrences that the parser may allow at once, each once.
+    /// Distinct pairs of occurrences that the parser may allow at the same time.
     fn together(&self, plan: &Plan, regulars: &Regulars, automata: &mut Automata) -> Vec<(usize, usize)> {
         let count = self.after.len();
         let mut with = vec![Places::default(); count];
@@ -227,7 +228,7 @@ impl Following {
             found.push((p, q));
             let have_one_text = match (&plan.places[p], &plan.places[q]) {
                 (Place::Terminal(p), Place::Terminal(q)) => p == q || automata.compare(*p, *q, regulars).is_common,
-                // A name and a number may be one token.
+                // A token may be given by name and by number.
                 (Place::Token, Place::Token) => true,
                 _ => false,
             };
@@ -276,7 +277,7 @@ struct Walk<'a> {
     first: &'a [First],
     after: Vec<Places>,
     after_rule: Vec<Places>,
-    /// Rules after which more may come than before.
+    /// Rules whose follow set has grown.
     changed: Vec<usize>,
 }
 

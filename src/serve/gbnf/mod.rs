@@ -1,15 +1,18 @@
-//! llama.cpp's form of grammars, GBNF, as the form of Lark that llguidance takes.
+//! Translates llama.cpp's grammars (GBNF) into llguidance's variant of Lark.
 //!
-//! [`to_lark`] takes a grammar's text and gives that of an equal one. GBNF knows characters alone. llguidance has a lexer, which
-//! always takes the longest terminal and does not go back, and a parser of terminals. A grammar of characters, one terminal for each, would
-//! be equal and too slow: within a string of JSON nearly all tokens may come next, and each would be parsed character by character. So
-//! the translation makes terminals as long as it can while the lexer has no choice to make:
+//! [`to_lark`] translates a grammar's text into that of an equivalent one. GBNF works on characters. llguidance has a
+//! lexer, which always takes the longest terminal and does not backtrack, and a parser of terminals. One terminal per
+//! character would be equivalent but too slow: within a JSON string nearly all tokens may come next, and each would be
+//! parsed character by character. So the translation makes terminals as long as possible without ambiguity for the
+//! lexer:
 //!
 //! - `parse` reads the text: [`Expr`] for each rule.
-//! - `regular` finds the rules that are regular expressions, direct recursion at an end of a rule included, and is their algebra.
+//! - `regular` finds the rules that are regular expressions, including direct recursion at an end of a rule, and has
+//!   their algebra.
 //! - `plan` cuts all rules into terminals, the largest parts that are regular, and what is around them.
-//! - `automaton` compares terminals, and `lexing` finds those that the lexer would take too long. They are split into their parts, and planned again: at the end of
-//!   that there are single characters, where the lexer cannot go wrong.
+//! - `automaton` compares terminals, and `lexing` finds those that the lexer would take too long. They are split into
+//!   their parts and planned again, in the worst case down to single characters, which the lexer always handles
+//!   correctly.
 //! - `lark` writes the text.
 //!
 //! GBNF's syntax is that of llama.cpp's `grammars/README.md` and `src/llama-grammar.cpp`. Beyond it, names may have `_`, an alternative
@@ -26,36 +29,36 @@ mod regular;
 use chars::CharSet;
 use regular::Regulars;
 
-/// The longest grammar, in bytes, in this form or in Lark's.
+/// Maximum length of a grammar, in bytes, in GBNF or Lark.
 pub const LONGEST: usize = 128 << 10;
 
-/// Why a text is not a grammar of this form.
+/// Why a text is not a valid GBNF grammar.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GbnfError {
-    /// Something else than what belongs here.
+    /// A syntax error.
     #[error("GBNF, line {line}, column {column}: {message}")]
     Syntax {
         /// From 1.
         line: usize,
         /// In characters, from 1.
         column: usize,
-        /// What is there, and what belongs there.
+        /// What was found, and what was expected.
         message: String,
     },
     /// A name without a rule.
     #[error("GBNF, line {line}, column {column}: there is no rule {name:?}")]
     Undefined {
-        /// Where the name is used first.
+        /// Line of the first use of the name.
         line: usize,
         /// In characters, from 1.
         column: usize,
         /// The name.
         name: String,
     },
-    /// Two rules of one name.
+    /// Two rules with the same name.
     #[error("GBNF, line {line}: rule {name:?} is there already, in line {first}")]
     Repeated {
-        /// Of the second rule.
+        /// Line of the second rule.
         line: usize,
         /// Line of the first one.
         first: usize,
@@ -65,28 +68,28 @@ pub enum GbnfError {
     /// A rule that refers to itself in each alternative.
     #[error("GBNF, line {line}: no text of rule {name:?} has an end, since each of its alternatives leads back to it")]
     Endless {
-        /// Of the rule.
+        /// Line of the rule.
         line: usize,
         /// Its name.
         name: String,
     },
-    /// No beginning.
+    /// No root rule.
     #[error("GBNF: there is no rule \"root\", which a text begins with")]
     NoRoot,
 }
 
-/// Something of a rule.
+/// An expression of a rule.
 #[derive(Clone, Debug, PartialEq)]
 enum Expr {
     /// One character.
     Chars(CharSet),
-    /// One after another; none: the empty text.
+    /// A sequence; empty: the empty text.
     Seq(Vec<Expr>),
-    /// One of several.
+    /// Alternatives.
     Any(Vec<Expr>),
-    /// So many times at least, and at most.
+    /// Repetition, with minimum and maximum.
     Repeat(Box<Expr>, u32, Option<u32>),
-    /// A rule, by its place.
+    /// A rule, by index.
     Rule(usize),
     /// A token of the model, as llama.cpp and llguidance both write it: `<name>` or `<[id]>`.
     Token(String),
@@ -100,14 +103,14 @@ struct Rule {
     body: Expr,
 }
 
-/// The rules of a text. All names have one.
+/// The rules of a grammar. All names have one.
 #[derive(Debug)]
 struct Grammar {
     rules: Vec<Rule>,
     root: usize,
 }
 
-/// Whether a text is in this form and not in Lark's: its first rule has `::=`.
+/// Whether a text is GBNF rather than Lark: its first rule has `::=`.
 pub fn is_gbnf(text: &str) -> bool {
     let lines = text.lines().map(str::trim_start);
     let mut lines = lines.skip_while(|line| line.is_empty() || line.starts_with('#'));
@@ -116,7 +119,7 @@ pub fn is_gbnf(text: &str) -> bool {
     rest.trim_start().starts_with("::=")
 }
 
-/// The same grammar in the form of Lark that llguidance takes, with the rule `start`.
+/// The same grammar in llguidance's variant of Lark, with the rule `start`.
 pub fn to_lark(text: &str) -> Result<String, GbnfError> {
     let grammar = parse::parse(text)?;
     check_ends(&grammar)?;
@@ -129,7 +132,7 @@ pub fn to_lark(text: &str) -> Result<String, GbnfError> {
     Ok(lark::of_plan(&grammar, &plan, &regulars))
 }
 
-/// Each rule has a text with an end.
+/// Checks that each rule has a finite text.
 fn check_ends(grammar: &Grammar) -> Result<(), GbnfError> {
     fn ends(expr: &Expr, known: &[bool]) -> bool {
         match expr {

@@ -1,13 +1,13 @@
-//! The text of a grammar.
+//! Parses the text of a grammar.
 
 use std::collections::HashMap;
 
 use super::chars::CharSet;
 use super::{Expr, GbnfError, Grammar, Rule};
 
-/// The most repetitions of one thing, which is llama.cpp's.
+/// Maximum repetitions of one expression, the same as llama.cpp's.
 const MOST_REPETITIONS: u32 = 2000;
-/// The most groups in each other.
+/// Maximum nesting of groups.
 const DEEPEST: usize = 100;
 const OPERATORS: [char; 4] = ['*', '+', '?', '{'];
 
@@ -30,7 +30,7 @@ pub fn parse(text: &str) -> Result<Grammar, GbnfError> {
     parser.finish()
 }
 
-/// Whether a name may have this character.
+/// Whether a name may contain this character.
 pub fn is_of_name(c: char) -> bool {
     c.is_ascii_alphanumeric() || c == '-' || c == '_'
 }
@@ -40,11 +40,11 @@ struct Parser {
     at: usize,
     line: usize,
     column: usize,
-    /// Places of rules, in the order in which their names occur.
+    /// Indices of rules, in the order in which their names occur.
     names: HashMap<String, usize>,
-    /// Name, line and column of that.
+    /// Name, with line and column of its first occurrence.
     used: Vec<(String, usize, usize)>,
-    /// By these places, once they are read.
+    /// Rules by index, once they are read.
     rules: Vec<Option<Rule>>,
 }
 
@@ -56,7 +56,7 @@ impl Parser {
     fn next(&mut self) -> Option<char> {
         let c = self.peek()?;
         self.at += 1;
-        // "\r\n" is one end of a line.
+        // "\r\n" is one line end.
         if c == '\n' || (c == '\r' && self.peek() != Some('\n')) {
             self.line += 1;
             self.column = 1;
@@ -66,7 +66,7 @@ impl Parser {
         Some(c)
     }
 
-    /// What is here, for a message.
+    /// The current input, for a message.
     fn here(&self) -> String {
         match self.peek() {
             None => "the end".to_string(),
@@ -83,7 +83,7 @@ impl Parser {
         })
     }
 
-    /// Spaces and comments, and where lines may end, their ends.
+    /// Skips spaces and comments, and line ends where they are allowed.
     fn skip(&mut self, over_lines: bool) {
         while let Some(c) = self.peek() {
             match c {
@@ -152,11 +152,11 @@ impl Parser {
         Ok(())
     }
 
-    /// `depth`: of groups. Lines end within groups and after `|`.
+    /// `depth`: nesting of groups. Line ends are allowed within groups and after `|`.
     fn alternatives(&mut self, depth: usize) -> Result<Expr, GbnfError> {
         let mut found = vec![self.sequence(depth)?];
         loop {
-            // An alternative on a line of its own.
+            // An alternative on a separate line.
             let (at, line, column) = (self.at, self.line, self.column);
             self.skip(true);
             if self.peek() != Some('|') {
@@ -374,7 +374,7 @@ impl Parser {
         }
     }
 
-    /// A character, perhaps escaped.
+    /// A character, possibly escaped.
     fn char(&mut self) -> Result<char, GbnfError> {
         let c = self.next().unwrap_or_default();
         if c != '\\' {

@@ -1,28 +1,28 @@
-//! Rules cut into terminals and what is around them.
+//! Cuts rules into terminals and the structure around them.
 
 use std::collections::{HashMap, HashSet};
 
 use super::regular::{Id, Regular, Regulars};
 use super::{Expr, Grammar};
 
-/// Something of a rule that is not regular.
+/// A part of a rule that is not regular.
 #[derive(Clone, Debug)]
 pub enum Node {
-    /// A terminal, which is not empty, and its occurrence in the plan.
+    /// A nonempty terminal, and its occurrence in the plan.
     Terminal(Id, usize),
     /// A token of the model, and its occurrence.
     Token(String, usize),
     /// Another rule that is not regular.
     Rule(usize),
-    /// One after another; none: the empty text.
+    /// A sequence; empty: the empty text.
     Seq(Vec<Node>),
-    /// One of several.
+    /// Alternatives.
     Any(Vec<Node>),
-    /// So many times.
+    /// Repetition.
     Repeat(Box<Node>, u32, Option<u32>),
 }
 
-/// What occurs at a place: a terminal, or a token.
+/// An occurrence: a terminal or a token.
 #[derive(Clone, Debug)]
 pub enum Place {
     /// A terminal.
@@ -31,10 +31,10 @@ pub enum Place {
     Token,
 }
 
-/// All rules that are not regular and that a text may get to, and a rule for each expression that is split.
+/// All reachable rules that are not regular, and a rule for each split expression.
 #[derive(Debug)]
 pub struct Plan {
-    /// By their places in the grammar, and then those of split expressions; None: regular, or not reached.
+    /// By their indices in the grammar, followed by those of split expressions; `None`: regular, or not reachable.
     pub rules: Vec<Option<Node>>,
     /// The occurrences.
     pub places: Vec<Place>,
@@ -42,7 +42,8 @@ pub struct Plan {
     pub root: usize,
 }
 
-/// Cuts all rules. Expressions of `split` are not terminals but made of smaller ones. None: all but characters are split.
+/// Cuts all rules. Expressions in `split` are not terminals but consist of smaller ones. `None`: everything except
+/// characters is split.
 pub fn cut(grammar: &Grammar, known: &[Option<Id>], regulars: &mut Regulars, split: Option<&HashSet<Id>>) -> Plan {
     let mut cutter = Cutter {
         known,
@@ -103,7 +104,7 @@ impl Cutter<'_> {
             }
             Expr::Seq(parts) => {
                 let mut nodes = Vec::new();
-                // Regular neighbors are one terminal.
+                // Adjacent regular parts become one terminal.
                 let mut run = Vec::new();
                 for part in parts {
                     match self.regulars.of(part, self.known) {
@@ -156,7 +157,7 @@ impl Cutter<'_> {
             self.places.push(Place::Terminal(id));
             return Node::Terminal(id, self.places.len() - 1);
         }
-        // One rule wherever it occurs: an expression may have more occurrences than a text could hold.
+        // One rule for all occurrences, since an expression may occur very often.
         if let Some(index) = self.split_rules.get(&id) {
             return Node::Rule(*index);
         }
@@ -179,7 +180,7 @@ impl Cutter<'_> {
 }
 
 impl Node {
-    /// Adds the rules that it names.
+    /// Adds the rules that it refers to.
     pub fn names(&self, into: &mut Vec<usize>) {
         match self {
             Node::Terminal(..) | Node::Token(..) => {}

@@ -1,11 +1,11 @@
-//! Regular expressions of characters, each kept once, and the rules that are regular.
+//! Regular expressions over characters, each stored once, and the rules that are regular.
 
 use std::collections::HashMap;
 
 use super::chars::CharSet;
 use super::{Expr, Grammar};
 
-/// A regular expression, by its place in [`Regulars`].
+/// A regular expression, by its index in [`Regulars`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Id(pub u32);
 
@@ -14,36 +14,36 @@ pub struct Id(pub u32);
 pub enum Regular {
     /// One character.
     Chars(CharSet),
-    /// One after another; none: the empty text.
+    /// A sequence; empty: the empty text.
     Seq(Vec<Id>),
-    /// One of at least two.
+    /// At least two alternatives.
     Any(Vec<Id>),
-    /// So many times at least, and at most. The repeated is not empty.
+    /// Repetition, with minimum and maximum. The repeated expression is not empty.
     Repeat(Id, u32, Option<u32>),
 }
 
-/// All expressions of a grammar. What one is made of has smaller places.
+/// All expressions of a grammar. Parts have smaller indices.
 #[derive(Default)]
 pub struct Regulars {
     all: Vec<Regular>,
-    /// Whether an expression has the empty text.
+    /// Whether an expression matches the empty text.
     nullable: Vec<bool>,
     places: HashMap<Regular, Id>,
     filled: HashMap<Id, Id>,
 }
 
 impl Regulars {
-    /// What an expression is.
+    /// The expression of an index.
     pub fn get(&self, id: Id) -> &Regular {
         &self.all[id.0 as usize]
     }
 
-    /// Whether it has the empty text.
+    /// Whether it matches the empty text.
     pub fn is_nullable(&self, id: Id) -> bool {
         self.nullable[id.0 as usize]
     }
 
-    /// Whether it has the empty text alone.
+    /// Whether it matches only the empty text.
     pub fn is_empty(&self, id: Id) -> bool {
         matches!(self.get(id), Regular::Seq(parts) if parts.is_empty())
     }
@@ -84,7 +84,7 @@ impl Regulars {
         }
     }
 
-    /// One of these, which are not none.
+    /// One of these alternatives; at least one.
     pub fn any(&mut self, parts: Vec<Id>) -> Id {
         let mut set = CharSet::default();
         let mut others: Vec<Id> = Vec::new();
@@ -129,7 +129,7 @@ impl Regulars {
         }
     }
 
-    /// The same without the empty text; it has others.
+    /// The same without the empty text; it must match others.
     pub fn filled(&mut self, id: Id) -> Id {
         if !self.is_nullable(id) {
             return id;
@@ -144,7 +144,7 @@ impl Regulars {
                 self.any(parts)
             }
             Regular::Repeat(part, _, most) => self.repeat(part, 1, most),
-            // From the end: the first part is not empty, or it is and the rest is not.
+            // From the end: either the first part is not empty, or it is and the rest is not.
             Regular::Seq(parts) => {
                 let mut rest = self.empty();
                 let mut rest_filled = None;
@@ -164,7 +164,7 @@ impl Regulars {
         filled
     }
 
-    /// What is regular about an expression whose rules are known, or None.
+    /// The regular expression of an expression with known rules, or `None`.
     pub fn of(&mut self, expr: &Expr, rules: &[Option<Id>]) -> Option<Id> {
         Some(match expr {
             Expr::Chars(set) => self.chars(set.clone()),
@@ -186,11 +186,11 @@ impl Regulars {
     }
 }
 
-/// The expression of each rule that is regular: without recursion, or with its own name at one end alone, as in
-/// `ws ::= ([ \t] ws)?`.
+/// The expression of each rule that is regular: without recursion, or with its own name only at one end, as in `ws ::=
+/// ([ \t] ws)?`.
 pub fn of_rules(grammar: &Grammar, regulars: &mut Regulars) -> Vec<Option<Id>> {
     let count = grammar.rules.len();
-    // Other rules that a rule waits for, and who waits for a rule.
+    // Rules that a rule depends on, and its dependents.
     let mut missing = vec![0usize; count];
     let mut waiting: Vec<Vec<usize>> = vec![Vec::new(); count];
     for (index, rule) in grammar.rules.iter().enumerate() {
@@ -225,7 +225,7 @@ pub fn of_rules(grammar: &Grammar, regulars: &mut Regulars) -> Vec<Option<Id>> {
     rules
 }
 
-/// Adds the rules that an expression names.
+/// Adds the rules that an expression refers to.
 pub fn names(expr: &Expr, into: &mut Vec<usize>) {
     match expr {
         Expr::Chars(_) | Expr::Token(_) => {}
@@ -258,7 +258,8 @@ fn at_one_end(body: &Expr, rule: usize, rules: &[Option<Id>], regulars: &mut Reg
     None
 }
 
-/// The alternatives that end (or begin) with the rule, without it, and those that do not have it. None: it is elsewhere, too.
+/// The alternatives that end (or begin) with the rule, without it, and those that do not have it. `None`: it also
+/// occurs elsewhere.
 fn split(expr: &Expr, rule: usize, is_last: bool) -> Option<(Vec<Expr>, Vec<Expr>)> {
     if !mentions(expr, rule) {
         return Some((Vec::new(), vec![expr.clone()]));

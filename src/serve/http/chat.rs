@@ -1,4 +1,4 @@
-//! `/v1/chat/completions`: messages become a prompt by the model's own template.
+//! `/v1/chat/completions`: renders messages to a prompt with the model's template.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::text::jinja::Variable;
 use crate::text::tools::ToolFormat;
 use crate::text::{Tokenizer, chat};
 
-/// A message as clients write it.
+/// A message in a request.
 #[derive(serde::Deserialize)]
 pub struct Turn {
     role: String,
@@ -54,7 +54,7 @@ fields! {
     }
 }
 
-/// What a body asks for.
+/// The fields of a body.
 pub fn parse(
     find: impl Fn(Option<&str>) -> Result<Arc<Model>, ApiError>,
     limits: &ServerLimits,
@@ -97,13 +97,13 @@ pub fn parse(
     })
 }
 
-/// What a request says of tools.
+/// The tool fields of a request.
 #[derive(Default)]
 struct Offered {
     tools: Option<Tools>,
     /// For the template.
     descriptions: Option<Variable>,
-    /// The form of the call that there has to be.
+    /// The form of a required call.
     forced: Option<Limited>,
 }
 
@@ -175,7 +175,7 @@ fn prompt(model: &Model, messages: Vec<Turn>, tools: Variable) -> Result<Vec<u32
     tokenizer.encode(&text, false).map_err(|error| ApiError::of(&error))
 }
 
-/// The tokenizer, where there is no way without.
+/// The tokenizer, if required.
 pub fn tokenizer(model: &Model) -> Result<&Tokenizer, ApiError> {
     model.tokenizer.as_deref().ok_or_else(|| {
         ApiError::bad(format!(
@@ -186,7 +186,7 @@ pub fn tokenizer(model: &Model) -> Result<&Tokenizer, ApiError> {
 }
 
 impl Turn {
-    /// As templates see it.
+    /// In the templates' form.
     fn message(self, number: usize) -> Result<Variable, ApiError> {
         let wrong = |what: String| ApiError::field(&format!("messages[{number}]"), what);
         let role = match &self.role[..] {
@@ -228,7 +228,7 @@ impl Turn {
     }
 }
 
-/// A call of an earlier turn, with its arguments as templates take them: an object, and not the text of one.
+/// A call of an earlier turn, with its arguments in the templates' form: an object, not its text.
 fn with_arguments(call: &Value) -> Value {
     let mut call = call.clone();
     let arguments = &call["function"]["arguments"];

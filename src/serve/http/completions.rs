@@ -1,4 +1,4 @@
-//! `/v1/completions`: text or token ids that are continued.
+//! `/v1/completions`: continues text or token ids.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use super::model::Model;
 use super::reply::Asked;
 use super::shapes::Shape;
 
-/// Tokens where a request does not say how many, as OpenAI has it.
+/// OpenAI's default number of tokens.
 const DEFAULT_TOKENS: usize = 16;
 
 #[derive(serde::Deserialize)]
@@ -32,7 +32,7 @@ fields! {
     }
 }
 
-/// What a body asks for.
+/// The fields of a body.
 pub fn parse(
     find: impl Fn(Option<&str>) -> Result<Arc<Model>, ApiError>,
     limits: &ServerLimits,

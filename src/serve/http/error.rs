@@ -15,12 +15,12 @@ use crate::serve::{RequestError, SubmitError};
 #[derive(Debug)]
 pub struct ApiError {
     pub status: StatusCode,
-    /// A word for programs, finer than the status.
+    /// A code for programs, more specific than the status.
     pub code: Option<&'static str>,
-    /// The field at fault.
+    /// The invalid field.
     pub param: Option<String>,
     pub message: String,
-    /// Seconds until it is worth trying again.
+    /// Seconds until a retry is useful.
     pub retry_after: Option<u64>,
 }
 
@@ -64,7 +64,7 @@ impl ApiError {
         ApiError::new(status, error.to_string())
     }
 
-    /// As a server says it, and as the last event of a stream.
+    /// The response, also the last event of a stream.
     pub fn document(&self) -> Value {
         let kind = match self.status {
             StatusCode::UNAUTHORIZED => "authentication_error",
@@ -144,7 +144,7 @@ impl From<&SubmitError> for ApiError {
     }
 }
 
-/// The server takes nothing more.
+/// The server accepts no more requests.
 pub fn stopping() -> ApiError {
     ApiError {
         retry_after: Some(5),

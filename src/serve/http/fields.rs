@@ -1,4 +1,4 @@
-//! The fields that chat and completions have in common, as OpenAI names them, and as llama.cpp names the rest of the chain.
+//! The common fields of chat and completions, with OpenAI's names, and llama.cpp's for the rest of the chain.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -47,7 +47,7 @@ impl<T> OneOrMore<T> {
 #[serde(default)]
 pub struct StreamOptions {
     pub include_usage: bool,
-    /// Random padding against listeners; not done.
+    /// Random padding against eavesdropping; ignored.
     #[serde(rename = "include_obfuscation")]
     _include_obfuscation: bool,
 }
@@ -94,7 +94,7 @@ fields! {
     }
 }
 
-/// Fields that change nothing here, and that clients send.
+/// Fields that clients send but that have no effect here.
 const IGNORED: [&str; 8] = [
     "cache_prompt",
     "metadata",
@@ -106,10 +106,10 @@ const IGNORED: [&str; 8] = [
     "user",
 ];
 
-/// Strings that end repetitions for DRY at most: each takes a walk over the vocabulary.
+/// Maximum number of DRY breakers: each needs a pass over the vocabulary.
 const MOST_BREAKERS: usize = 64;
 
-/// The object that a body is.
+/// The object of a body.
 pub fn object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
     match serde_json::from_slice(body) {
         Ok(Value::Object(object)) => Ok(object),
@@ -118,7 +118,7 @@ pub fn object(body: &[u8]) -> Result<Map<String, Value>, ApiError> {
     }
 }
 
-/// The fields of a body: those in common, and others. A field that neither has is refused by name.
+/// The fields of a body: the common ones, and others. Unknown fields are refused by name.
 pub fn read<T: DeserializeOwned>(body: &[u8], names: &[&str]) -> Result<(Common, T), ApiError> {
     let (mut common, mut own) = (Map::new(), Map::new());
     for (name, value) in object(body)? {
@@ -132,7 +132,7 @@ pub fn read<T: DeserializeOwned>(body: &[u8], names: &[&str]) -> Result<(Common,
     Ok((of_object(common)?, of_object(own)?))
 }
 
-/// What an object says, with the field at fault where it does not.
+/// Parses an object; errors name the invalid field.
 pub fn of_object<T: DeserializeOwned>(object: Map<String, Value>) -> Result<T, ApiError> {
     serde_path_to_error::deserialize(Value::Object(object)).map_err(|error| {
         let path = error.path().to_string();
@@ -141,7 +141,7 @@ pub fn of_object<T: DeserializeOwned>(object: Map<String, Value>) -> Result<T, A
 }
 
 impl Common {
-    /// Choices for each prompt.
+    /// Number of choices per prompt.
     pub fn choices(&self, most: usize) -> Result<usize, ApiError> {
         match self.n.unwrap_or(1) {
             n if (1..=most).contains(&n) => Ok(n),
@@ -159,7 +159,7 @@ impl Common {
             .is_some_and(|options| options.include_usage)
     }
 
-    /// When to end; `max_tokens` is what the endpoint's own field says, `default` what applies where none does.
+    /// When to end; `max_tokens` is the endpoint's own field, `default` applies if there is none.
     pub fn limits(
         &mut self,
         model: &Model,
@@ -169,7 +169,7 @@ impl Common {
     ) -> Result<Limits, ApiError> {
         let predicted = match self.n_predict {
             None => None,
-            // No limit but the context.
+            // No limit except the context.
             Some(-1) => Some(usize::MAX),
             Some(n) => Some(usize::try_from(n).map_err(|_| ApiError::field("n_predict", format!("{n} is below 0")))?),
         };
@@ -194,7 +194,7 @@ impl Common {
         })
     }
 
-    /// How tokens are drawn: the model's defaults, then what the request says.
+    /// How tokens are drawn: the model's defaults, then the request's settings.
     pub fn settings(&mut self, model: &Model) -> Result<Settings, ApiError> {
         let mut s = model.defaults.clone();
         for (field, place) in [
@@ -216,7 +216,7 @@ impl Common {
         ] {
             *place = field.unwrap_or(*place);
         }
-        // As in llama.cpp and vLLM: what is not above 0 is off.
+        // As in llama.cpp and vLLM, values not above 0 mean off.
         s.top_k = self.top_k.map_or(s.top_k, |k| usize::try_from(k).unwrap_or(0));
         if let Some(n) = self.repeat_last_n {
             s.penalty_last_n = last_n("repeat_last_n", n)?;
@@ -242,7 +242,7 @@ impl Common {
         if let Some(bias) = &self.logit_bias {
             s.logit_bias = logit_bias(bias, model.scheduler.facts().vocabulary)?;
         }
-        // As in llama.cpp -1 is a random one.
+        // As in llama.cpp, -1 is a random seed.
         s.seed = match self.seed.filter(|seed| *seed != -1) {
             Some(seed) => seed as u64,
             None => model.seed.unwrap_or_else(fresh_seed),
@@ -257,7 +257,7 @@ impl Common {
     fn set_breakers(&self, model: &Model, s: &mut Settings) -> Result<(), ApiError> {
         let name = "dry_sequence_breakers";
         match (&self.dry_sequence_breakers, &model.tokenizer) {
-            // Those of a flag are there already.
+            // Those of a flag are already set.
             (None, _) if model.defaults.dry.is_on() => {}
             (None, _) => s.dry.breakers = model.default_breakers().map_err(|error| ApiError::of(&error))?,
             (Some(_), None) => return Err(ApiError::field(name, "the package has no tokenizer")),
@@ -287,7 +287,7 @@ fn last_n(name: &str, n: i64) -> Result<Option<usize>, ApiError> {
     }
 }
 
-/// By our name or llama.cpp's.
+/// By Lapidary's name or llama.cpp's.
 fn stage(name: &str) -> Result<Stage, ApiError> {
     let ours = match name {
         "typ_p" | "typical_p" => "typical".to_string(),
@@ -347,7 +347,7 @@ fn fresh_seed() -> u64 {
     RandomState::new().hash_one(std::process::id()) >> 11
 }
 
-/// An id that no other reply has.
+/// A unique id of a reply.
 pub fn fresh_id(prefix: &str) -> String {
     use std::hash::{BuildHasher, RandomState};
     let [a, b] = [0, 1].map(|i| RandomState::new().hash_one(i));

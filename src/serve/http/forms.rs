@@ -1,4 +1,4 @@
-//! The forms that requests ask for by their fields, and the form of a tool call.
+//! The forms that requests specify in their fields, and the form of a tool call.
 
 use serde_json::{Value, json};
 
@@ -9,7 +9,7 @@ use crate::serve::grammar::WHITE_SPACE;
 use crate::serve::{Form, Limited};
 use crate::text::tools::{CallPart, ToolFormat};
 
-/// The form that a request asks for, if any.
+/// The requested form, if any.
 pub fn of(common: &mut Common, model: &Model) -> Result<Option<Limited>, ApiError> {
     let format = common.response_format.take();
     let from_format = match &format {

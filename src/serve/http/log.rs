@@ -14,7 +14,7 @@ fn write(event: &str, fields: Map<String, Value>) {
     eprintln!("{}", Value::Object(line));
 }
 
-/// A request that was refused, or that failed before it had an answer.
+/// A request that was refused, or that failed before an answer.
 pub fn refused(method: &str, path: &str, status: u16) {
     let fields = [
         ("method", json!(method)),
@@ -30,14 +30,14 @@ pub fn refused(method: &str, path: &str, status: u16) {
     );
 }
 
-/// What becomes of a request; written when it is dropped, however that comes.
+/// The outcome of a request, written when this is dropped.
 pub struct Record {
     /// `None`: nothing is written.
     fields: Option<Map<String, Value>>,
     started: Instant,
     first: Option<Duration>,
     pub usage: Usage,
-    /// Until it ends in another way the client went.
+    /// The default outcome: the client disconnected.
     pub outcome: &'static str,
 }
 

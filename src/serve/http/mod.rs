@@ -1,8 +1,8 @@
 //! The server: OpenAI's endpoints over HTTP, in front of schedulers.
 //!
-//! Takes bodies as bytes and gives JSON or server-sent events. `chat` and `completions` define request bodies, `fields`
-//! what both have in common, `forms` the form that a text must have, `reply` submits it and writes the answer in one of the
-//! `shapes`, `tokens` is the tokenizer alone, `error` every refusal, `log` a line for each request,
+//! Reads bodies as bytes and writes JSON or server-sent events. `chat` and `completions` define request bodies,
+//! `fields` their common fields, `forms` the form that a text must have, `reply` submits the request and writes the
+//! answer in one of the `shapes`, `tokens` is the tokenizer endpoints, `error` every refusal, `log` a line per request,
 //! `page.html` a chat in a browser. A request cannot name a file.
 
 mod chat;
@@ -40,7 +40,7 @@ use reply::{Asked, json_response, respond};
 
 use crate::serve::{SubmitError, prometheus};
 
-/// What one request may take.
+/// Limits of one request.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Bytes of a body.
@@ -49,13 +49,13 @@ pub struct Limits {
     pub prompt: Option<usize>,
     /// Prompts times choices.
     pub choices: usize,
-    /// From arrival to the last token.
+    /// Time from arrival to the last token.
     pub timeout: Option<Duration>,
-    /// For the head of a request to arrive.
+    /// Time for the head of a request to arrive.
     pub header_timeout: Duration,
-    /// For a body to arrive.
+    /// Time for a body to arrive.
     pub body_timeout: Duration,
-    /// For a client to take something of what is written to it; one that does not is disconnected, and its requests end.
+    /// Time for a client to read; one that does not is disconnected, and its requests end.
     pub write_timeout: Duration,
 }
 
@@ -85,12 +85,12 @@ impl Limits {
     }
 }
 
-/// Keys that clients give, by their hashes: comparing hashes does not reveal how much of a key was right.
+/// API keys, by their hashes: comparing hashes does not reveal how much of a key was right.
 #[derive(Clone, Debug, Default)]
 pub struct Keys(Vec<blake3::Hash>);
 
 impl Keys {
-    /// One a line; empty lines and lines that begin with `#` are no keys.
+    /// One per line; empty lines and lines that begin with `#` are ignored.
     pub fn of_lines(text: &str) -> Self {
         let keys = text
             .lines()
@@ -99,12 +99,12 @@ impl Keys {
         Keys(keys.map(|key| blake3::hash(key.as_bytes())).collect())
     }
 
-    /// One more.
+    /// Adds a key.
     pub fn add(&mut self, key: &str) {
         self.0.push(blake3::hash(key.as_bytes()));
     }
 
-    /// Without any, every client is served.
+    /// Without keys, every client is served.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -115,7 +115,7 @@ impl Keys {
     }
 }
 
-/// What is served, and to whom.
+/// The models and the access rules.
 pub struct Server {
     models: Vec<Arc<Model>>,
     limits: Limits,
@@ -138,7 +138,8 @@ impl Server {
         })
     }
 
-    /// Answers connections of this listener until `stop` is ready; then what runs is finished, for at most `grace`.
+    /// Answers connections of this listener until `stop` is ready; running requests then have at most `grace` to
+    /// finish.
     pub async fn run(
         self: Arc<Self>,
         listener: tokio::net::TcpListener,
@@ -155,16 +156,16 @@ impl Server {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
-                        // Each token is on its way at once, however small.
+                        // Each token is sent at once, however small.
                         let _ = stream.set_nodelay(true);
                         let mut stream = TimeoutStream::new(stream);
                         stream.set_write_timeout(Some(self.limits.write_timeout));
                         let connection = http.serve_connection(TokioIo::new(Box::pin(stream)), service.clone());
                         let connection = connections.watch(connection);
-                        // What goes wrong with one connection is its client's to see.
+                        // Errors of one connection concern only its client.
                         tokio::spawn(async move { drop(connection.await) });
                     }
-                    // Too many files are open, for example: those that are there go on.
+                    // Too many open files, for example: existing connections continue.
                     Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
                 },
                 () = &mut stop => break,
@@ -177,7 +178,7 @@ impl Server {
         tokio::pin!(ended);
         if tokio::time::timeout(grace, &mut ended).await.is_err() {
             self.models.iter().for_each(|model| model.scheduler.stop());
-            // What was stopped is said to those who still read.
+            // Clients that still read receive the error of stopped requests.
             let _ = tokio::time::timeout(Duration::from_secs(2), ended).await;
         }
     }
@@ -188,14 +189,14 @@ impl Server {
             .route("/v1/completions", post(text_completions))
             .route("/v1/embeddings", post(no_embeddings))
             .route("/v1/models", get(list_models))
-            // A name may have slashes.
+            // A name may contain slashes.
             .route("/v1/models/{*name}", get(one_model))
             .route("/tokenize", post(tokenize))
             .route("/detokenize", post(detokenize))
             .layer(middleware::from_fn_with_state(self.clone(), check_key));
         let open = Router::new()
             .route("/", get(page))
-            // Names that probes of vLLM and of llama.cpp's server use, too.
+            // Also the probe paths of vLLM and of llama.cpp's server.
             .route("/health", get(health))
             .route("/v1/health", get(health))
             .route("/ping", get(health))
@@ -216,7 +217,7 @@ impl Server {
             .with_state(self)
     }
 
-    /// The model of a name; the only package if there is no name.
+    /// The model with a name; the only package if there is no name.
     fn find(&self, name: Option<&str>) -> Result<Arc<Model>, ApiError> {
         let mut packages = self.models.iter().filter(|model| model.parent.is_none());
         let found = match name.filter(|name| !name.is_empty()) {
@@ -264,7 +265,7 @@ impl Server {
     }
 }
 
-/// Runs what may take a while, as a long text's tokens, off the threads that answer connections.
+/// Runs slow work, such as encoding a long text, outside the threads that answer connections.
 async fn off_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -385,8 +386,7 @@ async fn metrics(State(server): Shared) -> Response {
     (kind, text).into_response()
 }
 
-/// Reads the body, whatever becomes of the request: a connection with an unread one could not be used again, and its client
-/// would not know.
+/// Reads the body in every case: a connection with an unread body could not be reused, and its client would not know.
 async fn read_body(State(server): Shared, request: Request, next: Next) -> Response {
     let (head, body) = request.into_parts();
     match server.body(body).await {

@@ -1,4 +1,4 @@
-//! A package that is served, by its name.
+//! A served package, by name.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, OnceLock};
@@ -9,28 +9,28 @@ use crate::text::{Tokenizer, TokenizerError};
 
 /// See the module's head.
 pub struct Model {
-    /// What requests call it.
+    /// Its model name in requests.
     pub name: String,
-    /// For one with an adapter, the name of its package.
+    /// The name of its package, if it has an adapter.
     pub parent: Option<String>,
-    /// What runs it.
+    /// Its scheduler.
     pub scheduler: Scheduler,
-    /// If its package has one.
+    /// Its tokenizer, if the package has one.
     pub tokenizer: Option<Arc<Tokenizer>>,
-    /// What a request does not say.
+    /// Default settings for requests.
     pub defaults: Settings,
-    /// Of requests that give none; another one each time if there is none.
+    /// Seed of requests without one; random each time if `None`.
     pub seed: Option<u64>,
     /// Tokens that end a text.
     pub eos_ids: BTreeSet<u32>,
-    /// Of [`DEFAULT_BREAKERS`], once asked for.
+    /// Breakers of [`DEFAULT_BREAKERS`], built on first use.
     breakers: OnceLock<Arc<Breakers>>,
-    /// Once asked for.
+    /// Built on first use.
     grammars: OnceLock<Result<Grammars, String>>,
 }
 
 impl Model {
-    /// A package of this name, in the hands of this scheduler.
+    /// A package with this name, run by this scheduler.
     pub fn new(
         name: String,
         scheduler: Scheduler,
@@ -52,7 +52,7 @@ impl Model {
         }
     }
 
-    /// The same, known as one of `parent` with an adapter.
+    /// The same, as `parent` with an adapter.
     pub fn of(self, parent: &str) -> Self {
         Model {
             parent: Some(parent.to_string()),
@@ -60,20 +60,20 @@ impl Model {
         }
     }
 
-    /// What ends a repetition for DRY where neither a flag nor the request says so.
+    /// The default DRY breakers, without a flag or a field of the request.
     pub(super) fn default_breakers(&self) -> Result<Arc<Breakers>, TokenizerError> {
         if let Some(breakers) = self.breakers.get() {
             return Ok(breakers.clone());
         }
         let breakers = match &self.tokenizer {
-            // A tokenizer that cannot write one of the defaults just has one less.
+            // A default that the tokenizer cannot produce is skipped.
             Some(tokenizer) => tokenizer.breakers(&DEFAULT_BREAKERS)?.0,
             None => Breakers::default(),
         };
         Ok(self.breakers.get_or_init(|| Arc::new(breakers)).clone())
     }
 
-    /// What its tokens are, for grammars.
+    /// Its tokens, for grammars.
     pub(super) fn grammars(&self) -> Result<&Grammars, String> {
         let make = || match &self.tokenizer {
             Some(tokenizer) => Grammars::new(tokenizer, self.scheduler.facts().vocabulary, &self.eos_ids),

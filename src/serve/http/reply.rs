@@ -1,4 +1,4 @@
-//! From choices to answers: prompts are submitted, events become one document or a stream of them.
+//! From choices to answers: submits prompts, and turns events into one document or a stream of documents.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,13 +20,13 @@ use crate::sample::{Constraint, Settings};
 use crate::serve::{Event, Finished, Limited, Request, SubmitError, Ticket};
 use crate::text::tools::ToolPart;
 
-/// A request in full.
+/// A complete request.
 pub struct Asked {
     pub model: Arc<Model>,
-    /// Token ids. Each gets `n` choices.
+    /// Token ids of each prompt, which gets `n` choices.
     pub prompts: Vec<Vec<u32>>,
     pub n: usize,
-    /// Choice `i` of all is drawn with the seed plus `i`.
+    /// Choice `i` overall is drawn with the seed plus `i`.
     pub sampling: Settings,
     pub limits: Limits,
     /// The form of each choice's text.
@@ -36,7 +36,7 @@ pub struct Asked {
     /// Whether choices have the ids of their tokens.
     pub token_ids: bool,
     pub shape: Shape,
-    /// Whether a line is written about it.
+    /// Whether it is logged.
     pub logs: bool,
     pub timeout: Option<Duration>,
 }
@@ -112,7 +112,7 @@ fn submit(asked: &Asked) -> Result<(Events, Vec<Ticket>), ApiError> {
     Ok((events, tickets))
 }
 
-/// Seconds until a place in the queue is likely: the time that requests took so far, for those that wait.
+/// Seconds until a place in the queue is likely, estimated from the duration of earlier requests and the queue length.
 fn wait(model: &Model, waiting: usize) -> u64 {
     let counts = model.scheduler.metrics().snapshot();
     let mean = counts.whole.sum / counts.whole.count().max(1) as f64;
@@ -120,7 +120,7 @@ fn wait(model: &Model, waiting: usize) -> u64 {
     (mean * turns.min(1.0)).ceil().clamp(1.0, 60.0) as u64
 }
 
-/// The device's thread ended, and said nothing.
+/// The device's thread ended without an error.
 fn broken() -> ApiError {
     ApiError::new(
         axum::http::StatusCode::INTERNAL_SERVER_ERROR,
@@ -142,7 +142,7 @@ pub async fn respond(asked: Asked) -> Result<Response, ApiError> {
         Err(error)
     };
     if asked.streams {
-        // A failure before the first token still has its own status.
+        // A failure before the first token still gets its own status.
         let first = match events.recv().await {
             None => return failed(&mut record, broken()),
             Some((_, Event::Failed(error))) => return failed(&mut record, ApiError::from(&error)),
@@ -153,7 +153,7 @@ pub async fn respond(asked: Asked) -> Result<Response, ApiError> {
         let response = Response::builder()
             .header(header::CONTENT_TYPE, "text/event-stream")
             .header(header::CACHE_CONTROL, "no-cache")
-            // Proxies pass each event on at once.
+            // Makes proxies forward each event at once.
             .header("x-accel-buffering", "no");
         return Ok(response
             .body(Body::from_stream(stream))
@@ -196,7 +196,7 @@ pub async fn respond(asked: Asked) -> Result<Response, ApiError> {
     Ok(json_response(&document))
 }
 
-/// What a model wrote, into a choice.
+/// Adds a model's output to a choice.
 fn add(choice: &mut Choice, parts: Vec<ToolPart>) {
     for part in parts {
         match part {
@@ -218,15 +218,15 @@ struct Streaming {
     asked: Asked,
     head: Head,
     events: Events,
-    /// Until the client goes, or all is said.
+    /// Runs until the client disconnects or the answer is complete.
     _tickets: Vec<Ticket>,
     readers: Vec<Reader>,
-    /// Of each choice: characters and calls written.
+    /// Characters and calls written, for each choice.
     written: Vec<(usize, usize)>,
     begun: Vec<bool>,
     left: usize,
     record: Record,
-    /// Events of the stream that are ready.
+    /// Pending events of the stream.
     ready: VecDeque<String>,
     is_over: bool,
 }
@@ -259,7 +259,7 @@ impl Streaming {
         streaming
     }
 
-    /// The next event of the stream, as it is written.
+    /// The next event of the stream, as text.
     async fn next(mut self) -> Option<(Result<Bytes, std::convert::Infallible>, Self)> {
         loop {
             if let Some(event) = self.ready.pop_front() {
@@ -287,7 +287,7 @@ impl Streaming {
         self.say(&document);
     }
 
-    /// A piece of a choice, unless there is nothing to say.
+    /// A piece of a choice, unless it is empty.
     fn say_piece(&mut self, index: usize, mut piece: Choice, parts: Vec<ToolPart>) {
         let written = &mut self.written[index];
         for part in parts {

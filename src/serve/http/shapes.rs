@@ -1,4 +1,4 @@
-//! How answers look: chat and completions, whole and in pieces.
+//! The JSON of answers: chat and completions, complete and in pieces.
 
 use serde_json::{Value, json};
 
@@ -7,20 +7,20 @@ use crate::decode::{FinishReason, Step};
 use crate::text::Tokenizer;
 use crate::text::tools::{ToolCall, ToolFormat, ToolPart, ToolReader};
 
-/// What an answer is.
+/// The kind of an answer.
 pub enum Shape {
     /// `/v1/chat/completions`
     Chat {
-        /// Whether log-probabilities were asked for.
+        /// Whether log-probabilities were requested.
         logprobs: bool,
         /// Tools that may be called.
         tools: Option<Tools>,
     },
     /// `/v1/completions`
     Completion {
-        /// Of each prompt, what stands before its choices.
+        /// For each prompt, the text before its choices.
         echo: Vec<String>,
-        /// Whether log-probabilities were asked for.
+        /// Whether log-probabilities were requested.
         logprobs: bool,
     },
 }
@@ -32,7 +32,7 @@ pub struct Tools {
     pub names: Vec<String>,
 }
 
-/// What every document of an answer begins with.
+/// The first fields of every document of an answer.
 pub struct Head {
     pub id: String,
     pub created: u64,
@@ -63,12 +63,12 @@ pub struct Choice {
     pub characters: usize,
     /// Calls of tools.
     pub calls: Vec<Value>,
-    /// Of each step: where the text of its token begins, in characters.
+    /// For each step, the offset of its token's text, in characters.
     pub offsets: Vec<usize>,
 }
 
 impl Choice {
-    /// A call, as choices and pieces show it.
+    /// A call in choices and pieces.
     pub fn add_call(&mut self, call: ToolCall, number: usize) {
         self.calls.push(json!({
             "index": number,
@@ -91,7 +91,7 @@ impl Choice {
     }
 }
 
-/// What reads calls out of a choice, if there are tools: otherwise pieces are text.
+/// The parser of calls in a choice, if there are tools; otherwise pieces are text.
 pub struct Reader(Option<ToolReader>);
 
 impl Reader {
@@ -119,7 +119,7 @@ impl Shape {
         })
     }
 
-    /// Of ids.
+    /// The prefix of ids.
     pub fn prefix(&self) -> &'static str {
         match self {
             Shape::Chat { .. } => "chatcmpl",
@@ -154,7 +154,7 @@ impl Shape {
                     }
                     let mut calls = choice.calls.clone();
                     for call in &mut calls {
-                        // Pieces alone have numbers.
+                        // Only pieces have numbers.
                         call.as_object_mut().expect("an object").remove("index");
                     }
                     message["tool_calls"] = Value::Array(calls);
@@ -173,7 +173,7 @@ impl Shape {
         }
     }
 
-    /// What comes before the first piece of a choice.
+    /// The event before the first piece of a choice.
     pub fn opening(&self, index: usize, n: usize) -> Option<Value> {
         match self {
             Shape::Chat { .. } => {
@@ -206,7 +206,7 @@ impl Shape {
         }
     }
 
-    /// What comes after the last piece of a choice.
+    /// The event after the last piece of a choice.
     pub fn closing(&self, index: usize, why: FinishReason, has_calls: bool) -> Value {
         let why = reason(why, has_calls);
         match self {
@@ -250,7 +250,7 @@ impl Shape {
     }
 }
 
-/// A token by itself.
+/// A single token.
 struct Spelled {
     text: String,
     bytes: Option<Vec<u8>>,
@@ -272,7 +272,7 @@ impl Spelled {
     }
 }
 
-/// JSON has no infinity: what is impossible is as improbable as other servers say it is.
+/// JSON has no infinity: impossible tokens get the same value as in other servers.
 fn finite(logprob: f64) -> f64 {
     logprob.max(-9999.0)
 }

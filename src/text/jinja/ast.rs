@@ -32,7 +32,7 @@ pub(super) enum Statement {
         values: Vec<(Target, Expr)>,
         body: Body,
     },
-    /// A mark of generated text, which Jinja runs as a macro without a name.
+    /// A `generation` block, which Jinja runs as a macro without a name.
     Generation(Rc<Macro>),
     Break,
     Continue,
@@ -59,7 +59,7 @@ pub(super) struct Macro {
     pub uses_kwargs: bool,
 }
 
-/// What is assigned to.
+/// The target of an assignment.
 #[derive(Debug)]
 pub(super) enum Target {
     Name(String),
@@ -107,7 +107,7 @@ pub(super) struct Filter {
     pub arguments: Arguments,
 }
 
-/// Of a call, in the order they are written.
+/// Arguments of a call, in source order.
 #[derive(Debug, Default)]
 pub(super) struct Arguments {
     pub positional: Vec<Expr>,

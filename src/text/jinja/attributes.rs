@@ -1,5 +1,5 @@
-//! Attributes and items of values, as Jinja looks for them: `value.name` is an attribute or else an item, `value[index]` the
-//! other way round.
+//! Attributes and items of values, as in Jinja: `value.name` is an attribute or else an item, `value[index]` an item or
+//! else an attribute.
 
 use std::rc::Rc;
 
@@ -55,7 +55,7 @@ pub(super) fn item(value: &Value, index: &Value) -> Result<Value, Error> {
     }
 }
 
-/// What Python's `getattr` finds.
+/// Python's `getattr`.
 pub(super) fn python_attribute(value: &Value, name: &str) -> Result<Value, Error> {
     if value.is_undefined() {
         return Err(Error::failed(format!("{} has no attributes", value.described())));

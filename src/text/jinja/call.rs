@@ -1,4 +1,4 @@
-//! Arguments of calls, and the functions that are there from the beginning.
+//! Arguments of calls, and the built-in functions.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -23,7 +23,7 @@ impl Args {
         Ok(())
     }
 
-    /// The arguments of these parameters. A parameter in parentheses, `(x)`, has no name that a caller may use.
+    /// The arguments for these parameters. A parameter in parentheses, `(x)`, cannot be passed by name.
     pub fn bind<const N: usize>(self, of: &str, parameters: &[&str; N]) -> Result<[Option<Value>; N], Error> {
         let mut bound = [const { None }; N];
         if self.positional.len() > N {
@@ -42,7 +42,7 @@ impl Args {
         Ok(bound)
     }
 
-    /// Arguments by position alone.
+    /// Arguments by position only.
     pub fn unnamed(self, of: &str) -> Result<Vec<Value>, Error> {
         match self.named.first() {
             None => Ok(self.positional),
@@ -51,7 +51,7 @@ impl Args {
     }
 }
 
-/// An argument that must be there.
+/// A required argument.
 pub(super) fn need(value: Option<Value>, of: &str) -> Result<Value, Error> {
     value.ok_or_else(|| Error::failed(format!("{of} needs another argument")))
 }
@@ -73,7 +73,7 @@ pub(super) fn set_named(values: &mut Vec<(String, Value)>, name: &str, value: Va
     }
 }
 
-/// transformers keeps these for Python.
+/// transformers reserves these for Python.
 pub(super) fn check_namespace_name(name: &str) -> Result<(), Error> {
     match name.starts_with('_') {
         true => Err(Error::failed(format!(
@@ -148,7 +148,7 @@ pub(super) fn function(name: &'static str, args: Args) -> Result<Value, Error> {
                     ));
                 }
             };
-            // Differences stay far from the ends of the type.
+            // Differences stay within the type's range.
             if [start, stop, step].iter().any(|n| n.abs() > 1 << 100) {
                 return Err(Error::failed("range is too large"));
             }

@@ -1,4 +1,4 @@
-//! Tests: what stands after `is`.
+//! Tests: the names after `is`.
 
 use super::Error;
 use super::call::{Args, int, need};
@@ -87,12 +87,12 @@ pub(super) fn apply(name: &str, value: &Value, args: Args) -> Result<bool, Error
     })
 }
 
-/// `str.islower` and `str.isupper`: some character has a case, and every one that has, has this one.
+/// `str.islower` and `str.isupper`: some character has a case, and every such character has this case.
 pub(super) fn has_case(text: &str, is: fn(char) -> bool) -> bool {
     text.chars().any(is_cased) && text.chars().filter(|c| is_cased(*c)).all(is)
 }
 
-/// Identity, where it does not depend on how Python keeps its values.
+/// Identity, where it does not depend on Python's object storage.
 fn same(a: &Value, b: &Value) -> Result<bool, Error> {
     let is_small = |value: &Value| int(value, "").is_ok_and(|number| (-5..=256).contains(&number));
     Ok(match (a, b) {

@@ -1,6 +1,6 @@
-//! Runs a syntax tree: statements write text, expressions give values.
+//! Runs a syntax tree: statements write text, expressions return values.
 //!
-//! Scopes are Jinja's: what is set in an `if` is seen after it, what is set in a loop, a macro or a `with` is not.
+//! Scopes are Jinja's: a variable set in an `if` is visible after it, one set in a loop, a macro or a `with` is not.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -11,12 +11,12 @@ use super::operators::{LARGEST, binary, compared, slice, unary};
 use super::value::{Dict, Loop, Object, Value, check_nesting};
 use super::{Error, attributes, checks, filters, methods, names};
 
-/// Steps of one template at most: more than any chat needs, and an end to loops in loops.
+/// Maximum steps of a template: more than any chat needs, and a limit for nested loops.
 const MOST_STEPS: u64 = 5_000_000;
-/// Calls, loops and expressions inside each other at most.
+/// Maximum nesting of calls, loops and expressions.
 const DEEPEST: usize = 200;
 
-/// Parts of a value that is kept in a variable, at most.
+/// Maximum parts of a value in a variable.
 const MOST_PARTS: usize = 1 << 20;
 
 /// Names of one scope.
@@ -83,7 +83,7 @@ fn gone(name: &str) -> Error {
 pub(super) struct Run {
     steps: Cell<u64>,
     depth: Cell<usize>,
-    /// Recursive loops inside each other.
+    /// Nesting of recursive loops.
     loops: Cell<usize>,
 }
 
@@ -184,7 +184,7 @@ impl Run {
         }
     }
 
-    /// What a body writes, through filters.
+    /// The output of a body, through filters.
     fn captured(&self, body: &Body, filters: &[Filter], frame: &Rc<Frame>) -> Result<Value, Error> {
         let mut text = String::new();
         self.body(body, &Frame::child(frame), &mut text)?;
@@ -196,7 +196,7 @@ impl Run {
     }
 
     fn assign(&self, target: &Target, value: Value, frame: &Rc<Frame>) -> Result<(), Error> {
-        // What is kept can be nested deeper and deeper, one expression after another.
+        // Stored values can be nested deeper with each expression.
         let mut parts = MOST_PARTS;
         match target {
             Target::Name(name) => {
@@ -269,7 +269,7 @@ impl Run {
             let flow = self.body(&item.body, &inner, out)?;
             any_whole |= flow == Flow::Next;
             if flow == Flow::Break {
-                // What is left of a generator could be used again, and how much of it Jinja has taken is unknown.
+                // The rest of a generator could be used again, but it is unknown how much of it Jinja has consumed.
                 if matches!(&over, Value::Stream(stream) if Rc::strong_count(stream) > 1) {
                     return Err(Error::unsupported(
                         "leaving a loop over a generator that is in a variable",
@@ -463,12 +463,12 @@ impl Run {
             let at = named.iter().position(|(n, _)| n == name)?;
             Some(named.remove(at).1)
         };
-        // A default may name a parameter, which has no value before its turn.
+        // A default may refer to a parameter, which may have no value yet.
         for (name, _) in &item.parameters {
             inner.set(name, Value::undefined(name));
         }
         for (name, default) in &item.parameters {
-            // A name given beside the position is left over, for `kwargs` or to be refused.
+            // A parameter given both by position and by name stays, for `kwargs` or to be refused.
             let given = positional.next().or_else(|| take_named(name));
             let value = match (given, default) {
                 (Some(value), _) => value,

@@ -134,7 +134,7 @@ impl Parser {
 
     fn power(&mut self) -> Parsed<Expr> {
         let power = self.binary(&["**"], |parser| parser.unary(true))?;
-        // Jinja writes the base as a constant into Python, where its sign then comes after the power.
+        // Jinja compiles the base to a Python constant, whose sign then applies after the power.
         if let Expr::Binary("**", base, exponent) = &power
             && matches!(&**base, Expr::Unary("-", number) if matches!(**number, Expr::Literal(_)))
             && !matches!(**exponent, Expr::Literal(_))
@@ -368,7 +368,7 @@ impl Parser {
                 false
             }
             Some(Token::Name(name)) if name == "is" => return self.fail("tests cannot be chained with \"is\""),
-            // A condition after the test is none of its arguments, and Jinja takes it for one all the same: it then fails.
+            // A condition after the test is not its argument, but Jinja parses it as one and then fails.
             Some(Token::Name(name)) => !["else", "or", "and"].contains(&name.as_str()),
             Some(Token::Str(_) | Token::Int(_) | Token::Float(_) | Token::Op("[" | "{")) => true,
             _ => false,

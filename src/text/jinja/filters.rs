@@ -1,4 +1,4 @@
-//! Filters: what stands after `|`.
+//! Filters: the names after `|`.
 
 use std::rc::Rc;
 
@@ -189,7 +189,7 @@ fn batch(items: Vec<Value>, count: i128, fill: Option<Value>) -> Result<Vec<Vec<
         }
         lists.push(list);
     }
-    // With no item a line Jinja begins with an empty list.
+    // With zero items per line, Jinja begins with an empty list.
     if count == 0 && !lists.is_empty() {
         return Err(Error::unsupported("the filter \"batch\" with no item a line"));
     }
@@ -217,7 +217,7 @@ fn slices(items: Vec<Value>, count: i128, fill: Option<Value>) -> Result<Vec<Vec
     Ok(lists)
 }
 
-/// Filters that take text, and make text of what is none.
+/// Filters on text, which convert other values to text.
 fn textual(name: &str, value: &Value, args: Args) -> Result<Value, Error> {
     let of = described(name);
     match name {
@@ -253,7 +253,7 @@ fn textual(name: &str, value: &Value, args: Args) -> Result<Value, Error> {
         return Err(Error::unsupported(format!("{of} on escaped text")));
     }
     let given = value.to_text()?;
-    // These take nothing but text; the others make it.
+    // These accept only text; the others convert.
     if matches!(name, "indent" | "truncate" | "wordwrap") && value.as_str().is_none() {
         return Err(Error::failed(format!("{of} takes text, not {}", value.described())));
     }

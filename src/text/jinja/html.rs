@@ -1,4 +1,4 @@
-//! Text for HTML, as markupsafe has it.
+//! Text for HTML, with markupsafe's semantics.
 
 use super::Error;
 use super::text::is_space;

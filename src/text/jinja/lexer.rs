@@ -1,7 +1,7 @@
 //! Template source to tokens, by the rules of Jinja's lexer with `trim_blocks` and `lstrip_blocks` on and
 //! `keep_trailing_newline` off, which is how transformers sets them.
 //!
-//! Line ends of all kinds become `\n`, one at the end of the template goes. Whitespace is Python's.
+//! Line ends of all kinds become `\n`; one at the end of the template is removed. Whitespace is Python's.
 
 use super::Error;
 use super::text::{is_space, rstrip};
@@ -55,11 +55,11 @@ struct Lexer<'a> {
     source: &'a str,
     at: usize,
     out: Vec<Lexed>,
-    /// Nothing, or a newline, was before.
+    /// Whether nothing or a newline precedes.
     line_starting: bool,
 }
 
-/// What a sign beside a tag's border says of whitespace.
+/// The whitespace control of a sign at a tag's border.
 #[derive(Clone, Copy, PartialEq)]
 enum Sign {
     Minus,
@@ -101,7 +101,7 @@ impl<'a> Lexer<'a> {
         self.at += rest.len() - rest.trim_start_matches(is_space).len();
     }
 
-    /// Text up to a tag, as the sign of the tag leaves it.
+    /// Text up to a tag, after the tag's whitespace control.
     fn data(&mut self, text: &str, sign: Sign, strips_line: bool) {
         let mut text = text;
         if sign == Sign::Minus {
@@ -156,7 +156,8 @@ impl<'a> Lexer<'a> {
         Ok(true)
     }
 
-    /// The end of a block, comment or raw tag, if it is here: with `-` whitespace goes, without a sign one newline.
+    /// The end of a block, comment or raw tag, if it is here: `-` removes whitespace after it, no sign removes one
+    /// newline.
     fn tag_end(&mut self, end: &str) -> bool {
         let start = self.at;
         let sign = self.sign();
@@ -257,7 +258,7 @@ impl<'a> Lexer<'a> {
                 }
             }
             let Some(next) = self.rest().chars().next() else {
-                // The parser misses the end.
+                // The parser reports the missing end.
                 return Ok(());
             };
             if is_space(next) {
@@ -323,7 +324,7 @@ impl<'a> Lexer<'a> {
             Some("0b") if digits(&rest[2..], 2) > 0 => (&rest[2..], 2, 2),
             _ => (rest, 10, 0),
         };
-        // A decimal number does not begin with a zero, unless it is one.
+        // A decimal number must not begin with a zero, unless it is zero.
         let length = match radix == 10 && digits.starts_with('0') {
             true => digits.len() - digits.trim_start_matches('0').len(),
             false => self::digits(digits, radix),
@@ -391,7 +392,7 @@ fn float_length(text: &str) -> Option<usize> {
     (length > whole).then_some(length)
 }
 
-/// What Python's `unicode-escape` reads, after Jinja has written characters beyond ASCII as such escapes.
+/// Python's `unicode-escape`, after Jinja has replaced characters beyond ASCII by such escapes.
 fn unescape(text: &str) -> Result<String, String> {
     let mut out = String::new();
     let mut chars = text.chars().peekable();
@@ -440,7 +441,7 @@ fn unescape(text: &str) -> Result<String, String> {
                 out.push(code.ok_or_else(|| bad(&kind.to_string()))?);
             }
             Some('N') => return Err("characters by name (\\N{…}) are not supported".to_string()),
-            // Python leaves unknown escapes as they are; a character beyond ASCII is an escape itself by then.
+            // Python keeps unknown escapes unchanged; at this point a character beyond ASCII is an escape itself.
             Some(c) if c.is_ascii() => out.extend(['\\', c]),
             Some(c) => {
                 let code = u32::from(c);

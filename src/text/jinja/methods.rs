@@ -113,7 +113,7 @@ fn list(items: &[Value], name: &str, of: &str, args: Args, is_list: bool) -> Res
     }
 }
 
-/// Arguments of a method that takes them by position alone.
+/// Arguments of a method that accepts them only by position.
 fn bare<const N: usize>(args: Args, of: &str) -> Result<[Option<Value>; N], Error> {
     let args = Args {
         positional: args.unnamed(of)?,
@@ -136,7 +136,7 @@ pub(super) fn replace(text: &str, old: &str, new: &str, count: i128) -> Result<S
     })
 }
 
-/// A part of a text by character positions as `find`, `count` and `startswith` take them; `None` if it begins after the end.
+/// A part of a text by character positions, for `find`, `count` and `startswith`; `None` if it begins after the end.
 fn part<'a>(
     text: &'a str,
     start: Option<Value>,
@@ -408,7 +408,7 @@ fn split(given: &str, name: &str, of: &str, args: Args) -> Result<Value, Error> 
     Ok(Value::list(parts.into_iter().map(Value::str).collect()))
 }
 
-/// At whitespace; what is left over keeps the whitespace at its far end. From the right the last word comes first.
+/// Splits at whitespace; the rest keeps the whitespace at its far end. From the right, the last word comes first.
 fn split_words(text: &str, most: usize, from_right: bool) -> Vec<&str> {
     let mut parts = Vec::new();
     let mut rest = text;

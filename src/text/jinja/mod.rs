@@ -1,10 +1,10 @@
-//! Jinja as transformers runs it on chat templates, and nothing else.
+//! Jinja with the environment of transformers' chat templates.
 //!
-//! Takes a template's source and variables, gives text. The environment is the one of transformers' chat templates: Jinja's
-//! immutable sandbox with `trim_blocks` and `lstrip_blocks`, loop controls, `generation` blocks, `tojson` without HTML escapes,
-//! `raise_exception` and `strftime_now`; values are Python's. What it renders is what Jinja renders, to the letter:
-//! what is not supported, or would print something that only Python knows (an address), is refused by name. `names` lists
-//! everything that the environment has, and whether it is supported.
+//! Input: a template's source and variables. Output: text. The environment is that of transformers' chat templates:
+//! Jinja's immutable sandbox with `trim_blocks` and `lstrip_blocks`, loop controls, `generation` blocks, `tojson`
+//! without HTML escapes, `raise_exception` and `strftime_now`; values are Python's. Rendered text is identical to
+//! Jinja's. Unsupported features, and output that only Python can produce (an address), are refused by name. `names`
+//! lists everything in the environment, and whether it is supported.
 
 mod arithmetic;
 mod ast;
@@ -35,10 +35,10 @@ use std::rc::Rc;
 
 use value::{Dict, Value};
 
-/// Why a template gives no text.
+/// Why a template cannot be rendered.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
-    /// It is no template.
+    /// Invalid syntax.
     #[error("line {line}: {message}")]
     Syntax {
         /// From 1.
@@ -49,7 +49,7 @@ pub enum Error {
     /// It called `raise_exception` with this message.
     #[error("{0}")]
     Raised(String),
-    /// It uses what Jinja has and this renderer has not.
+    /// It uses a feature of Jinja that this renderer does not support.
     #[error("{0} is not supported")]
     Unsupported(String),
     /// Jinja fails here, too.
@@ -94,7 +94,7 @@ pub enum Variable {
 }
 
 impl From<&serde_json::Value> for Variable {
-    /// As Python's `json` reads it.
+    /// With the types of Python's `json`.
     fn from(value: &serde_json::Value) -> Self {
         match value {
             serde_json::Value::Null => Variable::None,

@@ -1,8 +1,8 @@
-//! What transformers' environment for chat templates has, and whether it is supported here.
+//! The contents of transformers' environment for chat templates, and whether they are supported here.
 //!
 //! The lists are those of Jinja 3.1, in its own order; docs/reference/chat-templates.md is written from [`ENVIRONMENT`].
 
-/// Filters, by the alphabet.
+/// Filters, alphabetically.
 pub const FILTERS: [&str; 54] = [
     "abs",
     "attr",
@@ -60,7 +60,7 @@ pub const FILTERS: [&str; 54] = [
     "xmlattr",
 ];
 
-/// Tests, by the alphabet.
+/// Tests, alphabetically.
 pub const TESTS: [&str; 39] = [
     "!=",
     "<",
@@ -103,7 +103,7 @@ pub const TESTS: [&str; 39] = [
     "upper",
 ];
 
-/// Functions that are there from the beginning.
+/// Built-in functions.
 pub const GLOBALS: [&str; 8] = [
     "cycler",
     "dict",
@@ -208,7 +208,7 @@ pub const STATEMENTS: [&str; 18] = [
     "with",
 ];
 
-/// Of them those that are refused.
+/// The refused ones among them.
 pub const STATEMENTS_REFUSED: [&str; 6] = ["autoescape", "block", "extends", "from", "import", "include"];
 
 /// Attributes of numbers that Python has, which would be undefined otherwise.
@@ -229,20 +229,20 @@ pub(super) const NUMBER_ATTRIBUTES: [&str; 14] = [
     "from_number",
 ];
 
-/// What a part of the environment is.
+/// The support of a part of the environment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Support {
-    /// It gives what Jinja gives.
+    /// Supported: the result is Jinja's.
     Yes,
-    /// It does so but for this, which is refused.
+    /// Supported except for this, which is refused.
     Except(&'static str),
     /// It is refused by name.
     No(&'static str),
-    /// Jinja's sandbox refuses it, and so does this.
+    /// Refused, as by Jinja's sandbox.
     Sandbox,
 }
 
-/// A kind of entry, as cases of the fixture call it; its title; its entries.
+/// A kind of entry, as named in the fixture; its title; its entries.
 pub const ENVIRONMENT: [(&str, &str, &[&str]); 7] = [
     ("statement", "Statements", &STATEMENTS),
     ("filter", "Filters", &FILTERS),

@@ -2,7 +2,7 @@
 
 use super::Error;
 
-/// Digits with single underscores between them, as numbers in Python's text may have.
+/// Digits with single underscores between them, as Python allows in text.
 fn without_underscores(text: &str, digit: fn(char) -> bool) -> Option<String> {
     let mut before = '_';
     for c in text.chars() {
@@ -78,7 +78,7 @@ pub(super) fn parse_float(text: &str) -> Result<Option<f64>, Error> {
     Ok(text.replace('_', "").parse().ok())
 }
 
-/// `round(number, digits)` of a float: to the nearest, of two the even one, by the exact value.
+/// `round(number, digits)` of a float: to nearest even, by the exact value.
 pub(super) fn round(number: f64, digits: i128) -> Result<f64, Error> {
     if !number.is_finite() || digits > 300 {
         return Ok(number);
@@ -101,7 +101,7 @@ pub(super) fn round(number: f64, digits: i128) -> Result<f64, Error> {
     })
 }
 
-/// How a float is written: `%e`, `%f`, `%g` and their kin.
+/// Float formats: `%e`, `%f`, `%g` and related ones.
 pub(super) fn float_as(number: f64, kind: char, precision: usize, alternate: bool) -> Result<String, Error> {
     if precision > 400 {
         return Err(Error::unsupported("a precision of more than 400 digits"));

@@ -1,4 +1,4 @@
-//! Operators on values, as Python has them.
+//! Operators on values, with Python's semantics.
 
 use std::rc::Rc;
 
@@ -7,7 +7,7 @@ use super::html::escape;
 use super::percent;
 use super::value::{Range, Value, View, compare, equal};
 
-/// Text and lists larger than this are refused: a template of a few words could ask for all memory otherwise.
+/// Text and lists larger than this are refused: otherwise a template of a few words could use all memory.
 pub(super) const LARGEST: usize = 1 << 24;
 
 pub(super) fn check_size(length: usize, times: usize) -> Result<(), Error> {
@@ -105,7 +105,7 @@ fn integers(op: &str, a: i128, b: i128) -> Result<Value, Error> {
         "-" => a.checked_sub(b),
         "*" => a.checked_mul(b),
         "/" | "//" | "%" if b == 0 => return Err(by_zero()),
-        // Correctly rounded in Python, also where the two are no floats.
+        // Correctly rounded in Python, also for integers.
         "/" if a.abs() < 1 << 53 && b.abs() < 1 << 53 => return Ok(Value::Float(a as f64 / b as f64)),
         "/" => return Err(Error::unsupported("the quotient of integers beyond 53 bits")),
         // Rounded down.
@@ -147,7 +147,7 @@ fn floats(op: &str, a: f64, b: f64) -> Result<Value, Error> {
     Ok(Value::Float(number))
 }
 
-/// The quotient rounded down and what is left, with the sign of `b`.
+/// The quotient rounded down and the remainder, with the sign of `b`.
 fn divmod(a: f64, b: f64) -> (f64, f64) {
     let mut rest = a % b;
     let mut quotient = (a - rest) / b;
@@ -197,7 +197,7 @@ pub(super) fn contains(container: &Value, item: &Value) -> Result<bool, Error> {
             Ok(dict.get(item).is_some())
         }
         Value::Stream(stream) => {
-            // Items up to the one that is found are gone.
+            // Items up to the found one are consumed.
             while let Some(other) = stream.next()? {
                 if equal(&other, item) {
                     return Ok(true);

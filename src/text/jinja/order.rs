@@ -35,7 +35,7 @@ pub(super) fn path(item: &Value, attribute: &Value, default: Option<&Value>) -> 
 }
 
 pub(super) fn map(value: &Value, mut args: Args) -> Result<Vec<Value>, Error> {
-    // Without items Jinja does not look at the arguments.
+    // Without items Jinja does not evaluate the arguments.
     if !value.is_true() {
         return Ok(Vec::new());
     }
@@ -123,7 +123,7 @@ fn folded(value: Value, case_sensitive: bool) -> Value {
     }
 }
 
-/// Sorted by keys, those of equal keys as they were.
+/// A stable sort by keys.
 fn sort(items: Vec<(Value, Value)>, reverse: bool) -> Result<Vec<(Value, Value)>, Error> {
     let mut failed = None;
     let mut items = items;
@@ -146,7 +146,7 @@ fn sort(items: Vec<(Value, Value)>, reverse: bool) -> Result<Vec<(Value, Value)>
     }
 }
 
-/// Python takes a number here, and no other value for its truth.
+/// Python requires a number here, and does not use the truth of other values.
 fn flag(value: Option<Value>, of: &str) -> Result<bool, Error> {
     value.map_or(Ok(false), |value| Ok(int(&value, of)? != 0))
 }
@@ -228,7 +228,7 @@ pub(super) fn ordered(name: &str, value: &Value, args: Args) -> Result<Value, Er
             }
             let mut out = Vec::new();
             for (key, items) in groups {
-                // Keys are shown as the first item has them.
+                // Keys are shown as in the first item.
                 let shown = match case_sensitive {
                     true => key,
                     false => path(&items[0], &attribute, default.as_ref())?,

@@ -1,4 +1,4 @@
-//! Statements to a syntax tree, by Jinja's grammar; `expressions` reads what stands in them.
+//! Statements to a syntax tree, by Jinja's grammar; `expressions` parses the expressions in them.
 //!
 //! Statements that need other templates, and those of extensions that transformers does not load, are refused.
 
@@ -9,9 +9,9 @@ use super::ast::{Body, Expr, For, Macro, Statement, Target};
 use super::lexer::{Lexed, Token, lex};
 use super::names;
 
-/// Nested expressions and statements at most; more would exhaust the stack.
+/// Maximum nesting of expressions and statements; more would exhaust the stack.
 const DEEPEST: usize = 64;
-/// Operators, calls and filters of one tag at most, for the same reason: each may be an operand of the next.
+/// Maximum number of operators, calls and filters in one tag, for the same reason: each may be an operand of the next.
 const MOST_OPERATORS: usize = 400;
 
 pub(super) fn parse(source: &str) -> Result<Body, Error> {
@@ -35,11 +35,11 @@ pub(super) struct Parser {
     /// Every name that is read, in order.
     pub(super) names: Vec<String>,
     pub(super) depth: usize,
-    /// `if` around here, where unknown filters are no fault until they are reached.
+    /// Enclosing `if`s, where unknown filters are an error only when reached.
     pub(super) branches: usize,
-    /// `for` around here, within the same macro.
+    /// Enclosing `for`s within the same macro.
     loops: usize,
-    /// `for` around here, outside of macros, too.
+    /// Enclosing `for`s, including those outside of macros.
     fors: usize,
     /// Operators of this tag so far.
     operators: usize,
@@ -136,7 +136,7 @@ impl Parser {
         }
     }
 
-    /// Statements up to one of these names, which is left behind its `{%`; without any, up to the end.
+    /// Statements up to one of these names, leaving the position after its `{%`; without names, up to the end.
     fn body(&mut self, ends: &[&str]) -> Parsed<Body> {
         let mut body = Vec::new();
         while let Some(token) = self.next() {
@@ -236,7 +236,7 @@ impl Parser {
                 self.at += 1;
                 Statement::With { values, body }
             }
-            // A mark of transformers for training masks, which renders as what it holds; it is a call of a body, as Jinja has it.
+            // transformers' mark for training masks, which renders its body; in Jinja it is a call with a body.
             "generation" => Statement::Generation(self.macro_body(String::new(), Vec::new(), "endgeneration")?),
             "print" => {
                 let mut all = Vec::new();

@@ -11,7 +11,7 @@ pub(super) fn format(format: &str, value: &Value) -> Result<String, Error> {
         Value::Undefined(_) | Value::Object(_) | Value::Stream(_) => {
             return Err(Error::unsupported(format!("the operator % with {}", value.described())));
         }
-        // What has items by key may be left over.
+        // Values with items by key may be unused.
         other => (
             vec![other.clone()],
             matches!(other, Value::Dict(_) | Value::List(_) | Value::Range(_)),

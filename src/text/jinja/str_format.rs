@@ -16,7 +16,7 @@ pub(super) fn format(template: &str, args: &Args) -> Result<String, Error> {
 
 struct State<'a> {
     args: &'a Args,
-    /// The number of the next field without one; `None` once fields are numbered.
+    /// The number of the next unnumbered field; `None` once fields are numbered.
     next: Option<usize>,
 }
 

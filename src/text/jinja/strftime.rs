@@ -38,7 +38,7 @@ pub(super) fn strftime(format: &str, time: &NaiveDateTime) -> Result<String, Err
             continue;
         }
         let Some(mut directive) = chars.next() else {
-            // A percent sign at the end stands for itself.
+            // A percent sign at the end is literal.
             out.push('%');
             break;
         };

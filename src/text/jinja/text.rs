@@ -1,4 +1,4 @@
-//! Text as Python sees it: whitespace, lines, case, what can be printed.
+//! Python's text properties: whitespace, lines, case, printable characters.
 
 use super::Error;
 
@@ -13,7 +13,7 @@ pub(super) fn rstrip(text: &str) -> &str {
 
 /// `str.isprintable` of one character. The library's own table is of the same categories.
 pub(super) fn is_printable(c: char) -> bool {
-    // After a letter, so that a combining mark is not escaped for standing alone.
+    // After a letter, so that a combining mark is not escaped.
     matches!(c, '"' | '\\' | '\'') || !format!("{:?}", format!("a{c}")).contains('\\')
 }
 
@@ -51,7 +51,7 @@ pub(super) fn is_cased(c: char) -> bool {
     c.is_uppercase() || c.is_lowercase() || is_title_case(c)
 }
 
-/// A character at the beginning of a word. Few have their own form there, which the standard library does not know.
+/// A character at the start of a word. Few have a separate title case, which the standard library does not have.
 fn title_case(c: char) -> Result<String, Error> {
     let upper: String = c.to_uppercase().collect();
     let has_own =
@@ -118,7 +118,7 @@ pub(super) fn swap_case(text: &str) -> Result<String, Error> {
     Ok(out)
 }
 
-/// Refuses text whose characters the standard library puts into other classes than Python does.
+/// Refuses text whose characters the standard library may classify differently from Python.
 pub(super) fn plain_classes(text: &str, method: &str) -> Result<(), Error> {
     let is_known = |c: char| c.is_ascii() || (('\u{C0}'..='\u{24F}').contains(&c) && !matches!(c, '×' | '÷'));
     match text.chars().all(|c| is_known(c) || is_space(c)) {

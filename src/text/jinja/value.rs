@@ -1,4 +1,4 @@
-//! Values as templates see them: Python's, with its printing, equality, order and truth.
+//! Values in templates: Python's, with its printing, equality, order and truth.
 
 use std::cell::{Cell, RefCell};
 use std::cmp::Ordering;
@@ -8,12 +8,12 @@ use super::Error;
 use super::ast::{For, Macro};
 use super::eval::Frame;
 
-/// Values inside each other at most.
+/// Maximum nesting of values.
 pub(super) const MOST_NESTED: usize = 100;
 
 #[derive(Clone)]
 pub(super) enum Value {
-    /// The name or attribute that there is not.
+    /// The missing name or attribute.
     Undefined(Rc<str>),
     None,
     Bool(bool),
@@ -24,13 +24,13 @@ pub(super) enum Value {
     Safe(Rc<str>),
     List(Rc<Vec<Value>>),
     Tuple(Rc<Vec<Value>>),
-    /// Of `groupby`: what is common, and the list.
+    /// A group of `groupby`: the common value, and the list.
     Group(Rc<Vec<Value>>),
     Dict(Rc<Dict>),
-    /// `dict.items()` and its kin.
+    /// `dict.items()` and similar views.
     View(View, Rc<Dict>),
     Range(Range),
-    /// A generator: its items come once, and are made when they are asked for.
+    /// A generator: its items are produced once, on demand.
     Stream(Rc<Stream>),
     Object(Rc<Object>),
 }
@@ -65,14 +65,14 @@ impl Range {
     }
 }
 
-/// Makes the items of a generator.
+/// Produces the items of a generator.
 type Make = Box<dyn FnOnce() -> Result<Vec<Value>, Error>>;
 
 /// See [`Value::Stream`].
 pub(super) struct Stream {
     make: RefCell<Option<Make>>,
     items: RefCell<std::collections::VecDeque<Value>>,
-    /// Generators that it takes its items from, in a row.
+    /// Number of chained source generators.
     depth: usize,
 }
 
@@ -112,7 +112,7 @@ impl Dict {
         self.0.iter().find(|(k, _)| is(k)).map(|(_, v)| v)
     }
 
-    /// An equal key stays as it was first written.
+    /// An equal key keeps its first form.
     pub fn set(&mut self, key: Value, value: Value) -> Result<(), Error> {
         hashable(&key)?;
         match self.0.iter_mut().find(|(k, _)| equal(k, &key)) {
@@ -123,11 +123,11 @@ impl Dict {
     }
 }
 
-/// What can be called, or has a state.
+/// Callables, and objects with a state.
 pub(super) enum Object {
     Function(&'static str),
     Method(Value, &'static str),
-    /// With the scope it was defined in, which may hold it.
+    /// With its defining scope, which may contain it.
     Macro(Rc<Macro>, Weak<Frame>),
     Namespace(RefCell<Vec<(String, Value)>>),
     Joiner(Value, Cell<bool>),
@@ -165,7 +165,7 @@ impl Value {
         }))
     }
 
-    /// A generator over the items of `source`, which are looked at when the first one is asked for.
+    /// A generator over the items of `source`, which are read when the first one is requested.
     pub fn generator(
         source: &Value,
         make: impl FnOnce(&Value) -> Result<Vec<Value>, Error> + 'static,
@@ -203,7 +203,7 @@ impl Value {
         }
     }
 
-    /// A number that may be an index or a count; `true` is 1.
+    /// A number for an index or a count; `true` is 1.
     pub fn as_int(&self) -> Option<i128> {
         match self {
             Value::Int(number) => Some(*number),
@@ -219,7 +219,7 @@ impl Value {
         }
     }
 
-    /// As Python calls it.
+    /// Python's name of the type.
     pub fn type_name(&self) -> &'static str {
         match self {
             Value::Undefined(_) => "Undefined",
@@ -283,7 +283,7 @@ impl Value {
         }
     }
 
-    /// Its items, as a loop meets them, if it has some and is no generator.
+    /// Its items in iteration order, if it has some and is not a generator.
     pub fn items(&self) -> Option<Vec<Value>> {
         Some(match self {
             Value::Undefined(_) => Vec::new(),
@@ -300,7 +300,7 @@ impl Value {
         })
     }
 
-    /// Its items, or why it has none. A generator has none afterwards.
+    /// Its items, or why it has none. A generator is consumed.
     pub fn iterate(&self) -> Result<Vec<Value>, Error> {
         if let Value::Stream(stream) = self {
             return stream.rest();
@@ -322,8 +322,8 @@ pub(super) fn too_nested() -> Error {
     Error::unsupported(format!("a value nested more than {MOST_NESTED} levels deep"))
 }
 
-/// Refuses to keep a value that is nested too deep to be printed or dropped, or that would hold the object it is kept in.
-/// `steps` is how many parts it may have.
+/// Refuses to store a value that is nested too deep to be printed or dropped, or that would contain its own container.
+/// `steps` is the maximum number of parts.
 pub(super) fn check_nesting(
     value: &Value,
     owner: Option<&Rc<Object>>,
@@ -392,7 +392,7 @@ pub(super) fn equal(a: &Value, b: &Value) -> bool {
     }
 }
 
-/// Whether two values are one object that has a state.
+/// Whether two values are the same object with a state.
 fn is_same(a: &Value, b: &Value) -> bool {
     match (a, b) {
         (Value::Object(a), Value::Object(b)) => match (&**a, &**b) {
@@ -404,7 +404,7 @@ fn is_same(a: &Value, b: &Value) -> bool {
     }
 }
 
-/// `a < b` and its kin; an error for values without an order.
+/// `a < b` and the other comparisons; an error for values without an order.
 pub(super) fn compare(a: &Value, b: &Value) -> Result<Option<Ordering>, Error> {
     if let (Some(a), Some(b)) = (a.as_str(), b.as_str()) {
         return Ok(Some(a.chars().cmp(b.chars())));

@@ -4,7 +4,7 @@ use super::Error;
 use super::operators::check_size;
 use super::text::split_lines;
 
-/// Spaces or another character on both sides, as Python divides them.
+/// Spaces or another character on both sides, distributed as in Python.
 pub(super) fn center(text: &str, width: i128, fill: char) -> Result<String, Error> {
     let length = text.chars().count() as i128;
     let missing = (width - length).max(0);
@@ -75,7 +75,7 @@ pub(super) fn word_wrap(
     Ok(wrapped.collect::<Vec<String>>().join(between))
 }
 
-/// Lines of one paragraph, as Python's `textwrap` makes them.
+/// Lines of one paragraph, as in Python's `textwrap`.
 fn wrap(text: &str, width: usize, break_long: bool) -> Vec<String> {
     let is_blank = |c: char| matches!(c, '\t' | '\n' | '\x0b' | '\x0c' | '\r' | ' ');
     let mut chunks: Vec<Vec<char>> = Vec::new();

@@ -1,4 +1,4 @@
-//! What a package computes, read off its canonical graph.
+//! Facts about a package's computation, from its canonical graph.
 
 use std::collections::BTreeSet;
 
@@ -9,37 +9,37 @@ use crate::passes::Architecture;
 
 /// The facts that a configuration may contradict.
 pub struct Facts {
-    /// Architecture of the manifest.
+    /// Architecture from the manifest.
     pub architecture: Architecture,
     /// In the order of the model.
     pub layers: Vec<Layer>,
-    /// Epsilons of the norms over the residual stream, each once.
+    /// Distinct epsilons of the norms over the residual stream.
     pub rms_epsilons: Vec<f64>,
     /// Epsilons of those that also subtract the mean.
     pub layer_epsilons: Vec<f64>,
-    /// Activation functions, each once.
+    /// Distinct activation functions.
     pub activations: BTreeSet<Activation>,
     /// Soft cap of the logits.
     pub logits_softcap: Option<f64>,
-    /// What the embeddings are multiplied by.
+    /// Factor of the embeddings.
     pub embedding_factor: f64,
     /// Two norms of a layer read the same residual stream.
     pub parallel_blocks: bool,
     /// Extents of matrices.
     pub extents: BTreeSet<usize>,
-    /// Positions it can hold.
+    /// Maximum positions.
     pub capacity: Option<usize>,
 }
 
 /// One attention.
 pub struct Layer {
-    /// What the scores are multiplied by.
+    /// Factor of the scores.
     pub scale: f64,
     /// Soft cap of the scores.
     pub softcap: Option<f64>,
-    /// Positions a query attends to, itself included, where that is fewer than the package can hold.
+    /// Positions that a query attends to, itself included, if fewer than the package's capacity.
     pub window: Option<usize>,
-    /// Rows of the rotary tables; `None` where queries are not rotated.
+    /// Rows of the rotary tables; `None` if queries are not rotated.
     pub rotary: Option<Table>,
 }
 
@@ -83,7 +83,7 @@ impl Activation {
 }
 
 impl Facts {
-    /// Reads a typed canonical graph. `capacity`: positions that the package can hold.
+    /// Reads a typed canonical graph. `capacity`: maximum positions of the package.
     pub fn of(graph: &Graph, architecture: &Architecture, capacity: Option<usize>) -> Facts {
         let nodes = || graph.node_ids().map(|id| graph.node(id));
         let attentions: Vec<NodeId> = graph
@@ -128,7 +128,7 @@ impl Facts {
         }
     }
 
-    /// Whether a window of this length is shorter than what the package can hold.
+    /// Whether a window of this length is shorter than the package's capacity.
     pub fn counts(&self, window: usize) -> bool {
         self.capacity.is_none_or(|capacity| window < capacity)
     }
@@ -153,7 +153,7 @@ fn layer(
     }
 }
 
-/// The tables that rotated a query on its way into an attention; of two, the first `short` rows, which short runs use.
+/// The tables that rotate the query of an attention; if there are two, the first `short` rows, for short runs.
 fn rotary(graph: &Graph, mut at: ValueId, short: Option<usize>) -> Option<Table> {
     loop {
         let (_, node) = graph.def(at)?;
@@ -221,7 +221,7 @@ fn logits_softcap(graph: &Graph) -> Option<f64> {
     }
 }
 
-/// What the rows of the token embedding are multiplied by before anything else; 1 where they are not.
+/// The factor of the rows of the token embedding; 1 if there is none.
 fn embedding_factor(graph: &Graph) -> f64 {
     let uses = graph.uses();
     let gathers = graph.node_ids().map(|id| graph.node(id)).find(|node| {

@@ -1,9 +1,11 @@
-//! What two graphs compute that their weights were trained for: two exports of one model agree on it, whatever exporter made them.
+//! Compares the properties of two graphs for which weights are trained: two exports of one model agree on them,
+//! whatever the exporter.
 
 use super::facts::{Facts, Layer};
 use super::{Difference, shown};
 
-/// The differences of a source's graph from a package's. Sizes are no part of it: weights of other shapes do not fit.
+/// The differences between a source's graph and a package's. Sizes are not compared: weights with other shapes do not
+/// fit.
 pub fn compare(theirs: &Facts, ours: &Facts) -> Vec<Difference> {
     let mut differences = Vec::new();
     let mut differs = |field: &str, file: String, package: String| {
@@ -14,7 +16,7 @@ pub fn compare(theirs: &Facts, ours: &Facts) -> Vec<Difference> {
         (&theirs.rms_epsilons, &ours.rms_epsilons),
         (&theirs.layer_epsilons, &ours.layer_epsilons),
     ] {
-        // A graph whose norms were not recognized says nothing.
+        // A graph whose norms were not recognized is not compared.
         let known = !file.is_empty() && !package.is_empty();
         let same = |a: &f64| package.iter().any(|b| is_close(*a, *b));
         if known && !file.iter().all(same) {
@@ -58,7 +60,7 @@ pub fn compare(theirs: &Facts, ours: &Facts) -> Vec<Difference> {
                     .map_or("none".to_string(), |table| table.describe())
             };
             differs(&format!("rotary base of layer {i}"), table(file), table(package));
-            // One layer shows it.
+            // One layer is enough.
             break;
         }
     }
@@ -68,7 +70,7 @@ pub fn compare(theirs: &Facts, ours: &Facts) -> Vec<Difference> {
 fn rotate_alike(a: &Layer, b: &Layer) -> bool {
     match (&a.rotary, &b.rotary) {
         (Some(a), Some(b)) => a.agrees(b),
-        // Rotation that was not recognized as one says nothing.
+        // Rotation that was not recognized is not compared.
         _ => true,
     }
 }

@@ -1,4 +1,4 @@
-//! Hugging Face's `config.json`, as transformers 4 and 5 write and read it. Of multimodal models, its `text_config`.
+//! Hugging Face's `config.json`, as transformers 4 and 5 write and read it. For multimodal models, its `text_config`.
 
 use std::collections::BTreeMap;
 
@@ -9,22 +9,22 @@ use super::rope::Rope;
 use super::{Comparison, Difference};
 use crate::graph::Constant;
 
-/// Where multimodal models keep the language model's configuration.
+/// The language model's configuration in multimodal models.
 const NESTED: [&str; 3] = ["text_config", "llm_config", "language_config"];
 
-/// Models whose attention knows no window.
+/// Models whose attention has no window.
 const WITHOUT_WINDOW: [&str; 6] = ["llama", "gemma", "gpt2", "gptj", "gpt_neox", "phi"];
 
-/// Models whose layers all have the window that `sliding_window` says.
+/// Models whose layers all have the window of `sliding_window`.
 const WINDOW_EVERYWHERE: [&str; 4] = ["mistral", "mixtral", "phi3", "starcoder2"];
 
-/// Models that use `sliding_window` where `use_sliding_window` says so.
+/// Models that use `sliding_window` if `use_sliding_window` is true.
 const WINDOW_ON_REQUEST: [&str; 5] = ["qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"];
 
 /// Models that multiply embeddings by the root of the hidden size, and norms by 1 + weight.
 const GEMMA: [&str; 6] = ["gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"];
 
-/// Models that do nothing to embeddings.
+/// Models that do not scale embeddings.
 const PLAIN_EMBEDDINGS: [&str; 12] = [
     "llama",
     "mistral",
@@ -40,7 +40,7 @@ const PLAIN_EMBEDDINGS: [&str; 12] = [
     "starcoder2",
 ];
 
-/// Models whose `rope_theta` is 10000 where the file does not say it.
+/// Models whose `rope_theta` defaults to 10000.
 const USUAL_THETA: [&str; 8] = [
     "llama",
     "mistral",
@@ -76,7 +76,7 @@ pub fn compare(fields: &Map<String, Value>, facts: &Facts, tensors: &BTreeMap<St
 }
 
 struct Reader<'a> {
-    /// `model_type`; empty if the file does not say it.
+    /// `model_type`; empty if missing.
     kind: &'a str,
     compared: Comparison<'a>,
     facts: &'a Facts,
@@ -91,7 +91,7 @@ impl<'a> Reader<'a> {
         compared.size(&["num_key_value_heads"], Some(a.kv_heads));
         compared.size(&["head_dim"], Some(a.head_dim));
         compared.size(&["hidden_size", "n_embd"], a.hidden);
-        // What is read off the graph is the narrower of several products, so another matrix may be the one that is meant.
+        // The graph's value is that of the narrowest of several products, so the file may mean another matrix.
         let there = |size: f64| {
             self.facts
                 .extents
@@ -117,7 +117,7 @@ impl<'a> Reader<'a> {
     }
 
     fn activation(&mut self) {
-        // Where both are there, the newer name counts.
+        // If both exist, the newer name applies.
         let field = ["hidden_activation", "hidden_act", "activation_function"]
             .into_iter()
             .find(|name| self.compared.value(name).is_some());
@@ -126,7 +126,7 @@ impl<'a> Reader<'a> {
         };
         let known = match name {
             "silu" | "swish" => &[Activation::Silu][..],
-            // Files of the first Gemma say "gelu" and mean the approximation.
+            // Files of the first Gemma have "gelu" but mean the approximation.
             "gelu" if self.kind == "gemma" => &[Activation::Gelu, Activation::GeluTanh],
             "gelu" | "gelu_python" => &[Activation::Gelu],
             "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" | "gelu_accurate" => &[Activation::GeluTanh],
@@ -175,7 +175,7 @@ impl<'a> Reader<'a> {
                 );
             }
         }
-        // Gemma 3's files have these fields, as null, and others may carry them without a use.
+        // Gemma 3's files have these fields, as null, and others may contain them unused.
         if self.kind == "gemma2" || self.kind.starts_with("gemma3") {
             let says = |name: &str| (self.compared.fields.contains_key(name)).then(|| self.compared.number(name));
             let (attention, logits) = (says("attn_logit_softcapping"), says("final_logit_softcapping"));
@@ -196,7 +196,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Layers and whether each has a window, in the model's own words; `None` where that is not known.
+    /// Layers and whether each has a window, in the model's own words; `None` if unknown.
     fn layer_types(&self) -> Option<Vec<bool>> {
         let layers = self.facts.layers.len();
         if let Some(types) = self.compared.value("layer_types").and_then(Value::as_array) {
@@ -323,7 +323,7 @@ impl<'a> Reader<'a> {
         self.tables();
     }
 
-    /// Every description of rotary tables in the file, against the tables of the layers it is for.
+    /// Compares every description of rotary tables in the file with the tables of its layers.
     fn tables(&mut self) {
         let parameters = self.compared.value("rope_parameters").and_then(Value::as_object);
         let types = self.layer_types();
@@ -421,7 +421,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// `tied`: what the file says of the head.
+    /// `tied`: the file's value for the head.
     fn head(&mut self, tied: Option<bool>, tensors: &BTreeMap<String, Constant>) {
         let is_head = |name: &str| name.contains("lm_head.weight") || name.ends_with("embed_out.weight");
         let head = tensors.iter().find(|(name, _)| is_head(name));
@@ -452,7 +452,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Compares a function's name with what the graph applies; nothing where the graph's function was not recognized.
+/// Compares a function's name with what the graph applies; nothing if the graph's function was not recognized.
 pub(super) fn activation(compared: &mut Comparison<'_>, facts: &Facts, field: &str, name: &str, known: &[Activation]) {
     let found = &facts.activations;
     if !found.is_empty() && !known.iter().any(|a| found.contains(a)) {
@@ -461,7 +461,7 @@ pub(super) fn activation(compared: &mut Comparison<'_>, facts: &Facts, field: &s
     }
 }
 
-/// The JSON of a scaling, with long lists cut.
+/// The JSON of a scaling, with long lists truncated.
 fn brief(scaling: &Map<String, Value>) -> String {
     let mut scaling = scaling.clone();
     for value in scaling.values_mut() {

@@ -1,13 +1,14 @@
-//! The `config.json` of a checkpoint, compared with what a package computes.
+//! Compares the `config.json` of a checkpoint with a package's computation.
 //!
-//! Names and shapes cannot tell whether weights were trained for another rotary base, epsilon, activation or window: two
-//! versions of Mistral 7B have equal tensors and differ in both. The configuration says it, so [`check`] compares it with the
-//! package's canonical graph and refuses what contradicts it. Hugging Face's files are read by [`hugging_face`], those of
-//! TensorRT-LLM by [`tensorrt_llm`]; what a package computes is in [`facts`], rotary tables in [`rope`].
+//! Names and shapes do not show whether weights were trained for another rotary base, epsilon, activation or window:
+//! two versions of Mistral 7B have tensors of equal shapes, but different bases and windows. The configuration has
+//! these values, so [`check`] compares it with the package's canonical graph and refuses contradictions. Hugging Face's
+//! files are read by [`hugging_face`], those of TensorRT-LLM by [`tensorrt_llm`]; [`facts`] has the package's side,
+//! [`rope`] the rotary tables.
 //!
-//! Only fields that are understood are compared. A field that is missing or null contradicts nothing, except where null is
-//! what the model's library reads as "none". An ONNX export or a package says itself what it computes, so a configuration
-//! beside it is not read.
+//! Only known fields are compared. A missing or null field contradicts nothing, except where null means "none" in the
+//! model's library. For an ONNX export or a package the graph has all information, so a configuration beside it is not
+//! read.
 
 mod facts;
 mod graphs;
@@ -31,14 +32,14 @@ use crate::passes::Architecture;
 /// The file's name, in both formats.
 pub const CONFIG: &str = "config.json";
 
-/// A field of a configuration that says something else than the package does.
+/// A field of a configuration that contradicts the package.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
     /// Its name in the file.
     pub field: String,
-    /// What the file says.
+    /// The value in the file.
     pub file: String,
-    /// What the package does.
+    /// The package's value.
     pub package: String,
 }
 
@@ -50,7 +51,7 @@ pub enum ConfigError {
     Io {
         /// Path of the file.
         path: PathBuf,
-        /// What it said.
+        /// The system's error.
         source: std::io::Error,
     },
     /// It is not a JSON object.
@@ -72,7 +73,7 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
-    /// Whether it says nothing of its own, and only what is known of the models of its `model_type` differs.
+    /// Whether only facts implied by its `model_type` differ, not its fields.
     pub fn is_of_the_model_type(&self) -> bool {
         match self {
             ConfigError::Contradiction { differences, .. } => differences.iter().all(|d| d.field == "model_type"),
@@ -100,8 +101,7 @@ impl Help for ConfigError {
 }
 
 /// Refuses a checkpoint whose configuration, or an export or package whose graph, contradicts the package of this typed
-/// canonical graph. `capacity`: positions that
-/// the package can hold; a window that is not shorter plays no part.
+/// canonical graph. `capacity`: maximum positions of the package; a window that is not shorter is ignored.
 pub fn check(
     source: &WeightSource,
     graph: &Graph,
@@ -109,7 +109,7 @@ pub fn check(
     capacity: Option<usize>,
 ) -> Result<(), ConfigError> {
     if let Some((their_graph, their_architecture)) = source.graph() {
-        // Windows are left out, which some exporters drop.
+        // Windows are not compared, since some exporters drop them.
         let theirs = Facts::of(their_graph, their_architecture, capacity);
         let differences = graphs::compare(&theirs, &Facts::of(graph, architecture, capacity));
         let path = source.path.clone();
@@ -118,7 +118,7 @@ pub fn check(
             false => Err(ConfigError::Contradiction { path, differences }),
         };
     }
-    // An export whose structure was not understood.
+    // An export whose structure was not recognized.
     if source.trouble().is_some() {
         return Ok(());
     }
@@ -170,7 +170,7 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    /// A field that is there and not null.
+    /// A field that exists and is not null.
     fn value(&self, name: &str) -> Option<&'a Value> {
         self.fields.get(name).filter(|value| !value.is_null())
     }
@@ -195,7 +195,7 @@ impl<'a> Comparison<'a> {
         });
     }
 
-    /// A size under any of these names; nothing where either side does not say it.
+    /// Compares a size under any of these names; nothing if either side lacks it.
     fn size(&mut self, names: &[&str], package: Option<usize>) {
         let Some(package) = package else { return };
         for name in names {
@@ -207,7 +207,7 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    /// A factor; relative errors up to `tolerance` are rounding.
+    /// Compares a factor; relative errors up to `tolerance` count as rounding.
     fn factor(&mut self, name: &str, file: f64, package: f64, tolerance: f64) {
         let same = (file - package).abs() <= tolerance * file.abs().max(package.abs());
         if !same {
@@ -215,7 +215,7 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    /// The number that norms add, which half precision may have rounded.
+    /// Compares the epsilon of norms, which half precision may have rounded.
     fn epsilon(&mut self, name: &str, package: &[f64]) {
         let Some(file) = self.number(name) else { return };
         let rounded = [
@@ -229,7 +229,7 @@ impl<'a> Comparison<'a> {
         }
     }
 
-    /// A switch or size that is one in the file and `None` where the package has none of it.
+    /// Compares an optional size, which is `None` if the package does not have it.
     fn optional(&mut self, name: &str, file: Option<f64>, package: Option<f64>) {
         let same = match (file, package) {
             (Some(file), Some(package)) => (file - package).abs() <= 1e-3 * file.abs(),
@@ -242,7 +242,7 @@ impl<'a> Comparison<'a> {
     }
 }
 
-/// Without the digits that fp32 made.
+/// Without the additional digits of fp32.
 fn shown(value: f64) -> String {
     let rounded: f64 = format!("{value:.5e}").parse().expect("a number that was just written");
     match rounded != 0.0 && !(1e-4..1e15).contains(&rounded.abs()) {

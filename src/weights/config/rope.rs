@@ -1,9 +1,9 @@
-//! Rotary tables: what a configuration means, and whether a package's table is that.
+//! Rotary tables: whether a package's table agrees with a configuration.
 //!
-//! A table has rows of `cos(p · f_i)` and `sin(p · f_i)`, both times a factor that some scalings have. The frequencies are
-//! those of the papers, as transformers computes them (`modeling_rope_utils.py`): linear, YaRN (<https://arxiv.org/abs/2309.00071>),
-//! Llama 3's, LongRoPE (<https://arxiv.org/abs/2402.13753>). Exporters computed the tables in fp32 or half precision, some with
-//! rounded frequencies, so what is compared are frequencies and not bits.
+//! A table has rows of `cos(p · f_i)` and `sin(p · f_i)`, both times a factor for some scalings. The frequencies are
+//! those of the papers, as transformers computes them (`modeling_rope_utils.py`): linear, YaRN
+//! (<https://arxiv.org/abs/2309.00071>), Llama 3's, LongRoPE (<https://arxiv.org/abs/2402.13753>). Exporters computed
+//! the tables in fp32 or half precision, some with rounded frequencies, so frequencies are compared, not bits.
 
 use std::f64::consts::PI;
 
@@ -20,7 +20,7 @@ pub struct Table {
     half: usize,
 }
 
-/// What a configuration says about one kind of layer.
+/// The configuration of one kind of layer.
 #[derive(Clone, Debug)]
 pub struct Rope {
     /// The base of the frequencies.
@@ -29,7 +29,7 @@ pub struct Rope {
     pub scaling: Option<Map<String, Value>>,
     /// `max_position_embeddings`.
     pub positions: Option<f64>,
-    /// Positions the model was trained on before it was extended, where that stands outside the scaling.
+    /// Positions of the original training before the extension, if given outside the scaling.
     pub original: Option<f64>,
 }
 
@@ -37,7 +37,7 @@ pub struct Rope {
 type Frequencies = (Vec<f64>, f64);
 
 impl Table {
-    /// Of `cos` and `sin` `[positions, rotary_dim / 2]`.
+    /// From `cos` and `sin` `[positions, rotary_dim / 2]`.
     pub fn new(cos: &Tensor, sin: &Tensor) -> Option<Table> {
         let [rows, half] = cos.shape()[..] else { return None };
         (cos.shape() == sin.shape() && rows >= 2 && half > 0).then(|| Table {
@@ -49,7 +49,7 @@ impl Table {
         })
     }
 
-    /// Of the first rows alone.
+    /// Only the first rows.
     pub fn first(mut self, rows: usize) -> Option<Table> {
         self.rows = rows.min(self.rows);
         self.cos.truncate(self.rows * self.half);
@@ -62,17 +62,18 @@ impl Table {
         2 * self.half
     }
 
-    /// Whether the table is any of those that a configuration may mean; true where that cannot be known.
+    /// Whether the table is one of those that a configuration may mean; true if that is unknown.
     pub fn is(&self, rope: &Rope) -> bool {
         let candidates = rope.frequencies(self.rotary_dim(), self.rows);
         match candidates {
             Some(candidates) => candidates.iter().any(|c| self.has(c)),
-            // A scaling that is not known is at least not none.
+            // An unknown scaling at least means that there is one.
             None => !self.has(&(default(rope.theta, self.rotary_dim()), 1.0)),
         }
     }
 
-    /// Whether another graph's table turns as this one does: in the first radians, where rounded frequencies differ little.
+    /// Whether another graph's table has the same rotation, compared in the first radians, where rounded frequencies
+    /// differ little.
     pub fn agrees(&self, other: &Table) -> bool {
         let tolerance = self.tolerance().max(other.tolerance());
         let end = self.rows.min(other.rows).min(8) * self.half;
@@ -101,8 +102,8 @@ impl Table {
         })
     }
 
-    /// The frequency of a column and the factor of its cos and sin, where about `expected` is looked for: in the row that is
-    /// about one radian on, which is the most exact.
+    /// The frequency of a column and the factor of its cos and sin, near `expected`: from the row at about one radian,
+    /// which is the most precise.
     fn frequency(&self, column: usize, expected: f64) -> (f64, f64) {
         let row = match expected > 0.0 {
             true => (1.0 / expected).clamp(1.0, (self.rows - 1) as f64) as usize,
@@ -115,7 +116,7 @@ impl Table {
 
     /// For messages: the base, if it is a table without scaling.
     pub fn describe(&self) -> String {
-        // The last column depends on it most; from the row that shows it best.
+        // The last column depends on it most; use the row that is most precise.
         let column = self.half - 1;
         let frequency = self.frequency(column, self.frequency(column, 1.0).0).0;
         let theta = frequency.powf(-(self.half as f64) / column as f64);
@@ -141,7 +142,7 @@ impl Rope {
         kind.and_then(Value::as_str).unwrap_or("default")
     }
 
-    /// Whether the file scales at all.
+    /// Whether the file has a scaling.
     pub fn is_scaled(&self) -> bool {
         self.kind() != "default" && self.kind() != "mrope"
     }
@@ -150,14 +151,14 @@ impl Rope {
         self.scaling.as_ref()?.get(name)?.as_f64()
     }
 
-    /// What the tables of `rows` positions may be: versions of transformers differ in some. `None`: not understood.
+    /// The possible tables for `rows` positions: versions of transformers differ. `None`: unknown.
     fn frequencies(&self, dim: usize, rows: usize) -> Option<Vec<Frequencies>> {
         let plain = default(self.theta, dim);
         let divided = |factor: f64| plain.iter().map(|f| f / factor).collect::<Vec<_>>();
         Some(match self.kind() {
             "default" | "mrope" => vec![(plain, 1.0)],
             "linear" => vec![(divided(self.number("factor")?), 1.0)],
-            // Scaled only beyond the positions of the model, which no table that is kept reaches.
+            // Scaled only beyond the positions of the model, which no stored table reaches.
             "dynamic" => match self.positions {
                 Some(positions) if rows as f64 > positions => return None,
                 _ => vec![(plain, 1.0)],
@@ -193,7 +194,7 @@ impl Rope {
     fn yarn(&self, plain: &[f64], dim: usize) -> Option<Vec<Frequencies>> {
         let named = self.number("factor")?;
         let original = self.original().or(self.positions)?;
-        // Some versions take the factor from the lengths where both are given.
+        // Some versions derive the factor from the lengths if both are given.
         let of_lengths = self.original().and_then(|original| Some(self.positions? / original));
         let factors = [Some(named), of_lengths.filter(|factor| *factor != named)];
         let (fast, slow) = (

@@ -8,7 +8,7 @@ use super::hugging_face::activation;
 use super::rope::Rope;
 use super::{Comparison, Difference};
 
-/// Everything in which the file contradicts the package, and a mapping to several ranks, of which one is at hand.
+/// Everything in which the file contradicts the package, and a mapping to several ranks, since only one is available.
 pub fn compare(fields: &Map<String, Value>, facts: &Facts) -> Vec<Difference> {
     let mut compared = Comparison::new(fields);
     ranks(&mut compared);
@@ -28,7 +28,7 @@ pub fn compare(fields: &Map<String, Value>, facts: &Facts) -> Vec<Difference> {
     if let Some(name) = compared.text("hidden_act") {
         let known = match name {
             "silu" | "swiglu" | "fast-swiglu" => &[Activation::Silu][..],
-            // Its own "gelu" is the approximation; converters write the name that Hugging Face has.
+            // Its own "gelu" is the approximation; converters write Hugging Face's name.
             "gelu" | "geglu" => &[Activation::Gelu, Activation::GeluTanh],
             "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => &[Activation::GeluTanh],
             "relu" => &[Activation::Relu],
@@ -43,7 +43,7 @@ pub fn compare(fields: &Map<String, Value>, facts: &Facts) -> Vec<Difference> {
     compared.differences
 }
 
-/// Several ranks hold parts of the weights each, and some parts have the shape of the whole.
+/// With several ranks, each holds parts of the weights, and some parts have the shape of the whole.
 fn ranks(compared: &mut Comparison<'_>) {
     let mapping = compared.value("mapping").and_then(Value::as_object);
     let says = |name: &str| {
@@ -109,7 +109,7 @@ fn rotary(compared: &mut Comparison<'_>, facts: &Facts) {
         positions: compared.number("max_position_embeddings"),
         original: compared.number("original_max_position_embeddings"),
     };
-    // Where layers have tables of their own, the format has other fields for them.
+    // If layers have separate tables, the format uses other fields.
     if facts.architecture.rotary.as_ref().is_some_and(|r| r.tables == 1)
         && let Some(other) = tables.find(|table| !table.is(&rope))
     {

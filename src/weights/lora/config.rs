@@ -1,14 +1,14 @@
-//! `adapter_config.json`: what each of its fields means for the sum that is merged.
+//! `adapter_config.json`: the effect of each field on the merged sum.
 //!
-//! Every field that PEFT's `LoraConfig` had up to version 0.18 and its `main` of August 2026 is in a table: read, without
-//! effect on what is computed, or not supported. A field that is not in the table is refused unless it is null, false or
-//! empty, because it may change what the tensors mean. Null stands for PEFT's default everywhere, as it does there.
+//! Every field that PEFT's `LoraConfig` had up to version 0.18 and its `main` of August 2026 is in a table: read,
+//! without effect on the computation, or not supported. A field that is not in the table is refused unless it is null,
+//! false or empty, because it may change what the tensors mean. Null means PEFT's default, as in PEFT.
 
 use serde_json::{Map, Value};
 
 use super::pattern::Pattern;
 
-/// What of a configuration decides the sum.
+/// The part of a configuration that determines the sum.
 pub struct Config {
     rank: usize,
     alpha: f64,
@@ -17,7 +17,7 @@ pub struct Config {
     rank_stabilised: bool,
     /// Each row of the merged matrix gets its own length.
     pub dora: bool,
-    /// The base model keeps the matrices it changes as `[in, out]`.
+    /// The base model stores the changed matrices as `[in, out]`.
     pub fan_in_fan_out: bool,
 }
 
@@ -33,9 +33,9 @@ pub struct Refusal {
 /// How a field is treated.
 #[derive(Clone, Copy)]
 enum Meaning {
-    /// It is part of the sum.
+    /// It affects the sum.
     Read,
-    /// It says how the adapter was trained or where it comes from, or what the tensors say themselves.
+    /// It describes the training or origin of the adapter, or repeats what the tensors show.
     NoEffect,
     /// It changes what is computed in this way, unless it is null, false or empty.
     Unsupported(&'static str),
@@ -65,7 +65,7 @@ const FIELDS: &[(&str, Meaning)] = &[
     ("use_dora", Read),
     ("init_lora_weights", Read),
     ("fan_in_fan_out", Read),
-    // Where it comes from.
+    // Origin.
     ("auto_mapping", NoEffect),
     ("base_model_name_or_path", NoEffect),
     ("inference_mode", NoEffect),
@@ -73,13 +73,13 @@ const FIELDS: &[(&str, Meaning)] = &[
     ("revision", NoEffect),
     ("runtime_config", NoEffect),
     ("task_type", NoEffect),
-    // Which layers have an adapter, which the tensors say.
+    // Which layers have an adapter; the tensors show that.
     ("ensure_weight_tying", NoEffect),
     ("exclude_modules", NoEffect),
     ("layers_pattern", NoEffect),
     ("layers_to_transform", NoEffect),
     ("target_modules", NoEffect),
-    // Biases that were trained are tensors of the file, and those are refused.
+    // Trained biases are tensors of the file and are refused there.
     ("bias", NoEffect),
     // Training: dropout, the start of `init_lora_weights`, the backward pass.
     ("corda_config", NoEffect),
@@ -88,7 +88,7 @@ const FIELDS: &[(&str, Meaning)] = &[
     ("lora_dropout", NoEffect),
     ("lora_ga_config", NoEffect),
     ("velora_config", NoEffect),
-    // Of fields that are off.
+    // Options of disabled features.
     ("megatron_core", NoEffect),
     ("qalora_group_size", NoEffect),
     // Written by old versions and by ms-swift: how to load and how fast to train.
@@ -132,13 +132,13 @@ const FIELDS: &[(&str, Meaning)] = &[
     ("use_qalora", Unsupported("it pools the inputs of quantized layers")),
 ];
 
-/// What PEFT cannot merge either.
+/// Adapters that PEFT cannot merge either.
 const UNMERGEABLE: [&str; 3] = ["alora_invocation_tokens", "arrow_config", "layer_replication"];
 
-/// Values of `init_lora_weights` that leave the base model as it is, in lower case; `true`, `false` and null do too.
+/// Values of `init_lora_weights` that leave the base model unchanged, in lower case; `true`, `false` and null do too.
 const PLAIN_STARTS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
-/// Those that change it before training, by what they begin with.
+/// Those that change it before training, by prefix.
 const CHANGED_BASES: [(&str, &str); 5] = [
     (
         "pissa",
@@ -204,12 +204,12 @@ impl Config {
         })
     }
 
-    /// The rank of a layer: that of the first pattern that matches, or the adapter's own.
+    /// The rank of a layer: that of the first matching pattern, or the adapter's.
     pub fn rank(&self, layer: &str) -> usize {
         first(&self.rank_pattern, layer).unwrap_or(self.rank)
     }
 
-    /// What a layer's product is multiplied by.
+    /// The factor of a layer's product.
     pub fn scale(&self, layer: &str) -> f64 {
         let alpha = first(&self.alpha_pattern, layer).unwrap_or(self.alpha);
         let rank = self.rank(layer) as f64;
@@ -225,7 +225,7 @@ fn first<T: Copy>(patterns: &[(Pattern, T)], layer: &str) -> Option<T> {
     found.map(|(_, value)| *value)
 }
 
-/// In the order of the file, which decides among several that match.
+/// In the order of the file, which decides among several matches.
 fn patterns<T>(
     table: Option<&Value>,
     field: &str,
@@ -340,7 +340,7 @@ mod tests {
         assert_eq!((config.scale("q"), config.scale("k")), (2.0, 4.0));
     }
 
-    /// As PEFT 0.18 writes an ordinary adapter.
+    /// An ordinary adapter, as PEFT 0.18 writes it.
     #[test]
     fn a_file_of_peft() {
         read(

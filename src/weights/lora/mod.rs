@@ -1,11 +1,12 @@
-//! LoRA adapters as PEFT saves them: `adapter_config.json` and `adapter_model.safetensors`.
+//! LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 //!
 //! An adapter changes matrices by a product of two thin ones: `W' = W + scale · B A`, with `A` `[rank, in]` and `B`
-//! `[out, rank]`, `scale = alpha / rank`, or `alpha / √rank` where it is rank-stabilised
-//! (<https://huggingface.co/docs/peft/package_reference/lora>). A DoRA adapter (<https://arxiv.org/abs/2402.09353>) then
-//! gives row `i` of `W'` the length `m_i`. All of it is computed in fp32, one matrix at a time, when the weight is written.
+//! `[out, rank]`, `scale = alpha / rank`, or `alpha / √rank` if it is rank-stabilized
+//! (<https://huggingface.co/docs/peft/package_reference/lora>). A DoRA adapter (<https://arxiv.org/abs/2402.09353>)
+//! then gives row `i` of `W'` the length `m_i`. All of it is computed in fp32, one matrix at a time, when the weight is
+//! written.
 //!
-//! `config` reads the configuration and refuses what is more than that, `pattern` is the regular expressions in it.
+//! `config` reads the configuration and refuses other features, `pattern` handles its regular expressions.
 
 mod config;
 mod pattern;
@@ -26,14 +27,14 @@ use crate::graph::Constant;
 pub const CONFIG: &str = "adapter_config.json";
 /// The file of its matrices.
 pub const TENSORS: &str = "adapter_model.safetensors";
-/// What PEFT puts before the base model's own names.
+/// PEFT's prefix of the base model's names.
 const PREFIX: &str = "base_model.model.";
 
 /// An opened adapter.
 pub struct Adapter {
     /// By the base model's name of the layer, `model.layers.0.self_attn.q_proj`.
     changes: BTreeMap<String, Change>,
-    /// The base model keeps these matrices as `[in, out]`.
+    /// The base model stores these matrices as `[in, out]`.
     fan_in_fan_out: bool,
     requantizes: bool,
 }
@@ -55,8 +56,8 @@ pub struct Change {
 /// The tensors of a layer, in the order of [`PARTS`].
 type Parts = [Option<Constant>; 3];
 
-/// What PEFT calls a layer's tensors, and how the names may end; `default` is the adapter's name in files that were not
-/// written by `save_pretrained`.
+/// PEFT's names of a layer's tensors, and possible suffixes; `default` is the adapter's name in files not written by
+/// `save_pretrained`.
 const PARTS: [(&str, &[&str]); 3] = [
     (".lora_A", &[".weight", ".default.weight"]),
     (".lora_B", &[".weight", ".default.weight"]),
@@ -66,7 +67,7 @@ const PARTS: [(&str, &[&str]); 3] = [
     ),
 ];
 
-/// What the backward pass of VeLoRA keeps.
+/// Data of VeLoRA's backward pass.
 const BACKWARD: &str = ".lora_velora_embed";
 
 impl Adapter {
@@ -110,8 +111,8 @@ impl Adapter {
         })
     }
 
-    /// Quantized weights that it changes are quantized again, in the format that they had; they are refused otherwise, as
-    /// the second rounding is as coarse as the first.
+    /// Quantized weights that it changes are quantized again in the same format; otherwise they are refused, since the
+    /// second rounding is as coarse as the first.
     pub fn requantizing(self, requantizes: bool) -> Adapter {
         Adapter { requantizes, ..self }
     }
@@ -127,7 +128,7 @@ impl Adapter {
     }
 
     /// The change of a module such as `layers.0.attention.query.weight`, if there is one, with the layer's name.
-    /// Modules that share a layer get their rows of it; `rows` says how many each has.
+    /// Modules that share a layer get their rows of it; `rows` has the number of rows of each.
     pub fn change(&self, module: &str, rows: &HashMap<String, usize>) -> Option<(String, Change)> {
         let places = CONVENTIONS.iter().flat_map(|c| c.places(module, has_gate(rows)));
         places.into_iter().find_map(|place| {
@@ -145,12 +146,12 @@ impl Adapter {
         })
     }
 
-    /// Whether it says that the base model keeps its matrices `[in, out]`.
+    /// Whether it states that the base model stores its matrices as `[in, out]`.
     pub fn is_for_in_out(&self) -> bool {
         self.fan_in_fan_out
     }
 
-    /// The change of a checkpoint's tensor as it lies there, if there is one, with the layer's name.
+    /// The change of a checkpoint's tensor in its stored orientation, if there is one, with the layer's name.
     pub fn change_of(&self, tensor: &str) -> Option<(String, Change)> {
         let layer = tensor.strip_suffix(".weight")?;
         let (layer, change) = self.changes.get_key_value(layer)?;
@@ -173,7 +174,7 @@ fn config(path: &Path) -> Result<Config, SourceError> {
     Config::read(&fields).map_err(refused)
 }
 
-/// All tensors of the file. One of a dtype that is not read would be lost: it is refused.
+/// All tensors of the file. A tensor with an unsupported dtype would be lost, so it is refused.
 fn tensors(path: &Path) -> Result<BTreeMap<String, Constant>, SourceError> {
     let tensors = safetensors(path)?;
     let names = names(path).map_err(|source| SourceError::Io {
@@ -204,7 +205,7 @@ fn names(path: &Path) -> std::io::Result<Vec<String>> {
         .collect())
 }
 
-/// The layer, and which of [`PARTS`] a tensor is.
+/// The layer of a tensor, and its index in [`PARTS`].
 fn part(name: &str) -> Option<(&str, usize)> {
     PARTS.iter().enumerate().find_map(|(part, (marker, ends))| {
         let (layer, end) = name.rsplit_once(marker)?;
@@ -268,7 +269,7 @@ impl Change {
         })
     }
 
-    /// Of the matrix it changes.
+    /// Shape of the matrix that it changes.
     pub fn shape(&self) -> [usize; 2] {
         let (out, width) = (self.b.shape()[0], self.a.shape()[1]);
         match self.transposed {

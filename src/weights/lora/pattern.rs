@@ -1,8 +1,8 @@
 //! Keys of PEFT's `rank_pattern` and `alpha_pattern`: Python's regular expressions on a layer's name.
 //!
-//! PEFT takes the first key of the file for which `re.match(r"(.*\.)?(KEY)$", layer)` finds something
-//! (`get_pattern_key` in `peft/utils/other.py`). Python's `re` and the crate `regex` agree on most of the syntax, and
-//! where they do not, a pattern means another set of layers: what is outside the common part is refused.
+//! PEFT uses the first key of the file for which `re.match(r"(.*\.)?(KEY)$", layer)` matches (`get_pattern_key` in
+//! `peft/utils/other.py`). Python's `re` and the crate `regex` agree on most of the syntax, and where they do not, a
+//! pattern means another set of layers: syntax outside the common part is refused.
 
 use std::iter::Peekable;
 use std::str::Chars;
@@ -16,12 +16,12 @@ pub struct Pattern {
 }
 
 impl Pattern {
-    /// Gives what is not understood of the key otherwise.
+    /// An error names the unsupported syntax.
     pub fn new(key: &str) -> Result<Pattern, String> {
         check(key)?;
         let regex = Regex::new(&format!(r"^(?:(.*\.)?({key})$)")).map_err(|error| match error {
             regex::Error::CompiledTooBig(_) => "it is too large".to_string(),
-            // The last line says what is wrong, the others show where in our wrapping.
+            // The last line is the error; the others show the position in our wrapping.
             error => {
                 let text = error.to_string();
                 text.lines().last().unwrap_or_default().trim().to_string()
@@ -33,7 +33,7 @@ impl Pattern {
         })
     }
 
-    /// Whether PEFT would take this key for the layer. Where no expression matches, PEFT looks the name up as it is.
+    /// Whether PEFT would use this key for the layer. If no expression matches, PEFT looks up the name itself.
     pub fn matches(&self, layer: &str) -> bool {
         self.regex.is_match(layer) || self.key == layer
     }
@@ -69,7 +69,7 @@ fn check(key: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// A second quantifier is an error, or possessive, in Python and a repetition of the repetition in `regex`.
+/// A second quantifier is an error or possessive in Python, but a nested repetition in `regex`.
 fn after_quantifier(chars: &mut Peekable<Chars<'_>>) -> Result<(), String> {
     chars.next_if_eq(&'?');
     match chars.peek() {
@@ -90,7 +90,7 @@ fn escape(chars: &mut Peekable<Chars<'_>>, anchors: bool) -> Result<(), String> 
 
 fn class(chars: &mut Peekable<Chars<'_>>) -> Result<(), String> {
     chars.next_if_eq(&'^');
-    // A bracket in the first place is itself.
+    // A bracket in the first position is literal.
     chars.next_if_eq(&']');
     while let Some(c) = chars.next() {
         match c {
@@ -108,7 +108,7 @@ fn class(chars: &mut Peekable<Chars<'_>>) -> Result<(), String> {
 mod tests {
     use super::*;
 
-    /// Each with layers, and whether Python's `re.match(rf"(.*\.)?({key})$", layer)` finds something, as it said.
+    /// Each with layers, and the result of Python's `re.match(rf"(.*\.)?({key})$", layer)`.
     #[test]
     fn as_python_matches() {
         let (q0, k0, q1) = (
@@ -137,7 +137,7 @@ mod tests {
             (".*?", [true, true, true]),
             ("", [false, false, false]),
             (r"\bq_proj\b", [true, false, true]),
-            // The alternation is that of the whole expression.
+            // The alternation applies to the whole expression.
             ("x)|(model", [false, false, false]),
             ("x)|(.*k_proj", [false, true, false]),
         ] {

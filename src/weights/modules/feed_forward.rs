@@ -1,4 +1,4 @@
-//! Feed-forward blocks: one matrix up and one down, with a gate beside the first or in one matrix with it.
+//! Feed-forward blocks: one matrix up and one down, with a gate as a separate matrix or fused with the first.
 
 use super::walk::is_rounding;
 use super::{Linear, Reader, Recipe};
@@ -6,12 +6,12 @@ use crate::graph::op::Op;
 use crate::graph::{NodeId, ValueId};
 
 impl Reader<'_> {
-    /// Names the matrices of the block that begins with these products, and gives its result.
+    /// Names the matrices of the block that begins with these products, and returns its result.
     pub(super) fn feed_forward(&mut self, prefix: &str, products: Vec<(NodeId, bool)>) -> Option<ValueId> {
         self.layers(&format!("{prefix}.feed_forward"), products)
     }
 
-    /// As [`Reader::feed_forward`], of matrices whose modules begin with `prefix`.
+    /// Like [`Reader::feed_forward`], for matrices whose modules begin with `prefix`.
     fn layers(&mut self, prefix: &str, products: Vec<(NodeId, bool)>) -> Option<ValueId> {
         let down = match products[..] {
             [(product, _)] => {
@@ -45,8 +45,8 @@ impl Reader<'_> {
         Some(end)
     }
 
-    /// Names a mixture of experts that reads this value, with its router and an expert that all tokens go through, and gives
-    /// its result; `None` if there is none.
+    /// Names a mixture of experts that reads this value, with its router and a shared expert, and returns its result;
+    /// `None` if there is none.
     pub(super) fn mixture(&mut self, prefix: &str, block: ValueId) -> Option<ValueId> {
         let prefix = format!("{prefix}.feed_forward");
         let id = self.only(block, |op| matches!(op, Op::Experts(_)))?;
@@ -88,7 +88,7 @@ impl Reader<'_> {
         }
         let mut shared = self.products_after(block);
         shared.retain(|(product, _)| router.as_ref().is_none_or(|router| router.product != *product));
-        // A gate of one number for each token.
+        // A gate of one number per token.
         shared.retain(|(product, _)| match self.linear_at(*product) {
             Some((linear, _)) if graph.constant(linear.weight).is_some_and(|c| c.shape()[0] == 1) => {
                 self.name_linear(&format!("{prefix}.shared_gate"), &linear);
@@ -102,7 +102,7 @@ impl Reader<'_> {
         node.output(0)
     }
 
-    /// Gate and up of one matrix: the activation follows the gate. Gives the product down.
+    /// Gate and up in one matrix: the activation follows the gate. Returns the product down.
     fn gate_and_up(&mut self, prefix: &str, linear: &Linear, parts: &[((usize, usize), ValueId)]) -> Option<NodeId> {
         let [first, second] = parts else {
             return None;
@@ -126,7 +126,7 @@ impl Reader<'_> {
         down
     }
 
-    /// The parts that the last axis of a value is cut into, with their columns; `None` if it is read whole.
+    /// The parts into which the last axis of a value is cut, with their columns; `None` if it is read as a whole.
     fn columns_after(&self, value: ValueId) -> Option<Vec<((usize, usize), ValueId)>> {
         let mut parts = Vec::new();
         for (user, input) in self.uses.get(&value)? {

@@ -1,9 +1,9 @@
-//! What each weight is in the model: `layers.3.attention.query.weight`, whatever the exporter called it.
+//! The role of each weight in the model: `layers.3.attention.query.weight`, whatever name the exporter used.
 //!
 //! Exporters lose names (`onnx::MatMul_733`, `val_84`) and fuse matrices, but a canonical graph shows what every matrix
-//! does: which one feeds an attention's keys, which one comes after the activation. [`modules`] reads that off the graph
-//! and gives each weight a [`Recipe`] over module names. Matrices of modules are `[out, in]`, embeddings
-//! `[vocabulary, hidden]`, norms and biases vectors. A fused weight is a concatenation of modules.
+//! does: which one feeds an attention's keys, which one follows the activation. [`modules`] derives this from the graph
+//! and gives each weight a [`Recipe`] over module names. Matrices of modules are `[out, in]`, embeddings `[vocabulary,
+//! hidden]`, norms and biases vectors. A fused weight is a concatenation of modules.
 //!
 //! ```text
 //! embedding.weight  positions.weight  norm.{weight,bias}  head.weight
@@ -15,14 +15,14 @@
 //! layers.N.{attention,feed_forward}_output_norm.{weight,bias}
 //! ```
 //!
-//! An output norm stands between a block's last matrix and the residual addition, as in Gemma 2 and 3 and OLMo 2. A norm's
-//! weight is the vector that normalized values are multiplied by; its recipe shows an addend only where the graph does
-//! ([`super::norm_parameter`] says what checkpoints hold).
+//! An output norm is between a block's last matrix and the residual addition, as in Gemma 2 and 3 and OLMo 2. A norm's
+//! weight is the vector that normalized values are multiplied by; its recipe shows an addend only if the graph does
+//! ([`super::norm_parameter`] determines what checkpoints store).
 //!
-//! A quantized weight is a module as any other: the recipe says nothing of its codes, whose form a package keeps apart
-//! ([`super::form`]).
+//! A quantized weight is a module like any other: the recipe does not contain the form of its codes, which a package
+//! stores separately ([`super::form`]).
 //!
-//! What does not look like this has no module, and is then known by its name in the export only.
+//! Other weights have no module, and are identified only by their name in the export.
 
 mod feed_forward;
 mod walk;
@@ -35,13 +35,13 @@ use crate::graph::{Graph, NodeId, ValueId};
 use crate::interface::Role;
 
 /// Weights of a canonical graph as recipes over modules, by the value that holds them. The graph must have been typed
-/// (`graph::infer`): shapes say which columns of a fused matrix are meant.
+/// (`graph::infer`): shapes determine the columns in a fused matrix.
 pub fn modules(graph: &Graph) -> HashMap<ValueId, Recipe> {
     read(graph).found
 }
 
-/// Modules whose layers take the elements of their input in another order than they come in, with that order: columns of
-/// these matrices are in it.
+/// Modules whose layers reorder the elements of their input, with that order, in which the columns of their matrices
+/// are.
 pub fn orders(graph: &Graph) -> HashMap<String, Vec<i64>> {
     let gathers = |id: NodeId| matches!(graph.node(id).op, Op::Gather { .. });
     let reads_order = |id: NodeId| {
@@ -64,7 +64,7 @@ fn read(graph: &Graph) -> Reader<'_> {
     reader.embeddings();
     let attentions = graph.node_ids().filter(|id| graph.node(*id).op.is_attention());
     for (layer, attention) in attentions.enumerate() {
-        // What is not there is not named; the rest of the layer may still be.
+        // A missing part is not named; the rest of the layer still may be.
         let _ = reader.inputs_of_attention(layer, attention);
         let _ = reader.rest_of_layer(layer, attention);
     }
@@ -82,15 +82,15 @@ struct Reader<'g> {
 /// A linear layer, found from its product.
 struct Linear {
     product: NodeId,
-    /// What it multiplies.
+    /// Its input.
     input: ValueId,
     weight: ValueId,
     bias: Option<ValueId>,
-    /// Columns of its output that are meant, if not all.
+    /// The relevant columns of its output, if not all.
     columns: Option<(usize, usize)>,
     /// A norm over the heads of its output.
     norm: Option<NodeId>,
-    /// In which it takes its input's elements, if not as they come.
+    /// The order of its input's elements, if they are reordered.
     order: Option<Vec<i64>>,
 }
 
@@ -129,7 +129,7 @@ impl Reader<'_> {
             linears.push((name, self.linear_before(operand)?));
         }
         let prefix = format!("layers.{layer}.attention");
-        // Sinks that do nothing are of the conversion, and of no file.
+        // Neutral sinks come from the conversion, not from a file.
         if let (Op::BiasedAttention(_), Some(sinks)) = (&node.op, node.input(5))
             && self.graph.constant(sinks).is_some_and(|c| c.origin().is_some())
         {
@@ -172,8 +172,8 @@ impl Reader<'_> {
         self.block_beside(&prefix, attention)
     }
 
-    /// A feed-forward block that takes what the attention gave: the residual addition, perhaps of a normed block, then
-    /// perhaps a norm.
+    /// A feed-forward block after the attention: the residual addition, possibly of a normed result, then possibly a
+    /// norm.
     fn block_after(&mut self, prefix: &str, end: ValueId) -> Option<()> {
         let (end, is_normed) = self.output_norm(end, &format!("{prefix}.attention_output_norm"));
         let residual = self.only(end, |op| matches!(op, Op::Binary(Binary::Add)))?;
@@ -183,7 +183,7 @@ impl Reader<'_> {
                 self.name_norm(&format!("{prefix}.feed_forward_norm"), norm);
                 self.graph.node(norm).output(0)?
             }
-            // Models that norm what a block gives may not norm what it takes.
+            // Models that normalize a block's output may not normalize its input.
             None if is_normed => stream,
             None => return None,
         };
@@ -195,8 +195,7 @@ impl Reader<'_> {
         Some(())
     }
 
-    /// A feed-forward block that takes what the attention takes: after the same norm (GPT-J), or its own norm
-    /// (GPT-NeoX).
+    /// A feed-forward block parallel to the attention: after the same norm (GPT-J), or its own norm (GPT-NeoX).
     fn block_beside(&mut self, prefix: &str, attention: NodeId) -> Option<()> {
         let node = self.graph.node(attention);
         let operands = [node.input(0)?, node.input(1)?, node.input(2)?];
@@ -219,7 +218,7 @@ impl Reader<'_> {
         self.feed_forward(prefix, products).map(|_| ())
     }
 
-    /// The result of a block, and whether it is normed before it is added to the residual stream.
+    /// The result of a block, and whether it is normalized before it is added to the residual stream.
     fn output_norm(&mut self, end: ValueId, module: &str) -> (ValueId, bool) {
         let Some(norm) = self.only(end, is_norm) else {
             return (end, false);
@@ -256,7 +255,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Modules of one matrix, in the order of their columns, which must be all there are. `parts`: columns and module.
+    /// Modules of one matrix, in the order of their columns, which must be complete. `parts`: columns and module.
     fn fused(&mut self, prefix: &str, linear: &Linear, mut parts: Vec<((usize, usize), &str)>) {
         parts.sort_unstable();
         let mut end = 0;
@@ -312,7 +311,7 @@ impl Reader<'_> {
     fn name_norm(&mut self, module: &str, norm: NodeId) {
         let node = self.graph.node(norm);
         let own = node.input(1).filter(|v| self.is_named(*v));
-        // In half precision some exporters scale after rounding, so the norm itself scales by ones.
+        // In half precision some exporters scale after rounding, so the norm's own scale is ones.
         let after = || Some(self.scale_after(node.output(0)?)?.1);
         let weight = match own {
             Some(ones) if self.is_ones(ones) => after().or(own),
@@ -345,8 +344,8 @@ impl Reader<'_> {
         self.graph.constant(value).is_some_and(|c| Recipe::of(c).is_some())
     }
 
-    /// Names a weight, unless it has a name: a tied head stays the embedding. Factors and addends that passes put into
-    /// the weight stay in its recipe; a weight that is part of another has no module.
+    /// Names a weight that has no name yet: a tied head stays the embedding. Factors and addends that passes folded
+    /// into the weight stay in its recipe; a weight that is part of another has no module.
     fn name(&mut self, value: ValueId, module: &str) {
         let Some(constant) = self.graph.constant(value) else {
             return;
@@ -397,7 +396,7 @@ impl Reader<'_> {
     }
 }
 
-/// Whether codes are all those of one tensor: columns in an order, and without those that only fill the last block.
+/// Whether codes are all those of one tensor: possibly with reordered columns, and without padding of the last block.
 fn is_whole(codes: &Recipe) -> bool {
     const LARGEST_BLOCK: usize = 256;
     match codes {
@@ -422,7 +421,7 @@ fn is_whole(codes: &Recipe) -> bool {
     }
 }
 
-/// Whether a recipe is a norm's weight and nothing else: one module, perhaps with an addend or a factor.
+/// Whether a recipe is only a norm's weight: one module, possibly with an addend or a factor.
 pub(super) fn is_norm_factor(recipe: &Recipe) -> bool {
     match recipe {
         Recipe::Tensor { name, shape, .. } => is_norm_weight(name) && shape.len() == 1,

@@ -1,5 +1,4 @@
-//! From one operator of a canonical graph to the next that matters: over reshapes, casts and biases, to the products and
-//! norms around a value.
+//! Navigation in a canonical graph: across reshapes, casts and biases to the products and norms around a value.
 
 use std::collections::HashMap;
 
@@ -9,7 +8,7 @@ use crate::graph::op::{Binary, Op, Unary};
 use crate::graph::{NodeId, ValueId};
 
 impl Reader<'_> {
-    /// Back over what changes neither elements nor their order.
+    /// Back over operators that change neither elements nor their order.
     pub(super) fn plain(&self, mut value: ValueId) -> ValueId {
         while let Some((_, node)) = self.graph.def(value) {
             match (&node.op, node.input(0)) {
@@ -26,7 +25,7 @@ impl Reader<'_> {
     pub(super) fn norm_before(&self, value: ValueId) -> Option<NodeId> {
         let (id, node) = self.graph.def(self.plain(value))?;
         match node.op {
-            // The rows whose logits are computed may be picked after the norm.
+            // The rows for logits may be selected after the norm.
             Op::Gather { .. } => self.norm_before(node.input(0)?),
             Op::Binary(Binary::Mul) => self.norm_before(self.scaled(id)?),
             _ => is_norm(&node.op).then_some(id),
@@ -95,7 +94,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Columns of a matrix product that an output of a split takes.
+    /// Columns of a matrix product in an output of a split.
     pub(super) fn part(&self, split: NodeId, output: usize) -> Option<(usize, usize)> {
         let node = self.graph.node(split);
         let width = |i: usize| {
@@ -111,7 +110,7 @@ impl Reader<'_> {
         last.then_some((start, start + width(output)?))
     }
 
-    /// Columns of a matrix product that a slice takes: one slice of the last axis, all columns in one group.
+    /// Columns of a matrix product in a slice: one slice of the last axis, all columns in one group.
     pub(super) fn columns(&self, slice: NodeId) -> Option<(usize, usize)> {
         let node = self.graph.node(slice);
         let shape = self.graph.shape(node.input(0)?)?;
@@ -132,7 +131,7 @@ impl Reader<'_> {
         valid.then(|| (start as usize, end.min(width) as usize))
     }
 
-    /// The product that a value is, perhaps with a bias.
+    /// The product of a value, possibly with a bias.
     fn product_of(&self, value: ValueId) -> Option<NodeId> {
         let (id, node) = self.graph.def(self.plain(value))?;
         match node.op {
@@ -188,7 +187,7 @@ impl Reader<'_> {
         Some((linear, end))
     }
 
-    /// The order in which a gather takes the elements of a token, whose weights are in that order then.
+    /// The order in which a gather selects the elements of a token; the weights are then in that order.
     pub(super) fn order_at(&self, gather: NodeId) -> Option<Vec<i64>> {
         let node = self.graph.node(gather);
         let Op::Gather { axis } = node.op else { return None };
@@ -210,8 +209,8 @@ impl Reader<'_> {
         (matches!(node.op, Op::Transpose { .. }) && is_matrix).then_some(value)
     }
 
-    /// The products that a value reaches over element-wise operators, in the graph's order, and whether an activation
-    /// comes on the way.
+    /// The products that a value reaches over element-wise operators, in the graph's order, and whether there is an
+    /// activation in between.
     pub(super) fn products_after(&self, value: ValueId) -> Vec<(NodeId, bool)> {
         let mut found: Vec<(NodeId, bool)> = Vec::new();
         let mut stack = vec![(value, false)];
@@ -267,7 +266,7 @@ impl Reader<'_> {
     }
 }
 
-/// Whether an operator only rounds an activation to what codes stand for.
+/// Whether an operator only rounds an activation to the values of codes.
 pub(super) fn is_rounding(op: &Op) -> bool {
     matches!(op, Op::RoundToCodes { .. } | Op::DynamicRoundToCodes)
 }

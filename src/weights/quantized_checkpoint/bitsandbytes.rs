@@ -2,10 +2,11 @@
 //!
 //! Formats: bitsandbytes' `QuantState.as_dict(packed=True)`, `quantize_4bit`, `dequantize_blockwise` and `Linear8bitLt`.
 //!
-//! - 4 bits: `weight`, u8 `[n/2, 1]`, of the flat `[out, in]`, the first of two codes in the high half; `weight.absmax`, a scale for
-//!   each run of `blocksize` codes, f32, or u8 with `weight.nested_absmax` and `weight.nested_quant_map` (double
-//!   quantization: `map[code] · nested_absmax[i / nested_blocksize] + nested_offset`); `weight.quant_map`, the 16 numbers;
-//!   `weight.quant_state.bitsandbytes__nf4` (or `__fp4`), JSON as bytes.
+//! - 4 bits: `weight`, u8 `[n/2, 1]`, of the flat `[out, in]`, the first of two codes in the high half;
+//!   `weight.absmax`, one scale per `blocksize` codes, f32, or u8 with `weight.nested_absmax` and
+//!   `weight.nested_quant_map` (double quantization: `map[code] · nested_absmax[i / nested_blocksize] +
+//!   nested_offset`); `weight.quant_map`, the 16 numbers; `weight.quant_state.bitsandbytes__nf4` (or `__fp4`), JSON as
+//!   bytes.
 //! - 8 bits: `weight`, i8 `[out, in]`, and `SCB`, the largest magnitude of each row, of which a code is a 127th.
 
 use serde_json::{Map, Value};
@@ -61,7 +62,7 @@ pub fn read(config: &Map<String, Value>, tensors: &mut Tensors) -> Result<Assemb
 fn read_8bit(tensors: &mut Tensors, layer: &str) -> Result<(), String> {
     let codes = taken(tensors, layer, ".weight")?;
     let largest = taken(tensors, layer, ".SCB")?;
-    // How rows are laid out on a GPU; 0, rows, where it is stored.
+    // The layout of rows on a GPU; 0 (rows) in stored files.
     if let Some(format) = tensors.remove(&format!("{layer}.weight_format"))
         && format
             .materialize()
@@ -93,7 +94,7 @@ fn read_8bit(tensors: &mut Tensors, layer: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// What `quant_state` says.
+/// The contents of `quant_state`.
 struct State {
     dtype: DType,
     block: usize,
@@ -218,7 +219,7 @@ fn state(tensors: &mut Tensors, layer: &str) -> Result<State, String> {
     })
 }
 
-/// The numbers must be those of the type: other tables would be other weights.
+/// The numbers must be those of the type: other tables would mean other weights.
 fn check_map(map: &Constant, dtype: DType, layer: &str) -> Result<(), String> {
     shaped(map, layer, "quant_map", &[16])?;
     let stored = map
@@ -242,7 +243,7 @@ fn check_map(map: &Constant, dtype: DType, layer: &str) -> Result<(), String> {
     }
 }
 
-/// Scales that are quantized themselves, as they are meant.
+/// Dequantizes scales that are quantized themselves.
 fn nested(tensors: &mut Tensors, layer: &str, absmax: &Constant, state: &State) -> Result<Constant, String> {
     let largest = taken(tensors, layer, ".weight.nested_absmax")?;
     let map = taken(tensors, layer, ".weight.nested_quant_map")?;

@@ -1,4 +1,4 @@
-//! compressed-tensors, as llm-compressor writes it.
+//! compressed-tensors, the format of llm-compressor.
 //!
 //! Formats: compressed-tensors' `compressors/quantized_compressors` and `pack_to_int32`.
 //!
@@ -6,7 +6,7 @@
 //!   `weight_scale` `[out, groups]`, `[out, 1]` or one; `weight_zero_point`, packed along axis 0 in the same way, or i8.
 //! - `int-quantized`, `float-quantized`, `naive-quantized`: `weight`, i8 or f8e4m3fn, `weight_scale`, `weight_zero_point`.
 //!
-//! Activations that are quantized as a model runs belong to the model that a package computes, not to its weights.
+//! Activations that are quantized at run time are part of the package's graph, not of its weights.
 
 use serde_json::{Map, Value};
 
@@ -109,7 +109,7 @@ fn check(config: &Map<String, Value>) -> Result<(), String> {
         if let Some(activations) = group.get("input_activations").filter(|value| !value.is_null())
             && activations.get("dynamic") != Some(&Value::Bool(true))
         {
-            // Their scales are tensors of the checkpoint, and a package has its own.
+            // Their scales are tensors of the checkpoint; a package has its own.
             return problem(&format!("{at}input_activations"), activations);
         }
         if let Some(activations) = group.get("output_activations").filter(|value| !value.is_null()) {
@@ -147,7 +147,7 @@ fn read_packed(tensors: &mut Tensors, layer: &str) -> Result<(), String> {
     let Some([out, depth]) = extents.as_deref().and_then(|e| <[usize; 2]>::try_from(e).ok()) else {
         return Err(format!("{layer}: weight_shape is {shape:?}"));
     };
-    // Of the widths that are read one gives as many words.
+    // Only one of the supported widths gives this many words.
     let packed = words.shape().get(1).copied().unwrap_or(0);
     let bits = [2, 4, 8].into_iter().find(|bits| depth.div_ceil(32 / bits) == packed);
     let dtype = bits.and_then(|bits| code_type(bits as i64)).ok_or_else(|| {
@@ -175,7 +175,7 @@ fn read_packed(tensors: &mut Tensors, layer: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Zero points as the packed codes are, plus half their range: packed along axis 0, or i8 as they are.
+/// Zero points in the form of the packed codes, plus half their range: packed along axis 0, or plain i8.
 fn packed_zeros(zeros: &Constant, dtype: DType, layer: &str, out: usize, scales: &Constant) -> Result<Tensor, String> {
     let name = "weight_zero_point";
     let failed = |error: &dyn std::fmt::Display| format!("{layer}: {name} {error}");
@@ -210,7 +210,7 @@ fn packed_zeros(zeros: &Constant, dtype: DType, layer: &str, out: usize, scales:
     Ok(Tensor::from_i64_as(dtype, scales.shape().to_vec(), &values))
 }
 
-/// Codes that are numbers of their own type, where a layer has scales.
+/// Codes with their own type, if a layer has scales.
 fn read_plain(tensors: &mut Tensors, layer: &str) -> Result<(), String> {
     let codes = taken(tensors, layer, ".weight")?;
     let scales = taken(tensors, layer, ".weight_scale")?;
@@ -249,7 +249,7 @@ fn read_plain(tensors: &mut Tensors, layer: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// What the shape of scales says: one, one for each output, or one for each run of inputs.
+/// The granularity by the shape of scales: one, one per output, or one per group of inputs.
 fn granularity(scales: &Constant, layer: &str, out: usize, depth: usize) -> Result<(Constant, Granularity), String> {
     match scales.shape() {
         [] | [1] => Ok((scales.reshaped(Vec::new()), Granularity::Tensor)),

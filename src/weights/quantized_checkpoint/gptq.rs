@@ -1,4 +1,4 @@
-//! GPTQ and AWQ, whose layers have `qweight`, `qzeros`, `scales` and perhaps `g_idx`.
+//! GPTQ and AWQ, whose layers have `qweight`, `qzeros`, `scales` and optionally `g_idx`.
 //!
 //! Formats: AutoGPTQ's `QuantLinear`, GPTQModel's `convert_gptq_v1_to_v2_format`, AutoAWQ's `WQLinear_GEMM` and
 //! `reverse_awq_order`.
@@ -6,12 +6,12 @@
 //! | | GPTQ | AWQ (`gemm`) |
 //! |---|---|---|
 //! | `qweight` | i32 `[in·b/32, out]`, the first input in the lowest bits | i32 `[in, out/8]`, outputs interleaved |
-//! | `qzeros` | i32 `[groups, out·b/32]`, less 1 in `gptq`, as they are in `gptq_v2` | i32 `[groups, out/8]`, interleaved |
+//! | `qzeros` | i32 `[groups, out·b/32]`, minus 1 in `gptq`, unchanged in `gptq_v2` | i32 `[groups, out/8]`, interleaved |
 //! | `scales` | `[groups, out]` | `[groups, out]` |
 //! | `g_idx` | i32 `[in]`, the group of each input | |
 //!
-//! Inputs in another order than that of their groups (`desc_act`) make a weight whose columns are in the order of groups. Such a
-//! weight fits a package whose layer takes its inputs in that very order, and no other.
+//! With inputs in an order other than that of their groups (`desc_act`), the weight's columns are in the order of
+//! groups. Such a weight fits only a package whose layer reorders its inputs in the same way.
 
 use serde_json::{Map, Value};
 
@@ -21,8 +21,8 @@ use crate::graph::Constant;
 use crate::tensor::quantized::Granularity;
 use crate::tensor::{DType, Tensor};
 
-/// Fields of AutoGPTQ, GPTQModel, optimum and transformers: what is checked, and what was for making the model, or for
-/// running it in one of these.
+/// Fields of AutoGPTQ, GPTQModel, optimum and transformers: fields that are checked, and fields for creating the model
+/// or for running it in one of these.
 const GPTQ_FIELDS: [&str; 47] = [
     "quant_method",
     "method",
@@ -98,13 +98,13 @@ const AWQ_FIELDS: [&str; 22] = [
     "method",
 ];
 
-/// Whose zero points are stored less 1.
+/// Formats whose zero points are stored minus 1.
 const V1: &str = "gptq";
 const V2: &str = "gptq_v2";
 
 /// Reads a GPTQ checkpoint.
 pub fn gptq(config: &Map<String, Value>, tensors: &mut Tensors) -> Result<Assembled, String> {
-    // What it does for some modules only: `-:NAME` leaves them out, which their tensors show.
+    // Rules for some modules: `-:NAME` excludes them, which their tensors show.
     let dynamic = config.get("dynamic").and_then(Value::as_object);
     if let Some((rule, _)) = dynamic.into_iter().flatten().find(|(rule, _)| !rule.starts_with("-:")) {
         return Err(format!(
@@ -228,7 +228,7 @@ fn matrix(constant: &Constant, layer: &str) -> Result<[usize; 2], String> {
     }
 }
 
-/// Inputs of a group, -1 of the configuration being all of them; the scales must be as many.
+/// Inputs per group, where -1 in the configuration means all; the number of scales must agree.
 fn group_size(layer: &str, group: i64, depth: usize, scales: &Constant, out: usize) -> Result<usize, String> {
     let size = match group {
         -1 => depth,
@@ -259,7 +259,7 @@ fn put_grouped(
     )
 }
 
-/// Zero points that were stored less 1. One that becomes too large is refused: libraries do not agree on what it means.
+/// Zero points that were stored minus 1. One that becomes too large is refused: libraries disagree on its meaning.
 fn plus_one(zeros: &Constant) -> Result<Constant, String> {
     let (dtype, tensor) = (zeros.dtype(), zeros.materialize().map_err(|e| e.to_string())?);
     let values: Vec<i64> = tensor.to_i64().iter().map(|v| v + 1).collect();
@@ -278,7 +278,7 @@ fn plus_one(zeros: &Constant) -> Result<Constant, String> {
     }
 }
 
-/// The order of inputs that brings those of a group together; `None` where they are so already.
+/// The order of inputs that makes each group contiguous; `None` if groups already are.
 fn group_order(groups: &Constant, size: usize, layer: &str) -> Result<Option<Vec<i64>>, String> {
     let tensor = groups.materialize().map_err(|e| format!("{layer}: g_idx: {e}"))?;
     if groups.dtype().is_float() || groups.shape().len() != 1 {

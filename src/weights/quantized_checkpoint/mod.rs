@@ -1,13 +1,13 @@
-//! Quantized checkpoints of Hugging Face: AWQ, GPTQ, compressed-tensors and bitsandbytes.
+//! Quantized Hugging Face checkpoints: AWQ, GPTQ, compressed-tensors and bitsandbytes.
 //!
-//! Takes the tensors of a checkpoint and the `quantization_config` of its `config.json`, and puts in the place of each layer's
-//! packed tensors one weight `NAME.weight`, `[out, in]`, of codes, scales and zero points in the meaning of ONNX's
-//! `DequantizeLinear`. Codes are unpacked when a weight is written; only scales and zero points, which are small, are read
-//! before where something has to be known of them. Everything else about the checkpoint, its names first of all, is as
-//! if it were not quantized.
+//! Takes the tensors of a checkpoint and the `quantization_config` of its `config.json`, and replaces each layer's
+//! packed tensors by one weight `NAME.weight`, `[out, in]`, of codes, scales and zero points with the semantics of
+//! ONNX's `DequantizeLinear`. Codes are unpacked when a weight is written; only scales and zero points, which are
+//! small, are read earlier if needed. Everything else about the checkpoint, such as its names, is as in an unquantized
+//! one.
 //!
-//! A field of the configuration that is not known is refused unless it is null, false or empty, as is a method, a packing or
-//! a number of bits: codes in a wrong order are numbers too. Where the formats were read off is said in each file.
+//! An unknown field of the configuration is refused unless it is null, false or empty, and so is an unknown method,
+//! packing or number of bits: codes in a wrong order are valid numbers too. Each file names the sources of its format.
 
 mod bitsandbytes;
 mod compressed_tensors;
@@ -25,10 +25,10 @@ use super::source::SourceError;
 use crate::graph::Constant;
 use crate::tensor::quantized::QuantizedError;
 
-/// Where older versions of AutoGPTQ and AutoAWQ keep what is now in `config.json`, with the method that each means.
+/// Files of older versions of AutoGPTQ and AutoAWQ with what is now in `config.json`, with their method.
 const OLDER: [(&str, &str); 2] = [("quantize_config.json", "gptq"), ("quant_config.json", "awq")];
 
-/// Ends of names that only quantized checkpoints have.
+/// Suffixes of names that only quantized checkpoints have.
 const MARKS: [&str; 6] = [
     ".qweight",
     ".weight_packed",
@@ -38,19 +38,19 @@ const MARKS: [&str; 6] = [
     ".SCB",
 ];
 
-/// What became of a checkpoint's tensors.
+/// A checkpoint's tensors, after conversion.
 #[derive(Debug, Default)]
 pub struct Assembled {
-    /// For people: `GPTQ`.
+    /// Display name: `GPTQ`.
     pub method: String,
-    /// Weights whose columns are in their own order, with the input that each is of: see [`gptq`].
+    /// Weights with reordered columns, with the input of each column: see [`gptq`].
     pub orders: HashMap<String, Vec<i64>>,
 }
 
-/// The tensors of a checkpoint by their names, taken as they are understood.
+/// The tensors of a checkpoint by name, removed as they are processed.
 type Tensors = BTreeMap<String, Constant>;
 
-/// Puts quantized weights together. `None`: nothing here is quantized. `path`: of the checkpoint, a file or a folder.
+/// Assembles quantized weights. `None`: nothing is quantized. `path`: the checkpoint, a file or a folder.
 pub fn assemble(path: &Path, tensors: &mut Tensors) -> Result<Option<Assembled>, SourceError> {
     let folder = match path.is_dir() {
         true => path,
@@ -97,7 +97,7 @@ pub fn assemble(path: &Path, tensors: &mut Tensors) -> Result<Option<Assembled>,
     }
 }
 
-/// What says how the weights are quantized.
+/// The quantization configuration.
 fn configuration(folder: &Path) -> Result<Option<Map<String, Value>>, SourceError> {
     let read = |name: &str| -> Result<Option<Map<String, Value>>, SourceError> {
         let path = folder.join(name);
@@ -110,7 +110,7 @@ fn configuration(folder: &Path) -> Result<Option<Map<String, Value>>, SourceErro
         })?;
         match serde_json::from_str(&text) {
             Ok(Value::Object(fields)) => Ok(Some(fields)),
-            // Comparing configurations refuses it, with where.
+            // The comparison of configurations refuses it, with the position.
             _ => Ok(None),
         }
     };
@@ -133,7 +133,7 @@ fn configuration(folder: &Path) -> Result<Option<Map<String, Value>>, SourceErro
     Ok(None)
 }
 
-/// Refuses fields that are none of these, unless they say nothing.
+/// Refuses other fields, unless they are null, false or empty.
 fn only_known(config: &Map<String, Value>, known: &[&str]) -> Result<(), String> {
     let says_nothing = |value: &Value| match value {
         Value::Null | Value::Bool(false) => true,
@@ -167,7 +167,7 @@ fn layers(tensors: &Tensors, part: &str) -> Vec<String> {
     found.map(str::to_string).collect()
 }
 
-/// A tensor of a layer, taken.
+/// Removes and returns a tensor of a layer.
 fn taken(tensors: &mut Tensors, layer: &str, part: &str) -> Result<Constant, String> {
     let name = format!("{layer}{part}");
     tensors
@@ -175,7 +175,7 @@ fn taken(tensors: &mut Tensors, layer: &str, part: &str) -> Result<Constant, Str
         .ok_or_else(|| format!("{layer}: {name:?} is missing, or of a type that is not read"))
 }
 
-/// Refuses a tensor of another shape.
+/// Refuses a tensor with another shape.
 fn shaped(constant: &Constant, layer: &str, part: &str, shape: &[usize]) -> Result<(), String> {
     match constant.shape() == shape {
         true => Ok(()),

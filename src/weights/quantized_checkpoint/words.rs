@@ -5,12 +5,12 @@ use bytes::Bytes;
 use crate::graph::Constant;
 use crate::tensor::{DType, Tensor, packed};
 
-/// Where in its word each code of a run lies.
+/// The position of each code of a run in its word.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Order {
     /// The first in the lowest bits.
     Rising,
-    /// AWQ's: of eight codes of 4 bits, the even ones in the lower half, the odd ones in the upper.
+    /// AWQ's: of eight 4-bit codes, the even ones in the lower half, the odd ones in the upper.
     Interleaved,
 }
 
@@ -24,8 +24,8 @@ pub fn code_type(bits: i64) -> Option<DType> {
     }
 }
 
-/// The codes of words `[rows, columns]`, i32, of which each holds 32/b along `axis` (0 or 1): `shape` says how many there are,
-/// the rest of the last word being padding. An error says what does not fit.
+/// The codes of words `[rows, columns]`, i32, of which each holds 32/b along `axis` (0 or 1): `shape` gives their
+/// number; the rest of the last word is padding. An error describes the mismatch.
 pub fn unpacked(
     words: &Constant,
     dtype: DType,
@@ -114,7 +114,7 @@ mod tests {
             [0, 1, 2, 3, 4, 5, 6, 7]
         );
         assert_eq!(codes(&one, DType::U4, 1, Order::Rising, [1, 5]), [0, 1, 2, 3, 4]);
-        // Column k lies at nibble [0, 4, 1, 5, 2, 6, 3, 7][k].
+        // Column k is at nibble [0, 4, 1, 5, 2, 6, 3, 7][k].
         assert_eq!(
             codes(&one, DType::U4, 1, Order::Interleaved, [1, 8]),
             [0, 4, 1, 5, 2, 6, 3, 7]
