@@ -34,7 +34,7 @@ fn dims(shape: &[usize]) -> Vec<Dim> {
     shape.iter().map(|d| Dim::from(*d)).collect()
 }
 
-/// `copies` linear layers with weights of their own on one input, so that weights come from memory and not from a cache.
+/// `copies` linear layers with separate weights on one input, so that weights come from memory and not from a cache.
 fn linears(dtype: DType, rows: usize, depth: usize, columns: usize, copies: usize) -> Network {
     let mut b = NetworkBuilder::new("linear", Profile::prefill(rows, 4096));
     let x = b.input("x", dtype, &dims(&[rows, depth])).unwrap();
@@ -50,7 +50,7 @@ fn linears(dtype: DType, rows: usize, depth: usize, columns: usize, copies: usiz
     b.finish().unwrap()
 }
 
-/// A weight quantized in blocks of 32 on its last axis, with scales of f16; `zeros`: and zero points.
+/// A weight quantized in blocks of 32 on its last axis, with f16 scales and, if `zeros`, zero points.
 fn quantized(codes: DType, zeros: bool, shape: &[usize]) -> Constant {
     let granularity = Granularity::Block { axis: 1, size: 32 };
     let of = granularity.scale_shape(shape).unwrap();
@@ -76,7 +76,7 @@ fn quantized(codes: DType, zeros: bool, shape: &[usize]) -> Constant {
     .unwrap()
 }
 
-/// As [`linears`], of quantized weights.
+/// As [`linears`], with quantized weights.
 fn quantized_linears(codes: DType, zeros: bool, rows: usize, depth: usize, columns: usize, copies: usize) -> Network {
     let mut b = NetworkBuilder::new("linear", Profile::prefill(rows, 4096));
     let x = b.input("x", DType::F16, &dims(&[rows, depth])).unwrap();
@@ -141,7 +141,7 @@ fn gemv(bencher: Bencher, dtype: DType) {
     run(bencher.counter(BytesCount::new(bytes * copies)), &network, 0);
 }
 
-/// Rows that share one reading of the weights.
+/// Rows that share one pass over the weights.
 #[divan::bench(args = [2, 4, 8, 16])]
 fn few_rows(bencher: Bencher, rows: usize) {
     let bytes = 576 * 1536 * 2;
@@ -157,7 +157,7 @@ fn gemm(bencher: Bencher, rows: usize) {
     run(bencher.counter(ItemsCount::new(2 * rows * 576 * 1536 * 4)), &network, 0);
 }
 
-/// One token over `live` slots of a cache of 4096, nine heads over three; bytes of the live cache.
+/// One token over `live` used slots of a cache of 4096, nine heads over three; bytes of the used slots.
 #[divan::bench(args = [64, 512, 4096])]
 fn attention_decode(bencher: Bencher, live: usize) {
     let network = attention(1, 4096);
@@ -259,7 +259,7 @@ fn prefill(bencher: Bencher, tokens: usize) {
     run(bencher.counter(ItemsCount::new(tokens)), &network, 0);
 }
 
-/// From a lowered network to a program.
+/// Compiles a lowered network to a program.
 #[divan::bench(args = [1, 37], sample_count = 20)]
 fn compile(bencher: Bencher, tokens: usize) {
     let (_, graph, _) = smollm2(DType::F16);
@@ -268,7 +268,7 @@ fn compile(bencher: Bencher, tokens: usize) {
     bencher.bench_local(|| Program::compile(&network, &options).unwrap());
 }
 
-/// Binds every input of a network by what it is called and runs it, `past` tokens in.
+/// Binds every input of a network by its name and runs it after `past` tokens.
 fn run(bencher: Bencher<'_, '_>, network: &Network, past: usize) {
     let mut program = Program::compile(network, &CompileOptions::default()).unwrap();
     let mut caches = KvCaches::new(network).unwrap();

@@ -1,4 +1,4 @@
-//! What sampling costs: DRY by length and kind of history, and the whole chain by vocabulary.
+//! Times of sampling: DRY by length and kind of history, and the whole chain by vocabulary.
 //!
 //! `cargo bench --no-default-features --bench sampling [-- FILTER]`. Targets: DRY under 30 µs at 4096 tokens and linear
 //! beyond, the whole chain under 150 µs at a vocabulary of 128256 and at most 3 % of SmolLM2's decode step (vocabulary
@@ -31,7 +31,7 @@ impl Random {
     }
 }
 
-/// Logits with the bell shape and the few outliers of a language model's.
+/// Logits with the bell shape and the few outliers of a language model.
 fn logits(vocabulary: usize) -> Vec<f32> {
     let mut random = Random(1);
     let mut logits: Vec<f32> = (0..vocabulary)
@@ -45,15 +45,15 @@ fn logits(vocabulary: usize) -> Vec<f32> {
 
 #[derive(Clone, Copy, Debug)]
 enum History {
-    /// The ordinary case: tokens as frequent as Zipf's law has them.
+    /// The usual case: token frequencies by Zipf's law.
     Text,
     /// One token, always.
     One,
-    /// Two tokens by turns.
+    /// Two alternating tokens.
     Two,
     /// A hundred tokens over and over.
     Hundred,
-    /// A bigram and another follower each time: as many tokens to penalise as there can be.
+    /// A bigram with a different next token each time: the maximum of tokens to penalize.
     Followers,
 }
 
@@ -67,7 +67,7 @@ impl History {
     fn tokens(self, n: usize, vocabulary: usize) -> Vec<u32> {
         let mut random = Random(7);
         let token = |i: usize| match self {
-            // The first few are breakers.
+            // The first few are sequence breakers.
             History::Text => (10.0 + (vocabulary as f64 - 10.0).powf(random.uniform())) as usize,
             History::One => 5,
             History::Two => 5 + i % 2,
@@ -92,7 +92,7 @@ const KINDS: [History; 5] = [
 ];
 const LENGTHS: [usize; 4] = [1024, 4096, 32768, 131_072];
 
-/// With breakers that never come, so that the whole window is looked through for them.
+/// With breakers that never occur, so that the whole window is searched for them.
 fn dry() -> DrySettings {
     DrySettings {
         multiplier: 0.8,
@@ -101,7 +101,7 @@ fn dry() -> DrySettings {
     }
 }
 
-/// DRY alone. The candidates are left by the run before, lower by a penalty, which costs the same.
+/// DRY alone. The candidates are those of the previous run, lowered by a penalty, which takes the same time.
 #[divan::bench(args = KINDS, consts = LENGTHS)]
 fn dry_alone<const N: usize>(bencher: Bencher, kind: History) {
     let vocabulary = 200_000;
@@ -114,7 +114,7 @@ fn dry_alone<const N: usize>(bencher: Bencher, kind: History) {
         .bench_local(|| sampler.apply(&mut candidates, divan::black_box(&history)));
 }
 
-/// Everything on that can be on at once.
+/// All samplers that can be active at once.
 fn everything() -> Settings {
     Settings {
         order: Stage::ORDER.to_vec(),
@@ -154,7 +154,7 @@ fn whole_chain<const V: usize>(bencher: Bencher, kind: History) {
     chain(bencher, &everything(), V, &kind.tokens(4096, V));
 }
 
-/// What `generate` does if nothing is asked for: top-k 40, top-p 0.95, min-p 0.05, temperature 0.8.
+/// The default of `generate`: top-k 40, top-p 0.95, min-p 0.05, temperature 0.8.
 #[divan::bench(args = VOCABULARIES)]
 fn usual(bencher: Bencher, vocabulary: usize) {
     chain(

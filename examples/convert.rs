@@ -1,4 +1,4 @@
-//! An export becomes a package that runs on the CPU, or with engines too.
+//! Converts an export to a package for the CPU, or with engines too.
 //!
 //! `cargo run --example convert -- fixtures/exports/llama-optimum/model.onnx llama.lapidary [tensorrt-rtx]`
 

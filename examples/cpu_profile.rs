@@ -1,8 +1,8 @@
-//! Where the CPU executor's time goes, for a model of SmolLM2-135M's shape with random weights.
+//! Profile of the CPU executor for a model of SmolLM2-135M's shape with random weights.
 //!
-//! `cargo run --release --no-default-features --example cpu_profile -- [f16|bf16|f32] [tokens] [past] [threads]`
-//! prints the best of some runs, and the time of each kind of step (measured one step at a time, so with a wake-up of
-//! the threads in each).
+//! `cargo run --release --no-default-features --example cpu_profile -- [f16|bf16|f32] [tokens] [past] [threads]` prints
+//! the best of several runs, and the time of each kind of step (measured one step at a time, so each includes a wake-up
+//! of the threads).
 
 use std::collections::BTreeMap;
 use std::time::Instant;

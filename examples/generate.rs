@@ -1,4 +1,4 @@
-//! Text of a package, as it comes, on the GPU if there is one.
+//! Streams text of a package, on the GPU if there is one.
 //!
 //! `cargo run --example generate -- llama.lapidary 1,20,5` (see `examples/convert.rs`); a package with a tokenizer takes text.
 

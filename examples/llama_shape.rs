@@ -1,4 +1,4 @@
-//! Lowers a Llama of made-up weights and builds its bound engine, with the times of both.
+//! Lowers a Llama with synthetic weights and builds its bound engine, with the times of both.
 //!
 //! ```text
 //! cargo run --release --example llama_shape -- 8b                  # decode, capacity 1024
@@ -34,13 +34,13 @@ struct Arguments {
     tokens: usize,
     #[arg(long, default_value_t = 1024)]
     capacity: usize,
-    /// One product a linear layer and one attention layer each, instead of what packages get.
+    /// One product per linear layer and one attention layer per layer, instead of the defaults.
     #[arg(long)]
     plain: bool,
-    /// Each KV group's query heads stay heads.
+    /// Query heads of a KV group stay separate heads.
     #[arg(long)]
     no_fold: bool,
-    /// Weights are raised to three axes, instead of activations flattened to two.
+    /// Weights get three axes, instead of activations being flattened to two.
     #[arg(long)]
     raise_weights: bool,
     /// One product for q, k and v, and for gate and up.
@@ -94,7 +94,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let profile = Profile::prefill(arguments.tokens, arguments.capacity);
     let graph = config.graph();
     let mut network = lower(&graph, &profile, &options)?;
-    // The best of a few: the first pays for cold memory.
+    // The best of a few: the first includes cold memory.
     let mut best = f64::INFINITY;
     for _ in 0..5 {
         let start = Instant::now();
@@ -125,7 +125,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// High-water mark of this process; 0 where the system does not say.
+/// Peak memory of this process; 0 if unknown.
 fn peak_memory_mb() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));

@@ -1,9 +1,9 @@
 //! An optimum export in tract on the CPU, one step at a time, for `scripts/baselines/tract_baseline.py`.
 //!
 //! `tract_baseline MODEL.onnx --threads 2` first prints `{"version", "load_ms"}`. Then each line of standard input is a
-//! question, `{"reset": true}` or `{"feed": [ids], "row": bool}`, and is answered by a line: nothing but `{}`, or
-//! `{"ms", "token"}` with the time to the next token and its id, and with `row` the logits it was chosen from. Needs the
-//! cargo feature `tract`. Lengths stay symbolic, so one optimized plan serves prefill and decode.
+//! request, `{"reset": true}` or `{"feed": [ids], "row": bool}`, answered by one line: `{}`, or `{"ms", "token"}` with
+//! the time to the next token and its id, plus its logits if `row` is set. Needs the cargo feature `tract`. Lengths
+//! stay symbolic, so one optimized plan serves prefill and decode.
 
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
@@ -41,7 +41,7 @@ struct Decoder {
 }
 
 impl Decoder {
-    /// The logits after the last of `ids`: `[1, tokens, vocabulary]`, whose last row counts.
+    /// Logits of `ids`: `[1, tokens, vocabulary]`; the last row is used.
     fn run(&mut self, ids: &[i64]) -> TractResult<TValue> {
         let total = self.length + ids.len();
         let mut caches = std::mem::take(&mut self.caches).into_iter();

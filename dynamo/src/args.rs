@@ -1,4 +1,4 @@
-//! The flags: Dynamo's own, and those of `lapidary serve` that say where and how a package runs.
+//! The flags: Dynamo's own, and those of `lapidary serve` for the device and the scheduler.
 
 use std::path::PathBuf;
 
@@ -17,13 +17,13 @@ pub struct Args {
     /// The package
     #[arg(value_name = "PKG")]
     pub package: PathBuf,
-    /// What requests call it [default: the name of its folder]
+    /// Model name in requests [default: the name of its folder]
     #[arg(long, value_name = "NAME", env = "DYN_SERVED_MODEL_NAME")]
     pub served_model_name: Option<String>,
     /// Where to run
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = ["auto", "cpu", "cuda"])]
     pub device: String,
-    /// Threads of the CPU executor [default: one a core]
+    /// Threads of the CPU executor [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
     /// The TensorRT library to run engines with
@@ -32,16 +32,16 @@ pub struct Args {
     /// Sequences at a time
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub max_sequences: u32,
-    /// Requests that may wait for a place; one more is refused, so that the frontend chooses another worker
+    /// Maximum of queued requests; further ones are refused, so that the frontend chooses another worker
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub queue: u32,
-    /// Tokens of a prompt that are computed between two tokens of other requests
+    /// Tokens of a prompt that are computed between two decode steps of other requests
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=512))]
     pub prefill_chunk: u32,
-    /// Caches of finished requests that are kept for prompts that begin alike [default: as many as sequences]
+    /// Caches of finished requests that are kept for prompts with the same prefix [default: as many as sequences]
     #[arg(long, value_name = "N")]
     pub kept_prefixes: Option<u32>,
-    /// Bytes for all caches; kept ones go first [default: no limit]
+    /// Bytes for all caches; kept ones are dropped first [default: no limit]
     #[arg(long, value_name = "BYTES")]
     pub cache_memory: Option<usize>,
     /// Dynamo's own flags.
@@ -50,7 +50,7 @@ pub struct Args {
 }
 
 impl Args {
-    /// What the engine and Dynamo's runtime need of them.
+    /// The settings of the engine and of Dynamo's runtime.
     pub fn read(self) -> Result<(Options, WorkerConfig), DynamoError> {
         let common = self.common;
         if !matches!(common.disaggregation_mode, DisaggregationMode::Aggregated) {
@@ -59,7 +59,7 @@ impl Args {
             ));
         }
         if common.route_to_encoder {
-            return Err(invalid("--route-to-encoder: a Lapidary package takes text alone"));
+            return Err(invalid("--route-to-encoder: a Lapidary package takes only text"));
         }
         if common
             .endpoint_types
@@ -87,7 +87,7 @@ impl Args {
             reasoning_parser: common.dyn_reasoning_parser,
             exclude_tools_when_tool_choice_none: common.exclude_tools_when_tool_choice_none,
             enable_rl: common.enable_rl,
-            // The frontend reads the tokenizer and the template there.
+            // The frontend reads the tokenizer and the template from it.
             model_name: whole.join("tokenizer").to_string_lossy().into_owned(),
             served_model_name: Some(name.clone()),
             metrics_labels: vec![("model".to_string(), name.clone())],

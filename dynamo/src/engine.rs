@@ -1,4 +1,4 @@
-//! Dynamo's engine trait in front of a [`Scheduler`].
+//! Implements Dynamo's engine trait with a [`Scheduler`].
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,20 +19,20 @@ use lapidary::serve::{Event, Finished, Request, Scheduler, SchedulerOptions, Sna
 use crate::errors;
 use crate::request::{self, Model};
 
-/// Which package runs, where and how.
+/// The package to run, and options.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Its folder.
     pub package: PathBuf,
-    /// What requests call it.
+    /// Its name in requests.
     pub name: String,
-    /// Where it runs.
+    /// The device.
     pub device: DeviceChoice,
-    /// Threads of the CPU executor; one a core if not given.
+    /// Threads of the CPU executor; one per core if not given.
     pub threads: Option<usize>,
-    /// The TensorRT library; looked for if not given.
+    /// The TensorRT library; searched for if not given.
     pub tensorrt_lib: Option<PathBuf>,
-    /// Requests that may wait.
+    /// Maximum of queued requests.
     pub queue: usize,
     /// Sequences, chunks and caches.
     pub batch: BatchOptions,
@@ -54,7 +54,7 @@ impl Options {
     }
 }
 
-/// What runs once the worker has started.
+/// The state of a started worker.
 struct Running {
     scheduler: Scheduler,
     model: Model,
@@ -66,7 +66,7 @@ pub struct Engine {
     running: Mutex<Option<Arc<Running>>>,
 }
 
-/// Numbers are published that often where they change.
+/// The interval at which changed metrics are published.
 const PUBLISHED_EVERY: Duration = Duration::from_millis(100);
 
 impl Engine {
@@ -91,7 +91,7 @@ impl Engine {
                 "{folder}: the package has no tokenizer, which the frontend needs; convert again with --tokenizer FILE_OR_DIR"
             )));
         };
-        // The frontend's card of the model is made of these.
+        // The frontend makes its model card from these.
         for file in ["config.json", "tokenizer_config.json"] {
             if !options.package.join("tokenizer").join(file).is_file() {
                 return Err(errors::invalid(format!(
@@ -116,7 +116,7 @@ impl Engine {
             queue: options.queue,
             ..SchedulerOptions::default()
         };
-        // Text is the frontend's: no tokenizer.
+        // The frontend handles text, so no tokenizer is needed.
         let scheduler = Scheduler::start(open, None, scheduling).map_err(|error| errors::start(&error))?;
         let facts = scheduler.facts().clone();
         let model = Model::new(&tokenizer, eos_ids, facts.vocabulary, facts.capacity)?;
@@ -141,7 +141,7 @@ impl LLMEngine for Engine {
             served_model_name: Some(self.options.name.clone()),
             llm: Some(LlmRegistration {
                 context_length: u32::try_from(facts.capacity).ok(),
-                // Prefixes are shared in whole chunks of a prompt.
+                // Prefixes are shared in whole chunks.
                 kv_cache_block_size: u32::try_from(chunk).ok(),
                 total_kv_blocks: Some(chunks as u64),
                 max_num_seqs: Some(facts.sequences as u64),
@@ -175,9 +175,9 @@ impl LLMEngine for Engine {
                 .submit(request)
                 .map_err(|refusal| errors::refused(&refusal))
         };
-        // A large schema takes its time.
+        // A large schema can take long.
         let submitted = tokio::task::spawn_blocking(submit).await;
-        // Dropping it ends the request, however the stream is dropped.
+        // Ends the request when the stream is dropped.
         let ticket = submitted.map_err(|_| errors::gone())??;
         Ok(Box::pin(async_stream::stream! {
             let ticket = ticket;
@@ -239,7 +239,7 @@ impl LLMEngine for Engine {
         let publish = move |publisher: Arc<SnapshotPublisher>| {
             tokio::spawn(async move {
                 let mut before = None;
-                // Until cleanup lets go of it.
+                // Until cleanup drops it.
                 while let Some(running) = weak.upgrade() {
                     let now = component(&running.scheduler.metrics().snapshot(), &running.scheduler, chunk);
                     drop(running);
@@ -259,7 +259,7 @@ impl LLMEngine for Engine {
     }
 
     async fn health_check_payload(&self) -> Result<Option<serde_json::Value>, DynamoError> {
-        // One token of the device: a worker whose device is gone is not healthy.
+        // Computes one token: a worker whose device is lost is unhealthy.
         Ok(Some(serde_json::json!({
             "token_ids": [0],
             "sampling_options": {"temperature": 0.0},
@@ -268,7 +268,7 @@ impl LLMEngine for Engine {
     }
 }
 
-/// What a router weighs workers by.
+/// The load metrics for a router.
 fn component(now: &Snapshot, scheduler: &Scheduler, chunk: usize) -> ComponentSnapshot {
     let facts = scheduler.facts();
     let total = facts.capacity.div_ceil(chunk) * facts.sequences;
@@ -292,7 +292,7 @@ fn piece(token: u32, step: Option<Step>) -> LLMEngineOutput {
             .map(|(i, (id, logprob))| TopLogprob {
                 rank: i as u32 + 1,
                 token_id: *id,
-                // The frontend's to write.
+                // Set by the frontend.
                 token: None,
                 logprob: *logprob,
                 bytes: None,

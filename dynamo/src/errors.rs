@@ -1,10 +1,10 @@
-//! Dynamo's kinds of errors for ours: which are the client's, which another worker may do better.
+//! Maps Lapidary's errors to Dynamo's kinds: client errors, and those that another worker may avoid.
 
 use dynamo_backend_common::{BackendError, DynamoError, ErrorType};
 use lapidary::help::{Fault, Help};
 use lapidary::serve::{RequestError, SubmitError};
 
-/// An error of this kind. The message goes to the client, too: it names what was asked, never what a text says.
+/// An error of this kind. The client sees the message too: it names request fields, never the content of a text.
 pub fn error(kind: ErrorType, message: impl Into<String>) -> DynamoError {
     let message = message.into();
     DynamoError::builder()
@@ -14,12 +14,12 @@ pub fn error(kind: ErrorType, message: impl Into<String>) -> DynamoError {
         .build()
 }
 
-/// The client asked for what cannot be done.
+/// The client's request is invalid or unsupported.
 pub fn invalid(message: impl Into<String>) -> DynamoError {
     error(ErrorType::Backend(BackendError::InvalidArgument), message)
 }
 
-/// What is wrong, and what to do about it.
+/// The problem, and a remedy.
 fn with_help(error: &dyn Help) -> String {
     match error.help() {
         Some(help) => format!("{error}; {help}"),
@@ -27,7 +27,7 @@ fn with_help(error: &dyn Help) -> String {
     }
 }
 
-/// A package that cannot be served: the operator's fault or the machine's.
+/// A package that cannot be served, because of its configuration or the machine.
 pub fn start(error_of_ours: &dyn Help) -> DynamoError {
     match error_of_ours.fault() {
         Fault::Input => invalid(with_help(error_of_ours)),
@@ -35,7 +35,7 @@ pub fn start(error_of_ours: &dyn Help) -> DynamoError {
     }
 }
 
-/// A request that is not taken. The frontend gives it to another worker where this one is full or stops.
+/// A request that is not accepted. The frontend sends it to another worker if this one is full or stopping.
 pub fn refused(refusal: &SubmitError) -> DynamoError {
     match refusal {
         SubmitError::Full { .. } => error(ErrorType::WorkerOverloaded, refusal.to_string()),
@@ -44,7 +44,7 @@ pub fn refused(refusal: &SubmitError) -> DynamoError {
     }
 }
 
-/// A request that failed. The frontend goes on with it on another worker where this one stops.
+/// A request that failed. The frontend continues it on another worker if this one is stopping.
 pub fn failed(failure: &RequestError) -> DynamoError {
     match failure {
         RequestError::Stopping => error(ErrorType::Backend(BackendError::EngineShutdown), failure.to_string()),
@@ -54,7 +54,7 @@ pub fn failed(failure: &RequestError) -> DynamoError {
     }
 }
 
-/// The device's thread is gone without a word.
+/// The device's thread ended without an error.
 pub fn gone() -> DynamoError {
     error(
         ErrorType::Backend(BackendError::EngineShutdown),

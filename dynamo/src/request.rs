@@ -1,5 +1,5 @@
-//! What Dynamo asks of a request, in Lapidary's terms. The frontend checks neither the context nor what a worker can do:
-//! [`read`] refuses by name what would change the tokens and cannot be done.
+//! Translates Dynamo's requests to Lapidary's types. The frontend checks neither the context length nor a worker's
+//! features: [`read`] refuses by name every unsupported field that would change the tokens.
 
 use std::collections::BTreeSet;
 
@@ -11,12 +11,12 @@ use lapidary::text::Tokenizer;
 
 use crate::errors::invalid;
 
-/// Log-probabilities beside the chosen token's at most, as in OpenAI's protocol.
+/// Maximum log-probabilities besides the chosen token's, as in OpenAI's protocol.
 const MOST_LOGPROBS: u32 = 20;
 
-/// What a package says where a request does not.
+/// A package's defaults for requests.
 pub struct Model {
-    /// What draws where a request does not say how.
+    /// The default sampling.
     pub defaults: Settings,
     /// Tokens that end a text.
     pub eos_ids: BTreeSet<u32>,
@@ -27,7 +27,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// Of a package's tokenizer and a decoder with so many tokens and slots.
+    /// The defaults of a package, for a decoder with this vocabulary and maximum of slots.
     pub fn new(
         tokenizer: &Tokenizer,
         eos_ids: BTreeSet<u32>,
@@ -42,7 +42,7 @@ impl Model {
                 "generation_config.json: {name} is {value}, not {wanted}"
             )));
         }
-        // After a move to another worker a text goes on with the random numbers that it would have drawn.
+        // After a move to another worker, a text continues with the random numbers that it would have drawn.
         defaults.by_position = true;
         Ok(Model {
             defaults,
@@ -57,11 +57,11 @@ impl Model {
 pub struct Asked {
     /// Token ids of the prompt.
     pub prompt: Vec<u32>,
-    /// How tokens are drawn.
+    /// Sampling.
     pub sampling: Settings,
-    /// When to end.
+    /// Conditions to stop.
     pub limits: Limits,
-    /// What the text must be like.
+    /// Constraint on the text.
     pub constraint: Option<Box<dyn Constraint>>,
 }
 
@@ -83,7 +83,7 @@ pub fn read(request: &PreprocessedRequest, model: &Model) -> Result<Asked, Dynam
     let eos_ids = end_tokens(stops, model);
     let limits = Limits {
         max_new_tokens: stops.max_tokens.map_or(room, |n| (n as usize).min(room)),
-        // Stop strings are the frontend's.
+        // The frontend handles stop strings.
         stop: Vec::new(),
         logprobs: logprobs(request.output_options.logprobs)?,
         eos_ids,
@@ -99,7 +99,7 @@ pub fn read(request: &PreprocessedRequest, model: &Model) -> Result<Asked, Dynam
     })
 }
 
-/// Everything that is asked and would be left out in silence otherwise.
+/// Refuses everything that would otherwise be ignored silently.
 fn refuse_unsupported(request: &PreprocessedRequest) -> Result<(), DynamoError> {
     let (sampling, stops) = (&request.sampling_options, &request.stop_conditions);
     let refused = [
@@ -141,12 +141,12 @@ fn refuse_unsupported(request: &PreprocessedRequest) -> Result<(), DynamoError> 
         (
             "multi_modal_data",
             request.multi_modal_data.as_ref().is_some_and(|data| !data.is_empty()),
-            "the model takes text alone",
+            "the model takes only text",
         ),
         (
             "encoder_result",
             request.encoder_result.is_some(),
-            "the model takes text alone",
+            "the model takes only text",
         ),
         (
             "prefill_result",
@@ -160,7 +160,7 @@ fn refuse_unsupported(request: &PreprocessedRequest) -> Result<(), DynamoError> 
     }
 }
 
-/// Tokens that end the text: the model's, unless they are to be ignored, and the request's.
+/// Tokens that end the text: the model's, unless the request ignores them, and the request's own.
 fn end_tokens(stops: &StopConditions, model: &Model) -> BTreeSet<u32> {
     let mut end = match stops.ignore_eos.unwrap_or(false) {
         true => BTreeSet::new(),
@@ -186,7 +186,7 @@ fn logprobs(asked: Option<u32>) -> Result<Option<usize>, DynamoError> {
     }
 }
 
-/// The model's defaults, then what the request says.
+/// The model's defaults, overridden by the request.
 fn sampling(asked: &SamplingOptions, model: &Model) -> Result<Settings, DynamoError> {
     let mut s = model.defaults.clone();
     for (value, place) in [
@@ -199,7 +199,7 @@ fn sampling(asked: &SamplingOptions, model: &Model) -> Result<Settings, DynamoEr
     ] {
         *place = value.unwrap_or(*place);
     }
-    // What is not above 0 is off.
+    // Values of at most 0 mean off.
     s.top_k = asked.top_k.map_or(s.top_k, |k| usize::try_from(k).unwrap_or(0));
     s.seed = match asked.seed.filter(|seed| *seed != -1) {
         Some(seed) => seed as u64,
@@ -212,7 +212,7 @@ fn sampling(asked: &SamplingOptions, model: &Model) -> Result<Settings, DynamoEr
     Ok(s)
 }
 
-/// The form of the text, and how long it must be at least.
+/// The form of the text, and its minimum length.
 fn constraint(
     request: &PreprocessedRequest,
     model: &Model,
@@ -249,7 +249,7 @@ fn constraint(
     Ok(Some(Box::new(limited)))
 }
 
-/// The one form that is asked for, with its field.
+/// The one requested form, with its field.
 fn form(asked: &GuidedDecodingOptions) -> Result<Option<(&'static str, Form)>, DynamoError> {
     if asked.structural_tag.is_some() {
         return Err(invalid(
@@ -262,7 +262,7 @@ fn form(asked: &GuidedDecodingOptions) -> Result<Option<(&'static str, Form)>, D
         ));
     }
     let json = asked.json.clone().map(|schema| match schema {
-        // A schema as text is one, too.
+        // A schema may also be given as a string.
         serde_json::Value::String(text) => serde_json::from_str(&text)
             .map_err(|error| invalid(format!("guided_json: the schema is not JSON: {error}"))),
         schema => Ok(schema),
@@ -289,7 +289,7 @@ fn form(asked: &GuidedDecodingOptions) -> Result<Option<(&'static str, Form)>, D
     }
 }
 
-/// No end token before so many others.
+/// No end token before this many others.
 struct AtLeast {
     left: usize,
     end: BTreeSet<u32>,

@@ -1,4 +1,4 @@
-//! How far fp16 layers on TensorRT are from the truth: the CPU executor in fp32 over the same fp16 numbers.
+//! Errors of fp16 layers on TensorRT against the CPU executor in fp32 with the same fp16 inputs.
 
 use lapidary::backend::cpu::{self, execute as execute_on_cpu};
 use lapidary::backend::tensorrt::run::{Runtime, execute};
@@ -8,7 +8,7 @@ use lapidary::tensor::{DType, Tensor};
 
 use crate::Outcome;
 
-/// Normally distributed, nearly: sums of uniform numbers.
+/// Approximately normally distributed: sums of uniform numbers.
 fn random(seed: u64, shape: &[usize], scale: f64) -> Tensor {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut uniform = || {

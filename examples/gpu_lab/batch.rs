@@ -1,6 +1,7 @@
-//! Several sequences in one batch: engines of a batched profile, built here from a package's graph and run on its weights.
+//! Several sequences in one batch: engines of a batched profile, built here from a package's graph and run with its
+//! weights.
 //!
-//! Sessions run one sequence; this shows that what they are made of does not depend on it.
+//! Sessions run one sequence; this shows that the layers below do not depend on it.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -29,7 +30,7 @@ struct Part {
     _scratch: Buffer,
 }
 
-/// Without layers of our own: a part is one engine here.
+/// Without Lapidary's own layers: a part is one engine here.
 fn of_tensorrt() -> LowerOptions {
     LowerOptions {
         kernels: false,
@@ -96,11 +97,11 @@ impl Batch {
                 self.shared.insert(port.name.clone(), Rc::new(buffer));
                 address
             };
-            // SAFETY: of the port's size; held by the batch or the part, which end together.
+            // SAFETY: of the port's size; owned by the batch or the part, which are dropped together.
             unsafe { engine.bind([(port.name.as_str(), address)])? };
         }
         let scratch = Buffer::new(&cuda, engine.scratch_bytes(), "scratch memory")?;
-        // SAFETY: held by the part.
+        // SAFETY: owned by the part.
         unsafe { engine.set_scratch(&scratch) };
         Ok(Part {
             engine,
@@ -110,8 +111,8 @@ impl Batch {
         })
     }
 
-    /// One call: of each sequence these tokens at this position (none: a padding token that is written again later).
-    /// Gives the logits after the last of each.
+    /// One call: for each sequence these tokens at this position (none: a padding token that is overwritten later).
+    /// Returns the logits after the last of each.
     fn run(&mut self, part: &mut Part, calls: &[(&[u32], usize)], vocabulary: usize) -> Outcome<Vec<f32>> {
         let mut columns: [Vec<i32>; 4] = Default::default();
         for (tokens, position) in calls {
@@ -156,7 +157,8 @@ pub fn logits(path: &Path, cases: &Path, output: &Path, capacity: usize, chunk: 
 
     let mut rows = vec![0.0; cases.len() * vocabulary];
     let mut positions = vec![0; cases.len()];
-    // Prompts chunk by chunk, each at its own place; one that is done waits, writing padding where its next token goes.
+    // Prompts chunk by chunk, each at its own position; a finished one waits and writes padding at the position of its
+    // next token.
     while positions.iter().zip(&cases).any(|(at, case)| *at < case.prompt.len()) {
         let calls: Vec<(&[u32], usize)> = cases
             .iter()

@@ -1,4 +1,4 @@
-//! Single choices of the lowering on layers of real dims with made-up weights.
+//! Single choices of the lowering on layers of real dims with synthetic weights.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -16,7 +16,7 @@ use lapidary::tensor::{DType, Tensor};
 
 use crate::Outcome;
 
-/// The dims that are measured, with room for every capacity that is.
+/// The dims, with room for every measured capacity.
 fn llama(large: bool) -> Decoder {
     let dims = match large {
         true => Decoder::llama_8b(),
@@ -28,8 +28,8 @@ fn llama(large: bool) -> Decoder {
     }
 }
 
-/// Runs the cases, several at a time, and prints each result as it comes, so that an interrupted run keeps its results. Building and
-/// loading are the processor's work, so only one at a time should measure.
+/// Runs the cases, several at a time, and prints each result at once, so that an interrupted run keeps its results.
+/// Building and loading run on the CPU; only one case at a time measures.
 pub fn each<T: Send>(threads: usize, cases: Vec<T>, describe: impl Fn(T) -> String + Sync) {
     let cases = Mutex::new(cases.into_iter());
     std::thread::scope(|scope| {
@@ -45,7 +45,7 @@ pub fn each<T: Send>(threads: usize, cases: Vec<T>, describe: impl Fn(T) -> Stri
     });
 }
 
-/// What weights of linear layers are quantized to: codes, the size of a block (0: a scale a row), zero points.
+/// Quantization of linear layers' weights: codes, block size (0: one scale per row), zero points.
 #[derive(Clone, Copy)]
 pub struct Codes(pub DType, pub usize, pub bool);
 
@@ -60,10 +60,10 @@ impl std::fmt::Display for Codes {
     }
 }
 
-/// Noise where bytes become part of the plan.
+/// Noise if the bytes become part of the plan.
 fn tensor(name: &str, dtype: DType, shape: Vec<usize>, embed: bool) -> Constant {
     if !embed {
-        // By its origin, or weights of one shape would be one weight.
+        // Seeded by the origin; otherwise weights of one shape would be deduplicated.
         return Constant::absent(dtype, shape).with_origin(name);
     }
     let mut state = 7u64;
@@ -79,7 +79,7 @@ fn tensor(name: &str, dtype: DType, shape: Vec<usize>, embed: bool) -> Constant 
         }
     });
     let bytes: Vec<u8> = bytes.collect();
-    Constant::tensor(Tensor::new(dtype, shape, bytes.into()).expect("as many bytes as the shape takes"))
+    Constant::tensor(Tensor::new(dtype, shape, bytes.into()).expect("as many bytes as the shape needs"))
 }
 
 /// The decoder's graph, its linear layers quantized, and the head too if `head`.
@@ -103,7 +103,7 @@ pub fn quantized(decoder: &Decoder, codes: Option<Codes>, embed: bool, head: boo
 
 type Change<'a> = (&'a str, &'a dyn Fn(&mut LowerOptions));
 
-/// One choice at a time against what packages get.
+/// One choice at a time against the defaults.
 pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
     use lapidary::lower::{AttentionForm as A, LinearForm as L};
     let library = Library::load(None)?;
@@ -205,7 +205,7 @@ pub fn choices(large: bool, layers: usize, only: &str) -> Outcome<()> {
             ));
         }
     }
-    // Where groups are folded in packages.
+    // If packages fold groups.
     let long = Profile::prefill(512, 65536);
     cases.push(("attention of a long prefill".into(), long, with(&|_| {}), None));
     cases.retain(|(name, ..)| name.contains(only));
@@ -253,7 +253,7 @@ pub fn measure(
     let loading = LoadOptions {
         graphs: true,
         kernels: None,
-        // Of several sequences each has a cache of its own, as where they are served.
+        // Each of several sequences has its own cache, as in serving.
         caches: match network.profile.batch > 1 && attends_by_kernels {
             true => Caches::Tables,
             false => Caches::Tensors,
@@ -266,7 +266,7 @@ pub fn measure(
         program.set(role, context)?;
     }
     let took = program.time(&Stream::new(runtime.cuda())?, times)?;
-    // Its memory goes back before the next one measures.
+    // Its memory is freed before the next one measures.
     drop(program);
     Ok(took.as_secs_f64())
 }

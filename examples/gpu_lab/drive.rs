@@ -1,4 +1,4 @@
-//! A device driven as a session drives it, but looked at in between: decode and prefill times, logits of given tokens.
+//! Drives a device like a session, with measurements in between: decode and prefill times, logits of given tokens.
 
 use std::path::Path;
 use std::time::Instant;
@@ -17,7 +17,7 @@ pub fn open(package: &Path) -> Outcome<(Package, CudaDevice)> {
     Ok((package, device))
 }
 
-/// Drives a device as a session does, but lets us look at it in between.
+/// Drives a device like a session, but with access to it in between.
 pub struct Driver {
     device: CudaDevice,
     capacities: Vec<usize>,
@@ -69,7 +69,7 @@ impl Driver {
         Ok(())
     }
 
-    /// One greedy step: the token fed, the best one given.
+    /// One greedy step: feeds the token, returns the best one.
     pub fn step(&mut self, token: u32) -> Outcome<u32> {
         self.reserve(1)?;
         let chunk = self.device.chunk(1, self.position, self.capacity);
@@ -99,7 +99,7 @@ impl Driver {
     }
 }
 
-/// Token ids that repeat nowhere soon.
+/// Token ids without early repetition.
 pub fn ids(n: usize, vocabulary: usize) -> Vec<u32> {
     (0..n)
         .map(|i| ((i * 7919 + 13) % (vocabulary - 3) + 3) as u32)
@@ -152,7 +152,7 @@ pub fn bench(path: &Path, live: usize, prefill: &[usize], tokens: usize) -> Outc
 
     let mut prefills = Vec::new();
     for n in prefill {
-        // From an empty cache in the capacity that holds the prompt: what a first token costs.
+        // From an empty cache in the capacity of the prompt: the time to the first token.
         let (package, mut device) = open(path)?;
         device.prepare(*n, *n)?;
         let mut again = Driver::new(&package, device);
@@ -204,7 +204,7 @@ pub struct Case {
     pub prompt: Vec<u32>,
     #[serde(default)]
     pub forced: Vec<u32>,
-    /// Greedy tokens to draw instead, without logits of their own.
+    /// Number of greedy tokens to draw instead, without logits.
     #[serde(default)]
     greedy: usize,
 }

@@ -1,4 +1,4 @@
-//! Ways to write a matrix product of one row, in chains long enough that weights come from memory.
+//! Forms of a matrix product of one row, in chains long enough that weights come from memory.
 
 use std::sync::Mutex;
 
@@ -23,9 +23,9 @@ enum Form {
     Swapped,
     /// `sum(w * x)` in fp32
     Reduced,
-    /// `[g, n/g, k]`, each part its own product
+    /// `[g, n/g, k]`, each part a separate product
     Parts(i64),
-    /// The row repeated, one row of the result kept
+    /// The row repeated; one row of the result is used
     Repeated(i64),
     /// `[g, n/g, k] · [g, k, 1]`
     SwappedParts(i64),
@@ -95,7 +95,7 @@ fn product(
     })
 }
 
-/// Products `[k -> n]` and `[m -> k]` by turns, `m <= n` taken from the front of the wider result.
+/// Products `[k -> n]` and `[m -> k]` alternating; `m <= n` elements are taken from the front of the wider result.
 fn chain(form: Form, dtype: DType, [k, n, m]: [i64; 3], pairs: usize) -> Outcome<(Network, f64)> {
     let mut b = NetworkBuilder::new("chain", Profile::decode(16));
     let dims = |d: &[i64]| d.iter().map(|d| (*d as usize).into()).collect::<Vec<_>>();

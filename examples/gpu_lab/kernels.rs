@@ -1,4 +1,4 @@
-//! Whole decode steps of real dims with made-up weights: with kernels of our own and with TensorRT's layers alone.
+//! Whole decode steps of real dims with synthetic weights: with Lapidary's kernels and with only TensorRT's layers.
 
 use std::sync::Mutex;
 
@@ -45,8 +45,9 @@ fn forms() -> [(&'static str, Option<Codes>); 6] {
     ]
 }
 
-/// One line a case: ms of a step at each context, and the bytes of weights that it reads over its time. `only` keeps the
-/// cases whose name contains it. `rows`: how many sequences a step has, a case for each; all have the same context.
+/// One line per case: ms of a step at each context, and the bytes of weights that it reads over its time. `only`
+/// selects the cases whose name contains it. `rows`: numbers of sequences of a step, with a case for each; all have the
+/// same context.
 pub fn kernels(only: &str, rows: &[usize]) -> Outcome<()> {
     let library = Library::load(None)?;
     let mut cases = Vec::new();
@@ -102,8 +103,8 @@ pub fn kernels(only: &str, rows: &[usize]) -> Outcome<()> {
     Ok(())
 }
 
-/// Of all weights that a step reads whole, which tables of rotations are not, nor that of embeddings unless it is the output
-/// matrix too.
+/// Bytes of all weights that a step reads completely: without tables of rotations, and without the embedding table
+/// unless it is also the output matrix.
 fn bytes_of_weights(network: &Network) -> f64 {
     let tied = !network.weights.iter().any(|weight| weight.name.starts_with("lm_head"));
     let read = network.weights.iter().filter(|weight| {

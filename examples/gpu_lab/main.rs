@@ -1,13 +1,13 @@
-//! Measurements on a GPU: what `scripts/gpu/` runs on the borrowed machine.
+//! Measurements on a GPU, run by `scripts/gpu/` on the remote machine.
 //!
 //! ```text
 //! gpu_lab bench PKG --live 300 --prefill 128,512       # decode and prefill of a package, as JSON
 //! gpu_lab logits PKG --cases cases.json --output F     # logits of given token sequences, to compare with another engine
-//! gpu_lab batch PKG --cases cases.json --output F      # the same of several sequences in one batch
+//! gpu_lab batch PKG --cases cases.json --output F      # the same for several sequences in one batch
 //! gpu_lab swap PKG --weights OTHER_PKG                 # other weights under loaded engines, and back
-//! gpu_lab moves PKG                                    # a token after a move of the cache, and where it started
-//! gpu_lab forms                                        # ways to write a matrix product of one row
-//! gpu_lab kernels 8b                                   # decode steps of whole models with kernels of our own and without
+//! gpu_lab moves PKG                                    # a token after a move of the cache, and without one
+//! gpu_lab forms                                        # forms of a matrix product of one row
+//! gpu_lab kernels 8b                                   # decode steps of whole models with and without Lapidary's kernels
 //! gpu_lab prefill --large                              # chunks of a prompt by their rows, on a few layers
 //! gpu_lab choices --large --layers 4                   # one choice of the lowering at a time, on a few layers
 //! ```
@@ -56,13 +56,14 @@ enum Command {
         #[arg(long)]
         output: PathBuf,
     },
-    /// As `logits`, several sequences side by side: engines of that batch are built here from the package's graph.
+    /// As `logits`, for several sequences at once: engines of that batch size are built here from the package's graph.
     Batch {
         package: PathBuf,
-        /// `[{"prompt": [ids], "forced": [ids]}]`, as many as a batch has, prompts of any length, `forced` of equal.
+        /// `[{"prompt": [ids], "forced": [ids]}]`, one per sequence of the batch, prompts of any length, `forced` of
+        /// equal length.
         #[arg(long)]
         cases: PathBuf,
-        /// f32 rows: for every step the rows of all sequences.
+        /// f32 rows: for each step the rows of all sequences.
         #[arg(long)]
         output: PathBuf,
         #[arg(long, default_value_t = 1024)]
@@ -70,7 +71,7 @@ enum Command {
         #[arg(long, default_value_t = 128)]
         chunk: usize,
     },
-    /// Runs with the weights of another package and with its own again, and compares with fresh sessions.
+    /// Runs with the weights of another package, then with its own again, and compares with fresh sessions.
     Swap {
         package: PathBuf,
         #[arg(long)]
@@ -90,28 +91,28 @@ enum Command {
         /// Layers of the model.
         #[arg(long, default_value_t = 8)]
         layers: usize,
-        /// Only choices whose name holds this.
+        /// Only choices whose name contains this.
         #[arg(long, default_value = "")]
         only: String,
     },
-    /// Decode steps of whole models of real dims, with kernels of our own and without.
+    /// Decode steps of whole models of real dims, with and without Lapidary's kernels.
     Kernels {
-        /// Only cases whose name holds this.
+        /// Only cases whose name contains this.
         #[arg(default_value = "")]
         only: String,
         /// Sequences of a step.
         #[arg(long, value_delimiter = ',', default_value = "1")]
         rows: Vec<usize>,
     },
-    /// What chunks of a prompt cost by their rows.
+    /// Times of chunks of a prompt by their rows.
     Prefill {
         #[arg(long)]
         large: bool,
     },
-    /// How far single fp16 layers are from the truth, in several forms.
+    /// Errors of single fp16 layers, in several forms.
     Accuracy,
     Forms {
-        /// Only forms whose name holds this.
+        /// Only forms whose name contains this.
         #[arg(long, default_value = "")]
         only: String,
     },

@@ -1,4 +1,5 @@
-//! What a token costs in a capacity, by how the cache got there: started in it, or moved from the one before.
+//! The time per token at a capacity, for a cache that started in it and for one that was moved from the previous
+//! capacity.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use serde_json::{Value, json};
 use crate::Outcome;
 use crate::drive::{Driver, ids};
 
-/// Live tokens beyond the smaller capacity, before anything is timed.
+/// Tokens in the cache beyond the smaller capacity, before timing starts.
 const BEYOND: usize = 44;
 
 /// Every history twice, with CUDA graphs and without. Milliseconds of a greedy step, and of the GPU alone.

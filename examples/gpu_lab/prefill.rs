@@ -1,4 +1,4 @@
-//! What chunks of a prompt cost by their rows: layers of real dims with made-up weights.
+//! Times of chunks of a prompt by their rows: layers of real dims with synthetic weights.
 
 use std::sync::Mutex;
 
@@ -39,7 +39,7 @@ const CHUNKS: [(usize, usize); 24] = [
     (2048, 4096),
 ];
 
-/// One line a chunk: ms of a layer, that is of a model of a few layers less one of none, and of the rest.
+/// One line per chunk: ms of a layer (a model of a few layers minus one without layers), and of the rest.
 pub fn prefill(large: bool) -> Outcome<()> {
     let library = Library::load(None)?;
     let base = if large {

@@ -1,4 +1,4 @@
-//! Weights changed under a loaded package: how long it takes, and whether what comes out is what it should be.
+//! Replaces the weights of a loaded package: measures the time and checks the results.
 
 use std::path::Path;
 use std::time::Instant;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::Outcome;
 use crate::drive::{Driver, ids, open};
 
-/// Tokens of the prompt, and one by one after it.
+/// Tokens of the prompt, and of the steps after it.
 const PROMPT: usize = 100;
 const STEPS: usize = 8;
 
@@ -28,16 +28,16 @@ fn rows(driver: &mut Driver, vocabulary: usize) -> Outcome<Vec<f32>> {
 fn farthest(left: &[f32], right: &[f32]) -> f32 {
     assert_eq!(left.len(), right.len());
     let pairs = left.iter().zip(right);
-    // NaN is far from everything.
+    // NaN counts as infinitely far.
     pairs.fold(
         0.0,
         |most, (l, r)| if (l - r).abs() <= most { most } else { (l - r).abs() },
     )
 }
 
-/// Swaps to the weights of `other` and back, `times` over. `equal`: after every swap the logits are those of a fresh session
-/// with the other package, after every swap back those from before, to the last bit. `ok`: the same within a thousandth of
-/// what the two sets differ by, should a kernel add in no fixed order.
+/// Swaps to the weights of `other` and back, `times` times. `equal`: after every swap the logits are bit-identical to
+/// those of a fresh session with the other package, and after every swap back to those before. `ok`: the same within a
+/// thousandth of the difference between the two sets, in case a kernel adds in no fixed order.
 pub fn swap(path: &Path, other: &Path, times: usize) -> Outcome<Value> {
     let start = Instant::now();
     let (package, mut device) = open(path)?;

@@ -1,7 +1,8 @@
-//! What each fuzz target does with an input. Every function may refuse; none may panic, hang or allocate without bound.
+//! The body of each fuzz target. Every function may refuse its input; none must panic, hang or allocate without bound.
 //!
-//! Most inputs are files, so they are written to a folder in memory and opened as the program opens them. Targets of several
-//! files take a byte that chooses, the length of the first file (two bytes, little-endian) and then both files.
+//! Most inputs are files, so they are written to a folder in memory and opened in the same way as in the program. Input
+//! of targets with several files: a byte that selects the case, the length of the first file (two bytes,
+//! little-endian), then both files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,10 +23,10 @@ use lapidary::weights::lora::Adapter;
 use lapidary::weights::source::{SourceContext, WeightSource};
 use lapidary::{onnx as reader, report};
 
-/// Elements of a tensor beyond which it is not computed: a file may say any shape, and the reader keeps it unread.
+/// Larger tensors are not computed: a file may contain any shape, and the reader does not allocate it.
 const SMALL: usize = 1 << 16;
 
-/// A folder of this process; `scripts/fuzz.sh` gives one in memory, and removes it.
+/// A folder for this process; `scripts/fuzz.sh` provides one in memory, and removes it.
 fn scratch() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
@@ -206,7 +207,7 @@ fn model() -> &'static (lapidary::graph::Graph, lapidary::passes::Architecture) 
     })
 }
 
-/// libFuzzer ends the process at every panic. Those of the `tokenizers` library are caught and become errors.
+/// libFuzzer ends the process at every panic. Panics of the `tokenizers` library are caught and become errors.
 fn let_library_panic() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
@@ -305,7 +306,7 @@ pub fn sampler(data: &[u8]) {
         seed: u64::from(n.byte()),
         by_position: false,
     };
-    // Of a byte that is read anyway, so that the corpus keeps its meaning.
+    // From a byte that is read anyway, so that the corpus stays valid.
     settings.by_position = !settings.seed.is_multiple_of(2);
     if n.byte() % 4 == 0 {
         settings.mirostat = Some(MirostatSettings {
@@ -329,7 +330,7 @@ pub fn sampler(data: &[u8]) {
     }
 }
 
-/// A report of two result files.
+/// Reports on two result files.
 pub fn results(data: &[u8]) {
     let Some((_, first, second)) = split(data) else { return };
     let mut paths = vec![write("first.json", first)];

@@ -1,8 +1,8 @@
-//! The executor as a [`Device`]: exact chunk lengths, programs compiled when first needed.
+//! The executor as a [`Device`]: exact chunk lengths, programs compiled on first use.
 //!
-//! Takes a package's graph, whose weights stay in their mapped file. A program is compiled for each (tokens, capacity)
-//! that is used. Programs share the weights and are small otherwise, so decode programs are kept permanently and prefill
-//! programs for the last few lengths.
+//! Input is a package's graph, whose weights stay in their mapped file. A program is compiled for each (tokens,
+//! capacity) that is used. Programs share the weights and are small otherwise, so decode programs are kept permanently
+//! and prefill programs for the last few lengths.
 
 use super::device::{Chunk, Device, DeviceError};
 use super::step::{Fed, NoStepInput, StepInputs};
@@ -16,10 +16,10 @@ use crate::network::{Logits, Profile};
 /// Longer chunks save little and need more memory for activations.
 pub const LARGEST_CHUNK: usize = 512;
 
-/// Logits that one call of [`Device::forward_all`] gives at most: 64 MiB.
+/// Maximum logits of one call of [`Device::forward_all`]: 64 MiB.
 const MOST_LOGITS: usize = 1 << 24;
 
-/// Prefill programs kept. A long prompt needs two, for its full chunks and for the rest.
+/// Prefill programs in the cache. A long prompt needs two, for its full chunks and for the rest.
 const KEPT_PREFILLS: usize = 4;
 
 /// See the module's head.
@@ -28,27 +28,27 @@ pub struct CpuDevice {
     lowering: lower::LowerOptions,
     compiling: CompileOptions,
     vocabulary: usize,
-    /// The last used comes last.
+    /// The most recently used is last.
     programs: Vec<(Profile, Program)>,
     caches: Option<KvCaches>,
     capacity: usize,
     last: Option<Profile>,
-    /// Of the last call.
+    /// Logits of the last call.
     inputs: HostInputs,
-    /// Elements of an embedding, where the model takes them.
+    /// Elements of an embedding, if the model takes embeddings.
     width: usize,
 }
 
-/// What one call binds beside caches and logits, in memory of its own.
+/// The inputs of one call besides caches, in their own memory.
 #[derive(Default)]
 pub(super) struct HostInputs {
     values: Vec<(Role, Vec<i32>)>,
-    /// Of a model that takes them.
+    /// For a model that takes embeddings.
     embeddings: Option<Vec<f32>>,
 }
 
 impl HostInputs {
-    /// Writes what a program takes for this chunk.
+    /// Writes the inputs of a program for this chunk.
     pub fn fill(&mut self, ports: &[Port], step: StepInputs<'_>) -> Result<(), NoStepInput> {
         self.values.clear();
         self.embeddings = None;
@@ -76,7 +76,7 @@ impl HostInputs {
 }
 
 impl CpuDevice {
-    /// `graph` is canonical. `vocabulary` is the row length of its logits, `threads` defaults to one a core.
+    /// `graph` is canonical. `vocabulary` is the row length of its logits, `threads` defaults to one per core.
     pub fn new(graph: Graph, vocabulary: usize, threads: Option<usize>) -> Self {
         CpuDevice {
             width: graph.embedding_width().unwrap_or(0),
@@ -92,7 +92,7 @@ impl CpuDevice {
         }
     }
 
-    /// Puts the program for `profile` at the end of the list, compiled if it was not there.
+    /// Moves the program for `profile` to the end of the list; compiles it if it is missing.
     fn prepare(&mut self, profile: Profile) -> Result<(), DeviceError> {
         if let Some(at) = self.programs.iter().position(|(p, _)| *p == profile) {
             let program = self.programs.remove(at);
@@ -126,7 +126,7 @@ impl CpuDevice {
         self.run(profile, chunk, fed, position, logits)
     }
 
-    /// Runs the program for `profile`; `logits` has as many rows as it gives.
+    /// Runs the program for `profile`; `logits` has as many rows as its output.
     fn run(
         &mut self,
         profile: Profile,
@@ -180,7 +180,7 @@ impl Device for CpuDevice {
     fn reserve(&mut self, capacity: usize, used: usize) -> Result<(), DeviceError> {
         match &mut self.caches {
             Some(caches) => caches.grow(capacity, used),
-            // The first program brings caches of its capacity.
+            // The first program makes caches of its capacity.
             None => self.prepare(Profile::decode(capacity))?,
         }
         self.capacity = capacity;

@@ -8,9 +8,9 @@ use crate::help::{Fault, Help};
 pub struct Chunk {
     /// Number of waiting tokens that the call takes.
     pub tokens: usize,
-    /// Rows the network has: `tokens`, or more where only fixed lengths exist; the rest is padding.
+    /// Rows of the network: `tokens`, or more if only fixed lengths exist; the rest is padding.
     pub rows: usize,
-    /// The position after the last token of the run that this is a part of.
+    /// The position after the last token of the run that contains this chunk.
     pub end: usize,
 }
 
@@ -22,12 +22,12 @@ pub trait Device {
     /// Readable: `cpu`, or a GPU's name.
     fn name(&self) -> &str;
 
-    /// What ran last, for example the profile `b1-t1-c256`, or an engine's file.
+    /// Name of what ran last, for example the profile `b1-t1-c256`, or an engine's file.
     fn engine(&self) -> String;
 
-    /// How the next call should be cut, with `waiting` (at least 1) tokens to feed at `position` into `capacity` slots: they
-    /// are the rest of a run.
-    /// `tokens <= waiting` and `position + rows <= capacity` must hold; the caller ensures that one token fits.
+    /// How to cut the next call, with `waiting` (at least 1) tokens to feed at `position` into `capacity` slots: the
+    /// rest of a run. `tokens <= waiting` and `position + rows <= capacity` must hold; the caller ensures that one
+    /// token fits.
     fn chunk(&self, waiting: usize, position: usize, capacity: usize) -> Chunk;
 
     /// Moves to a cache of `capacity` slots, keeping the first `used` slots of the current one: allocate, copy, switch.
@@ -44,9 +44,9 @@ pub trait Device {
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError>;
 
-    /// As [`Device::forward`], for callers who only want the id of the largest logit, the lowest of equals. A device that
-    /// finds it where the logits are leaves `logits` empty. `None` is no answer: a logit is NaN or infinite, or all are
-    /// minus infinity; `logits` then has them all.
+    /// As [`Device::forward`], for callers who need only the id of the largest logit, the lowest among equals. A device
+    /// that finds it on the device leaves `logits` empty. `None` means that there is none: a logit is NaN or infinite,
+    /// or all are minus infinity; `logits` then has them all.
     fn forward_best(
         &mut self,
         chunk: Chunk,
@@ -58,8 +58,8 @@ pub trait Device {
         Ok(best(logits))
     }
 
-    /// As [`Device::chunk`], for a call of [`Device::forward_all`]. One token unless the device has networks that give logits
-    /// of every row.
+    /// As [`Device::chunk`], for a call of [`Device::forward_all`]. One token unless the device has networks with
+    /// logits of every row.
     fn chunk_all(&self, waiting: usize, position: usize, _capacity: usize) -> Chunk {
         let end = position + waiting;
         Chunk {
@@ -78,7 +78,7 @@ pub trait Device {
         position: usize,
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
-        debug_assert_eq!(tokens.len(), 1, "the device gives logits of the last token alone");
+        debug_assert_eq!(tokens.len(), 1, "the device computes logits of the last token only");
         let mut row = Vec::new();
         self.forward(chunk, tokens, position, &mut row)?;
         logits.append(&mut row);
@@ -95,7 +95,7 @@ pub trait Device {
     ) -> Result<(), DeviceError> {
         Err(DeviceError {
             device: self.name().to_string(),
-            message: "it runs no model that takes embeddings".to_string(),
+            message: "it does not support models that take embeddings".to_string(),
             help: None,
         })
     }
@@ -106,7 +106,7 @@ pub trait Device {
     }
 }
 
-/// The id of the largest logit, the lowest of equals; `None` as [`Device::forward_best`] has it.
+/// The id of the largest logit, the lowest among equals; `None` as in [`Device::forward_best`].
 pub fn best(logits: &[f32]) -> Option<u32> {
     let mut found: Option<usize> = None;
     for (id, logit) in logits.iter().enumerate() {
@@ -120,11 +120,11 @@ pub fn best(logits: &[f32]) -> Option<u32> {
     found.map(|id| id as u32)
 }
 
-/// A device failed.
+/// A failure of a device.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{device}: {message}")]
 pub struct DeviceError {
-    /// Its name, as [`Device::name`] gives it.
+    /// Its [`Device::name`].
     pub device: String,
     /// What went wrong.
     pub message: String,

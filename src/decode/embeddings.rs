@@ -4,7 +4,7 @@ use crate::graph::{ConstantError, Graph};
 use crate::tensor::element::{FloatElement, with_float};
 use crate::tensor::{DType, Tensor};
 
-/// What a session knows of them.
+/// The session's embeddings.
 #[derive(Clone, Debug)]
 pub struct Embeddings {
     width: usize,
@@ -12,8 +12,8 @@ pub struct Embeddings {
 }
 
 impl Embeddings {
-    /// Embeddings of `width` elements, with the rows of all tokens, `[vocabulary, width]`, floats of at most 32 bits; without
-    /// them a session can be fed embeddings and no token. Panics if the table has another shape or type.
+    /// Embeddings of `width` elements, with the rows of all tokens, `[vocabulary, width]`, floats of at most 32 bits;
+    /// without the table a session accepts only embeddings, not tokens. Panics if the table has another shape or type.
     pub fn new(width: usize, table: Option<Tensor>) -> Self {
         if let Some(table) = &table {
             let of_floats = table.dtype().is_float() && table.dtype() != DType::F64;
@@ -22,7 +22,7 @@ impl Embeddings {
         Embeddings { width, table }
     }
 
-    /// Of a canonical graph; `None` if it takes token ids.
+    /// The embeddings of a canonical graph; `None` if it takes token ids.
     pub fn of(graph: &Graph) -> Result<Option<Self>, ConstantError> {
         let Some(width) = graph.embedding_width() else {
             return Ok(None);
@@ -35,17 +35,17 @@ impl Embeddings {
         Ok(Some(Embeddings::new(width, table.transpose()?)))
     }
 
-    /// Elements of one.
+    /// Elements of one embedding.
     pub fn width(&self) -> usize {
         self.width
     }
 
-    /// Tokens that have a row; `None` without a table.
+    /// Number of tokens with a row; `None` without a table.
     pub fn tokens(&self) -> Option<usize> {
         self.table.as_ref().map(|table| table.shape()[0])
     }
 
-    /// Writes the rows of tokens to `rows`, replacing what is there. The tokens have rows.
+    /// Writes the rows of tokens to `rows`, replacing its contents. The tokens must have rows.
     pub(in crate::decode) fn rows(&self, tokens: &[u32], rows: &mut Vec<f32>) {
         rows.clear();
         let Some(table) = &self.table else { return };

@@ -11,14 +11,14 @@ use crate::help::{Fault, Help};
 use crate::sample::{BadLogits, Chain};
 use crate::text::{Tokenizer, TokenizerError};
 
-/// When to end, besides a full cache.
+/// Conditions to stop, besides a full cache.
 #[derive(Clone, Debug, Default)]
 pub struct Limits {
-    /// Tokens to generate at most.
+    /// Maximum tokens to generate.
     pub max_new_tokens: usize,
     /// Tokens that end the text; empty to ignore them.
     pub eos_ids: BTreeSet<u32>,
-    /// Strings that end the text; they need a tokenizer. One may hold special tokens.
+    /// Strings that end the text; they need a tokenizer. They may contain special tokens.
     pub stop: Vec<String>,
     /// Record a [`Step`] per token, with this many of the most probable tokens.
     pub logprobs: Option<usize>,
@@ -38,7 +38,7 @@ pub enum FinishReason {
 }
 
 impl FinishReason {
-    /// In lower case, for events and results.
+    /// Its name in lower case, for events and results.
     pub fn name(self) -> &'static str {
         match self {
             FinishReason::Stop => "stop",
@@ -49,14 +49,14 @@ impl FinishReason {
     }
 }
 
-/// One generated token. Log-probabilities are natural, of the model's own distribution before any sampler.
+/// One generated token. Log-probabilities are natural logarithms, of the model's own distribution before any sampler.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Step {
     /// Its id.
     pub token: u32,
     /// Log-probability of this token.
     pub logprob: f64,
-    /// Ids of the most probable tokens with theirs, the largest first.
+    /// Ids of the most probable tokens with their log-probabilities, the largest first.
     pub top_logprobs: Vec<(u32, f64)>,
 }
 
@@ -69,7 +69,7 @@ pub struct Timing {
     pub decode: Duration,
     /// Tokens drawn after the first.
     pub decoded: usize,
-    /// Within these, spent in the sampler chain.
+    /// The part of these times in the sampler chain.
     pub sampling: Duration,
 }
 
@@ -83,7 +83,7 @@ impl Timing {
 /// Result of a generation.
 #[derive(Clone, Debug)]
 pub struct Generation {
-    /// Prompt tokens whose cache the session had already.
+    /// Prompt tokens that were already in the session's cache.
     pub reused: usize,
     /// Generated tokens, the end token included.
     pub tokens: Vec<u32>,
@@ -157,7 +157,7 @@ pub struct Piece<'a> {
 pub enum Prompt<'a> {
     /// Token ids, which become the session's whole sequence.
     Tokens(&'a [u32]),
-    /// Embeddings, `[tokens, hidden]`, of a model that takes them: what the session was fed before is forgotten.
+    /// Embeddings, `[tokens, hidden]`, for a model that takes them: the session's earlier contents are dropped.
     Embeddings(&'a [f32]),
 }
 
@@ -178,8 +178,8 @@ pub fn generate(
     })
 }
 
-/// Makes the prompt the session's whole sequence, as [`Session::resume`] does, and draws tokens until an end token, a
-/// stop string, the limit, a full cache, or a `Break` from `on_piece`. An error from `on_piece` ends the run.
+/// Makes the prompt the session's whole sequence (see [`Session::resume`]), and draws tokens until an end token, a stop
+/// string, the limit, a full cache, or a `Break` from `on_piece`. An error from `on_piece` ends the run.
 pub fn stream(
     session: &mut Session,
     tokenizer: Option<&Tokenizer>,
@@ -206,7 +206,7 @@ pub fn stream_prompt(
     match prompt {
         Prompt::Tokens(tokens) => reused = session.resume(tokens)?,
         Prompt::Embeddings(rows) => {
-            // Every token but the last is fed, and refused before the first is drawn.
+            // Every token except the last is fed; tokens that cannot be are refused before the first draw.
             let no_table = session.embeddings().is_some_and(|e| e.tokens().is_none());
             if no_table && limits.max_new_tokens > 1 {
                 return Err(SessionError::NoTable.into());

@@ -1,11 +1,11 @@
 //! From a package to tokens and text: sessions over a growing cache and the generation loop.
 //!
-//! Takes a loaded [`crate::package::Package`] and prompts, gives tokens, log-probabilities and text. A [`Session`] keeps
-//! one sequence's cache consistent with its tokens and does not depend on hardware: it drives a [`Device`], the few
-//! operations that a machine must offer (`cpu` is one over the executor, `cuda` one over TensorRT engines). [`generate()`]
-//! draws tokens with a [`crate::sample::Chain`] and reports them as they come, with their text if [`crate::text`] has the
-//! model's tokenizer. [`batch`] does what a session does for many sequences at once. Flags and printing belong to the
-//! command line.
+//! Input is a loaded [`crate::package::Package`] and prompts, output tokens, log-probabilities and text. A [`Session`]
+//! keeps one sequence's cache consistent with its tokens and does not depend on hardware: it drives a [`Device`], a
+//! small set of operations (`cpu` implements them with the executor, `cuda` with TensorRT engines). [`generate()`]
+//! draws tokens with a [`crate::sample::Chain`] and reports each at once, with its text if [`crate::text`] has the
+//! model's tokenizer. [`batch`] is the session for many sequences at once. Flags and printing belong to the command
+//! line.
 
 pub mod batch;
 pub mod cpu;
@@ -16,7 +16,7 @@ mod embeddings;
 mod generate;
 mod instruments;
 mod open;
-// For `lapidary verify` alone.
+// Only for `lapidary verify`.
 #[cfg(feature = "cli")]
 pub(crate) mod reference;
 mod session;

@@ -1,4 +1,4 @@
-//! Which device runs a package: the GPU, the CPU, or the first of them that can.
+//! Selects the device that runs a package: the GPU, the CPU, or the first of them that can.
 
 use std::path::Path;
 
@@ -30,24 +30,24 @@ pub enum DeviceChoice {
     Cuda,
 }
 
-/// How a session is opened.
+/// Options of a session.
 #[derive(Clone, Copy)]
 pub struct SessionOptions<'a> {
     /// Where to run.
     pub device: DeviceChoice,
-    /// Threads of the CPU executor; one a core if not given.
+    /// Threads of the CPU executor; one per core if not given.
     pub threads: Option<usize>,
-    /// The TensorRT library; looked for if not given.
+    /// The TensorRT library; searched for if not given.
     pub tensorrt_lib: Option<&'a Path>,
-    /// Tokens of the prompt: engines for it are loaded ahead.
+    /// Tokens of the prompt: engines for it are loaded in advance.
     pub prompt: usize,
-    /// Tokens of the whole text at most: engines for it are loaded ahead.
+    /// Maximum tokens of the whole text: engines for it are loaded in advance.
     pub total: usize,
-    /// Kernels compiled at first load are looked for, and kept, in this folder alone. For measurements.
+    /// The only cache folder for kernels compiled at first load. For measurements.
     pub kernels: Option<&'a Path>,
-    /// Launch engines layer by layer and not as CUDA graphs. For measurements.
+    /// Launch engines layer by layer instead of as CUDA graphs. For measurements.
     pub no_graphs: bool,
-    /// Is given the reason where [`DeviceChoice::Auto`] passes over a GPU that is there.
+    /// Called with the reason if [`DeviceChoice::Auto`] does not use an existing GPU.
     pub note: &'a dyn Fn(&str),
 }
 
@@ -76,14 +76,14 @@ pub enum SessionOpenError {
     /// This Lapidary was compiled without TensorRT.
     #[error(transparent)]
     Library(#[from] LibraryError),
-    /// The package does not run on the GPU here.
+    /// The package does not run on this GPU.
     #[cfg(feature = "engines")]
     #[error(transparent)]
     Cuda(#[from] OpenError),
-    /// The device failed while it made itself ready.
+    /// The device failed during initialization.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// Embeddings are all that the model takes, and the package has none for its tokens.
+    /// The model takes only embeddings, and the package has none for its tokens.
     #[error(transparent)]
     Session(#[from] SessionError),
     /// The adapter does not fit the package, or changes quantized weights.
@@ -105,7 +105,7 @@ impl SessionOpenError {
         }
     }
 
-    /// Why the GPU that is here is not used. A machine that has none is no surprise.
+    /// Why an existing GPU is not used. A machine without one needs no message.
     fn surprise(&self) -> Option<String> {
         match self {
             #[cfg(feature = "engines")]
@@ -146,7 +146,7 @@ impl Help for SessionOpenError {
 }
 
 impl Session {
-    /// A session of a package on the device asked for.
+    /// A session of a package on the requested device.
     pub fn open(package: &Package, options: &SessionOptions<'_>) -> Result<Session, SessionOpenError> {
         choose(
             package,
@@ -157,7 +157,7 @@ impl Session {
     }
 }
 
-/// Opens a package on the device asked for. A GPU that cannot run it is passed over where the choice is free.
+/// Opens a package on the requested device. With an automatic choice, a GPU that cannot run it is skipped.
 fn choose<T>(
     package: &Package,
     options: &SessionOptions<'_>,
@@ -181,8 +181,9 @@ fn choose<T>(
 }
 
 impl BatchDecoder {
-    /// Several sequences of a package at a time, on the device asked for. On the GPU, without [`BatchOptions::cache_bytes`],
-    /// caches may take nine tenths of the memory that is free once everything else is loaded.
+    /// Several sequences of a package at a time, on the requested device. On the GPU, without
+    /// [`BatchOptions::cache_bytes`], caches may use nine tenths of the memory that is free once everything else is
+    /// loaded.
     pub fn open(
         package: &Package,
         options: &SessionOptions<'_>,
@@ -196,8 +197,8 @@ impl BatchDecoder {
         )
     }
 
-    /// On the CPU with an adapter merged into the weights that it changes ([`Package::adapted`]). Weights that it leaves alone
-    /// are shared with the package's other decoders.
+    /// On the CPU with an adapter merged into the weights that it changes ([`Package::adapted`]). Unchanged weights are
+    /// shared with the package's other decoders.
     pub fn open_adapted(
         package: &Package,
         adapter: &Adapter,
@@ -249,7 +250,7 @@ fn decoder(
     Ok(decoder.with_switch(switch(package)))
 }
 
-/// The table of embeddings of a model that takes embeddings, where tokens are fed.
+/// The embedding table of a model that takes embeddings, needed to feed tokens.
 fn table(package: &Package, graph: &Graph) -> Result<Option<Embeddings>, SessionOpenError> {
     let embeddings = embeddings(package, graph)?;
     match &embeddings {
@@ -310,7 +311,7 @@ fn on_gpu(package: &Package, options: &SessionOptions<'_>) -> Result<Session, Se
 
 #[cfg(feature = "engines")]
 fn library_and_options(package: &Package, options: &SessionOptions<'_>) -> Result<(Library, CudaOptions), OpenError> {
-    // Said before a library is asked for that would be of no use.
+    // Checked before a library is required that would be of no use.
     let mut engines = package.manifest.engines.iter();
     if !engines.any(|entry| entry.target == FLAVOUR.target) {
         return Err(OpenError::NoEngines {

@@ -1,7 +1,7 @@
 //! One sequence on one device: its tokens, its cache, and the cache's current capacity.
 //!
-//! The cache grows like a `Vec`: a session starts in the smallest of the package's capacities that holds its
-//! prompt and moves to the next when full. So the cost of a step depends on the context length, not on the largest capacity.
+//! The cache grows like a `Vec`: a session starts in the smallest of the package's capacities that holds its prompt and
+//! moves to the next when full, so the cost of a step depends on the context length, not on the largest capacity.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -17,30 +17,30 @@ pub enum SessionError {
     /// No token was given.
     #[error("the prompt is empty: there is nothing to predict from")]
     Empty,
-    /// A token that the model does not have.
+    /// A token outside the model's vocabulary.
     #[error("token id {id} at position {position} is outside the vocabulary of {vocabulary} (ids 0 to {})", vocabulary - 1)]
     OutsideVocabulary {
         /// The token.
         id: u32,
-        /// Its place among the tokens, from 0.
+        /// Its position, from 0.
         position: usize,
-        /// Number of tokens that the model has.
+        /// Size of the vocabulary.
         vocabulary: usize,
     },
     /// Token ids for a model that takes embeddings and has no table of them.
     #[error("the model takes embeddings, and the package has no table that gives them for tokens")]
     NoTable,
     /// Embeddings for a model that takes token ids.
-    #[error("the model takes token ids and no embeddings")]
+    #[error("the model takes token ids, not embeddings")]
     TakesTokens,
     /// Embeddings after tokens.
-    #[error("embeddings are fed before any token, and {tokens} tokens were fed")]
+    #[error("embeddings must be fed before any token, but {tokens} tokens were fed")]
     EmbeddingsAfterTokens {
         /// Number of them.
         tokens: usize,
     },
-    /// Values whose number is not a multiple of the row length.
-    #[error("{found} elements of embeddings are no rows of {width}, which the model takes for each token")]
+    /// The number of values is not a multiple of the row length.
+    #[error("{found} elements of embeddings are not a multiple of {width}, the model's elements per token")]
     EmbeddingWidth {
         /// Number of values.
         found: usize,
@@ -78,8 +78,8 @@ impl Help for SessionError {
                  [vocabulary, hidden]); without it a prompt of embeddings gives one token: --max-new-tokens 1"
             }
             SessionError::TakesTokens => "give token ids or text",
-            SessionError::EmbeddingsAfterTokens { .. } => "begin a new session",
-            SessionError::EmbeddingWidth { .. } => "give an array of [tokens, hidden] of this model",
+            SessionError::EmbeddingsAfterTokens { .. } => "start a new session",
+            SessionError::EmbeddingWidth { .. } => "give an array [tokens, hidden] of this model",
             SessionError::Capacity { .. } => "shorten the prompt, or convert the model again with a larger --capacity",
         };
         Some(help.to_string())
@@ -99,13 +99,13 @@ pub struct Session {
     logits: Vec<f32>,
     /// `None`: the model takes token ids.
     embeddings: Option<Embeddings>,
-    /// Of the last call.
+    /// Logits of the last call.
     rows: Vec<f32>,
     moves: usize,
     moving: Duration,
-    /// The longest run that the model computes as a short one, if it computes long ones in another way.
+    /// The longest run that the model computes as a short one, if it computes long ones differently.
     longest_short_run: Option<usize>,
-    /// Leading tokens whose keys are those of short runs.
+    /// Leading tokens with keys of short runs.
     short: usize,
 }
 
@@ -138,8 +138,8 @@ impl Session {
         Session { embeddings, ..self }
     }
 
-    /// For a model that computes runs which end after this position in another way, as LongRoPE does: what
-    /// [`Session::resume`] keeps was computed as the new run is.
+    /// For a model that computes runs that end after this position differently, as with LongRoPE: [`Session::resume`]
+    /// reuses only tokens that were computed like the new run.
     pub fn with_switch(mut self, longest_short_run: Option<usize>) -> Self {
         self.longest_short_run = longest_short_run;
         self
@@ -157,11 +157,11 @@ impl Session {
     pub fn embeddings(&self) -> Option<&Embeddings> {
         self.embeddings.as_ref()
     }
-    /// Used positions: embeddings and tokens fed so far.
+    /// Number of used positions: embeddings and tokens fed so far.
     pub fn len(&self) -> usize {
         self.embedded + self.tokens.len()
     }
-    /// Whether nothing was fed.
+    /// Whether nothing is fed yet.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -169,7 +169,7 @@ impl Session {
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
-    /// Logits after the last token fed, `[vocabulary]`; empty before the first, and where [`Session::feed_best`] did not
+    /// Logits after the last token fed, `[vocabulary]`; empty before the first, and if [`Session::feed_best`] did not
     /// need them.
     pub fn logits(&self) -> &[f32] {
         &self.logits
@@ -190,7 +190,7 @@ impl Session {
     pub fn remaining(&self) -> usize {
         self.largest_capacity() - self.len()
     }
-    /// How often the cache moved to a larger capacity, and how long that took.
+    /// Number of moves of the cache to a larger capacity, and their total time.
     pub fn moves(&self) -> (usize, Duration) {
         (self.moves, self.moving)
     }
@@ -217,14 +217,14 @@ impl Session {
         Ok(&self.logits)
     }
 
-    /// As [`Session::feed`], for a greedy choice: the id of the largest logit, the lowest of equals. The logits may stay
-    /// where they are. `None` if there is no such id; [`Session::logits`] then has the reason.
+    /// As [`Session::feed`], for a greedy choice: the id of the largest logit, the lowest among equals. The logits may
+    /// stay on the device. `None` if there is no such id; [`Session::logits`] then has the reason.
     pub fn feed_best(&mut self, tokens: &[u32]) -> Result<Option<u32>, SessionError> {
         self.advance(tokens, true)
     }
 
-    /// As [`Session::feed`], with the logits after every token: they replace what is in `logits`, `[tokens, vocabulary]`.
-    /// The caller must bound the memory for a whole vocabulary per token.
+    /// As [`Session::feed`], with the logits after every token: they replace the contents of `logits`, `[tokens,
+    /// vocabulary]`. The caller must bound the memory for a whole vocabulary per token.
     pub fn feed_all(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<(), SessionError> {
         logits.clear();
         self.check(tokens)?;
@@ -285,7 +285,8 @@ impl Session {
         Ok(best)
     }
 
-    /// A chunk of tokens of a model that takes embeddings, by the rows of its table; the best of the logits.
+    /// Feeds a chunk of tokens to a model that takes embeddings, as rows of its table; returns the id of the largest
+    /// logit.
     fn forward_tokens(&mut self, chunk: Chunk, tokens: &[u32], position: usize) -> Result<Option<u32>, DeviceError> {
         if let Some(embeddings) = &self.embeddings {
             embeddings.rows(tokens, &mut self.rows);
@@ -314,7 +315,7 @@ impl Session {
         Ok(&self.logits)
     }
 
-    /// Whether these embeddings could be fed now, without doing it.
+    /// Whether these embeddings could be fed now; feeds nothing.
     pub fn check_embeddings(&self, rows: &[f32]) -> Result<(), SessionError> {
         let Some(embeddings) = &self.embeddings else {
             return Err(SessionError::TakesTokens);
@@ -350,7 +351,7 @@ impl Session {
         }
     }
 
-    /// How many of the first `shared` tokens have the keys that a run of `total` tokens gives them.
+    /// How many of the first `shared` tokens have the same keys as in a run of `total` tokens.
     fn kept(&self, shared: usize, total: usize) -> usize {
         match self.longest_short_run {
             Some(most) if total > most && self.short > 0 => 0,
@@ -359,9 +360,9 @@ impl Session {
         }
     }
 
-    /// Makes `tokens` the whole sequence and computes the logits after the last of them. The cache of the longest prefix
-    /// that they share with what was fed before is kept; gives its length. On an error nothing changed, unless the device
-    /// failed.
+    /// Makes `tokens` the whole sequence and computes the logits after the last of them. The cache of their longest
+    /// common prefix with the tokens fed before is kept; returns its length. On an error nothing changed, unless the
+    /// device failed.
     pub fn resume(&mut self, tokens: &[u32]) -> Result<usize, SessionError> {
         self.check_at(0, tokens)?;
         if self.embedded > 0 {
@@ -381,7 +382,7 @@ impl Session {
         Ok(kept)
     }
 
-    /// Whether these tokens could be fed now, without doing it.
+    /// Whether these tokens could be fed now; feeds nothing.
     pub fn check(&self, tokens: &[u32]) -> Result<(), SessionError> {
         self.check_at(self.len(), tokens)
     }
@@ -393,7 +394,7 @@ impl Session {
         check_tokens(first, tokens, self.vocabulary, self.largest_capacity())
     }
 
-    /// Makes room for `total` tokens in the smallest capacity that has it.
+    /// Makes room for `total` tokens in the smallest sufficient capacity.
     fn reserve(&mut self, total: usize) -> Result<(), SessionError> {
         if total <= self.capacity {
             return Ok(());
@@ -422,7 +423,7 @@ impl fmt::Debug for Session {
     }
 }
 
-/// Whether a model of this many tokens, with this many slots at most, can be fed these tokens from position `first` on.
+/// Whether a model with this vocabulary and maximum of slots can be fed these tokens from position `first` on.
 pub(crate) fn check_tokens(
     first: usize,
     tokens: &[u32],

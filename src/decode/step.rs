@@ -1,12 +1,12 @@
 //! The small inputs of one call: token ids or embeddings, positions, write indices, rows with logits.
 //!
-//! They are computed here for all devices. A device asks for each input that its network has, by [`Role`], and provides the
+//! They are computed here for all devices. A device requests each input of its network by [`Role`] and provides the
 //! memory.
 
 use crate::help::{Fault, Help};
 use crate::interface::Role;
 
-/// What a network is given for each token.
+/// The input of a network for each token.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Fed<'t> {
     /// Their ids.
@@ -15,13 +15,13 @@ pub(crate) enum Fed<'t> {
     Rows {
         /// Row-major.
         values: &'t [f32],
-        /// Elements of one.
+        /// Elements of one embedding.
         width: usize,
     },
 }
 
 impl Fed<'_> {
-    /// How many tokens.
+    /// Number of tokens.
     pub fn len(&self) -> usize {
         match self {
             Fed::Ids(ids) => ids.len(),
@@ -30,21 +30,21 @@ impl Fed<'_> {
     }
 }
 
-/// One chunk of a sequence on its way into a network: tokens at `position..`, padded to `rows`.
+/// One chunk of a sequence as a network's input: tokens at `position..`, padded to `rows`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StepInputs<'t> {
     /// At least one token, at most `rows`.
     pub fed: Fed<'t>,
     /// Position and slot of the first token.
     pub position: usize,
-    /// The position after the last token of the run, of which these may be the first part.
+    /// The position after the last token of the run; these tokens may be its first part.
     pub end: usize,
-    /// Rows that the network has.
+    /// Rows of the network.
     #[cfg_attr(not(feature = "engines"), allow(dead_code, reason = "only engines have padded rows"))]
     pub rows: usize,
 }
 
-/// An input that is none of those that a session makes for a call.
+/// An input that a session does not provide.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a session has nothing to bind to the input {0:?}")]
 pub(crate) struct NoStepInput(pub String);
@@ -62,7 +62,7 @@ impl From<Role> for NoStepInput {
 }
 
 impl StepInputs<'_> {
-    /// Elements of the input of that role, each i32. Embeddings are given by [`StepInputs::embeddings`].
+    /// Elements of the input of that role, each i32. For embeddings see [`StepInputs::embeddings`].
     pub fn len(&self, role: Role) -> Result<usize, NoStepInput> {
         Self::len_of(role, self.rows)
     }
@@ -87,9 +87,9 @@ impl StepInputs<'_> {
         values.iter().chain(padding.flatten()).take(self.rows * width).copied()
     }
 
-    /// Writes the input of that role to `to`, which has [`StepInputs::len`] elements. Padding is the last token again, at its
-    /// position, in slots that the next call writes anew: so what is computed over all rows, as the range of dynamically
-    /// quantized activations is, is that of the tokens.
+    /// Writes the input of that role to `to`, which has [`StepInputs::len`] elements. Padding repeats the last token at
+    /// its position, in slots that the next call overwrites. So results over all rows, such as the range of dynamically
+    /// quantized activations, are those of the tokens.
     pub fn write(&self, role: Role, to: &mut [i32]) -> Result<(), NoStepInput> {
         let int = |n: usize| i32::try_from(n).expect("positions fit 31 bits");
         match role {

@@ -1,4 +1,4 @@
-//! The output of drawn tokens: text, log-probabilities, and the reason of the end.
+//! The output of drawn tokens: text, log-probabilities, and the finish reason.
 
 use super::generate::{FinishReason, Limits, Step};
 use crate::sample::logprobs::Logprobs;
@@ -14,12 +14,12 @@ pub struct Transcript<'t> {
     stopped_by_string: bool,
 }
 
-/// What a token made certain.
+/// The result of one token.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Added {
     /// Often one word; empty inside a character, inside what may be a stop string, and without a tokenizer.
     pub text: String,
-    /// Why no further token is to be drawn.
+    /// Set if no further token is to be drawn.
     pub end: Option<FinishReason>,
 }
 
@@ -36,25 +36,25 @@ impl<'t> Transcript<'t> {
         }
     }
 
-    /// When to end.
+    /// Conditions to stop.
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
-    /// Every token, an end token included.
+    /// Every token, including an end token.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
-    /// The text that is certain, up to a stop string.
+    /// The final text, up to a stop string.
     pub fn text(&self) -> &str {
         &self.text
     }
-    /// One a token, if log-probabilities were asked for.
+    /// One per token, if log-probabilities were requested.
     pub fn steps(&self) -> &[Step] {
         &self.steps
     }
 
-    /// Takes a token that was drawn from these logits, `[vocabulary]`, which may be empty where no log-probabilities were
-    /// asked for.
+    /// Adds a token that was drawn from these logits, `[vocabulary]`, which may be empty if no log-probabilities were
+    /// requested.
     pub fn push(&mut self, token: u32, logits: &[f32]) -> Result<Added, TokenizerError> {
         self.tokens.push(token);
         if let Some(n) = self.limits.logprobs {
@@ -80,7 +80,7 @@ impl<'t> Transcript<'t> {
         Ok(added)
     }
 
-    /// Text that was held back and is certain now that no token follows. It may complete a stop string, too.
+    /// Text that was held back and is final now that no token follows. It may complete a stop string.
     pub fn finish(&mut self) -> Result<Added, TokenizerError> {
         let mut added = Added::default();
         if let (Some(stream), false) = (&mut self.stream, self.stopped_by_string) {

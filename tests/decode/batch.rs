@@ -386,7 +386,7 @@ fn the_least_recently_used_prefix_goes_first_and_memory_has_a_limit() {
     }
     let mut results = batch.step(&[(a, 9)]);
     let error = results.remove(0).unwrap_err().to_string();
-    assert!(error.starts_with("a cache of 32 tokens takes"), "{error}");
+    assert!(error.starts_with("a cache of 32 tokens needs"), "{error}");
     batch.leave(a);
     batch.forget_kept();
     batch.step(&[(b, 9)]).remove(0).unwrap();

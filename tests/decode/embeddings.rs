@@ -262,7 +262,7 @@ fn without_a_table_only_embeddings_are_fed() {
     assert!(error.contains("no table that gives them for tokens"), "{error}");
     let refused = |rows: &[f32], session: &mut Session| session.feed_embeddings(rows).unwrap_err().to_string();
     session.clear();
-    assert!(refused(&rows[1..], &mut session).contains("no rows of 32"));
+    assert!(refused(&rows[1..], &mut session).contains("not a multiple of 32"));
     assert!(refused(&[], &mut session).contains("empty"));
     let long = vec![0.5; 33 * WIDTH];
     assert!(refused(&long, &mut session).contains("33 tokens do not fit"));

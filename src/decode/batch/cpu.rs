@@ -1,4 +1,4 @@
-//! The executor as a [`BatchDevice`]: prompts by themselves, decode steps of all sequences in one pass over the weights
+//! The executor as a [`BatchDevice`]: prompts one at a time, decode steps of all sequences in one pass over the weights
 //! ([`Batch`]).
 
 use super::device::{BatchDevice, BatchRow};
@@ -11,38 +11,39 @@ use crate::interface::Role;
 use crate::lower;
 use crate::network::{Network, Profile};
 
-/// Prefill programs kept: the full chunk and some lengths of last chunks, each for some capacities.
+/// Prefill programs in the cache: for the full chunk and for some lengths of last chunks, each at some capacities.
 const KEPT_PREFILLS: usize = 12;
 
-/// Sequences that one pass takes at most: what products compute in the time that reading their weights takes.
+/// Maximum of sequences in one pass: beyond it, products take longer than reading their weights.
 const MOST_ROWS: usize = 16;
 
 /// See the module's head.
 pub struct CpuBatchDevice {
     graph: Graph,
     lowering: lower::LowerOptions,
-    /// Of programs for prompts.
+    /// For programs of prompts.
     compiling: CompileOptions,
     vocabulary: usize,
     embeddings: Option<Embeddings>,
-    /// The last used comes last.
+    /// The most recently used is last.
     prefills: Vec<(Profile, Program)>,
     /// For each capacity so far.
     decodes: Vec<(usize, Program)>,
-    /// The same for steps of one sequence, as a session has them: threads share what is shared among sequences otherwise.
+    /// The same for steps of one sequence, as in a session: threads split the work that is otherwise split by
+    /// sequences.
     lone_decodes: Vec<(usize, Program)>,
     batch: Batch,
-    /// Without slots: what others are copies of.
+    /// Without slots; others are copies of it.
     empty: Option<KvCaches>,
     caches: Vec<Option<KvCaches>>,
-    /// Of the last call's rows.
+    /// Logits of the last call's rows.
     inputs: Vec<HostInputs>,
     rows: Vec<f32>,
 }
 
 impl CpuBatchDevice {
-    /// `graph` is canonical. `vocabulary` is the row length of its logits, `threads` defaults to one a core. A model that
-    /// takes embeddings has a table of them.
+    /// `graph` is canonical. `vocabulary` is the row length of its logits, `threads` defaults to one per core. A model
+    /// that takes embeddings has a table of them.
     pub fn new(graph: Graph, vocabulary: usize, threads: Option<usize>, embeddings: Option<Embeddings>) -> Self {
         let compiling = threads.map_or_else(CompileOptions::default, CompileOptions::with_threads);
         CpuBatchDevice {
@@ -66,7 +67,7 @@ impl CpuBatchDevice {
         lower::lower(&self.graph, &profile, &self.lowering).map_err(failed)
     }
 
-    /// Compiles the decode program of a capacity, unless it is there.
+    /// Compiles the decode program of a capacity if it is missing.
     fn prepare_decode(&mut self, capacity: usize) -> Result<(), DeviceError> {
         if self.decodes.iter().any(|(c, _)| *c == capacity) {
             return Ok(());
@@ -80,7 +81,7 @@ impl CpuBatchDevice {
         Ok(())
     }
 
-    /// Puts the program for `profile` at the end of the list, compiled if it was not there.
+    /// Moves the program for `profile` to the end of the list; compiles it if it is missing.
     fn prepare_prefill(&mut self, profile: Profile) -> Result<(), DeviceError> {
         let entry = match self.prefills.iter().position(|(p, _)| *p == profile) {
             Some(at) => self.prefills.remove(at),
@@ -254,7 +255,7 @@ impl BatchDevice for CpuBatchDevice {
     }
 }
 
-/// Runs one sequence by itself.
+/// Runs a single sequence.
 fn run(
     program: &mut Program,
     step: StepInputs<'_>,
@@ -269,13 +270,13 @@ fn run(
     program.run(&mut bindings).map_err(failed)
 }
 
-/// The decode program of a capacity, which a cache of it brought.
+/// The decode program of a capacity, compiled when a cache with this capacity was made.
 fn program(decodes: &[(usize, Program)], capacity: usize) -> &Program {
     let found = decodes.iter().find(|(c, _)| *c == capacity);
     &found.expect("prepared when the slot got this capacity").1
 }
 
-/// Tokens as the model takes them; `rows` is memory for their embeddings.
+/// Tokens in the form of the model's input; `rows` is memory for their embeddings.
 fn fed<'t>(embeddings: Option<&Embeddings>, tokens: &'t [u32], rows: &'t mut Vec<f32>) -> Fed<'t> {
     match embeddings {
         None => Fed::Ids(tokens),

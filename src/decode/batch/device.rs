@@ -1,13 +1,13 @@
-//! What a batch of sequences asks of a machine.
+//! The operations that a batch of sequences needs from a device.
 
 use crate::decode::DeviceError;
 
 /// The next token of one sequence of a batch.
 #[derive(Debug)]
 pub struct BatchRow<'l> {
-    /// Where its cache is.
+    /// The slot of its cache.
     pub slot: usize,
-    /// What is fed.
+    /// The token to feed.
     pub token: u32,
     /// Its position, and the slot of the cache that its key goes to.
     pub position: usize,
@@ -49,49 +49,49 @@ impl RowOutput {
     }
 }
 
-/// What a machine must offer to run several sequences. Each has a cache of its own, at a *slot*: a small number that the
+/// The operations of a device that runs several sequences. Each has its own cache, at a *slot*: a small number that the
 /// caller chooses. Capacities are slots of the cache, positions count from 0.
 ///
-/// As with [`Device`](crate::decode::Device), keys and values of the token at position `p` go to place `p` of the cache, and
-/// a query at `p` sees `0..=p`.
+/// As with [`Device`](crate::decode::Device), keys and values of the token at position `p` go to slot `p` of the cache,
+/// and a query at `p` sees `0..=p`.
 ///
-/// **What a sequence gets does not depend on the others**: logits of [`BatchDevice::decode`] are the same bits whichever rows
-/// there are, and those of [`BatchDevice::prefill`] follow from the chunk and the cache alone. A device that pads a call to
-/// the rows of an engine keeps to kernels for which this holds.
+/// **The results of a sequence do not depend on the others**: logits of [`BatchDevice::decode`] are bit-identical for
+/// any set of rows, and those of [`BatchDevice::prefill`] depend only on the chunk and the cache. A device that pads a
+/// call to the rows of an engine must use only kernels for which this holds.
 pub trait BatchDevice {
-    /// For people: `cpu`, or a GPU's name.
+    /// Display name: `cpu`, or a GPU's name.
     fn name(&self) -> &str;
 
-    /// What runs it, for people.
+    /// Display name of what runs it.
     fn engine(&self) -> String;
 
-    /// Rows of one call of [`BatchDevice::decode`] at most.
+    /// Maximum rows of one call of [`BatchDevice::decode`].
     fn most_rows(&self) -> usize;
 
-    /// Tokens of one call of [`BatchDevice::prefill`] at most.
+    /// Maximum tokens of one call of [`BatchDevice::prefill`].
     fn largest_chunk(&self) -> usize;
 
-    /// Whether [`BatchDevice::prefill`] may round otherwise at another capacity. A prefix is then shared between sequences
-    /// whose prompts have the same one.
+    /// Whether [`BatchDevice::prefill`] may round differently at another capacity. A prefix is then shared only between
+    /// sequences whose prompts have the same capacity.
     fn prompt_depends_on_capacity(&self) -> bool {
         false
     }
 
-    /// Bytes that a cache of so many slots takes.
+    /// Bytes of a cache with this many slots.
     fn cache_bytes(&mut self, capacity: usize) -> Result<usize, DeviceError>;
 
-    /// Makes a cache of `capacity` at a slot that has none. `prefix`: another slot, and how many of its first places are
-    /// copied.
+    /// Makes a cache of `capacity` at a slot that has none. `prefix`: another slot, and the number of its first
+    /// positions to copy.
     fn open(&mut self, slot: usize, capacity: usize, prefix: Option<(usize, usize)>) -> Result<(), DeviceError>;
 
-    /// Gives a slot another capacity and keeps the first `used` places. On an error the cache is what it was.
+    /// Changes the capacity of a slot and keeps the first `used` positions. On an error the cache is unchanged.
     fn resize(&mut self, slot: usize, capacity: usize, used: usize) -> Result<(), DeviceError>;
 
-    /// Forgets the cache of a slot.
+    /// Drops the cache of a slot.
     fn close(&mut self, slot: usize);
 
-    /// Feeds a chunk of a prompt at `position..` and writes the logits after its last token, `[vocabulary]`, in place of what
-    /// is there. `end` is the position after the whole prompt, of which this may be a part.
+    /// Feeds a chunk of a prompt at `position..` and writes the logits after its last token, `[vocabulary]`, replacing
+    /// the contents. `end` is the position after the whole prompt; this chunk may be a part of it.
     fn prefill(
         &mut self,
         slot: usize,
@@ -101,7 +101,7 @@ pub trait BatchDevice {
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError>;
 
-    /// Feeds one token to each of these sequences, which are different ones. Gives what became of each row; the failure of
-    /// one changes nothing for the others.
+    /// Feeds one token to each of these sequences, which must be distinct. Returns the result of each row; the failure
+    /// of one does not affect the others.
     fn decode(&mut self, rows: &mut [BatchRow<'_>]) -> Vec<Result<(), DeviceError>>;
 }

@@ -1,19 +1,19 @@
 //! Several sequences on one device: they join and leave at any step, and share prefixes.
 //!
-//! A [`BatchDecoder`] owns what a [`Session`](super::Session) owns, for many sequences: tokens, a cache each that grows by
-//! the package's capacities, logits. It drives a [`BatchDevice`]. When to feed a chunk of a prompt and when to step is the
-//! caller's to decide, and so is what is drawn.
+//! A [`BatchDecoder`] owns the state of a [`Session`](super::Session) for many sequences: tokens, logits, and a cache
+//! each that grows through the package's capacities. It drives a [`BatchDevice`]. The caller decides when to feed a
+//! chunk of a prompt, when to step, and which tokens are drawn.
 //!
-//! # A sequence gets what it gets alone
+//! # Results do not depend on other sequences
 //!
-//! Bit for bit, whichever others there are, and whatever was computed before:
+//! Every sequence gets the same bits as if it ran alone, whatever was computed before:
 //!
-//! - A decode step computes each row as if there were no other; the device promises it.
-//! - A prompt is cut at multiples of [`BatchOptions::chunk`] and nowhere else. Each chunk is a call of its own, so what it
-//!   gives follows from the tokens so far.
-//! - A prefix is reused up to a multiple of the chunk, and only what was computed as whole chunks of a prompt: exactly what
-//!   the newcomer would compute. Generated tokens were fed one by one, which rounds in another way; they are fed again as a
-//!   part of the next prompt.
+//! - A decode step computes each row independently of the others; the device guarantees it.
+//! - A prompt is cut only at multiples of [`BatchOptions::chunk`]. Each chunk is a separate call, so its results depend
+//!   only on the tokens so far.
+//! - A prefix is reused up to a multiple of the chunk, and only if it was computed as whole chunks of a prompt, as the
+//!   new sequence would compute it. Generated tokens were fed one by one, which rounds differently; they are fed again
+//!   as part of the next prompt.
 //! - A cache has the capacity that its sequence needs, and zeros beyond its tokens.
 //!
 //! A [`Session`](super::Session) cuts at the device's largest chunk. Prompts that are one chunk for both get the same bits
@@ -33,17 +33,17 @@ use crate::help::{Fault, Help};
 use crate::units;
 use prefix::{Cached, Computed, Kept};
 
-/// How many sequences there may be, and what they may take.
+/// Limits on sequences and their memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BatchOptions {
-    /// Sequences at a time, at least 1.
+    /// Maximum of concurrent sequences, at least 1.
     pub sequences: usize,
-    /// Tokens of a prompt that are fed in one call, at least 1; at most what the device takes. Others wait so long for their
-    /// next token.
+    /// Tokens of a prompt that are fed in one call, from 1 to the device's limit. Other sequences wait for that call
+    /// before their next token.
     pub chunk: usize,
-    /// Caches of sequences that have left, kept for prompts that begin alike.
+    /// Number of caches of finished sequences that are kept for prompts with the same prefix.
     pub kept: usize,
-    /// Bytes that all caches may take; no limit if not given. Kept caches go first.
+    /// Maximum bytes of all caches; no limit if not given. Kept caches are dropped first.
     pub cache_bytes: Option<usize>,
 }
 
@@ -58,33 +58,33 @@ impl Default for BatchOptions {
     }
 }
 
-/// A sequence of a batch; no two of one decoder have the same.
+/// A sequence of a batch; unique within one decoder.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct SequenceId(u64);
 
-/// Why a sequence cannot join or go on. The others can.
+/// Why a sequence cannot join or continue. Others are not affected.
 #[derive(Debug, thiserror::Error)]
 pub enum BatchError {
     /// Its tokens cannot be fed, or the device failed.
     #[error(transparent)]
     Session(#[from] SessionError),
-    /// There are as many as there may be.
-    #[error("{sequences} sequences are running, as many as this batch takes")]
+    /// The maximum of sequences is reached.
+    #[error("{sequences} sequences are running, the maximum of this batch")]
     Full {
-        /// How many.
+        /// Their number.
         sequences: usize,
     },
-    /// Its cache would take more memory than there is for caches.
+    /// Its cache exceeds the memory that is left for caches.
     #[error(
-        "a cache of {capacity} tokens takes {}, and {} of {} for caches are taken by other sequences",
+        "a cache of {capacity} tokens needs {}, but other sequences use {} of the {} for caches",
         units::bytes(*bytes as u64), units::bytes(*taken as u64), units::bytes(*limit as u64)
     )]
     Memory {
         /// Slots that it needs.
         capacity: usize,
-        /// What they take.
+        /// Their bytes.
         bytes: usize,
-        /// What other running sequences take.
+        /// Bytes of other running sequences.
         taken: usize,
         /// [`BatchOptions::cache_bytes`].
         limit: usize,
@@ -124,13 +124,13 @@ pub struct NextToken {
 pub struct Progress {
     /// Tokens computed by this call.
     pub fed: usize,
-    /// Tokens that were there already, from another sequence.
+    /// Tokens reused from another sequence.
     pub reused: usize,
-    /// Tokens still to feed; at 0 there are logits.
+    /// Tokens still to feed; at 0 the logits are available.
     pub left: usize,
 }
 
-/// What caches take at the moment.
+/// Current memory of caches.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct CacheUse {
     /// Bytes of running sequences.
@@ -143,12 +143,12 @@ pub struct CacheUse {
 
 struct Sequence {
     prompt: Vec<u32>,
-    /// Once the first chunk was asked for.
+    /// Set with the first chunk.
     cached: Option<Cached>,
     reused: usize,
     /// What the model gave after the last token fed; none before the prompt is fed and after a failed step.
     output: Option<RowOutput>,
-    /// Its cache may hold anything.
+    /// The contents of its cache are undefined.
     failed: bool,
 }
 
@@ -163,7 +163,7 @@ pub struct BatchDecoder {
     sequences: BTreeMap<SequenceId, Sequence>,
     kept: Kept,
     next: u64,
-    /// Slots without a cache, of all slots so far.
+    /// Slots so far that have no cache.
     free: Vec<usize>,
     slots: usize,
 }
@@ -200,11 +200,11 @@ impl BatchDecoder {
         self
     }
 
-    /// What it runs on.
+    /// The device.
     pub fn device(&self) -> &dyn BatchDevice {
         &*self.device
     }
-    /// What it was made with, limited to what the device takes.
+    /// The options, limited to what the device supports.
     pub fn options(&self) -> BatchOptions {
         self.options
     }
@@ -216,11 +216,11 @@ impl BatchDecoder {
     pub fn largest_capacity(&self) -> usize {
         *self.capacities.last().expect("checked in new")
     }
-    /// Sequences that have joined and not left.
+    /// Number of running sequences.
     pub fn len(&self) -> usize {
         self.sequences.len()
     }
-    /// Whether there is none.
+    /// Whether no sequence is running.
     pub fn is_empty(&self) -> bool {
         self.sequences.is_empty()
     }
@@ -229,12 +229,12 @@ impl BatchDecoder {
         self.sequences.len() < self.options.sequences
     }
 
-    /// Whether a prompt could be fed at all, without feeding it.
+    /// Whether a prompt could be fed; feeds nothing.
     pub fn check(&self, prompt: &[u32]) -> Result<(), SessionError> {
         check_tokens(0, prompt, self.vocabulary, self.largest_capacity())
     }
 
-    /// Takes a sequence that begins with this prompt. Nothing is computed yet.
+    /// Adds a sequence with this prompt. Computes nothing yet.
     pub fn join(&mut self, prompt: Vec<u32>) -> Result<SequenceId, BatchError> {
         self.check(&prompt)?;
         if !self.has_place() {
@@ -254,9 +254,9 @@ impl BatchDecoder {
         Ok(id)
     }
 
-    /// Feeds the next chunk of a sequence's prompt; the first call looks for a prefix that others have computed. Where
-    /// that call finds no memory for a cache ([`BatchError::Memory`]), it can be made again; after any other error the sequence
-    /// can only leave. Panics if the prompt is fed already or the sequence has left.
+    /// Feeds the next chunk of a sequence's prompt; the first call looks for a prefix that others have computed. If
+    /// that call finds no memory for a cache ([`BatchError::Memory`]), it can be repeated; after any other error the
+    /// sequence can only leave. Panics if the prompt is already fed or the sequence has left.
     pub fn prefill(&mut self, id: SequenceId) -> Result<Progress, BatchError> {
         let sequence = self.get(id);
         assert!(sequence.output.is_none(), "the prompt is fed");
@@ -289,7 +289,7 @@ impl BatchDecoder {
         })
     }
 
-    /// Gives the sequence a cache with the longest prefix that another has.
+    /// Makes the sequence's cache, with the longest prefix that another one has.
     fn begin(&mut self, id: SequenceId) -> Result<(), BatchError> {
         let prompt = self.get(id).prompt.clone();
         let capacity = self.fitting(prompt.len());
@@ -310,7 +310,7 @@ impl BatchDecoder {
         let best = sources.map(|c| (common(c), c.slot)).filter(|(n, _)| *n > 0).max();
         let source = best.map(|(_, slot)| slot);
         self.make_room(capacity, 0, source)?;
-        // Where there was no room for both, the source had to go.
+        // If there was no room for both, the source was dropped.
         let prefix = best.filter(|(_, slot)| !self.free.contains(slot));
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots += 1;
@@ -327,7 +327,7 @@ impl BatchDecoder {
         if let Some((_, from)) = prefix
             && self.kept.used(from, shared)
         {
-            // The newcomer has all of it.
+            // The new sequence has all of it.
             self.close(from);
         }
         let sequence = self.sequences.get_mut(&id).expect("looked at above");
@@ -342,8 +342,9 @@ impl BatchDecoder {
         Ok(())
     }
 
-    /// Feeds one token to each of these sequences, whose prompts are fed, computes the logits after each, and gives what
-    /// became of each. A sequence whose step failed can only leave. Panics if one is given twice or has left.
+    /// Feeds one token to each of these sequences, whose prompts must be fed, computes the logits after each, and
+    /// returns the result of each. A sequence whose step failed can only leave. Panics if one is given twice or has
+    /// left.
     pub fn step(&mut self, tokens: &[(SequenceId, u32)]) -> Vec<Result<(), BatchError>> {
         let tokens = tokens.iter().map(|(sequence, token)| NextToken {
             sequence: *sequence,
@@ -361,7 +362,7 @@ impl BatchDecoder {
             let id = next.sequence;
             assert!(
                 !tokens[..i].iter().any(|other| other.sequence == id),
-                "one token a sequence"
+                "one token per sequence"
             );
             let ready = self.make_ready(id, next.token);
             match &ready {
@@ -424,7 +425,7 @@ impl BatchDecoder {
         Ok(())
     }
 
-    /// Takes a sequence out. Its cache is kept for prompts that begin alike, as long as there is room.
+    /// Removes a sequence. Its cache is kept for prompts with the same prefix while there is room.
     pub fn leave(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.remove(&id) else {
             return;
@@ -445,7 +446,7 @@ impl BatchDecoder {
         }
     }
 
-    /// Forgets all caches that are kept for their prefixes.
+    /// Drops all caches that are kept for their prefixes.
     pub fn forget_kept(&mut self) {
         while let Some(slot) = self.kept.remove_oldest(None) {
             self.close(slot);
@@ -472,14 +473,14 @@ impl BatchDecoder {
         }
     }
 
-    /// Tokens that a sequence can still be fed, its prompt counted as fed.
+    /// Number of tokens that a sequence can still be fed after its prompt.
     pub fn remaining(&self, id: SequenceId) -> usize {
         let sequence = self.get(id);
         let fed = sequence.cached.as_ref().map_or(0, |cached| cached.tokens.len());
         self.largest_capacity() - fed.max(sequence.prompt.len())
     }
 
-    /// What caches take.
+    /// Memory of the caches.
     pub fn cache_use(&mut self) -> CacheUse {
         let running: Vec<usize> = self
             .sequences
@@ -499,18 +500,19 @@ impl BatchDecoder {
         self.sequences.get(&id).expect("a sequence that has not left")
     }
 
-    /// The smallest capacity for so many tokens, which were checked.
+    /// The smallest capacity for this many tokens, which were checked.
     fn fitting(&self, tokens: usize) -> usize {
         let fits = self.capacities.iter().copied().find(|c| *c >= tokens);
         fits.expect("checked before")
     }
 
     fn bytes(&mut self, capacity: usize) -> usize {
-        // A device that cannot say so fails when it makes the cache, with a reason.
+        // A device that does not know its memory fails when it makes the cache, with a reason.
         self.device.cache_bytes(capacity).unwrap_or(0)
     }
 
-    /// Makes room for a cache of `capacity` in place of one of `instead`: the caches kept longest go, `source` last.
+    /// Makes room for a cache of `capacity` that replaces one of `instead`: drops the oldest kept caches, `source`
+    /// last.
     fn make_room(&mut self, capacity: usize, instead: usize, source: Option<usize>) -> Result<(), BatchError> {
         let Some(limit) = self.options.cache_bytes else {
             return Ok(());

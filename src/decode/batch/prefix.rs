@@ -1,4 +1,4 @@
-//! Which prefix of a prompt a cache has, and the caches of sequences that have left.
+//! Which prefix of a prompt is in a cache, and the caches of finished sequences.
 
 /// A cache and the tokens in it.
 pub(super) struct Cached {
@@ -8,21 +8,21 @@ pub(super) struct Cached {
     pub tokens: Vec<u32>,
     /// Leading tokens that were computed as whole chunks of a prompt.
     pub exact: usize,
-    /// What decides how they were computed.
+    /// How they were computed.
     pub computed: Computed,
 }
 
-/// What decides how a prompt's tokens are computed, besides the tokens.
+/// What determines how a prompt's tokens are computed, besides the tokens.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Computed {
     /// As a run beyond the switch of rotary tables.
     pub is_long: bool,
-    /// With so many slots; 0 where that does not matter.
+    /// At this capacity; 0 if the capacity does not matter.
     pub capacity: usize,
 }
 
 impl Cached {
-    /// Leading tokens that a prompt can take over, a multiple of the chunk.
+    /// Leading tokens that a prompt can reuse, a multiple of the chunk.
     pub fn common(&self, prompt: &[u32], computed: Computed, chunk: usize) -> usize {
         if self.computed != computed {
             return 0;
@@ -37,7 +37,7 @@ impl Cached {
     }
 }
 
-/// Caches of sequences that have left, the last used last. Their tokens are exact.
+/// Caches of finished sequences, the most recently used last. Their tokens are exact.
 #[derive(Default)]
 pub(super) struct Kept(Vec<Cached>);
 
@@ -46,8 +46,8 @@ impl Kept {
         self.0.iter()
     }
 
-    /// Notes that the first `shared` tokens of a slot were copied. True if it has no more than those, and is taken out: it is
-    /// the caller's to close.
+    /// Notes that the first `shared` tokens of a slot were copied. If it has no others, removes it and returns true:
+    /// the caller must close it.
     pub fn used(&mut self, slot: usize, shared: usize) -> bool {
         let Some(at) = self.0.iter().position(|cached| cached.slot == slot) else {
             return false;
@@ -60,8 +60,8 @@ impl Kept {
         all
     }
 
-    /// Keeps one more, of at most `most`. Gives the slots to close: of those kept longest, of prefixes of it, or its own if
-    /// another has its tokens already.
+    /// Keeps one more, up to `most`. Returns the slots to close: the oldest, those of its prefixes, or its own if
+    /// another has the same tokens.
     pub fn add(&mut self, cached: Cached, most: usize) -> Vec<usize> {
         if let Some(at) = self.0.iter().position(|other| other.begins_with(&cached)) {
             let other = self.0.remove(at);
@@ -78,7 +78,7 @@ impl Kept {
         closed
     }
 
-    /// Takes out the one that was not used for longest, another than `besides`: its slot.
+    /// Removes the least recently used one other than `besides`; returns its slot.
     pub fn remove_oldest(&mut self, besides: Option<usize>) -> Option<usize> {
         let at = self.0.iter().position(|cached| Some(cached.slot) != besides)?;
         Some(self.0.remove(at).slot)

@@ -1,13 +1,13 @@
-//! How a prompt is cut for engines that take certain numbers of tokens.
+//! How a prompt is cut for engines of fixed numbers of tokens.
 
 use crate::network::Tokens;
 
-/// What a pass costs beside its rows, in rows: reading the weights, and launches. About what passes of 1, 128, 256, 512 and 1024
-/// rows of a model of 8 B parameters take on an H200 (docs/explanation/gpu.md): 3.7, 6.8, 8.0, 13 and 24.8 ms.
+/// The fixed cost of a pass, in rows: reading the weights, and launches. From the times of passes of 1, 128, 256, 512
+/// and 1024 rows of a model with 8 B parameters on an H200 (docs/explanation/gpu.md): 3.7, 6.8, 8.0, 13 and 24.8 ms.
 const PASS: usize = 160;
 
-/// Cuts off the next chunk, as tokens and rows: with `waiting` tokens and `room` slots, among engines for these token counts.
-/// All cuts together, of which the last may be padded, cost as little as engines allow: [`PASS`] and its rows each.
+/// The next chunk, as tokens and rows: with `waiting` tokens and `room` slots, among engines for these token counts.
+/// The cuts minimize the total cost, which is [`PASS`] plus the rows of each; the last may be padded.
 pub(super) fn choose(engines: impl Iterator<Item = Tokens>, waiting: usize, room: usize) -> (usize, usize) {
     let mut sizes: Vec<usize> = vec![1];
     for tokens in engines {
@@ -32,14 +32,14 @@ pub(super) fn choose(engines: impl Iterator<Item = Tokens>, waiting: usize, room
         return (largest, largest);
     }
     let padding = room - waiting.min(room);
-    // Of each number of tokens that wait: the least cost, and the first chunk of such a cut.
+    // For each number of waiting tokens: the lowest cost, and the first chunk of that cut.
     let mut best: Vec<(usize, usize)> = vec![(0, 0)];
     for left in 1..=waiting {
         let costs = sizes.iter().filter_map(|size| match left.checked_sub(*size) {
             Some(rest) => Some((PASS + size + best[rest].0, *size)),
             None => (size - left <= padding).then_some((PASS + size, *size)),
         });
-        // Of equal ones that with the larger chunk: fewer of it follow.
+        // Among equal costs, the larger chunk: fewer follow.
         let cut = costs.min_by_key(|(cost, size)| (*cost, std::cmp::Reverse(*size)));
         best.push(cut.expect("one token is a chunk"));
     }
@@ -47,7 +47,7 @@ pub(super) fn choose(engines: impl Iterator<Item = Tokens>, waiting: usize, room
     (waiting.min(rows), rows)
 }
 
-/// Whether an engine for these token counts can run so many rows.
+/// Whether an engine for these token counts can run this many rows.
 pub(super) fn covers(tokens: Tokens, rows: usize) -> bool {
     match tokens {
         Tokens::Static(n) => n == rows,
@@ -55,7 +55,7 @@ pub(super) fn covers(tokens: Tokens, rows: usize) -> bool {
     }
 }
 
-/// The most rows it can run.
+/// The maximum rows it can run.
 pub(super) fn largest(tokens: Tokens) -> usize {
     match tokens {
         Tokens::Static(n) => n,

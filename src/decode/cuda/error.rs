@@ -8,7 +8,7 @@ use crate::decode::DeviceError;
 use crate::help::Help;
 use crate::network::Profile;
 
-/// An engine's input or output that no session has anything for.
+/// An engine's input or output that is unknown to sessions.
 pub(super) fn unknown(engine: &str, port: &Port) -> RunError {
     RunError::Mismatch {
         engine: engine.to_string(),
@@ -19,7 +19,7 @@ pub(super) fn unknown(engine: &str, port: &Port) -> RunError {
     }
 }
 
-/// A plan that TensorRT does not take, with the versions if they tell why.
+/// A plan that TensorRT rejects, with the versions if they explain it.
 pub(super) fn with_versions(error: RunError, built_by: &str, here: &str) -> RunError {
     match error {
         RunError::Plan { path, objection } if built_by != here => RunError::Plan {
@@ -41,7 +41,7 @@ pub(super) fn device_error(gpu: &str, error: RunError) -> DeviceError {
     }
 }
 
-/// Why a package cannot run on the GPU here.
+/// Why a package cannot run on this GPU.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// No engines for the TensorRT that this build is for.
@@ -50,7 +50,7 @@ pub enum OpenError {
         /// Its folder.
         package: PathBuf,
     },
-    /// TensorRT takes other numbers without a word, and computes with them what the plan was not made for.
+    /// TensorRT accepts other values without an error, although the plan was not optimized for them.
     #[error("{}: the engine {profile} was stripped for an identical refit, and the package has another weight set than it was \
              built with", package.display())]
     OtherWeights {
@@ -59,7 +59,7 @@ pub enum OpenError {
         /// Profile of the engine.
         profile: Profile,
     },
-    /// Of the driver, the library or the GPU.
+    /// An error of the driver, the library or the GPU.
     #[error(transparent)]
     Run(#[from] RunError),
     /// Engines cannot be made ready.
@@ -81,7 +81,7 @@ impl Help for OpenError {
                 FLAVOUR.feature
             )),
             OpenError::OtherWeights { .. } => Some(
-                "bring back the weights that the package had, with `lapidary refit`, or convert again with `--refit general`"
+                "restore the package's weights with `lapidary refit`, or convert again with `--refit general`"
                     .to_string(),
             ),
             OpenError::Run(error) => error.help(),
@@ -93,8 +93,8 @@ impl Help for OpenError {
 }
 
 impl OpenError {
-    /// Whether this machine or package simply has no GPU or library to run on, which `--device auto` passes over. A library
-    /// that is there and cannot be used is refused, since it was asked for by name.
+    /// Whether this machine has no GPU or library, or the package no engines, so that `--device auto` uses the CPU. A
+    /// library that exists but cannot be used is an error, since it was requested explicitly.
     pub fn is_absence(&self) -> bool {
         use crate::backend::tensorrt::LibraryError::{NotCompiled, NotFound};
         matches!(

@@ -1,4 +1,4 @@
-//! Memory of the small inputs of a call, on both sides: written together, sent in one copy.
+//! Memory of the small inputs of a call, on host and device: written together, sent in one copy.
 
 use std::rc::Rc;
 
@@ -9,8 +9,8 @@ use crate::interface::Role;
 use crate::tensor::DType;
 use crate::tensor::element::{FloatElement, with_float};
 
-/// Inputs in the order in which they lie, the short ones first so that a decode step copies little. Embeddings, of a model
-/// that takes them instead of token ids, lie behind them.
+/// Inputs in memory order, the short ones first so that a decode step copies little. The embeddings of a model that
+/// takes them instead of token ids come after these.
 const ORDER: [Role; 5] = [
     Role::WriteIndices,
     Role::TotalLengths,
@@ -19,7 +19,7 @@ const ORDER: [Role; 5] = [
     Role::PositionIds,
 ];
 
-/// Where each of [`ORDER`] lies for calls of up to `rows` tokens, and the bytes of all.
+/// Offset of each of [`ORDER`] for calls of up to `rows` tokens, and the total bytes.
 fn layout(rows: usize) -> ([usize; 5], usize) {
     let mut end = 0;
     let offsets = ORDER.map(|role| {
@@ -33,7 +33,7 @@ fn layout(rows: usize) -> ([usize; 5], usize) {
 /// The embeddings of a model that takes them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Embedded {
-    /// Elements of one.
+    /// Elements of one embedding.
     pub width: usize,
     /// Element type of the engine's input: a float of at most 32 bits.
     pub dtype: DType,
@@ -47,9 +47,9 @@ pub(super) struct InputBuffers {
     host: Pinned,
     device: Buffer,
     offsets: [usize; 5],
-    /// What embeddings are, and where they begin.
+    /// Properties of the embeddings, and their offset.
     embedded: Option<(Embedded, usize)>,
-    /// Bytes from the start that the present call uses.
+    /// Bytes from the start that the current call uses.
     used: usize,
 }
 
@@ -80,7 +80,7 @@ impl InputBuffers {
     /// Writes the inputs of a call, once the copy of the last one is over.
     pub fn write(&mut self, step: &StepInputs<'_>) -> Result<(), RunError> {
         for (role, at) in ORDER.into_iter().zip(self.offsets) {
-            // Nothing reads ids where embeddings are given.
+            // Ids are not read if there are embeddings.
             if role == Role::TokenIds && self.embedded.is_some() {
                 continue;
             }
@@ -126,7 +126,7 @@ mod tests {
         }
     }
 
-    /// Whatever a network takes besides caches and weights is written for each call.
+    /// Every input of a network besides caches and weights is written for each call.
     #[test]
     fn every_input_of_a_network_has_a_place() {
         let graph = Decoder::tiny().graph();

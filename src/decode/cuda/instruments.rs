@@ -1,4 +1,4 @@
-//! What benchmarks measure of a CUDA device: facts, memory, device clocks, time by layer.
+//! Measurements of a CUDA device for benchmarks: facts, memory, device clocks, time by layer.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::decode::instruments::{DeviceFacts, DeviceMemory, Instruments};
 use crate::lower;
 use crate::network::Tokens;
 
-/// Sizes of the copy, the first that fits: far beyond any cache.
+/// Sizes of the copy; the first that fits is used. All are much larger than any cache.
 const COPIES: [usize; 3] = [2 << 30, 512 << 20, 64 << 20];
 /// Copies timed; the fastest counts, as in STREAM.
 const COPY_RUNS: usize = 10;
@@ -82,7 +82,7 @@ impl CudaDevice {
         Ok(2.0 * bytes as f64 / fastest.as_secs_f64())
     }
 
-    /// The last call again, in an engine of its own: layers of a captured graph cannot be timed one by one.
+    /// The last call again, in a separate engine: layers of a captured graph cannot be timed one by one.
     fn layers(&mut self, at: usize, runs: usize) -> Result<Vec<(String, f64)>, RunError> {
         let slot = &self.slots[at];
         let profile = slot.profile;
@@ -111,7 +111,7 @@ impl CudaDevice {
         // SAFETY: the cache holds every one of its ports and lives as long as self, and this program ends with this function.
         unsafe { program.bind(cache.ports())? };
         self.share_scratch(&mut program)?;
-        // The small inputs are still on the device as the last call left them.
+        // The small inputs of the last call are still on the device.
         for _ in 0..3 {
             program.enqueue(&self.stream)?;
             self.stream.wait()?;
@@ -129,7 +129,7 @@ impl CudaDevice {
     }
 }
 
-/// Sums times by name, in the order in which names first come.
+/// Sums times by name, in the order of first occurrence.
 struct Layers(Arc<Mutex<Vec<(String, f64)>>>);
 
 impl ReportLayerTime for Layers {

@@ -6,8 +6,8 @@ use super::aligned;
 use crate::backend::tensorrt::run::{Buffer, Cuda, Rows, RunError, Stream};
 use crate::interface::{CacheRows, Role, Signature};
 
-/// The largest of the capacities below `wanted` whose cache has room: `needed` bytes are what `wanted` takes, and a cache
-/// takes as many for each slot.
+/// The largest of the capacities below `wanted` whose cache fits. `needed` is the bytes of `wanted`; a cache's bytes
+/// are proportional to its slots.
 pub(super) fn fitting(capacities: &[usize], wanted: usize, needed: u64, free: u64) -> Option<usize> {
     let room = |capacity: usize| u128::from(needed) * capacity as u128 <= u128::from(free) * wanted as u128;
     let smaller = capacities.iter().copied().filter(|capacity| *capacity < wanted);
@@ -59,7 +59,7 @@ impl KvCache {
     ) -> Result<Self, RunError> {
         let bytes = offset(&tensors, tensors.len(), capacity);
         let buffer = Buffer::new(cuda, bytes, "the cache")?;
-        // Slots beyond the context are masked, but masked slots must hold finite numbers.
+        // Slots beyond the context are masked, but masked slots must be finite.
         buffer.clear(stream)?;
         Ok(KvCache {
             tensors,
@@ -68,12 +68,12 @@ impl KvCache {
         })
     }
 
-    /// Queues zeros for all of it.
+    /// Queues zeroing of the whole cache.
     pub fn clear(&self, stream: &Stream) -> Result<(), RunError> {
         self.buffer.clear(stream)
     }
 
-    /// A cache of another capacity with the first `used` slots of this one. Queued.
+    /// A cache of another capacity with the first `used` slots of this one. The copy is queued.
     pub fn grown(&self, cuda: &Rc<Cuda>, stream: &Stream, capacity: usize, used: usize) -> Result<Self, RunError> {
         let grown = KvCache::allocated(cuda, stream, self.tensors.clone(), capacity)?;
         for (first, count) in runs(&self.tensors, [self.capacity, capacity]) {
@@ -93,7 +93,7 @@ impl KvCache {
         Ok(grown)
     }
 
-    /// Bytes that the caches of a model of this interface take for `batch` sequences.
+    /// Bytes of the caches of a model with this interface for `batch` sequences.
     pub fn bytes_of(interface: &Signature, batch: usize, capacity: usize) -> usize {
         let tensors = tensors(interface, batch);
         offset(&tensors, tensors.len(), capacity)
@@ -104,7 +104,7 @@ impl KvCache {
         self.capacity
     }
 
-    /// Where each cache is, in the interface's order.
+    /// Address of each cache, in the interface's order.
     pub fn addresses(&self) -> impl Iterator<Item = u64> {
         let mut address = self.buffer.address();
         self.tensors.iter().map(move |tensor| {
@@ -122,20 +122,20 @@ impl KvCache {
         self.buffer.bytes()
     }
 
-    /// Every input and output of an engine that is a cache, with its address; an update is where its input is.
+    /// Every input and output of an engine that is a cache, with its address; an update has the address of its input.
     pub fn ports(&self) -> impl Iterator<Item = (&str, u64)> {
         let named = self.tensors.iter().zip(self.addresses());
         named.flat_map(|(tensor, here)| [(tensor.input.as_str(), here), (tensor.output.as_str(), here)])
     }
 }
 
-/// Where a tensor begins among all of them, in bytes.
+/// Offset of a tensor among all of them, in bytes.
 fn offset(tensors: &[CacheTensor], at: usize, capacity: usize) -> usize {
     tensors[..at].iter().map(|t| aligned(t.rows.bytes(capacity))).sum()
 }
 
 /// Tensors that one copy moves from one capacity to the other, as (first, count): of equal shape and without gaps in
-/// either. Mostly all.
+/// either. Usually all.
 fn runs(tensors: &[CacheTensor], capacities: [usize; 2]) -> Vec<(usize, usize)> {
     let gapless = |rows: &CacheRows| capacities.iter().all(|c| aligned(rows.bytes(*c)) == rows.bytes(*c));
     let mut runs: Vec<(usize, usize)> = Vec::new();
@@ -156,7 +156,7 @@ mod tests {
     use crate::lower::{LowerOptions, lower};
     use crate::network::Profile;
 
-    /// Names and bytes of every cache are those of the network that an engine is built from.
+    /// Names and bytes of every cache equal those of the network that an engine is built from.
     #[test]
     fn the_caches_are_those_of_the_network() {
         let graph = Decoder::tiny().graph();

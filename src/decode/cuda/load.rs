@@ -1,6 +1,7 @@
-//! Engines made ready: the plan from its file, a context, everything bound but the cache.
+//! Loads engines: the plan from its file, a context, all bindings except the cache.
 //!
-//! Takes a slot of the device; gives what runs it. Weights go to the device with the first engine that wants them.
+//! Input is a slot of the device, output the program that runs it. Weights go to the device with the first engine that
+//! needs them.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -39,7 +40,7 @@ impl CudaDevice {
         }
     }
 
-    /// Uploads bound weights, unless they are there.
+    /// Uploads bound weights, if not done yet.
     pub(super) fn provide_weights(&mut self) -> Result<(), DeviceError> {
         if self.weights.is_some() {
             return Ok(());
@@ -52,7 +53,7 @@ impl CudaDevice {
         Ok(())
     }
 
-    /// A context of the slot's plan, bound to everything but the cache.
+    /// A context of the slot's plan, bound to everything except the cache.
     pub(super) fn context(
         &mut self,
         at: usize,
@@ -65,10 +66,10 @@ impl CudaDevice {
         self.ready_to_run(at, program, network)
     }
 
-    /// Bound to everything but the cache, with scratch memory.
+    /// Bound to everything except the cache, with scratch memory.
     fn ready_to_run(&mut self, at: usize, mut program: Program, network: &Network) -> Result<Loaded, DeviceError> {
         let slot = &self.slots[at];
-        // A dynamic engine's scratch memory is for the most that it will ever be asked for.
+        // A dynamic engine's scratch memory is for its maximum number of tokens.
         let tokens = largest(slot.profile.tokens);
         if matches!(slot.entry.lowered_for().tokens, Tokens::Dynamic { .. }) {
             program.set_tokens(tokens).map_err(|error| self.failed(error))?;
@@ -92,7 +93,7 @@ impl CudaDevice {
         self.options.graphs && captured
     }
 
-    /// Engines and kernels in turn, from the plans in the slot's file.
+    /// Engines and kernels alternating, from the plans in the slot's file.
     fn in_steps(&self, slot: &EngineSlot, network: &Network) -> Result<Program, RunError> {
         let options = LoadOptions {
             graphs: self.graphs(slot),
@@ -112,13 +113,13 @@ impl CudaDevice {
         self.with_plan_file(slot, |path, file| {
             let plans = slot.entry.plans_of(file).ok_or_else(|| RunError::Mismatch {
                 engine: slot.profile.to_string(),
-                reason: "its file is not as long as its plans".to_string(),
+                reason: "its file size is not the sum of its plans".to_string(),
             })?;
             Program::load(&self.runtime, path, &plans, network, options)
         })
     }
 
-    /// The slot's plan, from the file or from another slot that runs another profile of it.
+    /// The slot's plan, from the file or from a slot that runs another profile of it.
     pub(super) fn unpacked(&self, slot: &EngineSlot, network: &Network) -> Result<Rc<LoadedPlan>, RunError> {
         let same_file = self.slots.iter().filter(|other| other.entry.file == slot.entry.file);
         let loaded = same_file
@@ -132,7 +133,7 @@ impl CudaDevice {
         })
     }
 
-    /// What `load` makes of the slot's file, which is mapped. Its errors name the versions of TensorRT.
+    /// Calls `load` with the slot's file, mapped. Its errors name the versions of TensorRT.
     pub(super) fn with_plan_file<T>(
         &self,
         slot: &EngineSlot,
@@ -167,8 +168,8 @@ impl CudaDevice {
         })
     }
 
-    /// A network of each lowering that engines have, for one token and for several, where other products can be fused:
-    /// together they name every weight as any engine does.
+    /// A network for each lowering of the engines, for one token and for several, since different products can be
+    /// fused: together they name every weight of every engine.
     pub(super) fn networks_by_lowering(&self) -> Result<Vec<Network>, DeviceError> {
         let mut seen = HashSet::new();
         let bound = self
@@ -186,8 +187,8 @@ impl CudaDevice {
             .collect()
     }
 
-    /// Everything but the cache. Refuses an engine whose inputs and outputs are not the network's: addresses carry no
-    /// sizes, and TensorRT would read on past a weight's end.
+    /// Bindings of everything except the cache. Refuses an engine whose inputs and outputs differ from the network's:
+    /// addresses carry no sizes, and TensorRT would read past a weight's end.
     pub(super) fn bind(&self, program: &mut Program, network: &Network) -> Result<(), RunError> {
         let ports = program.ports();
         let declared = check_ports(program.name(), &ports, network)?;
@@ -197,8 +198,8 @@ impl CudaDevice {
                 Is::Weight => {
                     let address = self.weights.as_ref().and_then(|weights| weights.address(name));
                     let address = address.ok_or_else(|| nothing_to_bind(program.name(), name))?;
-                    // SAFETY: weights lie in a buffer of the device, which drops programs first, each at its own place,
-                    // which holds its constant.
+                    // SAFETY: weights are in a buffer of the device, which drops programs first, each at its own
+                    // location, which holds its constant.
                     unsafe { program.bind([(name, address)])? };
                     continue;
                 }
@@ -210,8 +211,9 @@ impl CudaDevice {
                 role => self.inputs.address(role),
             };
             let address = address.ok_or_else(|| nothing_to_bind(program.name(), name))?;
-            // SAFETY: these buffers live as long as the device, which drops programs first. They are as large as the
-            // network's own tensors, which the engines' ports were compared with: the small inputs for the largest profile.
+            // SAFETY: these buffers live as long as the device, which drops programs first. They have the sizes of the
+            // network's tensors, with which the engines' ports were compared; the small inputs have those of the
+            // largest profile.
             unsafe { program.bind([(name, address)])? };
         }
         Ok(())
@@ -225,11 +227,11 @@ pub(super) fn nothing_to_bind(engine: &str, name: &str) -> RunError {
     }
 }
 
-/// What an engine of a network has for a port.
+/// The expected port of a network's engine.
 #[derive(Debug)]
 pub(super) struct Declared {
     dtype: DType,
-    /// -1 where it depends on the call.
+    /// -1 if it depends on the call.
     shape: Vec<i64>,
     pub is: Is,
 }
@@ -237,7 +239,7 @@ pub(super) struct Declared {
 /// What is bound to a port.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Is {
-    /// What a session has for this role.
+    /// The session's tensor for this role.
     Port(Role),
     Weight,
     /// Memory of the program: one step computes it, another reads it.
@@ -252,8 +254,8 @@ impl Declared {
     }
 }
 
-/// Whether every input and output has the dtype and shape that it has in the network, and none is missing that the session
-/// reads. Gives what the network says of each.
+/// Checks that every input and output has its dtype and shape in the network, and that no output that the session reads
+/// is missing. Returns the network's description of each.
 pub(super) fn check_ports<'n>(
     engine: &str,
     ports: &[Port],
@@ -273,7 +275,7 @@ pub(super) fn check_ports<'n>(
             )));
         }
     }
-    // Of a network in steps, kernels may compute an output.
+    // In a network in steps, kernels may compute an output.
     let by_kernels = network.layers.iter().filter(|layer| layer.kind.is_kernel_layer());
     let by_kernels: HashSet<TensorId> = by_kernels.flat_map(|layer| layer.outputs.iter().copied()).collect();
     let mut outputs = network.outputs.iter().filter(|id| !by_kernels.contains(id));
@@ -284,8 +286,8 @@ pub(super) fn check_ports<'n>(
     }
 }
 
-/// What engines of the network have for ports: its inputs and outputs, every bound weight under the weight's own name, and if
-/// it runs in steps whatever one of them computes.
+/// The ports of the network's engines: its inputs and outputs, every bound weight under the weight's own name, and the
+/// results of each step if it runs in steps.
 fn declared(network: &Network) -> HashMap<&str, Declared> {
     let role = |id| network.interface.as_ref().and_then(|interface| interface.role_of(id));
     let in_steps = network.has_kernel_layers();
@@ -384,7 +386,7 @@ mod tests {
         }
     }
 
-    /// What is bound to each port follows from its role: every port has one, but for the weights.
+    /// The binding of each port follows from its role; every port has one, except weights.
     #[test]
     fn every_port_has_a_role_or_is_a_weight() {
         let (network, ports) = engine();

@@ -1,9 +1,9 @@
 //! TensorRT engines as a [`Device`]: fixed chunk lengths, one engine for each (tokens, capacity) of the package.
 //!
-//! Takes a package with engines and a TensorRT library. Weights that are bound lie in device memory once, shared by all
-//! engines; so do the scratch memory, of which only the running engine makes use, and the small inputs. The cache moves to
-//! a larger capacity by one copy on the device. Logits come back through pinned memory; where only the best token is needed
-//! it is found on the device. Engines are loaded when first needed, or ahead by [`CudaDevice::prepare`].
+//! Needs a package with engines and a TensorRT library. All engines share one copy of the bound weights in device
+//! memory, one scratch buffer (only the running engine uses it), and the small inputs. The cache moves to a larger
+//! capacity by one copy on the device. Logits come back through pinned memory; if only the best token is needed, it is
+//! found on the device. Engines are loaded when first needed, or ahead by [`CudaDevice::prepare`].
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -42,7 +42,7 @@ use swap::Identity;
 pub use swap::{SwapError, Swapped};
 use weights::Weights;
 
-/// What TensorRT asks of addresses, and what makes copies fast.
+/// The alignment that TensorRT requires and that makes copies fast.
 const ALIGNMENT: usize = 256;
 
 fn aligned(bytes: usize) -> usize {
@@ -52,20 +52,20 @@ fn aligned(bytes: usize) -> usize {
 /// One engine of the package, loaded or not.
 struct EngineSlot {
     profile: Profile,
-    /// What the manifest says of it.
+    /// Its entry in the manifest.
     entry: manifest::EngineEntry,
     loaded: Option<Loaded>,
 }
 
 struct Loaded {
     program: Program,
-    /// Address of the cache it is bound to; 0 for none.
+    /// Address of the cache that it is bound to; 0 for none.
     cache: u64,
     /// Tokens that a dynamic engine is set to.
     tokens: usize,
 }
 
-/// Where the time went, for `doctor` and benchmarks.
+/// Times by task, for `doctor` and benchmarks.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Times {
     /// Engines: reading, deserialising, refitting, compiling.
@@ -78,7 +78,7 @@ pub struct Times {
     pub host: Duration,
 }
 
-/// Device memory by what it is for, in bytes: the most there was so far.
+/// Device memory by purpose, in bytes: the maximum so far.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct MemoryUse {
     /// Bound weights.
@@ -87,23 +87,23 @@ pub struct MemoryUse {
     pub cache: u64,
     /// Working memory of engines.
     pub scratch: u64,
-    /// In use before the session took any: the CUDA context, and whatever others hold.
+    /// In use before the session allocated any: the CUDA context, and other processes.
     pub context: u64,
-    /// Taken from the GPU since then, what TensorRT takes for itself included.
+    /// Allocated since then, including TensorRT's own memory.
     pub total: u64,
 }
 
 /// How a package runs on the GPU.
 #[derive(Clone, Debug)]
 pub struct CudaOptions {
-    /// Where what TensorRT compiles at first load is kept; see [`kernels_folder`].
+    /// The cache folder of kernels that TensorRT compiles at first load; see [`kernels_folder`].
     pub kernels: Option<PathBuf>,
-    /// Launch engines of static shapes as CUDA graphs. Off only to measure what that is worth.
+    /// Launch engines of static shapes as CUDA graphs. Off only for measurements.
     pub graphs: bool,
 }
 
 impl CudaOptions {
-    /// What users get.
+    /// The default.
     pub fn of(package: &Package) -> Self {
         CudaOptions {
             kernels: kernels_folder(package),
@@ -112,17 +112,18 @@ impl CudaOptions {
     }
 }
 
-/// See the module's head. Fields die in the order of their declaration: engines before what they are bound to.
+/// See the module's head. Fields are dropped in the order of their declaration: engines before the memory that they are
+/// bound to.
 pub struct CudaDevice {
     slots: Vec<EngineSlot>,
     graph: Graph,
-    /// What every engine takes and gives, but for the weights.
+    /// Inputs and outputs of every engine, without weights.
     interface: Signature,
-    /// Whose weights these are.
+    /// The source of the current weights.
     identity: Identity,
     folder: PathBuf,
     options: CudaOptions,
-    /// Whether engines for several tokens are launched as CUDA graphs, too: where the cache stays.
+    /// Whether engines for several tokens are launched as CUDA graphs too: if the cache is the same in every run.
     captures_prompts: bool,
     weights: Option<Weights>,
     cache: Option<KvCache>,
@@ -138,17 +139,17 @@ pub struct CudaDevice {
     capacity: usize,
     last: Option<Profile>,
     times: Times,
-    /// Of the GPU, free and all, when only the context was there.
+    /// Free and total memory of the GPU when only the context existed.
     at_start: (u64, u64),
-    /// Bytes of the cache, of both while it moved.
+    /// Bytes of the cache; of both during a move.
     most_cache: usize,
 }
 
 impl CudaDevice {
-    /// A session's device for the engines of a package. Nothing is loaded yet. Errors: the package has no engines for this
-    /// build's target, or engines for other weights than it has; the GPU or driver does not suit the library.
+    /// A session's device for the engines of a package. Loads nothing yet. Errors: the package has no engines for this
+    /// build's target, or engines for other weights; the GPU or driver does not support the library.
     pub fn open(package: &Package, library: &Library, options: CudaOptions) -> Result<Self, OpenError> {
-        // Those for several sequences are for batches.
+        // Engines for several sequences are for batches.
         let engines = package.manifest.engines.iter();
         let engines = engines.filter(|e| e.target == FLAVOUR.target && e.profile.batch == 1);
         let slots: Vec<EngineSlot> = engines
@@ -213,7 +214,7 @@ impl CudaDevice {
         })
     }
 
-    /// Where the time went so far.
+    /// Times so far.
     pub fn times(&self) -> Times {
         self.times
     }
@@ -224,7 +225,7 @@ impl CudaDevice {
         let cuda = self.runtime.cuda();
         let (free_at_start, all) = self.at_start;
         let free = cuda.memory().map_or(free_at_start, |(free, _)| free);
-        // What is no buffer is TensorRT's, which gives nothing back while engines are loaded.
+        // Memory outside of buffers is TensorRT's, which frees none while engines are loaded.
         let (now, most) = cuda.buffers();
         MemoryUse {
             weights: bytes(self.weights.as_ref().map(Weights::bytes)),
@@ -235,7 +236,7 @@ impl CudaDevice {
         }
     }
 
-    /// The slot of what ran last. There is none at first, and after its engine was unloaded.
+    /// The slot of the engine that ran last. There is none before the first run and after that engine was unloaded.
     fn last_slot(&self) -> Result<usize, DeviceError> {
         let ran = |slot: &EngineSlot| slot.loaded.is_some() && Some(slot.profile) == self.last;
         let found = self.slots.iter().position(ran);
@@ -246,7 +247,7 @@ impl CudaDevice {
         })
     }
 
-    /// GPU time of the engine that ran last, run `times` more with the same inputs and nothing in between: its mean.
+    /// GPU time of the engine that ran last: the mean of `times` more runs with the same inputs and nothing in between.
     pub fn time_again(&mut self, times: usize) -> Result<Duration, DeviceError> {
         let at = self.last_slot()?;
         let program = &mut self.slots[at].loaded.as_mut().expect("found loaded").program;
@@ -262,7 +263,7 @@ impl CudaDevice {
     fn slot(&self, rows: usize, capacity: usize) -> Option<usize> {
         let matches = |slot: &&EngineSlot| slot.profile.capacity == capacity && covers(slot.profile.tokens, rows);
         let exact = |slot: &&EngineSlot| matches(slot) && matches!(slot.profile.tokens, Tokens::Static(_));
-        // An engine for just this many is faster than one for any.
+        // An engine for exactly this many is faster than one for any number.
         let found = self
             .slots
             .iter()
@@ -271,7 +272,7 @@ impl CudaDevice {
         self.slots.iter().position(|slot| slot.profile == found.profile)
     }
 
-    /// Loads the engine for `rows` rows at `capacity` if it is not, and gives its slot.
+    /// Loads the engine for `rows` rows at `capacity`, if not loaded yet, and returns its slot.
     fn ready(&mut self, rows: usize, capacity: usize) -> Result<usize, DeviceError> {
         let at = self.slot(rows, capacity).ok_or_else(|| DeviceError {
             device: self.runtime.gpu().to_string(),
@@ -292,15 +293,15 @@ impl CudaDevice {
         if loaded.tokens != rows {
             loaded.program.set_tokens(rows)?;
             loaded.tokens = rows;
-            // Provided for the most tokens; fewer could still be computed in a way that wants more.
+            // The size for the maximum number of tokens; fewer could still need more.
             let bytes = loaded.program.scratch_bytes();
             self.provide_scratch(bytes)?;
         }
         let cache = self.cache.as_ref().expect("reserved before");
         let loaded = self.slots[at].loaded.as_mut().expect("made ready before");
         if loaded.cache != cache.address() {
-            // SAFETY: the cache holds every one of its ports, and updates lie where their inputs do. It is replaced in `reserve`
-            // alone, after all work is done, and the new one is bound here before the engine runs again.
+            // SAFETY: the cache holds every one of its ports, and updates lie where their inputs do. Only `reserve`
+            // replaces it, after all work is done, and the new one is bound here before the engine runs again.
             unsafe { loaded.program.bind(cache.ports())? };
             loaded.cache = cache.address();
         }
@@ -338,10 +339,10 @@ impl CudaDevice {
         self.downloaded(logits)
     }
 
-    /// What was queued before an error still reads the inputs, which the next call writes.
+    /// Work queued before an error still reads the inputs, which the next call writes.
     fn settled<T>(&self, result: Result<T, DeviceError>) -> Result<T, DeviceError> {
         if result.is_err() {
-            // The first error is the one to tell.
+            // The first error is reported.
             let _ = self.stream.wait();
         }
         result
@@ -398,7 +399,7 @@ impl Device for CudaDevice {
             return Ok(());
         }
         if used == 0 && self.cache.is_some() {
-            // Nothing to keep: two caches at once could need more memory than is free.
+            // No contents to keep: two caches at once could need more memory than is free.
             self.stream.wait().map_err(|error| self.failed(error))?;
             (self.cache, self.capacity) = (None, 0);
         }
@@ -423,7 +424,7 @@ impl Device for CudaDevice {
             Err(error) => error,
         };
         if !known {
-            // No use without its cache.
+            // Unusable without its cache.
             self.slots[at].loaded = None;
             self.trim_scratch().map_err(|error| self.failed(error))?;
         }
@@ -432,7 +433,7 @@ impl Device for CudaDevice {
                 what: format!("a cache of {capacity} tokens"),
                 needed,
                 free,
-                // The one that is held fits by itself.
+                // The current one alone fits.
                 fits: kv_cache::fitting(&self.capacities, capacity, needed, free)
                     .max(self.cache.as_ref().map(|_| self.capacity)),
             },
@@ -492,14 +493,14 @@ impl Device for CudaDevice {
 
 impl Drop for CudaDevice {
     fn drop(&mut self) {
-        // What was compiled while running is kept for the next process too.
+        // Kernels compiled while running are stored for the next process too.
         for loaded in self.slots.iter_mut().filter_map(|slot| slot.loaded.as_mut()) {
             loaded.program.keep_kernels();
         }
     }
 }
 
-/// Where compiled kernels are kept: `LAPIDARY_CACHE`, else the package's own folder where it can be written, else the
+/// The cache folder of compiled kernels: `LAPIDARY_CACHE`, else the package's own folder if it is writable, else the
 /// user's cache folder.
 pub fn kernels_folder(package: &Package) -> Option<PathBuf> {
     if let Some(folder) = std::env::var_os("LAPIDARY_CACHE") {
@@ -507,7 +508,7 @@ pub fn kernels_folder(package: &Package) -> Option<PathBuf> {
     }
     let engines = package.folder.join(ENGINES);
     let inside = engines.join(KERNELS);
-    // It is made when there is something to keep.
+    // It is created when there is something to store.
     if can_write(if inside.is_dir() { &inside } else { &engines }) {
         return Some(inside);
     }
@@ -516,7 +517,7 @@ pub fn kernels_folder(package: &Package) -> Option<PathBuf> {
     Some(home?.join("lapidary").join(KERNELS))
 }
 
-/// On a read-only disk a folder may be there from before.
+/// On a read-only disk the folder may already exist.
 fn can_write(folder: &Path) -> bool {
     #[cfg(unix)]
     return rustix::fs::access(folder, rustix::fs::Access::WRITE_OK).is_ok();

@@ -1,11 +1,11 @@
-//! What a session will need, loaded and run before the first request.
+//! Loads and runs the engines of a session before the first request.
 
 use super::CudaDevice;
 use crate::decode::device::{Chunk, Device, DeviceError};
 use crate::decode::step::Fed;
 
 impl CudaDevice {
-    /// Loads what a prompt of `prompt` tokens and a text of `total` in all will need, so that nothing stalls later.
+    /// Loads the engines for a prompt of `prompt` tokens and a text of `total` tokens, so that nothing stalls later.
     pub fn prepare(&mut self, prompt: usize, total: usize) -> Result<(), DeviceError> {
         let fits = |n: usize| move |c: &&usize| **c >= n;
         let largest = *self.capacities.last().expect("a package has one");
@@ -38,8 +38,8 @@ impl CudaDevice {
         self.warm(first, &rows)
     }
 
-    /// Runs the engines for these numbers of rows twice over an empty cache: the first run of an engine makes TensorRT prepare
-    /// things, and the second is captured, so neither is left for the first request.
+    /// Runs the engines for these numbers of rows twice over an empty cache: TensorRT initializes itself in an engine's
+    /// first run, and the second is captured, so neither happens in the first request.
     pub(super) fn warm(&mut self, capacity: usize, rows: &[usize]) -> Result<(), DeviceError> {
         self.reserve(capacity, 0)?;
         let width = self.graph.embedding_width();
@@ -59,7 +59,7 @@ impl CudaDevice {
             self.stream.wait().map_err(|error| self.failed(error))?;
         }
         self.last = None;
-        // As it was: what a token that none asked for has left is finite only if the model is well.
+        // Cleared again: the values left by this dummy token are finite only if the model is sound.
         let cleared = self.cache.as_ref().map(|cache| cache.clear(&self.stream));
         cleared.transpose().map_err(|error| self.failed(error))?;
         Ok(())

@@ -1,8 +1,8 @@
-//! Other weights under engines that stay: what a server does between two fine-tunes.
+//! Replaces the weights of loaded engines, for a server that switches between fine-tuned models.
 //!
 //! Bound weights are bytes at addresses that every engine has, so they are overwritten and no engine changes. Stripped
-//! engines are refitted where they are. Engines that hold their weights cannot change; they are refused, as is whatever
-//! would make an engine compute something else than the other package says.
+//! engines are refitted in place. Engines that contain their weights cannot change; they are refused, like everything
+//! that would make an engine's results differ from the other package's.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::network::{Profile, WeightMode};
 use crate::package::manifest::{EngineEntry, Manifest};
 use crate::package::{Package, PackageError};
 
-/// What the device's weights are, from the manifest.
+/// The device's weights, from the manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Identity {
     architecture: String,
@@ -31,7 +31,7 @@ impl Identity {
     }
 }
 
-/// What was done, and how long it took.
+/// Report of a swap, with times.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct Swapped {
     /// Bytes of bound weights that went to the device.
@@ -53,7 +53,7 @@ fn seconds<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S::Ok
     serializer.serialize_f64(time.as_secs_f64())
 }
 
-/// Why the weights on the device stay what they are.
+/// Why the weights on the device are unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum SwapError {
     /// The other package has another canonical graph.
@@ -63,7 +63,7 @@ pub enum SwapError {
         package: PathBuf,
     },
     /// An engine with embedded weights.
-    #[error("{}: the engine {profile} holds its weights, so they cannot be changed", package.display())]
+    #[error("{}: the engine {profile} contains its weights, so they cannot be changed", package.display())]
     Embedded {
         /// The folder of the other package.
         package: PathBuf,
@@ -98,7 +98,7 @@ impl Help for SwapError {
 
     fn help(&self) -> Option<String> {
         match self {
-            SwapError::Architecture { .. } => Some("open it as a package of its own".to_string()),
+            SwapError::Architecture { .. } => Some("open it as a separate package".to_string()),
             SwapError::Embedded { .. } => Some("convert with --weights bind, or strip and --refit general".to_string()),
             SwapError::Identical { .. } => Some("convert with --weights bind, or --refit general".to_string()),
             SwapError::Package(error) => error.help(),
@@ -134,9 +134,9 @@ fn check<'e>(
 }
 
 impl CudaDevice {
-    /// Runs with the weights of another package of the same architecture from now on; this one's engines stay, loaded or
-    /// not. What the cache holds was computed with the old weights: begin anew. If the GPU fails half way, everything is
-    /// unloaded, and loaded again with the old weights when it is needed next.
+    /// Switches to the weights of another package of the same architecture; this one's engines stay, loaded or not. The
+    /// contents of the cache were computed with the old weights: start a new sequence. If the GPU fails halfway,
+    /// everything is unloaded, and loaded again with the old weights on the next use.
     pub fn swap(&mut self, package: &Package) -> Result<Swapped, SwapError> {
         let theirs = Identity::of(&package.manifest);
         let engines = self.slots.iter().map(|slot| &slot.entry);
@@ -157,10 +157,10 @@ impl CudaDevice {
         }
     }
 
-    /// The weights of `self.graph` wherever those of another are.
+    /// Writes the weights of `self.graph` over those of the previous graph.
     fn replace_weights(&mut self) -> Result<Swapped, DeviceError> {
         let mut done = Swapped::default();
-        // Nothing may be under way that reads them.
+        // No running work may read them.
         self.stream.wait().map_err(|error| self.failed(error))?;
         if let Some(weights) = &self.weights {
             let start = Instant::now();
@@ -177,7 +177,7 @@ impl CudaDevice {
             if slot.entry.weight_mode == WeightMode::Bind {
                 continue;
             }
-            // What is not bound runs as one engine.
+            // Networks without bound weights run as one engine.
             let Some(engine) = loaded.program.engine() else {
                 continue;
             };
@@ -188,7 +188,7 @@ impl CudaDevice {
                 result.map_err(|error| self.failed(error))?;
             }
             done.refit += start.elapsed();
-            // A captured graph, or the context itself, may hold on to where the old weights were.
+            // A captured graph, or the context itself, may keep the addresses of the old weights.
             let start = Instant::now();
             let loaded = self.context(at, &plan, &network)?;
             self.slots[at].loaded = Some(loaded);
@@ -231,7 +231,7 @@ mod tests {
         }
     }
 
-    /// What loading asks of an engine of the package's own.
+    /// The checks of loading for an engine of the device's own package.
     #[test]
     fn engines_that_take_only_their_own_weights_know_which() {
         let built_with = |own: Option<&str>, refit| EngineEntry {
@@ -242,7 +242,7 @@ mod tests {
         assert!(!built_with(Some("1"), Refit::Identical).takes("2"));
         assert!(!built_with(Some("1"), Refit::None).takes("2"));
         assert!(built_with(Some("1"), Refit::General).takes("2"));
-        // A package of before.
+        // A package of an older version.
         assert!(built_with(None, Refit::Identical).takes("2"));
     }
 

@@ -9,7 +9,7 @@ use crate::graph::{Constant, ConstantSource, Transform};
 use crate::lower;
 use crate::network::{Network, Weight, WeightMode};
 
-/// Bytes that are on their way at once.
+/// Bytes in flight.
 const STAGE: usize = 64 << 20;
 
 pub(super) struct Weights {
@@ -18,7 +18,7 @@ pub(super) struct Weights {
 }
 
 impl Weights {
-    /// Every bound weight of the networks, once. Refuses if one has no bytes.
+    /// Every bound weight of the networks, once. An error if one has no bytes.
     pub fn upload(cuda: &Rc<Cuda>, stream: &Stream, networks: &[Network]) -> Result<Self, RunError> {
         let places = Places::of(networks);
         let buffer = Buffer::new(cuda, places.bytes, "the model's weights")?;
@@ -27,12 +27,12 @@ impl Weights {
         Ok(weights)
     }
 
-    /// Writes the weights of networks that differ in nothing else from those that these places were made for.
+    /// Writes the weights of networks that otherwise equal those that these locations were made for.
     pub fn fill(&self, cuda: &Rc<Cuda>, stream: &Stream, networks: &[Network]) -> Result<(), RunError> {
         let engine = || networks.first().map(|n| n.profile.to_string()).unwrap_or_default();
         let pieces = self.places.pieces(networks).map_err(|weight| RunError::Mismatch {
             engine: engine(),
-            reason: format!("no place was made for the weight {weight:?}"),
+            reason: format!("there is no memory for the weight {weight:?}"),
         })?;
         let mut stage = Stage::new(cuda)?;
         let mut missing = Vec::new();
@@ -61,15 +61,15 @@ impl Weights {
     }
 }
 
-/// Where each bound weight lies. Those that fuse several come first, so that a network that reads the parts by themselves
-/// finds them there.
+/// Offset of each bound weight. Fused ones come first, so that a network that reads the parts separately finds them
+/// inside.
 #[derive(Debug, PartialEq)]
 struct Places {
     offsets: HashMap<String, usize>,
     bytes: usize,
 }
 
-/// A part of a weight on its way to its place.
+/// A part of a weight to be copied.
 struct Piece<'n> {
     at: usize,
     constant: &'n Constant,
@@ -93,18 +93,18 @@ impl Places {
         Places { offsets, bytes: end }
     }
 
-    /// What is to be written where; the name of a weight that has no place is an error.
+    /// The copies to make; the error is the name of a weight without a location.
     fn pieces<'n>(&self, networks: &'n [Network]) -> Result<Vec<Piece<'n>>, &'n str> {
         let mut pieces = Vec::new();
         let mut written = HashSet::new();
         for weight in in_order(networks) {
             let mut at = *self.offsets.get(&weight.name).ok_or(weight.name.as_str())?;
-            // Else a part of what was written as a whole, or the same weight in another network.
+            // Otherwise a part of a fused weight that was written, or the same weight in another network.
             if !written.insert(at) {
                 continue;
             }
             written.extend(parts_of(weight, at).into_iter().map(|(_, at)| at));
-            // Rows of a fused weight lie one after the other, as the parts do: no need to join them here first.
+            // Rows of a fused weight are contiguous, like the parts: no need to join them here first.
             let parts = match weight.constant.source() {
                 ConstantSource::Derived(derived) if matches!(derived.transform, Transform::Concat { axis: 0 }) => {
                     &derived.inputs
@@ -132,8 +132,8 @@ fn in_order(networks: &[Network]) -> Vec<&Weight> {
     all
 }
 
-/// The parts of a fused weight that lies at `start`, with their own offsets: rows of one come after rows of the other, so
-/// each can be bound by itself where that keeps TensorRT's alignment.
+/// The parts of a fused weight at `start`, with their own offsets: the parts are consecutive rows, so each can be bound
+/// separately if that keeps TensorRT's alignment.
 fn parts_of(weight: &Weight, start: usize) -> Vec<(String, usize)> {
     let ConstantSource::Derived(derived) = weight.constant.source() else {
         return Vec::new();
@@ -153,7 +153,7 @@ fn parts_of(weight: &Weight, start: usize) -> Vec<(String, usize)> {
     parts
 }
 
-/// Two pieces of pinned memory in turns: one is filled from the file while the other is on its way.
+/// Two pieces of pinned memory alternate: one is filled from the file while the other is copied to the device.
 struct Stage {
     pieces: [Pinned; 2],
     now: usize,
@@ -171,7 +171,8 @@ impl Stage {
         for (i, piece) in bytes.chunks(STAGE).enumerate() {
             let host = &mut self.pieces[self.now];
             fill(host.slice_mut::<u8>(0, piece.len())?, piece);
-            // The other piece's copy is over before it is written again; this one goes on while that is filled.
+            // The other piece's copy is complete before it is written again; this copy continues while the other piece
+            // is filled.
             stream.wait()?;
             stream.upload(host, 0..piece.len(), to, at + i * STAGE)?;
             self.now ^= 1;
@@ -180,7 +181,7 @@ impl Stage {
     }
 }
 
-/// A copy by several threads: one alone reads a mapped file at a fraction of the bus.
+/// A copy by several threads: a single one reads a mapped file at a fraction of the bus bandwidth.
 fn fill(to: &mut [u8], from: &[u8]) {
     const SHARE: usize = 4 << 20;
     if to.len() <= SHARE {
@@ -203,7 +204,7 @@ mod tests {
     use crate::network::Profile;
     use crate::tensor::Tensor;
 
-    /// A small model of these numbers, lowered with its products fused and one by one.
+    /// A small model with these values, lowered with its products fused and one by one.
     fn networks(seed: usize) -> Vec<Network> {
         let mut count = seed;
         let decoder = Decoder {
@@ -236,7 +237,8 @@ mod tests {
         memory
     }
 
-    /// Every weight of every network lies where it is bound, however it is lowered; other numbers go to the same places.
+    /// Every weight of every network is at its bound location, however it is lowered; other values go to the same
+    /// locations.
     #[test]
     fn every_weight_is_where_it_is_bound() {
         let (first, second) = (networks(1), networks(2));

@@ -1,4 +1,4 @@
-//! The export in Lapidary's own evaluator: node by node as it was read.
+//! The export in Lapidary's own evaluator, node by node, without passes.
 
 use std::collections::HashMap;
 

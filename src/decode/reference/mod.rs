@@ -1,10 +1,10 @@
 //! The original export, run by an engine that shares no code with Lapidary's: the reference of `lapidary verify`.
 //!
-//! Takes the `.onnx` file a package was made from and whole sequences of tokens, gives the logits of every position. Each
-//! sequence runs at once from an empty cache, so that it checks not only the arithmetic but also the cache, chunks and
-//! masks. Engines: `tract` (cargo feature of that name), and `eval`, the evaluator of `graph::eval`. The latter is
-//! slow and part of Lapidary, but interprets the unchanged export, without passes, lowering or executor. `passes::roles` gives the
-//! roles of an export's inputs.
+//! Input is the `.onnx` file that a package was made from and whole sequences of tokens, output the logits of every
+//! position. Each sequence runs in one call from an empty cache, so that the comparison checks not only the arithmetic
+//! but also the cache, chunks and masks. Engines: `tract` (cargo feature of that name), and `eval`, the evaluator of
+//! `graph::eval`. The latter is slow and part of Lapidary, but interprets the unchanged export, without passes,
+//! lowering or executor. `passes::roles` gives the roles of an export's inputs.
 
 mod eval;
 #[cfg(feature = "tract")]
@@ -22,7 +22,7 @@ use crate::onnx;
 use crate::passes::roles::{self, InputRole, Roles};
 use crate::tensor::{DType, Tensor};
 
-/// Who runs the export.
+/// The engine that runs the export.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
@@ -74,7 +74,7 @@ impl Help for ReferenceError {
 
 /// An engine with an export loaded.
 trait Engine {
-    /// Runs the export. `inputs` are in the order of the graph's inputs, by name; gives the output named `logits`.
+    /// Runs the export. `inputs` are in the order of the graph's inputs, by name; returns the output named `logits`.
     fn run(&mut self, inputs: &[(String, Tensor)], logits: &str) -> Result<Tensor, String>;
 }
 
@@ -85,14 +85,14 @@ pub struct Reference {
     graph: Graph,
     roles: Roles,
     logits: ValueId,
-    /// Of the package, where the export takes embeddings.
+    /// The package's embeddings, if the export takes embeddings.
     embeddings: Option<Embeddings>,
     engine: Box<dyn Engine>,
 }
 
 impl Reference {
-    /// `embeddings` gives rows for tokens to an export that takes embeddings.
-    /// `mask_windows`: what its masks hide that are inputs, as the package's manifest has it.
+    /// `embeddings` are the rows of tokens for an export that takes embeddings. `mask_windows`: the windows of masks
+    /// that are inputs, from the package's manifest.
     pub fn open(
         path: &Path,
         kind: EngineKind,
@@ -144,7 +144,7 @@ impl Reference {
         })
     }
 
-    /// Tokens that one run can take, where the export fixed it.
+    /// Number of tokens of a run, if fixed by the export.
     pub fn longest(&self) -> Option<usize> {
         self.roles.capacity
     }
@@ -161,7 +161,7 @@ impl Reference {
             });
         }
         let mut inputs = self.inputs(tokens)?;
-        // Ours read one branch of a merged decoder; others read the file.
+        // Lapidary's evaluator gets one branch of a merged decoder; other engines read the file.
         if let (EngineKind::Tract, Some(switch)) = (self.kind, &self.graph.producer.switch) {
             let flag = Tensor::from_bool(vec![1; switch.rank], &[switch.value]);
             inputs.push((switch.name.clone(), flag));
@@ -269,7 +269,7 @@ fn input(role: InputRole, dtype: DType, shape: Vec<usize>, tokens: &[u32], windo
             InputRole::Positions => column as f64,
             InputRole::TotalLength => n as f64,
             InputRole::LastPosition => n as f64 - 1.0,
-            // All of them; a list names each.
+            // All of them.
             InputRole::ChosenRows => n as f64,
             InputRole::PastLength | InputRole::Cache | InputRole::Embeddings | InputRole::Unread => 0.0,
         }

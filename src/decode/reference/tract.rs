@@ -10,7 +10,7 @@ use crate::tensor::{DType, Tensor as Ours};
 
 pub struct Tract {
     path: PathBuf,
-    /// The plan for the shapes of the last run, which are most often those of the next.
+    /// The plan for the shapes of the last run, usually also those of the next.
     plan: Option<(Vec<Vec<usize>>, Arc<TypedRunnableModel>)>,
 }
 
@@ -53,7 +53,7 @@ fn anyhow_bail(message: String) -> TractResult<()> {
 
 impl Engine for Tract {
     fn run(&mut self, inputs: &[(String, Ours)], logits: &str) -> Result<Ours, String> {
-        // tract's errors are chains; the innermost says what it could not do.
+        // tract's errors are chains; the innermost has the cause.
         let chain = |e: TractError| format!("{e:#}");
         let plan = self.plan(inputs, logits).map_err(chain)?;
         let mut values: TVec<TValue> = tvec!();
@@ -84,7 +84,7 @@ fn dtype(dtype: DType) -> DatumType {
         DType::F16 => f16::datum_type(),
         DType::F32 => f32::datum_type(),
         DType::F64 => f64::datum_type(),
-        // tract has neither bf16 nor what is only stored; the model was refused when it was loaded.
+        // tract has neither bf16 nor storage-only types; the model was refused when it was loaded.
         _ => f32::datum_type(),
     }
 }
@@ -98,6 +98,7 @@ fn theirs(tensor: &Ours) -> TractResult<Tensor> {
         }
         _ => &tensor.data()[..],
     };
-    // SAFETY: any bytes are valid numbers, and bools were just made 0 or 1. tract compares their count with the shape.
+    // SAFETY: any bytes are valid numbers, and bools were just converted to 0 or 1. tract compares their count with the
+    // shape.
     unsafe { Tensor::from_raw_dt(dtype(tensor.dtype()), tensor.shape(), bytes) }
 }

@@ -6,7 +6,7 @@ use crate::decode::Chunk;
 
 const VOCABULARY: usize = 50;
 
-/// A machine whose "model" mixes every used slot into its logits, so that one slot lost or misplaced shows.
+/// A device whose "model" mixes every used slot into its logits, so that a lost or misplaced slot is detected.
 struct Tape {
     cache: Vec<u32>,
     chunk: usize,
@@ -149,7 +149,7 @@ fn the_longest_common_prefix_is_kept() {
         );
     }
     assert_eq!(*log.borrow(), ["reserve 8 keeping 0", "reserve 16 keeping 1"]);
-    // What cannot be fed changes nothing.
+    // Refused tokens change nothing.
     assert!(session.resume(&[]).is_err() && session.resume(&[50]).is_err() && session.resume(&[1; 17]).is_err());
     assert_eq!(session.tokens(), [7, 1, 2]);
     session.feed(&[3]).unwrap();

@@ -1,13 +1,13 @@
 //! Several sequences on the GPU: prompts one after the other, decode steps of all at once.
 //!
-//! Takes a package with engines; implements [`BatchDevice`]. Each sequence has a cache of its own, of any of the package's
+//! Implements [`BatchDevice`] for a package with engines. Each sequence has its own cache, of any of the package's
 //! capacities. A chunk of a prompt runs in the engines of a session ([`CudaDevice`]), over the cache of its sequence. A
 //! decode step runs in a program for 1, 2, 4, 8 or 16 sequences (`convert --batch`), whose attention kernels find the
-//! caches by a table, so any of them can be in any row, and sequences of different capacities share a step.
+//! caches through a table: any cache can be in any row, and sequences of different capacities share a step.
 //!
-//! A program for several sequences computes each one apart, bit for bit
-//! ([`Network::layer_across_sequences`](crate::network::Network::layer_across_sequences)); networks that do not are not used
-//! here. Without any, sequences take turns in the decode engines of their capacities.
+//! A program for several sequences computes each one independently, bit for bit
+//! ([`Network::layer_across_sequences`](crate::network::Network::layer_across_sequences)); other networks are not used
+//! here. Without such a program, sequences take turns in the decode engines of their capacities.
 
 mod rows;
 
@@ -29,31 +29,31 @@ use crate::network::{Network, Tokens, WeightMode};
 use crate::package::Package;
 use rows::RowMemory;
 
-/// See the module's head. Fields are dropped in this order: programs before what they are bound to.
+/// See the module's head. Fields are dropped in this order: programs before the memory that they are bound to.
 pub struct CudaBatchDevice {
     /// Ascending by rows.
     programs: Vec<RowProgram>,
     /// Working memory of the programs' engines, which run one at a time.
     _scratch: Option<Buffer>,
-    /// Where there are programs.
+    /// If there are programs.
     memory: Option<RowMemory>,
     /// By slot.
     caches: Vec<Option<KvCache>>,
     device: CudaDevice,
     embeddings: Option<Embeddings>,
-    /// Embeddings of the tokens of a call.
+    /// Embeddings of a call's tokens.
     fed: Vec<f32>,
 }
 
-/// A decode step of so many sequences.
+/// A decode step of this many sequences.
 struct RowProgram {
     rows: usize,
     program: Program,
 }
 
 impl CudaBatchDevice {
-    /// Loads what prompts in chunks of up to `chunk` tokens and steps will need, and runs it once. `embeddings`: the table of
-    /// a model that takes embeddings.
+    /// Loads the programs for steps and for prompts in chunks of up to `chunk` tokens, and runs them once.
+    /// `embeddings`: the table of a model that takes embeddings.
     pub fn open(
         package: &Package,
         library: &Library,
@@ -62,7 +62,7 @@ impl CudaBatchDevice {
         embeddings: Option<Embeddings>,
     ) -> Result<Self, OpenError> {
         let mut device = CudaDevice::open(package, library, options)?;
-        // Prompts of different sequences follow each other over different caches: each would be captured anew.
+        // Consecutive prompts use different caches: each would be captured again.
         device.captures_prompts = false;
         let mut opened = CudaBatchDevice {
             programs: Vec::new(),
@@ -78,7 +78,7 @@ impl CudaBatchDevice {
         Ok(opened)
     }
 
-    /// Loads the engines that chunks of up to `chunk` tokens run in, at every capacity, and runs them once.
+    /// Loads the engines for chunks of up to `chunk` tokens, at every capacity, and runs them once.
     fn prepare_prompts(&mut self, chunk: usize) -> Result<(), DeviceError> {
         let device = &mut self.device;
         for capacity in device.capacities.clone() {
@@ -95,7 +95,7 @@ impl CudaBatchDevice {
             rows.truncate(needed);
             device.warm(capacity, &rows)?;
         }
-        // Sequences bring their own.
+        // Sequences have their own.
         (device.cache, device.capacity) = (None, 0);
         Ok(())
     }
@@ -133,7 +133,7 @@ impl CudaBatchDevice {
                     rows: slot.profile.batch,
                     program,
                 }),
-                // A GPU with less shared memory takes fewer rows.
+                // A GPU with less shared memory supports fewer rows.
                 Err(RunError::SharedMemory { .. }) => {}
                 Err(error) => return Err(self.device.failed(error).into()),
             }
@@ -148,7 +148,8 @@ impl CudaBatchDevice {
         Ok(())
     }
 
-    /// The package's engines for decode steps of bound weights: of one sequence at the largest capacity, and of several.
+    /// The package's engines for decode steps with bound weights: for one sequence at the largest capacity, and for
+    /// several.
     fn step_slots(&self, package: &Package) -> Vec<EngineSlot> {
         let largest = self.device.capacities.iter().max().copied();
         let entries = package.manifest.engines.iter().filter(|entry| {
@@ -179,8 +180,8 @@ impl CudaBatchDevice {
         Ok(())
     }
 
-    /// One step of these sequences in the program `at`, and waits. The memory of rows has the best token of each row then if
-    /// a row needs only that, and the logits of the rows that need them.
+    /// Runs one step of these sequences in the program `at`, and waits. Afterwards the memory of rows has the best
+    /// token of each row that needs only that, and the logits of the rows that need them.
     fn run(&mut self, at: usize, rows: &[BatchRow<'_>]) -> Result<(), RunError> {
         let RowProgram { rows: all, program } = &mut self.programs[at];
         let memory = self.memory.as_mut().expect("made with the programs");
@@ -211,7 +212,7 @@ impl CudaBatchDevice {
         queued.and(waited)
     }
 
-    /// A step of up to as many sequences as the largest program takes.
+    /// A step of at most as many sequences as the largest program has.
     fn step(&mut self, rows: &mut [BatchRow<'_>]) -> Result<(), DeviceError> {
         let at = self.programs.partition_point(|program| program.rows < rows.len());
         let run = self.run(at, rows).and_then(|()| self.collect(rows));
@@ -237,12 +238,12 @@ impl CudaBatchDevice {
             .into_iter()
             .map(|(at, to)| memory.logits(at).map(|from| (from, to)))
             .collect::<Result<_, _>>()?;
-        // 16 rows of a large vocabulary are 8 MB: one thread would copy them for a fifth of a step's time.
+        // 16 rows of a large vocabulary are 8 MB: copying them with one thread would take a fifth of a step's time.
         copies.into_par_iter().for_each(|(from, to)| to.extend_from_slice(from));
         Ok(())
     }
 
-    /// Gives the session's device the cache of a sequence while `call` runs.
+    /// Lets the session's device use the cache of a sequence while `call` runs.
     fn over<T>(
         &mut self,
         slot: usize,
@@ -256,7 +257,7 @@ impl CudaBatchDevice {
         result
     }
 
-    /// Tokens in chunks that engines take, with the logits of the last.
+    /// Feeds tokens in chunks of the engines' sizes; returns the logits of the last.
     fn feed(
         &mut self,
         slot: usize,
@@ -292,7 +293,7 @@ impl CudaBatchDevice {
         result
     }
 
-    /// A cache for a sequence: zeros, or what `from` makes of another.
+    /// A cache for a sequence: zeros, or the result of `from` on another.
     fn allocated(&self, capacity: usize, from: Option<(&KvCache, usize)>) -> Result<KvCache, DeviceError> {
         let device = &self.device;
         let cuda = device.runtime.cuda();
@@ -300,7 +301,7 @@ impl CudaBatchDevice {
             Some((cache, kept)) => cache.grown(cuda, &device.stream, capacity, kept),
             None => KvCache::new(cuda, &device.stream, &device.interface, 1, capacity),
         };
-        // The other may go once it is copied.
+        // The other may be dropped once it is copied.
         let made = made.and_then(|cache| device.stream.wait().map(|()| cache));
         made.map_err(|error| {
             device.failed(match error {
@@ -315,14 +316,14 @@ impl CudaBatchDevice {
         })
     }
 
-    /// Bytes of device memory that are free.
+    /// Free bytes of device memory.
     pub fn free_memory(&self) -> Result<u64, DeviceError> {
         let memory = self.device.runtime.cuda().memory();
         memory.map(|(free, _)| free).map_err(|error| self.device.failed(error))
     }
 }
 
-/// The program of a step for several sequences, bound to everything but scratch memory.
+/// The program of a step for several sequences, bound to everything except scratch memory.
 fn program(device: &CudaDevice, memory: &RowMemory, slot: &EngineSlot, network: &Network) -> Result<Program, RunError> {
     let options = LoadOptions {
         graphs: device.options.graphs,
@@ -337,9 +338,9 @@ fn program(device: &CudaDevice, memory: &RowMemory, slot: &EngineSlot, network: 
             Is::Port(role) => memory.address(role, port.bytes()),
         };
         let address = address.ok_or_else(|| nothing_to_bind(program.name(), name))?;
-        // SAFETY: weights lie in a buffer of the device, each at its own place, which holds its constant; inputs, logits and
-        // tables in memory for the largest program. Both are dropped after the programs. What tables point to is alive
-        // whenever a program runs (`run`), and holds a cache of the capacity that the table says.
+        // SAFETY: weights are in a buffer of the device, each at its own location, which holds its constant; inputs,
+        // logits and tables are in memory for the largest program. Both are dropped after the programs. The targets of
+        // tables are alive whenever a program runs (`run`), and hold a cache of the capacity in the table.
         unsafe { program.bind([(name, address)])? };
     }
     Ok(program)
@@ -369,7 +370,7 @@ impl BatchDevice for CudaBatchDevice {
     }
 
     fn prompt_depends_on_capacity(&self) -> bool {
-        // Each capacity has engines of its own, which may order sums in another way.
+        // Each capacity has its own engines, which may order sums differently.
         true
     }
 

@@ -1,4 +1,4 @@
-//! Memory of a step of several sequences, on both sides: small inputs, tables of caches, logits.
+//! Memory of a step of several sequences, on host and device: small inputs, tables of caches, logits.
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -8,7 +8,7 @@ use crate::decode::cuda::aligned;
 use crate::decode::cuda::kv_cache::KvCache;
 use crate::interface::{CacheId, Role, Signature};
 
-/// Inputs of one i32 for each sequence, in the order in which they lie.
+/// Inputs of one i32 for each sequence, in memory order.
 const INPUTS: [Role; 5] = [
     Role::WriteIndices,
     Role::TotalLengths,
@@ -17,7 +17,7 @@ const INPUTS: [Role; 5] = [
     Role::PositionIds,
 ];
 
-/// Where everything lies for `most` sequences. Inputs first, then a table for each cache: a place for each sequence. Programs
+/// Offsets for `most` sequences. Inputs first, then a table for each cache with an entry for each sequence. Programs
 /// for fewer sequences use the first elements of each.
 #[derive(Clone, Debug)]
 struct Layout {
@@ -38,7 +38,7 @@ impl Layout {
         self.table(self.caches.len())
     }
 
-    /// Where the input of that role is; of a cache, its table.
+    /// Offset of the input of that role; for a cache, of its table.
     fn of(&self, role: Role) -> Option<usize> {
         match role {
             Role::Cache(id) => Some(self.table(self.caches.iter().position(|known| *known == id)?)),
@@ -51,7 +51,7 @@ pub(super) struct RowMemory {
     layout: Layout,
     host: Pinned,
     device: Buffer,
-    /// `[most, vocabulary]` on both sides.
+    /// `[most, vocabulary]` on host and device.
     logits: Buffer,
     pinned_logits: Pinned,
     argmax: Argmax,
@@ -84,7 +84,7 @@ impl RowMemory {
         })
     }
 
-    /// The device address of what is bound for a role; `None` if it is not there, or has more than `bytes` of memory are for.
+    /// The device address of the tensor of a role; `None` if there is none, or if its memory is smaller than `bytes`.
     pub fn address(&self, role: Role, bytes: Option<usize>) -> Option<u64> {
         match role {
             Role::Logits => (bytes? <= self.logits.bytes()).then(|| self.logits.address()),
@@ -92,8 +92,8 @@ impl RowMemory {
         }
     }
 
-    /// Writes the inputs of a step of `rows` sequences, of which these are the first. The others compute token 0 at position
-    /// 0 over a cache without slots, which is never written.
+    /// Writes the inputs of a step of `rows` sequences. These are the first ones; the others compute token 0 at
+    /// position 0 over a cache without slots, which is never written.
     pub fn write<'c>(&mut self, steps: impl Iterator<Item = Step<'c>>, rows: usize) -> Result<(), RunError> {
         let int = |n: usize| i32::try_from(n).expect("positions fit 31 bits");
         let steps: Vec<Step<'c>> = steps.collect();
@@ -114,7 +114,7 @@ impl RowMemory {
                 };
             }
         }
-        // Of a cache without slots nothing is read or written, but an address is made of this one.
+        // A cache without slots is never read or written, but its address is used in arithmetic.
         let nowhere = CachePlace {
             address: self.device.address(),
             capacity: 0,
