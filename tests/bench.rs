@@ -1,4 +1,4 @@
-//! Measuring and reporting: the real program on a tiny package, and what it says of results that do not hold together.
+//! Measuring and reporting: the real program on a tiny package, and its errors for inconsistent results.
 
 #[path = "bench/measured.rs"]
 mod measured;

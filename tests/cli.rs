@@ -1,4 +1,4 @@
-//! The real binary, end to end: exports in, tokens out, and what it says of unusable input.
+//! The real binary, end to end: exports in, tokens out, and errors for unusable input.
 
 #[path = "cli/bad_input.rs"]
 mod bad_input;

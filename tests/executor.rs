@@ -1,4 +1,4 @@
-//! The CPU executor against simple definitions, on every instruction set this machine has.
+//! The CPU executor against simple definitions, on every instruction set of this machine.
 
 #[path = "executor/attention.rs"]
 mod attention;

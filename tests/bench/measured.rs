@@ -1,4 +1,4 @@
-//! `lapidary bench` of a fixture on the CPU: everything asked for is there, and follows from its samples.
+//! `lapidary bench` of a fixture on the CPU: every requested measurement is present and follows from its samples.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::support::{fixture, lapidary, package, text};
 
-/// A package of the Llama fixture with three capacities, made once for all tests.
+/// A package of the Llama fixture with three capacities, shared by all tests.
 pub fn llama() -> &'static Path {
     static MADE: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
     let (_, package) = MADE.get_or_init(|| {
@@ -22,7 +22,7 @@ pub fn llama() -> &'static Path {
     package
 }
 
-/// A quick run with these flags more.
+/// A quick run with these additional flags.
 pub fn quick(package: &Path, flags: &[&str]) -> Value {
     let mut args = vec![
         "bench",
@@ -42,7 +42,7 @@ pub fn quick(package: &Path, flags: &[&str]) -> Value {
         "--json",
     ];
     args.extend(flags);
-    // Measured in the one test that looks at it, which writes a file.
+    // Measured only in the test that checks it, which writes a file.
     if !flags.contains(&"-o") {
         args.extend(["--copy-bandwidth", "2e10"]);
     }
@@ -101,7 +101,7 @@ fn everything_asked_for_is_measured_and_holds_together() {
 
     let lengths: Vec<(usize, usize)> = d.prefill.iter().map(|p| (p.tokens, p.ms.count)).collect();
     assert_eq!(lengths, [(5, 5), (20, 5)]);
-    // Sixteen tokens a run, so twenty samples take two.
+    // Sixteen tokens per run, so twenty samples take two runs.
     let live: Vec<_> = d.decode.iter().map(|p| (p.live, p.capacity, p.ms.count)).collect();
     assert_eq!(live, [(4, Some(32), 32), (40, Some(64), 32)]);
     assert!(
@@ -134,7 +134,7 @@ fn everything_asked_for_is_measured_and_holds_together() {
     let memory = d.memory.as_ref().unwrap();
     assert!(memory.device.is_none());
     if cfg!(target_os = "linux") {
-        // The copies that measure the bandwidth are not in it.
+        // It excludes the copies of the bandwidth measurement.
         let peak = memory.peak_host_bytes.unwrap();
         assert!((2 << 20..512 << 20).contains(&peak), "{peak}");
         let anonymous = memory.peak_anonymous_host_bytes.unwrap();
@@ -160,7 +160,7 @@ fn everything_asked_for_is_measured_and_holds_together() {
         (rows[7]["measurement"].as_str(), rows[7]["new_tokens"].as_str()),
         ("latency", "30")
     );
-    // Every row says of what run it is.
+    // Every row names its run.
     for row in &rows {
         let settings: Value = serde_json::from_str(&row["settings"]).unwrap();
         assert_eq!(settings, Value::from(d.system.settings.clone()));
@@ -186,7 +186,8 @@ fn rows(path: &Path) -> Vec<BTreeMap<String, String>> {
     reader.deserialize().map(Result::unwrap).collect()
 }
 
-/// Sizes that can be counted by hand: 2 layers, hidden 32, feed-forward 48, 4 heads over 2 KV heads of 16, vocabulary 97.
+/// Sizes that can be computed by hand: 2 layers, hidden 32, feed-forward 48, 4 heads over 2 KV heads of 16, vocabulary
+/// 97.
 #[test]
 fn the_models_sizes_are_right() {
     let model = parsed(&quick(llama(), &["--prefill", "3", "--outputs", "0"])).model;
@@ -201,13 +202,13 @@ fn the_models_sizes_are_right() {
         model.parameters,
         matrices + norms + if tied { table } else { 2 * table }
     );
-    // The embedding is read whole where it is the head, else one row of it.
+    // The embedding is read completely if it is the head, else one row of it.
     let read = matrices + norms + table + if tied { 0 } else { 32 };
     assert_eq!(model.weight_bytes_per_token, 4 * read);
     assert_eq!(model.kv_bytes_per_token_slot, 2 * 2 * 2 * 16 * 4);
 }
 
-/// The hash is of the numbers, not of who exported them or what else is in the package; other numbers have another.
+/// The hash depends only on the weights' values, not on the exporter or the rest of the package.
 #[test]
 fn the_weights_hash_is_that_of_the_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
@@ -256,7 +257,7 @@ fn outputs_are_compared_with_a_reference() {
     };
     let run = |flags: &[String]| quick(llama(), &flags.iter().map(String::as_str).collect::<Vec<_>>());
     let first = run(&flags(&workload));
-    // As the reference of itself, with its own tokens forced.
+    // A result as its own reference, with its own tokens forced.
     let greedy = first["outputs"]["greedy_tokens"].clone();
     let mut forced = plain.clone();
     forced["forced"] = greedy.clone();
@@ -276,14 +277,14 @@ fn outputs_are_compared_with_a_reference() {
         (12, 12, &[6, 6][..])
     );
 
-    // A reference that answers something else, clearly.
+    // A reference with a clearly different output.
     let mut other = reference.clone();
     for row in other["outputs"]["logits"].as_array_mut().unwrap() {
         let top = row["top"].as_array_mut().unwrap();
         for pair in top.iter_mut() {
             pair[1] = json!(pair[1].as_f64().unwrap() * 1.5);
         }
-        // A margin that its logits would deny, if the second were listed.
+        // A margin that contradicts its logits, if the second were listed.
         top.truncate(1);
         row["margin"] = json!(100.0);
     }
@@ -314,7 +315,7 @@ fn outputs_are_compared_with_a_reference() {
     assert!(lapidary(&args).refused().0.contains("nothing.json"));
 }
 
-/// docs/reference/benchmarks.md has a word on every field that is written.
+/// docs/reference/benchmarks.md describes every field that is written.
 #[test]
 fn every_field_is_documented() {
     fn keys(value: &Value, into: &mut BTreeMap<String, ()>) {

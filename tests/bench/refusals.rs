@@ -1,4 +1,4 @@
-//! What `bench` refuses before it measures, and results that are refused when they are read.
+//! Input that `bench` refuses before measuring, and results that are refused when read.
 
 use std::path::Path;
 
@@ -108,7 +108,7 @@ fn parse(value: &Value) -> Result<bench::Document, ResultError> {
     bench::parse(Path::new("r.json"), &value.to_string())
 }
 
-/// Every number of every summary, every rate and share, each verdict and sample, changed alone.
+/// Every number of every summary, every rate and share, each verdict and sample, changed one at a time.
 #[test]
 fn an_edited_result_is_refused_and_the_field_named() {
     let value = measured();
@@ -207,7 +207,7 @@ fn a_missing_field_is_named() {
     );
     assert!(without("", "schema").contains("has no `schema`"));
     assert!(without("/machine", "peak_flops").contains("prefill[0].mfu: is given, but machine.peak_flops"));
-    // What may be missing may be missing.
+    // Optional fields can be missing.
     for key in ["load", "build", "sizes", "outputs"] {
         let mut cut = value.clone();
         cut.as_object_mut().unwrap().remove(key);
@@ -255,12 +255,12 @@ fn runs_and_outputs_must_fit_together() {
     assert!(with("/outputs/logits/0/prompt", json!(99)).contains("outputs.logits[0]"));
 }
 
-/// What no samples tell, but the rest of the file does.
+/// Fields that are checked against other fields, not samples.
 #[test]
 fn what_follows_from_other_fields_must_follow() {
     let mut value = measured();
     value["decode"][0]["gpu_ms"] = json!(value["decode"][0]["ms"]["median"].as_f64().unwrap() * 0.98);
-    // Of a file of before, where scores were products: groups are what they were, as long as they are all of the layers.
+    // From an older file, where scores were products: groups are accepted if they cover all layers.
     value["profile"] = json!({"decode": {
         "live": 5,
         "total_ms": 2.0,
@@ -342,7 +342,7 @@ fn an_error_stands_beside_no_measurement() {
     }
 }
 
-/// A system that could not run has a word for it and no measurements.
+/// A system that could not run has a reason and no measurements.
 #[test]
 fn a_system_that_could_not_run_is_read() {
     let mut value = measured();
@@ -355,7 +355,7 @@ fn a_system_that_could_not_run_is_read() {
 }
 
 proptest! {
-    /// What is computed of samples is what a reader computes, whatever the samples.
+    /// For any samples, the written statistics equal those that a reader computes.
     #[test]
     fn summaries_survive_a_round_trip(samples in prop::collection::vec(0.001f64..1e6, 1..40)) {
         let summary = bench::Summary::of(&samples).unwrap();

@@ -1,7 +1,7 @@
-//! `lapidary report` of committed results: what it says, that every figure leads to a file, and what it refuses.
+//! `lapidary report` of committed results: its text, a source file for every figure, and refusals.
 //!
-//! `results/` and `peers/` are made by `make_results.py`: made-up times in the bench schema. `results/conversion.json` is what
-//! `lapidary info --conversion` said of the Llama fixture.
+//! `results/` and `peers/` are written by `make_results.py`: synthetic times in the bench schema.
+//! `results/conversion.json` is the output of `lapidary info --conversion` for the Llama fixture.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ struct Reported {
 }
 
 impl Reported {
-    /// Runs in the folder of results, so that files are named as they are.
+    /// Runs in the folder of results, so that messages have plain file names.
     fn of(files: &[String], flags: &[&str]) -> Reported {
         let folder = tempfile::tempdir().unwrap();
         let output = folder.path().join("REPORT.md");
@@ -57,7 +57,7 @@ impl Reported {
     }
 }
 
-/// The report without the program, and so without the time that PNGs take.
+/// The report without the program, to save the time for PNGs.
 struct Made {
     markdown: String,
     figures: Vec<Figure>,
@@ -77,7 +77,7 @@ fn made(files: &[String], packages: &[&str]) -> Made {
     let input = Input::read(&files, &packages).unwrap_or_else(|e| panic!("{e}"));
     let report = report(&input, "docs/plots");
     Made {
-        // Files are named as they are in their folder.
+        // Files have their names in their folder.
         markdown: report.markdown.replace(&format!("{}/", results().display()), ""),
         figures: report.figures,
     }
@@ -104,7 +104,7 @@ fn the_whole_report() {
     });
 }
 
-/// Tables end in a footnote, but for those of a conversion, whose introduction has it; every footnote is a file.
+/// Tables end in a footnote, except those of a conversion, whose introduction has it; every footnote is a file.
 #[test]
 fn every_figure_leads_to_a_file() {
     let markdown = made(&names(), &["conversion.json"]).markdown;
@@ -141,13 +141,13 @@ fn every_figure_leads_to_a_file() {
     {
         assert!(defined.contains(&mark), "{mark} is nowhere explained");
     }
-    // Sentences with figures have a mark too.
+    // Sentences with figures have a footnote too.
     for line in body.lines().filter(|l| l.starts_with("- ") && l.contains(" ms")) {
         assert!(line.contains("[^"), "{line}");
     }
 }
 
-/// Numbers of the tables are those of the files, computed here once more.
+/// Numbers in the tables equal those recomputed here from the files.
 #[test]
 fn figures_are_those_of_the_files() {
     let markdown = made(&names(), &[]).markdown;
@@ -204,7 +204,7 @@ fn figures_are_those_of_the_files() {
         ]
     );
     assert_eq!(loading("transformers eager"), ["cold load ms: 900.0"]);
-    // Ours is slower in one thing, and the report says so itself.
+    // Lapidary is slower in one measurement, and the report says so.
     let slower = markdown.split("### Where Lapidary is slower").nth(1).unwrap();
     let slower = slower.split("\n## ").next().unwrap();
     assert!(slower.contains("TTFT ms, prompt 512"), "{slower}");
@@ -254,7 +254,7 @@ fn shares_are_of_one_bandwidth_and_one_peak() {
     assert!(with.contains("MFU is of 700.0 TFLOP/s for every system"));
     assert!(alone.contains("MBU is of the copy bandwidth that each run measured itself."));
 
-    // On a CPU a reference may have had busier neighbors, and its product is no peak.
+    // On a CPU other processes may have slowed the reference, and its matrix product is not a peak.
     let on_cpu = |name: &str| changed(name, |v| v["system"]["settings"]["device"] = json!("cpu"));
     let ((_one, ours), (_two, reference)) = (on_cpu("lapidary.json"), on_cpu("reference.json"));
     let markdown = made(&[ours, reference], &[]).markdown;
@@ -266,7 +266,7 @@ fn shares_are_of_one_bandwidth_and_one_peak() {
     assert!(markdown.contains("MFU is of the peak that each run has itself."));
 }
 
-/// Files of before had another rule for groups: what is drawn follows from layers.
+/// Older files had another rule for groups: plots are computed from layers.
 #[test]
 fn layers_are_grouped_by_one_rule() {
     let (_folder, before) = changed("lapidary.json", |v| {
@@ -288,7 +288,7 @@ fn unstable_measurements_are_marked_in_plots() {
     for kind in ["latency", "prefill", "roofline"] {
         assert!(svg(kind).contains("unstable"), "{kind}");
     }
-    // A system that was measured at one length is named there, and not where it never was.
+    // A system that was measured at one length appears only there.
     let latency = svg("latency");
     let place = |label: &str| -> f64 {
         let before = latency.split(&format!("\n{label}: ")).next().unwrap();
@@ -330,7 +330,7 @@ fn plots_come_in_two_forms() {
     assert!(markdown.contains(&format!("]({}/llama", text(&there))));
 }
 
-/// A tagged run is compared with the untagged one that is most like it, with several where it differs in as few settings.
+/// A tagged run is compared with the most similar untagged run, or with several that differ in equally few settings.
 #[test]
 fn an_ablation_finds_its_baseline() {
     let (_one, small) = changed("lapidary.json", |v| {
@@ -354,8 +354,8 @@ fn an_ablation_finds_its_baseline() {
         .filter(|l| !l.starts_with('|') && l.contains(", against "))
         .collect();
     let device = "llama-1b in fp16 on NVIDIA H200";
-    // The second untagged run differs from the first in its cache alone, so it is one too. What has its own section
-    // stands there, and nowhere again.
+    // The second untagged run differs from the first only in its cache, so it is an ablation too. Runs with their own
+    // section appear only there.
     assert_eq!(
         titles
             .iter()
@@ -380,7 +380,7 @@ fn an_ablation_finds_its_baseline() {
     );
 }
 
-/// What is not there is named, and nothing stands in its place.
+/// Missing results are named, and not replaced.
 #[test]
 fn what_is_missing_is_named() {
     let only = ["lapidary.json".to_string()];
@@ -420,7 +420,7 @@ fn what_is_missing_is_named() {
         "{wrong}"
     );
 
-    // What could not run has no dtype of its own, so it stands where the model was measured.
+    // A system that could not run has no dtype, so it is listed where the model was measured.
     let (_folder, other_dtype) = changed("parser.json", |v| v["model"]["dtype"] = json!("fp32"));
     let mut files: Vec<String> = names().into_iter().filter(|n| n != "parser.json").collect();
     files.push(other_dtype);
@@ -431,7 +431,7 @@ fn what_is_missing_is_named() {
     );
     assert!(!whole.contains("in fp32 on"), "no group of failures alone");
 
-    // What another run of ours measured is asked of nobody.
+    // Measurements that only another Lapidary run has are not reported as missing.
     let (_folder, another) = changed("one-capacity.json", |v| {
         v["system"]["settings"].as_object_mut().unwrap().remove("ablation");
         (v["decode"][0]["live"], v["decode"][0]["mbu"]) = (json!(4000), Value::Null);
@@ -442,7 +442,7 @@ fn what_is_missing_is_named() {
     assert!(whole.contains("| 4000 | one capacity |"), "{whole}");
     assert!(!whole.contains("decode at context 4000"), "{whole}");
 
-    // Less measured, fewer plots, and it says why.
+    // With fewer measurements there are fewer plots, and the report says why.
     let (_folder, bare) = changed("lapidary.json", |v| {
         for key in ["profile", "end_to_end", "decode"] {
             v[key] = json!([]);
@@ -502,7 +502,7 @@ fn what_must_not_stand_side_by_side_is_refused() {
         "{message}"
     );
 
-    // Another dtype, model or machine is another table.
+    // Another dtype, model or machine gets another table.
     let apart = |change: &dyn Fn(&mut Value)| {
         let (_folder, path) = changed("eager.json", |v| change(v));
         made(&["lapidary.json".into(), path], &[]).markdown
@@ -559,7 +559,7 @@ fn files_that_do_not_hold_together_are_refused() {
     assert_eq!(lapidary(["report", "-o", "x.md"]).status, 2);
 }
 
-/// A real run, and a real package, from end to end.
+/// A real run and a real package, end to end.
 #[test]
 fn a_real_result_becomes_a_report() {
     let folder = tempfile::tempdir().unwrap();
@@ -577,7 +577,7 @@ fn a_real_result_becomes_a_report() {
     );
     assert!(markdown.contains("| KvCacheUpdate | 4 | "), "{markdown}");
     assert!(markdown.contains("tiny in fp32 on "), "{markdown}");
-    // Kept facts of the package say the same.
+    // The stored facts of the package agree.
     let kept = folder.path().join("kept.json");
     std::fs::write(&kept, lapidary(["info", text(llama()), "--conversion"]).ok().stdout).unwrap();
     let again = folder.path().join("S.md");
@@ -593,7 +593,7 @@ fn a_real_result_becomes_a_report() {
     assert_eq!(tables(&std::fs::read_to_string(again).unwrap()), tables(&markdown));
 }
 
-/// Engines of a real conversion, where there is a TensorRT to build them; no GPU is needed.
+/// Engines of a real conversion, if TensorRT is installed; no GPU is needed.
 #[cfg(feature = "tensorrt-rtx")]
 #[test]
 fn engines_are_listed_with_their_layers() {
@@ -656,7 +656,7 @@ fn quality_stands_beside_bytes_and_times() {
             "same_best": 0.955});
         v["against"]["model"]["name"] = json!("whole");
     });
-    // Times are those of the same precision.
+    // Times are from the same precision.
     let dtype = &ours["model"]["dtype"];
     let elsewhere = perplexity("whole", hash, |v| {
         v["window"] = json!(32);
@@ -704,7 +704,7 @@ fn quality_stands_beside_bytes_and_times() {
     );
     assert!(!missing.contains("lapidary perplexity"), "{missing}");
 
-    // What was changed by hand, or is no number, is refused.
+    // Values that were edited or are not numbers are refused.
     let refused = |change: fn(&mut Value)| {
         let mut value = quantized.clone();
         change(&mut value);
@@ -736,7 +736,7 @@ fn median(file: &str, at: usize) -> f64 {
     value["decode"][at]["ms"]["median"].as_f64().unwrap()
 }
 
-/// A session has its own table, leads the first page, and compares weights of one format.
+/// A session has its own table, comes first on the first page, and compares weights of one format.
 #[test]
 fn peers_stand_in_one_table() {
     let mut files = names();
@@ -761,7 +761,7 @@ fn peers_stand_in_one_table() {
         let row = format!("| llama-1b {format}, NVIDIA H200 | ms/token at context 300 | **{ours:.3}** | {theirs:.3} (");
         assert!(first_page.contains(&row), "{row}: {first_page}");
     }
-    // Answers of quantized weights are not those of the reference: how often both rank the same token first is what counts.
+    // Outputs of quantized weights differ from the reference: compared is how often both rank the same token first.
     assert!(
         section.contains("| llama-1b fp16 | answers | equal (4 rows) | equal (4 rows) |"),
         "{section}"
@@ -776,7 +776,7 @@ fn peers_stand_in_one_table() {
     assert!(slower.contains("- fp16, TTFT ms, prompt 512: "), "{slower}");
     assert!(!markdown.contains("no session with ONNX Runtime GenAI"));
 
-    // The rules of every comparison hold: the same prompts, and where weights are not quantized the same weights.
+    // The rules of every comparison apply: the same prompts, and the same weights unless they are quantized.
     let refused = |name: &str, change: &dyn Fn(&mut Value)| {
         let (_folder, path) = changed(&peer(&format!("llama-1b-peer-{name}")), |v| change(v));
         Reported::of(&[session()[0].clone(), path], &[]).run.refused().0
@@ -785,7 +785,7 @@ fn peers_stand_in_one_table() {
     assert!(refused("onnxruntime-genai", &weights).contains("not of the same weights"));
     let prompts = |v: &mut Value| v["workload"]["prompts"][1]["sha256"] = json!("00");
     assert!(refused("onnxruntime-genai-int4", &prompts).contains("not of the same prompts"));
-    // Other weights in the file of quantized ones are its own.
+    // Files of quantized weights may have different weights.
     let (_folder, path) = changed(&session()[3], |v| v["model"]["weights_hash"] = json!("ef"));
     made(&[session()[0].clone(), path], &[]);
 }

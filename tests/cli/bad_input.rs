@@ -1,4 +1,4 @@
-//! Unusable input: exit status 2, one message that names the place, nothing half written.
+//! Unusable input: exit status 2, one message that names the location, no partial output.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::support::{Run, command, fixture, lapidary, names, package, text};
 
-/// Every file of `fixtures/bad`, and what its message must name.
+/// Every file of `fixtures/bad`, with the required text of its message.
 const REFUSED: [(&str, &[&str]); 33] = [
     ("truncated", &["truncated"]),
     ("text", &["not an ONNX model"]),
@@ -103,7 +103,7 @@ fn inspect_tells_of_bad_models_what_it_can() {
     assert_eq!(unsupported["com.example::FancyGate"], json!(["fancy"]), "{unsupported}");
 }
 
-/// Whoever meets the fault, a pass, inference, the verifier or the evaluator: the file is named.
+/// Whether a pass, inference, the verifier or the evaluator finds the fault: the file is named.
 #[test]
 fn every_command_names_the_bad_model() {
     let folder = tempfile::tempdir().unwrap();
@@ -118,7 +118,7 @@ fn every_command_names_the_bad_model() {
             vec!["verify", text(&pkg), "--against", text(&model), "--engine", "eval"],
         ] {
             let run = lapidary(&args);
-            // The evaluator may run what no pass understands; then it differs or agrees.
+            // The evaluator may run files that no pass supports; then it differs or agrees.
             let may_run = args[0] == "verify" && run.status != 2;
             let named = run.stderr.starts_with("error: ") && run.stderr.contains(text(&model));
             if !(may_run || run.status == 2 && named) {
@@ -217,7 +217,7 @@ fn packages_that_are_newer_damaged_or_none() {
     let original = std::fs::read_to_string(&manifest).unwrap();
     let info = || lapidary(["info", text(&pkg)]);
 
-    // A later version may look like nothing we know.
+    // A later version may have any structure.
     std::fs::write(&manifest, r#"{"format_version": 2, "everything": "new"}"#).unwrap();
     let (message, help) = info().refused();
     assert_eq!(
@@ -293,7 +293,7 @@ fn an_existing_package_is_replaced_only_by_force_and_nothing_else_ever() {
     assert_eq!(names(&other), ["thesis.txt"]);
 }
 
-/// A file-size limit stands in for a full disk where no file system can be mounted: both fail in the middle of a write.
+/// A file-size limit replaces a full disk if no file system can be mounted: both fail in the middle of a write.
 #[test]
 fn a_full_disk_is_said_so_and_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
@@ -381,7 +381,7 @@ fn wrong_usage_names_the_flag() {
     assert!(convert(&["--prefill", "4:2:8"]).0.contains("4:2:8"));
     assert!(convert(&["--dtype", "fp8"]).0.contains("--dtype"));
     assert!(convert(&["--weights", "glue"]).0.contains("--weights"));
-    // A binary is for one TensorRT, and says how to get the other.
+    // A binary supports one TensorRT, and says how to get the other.
     let other = if cfg!(feature = "tensorrt") {
         "tensorrt-rtx"
     } else {

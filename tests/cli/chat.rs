@@ -1,4 +1,4 @@
-//! `lapidary chat` and `generate --json-lines`, driven as a script drives them.
+//! `lapidary chat` and `generate --json-lines`, driven as by a script.
 
 use std::io::Write;
 use std::path::Path;
@@ -43,7 +43,7 @@ fn with_input(args: &[&str], input: &[u8]) -> Run {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // A run that is refused may be gone before it has read anything.
+    // A refused run may end before it has read anything.
     let _ = child.stdin.take().unwrap().write_all(input);
     Run::of(child.wait_with_output().unwrap())
 }
@@ -83,10 +83,10 @@ fn each_turn_computes_only_what_it_adds() {
     // The whole first prompt, and most of the answer.
     assert_eq!(prompt(1)[..prompt(0).len()], prompt(0)[..]);
     assert!(cached(1) >= prompt(0).len(), "{} {}", cached(1), prompt(0).len());
-    // The same prompt again is there but for its last token, whose logits are wanted.
+    // The same prompt again is cached except for its last token, whose logits are needed.
     assert_eq!((prompt(2), cached(2)), (prompt(0), prompt(0).len() - 1));
 
-    // What is cached changes no answer: the last turn alone, with the same random numbers, is the same.
+    // The cache does not change answers: the last turn alone, with the same random numbers, is the same.
     let greedy = ["--temperature", "0"];
     let (prompts, done, _) = turns(&pkg, &greedy, "one\ntwo\nthree\n");
     let ids: Vec<String> = prompts[2]["prompt_ids"]
@@ -124,7 +124,7 @@ fn commands_change_the_conversation() {
     assert_eq!(prompts.len(), 5);
     assert_eq!(prompt(0), prompt(1));
     let length = |i: usize| prompt(i).as_array().unwrap().len();
-    // After the undo "two" stands alone, as "one" did; then a system message of three tokens more.
+    // After the undo the conversation is "two" alone, as "one" was; then a system message of three more tokens.
     assert_eq!(length(2), length(0));
     assert_eq!(length(3), length(0) + 2 + 4);
     assert!(length(4) > length(3));
@@ -334,7 +334,7 @@ fn escapes_are_read_in_stop_strings_alone() {
 fn stop_strings_may_be_special_tokens() {
     let folder = tempfile::tempdir().unwrap();
     let pkg = talker(folder.path(), TEMPLATE, "64");
-    // Only the mark of a turn, which is not an end token here, can be generated.
+    // Only the turn marker, which is not an end token here, can be generated.
     let bans: Vec<String> = (0..97).filter(|id| *id != 1).map(|id| format!("{id}=-inf")).collect();
     let bans: Vec<&str> = bans.iter().flat_map(|ban| ["--logit-bias", ban]).collect();
     let flags = [
@@ -394,7 +394,7 @@ fn an_interrupt_stops_the_answer_only() {
     use std::io::{BufRead, BufReader};
     let folder = tempfile::tempdir().unwrap();
     let pkg = talker(folder.path(), TEMPLATE, "4096");
-    // The end token is banned: by itself the answer would fill the cache.
+    // The end token is banned: without an interrupt the answer would fill the cache.
     let flags = ["--json-lines", "--max-new-tokens", "4000", "--logit-bias", "2=-inf"];
     let mut child = command()
         .args([&["chat", text(&pkg)], &flags[..]].concat())
@@ -425,7 +425,7 @@ fn an_interrupt_stops_the_answer_only() {
     next("token");
     interrupt();
     assert!(next("done")["cached_tokens"].as_u64().unwrap() as usize > answered);
-    // While no answer is under way Ctrl-C ends the program.
+    // Without a running answer Ctrl-C ends the program.
     interrupt();
     assert_eq!(child.wait().unwrap().code(), Some(130));
 }

@@ -1,4 +1,4 @@
-//! What the commands print and write when all is well.
+//! The normal output of the commands.
 
 use serde_json::{Value, json};
 
@@ -170,7 +170,7 @@ fn the_canonical_graph_can_be_written_out_and_converted_again() {
 }
 
 fn smollm2_tokenizer_package(folder: &std::path::Path) -> std::path::PathBuf {
-    // The tiny model knows 97 ids and the tokenizer 49152; what it writes is made of the first ones: special tokens,
+    // The tiny model has 97 ids and the tokenizer 49152; its text consists of the first ones: special tokens,
     // punctuation, digits, letters.
     let model = fixture("exports/llama-optimum/model.onnx");
     package(
@@ -255,7 +255,7 @@ fn end_tokens_end_and_full_caches_end() {
     };
     let full = generate(&["--ignore-eos"]);
     assert_eq!(full["finish_reason"], "capacity");
-    // Eight slots: three of the prompt and five generated tokens, after which one more can be drawn but not fed.
+    // Eight slots: three prompt tokens and five generated ones, after which one more can be drawn but not fed.
     assert_eq!(full["tokens"].as_array().unwrap().len(), 6);
     let short = generate(&["--ignore-eos", "--max-new-tokens", "2"]);
     assert_eq!(
@@ -299,7 +299,7 @@ fn verify_agrees_with_the_export_and_notices_another_model() {
     let report = run.json();
     assert_eq!((&report["passed"], &report["engine"]), (&json!(true), &json!("eval")));
     assert!(report["prompts"].as_array().unwrap().len() >= 3);
-    // A static export takes the same road with a cache of fixed size.
+    // A static export works in the same way with a cache of fixed size.
     let fixed = fixture("exports/llama-mobius-static/model.onnx");
     lapidary(["verify", text(&pkg), "--against", text(&fixed), "--engine", "eval"]).ok();
 

@@ -1,5 +1,5 @@
-//! `convert --target tensorrt-rtx`: engines that TensorRT-RTX really builds, as `info` lists them. No GPU is needed, but the
-//! library is: `source scripts/setup.sh tensorrt`.
+//! `convert --target tensorrt-rtx`: engines built by TensorRT-RTX, as listed by `info`. Needs no GPU, but the library:
+//! `source scripts/setup.sh tensorrt`.
 
 use lapidary::backend::tensorrt::Library;
 use serde_json::{Value, json};
@@ -42,14 +42,14 @@ fn convert_builds_the_engines_that_info_names() {
     assert_eq!(of("bytes"), plans.clone().map(|plan| Value::from(plan.len())));
     assert_eq!(names(&pkg.join("engines")).len(), 3);
 
-    // Every weight is taken by every engine, and the table names the engines.
+    // Every engine reads every weight, and the table names the engines.
     let tensors = info["weights"]["tensors"].as_array().unwrap();
     let taken = tensors.iter().filter(|t| t["engines"] == json!(labels)).count();
     assert!(taken > 10, "{tensors:#?}");
     let printed = lapidary(["info", text(&pkg)]).ok().stdout;
     assert!(labels.iter().all(|label| printed.contains(label)), "{printed}");
 
-    // Other weights change nothing of that, for tables neither. What was compiled for these plans stays with them.
+    // A refit changes none of this, for tables either. Kernels compiled for these plans stay with them.
     let model = fixture("exports/llama-optimum/model.onnx");
     let kernels = pkg.join("engines/kernels");
     std::fs::create_dir(&kernels).unwrap();
@@ -61,7 +61,7 @@ fn convert_builds_the_engines_that_info_names() {
     assert_eq!(after["constants"], info["constants"]);
 }
 
-/// Plans with the weights inside cannot survive other weights: they go with `strip` and are built again by `refit`.
+/// Plans with embedded weights are invalid for other weights: `strip` removes them and `refit` builds them again.
 #[test]
 fn embedded_engines_are_built_again_with_the_weights() {
     let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
@@ -85,9 +85,9 @@ fn embedded_engines_are_built_again_with_the_weights() {
     lapidary(["info", text(&bare), "--check"]).ok();
 }
 
-/// Engines stripped for an identical refit, the default of `strip`, take other numbers at load without a word: `refit` must not
-/// let it come to that. Such engines cannot be built without a driver, so a package of bound ones is made to say that it
-/// has them.
+/// Engines stripped for an identical refit, the default of `strip`, accept other values at load without an error:
+/// `refit` must prevent that. Such engines cannot be built without a driver, so the manifest of a package with bound
+/// ones is edited.
 #[test]
 fn engines_stripped_for_an_identical_refit_get_no_other_weights() {
     let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
@@ -105,7 +105,7 @@ fn engines_stripped_for_an_identical_refit_get_no_other_weights() {
     }
     std::fs::write(&path, manifest.to_string()).unwrap();
 
-    // The same numbers rounded to halves.
+    // The same values rounded to fp16.
     let other = fixture("exports/llama-optimum-fp16/model.onnx");
     let others = |flags: &[&str]| lapidary(["refit", text(&pkg), "--from", text(&other)].iter().chain(flags)).refused();
     let (refused, _) = others(&[]);
@@ -119,11 +119,11 @@ fn engines_stripped_for_an_identical_refit_get_no_other_weights() {
         "{refused}"
     );
     assert!(help.contains("--refit general"), "{help}");
-    // Its own are welcome.
+    // Its own weights are accepted.
     lapidary(["refit", text(&pkg), "--from", text(&model)]).ok();
 }
 
-/// A plan is found again for the same network, and an embedded one for the same weights only.
+/// A cached plan is found for the same network, and an embedded one only for the same weights.
 #[test]
 fn an_engine_cache_knows_what_a_plan_depends_on() {
     let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
@@ -168,7 +168,7 @@ fn an_engine_cache_knows_what_a_plan_depends_on() {
     assert_eq!(convert("llama-optimum", "embed", "d").0, [false, false]);
     assert_eq!(names(&cache).len(), 4);
 
-    // Other numbers: the embedded plans are built anew, and those of the old numbers are still there.
+    // Other values: the embedded plans are built again, and the old ones stay in the cache.
     let checkpoint = folder.path().join("hf");
     lapidary(["weights", text(&folder.path().join("d")), "--export", text(&checkpoint)]).ok();
     let file = checkpoint.join("model.safetensors");
@@ -183,7 +183,8 @@ fn an_engine_cache_knows_what_a_plan_depends_on() {
     assert_eq!(names(&cache).len(), 6);
 }
 
-/// A spec that says how single engines are lowered, as `--tune` leaves it, is what builds them, and comes out again.
+/// A spec with the lowering of single engines, as `--tune` writes it, is used to build them, and is written again
+/// unchanged.
 #[test]
 fn lowerings_of_a_spec_are_those_of_the_engines() {
     let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
@@ -218,7 +219,7 @@ fn lowerings_of_a_spec_are_those_of_the_engines() {
     assert_eq!(lowerings(&pkg), made);
 }
 
-/// Where there is no GPU, `--tune` says so before it reads anything, and leaves nothing.
+/// Without a GPU, `--tune` fails before reading any input, and writes nothing.
 #[test]
 fn tuning_needs_a_gpu() {
     let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
@@ -247,7 +248,8 @@ fn tuning_needs_a_gpu() {
     assert!(!pkg.exists());
 }
 
-/// With two optimization profiles one plan decodes and prefills; the manifest has an entry for each, refit keeps the file.
+/// With two optimization profiles one plan decodes and prefills; the manifest has an entry for each, and refit keeps
+/// the file.
 #[test]
 fn one_engine_for_decode_and_prefill() {
     let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));
@@ -351,14 +353,14 @@ fn convert_builds_engines_for_several_sequences_or_says_why_not() {
         profiles.eq(expected.map(|(batch, capacity)| (json!(batch), json!(capacity)))),
         "{engines:#?}"
     );
-    // What is left for TensorRT is the row of the embedding table.
+    // Only the row of the embedding table is left for TensorRT.
     let plans = |e: &Value| e["plans"].as_array().map(Vec::len);
     assert_eq!(
         engines.iter().map(plans).collect::<Vec<_>>(),
         [Some(1), Some(1), None, Some(1), Some(1)]
     );
 
-    // Layer norms and fp32 have no kernels; embedded weights are read by none.
+    // Layer norms and fp32 have no kernels, and kernels cannot read embedded weights.
     let refused = |model: &str, more: &[&'static str]| {
         let output = folder.path().join("refused");
         let mut arguments = vec!["convert".to_string(), text(&fixture(model)).to_string()];

@@ -23,7 +23,7 @@ fn check(folder: &Path, flags: &[&str], tolerance: f64) -> Result<f64, String> {
     compare(&pkg, folder, tolerance)
 }
 
-/// The largest difference of the log-probabilities reported, or what is wrong.
+/// The largest difference of the reported log-probabilities, or the error.
 fn compare(pkg: &Path, folder: &Path, tolerance: f64) -> Result<f64, String> {
     let reference: Value =
         serde_json::from_str(&std::fs::read_to_string(folder.join("reference.json")).unwrap()).unwrap();
@@ -133,7 +133,7 @@ fn another_dtype_is_what_the_package_holds_and_stays_close() {
         let folder = fixture("exports").join(export);
         let scratch = tempfile::tempdir().unwrap();
         let pkg = package(scratch.path(), &folder.join("model.onnx"), &["--dtype", asked]);
-        // The package is what it says: in its manifest, its weights and the caches of its graph.
+        // The package has the requested properties in its manifest, its weights and the caches of its graph.
         let info = lapidary(["info", text(&pkg), "--json"]).ok().json();
         assert_eq!(info["dtype"], dtype, "{export}");
         let tensors = info["weights"]["tensors"].as_array().unwrap();
@@ -170,8 +170,8 @@ fn greedy(pkg: &Path, prompt: &str, tokens: usize) -> Value {
     lapidary(flags.iter().chain(&more)).ok().json()
 }
 
-/// Models of other families in the folder beside the project's, where there is one: `reference.json` has ONNX Runtime's greedy
-/// tokens and the best log-probabilities of each step, for prompts of two lengths.
+/// Models of other families in a folder beside the project's, if there is one: `reference.json` has ONNX Runtime's
+/// greedy tokens and the best log-probabilities of each step, for prompts of two lengths.
 #[test]
 fn other_families_where_they_are_at_hand() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/exports/more");
@@ -204,7 +204,7 @@ fn other_families_where_they_are_at_hand() {
     }
 }
 
-/// A copy of a model in which everything that is fp16 is fp32, as scripts/quantized_references.py makes it.
+/// A copy of a model with all fp16 converted to fp32, as in scripts/quantized_references.py.
 fn in_fp32(model: &Path, folder: &Path) -> PathBuf {
     // In TensorProto.DataType.
     const HALF: i32 = 10;
@@ -266,7 +266,7 @@ fn quantized_exports_of_other_forms() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-/// What `inspect` says of them, and a package of microscales written as ONNX and converted again.
+/// The output of `inspect` for them, and a package of microscales written as ONNX and converted again.
 #[test]
 fn microscales_are_described_and_written_again() {
     let export = fixture("quantized/llama-mxfp4/model.onnx");
@@ -291,10 +291,10 @@ fn microscales_are_described_and_written_again() {
     compare(&again, &fixture("quantized/llama-mxfp4"), 1e-4).unwrap();
 }
 
-/// Quantized exports in the folder beside the project's, where there is one, against what ONNX Runtime answers with basic
-/// optimizations (`quantized_references.json`, by scripts/quantized_references.py). The `reference.json` beside the exports was
-/// made with all optimizations, which round activations to 8 bits where files do not say so; docs/guides/quantization.md has the
-/// distances.
+/// Quantized exports in a folder beside the project's, if there is one, against ONNX Runtime with basic optimizations
+/// (`quantized_references.json`, by scripts/quantized_references.py). The `reference.json` beside the exports was made
+/// with all optimizations, which round activations to 8 bits where files do not specify it; docs/guides/quantization.md
+/// lists the differences.
 #[test]
 fn quantized_exports_where_they_are_at_hand() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/exports/quantized");
@@ -340,7 +340,7 @@ fn quantized_exports_where_they_are_at_hand() {
                     pairs.find(|pair| pair[0] == *token).and_then(|pair| pair[1].as_f64())
                 };
                 for pair in best.as_array().unwrap() {
-                    // The last of the best may be another one.
+                    // The last of the listed tokens may differ.
                     if let Some(ours) = log_probability(&step["top_logprobs"], &pair[0]) {
                         worst = worst.max((ours - pair[1].as_f64().unwrap()).abs());
                         compared += 1;

@@ -1,4 +1,4 @@
-//! `convert FOLDER`: which export of a folder is taken, and the files that belong to it.
+//! `convert FOLDER`: which export of a folder is chosen, and the files that belong to it.
 
 use std::path::{Path, PathBuf};
 
@@ -28,7 +28,7 @@ fn folder(root: &Path, files: &[&str]) -> PathBuf {
     folder
 }
 
-/// What a conversion of the folder says on stdout, with its manifest.
+/// The stdout of a conversion of the folder, with its manifest.
 fn converted(folder: &Path, flags: &[&str]) -> (String, serde_json::Value) {
     let package = folder.with_file_name("pkg");
     let mut args = vec!["convert", text(folder), "-o", text(&package), "--force"];

@@ -1,4 +1,4 @@
-//! Ctrl-C while engines are built: TensorRT cancels, nothing is left, and what was there before stays.
+//! Ctrl-C while engines are built: TensorRT cancels, nothing is left behind, and an existing package stays.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -8,14 +8,14 @@ use lapidary::backend::tensorrt::Library;
 
 use crate::support::{Run, command, fixture, lapidary, names, package, text};
 
-/// A run of the program that is to be interrupted once its first engine has been built. Killed when a test fails before
-/// that: it would build engines for minutes.
+/// A run of the program to interrupt once its first engine is built. It is killed if a test fails before that: it would
+/// build engines for minutes.
 struct Building(Option<Child>);
 
 impl Drop for Building {
     fn drop(&mut self) {
         if let Some(child) = &mut self.0 {
-            // It may have ended by itself; then there is nothing to kill.
+            // It may have ended already; then there is nothing to kill.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -51,7 +51,7 @@ impl Building {
         assert!(sent.unwrap().success());
     }
 
-    /// How it ended, and how long that took.
+    /// Its exit status, and the time until then.
     fn end(mut self) -> (Run, Duration) {
         let waited = Instant::now();
         while self.child().try_wait().unwrap().is_none() {
@@ -64,7 +64,7 @@ impl Building {
     }
 }
 
-/// Some 130 engines of a small model: many, so that most are not built when the first is.
+/// About 130 engines of a small model, so that most are not built yet when the first is.
 #[test]
 fn ctrl_c_stops_builds_and_leaves_nothing() {
     let library = Library::load(None).unwrap_or_else(|e| panic!("{e}"));

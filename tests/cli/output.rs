@@ -1,4 +1,4 @@
-//! What every command has in common: `--json=compact`, `--quiet`, completions, manual pages, folded lists.
+//! Features of all commands: `--json=compact`, `--quiet`, completions, manual pages, folded lists.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -58,7 +58,7 @@ fn completions_and_manual_pages_know_every_command() {
     assert!(message.starts_with(text(&file)), "{message}");
 }
 
-/// Threads of this process are other processes to the program.
+/// For the program, threads of this process count as other processes.
 #[test]
 fn bench_warns_of_a_busy_machine_unless_it_is_quiet() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
-//! `lapidary perplexity` and `lapidary evaluate` on a tiny package: numbers by their definitions, and what is refused.
+//! `lapidary perplexity` and `lapidary evaluate` on a tiny package: numbers by their definitions, and refusals.
 //!
-//! The tiny models know 97 ids, and of the tokenizer's words those are special tokens and single characters. Digits are
-//! tokens each for itself, so texts of digits are texts that the models can read.
+//! The tiny models have 97 ids; in the tokenizer those are special tokens and single characters. Each digit is a token,
+//! so the models can read texts of digits.
 
 use std::path::{Path, PathBuf};
 
@@ -71,7 +71,7 @@ fn near(value: &Value, expected: f64) {
     );
 }
 
-/// The mean of `-ln p` over windows that are given with the row from which on they score.
+/// The mean of `-ln p` over windows, each given with the first row that it scores.
 fn mean_nll(scene: &Scene, windows: &[(&[u32], usize, &[u32])]) -> f64 {
     let mut all = Vec::new();
     for (fed, skip, targets) in windows {
@@ -91,7 +91,7 @@ fn perplexity_is_that_of_the_definition_however_the_text_is_cut() {
     let scene = Scene::new(&["--capacity", "16,64"]);
     let file = scene.file("pi.txt", DIGITS);
     let ids = digits(DIGITS);
-    // One window of 64 takes the 65 digits: the last one is predicted and not fed.
+    // One window of 64 covers the 65 digits: the last one is predicted and not fed.
     let whole = scene.perplexity(&file, &[]).ok().json();
     assert_eq!((&whole["tokens"], &whole["scored"]), (&json!(65), &json!(64)));
     assert_eq!(
@@ -200,7 +200,7 @@ fn divergence_from_another_package_is_that_of_the_definition() {
     );
     assert!(found["against"]["kl_largest"].as_f64().unwrap() >= kl);
 
-    // From itself it is none.
+    // Against itself the divergence is 0.
     let itself = scene.perplexity(&file, &["--against", text(&scene.pkg)]).ok().json();
     assert_eq!(itself["against"]["kl"], json!({"mean": 0.0, "error": 0.0}));
     assert_eq!(itself["against"]["same_best"], 1.0);
@@ -366,7 +366,7 @@ fn answers_are_scored_and_thresholds_fail() {
         "{}",
         failed.stdout
     );
-    // A line alone is what it is among others.
+    // A line alone gives the same result as among others.
     let alone = evaluate(&["--json", "--lines", "1"]).ok().json();
     assert_eq!(alone["lines"], json!([found["lines"][0]]));
 }
@@ -391,6 +391,6 @@ fn a_task_that_cannot_be_run_is_refused_by_line() {
     ] {
         assert!(refused(good, &["--threshold", flag]).contains(expected));
     }
-    // The template's words are none that the model knows.
+    // The model does not have the template's words.
     assert!(refused(good, &["--chat"]).contains("they do not belong together"));
 }

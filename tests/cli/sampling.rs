@@ -1,4 +1,4 @@
-//! `lapidary sample`, and what the sampler flags do and refuse.
+//! `lapidary sample`, and effects and refusals of the sampler flags.
 
 use serde_json::Value;
 
@@ -79,7 +79,7 @@ fn every_sampler_has_its_flag() {
         &["--history", "3", "--repetition-penalty", "2"],
         &[0.131579, 0.263158, 0.394737, 0.210526],
     );
-    // The order decides, and what is left out is off.
+    // The order matters, and omitted samplers are off.
     let both = ["--temperature", "4", "--min-p", "0.6"];
     let in_order = |order: &str| {
         let found = sample(&[&four[..], &both, &["--samplers", order]].concat());
@@ -173,7 +173,7 @@ fn what_makes_no_sense_is_refused_by_the_name_of_its_flag() {
     }
     assert!(message(&["--samplers", "dry,dry"]).contains("dry, named twice"));
     assert!(message(&["--dry-sequence-breaker", "x"]).contains("needs a tokenizer"));
-    // The best of two readings of a number that is none.
+    // The better of two possible errors for an invalid number.
     let (message, _) = lapidary(["sample", "--probs", "0.5,-0.5"]).refused();
     assert_eq!(message, "--probs: -0.5 is not a probability");
     let (message, _) = lapidary(["sample", "--probs", "0,0"]).refused();
@@ -212,7 +212,7 @@ fn breakers_without_tokens_are_refused() {
     assert!(help.contains("--no-escape"), "{help}");
 }
 
-/// What a model's `generation_config.json` says in vain is named when it is converted, and refused where it would count.
+/// Invalid values in a model's `generation_config.json` are named at conversion, and refused when they would be used.
 #[test]
 fn a_models_wishes_that_make_no_sense_are_named_and_overridden() {
     let folder = tempfile::tempdir().unwrap();
@@ -268,7 +268,7 @@ fn a_models_wishes_that_make_no_sense_are_named_and_overridden() {
         convert(good).ok();
         run(&[]).ok();
     }
-    // End tokens that nothing knows, and ways to generate that there are not.
+    // Unknown end tokens, and unsupported generation methods.
     std::fs::write(files.join("tokenizer_config.json"), r#"{"eos_token": "<|nope|>"}"#).unwrap();
     let converted = convert(r#"{"eos_token_id": [5000, "x"], "num_beams": 4}"#);
     assert_eq!(converted.json()["eos_token_ids"], serde_json::json!([]));
@@ -347,14 +347,14 @@ fn generate_takes_the_models_wishes_and_flags_over_them() {
         "1",
     ];
     assert_ne!(tokens(&pkg, &hot), greedy);
-    // A top-k of 1 is greedy whatever the temperature.
+    // A top-k of 1 is greedy at any temperature.
     let pkg = generation_config(r#"{"top_k": 1, "temperature": 3.0}"#);
     assert_eq!(tokens(&pkg, &["--seed", "1"]), greedy);
     assert_ne!(
         tokens(&pkg, &["--top-k", "0", "--top-p", "1", "--min-p", "0", "--seed", "1"]),
         greedy
     );
-    // DRY works with a greedy draw, too: no three tokens come twice in a row of forty.
+    // DRY works with greedy decoding too: no three tokens repeat within forty.
     let dry = tokens(&pkg, &["--dry-multiplier", "50"]);
     let dry: Vec<u64> = serde_json::from_value(dry).unwrap();
     let plain = tokens(&pkg, &[]);

@@ -7,10 +7,10 @@ pub fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
 }
 
-/// How `bench` begins to warn that other processes use the processor.
+/// The start of `bench`'s warning that other processes use the CPU.
 pub const BUSY: &str = "warning: other processes use ";
 
-/// What a run of the program ended with.
+/// The result of a run of the program.
 pub struct Run {
     pub status: i32,
     pub stdout: String,
@@ -18,7 +18,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// Without the warning that the machine is busy, which other tests decide.
+    /// Without the warning about a busy machine, which other tests cause.
     pub fn of(output: Output) -> Self {
         let stderr = String::from_utf8(output.stderr).expect("only UTF-8 is printed");
         let kept = stderr.split_inclusive('\n').filter(|line| !line.starts_with(BUSY));
@@ -29,7 +29,7 @@ impl Run {
         }
     }
 
-    /// Panics unless the run went well and said nothing on stderr.
+    /// Panics unless the run succeeded without output on stderr.
     pub fn ok(self) -> Self {
         assert_eq!((self.status, self.stderr.as_str()), (0, ""), "{}", self.stdout);
         self
@@ -39,7 +39,7 @@ impl Run {
         serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {}", self.stdout))
     }
 
-    /// Panics unless the run was refused with exit status 2 and one message; gives the message and the help.
+    /// Panics unless the run was refused with exit status 2 and one message; returns the message and the help.
     pub fn refused(self) -> (String, String) {
         assert_eq!(self.status, 2, "{}{}", self.stdout, self.stderr);
         assert_eq!(self.stdout, "");
@@ -57,7 +57,7 @@ impl Run {
 
 pub fn command() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lapidary"));
-    // Neither the machine's TensorRT nor its terminal should decide what a test sees.
+    // Tests must not depend on the machine's TensorRT or terminal.
     command.env_remove("TENSORRT_RTX_LIB").env("COLUMNS", "100");
     command
 }
@@ -94,7 +94,7 @@ pub fn ids(value: &Value) -> String {
     ids.join(",")
 }
 
-/// Names of what lies in a folder, hidden files included.
+/// Names of a folder's entries, including hidden files.
 pub fn names(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).unwrap();
     let mut names: Vec<String> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();

@@ -1,4 +1,5 @@
-//! `lapidary verify`: prompts that reach beyond what could differ, and a word about what they do not reach.
+//! `lapidary verify`: prompts longer than every length at which results could change, and a message about lengths not
+//! covered.
 
 use lapidary::dim::Dim;
 use lapidary::graph::op::{Binary, Op, Unary};
@@ -7,7 +8,7 @@ use lapidary::tensor::{DType, Tensor};
 
 use crate::support::{fixture, lapidary, package, text};
 
-/// Llama whose angles are halved in calls of more than `above` tokens: what a rotary scaling for long texts does.
+/// A Llama whose angles are halved in calls of more than `above` tokens, as with rotary scaling for long texts.
 fn switched(above: i64) -> Graph {
     let mut graph = lapidary::onnx::read(fixture("exports/llama-optimum/model.onnx")).unwrap();
     let mask = graph.find("attention_mask").unwrap();
@@ -43,7 +44,7 @@ fn a_difference_that_begins_after_hundred_tokens_is_noticed() {
     let other = folder.path().join("other.onnx");
     lapidary::onnx::write_with_data(&switched(100), &other).unwrap();
     let plain = fixture("exports/llama-optimum/model.onnx");
-    // Below the switch the two are one model, and verify says how far it looked.
+    // Below the switch the two models are equal, and verify reports the longest length compared.
     let pkg = package(folder.path(), &plain, &["--capacity", "96"]);
     let verify = |pkg: &std::path::Path, flags: &[&str]| {
         let args = ["verify", text(pkg), "--against", text(&other), "--engine", "eval"];
@@ -58,7 +59,7 @@ fn a_difference_that_begins_after_hundred_tokens_is_noticed() {
         "{}",
         short.stdout
     );
-    // Beyond it they are not.
+    // Beyond it they differ.
     std::fs::remove_dir_all(&pkg).unwrap();
     let pkg = package(folder.path(), &plain, &["--capacity", "64,256"]);
     let long = verify(&pkg, &[]);
@@ -70,7 +71,7 @@ fn a_difference_that_begins_after_hundred_tokens_is_noticed() {
         "{}",
         long.stdout
     );
-    // Fewer tokens, asked for, leave it out and say so.
+    // With fewer requested tokens it is not covered, and verify says so.
     let report = verify(&pkg, &["--longest", "60", "--json"]).ok().json();
     assert_eq!(
         (&report["passed"], &report["compared_tokens"]),

@@ -1,4 +1,4 @@
-//! Several sequences on the CPU: each gets, bit for bit, what it gets alone, whatever the others do.
+//! Several sequences on the CPU: each gets bit-identical results to a run alone, whatever the others do.
 
 use std::path::{Path, PathBuf};
 
@@ -47,7 +47,7 @@ fn export(name: &str) -> Model {
 
 impl Model {
     fn batch(&self, options: BatchOptions) -> BatchDecoder {
-        // What threads change is seen below.
+        // The effect of threads is tested below.
         self.batch_on(options, 1)
     }
 
@@ -76,7 +76,7 @@ fn options(sequences: usize, chunk: usize, kept: usize) -> BatchOptions {
     }
 }
 
-/// A prompt, and how tokens are drawn after it.
+/// A prompt, and the sampling after it.
 struct Request {
     prompt: Vec<u32>,
     settings: Settings,
@@ -101,7 +101,7 @@ impl Request {
     }
 }
 
-/// What a request gave: tokens, and the bits of the logits that each was drawn from.
+/// The result of a request: tokens, and the bits of the logits that each was drawn from.
 #[derive(PartialEq, Default)]
 struct Given {
     tokens: Vec<u32>,
@@ -112,7 +112,7 @@ fn bits(logits: &[f32]) -> Vec<u32> {
     logits.iter().map(|x| x.to_bits()).collect()
 }
 
-/// A request on its way.
+/// A running request.
 struct Going {
     request: usize,
     id: SequenceId,
@@ -120,8 +120,8 @@ struct Going {
     is_fed: bool,
 }
 
-/// Runs requests in a batch. Request `i` joins before round `i * apart`; a round is a chunk of one prompt and a step of all
-/// that are fed.
+/// Runs requests in a batch. Request `i` joins before round `i * apart`; a round is a chunk of one prompt and a step of
+/// all sequences whose prompts are fed.
 fn run(batch: &mut BatchDecoder, requests: &[Request], apart: usize) -> Vec<Given> {
     let mut given: Vec<Given> = requests.iter().map(|_| Given::default()).collect();
     let mut going: Vec<Going> = Vec::new();
@@ -197,7 +197,7 @@ fn compare(model: &Model, count: usize) {
             );
         }
     }
-    // Prompts of one chunk are a session's, too.
+    // For prompts of one chunk a session gives the same bits.
     for i in [0, 2] {
         let mut session = model.session();
         let mut logits = bits(session.feed(&requests[i].prompt).unwrap());
@@ -275,7 +275,7 @@ fn more_sequences_than_one_pass_takes() {
     }
 }
 
-/// Feeds a prompt; gives how many tokens were there already and the logits' bits.
+/// Feeds a prompt; returns the number of reused tokens and the logits' bits.
 fn fed(batch: &mut BatchDecoder, id: SequenceId) -> (usize, Vec<u32>) {
     loop {
         let progress = batch.prefill(id).unwrap();
@@ -297,13 +297,13 @@ fn prefixes_of_running_and_finished_sequences_are_reused_in_whole_chunks() {
     let mut batch = model.batch(options(3, 8, 2));
     let first = batch.join(long.clone()).unwrap();
     assert_eq!(fed(&mut batch, first), (0, fresh(&long)));
-    // Of a running one: 27 tokens in common are 24 in whole chunks. The last token is always computed.
+    // From a running sequence: of 27 common tokens, 24 are in whole chunks. The last token is always computed.
     let branch = [&long[..27], &model.prompt(2, 9)].concat();
     let second = batch.join(branch.clone()).unwrap();
     assert_eq!(fed(&mut batch, second), (24, fresh(&branch)));
     let third = batch.join(long[..24].to_vec()).unwrap();
     assert_eq!(fed(&mut batch, third), (16, fresh(&long[..24])));
-    // Generated tokens are fed again as a part of the next prompt: only whole chunks of the prompt are reused.
+    // Generated tokens are fed again as part of the next prompt: only whole chunks of the prompt are reused.
     for token in [5, 6, 7] {
         batch.step(&[(second, token)]).remove(0).unwrap();
     }
@@ -315,7 +315,7 @@ fn prefixes_of_running_and_finished_sequences_are_reused_in_whole_chunks() {
     let next = [&branch[..], &[5, 6, 7, 1, 2]].concat();
     let id = batch.join(next.clone()).unwrap();
     assert_eq!(fed(&mut batch, id), (32, fresh(&next)));
-    // All of that cache was of use, so it went over to the newcomer.
+    // The whole cache was reusable, so it moved to the new sequence.
     assert_eq!(batch.cache_use().kept_count, 1);
     let id = batch.join(long.clone()).unwrap();
     assert_eq!(fed(&mut batch, id), (32, fresh(&long)));
@@ -372,14 +372,14 @@ fn the_least_recently_used_prefix_goes_first_and_memory_has_a_limit() {
     assert_eq!(reused(&mut batch, &prompts[0]), 0);
     assert_eq!(reused(&mut batch, &prompts[1]), 0);
     let [a, b, c] = [0, 2, 3].map(|i| batch.join(prompts[i].clone()).unwrap());
-    // The kept cache of the other prompt makes room.
+    // The kept cache of the other prompt is dropped to make room.
     assert_eq!(fed(&mut batch, a).0, 8);
     fed(&mut batch, b);
     assert_eq!(batch.cache_use().kept_count, 0);
     let error = batch.prefill(c).unwrap_err();
     assert!(matches!(error, BatchError::Memory { capacity: 16, .. }), "{error}");
     batch.leave(c);
-    // A growth that has no room ends that sequence alone.
+    // A growth without room ends only that sequence.
     for token in 0..4 {
         let results = batch.step(&[(a, token), (b, token)]);
         assert!(results.iter().all(Result::is_ok));
@@ -419,12 +419,12 @@ fn what_cannot_be_fed_is_refused_and_the_others_go_on() {
     ));
 }
 
-/// The CPU, with what other devices do.
+/// The CPU with behavior of other devices.
 struct Altered {
     device: CpuBatchDevice,
     /// A slot whose steps fail.
     failing: Option<usize>,
-    /// As where each capacity has engines of its own.
+    /// As if each capacity had its own engines.
     prompt_depends_on_capacity: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Text as it comes is the text of all tokens at once, for every decoder of the `tokenizers` library.
+//! Streamed text equals the text of all tokens at once, for every decoder of the `tokenizers` library.
 
 use lapidary::text::{Detokenizer, Tokenizer};
 use proptest::prelude::*;
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::tiny::{self, WORDS, ids};
 
-/// Every kind, alone and in the sequences that models have.
+/// Every kind, alone and in the sequences used by models.
 fn decoders() -> Vec<Value> {
     let replace = |pattern: Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
     let spaces = || replace(json!({"String": "▁"}), " ");
@@ -72,7 +72,7 @@ fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<String> {
 
 #[test]
 fn streamed_text_is_that_of_all_tokens_at_once() {
-    // Ids beyond the vocabulary are of no token, as in models whose tables are padded.
+    // Ids beyond the vocabulary have no token, as in models with padded tables.
     let sequences = proptest::collection::vec(0..WORDS.len() as u32 + 2, 0..16);
     for decoder in decoders() {
         let (tokenizer, reference) = open(&decoder);
@@ -128,7 +128,7 @@ fn text_comes_as_soon_as_it_is_certain() {
         streamed(&tokenizer, &ids(&words)),
         ["Hi", "", " there", "", "", "", "世!", ""]
     );
-    // What can be no character any more is not waited for.
+    // Bytes that can no longer become a character are not held back.
     let words = ["<0xE4>", "!", "<0xF0>", "<0xF0>", "<0x41>", "!"];
     assert_eq!(
         streamed(&tokenizer, &ids(&words)),
@@ -136,8 +136,8 @@ fn text_comes_as_soon_as_it_is_certain() {
     );
 }
 
-/// One byte that does not fit spoils a whole run of byte tokens, so a run is certain at its end only. A long one is given out
-/// all the same, and stays.
+/// One invalid byte invalidates a whole run of byte tokens, so a run is final only at its end. A long one is emitted
+/// anyway, and stays.
 #[test]
 fn a_long_run_of_byte_tokens_is_not_waited_for() {
     let (tokenizer, reference) = open(&tiny::llama_decoder());

@@ -1,4 +1,4 @@
-//! Models that take embeddings: sessions of them, and the table that gives embeddings for tokens.
+//! Models that take embeddings: their sessions, and the embedding table for tokens.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use lapidary::weights::embeddings::{self, EmbeddingError};
 use lapidary::{Limits, Package, SamplerSettings, Session, SessionOptions, Spec};
 use prost::Message;
 
-/// The fixture that is taken apart, and the name of its table.
+/// The fixture, and the name of its embedding table.
 const EXPORT: &str = "fixtures/exports/llama-optimum/model.onnx";
 const TABLE: &str = "model.embed_tokens.weight";
 const WIDTH: usize = 32;
@@ -76,7 +76,7 @@ fn taken_apart(name: &str) -> (ModelProto, TensorProto) {
     (model, table)
 }
 
-/// `embed_tokens.onnx`: the table's rows, and what the nodes make of them, from `rows` to `inputs_embeds`.
+/// `embed_tokens.onnx`: the table's rows, and nodes that compute `inputs_embeds` from `rows`.
 fn embed_tokens(table: &TensorProto, nodes: Vec<NodeProto>, initializers: Vec<TensorProto>) -> ModelProto {
     let node = |op: &str, inputs: &[&str], output: &str| NodeProto {
         input: inputs.iter().map(|i| i.to_string()).collect(),

@@ -1,4 +1,4 @@
-//! Mixtures of experts of every exporter at hand against ONNX Runtime's answers.
+//! Mixtures of experts of all available exporters against ONNX Runtime.
 
 use std::path::Path;
 
@@ -59,7 +59,7 @@ fn fixtures_give_the_answers_of_onnx_runtime() {
     }
 }
 
-/// The samples that lie beside the repository, where it has them.
+/// The samples beside the repository, if present.
 #[test]
 fn samples_beside_the_repository_do_so_too() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/exports/more");

@@ -57,7 +57,7 @@ fn log_softmax(logits: &[f32]) -> Vec<f64> {
     logits.iter().map(|l| f64::from(l - most) - sum.ln()).collect()
 }
 
-/// The largest difference of log-probabilities. The references hold six digits.
+/// The largest difference of log-probabilities. The references have six digits.
 fn worst(session: &mut Session, run: &Run, name: &str) -> f64 {
     session.restart();
     let mut logits = session.feed(&run.prompt).unwrap().to_vec();
@@ -143,7 +143,7 @@ fn an_export_in_bf16_is_as_far_from_fp32_as_its_rounding() {
     }
 }
 
-/// What a session keeps of an earlier sequence is what a new one would compute, on both sides of a switch of rotary tables.
+/// The prefix that a session reuses equals a new computation, on both sides of a switch of rotary tables.
 #[test]
 fn resumed_sequences_are_as_new_ones_where_tables_switch() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families/dynamo18-phi3-longrope");

@@ -1,11 +1,11 @@
-//! What a model's tokenizer files say, and what of it is used.
+//! Contents of a model's tokenizer files, and which are used.
 
 use lapidary::text::{TextStream, end_tokens_of_configs};
 use serde_json::{Value, json};
 
 use crate::tiny::{self, id, ids};
 
-/// What a training run left in the file changes no prompt.
+/// Training settings left in the file do not change prompts.
 #[test]
 fn prompts_are_neither_cut_nor_padded_nor_cut_differently_each_time() {
     let plain = tiny::tokenizer();
@@ -72,12 +72,12 @@ fn stop_strings_may_hold_special_tokens() {
         (&turn, "<|im_end|>\n<|im_start|>user there", "Hi", true),
         (&turn, "<|im_end|><|im_start|>", "Hi\nuser there", false),
         (&turn, "<|im_start|>there", "Hi\nuser there", false),
-        // A part of a special token is text like any other, which no token writes here.
+        // A part of a special token is ordinary text, which has no token here.
         (&turn, "<|im_", "Hi\nuser there", false),
         (&turn, "user", "Hi\n", true),
         (&["▁Hi", "<think>", "▁there"], "<think>", "Hi", true),
         (&["▁Hi", "<think>", "▁there"], "<think> there", "Hi", true),
-        // Bytes before the special token are text by then.
+        // Bytes before the special token are already text.
         (&crab, "<|im_end|>", "Hi世", true),
         (&crab, "世<|im_end|>", "Hi", true),
         (&crab, "世<|im_end|>!", "Hi", true),

@@ -1,7 +1,8 @@
-//! Chat templates against Jinja: fixtures/jinja/cases.json holds templates with what transformers' environment makes of them.
+//! Chat templates against Jinja: fixtures/jinja/cases.json has templates with their output in transformers'
+//! environment.
 //!
-//! `scripts/jinja_cases.py` writes it. What a template gives here is what it gives there, or it is refused; and the table of
-//! the environment (`jinja::names`) says which.
+//! It is written by `scripts/jinja_cases.py`. A template's output must be equal, or the template is refused as listed
+//! in the table of the environment (`jinja::names`).
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -27,7 +28,7 @@ impl Case {
         }
     }
 
-    /// What only Python can print is refused, whatever the table says.
+    /// Values that only Python can print are refused, regardless of the table.
     fn prints_an_address(&self) -> bool {
         self.expected.as_ref().is_some_and(|text| text.contains(" at 0x"))
     }
@@ -74,7 +75,7 @@ fn no_template_gives_other_text_than_in_jinja() {
         .map(|case| format!("{:?}: {:?}, in Jinja {:?}", case.template, case.found, case.expected))
         .collect();
     assert!(other.is_empty(), "{}", other.join("\n"));
-    // Refusals are few, and each says what it refuses.
+    // Refusals are few, and each names its reason.
     let refused: Vec<&Case> = cases.iter().filter(|case| !case.is_same()).collect();
     assert!(
         cases.len() > 1400 && refused.len() < 55,
@@ -93,7 +94,7 @@ fn no_template_gives_other_text_than_in_jinja() {
     }
 }
 
-/// The table holds everything that Jinja has, and what it calls supported is.
+/// The table lists everything in Jinja, and everything that it calls supported works.
 #[test]
 fn every_part_of_the_environment_is_supported_or_refused_by_name() {
     let cases = cases();
@@ -150,7 +151,7 @@ fn every_part_of_the_environment_is_supported_or_refused_by_name() {
     }
 }
 
-/// A template of a few words may ask for all memory, for all time, or for a deep stack.
+/// A short template may need unlimited memory, time, or stack.
 #[test]
 fn templates_without_measure_are_refused() {
     let nested = |open: &str, close: &str| format!("{}1{}", open.repeat(3000), close.repeat(3000));

@@ -96,7 +96,7 @@ fn a_session_can_start_over() {
     session.feed(&prompt(20)).unwrap();
     session.clear();
     session.feed(&prompt(9)).unwrap();
-    // In the larger cache now, among the old tokens' leavings.
+    // Now in the larger cache, with stale slots of the old tokens.
     assert_eq!(session.capacity(), 32);
     assert_close(session.logits(), &first, "after clear");
 }
@@ -126,7 +126,7 @@ fn generation_is_reproducible_on_any_number_of_threads() {
 
 #[test]
 fn a_common_prefix_is_kept_and_changes_nothing() {
-    // Mistral's window of 8 must still see what lies before the branch; the last prompt moves to the larger cache.
+    // Mistral's window of 8 must still see the tokens before the branch; the last prompt moves to the larger cache.
     for export in ["llama-optimum", "mistral-optimum", "gpt2-optimum"] {
         let mut kept = session(export, &[32, 64]);
         let (mut first, mut second) = (prompt(24), prompt(40));

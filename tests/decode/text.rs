@@ -47,7 +47,7 @@ fn streamed_text_is_the_whole_text_and_never_half_a_character() {
         "some character should take several tokens"
     );
     assert_eq!(pieces.concat(), text);
-    // Text comes at once and not only at the end.
+    // Text is emitted at once, not only at the end.
     assert!(pieces.iter().filter(|p| !p.is_empty()).count() > ids.len() / 3);
 }
 
@@ -60,7 +60,7 @@ fn bytes_that_never_become_a_character_are_given_out_in_the_end() {
     assert_eq!(detokenizer.push(crab[0]).unwrap(), "");
     assert!(detokenizer.finish().unwrap().contains('\u{FFFD}'));
 
-    // A model that repeats half a character is not waited for without end.
+    // Output of a model that repeats half a character is not held back forever.
     let mut detokenizer = Detokenizer::new(&tokenizer);
     let shown: String = (0..64).map(|_| detokenizer.push(crab[0]).unwrap()).collect();
     assert!(shown.chars().count() > 32, "{shown:?}");
@@ -96,7 +96,7 @@ fn breakers_are_found_however_the_text_is_cut() {
         let ids = tokenizer.encode(text, false).unwrap();
         (breakers.free_suffix(&ids), ids.len())
     };
-    // What follows a breaker is free, whichever tokens the breaker is made of.
+    // Tokens after a breaker are not penalized, however the breaker is tokenized.
     for before in ["hello", "hello.", "hello \n\n", "x"] {
         let (free, _) = after(&format!("{before}\nUser: yes"));
         assert_eq!(free, tokenizer.encode(" yes", false).unwrap().len(), "{before:?}");

@@ -1,4 +1,4 @@
-//! A tokenizer of some dozen tokens in its own folder, to change as a test needs it.
+//! A tokenizer of a few dozen tokens in its own folder, modified by tests.
 
 use serde_json::{Value, json};
 use tempfile::TempDir;

@@ -1,5 +1,5 @@
-//! Whole exports, not rewritten in any way, against what ONNX Runtime computed: prefill and eight greedy steps. This
-//! proves the reader and the evaluator together.
+//! Whole exports, not rewritten, against ONNX Runtime: prefill and eight greedy steps. This tests the reader and the
+//! evaluator together.
 
 use super::replay::{exports, replay, unknown_op};
 

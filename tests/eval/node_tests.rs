@@ -21,7 +21,7 @@ fn is_out_of_scope(op: &Op) -> bool {
         // Opset 25.
         "Attention(left_window_size",
         "Attention(right_window_size",
-        // What the scores output holds; no exporter asks for it.
+        // The contents of the scores output; no exporter uses it.
         "Attention(qk_matmul_output_mode",
     ]
     .iter()

@@ -1,4 +1,4 @@
-//! Attention: both kernels, grouped heads, masks of every form, blocks that nobody attends to.
+//! Attention: both kernels, grouped heads, masks of every form, blocks that no query attends to.
 
 use lapidary::network::LayerKind;
 use lapidary::tensor::{DType, Tensor};
@@ -34,7 +34,7 @@ fn causal(tokens: usize, slots: usize, past: usize, window: usize) -> Tensor {
     Tensor::from_bool(vec![1, 1, tokens, slots], &rows.collect::<Vec<_>>())
 }
 
-/// Where a query that attends to nothing has no answer to compare (on TensorRT, see below), it gets the first slot.
+/// If a query that attends to nothing has no comparable result (on TensorRT, see below), it gets the first slot.
 fn answerable(mask: Tensor) -> Tensor {
     if !on_tensorrt() {
         return mask;
@@ -100,7 +100,7 @@ proptest! {
 #[test]
 fn a_query_that_attends_to_nothing_gives_zeros_and_disturbs_nobody() {
     if on_tensorrt() {
-        // There it gives NaN. No query of ours is without a slot: each sees its own.
+        // There the result is NaN. In real networks every query has a slot: it sees its own.
         return;
     }
     let mut random = Random::new(21);
@@ -131,7 +131,7 @@ fn what_is_masked_out_is_not_read_into_the_result() {
         let (slots, live) = (300, 40);
         let q = random.floats(DType::F32, &[1, 2, tokens, 16], 1.0);
         let mask = causal(tokens, slots, live - tokens, slots);
-        // TensorRT adds the mask to the scores, so what it hides must be finite: caches are cleared for that.
+        // TensorRT adds the mask to the scores, so hidden values must be finite: caches are cleared for that.
         let hidden = if on_tensorrt() { [1e4, 1e4] } else { [f32::NAN, 1e30] };
         let (mut k, mut v) = (vec![hidden[0]; slots * 16], vec![hidden[1]; slots * 16]);
         let (kl, vl) = (

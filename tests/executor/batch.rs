@@ -1,4 +1,4 @@
-//! Steps of several sequences in one pass: the bits of each are those of a run by itself.
+//! Steps of several sequences in one pass: each is bit-identical to a run alone.
 
 use lapidary::backend::cpu::{Batch, Bindings, CompileOptions, CpuError, Member, Program};
 use lapidary::graph::Constant;
@@ -127,7 +127,7 @@ fn every_row_is_what_it_is_alone() {
         let in_batches = options.clone().in_batches();
         let mut batch = Batch::new(options.pool().clone());
         for case in 0..17 {
-            // Rows that end within a vector, and blocks and bytes that are whole.
+            // Rows that end within a vector, and whole blocks and bytes.
             let depth = if case < 3 { 43 } else { 64 };
             let network = network(weights(&mut random, case, depth), depth, 0.25);
             let mut alone = [Program::compile(&network, &options).unwrap()];
@@ -147,7 +147,7 @@ fn every_row_is_what_it_is_alone() {
     }
 }
 
-/// Programs with weights of their own, and of another form, go together with others as far as they can.
+/// Programs with other weights, or another form, run together with others as far as possible.
 #[test]
 fn programs_of_other_networks_take_part() {
     let mut random = Random::new(6);

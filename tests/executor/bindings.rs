@@ -1,4 +1,4 @@
-//! What a run is given: each input, output and cache once, by role or name, and nothing else.
+//! Bindings of a run: each input, output and cache once, by role or name, and nothing else.
 
 use lapidary::backend::cpu::{Bindings, CompileOptions, CpuError, KvCaches, Program};
 use lapidary::graph::Constant;
@@ -44,7 +44,7 @@ impl Call {
         let zero = [0];
         let mut bindings = Bindings::new();
         for role in roles {
-            // The first token of a text: everything is 0 but the id.
+            // The first token of a text: everything is 0 except the id.
             let values = if *role == Role::TokenIds { &ONE } else { &zero };
             bindings.input(*role, &values[..]);
         }
@@ -86,7 +86,7 @@ fn what_is_unknown_is_named_with_what_there_is() {
     };
     assert_eq!((what, name.as_str()), ("input", "attention_mask"));
     assert_eq!(known, ROLES.map(|role| role.name()));
-    // An output is no input.
+    // An output is not an input.
     let error = call.run(&ROLES, |bindings| {
         bindings.input(Role::Logits, &[0f32][..]);
     });

@@ -1,5 +1,5 @@
-//! The greatest elements, and mixtures of experts: every activation, with and without gates and biases, for a token, for few
-//! and for many, of weights in every float type and of quantized ones.
+//! Top-k, and mixtures of experts: every activation, with and without gates and biases, for one token, few and many,
+//! with weights in every float type and quantized.
 
 use lapidary::backend::cpu::{CpuError, Indexed, execute};
 use lapidary::graph::Constant;
@@ -61,7 +61,7 @@ struct Sizes {
     out: usize,
 }
 
-/// What varies beside sizes.
+/// Variants besides sizes.
 #[derive(Clone, Copy, Debug)]
 struct How {
     gating: Gating,
@@ -171,7 +171,7 @@ fn check(sizes: Sizes, how: How, random: &mut Random) {
     let want = evaluate(&kind, &all);
     let constants: Vec<Constant> = weights.iter().cloned().map(Constant::tensor).collect();
     let network = network(sizes, how.gating, &inputs, &constants);
-    // The reference has one GELU.
+    // The reference has only one GELU.
     let tolerance = if how.gating.activation == ExpertActivation::Gelu {
         5e-3
     } else {
@@ -216,7 +216,7 @@ fn mixtures_of_all_sizes_and_kinds() {
         sizes(1, 2, 4, [33, 17, 9]),
         sizes(1, 8, 12, [64, 96, 64]),
         sizes(5, 2, 3, [20, 50, 70]),
-        // More rows an expert than products of few rows take, and experts without any.
+        // More rows per expert than the kernels for few rows handle, and experts without any.
         sizes(30, 2, 4, [270, 65, 33]),
         sizes(40, 1, 9, [31, 40, 20]),
     ];

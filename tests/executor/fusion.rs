@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use super::reference::{Value, evaluate};
 use super::support::{Random, assert_close, builder, dims, every_option};
 
-/// Runs a network layer by layer by the definitions.
+/// Runs a network layer by layer from the definitions.
 fn interpret(network: &Network, inputs: &[(&str, Tensor)]) -> Vec<Value> {
     let mut values: Vec<Option<Value>> = vec![None; network.tensors.len()];
     for id in &network.inputs {
@@ -188,7 +188,7 @@ fn outputs_that_are_inputs_constants_views_or_the_same() {
     );
 }
 
-/// One element a row, repeated along it by a slice, is as long as the row to what reduces over it.
+/// One element per row, repeated along it by a slice, counts with the row's length in a reduction.
 #[test]
 fn an_expanded_column_is_a_row() {
     let mut b = builder();
@@ -257,8 +257,8 @@ fn deferred_weights_are_made_when_compiled() {
 
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(60) })]
-    /// Random graphs of elementwise layers, reductions and reshapes over a few shapes: whatever is fused with whatever,
-    /// the values are those of the layers one by one.
+    /// Random graphs of elementwise layers, reductions and reshapes over a few shapes: for any fusion the values equal
+    /// those of the layers one by one.
     #[test]
     fn random_graphs(seed in any::<u64>(), layers in 3usize..40) {
         let mut random = Random::new(seed);

@@ -1,4 +1,4 @@
-//! Layers of our own against their definition in f64: on the CPU as they are written out, and with
+//! Lapidary's own layers against their definition in f64: on the CPU in expanded form, and with
 //! `LAPIDARY_TEST_BACKEND=tensorrt` as kernels on the GPU.
 
 use lapidary::dim::Dim;
@@ -17,7 +17,7 @@ use super::support::{Random, assert_close, dims, every_option, outputs};
 
 const HALVES: [DType; 2] = [DType::F16, DType::Bf16];
 
-/// What rounding to a type leaves, of the largest element of a result and of what it is made of.
+/// The rounding error of a type, relative to the largest element of a result and of its inputs.
 fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F16 => 2e-3,
@@ -36,7 +36,7 @@ fn product(x: &[f64], w: &[f64]) -> Vec<f64> {
     rows.map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum()).collect()
 }
 
-/// Every form of weights that the lowering gives to kernels, all in one network.
+/// Every form of weights that the lowering passes to kernels, all in one network.
 #[test]
 fn products_of_every_form_of_weights() {
     for dtype in HALVES {
@@ -131,14 +131,14 @@ fn normalized(x: &[f64], weight: &[f64], epsilon: f32) -> Vec<f64> {
     x.iter().zip(weight).map(|(x, w)| x / root * w).collect()
 }
 
-/// Norms, biases, activations, gates, residuals and several matrices in all combinations that there are.
+/// Norms, biases, activations, gates, residuals and several matrices in all valid combinations.
 #[test]
 fn products_with_all_that_stands_around_them() {
     use RowActivation::{GeluErf, GeluTanh, None, Relu, ReluSquared, Silu};
     let mut case = 0u64;
     for activation in [None, Silu, GeluErf, GeluTanh, Relu, ReluSquared] {
         for (matrices, gated) in [(1, false), (2, false), (3, false), (2, true)] {
-            // Each of the other choices is met with each of these, in one of the two types.
+            // Each of the other choices is combined with each of these, in one of the two types.
             for bits in 0..16u64 {
                 case += 1;
                 let flag = |bit: u64| bits >> bit & 1 == 1;
@@ -221,7 +221,7 @@ fn check_product(dtype: DType, layer: &RowProduct, seed: u64) {
     b.output("y", y).unwrap();
     let network = b.finish().unwrap();
     let inputs: Vec<(&str, Tensor)> = names.iter().map(String::as_str).zip(tensors.iter().cloned()).collect();
-    // Where a rounding of the norm falls the other way, sums differ by that.
+    // If the norm rounds in the other direction, sums differ by that amount.
     let tolerance = match (layer.to_f32, layer.norm) {
         (true, None) => 1e-4,
         _ => tolerance(dtype),
@@ -238,7 +238,7 @@ fn check_product(dtype: DType, layer: &RowProduct, seed: u64) {
     );
 }
 
-/// What an attention has beside its heads.
+/// Variants of an attention besides its heads.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     heads: usize,
@@ -442,7 +442,7 @@ fn check_attention(dtype: DType, case: &Case, random: &mut Random) {
     let options = every_option().pop().unwrap();
     let found = outputs(&network, &inputs, &options);
     assert_close(&found[0], &expected, 1.0, tolerance(dtype), &what);
-    // The new slot may be rounded the other way; the others are as they were.
+    // The new slot may round in the other direction; the others are unchanged.
     assert_close(&found[1], &keys, 1.0, tolerance(dtype), &what);
     assert_close(&found[2], &values, 1.0, 0.0, &what);
 }

@@ -10,7 +10,7 @@ use super::support::{Random, assert_close, every_option, on_tensorrt, one_layer,
 
 const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
-/// How far a result rounded to a dtype may be from the true one.
+/// The allowed error of a result rounded to a dtype.
 fn rounding(dtype: DType) -> f64 {
     match dtype {
         // TensorRT's softmax of halves is good to ten bits.
@@ -27,7 +27,7 @@ fn map(x: &Tensor, f: impl Fn(f64) -> f64) -> Tensor {
     Tensor::from_f64_as(x.dtype(), x.shape().to_vec(), &values)
 }
 
-/// Layers, each alone, that are checked against their definitions: dtype, shape and values.
+/// Single layers, checked against their definitions: dtype, shape and values.
 #[derive(Default)]
 pub struct Cases(Vec<(LayerKind, Vec<Tensor>)>);
 
@@ -36,8 +36,8 @@ impl Cases {
         self.0.push((kind, inputs.to_vec()));
     }
 
-    /// On the CPU a layer is a network, on every instruction set. On TensorRT a build takes most of a second, of one layer or
-    /// of many, this many stand side by side in one network; the CPU has that once as well.
+    /// On the CPU each layer is a network, run on every instruction set. A TensorRT build takes most of a second for
+    /// one layer or many, so this many share a network there; the CPU runs that network once too.
     pub fn check(self) {
         if !on_tensorrt() {
             for (kind, inputs) in &self.0 {
@@ -73,7 +73,7 @@ fn compare(got: &Tensor, want: &Value, what: &str) {
     assert_close(got, &want.data, 1.0, rounding(want.dtype), what);
 }
 
-/// What floats and integers alike have.
+/// Operations of both floats and integers.
 const ARITHMETIC: [Elementwise; 10] = [
     Elementwise::Sum,
     Elementwise::Sub,
@@ -87,7 +87,7 @@ const ARITHMETIC: [Elementwise; 10] = [
     Elementwise::Less,
 ];
 
-/// Pairs of shapes that broadcast in every way that strides can take.
+/// Pairs of shapes that broadcast with every pattern of strides.
 pub const PAIRS: [(&[usize], &[usize]); 10] = [
     (&[1], &[1]),
     (&[7], &[7]),
@@ -110,7 +110,7 @@ fn elementwise_on_floats() {
         for (a, b) in PAIRS {
             for dtype in FLOATS {
                 let a = random.floats(dtype, a, 2.0);
-                // Not too near 0: a quotient there may be floored either way.
+                // Not too close to 0, where a quotient may be floored either way.
                 let b = map(&random.floats(dtype, b, 2.0), |x| x + 3.5 * x.signum());
                 cases.add(LayerKind::Elementwise(op), &[a, b]);
             }
@@ -132,8 +132,8 @@ fn elementwise_on_integers_and_bools() {
     for dtype in [DType::I32, DType::I64] {
         for op in ARITHMETIC {
             for (a, b) in PAIRS {
-                // TensorRT divides integers of unlike signs its own way (its floor of 0 / -3 is -1). Lengths and positions, all
-                // that exports divide, are not negative.
+                // TensorRT divides integers of different signs differently (its floor of 0 / -3 is -1). Lengths and
+                // positions, all that exports divide, are not negative.
                 let inputs = match op {
                     E::Div | E::FloorDiv if on_tensorrt() => [random.ints(dtype, a, 0, 9), random.ints(dtype, b, 1, 9)],
                     _ => [random.any(dtype, a), random.any(dtype, b)],
@@ -314,7 +314,7 @@ fn softmax_and_normalization_over_any_axes() {
     let mut random = Random::new(5);
     let shapes: [&[usize]; 4] = [&[33], &[3, 40], &[2, 5, 70], &[2, 3, 4, 5]];
     for shape in shapes {
-        // TensorRT's softmax wants two axes at least.
+        // TensorRT's softmax needs at least two axes.
         for axis in 0..if on_tensorrt() && shape.len() < 2 {
             0
         } else {

@@ -1,4 +1,4 @@
-//! Layers that move, choose or convert elements, alone and in chains of views.
+//! Layers that move, select or convert elements, alone and in chains of views.
 
 use lapidary::dim::Dim;
 use lapidary::network::{LayerKind, UnaryOp};
@@ -121,7 +121,7 @@ fn selects_casts_and_fills() {
 
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(40) })]
-    /// A chain of views, and something that reads it.
+    /// A chain of views, and a layer that reads it.
     #[test]
     fn chains_of_views_read_the_right_elements(seed in any::<u64>()) {
         let mut random = Random::new(seed);

@@ -1,4 +1,4 @@
-//! The ONNX project's node tests, lowered and executed: what the executor makes of each operator that has a lowering.
+//! The ONNX project's node tests, lowered and executed, for each operator that has a lowering.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,10 +25,10 @@ fn narrow(tensor: &Tensor) -> Tensor {
     }
 }
 
-/// Why a case was not compared, or what differs.
+/// Why a case was not compared, or the difference.
 enum Outcome {
     Passed,
-    /// The reader or the lowering refuses it, as they refuse what no decoder export holds.
+    /// The reader or the lowering refuses it, because decoder exports do not contain it.
     NotLowered(String),
     Wrong(String),
 }
@@ -42,8 +42,8 @@ fn run(case: &Path, scratch: &Path, options: &CompileOptions) -> Outcome {
     };
     let inputs = tensors(case, "input", scratch);
     let wanted = tensors(case, "output", scratch);
-    // Shapes, axes and the like must be constants for a lowering. First all inputs are left as they are, then those of
-    // integers after the first are made constants, then everything after the first.
+    // Shapes, axes and the like must be constants for a lowering. First all inputs stay inputs, then integer inputs
+    // after the first become constants, then all inputs after the first.
     let ways: [fn(usize, &Tensor) -> bool; 3] = [|_, _| false, |i, t| i > 0 && t.dtype() == DType::I64, |i, _| i > 0];
     let mut refusal = String::new();
     let profile = Profile {
@@ -75,8 +75,8 @@ fn run(case: &Path, scratch: &Path, options: &CompileOptions) -> Outcome {
             .collect();
         let outputs = match execute(&network, &given, options) {
             Ok(outputs) => outputs.into_iter().collect::<BTreeMap<_, _>>(),
-            // ONNX counts negative indices from the end. No export computes one, and the executor refuses them as it
-            // refuses a token id outside the vocabulary.
+            // ONNX counts negative indices from the end. No export computes one, and the executor refuses them like a
+            // token id outside the vocabulary.
             Err(CpuError::Index { index, .. }) if index < 0 => {
                 return Outcome::NotLowered(format!("the index {index}"));
             }
@@ -121,5 +121,5 @@ fn node_tests_give_the_recorded_outputs() {
     assert!(passed >= LOWERED, "only {passed} cases were run");
 }
 
-/// Cases that the lowering takes today.
+/// The number of cases with a lowering today.
 const LOWERED: usize = 300;

@@ -73,7 +73,7 @@ impl Weight {
         Constant::quantized(part(&self.codes), part(&self.scales), zero_points, self.granularity).unwrap()
     }
 
-    /// The values, their product not rounded to narrower scales, as the executor computes them.
+    /// The values as the executor computes them: products are not rounded to the type of narrower scales.
     pub(super) fn values(&self) -> Vec<f64> {
         let scales = Tensor::from_f32(self.scales.shape().to_vec(), &self.scales.to_f32());
         dequantize(&self.codes, &scales, self.zero_points.as_ref(), self.granularity).to_f64()
@@ -81,8 +81,8 @@ impl Weight {
 }
 
 impl Weight {
-    /// What sums of codes and of zero points are made of: the magnitudes of codes and of zero points, scaled. Kernels take zero
-    /// points from sums of codes, so where the two are close to each other less of the difference is right.
+    /// Scaled magnitudes of codes and zero points. Kernels subtract zero points from sums of codes, so cancellation
+    /// loses accuracy where the two are close.
     fn magnitudes(&self) -> Vec<f64> {
         let values = self.values().into_iter().map(f64::abs);
         let Some(zero_points) = &self.zero_points else {
@@ -99,7 +99,7 @@ impl Weight {
     }
 }
 
-/// `x · w` in f64, and the sums of the magnitudes of its terms, which say how far fp32 sums may be off.
+/// `x · w` in f64, and the sums of the magnitudes of its terms, which bound the error of fp32 sums.
 pub(super) fn product(
     x: &[f64],
     w: &[f64],
@@ -137,7 +137,7 @@ fn network_of(x: &Tensor, weight: Constant, op_b: MatrixOp) -> Network {
     b.finish().unwrap()
 }
 
-/// Panics unless `got` is `want` but for what sums of such magnitudes in fp32 lose.
+/// Panics unless `got` equals `want` up to the error of fp32 sums of such magnitudes.
 fn assert_fp32(got: &Tensor, (want, size): &(Vec<f64>, Vec<f64>), what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
     for (i, g) in got.to_f64().iter().enumerate() {
@@ -180,7 +180,7 @@ fn check(weight: &Weight, rows: usize, op_b: MatrixOp, random: &mut Random) {
     }
 }
 
-/// Every kind of codes in every kind of blocks, for rows that are streamed and rows that meet a packed panel.
+/// Every kind of codes in every kind of blocks, for streamed rows and for rows with a packed panel.
 #[test]
 fn every_form() {
     if on_tensorrt() {
@@ -196,7 +196,7 @@ fn every_form() {
         block(32),
         block(64),
         block(192),
-        // Not of whole words of codes, and of words that do not divide a vector.
+        // Not a multiple of a word of codes, and words that do not divide a vector.
         block(12),
         block(48),
         Granularity::Block { axis: 0, size: 7 },
@@ -267,7 +267,7 @@ proptest! {
     }
 }
 
-/// NVFP4: scales in blocks of 16 that are fp8 with one scale for all.
+/// NVFP4: fp8 scales in blocks of 16 with one common scale.
 #[test]
 fn scales_that_are_quantized_themselves() {
     let mut random = Random::new(73);
@@ -289,7 +289,7 @@ fn scales_that_are_quantized_themselves() {
     }
 }
 
-/// Codes that are infinite or NaN are what they are; importers refuse them.
+/// Codes that are infinite or NaN keep their values; importers refuse them.
 #[test]
 fn codes_that_are_no_numbers() {
     for (dtype, code, like) in [
@@ -323,7 +323,7 @@ fn codes_that_are_no_numbers() {
     }
 }
 
-/// One constant as embedding and head, as tied models have it; rows by index are the values themselves.
+/// One constant as embedding and head, as in tied models; rows by index are the exact values.
 #[test]
 fn rows_by_index_and_a_tied_head() {
     let mut random = Random::new(74);
@@ -420,7 +420,7 @@ fn a_matrix_for_each_of_a_batch() {
     }
 }
 
-/// Codes move with shuffles and slices; what takes blocks apart, or reads a weight otherwise, gets its values.
+/// Codes move with shuffles and slices; layers that split blocks, or read a weight in another way, get its values.
 #[test]
 fn weights_that_are_moved_or_read_by_other_layers() {
     let mut random = Random::new(76);
@@ -438,7 +438,7 @@ fn weights_that_are_moved_or_read_by_other_layers() {
         reshape: None,
         second: None,
     };
-    // The columns of the weight that are left, and which of the product's columns.
+    // The remaining columns of the weight, and their columns in the product.
     for (movement, columns, rows) in [
         (vec![transpose(&[1, 0]), transpose(&[1, 0])], 0..32, 0..12),
         (vec![slice([4, 0], [6, 32])], 0..32, 4..10),

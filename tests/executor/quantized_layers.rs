@@ -1,4 +1,4 @@
-//! Quantized weights as layers over their parts, as engines get them: products and rows of every kind of codes, scales and
+//! Quantized weights as layers over their parts, as in engines: products and rows of every kind of codes, scales and
 //! blocks, against `dequantize` and a product in f64.
 
 use lapidary::dim::Dim;
@@ -56,7 +56,7 @@ fn graph(reader: Reader, weights: &[(String, Weight)], x: &Tensor) -> Graph {
     let mut graph = Graph::new("quantized");
     let shape = |tensor: &Tensor| tensor.shape().iter().map(|d| Dim::from(*d)).collect();
     let input = graph.add_input("x0", x.dtype(), shape(x));
-    // As every decoder has one: what keeps a Dequantize layer apart from a product is made of it.
+    // Every decoder has one; the barrier between a Dequantize layer and a product is computed from it.
     let ids = graph.add_input("ids", DType::I32, vec![Dim::from(1usize)]);
     for (i, (_, weight)) in weights.iter().enumerate() {
         let name = format!("w{i}");
@@ -96,7 +96,7 @@ fn lowered(graph: &Graph, mode: WeightMode, form: QuantizedForm, reduce_depth: O
     lower_graph(graph, &profile, &options).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// Every mode, form and depth at which sums go apart.
+/// Every mode, form and depth at which sums are split.
 fn choices() -> Vec<(WeightMode, QuantizedForm, Option<usize>)> {
     let mut all = Vec::new();
     for form in [
@@ -106,7 +106,7 @@ fn choices() -> Vec<(WeightMode, QuantizedForm, Option<usize>)> {
     ] {
         all.extend([
             (WeightMode::Bind, form, None),
-            // Deeper than sums take.
+            // Deeper than one sum.
             (WeightMode::Bind, form, Some(DEPTH / 2)),
             (WeightMode::Embed, form, None),
         ]);
@@ -121,7 +121,7 @@ fn products(dtype: DType, tolerance: f64) {
         let x = random.floats(dtype, &[1, rows, DEPTH], 1.0);
         let graph = graph(Reader::Product, &weights, &x);
         for (mode, form, depth) in choices() {
-            // TensorRT builds such engines and fails to load some of them, which is why no package has them.
+            // TensorRT builds such engines but fails to load some of them, so packages do not use them.
             if on_tensorrt() && rows > 1 && form == QuantizedForm::Dequantize {
                 continue;
             }
@@ -164,7 +164,7 @@ fn rows_of_tables() {
             let found = outputs(&network, &[("x0", ids.clone()), ("ids", one_id())], &every_option()[0]);
             for ((name, weight), found) in weights.iter().zip(found) {
                 let values = weight.values();
-                // Zero points of constants are taken from values that are rounded already.
+                // Zero points of constants are subtracted from values that are already rounded.
                 let largest = values.iter().fold(0.0, |most: f64, v| most.max(v.abs()));
                 // Scales of an output of fp16 may be subnormal.
                 let least = match (mode, form) {
@@ -182,7 +182,7 @@ fn rows_of_tables() {
     }
 }
 
-/// What is bound are codes, of as many bytes as the file has, and no copy of the values.
+/// The bound data are codes, with the size in the file, and no copy of the values.
 #[test]
 fn bound_weights_are_their_codes() {
     let mut random = Random::new(13);

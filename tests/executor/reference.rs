@@ -1,4 +1,4 @@
-//! What each layer means, written as plainly as possible, in f64 and one element at a time.
+//! The definition of each layer, as simple as possible, in f64 and one element at a time.
 
 use lapidary::graph::op::{ExpertActivation, Gating};
 use lapidary::network::{Activation, Elementwise, ExpertInputs, Greatest, LayerKind, MatrixOp, ReduceOp, UnaryOp};
@@ -426,7 +426,7 @@ fn mixture(experts: usize, gating: &Gating, of: &ExpertInputs<&Value>) -> Value 
         ExpertActivation::Swish => x / (1.0 + (-f64::from(gating.alpha) * x).exp()),
         ExpertActivation::Relu => x.max(0.0),
         ExpertActivation::ReluSquared => x.max(0.0).powi(2),
-        // The tanh form of both: they lie 4e-4 apart at most.
+        // The tanh form for both: they differ by at most 4e-4.
         ExpertActivation::Gelu | ExpertActivation::GeluTanh => {
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
             0.5 * x * (1.0 + inner.tanh())

@@ -1,5 +1,5 @@
-//! What the kernels' raw pointers rely on: bytes of mapped files at any address, bools that are 0 or 1, caches that are
-//! not written into themselves, instruction sets that are there, activations that memory can hold.
+//! Assumptions of the kernels' raw pointers: bytes of mapped files at any address, bools that are 0 or 1, caches that
+//! are not written into themselves, available instruction sets, activations that fit memory.
 
 use lapidary::backend::cpu::{Bindings, CompileOptions, CpuError, Isa, KvCaches, Program, execute};
 use lapidary::graph::Constant;
@@ -58,7 +58,7 @@ fn every_operand_may_be_a_constant_at_an_odd_address() {
             let (x, w) = (floats(&[rows, 37]), floats(&[37, 50]));
             cases.push((product(MatrixOp::None), vec![x, w]));
         }
-        // Attention as in decode and as in prefill; of one number a head, columns are rows.
+        // Attention as in decode and as in prefill; with one element per head, columns are rows.
         for (tokens, dim) in [(1, 7), (1, 16), (3, 20), (40, 20), (40, 1), (40, 16)] {
             let (q, kv) = ([1, 4, tokens, dim], [1, 2, 45, dim]);
             let mut inputs = vec![floats(&q), floats(&kv), floats(&kv)];
@@ -153,7 +153,7 @@ fn a_cache_may_be_written_from_a_constant_at_an_odd_address() {
     }
 }
 
-/// A file may say "true" by any byte but 0. The caller's `bool`s must not.
+/// In a file, any byte except 0 means true. The caller's `bool`s must be 0 or 1.
 #[test]
 fn bools_of_any_byte_are_true() {
     let odd = Tensor::new(DType::Bool, vec![1, 6], vec![0u8, 1, 2, 255, 128, 0].into()).unwrap();
@@ -205,7 +205,7 @@ fn bools_of_any_byte_are_true() {
             ("other", other.map(|b| !b)),
             ("turned", turned),
         ] {
-            // Compared as numbers: of a `bool` that is neither, a comparison may say anything.
+            // Compared as numbers: comparing an invalid `bool` is undefined.
             assert_eq!(got.map(u8::from), truth.map(u8::from), "{name}");
         }
         assert_eq!(
@@ -246,7 +246,7 @@ fn a_cache_is_not_its_own_update() {
     assert_eq!(error, VerifyError::SelfUpdate { layer, cache });
 }
 
-/// What is written may be a view of the cache, and others may read that view later: both are the cache as it was.
+/// The written tensor may be a view of the cache, and others may read that view later: both see the old cache.
 #[test]
 fn a_cache_may_be_updated_from_a_view_of_itself() {
     for early in [false, true] {
@@ -265,7 +265,7 @@ fn a_cache_may_be_updated_from_a_view_of_itself() {
             b.add(name, LayerKind::Concatenation { axis: 2 }, &[rows, rows])
                 .unwrap()
         };
-        // A layer that is computed at once settles where its inputs lie before the update is reached.
+        // A layer that is computed immediately fixes the location of its inputs before the update.
         let before = early.then(|| join(&mut b, "before"));
         let updated = b.add("update", LayerKind::KvCacheUpdate, &[cache, rows, at]).unwrap();
         let after = join(&mut b, "after");
@@ -293,7 +293,7 @@ fn a_cache_may_be_updated_from_a_view_of_itself() {
     }
 }
 
-/// The sum of what lives at once is more than an address can number, though every tensor by itself is not.
+/// The total size of simultaneously live tensors exceeds the address space, although each tensor fits.
 #[test]
 fn activations_beyond_memory_are_refused() {
     let mut b = builder();

@@ -57,14 +57,14 @@ pub fn dims(shape: &[usize]) -> Vec<Dim> {
     shape.iter().map(|d| Dim::from(*d)).collect()
 }
 
-/// Whether cases run as TensorRT engines on the GPU instead (`LAPIDARY_TEST_BACKEND=tensorrt`): one suite, two back ends.
-/// Cases that ask the executor for what only it has, such as a compiled program, still run on the CPU.
+/// Whether cases run as TensorRT engines on the GPU instead (`LAPIDARY_TEST_BACKEND=tensorrt`): one suite, two back
+/// ends. Cases that use features of the executor, such as a compiled program, still run on the CPU.
 pub fn on_tensorrt() -> bool {
     std::env::var_os("LAPIDARY_TEST_BACKEND").is_some_and(|name| name == "tensorrt")
 }
 
-/// How far a result may be off: as far as the executor may, or on TensorRT by the rounding of `dtype`, which the executor
-/// leaves out where it can.
+/// The allowed error of a result: the executor's, or on TensorRT the rounding to `dtype`, which the executor omits
+/// where it can.
 pub fn tolerance(executor: f64, dtype: DType) -> f64 {
     match dtype {
         DType::F16 if on_tensorrt() => 1e-3,
@@ -73,7 +73,7 @@ pub fn tolerance(executor: f64, dtype: DType) -> f64 {
     }
 }
 
-/// Every instruction set, alone and with three threads. Pools are shared: tests run side by side.
+/// Every instruction set, with one and three threads. Pools are shared: tests run in parallel.
 pub fn every_option() -> Vec<CompileOptions> {
     if on_tensorrt() {
         return vec![CompileOptions::default()];
@@ -103,7 +103,7 @@ pub fn one_layer(kind: LayerKind, inputs: &[Tensor]) -> Network {
     b.finish().unwrap()
 }
 
-/// Layers that have nothing to do with each other in one network, run: the output of each.
+/// Runs independent layers in one network; returns the output of each.
 pub fn side_by_side(layers: &[(LayerKind, Vec<Tensor>)], options: &CompileOptions) -> Vec<Tensor> {
     let mut b = builder();
     let mut named = Vec::new();
@@ -128,7 +128,7 @@ pub fn builder() -> NetworkBuilder {
     NetworkBuilder::new("test", Profile::prefill(1, 4096))
 }
 
-/// Runs a network with inputs `x0`, `x1` .. and gives its first output.
+/// Runs a network with inputs `x0`, `x1` .. and returns its first output.
 pub fn run(network: &Network, inputs: &[Tensor], options: &CompileOptions) -> Tensor {
     let names: Vec<String> = (0..inputs.len()).map(|i| format!("x{i}")).collect();
     let named: Vec<(&str, Tensor)> = names.iter().map(String::as_str).zip(inputs.iter().cloned()).collect();
@@ -143,7 +143,7 @@ pub fn outputs(network: &Network, inputs: &[(&str, Tensor)], options: &CompileOp
     outputs.into_iter().map(|(_, tensor)| tensor).collect()
 }
 
-/// Panics unless `got` is `want` to `tolerance`, relative to the larger of the value and `scale`.
+/// Panics unless `got` equals `want` within `tolerance`, relative to the larger of the value and `scale`.
 pub fn assert_close(got: &Tensor, want: &[f64], scale: f64, tolerance: f64, what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
     for (i, (g, w)) in got.to_f64().iter().zip(want).enumerate() {
