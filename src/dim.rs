@@ -25,7 +25,7 @@ impl Sym {
     pub fn tokens() -> Self {
         Sym::new("tokens")
     }
-    /// Live positions in the cache before this call.
+    /// Used positions in the cache before this call.
     pub fn past() -> Self {
         Sym::new("past")
     }
@@ -376,7 +376,7 @@ impl Unifier {
         Self::default()
     }
 
-    /// Symbols that are solved for only when no other will do, such as those of graph inputs.
+    /// Symbols that are solved for only as a last resort, such as those of graph inputs.
     pub fn keep(&mut self, syms: impl IntoIterator<Item = Sym>) {
         self.kept.extend(syms);
     }

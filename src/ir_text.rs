@@ -18,7 +18,7 @@ pub struct ParseError {
     pub line: usize,
     /// Counted from 1, in characters.
     pub column: usize,
-    /// What would have been right.
+    /// What was expected.
     pub expected: String,
     /// What stands there, in quotes, or "the end of the line".
     pub found: String,
@@ -173,7 +173,7 @@ impl<'a> Cursor<'a> {
         self.error_at(self.at, expected)
     }
 
-    /// Passes over `token` if it comes next.
+    /// Skips `token` if it is next.
     pub(crate) fn eat(&mut self, token: &str) -> bool {
         let found = self.rest().starts_with(token);
         if found {
@@ -339,7 +339,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// A whole number of the type asked for.
+    /// An integer of the requested type.
     pub(crate) fn integer<T: std::str::FromStr>(&mut self) -> Parsed<T> {
         let start = self.at;
         let word = self.take(|c| c.is_ascii_digit() || c == '-');
@@ -419,7 +419,7 @@ impl<'a> Lines<'a> {
         }
     }
 
-    /// Passes over a section's title if it comes next.
+    /// Skips a section's title if it is next.
     pub(crate) fn eat_title(&mut self, title: &str) -> bool {
         self.lines.next_if(|(_, line)| *line == title).is_some()
     }

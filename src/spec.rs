@@ -57,7 +57,7 @@ pub struct Spec {
     pub batch: Option<Vec<usize>>,
     /// How engines are lowered; its `weight_mode` is ignored.
     pub lowering: Option<LowerOptions>,
-    /// The same for single profiles, as `convert --tune` found it best.
+    /// The same for single profiles, chosen by `convert --tune`.
     pub tuned: Option<Vec<Tuned>>,
 }
 
@@ -65,7 +65,7 @@ pub struct Spec {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tuned {
-    /// As engines are called, for example `b1-t1-c1024`.
+    /// Name of the engine, for example `b1-t1-c1024`.
     pub profile: String,
     /// How its engine is lowered; its `weight_mode` is ignored.
     pub lowering: LowerOptions,
@@ -274,7 +274,7 @@ pub struct Conversion {
     pub calibrate: Option<PathBuf>,
     /// Ascending, not empty.
     pub capacities: Vec<usize>,
-    /// The capacities were asked for, and not the defaults, which are cut to the model's context.
+    /// The capacities were requested. Default ones are cut to the model's context.
     pub explicit_capacities: bool,
     /// How a prompt is cut for engines.
     pub prefill: Prefill,

@@ -41,10 +41,10 @@ impl fmt::Display for Target {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Refit {
-    /// None, or for stripped weights (which must be put back to run at all) the same as [`Refit::Identical`].
+    /// None, or for stripped weights (which must be restored to run) the same as [`Refit::Identical`].
     #[default]
     None,
-    /// Every embedded and stripped weight, by any values.
+    /// Every embedded and stripped weight, with any values.
     General,
     /// The same, but only by the values of the build: TensorRT may have optimized for them.
     Identical,

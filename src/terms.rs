@@ -9,9 +9,9 @@
 pub struct Term {
     /// In running text, and in plots.
     pub name: &'static str,
-    /// As the heading of a table's column, with its unit; empty for what no table has.
+    /// Heading of a table's column, with its unit; empty if no table has it.
     pub column: &'static str,
-    /// Field of JSON documents that holds it; empty where there is none.
+    /// Field of JSON documents that holds it; empty if there is none.
     pub field: &'static str,
     /// Definition: one or two sentences.
     pub meaning: &'static str,
@@ -44,13 +44,13 @@ terms! {
     PROFILE: "profile", "profile", "profile",
         "The shapes that an engine is built for: batch, tokens per run, capacity. `b1-t128-c1024` is batch 1, 128 tokens, capacity 1024.";
     ENGINE: "engine", "engines", "engines",
-        "What TensorRT builds from a network for one profile, and runs.";
+        "The program that TensorRT builds from a network for one profile.";
     PLAN: "plan", "plans", "plans_bytes",
         "The serialized form of an engine: a file in the package.";
     DECODE_KERNEL: "decode kernel", "", "kernels",
         "A CUDA kernel of Lapidary that replaces TensorRT layers in a decode engine.";
     CPU_EXECUTOR: "CPU executor", "", "",
-        "The engine that runs networks on the CPU. It defines the right answer in tests, and is the product where there is no GPU.";
+        "The engine that runs networks on the CPU. It is the reference in tests, and runs models on machines without a GPU.";
     PACKAGE: "package", "package", "",
         "The folder that `convert` writes: manifest, canonical graph, weights, engine plans, tokenizer.";
     MANIFEST: "manifest", "", "",
@@ -59,7 +59,7 @@ terms! {
         "A YAML file with settings of a conversion (`specs/*.yaml`). Flags override it.";
     // The cache
     KV_CACHE: "KV cache", "cache", "cache",
-        "Keys and values of earlier tokens. It is static: slots of a fixed number, of which each step writes its own.";
+        "Keys and values of earlier tokens. It is static: a fixed number of slots; each step writes its own.";
     SLOT: "slot", "", "",
         "The place of one token in the KV cache.";
     CAPACITY: "capacity", "capacity", "capacity",
@@ -68,7 +68,7 @@ terms! {
         "Number of tokens in the cache before a step. \"At context 300\" means that 300 tokens precede the measured one.";
     // Weights
     BOUND: "bound weights", "", "bind",
-        "Weights that engines get as inputs at load. All engines of a package share one copy, and replacing them is a copy.";
+        "Weights that engines get as inputs at load. All engines of a package share one copy, so replacing the weights is one copy to the device.";
     EMBEDDED: "embedded weights", "", "embed",
         "Weights inside each plan.";
     STRIPPED: "stripped engine", "", "strip",
@@ -87,11 +87,11 @@ terms! {
     TTFT: "time to first token", "TTFT ms", "ttft_ms",
         "From the first prompt token fed to the first output token on the host.";
     TPOT: "time per output token", "ms/token", "tpot_ms",
-        "Wall-clock time of one decode step, sampling included. For a whole text: the mean over all tokens but the first.";
+        "Wall-clock time of one decode step, sampling included. For a whole text: the mean over all tokens after the first.";
     GPU_TIME: "GPU time per token", "GPU ms/token", "gpu_ms",
-        "The part of the time per output token that the GPU works, measured by device events.";
+        "The part of the time per output token in which the GPU is busy, measured by device events.";
     HOST_OVERHEAD: "host overhead per token", "host overhead ms", "",
-        "Time per output token less GPU time per token.";
+        "Time per output token minus GPU time per token.";
     ITL: "inter-token latency", "ITL ms", "itl_ms",
         "(latency - TTFT) / (tokens - 1) of one text; it includes the end of the run after the last token.";
     LATENCY: "latency", "latency ms", "latency_ms",
@@ -121,7 +121,7 @@ terms! {
         "Device memory in use before the model is loaded: CUDA's own, the driver's, and other processes'.";
     // Answers
     REFERENCE: "reference", "", "reference",
-        "The result that answers are compared with: transformers in fp32.";
+        "The result that outputs are compared with: transformers in fp32.";
     LOGIT_ERROR: "relative logit error", "relative logit error", "worst_relative_logit_error",
         "Norm of the difference of two rows of logits over the norm of the reference's row.";
     TOP1: "top-1 agreement", "top-1 agreement", "same_best",
